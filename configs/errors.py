@@ -1,0 +1,22 @@
+"""The one exception for a mistake that the user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+#: Exit code of every command and rank that ends by a `UserError`; recovery never retries it.
+USER_ERROR_EXIT = 2
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: the field, the value, why, and what to type instead.
+
+    Commands print it without a traceback and exit with `USER_ERROR_EXIT`.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest of `known`, or an empty string where none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

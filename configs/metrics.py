@@ -1,0 +1,163 @@
+"""The metric line: what rank 0 appends to an attempt's `metrics.jsonl`, and how the others read it.
+
+One JSON object a line. Rank 0 is the only writer; node agents, the console and the sinks read. Lines are
+written whole by one `write` on an append-mode file, so a reader sees at most one torn line, the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """One training step, reduced over all ranks."""
+
+    kind: ClassVar[str] = "step"
+    time: float
+    """Seconds since the epoch."""
+    attempt: int
+    step: int
+    """Steps finished, so the first line says 1."""
+    loss: float
+    """Mean cross-entropy per token, in nats, without the auxiliary loss."""
+    aux_loss: float
+    lr: float
+    grad_norm: float
+    """Global norm before clipping."""
+    tokens: int
+    """Tokens trained on so far, over all attempts, counting each step once."""
+    tokens_per_second: float
+    """Over all ranks, since the previous line."""
+    step_seconds: float
+    """Mean per step since the previous line."""
+    phase_seconds: dict[str, float]
+    """Mean per step by phase (`data`, `forward`, `backward`, `optimizer`, …), the slowest rank's."""
+    mfu: float | None
+    """Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown."""
+    expert_load: list[list[int]]
+    """Tokens per expert, a list per MoE layer, over all ranks, of this step."""
+    balance_entropy: float
+    """Entropy of the load over log(experts), mean over the layers; 1 is even."""
+    dropped: int
+    """Token-expert pairs dropped; 0 in a dropless layer."""
+    memory_bytes: int
+    """Largest over the ranks: device memory peak, or the process's peak resident set on a CPU."""
+
+
+@dataclass(frozen=True)
+class SavedLine:
+    """A checkpoint was committed."""
+
+    kind: ClassVar[str] = "saved"
+    time: float
+    attempt: int
+    step: int
+    path: str
+    bytes: int
+    """Over all ranks."""
+    seconds: float
+    """That training stood still for it."""
+
+
+@dataclass(frozen=True)
+class ResumedLine:
+    """An attempt began: from step 0, or from a checkpoint."""
+
+    kind: ClassVar[str] = "resumed"
+    time: float
+    attempt: int
+    step: int
+    path: str | None
+    mfu_basis: str
+    """Numerator, peak and precision of `mfu`, or why there is none."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Versions, device name, threads, corpus size."""
+
+
+@dataclass(frozen=True)
+class EndedLine:
+    """Training is complete."""
+
+    kind: ClassVar[str] = "ended"
+    time: float
+    attempt: int
+    step: int
+    loss: float
+    """Of the last step."""
+    tokens: int
+
+
+MetricLine = StepLine | SavedLine | ResumedLine | EndedLine
+_KINDS: dict[str, type[MetricLine]] = {c.kind: c for c in (StepLine, SavedLine, ResumedLine, EndedLine)}
+
+
+class MetricWriter:
+    """Appends metric lines to one file; each line reaches the kernel whole before `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, line: MetricLine) -> None:
+        """Append one line."""
+        os.write(self._fd, (json.dumps({"kind": line.kind, **asdict(line)}) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def parse_line(text: str | bytes) -> MetricLine:
+    """One line of `metrics.jsonl`.
+
+    Raises:
+        ValueError: where it isn't one.
+    """
+    tree = json.loads(text)
+    try:
+        return _KINDS[tree.pop("kind")](**tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a metric line: {error}") from error
+
+
+def read_from(path: Path, offset: int, limit: int = 1 << 20) -> tuple[list[MetricLine], int]:
+    """Whole lines of `path` from byte `offset` on, at most about `limit` bytes, and the offset after them.
+
+    A missing file has no lines. A torn last line stays for the next call.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(limit)
+    except FileNotFoundError:
+        return [], offset
+    end = data.rfind(b"\n") + 1
+    return [parse_line(row) for row in data[:end].splitlines() if row.strip()], offset + end
+
+
+def last_step(path: Path, window: int = 1 << 17) -> StepLine | None:
+    """The newest step line of `path`, read from its last `window` bytes."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return None
+    for line in reversed(list(_tail(path, max(0, size - window)))):
+        if isinstance(line, StepLine):
+            return line
+    return None
+
+
+def _tail(path: Path, offset: int) -> Iterator[MetricLine]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        if offset:
+            file.readline()  # the rest of a line that began before the window
+        for row in file:
+            if row.endswith(b"\n"):
+                yield parse_line(row)

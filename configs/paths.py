@@ -1,0 +1,167 @@
+"""Every path of a run has its one home here; nothing else builds file names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+
+
+def default_home() -> Path:
+    """`$MEGARAY_HOME`, or `~/.megaray`: the folder that holds the runs; shared by all nodes of a cluster."""
+    return Path(os.environ.get("MEGARAY_HOME") or Path.home() / ".megaray").expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class HomePaths:
+    """Paths that belong to the cluster and not to one run."""
+
+    home: Path
+
+    @property
+    def runs(self) -> Path:
+        """One folder per run."""
+        return self.home / "runs"
+
+    @property
+    def cluster(self) -> Path:
+        """Record of the local Ray that `up` or `submit` started: address, process ids, slots."""
+        return self.home / "cluster.json"
+
+    @property
+    def queue(self) -> Path:
+        """The controller's published view of slots and waiting runs; derived, never the truth."""
+        return self.home / "queue.json"
+
+    @property
+    def controller_lock(self) -> Path:
+        """Held by the one controller that serves this home."""
+        return self.home / "controller.lock"
+
+    @property
+    def data(self) -> Path:
+        """Default folder of prepared tokens."""
+        return self.home / "data"
+
+    def run(self, run_id: str) -> RunPaths:
+        """Paths of one run."""
+        return RunPaths(self.runs / run_id)
+
+    def existing(self, run_id: str) -> RunPaths:
+        """Paths of a run that exists; `run_id` may be any unambiguous prefix.
+
+        Raises:
+            UserError: where no run or more than one fits.
+        """
+        known = self.run_ids()
+        if run_id in known:
+            return self.run(run_id)
+        fitting = [name for name in known if name.startswith(run_id)] if run_id else []
+        if len(fitting) == 1:
+            return self.run(fitting[0])
+        if fitting:
+            raise UserError(
+                f"run '{run_id}' is ambiguous: it fits {', '.join(fitting[:5])}; type more of the id"
+            )
+        from configs.errors import nearest
+
+        raise UserError(
+            f"run '{run_id}' does not exist in {self.runs}{nearest(run_id, known)}; "
+            "`python -m orchestrator list` shows the runs"
+        )
+
+    def run_ids(self) -> list[str]:
+        """Ids of all runs, oldest first."""
+        if not self.runs.is_dir():
+            return []
+        ids = [p.name for p in self.runs.iterdir() if (p / "events.jsonl").exists()]
+        return sorted(ids, key=lambda name: (name.split("-")[-3:], name))
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Paths of one run; the folder's name is the run id."""
+
+    root: Path
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.root.name
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan that was shown before the start."""
+        return self.root / "plan.json"
+
+    @property
+    def source(self) -> Path:
+        """Git commit, package versions and command line of the submission."""
+        return self.root / "source.json"
+
+    @property
+    def source_diff(self) -> Path:
+        """Uncommitted changes at submission."""
+        return self.root / "source.diff"
+
+    @property
+    def events(self) -> Path:
+        """The append-only event log; written by the controller alone."""
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Default checkpoint folder."""
+        return self.root / "checkpoints"
+
+    @property
+    def wandb(self) -> Path:
+        """The W&B sink's own folder."""
+        return self.root / "wandb"
+
+    @property
+    def attempts(self) -> Path:
+        """One folder per attempt."""
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> AttemptPaths:
+        """Paths of one attempt, counted from 1."""
+        return AttemptPaths(self.attempts / f"{number:03d}")
+
+    def attempt_numbers(self) -> list[int]:
+        """Attempts that have a folder, oldest first."""
+        if not self.attempts.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.attempts.iterdir() if p.name.isdigit())
+
+
+@dataclass(frozen=True)
+class AttemptPaths:
+    """Paths of one gang start within a run."""
+
+    root: Path
+
+    @property
+    def metrics(self) -> Path:
+        """Metric lines (`configs.metrics`), appended by rank 0 alone."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def ranks(self) -> Path:
+        """Folder of the ranks' logs and records."""
+        return self.root / "ranks"
+
+    def log(self, rank: int) -> Path:
+        """Standard output and error of a rank."""
+        return self.ranks / f"{rank:05d}.log"
+
+    def record(self, rank: int) -> Path:
+        """Memory-mapped ring of a rank (`faulttol.recorder`)."""
+        return self.ranks / f"{rank:05d}.ring"

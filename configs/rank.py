@@ -1,0 +1,100 @@
+"""What a rank is told when it starts: the contract between a gang and the program it runs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.paths import AttemptPaths, RunPaths
+
+#: Variables of `torchrun`'s contract that a gang sets in the same way.
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """Identity of one rank. A program is `main(config: RunConfig, rank: RankContext) -> None`."""
+
+    rank: int
+    """Global rank, 0 <= rank < world."""
+    world: int
+    """Ranks of the gang."""
+    local_rank: int
+    """Rank within the node; also the device index."""
+    local_world: int
+    """Ranks on this node."""
+    master_addr: str
+    """Address of rank 0's node."""
+    master_port: int
+    """Port of the rendezvous store."""
+    run: RunPaths
+    """The run's folder."""
+    attempt: int
+    """Attempt within the run, from 1."""
+
+    @property
+    def paths(self) -> AttemptPaths:
+        """Folder of this attempt."""
+        return self.run.attempt(self.attempt)
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str], run_root: Path) -> RankContext:
+        """Read the variables that both a gang and `torchrun` set; without them, one rank alone.
+
+        Args:
+            env: the environment.
+            run_root: the run's folder where `MEGARAY_RUN` isn't set, as under torchrun.
+
+        Raises:
+            UserError: where some of the variables are set and others aren't.
+        """
+        missing = [name for name in TORCHRUN_VARIABLES if name not in env]
+        if missing and len(missing) < len(TORCHRUN_VARIABLES) and "RANK" in env:
+            raise UserError(
+                f"{', '.join(missing)} not set, though RANK={env['RANK']} is; start the ranks with "
+                "torchrun or `python -m orchestrator submit`"
+            )
+        alone = "RANK" not in env
+        return cls(
+            rank=0 if alone else int(env["RANK"]),
+            world=1 if alone else int(env["WORLD_SIZE"]),
+            local_rank=0 if alone else int(env["LOCAL_RANK"]),
+            local_world=1 if alone else int(env["LOCAL_WORLD_SIZE"]),
+            master_addr="127.0.0.1" if alone else env["MASTER_ADDR"],
+            master_port=0 if alone else int(env["MASTER_PORT"]),
+            run=RunPaths(Path(env.get("MEGARAY_RUN") or run_root)),
+            attempt=int(env.get("MEGARAY_ATTEMPT", "1")),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables that tell a child process this context; the inverse of `from_environment`."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "MEGARAY_RUN": str(self.run.root),
+            "MEGARAY_ATTEMPT": str(self.attempt),
+        }
+
+
+def die_with_parent(env: Mapping[str, str]) -> None:
+    """Have the kernel kill this process when the one that started it ends (Linux `PR_SET_PDEATHSIG`).
+
+    A gang passes its own id in `MEGARAY_PARENT`; without it, as under torchrun, nothing happens. A parent
+    that ended before the call is noticed by the changed parent id.
+    """
+    expected = env.get("MEGARAY_PARENT")
+    if expected is None:
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(expected):
+        os.kill(os.getpid(), signal.SIGKILL)

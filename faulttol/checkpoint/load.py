@@ -1,0 +1,83 @@
+"""Loading: the newest checkpoint that is whole, verified byte by byte."""
+
+from __future__ import annotations
+
+import hashlib
+
+from configs.errors import UserError
+from faulttol.checkpoint.manifest import FILE, Incomplete, Manifest
+from faulttol.checkpoint.pieces import Piece, Shard
+from faulttol.checkpoint.store import Store
+
+
+def folder_of(step: int) -> str:
+    """Folder of a step's checkpoint; names sort by step."""
+    return f"step-{step:010d}"
+
+
+def steps(store: Store) -> list[int]:
+    """Steps that have a manifest, oldest first; there is no file that names the latest."""
+    found = []
+    for name in store.names():
+        prefix, _, number = name.partition("-")
+        if prefix == "step" and number.isdigit() and FILE in store.names(name):
+            found.append(int(number))
+    return sorted(found)
+
+
+def manifest_of(store: Store, step: int) -> Manifest:
+    """The manifest of a step.
+
+    Raises:
+        Incomplete: where it is missing or unreadable, or a shard file's name is missing.
+    """
+    folder = folder_of(step)
+    try:
+        manifest = Manifest.parse(store.read(f"{folder}/{FILE}"))
+    except FileNotFoundError:
+        raise Incomplete(f"step {step} has no manifest") from None
+    missing = {shard.file for shard in manifest.shards} - set(store.names(folder))
+    if missing:
+        raise Incomplete(f"{store.url}/{folder} misses {', '.join(sorted(missing)[:3])}")
+    return manifest
+
+
+def newest(root: str) -> tuple[int | None, list[str]]:
+    """The newest step whose files are all there, and why newer ones were passed over."""
+    store, passed = Store(root), []
+    for step in reversed(steps(store)):
+        try:
+            manifest_of(store, step)
+            return step, passed
+        except Incomplete as error:
+            passed.append(str(error))
+    return None, passed
+
+
+def load(root: str, step: int, layout: dict[str, int], rank: int) -> Shard:
+    """One rank's shard.
+
+    Raises:
+        UserError: where another layout saved it.
+        Incomplete: where its file differs from what was committed.
+    """
+    store = Store(root)
+    manifest = manifest_of(store, step)
+    if manifest.layout != layout:
+        saved, wanted = (
+            " ".join(f"{axis}={size}" for axis, size in tree.items()) for tree in (manifest.layout, layout)
+        )
+        raise UserError(
+            f"the checkpoint {root}/{folder_of(step)} was saved under {saved}, and this run is {wanted}; "
+            "this version loads the same layout only: set parallel.* to the saved one, or another checkpoint.path"
+        )
+    file = next(shard for shard in manifest.shards if shard.rank == rank)
+    data = memoryview(store.read(f"{folder_of(step)}/{file.file}"))
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    if (len(data), digest) != (file.bytes, file.digest):
+        raise Incomplete(f"{root}/{folder_of(step)}/{file.file} differs from what was saved")
+    pieces = [
+        Piece(e.name, e.dtype, e.shape, e.global_shape, e.start, data[e.offset : e.offset + e.length])
+        for e in file.entries
+    ]
+    return Shard(rank, len(manifest.shards), manifest.layout, pieces, dict(manifest.scalars))

@@ -1,0 +1,123 @@
+"""Files that are either whole or absent, on any fsspec file system.
+
+On a local (or mounted) file system: written under a temporary name, fsynced, renamed, and the folder fsynced.
+An object store has neither rename nor fsync, but a PUT is atomic; there the size is read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from configs.errors import UserError
+
+
+class Store:
+    """A folder or URL that checkpoints are kept under.
+
+    Raises:
+        UserError: where the URL's protocol isn't known or its package isn't installed.
+    """
+
+    def __init__(self, root: str) -> None:
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(root)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"checkpoint.path='{root}' can't be used: {error}; type a folder or a URL such as s3://bucket/path"
+            ) from None
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self.url = root
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
+        """Write a file that appears whole or not at all; its size in bytes.
+
+        Raises:
+            OSError: where it can't be written; nothing is left under its name.
+        """
+        path = f"{self._root}/{name}"
+        return self._write_local(Path(path), chunks) if self._local else self._put(path, chunks)
+
+    def _write_local(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        for folder in (path.parent, path.parent.parent):
+            _sync_folder(folder)
+        return size
+
+    def _put(self, path: str, chunks: Iterable[bytes | memoryview]) -> int:
+        size = 0
+        with self._fs.open(path, "wb") as file:
+            for chunk in chunks:
+                size += file.write(chunk)
+        self._fs.invalidate_cache()
+        found = self._fs.info(path)["size"]
+        if found != size:
+            raise OSError(f"{path}: {size} bytes were written, {found} are there")
+        return size
+
+    def read(self, name: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: where it isn't there.
+        """
+        return bytes(self._fs.cat_file(f"{self._root}/{name}"))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names in a folder; none where it isn't there."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or folder; it may be gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+
+def check_writable(root: str) -> None:
+    """Write and remove a small file.
+
+    Raises:
+        UserError: where that fails, naming `checkpoint.path`.
+    """
+    store = Store(root)
+    probe = f".writable-{secrets.token_hex(4)}"
+    try:
+        store.write(probe, [b"x"])
+        store.remove(probe)
+    except Exception as error:  # every file system has errors of its own
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"checkpoint.path='{root}' can't be written: {told[0]}; name a folder or URL that you may write"
+        ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,78 @@
+"""Whether a gang has stopped making records, and which ranks the others wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from configs.timeouts import Timeouts
+from faulttol.recorder import Mark, Phase, Record
+from faulttol.verdicts import Verdict, VerdictKind
+
+CHECKPOINT_FACTOR = 10.0
+"""A save may take this many times `hang`: storage has outliers that compute hasn't."""
+_NAMED = 8
+
+
+def judge(
+    newest: Mapping[int, Record | None],
+    *,
+    now: float,
+    started: float,
+    timeouts: Timeouts,
+    first_step_done: bool,
+) -> list[Verdict]:
+    """A verdict where no rank has made a record for longer than its phase may take.
+
+    Args:
+        newest: each rank's newest record; None before its first.
+        now: seconds since the epoch.
+        started: when the ranks were started.
+        timeouts: `start` holds until the first step is done, `hang` after it.
+        first_step_done: the gang has finished a step in this attempt.
+
+    The culprits are the ranks that are furthest behind: with one rank stopped, its peers have all entered the
+    collective that it hasn't, so their newest records lie after its own.
+    """
+    records = {rank: record for rank, record in newest.items() if record is not None}
+    if not first_step_done:
+        waited = now - started
+        limit = timeouts.seconds("start")
+        if waited <= limit:
+            return []
+        missing = [rank for rank in sorted(newest) if newest[rank] is None]
+        who = f"ranks {_listed(missing)} made no record" if missing else _behind_text(records)
+        detail = f"no step was finished in {waited:.0f} s: {who}"
+        return [Verdict(VerdictKind.START_TIMEOUT, detail, missing[0] if missing else _behind(records)[0])]
+    if not records:
+        return []
+    last = max(records.values(), key=lambda r: r.time)
+    saving = any(r.phase is Phase.CHECKPOINT and r.mark is Mark.BEGIN for r in records.values())
+    limit = timeouts.seconds("hang") * (CHECKPOINT_FACTOR if saving else 1.0)
+    silence = now - last.time
+    if silence <= limit:
+        return []
+    detail = f"no rank made a record for {silence:.0f} s: {_behind_text(records)}"
+    return [Verdict(VerdictKind.HANG, detail, _behind(records)[0], time=last.time)]
+
+
+def _behind(records: Mapping[int, Record]) -> list[int]:
+    """Ranks with the fewest steps and, among these, the fewest records."""
+    least = min((r.step, r.sequence) for r in records.values())
+    return sorted(rank for rank, r in records.items() if (r.step, r.sequence) == least)
+
+
+def _behind_text(records: Mapping[int, Record]) -> str:
+    ranks = _behind(records)
+    record = records[ranks[0]]
+    if len(ranks) == len(records):
+        return f"all ranks stand in {record.phase.name.lower()} of step {record.step}"
+    one = len(ranks) == 1
+    return (
+        f"rank{'' if one else 's'} {_listed(ranks)} {'is' if one else 'are'} behind, "
+        f"in {record.phase.name.lower()} of step {record.step}"
+    )
+
+
+def _listed(ranks: list[int]) -> str:
+    more = len(ranks) - _NAMED
+    return ", ".join(map(str, ranks[:_NAMED])) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,77 @@
+"""One call of the command line, and what several commands do with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.paths import HomePaths
+from orchestrator.states import State
+
+PROGRAM = "python -m orchestrator"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the command line."""
+
+    options: argparse.Namespace
+    home: HomePaths
+    arguments: tuple[str, ...]
+    """As typed, after the program's name."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """Configuration overrides, in the order typed."""
+        return list(self.options.overrides)
+
+    @property
+    def config_file(self) -> Path | None:
+        """The user's configuration file."""
+        return self.options.config
+
+    @property
+    def wants_json(self) -> bool:
+        """`--json` was typed."""
+        return bool(self.options.json)
+
+    @property
+    def address(self) -> str | None:
+        """`--address`, or `$RAY_ADDRESS`."""
+        return self.options.address or os.environ.get("RAY_ADDRESS") or None
+
+    def say(self, text: str, tree: Any = None) -> None:
+        """Print `text`, or under `--json` only `tree`."""
+        if not self.wants_json:
+            print(text, flush=True)
+        elif tree is not None:
+            print(json.dumps(tree, default=str), flush=True)
+
+    def note(self, text: str) -> None:
+        """Print `text` for a person; nothing under `--json`."""
+        if not self.wants_json:
+            print(text, flush=True)
+
+
+def watch(call: Call, run_id: str) -> int:
+    """Follow a run to its end and print its summary; Ctrl-C leaves the run alone.
+
+    Returns 0 where the run succeeded, 1 where it failed or was cancelled, 130 after Ctrl-C.
+    """
+    from orchestrator import console, reading
+
+    run = call.home.run(run_id)
+    try:
+        state = console.watch(run, call.home, sys.stderr if call.wants_json else sys.stdout)
+    except KeyboardInterrupt:
+        print(f"\ndetached; {run_id} goes on. `{PROGRAM} watch {run_id}` comes back to it, "
+              f"`{PROGRAM} cancel {run_id}` ends it.", file=sys.stderr)  # fmt: skip
+        return 130
+    row = reading.summary(run, reading.read_queue(call.home))
+    call.say(console.final_summary(row, run), asdict(row))
+    return 0 if state is State.SUCCEEDED else 1

@@ -1,0 +1,226 @@
+"""The command line: what can be typed, and one clear line for what can't.
+
+Reading commands (`plan`, `list`, `status`, `watch`, `logs`, `incidents`) look at files and import neither
+torch nor ray nor deepspeed; the others load `orchestrator.cluster_commands` when they are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from configs.errors import USER_ERROR_EXIT, UserError, nearest
+from configs.paths import HomePaths, default_home
+from orchestrator.calls import PROGRAM, Call, watch
+
+_OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's name, its help, and what it takes."""
+
+    name: str
+    help: str
+    run: Callable[[Call], int]
+    takes_overrides: bool = False
+    takes_run: bool = False
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole surface; `tests/orchestrator/cli_surface.txt` holds it still."""
+    parser = _Parser(prog=PROGRAM, description="Submit, watch and resume mixture-of-experts training runs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        sub.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        sub.add_argument("--address", help="HOST:PORT of a Ray head, or http://HOST:8265 of its dashboard")
+        if command.takes_overrides:
+            sub.add_argument("overrides", nargs="*", metavar="field=value", help=_OVERRIDES)
+            sub.add_argument("--config", type=Path, help="YAML file with any part of the configuration")
+        if command.takes_run:
+            sub.add_argument("run", help="run id, or the beginning of one")
+        for flags, options in _OPTIONS.get(command.name, []):
+            sub.add_argument(*flags, **options)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; overrides and options may stand in any order.
+
+    Raises:
+        UserError: in one line, naming the nearest command or option.
+    """
+    parser = build_parser()
+    names = [command.name for command in COMMANDS]
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in names:
+        raise UserError(f"'{first}' is no command{nearest(first, names)}; use one of {', '.join(names)}")
+    options, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-") or not hasattr(options, "overrides"):
+            known = [flag for flags, _ in _OPTIONS.get(options.command, []) for flag in flags]
+            raise UserError(
+                f"'{word}' is no option of `{options.command}`{nearest(word, [*known, '--json', '--address'])}; "
+                f"`{PROGRAM} {options.command} --help` shows them"
+            )
+        options.overrides.append(word)
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code: 0 done, 1 the run failed, 2 the user's mistake."""
+    try:
+        options = parse(arguments)
+        call = Call(options, HomePaths(default_home()), tuple(arguments))
+        if call.address and call.address.startswith(("http://", "https://")):
+            return _cluster("forward", call)
+        return next(c for c in COMMANDS if c.name == options.command).run(call)
+    except UserError as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # `| head` has left; nothing more can be written
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _cluster(name: str, call: Call) -> int:
+    """Call a command of the module that loads Ray."""
+    # Loaded here, since reading commands must answer without Ray.
+    from orchestrator import cluster_commands
+
+    return int(getattr(cluster_commands, name)(call))
+
+
+def _plan(call: Call) -> int:
+    from configs.compose import compose  # composition alone needs Hydra; `list` and `status` do not
+    from orchestrator import console
+    from trainer.sizing.planner import plan
+
+    config = compose(call.overrides, call.config_file)
+    made = plan(config, known_capacity(call.home, call.options.slots))
+    call.say(console.plan_table(made.to_json()), made.to_json())
+    return 0
+
+
+def known_capacity(home: HomePaths, slots: int | None) -> Any:
+    """What is known of the cluster without asking it: `--slots`, the controller's published view, or None."""
+    from orchestrator.reading import read_queue
+    from trainer.sizing.planner import Capacity
+
+    if slots is not None:
+        return Capacity.of_nodes([slots])
+    nodes = read_queue(home).get("nodes", [])
+    return Capacity.of_nodes([max(node["slots"].values()) for node in nodes]) if nodes else None
+
+
+def _list(call: Call) -> int:
+    from orchestrator import console, reading
+
+    rows = reading.summaries(call.home)
+    call.say(console.run_list(rows), [asdict(row) for row in rows])
+    return 0
+
+
+def _status(call: Call) -> int:
+    from orchestrator import console, reading
+
+    run = call.home.existing(call.options.run)
+    row = reading.summary(run, reading.read_queue(call.home))
+    incidents = reading.incidents(run)
+    call.say(console.status(row, incidents), asdict(row) | {"incidents": incidents})
+    return 0
+
+
+def _watch(call: Call) -> int:
+    return watch(call, call.home.existing(call.options.run).run_id)
+
+
+def _logs(call: Call) -> int:
+    from orchestrator import console
+
+    run = call.home.existing(call.options.run)
+    rank, attempts = call.options.rank, run.attempt_numbers()
+    attempt = call.options.attempt or (attempts[-1] if attempts else 0)
+    if attempt not in attempts:
+        raise UserError(
+            f"run '{run.run_id}' has no attempt {attempt or 1}; it has "
+            f"{', '.join(map(str, attempts)) or 'none yet'}"
+        )
+    path = run.attempt(attempt).log(rank)
+    if not path.exists():
+        raise UserError(
+            f"--rank {rank}: attempt {attempt} of '{run.run_id}' has no such rank; its logs are in {path.parent}"
+        )
+    if call.wants_json:
+        print(json.dumps({"run": run.run_id, "attempt": attempt, "rank": rank, "path": str(path),
+                          "text": path.read_text(errors="replace")}))  # fmt: skip
+        return 0
+    try:
+        console.show_log(path, sys.stdout, run if call.options.follow else None)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _incidents(call: Call) -> int:
+    from orchestrator import console, reading
+
+    found = reading.incidents(call.home.existing(call.options.run))
+    call.say(console.incidents(found), found)
+    return 0
+
+
+def _on_cluster(name: str) -> Callable[[Call], int]:
+    return lambda call: _cluster(name, call)
+
+
+COMMANDS = [
+    Command("submit", "plan a run, ask, queue it and follow it", _on_cluster("submit"), takes_overrides=True),
+    Command("plan", "show the plan of a configuration, without a cluster", _plan, takes_overrides=True),
+    Command("list", "show all runs with state, position in the queue and progress", _list),
+    Command("status", "show one run", _status, takes_run=True),
+    Command("watch", "follow a run; Ctrl-C leaves it alone", _watch, takes_run=True),
+    Command("logs", "show what a rank has printed", _logs, takes_run=True),
+    Command("incidents", "show what broke, where, when, and what it cost", _incidents, takes_run=True),
+    Command("cancel", "stop a run; its checkpoints stay", _on_cluster("cancel"), takes_run=True),
+    Command("resume", "continue a failed or cancelled run", _on_cluster("resume"), takes_run=True),
+    Command("nodes", "show the cluster's nodes and who holds their slots", _on_cluster("nodes")),
+    Command("up", "start a local Ray that outlives the command", _on_cluster("up")),
+    Command("down", "cancel all runs and end the local Ray", _on_cluster("down")),
+]
+
+_YES = (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})
+_DETACH = (("--detach",), {"action": "store_true", "help": "return once the run is queued"})
+_OPTIONS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
+    "submit": [
+        _YES,
+        _DETACH,
+        (("--dry-run",), {"action": "store_true", "help": "show the plan and check it, start nothing"}),
+        (("--priority",), {"type": int, "default": 0, "help": "higher goes first (default 0)"}),
+    ],
+    "plan": [(("--slots",), {"type": int, "help": "slots of an imagined node"})],
+    "resume": [_DETACH],
+    "logs": [
+        (("--rank",), {"type": int, "default": 0, "help": "rank (default 0)"}),
+        (("--attempt",), {"type": int, "help": "attempt (default the newest)"}),
+        (("--follow", "-f"), {"action": "store_true", "help": "go on until the run ends"}),
+    ],
+    "up": [(("--slots",), {"type": int, "help": "ranks that may run at once (default: processors)"})],
+    "down": [_YES],
+}

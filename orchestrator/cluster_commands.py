@@ -1,0 +1,250 @@
+"""The commands that talk to a Ray cluster; loaded only when one of them is typed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import asdict
+
+from configs.compose import compose
+from configs.errors import UserError
+from configs.schema import RunConfig
+from configs.timeouts import Timeouts
+from faulttol.checkpoint.store import check_writable
+from orchestrator import console, ray_cluster, reading
+from orchestrator.calls import PROGRAM, Call, watch
+from orchestrator.ray_controller import ControllerClient
+from orchestrator.submission import CODE, Submission, write_run
+from trainer.data import prepare
+from trainer.sizing.planner import Capacity, plan, trainable
+
+_DOWN_SECONDS = 30.0
+_CANCEL_SECONDS = 60.0
+
+
+def forward(call: Call) -> int:
+    """Run the command on the head of the cluster whose dashboard URL was given."""
+    words, skip = [], False
+    for word in call.arguments:
+        if skip or word.startswith("--address="):
+            skip = False
+        elif word == "--address":
+            skip = True
+        else:
+            words.append(word)
+    command = call.options.command
+    if command == "submit" and "--yes" not in words:
+        words.append("--yes")  # nobody is at that terminal
+    if command in ("up", "down"):
+        raise UserError(f"`{command}` starts and ends Ray on this machine only; leave --address out")
+    assert call.address is not None
+    return ray_cluster.forward(call.address, words, CODE, lambda text: sys.stdout.write(text))
+
+
+def submit(call: Call) -> int:
+    """Plan, show, ask, queue, follow."""
+    config = compose(call.overrides, call.config_file)
+    refusal = trainable(config)
+    if refusal:
+        raise UserError(refusal)
+    prepare.check(config.data, config.model.vocab)
+    if config.checkpoint.path:
+        check_writable(config.checkpoint.path)
+    address = _running(call)
+    if address:
+        ray_cluster.connect(address)
+    try:
+        submission = Submission(config, plan(config, _capacity(config, address)), call.options.priority)
+        tree = submission.plan.to_json()
+        call.note(console.plan_table(tree))
+        if call.options.dry_run:
+            call.say("dry run: nothing was started", {"plan": tree})
+            return 0
+        if not _agreed(call):
+            call.say("nothing was started")
+            return 1
+        if not address:
+            _start_for(call, submission)
+        paths = write_run(call.home, submission, call.arguments)
+        event = submission.event(ray_cluster.runtime_environment())
+        ControllerClient.connect(call.home).submit(paths.run_id, event)
+    finally:
+        ray_cluster.disconnect()
+    if call.options.detach:
+        call.say(console.submitted(paths), {"run": paths.run_id, "path": str(paths.root)})
+        return 0
+    call.note(console.submitted(paths))
+    return watch(call, paths.run_id)
+
+
+def _running(call: Call) -> str | None:
+    """Address of the cluster to use; None where a local one is to be started."""
+    if call.address:
+        return call.address
+    found = ray_cluster.local(call.home)
+    return found.address if found else None
+
+
+def _required(call: Call) -> str:
+    address = _running(call)
+    if not address:
+        raise UserError(
+            f"no Ray cluster is up for {call.home.home}; `python -m orchestrator up` starts one, "
+            "--address HOST:PORT names another"
+        )
+    return address
+
+
+def _capacity(config: RunConfig, address: str | None) -> Capacity | None:
+    """Slots of the connected cluster by node; None where a local Ray is started to measure."""
+    if not address:
+        return None
+    resource = "CPU" if config.hardware.kind == "cpu" else "GPU"
+    nodes = ray_cluster.slots(resource)
+    if not any(nodes):
+        raise UserError(
+            f"hardware={config.hardware.name} needs {resource} slots, and the cluster at {address} has none; "
+            "choose hardware=cpu or another cluster"
+        )
+    return Capacity.of_nodes([n for n in nodes if n])
+
+
+def _agreed(call: Call) -> bool:
+    if call.options.yes or call.wants_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return True
+    try:
+        answer = input("Proceed? [Y/n] ").strip().lower()
+    except EOFError:
+        return False
+    return answer in ("", "y", "yes")
+
+
+def _start_for(call: Call, submission: Submission) -> None:
+    """Start a local Ray that holds this run, and connect."""
+    config = submission.plan.config
+    if config.hardware.kind != "cpu":
+        raise UserError(
+            f"hardware={config.hardware.name} needs a Ray cluster with GPUs and none was named; "
+            "start one with `ray start --head` and give --address HOST:PORT, or choose hardware=cpu"
+        )
+    slots = max(submission.plan.ranks, os.cpu_count() or 1)
+    _up(call, slots, config.resilience.timeouts)
+
+
+def _up(call: Call, slots: int, timeouts: Timeouts) -> ray_cluster.LocalCluster:
+    call.note("starting a local Ray …")
+    record = ray_cluster.up(call.home, slots, timeouts)
+    ray_cluster.connect(record.address)
+    cpus = os.cpu_count() or 1
+    if slots > cpus:
+        call.note(f"{slots} slots on {cpus} processors: ranks share them and run slower")
+    return record
+
+
+def up(call: Call) -> int:
+    """Start a local Ray and its controller."""
+    slots = call.options.slots if call.options.slots is not None else os.cpu_count() or 1
+    if slots < 1:
+        raise UserError(f"--slots {slots}: a cluster needs at least one; leave it out for one per processor")
+    record = _up(call, slots, Timeouts())
+    try:
+        ControllerClient.connect(call.home)
+    finally:
+        ray_cluster.disconnect()
+    call.say(
+        f"local Ray is up at {record.address} with {record.slots} slots; dashboard {record.dashboard}\n"
+        "next: python -m orchestrator submit, python -m orchestrator down",
+        asdict(record),
+    )
+    return 0
+
+
+def down(call: Call) -> int:
+    """Cancel all runs of the local Ray and end it."""
+    record = ray_cluster.local(call.home)
+    if record is None:
+        # What a crash has left behind goes too.
+        ray_cluster.down(call.home)
+        raise UserError(f"no local Ray is up for {call.home.home}; nothing to take down")
+    active = [row.run_id for row in reading.summaries(call.home) if not row.terminal]
+    if active:
+        call.note(f"active: {', '.join(active)}; each is cancelled and can be resumed from its checkpoint")
+    if active and not _agreed(call):
+        call.say("nothing was ended")
+        return 1
+    ray_cluster.connect(record.address)
+    client = ControllerClient.existing()
+    deadline = time.monotonic() + _DOWN_SECONDS
+    while client and client.shut_down() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    ray_cluster.disconnect()
+    ray_cluster.down(call.home)
+    call.say("the local Ray is down", {"cancelled": active})
+    return 0
+
+
+def cancel(call: Call) -> int:
+    """Stop a run and wait until nothing of it is left."""
+    run = call.home.existing(call.options.run)
+    _refuse_ended(call, run.run_id)
+    client = _client(call)
+    said = client.cancel(run.run_id)
+    call.note(said)
+    deadline = time.monotonic() + _CANCEL_SECONDS
+    while not (row := reading.summary(run, {})).terminal:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"run '{run.run_id}' is still {row.state}; `{PROGRAM} status {run.run_id}` shows when it ends"
+            )
+        time.sleep(0.2)
+    ray_cluster.disconnect()
+    call.say(f"{run.run_id} is {row.state}; {row.next_step} continues it", asdict(row))
+    return 0
+
+
+def _refuse_ended(call: Call, run_id: str) -> None:
+    """Say that a run has ended before looking for a cluster, which may be down by then."""
+    row = reading.summary(call.home.run(run_id), {})
+    if row.terminal:
+        raise UserError(f"run '{run_id}' is {row.state} already; nothing to cancel")
+
+
+def resume(call: Call) -> int:
+    """Queue a failed or cancelled run again and follow it."""
+    run = call.home.existing(call.options.run)
+    row = reading.summary(run, {})
+    if row.state == "succeeded":
+        raise UserError(
+            f"run '{run.run_id}' has succeeded: all {row.steps} steps are trained; "
+            "submit a new run with a larger train.steps"
+        )
+    if not row.terminal:
+        raise UserError(f"run '{run.run_id}' is {row.state}; only a failed or cancelled run resumes")
+    address = _running(call)
+    if address:
+        ray_cluster.connect(address)
+    else:
+        _up(call, max(row.slots, os.cpu_count() or 1), Timeouts())
+    try:
+        said = ControllerClient.connect(call.home).resume(run.run_id)
+    finally:
+        ray_cluster.disconnect()
+    call.say(said, {"run": run.run_id, "said": said} if call.options.detach else None)
+    if call.options.detach:
+        return 0
+    return watch(call, run.run_id)
+
+
+def nodes(call: Call) -> int:
+    """Show nodes, slots and their holders."""
+    _client(call)
+    ray_cluster.disconnect()
+    queue = reading.read_queue(call.home)
+    call.say(console.nodes(queue), queue)
+    return 0
+
+
+def _client(call: Call) -> ControllerClient:
+    ray_cluster.connect(_required(call))
+    return ControllerClient.connect(call.home)

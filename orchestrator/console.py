@@ -1,0 +1,321 @@
+"""What a person sees: plain text in fixed columns, from the data of `orchestrator.reading`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.paths import HomePaths, RunPaths
+from orchestrator import reading
+from orchestrator.calls import PROGRAM
+from orchestrator.events import Decided, Event, IncidentClosed, IncidentOpened, Moved
+from orchestrator.reading import Follower, RunSummary
+from orchestrator.states import State
+
+_POLL_SECONDS = 0.5
+_PLAIN_EVERY = 10.0
+"""Seconds between progress lines where they can't be rewritten in place."""
+
+
+def count(number: float) -> str:
+    """A number in three digits: 1.28 B, 12.3 M, 4.5 k, 678."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def size(number: float) -> str:
+    """Bytes: 3.2 GiB."""
+    for unit, each in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= each:
+            return f"{number / each:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def span(seconds: float | None) -> str:
+    """A duration: 0:35, 12:07, 3:04:05, 2d 03:04."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def clock(seconds: float | None) -> str:
+    """A local time of day with its date."""
+    return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell; the columns in `right` are flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def plan_table(plan: dict[str, Any]) -> str:
+    """The plan before the start: what will run, what it takes, and why each automatic choice."""
+    axes = " ".join(f"{axis}={n}" for axis, n in plan["layout"].items() if n > 1) or "one rank"
+    parameters, memory = plan["parameters"], plan["memory"]
+    nodes = f"{plan['nodes']} node{'s' * (plan['nodes'] > 1)} x {plan['slots_per_node']} slots"
+    parts = ", ".join(f"{name} {size(n)}" for name, n in memory.items())
+    rows = [
+        ("model", f"{plan['model']}: {count(parameters['total'])} parameters, {count(parameters['active'])} active"),
+        ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
+        ("layout", f"{axes}: {plan['ranks']} ranks on {nodes}"),
+        ("per rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
+        (
+            "tokens",
+            f"{count(plan['tokens_per_step'])} per step, {plan['steps']} steps, {count(plan['tokens'])} in all",
+        ),
+        ("data", str(plan["data"])),
+    ]
+    text = table(rows)
+    if plan["choices"]:
+        chosen = [(c["field"], "=", c["value"], c["reason"]) for c in plan["choices"]]
+        text += "\nchosen for you\n" + _indented(table(chosen))
+    for warning in plan["warnings"]:
+        text += f"\nwarning: {warning}"
+    for note in plan["notes"]:
+        text += f"\nnote: {note}"
+    return text
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def run_list(rows: Sequence[RunSummary]) -> str:
+    """The table of `list`."""
+    if not rows:
+        return f"no runs yet; `{PROGRAM} submit` starts one"
+    head = ("RUN", "STATE", "PRIO", "SLOTS", "STEP", "LOSS", "TOK/S", "ETA", "INCIDENTS", "NOTE")
+    body = [
+        (
+            row.run_id, row.state, str(row.priority), str(row.slots), f"{row.step}/{row.steps}",
+            "-" if row.loss is None else f"{row.loss:.4f}",
+            "-" if row.tokens_per_second is None else count(row.tokens_per_second),
+            span(row.eta_seconds), str(row.incidents), _note(row),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return table([head, *body], right=(2, 3, 4, 5, 6, 7, 8))
+
+
+def _note(row: RunSummary) -> str:
+    if row.position is not None:
+        return f"position {row.position}: {row.waiting_for}"
+    return row.waiting_for or (row.detail if row.state in (State.FAILED, State.RECOVERING) else "")
+
+
+def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
+    """One run in full."""
+    axes = " ".join(f"{axis}={n}" for axis, n in row.layout.items() if n > 1) or "one rank"
+    why = f" ({row.reason})" + (f": {row.detail}" if row.detail else "")
+    rows = [
+        ("run", row.run_id),
+        ("state", row.state + why),
+        ("model", f"{row.model}, {axes}, {row.slots} slots, priority {row.priority}"),
+        ("submitted", f"{clock(row.submitted_at)}, started {clock(row.started_at)}, ended {clock(row.ended_at)}"),
+    ]
+    if row.position is not None:
+        rows.append(("queue", f"position {row.position}: {row.waiting_for}"))
+    if row.nodes:
+        rows.append(("nodes", ", ".join(row.nodes)))
+    if row.loss is not None:
+        rows.append(("progress", _progress(row)))
+    if row.checkpoint_path:
+        rows.append(("checkpoint", f"step {row.checkpoint_step}: {row.checkpoint_path}"))
+    rows.append(("attempts", f"{row.attempt}, {len(found)} incident{'s' * (len(found) != 1)}"))
+    rows.append(("folder", row.folder))
+    if row.next_step:
+        rows.append(("next", row.next_step))
+    return table(rows)
+
+
+def _progress(row: RunSummary) -> str:
+    assert row.loss is not None and row.tokens_per_second is not None and row.step_seconds is not None
+    return progress(
+        row.step, row.steps, row.loss, row.tokens_per_second, row.step_seconds, row.mfu, row.eta_seconds
+    )
+
+
+def progress(
+    step: int, steps: int, loss: float, rate: float, seconds: float, mfu: float | None, eta: float | None
+) -> str:
+    """The one line of a running run."""
+    share = f"{mfu:.1%}" if mfu is not None else "n/a"
+    return (
+        f"step {step}/{steps} ({step / steps:.1%}) | loss {loss:.4f} | {count(rate)} tok/s | "
+        f"{seconds:.3f} s/step | mfu {share} | eta {span(eta)}"
+    )
+
+
+def nodes(queue: dict[str, Any]) -> str:
+    """The table of `nodes`."""
+    rows = [("NODE", "HOST", "SLOTS", "FREE", "RUNS")]
+    for node in queue.get("nodes", []):
+        kind = "GPU" if node["slots"].get("GPU") else "CPU"
+        rows.append(
+            (node["ip"], node["hostname"], f"{node['slots'][kind]} {kind}", str(node["free"][kind]),
+             ", ".join(node["runs"]) or "-")
+        )  # fmt: skip
+    return table(rows, right=(3,)) if len(rows) > 1 else "no live nodes"
+
+
+def incidents(found: Sequence[dict[str, Any]]) -> str:
+    """What broke, where, when, what it cost."""
+    if not found:
+        return "no incidents"
+    blocks = []
+    for one in found:
+        rank = "the gang" if one["rank"] is None else f"rank {one['rank']}"
+        where = rank + (f" on {one['node']}" if one["node"] else "")
+        cost = "not known yet"
+        if one["downtime_seconds"] is not None:
+            cost = f"{one['lost_steps']} steps trained again, {one['downtime_seconds']:.1f} s without training"
+        rows = [
+            ("what", f"{one['cause']}: {one['detail']}"),
+            ("where", f"{where}, attempt {one['attempt']}, after step {one['step']}"),
+            ("when", clock(one["opened"])),
+            ("cost", cost),
+            ("outcome", one["resolution"]),
+            ("evidence", one["evidence"]),
+        ]
+        blocks.append(f"incident {one['incident']}\n" + _indented(table(rows)))
+    return "\n".join(blocks)
+
+
+def submitted(run: RunPaths) -> str:
+    """What to type next, after a submission."""
+    rows = [
+        ("watch it", f"{PROGRAM} watch {run.run_id}"),
+        ("read a rank", f"{PROGRAM} logs {run.run_id} --rank 0"),
+        ("stop it", f"{PROGRAM} cancel {run.run_id}"),
+    ]
+    return f"submitted {run.run_id}\n" + _indented(table(rows))
+
+
+def final_summary(row: RunSummary, run: RunPaths) -> str:
+    """The end of a run: result, cost, where things are, what to type next."""
+    wall = None if row.started_at is None or row.ended_at is None else row.ended_at - row.started_at
+    rows = [("state", row.state + (f": {row.detail}" if row.detail else ""))]
+    if row.loss is not None:
+        rows.append(("final loss" if row.step == row.steps else "last loss", f"{row.loss:.4f} at step {row.step}"))
+    rows += [
+        ("trained", f"{count(row.tokens)} tokens in {span(wall)}, {row.attempt} attempts, {row.incidents} incidents"),
+        ("folder", row.folder),
+    ]
+    if row.checkpoint_path:
+        rows.append(("checkpoint", row.checkpoint_path))
+    if run.wandb.exists():
+        rows.append(("W&B", f"{run.wandb} (wandb sync {run.wandb}/wandb/offline-run-*)"))
+    following = row.next_step or f"{PROGRAM} status {row.run_id}"
+    if row.incidents:
+        following += f"; {PROGRAM} incidents {row.run_id}"
+    rows.append(("next", following))
+    return f"{row.run_id}\n" + _indented(table(rows))
+
+
+class LiveLine:
+    """The progress line: rewritten in place on a terminal, printed now and then elsewhere."""
+
+    def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._now = now
+        self._terminal = stream.isatty()
+        self._shown = ""
+        self._printed_at: float | None = None
+
+    def update(self, text: str) -> None:
+        """Show the newest state."""
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r" + text[:width].ljust(min(len(self._shown), width)))
+            self._shown = text[:width]
+        elif text != self._shown and (self._printed_at is None or self._now() - self._printed_at >= _PLAIN_EVERY):
+            self._stream.write(text + "\n")
+            self._shown, self._printed_at = text, self._now()
+        self._stream.flush()
+
+    def above(self, text: str) -> None:
+        """Print a line that stays, above the progress line."""
+        if self._terminal and self._shown:
+            self._stream.write("\r" + " " * len(self._shown) + "\r")
+        self._stream.write(text + "\n")
+        if self._terminal and self._shown:
+            self._stream.write(self._shown)
+        self._stream.flush()
+
+
+def watch(run: RunPaths, home: HomePaths, stream: TextIO, sleep: Callable[[float], None] = time.sleep) -> State:
+    """Follow a run until it ends; its final state."""
+    follower, line = Follower(run), LiveLine(stream)
+    steps = reading.summary(run, {}).steps
+    while True:
+        newest: StepLine | None = None
+        state: State | None = None
+        for item in follower.poll():
+            if isinstance(item, StepLine):
+                newest = item
+            elif (text := _told(item)) is not None:
+                line.above(text)
+            if isinstance(item, Event) and isinstance(item.payload, Moved):
+                state = item.payload.to
+        if newest is not None:
+            eta = (steps - newest.step) * newest.step_seconds
+            line.update(
+                progress(
+                    newest.step, steps, newest.loss, newest.tokens_per_second, newest.step_seconds, newest.mfu, eta
+                )
+            )
+        if state is not None and state.terminal:
+            line.above("")
+            return state
+        row = reading.summary(run, reading.read_queue(home))
+        if row.position is not None:
+            line.update(f"queued, position {row.position}: {row.waiting_for}")
+        sleep(_POLL_SECONDS)
+
+
+def _told(item: Event | MetricLine) -> str | None:
+    """A line for what is worth one; None for the rest."""
+    at = time.strftime("%H:%M:%S", time.localtime(item.time))
+    match item:
+        case Event(payload=Moved() as move):
+            return f"{at} {move.to}" + (f": {move.detail}" if move.detail else "")
+        case Event(payload=IncidentOpened() as incident):
+            return f"{at} incident {incident.incident}: {incident.detail}"
+        case Event(payload=Decided() as decided):
+            used = f"{decided.restarts_used} of {decided.restarts_allowed} restarts without progress"
+            return f"{at} decision: {decided.action} ({decided.reason}; {used}; wait {decided.wait_seconds:g} s)"
+        case Event(payload=IncidentClosed() as closed):
+            return f"{at} incident {closed.incident} is over: {closed.resolution}, {closed.lost_steps} steps again"
+        case ResumedLine(step=step) if step:
+            return f"{at} resumed from step {step}"
+        case SavedLine():
+            return f"{at} saved step {item.step} ({size(item.bytes)} in {item.seconds:.2f} s)"
+        case EndedLine():
+            return f"{at} trained {item.step} steps"
+    return None
+
+
+def show_log(path: Any, stream: TextIO, follow: RunPaths | None) -> None:
+    """Print a log; with `follow`, go on until that run has ended."""
+    with path.open(errors="replace") as file:
+        while True:
+            stream.write(file.read())
+            stream.flush()
+            if follow is None or reading.summary(follow, {}).terminal:
+                stream.write(file.read())
+                return
+            time.sleep(_POLL_SECONDS)

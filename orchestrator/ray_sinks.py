@@ -1,0 +1,55 @@
+"""Log sinks as detached Ray actors, one per run: they read the run's files and are never waited for."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from configs.compose import load
+from configs.paths import RunPaths
+from orchestrator.ray_cluster import NAMESPACE
+
+_PUMP_SECONDS = 1.0
+_NICENESS = 10
+"""A sink yields the processor to the ranks."""
+
+
+class SinkActor:
+    """Pumps one run's log to W&B until the run has ended and everything is written."""
+
+    def __init__(self, run_root: str) -> None:
+        os.nice(_NICENESS)
+        self._run = RunPaths(Path(run_root))
+
+    def work(self) -> None:
+        """Pump to the end, then leave."""
+        from orchestrator.sinks.wandb import WandbSink  # wandb loads in this actor's process only
+
+        sink = WandbSink(self._run, load(self._run.config))
+        try:
+            while not sink.pump():
+                time.sleep(_PUMP_SECONDS)
+        finally:
+            sink.close()
+        ray.actor.exit_actor()
+
+
+def ensure_sink(run_root: str) -> None:
+    """Start the run's sink unless it is running."""
+    options: dict[str, Any] = {
+        "name": f"sink-{Path(run_root).name}",
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_restarts": 3,
+        "max_task_retries": 3,
+    }
+    try:
+        ray.get_actor(options["name"], namespace=NAMESPACE)
+    except ValueError:
+        actor = ray.remote(SinkActor).options(**options).remote(run_root)
+        actor.work.remote()

@@ -1,0 +1,204 @@
+"""What the run folders tell: the data behind `list`, `status`, `incidents` and `watch`. Reads files only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from configs.metrics import MetricLine, ResumedLine, StepLine, last_step, read_from
+from configs.paths import HomePaths, RunPaths
+from orchestrator.events import Event, RunView, fold, parse, read
+from orchestrator.states import State
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run as a person wants it: a row of `list`, and `status --json`."""
+
+    run_id: str
+    state: str
+    reason: str
+    detail: str
+    priority: int
+    position: int | None
+    """Place in the queue from 1; None where it doesn't wait."""
+    waiting_for: str
+    attempt: int
+    incidents: int
+    step: int
+    steps: int
+    eta_seconds: float | None
+    loss: float | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    mfu: float | None
+    mfu_basis: str
+    tokens: int
+    submitted_at: float
+    started_at: float | None
+    ended_at: float | None
+    model: str
+    layout: dict[str, int]
+    slots: int
+    nodes: list[str]
+    """Addresses of the nodes that hold it now."""
+    checkpoint_step: int | None
+    checkpoint_path: str | None
+    folder: str
+    next_step: str
+    """What to type next; empty where nothing is to be done."""
+
+    @property
+    def terminal(self) -> bool:
+        """The run has ended."""
+        return State(self.state).terminal
+
+
+def read_queue(home: HomePaths) -> dict[str, Any]:
+    """The controller's published view; empty where there is none."""
+    try:
+        return dict(json.loads(home.queue.read_text()))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def summaries(home: HomePaths) -> list[RunSummary]:
+    """All runs, oldest first."""
+    queue = read_queue(home)
+    return [summary(home.run(run_id), queue) for run_id in home.run_ids()]
+
+
+def summary(run: RunPaths, queue: dict[str, Any]) -> RunSummary:
+    """One run, from its log, its newest metric line and the published queue."""
+    view = fold(read(run.events))
+    assert view.submitted is not None and view.state is not None, "a run begins with `submitted`"
+    line = _newest_line(run, view)
+    wait = next((w for w in queue.get("waiting", []) if w["run"] == run.run_id), {})
+    queued = view.state is State.QUEUED
+    steps = view.submitted.steps
+    left = (steps - line.step) * line.step_seconds if line and view.state is State.RUNNING else None
+    return RunSummary(
+        run_id=run.run_id,
+        state=str(view.state),
+        reason=str(view.reason),
+        detail=view.detail,
+        priority=view.submitted.priority,
+        position=wait.get("position") if queued else None,
+        waiting_for=wait.get("reason", "the controller has not looked at it yet") if queued else "",
+        attempt=view.attempt,
+        incidents=len(view.incidents),
+        step=line.step if line else 0,
+        steps=steps,
+        eta_seconds=left,
+        loss=line.loss if line else None,
+        tokens_per_second=line.tokens_per_second if line else None,
+        step_seconds=line.step_seconds if line else None,
+        mfu=line.mfu if line else None,
+        mfu_basis=_basis(run),
+        tokens=line.tokens if line else 0,
+        submitted_at=view.submitted_at,
+        started_at=view.started_at,
+        ended_at=view.moved_at if view.state.terminal else None,
+        model=view.submitted.model,
+        layout=view.submitted.layout,
+        slots=view.submitted.gang.ranks,
+        nodes=[share.ip for share in view.placed.shares] if view.placed else [],
+        checkpoint_step=view.checkpoint.step if view.checkpoint else None,
+        checkpoint_path=view.checkpoint.path if view.checkpoint else None,
+        folder=str(run.root),
+        next_step=view.reason.next_step(run.run_id) if view.reason and view.state.terminal else "",
+    )
+
+
+def _newest_line(run: RunPaths, view: RunView) -> StepLine | None:
+    """The newest step line of the newest attempt that has one."""
+    for attempt in range(view.attempt, 0, -1):
+        line = last_step(run.attempt(attempt).metrics)
+        if line is not None:
+            return line
+    return None
+
+
+def _basis(run: RunPaths) -> str:
+    try:
+        return str(json.loads(run.plan.read_text())["mfu_basis"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return "unknown"
+
+
+def incidents(run: RunPaths) -> list[dict[str, Any]]:
+    """What broke: cause, where, when, what it cost and how it ended."""
+    found = []
+    for incident in fold(read(run.events)).incidents:
+        outcome = asdict(incident.outcome) if incident.outcome else {}
+        found.append(
+            asdict(incident.event)
+            | {
+                "opened": incident.opened,
+                "closed": incident.closed,
+                "resolution": outcome.get("resolution", "open"),
+                "lost_steps": outcome.get("lost_steps"),
+                "downtime_seconds": outcome.get("downtime_seconds"),
+            }
+        )
+    return found
+
+
+def lost_steps(run: RunPaths) -> dict[int, tuple[int, int]]:
+    """By attempt, the steps `(first, last)` that a later attempt trained again; only attempts with such."""
+    begun: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for attempt in run.attempt_numbers():
+        for line in _all_lines(run, attempt):
+            if isinstance(line, ResumedLine):
+                begun[attempt] = line.step
+            elif isinstance(line, StepLine):
+                last[attempt] = line.step
+    lost = {}
+    for attempt, end in last.items():
+        later = [step for other, step in begun.items() if other > attempt]
+        if later and min(later) < end:
+            lost[attempt] = (min(later) + 1, end)
+    return lost
+
+
+def _all_lines(run: RunPaths, attempt: int) -> Iterator[MetricLine]:
+    offset = 0
+    while True:
+        lines, end = read_from(run.attempt(attempt).metrics, offset)
+        yield from lines
+        if end == offset:
+            return
+        offset = end
+
+
+class Follower:
+    """Reads a run's events and metric lines as they come, each once.
+
+    `position` is all that it remembers: a follower made with it goes on where another ended.
+    """
+
+    def __init__(self, run: RunPaths, position: dict[str, int] | None = None) -> None:
+        self._run = run
+        self.position: dict[str, int] = dict(position or {})
+        """Bytes read by file: `events`, and attempts by number."""
+
+    def poll(self) -> list[Event | MetricLine]:
+        """What is new, in order of time."""
+        found: list[Event | MetricLine] = list(self._events())
+        for attempt in self._run.attempt_numbers():
+            lines, end = read_from(self._run.attempt(attempt).metrics, self.position.get(str(attempt), 0))
+            self.position[str(attempt)] = end
+            found += lines
+        return sorted(found, key=lambda item: item.time)
+
+    def _events(self) -> list[Event]:
+        offset = self.position.get("events", 0)
+        with self._run.events.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self.position["events"] = offset + end
+        return [parse(row) for row in data[:end].splitlines()]

@@ -1,0 +1,188 @@
+"""The W&B sink: one W&B run per run id, fed from the run's files by a process that training never waits for.
+
+The JSONL files are the truth; this reads them. What it relies on:
+
+- `step` of W&B must never go back, and a resumed attempt does. So no `step` is passed; every row carries
+  `train/step`, which is declared as the axis of all series.
+- Rows of steps that a later attempt trained again are logged once more with `train/lost` 1 and a new
+  `train/attempt`; in the summary, `lost_steps` counts them.
+- A cursor file remembers what is logged. A sink that is killed and started again logs at most the rows of its
+  last second twice. Offline, each start makes its own `offline-run-*` folder with the same run id, and
+  `wandb sync` joins them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict
+from netrc import NetrcParseError, netrc
+from typing import Any
+
+import wandb
+import yaml
+
+from configs.compose import dump
+from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.paths import RunPaths
+from configs.schema import RunConfig
+from orchestrator import reading
+from orchestrator.events import Event, fold, read
+from orchestrator.reading import Follower
+
+MAX_EXPERT_SERIES = 64
+"""Experts per layer that get a series of their own; beyond it only the layer's spread is logged."""
+_FAILURES = 5
+_GIB = 1 << 30
+
+
+class WandbSink:
+    """Feeds one run to W&B. Failures are logged to `<run>/wandb/sink.log` and never raised."""
+
+    def __init__(self, run: RunPaths, config: RunConfig) -> None:
+        self._run, self._config = run, config
+        self._mode = mode_of(config)
+        run.wandb.mkdir(parents=True, exist_ok=True)
+        self._cursor = run.wandb / "cursor.json"
+        self._log = logging.getLogger(f"megaray.wandb.{run.run_id}")
+        self._log.addHandler(logging.FileHandler(run.wandb / "sink.log"))
+        self._wandb: Any = None
+        self._failures = 0
+        position = json.loads(self._cursor.read_text()) if self._cursor.exists() else {}
+        self._done = bool(position.pop("done", False))
+        self._follower = Follower(run, position)
+
+    def pump(self) -> bool:
+        """Log what is new; True when the run has ended and everything is logged, or W&B was given up."""
+        if self._done or self._mode == "disabled":
+            return True
+        before = dict(self._follower.position)
+        try:
+            # Whether the run has ended is asked first: what came before the end is then surely in this poll.
+            ended = reading.summary(self._run, {}).terminal
+            items = self._follower.poll()
+            if items and self._wandb is None:
+                self._wandb = self._start()
+            for item in items:
+                self._one(item)
+            if ended and self._wandb is not None:
+                self._finish()
+            self._save_cursor(ended)
+            self._failures = 0
+        except Exception:  # W&B's errors are many, and none may matter
+            self._log.exception("attempt %d of %d", self._failures + 1, _FAILURES)
+            self._follower.position = before
+            self._failures += 1
+            time.sleep(min(60.0, 2.0**self._failures))
+            if self._failures >= _FAILURES:
+                self._log.error("given up; `wandb sync` or a new sink can log the run from its files")
+                return True
+            return False
+        self._done = ended
+        return ended
+
+    def close(self) -> None:
+        """End W&B's service process."""
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+            self._wandb = None
+        wandb.teardown()
+
+    def _start(self) -> Any:
+        settings = wandb.Settings(
+            console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True, save_code=False
+        )
+        tracking = self._config.tracking
+        logged = wandb.init(
+            id=self._run.run_id, name=self._run.run_id, project=tracking.project, entity=tracking.entity,
+            dir=str(self._run.wandb), mode=self._mode, resume="allow", settings=settings,
+            config=self._facts(),
+        )  # fmt: skip
+        logged.define_metric("train/step")
+        for family in ("train", "phase", "experts", "checkpoint"):
+            logged.define_metric(f"{family}/*", step_metric="train/step")
+        return logged
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = yaml.safe_load(dump(self._config))
+        for name, path in (("plan", self._run.plan), ("source", self._run.source)):
+            if path.exists():
+                facts[name] = json.loads(path.read_text())
+        return facts
+
+    def _one(self, item: Event | MetricLine) -> None:
+        match item:
+            case StepLine():
+                self._wandb.log(row_of(item))
+            case SavedLine():
+                self._wandb.log(
+                    {"train/step": item.step, "checkpoint/seconds": item.seconds, "checkpoint/bytes": item.bytes}
+                )
+            case ResumedLine():
+                self._wandb.config.update({"mfu_basis": item.mfu_basis, "facts": item.facts}, allow_val_change=True)
+                if item.attempt > 1:
+                    self._mark_lost(item.attempt)
+            case EndedLine():
+                self._wandb.summary["final_loss"] = item.loss
+
+    def _mark_lost(self, attempt: int) -> None:
+        """Log the steps that this attempt trains again, as lost, from the attempt that lost them."""
+        total = 0
+        for earlier, (first, last) in reading.lost_steps(self._run).items():
+            total += last - first + 1
+            if earlier == attempt - 1:
+                for step in range(first, last + 1):
+                    self._wandb.log({"train/step": step, "train/attempt": earlier, "train/lost": 1})
+        self._wandb.summary["lost_steps"] = total
+
+    def _finish(self) -> None:
+        events = read(self._run.events)
+        rows = [[e.seq, e.time, e.payload.kind, json.dumps(asdict(e.payload))] for e in events]
+        self._wandb.log({"events": wandb.Table(columns=["seq", "time", "kind", "detail"], data=rows)})
+        found = reading.incidents(self._run)
+        columns = list(found[0]) if found else ["incident"]
+        data = [[str(one[name]) for name in columns] for one in found]
+        self._wandb.log({"incidents": wandb.Table(columns=columns, data=data)})
+        view = fold(events)
+        self._wandb.summary.update({"state": str(view.state), "attempts": view.attempt, "incidents_total": len(found)})
+        self._wandb.finish(exit_code=0 if view.finished else 1, quiet=True)
+        self._wandb = None
+
+    def _save_cursor(self, done: bool) -> None:
+        temporary = self._cursor.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._follower.position | {"done": done}))
+        temporary.replace(self._cursor)
+
+
+def mode_of(config: RunConfig) -> str:
+    """W&B's mode: `$WANDB_MODE`, else the configuration's, where `auto` is online if a key is found."""
+    asked = os.environ.get("WANDB_MODE") or config.tracking.wandb
+    if asked != "auto":
+        return asked
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        known = netrc().authenticators("api.wandb.ai")
+    except (OSError, NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+def row_of(line: StepLine) -> dict[str, Any]:
+    """A step line as a W&B row."""
+    plain = ("step", "attempt", "loss", "aux_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
+             "balance_entropy", "dropped")  # fmt: skip
+    row: dict[str, Any] = {f"train/{name}": getattr(line, name) for name in plain}
+    row |= {"train/lost": 0, "train/memory_gib": line.memory_bytes / _GIB}
+    if line.mfu is not None:
+        row["train/mfu"] = line.mfu
+    row |= {f"phase/{name}": seconds for name, seconds in line.phase_seconds.items()}
+    for layer, load in enumerate(line.expert_load):
+        mean = sum(load) / len(load) or 1.0
+        row[f"experts/layer{layer:02d}/max_over_mean"] = max(load) / mean
+        row[f"experts/layer{layer:02d}/min_over_mean"] = min(load) / mean
+        if len(load) <= MAX_EXPERT_SERIES:
+            row |= {f"experts/layer{layer:02d}/expert{i:03d}": n for i, n in enumerate(load)}
+    return row

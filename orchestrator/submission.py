@@ -1,0 +1,126 @@
+"""From a configuration to a run's folder: id, plan, and what is kept to know later what was run."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from configs.compose import ROOT, dump
+from configs.errors import UserError
+from configs.paths import HomePaths, RunPaths
+from configs.schema import RunConfig
+from orchestrator.events import GangShape, Submitted
+from trainer.sizing.planner import Plan
+
+CODE = ROOT.parent
+"""The folder that the packages are in."""
+_PACKAGES = ("torch", "ray", "deepspeed", "wandb", "pydantic", "hydra-core", "fsspec", "numpy")
+_ID_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is easily taken for another
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A planned run that isn't written yet."""
+
+    config: RunConfig
+    """As the user gave it, with auto fields still open."""
+    plan: Plan
+    priority: int
+
+    def gang(self) -> GangShape:
+        """What the queue is asked for; a number of nodes only where the user asked for one."""
+        plan = self.plan
+        inner = plan.layout["ep"] * max(plan.layout["tp"], plan.layout["etp"])
+        per_node = plan.config.cluster.slots_per_node or plan.ranks
+        return GangShape(
+            ranks=plan.ranks,
+            block=inner if inner <= per_node else 1,
+            nodes=self.config.cluster.nodes,
+            resource="CPU" if plan.config.hardware.kind == "cpu" else "GPU",
+        )
+
+    def event(self, runtime_env: dict[str, Any]) -> Submitted:
+        """The first event of the run's log."""
+        config = self.plan.config
+        return Submitted(
+            priority=self.priority,
+            gang=self.gang(),
+            steps=config.train.steps,
+            max_restarts=config.resilience.max_restarts,
+            backoff_seconds=config.resilience.backoff_seconds,
+            model=config.model.name,
+            layout=dict(self.plan.layout),
+            runtime_env=runtime_env,
+        )
+
+
+def new_run_id(config: RunConfig) -> str:
+    """`<name>-<date>-<time>-<four letters>`, in UTC; sorts by time within a name."""
+    name = re.sub(r"[^a-z0-9_]+", "_", (config.name or config.model.name).lower()).strip("_") or "run"
+    tail = "".join(secrets.choice(_ID_LETTERS) for _ in range(4))
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{tail}"
+
+
+def write_run(home: HomePaths, submission: Submission, arguments: Sequence[str]) -> RunPaths:
+    """Write a new run's folder: resolved configuration, plan, commit, uncommitted changes, versions.
+
+    Raises:
+        UserError: where the home can't be written; nothing is left behind then.
+    """
+    paths = home.run(new_run_id(submission.config))
+    try:
+        paths.root.mkdir(parents=True)
+        paths.config.write_text(dump(submission.plan.config))
+        paths.plan.write_text(json.dumps(submission.plan.to_json(), indent=1))
+        source, difference = _source(arguments)
+        paths.source.write_text(json.dumps(source, indent=1))
+        if difference:
+            paths.source_diff.write_text(difference)
+    except OSError as error:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        raise UserError(
+            f"can't write the run's folder {paths.root} ({error.strerror}); "
+            "set MEGARAY_HOME to a folder that you may write"
+        ) from None
+    return paths
+
+
+def _source(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    commit = _git("rev-parse", "HEAD").strip()
+    status = _git("status", "--porcelain").splitlines() if commit else []
+    source = {
+        "arguments": list(arguments),
+        "commit": commit or None,
+        "uncommitted": status,
+        "versions": versions,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return source, _git("diff", "HEAD") if status else ""
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in the code's folder; empty where there is no git or no repository."""
+    if not (CODE / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=CODE, capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

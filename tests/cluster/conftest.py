@@ -1,0 +1,115 @@
+"""A real local Ray, started and ended by the command line itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.paths import HomePaths
+from orchestrator.events import Event, RunView, fold, read
+from orchestrator.reading import summary
+
+PATIENCE = 150.0
+"""Seconds after which a wait in these tests is a failure; they end long before."""
+
+
+@dataclass
+class Shell:
+    """Types commands of megaray against one home."""
+
+    home: HomePaths
+    env: dict[str, str] = field(default_factory=dict)
+
+    def _environment(self) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "WANDB_API_KEY")}
+        return clean | {"MEGARAY_HOME": str(self.home.home), "WANDB_MODE": "offline"} | self.env
+
+    def run(self, *words: str, expect: int = 0) -> str:
+        """Run a command to its end; its standard output."""
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator", *words], env=self._environment(), capture_output=True,
+            text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == expect, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout if expect == 0 else done.stdout + done.stderr
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start a command and leave it running."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *words], env=self._environment(), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def submit(self, *words: str) -> str:
+        """Submit detached; the run id."""
+        return str(json.loads(self.run("submit", *words, "--yes", "--detach", "--json"))["run"])
+
+    def events(self, run_id: str) -> list[Event]:
+        return read(self.home.run(run_id).events)
+
+    def view(self, run_id: str) -> RunView:
+        return fold(self.events(run_id))
+
+    def step(self, run_id: str) -> int:
+        return summary(self.home.run(run_id), {}).step or 0
+
+    def until(self, what: Callable[[], Any], why: str) -> Any:
+        """Wait until `what` holds; its value."""
+        deadline = time.monotonic() + PATIENCE
+        while not (value := what()):
+            assert time.monotonic() < deadline, f"still not: {why}"
+            time.sleep(0.1)
+        return value
+
+    def finish(self, run_id: str) -> RunView:
+        """Wait for the run's end."""
+        self.until(lambda: (s := self.view(run_id).state) and s.terminal, f"{run_id} ended")
+        return self.view(run_id)
+
+
+def alive(pid: int) -> bool:
+    """The process exists and is no zombie."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def processes_with(text: str) -> list[int]:
+    """Ids of processes whose command line or environment holds `text`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except (FileNotFoundError, PermissionError, ProcessLookupError):
+                continue
+            if text.encode() in told and alive(int(entry.name)):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A home with a space in its path and a local Ray of two slots, taken down afterwards."""
+    shell = Shell(HomePaths(tmp_path_factory.mktemp("home of") / "a run"))
+    shell.run("up", "--slots", "2")
+    try:
+        yield shell
+    finally:
+        subprocess.run(
+            [sys.executable, "-m", "orchestrator", "down", "--yes"], env=shell._environment(),
+            capture_output=True, timeout=PATIENCE, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        for pid in processes_with(str(shell.home.home)):
+            os.kill(pid, signal.SIGKILL)

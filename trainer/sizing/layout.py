@@ -1,0 +1,40 @@
+"""The layout of a gang and how it spreads over nodes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes; ep is cut out of dp * cp, etp out of tp's ranks."""
+
+    pp: int
+    dp: int
+    cp: int
+    ep: int
+    etp: int
+    tp: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the gang."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def inner(self) -> int:
+        """Neighbouring ranks that exchange most and belong inside a node: an expert group of tensor groups."""
+        return self.ep * max(self.tp, self.etp)
+
+    def to_json(self) -> dict[str, int]:
+        """Size by axis."""
+        return asdict(self)
+
+
+def spreads(ranks: int, slots: tuple[int, ...]) -> list[tuple[int, int]]:
+    """All `(nodes, ranks on each)` that place `ranks` evenly on nodes with these slots, fewest nodes first."""
+    return [
+        (nodes, ranks // nodes)
+        for nodes in range(1, min(len(slots), ranks) + 1)
+        if ranks % nodes == 0 and sum(have >= ranks // nodes for have in slots) >= nodes
+    ]

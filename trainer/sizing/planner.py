@@ -1,0 +1,255 @@
+"""The plan: auto fields filled in with a reason each, and what the run will be, before anything starts. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from trainer.sizing import flops, memory, parameters
+from trainer.sizing.layout import Layout, spreads
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Slots that exist."""
+
+    slots: tuple[int, ...]
+    """Of each node."""
+
+    @classmethod
+    def of_nodes(cls, slots: Sequence[int]) -> Capacity:
+        """From the slots of each node.
+
+        Raises:
+            UserError: for a node without slots.
+        """
+        if not slots or min(slots) < 1:
+            raise UserError(f"slots={','.join(map(str, slots))}: a node needs at least one slot")
+        return cls(tuple(slots))
+
+    @property
+    def total(self) -> int:
+        """Over all nodes."""
+        return sum(self.slots)
+
+    def __str__(self) -> str:
+        widths = set(self.slots)
+        each = f" x {self.slots[0]}" if len(widths) == 1 else f", {min(widths)} to {max(widths)} each"
+        return f"{len(self.slots)} node{'s' * (len(self.slots) > 1)}{each}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An auto field's value, and why."""
+
+    field: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it will start."""
+
+    config: RunConfig
+    """Without auto fields."""
+    layout: dict[str, int]
+    ranks: int
+    nodes: int
+    slots_per_node: int
+    parameters: dict[str, int]
+    """By part, with `total` and `active`."""
+    memory: dict[str, int]
+    """Estimated bytes per rank, by component."""
+    tokens_per_step: int
+    tokens: int
+    """Over all steps."""
+    flops_per_token: float
+    mfu_basis: str
+    choices: tuple[Choice, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain tree, without the configuration, which is saved beside it."""
+        tree = {key: value for key, value in vars(self).items() if key not in ("config", "choices")}
+        config = self.config
+        return tree | {
+            "model": config.model.name,
+            "hardware": config.hardware.name,
+            "steps": config.train.steps,
+            "choices": [asdict(choice) for choice in self.choices],
+            "data": config.data.path or "source files of Python's standard library",
+            "precision": config.train.precision,
+        }
+
+
+def trainable(config: RunConfig) -> str | None:
+    """Why the trainer can't run a configuration that can be planned; None where it can."""
+    model = config.model
+    if model.attention != "gqa":
+        return (
+            f"model.attention={model.attention}: {model.name} can be planned, not trained; the trainer has gqa "
+            "(olmoe_1b_7b, mixtral_8x7b and qwen3_30b_a3b train)"
+        )
+    if model.router.kind != "linear":
+        return f"model.router.kind={model.router.kind} can be planned, not trained; set model.router.kind=linear"
+    for axis in ("tp", "pp", "cp", "etp"):
+        size = getattr(config.parallel, axis)
+        if size != 1:
+            return f"parallel.{axis}={size} can be planned, not trained; the trainer runs dp and ep: set parallel.{axis}=1"
+    return None
+
+
+def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
+    """Fill in the auto fields and say what the run will be.
+
+    Args:
+        capacity: slots of the cluster; None where none is up, so that it is whatever the run asks for.
+
+    Raises:
+        UserError: for more ranks than slots, or a layout that doesn't fit.
+    """
+    choices: list[Choice] = []
+    warnings: list[str] = []
+    dp = _data_parallel(config, capacity, choices)
+    parallel = config.parallel
+    layout = Layout(parallel.pp, dp, parallel.cp, parallel.ep, parallel.etp, parallel.tp)
+    nodes, each = _spread(config, layout, capacity, choices, warnings)
+    batch = _batch(config, dp, choices)
+    precision = _precision(config, choices)
+    resolved = RunConfig.model_validate(
+        config.model_dump()
+        | {
+            "parallel": parallel.model_dump() | {"dp": dp},
+            "cluster": config.cluster.model_dump() | {"nodes": nodes, "slots_per_node": each},
+            "train": config.train.model_dump() | {"global_batch": batch, "precision": precision},
+        }
+    )
+    micro_tokens = config.train.micro_batch * config.data.sequence // parallel.cp
+    size = memory.per_rank(config.model, layout, precision, micro_tokens)
+    _warn_memory(resolved, size, warnings)
+    refusal = trainable(config)
+    tokens_per_step = batch * config.data.sequence
+    return Plan(
+        config=resolved,
+        layout=layout.to_json(),
+        ranks=layout.ranks,
+        nodes=nodes,
+        slots_per_node=each,
+        parameters=parameters.count(config.model).to_json(),
+        memory=size,
+        tokens_per_step=tokens_per_step,
+        tokens=tokens_per_step * config.train.steps,
+        flops_per_token=flops.train_flops_per_token(config.model, config.data.sequence),
+        mfu_basis=flops.basis(config.hardware, precision),
+        choices=tuple(choices),
+        warnings=tuple(warnings),
+        notes=(refusal,) if refusal else (),
+    )
+
+
+def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[Choice]) -> int:
+    parallel = config.parallel
+    if parallel.dp is not None:
+        return parallel.dp
+    unit = parallel.ep if parallel.cp == 1 else -(-parallel.ep // parallel.cp)
+    others = parallel.pp * parallel.cp * parallel.tp
+    if capacity is None:
+        choices.append(Choice("parallel.dp", str(unit), f"the least that parallel.ep={parallel.ep} is cut out of"))
+        return unit
+    dp = max(unit, capacity.total // others // unit * unit)
+    batch = config.train.global_batch
+    while batch is not None and dp > unit and batch % (config.train.micro_batch * dp):
+        dp -= unit
+    if dp == unit:
+        reason = f"the least that parallel.ep={parallel.ep} is cut out of"
+    else:
+        reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
+    choices.append(Choice("parallel.dp", str(dp), reason))
+    return dp
+
+
+def _spread(
+    config: RunConfig, layout: Layout, capacity: Capacity | None, choices: list[Choice], warnings: list[str]
+) -> tuple[int, int]:
+    """Nodes, and ranks on each."""
+    ranks = layout.ranks
+    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
+    if nodes and each and nodes * each != ranks:
+        raise UserError(
+            f"cluster.nodes={nodes} x cluster.slots_per_node={each} are {nodes * each} slots, but the layout has "
+            f"{ranks} ranks; leave one of the two out"
+        )
+    if (nodes and ranks % nodes) or (each and ranks % each):
+        name, value = ("nodes", nodes) if nodes and ranks % nodes else ("slots_per_node", each)
+        raise UserError(f"cluster.{name}={value} does not divide the layout's {ranks} ranks; choose a divisor")
+    if capacity is None:
+        width = config.hardware.devices_per_node or ranks
+        slots = (min(width, ranks),) * -(-ranks // min(width, ranks))
+    else:
+        slots = capacity.slots
+        if ranks > capacity.total:
+            raise UserError(
+                f"the layout needs {ranks} slots, and the cluster has {capacity.total} ({capacity}); lower "
+                f"parallel.dp, or start more: python -m orchestrator down, then up --slots {ranks}"
+            )
+    fitting = [
+        pair for pair in spreads(ranks, slots) if (not nodes or pair[0] == nodes) and (not each or pair[1] == each)
+    ]
+    if (nodes or each) and not fitting:
+        asked = f"cluster.nodes={nodes}" if nodes else f"cluster.slots_per_node={each}"
+        raise UserError(f"{asked} does not fit the cluster ({Capacity(slots)}) with {ranks} ranks; leave it out")
+    inside = [pair for pair in fitting if pair[1] % layout.inner == 0]
+    if not inside and layout.inner > 1 and ranks > max(slots):
+        warnings.append(
+            f"groups of ep*tp={layout.inner} neighbouring ranks cross nodes: their traffic takes the network"
+        )
+    best = (inside or fitting or [(len(slots), max(slots))])[0]
+    if not nodes and not each:
+        spread = f"{best[1]} ranks on each" if best[0] > 1 else f"one node holds all {ranks} ranks"
+        choices.append(Choice("cluster.nodes", str(best[0]), f"as few as hold the gang: {spread}"))
+    return best
+
+
+def _batch(config: RunConfig, dp: int, choices: list[Choice]) -> int:
+    train = config.train
+    unit = train.micro_batch * dp
+    if train.global_batch is None:
+        reason = f"train.micro_batch={train.micro_batch} on {dp} data-parallel ranks, no accumulation"
+        choices.append(Choice("train.global_batch", str(unit), reason))
+        return unit
+    if train.global_batch % unit:
+        raise UserError(
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch*dp={unit}; "
+            f"set it to a multiple of {unit}"
+        )
+    return train.global_batch
+
+
+def _precision(config: RunConfig, choices: list[Choice]) -> str:
+    if config.train.precision is not None:
+        return config.train.precision
+    name = config.hardware.name
+    if flops.peak(config.hardware, "bf16") is not None:
+        precision, reason = "bf16", f"{name} has a bf16 peak; master weights stay fp32"
+    else:
+        precision, reason = "fp32", f"{name} has no bf16 peak on record"
+    choices.append(Choice("train.precision", precision, reason))
+    return precision
+
+
+def _warn_memory(config: RunConfig, size: dict[str, int], warnings: list[str]) -> None:
+    have = config.hardware.memory_gib
+    total = sum(size.values())
+    if have is not None and total > have * _GIB:
+        largest = max(size, key=lambda name: size[name])
+        warnings.append(
+            f"estimated {total / _GIB:.1f} GiB per rank, {config.hardware.name} has {have:g}: {largest} takes "
+            f"{size[largest] / _GIB:.1f} GiB; raise parallel.ep or parallel.dp, or lower train.micro_batch"
+        )
