@@ -24,7 +24,9 @@ Tree = dict[str, Any]
 
 _SECRET = re.compile(r"(key|token|secret|password)s?$", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times as fast, where it is built
+_LOADER = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # the C parser is ten times as fast, where it is built
 
 
 def choices(group: str) -> list[str]:
@@ -192,7 +194,9 @@ def _assign(tree: Tree, path: str, text: str) -> None:
     """Set one dotted field to the value that `text` spells."""
     _check_key(path, text)
     if wording.is_section(path):
-        raise UserError(f"{path}={text} gives a value to a section; set one of its fields: {wording.fields(path)}")
+        raise UserError(
+            f"{path}={text} gives a value to a section; set one of its fields: {wording.fields(path)}"
+        )
     if not text:
         raise UserError(f"{path}= has no value; type e.g. {wording.example(path)}, or leave it out")
     *sections, field = path.split(".")

@@ -22,9 +22,7 @@ Precision = Literal["fp32", "bf16"]
 class Section(BaseModel):
     """Base of every section: frozen, and a key that isn't declared is an error."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RouterConfig(Section):

@@ -45,9 +45,7 @@ class Timeouts(BaseModel):
         ValueError: naming both values and the reason, where the order cannot work.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     patience: Seconds = 30.0
     """The dial: longest silence of a training rank that is still taken for work."""

@@ -72,7 +72,9 @@ def unknown(path: str) -> str:
     elif is_section(section):
         advice = f"{section} has {fields(section)}"
     else:
-        advice = f"the sections are {', '.join(name for name in names if is_section(name) and '.' not in name)}"
+        advice = (
+            f"the sections are {', '.join(name for name in names if is_section(name) and '.' not in name)}"
+        )
     return f"unknown field '{path}'{close}; {advice}"
 
 
@@ -87,7 +89,9 @@ def explain(error: ValidationError) -> str:
     details = error.errors(include_url=False)
     paths = {".".join(map(str, detail["loc"])) for detail in details}
     if "resilience.timeouts.patience" in paths:  # the other timeouts only follow from the dial
-        details = [d for d in details if d["loc"][:2] != ("resilience", "timeouts") or d["loc"][2:] == ("patience",)]
+        details = [
+            d for d in details if d["loc"][:2] != ("resilience", "timeouts") or d["loc"][2:] == ("patience",)
+        ]
     told = dict.fromkeys(_sentence(detail) for detail in details)
     return "; also: ".join(told)
 
@@ -184,7 +188,9 @@ def _words(literal: Any) -> bool:
 
 
 def _literals(path: str) -> list[object]:
-    return [value for kind in _kinds(_schema()[path]) if get_origin(kind) is Literal for value in get_args(kind)]
+    return [
+        value for kind in _kinds(_schema()[path]) if get_origin(kind) is Literal for value in get_args(kind)
+    ]
 
 
 def _mapping(path: str) -> str | None:

@@ -1,11 +1,15 @@
 """The recorder: a rank's last few thousand phase changes in a memory-mapped ring.
 
-Writing is a few stores into a mapped page: no lock, no system call, no network. The pages belong to the
-kernel, so what was written survives SIGKILL, and a process that is stopped or holds its interpreter lock is
-as readable as any other. One rank writes a ring, anybody reads it.
+Writing is five stores of one machine word into a mapped page: no lock, no system call, no network. The pages
+belong to the kernel, so what was written survives SIGKILL, and a process that is stopped or holds its
+interpreter lock is as readable as any other. One rank writes a ring, anybody on its node reads it.
 
-Layout, little-endian: a header of 64 bytes, then `capacity` records of 32 bytes. A record's sequence number
-is cleared first and written last, so a reader recognises one that is being overwritten.
+Layout, in words of 64 bits of the node's byte order: a header of 8 words, then `capacity` records of 4:
+sequence number, time in ns, meaning, and the exclusive-or of these three. A reader that meets a record half
+written, because its writer was killed in it or is overwriting it now, sees that they don't agree.
+
+Times are `time.time_ns()` of the rank's node: comparable within a node, and between nodes as far as their
+clocks agree.
 """
 
 from __future__ import annotations
@@ -18,12 +22,17 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-_MAGIC = b"MEGARAY1"
-_HEADER = struct.Struct("<8sIIIIQ")  # magic, record size, capacity, rank, process id, newest sequence
-_HEADER_BYTES = 64
-_NEWEST_AT = _HEADER.size - 8
-_RECORD = struct.Struct("<QQHHIQ")  # sequence, time in ns, mark, phase, step, spare
-_SEQUENCE = struct.Struct("<Q")
+_MAGIC = b"MEGARAY2"
+_HEADER = struct.Struct("=8sQQQQQ")  # magic, record size, capacity, rank, process id, newest sequence
+_HEADER_WORDS = 8
+_HEADER_BYTES = 8 * _HEADER_WORDS
+_NEWEST = 5
+"""Word of the header that holds the newest sequence number."""
+_RECORD = struct.Struct("=QQQQ")
+_STEP_SHIFT = 16
+"""Meaning: mark in bits 0-7, phase in bits 8-15, step above."""
+_END, _STEP = 1, 2
+"""The marks as plain integers: arithmetic on an enumeration costs as much as the record."""
 
 
 class Phase(IntEnum):
@@ -55,7 +64,7 @@ class Record:
     sequence: int
     """From 1, without gaps."""
     time: float
-    """Seconds since the epoch, by the rank's clock."""
+    """Seconds since the epoch, by the clock of the rank's node."""
     mark: Mark
     phase: Phase
     step: int
@@ -68,6 +77,10 @@ class Recorder:
         path: file of the ring; its folder is made.
         rank: the rank that writes.
         capacity: records kept.
+
+    Raises:
+        OSError: where the file can't be made in its full size. (A sparse file on a full disk would end the
+            rank by SIGBUS in the middle of a step instead.)
     """
 
     def __init__(self, path: Path, rank: int, capacity: int = 4096) -> None:
@@ -75,93 +88,103 @@ class Recorder:
         size = _HEADER_BYTES + capacity * _RECORD.size
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            os.ftruncate(fd, size)
+            os.posix_fallocate(fd, 0, size)
             self._map = mmap.mmap(fd, size)
         finally:
             os.close(fd)
+        _HEADER.pack_into(self._map, 0, _MAGIC, _RECORD.size, capacity, rank, os.getpid(), 0)
+        # Words and not `struct.pack_into`, which clears its target first and stores byte by byte.
+        self._words = memoryview(self._map).cast("Q")
         self._capacity = capacity
         self._next = 1
-        _HEADER.pack_into(self._map, 0, _MAGIC, _RECORD.size, capacity, rank, os.getpid(), 0)
 
     def begin(self, phase: Phase, step: int) -> None:
         """`phase` of `step` begins."""
-        self._write(0, phase, step)
+        self._write(phase << 8 | step << _STEP_SHIFT)
 
     def end(self, phase: Phase, step: int) -> None:
         """`phase` of `step` has ended."""
-        self._write(1, phase, step)
+        self._write(_END | phase << 8 | step << _STEP_SHIFT)
 
     def step(self, step: int) -> None:
-        """`step` is finished."""
-        self._write(2, 0, step)
+        """`step` steps are finished."""
+        self._write(_STEP | step << _STEP_SHIFT)
 
-    def _write(self, mark: int, phase: int, step: int) -> None:
-        sequence = self._next
-        at = _HEADER_BYTES + (sequence - 1) % self._capacity * _RECORD.size
-        _SEQUENCE.pack_into(self._map, at, 0)
-        _RECORD.pack_into(self._map, at, 0, time.time_ns(), mark, phase, step, 0)
-        _SEQUENCE.pack_into(self._map, at, sequence)
-        _SEQUENCE.pack_into(self._map, _NEWEST_AT, sequence)
+    def _write(self, meaning: int) -> None:
+        words, sequence, now = self._words, self._next, time.time_ns()
+        at = _HEADER_WORDS + (sequence - 1) % self._capacity * 4
+        words[at] = sequence
+        words[at + 1] = now
+        words[at + 2] = meaning
+        words[at + 3] = sequence ^ now ^ meaning
+        words[_NEWEST] = sequence
         self._next = sequence + 1
 
     def close(self) -> None:
         """Unmap the ring; the file stays."""
+        self._words.release()
         self._map.close()
 
 
 def read(path: Path, after: int = 0) -> list[Record]:
     """Records with a sequence number above `after`, oldest first; what was overwritten is gone.
 
-    A missing file, a foreign one, or one that is being created has none.
+    A file that is missing, unreadable, foreign or just being made has none.
     """
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return []
     header = _header(data)
     if header is None:
         return []
-    capacity, newest = header
-    first = max(after, newest - capacity) + 1
-    found = (_record(data, capacity, sequence) for sequence in range(first, newest + 1))
-    return [record for record in found if record is not None]
+    capacity, last = header
+    found = []
+    for sequence in range(max(after, last - capacity) + 1, last + 1):
+        at = _offset(sequence, capacity)
+        record = _parse(data[at : at + _RECORD.size])
+        if record is not None and record.sequence == sequence:
+            found.append(record)
+    return found
 
 
 def newest(path: Path) -> Record | None:
-    """The newest record, with two small reads; None where there is none."""
+    """The newest record, with two small reads; None where there is none, as for `read`."""
     try:
         with path.open("rb") as file:
             header = _header(file.read(_HEADER_BYTES))
             if header is None:
                 return None
-            capacity, sequence = header
-            # The newest may be overwritten between the two reads only by one that is newer still.
-            for candidate in (sequence, sequence - 1):
-                if candidate > 0:
-                    file.seek(_HEADER_BYTES + (candidate - 1) % capacity * _RECORD.size)
-                    record = _parse(file.read(_RECORD.size))
-                    if record is not None:
-                        return record
-    except FileNotFoundError:
+            capacity, last = header
+            # The slot may hold a newer record than the header told, or one that is being written now.
+            for sequence in range(last, max(0, last - 2), -1):
+                file.seek(_offset(sequence, capacity))
+                record = _parse(file.read(_RECORD.size))
+                if record is not None:
+                    return record
+    except OSError:
         pass
     return None
 
 
+def _offset(sequence: int, capacity: int) -> int:
+    return _HEADER_BYTES + (sequence - 1) % capacity * _RECORD.size
+
+
 def _header(data: bytes) -> tuple[int, int] | None:
+    """Capacity and newest sequence number."""
     if len(data) < _HEADER_BYTES:
         return None
-    magic, size, capacity, _, _, sequence = _HEADER.unpack_from(data)
-    return (capacity, sequence) if magic == _MAGIC and size == _RECORD.size else None
-
-
-def _record(data: bytes, capacity: int, sequence: int) -> Record | None:
-    at = _HEADER_BYTES + (sequence - 1) % capacity * _RECORD.size
-    record = _parse(data[at : at + _RECORD.size])
-    return record if record is not None and record.sequence == sequence else None
+    magic, size, capacity, _, _, last = _HEADER.unpack_from(data)
+    return (capacity, last) if magic == _MAGIC and size == _RECORD.size and capacity else None
 
 
 def _parse(data: bytes) -> Record | None:
+    """A record, or None for one that is empty, cut short or torn."""
     if len(data) < _RECORD.size:
         return None
-    sequence, nanoseconds, mark, phase, step, _ = _RECORD.unpack(data)
-    return Record(sequence, nanoseconds / 1e9, Mark(mark), Phase(phase), step) if sequence else None
+    sequence, nanoseconds, meaning, check = _RECORD.unpack(data)
+    if not sequence or check != sequence ^ nanoseconds ^ meaning:
+        return None
+    mark, phase = Mark(meaning & 0xFF), Phase(meaning >> 8 & 0xFF)
+    return Record(sequence, nanoseconds / 1e9, mark, phase, meaning >> _STEP_SHIFT)

@@ -69,7 +69,10 @@ def plan_table(plan: dict[str, Any]) -> str:
     nodes = f"{plan['nodes']} node{'s' * (plan['nodes'] > 1)} x {plan['slots_per_node']} slots"
     parts = ", ".join(f"{name} {size(n)}" for name, n in memory.items())
     rows = [
-        ("model", f"{plan['model']}: {count(parameters['total'])} parameters, {count(parameters['active'])} active"),
+        (
+            "model",
+            f"{plan['model']}: {count(parameters['total'])} parameters, {count(parameters['active'])} active",
+        ),
         ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
         ("layout", f"{axes}: {plan['ranks']} ranks on {nodes}"),
         ("per rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
@@ -125,7 +128,10 @@ def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
         ("run", row.run_id),
         ("state", row.state + why),
         ("model", f"{row.model}, {axes}, {row.slots} slots, priority {row.priority}"),
-        ("submitted", f"{clock(row.submitted_at)}, started {clock(row.started_at)}, ended {clock(row.ended_at)}"),
+        (
+            "submitted",
+            f"{clock(row.submitted_at)}, started {clock(row.started_at)}, ended {clock(row.ended_at)}",
+        ),
     ]
     if row.position is not None:
         rows.append(("queue", f"position {row.position}: {row.waiting_for}"))
@@ -182,7 +188,9 @@ def incidents(found: Sequence[dict[str, Any]]) -> str:
         where = rank + (f" on {one['node']}" if one["node"] else "")
         cost = "not known yet"
         if one["downtime_seconds"] is not None:
-            cost = f"{one['lost_steps']} steps trained again, {one['downtime_seconds']:.1f} s without training"
+            cost = (
+                f"{one['lost_steps']} steps trained again, {one['downtime_seconds']:.1f} s without training"
+            )
         rows = [
             ("what", f"{one['cause']}: {one['detail']}"),
             ("where", f"{where}, attempt {one['attempt']}, after step {one['step']}"),
@@ -210,9 +218,14 @@ def final_summary(row: RunSummary, run: RunPaths) -> str:
     wall = None if row.started_at is None or row.ended_at is None else row.ended_at - row.started_at
     rows = [("state", row.state + (f": {row.detail}" if row.detail else ""))]
     if row.loss is not None:
-        rows.append(("final loss" if row.step == row.steps else "last loss", f"{row.loss:.4f} at step {row.step}"))
+        rows.append(
+            ("final loss" if row.step == row.steps else "last loss", f"{row.loss:.4f} at step {row.step}")
+        )
     rows += [
-        ("trained", f"{count(row.tokens)} tokens in {span(wall)}, {row.attempt} attempts, {row.incidents} incidents"),
+        (
+            "trained",
+            f"{count(row.tokens)} tokens in {span(wall)}, {row.attempt} attempts, {row.incidents} incidents",
+        ),
         ("folder", row.folder),
     ]
     if row.checkpoint_path:
@@ -242,7 +255,9 @@ class LiveLine:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write("\r" + text[:width].ljust(min(len(self._shown), width)))
             self._shown = text[:width]
-        elif text != self._shown and (self._printed_at is None or self._now() - self._printed_at >= _PLAIN_EVERY):
+        elif text != self._shown and (
+            self._printed_at is None or self._now() - self._printed_at >= _PLAIN_EVERY
+        ):
             self._stream.write(text + "\n")
             self._shown, self._printed_at = text, self._now()
         self._stream.flush()
@@ -257,7 +272,9 @@ class LiveLine:
         self._stream.flush()
 
 
-def watch(run: RunPaths, home: HomePaths, stream: TextIO, sleep: Callable[[float], None] = time.sleep) -> State:
+def watch(
+    run: RunPaths, home: HomePaths, stream: TextIO, sleep: Callable[[float], None] = time.sleep
+) -> State:
     """Follow a run until it ends; its final state."""
     follower, line = Follower(run), LiveLine(stream)
     steps = reading.summary(run, {}).steps
@@ -275,7 +292,13 @@ def watch(run: RunPaths, home: HomePaths, stream: TextIO, sleep: Callable[[float
             eta = (steps - newest.step) * newest.step_seconds
             line.update(
                 progress(
-                    newest.step, steps, newest.loss, newest.tokens_per_second, newest.step_seconds, newest.mfu, eta
+                    newest.step,
+                    steps,
+                    newest.loss,
+                    newest.tokens_per_second,
+                    newest.step_seconds,
+                    newest.mfu,
+                    eta,
                 )
             )
         if state is not None and state.terminal:
@@ -297,7 +320,9 @@ def _told(item: Event | MetricLine) -> str | None:
             return f"{at} incident {incident.incident}: {incident.detail}"
         case Event(payload=Decided() as decided):
             used = f"{decided.restarts_used} of {decided.restarts_allowed} restarts without progress"
-            return f"{at} decision: {decided.action} ({decided.reason}; {used}; wait {decided.wait_seconds:g} s)"
+            return (
+                f"{at} decision: {decided.action} ({decided.reason}; {used}; wait {decided.wait_seconds:g} s)"
+            )
         case Event(payload=IncidentClosed() as closed):
             return f"{at} incident {closed.incident} is over: {closed.resolution}, {closed.lost_steps} steps again"
         case ResumedLine(step=step) if step:

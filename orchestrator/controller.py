@@ -16,12 +16,17 @@ from typing import IO, Any
 
 from configs.errors import UserError
 from configs.paths import HomePaths
+from faulttol.verdicts import VerdictKind
 from orchestrator import queue
 from orchestrator.events import EventLog, GangShape, Moved, Submitted, fold, read
 from orchestrator.gang import Fabric
-from orchestrator.queue import Admit, Node, Waiting
+from orchestrator.placement import Node
+from orchestrator.queue import Admit, Waiting
 from orchestrator.run_control import RunControl
 from orchestrator.states import Reason, State
+
+#: Seconds that a node whose agent fell silent is kept out; Ray's health checks have reported it by then.
+QUARANTINE = 60.0
 
 log = logging.getLogger("megaray.controller")
 
@@ -145,7 +150,8 @@ class Controller:
         self._publish(held, now)
 
     def _free_nodes(self) -> list[Node]:
-        nodes = {node.node_id: node for node in self._fabric.nodes()}
+        silent = self._silent_nodes()
+        nodes = {node.node_id: node for node in self._fabric.nodes() if node.ip not in silent}
         for control in self._runs.values():
             for share in control.shares:
                 node = nodes.get(share.node_id)
@@ -154,6 +160,16 @@ class Controller:
                     free = node.free | {resource: max(0, node.free[resource] - len(share.ranks))}
                     nodes[share.node_id] = replace(node, free=free)
         return list(nodes.values())
+
+    def _silent_nodes(self) -> set[str]:
+        """Addresses that a run has lately lost by silence; Ray may still think that they live."""
+        since = self._clock() - QUARANTINE
+        return {
+            str(incident.event.node)
+            for control in self._runs.values()
+            for incident in control.view.incidents
+            if incident.event.cause == VerdictKind.NODE_LOST and incident.opened > since
+        }
 
     def _publish(self, held: list[dict[str, Any]], now: float) -> None:
         """Replace `queue.json` when something in it has changed."""

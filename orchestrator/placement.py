@@ -50,8 +50,8 @@ def _address(ip: str) -> int:
 def place(gang: GangShape, nodes: Sequence[Node]) -> tuple[NodeShare, ...] | Misfit:
     """Nodes and ranks for a gang on what is free.
 
-    As few nodes as hold it; the last one is the fullest that still fits, so that large holes stay whole. Where
-    `gang.nodes` is set, exactly that many nodes, the blocks spread evenly over them.
+    As few nodes as hold it; the last one is the fullest that still fits, so that large holes stay whole.
+    Where `gang.nodes` is set, exactly that many nodes, the blocks spread evenly over them.
     """
     row = sorted(nodes, key=by_address)
     free = [node.free.get(gang.resource, 0) for node in row]
@@ -149,7 +149,9 @@ def _never(gang: GangShape, slots: Sequence[int]) -> str:
     if gang.nodes is not None:
         each = -(-count // gang.nodes) * gang.block
         able = sum(s >= each for s in slots)
-        return f"needs {gang.nodes} nodes with {each} slots each, the cluster has {able}: waits for more nodes"
+        return (
+            f"needs {gang.nodes} nodes with {each} slots each, the cluster has {able}: waits for more nodes"
+        )
     if total < gang.ranks:
         return f"needs {gang.ranks} slots, the cluster has {total}: waits for more nodes"
     whole = sum(s // gang.block for s in slots)

@@ -23,7 +23,6 @@ from orchestrator.events import (
     Decided,
     EventLog,
     Finished,
-    IncidentClosed,
     IncidentOpened,
     Moved,
     NodeShare,
@@ -65,7 +64,6 @@ class RunControl:
     def _reset_attempt(self) -> None:
         self._ranks: dict[int, RankReport] = {}
         self._step = 0
-        self._first_step_at: float | None = None
         self._poll_due = 0.0
 
     @property
@@ -102,7 +100,7 @@ class RunControl:
     def cancel(self, reason: Reason, now: float) -> None:
         """Stop the run; legal in every state that isn't terminal or `cancelling`."""
         if not self.view.state or not self.view.state.holds_slots:
-            self._close_incidents("the run was cancelled", now)
+            self._settle_incidents(now, "the run was cancelled")
             self._move(State.CANCELLED, reason, now)
             return
         self._move(State.CANCELLING, reason, now)
@@ -171,7 +169,7 @@ class RunControl:
             for line in report.lines:
                 self._absorb(line, now)
         if self._complete():
-            self._close_incidents("training is complete", now)
+            self._settle_incidents(now, "training is complete")
             self._begin_stop(State.SUCCEEDED, Reason.COMPLETE, "", 0.0, now)
             return
         verdicts = self._judge(status, now)
@@ -195,10 +193,9 @@ class RunControl:
                 self._log.append(Finished(line.step, line.loss, line.tokens), now)
             case StepLine():
                 self._step = line.step
-                self._first_step_at = self._first_step_at or line.time
                 if view.state is State.STARTING:
                     self._move(State.RUNNING, Reason.FIRST_STEP, now)
-                self._settle_incidents(line.step, now)
+                self._settle_incidents(now)
 
     # ---- faults ----
 
@@ -238,7 +235,7 @@ class RunControl:
         )
         if deaths:
             return deaths
-        newest: dict[int, Record | None] = {rank: None for rank in range(self._world())}
+        newest: dict[int, Record | None] = dict.fromkeys(range(self._world()))
         newest |= {rank: report.newest for rank, report in self._ranks.items()}
         return hang.judge(
             newest,
@@ -280,25 +277,14 @@ class RunControl:
         self._log.append(decided, now)
         self._begin_stop(*_after(decided), 0.0, now)
 
-    def _settle_incidents(self, step: int, now: float) -> None:
-        """Close the incidents whose lost steps are trained again."""
-        for incident in self.view.open_incidents:
-            if incident.event.attempt < self.view.attempt and step > incident.event.step:
-                lost = incident.event.step - (self.view.resumed_step or 0)
-                downtime = (self._first_step_at or now) - incident.opened
-                where = f"attempt {self.view.attempt} resumed from step {self.view.resumed_step or 0}"
-                self._log.append(IncidentClosed(incident.number, where, lost, downtime), now)
-
-    def _close_incidents(self, resolution: str, now: float) -> None:
-        for incident in self.view.open_incidents:
-            downtime = now - incident.opened
-            self._log.append(IncidentClosed(incident.number, resolution, 0, downtime), now)
+    def _settle_incidents(self, now: float, ended: str = "") -> None:
+        """Close the incidents whose lost steps are trained again, or all where the run `ended`."""
+        for closed in recovery.closing(self.view, self._step, now, ended):
+            self._log.append(closed, now)
 
     # ---- acts ----
 
-    def _begin_stop(
-        self, to: State, reason: Reason, detail: str, grace: float, now: float
-    ) -> None:
+    def _begin_stop(self, to: State, reason: Reason, detail: str, grace: float, now: float) -> None:
         self._ending = _Ending(to, reason, detail, now + grace + _RELEASE_MARGIN)
         self._fabric.stop(self.group, grace)
 
@@ -308,7 +294,7 @@ class RunControl:
         self._fabric.release(self.group)
         self._ending = None
         if ending.to is State.FAILED:
-            self._close_incidents("the run failed", now)
+            self._settle_incidents(now, "the run failed")
         self._move(ending.to, ending.reason, now, ending.detail)
 
     def _move(self, to: State, reason: Reason, now: float, detail: str = "") -> None:

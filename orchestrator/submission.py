@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from configs.compose import ROOT, dump
@@ -44,7 +43,7 @@ class Submission:
         return GangShape(
             ranks=plan.ranks,
             block=inner if inner <= per_node else 1,
-            nodes=self.config.cluster.nodes,
+            nodes=plan.nodes if self.config.cluster.nodes or self.config.cluster.slots_per_node else None,
             resource="CPU" if plan.config.hardware.kind == "cpu" else "GPU",
         )
 

@@ -19,7 +19,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train; each rank is one process, as torchrun starts them")
-    run.add_argument("overrides", nargs="*", metavar="field=value", help="configuration, as `submit` takes it")
+    run.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="configuration, as `submit` takes it"
+    )
     run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a run")
     options = parser.parse_args(arguments)
     try:

@@ -94,9 +94,7 @@ class Engine:
             "steps_per_print": 1 << 60,
         }
 
-    def step(
-        self, batches: Sequence[Tensor], lr: float, phase: Callable[[str], Any]
-    ) -> StepResult:
+    def step(self, batches: Sequence[Tensor], lr: float, phase: Callable[[str], Any]) -> StepResult:
         """One optimizer step.
 
         Args:

@@ -140,7 +140,9 @@ class _Job:
         self._write(EndedLine(time.time(), self.rank.attempt, steps, self.progress.loss, tokens))
 
     def _batch(self, step: int, micro: int) -> torch.Tensor:
-        array = self.sampler.batch(step, micro, self.config.train.micro_batch, self.rank.rank, self.rank.world)
+        array = self.sampler.batch(
+            step, micro, self.config.train.micro_batch, self.rank.rank, self.rank.world
+        )
         return torch.from_numpy(array).to(self.mesh.device, non_blocking=True)
 
     def _tokens_per_step(self) -> int:
@@ -151,9 +153,10 @@ class _Job:
         progress, now = self.progress, time.perf_counter()
         steps = progress.step - progress.line_step
         seconds = (now - progress.line_time) / steps
-        means = self.mesh.reduce(
-            torch.stack([result.loss.double(), result.aux_loss.double()]), dist.ReduceOp.SUM
-        ) / self.rank.world
+        means = (
+            self.mesh.reduce(torch.stack([result.loss.double(), result.aux_loss.double()]), dist.ReduceOp.SUM)
+            / self.rank.world
+        )
         worst = self.mesh.reduce(
             torch.tensor([*self.clock.take(), memory_bytes(self.mesh.device)], dtype=torch.float64),
             dist.ReduceOp.MAX,
@@ -208,9 +211,7 @@ class _Job:
                 if self.progress.step == self.config.train.steps:
                     raise
                 return
-        self._write(
-            SavedLine(time.time(), self.rank.attempt, done.step, done.path, done.bytes, done.seconds)
-        )
+        self._write(SavedLine(time.time(), self.rank.attempt, done.step, done.path, done.bytes, done.seconds))
 
     def _write(self, line: Any) -> None:
         if self.lines is not None:

@@ -98,7 +98,15 @@ def _write_shard(store: Store, folder: str, word: str, shard: Shard) -> ShardFil
             padding = bytes(-offset % _ALIGN)
             offset += len(padding)
             entries.append(
-                Entry(piece.name, piece.dtype, piece.shape, piece.global_shape, piece.start, offset, len(piece.data))
+                Entry(
+                    piece.name,
+                    piece.dtype,
+                    piece.shape,
+                    piece.global_shape,
+                    piece.start,
+                    offset,
+                    len(piece.data),
+                )
             )
             for chunk in (padding, piece.data):
                 digest.update(chunk)

@@ -43,7 +43,9 @@ def judge(exits: Sequence[Exit], evidence: Callable[[int], str]) -> list[Verdict
     if mistaken:
         first = min(mistaken, key=lambda e: e.rank)
         told = first.last_words.removeprefix("megaray: ") or "the program refused its configuration"
-        return [Verdict(VerdictKind.USER_ERROR, told, first.rank, first.node, first.time, evidence(first.rank))]
+        return [
+            Verdict(VerdictKind.USER_ERROR, told, first.rank, first.node, first.time, evidence(first.rank))
+        ]
     began = min(e.time for e in failed)
     first_ones = [e for e in failed if e.time - began <= _SAME_MOMENT]
     # Some signals are how a program itself gives up on a lost peer, so they rank with the exits.
@@ -57,7 +59,9 @@ def judge(exits: Sequence[Exit], evidence: Callable[[int], str]) -> list[Verdict
 
 def _blames_a_peer(words: str) -> bool:
     lower = words.lower()
-    return any(sign in lower for sign in ("connection closed by peer", "connection reset", "remote process exited"))
+    return any(
+        sign in lower for sign in ("connection closed by peer", "connection reset", "remote process exited")
+    )
 
 
 def _how(exit_: Exit) -> str:

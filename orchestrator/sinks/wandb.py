@@ -86,7 +86,7 @@ class WandbSink:
     def close(self) -> None:
         """End W&B's service process."""
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
             self._wandb = None
         wandb.teardown()
 
@@ -147,7 +147,7 @@ class WandbSink:
         self._wandb.log({"incidents": wandb.Table(columns=columns, data=data)})
         view = fold(events)
         self._wandb.summary.update({"state": str(view.state), "attempts": view.attempt, "incidents_total": len(found)})
-        self._wandb.finish(exit_code=0 if view.finished else 1, quiet=True)
+        self._wandb.finish(exit_code=0 if view.finished else 1)
         self._wandb = None
 
     def _save_cursor(self, done: bool) -> None:

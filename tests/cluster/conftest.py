@@ -29,6 +29,8 @@ class Shell:
 
     home: HomePaths
     env: dict[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    """Words before the command, such as `ip netns exec HOST`."""
 
     def _environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "WANDB_API_KEY")}
@@ -37,7 +39,7 @@ class Shell:
     def run(self, *words: str, expect: int = 0) -> str:
         """Run a command to its end; its standard output."""
         done = subprocess.run(
-            [sys.executable, "-m", "orchestrator", *words], env=self._environment(), capture_output=True,
+            [*self.prefix, sys.executable, "-m", "orchestrator", *words], env=self._environment(), capture_output=True,
             text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == expect, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -46,7 +48,7 @@ class Shell:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command and leave it running."""
         return subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", *words], env=self._environment(), text=True,
+            [*self.prefix, sys.executable, "-m", "orchestrator", *words], env=self._environment(), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

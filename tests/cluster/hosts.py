@@ -103,7 +103,11 @@ class Hosts:
 
     def _start_ray(self, host: Host) -> None:
         head = host is self.hosts[0]
-        role = ["--head", f"--port={_PORT}", "--include-dashboard=false"] if head else [f"--address={self.address}"]
+        role = (
+            ["--head", f"--port={_PORT}", "--include-dashboard=false"]
+            if head
+            else [f"--address={self.address}"]
+        )
         words = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block"),
             *(f"--node-ip-address={host.ip}", f"--num-cpus={self.slots}", "--disable-usage-stats"),

@@ -91,7 +91,7 @@ class FakeFabric:
         pids = {r: 100 + r for r in range(gang.spec.world)}
         return GangStatus(
             pids, "fake:1", tuple(reports), {s.node_id: 0.0 for s in gang.spec.shares},
-            {node: "node died" for node in gang.lost}, "",
+            dict.fromkeys(gang.lost, "node died"), "",
         )  # fmt: skip
 
     def _lines(self, gang: FakeGang) -> list[MetricLine]:

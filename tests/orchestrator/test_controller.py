@@ -30,7 +30,9 @@ class World:
         self.controller = Controller(self.home, self.fabric, self.clock)
         self.steps = steps
 
-    def submit(self, run_id: str, ranks: int = 2, priority: int = 0, restarts: int = 3, block: int = 1) -> None:
+    def submit(
+        self, run_id: str, ranks: int = 2, priority: int = 0, restarts: int = 3, block: int = 1
+    ) -> None:
         run = self.home.run(run_id)
         run.root.mkdir(parents=True)
         run.config.write_text(CONFIG)

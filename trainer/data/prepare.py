@@ -107,7 +107,9 @@ def _tokenizer(name: str, vocab: int) -> tuple[Encode, int]:
     """Function from UTF-8 text to token ids, and the id between documents."""
     if name == "bytes":
         if vocab < 256:
-            raise UserError(f"model.vocab={vocab} is below the 256 ids of data.tokenizer=bytes; set model.vocab=256")
+            raise UserError(
+                f"model.vocab={vocab} is below the 256 ids of data.tokenizer=bytes; set model.vocab=256"
+            )
         return lambda text: np.frombuffer(text.replace(b"\0", b""), dtype=np.uint8), SEPARATOR
     if not Path(name).is_file():
         raise UserError(f"data.tokenizer='{name}' is no file; type `bytes` or the path of a tokenizer.json")
@@ -123,7 +125,9 @@ def _tokenizer(name: str, vocab: int) -> tuple[Encode, int]:
         raise UserError(f"data.tokenizer='{name}' is no tokenizer.json: {error}") from None
     size = tokenizer.get_vocab_size()
     if size > vocab:
-        raise UserError(f"model.vocab={vocab} is below the {size} ids of data.tokenizer='{name}'; set model.vocab={size}")
+        raise UserError(
+            f"model.vocab={vocab} is below the {size} ids of data.tokenizer='{name}'; set model.vocab={size}"
+        )
     ends = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
     separator = next((i for i in map(tokenizer.token_to_id, ends) if i is not None), 0)
 
@@ -150,7 +154,9 @@ def _lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a")
     except OSError as error:
-        raise UserError(f"data.cache: can't write {folder} ({error.strerror}); set data.cache to a folder you may write") from None
+        raise UserError(
+            f"data.cache: can't write {folder} ({error.strerror}); set data.cache to a folder you may write"
+        ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

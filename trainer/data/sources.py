@@ -55,17 +55,23 @@ def find(data: DataConfig) -> list[Source]:
         elif fs.exists(path):
             found = [fs.info(path)]
         else:
-            raise UserError(f"data.path='{data.path}' does not exist{_nearby(fs, path)}; type a file, folder, glob or URL")
+            raise UserError(
+                f"data.path='{data.path}' does not exist{_nearby(fs, path)}; type a file, folder, glob or URL"
+            )
     except UserError:
         raise
     except Exception as error:  # every file system has errors of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"data.path='{data.path}' can't be read: {first}") from None
     files = [
-        info for info in found if info["type"] == "file" and not info["name"].rsplit("/", 1)[-1].startswith(".")
+        info
+        for info in found
+        if info["type"] == "file" and not info["name"].rsplit("/", 1)[-1].startswith(".")
     ]
     if not files:
-        raise UserError(f"data.path='{data.path}' holds no files; type a path with text, jsonl or parquet in it")
+        raise UserError(
+            f"data.path='{data.path}' holds no files; type a path with text, jsonl or parquet in it"
+        )
     return sorted((Source(fs, info["name"], _stamp(info)) for info in files), key=lambda s: s.path)
 
 
@@ -84,7 +90,9 @@ def _nearby(fs: Any, path: str) -> str:
 def _standard_library() -> list[Source]:
     """The running Python's own source files, without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts and "dist-packages" not in p.parts)
+    files = sorted(
+        p for p in root.rglob("*.py") if "site-packages" not in p.parts and "dist-packages" not in p.parts
+    )
     fs = fsspec.filesystem("file")
     return [Source(fs, str(path), str(path.stat().st_size)) for path in files]
 
@@ -113,7 +121,9 @@ def _jsonl(source: Source, field: str) -> Iterator[bytes]:
             try:
                 tree = json.loads(row)
             except ValueError as error:
-                raise UserError(f"{source.path}:{number} is not JSON: {error}; each line must be one object") from None
+                raise UserError(
+                    f"{source.path}:{number} is not JSON: {error}; each line must be one object"
+                ) from None
             if not isinstance(tree, dict) or not isinstance(tree.get(field), str):
                 keys = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
                 raise UserError(

@@ -124,4 +124,6 @@ def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     parallel = config.parallel
     assert parallel.dp is not None, "the plan fills parallel.dp in"
     layout = {axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
-    return Mesh(rank.rank, rank.world, layout, device, groups._get_expert_parallel_group(f"ep_size_{ep}"), control)
+    return Mesh(
+        rank.rank, rank.world, layout, device, groups._get_expert_parallel_group(f"ep_size_{ep}"), control
+    )

@@ -12,7 +12,9 @@ from trainer.sizing import parameters
 from trainer.sizing.layout import Layout
 
 #: The label of every figure from here.
-BASIS = "estimate: states exact, activations without recomputation and with even routing, framework not included"
+BASIS = (
+    "estimate: states exact, activations without recomputation and with even routing, framework not included"
+)
 
 _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 _FP32 = 4

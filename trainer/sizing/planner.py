@@ -98,7 +98,9 @@ def trainable(config: RunConfig) -> str | None:
             "(olmoe_1b_7b, mixtral_8x7b and qwen3_30b_a3b train)"
         )
     if model.router.kind != "linear":
-        return f"model.router.kind={model.router.kind} can be planned, not trained; set model.router.kind=linear"
+        return (
+            f"model.router.kind={model.router.kind} can be planned, not trained; set model.router.kind=linear"
+        )
     for axis in ("tp", "pp", "cp", "etp"):
         size = getattr(config.parallel, axis)
         if size != 1:
@@ -161,7 +163,9 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
     unit = parallel.ep if parallel.cp == 1 else -(-parallel.ep // parallel.cp)
     others = parallel.pp * parallel.cp * parallel.tp
     if capacity is None:
-        choices.append(Choice("parallel.dp", str(unit), f"the least that parallel.ep={parallel.ep} is cut out of"))
+        choices.append(
+            Choice("parallel.dp", str(unit), f"the least that parallel.ep={parallel.ep} is cut out of")
+        )
         return unit
     dp = max(unit, capacity.total // others // unit * unit)
     batch = config.train.global_batch
@@ -188,7 +192,9 @@ def _spread(
         )
     if (nodes and ranks % nodes) or (each and ranks % each):
         name, value = ("nodes", nodes) if nodes and ranks % nodes else ("slots_per_node", each)
-        raise UserError(f"cluster.{name}={value} does not divide the layout's {ranks} ranks; choose a divisor")
+        raise UserError(
+            f"cluster.{name}={value} does not divide the layout's {ranks} ranks; choose a divisor"
+        )
     if capacity is None:
         width = config.hardware.devices_per_node or ranks
         slots = (min(width, ranks),) * -(-ranks // min(width, ranks))
@@ -200,11 +206,15 @@ def _spread(
                 f"parallel.dp, or start more: python -m orchestrator down, then up --slots {ranks}"
             )
     fitting = [
-        pair for pair in spreads(ranks, slots) if (not nodes or pair[0] == nodes) and (not each or pair[1] == each)
+        pair
+        for pair in spreads(ranks, slots)
+        if (not nodes or pair[0] == nodes) and (not each or pair[1] == each)
     ]
     if (nodes or each) and not fitting:
         asked = f"cluster.nodes={nodes}" if nodes else f"cluster.slots_per_node={each}"
-        raise UserError(f"{asked} does not fit the cluster ({Capacity(slots)}) with {ranks} ranks; leave it out")
+        raise UserError(
+            f"{asked} does not fit the cluster ({Capacity(slots)}) with {ranks} ranks; leave it out"
+        )
     inside = [pair for pair in fitting if pair[1] % layout.inner == 0]
     if not inside and layout.inner > 1 and ranks > max(slots):
         warnings.append(

@@ -1,0 +1,45 @@
+# Everything runs from a virtual environment of its own; only python3 (3.11 or newer) has to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PYTEST := WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test check bench docs install clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+install: $(VENV)/.installed
+
+# Train the demo model on a local Ray. Ray stays up for the next command; `down` ends it.
+demo: install
+	$(BIN)/python -m orchestrator submit experiment=demo --yes
+	@echo 'Ray is still up: `$(BIN)/python -m orchestrator down` ends it.'
+
+# Fast tests side by side, then those that need the whole machine one after the other.
+test: install
+	$(PYTEST) -q -n 2 -m 'unit or sim'
+	$(PYTEST) -q -m 'not unit and not sim and not gpu'
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -q tests/test_architecture.py tests/test_budgets.py tests/test_knobs.py
+
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench
+
+docs: install
+	$(BIN)/python -m tests.write_docs
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
