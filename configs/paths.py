@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import UserError, nearest
 
 
 def default_home() -> Path:
@@ -45,6 +46,21 @@ class HomePaths:
         """Default folder of prepared tokens."""
         return self.home / "data"
 
+    def ensure(self) -> None:
+        """Make the home's folders.
+
+        Raises:
+            UserError: where that isn't allowed.
+        """
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.runs):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"MEGARAY_HOME={self.home} can't be written ({error.strerror}); set it to a folder that you may write"
+            ) from None
+
     def run(self, run_id: str) -> RunPaths:
         """Paths of one run."""
         return RunPaths(self.runs / run_id)
@@ -65,8 +81,6 @@ class HomePaths:
             raise UserError(
                 f"run '{run_id}' is ambiguous: it fits {', '.join(fitting[:5])}; type more of the id"
             )
-        from configs.errors import nearest
-
         raise UserError(
             f"run '{run_id}' does not exist in {self.runs}{nearest(run_id, known)}; "
             "`python -m orchestrator list` shows the runs"

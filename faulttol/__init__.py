@@ -1,0 +1,1 @@
+"""Observing, judging, saving and restoring."""

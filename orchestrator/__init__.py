@@ -1,0 +1,1 @@
+"""What runs where: queue, placement, controller, command line."""

@@ -48,6 +48,7 @@ def submit(call: Call) -> int:
     refusal = trainable(config)
     if refusal:
         raise UserError(refusal)
+    call.home.ensure()
     prepare.check(config.data, config.model.vocab)
     if config.checkpoint.path:
         check_writable(config.checkpoint.path)
@@ -147,6 +148,7 @@ def up(call: Call) -> int:
     slots = call.options.slots if call.options.slots is not None else os.cpu_count() or 1
     if slots < 1:
         raise UserError(f"--slots {slots}: a cluster needs at least one; leave it out for one per processor")
+    call.home.ensure()
     record = _up(call, slots, Timeouts())
     try:
         ControllerClient.connect(call.home)

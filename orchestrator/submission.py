@@ -73,11 +73,12 @@ def write_run(home: HomePaths, submission: Submission, arguments: Sequence[str])
     """Write a new run's folder: resolved configuration, plan, commit, uncommitted changes, versions.
 
     Raises:
-        UserError: where the home can't be written; nothing is left behind then.
+        UserError: where it can't be written; nothing is left behind then.
     """
+    home.ensure()
     paths = home.run(new_run_id(submission.config))
     try:
-        paths.root.mkdir(parents=True)
+        paths.root.mkdir()
         paths.config.write_text(dump(submission.plan.config))
         paths.plan.write_text(json.dumps(submission.plan.to_json(), indent=1))
         source, difference = _source(arguments)
@@ -86,10 +87,7 @@ def write_run(home: HomePaths, submission: Submission, arguments: Sequence[str])
             paths.source_diff.write_text(difference)
     except OSError as error:
         shutil.rmtree(paths.root, ignore_errors=True)
-        raise UserError(
-            f"can't write the run's folder {paths.root} ({error.strerror}); "
-            "set MEGARAY_HOME to a folder that you may write"
-        ) from None
+        raise UserError(f"can't write {paths.root} ({error.strerror}); free some space and submit again") from None
     return paths
 
 

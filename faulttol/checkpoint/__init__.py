@@ -1,0 +1,1 @@
+"""Checkpoints: boxes of global tensors in files that are whole or absent."""

@@ -57,11 +57,20 @@ def judge(exits: Sequence[Exit], evidence: Callable[[int], str]) -> list[Verdict
     ]
 
 
+_PEER_LOST = (
+    "connection closed by peer",  # gloo
+    "connection reset by peer",
+    "broken pipe",
+    "connection was likely closed",  # torch's rendezvous store
+    "remote process exited",  # NCCL and RCCL
+    "remote error",
+)
+"""How a library says that it lost its peer."""
+
+
 def _blames_a_peer(words: str) -> bool:
     lower = words.lower()
-    return any(
-        sign in lower for sign in ("connection closed by peer", "connection reset", "remote process exited")
-    )
+    return any(sign in lower for sign in _PEER_LOST)
 
 
 def _how(exit_: Exit) -> str:

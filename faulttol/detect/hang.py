@@ -9,7 +9,8 @@ from faulttol.recorder import Mark, Phase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 
 CHECKPOINT_FACTOR = 10.0
-"""A save may take this many times `hang`: storage has outliers that compute hasn't."""
+"""A save may take this many times `hang`: storage has outliers that compute hasn't. It holds where the ranks
+that are furthest behind are saving; one that never came to the save has no such excuse."""
 _NAMED = 8
 
 
@@ -46,31 +47,48 @@ def judge(
     if not records:
         return []
     last = max(records.values(), key=lambda r: r.time)
-    saving = any(r.phase is Phase.CHECKPOINT and r.mark is Mark.BEGIN for r in records.values())
+    behind = _behind(records)
+    saving = all(
+        records[rank].phase is Phase.CHECKPOINT and records[rank].mark is Mark.BEGIN for rank in behind
+    )
     limit = timeouts.seconds("hang") * (CHECKPOINT_FACTOR if saving else 1.0)
     silence = now - last.time
     if silence <= limit:
         return []
     detail = f"no rank made a record for {silence:.0f} s: {_behind_text(records)}"
-    return [Verdict(VerdictKind.HANG, detail, _behind(records)[0], time=last.time)]
+    return [Verdict(VerdictKind.HANG, detail, behind[0], time=last.time)]
 
 
 def _behind(records: Mapping[int, Record]) -> list[int]:
     """Ranks with the fewest steps and, among these, the fewest records."""
-    least = min((r.step, r.sequence) for r in records.values())
-    return sorted(rank for rank, r in records.items() if (r.step, r.sequence) == least)
+    places = {rank: _place(record) for rank, record in records.items()}
+    least = min(places.values())
+    return sorted(rank for rank, place in places.items() if place == least)
+
+
+def _place(record: Record) -> tuple[int, int]:
+    """Where a rank is: index of the step it is in, and its records so far.
+
+    `step` n says that n steps are finished; what follows it, such as a save, belongs to the same step's end.
+    """
+    return record.step - (record.mark is Mark.STEP), record.sequence
 
 
 def _behind_text(records: Mapping[int, Record]) -> str:
     ranks = _behind(records)
     record = records[ranks[0]]
     if len(ranks) == len(records):
-        return f"all ranks stand in {record.phase.name.lower()} of step {record.step}"
+        return f"all ranks stand {_where(record)}"
     one = len(ranks) == 1
     return (
-        f"rank{'' if one else 's'} {_listed(ranks)} {'is' if one else 'are'} behind, "
-        f"in {record.phase.name.lower()} of step {record.step}"
+        f"rank{'' if one else 's'} {_listed(ranks)} {'is' if one else 'are'} behind, {_where(record)}"
     )
+
+
+def _where(record: Record) -> str:
+    if record.mark is Mark.STEP:
+        return f"after the end of step {record.step}"
+    return f"{'in' if record.mark is Mark.BEGIN else 'after'} {record.phase.name.lower()} of step {record.step}"
 
 
 def _listed(ranks: list[int]) -> str:
