@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.paths import HomePaths
+from orchestrator import PROGRAM
 from orchestrator.states import State
-
-PROGRAM = "python -m orchestrator"
 
 
 @dataclass(frozen=True)

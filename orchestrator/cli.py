@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from configs.errors import USER_ERROR_EXIT, UserError, nearest
 from configs.paths import HomePaths, default_home
-from orchestrator.calls import PROGRAM, Call, watch
+from orchestrator import PROGRAM
+from orchestrator.calls import Call, watch
 
 _OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
 
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # `| head` has left; nothing more can be written
+        sys.stdout = None  # `| head` has left; nothing more can be written
         return 0
     except KeyboardInterrupt:
         print(file=sys.stderr)

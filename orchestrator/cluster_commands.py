@@ -12,8 +12,8 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
-from orchestrator import console, ray_cluster, reading
-from orchestrator.calls import PROGRAM, Call, watch
+from orchestrator import PROGRAM, console, ray_cluster, reading
+from orchestrator.calls import Call, watch
 from orchestrator.ray_controller import ControllerClient
 from orchestrator.submission import CODE, Submission, write_run
 from trainer.data import prepare

@@ -9,8 +9,7 @@ from typing import Any, TextIO
 
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
 from configs.paths import HomePaths, RunPaths
-from orchestrator import reading
-from orchestrator.calls import PROGRAM
+from orchestrator import PROGRAM, reading
 from orchestrator.events import Decided, Event, IncidentClosed, IncidentOpened, Moved
 from orchestrator.reading import Follower, RunSummary
 from orchestrator.states import State
@@ -74,7 +73,8 @@ def plan_table(plan: dict[str, Any]) -> str:
             f"{plan['model']}: {count(parameters['total'])} parameters, {count(parameters['active'])} active",
         ),
         ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
-        ("layout", f"{axes}: {plan['ranks']} ranks on {nodes}"),
+        ("device", plan["device"]),
+        ("layout", f"{axes}: {plan['ranks']} ranks on {nodes} of cluster {plan['cluster']}"),
         ("per rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
         (
             "tokens",

@@ -75,7 +75,7 @@ def summary(run: RunPaths, queue: dict[str, Any]) -> RunSummary:
     view = fold(read(run.events))
     assert view.submitted is not None and view.state is not None, "a run begins with `submitted`"
     line = _newest_line(run, view)
-    wait = next((w for w in queue.get("waiting", []) if w["run"] == run.run_id), {})
+    wait: dict[str, Any] = next((w for w in queue.get("waiting", []) if w["run"] == run.run_id), {})
     queued = view.state is State.QUEUED
     steps = view.submitted.steps
     left = (steps - line.step) * line.step_seconds if line and view.state is State.RUNNING else None

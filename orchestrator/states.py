@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from orchestrator import PROGRAM
+
 
 class State(StrEnum):
     """Where a run stands."""
@@ -102,11 +104,10 @@ class Reason(StrEnum):
 
     def next_step(self, run_id: str) -> str:
         """What a person types next when a run ended for this reason; empty where nothing is to be done."""
-        command = "python -m orchestrator"
         if self in (Reason.USER_ERROR, Reason.RESTARTS_EXHAUSTED):
-            return f"{command} logs {run_id}; mend the cause, then {command} resume {run_id}"
+            return f"{PROGRAM} logs {run_id}; mend the cause, then {PROGRAM} resume {run_id}"
         if self in (Reason.CANCEL_ASKED, Reason.CLUSTER_DOWN, Reason.STOPPED):
-            return f"{command} resume {run_id}"
+            return f"{PROGRAM} resume {run_id}"
         return ""
 
 

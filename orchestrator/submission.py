@@ -87,12 +87,14 @@ def write_run(home: HomePaths, submission: Submission, arguments: Sequence[str])
             paths.source_diff.write_text(difference)
     except OSError as error:
         shutil.rmtree(paths.root, ignore_errors=True)
-        raise UserError(f"can't write {paths.root} ({error.strerror}); free some space and submit again") from None
+        raise UserError(
+            f"can't write {paths.root} ({error.strerror}); free some space and submit again"
+        ) from None
     return paths
 
 
 def _source(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)

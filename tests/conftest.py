@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-_LOCAL = ("127.", "localhost", "::1", "0.0.0.0", "")
+_LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 
 
 @pytest.fixture(autouse=True)

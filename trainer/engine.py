@@ -79,7 +79,8 @@ class Engine:
         groups = split_params_into_different_moe_groups_for_optimizer(groups)
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],
-            lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=False,
+            lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+            fused=self.mesh.device.type == "cuda", foreach=False,
         )  # fmt: skip
 
     def _deepspeed_config(self) -> dict[str, Any]:

@@ -39,9 +39,9 @@ class PhaseClock:
             end = self._mark()
             self._recorder.end(which, self.step)
             if self._cuda:
-                self._events.append((name, begin, end))  # type: ignore[arg-type]  # events, on a GPU
+                self._events.append((name, begin, end))
             else:
-                self._seconds[name] += end - begin  # type: ignore[operator]  # floats, on a CPU
+                self._seconds[name] += end - begin
 
     def _mark(self) -> torch.cuda.Event | float:
         if not self._cuda:

@@ -21,7 +21,8 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; embeddings and everything of one dim without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if parameter.ndim < 2 or name == "embedding" else decayed).append(parameter)
     return [

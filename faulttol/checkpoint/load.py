@@ -6,6 +6,7 @@ import hashlib
 
 from configs.errors import UserError
 from faulttol.checkpoint.manifest import FILE, Incomplete, Manifest
+from faulttol.checkpoint.peers import Peers
 from faulttol.checkpoint.pieces import Piece, Shard
 from faulttol.checkpoint.store import Store
 
@@ -44,7 +45,8 @@ def manifest_of(store: Store, step: int) -> Manifest:
 
 def newest(root: str) -> tuple[int | None, list[str]]:
     """The newest step whose files are all there, and why newer ones were passed over."""
-    store, passed = Store(root), []
+    store = Store(root)
+    passed: list[str] = []
     for step in reversed(steps(store)):
         try:
             manifest_of(store, step)
@@ -72,12 +74,64 @@ def load(root: str, step: int, layout: dict[str, int], rank: int) -> Shard:
             "this version loads the same layout only: set parallel.* to the saved one, or another checkpoint.path"
         )
     file = next(shard for shard in manifest.shards if shard.rank == rank)
-    data = memoryview(store.read(f"{folder_of(step)}/{file.file}"))
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    path = f"{root.rstrip('/')}/{folder_of(step)}/{file.file}"
+    try:
+        data = memoryview(store.read(f"{folder_of(step)}/{file.file}"))
+    except OSError as error:
+        raise Incomplete(f"{path} can't be read: {error}") from None
+    digest = hashlib.sha256(data).hexdigest()
     if (len(data), digest) != (file.bytes, file.digest):
-        raise Incomplete(f"{root}/{folder_of(step)}/{file.file} differs from what was saved")
+        raise Incomplete(
+            f"{path} differs from what was saved: {len(data)} bytes with SHA-256 {digest[:12]}, "
+            f"and {file.bytes} with {file.digest[:12]} were committed"
+        )
     pieces = [
         Piece(e.name, e.dtype, e.shape, e.global_shape, e.start, data[e.offset : e.offset + e.length])
         for e in file.entries
     ]
     return Shard(rank, len(manifest.shards), manifest.layout, pieces, dict(manifest.scalars))
+
+
+def restore(
+    root: str, layout: dict[str, int], rank: int, peers: Peers
+) -> tuple[int | None, Shard | None, list[str]]:
+    """The newest checkpoint that every rank can read; all ranks call this together and agree on it.
+
+    Returns:
+        The step and this rank's shard, None where nothing has been committed, and why newer checkpoints were
+        passed over.
+
+    Raises:
+        UserError: where another layout saved the newest.
+        Incomplete: where checkpoints were committed and none can be read: to start afresh would be to lose
+            them in silence.
+    """
+    store = Store(root)
+    passed: list[str] = []
+    for step in reversed(peers.broadcast(steps(store) if rank == 0 else None)):
+        shard, refusal, why = None, None, None
+        try:
+            shard = load(root, step, layout, rank)
+        except UserError as error:
+            refusal = str(error)
+        except Exception as error:  # told to all ranks, which decide together
+            why = str(error) if isinstance(error, Incomplete) else f"{type(error).__name__}: {error}"
+        answers = peers.gather((refusal, why))
+        refusals, reasons = peers.broadcast(_distinct(answers) if answers is not None else None)
+        if refusals:
+            raise UserError(refusals[0])
+        if not reasons:
+            return step, shard, passed
+        passed.append(f"step {step}: {'; '.join(reasons[:3])}")
+    if passed:
+        raise Incomplete(
+            f"no checkpoint in {root} can be read: {' | '.join(passed)}; restore the files, or name another "
+            "checkpoint.path to start afresh"
+        )
+    return None, None, passed
+
+
+def _distinct(answers: list[tuple[str | None, str | None]]) -> tuple[list[str], list[str]]:
+    """Refusals and reasons, each told once."""
+    refusals, reasons = zip(*answers, strict=True)
+    return list(dict.fromkeys(filter(None, refusals))), list(dict.fromkeys(filter(None, reasons)))

@@ -48,6 +48,8 @@ class Piece:
         import torch  # only this edge of the room knows tensors
 
         kind = getattr(torch, self.dtype)
+        if not len(self.data):  # which `frombuffer` refuses
+            return torch.empty(self.shape, dtype=kind)
         return torch.frombuffer(bytearray(self.data), dtype=torch.uint8).view(kind).view(self.shape)
 
 

@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from faulttol.checkpoint.load import folder_of, steps
 from faulttol.checkpoint.manifest import FILE, Entry, Incomplete, Manifest, ShardFile, check
+from faulttol.checkpoint.peers import Peers
 from faulttol.checkpoint.pieces import Shard
 from faulttol.checkpoint.store import Store
 
+_log = logging.getLogger("megaray.checkpoint")
 _ALIGN = 64
-
-
-class Peers(Protocol):
-    """The ranks that save together."""
-
-    def gather(self, item: Any) -> list[Any] | None:
-        """All ranks' items on rank 0, in rank order; None elsewhere."""
-
-    def broadcast(self, item: Any) -> Any:
-        """Rank 0's item on all ranks."""
-
-
-class Alone:
-    """`Peers` of a single rank."""
-
-    def gather(self, item: Any) -> list[Any] | None:
-        """The item."""
-        return [item]
-
-    def broadcast(self, item: Any) -> Any:
-        """The item."""
-        return item
+"""Pieces begin at a multiple of this many bytes, so that a mapped file can be read as any dtype."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +49,9 @@ def save(root: str, step: int, shard: Shard, peers: Peers, keep: int) -> Saved:
     began = time.monotonic()
     store = Store(root)
     folder = folder_of(step)
-    word = peers.broadcast(secrets.token_hex(4))
+    name = f"{shard.rank:05d}-{peers.broadcast(secrets.token_hex(4))}.bin"
     try:
-        answer: ShardFile | str = _write_shard(store, folder, word, shard)
+        answer: ShardFile | str = _write_shard(store, folder, name, shard)
     except Exception as error:  # told to all ranks, which raise it together
         answer = f"rank {shard.rank}: {type(error).__name__}: {error}"
     answers = peers.gather(answer)
@@ -79,17 +60,18 @@ def save(root: str, step: int, shard: Shard, peers: Peers, keep: int) -> Saved:
         try:
             size = _commit(store, step, shard, answers)
         except Exception as error:  # likewise
-            failure = str(error)
+            failure = str(error) or type(error).__name__
     failure, size = peers.broadcast((failure, size))
     if failure:
+        _discard(store, f"{folder}/{name}")
         raise Incomplete(f"step {step} was not saved to {root}: {failure}")
     if shard.rank == 0:
         _retire(store, keep)
     return Saved(f"{root.rstrip('/')}/{folder}", step, size, time.monotonic() - began)
 
 
-def _write_shard(store: Store, folder: str, word: str, shard: Shard) -> ShardFile:
-    digest = hashlib.blake2b(digest_size=16)
+def _write_shard(store: Store, folder: str, name: str, shard: Shard) -> ShardFile:
+    digest = hashlib.sha256()
     entries: list[Entry] = []
 
     def chunks() -> Iterator[bytes | memoryview]:
@@ -113,7 +95,6 @@ def _write_shard(store: Store, folder: str, word: str, shard: Shard) -> ShardFil
                 yield chunk
             offset += len(piece.data)
 
-    name = f"{shard.rank:05d}-{word}.bin"
     size = store.write(f"{folder}/{name}", chunks())
     return ShardFile(shard.rank, name, size, digest.hexdigest(), tuple(entries))
 
@@ -129,10 +110,24 @@ def _commit(store: Store, step: int, shard: Shard, answers: list[ShardFile | str
     return manifest.bytes
 
 
+def _discard(store: Store, path: str) -> None:
+    """Remove what a failed save wrote: where the storage is full, the next save needs the room."""
+    try:
+        store.remove(path)
+    except Exception as error:  # the failure that is being told matters more
+        _log.warning("could not remove %s: %s", path, error)
+
+
 def _retire(store: Store, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what interrupted saves before them left."""
-    kept = steps(store)[-keep:]
-    for name in store.names():
-        if name.startswith("step-") and name < folder_of(kept[0]):
-            store.remove(f"{name}/{FILE}")
-            store.remove(name)
+    """Remove all but the newest `keep` checkpoints, and what interrupted saves before them left.
+
+    The new checkpoint is committed, so a failure here is told and training goes on.
+    """
+    try:
+        kept = steps(store)[-keep:]
+        for name in store.names():
+            if name.startswith("step-") and name < folder_of(kept[0]):
+                store.remove(f"{name}/{FILE}")
+                store.remove(name)
+    except Exception as error:
+        _log.warning("could not remove old checkpoints in %s: %s", store.url, error)

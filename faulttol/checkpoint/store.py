@@ -7,10 +7,12 @@ An object store has neither rename nor fsync, but a PUT is atomic; there the siz
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -45,7 +47,7 @@ class Store:
         return self._write_local(Path(path), chunks) if self._local else self._put(path, chunks)
 
     def _write_local(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("wb") as file:
@@ -59,13 +61,12 @@ class Store:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        for folder in (path.parent, path.parent.parent):
-            _sync_folder(folder)
+        _sync_folder(path.parent)
         return size
 
     def _put(self, path: str, chunks: Iterable[bytes | memoryview]) -> int:
         size = 0
-        with self._fs.open(path, "wb") as file:
+        with self._create(path) as file:
             for chunk in chunks:
                 size += file.write(chunk)
         self._fs.invalidate_cache()
@@ -73,6 +74,13 @@ class Store:
         if found != size:
             raise OSError(f"{path}: {size} bytes were written, {found} are there")
         return size
+
+    def _create(self, path: str) -> IO[bytes]:
+        try:
+            return self._fs.open(path, "wb")
+        except FileNotFoundError:  # a remote file system with real folders
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            return self._fs.open(path, "wb")
 
     def read(self, name: str) -> bytes:
         """A whole file.
@@ -115,9 +123,21 @@ def check_writable(root: str) -> None:
         ) from None
 
 
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that their names survive a crash of the machine."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        # Mounts of object stores refuse this for folders, and have none that could be lost.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)

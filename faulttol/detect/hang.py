@@ -80,15 +80,15 @@ def _behind_text(records: Mapping[int, Record]) -> str:
     if len(ranks) == len(records):
         return f"all ranks stand {_where(record)}"
     one = len(ranks) == 1
-    return (
-        f"rank{'' if one else 's'} {_listed(ranks)} {'is' if one else 'are'} behind, {_where(record)}"
-    )
+    return f"rank{'' if one else 's'} {_listed(ranks)} {'is' if one else 'are'} behind, {_where(record)}"
 
 
 def _where(record: Record) -> str:
     if record.mark is Mark.STEP:
         return f"after the end of step {record.step}"
-    return f"{'in' if record.mark is Mark.BEGIN else 'after'} {record.phase.name.lower()} of step {record.step}"
+    return (
+        f"{'in' if record.mark is Mark.BEGIN else 'after'} {record.phase.name.lower()} of step {record.step}"
+    )
 
 
 def _listed(ranks: list[int]) -> str:

@@ -92,7 +92,12 @@ class WandbSink:
 
     def _start(self) -> Any:
         settings = wandb.Settings(
-            console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True, save_code=False
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            save_code=False,
         )
         tracking = self._config.tracking
         logged = wandb.init(
@@ -118,10 +123,16 @@ class WandbSink:
                 self._wandb.log(row_of(item))
             case SavedLine():
                 self._wandb.log(
-                    {"train/step": item.step, "checkpoint/seconds": item.seconds, "checkpoint/bytes": item.bytes}
+                    {
+                        "train/step": item.step,
+                        "checkpoint/seconds": item.seconds,
+                        "checkpoint/bytes": item.bytes,
+                    }
                 )
             case ResumedLine():
-                self._wandb.config.update({"mfu_basis": item.mfu_basis, "facts": item.facts}, allow_val_change=True)
+                self._wandb.config.update(
+                    {"mfu_basis": item.mfu_basis, "facts": item.facts}, allow_val_change=True
+                )
                 if item.attempt > 1:
                     self._mark_lost(item.attempt)
             case EndedLine():
@@ -146,7 +157,9 @@ class WandbSink:
         data = [[str(one[name]) for name in columns] for one in found]
         self._wandb.log({"incidents": wandb.Table(columns=columns, data=data)})
         view = fold(events)
-        self._wandb.summary.update({"state": str(view.state), "attempts": view.attempt, "incidents_total": len(found)})
+        self._wandb.summary.update(
+            {"state": str(view.state), "attempts": view.attempt, "incidents_total": len(found)}
+        )
         self._wandb.finish(exit_code=0 if view.finished else 1)
         self._wandb = None
 

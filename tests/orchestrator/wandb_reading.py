@@ -16,7 +16,14 @@ from wandb.proto import wandb_internal_pb2
 
 def read_offline(folder: Path) -> dict[str, Any]:
     """History rows, configuration, summary, axes and files of all offline runs under `folder`, oldest first."""
-    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "axes": {}, "ids": set(), "complete": 0}
+    found: dict[str, Any] = {
+        "history": [],
+        "config": {},
+        "summary": {},
+        "axes": {},
+        "ids": set(),
+        "complete": 0,
+    }
     for path in sorted(folder.rglob("*.wandb")):
         for data in _records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
@@ -50,9 +57,13 @@ def _take(record: Any, found: dict[str, Any]) -> None:
     match record.WhichOneof("record_type"):
         case "run":
             found["ids"].add(record.run.run_id)
-            found["config"] |= {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.run.config.update}
+            found["config"] |= {
+                i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.run.config.update
+            }
         case "config":
-            found["config"] |= {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.config.update}
+            found["config"] |= {
+                i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.config.update
+            }
         case "history":
             row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
             found["history"].append(row)

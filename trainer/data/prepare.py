@@ -14,6 +14,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import DataConfig
+from faulttol.checkpoint.store import Store
 from trainer.data.sources import Source, documents, find
 
 SEPARATOR = 0
@@ -42,9 +43,11 @@ def check(data: DataConfig, vocab: int) -> None:
     encode, _ = _tokenizer(data.tokenizer, vocab)
     needed, have = data.sequence + 1, 0
     for source in sources:
-        for document in documents(source, data.text_field):
-            have += len(encode(document)) + 1
-            if have > needed:
+        for part, ends in documents(source, data.text_field):
+            # The beginning of a long part tells enough; the whole is tokenised by the ranks.
+            ids = encode(part[: 64 * needed])
+            have += len(ids) + (ends and len(ids) > 0)
+            if have >= needed or len(part) > 64 * needed:
                 return
     _refuse_short(data, have)
 
@@ -64,7 +67,7 @@ def prepare(data: DataConfig, vocab: int, default_cache: Path) -> TokenStore:
     encode, separator = _tokenizer(data.tokenizer, vocab)
     folder = Path(data.cache or default_cache) / _digest(data, sources)
     with _lock(folder):
-        if not (folder / "meta.json").exists():
+        if not _is_whole(folder):
             _write(folder, data, sources, encode, separator, vocab)
     meta = json.loads((folder / "meta.json").read_text())
     if meta["tokens"] <= data.sequence:
@@ -73,8 +76,17 @@ def prepare(data: DataConfig, vocab: int, default_cache: Path) -> TokenStore:
     return TokenStore(tokens, meta["documents"], folder)
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        size: int = meta["tokens"] * np.dtype(meta["dtype"]).itemsize
+        return (folder / "tokens.bin").stat().st_size == size
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _refuse_short(data: DataConfig, have: int) -> None:
-    place = f"data.path='{data.path}'"
+    place = "the standard library" if data.path is None else f"data.path='{data.path}'"
     if have <= 1:
         raise UserError(f"{place} is empty; type a path with text in it")
     raise UserError(
@@ -86,21 +98,48 @@ def _refuse_short(data: DataConfig, have: int) -> None:
 def _write(
     folder: Path, data: DataConfig, sources: list[Source], encode: Encode, separator: int, vocab: int
 ) -> None:
+    """Stream all texts through the tokenizer into `tokens.bin`, and say last, in `meta.json`, that it's whole."""
     kind = np.dtype(np.uint8 if vocab <= 1 << 8 else np.uint16 if vocab <= 1 << 16 else np.uint32)
-    temporary = folder / "tokens.tmp"
-    count = texts = 0
-    with temporary.open("wb") as file:
-        for document in (d for source in sources for d in documents(source, data.text_field)):
-            ids = encode(document)
-            if not len(ids):
-                continue
-            file.write(ids.astype(kind).tobytes())
-            file.write(np.array([separator], dtype=kind).tobytes())
-            count, texts = count + len(ids) + 1, texts + 1
-    temporary.replace(folder / "tokens.bin")
-    meta = {"tokens": count, "documents": texts, "dtype": kind.name, "sources": len(sources)}
-    (folder / "meta.tmp").write_text(json.dumps(meta))
-    (folder / "meta.tmp").replace(folder / "meta.json")
+    between = np.array([separator], dtype=kind).tobytes()
+    texts = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal texts
+        begun = False
+        for part, ends in (d for source in sources for d in documents(source, data.text_field)):
+            ids = encode(part)
+            if len(ids):
+                _refuse_unknown(data, int(ids.max()), vocab)
+                begun = True
+                yield ids.astype(kind).tobytes()
+            if ends and begun:
+                begun, texts = False, texts + 1
+                yield between
+
+    for left in folder.glob(".*.tmp"):  # by a process that was killed in here
+        left.unlink()
+    store = Store(str(folder))
+    try:
+        size = store.write("tokens.bin", chunks())
+        meta = {
+            "tokens": size // kind.itemsize,
+            "documents": texts,
+            "dtype": kind.name,
+            "sources": len(sources),
+        }
+        store.write("meta.json", [json.dumps(meta).encode()])
+    except OSError as error:
+        raise UserError(
+            f"data.cache: can't write {folder} ({error.strerror}); set data.cache to a folder with room"
+        ) from None
+
+
+def _refuse_unknown(data: DataConfig, largest: int, vocab: int) -> None:
+    if largest >= vocab:
+        raise UserError(
+            f"model.vocab={vocab} is too small for data.tokenizer='{data.tokenizer}', which gives the id "
+            f"{largest}; set model.vocab={largest + 1} or more"
+        )
 
 
 def _tokenizer(name: str, vocab: int) -> tuple[Encode, int]:

@@ -21,12 +21,17 @@ class Sampler:
         sequence: tokens per sample that have a loss; a sample is one longer.
         global_batch: samples per step.
         seed: of the order.
+
+    Raises:
+        ValueError: where the tokens don't make up one sample.
     """
 
     def __init__(self, tokens: np.ndarray, sequence: int, global_batch: int, seed: int) -> None:
         self._tokens, self._sequence, self._global_batch, self._seed = tokens, sequence, global_batch, seed
         self.samples = (len(tokens) - 1) // sequence
         """Samples per epoch; each is drawn once in it."""
+        if self.samples < 1:
+            raise ValueError(f"{len(tokens)} tokens make no sample of {sequence} and its target")
         self._half = max(1, -(-(self.samples - 1).bit_length() // 2))
 
     def batch(self, step: int, micro: int, micro_batch: int, dp_rank: int, dp: int) -> np.ndarray:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
+import os
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 
 from configs.errors import UserError, nearest
 from configs.schema import DataConfig
 
-_JSONL = (".jsonl", ".jsonl.gz", ".ndjson", ".json")
-_PARQUET = (".parquet",)
+_JSONL = (".jsonl", ".ndjson", ".json")
+_PARQUET = ".parquet"
+_CHUNK = 1 << 24
+"""Bytes of a text file that are read and tokenised at a time."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Source:
     def open(self) -> IO[bytes]:
         """Its bytes, unpacked where it ends in `.gz`."""
         file = self.fs.open(self.path, "rb")
-        return gzip.open(file) if self.path.endswith(".gz") else file  # type: ignore[return-value]  # a file
+        return cast("IO[bytes]", gzip.open(file)) if self.path.lower().endswith(".gz") else file
 
 
 def find(data: DataConfig) -> list[Source]:
@@ -63,11 +66,7 @@ def find(data: DataConfig) -> list[Source]:
     except Exception as error:  # every file system has errors of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"data.path='{data.path}' can't be read: {first}") from None
-    files = [
-        info
-        for info in found
-        if info["type"] == "file" and not info["name"].rsplit("/", 1)[-1].startswith(".")
-    ]
+    files = [info for info in found if info["type"] == "file" and not _hidden(info["name"], path)]
     if not files:
         raise UserError(
             f"data.path='{data.path}' holds no files; type a path with text, jsonl or parquet in it"
@@ -79,41 +78,69 @@ def _stamp(info: dict[str, Any]) -> str:
     return f"{info.get('size')}/{info.get('mtime') or info.get('ETag') or info.get('LastModified') or ''}"
 
 
+def _hidden(name: str, below: str) -> bool:
+    """Whether a part of `name` that `below` doesn't spell out begins with a dot, as in `.git`."""
+    told = set(below.split("/"))
+    return any(part.startswith(".") and part not in told for part in name.split("/"))
+
+
 def _nearby(fs: Any, path: str) -> str:
+    folder, _, name = path.rstrip("/").rpartition("/")
     try:
-        names = [str(name) for name in fs.ls(path.rsplit("/", 1)[0] or "/", detail=False)]
+        names = [str(p).rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(folder or "/", detail=False)]
     except Exception:  # the folder is missing too; then there is nothing to compare with
         return ""
-    return nearest(path, names)
+    return nearest(name, names)
 
 
 def _standard_library() -> list[Source]:
-    """The running Python's own source files, without installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        p for p in root.rglob("*.py") if "site-packages" not in p.parts and "dist-packages" not in p.parts
-    )
+    """The running Python's own source files, its tests among them, without installed packages."""
     fs = fsspec.filesystem("file")
-    return [Source(fs, str(path), str(path.stat().st_size)) for path in files]
+    found = []
+    for folder, below, names in os.walk(sysconfig.get_path("stdlib")):
+        below[:] = [name for name in below if name not in ("site-packages", "dist-packages")]
+        for name in names:
+            if name.endswith(".py"):
+                path = f"{folder}/{name}"
+                # No times: hosts with the same Python have the same text, whenever it was installed.
+                found.append(Source(fs, path, str(Path(path).stat().st_size)))
+    return sorted(found, key=lambda source: source.path)
 
 
-def documents(source: Source, field: str) -> Iterator[bytes]:
-    """The texts of one file as UTF-8, one at a time.
+def documents(source: Source, field: str) -> Iterator[tuple[bytes, bool]]:
+    """The texts of one file as UTF-8: parts of bounded size, each with whether it ends a document.
+
+    A text file is one document; in jsonl and parquet a row is one.
 
     Raises:
-        UserError: for a malformed line or a missing field, with file and line.
+        UserError: for a file that can't be read, a malformed line or a missing field, with file and line.
     """
-    name = source.path.lower()
-    if name.endswith(_PARQUET):
-        yield from _parquet(source, field)
-    elif name.endswith(_JSONL):
-        yield from _jsonl(source, field)
-    else:
-        with source.open() as file:
-            yield file.read()
+    name = source.path.lower().removesuffix(".gz")
+    read = _parquet if name.endswith(_PARQUET) else _jsonl if name.endswith(_JSONL) else _text
+    try:
+        yield from read(source, field)
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+    ) as error:  # also what gzip says of a file that isn't or is cut short
+        raise UserError(
+            f"{source.path} can't be read: {error}; mend it or leave it out of data.path"
+        ) from None
 
 
-def _jsonl(source: Source, field: str) -> Iterator[bytes]:
+def _text(source: Source, _field: str) -> Iterator[tuple[bytes, bool]]:
+    """Parts end where a line does, so that a tokenizer sees whole words."""
+    with source.open() as file:
+        part = file.read(_CHUNK)
+        while following := file.read(_CHUNK):
+            cut = part.rfind(b"\n") + 1 or len(part)
+            yield part[:cut], False
+            part = part[cut:] + following
+        yield part, True
+
+
+def _jsonl(source: Source, field: str) -> Iterator[tuple[bytes, bool]]:
     with source.open() as file:
         for number, row in enumerate(file, 1):
             if not row.strip():
@@ -124,29 +151,41 @@ def _jsonl(source: Source, field: str) -> Iterator[bytes]:
                 raise UserError(
                     f"{source.path}:{number} is not JSON: {error}; each line must be one object"
                 ) from None
-            if not isinstance(tree, dict) or not isinstance(tree.get(field), str):
-                keys = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-                raise UserError(
-                    f"{source.path}:{number} has no text under data.text_field='{field}'; it has: {keys}"
-                )
-            yield tree[field].encode()
+            text = tree.get(field) if isinstance(tree, dict) else None
+            if not isinstance(text, str):
+                raise _no_field(f"{source.path}:{number}", field, tree if isinstance(tree, dict) else ())
+            yield text.encode(errors="replace"), True
 
 
-def _parquet(source: Source, field: str) -> Iterator[bytes]:
+def _parquet(source: Source, field: str) -> Iterator[tuple[bytes, bool]]:
     import pyarrow  # heavy, and for parquet only
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(source.fs.cat_file(source.path)))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{source.path} is not parquet: {error}") from None
-    columns = table.schema_arrow.names
-    if field not in columns:
-        raise UserError(
-            f"{source.path} has no column data.text_field='{field}'{nearest(field, columns)}; it has: "
-            f"{', '.join(columns)}"
-        )
-    for batch in table.iter_batches(batch_size=1024, columns=[field]):
-        for text in batch.column(0).to_pylist():
-            if text:
-                yield text.encode() if isinstance(text, str) else bytes(text)
+    with source.open() as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(
+                f"{source.path} is not parquet: {error}; mend it or leave it out of data.path"
+            ) from None
+        schema = table.schema_arrow
+        if field not in schema.names:
+            raise _no_field(source.path, field, schema.names)
+        kind = schema.field(field).type
+        if not any(kind.equals(t) for t in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary())):
+            raise UserError(
+                f"{source.path}: column data.text_field='{field}' is {kind}, not text; it has: "
+                f"{', '.join(schema.names)}"
+            )
+        for batch in table.iter_batches(batch_size=1024, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                if text:
+                    yield text.encode() if isinstance(text, str) else text, True
+
+
+def _no_field(place: str, field: str, names: Iterable[str]) -> UserError:
+    names = [str(name) for name in names]
+    return UserError(
+        f"{place} has no text under data.text_field='{field}'{nearest(field, names)}; "
+        f"it has: {', '.join(names) or 'no keys'}"
+    )

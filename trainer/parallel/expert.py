@@ -72,15 +72,15 @@ class Dispatch:
         self._order_R = flat_R.argsort(stable=True)
         count_E = torch.bincount(flat_R, minlength=experts)
         if self._ranks == 1:
-            self.counts_L = count_E.tolist()
+            self.counts_L: list[int] = count_E.tolist()
+            """Rows of each local expert."""
             return
         incoming = torch.empty_like(count_E)
         dist.all_to_all_single(incoming, count_E, group=group)
         by_source = incoming.view(self._ranks, -1)
         self._sends = count_E.view(self._ranks, -1).sum(dim=1).tolist()
         self._receives = by_source.sum(dim=1).tolist()
-        self.counts_L: list[int] = by_source.sum(dim=0).tolist()
-        """Rows of each local expert."""
+        self.counts_L = by_source.sum(dim=0).tolist()
         # Rows arrive by source rank, then expert; the experts want them by expert, then source rank.
         experts_here = by_source.shape[1]
         key = torch.arange(experts_here, device=incoming.device).repeat(self._ranks)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from configs.errors import UserError
-from configs.schema import RunConfig
+from configs.schema import HardwareConfig, RunConfig
 from trainer.sizing import flops, memory, parameters
 from trainer.sizing.layout import Layout, spreads
 
@@ -82,11 +82,25 @@ class Plan:
         return tree | {
             "model": config.model.name,
             "hardware": config.hardware.name,
+            "device": _device(config.hardware),
+            "cluster": config.cluster.name,
             "steps": config.train.steps,
             "choices": [asdict(choice) for choice in self.choices],
             "data": config.data.path or "source files of Python's standard library",
             "precision": config.train.precision,
         }
+
+
+def _device(hardware: HardwareConfig) -> str:
+    """What is on record of a device, and where from."""
+    known = [
+        ("memory", hardware.memory_gib, "GiB"),
+        ("memory bandwidth", hardware.memory_gbps, "GB/s"),
+        ("links in a node", hardware.intra_node_gbps, "GB/s"),
+        ("network", hardware.inter_node_gbps, "GB/s"),
+    ]
+    told = [f"{name} {value:g} {unit}" for name, value, unit in known if value is not None]
+    return f"{', '.join(told) or 'nothing on record'} ({hardware.source})"
 
 
 def trainable(config: RunConfig) -> str | None:
