@@ -15,7 +15,7 @@ from faulttol.checkpoint.store import check_writable
 from orchestrator import PROGRAM, console, ray_cluster, reading
 from orchestrator.calls import Call, watch
 from orchestrator.ray_controller import ControllerClient
-from orchestrator.submission import CODE, Submission, write_run
+from orchestrator.submission import CODE, Submission, travelling_source, write_run
 from trainer.data import prepare
 from trainer.sizing.planner import Capacity, plan, trainable
 
@@ -39,7 +39,12 @@ def forward(call: Call) -> int:
     if command in ("up", "down"):
         raise UserError(f"`{command}` starts and ends Ray on this machine only; leave --address out")
     assert call.address is not None
-    return ray_cluster.forward(call.address, words, CODE, lambda text: sys.stdout.write(text))
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    return ray_cluster.forward(call.address, words, CODE, travelling_source(), write)
 
 
 def submit(call: Call) -> int:

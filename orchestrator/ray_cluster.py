@@ -226,20 +226,28 @@ def runtime_environment() -> dict[str, Any]:
     return {"working_dir": env["working_dir"]} if env.get("working_dir") else {}
 
 
-def forward(url: str, arguments: Sequence[str], code: Path, write: Callable[[str], object]) -> int:
+_CHATTER = (" -- Runtime env is setting up.", "Running entrypoint for job ")
+"""What Ray itself puts into a job's log."""
+
+
+def forward(
+    url: str, arguments: Sequence[str], code: Path, variables: dict[str, str], write: Callable[[str], object]
+) -> int:
     """Run the same command on the head of a cluster that only its dashboard URL is known of.
 
-    The code in `code` travels as Ray's working directory. What the command prints goes to `write`, and its
+    The code in `code` travels as Ray's working directory, and `variables` with it. What the command prints goes to `write`, and its
     exit code is returned. Ctrl-C leaves the command running.
 
     Raises:
         UserError: where nobody answers at the URL.
     """
+    for name in ("ray._private", "ray.dashboard"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(url)
         job = client.submit_job(
             entrypoint=" ".join(["python", "-m", "orchestrator", *map(shlex.quote, arguments)]),
-            runtime_env={"working_dir": str(code), "excludes": _EXCLUDED},
+            runtime_env={"working_dir": str(code), "excludes": _EXCLUDED, "env_vars": variables},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -248,8 +256,11 @@ def forward(url: str, arguments: Sequence[str], code: Path, write: Callable[[str
     while True:
         status = client.get_job_status(job)
         text = client.get_job_logs(job)
-        write(text[shown:])
-        shown = len(text)
+        # Whole lines only, but for the last text of a job that has ended.
+        end = len(text) if status.is_terminal() else text.rfind("\n") + 1
+        fresh = text[shown:end].splitlines(keepends=True)
+        write("".join(line for line in fresh if not any(mark in line for mark in _CHATTER)))
+        shown = max(shown, end)
         if status.is_terminal():
             info = client.get_job_info(job)
             if status is JobStatus.SUCCEEDED:

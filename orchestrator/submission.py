@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import re
 import secrets
 import shutil
 import subprocess
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +26,8 @@ from trainer.sizing.planner import Plan
 CODE = ROOT.parent
 """The folder that the packages are in."""
 _PACKAGES = ("torch", "ray", "deepspeed", "wandb", "pydantic", "hydra-core", "fsspec", "numpy")
+_TRAVELLING = "MEGARAY_SOURCE"
+_TRAVELLING_BYTES = 96 << 10
 _ID_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is easily taken for another
 
 
@@ -100,16 +105,42 @@ def _source(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    commit = _git("rev-parse", "HEAD").strip()
-    status = _git("status", "--porcelain").splitlines() if commit else []
+    code = _unpacked(os.environ.get(_TRAVELLING, "")) or _code_state()
     source = {
         "arguments": list(arguments),
-        "commit": commit or None,
-        "uncommitted": status,
+        "commit": code["commit"],
+        "uncommitted": code["uncommitted"],
         "versions": versions,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    return source, _git("diff", "HEAD") if status else ""
+    return source, code["diff"]
+
+
+def travelling_source() -> dict[str, str]:
+    """The state of the code as an environment variable, for a command that is carried to a cluster.
+
+    Git's folder doesn't travel with the code. A diff too large for a variable is cut, and says so.
+    """
+    state = _code_state()
+    packed = _packed(state)
+    if len(packed) > _TRAVELLING_BYTES:
+        packed = _packed(state | {"diff": "the diff was too large to travel with the submission\n"})
+    return {_TRAVELLING: packed}
+
+
+def _code_state() -> dict[str, Any]:
+    """Commit, changed files and diff of the code; empty where there is no repository."""
+    commit = _git("rev-parse", "HEAD").strip()
+    status = _git("status", "--porcelain").splitlines() if commit else []
+    return {"commit": commit or None, "uncommitted": status, "diff": _git("diff", "HEAD") if status else ""}
+
+
+def _packed(state: dict[str, Any]) -> str:
+    return base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+
+
+def _unpacked(text: str) -> dict[str, Any]:
+    return dict(json.loads(zlib.decompress(base64.b64decode(text)))) if text else {}
 
 
 def _git(*arguments: str) -> str:

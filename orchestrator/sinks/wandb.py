@@ -102,7 +102,8 @@ class WandbSink:
         tracking = self._config.tracking
         logged = wandb.init(
             id=self._run.run_id, name=self._run.run_id, project=tracking.project, entity=tracking.entity,
-            dir=str(self._run.wandb), mode=self._mode, resume="allow", settings=settings,
+            dir=str(self._run.wandb), resume="allow", settings=settings,
+            mode=self._mode,  # type: ignore[arg-type]  # a plain string from the environment; W&B checks it
             config=self._facts(),
         )  # fmt: skip
         logged.define_metric("train/step")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.metrics import StepLine, read_from
+from configs.paths import HomePaths
 from orchestrator.states import Reason, State
 from tests.cluster.conftest import Shell, alive, processes_with
 from tests.orchestrator.wandb_reading import read_offline
@@ -149,6 +150,19 @@ def test_cancel_leaves_no_process_and_resume_continues(shell: Shell, undisturbed
     assert view.state is State.SUCCEEDED and view.checkpoint is not None
     assert losses(shell, run_id) == losses(shell, undisturbed)
     assert "succeeded" in shell.run("resume", run_id, expect=2)
+
+
+def test_a_laptop_submits_through_the_dashboard(shell: Shell, undisturbed: str, tmp_path: Path) -> None:
+    url = json.loads(shell.home.cluster.read_text())["dashboard"]
+    laptop = Shell(HomePaths(tmp_path / "laptop"))
+    told = laptop.run("submit", *RUN, "--address", url, "--json", "--yes")
+    row = json.loads(told)
+    assert row["state"] == "succeeded"
+    assert losses(shell, row["run_id"]) == losses(shell, undisturbed)
+    source = json.loads(shell.home.run(row["run_id"]).source.read_text())
+    assert source["commit"] == json.loads(shell.home.run(undisturbed).source.read_text())["commit"]
+    assert "does not exist" in laptop.run("status", "nothing", "--address", url, expect=2)
+    assert not laptop.home.home.exists(), "nothing is kept on the laptop"
 
 
 def test_more_slots_than_exist(shell: Shell) -> None:

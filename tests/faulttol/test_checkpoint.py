@@ -16,7 +16,8 @@ import pytest
 
 from configs.errors import UserError
 from faulttol.checkpoint import load as loading
-from faulttol.checkpoint import manifest, save as saving
+from faulttol.checkpoint import manifest
+from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.manifest import Entry, Incomplete, Manifest, ShardFile
 from faulttol.checkpoint.peers import Alone
 from faulttol.checkpoint.pieces import Shard
