@@ -111,23 +111,24 @@ def _cluster(name: str, call: Call) -> int:
 def _plan(call: Call) -> int:
     from configs.compose import compose  # composition alone needs Hydra; `list` and `status` do not
     from orchestrator import console
+    from orchestrator.submission import slot_resource
     from trainer.sizing.planner import plan
 
     config = compose(call.overrides, call.config_file)
-    made = plan(config, known_capacity(call.home, call.options.slots))
+    made = plan(config, known_capacity(call.home, call.options.slots, slot_resource(config)))
     call.say(console.plan_table(made.to_json()), made.to_json())
     return 0
 
 
-def known_capacity(home: HomePaths, slots: int | None) -> Any:
+def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
     """What is known of the cluster without asking it: `--slots`, the controller's published view, or None."""
     from orchestrator.reading import read_queue
     from trainer.sizing.planner import Capacity
 
     if slots is not None:
         return Capacity.of_nodes([slots])
-    nodes = read_queue(home).get("nodes", [])
-    return Capacity.of_nodes([max(node["slots"].values()) for node in nodes]) if nodes else None
+    found = [node["slots"].get(resource, 0) for node in read_queue(home).get("nodes", [])]
+    return Capacity.of_nodes([n for n in found if n]) if any(found) else None
 
 
 def _list(call: Call) -> int:

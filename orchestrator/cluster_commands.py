@@ -15,7 +15,7 @@ from faulttol.checkpoint.store import check_writable
 from orchestrator import PROGRAM, console, ray_cluster, reading
 from orchestrator.calls import Call, watch
 from orchestrator.ray_controller import ControllerClient
-from orchestrator.submission import CODE, Submission, travelling_source, write_run
+from orchestrator.submission import CODE, Submission, slot_resource, travelling_source, write_run
 from trainer.data import prepare
 from trainer.sizing.planner import Capacity, plan, trainable
 
@@ -106,7 +106,7 @@ def _capacity(config: RunConfig, address: str | None) -> Capacity | None:
     """Slots of the connected cluster by node; None where a local Ray is started to measure."""
     if not address:
         return None
-    resource = "CPU" if config.hardware.kind == "cpu" else "GPU"
+    resource = slot_resource(config)
     nodes = ray_cluster.slots(resource)
     if not any(nodes):
         raise UserError(

@@ -49,7 +49,7 @@ class Submission:
             ranks=plan.ranks,
             block=inner if inner <= per_node else 1,
             nodes=plan.nodes if self.config.cluster.nodes or self.config.cluster.slots_per_node else None,
-            resource="CPU" if plan.config.hardware.kind == "cpu" else "GPU",
+            resource=slot_resource(plan.config),
         )
 
     def event(self, runtime_env: dict[str, Any]) -> Submitted:
@@ -65,6 +65,11 @@ class Submission:
             layout=dict(self.plan.layout),
             runtime_env=runtime_env,
         )
+
+
+def slot_resource(config: RunConfig) -> str:
+    """Ray resource of which one unit is one slot."""
+    return "CPU" if config.hardware.kind == "cpu" else "GPU"
 
 
 def new_run_id(config: RunConfig) -> str:

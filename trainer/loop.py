@@ -99,11 +99,10 @@ class _Job:
         self.progress = _Progress()
 
     def resume(self) -> None:
-        """Load the newest checkpoint that is whole; rank 0 chooses it for all."""
-        step, passed = self.mesh.broadcast(loading.newest(self.root) if self.rank.rank == 0 else None)
+        """Load the newest checkpoint that every rank can read."""
+        step, shard, passed = loading.restore(self.root, self.mesh.layout, self.rank.rank, self.mesh)
         path = None
-        if step is not None:
-            shard = loading.load(self.root, step, self.mesh.layout, self.rank.rank)
+        if step is not None and shard is not None:
             self.engine.load(dict(shard.by_name()), step)
             path = f"{self.root.rstrip('/')}/{loading.folder_of(step)}"
             self.progress.step = self.progress.line_step = step
