@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
@@ -224,14 +225,20 @@ def final_summary(row: RunSummary, run: RunPaths) -> str:
     rows += [
         (
             "trained",
-            f"{count(row.tokens)} tokens in {span(wall)}, {row.attempt} attempts, {row.incidents} incidents",
+            f"{count(row.tokens)} tokens in {span(wall)}, {plural(row.attempt, 'attempt')}, "
+            f"{plural(row.incidents, 'incident')}",
         ),
-        ("folder", row.folder),
+        ("folder", short(row.folder)),
     ]
     if row.checkpoint_path:
-        rows.append(("checkpoint", row.checkpoint_path))
+        rows.append(("checkpoint", short(row.checkpoint_path)))
     if run.wandb.exists():
-        rows.append(("W&B", f"{run.wandb} (wandb sync {run.wandb}/wandb/offline-run-*)"))
+        rows.append(
+            (
+                "W&B",
+                f"{short(str(run.wandb))} (offline: wandb sync {short(str(run.wandb))}/wandb/offline-run-*)",
+            )
+        )
     following = row.next_step or f"{PROGRAM} status {row.run_id}"
     if row.incidents:
         following += f"; {PROGRAM} incidents {row.run_id}"
@@ -262,6 +269,12 @@ class LiveLine:
             self._shown, self._printed_at = text, self._now()
         self._stream.flush()
 
+    def end(self) -> None:
+        """Leave the progress line standing."""
+        if self._terminal and self._shown:
+            self._stream.write("\n")
+        self._shown = ""
+
     def above(self, text: str) -> None:
         """Print a line that stays, above the progress line."""
         if self._terminal and self._shown:
@@ -270,6 +283,17 @@ class LiveLine:
         if self._terminal and self._shown:
             self._stream.write(self._shown)
         self._stream.flush()
+
+
+def plural(number: int, noun: str) -> str:
+    """A number and its noun: 1 attempt, 2 attempts."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def short(path: str) -> str:
+    """A path with the user's home folder as `~`, which a shell takes back."""
+    home = str(Path.home())
+    return "~" + path[len(home) :] if path.startswith(home + "/") else path
 
 
 def watch(
@@ -302,7 +326,7 @@ def watch(
                 )
             )
         if state is not None and state.terminal:
-            line.above("")
+            line.end()
             return state
         row = reading.summary(run, reading.read_queue(home))
         if row.position is not None:

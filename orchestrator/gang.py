@@ -7,7 +7,7 @@ waits for a node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from configs.metrics import MetricLine
@@ -52,9 +52,21 @@ class AgentReport:
     """One answer of a node agent."""
 
     node_id: str
+    time: float
+    """By the node's clock, in seconds since the epoch, as are all times in `ranks`."""
     ranks: tuple[RankReport, ...]
     lines: tuple[MetricLine, ...]
     """New metric lines, where the agent's node hosts rank 0."""
+
+    def told_at(self, now: float) -> AgentReport:
+        """The same report with its times by the clock that says `now`, so that nodes' clocks may differ."""
+        shift = now - self.time
+        ranks = []
+        for rank in self.ranks:
+            newest = replace(rank.newest, time=rank.newest.time + shift) if rank.newest else None
+            ended = None if rank.exit_time is None else rank.exit_time + shift
+            ranks.append(replace(rank, newest=newest, exit_time=ended))
+        return replace(self, time=now, ranks=tuple(ranks))
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class NodeAgent:
                 )
             )
         lines, end = read_from(self._paths.metrics, offset) if 0 in self._share.ranks else ([], offset)
-        return AgentReport(self._share.node_id, tuple(reports), tuple(lines)), end
+        return AgentReport(self._share.node_id, now, tuple(reports), tuple(lines)), end
 
     def stop(self, grace: float) -> bool:
         """End all ranks with their children: SIGTERM, and after `grace` seconds SIGKILL. True when gone."""

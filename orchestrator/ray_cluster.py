@@ -235,8 +235,8 @@ def forward(
 ) -> int:
     """Run the same command on the head of a cluster that only its dashboard URL is known of.
 
-    The code in `code` travels as Ray's working directory, and `variables` with it. What the command prints goes to `write`, and its
-    exit code is returned. Ctrl-C leaves the command running.
+    The code in `code` travels as Ray's working directory, and `variables` with it. What the command prints goes
+    to `write`, and its exit code is returned. Ctrl-C leaves the command running.
 
     Raises:
         UserError: where nobody answers at the URL.

@@ -165,7 +165,7 @@ class RunControl:
             self._log.append(RanksStarted(self.view.attempt, pids, status.master), now)
             self._fabric.ensure_sinks(str(self.run.root))
         for report in status.reports:
-            self._ranks |= {rank.rank: rank for rank in report.ranks}
+            self._ranks |= {rank.rank: rank for rank in report.told_at(now).ranks}
             for line in report.lines:
                 self._absorb(line, now)
         if self._complete():

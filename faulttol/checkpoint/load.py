@@ -43,19 +43,6 @@ def manifest_of(store: Store, step: int) -> Manifest:
     return manifest
 
 
-def newest(root: str) -> tuple[int | None, list[str]]:
-    """The newest step whose files are all there, and why newer ones were passed over."""
-    store = Store(root)
-    passed: list[str] = []
-    for step in reversed(steps(store)):
-        try:
-            manifest_of(store, step)
-            return step, passed
-        except Incomplete as error:
-            passed.append(str(error))
-    return None, passed
-
-
 def load(root: str, step: int, layout: dict[str, int], rank: int) -> Shard:
     """One rank's shard.
 

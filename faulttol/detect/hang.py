@@ -11,6 +11,8 @@ from faulttol.verdicts import Verdict, VerdictKind
 CHECKPOINT_FACTOR = 10.0
 """A save may take this many times `hang`: storage has outliers that compute hasn't. It holds where the ranks
 that are furthest behind are saving; one that never came to the save has no such excuse."""
+PREPARE_FACTOR = 20.0
+"""A start may take this many times `start` while every rank prepares data: a corpus is tokenised once."""
 _NAMED = 8
 
 
@@ -37,7 +39,8 @@ def judge(
     records = {rank: record for rank, record in newest.items() if record is not None}
     if not first_step_done:
         waited = now - started
-        limit = timeouts.seconds("start")
+        preparing = len(records) == len(newest) and all(_is_in(r, Phase.DATA, 0) for r in records.values())
+        limit = timeouts.seconds("start") * (PREPARE_FACTOR if preparing else 1.0)
         if waited <= limit:
             return []
         missing = [rank for rank in sorted(newest) if newest[rank] is None]
@@ -48,15 +51,18 @@ def judge(
         return []
     last = max(records.values(), key=lambda r: r.time)
     behind = _behind(records)
-    saving = all(
-        records[rank].phase is Phase.CHECKPOINT and records[rank].mark is Mark.BEGIN for rank in behind
-    )
+    saving = all(_is_in(records[rank], Phase.CHECKPOINT) for rank in behind)
     limit = timeouts.seconds("hang") * (CHECKPOINT_FACTOR if saving else 1.0)
     silence = now - last.time
     if silence <= limit:
         return []
     detail = f"no rank made a record for {silence:.0f} s: {_behind_text(records)}"
     return [Verdict(VerdictKind.HANG, detail, behind[0], time=last.time)]
+
+
+def _is_in(record: Record, phase: Phase, step: int | None = None) -> bool:
+    """The rank has begun `phase` (of `step`) and nothing since."""
+    return record.phase is phase and record.mark is Mark.BEGIN and step in (None, record.step)
 
 
 def _behind(records: Mapping[int, Record]) -> list[int]:

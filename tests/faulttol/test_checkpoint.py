@@ -79,7 +79,6 @@ def test_the_manifest_is_json_with_a_format(tmp_path: Path) -> None:
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:
-    assert loading.newest(str(tmp_path / "none")) == (None, [])
     assert _restore(tmp_path / "none") == [(None, None, [])] * 2
 
 
@@ -89,7 +88,7 @@ def test_the_newest_is_found_by_its_manifest(tmp_path: Path) -> None:
     _save(tmp_path, 20, keep=5)
     _only(tmp_path, 100, "manifest.json").unlink()
     assert loading.steps(Store(str(tmp_path))) == [9, 20]
-    assert loading.newest(str(tmp_path)) == (20, [])
+    assert all(answer[0] == 20 for answer in _restore(tmp_path))
 
 
 # ---- failures while saving ----
@@ -113,7 +112,7 @@ def test_one_rank_that_cannot_write_fails_all_and_commits_nothing(
     assert "step 20 was not saved" in str(answers[0]) and "rank 1: OSError" in str(answers[0])
     assert "No space left" in str(answers[0])
     assert list((tmp_path / loading.folder_of(20)).iterdir()) == [], "the room is given back"
-    assert loading.newest(str(tmp_path)) == (10, [])
+    assert loading.steps(Store(str(tmp_path))) == [10]
 
 
 def test_a_manifest_that_cannot_be_written_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +126,7 @@ def test_a_manifest_that_cannot_be_written_fails_all(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Store, "write", refuse)
     answers = _save(tmp_path, 20)
     assert all(isinstance(a, Incomplete) and "Permission denied" in str(a) for a in answers)
-    assert loading.newest(str(tmp_path)) == (None, [])
+    assert loading.steps(Store(str(tmp_path))) == []
 
 
 def test_a_disk_that_fills_up_leaves_no_temporary_file(
@@ -249,8 +248,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     _save(tmp_path, 20)
     file = _only(tmp_path, 20, "00001-*.bin")
     file.unlink()
-    step, passed = loading.newest(str(tmp_path))
-    assert step == 10 and file.name in passed[0]
+    for step, _, passed in _restore(tmp_path):
+        assert step == 10 and file.name in passed[0]
 
 
 def test_when_none_can_be_read_nothing_starts_afresh(tmp_path: Path) -> None:

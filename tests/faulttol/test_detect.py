@@ -199,6 +199,14 @@ def test_before_the_first_step_the_start_timeout_holds() -> None:
     assert verdict.detail == "no step was finished in 181 s: ranks 1, 2 made no record"
 
 
+def test_preparing_data_may_take_longer_than_a_start() -> None:
+    preparing: dict[int, Record | None] = {rank: _record(1, 0, 1.0, Phase.DATA) for rank in range(2)}
+    assert _judge(preparing, now=180.0 * hang.PREPARE_FACTOR, stepped=False) == []
+    assert _judge(preparing, now=181.0 * hang.PREPARE_FACTOR, stepped=False)
+    assert _judge(preparing | {1: _record(2, 0, 5.0, Phase.START)}, now=181.0, stepped=False)
+    assert _judge(preparing | {1: None}, now=181.0, stepped=False)
+
+
 def test_a_start_that_all_entered_names_where_they_stand() -> None:
     newest: dict[int, Record | None] = {0: _record(4, 0, 2.0), 1: _record(1, 0, 2.0, Phase.START)}
     (verdict,) = _judge(newest, now=191.0, stepped=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
 from configs.paths import RunPaths
+from faulttol.recorder import Mark, Phase, Record
 from orchestrator.gang import AgentReport, GangSpec, GangStatus, RankReport
 from orchestrator.queue import Node
 
@@ -49,7 +50,8 @@ class FakeFabric:
         self.saved: dict[str, int] = {}
         self.granting = True
         self.sinks: set[str] = set()
-        self.told_again = False
+        self.skew = 0.0
+        """Seconds that the nodes' clocks are ahead."""
 
     def nodes(self) -> list[Node]:
         return list(self.alive)
@@ -83,16 +85,22 @@ class FakeFabric:
         for share in gang.spec.shares:
             if share.node_id in gang.lost:
                 continue
-            ranks = tuple(
-                RankReport(r, 100 + r, gang.deaths.get(r, 0 if done else None), self.clock.now, None, "")
-                for r in share.ranks
+            ranks = tuple(self._rank(gang, r, done) for r in share.ranks)
+            reports.append(
+                AgentReport(
+                    share.node_id, self.clock.now + self.skew, ranks, lines if 0 in share.ranks else ()
+                )
             )
-            reports.append(AgentReport(share.node_id, ranks, lines if 0 in share.ranks else ()))
         pids = {r: 100 + r for r in range(gang.spec.world)}
         return GangStatus(
             pids, "fake:1", tuple(reports), {s.node_id: 0.0 for s in gang.spec.shares},
             dict.fromkeys(gang.lost, "node died"), "",
         )  # fmt: skip
+
+    def _rank(self, gang: FakeGang, rank: int, done: bool) -> RankReport:
+        now = self.clock.now + self.skew
+        record = Record(1 + int(self.clock.now), now, Mark.STEP, Phase.START, 0)
+        return RankReport(rank, 100 + rank, gang.deaths.get(rank, 0 if done else None), now, record, "")
 
     def _lines(self, gang: FakeGang) -> list[MetricLine]:
         assert gang.started is not None

@@ -241,3 +241,15 @@ def test_shutting_down_cancels_everything(world: World) -> None:
     assert world.controller.shut_down() == 0
     assert {world.view(n).state for n in "abc"} == {State.CANCELLED}
     assert world.view("b").reason is Reason.CLUSTER_DOWN
+
+
+@pytest.mark.parametrize("skew", [-7200.0, 7200.0])
+def test_nodes_whose_clocks_are_wrong_are_not_hung(world: World, skew: float) -> None:
+    world.fabric.skew = skew
+    world.submit("a")
+    world.turn(15)
+    world.fabric.kill_rank("a-a001", 1)
+    world.turn(70)
+    view = world.view("a")
+    assert view.state is State.SUCCEEDED
+    assert [i.event.cause for i in view.incidents] == ["rank_exit"]
