@@ -109,13 +109,17 @@ def test_a_killed_controller_is_not_noticed_by_the_ranks(shell: Shell, undisturb
     assert losses(shell, run_id) == losses(shell, undisturbed)
 
 
-def test_a_killed_terminal_leaves_the_run_alone(shell: Shell, undisturbed: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_terminal_that_goes_leaves_the_run_alone(
+    shell: Shell, undisturbed: str, number: signal.Signals
+) -> None:
     before = set(shell.home.run_ids())
     terminal = shell.start("submit", *RUN, "--yes")
     run_id = shell.until(lambda: next(iter(set(shell.home.run_ids()) - before), None), "the run exists")
     shell.until(lambda: shell.step(run_id) >= 5, "step 5")
-    os.killpg(terminal.pid, signal.SIGKILL)
-    terminal.wait()
+    os.killpg(terminal.pid, number)
+    code = terminal.wait(timeout=30)
+    assert code == (130 if number == signal.SIGINT else -signal.SIGKILL)
     assert shell.finish(run_id).state is State.SUCCEEDED
     assert losses(shell, run_id) == losses(shell, undisturbed)
 
@@ -140,7 +144,10 @@ def test_cancel_leaves_no_process_and_resume_continues(shell: Shell, undisturbed
     shell.until(lambda: shell.step(run_id) >= 25, "step 25")
     pids = shell.view(run_id).pids.values()
     began = time.time()
-    shell.run("cancel", run_id)
+    terminals = [shell.start("cancel", run_id) for _ in range(2)]
+    said = [terminal.communicate(timeout=60)[0] for terminal in terminals]
+    assert sorted(terminal.returncode for terminal in terminals) == [0, 2], said
+    assert "already" in said[[terminal.returncode for terminal in terminals].index(2)]
     assert shell.view(run_id).moved_at - began < 10, "cancel frees all within ten seconds"
     assert not [pid for pid in pids if alive(pid)]
     shell.until(lambda: not processes_with(run_id), "nothing of the run is left")

@@ -1,0 +1,87 @@
+"""From presets, files and overrides to one configuration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from configs.compose import choices, compose, dump, groups, load
+from configs.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_defaults_are_the_demo_on_a_cpu() -> None:
+    config = compose([])
+    assert (config.model.name, config.hardware.name, config.cluster.name) == ("demo", "cpu", "local")
+
+
+def test_the_line_of_the_documentation() -> None:
+    config = compose(["model=demo", "hardware=cpu", "cluster=local", "parallel.ep=2", "train.steps=200"])
+    assert (config.parallel.ep, config.train.steps) == (2, 200)
+
+
+@pytest.mark.parametrize("group", groups())
+def test_every_preset_composes(group: str) -> None:
+    for name in choices(group):
+        compose([f"{group}={name}"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/data/*.jsonl",
+        "s3://bucket/a path/x,y=z.txt",
+        "C++ code/[ab].txt",
+        "http://host:80/a?b=c&d",
+        "{x}",
+        "a: b",
+    ],
+)
+def test_values_arrive_as_they_were_typed(value: str) -> None:
+    assert compose([f"data.path={value}"]).data.path == value
+
+
+def test_later_wins_and_the_command_line_wins_over_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: olmoe_1b_7b\ntrain:\n  steps: 7000\n  micro_batch: 2\n")
+    config = compose(["train.steps=9000"], file)
+    assert (config.model.name, config.train.steps, config.train.micro_batch) == ("olmoe_1b_7b", 9000, 2)
+
+
+def test_a_saved_configuration_comes_back_equal(tmp_path: Path) -> None:
+    config = compose(["experiment=demo", "resilience.timeouts.patience=12", "data.path=/a b/*.txt"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load(path) == config
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        compose([]).train.steps = 3  # type: ignore[misc]  # that is the point
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        compose(["train.steps=0", "optim.lr=-1"])
+    assert "train.steps" in str(error.value) and "optim.lr" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["tracking.api_key", "data.password", "tracking.token"])
+def test_secrets_are_refused_without_being_repeated(key: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose([f"{key}=hunter2"])
+    assert "hunter2" not in str(error.value) and "WANDB_API_KEY" in str(error.value)
+
+
+def test_planning_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom orchestrator.cli import main\nassert main(['plan']) == 0\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'wandb', 'numpy'} & sys.modules.keys()\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

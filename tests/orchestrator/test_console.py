@@ -1,0 +1,127 @@
+"""What a person sees."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.compose import compose, dump
+from configs.metrics import MetricWriter
+from configs.paths import HomePaths
+from orchestrator import console, reading
+from orchestrator.cli import main
+from orchestrator.events import EventLog, GangShape, Moved, Submitted
+from orchestrator.states import Reason, State
+from tests.orchestrator.fake_fabric import step_line
+from trainer.sizing.planner import Capacity, plan
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [
+        (console.count(1.284e9), "1.28 B"), (console.count(950), "950"), (console.count(12_345), "12.3 k"),
+        (console.size(0), "0 B"), (console.size(3.2 * 2**30), "3.2 GiB"), (console.span(None), "-"),
+        (console.span(35), "0:35"), (console.span(11_045), "3:04:05"), (console.span(183_840), "2d 03:04"),
+        (console.plural(1, "attempt"), "1 attempt"), (console.plural(2, "attempt"), "2 attempts"),
+    ],
+)  # fmt: skip
+def test_numbers(made: str, shown: str) -> None:
+    assert made == shown
+
+
+def test_the_plan_shows_layout_parameters_memory_tokens_and_reasons() -> None:
+    made = plan(compose(["model=olmoe_1b_7b", "hardware=h100", "parallel.ep=8"]), Capacity.of_nodes([8]))
+    text = console.plan_table(made.to_json())
+    for word in ("6.92 B parameters", "1.28 B active", "dp=8 ep=8", "optimizer", "per step", "peak 989 TFLOP/s bf16",
+                 "train.precision", "master weights stay fp32"):  # fmt: skip
+        assert word in text
+
+
+def queued(home: HomePaths, run_id: str, now: float, state: State = State.QUEUED) -> None:
+    run = home.run(run_id)
+    log = EventLog(run.events)
+    run.config.write_text(dump(compose(["experiment=smoke"])))
+    log.append(Submitted(0, GangShape(2, 1), 40, 3, 1.0, "smoke", {"dp": 2, "ep": 1}), now)
+    log.append(Moved(State.QUEUED, Reason.SUBMITTED), now)
+    for to in (State.PLACING, State.STARTING, State.RUNNING) if state is State.RUNNING else ():
+        log.append(Moved(to, Reason.PLACED), now)
+    log.close()
+
+
+def test_two_hundred_queued_runs_are_listed_with_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = HomePaths(tmp_path)
+    names = [f"run-20260101-{i:06d}-aaaa" for i in range(200)]
+    for i, name in enumerate(names):
+        queued(home, name, float(i))
+    waiting = [
+        {"run": n, "position": i + 1, "reason": "needs 2 slots, 0 of 2 are free"} for i, n in enumerate(names)
+    ]
+    home.queue.write_text(json.dumps({"waiting": waiting, "nodes": []}))
+    monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 201 and "position 200: needs 2 slots, 0 of 2 are free" in lines[-1]
+
+
+def test_the_live_line_of_a_pipe_is_printed_now_and_then() -> None:
+    now, stream = [0.0], io.StringIO()
+    line = console.LiveLine(stream, lambda: now[0])
+    for second in range(25):
+        now[0] = float(second)
+        line.update(f"step {second}")
+    line.above("12:00:00 saved")
+    line.end()
+    assert stream.getvalue().splitlines() == ["step 0", "step 10", "step 20", "12:00:00 saved"]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_line_of_a_terminal_is_rewritten_in_place() -> None:
+    stream = _Terminal()
+    line = console.LiveLine(stream)
+    line.update("a long line")
+    line.update("short")
+    line.above("an event")
+    line.end()
+    text = stream.getvalue()
+    assert "\rshort      " in text and "an event\nshort" in text and text.endswith("\n")
+
+
+def test_watch_ends_with_the_run(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path)
+    queued(home, "run-a", 1.0, State.RUNNING)
+    run = home.run("run-a")
+    writer = MetricWriter(run.attempt(1).metrics)
+    stream, turns = io.StringIO(), [0]
+
+    def sleep(_: float) -> None:
+        turns[0] += 1
+        writer.write(step_line(1, turns[0], float(turns[0])))
+        if turns[0] == 3:
+            log = EventLog(run.events)
+            log.append(Moved(State.FAILED, Reason.USER_ERROR, "no such file"), 9.0)
+            log.close()
+
+    assert console.watch(run, home, stream, sleep) is State.FAILED
+    assert "failed: no such file" in stream.getvalue()
+
+
+def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path)
+    queued(home, "run-a", 1.0, State.RUNNING)
+    log = EventLog(home.run("run-a").events)
+    log.append(Moved(State.FAILED, Reason.USER_ERROR, "data.path='x' does not exist"), 9.0)
+    log.close()
+    row = reading.summary(home.run("run-a"), {})
+    for text in (console.status(row, []), console.final_summary(row, home.run("run-a"))):
+        assert "data.path='x' does not exist" in text and "resume run-a" in text

@@ -1,0 +1,97 @@
+"""What the planner chooses, why, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from configs.compose import compose
+from configs.errors import UserError
+from trainer.sizing.planner import Capacity, Plan, plan, trainable
+
+pytestmark = pytest.mark.unit
+
+
+def planned(*words: str, slots: list[int] | None = None) -> Plan:
+    return plan(compose(list(words)), Capacity.of_nodes(slots) if slots else None)
+
+
+def test_nothing_is_left_open() -> None:
+    made = planned("parallel.ep=2", slots=[4])
+    config = made.config
+    assert (config.parallel.dp, config.cluster.nodes, config.cluster.slots_per_node) == (4, 1, 4)
+    assert config.train.global_batch == 4 * config.train.micro_batch and config.train.precision == "fp32"
+    assert {choice.field for choice in made.choices} == {
+        "parallel.dp", "cluster.nodes", "train.global_batch", "train.precision",
+    }  # fmt: skip
+    assert all(choice.reason for choice in made.choices)
+
+
+def test_what_the_user_set_is_not_chosen() -> None:
+    made = planned(
+        "experiment=demo", "train.global_batch=32", "train.precision=bf16", "cluster.nodes=1", slots=[2]
+    )
+    assert made.choices == () and made.config.train.precision == "bf16"
+
+
+def test_dp_fills_the_cluster_in_multiples_of_ep() -> None:
+    assert planned("parallel.ep=2", slots=[3]).layout["dp"] == 2
+    assert planned("parallel.ep=2", slots=[2, 2, 2]).layout["dp"] == 6
+    assert planned("parallel.ep=4", slots=None).layout["dp"] == 4
+
+
+def test_dp_respects_a_batch_that_was_set() -> None:
+    assert planned("train.global_batch=16", "train.micro_batch=8", slots=[8]).layout["dp"] == 2
+
+
+def test_gpus_train_in_bf16_with_their_reason() -> None:
+    made = planned("model=mixtral_8x7b", "hardware=mi300x", "parallel.dp=16", "parallel.ep=8")
+    assert (made.nodes, made.slots_per_node, made.config.train.precision) == (2, 8, "bf16")
+    assert "1307" in made.mfu_basis
+
+
+def test_too_much_memory_is_warned_of_by_component() -> None:
+    (warning,) = planned("model=mixtral_8x7b", "hardware=h100").warnings
+    assert "optimizer takes" in warning and "h100 has 80" in warning
+
+
+def test_expert_groups_that_cross_nodes_are_warned_of() -> None:
+    made = planned("parallel.ep=4", "parallel.dp=4", slots=[2, 2])
+    assert any("cross nodes" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(
+    ("words", "slots", "told"),
+    [
+        (["parallel.dp=8"], [2], "needs 8 slots, and the cluster has 2 (1 node x 2)"),
+        (["parallel.dp=8"], [4, 2], "has 6 (2 nodes, 2 to 4 each)"),
+        (["parallel.dp=4", "cluster.nodes=2", "cluster.slots_per_node=4"], None, "leave one of the two out"),
+        (["parallel.dp=4", "cluster.nodes=3"], None, "does not divide"),
+        (["parallel.dp=4", "cluster.nodes=4"], [2, 2], "cluster.nodes=4 does not fit"),
+        (["train.global_batch=7", "parallel.ep=2"], [2], "train.global_batch=7"),
+    ],
+)
+def test_refusals(words: list[str], slots: list[int] | None, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        planned(*words, slots=slots)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model=deepseek_v3"], "model.attention=mla"),
+        (["model=zaya1_base"], "model.attention=cca"),
+        (["model.router.kind=mlp"], "model.router.kind=mlp"),
+        (["parallel.pp=2"], "parallel.pp=2"),
+    ],
+)
+def test_what_can_be_planned_but_not_trained(words: list[str], told: str) -> None:
+    assert told in str(trainable(compose(words)))
+    assert told in planned(*words).notes[0]
+
+
+def test_a_plan_is_plain_data() -> None:
+    tree = planned("model=deepseek_v3", "hardware=mi355x", "parallel.dp=1024", "parallel.ep=8").to_json()
+    assert json.loads(json.dumps(tree))["ranks"] == 1024
