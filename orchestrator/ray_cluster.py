@@ -94,7 +94,7 @@ def up(home: HomePaths, slots: int, timeouts: Timeouts) -> LocalCluster:
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
-            env=os.environ | health_environment(timeouts),
+            env=os.environ | health_environment(timeouts) | {"PATH": _path_with_this_python()},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -112,6 +112,11 @@ def up(home: HomePaths, slots: int, timeouts: Timeouts) -> LocalCluster:
     record = LocalCluster(address, url, process.pid, created, slots, temporary)
     home.cluster.write_text(json.dumps(asdict(record)))
     return record
+
+
+def _path_with_this_python() -> str:
+    """`PATH` on which `python` is this interpreter: jobs that come by the dashboard start with that word."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def health_environment(timeouts: Timeouts) -> dict[str, str]:
@@ -241,7 +246,7 @@ def forward(
     Raises:
         UserError: where nobody answers at the URL.
     """
-    for name in ("ray._private", "ray.dashboard"):
+    for name in ("ray._private", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(url)
