@@ -23,7 +23,7 @@ demo: install
 # Fast tests side by side, then those that need the whole machine one after the other.
 test: install
 	$(PYTEST) -q -n 2 -m 'unit or sim'
-	$(PYTEST) -q -m 'not unit and not sim and not gpu'
+	$(PYTEST) -q -m 'not unit and not sim'
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[dev]'

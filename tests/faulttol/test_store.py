@@ -137,9 +137,9 @@ def test_everything_is_synced_before_it_is_named(tmp_path: Path, monkeypatch: py
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", note)
-    Store(str(tmp_path / "root")).write("step/file", [b"x"])
-    assert synced[:2] == ["", "/root"]
-    assert synced[2].startswith("/root/step/.file.") and synced[3:] == ["/root/step"]
+    Store(str(tmp_path / "top")).write("step/file", [b"x"])
+    assert synced[:2] == ["", "/top"]
+    assert synced[2].startswith("/top/step/.file.") and synced[3:] == ["/top/step"]
 
 
 def test_a_mount_that_cannot_sync_folders_is_no_failure(

@@ -1,0 +1,30 @@
+"""What only a GPU shows: grouped matrix products, bf16, event timing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.metrics import StepLine
+from tests.trainer.test_training import steps, train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+
+
+@pytest.fixture
+def hardware() -> str:
+    """The preset of this machine's GPU kind."""
+    import torch  # only here: collecting the tests must not load it
+
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} sees no GPU")
+    return "mi300x" if torch.version.hip else "h100"
+
+
+def test_a_gpu_learns_in_bf16_and_has_an_mfu(hardware: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    lines: list[StepLine] = steps(train(home, tmp_path / "run", 1, f"hardware={hardware}", "train.micro_batch=8"))
+    assert lines[-1].loss < lines[0].loss
+    assert all(line.mfu is not None and 0 < line.mfu < 1 for line in lines)
+    assert lines[-1].memory_bytes > 0 and lines[-1].phase_seconds["backward"] > 0
