@@ -50,6 +50,8 @@ class Shell:
         return subprocess.Popen(
             [*self.prefix, sys.executable, "-m", "orchestrator", *words], env=self._environment(), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            # A terminal's foreground job heeds Ctrl-C, also where this test runs in a shell's background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def submit(self, *words: str) -> str:

@@ -24,7 +24,9 @@ def hardware() -> str:
 
 def test_a_gpu_learns_in_bf16_and_has_an_mfu(hardware: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    lines: list[StepLine] = steps(train(home, tmp_path / "run", 1, f"hardware={hardware}", "train.micro_batch=8"))
+    lines: list[StepLine] = steps(
+        train(home, tmp_path / "run", 1, f"hardware={hardware}", "train.micro_batch=8")
+    )
     assert lines[-1].loss < lines[0].loss
     assert all(line.mfu is not None and 0 < line.mfu < 1 for line in lines)
     assert lines[-1].memory_bytes > 0 and lines[-1].phase_seconds["backward"] > 0
