@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -41,10 +42,20 @@ def forward(call: Call) -> int:
     assert call.address is not None
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        # A job's log has both streams of the command; under --json its answer is the line that is JSON.
+        for line in text.splitlines(keepends=True):
+            out = sys.stdout if not call.wants_json or _is_json(line) else sys.stderr
+            out.write(line)
+            out.flush()
 
     return ray_cluster.forward(call.address, words, CODE, travelling_source(), write)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except ValueError:
+        return False
 
 
 def submit(call: Call) -> int:
