@@ -95,3 +95,18 @@ def test_what_can_be_planned_but_not_trained(words: list[str], told: str) -> Non
 def test_a_plan_is_plain_data() -> None:
     tree = planned("model=deepseek_v3", "hardware=mi355x", "parallel.dp=1024", "parallel.ep=8").to_json()
     assert json.loads(json.dumps(tree))["ranks"] == 1024
+
+
+def test_dp_and_cp_together_make_room_for_ep() -> None:
+    assert planned("parallel.ep=4", "parallel.cp=3").layout["dp"] == 4
+
+
+def test_dp_keeps_to_the_nodes_that_were_asked_for() -> None:
+    assert planned("cluster.nodes=1", slots=[2, 2]).layout["dp"] == 2
+    assert planned("cluster.slots_per_node=3", slots=[4]).layout["dp"] == 3
+
+
+def test_an_uneven_gang_is_left_to_placement_and_can_be_planned_again() -> None:
+    made = planned("parallel.dp=5", slots=[3, 3])
+    assert made.config.cluster.slots_per_node is None
+    assert plan(made.config, Capacity.of_nodes([3, 3])).ranks == 5

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from configs.compose import validated
 from configs.errors import UserError
 from configs.schema import HardwareConfig, RunConfig
 from trainer.sizing import flops, memory, parameters
@@ -139,11 +141,14 @@ def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
     nodes, each = _spread(config, layout, capacity, choices, warnings)
     batch = _batch(config, dp, choices)
     precision = _precision(config, choices)
-    resolved = RunConfig.model_validate(
+    # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
+    even = nodes * each == layout.ranks
+    spread = {"nodes": nodes, "slots_per_node": each} if even else {}
+    resolved = validated(
         config.model_dump()
         | {
             "parallel": parallel.model_dump() | {"dp": dp},
-            "cluster": config.cluster.model_dump() | {"nodes": nodes, "slots_per_node": each},
+            "cluster": config.cluster.model_dump() | spread,
             "train": config.train.model_dump() | {"global_batch": batch, "precision": precision},
         }
     )
@@ -174,14 +179,18 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
     parallel = config.parallel
     if parallel.dp is not None:
         return parallel.dp
-    unit = parallel.ep if parallel.cp == 1 else -(-parallel.ep // parallel.cp)
+    unit = parallel.ep // math.gcd(parallel.ep, parallel.cp)  # the least dp with dp * cp a multiple of ep
     others = parallel.pp * parallel.cp * parallel.tp
     if capacity is None:
         choices.append(
             Choice("parallel.dp", str(unit), f"the least that parallel.ep={parallel.ep} is cut out of")
         )
         return unit
-    dp = max(unit, capacity.total // others // unit * unit)
+    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
+    within = sorted((min(have, each or have) for have in capacity.slots), reverse=True)[:nodes]
+    dp = max(unit, sum(within) // others // unit * unit)
+    while dp > unit and ((nodes and dp * others % nodes) or (each and dp * others % each)):
+        dp -= unit
     batch = config.train.global_batch
     while batch is not None and dp > unit and batch % (config.train.micro_batch * dp):
         dp -= unit
