@@ -37,12 +37,11 @@ def main(arguments: list[str]) -> int:
 def _run(file: Path | None, overrides: list[str]) -> int:
     die_with_parent(os.environ)
     rank = RankContext.from_environment(os.environ, default_home() / "runs" / "torchrun")
-    if file is not None and not overrides:
-        config = load(file)
-    else:
+    config = load(file) if file is not None and not overrides else compose(overrides, file)
+    if None in (config.parallel.dp, config.train.global_batch, config.train.precision):
         from trainer.sizing.planner import Capacity, plan  # a resolved configuration needs no plan
 
-        config = plan(compose(overrides, file), Capacity.of_nodes([rank.world])).config
+        config = plan(config, Capacity.of_nodes([rank.world])).config
     from trainer.loop import main as train  # torch loads after the parent's death is arranged for
 
     train(config, rank)

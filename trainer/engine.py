@@ -165,7 +165,7 @@ class Engine:
         """Take up a state that `pieces` gave at `step` under the same layout."""
         for index, shard in enumerate(self._zero.single_partition_of_fp32_groups):
             state = self._zero.optimizer.state[shard]
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=shard.device)
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(shard)
             for part, target in (("master", shard), *((m, state[m]) for m in _MOMENTS)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def test_a_gpu_learns_in_bf16_and_has_an_mfu(hardware: str, tmp_path: Path) -> N
     assert lines[-1].loss < lines[0].loss
     assert all(line.mfu is not None and 0 < line.mfu < 1 for line in lines)
     assert lines[-1].memory_bytes > 0 and lines[-1].phase_seconds["backward"] > 0
+
+
+def test_a_gpu_resumes_the_same_run(hardware: str, tmp_path: Path) -> None:
+    words = (f"hardware={hardware}", "train.micro_batch=8")
+    whole = {line.step: line.loss for line in steps(train(tmp_path / "home", tmp_path / "run", 1, *words))}
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000000012")
+    again = steps(train(tmp_path / "home", tmp_path / "run", 1, *words, attempt=2))
+    assert {line.step: line.loss for line in again} == {step: whole[step] for step in range(7, 13)}
