@@ -23,7 +23,7 @@ _PLAIN_EVERY = 10.0
 def count(number: float) -> str:
     """A number in three digits: 1.28 B, 12.3 M, 4.5 k, 678."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
+        if abs(number) >= 0.9995 * size:  # what rounds to 1000 of a unit is 1 of the next
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
 
@@ -32,7 +32,8 @@ def size(number: float) -> str:
     """Bytes: 3.2 GiB."""
     for unit, each in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if number >= each:
-            return f"{number / each:.3g} {unit}"
+            scaled = number / each
+            return f"{scaled:.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
     return f"{number:.0f} B"
 
 

@@ -65,14 +65,19 @@ def read_queue(home: HomePaths) -> dict[str, Any]:
 
 
 def summaries(home: HomePaths) -> list[RunSummary]:
-    """All runs, oldest first."""
+    """All runs that are queued or beyond, oldest first."""
     queue = read_queue(home)
-    return [summary(home.run(run_id), queue) for run_id in home.run_ids()]
+    found = [(run, fold(read(run.events))) for run in map(home.run, home.run_ids())]
+    # A controller that is writing a submission, or died over it, leaves a log that moves to no state yet.
+    return [_summary(run, view, queue) for run, view in found if view.state is not None]
 
 
 def summary(run: RunPaths, queue: dict[str, Any]) -> RunSummary:
     """One run, from its log, its newest metric line and the published queue."""
-    view = fold(read(run.events))
+    return _summary(run, fold(read(run.events)), queue)
+
+
+def _summary(run: RunPaths, view: RunView, queue: dict[str, Any]) -> RunSummary:
     assert view.submitted is not None and view.state is not None, "a run begins with `submitted`"
     line = _newest_line(run, view)
     wait: dict[str, Any] = next((w for w in queue.get("waiting", []) if w["run"] == run.run_id), {})
@@ -146,11 +151,16 @@ def incidents(run: RunPaths) -> list[dict[str, Any]]:
     return found
 
 
-def lost_steps(run: RunPaths) -> dict[int, tuple[int, int]]:
-    """By attempt, the steps `(first, last)` that a later attempt trained again; only attempts with such."""
+def lost_steps(run: RunPaths, through: int | None = None) -> dict[int, tuple[int, int]]:
+    """By attempt, the steps `(first, last)` that a later attempt trained again; only attempts with such.
+
+    With `through`, as it stood when that attempt was the newest.
+    """
     begun: dict[int, int] = {}
     last: dict[int, int] = {}
     for attempt in run.attempt_numbers():
+        if through is not None and attempt > through:
+            break
         for line in _all_lines(run, attempt):
             if isinstance(line, ResumedLine):
                 begun[attempt] = line.step
@@ -160,7 +170,7 @@ def lost_steps(run: RunPaths) -> dict[int, tuple[int, int]]:
     for attempt, end in last.items():
         later = [step for other, step in begun.items() if other > attempt]
         if later and min(later) < end:
-            lost[attempt] = (min(later) + 1, end)
+            lost[attempt] = (max(min(later), begun.get(attempt, 0)) + 1, end)
     return lost
 
 

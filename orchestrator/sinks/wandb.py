@@ -7,8 +7,8 @@ The JSONL files are the truth; this reads them. What it relies on:
 - Rows of steps that a later attempt trained again are logged once more with `train/lost` 1 and a new
   `train/attempt`; in the summary, `lost_steps` counts them.
 - A cursor file remembers what is logged. A sink that is killed and started again logs at most the rows of its
-  last second twice. Offline, each start makes its own `offline-run-*` folder with the same run id, and
-  `wandb sync` joins them.
+  last poll twice: those of a second, or of 1 MiB of an attempt's lines while it catches up. Offline, each start
+  makes its own `offline-run-*` folder with the same run id, and `wandb sync` joins them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from typing import Any
@@ -51,29 +52,34 @@ class WandbSink:
         self._wandb: Any = None
         self._failures = 0
         position = json.loads(self._cursor.read_text()) if self._cursor.exists() else {}
-        self._done = bool(position.pop("done", False))
+        # A run that ended and was resumed has events past those that were logged.
+        ended = bool(position.pop("done", False))
+        self._done = ended and run.events.stat().st_size <= position.get("events", 0)
         self._follower = Follower(run, position)
+        self._pending: deque[Event | MetricLine] = deque()
+        """Read and not logged yet, so that a retry begins at the item that failed."""
 
     def pump(self) -> bool:
         """Log what is new; True when the run has ended and everything is logged, or W&B was given up."""
         if self._done or self._mode == "disabled":
             return True
-        before = dict(self._follower.position)
         try:
-            # Whether the run has ended is asked first: what came before the end is then surely in this poll.
+            # Whether the run has ended is asked first: what came before the end is then surely still to be read.
             ended = reading.summary(self._run, {}).terminal
-            items = self._follower.poll()
-            if items and self._wandb is None:
+            if not self._pending:
+                self._pending.extend(self._follower.poll())
+            ended = ended and not self._pending  # one poll reads a part of a long file
+            if self._wandb is None and (self._pending or ended):
                 self._wandb = self._start()
-            for item in items:
-                self._one(item)
-            if ended and self._wandb is not None:
+            while self._pending:
+                self._one(self._pending[0])
+                self._pending.popleft()
+            if ended:
                 self._finish()
             self._save_cursor(ended)
             self._failures = 0
         except Exception:  # W&B's errors are many, and none may matter
             self._log.exception("attempt %d of %d", self._failures + 1, _FAILURES)
-            self._follower.position = before
             self._failures += 1
             time.sleep(min(60.0, 2.0**self._failures))
             if self._failures >= _FAILURES:
@@ -140,14 +146,14 @@ class WandbSink:
                 self._wandb.summary["final_loss"] = item.loss
 
     def _mark_lost(self, attempt: int) -> None:
-        """Log the steps that this attempt trains again, as lost, from the attempt that lost them."""
-        total = 0
-        for earlier, (first, last) in reading.lost_steps(self._run).items():
-            total += last - first + 1
-            if earlier == attempt - 1:
-                for step in range(first, last + 1):
-                    self._wandb.log({"train/step": step, "train/attempt": earlier, "train/lost": 1})
-        self._wandb.summary["lost_steps"] = total
+        """Log the steps that this attempt trains again, as lost, from the attempts that lost them."""
+        known = reading.lost_steps(self._run, attempt - 1)
+        lost = reading.lost_steps(self._run, attempt)
+        for earlier, (first, last) in lost.items():
+            end = known[earlier][0] - 1 if earlier in known else last
+            for step in range(first, end + 1):
+                self._wandb.log({"train/step": step, "train/attempt": earlier, "train/lost": 1})
+        self._wandb.summary["lost_steps"] = sum(last - first + 1 for first, last in lost.values())
 
     def _finish(self) -> None:
         events = read(self._run.events)

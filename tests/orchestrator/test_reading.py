@@ -1,0 +1,182 @@
+"""What the run folders tell, and that the sink tells all of it, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.compose import compose
+from configs.metrics import MetricWriter, ResumedLine
+from configs.paths import HomePaths, RunPaths
+from orchestrator import console, reading
+from orchestrator.events import EventLog, GangShape, Moved, NodeShare, Placed, Submitted
+from orchestrator.sinks import wandb as sinks
+from orchestrator.states import Reason, State
+from tests.orchestrator.fake_fabric import run_paths, step_line
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+
+Row = tuple[int, int]
+
+
+class _Recorder:
+    """Stands where W&B's run does: keeps rows, and breaks at one of them if asked to."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
+        self.breaks_at = -1
+
+    def log(self, row: dict[str, Any]) -> None:
+        if len(self.rows) == self.breaks_at:
+            self.breaks_at = -1
+            raise RuntimeError("broken once")
+        self.rows.append(row)
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        pass
+
+    def finish(self, exit_code: int = 0) -> None:
+        pass
+
+    @property
+    def trained(self) -> list[Row]:
+        return [(row["train/attempt"], row["train/step"]) for row in self.rows if "train/loss" in row]
+
+    @property
+    def lost(self) -> list[Row]:
+        return [(row["train/attempt"], row["train/step"]) for row in self.rows if row.get("train/lost") == 1]
+
+
+class _Config(dict[str, Any]):
+    def update(self, *trees: Any, allow_val_change: bool = False, **more: Any) -> None:
+        super().update(*trees, **more)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
+    recorder = _Recorder()
+    recorder.config = _Config()
+    monkeypatch.setattr(sinks.wandb, "init", lambda **_: recorder)
+    monkeypatch.setattr(sinks.time, "sleep", lambda _: None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return recorder
+
+
+def trained(run: RunPaths, attempt: int, first: int, last: int) -> None:
+    """An attempt that went on from step `first` and wrote its lines up to `last`."""
+    writer = MetricWriter(run.attempt(attempt).metrics)
+    writer.write(ResumedLine(100.0 * attempt, attempt, first, None, "none"))
+    for step in range(first + 1, last + 1):
+        writer.write(step_line(attempt, step, 100.0 * attempt + step))
+    writer.close()
+
+
+def ended(run: RunPaths, to: State = State.CANCELLED) -> None:
+    """A log of one attempt that has ended."""
+    log = EventLog(run.events)
+    log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.append(Moved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    attempted(log, 1, to)
+    log.close()
+
+
+def attempted(log: EventLog, number: int, to: State) -> None:
+    """The moves of an attempt, up to its end."""
+    log.append(Moved(State.PLACING, Reason.ADMITTED), 1.0)
+    log.append(Placed(number, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
+    log.append(Moved(State.STARTING, Reason.PLACED), 1.0)
+    log.append(Moved(State.RUNNING, Reason.FIRST_STEP), 1.0)
+    if to is State.CANCELLED:
+        log.append(Moved(State.CANCELLING, Reason.CANCEL_ASKED), 2.0)
+    log.append(Moved(to, Reason.COMPLETE), 3.0)
+
+
+def pumped(run: RunPaths) -> None:
+    """A sink of its own, to the end."""
+    sink = sinks.WandbSink(run, compose(["experiment=smoke"]))
+    assert any(sink.pump() for _ in range(20))
+
+
+def test_a_submission_that_is_being_written_does_not_break_the_list(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path)
+    ended(home.run("a-20260101-000000-aaaa"))
+    EventLog(home.run("b-20260101-000001-aaaa").events).close()
+    log = EventLog(home.run("c-20260101-000002-aaaa").events)
+    log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.close()
+    assert [row.run_id for row in reading.summaries(home)] == ["a-20260101-000000-aaaa"]
+
+
+def test_lost_steps_as_they_stood_at_each_attempt(tmp_path: Path) -> None:
+    run = run_paths(tmp_path, "run")
+    trained(run, 1, 0, 27)
+    trained(run, 2, 20, 24)
+    trained(run, 3, 10, 30)
+    assert reading.lost_steps(run, 1) == {}
+    assert reading.lost_steps(run, 2) == {1: (21, 27)}
+    assert reading.lost_steps(run) == {1: (11, 27), 2: (21, 24)}, "attempt 2 never trained steps 11 to 20"
+
+
+def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: _Recorder) -> None:
+    run = run_paths(tmp_path, "run")
+    ended(run)
+    trained(run, 1, 0, 10)
+    pumped(run)
+    log = EventLog(run.events)
+    log.append(Moved(State.QUEUED, Reason.RESUME_ASKED), 4.0)
+    attempted(log, 2, State.SUCCEEDED)
+    log.close()
+    trained(run, 2, 10, 20)
+    pumped(run)
+    assert [step for _, step in recorder.trained] == list(range(1, 21))
+    assert recorder.summary["state"] == "succeeded"
+
+
+def test_a_backlog_longer_than_one_read_is_logged_whole(
+    tmp_path: Path, recorder: _Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Callable[..., Any] = reading.read_from
+    monkeypatch.setattr(reading, "read_from", lambda path, offset: read(path, offset, 4096))
+    run = run_paths(tmp_path, "run")
+    ended(run)
+    trained(run, 1, 0, 40)
+    assert run.attempt(1).metrics.stat().st_size > 2 * 4096
+    pumped(run)
+    assert [step for _, step in recorder.trained] == list(range(1, 41))
+
+
+def test_a_failure_within_a_poll_repeats_no_row(tmp_path: Path, recorder: _Recorder) -> None:
+    run = run_paths(tmp_path, "run")
+    ended(run)
+    trained(run, 1, 0, 20)
+    recorder.breaks_at = 7
+    pumped(run)
+    assert [step for _, step in recorder.trained] == list(range(1, 21))
+
+
+def test_lost_steps_are_marked_once_past_attempts_without_a_step(tmp_path: Path, recorder: _Recorder) -> None:
+    run = run_paths(tmp_path, "run")
+    ended(run)
+    trained(run, 1, 0, 27)
+    run.attempt(2).root.mkdir()  # it died before its first line
+    trained(run, 3, 20, 30)
+    trained(run, 4, 10, 30)  # the checkpoint of step 20 could not be read
+    pumped(run)
+    assert sorted(recorder.lost) == [(1, s) for s in range(11, 28)] + [(3, s) for s in range(21, 31)]
+    assert recorder.summary["lost_steps"] == 27
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [
+        (console.count(999.7), "1 k"), (console.count(999_999), "1 M"), (console.count(999.4), "999"),
+        (console.size(1010 * 2**20), "1010 MiB"), (console.size(1023 * 2**10), "1023 KiB"),
+    ],
+)  # fmt: skip
+def test_numbers_at_the_edge_of_a_unit(made: str, shown: str) -> None:
+    assert made == shown
