@@ -9,20 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from configs.fabric import CollectivesConfig, NetworkConfig
+from configs.section import Fraction, NonNegative, Positive, Section
 from configs.timeouts import Timeouts
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and a key that isn't declared is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RouterConfig(Section):
@@ -271,8 +264,8 @@ class RunConfig(Section):
 
     name: str | None = None
     """Prefix of the run id; None: the model's name."""
-    workload: Literal["train"] = "train"
-    """The program that the gang runs on every rank."""
+    workload: Literal["train", "collectives"] = "train"
+    """The program that the gang runs on every rank: training, or measuring the fabric between the ranks."""
     model: ModelConfig
     """Model shape."""
     hardware: HardwareConfig
@@ -293,6 +286,10 @@ class RunConfig(Section):
     """Faults."""
     tracking: TrackingConfig = TrackingConfig()
     """W&B."""
+    collectives: CollectivesConfig = CollectivesConfig()
+    """What is measured where `workload` is `collectives`."""
+    network: NetworkConfig = NetworkConfig()
+    """Settings of the communication library for the network."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -54,6 +54,8 @@ def example(path: str) -> str:
             value = get_args(literal)[0]
         else:
             value = "1.0" if float in kinds or _mapping(path) else "1" if int in kinds else "..."
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     return f"{path}={str(value).lower() if isinstance(value, bool) else value}"
 
 
@@ -87,7 +89,7 @@ def wrong_type(path: str, value: object) -> str:
 def explain(error: ValidationError) -> str:
     """All complaints of one validation in one line."""
     details = error.errors(include_url=False)
-    paths = {".".join(map(str, detail["loc"])) for detail in details}
+    paths = {_path(detail) for detail in details}
     if "resilience.timeouts.patience" in paths:  # the other timeouts only follow from the dial
         details = [
             d for d in details if d["loc"][:2] != ("resilience", "timeouts") or d["loc"][2:] == ("patience",)
@@ -96,8 +98,13 @@ def explain(error: ValidationError) -> str:
     return "; also: ".join(told)
 
 
+def _path(detail: ErrorDetails) -> str:
+    """The field, without the place in its list."""
+    return ".".join(part for part in detail["loc"] if isinstance(part, str))
+
+
 def _sentence(detail: ErrorDetails) -> str:
-    path = ".".join(map(str, detail["loc"]))
+    path = _path(detail)
     value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
@@ -116,6 +123,8 @@ def _sentence(detail: ErrorDetails) -> str:
         "less_than": ("lt", "must be below"),
         "less_than_equal": ("le", "must be at most"),
     }
+    if kind == "too_short":
+        return f"{path} is empty; type e.g. {example(path)}"
     if kind in bounds:
         key, words = bounds[kind]
         return f"{path}={_shown(value)} {words} {context[key]:g}; type e.g. {example(path)}"
@@ -177,6 +186,8 @@ def _kinds(annotation: Any) -> Iterator[Any]:
     elif origin in (Union, types.UnionType):
         for part in get_args(annotation):
             yield from _kinds(part)
+    elif origin is tuple:
+        yield from _kinds(get_args(annotation)[0])
     elif origin is dict:
         yield dict
     else:

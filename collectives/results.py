@@ -1,0 +1,329 @@
+"""What a measurement is, and how it is kept: rows, and the files that hold them.
+
+`rows.jsonl` is the truth: one row a line, appended when it is finished, so what is done survives whatever
+comes. From it `write` makes nccl-tests' JSON (schema version 3, one file per operation and group) and a CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+JSON_VERSION = 3
+"""Of nccl-tests' schema (`src/util.cu`, release 2.19)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one case in one placement, in microseconds; an iteration counts as long as its slowest rank."""
+
+    time_us: float
+    """Mean: all of the timed interval over its iterations."""
+    ci_us: float
+    """Half-width of the mean's confidence interval."""
+    p50_us: float
+    p95_us: float
+    p99_us: float
+    min_us: float
+    max_us: float
+    stdev_us: float
+    first_us: float
+    """The very first call, which sets up connections."""
+    alg_bw: float
+    """GB/s: bytes in `size` over the mean time."""
+    bus_bw: float
+    """GB/s, by nccl-tests' factor."""
+    wire_bw: float | None
+    """GB/s on a device's link where the switch multiplies and reduces (NVLS, SHARP); None where that doesn't apply."""
+    warmup: int
+    """Untimed iterations before."""
+    wrong: int | None
+    """Elements that differ from the exact value, over all ranks; None where they weren't checked."""
+    rank_times_us: tuple[tuple[float, ...], ...]
+    """Each iteration of each rank, by rank."""
+    times_us: tuple[float, ...]
+    """Each iteration, of the slowest rank."""
+
+    @property
+    def cv(self) -> float:
+        """Standard deviation over the mean of the iterations."""
+        mean = sum(self.times_us) / len(self.times_us) if self.times_us else 0.0
+        return self.stdev_us / mean if mean else 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case of a sweep: an operation, a group, a type and a size."""
+
+    op: str
+    group: str
+    """Kind of group, as configured."""
+    ranks: int
+    """Ranks of each group."""
+    groups: int
+    """Groups that ran at once."""
+    size: int
+    """Bytes, as nccl-tests prints them: the larger of what a rank sends and receives."""
+    count: int
+    """Elements of nccl-tests' `count` column."""
+    dtype: str
+    redop: str
+    """`none` where nothing is reduced."""
+    root: int
+    """-1 where there is none."""
+    sweep: int
+    """Which pass, from 0."""
+    out_of_place: Timing | None = None
+    in_place: Timing | None = None
+    note: str = ""
+    """Why there are no times, where there are none."""
+    time: float = 0.0
+    """When it was finished, in seconds since the epoch."""
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """What tells a case from others."""
+        return (self.op, self.group, self.dtype, self.redop, self.root, self.size, self.sweep)
+
+    @property
+    def timings(self) -> list[Timing]:
+        """Those that there are."""
+        return [t for t in (self.out_of_place, self.in_place) if t is not None]
+
+    @property
+    def best(self) -> Timing | None:
+        """The one to compare and to fit: in place where measured, as training does."""
+        return self.in_place or self.out_of_place
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What was measured on what, by which method."""
+
+    system: dict[str, Any]
+    """Hosts, devices by rank (nccl-tests' `devices`), processors, memory, kernel."""
+    software: dict[str, Any]
+    """Versions, backend, and the communication library's environment."""
+    settings: dict[str, Any]
+    """The configuration's `collectives`, network, ranks and layout."""
+    method: dict[str, str]
+    """How a figure comes about: clock, statistic, formulas."""
+    started: str
+    """UTC."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """A measurement, whole or as far as it came."""
+
+    metadata: Metadata
+    rows: tuple[Row, ...]
+    ended: str | None = None
+    """UTC; None while it runs or where it was interrupted."""
+
+    def cases(self) -> dict[tuple[str, str], list[Row]]:
+        """Rows by operation and group, in the order they were measured."""
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.op, row.group), []).append(row)
+        return found
+
+
+class Store:
+    """The folder of one measurement."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def rows(self) -> Path:
+        """One finished row a line."""
+        return self.folder / "rows.jsonl"
+
+    @property
+    def metadata(self) -> Path:
+        """System, software, settings, method."""
+        return self.folder / "metadata.json"
+
+    def begin(self, metadata: Metadata) -> None:
+        """Make the folder, and write the metadata."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.metadata, json.dumps(asdict(metadata), indent=1))
+
+    def append(self, row: Row) -> None:
+        """Keep a finished row; it has reached the kernel when this returns."""
+        line = (json.dumps(asdict(row)) + "\n").encode()
+        fd = os.open(self.rows, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(fd, line)
+        finally:
+            os.close(fd)
+
+    def finished(self) -> list[Row]:
+        """Rows that are kept; a torn last line isn't one."""
+        if not self.rows.exists():
+            return []
+        data = self.rows.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.truncate(self.rows, end)
+        return [_row(json.loads(line)) for line in data[:end].splitlines()]
+
+    def read(self) -> Results:
+        """The measurement as it stands.
+
+        Raises:
+            FileNotFoundError: where the folder holds none.
+        """
+        tree = json.loads(self.metadata.read_text())
+        ended = tree.pop("ended", None)
+        return Results(Metadata(**tree), tuple(self.finished()), ended)
+
+    def end(self, ended: str) -> None:
+        """Mark the measurement as whole."""
+        tree = json.loads(self.metadata.read_text())
+        _replace(self.metadata, json.dumps(tree | {"ended": ended}, indent=1))
+
+    def write(self) -> list[Path]:
+        """Make nccl-tests' JSON and the CSV of all rows; their paths."""
+        results = self.read()
+        made = []
+        for (op, group), rows in results.cases().items():
+            path = self.folder / f"{op}.{group}.json"
+            _replace(path, json.dumps(nccl_tests_json(results.metadata, rows, results.ended)))
+            made.append(path)
+        table = self.folder / "results.csv"
+        write_csv(table, results.rows, results.metadata)
+        return [*made, table]
+
+
+def nccl_tests_json(metadata: Metadata, rows: Sequence[Row], ended: str | None) -> dict[str, Any]:
+    """Rows of one operation and group in nccl-tests' schema; what that lacks is under `megaray`."""
+    settings = metadata.settings["collectives"]
+    wrong = sum(t.wrong or 0 for row in rows for t in row.timings)
+    rates = [t.bus_bw for row in rows for t in row.timings]
+    step = (
+        {"step_bytes": settings["step_size"]}
+        if settings["step_size"]
+        else {"step_factor": settings["step_factor"]}
+    )
+    return {
+        "version": JSON_VERSION,
+        "start_time": metadata.started,
+        "args": metadata.settings["arguments"],
+        "env": [f"{name}={value}" for name, value in metadata.software["environment"].items()],
+        "nccl_version": metadata.software["nccl_version_code"],
+        "config": {
+            "nthreads": 1,
+            "ngpus": 1,
+            "minimum_bytes": settings["min_size"],
+            "maximum_bytes": settings["max_size"],
+            **step,
+            "warmup_iters": settings["min_warmup"],
+            "iterations": settings["min_iterations"],
+            "aggregated_iterations": 1,
+            "validation": int(settings["check"]),
+            "graph": int(settings["timer"] == "graph"),
+            "blocking_collectives": _flag(settings["sync"] == "barrier"),
+            "per_iter_timing": _flag(True),
+            "per_iter_skip": 0,
+            "parallel_init": _flag(False),
+            "devices": metadata.system["devices"],
+        },
+        "results": [_result(row) for row in rows if row.timings],
+        "out_of_bounds": {"count": wrong, "okay": _flag(wrong == 0)},
+        "average_bus_bandwidth": {
+            "bandwidth": sum(rates) / len(rates) if rates else 0.0,
+            "okay": "unchecked",
+        },
+        "errors": [row.note for row in rows if row.note],
+        "end_time": ended,
+        "megaray": asdict(metadata),
+    }
+
+
+def _result(row: Row) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "size": row.size,
+        "count": row.count,
+        "type": row.dtype,
+        "redop": row.redop,
+        "root": str(row.root),
+    }
+    for name, timing in (("out_of_place", row.out_of_place), ("in_place", row.in_place)):
+        if timing is None:
+            result[name] = None
+            continue
+        result[name] = {
+            "time": timing.time_us,
+            "alg_bw": timing.alg_bw,
+            "bus_bw": timing.bus_bw,
+            "nwrong": timing.wrong,
+        }
+        result[f"{name}_per_iter"] = {
+            "skipped_iterations": 0,
+            "min_us": timing.min_us,
+            "max_us": timing.max_us,
+            "avg_us": sum(timing.times_us) / len(timing.times_us),
+            "p50_us": timing.p50_us,
+            "p95_us": timing.p95_us,
+            "p99_us": timing.p99_us,
+            "stdev_us": timing.stdev_us,
+            "cv_pct": 100 * timing.cv,
+            "times_us": list(timing.times_us),
+            "per_process_max_times_us": [list(times) for times in timing.rank_times_us],
+        }
+    most = max(len(t.times_us) for t in row.timings)
+    return result | {"actual_iterations": most, "experiment_name": f"{row.op}.{row.group}", "pass": row.sweep}
+
+
+_PLAIN = ("time_us", "ci_us", "p50_us", "p95_us", "p99_us", "min_us", "max_us", "cv", "alg_bw", "bus_bw", "wire_bw",
+          "warmup", "first_us", "wrong")  # fmt: skip
+
+
+def write_csv(path: Path, rows: Iterable[Row], metadata: Metadata) -> None:
+    """One line for each case and placement, under `# key: value` lines with the metadata."""
+    names = ("op", "group", "ranks", "groups", "size", "count", "dtype", "redop", "root", "sweep", "note")
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        for name, value in asdict(metadata).items():
+            file.write(f"# {name}: {json.dumps(value)}\n")
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow([*names, "placement", "iterations", *_PLAIN])
+        for row in rows:
+            base = [getattr(row, name) for name in names]
+            for placement, timing in (("out_of_place", row.out_of_place), ("in_place", row.in_place)):
+                if timing is not None:
+                    values = [getattr(timing, name) for name in _PLAIN]
+                    out.writerow([*base, placement, len(timing.times_us), *values])
+            if not row.timings:
+                out.writerow(base)
+    temporary.replace(path)
+
+
+def _row(tree: dict[str, Any]) -> Row:
+    names = {f.name for f in fields(Timing)}
+    for placement in ("out_of_place", "in_place"):
+        timing = tree[placement]
+        if timing is not None:
+            timing["rank_times_us"] = tuple(map(tuple, timing["rank_times_us"]))
+            timing["times_us"] = tuple(timing["times_us"])
+            tree[placement] = Timing(**{name: value for name, value in timing.items() if name in names})
+    return Row(**tree)
+
+
+def _flag(value: bool) -> str:
+    """nccl-tests writes truth values as text, and its readers expect that."""
+    return "true" if value else "false"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,136 @@
+"""Configuration of what concerns the fabric: what is measured of it, and how its library is set up."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from configs.section import AsWords, Bytes, Fraction, NonNegative, Positive, Section
+
+Op = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "all_to_allv", "broadcast", "reduce", "gather",
+    "scatter", "sendrecv", "barrier",
+]  # fmt: skip
+Dtype = Literal["int8", "uint8", "int32", "int64", "half", "bfloat16", "float", "double"]
+Redop = Literal["sum", "prod", "max", "min", "avg", "band", "bor", "bxor"]
+Pattern = Literal["balanced", "hot_expert", "hot_rank", "zipf", "bursty", "rotating"]
+Placement = Literal["out_of_place", "in_place"]
+
+
+class CollectivesConfig(Section):
+    """A measurement of the fabric. Names of operations, types and reductions are those of nccl-tests."""
+
+    study: Literal["sweep", "moe", "faults"] = "sweep"
+    """`sweep`: times over sizes; `moe`: dispatch and combine under routing; `faults`: find what is slow."""
+    ops: Annotated[tuple[Op, ...], AsWords, Field(min_length=1)] = ("all_reduce",)
+    """Operations of a sweep, one after the other."""
+    min_size: Bytes = 8
+    """Smallest size in bytes (nccl-tests `-b`)."""
+    max_size: Bytes = 32 << 20
+    """Largest size in bytes (`-e`)."""
+    step_factor: Annotated[int, Field(ge=2)] = 2
+    """Factor from one size to the next (`-f`)."""
+    step_size: Bytes | None = None
+    """Bytes from one size to the next (`-i`); instead of the factor."""
+    dtypes: Annotated[tuple[Dtype, ...], AsWords, Field(min_length=1)] = ("float",)
+    """Element types (`-d`)."""
+    reductions: Annotated[tuple[Redop, ...], AsWords, Field(min_length=1)] = ("sum",)
+    """Reductions of the operations that reduce (`-o`); `band`, `bor` and `bxor` take integers."""
+    placements: Annotated[tuple[Placement, ...], AsWords, Field(min_length=1)] = ("out_of_place", "in_place")
+    """Whether the result has a buffer of its own."""
+    groups: Annotated[tuple[str, ...], AsWords, Field(min_length=1)] = ("world",)
+    """Groups that run at once: `world`, `node`, `across` (same local rank on all nodes), `pairs` (every pair, in
+    rounds), an axis of the layout (`dp`, `ep`, `tp`, …), or nccl-tests' split: `MOD2`, `DIV8`, `AND0x7`, `OR0x1`."""
+    root: NonNegative = 0
+    """Root's place in its group, of rooted operations (`-r`)."""
+    spread: Fraction = 1.0
+    """Unevenness of `all_to_allv`: 0 the same to all peers, 1 in proportion to the distance in rank."""
+    backend: Literal["auto", "nccl", "gloo", "mpi"] = "auto"
+    """Library under torch.distributed; auto: nccl (RCCL under ROCm) on GPUs, gloo elsewhere."""
+    timer: Literal["auto", "host", "events", "graph"] = "auto"
+    """Clock: `host` (CPU), `events` or `graph` (GPU; a replayed graph without launch cost); auto by device."""
+    sync: Literal["loop", "barrier"] = "loop"
+    """`loop`: back to back, as nccl-tests measures; `barrier`: a barrier, outside of the time, before each (`-z 3`)."""
+    min_warmup: NonNegative = 5
+    """Untimed iterations at least (`-w`); more follow until the times are steady."""
+    max_warmup: NonNegative = 200
+    """Untimed iterations at most."""
+    min_iterations: Annotated[int, Field(ge=5)] = 20
+    """Timed iterations at least (`-n`)."""
+    max_iterations: Annotated[int, Field(ge=5)] = 1000
+    """Timed iterations at most."""
+    precision: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Half-width of the mean's confidence interval, over the mean, at which timing stops."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Level of that interval."""
+    seconds_per_size: Annotated[float, Field(gt=0)] = 10.0
+    """Time after which a size is left as it is, short of its precision."""
+    passes: Positive = 1
+    """Times that the whole sweep is gone through, so that slow drift shows as spread."""
+    check: bool = True
+    """Compare every element with its exact expected value, in a pass that isn't timed (`-c`)."""
+    seed: NonNegative = 1
+    """Seed of generated routing and of the order of rounds."""
+    patterns: Annotated[tuple[Pattern, ...], AsWords, Field(min_length=1)] = (
+        "balanced", "hot_expert", "hot_rank", "zipf", "bursty", "rotating",
+    )  # fmt: skip
+    """Routing of the `moe` study."""
+    record: str | None = None
+    """Folder of a training run whose recorded expert loads are played back by the `moe` study, as well."""
+    tokens: Positive = 1024
+    """Tokens of each rank in the `moe` study; width, experts and top_k are the model's."""
+    imbalances: Annotated[tuple[float, ...], AsWords] = (1.0, 1.25, 1.5, 2.0, 4.0)
+    """Most loaded rank over the mean: points of the curve of what imbalance costs."""
+    chunks: Positive = 2
+    """Parts that dispatch, experts and combine are cut into, so that they overlap."""
+    probe_size: Bytes = 4 << 20
+    """Bytes of one message in the `faults` study."""
+    probe_repeats: Positive = 5
+    """Messages in each direction of each pair in the `faults` study."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_size < self.min_size:
+            raise ValueError(
+                f"collectives.max_size={self.max_size} is below collectives.min_size={self.min_size}; "
+                f"set collectives.max_size to at least {self.min_size}"
+            )
+        for low, high in (("min_warmup", "max_warmup"), ("min_iterations", "max_iterations")):
+            if getattr(self, high) < getattr(self, low):
+                raise ValueError(
+                    f"collectives.{high}={getattr(self, high)} is below collectives.{low}={getattr(self, low)}; "
+                    f"set collectives.{high} to at least {getattr(self, low)}"
+                )
+        if any(value < 1 for value in self.imbalances):
+            raise ValueError(
+                f"collectives.imbalances={','.join(map(str, self.imbalances))} goes below 1, the even load; "
+                "type e.g. collectives.imbalances=1,1.5,2"
+            )
+        return self
+
+
+class LibrarySetting(Section):
+    """One environment variable of a communication library."""
+
+    variable: str
+    """Its name."""
+    value: str
+    """Its value."""
+    library: Literal["nccl", "rccl", "both", "ofi"]
+    """Who reads it: NCCL, RCCL, either of the two, or the libfabric plug-in."""
+    versions: str
+    """Versions that know it, as `>=2.18` or `>=2.12,<2.20`; of `library`, or of NCCL's interface that RCCL names."""
+    reason: str
+    """Why it is set so."""
+    source: str
+    """Who says so."""
+
+
+class NetworkConfig(Section):
+    """What the ranks set for NCCL or RCCL before they meet; what the user's environment sets already stays."""
+
+    name: str = "none"
+    """Preset name."""
+    settings: tuple[LibrarySetting, ...] = ()
+    """Variables with their reasons."""

@@ -1,0 +1,41 @@
+"""What all sections of the configuration are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _bytes(value: Any) -> Any:
+    """`4M` as 4194304, in powers of 1024 as nccl-tests reads sizes; anything else as it is."""
+    if isinstance(value, str):
+        text = value.strip().upper().removesuffix("B").removesuffix("I")
+        if text[-1:] in _UNITS and text[:-1].isdigit():
+            return int(text[:-1]) * _UNITS[text[-1]]
+    return value
+
+
+def _words(value: Any) -> Any:
+    """`a,b` or `[a, b]` as a list."""
+    if isinstance(value, str):
+        return [word.strip().strip("'\"") for word in value.strip("[]() ").split(",") if word.strip()]
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+"""A size, as a number or with K, M, G or T."""
+AsWords = BeforeValidator(_words)
+"""Marks a tuple that is typed with commas."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and a key that isn't declared is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
