@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.section import AsWords, Bytes, Fraction, NonNegative, Positive, Section
+from configs.versions import Versions
 
 Op = Literal[
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "all_to_allv", "broadcast", "reduce", "gather",
@@ -120,11 +121,20 @@ class LibrarySetting(Section):
     library: Literal["nccl", "rccl", "both", "ofi"]
     """Who reads it: NCCL, RCCL, either of the two, or the libfabric plug-in."""
     versions: str
-    """Versions that know it, as `>=2.18` or `>=2.12,<2.20`; of `library`, or of NCCL's interface that RCCL names."""
+    """Versions it is for, as `>=2.18` or `>=2.12,<2.20`, all: `>=0`; of NCCL, or of NCCL's interface that RCCL names."""
     reason: str
     """Why it is set so."""
     source: str
     """Who says so."""
+
+    @field_validator("versions")
+    @classmethod
+    def _range(cls, value: str, info: ValidationInfo) -> str:
+        try:
+            Versions.parse(value)
+        except ValueError as error:
+            raise ValueError(f"network.settings: versions of {info.data.get('variable')}: {error}") from None
+        return value
 
 
 class NetworkConfig(Section):

@@ -81,20 +81,51 @@ class ResumedLine:
 
 
 @dataclass(frozen=True)
+class MeasuredLine:
+    """One case of a measurement of the fabric is finished."""
+
+    kind: ClassVar[str] = "measured"
+    time: float
+    attempt: int
+    step: int
+    """Cases finished."""
+    steps: int
+    """Cases in all."""
+    case: dict[str, Any]
+    """What was measured: `op`, `group`, `ranks`, `size` in bytes, `dtype`, `redop`, …"""
+    result: dict[str, Any]
+    """`time_us`, `alg_bw` and `bus_bw` in GB/s, `wrong`, …; empty where `note` says why there is none."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FindingLine:
+    """A measurement found something slow or wrong."""
+
+    kind: ClassVar[str] = "finding"
+    time: float
+    attempt: int
+    finding: dict[str, Any]
+    """As `collectives.judge.Finding` writes itself."""
+
+
+@dataclass(frozen=True)
 class EndedLine:
-    """Training is complete."""
+    """All steps of a training run, or all cases of a measurement, are done."""
 
     kind: ClassVar[str] = "ended"
     time: float
     attempt: int
     step: int
-    loss: float
-    """Of the last step."""
+    loss: float | None
+    """Of the last step; None where nothing was trained."""
     tokens: int
 
 
-MetricLine = StepLine | SavedLine | ResumedLine | EndedLine
-_KINDS: dict[str, type[MetricLine]] = {c.kind: c for c in (StepLine, SavedLine, ResumedLine, EndedLine)}
+MetricLine = StepLine | SavedLine | ResumedLine | MeasuredLine | FindingLine | EndedLine
+_KINDS: dict[str, type[MetricLine]] = {
+    c.kind: c for c in (StepLine, SavedLine, ResumedLine, MeasuredLine, FindingLine, EndedLine)
+}
 
 
 class MetricWriter:
@@ -141,14 +172,14 @@ def read_from(path: Path, offset: int, limit: int = 1 << 20) -> tuple[list[Metri
     return [parse_line(row) for row in data[:end].splitlines() if row.strip()], offset + end
 
 
-def last_step(path: Path, window: int = 1 << 17) -> StepLine | None:
-    """The newest step line of `path`, read from its last `window` bytes."""
+def last_step(path: Path, window: int = 1 << 17) -> StepLine | MeasuredLine | None:
+    """The newest line of `path` that says how far its run is, read from its last `window` bytes."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         return None
     for line in reversed(list(_tail(path, max(0, size - window)))):
-        if isinstance(line, StepLine):
+        if isinstance(line, StepLine | MeasuredLine):
             return line
     return None
 

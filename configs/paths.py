@@ -136,6 +136,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def measurement(self) -> Path:
+        """Folder of what a `collectives` run measures."""
+        return self.root / "measurement"
+
+    @property
     def wandb(self) -> Path:
         """The W&B sink's own folder."""
         return self.root / "wandb"

@@ -1,0 +1,157 @@
+"""The command line of `python -m collectives`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from collectives.launch import Ranks, launched
+from collectives.results import Store
+from configs.compose import compose, dump, load
+from configs.errors import USER_ERROR_EXIT, UserError
+from configs.paths import RunPaths
+from configs.rank import RankContext, die_with_parent
+from configs.schema import RunConfig
+
+PROGRAM = "python -m collectives"
+_FLAGS = (
+    ("-b", "min_size", "BYTES", "smallest size, e.g. 8, 32M, 1G"),
+    ("-e", "max_size", "BYTES", "largest size"),
+    ("-f", "step_factor", "FACTOR", "factor from one size to the next"),
+    ("-i", "step_size", "BYTES", "bytes from one size to the next, instead of -f"),
+    ("-n", "min_iterations", "COUNT", "timed iterations at least; more follow until the mean is known"),
+    ("-w", "min_warmup", "COUNT", "untimed iterations at least"),
+    ("-o", "reductions", "NAMES", "sum, prod, max, min, avg, band, bor, bxor"),
+    ("-d", "dtypes", "NAMES", "int8, uint8, int32, int64, half, bfloat16, float, double"),
+    ("-r", "root", "RANK", "root of rooted operations"),
+    ("-c", "check", "0|1", "check every element"),
+)
+"""nccl-tests' flags that have the same meaning here, and their fields."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; exit code 0 done, 1 failed, 2 a user's mistake, 3 something was found slow or wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options, arguments))
+    except UserError as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        from collectives.program import FabricLost  # loads torch
+
+        if isinstance(error, FabricLost):
+            print(f"megaray: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    run = commands.add_parser("run", help="measure: ranks are started here, or by torchrun, srun or mpirun")
+    run.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="configuration, as `submit` takes it"
+    )
+    run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a measurement")
+    run.add_argument("--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or 2")
+    run.add_argument("--out", type=Path, help="folder of the measurement; one that was interrupted goes on")
+    run.add_argument("--ops", metavar="NAMES", help="operations, with commas")
+    for flag, field, metavar, text in _FLAGS:
+        run.add_argument(flag, dest=field, metavar=metavar, help=text)
+    run.add_argument(
+        "-z", dest="blocking", choices=["0", "3"], help="3: a barrier, untimed, before each iteration"
+    )
+    run.add_argument("-G", dest="graph", choices=["0", "1"], help="1: replay a graph (GPU)")
+    run.set_defaults(command=_run)
+    return parser
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """nccl-tests' flags as fields of the configuration."""
+    found = ["workload=collectives", *options.overrides]
+    if options.ops:
+        found.append(f"collectives.ops={options.ops}")
+    for _, field, _, _ in _FLAGS:
+        value = getattr(options, field)
+        if value is not None:
+            value = {"0": "false", "1": "true"}.get(value, value) if field == "check" else value
+            found.append(f"collectives.{field}={value}")
+    iterations = options.min_iterations or ""
+    if iterations.isdigit() and int(iterations) > 1000 and not any("max_iterations" in o for o in found):
+        found.append(f"collectives.max_iterations={iterations}")
+    if options.blocking:
+        found.append(f"collectives.sync={'barrier' if options.blocking == '3' else 'loop'}")
+    if options.graph:
+        found.append(f"collectives.timer={'graph' if options.graph == '1' else 'auto'}")
+    return found
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    die_with_parent(os.environ)
+    config = load(options.config) if options.config else compose(_overrides(options))
+    variables = launched(os.environ)
+    folder = options.out or Path(f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")
+    if variables is None:
+        return _run_here(config, options, folder)
+    os.environ.update(variables)
+    if options.out is None:
+        folder = Path("collectives-launched")  # one name on all ranks, which start at different times
+    return _run_rank(config, RankContext.from_environment(os.environ, folder.absolute()), tuple(arguments))
+
+
+def _run_rank(config: RunConfig, rank: RankContext, arguments: tuple[str, ...]) -> int:
+    """Be one rank."""
+    from collectives.program import main as measure  # torch loads after the parent's death is arranged for
+
+    measure(config, rank, arguments=arguments)
+    return 0
+
+
+def _run_here(config: RunConfig, options: argparse.Namespace, folder: Path) -> int:
+    """Start ranks on this machine and wait for them."""
+    world = options.ranks if options.ranks is not None else _devices(config)
+    if world < 2:
+        raise UserError(f"--ranks={world}: one rank has nobody to talk to; type at least --ranks 2")
+    run = RunPaths(folder.absolute())
+    store = Store(run.measurement)
+    if store.metadata.exists() and store.read().ended:
+        raise UserError(f"--out={folder} holds a finished measurement; name another folder, or remove it")
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.config.write_text(dump(config))
+    except OSError as error:
+        raise UserError(f"--out={folder} can't be written ({error.strerror}); name another folder") from None
+    ranks = Ranks.start(run, world, ["-m", "collectives", "run", "--config", str(run.config)])
+    try:
+        code, trouble = ranks.wait()
+    except KeyboardInterrupt:
+        ranks.end()
+        code, trouble = 130, "interrupted"
+    if code:
+        print(f"megaray: {'; '.join(filter(None, [trouble, _keep(store)]))}", file=sys.stderr)
+    return code
+
+
+def _keep(store: Store) -> str:
+    """Make the files of what is done, and say so."""
+    rows = store.finished() if store.metadata.exists() else []
+    if not rows:
+        return ""
+    store.write()
+    return f"{len(rows)} rows are kept in {store.folder}, and the same command with this --out goes on after them"
+
+
+def _devices(config: RunConfig) -> int:
+    if config.hardware.kind == "cpu":
+        return 2
+    import torch  # asked only where there should be GPUs
+
+    return int(torch.cuda.device_count())

@@ -1,0 +1,132 @@
+"""How the ranks of a measurement come to be: here, or by torchrun, srun or mpirun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.paths import RunPaths
+from configs.rank import RankContext
+
+_GRACE = 5.0
+"""Seconds in which the others notice that a rank ended and say so, before they are ended too."""
+_LAUNCHERS = (
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+"""Rank, world, local rank and local world as Open MPI, Slurm and MPICH say them."""
+
+
+def launched(env: Mapping[str, str]) -> dict[str, str] | None:
+    """torchrun's variables where this process is a rank that a launcher started; None where it is none.
+
+    Raises:
+        UserError: where the launcher says too little.
+    """
+    if "RANK" in env:
+        return {}
+    for names in _LAUNCHERS:
+        if names[0] not in env or int(env.get(names[1], "1")) < 2:
+            continue
+        missing = [name for name in (names[2], "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            raise UserError(
+                f"{names[0]}={env[names[0]]} is set, {', '.join(missing)} not; export MASTER_ADDR=<host of rank 0> and "
+                "MASTER_PORT=29500 before srun or mpirun"
+            )
+        rank, world, local = (env[name] for name in names[:3])
+        width = env.get(names[3], world)
+        return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": width}
+    return None
+
+
+@dataclass
+class Ranks:
+    """Ranks on this machine, as child processes that end with this one."""
+
+    run: RunPaths
+    processes: list[subprocess.Popen[bytes]]
+
+    @classmethod
+    def start(cls, run: RunPaths, world: int, program: list[str]) -> Ranks:
+        """Start `world` ranks of `program`; rank 0 prints here, the others into their logs."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        paths = run.attempt(1)
+        paths.ranks.mkdir(parents=True, exist_ok=True)
+        processes = []
+        for rank in range(world):
+            context = RankContext(rank, world, rank, world, "127.0.0.1", port, run, 1)
+            env = (
+                os.environ
+                | context.environment()
+                | {"MEGARAY_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+            )
+            env.setdefault("OMP_NUM_THREADS", "1")
+            with paths.log(rank).open("wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, *program],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=None if rank == 0 else log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            processes.append(process)
+        return cls(run, processes)
+
+    def wait(self) -> tuple[int, str]:
+        """Wait for the end of all; the exit code, and what went wrong in one line ('' where nothing did)."""
+        codes = [process.poll() for process in self.processes]
+        while not any(codes) and None in codes:
+            time.sleep(0.05)
+            codes = [process.poll() for process in self.processes]
+        if not any(codes):
+            return 0, ""
+        first = next(rank for rank, code in enumerate(codes) if code)
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+            time.sleep(0.05)
+        return self._verdict(first)
+
+    def _verdict(self, first: int) -> tuple[int, str]:
+        """Who is to blame: a rank that a signal ended, one that refuses its input, or the first that gave up."""
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
+        self.end()
+        killed = [rank for rank, code in codes.items() if code is not None and code < 0]
+        if killed:
+            number = -(codes[killed[0]] or 0)
+            return 1, f"rank {killed[0]} was ended by {signal.Signals(number).name}"
+        refused = [rank for rank, code in codes.items() if code == 2]
+        rank = refused[0] if refused else first
+        words = _last_words(self.run.attempt(1).log(rank)).removeprefix("megaray: ")
+        return codes[rank] or 1, words or f"rank {rank} ended with exit code {codes[rank]}"
+
+    def end(self) -> None:
+        """End what still runs, by process id."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+
+def _last_words(log: Path) -> str:
+    rows = [row.strip() for row in log.read_text(errors="replace").splitlines() if row.strip()]
+    return rows[-1] if rows else ""
