@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from collectives import metadata
-from collectives.judge import Finding
+from collectives.judge import Finding, Kind
 from collectives.results import Metadata, Row, Store
 from collectives.table import Table
 from configs.errors import UserError
-from configs.metrics import EndedLine, FindingLine, MeasuredLine, MetricWriter
+from configs.metrics import EndedLine, FindingLine, MeasuredLine, MetricWriter, ResumedLine
 from configs.rank import RankContext
 
 Beat = Callable[[int, bool], None]
@@ -53,6 +54,11 @@ class Journal:
         if self.table:
             self.table.begin(about, len(kept))
         self.finished = len(kept)
+        if self._lines:
+            facts = {"software": about.software, "system": about.system}
+            self._lines.write(
+                ResumedLine(time.time(), self._rank.attempt, len(kept), None, "nothing is trained", facts)
+            )
         return kept
 
     def alive(self) -> None:
@@ -68,6 +74,12 @@ class Journal:
         self.store.append(row)
         if self.table:
             self.table.row(row)
+        wrong = sum(timing.wrong or 0 for timing in row.timings)
+        if wrong:
+            what = f"{wrong} elements are wrong in {row.op} of {row.size} bytes of {row.dtype}, group {row.group}"
+            self.finding(
+                Finding(Kind.WRONG_DATA, what, evidence={"op": row.op, "size": row.size, "wrong": wrong})
+            )
         self._measured(
             {name: value for name, value in asdict(row).items() if name in _CASE}, _figures(row), row.note
         )
@@ -78,6 +90,11 @@ class Journal:
         if self.table:
             self.table.line(text)
             self._measured(case, result, "")
+
+    def note(self, text: str) -> None:
+        """A line for the reader alone."""
+        if self.table:
+            self.table.line(text)
 
     def _count(self) -> None:
         self.finished += 1
@@ -95,11 +112,13 @@ class Journal:
         """All is measured."""
         if not self._writes:
             return
+        self.store.keep("findings", [finding.to_json() for finding in self.findings])
         self.store.end(metadata.utc())
-        made = self.store.write()
+        self.store.write()
         if self.table:
             self.table.end()
-            self.table.line(f"# results: {self.store.folder} ({', '.join(path.name for path in made)})")
+            files = sorted(path.name for path in self.store.folder.iterdir())
+            self.table.line(f"# results: {self.store.folder} ({', '.join(files)})")
         assert self._lines is not None
         self._lines.write(EndedLine(time.time(), self._rank.attempt, self.finished, None, 0))
 
@@ -118,7 +137,11 @@ def _figures(row: Row) -> dict[str, Any]:
     best = row.best
     if best is None:
         return {}
-    tree = {name: value for name, value in vars(best).items() if not name.endswith("times_us")}
+    tree = {
+        name: value
+        for name, value in vars(best).items()
+        if not name.endswith("times_us") and (value is None or math.isfinite(value))
+    }
     return tree | {"cv": best.cv, "iterations": len(best.times_us)}
 
 

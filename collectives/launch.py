@@ -91,15 +91,19 @@ class Ranks:
             processes.append(process)
         return cls(run, processes)
 
-    def wait(self) -> tuple[int, str]:
-        """Wait for the end of all; the exit code, and what went wrong in one line ('' where nothing did)."""
+    def wait(self, fine: tuple[int, ...]) -> tuple[int, str]:
+        """Wait for the end of all, by exit codes that are `fine`.
+
+        Returns:
+            The exit code, and what went wrong in one line; empty where nothing did.
+        """
         codes = [process.poll() for process in self.processes]
-        while not any(codes) and None in codes:
+        while None in codes and all(code is None or code in fine for code in codes):
             time.sleep(0.05)
             codes = [process.poll() for process in self.processes]
-        if not any(codes):
-            return 0, ""
-        first = next(rank for rank, code in enumerate(codes) if code)
+        first = next((rank for rank, code in enumerate(codes) if code is not None and code not in fine), None)
+        if first is None:
+            return max(code or 0 for code in codes), ""
         deadline = time.monotonic() + _GRACE
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
             time.sleep(0.05)

@@ -16,7 +16,6 @@ from collectives.operations import Operation, bandwidths
 from collectives.results import Timing
 from collectives.statistics import Array
 from collectives.team import Team
-from collectives.transfers import Transfer
 from configs.fabric import CollectivesConfig
 
 _LEAD_IN = 2
@@ -34,13 +33,13 @@ class Bench:
     beat: Callable[[], None]
     """Called now and then, to show that the rank is alive."""
 
-    def time(self, transfer: Transfer | None, barrier: dist.ProcessGroup) -> Raw | None:
-        """Time a transfer on all ranks at once; a rank without one takes part in the decisions alone.
+    def time(self, call: Call | None, barrier: dist.ProcessGroup) -> Raw | None:
+        """Time a call on all ranks at once; a rank without one takes part in the decisions alone.
 
         Returns:
             On rank 0, the stamps of all ranks; None elsewhere.
         """
-        call: Call = transfer.call if transfer is not None else _nothing
+        call = call or _nothing
         before = (lambda: dist.barrier(group=barrier)) if self.settings.sync == "barrier" else None
         first = self._batch(call, 1, None, 0)
         warm = self._warm_up(call, before)
@@ -111,9 +110,13 @@ class Raw:
     first_us: float
     warmup: int
 
+    def times(self) -> Array:
+        """Microseconds of each iteration, of the slowest rank."""
+        return iteration_times(self.stamps, self.comparable)
+
     def timing(self, op: Operation, size: int, ranks: int, confidence: float, multicast: bool) -> Timing:
         """The statistics of a case; `wrong` is filled in by the check."""
-        times = iteration_times(self.stamps, self.comparable)
+        times = self.times()
         mean, ordered = float(times.mean()), np.sort(times)
         alg, bus = bandwidths(op, size, mean / 1e6, ranks)
         factor = op.wire_factor(ranks) if multicast else None

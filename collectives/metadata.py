@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def collect(
         },
         settings={
             "collectives": settings | {"timer": settings["timer"] if settings["timer"] != "auto" else "by device"},
-            "network": config.network.name,
+            "network": {"name": config.network.name} | asdict(team.network),
             "ranks": team.rank.world,
             "layout": layout,
             "arguments": arguments,

@@ -118,15 +118,13 @@ def spread_counts(ranks: int, count: int, spread: float, width: int) -> list[lis
     A mixture of even and of in proportion to the distance (j - i) mod n, so that every rank sends and receives the
     same total of about ranks * count; each entry is rounded down to 16 bytes.
     """
-    total, unit = ranks * count, max(1, _ALIGN // width)
-    distances = ranks * (ranks - 1) / 2
-    return [
-        [
-            int(total * ((1 - spread) / ranks + spread * ((j - i) % ranks) / distances)) // unit * unit
-            for j in range(ranks)
-        ]
-        for i in range(ranks)
+    whole, distances = ranks * count * width, ranks * (ranks - 1) // 2
+    # In bytes and term by term as there, so that doubles round alike.
+    shares = [
+        int((1 - spread) * (whole / ranks) + spread * (distance * whole / distances)) // _ALIGN * _ALIGN // width
+        for distance in range(ranks)
     ]
+    return [[shares[(j - i) % ranks] for j in range(ranks)] for i in range(ranks)]
 
 
 def largest(matrix: list[list[int]]) -> int:

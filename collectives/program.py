@@ -5,25 +5,27 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from collectives import clock, metadata
+from collectives.faults import Faults
 from collectives.groups import Partition, partitions
 from collectives.journal import Beat, Journal
+from collectives.judge import Finding
 from collectives.measure import Bench
+from collectives.moe import Moe
 from collectives.results import Metadata, Row
 from collectives.sweep import Sweep
-from collectives.team import Team
+from collectives.team import FabricLost, Team
 from configs.errors import UserError
 from configs.rank import RankContext
 from configs.schema import RunConfig
 
 
-class FabricLost(RuntimeError):
-    """A rank died or the network failed in the middle; what is done is kept."""
-
-
 def main(
     config: RunConfig, rank: RankContext, beat: Beat | None = None, arguments: tuple[str, ...] = ()
-) -> None:
+) -> list[Finding]:
     """Measure, as one rank of several.
+
+    Returns:
+        On rank 0, what was found slow or wrong.
 
     Raises:
         UserError: for what the user can mend.
@@ -34,7 +36,7 @@ def main(
     journal = Journal(rank, beat)
     ticks = clock.choose(config.collectives.timer, team.device, team.control)
     bench = Bench(team, ticks, config.collectives, journal.alive)
-    study = Sweep(bench, journal, layout)
+    study = _study(config, bench, journal, layout)
     journal.cases = study.cases
     first = _first_partition(config, team, layout)
     about = metadata.collect(config, team, ticks, first, layout, list(arguments))
@@ -50,6 +52,19 @@ def main(
         ) from error
     journal.end()
     team.wait()
+    return journal.findings
+
+
+def _study(config: RunConfig, bench: Bench, journal: Journal, layout: dict[str, int]) -> Sweep | Faults | Moe:
+    match config.collectives.study:
+        case "sweep":
+            return Sweep(bench, journal, layout)
+        case "moe":
+            return Moe(bench, journal, config, layout)
+    several = len(set(bench.team.nodes)) > 1
+    return Faults(
+        bench, journal, config.hardware.inter_node_gbps if several else config.hardware.intra_node_gbps
+    )
 
 
 def _begin(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str | int, ...]]:

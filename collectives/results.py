@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 JSON_VERSION = 3
@@ -189,6 +190,15 @@ class Store:
         tree = json.loads(self.metadata.read_text())
         _replace(self.metadata, json.dumps(tree | {"ended": ended}, indent=1))
 
+    def keep(self, name: str, tree: Any) -> None:
+        """Write what a study that isn't a sweep found, as `name`.json."""
+        _replace(self.folder / f"{name}.json", json.dumps(tree, indent=1))
+
+    def kept(self, name: str) -> Any:
+        """What `keep` wrote; None where it didn't."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
     def write(self) -> list[Path]:
         """Make nccl-tests' JSON and the CSV of all rows; their paths."""
         results = self.read()
@@ -197,9 +207,10 @@ class Store:
             path = self.folder / f"{op}.{group}.json"
             _replace(path, json.dumps(nccl_tests_json(results.metadata, rows, results.ended)))
             made.append(path)
-        table = self.folder / "results.csv"
-        write_csv(table, results.rows, results.metadata)
-        return [*made, table]
+        if results.rows:
+            made.append(self.folder / "results.csv")
+            write_csv(made[-1], results.rows, results.metadata)
+        return made
 
 
 def nccl_tests_json(metadata: Metadata, rows: Sequence[Row], ended: str | None) -> dict[str, Any]:
@@ -265,21 +276,31 @@ def _result(row: Row) -> dict[str, Any]:
             "bus_bw": timing.bus_bw,
             "nwrong": timing.wrong,
         }
-        result[f"{name}_per_iter"] = {
-            "skipped_iterations": 0,
-            "min_us": timing.min_us,
-            "max_us": timing.max_us,
-            "avg_us": sum(timing.times_us) / len(timing.times_us),
-            "p50_us": timing.p50_us,
-            "p95_us": timing.p95_us,
-            "p99_us": timing.p99_us,
-            "stdev_us": timing.stdev_us,
-            "cv_pct": 100 * timing.cv,
-            "times_us": list(timing.times_us),
-            "per_process_max_times_us": [list(times) for times in timing.rank_times_us],
-        }
+        result[f"{name}_per_iter"] = _per_iteration(timing.rank_times_us)
     most = max(len(t.times_us) for t in row.timings)
     return result | {"actual_iterations": most, "experiment_name": f"{row.op}.{row.group}", "pass": row.sweep}
+
+
+def _per_iteration(ranks: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """nccl-tests' own statistics: an iteration lasts as long as the longest that a rank took for it by itself.
+
+    On comparable clocks that includes what a rank waited for one that came later, and `time_us` doesn't.
+    """
+    times = [max(column) for column in zip(*ranks, strict=True)]
+    ordered, count, mean, deviation = sorted(times), len(times), fmean(times), pstdev(times)
+    return {
+        "skipped_iterations": 0,
+        "min_us": ordered[0],
+        "max_us": ordered[-1],
+        "avg_us": mean,
+        "p50_us": ordered[count // 2],
+        "p95_us": ordered[(count * 95 + 99) // 100 - 1],
+        "p99_us": ordered[(count * 99 + 99) // 100 - 1],
+        "stdev_us": deviation,
+        "cv_pct": 100 * deviation / mean if mean else 0.0,
+        "times_us": times,
+        "per_process_max_times_us": [list(row) for row in ranks],
+    }
 
 
 _PLAIN = ("time_us", "ci_us", "p50_us", "p95_us", "p99_us", "min_us", "max_us", "cv", "alg_bw", "bus_bw", "wire_bw",

@@ -36,7 +36,7 @@ def half_width(times: Array, confidence: float) -> float:
     return student(confidence, _BATCHES - 1) * float(means.std(ddof=1)) / math.sqrt(_BATCHES)
 
 
-def student(confidence: float, freedom: int) -> float:
+def student(confidence: float, freedom: float) -> float:
     """Two-sided quantile of Student's t, by Fisher's expansion about the normal; within 1 % from 4 degrees on."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     terms = (

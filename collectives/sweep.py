@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from collectives.measure import Bench, Raw
 from collectives.operations import OPERATIONS, Operation, counts, largest, size_of, sizes
 from collectives.results import Row, Timing
 from collectives.team import Team
-from collectives.transfers import Case, Seat, Transfer, case_of
+from collectives.transfers import Case, Seat, Transfer, matrix_of
 from configs.errors import UserError
 from configs.fabric import CollectivesConfig
 
@@ -142,10 +141,9 @@ class Sweep:
                     break  # larger sizes need more memory still
 
     def _case(self, one: Series, count: int, in_place: bool) -> Case:
-        return case_of(
-            one.op.name, count, TYPES[one.dtype], one.partition.ranks, self._settings.spread,
-            redop=one.redop, root=one.root, in_place=in_place,
-        )  # fmt: skip
+        dtype = TYPES[one.dtype]
+        matrix = matrix_of(one.op.name, count, dtype, one.partition.ranks, self._settings.spread)
+        return Case(one.op.name, count, dtype, one.redop, one.root, in_place, matrix)
 
     def _measured(self, one: Series, row: Row, case: Case, seat: Seat | None) -> Row:
         for placement in self._settings.placements:
@@ -159,7 +157,7 @@ class Sweep:
             if refusal:
                 return replace(row, note=refusal)
             timing = self._timed(one, row.size, transfer, seat)
-            row = replace(row, **{placement: timing})
+            row = replace(row, in_place=timing) if in_place else replace(row, out_of_place=timing)
             del transfer
         return row
 
@@ -186,7 +184,6 @@ class Sweep:
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(device)[0]
         else:
-            gc.collect()
             here = sum(
                 member["machine"] == self._team.members[rank.rank]["machine"] for member in self._team.members
             )
@@ -197,7 +194,7 @@ class Sweep:
 
     def _timed(self, one: Series, size: int, transfer: Transfer | None, seat: Seat | None) -> Timing | None:
         barrier = seat.group if seat is not None else self._team.control
-        raw = self._bench.time(transfer, barrier)
+        raw = self._bench.time(transfer.call if transfer is not None else None, barrier)
         wrong = self._check(one, transfer, raw) if self._settings.check else None
         if raw is None:
             return None

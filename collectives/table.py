@@ -32,20 +32,20 @@ class Table:
     def begin(self, metadata: Metadata, kept: int) -> None:
         """What is measured, on what."""
         settings, software = metadata.settings["collectives"], metadata.software
+        what = "as nccl-tests 2.19" if settings["study"] == "sweep" else f"study {settings['study']}"
         step = (
             f"{settings['step_size']}(bytes)"
             if settings["step_size"]
             else f"{settings['step_factor']}(factor)"
         )
         version = f" {software['nccl_version']}" if software["nccl_version"] else ""
-        self.line(
-            f"# megaray collectives, torch {software['torch']}, {software['backend']}{version}, as nccl-tests 2.19"
-        )
-        self.line(
-            f"# nThread 1 nGpus 1 minBytes {settings['min_size']} maxBytes {settings['max_size']} step: {step} "
-            f"warmup iters: {settings['min_warmup']}+ iters: {settings['min_iterations']}+ agg iters: 1 "
-            f"validation: {int(settings['check'])} graph: {int(settings['timer'] == 'graph')}"
-        )
+        self.line(f"# megaray collectives, torch {software['torch']}, {software['backend']}{version}, {what}")
+        if settings["study"] == "sweep":
+            self.line(
+                f"# nThread 1 nGpus 1 minBytes {settings['min_size']} maxBytes {settings['max_size']} step: {step} "
+                f"warmup iters: {settings['min_warmup']}+ iters: {settings['min_iterations']}+ agg iters: 1 "
+                f"validation: {int(settings['check'])} graph: {int(settings['timer'] == 'graph')}"
+            )
         self.line("#")
         self.line("# Using devices")
         for d in metadata.system["devices"]:
@@ -80,8 +80,10 @@ class Table:
         self.line(_HEAD.format("(B)", "(elements)", "", "", "") + 2 * _CELLS.format(*units))
 
     def end(self) -> None:
-        """The sums."""
-        mean = sum(self._rates) / len(self._rates) if self._rates else 0.0
+        """The sums of a sweep."""
+        if not self._rates:
+            return
+        mean = sum(self._rates) / len(self._rates)
         self.line(f"# Out of bounds values : {self._wrong} {'FAILED' if self._wrong else 'OK'}")
         self.line(
             f"# Avg bus bandwidth    : {mean:g} (over all rows; comparable between the same sweeps only)"

@@ -17,8 +17,13 @@ from collectives.clock import Stamps, machine_id
 from collectives.groups import Partition
 from collectives.transfers import Seat
 from configs.errors import UserError
+from configs.library_environment import Applied, environment
 from configs.rank import RankContext
 from configs.schema import RunConfig
+
+
+class FabricLost(RuntimeError):
+    """Ranks stayed away, one died or the network failed in the middle; what is done is kept."""
 
 
 def choose_device(config: RunConfig, rank: RankContext) -> torch.device:
@@ -52,18 +57,32 @@ def choose_device(config: RunConfig, rank: RankContext) -> torch.device:
     return device
 
 
-def meet(config: RunConfig, rank: RankContext, backend: str) -> None:
-    """Join the process group over which everything goes.
+def meet(config: RunConfig, rank: RankContext, backend: str) -> Applied:
+    """Set the network preset's variables and join the process group over which everything goes.
+
+    Returns:
+        What became of the preset's variables.
 
     Raises:
-        UserError: where the ranks didn't all come in time.
+        FabricLost: where the ranks didn't all come in time.
     """
     timeouts = config.resilience.timeouts
-    os.environ.update(rank.environment())
+    kind = config.hardware.kind
+    version = tuple(torch.cuda.nccl.version()) if kind != "cpu" and dist.is_nccl_available() else None
+    applied = environment(config.network, kind, version, os.environ)
+    os.environ.update(rank.environment() | applied.set)
     meeting = timedelta(seconds=timeouts.seconds("rendezvous"))
-    store, _, _ = next(dist.rendezvous("env://", rank.rank, rank.world, timeout=meeting))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank.rank, rank.world, timeout=meeting))
+    except dist.DistError as error:
+        raise FabricLost(
+            f"rank {rank.rank} of {rank.world} waited {meeting.total_seconds():.0f} s for the others at "
+            f"{rank.master_addr}:{rank.master_port} ({str(error).splitlines()[0]}); start all ranks with the same address, "
+            "or raise resilience.timeouts.rendezvous"
+        ) from error
     collective = timedelta(seconds=timeouts.seconds("collective"))
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world, timeout=collective)
+    return applied
 
 
 def choose_backend(config: RunConfig, device: torch.device) -> str:
@@ -98,6 +117,8 @@ class Team:
     """All ranks over gloo: for decisions, times and texts."""
     members: list[dict[str, Any]]
     """What each rank says of itself: host, pid, machine, device."""
+    network: Applied
+    """What became of the network preset's variables on this rank."""
     _groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod
@@ -105,7 +126,8 @@ class Team:
         """Meet the other ranks.
 
         Raises:
-            UserError: for a single rank, a backend that isn't there, or ranks that stay away.
+            UserError: for a single rank, or a backend that isn't there.
+            FabricLost: where ranks stay away.
         """
         if rank.world < 2:
             raise UserError(
@@ -115,13 +137,13 @@ class Team:
         device = choose_device(config, rank)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         backend = choose_backend(config, device)
-        meet(config, rank, backend)
+        applied = meet(config, rank, backend)
         limit = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
         assert control is not None
         members: list[dict[str, Any]] = [{}] * rank.world
         dist.all_gather_object(members, _self(rank, device), group=control)
-        return cls(rank, device, backend, control, members)
+        return cls(rank, device, backend, control, members, applied)
 
     @property
     def nodes(self) -> list[int]:
@@ -145,9 +167,9 @@ class Team:
                     mine = group
             self._groups[partition.groups] = mine
         group = self._groups[partition.groups]
-        ranks = next((ranks for ranks in partition.groups if self.rank.rank in ranks), None)
-        if group is None or ranks is None:
+        if group is None:
             return None
+        ranks = next(ranks for ranks in partition.groups if self.rank.rank in ranks)
         return Seat(group, ranks, ranks.index(self.rank.rank), self.device)
 
     def gather(self, stamps: Stamps) -> Stamps | None:

@@ -254,9 +254,10 @@ class Transfer:
         return sum(mismatches(part, self._tile(source, target)) for source, part in enumerate(parts))
 
 
-def case_of(op: str, count: int, dtype: torch.dtype, ranks: int, spread: float, **rest: object) -> Case:
-    """A case, with the matrix that an `all_to_allv` of this spread has."""
-    matrix = None
-    if op == "all_to_allv":
-        matrix = tuple(map(tuple, spread_counts(ranks, count, spread, dtype.itemsize)))
-    return Case(op=op, count=count, dtype=dtype, matrix=matrix, **rest)  # type: ignore[arg-type]
+def matrix_of(
+    op: str, count: int, dtype: torch.dtype, ranks: int, spread: float
+) -> tuple[tuple[int, ...], ...] | None:
+    """Elements from each rank to each of an `all_to_allv` of this spread; None for other operations."""
+    if op != "all_to_allv":
+        return None
+    return tuple(map(tuple, spread_counts(ranks, count, spread, dtype.itemsize)))

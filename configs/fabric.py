@@ -87,8 +87,10 @@ class CollectivesConfig(Section):
     """Parts that dispatch, experts and combine are cut into, so that they overlap."""
     probe_size: Bytes = 4 << 20
     """Bytes of one message in the `faults` study."""
-    probe_repeats: Positive = 5
-    """Messages in each direction of each pair in the `faults` study."""
+    probe_repeats: Positive = 10
+    """Messages in each direction of each pair and pass, in the `faults` study."""
+    slow_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Rate over that of peers, baseline or hardware limit below which something is called slow."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -97,6 +97,20 @@ class MeasuredLine:
     """`time_us`, `alg_bw` and `bus_bw` in GB/s, `wrong`, …; empty where `note` says why there is none."""
     note: str = ""
 
+    @property
+    def text(self) -> str:
+        """For a person, in one line."""
+        named = ("study", "probe", "routing", "op", "group", "dtype", "redop")
+        parts = [
+            f"case {self.step}/{self.steps}",
+            " ".join(str(self.case[n]) for n in named if n in self.case),
+        ]
+        if "size" in self.case:
+            parts.append(f"{self.case['size']} B")
+        if "time_us" in self.result:
+            parts += [f"{self.result['time_us']:.4g} us", f"busbw {self.result['bus_bw']:.4g} GB/s"]
+        return " | ".join([*parts, *([self.note] if self.note else [])])
+
 
 @dataclass(frozen=True)
 class FindingLine:
@@ -170,6 +184,15 @@ def read_from(path: Path, offset: int, limit: int = 1 << 20) -> tuple[list[Metri
         return [], offset
     end = data.rfind(b"\n") + 1
     return [parse_line(row) for row in data[:end].splitlines() if row.strip()], offset + end
+
+
+def read_all(path: Path) -> Iterator[MetricLine]:
+    """All whole lines of `path`, a part of the file at a time."""
+    offset, end = -1, 0
+    while offset != end:
+        offset = end
+        lines, end = read_from(path, offset)
+        yield from lines
 
 
 def last_step(path: Path, window: int = 1 << 17) -> StepLine | MeasuredLine | None:

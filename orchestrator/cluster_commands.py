@@ -61,13 +61,9 @@ def _is_json(line: str) -> bool:
 def submit(call: Call) -> int:
     """Plan, show, ask, queue, follow."""
     config = compose(call.overrides, call.config_file)
-    refusal = trainable(config)
-    if refusal:
-        raise UserError(refusal)
     call.home.ensure()
-    prepare.check(config.data, config.model.vocab)
-    if config.checkpoint.path:
-        check_writable(config.checkpoint.path)
+    if config.workload == "train":
+        _check_training(config)
     address = _running(call)
     if address:
         ray_cluster.connect(address)
@@ -93,6 +89,16 @@ def submit(call: Call) -> int:
         return 0
     call.note(console.submitted(paths))
     return watch(call, paths.run_id)
+
+
+def _check_training(config: RunConfig) -> None:
+    """Refuse before the queue what every rank would refuse after it."""
+    refusal = trainable(config)
+    if refusal:
+        raise UserError(refusal)
+    prepare.check(config.data, config.model.vocab)
+    if config.checkpoint.path:
+        check_writable(config.checkpoint.path)
 
 
 def _running(call: Call) -> str | None:
@@ -234,8 +240,8 @@ def resume(call: Call) -> int:
     row = reading.summary(run, {})
     if row.state == "succeeded":
         raise UserError(
-            f"run '{run.run_id}' has succeeded: all {row.steps} steps are trained; "
-            "submit a new run with a larger train.steps"
+            f"run '{run.run_id}' has succeeded: {row.step} of {row.steps} steps are done; submit a new run, with a larger "
+            "train.steps to train on"
         )
     if not row.terminal:
         raise UserError(f"run '{run.run_id}' is {row.state}; only a failed or cancelled run resumes")

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.metrics import EndedLine, MeasuredLine, MetricLine, ResumedLine, SavedLine, StepLine
 from configs.paths import HomePaths, RunPaths
 from orchestrator import PROGRAM, reading
-from orchestrator.events import Decided, Event, IncidentClosed, IncidentOpened, Moved
+from orchestrator.events import Decided, Event, FabricFinding, IncidentClosed, IncidentOpened, Moved
 from orchestrator.reading import Follower, RunSummary
 from orchestrator.states import State
 
@@ -67,23 +67,28 @@ def plan_table(plan: dict[str, Any]) -> str:
     """The plan before the start: what will run, what it takes, and why each automatic choice."""
     axes = " ".join(f"{axis}={n}" for axis, n in plan["layout"].items() if n > 1) or "one rank"
     parameters, memory = plan["parameters"], plan["memory"]
-    nodes = f"{plan['nodes']} node{'s' * (plan['nodes'] > 1)} x {plan['slots_per_node']} slots"
+    nodes = f"{plural(plan['nodes'], 'node')} x {plan['slots_per_node']} slots"
     parts = ", ".join(f"{name} {size(n)}" for name, n in memory.items())
-    rows = [
-        (
-            "model",
-            f"{plan['model']}: {count(parameters['total'])} parameters, {count(parameters['active'])} active",
-        ),
-        ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
-        ("device", plan["device"]),
-        ("layout", f"{axes}: {plan['ranks']} ranks on {nodes} of cluster {plan['cluster']}"),
-        ("per rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
-        (
-            "tokens",
-            f"{count(plan['tokens_per_step'])} per step, {plan['steps']} steps, {count(plan['tokens'])} in all",
-        ),
-        ("data", str(plan["data"])),
-    ]
+    layout = f"{axes}: {plural(plan['ranks'], 'rank')} on {nodes} of cluster {plan['cluster']}"
+    if plan["measures"]:
+        rows = [
+            ("measure", plan["measures"]),
+            ("hardware", plan["hardware"]),
+            ("device", plan["device"]),
+            ("layout", layout),
+        ]
+    else:
+        of_them = f"{count(parameters['total'])} parameters, {count(parameters['active'])} active"
+        steps = f"{count(plan['tokens_per_step'])} per step, {plan['steps']} steps, {count(plan['tokens'])} in all"
+        rows = [
+            ("model", f"{plan['model']}: {of_them}"),
+            ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
+            ("device", plan["device"]),
+            ("layout", layout),
+            ("per rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
+            ("tokens", steps),
+            ("data", str(plan["data"])),
+        ]
     text = table(rows)
     if plan["choices"]:
         chosen = [(c["field"], "=", c["value"], c["reason"]) for c in plan["choices"]]
@@ -141,13 +146,23 @@ def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
         rows.append(("nodes", ", ".join(row.nodes)))
     if row.loss is not None:
         rows.append(("progress", _progress(row)))
+    if row.measured:
+        rows.append(("progress", row.measured))
+    rows += _findings(row)
     if row.checkpoint_path:
         rows.append(("checkpoint", f"step {row.checkpoint_step}: {row.checkpoint_path}"))
-    rows.append(("attempts", f"{row.attempt}, {len(found)} incident{'s' * (len(found) != 1)}"))
+    rows.append(("attempts", f"{row.attempt}, {plural(len(found), 'incident')}"))
     rows.append(("folder", row.folder))
     if row.next_step:
         rows.append(("next", row.next_step))
     return table(rows)
+
+
+def _findings(row: RunSummary) -> list[tuple[str, str]]:
+    """What a measurement found, a line each, and that it found nothing."""
+    if not row.findings:
+        return [("findings", "none")] if row.measured and row.terminal else []
+    return [("finding", f"{f['severity']} {f['kind']}: {f['what']} ({f['action']})") for f in row.findings]
 
 
 def _progress(row: RunSummary) -> str:
@@ -223,14 +238,9 @@ def final_summary(row: RunSummary, run: RunPaths) -> str:
         rows.append(
             ("final loss" if row.step == row.steps else "last loss", f"{row.loss:.4f} at step {row.step}")
         )
-    rows += [
-        (
-            "trained",
-            f"{count(row.tokens)} tokens in {span(wall)}, {plural(row.attempt, 'attempt')}, "
-            f"{plural(row.incidents, 'incident')}",
-        ),
-        ("folder", short(row.folder)),
-    ]
+    done = f"measured {plural(row.step, 'case')}" if row.measured else f"trained {count(row.tokens)} tokens"
+    cost = f"{plural(row.attempt, 'attempt')}, {plural(row.incidents, 'incident')}"
+    rows += [("done", f"{done} in {span(wall)}, {cost}"), *_findings(row), ("folder", short(row.folder))]
     if row.checkpoint_path:
         rows.append(("checkpoint", short(row.checkpoint_path)))
     if run.wandb.exists():
@@ -240,7 +250,8 @@ def final_summary(row: RunSummary, run: RunPaths) -> str:
                 f"{short(str(run.wandb))} (offline: wandb sync {short(str(run.wandb))}/wandb/offline-run-*)",
             )
         )
-    following = row.next_step or f"{PROGRAM} status {row.run_id}"
+    report = f"python -m collectives report {row.run_id}"
+    following = row.next_step or (report if row.measured else f"{PROGRAM} status {row.run_id}")
     if row.incidents:
         following += f"; {PROGRAM} incidents {row.run_id}"
     rows.append(("next", following))
@@ -304,16 +315,18 @@ def watch(
     follower, line = Follower(run), LiveLine(stream)
     steps = reading.summary(run, {}).steps
     while True:
-        newest: StepLine | None = None
+        newest: StepLine | MeasuredLine | None = None
         state: State | None = None
         for item in follower.poll():
-            if isinstance(item, StepLine):
+            if isinstance(item, StepLine | MeasuredLine):
                 newest = item
             elif (text := _told(item)) is not None:
                 line.above(text)
             if isinstance(item, Event) and isinstance(item.payload, Moved):
                 state = item.payload.to
-        if newest is not None:
+        if isinstance(newest, MeasuredLine):
+            line.update(newest.text)
+        elif newest is not None:
             eta = (steps - newest.step) * newest.step_seconds
             line.update(
                 progress(
@@ -354,8 +367,12 @@ def _told(item: Event | MetricLine) -> str | None:
             return f"{at} resumed from step {step}"
         case SavedLine():
             return f"{at} saved step {item.step} ({size(item.bytes)} in {item.seconds:.2f} s)"
+        case Event(payload=FabricFinding(finding=found)):
+            return f"{at} {found['severity']} {found['kind']}: {found['what']}"
         case EndedLine():
-            return f"{at} trained {item.step} steps"
+            return (
+                f"{at} measured {item.step} cases" if item.loss is None else f"{at} trained {item.step} steps"
+            )
     return None
 
 

@@ -106,8 +106,8 @@ class Controller:
             )
         if self._ended(run_id) is State.SUCCEEDED:
             raise UserError(
-                f"run '{run_id}' has succeeded: all its steps are trained; "
-                "submit a new run with a larger train.steps"
+                f"run '{run_id}' has succeeded: all its steps are done; "
+                "submit a new run, with a larger train.steps to train on"
             )
         control = self._runs[run_id] = RunControl(self._home.run(run_id), self._fabric)
         control.resume(self._clock())

@@ -47,6 +47,7 @@ class Submitted:
     priority: int
     gang: GangShape
     steps: int
+    """0 where the ranks find out: cases of a measurement."""
     max_restarts: int
     backoff_seconds: float
     model: str
@@ -119,6 +120,15 @@ class VerdictFound:
 
 
 @dataclass(frozen=True)
+class FabricFinding:
+    """A measurement found something slow or wrong; `finding` is `collectives.judge.Finding.to_json()`."""
+
+    kind: ClassVar[str] = "finding"
+    attempt: int
+    finding: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Decided:
     """A policy's answer to a verdict."""
 
@@ -176,11 +186,12 @@ class ControllerStarted:
 
 @dataclass(frozen=True)
 class Finished:
-    """Totals of a run that trained all its steps."""
+    """Totals of a run that trained all its steps, or measured all its cases."""
 
     kind: ClassVar[str] = "finished"
     step: int
-    loss: float
+    loss: float | None
+    """None where nothing was trained."""
     tokens: int
 
 
@@ -192,6 +203,7 @@ Payload = (
     | Resumed
     | CheckpointCommitted
     | VerdictFound
+    | FabricFinding
     | Decided
     | IncidentOpened
     | IncidentClosed
@@ -202,7 +214,7 @@ _KINDS: dict[str, type[Payload]] = {
     c.kind: c
     for c in (
         Submitted, Moved, Placed, RanksStarted, Resumed, CheckpointCommitted,
-        VerdictFound, Decided, IncidentOpened, IncidentClosed, ControllerStarted, Finished,
+        VerdictFound, FabricFinding, Decided, IncidentOpened, IncidentClosed, ControllerStarted, Finished,
     )
 }  # fmt: skip
 
@@ -345,6 +357,8 @@ class RunView:
     retry_at: float = 0.0
     """A recovering run queues again from this time on."""
     incidents: tuple[Incident, ...] = ()
+    findings: tuple[FabricFinding, ...] = ()
+    """What a measurement found slow or wrong, of all attempts."""
     finished: Finished | None = None
 
     @property
@@ -404,6 +418,8 @@ def apply(view: RunView, event: Event) -> RunView:
             return replace(view, incidents=closed)
         case Finished():
             return replace(view, finished=p)
+        case FabricFinding():
+            return replace(view, findings=(*view.findings, p))
         case VerdictFound() | ControllerStarted():
             return view
 

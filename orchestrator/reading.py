@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from configs.metrics import MetricLine, ResumedLine, StepLine, last_step, read_from
+from configs.metrics import MeasuredLine, MetricLine, ResumedLine, StepLine, last_step, read_all, read_from
 from configs.paths import HomePaths, RunPaths
 from orchestrator.events import Event, RunView, fold, parse, read
 from orchestrator.states import State
@@ -29,6 +28,10 @@ class RunSummary:
     incidents: int
     step: int
     steps: int
+    measured: str
+    """The newest case of a measurement; empty where a run trains."""
+    findings: list[dict[str, Any]]
+    """What a measurement found slow or wrong."""
     eta_seconds: float | None
     loss: float | None
     tokens_per_second: float | None
@@ -79,10 +82,11 @@ def summary(run: RunPaths, queue: dict[str, Any]) -> RunSummary:
 
 def _summary(run: RunPaths, view: RunView, queue: dict[str, Any]) -> RunSummary:
     assert view.submitted is not None and view.state is not None, "a run begins with `submitted`"
-    line = _newest_line(run, view)
+    newest = _newest_line(run, view)
+    line = newest if isinstance(newest, StepLine) else None
     wait: dict[str, Any] = next((w for w in queue.get("waiting", []) if w["run"] == run.run_id), {})
     queued = view.state is State.QUEUED
-    steps = view.submitted.steps
+    steps = newest.steps if isinstance(newest, MeasuredLine) else view.submitted.steps
     left = (steps - line.step) * line.step_seconds if line and view.state is State.RUNNING else None
     return RunSummary(
         run_id=run.run_id,
@@ -94,8 +98,10 @@ def _summary(run: RunPaths, view: RunView, queue: dict[str, Any]) -> RunSummary:
         waiting_for=wait.get("reason", "the controller has not looked at it yet") if queued else "",
         attempt=view.attempt,
         incidents=len(view.incidents),
-        step=line.step if line else 0,
+        step=newest.step if newest else 0,
         steps=steps,
+        measured=newest.text if isinstance(newest, MeasuredLine) else "",
+        findings=[found.finding for found in view.findings],
         eta_seconds=left,
         loss=line.loss if line else None,
         tokens_per_second=line.tokens_per_second if line else None,
@@ -117,8 +123,8 @@ def _summary(run: RunPaths, view: RunView, queue: dict[str, Any]) -> RunSummary:
     )
 
 
-def _newest_line(run: RunPaths, view: RunView) -> StepLine | None:
-    """The newest step line of the newest attempt that has one."""
+def _newest_line(run: RunPaths, view: RunView) -> StepLine | MeasuredLine | None:
+    """The newest line of progress, of the newest attempt that has one."""
     for attempt in range(view.attempt, 0, -1):
         line = last_step(run.attempt(attempt).metrics)
         if line is not None:
@@ -161,7 +167,7 @@ def lost_steps(run: RunPaths, through: int | None = None) -> dict[int, tuple[int
     for attempt in run.attempt_numbers():
         if through is not None and attempt > through:
             break
-        for line in _all_lines(run, attempt):
+        for line in read_all(run.attempt(attempt).metrics):
             if isinstance(line, ResumedLine):
                 begun[attempt] = line.step
             elif isinstance(line, StepLine):
@@ -172,16 +178,6 @@ def lost_steps(run: RunPaths, through: int | None = None) -> dict[int, tuple[int
         if later and min(later) < end:
             lost[attempt] = (max(min(later), begun.get(attempt, 0)) + 1, end)
     return lost
-
-
-def _all_lines(run: RunPaths, attempt: int) -> Iterator[MetricLine]:
-    offset = 0
-    while True:
-        lines, end = read_from(run.attempt(attempt).metrics, offset)
-        yield from lines
-        if end == offset:
-            return
-        offset = end
 
 
 class Follower:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.compose import load
-from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.metrics import EndedLine, FindingLine, MeasuredLine, MetricLine, ResumedLine, SavedLine, StepLine
 from configs.paths import RunPaths
 from faulttol.detect import death, hang
 from faulttol.recorder import Record
@@ -22,6 +22,7 @@ from orchestrator.events import (
     ControllerStarted,
     Decided,
     EventLog,
+    FabricFinding,
     Finished,
     IncidentOpened,
     Moved,
@@ -169,7 +170,7 @@ class RunControl:
             for line in report.lines:
                 self._absorb(line, now)
         if self._complete():
-            self._settle_incidents(now, "training is complete")
+            self._settle_incidents(now, "the run is complete")
             self._begin_stop(State.SUCCEEDED, Reason.COMPLETE, "", 0.0, now)
             return
         verdicts = self._judge(status, now)
@@ -191,7 +192,11 @@ class RunControl:
                 self._log.append(saved, now)
             case EndedLine() if view.finished is None:
                 self._log.append(Finished(line.step, line.loss, line.tokens), now)
-            case StepLine():
+            case FindingLine():
+                finding = FabricFinding(attempt, line.finding)
+                if finding not in view.findings:
+                    self._log.append(finding, now)
+            case StepLine() | MeasuredLine():
                 self._step = line.step
                 if view.state is State.STARTING:
                     self._move(State.RUNNING, Reason.FIRST_STEP, now)
@@ -320,7 +325,7 @@ class RunControl:
 
 def program(workload: str, config: Path) -> tuple[str, ...]:
     """Arguments after the interpreter that run one rank of a workload; `torchrun` takes the same ones."""
-    modules = {"train": "trainer"}
+    modules = {"train": "trainer", "collectives": "faulttol"}
     return ("-m", modules[workload], "run", "--config", str(config))
 
 

@@ -43,7 +43,7 @@ MEANINGS: dict[State, str] = {
     State.RUNNING: "at least one step of this attempt is finished",
     State.RECOVERING: "an attempt ended by a fault; it backs off before it queues again, keeping its place",
     State.CANCELLING: "its ranks are being stopped because the user asked",
-    State.SUCCEEDED: "all steps are trained and the last checkpoint is committed",
+    State.SUCCEEDED: "all steps are trained and the last checkpoint is committed, or all cases are measured",
     State.FAILED: "it ended by a fault that a restart doesn't mend, or the restarts are used up",
     State.CANCELLED: "it was stopped by the user; `resume` continues it from its last checkpoint",
 }

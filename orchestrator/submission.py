@@ -58,10 +58,10 @@ class Submission:
         return Submitted(
             priority=self.priority,
             gang=self.gang(),
-            steps=config.train.steps,
+            steps=config.train.steps if config.workload == "train" else 0,
             max_restarts=config.resilience.max_restarts,
             backoff_seconds=config.resilience.backoff_seconds,
-            model=config.model.name,
+            model=_subject(config),
             layout=dict(self.plan.layout),
             runtime_env=runtime_env,
         )
@@ -72,9 +72,16 @@ def slot_resource(config: RunConfig) -> str:
     return "CPU" if config.hardware.kind == "cpu" else "GPU"
 
 
+def _subject(config: RunConfig) -> str:
+    """What a run is about: its model, or what it measures."""
+    return (
+        config.model.name if config.workload == "train" else f"{config.workload} {config.collectives.study}"
+    )
+
+
 def new_run_id(config: RunConfig) -> str:
     """`<name>-<date>-<time>-<four letters>`, in UTC; sorts by time within a name."""
-    name = re.sub(r"[^a-z0-9_]+", "_", (config.name or config.model.name).lower()).strip("_") or "run"
+    name = re.sub(r"[^a-z0-9_]+", "_", (config.name or _subject(config)).lower()).strip("_") or "run"
     tail = "".join(secrets.choice(_ID_LETTERS) for _ in range(4))
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{tail}"
 

@@ -16,13 +16,14 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from configs.schema import RouterConfig, RunConfig, Section
+from configs.schema import RouterConfig, RunConfig
+from configs.section import Section
 from configs.timeouts import Timeouts
 from tests.source_tree import Module, modules, write_tree
 
 pytestmark = pytest.mark.unit
 
-SCHEMA = ("configs/schema.py", "configs/timeouts.py")
+SCHEMA = ("configs/schema.py", "configs/section.py", "configs/fabric.py", "configs/timeouts.py")
 """Where fields are declared and checked, which isn't reading them."""
 Model = type[BaseModel]
 Knob = tuple[Model, str]

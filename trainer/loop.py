@@ -7,12 +7,13 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from collectives.team import choose_device
 from configs.errors import UserError
 from configs.metrics import EndedLine, MetricWriter, ResumedLine, SavedLine, StepLine
 from configs.paths import default_home
@@ -28,7 +29,7 @@ from trainer.data.sampler import Sampler
 from trainer.engine import Engine, StepResult
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim import learning_rate
-from trainer.parallel.mesh import Mesh, choose_device, join, refuse_unsupported
+from trainer.parallel.mesh import Mesh, join, refuse_unsupported
 from trainer.sizing import flops
 from trainer.sizing.planner import trainable
 
@@ -96,6 +97,7 @@ class _Job:
             "corpus_tokens": len(store.tokens),
             "corpus_documents": store.documents,
             "samples_per_epoch": self.sampler.samples,
+            "network": {"name": config.network.name} | asdict(mesh.network),
         }
         self.progress = _Progress()
 

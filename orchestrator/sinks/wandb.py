@@ -26,11 +26,11 @@ import wandb
 import yaml
 
 from configs.compose import dump
-from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.metrics import EndedLine, MeasuredLine, MetricLine, ResumedLine, SavedLine, StepLine, read_all
 from configs.paths import RunPaths
 from configs.schema import RunConfig
 from orchestrator import reading
-from orchestrator.events import Event, fold, read
+from orchestrator.events import Event, RunView, fold, read
 from orchestrator.reading import Follower
 
 MAX_EXPERT_SERIES = 64
@@ -115,6 +115,8 @@ class WandbSink:
         logged.define_metric("train/step")
         for family in ("train", "phase", "experts", "checkpoint"):
             logged.define_metric(f"{family}/*", step_metric="train/step")
+        logged.define_metric("collectives/size")
+        logged.define_metric("collectives/*", step_metric="collectives/size")
         return logged
 
     def _facts(self) -> dict[str, Any]:
@@ -142,8 +144,10 @@ class WandbSink:
                 )
                 if item.attempt > 1:
                     self._mark_lost(item.attempt)
-            case EndedLine():
+            case EndedLine() if item.loss is not None:
                 self._wandb.summary["final_loss"] = item.loss
+            case MeasuredLine() if "time_us" in item.result:
+                self._wandb.log(measured_row(item))
 
     def _mark_lost(self, attempt: int) -> None:
         """Log the steps that this attempt trains again, as lost, from the attempts that lost them."""
@@ -164,11 +168,40 @@ class WandbSink:
         data = [[str(one[name]) for name in columns] for one in found]
         self._wandb.log({"incidents": wandb.Table(columns=columns, data=data)})
         view = fold(events)
+        self._log_measurement(view)
         self._wandb.summary.update(
             {"state": str(view.state), "attempts": view.attempt, "incidents_total": len(found)}
         )
         self._wandb.finish(exit_code=0 if view.finished else 1)
         self._wandb = None
+
+    def _log_measurement(self, view: RunView) -> None:
+        """Every case and every finding as a table, and bus bandwidth over size as a chart; nothing where a run trained."""
+        attempts = map(self._run.attempt, self._run.attempt_numbers())
+        lines = [
+            line for one in attempts for line in read_all(one.metrics) if isinstance(line, MeasuredLine)
+        ]
+        if not lines:
+            return
+        columns = list(dict.fromkeys(key for line in lines for key in (*line.case, *line.result)))
+        data = [[_cell((line.case | line.result).get(column)) for column in columns] for line in lines]
+        self._wandb.log({"measurements": wandb.Table(columns=columns, data=data)})
+        findings = [found.finding for found in view.findings]
+        names = ["severity", "kind", "what", "where", "ratio", "action"]
+        table = wandb.Table(columns=names, data=[[_cell(one[name]) for name in names] for one in findings])
+        self._wandb.log({"findings": table})
+        self._wandb.summary["findings_total"] = len(findings)
+        series: dict[str, list[tuple[int, float]]] = {}
+        for line in lines:
+            if line.result.get("bus_bw"):
+                series.setdefault(series_name(line), []).append((line.case["size"], line.result["bus_bw"]))
+        if series:
+            chart = wandb.plot.line_series(
+                [[size for size, _ in points] for points in series.values()],
+                [[rate for _, rate in points] for points in series.values()],
+                keys=list(series), title="bus bandwidth (GB/s) over size", xname="bytes",
+            )  # fmt: skip
+            self._wandb.log({"busbw_over_size": chart})
 
     def _save_cursor(self, done: bool) -> None:
         temporary = self._cursor.with_suffix(".tmp")
@@ -188,6 +221,24 @@ def mode_of(config: RunConfig) -> str:
     except (OSError, NetrcParseError):
         known = None
     return "online" if known else "offline"
+
+
+def series_name(line: MeasuredLine) -> str:
+    """Operation, group and type of a case."""
+    return ".".join(str(line.case[name]) for name in ("op", "group", "dtype"))
+
+
+def measured_row(line: MeasuredLine) -> dict[str, Any]:
+    """A case of a sweep as a W&B row, over its size."""
+    name, result = f"collectives/{series_name(line)}", line.result
+    figures = ("time_us", "p99_us", "alg_bw", "bus_bw", "wrong")
+    row = {f"{name}/{figure}": result[figure] for figure in figures if result.get(figure) is not None}
+    return row | {"collectives/size": line.case["size"], "collectives/case": line.step}
+
+
+def _cell(value: Any) -> Any:
+    """A value that a table takes: numbers and text as they are, the rest as JSON."""
+    return value if value is None or isinstance(value, int | float | str) else json.dumps(value)
 
 
 def row_of(line: StepLine) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from orchestrator.events import (
     Decided,
     Event,
     EventLog,
+    FabricFinding,
     Finished,
     GangShape,
     IncidentClosed,
@@ -45,6 +46,7 @@ SUBMITTED = Submitted(
 VERDICT = VerdictFound(
     1, Verdict(VerdictKind.RANK_EXIT, "ended by SIGKILL", 1, "10.0.0.1", 5.0, "log").to_json()
 )
+FOUND = FabricFinding(1, {"kind": "slow_nic", "hosts": ["10.0.0.1"], "ranks": [1], "ratio": 0.25})
 DECIDED = Decided(1, "restart", "rank_died", 1, 3, 2.0, "ended by SIGKILL")
 OPENED = IncidentOpened(1, 1, "rank_exit", "ended by SIGKILL", 1, "10.0.0.1", 18, "00001.log")
 
@@ -60,6 +62,7 @@ LIFE: list[Payload] = [
     Moved(State.RUNNING, Reason.FIRST_STEP),
     CheckpointCommitted(1, 10, "memory://10", 4096, 0.5),
     VERDICT,
+    FOUND,
     OPENED,
     DECIDED,
     Moved(State.RECOVERING, Reason.RANK_DIED, "ended by SIGKILL"),

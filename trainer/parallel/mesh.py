@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from collectives.team import meet
 from configs.errors import UserError
+from configs.library_environment import Applied
 from configs.rank import RankContext
 from configs.schema import RunConfig
 
@@ -33,6 +35,8 @@ class Mesh:
     """Ranks that exchange tokens, in the order of their experts."""
     control_group: dist.ProcessGroup
     """All ranks over gloo, for objects and small numbers on the host."""
+    network: Applied
+    """What became of the network preset's variables."""
 
     @property
     def ep_rank(self) -> int:
@@ -73,41 +77,10 @@ def refuse_unsupported(config: RunConfig, world: int) -> None:
         raise UserError(f"parallel.dp={parallel.dp} makes {parallel.dp} ranks, but {world} were started")
 
 
-def choose_device(config: RunConfig, rank: RankContext) -> torch.device:
-    """The rank's device.
-
-    Raises:
-        UserError: where the hardware preset needs a GPU that torch doesn't have.
-    """
-    if config.hardware.kind == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        build = f"torch {torch.__version__}"
-        raise UserError(
-            f"hardware={config.hardware.name} needs a GPU, and {build} sees none; choose hardware=cpu "
-            f"or install the {'ROCm' if config.hardware.kind == 'rocm' else 'CUDA'} build of torch"
-        )
-    is_rocm = torch.version.hip is not None
-    if is_rocm != (config.hardware.kind == "rocm"):
-        found = "ROCm" if is_rocm else "CUDA"
-        raise UserError(
-            f"hardware={config.hardware.name} is a {config.hardware.kind} device, but this torch is built for "
-            f"{found}; choose another hardware preset"
-        )
-    device = torch.device("cuda", rank.local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     """Join the process group and build the mesh."""
-    timeouts = config.resilience.timeouts
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    os.environ.update(rank.environment())
-    meeting = timedelta(seconds=timeouts.seconds("rendezvous"))
-    store, _, _ = next(dist.rendezvous("env://", rank.rank, rank.world, timeout=meeting))
-    collective = timedelta(seconds=timeouts.seconds("collective"))
-    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world, timeout=collective)
+    network = meet(config, rank, backend)
     # DeepSpeed loads late: it looks for its accelerator when it is imported.
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -120,10 +93,10 @@ def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     ep = config.parallel.ep
     # DeepSpeed makes the expert groups, of neighbouring ranks, and finds them again by this name.
     groups._create_expert_and_data_parallel(ep)
+    collective = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
     control = dist.new_group(backend="gloo", timeout=collective)
     parallel = config.parallel
     assert parallel.dp is not None, "the plan fills parallel.dp in"
     layout = {axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
-    return Mesh(
-        rank.rank, rank.world, layout, device, groups._get_expert_parallel_group(f"ep_size_{ep}"), control
-    )
+    experts = groups._get_expert_parallel_group(f"ep_size_{ep}")
+    return Mesh(rank.rank, rank.world, layout, device, experts, control, network)

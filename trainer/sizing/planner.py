@@ -90,7 +90,22 @@ class Plan:
             "choices": [asdict(choice) for choice in self.choices],
             "data": config.data.path or "source files of Python's standard library",
             "precision": config.train.precision,
+            "measures": _measures(config) if config.workload == "collectives" else "",
         }
+
+
+def _measures(config: RunConfig) -> str:
+    """What a measurement goes through."""
+    settings = config.collectives
+    if settings.study != "sweep":
+        return {
+            "moe": "expert-parallel traffic under routing",
+            "faults": "hosts, links and pairs that are slow",
+        }[settings.study]
+    return (
+        f"{', '.join(settings.ops)} over {', '.join(settings.groups)}, {settings.min_size} to {settings.max_size} bytes of "
+        f"{', '.join(settings.dtypes)}"
+    )
 
 
 def _device(hardware: HardwareConfig) -> str:
@@ -152,11 +167,14 @@ def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
             "train": config.train.model_dump() | {"global_batch": batch, "precision": precision},
         }
     )
+    training = config.workload == "train"
+    if not training and layout.ranks < 2:
+        raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
     micro_tokens = config.train.micro_batch * config.data.sequence // parallel.cp
-    size = memory.per_rank(config.model, layout, precision, micro_tokens)
+    size = memory.per_rank(config.model, layout, precision, micro_tokens) if training else {}
     _warn_memory(resolved, size, warnings)
-    refusal = trainable(config)
-    tokens_per_step = batch * config.data.sequence
+    refusal = trainable(config) if training else None
+    tokens_per_step = batch * config.data.sequence if training else 0
     return Plan(
         config=resolved,
         layout=layout.to_json(),
@@ -181,6 +199,9 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
         return parallel.dp
     unit = parallel.ep // math.gcd(parallel.ep, parallel.cp)  # the least dp with dp * cp a multiple of ep
     others = parallel.pp * parallel.cp * parallel.tp
+    if capacity is None and config.workload == "collectives" and unit * others == 1:
+        choices.append(Choice("parallel.dp", "2", "the least that has somebody to measure with"))
+        return 2
     if capacity is None:
         choices.append(
             Choice("parallel.dp", str(unit), f"the least that parallel.ep={parallel.ep} is cut out of")

@@ -1,0 +1,135 @@
+"""What the commands that read a measurement do, and the measurement of one device. They return text and print none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from collectives.compare import against_baseline, against_limit, among_peers, pair_rates
+from collectives.judge import Finding
+from collectives.results import Results, Store
+from configs import profile as profiles
+from configs.compose import compose
+from configs.errors import UserError
+from configs.paths import HomePaths, RunPaths, default_home
+from configs.profile import DeviceProfile, FabricProfile
+from configs.schema import HardwareConfig, RunConfig
+
+
+def find(name: Path) -> Store:
+    """The measurement in a folder, in a folder of `run --out`, or of a submitted run by its id.
+
+    Raises:
+        UserError: where there is none, or nothing was measured yet.
+    """
+    for folder in (name, RunPaths(name).measurement):
+        if (folder / "metadata.json").exists():
+            return Store(folder)
+    home = HomePaths(default_home())
+    if not name.exists() and any(run.startswith(name.name) for run in home.run_ids()):
+        store = Store(home.existing(name.name).measurement)
+        if store.metadata.exists():
+            return store
+    raise UserError(
+        f"{name} holds no measurement; name the folder that `python -m collectives run` printed, or the id of a run that "
+        "was submitted with workload=collectives"
+    )
+
+
+def _rows(store: Store) -> Results:
+    results = store.read()
+    if not any(row.timings for row in results.rows):
+        raise UserError(
+            f"{store.folder} has no rows with times; this command reads sweeps (collectives.study=sweep)"
+        )
+    return results
+
+
+def _hardware(results: Results) -> HardwareConfig:
+    return compose([f"hardware={results.metadata.system['hardware']}"]).hardware
+
+
+def fit(store: Store, name: str | None, confidence: float) -> str:
+    """Fit a sweep, write the profile, and tell it as a table."""
+    from collectives import fit as fitting
+
+    if not 0.5 < confidence < 1:
+        raise UserError(f"--confidence={confidence} is no level; type one between 0.5 and 1, e.g. 0.95")
+    results = _rows(store)
+    profile = fitting.profile(
+        results, name or store.folder.parent.name, results.metadata.system["hardware"], confidence
+    )
+    paths = [store.folder / "fabric.yaml", *([profiles.FOLDER / "fabric" / f"{name}.yaml"] if name else [])]
+    _save(profile, paths)
+    return "\n".join([*fitting.table(profile), *(f"profile: {path}" for path in paths)])
+
+
+def _save(profile: FabricProfile | DeviceProfile, paths: list[Path]) -> None:
+    for path in paths:
+        try:
+            profiles.save(profile, path)
+        except OSError as error:
+            raise UserError(f"can't write {path} ({error.strerror}); free it, or leave --name out") from None
+
+
+def compare(store: Store, baseline: Store | None, tolerance: float) -> list[Finding]:
+    """Findings of a sweep; those that the measurement made itself come first."""
+    if not 0 < tolerance < 1:
+        raise UserError(f"--tolerance={tolerance} is no share; type one between 0 and 1, e.g. 0.1")
+    results = _rows(store)
+    slow_ratio = results.metadata.settings["collectives"]["slow_ratio"]
+    found = against_limit(results, _hardware(results), slow_ratio) + among_peers(results, slow_ratio)
+    if baseline is not None:
+        found += against_baseline(results, _rows(baseline), tolerance)
+    store.keep("comparison", [finding.to_json() for finding in found])
+    return found
+
+
+def report(store: Store, baseline: Store | None) -> list[Path]:
+    """Write plots and the page; their paths."""
+    from collectives import fit as fitting
+    from collectives import report as reporting
+    from collectives.judge import Direction, Endpoint, Probes
+
+    results = store.read()
+    fitted = store.folder / "fabric.yaml"
+    fits = fitting.curves(profiles.load(FabricProfile, str(fitted))) if fitted.exists() else ()
+    pairs = pair_rates(results)
+    probes = store.kept("probes")
+    if probes:
+        directions = [
+            Direction(**{**d, "passes": tuple(map(tuple, d["passes"]))}) for d in probes["directions"]
+        ]
+        endpoints = [Endpoint(**endpoint) for endpoint in probes["endpoints"]]
+        pairs = Probes(probes["size"], tuple(endpoints), tuple(directions)).rates()
+    layers = [layer for layer in store.kept("moe") or () if layer["routing"].startswith("curve ")]
+    even = min(layers, key=lambda layer: layer["imbalance"])["sequential_us"] if layers else 1.0
+    return reporting.write(
+        store,
+        fits=fits,
+        findings=[*(store.kept("findings") or ()), *(store.kept("comparison") or ())],
+        baseline=baseline.read() if baseline else None,
+        pairs=pairs,
+        curves=[(layer["imbalance"], layer["sequential_us"] / even, layer["imbalance"]) for layer in layers],
+    )
+
+
+def device(
+    config: RunConfig, name: str | None, seconds: float, against: str | None, progress: Callable[[str], None]
+) -> tuple[str, bool]:
+    """Measure one device; the outcome as text, and whether it agrees with the profile to compare with."""
+    from collectives import device as measuring
+    from collectives.team import choose_device
+    from configs.rank import RankContext
+
+    known = profiles.load(DeviceProfile, against) if against else None
+    rank = RankContext.from_environment({}, Path.cwd())
+    profile = measuring.measure(config, choose_device(config, rank), seconds, progress)
+    lines = measuring.table(profile)
+    path = profiles.FOLDER / "device" / f"{name}.yaml" if name else Path("device.yaml").absolute()
+    _save(profile.model_copy(update={"name": name or "device"}), [path])
+    lines.append(f"profile: {path}")
+    if known is None:
+        return "\n".join(lines), True
+    text, agrees = measuring.compare(profile, known)
+    return "\n".join([*lines, text]), agrees

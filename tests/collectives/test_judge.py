@@ -1,0 +1,170 @@
+"""Each kind of fault is found, named and told apart; noise isn't one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from collectives.faults import schedule
+from collectives.judge import Direction, Endpoint, Finding, Kind, Probes, judge, suspects
+
+pytestmark = pytest.mark.unit
+
+SIZE, SECONDS = 4 << 20, 0.004
+
+
+def healthy(hosts: int, seed: int = 0, noise: float = 0.15, passes: int = 3, repeats: int = 5) -> Probes:
+    """Probes of equal hosts with log-normal noise and a rare slow message."""
+    draw = random.Random(seed)
+
+    def message() -> float:
+        return SECONDS * draw.lognormvariate(0, noise) * (3.0 if draw.random() < 0.05 else 1.0)
+
+    endpoints = tuple(
+        Endpoint(rank, f"10.0.0.{rank + 1}", 0, tuple(0.1 * draw.lognormvariate(0, 0.05) for _ in range(3)))
+        for rank in range(hosts)
+    )
+    directions = tuple(
+        Direction(a, b, 2 * message(), tuple(tuple(message() for _ in range(repeats)) for _ in range(passes)))
+        for a in range(hosts)
+        for b in range(hosts)
+        if a != b
+    )
+    return Probes(SIZE, endpoints, directions)
+
+
+def slowed(probes: Probes, which: Callable[[int, int], bool], factor: float) -> Probes:
+    """`probes` with some directions slower."""
+    return replace(
+        probes,
+        directions=tuple(
+            replace(d, passes=tuple(tuple(factor * t for t in one) for one in d.passes))
+            if which(d.source, d.target)
+            else d
+            for d in probes.directions
+        ),
+    )
+
+
+def starved(probes: Probes, rank: int, factor: float) -> Probes:
+    """`probes` with a host that computes, sends and receives more slowly."""
+    slow = slowed(probes, lambda a, b: rank in (a, b), factor)
+    endpoints = tuple(
+        replace(e, cpu_seconds=tuple(factor * t for t in e.cpu_seconds)) if e.rank == rank else e
+        for e in slow.endpoints
+    )
+    return replace(slow, endpoints=endpoints)
+
+
+def names(found: list[Finding]) -> list[tuple[Kind, tuple[int, ...]]]:
+    return [(finding.kind, finding.ranks) for finding in found]
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 4, 16])
+def test_nothing_is_named_where_all_is_well(hosts: int) -> None:
+    for seed in range(100):
+        assert judge(healthy(hosts, seed), 0.6, None) == []
+
+
+@pytest.mark.parametrize("hosts", [3, 4, 9])
+@pytest.mark.parametrize("seed", range(20))
+def test_faults_are_told_apart(hosts: int, seed: int) -> None:
+    probes = healthy(hosts, seed)
+    bad, other = random.Random(seed).sample(range(hosts), 2)
+    assert names(judge(slowed(probes, lambda a, b: bad in (a, b), 4), 0.6, None)) == [(Kind.SLOW_NIC, (bad,))]
+    pair = (min(bad, other), max(bad, other))
+    assert names(judge(slowed(probes, lambda a, b: {a, b} == {bad, other}, 4), 0.6, None)) == [
+        (Kind.SLOW_LINK, pair)
+    ]
+    assert names(judge(starved(probes, bad, 3), 0.6, None)) == [(Kind.SLOW_HOST, (bad,))]
+    (one,) = judge(slowed(probes, lambda a, b: (a, b) == (bad, other), 4), 0.6, None)
+    assert (one.kind, one.ranks, one.evidence) == (
+        Kind.ASYMMETRIC_PAIR,
+        pair,
+        {"source": bad, "target": other},
+    )
+
+
+def test_an_adapter_that_only_sends_slowly_says_so() -> None:
+    (one,) = judge(slowed(healthy(4), lambda a, b: a == 2, 4), 0.6, None)
+    assert (one.kind, one.ranks, one.evidence) == (Kind.SLOW_NIC, (2,), {"directions": ["sending"]})
+    assert "slow sending, to all peers" in one.what and one.hosts == ("10.0.0.3",)
+
+
+def test_two_faults_are_both_named_the_worse_first() -> None:
+    both = slowed(starved(healthy(6), 0, 3), lambda a, b: {a, b} == {3, 5}, 4)
+    assert names(judge(both, 0.6, None)) == [(Kind.SLOW_HOST, (0,)), (Kind.SLOW_LINK, (3, 5))]
+
+
+def test_two_hosts_have_no_adapter_to_blame_but_a_direction() -> None:
+    assert names(judge(slowed(healthy(2), lambda a, b: a == 0, 4), 0.6, None)) == [
+        (Kind.ASYMMETRIC_PAIR, (0, 1))
+    ]
+
+
+def test_a_slow_device_is_no_slow_host() -> None:
+    probes = healthy(4)
+    endpoints = tuple(replace(e, device_seconds=(0.02 if e.rank == 1 else 0.01,)) for e in probes.endpoints)
+    assert names(judge(replace(probes, endpoints=endpoints), 0.6, None)) == [(Kind.SLOW_DEVICE, (1,))]
+
+
+def test_a_direction_that_comes_and_goes_flaps() -> None:
+    probes = healthy(4, repeats=10)
+    flapping = tuple(
+        replace(d, passes=tuple((*t[:6], *(9 * late for late in t[6:])) for t in d.passes))
+        if (d.source, d.target) == (1, 3)
+        else d
+        for d in probes.directions
+    )
+    found = judge(replace(probes, directions=flapping), 0.6, None)
+    assert names(found) == [(Kind.FLAPPING, (1, 3))]
+    assert (1, 3) in suspects(replace(probes, directions=flapping), 0.6)
+
+
+def test_a_first_message_that_takes_far_longer_is_a_cold_start() -> None:
+    probes = healthy(4)
+    cold = tuple(replace(d, first=2.0) if (d.source, d.target) == (0, 2) else d for d in probes.directions)
+    assert names(judge(replace(probes, directions=cold), 0.6, None)) == [(Kind.COLD_START, (0, 2))]
+
+
+def test_a_fabric_that_is_slow_as_a_whole_is_below_its_limit() -> None:
+    rate = SIZE / SECONDS / 1e9
+    assert names(judge(healthy(4), 0.6, 4 * rate)) == [(Kind.BELOW_LIMIT, ())]
+    assert judge(healthy(4), 0.6, 1.2 * rate) == []
+
+
+@pytest.mark.parametrize("broken", [float("nan"), 0.0, -1.0, float("inf")])
+def test_a_broken_instrument_is_no_slow_host(broken: float) -> None:
+    probes = starved(healthy(4), 0, 3)
+    endpoints = (replace(probes.endpoints[1], cpu_seconds=(broken,)), *probes.endpoints[2:])
+    found = judge(replace(probes, endpoints=endpoints), 0.6, None)
+    assert names(found) == [(Kind.PROBE_FAILED, (1,))]
+    silent = (replace(probes.directions[0], passes=()), *probes.directions[1:])
+    assert [f.kind for f in judge(replace(probes, directions=silent), 0.6, None)] == [Kind.PROBE_FAILED]
+
+
+def test_a_finding_is_plain_data_that_can_be_acted_on() -> None:
+    (finding,) = judge(starved(healthy(3), 1, 3), 0.6, None)
+    tree = finding.to_json()
+    assert (tree["kind"], tree["severity"], tree["action"], tree["where"]) == (
+        "slow_host",
+        "critical",
+        "cordon",
+        "10.0.0.2",
+    )
+    assert tree["ranks"] == (1,) and 0.2 < tree["ratio"] < 0.5
+    assert str(finding).startswith("critical slow_host: 10.0.0.2 rank 1 does the interpreter probe in")
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 4, 7, 64, 257])
+def test_rounds_grow_with_hosts_and_not_with_pairs(hosts: int) -> None:
+    found = schedule([list(range(hosts)), [1000 + rank for rank in range(hosts)]])
+    assert len(found) == hosts - 1 + hosts % 2
+    met = [(m.a, m.b) for meetings in found for m in meetings]
+    assert len(met) == len(set(met)) == hosts * (hosts - 1)
+    for meetings in found:
+        ranks = [rank for m in meetings for rank in (m.a, m.b)]
+        assert len(ranks) == len(set(ranks)), "a rank is in one pair at a time"
