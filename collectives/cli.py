@@ -241,6 +241,11 @@ def _device(options: argparse.Namespace, _: list[str]) -> int:
     from collectives import commands  # loads torch
 
     config = compose(["workload=collectives", *options.overrides])
-    text, agrees = commands.device(config, options.name, options.seconds, options.against, print)
+
+    def progress(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{text:<100.100}", end="", file=sys.stderr)
+
+    text, agrees = commands.device(config, options.name, options.seconds, options.against, progress)
     print(text)
     return 0 if agrees else FINDINGS_EXIT

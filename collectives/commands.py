@@ -51,17 +51,17 @@ def _hardware(results: Results) -> HardwareConfig:
 
 def fit(store: Store, name: str | None, confidence: float) -> str:
     """Fit a sweep, write the profile, and tell it as a table."""
-    from collectives import fit as fitting
+    from collectives import curves  # loads matplotlib
 
     if not 0.5 < confidence < 1:
         raise UserError(f"--confidence={confidence} is no level; type one between 0.5 and 1, e.g. 0.95")
     results = _rows(store)
-    profile = fitting.profile(
+    profile = curves.profile(
         results, name or store.folder.parent.name, results.metadata.system["hardware"], confidence
     )
     paths = [store.folder / "fabric.yaml", *([profiles.FOLDER / "fabric" / f"{name}.yaml"] if name else [])]
     _save(profile, paths)
-    return "\n".join([*fitting.table(profile), *(f"profile: {path}" for path in paths)])
+    return "\n".join([*curves.table(profile), *(f"profile: {path}" for path in paths)])
 
 
 def _save(profile: FabricProfile | DeviceProfile, paths: list[Path]) -> None:
@@ -87,13 +87,13 @@ def compare(store: Store, baseline: Store | None, tolerance: float) -> list[Find
 
 def report(store: Store, baseline: Store | None) -> list[Path]:
     """Write plots and the page; their paths."""
-    from collectives import fit as fitting
+    from collectives import curves
     from collectives import report as reporting
     from collectives.judge import Direction, Endpoint, Probes
 
     results = store.read()
     fitted = store.folder / "fabric.yaml"
-    fits = fitting.curves(profiles.load(FabricProfile, str(fitted))) if fitted.exists() else ()
+    fits = curves.curves(profiles.load(FabricProfile, str(fitted))) if fitted.exists() else ()
     pairs = pair_rates(results)
     probes = store.kept("probes")
     if probes:
@@ -118,18 +118,19 @@ def device(
     config: RunConfig, name: str | None, seconds: float, against: str | None, progress: Callable[[str], None]
 ) -> tuple[str, bool]:
     """Measure one device; the outcome as text, and whether it agrees with the profile to compare with."""
-    from collectives import device as measuring
+    from collectives import device as measuring  # loads torch
+    from collectives import kernels
     from collectives.team import choose_device
     from configs.rank import RankContext
 
     known = profiles.load(DeviceProfile, against) if against else None
     rank = RankContext.from_environment({}, Path.cwd())
     profile = measuring.measure(config, choose_device(config, rank), seconds, progress)
-    lines = measuring.table(profile)
+    lines = kernels.table(profile)
     path = profiles.FOLDER / "device" / f"{name}.yaml" if name else Path("device.yaml").absolute()
     _save(profile.model_copy(update={"name": name or "device"}), [path])
     lines.append(f"profile: {path}")
     if known is None:
         return "\n".join(lines), True
-    text, agrees = measuring.compare(profile, known)
-    return "\n".join([*lines, text]), agrees
+    found = kernels.agreement(known, profile)
+    return "\n".join([*lines, str(found)]), found.agrees

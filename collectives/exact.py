@@ -8,7 +8,7 @@ shifted by a power of two, differs nearly everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -47,8 +47,9 @@ def sent(
     return torch.where((index + source) % sharing == 0, values % span, 0)
 
 
+@lru_cache(maxsize=16)
 def reduced(dtype: torch.dtype, ranks: int, redop: str, target: int, device: torch.device) -> Tensor:
-    """The reduction of what all ranks have for `target`: one period."""
+    """The reduction of what all ranks have for `target`: one period, kept for the next size of a sweep."""
     parts = (sent(source, target, dtype, ranks, redop, device) for source in range(ranks))
     whole = reduce(_COMBINE[redop], parts)
     return whole / ranks if redop == "avg" else whole

@@ -121,7 +121,10 @@ def spread_counts(ranks: int, count: int, spread: float, width: int) -> list[lis
     whole, distances = ranks * count * width, ranks * (ranks - 1) // 2
     # In bytes and term by term as there, so that doubles round alike.
     shares = [
-        int((1 - spread) * (whole / ranks) + spread * (distance * whole / distances)) // _ALIGN * _ALIGN // width
+        int((1 - spread) * (whole / ranks) + spread * (distance * whole / distances))
+        // _ALIGN
+        * _ALIGN
+        // width
         for distance in range(ranks)
     ]
     return [[shares[(j - i) % ranks] for j in range(ranks)] for i in range(ranks)]

@@ -166,14 +166,15 @@ class Store:
             os.close(fd)
 
     def finished(self) -> list[Row]:
-        """Rows that are kept; a torn last line isn't one."""
+        """Rows that are kept: of a case that was tried again the last, and no torn line."""
         if not self.rows.exists():
             return []
         data = self.rows.read_bytes()
         end = data.rfind(b"\n") + 1
         if end < len(data):
             os.truncate(self.rows, end)
-        return [_row(json.loads(line)) for line in data[:end].splitlines()]
+        rows = [_row(json.loads(line)) for line in data[:end].splitlines()]
+        return list({row.key: row for row in rows}.values())
 
     def read(self) -> Results:
         """The measurement as it stands.

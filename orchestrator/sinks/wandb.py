@@ -178,9 +178,7 @@ class WandbSink:
     def _log_measurement(self, view: RunView) -> None:
         """Every case and every finding as a table, and bus bandwidth over size as a chart; nothing where a run trained."""
         attempts = map(self._run.attempt, self._run.attempt_numbers())
-        lines = [
-            line for one in attempts for line in read_all(one.metrics) if isinstance(line, MeasuredLine)
-        ]
+        lines = [line for one in attempts for line in read_all(one.metrics) if isinstance(line, MeasuredLine)]
         if not lines:
             return
         columns = list(dict.fromkeys(key for line in lines for key in (*line.case, *line.result)))

@@ -199,8 +199,17 @@ def test_fits_and_baselines_that_dont_meet_the_rows(tmp_path):
 
 def test_verdict_counts_and_findings(tmp_path):
     store = measurement(tmp_path)
-    store.append(row("all_gather", 4096, 50.0, in_place=timing(4096, 50.0, 0.75, wrong=7), out_of_place=None))
-    store.append(row("all_gather", 8192, 50.0, in_place=timing(8192, 50.0, 0.75, wrong=None)))
+    store.append(
+        row(
+            "all_gather",
+            4096,
+            50.0,
+            dtype="half",
+            in_place=timing(4096, 50.0, 0.75, wrong=7),
+            out_of_place=None,
+        )
+    )
+    store.append(row("all_gather", 8192, 50.0, dtype="half", in_place=timing(8192, 50.0, 0.75, wrong=None)))
     assert "No findings were reported." in Page(write(store)[-1]).text
     findings = [
         {"severity": "critical", "what": "slow host", "where": "node-b", "evidence": "x0.5", "ranks": [2, 3]},

@@ -49,6 +49,7 @@ VERDICT = VerdictFound(
 FOUND = FabricFinding(1, {"kind": "slow_nic", "hosts": ["10.0.0.1"], "ranks": [1], "ratio": 0.25})
 DECIDED = Decided(1, "restart", "rank_died", 1, 3, 2.0, "ended by SIGKILL")
 OPENED = IncidentOpened(1, 1, "rank_exit", "ended by SIGKILL", 1, "10.0.0.1", 18, "00001.log")
+MENDED = IncidentClosed(1, "attempt 2 resumed from step 10", 8, 12.5)
 
 #: A life with every kind of event in it, in an order that the table allows.
 LIFE: list[Payload] = [
@@ -74,7 +75,7 @@ LIFE: list[Payload] = [
     RanksStarted(2, {"0": 200}, "10.0.0.1:4712"),
     Resumed(2, 10, "memory://10"),
     Moved(State.RUNNING, Reason.FIRST_STEP),
-    IncidentClosed(1, "attempt 2 resumed from step 10", 8, 12.5),
+    MENDED,
     CheckpointCommitted(2, 40, "memory://40", 4096, 0.5),
     Finished(40, 1.5, 40960),
     Moved(State.SUCCEEDED, Reason.COMPLETE),
@@ -271,12 +272,17 @@ def test_the_whole_life_folds_to_its_end() -> None:
 
 def test_an_incident_remembers_how_it_was_first_mended() -> None:
     second = IncidentOpened(2, 2, "rank_exit", "again", 0, None, 17, "")
-    life = [*LIFE[: LIFE.index(LIFE[21])], CheckpointCommitted(2, 15, "b", 1, 0.1), second,
+    life = [*LIFE[: LIFE.index(MENDED)], CheckpointCommitted(2, 15, "b", 1, 0.1), second,
             Moved(State.RECOVERING, Reason.RANK_DIED), Moved(State.QUEUED, Reason.BACKOFF_OVER),
             Moved(State.PLACING, Reason.ADMITTED), Placed(3, SHARES, "g"),
             Moved(State.STARTING, Reason.PLACED),
             Resumed(3, 15, "b"), Moved(State.RUNNING, Reason.FIRST_STEP)]  # fmt: skip
     first_mended, second_mended = view_of(*life).incidents
     assert (first_mended.resumed_step, second_mended.resumed_step) == (10, 15)
-    assert first_mended.training_at == 120.0 and second_mended.training_at == 100.0 + len(life) - 1
-    assert view_of(*LIFE[:12]).incidents[0].resumed_step is None, "its own attempt's start doesn't count"
+    assert (
+        first_mended.training_at == 100.0 + LIFE.index(MENDED) - 1
+        and second_mended.training_at == 100.0 + len(life) - 1
+    )
+    assert view_of(*until(State.RECOVERING)).incidents[0].resumed_step is None, (
+        "its own attempt's start doesn't count"
+    )

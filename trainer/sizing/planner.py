@@ -154,8 +154,11 @@ def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
     parallel = config.parallel
     layout = Layout(parallel.pp, dp, parallel.cp, parallel.ep, parallel.etp, parallel.tp)
     nodes, each = _spread(config, layout, capacity, choices, warnings)
-    batch = _batch(config, dp, choices)
-    precision = _precision(config, choices)
+    training = config.workload == "train"
+    of_training: list[Choice] = []
+    batch = _batch(config, dp, of_training)
+    precision = _precision(config, of_training)
+    choices += of_training if training else []
     # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
     even = nodes * each == layout.ranks
     spread = {"nodes": nodes, "slots_per_node": each} if even else {}
@@ -167,7 +170,6 @@ def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
             "train": config.train.model_dump() | {"global_batch": batch, "precision": precision},
         }
     )
-    training = config.workload == "train"
     if not training and layout.ranks < 2:
         raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
     micro_tokens = config.train.micro_batch * config.data.sequence // parallel.cp

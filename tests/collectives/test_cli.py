@@ -1,0 +1,268 @@
+"""`python -m collectives run`: wrong inputs, lost ranks, interruptions, and going on after them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from collectives import cli
+from collectives.launch import launched
+from collectives.results import Row, Store
+from configs.errors import UserError
+
+pytestmark = pytest.mark.timeout(120)
+
+FEW = (
+    "-w", "0", "-n", "5", "collectives.max_warmup=0", "collectives.max_iterations=5", "hardware=cpu",
+    "resilience.timeouts.patience=6",
+)  # fmt: skip
+
+
+def one_line(text: str) -> str:
+    """What is said of a mistake: one line, no traceback."""
+    assert re.fullmatch(r"megaray: .+\n", text), text
+    return text
+
+
+# ---- mistakes that show before ranks are started ----
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--ops", "allreduce"), "collectives.ops"),
+        (("--ops", "all_reduce", "-d", "float8"), "collectives.dtypes"),
+        (("-o", "mean"), "collectives.reductions"),
+        (("-b", "1M", "-e", "1K"), "collectives.max_size=1024 is below collectives.min_size=1048576"),
+        (("-b", "lots"), "collectives.min_size"),
+        (("-b", "0"), "collectives.min_size"),
+        (("-f", "1"), "collectives.step_factor"),
+        (("-n", "3"), "collectives.min_iterations"),
+        (("-r", "-1"), "collectives.root"),
+        (("collectives.bakend=gloo",), "collectives.bakend"),
+        (("collectives.backend=ucc",), "collectives.backend"),
+        (("--rank", "2"), "'--rank' is no option of `run` (did you mean '--ranks'?)"),
+        (("--ranks", "1"), "--ranks=1: one rank has nobody to talk to; type at least --ranks 2"),
+        (("--ranks", "0"), "--ranks=0: one rank has nobody to talk to"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    words: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    assert cli.main(["run", *words]) == 2
+    out, err = capsys.readouterr()
+    assert told in one_line(err)
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.unit
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["run", "--ranks", "2", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "can't be written (Not a directory); name another folder" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.unit
+def test_launchers_variables_become_torchruns() -> None:
+    master = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+    mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in
+           (("RANK", "3"), ("SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2"))}  # fmt: skip
+    mpich = {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    assert [launched(env | master) for env in (slurm, mpi, mpich)] == [torchrun] * 3
+    assert launched(torchrun | master) == {}
+    assert launched({}) is launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
+    with pytest.raises(
+        UserError, match="SLURM_PROCID=3 is set, MASTER_ADDR, MASTER_PORT not; export MASTER_ADDR="
+    ):
+        launched(slurm)
+
+
+# ---- mistakes that ranks find: every rank tells, as under torchrun ----
+
+REFUSED = [
+    (("-b", "10", "-i", "4"), "a size of 10 bytes is not whole elements of float (4 bytes each); set collectives.min_size"),
+    (("collectives.groups=nodes",), "collectives.groups=nodes is not a kind of group (did you mean 'node'?); use world"),
+    (("collectives.groups=MOD2",), "collectives.groups=MOD2 gives groups of one rank"),
+    (("-o", "band"), "collectives.reductions=band takes whole numbers, not float; use int8"),
+    (("-o", "avg", "-d", "int32"), "collectives.reductions=avg takes half, bfloat16, float or double, not int32; use sum"),
+    (("--ops", "broadcast", "-r", "2"), "collectives.root=2 is not in a group of 2 ranks; set it from 0 to 1"),
+    (("--ops", "all_gather", "-e", "16"), "no size from 8 to 16 bytes has 16 bytes for each rank; raise"),
+    (("collectives.backend=mpi",), "collectives.backend=mpi isn't built into torch"),
+    (("collectives.backend=nccl",), "collectives.backend=nccl"),
+    (("parallel.tp=4",), "parallel.pp*dp*cp*tp=4, but 2 ranks were started; leave parallel.dp out, or"),
+]  # fmt: skip
+
+
+def refused(rank: Any, ports: list[int]) -> list[tuple[int, str]]:
+    """Exit code and words of this rank, as launched by torchrun, for each mistake."""
+    import torch.distributed as dist
+
+    found = []
+    for (words, _), port in zip(REFUSED, ports, strict=True):
+        os.environ.update(rank.environment() | {"MASTER_PORT": str(port)})
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            code = cli.main(["run", *FEW, *words, "--out", str(rank.run.root)])
+        found.append((code, told.getvalue()))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.dist
+def test_ranks_refuse_what_cannot_be_measured(tmp_path: Path) -> None:
+    from tests.collectives.ranks import free_port, together  # loads torch
+
+    for found in together(2, tmp_path / "run", refused, [free_port() for _ in REFUSED]):
+        for (code, err), (words, told) in zip(found, REFUSED, strict=True):
+            assert (code, words) == (2, words), err
+            assert told in one_line(err)
+    assert not (tmp_path / "run" / "measurement").exists()
+
+
+# ---- real commands ----
+
+
+def command(out: Path, *words: str) -> subprocess.Popen[str]:
+    env = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "collectives", "run", "--ranks", "2", "--out", str(out), "hardware=cpu", *words],
+        env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def rows(out: Path) -> list[Row]:
+    return Store(out / "measurement").finished()
+
+
+def pids(out: Path) -> list[int]:
+    devices = json.loads((out / "measurement" / "metadata.json").read_text())["system"]["devices"]
+    return [device["pid"] for device in devices]
+
+
+def living_ranks(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
+    return (
+        child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE
+    )
+
+
+def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    """Until so many rows are finished, or the command has ended."""
+    file = Store(out / "measurement").rows
+    while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= count):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.dist
+def test_a_mistake_that_ranks_find_is_told_once(tmp_path: Path) -> None:
+    code, out, err = result(command(tmp_path / "run", "-b", "10", "-i", "4"))
+    assert (code, out) == (2, "")
+    assert "a size of 10 bytes is not whole elements of float" in one_line(err)
+
+
+@pytest.mark.dist
+def test_a_size_that_does_not_fit_ends_its_operation_alone(tmp_path: Path) -> None:
+    words = ("-b", "8", "-e", "8T", "-f", "1048576", "--ops", "all_reduce,broadcast", *FEW)
+    code, out, err = result(command(tmp_path / "run", *words))
+    assert (code, err) == (0, "")
+    told = [line for line in out.splitlines() if "out of memory" in line]
+    assert len(told) == 2
+    assert re.match(
+        r"# 8796093022208 B float sum: out of memory, rank 0: 1.64e\+04 GiB of buffers, .* left out", told[0]
+    )
+    found = rows(tmp_path / "run")
+    assert [(row.op, row.size, len(row.timings)) for row in found] == [
+        (op, size, 0 if size == 8 << 40 else 2)
+        for op in ("all_reduce", "broadcast")
+        for size in (8, 8 << 20, 8 << 40)
+    ]
+    tree = json.loads((tmp_path / "run" / "measurement" / "all_reduce.world.json").read_text())
+    assert [r["size"] for r in tree["results"]] == [8, 8 << 20]
+    assert tree["errors"] == [found[2].note]
+
+
+@pytest.mark.dist
+def test_a_killed_rank_and_an_interruption_lose_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("-b", "1K", "-e", "16K", "-i", "1K", "-w", "0", "-n", "120", "collectives.max_warmup=0",
+             "collectives.max_iterations=120", "resilience.timeouts.patience=6")  # fmt: skip
+
+    process = command(out, *words)
+    wait_for_rows(process, out, 2)
+    os.kill(pids(out)[1], signal.SIGKILL)
+    code, _, err = result(process)
+    after_kill = rows(out)
+    assert code == 1
+    assert one_line(err).startswith(
+        f"megaray: rank 1 was ended by SIGKILL; {len(after_kill)} rows are kept in {out}/measurement"
+    )
+    assert err.endswith("the same command with this --out goes on after them\n")
+    assert 2 <= len(after_kill) < 16
+    assert len(json.loads((out / "measurement" / "all_reduce.world.json").read_text())["results"]) == len(
+        after_kill
+    )
+
+    process = command(out, *words)
+    wait_for_rows(process, out, len(after_kill) + 2)
+    ranks = list(living_ranks(process))
+    os.kill(process.pid, signal.SIGINT)
+    code, _, err = result(process)
+    after_interrupt = rows(out)
+    assert code == 130
+    assert one_line(err).startswith(
+        f"megaray: interrupted; {len(after_interrupt)} rows are kept in {out}/measurement"
+    )
+    assert len(ranks) == 2
+    assert not any(rank.is_running() for rank in ranks)
+    assert after_interrupt[: len(after_kill)] == after_kill
+    assert len(after_kill) + 2 <= len(after_interrupt) < 16
+
+    code, told, err = result(command(out, *words, "-d", "double"))
+    assert (code, told) == (2, "")
+    assert (
+        "holds another measurement (collectives.dtypes=['float']); name another folder with --out"
+        in one_line(err)
+    )
+    assert rows(out) == after_interrupt
+
+    code, told, err = result(command(out, *words))
+    assert (code, err) == (0, "")
+    assert f"# {len(after_interrupt)} rows of before are kept; the sweep goes on after them" in told
+    whole = rows(out)
+    assert whole[: len(after_interrupt)] == after_interrupt
+    assert [row.size for row in whole] == [1024 * i for i in range(1, 17)]
+    assert all(timing.wrong == 0 for row in whole for timing in row.timings)
+
+    assert Store(out / "measurement").read().ended
+    code, told, err = result(command(out, *words))
+    assert (code, told) == (2, "")
+    assert f"--out={out} holds a finished measurement; name another folder, or remove it" in one_line(err)
+    assert rows(out) == whole
