@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,14 +98,18 @@ def finish(figure: Figure, panels: Sequence[Axes], title: str, y: str, x: str) -
     """Set title, axes' names and one legend for all panels."""
     figure.suptitle(plain(title, 80))
     figure.supylabel(y, fontsize=9)
-    figure.supxlabel(x, fontsize=9)
+    # On the panels: a name of the whole figure and a legend below it would lie over each other.
+    spec = panels[0].get_subplotspec()
+    columns = spec.get_gridspec().ncols if spec else 1
+    for axes in panels[-columns:]:
+        axes.set_xlabel(x, fontsize=9)
     named: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     longest = max(map(len, named), default=0)
-    columns = 1 if longest > 36 else 2 if longest > 20 else 3
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns, fontsize=8.5)
+    width = 1 if longest > 36 else 2 if longest > 20 else 3
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=width, fontsize=8.5)
 
 
 def heat_map(
@@ -141,7 +146,7 @@ def heat_map(
     for label in axes.get_xticklabels():
         label.set(rotation=45, ha="right", rotation_mode="anchor")
     beyond = "max" if np.nanmax(values) > scale[1] else "neither"
-    figure.colorbar(image, ax=axes, label=f"{unit} (dark is slow)", extend=beyond)
+    figure.colorbar(image, ax=axes, label=textwrap.fill(f"{unit} (dark is slow)", 24), extend=beyond)
     for (i, j), value in np.ndenumerate(values) if count <= FIGURES else ():
         if math.isfinite(value):
             dark = (float(value) - scale[0] > (scale[1] - scale[0]) / 2) == reverse

@@ -39,7 +39,7 @@ _FLAGS = (
 def main(arguments: list[str]) -> int:
     """Run one command; exit code 0 done, 1 failed, 2 a user's mistake, 3 something was found slow or wrong."""
     try:
-        options = _parse(arguments)
+        options = parse(arguments)
         return int(options.command(options, arguments))
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Options; configuration fields may stand anywhere among them.
 
     Raises:
@@ -129,7 +129,7 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("measurement", type=Path, help="folder of a measurement, or id of a run")
 
 
-def _overrides(options: argparse.Namespace) -> list[str]:
+def overrides(options: argparse.Namespace) -> list[str]:
     """nccl-tests' flags as fields of the configuration."""
     found = ["workload=collectives", *options.overrides]
     if options.ops:
@@ -153,7 +153,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     die_with_parent(os.environ)
-    config = load(options.config) if options.config else compose(_overrides(options))
+    config = load(options.config) if options.config else compose(overrides(options))
     variables = launched(os.environ)
     folder = options.out or Path(f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")
     if variables is None:

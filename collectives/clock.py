@@ -110,14 +110,25 @@ class GraphClock:
     def run(self, call: Call, count: int, before: Call | None) -> Stamps:
         """As `EventClock.run`, in steps of ten calls."""
         if self._captured is not call:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                for _ in range(_GRAPHED):
-                    call()
+            self._graph = self._capture(call)
             self._captured = call
         assert self._graph is not None
         stamps = EventClock(self._device).run(self._graph.replay, max(1, count // _GRAPHED), before)
         return np.repeat(stamps // _GRAPHED, _GRAPHED, axis=0)
+
+    def _capture(self, call: Call) -> torch.cuda.CUDAGraph:
+        """Ten calls as a graph. The first call makes communicators, which can't be captured, so one is run before."""
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # The library's own threads ask for the state of events meanwhile, which the strict mode takes for an error.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(_GRAPHED):
+                call()
+        return graph
 
 
 Clock = HostClock | EventClock | GraphClock

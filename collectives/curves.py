@@ -69,8 +69,11 @@ def cases(results: Results) -> dict[tuple[str, str, int, int, str, str], list[Ro
 
 
 def measured(rows: Sequence[Row]) -> tuple[list[int], list[float], list[int]]:
-    """Bytes, mean microseconds and number of the pass of each row, all of which have times."""
-    timed = [(row.size, row.best.time_us, row.sweep) for row in rows if row.best]
+    """Bytes, median microseconds and number of the pass of each row, all of which have times.
+
+    The median, since single iterations that are held up say nothing of the next size.
+    """
+    timed = [(row.size, row.best.p50_us, row.sweep) for row in rows if row.best]
     sizes, times, passes = zip(*timed, strict=True)
     return list(sizes), list(times), list(passes)
 

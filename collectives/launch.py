@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from configs.rank import RankContext
 
 _GRACE = 5.0
 """Seconds in which the others notice that a rank ended and say so, before they are ended too."""
+_ERROR = re.compile(r"megaray: |[\w.]*(Error|Exception|Interrupt): ")
 _LAUNCHERS = (
     (
         "OMPI_COMM_WORLD_RANK",
@@ -119,8 +121,12 @@ class Ranks:
             return 1, f"rank {killed[0]} was ended by {signal.Signals(number).name}"
         refused = [rank for rank, code in codes.items() if code == 2]
         rank = refused[0] if refused else first
-        words = _last_words(self.run.attempt(1).log(rank)).removeprefix("megaray: ")
-        return codes[rank] or 1, words or f"rank {rank} ended with exit code {codes[rank]}"
+        log = self.run.attempt(1).log(rank)
+        words = _last_words(log)
+        if words.startswith("megaray: "):
+            return codes[rank] or 1, words.removeprefix("megaray: ")
+        what = words or f"it ended with exit code {codes[rank]}"
+        return codes[rank] or 1, f"rank {rank}: {what} (all of it is in {log})"
 
     def end(self) -> None:
         """End what still runs, by process id."""
@@ -132,5 +138,7 @@ class Ranks:
 
 
 def _last_words(log: Path) -> str:
+    """The last line that names an error, else the last one: some errors go on for lines of advice."""
     rows = [row.strip() for row in log.read_text(errors="replace").splitlines() if row.strip()]
-    return rows[-1] if rows else ""
+    errors = [row for row in rows if _ERROR.match(row)]
+    return (errors or rows or [""])[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor
 
 from collectives import routing
+from collectives.device import grouped_kernel
 from collectives.exact import TYPES
 from collectives.groups import partitions
 from collectives.journal import Journal
@@ -53,15 +55,21 @@ class Layer:
     """Bytes from each rank (row) to each (column) in the first step's dispatch."""
 
     @property
-    def hidden(self) -> float:
-        """Share of the exchanges' time that overlap hides."""
+    def hidden(self) -> float | None:
+        """Share of the two exchanges' time that overlap hides; negative where chunks cost more than they hide.
+
+        None where the exchanges are lost in the noise of the experts' time.
+        """
         exchanged = self.sequential_us - self.experts_us
-        return (self.sequential_us - self.overlapped_us) / exchanged if exchanged > 0 else 0.0
+        if exchanged < self.dispatch_us / 2:
+            return None
+        return (self.sequential_us - self.overlapped_us) / exchanged
 
     def __str__(self) -> str:
+        hidden = "n/a" if self.hidden is None else f"{self.hidden:.0%}"
         return (
             f"{self.routing:>16}  {self.imbalance:9.2f}  {self.bytes:12d}  {self.dispatch_us:11.1f}  "
-            f"{self.experts_us:10.1f}  {self.sequential_us:13.1f}  {self.overlapped_us:13.1f}  {self.hidden:6.0%}"
+            f"{self.experts_us:10.1f}  {self.sequential_us:13.1f}  {self.overlapped_us:13.1f}  {hidden:>6}"
         )
 
 
@@ -84,11 +92,7 @@ class Moe:
                 f"model.experts={config.model.experts} does not divide over the {self._ranks} ranks of an expert group; "
                 f"set model.experts to a multiple of {self._ranks}, or parallel.ep to a divisor"
             )
-        if max(self._settings.imbalances, default=1) > self._ranks:
-            raise UserError(
-                f"collectives.imbalances={','.join(map(str, self._settings.imbalances))}: one of {self._ranks} ranks can "
-                f"have at most {self._ranks} times the mean"
-            )
+        self._points = [value for value in self._settings.imbalances if value <= self._ranks]
         self._named = list(self._routings())
         self._seat = self._team.seat(partition)
 
@@ -106,11 +110,16 @@ class Moe:
         if settings.record is not None:
             for layer, load in enumerate(recorded_loads(Path(settings.record), experts)):
                 yield f"recorded layer {layer}", [routing.recorded(load, self._ranks, pairs)]
-        for value in settings.imbalances:
+        for value in self._points:
             yield f"curve {value:g}", [routing.skewed(value, self._ranks, experts, pairs)]
 
     def run(self, done: frozenset[tuple[str | int, ...]]) -> None:  # noqa: ARG002 (a study of seconds starts anew)
         """Time each routing, and on rank 0 keep the curve."""
+        beyond = [f"{value:g}" for value in self._settings.imbalances if value not in self._points]
+        if beyond:
+            self._journal.note(
+                f"# no curve at {', '.join(beyond)}: one of {self._ranks} ranks has at most {self._ranks} times the mean"
+            )
         self._journal.note(_HEAD)
         layers = []
         for name, steps in self._named:
@@ -161,11 +170,12 @@ class Moe:
 
 
 class Experts:
-    """SwiGLU experts of one rank, with random weights."""
+    """SwiGLU experts of one rank, with random weights; by a grouped matmul where there is one, as in training."""
 
     def __init__(self, model: ModelConfig, seat: Seat, dtype: torch.dtype) -> None:
         local, look = model.experts // seat.size, {"dtype": dtype, "device": seat.device}
         self.hidden, self.local, self.look = model.hidden, local, look
+        self._grouped = grouped_kernel(seat.device)[1] if dtype == torch.bfloat16 else None
         generator = torch.Generator(seat.device).manual_seed(seat.index)
         shapes = ((local, model.hidden, 2 * model.expert_width), (local, model.expert_width, model.hidden))
         self._up, self._down = (
@@ -173,21 +183,32 @@ class Experts:
             for shape in shapes
         )
 
-    def __call__(self, x_TD: Tensor, sizes: Sequence[int], out_TD: Tensor) -> None:
-        """Apply expert i to the next `sizes[i]` tokens."""
-        begin = 0
+    def on(self, sizes: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """The function that applies expert i to the next `sizes[i]` tokens, [T, D] to [T, D]."""
+        if self._grouped is None:
+            return partial(self._one_by_one, sizes)
+        ends = torch.tensor(sizes, device=self.look["device"]).cumsum(0).to(torch.int32)
+        return partial(self._all_at_once, self._grouped, ends)
+
+    def _all_at_once(self, grouped: Callable[..., Tensor], ends: Tensor, x_TD: Tensor) -> Tensor:
+        gate, up = grouped(x_TD, self._up, offs=ends).chunk(2, dim=-1)
+        return grouped(F.silu(gate) * up, self._down, offs=ends)
+
+    def _one_by_one(self, sizes: Sequence[int], x_TD: Tensor) -> Tensor:
+        out_TD, begin = torch.empty_like(x_TD), 0
         for expert, size in enumerate(sizes):
             if size:
                 gate, up = (x_TD[begin : begin + size] @ self._up[expert]).chunk(2, dim=-1)
                 torch.matmul(F.silu(gate) * up, self._down[expert], out=out_TD[begin : begin + size])
             begin += size
+        return out_TD
 
 
 class Exchange:
     """One layer's traffic with its buffers, in one part or in chunks."""
 
     def __init__(self, parts: Sequence[Loads], seat: Seat, experts: Experts) -> None:
-        self._group, self._experts = seat.group, experts
+        self._group = seat.group
         me = seat.index
         self._parts = []
         for loads in parts:
@@ -196,17 +217,18 @@ class Exchange:
             mine = loads[:, me * experts.local : (me + 1) * experts.local].sum(axis=0).tolist()
             sent = torch.randn(sum(sends), experts.hidden, device=seat.device).to(**experts.look)
             got = torch.zeros(sum(receives), experts.hidden, **experts.look)
-            self._parts.append((sends, receives, mine, sent, got, torch.zeros_like(got)))
+            self._parts.append((sends, receives, experts.on(mine), sent, got))
 
     def dispatch(self) -> None:
         """Tokens to their experts, all parts one after the other."""
-        for sends, receives, _, sent, got, _ in self._parts:
+        for sends, receives, _, sent, got in self._parts:
             dist.all_to_all_single(got, sent, receives, sends, group=self._group)
 
+    @torch.no_grad()
     def compute(self) -> None:
         """Experts alone."""
-        for _, _, mine, _, got, out in self._parts:
-            self._experts(got, mine, out)
+        for _, _, experts, _, got in self._parts:
+            experts(got)
 
     @torch.no_grad()
     def layer(self) -> None:
@@ -214,14 +236,16 @@ class Exchange:
         group = self._group
         dispatched = [
             dist.all_to_all_single(got, sent, receives, sends, group=group, async_op=True)
-            for sends, receives, _, sent, got, _ in self._parts
+            for sends, receives, _, sent, got in self._parts
         ]
         combined = []
-        for work, (sends, receives, mine, sent, got, out) in zip(dispatched, self._parts, strict=True):
+        for work, (sends, receives, experts, sent, got) in zip(dispatched, self._parts, strict=True):
             work.wait()
-            self._experts(got, mine, out)
-            combined.append(dist.all_to_all_single(sent, out, sends, receives, group=group, async_op=True))
-        for work in combined:
+            out = experts(got)
+            combined.append(
+                (out, dist.all_to_all_single(sent, out, sends, receives, group=group, async_op=True))
+            )
+        for _, work in combined:
             work.wait()
 
 

@@ -26,7 +26,7 @@ _MARKERS = "osD^vPX<>*h"
 _DASHES = ("-", "--", ":", "-.")
 _OPS: tuple[str, ...] = get_args(Op)
 _PLACEMENTS = {"out_of_place": "out of place", "in_place": "in place"}
-_SIZE = "message size (bytes, powers of 1024)"
+_SIZE = "message size"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from configs.errors import UserError
 from configs.fabric import CollectivesConfig
 
 _BITWISE = ("band", "bor", "bxor")
+_FEWEST_ON_A_SWITCH = 3
 _MEMORY_SHARE = 0.8
 """Of the free memory, that the buffers of one case may take."""
 
@@ -209,7 +211,12 @@ class Sweep:
 
 
 def _multicast(team: Team) -> bool:
-    """Whether the devices hang on a switch that multiplies and reduces: NVLink SHARP, from Hopper on."""
+    """Whether the devices hang on a switch that multiplies and reduces: NVLink SHARP, from Hopper on.
+
+    NCCL uses it among three devices or more, unless it is told not to.
+    """
     if team.device.type != "cuda" or torch.version.hip is not None or not dist.is_nccl_available():
+        return False
+    if len(team.nodes) < _FEWEST_ON_A_SWITCH or os.environ.get("NCCL_NVLS_ENABLE") == "0":
         return False
     return torch.cuda.get_device_capability(team.device) >= (9, 0) and len(set(team.nodes)) == 1

@@ -71,7 +71,7 @@ def piecewise_us(lines: Sequence[Line], size: float) -> float:
 
 
 class Curve(Section):
-    """Time over size of one operation in one kind of group."""
+    """Time over size of one operation in one kind of group: the median iteration's."""
 
     op: str
     group: str

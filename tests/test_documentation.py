@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import collectives.cli
 from configs.compose import compose
 from configs.errors import UserError
 from orchestrator.cli import parse
@@ -19,20 +20,27 @@ from tests.write_docs import ARCHITECTURE, state_table, with_state_table
 pytestmark = pytest.mark.unit
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-_COMMAND = re.compile(r"python -m orchestrator +([a-z][^\n`#&|;]*)")
+_COMMAND = re.compile(r"python -m (orchestrator|collectives) +([a-z][^\n`#&|;]*)")
 
 
-def commands(text: str) -> Iterator[str]:
-    """What follows the program's name wherever a page types it."""
-    return (found.group(1).strip() for found in _COMMAND.finditer(text))
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    """Program, and what follows its name, wherever a page types it."""
+    return ((found.group(1), found.group(2).strip()) for found in _COMMAND.finditer(text))
 
 
-def try_command(words: str) -> None:
+def try_command(program: str, words: str) -> None:
     """Parse a command, and compose its configuration where it has one.
 
     Raises:
         UserError: where it would be refused.
     """
+    if program == "collectives":
+        measuring = collectives.cli.parse(shlex.split(words))
+        if measuring.name == "run":
+            compose(collectives.cli.overrides(measuring))
+        elif measuring.name == "device":
+            compose(measuring.overrides)
+        return
     options = parse(shlex.split(words))
     if hasattr(options, "overrides"):
         compose(options.overrides, options.config)
@@ -40,8 +48,8 @@ def try_command(words: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_is_accepted(page: Path) -> None:
-    for words in commands(page.read_text()):
-        try_command(words)
+    for program, words in commands(page.read_text()):
+        try_command(program, words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -68,9 +76,11 @@ def test_the_state_table_is_written_between_its_markers() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["submitt", "submit train.stepz=3", "list --jsn", "submit model=unheard_of"]
-)
+    "wrong",
+    ["orchestrator submitt", "orchestrator submit train.stepz=3", "orchestrator list --jsn",
+     "orchestrator submit model=unheard_of", "collectives run --rank 2", "collectives run collectives=unheard_of"],
+)  # fmt: skip
 def test_a_wrong_command_would_be_found(wrong: str) -> None:
-    (words,) = commands(f"type `python -m orchestrator {wrong}` and see")
+    (found,) = commands(f"type `python -m {wrong}` and see")
     with pytest.raises(UserError):
-        try_command(words)
+        try_command(*found)
