@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -17,10 +17,12 @@ import torch.distributed as dist
 
 from collectives.groups import rounds
 from collectives.journal import Journal
-from collectives.judge import Direction, Endpoint, Probes, judge, suspects
+from collectives.judge import judge, suspect_endpoints, suspects
 from collectives.measure import Bench
+from collectives.probes import Direction, Endpoint, Pair, Probes
 
-_CPU_REPEATS, _CPU_LOOPS = 3, 3_000_000
+_CPU_REPEATS, _CPU_LOOPS = 2, 3_000_000
+"""Some 90 ms: what fits into the quota of one scheduler period, of 100 ms by default, would show no limit."""
 _CONFIRMATIONS = 3
 _DEVICE_REPEATS, _DEVICE_SIZE, _DEVICE_CALLS = 5, 4096, 8
 
@@ -59,40 +61,51 @@ class Faults:
         ]
         self._buffer = torch.ones(self._settings.probe_size, dtype=torch.uint8, device=self._team.device)
         self._ack = torch.ones(8, dtype=torch.uint8, device=self._team.device)
-        self._directions: dict[tuple[int, int], Direction] = {}
+        members = self._team.members
+        self._endpoints = {
+            rank: Endpoint(rank, members[rank]["address"], members[rank]["local_rank"], ())
+            for rank in sorted(rank for lane in self._lanes for rank in lane)
+        }
+        self._directions: dict[Pair, Direction] = {}
 
     @property
     def cases(self) -> int:
-        """Steps that are foreseen: the hosts' own speed, and the rounds of every pass. Confirmations come on top."""
-        return 1 + len(self._rounds) * self._settings.passes
+        """Steps that are foreseen: in every pass the hosts' own speed and the rounds. Confirmations come on top."""
+        return (1 + len(self._rounds)) * self._settings.passes
 
     def run(self, done: frozenset[tuple[str | int, ...]]) -> None:  # noqa: ARG002 (a study of seconds starts anew)
         """Probe, and on rank 0 judge."""
-        endpoints = self._own_speed()
         for number, order in enumerate(self._order, start=1):
+            self._own_speed(f"pass {number}", self._endpoints.keys())
             for index in order:
                 self._round(f"pass {number}", self._rounds[index])
-        self._confirm(tuple(endpoints))
+        self._confirm()
         if self._team.rank.rank == 0:
-            probes = Probes(self._settings.probe_size, tuple(endpoints), tuple(self._directions.values()))
+            probes = self._probes
             self._journal.store.keep("probes", asdict(probes))
             for finding in judge(probes, self._settings.slow_ratio, self._limit):
                 self._journal.finding(finding)
             if not self._journal.findings:
-                self._journal.note(
-                    f"# nothing slow among {len(endpoints)} endpoints, {len(self._directions)} directions"
-                )
+                many = f"{len(probes.endpoints)} endpoints, {len(probes.directions)} directions"
+                self._journal.note(f"# nothing slow among {many}")
 
-    def _confirm(self, endpoints: tuple[Endpoint, ...]) -> None:
+    @property
+    def _probes(self) -> Probes:
+        """All that was measured so far."""
+        endpoints, directions = tuple(self._endpoints.values()), tuple(self._directions.values())
+        return Probes(self._settings.probe_size, endpoints, directions)
+
+    def _confirm(self) -> None:
         """Probe again what looks slow or unsteady, on its own: what else went on at the time is no fault."""
+        ratio = self._settings.slow_ratio
         for number in range(1, _CONFIRMATIONS + 1):
-            probes = Probes(self._settings.probe_size, endpoints, tuple(self._directions.values()))
-            pairs = suspects(probes, self._settings.slow_ratio)
-            if not pairs:
-                return
-            for meetings in self._rounds:
+            probes, name = self._probes, f"confirmation {number}"
+            ranks, pairs = suspect_endpoints(probes.endpoints, ratio), suspects(probes, ratio)
+            if ranks:
+                self._own_speed(name, ranks)
+            for meetings in self._rounds if pairs else []:
                 for alone in self._apart([m for m in meetings if (m.a, m.b) in pairs or (m.b, m.a) in pairs]):
-                    self._round(f"confirmation {number}", alone)
+                    self._round(name, alone, alone=True)
 
     def _apart(self, meetings: list[Meeting]) -> Iterator[list[Meeting]]:
         """Meetings that share a machine one after the other, the others at once."""
@@ -120,10 +133,9 @@ class Faults:
                 lanes.setdefault(member["local_rank"], []).append(rank)
         return [lane for lane in lanes.values() if len(lane) > 1]
 
-    def _own_speed(self) -> list[Endpoint]:
-        """Each endpoint's work, one after the other where they share a machine."""
+    def _own_speed(self, name: str, ranks: Collection[int]) -> None:
+        """Work of the endpoints `ranks`, one after the other where they share a machine."""
         me, machines = self._team.rank.rank, [member["machine"] for member in self._team.members]
-        ranks = sorted(rank for lane in self._lanes for rank in lane)
         turn = {rank: sum(machines[r] == machines[rank] for r in ranks if r < rank) for rank in ranks}
         cpu: tuple[float, ...] = ()
         device: tuple[float, ...] = ()
@@ -136,15 +148,21 @@ class Faults:
                     device = _matmul_probe(self._team.device)
         self._team.wait()
         told = self._team.share((cpu, device))
-        members = self._team.members
-        endpoints = [Endpoint(r, members[r]["address"], members[r]["local_rank"], *told[r]) for r in ranks]
-        best = [min(endpoint.cpu_seconds) * 1e3 for endpoint in endpoints]
-        text = f"# own speed of {len(best)} endpoints: {min(best):.4g} to {max(best):.4g} ms"
-        self._journal.step({"study": "faults", "probe": "own speed"}, {"ms": best}, text)
-        return endpoints
+        for rank in ranks:
+            before, (more_cpu, more_device) = self._endpoints[rank], told[rank]
+            self._endpoints[rank] = replace(
+                before,
+                cpu_seconds=(*before.cpu_seconds, *more_cpu),
+                device_seconds=(*before.device_seconds, *more_device),
+            )
+        best = {rank: min(self._endpoints[rank].cpu_seconds) * 1e3 for rank in sorted(ranks)}
+        text = f"# {name}: own speed of {len(best)} endpoints, {min(best.values()):.4g} to {max(best.values()):.4g} ms"
+        self._journal.step(
+            {"study": "faults", "probe": "own speed", "pass": name}, {"ms": [*best.values()]}, text
+        )
 
-    def _round(self, name: str, meetings: list[Meeting]) -> None:
-        """Probe all pairs of a round at once, one direction after the other."""
+    def _round(self, name: str, meetings: list[Meeting], *, alone: bool = False) -> None:
+        """Probe all pairs of a round at once, one direction after the other; `alone` on their machines or not."""
         me = self._team.rank.rank
         meeting = next((m for m in meetings if me in (m.a, m.b)), None)
         self._team.wait()
@@ -156,15 +174,16 @@ class Faults:
                 if me == source:
                     found.append((source, target, times))
         for source, target, times in (one for rank in self._team.share(found) for one in rank):
-            self._keep(source, target, times)
+            self._keep(source, target, times, alone)
         rates = {f"{m.a}-{m.b}": self._rate(m) for m in meetings}
         text = f"# {name}: " + ", ".join(f"ranks {pair} {rate:.3g} GB/s" for pair, rate in rates.items())
         self._journal.step({"study": "faults", "probe": "pairs", "pass": name}, {"gbps": rates}, text)
 
-    def _keep(self, source: int, target: int, times: list[float]) -> None:
+    def _keep(self, source: int, target: int, times: list[float], alone: bool) -> None:
         first, *rest = times
         before = self._directions.get((source, target), Direction(source, target, first, ()))
-        self._directions[source, target] = replace(before, passes=(*before.passes, tuple(rest)))
+        passes, confirmations = (*before.passes, tuple(rest)), before.confirmations + alone
+        self._directions[source, target] = replace(before, passes=passes, confirmations=confirmations)
 
     def _rate(self, meeting: Meeting) -> float:
         """GB/s of the slower direction."""

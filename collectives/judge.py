@@ -1,17 +1,20 @@
 """What is slow, from measurements alone: findings that a person reads and the orchestrator can cordon on. Pure.
 
 A fault is named where its cause is, once: a host without its CPU also sends slowly, so hosts are judged first, then
-adapters by all of their peers, then what is left pair by pair.
+adapters by all of their peers, then what is left pair by pair. Noise only ever adds time, and comes and goes: a path
+is slow whose quick messages are far slower than the quick ones of sound paths, and slower than their usual ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from statistics import fmean, median
+from statistics import fmean, median, median_high
 from typing import Any
+
+from collectives.probes import Direction, Endpoint, Pair, Probes
 
 
 class Kind(StrEnum):
@@ -83,58 +86,6 @@ class Finding:
         }
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """What is probed: a rank on its host, with its adapter and its device."""
-
-    rank: int
-    host: str
-    """Address."""
-    lane: int
-    """Rank within the host; endpoints of one lane are paired across hosts."""
-    cpu_seconds: tuple[float, ...]
-    """Repeats of a fixed piece of work in the interpreter."""
-    device_seconds: tuple[float, ...] = ()
-    """Repeats of a fixed matmul; empty without a GPU."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.host} rank {self.rank}"
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Messages from one endpoint to another, each acknowledged; in seconds."""
-
-    source: int
-    """Rank."""
-    target: int
-    first: float
-    """The very first message, which sets up the connection."""
-    passes: tuple[tuple[float, ...], ...]
-    """Messages of each pass, in order."""
-
-    @property
-    def seconds(self) -> float:
-        """The median of the best pass: noise comes and goes, a fault stays."""
-        return min(map(median, self.passes))
-
-
-@dataclass(frozen=True)
-class Probes:
-    """All that the fault study measured."""
-
-    size: int
-    """Bytes of a message."""
-    endpoints: tuple[Endpoint, ...]
-    directions: tuple[Direction, ...]
-
-    def rates(self) -> list[tuple[int, int, float]]:
-        """Source rank, target rank, GB/s."""
-        return [(d.source, d.target, self.size / d.seconds / 1e9) for d in self.directions]
-
-
 _SLOW_BY_NATURE = 0.05
 """Share of messages that are slow on a sound path, at least."""
 _CHANCE = 1e-3
@@ -158,11 +109,12 @@ def judge(probes: Probes, slow_ratio: float, limit_gbps: float | None) -> list[F
     blamed = {rank for finding in found for rank in finding.ranks}
     left = [d for d in probes.directions if not blamed & {d.source, d.target}]
     if left:
-        best = _reference(d.seconds for d in left)
-        found += _slow_paths(probes, left, best, slow_ratio)
-        found += _flapping(probes, left, best / slow_ratio)
+        # Of all paths: a blamed host's are slow, and don't reach the fastest third as long as most hosts are sound.
+        sound = _sound_path(probes, slow_ratio)
+        found += _slow_paths(probes, left, sound, slow_ratio)
+        found += _flapping(probes, left, sound)
         found += _cold(probes, left)
-        rate = probes.size / best / 1e9
+        rate = probes.size / sound.usual / 1e9
         if limit_gbps and rate < slow_ratio * limit_gbps:
             text = (
                 f"the fastest pairs reach {rate:.3g} GB/s of the {limit_gbps:g} that the hardware is made for"
@@ -171,14 +123,23 @@ def judge(probes: Probes, slow_ratio: float, limit_gbps: float | None) -> list[F
     return sorted(found, key=lambda finding: list(_ACTIONS).index(finding.kind))
 
 
-def suspects(probes: Probes, slow_ratio: float) -> set[tuple[int, int]]:
-    """Pairs, as source and target, that look slow or unsteady and are worth a second look."""
+def suspects(probes: Probes, slow_ratio: float) -> set[Pair]:
+    """Pairs that look slow or unsteady and are worth a second look: no slow host explains it, and none was alone yet."""
     if _broken(probes):
         return set()
-    slow = _reference(d.seconds for d in probes.directions) / slow_ratio
-    return {(d.source, d.target) for d in probes.directions if d.seconds > slow} | {
-        (finding.ranks[0], finding.ranks[1]) for finding in _flapping(probes, probes.directions, slow)
+    sound = _sound_path(probes, slow_ratio)
+    explained = suspect_endpoints(probes.endpoints, slow_ratio)
+    left = [d for d in probes.directions if not explained & {d.source, d.target}]
+    confirmed = {d for d in left if any(min(one) > sound.limit for one in d.alone)}
+    return {(d.source, d.target) for d in left if d.quick > sound.limit and d not in confirmed} | {
+        pair for pair, _ in _unsteady(left, sound, spared=0)
     }
+
+
+def suspect_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> set[int]:
+    """Ranks that look slow by themselves and are worth a second look."""
+    sound = [e for e in endpoints if e.cpu_seconds and _sound((*e.cpu_seconds, *e.device_seconds))]
+    return {rank for finding in _slow_endpoints(sound, slow_ratio) for rank in finding.ranks}
 
 
 def _broken(probes: Probes) -> list[Finding]:
@@ -201,10 +162,26 @@ def _sound(times: Iterable[float]) -> bool:
     return all(math.isfinite(t) and t > 0 for t in times)
 
 
-def _reference(seconds: Iterable[float]) -> float:
-    """Median of the fastest third: healthy as long as a third of the paths are."""
-    ordered = sorted(seconds)
-    return median(ordered[: max(1, math.ceil(len(ordered) / 3))])
+@dataclass(frozen=True)
+class _SoundPath:
+    """Seconds of messages on a path that nothing is wrong with."""
+
+    quick: float
+    usual: float
+    limit: float
+    """A path is slow whose quick messages take longer."""
+    slow: float
+    """A message is slow that takes longer."""
+
+
+def _sound_path(probes: Probes, slow_ratio: float) -> _SoundPath:
+    """The median of the fastest third of paths, as long as a third of them are sound.
+
+    Of two middle ones the slower: a single path that is faster than the others makes none of them slow.
+    """
+    fastest = sorted(probes.directions, key=lambda d: d.quick)[: math.ceil(len(probes.directions) / 3)]
+    quick, usual = median_high(d.quick for d in fastest), median_high(d.seconds for d in fastest)
+    return _SoundPath(quick, usual, max(quick / slow_ratio, usual), usual / slow_ratio)
 
 
 def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[Finding]:
@@ -230,27 +207,35 @@ def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[Fi
     return found
 
 
-def _slow_paths(probes: Probes, left: Sequence[Direction], best: float, slow_ratio: float) -> list[Finding]:
+def _slow_paths(
+    probes: Probes, left: Sequence[Direction], sound: _SoundPath, slow_ratio: float
+) -> list[Finding]:
     """Adapters that are slow towards all peers, then pairs and directions that no adapter explains."""
     hosts = {endpoint.rank: endpoint.host for endpoint in probes.endpoints}
-    slow = {(d.source, d.target): best / d.seconds for d in left if best / d.seconds < slow_ratio}
+    slow = {(d.source, d.target): sound.quick / d.quick for d in left if d.quick > sound.limit}
     found: list[Finding] = []
-    explained: set[tuple[int, int]] = set()
+    explained: set[Pair] = set()
     for rank in sorted({rank for d in left for rank in (d.source, d.target)}):
-        sends = [(d.source, d.target) for d in left if d.source == rank]
-        receives = [(d.source, d.target) for d in left if d.target == rank]
-        if len(sends) < 2:
+        ways = {
+            "sending": [(d.source, d.target) for d in left if d.source == rank],
+            "receiving": [(d.source, d.target) for d in left if d.target == rank],
+        }
+        if len(ways["sending"]) < 2:
             continue  # with one peer, an adapter can't be told from a link
-        bad = [
-            name for name, pairs in (("sending", sends), ("receiving", receives)) if slow.keys() >= set(pairs)
-        ]
+        bad = [name for name, pairs in ways.items() if slow.keys() >= set(pairs)]
         if bad:
-            mine = [p for p in (*sends, *receives) if p in slow]
-            ratio = median(slow[p] for p in mine)
+            # An adapter is as fast as the fastest of its paths; one that is far slower has a fault of its own.
+            ratio = min(max(slow[p] for p in ways[name]) for name in bad)
             text = f"{hosts[rank]} rank {rank} is slow {' and '.join(bad)}, to all peers: {ratio:.2f} of the rate of others"
             found.append(Finding(Kind.SLOW_NIC, text, (hosts[rank],), (rank,), ratio, {"directions": bad}))
-            explained.update(mine)
-    for a, b in sorted({(min(p), max(p)) for p in slow.keys() - explained}):
+            explained.update(p for p, r in slow.items() if rank in p and r > slow_ratio * ratio)
+    return found + _slow_pairs(hosts, {p: ratio for p, ratio in slow.items() if p not in explained})
+
+
+def _slow_pairs(hosts: Mapping[int, str], slow: Mapping[Pair, float]) -> list[Finding]:
+    """Links that are slow both ways, and directions that are slow alone."""
+    found = []
+    for a, b in sorted({(min(p), max(p)) for p in slow}):
         bad_ways = [p for p in ((a, b), (b, a)) if p in slow]
         ratio = min(slow[p] for p in bad_ways)
         where = (tuple(hosts[r] for r in (a, b)), (a, b), ratio)
@@ -267,23 +252,51 @@ def _slow_paths(probes: Probes, left: Sequence[Direction], best: float, slow_rat
     return found
 
 
-def _flapping(probes: Probes, left: Sequence[Direction], slow_seconds: float) -> list[Finding]:
-    """Directions that are fast at times and slow at others, more often than their peers."""
+def _flapping(probes: Probes, left: Sequence[Direction], sound: _SoundPath) -> list[Finding]:
+    """Pairs that are fast at times and slow at others, more often than their peers, or the adapter of all."""
     hosts = {endpoint.rank: endpoint.host for endpoint in probes.endpoints}
-    messages = {
-        d: [t > slow_seconds for one in d.passes for t in one] for d in left if d.seconds <= slow_seconds
-    }
+    shares: dict[Pair, dict[Pair, float]] = {}
+    for (source, target), share in _unsteady(left, sound, spared=1):
+        shares.setdefault((min(source, target), max(source, target)), {})[source, target] = share
+    if len(shares) > 1:
+        for rank, host in hosts.items():
+            peers = {d.source for d in left if d.target == rank}
+            if shares.keys() == {(min(rank, peer), max(rank, peer)) for peer in peers}:
+                share = median(max(ways.values()) for ways in shares.values())
+                text = (
+                    f"{host} rank {rank} flaps: {share:.0%} of the messages with each of its peers are slow"
+                )
+                return [Finding(Kind.FLAPPING, text, (host,), (rank,), 1 - share)]
+    return [_flapping_pair(hosts, pair, ways) for pair, ways in sorted(shares.items())]
+
+
+def _flapping_pair(hosts: Mapping[int, str], pair: Pair, ways: Mapping[Pair, float]) -> Finding:
+    source, target = next(iter(ways)) if len(ways) == 1 else pair
+    joint, share = ("and" if len(ways) == 2 else "to"), max(ways.values())
+    text = (
+        f"{hosts[source]} {joint} {hosts[target]} (ranks {source}, {target}) flap: {share:.0%} of the messages are "
+        "slow, the others as fast as those of other pairs"
+    )
+    where = ((hosts[source], hosts[target]), (source, target))
+    return Finding(Kind.FLAPPING, text, *where, 1 - share, {"directions": [list(way) for way in ways]})
+
+
+def _unsteady(left: Sequence[Direction], sound: _SoundPath, spared: int) -> list[tuple[Pair, float]]:
+    """Directions that are neither slow nor fast throughout, and their share of slow messages.
+
+    Of several passes the `spared` worst ones don't count: what happens in one alone is noise.
+    """
+    messages = {}
+    for d in left:
+        if d.quick <= sound.limit:
+            passes = sorted(([t > sound.slow for t in one] for one in d.passes), key=fmean)
+            messages[d] = [slow for one in passes[: max(1, len(passes) - spared)] for slow in one]
     usual = max(_SLOW_BY_NATURE, median(map(fmean, messages.values()))) if messages else 1.0
-    found = []
-    for d, slow in messages.items():
-        if len(messages) * _at_least(sum(slow), len(slow), usual) < _CHANCE:
-            text = (
-                f"{hosts[d.source]} to {hosts[d.target]} (ranks {d.source}, {d.target}) flaps: {sum(slow)} of its "
-                f"{len(slow)} messages are slow, and {usual:.0%} would be usual"
-            )
-            pair = (d.source, d.target)
-            found.append(Finding(Kind.FLAPPING, text, tuple(hosts[r] for r in pair), pair, 1 - fmean(slow)))
-    return found
+    return [
+        ((d.source, d.target), fmean(slow))
+        for d, slow in messages.items()
+        if len(messages) * _at_least(sum(slow), len(slow), usual) < _CHANCE
+    ]
 
 
 def _at_least(count: int, of: int, chance: float) -> float:

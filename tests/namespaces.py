@@ -23,6 +23,8 @@ _PERIOD_US = 10_000
 """Short, so that even a small message meets the pause: at 100 ms, the default, most would slip through."""
 _QUOTA_LEAST_US = 1000
 """The kernel refuses less."""
+_PREFERENCE = 10
+"""A host's share of a contended core over that of the machine's other processes."""
 _BURST = 32 * 1024
 """Bytes: with more, a message of a few hundred KiB would pass an idle throttle at full speed."""
 _QUEUE = 512 * 1024
@@ -136,8 +138,10 @@ class Network:
     """Hosts `.1`, `.2`, … on one bridge, as a context manager, and faults between them until `heal()`."""
 
     count: int
+    nic_mbit: float | None = None
+    """What every sound NIC passes; None: as much as the machine can."""
     hosts: list[Host] = field(default_factory=list, init=False)
-    _throttled: set[int] = field(default_factory=set, init=False)
+    _throttled: set[tuple[str, str]] = field(default_factory=set, init=False)
     _direct: set[tuple[int, int]] = field(default_factory=set, init=False)
     _cut: set[int] = field(default_factory=set, init=False)
 
@@ -159,6 +163,7 @@ class Network:
         host = Host(name, f"{_SUBNETS}.{self._number}.{index + 1}", root / name if root else None)
         if host.cgroup is not None:
             host.cgroup.mkdir()
+            _prefer(host.cgroup)
         self.hosts.append(host)
         _ip("netns", "add", name)
         port = _port(index)
@@ -170,12 +175,22 @@ class Network:
         # While a pair goes over to a link of its own, one direction is first: its packets aren't forged ones.
         off = 'for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >"$file"; done'
         _ip("netns", "exec", name, "sh", "-c", off)
+        if self.nic_mbit is not None:
+            _tc(name, *_tbf("eth0", self.nic_mbit))
+            _tc(self._switch, *_tbf(port, self.nic_mbit))
 
     def throttle(self, index: int, mbit: float) -> None:
         """Let a host's NIC pass `mbit` out of the host, and as much into it."""
-        self._throttled.add(index)
-        _tc(self.hosts[index].name, *_tbf("eth0", mbit))
-        _tc(self._switch, *_tbf(_port(index), mbit))
+        self.throttle_out(index, mbit)
+        self._throttle(self._switch, _port(index), mbit)
+
+    def throttle_out(self, index: int, mbit: float) -> None:
+        """Let a host's NIC pass `mbit` out of the host; what comes into it is untouched."""
+        self._throttle(self.hosts[index].name, "eth0", mbit)
+
+    def _throttle(self, namespace: str, device: str, mbit: float) -> None:
+        self._throttled.add((namespace, device))
+        _tc(namespace, *_tbf(device, mbit))
 
     def slow_pair(self, a: int, b: int, mbit: float) -> None:
         """Let `mbit` pass from host `a` to `b`, and as much back; their other traffic is untouched."""
@@ -192,6 +207,12 @@ class Network:
         if pair not in self._direct:
             self._connect(*pair)
         _tc(self.hosts[source].name, *_tbf(f"to{target}", mbit))
+
+    def sent_bytes(self, source: int, target: int) -> int:
+        """Bytes that went over a pair's own link, which `slow_direction` makes, so far."""
+        counter = f"/sys/class/net/to{target}/statistics/tx_bytes"
+        words = ["ip", "netns", "exec", self.hosts[source].name, "cat", counter]
+        return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
     def _connect(self, a: int, b: int) -> None:
         near, far = self.hosts[a], self.hosts[b]
@@ -210,6 +231,9 @@ class Network:
             "netns",
             far.name,
         )
+        if self.nic_mbit is not None:
+            _tc(near.name, *_tbf(f"to{b}", self.nic_mbit))
+            _tc(far.name, *_tbf(f"to{a}", self.nic_mbit))
         _ip("-n", near.name, "link", "set", f"to{b}", "up")
         _ip("-n", far.name, "link", "set", f"to{a}", "up")
         _ip("-n", near.name, "route", "add", f"{far.ip}/32", "dev", f"to{b}", "src", near.ip)
@@ -241,9 +265,11 @@ class Network:
         for pair in list(self._direct):
             self._disconnect(*pair)
         while self._throttled:
-            index = self._throttled.pop()
-            _tc(self.hosts[index].name, "qdisc", "del", "dev", "eth0", "root")
-            _tc(self._switch, "qdisc", "del", "dev", _port(index), "root")
+            namespace, device = self._throttled.pop()
+            if self.nic_mbit is None:
+                _tc(namespace, "qdisc", "del", "dev", device, "root")
+            else:
+                _tc(namespace, *_tbf(device, self.nic_mbit))
         for index in list(self._cut):
             self.mend(index)
         for host in self.hosts:
@@ -265,6 +291,16 @@ def _claim() -> tuple[int, str]:
         if subprocess.run(["ip", "netns", "add", switch], capture_output=True).returncode == 0:
             return number, switch
     raise RuntimeError("no free number: `ip netns` lists the namespaces mr…; `ip netns del` removes old ones")
+
+
+def _prefer(cgroup: Path) -> None:
+    """Let a host go before what else the machine does: a host has its cores to itself, and being kept waiting is a fault.
+
+    Niceness would not do it: it counts among the processes of one cgroup.
+    """
+    for name, usual in (("cpu.shares", 1024), ("cpu.weight", 100)):  # versions 1 and 2
+        if (cgroup / name).exists():
+            (cgroup / name).write_text(str(_PREFERENCE * usual))
 
 
 def _port(index: int) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from collectives.results import Store
 from configs.paths import HomePaths
 from orchestrator.states import State
+from tests.cluster.bench_gang import torchrun
 from tests.cluster.conftest import Shell
 from tests.cluster.hosts import Hosts, unavailable
 from tests.cluster.test_local import losses
@@ -48,6 +50,23 @@ def test_one_submit_one_gang_over_three_hosts(shell: Shell, hosts: Hosts) -> Non
     assert sorted(losses(shell, run_id)) == list(range(1, 21))
     table = shell.run("nodes")
     assert all(host.ip in table for host in hosts.hosts)
+
+
+def test_a_measurement_is_a_gang_that_goes_through_what_torchrun_does(
+    shell: Shell, hosts: Hosts, tmp_path: Path
+) -> None:
+    sweep = ("hardware=cpu", "collectives.ops=all_reduce,all_to_allv", "collectives.min_size=1K",
+             "collectives.max_size=64K", "collectives.step_factor=8", "collectives.max_iterations=20")  # fmt: skip
+    run_id = shell.submit("workload=collectives", "cluster.nodes=3", "parallel.dp=3", *sweep)
+    assert shell.finish(run_id).state is State.SUCCEEDED
+    ours = Store(shell.home.run(run_id).measurement).read()
+    theirs = torchrun(hosts.hosts, tmp_path / "torchrun", 29700, sweep).read()
+    assert [row.key for row in ours.rows] == [row.key for row in theirs.rows]
+    for results in (ours, theirs):
+        assert [host["address"] for host in results.metadata.system["hosts"]] == [h.ip for h in hosts.hosts]
+        assert all(timing.wrong == 0 for row in results.rows for timing in row.timings)
+    told = json.loads(shell.run("status", run_id, "--json"))
+    assert told["findings"] == [] and f"{len(ours.rows)}/{len(ours.rows)}" in told["measured"]
 
 
 def test_a_lost_host_is_replaced_by_a_spare(shell: Shell, hosts: Hosts) -> None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from collectives.faults import schedule
-from collectives.judge import Direction, Endpoint, Finding, Kind, Probes, judge, suspects
+from collectives.judge import Finding, Kind, judge, suspect_endpoints, suspects
+from collectives.probes import Direction, Endpoint, Probes
 
 pytestmark = pytest.mark.unit
 
@@ -105,23 +106,88 @@ def test_two_hosts_have_no_adapter_to_blame_but_a_direction() -> None:
     ]
 
 
+def test_what_is_slow_in_one_pass_alone_is_noise() -> None:
+    for seed in range(50):
+        probes = healthy(3, seed)
+        disturbed = tuple(
+            replace(d, passes=(tuple(4 * t for t in d.passes[0]), *d.passes[1:]))
+            if 1 in (d.source, d.target)
+            else d
+            for d in probes.directions
+        )
+        endpoints = tuple(
+            replace(e, cpu_seconds=(3 * e.cpu_seconds[0], *e.cpu_seconds[1:])) if e.rank == 2 else e
+            for e in probes.endpoints
+        )
+        assert judge(replace(probes, endpoints=endpoints, directions=disturbed), 0.6, None) == []
+
+
+@pytest.mark.parametrize("hosts", [3, 4])
+def test_noise_on_sound_paths_does_not_hide_a_slow_adapter(hosts: int) -> None:
+    """As measured with two busy cores: the throttle is steady, and takes less than twice a sound path's median."""
+    sound, slow = (24.0, 26.0, 32.0, 33.0, 38.0), (50.0, 51.0, 51.0, 53.0, 60.0)
+    probes = healthy(hosts)
+    directions = tuple(
+        replace(d, passes=((slow if 1 in (d.source, d.target) else sound),) * 3) for d in probes.directions
+    )
+    assert names(judge(replace(probes, directions=directions), 0.6, None)) == [(Kind.SLOW_NIC, (1,))]
+    # Steady messages that are no slower than the usual ones of restless paths are no fault.
+    restless, steady = (10.0, 20.0, 40.0, 40.0, 40.0), (35.0,) * 5
+    directions = tuple(
+        replace(d, passes=((steady if 1 in (d.source, d.target) else restless),) * 3)
+        for d in probes.directions
+    )
+    assert judge(replace(probes, directions=directions), 0.6, None) == []
+
+
+@pytest.mark.parametrize("hosts", [3, 4])
+def test_a_path_that_is_faster_than_the_others_makes_none_of_them_slow(hosts: int) -> None:
+    for seed in range(20):
+        assert judge(slowed(healthy(hosts, seed), lambda a, b: (a, b) == (1, 0), 0.1), 0.6, None) == []
+
+
+def test_an_adapter_does_not_explain_a_link_that_is_far_slower() -> None:
+    both = slowed(slowed(healthy(5), lambda a, b: 2 in (a, b), 3), lambda a, b: {a, b} == {2, 4}, 5)
+    assert names(judge(both, 0.6, None)) == [(Kind.SLOW_NIC, (2,)), (Kind.SLOW_LINK, (2, 4))]
+
+
+def test_what_is_explained_or_was_slow_alone_is_not_probed_again() -> None:
+    slow = slowed(healthy(4), lambda a, b: {a, b} == {1, 3}, 4)
+    assert suspects(slow, 0.6) == {(1, 3), (3, 1)} and suspect_endpoints(slow.endpoints, 0.6) == set()
+    alone = tuple(replace(d, confirmations=1) for d in slow.directions)
+    assert suspects(replace(slow, directions=alone), 0.6) == set()
+    host = starved(healthy(4), 1, 3)
+    assert suspect_endpoints(host.endpoints, 0.6) == {1} and suspects(host, 0.6) == set()
+
+
 def test_a_slow_device_is_no_slow_host() -> None:
     probes = healthy(4)
     endpoints = tuple(replace(e, device_seconds=(0.02 if e.rank == 1 else 0.01,)) for e in probes.endpoints)
     assert names(judge(replace(probes, endpoints=endpoints), 0.6, None)) == [(Kind.SLOW_DEVICE, (1,))]
 
 
-def test_a_direction_that_comes_and_goes_flaps() -> None:
-    probes = healthy(4, repeats=10)
-    flapping = tuple(
-        replace(d, passes=tuple((*t[:6], *(9 * late for late in t[6:])) for t in d.passes))
-        if (d.source, d.target) == (1, 3)
+def flapping(hosts: int, which: Callable[[int, int], bool]) -> Probes:
+    """Probes in which eight of twenty messages of some directions are slow."""
+    probes = healthy(hosts, repeats=20)
+    directions = tuple(
+        replace(d, passes=tuple((*t[:12], *(9 * late for late in t[12:])) for t in d.passes))
+        if which(d.source, d.target)
         else d
         for d in probes.directions
     )
-    found = judge(replace(probes, directions=flapping), 0.6, None)
-    assert names(found) == [(Kind.FLAPPING, (1, 3))]
-    assert (1, 3) in suspects(replace(probes, directions=flapping), 0.6)
+    return replace(probes, directions=directions)
+
+
+def test_what_comes_and_goes_flaps_and_is_named_once() -> None:
+    direction = flapping(4, lambda a, b: (a, b) == (3, 1))
+    assert names(judge(direction, 0.6, None)) == [(Kind.FLAPPING, (3, 1))]
+    assert (3, 1) in suspects(direction, 0.6)
+    (pair,) = judge(flapping(4, lambda a, b: {a, b} == {1, 3}), 0.6, None)
+    assert (pair.kind, pair.ranks, pair.hosts) == (Kind.FLAPPING, (1, 3), ("10.0.0.2", "10.0.0.4"))
+    assert "10.0.0.2 and 10.0.0.4 (ranks 1, 3) flap: " in pair.what
+    (adapter,) = judge(flapping(5, lambda a, b: 2 in (a, b)), 0.6, None)
+    assert (adapter.kind, adapter.ranks, adapter.hosts) == (Kind.FLAPPING, (2,), ("10.0.0.3",))
+    assert "of the messages with each of its peers are slow" in adapter.what
 
 
 def test_a_first_message_that_takes_far_longer_is_a_cold_start() -> None:
