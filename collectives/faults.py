@@ -24,6 +24,8 @@ from collectives.probes import Direction, Endpoint, Pair, Probes
 _CPU_REPEATS, _CPU_LOOPS = 2, 3_000_000
 """Some 90 ms: what fits into the quota of one scheduler period, of 100 ms by default, would show no limit."""
 _CONFIRMATIONS = 3
+_MESSAGE = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Bytes: over NVLink, 4 MiB take less time than their launch."""
 _DEVICE_REPEATS, _DEVICE_SIZE, _DEVICE_CALLS = 5, 4096, 8
 
 
@@ -59,7 +61,10 @@ class Faults:
         self._order = [
             order.sample(range(len(self._rounds)), len(self._rounds)) for _ in range(self._settings.passes)
         ]
-        self._buffer = torch.ones(self._settings.probe_size, dtype=torch.uint8, device=self._team.device)
+        usual = _MESSAGE[self._team.device.type]
+        self._buffer = torch.ones(
+            self._settings.probe_size or usual, dtype=torch.uint8, device=self._team.device
+        )
         self._ack = torch.ones(8, dtype=torch.uint8, device=self._team.device)
         members = self._team.members
         self._endpoints = {
@@ -93,7 +98,7 @@ class Faults:
     def _probes(self) -> Probes:
         """All that was measured so far."""
         endpoints, directions = tuple(self._endpoints.values()), tuple(self._directions.values())
-        return Probes(self._settings.probe_size, endpoints, directions)
+        return Probes(self._buffer.numel(), endpoints, directions)
 
     def _confirm(self) -> None:
         """Probe again what looks slow or unsteady, on its own: what else went on at the time is no fault."""
@@ -188,7 +193,7 @@ class Faults:
     def _rate(self, meeting: Meeting) -> float:
         """GB/s of the slower direction."""
         ways = (self._directions[meeting.a, meeting.b], self._directions[meeting.b, meeting.a])
-        return self._settings.probe_size / max(way.seconds for way in ways) / 1e9
+        return self._buffer.numel() / max(way.seconds for way in ways) / 1e9
 
     def _push(self, peer: int) -> list[float]:
         """Seconds of each message until its acknowledgement is back."""

@@ -85,8 +85,8 @@ class CollectivesConfig(Section):
     """Most loaded rank over the mean: points of the curve of what imbalance costs."""
     chunks: Positive = 2
     """Parts that dispatch, experts and combine are cut into, so that they overlap."""
-    probe_size: Bytes = 4 << 20
-    """Bytes of one message in the `faults` study."""
+    probe_size: Bytes | None = None
+    """Bytes of one message in the `faults` study; auto: 4M, on GPUs 256M, so that the launch hardly counts."""
     probe_repeats: Positive = 10
     """Messages in each direction of each pair and pass, in the `faults` study."""
     slow_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
