@@ -142,14 +142,13 @@ class Bench:
         size = case.elements * dtype.itemsize
         self._refuse(size + case.m * case.n * dtype.itemsize)
         sets = math.ceil(_SPREAD[self.device.type] / size)
-        weight = (case.n, case.k) if case.experts == 1 else (case.experts, case.n, case.k)
-        pairs = list(
-            zip(
-                self.noise(sets, case.m, case.k, dtype=dtype),
-                self.noise(sets, *weight, dtype=dtype).mT,
-                strict=True,
-            )
-        )
+        left, right = case.operands
+        x, w = self.noise(sets, *left, dtype=dtype), self.noise(sets, *right, dtype=dtype)
+        if case.layout == "weights":
+            x = x.mT
+        elif case.layout == "forward":
+            w = w.mT
+        pairs = list(zip(x, w, strict=True))
         if case.experts == 1:
             return [partial(torch.mm, x, w) for x, w in pairs]
         if self._grouped is None:
@@ -281,7 +280,7 @@ def _method(bench: Bench, record: _Record) -> dict[str, Any]:
         "timer": "device events; host clock for pageable memory" if gpu else "host clock",
         "data": "random normal",
         "operands": f"rotated through {_SPREAD[bench.device.type] >> 20} MiB",
-        "layout": "activations [m, k], weights [n, k], both row-major: the forward pass of a linear layer",
+        "layout": "row-major: forward [m, k] and [n, k]; inputs [m, k] and [k, n]; weights [k, m] and [k, n]",
         "float_precision": torch.get_float32_matmul_precision(),
         "grouped_matmul": bench.grouped_name,
     }

@@ -15,7 +15,7 @@ import numpy as np
 
 from collectives.statistics import percentile
 from configs.errors import UserError
-from configs.profile import CopyRate, DeviceProfile, MatmulRate
+from configs.profile import CopyRate, DeviceProfile, MatmulRate, Operands
 
 CopyKind = Literal["device", "host_to_device", "device_to_host", "pinned_to_device", "device_to_pinned"]
 
@@ -28,12 +28,24 @@ _OFF_SIZE = (
     (4096, 4160), (5000, 5000), (5120, 5120),
 )  # fmt: skip
 """[n, k] that 64, 128 or 256 don't divide, or whose tiles don't fill a wave."""
+_DEEP = ((512, 8192), (768, 12288), (1024, 16384))
+"""[n, k] with few tiles and a long inner width, which libraries split between units, or don't."""
+_DEEP_TOKENS = (512, 1024, 2048)
 _ROWS = (320, 384, 640, 1000, 1536, 1920, 2112, 3000, 3072, 5000, 6144, 10000, 12288)
 """Rows between the powers of two, for the steps from wave to wave."""
+_UNEVEN = (1, 2, 4, 8, 16, 32)
+"""Elements by which a width is off a multiple of 4096: where copies of 16 bytes end to be possible."""
+_LAYOUTS = (
+    (2048, 4096), (4096, 2048), (1024, 1024), (8192, 2048), (2730, 1024), (1024, 2730), (2049, 2048),
+)  # fmt: skip
+"""[n, k] of layers whose gradients are measured too: a width that is off aligns other operands in each pass."""
+_LAYOUT_TOKENS = (1024, 8192)
 _EXPERTS = (4, 8, 16, 32, 64)
 _EXPERT_LAYERS = ((2048, 2048), (2048, 1024), (1536, 2048), (4096, 7168), (7168, 2048))
 """[n, k] of experts: gate and up as one, or down."""
 _EXPERT_ROWS = (4096, 32768)
+_EXPERT_GRADIENTS = ((8, 16384, 1024, 4096), (64, 49152, 2048, 1024))
+"""(experts, m, n, k) of gradients of the experts' inputs."""
 _SKEWS = (0.0, 0.5)
 """Zipf exponents of the experts' load: even, and as uneven as a router without a balancing loss."""
 
@@ -42,7 +54,7 @@ _UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "B"))
 
 @dataclass(frozen=True)
 class Matmul:
-    """[m, k] times the transpose of a weight [n, k], or of one weight for each expert."""
+    """[m, k] times [k, n], or times one [k, n] for each expert: one pass of a linear layer."""
 
     m: int
     n: int
@@ -51,6 +63,19 @@ class Matmul:
     experts: int = 1
     skew: float = 0.0
     """Zipf exponent of the experts' rows; 0 is even."""
+    layout: Operands = "forward"
+
+    def __post_init__(self) -> None:
+        # Where the experts' rows aren't multiples of 8, torch 2.11 ends the process from within the device.
+        if self.experts > 1 and self.layout == "weights":
+            raise ValueError("the gradient of grouped weights isn't measured")
+
+    @property
+    def operands(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Both operands' shapes as they are stored; what isn't stored as it is multiplied gets transposed."""
+        stack = (self.experts,) if self.experts > 1 else ()
+        left = (self.k, self.m) if self.layout == "weights" else (self.m, self.k)
+        return left, (*stack, self.n, self.k) if self.layout == "forward" else (*stack, self.k, self.n)
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -80,7 +105,7 @@ class Matmul:
         """The result."""
         return MatmulRate(
             m=self.m, n=self.n, k=self.k, experts=self.experts, imbalance=self.imbalance, dtype=self.dtype,
-            time_us=_short(time_us), tflops=_short(self.flops / time_us / 1e6), cv=_short(cv),
+            layout=self.layout, time_us=_short(time_us), tflops=_short(self.flops / time_us / 1e6), cv=_short(cv),
         )  # fmt: skip
 
 
@@ -116,7 +141,8 @@ def label(one: Case | MatmulRate | CopyRate) -> str:
         shift, unit = next(scale for scale in _UNITS if one.size % (1 << scale[0]) == 0)
         return f"copy {one.kind} {one.size >> shift} {unit}"
     experts = f" {one.experts} experts, imbalance {one.imbalance:g}" if one.experts > 1 else ""
-    return f"matmul {one.m}x{one.n}x{one.k} {one.dtype}{experts}"
+    layout = f" {one.layout}" if one.layout != "forward" else ""
+    return f"matmul {one.m}x{one.n}x{one.k} {one.dtype}{layout}{experts}"
 
 
 def matmuls(gpu: bool) -> list[Matmul]:
@@ -128,23 +154,46 @@ def matmuls(gpu: bool) -> list[Matmul]:
             for n, k in ((256, 256), (250, 384))
             for dtype in ("float", "bfloat16")
         ]
+        dense += [Matmul(64, 256, 256, layout="inputs"), Matmul(256, 250, 64, layout="weights")]
         return dense + [Matmul(256, 128, 128, experts=4, skew=skew) for skew in _SKEWS]
     square = [(n, k) for d in _WIDTHS for n, k in ((d, d), (4 * d, d), (d, 4 * d))]
     dense = [Matmul(m, n, k) for n, k in (*square, *_LAYERS, *_OFF_SIZE) for m in _TOKENS]
     dense += [Matmul(m, 4096, 4096) for m in _ROWS]
+    dense += [Matmul(m, n, k) for n, k in _DEEP for m in _DEEP_TOKENS]
     dense += [
         Matmul(m, d, d, dtype)
         for dtype in ("half", "float")
         for d in (2048, 4096)
         for m in (1024, 4096, 8192)
     ]
-    return dense + [
+    grouped = [
         Matmul(m, n, k, experts=experts, skew=skew)
         for experts in _EXPERTS
         for n, k in _EXPERT_LAYERS
         for m in _EXPERT_ROWS
         for skew in _SKEWS
     ]
+    grouped += [
+        Matmul(m, n, k, experts=experts, skew=skew, layout="inputs")
+        for experts, m, n, k in _EXPERT_GRADIENTS
+        for skew in _SKEWS
+    ]
+    return [*dict.fromkeys([*dense, *_layouts(), *grouped])]
+
+
+def _layouts() -> list[Matmul]:
+    """Widths off by a little, and the passes of a layer."""
+    off = [shape for by in _UNEVEN for shape in ((4096 + by, 4096), (4096, 4096 + by))]
+    found = []
+    for m in _LAYOUT_TOKENS:
+        found += [Matmul(m, n, k) for n, k in off]
+        for n, k in _LAYOUTS:
+            found += [
+                Matmul(m, n, k),
+                Matmul(m, k, n, layout="inputs"),
+                Matmul(n, k, m, layout="weights"),
+            ]
+    return found
 
 
 def copies(gpu: bool, device_free: int, host_free: int) -> list[Copy]:

@@ -97,9 +97,12 @@ def layout_of(config: RunConfig, world: int) -> dict[str, int]:
     Raises:
         UserError: where the axes don't make up the ranks.
     """
-    layout = config.parallel.model_dump()
+    parallel = config.parallel
+    layout = {axis: parallel.size(axis) for axis in ("pp", "cp", "ep", "etp", "tp")} | {
+        "dp": parallel.dp or 0
+    }
     others = layout["pp"] * layout["cp"] * layout["tp"]
-    if layout["dp"] is None:
+    if parallel.dp is None:
         layout["dp"] = max(1, world // others)
     if layout["dp"] * others != world:
         raise UserError(

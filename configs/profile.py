@@ -17,7 +17,12 @@ from configs.errors import UserError
 from configs.section import Positive, Section
 
 FOLDER = Path(__file__).parent / "profiles"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's, where it is built in: a device profile takes a fifth of a second without it."""
 Rate = Annotated[float, Field(gt=0)]
+Operands = Literal["forward", "inputs", "weights"]
+"""How the operands of [m, k] times [k, n] lie: as in a linear layer's forward pass, its weight stored as [n, k]; as in the
+gradient of its inputs, both as they are written; as in that of its weights, the left one stored as [k, m]."""
 
 
 class Segment(Section):
@@ -128,6 +133,7 @@ class MatmulRate(Section):
     imbalance: Annotated[float, Field(ge=1)] = 1.0
     """Rows of the fullest expert over the mean."""
     dtype: str
+    layout: Operands = "forward"
     time_us: Rate
     """Median time."""
     tflops: Rate
@@ -180,12 +186,22 @@ def load(kind: type[P], name: str) -> P:
     folder = FOLDER / ("fabric" if kind is FabricProfile else "device")
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     try:
-        return kind.model_validate(yaml.safe_load(path.read_text()))
+        return kind.model_validate(yaml.load(path.read_text(), _LOADER))
     except FileNotFoundError:
         have = ", ".join(_names(folder)) or "none yet"
         raise UserError(f"profile {name} is not there; have: {have}, or a path that ends in .yaml") from None
     except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a {kind.__name__}: {str(error).splitlines()[0]}") from None
+
+
+def known(kind: type[P], name: str) -> P | None:
+    """The profile of that name under `configs/profiles/`; None where none was made.
+
+    Raises:
+        UserError: where the file isn't a profile.
+    """
+    folder = FOLDER / ("fabric" if kind is FabricProfile else "device")
+    return load(kind, name) if (folder / f"{name}.yaml").is_file() else None
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -52,6 +52,57 @@ def test_a_gpu_has_over_two_hundred_shapes_dense_and_grouped_on_and_off_size() -
     assert sum(bool(shape.n % 64 or shape.k % 64) for shape in dense) >= 24
     assert {shape.dtype for shape in dense} == {"bfloat16", "half", "float"}
     assert all(shape.n % 8 == shape.k % 8 == 0 for shape in grouped)  # torch's kernel wants 16-byte rows
+    assert {shape.layout for shape in dense} == {"forward", "inputs", "weights"}
+    assert {shape.layout for shape in grouped} == {"forward", "inputs"}
+    for layout in ("forward", "inputs", "weights"):
+        off = [s for s in dense if s.layout == layout and (s.m % 8 or s.n % 8 or s.k % 8)]
+        assert {True, False} == {s.m % 2 == s.n % 2 == s.k % 2 == 0 for s in off}
+
+
+@pytest.mark.unit
+def test_the_gradient_of_grouped_weights_is_not_to_be_had() -> None:
+    with pytest.raises(ValueError, match="isn't measured"):
+        Matmul(64, 64, 64, experts=4, layout="weights")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("experts", [1, 4])
+def test_operands_lie_as_in_the_pass_of_a_layer(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(subject._SPREAD, "cpu", 1)
+    bench, rows, out, inner = Bench(CPU, 1, 0), 48, 24, 16
+    stack = (experts,) if experts > 1 else ()
+    cases = [
+        Matmul(rows, out, inner, experts=experts),
+        Matmul(rows, inner, out, experts=experts, layout="inputs"),
+    ]
+    right = [(*stack, inner, out), (*stack, out, inner)]
+    contiguous = [(True, False), (True, True)]
+    if experts == 1:
+        cases.append(Matmul(out, inner, rows, layout="weights"))
+        right.append((rows, inner))
+        contiguous.append((False, True))
+    for case, shape, rowwise in zip(cases, right, contiguous, strict=True):
+        (call,) = bench.calls(case)
+        x, w = call.args
+        assert x.shape == (case.m, case.k) and tuple(w.shape) == shape
+        assert (x.stride(-1) == 1, w.stride(-1) == 1) == rowwise
+        assert call().shape == (case.m, case.n)
+        torch.testing.assert_close(
+            call().float(),
+            (x.view(experts, -1, case.k).float() @ w.float()).view(case.m, case.n)
+            if experts > 1
+            else x.float() @ w.float(),
+            rtol=0.02,
+            atol=0.1,
+        )
+
+
+@pytest.mark.unit
+def test_a_layout_is_part_of_a_name_and_old_profiles_are_forward() -> None:
+    inputs = Matmul(64, 64, 64, layout="inputs")
+    assert label(inputs) == label(inputs.rate(1.0, 0.0)) == "matmul 64x64x64 bfloat16 inputs"
+    row = {"m": 8, "n": 8, "k": 8, "dtype": "float", "time_us": 1.0, "tflops": 1.0, "cv": 0.0}
+    assert MatmulRate.model_validate(row).layout == "forward"
 
 
 @pytest.mark.unit
