@@ -80,6 +80,8 @@ def load(path: Path) -> RunConfig:
         UserError: where the file is missing, malformed or not a whole configuration.
     """
     tree = _read(path)
+    if isinstance(hardware := tree.get("hardware"), dict):
+        hardware.pop("source", None)  # of runs that were saved while a device had one for all its numbers
     _check_keys(tree, path)
     return validated(tree)
 

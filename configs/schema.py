@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from configs.fabric import CollectivesConfig, NetworkConfig
+from configs.hardware import HardwareConfig as HardwareConfig
 from configs.section import Fraction, NonNegative, Positive, Section
 from configs.timeouts import Timeouts
 
@@ -68,6 +69,8 @@ class ModelConfig(Section):
     """Leading layers with a dense SwiGLU instead of experts."""
     dense_width: NonNegative = 0
     """Inner width of those dense layers."""
+    gated: bool = True
+    """MLPs and experts are SwiGLU (gate, up, down); false: two matrices and GELU, counted by sizing only."""
     attention: Literal["gqa", "mla", "cca"] = "gqa"
     """`gqa` trains; `mla` (DeepSeek) and `cca` (ZAYA1) are counted by sizing and refused by the trainer."""
     q_lora_rank: NonNegative = 0
@@ -114,29 +117,6 @@ class ModelConfig(Section):
         return self
 
 
-class HardwareConfig(Section):
-    """One kind of device; an unknown number is None and stays unknown."""
-
-    name: str
-    """Preset name."""
-    kind: Literal["cpu", "cuda", "rocm"]
-    """Which runtime drives it; both GPU kinds are `cuda` devices to torch."""
-    memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory of one device in GiB; None: the host's memory, shared by all ranks on it."""
-    peak_tflops: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Dense peak by precision (`bf16`, `fp8`, `fp32`) in TFLOP/s; a precision that is absent has no MFU."""
-    memory_gbps: Annotated[float, Field(gt=0)] | None = None
-    """Peak memory bandwidth in GB/s."""
-    devices_per_node: Positive | None = None
-    """Devices in a usual node; None on a CPU."""
-    intra_node_gbps: Annotated[float, Field(gt=0)] | None = None
-    """Link bandwidth inside a node per device and direction, in GB/s, with all devices taking part."""
-    inter_node_gbps: Annotated[float, Field(gt=0)] | None = None
-    """Network bandwidth per device and direction, in GB/s."""
-    source: str
-    """Where the numbers are from."""
-
-
 class ClusterConfig(Section):
     """Where the run goes."""
 
@@ -149,20 +129,30 @@ class ClusterConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The layout: ranks = pp * dp * cp * tp, and ep divides dp * cp."""
+    """The layout: ranks = pp * dp * cp * tp, and ep divides dp * cp. An axis of null is open: the planner's search sets
+    it by memory and predicted step time."""
 
     dp: Positive | None = None
     """Data-parallel size; auto: ep, or all slots of the cluster where it is larger and divides."""
-    ep: Positive = 1
-    """Expert-parallel size: each rank of an ep group holds experts/ep experts of every MoE layer."""
-    tp: Positive = 1
-    """Tensor-parallel size."""
-    pp: Positive = 1
-    """Pipeline stages."""
-    cp: Positive = 1
-    """Context-parallel size."""
-    etp: Positive = 1
-    """Tensor-parallel size inside an expert."""
+    ep: Positive | None = 1
+    """Expert-parallel size: each rank of an ep group holds experts/ep experts of every MoE layer; auto: searched."""
+    tp: Positive | None = 1
+    """Tensor-parallel size; auto: searched."""
+    pp: Positive | None = 1
+    """Pipeline stages; auto: searched."""
+    cp: Positive | None = 1
+    """Context-parallel size; auto: searched."""
+    etp: Positive | None = 1
+    """Tensor-parallel size inside an expert; auto: searched."""
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """Axes that the search sets; dp is one of them only beside another, since alone it follows from the slots."""
+        return tuple(axis for axis in ("pp", "cp", "ep", "etp", "tp") if getattr(self, axis) is None)
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis; 1 where it is open."""
+        return getattr(self, axis) or 1
 
 
 class DataConfig(Section):
@@ -294,16 +284,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         p = self.parallel
-        if self.model.experts % p.ep:
+        ep, dp_cp = p.size("ep"), p.size("dp") * p.size("cp")
+        if self.model.experts % ep:
             divisors = [d for d in range(1, self.model.experts + 1) if self.model.experts % d == 0]
             raise ValueError(
-                f"parallel.ep={p.ep} does not divide model.experts={self.model.experts}; "
+                f"parallel.ep={ep} does not divide model.experts={self.model.experts}; "
                 f"use one of {', '.join(map(str, divisors))}"
             )
-        if p.dp is not None and (p.dp * p.cp) % p.ep:
+        if p.dp is not None and p.cp is not None and dp_cp % ep:
             raise ValueError(
-                f"parallel.ep={p.ep} does not divide parallel.dp*cp={p.dp * p.cp}; expert groups are cut "
-                f"out of the data-parallel ranks: set parallel.dp to a multiple of {p.ep}"
+                f"parallel.ep={ep} does not divide parallel.dp*cp={dp_cp}; expert groups are cut "
+                f"out of the data-parallel ranks: set parallel.dp to a multiple of {ep}"
             )
         if self.train.global_batch is not None and p.dp is not None:
             unit = self.train.micro_batch * p.dp

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from configs.compose import choices, compose, dump, groups, load
@@ -85,3 +86,13 @@ def test_planning_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'ray', 'deepspeed', 'wandb', 'numpy'} & sys.modules.keys()\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_run_that_was_saved_with_one_source_of_its_device_can_be_resumed(tmp_path: Path) -> None:
+    config = compose(["hardware=h100"])
+    tree = yaml.safe_load(dump(config))
+    tree["hardware"] = {"source": "a datasheet"} | {
+        k: v for k, v in tree["hardware"].items() if k != "sources"
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert load(tmp_path / "config.yaml").hardware.peak_tflops == config.hardware.peak_tflops
