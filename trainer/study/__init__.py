@@ -1,0 +1,1 @@
+"""How wrong the forecast is: published runs against predictions, beside trivial baselines."""
