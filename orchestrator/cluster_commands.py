@@ -68,7 +68,9 @@ def submit(call: Call) -> int:
     if address:
         ray_cluster.connect(address)
     try:
-        submission = Submission(config, plan(config, _capacity(config, address)), call.options.priority)
+        submission = Submission(
+            config, plan(config, _capacity(config, address), runnable=True), call.options.priority
+        )
         tree = submission.plan.to_json()
         call.note(console.plan_table(tree))
         if call.options.dry_run:

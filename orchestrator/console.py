@@ -85,7 +85,8 @@ def plan_table(plan: dict[str, Any]) -> str:
             ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
             ("device", plan["device"]),
             ("layout", layout),
-            ("per rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
+            ("fullest rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
+            ("step time", step_time(plan["step_time"], plan["tokens_per_step"])),
             ("tokens", steps),
             ("data", str(plan["data"])),
         ]
@@ -98,6 +99,14 @@ def plan_table(plan: dict[str, Any]) -> str:
     for note in plan["notes"]:
         text += f"\nnote: {note}"
     return text
+
+
+def step_time(predicted: dict[str, Any], tokens: int) -> str:
+    """The predicted time of a step with its interval, or why there is none."""
+    if "unknown" in predicted:
+        return f"unknown: {predicted['unknown']}"
+    seconds, low, high = (predicted[name] for name in ("seconds", "low", "high"))
+    return f"{seconds:.3g} s predicted ({low:.3g} to {high:.3g} s), {count(tokens / seconds)} tokens/s"
 
 
 def _indented(text: str) -> str:

@@ -27,7 +27,7 @@ GATE = "orchestrator.cluster_commands"
 """The module behind which the commands that need a cluster load Ray; nothing quick goes through it."""
 SPEAKERS = (
     "collectives/cli.py", "orchestrator/cli.py", "orchestrator/calls.py", "orchestrator/console.py",
-    "orchestrator/cluster_commands.py", "trainer/loop.py", "*/__main__.py", "**/bench_*.py",
+    "orchestrator/cluster_commands.py", "trainer/cli.py", "trainer/loop.py", "*/__main__.py", "**/bench_*.py",
 )  # fmt: skip
 """Files that may print: the command line, and the ranks' programs, whose output is their log file."""
 

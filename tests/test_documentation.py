@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import collectives.cli
+import trainer.cli
 from configs.compose import compose
 from configs.errors import UserError
 from orchestrator.cli import parse
@@ -20,7 +21,7 @@ from tests.write_docs import ARCHITECTURE, state_table, with_state_table
 pytestmark = pytest.mark.unit
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-_COMMAND = re.compile(r"python -m (orchestrator|collectives) +([a-z][^\n`#&|;]*)")
+_COMMAND = re.compile(r"python -m (orchestrator|collectives|trainer) +([a-z][^\n`#&|;]*)")
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
@@ -40,6 +41,11 @@ def try_command(program: str, words: str) -> None:
             compose(collectives.cli.overrides(measuring))
         elif measuring.name == "device":
             compose(measuring.overrides)
+        return
+    if program == "trainer":
+        sizing = trainer.cli.parse(shlex.split(words))
+        if sizing.command in ("run", "size"):
+            compose(sizing.overrides)
         return
     options = parse(shlex.split(words))
     if hasattr(options, "overrides"):
@@ -78,7 +84,8 @@ def test_the_state_table_is_written_between_its_markers() -> None:
 @pytest.mark.parametrize(
     "wrong",
     ["orchestrator submitt", "orchestrator submit train.stepz=3", "orchestrator list --jsn",
-     "orchestrator submit model=unheard_of", "collectives run --rank 2", "collectives run collectives=unheard_of"],
+     "orchestrator submit model=unheard_of", "collectives run --rank 2", "collectives run collectives=unheard_of",
+     "trainer size --hardwares h100", "trainer size model=unheard_of"],
 )  # fmt: skip
 def test_a_wrong_command_would_be_found(wrong: str) -> None:
     (found,) = commands(f"type `python -m {wrong}` and see")

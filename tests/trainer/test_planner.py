@@ -8,6 +8,7 @@ import pytest
 
 from configs.compose import compose
 from configs.errors import UserError
+from trainer.sizing.auto import replan
 from trainer.sizing.planner import Capacity, Plan, plan, trainable
 
 pytestmark = pytest.mark.unit
@@ -84,6 +85,7 @@ def test_refusals(words: list[str], slots: list[int] | None, told: str) -> None:
         (["model=deepseek_v3"], "model.attention=mla"),
         (["model=zaya1_base"], "model.attention=cca"),
         (["model.router.kind=mlp"], "model.router.kind=mlp"),
+        (["model.gated=false"], "model.gated=false"),
         (["parallel.pp=2"], "parallel.pp=2"),
     ],
 )
@@ -110,3 +112,90 @@ def test_an_uneven_gang_is_left_to_placement_and_can_be_planned_again() -> None:
     made = planned("parallel.dp=5", slots=[3, 3])
     assert made.config.cluster.slots_per_node is None
     assert plan(made.config, Capacity.of_nodes([3, 3])).ranks == 5
+
+
+def test_auto_searches_what_the_trainer_runs() -> None:
+    words = [
+        "model=olmoe_1b_7b",
+        "hardware=h100",
+        "parallel=auto",
+        "train.micro_batch=1",
+        "data.sequence=4096",
+    ]
+    made = plan(compose(words), Capacity.of_nodes([8]), runnable=True)
+    assert (
+        made.ranks == 8 and made.layout["dp"] == 8 and made.layout["ep"] > 1
+    )  # one rank's experts don't fit
+    assert all(made.layout[axis] == 1 for axis in ("pp", "cp", "etp", "tp"))
+    told = {choice.field: choice for choice in made.choices}
+    assert "fastest of" in told["parallel.dp"].reason and told["parallel.ep"].value == str(made.layout["ep"])
+    assert made.step_time["low"] < made.step_time["seconds"] < made.step_time["high"]
+    assert not made.config.parallel.open and made.warnings == ()
+
+
+def test_auto_searches_all_axes_for_a_plan_and_keeps_those_that_are_set() -> None:
+    words = [
+        "model=mixtral_8x7b",
+        "hardware=h100",
+        "parallel=auto",
+        "cluster.nodes=4",
+        "train.global_batch=64",
+    ]
+    made = planned(*words, "train.micro_batch=1", "data.sequence=4096", "parallel.tp=2")
+    assert made.ranks == 32 and made.layout["tp"] == 2
+    assert "parallel.tp" not in {choice.field for choice in made.choices}
+    assert any("runner-up" in note for note in made.notes)
+
+
+def test_auto_without_rates_says_unknown_and_why() -> None:
+    made = planned("parallel=auto", slots=[4])
+    assert (made.layout["dp"], made.layout["ep"]) == (4, 1)
+    (reason,) = [choice.reason for choice in made.choices if choice.field == "parallel.ep"]
+    assert "step time unknown, cpu has no" in reason and "cpu has no" in made.step_time["unknown"]
+
+
+def test_auto_takes_fewer_ranks_where_the_batch_asks_for_it() -> None:
+    assert planned("parallel=auto", "train.global_batch=24", "train.micro_batch=8", slots=[4]).ranks == 3
+    assert planned("parallel=auto", "cluster.nodes=1", "cluster.slots_per_node=2", slots=[4, 4]).ranks == 2
+
+
+def test_auto_that_finds_nothing_is_refused() -> None:
+    words = [
+        "model=deepseek_v3",
+        "hardware=h100",
+        "parallel=auto",
+        "data.sequence=4096",
+        "train.micro_batch=1",
+    ]
+    with pytest.raises(UserError, match="parallel=auto: none of .* fits 80 GiB of h100"):
+        planned(*words, slots=[8])
+    with pytest.raises(UserError, match="train.global_batch=7"):
+        planned("parallel=auto", "train.global_batch=7", "train.micro_batch=8", slots=[2])
+
+
+def test_a_measurement_leaves_open_axes_at_one() -> None:
+    made = planned("parallel=auto", "workload=collectives", slots=[2])
+    assert made.layout == {"pp": 1, "dp": 2, "cp": 1, "ep": 1, "etp": 1, "tp": 1}
+
+
+def test_what_fits_only_just_is_warned_of() -> None:
+    words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "data.sequence=4096"]
+    warnings = [planned(*words, f"train.micro_batch={size}").warnings for size in (1, 2, 3, 4, 6)]
+    assert warnings[0] == () and any("may not fit" in text for found in warnings for text in found)
+
+
+def test_a_gang_is_replanned_for_what_is_left() -> None:
+    config = planned("parallel.dp=8", "parallel.ep=4", "train.global_batch=64", slots=[4, 4]).config
+    found = replan(config, [4, 3])
+    assert found.layout is not None and (found.layout.dp, found.layout.ep) == (4, 4)
+    assert "next to the 4 before" in found.reason and "train.global_batch=64" in found.reason
+    assert replan(config, []).layout is None and replan(config, []).reason == "no slots are left"
+
+
+def test_replanning_uses_memory_and_time_where_they_are_known() -> None:
+    words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=16", "parallel.ep=8", "train.global_batch=64"]
+    config = planned(*words, "train.micro_batch=1", "data.sequence=4096").config
+    found = replan(config, [8])
+    assert found.layout is not None and found.layout.dp == 8 and "fastest of" in found.reason
+    small = replan(config, [1])
+    assert small.layout is None and "fits" in small.reason

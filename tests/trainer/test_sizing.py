@@ -6,8 +6,8 @@ import pytest
 
 from configs.compose import compose
 from configs.schema import ModelConfig
-from trainer.sizing import flops, memory, parameters
-from trainer.sizing.layout import Layout, spreads
+from trainer.sizing import flops, parameters
+from trainer.sizing.layout import spreads
 
 pytestmark = pytest.mark.unit
 
@@ -39,6 +39,12 @@ def test_zaya1_counts_leave_the_embeddings_apart() -> None:
     assert found.embedding / 1e9 == pytest.approx(0.537, abs=0.0005) and found.output == 0
 
 
+def test_an_mlp_without_a_gate_has_two_matrices() -> None:
+    gated = model("olmoe_1b_7b")
+    plain = parameters.count(gated.model_copy(update={"gated": False}))
+    assert plain.experts * 3 == parameters.count(gated).experts * 2
+
+
 def test_parts_make_up_the_total() -> None:
     for name in ("demo", "olmoe_1b_7b", "deepseek_v3"):
         found = parameters.count(model(name))
@@ -64,15 +70,6 @@ def test_an_unknown_device_has_no_peak_and_says_so() -> None:
 def test_a_known_device_names_numerator_peak_and_precision() -> None:
     basis = flops.basis(compose(["hardware=mi300x"]).hardware, "bf16")
     assert "1307 TFLOP/s bf16" in basis and "mi300x" in basis and "6 FLOPs" in basis
-
-
-def test_sharding_makes_states_smaller_and_keeps_their_sum() -> None:
-    config = model("olmoe_1b_7b")
-    whole = memory.per_rank(config, Layout(1, 1, 1, 1, 1, 1), "bf16", 4096)
-    shared = memory.per_rank(config, Layout(1, 8, 1, 8, 1, 1), "bf16", 4096)
-    assert shared["optimizer"] == pytest.approx(whole["optimizer"] / 8, rel=1e-6)
-    assert shared["weights"] < whole["weights"]
-    assert shared["activations"] == whole["activations"]
 
 
 def test_spreads_are_even_and_fewest_nodes_first() -> None:

@@ -90,13 +90,13 @@ def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     # Compiled at first use, for an inference collective that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    ep = config.parallel.ep
+    ep = config.parallel.size("ep")
     # DeepSpeed makes the expert groups, of neighbouring ranks, and finds them again by this name.
     groups._create_expert_and_data_parallel(ep)
     collective = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
     control = dist.new_group(backend="gloo", timeout=collective)
     parallel = config.parallel
     assert parallel.dp is not None, "the plan fills parallel.dp in"
-    layout = {axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
+    layout = {axis: parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
     experts = groups._get_expert_parallel_group(f"ep_size_{ep}")
     return Mesh(rank.rank, rank.world, layout, device, experts, control, network)

@@ -12,15 +12,16 @@ NUMERATOR = (
 )
 
 
-def train_flops_per_token(model: ModelConfig, sequence: int) -> float:
+def train_flops_per_token(model: ModelConfig, sequence: int, full_attention: bool = False) -> float:
     """Forward and backward FLOPs per token at `sequence` tokens per sample.
 
     Attention multiplies each query with (sequence + 1) / 2 keys and values on average, as causal masking
-    needs; the full matrix, which Megatron-LM and MegaScale count, would have almost twice the term.
+    needs; `full_attention` counts the whole matrix, as Megatron-LM and MegaScale do: almost twice the term. For a GPT
+    of depth L, width h and vocabulary V that is their 72 L h^2 (1 + s/6h + V/12Lh).
     """
     head_dim = model.head_dim + (model.rope_head_dim if model.attention == "mla" else 0)
     per_key = 2 * model.heads * (head_dim + model.head_dim)  # scores, then values, 2 FLOPs per multiply-add
-    attention = 3 * model.layers * per_key * (sequence + 1) / 2
+    attention = 3 * model.layers * per_key * (sequence if full_attention else (sequence + 1) / 2)
     return 6.0 * parameters.count(model).matmul + attention
 
 

@@ -70,12 +70,12 @@ class Parameters:
 def count(model: ModelConfig) -> Parameters:
     """Parameters of `model` by part."""
     moe_layers = model.layers - model.dense_layers
-    expert = swiglu(model.hidden, model.expert_width)
+    expert = mlp(model, model.expert_width)
     table = model.vocab * model.hidden
     attention = model.layers * attention_weights(model)
     router = moe_layers * router_weights(model)
-    shared = moe_layers * swiglu(model.hidden, model.shared_width)
-    dense = model.dense_layers * swiglu(model.hidden, model.dense_width)
+    shared = moe_layers * mlp(model, model.shared_width)
+    dense = model.dense_layers * mlp(model, model.dense_width)
     active_experts = moe_layers * model.top_k * expert
     return Parameters(
         embedding=table,
@@ -86,14 +86,14 @@ def count(model: ModelConfig) -> Parameters:
         active_experts=active_experts,
         shared=shared,
         dense=dense,
-        norms=model.layers * _layer_norms(model) + model.hidden,
+        norms=model.layers * layer_norms(model) + model.hidden,
         matmul=attention + router + shared + dense + active_experts + table,
     )
 
 
-def swiglu(hidden: int, width: int) -> int:
-    """Weights of a SwiGLU: gate, up and down."""
-    return 3 * hidden * width
+def mlp(model: ModelConfig, width: int) -> int:
+    """Weights of an MLP of inner width `width`: gate, up and down, or up and down where it isn't gated."""
+    return (3 if model.gated else 2) * model.hidden * width
 
 
 def attention_weights(model: ModelConfig) -> int:
@@ -125,7 +125,7 @@ def router_weights(model: ModelConfig) -> int:
     return model.hidden * width + 2 * width * width + width * model.experts
 
 
-def _layer_norms(model: ModelConfig) -> int:
+def layer_norms(model: ModelConfig) -> int:
     """Weights of one layer's RMSNorms."""
     weights = 2 * model.hidden
     if model.qk_norm:

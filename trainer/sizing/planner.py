@@ -10,10 +10,12 @@ from typing import Any
 from configs.compose import validated
 from configs.errors import UserError
 from configs.schema import HardwareConfig, RunConfig
-from trainer.sizing import flops, memory, parameters
+from trainer.sizing import auto, flops, memory, parameters
+from trainer.sizing.auto import Choice
+from trainer.sizing.figures import Figure
+from trainer.sizing.job import Job
 from trainer.sizing.layout import Layout, spreads
-
-_GIB = 1 << 30
+from trainer.sizing.memory import GIB
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,6 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """An auto field's value, and why."""
-
-    field: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """A run as it will start."""
 
@@ -67,7 +60,9 @@ class Plan:
     parameters: dict[str, int]
     """By part, with `total` and `active`."""
     memory: dict[str, int]
-    """Estimated bytes per rank, by component."""
+    """Estimated bytes of the fullest rank, by component."""
+    step_time: dict[str, Any]
+    """Predicted seconds of a step: `seconds`, `low`, `high`; or `unknown`, with the reason."""
     tokens_per_step: int
     tokens: int
     """Over all steps."""
@@ -132,29 +127,36 @@ def trainable(config: RunConfig) -> str | None:
         return (
             f"model.router.kind={model.router.kind} can be planned, not trained; set model.router.kind=linear"
         )
-    for axis in ("tp", "pp", "cp", "etp"):
-        size = getattr(config.parallel, axis)
+    if not model.gated:
+        return "model.gated=false can be planned, not trained; the trainer has SwiGLU: set model.gated=true"
+    for axis in auto.RUNS:
+        size = config.parallel.size(axis)
         if size != 1:
             return f"parallel.{axis}={size} can be planned, not trained; the trainer runs dp and ep: set parallel.{axis}=1"
     return None
 
 
-def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
+def plan(config: RunConfig, capacity: Capacity | None, runnable: bool = False) -> Plan:
     """Fill in the auto fields and say what the run will be.
 
     Args:
         capacity: slots of the cluster; None where none is up, so that it is whatever the run asks for.
+        runnable: whether open axes are searched only among what this trainer runs.
 
     Raises:
-        UserError: for more ranks than slots, or a layout that doesn't fit.
+        UserError: for more ranks than slots, a layout that doesn't fit, or open axes that no layout fills in.
     """
     choices: list[Choice] = []
     warnings: list[str] = []
+    notes: list[str] = []
+    training = config.workload == "train"
+    config, job = _closed(config, capacity, runnable, choices, notes)
     dp = _data_parallel(config, capacity, choices)
     parallel = config.parallel
-    layout = Layout(parallel.pp, dp, parallel.cp, parallel.ep, parallel.etp, parallel.tp)
+    layout = Layout(
+        *(dp if axis == "dp" else parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp"))
+    )
     nodes, each = _spread(config, layout, capacity, choices, warnings)
-    training = config.workload == "train"
     of_training: list[Choice] = []
     batch = _batch(config, dp, of_training)
     precision = _precision(config, of_training)
@@ -172,9 +174,9 @@ def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
     )
     if not training and layout.ranks < 2:
         raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
-    micro_tokens = config.train.micro_batch * config.data.sequence // parallel.cp
-    size = memory.per_rank(config.model, layout, precision, micro_tokens) if training else {}
-    _warn_memory(resolved, size, warnings)
+    size, step_time = (
+        _sized(resolved, job or auto.job_of(resolved, layout, each), warnings) if training else ({}, {})
+    )
     refusal = trainable(config) if training else None
     tokens_per_step = batch * config.data.sequence if training else 0
     return Plan(
@@ -185,29 +187,67 @@ def plan(config: RunConfig, capacity: Capacity | None) -> Plan:
         slots_per_node=each,
         parameters=parameters.count(config.model).to_json(),
         memory=size,
+        step_time=step_time,
         tokens_per_step=tokens_per_step,
         tokens=tokens_per_step * config.train.steps,
         flops_per_token=flops.train_flops_per_token(config.model, config.data.sequence),
         mfu_basis=flops.basis(config.hardware, precision),
         choices=tuple(choices),
         warnings=tuple(warnings),
-        notes=(refusal,) if refusal else (),
+        notes=(*notes, refusal) if refusal else tuple(notes),
     )
+
+
+def _closed(
+    config: RunConfig, capacity: Capacity | None, runnable: bool, choices: list[Choice], notes: list[str]
+) -> tuple[RunConfig, Job | None]:
+    """The configuration with its open axes set, and the job that the search found; as it is where none is open."""
+    if not config.parallel.open:
+        return config, None
+    if config.workload != "train":
+        for axis in config.parallel.open:
+            choices.append(Choice(f"parallel.{axis}", "1", "a measurement needs no other axis than dp"))
+        closed = dict.fromkeys(config.parallel.open, 1)
+        return config.model_copy(update={"parallel": config.parallel.model_copy(update=closed)}), None
+    chosen = auto.choose(config, _slots(config, capacity), runnable)
+    choices += chosen.choices
+    notes += chosen.notes
+    parallel = config.parallel.model_copy(update=chosen.layout.to_json())
+    return config.model_copy(update={"parallel": parallel}), chosen.job
+
+
+def _slots(config: RunConfig, capacity: Capacity | None) -> tuple[int, ...]:
+    """Slots to lay out on: the cluster's, or what the run asks for, or one node."""
+    if capacity is not None:
+        return capacity.slots
+    cluster, width = config.cluster, config.hardware.devices_per_node or 1
+    return (cluster.slots_per_node or width,) * (cluster.nodes or 1)
+
+
+def _sized(config: RunConfig, job: Job, warnings: list[str]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Memory of the fullest rank by component, and the predicted step time."""
+    stage, used = memory.worst(job, config.hardware.kind)
+    size = {name: round(value) for name, value in memory.summary(used).items() if round(value)}
+    where = f" on stage {stage}" if job.layout.pp > 1 else ""
+    _warn_memory(config, size, used, where, warnings)
+    made = auto.predicted(job, config.hardware)
+    if isinstance(made, Figure):
+        return size, {"seconds": made.value, "low": made.low, "high": made.high}
+    return size, {"unknown": made}
 
 
 def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[Choice]) -> int:
     parallel = config.parallel
     if parallel.dp is not None:
         return parallel.dp
-    unit = parallel.ep // math.gcd(parallel.ep, parallel.cp)  # the least dp with dp * cp a multiple of ep
-    others = parallel.pp * parallel.cp * parallel.tp
+    ep, cp = parallel.size("ep"), parallel.size("cp")
+    unit = ep // math.gcd(ep, cp)  # the least dp with dp * cp a multiple of ep
+    others = parallel.size("pp") * cp * parallel.size("tp")
     if capacity is None and config.workload == "collectives" and unit * others == 1:
         choices.append(Choice("parallel.dp", "2", "the least that has somebody to measure with"))
         return 2
     if capacity is None:
-        choices.append(
-            Choice("parallel.dp", str(unit), f"the least that parallel.ep={parallel.ep} is cut out of")
-        )
+        choices.append(Choice("parallel.dp", str(unit), f"the least that parallel.ep={ep} is cut out of"))
         return unit
     nodes, each = config.cluster.nodes, config.cluster.slots_per_node
     within = sorted((min(have, each or have) for have in capacity.slots), reverse=True)[:nodes]
@@ -218,7 +258,7 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
     while batch is not None and dp > unit and batch % (config.train.micro_batch * dp):
         dp -= unit
     if dp == unit:
-        reason = f"the least that parallel.ep={parallel.ep} is cut out of"
+        reason = f"the least that parallel.ep={ep} is cut out of"
     else:
         reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
     choices.append(Choice("parallel.dp", str(dp), reason))
@@ -300,12 +340,22 @@ def _precision(config: RunConfig, choices: list[Choice]) -> str:
     return precision
 
 
-def _warn_memory(config: RunConfig, size: dict[str, int], warnings: list[str]) -> None:
+def _warn_memory(
+    config: RunConfig, size: dict[str, int], used: memory.Usage, where: str, warnings: list[str]
+) -> None:
     have = config.hardware.memory_gib
-    total = sum(size.values())
-    if have is not None and total > have * _GIB:
+    if have is None:
+        return
+    needed, most = used.needed / GIB, used.at_most / GIB
+    device = f"{config.hardware.name} has {have:g}"
+    if needed > have:
         largest = max(size, key=lambda name: size[name])
         warnings.append(
-            f"estimated {total / _GIB:.1f} GiB per rank, {config.hardware.name} has {have:g}: {largest} takes "
-            f"{size[largest] / _GIB:.1f} GiB; raise parallel.ep or parallel.dp, or lower train.micro_batch"
+            f"estimated {needed:.1f} GiB per rank{where}, {device}: {largest} takes {size[largest] / GIB:.1f} GiB; raise "
+            "parallel.ep or parallel.dp, or lower train.micro_batch"
+        )
+    elif most > have:
+        warnings.append(
+            f"it may not fit: {needed:.1f} GiB per rank{where} are expected and up to {most:.1f} possible, {device}; "
+            "lower train.micro_batch to be sure"
         )

@@ -1,0 +1,252 @@
+"""Published memory figures as golden vectors, and the rules that every figure keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from configs.compose import compose
+from configs.hardware import HardwareConfig
+from configs.schema import ModelConfig
+from trainer.sizing import activations, frameworks, memory, schedule, states
+from trainer.sizing.job import Job, Recompute, Retention, Software
+from trainer.sizing.layout import Layout
+
+pytestmark = pytest.mark.unit
+
+GIB = 1 << 30
+
+
+def hardware(name: str = "h100") -> HardwareConfig:
+    return compose([f"hardware={name}"]).hardware
+
+
+def preset(name: str) -> ModelConfig:
+    return compose([f"model={name}"]).model
+
+
+def gpt(layers: int, hidden: int, heads: int) -> ModelConfig:
+    """A GPT of Korthikanti et al. 2022, table 3."""
+    shape = {
+        "layers": layers, "hidden": hidden, "heads": heads, "kv_heads": heads, "head_dim": hidden // heads,
+        "vocab": 51200, "dense_layers": layers, "dense_width": 4 * hidden, "experts": 1, "top_k": 1,
+        "expert_width": 4 * hidden, "gated": False, "qk_norm": False, "tie_embeddings": True,
+    }  # fmt: skip
+    return preset("demo").model_copy(update=shape)
+
+
+def llama(layers: int, hidden: int, width: int, tied: bool) -> ModelConfig:
+    shape = {
+        "dense_width": width,
+        "expert_width": width,
+        "gated": True,
+        "vocab": 131072,
+        "tie_embeddings": tied,
+    }
+    return gpt(layers, hidden, 32).model_copy(update=shape)
+
+
+def job(model: ModelConfig, software: Software, **changes: object) -> Job:
+    made = Job(model, Layout(1, 8, 1, 1, 1, 1), 4096, 1, 64, software=software)
+    return replace(made, **changes)  # type: ignore[arg-type]  # names and types are those of Job
+
+
+KORTHIKANTI = [
+    # layers, hidden, heads, pp, interleave, micro-batch; GiB of states, all activations, with sequence parallelism and
+    # selective recomputation (arXiv 2205.05198, figure 1 with table 3; tensor parallelism 8)
+    (48, 6144, 64, 1, 1, 4, 45.56, 59.25, 9.56),
+    (96, 12288, 96, 8, 3, 1, 45.56, 66.84, 12.35),
+    (105, 20480, 128, 35, 3, 1, 31.64, 114.02, 23.08),
+    (128, 25600, 160, 64, 1, 1, 32.96, 131.25, 26.56),
+]
+
+
+@pytest.mark.parametrize("row", KORTHIKANTI)
+def test_korthikanti(row: tuple[float, ...]) -> None:
+    layers, hidden, heads, pp, interleave, micro_batch = (int(number) for number in row[:6])
+    model, layout = gpt(layers, hidden, heads), Layout(pp, 1, 1, 1, 1, 8)
+    kept = []
+    ways: tuple[tuple[bool, Recompute], ...] = ((False, "none"), (True, "selective"))
+    for sequence_parallel, recompute in ways:
+        software = Software(
+            flash_attention=False,
+            sequence_parallel=sequence_parallel,
+            dropout=True,
+            retention=Retention(norm_bytes=2),
+        )
+        made = Job(model, layout, 2048, micro_batch, 512, "bf16", 0, recompute, interleave, software=software)
+        each = activations.kept(made, False) * memory.stages(made)[0].layers
+        kept.append(each * activations.in_flight(made, 0) / GIB)
+    assert kept == pytest.approx(row[7:], abs=0.01)
+    # Their states are those of the layers alone, 18 bytes a weight, without norms.
+    weights = states.layer(model, layout, False).plain * layers / pp
+    assert 18 * weights / GIB == pytest.approx(row[6], rel=0.001)
+
+
+def test_megatron_cores_figure_of_deepseek_v3() -> None:
+    # Megatron-Core MoE 2026: PP4 VPP4 EP64 on 256 GPUs in bf16: 36.4 GB weights and gradients, 32.1 optimizer, 131.0
+    # activations. The first two are those of 16 MoE layers without a table.
+    software = Software(name="megatron", retention=frameworks.MEGATRON)
+    made = Job(
+        preset("deepseek_v3"),
+        Layout(4, 64, 1, 64, 1, 1),
+        4096,
+        1,
+        8192,
+        zero=1,
+        interleave=4,
+        software=software,
+    )
+    found = states.states(made, schedule.Stage(0, 16, False, False))
+    assert (found.weights + found.gradients) / GIB == pytest.approx(36.4, rel=0.01)
+    assert found.optimizer / GIB == pytest.approx(32.1, rel=0.01)
+    used = memory.usage(made, "cuda", 0, memory.stages(made)[0])
+    assert used.activations / GIB == pytest.approx(131.0, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    # Peak allocation of the optimizer's phase in the published nanotron sweep, GiB, where it is states alone.
+    ("shape", "layout", "zero", "told"),
+    [
+        ((16, 2048, 8192, True), Layout(1, 8, 1, 1, 1, 1), 0, 25.07),
+        ((28, 3072, 8192, True), Layout(1, 4, 1, 1, 1, 2), 0, 33.42),
+        ((28, 3072, 8192, True), Layout(1, 8, 1, 1, 1, 1), 1, 39.19),
+        ((28, 3072, 8192, True), Layout(2, 16, 1, 1, 1, 1), 1, 22.51),
+        ((32, 4096, 14336, False), Layout(1, 4, 1, 1, 1, 4), 0, 41.41),
+    ],
+)
+def test_states_of_nanotron(
+    shape: tuple[int, int, int, bool], layout: Layout, zero: int, told: float
+) -> None:
+    made = Job(llama(*shape), layout, 4096, 1, layout.dp * 4, zero=zero, software=frameworks.nanotron())
+    first = memory.stages(made)[0]
+    assert (states.states(made, first).all + states.update(made, first)) / GIB == pytest.approx(
+        told, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    # Reserved peak of the first stage, GiB, of runs that nothing was calibrated on: tp > 1.
+    ("shape", "layout", "micro_batch", "zero", "before", "told"),
+    [
+        ((16, 2048, 8192, True), Layout(1, 2, 1, 1, 1, 4), 1, 0, False, 10.39),
+        ((28, 3072, 8192, True), Layout(4, 16, 1, 1, 1, 4), 4, 1, False, 20.62),
+        ((28, 3072, 8192, True), Layout(4, 8, 1, 1, 1, 2), 1, 1, False, 15.57),
+        ((32, 4096, 14336, False), Layout(8, 16, 1, 1, 1, 2), 1, 1, False, 25.45),
+        ((32, 4096, 14336, False), Layout(1, 64, 1, 1, 1, 4), 1, 1, True, 26.78),
+    ],
+)
+def test_published_peaks_lie_in_the_interval(
+    shape: tuple[int, int, int, bool], layout: Layout, micro_batch: int, zero: int, before: bool, told: float
+) -> None:
+    made = Job(
+        llama(*shape), layout, 4096, micro_batch, layout.dp * micro_batch * 16, zero=zero,
+        software=frameworks.nanotron(before),
+    )  # fmt: skip
+    found = memory.reserved(made, hardware())
+    assert found.value / GIB == pytest.approx(told, rel=0.15)
+    assert found.low <= told * GIB <= found.high
+
+
+def test_parts_add_up_and_the_fullest_stage_is_named() -> None:
+    made = job(
+        preset("deepseek_v3"),
+        frameworks.own("bf16"),
+        layout=Layout(8, 32, 1, 8, 1, 2),
+        global_batch=512,
+        zero=1,
+    )
+    top = memory.peak(made, hardware())
+    assert len(top.parts) == 8 and top.value == max(stage.value for stage in top.parts)
+    for stage in top.parts:
+        assert sum(part.value for part in stage.parts) == pytest.approx(stage.value)
+        assert stage.low <= stage.value <= stage.high
+    at = max(range(8), key=lambda index: top.parts[index].value)
+    assert f"stage {at} of 8 is the fullest" in top.derivation and "80 GiB" in top.derivation
+    assert len({figure.name for figure in top.walk()}) == len(list(top.walk()))
+    assert all(figure.derivation for figure in top.walk())
+
+
+def test_the_summary_adds_up() -> None:
+    made = job(preset("olmoe_1b_7b"), frameworks.own("bf16"), zero=1)
+    _, used = memory.worst(made, "cuda")
+    assert sum(memory.summary(used).values()) == pytest.approx(used.total)
+    assert (
+        used.allocated < used.reserved < used.total
+        and used.needed <= used.total <= used.at_most + used.most_waiting
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_zero_stage_splits_one_thing_more(stage: int) -> None:
+    model, software = preset("olmoe_1b_7b"), frameworks.own("bf16")
+    before, after = (
+        states.states(job(model, software, zero=z), schedule.Stage(0, 16, True, True))
+        for z in (stage - 1, stage)
+    )
+    split = {1: "optimizer", 2: "gradients", 3: "weights"}[stage]
+    for name in ("optimizer", "gradients", "weights"):
+        ratio = getattr(before, name) / getattr(after, name)
+        assert ratio == pytest.approx(8 if name == split else 1), name
+
+
+def test_experts_are_split_over_their_own_ranks() -> None:
+    layout = Layout(1, 8, 1, 4, 1, 1)
+    assert states.replicas(layout) == (8, 2)
+    whole, shared = (
+        states.layer(preset("olmoe_1b_7b"), made, True) for made in (Layout(1, 8, 1, 1, 1, 1), layout)
+    )
+    assert shared.routed == whole.routed / 4 and shared.plain == whole.plain
+
+
+def test_key_value_heads_beyond_tp_are_copied() -> None:
+    model = preset("qwen3_30b_a3b")  # 4 key/value heads
+    four, eight = (states.layer(model, Layout(1, 1, 1, 1, 1, tp), False) for tp in (4, 8))
+    keys = 2 * model.hidden * model.head_dim
+    assert eight.plain > four.plain / 2 and eight.plain > keys
+
+
+@pytest.mark.parametrize(("recompute", "less"), [("none", 1.0), ("full", 0.1)])
+def test_full_recomputation_keeps_inputs_alone(recompute: Recompute, less: float) -> None:
+    made = job(preset("olmoe_1b_7b"), frameworks.own("bf16"))
+    ratio = activations.kept(replace(made, recompute=recompute), True) / activations.kept(made, True)
+    assert ratio <= less
+
+
+def test_micro_batches_in_flight() -> None:
+    made = job(gpt(96, 12288, 96), Software(), layout=Layout(8, 1, 1, 1, 1, 8), global_batch=64)
+    assert [activations.in_flight(made, stage) for stage in (0, 3, 7)] == [8, 5, 1]
+    assert activations.in_flight(replace(made, global_batch=4), 0) == 4
+    interleaved = replace(made, interleave=3)
+    assert activations.in_flight(interleaved, 0) == pytest.approx(8 * (1 + 7 / 24))
+
+
+def test_imbalance_and_context_take_their_share() -> None:
+    made = job(preset("olmoe_1b_7b"), frameworks.own("bf16"), layout=Layout(1, 8, 1, 8, 1, 1))
+    even, uneven = (memory.worst(replace(made, imbalance=i), "cuda")[1] for i in (1.0, 1.5))
+    assert even.imbalance == 0 and uneven.imbalance == pytest.approx(
+        0.5 * 16 * activations.layer(made, True)["mlp"]
+    )
+    assert uneven.routing == pytest.approx(1.5 * even.routing)
+    shared = replace(made, layout=Layout(1, 4, 2, 8, 1, 1), global_batch=64)
+    assert memory.worst(shared, "cuda")[1].exchange > 0
+
+
+def test_a_host_that_waits_piles_nothing_up() -> None:
+    layout = Layout(4, 4, 1, 1, 1, 8)
+    free, waits = (
+        Job(llama(28, 3072, 8192, True), layout, 4096, 4, 256, software=frameworks.nanotron(before))
+        for before in (False, True)
+    )
+    assert memory.worst(free, "cuda")[1].waiting > 0 == memory.worst(waits, "cuda")[1].waiting
+
+
+def test_a_device_without_a_size_fits_nothing_for_sure() -> None:
+    made = job(preset("demo"), frameworks.own("fp32"), precision="fp32")
+    assert memory.fits(made, hardware("cpu")) is None
+    assert "unknown" in memory.peak(made, hardware("cpu")).derivation
+    assert memory.framework(made, "cpu") == 0
+    assert memory.fits(made, hardware()) is True
+    big = job(preset("deepseek_v3"), frameworks.own("bf16"))
+    assert memory.fits(big, hardware()) is False

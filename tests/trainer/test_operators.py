@@ -1,0 +1,89 @@
+"""Bytes of eager operators: against what each took alone on an H100, and what decides which attention kernel runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from configs.schema import ModelConfig
+from trainer.sizing import catalogue, frameworks, operators
+from trainer.sizing.fabric import from_catalogue
+from trainer.sizing.job import Job
+from trainer.sizing.layout import Layout
+from trainer.sizing.operators import EAGER
+from trainer.sizing.rates import Rates
+
+pytestmark = pytest.mark.unit
+
+HOST = (0.27, 0.21)
+"""Milliseconds of the host in dispatching, forward and backward: it waits for the experts' rows to be counted."""
+#: H100, torch 2.11: tokens, width, top-k; milliseconds forward and backward of each operator of that size alone.
+MEASURED = (
+    ((16384, 1024, 2), {"norm": (0.145, 0.235), "positions": (0.232, 0.220), "activation": (0.103, 0.190),
+                        "dispatch": (0.757, 1.628)}),
+    ((16384, 2048, 6), {"norm": (0.287, 0.473), "positions": (0.437, 0.430), "activation": (0.195, 0.369),
+                        "dispatch": (1.855, 3.778)}),
+    ((4096, 4096, 2), {"norm": (0.162, 0.257), "positions": (0.230, 0.222), "activation": (0.103, 0.188),
+                       "dispatch": (0.809, 1.555)}),
+)  # fmt: skip
+
+
+def rates(name: str = "h100") -> Rates:
+    hardware = catalogue.device(name)
+    return Rates(hardware, from_catalogue(hardware))
+
+
+def job(**changes: int) -> Job:
+    fields = {"layers": 2, "hidden": 2048, "heads": 16, "kv_heads": 4, "head_dim": 128, "vocab": 32000, "experts": 16,
+              "top_k": 2, "expert_width": 1024}  # fmt: skip
+    model = ModelConfig.model_validate({"name": "x", **fields, **changes})
+    return Job(
+        model, Layout(1, 1, 1, 1, 1, 1), sequence=4096, micro_batch=2, global_batch=2, node=1,
+        software=frameworks.own("bf16"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "measured"), MEASURED, ids=lambda one: str(one)[:18])
+def test_bytes_of_eager_operators_take_what_was_measured(
+    size: tuple[int, int, int], measured: dict[str, tuple[float, float]]
+) -> None:
+    tokens, width, top_k = size
+    per_byte = 1e3 / operators.bandwidth(rates())
+    for name, times in measured.items():
+        for backward, milliseconds in enumerate(times):
+            one = EAGER[backward]
+            if name == "dispatch":
+                predicted = tokens * width * (top_k * one.row + one.weighted) * per_byte + HOST[backward]
+            else:
+                predicted = tokens * width * getattr(one, name) * per_byte
+            assert predicted == pytest.approx(milliseconds, rel=0.15), (name, backward)
+
+
+def test_eager_work_moves_more_than_fused() -> None:
+    eager = job()
+    fused = replace(eager, software=replace(eager.software, eager=False, compiled=True))
+    for moe in (False, True):
+        for ours, theirs in zip(
+            operators.layer(eager, rates(), moe), operators.layer(fused, rates(), moe), strict=True
+        ):
+            assert ours.memory > 1.5 * theirs.memory
+            assert (ours.matmul, ours.attention) == (theirs.matmul, theirs.attention)
+
+
+def test_heads_that_are_not_multiples_of_8_leave_the_tuned_kernel_and_are_copied() -> None:
+    even, odd = job(head_dim=104), job(head_dim=100)
+    for backward in (False, True):
+        assert operators.core(odd, rates(), backward)[0] > 1.2 * operators.core(even, rates(), backward)[0]
+        assert operators.moved_per_token(odd, backward)[0] > operators.moved_per_token(even, backward)[0]
+
+
+def test_an_odd_width_costs_its_gradients_by_their_layout() -> None:
+    """An odd number of tokens costs a dense layer nothing, an odd width a lot."""
+    even = job(dense_layers=2, dense_width=4096)
+    tokens = replace(even, sequence=4095, micro_batch=1)
+    width = replace(even, model=even.model.model_copy(update={"dense_width": 4097}))
+    base, less, more = (
+        sum(one.matmul for one in operators.layer(j, rates(), False)) for j in (even, tokens, width)
+    )
+    assert less < base and more > 2 * base

@@ -1,0 +1,101 @@
+"""The search finds what pricing everything finds, keeps the rules, and says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from configs.compose import compose
+from trainer.sizing import frameworks, legal, memory, search
+from trainer.sizing.auto import rates_of
+from trainer.sizing.job import Software
+from trainer.sizing.layout import Layout
+from trainer.sizing.legal import Task
+
+pytestmark = pytest.mark.unit
+
+
+def task(model: str, ranks: int, batch: int, **changes: object) -> Task:
+    made = Task(
+        compose([f"model={model}"]).model, ranks, 4096, batch,
+        software=Software(overlap_dp=True, retention=frameworks.MEGATRON),
+    )  # fmt: skip
+    return replace(made, **changes)  # type: ignore[arg-type]  # names and types are those of Task
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "batch", "device"),
+    [("olmoe_1b_7b", 16, 64, "h100"), ("mixtral_8x7b", 32, 64, "h100"), ("qwen3_30b_a3b", 16, 48, "mi300x")],
+)
+def test_pruning_loses_nothing(model: str, ranks: int, batch: int, device: str) -> None:
+    hardware = compose([f"hardware={device}"]).hardware
+    made, rates = task(model, ranks, batch), rates_of(compose([f"hardware={device}"]).hardware)
+    quick, whole = search.search(made, hardware, rates), search.exhaustive(made, hardware, rates)
+    assert [c.seconds for c in quick.ranked] == pytest.approx([c.seconds for c in whole.ranked])
+    assert quick.best and whole.best and quick.best.seconds == whole.best.seconds
+    assert quick.legal == whole.legal and quick.priced < whole.priced
+
+
+def test_every_candidate_keeps_the_rules() -> None:
+    made = task("deepseek_v3", 256, 1024)
+    found = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
+    assert len(found) > 1000 and all(legal.is_legal(job) for job in found)
+    assert all(job.layout.ranks == 256 for job in found)
+    assert all(job.micro_batches % job.layout.pp == 0 for job in found if job.interleave > 1)
+    assert {job.layout.tp for job in found} <= {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(1, 8, 1, 3, 1, 1),  # experts
+        Layout(1, 2, 1, 4, 1, 4),  # ep is cut out of dp * cp
+        Layout(1, 2, 1, 1, 1, 3),  # heads
+        Layout(1, 8, 4, 1, 1, 1),  # too few tokens on a rank
+        Layout(17, 1, 1, 1, 1, 1),  # more stages than layers
+        Layout(1, 5, 1, 1, 1, 1),  # batch
+    ],
+)
+def test_what_breaks_a_rule_is_not_legal(layout: Layout) -> None:
+    made = task("olmoe_1b_7b", 8, 64)
+    assert not legal.is_legal(legal.job(made, layout, 1, 1, 1, "none"))
+    assert legal.is_legal(legal.job(made, Layout(1, 8, 1, 8, 1, 1), 1, 1, 1, "none"))
+
+
+def test_what_is_set_stays_set() -> None:
+    made = task("mixtral_8x7b", 64, 128, fixed={"tp": 2, "ep": 4}, micro_batch=1)
+    hardware = compose(["hardware=h100"]).hardware
+    found = search.search(made, hardware, rates_of(hardware))
+    assert found.ranked
+    assert {(c.job.layout.tp, c.job.layout.ep, c.job.micro_batch) for c in found.ranked} == {(2, 4, 1)}
+
+
+def test_nothing_that_is_ranked_is_too_large() -> None:
+    hardware = compose(["hardware=h100"]).hardware
+    found = search.search(task("mixtral_8x7b", 32, 64), hardware, rates_of(hardware))
+    assert found.without_room > 0
+    assert all(memory.fits(c.job, hardware) for c in found.ranked)
+    assert len({c.job.layout for c in found.ranked}) == len(found.ranked)
+
+
+def test_no_layout_says_why() -> None:
+    hardware = compose(["hardware=h100"]).hardware
+    rates = rates_of(hardware)
+    assert "none of" in search.search(task("deepseek_v3", 8, 64), hardware, rates).reason
+    assert (
+        "no legal layout"
+        in search.search(task("mixtral_8x7b", 64, 64, fixed={"dp": 48}), hardware, rates).reason
+    )
+
+
+def test_the_runner_up_is_told_by_its_larger_term() -> None:
+    hardware = compose(["hardware=h100"]).hardware
+    found = search.search(task("mixtral_8x7b", 32, 256), hardware, rates_of(hardware), keep=8)
+    best = found.ranked[0]
+    other = next(c for c in found.ranked if c.seconds > 1.01 * best.seconds)
+    told = search.compare(best, other)
+    more = max(vars(best.parts), key=lambda name: getattr(other.parts, name) - getattr(best.parts, name))
+    assert other.label in told and "slower" in told and search._WORDS[more] in told
+    assert search.compare(best, best).endswith("as fast")
+    assert f"{found.legal} legal set-ups" in search.reason(found)

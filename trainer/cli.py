@@ -1,0 +1,274 @@
+"""The command line of the trainer: `run` trains, `size` sizes a model for its hardware, `forecast` looks ahead in a run,
+`validate` shows how wrong the sizing is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from configs.compose import choices, compose, load
+from configs.errors import USER_ERROR_EXIT, UserError, nearest
+from configs.paths import default_home
+from configs.rank import RankContext, die_with_parent
+
+if TYPE_CHECKING:
+    from trainer.sizing.answer import Answer
+    from trainer.sizing.asked import Asked
+
+PROGRAM = "python -m trainer"
+_COMMANDS = ("run", "size", "forecast", "validate")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; exit code 0 done, 2 a user's mistake, 1 anything else."""
+    try:
+        options = parse(arguments)
+        if options.command == "forecast":
+            return _forecast(options)
+        if options.command == "validate":
+            return _validate(options)
+        return _run(options.config, options.overrides) if options.command == "run" else _size(options)
+    except UserError as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog=PROGRAM, description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    run = commands.add_parser("run", help="train; each rank is one process, as torchrun starts them")
+    run.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="configuration, as `submit` takes it"
+    )
+    run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a run")
+    size = commands.add_parser(
+        "size", help="what a model takes on its hardware, what its shape costs, and what would be better",
+        description="Counts, memory, time and lint of a model on a device; every number can be asked for its origin.",
+    )  # fmt: skip
+    size.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="model=NAME hardware=NAME, and any field"
+    )
+    size.add_argument("--config", type=Path, help="YAML file with any part of the configuration")
+    size.add_argument("--gpus", type=_positive, metavar="N", help="devices of the job")
+    size.add_argument(
+        "--profile", metavar="NAME",
+        help="device profile to take rates from; `catalogue` for published ones; by default the device's own, if measured",
+    )  # fmt: skip
+    size.add_argument(
+        "--suggest", action="store_true", help="propose shapes with the same parameters that are faster"
+    )
+    size.add_argument("--compare", metavar="A,B", help="show devices side by side")
+    size.add_argument("--fit", action="store_true", help="what must change for it to fit")
+    size.add_argument("--by", metavar="DATE", help="how many devices finish by then: 2026-12-24, friday, 10d")
+    size.add_argument("--tokens", metavar="T", help="tokens to train until --by, such as 300B")
+    size.add_argument("--on", metavar="NAME", help="what another device would do with the same job")
+    size.add_argument(
+        "--explain", nargs="?", const="", metavar="NAME", help="where a number comes from; names without"
+    )
+    size.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    size.add_argument(
+        "--hardware-table", nargs="?", const="", metavar="NAME", help="the catalogue with its sources"
+    )
+    size.add_argument("--rules", action="store_true", help="the lint's rules with reasons and sources")
+    forecast = commands.add_parser(
+        "forecast", help="where a run's loss is going, and whether it has left its way",
+        description="A power law fitted to the run's own log, with a band; the loss over the last steps is forecast.",
+    )  # fmt: skip
+    forecast.add_argument("folder", type=Path, help="the run's folder")
+    forecast.add_argument("--steps", type=_positive, metavar="N", help="last step; as configured by default")
+    forecast.add_argument("--warmup", type=_positive, metavar="N", help="steps of warm-up; likewise")
+    forecast.set_defaults(overrides=[])
+    validate = commands.add_parser(
+        "validate", help="how wrong the sizing is on published runs, beside trivial forecasts",
+        description="Compares predicted with published step times, memory and choices, and writes a report with plots.",
+    )  # fmt: skip
+    validate.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the published tables; or MEGARAY_DATA"
+    )
+    validate.add_argument(
+        "--runs", type=Path, metavar="FILE", help="one table, with the columns of a known one"
+    )
+    validate.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("validation"), help="where the report goes"
+    )
+    validate.set_defaults(overrides=[])
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0; type e.g. 8")
+    return value
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed.
+
+    Raises:
+        UserError: for a word that is no command, option or configuration.
+    """
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in _COMMANDS:
+        raise UserError(
+            f"'{first}' is no command{nearest(first, _COMMANDS)}; use one of {', '.join(_COMMANDS)}"
+        )
+    options, rest = _parser().parse_known_args(list(arguments))
+    for word in rest:
+        if word.startswith("-"):
+            raise UserError(f"'{word}' is no option; `{PROGRAM} {options.command} --help` shows them")
+        options.overrides.append(word)
+    for name in ("explain", "hardware_table"):  # an override after a flag whose value may be left out
+        value = getattr(options, name, None)
+        if value and "=" in value:
+            options.overrides.append(value)
+            setattr(options, name, "")
+    return options
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    if options.overrides:
+        raise UserError(f"'{options.overrides[0]}' is one word too many; a forecast takes one run folder")
+    from trainer.sizing.forecast import report  # numpy loads here alone
+
+    return _say(report(options.folder, options.steps, options.warmup))
+
+
+def _validate(options: argparse.Namespace) -> int:
+    if options.overrides:
+        raise UserError(
+            f"'{options.overrides[0]}' is one word too many; validate takes --data, --runs and --out"
+        )
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out} is a file; name a folder for the report")
+    from trainer.study import report  # numpy and matplotlib load here alone
+    from trainer.study.validate import validate
+
+    study = validate(options.data, options.runs)
+    written = report.write(study, options.out)
+    return _say([*report.summary(study), "", f"report: {written[0]}"])
+
+
+def _say(lines: Iterable[str]) -> int:
+    print("\n".join(lines))
+    return 0
+
+
+def _size(options: argparse.Namespace) -> int:
+    from trainer.sizing import catalogue, screen
+
+    if options.hardware_table is not None:
+        name = options.hardware_table
+        known = choices("hardware")
+        if name and name not in known:
+            raise UserError(
+                f"--hardware-table {name}: no such device{nearest(name, known)}; use one of {', '.join(known)}"
+            )
+        devices = [catalogue.device(name)] if name else catalogue.devices()
+        if options.json:
+            return _say([json.dumps([one.model_dump(mode="json") for one in devices], indent=1)])
+        return _say(screen.hardware_table(devices[0]) if name else screen.hardware_tables(devices))
+    if options.rules:
+        return _say(screen.rule_list())
+    return _answer(options)
+
+
+def _answer(options: argparse.Namespace) -> int:
+    from trainer.sizing import screen
+    from trainer.sizing.answer import answer, with_hardware
+
+    names = _compared(options.compare)
+    calls = [with_hardware(options.overrides, name) for name in names] if names else [options.overrides]
+    answers = [answer(call, options.config, options.gpus, options.profile, options.suggest) for call in calls]
+    asked = _asked(options, answers[0])
+    if options.json:
+        made = [one.to_json() for one in answers]
+        for one in asked:
+            made[0] |= one.data
+        return _say([json.dumps(made if names else made[0], indent=1)])
+    if options.explain is not None:
+        figures = answers[0].figures() | {
+            f.name: f for one in asked for top in one.figures for f in top.walk()
+        }
+        return _say(screen.explained(figures, options.explain))
+    lines = list(screen.compared(answers) if names else screen.sized(answers[0]))
+    for one in asked:
+        lines += ["", one.title, *(f"  {line}" for line in one.lines)]
+    return _say([*lines, "", screen.HINT])
+
+
+def _asked(options: argparse.Namespace, one: Answer) -> list[Asked]:
+    """Answers to what is asked besides."""
+    from trainer.sizing import asked
+
+    found = []
+    if (options.by is None) != (options.tokens is None):
+        raise UserError("--by and --tokens go together; type e.g. --by friday --tokens 300B")
+    if options.fit:
+        found.append(asked.to_fit(one))
+    if options.by is not None:
+        found.append(asked.in_time(one, options.by, options.tokens, datetime.now().astimezone()))
+    if options.on is not None:
+        known = choices("hardware")
+        if options.on not in known:
+            raise UserError(
+                f"--on {options.on}: no such device{nearest(options.on, known)}; use one of {', '.join(known)}"
+            )
+        found.append(asked.elsewhere(one, options.on))
+    return found
+
+
+def _compared(text: str | None) -> list[str]:
+    """The devices of `--compare`."""
+    if text is None:
+        return []
+    names, known = [name for name in text.split(",") if name], choices("hardware")
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--compare {text}: no device {name}{nearest(name, known)}; use some of {', '.join(known)}"
+            )
+    if len(names) < 2:
+        raise UserError(f"--compare {text} names {len(names)} device; name two or more, such as h200,mi300x")
+    return names
+
+
+def _run(file: Path | None, overrides: list[str]) -> int:
+    die_with_parent(os.environ)
+    rank = RankContext.from_environment(os.environ, default_home() / "runs" / "torchrun")
+    config = load(file) if file is not None and not overrides else compose(overrides, file)
+    if config.parallel.open or None in (
+        config.parallel.dp,
+        config.train.global_batch,
+        config.train.precision,
+    ):
+        from trainer.sizing.planner import Capacity, plan  # a resolved configuration needs no plan
+
+        config = plan(config, Capacity.of_nodes([rank.world]), runnable=True).config
+    from trainer.loop import main as train  # torch loads after the parent's death is arranged for
+
+    train(config, rank)
+    return 0

@@ -1,0 +1,42 @@
+"""A figure of a forecast: its value, its unit, how sure it is, and how it came about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+Derivation = str | Callable[[], str]
+"""A formula with its numbers filled in; a function where a search would make thousands that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number on the screen. `--explain` shows what it was made from, down to what was measured or published."""
+
+    name: str
+    """Dotted, unique within one answer: what `--explain` takes."""
+    value: float
+    unit: str
+    """`s`, `bytes`, `FLOP`, `GB/s`, `TFLOP/s`, `tokens/s`, `%`, `1`."""
+    low: float
+    """Lower end of the interval; equal to the value where the figure is exact."""
+    high: float
+    how: Derivation = ""
+    parts: tuple[Figure, ...] = ()
+    """Figures that it was made from."""
+
+    @property
+    def derivation(self) -> str:
+        """The formula with its numbers."""
+        return self.how if isinstance(self.how, str) else self.how()
+
+    def walk(self) -> Iterator[Figure]:
+        """This figure, and all that it is made from."""
+        yield self
+        for part in self.parts:
+            yield from part.walk()
+
+
+def exact(name: str, value: float, unit: str, how: Derivation, parts: tuple[Figure, ...] = ()) -> Figure:
+    """A figure without uncertainty: arithmetic on what was configured."""
+    return Figure(name, value, unit, value, value, how, parts)

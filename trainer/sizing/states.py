@@ -1,0 +1,118 @@
+"""Weights, gradients and optimizer on one rank of a pipeline stage, in bytes: exact, from the layout and ZeRO alone.
+
+Three kinds of weights are split differently: attention, MLPs, shared experts and vocabulary over tp; norms and routers
+over nothing; routed experts over ep and etp. ZeRO splits the first two over dp * cp ranks, and experts over the ranks
+that hold the same ones: all but pp, divided by ep * etp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from configs.schema import ModelConfig
+from trainer.sizing import parameters, schedule
+from trainer.sizing.activations import width
+from trainer.sizing.job import Job
+from trainer.sizing.layout import Layout
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights of a stage on one of its ranks."""
+
+    plain: float
+    """Of all but routed experts."""
+    routed: float
+
+    @property
+    def all(self) -> float:
+        """Both."""
+        return self.plain + self.routed
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of a stage on one of its ranks."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    """Reduction buckets that stay."""
+    gathered: float
+    """Layers that ZeRO-3 has gathered: the one at work and the next."""
+
+    @property
+    def all(self) -> float:
+        """Their sum."""
+        return self.weights + self.gradients + self.optimizer + self.buckets + self.gathered
+
+
+def replicas(layout: Layout) -> tuple[int, int]:
+    """Ranks that hold the same plain weights, and the same experts."""
+    plain = layout.dp * layout.cp
+    return plain, max(1, plain * layout.tp // (layout.ep * layout.etp))
+
+
+@lru_cache(maxsize=65_536)
+def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
+    """Weights of one layer on one rank."""
+    attention = parameters.attention_weights(model) / layout.tp
+    if model.attention != "mla" and model.kv_heads < layout.tp:  # ranks beyond the heads hold copies
+        each = 2 * model.hidden * model.kv_heads * model.head_dim
+        attention += each / model.kv_heads - each / layout.tp
+    norms = parameters.layer_norms(model)
+    if not moe:
+        return Held(attention + norms + parameters.mlp(model, model.dense_width) / layout.tp, 0.0)
+    shared = parameters.mlp(model, model.shared_width) / layout.tp
+    routed = model.experts * parameters.mlp(model, model.expert_width) / (layout.ep * layout.etp)
+    return Held(attention + norms + shared + parameters.router_weights(model), routed)
+
+
+def held(job: Job, stage: schedule.Stage) -> Held:
+    """Weights of a stage on one rank; a tied table is held by both its stages."""
+    model, layout = job.model, job.layout
+    tables = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
+    plain = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
+    routed = 0.0
+    for count, moe in ((stage.dense, False), (stage.moe, True)):
+        if count:
+            one = layer(model, layout, moe)
+            plain, routed = plain + count * one.plain, routed + count * one.routed
+    return Held(plain, routed)
+
+
+def states(job: Job, stage: schedule.Stage) -> States:
+    """Bytes of a stage under the job's ZeRO stage."""
+    software, zero, mine = job.software, job.zero, held(job, stage)
+    element = width(job.precision)
+    over = replicas(job.layout)
+    shard = mine.plain / over[0] + mine.routed / over[1]
+    each = software.master_bytes + software.moments_bytes
+    gathered = 0.0
+    if zero >= 3 and max(over) > 1:
+        largest = max(layer(job.model, job.layout, moe).all for moe in _kinds(stage))
+        gathered = 2 * element * largest
+    return States(
+        weights=element * (shard if zero >= 3 else mine.all),
+        gradients=software.gradient_bytes * (shard if zero >= 2 else mine.all),
+        optimizer=each * (shard if zero >= 1 else mine.all),
+        buckets=software.retention.replica_buckets * (mine.all if max(over) > 1 else 0.0),
+        gathered=gathered,
+    )
+
+
+def update(job: Job, stage: schedule.Stage) -> float:
+    """Bytes for a while during the optimizer step, under ZeRO."""
+    if job.zero == 0:
+        return 0.0
+    mine, over = held(job, stage), replicas(job.layout)
+    if max(over) == 1:
+        return 0.0
+    whole, own = job.software.retention.update
+    return whole * mine.all + own * (mine.plain / over[0] + mine.routed / over[1])
+
+
+def _kinds(stage: schedule.Stage) -> tuple[bool, ...]:
+    return tuple(moe for count, moe in ((stage.dense, False), (stage.moe, True)) if count) or (False,)
