@@ -1,7 +1,8 @@
 """Predicted against measured on one GPU: matmuls that no profile has, steps and memory of models, promises of `--suggest`.
 
-python -m tests.trainer.bench_device_forecast MEASURED.json --cases CASES.json --profile NAME
+python -m tests.trainer.bench_device_forecast [MEASURED.json --cases CASES.json --profile NAME]
 
+Without arguments: what was measured on an H100 with `tests/trainer/gpu_checks.py`, kept in `tests/trainer/measured/`.
 Predictions use the profile alone. A pair has two promises: the one in the cases, written down before anything was
 measured, and what is promised now for the same two shapes, whether or not they would be suggested still.
 """
@@ -42,6 +43,7 @@ BARE = Overheads(
     step=0.0, source="forward, backward and update follow each other, with nothing between steps"
 )
 """Its host: a step that is timed is those three and no more."""
+MEASURED = Path(__file__).with_name("measured")
 POINTS = 5.0
 """By how many points a promise may be missed."""
 Case = dict[str, Any]
@@ -192,9 +194,9 @@ def pair_report(prices: Prices, cases: Sequence[Case], measured: dict[str, Any])
 def main(arguments: list[str]) -> int:
     """Print the three parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measured", type=Path)
-    parser.add_argument("--cases", type=Path, required=True)
-    parser.add_argument("--profile", required=True)
+    parser.add_argument("measured", type=Path, nargs="?", default=MEASURED / "h100.json")
+    parser.add_argument("--cases", type=Path, default=MEASURED / "h100_cases.json")
+    parser.add_argument("--profile", default="h100")
     options = parser.parse_args(arguments)
     measured, cases = json.loads(options.measured.read_text()), json.loads(options.cases.read_text())
     profile = load(DeviceProfile, options.profile)
