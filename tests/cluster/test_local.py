@@ -126,10 +126,10 @@ def test_a_terminal_that_goes_leaves_the_run_alone(
 
 def test_queue_position_reason_and_priority(shell: Shell) -> None:
     first = shell.submit(*RUN, "train.steps=100000")
-    second = shell.submit(*RUN)
+    second = shell.submit(*RUN, "train.steps=100000")  # longer than any of this takes: it is cancelled
     rows = {row["run_id"]: row for row in json.loads(shell.run("list", "--json"))}
     assert rows[second]["position"] == 1 and "2" in rows[second]["waiting_for"]
-    third = shell.submit(*RUN, "--priority", "5")
+    third = shell.submit(*RUN, "train.steps=100000", "--priority", "5")
     rows = {row["run_id"]: row for row in json.loads(shell.run("list", "--json"))}
     assert (rows[third]["position"], rows[second]["position"]) == (1, 2)
     shell.run("cancel", first)

@@ -150,6 +150,8 @@ def command(out: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "collectives", "run", "--ranks", "2", "--out", str(out), "hardware=cpu", *words],
         env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A terminal's foreground job heeds Ctrl-C, also where this test runs in a shell's background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -79,10 +79,9 @@ def test_the_best_matmul_on_record_is_what_sets_the_rate(name: str) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("way", ["random", "same [n, k]"])
-def test_shapes_held_out_of_the_h100_profile_are_predicted(h100: DeviceProfile, way: str) -> None:
-    """Rates over shapes that the fit hasn't seen: at most 10 % off on average, dense and grouped."""
-    found = cross_validated(hardware("h100"), h100, way)
+def test_shapes_held_out_of_the_h100_profile_are_predicted(h100: DeviceProfile) -> None:
+    """Rates over shapes that the fit hasn't seen, dense and grouped; `bench_matmul` also leaves out all of one [n, k]."""
+    found = cross_validated(hardware("h100"), h100, "random")
     dense = [
         r
         for row, r in found
