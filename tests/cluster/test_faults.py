@@ -27,7 +27,7 @@ STUDY = (*bench_faults.STUDY, "collectives.passes=2")
 NIC = 400.0
 """Mbit/s of a sound NIC."""
 SLOW = 0.3 * NIC
-TRIES = 3
+TRIES = 6
 """Measurements of a fault at most: it is there in each of them, and what else goes on in the machine is not."""
 Cause = Callable[[Network], None]
 Named = list[tuple[str, tuple[str, ...]]]
