@@ -182,11 +182,8 @@ def _size(options: argparse.Namespace) -> int:
 
     if options.hardware_table is not None:
         name = options.hardware_table
-        known = choices("hardware")
-        if name and name not in known:
-            raise UserError(
-                f"--hardware-table {name}: no such device{nearest(name, known)}; use one of {', '.join(known)}"
-            )
+        if name:
+            _check_device("--hardware-table", name)
         devices = [catalogue.device(name)] if name else catalogue.devices()
         if options.json:
             return _say([json.dumps([one.model_dump(mode="json") for one in devices], indent=1)])
@@ -232,13 +229,15 @@ def _asked(options: argparse.Namespace, one: Answer) -> list[Asked]:
     if options.by is not None:
         found.append(asked.in_time(one, options.by, options.tokens, datetime.now().astimezone()))
     if options.on is not None:
-        known = choices("hardware")
-        if options.on not in known:
-            raise UserError(
-                f"--on {options.on}: no such device{nearest(options.on, known)}; use one of {', '.join(known)}"
-            )
+        _check_device("--on", options.on)
         found.append(asked.elsewhere(one, options.on))
     return found
+
+
+def _check_device(flag: str, name: str) -> None:
+    known = choices("hardware")
+    if name not in known:
+        raise UserError(f"{flag} {name}: no such device{nearest(name, known)}; use one of {', '.join(known)}")
 
 
 def _compared(text: str | None) -> list[str]:
