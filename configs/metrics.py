@@ -33,9 +33,9 @@ class StepLine:
     tokens: int
     """Tokens trained on so far, over all attempts, counting each step once."""
     tokens_per_second: float
-    """Over all ranks, since the previous line."""
+    """Over all ranks, since the previous line, without the time of saves and evaluations between."""
     step_seconds: float
-    """Mean per step since the previous line."""
+    """Mean per step since the previous line, likewise."""
     phase_seconds: dict[str, float]
     """Mean per step by phase (`data`, `forward`, `backward`, `optimizer`, …), the slowest rank's."""
     mfu: float | None
@@ -45,9 +45,26 @@ class StepLine:
     balance_entropy: float
     """Entropy of the load over log(experts), mean over the layers; 1 is even."""
     dropped: int
-    """Token-expert pairs dropped; 0 in a dropless layer."""
+    """Token-expert pairs of this step that were dropped for want of capacity; 0 without `capacity_factor`."""
     memory_bytes: int
     """Largest over the ranks: device memory peak, or the process's peak resident set on a CPU."""
+    skipped: int = 0
+    """Steps of this attempt so far in which nothing moved, because the gradients weren't finite."""
+
+
+@dataclass(frozen=True)
+class EvaluatedLine:
+    """The loss on held-out documents."""
+
+    kind: ClassVar[str] = "evaluated"
+    time: float
+    attempt: int
+    step: int
+    loss: float
+    """Mean cross-entropy per token, in nats."""
+    samples: int
+    seconds: float
+    """That training stood still for it."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +153,9 @@ class EndedLine:
     tokens: int
 
 
-MetricLine = StepLine | SavedLine | ResumedLine | MeasuredLine | FindingLine | EndedLine
+MetricLine = StepLine | EvaluatedLine | SavedLine | ResumedLine | MeasuredLine | FindingLine | EndedLine
 _KINDS: dict[str, type[MetricLine]] = {
-    c.kind: c for c in (StepLine, SavedLine, ResumedLine, MeasuredLine, FindingLine, EndedLine)
+    c.kind: c for c in (StepLine, EvaluatedLine, SavedLine, ResumedLine, MeasuredLine, FindingLine, EndedLine)
 }
 
 

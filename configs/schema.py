@@ -7,114 +7,24 @@ frozen, typed `RunConfig`, and past that point no dictionary travels. `None` in 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from configs.fabric import CollectivesConfig, NetworkConfig
 from configs.hardware import HardwareConfig as HardwareConfig
-from configs.section import Fraction, NonNegative, Positive, Section
+from configs.model import ModelConfig as ModelConfig
+from configs.model import RouterConfig as RouterConfig
+from configs.model import YarnConfig as YarnConfig
+from configs.section import NonNegative, Positive, Section
 from configs.timeouts import Timeouts
-
-Precision = Literal["fp32", "bf16"]
-
-
-class RouterConfig(Section):
-    """How tokens choose experts, and what keeps the experts' loads even."""
-
-    kind: Literal["linear", "mlp"] = "linear"
-    """`linear`: one matrix; `mlp`: ZAYA1's down-projection and three-layer MLP (counted by sizing only)."""
-    hidden: Positive = 256
-    """Width of the `mlp` router."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Function from router logits to expert scores."""
-    renormalize: bool = True
-    """Divide the chosen experts' scores by their sum, so that the weights of a token add up to `scale`."""
-    scale: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the combined expert output (DeepSeek-V3 uses 2.5)."""
-    balance: Literal["bias", "aux", "none"] = "bias"
-    """`bias`: aux-loss-free, a per-expert bias on the choice only; `aux`: Switch-style auxiliary loss."""
-    bias_update_rate: Annotated[float, Field(ge=0)] = 1e-3
-    """Step by which `bias` moves towards even load after each training step."""
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1e-2
-    """Weight of the auxiliary loss under `aux`."""
-
-
-class ModelConfig(Section):
-    """Shape of a decoder-only mixture-of-experts model."""
-
-    name: str
-    """Preset name, shown in tables and used in run ids."""
-    layers: Positive
-    """Transformer blocks."""
-    hidden: Positive
-    """Model width."""
-    heads: Positive
-    """Query heads."""
-    kv_heads: Positive
-    """Key/value heads; `heads` must be a multiple (grouped-query attention)."""
-    head_dim: Positive
-    """Width of one head."""
-    vocab: Positive
-    """Rows of the embedding table."""
-    experts: Positive
-    """Routed experts per MoE layer."""
-    top_k: Positive
-    """Experts that each token goes to."""
-    expert_width: Positive
-    """Inner width of a routed SwiGLU expert."""
-    shared_width: NonNegative = 0
-    """Inner width of the shared expert that sees every token; 0 for none."""
-    dense_layers: NonNegative = 0
-    """Leading layers with a dense SwiGLU instead of experts."""
-    dense_width: NonNegative = 0
-    """Inner width of those dense layers."""
-    gated: bool = True
-    """MLPs and experts are SwiGLU (gate, up, down); false: two matrices and GELU, counted by sizing only."""
-    attention: Literal["gqa", "mla", "cca"] = "gqa"
-    """`gqa` trains; `mla` (DeepSeek) and `cca` (ZAYA1) are counted by sizing and refused by the trainer."""
-    q_lora_rank: NonNegative = 0
-    """MLA: rank of the query compression."""
-    kv_lora_rank: NonNegative = 0
-    """MLA: rank of the key/value compression."""
-    rope_head_dim: NonNegative = 0
-    """MLA: width of the decoupled rotary part of a head; `head_dim` is the part without position."""
-    qk_norm: bool = False
-    """RMSNorm on queries and keys, per head."""
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
-    """Base of the rotary position frequencies."""
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    """Epsilon of every RMSNorm."""
-    tie_embeddings: bool = False
-    """Use the embedding table as the output projection."""
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2*layers)."""
-    router: RouterConfig = RouterConfig()
-    """Routing and balancing."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; "
-                "grouped-query attention shares each key/value head among equally many query heads"
-            )
-        if self.top_k > self.experts:
-            raise ValueError(
-                f"model.top_k={self.top_k} is more than model.experts={self.experts}; "
-                f"set model.top_k to at most {self.experts}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim} is odd; rotary position needs an even width")
-        if self.dense_layers > self.layers:
-            raise ValueError(
-                f"model.dense_layers={self.dense_layers} is more than model.layers={self.layers}"
-            )
-        if self.dense_layers and not self.dense_width:
-            raise ValueError("model.dense_width=0, but model.dense_layers asks for dense layers; set it")
-        if self.attention == "mla" and not (self.kv_lora_rank and self.rope_head_dim):
-            raise ValueError("model.attention=mla needs model.kv_lora_rank and model.rope_head_dim")
-        return self
+from configs.training import CheckpointConfig as CheckpointConfig
+from configs.training import DataConfig as DataConfig
+from configs.training import EngineName as EngineName
+from configs.training import OptimConfig as OptimConfig
+from configs.training import Precision as Precision
+from configs.training import TrainConfig as TrainConfig
 
 
 class ClusterConfig(Section):
@@ -129,8 +39,8 @@ class ClusterConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The layout: ranks = pp * dp * cp * tp, and ep divides dp * cp. An axis of null is open: the planner's search sets
-    it by memory and predicted step time."""
+    """The layout: ranks = pp * dp * cp * tp, and ep * etp divides dp * cp * tp: expert groups are cut out of a stage's
+    ranks. An axis of null is open: the planner's search sets it by memory and predicted step time."""
 
     dp: Positive | None = None
     """Data-parallel size; auto: ep, or all slots of the cluster where it is larger and divides."""
@@ -144,6 +54,14 @@ class ParallelConfig(Section):
     """Context-parallel size; auto: searched."""
     etp: Positive | None = 1
     """Tensor-parallel size inside an expert; auto: searched."""
+    zero: Literal[1, 2, 3] = 1
+    """What is split over dp * cp: 1 the optimizer's state, 2 gradients too, 3 weights too (gathered for each use)."""
+    schedule: Literal["1f1b", "interleaved", "zbv"] = "1f1b"
+    """Pipeline schedule: one forward one backward; several model chunks on each rank; or zero bubble, with two in a V."""
+    chunks: Positive = 1
+    """Model chunks on each pipeline rank under `interleaved`; `zbv` always has 2."""
+    context: Literal["gather", "ulysses"] = "gather"
+    """Context parallelism: keys and values are gathered (as ZAYA1), or heads are exchanged for tokens (Ulysses)."""
 
     @property
     def open(self) -> tuple[str, ...]:
@@ -153,78 +71,6 @@ class ParallelConfig(Section):
     def size(self, axis: str) -> int:
         """Ranks along an axis; 1 where it is open."""
         return getattr(self, axis) or 1
-
-
-class DataConfig(Section):
-    """What is trained on."""
-
-    path: str | None = None
-    """Text, jsonl or parquet: a file, folder, glob or fsspec URL. None: the Python standard library's source."""
-    text_field: str = "text"
-    """Column or key that holds the text in jsonl and parquet."""
-    tokenizer: str = "bytes"
-    """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
-    sequence: Positive = 256
-    """Tokens per sample that the loss is taken over."""
-    cache: str | None = None
-    """Folder for prepared tokens; None: `<home>/data`."""
-
-
-class OptimConfig(Section):
-    """AdamW with warm-up and cosine decay."""
-
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    """Peak learning rate."""
-    min_lr: Annotated[float, Field(ge=0)] = 3e-5
-    """Learning rate at the last step."""
-    warmup_steps: NonNegative = 100
-    """Steps of linear warm-up from 0."""
-    beta1: Fraction = 0.9
-    """Decay of AdamW's first moment."""
-    beta2: Fraction = 0.95
-    """Decay of AdamW's second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay on matrices; norms, biases and embeddings have none."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    """Global gradient-norm limit; 0 turns clipping off."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(
-                f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; the cosine decays from lr to min_lr"
-            )
-        return self
-
-
-class TrainConfig(Section):
-    """How long and how much at a time."""
-
-    steps: Positive = 1000
-    """Optimizer steps of the whole run."""
-    global_batch: Positive | None = None
-    """Samples per step over all ranks; auto: micro_batch * dp."""
-    micro_batch: Positive = 8
-    """Samples per forward pass on a rank; global_batch / (micro_batch * dp) passes are accumulated."""
-    precision: Precision | None = None
-    """`bf16` (fp32 master weights) or `fp32`; auto: bf16 where the device has a bf16 peak, fp32 elsewhere."""
-    seed: NonNegative = 1234
-    """Seed of weights and of the sample order."""
-    log_every: Positive = 1
-    """Steps between metric lines."""
-
-
-class CheckpointConfig(Section):
-    """When and where state is saved."""
-
-    every: Positive = 100
-    """Steps between checkpoints; the last step is always saved."""
-    path: str | None = None
-    """Folder or fsspec URL; None: `<run>/checkpoints`."""
-    keep: Positive = 2
-    """Committed checkpoints kept; older ones are removed after a new one is committed."""
 
 
 class ResilienceConfig(Section):
@@ -284,17 +130,19 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         p = self.parallel
-        ep, dp_cp = p.size("ep"), p.size("dp") * p.size("cp")
+        ep = p.size("ep")
         if self.model.experts % ep:
             divisors = [d for d in range(1, self.model.experts + 1) if self.model.experts % d == 0]
             raise ValueError(
                 f"parallel.ep={ep} does not divide model.experts={self.model.experts}; "
                 f"use one of {', '.join(map(str, divisors))}"
             )
-        if p.dp is not None and p.cp is not None and dp_cp % ep:
+        stage, unit = p.size("dp") * p.size("cp") * p.size("tp"), ep * p.size("etp")
+        if p.dp is not None and p.cp is not None and p.tp is not None and stage % unit:
+            least = unit // math.gcd(unit, stage // p.dp)
             raise ValueError(
-                f"parallel.ep={ep} does not divide parallel.dp*cp={dp_cp}; expert groups are cut "
-                f"out of the data-parallel ranks: set parallel.dp to a multiple of {ep}"
+                f"parallel.ep*etp={unit} does not divide parallel.dp*cp*tp={stage}; expert groups are cut "
+                f"out of a stage's ranks: set parallel.dp={-(-p.dp // least) * least}"
             )
         if self.train.global_batch is not None and p.dp is not None:
             unit = self.train.micro_batch * p.dp
@@ -303,9 +151,30 @@ class RunConfig(Section):
                     f"train.global_batch={self.train.global_batch} is not a multiple of "
                     f"train.micro_batch*parallel.dp={unit}; set it to a multiple of {unit}"
                 )
+        self._check_ramp()
+        if self.train.evaluate_every and not self.data.validation:
+            raise ValueError(
+                f"train.evaluate_every={self.train.evaluate_every} needs documents that are held out of training; set "
+                "data.validation=0.01, or train.evaluate_every=0"
+            )
         if self.optim.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is not below train.steps={self.train.steps}; "
                 f"set optim.warmup_steps to at most {self.train.steps - 1}"
             )
         return self
+
+    def _check_ramp(self) -> None:
+        train, dp = self.train, self.parallel.dp
+        if train.ramp_batch is None:
+            return
+        if train.global_batch is not None and train.global_batch % train.ramp_batch:
+            raise ValueError(
+                f"train.ramp_batch={train.ramp_batch} does not divide train.global_batch={train.global_batch}; "
+                "the batch grows in multiples of it"
+            )
+        if dp is not None and train.ramp_batch % (train.micro_batch * dp):
+            raise ValueError(
+                f"train.ramp_batch={train.ramp_batch} is not a multiple of train.micro_batch*parallel.dp="
+                f"{train.micro_batch * dp}; set it to one"
+            )

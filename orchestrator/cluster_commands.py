@@ -69,7 +69,7 @@ def submit(call: Call) -> int:
         ray_cluster.connect(address)
     try:
         submission = Submission(
-            config, plan(config, _capacity(config, address), runnable=True), call.options.priority
+            config, plan(config, _capacity(config, address), strict=True), call.options.priority
         )
         tree = submission.plan.to_json()
         call.note(console.plan_table(tree))

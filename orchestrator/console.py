@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from configs.metrics import EndedLine, MeasuredLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.metrics import (
+    EndedLine,
+    EvaluatedLine,
+    MeasuredLine,
+    MetricLine,
+    ResumedLine,
+    SavedLine,
+    StepLine,
+)
 from configs.paths import HomePaths, RunPaths
 from orchestrator import PROGRAM, reading
 from orchestrator.events import Decided, Event, FabricFinding, IncidentClosed, IncidentOpened, Moved
@@ -85,6 +93,7 @@ def plan_table(plan: dict[str, Any]) -> str:
             ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
             ("device", plan["device"]),
             ("layout", layout),
+            ("engine", _engine(plan)),
             ("fullest rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
             ("step time", step_time(plan["step_time"], plan["tokens_per_step"])),
             ("tokens", steps),
@@ -99,6 +108,20 @@ def plan_table(plan: dict[str, Any]) -> str:
     for note in plan["notes"]:
         text += f"\nnote: {note}"
     return text
+
+
+def _engine(plan: dict[str, Any]) -> str:
+    """What trains, and how."""
+    again = "nothing recomputed" if plan["recompute"] == "none" else f"{plan['recompute']} recomputation"
+    told = [plan["engine"], plan["optimizer"], f"ZeRO {plan['zero']}", again]
+    if plan["layout"]["pp"] > 1:
+        told.append(
+            f"schedule {plan['schedule']}"
+            + (f", {plan['chunks']} chunks a rank" if plan["chunks"] > 1 else "")
+        )
+    if plan["layout"]["cp"] > 1:
+        told.append(f"context by {plan['context']}")
+    return ", ".join(told)
 
 
 def step_time(predicted: dict[str, Any], tokens: int) -> str:
@@ -374,6 +397,8 @@ def _told(item: Event | MetricLine) -> str | None:
             return f"{at} incident {closed.incident} is over: {closed.resolution}, {closed.lost_steps} steps again"
         case ResumedLine(step=step) if step:
             return f"{at} resumed from step {step}"
+        case EvaluatedLine():
+            return f"{at} step {item.step}: loss {item.loss:.4f} on {item.samples} held-out samples"
         case SavedLine():
             return f"{at} saved step {item.step} ({size(item.bytes)} in {item.seconds:.2f} s)"
         case Event(payload=FabricFinding(finding=found)):

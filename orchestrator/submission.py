@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
 from orchestrator.events import GangShape, Submitted
+from trainer.sizing.layout import Layout
 from trainer.sizing.planner import Plan
 
 CODE = ROOT.parent
@@ -43,7 +44,7 @@ class Submission:
     def gang(self) -> GangShape:
         """What the queue is asked for; a number of nodes only where the user asked for one."""
         plan = self.plan
-        inner = plan.layout["ep"] * max(plan.layout["tp"], plan.layout["etp"])
+        inner = Layout(**plan.layout).inner
         per_node = plan.config.cluster.slots_per_node or plan.ranks
         return GangShape(
             ranks=plan.ranks,

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 HOMES = {
     "ray": ("orchestrator/ray_*.py",),
     "wandb": ("orchestrator/sinks/wandb.py",),
-    "deepspeed": ("trainer/engine.py", "trainer/parallel/*.py"),
+    "deepspeed": ("trainer/engines/deepspeed.py",),
 }
 """Library -> the files that may import it."""
 HEAVY = ("torch", "ray", "deepspeed", "wandb")
@@ -158,7 +158,7 @@ def test_the_rules_let_a_good_tree_pass(tmp_path: Path) -> None:
         tmp_path,
         {
             "configs/schema.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ray\n",
-            "trainer/engine.py": "import deepspeed\nimport torch\nfrom configs import schema\n",
+            "trainer/engines/deepspeed.py": "import deepspeed\nimport torch\nfrom configs import schema\n",
             "orchestrator/ray_cluster.py": "import ray\n",
             "orchestrator/cluster_commands.py": "from orchestrator import ray_cluster\nprint('up')\n",
             "orchestrator/cli.py": "def go():\n    from orchestrator import cluster_commands\n    print(1)\n",

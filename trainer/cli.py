@@ -1,9 +1,10 @@
-"""The command line of the trainer: `run` trains, `size` sizes a model for its hardware, `forecast` looks ahead in a run,
-`validate` shows how wrong the sizing is."""
+"""The command line of the trainer: `run` trains, `prepare` makes token files of text, `size` sizes a model for its
+hardware, `forecast` looks ahead in a run, `validate` shows how wrong the sizing is."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -19,11 +20,12 @@ from configs.paths import default_home
 from configs.rank import RankContext, die_with_parent
 
 if TYPE_CHECKING:
+    from configs.schema import RunConfig
     from trainer.sizing.answer import Answer
     from trainer.sizing.asked import Asked
 
 PROGRAM = "python -m trainer"
-_COMMANDS = ("run", "size", "forecast", "validate")
+_COMMANDS = ("run", "prepare", "size", "forecast", "validate")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command; exit code 0 done, 2 a user's mistake, 1 anything else."""
     try:
         options = parse(arguments)
+        if options.command == "prepare":
+            return _prepare(options)
         if options.command == "forecast":
             return _forecast(options)
         if options.command == "validate":
@@ -61,6 +65,21 @@ def _parser() -> _Parser:
         "overrides", nargs="*", metavar="field=value", help="configuration, as `submit` takes it"
     )
     run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a run")
+    prepare = commands.add_parser(
+        "prepare", help="make a memory-mapped token file of text, ahead of a run",
+        description="Text, jsonl or parquet, packed or not, to Megatron's .bin and .idx; what was stopped goes on.",
+    )  # fmt: skip
+    prepare.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="data.path=PATH and other data fields"
+    )
+    prepare.add_argument("--config", type=Path, help="YAML file with any part of the configuration")
+    prepare.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the files; by default the cache of runs"
+    )
+    prepare.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes; one for each core by default"
+    )
+    prepare.add_argument("--json", action="store_true", help="print JSON and nothing else")
     size = commands.add_parser(
         "size", help="what a model takes on its hardware, what its shape costs, and what would be better",
         description="Counts, memory, time and lint of a model on a device; every number can be asked for its origin.",
@@ -147,6 +166,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             options.overrides.append(value)
             setattr(options, name, "")
     return options
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from trainer.data import command
+
+    try:
+        found = command.run(options.overrides, options.config, options.out, options.workers, sys.stderr)
+    except KeyboardInterrupt:
+        print("megaray: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return _say([json.dumps(found, indent=1)] if options.json else command.lines(found))
 
 
 def _forecast(options: argparse.Namespace) -> int:
@@ -257,17 +287,29 @@ def _compared(text: str | None) -> list[str]:
 
 def _run(file: Path | None, overrides: list[str]) -> int:
     die_with_parent(os.environ)
-    rank = RankContext.from_environment(os.environ, default_home() / "runs" / "torchrun")
     config = load(file) if file is not None and not overrides else compose(overrides, file)
+    world = RankContext.from_environment(os.environ, default_home() / "runs" / "torchrun").world
     if config.parallel.open or None in (
         config.parallel.dp,
         config.train.global_batch,
         config.train.precision,
+        config.train.engine,
     ):
         from trainer.sizing.planner import Capacity, plan  # a resolved configuration needs no plan
 
-        config = plan(config, Capacity.of_nodes([rank.world]), runnable=True).config
+        config = plan(config, Capacity.of_nodes([world])).config
+    rank = RankContext.from_environment(os.environ, default_home() / "runs" / _folder(config))
+    if rank.rank == 0:
+        print(f"run folder: {rank.run.root}", file=sys.stderr)
     from trainer.loop import main as train  # torch loads after the parent's death is arranged for
 
     train(config, rank)
     return 0
+
+
+def _folder(config: RunConfig) -> str:
+    """A run folder for each thing to be trained, so that one never goes on from another; steps and layout may change."""
+    tree = config.model_dump(
+        mode="json", include={"model": True, "data": True, "optim": True, "train": {"seed"}}
+    )
+    return f"torchrun-{hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=4).hexdigest()}"

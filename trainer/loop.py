@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,23 +17,19 @@ import torch.distributed as dist
 
 from collectives.team import choose_device
 from configs.errors import UserError
-from configs.metrics import EndedLine, MetricWriter, ResumedLine, SavedLine, StepLine
+from configs.metrics import EndedLine, EvaluatedLine, MetricWriter, ResumedLine, SavedLine, StepLine
 from configs.paths import default_home
 from configs.rank import RankContext
 from configs.schema import RunConfig
-from faulttol.checkpoint import load as loading
-from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.pieces import Shard
-from faulttol.checkpoint.save import save
 from faulttol.recorder import Phase, Recorder
-from trainer.data.prepare import TokenStore, prepare
-from trainer.data.sampler import Sampler
-from trainer.engine import Engine, StepResult
+from trainer import resume as resuming
+from trainer.engines.base import Engine, StepResult
+from trainer.feed import Feed
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
-from trainer.optim import learning_rate
-from trainer.parallel.mesh import Mesh, join, refuse_unsupported
+from trainer.optim.schedule import learning_rate, samples_before, samples_of
+from trainer.parallel.mesh import Mesh, join
 from trainer.sizing import flops
-from trainer.sizing.planner import trainable
+from trainer.sizing.runnable import refusal
 
 _COLLECT_EVERY = 100
 """Steps between garbage collections, at the same step on all ranks: irregular ones make ranks drift apart
@@ -46,21 +44,56 @@ def main(config: RunConfig, rank: RankContext) -> None:
     Raises:
         UserError: for what the user can mend.
     """
-    refusal = trainable(config)
-    if refusal:
-        raise UserError(refusal)
-    refuse_unsupported(config, rank.world)
+    _refuse(config, rank)
     recorder = Recorder(rank.paths.record(rank.rank), rank.rank)
     device = choose_device(config, rank)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if config.train.deterministic:
+        _be_deterministic()
     recorder.begin(Phase.DATA, 0)
-    store = prepare(config.data, config.model.vocab, default_home() / "data")
+    feed = Feed.prepare(config, default_home() / "data")
     recorder.begin(Phase.START, 0)
     mesh = join(config, rank, device)
-    job = _Job(config, rank, mesh, store, recorder)
+    job = _Job(config, rank, mesh, feed, recorder)
     job.resume()
     job.train()
     job.close()
+
+
+def _refuse(config: RunConfig, rank: RankContext) -> None:
+    why = refusal(config)
+    if why:
+        raise UserError(why)
+    parallel = config.parallel
+    ranks = parallel.size("pp") * parallel.size("dp") * parallel.size("cp") * parallel.size("tp")
+    if ranks != rank.world:
+        raise UserError(
+            f"parallel.pp*dp*cp*tp={ranks} ranks are laid out, but {rank.world} were started; set parallel.dp="
+            f"{max(1, rank.world * parallel.size('dp') // ranks)}, or start {ranks}"
+        )
+
+
+def _be_deterministic() -> None:
+    """Have every operator give the same bits each time, and refuse those that can't.
+
+    cuBLAS needs a fixed workspace, which is read when its first handle is made (CUDA's documentation, "Results
+    reproducibility"); collectives keep one algorithm and protocol, or sums would depend on NCCL's choice of the day.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NCCL_PROTO", "Simple")
+    torch.use_deterministic_algorithms(True)
+
+
+def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    """The engine that the configuration names."""
+    if config.train.engine == "deepspeed":
+        from trainer.engines.deepspeed import DeepSpeedEngine  # slow to import, and looks for its accelerator
+
+        return DeepSpeedEngine(config, mesh)
+    from trainer.engines.native import NativeEngine
+
+    return NativeEngine(config, mesh)
 
 
 @dataclass
@@ -71,123 +104,145 @@ class _Progress:
     line_step: int = 0
     """Step of the last metric line."""
     line_time: float = 0.0
+    away: float = 0.0
+    """Seconds since then that went to saves and evaluations."""
+    ahead: int = 0
+    """Samples consumed beyond what this configuration takes up to a step: a run may go on with another batch."""
 
 
 class _Job:
     """What lives as long as the process group."""
 
     def __init__(
-        self, config: RunConfig, rank: RankContext, mesh: Mesh, store: TokenStore, recorder: Recorder
+        self, config: RunConfig, rank: RankContext, mesh: Mesh, feed: Feed, recorder: Recorder
     ) -> None:
-        train = config.train
-        assert train.global_batch is not None, "the plan fills train.global_batch in"
-        self.config, self.rank, self.mesh, self.recorder = config, rank, mesh, recorder
-        self.global_batch = train.global_batch
-        self.accumulation = train.global_batch // (train.micro_batch * rank.world)
-        self.engine = Engine(config, mesh, self.accumulation)
-        self.sampler = Sampler(store.tokens, config.data.sequence, train.global_batch, train.seed)
+        self.config, self.rank, self.mesh, self.feed, self.recorder = config, rank, mesh, feed, recorder
+        self.engine = make_engine(config, mesh)
         self.clock = PhaseClock(recorder, mesh.device)
-        self.root = config.checkpoint.path or str(rank.run.checkpoints)
+        self.checkpoints = resuming.Checkpoints(config, rank, mesh, feed.fingerprint)
         self.lines = MetricWriter(rank.paths.metrics) if rank.rank == 0 else None
         self.facts = {
             "device": _device_name(mesh.device),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
-            "corpus_tokens": len(store.tokens),
-            "corpus_documents": store.documents,
-            "samples_per_epoch": self.sampler.samples,
+            "engine": config.train.engine,
             "network": {"name": config.network.name} | asdict(mesh.network),
-        }
+        } | feed.facts
         self.progress = _Progress()
+        self.skipped = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        """Steps that moved nothing: of this attempt, and in a row up to now."""
 
     def resume(self) -> None:
         """Load the newest checkpoint that every rank can read."""
-        step, shard, passed = loading.restore(self.root, self.mesh.layout, self.rank.rank, self.mesh)
-        path = None
-        if step is not None and shard is not None:
-            self.engine.load(dict(shard.by_name()), step)
-            path = f"{self.root.rstrip('/')}/{loading.folder_of(step)}"
-            self.progress.step = self.progress.line_step = step
-            self.progress.loss = float(shard.scalars["loss"])
-        for why in passed:
-            print(f"passed over a checkpoint: {why}", file=sys.stderr)
+        found = self.checkpoints.restore(self.engine)
+        path, notes = None, self.feed.notes
+        if found is not None:
+            self.progress.step = self.progress.line_step = found.step
+            self.progress.loss, path = found.loss, found.path
+            self.progress.ahead = found.samples - samples_before(self.config.train, found.step)
+            notes = [*notes, *found.notes]
+        for note in notes:
+            print(note, file=sys.stderr)
         basis = flops.basis(self.config.hardware, str(self.config.train.precision))
-        self._write(ResumedLine(time.time(), self.rank.attempt, step or 0, path, basis, self.facts))
+        self._write(ResumedLine(time.time(), self.rank.attempt, self.progress.step, path, basis, self.facts))
 
     def train(self) -> None:
         """All steps that are left."""
-        steps, every = self.config.train.steps, self.config.checkpoint.every
+        train = self.config.train
+        if self.progress.step >= train.steps and self.rank.rank == 0:
+            print(
+                f"nothing is left to train: step {self.progress.step} of {train.steps} is done; raise train.steps to go on",
+                file=sys.stderr,
+            )
         gc.collect()
         gc.freeze()
         gc.disable()
         self.progress.line_time = time.perf_counter()
-        while self.progress.step < steps:
-            index = self.clock.step = self.progress.step
-            with self.clock.phase("data"):
-                batches = [self._batch(index, micro) for micro in range(self.accumulation)]
-            lr = learning_rate(self.config.optim, index, steps)
-            result = self.engine.step(batches, lr, self.clock.phase)
-            self.progress.step = index + 1
-            last = self.progress.step == steps
-            saves = last or self.progress.step % every == 0
-            if saves or self.progress.step % self.config.train.log_every == 0:
-                self._log(result, lr)
-            self.recorder.step(self.progress.step)
-            if saves:
-                self._save()
-            if self.progress.step % _COLLECT_EVERY == 0:
-                gc.collect()
-        tokens = steps * self._tokens_per_step()
-        self._write(EndedLine(time.time(), self.rank.attempt, steps, self.progress.loss, tokens))
+        with self.feed.started(self.progress.step, self.progress.ahead, self.engine.place, self.mesh.device):
+            while self.progress.step < train.steps:
+                self._step(self.progress.step)
+        step, tokens = self.progress.step, self._samples(self.progress.step) * self.config.data.sequence
+        self._write(EndedLine(time.time(), self.rank.attempt, step, self.progress.loss, tokens))
 
-    def _batch(self, step: int, micro: int) -> torch.Tensor:
-        array = self.sampler.batch(
-            step, micro, self.config.train.micro_batch, self.rank.rank, self.rank.world
-        )
-        return torch.from_numpy(array).to(self.mesh.device, non_blocking=True)
+    def _samples(self, step: int) -> int:
+        """Samples consumed before the step with index `step`."""
+        return samples_before(self.config.train, step) + self.progress.ahead
 
-    def _tokens_per_step(self) -> int:
-        return self.global_batch * self.config.data.sequence
+    def _step(self, index: int) -> None:
+        train, progress = self.config.train, self.progress
+        self.clock.step = index
+        with self.clock.phase("data"):
+            batches = self.feed.batches()
+        lr = learning_rate(self.config.optim, index, train.steps)
+        result = self.engine.step(batches, samples_of(train, index), lr, self.clock.phase)
+        self.skipped[0] += result.skipped
+        self.skipped[1] = (self.skipped[1] + result.skipped) * result.skipped
+        progress.step = index + 1
+        last = progress.step == train.steps
+        saves = last or progress.step % self.config.checkpoint.every == 0
+        if saves or progress.step % train.log_every == 0:
+            self._log(result, lr)
+        self.recorder.step(progress.step)
+        if train.evaluate_every and (last or progress.step % train.evaluate_every == 0):
+            self._evaluate()
+        if saves:
+            self._save()
+        if progress.step % _COLLECT_EVERY == 0:
+            gc.collect()
+
+    @contextmanager
+    def _away(self) -> Iterator[None]:
+        """Time that isn't the steps'."""
+        began = time.perf_counter()
+        yield
+        self.progress.away += time.perf_counter() - began
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Reduce the numbers of this line over all ranks and append it."""
-        progress, now = self.progress, time.perf_counter()
+        progress = self.progress
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
         steps = progress.step - progress.line_step
-        seconds = (now - progress.line_time) / steps
-        means = (
-            self.mesh.reduce(torch.stack([result.loss.double(), result.aux_loss.double()]), dist.ReduceOp.SUM)
-            / self.rank.world
-        )
+        seconds = (now - progress.line_time - progress.away) / steps
+        shares = torch.stack([x.double() for x in (result.loss, result.aux_loss, result.dropped)])
+        loss, aux_loss, dropped = self.mesh.reduce(shares, dist.ReduceOp.SUM).tolist()
         worst = self.mesh.reduce(
             torch.tensor([*self.clock.take(), memory_bytes(self.mesh.device)], dtype=torch.float64),
             dist.ReduceOp.MAX,
         ).tolist()
-        progress.loss, progress.line_step, progress.line_time = float(means[0]), progress.step, now
+        progress.loss, progress.line_step, progress.line_time, progress.away = loss, progress.step, now, 0.0
         load = result.load.tolist()
-        rate = self._tokens_per_step() / seconds
+        skipped, in_a_row = (int(number) for number in self.skipped.tolist())
+        tokens = self._samples(progress.step) * self.config.data.sequence
+        rate = samples_of(self.config.train, progress.step - 1) * self.config.data.sequence / seconds
         self._write(
             StepLine(
                 time=time.time(),
                 attempt=self.rank.attempt,
                 step=progress.step,
-                loss=progress.loss,
-                aux_loss=float(means[1]),
+                loss=loss,
+                aux_loss=aux_loss,
                 lr=lr,
                 grad_norm=float(result.grad_norm),
-                tokens=progress.step * self._tokens_per_step(),
+                tokens=tokens,
                 tokens_per_second=rate,
                 step_seconds=seconds,
                 phase_seconds={name: worst[i] / steps for i, name in enumerate(PHASES)},
                 mfu=self._mfu(rate),
                 expert_load=load,
                 balance_entropy=balance_entropy(load),
-                dropped=0,
+                dropped=int(dropped),
                 memory_bytes=int(worst[-1]),
+                skipped=skipped,
             )
         )
-        if not torch.isfinite(means).all():
-            raise FloatingPointError(f"the loss of step {progress.step} is {progress.loss}; lower optim.lr")
+        if in_a_row >= self.config.train.max_skipped:
+            raise UserError(
+                f"train.max_skipped={self.config.train.max_skipped}: the gradients of the last {in_a_row} steps weren't "
+                f"finite, so nothing moved since step {progress.step - in_a_row}; lower optim.lr={self.config.optim.lr:g}"
+            )
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         peak = flops.peak(self.config.hardware, str(self.config.train.precision))
@@ -196,23 +251,24 @@ class _Job:
         per_token = flops.train_flops_per_token(self.config.model, self.config.data.sequence)
         return tokens_per_second * per_token / (peak * self.rank.world)
 
+    def _evaluate(self) -> None:
+        with self._away():
+            began = time.perf_counter()
+            batches, samples = self.feed.validation()
+            share = self.engine.evaluate(batches, samples)
+            loss = float(self.mesh.reduce(share.double(), dist.ReduceOp.SUM))
+            seconds = time.perf_counter() - began
+        self._write(EvaluatedLine(time.time(), self.rank.attempt, self.progress.step, loss, samples, seconds))
+
     def _save(self) -> None:
-        with self.clock.phase("checkpoint"):
-            shard = Shard(
-                self.rank.rank,
-                self.rank.world,
-                self.mesh.layout,
-                list(self.engine.pieces()),
-                {"loss": self.progress.loss, "run": self.rank.run.run_id},
+        progress = self.progress
+        with self._away(), self.clock.phase("checkpoint"):
+            done = self.checkpoints.save(
+                self.engine, progress.step, self._samples(progress.step), progress.loss
             )
-            try:
-                done = save(self.root, self.progress.step, shard, self.mesh, self.config.checkpoint.keep)
-            except Incomplete as error:
-                # Training state is sound and the last checkpoint stands; the next save may succeed.
-                print(f"checkpoint failed: {error}", file=sys.stderr)
-                if self.progress.step == self.config.train.steps:
-                    raise
-                return
+        if done is None:
+            # Training state is sound and the last checkpoint stands; the next save may succeed.
+            return
         self._write(SavedLine(time.time(), self.rank.attempt, done.step, done.path, done.bytes, done.seconds))
 
     def _write(self, line: Any) -> None:

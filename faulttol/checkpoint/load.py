@@ -1,124 +1,207 @@
-"""Loading: the newest checkpoint that is whole, verified byte by byte."""
+"""Loading under any layout: the newest checkpoint that every rank can read, each rank only what it needs of it."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from configs.errors import UserError
-from faulttol.checkpoint.manifest import FILE, Incomplete, Manifest
-from faulttol.checkpoint.peers import Peers
-from faulttol.checkpoint.pieces import Piece, Shard
+from configs.errors import UserError, nearest
+from faulttol.checkpoint.folder import Commit, Folder, folder_of
+from faulttol.checkpoint.manifest import Identity as Identity
+from faulttol.checkpoint.manifest import Incomplete, Superseded
+from faulttol.checkpoint.manifest import Manifest as Manifest
+from faulttol.checkpoint.peers import Failure, Peers, on_first, together
+from faulttol.checkpoint.pieces import Wanted as Wanted
+from faulttol.checkpoint.reading import Reader
 from faulttol.checkpoint.store import Store
 
 
-def folder_of(step: int) -> str:
-    """Folder of a step's checkpoint; names sort by step."""
-    return f"step-{step:010d}"
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that all ranks have loaded."""
+
+    step: int
+    facts: dict[str, Any]
+    """That were saved with it."""
+    path: str
+    passed: tuple[str, ...]
+    """Why newer checkpoints were passed over."""
+    bytes: int
+    """That this rank has read."""
 
 
-def steps(store: Store) -> list[int]:
-    """Steps that have a manifest, oldest first; there is no file that names the latest."""
-    found = []
-    for name in store.names():
-        prefix, _, number = name.partition("-")
-        if prefix == "step" and number.isdigit() and FILE in store.names(name):
-            found.append(int(number))
-    return sorted(found)
+def newest(root: str, peers: Peers) -> Manifest | None:
+    """The newest checkpoint whose manifest can be read and whose files are there; None where nothing is committed.
 
-
-def manifest_of(store: Store, step: int) -> Manifest:
-    """The manifest of a step.
-
-    Raises:
-        Incomplete: where it is missing or unreadable, or a shard file's name is missing.
-    """
-    folder = folder_of(step)
-    try:
-        manifest = Manifest.parse(store.read(f"{folder}/{FILE}"))
-    except FileNotFoundError:
-        raise Incomplete(f"step {step} has no manifest") from None
-    missing = {shard.file for shard in manifest.shards} - set(store.names(folder))
-    if missing:
-        raise Incomplete(f"{store.url}/{folder} misses {', '.join(sorted(missing)[:3])}")
-    return manifest
-
-
-def load(root: str, step: int, layout: dict[str, int], rank: int) -> Shard:
-    """One rank's shard.
+    Only rank 0 reads, all ranks call this together and get the same.
 
     Raises:
-        UserError: where another layout saved it.
-        Incomplete: where its file differs from what was committed.
+        UserError: on every rank, where the folder has checkpoints of format 1 or of several runs.
+        Incomplete: on every rank, where checkpoints are committed and no manifest can be read.
     """
     store = Store(root)
-    manifest = manifest_of(store, step)
-    if manifest.layout != layout:
-        saved, wanted = (
-            " ".join(f"{axis}={size}" for axis, size in tree.items()) for tree in (manifest.layout, layout)
-        )
-        raise UserError(
-            f"the checkpoint {root}/{folder_of(step)} was saved under {saved}, and this run is {wanted}; "
-            "this version loads the same layout only: set parallel.* to the saved one, or another checkpoint.path"
-        )
-    file = next(shard for shard in manifest.shards if shard.rank == rank)
-    path = f"{root.rstrip('/')}/{folder_of(step)}/{file.file}"
-    try:
-        data = memoryview(store.read(f"{folder_of(step)}/{file.file}"))
-    except OSError as error:
-        raise Incomplete(f"{path} can't be read: {error}") from None
-    digest = hashlib.sha256(data).hexdigest()
-    if (len(data), digest) != (file.bytes, file.digest):
-        raise Incomplete(
-            f"{path} differs from what was saved: {len(data)} bytes with SHA-256 {digest[:12]}, "
-            f"and {file.bytes} with {file.digest[:12]} were committed"
-        )
-    pieces = [
-        Piece(e.name, e.dtype, e.shape, e.global_shape, e.start, data[e.offset : e.offset + e.length])
-        for e in file.entries
-    ]
-    return Shard(rank, len(manifest.shards), manifest.layout, pieces, dict(manifest.scalars))
+
+    def find() -> Manifest | None:
+        folder = Folder(store)
+        passed: list[str] = []
+        folder.refuse_others()
+        for commit in reversed(folder.commits):
+            try:
+                return folder.manifest(commit)
+            except Incomplete as error:
+                passed.append(f"step {commit.step}: {error}")
+        if passed:
+            raise _none_readable(root, passed)
+        return None
+
+    first = peers.gather(None) is not None
+    found, failure = on_first(peers, first, find)
+    if failure is not None:
+        raise _error(failure)
+    return found
 
 
-def restore(
-    root: str, layout: dict[str, int], rank: int, peers: Peers
-) -> tuple[int | None, Shard | None, list[str]]:
-    """The newest checkpoint that every rank can read; all ranks call this together and agree on it.
+def read_manifest(root: str, step: int, peers: Peers) -> Manifest:
+    """The manifest of a step, of its newest attempt. Only rank 0 reads, all ranks call this together.
+
+    Raises:
+        UserError: on every rank, where the folder has checkpoints of format 1 or of several runs.
+        Incomplete: on every rank, where the step isn't committed, its manifest is damaged or a file is missing.
+    """
+    store = Store(root)
+
+    def find() -> Manifest:
+        folder = Folder(store)
+        folder.refuse_others()
+        commits = [commit for commit in folder.commits if commit.step == step]
+        if not commits:
+            raise Incomplete(f"step {step} has no manifest in {root}")
+        return folder.manifest(commits[-1])
+
+    first = peers.gather(None) is not None
+    found, failure = on_first(peers, first, find)
+    if failure is not None or found is None:
+        raise _error(failure)
+    return found
+
+
+def restore(root: str, wanted: Sequence[Wanted], peers: Peers, identity: Identity) -> Restored | None:
+    """Fill live tensors from the newest checkpoint that every rank can read, whatever layout saved it.
+
+    All ranks call this together and agree on the checkpoint. Each reads the blocks that its boxes touch, and verifies
+    each before it is used.
+
+    Args:
+        root: folder or fsspec URL.
+        wanted: what this rank needs; together the ranks must want every tensor of the checkpoint.
+        identity: of this run: another run's checkpoints are refused.
 
     Returns:
-        The step and this rank's shard, None where nothing has been committed, and why newer checkpoints were
-        passed over.
+        None where nothing has been committed.
 
     Raises:
-        UserError: where another layout saved the newest.
-        Incomplete: where checkpoints were committed and none can be read: to start afresh would be to lose
-            them in silence.
+        UserError: on every rank, where the folder is another run's or of format 1, or the newest checkpoint has other
+            tensors, shapes or dtypes than the ranks want: the state of another model.
+        Incomplete: on every rank, where checkpoints were committed and none can be read: to start afresh would be to
+            lose them in silence. Tensors may be half filled then.
     """
-    store = Store(root)
+    store, first = Store(root), identity.rank == 0
     passed: list[str] = []
-    for step in reversed(peers.broadcast(steps(store) if rank == 0 else None)):
-        shard, refusal, why = None, None, None
-        try:
-            shard = load(root, step, layout, rank)
-        except UserError as error:
-            refusal = str(error)
-        except Exception as error:  # told to all ranks, which decide together
-            why = str(error) if isinstance(error, Incomplete) else f"{type(error).__name__}: {error}"
-        answers = peers.gather((refusal, why))
-        refusals, reasons = peers.broadcast(_distinct(answers) if answers is not None else None)
-        if refusals:
-            raise UserError(refusals[0])
-        if not reasons:
-            return step, shard, passed
-        passed.append(f"step {step}: {'; '.join(reasons[:3])}")
+    commits, failure = on_first(peers, first, lambda: _candidates(store, identity))
+    if failure is not None:
+        raise _error(failure)
+    for commit in commits or ():
+        found = _load(store, commit, wanted, peers, first)
+        if not isinstance(found, str):
+            manifest, size = found
+            path = f"{root.rstrip('/')}/{folder_of(commit.step)}"
+            return Restored(commit.step, manifest.facts, path, tuple(passed), size)
+        passed.append(f"step {commit.step}: {found}")
     if passed:
-        raise Incomplete(
-            f"no checkpoint in {root} can be read: {' | '.join(passed)}; restore the files, or name another "
-            "checkpoint.path to start afresh"
+        raise _none_readable(root, passed)
+    return None
+
+
+def _candidates(store: Store, identity: Identity) -> list[Commit]:
+    """Committed checkpoints of the run, newest first."""
+    folder = Folder(store)
+    try:
+        folder.admit(identity)
+    except Superseded as error:  # a restart wouldn't mend it
+        raise UserError(str(error)) from None
+    return folder.commits[::-1]
+
+
+def _load(
+    store: Store, commit: Commit, wanted: Sequence[Wanted], peers: Peers, first: bool
+) -> tuple[Manifest, int] | str:
+    """Load one checkpoint: its manifest and the bytes that were read, or why a rank could not."""
+    manifest, failure = on_first(peers, first, lambda: Folder(store).manifest(commit))
+    if failure is not None or manifest is None:
+        if failure is not None and failure[0] is not UserError:
+            return failure[1]
+        raise _error(failure)
+    _refuse_another(store, manifest, wanted, peers)
+    reader = Reader(store, manifest, wanted)
+    _, failures = together(peers, reader.fill)
+    if failures:
+        return "; ".join(text for _, text in failures[:3])
+    return manifest, reader.bytes
+
+
+def _refuse_another(store: Store, manifest: Manifest, wanted: Sequence[Wanted], peers: Peers) -> None:
+    """Refuse a checkpoint that hasn't exactly the tensors that the ranks want.
+
+    Raises:
+        UserError: on every rank, naming tensors.
+    """
+    names = list(manifest.tensors)
+    here = {item.name for item in wanted}
+    marks = sum(
+        1 << place for place, name in enumerate(names) if name in here
+    )  # few bytes for thousands of names
+    answers = peers.gather((_differences(manifest, wanted), marks))
+    told = None
+    if answers is not None:
+        problems = list(dict.fromkeys(problem for rows, _ in answers for problem in rows))
+        wants = 0
+        for _, other in answers:
+            wants |= other
+        problems += [f"nothing here wants {name}" for at, name in enumerate(names) if not wants >> at & 1]
+        told = problems[:3], len(problems)
+    problems, count = peers.broadcast(told)
+    if problems:
+        rest = f"; and {count - len(problems)} more" if count > len(problems) else ""
+        raise UserError(
+            f"checkpoint.path='{store.url}': {folder_of(manifest.step)} is the state of another model or optimizer "
+            f"({'; '.join(problems)}{rest}): set model and optim as run {manifest.run} had them, or type checkpoint.path= "
+            "another folder"
         )
-    return None, None, passed
 
 
-def _distinct(answers: list[tuple[str | None, str | None]]) -> tuple[list[str], list[str]]:
-    """Refusals and reasons, each told once."""
-    refusals, reasons = zip(*answers, strict=True)
-    return list(dict.fromkeys(filter(None, refusals))), list(dict.fromkeys(filter(None, reasons)))
+def _differences(manifest: Manifest, wanted: Sequence[Wanted]) -> list[str]:
+    """Tensors that a rank wants and that the checkpoint hasn't, or has otherwise."""
+    found: list[str] = []
+    for item in wanted:
+        there = manifest.tensors.get(item.name)
+        if there is None:
+            close = nearest(item.name, manifest.tensors) if not found else ""
+            found.append(f"it has no {item.name}{close}")
+        elif (there.dtype, there.shape) != (item.dtype, item.box.whole):
+            found.append(
+                f"{item.name} is {there.dtype}{list(there.shape)} there, and {item.dtype}{list(item.box.whole)} here"
+            )
+    return found
+
+
+def _none_readable(root: str, passed: Sequence[str]) -> Incomplete:
+    return Incomplete(
+        f"no checkpoint in {root} can be read: {' | '.join(passed)}; restore the files, or name another "
+        "checkpoint.path to start afresh"
+    )
+
+
+def _error(failure: Failure | None) -> Exception:
+    kind, text = failure or (Incomplete, "rank 0 gave no answer")
+    return kind(text)

@@ -2,154 +2,187 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import prod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
-FORMAT = 1
+from faulttol.checkpoint.boxes import Box, uncovered
+
+FORMAT = 2
 """Version of the layout on storage; a reader refuses one that it doesn't know."""
-FILE = "manifest.json"
+Plain = tuple[str, str, Box]
+"""Name, dtype and box of a piece, without its place and digests."""
 
 
 class Incomplete(Exception):
     """A checkpoint that misses, doubles or contradicts something; nothing was committed or nothing is loaded."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One piece in a shard file."""
+class Superseded(Incomplete):
+    """A newer attempt of the run has saved; this one is over."""
 
-    name: str
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """128 bits of SHA-256 in hex.
+
+    Of the standard library's strong hashes the fastest on processors with SHA instructions, which every host of this class
+    has (1.7 GB/s a core against 0.8 for BLAKE2b). CRC-32 does 3, but its 32 bits are few for the blocks of a large run.
+    """
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who saves or loads."""
+
+    run: str
+    """Id of the run, which owns its folder."""
+    attempt: int
+    """Grows with each start of the run: a newer one shuts out what an older one still writes."""
+    layout: dict[str, int]
+    """Size by axis; kept as information, nothing hangs on it."""
+    rank: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A global tensor that a checkpoint holds."""
+
     dtype: str
     shape: tuple[int, ...]
-    global_shape: tuple[int, ...]
-    start: tuple[int, ...]
-    offset: int
-    """First byte in the file."""
-    length: int
+    ranks: tuple[tuple[int, int], ...]
+    """First and last of the ranks whose files have a part of it."""
+
+    def files(self) -> Iterator[int]:
+        """The ranks whose files have a part of it."""
+        for first, last in self.ranks:
+            yield from range(first, last + 1)
 
 
 @dataclass(frozen=True)
 class ShardFile:
     """One rank's file."""
 
-    rank: int
-    file: str
-    """Name within the checkpoint's folder."""
     bytes: int
+    index: int
+    """Bytes at its end that are the index of its pieces."""
     digest: str
-    """SHA-256 of the whole file in hex: of the standard library's strong hashes the fastest on processors with
-    SHA instructions, which every host of this class has (1.7 GB/s a core against 0.8 for BLAKE2b; CRC-32 does 3,
-    but its 32 bits are few for the number of files that a large run writes)."""
-    entries: tuple[Entry, ...]
+    """Of the index, which has the digests of the pieces."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A committed checkpoint."""
 
+    run: str
+    attempt: int
     step: int
     layout: dict[str, int]
-    shards: tuple[ShardFile, ...]
-    scalars: dict[str, object]
+    """That it was saved under; information only."""
+    token: str
+    """Word in the names of its files, new in each save."""
+    tensors: dict[str, Tensor]
+    files: tuple[ShardFile, ...]
+    """By rank."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The small state, and what the model and the data were: JSON that the trainer gave."""
+
+    @property
+    def world(self) -> int:
+        """Ranks that saved."""
+        return len(self.files)
 
     def dump(self) -> bytes:
-        """As JSON."""
-        return json.dumps({"format": FORMAT, **asdict(self)}).encode()
+        """As JSON with a digest of itself.
+
+        Raises:
+            TypeError: where the facts aren't JSON.
+        """
+        tree = {
+            "format": FORMAT,
+            **{k: getattr(self, k) for k in ("run", "attempt", "step", "layout", "token", "facts")},
+            "world": self.world,
+            "tensors": {name: [t.dtype, t.shape, t.ranks] for name, t in self.tensors.items()},
+            "files": [[file.bytes, file.index, file.digest] for file in self.files],
+        }
+        tree = json.loads(json.dumps(tree))  # keys are words from here on, as they will be read
+        return json.dumps({"digest": digest(_canonical(tree)), **tree}, separators=(",", ":")).encode()
 
     @classmethod
     def parse(cls, text: bytes) -> Manifest:
         """The inverse of `dump`.
 
         Raises:
-            Incomplete: where it is torn or of a format that isn't known.
+            Incomplete: where it is torn, changed or of a format that isn't known.
         """
         try:
             tree = json.loads(text)
-            if tree.pop("format") != FORMAT:
-                raise Incomplete(f"its format isn't {FORMAT}; it was written by another version")
-            shards = tuple(
-                ShardFile(
-                    **{
-                        **shard,
-                        "entries": tuple(
-                            Entry(
-                                **{
-                                    **entry,
-                                    **{k: tuple(entry[k]) for k in ("shape", "global_shape", "start")},
-                                }
-                            )
-                            for entry in shard["entries"]
-                        ),
-                    }
+            if tree["format"] != FORMAT:
+                raise Incomplete(
+                    f"its manifest is of format {tree['format']}, and this version reads {FORMAT}"
                 )
-                for shard in tree.pop("shards")
-            )
-            return cls(shards=shards, **tree)
+            if tree.pop("digest") != digest(_canonical(tree)):
+                raise Incomplete("its manifest differs from what was saved: it contradicts its own digest")
+            files = tuple(ShardFile(*row) for row in tree.pop("files"))
+            if tree.pop("world") != len(files):
+                raise Incomplete("its manifest has another number of files than of ranks")
+            tensors = {
+                name: Tensor(dtype, tuple(shape), tuple((first, last) for first, last in ranks))
+                for name, (dtype, shape, ranks) in tree.pop("tensors").items()
+            }
+            del tree["format"]
+            return cls(tensors=tensors, files=files, **tree)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Incomplete(f"its manifest is unreadable: {error}") from error
+            raise Incomplete(f"its manifest is unreadable: {type(error).__name__}: {error}") from None
 
     @property
     def bytes(self) -> int:
-        """Over all shards."""
-        return sum(shard.bytes for shard in self.shards)
+        """Over all files."""
+        return sum(file.bytes for file in self.files)
 
 
-def check(shards: Sequence[ShardFile], world: int) -> None:
-    """Refuse shards that don't make up one whole state.
+def _canonical(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, separators=(",", ":"), sort_keys=True).encode()
 
-    Every rank must be there once, every tensor must have one shape and dtype everywhere, and its boxes must
-    cover it exactly: inside the tensor, disjoint, with as many elements as it has. Boxes that are equal on
-    several ranks are replicas and count once.
+
+def survey(pieces: Sequence[Sequence[Plain]]) -> dict[str, Tensor]:
+    """The global tensors that the ranks' pieces make up, after a check that each is whole.
+
+    Every tensor must have one shape and dtype everywhere, and its boxes must cover it exactly: inside of it,
+    disjoint, nothing left out.
+
+    Args:
+        pieces: by rank, what each has written.
 
     Raises:
-        Incomplete: naming the rank or tensor.
+        Incomplete: naming the tensor and the range or rank.
     """
-    ranks = [shard.rank for shard in shards]
-    if sorted(ranks) != list(range(world)):
-        raise Incomplete(f"of ranks 0 to {world - 1}, ranks {sorted(ranks)} have saved")
-    boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], Entry]] = {}
-    for shard in shards:
-        for entry in shard.entries:
-            known = boxes.setdefault(entry.name, {})
-            first = next(iter(known.values()), entry)
-            if (first.dtype, first.global_shape) != (entry.dtype, entry.global_shape):
+    found: dict[str, list[tuple[int, str, Box]]] = {}
+    for rank, rows in enumerate(pieces):
+        for name, dtype, box in rows:
+            found.setdefault(name, []).append((rank, dtype, box))
+    tensors = {}
+    for name, parts in found.items():
+        first, dtype, box = parts[0]
+        for rank, other, part in parts:
+            if (other, part.whole) != (dtype, box.whole):
                 raise Incomplete(
-                    f"{entry.name} is {first.dtype}{first.global_shape} on one rank and "
-                    f"{entry.dtype}{entry.global_shape} on rank {shard.rank}"
+                    f"{name} is {dtype}{list(box.whole)} on rank {first} and "
+                    f"{other}{list(part.whole)} on rank {rank}"
                 )
-            known.setdefault((entry.start, entry.shape), entry)
-    for known in boxes.values():
-        _check_cover(list(known.values()))
+        why = uncovered(Box.all_of(box.whole), [part for *_, part in parts])
+        if why:
+            raise Incomplete(f"{name}{why}")
+        tensors[name] = Tensor(dtype, box.whole, _runs(sorted({rank for rank, *_ in parts})))
+    return tensors
 
 
-def _check_cover(boxes: list[Entry]) -> None:
-    name, whole = boxes[0].name, boxes[0].global_shape
-    for box in boxes:
-        ends = zip(box.start, box.shape, whole, strict=True)
-        if any(at < 0 or at + size > limit for at, size, limit in ends):
-            raise Incomplete(f"{name}{whole} has a box at {box.start} of {box.shape}, which is outside of it")
-    covered = sum(prod(box.shape) for box in boxes)
-    twins = _overlap([box for box in boxes if prod(box.shape)])
-    if twins:
-        raise Incomplete(f"{name} has boxes at {twins[0].start} and {twins[1].start} that overlap")
-    if covered != prod(whole):
-        raise Incomplete(f"{name} has {prod(whole)} elements, and the ranks saved {covered}")
-
-
-def _overlap(boxes: list[Entry]) -> tuple[Entry, Entry] | None:
-    """Two boxes that share an element, by a sweep along the dim that is cut most often."""
-    dims = range(len(boxes[0].shape)) if boxes else range(0)
-    if not dims:
-        return (boxes[0], boxes[1]) if len(boxes) > 1 else None
-    sweep = max(dims, key=lambda d: len({box.start[d] for box in boxes}))
-    open_boxes: list[Entry] = []
-    for box in sorted(boxes, key=lambda b: b.start[sweep]):
-        open_boxes = [o for o in open_boxes if o.start[sweep] + o.shape[sweep] > box.start[sweep]]
-        for other in open_boxes:
-            if all(box.start[d] < other.start[d] + other.shape[d]
-                   and other.start[d] < box.start[d] + box.shape[d] for d in dims):  # fmt: skip
-                return other, box
-        open_boxes.append(box)
-    return None
+def _runs(ranks: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Stretches of neighbours."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(ranks), start=1) if b != a + 1]
+    edges = [0, *breaks, len(ranks)]
+    return tuple((ranks[a], ranks[b - 1]) for a, b in pairwise(edges))

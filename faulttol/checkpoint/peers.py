@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from configs.errors import UserError
+from faulttol.checkpoint.manifest import Incomplete, Superseded
+
+T = TypeVar("T")
+Failure = tuple[type[Exception], str]
+"""Kind and text of an error, as ranks tell it each other."""
 
 
 class Peers(Protocol):
@@ -25,3 +33,40 @@ class Alone:
     def broadcast(self, item: Any) -> Any:
         """The item."""
         return item
+
+
+def failure_of(error: Exception) -> Failure:
+    """What other ranks are told of an error: `UserError` and `Superseded` stay what they are."""
+    for kind in (UserError, Superseded, Incomplete):
+        if isinstance(error, kind):
+            return kind, str(error)
+    return Incomplete, f"{type(error).__name__}: {error}"
+
+
+def caught(act: Callable[[], T]) -> tuple[T | None, Failure | None]:
+    """What `act` returns, or how it failed, so that a rank tells its peers before it raises."""
+    try:
+        return act(), None
+    except Exception as error:
+        return None, failure_of(error)
+
+
+def on_first(peers: Peers, first: bool, act: Callable[[], T]) -> tuple[T | None, Failure | None]:
+    """What `act` gave on rank 0, on all ranks.
+
+    Args:
+        first: whether this is rank 0.
+    """
+    answer: tuple[T | None, Failure | None] = peers.broadcast(caught(act) if first else None)
+    return answer
+
+
+def together(peers: Peers, act: Callable[[], T]) -> tuple[T | None, list[Failure]]:
+    """What `act` gave on this rank, and on all ranks the failures of all, each once, `UserError` first."""
+    mine, failure = caught(act)
+    answers = peers.gather(failure)
+    told = None
+    if answers is not None:
+        told = sorted(dict.fromkeys(filter(None, answers)), key=lambda f: f[0] is not UserError)
+    failures: list[Failure] = peers.broadcast(told)
+    return mine, failures

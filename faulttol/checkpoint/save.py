@@ -1,23 +1,25 @@
-"""Saving: every rank its shard, then rank 0 the manifest. The manifest is the commit."""
+"""Saving: every rank its file, then rank 0 the manifest. The manifest is the commit."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from faulttol.checkpoint.load import folder_of, steps
-from faulttol.checkpoint.manifest import FILE, Entry, Incomplete, Manifest, ShardFile, check
-from faulttol.checkpoint.peers import Peers
-from faulttol.checkpoint.pieces import Shard
+from configs.errors import UserError
+from faulttol.checkpoint.folder import Commit, Folder, folder_of, tag
+from faulttol.checkpoint.manifest import Identity as Identity
+from faulttol.checkpoint.manifest import Incomplete, Manifest, Plain, ShardFile, survey
+from faulttol.checkpoint.peers import Failure, Peers, caught, on_first
+from faulttol.checkpoint.pieces import Piece as Piece
+from faulttol.checkpoint.pieces import owned as owned
+from faulttol.checkpoint.shards import Shard
 from faulttol.checkpoint.store import Store
 
 _log = logging.getLogger("megaray.checkpoint")
-_ALIGN = 64
-"""Pieces begin at a multiple of this many bytes, so that a mapped file can be read as any dtype."""
 
 
 @dataclass(frozen=True)
@@ -32,81 +34,121 @@ class Saved:
     """From the call to the commit."""
 
 
-def save(root: str, step: int, shard: Shard, peers: Peers, keep: int) -> Saved:
+@dataclass(frozen=True)
+class _Save:
+    """One save on one rank."""
+
+    root: str
+    store: Store
+    step: int
+    identity: Identity
+    token: str
+    """New in each save, so what an interrupted one left is never taken for part of a later one."""
+
+    @property
+    def commit(self) -> Commit:
+        return Commit(self.identity.attempt, self.step, tag(self.identity.run))
+
+    @property
+    def file(self) -> str:
+        return self.commit.shard(self.identity.rank, self.token)
+
+
+def save(
+    root: str,
+    step: int,
+    pieces: Iterable[Piece],
+    identity: Identity,
+    facts: dict[str, Any],
+    peers: Peers,
+    keep: int,
+) -> Saved:
     """Save and commit one step; every rank calls this together.
 
-    Shard files carry a word that is new in each save, so what an interrupted save left is never taken for part
-    of a later one. Old checkpoints are removed after the commit: their manifests first, then their shards.
+    The pieces of all ranks must cover each tensor exactly once; `owned` chooses among replicas. Old checkpoints of the
+    run are removed after the commit: their manifests first, then their files.
 
     Args:
-        root: folder or fsspec URL.
-        keep: committed checkpoints to keep.
+        root: folder or fsspec URL, which belongs to the run that saves there first.
+        pieces: of this rank; their tensors mustn't change before this returns.
+        facts: JSON that a resumed run needs and that tells what it resumes: samples, loss, fingerprints. Rank 0's is kept.
+        keep: committed checkpoints to keep, at least 1.
 
     Raises:
-        Incomplete: on every rank, where any rank failed to write or the shards don't make up a whole; nothing
-            is committed then.
+        UserError: on every rank, where the folder is another run's or of format 1.
+        Superseded: on every rank, where a newer attempt of the run has begun to save there.
+        Incomplete: on every rank, where any rank failed to write or the pieces don't make up a whole. Whatever is
+            raised, nothing was committed.
     """
     began = time.monotonic()
-    store = Store(root)
-    folder = folder_of(step)
-    name = f"{shard.rank:05d}-{peers.broadcast(secrets.token_hex(4))}.bin"
-    try:
-        answer: ShardFile | str = _write_shard(store, folder, name, shard)
-    except Exception as error:  # told to all ranks, which raise it together
-        answer = f"rank {shard.rank}: {type(error).__name__}: {error}"
-    answers = peers.gather(answer)
-    failure, size = "", 0
+    store, first = Store(root), identity.rank == 0
+
+    def begin() -> str:
+        Folder(store).admit(identity)
+        return secrets.token_hex(4)
+
+    token, failure = on_first(peers, first, begin)
+    if failure is not None:
+        raise _failed(root, step, failure)
+    this = _Save(root, store, step, identity, str(token))
+    answers = peers.gather(caught(lambda: _write(this, pieces)))
+    outcome: tuple[int | None, Failure | None] | None = None
     if answers is not None:
-        try:
-            size = _commit(store, step, shard, answers)
-        except Exception as error:  # likewise
-            failure = str(error) or type(error).__name__
-    failure, size = peers.broadcast((failure, size))
-    if failure:
-        _discard(store, f"{folder}/{name}")
-        raise Incomplete(f"step {step} was not saved to {root}: {failure}")
-    if shard.rank == 0:
-        _retire(store, keep)
-    return Saved(f"{root.rstrip('/')}/{folder}", step, size, time.monotonic() - began)
+        outcome = caught(lambda: _commit(this, answers, facts))
+    size, failure = peers.broadcast(outcome)
+    if failure is not None:
+        _discard(store, this.file)
+        raise _failed(root, step, failure)
+    if first:
+        _retire(this, keep)
+    return Saved(f"{root.rstrip('/')}/{folder_of(step)}", step, int(size or 0), time.monotonic() - began)
 
 
-def _write_shard(store: Store, folder: str, name: str, shard: Shard) -> ShardFile:
-    digest = hashlib.sha256()
-    entries: list[Entry] = []
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        offset = 0
-        for piece in shard.pieces:
-            padding = bytes(-offset % _ALIGN)
-            offset += len(padding)
-            entries.append(
-                Entry(
-                    piece.name,
-                    piece.dtype,
-                    piece.shape,
-                    piece.global_shape,
-                    piece.start,
-                    offset,
-                    len(piece.data),
-                )
-            )
-            for chunk in (padding, piece.data):
-                digest.update(chunk)
-                yield chunk
-            offset += len(piece.data)
-
-    size = store.write(f"{folder}/{name}", chunks())
-    return ShardFile(shard.rank, name, size, digest.hexdigest(), tuple(entries))
+def _failed(root: str, step: int, failure: Failure) -> Exception:
+    kind, text = failure
+    return kind(text) if kind is UserError else kind(f"step {step} was not saved to {root}: {text}")
 
 
-def _commit(store: Store, step: int, shard: Shard, answers: list[ShardFile | str]) -> int:
-    failed = [answer for answer in answers if isinstance(answer, str)]
+def _write(this: _Save, pieces: Iterable[Piece]) -> tuple[ShardFile, list[Plain]]:
+    # Boxes without elements tell nothing, but where the whole tensor is empty.
+    kept = [p for p in pieces if p.box.elements or 0 in p.box.whole]
+    shard = Shard(this.step, this.identity, kept)
+    size = this.store.write(this.file, shard.chunks())
+    record = shard.record()
+    if size != record.bytes:
+        raise Incomplete(f"{this.file} has {size} bytes, and {record.bytes} were laid out")
+    return record, shard.plain
+
+
+def _commit(
+    this: _Save,
+    answers: list[tuple[tuple[ShardFile, list[Plain]] | None, Failure | None]],
+    facts: dict[str, Any],
+) -> int:
+    """Check what the ranks have written and write the manifest; bytes of all files."""
+    failed = [
+        f"rank {rank}: {failure[1]}" for rank, (_, failure) in enumerate(answers) if failure is not None
+    ]
     if failed:
-        raise Incomplete("; ".join(failed))
-    shards = tuple(answer for answer in answers if isinstance(answer, ShardFile))
-    check(shards, shard.world)
-    manifest = Manifest(step, shard.layout, shards, shard.scalars)
-    store.write(f"{folder_of(step)}/{FILE}", [manifest.dump()])
+        raise Incomplete("; ".join(failed[:3]))
+    written = [answer for answer, _ in answers if answer is not None]
+    if len(written) != this.identity.world:
+        raise Incomplete(f"{len(written)} ranks have saved, of {this.identity.world}")
+    tensors = survey([plain for _, plain in written])
+    identity = this.identity
+    manifest = Manifest(
+        run=identity.run,
+        attempt=identity.attempt,
+        step=this.step,
+        layout=identity.layout,
+        token=this.token,
+        tensors=tensors,
+        files=tuple(record for record, _ in written),
+        facts=facts,
+    )
+    text = manifest.dump()
+    Folder(this.store).admit(identity)  # as late as can be: a newer attempt may have started meanwhile
+    this.store.write(this.commit.manifest, [text])
     return manifest.bytes
 
 
@@ -118,16 +160,8 @@ def _discard(store: Store, path: str) -> None:
         _log.warning("could not remove %s: %s", path, error)
 
 
-def _retire(store: Store, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what interrupted saves before them left.
-
-    The new checkpoint is committed, so a failure here is told and training goes on.
-    """
+def _retire(this: _Save, keep: int) -> None:
     try:
-        kept = steps(store)[-keep:]
-        for name in store.names():
-            if name.startswith("step-") and name < folder_of(kept[0]):
-                store.remove(f"{name}/{FILE}")
-                store.remove(name)
-    except Exception as error:
-        _log.warning("could not remove old checkpoints in %s: %s", store.url, error)
+        Folder(this.store).retire(this.identity, keep, this.commit, this.token)
+    except Exception as error:  # the new checkpoint is committed, so training goes on
+        _log.warning("could not remove old checkpoints in %s: %s", this.root, error)

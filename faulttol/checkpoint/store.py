@@ -90,6 +90,27 @@ class Store:
         """
         return bytes(self._fs.cat_file(f"{self._root}/{name}"))
 
+    def read_range(self, name: str, start: int, end: int) -> bytearray:
+        """Bytes `[start, end)` of a file; fewer where it ends before. May be called by several threads at once.
+
+        Raises:
+            FileNotFoundError: where it isn't there.
+        """
+        path = f"{self._root}/{name}"
+        if not self._local:
+            return bytearray(self._fs.cat_file(path, start=start, end=end))
+        data = bytearray(end - start)
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(start)
+            view, count = memoryview(data), 0
+            while count < len(data):
+                got = file.readinto(view[count:])
+                if not got:
+                    break
+                count += got
+        view.release()
+        return data[:count] if count < len(data) else data
+
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder; none where it isn't there."""
         self._fs.invalidate_cache()

@@ -26,7 +26,16 @@ import wandb
 import yaml
 
 from configs.compose import dump
-from configs.metrics import EndedLine, MeasuredLine, MetricLine, ResumedLine, SavedLine, StepLine, read_all
+from configs.metrics import (
+    EndedLine,
+    EvaluatedLine,
+    MeasuredLine,
+    MetricLine,
+    ResumedLine,
+    SavedLine,
+    StepLine,
+    read_all,
+)
 from configs.paths import RunPaths
 from configs.schema import RunConfig
 from orchestrator import reading
@@ -130,6 +139,8 @@ class WandbSink:
         match item:
             case StepLine():
                 self._wandb.log(row_of(item))
+            case EvaluatedLine():
+                self._wandb.log({"train/step": item.step, "validation/loss": item.loss})
             case SavedLine():
                 self._wandb.log(
                     {
@@ -242,7 +253,7 @@ def _cell(value: Any) -> Any:
 def row_of(line: StepLine) -> dict[str, Any]:
     """A step line as a W&B row."""
     plain = ("step", "attempt", "loss", "aux_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
-             "balance_entropy", "dropped")  # fmt: skip
+             "balance_entropy", "dropped", "skipped")  # fmt: skip
     row: dict[str, Any] = {f"train/{name}": getattr(line, name) for name in plain}
     row |= {"train/lost": 0, "train/memory_gib": line.memory_bytes / _GIB}
     if line.mfu is not None:

@@ -1,14 +1,17 @@
-"""Several ranks in one process: threads that gather and broadcast, and the shards they save."""
+"""Several ranks in one process: threads that gather and broadcast, and the pieces they save."""
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from faulttol.checkpoint.pieces import Piece, Shard
+from faulttol.checkpoint.boxes import Box
+from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.save import Identity, Saved, save
 
 T = TypeVar("T")
 LAYOUT = {"pp": 1, "dp": 2, "ep": 2}
@@ -18,19 +21,19 @@ _PATIENCE = 20.0
 class _Meeting:
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world)
-        self.items: list[Any] = [None] * world
+        self.items = [b""] * world
 
 
 class ThreadPeers:
-    """`Peers` of one of several threads."""
+    """`Peers` of one of several threads; what they tell each other is pickled, as it is between processes."""
 
     def __init__(self, meeting: _Meeting, rank: int) -> None:
         self._meeting, self._rank = meeting, rank
 
     def _exchange(self, item: Any) -> list[Any]:
-        self._meeting.items[self._rank] = item
+        self._meeting.items[self._rank] = pickle.dumps(item)
         self._meeting.barrier.wait(_PATIENCE)
-        items = list(self._meeting.items)
+        items = [pickle.loads(told) for told in self._meeting.items]
         self._meeting.barrier.wait(_PATIENCE)
         return items
 
@@ -56,31 +59,47 @@ def together(world: int, act: Callable[[int, ThreadPeers], T]) -> list[T | Excep
         return list(pool.map(one, range(world)))
 
 
+def identity(rank: int, world: int, run: str = "run-1", attempt: int = 1) -> Identity:
+    """Who a rank is."""
+    return Identity(run, attempt, LAYOUT, rank, world)
+
+
 def piece(name: str, data: bytes, whole: int, start: int) -> Piece:
     """A stretch of a flat tensor of bytes."""
-    return Piece(name, "uint8", (len(data),), (whole,), (start,), memoryview(data))
+    return Piece(name, "uint8", Box((whole,), (start,), (len(data),)), memoryview(data))
 
 
-def shard(rank: int, world: int, step: int, size: int = 1000) -> Shard:
-    """A rank's share of a tensor, a replica that all have, and an odd-sized piece of its own."""
-    noise = random.Random(f"{step}/{rank}")
-    pieces = [
-        piece("weight", noise.randbytes(size), size * world, size * rank),
-        piece("bias", b"%010d" % step, 10, 0),
-        piece(f"own/{rank}", noise.randbytes(7), 7, 0),
+def values(world: int, step: int, size: int = 1000) -> dict[str, bytes]:
+    """A state of bytes by name: a tensor that the ranks share, a small one, and an odd one for each rank."""
+    noise = random.Random(step)
+    own = {f"own/{rank}": noise.randbytes(7) for rank in range(world)}
+    return {"weight": noise.randbytes(size * world), "bias": b"%010d" % step, **own}
+
+
+def pieces(rank: int, world: int, step: int, size: int = 1000) -> list[Piece]:
+    """A rank's share of `values`."""
+    state = values(world, step, size)
+    share = state["weight"][size * rank : size * (rank + 1)]
+    mine = [
+        piece("weight", share, size * world, size * rank),
+        piece(f"own/{rank}", state[f"own/{rank}"], 7, 0),
     ]
-    return Shard(rank, world, LAYOUT, pieces, {"loss": step / 7, "run": "r"})
+    return mine + [piece("bias", state["bias"], 10, 0)] * (rank == world - 1)
 
 
-def same(one: Shard, other: Shard) -> bool:
-    """Whether two shards hold the same bytes under the same names."""
-    return (one.rank, one.world, one.layout, one.scalars) == (
-        other.rank,
-        other.world,
-        other.layout,
-        other.scalars,
-    ) and [_plain(p) for p in one.pieces] == [_plain(p) for p in other.pieces]
-
-
-def _plain(p: Piece) -> tuple[Any, ...]:
-    return p.name, p.dtype, p.shape, p.global_shape, p.start, bytes(p.data)
+def save_all(
+    root: object, step: int, world: int = 2, keep: int = 2, run: str = "run-1", attempt: int = 1
+) -> list[Saved | Exception]:
+    """Save `values` on all ranks."""
+    return together(
+        world,
+        lambda rank, peers: save(
+            str(root),
+            step,
+            pieces(rank, world, step),
+            identity(rank, world, run, attempt),
+            {"loss": step / 7},
+            peers,
+            keep,
+        ),
+    )

@@ -1,94 +1,110 @@
-"""A checkpoint is whole or doesn't exist, and what is loaded is what was saved."""
+"""A checkpoint is whole or doesn't exist, belongs to one run and its newest attempt, and old ones go."""
 
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import logging
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from configs.errors import UserError
 from faulttol.checkpoint import load as loading
-from faulttol.checkpoint import manifest
 from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.manifest import Entry, Incomplete, Manifest, ShardFile
+from faulttol.checkpoint.folder import Folder, folder_of, tag
+from faulttol.checkpoint.manifest import Incomplete, Manifest, Superseded
 from faulttol.checkpoint.peers import Alone
-from faulttol.checkpoint.pieces import Shard
+from faulttol.checkpoint.pieces import Piece
 from faulttol.checkpoint.save import Saved, save
 from faulttol.checkpoint.store import Store
-from tests.faulttol.ranks import LAYOUT, piece, same, shard, together
+from tests.faulttol.ranks import LAYOUT, identity, piece, pieces, save_all, together
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 
-def _save(root: Path, step: int, world: int = 2, keep: int = 2) -> list[Saved | Exception]:
-    return together(world, lambda rank, peers: save(str(root), step, shard(rank, world, step), peers, keep))
+def _steps(root: Path) -> list[int]:
+    return [commit.step for commit in Folder(Store(str(root))).commits]
 
 
-def _restore(root: Path, world: int = 2) -> list[tuple[int | None, Shard | None, list[str]] | Exception]:
-    return together(world, lambda rank, peers: loading.restore(str(root), LAYOUT, rank, peers))
+def _newest(root: Path) -> Manifest | None:
+    return loading.newest(str(root), Alone())
 
 
-def _only(root: Path, step: int, pattern: str) -> Path:
-    (found,) = (root / loading.folder_of(step)).glob(pattern)
-    return found
+def _refusal(answers: list[Saved | Exception], kind: type[Exception]) -> str:
+    """What all ranks raised alike."""
+    assert all(type(answer) is kind for answer in answers), answers
+    assert len({str(answer) for answer in answers}) == 1
+    return str(answers[0])
 
 
-def _spoil(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-# ---- saving and loading ----
+# ---- saving ----
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
-def test_every_rank_gets_back_what_it_saved(tmp_path: Path, world: int) -> None:
-    answers = _save(tmp_path, 30, world)
+def test_all_ranks_are_told_the_same(tmp_path: Path, world: int) -> None:
+    answers = save_all(tmp_path, 30, world)
     assert all(isinstance(a, Saved) and a.step == 30 and a.bytes > 1000 * world for a in answers)
     assert {a.path for a in answers if isinstance(a, Saved)} == {f"{tmp_path}/step-0000000030"}
-    for rank in range(world):
-        assert same(loading.load(str(tmp_path), 30, LAYOUT, rank), shard(rank, world, 30))
+    files = list((tmp_path / folder_of(30)).iterdir())
+    assert len(files) == world + 1
+    assert answers[0].bytes == sum(p.stat().st_size for p in files if p.suffix != ".json")
 
 
-def test_one_rank_needs_no_peers(tmp_path: Path) -> None:
-    assert save(str(tmp_path), 1, shard(0, 1, 1), Alone(), keep=1).step == 1
-    step, found, passed = loading.restore(str(tmp_path), LAYOUT, 0, Alone())
-    assert step == 1 and found is not None and same(found, shard(0, 1, 1)) and passed == []
+def test_a_manifest_tells_what_was_saved(tmp_path: Path) -> None:
+    save_all(tmp_path, 30)
+    for found in together(2, lambda rank, peers: loading.newest(str(tmp_path), peers)):
+        assert isinstance(found, Manifest)
+        assert (found.run, found.attempt, found.step, found.world) == ("run-1", 1, 30, 2)
+        assert found.layout == LAYOUT and found.facts == {"loss": 30 / 7}
+        assert {name: (t.dtype, t.shape, t.ranks) for name, t in found.tensors.items()} == {
+            "weight": ("uint8", (2000,), ((0, 1),)),
+            "bias": ("uint8", (10,), ((1, 1),)),
+            "own/0": ("uint8", (7,), ((0, 0),)),
+            "own/1": ("uint8", (7,), ((1, 1),)),
+        }
 
 
-def test_pieces_are_aligned(tmp_path: Path) -> None:
-    _save(tmp_path, 1)
-    found = loading.manifest_of(Store(str(tmp_path)), 1)
-    assert all(entry.offset % 64 == 0 for file in found.shards for entry in file.entries)
-
-
-def test_the_manifest_is_json_with_a_format(tmp_path: Path) -> None:
-    _save(tmp_path, 1)
-    tree = json.loads(_only(tmp_path, 1, "manifest.json").read_text())
-    assert tree["format"] == manifest.FORMAT and tree["layout"] == LAYOUT and tree["step"] == 1
-    assert tree["scalars"] == {"loss": 1 / 7, "run": "r"}
+def test_a_step_is_read_by_its_number(tmp_path: Path) -> None:
+    save_all(tmp_path, 1)
+    save_all(tmp_path, 2)
+    for found in together(2, lambda rank, peers: loading.read_manifest(str(tmp_path), 1, peers)):
+        assert isinstance(found, Manifest) and found.step == 1
+    with pytest.raises(Incomplete, match="step 3 has no manifest"):
+        loading.read_manifest(str(tmp_path), 3, Alone())
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:
-    assert _restore(tmp_path / "none") == [(None, None, [])] * 2
+    assert together(2, lambda rank, peers: loading.newest(str(tmp_path / "none"), peers)) == [None, None]
 
 
 def test_the_newest_is_found_by_its_manifest(tmp_path: Path) -> None:
-    _save(tmp_path, 9, keep=5)
-    _save(tmp_path, 100, keep=5)
-    _save(tmp_path, 20, keep=5)
-    _only(tmp_path, 100, "manifest.json").unlink()
-    assert loading.steps(Store(str(tmp_path))) == [9, 20]
-    assert all(answer[0] == 20 for answer in _restore(tmp_path))
+    for step in (9, 100, 20):
+        save_all(tmp_path, step, keep=5)
+    (tmp_path / folder_of(100) / "run-1.a0001.manifest.json").unlink()
+    assert _steps(tmp_path) == [9, 20]
+    found = _newest(tmp_path)
+    assert found is not None and found.step == 20
+
+
+def test_an_odd_run_id_is_a_file_name(tmp_path: Path) -> None:
+    for run in ("a b/c:ü%", "long" * 60, "dots.a0007.r1"):
+        root = tmp_path / tag(run)
+        assert all(isinstance(a, Saved) for a in save_all(root, 1, run=run))
+        found = _newest(root)
+        assert found is not None and found.run == run
+
+
+def test_boxes_without_elements_are_no_matter(tmp_path: Path) -> None:
+    def parts(rank: int) -> list[Piece]:
+        return [piece("w", bytes(6) if rank else b"", 6, 0)]
+
+    answers = together(
+        2, lambda rank, peers: save(str(tmp_path), 5, parts(rank), identity(rank, 2), {}, peers, 2)
+    )
+    assert all(isinstance(a, Saved) for a in answers), answers
 
 
 # ---- failures while saving ----
@@ -97,36 +113,40 @@ def test_the_newest_is_found_by_its_manifest(tmp_path: Path) -> None:
 def test_one_rank_that_cannot_write_fails_all_and_commits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _save(tmp_path, 10)
+    save_all(tmp_path, 10)
     write = Store.write
 
     def full(self: Store, name: str, chunks: object) -> int:
-        if "/00001-" in name:
+        if ".r00001." in name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, name, chunks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "write", full)
-    answers = _save(tmp_path, 20)
-    assert all(isinstance(answer, Incomplete) for answer in answers)
-    assert len({str(answer) for answer in answers}) == 1
-    assert "step 20 was not saved" in str(answers[0]) and "rank 1: OSError" in str(answers[0])
-    assert "No space left" in str(answers[0])
-    assert list((tmp_path / loading.folder_of(20)).iterdir()) == [], "the room is given back"
-    assert loading.steps(Store(str(tmp_path))) == [10]
+    told = _refusal(save_all(tmp_path, 20), Incomplete)
+    assert "step 20 was not saved" in told and "rank 1: OSError" in told and "No space left" in told
+    assert list((tmp_path / folder_of(20)).iterdir()) == [], "the room is given back"
+    assert _steps(tmp_path) == [10]
 
 
 def test_a_manifest_that_cannot_be_written_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Store.write
 
     def refuse(self: Store, name: str, chunks: object) -> int:
-        if name.endswith(manifest.FILE):
+        if name.endswith("manifest.json"):
             raise PermissionError(errno.EACCES, "Permission denied")
         return write(self, name, chunks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "write", refuse)
-    answers = _save(tmp_path, 20)
-    assert all(isinstance(a, Incomplete) and "Permission denied" in str(a) for a in answers)
-    assert loading.steps(Store(str(tmp_path))) == []
+    assert "Permission denied" in _refusal(save_all(tmp_path, 20), Incomplete)
+    assert _steps(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_listed_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Store, folder: str = "") -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Store, "names", refuse)
+    assert "step 1 was not saved" in _refusal(save_all(tmp_path, 1), Incomplete)
 
 
 def test_a_disk_that_fills_up_leaves_no_temporary_file(
@@ -142,54 +162,83 @@ def test_a_disk_that_fills_up_leaves_no_temporary_file(
     assert list((tmp_path / "there").iterdir()) == []
 
 
-def test_ranks_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    def overlapping(rank: int, _world: int) -> Shard:
-        return Shard(rank, 2, LAYOUT, [piece("w", bytes(6), 10, 4 * rank)], {})
-
-    answers = together(2, lambda rank, peers: save(str(tmp_path), 5, overlapping(rank, 2), peers, 2))
-    assert all(
-        isinstance(a, Incomplete) and "w has boxes at (0,) and (4,) that overlap" in str(a) for a in answers
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ([[piece("w", bytes(6), 10, 0)], [piece("w", bytes(6), 10, 4)]], r"w\[4:6\] has two sources"),
+        ([[piece("w", bytes(6), 10, 0)], [piece("w", bytes(6), 10, 0)]], r"w\[0:6\] has two sources"),
+        ([[piece("w", bytes(6), 10, 0)], [piece("w", bytes(3), 10, 6)]], r"w\[9:10\] of \[10\] has no source"),
+        ([[piece("w", bytes(6), 10, 0)], [piece("w", bytes(4), 11, 6)]], r"w is uint8\[10\] on rank 0 and uint8\[11\]"),
+        ([[piece("w", bytes(5), 10, 0), piece("w", bytes(5), 10, 0)], []], r"w\[0:5\] is there twice on rank 0"),
+        ([[Piece("w", "uint8", piece("w", bytes(4), 4, 0).box, memoryview(bytes(3)))], []], "has 3 bytes, and 4"),
+        ([[Piece("w", "int3", piece("w", bytes(4), 4, 0).box, memoryview(bytes(4)))], []], "w is int3, which can't be"),
+    ],
+)  # fmt: skip
+def test_ranks_that_contradict_each_other_are_refused(
+    tmp_path: Path, parts: list[list[Piece]], why: str
+) -> None:
+    answers = together(
+        2, lambda rank, peers: save(str(tmp_path), 5, parts[rank], identity(rank, 2), {}, peers, 2)
     )
+    with pytest.raises(Incomplete, match=why):
+        raise Incomplete(_refusal(answers, Incomplete))
+    assert _steps(tmp_path) == [] and list((tmp_path / folder_of(5)).iterdir()) == []
+
+
+def test_facts_that_are_no_json_are_told(tmp_path: Path) -> None:
+    with pytest.raises(Incomplete, match="step 1 was not saved.*TypeError.*set"):
+        save(str(tmp_path), 1, pieces(0, 1, 1), identity(0, 1), {"x": {1}}, Alone(), 1)
 
 
 # ---- interrupted and repeated saves ----
 
 
 def test_a_second_save_of_a_step_does_not_mix_with_the_first(tmp_path: Path) -> None:
-    """An interrupted save has left one shard; the next one of the same step takes none of it."""
-    _save(tmp_path, 10)
-    left = _only(tmp_path, 10, "00001-*.bin")
-    content = left.read_bytes()
-    _only(tmp_path, 10, "manifest.json").unlink()
-    _save(tmp_path, 10)
-    files = {file.file for file in loading.manifest_of(Store(str(tmp_path)), 10).shards}
-    assert left.name not in files and left.read_bytes() == content
-    assert isinstance(_restore(tmp_path)[0], tuple)
+    """An interrupted save has left one file; the next one of the same step takes none of it, and removes it."""
+    save_all(tmp_path, 10)
+    (left,) = (tmp_path / folder_of(10)).glob("*.r00001.*")
+    (tmp_path / folder_of(10) / "run-1.a0001.manifest.json").unlink()
+    save_all(tmp_path, 10)
+    found = _newest(tmp_path)
+    assert found is not None and found.token not in left.name
+    assert not left.exists() and len(list((tmp_path / folder_of(10)).iterdir())) == 3, "and then it goes"
 
 
 def test_old_checkpoints_are_removed_after_the_commit(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        _save(tmp_path, step, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [loading.folder_of(3), loading.folder_of(4)]
+        save_all(tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [folder_of(3), folder_of(4)]
 
 
-def test_leftovers_are_removed_and_newer_ones_left_alone(tmp_path: Path) -> None:
-    (tmp_path / loading.folder_of(2)).mkdir()
-    (tmp_path / loading.folder_of(2) / "00000-dead.bin").write_bytes(b"x")
-    (tmp_path / loading.folder_of(9)).mkdir()
+def test_leftovers_are_removed_and_what_is_newer_or_not_ours_left_alone(tmp_path: Path) -> None:
+    def make(step: int, name: str) -> None:
+        (tmp_path / folder_of(step)).mkdir(exist_ok=True)
+        (tmp_path / folder_of(step) / name).write_bytes(b"x")
+
+    make(1, "run-1.a0001.r00000.dead.safetensors")
+    make(2, ".run-1.a0001.r00000.dead.safetensors.beef.tmp")
+    make(3, "run-2.a0001.r00000.dead.safetensors")
+    make(3, "run-1.a0001.r00000.dead.safetensors")
+    make(9, "run-1.a0001.r00000.dead.safetensors")
+    (tmp_path / folder_of(4)).mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    _save(tmp_path, 5, keep=1)
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {loading.folder_of(5), loading.folder_of(9), "notes.txt"}
+    save_all(tmp_path, 5, keep=1)
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert {name for name in names if folder_of(5) not in name} == {
+        f"{folder_of(3)}/run-2.a0001.r00000.dead.safetensors",
+        f"{folder_of(9)}/run-1.a0001.r00000.dead.safetensors",
+        "notes.txt",
+    }
+    assert not (tmp_path / folder_of(4)).exists()
 
 
 def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a removal that is interrupted leaves a manifest without its shards."""
-    _save(tmp_path, 1, keep=1)
+    """Otherwise a removal that is interrupted leaves a manifest without its files."""
+    save_all(tmp_path, 1, keep=1)
     removed: list[str] = []
     monkeypatch.setattr(Store, "remove", lambda self, name: removed.append(name))
-    _save(tmp_path, 2, keep=1)
-    assert removed == [f"{loading.folder_of(1)}/manifest.json", loading.folder_of(1)]
+    save_all(tmp_path, 2, keep=1)
+    assert removed == [f"{folder_of(1)}/run-1.a0001.manifest.json", folder_of(1)]
 
 
 def test_a_removal_that_fails_is_told_and_training_goes_on(
@@ -198,233 +247,119 @@ def test_a_removal_that_fails_is_told_and_training_goes_on(
     def refuse(self: Store, name: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    _save(tmp_path, 1, keep=1)
+    save_all(tmp_path, 1, keep=1)
     monkeypatch.setattr(Store, "remove", refuse)
     with caplog.at_level(logging.WARNING):
-        assert all(isinstance(a, Saved) for a in _save(tmp_path, 2, keep=1))
+        assert all(isinstance(a, Saved) for a in save_all(tmp_path, 2, keep=1))
     assert "could not remove old checkpoints" in caplog.text and "Permission denied" in caplog.text
 
 
-# ---- damage ----
+# ---- whose folder it is ----
 
 
-def test_a_damaged_shard_is_passed_over_by_all_ranks(tmp_path: Path) -> None:
-    _save(tmp_path, 10)
-    _save(tmp_path, 20)
-    _spoil(_only(tmp_path, 20, "00001-*.bin"))
-    with pytest.raises(Incomplete, match=r"00001-.*\.bin differs from what was saved"):
-        loading.load(str(tmp_path), 20, LAYOUT, 1)
-    for rank, answer in enumerate(_restore(tmp_path)):
-        assert isinstance(answer, tuple)
-        step, found, passed = answer
-        assert step == 10 and found is not None and same(found, shard(rank, 2, 10))
-        assert len(passed) == 1 and passed[0].startswith("step 20: ") and "00001-" in passed[0]
+def test_another_runs_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    save_all(tmp_path, 1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    told = _refusal(save_all(tmp_path, 2, keep=1, run="run-2"), UserError)
+    assert (
+        "belongs to run run-1" in told and "this is run run-2: type checkpoint.path= another folder" in told
+    )
+    assert f"checkpoint.path='{tmp_path}'" in told and "\n" not in told
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "manifest", "format", "unreadable"])
-def test_other_damage_is_passed_over_too(tmp_path: Path, damage: str) -> None:
-    _save(tmp_path, 10)
-    _save(tmp_path, 20)
-    file = _only(tmp_path, 20, "00000-*.bin")
-    told = _only(tmp_path, 20, "manifest.json")
-    match damage:
-        case "missing":
-            file.unlink()
-        case "short":
-            file.write_bytes(file.read_bytes()[:-1])
-        case "manifest":
-            told.write_bytes(told.read_bytes()[:-20])
-        case "format":
-            told.write_text(json.dumps(json.loads(told.read_text()) | {"format": 99}))
-        case "unreadable":
-            file.unlink()
-            file.mkdir()
-    for answer in _restore(tmp_path):
-        assert isinstance(answer, tuple) and answer[0] == 10 and answer[2][0].startswith("step 20: ")
-
-
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    _save(tmp_path, 10)
-    _save(tmp_path, 20)
-    file = _only(tmp_path, 20, "00001-*.bin")
-    file.unlink()
-    for step, _, passed in _restore(tmp_path):
-        assert step == 10 and file.name in passed[0]
-
-
-def test_when_none_can_be_read_nothing_starts_afresh(tmp_path: Path) -> None:
-    _save(tmp_path, 10)
-    _spoil(_only(tmp_path, 10, "00000-*.bin"))
-    for answer in _restore(tmp_path):
-        assert isinstance(answer, Incomplete)
-        assert "no checkpoint in" in str(answer) and "checkpoint.path" in str(answer)
-
-
-def test_training_goes_on_over_a_damaged_checkpoint(tmp_path: Path) -> None:
-    _save(tmp_path, 10)
-    _save(tmp_path, 20)
-    _spoil(_only(tmp_path, 20, "00001-*.bin"))
-    _save(tmp_path, 20)
-    assert [a[0] for a in _restore(tmp_path) if isinstance(a, tuple)] == [20, 20]
-
-
-def test_another_layout_is_a_users_mistake(tmp_path: Path) -> None:
-    _save(tmp_path, 10)
-    other = LAYOUT | {"ep": 1}
-    with pytest.raises(
-        UserError, match=r"saved under pp=1 dp=2 ep=2, and this run is pp=1 dp=2 ep=1.*parallel"
-    ):
-        loading.load(str(tmp_path), 10, other, 0)
-    answers = together(2, lambda rank, peers: loading.restore(str(tmp_path), other, rank, peers))
-    assert all(isinstance(answer, UserError) for answer in answers)
-
-
-def test_a_manifest_that_is_missing_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(Incomplete, match="step 3 has no manifest"):
-        loading.load(str(tmp_path), 3, LAYOUT, 0)
-
-
-# ---- coverage ----
-
-
-def _entry(
-    start: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...], kind: str = "float32"
-) -> Entry:
-    return Entry("w", kind, shape, whole, start, 0, 0)
-
-
-def _shards(*boxes: Entry) -> list[ShardFile]:
-    return [ShardFile(rank, f"{rank}", 0, "", (box,)) for rank, box in enumerate(boxes)]
-
-
-def test_every_rank_must_be_there_once() -> None:
-    box = _entry((0,), (4,), (4,))
-    with pytest.raises(Incomplete, match="of ranks 0 to 2, ranks"):
-        manifest.check(_shards(box, box), world=3)
-    with pytest.raises(Incomplete, match="of ranks 0 to 1, ranks"):
-        manifest.check([*_shards(box)] * 2, world=2)
-
-
-@pytest.mark.parametrize(
-    ("boxes", "why"),
-    [
-        ([((0,), (4,)), ((4,), (5,))], "10 elements, and the ranks saved 9"),
-        ([((0,), (6,)), ((5,), (5,))], "overlap"),
-        ([((0,), (5,)), ((0,), (5,))], "10 elements, and the ranks saved 5"),
-        ([((0,), (5,)), ((0,), (4,)), ((9,), (1,))], "overlap"),
-        ([((0,), (5,)), ((5,), (6,))], "outside"),
-        ([((-1,), (5,)), ((4,), (6,))], "outside"),
-    ],
-)
-def test_a_cover_that_is_wrong_is_refused(
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], why: str
+def test_a_run_that_committed_meanwhile_owns_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = _shards(*(_entry(start, shape, (10,)) for start, shape in boxes))
-    with pytest.raises(Incomplete, match=why):
-        manifest.check(shards, world=len(shards))
+    """Both began in an empty folder; the second to commit is refused, and its files go."""
+    write, met = Store.write, []
+
+    def slow(self: Store, name: str, chunks: object) -> int:
+        if "run-2" in name and not met:
+            met.append(name)
+            save_all(tmp_path, 1, world=1)
+        return write(self, name, chunks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "write", slow)
+    assert "belongs to run run-1" in _refusal(save_all(tmp_path, 1, world=1, run="run-2"), UserError)
+    assert met and not list(tmp_path.rglob("run-2*"))
 
 
-@pytest.mark.parametrize("changed", [{"kind": "bfloat16"}, {"whole": (5, 2)}])
-def test_ranks_must_agree_on_a_tensor(changed: dict[str, object]) -> None:
-    whole = changed.get("whole", (10,))
-    assert isinstance(whole, tuple)
-    other = _entry((0,) * len(whole), whole, whole, str(changed.get("kind", "float32")))
-    with pytest.raises(Incomplete, match="w is float32.* on one rank and .* on rank 1"):
-        manifest.check(_shards(_entry((0,), (10,), (10,)), other), world=2)
+def test_a_mixed_folder_is_refused(tmp_path: Path) -> None:
+    save_all(tmp_path / "a", 1)
+    save_all(tmp_path / "b", 2, run="run-2")
+    (tmp_path / "b" / folder_of(2)).rename(tmp_path / "a" / folder_of(2))
+    with pytest.raises(UserError, match=r"holds checkpoints of several runs \(run-1, run-2\): move"):
+        _newest(tmp_path / "a")
+    assert "several runs (run-1, run-2)" in _refusal(save_all(tmp_path / "a", 3), UserError)
 
 
-def _cut(box: tuple[tuple[int, ...], tuple[int, ...]], noise: random.Random) -> list[Entry]:
-    """A box cut at random into boxes that tile it."""
-    start, shape = box
-    dims = [d for d, size in enumerate(shape) if size > 1]
-    if not dims or noise.random() < 0.25:
-        return [_entry(start, shape, (6, 5, 7))]
-    d = noise.choice(dims)
-    at = noise.randrange(1, shape[d])
-    low = (*shape[:d], at, *shape[d + 1 :])
-    high = (*shape[:d], shape[d] - at, *shape[d + 1 :])
-    then = (*start[:d], start[d] + at, *start[d + 1 :])
-    return _cut((start, low), noise) + _cut((then, high), noise)
+def test_format_1_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / folder_of(12)
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 12, "shards": []}))
+    (folder / "00000-abcd.bin").write_bytes(b"x")
+    why = (
+        r"format 1 \(step-0000000012\).*end that run with the version that began it, or type checkpoint.path="
+    )
+    for act in (
+        lambda: _newest(tmp_path),
+        lambda: loading.restore(str(tmp_path), [], Alone(), identity(0, 1)),
+        lambda: save(str(tmp_path), 20, pieces(0, 1, 20), identity(0, 1), {}, Alone(), 1),
+    ):
+        with pytest.raises(UserError, match=why):
+            act()
+    assert len(list(tmp_path.rglob("*"))) == 3, "nothing of it was pruned"
 
 
-def test_random_tilings_are_whole_and_any_change_to_them_is_not() -> None:
-    for seed in range(60):
-        noise = random.Random(seed)
-        boxes = _cut(((0, 0, 0), (6, 5, 7)), noise)
-        noise.shuffle(boxes)
-        manifest.check(_shards(*boxes), world=len(boxes))
-        if len(boxes) < 2:
-            continue
-        with pytest.raises(Incomplete):
-            manifest.check(_shards(*boxes[1:]), world=len(boxes) - 1)
-        one, other = boxes[0], boxes[1]
-        moved = _entry(other.start, one.shape, one.global_shape)
-        with pytest.raises(Incomplete):
-            manifest.check(_shards(moved, *boxes[1:]), world=len(boxes))
+# ---- attempts ----
 
 
-def test_a_tensor_without_dims_and_an_empty_one() -> None:
-    manifest.check(_shards(_entry((), (), ())), world=1)
-    manifest.check(_shards(_entry((0, 0), (0, 4), (0, 4))), world=1)
-    manifest.check(_shards(_entry((), (), ()), _entry((), (), ())), world=2)
+def test_a_late_writer_of_an_older_attempt_commits_nothing(tmp_path: Path) -> None:
+    save_all(tmp_path, 10, attempt=2)
+    for step in (10, 5, 20):
+        told = _refusal(save_all(tmp_path, step, attempt=1), Superseded)
+        assert "attempt 2 of run run-1 has saved" in told and "this is attempt 1, which is over" in told
+    assert _steps(tmp_path) == [10] and not list(tmp_path.rglob("*.a0001.*"))
 
 
-def test_a_manifest_comes_back() -> None:
-    told = Manifest(5, LAYOUT, (ShardFile(0, "a", 4, "ff", (_entry((0,), (1,), (1,)),)),), {"loss": 0.1})
-    assert Manifest.parse(told.dump()) == told and told.bytes == 4
+def test_a_newer_attempt_that_starts_during_a_save_shuts_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, met = Store.write, []
+
+    def slow(self: Store, name: str, chunks: object) -> int:
+        if ".a0001.r" in name and not met:
+            met.append(name)
+            save_all(tmp_path, 10, world=1, attempt=2)
+        return write(self, name, chunks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "write", slow)
+    assert "attempt 2" in _refusal(save_all(tmp_path, 10, world=1, attempt=1), Superseded)
+    found = _newest(tmp_path)
+    assert met and found is not None and (found.attempt, found.step) == (2, 10)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"format": 1}', b'{"format": 2}', b"\xff", b"null"])
-def test_a_manifest_that_is_none_is_incomplete(text: bytes) -> None:
-    with pytest.raises(Incomplete):
-        Manifest.parse(text)
+def test_a_manifest_that_comes_late_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where an old writer passed the last check: names of attempts differ, and the newest attempt counts."""
+    save_all(tmp_path, 10, attempt=2)
+    monkeypatch.setattr(Folder, "admit", lambda self, who: None)
+    save_all(tmp_path, 10, attempt=1)
+    save_all(tmp_path, 15, attempt=1)
+    found = _newest(tmp_path)
+    assert found is not None and (found.attempt, found.step) == (2, 10)
+    assert loading.read_manifest(str(tmp_path), 10, Alone()).attempt == 2
 
 
-# ---- kill -9 ----
-
-_SAVER = """
-import itertools, sys
-from faulttol.checkpoint.peers import Alone
-from faulttol.checkpoint.save import save
-from tests.faulttol.ranks import shard
-print("ready", flush=True)
-for step in itertools.count(int(sys.argv[2])):
-    save(sys.argv[1], step, shard(0, 1, step, size=200_000), Alone(), keep=2)
-    print(step, flush=True)
-"""
-
-
-def test_a_saver_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Twenty processes that do nothing but save, each killed after a random time."""
-    noise, first, committed = random.Random(5), 1, 0
-    for _ in range(20):
-        child = subprocess.Popen(
-            [sys.executable, "-c", _SAVER, str(tmp_path), str(first)], stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(noise.uniform(0, 0.03))  # where in a save the kill lands, not how long a test waits
-        child.kill()
-        told = [int(row) for row in child.stdout.read().split("\n")[:-1]]
-        child.wait()
-        child.stdout.close()
-        committed = max([committed, *told])
-        step, found, passed = loading.restore(str(tmp_path), LAYOUT, 0, Alone())
-        assert passed == [] and (step or 0) >= committed
-        if step is not None:
-            assert found is not None and same(found, shard(0, 1, step, size=200_000))
-            first = step + 1
-        left = [p for p in tmp_path.rglob("*") if p.is_file()]
-        assert len(left) < 12, "leftovers of earlier saves are removed"
-    assert committed > 0
-
-
-def test_the_words_in_shard_names_are_new_each_time(tmp_path: Path) -> None:
-    names = set()
-    for _, step in itertools.product(range(3), (1,)):
-        save(str(tmp_path), step, shard(0, 1, step), Alone(), keep=1)
-        names |= {file.file for file in loading.manifest_of(Store(str(tmp_path)), step).shards}
-    assert len(names) == 3
+def test_an_attempts_branch_that_was_left_is_retired(tmp_path: Path) -> None:
+    """Attempt 2 went back before step 50 of attempt 1, whose steps go as soon as it has `keep` of its own."""
+    save_all(tmp_path, 40, keep=2)
+    save_all(tmp_path, 50, keep=2)
+    save_all(tmp_path, 45, keep=2, attempt=2)
+    assert [(c.attempt, c.step) for c in Folder(Store(str(tmp_path))).commits] == [(1, 50), (2, 45)]
+    save_all(tmp_path, 50, keep=2, attempt=2)
+    assert [(c.attempt, c.step) for c in Folder(Store(str(tmp_path))).commits] == [(2, 45), (2, 50)]
+    assert not list(tmp_path.rglob("*.a0001.*"))
 
 
 def test_the_module_has_no_torch() -> None:

@@ -2,94 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import pytest
 
 from configs.errors import UserError
-from faulttol.checkpoint import load as loading
-from faulttol.checkpoint.save import Saved, save
 from faulttol.checkpoint.store import Store, check_writable
-from tests.faulttol.ranks import LAYOUT, same, shard, together
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of a bucket on a server of this test's own."""
-    pytest.importorskip("s3fs")
-    server_module: Any = pytest.importorskip("moto.server")
-    boto3: Any = importlib.import_module("boto3")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="runs")
-    fsspec.config.set_conf_env(fsspec.config.conf)
-    yield "s3://runs/checkpoints"
-    fsspec.config.conf.pop("s3", None)
-    fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    """URL of an empty folder in memory."""
-    yield "memory://runs/checkpoints"
-    fsspec.filesystem("memory").store.clear()
-
-
-def _round(root: str) -> None:
-    """Save three times, damage the newest, restore."""
-    check_writable(root)
-    assert Store(root).names() == []
-    for step in (1, 2, 3):
-        answers = together(2, lambda rank, peers, s=step: save(root, s, shard(rank, 2, s), peers, 2))  # type: ignore[misc]
-        assert all(isinstance(a, Saved) for a in answers), answers
-    store = Store(root)
-    assert loading.steps(store) == [2, 3]
-    assert store.names() == [loading.folder_of(2), loading.folder_of(3)]
-    for rank in (0, 1):
-        assert same(loading.load(root, 3, LAYOUT, rank), shard(rank, 2, 3))
-    folder = loading.folder_of(3)
-    (name,) = (name for name in store.names(folder) if name.startswith("00001-"))
-    store.write(f"{folder}/{name}", [bytes(10)])
-    for answer in together(2, lambda rank, peers: loading.restore(root, LAYOUT, rank, peers)):
-        assert isinstance(answer, tuple) and answer[0] == 2
-        assert name in answer[2][0]
-
-
-def test_a_round_on_a_disk(tmp_path: Path) -> None:
-    _round(str(tmp_path / "new" / "checkpoints"))
-
-
-def test_a_round_under_a_file_url_with_odd_characters(tmp_path: Path) -> None:
-    folder = tmp_path / "with space 'n' ünïcode"
-    folder.mkdir()
-    _round(f"file://{folder}/c")
-    assert (folder / "c" / loading.folder_of(2)).is_dir()
-
-
-def test_a_round_in_memory(memory: str) -> None:
-    _round(memory)
-
-
-def test_a_round_on_s3(s3: str) -> None:
-    _round(s3)
 
 
 def test_a_bucket_that_does_not_exist(s3: str) -> None:
@@ -181,3 +104,13 @@ def test_a_folder_that_may_not_be_written() -> None:
 def test_a_check_leaves_no_file(tmp_path: Path) -> None:
     check_writable(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("protocol", ["disk", "memory", "s3"])
+def test_a_range_is_read_alone(tmp_path: Path, request: pytest.FixtureRequest, protocol: str) -> None:
+    root = str(tmp_path) if protocol == "disk" else request.getfixturevalue(protocol)
+    store = Store(root)
+    store.write("a", [b"0123456789"])
+    assert store.read_range("a", 2, 5) == bytearray(b"234") and store.read_range("a", 8, 12) == b"89"
+    with pytest.raises(FileNotFoundError):
+        store.read_range("b", 0, 1)

@@ -38,8 +38,23 @@ def test_the_plan_shows_layout_parameters_memory_tokens_and_reasons() -> None:
     made = plan(compose(["model=olmoe_1b_7b", "hardware=h100", "parallel.ep=8"]), Capacity.of_nodes([8]))
     text = console.plan_table(made.to_json())
     for word in ("6.92 B parameters", "1.28 B active", "dp=8 ep=8", "optimizer", "per step", "peak 989 TFLOP/s bf16",
-                 "train.precision", "master weights stay fp32"):  # fmt: skip
+                 "train.precision", "master weights stay fp32", "native, adamw, ZeRO 1, nothing recomputed"):  # fmt: skip
         assert word in text
+
+
+def test_the_plan_shows_the_engine_with_its_schedule() -> None:
+    words = [
+        "parallel.pp=2",
+        "parallel.cp=2",
+        "parallel.schedule=zbv",
+        "train.recompute=full",
+        "train.engine=native",
+    ]
+    text = console.plan_table(plan(compose(words), None).to_json())
+    line = next(line for line in text.splitlines() if line.startswith("engine"))
+    assert line.endswith(
+        "native, adamw, ZeRO 1, full recomputation, schedule zbv, 2 chunks a rank, context by gather"
+    )
 
 
 def queued(home: HomePaths, run_id: str, now: float, state: State = State.QUEUED) -> None:

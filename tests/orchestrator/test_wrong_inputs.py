@@ -71,8 +71,11 @@ SUBMIT = {
     "a floor above the peak": (["optim.min_lr=1"], ["optim.min_lr"]),
     "heads that can't be grouped": (["model.kv_heads=3"], ["model.heads", "model.kv_heads"]),
     "more choices than experts": (["model.top_k=9"], ["model.top_k", "model.experts"]),
-    "an axis that doesn't train yet": (["parallel.tp=2"], ["parallel.tp"]),
-    "a model that doesn't train yet": (["model=deepseek_v3"], ["model.attention", "mla"]),
+    "an axis that splits nothing evenly": (["parallel.tp=3"], ["parallel.tp=3", "model.heads", "parallel.tp=2"]),
+    "more pipeline stages than layers": (["parallel.pp=8"], ["parallel.pp=8", "model.layers", "parallel.pp=4"]),
+    "an engine on what it doesn't run": (
+        ["train.engine=deepspeed", "parallel.cp=2"], ["parallel.cp=2", "deepspeed", "native"],
+    ),
     "timeouts in an order that can't work": (["resilience.timeouts.collective=5"], ["collective", "hang"]),
     "no patience": (["resilience.timeouts.patience=0"], ["patience"]),
     "a secret": (["tracking.api_key=abc"], ["WANDB_API_KEY"]),

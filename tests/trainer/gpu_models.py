@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from tests.trainer.gpu_bench import Bench
 
@@ -30,14 +28,33 @@ _TURN_STEPS = 3
 def stand_in() -> None:
     """Let the trainer's model modules import without pydantic: they read attributes of a configuration, no more."""
     sys.path.insert(0, str(ROOT))
-    schema = types.ModuleType("configs.schema")
-    schema.ModelConfig = types.SimpleNamespace  # type: ignore[attr-defined]
-    sys.modules["configs.schema"] = schema
+    configs = types.ModuleType("configs.model")
+    for name in ("ModelConfig", "RouterConfig", "YarnConfig"):
+        setattr(configs, name, types.SimpleNamespace)
+    sys.modules["configs.model"] = configs
+
+
+#: Fields that cases of earlier versions don't have, nor those of single parts.
+_MODEL: dict[str, Any] = {
+    "layers": 1, "dense_layers": 0, "qk_norm": "none", "window": 0, "parallel_block": False, "residual_scaling": False,
+    "rope_fraction": 1.0, "mtp_layers": 0,
+    "yarn": {"factor": 1.0},
+}  # fmt: skip
+_ROUTER: dict[str, Any] = {
+    "kind": "linear", "groups": 1, "z_coefficient": 0.0, "losses_over_layers": "sum", "capacity_factor": None,
+    "bias_rule": "sign",
+}  # fmt: skip
 
 
 def as_config(tree: dict[str, Any]) -> types.SimpleNamespace:
     """A model's configuration by attribute."""
-    return types.SimpleNamespace(**(tree | {"router": types.SimpleNamespace(**tree["router"])}))
+    tree = _MODEL | tree
+    norm = {True: "head", False: "none"}.get(tree["qk_norm"], tree["qk_norm"])
+    parts = {
+        "router": types.SimpleNamespace(**(_ROUTER | tree["router"])),
+        "yarn": types.SimpleNamespace(**tree["yarn"]),
+    }
+    return types.SimpleNamespace(**(tree | parts | {"qk_norm": norm}))
 
 
 def small(case: dict[str, Any]) -> dict[str, Any]:
@@ -59,14 +76,12 @@ class Model:
     """One model with its optimizer, and how a step of it is done."""
 
     def __init__(self, bench: Bench, case: dict[str, Any]) -> None:
-        from trainer.model.decoder import Decoder
+        from trainer.model.initial import build
+        from trainer.model.seams import Tally
 
         self.bench, self.case = bench, case
-        config = as_config(case["model"])
-        Decoder._initialize = _initialize
-        with torch.device(bench.device):
-            self.model = Decoder(config, case["sequence"], dist.group.WORLD, 0, 1)  # type: ignore[arg-type]
-        self.model.to(torch.bfloat16)
+        self.model = build(as_config(case["model"]), 1, bench.device).to(torch.bfloat16)  # type: ignore[arg-type]
+        self.tally = Tally()
         self.parameters = list(self.model.parameters())
         self.masters = [p.detach().float() for p in self.parameters]
         self.gradients = [torch.zeros_like(master) for master in self.masters]
@@ -80,12 +95,18 @@ class Model:
 
     def step(self) -> list[Any]:
         """One step; marks before, after forward, after backward, after the optimizer."""
+        from trainer.model.decoder import inputs
+        from trainer.model.seams import Micro
+
         clock = self.bench.clock
         marks = [clock.mark()]
-        loss, auxiliary = self.model(self.batches[self.index % len(self.batches)])
+        tokens = self.batches[self.index % len(self.batches)]
         self.index += 1
+        places = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+        micro = Micro(tokens, places, None, 1.0 / tokens.shape[0], self.tally)
+        loss = self.model(inputs(micro), micro)
         marks.append(clock.mark())
-        (loss + auxiliary).backward()
+        loss.backward()
         marks.append(clock.mark())
         with torch.no_grad():
             torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])
@@ -100,16 +121,8 @@ class Model:
 
     def imbalance(self) -> list[float]:
         """The fullest expert's rows over the mean, by layer."""
-        loads = [router.load_E.float() for router in self.model.routers()]
+        loads = [load.float() for load in self.tally.counts.values()]
         return [float(load.max() / load.mean()) for load in loads]
-
-
-@torch.no_grad()
-def _initialize(self: nn.Module, _seed: int) -> None:
-    """Normal weights drawn on the device: the trainer's own are drawn on the host, which takes minutes."""
-    for name, parameter in self.named_parameters():
-        if "norm" not in name:
-            parameter.normal_(0.0, 0.02)
 
 
 def phases(bench: Bench, steps: list[list[Any]]) -> dict[str, float]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +43,7 @@ class Parts:
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv)
 
     def norm(self) -> Callable[[], Tensor]:
-        from trainer.model.attention import RMSNorm
+        from trainer.model.norm import RMSNorm
 
         layer = RMSNorm(self.case["hidden"], 1e-5).to(self.bench.device, torch.bfloat16)
         x = self.normal(self.tokens, self.case["hidden"])
@@ -52,11 +51,13 @@ class Parts:
         return lambda: layer(x)
 
     def rotary(self) -> Callable[[], Tensor]:
-        from trainer.model.attention import Rotary
+        from trainer.model.rotary import Rotary
 
         b, s, heads, head = (self.case[k] for k in ("batch", "sequence", "heads", "head_dim"))
-        layer, x = Rotary(head, s, 1e4).to(self.bench.device), self.normal(b, heads, s, head)
-        return lambda: layer(x)
+        model = as_config({"attention": "gqa", "head_dim": head, "rope_theta": 1e4, "router": {}})
+        places = torch.arange(s, device=self.bench.device)
+        turns, x = Rotary(model)(places, torch.float32), self.normal(b, heads, s, head)  # type: ignore[arg-type]
+        return lambda: turns.rotate(x)
 
     def activation(self) -> Callable[[], Tensor]:
         both = self.normal(self.tokens, 2 * self.case["hidden"])
@@ -68,28 +69,27 @@ class Parts:
         return call
 
     def dispatch(self) -> Callable[[], Tensor]:
-        from trainer.parallel.expert import Dispatch
+        from trainer.model.exchange import LocalExchange
 
         experts, top_k, device = self.case["experts"], self.case["top_k"], self.bench.device
         x = self.normal(self.tokens, self.case["hidden"])
         chosen = torch.rand(self.tokens, experts, device=device).topk(top_k, dim=-1).indices
         weights = torch.rand(self.tokens, top_k, device=device)
 
-        def call() -> Tensor:
-            way = Dispatch(chosen, experts, dist.group.WORLD)  # type: ignore[arg-type]
-            return way.combine(way.send(x), weights)
-
-        return call
+        return lambda: LocalExchange().run(x, chosen, weights, experts, lambda rows, _: rows)
 
     def router(self) -> Callable[[], Tensor]:
         from trainer.model.router import Router
+        from trainer.model.seams import Alone, Micro, Tally
 
         settings = as_config(self.case | {"router": self.bench.cases["router"]})
-        layer = Router(settings).to(self.bench.device, torch.bfloat16)  # type: ignore[arg-type]
-        x = self.normal(self.tokens, self.case["hidden"])
-        nn.init.normal_(layer.weight, 0.0, 0.02)
-        self.leaves.append(layer.weight)
-        return lambda: layer(x)[1]
+        layer = Router(settings, 0).to(self.bench.device, torch.bfloat16)  # type: ignore[arg-type]
+        x = self.normal(1, self.tokens, self.case["hidden"])
+        nn.init.normal_(layer.linear.weight, 0.0, 0.02)
+        self.leaves.append(layer.linear.weight)
+        places = torch.arange(self.tokens, device=self.bench.device)
+        micro = Micro(torch.empty(1, self.tokens + 1), places, None, 1.0, Tally())
+        return lambda: layer(x, None, micro, Alone()).weights_BSK
 
     def loss(self) -> Callable[[], Tensor]:
         logits = self.normal(self.tokens, self.case["vocab"])

@@ -1,4 +1,4 @@
-"""Text to tokens: every source, every mistake, and once for all ranks."""
+"""Text to tokens: every source, and once for all ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from configs.errors import UserError
 from configs.schema import DataConfig
+from trainer.data import blocks, indexed, sources
 from trainer.data import prepare as preparing
-from trainer.data import sources
-from trainer.data.prepare import TokenStore, check, prepare
+from trainer.data.prepare import check, prepare
+from trainer.data.store import TokenStore
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 TEXTS = ["The first one.", "Zweitens: ä, ö, ü.", "And a third,\nof two lines."]
+WHOLE = ["lock", "meta.json", "tokens.bin", "tokens.hash", "tokens.idx"]
 WANTED = b"".join(text.encode() + b"\0" for text in TEXTS)
 
 
@@ -49,7 +50,7 @@ def test_the_standard_library_is_the_default(tmp_path: Path) -> None:
     store = _prepare(None, tmp_path)
     assert store.tokens.dtype == np.uint8 and len(store.tokens) > 5_000_000 and store.documents > 500
     assert int((store.tokens == 0).sum()) == store.documents, "a zero byte between documents and nowhere else"
-    files = sources.find(_config(None))
+    files = sources.find(None).sources
     assert [f.path for f in files] == sorted(f.path for f in files)
     assert all(f.path.endswith(".py") and "-packages" not in f.path for f in files)
     first = Path(files[0].path).read_bytes()
@@ -63,9 +64,12 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert store.tokens.tobytes() == b"hello world, hello\0" and store.documents == 1
 
 
-def test_zero_bytes_in_a_text_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"hello\0 world")
-    assert _prepare(tmp_path / "a.txt", tmp_path).tokens.tobytes() == b"hello world\0"
+def test_zero_bytes_that_jsonl_spells_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(_rows(["hello\0 world\0", "\0", "more"]))
+    store = _prepare(tmp_path / "a.jsonl", tmp_path)
+    assert store.tokens.tobytes() == b"hello world\0more\0" and store.documents == 2
+    assert any(note.startswith("3 zero bytes in texts were left out") for note in store.notes)
+    assert any(note.startswith("1 of the texts are empty") for note in store.notes)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json"])
@@ -104,7 +108,7 @@ def test_a_folder_is_read_in_order_without_what_is_hidden(tmp_path: Path) -> Non
     (folder / ".hidden").write_text("nor this")
     (folder / "b.md").write_text("beta beta")
     (folder / "sub" / "c.py").write_text("gamma")
-    (folder / "a.jsonl").write_text(_rows(["alpha"]))
+    (folder / "a.txt").write_text("alpha")
     assert _prepare(folder, tmp_path).tokens.tobytes() == b"alpha\0beta beta\0gamma\0"
 
 
@@ -134,12 +138,12 @@ def test_a_long_file_is_read_in_parts_and_gives_the_same(
 ) -> None:
     text = b"".join(b"line %d of many\n" % i for i in range(200)) + b"x" * 300 + b"\nthe end"
     (tmp_path / "a.txt").write_bytes(text)
-    monkeypatch.setattr(sources, "_CHUNK", 64)
-    (source,) = sources.find(_config(tmp_path / "a.txt"))
-    parts = list(sources.documents(source, "text"))
-    assert len(parts) > 20 and max(len(part) for part, _ in parts) < 400
-    assert [ends for _, ends in parts] == [False] * (len(parts) - 1) + [True]
-    assert all(part.endswith(b"\n") for part, _ in parts[:40])
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    (source,) = sources.find(str(tmp_path / "a.txt")).sources
+    parts = list(blocks.blocks(source, blocks.Fields("text", None)))
+    assert len(parts) > 20 and max(len(part.data) for part in parts) < 400
+    assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(part.data.endswith(b"\n") for part in parts[:40])
     assert _prepare(tmp_path / "a.txt", tmp_path).tokens.tobytes() == text + b"\0"
 
 
@@ -153,7 +157,7 @@ def test_tokens_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def never(*_: object) -> None:
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(preparing, "_write", never)
+    monkeypatch.setattr(preparing, "build", never)
     again = _prepare(tmp_path / "a.txt", tmp_path, sequence=4)
     assert again.folder == first.folder and again.tokens.tobytes() == first.tokens.tobytes()
 
@@ -168,7 +172,9 @@ def test_a_changed_file_is_prepared_again(tmp_path: Path) -> None:
     assert second.folder != first.folder and second.tokens.tobytes() == b"jello world\0"
 
 
-@pytest.mark.parametrize("damage", ["short", "gone", "no meta", "bad meta", "left over"])
+@pytest.mark.parametrize(
+    "damage", ["short", "gone", "no meta", "bad meta", "left over", "no index", "short hashes"]
+)
 def test_a_cache_that_is_not_whole_is_prepared_again(tmp_path: Path, damage: str) -> None:
     (tmp_path / "a.txt").write_text("hello world")
     folder = _prepare(tmp_path / "a.txt", tmp_path).folder
@@ -181,11 +187,15 @@ def test_a_cache_that_is_not_whole_is_prepared_again(tmp_path: Path, damage: str
             (folder / "meta.json").unlink()
         case "bad meta":
             (folder / "meta.json").write_text("{")
+        case "no index":
+            (folder / "tokens.idx").unlink()
+        case "short hashes":
+            (folder / "tokens.hash").write_bytes(b"1234")
         case "left over":
             (folder / "meta.json").unlink()
             (folder / ".tokens.bin.ab.tmp").write_bytes(b"x" * 99)
     assert _prepare(tmp_path / "a.txt", tmp_path).tokens.tobytes() == b"hello world\0"
-    assert sorted(p.name for p in folder.iterdir()) == ["lock", "meta.json", "tokens.bin"]
+    assert sorted(p.name for p in folder.iterdir()) == WHOLE
 
 
 _RANK = """
@@ -193,17 +203,17 @@ import sys, time
 from pathlib import Path
 from configs.schema import DataConfig
 from trainer.data import prepare as p
-notes, write = Path(sys.argv[2]), p._write
+notes, write = Path(sys.argv[2]), p.build
 def note(word):
     with notes.open("a") as file:
         file.write(word)
-def noted(folder, *rest):
+def noted(job):
     note("wrote ")
     while notes.read_text().count("here") < 4:
         time.sleep(0.01)
     time.sleep(0.1)  # the others are past their note: at the lock, or in here too where it doesn't hold them
-    write(folder, *rest)
-p._write = noted
+    write(job)
+p.build = noted
 note("here ")
 print(len(p.prepare(DataConfig(path=sys.argv[1], sequence=8), 256, Path(sys.argv[3])).tokens))
 """
@@ -227,215 +237,13 @@ def test_the_cache_setting_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab", "kind"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+    ("ids", "kind"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32")]
 )
-def test_tokens_are_as_wide_as_the_vocabulary_asks(tmp_path: Path, vocab: int, kind: str) -> None:
+def test_tokens_are_as_wide_as_the_tokenizer_asks(ids: int, kind: str) -> None:
+    assert indexed.narrowest(ids).name == kind
+
+
+def test_models_with_other_vocabularies_share_the_tokens(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
-    store = _prepare(tmp_path / "a.txt", tmp_path, vocab=vocab)
-    assert store.tokens.dtype.name == kind and store.tokens.tolist() == [*b"hello world", 0]
-
-
-# ---- mistakes ----
-
-
-def _refused(path: Path | str | None, tmp_path: Path, match: str, vocab: int = 256, **settings: Any) -> str:
-    """The one line that `check` and `prepare` both say."""
-    with pytest.raises(UserError, match=match) as caught:
-        check(_config(path, **settings), vocab)
-    with pytest.raises(UserError, match=match):
-        prepare(_config(path, **settings), vocab, tmp_path / "cache")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_missing_path_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "corpus.txt").write_text("hello")
-    told = _refused(tmp_path / "corpse.txt", tmp_path, "data.path='.*corpse.txt' does not exist")
-    assert "(did you mean 'corpus.txt'?)" in told
-    assert "did you mean" not in _refused(tmp_path / "zzz", tmp_path, "does not exist")
-    _refused(tmp_path / "no" / "such" / "folder", tmp_path, "does not exist")
-
-
-@pytest.mark.parametrize("name", ["empty-folder", "*.nothing"])
-def test_a_path_without_files(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty-folder").mkdir()
-    _refused(tmp_path / name, tmp_path, "holds no files")
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.jsonl", b'{"text": ""}\n')]
-)
-def test_empty_data(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    _refused(tmp_path / name, tmp_path, "data.path='.*' is empty; type a path with text in it")
-
-
-def test_a_sequence_longer_than_the_data(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * 99)
-    told = _refused(tmp_path / "a.txt", tmp_path, "data.sequence=100 is longer", sequence=100)
-    assert "(100 tokens in data.path=" in told and "set data.sequence to at most 99" in told
-    assert len(_prepare(tmp_path / "a.txt", tmp_path, sequence=99).tokens) == 100
-
-
-def test_the_standard_library_is_named_when_it_is_too_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "a.py").write_text("x = 1\n")
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
-    _refused(None, tmp_path, "7 tokens in the standard library")
-
-
-def test_a_malformed_line_has_its_number(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(_rows(["x"]) + '{"text": "broken\n')
-    _refused(tmp_path / "a.jsonl", tmp_path, r"a.jsonl:2 is not JSON: .*each line must be one object")
-
-
-@pytest.mark.parametrize("row", ['{"Text": "x", "id": 1}', '{"Text": "x", "id": 1, "text": 5}'])
-def test_a_missing_field_names_those_there_are(tmp_path: Path, row: str) -> None:
-    (tmp_path / "a.jsonl").write_text(row + "\n")
-    told = _refused(tmp_path / "a.jsonl", tmp_path, "a.jsonl:1 has no text under data.text_field='text'")
-    assert "it has: Text, id" in told
-
-
-def test_a_row_that_is_no_object(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("[1, 2]\n")
-    _refused(tmp_path / "a.jsonl", tmp_path, "a.jsonl:1 has no text .*it has: no keys")
-
-
-def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"texts": ["a"], "id": [1]}), tmp_path / "a.parquet")
-    told = _refused(tmp_path / "a.parquet", tmp_path, "has no text under data.text_field='text'")
-    assert "(did you mean 'texts'?); it has: texts, id" in told
-
-
-def test_a_column_that_is_no_text(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    _refused(tmp_path / "a.parquet", tmp_path, "column data.text_field='text' is int64, not text")
-
-
-def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"hello world, this isn't it")
-    _refused(tmp_path / "a.parquet", tmp_path, "a.parquet is not parquet")
-
-
-@pytest.mark.parametrize("content", [b"plain text", gzip.compress(os.urandom(5000))[:3000]])
-def test_a_file_that_is_no_gzip(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(content)
-    _refused(tmp_path / "a.txt.gz", tmp_path, "a.txt.gz can't be read: .*mend it")
-
-
-@pytest.mark.parametrize("path", ["s4://bucket/x", "nonsense://x"])
-def test_an_unknown_protocol(tmp_path: Path, path: str) -> None:
-    _refused(path, tmp_path, f"data.path='{path}' can't be used: ")
-
-
-def test_bytes_need_a_vocabulary_of_256(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("hello world")
-    _refused(
-        tmp_path / "a.txt", tmp_path, "model.vocab=100 is below the 256 ids.*set model.vocab=256", vocab=100
-    )
-
-
-def test_a_tokenizer_that_does_not_exist(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("hello world")
-    _refused(tmp_path / "a.txt", tmp_path, "data.tokenizer='nope.json' is no file", tokenizer="nope.json")
-
-
-def test_a_tokenizer_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("hello world")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    name = str(tmp_path / "tokenizer.json")
-    _refused(tmp_path / "a.txt", tmp_path, "needs the package tokenizers; type `pip install", tokenizer=name)
-
-
-def test_an_id_outside_of_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer may skip ids, so that its size says less than its largest."""
-    (tmp_path / "a.txt").write_text("hello world")
-
-    def sparse(name: str, vocab: int) -> tuple[preparing.Encode, int]:
-        return lambda text: np.frombuffer(text, dtype=np.uint8).astype(np.int64) * 10, 0
-
-    monkeypatch.setattr(preparing, "_tokenizer", sparse)
-    with pytest.raises(
-        UserError, match="model.vocab=256 is too small .* gives the id 1190; set model.vocab=1191"
-    ):
-        prepare(_config(tmp_path / "a.txt"), 256, tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("tokens.bin"))
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("hello world")
-    with pytest.raises(UserError, match="data.cache: can't write .*set data.cache to a folder you may write"):
-        prepare(_config(tmp_path / "a.txt", cache=str(tmp_path / "a.txt" / "x")), 256, tmp_path)
-
-
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("hello world")
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="data.cache: can't write .*No space left"):
-        prepare(_config(tmp_path / "a.txt"), 256, tmp_path / "cache")
-    assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == ["lock"]
-
-
-def test_checking_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Submitting must not wait for the whole of a corpus to be read."""
-    for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text(_rows(["hello world"] * 50))
-    read: list[str] = []
-    documents = sources.documents
-
-    def noted(source: sources.Source, field: str) -> Any:
-        for part in documents(source, field):
-            read.append(source.path)
-            yield part
-
-    monkeypatch.setattr(preparing, "documents", noted)
-    check(_config(tmp_path / "*.jsonl", sequence=30), 256)
-    assert len(read) == 3
-
-
-def test_checking_imports_no_torch() -> None:
-    code = (
-        "import sys; from configs.schema import DataConfig; from trainer.data.prepare import check;"
-        "check(DataConfig(), 256); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-# ---- a Hugging Face tokenizer ----
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> str:
-    """A word-level tokenizer in a file."""
-    tokenizers: Any = pytest.importorskip("tokenizers")
-    words = {word: i for i, word in enumerate(["[UNK]", "hello", "world", "</s>"])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.save(str(tmp_path / "tokenizer.json"))
-    return str(tmp_path / "tokenizer.json")
-
-
-def test_a_tokenizer_json(tmp_path: Path, tokenizer: str) -> None:
-    (tmp_path / "a.jsonl").write_text(_rows(["hello world", "world there"]))
-    store = _prepare(tmp_path / "a.jsonl", tmp_path, vocab=4, tokenizer=tokenizer, sequence=2)
-    assert store.tokens.tolist() == [1, 2, 3, 2, 0, 3]
-
-
-def test_a_vocabulary_below_the_tokenizer(tmp_path: Path, tokenizer: str) -> None:
-    (tmp_path / "a.txt").write_text("hello world")
-    _refused(
-        tmp_path / "a.txt", tmp_path, "is below the 4 ids .*set model.vocab=4", vocab=3, tokenizer=tokenizer
-    )
-
-
-def test_a_file_that_is_no_tokenizer(tmp_path: Path, tokenizer: str) -> None:
-    Path(tokenizer).write_text("{}")
-    (tmp_path / "a.txt").write_text("hello world")
-    _refused(tmp_path / "a.txt", tmp_path, "is no tokenizer.json", tokenizer=tokenizer)
+    first, second = (_prepare(tmp_path / "a.txt", tmp_path, vocab=vocab) for vocab in (256, 70_000))
+    assert first.folder == second.folder and second.tokens.tolist() == [*b"hello world", 0]

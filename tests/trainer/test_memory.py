@@ -9,7 +9,7 @@ import pytest
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
-from trainer.sizing import activations, frameworks, memory, schedule, states
+from trainer.sizing import activations, frameworks, memory, parameters, schedule, states
 from trainer.sizing.job import Job, Recompute, Retention, Software
 from trainer.sizing.layout import Layout
 
@@ -31,7 +31,7 @@ def gpt(layers: int, hidden: int, heads: int) -> ModelConfig:
     shape = {
         "layers": layers, "hidden": hidden, "heads": heads, "kv_heads": heads, "head_dim": hidden // heads,
         "vocab": 51200, "dense_layers": layers, "dense_width": 4 * hidden, "experts": 1, "top_k": 1,
-        "expert_width": 4 * hidden, "gated": False, "qk_norm": False, "tie_embeddings": True,
+        "expert_width": 4 * hidden, "gated": False, "qk_norm": "none", "tie_embeddings": True,
     }  # fmt: skip
     return preset("demo").model_copy(update=shape)
 
@@ -152,7 +152,7 @@ def test_published_peaks_lie_in_the_interval(
 def test_parts_add_up_and_the_fullest_stage_is_named() -> None:
     made = job(
         preset("deepseek_v3"),
-        frameworks.own("bf16"),
+        frameworks.own(),
         layout=Layout(8, 32, 1, 8, 1, 2),
         global_batch=512,
         zero=1,
@@ -169,7 +169,7 @@ def test_parts_add_up_and_the_fullest_stage_is_named() -> None:
 
 
 def test_the_summary_adds_up() -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own("bf16"), zero=1)
+    made = job(preset("olmoe_1b_7b"), frameworks.own(), zero=1)
     _, used = memory.worst(made, "cuda")
     assert sum(memory.summary(used).values()) == pytest.approx(used.total)
     assert (
@@ -180,7 +180,7 @@ def test_the_summary_adds_up() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_each_zero_stage_splits_one_thing_more(stage: int) -> None:
-    model, software = preset("olmoe_1b_7b"), frameworks.own("bf16")
+    model, software = preset("olmoe_1b_7b"), frameworks.own()
     before, after = (
         states.states(job(model, software, zero=z), schedule.Stage(0, 16, True, True))
         for z in (stage - 1, stage)
@@ -209,7 +209,7 @@ def test_key_value_heads_beyond_tp_are_copied() -> None:
 
 @pytest.mark.parametrize(("recompute", "less"), [("none", 1.0), ("full", 0.1)])
 def test_full_recomputation_keeps_inputs_alone(recompute: Recompute, less: float) -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own("bf16"))
+    made = job(preset("olmoe_1b_7b"), frameworks.own())
     ratio = activations.kept(replace(made, recompute=recompute), True) / activations.kept(made, True)
     assert ratio <= less
 
@@ -223,7 +223,7 @@ def test_micro_batches_in_flight() -> None:
 
 
 def test_imbalance_and_context_take_their_share() -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own("bf16"), layout=Layout(1, 8, 1, 8, 1, 1))
+    made = job(preset("olmoe_1b_7b"), frameworks.own(), layout=Layout(1, 8, 1, 8, 1, 1))
     even, uneven = (memory.worst(replace(made, imbalance=i), "cuda")[1] for i in (1.0, 1.5))
     assert even.imbalance == 0 and uneven.imbalance == pytest.approx(
         0.5 * 16 * activations.layer(made, True)["mlp"]
@@ -243,10 +243,89 @@ def test_a_host_that_waits_piles_nothing_up() -> None:
 
 
 def test_a_device_without_a_size_fits_nothing_for_sure() -> None:
-    made = job(preset("demo"), frameworks.own("fp32"), precision="fp32")
+    made = job(preset("demo"), frameworks.own(), precision="fp32")
     assert memory.fits(made, hardware("cpu")) is None
     assert "unknown" in memory.peak(made, hardware("cpu")).derivation
     assert memory.framework(made, "cpu") == 0
     assert memory.fits(made, hardware()) is True
-    big = job(preset("deepseek_v3"), frameworks.own("bf16"))
+    big = job(preset("deepseek_v3"), frameworks.own())
     assert memory.fits(big, hardware()) is False
+
+
+@pytest.mark.parametrize(
+    ("typed", "moments"),
+    [([], (8, 8)), (["optim.kind=muon"], (8, 4)), (["optim.kind=lamb"], (8, 8)), (["optim.moments=bf16"], (4, 4)),
+     (["optim.kind=muon", "optim.moments=bf16"], (4, 2))],
+)  # fmt: skip
+def test_the_optimizers_moments_are_counted_by_kind_of_weight(
+    typed: list[str], moments: tuple[int, int]
+) -> None:
+    model, optim = preset("olmoe_1b_7b"), compose(typed).optim
+    made = job(model, frameworks.own(optim=optim), layout=Layout(1, 1, 1, 1, 1, 1), zero=1)
+    whole = schedule.Stage(0, 16, True, True)
+    mine = states.held(made, whole)
+    tables = 2 * model.vocab * model.hidden
+    assert mine.all == parameters.count(model).total and tables < mine.other < 1.01 * tables
+    by_hand = 4 * mine.all + moments[0] * mine.other + moments[1] * (mine.all - mine.other)
+    assert states.states(made, whole).optimizer == pytest.approx(by_hand)
+
+
+def test_fp32_weights_that_nobody_shares_are_their_own_master() -> None:
+    alone, shared = Layout(1, 1, 1, 1, 1, 1), Layout(1, 2, 1, 1, 1, 1)
+    made = job(preset("demo"), frameworks.own(), layout=alone, precision="fp32")
+    whole = schedule.Stage(0, 4, True, True)
+    weights = states.held(made, whole).all
+    assert states.states(made, whole).optimizer == 8 * weights
+    assert states.states(replace(made, layout=shared), whole).optimizer == 12 * weights
+    assert states.states(replace(made, precision="bf16"), whole).optimizer == 12 * weights
+
+
+def test_gradients_of_a_steps_only_micro_batch_are_never_whole() -> None:
+    whole = schedule.Stage(0, 16, True, True)
+    made = job(preset("olmoe_1b_7b"), frameworks.own(), zero=1, global_batch=8)
+    one, two = states.states(made, whole), states.states(replace(made, global_batch=16), whole)
+    assert two.gradients == pytest.approx(8 * one.gradients)
+    asked = replace(made, software=frameworks.own(engine="deepspeed"))
+    assert states.states(asked, whole).gradients == two.gradients
+    assert memory.usage(asked, "cuda", 0, whole).buckets == 4 << 27
+
+
+def test_selective_recomputation_keeps_all_but_what_the_experts_make() -> None:
+    made = job(preset("olmoe_1b_7b"), frameworks.own(), recompute="selective", imbalance=1.2)
+    parts = activations.layer(made, True)
+    kept = activations.kept(made, True)
+    assert kept == pytest.approx(parts["norms"] + parts["attention"] + activations.boundary(made))
+    assert activations.surplus(made) == 0 < activations.surplus(replace(made, recompute="none"))
+    dense = replace(made, model=gpt(4, 1024, 16))
+    parts = activations.layer(dense, False)
+    assert activations.kept(dense, False) == pytest.approx(parts["norms"] + parts["attention"])
+
+
+def test_a_v_puts_both_ends_on_the_first_rank_and_fills_all_ranks_alike() -> None:
+    made = job(
+        preset("qwen3_30b_a3b"),
+        frameworks.own(),
+        layout=Layout(4, 2, 1, 1, 1, 1),
+        interleave=2,
+        zero_bubble=True,
+    )
+    cut = memory.stages(made)
+    assert [stage.layers for stage in cut] == [12] * 4
+    assert cut[0].embedding and cut[0].head and not any(stage.embedding or stage.head for stage in cut[1:])
+    assert {activations.in_flight(made, stage) for stage in range(4)} == {4.0}
+
+
+def test_multi_token_prediction_stands_on_the_last_stage() -> None:
+    model = preset("deepseek_v3").model_copy(update={"mtp_layers": 1})
+    plain, more = (schedule.stages(one, 4) for one in (preset("deepseek_v3"), model))
+    assert [m.moe - p.moe for p, m in zip(plain, more, strict=True)] == [0, 0, 0, 1]
+    one = Layout(4, 1, 1, 1, 1, 1)
+    before, after = (
+        states.held(job(m, Software(), layout=one), s[-1])
+        for m, s in ((preset("deepseek_v3"), plain), (model, more))
+    )
+    # Its own block, and the embedding table beside the head.
+    assert after.other - before.other > model.vocab * model.hidden and after.routed > before.routed
+    assert parameters.count(model).total / parameters.count(preset("deepseek_v3")).total == pytest.approx(
+        1.017, abs=0.001
+    )

@@ -40,7 +40,7 @@ def job(**changes: int) -> Job:
     model = ModelConfig.model_validate({"name": "x", **fields, **changes})
     return Job(
         model, Layout(1, 1, 1, 1, 1, 1), sequence=4096, micro_batch=2, global_batch=2, node=1,
-        software=frameworks.own("bf16"),
+        software=frameworks.own(),
     )  # fmt: skip
 
 

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from configs.compose import compose
+from configs.compose import choices, compose
 from configs.errors import UserError
 from trainer.sizing.auto import replan
+from trainer.sizing.layout import Layout
 from trainer.sizing.planner import Capacity, Plan, plan, trainable
 
 pytestmark = pytest.mark.unit
@@ -24,15 +25,17 @@ def test_nothing_is_left_open() -> None:
     assert (config.parallel.dp, config.cluster.nodes, config.cluster.slots_per_node) == (4, 1, 4)
     assert config.train.global_batch == 4 * config.train.micro_batch and config.train.precision == "fp32"
     assert {choice.field for choice in made.choices} == {
-        "parallel.dp", "cluster.nodes", "train.global_batch", "train.precision",
+        "parallel.dp", "cluster.nodes", "train.global_batch", "train.precision", "train.engine",
+        "model.router.bias_update_rate",
     }  # fmt: skip
     assert all(choice.reason for choice in made.choices)
 
 
 def test_what_the_user_set_is_not_chosen() -> None:
     made = planned(
-        "experiment=demo", "train.global_batch=32", "train.precision=bf16", "cluster.nodes=1", slots=[2]
-    )
+        "experiment=demo", "train.global_batch=32", "train.precision=bf16", "cluster.nodes=1", "train.engine=native",
+        "model.router.bias_update_rate=0.01", slots=[2],
+    )  # fmt: skip
     assert made.choices == () and made.config.train.precision == "bf16"
 
 
@@ -79,19 +82,57 @@ def test_refusals(words: list[str], slots: list[int] | None, told: str) -> None:
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_preset_that_is_planned_trains(model: str) -> None:
+    assert trainable(compose([f"model={model}"])) is None
+    made = plan(compose([f"model={model}", "hardware=mi355x"]), Capacity.of_nodes([8]), strict=True)
+    assert made.ranks == 8 and made.config.train.engine == "native"
+
+
+def test_what_the_trainer_does_not_run_can_be_planned_and_is_noted() -> None:
+    words = ["parallel.tp=4", "parallel.dp=1"]
+    (note,) = planned(*words).notes
+    assert note == trainable(compose(words)) and "parallel.tp=4" in note
+    with pytest.raises(UserError, match="parallel.tp=4"):
+        plan(compose(words), None, strict=True)
+
+
+def test_the_engine_is_chosen_with_its_reason_and_kept_where_it_is_set() -> None:
+    told = {choice.field: choice for choice in planned(slots=[2]).choices}
+    assert told["train.engine"].value == "native" and "where it is asked for" in told["train.engine"].reason
+    made = planned("train.engine=deepspeed", "parallel=auto", "hardware=h100", slots=[8])
+    assert made.config.train.engine == "deepspeed" and made.config.parallel.zero in (1, 2)
+    assert all(made.layout[axis] == 1 for axis in ("pp", "cp", "etp", "tp"))
+
+
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "rate", "why"),
     [
-        (["model=deepseek_v3"], "model.attention=mla"),
-        (["model=zaya1_base"], "model.attention=cca"),
-        (["model.router.kind=mlp"], "model.router.kind=mlp"),
-        (["model.gated=false"], "model.gated=false"),
-        (["parallel.pp=2"], "parallel.pp=2"),
+        ([], 0.00025, "1/8"),
+        (["model.router.score=sigmoid"], 0.001, "DeepSeek-V3"),
+        (["model.router.bias_rule=load_error"], 0.001, "ZAYA1"),
+        (["model.router.balance=aux"], None, ""),
     ],
 )
-def test_what_can_be_planned_but_not_trained(words: list[str], told: str) -> None:
-    assert told in str(trainable(compose(words)))
-    assert told in planned(*words).notes[0]
+def test_the_bias_step_is_chosen_where_there_is_one(words: list[str], rate: float | None, why: str) -> None:
+    made = planned(*words)
+    found = [c.reason for c in made.choices if c.field == "model.router.bias_update_rate"]
+    assert made.config.model.router.bias_update_rate == rate and len(found) == (rate is not None)
+    assert all(why in reason for reason in found)
+
+
+def test_a_pipeline_gets_micro_batches_for_its_stages() -> None:
+    made = planned("parallel.pp=2", "train.micro_batch=4", slots=[4])
+    assert (made.layout["dp"], made.config.train.global_batch) == (2, 4 * 2 * 8)
+    fewer = planned("parallel.pp=2", "train.micro_batch=4", "train.global_batch=16", slots=[8])
+    assert fewer.layout["dp"] == 2 and "leave each idle" in fewer.warnings[0]
+
+
+def test_expert_groups_are_cut_out_of_all_ranks_of_a_stage() -> None:
+    made = planned("parallel.ep=4", "parallel.tp=2", "parallel.cp=2")
+    assert made.layout["dp"] == 1 and made.ranks == 4
+    assert planned("parallel.ep=8", "parallel.etp=2", "parallel.tp=2").layout["dp"] == 8
+    assert Layout(1, 4, 1, 4, 1, 2).inner == 4 and Layout(1, 4, 1, 2, 1, 8).inner == 8
 
 
 def test_a_plan_is_plain_data() -> None:
@@ -116,21 +157,79 @@ def test_an_uneven_gang_is_left_to_placement_and_can_be_planned_again() -> None:
 
 def test_auto_searches_what_the_trainer_runs() -> None:
     words = [
-        "model=olmoe_1b_7b",
+        "model=qwen3_30b_a3b",
         "hardware=h100",
         "parallel=auto",
         "train.micro_batch=1",
         "data.sequence=4096",
     ]
-    made = plan(compose(words), Capacity.of_nodes([8]), runnable=True)
-    assert (
-        made.ranks == 8 and made.layout["dp"] == 8 and made.layout["ep"] > 1
-    )  # one rank's experts don't fit
-    assert all(made.layout[axis] == 1 for axis in ("pp", "cp", "etp", "tp"))
+    made = plan(compose(words), Capacity.of_nodes([8, 8]), strict=True)
+    assert made.ranks == 16 and sum(made.memory.values()) < 80 << 30
     told = {choice.field: choice for choice in made.choices}
     assert "fastest of" in told["parallel.dp"].reason and told["parallel.ep"].value == str(made.layout["ep"])
+    # The batch doesn't depend on how the ranks are laid out.
+    assert made.config.train.global_batch == 16 and "16 ranks" in told["train.global_batch"].reason
     assert made.step_time["low"] < made.step_time["seconds"] < made.step_time["high"]
-    assert not made.config.parallel.open and made.warnings == ()
+    assert not made.config.parallel.open and trainable(made.config) is None
+
+
+def test_auto_sets_what_it_has_found_beside_the_axes_with_reasons() -> None:
+    words = ["model=deepseek_v3", "hardware=h100", "parallel=auto", "train.micro_batch=1", "data.sequence=4096",
+             "train.global_batch=1024"]  # fmt: skip
+    made = planned(*words, slots=[8] * 48)
+    told = {choice.field: choice for choice in made.choices}
+    assert made.config.train.recompute == told["train.recompute"].value == "full"
+    assert "recompute=selective needs" in told["train.recompute"].reason
+    assert told["parallel.zero"].value == str(made.config.parallel.zero) and "parallel.schedule" in told
+    tree = made.to_json()
+    config = made.config
+    for name, value in (
+        ("engine", "native"), ("zero", config.parallel.zero), ("schedule", config.parallel.schedule),
+        ("recompute", "full"), ("optimizer", "adamw"),
+    ):  # fmt: skip
+        assert tree[name] == value, name
+
+
+def test_auto_raises_the_zero_stage_where_it_must() -> None:
+    words = ["hardware=h100", "parallel=auto", "data.sequence=4096", "train.micro_batch=1"]
+    assert planned(*words, "model=olmoe_1b_7b", slots=[8]).config.parallel.zero == 1
+    alone = [f"parallel.{axis}=1" for axis in ("ep", "etp", "tp", "pp", "cp")]
+    made = planned(*words, "model=qwen3_30b_a3b", "parallel=auto", *alone[1:], "parallel.ep=1", slots=[8, 8])
+    assert made.config.parallel.zero == 1, "nothing is open, so nothing is searched"
+    made = planned(*words, "model=qwen3_30b_a3b", *alone[2:], "parallel.ep=1", slots=[8, 8])
+    told = {c.field: c for c in made.choices}
+    assert told["parallel.zero"].value == "3" and "zero=2 needs" in told["parallel.zero"].reason
+
+
+def test_auto_keeps_the_settings_that_are_set() -> None:
+    words = [
+        "model=qwen3_30b_a3b",
+        "hardware=h100",
+        "parallel=auto",
+        "data.sequence=4096",
+        "train.micro_batch=1",
+    ]
+    typed = ["parallel.zero=3", "train.recompute=full", "parallel.schedule=zbv", "train.global_batch=64"]
+    made = planned(*words, *typed, slots=[8] * 4)
+    parallel = made.config.parallel
+    assert (parallel.zero, parallel.schedule, made.config.train.recompute) == (3, "zbv", "full")
+    assert made.layout["pp"] > 1
+    assert not {"parallel.zero", "parallel.schedule", "train.recompute"} & {c.field for c in made.choices}
+
+
+@pytest.mark.parametrize(
+    ("typed", "component", "less"),
+    [
+        ("parallel.zero=3", "weights", 4), ("parallel.zero=2", "gradients", 4), ("optim.moments=bf16", "optimizer", 1.4),
+        ("optim.kind=muon", "optimizer", 1.4), ("train.recompute=full", "activations", 5),
+        ("train.recompute=selective", "activations", 1.5),
+    ],
+)  # fmt: skip
+def test_the_plan_counts_what_is_configured(typed: str, component: str, less: float) -> None:
+    words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "train.micro_batch=1", "data.sequence=4096",
+             "train.global_batch=16"]  # fmt: skip
+    before, after = planned(*words).memory, planned(*words, typed).memory
+    assert before[component] > less * after.get(component, 0)
 
 
 def test_auto_searches_all_axes_for_a_plan_and_keeps_those_that_are_set() -> None:

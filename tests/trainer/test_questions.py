@@ -23,12 +23,12 @@ DAY = 86400.0
 def mixtral(dp: int, micro_batch: int = 2) -> Job:
     model = compose(["model=mixtral_8x7b"]).model
     layout = Layout(1, dp, 1, 8, 1, 1)
-    return Job(model, layout, 4096, micro_batch, 1024, "bf16", zero=1, software=frameworks.own("bf16"))
+    return Job(model, layout, 4096, micro_batch, 1024, "bf16", zero=1, software=frameworks.own())
 
 
 def task(ranks: int = 64) -> Task:
     return Task(
-        compose(["model=mixtral_8x7b"]).model, ranks, 4096, 1024, software=frameworks.own("bf16"), zero=(1,)
+        compose(["model=mixtral_8x7b"]).model, ranks, 4096, 1024, software=frameworks.own(), zero=(1,)
     )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from configs.compose import compose
-from trainer.model.decoder import Decoder
+from tests.trainer.small_models import micro
+from trainer.model.decoder import inputs
+from trainer.model.initial import build
 from trainer.sizing import activations, frameworks
 from trainer.sizing.job import Job
 from trainer.sizing.layout import Layout
@@ -18,13 +18,6 @@ from trainer.sizing.layout import Layout
 pytestmark = pytest.mark.dist
 
 SAMPLES, TOKENS = 2, 256
-
-
-@pytest.fixture
-def alone() -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD  # type: ignore[misc]  # it is set by now
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -37,12 +30,12 @@ def alone() -> Iterator[dist.ProcessGroup]:
         {"top_k": 4, "experts": 16, "expert_width": 96},
     ],
 )
-def test_the_decoder_keeps_what_is_counted(alone: dist.ProcessGroup, shape: dict[str, Any]) -> None:
+def test_the_decoder_keeps_what_is_counted(shape: dict[str, Any]) -> None:
     preset = compose(["model=demo"]).model
     wide = {"hidden": 256, "heads": 8, "kv_heads": 4, "expert_width": 128, "vocab": 512}
     model = preset.model_copy(update=wide | shape)
     torch.manual_seed(0)
-    decoder = Decoder(model, TOKENS, alone, 0, 1).to(torch.bfloat16)
+    decoder = build(model, 1).to(torch.bfloat16)
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())}
     kept: dict[int, int] = {}
 
@@ -53,13 +46,14 @@ def test_the_decoder_keeps_what_is_counted(alone: dist.ProcessGroup, shape: dict
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = decoder(torch.randint(model.vocab, (SAMPLES, TOKENS + 1)))
+        batch = micro(torch.randint(model.vocab, (SAMPLES, TOKENS + 1)))
+        loss = decoder(inputs(batch), batch)
     assert loss.requires_grad
     tokens = SAMPLES * TOKENS
     # On a CPU attention's output is copied for the matmul after it.
     copied = model.layers * tokens * model.heads * model.head_dim * 2
     log_probabilities = tokens * model.vocab * 4
-    software = frameworks.own("bf16", "cpu")
+    software = frameworks.own(kind="cpu")
     job = Job(model, Layout(1, 1, 1, 1, 1, 1), TOKENS, SAMPLES, SAMPLES, "bf16", software=software)
     counted = sum(activations.kept(job, layer >= model.dense_layers) for layer in range(model.layers))
     assert counted + activations.head(job) + copied + log_probabilities == pytest.approx(

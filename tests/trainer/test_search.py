@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from configs.compose import compose
-from trainer.sizing import frameworks, legal, memory, search
+from configs.compose import compose, validated
+from trainer.sizing import auto, frameworks, legal, memory, runnable, search
 from trainer.sizing.auto import rates_of
 from trainer.sizing.job import Software
 from trainer.sizing.layout import Layout
@@ -28,9 +28,15 @@ def task(model: str, ranks: int, batch: int, **changes: object) -> Task:
     ("model", "ranks", "batch", "device"),
     [("olmoe_1b_7b", 16, 64, "h100"), ("mixtral_8x7b", 32, 64, "h100"), ("qwen3_30b_a3b", 16, 48, "mi300x")],
 )
-def test_pruning_loses_nothing(model: str, ranks: int, batch: int, device: str) -> None:
+@pytest.mark.parametrize("schedules", [("1f1b", "interleaved"), ("zbv",)])
+def test_pruning_loses_nothing(
+    model: str, ranks: int, batch: int, device: str, schedules: tuple[legal.Schedule, ...]
+) -> None:
     hardware = compose([f"hardware={device}"]).hardware
-    made, rates = task(model, ranks, batch), rates_of(compose([f"hardware={device}"]).hardware)
+    made, rates = (
+        task(model, ranks, batch, schedules=schedules),
+        rates_of(compose([f"hardware={device}"]).hardware),
+    )
     quick, whole = search.search(made, hardware, rates), search.exhaustive(made, hardware, rates)
     assert [c.seconds for c in quick.ranked] == pytest.approx([c.seconds for c in whole.ranked])
     assert quick.best and whole.best and quick.best.seconds == whole.best.seconds
@@ -50,7 +56,8 @@ def test_every_candidate_keeps_the_rules() -> None:
     "layout",
     [
         Layout(1, 8, 1, 3, 1, 1),  # experts
-        Layout(1, 2, 1, 4, 1, 4),  # ep is cut out of dp * cp
+        Layout(1, 2, 1, 16, 1, 4),  # expert groups are cut out of dp * cp * tp
+        Layout(1, 4, 1, 4, 2, 1),  # of which etp takes its part
         Layout(1, 2, 1, 1, 1, 3),  # heads
         Layout(1, 8, 4, 1, 1, 1),  # too few tokens on a rank
         Layout(17, 1, 1, 1, 1, 1),  # more stages than layers
@@ -61,6 +68,47 @@ def test_what_breaks_a_rule_is_not_legal(layout: Layout) -> None:
     made = task("olmoe_1b_7b", 8, 64)
     assert not legal.is_legal(legal.job(made, layout, 1, 1, 1, "none"))
     assert legal.is_legal(legal.job(made, Layout(1, 8, 1, 8, 1, 1), 1, 1, 1, "none"))
+    assert legal.is_legal(legal.job(made, Layout(1, 1, 1, 8, 1, 8), 1, 1, 1, "none")), (
+        "ep need not divide dp * cp"
+    )
+
+
+def test_a_pipeline_needs_a_micro_batch_for_each_stage() -> None:
+    made = task("olmoe_1b_7b", 8, 16)
+    few = legal.job(made, Layout(8, 1, 1, 1, 1, 1), 4, 1, 1, "none")
+    assert not legal.is_legal(few) and legal.is_legal(replace(few, micro_batch=2))
+    assert not legal.is_legal(replace(few, micro_batch=1, global_batch=12, interleave=2))
+    assert legal.is_legal(replace(few, micro_batch=1, interleave=2))
+    assert not legal.is_legal(replace(few, micro_batch=1, interleave=4)), "sixteen layers in 32 chunks"
+
+
+def test_whatever_is_searched_the_trainer_runs() -> None:
+    for model, ranks in (("deepseek_v3", 64), ("zaya1_base", 16), ("qwen3_30b_a3b", 48)):
+        made = task(model, ranks, 192, context="ulysses")
+        config = compose([f"model={model}", "data.sequence=4096", "train.engine=native"])
+        found = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
+        assert found
+        for job in found[:: max(1, len(found) // 400)]:
+            values = auto.settings(job)
+            parallel = config.parallel.model_copy(
+                update=job.layout.to_json() | values["parallel"] | {"context": "ulysses"}
+            )
+            train = config.train.model_copy(
+                update=values["train"] | {"micro_batch": job.micro_batch, "global_batch": job.global_batch}
+            )
+            asked = config.model_copy(update={"parallel": parallel, "train": train})
+            assert runnable.refusal(asked) is None, search.label(job)
+            validated(asked.model_dump())
+
+
+def test_schedules_and_stages_that_are_set_are_the_only_ones() -> None:
+    v = task("qwen3_30b_a3b", 16, 64, schedules=("zbv",), zero=(3,), recompute=("full",))
+    found = [job for layout in legal.layouts(v) for job in legal.jobs(v, layout)]
+    assert found and all(job.zero_bubble and job.interleave == 2 and job.layout.pp > 1 for job in found)
+    assert {job.zero for job in found} <= {0, 3} and {job.recompute for job in found} == {"full"}
+    uneven = task("olmoe_1b_7b", 12, 48, schedules=("interleaved",), chunks=4, fixed={"pp": 3})
+    found = [job for layout in legal.layouts(uneven) for job in legal.jobs(uneven, layout)]
+    assert found and {job.interleave for job in found} == {4}, "16 layers over 12 stages"
 
 
 def test_what_is_set_stays_set() -> None:

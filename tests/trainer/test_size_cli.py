@@ -138,7 +138,10 @@ REFUSED = {
         [*OLMOE, "--gpus", "8", "parallel.dp=4"],
         "--gpus 8 is not dp*tp*pp*cp=4",
     ),
-    "gpus that ep doesn't divide": ([*OLMOE, "--gpus", "4", "parallel.ep=8"], "does not divide dp*cp=4"),
+    "gpus that ep doesn't divide": (
+        [*OLMOE, "--gpus", "4", "parallel.ep=8"],
+        "ep*etp=8 does not divide dp*cp*tp=4",
+    ),
     "an unknown number": ([*OLMOE, "--explain", "speed.mfo"], "did you mean 'speed.mfu'?"),
     "one device to compare": (["model=demo", "--compare", "h100"], "names 1 device"),
     "an unknown device to compare": (["model=demo", "--compare", "h100,mi30x"], "no device mi30x"),

@@ -157,12 +157,37 @@ def test_one_device_does_nothing_but_compute() -> None:
         ({"imbalance": 1.5}, {}, "ep"),
         ({"zero": 3}, {"zero": 3, "software": Software(overlap_dp=True)}, "weights"),
         ({"zero": 0}, {"zero": 2}, "optimizer"),
+        ({"zero": 2}, {"zero": 1}, "dp"),
+        ({"interleave": 2}, {"interleave": 2, "zero_bubble": True}, "bubble"),
+        (
+            {"recompute": "full"},
+            {"recompute": "selective", "software": Software(selective="feed_forward")},
+            "recompute",
+        ),
+        ({"recompute": "selective", "software": Software(selective="feed_forward")}, {}, "recompute"),
+        ({"software": Software(orthogonal_steps=5)}, {}, "optimizer"),
+        ({}, {"software": Software(moments_bytes=4)}, "optimizer"),
     ],
 )
 def test_each_choice_moves_its_part(slow: dict[str, object], fast: dict[str, object], part: str) -> None:
     with_rates = rates()
     one, two = time.parts(job(**slow), with_rates), time.parts(job(**fast), with_rates)
     assert getattr(one, part) > getattr(two, part) * 1.001, part
+
+
+def test_muons_iterations_by_hand() -> None:
+    # One square matrix: 5 iterations of 4 m^2 n + 2 m^3.
+    square = gpt(1, 1024, 8, 1000).model_copy(update={"dense_width": 1024})
+    attention = [(3072, 1024), (1024, 1024)]
+    by_hand = 5 * sum(
+        4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in [*attention, (1024, 1024), (1024, 1024)]
+    )
+    assert operators.orthogonal_flops(square, False, 5) == by_hand
+
+
+def test_the_feed_forward_part_is_part_of_the_layer() -> None:
+    for one in operators.layer(job(), rates(), True):
+        assert 0.5 * one.compute < one.feed < one.compute
 
 
 def test_unfolded_expert_groups_reach_over_more_nodes() -> None:

@@ -5,196 +5,306 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from configs.errors import UserError
 from configs.schema import DataConfig
-from faulttol.checkpoint.store import Store
-from trainer.data.sources import Source, documents, find
+from trainer.data import indexed, tokenizer
+from trainer.data.blocks import Fields, blocks, rows
+from trainer.data.build import NAME, Job, Progress, Scan, build
+from trainer.data.sources import Found, find
+from trainer.data.store import Part, TokenStore
+from trainer.data.streams import Stream, split
+from trainer.data.workers import cores
 
-SEPARATOR = 0
-"""Token between documents under `tokenizer=bytes`; text holds no zero byte."""
-
-Encode = Callable[[bytes], np.ndarray]
+_VERSION = 2
+"""Of what is in a folder; another one is prepared anew."""
+_LOOKED_AT = 64
+"""Files whose beginning is looked at before a run is queued."""
+_SMALL = 8 << 20
+"""Bytes of sources that are prepared sooner than worker processes start."""
 
 
 @dataclass(frozen=True)
-class TokenStore:
-    """Prepared tokens, mapped into memory and never written."""
+class _Wanted:
+    """One path of the configuration."""
 
-    tokens: np.ndarray
-    """[N], unsigned, of the smallest width that holds the vocabulary."""
-    documents: int
-    folder: Path
+    path: str | None
+    weight: float
+    data: DataConfig
+
+    @property
+    def field(self) -> str:
+        """The configuration's name for it."""
+        return "data.mixture" if self.data.mixture else "data.path"
+
+    @property
+    def told(self) -> str:
+        """Its name in messages."""
+        return "the standard library" if self.path is None else f"{self.field}='{self.path}'"
+
+    @property
+    def prefix(self) -> Path | None:
+        """Of a token file that is there already; None: it is text."""
+        return None if self.path is None or "://" in self.path else indexed.prefix_of(self.path)
+
+    @property
+    def fields(self) -> Fields:
+        """Where rows keep text and score."""
+        return Fields(self.data.text_field, self.data.score_field)
+
+
+def _wanted(data: DataConfig) -> list[_Wanted]:
+    """The paths, sorted, so that the order in which a mixture is written doesn't matter."""
+    if data.mixture:
+        return [_Wanted(path, weight, data) for path, weight in sorted(data.mixture.items())]
+    return [_Wanted(data.path, 1.0, data)]
 
 
 def check(data: DataConfig, vocab: int) -> None:
-    """Find mistakes in the data settings without reading all of the data.
+    """Find mistakes in the data settings without reading all of the data: the beginning of files tells enough.
 
     Raises:
-        UserError: what is missing, empty or doesn't fit.
+        UserError: what is missing, empty, no text, or doesn't fit.
     """
-    sources = find(data)
-    encode, _ = _tokenizer(data.tokenizer, vocab)
-    needed, have = data.sequence + 1, 0
-    for source in sources:
-        for part, ends in documents(source, data.text_field):
-            # The beginning of a long part tells enough; the whole is tokenised by the ranks.
-            ids = encode(part[: 64 * needed])
-            have += len(ids) + (ends and len(ids) > 0)
-            if have >= needed or len(part) > 64 * needed:
-                return
-    _refuse_short(data, have)
+    for wanted in _wanted(data):
+        prefix = wanted.prefix
+        if prefix is not None:
+            _check_prepared(wanted, prefix, vocab)
+        else:
+            _check_text(wanted, vocab)
 
 
-def prepare(data: DataConfig, vocab: int, default_cache: Path) -> TokenStore:
+def _check_prepared(wanted: _Wanted, prefix: Path, vocab: int) -> None:
+    _refuse_scores(wanted)
+    index = indexed.read(prefix)
+    if wanted.data.tokenizer != "bytes":
+        tokenizer.load(wanted.data.tokenizer, wanted.data.end_token)
+    some = index.tokens[: 1 << 16]
+    if len(some):
+        _refuse_unknown(wanted, int(some.max()), int(some.min()), vocab)
+    _refuse_short(wanted, len(index.tokens))
+
+
+def _check_text(wanted: _Wanted, vocab: int) -> None:
+    words = tokenizer.load(wanted.data.tokenizer, wanted.data.end_token)
+    _refuse_small(wanted, words.size, vocab)
+    sources = find(wanted.path, wanted.field).sources
+    needed, have = wanted.data.sequence + 1, 0
+    for i, source in enumerate(sources):
+        if i >= _LOOKED_AT and have >= needed:
+            return
+        for block in blocks(source, wanted.fields):
+            for row in rows(block, wanted.fields):
+                if have < needed and row.text:
+                    ids = words.encode([row.text[: 64 * needed]], Counter())[0]
+                    have += needed if len(row.text) > 64 * needed else len(ids) + (row.ends and len(ids) > 0)
+            if have >= needed:
+                break
+    _refuse_short(wanted, have)
+
+
+def prepare(
+    data: DataConfig,
+    vocab: int | None,
+    default_cache: Path,
+    workers: int | None = None,
+    progress: Progress = lambda *_: None,
+    out: Path | None = None,
+) -> TokenStore:
     """The tokens of `data`, from the cache where they were prepared before.
 
-    Any number of processes may call this at once: one prepares, the others wait.
+    Any number of processes may call this at once: one prepares, the others wait. A call that is killed is gone on
+    with by the next.
 
     Args:
+        vocab: ids of the model; None: not compared.
         default_cache: folder to use where `data.cache` is None.
+        workers: processes to encode with; None: one for each core, where there is enough to do.
+        progress: told how far it is.
+        out: folder for the prepared tokens themselves, instead of one in the cache.
 
     Raises:
         UserError: for data that is missing, malformed, empty or shorter than one sample.
     """
-    sources = find(data)
-    encode, separator = _tokenizer(data.tokenizer, vocab)
-    folder = Path(data.cache or default_cache) / _digest(data, sources)
-    with _lock(folder):
-        if not _is_whole(folder):
-            _write(folder, data, sources, encode, separator, vocab)
+    parts = []
+    for wanted in _wanted(data):
+        prefix = wanted.prefix
+        cache = Path(data.cache or default_cache)
+        if prefix is None:
+            folder, meta = _prepared(wanted, vocab, out, cache, (workers, progress))
+            prefix = folder / NAME
+        else:
+            folder, meta = _taken_up(wanted, prefix, cache, progress)
+        parts.append(_part(wanted, prefix, folder, meta, vocab))
+    separators = {part.separator for part in parts}
+    if len(separators) > 1:
+        raise UserError(
+            f"data.mixture: its corpora end documents with different ids ({', '.join(map(str, separators))}); prepare "
+            "them with one data.tokenizer and data.end_token"
+        )
+    return TokenStore(tuple(parts))
+
+
+def _part(wanted: _Wanted, prefix: Path, folder: Path, meta: dict[str, Any], vocab: int | None) -> Part:
+    _refuse_unknown(wanted, meta["largest"], meta["smallest"], vocab)
+    _refuse_short(wanted, meta["tokens"])
+    index = indexed.read(prefix, checked=True)
+    train, validation, held = Stream(index.tokens), None, 0
+    if wanted.data.validation:
+        share, hashes = wanted.data.validation, folder / f"{NAME}.hash"
+        train, validation, held = split(index.tokens, index.ends(), hashes, share, wanted.told)
+        for stream, side in ((train, "trained on"), (validation, "held out")):
+            if len(stream) <= wanted.data.sequence:
+                raise UserError(
+                    f"data.validation={share}: the documents {side} of {wanted.told} are {len(stream)} tokens, less than "
+                    f"one sample of data.sequence={wanted.data.sequence}; change either"
+                )
+    return Part(
+        wanted.path, wanted.weight, folder, index.tokens, meta["documents"], meta["separator"], train, validation,
+        held, meta["digest"], meta["tokenizer"], tuple(meta["notes"]),
+    )  # fmt: skip
+
+
+def _prepared(
+    wanted: _Wanted, vocab: int | None, out: Path | None, cache: Path, how: tuple[int | None, Progress]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of prepared text, prepared first where it has to be, and what is known of it."""
+    data, (workers, progress) = wanted.data, how
+    words = tokenizer.load(data.tokenizer, data.end_token)
+    _refuse_small(wanted, words.size, vocab)
+    found = find(wanted.path, wanted.field)
+    key = _key(wanted, words, found)
+    folder = out or cache / key
+    with _lock(folder, "--out" if out else "data.cache"):
+        meta = _known(folder, folder / NAME)
+        if meta is not None and meta["key"] != key:
+            raise UserError(f"--out {folder} holds another prepared corpus; name a new folder")
+        if meta is None:
+            total = sum(source.size for source in found.sources)
+            if workers is None:  # bytes need no encoding, and a small corpus no company
+                workers = 1 if data.tokenizer == "bytes" or 0 < total < _SMALL else cores()
+            keep = data.keep_fraction
+            build(Job(folder, key, found.sources, words, wanted.fields, keep, workers, progress))
     meta = json.loads((folder / "meta.json").read_text())
-    if meta["tokens"] <= data.sequence:
-        _refuse_short(data, meta["tokens"])
-    tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(meta["tokens"],))
-    return TokenStore(tokens, meta["documents"], folder)
+    return folder, meta | {"notes": [*found.notes, *words.notes, *meta["notes"]]}
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        size: int = meta["tokens"] * np.dtype(meta["dtype"]).itemsize
-        return (folder / "tokens.bin").stat().st_size == size
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _refuse_short(data: DataConfig, have: int) -> None:
-    place = "the standard library" if data.path is None else f"data.path='{data.path}'"
-    if have <= 1:
-        raise UserError(f"{place} is empty; type a path with text in it")
-    raise UserError(
-        f"data.sequence={data.sequence} is longer than the data ({have} tokens in {place}); "
-        f"set data.sequence to at most {have - 1}"
-    )
-
-
-def _write(
-    folder: Path, data: DataConfig, sources: list[Source], encode: Encode, separator: int, vocab: int
-) -> None:
-    """Stream all texts through the tokenizer into `tokens.bin`, and say last, in `meta.json`, that it's whole."""
-    kind = np.dtype(np.uint8 if vocab <= 1 << 8 else np.uint16 if vocab <= 1 << 16 else np.uint32)
-    between = np.array([separator], dtype=kind).tobytes()
-    texts = 0
-
-    def chunks() -> Iterator[bytes]:
-        nonlocal texts
-        begun = False
-        for part, ends in (d for source in sources for d in documents(source, data.text_field)):
-            ids = encode(part)
-            if len(ids):
-                _refuse_unknown(data, int(ids.max()), vocab)
-                begun = True
-                yield ids.astype(kind).tobytes()
-            if ends and begun:
-                begun, texts = False, texts + 1
-                yield between
-
-    for left in folder.glob(".*.tmp"):  # by a process that was killed in here
-        left.unlink()
-    store = Store(str(folder))
-    try:
-        size = store.write("tokens.bin", chunks())
-        meta = {
-            "tokens": size // kind.itemsize,
-            "documents": texts,
-            "dtype": kind.name,
-            "sources": len(sources),
-        }
-        store.write("meta.json", [json.dumps(meta).encode()])
-    except OSError as error:
-        raise UserError(
-            f"data.cache: can't write {folder} ({error.strerror}); set data.cache to a folder with room"
-        ) from None
-
-
-def _refuse_unknown(data: DataConfig, largest: int, vocab: int) -> None:
-    if largest >= vocab:
-        raise UserError(
-            f"model.vocab={vocab} is too small for data.tokenizer='{data.tokenizer}', which gives the id "
-            f"{largest}; set model.vocab={largest + 1} or more"
-        )
-
-
-def _tokenizer(name: str, vocab: int) -> tuple[Encode, int]:
-    """Function from UTF-8 text to token ids, and the id between documents."""
-    if name == "bytes":
-        if vocab < 256:
+def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """The folder with what is known of a token file made before, here or by Megatron, all of it seen once."""
+    _refuse_scores(wanted)
+    data, index = wanted.data, indexed.read(prefix)
+    words = tokenizer.load(data.tokenizer, data.end_token) if data.tokenizer != "bytes" else None
+    own = _known(prefix.parent, prefix) if prefix.name == NAME else None
+    if own is not None:
+        if words is not None and words.digest != own["tokenizer"]:
             raise UserError(
-                f"model.vocab={vocab} is below the 256 ids of data.tokenizer=bytes; set model.vocab=256"
+                f"data.tokenizer='{data.tokenizer}' is not the one that {wanted.told} was prepared with; leave it out, or "
+                "prepare the text again"
             )
-        return lambda text: np.frombuffer(text.replace(b"\0", b""), dtype=np.uint8), SEPARATOR
-    if not Path(name).is_file():
-        raise UserError(f"data.tokenizer='{name}' is no file; type `bytes` or the path of a tokenizer.json")
+        return prefix.parent, own
+    stamps = [prefix.with_name(prefix.name + end).stat() for end in (".bin", ".idx")]
+    told = f"{_VERSION}/{prefix.resolve()}/" + "/".join(f"{one.st_size}/{one.st_mtime_ns}" for one in stamps)
+    folder = cache / hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+    with _lock(folder):
+        if not (folder / "meta.json").is_file():
+            scan = Scan(folder / f"{NAME}.hash", index.tokens.dtype)
+            for done in indexed.scan(index, scan.feed):
+                progress("verify", done, len(index.tokens), done)
+            from faulttol.checkpoint.store import Store
+
+            Store(str(folder)).write("meta.json", [json.dumps(scan.close()).encode()])
+    meta = json.loads((folder / "meta.json").read_text())
+    notes = [] if words is None else list(words.notes)
+    separator = meta["closing"] if words is None else words.separator
+    if separator is None or separator != meta["closing"]:
+        if data.document_mask:
+            raise UserError(
+                f"{wanted.told}: not every document ends with the same id ({separator}), so nothing tells them apart; set "
+                "data.end_token and data.tokenizer to what they end with, or data.document_mask=false, or make the "
+                "file again with --append-eod"
+            )
+        separator = None
+        notes.append(f"{wanted.told}: documents have no common end; attention crosses them")
+    elif words is None:
+        notes.append(f"{wanted.told}: every document ends with id {separator}, taken as what separates them")
+    digest = None if words is None else words.digest
+    return folder, meta | {"separator": separator, "tokenizer": digest, "notes": notes}
+
+
+def _known(folder: Path, prefix: Path) -> dict[str, Any] | None:
+    """What `meta.json` says of a token file beside it; None where they don't fit."""
     try:
-        from tokenizers import Tokenizer  # an optional package
-    except ImportError:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        index = indexed.read(prefix)
+        hashes = (folder / f"{NAME}.hash").stat().st_size
+        sizes = (len(index.tokens), index.documents, index.tokens.dtype.name, hashes)
+        fits = sizes == (meta["tokens"], meta["documents"], meta["dtype"], 8 * meta["documents"])
+        return meta if fits and "key" in meta else None
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+
+
+def _refuse_scores(wanted: _Wanted) -> None:
+    if wanted.data.score_field is not None:
         raise UserError(
-            f"data.tokenizer='{name}' needs the package tokenizers; type `pip install tokenizers`"
-        ) from None
-    try:
-        tokenizer = Tokenizer.from_file(name)
-    except Exception as error:  # the package raises plain exceptions for a malformed file
-        raise UserError(f"data.tokenizer='{name}' is no tokenizer.json: {error}") from None
-    size = tokenizer.get_vocab_size()
-    if size > vocab:
-        raise UserError(
-            f"model.vocab={vocab} is below the {size} ids of data.tokenizer='{name}'; set model.vocab={size}"
+            f"data.score_field='{wanted.data.score_field}': {wanted.told} is prepared already and has no scores; prepare "
+            "the text with it, or leave it out"
         )
-    ends = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-    separator = next((i for i in map(tokenizer.token_to_id, ends) if i is not None), 0)
-
-    def encode(text: bytes) -> np.ndarray:
-        return np.asarray(tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids)
-
-    return encode, separator
 
 
-def _digest(data: DataConfig, sources: list[Source]) -> str:
+def _refuse_short(wanted: _Wanted, have: int) -> None:
+    if have <= 1:
+        raise UserError(f"{wanted.told} is empty; type a path with text in it")
+    if have <= wanted.data.sequence:
+        raise UserError(
+            f"data.sequence={wanted.data.sequence} is longer than the data ({have} tokens in {wanted.told}); "
+            f"set data.sequence to at most {have - 1}"
+        )
+
+
+def _refuse_small(wanted: _Wanted, size: int, vocab: int | None) -> None:
+    if vocab is not None and size > vocab:
+        name = "bytes" if wanted.data.tokenizer == "bytes" else f"'{wanted.data.tokenizer}'"
+        raise UserError(
+            f"model.vocab={vocab} is below the {size} ids of data.tokenizer={name}; set model.vocab={size}"
+        )
+
+
+def _refuse_unknown(wanted: _Wanted, largest: int, smallest: int, vocab: int | None) -> None:
+    if vocab is not None and largest >= vocab:
+        raise UserError(
+            f"model.vocab={vocab} is too small for {wanted.told}, which holds the id {largest}; set "
+            f"model.vocab={largest + 1} or more"
+        )
+    if smallest < 0:
+        raise UserError(f"{wanted.told} holds the id {smallest}; tokens are 0 or above: make the file again")
+
+
+def _key(wanted: _Wanted, words: tokenizer.Tokenizer, found: Found) -> str:
+    """Of all that the tokens depend on."""
+    data = wanted.data
     told = hashlib.blake2b(digest_size=12)
-    tokenizer = data.tokenizer
-    if tokenizer != "bytes":
-        tokenizer = hashlib.blake2b(Path(tokenizer).read_bytes()).hexdigest()
-    told.update(json.dumps([tokenizer, data.text_field]).encode())
-    for source in sources:
+    settings = [_VERSION, words.digest, data.text_field, data.score_field, data.keep_fraction]
+    told.update(json.dumps(settings).encode())
+    for source in found.sources:
         told.update(f"{source.path}\0{source.stamp}\0".encode())
     return told.hexdigest()
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path, setting: str = "data.cache") -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a")
     except OSError as error:
         raise UserError(
-            f"data.cache: can't write {folder} ({error.strerror}); set data.cache to a folder you may write"
+            f"{setting}: can't write {folder} ({error.strerror}); set {setting} to a folder you may write"
         ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,68 +1,142 @@
-"""Which sample is trained on when: a function of the seed and the step alone, never of the layout."""
+"""Which sample is trained on when: a function of the seed and the samples consumed so far, never of the layout."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from trainer.data.mixture import Mixture
+from trainer.data.streams import Stream
 
 _ROUNDS = 4
 
 
-class Sampler:
-    """Cuts a token stream into samples of `sequence` tokens and orders them anew in each epoch.
+class Sample(NamedTuple):
+    """One sample, and where it was cut out."""
 
-    The order is a permutation that is computed, not stored: a Feistel network over the smallest even number of
-    bits that holds all samples, walked until it lands inside. So any sample of any step is found in constant
-    time and memory, and a resumed run needs to know nothing but its step.
+    tokens: np.ndarray
+    """[sequence + 1] ids; the last is a target only."""
+    part: int
+    """Of the mixture."""
+    epoch: int
+    """Of that part."""
+    at: int
+    """Token of the part's stream at which it begins."""
+
+
+class Sampler:
+    """Cuts token streams into samples and orders them anew in each epoch, without state.
+
+    A stream of N tokens is a ring, cut in each epoch at another offset into ceil((N - 1) / sequence) windows of
+    `sequence` tokens, each read with the token behind it. So every token is seen in every epoch, the tail too: no
+    window is partial, and fewer than `sequence` tokens, right behind the offset, are seen twice in the epoch. One window
+    may cross from the last token to the first; the last is a separator.
+
+    The order of the windows is a permutation that is computed, not stored: a Feistel network over the smallest even
+    number of bits that holds all windows, walked until it lands inside. Of a mixture, `Mixture` deals the samples out,
+    and each part has its own epochs. So the sample at any position is found in constant time and memory: a resumed run
+    needs to know nothing but how many samples it has consumed, at whatever batch and layout.
+
+    One reader per node (MegaScale section 3.4): the token file is mapped into memory, so all ranks of a node share the
+    one copy in its page cache, and what one rank reads is there for the others; there is no loader process to feed.
+    `Prefetch` reads the next step's samples while this one is computed.
 
     Args:
-        tokens: [N] token ids.
-        sequence: tokens per sample that have a loss; a sample is one longer.
-        global_batch: samples per step.
+        streams: token streams of at least `sequence` + 1 tokens.
+        sequence: tokens per sample that have a loss.
         seed: of the order.
+        weights: of the streams; None: alike.
 
     Raises:
-        ValueError: where the tokens don't make up one sample.
+        ValueError: where a stream doesn't make up one sample.
     """
 
-    def __init__(self, tokens: np.ndarray, sequence: int, global_batch: int, seed: int) -> None:
-        self._tokens, self._sequence, self._global_batch, self._seed = tokens, sequence, global_batch, seed
-        self.samples = (len(tokens) - 1) // sequence
-        """Samples per epoch; each is drawn once in it."""
-        if self.samples < 1:
-            raise ValueError(f"{len(tokens)} tokens make no sample of {sequence} and its target")
-        self._half = max(1, -(-(self.samples - 1).bit_length() // 2))
+    def __init__(
+        self,
+        streams: Sequence[Stream | np.ndarray],
+        sequence: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self._streams = [one if isinstance(one, Stream) else Stream(one) for one in streams]
+        self._sequence, self._seed = sequence, seed
+        self._mixture = Mixture(weights if weights is not None else [1.0] * len(streams))
+        for stream in self._streams:
+            if len(stream) <= sequence:
+                raise ValueError(f"{len(stream)} tokens make no sample of {sequence} and its target")
+        self.samples = [-(-(len(stream) - 1) // sequence) for stream in self._streams]
+        """Samples of an epoch, by part; each is drawn once in it."""
 
-    def batch(self, step: int, micro: int, micro_batch: int, dp_rank: int, dp: int) -> np.ndarray:
-        """Token ids [micro_batch, sequence + 1] of one forward pass.
+    def batch(self, first: int, micro: int, micro_batch: int, dp_rank: int, dp: int) -> np.ndarray:
+        """Token ids [micro_batch, sequence + 1] int64 of one forward pass.
 
-        The samples of a step are dealt out by accumulation step, then data-parallel rank, so the set of a step
+        The samples of a step are dealt out by accumulation step, then data-parallel place, so the set of a step
         is the same under every layout.
 
         Args:
-            step: index of the step, from 0.
+            first: samples consumed before the step.
             micro: index of the accumulation step.
         """
-        first = step * self._global_batch + (micro * dp + dp_rank) * micro_batch
-        return np.stack([self._sample(first + i) for i in range(micro_batch)]).astype(np.int64)
+        at = first + (micro * dp + dp_rank) * micro_batch
+        return np.stack([self.sample(at + i).tokens for i in range(micro_batch)]).astype(np.int64)
 
-    def _sample(self, position: int) -> np.ndarray:
-        epoch, index = divmod(position, self.samples)
-        at = self.permuted(index, epoch) * self._sequence
-        return self._tokens[at : at + self._sequence + 1]
+    def sample(self, position: int) -> Sample:
+        """The sample that comes after `position` others since the run's beginning."""
+        part, index = self._mixture.choose(position)
+        epoch, place = divmod(index, self.samples[part])
+        stream = self._streams[part]
+        start = self.offset(epoch, part) + self.permuted(place, epoch, part) * self._sequence
+        at = start % len(stream)
+        return Sample(stream.read(at, self._sequence + 1), part, epoch, at)
 
-    def permuted(self, index: int, epoch: int) -> int:
-        """Place of the sample that comes `index`-th in `epoch`."""
-        mask = (1 << self._half) - 1
+    def counts(self, position: int) -> list[int]:
+        """Samples of each part among the first `position`; divided by `samples`, its epochs."""
+        return self._mixture.counts(position)
+
+    def offset(self, epoch: int, part: int = 0) -> int:
+        """Token at which the first window of an epoch begins, below `sequence`."""
+        return self._hash("offset", part, epoch) % self._sequence
+
+    def permuted(self, index: int, epoch: int, part: int = 0) -> int:
+        """Place in the stream of the window that comes `index`-th in `epoch`."""
+        samples = self.samples[part]
+        half = max(1, -(-(samples - 1).bit_length() // 2))
+        mask = (1 << half) - 1
         while True:
-            left, right = index >> self._half, index & mask
+            left, right = index >> half, index & mask
             for turn in range(_ROUNDS):
-                left, right = right, left ^ (self._mix(right, turn, epoch) & mask)
-            index = left << self._half | right
-            if index < self.samples:
+                left, right = right, left ^ (self._mix(right, turn, epoch, part) & mask)
+            index = left << half | right
+            if index < samples:
                 return index
 
-    def _mix(self, value: int, turn: int, epoch: int) -> int:
-        key = b"%d/%d/%d/%d" % (self._seed, epoch, turn, value)
+    def _mix(self, value: int, turn: int, epoch: int, part: int) -> int:
+        # Without the part where there is one alone, as it was before there were mixtures.
+        return self._hash(*((part,) if len(self._streams) > 1 else ()), epoch, turn, value)
+
+    def _hash(self, *words: int | str) -> int:
+        key = "/".join(map(str, (self._seed, *words))).encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def documents(tokens: np.ndarray, separator: int | None) -> np.ndarray | None:
+    """Document of each input, [B, sequence] int32, from 0 in each sample; a separator still belongs to what it ends.
+
+    Args:
+        tokens: [B, sequence + 1] ids.
+        separator: None where nothing separates.
+
+    Returns:
+        None where no sample holds more than one document, so that no mask is needed.
+    """
+    if separator is None:
+        return None
+    ended = tokens[:, :-2] == separator
+    if not ended.any():
+        return None
+    found = np.zeros((len(tokens), tokens.shape[1] - 1), dtype=np.int32)
+    np.cumsum(ended, axis=1, out=found[:, 1:])
+    return found

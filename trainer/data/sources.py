@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
+import re
+import stat
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from configs.errors import UserError, nearest
-from configs.schema import DataConfig
+from trainer.data import content
 
-_JSONL = (".jsonl", ".ndjson", ".json")
-_PARQUET = ".parquet"
-_CHUNK = 1 << 24
-"""Bytes of a text file that are read and tokenised at a time."""
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|authors|contributing|code_of_conduct)([._-].*)?",
+    re.I,
+)
+"""Files about the data, as they lie beside it in dataset folders; their kind is text."""
+_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""Files that libraries keep beside the data; their kind would be rows."""
 
 
 @dataclass(frozen=True)
@@ -31,51 +34,165 @@ class Source:
     path: str
     stamp: str
     """Size and time or tag, so that a changed file is prepared again."""
+    size: int
+    """Bytes as stored; 0 where the file system doesn't say."""
 
     def open(self) -> IO[bytes]:
-        """Its bytes, unpacked where it ends in `.gz`."""
-        file = self.fs.open(self.path, "rb")
-        return cast("IO[bytes]", gzip.open(file)) if self.path.lower().endswith(".gz") else file
+        """Its bytes as stored."""
+        file: IO[bytes] = self.fs.open(self.path, "rb")
+        return file
 
 
-def find(data: DataConfig) -> list[Source]:
-    """The files of `data.path`, sorted by path.
+@dataclass(frozen=True)
+class Found:
+    """What a path leads to."""
+
+    sources: list[Source]
+    notes: list[str]
+    """What was left out, one line each."""
+
+
+def find(path: str | None, field: str = "data.path") -> Found:
+    """The files of `path`, sorted by path. Links are followed; what is hidden is left out unless it is named.
+
+    A folder gives files of one kind: parquet or jsonl where it holds some, else text. What lies beside them and
+    isn't data (README, LICENSE, descriptions) is left out and noted.
+
+    Args:
+        path: file, folder, glob or fsspec URL; None for the standard library.
+        field: the configuration's name for it.
 
     Raises:
-        UserError: where nothing is there, with the nearest name that is.
+        UserError: where nothing is there, with the nearest name that is; for a broken link; for a folder of
+            several kinds.
     """
-    if data.path is None:
-        return _standard_library()
+    if path is None:
+        return Found(_standard_library(), [])
+    told = f"{field}='{path}'"
     try:
-        fs, path = fsspec.core.url_to_fs(data.path)
+        fs, inner = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"data.path='{data.path}' can't be used: {error}; type a path or a URL") from None
+        raise UserError(f"{told} can't be used: {error}; type a path or a URL") from None
     try:
-        if any(letter in path for letter in "*?["):
-            found = fs.glob(path, detail=True).values()
-        elif fs.isdir(path):
-            found = fs.find(path, detail=True).values()
-        elif fs.exists(path):
-            found = [fs.info(path)]
-        else:
-            raise UserError(
-                f"data.path='{data.path}' does not exist{_nearby(fs, path)}; type a file, folder, glob or URL"
-            )
+        files, folder = _listed(fs, inner, told)
     except UserError:
         raise
     except Exception as error:  # every file system has errors of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.path='{data.path}' can't be read: {first}") from None
-    files = [info for info in found if info["type"] == "file" and not _hidden(info["name"], path)]
-    if not files:
-        raise UserError(
-            f"data.path='{data.path}' holds no files; type a path with text, jsonl or parquet in it"
+        raise UserError(f"{told} can't be read: {first}; type a file, folder, glob or URL") from None
+    sources = sorted((s for s in files if not _hidden(s.path, inner)), key=lambda s: s.path)
+    if not sources:
+        raise UserError(f"{told} holds no files; type a path with text, jsonl or parquet in it")
+    return _one_kind(sources, inner, told) if folder else Found(sources, [])
+
+
+def _listed(fs: Any, path: str, told: str) -> tuple[list[Source], bool]:
+    """All files of a path, and whether it is a folder."""
+    local = isinstance(fs, LocalFileSystem)
+    if any(letter in path for letter in "*?[") and not (local and Path(path).exists()):
+        names = fs.glob(path)
+        return _files(fs, names, local), False
+    if local and Path(path).is_symlink() and not Path(path).exists():
+        raise _broken(path)
+    if fs.isdir(path):
+        if local:
+            return list(_walk(fs, path)), True
+        return [_source(fs, i) for i in fs.find(path, detail=True).values() if i["type"] == "file"], True
+    if not fs.exists(path):
+        raise UserError(f"{told} does not exist{_nearby(fs, path)}; type a file, folder, glob or URL")
+    return _files(fs, [path], local), False
+
+
+def _files(fs: Any, names: Iterable[str], local: bool) -> list[Source]:
+    if local:
+        return [found for name in names if (found := _local(fs, name))]
+    return [_source(fs, info) for info in map(fs.info, names) if info["type"] == "file"]
+
+
+def _walk(fs: Any, folder: str) -> Iterator[Source]:
+    """Files below a folder, through links; a link back to a folder above itself isn't gone down again."""
+    for here, below, names in os.walk(folder, followlinks=True):
+        real = Path(here).resolve()
+        below[:] = sorted(
+            name
+            for name in below
+            if not name.startswith(".")
+            and not ((link := Path(here, name)).is_symlink() and real.is_relative_to(link.resolve()))
         )
-    return sorted((Source(fs, info["name"], _stamp(info)) for info in files), key=lambda s: s.path)
+        for name in names:
+            if not name.startswith(".") and (found := _local(fs, f"{here}/{name}")):
+                yield found
 
 
-def _stamp(info: dict[str, Any]) -> str:
-    return f"{info.get('size')}/{info.get('mtime') or info.get('ETag') or info.get('LastModified') or ''}"
+def _local(fs: Any, path: str) -> Source | None:
+    """A file, or what a link leads to; None for what is neither, such as a folder."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        if Path(path).is_symlink():
+            raise _broken(path) from None
+        raise
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return Source(fs, path, f"{found.st_size}/{found.st_mtime}", found.st_size)
+
+
+def _broken(path: str) -> UserError:
+    return UserError(
+        f"{path} is a broken link to {Path(path).readlink()}; bring the file back, or leave the link out of data.path"
+    )
+
+
+def _source(fs: Any, info: dict[str, Any]) -> Source:
+    mark = info.get("mtime") or info.get("ETag") or info.get("LastModified") or ""
+    return Source(fs, info["name"], f"{info.get('size')}/{mark}", int(info.get("size") or 0))
+
+
+def _one_kind(sources: list[Source], folder: str, told: str) -> Found:
+    """The files of a folder that are data, by kind."""
+    kinds: dict[str, list[Source]] = {"parquet": [], "jsonl": [], "text": []}
+    beside: list[Source] = []
+    for source in sources:
+        name = source.path.rsplit("/", 1)[-1]
+        kind = content.kind_by_name(source.path)
+        if kind is None and not _ABOUT.fullmatch(name):
+            with source.open() as file:
+                kind = content.inspect(source.path, file)[1]
+        if name in _DESCRIPTIONS or (kind in (None, "text") and _ABOUT.fullmatch(name)):
+            beside.append(source)
+        else:
+            kinds[kind or "text"].append(source)
+    rows = [kind for kind in ("parquet", "jsonl") if kinds[kind]]
+    if len(rows) > 1:
+        raise _mixed(told, kinds, "parquet", "jsonl")
+    if rows:
+        taken = kinds[rows[0]]
+        if sum(s.size for s in kinds["text"]) > sum(s.size for s in taken):
+            raise _mixed(told, kinds, rows[0], "text")
+        left = kinds["text"] + beside
+    else:
+        # Of text, only what lies on top is about the data: below, a README is as much text as any other.
+        top = [s for s in beside if s.path.rsplit("/", 1)[0].rstrip("/") == folder.rstrip("/")]
+        taken = kinds["text"] + [s for s in beside if s not in top]
+        left = top if taken else []
+        taken = taken or beside
+    if not left:
+        return Found(sorted(taken, key=lambda s: s.path), [])
+    names = [s.path.removeprefix(folder).lstrip("/") for s in left]
+    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    count = f"{len(taken)} {rows[0] if rows else 'text'} file{'s' * (len(taken) > 1)}"
+    note = f"{told}: took {count}, left out what lies beside: {some}"
+    return Found(sorted(taken, key=lambda s: s.path), [note])
+
+
+def _mixed(told: str, kinds: dict[str, list[Source]], one: str, other: str) -> UserError:
+    counts = " and ".join(
+        f"{len(kinds[kind])} {kind} ({kinds[kind][0].path.rsplit('/', 1)[-1]})" for kind in (one, other)
+    )
+    end = kinds[one][0].path.rsplit("/", 1)[-1].partition(".")[2]
+    return UserError(
+        f"{told} holds files of several kinds: {counts}; name one kind with a glob such as '**/*.{end}'"
+    )
 
 
 def _hidden(name: str, below: str) -> bool:
@@ -102,90 +219,7 @@ def _standard_library() -> list[Source]:
         for name in names:
             if name.endswith(".py"):
                 path = f"{folder}/{name}"
+                size = Path(path).stat().st_size
                 # No times: hosts with the same Python have the same text, whenever it was installed.
-                found.append(Source(fs, path, str(Path(path).stat().st_size)))
+                found.append(Source(fs, path, str(size), size))
     return sorted(found, key=lambda source: source.path)
-
-
-def documents(source: Source, field: str) -> Iterator[tuple[bytes, bool]]:
-    """The texts of one file as UTF-8: parts of bounded size, each with whether it ends a document.
-
-    A text file is one document; in jsonl and parquet a row is one.
-
-    Raises:
-        UserError: for a file that can't be read, a malformed line or a missing field, with file and line.
-    """
-    name = source.path.lower().removesuffix(".gz")
-    read = _parquet if name.endswith(_PARQUET) else _jsonl if name.endswith(_JSONL) else _text
-    try:
-        yield from read(source, field)
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-    ) as error:  # also what gzip says of a file that isn't or is cut short
-        raise UserError(
-            f"{source.path} can't be read: {error}; mend it or leave it out of data.path"
-        ) from None
-
-
-def _text(source: Source, _field: str) -> Iterator[tuple[bytes, bool]]:
-    """Parts end where a line does, so that a tokenizer sees whole words."""
-    with source.open() as file:
-        part = file.read(_CHUNK)
-        while following := file.read(_CHUNK):
-            cut = part.rfind(b"\n") + 1 or len(part)
-            yield part[:cut], False
-            part = part[cut:] + following
-        yield part, True
-
-
-def _jsonl(source: Source, field: str) -> Iterator[tuple[bytes, bool]]:
-    with source.open() as file:
-        for number, row in enumerate(file, 1):
-            if not row.strip():
-                continue
-            try:
-                tree = json.loads(row)
-            except ValueError as error:
-                raise UserError(
-                    f"{source.path}:{number} is not JSON: {error}; each line must be one object"
-                ) from None
-            text = tree.get(field) if isinstance(tree, dict) else None
-            if not isinstance(text, str):
-                raise _no_field(f"{source.path}:{number}", field, tree if isinstance(tree, dict) else ())
-            yield text.encode(errors="replace"), True
-
-
-def _parquet(source: Source, field: str) -> Iterator[tuple[bytes, bool]]:
-    import pyarrow  # heavy, and for parquet only
-    import pyarrow.parquet
-
-    with source.open() as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(
-                f"{source.path} is not parquet: {error}; mend it or leave it out of data.path"
-            ) from None
-        schema = table.schema_arrow
-        if field not in schema.names:
-            raise _no_field(source.path, field, schema.names)
-        kind = schema.field(field).type
-        if not any(kind.equals(t) for t in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary())):
-            raise UserError(
-                f"{source.path}: column data.text_field='{field}' is {kind}, not text; it has: "
-                f"{', '.join(schema.names)}"
-            )
-        for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if text:
-                    yield text.encode() if isinstance(text, str) else text, True
-
-
-def _no_field(place: str, field: str, names: Iterable[str]) -> UserError:
-    names = [str(name) for name in names]
-    return UserError(
-        f"{place} has no text under data.text_field='{field}'{nearest(field, names)}; "
-        f"it has: {', '.join(names) or 'no keys'}"
-    )

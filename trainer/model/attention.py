@@ -1,74 +1,65 @@
 """Grouped-query attention with rotary positions.
 
-Shape letters: B samples, S tokens of a sample, D model width, N query heads, G key/value heads, H head width.
+Shape letters: B samples, S tokens of a sample, D model width, N query heads, G key/value heads, H head width. Under tensor
+parallelism N and G are those of this rank: a module never knows them but takes them from a projection's width.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig
+from configs.model import ModelConfig
+from trainer.model.norm import RMSNorm, SplitNorm
+from trainer.model.rotary import Turns
+from trainer.model.seams import Alone, Attend, Micro, Tensors
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, in fp32, with a learned scale."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`."""
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
-
-
-class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021), halves rotated as in Llama."""
-
-    cos_SH: Tensor
-    sin_SH: Tensor
-
-    def __init__(self, head_dim: int, sequence: int, theta: float) -> None:
-        super().__init__()
-        frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angle = torch.outer(torch.arange(sequence, dtype=torch.float64), frequency).repeat(1, 2)
-        self.register_buffer("cos_SH", angle.cos().float(), persistent=False)
-        self.register_buffer("sin_SH", angle.sin().float(), persistent=False)
-
-    def forward(self, x_BNSH: Tensor) -> Tensor:
-        """Rotate every head by its token's position."""
-        sequence = x_BNSH.shape[-2]
-        cos, sin = self.cos_SH[:sequence].to(x_BNSH.dtype), self.sin_SH[:sequence].to(x_BNSH.dtype)
-        first, second = x_BNSH.chunk(2, dim=-1)
-        return x_BNSH * cos + torch.cat((-second, first), dim=-1) * sin
+def heads(x_BSD: Tensor, width: int) -> Tensor:
+    """[B, S, heads * width] to [B, heads, S, width]."""
+    return x_BSD.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Causal attention; each key/value head serves `heads / kv_heads` query heads."""
+    """Causal attention; each key/value head serves N/G query heads.
 
-    def __init__(self, model: ModelConfig, rotary: Rotary) -> None:
+    Parameters: `query.weight` [N*H, D], `key.weight` and `value.weight` [G*H, D], `output.weight` [D, N*H]. With
+    `qk_norm=head` `query_norm.weight` and `key_norm.weight` are [H] and act on each head; with `projection` they are [N*H]
+    and [G*H] and act on the whole projection. The norms come before the rotation.
+
+    Under tensor parallelism x is entered; query, key and value are split by heads, output by its columns.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
-        self.query = nn.Parameter(torch.empty(model.heads * model.head_dim, model.hidden))
-        self.key = nn.Parameter(torch.empty(model.kv_heads * model.head_dim, model.hidden))
-        self.value = nn.Parameter(torch.empty(model.kv_heads * model.head_dim, model.hidden))
-        self.output = nn.Parameter(torch.empty(model.hidden, model.heads * model.head_dim))
-        self.query_norm = RMSNorm(model.head_dim, model.norm_eps) if model.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(model.head_dim, model.norm_eps) if model.qk_norm else nn.Identity()
-        self.rotary = rotary
+        self.head_dim, self.window = model.head_dim, model.window
+        query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        self.query = nn.Linear(model.hidden, query, bias=False)
+        self.key = nn.Linear(model.hidden, key, bias=False)
+        self.value = nn.Linear(model.hidden, key, bias=False)
+        self.output = nn.Linear(query, model.hidden, bias=False)
+        self.norm = model.qk_norm
+        if self.norm == "head":
+            self.query_norm = RMSNorm(model.head_dim, model.norm_eps)
+            self.key_norm = RMSNorm(model.head_dim, model.norm_eps)
+        elif self.norm == "projection":
+            self.query_norm = SplitNorm(query, model.norm_eps)
+            self.key_norm = SplitNorm(key, model.norm_eps)
+        self.tensors: Tensors = Alone()
+        self.core: Attend = Alone()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def splits(self) -> dict[str, int | None]:
+        """Dim of each parameter that tensor parallelism splits."""
+        return {"query.weight": 0, "key.weight": 0, "value.weight": 0, "output.weight": 1}
+
+    def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        q_BNSH = self.rotary(self.query_norm(self._heads(F.linear(x_BSD, self.query), self.heads)))
-        k_BGSH = self.rotary(self.key_norm(self._heads(F.linear(x_BSD, self.key), self.kv_heads)))
-        v_BGSH = self._heads(F.linear(x_BSD, self.value), self.kv_heads)
-        out_BNSH = F.scaled_dot_product_attention(
-            q_BNSH, k_BGSH, v_BGSH, is_causal=True, enable_gqa=self.heads != self.kv_heads
-        )
-        return F.linear(out_BNSH.transpose(1, 2).flatten(2), self.output)
-
-    def _heads(self, x_BSD: Tensor, heads: int) -> Tensor:
-        return x_BSD.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        x_BSD = self.tensors.enter(x_BSD)
+        q, k, v_BGSH = self.query(x_BSD), self.key(x_BSD), heads(self.value(x_BSD), self.head_dim)
+        if self.norm == "projection":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BNSH, k_BGSH = heads(q, self.head_dim), heads(k, self.head_dim)
+        if self.norm == "head":
+            q_BNSH, k_BGSH = self.query_norm(q_BNSH), self.key_norm(k_BGSH)
+        q_BNSH, k_BGSH = turns.rotate(q_BNSH), turns.rotate(k_BGSH)
+        out_BNSH = self.core.attend(q_BNSH, k_BGSH, v_BGSH, micro, self.window, None)
+        return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))

@@ -1,100 +1,163 @@
-"""The decoder: embedding, pre-norm blocks of attention and experts, output projection, loss.
+"""The decoder, whole or one pipeline stage of it: embedding, blocks, output projection, loss.
 
-Shape letters: B samples, S tokens of a sample, D model width, V vocabulary.
+Shape letters: B samples, S tokens of a sample on this rank, D model width, R router width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-import zlib
-
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig
-from trainer.model.attention import Attention, RMSNorm, Rotary
-from trainer.model.moe import Experts, MoELayer, SwiGLU
+from configs.model import ModelConfig
+from trainer.model.block import Block, Scaling
+from trainer.model.moe import Experts, MoELayer
+from trainer.model.mtp import Prediction
+from trainer.model.norm import RMSNorm, wide_dtype
+from trainer.model.rotary import Rotary
 from trainer.model.router import Router
+from trainer.model.seams import Alone, Micro, Tensors, Vocabulary, attach
 
 
-class Block(nn.Module):
-    """Attention, then experts or a dense layer, each behind a norm and a residual."""
+class Table(nn.Module):
+    """Rows of the vocabulary, `weight` [V, D]: used by the stage through its vocabulary seam, never called."""
 
-    def __init__(
-        self, model: ModelConfig, layer: int, rotary: Rotary, group: dist.ProcessGroup, ep_rank: int
-    ) -> None:
+    def __init__(self, vocab: int, hidden: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(model.hidden, model.norm_eps)
-        self.attention = Attention(model, rotary)
-        self.feed_norm = RMSNorm(model.hidden, model.norm_eps)
-        dense = layer < model.dense_layers
-        self.feed: SwiGLU | MoELayer = (
-            SwiGLU(model.hidden, model.dense_width) if dense else MoELayer(model, group, ep_rank)
-        )
+        self.weight = nn.Parameter(torch.empty(vocab, hidden))
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, D] to [B, S, D], and the auxiliary loss."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        fed_TD = self.feed(self.feed_norm(x_BSD).flatten(0, 1))
-        y_TD, auxiliary = fed_TD if isinstance(fed_TD, tuple) else (fed_TD, x_BSD.new_zeros(()))
-        return x_BSD + y_TD.view_as(x_BSD), auxiliary
+    def splits(self) -> dict[str, int | None]:
+        """Dim of each parameter that tensor parallelism splits."""
+        return {"weight": 0}
 
 
-class Decoder(nn.Module):
-    """A decoder-only language model whose forward pass is its training loss.
+class Stage(nn.Module):
+    """Layers `first` to `last - 1` of a decoder-only language model; with all of them, its training loss.
 
-    The initial weights depend on `seed` and the names of the parameters alone, an expert's on its index in the
-    layer, so every layout begins with the same model.
+    Built without looking at a value, so that it can be made on the meta device. `blocks` is keyed by the layer of the whole
+    model. The first stage has `embedding` (and `input_scaling` under `residual_scaling`), the last `final_norm`, `head`
+    unless it is tied, and `mtp`; the last has `embedding` too where it is tied to the head or multi-token prediction needs
+    it. Where that isn't the first stage it is a copy that the engine keeps equal.
     """
 
-    def __init__(
-        self, model: ModelConfig, sequence: int, group: dist.ProcessGroup, ep_rank: int, seed: int
-    ) -> None:
+    def __init__(self, model: ModelConfig, first: int, last: int) -> None:
         super().__init__()
-        self.config = model
-        self.embedding = nn.Parameter(torch.empty(model.vocab, model.hidden))
-        rotary = Rotary(model.head_dim, sequence, model.rope_theta)
-        self.blocks = nn.ModuleList(Block(model, i, rotary, group, ep_rank) for i in range(model.layers))
-        self.final_norm = RMSNorm(model.hidden, model.norm_eps)
-        self.head = None if model.tie_embeddings else nn.Parameter(torch.empty(model.vocab, model.hidden))
-        self._initialize(seed)
+        self.config, self.first, self.last = model, first, last
+        begins, ends = first == 0, last == model.layers
+        needed = begins or (ends and (model.tie_embeddings or model.mtp_layers > 0))
+        self.embedding = Table(model.vocab, model.hidden) if needed else None
+        self.input_scaling = Scaling(model.hidden) if begins and model.residual_scaling else None
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): Block(model, i, i >= model.dense_layers, i > model.dense_layers)
+                for i in range(first, last)
+            }
+        )
+        self.final_norm = RMSNorm(model.hidden, model.norm_eps) if ends else None
+        self.head = Table(model.vocab, model.hidden) if ends and not model.tie_embeddings else None
+        depths = range(1, model.mtp_layers + 1) if ends else range(0)
+        self.mtp = nn.ModuleList(Prediction(model, depth) for depth in depths)
+        self.rotary = Rotary(model)
+        self.vocabulary: Vocabulary = Alone()
+        self.tensors: Tensors = Alone()
 
-    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of predicting each next token, and the summed auxiliary loss.
+    def forward(self, x: Tensor, micro: Micro) -> Tensor:
+        """A stage's part of the forward pass.
 
-        `tokens_BS` is [B, sequence + 1]: the last token is only a target, the first only an input.
+        Args:
+            x: for the first stage `inputs(micro)`, [B, S]; else what the stage before returned.
+
+        Returns:
+            The hidden state [B, S, D], between `mlp` routers with their state behind it, [B, S, D + R]. Of the last stage a
+            number in fp32, this rank's share of the step's mean cross-entropy: the sum over its tokens times
+            `micro.loss_weight / micro.sequence`. Losses of multi-token prediction and routers are attached to the graph and
+            counted in `micro.tally`, and aren't in that number.
         """
-        x_BSD = F.embedding(tokens_BS[:, :-1], self.embedding)
-        auxiliary = torch.zeros((), device=x_BSD.device)
-        for block in self.blocks:
-            x_BSD, extra = block(x_BSD)
-            auxiliary = auxiliary + extra
-        logits_BSV = F.linear(self.final_norm(x_BSD), self.embedding if self.head is None else self.head)
-        loss = F.cross_entropy(logits_BSV.float().flatten(0, 1), tokens_BS[:, 1:].flatten())
-        return loss, auxiliary
+        hidden_BSD, state_BSR = self.run(x, micro)
+        if self.final_norm is None:
+            return hidden_BSD if state_BSR is None else torch.cat((hidden_BSD, state_BSR), dim=-1)
+        targets_BS = micro.tokens_BS[:, 1:].index_select(1, micro.positions_S)
+        total = self.vocabulary.loss(self.final_norm(hidden_BSD), self._projection(), targets_BS)
+        loss = total * (micro.loss_weight / micro.sequence)
+        return attach(loss, self._predict(hidden_BSD, micro)) if self.mtp else loss
 
-    def routers(self) -> list[Router]:
-        """The routers of all MoE layers, first layer first."""
-        return [module for module in self.modules() if isinstance(module, Router)]
+    def logits(self, x: Tensor, micro: Micro) -> Tensor:
+        """The last stage's logits of next tokens, [B, S, V]."""
+        if self.final_norm is None:
+            raise RuntimeError(f"layers {self.first} to {self.last} have no output projection")
+        return self.vocabulary.logits(self.final_norm(self.run(x, micro)[0]), self._projection())
 
-    @torch.no_grad()
-    def _initialize(self, seed: int) -> None:
-        std, scaled = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.layers)
-        experts = {name: m for name, m in self.named_modules() if isinstance(m, Experts)}
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                continue
-            spread = scaled if name.endswith(("down", "attention.output")) else std
-            owner = experts.get(name.rpartition(".")[0])
-            if owner is None:
-                parameter.normal_(0.0, spread, generator=_generator(seed, name))
-            else:
-                for index, weight in enumerate(parameter):
-                    unit = f"{name}.{owner.first + index}"
-                    weight.normal_(0.0, spread, generator=_generator(seed, unit))
+    def run(self, x: Tensor, micro: Micro) -> tuple[Tensor, Tensor | None]:
+        """The hidden state [B, S, D] after the last block, before any final norm, and the `mlp` routers' state."""
+        state_BSR: Tensor | None = None
+        if self.first == 0:
+            hidden_BSD = self._embed(x)
+            if self.input_scaling is not None:
+                hidden_BSD = self.input_scaling(hidden_BSD)
+        else:
+            hidden_BSD, state_BSR = x[..., : self.config.hidden], None
+            if x.shape[-1] > self.config.hidden:
+                state_BSR = x[..., self.config.hidden :]
+        turns = self.rotary(micro.positions_S, wide_dtype(hidden_BSD))
+        for block in self.blocks.values():
+            hidden_BSD, state_BSR = block(hidden_BSD, state_BSR, micro, turns)
+        return hidden_BSD, state_BSR
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        assert self.embedding is not None
+        return self.vocabulary.embed(tokens_BS, self.embedding.weight)
+
+    def _projection(self) -> Tensor:
+        table = self.embedding if self.head is None else self.head
+        assert table is not None
+        return table.weight
+
+    def _predict(self, hidden_BSD: Tensor, micro: Micro) -> Tensor:
+        """This rank's share of mtp_coefficient * mean over depths of the mean cross-entropy of their valid places."""
+        turns = self.rotary(micro.positions_S, wide_dtype(hidden_BSD))
+        weight = self.config.mtp_coefficient * micro.loss_weight / len(self.mtp)
+        share = torch.zeros((), device=hidden_BSD.device)
+        for prediction in self.mtp:
+            embedded_BSD = self._embed(prediction.inputs(micro))
+            hidden_BSD = prediction(hidden_BSD, embedded_BSD, micro, turns)
+            normed_BSD = prediction.final_norm(hidden_BSD)
+            total = self.vocabulary.loss(normed_BSD, self._projection(), prediction.targets(micro))
+            share = share + total * (weight / max(micro.sequence - prediction.depth, 1))
+        micro.tally.add(micro.tally.extra, share)
+        return share
+
+    def routers(self) -> dict[int, Router]:
+        """Routers by layer of the whole model; those of multi-token prediction count on from the last layer."""
+        found = [module for module in self.modules() if isinstance(module, Router)]
+        return {router.layer: router for router in found}
+
+    def splits(self) -> dict[str, int | None]:
+        """By name of every parameter but the experts': dim that tensor parallelism splits; None: each rank has all of it.
+
+        A parameter with None sees other tokens or other heads on each tensor-parallel rank, so its gradient is the sum of
+        theirs, without exception.
+        """
+        dims: dict[str, int | None] = {name: None for name, _ in self.named_parameters()}
+        for prefix, module in self.named_modules():
+            if hasattr(module, "splits") and module is not self:
+                dims |= {f"{prefix}.{name}": dim for name, dim in module.splits().items()}
+        return {name: dim for name, dim in dims.items() if name not in self.expert_splits()}
+
+    def expert_splits(self) -> dict[str, tuple[int, int]]:
+        """By name of the experts' parameters: dims that expert parallelism and expert-tensor parallelism split."""
+        owners = [(prefix, m) for prefix, m in self.named_modules() if isinstance(m, Experts)]
+        return {f"{prefix}.{name}": dims for prefix, m in owners for name, dims in m.expert_splits().items()}
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The mixtures of experts, first layer first, multi-token prediction last."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+def inputs(micro: Micro) -> Tensor:
+    """The tokens that a first stage starts from: this rank's places of all but the last token, [B, S]."""
+    return micro.tokens_BS[:, :-1].index_select(1, micro.positions_S)
+
+
+def boundary_width(model: ModelConfig, layer: int) -> int:
+    """Last dim of what the stage that ends before `layer` returns: D, or D + R between `mlp` routers."""
+    carries = model.router.kind == "mlp" and layer > model.dense_layers
+    return model.hidden + (model.router.hidden if carries else 0)

@@ -1,60 +1,210 @@
 """The router: which experts a token goes to, with which weight, and how the loads are kept even.
 
-Shape letters: T tokens, D model width, E experts, K experts per token.
+Shape letters: B samples, S tokens of a sample on this rank, D model width, R router width, E experts, K experts per token.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig
+from configs.model import ModelConfig
+from trainer.model.norm import RMSNorm, wide
+from trainer.model.seams import Micro, Samples
+
+#: AdamW on the balancing bias (`bias_rule=load_error`), as AMD's port of ZAYA1 has it.
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a router says of a micro-batch."""
+
+    chosen_BSK: Tensor
+    """Experts, best first; -1 where the expert has no room."""
+    weights_BSK: Tensor
+    """Their weights, fp32."""
+    loss: Tensor | None
+    """This rank's share of the step's auxiliary losses, a number; None without any."""
+    state_BSR: Tensor | None
+    """What the next layer's router adds to its own; None for a `linear` router."""
 
 
 class Router(nn.Module):
-    """Top-k routing with softmax or sigmoid scores, computed in fp32.
+    """One matrix, `linear.weight` [E, D]; softmax or sigmoid scores and the choice of the top k, all in fp32.
 
-    Under `balance=bias` a per-expert bias is added to the scores for the choice alone, never for the weights
-    (aux-loss-free balancing, DeepSeek-V3 section 2.1.2), and `update_bias` moves it after each step. Under
-    `balance=aux` the forward pass also gives the Switch auxiliary loss (Fedus et al. 2021, equation 4).
+    choice = scores + bias, without gradient; the bias [E] is a buffer that counts under `balance=bias` and `both` alone
+    (aux-loss-free balancing, DeepSeek-V3 section 2.1.2). With groups, a group counts as much as its best choice, or as the
+    sum of its two best with sigmoid scores; only experts of the best groups compete. Weights are the scores of the chosen,
+    divided by (their sum + 1e-20) under `renormalize` where K > 1, times `scale`.
+
+    Losses are those of whole samples, so that neither micro-batch nor layout changes them. For a sample b of S tokens:
+    auxiliary loss (`balance=aux` and `both`) aux_coefficient * E * sum_e f_be P_be, f_be being the share of the S*K
+    choices that fell on e (dropped ones among them) and P_be the mean over tokens of scores/sum(scores); z-loss
+    z_coefficient * mean over tokens of logsumexp(logits)^2. Under `losses_over_layers=mean` both are divided by the number
+    of routers, those of multi-token prediction among them.
     """
 
-    bias_E: Tensor
-    load_E: Tensor
+    bias: Tensor
+    bias_avg: Tensor
+    bias_avg_sq: Tensor
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config = model.router
+        self.config, self.layer = model.router, layer
+        self._biased = model.router.balance in ("bias", "both")
         self.top_k, self.experts = model.top_k, model.experts
-        self.weight = nn.Parameter(torch.empty(model.experts, model.hidden))
-        self.register_buffer("bias_E", torch.zeros(model.experts, dtype=torch.float32))
-        self.register_buffer("load_E", torch.zeros(model.experts, dtype=torch.int64), persistent=False)
+        routers = model.layers - model.dense_layers + model.mtp_layers
+        self.share = 1.0 / routers if model.router.losses_over_layers == "mean" else 1.0
+        self._build(model)
+        slots = ["bias", "bias_avg", "bias_avg_sq"] if self.config.bias_rule == "load_error" else ["bias"]
+        for name in slots:
+            self.register_buffer(name, torch.zeros(model.experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chosen experts [T, K], their weights [T, K] in fp32, and the auxiliary loss (0 without one)."""
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+    def _build(self, model: ModelConfig) -> None:
+        self.linear = nn.Linear(model.hidden, model.experts, bias=False)
+
+    def logits(self, x_BSD: Tensor, state_BSR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, S, E] in fp32, and the state for the next layer."""
+        return F.linear(wide(x_BSD), wide(self.linear.weight)), state_BSR
+
+    def forward(self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples) -> Choice:
+        """Choose, count the choices in `micro.tally`, and drop what is over the capacity."""
+        logits_BSE, state_BSR = self.logits(x_BSD, state_BSR)
         softmax = self.config.score == "softmax"
-        scores_TE = logits_TE.softmax(dim=-1) if softmax else logits_TE.sigmoid()
-        chosen_TK = (scores_TE.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(1, chosen_TK)
-        if self.config.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        count_E = torch.bincount(chosen_TK.flatten(), minlength=self.experts)
-        if self.training:
-            self.load_E += count_E
-        return chosen_TK, weights_TK * self.config.scale, self._auxiliary_loss(scores_TE, count_E)
+        scores_BSE = logits_BSE.softmax(dim=-1) if softmax else logits_BSE.sigmoid()
+        chosen_BSK = self.choose(scores_BSE.detach())
+        weights_BSK = scores_BSE.gather(-1, chosen_BSK)
+        if self.config.renormalize and self.top_k > 1:
+            weights_BSK = weights_BSK / (weights_BSK.sum(dim=-1, keepdim=True) + 1e-20)
+        count_BE = count(chosen_BSK, self.experts)
+        micro.tally.count(self.layer, count_BE.sum(dim=0))
+        loss = self._losses(scores_BSE, logits_BSE, count_BE, micro, samples)
+        if self.config.capacity_factor is not None:
+            chosen_BSK = self._drop(chosen_BSK, micro, samples)
+        return Choice(chosen_BSK, weights_BSK * self.config.scale, loss, state_BSR)
 
-    def _auxiliary_loss(self, scores_TE: Tensor, count_E: Tensor) -> Tensor:
-        if self.config.balance != "aux":
-            return scores_TE.new_zeros(())
-        share_E = count_E / count_E.sum()
-        probability_E = (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).mean(dim=0)
-        return self.config.aux_coefficient * self.experts * (share_E * probability_E).sum()
+    def choose(self, scores_BSE: Tensor) -> Tensor:
+        """The top k experts by score and bias within the best groups, [..., K], best first."""
+        choice_BSE = scores_BSE + self.bias if self._biased else scores_BSE
+        groups = self.config.groups
+        if groups > 1:
+            in_groups = choice_BSE.unflatten(-1, (groups, -1))
+            best = 2 if self.config.score == "sigmoid" else 1
+            group_BSG = in_groups.topk(min(best, in_groups.shape[-1]), dim=-1).values.sum(dim=-1)
+            top = group_BSG.topk(self.config.top_groups, dim=-1).indices
+            out = torch.ones_like(group_BSG, dtype=torch.bool).scatter(-1, top, False)
+            choice_BSE = in_groups.masked_fill(out.unsqueeze(-1), -math.inf).flatten(-2)
+        return choice_BSE.topk(self.top_k, dim=-1).indices
+
+    def capacity(self, sequence: int) -> int:
+        """Rows that an expert takes of one sample: ceil(capacity_factor * sequence * K / E)."""
+        factor = self.config.capacity_factor
+        return sequence if factor is None else math.ceil(factor * sequence * self.top_k / self.experts)
+
+    def _drop(self, chosen_BSK: Tensor, micro: Micro, samples: Samples) -> Tensor:
+        over_BSK = samples.queue(chosen_BSK, self.experts, micro) >= self.capacity(micro.sequence)
+        micro.tally.add(micro.tally.dropped, over_BSK.sum())
+        return chosen_BSK.masked_fill(over_BSK, -1)
+
+    def _losses(
+        self, scores_BSE: Tensor, logits_BSE: Tensor, count_BE: Tensor, micro: Micro, samples: Samples
+    ) -> Tensor | None:
+        parts = []
+        if self.config.balance in ("aux", "both") and self.config.aux_coefficient:
+            share_BE = samples.total(count_BE) / (micro.sequence * self.top_k)
+            probability_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)
+            even = self.experts * (share_BE * probability_BSE.sum(dim=1)).sum()
+            parts.append(self.config.aux_coefficient * even)
+        if self.config.z_coefficient:
+            parts.append(self.config.z_coefficient * logits_BSE.logsumexp(dim=-1).square().sum())
+        if not parts:
+            return None
+        loss = sum(parts[1:], parts[0]) * (micro.loss_weight * self.share / micro.sequence)
+        micro.tally.add(micro.tally.losses, loss)
+        return loss
 
     @torch.no_grad()
-    def update_bias(self, load_E: Tensor) -> None:
-        """Raise the bias of experts below the mean load and lower it above; `load_E` is of the whole step."""
-        if self.config.balance == "bias":
-            load_E = load_E.float()
-            self.bias_E += self.config.bias_update_rate * torch.sign(load_E.mean() - load_E)
+    def update_bias(self, load_E: Tensor, applied: int | Tensor, skip: Tensor | None = None) -> None:
+        """After a step, raise the bias of experts with less than their share and lower that of the others.
+
+        `sign`: bias += rate * sign(mean(load) - load). `load_error`: AdamW (betas 0.9 and 0.999, eps 1e-8, no decay) with
+        the gradient load/sum(load) - 1/E and lr = rate.
+
+        Args:
+            load_E: pairs of each expert over the whole step.
+            applied: steps that have moved the weights, this one among them.
+            skip: 1 on the device where nothing may move, 0 elsewhere; None for 0.
+        """
+        if not self._biased:
+            return
+        load_E = load_E.to(self.bias.dtype)
+        rate = self.config.bias_rate(self.experts)
+        if self.config.bias_rule == "sign":
+            self._move("bias", self.bias + rate * torch.sign(load_E.mean() - load_E), skip)
+            return
+        error_E = load_E / load_E.sum() - 1.0 / self.experts
+        first, second = _BETAS
+        avg_E = first * self.bias_avg + (1 - first) * error_E
+        avg_sq_E = second * self.bias_avg_sq + (1 - second) * error_E.square()
+        spread_E = (avg_sq_E / (1 - second**applied)).sqrt() + _EPS
+        self._move("bias", self.bias - rate * (avg_E / (1 - first**applied)) / spread_E, skip)
+        self._move("bias_avg", avg_E, skip)
+        self._move("bias_avg_sq", avg_sq_E, skip)
+
+    def _move(self, name: str, to: Tensor, skip: Tensor | None) -> None:
+        buffer = getattr(self, name)
+        buffer.copy_(to if skip is None else torch.where(skip > 0, buffer, to))
+
+
+class MLPRouter(Router):
+    """ZAYA1's router (arXiv 2511.17127): down-projection, average over depth, three-layer MLP with GELU.
+
+    state = compress(x) + state_scale * (state of the MoE layer before); the first MoE layer, and each block of multi-token
+    prediction, has neither a layer before nor a `state_scale`. logits = last(gelu(second(gelu(first(norm(state)))))).
+    Parameters: `compress` [R, D], `first` and `second` [R, R], each with `.weight` and `.bias`; `last.weight` [E, R];
+    `norm.weight` and `state_scale` [R]. The state is handed on in the activations' dtype. ZAYA1's released code has one
+    more class that skips the experts, which the paper doesn't have; it isn't built.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, carried: bool) -> None:
+        super().__init__(model, layer)
+        if carried:
+            self.state_scale = nn.Parameter(torch.ones(model.router.hidden))
+        self.carried = carried
+
+    def _build(self, model: ModelConfig) -> None:
+        width = model.router.hidden
+        self.compress = nn.Linear(model.hidden, width)
+        self.norm = RMSNorm(width, model.norm_eps)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, model.experts, bias=False)
+
+    def logits(self, x_BSD: Tensor, state_BSR: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, S, E] in fp32, and the state for the next layer."""
+        own_BSR = _linear(self.compress, wide(x_BSD))
+        if self.carried and state_BSR is not None:
+            own_BSR = own_BSR + wide(state_BSR) * wide(self.state_scale)
+        handed_BSR = own_BSR.to(x_BSD.dtype)
+        inner_BSR = F.gelu(_linear(self.first, self.norm(own_BSR)))
+        return _linear(self.last, F.gelu(_linear(self.second, inner_BSR))), handed_BSR
+
+
+def make_router(model: ModelConfig, layer: int, carried: bool) -> Router:
+    """The router that the configuration asks for."""
+    return MLPRouter(model, layer, carried) if model.router.kind == "mlp" else Router(model, layer)
+
+
+def count(chosen_BSK: Tensor, experts: int) -> Tensor:
+    """Choices of each expert by sample, [B, E] int64. A comparison instead of `bincount`, which waits for the device."""
+    ids_E = torch.arange(experts, device=chosen_BSK.device)
+    return (chosen_BSK.flatten(1).unsqueeze(-1) == ids_E).sum(dim=1)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, wide(layer.weight), None if layer.bias is None else wide(layer.bias))

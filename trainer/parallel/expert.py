@@ -1,106 +1,127 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts, and back.
 
-Shape letters: T tokens of this rank, K experts per token, R rows (token-expert pairs), D model width,
-E experts, L experts held by this rank.
+Shape letters: T tokens of this rank, K experts per token, R rows (token-expert pairs), D model width, E experts, L experts
+held by this rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+
+from trainer.parallel import exchange
+from trainer.parallel.mesh import Axis
+
+Compute = Callable[[Tensor, Tensor], Tensor]
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order. The backward pass is a gather too, so it is deterministic on every device."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_RD: Tensor, order_R: Tensor) -> Tensor:
-        ctx.save_for_backward(order_R)
-        return x_RD.index_select(0, order_R)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None]:
-        (order_R,) = ctx.saved_tensors
-        return gradient_RD.index_select(0, _inverse(order_R)), None
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all of rows with uneven splits; the backward pass sends the gradients back."""
+class _Take(torch.autograd.Function):
+    """Rows by index, each source row taken by a known set of destinations. The gradient is a gather and a sum too, so it is
+    deterministic on every device, where that of indexing adds in no fixed order."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.sends, ctx.receives, ctx.group = sends, receives, group
-        return _all_to_all(x_RD, sends, receives, group)
+    def forward(ctx: Any, x: Tensor, index_R: Tensor, back_XK: Tensor) -> Tensor:
+        ctx.save_for_backward(back_XK)
+        return _rows(x, index_R)
 
     @staticmethod
-    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(gradient_RD, ctx.receives, ctx.sends, ctx.group), None, None, None
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None]:
+        (back_XK,) = ctx.saved_tensors
+        taken = _rows(gradient_RD, back_XK.flatten())
+        if back_XK.shape[1] == 1:
+            return taken, None, None
+        return taken.view(*back_XK.shape, -1).sum(dim=1), None, None
 
 
-def _all_to_all(x_RD: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = x_RD.new_empty((sum(receives), *x_RD.shape[1:]))
-    dist.all_to_all_single(out, x_RD.contiguous(), receives, sends, group=group)
-    return out
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x`, zeros where the index is -1."""
+    if x.shape[0] == 0:
+        return x.new_zeros(index.shape[0], *x.shape[1:])
+    taken = x.index_select(0, index.clamp_min(0))
+    return taken.masked_fill((index < 0).unsqueeze(-1), 0.0)
 
 
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
-
-
-class Dispatch:
-    """One micro-batch's way from tokens to experts and back, dropless.
+def take(x: Tensor, index_R: Tensor, back_XK: Tensor) -> Tensor:
+    """Row `index_R[r]` of `x` for every r, zeros for -1.
 
     Args:
-        chosen_TK: experts of each token.
-        experts: experts of the layer, E.
-        group: the expert group; its ranks hold equal, consecutive parts of the experts.
+        back_XK: for each row of `x` the places in `index_R` that name it, -1 for none.
+    """
+    return _Take.apply(x, index_R, back_XK)
+
+
+def inverse(order_R: Tensor, size: int) -> Tensor:
+    """Where each of `size` numbers stands in `order_R`, -1 where it doesn't."""
+    found = torch.full((size,), -1, dtype=order_R.dtype, device=order_R.device)
+    found[order_R] = torch.arange(order_R.numel(), dtype=order_R.dtype, device=order_R.device)
+    return found
+
+
+class ExpertParallel:
+    """`trainer.model.seams.Exchange` over ep and etp.
+
+    Every rank of an ep group holds equal, consecutive parts of the experts. The ranks of an etp group hold parts of the
+    same experts' widths: they share their tokens first, each then sends all of them through its part, and what comes
+    back is summed and split.
     """
 
-    def __init__(self, chosen_TK: Tensor, experts: int, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._ranks = dist.get_world_size(group)
-        self._tokens, self._top_k = chosen_TK.shape
-        flat_R = chosen_TK.flatten()
-        self._order_R = flat_R.argsort(stable=True)
-        count_E = torch.bincount(flat_R, minlength=experts)
-        if self._ranks == 1:
-            self.counts_L: list[int] = count_E.tolist()
-            """Rows of each local expert."""
-            return
-        incoming = torch.empty_like(count_E)
-        dist.all_to_all_single(incoming, count_E, group=group)
-        by_source = incoming.view(self._ranks, -1)
-        self._sends = count_E.view(self._ranks, -1).sum(dim=1).tolist()
-        self._receives = by_source.sum(dim=1).tolist()
-        self.counts_L = by_source.sum(dim=0).tolist()
-        # Rows arrive by source rank, then expert; the experts want them by expert, then source rank.
-        experts_here = by_source.shape[1]
-        key = torch.arange(experts_here, device=incoming.device).repeat(self._ranks)
-        self._by_expert = key.repeat_interleave(incoming).argsort(stable=True)
+    def __init__(self, ep: Axis, etp: Axis) -> None:
+        self._ep, self._etp = ep, etp
 
-    def send(self, x_TD: Tensor) -> Tensor:
-        """Rows of the local experts, in the order of `counts_L`."""
-        # Row k of a token is its k-th choice, so the copies of a token lie together before they are sorted.
-        x_RD = x_TD.unsqueeze(1).expand(-1, self._top_k, -1).reshape(-1, x_TD.shape[-1])
-        x_RD = _Permute.apply(x_RD, self._order_R)
-        if self._ranks == 1:
-            return x_RD
-        x_RD = _Exchange.apply(x_RD, self._sends, self._receives, self._group)
-        return _Permute.apply(x_RD, self._by_expert)
-
-    def combine(self, y_RD: Tensor, weights_TK: Tensor) -> Tensor:
+    def run(
+        self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
+    ) -> Tensor:
         """Weighted sum of each token's expert outputs, [T, D]."""
-        if self._ranks > 1:
-            y_RD = _Permute.apply(y_RD, _inverse(self._by_expert))
-            y_RD = _Exchange.apply(y_RD, self._receives, self._sends, self._group)
-        y_RD = _Permute.apply(y_RD, _inverse(self._order_R))
-        y_TKD = y_RD.view(self._tokens, self._top_k, -1)
-        return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
+        if self._etp.size == 1:
+            return self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute)
+        x_TD, weights_TK = (exchange.gather(t, self._etp, 0) for t in (x_TD, weights_TK))
+        chosen_TK = exchange.all_gather(chosen_TK, self._etp, 0)
+        return exchange.scatter(self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute), self._etp, 0)
+
+    def _over_ep(
+        self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
+    ) -> Tensor:
+        tokens, top_k = chosen_TK.shape
+        flat_R = chosen_TK.flatten()
+        # Dropped pairs (-1) sort behind all experts and are cut off.
+        sort_R = torch.where(flat_R < 0, experts, flat_R).argsort(stable=True)
+        count_E = torch.bincount(flat_R + 1, minlength=experts + 1)[1:]
+        if self._ep.size == 1:
+            incoming_NL = count_E.view(1, -1)
+            sends = receives = [int(count_E.sum())]
+        else:
+            incoming_NL = exchange.all_to_all(count_E, None, None, self._ep).view(self._ep.size, -1)
+            both = torch.stack([count_E.view(self._ep.size, -1).sum(dim=1), incoming_NL.sum(dim=1)]).tolist()
+            sends, receives = both
+        order_R = sort_R[: sum(sends)]
+        place_TK = inverse(order_R, flat_R.numel()).view(tokens, top_k)
+        x_RD = take(x_TD, order_R // top_k, place_TK)
+        y_RD = self._through(x_RD, incoming_NL, sends, receives, compute)
+        y_TKD = take(y_RD, place_TK.flatten(), order_R.unsqueeze(1)).view(tokens, top_k, -1)
+        return (y_TKD * weights_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)
+
+    def _through(
+        self, x_RD: Tensor, incoming_NL: Tensor, sends: list[int], receives: list[int], compute: Compute
+    ) -> Tensor:
+        """Rows to their experts and back."""
+        counts_L = incoming_NL.sum(dim=0)
+        if self._ep.size == 1:
+            return compute(x_RD, counts_L)
+        x_RD = exchange.swap(x_RD, sends, receives, self._ep)
+        # Rows arrive by source rank, then expert; the experts want them by expert, then source rank.
+        local_R = torch.arange(incoming_NL.shape[1], device=x_RD.device).repeat(self._ep.size)
+        by_expert_R = local_R.repeat_interleave(incoming_NL.flatten()).argsort(stable=True)
+        back_R = inverse(by_expert_R, by_expert_R.numel())
+        y_RD = compute(take(x_RD, by_expert_R, back_R.unsqueeze(1)), counts_L)
+        return exchange.swap(take(y_RD, back_R, by_expert_R.unsqueeze(1)), receives, sends, self._ep)
+
+
+def load_over(load: Tensor, stage: Axis) -> Tensor:
+    """Loads of a stage's routers summed over all its ranks."""
+    if stage.size > 1:
+        dist.all_reduce(load, group=stage.process_group)
+    return load

@@ -1,25 +1,84 @@
 """Who a rank is in the layout, and the process groups that follow from it.
 
-Ranks are numbered with pp outermost and ep innermost, so an expert group is `ep` neighbouring ranks and stays
-inside a node: with dp=4 and ep=2 the expert groups are {0,1} {2,3}, and the ranks {0,2} {1,3} hold the same
-experts.
+Ranks are numbered with pp outermost, then dp, cp, tp. The ranks of a pipeline stage are seen twice: as (dp, cp, tp) by the
+dense part of a model, and as (edp, ep, etp) by its experts. So expert groups are neighbouring ranks and stay inside a
+node, and ep may be larger than dp (parallel folding, arXiv 2504.14960).
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from collectives.team import meet
-from configs.errors import UserError
 from configs.library_environment import Applied
 from configs.rank import RankContext
-from configs.schema import RunConfig
+from configs.schema import ParallelConfig, RunConfig
+
+AXES = ("pp", "dp", "cp", "ep", "etp", "tp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A group of ranks along one or several axes, as one of its members sees it."""
+
+    group: dist.ProcessGroup | None
+    """None where the group is this rank alone and nothing needs a communicator."""
+    ranks: tuple[int, ...]
+    """Global ranks in the order of the axis."""
+    index: int
+    """This rank's place among them."""
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return len(self.ranks)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group, where there is one."""
+        assert self.group is not None, "a group of one rank has no communicator"
+        return self.group
+
+
+def dense_groups(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ...]]:
+    """Global ranks that share a group with `rank`, by name: the axes of both views, and products of them. Pure.
+
+    `dp_cp`: ranks that hold the same dense shard and see other tokens; `sample`: ranks that share samples (cp, tp);
+    `stage`: all of a pipeline stage; `ends`: first and last stage of a pipeline, which share the embedding.
+    """
+    pp, dp, cp, tp = (parallel.size(axis) for axis in ("pp", "dp", "cp", "tp"))
+    ep, etp = parallel.size("ep"), parallel.size("etp")
+    width = dp * cp * tp
+    stage, inside = divmod(rank, width)
+    d, c, t = inside // (cp * tp), inside // tp % cp, inside % tp
+    x, e, f = inside // (ep * etp), inside // etp % ep, inside % etp
+    base, edp = stage * width, width // (ep * etp)
+
+    def dense(ds: Sequence[int], cs: Sequence[int], ts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(base + (i * cp + j) * tp + k for i, j, k in product(ds, cs, ts))
+
+    def sparse(xs: Sequence[int], es: Sequence[int], fs: Sequence[int]) -> tuple[int, ...]:
+        return tuple(base + (i * ep + j) * etp + k for i, j, k in product(xs, es, fs))
+
+    return {
+        "pp": tuple(s * width + inside for s in range(pp)),
+        "dp": dense(range(dp), [c], [t]),
+        "cp": dense([d], range(cp), [t]),
+        "tp": dense([d], [c], range(tp)),
+        "dp_cp": dense(range(dp), range(cp), [t]),
+        "sample": dense([d], range(cp), range(tp)),
+        "stage": tuple(range(base, base + width)),
+        "edp": sparse(range(edp), [e], [f]),
+        "ep": sparse([x], range(ep), [f]),
+        "etp": sparse([x], [e], range(etp)),
+    }
 
 
 @dataclass(frozen=True)
@@ -31,17 +90,21 @@ class Mesh:
     layout: dict[str, int]
     """Size by axis: pp, dp, cp, ep, etp, tp."""
     device: torch.device
-    ep_group: dist.ProcessGroup
-    """Ranks that exchange tokens, in the order of their experts."""
+    axes: dict[str, Axis]
+    """By the names of `dense_groups`."""
     control_group: dist.ProcessGroup
     """All ranks over gloo, for objects and small numbers on the host."""
     network: Applied
     """What became of the network preset's variables."""
 
+    def __getitem__(self, name: str) -> Axis:
+        """The group along an axis."""
+        return self.axes[name]
+
     @property
-    def ep_rank(self) -> int:
-        """Place in the expert group: this rank holds experts [ep_rank * E/ep, (ep_rank + 1) * E/ep)."""
-        return self.rank % self.layout["ep"]
+    def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding's end of the pipeline (as its first chunk)."""
+        return self["pp"].index == 0
 
     def gather(self, item: Any) -> list[Any] | None:
         """All ranks' items on rank 0, in rank order; None elsewhere."""
@@ -62,41 +125,44 @@ class Mesh:
         return host
 
 
-def refuse_unsupported(config: RunConfig, world: int) -> None:
-    """Refuse a layout that this trainer can't run.
-
-    Raises:
-        UserError: for an axis that isn't implemented, or ranks that don't make up the layout.
-    """
-    parallel = config.parallel
-    for axis in ("tp", "pp", "cp", "etp"):
-        size = getattr(parallel, axis)
-        if size != 1:
-            raise UserError(f"parallel.{axis}={size}: the trainer runs dp and ep only; set parallel.{axis}=1")
-    if parallel.dp != world:
-        raise UserError(f"parallel.dp={parallel.dp} makes {parallel.dp} ranks, but {world} were started")
-
-
 def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     """Join the process group and build the mesh."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     network = meet(config, rank, backend)
-    # DeepSpeed loads late: it looks for its accelerator when it is imported.
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.utils import groups
-
-    # Compiled at first use, for an inference collective that training never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    ep = config.parallel.size("ep")
-    # DeepSpeed makes the expert groups, of neighbouring ranks, and finds them again by this name.
-    groups._create_expert_and_data_parallel(ep)
     collective = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
     control = dist.new_group(backend="gloo", timeout=collective)
-    parallel = config.parallel
-    assert parallel.dp is not None, "the plan fills parallel.dp in"
-    layout = {axis: parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
-    experts = groups._get_expert_parallel_group(f"ep_size_{ep}")
-    return Mesh(rank.rank, rank.world, layout, device, experts, control, network)
+    return assemble(config.parallel, rank.rank, rank.world, device, control, network)
+
+
+def assemble(
+    parallel: ParallelConfig,
+    rank: int,
+    world: int,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    network: Applied,
+) -> Mesh:
+    """The mesh of a rank whose process group exists already."""
+    axes = make_groups(dense_groups(parallel, rank), rank, world)
+    layout = {axis: parallel.size(axis) for axis in AXES}
+    return Mesh(rank, world, layout, device, axes, control, network)
+
+
+def make_groups(members: dict[str, tuple[int, ...]], rank: int, world: int) -> dict[str, Axis]:
+    """Communicators of the groups that `rank` is in, each made once, by its members alone.
+
+    Nobody waits for ranks that aren't in the group: no barrier of all ranks, whose cost grows with the square of their
+    number (MegaScale section 3.5). All ranks make groups in the same order and number, which torch's names rely on.
+    """
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    axes = {}
+    for name, ranks in members.items():
+        group: dist.ProcessGroup | None = None
+        if len(ranks) == world:
+            group = dist.group.WORLD
+        elif len(ranks) > 1 or name in ("dp_cp", "edp"):  # FSDP wants a communicator for one rank too
+            if ranks not in made:
+                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            group = made[ranks]
+        axes[name] = Axis(group, ranks, ranks.index(rank))
+    return axes

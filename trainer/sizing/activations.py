@@ -50,7 +50,7 @@ def boundary(job: Job) -> float:
 
 @lru_cache(maxsize=100_000)
 def layer(job: Job, moe: bool) -> dict[str, float]:
-    """Bytes that a layer keeps by part, without recomputation; `scores` are what selective recomputation drops."""
+    """Bytes that a layer keeps by part, without recomputation."""
     model, layout, retention = job.model, job.layout, job.software.retention
     element, split, tokens = width(job.precision), sequence_split(job), job.tokens
     shared = tokens * model.hidden / split
@@ -86,7 +86,7 @@ def _attention(job: Job) -> float:
         return element * expanded + (element + norm) * compressed / sequence_split(job) + rowwise
     query, key = model.heads * model.head_dim / tp, key_value_width(job)
     kept = element * (2 * query + 2 * key)
-    if model.qk_norm:
+    if model.qk_norm != "none":
         kept += norm * (query + key)
     if model.attention == "cca":  # inputs of its two convolutions
         kept += 2 * element * (query + key)
@@ -107,13 +107,30 @@ def kept(job: Job, moe: bool) -> float:
     """Bytes that a layer keeps under the job's recomputation and even routing."""
     if job.recompute == "full":
         return boundary(job)
+    return sum(layer(job, moe).values()) - dropped(job, moe)
+
+
+def dropped(job: Job, moe: bool) -> float:
+    """Bytes that selective recomputation doesn't keep: attention scores, or all that MLP and experts make."""
+    if job.recompute != "selective":
+        return 0.0
     parts = layer(job, moe)
-    return sum(parts.values()) - (parts["scores"] if job.recompute == "selective" else 0.0)
+    if job.software.selective == "attention":
+        return parts["scores"]
+    # The part's own input stays, which an MLP keeps too; experts alone may have only an fp32 copy of it.
+    kept_anyway = boundary(job) if moe and not _keeps_input(job) else 0.0
+    return sum(parts.get(name, 0.0) for name in ("router", "mlp", "shared")) - kept_anyway
+
+
+def _keeps_input(job: Job) -> bool:
+    """Whether an MoE layer keeps its normed input in the working precision, beside the router's copy."""
+    return bool(job.model.shared_width) or not job.software.retention.fp32_router
 
 
 def surplus(job: Job) -> float:
     """More bytes that an MoE layer keeps on the rank with the most rows."""
-    if job.recompute == "full" or job.imbalance <= 1.0:
+    again = job.recompute == "selective" and job.software.selective == "feed_forward"
+    if job.recompute == "full" or again or job.imbalance <= 1.0:
         return 0.0
     return (job.imbalance - 1.0) * layer(job, True)["mlp"]
 
@@ -122,9 +139,12 @@ def in_flight(job: Job, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once, in units of its own layers.
 
     1F1B: as many as there are stages from here on. Interleaved, in chunks of 1/v of the layers: the warm-up of
-    Narayanan et al. 2021 plus one, which on the first stage is the factor 1 + (p-1)/(p*v) of Korthikanti et al.
+    Narayanan et al. 2021 plus one, which on the first stage is the factor 1 + (p-1)/(p*v) of Korthikanti et al. In a V all
+    ranks hold what 1F1B's first stage does (Qi et al. 2024).
     """
     after, chunks, micro_batches = job.layout.pp - stage, job.interleave, job.micro_batches
+    if job.zero_bubble:
+        return float(min(job.layout.pp, micro_batches))
     if chunks == 1 or job.layout.pp == 1:
         return float(min(after, micro_batches))
     warm_up = 2 * (after - 1) + (chunks - 1) * job.layout.pp + 1
@@ -134,14 +154,15 @@ def in_flight(job: Job, stage: int) -> float:
 def working(job: Job, moe: bool) -> float:
     """Bytes for a while during a layer's backward pass: a gradient of all that it keeps, and what is made again."""
     whole = sum(layer(job, moe).values())
-    again = whole if job.recompute == "full" else layer(job, moe)["scores"] * (job.recompute == "selective")
+    again = whole if job.recompute == "full" else dropped(job, moe)
     return whole + again
 
 
 def head(job: Job) -> float:
-    """Bytes that the last norm and the output projection keep."""
+    """Bytes that the last norm and the output projection keep, at each depth of multi-token prediction too."""
     return (
         job.tokens
+        * (1 + job.model.mtp_layers)
         * job.model.hidden
         / sequence_split(job)
         * (job.software.retention.norm_bytes + width(job.precision))
@@ -151,4 +172,4 @@ def head(job: Job) -> float:
 def logits(job: Job) -> float:
     """Bytes of logits and their copies at the fullest moment of the loss; split over tp."""
     each = 2 * width(job.precision) if job.software.fused_loss else job.software.retention.logit_bytes
-    return float(each) * job.tokens * job.model.vocab / job.layout.tp
+    return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / job.layout.tp

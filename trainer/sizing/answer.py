@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from configs.compose import choices, compose
 from configs.errors import UserError
 from configs.profile import DeviceProfile, known, load
 from configs.schema import RunConfig
-from trainer.sizing import auto, catalogue, flops, memory, parameters, step
+from trainer.sizing import auto, catalogue, flops, memory, parameters, runnable, step
 from trainer.sizing.figures import Figure, exact
 from trainer.sizing.findings import Finding
 from trainer.sizing.job import Job
@@ -23,8 +24,6 @@ from trainer.sizing.suggest import Suggestion, suggest
 
 ASSUMED = {"data.sequence": "4096", "train.micro_batch": "4"}
 """What pre-training usually has, where nothing else is typed: the demo's values would say little about a large model."""
-FILLING = 4
-"""Micro-batches for each pipeline stage, where the global batch is open."""
 CATALOGUE = "catalogue"
 """Asks for published rates where a measured profile is there."""
 CONVENTION = (
@@ -63,7 +62,7 @@ def job_of(config: RunConfig, gpus: int | None = None) -> tuple[Job, tuple[str, 
     node = hardware.devices_per_node or gpus or 1
     if p.open and gpus:
         full, rest = divmod(gpus, node)
-        chosen = auto.choose(config, (node,) * full + ((rest,) if rest else ()), False)
+        chosen = auto.choose(config, (node,) * full + ((rest,) if rest else ()))
         why = [f"{c.field}={c.value}: {c.reason}" for c in chosen.choices]
         return chosen.job or auto.job_of(config, chosen.layout, node), (*why, *chosen.notes)
     sizes = {"pp": p.pp or 1, "cp": p.cp or 1, "ep": p.ep or 1, "etp": p.etp or 1, "tp": p.tp or 1}
@@ -71,17 +70,17 @@ def job_of(config: RunConfig, gpus: int | None = None) -> tuple[Job, tuple[str, 
     if gpus is not None and gpus % others:
         near = max(1, gpus // others) * others
         raise UserError(f"--gpus {gpus} is not a multiple of tp*pp*cp={others}; type --gpus {near}")
-    dp = p.dp or (gpus // others if gpus else max(1, sizes["ep"] // sizes["cp"]))
+    groups, inner = sizes["ep"] * sizes["etp"], sizes["cp"] * sizes["tp"]
+    dp = p.dp or (gpus // others if gpus else groups // math.gcd(groups, inner))
     if gpus is not None and dp * others != gpus:
         raise UserError(f"--gpus {gpus} is not dp*tp*pp*cp={dp * others}; leave out --gpus or parallel.dp")
-    if (dp * sizes["cp"]) % sizes["ep"]:
+    if (dp * inner) % groups:
         raise UserError(
-            f"parallel.ep={sizes['ep']} does not divide dp*cp={dp * sizes['cp']}; type another --gpus or parallel.ep"
+            f"parallel.ep*etp={groups} does not divide dp*cp*tp={dp * inner}; type another --gpus or parallel.ep"
         )
-    if (
-        config.train.global_batch is None and sizes["pp"] > 1
-    ):  # one micro-batch would leave all stages but one idle
-        batch = config.train.micro_batch * dp * FILLING * sizes["pp"]
+    if config.train.global_batch is None and sizes["pp"] > 1:
+        # One micro-batch would leave all stages but one idle.
+        batch = config.train.micro_batch * dp * runnable.FILLING * sizes["pp"]
         config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
     return auto.job_of(config, Layout(dp=dp, **sizes), node), ()
 

@@ -88,7 +88,7 @@ def elsewhere(answer: Answer, name: str) -> Asked:
 def _task(answer: Answer) -> Task:
     """The job's task with its layout open."""
     config, job = answer.config, answer.job
-    made = auto.task(config, job.layout.ranks, job.node, False)
+    made = auto.task(config, job.layout.ranks, job.node)
     return replace(made, fixed={}, global_batch=job.global_batch)
 
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from configs import profile
 from configs.errors import UserError
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, FabricProfile
 from configs.schema import RunConfig
-from trainer.sizing import flops, frameworks, legal, memory, step
+from configs.section import Section
+from trainer.sizing import flops, frameworks, legal, memory, runnable, step, time
 from trainer.sizing.fabric import from_catalogue
 from trainer.sizing.figures import Figure
-from trainer.sizing.job import Job
+from trainer.sizing.job import Job, Recompute
 from trainer.sizing.layout import Layout
 from trainer.sizing.legal import Task
 from trainer.sizing.rates import Rates
-from trainer.sizing.search import Candidate, Found, compare, exhaustive, reason, search
+from trainer.sizing.search import Candidate, Found, compare, reason, search
 
-RUNS = {"tp": 1, "pp": 1, "cp": 1, "etp": 1}
-"""What this trainer's layouts have besides dp and ep."""
+PLAIN = {"tp": 1, "pp": 1, "cp": 1, "etp": 1}
+"""A layout of dp and ep alone: what DeepSpeed runs, and all that is chosen where no time can be predicted."""
 KEEP = 12
 
 
@@ -42,7 +44,7 @@ class Chosen:
     choices: tuple[Choice, ...]
     notes: tuple[str, ...] = ()
     job: Job | None = None
-    """With recomputation and model chunks, which the configuration has no fields for; None where no time is known."""
+    """With its batch, ZeRO stage, recomputation and schedule; None where no time is known."""
 
 
 def rates_of(hardware: HardwareConfig) -> Rates:
@@ -72,38 +74,41 @@ def precision_of(config: RunConfig) -> str:
     return "bf16" if flops.peak(config.hardware, "bf16") is not None else "fp32"
 
 
-def task(config: RunConfig, ranks: int, node: int, runnable: bool) -> Task:
-    """The search's task for a configuration on `ranks` ranks; `runnable`: only what this trainer runs."""
+def task(config: RunConfig, ranks: int, node: int) -> Task:
+    """The search's task for a configuration on `ranks` ranks: all that the trainer runs, but for what the user has set."""
     parallel, train = config.parallel, config.train
     precision = precision_of(config)
-    axes = {
-        "pp": parallel.pp,
-        "dp": parallel.dp,
-        "cp": parallel.cp,
-        "ep": parallel.ep,
-        "etp": parallel.etp,
-        "tp": parallel.tp,
-    }
-    fixed = (RUNS if runnable else {}) | {axis: size for axis, size in axes.items() if size is not None}
+    deepspeed = train.engine == "deepspeed"
+    axes = {axis: size for axis in legal.AXES if (size := getattr(parallel, axis)) is not None}
     return Task(
-        config.model, ranks, config.data.sequence, train.global_batch or train.micro_batch * ranks, precision,
-        node, frameworks.own(precision, config.hardware.kind), fixed, train.micro_batch,
-        recompute=("none",) if runnable else ("none", "selective", "full"),
-        zero=(1,), interleaved=not runnable,
+        config.model, ranks, config.data.sequence, train.global_batch or train.micro_batch * ranks, precision, node,
+        frameworks.own(kind=config.hardware.kind, engine=train.engine, optim=config.optim),
+        (PLAIN if deepspeed else {}) | axes, train.micro_batch,
+        recompute=(train.recompute,) if is_set(train, "recompute") else ("none", "selective", "full"),
+        zero=(parallel.zero,) if is_set(parallel, "zero") else ((1, 2) if deepspeed else (1, 2, 3)),
+        schedules=(parallel.schedule,) if is_set(parallel, "schedule") else ("1f1b", "interleaved"),
+        chunks=parallel.chunks if is_set(parallel, "chunks") else None, context=parallel.context,
     )  # fmt: skip
 
 
-def most_ranks(config: RunConfig, slots: Sequence[int], runnable: bool) -> Task | None:
+def is_set(section: Section, field: str) -> bool:
+    """Whether the user, a preset or a file has set a field, if only to its default."""
+    return field in section.model_fields_set
+
+
+def most_ranks(config: RunConfig, slots: Sequence[int], plain: bool = False) -> Task | None:
     """The task with the most ranks within `slots` that has a legal layout; None where there is none.
 
-    A number of nodes, or of slots on each, that the run asks for is kept to.
+    A number of nodes, or of slots on each, that the run asks for is kept to. `plain`: open axes but dp and ep are 1.
     """
     nodes, each = config.cluster.nodes, config.cluster.slots_per_node
     within = sorted((min(have, each or have) for have in slots), reverse=True)[:nodes]
     for ranks in range(sum(within), 0, -1):
         if (nodes and ranks % nodes) or (each and ranks % each):
             continue
-        made = task(config, ranks, max(slots), runnable)
+        made = task(config, ranks, max(slots))
+        if plain:
+            made = replace(made, fixed=PLAIN | made.fixed)
         if next(legal.layouts(made), None) is not None:
             return made
     return None
@@ -120,12 +125,12 @@ def closed(config: RunConfig, ranks: int | None) -> Layout:
         node = config.hardware.devices_per_node or ranks
         nodes = -(-ranks // node)
         return choose(
-            config, (min(node, ranks),) * (nodes - 1) + (ranks - min(node, ranks) * (nodes - 1),), False
+            config, (min(node, ranks),) * (nodes - 1) + (ranks - min(node, ranks) * (nodes - 1),)
         ).layout
     return Layout(*(parallel.size(axis) for axis in legal.AXES))
 
 
-def choose(config: RunConfig, slots: Sequence[int], runnable: bool) -> Chosen:
+def choose(config: RunConfig, slots: Sequence[int]) -> Chosen:
     """Set the open axes.
 
     Raises:
@@ -133,7 +138,7 @@ def choose(config: RunConfig, slots: Sequence[int], runnable: bool) -> Chosen:
     """
     # Without rates other axes can't be weighed against dp and ep.
     blind = bool(unknown(config.hardware, precision_of(config), 1, 1))
-    made = most_ranks(config, slots, runnable or blind)
+    made = most_ranks(config, slots, blind)
     if made is None:
         raise UserError(
             f"no layout of up to {sum(slots)} ranks has train.global_batch={config.train.global_batch} and what is set of "
@@ -143,7 +148,7 @@ def choose(config: RunConfig, slots: Sequence[int], runnable: bool) -> Chosen:
     if why:
         return _without_rates(config, made, why)
     rates = rates_of(config.hardware)
-    found = (exhaustive if runnable else search)(made, config.hardware, rates, KEEP)
+    found = search(made, config.hardware, rates, KEEP)
     if found.best is None:
         raise UserError(
             f"parallel=auto: {found.reason}; lower train.micro_batch or data.sequence, or give it more slots"
@@ -162,15 +167,52 @@ def _chosen(config: RunConfig, found: Found) -> Chosen:
         why = _other(axis, size, found.ranked)
         choices.append(Choice(f"parallel.{axis}", str(size), f"{reason(found)}; {why}" if first else why))
         first = False
-    job, notes = best.job, []
-    if job.recompute != "none" or job.interleave > 1:
-        notes.append(
-            f"memory and step time are with recompute={job.recompute} and {job.interleave} model chunk(s) on each stage, "
-            "which the trainer doesn't have"
-        )
-    if len(found.ranked) > 1:
-        notes.append(f"runner-up {compare(best, found.ranked[1])}")
-    return Chosen(layout, tuple(choices), tuple(notes), job)
+    choices += _settings(config, best)
+    notes = [f"runner-up {compare(best, found.ranked[1])}"] if len(found.ranked) > 1 else []
+    return Chosen(layout, tuple(choices), tuple(notes), best.job)
+
+
+def settings(job: Job) -> dict[str, dict[str, Any]]:
+    """What the configuration says for a job's ZeRO stage, schedule, chunks and recomputation, by section."""
+    schedule = "zbv" if job.zero_bubble else "interleaved" if job.interleave > 1 else "1f1b"
+    chunks = 1 if schedule == "zbv" else job.interleave
+    return {
+        "parallel": {"zero": job.zero or 1, "schedule": schedule, "chunks": chunks},
+        "train": {"recompute": job.recompute},
+    }
+
+
+def _settings(config: RunConfig, best: Candidate) -> list[Choice]:
+    """Choices of ZeRO stage, schedule and recomputation, each with what the next milder one would do."""
+    job = best.job
+    less: Recompute = "selective" if job.recompute == "full" else "none"
+    one_chunk = ("schedule=1f1b", replace(job, interleave=1)) if job.interleave > 1 else None
+    milder = {
+        "zero": (f"zero={job.zero - 1}", replace(job, zero=job.zero - 1)) if job.zero > 1 else None,
+        "schedule": one_chunk,
+        "chunks": one_chunk,
+        "recompute": (f"recompute={less}", replace(job, recompute=less)) if job.recompute != "none" else None,
+    }
+    found = []
+    for section, values in settings(job).items():
+        for field, value in values.items():
+            idle = (field == "schedule" and job.layout.pp == 1) or (field == "chunks" and job.interleave == 1)
+            if idle or is_set(getattr(config, section), field):
+                continue
+            other = milder[field]
+            why = _instead(config, best, *other) if other else "the mildest, and it fits"
+            found.append(Choice(f"{section}.{field}", str(value), why))
+    return found
+
+
+def _instead(config: RunConfig, best: Candidate, name: str, other: Job) -> str:
+    """What a milder setting would do: not fit, or take longer."""
+    hardware = config.hardware
+    used, have = memory.worst(other, hardware.kind)[1].needed, memory.capacity(hardware)
+    if have is not None and used > have:
+        return f"{name} needs {used / memory.GIB:.0f} GiB, {hardware.name} has {hardware.memory_gib:g}"
+    slower = time.parts(other, rates_of(hardware)).step / best.seconds - 1
+    return f"{name} takes {slower:.1%} more time"
 
 
 def _other(axis: str, size: int, ranked: Sequence[Candidate]) -> str:
@@ -186,10 +228,10 @@ def _other(axis: str, size: int, ranked: Sequence[Candidate]) -> str:
 
 
 def _without_rates(config: RunConfig, made: Task, why: str) -> Chosen:
-    """The least exchange that fits, where no time can be predicted."""
+    """The least exchange that fits, where no time can be predicted; ZeRO stage and recomputation are as configured."""
     layouts = sorted(legal.layouts(made), key=lambda one: (one.tp, one.pp, one.cp, one.etp, one.ep))
-    fitting = [one for one in layouts if memory.fits(_job(made, one), config.hardware) is not False]
-    layout = (fitting or layouts)[0]
+    fitting = (one for one in layouts if memory.fits(_job(config, made, one), config.hardware) is not False)
+    layout = next(fitting, layouts[0])
     known = config.hardware.memory_gib is not None
     text = f"step time unknown, {why}: the least exchange" + (
         " that fits" if known else "; its memory is unknown too"
@@ -204,16 +246,20 @@ def _without_rates(config: RunConfig, made: Task, why: str) -> Chosen:
     return Chosen(layout, tuple(choices))
 
 
-def _job(made: Task, layout: Layout) -> Job:
-    zero = legal.zeros(made, layout)[0]
-    return legal.job(made, layout, made.micro_batch or 1, 1, zero, "none")
+def _job(config: RunConfig, made: Task, layout: Layout) -> Job:
+    """The job of a configuration in a layout, by its ZeRO stage, schedule and recomputation."""
+    parallel = config.parallel
+    zero = parallel.zero if legal.zeros(made, layout) != (0,) else 0
+    chunks = runnable.chunks_of(parallel) if layout.pp > 1 else 1
+    job = legal.job(made, layout, made.micro_batch or 1, chunks, zero, config.train.recompute)
+    return replace(job, zero_bubble=parallel.schedule == "zbv" and layout.pp > 1)
 
 
 def job_of(config: RunConfig, layout: Layout, node: int) -> Job:
     """The job that this trainer runs for a configuration in a layout."""
-    made = replace(task(config, layout.ranks, node, False), fixed={})
+    made = replace(task(config, layout.ranks, node), fixed={})
     batch = config.train.global_batch or config.train.micro_batch * layout.dp
-    return _job(replace(made, global_batch=batch), layout)
+    return _job(config, replace(made, global_batch=batch), layout)
 
 
 def predicted(job: Job, hardware: HardwareConfig) -> Figure | str:
@@ -249,7 +295,7 @@ def replan(config: RunConfig, slots: Sequence[int]) -> Replanned:
             "cluster": config.cluster.model_copy(update={"nodes": None, "slots_per_node": None}),
         }
     )
-    made = most_ranks(free, slots, runnable=True)
+    made = most_ranks(free, slots)
     if made is None:
         return Replanned(
             None,
@@ -257,7 +303,7 @@ def replan(config: RunConfig, slots: Sequence[int]) -> Replanned:
         )
     told = f"the most of {sum(slots)} slots that train.global_batch={config.train.global_batch} divides over"
     if not unknown(config.hardware, made.precision, made.ranks, made.node):
-        found = exhaustive(made, config.hardware, rates_of(config.hardware))
+        found = search(made, config.hardware, rates_of(config.hardware))
         if found.best is None:
             return Replanned(None, found.reason)
         return Replanned(found.best.job.layout, f"{told}; {reason(found)}")

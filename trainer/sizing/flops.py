@@ -21,7 +21,9 @@ def train_flops_per_token(model: ModelConfig, sequence: int, full_attention: boo
     """
     head_dim = model.head_dim + (model.rope_head_dim if model.attention == "mla" else 0)
     per_key = 2 * model.heads * (head_dim + model.head_dim)  # scores, then values, 2 FLOPs per multiply-add
-    attention = 3 * model.layers * per_key * (sequence if full_attention else (sequence + 1) / 2)
+    attention = (
+        3 * (model.layers + model.mtp_layers) * per_key * (sequence if full_attention else (sequence + 1) / 2)
+    )
     return 6.0 * parameters.count(model).matmul + attention
 
 

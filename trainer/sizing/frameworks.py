@@ -4,20 +4,56 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs.schema import EngineName, OptimConfig
 from trainer.sizing.job import Retention, Software
 
 
-def own(precision: str, kind: str = "cuda") -> Software:
-    """This trainer: DeepSpeed's ZeRO-1 accumulates gradients in the working precision; on a CPU norms aren't one kernel."""
-    width = 4 if precision == "fp32" else 2
-    return Software(
+def own(
+    *, kind: str = "cuda", engine: EngineName | None = None, optim: OptimConfig | None = None
+) -> Software:
+    """This trainer under an engine (None: native) and an optimizer (None: AdamW); on a CPU norms aren't one kernel.
+
+    Both accumulate and reduce gradients in fp32; FSDP2 reduces them while other layers go backward.
+    """
+    optim = optim or OptimConfig()
+    moments, of_matrices = moment_bytes(optim)
+    eager = Software(
+        selective="feed_forward",
         eager=True,
         tuned_attention=kind == "cuda",  # torch takes cuDNN's on Hopper and later
-        gradient_bytes=width,
-        reduce_bytes=width,
-        retention=Retention(norm_bytes=8 if kind == "cpu" else 4, staging=5e8 * width, update=(0, 4 + width)),
-        sources=("deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19",),
+        moments_bytes=moments,
+        matrix_moments_bytes=of_matrices,
+        orthogonal_steps=optim.orthogonal_steps if optim.kind == "muon" else 0,
+        retention=Retention(norm_bytes=8 if kind == "cpu" else 4),
     )
+    return _deepspeed(eager) if engine == "deepspeed" else _native(eager)
+
+
+def _native(eager: Software) -> Software:
+    return replace(
+        eager,
+        overlap_dp=True,
+        overlap_gather=True,
+        own_master=True,
+        streamed=True,
+        retention=replace(eager.retention, staging=0.0, reduced_layers=2, update=(0, 4)),
+        sources=("torch/distributed/fsdp/_fully_shard of torch 2.13", "trainer/engines/native.py"),
+    )
+
+
+def _deepspeed(eager: Software) -> Software:
+    """DeepSpeed reduces in buckets after the backward pass, in fp32 as `trainer.engines.deepspeed` asks for."""
+    return replace(
+        eager,
+        retention=replace(eager.retention, staging=4.0 * (1 << 27), update=(0, 4)),
+        sources=("deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19", "trainer/engines/deepspeed.py"),
+    )
+
+
+def moment_bytes(optim: OptimConfig) -> tuple[int, int]:
+    """Bytes of the optimizer's moments for a weight, and for one of a matrix between layers: Muon has one for those."""
+    width = 2 if optim.moments == "bf16" else 4
+    return 2 * width, width if optim.kind == "muon" else 2 * width
 
 
 def nanotron(before_fix: bool = False) -> Software:

@@ -9,12 +9,12 @@ from configs.schema import ModelConfig
 from trainer.sizing.layout import Layout
 
 Recompute = Literal["none", "selective", "full"]
-"""What the backward pass computes again: nothing, the attention core (Korthikanti et al. 2022), every layer."""
+"""What the backward pass computes again: nothing, `Software.selective`, every layer."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What a framework keeps in memory, from its code; the defaults are this trainer's, on DeepSpeed's ZeRO."""
+    """What a framework keeps in memory, from its code; the defaults are this trainer's model, on DeepSpeed's ZeRO."""
 
     norm_bytes: int = 4
     """Bytes of an element of a norm's input that is kept (this trainer's norms keep an fp32 copy)."""
@@ -32,6 +32,8 @@ class Retention:
     """Bytes of a weight in reduction buckets that stay where there are replicas (torch's DistributedDataParallel)."""
     staging: float = 1e9
     """Bytes of a reduction buffer of fixed size during the backward pass (DeepSpeed: 5e8 elements of 2 bytes)."""
+    reduced_layers: int = 0
+    """Layers whose gradients are in reduction buffers at a time (FSDP2: the one at work and the one on the wire)."""
     update: tuple[int, int] = (0, 6)
     """Bytes for each weight, and for each weight of the own shard, that the optimizer step takes for a while under
     ZeRO (this trainer: the shard's gradient, flattened, in both precisions)."""
@@ -54,6 +56,8 @@ class Software:
     """What a training framework does, as its documentation and code say: facts, nothing that was fitted to a run."""
 
     name: str = "megaray"
+    selective: Literal["attention", "feed_forward"] = "attention"
+    """What selective recomputation computes again: the attention core (Korthikanti et al. 2022), or the MLP and experts."""
     flash_attention: bool = True
     """Attention keeps no score matrix."""
     sequence_parallel: bool = True
@@ -71,8 +75,16 @@ class Software:
     """Bytes of a gradient element on the wire."""
     master_bytes: int = 4
     """Bytes of the optimizer's own copy of a weight; 0 where there is none."""
+    own_master: bool = False
+    """Weights in fp32 that a rank shares with nobody are their own master (FSDP2 isn't used then)."""
+    streamed: bool = False
+    """Gradients of a step's only micro-batch are reduced as they are made, so that no whole gradient stays."""
     moments_bytes: int = 8
     """Bytes of the optimizer's moments for one weight."""
+    matrix_moments_bytes: int | None = None
+    """The same for a weight of a matrix, where the optimizer treats them apart (Muon); None: the same."""
+    orthogonal_steps: int = 0
+    """Newton-Schulz iterations on each matrix in each step, shared out over a stage's ranks (Muon)."""
     causal_flops: bool = True
     """The attention kernel skips the masked half."""
     compiled: bool = False
@@ -121,6 +133,8 @@ class Job:
     recompute: Recompute = "none"
     interleave: int = 1
     """Model chunks of each pipeline stage (virtual pipeline size)."""
+    zero_bubble: bool = False
+    """The two chunks of a rank lie in a V, and weight gradients fill the bubble (ZB-V, arXiv 2401.10241)."""
     imbalance: float = 1.0
     """Rows of the most loaded expert rank over the mean."""
     folded: bool = True

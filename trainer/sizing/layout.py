@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; ep is cut out of dp * cp, etp out of tp's ranks."""
+    """Sizes of the axes; expert groups of ep * etp ranks are cut out of a stage's dp * cp * tp."""
 
     pp: int
     dp: int
@@ -23,8 +24,8 @@ class Layout:
 
     @property
     def inner(self) -> int:
-        """Neighbouring ranks that exchange most and belong inside a node: an expert group of tensor groups."""
-        return self.ep * max(self.tp, self.etp)
+        """Neighbouring ranks that exchange most and belong inside a node: whole expert groups and whole tensor groups."""
+        return math.lcm(self.tp, self.ep * self.etp)
 
     def to_json(self) -> dict[str, int]:
         """Size by axis."""

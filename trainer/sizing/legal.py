@@ -1,26 +1,30 @@
 """Which layouts and batches are legal for a model on a number of ranks, and which of them are worth a thought.
 
-Divisibility is a rule: heads over tp, experts over ep, the batch over its replicas, layers over interleaved stages.
-What only costs time is left to the forecast. Hopeless on any device and left out: tensor parallelism beyond a node,
-context parallelism that leaves a rank fewer than 2,048 tokens, micro-batches of more than 16 samples.
+The rules are those of `trainer.sizing.runnable`, experts over ep, expert groups over a stage's ranks and the batch over
+its replicas. What only costs time is left to the forecast. Hopeless on any device and left out: tensor parallelism beyond a
+node, context parallelism that leaves a rank fewer than 2,048 tokens, micro-batches of more than 16 samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from configs.schema import ModelConfig
+from trainer.sizing import runnable, states
 from trainer.sizing.job import Job, Recompute, Software
 from trainer.sizing.layout import Layout
+from trainer.sizing.runnable import divisors
 
 TOKENS_PER_RANK = 2048
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-INTERLEAVE = (1, 2, 3, 4, 6, 8)
+INTERLEAVE = (2, 3, 4, 6, 8)
 #: Rows of the fullest expert rank over the mean, with balancing: dropless training is 8 to 20 % slower than with forced
 #: balance (Megatron-Core MoE at 128k and 16k tokens, 2026), which is a little less than its rows are uneven.
 IMBALANCE = 1.15
 Axes = tuple[str, ...]
+Schedule = Literal["1f1b", "interleaved", "zbv"]
 AXES: Axes = ("pp", "dp", "cp", "ep", "etp", "tp")
 
 
@@ -40,8 +44,13 @@ class Task:
     micro_batch: int | None = None
     recompute: tuple[Recompute, ...] = ("none", "selective", "full")
     zero: tuple[int, ...] = (1, 2, 3)
-    """Stages that the framework has; with a pipeline only the first is used, and none without replicas."""
-    interleaved: bool = True
+    """Stages to choose from; with a pipeline, of several, only the first is used, and none without replicas."""
+    schedules: tuple[Schedule, ...] = ("1f1b", "interleaved")
+    """Pipeline schedules to choose from; `zbv` comes alone."""
+    chunks: int | None = None
+    """Model chunks on each pipeline rank under `interleaved`; None: searched."""
+    context: str = "gather"
+    """How context parallelism is done, as `parallel.context` says."""
     imbalance: float | None = None
     """None: `IMBALANCE` for a mixture of experts."""
 
@@ -53,27 +62,15 @@ class Task:
         return IMBALANCE if self.model.experts > 1 else 1.0
 
 
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return small + [number // d for d in reversed(small) if d * d != number]
-
-
 def tensor_sizes(model: ModelConfig, node: int) -> list[int]:
-    """Sizes of tp that divide heads and widths and stay in a node."""
-    widths = [w for w in (model.dense_width if model.dense_layers else 0, model.shared_width) if w]
-    return [
-        tp
-        for tp in divisors(model.heads)
-        if tp <= node
-        and (model.kv_heads % tp == 0 or tp % model.kv_heads == 0)
-        and all(width % tp == 0 for width in widths)
-    ]
+    """Sizes of tp that the trainer runs and that stay in a node."""
+    return [tp for tp in runnable.tensor_sizes(model) if tp <= node]
 
 
-def context_sizes(sequence: int) -> list[int]:
-    """Sizes of cp that leave each rank enough tokens; causal masks are balanced in two halves."""
-    return [cp for cp in divisors(sequence) if cp == 1 or sequence // cp >= TOKENS_PER_RANK]
+def context_sizes(task: Task, tp: int) -> list[int]:
+    """Sizes of cp that the trainer runs and that leave each rank enough tokens."""
+    sizes = runnable.context_sizes(task.model, task.sequence, task.context, tp)
+    return [cp for cp in sizes if cp == 1 or task.sequence // cp >= TOKENS_PER_RANK]
 
 
 def layouts(task: Task) -> Iterator[Layout]:
@@ -85,21 +82,28 @@ def layouts(task: Task) -> Iterator[Layout]:
         return [fixed[axis]] if axis in fixed else sizes
 
     for tp in allowed("tp", tensor_sizes(model, task.node)):
-        for cp in allowed("cp", context_sizes(task.sequence)):
+        for cp in allowed("cp", context_sizes(task, tp)):
             if task.ranks % (tp * cp):
                 continue
             for pp in allowed("pp", [d for d in divisors(task.ranks // (tp * cp)) if d <= model.layers]):
                 dp, rest = divmod(task.ranks, tp * cp * pp)
                 if rest or pp > model.layers or fixed.get("dp", dp) != dp:
                     continue
-                if task.global_batch % (dp * (task.micro_batch or 1)):
+                if not _schedulable(task, Layout(pp, dp, cp, 1, 1, tp)):
                     continue
                 for ep in allowed("ep", divisors(model.experts) if moe else [1]):
-                    if (dp * cp) % ep or model.experts % ep:
+                    if model.experts % ep:
                         continue
                     for etp in allowed("etp", [1, tp] if moe and tp > 1 else [1]):
-                        if tp % etp == 0 and model.expert_width % etp == 0:
+                        if (dp * cp * tp) % (ep * etp) == 0 and model.expert_width % etp == 0:
                             yield Layout(pp, dp, cp, ep, etp, tp)
+
+
+def _schedulable(task: Task, layout: Layout) -> bool:
+    """Whether the batch divides over the replicas, and gives their pipelines what some schedule needs."""
+    if task.global_batch % (layout.dp * (task.micro_batch or 1)):
+        return False
+    return any(interleaves(task, layout, size) for size in micro_batches(task, layout))
 
 
 def micro_batches(task: Task, layout: Layout) -> list[int]:
@@ -110,23 +114,36 @@ def micro_batches(task: Task, layout: Layout) -> list[int]:
 
 
 def interleaves(task: Task, layout: Layout, micro_batch: int) -> list[int]:
-    """Model chunks per stage: whole numbers of layers, and micro-batches in multiples of the stages."""
-    count = task.global_batch // (layout.dp * micro_batch)
-    if layout.pp == 1 or not task.interleaved or count % layout.pp:
-        return [1]
-    return [v for v in INTERLEAVE if v == 1 or task.model.layers % (layout.pp * v) == 0]
+    """Model chunks of each rank, one for each schedule that is legal. Where it is searched, all chunks are of one size."""
+    pp, layers, count = layout.pp, task.model.layers, task.global_batch // (layout.dp * micro_batch)
+    if pp == 1:
+        return [1] if "1f1b" in task.schedules else []
+    if task.schedules == ("zbv",):
+        return [2] if 2 * pp <= layers else []
+    found = [1] if "1f1b" in task.schedules and count >= pp else []
+    if "interleaved" in task.schedules and count % pp == 0 and count:
+        if task.chunks is None:
+            found += [v for v in INTERLEAVE if layers % (pp * v) == 0]
+        elif task.chunks > 1 and pp * task.chunks <= layers:
+            found.append(task.chunks)
+    return found
 
 
 def zeros(task: Task, layout: Layout) -> tuple[int, ...]:
     """ZeRO stages worth trying. Without replicas there is nothing to split, and pipelines keep whole gradients."""
-    if layout.dp * layout.cp == 1:
+    if max(states.replicas(layout)) == 1:
         return (0,)
+    if len(task.zero) == 1:
+        return task.zero
     return tuple(stage for stage in task.zero if layout.pp == 1 or stage <= 1) or (0,)
 
 
 def recomputes(task: Task) -> tuple[Recompute, ...]:
     """Recomputation worth trying: fused attention keeps no scores that selective recomputation could drop."""
-    return tuple(r for r in task.recompute if r != "selective" or not task.software.flash_attention)
+    if len(task.recompute) == 1:
+        return task.recompute
+    nothing = task.software.selective == "attention" and task.software.flash_attention
+    return tuple(r for r in task.recompute if r != "selective" or not nothing)
 
 
 def jobs(task: Task, layout: Layout) -> Iterator[Job]:
@@ -144,22 +161,23 @@ def job(
     """One set-up of the task."""
     return Job(
         task.model, layout, task.sequence, micro_batch, task.global_batch, task.precision, zero, recompute, interleave,
-        imbalance=task.uneven, node=task.node, software=task.software,
+        task.schedules == ("zbv",), imbalance=task.uneven, node=task.node, software=task.software,
     )  # fmt: skip
 
 
 def is_legal(made: Job) -> bool:
     """Whether a job keeps the rules of divisibility, and what is hopeless is not in it."""
     layout, model = made.layout, made.model
-    moe = model.experts > 1
+    task = Task(model, layout.ranks, made.sequence, made.global_batch)
+    stage, chunks = layout.dp * layout.cp * layout.tp, made.interleave
     return (
         layout.tp in tensor_sizes(model, made.node)
-        and layout.cp in context_sizes(made.sequence)
-        and layout.pp <= model.layers
-        and (model.experts % layout.ep == 0 if moe else layout.ep == 1)
-        and (layout.dp * layout.cp) % layout.ep == 0
-        and layout.tp % layout.etp == 0
+        and layout.cp in context_sizes(task, layout.tp)
+        and layout.pp * chunks <= model.layers
+        and (model.experts % layout.ep == 0 if model.experts > 1 else layout.ep == 1)
+        and stage % (layout.ep * layout.etp) == 0
         and model.expert_width % layout.etp == 0
         and made.global_batch % (made.micro_batch * layout.dp) == 0
-        and (made.interleave == 1 or model.layers % (layout.pp * made.interleave) == 0)
+        and (layout.pp == 1 or made.zero_bubble or made.micro_batches >= layout.pp)
+        and (chunks == 1 or made.zero_bubble or made.micro_batches % layout.pp == 0)
     )

@@ -189,7 +189,7 @@ def framework(job: Job, kind: str) -> float:
 
 def stages(job: Job) -> tuple[schedule.Stage, ...]:
     """The job's stages."""
-    return schedule.stages(job.model, job.layout.pp, job.software.balanced_stages)
+    return schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
 
 
 def worst(job: Job, kind: str) -> tuple[int, Usage]:

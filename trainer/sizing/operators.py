@@ -60,6 +60,8 @@ class Pass:
     memory: float
     scores: float = 0.0
     """Memory traffic of attention scores that are kept."""
+    feed: float = 0.0
+    """Of all, what MLP, router and experts take."""
 
     @property
     def compute(self) -> float:
@@ -117,6 +119,24 @@ def attention_shapes(model: ModelConfig, tp: int) -> tuple[tuple[int, int], ...]
     return ((query + 2 * key_value, model.hidden), (model.hidden, query))
 
 
+def orthogonal_flops(model: ModelConfig, moe: bool, steps: int) -> float:
+    """FLOPs of Muon's Newton-Schulz iterations on all matrices of a layer, experts' among them.
+
+    An iteration on m x n, m the smaller: the product with its transpose, that product's square, and the product of the
+    polynomial with the matrix.
+    """
+    matrices = [(1, n, k) for n, k in attention_shapes(model, 1)]
+    widths = (
+        [(model.experts, model.expert_width), (1, model.shared_width)] if moe else [(1, model.dense_width)]
+    )
+    matrices += [(count * (gates(model) + 1), width, model.hidden) for count, width in widths if width]
+    total = 0.0
+    for count, n, k in matrices:
+        short, long = min(n, k), max(n, k)
+        total += count * (4.0 * short**2 * long + 2.0 * short**3)
+    return steps * total
+
+
 def core(job: Job, rates: Rates, backward: bool) -> tuple[float, float]:
     """Seconds of the attention core's matmuls and of its memory traffic on one rank, one pass of one micro-batch."""
     model, tp, cp = job.model, job.layout.tp, job.layout.cp
@@ -148,7 +168,7 @@ def moved_per_token(job: Job, backward: bool) -> tuple[float, float]:
     if software.eager:
         one = EAGER[backward]
         rotated = (1 + model.kv_heads / model.heads) * query
-        heads = rotated * (one.positions + (one.norm if model.qk_norm else 0.0))
+        heads = rotated * (one.positions + (one.norm if model.qk_norm != "none" else 0.0))
         if model.head_dim % 8:  # torch copies queries, keys and values into wider heads, and the result back
             padded, cut = (4.0, 6.0) if backward else (6.0, 4.0)
             heads += query * cut + (2 * rotated - query) * padded
@@ -163,6 +183,15 @@ def moved_per_token(job: Job, backward: bool) -> tuple[float, float]:
         activation += 4.0
     factor = 1.5 if backward else 1.0
     return ((norms + residuals) / split + positions) * factor, activation * factor
+
+
+def _products(rates: Rates, precision: str, shape: tuple[int, int, int, int], backward: bool) -> float:
+    """Seconds of a matmul (m, n, k, experts) in one pass: forward one product, backward two."""
+    m, n, k, experts = shape
+    if not backward:
+        return matmul(rates, precision, m, n, k, experts)
+    inputs = matmul(rates, precision, m, k, n, experts, "inputs")
+    return inputs + matmul(rates, precision, n, k, m, experts, "weights")
 
 
 @lru_cache(maxsize=50_000)
@@ -188,23 +217,17 @@ def layer(job: Job, rates: Rates, moe: bool) -> tuple[Pass, Pass]:
             shared = model.shared_width // layout.tp
             shapes += [(tokens, gates(model) * shared, model.hidden, 1), (tokens, model.hidden, shared, 1)]
             widths.append((shared, tokens))
-    passes = []
+    passes, projections = [], len(attention_shapes(model, layout.tp))
     for backward in (False, True):
-        seconds = 0.0
-        for m, n, k, experts in shapes:
-            if backward:
-                seconds += matmul(rates, precision, m, k, n, experts, "inputs")
-                seconds += matmul(rates, precision, n, k, m, experts, "weights")
-            else:
-                seconds += matmul(rates, precision, m, n, k, experts)
+        each = [_products(rates, precision, shape, backward) for shape in shapes]
         attention, kept = core(job, rates, backward)
         per_token, per_width = moved_per_token(job, backward)
-        moved = tokens * per_token + sum(w * r * per_width for w, r in widths)
-        if moe:
-            moved += _permuted(job, rows, backward)
+        fed = sum(w * r * per_width for w, r in widths) + (_permuted(job, rows, backward) if moe else 0.0)
+        moved = tokens * per_token + fed
         if backward and not job.software.fused_accumulation:
             moved += job.software.gradient_bytes * 2.5 * sum(n * k * e for _, n, k, e in shapes)
-        passes.append(Pass(seconds, attention, moved / bandwidth(rates), kept))
+        feed = sum(each[projections:]) + fed / bandwidth(rates)
+        passes.append(Pass(sum(each), attention, moved / bandwidth(rates), kept, feed))
     return passes[0], passes[1]
 
 
@@ -225,8 +248,8 @@ def _permuted(job: Job, rows: float, backward: bool) -> float:
 
 @lru_cache(maxsize=50_000)
 def head(job: Job, rates: Rates) -> tuple[Pass, Pass]:
-    """Forward and backward pass of the output projection and the loss."""
-    model, tokens = job.model, job.tokens
+    """Forward and backward pass of the output projection and the loss, again for each depth of multi-token prediction."""
+    model, tokens = job.model, job.tokens * (1 + job.model.mtp_layers)
     columns = -(-model.vocab // job.layout.tp)
     forward = matmul(rates, job.precision, tokens, columns, model.hidden)
     backward = matmul(rates, job.precision, tokens, model.hidden, columns, layout="inputs")

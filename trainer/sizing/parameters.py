@@ -2,8 +2,9 @@
 
 Conventions, stated because published counts differ in them: matrices have no biases; an RMSNorm has one weight
 per channel; the balancing bias of a router is a buffer and isn't counted; neither are ZAYA1's residual gates
-(4 * layers * hidden, 0.33 M). `total` and `active` include the embedding table and the output projection;
-the `without_embeddings` counts leave out both (ZAYA1 is published so, most others are not).
+(8 * layers * hidden, 0.66 M) and biases (0.14 M). Blocks of multi-token prediction count as layers, and share both
+tables. `total` and `active` include the embedding table and the output projection; the `without_embeddings` counts leave
+out both (ZAYA1 is published so, most others are not).
 """
 
 from __future__ import annotations
@@ -69,10 +70,14 @@ class Parameters:
 
 def count(model: ModelConfig) -> Parameters:
     """Parameters of `model` by part."""
-    moe_layers = model.layers - model.dense_layers
+    blocks = model.layers + model.mtp_layers
+    moe_layers = blocks - model.dense_layers
+    joins = (
+        model.mtp_layers * 2 * model.hidden**2
+    )  # of a hidden state and a token, in front of each such block
     expert = mlp(model, model.expert_width)
     table = model.vocab * model.hidden
-    attention = model.layers * attention_weights(model)
+    attention = blocks * attention_weights(model) + joins
     router = moe_layers * router_weights(model)
     shared = moe_layers * mlp(model, model.shared_width)
     dense = model.dense_layers * mlp(model, model.dense_width)
@@ -86,8 +91,8 @@ def count(model: ModelConfig) -> Parameters:
         active_experts=active_experts,
         shared=shared,
         dense=dense,
-        norms=model.layers * layer_norms(model) + model.hidden,
-        matmul=attention + router + shared + dense + active_experts + table,
+        norms=blocks * layer_norms(model) + (1 + 3 * model.mtp_layers) * model.hidden,
+        matmul=attention + router + shared + dense + active_experts + (1 + model.mtp_layers) * table,
     )
 
 
@@ -128,8 +133,10 @@ def router_weights(model: ModelConfig) -> int:
 def layer_norms(model: ModelConfig) -> int:
     """Weights of one layer's RMSNorms."""
     weights = 2 * model.hidden
-    if model.qk_norm:
+    if model.qk_norm == "head":
         weights += 2 * model.head_dim
+    elif model.qk_norm == "projection":
+        weights += (model.heads + model.kv_heads) * model.head_dim
     if model.attention == "mla":
         weights += model.q_lora_rank + model.kv_lora_rank
     if model.router.kind == "mlp" and model.layers > model.dense_layers:

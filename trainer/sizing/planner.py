@@ -10,7 +10,7 @@ from typing import Any
 from configs.compose import validated
 from configs.errors import UserError
 from configs.schema import HardwareConfig, RunConfig
-from trainer.sizing import auto, flops, memory, parameters
+from trainer.sizing import auto, defaults, flops, memory, parameters, runnable
 from trainer.sizing.auto import Choice
 from trainer.sizing.figures import Figure
 from trainer.sizing.job import Job
@@ -85,6 +85,13 @@ class Plan:
             "choices": [asdict(choice) for choice in self.choices],
             "data": config.data.path or "source files of Python's standard library",
             "precision": config.train.precision,
+            "engine": config.train.engine,
+            "optimizer": config.optim.kind,
+            "zero": config.parallel.zero,
+            "schedule": config.parallel.schedule,
+            "chunks": runnable.chunks_of(config.parallel),
+            "context": config.parallel.context,
+            "recompute": config.train.recompute,
             "measures": _measures(config) if config.workload == "collectives" else "",
         }
 
@@ -116,32 +123,17 @@ def _device(hardware: HardwareConfig) -> str:
 
 
 def trainable(config: RunConfig) -> str | None:
-    """Why the trainer can't run a configuration that can be planned; None where it can."""
-    model = config.model
-    if model.attention != "gqa":
-        return (
-            f"model.attention={model.attention}: {model.name} can be planned, not trained; the trainer has gqa "
-            "(olmoe_1b_7b, mixtral_8x7b and qwen3_30b_a3b train)"
-        )
-    if model.router.kind != "linear":
-        return (
-            f"model.router.kind={model.router.kind} can be planned, not trained; set model.router.kind=linear"
-        )
-    if not model.gated:
-        return "model.gated=false can be planned, not trained; the trainer has SwiGLU: set model.gated=true"
-    for axis in auto.RUNS:
-        size = config.parallel.size(axis)
-        if size != 1:
-            return f"parallel.{axis}={size} can be planned, not trained; the trainer runs dp and ep: set parallel.{axis}=1"
-    return None
+    """Why the trainer doesn't run a configuration that can be planned; None where it does."""
+    return runnable.refusal(config)
 
 
-def plan(config: RunConfig, capacity: Capacity | None, runnable: bool = False) -> Plan:
+def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> Plan:
     """Fill in the auto fields and say what the run will be.
 
     Args:
+        config: as the user gave it.
         capacity: slots of the cluster; None where none is up, so that it is whatever the run asks for.
-        runnable: whether open axes are searched only among what this trainer runs.
+        strict: whether what the trainer doesn't run is refused; otherwise a note of the plan says so.
 
     Raises:
         UserError: for more ranks than slots, a layout that doesn't fit, or open axes that no layout fills in.
@@ -150,7 +142,8 @@ def plan(config: RunConfig, capacity: Capacity | None, runnable: bool = False) -
     warnings: list[str] = []
     notes: list[str] = []
     training = config.workload == "train"
-    config, job = _closed(config, capacity, runnable, choices, notes)
+    _refuse(config, strict and training)
+    config, job = _closed(config, capacity, choices, notes)
     dp = _data_parallel(config, capacity, choices)
     parallel = config.parallel
     layout = Layout(
@@ -158,8 +151,7 @@ def plan(config: RunConfig, capacity: Capacity | None, runnable: bool = False) -
     )
     nodes, each = _spread(config, layout, capacity, choices, warnings)
     of_training: list[Choice] = []
-    batch = _batch(config, dp, of_training)
-    precision = _precision(config, of_training)
+    trained, model = defaults.training(config, dp, of_training), defaults.balancing(config, of_training)
     choices += of_training if training else []
     # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
     even = nodes * each == layout.ranks
@@ -169,7 +161,8 @@ def plan(config: RunConfig, capacity: Capacity | None, runnable: bool = False) -
         | {
             "parallel": parallel.model_dump() | {"dp": dp},
             "cluster": config.cluster.model_dump() | spread,
-            "train": config.train.model_dump() | {"global_batch": batch, "precision": precision},
+            "train": config.train.model_dump() | trained,
+            "model": model,
         }
     )
     if not training and layout.ranks < 2:
@@ -177,8 +170,9 @@ def plan(config: RunConfig, capacity: Capacity | None, runnable: bool = False) -
     size, step_time = (
         _sized(resolved, job or auto.job_of(resolved, layout, each), warnings) if training else ({}, {})
     )
-    refusal = trainable(config) if training else None
-    tokens_per_step = batch * config.data.sequence if training else 0
+    refusal = _refuse(resolved, strict and training) if training else None
+    warnings += [told] if training and (told := runnable.advice(resolved)) else []
+    tokens_per_step = trained["global_batch"] * config.data.sequence if training else 0
     return Plan(
         config=resolved,
         layout=layout.to_json(),
@@ -191,15 +185,23 @@ def plan(config: RunConfig, capacity: Capacity | None, runnable: bool = False) -
         tokens_per_step=tokens_per_step,
         tokens=tokens_per_step * config.train.steps,
         flops_per_token=flops.train_flops_per_token(config.model, config.data.sequence),
-        mfu_basis=flops.basis(config.hardware, precision),
+        mfu_basis=flops.basis(config.hardware, trained["precision"]),
         choices=tuple(choices),
         warnings=tuple(warnings),
         notes=(*notes, refusal) if refusal else tuple(notes),
     )
 
 
+def _refuse(config: RunConfig, strict: bool) -> str | None:
+    """Why the trainer doesn't run it; raised where `strict`."""
+    refusal = trainable(config)
+    if refusal and strict:
+        raise UserError(refusal)
+    return refusal
+
+
 def _closed(
-    config: RunConfig, capacity: Capacity | None, runnable: bool, choices: list[Choice], notes: list[str]
+    config: RunConfig, capacity: Capacity | None, choices: list[Choice], notes: list[str]
 ) -> tuple[RunConfig, Job | None]:
     """The configuration with its open axes set, and the job that the search found; as it is where none is open."""
     if not config.parallel.open:
@@ -209,11 +211,20 @@ def _closed(
             choices.append(Choice(f"parallel.{axis}", "1", "a measurement needs no other axis than dp"))
         closed = dict.fromkeys(config.parallel.open, 1)
         return config.model_copy(update={"parallel": config.parallel.model_copy(update=closed)}), None
-    chosen = auto.choose(config, _slots(config, capacity), runnable)
+    chosen = auto.choose(config, _slots(config, capacity))
     choices += chosen.choices
     notes += chosen.notes
-    parallel = config.parallel.model_copy(update=chosen.layout.to_json())
-    return config.model_copy(update={"parallel": parallel}), chosen.job
+    job, train = chosen.job, config.train
+    settings = auto.settings(job) if job else {"parallel": {}, "train": {}}
+    if job and train.global_batch is None:
+        settings["train"]["global_batch"] = job.global_batch
+        reason = f"train.micro_batch={train.micro_batch} for each of {job.layout.ranks} ranks, however they are laid out"
+        choices.append(Choice("train.global_batch", str(job.global_batch), reason))
+    update = {
+        "parallel": config.parallel.model_copy(update=chosen.layout.to_json() | settings["parallel"]),
+        "train": train.model_copy(update=settings["train"]),
+    }
+    return config.model_copy(update=update), job
 
 
 def _slots(config: RunConfig, capacity: Capacity | None) -> tuple[int, ...]:
@@ -240,9 +251,10 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
     parallel = config.parallel
     if parallel.dp is not None:
         return parallel.dp
-    ep, cp = parallel.size("ep"), parallel.size("cp")
-    unit = ep // math.gcd(ep, cp)  # the least dp with dp * cp a multiple of ep
-    others = parallel.size("pp") * cp * parallel.size("tp")
+    ep, experts = parallel.size("ep"), parallel.size("ep") * parallel.size("etp")
+    inner = parallel.size("cp") * parallel.size("tp")
+    unit = experts // math.gcd(experts, inner)  # the least dp with dp * cp * tp a multiple of ep * etp
+    others = parallel.size("pp") * inner
     if capacity is None and config.workload == "collectives" and unit * others == 1:
         choices.append(Choice("parallel.dp", "2", "the least that has somebody to measure with"))
         return 2
@@ -254,8 +266,7 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
     dp = max(unit, sum(within) // others // unit * unit)
     while dp > unit and ((nodes and dp * others % nodes) or (each and dp * others % each)):
         dp -= unit
-    batch = config.train.global_batch
-    while batch is not None and dp > unit and batch % (config.train.micro_batch * dp):
+    while dp > unit and not _divides(config, dp):
         dp -= unit
     if dp == unit:
         reason = f"the least that parallel.ep={ep} is cut out of"
@@ -263,6 +274,15 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
         reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
     choices.append(Choice("parallel.dp", str(dp), reason))
     return dp
+
+
+def _divides(config: RunConfig, dp: int) -> bool:
+    """Whether the batch divides over so many replicas, and gives their pipelines what they need."""
+    batch, micro_batch = config.train.global_batch, config.train.micro_batch
+    if batch is None:
+        return True
+    count, rest = divmod(batch, micro_batch * dp)
+    return rest == 0 and runnable.schedulable(config.parallel, count)
 
 
 def _spread(
@@ -304,40 +324,13 @@ def _spread(
     inside = [pair for pair in fitting if pair[1] % layout.inner == 0]
     if not inside and layout.inner > 1 and ranks > max(slots):
         warnings.append(
-            f"groups of ep*tp={layout.inner} neighbouring ranks cross nodes: their traffic takes the network"
+            f"groups of {layout.inner} neighbouring ranks (ep*etp, tp) cross nodes: their traffic takes the network"
         )
     best = (inside or fitting or [(len(slots), max(slots))])[0]
     if not nodes and not each:
         spread = f"{best[1]} ranks on each" if best[0] > 1 else f"one node holds all {ranks} ranks"
         choices.append(Choice("cluster.nodes", str(best[0]), f"as few as hold the gang: {spread}"))
     return best
-
-
-def _batch(config: RunConfig, dp: int, choices: list[Choice]) -> int:
-    train = config.train
-    unit = train.micro_batch * dp
-    if train.global_batch is None:
-        reason = f"train.micro_batch={train.micro_batch} on {dp} data-parallel ranks, no accumulation"
-        choices.append(Choice("train.global_batch", str(unit), reason))
-        return unit
-    if train.global_batch % unit:
-        raise UserError(
-            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch*dp={unit}; "
-            f"set it to a multiple of {unit}"
-        )
-    return train.global_batch
-
-
-def _precision(config: RunConfig, choices: list[Choice]) -> str:
-    if config.train.precision is not None:
-        return config.train.precision
-    name = config.hardware.name
-    if flops.peak(config.hardware, "bf16") is not None:
-        precision, reason = "bf16", f"{name} has a bf16 peak; master weights stay fp32"
-    else:
-        precision, reason = "fp32", f"{name} has no bf16 peak on record"
-    choices.append(Choice("train.precision", precision, reason))
-    return precision
 
 
 def _warn_memory(
@@ -352,7 +345,7 @@ def _warn_memory(
         largest = max(size, key=lambda name: size[name])
         warnings.append(
             f"estimated {needed:.1f} GiB per rank{where}, {device}: {largest} takes {size[largest] / GIB:.1f} GiB; raise "
-            "parallel.ep or parallel.dp, or lower train.micro_batch"
+            "parallel.ep, dp, tp or zero, set train.recompute=full, or lower train.micro_batch; parallel=auto searches"
         )
     elif most > have:
         warnings.append(

@@ -26,14 +26,28 @@ class Stage:
         return self.dense + self.moe
 
 
-def stages(model: ModelConfig, pp: int, balanced: bool = False) -> tuple[Stage, ...]:
+def stages(model: ModelConfig, pp: int, balanced: bool = False, folded: bool = False) -> tuple[Stage, ...]:
     """The stages of a model: layers spread evenly, the larger ones first; or, `balanced`, by the cost of blocks.
 
     Balanced is what nanotron does: blocks in order, a stage is full where the cost of all blocks so far reaches its share
     of the total; the embedding costs nothing and the output projection its weights. The projection is on the last stage:
     no other place explains the times of the published sweep (after its pipeline fix) where fewer stages get layers.
+    Blocks of multi-token prediction stand beside the projection. `folded`: twice as many, joined in a V.
     """
-    return _stages(model.layers, model.dense_layers, pp, _costs(model) if balanced else None)
+    cut = _stages(
+        model.layers,
+        model.dense_layers,
+        pp * (1 + folded),
+        _costs(model) if balanced else None,
+        model.mtp_layers,
+    )
+    return tuple(_joined(cut[i], cut[-1 - i]) for i in range(pp)) if folded else cut
+
+
+def _joined(one: Stage, two: Stage) -> Stage:
+    return Stage(
+        one.dense + two.dense, one.moe + two.moe, one.embedding or two.embedding, one.head or two.head
+    )
 
 
 def _costs(model: ModelConfig) -> tuple[float, float, float]:
@@ -46,7 +60,9 @@ def _costs(model: ModelConfig) -> tuple[float, float, float]:
 
 
 @lru_cache(maxsize=4096)
-def _stages(layers: int, dense: int, pp: int, costs: tuple[float, float, float] | None) -> tuple[Stage, ...]:
+def _stages(
+    layers: int, dense: int, pp: int, costs: tuple[float, float, float] | None, extra_moe: int
+) -> tuple[Stage, ...]:
     if costs is None:
         base, extra = divmod(layers, pp)
         cuts = [base + (i < extra) for i in range(pp)]
@@ -63,19 +79,23 @@ def _stages(layers: int, dense: int, pp: int, costs: tuple[float, float, float] 
     out, first = [], 0
     for i, count in enumerate(cuts):
         plain = max(0, min(dense - first, count))
-        out.append(Stage(plain, count - plain, i == 0, i == pp - 1))
+        last = i == pp - 1
+        out.append(Stage(plain, count - plain + extra_moe * last, i == 0, last))
         first += count
     return tuple(out)
 
 
-def span(seconds: Sequence[float], micro_batches: int, interleave: int = 1) -> tuple[float, float]:
+def span(
+    seconds: Sequence[float], micro_batches: int, interleave: int = 1, zero_bubble: bool = False
+) -> tuple[float, float]:
     """Seconds of 1F1B over stages that take `seconds` for a micro-batch there and back, and those that are bubble.
 
     The slowest stage works through all micro-batches; before and after, one micro-batch passes the others
-    (Narayanan et al. 2021, arXiv 2104.04473, section 2.2; interleaved: cut by the number of chunks).
+    (Narayanan et al. 2021, arXiv 2104.04473, section 2.2; interleaved: cut by the number of chunks). Where weight gradients
+    fill the bubble, a third of it is left (Qi et al. 2024, arXiv 2401.10241, table 2, equal passes).
     """
     slowest = max(seconds)
-    bubble = (sum(seconds) - slowest) / interleave
+    bubble = (sum(seconds) - slowest) / interleave / (3 if zero_bubble else 1)
     return micro_batches * slowest + bubble, bubble
 
 

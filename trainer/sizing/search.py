@@ -66,7 +66,7 @@ def label(job: Job) -> str:
     """A set-up's axes and choices in words, those of size one left out."""
     axes = " ".join(f"{axis}={size}" for axis, size in job.layout.to_json().items() if size > 1) or "one rank"
     extra = [f"micro_batch={job.micro_batch}", f"zero={job.zero}"]
-    extra += [f"interleave={job.interleave}"] * (job.interleave > 1)
+    extra += ["zbv"] * job.zero_bubble or [f"interleave={job.interleave}"] * (job.interleave > 1)
     extra += [f"recompute={job.recompute}"] * (job.recompute != "none")
     return f"{axes} ({', '.join(extra)})"
 
@@ -118,7 +118,7 @@ def _why_none(task: Task, hardware: HardwareConfig, count: int) -> str:
     if not count:
         return (
             f"no legal layout of {task.ranks} ranks: global_batch={task.global_batch} must be a multiple of dp, "
-            f"and dp*cp of ep"
+            f"dp*cp*tp of ep*etp, and each pipeline stage needs a micro-batch and a layer"
         )
     have = hardware.memory_gib
     return f"none of {count} legal set-ups of {task.ranks} ranks fits {have:g} GiB of {hardware.name}"
@@ -141,14 +141,16 @@ class _Bounds:
         out: list[tuple[float, Layout, Choice]] = []
         count = without_room = 0
         recomputes = legal.recomputes(self.task)
+        folded = self.task.schedules == ("zbv",)
         for layout in legal.layouts(self.task):
-            least = _states(self.task, layout)
+            least, layers = _states(self.task, layout)
             for micro_batch in legal.micro_batches(self.task, layout):
                 seconds, kept = self._layers(layout, micro_batch)
                 steps = self.task.global_batch // (layout.dp * micro_batch)
                 for interleave in legal.interleaves(self.task, layout, micro_batch):
-                    bound = steps * seconds / layout.pp + seconds * (1 - 1 / layout.pp) / interleave
-                    held = _in_flight(layout.pp, steps, interleave) * -(-self.task.model.layers // layout.pp)
+                    bubble = 0.0 if folded else seconds * (1 - 1 / layout.pp) / interleave
+                    bound = steps * seconds / layout.pp + bubble
+                    held = _in_flight(layout.pp, steps, 1 if folded else interleave) * layers
                     for zero in legal.zeros(self.task, layout):
                         for recompute in recomputes:
                             count += 1
@@ -191,9 +193,10 @@ def _in_flight(pp: int, micro_batches: int, interleave: int) -> float:
     return min(micro_batches * interleave, 2 * (pp - 1) + (interleave - 1) * pp + 1) / interleave
 
 
-def _states(task: Task, layout: Layout) -> Callable[[int], float]:
-    """Bytes of states of the first stage by ZeRO stage."""
-    first = schedule.stages(task.model, layout.pp, task.software.balanced_stages)[0]
+def _states(task: Task, layout: Layout) -> tuple[Callable[[int], float], int]:
+    """Bytes of states of the first stage by ZeRO stage, and its layers."""
+    folded = task.schedules == ("zbv",)
+    first = schedule.stages(task.model, layout.pp, task.software.balanced_stages, folded)[0]
     known: dict[int, float] = {}
 
     def least(zero: int) -> float:
@@ -202,7 +205,7 @@ def _states(task: Task, layout: Layout) -> Callable[[int], float]:
             known[zero] = states.states(job, first).all
         return known[zero]
 
-    return least
+    return least, first.layers
 
 
 def compare(best: Candidate, other: Candidate) -> str:

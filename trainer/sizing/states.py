@@ -24,10 +24,12 @@ class Held:
     plain: float
     """Of all but routed experts."""
     routed: float
+    other: float = 0.0
+    """Of `plain`, what is no matrix between layers: vectors, the embedding table, the output projection."""
 
     @property
     def all(self) -> float:
-        """Both."""
+        """All of them."""
         return self.plain + self.routed
 
 
@@ -64,23 +66,29 @@ def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
         attention += each / model.kv_heads - each / layout.tp
     norms = parameters.layer_norms(model)
     if not moe:
-        return Held(attention + norms + parameters.mlp(model, model.dense_width) / layout.tp, 0.0)
+        return Held(attention + norms + parameters.mlp(model, model.dense_width) / layout.tp, 0.0, norms)
     shared = parameters.mlp(model, model.shared_width) / layout.tp
     routed = model.experts * parameters.mlp(model, model.expert_width) / (layout.ep * layout.etp)
-    return Held(attention + norms + shared + parameters.router_weights(model), routed)
+    return Held(attention + norms + shared + parameters.router_weights(model), routed, norms)
 
 
 def held(job: Job, stage: schedule.Stage) -> Held:
     """Weights of a stage on one rank; a tied table is held by both its stages."""
     model, layout = job.model, job.layout
     tables = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
-    plain = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
-    routed = 0.0
+    if stage.head and not stage.embedding and model.mtp_layers and not model.tie_embeddings:
+        tables += 1  # multi-token prediction looks tokens up beside the head
+    other = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
+    plain, routed = other, 0.0
     for count, moe in ((stage.dense, False), (stage.moe, True)):
         if count:
             one = layer(model, layout, moe)
-            plain, routed = plain + count * one.plain, routed + count * one.routed
-    return Held(plain, routed)
+            plain, routed, other = (
+                plain + count * one.plain,
+                routed + count * one.routed,
+                other + count * one.other,
+            )
+    return Held(plain, routed, other)
 
 
 def states(job: Job, stage: schedule.Stage) -> States:
@@ -89,18 +97,41 @@ def states(job: Job, stage: schedule.Stage) -> States:
     element = width(job.precision)
     over = replicas(job.layout)
     shard = mine.plain / over[0] + mine.routed / over[1]
-    each = software.master_bytes + software.moments_bytes
-    gathered = 0.0
-    if zero >= 3 and max(over) > 1:
+    shared = max(over) > 1
+    gathered = reducing = 0.0
+    if shared:
         largest = max(layer(job.model, job.layout, moe).all for moe in _kinds(stage))
-        gathered = 2 * element * largest
+        gathered = 2 * element * largest * (zero >= 3)
+        reducing = software.retention.reduced_layers * software.reduce_bytes * largest
     return States(
         weights=element * (shard if zero >= 3 else mine.all),
-        gradients=software.gradient_bytes * (shard if zero >= 2 else mine.all),
-        optimizer=each * (shard if zero >= 1 else mine.all),
-        buckets=software.retention.replica_buckets * (mine.all if max(over) > 1 else 0.0),
+        gradients=software.gradient_bytes * (shard if gradients_split(job) else mine.all),
+        optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
+        buckets=software.retention.replica_buckets * (mine.all if shared else 0.0) + reducing,
         gathered=gathered,
     )
+
+
+def gradients_split(job: Job) -> bool:
+    """Whether no rank keeps more of the gradients than its shard between micro-batches."""
+    if job.zero_bubble:  # weight gradients are made out of order, and reduced when all are there
+        return False
+    return job.zero >= 2 or (
+        job.zero == 1 and job.software.streamed and job.micro_batches == 1 and job.layout.pp == 1
+    )
+
+
+def _optimizer(job: Job, mine: Held, over: tuple[int, int]) -> float:
+    """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
+    software = job.software
+    master = software.master_bytes
+    if software.own_master and job.precision == "fp32" and max(replicas(job.layout)) == 1:
+        master = 0
+    other = mine.other / over[0]
+    matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
+    moments = software.moments_bytes
+    of_matrices = moments if software.matrix_moments_bytes is None else software.matrix_moments_bytes
+    return (master + moments) * other + (master + of_matrices) * matrices
 
 
 def update(job: Job, stage: schedule.Stage) -> float:

@@ -113,7 +113,7 @@ def mfu(job: Job, hardware: HardwareConfig, step: Figure) -> Figure | None:
 
 
 def _stages(job: Job) -> str:
-    cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages)
+    cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
     return (
         f"{len(cut)} stages of {', '.join(str(stage.layers) for stage in cut)} layers"
         if len(cut) > 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from trainer.sizing import operators, parameters, schedule
+from trainer.sizing import operators, parameters, schedule, states
 from trainer.sizing.fabric import Group, place
 from trainer.sizing.job import Job
 from trainer.sizing.rates import Rates
@@ -132,6 +132,8 @@ def _layer(job: Job, rates: Rates, where: dict[str, Group], moe: bool) -> _Layer
     again, extra = 0.0, 0.0
     if job.recompute == "full":
         again, extra = forward.compute + tp + ep, 1.0
+    elif job.recompute == "selective" and software.selective == "feed_forward":
+        again, extra = forward.feed + tp / 2 + ep, 0.5
     elif job.recompute == "selective":
         again = forward.attention + forward.scores
     weights = _gather_weights(
@@ -252,7 +254,7 @@ def parts(job: Job, rates: Rates) -> Parts:
     """Seconds of a step, by what they go to; NaN where a rate that is needed is unknown."""
     where = groups(job)
     pieces = _pieces(job, rates, where)
-    cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages)
+    cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
     message = _message(job, rates, where["pp"])
     # Stages that hold the same take the same.
     taken = {stage: _stage(pieces, stage, message) for stage in set(cut)}
@@ -263,7 +265,7 @@ def parts(job: Job, rates: Rates) -> Parts:
         for name in _NAMES:
             sums[name] += count * m * getattr(layer, name)
     sums["host"] = m * taken[slowest][1]
-    _, bubble = schedule.span([sum(taken[stage]) for stage in cut], m, job.interleave)
+    _, bubble = schedule.span([sum(taken[stage]) for stage in cut], m, job.interleave, job.zero_bubble)
     dp, optimizer = 0.0, 0.0
     for stage, (device, waited) in taken.items():
         exchange, update = _update(job, rates, where, pieces, stage, device + waited)
@@ -316,14 +318,40 @@ def _update(
         local += count / (group.ranks if job.zero else 1)
         if group.ranks > 1 and count and job.zero < 3:
             one, two = _reduce(job, rates, group, count, stage)
-            reduce, gather = reduce + one, gather + two
+            # Gradients of which no rank keeps more than a shard are reduced after every micro-batch.
+            each = job.micro_batches if job.zero == 2 and not job.zero_bubble else 1
+            reduce, gather = reduce + each * one, gather + two
     if software.overlap_dp:
-        reduce = max(0.0, reduce - BEHIND * time)
+        behind = job.micro_batches if job.zero == 2 and not job.zero_bubble else 1
+        reduce = max(0.0, reduce - behind * BEHIND * time)
     if software.overlap_gather:
         gather = max(0.0, gather - BEHIND * time / 2)
-    cleared = local if job.zero >= 2 else plain + experts
-    moved = rates.overheads.update_bytes * local + software.gradient_bytes * cleared
-    return reduce + gather, moved / operators.bandwidth(rates)
+    cleared = local if states.gradients_split(job) else plain + experts
+    of_matrices = (
+        software.moments_bytes if software.matrix_moments_bytes is None else software.matrix_moments_bytes
+    )
+    # Moments are read and written; `update_bytes` has those of fp32 AdamW in it.
+    moved = (rates.overheads.update_bytes - 2 * (8 - of_matrices)) * local + software.gradient_bytes * cleared
+    return reduce + gather, moved / operators.bandwidth(rates) + _orthogonal(job, rates, where, stage, local)
+
+
+def _orthogonal(
+    job: Job, rates: Rates, where: dict[str, Group], stage: schedule.Stage, local: float
+) -> float:
+    """Seconds of Muon's iterations, each matrix on one rank of the stage, and of its way there and back."""
+    layout, steps = job.layout, job.software.orthogonal_steps
+    if not steps:
+        return 0.0
+    work = sum(
+        count * operators.orthogonal_flops(job.model, moe, steps)
+        for count, moe in ((stage.dense, False), (stage.moe, True))
+        if count
+    )
+    alone = work / (layout.dp * layout.cp * layout.tp) / operators.flop_rate(rates, job.precision)
+    sent = (
+        rates.fabric.seconds("all_to_all", _wide(job) * local, where["dp"]) if where["dp"].ranks > 1 else 0.0
+    )
+    return alone + 2 * sent
 
 
 def _reduce(job: Job, rates: Rates, group: Group, count: float, stage: schedule.Stage) -> tuple[float, float]:

@@ -1,22 +1,10 @@
-"""The learning-rate schedule and the optimizer's parameter groups."""
+"""Parameter groups for an engine that brings its own optimizer."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
-
-from configs.schema import OptimConfig
-
-
-def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of the step with index `step`, from 0: linear warm-up, then cosine from lr to min_lr."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    span = max(1, steps - 1 - optim.warmup_steps)
-    done = min(1.0, (step - optim.warmup_steps) / span)
-    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * done))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

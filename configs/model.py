@@ -1,0 +1,205 @@
+"""The shape of a model: attention, experts, router, positions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from configs.section import Fraction, NonNegative, Positive, Section
+
+
+def _norm_kind(value: Any) -> Any:
+    """`true` and `false`, which files of earlier versions hold, as the kinds they meant."""
+    return (
+        {"true": "head", "false": "none"}.get(str(value).lower(), value)
+        if isinstance(value, bool | str)
+        else value
+    )
+
+
+class RouterConfig(Section):
+    """How tokens choose experts, and what keeps the experts' loads even."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    """`linear`: one matrix; `mlp`: ZAYA1's down-projection, average over depth and three-layer MLP."""
+    hidden: Positive = 256
+    """Width of the `mlp` router."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Function from router logits to expert scores."""
+    renormalize: bool = True
+    """Divide the chosen experts' scores by their sum, so that the weights of a token add up to `scale`. Has no effect with
+    `top_k=1`, where it would make every weight 1 and the router would never learn."""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the combined expert output (DeepSeek-V3 uses 2.5)."""
+    groups: Positive = 1
+    """Groups that the experts are divided into; a token chooses among the experts of its best `top_groups` groups."""
+    top_groups: Positive = 1
+    """Groups that a token may choose experts from (DeepSeek-V3 section 2.1.2: 4 of 8)."""
+    balance: Literal["bias", "aux", "both", "none"] = "bias"
+    """`bias`: aux-loss-free, a per-expert bias on the choice only; `aux`: auxiliary loss; `both`, as DeepSeek-V3."""
+    bias_rule: Literal["sign", "load_error"] = "sign"
+    """`sign`: a step of fixed size towards even load (DeepSeek-V3); `load_error`: AdamW on the load error (ZAYA1)."""
+    bias_update_rate: Annotated[float, Field(ge=0)] | None = None
+    """Step of the balancing bias after each training step; auto: 0.2 % of the mean score, which is DeepSeek-V3's 0.001
+    for sigmoid scores and 0.002/experts for softmax."""
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1e-2
+    """Weight of the auxiliary loss under `aux` and `both`."""
+    z_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the router z-loss: the mean square of the logits' log-sum-exp (ST-MoE, equation 5)."""
+    losses_over_layers: Literal["sum", "mean"] = "sum"
+    """Whether the auxiliary losses of the layers are added (Megatron, DeepSeek) or averaged (MegaBlocks, so OLMoE)."""
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    """Rows that an expert takes of one sample, as a multiple of the even share; what is over is dropped and counted.
+    None: nothing is dropped."""
+
+    def bias_rate(self, experts: int) -> float:
+        """Step of the balancing bias, with the automatic value worked out."""
+        if self.bias_update_rate is not None:
+            return self.bias_update_rate
+        return 1e-3 if self.score == "sigmoid" or self.bias_rule == "load_error" else 2e-3 / experts
+
+
+class YarnConfig(Section):
+    """YaRN: rotary frequencies stretched for a longer context (Peng et al. 2023)."""
+
+    factor: Annotated[float, Field(ge=1)] = 1.0
+    """New context over the original one; 1 turns it off."""
+    original: Positive = 4096
+    """Context that the model was first trained on, in tokens."""
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """Turns within the original context above which a frequency is kept."""
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """Turns within the original context below which a frequency is divided by `factor`."""
+
+
+class ModelConfig(Section):
+    """Shape of a decoder-only mixture-of-experts model."""
+
+    name: str
+    """Preset name, shown in tables and used in run ids."""
+    layers: Positive
+    """Transformer blocks."""
+    hidden: Positive
+    """Model width."""
+    heads: Positive
+    """Query heads."""
+    kv_heads: Positive
+    """Key/value heads; `heads` must be a multiple (grouped-query attention)."""
+    head_dim: Positive
+    """Width of one head."""
+    vocab: Positive
+    """Rows of the embedding table."""
+    experts: Positive
+    """Routed experts per MoE layer."""
+    top_k: Positive
+    """Experts that each token goes to."""
+    expert_width: Positive
+    """Inner width of a routed SwiGLU expert."""
+    shared_width: NonNegative = 0
+    """Inner width of the shared expert that sees every token; 0 for none."""
+    dense_layers: NonNegative = 0
+    """Leading layers with a dense SwiGLU instead of experts."""
+    dense_width: NonNegative = 0
+    """Inner width of those dense layers."""
+    gated: bool = True
+    """MLPs and experts are SwiGLU (gate, up, down); false: two matrices and GELU."""
+    attention: Literal["gqa", "mla", "cca"] = "gqa"
+    """`gqa`: grouped queries; `mla`: latent keys and values (DeepSeek); `cca`: compressed and convolved (ZAYA1)."""
+    q_lora_rank: NonNegative = 0
+    """MLA: rank of the query compression; 0 for none."""
+    kv_lora_rank: NonNegative = 0
+    """MLA: rank of the key/value compression."""
+    rope_head_dim: NonNegative = 0
+    """MLA: width of the decoupled rotary part of a head; `head_dim` is the part without position."""
+    window: NonNegative = 0
+    """Tokens that a query sees, itself among them (sliding window, MegaScale section 3.1); 0 for all before it."""
+    parallel_block: bool = False
+    """Attention and feed-forward read the same normed input and are added together (MegaScale section 3.1)."""
+    residual_scaling: bool = False
+    """Learned scale and bias vectors on each residual and layer output (ZAYA1)."""
+    qk_norm: Annotated[Literal["none", "head", "projection"], BeforeValidator(_norm_kind)] = "none"
+    """RMSNorm on queries and keys: of each head (Qwen3), or of the whole projection (OLMoE)."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary position frequencies."""
+    rope_fraction: Annotated[Fraction, Field(gt=0)] = 1.0
+    """Share of a head's width that is rotated, its first part (ZAYA1: 0.5)."""
+    yarn: YarnConfig = YarnConfig()
+    """Stretching of the rotary frequencies."""
+    mtp_layers: NonNegative = 0
+    """Multi-token prediction: extra blocks that predict the tokens after the next (DeepSeek-V3 section 2.2)."""
+    mtp_coefficient: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of their mean loss."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output projection."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2*layers)."""
+    router: RouterConfig = RouterConfig()
+    """Routing and balancing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; "
+                "grouped-query attention shares each key/value head among equally many query heads"
+            )
+        if self.top_k > self.experts:
+            raise ValueError(
+                f"model.top_k={self.top_k} is more than model.experts={self.experts}; "
+                f"set model.top_k to at most {self.experts}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} is odd; rotary position needs an even width")
+        if round(self.head_dim * self.rope_fraction) % 2 or round(self.head_dim * self.rope_fraction) < 2:
+            raise ValueError(
+                f"model.rope_fraction={self.rope_fraction} rotates {self.head_dim * self.rope_fraction:g} of "
+                f"model.head_dim={self.head_dim}; choose a fraction that gives an even number of 2 or more"
+            )
+        if self.dense_layers > self.layers:
+            raise ValueError(
+                f"model.dense_layers={self.dense_layers} is more than model.layers={self.layers}"
+            )
+        if self.dense_layers and not self.dense_width:
+            raise ValueError("model.dense_width=0, but model.dense_layers asks for dense layers; set it")
+        if self.attention == "mla" and not (self.kv_lora_rank and self.rope_head_dim):
+            raise ValueError(
+                f"model.attention=mla with model.kv_lora_rank={self.kv_lora_rank} and "
+                f"model.rope_head_dim={self.rope_head_dim}, which must be above 0; set both, as in model=deepseek_v3"
+            )
+        if self.attention == "mla" and self.rope_head_dim % 2:
+            raise ValueError(
+                f"model.rope_head_dim={self.rope_head_dim} is odd; rotary position needs an even width"
+            )
+        if self.attention != "gqa" and self.qk_norm != "none":
+            raise ValueError(
+                f"model.qk_norm={self.qk_norm} acts on grouped queries alone, and model.attention={self.attention}; "
+                "type model.qk_norm=none"
+            )
+        if self.attention == "mla" and self.rope_fraction != 1:
+            raise ValueError(
+                f"model.rope_fraction={self.rope_fraction} has no meaning under model.attention=mla, which rotates "
+                "model.rope_head_dim; type model.rope_fraction=1"
+            )
+        self._check_groups()
+        return self
+
+    def _check_groups(self) -> None:
+        router = self.router
+        if self.experts % router.groups:
+            raise ValueError(
+                f"model.router.groups={router.groups} does not divide model.experts={self.experts}; use one of "
+                + ", ".join(str(d) for d in range(1, self.experts + 1) if self.experts % d == 0)
+            )
+        if router.top_groups > router.groups:
+            raise ValueError(
+                f"model.router.top_groups={router.top_groups} is more than model.router.groups={router.groups}; "
+                f"set it to at most {router.groups}"
+            )
+        if self.top_k > self.experts // router.groups * router.top_groups:
+            raise ValueError(
+                f"model.top_k={self.top_k} is more than the {self.experts // router.groups * router.top_groups} experts of "
+                f"model.router.top_groups={router.top_groups} groups; raise model.router.top_groups"
+            )

@@ -1,0 +1,121 @@
+"""Arithmetic of boxes, against arrays that are small enough to count."""
+
+from __future__ import annotations
+
+import random
+from math import prod
+
+import numpy as np
+import pytest
+
+from faulttol.checkpoint.boxes import Box, gap, twice, uncovered
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+
+
+def _box(noise: random.Random, whole: tuple[int, ...]) -> Box:
+    ends = [sorted((noise.randint(0, n), noise.randint(0, n))) for n in whole]
+    return Box(whole, tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
+
+
+def _places(box: Box) -> np.ndarray:
+    """Numbers of its elements in the whole, row by row."""
+    everything = np.arange(prod(box.whole)).reshape(box.whole)
+    return everything[box.inside(Box.all_of(box.whole))]
+
+
+@pytest.mark.parametrize("dims", range(6))
+def test_a_flat_stretch_is_a_few_boxes_in_order(dims: int) -> None:
+    for seed in range(60):
+        noise = random.Random(seed)
+        box = _box(noise, tuple(noise.randint(1, 5) for _ in range(dims)))
+        first, last = sorted((noise.randint(0, box.elements), noise.randint(0, box.elements)))
+        parts = box.flat(first, last)
+        assert len(parts) <= max(1, 2 * dims - 1) and all(part.elements for part in parts)
+        found = [place for part in parts for place in _places(part).ravel()]
+        assert found == list(_places(box).ravel()[first:last])
+
+
+@pytest.mark.parametrize("dims", range(1, 5))
+def test_what_is_shared_and_what_is_left_make_up_the_box(dims: int) -> None:
+    for seed in range(60):
+        noise = random.Random(seed)
+        whole = tuple(noise.randint(1, 6) for _ in range(dims))
+        one, other = _box(noise, whole), _box(noise, whole)
+        if not one.elements:
+            continue
+        common, left = one.overlap(other), one.minus(other)
+        shared = set(_places(one).ravel()) & set(_places(other).ravel())
+        assert (set(_places(common).ravel()) if common else set()) == shared
+        rest = [place for part in left for place in _places(part).ravel()]
+        assert sorted(rest) == sorted(set(_places(one).ravel()) - shared)
+
+
+def test_a_box_tells_its_ranges() -> None:
+    assert str(Box((8, 3), (4, 0), (2, 3))) == "[4:6, 0:3]" and str(Box((), (), ())) == "[]"
+
+
+def test_a_cut_counts_from_the_box() -> None:
+    assert Box((9, 4), (2, 1), (5, 2)).cut(0, 1, 3) == Box((9, 4), (3, 1), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("start", "shape", "valid"),
+    [
+        ((0,), (4,), True),
+        ((4,), (0,), True),
+        ((1,), (4,), False),
+        ((-1,), (2,), False),
+        ((0, 0), (1, 1), False),
+    ],
+)
+def test_a_box_lies_in_its_whole(start: tuple[int, ...], shape: tuple[int, ...], valid: bool) -> None:
+    assert Box((4,), start, shape).valid is valid
+
+
+@pytest.mark.parametrize(
+    ("boxes", "why"),
+    [
+        ([(0, 4), (4, 5)], "[9:10] of [10] has no source: 9 of 10 elements have"),
+        ([(0, 4), (6, 4)], "[4:6] of [10] has no source: 8 of 10"),
+        ([], "[0:10] of [10] has no source: 0 of 10"),
+        ([(0, 6), (5, 5)], "[5:6] has two sources, the boxes [0:6] and [5:10] of [10]"),
+        ([(0, 5), (0, 5)], "[0:5] has two sources"),
+        ([(0, 5), (0, 4), (9, 1)], "[0:4] has two sources"),
+        ([(0, 5), (5, 6)], "[10] has a box [5:11] of [10], which is outside of it"),
+        ([(-1, 5), (4, 6)], "outside"),
+    ],
+)
+def test_a_cover_that_is_wrong_tells_the_range(boxes: list[tuple[int, int]], why: str) -> None:
+    told = uncovered(Box.all_of((10,)), [Box((10,), (at,), (size,)) for at, size in boxes])
+    assert told is not None and why in told
+
+
+def _tile(box: Box, noise: random.Random) -> list[Box]:
+    dims = [d for d, size in enumerate(box.shape) if size > 1]
+    if not dims or noise.random() < 0.25:
+        return [box]
+    d = noise.choice(dims)
+    at = noise.randrange(1, box.shape[d])
+    return _tile(box.cut(d, 0, at), noise) + _tile(box.cut(d, at, box.shape[d]), noise)
+
+
+def test_random_tilings_are_whole_and_any_change_to_them_is_not() -> None:
+    whole = Box.all_of((6, 5, 7))
+    for seed in range(60):
+        noise = random.Random(seed)
+        boxes = _tile(whole, noise)
+        noise.shuffle(boxes)
+        assert uncovered(whole, boxes) is None and gap(whole, boxes) is None and twice(boxes) is None
+        if len(boxes) < 2:
+            continue
+        assert str(gap(whole, boxes[1:])) in str(uncovered(whole, boxes[1:]))
+        moved = Box(whole.whole, boxes[1].start, boxes[0].shape)
+        assert uncovered(whole, [moved, *boxes[1:]]) is not None
+
+
+def test_a_tensor_without_dims_and_an_empty_one() -> None:
+    point, empty = Box.all_of(()), Box.all_of((0, 4))
+    assert uncovered(point, [point]) is None and uncovered(empty, [empty]) is None
+    assert "two sources" in str(uncovered(point, [point, point]))
+    assert "no source" in str(uncovered(point, []))

@@ -1,0 +1,116 @@
+"""Defects around a step: weights of losses, the norm, clipping, skipping, accumulating, what ranks sum."""
+
+from __future__ import annotations
+
+from tests.mutants.listed import Mutant
+
+_COMMON = "trainer/engines/common.py"
+_NATIVE = "trainer/engines/native.py"
+
+_RUN = "tests/trainer/test_reference.py::test_a_run"
+_AXIS = "tests/trainer/test_parallel.py::test_a_step_under_every_axis"
+_CLIPPING = "tests/trainer/test_engine_common.py::test_clipping_by_hand"
+
+MUTANTS = [
+    Mutant(
+        "losses are weighted by micro-batches", _COMMON, "b.documents_BS, 1.0 / samples, tally)",
+        "b.documents_BS, 1.0 / len(batches), tally)", f"{_RUN}[adamw]",
+    ),
+    Mutant(
+        "document masks don't reach the model", _COMMON, "b.documents_BS, 1.0 / samples, tally)", "None, 1.0 / samples, tally)",
+        f"{_RUN}[adamw]",
+    ),
+    Mutant(
+        "gradients aren't clipped", _COMMON, "(limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0", "torch.ones_like(norm) if limit > 0",
+        f"{_RUN}[adamw-clipped]",
+    ),
+    Mutant(
+        "small gradients are scaled up", _COMMON, "(limit / (norm + 1e-6)).clamp(max=1.0)", "(limit / (norm + 1e-6))", _CLIPPING,
+    ),
+    Mutant(
+        "no clipping is a limit of 0", _COMMON, "if limit > 0 else", "if limit >= 0 else", f"{_RUN}[adamw-not-clipped]",
+    ),
+    Mutant(
+        "gradients that aren't finite are used", _COMMON, "(~torch.isfinite(norm)).to(torch.float32)", "torch.zeros_like(norm)",
+        f"{_RUN}[adamw]",
+    ),
+    Mutant(
+        "only NaN is skipped", _COMMON, "(~torch.isfinite(norm))", "torch.isnan(norm)", _CLIPPING,
+    ),
+    Mutant(
+        "the norm is a sum of norms", _COMMON, ".double().square().sum()", ".double().sum().square()",
+        "tests/trainer/test_engine_common.py::test_the_norm_by_hand",
+    ),
+    Mutant(
+        "the norm is one rank's", _COMMON, "    if world > 1:\n        dist.all_reduce(square)", "    if world > 99:\n        dist.all_reduce(square)",
+        f"{_AXIS}[dp-zero2]",
+    ),
+    Mutant(
+        "the load is one rank's", _COMMON, "if world > 1 and load.numel():", "if world > 99 and load.numel():", f"{_AXIS}[dp-zero2]",
+    ),
+    Mutant(
+        "all routers are balanced by the first one's load", _COMMON, "update_bias(load[layer - model.dense_layers], applied",
+        "update_bias(load[0], applied", f"{_RUN}[adamw]",
+    ),
+    Mutant(
+        "a skipped step moves the router's bias", _COMMON, "applied, skip)\n    return load", "applied)\n    return load",
+        f"{_RUN}[adamw]",
+    ),
+    Mutant(
+        "the auxiliary loss is the first router's", _COMMON, "torch.stack(tally.losses).sum()", "tally.losses[0]",
+        f"{_RUN}[adamw-ramp]",
+    ),
+    Mutant(
+        "drops are the first router's", _COMMON, "torch.stack(tally.dropped).sum()", "tally.dropped[0]", f"{_RUN}[adamw-selective]",
+    ),
+    Mutant(
+        "gradients aren't reset", _NATIVE, "                parameter.grad = None", "                pass", f"{_RUN}[adamw]",
+    ),
+    Mutant(
+        "a step's loss is its last micro-batch's", _NATIVE, "            losses.append(share.detach())\n        return torch.stack(losses).sum()",
+        "            losses.append(share.detach())\n        return losses[-1]", f"{_RUN}[adamw]",
+    ),
+    Mutant(
+        "evaluation is of the last micro-batch", _NATIVE, "return torch.stack(shares).sum()", "return shares[-1]",
+        "tests/trainer/test_parallel.py::test_evaluation_is_the_loss_and_moves_nothing[one]",
+    ),
+    Mutant(
+        "ZeRO 1 never reduces what it accumulated", _NATIVE, "_reduce_in_backward(stage, each or last,", "_reduce_in_backward(stage, each,",
+        f"{_AXIS}[dp-zero1]",
+    ),
+    Mutant(
+        "a pipeline's gradients aren't reduced", _NATIVE, "                    pipeline.reduce_now(stage)", "                    pass",
+        f"{_AXIS}[dp-pp]",
+    ),
+    Mutant(
+        "what tp ranks have alike has one rank's gradient", _NATIVE, '            _sum_together(alike, self.mesh["tp"].process_group)',
+        "            pass", f"{_AXIS}[tp-tied]",
+    ),
+    Mutant(
+        "gradients of tp ranks are mixed up", _NATIVE, "gradient.copy_(part.view_as(gradient))",
+        "gradient.copy_(part.flip(0).view_as(gradient))", f"{_AXIS}[tp-tied]",
+    ),
+    Mutant(
+        "the norm counts a replica twice", _NATIVE, "if slot.replica == 0 and not second and", "if not second and", f"{_AXIS}[tp-tied]",
+    ),
+    Mutant(
+        "the norm counts a tied table twice", _NATIVE, "if slot.replica == 0 and not second and", "if slot.replica == 0 and",
+        f"{_AXIS}[pp]",
+    ),
+    Mutant(
+        "tied copies on two ranks aren't summed", _NATIVE, "            dist.all_reduce(gradients[0], group=self._ends)", "            pass",
+        f"{_AXIS}[pp]",
+    ),
+    Mutant(
+        "tied copies on one rank aren't summed", _NATIVE, "both = gradients[0] + gradients[1]", "both = gradients[0] + 0",
+        f"{_AXIS}[pp-zbv-tied]",
+    ),
+    Mutant(
+        "a rank's place is its number", _NATIVE, 'self.place = Place(mesh["dp"].index, mesh["dp"].size)',
+        "self.place = Place(mesh.rank, mesh.world)", f"{_AXIS}[cp]",
+    ),
+    Mutant(
+        "every rank works on the first places of a sample", _NATIVE, 'mesh["cp"].size, mesh["cp"].index, mesh.device\n',
+        'mesh["cp"].size, 0, mesh.device\n', f"{_AXIS}[cp]",
+    ),
+]  # fmt: skip

@@ -1,0 +1,98 @@
+"""Defects on the way to the experts and back, on one rank and over several."""
+
+from __future__ import annotations
+
+from tests.mutants.listed import Mutant
+
+_LOCAL = "trainer/model/exchange.py"
+_EXPERT = "trainer/parallel/expert.py"
+_COLLECTIVES = "trainer/parallel/exchange.py"
+
+_SUM = "tests/trainer/test_model_router.py::test_the_exchange_has_the_gradients_of_a_plain_sum[3]"
+_DROPPED = "tests/trainer/test_model_router.py::test_dropped_rows_are_gone_both_ways_whatever_the_experts_leave_there"
+_SPLIT = "tests/trainer/test_parallel.py::test_experts_that_are_split"
+
+MUTANTS = [
+    # On one rank.
+    Mutant(
+        "rows are of other tokens", _LOCAL, "order_R if top_k == 1 else order_R // top_k",
+        "order_R if top_k == 1 else order_R % x_TD.shape[0]", _SUM,
+    ),
+    Mutant(
+        "weights are lost on the way back", _LOCAL, "weights_TK.to(y_RD.dtype))", "torch.ones_like(weights_TK, dtype=y_RD.dtype))",
+        _SUM,
+    ),
+    Mutant(
+        "rows come back to other pairs", _LOCAL, "weigh(permute(compute(x_RD, counts_E), back_R, order_R), weights_TK)",
+        "weigh(permute(compute(x_RD, counts_E), order_R, back_R), weights_TK)", _SUM,
+    ),
+    Mutant(
+        "gradients come back to other tokens", _LOCAL, "rows_RD = gradient_RD.index_select(0, back_R)", "rows_RD = gradient_RD",
+        _SUM,
+    ),
+    Mutant(
+        "gradients of results go to other rows", _LOCAL, "return gradient_RD.index_select(0, back_R), None, None",
+        "return gradient_RD, None, None", _SUM,
+    ),
+    Mutant(
+        "a token's gradient is one copy's", _LOCAL, ".sum(dim=1), None, None, None", "[:, 0], None, None, None", _SUM,
+    ),
+    Mutant(
+        "rows of no expert go in as they are", _LOCAL, "compute(x_RD.masked_fill(nowhere_R1, 0.0), counts_E)",
+        "compute(x_RD, counts_E)", _DROPPED,
+    ),
+    Mutant(
+        "rows of no expert come back as they are", _LOCAL, "counts_E).masked_fill(nowhere_R1, 0.0)\n", "counts_E)\n", _DROPPED,
+    ),
+    Mutant(
+        "dropped pairs go to the first expert", _LOCAL, "torch.where(flat_R < 0, experts, flat_R)", "flat_R.clamp_min(0)",
+        _DROPPED,
+    ),
+    Mutant(
+        "an expert gets its neighbour's rows", _LOCAL, "torch.searchsorted(sorted_R, bounds).diff()",
+        "torch.searchsorted(sorted_R, bounds).diff().roll(1)", _SUM,
+    ),
+    # Over ranks.
+    Mutant(
+        "weights are lost between ranks", _EXPERT, "(y_TKD * weights_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)",
+        "y_TKD.sum(dim=1)", f"{_SPLIT}[2-2-1]",
+    ),
+    Mutant(
+        "a token's rows come back to another", _EXPERT, "y_TKD = take(y_RD, place_TK.flatten(), order_R.unsqueeze(1))",
+        "y_TKD = take(y_RD, place_TK.flatten().flip(0), order_R.unsqueeze(1))", f"{_SPLIT}[2-2-1]",
+    ),
+    Mutant(
+        "experts take rows in the order of their senders", _EXPERT,
+        "by_expert_R = local_R.repeat_interleave(incoming_NL.flatten()).argsort(stable=True)",
+        "by_expert_R = local_R.repeat_interleave(incoming_NL.flatten()).argsort(stable=True).sort().values",
+        f"{_SPLIT}[2-2-1]",
+    ),
+    Mutant(
+        "rows go back in the order of experts", _EXPERT, "exchange.swap(take(y_RD, back_R, by_expert_R.unsqueeze(1)), receives",
+        "exchange.swap(take(y_RD, by_expert_R, back_R.unsqueeze(1)), receives", f"{_SPLIT}[2-2-1]",
+    ),
+    Mutant(
+        "dropped pairs give rows", _EXPERT, "return taken.masked_fill((index < 0).unsqueeze(-1), 0.0)", "return taken",
+        f"{_SPLIT}[2-2-1]",
+    ),
+    Mutant(
+        "a token's gradient between ranks is one copy's", _EXPERT, "taken.view(*back_XK.shape, -1).sum(dim=1)",
+        "taken.view(*back_XK.shape, -1)[:, 0]", f"{_SPLIT}[2-2-1]",
+    ),
+    Mutant(
+        "parts of a width aren't summed", _EXPERT,
+        "return exchange.scatter(self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute), self._etp, 0)",
+        "return self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute).chunk(self._etp.size)[self._etp.index]",
+        f"{_SPLIT}[2-1-2]",
+    ),
+    Mutant(
+        "parts of a width see one rank's choices", _EXPERT, "chosen_TK = exchange.all_gather(chosen_TK, self._etp, 0)",
+        "chosen_TK = chosen_TK.repeat(self._etp.size, 1)", f"{_SPLIT}[2-1-2]",
+    ),
+    Mutant(
+        "gradients of what is exchanged stay where they are", _COLLECTIVES,
+        "return all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None",
+        "return (all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis) if ctx.sends else gradient), None, None, None",
+        "tests/trainer/test_parallel.py::test_attention_over_split_samples[False-0-ulysses-2]",
+    ),
+]  # fmt: skip

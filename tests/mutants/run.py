@@ -1,0 +1,70 @@
+"""Defects of the loop and of resuming."""
+
+from __future__ import annotations
+
+from tests.mutants.listed import Mutant
+
+_LOOP = "trainer/loop.py"
+_RESUME = "trainer/resume.py"
+
+_TEST = "tests/trainer/test_resume.py::test_"
+_REFUSED = f"{_TEST}what_would_train_on_as_another_run_is_refused"
+_ANOTHER = f"{_TEST}another_batch_goes_on_behind_the_samples_that_were_taken"
+_RATES = f"{_TEST}every_step_has_its_rate_and_its_samples"
+
+MUTANTS = [
+    Mutant(
+        "the fingerprint isn't looked at", _RESUME,
+        'refused, said = refusals(newest.facts.get("fingerprint", {}), self._fingerprint)', "refused, said = [], []",
+        f"{_TEST}another_run_isnt_resumed",
+    ),
+    Mutant(
+        "another seed is resumed", _RESUME, 'if old.get("seed", new["seed"]) != new["seed"]:', "if False:",
+        f"{_REFUSED}[train.seed=7-train.seed was 1234 and is 7]",
+    ),
+    Mutant(
+        "another corpus is resumed", _RESUME, 'return refused + differences(old.get("data", {}), new["data"]), said', "return refused, said",
+        f"{_TEST}other_data_is_refused_and_an_older_checkpoint_taken",
+    ),
+    Mutant(
+        "another model is only said", _RESUME, 'if section == "model" and name in _FREE', 'if section == "model"',
+        f"{_REFUSED}[model.heads=4-model.heads was 2 and is 4]",
+    ),
+    Mutant(
+        "another optimizer is resumed", _RESUME, 'for section in ("model", "optim"):', 'for section in ("model",):',
+        f"{_REFUSED}[optim.kind=muon-optim.kind was adamw and is muon]",
+    ),
+    Mutant(
+        "the router's settings aren't remembered", _RESUME, 'if isinstance(value, dict) else {f"{prefix}{name}": value}',
+        'if isinstance(value, dict) and False else {f"{prefix}{name}": str(type(value))}',
+        f"{_REFUSED}[model.router.score=sigmoid-model.router.score was softmax and is sigmoid]",
+    ),
+    Mutant(
+        "samples that were taken are taken again", _LOOP,
+        "self.progress.ahead = found.samples - samples_before(self.config.train, found.step)", "self.progress.ahead = 0", _ANOTHER,
+    ),
+    Mutant(
+        "a resumed run begins at the first step", _LOOP, "self.progress.step = self.progress.line_step = found.step",
+        "self.progress.line_step = found.step", f"{_TEST}a_resumed_run_goes_on_as_it_was",
+    ),
+    Mutant(
+        "tokens are those of the configured batch", _LOOP, "return samples_before(self.config.train, step) + self.progress.ahead",
+        "return samples_before(self.config.train, step)", _ANOTHER,
+    ),
+    Mutant(
+        "a step has the next one's rate", _LOOP, "lr = learning_rate(self.config.optim, index, train.steps)",
+        "lr = learning_rate(self.config.optim, index + 1, train.steps)", _RATES,
+    ),
+    Mutant(
+        "losses are weighted by the full batch while it grows", _LOOP, "self.engine.step(batches, samples_of(train, index), lr",
+        "self.engine.step(batches, train.global_batch, lr", f"{_TEST}losses_of_a_growing_batch_are_means",
+    ),
+    Mutant(
+        "skipped steps aren't counted", _LOOP, "self.skipped[0] += result.skipped", "self.skipped[0] += 0 * result.skipped",
+        f"{_TEST}skipped_steps_are_counted_and_too_many_in_a_row_end_the_run",
+    ),
+    Mutant(
+        "skipped steps never end a run", _LOOP, "(self.skipped[1] + result.skipped) * result.skipped", "(self.skipped[1] + result.skipped) * 0",
+        f"{_TEST}skipped_steps_are_counted_and_too_many_in_a_row_end_the_run",
+    ),
+]  # fmt: skip

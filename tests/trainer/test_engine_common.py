@@ -1,0 +1,32 @@
+"""What engines share around a step, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from trainer.engines.common import clipping, global_norm
+
+pytestmark = pytest.mark.dist
+
+
+def test_clipping_by_hand() -> None:
+    for norm, limit, factor in (
+        (0.5, 1.0, 1.0),
+        (4.0, 1.0, 1 / (4 + 1e-6)),
+        (4.0, 0.0, 1.0),
+        (0.0, 1.0, 1.0),
+    ):
+        found, skip = clipping(torch.tensor(norm), limit)
+        assert found.item() == pytest.approx(factor, rel=1e-6) and skip.item() == 0
+    for norm in (math.nan, math.inf):
+        assert clipping(torch.tensor(norm), 1.0)[1].item() == 1
+
+
+def test_the_norm_by_hand() -> None:
+    parts = [torch.randn(5, 3), torch.randn(7), torch.zeros(2)]
+    whole = torch.cat([part.flatten() for part in parts]).double().norm().item()
+    assert global_norm(parts, 1, torch.device("cpu")).item() == pytest.approx(whole, rel=1e-6)
+    assert global_norm([], 1, torch.device("cpu")).item() == 0

@@ -1,0 +1,269 @@
+"""A folder of prepared tokens, written in order, kept when killed, and whole only when `meta.json` says so."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+from faulttol.checkpoint.store import Store
+from trainer.data import indexed, scores
+from trainer.data.blocks import Fields
+from trainer.data.sources import Source
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.workers import Encoder, Made, Mark, Scorer, in_order, tasks
+
+NAME = "tokens"
+"""Prefix of the token file in a folder: `tokens.bin`, `tokens.idx`, and `tokens.hash` with 8 bytes a document."""
+_PARTS = ("tokens.bin.part", "ends.part", "journal.part", "tokens.hash.part", "tokens.idx.part")
+_SCORES = ("scores.part", "threshold.part")
+
+Progress = Callable[[str, int, int, int], None]
+"""Told what is done (`scores`, `tokens`, `verify`), bytes done, bytes in all, and tokens so far."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be prepared, and where."""
+
+    folder: Path
+    key: str
+    """Of all that the tokens depend on."""
+    sources: list[Source]
+    tokenizer: Tokenizer
+    fields: Fields
+    keep: float
+    workers: int
+    progress: Progress
+
+    @property
+    def total(self) -> int:
+        """Bytes of all sources."""
+        return sum(source.size for source in self.sources)
+
+
+class Scan:
+    """What is known of a token file when all of it has been seen once.
+
+    Args:
+        hashes: where a hash of each document's content goes, 8 bytes each.
+        kind: of the ids.
+    """
+
+    def __init__(self, hashes: Path, kind: np.dtype) -> None:
+        self.hashes, self._width = hashes.open("wb"), kind.itemsize
+        self._digest = hashlib.blake2b(kind.name.encode(), digest_size=16)
+        self._open: Any = None
+        self.tokens = self.documents = 0
+        self.largest, self.smallest = -1, 0
+        self.closing: int | None = None
+        """The id that every document so far ends with; None where they differ."""
+
+    def feed(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """More ids, and the tokens (of all) before which documents end in them."""
+        if not len(ids):
+            return
+        raw = np.ascontiguousarray(ids).data.cast("B")
+        self._digest.update(raw)
+        self.largest, self.smallest = max(self.largest, int(ids.max())), min(self.smallest, int(ids.min()))
+        hashes, start = [], 0
+        for end in ends.tolist():
+            stop = (end - self.tokens) * self._width
+            document = self._open or hashlib.blake2b(digest_size=8)
+            document.update(raw[start:stop])
+            hashes.append(document.digest())
+            self._open, start = None, stop
+        if start < len(raw):
+            self._open = self._open or hashlib.blake2b(digest_size=8)
+            self._open.update(raw[start:])
+        self.hashes.write(b"".join(hashes))
+        last = np.asarray(ids)[ends[ends > self.tokens] - self.tokens - 1]
+        if len(last):
+            self.closing = int(last[0]) if self.documents == 0 or self.closing == int(last[0]) else None
+            self.closing = self.closing if (last == last[0]).all() else None
+        self.tokens += len(ids)
+        self.documents += len(ends)
+
+    def close(self) -> dict[str, Any]:
+        """Flush the hashes to disk; what was found, as plain data."""
+        with self.hashes as file:
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            "tokens": self.tokens, "documents": self.documents, "digest": self._digest.hexdigest(),
+            "largest": self.largest, "smallest": self.smallest, "closing": self.closing,
+        }  # fmt: skip
+
+
+def build(job: Job) -> None:
+    """Write the token file of a job into its folder, from where an earlier try was stopped.
+
+    The sources are read once, in order, in blocks; workers encode; what they give is appended in order, so the
+    bytes are the same whatever the number of workers. After each task a line of the journal says how far the
+    files reach, with a digest. A try that finds a journal checks what it speaks of, cuts off the rest and goes on.
+
+    Raises:
+        UserError: for data that can't be read, and for a folder that can't be written.
+    """
+    kind = indexed.narrowest(job.tokenizer.size)
+    try:
+        for left in (*job.folder.glob(".*.tmp"), job.folder / "meta.json"):
+            left.unlink(missing_ok=True)
+        threshold, notes = _threshold(job)
+        parts = _Parts(job, kind)
+        encoder = Encoder(job.tokenizer, job.fields, threshold, kind)
+        with contextlib.closing(parts):
+            todo = tasks(job.sources, job.fields, parts.mark)
+            with contextlib.closing(in_order(encoder, todo, job.workers)) as results:
+                for mark, made in results:
+                    parts.append(mark, made)
+                    job.progress("tokens", mark.read, job.total, parts.scan.tokens)
+            parts.finish(notes)
+    except OSError as error:
+        raise UserError(
+            f"data.cache: can't write {job.folder} ({error.strerror or error}); set data.cache to a folder with "
+            "room: what is done is kept"
+        ) from None
+
+
+def _threshold(job: Job) -> tuple[float | None, list[str]]:
+    """The score that rows must reach, and what to say of it; None where all are kept."""
+    if job.fields.score is None or job.keep >= 1:
+        return None, []
+    raw, told = (job.folder / name for name in _SCORES)
+    try:
+        known = json.loads(told.read_text())
+        if known["key"] == job.key:
+            return known["threshold"], known["notes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with raw.open("wb") as file:
+        todo = tasks(job.sources, job.fields, Mark())
+        with contextlib.closing(in_order(Scorer(job.fields), todo, job.workers)) as results:
+            for mark, found in results:
+                file.write(found.astype("<f8").tobytes())
+                job.progress("scores", mark.read, job.total, 0)
+    found, kept, rows = scores.threshold(raw, job.keep)
+    note = (
+        f"data.keep_fraction={job.keep}: {kept} of {rows} rows kept, those with data.score_field='{job.fields.score}' "
+        f">= {found!r}, equal scores included"
+    )
+    Store(str(job.folder)).write(
+        told.name, [json.dumps({"key": job.key, "threshold": found, "notes": [note]}).encode()]
+    )
+    raw.unlink()
+    return found, [note]
+
+
+class _Parts:
+    """The files of a folder while they grow."""
+
+    def __init__(self, job: Job, kind: np.dtype) -> None:
+        self._job, self._kind = job, kind
+        self._ids, self._ends, self._journal, hashes, self._index = (job.folder / name for name in _PARTS)
+        self.scan = Scan(hashes, kind)
+        self.mark = Mark()
+        self._counts: Counter[str] = Counter()
+        lines = self._take_up()
+        self._files = [path.open("ab") for path in (self._ids, self._ends)]
+        with self._journal.open("w") as file:
+            file.write("\n".join([json.dumps({"key": job.key}), *lines]) + "\n")
+        self._lines = self._journal.open("a")
+
+    def _take_up(self) -> list[str]:
+        """Check what an earlier try left, cut off what can't be trusted; the journal's lines that hold."""
+        good: list[str] = []
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            head, *lines = self._journal.read_text().splitlines()
+            if json.loads(head)["key"] == self._job.key:
+                with self._ids.open("rb") as ids, self._ends.open("rb") as ends:
+                    for line in lines:
+                        entry = json.loads(line)
+                        made = Made(
+                            np.frombuffer(ids.read(entry["tokens"] * self._kind.itemsize), self._kind),
+                            np.frombuffer(ends.read(entry["documents"] * 8), "<i8") - self.scan.tokens,
+                            Counter(entry["counts"]),
+                        )
+                        if self._entry(Mark(*entry["mark"]), made) != entry:
+                            break
+                        self._count(Mark(*entry["mark"]), made)
+                        good.append(line)
+                        self._job.progress("verify", self.mark.read, self._job.total, self.scan.tokens)
+        for path, size in (
+            (self._ids, self.scan.tokens * self._kind.itemsize),
+            (self._ends, self.scan.documents * 8),
+        ):
+            with path.open("ab") as file:
+                file.truncate(size)
+        return good
+
+    def _entry(self, mark: Mark, made: Made) -> dict[str, Any]:
+        """A line of the journal."""
+        digest = hashlib.blake2b(made.ids.tobytes() + made.ends.tobytes(), digest_size=16).hexdigest()
+        return {
+            "mark": list(mark), "tokens": len(made.ids), "documents": len(made.ends), "counts": dict(made.counts),
+            "digest": digest,
+        }  # fmt: skip
+
+    def _count(self, mark: Mark, made: Made) -> None:
+        self.scan.feed(made.ids, made.ends + self.scan.tokens)
+        self._counts += made.counts
+        self.mark = mark
+
+    def append(self, mark: Mark, made: Made) -> None:
+        """What the next task gave."""
+        for file, data in zip(
+            self._files, (made.ids, (made.ends + self.scan.tokens).astype("<i8")), strict=True
+        ):
+            file.write(data.tobytes())
+            file.flush()
+        self._lines.write(json.dumps(self._entry(mark, made)) + "\n")
+        self._lines.flush()
+        self._count(mark, made)
+
+    def finish(self, notes: list[str]) -> None:
+        """Give the files their names, and say last that they are whole."""
+        job, names = self._job, [NAME + end for end in (".bin", ".idx", ".hash")]
+        for file in self._files:
+            os.fsync(file.fileno())
+        found = self.scan.close()
+        ends = np.memmap(self._ends, "<i8", "r") if found["documents"] else np.zeros(0, np.int64)
+        indexed.write_index(self._index, self._kind, ends)
+        with self._index.open("rb") as index:
+            os.fsync(index.fileno())
+        for name in names:
+            (job.folder / f"{name}.part").replace(job.folder / name)
+        meta = found | {
+            "key": job.key, "dtype": self._kind.name, "sources": len(job.sources), "rows": self._counts["rows"],
+            "separator": job.tokenizer.separator, "tokenizer": job.tokenizer.digest,
+            "notes": [*notes, *_told(self._counts)],
+        }  # fmt: skip
+        Store(str(job.folder)).write("meta.json", [json.dumps(meta, indent=1).encode()])
+        for name in (*_PARTS, *_SCORES):
+            (job.folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave the files as they are."""
+        for file in (*self._files, self._lines, self.scan.hashes):
+            file.close()
+
+
+def _told(counts: Counter[str]) -> Iterator[str]:
+    """What was left out or mended, for the notes."""
+    if counts["empty"]:
+        yield f"{counts['empty']} of the texts are empty or null and were left out"
+    if counts["zeros"]:
+        yield f"{counts['zeros']} zero bytes in texts were left out: under data.tokenizer=bytes one ends a document"
+    if counts["replaced"]:
+        yield f"{counts['replaced']} texts or pieces aren't UTF-8; what can't be read in them became U+FFFD"
+    if counts["special"]:
+        yield f"{counts['special']} texts spell special tokens that are words of the tokenizer's model; kept as text"

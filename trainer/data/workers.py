@@ -1,0 +1,220 @@
+"""Blocks to ids on several cores, with results in the order of the blocks whoever made them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.rank import die_with_parent
+from trainer.data.blocks import Block, Fields, blocks, rows
+from trainer.data.sources import Source
+from trainer.data.tokenizer import Tokenizer
+
+TASK = 4 << 20
+"""Bytes of text that a worker gets at a time, many small files together."""
+_BATCH = 256
+"""Texts that are encoded at a time."""
+
+
+class Mark(NamedTuple):
+    """A place in the sources, between two blocks."""
+
+    source: int = 0
+    block: int = 0
+    read: int = 0
+    """Bytes of all sources, as stored, that lie before it."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a task gave."""
+
+    ids: np.ndarray
+    """[N] token ids with separators."""
+    ends: np.ndarray
+    """[documents] int64: the id behind each separator."""
+    counts: Counter[str]
+    """Rows read and left out, by reason."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def tasks(sources: list[Source], fields: Fields, start: Mark) -> Iterator[tuple[Mark, list[Block]]]:
+    """Blocks in groups for a worker, each with the place behind it; from `start` on."""
+    before = sum(source.size for source in sources[: start.source])
+    group: list[Block] = []
+    size, mark = 0, start
+    for i in range(start.source, len(sources)):
+        for number, block in enumerate(blocks(sources[i], fields)):
+            if i == start.source and number < start.block:
+                continue
+            group.append(block)
+            size += _size(block)
+            read = before + min(block.read, sources[i].size)
+            mark = Mark(i + 1, 0, before + sources[i].size) if block.ends else Mark(i, number + 1, read)
+            if size >= TASK:
+                yield mark, group
+                group, size = [], 0
+        before += sources[i].size
+    if group:
+        yield mark, group
+
+
+def _size(block: Block) -> int:
+    return sum(len(text or b"") for text in block.data[0]) if block.kind == "parquet" else len(block.data)
+
+
+@dataclass
+class Encoder:
+    """Turns a task into ids; can be sent to another process."""
+
+    tokenizer: Tokenizer
+    fields: Fields
+    threshold: float | None
+    """Rows with a lower score are left out; None: none are."""
+    kind: np.dtype
+
+    def __call__(self, task: list[Block]) -> Made:
+        """The ids of a task.
+
+        Raises:
+            UserError: for a malformed row, with file and row.
+        """
+        output = _Output(self.tokenizer.separator, self.kind)
+        texts: list[tuple[bytes, bool]] = []
+        for block in task:
+            for row in rows(block, self.fields):
+                if block.kind == "text":
+                    self._encode(texts, output)
+                    self._encode([(row.text or b"", row.ends)], output, begun=block.first > 1)
+                    continue
+                output.counts["rows"] += 1
+                if self.threshold is not None and row.score is not None and row.score < self.threshold:
+                    output.counts["below"] += 1
+                else:
+                    texts.append((row.text or b"", True))
+                if len(texts) >= _BATCH:
+                    self._encode(texts, output)
+        self._encode(texts, output)
+        return output.made()
+
+    def _encode(self, texts: list[tuple[bytes, bool]], output: _Output, begun: bool = False) -> None:
+        if texts:
+            found = self.tokenizer.encode([text for text, _ in texts], output.counts)
+            for ids, (_, ends) in zip(found, texts, strict=True):
+                output.add(ids, ends, begun)
+        texts.clear()
+
+
+@dataclass
+class _Output:
+    separator: int
+    kind: np.dtype
+    parts: list[np.ndarray] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    size: int = 0
+
+    def add(self, ids: np.ndarray, ends: bool, begun: bool) -> None:
+        """One text, or a piece of one that was `begun` before; an empty one makes no document."""
+        self.parts.append(ids.astype(self.kind))
+        self.size += len(ids)
+        if ends and (len(ids) or begun):
+            self.parts.append(np.array([self.separator], dtype=self.kind))
+            self.size += 1
+            self.ends.append(self.size)
+        elif ends:
+            self.counts["empty"] += 1
+
+    def made(self) -> Made:
+        ids = np.concatenate(self.parts) if self.parts else np.zeros(0, self.kind)
+        return Made(ids, np.array(self.ends, dtype=np.int64), self.counts)
+
+
+@dataclass
+class Scorer:
+    """Reads the scores of a task."""
+
+    fields: Fields
+
+    def __call__(self, task: list[Block]) -> np.ndarray:
+        """[rows] float64 scores of a task."""
+        return np.array([row.score for block in task for row in rows(block, self.fields)], dtype=np.float64)
+
+
+class _Held:
+    """What a worker process works with, set as it starts."""
+
+    work: Callable[[list[Block]], Any]
+
+
+def _begin(parent: int, work: Callable[[list[Block]], Any]) -> None:
+    die_with_parent({"MEGARAY_PARENT": str(parent)})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to heed
+    _Held.work = work
+
+
+def _run(task: list[Block]) -> Any:
+    return _Held.work(task)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that are started in here don't import the program's main module: workers need nothing of it, and a
+    script that isn't guarded would prepare once more in each of them, each waiting for the lock of this one."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def in_order(
+    work: Callable[[list[Block]], Any], some: Iterator[tuple[Mark, list[Block]]], workers: int
+) -> Generator[tuple[Mark, Any], None, None]:
+    """What `work` gives for each task, in order; at most twice as many tasks as workers are held.
+
+    Raises:
+        UserError: what `work` raises first in the order of tasks; and where a worker process dies.
+    """
+    if workers == 1:
+        for mark, task in some:
+            yield mark, work(task)
+        return
+    waiting: deque[tuple[Mark, Future[Any]]] = deque()
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(), work)
+    )
+    try:
+        for mark, task in some:
+            with _without_main():
+                waiting.append((mark, pool.submit(_run, task)))
+            if len(waiting) >= 2 * workers:
+                mark, made = waiting.popleft()
+                yield mark, made.result()
+        while waiting:
+            mark, made = waiting.popleft()
+            yield mark, made.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"a worker of {workers} died while preparing data, most likely of memory; type --workers "
+            f"{max(1, workers // 2)}: what is done is kept"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)

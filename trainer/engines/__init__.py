@@ -1,0 +1,1 @@
+"""Engines: what makes a training step of a model and a layout."""

@@ -1,0 +1,100 @@
+"""What engines do alike around a step: micro-batches, the norm, clipping and skipping, the balance of experts, results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.model import ModelConfig
+from trainer.engines.base import Batch, StepResult
+from trainer.model.decoder import Stage
+from trainer.model.seams import Micro, Tally
+from trainer.state import Box, Slice
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Dtype of the weights that matmuls use, by `train.precision`."""
+
+
+def micros(batches: Sequence[Batch], samples: int, positions_S: Tensor, tally: Tally) -> list[Micro]:
+    """A step's micro-batches as the model takes them, each sample's losses weighted by 1 / `samples`."""
+    return [Micro(b.tokens_BS, positions_S, b.documents_BS, 1.0 / samples, tally) for b in batches]
+
+
+def clipping(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """What gradients of a global norm are multiplied by, and 1 where nothing may move since it isn't finite; on the device.
+
+    Args:
+        limit: of the norm; 0 for none.
+    """
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
+    return factor, (~torch.isfinite(norm)).to(torch.float32)
+
+
+def global_norm(gradients: Sequence[Tensor], world: int, device: torch.device) -> Tensor:
+    """L2 norm of gradients that lie on the ranks in parts, each element once; fp32, equal on all ranks.
+
+    Args:
+        gradients: this rank's parts.
+    """
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    if gradients:
+        square = torch.stack(_norms(gradients)).square().sum()
+    if world > 1:
+        dist.all_reduce(square)
+    return square.sqrt().float()
+
+
+def _norms(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Norms in fp64. A CPU adds a tensor's squares up one after the other, so there in fp64 too: in fp32 those of 8 million
+    elements are off by 2e-4; a GPU adds them as a tree."""
+    if gradients[0].device.type == "cpu":
+        return [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return [norm.double() for norm in torch._foreach_norm(list(gradients))]
+
+
+@torch.no_grad()
+def balance(
+    stages: Iterable[Stage], model: ModelConfig, tally: Tally, numbers: tuple[Tensor, Tensor], world: int
+) -> Tensor:
+    """Sum a step's expert loads over all ranks and move the router biases by them.
+
+    Args:
+        stages: of this rank.
+        numbers: steps that have moved the weights, this one among them; and 1 where this one moves nothing.
+
+    Returns:
+        Token-expert pairs, [MoE layers, experts] int64.
+    """
+    applied, skip = numbers
+    # Routers of multi-token prediction count on from the model's last layer.
+    layers = model.layers - model.dense_layers + model.mtp_layers
+    load = torch.zeros(layers, model.experts, dtype=torch.int64, device=skip.device)
+    for layer, count_E in tally.counts.items():
+        load[layer - model.dense_layers] = count_E
+    if world > 1 and load.numel():
+        dist.all_reduce(load)
+    for stage in stages:
+        for layer, router in stage.routers().items():
+            router.update_bias(load[layer - model.dense_layers], applied, skip)
+    return load
+
+
+def result(loss: Tensor, tally: Tally, norm: Tensor, skip: Tensor, load: Tensor) -> StepResult:
+    """A step's numbers, of which `loss` and what `tally` holds are this rank's shares."""
+    zero = torch.zeros((), device=norm.device)
+    return StepResult(
+        loss=loss,
+        aux_loss=torch.stack(tally.losses).sum() if tally.losses else zero,
+        dropped=torch.stack(tally.dropped).sum() if tally.dropped else zero.long(),
+        grad_norm=norm,
+        skipped=skip,
+        load=load,
+    )
+
+
+def replicated(name: str, tensor: Tensor, index: int, size: int) -> Slice:
+    """A tensor that `size` ranks have alike, as the rank with that index has it."""
+    return Slice(name, tensor, Box.all_of(tuple(tensor.shape)), index, size)

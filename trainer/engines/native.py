@@ -1,0 +1,241 @@
+"""The engine on torch's own parts: FSDP2, process groups, `torch.distributed.pipelining`. Home of every axis.
+
+Masters, accumulated gradients and reductions are fp32. The master of a parameter is FSDP's shard of it; under bf16 the
+weights that matmuls use are cast while they are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from configs.schema import RunConfig
+from trainer.engines import common
+from trainer.engines.base import Batch, Phases, Place, StepResult
+from trainer.model.decoder import Stage, inputs
+from trainer.model.initial import kind
+from trainer.model.seams import Micro, Tally
+from trainer.optim.build import build
+from trainer.optim.slots import Peers, Slot
+from trainer.parallel import apply, pipeline
+from trainer.parallel.context import places
+from trainer.parallel.mesh import Mesh
+from trainer.sizing.runnable import chunks_of
+from trainer.state import Box, Slice
+
+
+class NativeEngine:
+    """Trains one rank's share of a model under any layout."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.place = Place(mesh["dp"].index, mesh["dp"].size)
+        self._dtype = common.DTYPES[str(config.train.precision)]
+        self._stages: list[Stage] = []
+        self._cuts: list[dict[str, apply.Cut]] = []
+        parallel, model = config.parallel, config.model
+        ends = pipeline.cut(model.layers, mesh["pp"].size * chunks_of(parallel))
+        for index in pipeline.stages_of(parallel, mesh["pp"].index):
+            with torch.device("meta"):
+                stage = Stage(model, *ends[index])
+            self._cuts.append(apply.parallelize(stage, mesh, config))
+            apply.shard(stage, mesh, config)
+            apply.materialize(stage, self._cuts[-1], config, mesh)
+            self._stages.append(stage)
+        self._pipeline = (
+            pipeline.Pipeline(self._stages, mesh, model, parallel) if mesh["pp"].size > 1 else None
+        )
+        self._alike: list[bool] = []
+        """By slot: whether tp ranks have the same and see other tokens."""
+        self._second: list[bool] = []
+        """By slot: whether it is the embedding's copy beside the head."""
+        self._parameters, self._slots = self._make_slots()
+        self._ends = self._end_group()
+        precision = config.train.precision or "fp32"
+        self._optimizer = build(config.optim, model.hidden, self._slots, self._peers(), precision)
+        self._applied = next(t for name, t, _ in self._optimizer.state() if name == "optimizer/step")
+        self._positions = places(
+            config.data.sequence, parallel.context, mesh["cp"].size, mesh["cp"].index, mesh.device
+        )
+
+    # ---- what the optimizer sees ----
+
+    def _make_slots(self) -> tuple[list[nn.Parameter], list[Slot]]:
+        """Parameters of all stages on this rank, and how the optimizer sees them.
+
+        Where the embedding has a copy beside the head on this very rank, the copies are replicas of each other.
+        """
+        parameters, slots = [], []
+        tp, both = self.mesh["tp"], self.config.parallel.schedule == "zbv"
+        for stage, cuts in zip(self._stages, self._cuts, strict=True):
+            for name, parameter in stage.named_parameters():
+                local, box = apply.local_part(parameter, cuts[name], self.mesh)
+                index, size = (tp.index, tp.size) if cuts[name].alike else (0, 1)
+                if both and self._is_copied(name):
+                    index, size = index + size * (stage.first != 0), 2 * size
+                slots.append(Slot(name, local, box, kind(name), index, size))
+                parameters.append(parameter)
+                self._alike.append(cuts[name].alike)
+                self._second.append(self._is_copied(name) and stage.first != 0)
+        return parameters, slots
+
+    def _is_copied(self, name: str) -> bool:
+        model = self.config.model
+        return (
+            name == "embedding.weight"
+            and self.mesh["pp"].size > 1
+            and bool(model.tie_embeddings or model.mtp_layers)
+        )
+
+    def _end_group(self) -> dist.ProcessGroup | None:
+        """Communicator of the two ranks that hold the embedding's copies; None where one rank holds both or none does."""
+        pp = self.mesh["pp"]
+        first, last = pp.ranks[0], pp.ranks[-1]
+        if not self._is_copied("embedding.weight") or self.config.parallel.schedule == "zbv":
+            return None
+        if self.mesh.rank not in (first, last):
+            return None
+        return dist.new_group([first, last], use_local_synchronization=True)
+
+    def _peers(self) -> Peers:
+        stage = self.mesh["stage"]
+        mine = [(s.name, s.box, s.replica, s.replicas) for s in self._slots]
+        if stage.size == 1:
+            return Peers(None, 0, 1, [mine])
+        everybody: list[list[tuple[str, Box, int, int]]] = [[] for _ in stage.ranks]
+        dist.all_gather_object(everybody, mine, group=stage.process_group)
+        return Peers(stage.process_group, stage.index, stage.size, everybody)
+
+    # ---- steps ----
+
+    def step(self, batches: Sequence[Batch], samples: int, lr: float, phase: Phases) -> StepResult:
+        """One optimizer step (see `trainer.engines.base.Engine`)."""
+        tally = Tally()
+        micros = common.micros(batches, samples, self._positions, tally)
+        loss = self._learn(micros, phase)
+        with phase("optimizer"):
+            norm = self._gradients()
+            factor, skip = common.clipping(norm, self.config.optim.clip)
+            self._optimizer.step(lr, factor, skip)
+            numbers, world = (self._applied, skip), self.mesh.world
+            load = common.balance(self._stages, self.config.model, tally, numbers, world)
+            for parameter in self._parameters:
+                parameter.grad = None
+        return common.result(loss, tally, norm, skip, load)
+
+    def _learn(self, micros: Sequence[Micro], phase: Phases) -> Tensor:
+        """Forward and backward; this rank's share of the loss. Gradients end up reduced, in the parameters' `grad`."""
+        each = self.config.parallel.zero >= 2
+        if self._pipeline is not None:
+            each = each and self.config.parallel.schedule != "zbv"
+            for stage in self._stages:
+                _reduce_in_backward(stage, each, give_back=each)
+            with phase("forward"):  # the schedule mixes both
+                loss = self._pipeline.run(micros, self._dtype, learn=True)
+            if not each:
+                for stage in self._stages:
+                    pipeline.reduce_now(stage)
+            return loss
+        (stage,) = self._stages
+        losses = []
+        for index, micro in enumerate(micros):
+            last = index == len(micros) - 1
+            _reduce_in_backward(stage, each or last, give_back=last or self.config.parallel.zero == 3)
+            with phase("forward"):
+                share = stage(inputs(micro), micro)
+            with phase("backward"):
+                share.backward()
+            losses.append(share.detach())
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], samples: int) -> Tensor:
+        """This rank's share of the mean cross-entropy over `samples`."""
+        tally = Tally(muted=True)
+        micros = common.micros(batches, samples, self._positions, tally)
+        if self._pipeline is not None:
+            return self._pipeline.run(micros, self._dtype, learn=False)
+        (stage,) = self._stages
+        shares = [stage(inputs(m), m).detach() for m in micros]
+        return torch.stack(shares).sum()
+
+    def _gradients(self) -> Tensor:
+        """Give the optimizer's slots their gradients; the global norm."""
+        alike: list[Tensor] = []
+        for parameter, slot, same in zip(self._parameters, self._slots, self._alike, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = torch.zeros_like(slot.tensor)
+            slot.tensor.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            if same and self.mesh["tp"].size > 1:
+                alike.append(slot.tensor.grad)
+        if alike:
+            _sum_together(alike, self.mesh["tp"].process_group)
+        self._sum_copies()
+        mine = [
+            slot.tensor.grad
+            for slot, second in zip(self._slots, self._second, strict=True)
+            if slot.replica == 0 and not second and slot.tensor.numel() and slot.tensor.grad is not None
+        ]
+        return common.global_norm(mine, self.mesh.world, self.mesh.device)
+
+    def _sum_copies(self) -> None:
+        """Add up the gradients of the embedding's copies on the first and the last stage."""
+        copies = [slot for slot in self._slots if self._is_copied(slot.name)]
+        gradients = [slot.tensor.grad for slot in copies if slot.tensor.grad is not None]
+        if len(gradients) == 2:
+            both = gradients[0] + gradients[1]
+            for gradient in gradients:
+                gradient.copy_(both)
+        elif gradients and self._ends is not None:
+            dist.all_reduce(gradients[0], group=self._ends)
+
+    # ---- state ----
+
+    def state(self) -> Iterator[Slice]:
+        """Masters, the optimizer's slots and router biases, by name."""
+        place = {id(slot): number for number, slot in enumerate(self._slots)}
+        for number, slot in enumerate(self._slots):
+            yield self._slice(slot.name, slot.tensor, number)
+        for part, tensor, owner in self._optimizer.state():
+            if owner is None:
+                yield common.replicated(part, tensor, self.mesh.rank, self.mesh.world)
+            else:
+                yield self._slice(f"{owner.name}/{part}", tensor, place[id(owner)])
+        stage = self.mesh["stage"]
+        for module in self._stages:
+            for name, buffer in module.named_buffers():
+                yield common.replicated(name, buffer, stage.index, stage.size)
+
+    def _slice(self, name: str, tensor: Tensor, number: int) -> Slice:
+        slot, copied = self._slots[number], self._is_copied(self._slots[number].name)
+        index, size = slot.replica, slot.replicas
+        if copied and self.config.parallel.schedule != "zbv":
+            index, size = index + size * self._second[number], 2 * size
+        return Slice(name, tensor, slot.box, index, size)
+
+    def loaded(self) -> None:
+        """Drop weights that were gathered before the state was overwritten."""
+        for stage in self._stages:
+            for module in apply.sharded(stage):
+                module.reshard()
+
+
+def _reduce_in_backward(stage: Stage, reduce: bool, give_back: bool) -> None:
+    """Whether the backward passes that follow reduce gradients, and give gathered weights back."""
+    for module in apply.sharded(stage):
+        module.set_requires_gradient_sync(reduce, recurse=False)
+        module.set_is_last_backward(reduce)
+        module.set_reshard_after_backward(give_back, recurse=False)
+
+
+def _sum_together(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over a group in one collective, in place."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

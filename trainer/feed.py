@@ -1,0 +1,110 @@
+"""Batches for the loop: prepared tokens, dealt out by sample, read ahead of the step that trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.schema import RunConfig
+from trainer.data.prefetch import Prefetch
+from trainer.data.prepare import prepare
+from trainer.data.sampler import Sampler, documents
+from trainer.data.store import TokenStore, fingerprint
+from trainer.engines.base import Batch, Place
+from trainer.optim.schedule import samples_before, samples_of
+
+_Arrays = list[tuple[np.ndarray, np.ndarray | None]]
+
+
+class Feed:
+    """What one rank trains and evaluates on."""
+
+    def __init__(self, config: RunConfig, store: TokenStore) -> None:
+        self._config, self._store = config, store
+        self._sampler = store.sampler(config.data, config.train.seed)
+        self._held = store.evaluation(config.data)
+        self._place, self._device, self._ahead = Place(0, 1), torch.device("cpu"), 0
+        self._coming: Iterator[_Arrays] = iter(())
+
+    @classmethod
+    def prepare(cls, config: RunConfig, cache: Path) -> Feed:
+        """Prepare the tokens, or find them prepared.
+
+        Raises:
+            UserError: for data that is missing, malformed or too short.
+        """
+        return cls(config, prepare(config.data, config.model.vocab, cache))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the data."""
+        return fingerprint(self._store, self._config.data)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the run's record."""
+        return {
+            "corpus_tokens": self._store.count,
+            "corpus_documents": self._store.documents,
+            "held_out_documents": self._store.held,
+            "samples_per_epoch": self._sampler.samples,
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """What preparing the tokens changed or left out."""
+        return list(self._store.notes)
+
+    @contextmanager
+    def started(self, step: int, ahead: int, place: Place, device: torch.device) -> Iterator[None]:
+        """Read batches from the step with index `step` on, one step ahead.
+
+        Args:
+            ahead: samples consumed beyond what the configuration takes up to a step.
+            place: this rank's on the data-parallel axis.
+        """
+        self._place, self._device, self._ahead = place, device, ahead
+        with Prefetch(self._read, range(step, self._config.train.steps)) as coming:
+            self._coming = iter(coming)
+            yield
+
+    def batches(self) -> list[Batch]:
+        """The next step's micro-batches of this place, on the device."""
+        return [self._batch(*arrays) for arrays in next(self._coming)]
+
+    def validation(self) -> tuple[list[Batch], int]:
+        """This place's micro-batches of held-out documents, and how many samples all places have; always the same ones."""
+        assert self._held is not None, "data.validation holds documents out where train.evaluate_every is set"
+        unit = self._config.train.micro_batch * self._place.size
+        passes = -(-self._config.train.evaluate_samples // unit)
+        pp = self._config.parallel.size("pp")
+        passes = -(-passes // pp) * pp  # pipelines take micro-batches in multiples of their stages
+        arrays = [self._arrays(self._held, 0, micro) for micro in range(passes)]
+        return [self._batch(*one) for one in arrays], passes * unit
+
+    def _read(self, step: int) -> _Arrays:
+        train = self._config.train
+        first = samples_before(train, step) + self._ahead
+        passes = samples_of(train, step) // (train.micro_batch * self._place.size)
+        return [self._arrays(self._sampler, first, micro) for micro in range(passes)]
+
+    def _arrays(self, sampler: Sampler, first: int, micro: int) -> tuple[np.ndarray, np.ndarray | None]:
+        tokens = sampler.batch(
+            first, micro, self._config.train.micro_batch, self._place.index, self._place.size
+        )
+        masked = self._config.data.document_mask
+        return tokens, documents(tokens, self._store.separator) if masked else None
+
+    def _batch(self, tokens: np.ndarray, found: np.ndarray | None) -> Batch:
+        return Batch(self._to_device(tokens), None if found is None else self._to_device(found))
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type != "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)

@@ -1,0 +1,106 @@
+"""Tokens to the experts of a rank that has all of them, and back.
+
+Shape letters: T tokens, K experts per token, R = T*K rows, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class _Spread(torch.autograd.Function):
+    """K copies of each token, in the order of the experts. The backward pass gathers and adds, so it is deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, back_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(back_R)
+        ctx.top_k = top_k
+        return x_TD.index_select(0, order_R if top_k == 1 else order_R // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        (back_R,) = ctx.saved_tensors
+        rows_RD = gradient_RD.index_select(0, back_R)
+        return rows_RD.unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. The backward pass is a gather too, so it is deterministic on every device."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
+        ctx.save_for_backward(back_R)
+        return x_RD.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None]:
+        (back_R,) = ctx.saved_tensors
+        return gradient_RD.index_select(0, back_R), None, None
+
+
+def spread(x_TD: Tensor, order_R: Tensor, back_R: Tensor, top_k: int) -> Tensor:
+    """Row r is the token of pair `order_R[r]`, where pair t*K + k is token t's k-th choice; [R, D]."""
+    return _Spread.apply(x_TD, order_R, back_R, top_k)
+
+
+def permute(x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
+    """Row r is `x_RD[order_R[r]]`; `back_R` is the inverse of the permutation `order_R`."""
+    return _Permute.apply(x_RD, order_R, back_R)
+
+
+def inverse(order_R: Tensor) -> Tensor:
+    """The permutation that undoes `order_R`."""
+    places_R = torch.arange(order_R.numel(), device=order_R.device, dtype=order_R.dtype)
+    return torch.empty_like(order_R).scatter_(0, order_R, places_R)
+
+
+def sort_by_expert(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of the pairs by expert, that order's inverse, both [R], and pairs of each expert, [E] int64.
+
+    Pairs of one expert stay in the order of the tokens; those of no expert (-1) come last. Nothing waits for the device.
+    """
+    flat_R = chosen_TK.flatten().to(torch.int32)
+    flat_R = torch.where(flat_R < 0, experts, flat_R)
+    sorted_R, order_R = flat_R.sort(stable=True)
+    bounds = torch.arange(experts + 1, device=flat_R.device, dtype=torch.int32)
+    return order_R, inverse(order_R), torch.searchsorted(sorted_R, bounds).diff()
+
+
+def weigh(y_RD: Tensor, weights_TK: Tensor) -> Tensor:
+    """Weighted sum of each token's K rows, which lie together; [T, D] in the rows' dtype."""
+    y_TKD = y_RD.unflatten(0, weights_TK.shape)
+    return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_RD.dtype))
+
+
+class LocalExchange:
+    """All experts are here.
+
+    Args:
+        drops: whether choices may be -1. Rows of no expert come last and are zeroed both ways, because a grouped
+            matmul leaves them as they were in memory.
+    """
+
+    def __init__(self, drops: bool = False) -> None:
+        self.drops = drops
+
+    def run(
+        self,
+        x_TD: Tensor,
+        chosen_TK: Tensor,
+        weights_TK: Tensor,
+        experts: int,
+        compute: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Weighted sum of each token's expert outputs, [T, D]; see `seams.Exchange`."""
+        order_R, back_R, counts_E = sort_by_expert(chosen_TK, experts)
+        x_RD = spread(x_TD, order_R, back_R, chosen_TK.shape[1])
+        if not self.drops:
+            return weigh(permute(compute(x_RD, counts_E), back_R, order_R), weights_TK)
+        nowhere_R1 = (chosen_TK.flatten().index_select(0, order_R) < 0).unsqueeze(1)
+        y_RD = compute(x_RD.masked_fill(nowhere_R1, 0.0), counts_E).masked_fill(nowhere_R1, 0.0)
+        return weigh(permute(y_RD, back_R, order_R), weights_TK)

@@ -1,0 +1,52 @@
+"""Root-mean-square norms, computed in fp32 whatever the activations are kept in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.model.seams import Alone, Tensors
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or the dtype of `x` where that has more."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is where it has more than that."""
+    return x.to(wide_dtype(x))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x`."""
+        return F.rms_norm(wide(x), (x.shape[-1],), wide(self.weight), self.eps).to(x.dtype)
+
+
+class SplitNorm(RMSNorm):
+    """The same norm over a last dim of which a tensor-parallel rank has a part: the mean is that of all parts."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
+        self.tensors: Tensors = Alone()
+
+    def splits(self) -> dict[str, int | None]:
+        """Dim of each parameter that tensor parallelism splits."""
+        return {"weight": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x`."""
+        if self.tensors.size == 1:
+            return super().forward(x)
+        full = wide(x)
+        mean = self.tensors.sum(full.square().sum(dim=-1, keepdim=True)) / (x.shape[-1] * self.tensors.size)
+        return (full * torch.rsqrt(mean + self.eps) * wide(self.weight)).to(x.dtype)

@@ -1,0 +1,134 @@
+"""AdamW (Loshchilov and Hutter 2019) over named shards, by torch's fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.training import OptimConfig
+from trainer.optim.common import Rate, check, chunk_of, device_of, gradient, moment_dtype, ranges, rate_of
+from trainer.optim.slots import Slot
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A slot with its moments, of the slot's shape."""
+
+    slot: Slot
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the kernel reads from the device: numbers in fp32."""
+
+    after: Tensor
+    """Steps applied, this one counted."""
+    divisor: Tensor
+    """Of gradients: 1 over the clipping factor."""
+    found: Tensor
+    """1 where nothing may move."""
+
+
+class AdamW:
+    """The protocol `trainer.optim.slots.Optimizer`, as torch.optim.AdamW computes it.
+
+    The kernel behind `torch.optim.AdamW(fused=True)`, which torch has for CPU and CUDA (ROCm) alike, is called on whole
+    lists of shards. It takes the clipping factor and the skip flag from the device, so nothing waits for them, and moves
+    32 bytes per parameter: value, gradient and two moments are each read and written once (it writes the clipped
+    gradient back). It is called directly, not through torch.optim.AdamW, because that keeps a count of steps for each
+    tensor; here there is one for all.
+
+    With bf16 moments, a few million elements at a time get fp32 copies of their moments, go through the same kernel, and
+    are rounded back: `common.moment_dtype` says with which error.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], optim: OptimConfig, width: int, device: torch.device | None = None
+    ) -> None:
+        """Moments of zero for `slots` of a model of `width`; `device` only matters where there is no slot."""
+        check(slots)
+        self._optim = optim
+        dtype = moment_dtype(optim, {"beta1": optim.beta1, "beta2": optim.beta2})
+        self.count = torch.zeros((), device=device or device_of(slots))
+        """Steps applied, a number in fp32."""
+        self._rows = [
+            _Row(slot, torch.zeros_like(slot.tensor, dtype=dtype), torch.zeros_like(slot.tensor, dtype=dtype))
+            for slot in slots
+        ]
+        self._groups: list[tuple[Rate, list[_Row]]] = []
+        for row in self._rows:
+            rate = rate_of(row.slot.kind, optim, width)
+            same = next((rows for other, rows in self._groups if other == rate), None)
+            if same is None:
+                self._groups.append((rate, same := []))
+            if row.slot.tensor.numel():
+                same.append(row)
+
+    @torch.no_grad()
+    def step(self, lr: float, factor: Tensor, skip: Tensor) -> None:
+        """Move the masters; see the protocol."""
+        numbers = self.numbers(factor, skip)
+        for rate, rows in self._groups:
+            gradients = [gradient(row.slot) for row in rows]
+            for lists in self._batches(rows, gradients):
+                move(lists, self._optim, lr * rate.scale, rate.decay, numbers)
+        self.count.add_(1 - numbers.found)
+
+    def state(self) -> Iterator[tuple[str, Tensor, Slot | None]]:
+        """Both moments of every slot, and the count of applied steps."""
+        for row in self._rows:
+            yield "exp_avg", row.mean, row.slot
+            yield "exp_avg_sq", row.square, row.slot
+        yield "optimizer/step", self.count, None
+
+    def numbers(self, factor: Tensor, skip: Tensor) -> Numbers:
+        """What the step to come tells the kernel."""
+        return Numbers(self.count + 1, factor.float().reciprocal(), skip.float())
+
+    @staticmethod
+    def _batches(rows: Sequence[_Row], gradients: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+        """Values, gradients, means and squares for one call of the kernel each: all, or no more than have scratch."""
+        if not rows or rows[0].mean.dtype == torch.float32:
+            tensors = [row.slot.tensor for row in rows]
+            yield [tensors, list(gradients), [row.mean for row in rows], [row.square for row in rows]]
+            return
+        batch: list[list[Tensor]] = [[], [], [], []]
+        filled, most = 0, chunk_of(gradients[0].device)
+        for row, grad in zip(rows, gradients, strict=True):
+            parts = [tensor.view(-1) for tensor in (row.slot.tensor, grad, row.mean, row.square)]
+            for start, end in ranges(grad.numel(), most):
+                if filled + end - start > most:
+                    yield batch
+                    batch, filled = [[], [], [], []], 0
+                for column, part in zip(batch, parts, strict=True):
+                    column.append(part[start:end])
+                filled += end - start
+        yield batch
+
+
+def move(
+    lists: Sequence[list[Tensor]], optim: OptimConfig, lr: float, decay: float, numbers: Numbers
+) -> None:
+    """One call of torch's kernel over lists of values, gradients, means and squares, all of one length and contiguous.
+
+    Args:
+        lr: learning rate, of any sign.
+        decay: weight decay.
+    """
+    values, gradients, means, squares = lists
+    if not values:
+        return
+    wide = [[moment.float() for moment in column] for column in (means, squares)]  # fp32 ones as they are
+    torch._fused_adamw_(
+        values, gradients, *wide, [], [numbers.after] * len(values),
+        lr=lr, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=decay,
+        amsgrad=False, maximize=False, grad_scale=numbers.divisor, found_inf=numbers.found,
+    )  # fmt: skip
+    if means[0].dtype != torch.float32:
+        torch._foreach_copy_(means, wide[0])
+        torch._foreach_copy_(squares, wide[1])

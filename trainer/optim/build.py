@@ -1,0 +1,34 @@
+"""The optimizer that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from configs.training import OptimConfig, Precision
+from trainer.optim.adamw import AdamW
+from trainer.optim.common import device_of
+from trainer.optim.lamb import Lamb
+from trainer.optim.muon import Muon
+from trainer.optim.slots import Optimizer, Peers, Slot
+
+
+def build(
+    optim: OptimConfig, width: int, slots: Sequence[Slot], peers: Peers, precision: Precision = "fp32"
+) -> Optimizer:
+    """The optimizer over a rank's slots, with moments of zero.
+
+    Args:
+        width: of the model, for `optim.base_width`.
+        slots: this rank's.
+        peers: all ranks of the stage, which build together.
+        precision: of the run. `bf16` lets Muon multiply in bf16 on GPUs, which have the units for it; on CPUs it is fp32.
+
+    Raises:
+        UserError: the moments' precision doesn't go with their decay.
+    """
+    if optim.kind == "muon":
+        fast = precision == "bf16" and device_of(slots).type == "cuda"
+        return Muon(slots, optim, width, peers, torch.bfloat16 if fast else torch.float32)
+    return Lamb(slots, optim, width, peers) if optim.kind == "lamb" else AdamW(slots, optim, width)

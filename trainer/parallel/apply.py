@@ -1,0 +1,209 @@
+"""A plain stage made parallel: seams, then parts of the parameters, recomputation, sharding over data-parallel ranks.
+
+All but sharding happens on the meta device, so no rank ever holds more than its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import RunConfig
+from trainer.model.block import Block
+from trainer.model.decoder import Stage
+from trainer.model.initial import initial
+from trainer.model.moe import Experts
+from trainer.model.seams import Micro
+from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
+from trainer.parallel.expert import ExpertParallel
+from trainer.parallel.mesh import Axis, Mesh
+from trainer.parallel.tensor import TensorParallel, VocabularyParallel
+from trainer.state import Box
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a rank holds of a parameter before data-parallel ranks shard it."""
+
+    box: Box
+    alike: bool
+    """Whether all tp ranks have the same, and each sees a part of the tokens: their gradients are summed."""
+    sparse: bool = False
+    """Whether it belongs to experts, which edp ranks share, not dp * cp."""
+
+
+def parallelize(stage: Stage, mesh: Mesh, config: RunConfig) -> dict[str, Cut]:
+    """Put a stage that is on the meta device into its place in the layout.
+
+    Returns:
+        By name, what this rank holds of each parameter.
+    """
+    whole = {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
+    _place_seams(stage, mesh, config)
+    cuts = {name: Cut(Box.all_of(whole[name]), alike=True) for name in whole}
+    for name, dim in stage.splits().items():
+        if dim is not None:
+            cuts[name] = Cut(_part(cuts[name].box, dim, mesh["tp"]), alike=False)
+    for name, (expert_dim, width_dim) in stage.expert_splits().items():
+        box = _part(cuts[name].box, expert_dim, mesh["ep"])
+        cuts[name] = Cut(_part(box, width_dim, mesh["etp"]), alike=False, sparse=True)
+    for name, cut in cuts.items():
+        _shrink(stage, name, cut.box.shape)
+    _recompute(stage, config.train.recompute)
+    return cuts
+
+
+def every_block(stage: Stage) -> list[Block]:
+    """Blocks of the stage, those of multi-token prediction last."""
+    blocks = [*stage.blocks.values(), *(prediction.block for prediction in stage.mtp)]
+    return [block for block in blocks if isinstance(block, Block)]
+
+
+def _place_seams(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
+    """Parallel seams where an axis has more than one rank; the local ones stay elsewhere."""
+    parallel = config.parallel
+    tp, cp, method = mesh["tp"], mesh["cp"], parallel.context
+    seams: dict[str, Any] = {}
+    if tp.size > 1:
+        seams["tensors"], seams["vocabulary"] = TensorParallel(tp), VocabularyParallel(tp)
+    if cp.size > 1:
+        seams["core"] = UlyssesContext(cp) if method == "ulysses" else GatherContext(cp)
+    if mesh["sample"].size > 1:
+        seams["samples"] = SharedSamples(mesh["sample"], method, cp.size, tp.size)
+    if mesh["ep"].size * mesh["etp"].size > 1:
+        seams["exchange"] = ExpertParallel(mesh["ep"], mesh["etp"])
+    for module in stage.modules():
+        for name, seam in seams.items():
+            if name in vars(module):
+                setattr(module, name, seam)
+
+
+def _part(box: Box, dim: int, axis: Axis) -> Box:
+    size = box.shape[dim] // axis.size
+    start = tuple(s + axis.index * size if d == dim else s for d, s in enumerate(box.start))
+    shape = tuple(size if d == dim else n for d, n in enumerate(box.shape))
+    return replace(box, start=start, shape=shape)
+
+
+def _shrink(stage: Stage, name: str, shape: tuple[int, ...]) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = stage.get_submodule(owner_name)
+    if tuple(getattr(owner, leaf).shape) != shape:
+        setattr(owner, leaf, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+def _recompute(stage: Stage, kind: str) -> None:
+    """Have blocks, or their feed-forward parts, computed again in the backward pass. Names of parameters stay."""
+    if kind == "none":
+        return
+    for block in every_block(stage):
+        if kind == "full":
+            block.forward = partial(_again, block.forward)  # type: ignore[method-assign]  # the names of parameters stay
+        else:
+            block.feed_forward = partial(_again, block.feed_forward)  # type: ignore[method-assign]  # likewise
+
+
+def _again(forward: Callable[..., Any], *arguments: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments)
+    micro = next(argument for argument in arguments if isinstance(argument, Micro))
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), micro.tally.again()
+
+    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+# ---- sharding over data-parallel ranks ----
+
+
+def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
+    """Shard a stage's parameters over dp * cp, its experts' over edp.
+
+    ZeRO 1 and 2 keep weights gathered from their first use in a step to the last; 3 gathers them for each use. A rank
+    that shares its parameters with nobody, in fp32, needs none of it.
+    """
+    bf16 = config.train.precision == "bf16"
+    if not bf16 and mesh["dp_cp"].size == mesh["edp"].size == 1:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    dense, sparse = _device_mesh(mesh, "dp_cp"), _device_mesh(mesh, "edp")
+    gather_again = config.parallel.zero == 3
+    for module in stage.modules():
+        if isinstance(module, Experts):
+            place = partial(_expert_shard, ranks=mesh["edp"].size)
+            fully_shard(
+                module,
+                mesh=sparse,
+                reshard_after_forward=gather_again,
+                mp_policy=policy,
+                shard_placement_fn=place,
+            )
+    for block in every_block(stage):
+        fully_shard(block, mesh=dense, reshard_after_forward=gather_again, mp_policy=policy)
+    fully_shard(stage, mesh=dense, reshard_after_forward=False, mp_policy=policy)
+    for module in sharded(stage):
+        # Losses are weighted by the samples of the whole step, so gradients add up.
+        module.set_gradient_divide_factor(1.0)
+        if hasattr(module, "set_force_sum_reduction_for_comms"):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded(stage: nn.Module) -> Iterator[FSDPModule]:
+    """The stage's FSDP modules."""
+    return (module for module in stage.modules() if isinstance(module, FSDPModule))
+
+
+def _device_mesh(mesh: Mesh, name: str) -> DeviceMesh:
+    return DeviceMesh.from_group(mesh[name].process_group, mesh.device.type)
+
+
+def _expert_shard(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Whole experts for each rank where they divide evenly, else an even cut of a width."""
+    if parameter.shape[0] % ranks == 0:
+        return None
+    even = [dim for dim in range(parameter.ndim - 1, 0, -1) if parameter.shape[dim] % ranks == 0]
+    return Shard(even[0]) if even else None
+
+
+def materialize(stage: Stage, cuts: dict[str, Cut], config: RunConfig, mesh: Mesh) -> None:
+    """Allocate this rank's shards on the device and give them their initial values."""
+    stage.to_empty(device=mesh.device)
+    with torch.no_grad():
+        for buffer in stage.buffers():
+            buffer.zero_()
+        for name, parameter in stage.named_parameters():
+            local, box = local_part(parameter, cuts[name], mesh)
+            local.copy_(initial(name, box, config.model, config.train.seed, mesh.device))
+    for module in sharded(stage):
+        # FSDP pads odd shards when it is first used; from then on the storage stays where it is.
+        module.unshard()
+        module.reshard()
+
+
+def local_part(parameter: Tensor, cut: Cut, mesh: Mesh) -> tuple[Tensor, Box]:
+    """This rank's live values of a parameter, and their box."""
+    box = cut.box
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), box
+    (placement,) = parameter.placements
+    assert isinstance(placement, Shard), placement
+    dim, axis = placement.dim, mesh["edp" if cut.sparse else "dp_cp"]
+    whole = box.shape[dim]
+    size = -(-whole // axis.size)
+    begin = min(axis.index * size, whole)
+    local = parameter.to_local().detach()
+    start = tuple(s + begin if d == dim else s for d, s in enumerate(box.start))
+    return local, replace(box, start=start, shape=tuple(local.shape))

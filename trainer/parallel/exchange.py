@@ -1,0 +1,115 @@
+"""Differentiable collectives. The gradient of each is the collective that undoes it.
+
+Shape letters: n ranks of the group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.parallel.mesh import Axis
+
+# torch 2.13 has new names for these two, and warns of the old ones, the only ones that 2.11 has.
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter_from = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The ranks' parts side by side along `dim`, without gradient."""
+    parts = x.new_empty((axis.size, *x.shape))
+    # Flat: gloo checks the first dims of both, and 0-d or empty tensors have none.
+    _gather_into(parts.flatten(), x.contiguous().flatten(), group=axis.process_group)
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's part along `dim` of the ranks' sum, without gradient."""
+    parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    out = parts.new_empty(parts.shape[1:])
+    _scatter_from(out.flatten(), parts.flatten(), group=axis.process_group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return all_gather(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(gradient, ctx.axis, ctx.dim), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return reduce_scatter(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(gradient, ctx.axis, ctx.dim), None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradient, ctx.axis), None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis
+    ) -> Tensor:
+        ctx.sends, ctx.receives, ctx.axis = sends, receives, axis
+        return all_to_all(x, sends, receives, axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """The ranks' sum, without gradient."""
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=axis.process_group)
+    return total
+
+
+def all_to_all(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:
+    """Rows to and from every rank, without gradient; None: equally many of all."""
+    rows = x.shape[0] if receives is None else sum(receives)
+    out = x.new_empty((rows, *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receives, sends, group=axis.process_group)
+    return out
+
+
+def gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The ranks' parts side by side along `dim`; its gradient is summed over the ranks and split."""
+    return _Gather.apply(x, axis, dim)
+
+
+def scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's part along `dim` of the ranks' sum; its gradient is gathered."""
+    return _Scatter.apply(x, axis, dim)
+
+
+def total(x: Tensor, axis: Axis) -> Tensor:
+    """The ranks' sum on all of them; its gradient is the sum of the ranks' gradients."""
+    return _Sum.apply(x, axis)
+
+
+def swap(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:
+    """Rows of dim 0 to and from every rank; its gradient goes the way back."""
+    return _AllToAll.apply(x, sends, receives, axis)

@@ -1,0 +1,100 @@
+"""Tensor and sequence parallelism: heads, inner widths and the vocabulary are split over tp; between the matmuls that need
+them whole, tokens are split instead (Korthikanti et al. 2022).
+
+Shape letters as in `trainer.model.seams`; s tokens of this rank's part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.parallel import exchange
+from trainer.parallel.mesh import Axis
+
+
+class TensorParallel:
+    """`trainer.model.seams.Tensors` over several ranks."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+        self.size, self.index = axis.size, axis.index
+
+    def enter(self, x_BsD: Tensor) -> Tensor:
+        """[B, s, D] to [B, S, D]."""
+        return exchange.gather(x_BsD, self._axis, 1)
+
+    def leave(self, x_BSD: Tensor) -> Tensor:
+        """Partial results [B, S, D] to their sum's part, [B, s, D]."""
+        return exchange.scatter(x_BSD, self._axis, 1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        return exchange.total(x, self._axis)
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part along `dim`."""
+        return x.chunk(self.size, dim)[self.index]
+
+
+class VocabularyParallel:
+    """`trainer.model.seams.Vocabulary` whose table is split by rows, each rank's part in order."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+
+    def embed(self, tokens_BS: Tensor, weight_vD: Tensor) -> Tensor:
+        """Each rank looks up the ids it has; the sum over the ranks is split by tokens, [B, s, D]."""
+        local = tokens_BS - self._axis.index * weight_vD.shape[0]
+        mine = (local >= 0) & (local < weight_vD.shape[0])
+        x_BSD = F.embedding(local.masked_fill(~mine, 0), weight_vD).masked_fill(~mine.unsqueeze(-1), 0.0)
+        return exchange.scatter(x_BSD, self._axis, 1)
+
+    def logits(self, x_BsD: Tensor, weight_vD: Tensor) -> Tensor:
+        """[B, S, V] on all ranks."""
+        part = F.linear(exchange.gather(x_BsD, self._axis, 1), weight_vD)
+        return exchange.gather(part, self._axis, 2)
+
+    def loss(self, x_BsD: Tensor, weight_vD: Tensor, targets_BS: Tensor) -> Tensor:
+        """This rank's share of the cross-entropies' sum: that of its part of the tokens, so that shares add up."""
+        logits_Tv = F.linear(exchange.gather(x_BsD, self._axis, 1), weight_vD).float().flatten(0, 1)
+        losses_T = _CrossEntropy.apply(logits_Tv, targets_BS.flatten(), self._axis)
+        mine = torch.zeros_like(targets_BS, dtype=torch.bool)
+        mine.chunk(self._axis.size, 1)[self._axis.index].fill_(True)
+        return (losses_T * (mine & (targets_BS >= 0)).flatten()).sum()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy by token over logits that are split by vocabulary. The gradient of a token's loss may be there on one
+    rank only; the backward pass sums it over the ranks, since each has a part of the token's logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_Tv: Tensor, targets_T: Tensor, axis: Axis) -> Tensor:
+        group = axis.process_group
+        top_T = logits_Tv.max(dim=1).values
+        dist.all_reduce(top_T, op=dist.ReduceOp.MAX, group=group)
+        shifted_Tv = logits_Tv - top_T[:, None]
+        exponent_Tv = shifted_Tv.exp()
+        local_T = targets_T - axis.index * logits_Tv.shape[1]
+        mine_T = (local_T >= 0) & (local_T < logits_Tv.shape[1])
+        local_T = local_T.masked_fill(~mine_T, 0)
+        chosen_T = shifted_Tv.gather(1, local_T[:, None]).squeeze(1).masked_fill(~mine_T, 0.0)
+        sums_2T = torch.stack([exponent_Tv.sum(dim=1), chosen_T])
+        dist.all_reduce(sums_2T, group=group)
+        ctx.save_for_backward(exponent_Tv / sums_2T[0][:, None], local_T, mine_T)
+        ctx.axis = axis
+        return sums_2T[0].log() - sums_2T[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None]:
+        softmax_Tv, local_T, mine_T = ctx.saved_tensors
+        gradient_T = gradient_T.contiguous().clone()
+        dist.all_reduce(gradient_T, group=ctx.axis.process_group)
+        out_Tv = softmax_Tv * gradient_T[:, None]
+        rows = torch.arange(out_Tv.shape[0], device=out_Tv.device)
+        out_Tv[rows, local_T] -= gradient_T * mine_T
+        return out_Tv, None, None

@@ -1,0 +1,267 @@
+"""What the trainer runs: the rules that a layout, an engine and a kind of model keep, each refused in one line.
+
+The sizes that keep the rules are functions of plain numbers. The layout search takes its sizes from them, and a refusal
+the nearest one to type, so neither says what the other doesn't. What the schema refuses by itself (experts over ep,
+expert groups over a stage's ranks, the batch over dp) isn't said again. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from configs.schema import ModelConfig, ParallelConfig, RunConfig
+
+FILLING = 4
+"""Micro-batches for each pipeline stage where the global batch is open: the first and last ones leave stages idle."""
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def nearest(value: int, legal: Sequence[int]) -> int:
+    """The legal size next to `value`, the smaller of two that are as near."""
+    return min(legal, key=lambda size: (abs(size - value), size))
+
+
+def chunks_of(parallel: ParallelConfig) -> int:
+    """Model chunks on each pipeline rank."""
+    return {"1f1b": 1, "interleaved": parallel.chunks, "zbv": 2}[parallel.schedule]
+
+
+def split_by_tp(model: ModelConfig) -> dict[str, int]:
+    """What tensor parallelism splits, by its field."""
+    found = {"model.heads": model.heads}
+    if model.attention != "mla":
+        found["model.kv_heads"] = model.kv_heads
+    if model.dense_layers:
+        found["model.dense_width"] = model.dense_width
+    if model.shared_width:
+        found["model.shared_width"] = model.shared_width
+    return found | {"model.vocab": model.vocab}
+
+
+def tensor_sizes(model: ModelConfig) -> list[int]:
+    """Sizes of tp that divide heads, widths and the vocabulary."""
+    return divisors(math.gcd(*split_by_tp(model).values()))
+
+
+def heads_of(model: ModelConfig) -> int:
+    """The most ranks that tp and Ulysses together can give heads to: mla makes keys for every head."""
+    return model.heads if model.attention == "mla" else math.gcd(model.heads, model.kv_heads)
+
+
+def context_sizes(model: ModelConfig, sequence: int, context: str, tp: int) -> list[int]:
+    """Sizes of cp whose ranks have equally many tokens, and equally many heads under Ulysses; tp divides their tokens."""
+    sizes = [cp for cp in divisors(sequence) if sequence // cp % tp == 0]
+    if context == "ulysses":
+        return [cp for cp in sizes if heads_of(model) % (tp * cp) == 0]
+    return [cp for cp in sizes if cp == 1 or sequence % (2 * cp) == 0]
+
+
+def micro_batches(config: RunConfig, samples: int | None) -> int | None:
+    """Micro-batches that each pipeline gets of so many samples; None where that is open, or the schema refuses it."""
+    dp = config.parallel.dp
+    if samples is None or dp is None:
+        return None
+    count, rest = divmod(samples, config.train.micro_batch * dp)
+    return None if rest else count
+
+
+def schedulable(parallel: ParallelConfig, count: int) -> bool:
+    """Whether a pipeline can be run with `count` micro-batches: one for each stage, or whole rounds where interleaved.
+
+    That is what the schedules of `torch.distributed.pipelining` ask for; `zbv` fills up what is missing.
+    """
+    pp = parallel.size("pp")
+    if pp == 1 or parallel.schedule == "zbv":
+        return True
+    return count > 0 and count % pp == 0 if parallel.schedule == "interleaved" else count >= pp
+
+
+# ---- refusals ----
+
+
+def _deepspeed(config: RunConfig) -> str | None:
+    if config.train.engine != "deepspeed":
+        return None
+    parallel, optim = config.parallel, config.optim
+    for axis in ("pp", "cp", "tp", "etp"):
+        size = parallel.size(axis)
+        if size != 1:
+            return (
+                f"parallel.{axis}={size} with train.engine=deepspeed, which runs dp and ep alone; "
+                f"set train.engine=native, or parallel.{axis}=1"
+            )
+    if parallel.zero == 3:
+        return (
+            "parallel.zero=3 with train.engine=deepspeed, which refuses expert layers under it; "
+            "set train.engine=native, or parallel.zero=2"
+        )
+    if optim.kind != "adamw":
+        return (
+            f"optim.kind={optim.kind} with train.engine=deepspeed, which has adamw; "
+            "set train.engine=native, or optim.kind=adamw"
+        )
+    if optim.moments != "fp32":
+        return (
+            f"optim.moments={optim.moments} with train.engine=deepspeed, which keeps them in fp32; "
+            "set train.engine=native, or optim.moments=fp32"
+        )
+    return None
+
+
+def _tensor(config: RunConfig) -> str | None:
+    model, tp = config.model, config.parallel.size("tp")
+    for field, size in split_by_tp(model).items():
+        if size % tp:
+            why = ", and cca convolves whole key heads" if model.attention == "cca" and "kv" in field else ""
+            return (
+                f"parallel.tp={tp} does not divide {field}={size}, which it splits{why}; "
+                f"set parallel.tp={nearest(tp, tensor_sizes(model))}"
+            )
+    return None
+
+
+def _expert(config: RunConfig) -> str | None:
+    model, parallel = config.model, config.parallel
+    etp = parallel.size("etp")
+    if model.expert_width % etp == 0:
+        return None
+    legal = divisors(model.expert_width)
+    if None not in (parallel.dp, parallel.cp, parallel.tp):
+        stage = parallel.size("dp") * parallel.size("cp") * parallel.size("tp")
+        legal = [size for size in legal if stage % (parallel.size("ep") * size) == 0] or [1]
+    return (
+        f"parallel.etp={etp} does not divide model.expert_width={model.expert_width}, which it splits; "
+        f"set parallel.etp={nearest(etp, legal)}"
+    )
+
+
+def _context(config: RunConfig) -> str | None:
+    model, parallel, sequence = config.model, config.parallel, config.data.sequence
+    cp, tp = parallel.size("cp"), parallel.size("tp")
+    legal = context_sizes(model, sequence, parallel.context, tp)
+    if cp in legal:
+        return None
+    unit = cp * tp * (2 if parallel.context == "gather" and cp > 1 else 1)
+    longer = -(-sequence // unit) * unit
+    if parallel.context == "ulysses" and heads_of(model) % (tp * cp):
+        field = "heads" if model.attention == "mla" or model.heads % (tp * cp) else "kv_heads"
+        size = model.heads if field == "heads" else model.kv_heads
+        start = f"parallel.cp={cp} with parallel.context=ulysses gives each rank 1/{tp * cp} of model.{field}={size}"
+        mend = (
+            f"set parallel.cp={nearest(cp, legal)}"
+            if legal and nearest(cp, legal) > 1
+            else "set parallel.context=gather"
+        )
+        return f"{start}, which tp*cp={tp * cp} does not divide; {mend}"
+    if sequence % cp or (parallel.context == "gather" and cp > 1 and sequence % (2 * cp)):
+        pieces = f"2*{cp} equal pieces" if parallel.context == "gather" else f"{cp} equal pieces"
+        start = f"parallel.cp={cp} cuts samples into {pieces}, and data.sequence={sequence} is no multiple of that"
+    else:
+        start = f"parallel.tp={tp} splits the data.sequence/cp={sequence // cp} tokens of a rank and does not divide them"
+    return f"{start}; set data.sequence={longer}" + (
+        f", or parallel.cp={nearest(cp, legal)}" if legal else ""
+    )
+
+
+def _schedule(config: RunConfig) -> str | None:
+    parallel = config.parallel
+    schedule, chunks = parallel.schedule, parallel.chunks
+    if schedule != "1f1b" and parallel.pp == 1:
+        return (
+            f"parallel.schedule={schedule} with parallel.pp=1, which is no pipeline; "
+            "set parallel.pp=2 or more, or parallel.schedule=1f1b"
+        )
+    if schedule == "interleaved" and chunks == 1:
+        return (
+            "parallel.chunks=1 with parallel.schedule=interleaved, which goes through several on each rank; "
+            "set parallel.chunks=2"
+        )
+    if schedule == "1f1b" and chunks > 1:
+        return (
+            f"parallel.chunks={chunks} with parallel.schedule=1f1b, which has one on each rank; "
+            "set parallel.chunks=1, or parallel.schedule=interleaved"
+        )
+    if schedule == "zbv" and chunks > 2:
+        return (
+            f"parallel.chunks={chunks} with parallel.schedule=zbv, whose V has two on each rank; "
+            "set parallel.chunks=2"
+        )
+    return None
+
+
+def _stages(config: RunConfig) -> str | None:
+    parallel, layers = config.parallel, config.model.layers
+    pp, chunks = parallel.size("pp"), chunks_of(parallel)
+    if pp * chunks <= layers:
+        return None
+    told = f"parallel.pp={pp}" + (f" times {chunks} chunks" if chunks > 1 else "")
+    start = f"{told} needs {pp * chunks} layers or more, model.layers={layers}"
+    if parallel.schedule == "interleaved" and layers // pp > 1:
+        return f"{start}; set parallel.chunks={layers // pp}"
+    if layers // chunks > 1:
+        return f"{start}; set parallel.pp={layers // chunks}"
+    if chunks > 1:
+        return f"{start}; set parallel.schedule=1f1b"
+    return f"{start}; set parallel.pp={layers}"
+
+
+def _filled(config: RunConfig) -> str | None:
+    parallel, train = config.parallel, config.train
+    pp, dp = parallel.size("pp"), parallel.dp
+    if dp is None:
+        return None
+    unit = train.micro_batch * dp
+    checked = -(-train.evaluate_samples // unit) * unit if train.evaluate_every else None
+    for field, samples in (
+        ("global_batch", train.global_batch), ("ramp_batch", train.ramp_batch), ("evaluate_samples", checked),
+    ):  # fmt: skip
+        count = micro_batches(config, samples)
+        rounds = parallel.schedule == "interleaved"
+        if count is not None and not schedulable(parallel, count):
+            least = nearest(count, [pp * n for n in range(1, count // pp + 2)]) if rounds else pp
+            takes = f"takes multiples of parallel.pp={pp}" if rounds else f"takes parallel.pp={pp} or more"
+            return (
+                f"train.{field}={getattr(train, field)} gives each pipeline {count} of train.micro_batch="
+                f"{train.micro_batch} samples, and parallel.schedule={parallel.schedule} {takes}; "
+                f"set train.{field}={least * unit}"
+            )
+    return None
+
+
+def _predicted(config: RunConfig) -> str | None:
+    depth, sequence = config.model.mtp_layers, config.data.sequence
+    if depth < sequence:
+        return None
+    return (
+        f"model.mtp_layers={depth} predicts further than data.sequence={sequence} reaches; "
+        f"set model.mtp_layers={sequence - 1} or less"
+    )
+
+
+RULES: tuple[Callable[[RunConfig], str | None], ...] = (
+    _deepspeed, _tensor, _expert, _context, _schedule, _stages, _filled, _predicted,
+)  # fmt: skip
+
+
+def refusal(config: RunConfig) -> str | None:
+    """Why the trainer doesn't run a configuration, and the nearest that it runs; None where it does. Open axes are 1."""
+    return next((why for rule in RULES if (why := rule(config))), None)
+
+
+def advice(config: RunConfig) -> str | None:
+    """What runs but wastes much; None where nothing does."""
+    parallel = config.parallel
+    pp, count = parallel.size("pp"), micro_batches(config, config.train.global_batch)
+    if pp == 1 or parallel.dp is None or count is None or count >= 2 * pp:
+        return None
+    more = FILLING * pp * config.train.micro_batch * parallel.dp
+    return (
+        f"{count} micro-batches for parallel.pp={pp} stages leave each idle for much of a step; "
+        f"set train.global_batch={more}, or a smaller train.micro_batch"
+    )
