@@ -6,7 +6,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check bench docs install clean
+.PHONY: demo test check mutants long bench docs install clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,10 +20,11 @@ demo: install
 	$(BIN)/python -m orchestrator submit experiment=demo --yes
 	@echo 'Ray is still up: `$(BIN)/python -m orchestrator down` ends it.'
 
-# Fast tests side by side, then those that need the whole machine one after the other.
+# Fast tests side by side, then the files of tests that start a few ranks, then what needs the whole machine.
 test: install
 	$(PYTEST) -q -n 2 -m 'unit or sim'
-	$(PYTEST) -q -m 'not unit and not sim'
+	$(PYTEST) -q -n 2 --dist loadfile -m 'not unit and not sim' tests/trainer tests/faulttol
+	$(PYTEST) -q -m 'not unit and not sim' --ignore tests/trainer --ignore tests/faulttol
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[dev]'
@@ -34,6 +35,15 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -q tests/test_architecture.py tests/test_budgets.py tests/test_knobs.py
+
+# Plants every defect of tests/mutants alone, and wants each found by its test.
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
+
+# What takes too long for every commit: all layouts, and a run that is stopped and resumed ten times.
+long: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.grid
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.stop_and_go
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench

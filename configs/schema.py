@@ -171,7 +171,7 @@ class RunConfig(Section):
         if train.global_batch is not None and train.global_batch % train.ramp_batch:
             raise ValueError(
                 f"train.ramp_batch={train.ramp_batch} does not divide train.global_batch={train.global_batch}; "
-                "the batch grows in multiples of it"
+                f"the batch grows in multiples of it: use {math.gcd(train.ramp_batch, train.global_batch)}"
             )
         if dp is not None and train.ramp_batch % (train.micro_batch * dp):
             raise ValueError(

@@ -10,6 +10,8 @@ from configs.section import Fraction, NonNegative, Positive, Section
 
 Precision = Literal["fp32", "bf16"]
 EngineName = Literal["native", "deepspeed"]
+SLOWEST_BF16 = 1 - 2.0**-7
+"""Largest decay of a bf16 moment: one that loses less than 1/128 of itself in a step may round back to what it was."""
 
 
 class DataConfig(Section):
@@ -46,7 +48,7 @@ class DataConfig(Section):
             )
         if self.keep_fraction < 1 and self.score_field is None:
             raise ValueError(
-                f"data.keep_fraction={self.keep_fraction} needs data.score_field, the column of the score"
+                f"data.keep_fraction={self.keep_fraction} needs the column of the score; type data.score_field=NAME"
             )
         return self
 
@@ -89,6 +91,17 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        slow = [name for name in ("beta1", "beta2", "momentum") if getattr(self, name) > SLOWEST_BF16]
+        if self.moments == "bf16" and slow and (slow != ["momentum"] or self.kind == "muon"):
+            raise ValueError(
+                f"optim.{slow[0]}={getattr(self, slow[0])} with optim.moments=bf16: bf16 rounds away what a step takes off "
+                "such a moment, so it never falls; type optim.moments=fp32, or a decay of at most 0.99"
+            )
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"optim.decay_steps={self.decay_steps} is of optim.schedule=wsd, and optim.schedule={self.schedule}; set "
+                "optim.schedule=wsd, or leave optim.decay_steps out"
+            )
         if self.min_lr > self.lr:
             raise ValueError(
                 f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; the schedule falls from lr to min_lr"
@@ -127,6 +140,15 @@ class TrainConfig(Section):
     """Seed of weights and of the sample order."""
     log_every: Positive = 1
     """Steps between metric lines."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.ramp_steps and self.ramp_batch is None:
+            raise ValueError(
+                f"train.ramp_steps={self.ramp_steps} says how long the batch grows, but not from which size; set "
+                "train.ramp_batch, or leave train.ramp_steps out"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -62,8 +62,7 @@ def submit(call: Call) -> int:
     """Plan, show, ask, queue, follow."""
     config = compose(call.overrides, call.config_file)
     call.home.ensure()
-    if config.workload == "train":
-        _check_training(config)
+    notes = _check_training(config) if config.workload == "train" else []
     address = _running(call)
     if address:
         ray_cluster.connect(address)
@@ -72,7 +71,7 @@ def submit(call: Call) -> int:
             config, plan(config, _capacity(config, address), strict=True), call.options.priority
         )
         tree = submission.plan.to_json()
-        call.note(console.plan_table(tree))
+        call.note("\n".join([console.plan_table(tree), *notes]))
         if call.options.dry_run:
             call.say("dry run: nothing was started", {"plan": tree})
             return 0
@@ -93,14 +92,15 @@ def submit(call: Call) -> int:
     return watch(call, paths.run_id)
 
 
-def _check_training(config: RunConfig) -> None:
-    """Refuse before the queue what every rank would refuse after it."""
+def _check_training(config: RunConfig) -> list[str]:
+    """Refuse before the queue what every rank would refuse after it; what of the data is left out."""
     refusal = trainable(config)
     if refusal:
         raise UserError(refusal)
-    prepare.check(config.data, config.model.vocab)
+    notes = prepare.check(config.data, config.model.vocab)
     if config.checkpoint.path:
         check_writable(config.checkpoint.path)
+    return notes
 
 
 def _running(call: Call) -> str | None:

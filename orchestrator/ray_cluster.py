@@ -235,6 +235,18 @@ _CHATTER = (" -- Runtime env is setting up.", "Running entrypoint for job ")
 """What Ray itself puts into a job's log."""
 
 
+def _submit_job(client: JobSubmissionClient, entrypoint: str, environment: dict[str, Any]) -> str:
+    """Submit a job. A cluster that has just come up answers before its agents do, so that is asked again for a while."""
+    for wait in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            time.sleep(wait)
+    return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+
+
 def forward(
     url: str, arguments: Sequence[str], code: Path, variables: dict[str, str], write: Callable[[str], object]
 ) -> int:
@@ -248,12 +260,11 @@ def forward(
     """
     for name in ("ray._private", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    entrypoint = " ".join(["python", "-m", "orchestrator", *map(shlex.quote, arguments)])
+    environment = {"working_dir": str(code), "excludes": _EXCLUDED, "env_vars": variables}
     try:
         client = JobSubmissionClient(url)
-        job = client.submit_job(
-            entrypoint=" ".join(["python", "-m", "orchestrator", *map(shlex.quote, arguments)]),
-            runtime_env={"working_dir": str(code), "excludes": _EXCLUDED, "env_vars": variables},
-        )
+        job = _submit_job(client, entrypoint, environment)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"--address '{url}': no Ray dashboard answers there ({first})") from None

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ import collectives.cli
 import trainer.cli
 from configs.compose import compose
 from configs.errors import UserError
+from configs.schema import RunConfig
 from orchestrator.cli import parse
 from orchestrator.states import table
 from tests.source_tree import ROOT
@@ -21,7 +23,9 @@ from tests.write_docs import ARCHITECTURE, state_table, with_state_table
 pytestmark = pytest.mark.unit
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-_COMMAND = re.compile(r"python -m (orchestrator|collectives|trainer) +([a-z][^\n`#&|;]*)")
+_COMMAND = re.compile(
+    r"(?:python|torchrun\b[^\n`]*) -m (orchestrator|collectives|trainer) +([a-z][^\n`#&|;]*)"
+)
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
@@ -68,6 +72,66 @@ def test_every_target_that_a_page_names_is_in_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         assert set(re.findall(r"(?:`|^)make ([a-z]+)", page.read_text(), re.MULTILINE)) <= targets, page.name
+
+
+def modules(text: str) -> set[str]:
+    """Modules of the tests that a page has run by hand."""
+    return set(re.findall(r"python -m (tests(?:\.\w+)+)", text))
+
+
+def missing_modules(text: str) -> list[str]:
+    """Those that aren't there."""
+    names = [name.replace(".", "/") for name in sorted(modules(text))]
+    return [n for n in names if not ((ROOT / f"{n}.py").is_file() or (ROOT / n / "__main__.py").is_file())]
+
+
+_FIELD = re.compile(
+    r"`(model|hardware|cluster|parallel|data|optim|train|checkpoint|resilience|tracking)\.([a-z_.]+)"
+)
+
+
+def unknown_fields(text: str) -> list[str]:
+    """Fields that a page names in code, and the schema lacks."""
+    return [f"{group}.{name}" for group, name in _FIELD.findall(text) if not _has(group, name.rstrip("."))]
+
+
+def _has(group: str, name: str) -> bool:
+    section: Any = RunConfig.model_fields[group].annotation
+    for part in name.split("."):
+        if part not in getattr(section, "model_fields", {}):
+            return False
+        section = section.model_fields[part].annotation
+    return True
+
+
+_FILE = re.compile(r"`((?:configs|collectives|faulttol|trainer|orchestrator|tests|docs)/[\w/]+\.py)`")
+
+
+def missing_files(text: str) -> list[str]:
+    """Files of the tree that a page names in code, and that aren't there."""
+    return [name for name in _FILE.findall(text) if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_fields_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    assert missing_modules(text) == [] and unknown_fields(text) == [] and missing_files(text) == []
+
+
+def test_a_wrong_module_field_or_file_would_be_found() -> None:
+    text = "`python -m tests.trainer.grids`, `python -m tests.mutants`, `train.engine=native`, `train.motor=native`, "
+    text += "`model.router.kind`, `model.router.sort`, `trainer/loop.py`, `trainer/engine.py`"
+    assert missing_modules(text) == ["tests/trainer/grids"]
+    assert unknown_fields(text) == ["train.motor", "model.router.sort"]
+    assert missing_files(text) == ["trainer/engine.py"]
+
+
+def test_fields_of_the_table_of_models_exist() -> None:
+    """They stand in a column of their own, without `model.` before them."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\|[^|]*\|[^|]*\| *((?:`[a-z_.]+`(?:, )?)+) *\|$", page, re.MULTILINE)
+    fields = [field for row in rows for field in re.findall(r"`([a-z_.]+)`", row)]
+    assert len(fields) > 10 and [field for field in fields if not _has("model", field)] == []
 
 
 def test_the_state_table_is_the_one_in_the_code() -> None:

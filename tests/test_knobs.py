@@ -24,7 +24,8 @@ from tests.source_tree import Module, modules, write_tree
 pytestmark = pytest.mark.unit
 
 SCHEMA = (
-    "configs/schema.py", "configs/model.py", "configs/training.py", "configs/section.py", "configs/fabric.py", "configs/timeouts.py", "configs/hardware.py",
+    "configs/schema.py", "configs/model.py", "configs/training.py", "configs/section.py", "configs/fabric.py",
+    "configs/timeouts.py", "configs/hardware.py",
 )  # fmt: skip
 """Where fields are declared and checked, which isn't reading them."""
 Model = type[BaseModel]

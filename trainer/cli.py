@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -289,6 +290,7 @@ def _run(file: Path | None, overrides: list[str]) -> int:
     die_with_parent(os.environ)
     config = load(file) if file is not None and not overrides else compose(overrides, file)
     world = RankContext.from_environment(os.environ, default_home() / "runs" / "torchrun").world
+    _refuse(config, world)
     if config.parallel.open or None in (
         config.parallel.dp,
         config.train.global_batch,
@@ -305,6 +307,21 @@ def _run(file: Path | None, overrides: list[str]) -> int:
 
     train(config, rank)
     return 0
+
+
+def _refuse(config: RunConfig, world: int) -> None:
+    """Refuse a layout that can't run, or not on so many ranks, in the words of who starts ranks by hand."""
+    from trainer.sizing.runnable import refusal
+
+    why = refusal(config)
+    if why:
+        raise UserError(why)
+    ranks = math.prod(config.parallel.size(axis) for axis in ("pp", "dp", "cp", "tp"))
+    if world < ranks or (config.parallel.dp is not None and world != ranks and not config.parallel.open):
+        raise UserError(
+            f"parallel.pp*dp*cp*tp={ranks} ranks are laid out, but {world} {'was' if world == 1 else 'were'} started; "
+            f"start {ranks}: torchrun --nproc-per-node {ranks} -m trainer run ..."
+        )
 
 
 def _folder(config: RunConfig) -> str:

@@ -142,7 +142,7 @@ class _Job:
             self.progress.loss, path = found.loss, found.path
             self.progress.ahead = found.samples - samples_before(self.config.train, found.step)
             notes = [*notes, *found.notes]
-        for note in notes:
+        for note in notes if self.rank.rank == 0 else ():
             print(note, file=sys.stderr)
         basis = flops.basis(self.config.hardware, str(self.config.train.precision))
         self._write(ResumedLine(time.time(), self.rank.attempt, self.progress.step, path, basis, self.facts))
@@ -238,10 +238,20 @@ class _Job:
                 skipped=skipped,
             )
         )
+        self._tell(loss, rate, seconds)
         if in_a_row >= self.config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={self.config.train.max_skipped}: the gradients of the last {in_a_row} steps weren't "
                 f"finite, so nothing moved since step {progress.step - in_a_row}; lower optim.lr={self.config.optim.lr:g}"
+            )
+
+    def _tell(self, loss: float, rate: float, seconds: float) -> None:
+        """A line for a person, where no gang's console reads the metric lines."""
+        if self.rank.rank == 0 and "MEGARAY_PARENT" not in os.environ:
+            step, steps = self.progress.step, self.config.train.steps
+            print(
+                f"step {step}/{steps} | loss {loss:.4f} | {rate:,.0f} tok/s | {seconds:.3f} s/step",
+                flush=True,
             )
 
     def _mfu(self, tokens_per_second: float) -> float | None:

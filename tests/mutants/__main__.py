@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [--only TEXT] [--jobs N]`: plant every defect of the lists alone; exit code 1 where one lives."""
+"""`python -m tests.mutants [--only TEXT] [--jobs N]`: plant every defect of the lists; exit code 1 where one lives."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def broken(answer: dict[str, Any], ids: Sequence[str]) -> list[str]:
     """What is wrong with a run of the unmutated tree: tests that failed, or of which nothing passed."""
     lines = [f"{test} fails without a mutant ({phase}): {why}" for test, phase, why in answer["failed"]]
     if answer["code"] and not lines:
-        lines.append(f"the tests end with exit code {answer['code']} without a mutant")
+        lines += answer["said"] or [f"the tests end with exit code {answer['code']} without a mutant"]
     if not lines:
         passed = [name.partition("[")[0] for name in answer["passed"]] + answer["passed"]
         lines = [f"{test} doesn't run: it is skipped or misspelt" for test in ids if test not in passed]

@@ -1,10 +1,10 @@
 """A process that has loaded what tests need from other projects, and forks for each order: `python nursery.py` as a script.
 
-An order is a line of JSON: `tree`, the folder to run in, `tests`, their ids, `words` for
-pytest, and `limit`, seconds. Its answer is one too:
-`code`, pytest's exit code (-1 past the limit, else minus the signal), `passed` ids, and `failed`: id, phase, and what was
-raised. Nothing of the project is loaded here, so a forked child imports all of it from `tree`, as do the children that it
-starts. Standard output carries the answers alone; a child's own goes to a file `log` in the tree.
+An order is a line of JSON: `tree`, the folder to run in, `tests`, their ids, `words` for pytest, and `limit`, seconds.
+Its answer is one too: `code`, pytest's exit code (-1 past the limit, else minus the signal), `passed` ids, `failed`: id,
+phase, and what was raised; and `said`, pytest's own errors. Nothing of the project is loaded here, so a forked child
+imports all of it from `tree`, as do the children that it starts. Standard output carries the answers alone; a child's own
+goes to a file `log` in the tree.
 """
 
 from __future__ import annotations
@@ -57,15 +57,20 @@ def _child(order: dict[str, Any], answer: int) -> None:
     os.chdir(order["tree"])
     sys.path[:] = [order["tree"], *(path for path in sys.path if path != str(Path(__file__).parent))]
     os.environ["PYTHONPATH"] = order["tree"]
+    import multiprocessing
+
     import pytest
 
+    # This process is young enough to be forked, so a test's ranks needn't load everything again.
+    multiprocessing.set_start_method("fork")
     notes = Notes()
     words = ["-q", "-p", "no:cacheprovider", "--rootdir", order["tree"], *order["words"], *order["tests"]]
     code = pytest.main(words, plugins=[notes])
-    found = {"code": int(code), "passed": notes.passed, "failed": notes.failed}
+    sys.stdout.flush()
+    said = [line for line in Path(order["tree"], "log").read_text().splitlines() if line.startswith("ERROR")]
+    found = {"code": int(code), "passed": notes.passed, "failed": notes.failed, "said": said}
     os.write(answer, json.dumps(found).encode() + b"\n")
     os.close(answer)
-    sys.stdout.flush()
     os._exit(0)
 
 
@@ -95,7 +100,7 @@ def _run(order: dict[str, Any]) -> dict[str, Any]:
     _, status = os.waitpid(child, 0)
     if late or not text:
         code = -1 if late else -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return {"code": code, "passed": [], "failed": []}
+        return {"code": code, "passed": [], "failed": [], "said": []}
     answer: dict[str, Any] = json.loads(text)
     return answer
 

@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from configs.compose import compose
 from configs.library_environment import Applied
 from configs.schema import RunConfig
+from tests.trainer.families import FAMILIES as FAMILIES
 from tests.trainer.families import SEQUENCE, batches, family
 from trainer.parallel.mesh import assemble
 
@@ -139,6 +140,11 @@ QUICK = (
     "deepseek dp=2 tp=2 ep=4 micro_batch=2 kind=muon", "zaya dp=2 pp=2 ep=2 micro_batch=2 kind=muon",
 )  # fmt: skip
 """What `--quick` runs, by the beginning of a case's name: every axis, family and ZeRO stage, up to four ranks."""
+
+
+def quick() -> list[Case]:
+    """The cases of `--quick`."""
+    return [case for case in cases() if case.name.startswith(QUICK) and case.ranks <= 4]
 
 
 def config_of(case: Case, steps: int) -> RunConfig:
@@ -285,9 +291,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="eleven layouts up to four ranks, six steps")
     parser.add_argument("--only", help="cases whose name holds this text")
     options = parser.parse_args()
-    todo = cases()
-    if options.quick:
-        todo = [case for case in todo if case.name.startswith(QUICK) and case.ranks <= 4]
+    todo = quick() if options.quick else cases()
     if options.only:
         todo = [case for case in todo if options.only in case.name]
     count, worst = run(todo, QUICK_STEPS if options.quick else STEPS)

@@ -21,10 +21,11 @@ class RankFailed(RuntimeError):
 
 
 class RankPool:
-    """Processes of which the first few do a piece of work together. After one has failed all are started anew."""
+    """Processes that do pieces of work together, started when they are first needed. After one has failed all are started
+    anew. They come from the program's default start method where it has set one, else from a fork server."""
 
-    def __init__(self, size: int) -> None:
-        self._size, self._number = size, 0
+    def __init__(self) -> None:
+        self._number = 0
         self._pipes: list[Connection] = []
         self._workers: list[Any] = []
 
@@ -36,8 +37,8 @@ class RankPool:
         Raises:
             RankFailed: with the rank's traceback.
         """
-        if not self._workers:
-            self._start()
+        for rank in range(len(self._workers), world):
+            self._start(rank)
         self._number += 1
         pipes = self._pipes[:world]
         for pipe in pipes:
@@ -57,17 +58,20 @@ class RankPool:
                 found[pipes.index(pipe)] = value  # type: ignore[arg-type]
         return [found[rank] for rank in range(world)]
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.trainer.seam_checks"])
-        self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for rank in range(self._size):
-            here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, self._server.port, there), daemon=True)
-            worker.start()
-            there.close()
-            self._pipes.append(here)
-            self._workers.append(worker)
+    def _start(self, rank: int) -> None:
+        context: Any = multiprocessing.get_context(
+            multiprocessing.get_start_method(allow_none=True) or "forkserver"
+        )
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(["tests.trainer.seam_checks"])
+        if rank == 0:
+            self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        here, there = context.Pipe()
+        worker = context.Process(target=_serve, args=(rank, self._server.port, there), daemon=True)
+        worker.start()
+        there.close()
+        self._pipes.append(here)
+        self._workers.append(worker)
 
     def _fail(self, why: str) -> None:
         self.end()

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -138,101 +137,6 @@ def test_parquet_in_blocks_is_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(found) > 20 and [b.first for b in found][:2] == [1, 1 + len(found[0].data[0])]
     assert [b.ends for b in found] == [False] * (len(found) - 1) + [True]
     assert [text.decode() for b in found for text in b.data[0]] == texts
-
-
-# ---- folders and links ----
-
-
-def _hub(folder: Path) -> Path:
-    """A dataset as a hub lays it out."""
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "train-0.parquet").write_bytes(_parquet(TEXTS))
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Card")
-    (folder / "LICENSE").write_text("Permission is granted")
-    (folder / "dataset_infos.json").write_text('{"default": {"features": {}}}')
-    (folder / ".gitattributes").write_text("*.parquet filter=lfs")
-    return folder
-
-
-def test_a_dataset_folder_gives_its_rows(tmp_path: Path) -> None:
-    store = _prepare(_hub(tmp_path / "hub"), tmp_path)
-    assert store.tokens.tobytes() == WANTED
-    (note,) = store.notes
-    assert "took 1 parquet file, left out what lies beside: LICENSE, README.md, dataset_infos.json" in note
-
-
-def test_a_folder_of_texts_leaves_out_what_is_about_it(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "README").write_text("about the texts")
-    (folder / "a.txt").write_text("alpha alpha")
-    (folder / "sub" / "README.md").write_text("a text as any other")
-    store = _prepare(folder, tmp_path)
-    assert store.tokens.tobytes() == b"alpha alpha\0a text as any other\0"
-    assert "took 2 text files, left out what lies beside: README" in store.notes[0]
-
-
-def test_a_folder_of_nothing_but_readmes_is_read(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "README.md").write_text("all there is")
-    assert _prepare(tmp_path / "data", tmp_path).tokens.tobytes() == b"all there is\0"
-
-
-def test_what_is_named_is_read_whatever_it_is_called(tmp_path: Path) -> None:
-    folder = _hub(tmp_path / "hub")
-    assert _prepare(folder / "LICENSE", tmp_path).tokens.tobytes() == b"Permission is granted\0"
-    assert _prepare(f"{folder}/*E", tmp_path).documents == 1
-
-
-@pytest.mark.parametrize("other", ["b.jsonl", "b.txt"])
-def test_a_folder_of_several_kinds_is_refused(tmp_path: Path, other: str) -> None:
-    folder = _hub(tmp_path / "hub")
-    (folder / other).write_text('{"text": "x"}\n' * 1000)
-    kind = {"b.jsonl": "1 jsonl", "b.txt": "1 text"}[other]
-    with pytest.raises(
-        UserError, match=rf"several kinds: 1 parquet .* and {kind} .*such as '\*\*/\*.parquet'"
-    ):
-        check(_config(folder), 256)
-
-
-def test_links_are_followed(tmp_path: Path) -> None:
-    """As in a hub's cache, whose snapshots are links into its blobs; beside files, to folders, and in rings."""
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "0123").write_bytes(ROWS)
-    folder = tmp_path / "snapshots" / "abc"
-    folder.mkdir(parents=True)
-    (folder / "a.jsonl").symlink_to("../../blobs/0123")
-    assert _prepare(folder, tmp_path).tokens.tobytes() == WANTED
-    assert _prepare(folder / "a.jsonl", tmp_path).tokens.tobytes() == WANTED
-    assert _prepare(f"{folder}/*.jsonl", tmp_path).tokens.tobytes() == WANTED
-    (folder / "b.jsonl").write_bytes(ROWS)
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "c.jsonl").write_bytes(ROWS)
-    (folder / "linked").symlink_to(tmp_path / "more")
-    (folder / "ring").symlink_to(folder.parent)
-    assert _prepare(folder, tmp_path).tokens.tobytes() == WANTED * 3
-
-
-@pytest.mark.parametrize("path", ["", "gone.jsonl", "*.jsonl"])
-def test_a_broken_link_is_named(tmp_path: Path, path: str) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.jsonl").write_bytes(ROWS)
-    (tmp_path / "data" / "gone.jsonl").symlink_to("../blobs/0123")
-    with pytest.raises(
-        UserError, match=r"data/gone.jsonl is a broken link to ../blobs/0123; bring the file back"
-    ):
-        check(_config(tmp_path / "data" / path), 256)
-
-
-def test_a_folder_on_another_file_system(tmp_path: Path) -> None:
-    for name, content in (("a.jsonl.zst", _zstd(ROWS)), ("README.md", b"about")):
-        with fsspec.open(f"memory://set/{name}", "wb") as file:
-            file.write(content)
-    try:
-        store = _prepare("memory://set", tmp_path)
-    finally:
-        fsspec.filesystem("memory").store.clear()
-    assert store.tokens.tobytes() == WANTED and "left out what lies beside: README.md" in store.notes[0]
 
 
 # ---- what is refused ----

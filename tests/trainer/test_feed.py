@@ -105,16 +105,14 @@ def test_pipelines_get_validation_in_multiples_of_their_stages(text: Path) -> No
     assert len(batches) == 4 and samples == 8
 
 
-def test_a_mixture_is_dealt_out_by_its_weights(text: Path) -> None:
+def test_a_mixture_is_dealt_out_by_its_weights(text: Path, tmp_path: Path) -> None:
     config, _ = _feed(text)
-    paths = [text / "00.txt", text / "25.txt"]
-    for path in paths:
-        path.with_suffix(".long").write_text(path.read_text()[:1] * 400)
-    weights = {
-        str(path.with_suffix(".long")): weight for path, weight in zip(paths, (0.75, 0.25), strict=True)
-    }
+    weights = {}
+    for letter, weight in (("a", 0.75), ("z", 0.25)):
+        (tmp_path / letter).write_text(letter * 400)
+        weights[str(tmp_path / letter)] = weight
     data = config.data.model_copy(update={"path": None, "mixture": weights})
-    feed = Feed.prepare(config.model_copy(update={"data": data}), text.parent / "cache")
+    feed = Feed.prepare(config.model_copy(update={"data": data}), tmp_path / "cache")
     with feed.started(0, 0, Place(0, 1), CPU):
         firsts = [row[0] if row[0] else row[1] for _ in range(5) for row in _rows(feed.batches())]
     assert firsts.count(ord("a")) == 30 and firsts.count(ord("z")) == 10

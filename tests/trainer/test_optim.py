@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from configs.errors import UserError
 from configs.training import OptimConfig
 from tests.trainer.optim_cases import CONFIGS, PARAMETERS, SKIPPED, STEPS, WIDTH, Rank, gathered
 from tests.trainer.optim_maths import expected
@@ -174,12 +174,11 @@ def test_bf16_moments_stay_near(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "field"), [("adamw", "beta2"), ("lamb", "beta1"), ("muon", "momentum")])
 def test_a_bf16_moment_that_could_not_fall_is_refused(kind: str, field: str) -> None:
-    optim = OptimConfig(kind=kind, moments="bf16", **{field: 0.999})  # type: ignore[arg-type]
     with pytest.raises(
-        UserError, match=rf"optim.{field}=0.999 with optim.moments=bf16: .* type optim.moments=fp32"
-    ) as e:
-        made(optim, slot(torch.randn(2, 2), "matrix"))
-    assert "\n" not in str(e.value)
+        ValidationError, match=rf"optim.{field}=0.999 with optim.moments=bf16: .* type optim.moments=fp32"
+    ):
+        OptimConfig(kind=kind, moments="bf16", **{field: 0.999})  # type: ignore[arg-type]
+    OptimConfig(kind="adamw", moments="bf16", momentum=0.999)  # which AdamW hasn't
     moment = torch.ones((), dtype=torch.bfloat16)
     assert (moment.float() * 0.999).bfloat16() == moment and (moment.float() * 0.99).bfloat16() < moment
 

@@ -28,7 +28,8 @@ TABLES = {
 
 
 def optim(schedule: str, **fields: object) -> OptimConfig:
-    given = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 4, "decay_steps": 3} | fields
+    decay = {"decay_steps": 3} if schedule == "wsd" else {}
+    given = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 4} | decay | fields
     return OptimConfig(schedule=schedule, **given)  # type: ignore[arg-type]
 
 

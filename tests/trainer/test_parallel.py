@@ -23,7 +23,7 @@ methods = pytest.mark.parametrize("method", ["gather", "ulysses"])
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
+    pool = RankPool()
     yield pool
     pool.end()
 
@@ -156,7 +156,7 @@ def test_evaluation_is_the_loss_and_moves_nothing(ranks: RankPool, layout: dict[
 
 
 def test_a_rank_that_fails_is_told_and_the_next_work_is_done() -> None:
-    pool = RankPool(2)
+    pool = RankPool()
     try:
         with pytest.raises(RankFailed, match="rank 1: no such check"):
             pool.run(2, _failing, 1)

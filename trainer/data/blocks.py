@@ -61,8 +61,7 @@ def blocks(source: Source, fields: Fields) -> Iterator[Block]:
         UserError: for a file that can't be read, is no text, or lacks a column.
     """
     try:
-        with source.open() as file:
-            packed, kind = content.inspect(source.path, file)
+        packed, kind = source.inspect()
         with source.open() as file:  # anew: an unpacker may have closed the first one
             if kind == "parquet":
                 yield from _parquet(source, file, fields)
@@ -70,9 +69,7 @@ def blocks(source: Source, fields: Fields) -> Iterator[Block]:
                 cut = _lines if kind == "jsonl" else _pieces
                 yield from cut(source.path, file, content.unpack(file, packed))
     except content.FAULTS as error:
-        raise UserError(
-            f"{source.path} can't be read: {error}; mend it or leave it out of data.path"
-        ) from None
+        raise content.damaged(source.path, error) from None
 
 
 def rows(block: Block, fields: Fields) -> Iterator[Row]:

@@ -31,34 +31,48 @@ _MARKS = (
     (0, b"\xff\xfe", "UTF-16 text (little-endian, by its byte-order mark)"),
     (0, b"\xfe\xff", "UTF-16 text (big-endian, by its byte-order mark)"),
 )
-_FOREIGN = (
-    (0, b"%PDF-", "a PDF document"),
+_WORDLESS = (
     (0, b"\x89PNG\r\n", "a PNG image"),
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"GIF87a", "a GIF image"),
     (0, b"GIF89a", "a GIF image"),
     (8, b"WEBP", "a WebP image"),
+    (0, b"\x7fELF", "an ELF program"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+)
+"""First bytes of what holds no text in any form."""
+_FOREIGN = (
+    (0, b"%PDF-", "a PDF document"),
+    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"PK\x05\x06", "an empty zip archive"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (0, b"Rar!\x1a\x07", "a RAR archive"),
     (257, b"ustar", "a tar archive"),
     (0, b"\x04\x22\x4d\x18", "an lz4 file"),
-    (0, b"\x7fELF", "an ELF program"),
     (0, b"SQLite format 3", "an SQLite database"),
     (0, b"ARROW1", "an Arrow IPC file"),
     (0, b"ORC", "an ORC file"),
     (0, b"Obj\x01", "an Avro file"),
-    (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"\x89HDF\r\n", "an HDF5 file"),
     (0, b"MMIDIDX", "the index of a token file"),
 )
+"""First bytes of what may hold text in a form that isn't read here."""
+_TEXT = (
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".srt", ".py", ".c", ".h", ".cc",
+    ".cpp", ".java", ".js", ".go", ".rs", ".sh",
+)  # fmt: skip
+"""Suffixes that promise text; others prove nothing until the file has been looked at."""
 _NOT_TEXT = bytes(set(range(1, 32)) - {8, 9, 10, 12, 13, 27})
 """Control characters that text has no use for."""
 _RARE = 20
 """Text holds fewer than one of them in so many bytes."""
 FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What unpackers and file systems raise for what is damaged or cut short."""
+
+
+class Wordless(UserError):
+    """A file that holds no text in any form: a program, an image, a cache. In a folder it may be left out."""
 
 
 def base_name(path: str) -> str:
@@ -81,10 +95,21 @@ def kind_by_name(path: str) -> Kind | None:
     return "text" if "." in name.rsplit("/", 1)[-1].lstrip(".") else None
 
 
+def promises_text(path: str) -> bool:
+    """Whether a name promises text, so that anything else in the file is a fault of it."""
+    return base_name(path).endswith(_TEXT)
+
+
+def damaged(path: str, error: BaseException) -> UserError:
+    """What is said of a file that can't be read or unpacked."""
+    return UserError(f"{path} can't be read: {error}; mend it or leave it out of data.path")
+
+
 def inspect(path: str, file: IO[bytes]) -> tuple[str | None, Kind]:
     """How a file is packed (None: it isn't) and what is in it, by its first bytes.
 
     Raises:
+        Wordless: for what holds no text in any form, with what it is.
         UserError: for what is neither text nor rows of text, with what it is.
         OSError, EOFError, zlib.error, lzma.LZMAError: where it can't be read or unpacked.
     """
@@ -152,11 +177,15 @@ def _refuse_foreign(path: str, head: bytes) -> None:
     for at, mark, what in (*_MARKS, *_FOREIGN):
         if head[at : at + len(mark)] == mark:
             raise _refusal(path, what)
+    for at, mark, what in _WORDLESS:
+        if head[at : at + len(mark)] == mark:
+            raise _wordless(path, what)
     if b"\0" in head:
-        raise _refusal(path, _zeros(head))
+        what = _zeros(head)
+        raise _refusal(path, what) if what.startswith("UTF") else _wordless(path, what)
     odd = len(head) - len(head.translate(None, _NOT_TEXT))
     if odd * _RARE > len(head):
-        raise _refusal(path, f"binary ({odd} control characters in {len(head)} bytes)")
+        raise _wordless(path, f"binary ({odd} control characters in {len(head)} bytes)")
 
 
 def _zeros(head: bytes) -> str:
@@ -171,6 +200,10 @@ def _zeros(head: bytes) -> str:
 def zero_refusal(path: str) -> UserError:
     """What is said of a text file that turns out to hold zero bytes behind its beginning."""
     return _refusal(path, "binary (it holds zero bytes)")
+
+
+def _wordless(path: str, what: str) -> Wordless:
+    return Wordless(f"{path} is {what}, not text, jsonl or parquet; leave it out of data.path")
 
 
 def _refusal(path: str, what: str) -> UserError:

@@ -66,18 +66,23 @@ def _wanted(data: DataConfig) -> list[_Wanted]:
     return [_Wanted(data.path, 1.0, data)]
 
 
-def check(data: DataConfig, vocab: int) -> None:
+def check(data: DataConfig, vocab: int) -> list[str]:
     """Find mistakes in the data settings without reading all of the data: the beginning of files tells enough.
+
+    Returns:
+        What is left out or turned off, one line each.
 
     Raises:
         UserError: what is missing, empty, no text, or doesn't fit.
     """
+    notes: list[str] = []
     for wanted in _wanted(data):
         prefix = wanted.prefix
         if prefix is not None:
             _check_prepared(wanted, prefix, vocab)
         else:
-            _check_text(wanted, vocab)
+            notes += _check_text(wanted, vocab)
+    return list(dict.fromkeys(notes))
 
 
 def _check_prepared(wanted: _Wanted, prefix: Path, vocab: int) -> None:
@@ -91,14 +96,14 @@ def _check_prepared(wanted: _Wanted, prefix: Path, vocab: int) -> None:
     _refuse_short(wanted, len(index.tokens))
 
 
-def _check_text(wanted: _Wanted, vocab: int) -> None:
+def _check_text(wanted: _Wanted, vocab: int) -> list[str]:
     words = tokenizer.load(wanted.data.tokenizer, wanted.data.end_token)
     _refuse_small(wanted, words.size, vocab)
-    sources = find(wanted.path, wanted.field).sources
+    found = find(wanted.path, wanted.field)
     needed, have = wanted.data.sequence + 1, 0
-    for i, source in enumerate(sources):
+    for i, source in enumerate(found.sources):
         if i >= _LOOKED_AT and have >= needed:
-            return
+            break
         for block in blocks(source, wanted.fields):
             for row in rows(block, wanted.fields):
                 if have < needed and row.text:
@@ -107,6 +112,7 @@ def _check_text(wanted: _Wanted, vocab: int) -> None:
             if have >= needed:
                 break
     _refuse_short(wanted, have)
+    return [*found.notes, *words.notes]
 
 
 def prepare(

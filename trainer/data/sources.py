@@ -42,6 +42,19 @@ class Source:
         file: IO[bytes] = self.fs.open(self.path, "rb")
         return file
 
+    def inspect(self) -> tuple[str | None, content.Kind]:
+        """How it is packed and what is in it, by its first bytes.
+
+        Raises:
+            Wordless: for what holds no text in any form.
+            UserError: for what is neither text nor rows of text, or can't be read.
+        """
+        try:
+            with self.open() as file:
+                return content.inspect(self.path, file)
+        except content.FAULTS as error:
+            raise content.damaged(self.path, error) from None
+
 
 @dataclass(frozen=True)
 class Found:
@@ -56,7 +69,8 @@ def find(path: str | None, field: str = "data.path") -> Found:
     """The files of `path`, sorted by path. Links are followed; what is hidden is left out unless it is named.
 
     A folder gives files of one kind: parquet or jsonl where it holds some, else text. What lies beside them and
-    isn't data (README, LICENSE, descriptions) is left out and noted.
+    isn't data (README, LICENSE, descriptions) is left out and noted, and so are binary files that hold no text, unless
+    their name promises some. A PDF, an archive or any other form of text that isn't read here is refused.
 
     Args:
         path: file, folder, glob or fsspec URL; None for the standard library.
@@ -152,16 +166,30 @@ def _one_kind(sources: list[Source], folder: str, told: str) -> Found:
     """The files of a folder that are data, by kind."""
     kinds: dict[str, list[Source]] = {"parquet": [], "jsonl": [], "text": []}
     beside: list[Source] = []
+    binary: list[Source] = []
+    foreign: list[Source] = []
+    refused: list[UserError] = []
     for source in sources:
         name = source.path.rsplit("/", 1)[-1]
         kind = content.kind_by_name(source.path)
-        if kind is None and not _ABOUT.fullmatch(name):
-            with source.open() as file:
-                kind = content.inspect(source.path, file)[1]
         if name in _DESCRIPTIONS or (kind in (None, "text") and _ABOUT.fullmatch(name)):
             beside.append(source)
-        else:
-            kinds[kind or "text"].append(source)
+            continue
+        if kind is None or (kind == "text" and not content.promises_text(source.path)):
+            try:
+                kind = source.inspect()[1]
+            except UserError as error:
+                if isinstance(error, content.Wordless):
+                    binary.append(source)
+                else:
+                    foreign.append(source)
+                refused.append(error)
+                continue
+        kinds[kind].append(source)
+    if len(refused) == len(sources):
+        raise refused[0]
+    count = f"{len(binary)} binary file{'s' * (len(binary) > 1)}"
+    notes = [f"{told}: left out {count}: {_names(binary, folder)}"] if binary else []
     rows = [kind for kind in ("parquet", "jsonl") if kinds[kind]]
     if len(rows) > 1:
         raise _mixed(told, kinds, "parquet", "jsonl")
@@ -169,20 +197,25 @@ def _one_kind(sources: list[Source], folder: str, told: str) -> Found:
         taken = kinds[rows[0]]
         if sum(s.size for s in kinds["text"]) > sum(s.size for s in taken):
             raise _mixed(told, kinds, rows[0], "text")
-        left = kinds["text"] + beside
+        left = kinds["text"] + beside + foreign
     else:
+        if foreign:  # more text, for which a person has to do something
+            raise next(error for error in refused if not isinstance(error, content.Wordless))
         # Of text, only what lies on top is about the data: below, a README is as much text as any other.
         top = [s for s in beside if s.path.rsplit("/", 1)[0].rstrip("/") == folder.rstrip("/")]
         taken = kinds["text"] + [s for s in beside if s not in top]
         left = top if taken else []
         taken = taken or beside
     if not left:
-        return Found(sorted(taken, key=lambda s: s.path), [])
-    names = [s.path.removeprefix(folder).lstrip("/") for s in left]
-    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return Found(sorted(taken, key=lambda s: s.path), notes)
     count = f"{len(taken)} {rows[0] if rows else 'text'} file{'s' * (len(taken) > 1)}"
-    note = f"{told}: took {count}, left out what lies beside: {some}"
-    return Found(sorted(taken, key=lambda s: s.path), [note])
+    notes = [f"{told}: took {count}, left out what lies beside: {_names(left, folder)}", *notes]
+    return Found(sorted(taken, key=lambda s: s.path), notes)
+
+
+def _names(some: list[Source], folder: str) -> str:
+    names = [s.path.removeprefix(folder).lstrip("/") for s in some]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _mixed(told: str, kinds: dict[str, list[Source]], one: str, other: str) -> UserError:

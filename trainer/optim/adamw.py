@@ -53,7 +53,7 @@ class AdamW:
         """Moments of zero for `slots` of a model of `width`; `device` only matters where there is no slot."""
         check(slots)
         self._optim = optim
-        dtype = moment_dtype(optim, {"beta1": optim.beta1, "beta2": optim.beta2})
+        dtype = moment_dtype(optim)
         self.count = torch.zeros((), device=device or device_of(slots))
         """Steps applied, a number in fp32."""
         self._rows = [

@@ -24,9 +24,6 @@ def build(
         slots: this rank's.
         peers: all ranks of the stage, which build together.
         precision: of the run. `bf16` lets Muon multiply in bf16 on GPUs, which have the units for it; on CPUs it is fp32.
-
-    Raises:
-        UserError: the moments' precision doesn't go with their decay.
     """
     if optim.kind == "muon":
         fast = precision == "bf16" and device_of(slots).type == "cuda"

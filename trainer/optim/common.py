@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
 from configs.training import OptimConfig
 from trainer.optim.slots import Peers, Slot
 
 _CHUNKS = {"cpu": 1 << 18}
 _CHUNK = 1 << 23
-_SLOWEST = 1 - 2.0**-7
-"""Largest decay of a bf16 moment: one that loses less than 1/128 of itself in a step may round back to what it was."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +51,14 @@ def chunk_of(device: torch.device) -> int:
     return _CHUNKS.get(device.type, _CHUNK)
 
 
-def moment_dtype(optim: OptimConfig, decays: Mapping[str, float]) -> torch.dtype:
-    """Type that moments with these decays, by the field that gives them, are kept in.
+def moment_dtype(optim: OptimConfig) -> torch.dtype:
+    """Type that moments are kept in.
 
     A bf16 moment is computed in fp32 and rounded to nearest once a step, a relative error of at most 2^-8 each time, which
     fades with the moment: AdamW's updates differ from those of fp32 moments by about half a percent (root mean square)
-    at betas 0.9 and 0.95.
-
-    Raises:
-        UserError: a decay is so near 1 that rounding would keep the moment from falling at all.
+    at betas 0.9 and 0.95. The configuration refuses decays so near 1 that rounding would keep a moment from falling.
     """
-    if optim.moments == "fp32":
-        return torch.float32
-    for field, decay in decays.items():
-        if decay > _SLOWEST:
-            raise UserError(
-                f"optim.{field}={decay} with optim.moments=bf16: bf16 rounds away what a step takes off such a moment, so "
-                f"it never falls; type optim.moments=fp32, or optim.{field} of at most 0.99"
-            )
-    return torch.bfloat16
+    return torch.float32 if optim.moments == "fp32" else torch.bfloat16
 
 
 def check(slots: Sequence[Slot]) -> None:

@@ -56,7 +56,7 @@ class Lamb:
         check(slots)
         check_names(slots, peers)
         self._optim, self._peers = optim, peers
-        dtype = moment_dtype(optim, {"beta1": optim.beta1, "beta2": optim.beta2})
+        dtype = moment_dtype(optim)
         self._rest = AdamW([slot for slot in slots if slot.kind == "vector"], optim, width, device_of(slots))
         starts, self._units = _numbering(slots, peers)
         self._rows = [

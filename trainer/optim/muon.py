@@ -100,7 +100,7 @@ class Muon:
         check_names(slots, peers)
         self._optim, self._peers, self._dtype = optim, peers, dtype
         self._rate = rate_of("matrix", optim, width)
-        kept = moment_dtype(optim, {"momentum": optim.momentum})
+        kept = moment_dtype(optim)
         self._rows = {
             number: _Row(slot, torch.zeros_like(slot.tensor, dtype=kept))
             for number, slot in enumerate(slots)

@@ -30,6 +30,9 @@ from trainer.parallel.mesh import Axis, Mesh
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 from trainer.state import Box
 
+_UNIT = 1 << 23
+"""Elements from which on a block is gathered and reduced by itself: 32 MiB in fp32."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -141,24 +144,41 @@ def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
     )
     dense, sparse = _device_mesh(mesh, "dp_cp"), _device_mesh(mesh, "edp")
     gather_again = config.parallel.zero == 3
-    for module in stage.modules():
-        if isinstance(module, Experts):
-            place = partial(_expert_shard, ranks=mesh["edp"].size)
+    place = partial(_expert_shard, ranks=mesh["edp"].size)
+    for blocks in _units(stage, mesh["pp"].size > 1):
+        experts = [module for block in blocks for module in block.modules() if isinstance(module, Experts)]
+        if experts:
             fully_shard(
-                module,
+                experts,
                 mesh=sparse,
                 reshard_after_forward=gather_again,
                 mp_policy=policy,
                 shard_placement_fn=place,
             )
-    for block in every_block(stage):
-        fully_shard(block, mesh=dense, reshard_after_forward=gather_again, mp_policy=policy)
+        fully_shard(blocks, mesh=dense, reshard_after_forward=gather_again, mp_policy=policy)
     fully_shard(stage, mesh=dense, reshard_after_forward=False, mp_policy=policy)
     for module in sharded(stage):
         # Losses are weighted by the samples of the whole step, so gradients add up.
         module.set_gradient_divide_factor(1.0)
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _units(stage: Stage, alone: bool) -> list[list[nn.Module]]:
+    """Blocks that are gathered and reduced together: neighbours, until they have enough elements to be worth a collective.
+
+    Args:
+        alone: whether each block stays alone, as pipeline schedules that split the backward pass need.
+    """
+    units: list[list[nn.Module]] = []
+    filled = _UNIT
+    for block in every_block(stage):
+        if alone or filled >= _UNIT:
+            units.append([])
+            filled = 0
+        units[-1].append(block)
+        filled += sum(parameter.numel() for parameter in block.parameters())
+    return units
 
 
 def sharded(stage: nn.Module) -> Iterator[FSDPModule]:
