@@ -41,7 +41,8 @@ mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 # What takes too long for every commit: all layouts, and a run that is stopped and resumed ten times.
-long: install
+# What takes longer than `test` may: all mutants, all layouts, and a run stopped ten times.
+long: mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.grid
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.stop_and_go
 
