@@ -23,3 +23,8 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Bytes in a test's name would be unreadable, and where they are random another name in each process of xdist."""
+    return "bytes" if isinstance(val, bytes) else None
