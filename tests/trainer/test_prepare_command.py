@@ -144,7 +144,10 @@ def test_the_command(
         (("data.path={}", "--workers", "0"), "'0' is not a whole number above 0"),
         (("data.path={}", "--wokers", "2"), "'--wokers' is no option"),
         (("data.path={}/c.txt", "model=demo", "model.vocab=100"), "model.vocab=100 is below the 256 ids"),
-        (("data.path={}/c.txt", "data.keep_fraction=0.5"), "data.keep_fraction=0.5 needs data.score_field"),
+        (
+            ("data.path={}/c.txt", "data.keep_fraction=0.5"),
+            "data.keep_fraction=0.5 needs the column of the score; type data.score_field=NAME",
+        ),
     ],
 )
 def test_a_command_that_is_refused(
