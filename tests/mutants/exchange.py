@@ -88,15 +88,15 @@ MUTANTS = [
     Mutant(
         "weights are lost between ranks",
         _EXPERT,
-        "(y_TKD * weights_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)",
-        "(y_TKD * (1 + 0 * weights_TK).to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)",
+        "order_R.unsqueeze(1)), weights_TK)",
+        "order_R.unsqueeze(1)), 1 + 0 * weights_TK)",
         f"{_SPLIT}[2-2-1]",
     ),
     Mutant(
         "a token's rows come back to another",
         _EXPERT,
-        "y_TKD = take(y_RD, place_TK.flatten(), order_R.unsqueeze(1))",
-        "y_TKD = take(y_RD, place_TK.flatten().flip(0), order_R.unsqueeze(1))",
+        "take(y_RD, place_TK.flatten(), order_R.unsqueeze(1))",
+        "take(y_RD, place_TK.flatten().flip(0), order_R.unsqueeze(1))",
         f"{_SPLIT}[2-2-1]",
     ),
     Mutant(

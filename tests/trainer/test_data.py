@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import subprocess
 import sys
@@ -17,37 +16,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from configs.schema import DataConfig
+from tests.trainer.corpora import TEXTS, WANTED, WHOLE, jsonl, prepared
 from trainer.data import blocks, indexed, sources
 from trainer.data import prepare as preparing
-from trainer.data.prepare import check, prepare
-from trainer.data.store import TokenStore
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
-
-TEXTS = ["The first one.", "Zweitens: ä, ö, ü.", "And a third,\nof two lines."]
-WHOLE = ["lock", "meta.json", "tokens.bin", "tokens.hash", "tokens.idx"]
-WANTED = b"".join(text.encode() + b"\0" for text in TEXTS)
-
-
-def _config(path: Path | str | None, **settings: Any) -> DataConfig:
-    return DataConfig(path=None if path is None else str(path), **{"sequence": 8, **settings})
-
-
-def _prepare(path: Path | str | None, home: Path, vocab: int = 256, **settings: Any) -> TokenStore:
-    check(_config(path, **settings), vocab)
-    return prepare(_config(path, **settings), vocab, home / "cache")
-
-
-def _rows(texts: list[str], field: str = "text") -> str:
-    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts))
 
 
 # ---- sources ----
 
 
 def test_the_standard_library_is_the_default(tmp_path: Path) -> None:
-    store = _prepare(None, tmp_path)
+    store = prepared(None, tmp_path)
     assert store.tokens.dtype == np.uint8 and len(store.tokens) > 5_000_000 and store.documents > 500
     assert int((store.tokens == 0).sum()) == store.documents, "a zero byte between documents and nowhere else"
     files = sources.find(None).sources
@@ -60,13 +40,13 @@ def test_the_standard_library_is_the_default(tmp_path: Path) -> None:
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world, hello")
-    store = _prepare(tmp_path / "a.txt", tmp_path)
+    store = prepared(tmp_path / "a.txt", tmp_path)
     assert store.tokens.tobytes() == b"hello world, hello\0" and store.documents == 1
 
 
 def test_zero_bytes_that_jsonl_spells_are_left_out_and_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(_rows(["hello\0 world\0", "\0", "more"]))
-    store = _prepare(tmp_path / "a.jsonl", tmp_path)
+    (tmp_path / "a.jsonl").write_text(jsonl(["hello\0 world\0", "\0", "more"]))
+    store = prepared(tmp_path / "a.jsonl", tmp_path)
     assert store.tokens.tobytes() == b"hello world\0more\0" and store.documents == 2
     assert any(note.startswith("3 zero bytes in texts were left out") for note in store.notes)
     assert any(note.startswith("1 of the texts are empty") for note in store.notes)
@@ -74,20 +54,20 @@ def test_zero_bytes_that_jsonl_spells_are_left_out_and_counted(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json"])
 def test_jsonl(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(_rows(TEXTS) + "\n")
-    store = _prepare(tmp_path / name, tmp_path)
+    (tmp_path / name).write_text(jsonl(TEXTS) + "\n")
+    store = prepared(tmp_path / name, tmp_path)
     assert store.tokens.tobytes() == WANTED and store.documents == 3
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
 def test_jsonl_gzipped(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(gzip.compress(_rows(TEXTS).encode()))
-    assert _prepare(tmp_path / name, tmp_path).tokens.tobytes() == WANTED
+    (tmp_path / name).write_bytes(gzip.compress(jsonl(TEXTS).encode()))
+    assert prepared(tmp_path / name, tmp_path).tokens.tobytes() == WANTED
 
 
 def test_text_gzipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"hello world"))
-    assert _prepare(tmp_path / "a.txt.gz", tmp_path).tokens.tobytes() == b"hello world\0"
+    assert prepared(tmp_path / "a.txt.gz", tmp_path).tokens.tobytes() == b"hello world\0"
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
@@ -96,7 +76,7 @@ def test_parquet(tmp_path: Path, kind: Any) -> None:
     column = pyarrow.array([*values, None, values[0][:0]], type=kind)
     table = pyarrow.table({"id": list(range(5)), "body": column})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    store = _prepare(tmp_path / "a.parquet", tmp_path, text_field="body")
+    store = prepared(tmp_path / "a.parquet", tmp_path, text_field="body")
     assert store.tokens.tobytes() == WANTED and store.documents == 3
 
 
@@ -109,27 +89,27 @@ def test_a_folder_is_read_in_order_without_what_is_hidden(tmp_path: Path) -> Non
     (folder / "b.md").write_text("beta beta")
     (folder / "sub" / "c.py").write_text("gamma")
     (folder / "a.txt").write_text("alpha")
-    assert _prepare(folder, tmp_path).tokens.tobytes() == b"alpha\0beta beta\0gamma\0"
+    assert prepared(folder, tmp_path).tokens.tobytes() == b"alpha\0beta beta\0gamma\0"
 
 
 def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
     (tmp_path / ".data").mkdir()
     (tmp_path / ".data" / "a.txt").write_text("hello world")
-    assert _prepare(tmp_path / ".data", tmp_path).documents == 1
+    assert prepared(tmp_path / ".data", tmp_path).documents == 1
 
 
 def test_a_glob(tmp_path: Path) -> None:
     for name in ("a1.txt", "a2.txt", "b1.txt"):
         (tmp_path / name).write_text(f"this is {name}")
-    assert _prepare(tmp_path / "a*.txt", tmp_path).tokens.tobytes() == b"this is a1.txt\0this is a2.txt\0"
+    assert prepared(tmp_path / "a*.txt", tmp_path).tokens.tobytes() == b"this is a1.txt\0this is a2.txt\0"
 
 
 def test_a_url(tmp_path: Path) -> None:
     (tmp_path / "a b.txt").write_text("hello world")
-    assert _prepare(f"file://{tmp_path}/a b.txt", tmp_path).documents == 1
+    assert prepared(f"file://{tmp_path}/a b.txt", tmp_path).documents == 1
     with fsspec.open("memory://corpus/a.txt", "wb") as file:
         file.write(b"hello memory")
-    assert _prepare("memory://corpus", tmp_path).tokens.tobytes() == b"hello memory\0"
+    assert prepared("memory://corpus", tmp_path).tokens.tobytes() == b"hello memory\0"
     fsspec.filesystem("memory").store.clear()
 
 
@@ -144,7 +124,7 @@ def test_a_long_file_is_read_in_parts_and_gives_the_same(
     assert len(parts) > 20 and max(len(part.data) for part in parts) < 400
     assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
     assert all(part.data.endswith(b"\n") for part in parts[:40])
-    assert _prepare(tmp_path / "a.txt", tmp_path).tokens.tobytes() == text + b"\0"
+    assert prepared(tmp_path / "a.txt", tmp_path).tokens.tobytes() == text + b"\0"
 
 
 # ---- the cache ----
@@ -152,23 +132,23 @@ def test_a_long_file_is_read_in_parts_and_gives_the_same(
 
 def test_tokens_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("hello world")
-    first = _prepare(tmp_path / "a.txt", tmp_path)
+    first = prepared(tmp_path / "a.txt", tmp_path)
 
     def never(*_: object) -> None:
         raise AssertionError("prepared again")
 
     monkeypatch.setattr(preparing, "build", never)
-    again = _prepare(tmp_path / "a.txt", tmp_path, sequence=4)
+    again = prepared(tmp_path / "a.txt", tmp_path, sequence=4)
     assert again.folder == first.folder and again.tokens.tobytes() == first.tokens.tobytes()
 
 
 def test_a_changed_file_is_prepared_again(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("hello world")
-    first = _prepare(path, tmp_path)
+    first = prepared(path, tmp_path)
     path.write_text("jello world")
     os.utime(path, (1, 1))
-    second = _prepare(path, tmp_path)
+    second = prepared(path, tmp_path)
     assert second.folder != first.folder and second.tokens.tobytes() == b"jello world\0"
 
 
@@ -177,7 +157,7 @@ def test_a_changed_file_is_prepared_again(tmp_path: Path) -> None:
 )
 def test_a_cache_that_is_not_whole_is_prepared_again(tmp_path: Path, damage: str) -> None:
     (tmp_path / "a.txt").write_text("hello world")
-    folder = _prepare(tmp_path / "a.txt", tmp_path).folder
+    folder = prepared(tmp_path / "a.txt", tmp_path).folder
     match damage:
         case "short":
             (folder / "tokens.bin").write_bytes(b"hell")
@@ -194,7 +174,7 @@ def test_a_cache_that_is_not_whole_is_prepared_again(tmp_path: Path, damage: str
         case "left over":
             (folder / "meta.json").unlink()
             (folder / ".tokens.bin.ab.tmp").write_bytes(b"x" * 99)
-    assert _prepare(tmp_path / "a.txt", tmp_path).tokens.tobytes() == b"hello world\0"
+    assert prepared(tmp_path / "a.txt", tmp_path).tokens.tobytes() == b"hello world\0"
     assert sorted(p.name for p in folder.iterdir()) == WHOLE
 
 
@@ -232,7 +212,7 @@ def test_many_ranks_at_once_prepare_once(tmp_path: Path) -> None:
 
 def test_the_cache_setting_wins(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
-    store = _prepare(tmp_path / "a.txt", tmp_path, cache=str(tmp_path / "mine"))
+    store = prepared(tmp_path / "a.txt", tmp_path, cache=str(tmp_path / "mine"))
     assert store.folder.parent == tmp_path / "mine" and not (tmp_path / "cache").exists()
 
 
@@ -245,5 +225,5 @@ def test_tokens_are_as_wide_as_the_tokenizer_asks(ids: int, kind: str) -> None:
 
 def test_models_with_other_vocabularies_share_the_tokens(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
-    first, second = (_prepare(tmp_path / "a.txt", tmp_path, vocab=vocab) for vocab in (256, 70_000))
+    first, second = (prepared(tmp_path / "a.txt", tmp_path, vocab=vocab) for vocab in (256, 70_000))
     assert first.folder == second.folder and second.tokens.tolist() == [*b"hello world", 0]

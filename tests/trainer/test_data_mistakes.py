@@ -16,38 +16,20 @@ import pyarrow.parquet
 import pytest
 
 from configs.errors import UserError
-from configs.schema import DataConfig
+from tests.trainer.corpora import data_config, jsonl, prepared
 from trainer.data import blocks, sources
 from trainer.data import prepare as preparing
 from trainer.data.prepare import check, prepare
-from trainer.data.store import TokenStore
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
-
-TEXTS = ["The first one.", "Zweitens: ä, ö, ü.", "And a third,\nof two lines."]
-WHOLE = ["lock", "meta.json", "tokens.bin", "tokens.hash", "tokens.idx"]
-WANTED = b"".join(text.encode() + b"\0" for text in TEXTS)
-
-
-def _config(path: Path | str | None, **settings: Any) -> DataConfig:
-    return DataConfig(path=None if path is None else str(path), **{"sequence": 8, **settings})
-
-
-def _prepare(path: Path | str | None, home: Path, vocab: int = 256, **settings: Any) -> TokenStore:
-    check(_config(path, **settings), vocab)
-    return prepare(_config(path, **settings), vocab, home / "cache")
-
-
-def _rows(texts: list[str], field: str = "text") -> str:
-    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts))
 
 
 def _refused(path: Path | str | None, tmp_path: Path, match: str, vocab: int = 256, **settings: Any) -> str:
     """The one line that `check` and `prepare` both say."""
     with pytest.raises(UserError, match=match) as caught:
-        check(_config(path, **settings), vocab)
+        check(data_config(path, **settings), vocab)
     with pytest.raises(UserError, match=match):
-        prepare(_config(path, **settings), vocab, tmp_path / "cache")
+        prepare(data_config(path, **settings), vocab, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -78,7 +60,7 @@ def test_a_sequence_longer_than_the_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 99)
     told = _refused(tmp_path / "a.txt", tmp_path, "data.sequence=100 is longer", sequence=100)
     assert "(100 tokens in data.path=" in told and "set data.sequence to at most 99" in told
-    assert len(_prepare(tmp_path / "a.txt", tmp_path, sequence=99).tokens) == 100
+    assert len(prepared(tmp_path / "a.txt", tmp_path, sequence=99).tokens) == 100
 
 
 def test_the_standard_library_is_named_when_it_is_too_short(
@@ -91,7 +73,7 @@ def test_the_standard_library_is_named_when_it_is_too_short(
 
 
 def test_a_malformed_line_has_its_number(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(_rows(["x"]) + '{"text": "broken\n')
+    (tmp_path / "a.jsonl").write_text(jsonl(["x"]) + '{"text": "broken\n')
     _refused(tmp_path / "a.jsonl", tmp_path, r"a.jsonl:2 is not JSON: .*each line must be one object")
 
 
@@ -167,7 +149,7 @@ def test_an_id_outside_of_the_vocabulary(tmp_path: Path, tokenizer: str) -> None
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
     with pytest.raises(UserError, match="data.cache: can't write .*set data.cache to a folder you may write"):
-        prepare(_config(tmp_path / "a.txt", cache=str(tmp_path / "a.txt" / "x")), 256, tmp_path)
+        prepare(data_config(tmp_path / "a.txt", cache=str(tmp_path / "a.txt" / "x")), 256, tmp_path)
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,16 +161,18 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="data.cache: can't write .*No space left"):
-            prepare(_config(tmp_path / "a.txt"), 256, tmp_path / "cache")
+            prepare(data_config(tmp_path / "a.txt"), 256, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("meta.json")) and not list(tmp_path.rglob("tokens.bin"))
     # With room again, what was written is gone on with.
-    assert prepare(_config(tmp_path / "a.txt"), 256, tmp_path / "cache").tokens.tobytes() == b"hello world\0"
+    assert (
+        prepare(data_config(tmp_path / "a.txt"), 256, tmp_path / "cache").tokens.tobytes() == b"hello world\0"
+    )
 
 
 def test_checking_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submitting must not wait for the whole of a corpus to be read."""
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text(_rows(["hello world"] * 5000))
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(["hello world"] * 5000))
     read: list[str] = []
     cut = blocks.blocks
 
@@ -199,7 +183,7 @@ def test_checking_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(preparing, "blocks", noted)
     monkeypatch.setattr(blocks, "BLOCK", 1000)
-    check(_config(tmp_path / "*.jsonl", sequence=30), 256)
+    check(data_config(tmp_path / "*.jsonl", sequence=30), 256)
     assert read == ["a", "b"], (
         "one block of each file: its first rows are looked at, whatever is known by then"
     )
@@ -228,8 +212,8 @@ def tokenizer(tmp_path: Path) -> str:
 
 
 def test_a_tokenizer_json(tmp_path: Path, tokenizer: str) -> None:
-    (tmp_path / "a.jsonl").write_text(_rows(["hello world", "world there"]))
-    store = _prepare(tmp_path / "a.jsonl", tmp_path, vocab=4, tokenizer=tokenizer, sequence=2)
+    (tmp_path / "a.jsonl").write_text(jsonl(["hello world", "world there"]))
+    store = prepared(tmp_path / "a.jsonl", tmp_path, vocab=4, tokenizer=tokenizer, sequence=2)
     assert store.tokens.tolist() == [1, 2, 3, 2, 0, 3]
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from configs.model import ModelConfig
 from trainer.model.block import Block, Scaling
-from trainer.model.moe import Experts, MoELayer
+from trainer.model.moe import Experts
 from trainer.model.mtp import Prediction
 from trainer.model.norm import RMSNorm, wide_dtype
 from trainer.model.rotary import Rotary
 from trainer.model.router import Router
-from trainer.model.seams import Alone, Micro, Tensors, Vocabulary, attach
+from trainer.model.seams import Alone, Micro, Vocabulary, attach
 
 
 class Table(nn.Module):
@@ -58,7 +58,6 @@ class Stage(nn.Module):
         self.mtp = nn.ModuleList(Prediction(model, depth) for depth in depths)
         self.rotary = Rotary(model)
         self.vocabulary: Vocabulary = Alone()
-        self.tensors: Tensors = Alone()
 
     def forward(self, x: Tensor, micro: Micro) -> Tensor:
         """A stage's part of the forward pass.
@@ -146,10 +145,6 @@ class Stage(nn.Module):
         """By name of the experts' parameters: dims that expert parallelism and expert-tensor parallelism split."""
         owners = [(prefix, m) for prefix, m in self.named_modules() if isinstance(m, Experts)]
         return {f"{prefix}.{name}": dims for prefix, m in owners for name, dims in m.expert_splits().items()}
-
-    def moe_layers(self) -> list[MoELayer]:
-        """The mixtures of experts, first layer first, multi-token prediction last."""
-        return [module for module in self.modules() if isinstance(module, MoELayer)]
 
 
 def inputs(micro: Micro) -> Tensor:

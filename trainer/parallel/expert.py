@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from trainer.model.exchange import weigh
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
 
@@ -101,8 +101,7 @@ class ExpertParallel:
         place_TK = inverse(order_R, flat_R.numel()).view(tokens, top_k)
         x_RD = take(x_TD, order_R // top_k, place_TK)
         y_RD = self._through(x_RD, incoming_NL, sends, receives, compute)
-        y_TKD = take(y_RD, place_TK.flatten(), order_R.unsqueeze(1)).view(tokens, top_k, -1)
-        return (y_TKD * weights_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)
+        return weigh(take(y_RD, place_TK.flatten(), order_R.unsqueeze(1)), weights_TK)
 
     def _through(
         self, x_RD: Tensor, incoming_NL: Tensor, sends: list[int], receives: list[int], compute: Compute
@@ -118,10 +117,3 @@ class ExpertParallel:
         back_R = inverse(by_expert_R, by_expert_R.numel())
         y_RD = compute(take(x_RD, by_expert_R, back_R.unsqueeze(1)), counts_L)
         return exchange.swap(take(y_RD, back_R, by_expert_R.unsqueeze(1)), receives, sends, self._ep)
-
-
-def load_over(load: Tensor, stage: Axis) -> Tensor:
-    """Loads of a stage's routers summed over all its ranks."""
-    if stage.size > 1:
-        dist.all_reduce(load, group=stage.process_group)
-    return load

@@ -20,8 +20,7 @@ from collectives.team import meet
 from configs.library_environment import Applied
 from configs.rank import RankContext
 from configs.schema import ParallelConfig, RunConfig
-
-AXES = ("pp", "dp", "cp", "ep", "etp", "tp")
+from trainer.sizing.legal import AXES
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,6 @@ class Mesh:
     def __getitem__(self, name: str) -> Axis:
         """The group along an axis."""
         return self.axes[name]
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank has the embedding's end of the pipeline (as its first chunk)."""
-        return self["pp"].index == 0
 
     def gather(self, item: Any) -> list[Any] | None:
         """All ranks' items on rank 0, in rank order; None elsewhere."""
