@@ -6,10 +6,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from configs.errors import UserError
 from configs.metrics import MeasuredLine, MetricLine, ResumedLine, StepLine, last_step, read_all, read_from
 from configs.paths import HomePaths, RunPaths
-from orchestrator.events import Event, RunView, fold, parse, read
-from orchestrator.states import State
+from orchestrator.events import Event, RunView, Submitted, fold, parse, read
+from orchestrator.states import Reason, State
 
 
 @dataclass(frozen=True)
@@ -72,28 +73,41 @@ def summaries(home: HomePaths) -> list[RunSummary]:
     queue = read_queue(home)
     found = [(run, fold(read(run.events))) for run in map(home.run, home.run_ids())]
     # A controller that is writing a submission, or died over it, leaves a log that moves to no state yet.
-    return [_summary(run, view, queue) for run, view in found if view.state is not None]
+    return [
+        _summary(run, view, view.submitted, queue) for run, view in found if view.submitted and view.state
+    ]
 
 
 def summary(run: RunPaths, queue: dict[str, Any]) -> RunSummary:
-    """One run, from its log, its newest metric line and the published queue."""
-    return _summary(run, fold(read(run.events)), queue)
+    """One run, from its log, its newest metric line and the published queue.
+
+    Raises:
+        UserError: where the run's folder is there and its submission isn't in the log yet.
+    """
+    view = fold(read(run.events))
+    if view.submitted is None:
+        raise UserError(
+            f"run '{run.run_id}' is being submitted and isn't queued yet: ask again in a moment; if it stays so, its "
+            f"submission was interrupted: remove {run.root} and submit again"
+        )
+    return _summary(run, view, view.submitted, queue)
 
 
-def _summary(run: RunPaths, view: RunView, queue: dict[str, Any]) -> RunSummary:
-    assert view.submitted is not None and view.state is not None, "a run begins with `submitted`"
+def _summary(run: RunPaths, view: RunView, submitted: Submitted, queue: dict[str, Any]) -> RunSummary:
     newest = _newest_line(run, view)
+    # The controller writes `submitted` and the first move one after the other.
+    state = view.state or State.QUEUED
     line = newest if isinstance(newest, StepLine) else None
     wait: dict[str, Any] = next((w for w in queue.get("waiting", []) if w["run"] == run.run_id), {})
-    queued = view.state is State.QUEUED
-    steps = newest.steps if isinstance(newest, MeasuredLine) else view.submitted.steps
-    left = (steps - line.step) * line.step_seconds if line and view.state is State.RUNNING else None
+    queued = state is State.QUEUED
+    steps = newest.steps if isinstance(newest, MeasuredLine) else submitted.steps
+    left = (steps - line.step) * line.step_seconds if line and state is State.RUNNING else None
     return RunSummary(
         run_id=run.run_id,
-        state=str(view.state),
-        reason=str(view.reason),
+        state=str(state),
+        reason=str(view.reason or Reason.SUBMITTED),
         detail=view.detail,
-        priority=view.submitted.priority,
+        priority=submitted.priority,
         position=wait.get("position") if queued else None,
         waiting_for=wait.get("reason", "the controller has not looked at it yet") if queued else "",
         attempt=view.attempt,
@@ -111,15 +125,15 @@ def _summary(run: RunPaths, view: RunView, queue: dict[str, Any]) -> RunSummary:
         tokens=line.tokens if line else 0,
         submitted_at=view.submitted_at,
         started_at=view.started_at,
-        ended_at=view.moved_at if view.state.terminal else None,
-        model=view.submitted.model,
-        layout=view.submitted.layout,
-        slots=view.submitted.gang.ranks,
+        ended_at=view.moved_at if state.terminal else None,
+        model=submitted.model,
+        layout=submitted.layout,
+        slots=submitted.gang.ranks,
         nodes=[share.ip for share in view.placed.shares] if view.placed else [],
         checkpoint_step=view.checkpoint.step if view.checkpoint else None,
         checkpoint_path=view.checkpoint.path if view.checkpoint else None,
         folder=str(run.root),
-        next_step=view.reason.next_step(run.run_id) if view.reason and view.state.terminal else "",
+        next_step=view.reason.next_step(run.run_id) if view.reason and state.terminal else "",
     )
 
 

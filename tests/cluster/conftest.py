@@ -65,6 +65,8 @@ class Shell:
         return fold(self.events(run_id))
 
     def step(self, run_id: str) -> int:
+        if self.view(run_id).submitted is None:  # the controller hasn't written it yet
+            return 0
         return summary(self.home.run(run_id), {}).step or 0
 
     def until(self, what: Callable[[], Any], why: str) -> Any:

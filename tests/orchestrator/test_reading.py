@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from configs.compose import compose
+from configs.errors import UserError
 from configs.metrics import MetricWriter, ResumedLine
 from configs.paths import HomePaths, RunPaths
 from orchestrator import console, reading
+from orchestrator.cli import main
 from orchestrator.events import EventLog, GangShape, Moved, NodeShare, Placed, Submitted
 from orchestrator.sinks import wandb as sinks
 from orchestrator.states import Reason, State
@@ -110,6 +112,21 @@ def test_a_submission_that_is_being_written_does_not_break_the_list(tmp_path: Pa
     log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.close()
     assert [row.run_id for row in reading.summaries(home)] == ["a-20260101-000000-aaaa"]
+    row = reading.summary(home.run("c-20260101-000002-aaaa"), {})
+    assert (row.state, row.reason, row.step) == ("queued", "submitted", 0)
+    with pytest.raises(UserError, match="'b-20260101-000001-aaaa' is being submitted and isn't queued yet"):
+        reading.summary(home.run("b-20260101-000001-aaaa"), {})
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "logs"])
+def test_a_run_that_is_being_submitted_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
+    EventLog(HomePaths(tmp_path).run("b-20260101-000001-aaaa").events).close()
+    assert main([command, "b-20260101-000001-aaaa"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.count("\n") == 0 and told.startswith("megaray: "), told
 
 
 def test_lost_steps_as_they_stood_at_each_attempt(tmp_path: Path) -> None:
