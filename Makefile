@@ -40,11 +40,12 @@ check: $(VENV)/.dev
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
-# What takes too long for every commit: all layouts, and a run that is stopped and resumed ten times.
-# What takes longer than `test` may: all mutants, all layouts, and a run stopped ten times.
+# What takes longer than `test` may: all mutants, all layouts and pairs of layouts, stops and kills in numbers.
 long: mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.grid
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.stop_and_go
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faulttol.grid
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faulttol.kills
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from configs import wording
 from configs.errors import UserError, nearest
 from configs.schema import RunConfig
+from configs.timeouts import Timeouts
 
 ROOT = Path(__file__).resolve().parent
 Tree = dict[str, Any]
@@ -71,6 +72,36 @@ def compose(overrides: Sequence[str], file: Path | None = None) -> RunConfig:
     for key, value in values:
         _assign(composed, key, value)
     return validated(composed)
+
+
+def amend(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A whole configuration with `overrides` set in it, as in `compose`; a preset replaces its section.
+
+    Timeouts that follow from `resilience.timeouts.patience` follow the new one.
+
+    Raises:
+        UserError: as `compose`.
+    """
+    tree = config.model_dump(mode="json")
+    timeouts = tree["resilience"]["timeouts"]
+    derived = Timeouts(patience=timeouts["patience"]).model_dump()
+    known, values, chosen = groups(), list[tuple[str, str]](), dict[str, str]()
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UserError(f"'{override}' is not an override; type field=value, for example parallel.ep=4")
+        if key in known:
+            chosen[key] = _choice(key, value)
+        else:
+            values.append((key, value))
+    if chosen:
+        composed = _presets(chosen)
+        tree |= {group: composed[group] for group in chosen if group in composed}
+    for key, value in values:
+        if key == "resilience.timeouts.patience":
+            tree["resilience"]["timeouts"] = {k: v for k, v in timeouts.items() if v != derived[k]}
+        _assign(tree, key, value)
+    return validated(tree)
 
 
 def load(path: Path) -> RunConfig:

@@ -79,7 +79,27 @@ class SavedLine:
     bytes: int
     """Over all ranks."""
     seconds: float
-    """That training stood still for it."""
+    """From the call to the commit; training went on meanwhile."""
+    held: float = 0.0
+    """Seconds that training stood still for it, the slowest rank's."""
+    tier: str = "store"
+    """`store`, or `memory` for a snapshot in the memory of nodes."""
+    due: int | None = None
+    """Step at which the next one is due; None where that is `checkpoint.every` steps later."""
+
+
+@dataclass(frozen=True)
+class SaveFailedLine:
+    """A save was not committed, or was left out; training went on."""
+
+    kind: ClassVar[str] = "save_failed"
+    time: float
+    attempt: int
+    step: int
+    error: str
+    """Why, with the rank."""
+    in_a_row: int
+    """Saves that failed since the last commit, this one included; 0 where it was only left out."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,7 @@ class ResumedLine:
     attempt: int
     step: int
     path: str | None
+    """What was loaded; None where nothing was."""
     mfu_basis: str
     """Numerator, peak and precision of `mfu`, or why there is none."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -153,10 +174,22 @@ class EndedLine:
     tokens: int
 
 
-MetricLine = StepLine | EvaluatedLine | SavedLine | ResumedLine | MeasuredLine | FindingLine | EndedLine
+MetricLine = (
+    StepLine
+    | EvaluatedLine
+    | SavedLine
+    | SaveFailedLine
+    | ResumedLine
+    | MeasuredLine
+    | FindingLine
+    | EndedLine
+)
 _KINDS: dict[str, type[MetricLine]] = {
-    c.kind: c for c in (StepLine, EvaluatedLine, SavedLine, ResumedLine, MeasuredLine, FindingLine, EndedLine)
-}
+    c.kind: c
+    for c in (
+        StepLine, EvaluatedLine, SavedLine, SaveFailedLine, ResumedLine, MeasuredLine, FindingLine, EndedLine,
+    )
+}  # fmt: skip
 
 
 class MetricWriter:

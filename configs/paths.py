@@ -107,8 +107,20 @@ class RunPaths:
 
     @property
     def config(self) -> Path:
-        """Resolved configuration."""
+        """Resolved configuration of the submission."""
         return self.root / "config.yaml"
+
+    def config_of(self, number: int) -> Path:
+        """Resolved configuration of the resume with that number that changed some of it; of the submission for 0."""
+        return self.root / f"config-r{number:02d}.yaml" if number else self.config
+
+    @property
+    def newest_config(self) -> Path:
+        """Resolved configuration of the newest resume that changed some of it, else of the submission."""
+        number = 0
+        while self.config_of(number + 1).exists():
+            number += 1
+        return self.config_of(number)
 
     @property
     def plan(self) -> Path:

@@ -100,6 +100,8 @@ class RunConfig(Section):
 
     name: str | None = None
     """Prefix of the run id; None: the model's name."""
+    resume: str | None = None
+    """Where a new run begins: a run's id, or the folder or URL of checkpoints or of one step; only read. None: step 0."""
     workload: Literal["train", "collectives"] = "train"
     """The program that the gang runs on every rank: training, or measuring the fabric between the ranks."""
     model: ModelConfig

@@ -155,8 +155,27 @@ class CheckpointConfig(Section):
     """When and where state is saved."""
 
     every: Positive = 100
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved. Under `young_daly` the first interval, until a save was
+    measured."""
+    interval: Literal["fixed", "young_daly"] = "fixed"
+    """fixed: `every`; young_daly: the interval that loses least to saves and to steps that are trained again, from what
+    saves were measured to cost and how often the run fails (Young 1974, Daly 2006)."""
+    mtbf_hours: Annotated[float, Field(gt=0)] = 24.0
+    """Mean time between failures of the whole gang that `young_daly` begins with; what the run has met corrects it."""
+    budget: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Largest share of the time that saves may hold training under `young_daly`."""
     path: str | None = None
     """Folder or fsspec URL; None: `<run>/checkpoints`."""
     keep: Positive = 2
-    """Committed checkpoints kept; older ones are removed after a new one is committed."""
+    """Newest committed checkpoints that are kept; older ones are removed after a new one is committed."""
+    keep_every: Positive | None = None
+    """Checkpoints whose step is a multiple of it are kept for good; None: none of them."""
+    background: bool = True
+    """Whether a save is written beside training, which then waits for the copy in memory alone."""
+    busy: Literal["wait", "skip"] = "wait"
+    """What a save does while the one before is still being written: wait for it, or be left out and say so."""
+    memory_every: Positive | None = None
+    """Steps between snapshots in the memory of the ranks' nodes and of other nodes, which the next attempt reads before
+    storage; None: none."""
+    max_failed: Positive = 3
+    """Failed saves in a row that open an incident; training goes on."""

@@ -110,6 +110,16 @@ class Recorder:
         """`step` steps are finished."""
         self._write(_STEP | step << _STEP_SHIFT)
 
+    def touch(self) -> None:
+        """Renew the time of the newest record: its phase still makes progress. The count of records stays as it is, since
+        ranks are compared by it."""
+        words, sequence, now = self._words, self._next - 1, time.time_ns()
+        if not sequence:
+            return
+        at = _HEADER_WORDS + (sequence - 1) % self._capacity * 4
+        words[at + 1] = now
+        words[at + 3] = sequence ^ now ^ words[at + 2]
+
     def _write(self, meaning: int) -> None:
         words, sequence, now = self._words, self._next, time.time_ns()
         at = _HEADER_WORDS + (sequence - 1) % self._capacity * 4

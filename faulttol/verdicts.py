@@ -17,6 +17,8 @@ class VerdictKind(StrEnum):
     RANK_EXIT = "rank_exit"
     HANG = "hang"
     START_TIMEOUT = "start_timeout"
+    CHECKPOINT_OVERDUE = "checkpoint_overdue"
+    """The run trains, and its state isn't saved; the one kind that stops nothing."""
 
 
 @dataclass(frozen=True)

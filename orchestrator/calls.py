@@ -8,11 +8,16 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.paths import HomePaths
 from orchestrator import PROGRAM
 from orchestrator.states import State
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+    from orchestrator.beginnings import Beginning
+    from trainer.sizing.planner import Plan
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,30 @@ def watch(call: Call, run_id: str) -> int:
     row = reading.summary(run, reading.read_queue(call.home))
     call.say(console.final_summary(row, run), asdict(row))
     return 0 if state is State.SUCCEEDED else 1
+
+
+def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | None]:
+    """The configuration with its `resume` looked up, and what the run begins from; None where it names nothing.
+
+    Raises:
+        UserError: where it can't be gone on from.
+    """
+    if config.resume is None:
+        return config, None
+    # Loaded here: reading a checkpoint's manifest needs fsspec and numpy, and other commands don't.
+    from orchestrator import beginnings
+
+    return beginnings.find(config, home)
+
+
+def shown(plan: Plan, begins: Beginning | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
+    """A plan as text and as a tree, with what the run begins from."""
+    from orchestrator import console
+
+    tree = plan.to_json()
+    if begins is None:
+        return console.plan_table(tree), tree
+    from orchestrator import beginnings
+
+    source = beginnings.to_json(plan.config, begins, home)
+    return f"{console.plan_table(tree)}\n{console.source(source)}", tree | {"resume": source}

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from configs.errors import USER_ERROR_EXIT, UserError, nearest
 from configs.paths import HomePaths, default_home
 from orchestrator import PROGRAM
-from orchestrator.calls import Call, watch
+from orchestrator.calls import Call, begun, shown, watch
 
 _OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
 
@@ -48,11 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command.name, help=command.help, description=command.help)
         sub.add_argument("--json", action="store_true", help="print JSON and nothing else")
         sub.add_argument("--address", help="HOST:PORT of a Ray head, or http://HOST:8265 of its dashboard")
-        if command.takes_overrides:
-            sub.add_argument("overrides", nargs="*", metavar="field=value", help=_OVERRIDES)
-            sub.add_argument("--config", type=Path, help="YAML file with any part of the configuration")
         if command.takes_run:
             sub.add_argument("run", help="run id, or the beginning of one")
+        if command.takes_overrides:
+            sub.add_argument("overrides", nargs="*", metavar="field=value", help=_OVERRIDES)
+            if not command.takes_run:
+                sub.add_argument("--config", type=Path, help="YAML file with any part of the configuration")
         for flags, options in _OPTIONS.get(command.name, []):
             sub.add_argument(*flags, **options)
     return parser
@@ -110,13 +111,12 @@ def _cluster(name: str, call: Call) -> int:
 
 def _plan(call: Call) -> int:
     from configs.compose import compose  # composition alone needs Hydra; `list` and `status` do not
-    from orchestrator import console
     from orchestrator.submission import slot_resource
     from trainer.sizing.planner import plan
 
-    config = compose(call.overrides, call.config_file)
+    config, begins = begun(compose(call.overrides, call.config_file), call.home)
     made = plan(config, known_capacity(call.home, call.options.slots, slot_resource(config)))
-    call.say(console.plan_table(made.to_json()), made.to_json())
+    call.say(*shown(made, begins, call.home))
     return 0
 
 
@@ -201,7 +201,13 @@ COMMANDS = [
     Command("logs", "show what a rank has printed", _logs, takes_run=True),
     Command("incidents", "show what broke, where, when, and what it cost", _incidents, takes_run=True),
     Command("cancel", "stop a run; its checkpoints stay", _on_cluster("cancel"), takes_run=True),
-    Command("resume", "continue a failed or cancelled run", _on_cluster("resume"), takes_run=True),
+    Command(
+        "resume",
+        "continue a failed or cancelled run, with another layout, batch or number of nodes where typed",
+        _on_cluster("resume"),
+        takes_overrides=True,
+        takes_run=True,
+    ),
     Command("nodes", "show the cluster's nodes and who holds their slots", _on_cluster("nodes")),
     Command("up", "start a local Ray that outlives the command", _on_cluster("up")),
     Command("down", "cancel all runs and end the local Ray", _on_cluster("down")),
@@ -217,7 +223,7 @@ _OPTIONS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--priority",), {"type": int, "default": 0, "help": "higher goes first (default 0)"}),
     ],
     "plan": [(("--slots",), {"type": int, "help": "slots of an imagined node"})],
-    "resume": [_DETACH],
+    "resume": [_YES, _DETACH],
     "logs": [
         (("--rank",), {"type": int, "default": 0, "help": "rank (default 0)"}),
         (("--attempt",), {"type": int, "help": "attempt (default the newest)"}),

@@ -8,14 +8,15 @@ import sys
 import time
 from dataclasses import asdict
 
-from configs.compose import compose
+from configs.compose import compose, dump
 from configs.errors import UserError
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
-from orchestrator import PROGRAM, console, ray_cluster, reading
-from orchestrator.calls import Call, watch
+from orchestrator import PROGRAM, beginnings, console, ray_cluster, reading
+from orchestrator.calls import Call, begun, shown, watch
 from orchestrator.ray_controller import ControllerClient
+from orchestrator.resumption import Resumption
 from orchestrator.submission import CODE, Submission, slot_resource, travelling_source, write_run
 from trainer.data import prepare
 from trainer.sizing.planner import Capacity, plan, trainable
@@ -60,7 +61,7 @@ def _is_json(line: str) -> bool:
 
 def submit(call: Call) -> int:
     """Plan, show, ask, queue, follow."""
-    config = compose(call.overrides, call.config_file)
+    config, begins = begun(compose(call.overrides, call.config_file), call.home)
     call.home.ensure()
     notes = _check_training(config) if config.workload == "train" else []
     address = _running(call)
@@ -70,8 +71,8 @@ def submit(call: Call) -> int:
         submission = Submission(
             config, plan(config, _capacity(config, address), strict=True), call.options.priority
         )
-        tree = submission.plan.to_json()
-        call.note("\n".join([console.plan_table(tree), *notes]))
+        text, tree = shown(submission.plan, begins, call.home)
+        call.note("\n".join([text, *notes]))
         if call.options.dry_run:
             call.say("dry run: nothing was started", {"plan": tree})
             return 0
@@ -100,6 +101,7 @@ def _check_training(config: RunConfig) -> list[str]:
     notes = prepare.check(config.data, config.model.vocab)
     if config.checkpoint.path:
         check_writable(config.checkpoint.path)
+        beginnings.refuse_anothers(config.checkpoint.path)
     return notes
 
 
@@ -237,26 +239,37 @@ def _refuse_ended(call: Call, run_id: str) -> None:
 
 
 def resume(call: Call) -> int:
-    """Queue a failed or cancelled run again and follow it."""
+    """Queue a failed or cancelled run again, with what was typed changed, and follow it."""
     run = call.home.existing(call.options.run)
     row = reading.summary(run, {})
     if row.state == "succeeded":
         raise UserError(
-            f"run '{run.run_id}' has succeeded: {row.step} of {row.steps} steps are done; submit a new run, with a larger "
-            "train.steps to train on"
+            f"run '{run.run_id}' has succeeded: {row.step} of {row.steps} steps are done; a new run trains on from it: "
+            f"`{PROGRAM} submit --config {run.newest_config} resume={run.run_id} train.steps={2 * max(1, row.steps)}`"
         )
     if not row.terminal:
         raise UserError(f"run '{run.run_id}' is {row.state}; only a failed or cancelled run resumes")
+    resumption = Resumption.of(run, call.overrides)
+    resumption.check()
     address = _running(call)
     if address:
         ray_cluster.connect(address)
-    else:
-        _up(call, max(row.slots, os.cpu_count() or 1), Timeouts())
     try:
-        said = ControllerClient.connect(call.home).resume(run.run_id)
+        if call.overrides:
+            resumption = resumption.planned(_capacity(resumption.config, address))
+            call.note(console.amended(resumption.to_json()))
+            if not _agreed(call):
+                call.say("nothing was started")
+                return 1
+        if not address:
+            _up(call, max(resumption.slots, os.cpu_count() or 1), Timeouts())
+        client = ControllerClient.connect(call.home)
+        client.resume(run.run_id, resumption.event(), dump(resumption.config))
     finally:
         ray_cluster.disconnect()
-    call.say(said, {"run": run.run_id, "said": said} if call.options.detach else None)
+    said = f"resuming {run.run_id} from {resumption.start}"
+    tree = resumption.to_json() if call.overrides else {}
+    call.say(said, tree | {"run": run.run_id, "said": said} if call.options.detach else None)
     if call.options.detach:
         return 0
     return watch(call, run.run_id)

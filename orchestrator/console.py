@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from configs.metrics import (
@@ -15,6 +14,7 @@ from configs.metrics import (
     MetricLine,
     ResumedLine,
     SavedLine,
+    SaveFailedLine,
     StepLine,
 )
 from configs.paths import HomePaths, RunPaths
@@ -22,53 +22,11 @@ from orchestrator import PROGRAM, reading
 from orchestrator.events import Decided, Event, FabricFinding, IncidentClosed, IncidentOpened, Moved
 from orchestrator.reading import Follower, RunSummary
 from orchestrator.states import State
+from orchestrator.text import clock, count, indented, plural, short, size, span, table
 
 _POLL_SECONDS = 0.5
 _PLAIN_EVERY = 10.0
 """Seconds between progress lines where they can't be rewritten in place."""
-
-
-def count(number: float) -> str:
-    """A number in three digits: 1.28 B, 12.3 M, 4.5 k, 678."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 0.9995 * size:  # what rounds to 1000 of a unit is 1 of the next
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
-def size(number: float) -> str:
-    """Bytes: 3.2 GiB."""
-    for unit, each in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if number >= each:
-            scaled = number / each
-            return f"{scaled:.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
-    return f"{number:.0f} B"
-
-
-def span(seconds: float | None) -> str:
-    """A duration: 0:35, 12:07, 3:04:05, 2d 03:04."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def clock(seconds: float | None) -> str:
-    """A local time of day with its date."""
-    return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell; the columns in `right` are flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def plan_table(plan: dict[str, Any]) -> str:
@@ -102,7 +60,7 @@ def plan_table(plan: dict[str, Any]) -> str:
     text = table(rows)
     if plan["choices"]:
         chosen = [(c["field"], "=", c["value"], c["reason"]) for c in plan["choices"]]
-        text += "\nchosen for you\n" + _indented(table(chosen))
+        text += "\nchosen for you\n" + indented(table(chosen))
     for warning in plan["warnings"]:
         text += f"\nwarning: {warning}"
     for note in plan["notes"]:
@@ -132,10 +90,6 @@ def step_time(predicted: dict[str, Any], tokens: int) -> str:
     return f"{seconds:.3g} s predicted ({low:.3g} to {high:.3g} s), {count(tokens / seconds)} tokens/s"
 
 
-def _indented(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
-
-
 def run_list(rows: Sequence[RunSummary]) -> str:
     """The table of `list`."""
     if not rows:
@@ -153,9 +107,32 @@ def run_list(rows: Sequence[RunSummary]) -> str:
     return table([head, *body], right=(2, 3, 4, 5, 6, 7, 8))
 
 
+def source(tree: dict[str, Any]) -> str:
+    """What a new run begins from."""
+    counted = [f"{count(tree[name])} {name}" for name in ("samples", "tokens") if tree[name] is not None] + (
+        [f"loss {tree['loss']:.4f}"] if tree["loss"] is not None else []
+    )
+    told = f" ({', '.join(counted)})" if counted else ""
+    text = table([("resume", f"step {tree['step']} of {tree['run']}{told}: {short(tree['path'])}")])
+    return text + ("\notherwise than there\n" + _changes(tree["differences"]) if tree["differences"] else "")
+
+
+def amended(tree: dict[str, Any]) -> str:
+    """What a resume changes, and what follows from it."""
+    rows = [("resume", f"{tree['run']} from {tree['from']}")]
+    text = table(rows) + "\nchanges\n" + _changes(tree["changes"])
+    return "\n".join([text, *tree["consequences"]])
+
+
+def _changes(rows: Sequence[Sequence[str]]) -> str:
+    return indented(table([(name, before, "->", now) for name, before, now in rows]))
+
+
 def _note(row: RunSummary) -> str:
     if row.position is not None:
         return f"position {row.position}: {row.waiting_for}"
+    if row.saves:
+        return row.saves
     return row.waiting_for or (row.detail if row.state in (State.FAILED, State.RECOVERING) else "")
 
 
@@ -182,12 +159,21 @@ def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
         rows.append(("progress", row.measured))
     rows += _findings(row)
     if row.checkpoint_path:
-        rows.append(("checkpoint", f"step {row.checkpoint_step}: {row.checkpoint_path}"))
+        took = _took(row.checkpoint_seconds or 0.0, row.checkpoint_held or 0.0)
+        rows.append(("checkpoint", f"step {row.checkpoint_step} ({took}): {row.checkpoint_path}"))
+    if row.memory_step is not None:
+        rows.append(("in memory", f"step {row.memory_step} (training held {row.memory_held or 0.0:.2f} s)"))
+    if row.saves:
+        rows.append(("saves", row.saves))
     rows.append(("attempts", f"{row.attempt}, {plural(len(found), 'incident')}"))
     rows.append(("folder", row.folder))
     if row.next_step:
         rows.append(("next", row.next_step))
     return table(rows)
+
+
+def _took(seconds: float, held: float) -> str:
+    return f"in {seconds:.2f} s, training held {held:.2f} s"
 
 
 def _findings(row: RunSummary) -> list[tuple[str, str]]:
@@ -235,11 +221,14 @@ def incidents(found: Sequence[dict[str, Any]]) -> str:
     for one in found:
         rank = "the gang" if one["rank"] is None else f"rank {one['rank']}"
         where = rank + (f" on {one['node']}" if one["node"] else "")
-        cost = "not known yet"
-        if one["downtime_seconds"] is not None:
-            cost = (
-                f"{one['lost_steps']} steps trained again, {one['downtime_seconds']:.1f} s without training"
-            )
+        predicted = one["predicted_steps"]
+        expected = f"{predicted:.3g} steps predicted" if predicted is not None else ""
+        cost = f"not known yet{', ' if expected else ''}{expected}"
+        if one["stops_nothing"]:
+            cost = "none: training goes on"
+        elif one["downtime_seconds"] is not None:
+            again = f"{one['lost_steps']} steps trained again" + (f" ({expected})" if expected else "")
+            cost = f"{again}, {one['downtime_seconds']:.1f} s without training"
         rows = [
             ("what", f"{one['cause']}: {one['detail']}"),
             ("where", f"{where}, attempt {one['attempt']}, after step {one['step']}"),
@@ -248,7 +237,7 @@ def incidents(found: Sequence[dict[str, Any]]) -> str:
             ("outcome", one["resolution"]),
             ("evidence", one["evidence"]),
         ]
-        blocks.append(f"incident {one['incident']}\n" + _indented(table(rows)))
+        blocks.append(f"incident {one['incident']}\n" + indented(table(rows)))
     return "\n".join(blocks)
 
 
@@ -259,7 +248,7 @@ def submitted(run: RunPaths) -> str:
         ("read a rank", f"{PROGRAM} logs {run.run_id} --rank 0"),
         ("stop it", f"{PROGRAM} cancel {run.run_id}"),
     ]
-    return f"submitted {run.run_id}\n" + _indented(table(rows))
+    return f"submitted {run.run_id}\n" + indented(table(rows))
 
 
 def final_summary(row: RunSummary, run: RunPaths) -> str:
@@ -275,6 +264,8 @@ def final_summary(row: RunSummary, run: RunPaths) -> str:
     rows += [("done", f"{done} in {span(wall)}, {cost}"), *_findings(row), ("folder", short(row.folder))]
     if row.checkpoint_path:
         rows.append(("checkpoint", short(row.checkpoint_path)))
+    if row.saves:
+        rows.append(("saves", row.saves))
     if run.wandb.exists():
         rows.append(
             (
@@ -287,7 +278,7 @@ def final_summary(row: RunSummary, run: RunPaths) -> str:
     if row.incidents:
         following += f"; {PROGRAM} incidents {row.run_id}"
     rows.append(("next", following))
-    return f"{row.run_id}\n" + _indented(table(rows))
+    return f"{row.run_id}\n" + indented(table(rows))
 
 
 class LiveLine:
@@ -327,17 +318,6 @@ class LiveLine:
         if self._terminal and self._shown:
             self._stream.write(self._shown)
         self._stream.flush()
-
-
-def plural(number: int, noun: str) -> str:
-    """A number and its noun: 1 attempt, 2 attempts."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def short(path: str) -> str:
-    """A path with the user's home folder as `~`, which a shell takes back."""
-    home = str(Path.home())
-    return "~" + path[len(home) :] if path.startswith(home + "/") else path
 
 
 def watch(
@@ -388,19 +368,26 @@ def _told(item: Event | MetricLine) -> str | None:
             return f"{at} {move.to}" + (f": {move.detail}" if move.detail else "")
         case Event(payload=IncidentOpened() as incident):
             return f"{at} incident {incident.incident}: {incident.detail}"
+        case Event(payload=Decided(action="warn") as decided):
+            return f"{at} warning: {decided.detail}"
         case Event(payload=Decided() as decided):
             used = f"{decided.restarts_used} of {decided.restarts_allowed} restarts without progress"
             return (
                 f"{at} decision: {decided.action} ({decided.reason}; {used}; wait {decided.wait_seconds:g} s)"
             )
         case Event(payload=IncidentClosed() as closed):
-            return f"{at} incident {closed.incident} is over: {closed.resolution}, {closed.lost_steps} steps again"
+            again = f", {closed.lost_steps} steps again" if closed.lost_steps else ""
+            return f"{at} incident {closed.incident} is over: {closed.resolution}{again}"
         case ResumedLine(step=step) if step:
             return f"{at} resumed from step {step}"
         case EvaluatedLine():
             return f"{at} step {item.step}: loss {item.loss:.4f} on {item.samples} held-out samples"
-        case SavedLine():
-            return f"{at} saved step {item.step} ({size(item.bytes)} in {item.seconds:.2f} s)"
+        case SavedLine(tier="store"):
+            return f"{at} saved step {item.step} ({size(item.bytes)} {_took(item.seconds, item.held)})"
+        case SaveFailedLine(in_a_row=0):
+            return f"{at} step {item.step} was not saved: {item.error}"
+        case SaveFailedLine():
+            return f"{at} the save of step {item.step} failed, {item.in_a_row} in a row: {item.error}"
         case Event(payload=FabricFinding(finding=found)):
             return f"{at} {found['severity']} {found['kind']}: {found['what']}"
         case EndedLine():

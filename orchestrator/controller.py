@@ -18,11 +18,12 @@ from configs.errors import UserError
 from configs.paths import HomePaths
 from faulttol.verdicts import VerdictKind
 from orchestrator import queue
-from orchestrator.events import EventLog, GangShape, Moved, Submitted, fold, read
+from orchestrator.events import Amended, GangShape, Moved, Submitted, read
 from orchestrator.gang import Fabric
 from orchestrator.placement import Node
 from orchestrator.queue import Admit, Waiting
 from orchestrator.run_control import RunControl
+from orchestrator.run_log import EventLog, fold
 from orchestrator.states import Reason, State
 
 #: Seconds that a node whose agent fell silent is kept out; Ray's health checks have reported it by then.
@@ -94,11 +95,15 @@ class Controller:
         self.tick()
         return f"cancelling {run_id}"
 
-    def resume(self, run_id: str) -> str:
-        """Queue a failed or cancelled run again; the sentence to show.
+    def resume(self, run_id: str, amended: Amended | None = None, config: str = "") -> None:
+        """Queue a failed or cancelled run again.
+
+        Args:
+            amended: what it goes on with otherwise than before.
+            config: the resolved configuration then, as `configs.compose.dump` gives it.
 
         Raises:
-            UserError: where it is active or has succeeded.
+            UserError: where it is active or has succeeded, was resumed by somebody else meanwhile, or can't be written.
         """
         if run_id in self._runs:
             raise UserError(
@@ -109,11 +114,31 @@ class Controller:
                 f"run '{run_id}' has succeeded: all its steps are done; "
                 "submit a new run, with a larger train.steps to train on"
             )
-        control = self._runs[run_id] = RunControl(self._home.run(run_id), self._fabric)
-        control.resume(self._clock())
-        step = control.view.checkpoint.step if control.view.checkpoint else 0
+        control = RunControl(self._home.run(run_id), self._fabric)
+        try:
+            if amended is not None:
+                self._write_config(control, amended, config)
+        except UserError:
+            control.close()
+            raise
+        self._runs[run_id] = control
+        control.resume(self._clock(), amended)
         self.tick()
-        return f"resuming {run_id} from step {step}"
+
+    def _write_config(self, control: RunControl, amended: Amended, config: str) -> None:
+        run, path = control.run, control.run.config_of(amended.number)
+        if amended.number != control.view.amendments + 1:
+            raise UserError(
+                f"run '{run.run_id}' was resumed with other settings meanwhile: look at its status, and resume again"
+            )
+        try:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(config)
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"can't write {path} ({error.strerror}); free some space and resume again"
+            ) from None
 
     def shut_down(self) -> int:
         """Cancel everything because the cluster goes down; how many runs are still ending."""

@@ -1,19 +1,17 @@
 """The event log: one append-only file per run, the spine that everything else reads.
 
 Every state move, verdict, decision, checkpoint and incident is a typed event. The controller is the only
-writer; `fold` rebuilds a run from its events, so a controller that dies loses nothing.
+writer; `orchestrator.run_log` folds a run from its events, so a controller that dies loses nothing.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from orchestrator.states import Reason, State, check_move
+from orchestrator.states import Reason, State
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,26 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class Amended:
+    """A resume asked for something else than the submission did; it holds for all attempts that follow."""
+
+    kind: ClassVar[str] = "amended"
+    number: int
+    """Counts such resumes from 1; their configurations are `RunPaths.config_of(number)`."""
+    overrides: tuple[str, ...]
+    """As typed."""
+    changes: tuple[tuple[str, str, str], ...]
+    """Field, its value before and its value now, of the resolved configurations."""
+    gang: GangShape
+    steps: int
+    max_restarts: int
+    backoff_seconds: float
+    layout: dict[str, int]
+
+
+@dataclass(frozen=True)
 class CheckpointCommitted:
-    """A checkpoint is durable."""
+    """A checkpoint is durable, or a snapshot is whole in the memory of nodes."""
 
     kind: ClassVar[str] = "checkpoint"
     attempt: int
@@ -108,6 +124,25 @@ class CheckpointCommitted:
     path: str
     bytes: int
     seconds: float
+    """From the call to the commit."""
+    held: float = 0.0
+    """Seconds that training stood still for it."""
+    tier: str = "store"
+    """`store`, or `memory`: of snapshots in memory only the newest of an attempt is told, when the attempt ends."""
+    due: int | None = None
+    """Step at which the next one is due; None where that is `checkpoint.every` steps later."""
+
+
+@dataclass(frozen=True)
+class CheckpointFailed:
+    """A save was not committed, or was left out; training went on."""
+
+    kind: ClassVar[str] = "checkpoint_failed"
+    attempt: int
+    step: int
+    error: str
+    in_a_row: int
+    """Saves that failed since the attempt's last commit, this one included; 0 where it was only left out."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +170,7 @@ class Decided:
     kind: ClassVar[str] = "decision"
     attempt: int
     action: str
-    """`restart` or `fail`."""
+    """`restart`, `fail`, or `warn` where nothing is stopped."""
     reason: str
     """A `Reason`'s value."""
     restarts_used: int
@@ -159,11 +194,13 @@ class IncidentOpened:
     """Last step that was finished before it."""
     evidence: str
     """Path to look at."""
+    predicted_steps: float | None = None
+    """Steps that such a fault costs on average, by the interval of saves; None where it stops nothing."""
 
 
 @dataclass(frozen=True)
 class IncidentClosed:
-    """The run has caught up with the step of the incident, or ended."""
+    """The run has caught up with the step of the incident, has saved again, or ended."""
 
     kind: ClassVar[str] = "incident_closed"
     incident: int
@@ -201,7 +238,9 @@ Payload = (
     | Placed
     | RanksStarted
     | Resumed
+    | Amended
     | CheckpointCommitted
+    | CheckpointFailed
     | VerdictFound
     | FabricFinding
     | Decided
@@ -213,8 +252,8 @@ Payload = (
 _KINDS: dict[str, type[Payload]] = {
     c.kind: c
     for c in (
-        Submitted, Moved, Placed, RanksStarted, Resumed, CheckpointCommitted,
-        VerdictFound, FabricFinding, Decided, IncidentOpened, IncidentClosed, ControllerStarted, Finished,
+        Submitted, Moved, Placed, RanksStarted, Resumed, Amended, CheckpointCommitted, CheckpointFailed, VerdictFound,
+        FabricFinding, Decided, IncidentOpened, IncidentClosed, ControllerStarted, Finished,
     )
 }  # fmt: skip
 
@@ -248,8 +287,11 @@ def parse(text: str | bytes) -> Event:
     try:
         tree = json.loads(text)
         seq, time, kind = tree.pop("seq"), tree.pop("time"), tree.pop("kind")
-        if kind == "submitted":
+        if kind in ("submitted", "amended"):
             tree["gang"] = GangShape(**tree["gang"])
+        if kind == "amended":
+            tree["overrides"] = tuple(tree["overrides"])
+            tree["changes"] = tuple((name, before, now) for name, before, now in tree["changes"])
         elif kind == "moved":
             tree["to"], tree["reason"] = State(tree["to"]), Reason(tree["reason"])
         elif kind == "placed":
@@ -268,177 +310,3 @@ def read(path: Path) -> list[Event]:
     except FileNotFoundError:
         return []
     return [parse(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-
-
-class EventLog:
-    """The one writer of a run's log. Each event is on disk before `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        events = read(path)
-        self._next = len(events)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        # A torn last line is cut off, so that the next event starts a line of its own.
-        data = path.read_bytes()
-        os.ftruncate(self._fd, data.rfind(b"\n") + 1)
-        os.lseek(self._fd, 0, os.SEEK_END)
-        self.view = fold(events)
-
-    def append(self, payload: Payload, now: float) -> Event:
-        """Add an event at time `now` and fold it into `view`.
-
-        Raises:
-            IllegalMove: where the event moves the run against the table; nothing is written then.
-            OSError: where the disk doesn't take it; what was written of it is cut off again.
-        """
-        event = Event(self._next, now, payload)
-        view = apply(self.view, event)
-        self._write((json.dumps(event.to_json()) + "\n").encode())
-        self.view, self._next = view, self._next + 1
-        return event
-
-    def _write(self, line: bytes) -> None:
-        start = os.lseek(self._fd, 0, os.SEEK_CUR)
-        try:
-            written = 0
-            while written < len(line):  # a disk that fills up takes a part first, and only then refuses
-                written += os.write(self._fd, line[written:])
-            os.fsync(self._fd)
-        except OSError:
-            os.ftruncate(self._fd, start)
-            os.lseek(self._fd, start, os.SEEK_SET)
-            raise
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
-
-
-@dataclass(frozen=True)
-class Incident:
-    """An incident as folded from its events."""
-
-    number: int
-    opened: float
-    closed: float | None
-    event: IncidentOpened
-    outcome: IncidentClosed | None
-    resumed_step: int | None = None
-    """Step that the first attempt after it began at."""
-    training_at: float | None = None
-    """When an attempt after it had finished its first step."""
-
-
-@dataclass(frozen=True)
-class RunView:
-    """A run as its log tells it: the fold of its events, immutable."""
-
-    submitted: Submitted | None = None
-    submitted_at: float = 0.0
-    queued_at: float = 0.0
-    """Of the first time it queued; a recovery or a resume keeps or renews it."""
-    state: State | None = None
-    reason: Reason | None = None
-    detail: str = ""
-    moved_at: float = 0.0
-    started_at: float | None = None
-    """First time that ranks ran."""
-    attempt: int = 0
-    placed: Placed | None = None
-    pids: dict[str, int] = field(default_factory=dict)
-    resumed_step: int | None = None
-    """Step that the current attempt began at; None until its ranks say so."""
-    checkpoint: CheckpointCommitted | None = None
-    """Newest committed checkpoint."""
-    restarts: int = 0
-    """Restarts since the last new checkpoint."""
-    decision: Decided | None = None
-    """What was decided about the current attempt; None while it is sound."""
-    retry_at: float = 0.0
-    """A recovering run queues again from this time on."""
-    incidents: tuple[Incident, ...] = ()
-    findings: tuple[FabricFinding, ...] = ()
-    """What a measurement found slow or wrong, of all attempts."""
-    finished: Finished | None = None
-
-    @property
-    def open_incidents(self) -> list[Incident]:
-        """Incidents that aren't resolved."""
-        return [i for i in self.incidents if i.closed is None]
-
-
-def fold(events: Iterable[Event]) -> RunView:
-    """The run that a log tells of."""
-    view = RunView()
-    for event in events:
-        view = apply(view, event)
-    return view
-
-
-def apply(view: RunView, event: Event) -> RunView:
-    """The run after one more event.
-
-    Raises:
-        IllegalMove: where a `Moved` isn't in the table.
-    """
-    p = event.payload
-    match p:
-        case Submitted():
-            return replace(view, submitted=p, submitted_at=event.time)
-        case Moved():
-            return _apply_move(view, p, event.time)
-        case Placed():
-            return replace(
-                view, attempt=p.attempt, placed=p, pids={}, resumed_step=None, decision=None, finished=None
-            )
-        case RanksStarted():
-            return replace(view, pids=p.pids, started_at=view.started_at or event.time)
-        case Resumed():
-            incidents = tuple(
-                replace(i, resumed_step=p.step)
-                if i.closed is None and i.resumed_step is None and i.event.attempt < p.attempt
-                else i
-                for i in view.incidents
-            )
-            return replace(view, resumed_step=p.step, incidents=incidents)
-        case CheckpointCommitted():
-            newer = view.checkpoint is None or p.step > view.checkpoint.step
-            return replace(view, checkpoint=p, restarts=0 if newer else view.restarts)
-        case Decided():
-            used = view.restarts + (p.action == "restart")
-            return replace(view, restarts=used, decision=p, retry_at=event.time + p.wait_seconds)
-        case IncidentOpened():
-            incident = Incident(p.incident, event.time, None, p, None)
-            return replace(view, incidents=(*view.incidents, incident))
-        case IncidentClosed():
-            closed = tuple(
-                replace(i, closed=event.time, outcome=p) if i.number == p.incident else i
-                for i in view.incidents
-            )
-            return replace(view, incidents=closed)
-        case Finished():
-            return replace(view, finished=p)
-        case FabricFinding():
-            return replace(view, findings=(*view.findings, p))
-        case VerdictFound() | ControllerStarted():
-            return view
-
-
-def _apply_move(view: RunView, move: Moved, time: float) -> RunView:
-    check_move(view.state, move.to)
-    changes: dict[str, Any] = {
-        "state": move.to,
-        "reason": move.reason,
-        "detail": move.detail,
-        "moved_at": time,
-    }
-    if move.reason in (Reason.SUBMITTED, Reason.RESUME_ASKED):
-        changes |= {"queued_at": time, "restarts": 0}
-    if move.to is State.RUNNING:
-        changes["incidents"] = tuple(
-            replace(i, training_at=time) if i.closed is None and i.training_at is None else i
-            for i in view.incidents
-        )
-    if not move.to.holds_slots:
-        changes |= {"placed": None, "pids": {}}
-    return replace(view, **changes)

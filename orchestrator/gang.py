@@ -57,6 +57,8 @@ class AgentReport:
     ranks: tuple[RankReport, ...]
     lines: tuple[MetricLine, ...]
     """New metric lines, where the agent's node hosts rank 0."""
+    offset: int = 0
+    """Byte of `metrics.jsonl` behind the last of `lines`."""
 
     def told_at(self, now: float) -> AgentReport:
         """The same report with its times by the clock that says `now`, so that nodes' clocks may differ."""

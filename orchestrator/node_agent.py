@@ -95,6 +95,7 @@ class NodeAgent:
         # What this worker imports from (a laptop's working directory too), its ranks import from.
         env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         env["PYTHONUNBUFFERED"] = "1"
+        env["MEGARAY_NODE"] = self._share.ip  # host names of containers change from start to start
         threads = max(1, (os.cpu_count() or 1) // len(self._share.ranks))
         env["OMP_NUM_THREADS"] = str(threads)  # Ray's own value is for the actor, not for a rank
         if len({share.ip for share in self._spec.shares}) > 1:
@@ -122,7 +123,7 @@ class NodeAgent:
                 )
             )
         lines, end = read_from(self._paths.metrics, offset) if 0 in self._share.ranks else ([], offset)
-        return AgentReport(self._share.node_id, now, tuple(reports), tuple(lines)), end
+        return AgentReport(self._share.node_id, now, tuple(reports), tuple(lines), end), end
 
     def stop(self, grace: float) -> bool:
         """End all ranks with their children: SIGTERM, and after `grace` seconds SIGKILL. True when gone."""

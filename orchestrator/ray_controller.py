@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 from configs.errors import UserError
 from configs.paths import HomePaths
 from orchestrator.controller import Controller
-from orchestrator.events import Submitted
+from orchestrator.events import Amended, Submitted
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.ray_fabric import RayFabric
 
@@ -115,9 +115,9 @@ class ControllerClient:
         """Stop a run; the sentence to show."""
         return str(self._call("cancel", run_id))
 
-    def resume(self, run_id: str) -> str:
-        """Queue a failed or cancelled run again; the sentence to show."""
-        return str(self._call("resume", run_id))
+    def resume(self, run_id: str, amended: Amended | None, config: str) -> None:
+        """Queue a failed or cancelled run again, with what is `amended`, whose resolved configuration is `config`."""
+        self._call("resume", run_id, amended, config)
 
     def shut_down(self) -> int:
         """Cancel everything; how many runs are still ending."""

@@ -29,7 +29,7 @@ class SinkActor:
         """Pump to the end, then leave."""
         from orchestrator.sinks.wandb import WandbSink  # wandb loads in this actor's process only
 
-        sink = WandbSink(self._run, load(self._run.config))
+        sink = WandbSink(self._run, load(self._run.newest_config))
         try:
             while not sink.pump():
                 time.sleep(_PUMP_SECONDS)

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from configs.errors import UserError
-from configs.metrics import MeasuredLine, MetricLine, ResumedLine, StepLine, last_step, read_all, read_from
+from configs.metrics import (
+    MeasuredLine,
+    MetricLine,
+    ResumedLine,
+    SavedLine,
+    StepLine,
+    last_step,
+    parse_line,
+    read_all,
+    read_from,
+)
 from configs.paths import HomePaths, RunPaths
-from orchestrator.events import Event, RunView, Submitted, fold, parse, read
+from faulttol.detect.overdue import failed
+from orchestrator.events import CheckpointCommitted, Event, Submitted, parse, read
+from orchestrator.run_log import RunView, fold
 from orchestrator.states import Reason, State
+
+_WINDOW = 1 << 16
+"""Bytes at the end of an attempt's lines in which its newest snapshot is looked for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,17 @@ class RunSummary:
     """Addresses of the nodes that hold it now."""
     checkpoint_step: int | None
     checkpoint_path: str | None
+    checkpoint_seconds: float | None
+    """From the call to the commit of the newest checkpoint."""
+    checkpoint_held: float | None
+    """Seconds that it held training."""
+    memory_step: int | None
+    """Newest snapshot in the memory of nodes."""
+    memory_held: float | None
+    failed_saves: int
+    """Since the last commit."""
+    saves: str
+    """What is wrong with saves; empty where nothing is."""
     folder: str
     next_step: str
     """What to type next; empty where nothing is to be done."""
@@ -94,7 +121,7 @@ def summary(run: RunPaths, queue: dict[str, Any]) -> RunSummary:
 
 
 def _summary(run: RunPaths, view: RunView, submitted: Submitted, queue: dict[str, Any]) -> RunSummary:
-    newest = _newest_line(run, view)
+    newest, memory = _newest_line(run, view), _snapshot(run, view)
     # The controller writes `submitted` and the first move one after the other.
     state = view.state or State.QUEUED
     line = newest if isinstance(newest, StepLine) else None
@@ -132,6 +159,12 @@ def _summary(run: RunPaths, view: RunView, submitted: Submitted, queue: dict[str
         nodes=[share.ip for share in view.placed.shares] if view.placed else [],
         checkpoint_step=view.checkpoint.step if view.checkpoint else None,
         checkpoint_path=view.checkpoint.path if view.checkpoint else None,
+        checkpoint_seconds=view.checkpoint.seconds if view.checkpoint else None,
+        checkpoint_held=view.checkpoint.held if view.checkpoint else None,
+        memory_step=memory.step if memory else None,
+        memory_held=memory.held if memory else None,
+        failed_saves=view.failing,
+        saves=_trouble(view),
         folder=str(run.root),
         next_step=view.reason.next_step(run.run_id) if view.reason and state.terminal else "",
     )
@@ -144,6 +177,27 @@ def _newest_line(run: RunPaths, view: RunView) -> StepLine | MeasuredLine | None
         if line is not None:
             return line
     return None
+
+
+def _trouble(view: RunView) -> str:
+    """What is wrong with a run's saves."""
+    if view.failing and view.failed is not None:
+        return f"{failed(view.failing)} since step {view.saved_step or 0}: {view.failed.error}"
+    return next((i.event.detail for i in view.open_incidents if i.stops_nothing), "")
+
+
+def _snapshot(run: RunPaths, view: RunView) -> SavedLine | CheckpointCommitted | None:
+    """The newest snapshot in memory: of the log, or of the lines that a running attempt wrote since."""
+    if view.state is not State.RUNNING:
+        return view.memory
+    try:
+        with run.attempt(view.attempt).metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _WINDOW))
+            rows = [row for row in file.read().splitlines()[1:-1] if b'"memory"' in row]
+    except FileNotFoundError:
+        return view.memory
+    lines = [line for row in rows if isinstance(line := parse_line(row), SavedLine) and line.tier == "memory"]
+    return lines[-1] if lines else view.memory
 
 
 def _basis(run: RunPaths) -> str:
@@ -161,6 +215,7 @@ def incidents(run: RunPaths) -> list[dict[str, Any]]:
         found.append(
             asdict(incident.event)
             | {
+                "stops_nothing": incident.stops_nothing,
                 "opened": incident.opened,
                 "closed": incident.closed,
                 "resolution": outcome.get("resolution", "open"),

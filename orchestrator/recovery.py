@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator.events import IncidentClosed, RunView
+from orchestrator.events import IncidentClosed
+from orchestrator.run_log import RunView
 from orchestrator.states import Reason
 
 BACKOFF_CAP = 300.0
@@ -23,6 +24,7 @@ _REASONS = {
     VerdictKind.RANK_EXIT: Reason.RANK_DIED,
     VerdictKind.HANG: Reason.RANKS_HUNG,
     VerdictKind.START_TIMEOUT: Reason.START_TIMEOUT,
+    VerdictKind.CHECKPOINT_OVERDUE: Reason.SAVES_FAILING,
 }
 _SEVERITY = {kind: place for place, kind in enumerate(VerdictKind)}
 
@@ -32,7 +34,7 @@ class Decision:
     """The answer to a fault."""
 
     action: str
-    """`restart` or `fail`."""
+    """`restart`, `fail`, or `warn` where nothing is stopped."""
     reason: Reason
     detail: str
     cause: Verdict
@@ -44,7 +46,7 @@ class Decision:
 
 
 def decide(view: RunView, verdicts: Sequence[Verdict]) -> Decision:
-    """Restart or fail.
+    """Restart, fail or warn.
 
     1. The cause is the most severe kind among the verdicts (`VerdictKind` is in that order); of one kind, the
        earliest, then the lowest rank. A verdict without a time or a rank comes after those that have one.
@@ -53,6 +55,7 @@ def decide(view: RunView, verdicts: Sequence[Verdict]) -> Decision:
        ends and a run that makes progress between faults goes on for ever.
     4. The wait before a restart doubles with each restart without progress, up to `BACKOFF_CAP`. It doesn't
        change the run's place in the queue.
+    5. Saves that fail are only told: what is trained on in the meantime is more than what a restart would give back.
     """
     submitted = view.submitted
     assert submitted is not None, "a run begins with `submitted`"
@@ -60,6 +63,9 @@ def decide(view: RunView, verdicts: Sequence[Verdict]) -> Decision:
     used, allowed = view.restarts, submitted.max_restarts
     if cause.kind is VerdictKind.USER_ERROR:
         return Decision("fail", Reason.USER_ERROR, cause.detail, cause, used, allowed)
+    if cause.kind is VerdictKind.CHECKPOINT_OVERDUE:
+        detail = f"{cause.detail}; training goes on, and a fault would cost all of it since then"
+        return Decision("warn", Reason.SAVES_FAILING, detail, cause, used, allowed)
     if used >= allowed:
         detail = f"{cause.detail}; {used} restarts without a new checkpoint are used up"
         return Decision("fail", Reason.RESTARTS_EXHAUSTED, detail, cause, used, allowed)
@@ -82,9 +88,15 @@ def closing(view: RunView, step: int, now: float, ended: str = "") -> list[Incid
        before the fault: they were trained again. None are counted where no attempt followed, or where the
        checkpoint was newer than the last step that was told of.
     3. Its downtime goes from the fault to the first step of the next attempt that trained, or to `now`.
+    4. Where nothing was stopped, it is over with the next commit in storage, and costs nothing.
     """
     closed = []
     for incident in view.open_incidents:
+        if incident.stops_nothing:
+            if ended or incident.saved_step is not None:
+                how = ended or f"step {incident.saved_step} was saved"
+                closed.append(IncidentClosed(incident.number, how, 0, 0.0))
+            continue
         last, resumed = incident.event.step, incident.resumed_step
         caught_up = incident.training_at is not None and step > last
         if not caught_up and not ended:

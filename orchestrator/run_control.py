@@ -6,22 +6,34 @@ can tell again. So a controller that dies in any line of this file is replaced b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.compose import load
-from configs.metrics import EndedLine, FindingLine, MeasuredLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.metrics import (
+    EndedLine,
+    FindingLine,
+    MeasuredLine,
+    MetricLine,
+    ResumedLine,
+    SavedLine,
+    SaveFailedLine,
+    StepLine,
+    read_from,
+)
 from configs.paths import RunPaths
 from faulttol.detect import death, hang
 from faulttol.recorder import Record
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator import recovery
+from orchestrator import recovery, saves
 from orchestrator.events import (
+    Amended,
     CheckpointCommitted,
+    CheckpointFailed,
     ControllerStarted,
     Decided,
-    EventLog,
     FabricFinding,
     Finished,
     IncidentOpened,
@@ -30,11 +42,13 @@ from orchestrator.events import (
     Placed,
     RanksStarted,
     Resumed,
-    RunView,
     VerdictFound,
 )
 from orchestrator.gang import Fabric, GangSpec, GangStatus, RankReport
+from orchestrator.run_log import EventLog, RunView
 from orchestrator.states import Reason, State
+
+log = logging.getLogger("megaray.controller")
 
 _RELEASE_MARGIN = 5.0
 """Seconds past the grace of a stop after which unreachable ranks are left to their node's death."""
@@ -55,16 +69,24 @@ class RunControl:
 
     def __init__(self, run: RunPaths, fabric: Fabric) -> None:
         self.run = run
-        self.config = load(run.config)
-        self.timeouts = self.config.resilience.timeouts
         self._fabric = fabric
         self._log = EventLog(run.events)
         self._ending: _Ending | None = None
+        self._configure()
         self._reset_attempt()
+
+    def _configure(self) -> None:
+        self.config = load(self.run.config_of(self.view.amendments))
+        self.timeouts = self.config.resilience.timeouts
 
     def _reset_attempt(self) -> None:
         self._ranks: dict[int, RankReport] = {}
         self._step = 0
+        self._step_seconds = 0.0
+        self._read = 0
+        """Byte of the attempt's metric lines up to which they were taken in."""
+        self._snapshot: SavedLine | None = None
+        """Newest snapshot in memory; the log has it once the attempt ends."""
         self._poll_due = 0.0
 
     @property
@@ -107,8 +129,11 @@ class RunControl:
         self._move(State.CANCELLING, reason, now)
         self._begin_stop(State.CANCELLED, reason, "", self.timeouts.seconds("stop"), now)
 
-    def resume(self, now: float) -> None:
-        """Queue a failed or cancelled run again."""
+    def resume(self, now: float, amended: Amended | None = None) -> None:
+        """Queue a failed or cancelled run again, with what is `amended` from now on."""
+        if amended is not None:
+            self._log.append(amended, now)
+            self._configure()
         self._move(State.QUEUED, Reason.RESUME_ASKED, now)
 
     def take_over(self, pid: int, now: float) -> None:
@@ -169,6 +194,7 @@ class RunControl:
             self._ranks |= {rank.rank: rank for rank in report.told_at(now).ranks}
             for line in report.lines:
                 self._absorb(line, now)
+            self._read = max(self._read, report.offset)
         if self._complete():
             self._settle_incidents(now, "the run is complete")
             self._begin_stop(State.SUCCEEDED, Reason.COMPLETE, "", 0.0, now)
@@ -176,6 +202,8 @@ class RunControl:
         verdicts = self._judge(status, now)
         if verdicts:
             self._fail(verdicts, now)
+        else:
+            self._watch_saves(now)
 
     def _complete(self) -> bool:
         done = [rank.exit_code == 0 for rank in self._ranks.values()]
@@ -187,9 +215,13 @@ class RunControl:
         match line:
             case ResumedLine() if view.resumed_step is None:
                 self._log.append(Resumed(attempt, line.step, line.path), now)
-            case SavedLine() if view.checkpoint is None or _newer(line, view.checkpoint):
-                saved = CheckpointCommitted(attempt, line.step, line.path, line.bytes, line.seconds)
-                self._log.append(saved, now)
+            case SavedLine(tier="store") if view.checkpoint is None or _newer(line, view.checkpoint):
+                self._log.append(_committed(line), now)
+                self._settle_incidents(now)
+            case SavedLine() if line.tier != "store":
+                self._snapshot = line
+            case SaveFailedLine() if view.failed is None or _newer(line, view.failed):
+                self._log.append(CheckpointFailed(attempt, line.step, line.error, line.in_a_row), now)
             case EndedLine() if view.finished is None:
                 self._log.append(Finished(line.step, line.loss, line.tokens), now)
             case FindingLine():
@@ -198,9 +230,29 @@ class RunControl:
                     self._log.append(finding, now)
             case StepLine() | MeasuredLine():
                 self._step = line.step
+                if isinstance(line, StepLine):
+                    self._step_seconds = line.step_seconds
                 if view.state is State.STARTING:
                     self._move(State.RUNNING, Reason.FIRST_STEP, now)
                 self._settle_incidents(now)
+
+    def _catch_up(self, now: float) -> None:
+        """Take in the metric lines that no agent has told of; after it the log lacks nothing that the ranks wrote.
+
+        Read from the run's folder, which all nodes share: an agent may be gone. A fault of the file mustn't keep a gang
+        from being stopped.
+        """
+        try:
+            path, lines = self.run.attempt(self.view.attempt).metrics, list[MetricLine]()
+            while (found := read_from(path, self._read))[1] > self._read:
+                lines, self._read = found
+                for line in lines:
+                    self._absorb(line, now)
+        except (OSError, ValueError):
+            log.exception("run %s: metric lines of attempt %d", self.run.run_id, self.view.attempt)
+        known = max((c.step for c in (self.view.checkpoint, self.view.memory) if c is not None), default=-1)
+        if self._snapshot is not None and self._snapshot.step > known:
+            self._log.append(_committed(self._snapshot), now)
 
     # ---- faults ----
 
@@ -247,29 +299,50 @@ class RunControl:
             now=now,
             started=self.view.moved_at,
             timeouts=self.timeouts,
-            first_step_done=self.view.state is State.RUNNING,
+            first_step_done=self.view.state is State.RUNNING or self._stepped(newest),
         )
 
+    def _stepped(self, newest: dict[int, Record | None]) -> bool:
+        """All ranks have finished a step of this attempt, whose metric line may come much later (`train.log_every`)."""
+        begun = self.view.resumed_step
+        return begun is not None and all(r is not None and r.step > begun for r in newest.values())
+
+    def _watch_saves(self, now: float) -> None:
+        """Open an incident where the state isn't saved any more; nothing is stopped."""
+        verdicts = saves.judge(self.view, self.config, self._step)
+        if verdicts:
+            self._open(verdicts, now)
+
     def _fail(self, verdicts: Sequence[Verdict], now: float) -> None:
+        self._catch_up(now)
+        self._begin_stop(*_after(self._open(verdicts, now)), 0.0, now)
+
+    def _open(self, verdicts: Sequence[Verdict], now: float) -> Decided:
+        """Write verdicts, incident and decision."""
         attempt, view = self.view.attempt, self.view
         for verdict in verdicts:
             self._log.append(VerdictFound(attempt, verdict.to_json()), now)
         decision = recovery.decide(view, verdicts)
         cause = decision.cause
-        step = max(self._step, view.resumed_step or 0)
-        self._log.append(
-            IncidentOpened(
-                incident=len(view.incidents) + 1,
-                attempt=attempt,
-                cause=str(cause.kind),
-                detail=cause.detail,
-                rank=cause.rank,
-                node=cause.node,
-                step=step,
-                evidence=str(cause.evidence or self.run.attempt(attempt).ranks),
+        opened = IncidentOpened(
+            incident=len(view.incidents) + 1,
+            attempt=attempt,
+            cause=str(cause.kind),
+            detail=cause.detail,
+            rank=cause.rank,
+            node=cause.node,
+            step=max(self._step, view.resumed_step or 0),
+            evidence=str(cause.evidence or self.run.attempt(attempt).ranks),
+            predicted_steps=None
+            if decision.action == "warn"
+            else saves.predicted_steps(
+                self.view,
+                self.config,
+                self._step_seconds,
+                _committed(self._snapshot) if self._snapshot else None,
             ),
-            now,
         )
+        self._log.append(opened, now)
         decided = Decided(
             attempt=attempt,
             action=decision.action,
@@ -280,7 +353,7 @@ class RunControl:
             wait_seconds=decision.wait_seconds,
         )
         self._log.append(decided, now)
-        self._begin_stop(*_after(decided), 0.0, now)
+        return decided
 
     def _settle_incidents(self, now: float, ended: str = "") -> None:
         """Close the incidents whose lost steps are trained again, or all where the run `ended`."""
@@ -296,8 +369,11 @@ class RunControl:
     def _finish_stop(self, ending: _Ending, now: float) -> None:
         if not self._fabric.stopped(self.group) and now < ending.deadline:
             return
+        self._catch_up(now)
         self._fabric.release(self.group)
         self._ending = None
+        if ending.to is State.CANCELLED:
+            self._settle_incidents(now, "the run was cancelled")
         if ending.to is State.FAILED:
             self._settle_incidents(now, "the run failed")
         self._move(ending.to, ending.reason, now, ending.detail)
@@ -318,7 +394,7 @@ class RunControl:
             shares=self.shares,
             resource=submitted.gang.resource,
             world=submitted.gang.ranks,
-            program=program(self.config.workload, self.run.config),
+            program=program(self.config.workload, self.run.config_of(self.view.amendments)),
             runtime_env=submitted.runtime_env,
         )
 
@@ -335,5 +411,12 @@ def _after(decided: Decided) -> tuple[State, Reason, str]:
     return to, Reason(decided.reason), decided.detail
 
 
-def _newer(line: SavedLine, known: CheckpointCommitted) -> bool:
-    return line.step > known.step or (line.step == known.step and line.attempt > known.attempt)
+def _committed(line: SavedLine) -> CheckpointCommitted:
+    return CheckpointCommitted(
+        line.attempt, line.step, line.path, line.bytes, line.seconds, line.held, line.tier, line.due
+    )
+
+
+def _newer(line: SavedLine | SaveFailedLine, known: CheckpointCommitted | CheckpointFailed) -> bool:
+    """Not told before: of a newer attempt, or a later step of the same one."""
+    return (line.attempt, line.step) > (known.attempt, known.step)

@@ -96,6 +96,8 @@ class Reason(StrEnum):
     CLUSTER_DOWN = "cluster_down"
     STOPPED = "stopped"
     RESUME_ASKED = "resume_asked"
+    SAVES_FAILING = "saves_failing"
+    """Of a decision only: nothing moves for it."""
 
     @property
     def retried(self) -> bool:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 HOMES = {
     "ray": ("orchestrator/ray_*.py",),
     "wandb": ("orchestrator/sinks/wandb.py",),
-    "deepspeed": ("trainer/engines/deepspeed.py",),
+    "deepspeed": ("trainer/engines/deepspeed.py", "faulttol/bench/deepspeed_baseline.py"),
 }
 """Library -> the files that may import it."""
 HEAVY = ("torch", "ray", "deepspeed", "wandb")
@@ -26,7 +26,7 @@ QUICK = ("orchestrator.__main__", "orchestrator.cli")
 GATE = "orchestrator.cluster_commands"
 """The module behind which the commands that need a cluster load Ray; nothing quick goes through it."""
 SPEAKERS = (
-    "collectives/cli.py", "orchestrator/cli.py", "orchestrator/calls.py", "orchestrator/console.py",
+    "collectives/cli.py", "faulttol/cli.py", "orchestrator/cli.py", "orchestrator/calls.py", "orchestrator/console.py",
     "orchestrator/cluster_commands.py", "trainer/cli.py", "trainer/loop.py", "*/__main__.py", "**/bench_*.py",
 )  # fmt: skip
 """Files that may print: the command line, and the ranks' programs, whose output is their log file."""

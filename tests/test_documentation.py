@@ -52,7 +52,7 @@ def try_command(program: str, words: str) -> None:
             compose(sizing.overrides)
         return
     options = parse(shlex.split(words))
-    if hasattr(options, "overrides"):
+    if hasattr(options, "config"):  # `resume` has overrides of a run's own configuration
         compose(options.overrides, options.config)
 
 

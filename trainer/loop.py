@@ -7,9 +7,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,20 +17,33 @@ import torch.distributed as dist
 
 from collectives.team import choose_device
 from configs.errors import UserError
-from configs.metrics import EndedLine, EvaluatedLine, MetricWriter, ResumedLine, SavedLine, StepLine
+from configs.metrics import (
+    EndedLine,
+    EvaluatedLine,
+    MetricWriter,
+    ResumedLine,
+    SavedLine,
+    SaveFailedLine,
+    StepLine,
+)
 from configs.paths import default_home
 from configs.rank import RankContext
 from configs.schema import RunConfig
+from faulttol.checkpoint.manifest import Superseded
 from faulttol.recorder import Phase, Recorder
+from faulttol.staged.saver import Outcome, Signs
 from trainer import resume as resuming
 from trainer.engines.base import Engine, StepResult
 from trainer.feed import Feed
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import learning_rate, samples_before, samples_of
 from trainer.parallel.mesh import Mesh, join
+from trainer.saves import Measured, SaveSchedule
 from trainer.sizing import flops
 from trainer.sizing.runnable import refusal
 
+_WAITS = (0.5, 2.0, 8.0)
+"""Seconds before the last step's save is tried again."""
 _COLLECT_EVERY = 100
 """Steps between garbage collections, at the same step on all ranks: irregular ones make ranks drift apart
 (MegaScale section 5.3)."""
@@ -106,6 +119,8 @@ class _Progress:
     line_time: float = 0.0
     away: float = 0.0
     """Seconds since then that went to saves and evaluations."""
+    unsaved: Exception | None = None
+    """Why the last step isn't saved."""
     ahead: int = 0
     """Samples consumed beyond what this configuration takes up to a step: a run may go on with another batch."""
 
@@ -119,7 +134,9 @@ class _Job:
         self.config, self.rank, self.mesh, self.feed, self.recorder = config, rank, mesh, feed, recorder
         self.engine = make_engine(config, mesh)
         self.clock = PhaseClock(recorder, mesh.device)
-        self.checkpoints = resuming.Checkpoints(config, rank, mesh, feed.fingerprint)
+        signs = Signs(recorder.touch, lambda: recorder.begin(Phase.COLLECTIVE, self.progress.step))
+        self.checkpoints = resuming.Checkpoints(config, rank, mesh, feed.fingerprint, signs)
+        self.saves = SaveSchedule(config.checkpoint, rank)
         self.lines = MetricWriter(rank.paths.metrics) if rank.rank == 0 else None
         self.facts = {
             "device": _device_name(mesh.device),
@@ -142,6 +159,8 @@ class _Job:
             self.progress.loss, path = found.loss, found.path
             self.progress.ahead = found.samples - samples_before(self.config.train, found.step)
             notes = [*notes, *found.notes]
+            self.facts["tier"] = found.tier
+        self.saves.begin(self.progress.step)
         for note in notes if self.rank.rank == 0 else ():
             print(note, file=sys.stderr)
         basis = flops.basis(self.config.hardware, str(self.config.train.precision))
@@ -155,6 +174,7 @@ class _Job:
                 f"nothing is left to train: step {self.progress.step} of {train.steps} is done; raise train.steps to go on",
                 file=sys.stderr,
             )
+        self.checkpoints.prepare(self.engine)
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -162,6 +182,7 @@ class _Job:
         with self.feed.started(self.progress.step, self.progress.ahead, self.engine.place, self.mesh.device):
             while self.progress.step < train.steps:
                 self._step(self.progress.step)
+        self._finish_saves()
         step, tokens = self.progress.step, self._samples(self.progress.step) * self.config.data.sequence
         self._write(EndedLine(time.time(), self.rank.attempt, step, self.progress.loss, tokens))
 
@@ -175,21 +196,30 @@ class _Job:
         with self.clock.phase("data"):
             batches = self.feed.batches()
         lr = learning_rate(self.config.optim, index, train.steps)
-        result = self.engine.step(batches, samples_of(train, index), lr, self.clock.phase)
+        result = self.engine.step(batches, samples_of(train, index), lr, self._phase)
         self.skipped[0] += result.skipped
         self.skipped[1] = (self.skipped[1] + result.skipped) * result.skipped
         progress.step = index + 1
         last = progress.step == train.steps
-        saves = last or progress.step % self.config.checkpoint.every == 0
-        if saves or progress.step % train.log_every == 0:
+        tiers = self.saves.tiers(progress.step, last)
+        if "store" in tiers or progress.step % train.log_every == 0:
             self._log(result, lr)
         self.recorder.step(progress.step)
         if train.evaluate_every and (last or progress.step % train.evaluate_every == 0):
             self._evaluate()
-        if saves:
-            self._save()
+        if tiers:
+            self._save(tiers)
+        for outcome in self.checkpoints.ended():
+            self._tell_save(outcome)
         if progress.step % _COLLECT_EVERY == 0:
             gc.collect()
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        """A phase of the step. What is being saved must be out of the optimizer's way."""
+        if name == "optimizer":
+            with self._away():
+                self.checkpoints.settle()
+        return self.clock.phase(name)
 
     @contextmanager
     def _away(self) -> Iterator[None]:
@@ -208,10 +238,11 @@ class _Job:
         seconds = (now - progress.line_time - progress.away) / steps
         shares = torch.stack([x.double() for x in (result.loss, result.aux_loss, result.dropped)])
         loss, aux_loss, dropped = self.mesh.reduce(shares, dist.ReduceOp.SUM).tolist()
-        worst = self.mesh.reduce(
-            torch.tensor([*self.clock.take(), memory_bytes(self.mesh.device)], dtype=torch.float64),
-            dist.ReduceOp.MAX,
-        ).tolist()
+        own = [*self.clock.take(), memory_bytes(self.mesh.device), *astuple(self.saves.measured(seconds))]
+        worst = self.mesh.reduce(torch.tensor(own, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
+        reason = self.saves.plan(progress.step, Measured(*worst[len(PHASES) + 1 :]))
+        if reason and self.rank.rank == 0:
+            print(f"checkpoint.interval: {reason}", file=sys.stderr)
         progress.loss, progress.line_step, progress.line_time, progress.away = loss, progress.step, now, 0.0
         load = result.load.tolist()
         skipped, in_a_row = (int(number) for number in self.skipped.tolist())
@@ -234,7 +265,7 @@ class _Job:
                 expert_load=load,
                 balance_entropy=balance_entropy(load),
                 dropped=int(dropped),
-                memory_bytes=int(worst[-1]),
+                memory_bytes=int(worst[len(PHASES)]),
                 skipped=skipped,
             )
         )
@@ -270,16 +301,60 @@ class _Job:
             seconds = time.perf_counter() - began
         self._write(EvaluatedLine(time.time(), self.rank.attempt, self.progress.step, loss, samples, seconds))
 
-    def _save(self) -> None:
+    def _save(self, tiers: Sequence[str]) -> None:
         progress = self.progress
         with self._away(), self.clock.phase("checkpoint"):
-            done = self.checkpoints.save(
-                self.engine, progress.step, self._samples(progress.step), progress.loss
+            samples = self._samples(progress.step)
+            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
+
+    def _finish_saves(self) -> None:
+        """Wait for the save of the last step, which is tried again: nothing else is left of the run.
+
+        Raises:
+            Incomplete: where it failed each time.
+        """
+        for wait in (*_WAITS, None):
+            with self.clock.phase("checkpoint"):
+                self.checkpoints.finish()
+            for outcome in self.checkpoints.ended():
+                self._tell_save(outcome)
+            if self.progress.unsaved is None:
+                return
+            if wait is None:
+                raise self.progress.unsaved
+            time.sleep(wait)
+            self._save(["store"])
+
+    def _tell_save(self, outcome: Outcome) -> None:
+        """Write how a save ended. Training goes on where it failed: its state is sound, and the last checkpoint stands.
+
+        Raises:
+            UserError: where the folder is another run's.
+            Superseded: where a newer attempt has begun to save.
+        """
+        error = outcome.error
+        if isinstance(error, UserError | Superseded):  # the folder isn't this attempt's, and won't be again
+            raise error
+        now, attempt = time.time(), self.rank.attempt
+        self.saves.ended(outcome)
+        if error is None:
+            line = SavedLine(
+                now,
+                attempt,
+                outcome.step,
+                outcome.path,
+                outcome.bytes,
+                outcome.seconds,
+                outcome.held,
+                outcome.tier,
+                self.saves.next_due,
             )
-        if done is None:
-            # Training state is sound and the last checkpoint stands; the next save may succeed.
-            return
-        self._write(SavedLine(time.time(), self.rank.attempt, done.step, done.path, done.bytes, done.seconds))
+            self._write(line)
+        else:
+            in_a_row = self.saves.failed_in_a_row if outcome.tier == "store" and not outcome.skipped else 0
+            self._write(SaveFailedLine(now, attempt, outcome.step, str(error), in_a_row))
+        if outcome.step == self.config.train.steps and outcome.tier == "store":
+            self.progress.unsaved = error
 
     def _write(self, line: Any) -> None:
         if self.lines is not None:
@@ -288,6 +363,7 @@ class _Job:
     def close(self) -> None:
         """Leave together; then end at once, since a teardown that hangs must not matter any more."""
         dist.barrier(group=self.mesh.control_group)
+        self.checkpoints.close()
         if self.lines is not None:
             self.lines.close()
         self.recorder.close()

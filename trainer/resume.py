@@ -1,32 +1,41 @@
-"""What a run resumes from, and what it may not: checkpoints that know their model, data and samples."""
+"""The run's checkpoints as one rank uses them: what it begins from, and its saves."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from configs.errors import UserError
+from configs.metrics import ResumedLine, SavedLine, read_all
 from configs.rank import RankContext
 from configs.schema import RunConfig
 from faulttol.checkpoint import load as loading
-from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.manifest import Identity, Incomplete, Superseded
-from faulttol.checkpoint.pieces import Wanted, owned
-from trainer.data.store import differences
+from faulttol.checkpoint.manifest import Identity
+from faulttol.checkpoint.pieces import Piece, Wanted, owned
+from faulttol.checkpoint.retention import Retention
+from faulttol.checkpoint.store import Store
+from faulttol.snapshots import memory
+from faulttol.staged.saver import Memory, Outcome, Policy, Saver, Signs
 from trainer.engines.base import Engine
+from trainer.fingerprint import fingerprint, refusals
 from trainer.optim.schedule import samples_before
 from trainer.parallel.mesh import Mesh
 
 _log = logging.getLogger("megaray.trainer")
-
-#: Settings of the model that change what is learned next but not what a weight means; a resumed run may change them.
-_FREE = {
-    "name", "init_std", "mtp_coefficient", "router.bias_update_rate", "router.aux_coefficient",
-    "router.z_coefficient", "router.losses_over_layers", "router.capacity_factor",
-}  # fmt: skip
-_OPTIM_FIXED = ("kind", "moments")
-"""Settings of the optimizer that say which slots its state has."""
+_STEP = re.compile(r"(?P<root>.+?)/+step-0*(?P<step>\d+)/*")
+_RECEIPTS = timedelta(hours=1)
+"""Longest time that a rank may take to write its file; a save that takes longer is given up."""
 
 
 @dataclass(frozen=True)
@@ -38,64 +47,61 @@ class Resumed:
     """Samples consumed up to it."""
     loss: float
     path: str
+    tier: str
+    """Where it lay: `store`, `memory` or `another run`."""
     notes: list[str]
     """Newer checkpoints that were passed over, and settings that changed, a line each."""
 
 
-def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint remembers of the run that wrote it, as plain JSON."""
-    return {
-        "model": _flat(config.model.model_dump(mode="json")),
-        "optim": {name: getattr(config.optim, name) for name in _OPTIM_FIXED},
-        "seed": config.train.seed,
-        "data": data,
-    }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def refusals(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between two fingerprints: what forbids to resume, and what only has to be said.
-
-    A field that one of them lacks was added by another version, whose default the other had; it doesn't count.
-    """
-    refused: list[str] = []
-    said: list[str] = []
-    for section in ("model", "optim"):
-        before, now = old.get(section, {}), new[section]
-        for name in sorted(before.keys() & now.keys()):
-            if before[name] != now[name]:
-                line = f"{section}.{name} was {before[name]} and is {now[name]}"
-                (said if section == "model" and name in _FREE else refused).append(line)
-    if old.get("seed", new["seed"]) != new["seed"]:
-        refused.append(f"train.seed was {old['seed']} and is {new['seed']}")
-    return refused + differences(old.get("data", {}), new["data"]), said
-
-
 class Checkpoints:
-    """The run's checkpoint folder, as one rank uses it."""
+    """The run's checkpoints, as one rank uses them."""
 
-    def __init__(self, config: RunConfig, rank: RankContext, mesh: Mesh, data: dict[str, Any]) -> None:
-        self._config, self._mesh = config, mesh
+    def __init__(
+        self, config: RunConfig, rank: RankContext, mesh: Mesh, data: dict[str, Any], signs: Signs
+    ) -> None:
+        self._config, self._mesh, self._rank = config, mesh, rank
         self._root = config.checkpoint.path or str(rank.run.checkpoints)
         self._fingerprint = fingerprint(config, data)
         self._identity = Identity(
             run=rank.run.run_id, attempt=rank.attempt, layout=mesh.layout, rank=rank.rank, world=rank.world
         )
+        self._lineage: list[dict[str, Any]] = []
+        settings = config.checkpoint
+        policy = Policy(
+            root=self._root,
+            retention=Retention(settings.keep, settings.keep_every),
+            background=settings.background,
+            busy=settings.busy,
+        )
+        self._folder: Path | None = None
+        """Of snapshots in this node's memory."""
+        if settings.memory_every is not None:
+            self._folder = memory.folder(
+                os.environ.get("MEGARAY_NODE") or socket.gethostname(), rank.run.run_id
+            )
+            memory.forget_idle(self._folder)
+        kept = Memory(self._folder, rank.master_addr) if self._folder is not None else None
+        self._saver = Saver(policy, self._identity, mesh, _control(rank, mesh), mesh.device, signs, kept)
+
+    # ---- what a run begins from ----
 
     def restore(self, engine: Engine) -> Resumed | None:
-        """Load the newest checkpoint that every rank can read; None where there is none.
+        """Load the newest checkpoint that every rank can read, or what `resume` names where the run has none of its own;
+        None where there is neither.
 
         Raises:
             UserError: where it is another model's, corpus's or run's, naming what differs.
         """
-        newest = loading.newest(self._root, self._mesh)
+        with ExitStack() as ends:
+            return self._restore(engine, self._tiers(ends))
+
+    def _restore(self, engine: Engine, tiers: Sequence[loading.Tier]) -> Resumed | None:
+        newest = loading.newest(tiers, self._mesh)
         if newest is None:
+            if self._config.resume:
+                raise UserError(
+                    f"resume='{self._config.resume}' holds no checkpoint; name a run that has saved one, or its folder"
+                )
             return None
         refused, said = refusals(newest.facts.get("fingerprint", {}), self._fingerprint)
         if refused:
@@ -103,14 +109,13 @@ class Checkpoints:
                 f"the checkpoint of step {newest.step} in {self._root} can't be resumed: {'; '.join(refused[:4])}; set "
                 "it back, or name another checkpoint.path to start afresh"
             )
-        wanted = [
-            Wanted(part.name, str(part.tensor.dtype).removeprefix("torch."), part.box, part.tensor)
-            for part in engine.state()
-        ]
-        found = loading.restore(self._root, wanted, self._mesh, self._identity)
+        found = loading.restore(tiers, list(_wanted(engine)), self._mesh, self._identity)
         if found is None:
             return None
         engine.loaded()
+        self._lineage = list(found.facts.get("lineage", []))
+        if newest.run != self._identity.run:
+            self._lineage.append({"run": newest.run, "step": found.step, "path": found.path})
         notes = [f"passed over a checkpoint: {why}" for why in found.passed]
         notes += [f"changed since step {found.step}: {line}" for line in said]
         samples, would = int(found.facts["samples"]), samples_before(self._config.train, found.step)
@@ -119,37 +124,107 @@ class Checkpoints:
                 f"the batch changed: {samples} samples were consumed up to step {found.step}, where this "
                 f"configuration would have taken {would}; it goes on with sample {samples}"
             )
-        return Resumed(found.step, samples, float(found.facts["loss"]), found.path, notes)
+        loss = found.facts.get("loss")  # weights that came from elsewhere have none
+        loss = float("nan") if loss is None else float(loss)
+        return Resumed(found.step, samples, loss, found.path, found.tier, notes)
 
-    def save(self, engine: Engine, step: int, samples: int, loss: float) -> saving.Saved | None:
-        """Save and commit; None where that failed and training may go on.
+    def _tiers(self, ends: ExitStack) -> list[loading.Tier]:
+        """What may be begun from, while `ends` is open: memory, the store, and what `resume` names."""
+        tiers = loading.stored(self._root)
+        if self._folder is not None:
+            tiers = [*self._snapshots(self._folder, ends), *tiers]
+        if self._config.resume:
+            match = _STEP.fullmatch(self._config.resume)
+            root, step = (match["root"], int(match["step"])) if match else (self._config.resume, None)
+            tiers.append(loading.Tier("another run", Store(root), owner=False, step=step))
+        return tiers
+
+    def _snapshots(self, folder: Path, ends: ExitStack) -> list[loading.Tier]:
+        first = self._identity.rank == 0
+        why, secret = self._mesh.broadcast((_demoted(self._rank), secrets.token_bytes(32)) if first else None)
+        if why is not None:
+            _log.warning("snapshots in memory are passed over: %s", why)
+            return []
+        context = memory.tier(folder, self._mesh, self._identity, secret, self._rank.master_addr)
+        found = ends.enter_context(context)
+        return [found] if found is not None else []
+
+    # ---- saves ----
+
+    def prepare(self, engine: Engine) -> None:
+        """Get memory for saves while training begins."""
+        self._saver.prepare(_pieces(engine))
+
+    def stage(self, engine: Engine, step: int, samples: int, loss: float, tiers: Sequence[str]) -> None:
+        """Begin to save; `settle` comes before anything that is saved changes.
 
         Args:
             samples: consumed up to this step.
-
-        Raises:
-            Incomplete: where the last step's save failed.
+            tiers: `memory`, `store` or both.
         """
         facts = {
             "fingerprint": self._fingerprint,
             "samples": samples,
             "tokens": samples * self._config.data.sequence,
             "loss": loss,
+            "lineage": self._lineage,
         }
-        try:
-            return saving.save(
-                self._root,
-                step,
-                owned(engine.state()),
-                self._identity,
-                facts,
-                self._mesh,
-                self._config.checkpoint.keep,
-            )
-        except Superseded:  # a newer attempt trains already; this one has nothing left to do
-            raise
-        except Incomplete as error:
-            _log.error("checkpoint failed: %s", error)
-            if step == self._config.train.steps:
-                raise
-            return None
+        self._saver.stage(step, _pieces(engine), facts, tiers)
+
+    def settle(self) -> None:
+        """Return once nothing live is read any more."""
+        self._saver.settle()
+
+    def ended(self) -> list[Outcome]:
+        """Saves that ended since the last call."""
+        return self._saver.poll()
+
+    def finish(self) -> None:
+        """Wait until no save is being written."""
+        self._saver.finish()
+
+    def close(self) -> None:
+        """Give memory and the writer process back; the run has ended, and what it needs is in the store."""
+        self._saver.close()
+        if self._folder is not None:
+            memory.forget(self._folder)
+
+
+def _pieces(engine: Engine) -> Iterator[Piece]:
+    return owned(engine.state())
+
+
+def _wanted(engine: Engine) -> Iterator[Wanted]:
+    for part in engine.state():
+        dtype = str(part.tensor.dtype).removeprefix("torch.")
+        yield Wanted(part.name, dtype, part.box, part.tensor)
+
+
+def _demoted(rank: RankContext) -> str | None:
+    """Why snapshots in memory are passed over, by what became of the attempts before."""
+    history = []
+    for attempt in range(1, rank.attempt):
+        begun: ResumedLine | None = None
+        newer = False
+        for line in read_all(rank.run.attempt(attempt).metrics):
+            if isinstance(line, ResumedLine):
+                begun = line
+            elif isinstance(line, SavedLine):
+                newer = newer or begun is None or line.step > begun.step
+        if begun is not None and begun.path is not None:
+            history.append((str(begun.facts.get("tier", "store")), begun.step, newer))
+    return memory.demoted(history)
+
+
+def _control(rank: RankContext, mesh: Mesh) -> dist.Store:
+    """The store of receipts, which rank 0 serves."""
+    if rank.world == 1:
+        return dist.HashStore()
+    first = rank.rank == 0
+    own = (
+        dist.TCPStore(rank.master_addr, 0, is_master=True, wait_for_workers=False, timeout=_RECEIPTS)
+        if first
+        else None
+    )
+    port = mesh.broadcast(own.port if own is not None else None)
+    return own or dist.TCPStore(rank.master_addr, port, is_master=False, timeout=_RECEIPTS)

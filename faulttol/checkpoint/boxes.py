@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
+from typing import Any
+
+_CELLS = 1 << 21
+"""Cells of a grid that are counted however few boxes there are."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +154,46 @@ def uncovered(target: Box, boxes: Sequence[Box]) -> str | None:
     if count != target.elements:
         return f"{gap(target, boxes)} of {list(target.whole)} has no source: {count} of {target.elements} elements have"
     return None
+
+
+def tiled(whole: Any, start: Any, shape: Any) -> bool:
+    """Whether boxes cover a tensor exactly once: `uncovered` without the reason, for thousands of boxes.
+
+    The boxes' edges cut the tensor into a grid. A box adds one to its cells, through the differences at its corners; in the
+    end each cell must have one. Where the grid is far larger than the boxes are many, `uncovered` decides.
+
+    Args:
+        whole: array of int64 [dims].
+        start: array of int64 [boxes, dims].
+        shape: as `start`.
+    """
+    import numpy as np
+
+    if not ((start >= 0).all() and (shape >= 0).all() and (start + shape <= whole).all()):
+        return False
+    kept = (shape > 0).all(axis=1)
+    start, end = start[kept], (start + shape)[kept]
+    if int((end - start).prod(axis=1).sum()) != prod(whole.tolist()):
+        return False
+    if len(start) < 2:
+        return True
+    if not len(whole):
+        return False
+    edges = [np.unique(np.concatenate([start[:, d], end[:, d]])) for d in range(len(whole))]
+    cells = prod(len(edge) for edge in edges)
+    if cells > max(_CELLS, 16 * len(start)):
+        told = tuple(whole.tolist())
+        sizes = (end - start).tolist()
+        boxes = [Box(told, tuple(a), tuple(n)) for a, n in zip(start.tolist(), sizes, strict=True)]
+        return uncovered(Box.all_of(told), boxes) is None
+    corners = [
+        (np.searchsorted(edge, start[:, d]), np.searchsorted(edge, end[:, d])) for d, edge in enumerate(edges)
+    ]
+    grid = np.zeros([len(edge) for edge in edges], np.int32)
+    for choice in product((0, 1), repeat=len(edges)):
+        sign = -1 if sum(choice) % 2 else 1
+        np.add.at(grid, tuple(corner[side] for corner, side in zip(corners, choice, strict=True)), sign)
+    for d in range(len(edges)):
+        grid = grid.cumsum(axis=d)
+    inner = grid[tuple(slice(0, -1) for _ in edges)]
+    return bool((inner == 1).all())

@@ -2,6 +2,9 @@
 
     step-0000000200/RUN.a0002.manifest.json              commits step 200 of the run's second attempt
     step-0000000200/RUN.a0002.r00005.1f3a9c07.safetensors    rank 5's file, with a word that is new in each save
+    step-0000000200/RUN.a0002.directory.1f3a9c07.jsonl   what is in which file
+    step-0000000200/RUN.a0002.pin-best                   keeps it whatever the retention says
+    step-0000000200/RUN.a0002.use-9b1d22e0               keeps it while a reader renews this
 
 An attempt never writes a name that another attempt writes, so a late writer can't replace a newer attempt's files.
 """
@@ -10,22 +13,40 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote
 
 from configs.errors import UserError
-from faulttol.checkpoint.manifest import Identity, Incomplete, Manifest, Superseded
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.manifest import (
+    Block,
+    Head,
+    Identity,
+    Incomplete,
+    Manifest,
+    ShardFile,
+    Superseded,
+    Tensor,
+    digest,
+    files_of,
+    tensors_of,
+)
+from faulttol.checkpoint.store import StoreLike
 
 _STEP = re.compile(r"step-(\d{10,})")
 _FILE = re.compile(
     r"\.?(?P<run>.+)\.a(?P<attempt>\d{4,})\."
-    r"((?P<manifest>manifest\.json)|manifest\.json\.\w+\.tmp|r\d+\.\w+\.safetensors(\.\w+\.tmp)?)"
+    r"((?P<manifest>manifest\.json)|pin-(?P<pin>[\w-]+)|use-(?P<use>\w+)"
+    r"|manifest\.json\.\w+\.tmp|(r\d+\.\w+\.safetensors|directory\.\w+\.jsonl)(\.\w+\.tmp)?)"
 )
 """A file of a commit, or what a writer that was killed left of one."""
 _OLD = "manifest.json"
 """The manifest of format 1."""
 _LONGEST = 100
+_FEW = 8
+_THREADS = 8
+"""Folders that are listed at once where there are more than a few."""
 
 
 def folder_of(step: int) -> str:
@@ -60,6 +81,10 @@ class Commit:
         """Its manifest."""
         return f"{self.prefix}manifest.json"
 
+    def directory(self, token: str) -> str:
+        """Its directory."""
+        return f"{self.prefix}directory.{token}.jsonl"
+
     def shard(self, rank: int, token: str) -> str:
         """A rank's file."""
         return f"{self.prefix}r{rank:05d}.{token}.safetensors"
@@ -68,7 +93,7 @@ class Commit:
 class Folder:
     """What lies under a checkpoint path: one listing, which doesn't change any more."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: StoreLike) -> None:
         self._store = store
         self._files: dict[str, list[str]] = {}
         """Names by folder."""
@@ -78,19 +103,33 @@ class Folder:
         """Without one: interrupted or still being written."""
         self.old: list[int] = []
         """Steps that were saved in format 1."""
-        for folder in store.names():
-            match = _STEP.fullmatch(folder)
-            if match:
-                self._files[folder] = store.names(folder)
-                self._sort(int(match[1]), self._files[folder])
+        self.pins: dict[Commit, list[str]] = {}
+        """Names that commits are pinned under."""
+        self.uses: dict[Commit, list[str]] = {}
+        """Words of those who read commits, or did once."""
+        self._whole: dict[Commit, bool] = {}
+        steps = {name: int(match[1]) for name in store.names() if (match := _STEP.fullmatch(name))}
+        if len(steps) > _FEW:  # an object store answers a thousand names a request
+            with ThreadPoolExecutor(_THREADS) as pool:
+                self._files = dict(zip(steps, pool.map(store.names, steps), strict=True))
+        else:
+            self._files = {name: store.names(name) for name in steps}
+        for name, step in steps.items():
+            self._sort(step, self._files[name])
         self.commits.sort()
 
     def _sort(self, step: int, names: list[str]) -> None:
         found: dict[Commit, bool] = {}
         for name in names:
             match = _FILE.fullmatch(name)
-            if match:
-                commit = Commit(int(match["attempt"]), step, match["run"])
+            if not match:
+                continue
+            commit = Commit(int(match["attempt"]), step, match["run"])
+            if match["pin"]:
+                self.pins.setdefault(commit, []).append(match["pin"])
+            elif match["use"]:
+                self.uses.setdefault(commit, []).append(match["use"])
+            else:
                 found[commit] = found.get(commit, False) or match["manifest"] is not None
         self.commits += [commit for commit, committed in found.items() if committed]
         self.begun += [commit for commit, committed in found.items() if not committed]
@@ -137,7 +176,7 @@ class Folder:
                 f"{identity.attempt}, which is over; a new start of the run needs a higher MEGARAY_ATTEMPT"
             )
 
-    def manifest(self, commit: Commit) -> Manifest:
+    def head(self, commit: Commit) -> Head:
         """The manifest of a commit, whose files are all there.
 
         Raises:
@@ -145,7 +184,7 @@ class Folder:
         """
         path = f"{self._store.url.rstrip('/')}/{commit.manifest}"
         try:
-            found = Manifest.parse(self._store.read(commit.manifest))
+            found = Head.parse(self._store.read(commit.manifest))
         except Incomplete as error:
             raise Incomplete(f"{path}: {error}") from None
         except OSError as error:
@@ -157,6 +196,7 @@ class Folder:
             )
         folder = folder_of(commit.step)
         needed = {commit.shard(rank, found.token) for rank in range(found.world)}
+        needed.add(commit.directory(found.token))
         missing = sorted(needed - {f"{folder}/{name}" for name in self._files[folder]})
         if missing:
             raise Incomplete(
@@ -164,43 +204,157 @@ class Folder:
             )
         return found
 
-    def retire(self, identity: Identity, keep: int, newest: Commit, token: str) -> None:
-        """Remove all but the newest `keep` checkpoints, and what interrupted saves up to now left: own ones only.
+    def manifest(self, commit: Commit) -> Manifest:
+        """The manifest of a commit with its whole directory.
 
-        Manifests go first: a removal that is interrupted leaves no manifest without its files.
-
-        Args:
-            newest: the commit that was just made.
-            token: word in the names of its files.
+        Raises:
+            Incomplete: as `head` does, and where the directory is missing, torn or changed.
         """
-        own = tag(identity.run)
-        mine = [commit for commit in self.commits if commit.run == own]
-        kept = mine[-keep:]
-        oldest = min(commit.step for commit in kept)
-        empty = [name for name, files in self._files.items() if not files and name < folder_of(oldest)]
-        stale = [c for c in self.begun if c.run == own and c.step < oldest]
-        for commit in mine[:-keep]:
-            self._store.remove(commit.manifest)
-        for commit in [*mine[:-keep], *stale]:
-            self._remove(commit)
-        for name in empty:
-            self._store.remove(name)
-        folder = folder_of(newest.step)
-        for name in self._names(newest):
-            if f".{token}." not in name and f"{folder}/{name}" != newest.manifest:
-                self._store.remove(f"{folder}/{name}")
+        return Directory(self._store, self.head(commit)).whole()
 
-    def _remove(self, commit: Commit) -> None:
-        """Remove a commit's files, or at once its folder where nothing else is in it."""
-        folder, names = folder_of(commit.step), self._names(commit)
-        if names == self._files[folder]:
-            self._store.remove(folder)
-        else:
-            for name in names:
-                self._store.remove(f"{folder}/{name}")
+    def whole(self, commit: Commit) -> bool:
+        """Whether the manifest can be read and all files are there; what is in them isn't looked at."""
+        if commit not in self._whole:
+            try:
+                self.head(commit)
+                self._whole[commit] = True
+            except Incomplete:
+                self._whole[commit] = False
+        return self._whole[commit]
 
-    def _names(self, commit: Commit) -> list[str]:
-        """Names of a commit's files, and of what was to become one."""
+    def used(self, commit: Commit) -> list[float]:
+        """When readers last renewed their marks of use, in seconds since 1970."""
+        found: list[float] = []
+        for word in self.uses.get(commit, ()):
+            try:
+                found.append(float(self._store.read(f"{commit.prefix}use-{word}")))
+            except (OSError, ValueError):  # gone, or its writer was killed
+                continue
+        return found
+
+    def names(self, commit: Commit) -> list[str]:
+        """Names of a commit's files in its folder, and of what was to become one."""
         folder = folder_of(commit.step)
         start = commit.prefix.removeprefix(f"{folder}/")
         return [name for name in self._files.get(folder, ()) if name.startswith((start, f".{start}"))]
+
+    def alone(self, commit: Commit) -> bool:
+        """Whether nothing but a commit's files is in its folder."""
+        return self.names(commit) == self._files[folder_of(commit.step)]
+
+    def empty(self, before: int) -> list[str]:
+        """Folders of steps before `before` with nothing in them."""
+        return [name for name, files in self._files.items() if not files and name < folder_of(before)]
+
+
+class Directory:
+    """What a checkpoint's directory tells, read block by block where it is asked for, each verified."""
+
+    def __init__(self, store: StoreLike, head: Head) -> None:
+        self.head = head
+        self._store = store
+        commit = Commit(head.attempt, head.step, tag(head.run))
+        self._name = commit.directory(head.token)
+        self._tensors: dict[int, dict[str, Tensor]] = {}
+        self._files: dict[int, list[ShardFile]] = {}
+        self.bytes = 0
+        """Read so far."""
+
+    def find(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, those of the names that are there.
+
+        Raises:
+            Incomplete: where a block is missing, torn or changed, naming its tensors.
+        """
+        wanted = list(names)
+        numbers = self.head.blocks_of(wanted)
+        new = [number for number in numbers if number not in self._tensors]
+        for number, text in self._read(self.head.tensors, new, "tensors"):
+            self._tensors[number] = tensors_of(text)
+        known: dict[str, Tensor] = {}
+        for number in numbers:
+            known |= self._tensors[number]
+        return {name: known[name] for name in wanted if name in known}
+
+    @property
+    def known(self) -> list[str]:
+        """Names of tensors in the blocks that were read."""
+        return [name for tensors in self._tensors.values() for name in tensors]
+
+    def marks(self, names: Iterable[str]) -> int:
+        """A bit for each tensor of the directory, in its order: whether it is among `names`, all of them there."""
+        here, first, marks = set(names), 0, 0
+        for number, block in enumerate(self.head.tensors):
+            for place, name in enumerate(self._tensors.get(number, ())):
+                marks |= (name in here) << (first + place)
+            first += block.count
+        return marks
+
+    def unmarked(self, marks: int, most: int) -> list[str]:
+        """Names of tensors without a bit in `marks`, at most so many."""
+        found: list[str] = []
+        first = 0
+        for number, block in enumerate(self.head.tensors):
+            full = (1 << block.count) - 1
+            if marks >> first & full != full and len(found) < most:
+                self.find([str(block.first)])
+                names = list(self._tensors[number])
+                found += [name for at, name in enumerate(names) if not marks >> (first + at) & 1]
+            first += block.count
+        return found[:most]
+
+    def rows(self, ranks: Iterable[int]) -> dict[int, ShardFile]:
+        """Files by rank.
+
+        Raises:
+            Incomplete: where a block is missing, torn or changed, naming its ranks.
+        """
+        wanted = list(ranks)
+        new = [number for number in self.head.blocks_of_files(wanted) if number not in self._files]
+        for number, text in self._read(self.head.files, new, "files"):
+            self._files[number] = files_of(text)
+        found: dict[int, ShardFile] = {}
+        for rank in wanted:
+            (number,) = self.head.blocks_of_files([rank])
+            found[rank] = self._files[number][rank - int(self.head.files[number].first)]
+        return found
+
+    def whole(self) -> Manifest:
+        """Everything.
+
+        Raises:
+            Incomplete: where it is missing, torn or changed.
+        """
+        tensors = self.find(str(block.first) for block in self.head.tensors)
+        for block in range(len(self.head.tensors)):
+            tensors |= self._tensors[block]
+        files = self.rows(range(self.head.world))
+        return Manifest.join(self.head, dict(sorted(tensors.items())), list(files.values()))
+
+    def _read(
+        self, blocks: Sequence[Block], numbers: Sequence[int], what: str
+    ) -> Iterator[tuple[int, bytes]]:
+        """Blocks by number, neighbours read at once."""
+        path = f"{self._store.url.rstrip('/')}/{self._name}"
+        at = 0
+        while at < len(numbers):
+            end = at + 1
+            while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
+                end += 1
+            first, last = blocks[numbers[at]], blocks[numbers[end - 1]]
+            try:
+                data = self._store.read_range(self._name, first.offset, last.offset + last.length)
+            except OSError as error:
+                raise Incomplete(f"{path} can't be read: {error}") from None
+            self.bytes += len(data)
+            for number in numbers[at:end]:
+                block = blocks[number]
+                text = bytes(data[block.offset - first.offset :][: block.length])
+                if digest(text) != block.digest:
+                    torn = "is truncated" if len(text) < block.length else "differs from what was saved"
+                    raise Incomplete(
+                        f"{path} {torn} in bytes {block.offset} to {block.offset + block.length}, which tell of "
+                        f"{block.count} {what} from {block.first} on"
+                    )
+                yield number, text
+            at = end

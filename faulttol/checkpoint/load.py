@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError, nearest
-from faulttol.checkpoint.folder import Commit, Folder, folder_of
+from faulttol.checkpoint import sharing
+from faulttol.checkpoint.folder import Commit, Directory, Folder, folder_of
+from faulttol.checkpoint.manifest import Head as Head
 from faulttol.checkpoint.manifest import Identity as Identity
-from faulttol.checkpoint.manifest import Incomplete, Superseded
+from faulttol.checkpoint.manifest import Incomplete, Superseded, Tensor
 from faulttol.checkpoint.manifest import Manifest as Manifest
 from faulttol.checkpoint.peers import Failure, Peers, on_first, together
 from faulttol.checkpoint.pieces import Wanted as Wanted
 from faulttol.checkpoint.reading import Reader
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.retention import using
+from faulttol.checkpoint.store import Store, StoreLike
+
+BUFFER = 256 << 20
+"""Bytes that a load takes beside what it fills, at most, whatever is loaded."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A place that a run may begin from."""
+
+    name: str
+    """As reports tell it: `store`, `memory`, …"""
+    store: StoreLike
+    owner: bool = True
+    """Whether the run saves there; else it is another run's, which is only read and whose run isn't checked."""
+    step: int | None = None
+    """The only step that may be taken; None: any."""
+
+
+def stored(root: str) -> list[Tier]:
+    """The one tier of a run that has a folder or URL alone."""
+    return [Tier("store", Store(root))]
 
 
 @dataclass(frozen=True)
@@ -28,31 +53,38 @@ class Restored:
     passed: tuple[str, ...]
     """Why newer checkpoints were passed over."""
     bytes: int
-    """That this rank has read."""
+    """That this rank has read of storage, its part of the manifest included."""
+    tier: str
+    """Name of the tier that it was loaded from."""
 
 
-def newest(root: str, peers: Peers) -> Manifest | None:
+@dataclass(frozen=True)
+class _Candidate:
+    """A commit of a tier."""
+
+    tier: int
+    commit: Commit
+
+
+def newest(tiers: Sequence[Tier], peers: Peers) -> Head | None:
     """The newest checkpoint whose manifest can be read and whose files are there; None where nothing is committed.
 
     Only rank 0 reads, all ranks call this together and get the same.
 
     Raises:
-        UserError: on every rank, where the folder has checkpoints of format 1 or of several runs.
+        UserError: on every rank, where a tier has checkpoints of format 1 or of several runs, or lacks its one step.
         Incomplete: on every rank, where checkpoints are committed and no manifest can be read.
     """
-    store = Store(root)
 
-    def find() -> Manifest | None:
-        folder = Folder(store)
-        passed: list[str] = []
-        folder.refuse_others()
-        for commit in reversed(folder.commits):
+    def find() -> Head | None:
+        candidates, passed = _candidates(tiers, None)
+        for one in candidates:
             try:
-                return folder.manifest(commit)
+                return Folder(tiers[one.tier].store).head(one.commit)
             except Incomplete as error:
-                passed.append(f"step {commit.step}: {error}")
+                passed.append(_passed(tiers, one, str(error)))
         if passed:
-            raise _none_readable(root, passed)
+            raise _none_readable(tiers, passed)
         return None
 
     first = peers.gather(None) is not None
@@ -86,107 +118,170 @@ def read_manifest(root: str, step: int, peers: Peers) -> Manifest:
     return found
 
 
-def restore(root: str, wanted: Sequence[Wanted], peers: Peers, identity: Identity) -> Restored | None:
+def restore(
+    tiers: Sequence[Tier], wanted: Sequence[Wanted], peers: Peers, identity: Identity
+) -> Restored | None:
     """Fill live tensors from the newest checkpoint that every rank can read, whatever layout saved it.
 
-    All ranks call this together and agree on the checkpoint. Each reads the blocks that its boxes touch, and verifies
-    each before it is used.
+    All ranks call this together and agree on the checkpoint: the newest attempt's highest step, of the earlier tier
+    where two have it. Another run's are looked at where the run has none of its own. Each rank reads the blocks that
+    its boxes touch, and verifies each before it is used; what several ranks want is read by one of them and passed on.
 
     Args:
-        root: folder or fsspec URL.
+        tiers: the same on all ranks, the fastest first.
         wanted: what this rank needs; together the ranks must want every tensor of the checkpoint.
-        identity: of this run: another run's checkpoints are refused.
+        identity: of this run: another run's checkpoints are refused where it saves itself.
 
     Returns:
         None where nothing has been committed.
 
     Raises:
-        UserError: on every rank, where the folder is another run's or of format 1, or the newest checkpoint has other
+        UserError: on every rank, where a folder is another run's or of format 1, or the newest checkpoint has other
             tensors, shapes or dtypes than the ranks want: the state of another model.
         Incomplete: on every rank, where checkpoints were committed and none can be read: to start afresh would be to
             lose them in silence. Tensors may be half filled then.
     """
-    store, first = Store(root), identity.rank == 0
-    passed: list[str] = []
-    commits, failure = on_first(peers, first, lambda: _candidates(store, identity))
-    if failure is not None:
+    first = identity.rank == 0
+    answer, failure = on_first(peers, first, lambda: _candidates(tiers, identity))
+    if failure is not None or answer is None:
         raise _error(failure)
-    for commit in commits or ():
-        found = _load(store, commit, wanted, peers, first)
+    candidates, passed = answer
+    for one in candidates:
+        tier = tiers[one.tier]
+        with using(tier.store, one.commit) if first and tier.owner else nullcontext():
+            found = _load(tier.store, one.commit, wanted, peers, identity)
         if not isinstance(found, str):
-            manifest, size = found
-            path = f"{root.rstrip('/')}/{folder_of(commit.step)}"
-            return Restored(commit.step, manifest.facts, path, tuple(passed), size)
-        passed.append(f"step {commit.step}: {found}")
+            head, size = found
+            path = f"{tier.store.url.rstrip('/')}/{folder_of(head.step)}"
+            return Restored(head.step, head.facts, path, tuple(passed), size, tier.name)
+        passed.append(_passed(tiers, one, found))
     if passed:
-        raise _none_readable(root, passed)
+        raise _none_readable(tiers, passed)
     return None
 
 
-def _candidates(store: Store, identity: Identity) -> list[Commit]:
-    """Committed checkpoints of the run, newest first."""
-    folder = Folder(store)
-    try:
-        folder.admit(identity)
-    except Superseded as error:  # a restart wouldn't mend it
-        raise UserError(str(error)) from None
-    return folder.commits[::-1]
+def _candidates(tiers: Sequence[Tier], identity: Identity | None) -> tuple[list[_Candidate], list[str]]:
+    """Committed checkpoints, newest first, and why tiers were passed over that can't be listed.
+
+    Args:
+        identity: of the run; None: whose tiers they are isn't checked.
+    """
+    passed: list[str] = []
+    for owner in (True, False):
+        found: list[_Candidate] = []
+        for place, tier in enumerate(tiers):
+            if tier.owner == owner:
+                try:
+                    found += [_Candidate(place, commit) for commit in _commits(tier, identity)]
+                except OSError as error:
+                    passed.append(f"{tier.name} {tier.store.url} can't be listed: {error}")
+        if found:
+            return sorted(found, key=lambda c: (-c.commit.attempt, -c.commit.step, c.tier)), passed
+        if passed:  # what can't be listed may hold the run's own checkpoints
+            return [], passed
+    return [], passed
+
+
+def _commits(tier: Tier, identity: Identity | None) -> list[Commit]:
+    folder = Folder(tier.store)
+    if not tier.owner or identity is None:
+        folder.refuse_others()
+    else:
+        try:
+            folder.admit(identity)
+        except Superseded as error:  # a restart wouldn't mend it
+            raise UserError(str(error)) from None
+    found = [commit for commit in folder.commits if tier.step in (None, commit.step)]
+    if tier.step is not None and not found:
+        there = ", ".join(str(commit.step) for commit in folder.commits[-4:]) or "none"
+        raise UserError(
+            f"resume='{tier.store.url}/{folder_of(tier.step)}' isn't a committed checkpoint: the last steps there are "
+            f"{there}; name one of them"
+        )
+    return found
 
 
 def _load(
-    store: Store, commit: Commit, wanted: Sequence[Wanted], peers: Peers, first: bool
-) -> tuple[Manifest, int] | str:
-    """Load one checkpoint: its manifest and the bytes that were read, or why a rank could not."""
-    manifest, failure = on_first(peers, first, lambda: Folder(store).manifest(commit))
-    if failure is not None or manifest is None:
-        if failure is not None and failure[0] is not UserError:
-            return failure[1]
-        raise _error(failure)
-    _refuse_another(store, manifest, wanted, peers)
-    reader = Reader(store, manifest, wanted)
-    _, failures = together(peers, reader.fill)
+    store: StoreLike, commit: Commit, wanted: Sequence[Wanted], peers: Peers, identity: Identity
+) -> tuple[Head, int] | str:
+    """Load one checkpoint: its head and the bytes that were read, or why a rank could not."""
+    head, failure = on_first(peers, identity.rank == 0, lambda: Folder(store).head(commit))
+    if failure is not None or head is None:
+        return _reason([failure])
+    directory = Directory(store, head)
+    tensors, failures = together(peers, lambda: directory.find(dict.fromkeys(w.name for w in wanted)))
+    if failures or tensors is None:
+        return _reason(failures)
+    failure = _refuse_another(store, directory, tensors, wanted, peers)
+    if failure is not None:
+        return _reason([failure])
+    reader = Reader(store, directory, wanted, identity.rank if head.world == identity.world else None)
+    alone, groups = sharing.grouped(wanted, peers, identity)
+    _, failures = together(peers, lambda: sharing.load(reader, alone, groups, peers, identity))
     if failures:
-        return "; ".join(text for _, text in failures[:3])
-    return manifest, reader.bytes
+        return _reason(failures)
+    return head, reader.bytes + directory.bytes
 
 
-def _refuse_another(store: Store, manifest: Manifest, wanted: Sequence[Wanted], peers: Peers) -> None:
-    """Refuse a checkpoint that hasn't exactly the tensors that the ranks want.
+def _reason(failures: Sequence[Failure | None]) -> str:
+    """Why a checkpoint is passed over.
+
+    Raises:
+        UserError: where that is what a rank raised.
+    """
+    for failure in failures:
+        if failure is None or failure[0] is UserError:
+            raise _error(failure)
+    return "; ".join(failure[1] for failure in failures[:3] if failure)
+
+
+def _refuse_another(
+    store: StoreLike,
+    directory: Directory,
+    tensors: dict[str, Tensor],
+    wanted: Sequence[Wanted],
+    peers: Peers,
+) -> Failure | None:
+    """Refuse a checkpoint that hasn't exactly the tensors that the ranks want; what kept rank 0 from telling.
 
     Raises:
         UserError: on every rank, naming tensors.
     """
-    names = list(manifest.tensors)
-    here = {item.name for item in wanted}
-    marks = sum(
-        1 << place for place, name in enumerate(names) if name in here
-    )  # few bytes for thousands of names
-    answers = peers.gather((_differences(manifest, wanted), marks))
-    told = None
-    if answers is not None:
-        problems = list(dict.fromkeys(problem for rows, _ in answers for problem in rows))
-        wants = 0
-        for _, other in answers:
-            wants |= other
-        problems += [f"nothing here wants {name}" for at, name in enumerate(names) if not wants >> at & 1]
-        told = problems[:3], len(problems)
-    problems, count = peers.broadcast(told)
+    head = directory.head
+    # A bit for a tensor: few bytes for thousands of names.
+    answers = peers.gather((_differences(directory, tensors, wanted), directory.marks(tensors)))
+
+    def tell() -> tuple[list[str], int]:
+        problems = list(dict.fromkeys(problem for rows, _ in answers or () for problem in rows))
+        marks = 0
+        for _, other in answers or ():
+            marks |= other
+        missing = head.count - marks.bit_count()
+        names = directory.unmarked(marks, 3) if missing else []
+        told = [*problems, *(f"nothing here wants {name}" for name in names)]
+        return told[:3], len(problems) + missing
+
+    told, failure = on_first(peers, answers is not None, tell)
+    if failure is not None or told is None:
+        return failure or (Incomplete, "rank 0 gave no answer")
+    problems, count = told
     if problems:
         rest = f"; and {count - len(problems)} more" if count > len(problems) else ""
         raise UserError(
-            f"checkpoint.path='{store.url}': {folder_of(manifest.step)} is the state of another model or optimizer "
-            f"({'; '.join(problems)}{rest}): set model and optim as run {manifest.run} had them, or type checkpoint.path= "
+            f"checkpoint.path='{store.url}': {folder_of(head.step)} is the state of another model or optimizer "
+            f"({'; '.join(problems)}{rest}): set model and optim as run {head.run} had them, or type checkpoint.path= "
             "another folder"
         )
+    return None
 
 
-def _differences(manifest: Manifest, wanted: Sequence[Wanted]) -> list[str]:
+def _differences(directory: Directory, tensors: dict[str, Tensor], wanted: Sequence[Wanted]) -> list[str]:
     """Tensors that a rank wants and that the checkpoint hasn't, or has otherwise."""
     found: list[str] = []
     for item in wanted:
-        there = manifest.tensors.get(item.name)
+        there = tensors.get(item.name)
         if there is None:
-            close = nearest(item.name, manifest.tensors) if not found else ""
+            close = nearest(item.name, directory.known) if not found else ""
             found.append(f"it has no {item.name}{close}")
         elif (there.dtype, there.shape) != (item.dtype, item.box.whole):
             found.append(
@@ -195,10 +290,15 @@ def _differences(manifest: Manifest, wanted: Sequence[Wanted]) -> list[str]:
     return found
 
 
-def _none_readable(root: str, passed: Sequence[str]) -> Incomplete:
+def _passed(tiers: Sequence[Tier], one: _Candidate, why: str) -> str:
+    where = f" in {tiers[one.tier].name}" if len(tiers) > 1 else ""
+    return f"step {one.commit.step}{where}: {why}"
+
+
+def _none_readable(tiers: Sequence[Tier], passed: Sequence[str]) -> Incomplete:
     return Incomplete(
-        f"no checkpoint in {root} can be read: {' | '.join(passed)}; restore the files, or name another "
-        "checkpoint.path to start afresh"
+        f"no checkpoint in {', '.join(tier.store.url for tier in tiers)} can be read: {' | '.join(passed)}; restore the "
+        "files, or name another checkpoint.path to start afresh"
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from configs.errors import UserError
-from faulttol.checkpoint.manifest import Incomplete, Superseded
+from faulttol.checkpoint.manifest import Incomplete, Superseded, Uncertain
 
 T = TypeVar("T")
 Failure = tuple[type[Exception], str]
@@ -14,13 +14,23 @@ Failure = tuple[type[Exception], str]
 
 
 class Peers(Protocol):
-    """A group of ranks; every method is called by all of them together."""
+    """A group of ranks; `gather` and `broadcast` are called by all of them together."""
 
     def gather(self, item: Any) -> list[Any] | None:
         """All ranks' items on rank 0, in rank order; None elsewhere."""
 
     def broadcast(self, item: Any) -> Any:
         """Rank 0's item on all ranks."""
+
+    def exchange(self, out: Sequence[tuple[int, memoryview]], into: Sequence[tuple[int, memoryview]]) -> None:
+        """Send bytes to ranks and fill buffers with what ranks send; returns when all of it is done.
+
+        Called by the ranks that are named. Two ranks name the same sizes for each other, in the same order.
+
+        Args:
+            out: by receiver, what is sent; may be read until this returns.
+            into: by sender, what is filled.
+        """
 
 
 class Alone:
@@ -34,10 +44,14 @@ class Alone:
         """The item."""
         return item
 
+    def exchange(self, out: Sequence[tuple[int, memoryview]], into: Sequence[tuple[int, memoryview]]) -> None:
+        """Nobody is there to be named."""
+        assert not out and not into
+
 
 def failure_of(error: Exception) -> Failure:
-    """What other ranks are told of an error: `UserError` and `Superseded` stay what they are."""
-    for kind in (UserError, Superseded, Incomplete):
+    """What other ranks are told of an error: the kinds that somebody acts upon stay what they are."""
+    for kind in (UserError, Superseded, Uncertain, Incomplete):
         if isinstance(error, kind):
             return kind, str(error)
     return Incomplete, f"{type(error).__name__}: {error}"

@@ -27,6 +27,12 @@ DTYPES = {
 """torch's name of a dtype -> that of safetensors, and its bytes."""
 
 
+def check_dtype(name: str, dtype: str) -> None:
+    """Raise `ValueError` where a dtype can't be saved."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is {dtype}, which can't be saved; the dtypes are {', '.join(DTYPES)}")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A box of a named tensor with its values, to be saved."""
@@ -57,10 +63,7 @@ class Piece:
         Raises:
             ValueError: where the dtype isn't one that can be saved.
         """
-        if self.dtype not in DTYPES:
-            raise ValueError(
-                f"{self.name} is {self.dtype}, which can't be saved; the dtypes are {', '.join(DTYPES)}"
-            )
+        check_dtype(self.name, self.dtype)
         return self.box.elements * DTYPES[self.dtype][1]
 
     def chunks(self) -> Iterator[memoryview]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
 from faulttol.checkpoint.boxes import Box, uncovered
-from faulttol.checkpoint.folder import Commit, tag
-from faulttol.checkpoint.manifest import Incomplete, Manifest, digest
-from faulttol.checkpoint.pieces import BLOCK, Wanted
-from faulttol.checkpoint.shards import Entry, Index
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.folder import Commit, Directory, tag
+from faulttol.checkpoint.manifest import Head, Incomplete, Manifest, ShardFile, digest
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted
+from faulttol.checkpoint.shards import Entry, Index, block_digest
+from faulttol.checkpoint.store import StoreLike
 
 _SPAN = 16 * BLOCK
 """Bytes that are read at once."""
@@ -22,7 +22,7 @@ _THREADS = 4
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A block of a piece that some wanted box has elements of."""
 
     entry: Entry
@@ -36,11 +36,23 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """Neighbouring blocks of a file, read at once."""
 
     path: str
-    blocks: tuple[_Block, ...]
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class _File:
+    """What of a rank's file this rank may need."""
+
+    path: str
+    base: int
+    """First byte of its first piece."""
+    block: int
+    """Bytes that one digest covers."""
+    entries: tuple[Entry, ...]
 
 
 class Reader:
@@ -48,70 +60,131 @@ class Reader:
 
     Args:
         store: where it is.
-        manifest: of the checkpoint.
-        wanted: with the shapes and dtypes that the manifest tells.
+        source: what the checkpoint's files and tensors are taken from.
+        wanted: with the shapes and dtypes that the checkpoint has.
+        home: rank whose file is likely to have all of it, since it was saved under this layout; None: none.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
-        self._store, self._manifest = store, manifest
-        self._commit = Commit(manifest.attempt, manifest.step, tag(manifest.run))
-        self._wanted: dict[str, list[Wanted]] = {}
-        for item in wanted:
-            if item.box.elements:
-                self._wanted.setdefault(item.name, []).append(item)
+    def __init__(
+        self,
+        store: StoreLike,
+        source: Manifest | Directory,
+        wanted: Sequence[Wanted],
+        home: int | None = None,
+    ) -> None:
+        self._store, self._source, self.home = store, source, home
+        self._head: Head | Manifest = source.head if isinstance(source, Directory) else source
+        self._commit = Commit(self._head.attempt, self._head.step, tag(self._head.run))
+        self._rows: dict[int, ShardFile] = {}
+        self._files: dict[int, _File] = {}
+        self._all = list(wanted)
+        self._wanted = _by_name(wanted)
         self._lock = threading.Lock()
         self.bytes = 0
         """Read so far, indexes included."""
 
-    def fill(self) -> None:
-        """Read all that is wanted, in bounded memory.
+    def fill(self, wanted: Sequence[Wanted] | None = None) -> None:
+        """Read what is wanted, in bounded memory.
 
         What is raised may leave tensors half filled; another checkpoint then fills them whole.
+
+        Args:
+            wanted: of what the reader was made for; None: all.
 
         Raises:
             Incomplete: where a file is missing, torn, changed or another checkpoint's, or an element has no source or
                 two; naming file, tensor and range.
         """
-        ranks = sorted({rank for name in self._wanted for rank in self._manifest.tensors[name].files()})
+        here = _by_name(self._all if wanted is None else wanted)
         with ThreadPoolExecutor(_THREADS) as pool:
-            plans = list(pool.map(self._plan, ranks))
-            self._check([entry for entries, _ in plans for entry in entries])
-            for _ in pool.map(self._take, [span for _, spans in plans for span in spans]):
+            spans, rest = self._at_home(here)
+            ranks = self.ranks(rest) if rest else []
+            self._know(ranks)
+            found = list(pool.map(lambda rank: self.blocks(rank, rest), ranks))
+            boxes = _boxes(block for blocks in found for block in blocks)
+            for name, items in rest.items():
+                for item in items:
+                    self.check(item, boxes.get(name, ()))
+            for rank, blocks in zip(ranks, found, strict=True):
+                spans += [Span(self._files[rank].path, span) for span in stretches(blocks, _SPAN)]
+            for _ in pool.map(self._take, spans):
                 pass
 
-    def _check(self, entries: Iterable[Entry]) -> None:
-        """Every wanted element must have exactly one source, before anything is read."""
-        boxes: dict[str, list[Box]] = {}
-        for entry in entries:
-            boxes.setdefault(entry.name, []).append(entry.box)
-        for name, items in self._wanted.items():
-            for item in items:
-                parts = [
-                    common for box in boxes.get(name, ()) if (common := item.box.overlap(box)) is not None
-                ]
-                why = uncovered(item.box, parts)
-                if why:
-                    raise Incomplete(f"{self._store.url.rstrip('/')}/{self._commit.manifest}: {name}{why}")
+    def _at_home(self, here: Mapping[str, list[Wanted]]) -> tuple[list[Span], dict[str, list[Wanted]]]:
+        """What this rank's own file of the checkpoint has whole, so that no other index is read for it; and the rest.
 
-    def _plan(self, rank: int) -> tuple[list[Entry], list[_Span]]:
-        """The pieces of a file that are needed, and what is to be read for them."""
-        path = self._commit.shard(rank, self._manifest.token)
+        That no other file has it too was proven when the checkpoint was committed.
+        """
+        if self.home is None or not here or self.home not in self.ranks(here):
+            return [], dict(here)
+        self._know([self.home])
+        boxes = _boxes(self.blocks(self.home, here))
+        mine: dict[str, list[Wanted]] = {}
+        rest: dict[str, list[Wanted]] = {}
+        for name, items in here.items():
+            for item in items:
+                whole = _reason(item, boxes.get(name, ())) is None
+                (mine if whole else rest).setdefault(name, []).append(item)
+        blocks = self.blocks(self.home, mine)
+        return [Span(self._files[self.home].path, span) for span in stretches(blocks, _SPAN)], rest
+
+    def ranks(self, names: Iterable[str]) -> list[int]:
+        """Ranks whose files have a part of these tensors."""
+        tensors = self._source.find(names)
+        return sorted({rank for tensor in tensors.values() for rank in tensor.files()})
+
+    def _know(self, ranks: Iterable[int]) -> None:
+        """Learn where the indexes of files are."""
+        self._rows |= self._source.rows(rank for rank in ranks if rank not in self._rows)
+
+    def blocks(self, rank: int, wanted: Mapping[str, Sequence[Wanted]]) -> list[Block]:
+        """The blocks of a file that have elements of `wanted`, in the order of the file; its index is read once.
+
+        Args:
+            wanted: by name.
+        """
+        if rank not in self._files:
+            if rank not in self._rows:
+                self._know([rank])
+            self._files[rank] = self._open(rank)
+        file, blocks = self._files[rank], list[Block]()
+        for entry in file.entries:
+            items = tuple(w for w in wanted.get(entry.name, ()) if w.box.overlap(entry.box) is not None)
+            if items:
+                blocks += _blocks(entry, items, file.base, file.block)
+        return blocks
+
+    def path(self, rank: int) -> str:
+        """Of a file that was opened by `blocks`, in the store."""
+        return self._files[rank].path
+
+    def check(self, item: Wanted, boxes: Iterable[Box]) -> None:
+        """Refuse a wanted box whose elements haven't exactly one source each.
+
+        Args:
+            boxes: of the pieces of its tensor that were found.
+
+        Raises:
+            Incomplete: naming tensor and range.
+        """
+        why = _reason(item, boxes)
+        if why:
+            raise Incomplete(f"{self._path(self._commit.manifest)}: {item.name}{why}")
+
+    def _open(self, rank: int) -> _File:
+        """A file's index, as far as this rank wants what it tells of."""
+        path = self._commit.shard(rank, self._head.token)
         index = self._index(rank, path)
-        file = self._manifest.files[rank]
-        base = file.bytes - file.index - index.bytes
-        needed: list[Entry] = []
-        blocks: list[_Block] = []
-        for entry in index.entries:
-            wanted = tuple(
-                w for w in self._wanted.get(entry.name, ()) if w.box.overlap(entry.box) is not None
-            )
-            if wanted:
-                needed.append(entry)
-                blocks += _blocks(entry, wanted, base, index.block)
-        return needed, [_Span(path, span) for span in _spans(blocks)]
+        file = self._rows[rank]
+        entries = tuple(
+            entry
+            for entry in index.entries
+            if any(w.box.overlap(entry.box) is not None for w in self._wanted.get(entry.name, ()))
+        )
+        return _File(path, file.bytes - file.index - index.bytes, index.block, entries)
 
     def _index(self, rank: int, path: str) -> Index:
-        file = self._manifest.files[rank]
+        file = self._rows[rank]
         text = self._read(path, file.bytes - file.index, file.bytes, f"the index of rank {rank}")
         if digest(text) != file.digest:
             raise Incomplete(f"{self._path(path)}: {self._stranger(text)}")
@@ -123,7 +196,7 @@ class Reader:
             index = Index.parse(text)
         except Incomplete:
             return "its index differs from what was saved"
-        told, mine = ((x.run, x.attempt, x.step) for x in (index, self._manifest))
+        told, mine = ((x.run, x.attempt, x.step) for x in (index, self._head))
         if told == mine:
             return f"its index differs from what was saved: it is rank {index.rank}'s of another save of this step"
         return (
@@ -131,22 +204,36 @@ class Reader:
             f"step {mine[2]}, attempt {mine[1]} of run {mine[0]}"
         )
 
-    def _take(self, span: _Span) -> None:
-        """Read a span, verify its blocks and fill what wants them."""
+    def verified(self, span: Span) -> memoryview:
+        """The bytes of a span, every block compared with its digest.
+
+        Raises:
+            Incomplete: naming file, tensor and range of the first block that differs.
+        """
         start, end = span.blocks[0].offset, span.blocks[-1].offset + span.blocks[-1].length
         what = f"{span.blocks[0].entry.name}{span.blocks[0].entry.box}"
         data = memoryview(self._read(span.path, start, end, what))
         for block in span.blocks:
             at = block.offset - start
-            if digest(data[at : at + block.length]) != block.entry.digest(block.number):
+            if block_digest(data[at : at + block.length]) != block.entry.digest(block.number):
                 count = block.length // block.entry.item
                 ranges = " ".join(str(box) for box in block.entry.box.flat(block.first, block.first + count))
                 raise Incomplete(
                     f"{self._path(span.path)} differs from what was saved in {block.entry.name}{ranges}, "
                     f"bytes {block.offset} to {block.offset + block.length}"
                 )
-        for blocks in _runs(span.blocks):
-            _fill(blocks, data[blocks[0].offset - start :])
+        return data
+
+    def _take(self, span: Span) -> None:
+        """Read a span and fill what wants its blocks."""
+        data, start = self.verified(span), span.blocks[0].offset
+        for _, run in groupby(
+            span.blocks, key=lambda block: id(block.entry)
+        ):  # of one piece, all follow each other
+            blocks = list(run)
+            last = blocks[-1].first + blocks[-1].length // blocks[-1].entry.item
+            at = blocks[0].offset - start
+            fill(blocks[0].wanted, blocks[0].entry.box, (blocks[0].first, last), data[at:])
 
     def _read(self, path: str, start: int, end: int, what: str) -> bytearray:
         try:
@@ -163,7 +250,7 @@ class Reader:
         return f"{self._store.url.rstrip('/')}/{name}"
 
 
-def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> Iterator[_Block]:
+def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> Iterator[Block]:
     """The blocks of a piece that have wanted elements."""
     per = size // entry.item
     every = any(w.box.overlap(entry.box) == entry.box for w in wanted)
@@ -172,16 +259,16 @@ def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> I
         last = min(first + per, entry.box.elements)
         if every or any(w.box.overlap(box) for box in entry.box.flat(first, last) for w in wanted):
             offset = base + entry.offset + first * entry.item
-            yield _Block(entry, wanted, number, offset, (last - first) * entry.item, first)
+            yield Block(entry, wanted, number, offset, (last - first) * entry.item, first)
 
 
-def _spans(blocks: Sequence[_Block]) -> Iterator[tuple[_Block, ...]]:
-    """Blocks in the order of the file, joined where they touch."""
-    span: list[_Block] = []
+def stretches(blocks: Sequence[Block], most: int) -> Iterator[tuple[Block, ...]]:
+    """Blocks in the order of the file, joined where they touch, up to so many bytes."""
+    span: list[Block] = []
     for block in blocks:
         if span and (
             block.offset != span[-1].offset + span[-1].length
-            or block.offset + block.length - span[0].offset > _SPAN
+            or block.offset + block.length - span[0].offset > most
         ):
             yield tuple(span)
             span = []
@@ -190,18 +277,33 @@ def _spans(blocks: Sequence[_Block]) -> Iterator[tuple[_Block, ...]]:
         yield tuple(span)
 
 
-def _runs(blocks: Sequence[_Block]) -> Iterator[list[_Block]]:
-    """Blocks of one piece that follow each other: within a span, all of one piece do."""
-    for _, run in groupby(blocks, key=lambda block: id(block.entry)):
-        yield list(run)
+def fill(wanted: Iterable[Wanted], piece: Box, elements: tuple[int, int], data: memoryview) -> None:
+    """Fill what wants elements `[first, last)` of a piece, counted row by row; `data` begins with them."""
+    items, at = list(wanted), 0
+    for box in piece.flat(*elements):
+        for item in items:
+            size = box.elements * DTYPES[item.dtype][1]
+            item.fill(data[at : at + size], box)
+        at += box.elements * DTYPES[items[0].dtype][1]
 
 
-def _fill(blocks: Sequence[_Block], data: memoryview) -> None:
-    """Fill what wants elements of a stretch of a piece; `data` begins with it."""
-    entry, at = blocks[0].entry, 0
-    last = blocks[-1].first + blocks[-1].length // entry.item
-    for box in entry.box.flat(blocks[0].first, last):
-        size = box.elements * entry.item
-        for wanted in blocks[0].wanted:
-            wanted.fill(data[at : at + size], box)
-        at += size
+def _boxes(blocks: Iterable[Block]) -> dict[str, list[Box]]:
+    """Boxes of the pieces that blocks belong to, by name."""
+    found: dict[str, list[Box]] = {}
+    for entry in {id(block.entry): block.entry for block in blocks}.values():
+        found.setdefault(entry.name, []).append(entry.box)
+    return found
+
+
+def _reason(item: Wanted, boxes: Iterable[Box]) -> str | None:
+    """Why pieces don't cover a wanted box exactly once; None where they do."""
+    parts = [common for box in boxes if (common := item.box.overlap(box)) is not None]
+    return uncovered(item.box, parts)
+
+
+def _by_name(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:
+    found: dict[str, list[Wanted]] = {}
+    for item in wanted:
+        if item.box.elements:
+            found.setdefault(item.name, []).append(item)
+    return found

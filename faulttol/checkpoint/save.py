@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
+from faulttol.checkpoint import retention as retention_of
 from faulttol.checkpoint.folder import Commit, Folder, folder_of, tag
 from faulttol.checkpoint.manifest import Identity as Identity
-from faulttol.checkpoint.manifest import Incomplete, Manifest, Plain, ShardFile, survey
+from faulttol.checkpoint.manifest import Incomplete, Manifest, Plain, ShardFile, Uncertain
 from faulttol.checkpoint.peers import Failure, Peers, caught, on_first
 from faulttol.checkpoint.pieces import Piece as Piece
 from faulttol.checkpoint.pieces import owned as owned
+from faulttol.checkpoint.retention import Retention as Retention
 from faulttol.checkpoint.shards import Shard
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import Store, StoreLike
+from faulttol.checkpoint.survey import Plan, Surveys
 
 _log = logging.getLogger("megaray.checkpoint")
+_SURVEYS = Surveys()
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a file system says that has written nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +43,30 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class _Save:
-    """One save on one rank."""
+class Written:
+    """What one rank has written, as it tells rank 0."""
 
-    root: str
-    store: Store
-    step: int
-    identity: Identity
-    token: str
-    """New in each save, so what an interrupted one left is never taken for part of a later one."""
+    record: ShardFile
+    plain: Sequence[Plain] | None
+    """Its pieces, in the order of the file; None where rank 0 knows them by their digest."""
+    plan: str = ""
+    """Digest of the pieces."""
+
+    def __post_init__(self) -> None:
+        if self.plain is not None:
+            plan = self.plain if isinstance(self.plain, Plan) else Plan(self.plain)
+            object.__setattr__(self, "plain", plan)
+            object.__setattr__(self, "plan", plan.digest)
 
     @property
-    def commit(self) -> Commit:
-        return Commit(self.identity.attempt, self.step, tag(self.identity.run))
+    def short(self) -> Written:
+        """Without the pieces."""
+        return Written(self.record, None, self.plan)
 
-    @property
-    def file(self) -> str:
-        return self.commit.shard(self.identity.rank, self.token)
+
+def proven(plans: Sequence[str]) -> bool:
+    """Whether `commit` has surveyed ranks with these plans, by digest, in this process: then it needs no pieces."""
+    return _SURVEYS.known(plans)
 
 
 def save(
@@ -61,7 +76,7 @@ def save(
     identity: Identity,
     facts: dict[str, Any],
     peers: Peers,
-    keep: int,
+    retention: Retention,
 ) -> Saved:
     """Save and commit one step; every rank calls this together.
 
@@ -72,7 +87,7 @@ def save(
         root: folder or fsspec URL, which belongs to the run that saves there first.
         pieces: of this rank; their tensors mustn't change before this returns.
         facts: JSON that a resumed run needs and that tells what it resumes: samples, loss, fingerprints. Rank 0's is kept.
-        keep: committed checkpoints to keep, at least 1.
+        retention: which committed checkpoints are kept.
 
     Raises:
         UserError: on every rank, where the folder is another run's or of format 1.
@@ -84,84 +99,185 @@ def save(
     store, first = Store(root), identity.rank == 0
 
     def begin() -> str:
-        Folder(store).admit(identity)
-        return secrets.token_hex(4)
+        admit(store, identity)
+        return new_token()
 
-    token, failure = on_first(peers, first, begin)
+    word, failure = on_first(peers, first, begin)
     if failure is not None:
         raise _failed(root, step, failure)
-    this = _Save(root, store, step, identity, str(token))
-    answers = peers.gather(caught(lambda: _write(this, pieces)))
+    token = str(word)
+    written, failure = caught(lambda: write(store, step, token, identity, pieces))
+    answers = peers.gather((written.short if written else None, failure))
+    unknown = answers is not None and not proven([one.plan for one, _ in answers if one])
+    if peers.broadcast(unknown):  # once in a run: its next save has the same pieces
+        answers = peers.gather((written, failure))
     outcome: tuple[int | None, Failure | None] | None = None
     if answers is not None:
-        outcome = caught(lambda: _commit(this, answers, facts))
+        told = answers
+        outcome = caught(lambda: commit(store, step, token, identity, all_written(told), facts))
     size, failure = peers.broadcast(outcome)
     if failure is not None:
-        _discard(store, this.file)
+        if failure[0] is not Uncertain:
+            discard(store, step, token, identity)
         raise _failed(root, step, failure)
     if first:
-        _retire(this, keep)
+        retire(store, step, token, identity, retention)
     return Saved(f"{root.rstrip('/')}/{folder_of(step)}", step, int(size or 0), time.monotonic() - began)
 
 
 def _failed(root: str, step: int, failure: Failure) -> Exception:
     kind, text = failure
-    return kind(text) if kind is UserError else kind(f"step {step} was not saved to {root}: {text}")
+    how = "may be saved or not" if kind is Uncertain else "was not saved"
+    return kind(text) if kind is UserError else kind(f"step {step} {how} to {root}: {text}")
 
 
-def _write(this: _Save, pieces: Iterable[Piece]) -> tuple[ShardFile, list[Plain]]:
+def new_token() -> str:
+    """A word for the names of one save's files, so what an interrupted one left is never taken for part of it."""
+    return secrets.token_hex(4)
+
+
+def admit(store: StoreLike, identity: Identity) -> None:
+    """Refuse all but the run that owns the folder, and its attempts before the newest.
+
+    Raises:
+        UserError: where the folder is another run's or of format 1.
+        Superseded: where a newer attempt of the run has begun to save there.
+    """
+    Folder(store).admit(identity)
+
+
+def write(store: StoreLike, step: int, token: str, identity: Identity, pieces: Iterable[Piece]) -> Written:
+    """Write one rank's file.
+
+    Raises:
+        Incomplete: where a box is there twice, or the file isn't as long as was laid out.
+        OSError: where it can't be written; nothing is left under its name.
+        ValueError: where a dtype can't be saved.
+    """
     # Boxes without elements tell nothing, but where the whole tensor is empty.
     kept = [p for p in pieces if p.box.elements or 0 in p.box.whole]
-    shard = Shard(this.step, this.identity, kept)
-    size = this.store.write(this.file, shard.chunks())
+    shard = Shard(step, identity, kept)
+    file = _commit(step, identity).shard(identity.rank, token)
+    size = store.write(file, shard.chunks())
     record = shard.record()
     if size != record.bytes:
-        raise Incomplete(f"{this.file} has {size} bytes, and {record.bytes} were laid out")
-    return record, shard.plain
+        raise Incomplete(f"{file} has {size} bytes, and {record.bytes} were laid out")
+    return Written(record, shard.plain)
 
 
-def _commit(
-    this: _Save,
-    answers: list[tuple[tuple[ShardFile, list[Plain]] | None, Failure | None]],
-    facts: dict[str, Any],
-) -> int:
-    """Check what the ranks have written and write the manifest; bytes of all files."""
+def all_written(answers: Sequence[tuple[Written | None, Failure | None]]) -> list[Written]:
+    """What all ranks have written, by rank.
+
+    Raises:
+        Incomplete: where one failed, naming the first three.
+    """
     failed = [
         f"rank {rank}: {failure[1]}" for rank, (_, failure) in enumerate(answers) if failure is not None
     ]
     if failed:
         raise Incomplete("; ".join(failed[:3]))
-    written = [answer for answer, _ in answers if answer is not None]
-    if len(written) != this.identity.world:
-        raise Incomplete(f"{len(written)} ranks have saved, of {this.identity.world}")
-    tensors = survey([plain for _, plain in written])
-    identity = this.identity
+    return [answer for answer, _ in answers if answer is not None]
+
+
+def commit(
+    store: StoreLike,
+    step: int,
+    token: str,
+    identity: Identity,
+    written: Sequence[Written],
+    facts: dict[str, Any],
+) -> int:
+    """Check what all ranks have written and write the manifest, which commits it; rank 0 alone.
+
+    Args:
+        written: by rank.
+
+    Returns:
+        Bytes of all files.
+
+    Raises:
+        UserError: where the folder has become another run's.
+        Superseded: where a newer attempt has begun to save.
+        Uncertain: where the manifest may have been written or not, as after a connection that broke.
+        Incomplete: where the pieces don't make up a whole.
+        OSError: where it wasn't committed for sure.
+    """
+    if len(written) != identity.world:
+        raise Incomplete(f"{len(written)} ranks have saved, of {identity.world}")
+    plans = [one.plain if isinstance(one.plain, Plan) else None for one in written]
     manifest = Manifest(
         run=identity.run,
         attempt=identity.attempt,
-        step=this.step,
+        step=step,
         layout=identity.layout,
-        token=this.token,
-        tensors=tensors,
-        files=tuple(record for record, _ in written),
+        token=token,
+        tensors=_SURVEYS.of([one.plan for one in written], plans),
+        files=tuple(one.record for one in written),
         facts=facts,
     )
-    text = manifest.dump()
-    Folder(this.store).admit(identity)  # as late as can be: a newer attempt may have started meanwhile
-    this.store.write(this.commit.manifest, [text])
-    return manifest.bytes
-
-
-def _discard(store: Store, path: str) -> None:
-    """Remove what a failed save wrote: where the storage is full, the next save needs the room."""
+    head, directory = manifest.split()
+    text, this = head.dump(), _commit(step, identity)
+    store.write(this.directory(token), directory)
+    admit(store, identity)  # as late as can be: a newer attempt may have started meanwhile
     try:
-        store.remove(path)
-    except Exception as error:  # the failure that is being told matters more
-        _log.warning("could not remove %s: %s", path, error)
+        store.create(this.manifest, [text])
+    except FileExistsError:
+        if store.read(this.manifest) != text:  # equal where an answer was lost and the request repeated
+            raise Incomplete(
+                f"attempt {identity.attempt} has committed this step already: {this.manifest}"
+            ) from None
+    except Exception as error:
+        if not _there(store, this.manifest, text, error):
+            raise
+    return head.size
 
 
-def _retire(this: _Save, keep: int) -> None:
+def _there(store: StoreLike, name: str, text: bytes, error: Exception) -> bool:
+    """Whether a manifest is there though writing it failed with `error`.
+
+    Raises:
+        Uncertain: where nobody knows: a store may still carry out a request whose answer was lost.
+    """
+    found: bytes | None = None
+    with suppress(Exception):
+        found = store.read(name)
+    if found is None and not (isinstance(error, OSError) and error.errno in _REFUSED):
+        raise Uncertain(f"{name} may be written or not: {type(error).__name__}: {error}") from error
+    return found == text
+
+
+def discard(store: StoreLike, step: int, token: str, identity: Identity) -> None:
+    """Remove this rank's file of a save that failed, and on rank 0 what earlier attempts left: where the storage is full,
+    the next one needs the room.
+
+    Never raises.
+    """
+    this = _commit(step, identity)
+    paths = [this.shard(identity.rank, token)]
+    if identity.rank == 0:
+        paths.append(this.directory(token))
+    for path in paths:
+        try:
+            store.remove(path)
+        except Exception as error:  # the failure that is being told matters more
+            _log.warning("could not remove %s: %s", path, error)
+    if identity.rank == 0:
+        try:
+            retention_of.clear(store, identity)
+        except Exception as error:
+            _log.warning("could not remove what earlier attempts left in %s: %s", store.url, error)
+
+
+def retire(store: StoreLike, step: int, token: str, identity: Identity, retention: Retention) -> None:
+    """Remove the run's checkpoints that needn't be kept, after `step` was committed; rank 0 alone.
+
+    Never raises: the new checkpoint is committed, so training goes on.
+    """
     try:
-        Folder(this.store).retire(this.identity, keep, this.commit, this.token)
-    except Exception as error:  # the new checkpoint is committed, so training goes on
-        _log.warning("could not remove old checkpoints in %s: %s", this.root, error)
+        retention_of.retire(store, identity, retention, _commit(step, identity), token)
+    except Exception as error:
+        _log.warning("could not remove old checkpoints in %s: %s", store.url, error)
+
+
+def _commit(step: int, identity: Identity) -> Commit:
+    return Commit(identity.attempt, step, tag(identity.run))

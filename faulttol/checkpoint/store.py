@@ -12,12 +12,42 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from configs.errors import UserError
+
+
+class StoreLike(Protocol):
+    """What a checkpoint can be kept on: anything with these is a tier."""
+
+    @property
+    def url(self) -> str:
+        """Of the folder, as messages name it."""
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
+        """Write a file that appears whole or not at all; its size in bytes."""
+
+    def create(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
+        """`write` that raises FileExistsError where the name exists, and then changes nothing."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file; raises FileNotFoundError where it isn't there."""
+
+    def read_range(self, name: str, start: int, end: int) -> bytearray:
+        """Bytes `[start, end)` of a file, fewer where it ends before; by several threads at once."""
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names in a folder, sorted; none where it isn't there."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file or folder; it may be gone already."""
+
+
+_BEHIND = 32 << 20
+"""Bytes after which the kernel is told to begin to write them."""
 
 
 class Store:
@@ -46,17 +76,48 @@ class Store:
         path = f"{self._root}/{name}"
         return self._write_local(Path(path), chunks) if self._local else self._put(path, chunks)
 
-    def _write_local(self, path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    def create(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
+        """Write a new file that appears whole or not at all, by one writer of several at most; its size in bytes.
+
+        On a local file system by a hard link, on S3 by a conditional PUT (`If-None-Match`); held in memory until then.
+        Where the file system knows neither, by a look before the write.
+
+        Raises:
+            FileExistsError: where the name exists; it stays as it is. A request whose answer was lost is repeated, and
+                then meets its own file: only what is in it tells.
+            OSError: where it can't be written.
+        """
+        path = f"{self._root}/{name}"
+        if self._local:
+            return self._write_local(Path(path), chunks, new=True)
+        data = b"".join(chunks)
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except FileNotFoundError:  # a remote file system with real folders
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.pipe_file(path, data, mode="create")
+        self._fs.invalidate_cache()
+        return self._same_size(path, len(data))
+
+    def _write_local(self, path: Path, chunks: Iterable[bytes | memoryview], new: bool = False) -> int:
         _make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("wb") as file:
+                begun = 0
                 for chunk in chunks:
                     file.write(chunk)
+                    if file.tell() - begun >= _BEHIND:
+                        # Or the kernel gathers up to a tenth of the memory, and the disk idles until the fsync.
+                        os.posix_fadvise(file.fileno(), begun, file.tell() - begun, os.POSIX_FADV_DONTNEED)
+                        begun = file.tell()
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
-            temporary.replace(path)
+            if new:
+                _name_once(temporary, path)
+            else:
+                temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -70,6 +131,9 @@ class Store:
             for chunk in chunks:
                 size += file.write(chunk)
         self._fs.invalidate_cache()
+        return self._same_size(path, size)
+
+    def _same_size(self, path: str, size: int) -> int:
         found = self._fs.info(path)["size"]
         if found != size:
             raise OSError(f"{path}: {size} bytes were written, {found} are there")
@@ -142,6 +206,21 @@ def check_writable(root: str) -> None:
         raise UserError(
             f"checkpoint.path='{root}' can't be written: {told[0]}; name a folder or URL that you may write"
         ) from None
+
+
+def _name_once(temporary: Path, path: Path) -> None:
+    """Give a file its name unless that exists."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        # Mounts of object stores have no links; what is left is to look first.
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def _make_folder(folder: Path) -> None:

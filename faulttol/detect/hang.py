@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from configs.timeouts import Timeouts
 from faulttol.recorder import Mark, Phase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 
-CHECKPOINT_FACTOR = 10.0
-"""A save may take this many times `hang`: storage has outliers that compute hasn't. It holds where the ranks
-that are furthest behind are saving; one that never came to the save has no such excuse."""
+SAVE_FACTOR = 4.0
+"""A rank in a save may be silent for this many times `hang`: it renews its record while bytes flow, but one fsync or one
+request may take long, and nobody sees how it gets on. It holds where the ranks that are furthest behind are saving."""
 PREPARE_FACTOR = 20.0
 """A start may take this many times `start` while every rank prepares data: a corpus is tokenised once."""
+_SAME_MOMENT = 5.0
+"""Seconds by which ranks that save may differ in their last sign of progress, which comes with each few MiB."""
 _NAMED = 8
 
 
@@ -24,7 +26,10 @@ def judge(
     timeouts: Timeouts,
     first_step_done: bool,
 ) -> list[Verdict]:
-    """A verdict where no rank has made a record for longer than its phase may take.
+    """A verdict where no rank has made or renewed a record for longer than a rank may be silent.
+
+    Whatever takes long and makes progress renews its record (`Recorder.touch`), so a save or a load may take as long as it
+    gets on.
 
     Args:
         newest: each rank's newest record; None before its first.
@@ -34,14 +39,15 @@ def judge(
         first_step_done: the gang has finished a step in this attempt.
 
     The culprits are the ranks that are furthest behind: with one rank stopped, its peers have all entered the
-    collective that it hasn't, so their newest records lie after its own.
+    collective that it hasn't, so their newest records lie after its own. Of ranks that stand in one save, those are that
+    stopped renewing their record first.
     """
     records = {rank: record for rank, record in newest.items() if record is not None}
     if not first_step_done:
         waited = now - started
         preparing = len(records) == len(newest) and all(_is_in(r, Phase.DATA, 0) for r in records.values())
         limit = timeouts.seconds("start") * (PREPARE_FACTOR if preparing else 1.0)
-        if waited <= limit:
+        if waited <= limit or _gets_on(records.values(), now, timeouts):
             return []
         missing = [rank for rank in sorted(newest) if newest[rank] is None]
         who = f"ranks {_listed(missing)} made no record" if missing else _behind_text(records)
@@ -52,9 +58,8 @@ def judge(
     last = max(records.values(), key=lambda r: r.time)
     behind = _behind(records)
     saving = all(_is_in(records[rank], Phase.CHECKPOINT) for rank in behind)
-    limit = timeouts.seconds("hang") * (CHECKPOINT_FACTOR if saving else 1.0)
     silence = now - last.time
-    if silence <= limit:
+    if silence <= timeouts.seconds("hang") * (SAVE_FACTOR if saving else 1.0):
         return []
     detail = f"no rank made a record for {silence:.0f} s: {_behind_text(records)}"
     return [Verdict(VerdictKind.HANG, detail, behind[0], time=last.time)]
@@ -65,11 +70,23 @@ def _is_in(record: Record, phase: Phase, step: int | None = None) -> bool:
     return record.phase is phase and record.mark is Mark.BEGIN and step in (None, record.step)
 
 
+def _gets_on(records: Iterable[Record], now: float, timeouts: Timeouts) -> bool:
+    """A rank that begins or loads has shown progress lately."""
+    hang = timeouts.seconds("hang")
+    return any(
+        (_is_in(r, Phase.START) or _is_in(r, Phase.CHECKPOINT)) and now - r.time <= hang for r in records
+    )
+
+
 def _behind(records: Mapping[int, Record]) -> list[int]:
-    """Ranks with the fewest steps and, among these, the fewest records."""
+    """Ranks with the fewest steps and, among these, the fewest records; where they save, those that got on the least."""
     places = {rank: _place(record) for rank, record in records.items()}
     least = min(places.values())
-    return sorted(rank for rank, place in places.items() if place == least)
+    behind = sorted(rank for rank, place in places.items() if place == least)
+    if all(_is_in(records[rank], Phase.CHECKPOINT) for rank in behind):
+        first = min(records[rank].time for rank in behind)
+        behind = [rank for rank in behind if records[rank].time - first <= _SAME_MOMENT]
+    return behind
 
 
 def _place(record: Record) -> tuple[int, int]:

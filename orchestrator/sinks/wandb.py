@@ -33,14 +33,16 @@ from configs.metrics import (
     MetricLine,
     ResumedLine,
     SavedLine,
+    SaveFailedLine,
     StepLine,
     read_all,
 )
 from configs.paths import RunPaths
 from configs.schema import RunConfig
 from orchestrator import reading
-from orchestrator.events import Event, RunView, fold, read
+from orchestrator.events import Event, read
 from orchestrator.reading import Follower
+from orchestrator.run_log import RunView, fold
 
 MAX_EXPERT_SERIES = 64
 """Experts per layer that get a series of their own; beyond it only the layer's spread is logged."""
@@ -122,7 +124,7 @@ class WandbSink:
             config=self._facts(),
         )  # fmt: skip
         logged.define_metric("train/step")
-        for family in ("train", "phase", "experts", "checkpoint"):
+        for family in ("train", "phase", "experts", "checkpoint", "memory"):
             logged.define_metric(f"{family}/*", step_metric="train/step")
         logged.define_metric("collectives/size")
         logged.define_metric("collectives/*", step_metric="collectives/size")
@@ -141,14 +143,8 @@ class WandbSink:
                 self._wandb.log(row_of(item))
             case EvaluatedLine():
                 self._wandb.log({"train/step": item.step, "validation/loss": item.loss})
-            case SavedLine():
-                self._wandb.log(
-                    {
-                        "train/step": item.step,
-                        "checkpoint/seconds": item.seconds,
-                        "checkpoint/bytes": item.bytes,
-                    }
-                )
+            case SavedLine() | SaveFailedLine():
+                self._wandb.log(save_row(item))
             case ResumedLine():
                 self._wandb.config.update(
                     {"mfu_basis": item.mfu_basis, "facts": item.facts}, allow_val_change=True
@@ -181,7 +177,12 @@ class WandbSink:
         view = fold(events)
         self._log_measurement(view)
         self._wandb.summary.update(
-            {"state": str(view.state), "attempts": view.attempt, "incidents_total": len(found)}
+            {
+                "state": str(view.state),
+                "attempts": view.attempt,
+                "incidents_total": len(found),
+                "failed_saves": view.failing,
+            }
         )
         self._wandb.finish(exit_code=0 if view.finished else 1)
         self._wandb = None
@@ -248,6 +249,15 @@ def measured_row(line: MeasuredLine) -> dict[str, Any]:
 def _cell(value: Any) -> Any:
     """A value that a table takes: numbers and text as they are, the rest as JSON."""
     return value if value is None or isinstance(value, int | float | str) else json.dumps(value)
+
+
+def save_row(line: SavedLine | SaveFailedLine) -> dict[str, Any]:
+    """A save as a W&B row: `checkpoint/*` in storage, `memory/*` in the memory of nodes; `failed` counts those in a row."""
+    if isinstance(line, SaveFailedLine):
+        return {"train/step": line.step, "checkpoint/failed": line.in_a_row, "checkpoint/error": line.error}
+    family = "checkpoint" if line.tier == "store" else line.tier
+    row = {"train/step": line.step, f"{family}/held": line.held, f"{family}/seconds": line.seconds}
+    return row | {f"{family}/bytes": line.bytes} | ({"checkpoint/failed": 0} if line.tier == "store" else {})
 
 
 def row_of(line: StepLine) -> dict[str, Any]:

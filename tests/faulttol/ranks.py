@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import queue
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.pieces import Piece
-from faulttol.checkpoint.save import Identity, Saved, save
+from faulttol.checkpoint.save import Identity, Retention, Saved, save
 
 T = TypeVar("T")
 LAYOUT = {"pp": 1, "dp": 2, "ep": 2}
@@ -22,6 +23,9 @@ class _Meeting:
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world)
         self.items = [b""] * world
+        self.sent: dict[tuple[int, int], queue.Queue[bytes]] = {
+            (a, b): queue.Queue() for a in range(world) for b in range(world)
+        }
 
 
 class ThreadPeers:
@@ -43,6 +47,12 @@ class ThreadPeers:
 
     def broadcast(self, item: Any) -> Any:
         return self._exchange(item)[0]
+
+    def exchange(self, out: Sequence[tuple[int, memoryview]], into: Sequence[tuple[int, memoryview]]) -> None:
+        for rank, data in out:
+            self._meeting.sent[self._rank, rank].put(bytes(data))
+        for rank, data in into:
+            data[:] = self._meeting.sent[rank, self._rank].get(timeout=_PATIENCE)
 
 
 def together(world: int, act: Callable[[int, ThreadPeers], T]) -> list[T | Exception]:
@@ -88,7 +98,13 @@ def pieces(rank: int, world: int, step: int, size: int = 1000) -> list[Piece]:
 
 
 def save_all(
-    root: object, step: int, world: int = 2, keep: int = 2, run: str = "run-1", attempt: int = 1
+    root: object,
+    step: int,
+    world: int = 2,
+    keep: int = 2,
+    run: str = "run-1",
+    attempt: int = 1,
+    every: int | None = None,
 ) -> list[Saved | Exception]:
     """Save `values` on all ranks."""
     return together(
@@ -100,6 +116,6 @@ def save_all(
             identity(rank, world, run, attempt),
             {"loss": step / 7},
             peers,
-            keep,
+            Retention(keep, every),
         ),
     )

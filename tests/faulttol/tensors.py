@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.load import Restored, Wanted, restore
-from faulttol.checkpoint.save import Saved, owned, save
+from faulttol.checkpoint.load import Restored, Wanted, restore, stored
+from faulttol.checkpoint.save import Retention, Saved, owned, save
 from tests.faulttol.ranks import identity, together, values
 from trainer.state import Slice
 
@@ -80,7 +80,13 @@ def save_layout(root: object, step: int, parts: Layout, keep: int = 3) -> list[S
     return together(
         world,
         lambda rank, peers: save(
-            str(root), step, owned(parts[rank]), identity(rank, world), {"world": world}, peers, keep
+            str(root),
+            step,
+            owned(parts[rank]),
+            identity(rank, world),
+            {"world": world},
+            peers,
+            Retention(keep),
         ),
     )
 
@@ -100,9 +106,19 @@ def restore_layout(root: object, parts: Layout, attempt: int = 1) -> list[Restor
 
     def one(rank: int, peers: object) -> Restored | None:
         wanted = [Wanted.from_slice(p.name, p.tensor, p.box) for p in parts[rank]]
-        return restore(str(root), wanted, peers, identity(rank, world, attempt=attempt))  # type: ignore[arg-type]
+        return restore(stored(str(root)), wanted, peers, identity(rank, world, attempt=attempt))  # type: ignore[arg-type]
 
     return together(world, one)
+
+
+def restored(root: object, parts: Layout, attempt: int = 1) -> Restored:
+    """What all ranks have restored alike, into all slices."""
+    answers = restore_layout(root, parts, attempt)
+    assert all(isinstance(a, Restored) for a in answers), answers
+    assert len({(a.step, a.path, a.passed) for a in answers if isinstance(a, Restored)}) == 1
+    (first, *_) = answers
+    assert isinstance(first, Restored)
+    return first
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -8,7 +8,8 @@ from math import prod
 import numpy as np
 import pytest
 
-from faulttol.checkpoint.boxes import Box, gap, twice, uncovered
+from faulttol.checkpoint import boxes as boxes_of
+from faulttol.checkpoint.boxes import Box, gap, tiled, twice, uncovered
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -119,3 +120,51 @@ def test_a_tensor_without_dims_and_an_empty_one() -> None:
     assert uncovered(point, [point]) is None and uncovered(empty, [empty]) is None
     assert "two sources" in str(uncovered(point, [point, point]))
     assert "no source" in str(uncovered(point, []))
+
+
+def _tiled(whole: tuple[int, ...], boxes: list[Box]) -> bool:
+    rows = [[box.start for box in boxes], [box.shape for box in boxes]]
+    start, shape = (np.array(part, np.int64).reshape(len(boxes), len(whole)) for part in rows)
+    return tiled(np.array(whole, np.int64), start, shape)
+
+
+def _cut(box: Box, noise: random.Random) -> list[Box]:
+    dims = [d for d, size in enumerate(box.shape) if size > 1]
+    if not dims or noise.random() < 0.2:
+        return [box]
+    d = noise.choice(dims)
+    at = noise.randrange(1, box.shape[d])
+    return _cut(box.cut(d, 0, at), noise) + _cut(box.cut(d, at, box.shape[d]), noise)
+
+
+@pytest.mark.parametrize("cells", [0, 1 << 21])
+@pytest.mark.parametrize("dims", range(5))
+def test_many_boxes_are_judged_as_few_are(monkeypatch: pytest.MonkeyPatch, dims: int, cells: int) -> None:
+    """Whole covers, and those with a box changed, moved, doubled or missing: in the grid, and where it is too large."""
+    monkeypatch.setattr(boxes_of, "_CELLS", cells)
+    seen = set()
+    for seed in range(40):
+        noise = random.Random(seed)
+        whole = tuple(noise.randint(1, 5) for _ in range(dims))
+        parts = _cut(Box.all_of(whole), noise)
+        noise.shuffle(parts)
+        assert _tiled(whole, parts)
+        one = noise.choice(parts)
+        rest = [part for part in parts if part is not one]
+        changed = [
+            Box(whole, tuple(a + noise.randint(-1, 1) for a in one.start), one.shape),
+            _box(noise, whole),
+        ]
+        for boxes in ([*rest, changed[0]], [*rest, changed[1]], rest, [*parts, one], [*rest, *rest]):
+            judged = uncovered(Box.all_of(whole), boxes) is None
+            assert _tiled(whole, boxes) == judged, (whole, boxes)
+            seen.add(judged)
+    assert False in seen
+
+
+def test_a_box_twice_and_another_missing_have_the_right_count() -> None:
+    """As many elements as the tensor has: only the grid sees it."""
+    whole = (4, 4)
+    rows = [Box(whole, (i, 0), (1, 4)) for i in (0, 1, 1, 3)]
+    assert not _tiled(whole, rows) and uncovered(Box.all_of(whole), rows)
+    assert _tiled((0, 3), [Box.all_of((0, 3))]) and _tiled((0, 3), [])

@@ -15,10 +15,10 @@ from configs.errors import UserError
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import Folder, folder_of, tag
-from faulttol.checkpoint.manifest import Incomplete, Manifest, Superseded
+from faulttol.checkpoint.manifest import Head, Incomplete, Manifest, Superseded
 from faulttol.checkpoint.peers import Alone
 from faulttol.checkpoint.pieces import Piece
-from faulttol.checkpoint.save import Saved, save
+from faulttol.checkpoint.save import Retention, Saved, save
 from faulttol.checkpoint.store import Store
 from tests.faulttol.ranks import LAYOUT, identity, piece, pieces, save_all, together
 
@@ -29,8 +29,8 @@ def _steps(root: Path) -> list[int]:
     return [commit.step for commit in Folder(Store(str(root))).commits]
 
 
-def _newest(root: Path) -> Manifest | None:
-    return loading.newest(str(root), Alone())
+def _newest(root: Path) -> Head | None:
+    return loading.newest(loading.stored(str(root)), Alone())
 
 
 def _refusal(answers: list[Saved | Exception], kind: type[Exception]) -> str:
@@ -49,16 +49,18 @@ def test_all_ranks_are_told_the_same(tmp_path: Path, world: int) -> None:
     assert all(isinstance(a, Saved) and a.step == 30 and a.bytes > 1000 * world for a in answers)
     assert {a.path for a in answers if isinstance(a, Saved)} == {f"{tmp_path}/step-0000000030"}
     files = list((tmp_path / folder_of(30)).iterdir())
-    assert len(files) == world + 1
-    assert answers[0].bytes == sum(p.stat().st_size for p in files if p.suffix != ".json")
+    assert len(files) == world + 2, "and the directory and the manifest"
+    assert answers[0].bytes == sum(p.stat().st_size for p in files if p.suffix == ".safetensors")
 
 
 def test_a_manifest_tells_what_was_saved(tmp_path: Path) -> None:
     save_all(tmp_path, 30)
-    for found in together(2, lambda rank, peers: loading.newest(str(tmp_path), peers)):
-        assert isinstance(found, Manifest)
+    for found in together(2, lambda rank, peers: loading.newest(loading.stored(str(tmp_path)), peers)):
+        assert isinstance(found, Head)
         assert (found.run, found.attempt, found.step, found.world) == ("run-1", 1, 30, 2)
         assert found.layout == LAYOUT and found.facts == {"loss": 30 / 7}
+    for found in together(2, lambda rank, peers: loading.read_manifest(str(tmp_path), 30, peers)):
+        assert isinstance(found, Manifest)
         assert {name: (t.dtype, t.shape, t.ranks) for name, t in found.tensors.items()} == {
             "weight": ("uint8", (2000,), ((0, 1),)),
             "bias": ("uint8", (10,), ((1, 1),)),
@@ -77,7 +79,10 @@ def test_a_step_is_read_by_its_number(tmp_path: Path) -> None:
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:
-    assert together(2, lambda rank, peers: loading.newest(str(tmp_path / "none"), peers)) == [None, None]
+    assert together(2, lambda rank, peers: loading.newest(loading.stored(str(tmp_path / "none")), peers)) == [
+        None,
+        None,
+    ]
 
 
 def test_the_newest_is_found_by_its_manifest(tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_boxes_without_elements_are_no_matter(tmp_path: Path) -> None:
         return [piece("w", bytes(6) if rank else b"", 6, 0)]
 
     answers = together(
-        2, lambda rank, peers: save(str(tmp_path), 5, parts(rank), identity(rank, 2), {}, peers, 2)
+        2, lambda rank, peers: save(str(tmp_path), 5, parts(rank), identity(rank, 2), {}, peers, Retention(2))
     )
     assert all(isinstance(a, Saved) for a in answers), answers
 
@@ -129,16 +134,26 @@ def test_one_rank_that_cannot_write_fails_all_and_commits_nothing(
 
 
 def test_a_manifest_that_cannot_be_written_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Store.write
-
     def refuse(self: Store, name: str, chunks: object) -> int:
-        if name.endswith("manifest.json"):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return write(self, name, chunks)  # type: ignore[arg-type]
+        assert name.endswith("manifest.json")
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Store, "write", refuse)
+    monkeypatch.setattr(Store, "create", refuse)
     assert "Permission denied" in _refusal(save_all(tmp_path, 20), Incomplete)
-    assert _steps(tmp_path) == []
+    assert _steps(tmp_path) == [] and list((tmp_path / folder_of(20)).iterdir()) == []
+
+
+def test_a_commit_whose_answer_was_lost_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request is repeated, and meets the manifest that it has written itself."""
+    create = Store.create
+
+    def twice(self: Store, name: str, chunks: list[bytes]) -> int:
+        create(self, name, chunks)
+        return create(self, name, chunks)
+
+    monkeypatch.setattr(Store, "create", twice)
+    assert all(isinstance(a, Saved) for a in save_all(tmp_path, 20))
+    assert _steps(tmp_path) == [20]
 
 
 def test_a_folder_that_cannot_be_listed_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +193,7 @@ def test_ranks_that_contradict_each_other_are_refused(
     tmp_path: Path, parts: list[list[Piece]], why: str
 ) -> None:
     answers = together(
-        2, lambda rank, peers: save(str(tmp_path), 5, parts[rank], identity(rank, 2), {}, peers, 2)
+        2, lambda rank, peers: save(str(tmp_path), 5, parts[rank], identity(rank, 2), {}, peers, Retention(2))
     )
     with pytest.raises(Incomplete, match=why):
         raise Incomplete(_refusal(answers, Incomplete))
@@ -187,7 +202,7 @@ def test_ranks_that_contradict_each_other_are_refused(
 
 def test_facts_that_are_no_json_are_told(tmp_path: Path) -> None:
     with pytest.raises(Incomplete, match="step 1 was not saved.*TypeError.*set"):
-        save(str(tmp_path), 1, pieces(0, 1, 1), identity(0, 1), {"x": {1}}, Alone(), 1)
+        save(str(tmp_path), 1, pieces(0, 1, 1), identity(0, 1), {"x": {1}}, Alone(), Retention(1))
 
 
 # ---- interrupted and repeated saves ----
@@ -201,7 +216,7 @@ def test_a_second_save_of_a_step_does_not_mix_with_the_first(tmp_path: Path) -> 
     save_all(tmp_path, 10)
     found = _newest(tmp_path)
     assert found is not None and found.token not in left.name
-    assert not left.exists() and len(list((tmp_path / folder_of(10)).iterdir())) == 3, "and then it goes"
+    assert not left.exists() and len(list((tmp_path / folder_of(10)).iterdir())) == 4, "and then it goes"
 
 
 def test_old_checkpoints_are_removed_after_the_commit(tmp_path: Path) -> None:
@@ -304,8 +319,8 @@ def test_format_1_is_refused_by_name(tmp_path: Path) -> None:
     )
     for act in (
         lambda: _newest(tmp_path),
-        lambda: loading.restore(str(tmp_path), [], Alone(), identity(0, 1)),
-        lambda: save(str(tmp_path), 20, pieces(0, 1, 20), identity(0, 1), {}, Alone(), 1),
+        lambda: loading.restore(loading.stored(str(tmp_path)), [], Alone(), identity(0, 1)),
+        lambda: save(str(tmp_path), 20, pieces(0, 1, 20), identity(0, 1), {}, Alone(), Retention(1)),
     ):
         with pytest.raises(UserError, match=why):
             act()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,15 @@ from typing import Any
 import pytest
 
 from faulttol.checkpoint import shards
-from faulttol.checkpoint.folder import Commit, Folder, folder_of
-from faulttol.checkpoint.load import Restored, newest
-from faulttol.checkpoint.manifest import Incomplete, Manifest, ShardFile, digest
+from faulttol.checkpoint.boxes import Box
+from faulttol.checkpoint.folder import Commit, folder_of
+from faulttol.checkpoint.load import Restored, newest, stored
+from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.peers import Alone
-from faulttol.checkpoint.save import Saved, save
+from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.save import Retention, Saved, save
 from faulttol.checkpoint.store import Store
+from tests.faulttol.forgery import forge
 from tests.faulttol.ranks import identity, pieces, save_all, together
 
 torch = pytest.importorskip("torch")
@@ -57,11 +59,11 @@ def _flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def _load(root: Path, step: int) -> str:
+def _load(root: Path, step: int, attempt: int = 1) -> str:
     """Restore under another layout; that all ranks got `step` whole, and why newer ones were passed over."""
     parts = flat_bytes(2, step, WORLD)
     there = blank(parts)
-    answers = restore_layout(root, there)
+    answers = restore_layout(root, there, attempt)
     assert all(isinstance(a, Restored) and a.step == step for a in answers), answers
     assert equal(there, parts)
     (passed,) = {a.passed for a in answers if isinstance(a, Restored)}
@@ -131,6 +133,48 @@ def test_a_torn_manifest_is_named(root: Path, size: int) -> None:
     assert f"{path}: its manifest is unreadable" in _load(root, 10)
 
 
+def _directory(root: Path, step: int) -> Path:
+    (found,) = (root / folder_of(step)).glob("*.directory.*")
+    return found
+
+
+def test_a_flipped_bit_in_the_directory_is_named_with_its_tensors(root: Path) -> None:
+    path = _directory(root, 20)
+    data = path.read_bytes()
+    first, second = data.index(b"bias"), data.rindex(b'"')
+    for place, what in ((first, "4 tensors from bias on"), (second - 3, "2 files from 0 on")):
+        _flip(path, 8 * place)
+        told = _load(root, 10)
+        assert f"{path} differs from what was saved in bytes" in told and f"which tell of {what}" in told
+        path.write_bytes(data)
+    for size in (0, 10, -1):
+        path.write_bytes(data[:size])
+        assert f"{path} is truncated in bytes" in _load(root, 10)
+    path.unlink()
+    assert f"{path} is missing" in _load(root, 10)
+
+
+def test_a_directory_of_another_save_is_named(root: Path) -> None:
+    path = _directory(root, 20)
+    path.write_bytes(_directory(root, 10).read_bytes())
+    assert f"{path} differs from what was saved in bytes" in _load(root, 10)
+
+
+def test_an_expert_that_is_missing_is_named_before_anything_is_committed(tmp_path: Path) -> None:
+    """Hazard 28: each rank of ep saves its experts, and one forgets its last."""
+
+    def parts(rank: int) -> list[Piece]:
+        box = Box((4, 6), (2 * rank, 0), (2 - rank, 6))
+        return [Piece("blocks.0.feed.experts.up", "uint8", box, memoryview(bytes(box.elements)))]
+
+    answers = together(
+        2, lambda rank, peers: save(str(tmp_path), 1, parts(rank), identity(rank, 2), {}, peers, Retention(2))
+    )
+    assert {type(answer) for answer in answers} == {Incomplete}
+    assert "blocks.0.feed.experts.up[3:4, 0:6] of [4, 6] has no source: 18 of 24" in str(answers[0])
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_a_missing_file_is_named(root: Path) -> None:
     path = _file(root, 20, 1)
     path.unlink()
@@ -173,18 +217,27 @@ def test_when_none_can_be_read_nothing_starts_afresh(root: Path) -> None:
     for step in (10, 20):
         _manifest(root, step).write_bytes(b"x")
     with pytest.raises(Incomplete, match="no checkpoint in .* can be read: step 20: .* step 10: "):
-        newest(str(root), Alone())
+        newest(stored(str(root)), Alone())
 
 
 def test_training_goes_on_over_a_damaged_checkpoint(root: Path) -> None:
-    _flip(_file(root, 20, 1), 8 * 700)
-    save_all(root, 20)
-    assert _load(root, 20) == ""
+    _flip(_file(root, 20, 1), 8 * (_file(root, 20, 1).stat().st_size - 300))
+    assert "differs from what was saved" in _load(root, 10)
+    save_all(root, 20, attempt=2)
+    assert _load(root, 20, attempt=2) == ""
+
+
+def test_a_commit_is_never_replaced(root: Path) -> None:
+    """Compare-and-set: a step that an attempt has committed stays what it is, whoever comes second."""
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    (told,) = {str(answer) for answer in save_all(root, 20)}
+    assert "attempt 1 has committed this step already" in told
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 def test_newest_falls_back_from_a_damaged_manifest(root: Path) -> None:
     _manifest(root, 20).write_bytes(b"{}")
-    found = newest(str(root), Alone())
+    found = newest(stored(str(root)), Alone())
     assert found is not None and found.step == 10
 
 
@@ -219,7 +272,7 @@ def test_a_file_of_another_save_of_the_step_is_named(root: Path, tmp_path: Path)
     together(
         2,
         lambda rank, peers: save(
-            str(tmp_path / "other"), 20, pieces(rank, 2, 99), identity(rank, 2), {}, peers, 2
+            str(tmp_path / "other"), 20, pieces(rank, 2, 99), identity(rank, 2), {}, peers, Retention(2)
         ),
     )
     path, other = _file(root, 20, 1), _file(tmp_path / "other", 20, 1)
@@ -244,25 +297,6 @@ def test_a_manifest_of_another_run_under_this_ones_name_is_named(root: Path, tmp
 
 
 # ---- indexes that contradict the manifest, with every digest right ----
-
-
-def _forge(root: Path, step: int, rank: int, change: Callable[[list[Any]], None]) -> None:
-    """Change the index of a file, and the digests with it, as a faulty writer would."""
-    store = Store(str(root))
-    (commit,) = [c for c in Folder(store).commits if c.step == step]
-    told = Folder(store).manifest(commit)
-    path = _file(root, step, rank)
-    data, file = path.read_bytes(), told.files[rank]
-    tree = json.loads(data[-file.index :])
-    change(tree["pieces"])
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    path.write_bytes(data[: -file.index] + text)
-    files = list(told.files)
-    files[rank] = ShardFile(file.bytes - file.index + len(text), len(text), digest(text))
-    changed = Manifest(
-        told.run, told.attempt, told.step, told.layout, told.token, told.tensors, tuple(files), told.facts
-    )
-    _manifest(root, step).write_bytes(changed.dump())
 
 
 def _missing(rows: list[Any]) -> None:
@@ -293,9 +327,9 @@ def _shaped(rows: list[Any]) -> None:
 def test_an_index_without_a_whole_cover_is_refused(
     root: Path, change: Callable[[list[Any]], None], why: str
 ) -> None:
-    _forge(root, 20, 0, lambda rows: None)
+    forge(root, 20, 0, lambda rows: None)
     assert _load(root, 20) == "", "the forger's work is sound"
-    _forge(root, 20, 0, change)
+    forge(root, 20, 0, change)
     told = _load(root, 10)
     assert why in told and str(_manifest(root, 20)) in told
 

@@ -8,8 +8,9 @@ import signal
 import pytest
 
 from configs.timeouts import Timeouts
-from faulttol.detect import death, hang
+from faulttol.detect import death, hang, overdue
 from faulttol.detect.death import Exit
+from faulttol.detect.overdue import Saves
 from faulttol.recorder import Mark, Phase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 
@@ -179,11 +180,40 @@ def test_a_rank_after_a_phase_is_told_so() -> None:
     assert "rank 1 is behind, after forward of step 7" in verdict.detail
 
 
-def test_a_save_may_take_longer_but_not_for_ever() -> None:
-    newest: dict[int, Record | None] = {rank: _record(9, 3, 100.0, Phase.CHECKPOINT) for rank in range(2)}
-    assert _judge(newest, now=100.0 + 30.0 * hang.CHECKPOINT_FACTOR) == []
-    (verdict,) = _judge(newest, now=101.0 + 30.0 * hang.CHECKPOINT_FACTOR)
-    assert "in checkpoint of step 3" in verdict.detail
+def test_a_save_that_gets_on_is_no_hang_however_long() -> None:
+    saving: dict[int, Record | None] = {rank: _record(9, 3, 100.0, Phase.CHECKPOINT) for rank in range(2)}
+    renewed = saving | {1: _record(9, 3, 5000.0, Phase.CHECKPOINT)}
+    assert _judge(renewed, now=5029.0) == [], "one rank still writes"
+    assert _judge(renewed, now=5000.0 + 30.0 * hang.SAVE_FACTOR) == [], "its fsync takes long"
+    assert _judge(renewed, now=5001.0 + 30.0 * hang.SAVE_FACTOR)
+
+
+def test_the_culprit_in_a_save_is_the_rank_that_stopped_getting_on() -> None:
+    saving = {rank: _record(9, 3, 400.0 + rank, Phase.CHECKPOINT) for rank in range(4)}
+    saving[2] = _record(9, 3, 250.0, Phase.CHECKPOINT)
+    (verdict,) = _judge(dict(saving), now=530.0)
+    assert verdict.rank == 2 and "rank 2 is behind, in checkpoint of step 3" in verdict.detail
+    assert verdict.detail.startswith("no rank made a record for 127 s")
+
+
+def test_ranks_that_stop_together_in_a_save_all_stand_there() -> None:
+    (verdict,) = _judge({rank: _record(9, 3, 100.0 + rank, Phase.CHECKPOINT) for rank in range(4)}, now=999.0)
+    assert "all ranks stand in checkpoint of step 3" in verdict.detail
+
+
+def test_a_rank_that_waits_for_the_save_of_another_is_not_behind() -> None:
+    """It begins to wait once its own part is done, which is one record more."""
+    waiting = _record(10, 4, 300.0, Phase.COLLECTIVE)
+    newest: dict[int, Record | None] = {0: waiting, 1: _record(9, 3, 350.0, Phase.CHECKPOINT), 2: waiting}
+    assert _judge(newest, now=469.0) == []
+    (verdict,) = _judge(newest, now=471.0)
+    assert verdict.rank == 1 and "rank 1 is behind, in checkpoint" in verdict.detail
+
+
+def test_a_rank_that_never_came_to_the_save_has_no_exemption() -> None:
+    newest: dict[int, Record | None] = {0: _record(9, 3, 100.0, Phase.CHECKPOINT), 1: _record(8, 3, 100.0)}
+    (verdict,) = _judge(newest, now=131.0)
+    assert verdict.rank == 1
 
 
 def test_the_end_of_a_save_has_no_exemption() -> None:
@@ -207,7 +237,43 @@ def test_preparing_data_may_take_longer_than_a_start() -> None:
     assert _judge(preparing | {1: None}, now=181.0, stepped=False)
 
 
+def test_a_load_that_gets_on_may_take_longer_than_a_start() -> None:
+    loading: dict[int, Record | None] = {rank: _record(2, 0, 390.0, Phase.START) for rank in range(2)}
+    assert _judge(loading, now=420.0, stepped=False) == []
+    assert _judge(loading, now=421.0, stepped=False)
+    assert _judge(loading | {0: _record(3, 0, 400.0, Phase.CHECKPOINT)}, now=429.0, stepped=False) == []
+    stepping: dict[int, Record | None] = {rank: _record(5, 0, 399.0) for rank in range(2)}
+    assert _judge(stepping, now=400.0, stepped=False), "a first step has no end of its own"
+
+
 def test_a_start_that_all_entered_names_where_they_stand() -> None:
     newest: dict[int, Record | None] = {0: _record(4, 0, 2.0), 1: _record(1, 0, 2.0, Phase.START)}
     (verdict,) = _judge(newest, now=191.0, stepped=False)
     assert verdict.rank == 1 and "rank 1 is behind, in start of step 0" in verdict.detail
+
+
+# ---- saves ----
+
+
+def _overdue(step: int, saved: int, interval: int = 100, failing: int = 0, error: str = "") -> list[Verdict]:
+    return overdue.judge(Saves(step, saved, interval, failing, error), max_failed=3)
+
+
+def test_failed_saves_are_a_verdict_from_the_bound_on() -> None:
+    assert _overdue(290, 200, failing=2, error="No space left") == []
+    for failing in (3, 4):
+        (verdict,) = _overdue(290, 200, failing=failing, error="rank 3: No space left")
+        assert verdict.kind is VerdictKind.CHECKPOINT_OVERDUE and verdict.rank is None
+        assert verdict.detail == f"{failing} saves failed since step 200: rank 3: No space left"
+
+
+def test_steps_without_a_commit_are_a_verdict_without_a_failure() -> None:
+    assert _overdue(500, 200) == [] and _overdue(50, 50) == []
+    (verdict,) = _overdue(501, 200)
+    assert verdict.detail == "nothing was saved for 301 steps, since step 200, where a save is due every 100"
+    (verdict,) = _overdue(501, 200, failing=1, error="no answer")
+    assert verdict.detail.endswith("every 100: no answer")
+
+
+def test_failures_are_counted_in_words() -> None:
+    assert overdue.failed(1) == "1 save failed" and overdue.failed(2) == "2 saves failed"

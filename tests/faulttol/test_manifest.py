@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 
 import pytest
 
-from faulttol.checkpoint import manifest
+from faulttol.checkpoint import survey as surveying
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.manifest import Incomplete, Manifest, ShardFile, Tensor
+from faulttol.checkpoint.manifest import (
+    DIRECTORY_BLOCK,
+    Head,
+    Incomplete,
+    Manifest,
+    ShardFile,
+    Tensor,
+    files_of,
+    tensors_of,
+)
 from faulttol.checkpoint.shards import Index
+from faulttol.checkpoint.survey import Plan, Surveys, survey
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -31,28 +43,41 @@ def _plain(
     return [("w", kind, Box(whole, start, shape)) for start, shape in boxes]
 
 
+def _joined(head: Head, texts: list[bytes]) -> Manifest:
+    data = b"".join(texts)
+    tensors, files = {}, []
+    for block in head.tensors:
+        tensors |= tensors_of(data[block.offset : block.offset + block.length])
+    for block in head.files:
+        files += files_of(data[block.offset : block.offset + block.length])
+    return Manifest.join(head, tensors, files)
+
+
 def test_a_manifest_comes_back() -> None:
-    assert Manifest.parse(TOLD.dump()) == TOLD
-    assert (TOLD.world, TOLD.bytes) == (2, 300) and list(TOLD.tensors["w"].files()) == [0, 2, 3]
+    head, texts = TOLD.split()
+    assert Head.parse(head.dump()) == head
+    assert _joined(head, texts) == TOLD
+    assert (head.world, head.size, head.count) == (2, 300, 2) == (TOLD.world, TOLD.bytes, len(TOLD.tensors))
+    assert list(TOLD.tensors["w"].files()) == [0, 2, 3]
 
 
 def test_facts_become_json() -> None:
-    odd = Manifest(
-        "r", 1, 1, {}, "t", {}, (), {"tuple": (1, 2), "keys": {10: "a", 9: "b"}, "nan": float("inf")}
-    )
-    back = Manifest.parse(odd.dump())
+    facts = {"tuple": (1, 2), "keys": {10: "a", 9: "b"}, "nan": float("inf")}
+    head, _ = Manifest("r", 1, 1, {}, "t", {}, (), facts).split()
+    back = Head.parse(head.dump())
     assert back.facts == {"tuple": [1, 2], "keys": {"10": "a", "9": "b"}, "nan": float("inf")}
     with pytest.raises(TypeError):
-        Manifest("r", 1, 1, {}, "t", {}, (), {"set": {1}}).dump()
+        Manifest("r", 1, 1, {}, "t", {}, (), {"set": {1}}).split()[0].dump()
 
 
 def test_every_flipped_bit_is_noticed() -> None:
-    text = TOLD.dump()
+    head, _ = TOLD.split()
+    text = head.dump()
     for place in range(8 * len(text)):
         changed = bytearray(text)
         changed[place // 8] ^= 1 << place % 8
         try:
-            assert Manifest.parse(bytes(changed)) == TOLD
+            assert Head.parse(bytes(changed)) == head
         except Incomplete:
             continue
         pytest.fail(f"bit {place}: {changed[place // 8 - 9 : place // 8 + 9]!r}")
@@ -63,20 +88,20 @@ def test_every_flipped_bit_is_noticed() -> None:
 )
 def test_a_manifest_that_is_none_is_incomplete(text: bytes) -> None:
     with pytest.raises(Incomplete):
-        Manifest.parse(text)
+        Head.parse(text)
 
 
 def test_another_format_is_named() -> None:
-    text = json.dumps(json.loads(TOLD.dump()) | {"format": 3}).encode()
+    text = json.dumps(json.loads(TOLD.split()[0].dump()) | {"format": 3}).encode()
     with pytest.raises(Incomplete, match="of format 3, and this version reads 2"):
-        Manifest.parse(text)
+        Head.parse(text)
     with pytest.raises(Incomplete, match="index isn't of format 2"):
         Index.parse(b'{"format": 3}')
 
 
 def test_what_the_ranks_wrote_is_surveyed() -> None:
     point = ("s", "int64", Box.all_of(()))
-    found = manifest.survey([_plain(((0,), (4,))), [point], _plain(((4,), (3,))), _plain(((7,), (3,)))])
+    found = survey([_plain(((0,), (4,))), [point], _plain(((4,), (3,))), _plain(((7,), (3,)))])
     assert found == {"w": Tensor("float32", (10,), ((0, 0), (2, 3))), "s": Tensor("int64", (), ((1, 1),))}
 
 
@@ -93,19 +118,67 @@ def test_what_the_ranks_wrote_is_surveyed() -> None:
             [_plain(((0,), (10,))), _plain(((0, 0), (5, 2)), whole=(5, 2))],
             r"w is float32\[10\] on rank 0 and .*\[5, 2\]",
         ),
+        (
+            [_plain(((0,), (4,))), _plain(((4,), (6,)), whole=(11,))],
+            r"w is float32\[10\] on rank 0 and float32\[11\]",
+        ),
         ([_plain(((5,), (10,)))], r"w\[10\] has a box \[5:15\] of \[10\], which is outside"),
     ],
 )
 def test_pieces_that_make_up_no_whole_are_refused(ranks: list, why: str) -> None:
     with pytest.raises(Incomplete, match=why):
-        manifest.survey(ranks)
+        survey(ranks)
 
 
-def test_it_stays_short() -> None:
-    """At 4,096 ranks and 8,000 tensors that all ranks share: the boxes and digests are in the files' own indexes."""
+def test_a_survey_of_what_is_known_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [Plan(_plain(((0,), (4,)))), Plan(_plain(((4,), (6,))))]
+    digests = [plan.digest for plan in plans]
+    known = Surveys()
+    assert not known.known(digests)
+    with pytest.raises(Incomplete, match="told the digest of its plan alone"):
+        known.of(digests, [plans[0], None])
+    found = known.of(digests, plans)
+    monkeypatch.setattr(surveying, "survey", lambda pieces: pytest.fail("surveyed again"))
+    assert known.known(digests) and known.of(digests, [None, None]) == found
+    assert not known.known(digests[::-1]), "ranks are told apart"
+
+
+def test_a_plan_is_what_it_was_made_of() -> None:
+    rows = [
+        ("a/exp_avg", "float32", Box((4, 3), (1, 0), (2, 3))),
+        ("s", "int64", Box((), (), ())),
+        ("e", "bool", Box((0, 3), (0, 0), (0, 3))),
+    ]
+    plan = Plan(rows)
+    assert (
+        list(pickle.loads(pickle.dumps(plan))) == rows == list(plan) and len(plan) == 3 and plan[1] == rows[1]
+    )
+    assert plan == Plan(rows) != Plan(rows[::-1]) and list(Plan([])) == []
+    with pytest.raises(Incomplete, match="which has other dims"):
+        Plan([("a", "float32", Box((4, 3), (1,), (2,)))])
+
+
+def test_the_head_stays_short_and_blocks_are_bounded() -> None:
+    """At 12,288 ranks and 8,000 tensors: what grows is in the directory, of which a rank reads the blocks it needs."""
     tensors = {
-        f"blocks.{i}.feed.experts.gate_up/exp_avg": Tensor("float32", (64, 2, 1024, 2048), ((0, 4095),))
+        f"blocks.{i}.feed.experts.gate_up/exp_avg": Tensor("float32", (64, 2, 1024, 2048), ((0, 12287),))
         for i in range(8000)
     }
-    files = tuple(ShardFile(10**10, 10**6, "f" * 32) for _ in range(4096))
-    assert len(Manifest("r", 1, 1, {}, "t", tensors, files, {}).dump()) < 1_500_000
+    files = tuple(ShardFile(10**10 + i, 10**6, f"{i:032x}") for i in range(12288))
+    told = Manifest("r", 1, 1, {}, "t", tensors, files, {})
+    head, texts = told.split()
+    assert len(head.dump()) < 10_000
+    assert all(len(text) <= DIRECTORY_BLOCK for text in texts) and len(texts) > 20
+    assert _joined(head, texts) == replace(told, tensors=dict(sorted(tensors.items())))
+    for name in (*list(tensors)[::997], min(tensors), max(tensors)):
+        (number,) = head.blocks_of([name])
+        at = head.tensors[number]
+        assert name in tensors_of(b"".join(texts)[at.offset : at.offset + at.length])
+
+
+def test_a_row_longer_than_a_block_has_one_alone() -> None:
+    many = Tensor("float32", (9,), tuple((rank, rank) for rank in range(0, 30_000, 2)))
+    few = Tensor("float32", (9,), ((0, 0),))
+    head, texts = Manifest("r", 1, 1, {}, "t", {"b": many, "a": few, "c": few}, (), {}).split()
+    assert [block.first for block in head.tensors] == ["a", "b", "c"]
+    assert _joined(head, texts).tensors == {"a": few, "b": many, "c": few}

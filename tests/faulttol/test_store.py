@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,51 @@ def test_a_range_is_read_alone(tmp_path: Path, request: pytest.FixtureRequest, p
     assert store.read_range("a", 2, 5) == bytearray(b"234") and store.read_range("a", 8, 12) == b"89"
     with pytest.raises(FileNotFoundError):
         store.read_range("b", 0, 1)
+
+
+# ---- files that may be made once ----
+
+
+@pytest.mark.parametrize("protocol", ["disk", "memory", "s3"])
+def test_a_name_is_given_once(tmp_path: Path, request: pytest.FixtureRequest, protocol: str) -> None:
+    root = str(tmp_path) if protocol == "disk" else request.getfixturevalue(protocol)
+    store = Store(root)
+    assert store.create("a/b", [b"one", memoryview(b"two")]) == 6
+    with pytest.raises(FileExistsError):
+        store.create("a/b", [b"three"])
+    assert store.read("a/b") == b"onetwo" and store.names("a") == ["b"], "and nothing temporary is left"
+
+
+@pytest.mark.parametrize("protocol", ["disk", "s3"])
+def test_of_several_that_make_a_file_at_once_one_does(
+    tmp_path: Path, request: pytest.FixtureRequest, protocol: str
+) -> None:
+    root = str(tmp_path) if protocol == "disk" else request.getfixturevalue(protocol)
+    barrier = threading.Barrier(8)
+
+    def make(number: int) -> int | None:
+        store = Store(root)
+        barrier.wait(20)
+        try:
+            store.create("once", [b"%d" % number])
+        except FileExistsError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        (made,) = [number for number in pool.map(make, range(8)) if number is not None]
+    assert Store(root).read("once") == b"%d" % made
+
+
+def test_a_mount_without_links_still_gives_a_name_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(str(tmp_path))
+    store.create("a", [b"x"])
+    with pytest.raises(FileExistsError):
+        store.create("a", [b"y"])
+    assert store.read("a") == b"x" and store.names() == ["a"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run")
+AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "checkpoint")
 """Modules of this package, each with a list `MUTANTS`."""
 
 

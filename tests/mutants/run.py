@@ -6,6 +6,7 @@ from tests.mutants.listed import Mutant
 
 _LOOP = "trainer/loop.py"
 _RESUME = "trainer/resume.py"
+_FINGERPRINT = "trainer/fingerprint.py"
 
 _TEST = "tests/trainer/test_resume.py::test_"
 _REFUSED = f"{_TEST}what_would_train_on_as_another_run_is_refused"
@@ -22,35 +23,35 @@ MUTANTS = [
     ),
     Mutant(
         "another seed is resumed",
-        _RESUME,
+        _FINGERPRINT,
         'if old.get("seed", new["seed"]) != new["seed"]:',
         "if False:",
         f"{_REFUSED}[train.seed=7-train.seed was 1234 and is 7]",
     ),
     Mutant(
         "another corpus is resumed",
-        _RESUME,
-        'return refused + differences(old.get("data", {}), new["data"]), said',
+        _FINGERPRINT,
+        'return refused + (differences(old["data"], new["data"]) if old.get("data") else []), said',
         "return refused, said",
         f"{_TEST}other_data_is_refused_and_an_older_checkpoint_taken",
     ),
     Mutant(
         "another model is only said",
-        _RESUME,
+        _FINGERPRINT,
         'if section == "model" and name in _FREE',
         'if section == "model"',
         f"{_REFUSED}[model.heads=4-model.heads was 2 and is 4]",
     ),
     Mutant(
         "another optimizer is resumed",
-        _RESUME,
+        _FINGERPRINT,
         'for section in ("model", "optim"):',
         'for section in ("model",):',
         f"{_REFUSED}[optim.kind=muon-optim.kind was adamw and is muon]",
     ),
     Mutant(
         "the router's settings aren't remembered",
-        _RESUME,
+        _FINGERPRINT,
         'if isinstance(value, dict) else {f"{prefix}{name}": value}',
         'if isinstance(value, dict) and False else {f"{prefix}{name}": str(type(value))}',
         f"{_REFUSED}[model.router.score=sigmoid-model.router.score was softmax and is sigmoid]",

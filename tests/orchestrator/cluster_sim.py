@@ -2,7 +2,7 @@
 
 Where `fake_fabric` runs the whole controller at a pace, this runs the pure deciders alone, at any size: a
 day of 12,288 ranks takes as many turns of the loop as things happen in it. Runs are folded from events by
-`orchestrator.events.apply`, so an illegal move raises here as it does in a log.
+`orchestrator.run_log.apply`, so an illegal move raises here as it does in a log.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from itertools import count
 
 from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator import events as ev
-from orchestrator import queue, recovery
-from orchestrator.events import Event, GangShape, RunView, Submitted
+from orchestrator import queue, recovery, run_log
+from orchestrator.events import Event, GangShape, Submitted
 from orchestrator.placement import Node
 from orchestrator.queue import Admit, Hold, Waiting
+from orchestrator.run_log import RunView
 from orchestrator.states import Reason, State
 
 START = 1_000_000.0
@@ -56,7 +57,7 @@ class SimRun:
 
     def append(self, payload: ev.Payload, now: float) -> None:
         event = Event(len(self.events), now, payload)
-        self.view = ev.apply(self.view, event)
+        self.view = run_log.apply(self.view, event)
         self.events.append(event)
 
     def step(self, now: float) -> int:

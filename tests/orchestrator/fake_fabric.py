@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, StepLine
+from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, SaveFailedLine, StepLine
 from configs.paths import RunPaths
 from faulttol.recorder import Mark, Phase, Record
 from orchestrator.gang import AgentReport, GangSpec, GangStatus, RankReport
@@ -35,6 +35,8 @@ class FakeGang:
     """Exit code by rank."""
     lost: set[str] = field(default_factory=set)
     stopped: bool = False
+    failed: int = 0
+    """Saves that failed in a row."""
 
 
 class FakeFabric:
@@ -49,6 +51,10 @@ class FakeFabric:
         self.gangs: dict[str, FakeGang] = {}
         self.saved: dict[str, int] = {}
         self.granting = True
+        self.storage: str | None = "well"
+        """`well`, or the error of each save, or None where saves end without a word."""
+        self.snapshots: int | None = None
+        """Steps between snapshots in memory."""
         self.sinks: set[str] = set()
         self.skew = 0.0
         """Seconds that the nodes' clocks are ahead."""
@@ -112,14 +118,24 @@ class FakeFabric:
         target = min(self.steps, gang.resumed + int(now - gang.started))
         for step in range(gang.told + 1, target + 1):
             lines.append(step_line(attempt, step, now))
+            if self.snapshots and step % self.snapshots == 0:
+                lines.append(SavedLine(now, attempt, step, "node", 1, 0.2, 0.01, "memory"))
             if step % self.every == 0 or step == self.steps:
-                self.saved[gang.spec.run_root] = step
-                lines.append(SavedLine(now, attempt, step, "memory", 1, 0.1))
+                lines += self._save(gang, step)
         gang.told = target
         if target == self.steps and not gang.ended:
             gang.ended = True
             lines.append(EndedLine(now, attempt, target, 1.5, target))
         return lines
+
+    def _save(self, gang: FakeGang, step: int) -> list[MetricLine]:
+        now, attempt = self.clock.now, gang.spec.attempt
+        if self.storage == "well":
+            gang.failed = 0
+            self.saved[gang.spec.run_root] = step
+            return [SavedLine(now, attempt, step, "folder", 1, 2.0, 0.1)]
+        gang.failed += 1
+        return [SaveFailedLine(now, attempt, step, self.storage, gang.failed)] if self.storage else []
 
     def stop(self, group: str, grace: float) -> None:
         self.gangs[group].stopped = True
@@ -135,7 +151,11 @@ class FakeFabric:
         if gang is None:
             self.gangs[group] = FakeGang(spec, 0, stopped=True)
             return False
-        gang.told, gang.ended = -1, False  # a new controller reads the metric lines from the start
+        gang.told, gang.ended, gang.failed = (
+            -1,
+            False,
+            0,
+        )  # a new controller reads the metric lines from the start
         return True
 
     def ensure_sinks(self, run_root: str) -> None:

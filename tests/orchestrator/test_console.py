@@ -8,26 +8,40 @@ from pathlib import Path
 
 import pytest
 
-from configs.compose import compose, dump
-from configs.metrics import MetricWriter
+from configs.compose import amend, compose, dump
+from configs.metrics import MetricLine, MetricWriter, SavedLine, SaveFailedLine
 from configs.paths import HomePaths
-from orchestrator import console, reading
+from orchestrator import console, reading, saves, text
 from orchestrator.cli import main
-from orchestrator.events import EventLog, GangShape, Moved, Submitted
+from orchestrator.events import (
+    CheckpointCommitted,
+    CheckpointFailed,
+    Decided,
+    Event,
+    GangShape,
+    Moved,
+    Payload,
+    Placed,
+    Resumed,
+    Submitted,
+)
+from orchestrator.run_log import EventLog, RunView, fold
 from orchestrator.states import Reason, State
 from tests.orchestrator.fake_fabric import step_line
 from trainer.sizing.planner import Capacity, plan
 
 pytestmark = pytest.mark.unit
 
+CONFIG = dump(compose(["experiment=smoke"]))
+
 
 @pytest.mark.parametrize(
     ("made", "shown"),
     [
-        (console.count(1.284e9), "1.28 B"), (console.count(950), "950"), (console.count(12_345), "12.3 k"),
-        (console.size(0), "0 B"), (console.size(3.2 * 2**30), "3.2 GiB"), (console.span(None), "-"),
-        (console.span(35), "0:35"), (console.span(11_045), "3:04:05"), (console.span(183_840), "2d 03:04"),
-        (console.plural(1, "attempt"), "1 attempt"), (console.plural(2, "attempt"), "2 attempts"),
+        (text.count(1.284e9), "1.28 B"), (text.count(950), "950"), (text.count(12_345), "12.3 k"),
+        (text.size(0), "0 B"), (text.size(3.2 * 2**30), "3.2 GiB"), (text.span(None), "-"),
+        (text.span(35), "0:35"), (text.span(11_045), "3:04:05"), (text.span(183_840), "2d 03:04"),
+        (text.plural(1, "attempt"), "1 attempt"), (text.plural(2, "attempt"), "2 attempts"),
     ],
 )  # fmt: skip
 def test_numbers(made: str, shown: str) -> None:
@@ -60,7 +74,7 @@ def test_the_plan_shows_the_engine_with_its_schedule() -> None:
 def queued(home: HomePaths, run_id: str, now: float, state: State = State.QUEUED) -> None:
     run = home.run(run_id)
     log = EventLog(run.events)
-    run.config.write_text(dump(compose(["experiment=smoke"])))
+    run.config.write_text(CONFIG)
     log.append(Submitted(0, GangShape(2, 1), 40, 3, 1.0, "smoke", {"dp": 2, "ep": 1}), now)
     log.append(Moved(State.QUEUED, Reason.SUBMITTED), now)
     for to in (State.PLACING, State.STARTING, State.RUNNING) if state is State.RUNNING else ():
@@ -138,5 +152,81 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     log.append(Moved(State.FAILED, Reason.USER_ERROR, "data.path='x' does not exist"), 9.0)
     log.close()
     row = reading.summary(home.run("run-a"), {})
-    for text in (console.status(row, []), console.final_summary(row, home.run("run-a"))):
-        assert "data.path='x' does not exist" in text and "resume run-a" in text
+    for told in (console.status(row, []), console.final_summary(row, home.run("run-a"))):
+        assert "data.path='x' does not exist" in told and "resume run-a" in told
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        (SavedLine(0.0, 1, 20, "p", 2048, 2.5, 0.25), "saved step 20 (2 KiB in 2.50 s, training held 0.25 s)"),
+        (SavedLine(0.0, 1, 20, "p", 2048, 2.5, 0.25, "memory"), None),
+        (SaveFailedLine(0.0, 1, 30, "full", 2), "the save of step 30 failed, 2 in a row: full"),
+        (SaveFailedLine(0.0, 1, 30, "busy", 0), "step 30 was not saved: busy"),
+        (Event(1, 0.0, Decided(1, "warn", "saves_failing", 0, 3, 0.0, "3 saves failed")), "warning: 3 saves failed"),
+    ],
+)  # fmt: skip
+def test_what_watch_tells_of_saves(item: Event | MetricLine, told: str | None) -> None:
+    line = console._told(item)
+    assert line is None if told is None else line is not None and line.endswith(" " + told)
+
+
+# ---- saves, as they are judged ----
+
+
+def saving(*extra: Payload, attempt: int = 1) -> RunView:
+    moves = [Moved(State.QUEUED, Reason.SUBMITTED), Moved(State.PLACING, Reason.ADMITTED)]
+    started = [
+        Moved(State.STARTING, Reason.PLACED),
+        Resumed(attempt, 0, None),
+        Moved(State.RUNNING, Reason.FIRST_STEP),
+    ]
+    life = [
+        Submitted(0, GangShape(1, 1), 900, 3, 1.0, "x", {}),
+        *moves,
+        Placed(attempt, (), "g"),
+        *started,
+        *extra,
+    ]
+    return fold(Event(i, float(i), p) for i, p in enumerate(life))
+
+
+def test_the_interval_is_what_is_due_or_what_came_lately() -> None:
+    fixed = compose(["experiment=smoke", "checkpoint.every=10"])
+    chosen = amend(fixed, ["checkpoint.interval=young_daly"])
+    assert saves.interval(saving(), fixed) == saves.interval(saving(), chosen) == 10
+    slow = saving(CheckpointCommitted(1, 40, "p", 1, 0.1))
+    assert saves.interval(slow, fixed) == 40, "saves that are left out make the interval longer, and no alarm"
+    assert saves.interval(slow, chosen) is None, "only the ranks know"
+    assert saves.interval(saving(CheckpointCommitted(1, 10, "p", 1, 0.1, 0.0, "store", 510)), chosen) == 500
+    assert (
+        saves.interval(saving(CheckpointCommitted(1, 10, "p", 1, 0.1, 0.0, "store", 510), attempt=2), chosen)
+        == 10
+    )
+
+
+def test_saves_are_judged_by_steps_where_the_interval_is_known() -> None:
+    fixed = compose(["experiment=smoke", "checkpoint.every=10"])
+    chosen = amend(fixed, ["checkpoint.interval=young_daly"])
+    view = saving(CheckpointCommitted(1, 10, "p", 1, 0.1))
+    assert saves.judge(view, fixed, 40) == [] and len(saves.judge(view, fixed, 41)) == 1
+    assert saves.judge(view, chosen, 100_000) == []
+    failing = saving(*(CheckpointFailed(1, step, "full", step) for step in (1, 2, 3)))
+    assert saves.judge(failing, chosen, 4)[0].detail == "3 saves failed since step 0: full"
+    assert saves.judge(failing, amend(fixed, ["checkpoint.max_failed=4"]), 4) == []
+    measuring = fixed.model_copy(update={"workload": "collectives"})
+    assert saves.judge(failing, measuring, 100_000) == []
+
+
+def test_the_predicted_loss_is_that_of_the_tier_that_is_read_first() -> None:
+    stored = CheckpointCommitted(1, 10, "p", 1, 6.0, 1.0)
+    config = compose(["experiment=smoke", "checkpoint.every=10"])
+    assert saves.predicted_steps(saving(stored), config, 0.5, None) == pytest.approx(
+        (5 + 1) / 2 / 0.5 + 6 / 0.5
+    )
+    assert saves.predicted_steps(saving(stored), config, 0.0, None) is None
+    memory = amend(config, ["checkpoint.memory_every=2"])
+    snapshot = CheckpointCommitted(1, 12, "n", 1, 0.2, 0.1, "memory")
+    assert saves.predicted_steps(saving(stored), memory, 0.5, snapshot) == pytest.approx(
+        (1 + 0.1) / 2 / 0.5 + 0.2 / 0.5
+    )

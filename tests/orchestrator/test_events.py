@@ -12,11 +12,12 @@ import pytest
 from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator import events as ev
 from orchestrator.events import (
+    Amended,
     CheckpointCommitted,
+    CheckpointFailed,
     ControllerStarted,
     Decided,
     Event,
-    EventLog,
     FabricFinding,
     Finished,
     GangShape,
@@ -28,13 +29,12 @@ from orchestrator.events import (
     Placed,
     RanksStarted,
     Resumed,
-    RunView,
     Submitted,
     VerdictFound,
-    fold,
     parse,
     read,
-)  # fmt: skip
+)
+from orchestrator.run_log import EventLog, RunView, fold
 from orchestrator.states import IllegalMove, Reason, State
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -49,6 +49,16 @@ VERDICT = VerdictFound(
 FOUND = FabricFinding(1, {"kind": "slow_nic", "hosts": ["10.0.0.1"], "ranks": [1], "ratio": 0.25})
 DECIDED = Decided(1, "restart", "rank_died", 1, 3, 2.0, "ended by SIGKILL")
 OPENED = IncidentOpened(1, 1, "rank_exit", "ended by SIGKILL", 1, "10.0.0.1", 18, "00001.log")
+AMENDED = Amended(
+    1,
+    ("parallel.ep=4",),
+    (("parallel.ep", "2", "4"),),
+    GangShape(8, 4, None, "GPU"),
+    80,
+    5,
+    1.0,
+    {"dp": 8, "ep": 4},
+)
 MENDED = IncidentClosed(1, "attempt 2 resumed from step 10", 8, 12.5)
 
 #: A life with every kind of event in it, in an order that the table allows.
@@ -61,13 +71,15 @@ LIFE: list[Payload] = [
     RanksStarted(1, {"0": 100, "1": 101}, "10.0.0.1:4711"),
     Resumed(1, 0, None),
     Moved(State.RUNNING, Reason.FIRST_STEP),
-    CheckpointCommitted(1, 10, "memory://10", 4096, 0.5),
+    CheckpointCommitted(1, 10, "memory://10", 4096, 0.5, 0.01, "store", 30),
+    CheckpointFailed(1, 12, "rank 3: No space left on device", 1),
     VERDICT,
     FOUND,
     OPENED,
     DECIDED,
     Moved(State.RECOVERING, Reason.RANK_DIED, "ended by SIGKILL"),
     ControllerStarted(77, "no gang"),
+    AMENDED,
     Moved(State.QUEUED, Reason.BACKOFF_OVER),
     Moved(State.PLACING, Reason.ADMITTED),
     Placed(2, SHARES, "demo-a002"),
@@ -245,6 +257,63 @@ def test_a_new_checkpoint_resets_the_count_of_restarts_and_an_old_one_does_not()
     assert view_of(*base, CheckpointCommitted(2, 10, "b", 1, 0.1)).restarts == 2
     assert view_of(*base, CheckpointCommitted(2, 11, "b", 1, 0.1)).restarts == 0
     assert view_of(*base, Decided(1, "fail", "restarts_exhausted", 2, 2)).restarts == 2
+
+
+def test_a_snapshot_in_memory_counts_where_it_is_newer_than_all() -> None:
+    base = (SUBMITTED, CheckpointCommitted(1, 10, "a", 1, 0.1), DECIDED)
+    for step, restarts in ((9, 1), (10, 1), (11, 0)):
+        view = view_of(*base, CheckpointCommitted(1, step, "m", 1, 0.1, 0.0, "memory"))
+        assert view.restarts == restarts and view.memory is not None and view.memory.step == step
+        assert view.checkpoint is not None and view.checkpoint.path == "a", "storage has no newer one"
+    seen = (*base, CheckpointCommitted(1, 19, "m", 1, 0.1, 0.0, "memory"), DECIDED)
+    assert view_of(*seen, CheckpointCommitted(2, 18, "m", 1, 0.1, 0.0, "memory")).restarts == 1
+    assert view_of(*seen, CheckpointCommitted(2, 12, "b", 1, 0.1)).restarts == 0, "storage has gone on"
+
+
+def test_failed_saves_are_counted_until_storage_takes_one() -> None:
+    life = [
+        *LIFE[:8],
+        *(CheckpointFailed(1, step, "full", n) for step, n in ((10, 1), (20, 2), (25, 0), (30, 3))),
+    ]
+    view = view_of(*life)
+    assert view.failing == 3 and view.saved_step == 0, "one was only left out"
+    assert view.failed is not None and view.failed.step == 30
+    assert view_of(*life, CheckpointCommitted(1, 38, "m", 1, 0.1, 0.0, "memory")).failing == 3
+    saved = view_of(*life, CheckpointCommitted(1, 40, "p", 1, 0.1))
+    assert (saved.failing, saved.saved_step, saved.interval) == (0, 40, 40)
+    assert view_of(*life, Moved(State.CANCELLING, Reason.CANCEL_ASKED), Moved(State.CANCELLED, Reason.CANCEL_ASKED),
+                   Moved(State.QUEUED, Reason.RESUME_ASKED)).failing == 0  # fmt: skip
+
+
+def test_the_interval_of_saves_is_the_attempts_own() -> None:
+    life = [*LIFE[:8], CheckpointCommitted(1, 10, "p", 1, 0.1), CheckpointCommitted(1, 35, "p", 1, 0.1)]
+    assert view_of(*life).interval == 25
+    restarted = view_of(*LIFE[: LIFE.index(MENDED)])
+    assert (restarted.interval, restarted.saved_step) == (0, 10)
+
+
+def test_a_warning_stops_nothing_and_ends_with_a_save() -> None:
+    warning = IncidentOpened(1, 1, VerdictKind.CHECKPOINT_OVERDUE, "full", None, None, 30, "")
+    life = [*LIFE[:8], warning, Decided(1, "warn", "saves_failing", 0, 3)]
+    view = view_of(*life)
+    assert view.decision is None and view.restarts == 0 and view.retry_at == 0.0
+    assert view.open_incidents[0].stops_nothing and view.open_incidents[0].saved_step is None
+    saved = view_of(*life, OPENED, CheckpointCommitted(1, 40, "p", 1, 0.1))
+    assert [i.saved_step for i in saved.incidents] == [40, None]
+
+
+def test_what_a_resume_asked_holds_from_then_on_and_the_log_keeps_the_rest() -> None:
+    view = view_of(*LIFE[: LIFE.index(AMENDED) + 1])
+    assert view.submitted is not None and view.amendments == 1
+    assert (view.submitted.gang, view.submitted.steps, view.submitted.layout) == (
+        AMENDED.gang,
+        80,
+        {"dp": 8, "ep": 4},
+    )
+    assert (view.submitted.max_restarts, view.submitted.backoff_seconds) == (5, 1.0)
+    assert (
+        view.submitted.priority == SUBMITTED.priority and view.submitted.runtime_env == SUBMITTED.runtime_env
+    )
 
 
 def test_recovery_keeps_the_place_in_the_queue_and_resume_renews_it() -> None:

@@ -10,11 +10,24 @@ import pytest
 
 from configs.compose import compose
 from configs.errors import UserError
-from configs.metrics import MetricWriter, ResumedLine
+from configs.metrics import MetricWriter, ResumedLine, SavedLine, SaveFailedLine
 from configs.paths import HomePaths, RunPaths
-from orchestrator import console, reading
+from faulttol.verdicts import VerdictKind
+from orchestrator import console, reading, text
 from orchestrator.cli import main
-from orchestrator.events import EventLog, GangShape, Moved, NodeShare, Placed, Submitted
+from orchestrator.events import (
+    CheckpointCommitted,
+    CheckpointFailed,
+    GangShape,
+    IncidentClosed,
+    IncidentOpened,
+    Moved,
+    NodeShare,
+    Placed,
+    Resumed,
+    Submitted,
+)
+from orchestrator.run_log import EventLog
 from orchestrator.sinks import wandb as sinks
 from orchestrator.states import Reason, State
 from tests.orchestrator.fake_fabric import run_paths, step_line
@@ -191,9 +204,58 @@ def test_lost_steps_are_marked_once_past_attempts_without_a_step(tmp_path: Path,
 @pytest.mark.parametrize(
     ("made", "shown"),
     [
-        (console.count(999.7), "1 k"), (console.count(999_999), "1 M"), (console.count(999.4), "999"),
-        (console.size(1010 * 2**20), "1010 MiB"), (console.size(1023 * 2**10), "1023 KiB"),
+        (text.count(999.7), "1 k"), (text.count(999_999), "1 M"), (text.count(999.4), "999"),
+        (text.size(1010 * 2**20), "1010 MiB"), (text.size(1023 * 2**10), "1023 KiB"),
     ],
 )  # fmt: skip
 def test_numbers_at_the_edge_of_a_unit(made: str, shown: str) -> None:
     assert made == shown
+
+
+def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path)
+    run = home.run("a-20260101-000000-aaaa")
+    log = EventLog(run.events)
+    log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.append(Moved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    log.append(Moved(State.PLACING, Reason.ADMITTED), 1.0)
+    log.append(Placed(1, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
+    log.append(Moved(State.STARTING, Reason.PLACED), 1.0)
+    log.append(Resumed(1, 0, None), 1.0)
+    log.append(Moved(State.RUNNING, Reason.FIRST_STEP), 1.0)
+    log.append(CheckpointCommitted(1, 200, "folder/step", 9, 12.5, 0.25), 2.0)
+    (row,) = reading.summaries(home)
+    assert (row.saves, row.failed_saves) == ("", 0)
+    assert "step 200 (in 12.50 s, training held 0.25 s): folder/step" in console.status(row, [])
+    for number in (1, 2, 3):
+        log.append(CheckpointFailed(1, 200 + 10 * number, "No space left", number), 3.0)
+    cause = VerdictKind.CHECKPOINT_OVERDUE
+    log.append(IncidentOpened(1, 1, cause, "3 saves failed", None, None, 230, "ranks"), 3.0)
+    log.append(IncidentOpened(2, 1, "rank_exit", "killed", 0, "10.0.0.1", 231, "ranks", 7.05), 3.0)
+    log.append(IncidentClosed(2, "mended", 9, 4.0), 4.0)
+    log.close()
+    writer = MetricWriter(run.attempt(1).metrics)
+    for step in (225, 230):
+        writer.write(SavedLine(3.0, 1, step, "node", 9, 0.5, 0.125, "memory"))
+    writer.write(step_line(1, 231, 3.0))
+    writer.close()
+    (row,) = reading.summaries(home)
+    assert row.saves == "3 saves failed since step 200: No space left" and row.failed_saves == 3
+    for told in (console.run_list([row]), console.status(row, []), console.final_summary(row, run)):
+        assert row.saves in told
+    assert (row.memory_step, row.memory_held) == (230, 0.125)
+    assert "step 230 (training held 0.12 s)" in console.status(row, [])
+    told = console.incidents(reading.incidents(run))
+    assert "none: training goes on" in told
+    assert "9 steps trained again (7.05 steps predicted), 4.0 s without training" in told
+
+
+def test_saves_are_rows_of_their_own_in_wandb() -> None:
+    stored = SavedLine(1.0, 1, 20, "p", 10, 2.5, 0.5)
+    assert sinks.save_row(stored) == {
+        "train/step": 20, "checkpoint/held": 0.5, "checkpoint/seconds": 2.5, "checkpoint/bytes": 10, "checkpoint/failed": 0,
+    }  # fmt: skip
+    snapshot = sinks.save_row(SavedLine(1.0, 1, 20, "p", 10, 2.5, 0.5, "memory"))
+    assert snapshot == {"train/step": 20, "memory/held": 0.5, "memory/seconds": 2.5, "memory/bytes": 10}
+    failed = sinks.save_row(SaveFailedLine(1.0, 1, 30, "full", 2))
+    assert failed == {"train/step": 30, "checkpoint/failed": 2, "checkpoint/error": "full"}

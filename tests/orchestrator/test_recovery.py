@@ -8,8 +8,9 @@ import pytest
 
 from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator import events as ev
-from orchestrator.events import Event, GangShape, RunView, Submitted, fold
+from orchestrator.events import Event, GangShape, Submitted
 from orchestrator.recovery import BACKOFF_CAP, closing, decide
+from orchestrator.run_log import RunView, fold
 from orchestrator.states import Reason, State
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
@@ -29,6 +30,13 @@ def test_every_kind_has_an_answer(kind: VerdictKind) -> None:
     assert decision.cause.kind is kind and decision.detail.startswith(str(kind))
     assert (decision.action == "restart") == decision.reason.retried
     assert (decision.action == "fail") == (kind is VerdictKind.USER_ERROR)
+    assert (decision.action == "warn") == (kind is VerdictKind.CHECKPOINT_OVERDUE)
+
+
+@pytest.mark.parametrize("restarts", [0, 3, 99])
+def test_saves_that_fail_are_told_and_stop_nothing(restarts: int) -> None:
+    decision = decide(view(restarts), [verdict(VerdictKind.CHECKPOINT_OVERDUE)])
+    assert (decision.action, decision.restarts_used, decision.wait_seconds) == ("warn", restarts, 0.0)
 
 
 @pytest.mark.parametrize("restarts", [0, 1, 99])
@@ -130,6 +138,28 @@ def test_an_incident_lasts_until_the_lost_steps_are_trained_again() -> None:
     assert closed == ev.IncidentClosed(1, "attempt 2 resumed from step 10", 8, 7.0)
     life.add(closed)
     assert closing(life.view, 20, life.now) == [], "it is closed once"
+
+
+def test_a_warning_is_over_with_the_next_save_in_storage_and_costs_nothing() -> None:
+    life = Life()
+    life.start(0)
+    life.add(ev.IncidentOpened(1, 1, VerdictKind.CHECKPOINT_OVERDUE, "full", None, None, 30, ""))
+    life.fault(step=33)
+    life.start(10)
+    life.add(ev.CheckpointCommitted(2, 34, "memory", 1, 0.1, 0.0, "memory"))
+    assert [c.incident for c in closing(life.view, 34, life.now)] == [2], "a restart mends no storage"
+    life.add(ev.CheckpointCommitted(2, 40, "p", 1, 0.1))
+    assert closing(life.view, 33, life.now) == [ev.IncidentClosed(1, "step 40 was saved", 0, 0.0)]
+
+
+def test_a_warning_ends_with_the_run() -> None:
+    life = Life()
+    life.start(0)
+    life.add(ev.IncidentOpened(1, 1, VerdictKind.CHECKPOINT_OVERDUE, "full", None, None, 30, ""))
+    assert closing(life.view, 99, life.now) == []
+    assert closing(life.view, 99, life.now, "the run failed") == [
+        ev.IncidentClosed(1, "the run failed", 0, 0.0)
+    ]
 
 
 def test_a_second_fault_on_the_way_does_not_change_the_cost_of_the_first() -> None:

@@ -16,7 +16,6 @@ from configs.metrics import EndedLine, MetricWriter, ResumedLine, SavedLine
 from configs.paths import RunPaths
 from orchestrator.events import (
     CheckpointCommitted,
-    EventLog,
     Finished,
     GangShape,
     IncidentClosed,
@@ -28,6 +27,7 @@ from orchestrator.events import (
     Submitted,
 )
 from orchestrator.reading import Follower, incidents, lost_steps, summary
+from orchestrator.run_log import EventLog
 from orchestrator.states import Reason, State
 from tests.orchestrator.fake_fabric import step_line
 from tests.orchestrator.wandb_reading import read_offline

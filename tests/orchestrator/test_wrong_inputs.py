@@ -11,7 +11,8 @@ import pytest
 
 from configs.paths import HomePaths
 from orchestrator.cli import main
-from orchestrator.events import EventLog, GangShape, Moved, Submitted
+from orchestrator.events import GangShape, Moved, Submitted
+from orchestrator.run_log import EventLog
 from orchestrator.states import Reason, State
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]

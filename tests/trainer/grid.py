@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,9 +148,14 @@ def quick() -> list[Case]:
     return [case for case in cases() if case.name.startswith(QUICK) and case.ranks <= 4]
 
 
+@cache
+def _plain() -> RunConfig:
+    return compose(["model=demo", "hardware=cpu"])
+
+
 def config_of(case: Case, steps: int) -> RunConfig:
     """A resolved configuration."""
-    plain = compose(["model=demo", "hardware=cpu"])
+    plain = _plain()
     optim = {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 3} | case.optim
     train = {"steps": steps, "global_batch": SAMPLES, "precision": "fp32", "engine": "native"} | case.train
     tree = plain.model_dump() | {

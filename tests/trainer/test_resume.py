@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,30 @@ import torch.distributed as dist
 
 from configs.compose import compose
 from configs.errors import UserError
-from configs.metrics import MetricLine, StepLine, read_from
+from configs.metrics import (
+    EndedLine,
+    MetricLine,
+    ResumedLine,
+    SavedLine,
+    SaveFailedLine,
+    StepLine,
+    read_from,
+)
 from configs.paths import RunPaths
 from configs.rank import RankContext
-from configs.schema import RunConfig
+from configs.schema import CheckpointConfig, RunConfig
+from faulttol.checkpoint.interval import interval, mtbf
+from faulttol.checkpoint.load import newest, stored
+from faulttol.checkpoint.manifest import Incomplete
+from faulttol.checkpoint.peers import Alone
+from faulttol.checkpoint.store import Store
+from faulttol.staged.saver import Saver
+from faulttol.staged.writer import Inline
 from tests.collectives.ranks import free_port
 from trainer import loop
+from trainer.fingerprint import fingerprint, refusals
 from trainer.optim.schedule import learning_rate, samples_before
-from trainer.resume import fingerprint, refusals
+from trainer.saves import Measured, SaveSchedule
 
 pytestmark = pytest.mark.dist
 
@@ -172,3 +190,265 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(train: Trai
         train("model.init_std=1e30", "train.max_skipped=3")
     found = _steps(read_from(RunPaths(tmp_path / "run").attempt(1).metrics, 0)[0])
     assert [line.skipped for line in found] == [1, 2, 3]
+
+
+# ---- saves ----
+
+
+def _of(lines: list[MetricLine], kind: type) -> list[Any]:
+    return [line for line in lines if isinstance(line, kind)]
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_saves_are_told_when_they_are_durable(train: Train, tmp_path: Path, background: str) -> None:
+    lines = train("train.steps=6", "checkpoint.every=2", f"checkpoint.background={background}")
+    saved = _of(lines, SavedLine)
+    assert [line.step for line in saved] == [2, 4, 6]
+    assert all(line.bytes > 0 and line.held > 0 and line.seconds > 0 for line in saved)
+    assert isinstance(lines[-1], EndedLine) and lines.index(saved[-1]) == len(lines) - 2
+    assert [Path(saved[n].path).exists() for n in range(3)] == [False, True, True]
+
+
+def test_a_save_beside_training_has_the_state_of_its_step(train: Train, tmp_path: Path) -> None:
+    """Losses after it are those of a run that never stopped, though training went on while it was written."""
+    whole = _steps(train("train.steps=6", "checkpoint.every=2"))
+    for kept in (2, 4):
+        folder = f"until-{kept}"
+        train("train.steps=6", "checkpoint.every=2", "checkpoint.keep=9", folder=folder)
+        for step in (2, 4, 6):
+            if step > kept:
+                os.rename(
+                    tmp_path / folder / "checkpoints" / f"step-{step:010d}", tmp_path / f"{folder}-{step}"
+                )
+        again = _steps(train("train.steps=6", "checkpoint.every=2", attempt=2, folder=folder))
+        assert [(line.step, line.loss) for line in again] == [(line.step, line.loss) for line in whole[kept:]]
+
+
+def test_the_optimizer_waits_for_the_copy(train: Train) -> None:
+    """Nothing that is being saved has changed when its copy is taken, however late that is."""
+    order: list[str] = []
+    settle = Saver.settle
+
+    def settled(self: Saver) -> None:
+        settle(self)
+        order.append("settled")
+
+    phase = loop.PhaseClock.phase
+
+    def begun(self: Any, name: str) -> Any:
+        order.append(name)
+        return phase(self, name)
+
+    with mock.patch.object(Saver, "settle", settled), mock.patch.object(loop.PhaseClock, "phase", begun):
+        train("train.steps=3", "optim.warmup_steps=1", "checkpoint.every=1")
+    for at, what in enumerate(order):
+        if what == "optimizer":
+            assert order[at - 1] == "settled"
+
+
+def test_held_and_durable_are_two_things(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that is slow holds no step where a save has time until the next one."""
+    write = Store.write
+
+    def slowly(self: Store, name: str, chunks: Any) -> int:
+        time.sleep(1.0)
+        return write(self, name, chunks)
+
+    monkeypatch.setattr(Store, "write", slowly)
+    monkeypatch.setattr("faulttol.staged.saver.WriterProcess", Inline)
+    lines = train("train.steps=3", "optim.warmup_steps=1", "checkpoint.every=2")
+    first = _of(lines, SavedLine)[0]
+    assert first.step == 2 and first.seconds > 1.0 and first.held < first.seconds
+
+
+def _fails_from(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Storage refuses the files of some steps, as a full disk does."""
+    write = Store.write
+
+    def refuse(self: Store, name: str, chunks: Any) -> int:
+        if any(f"step-{step:010d}/" in name for step in steps):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, name, chunks)
+
+    monkeypatch.setattr(Store, "write", refuse)
+
+
+def test_failed_saves_are_told_and_counted_and_training_goes_on(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fails_from(monkeypatch, 1, 2, 4)
+    try:
+        lines = train("train.steps=6", "checkpoint.every=1", "checkpoint.background=false")
+    except Incomplete as error:
+        pytest.fail(f"a failed save ended the run: {error}")
+    failed = [(line.step, line.in_a_row) for line in _of(lines, SaveFailedLine)]
+    assert failed == [(1, 1), (2, 2), (4, 1)], "a commit begins the count anew"
+    assert all(
+        "rank 0: " in line.error and "No space left" in line.error for line in _of(lines, SaveFailedLine)
+    )
+    assert [line.step for line in _of(lines, SavedLine)] == [3, 5, 6] and len(_steps(lines)) == 6
+
+
+def test_the_last_save_must_succeed(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loop, "_WAITS", (0.0, 0.0))
+    _fails_from(monkeypatch, 6)
+    with pytest.raises(Incomplete, match="step 6 was not saved to .* No space left"):
+        train("train.steps=6", "checkpoint.every=2", "checkpoint.background=false")
+    lines = read_from(RunPaths(tmp_path / "run").attempt(1).metrics, 0)[0]
+    assert isinstance(lines[-1], SaveFailedLine), "it is told, and the run has no end line"
+
+
+def test_the_last_save_is_tried_again(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_WAITS", (0.0, 0.0))
+    write, refused = Store.write, []
+
+    def twice(self: Store, name: str, chunks: Any) -> int:
+        if "step-0000000006/" in name and len(refused) < 2:
+            refused.append(name)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, name, chunks)
+
+    monkeypatch.setattr(Store, "write", twice)
+    try:
+        lines = train("train.steps=6", "checkpoint.every=6", "checkpoint.background=false")
+    except Incomplete as error:
+        pytest.fail(f"it was given up: {error}")
+    assert [line.in_a_row for line in _of(lines, SaveFailedLine)] == [1, 2]
+    assert [line.step for line in _of(lines, SavedLine)] == [6] and isinstance(lines[-1], EndedLine)
+
+
+def test_a_run_begins_where_another_stands_and_only_reads_it(train: Train, tmp_path: Path) -> None:
+    whole = _steps(train("train.steps=6", folder="whole"))
+    train("train.steps=4", folder="one")
+    one = tmp_path / "one" / "checkpoints"
+    before = sorted(path.name for path in one.rglob("*"))
+    lines = train("train.steps=6", f"resume={one}", "checkpoint.every=1", "checkpoint.keep=1", folder="two")
+    assert [line.loss for line in _steps(lines)] == [line.loss for line in whole[4:]]
+    assert [line.step for line in _of(lines, ResumedLine)] == [4]
+    assert sorted(path.name for path in one.rglob("*")) == before
+    saved = newest(stored(str(tmp_path / "two" / "checkpoints")), Alone())
+    assert saved is not None and saved.step == 6
+    assert [(row["run"], row["step"]) for row in saved.facts["lineage"]] == [("one", 4)]
+    again = train("train.steps=7", f"resume={one}", attempt=2, folder="two")
+    assert [line.step for line in _of(again, ResumedLine)] == [6], "its own checkpoints come first"
+
+
+def test_one_step_of_another_run_is_where_a_run_begins(train: Train, tmp_path: Path) -> None:
+    train("train.steps=6", "checkpoint.every=2", "checkpoint.keep=9", folder="one")
+    path = tmp_path / "one" / "checkpoints" / "step-0000000002"
+    lines = train("train.steps=6", f"resume={path}", folder="two")
+    assert [line.step for line in _of(lines, ResumedLine)] == [2]
+    with pytest.raises(UserError, match="resume='.*nowhere' holds no checkpoint"):
+        train("train.steps=6", f"resume={tmp_path / 'nowhere'}", folder="three")
+    with pytest.raises(UserError, match="can't be resumed: train.seed was 1234 and is 7"):
+        train("train.steps=6", f"resume={path}", "train.seed=7", folder="four")
+
+
+class _Killed(Exception):
+    """Stands where SIGKILL would: nothing of the run is put in order."""
+
+
+def _killed_at(step: int) -> Any:
+    """Ends a run at the beginning of a step."""
+    rate = loop.learning_rate
+
+    def end(optim: Any, index: int, steps: int) -> float:
+        if index == step:
+            raise _Killed
+        return rate(optim, index, steps)
+
+    return mock.patch.object(loop, "learning_rate", end)
+
+
+MEMORY = ("train.steps=6", "checkpoint.every=4", "checkpoint.memory_every=1", "checkpoint.background=false")
+
+
+def test_the_newest_snapshot_in_memory_is_what_the_next_attempt_begins_with(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGARAY_MEMORY", str(tmp_path / "memory"))
+    whole = _steps(train("train.steps=6", folder="whole"))
+    with pytest.raises(_Killed), _killed_at(5):
+        train(*MEMORY)
+    lines = train(*MEMORY, attempt=2)
+    (resumed,) = _of(lines, ResumedLine)
+    assert (resumed.step, resumed.facts["tier"], resumed.path) == (
+        5,
+        "memory",
+        "memory://all/step-0000000005",
+    )
+    assert [line.loss for line in _steps(lines)] == [line.loss for line in whole[5:]], (
+        "one step was lost, none is wrong"
+    )
+    saved = read_from(RunPaths(tmp_path / "run").attempt(1).metrics, 0)[0]
+    told = [(line.step, line.tier) for line in _of(saved, SavedLine)]
+    assert told == [(1, "memory"), (2, "memory"), (3, "memory"), (4, "memory"), (4, "store"), (5, "memory")]
+    assert not [path for path in (tmp_path / "memory").rglob("*") if path.is_file()], (
+        "the end gives memory back"
+    )
+
+
+def test_a_damaged_snapshot_is_passed_over_and_the_store_is_taken(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGARAY_MEMORY", str(tmp_path / "memory"))
+    with pytest.raises(_Killed), _killed_at(5):
+        train(*MEMORY)
+    (file,) = (tmp_path / "memory").rglob("step-0000000005/*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    (resumed,) = _of(train(*MEMORY, attempt=2), ResumedLine)
+    assert (resumed.step, resumed.facts["tier"]) == (4, "store")
+
+
+def test_memory_that_led_to_the_same_end_twice_is_passed_over(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGARAY_MEMORY", str(tmp_path / "memory"))
+    begun = []
+    for attempt in (1, 2, 3):
+        with pytest.raises(_Killed), _killed_at(5):
+            train(*MEMORY, attempt=attempt)
+        lines = read_from(RunPaths(tmp_path / "run").attempt(attempt).metrics, 0)[0]
+        begun += [(line.step, line.facts.get("tier")) for line in _of(lines, ResumedLine)]
+    assert begun == [(0, None), (5, "memory"), (5, "memory")]
+    (resumed,) = _of(train(*MEMORY, attempt=4), ResumedLine)
+    assert (resumed.step, resumed.facts["tier"]) == (4, "store")
+
+
+# ---- when a save is due ----
+
+
+def _schedule(tmp_path: Path, attempt: int = 1, **changes: Any) -> SaveSchedule:
+    rank = RankContext(0, 1, 0, 1, "127.0.0.1", 0, RunPaths(tmp_path / "run"), attempt)
+    return SaveSchedule(
+        CheckpointConfig(every=10, interval="young_daly", mtbf_hours=1.0, budget=0.5, **changes), rank
+    )
+
+
+def test_the_interval_follows_what_saves_cost_and_how_often_the_run_fails(tmp_path: Path) -> None:
+    schedule = _schedule(tmp_path)
+    schedule.begin(3)
+    assert [schedule.due(step) for step in (12, 13)] == [False, True], (
+        "the first interval is the configured one"
+    )
+    assert (
+        schedule.plan(13, Measured(1.0, 0.0, 0.0, 0.0)) is None and not schedule.due(22) and schedule.due(23)
+    )
+    worst = Measured(1.0, 0.5, 2.0, 1.0)
+    want = interval(1.0, 0.5, 2.0, mtbf(1.0, 0, 1.0) * 3600, 0.5, 1, 1_000_000)
+    assert schedule.plan(23, worst) == want.reason
+    assert not schedule.due(22 + want.steps) and schedule.due(23 + want.steps)
+    assert schedule.plan(23 + want.steps, worst) is None, "the same again isn't told"
+    often = _schedule(tmp_path, attempt=9)
+    often.begin(0)
+    often.plan(10, worst)
+    fewer = interval(1.0, 0.5, 2.0, mtbf(1.0, 8, 1.0) * 3600, 0.5, 1, 1_000_000)
+    assert fewer.steps < want.steps and often.due(10 + fewer.steps) and not often.due(9 + fewer.steps)
+
+
+def test_a_run_under_young_daly_saves_and_ends(train: Train) -> None:
+    lines = train("train.steps=9", "checkpoint.every=2", "checkpoint.interval=young_daly")
+    steps = [line.step for line in _of(lines, SavedLine)]
+    assert steps[0] == 2 and steps[-1] == 9

@@ -112,6 +112,28 @@ class Mesh:
         dist.broadcast_object_list(box, src=0, group=self.control_group)
         return box[0]
 
+    def exchange(self, out: Sequence[tuple[int, memoryview]], into: Sequence[tuple[int, memoryview]]) -> None:
+        """Send bytes to ranks and fill buffers with what they send, over gloo; called by the ranks that are named.
+
+        Two ranks name the same sizes for each other, in the same order.
+
+        Args:
+            out: by receiver, what is sent.
+            into: by sender, what is filled.
+        """
+        turns: dict[tuple[bool, int], int] = {}
+        works = []
+        for sends, rows in ((False, into), (True, out)):
+            for rank, data in rows:
+                if len(data):
+                    turn = turns[sends, rank] = turns.get((sends, rank), -1) + 1
+                    tensor = torch.frombuffer(data, dtype=torch.uint8)
+                    act = dist.isend if sends else dist.irecv
+                    works.append(act(tensor, rank, group=self.control_group, tag=turn))
+        for work in works:
+            if work is not None:
+                work.wait()
+
     def reduce(self, numbers: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
         """`numbers` reduced over all ranks, on the host, equal everywhere."""
         host = numbers.detach().to("cpu", copy=True)

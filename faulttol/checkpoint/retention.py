@@ -1,0 +1,250 @@
+"""Which checkpoints are kept, by rule, by name and while they are read, and how the others go.
+
+A removal takes the manifest first: one that is interrupted leaves no manifest without its files.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from configs.errors import UserError
+from faulttol.checkpoint.folder import Commit, Folder, folder_of, tag
+from faulttol.checkpoint.manifest import Identity
+from faulttol.checkpoint.store import StoreLike
+
+USE_SECONDS = 3600.0
+"""A mark of use that wasn't renewed for so long is what a killed reader left."""
+_RENEW_SECONDS = USE_SECONDS / 6
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_log = logging.getLogger("megaray.checkpoint")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which of a run's committed checkpoints are kept."""
+
+    last: int = 2
+    """The newest so many, at least 1."""
+    every: int | None = None
+    """Those whose step is a multiple of it, for good; None: none of them."""
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """A checkpoint that needn't be kept."""
+
+    commit: Commit
+    why: str
+
+
+class Shelf(Protocol):
+    """What `plan` looks at; a `Folder` is one."""
+
+    commits: list[Commit]
+    """With a manifest, oldest first."""
+    pins: dict[Commit, list[str]]
+
+    def whole(self, commit: Commit) -> bool:
+        """Whether the manifest can be read and all files are there."""
+
+    def used(self, commit: Commit) -> list[float]:
+        """When readers last renewed their marks of use, in seconds since 1970."""
+
+
+def plan(folder: Shelf, retention: Retention, now: float, broken: Collection[Commit] = ()) -> list[Doomed]:
+    """Checkpoints that may go, oldest first; changes nothing.
+
+    Kept are the newest `last` that are whole and all that are newer than the oldest of them; of each step that is a
+    multiple of `every` the newest attempt's; what is pinned; what is read now. Where none is whole, all are.
+
+    Args:
+        now: seconds since 1970.
+        broken: commits that are known to be damaged inside, which a listing doesn't show.
+    """
+    whole: list[Commit] = []
+    for commit in reversed(folder.commits):
+        if len(whole) < max(1, retention.last) and commit not in broken and folder.whole(commit):
+            whole.append(commit)
+    if not whole:
+        return []
+    oldest = whole[-1]
+    newest_of = {commit.step: commit for commit in folder.commits}
+    doomed: list[Doomed] = []
+    for commit in folder.commits:
+        milestone = retention.every is not None and commit.step % retention.every == 0
+        if commit >= oldest or (milestone and newest_of[commit.step] == commit) or folder.pins.get(commit):
+            continue
+        if any(now - renewed < USE_SECONDS for renewed in folder.used(commit)):
+            continue
+        why = f"older than the newest {len(whole)}"
+        if retention.every is not None:
+            left = f"attempt {newest_of[commit.step].attempt} has saved this step again"
+            why += f", and {left if milestone else f'not a multiple of {retention.every}'}"
+        doomed.append(Doomed(commit, why))
+    return doomed
+
+
+def remove(store: StoreLike, doomed: Sequence[Doomed]) -> list[Doomed]:
+    """Remove checkpoints, each manifest before its files; those that were removed.
+
+    What has been pinned or is read since the plan was made stays, and so does the only checkpoint that is whole.
+    """
+    folder = Folder(store)
+    going = {one.commit for one in doomed}
+    spared = next((c for c in reversed(folder.commits) if c not in going and folder.whole(c)), None)
+    if spared is None:  # nothing that stays is whole
+        spared = next((c for c in reversed(folder.commits) if folder.whole(c)), None)
+    now, done = time.time(), []
+    for one in doomed:
+        kept = folder.pins.get(one.commit) or any(now - t < USE_SECONDS for t in folder.used(one.commit))
+        if one.commit != spared and one.commit in folder.commits and not kept:
+            store.remove(one.commit.manifest)
+            done.append(one)
+    for one in done:
+        _remove_files(store, folder, one.commit)
+    return done
+
+
+def prune(store: StoreLike, retention: Retention, broken: Collection[Commit] = ()) -> list[Doomed]:
+    """Remove what needn't be kept; what was removed."""
+    return remove(store, plan(Folder(store), retention, time.time(), broken))
+
+
+def retire(store: StoreLike, identity: Identity, retention: Retention, newest: Commit, token: str) -> None:
+    """Remove a run's checkpoints that needn't be kept, and what interrupted saves up to now left.
+
+    Args:
+        newest: the commit that was just made.
+        token: word in the names of its files.
+    """
+    folder, own = Folder(store), tag(identity.run)
+    doomed = plan(folder, retention, time.time())
+    if doomed:
+        remove(store, doomed)
+    kept = [commit for commit in folder.commits if commit.run == own][-max(1, retention.last) :]
+    oldest = min(commit.step for commit in [*kept, newest])
+    for commit in folder.begun:
+        over = commit.attempt < newest.attempt or commit.step < oldest
+        if commit.run == own and over and commit < newest:
+            _remove_files(store, folder, commit)
+    for name in folder.empty(oldest):
+        store.remove(name)
+    for name in folder.names(newest):
+        left = f".{token}." not in name and (
+            ".safetensors" in name or ".jsonl" in name or name.endswith(".tmp")
+        )
+        if left:
+            store.remove(f"{folder_of(newest.step)}/{name}")
+
+
+def clear(store: StoreLike, identity: Identity) -> None:
+    """Remove what interrupted saves of a run's earlier attempts left.
+
+    For a save that has failed: on a full storage the next one may need the room, and a commit, after which leftovers go,
+    is what it can't have.
+    """
+    folder, own = Folder(store), tag(identity.run)
+    for commit in folder.begun:
+        if commit.run == own and commit.attempt < identity.attempt:
+            _remove_files(store, folder, commit)
+
+
+def _remove_files(store: StoreLike, folder: Folder, commit: Commit) -> None:
+    """Remove a commit's files, or at once its folder where nothing else is in it."""
+    if folder.alone(commit):
+        store.remove(folder_of(commit.step))
+        return
+    for name in folder.names(commit):
+        store.remove(f"{folder_of(commit.step)}/{name}")
+
+
+# ---- kept by name, and while it is read ----
+
+
+def pin(store: StoreLike, step: int, name: str) -> Commit:
+    """Keep a committed step under a name until `unpin`; its newest attempt's.
+
+    Raises:
+        UserError: where the name can't be part of a file name or is another step's, or the step isn't committed.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"a checkpoint can't be pinned as '{name}': type letters, digits, - and _, at most 64 of them"
+        )
+    folder = Folder(store)
+    found = [commit for commit in folder.commits if commit.step == step]
+    if not found:
+        there = ", ".join(str(commit.step) for commit in folder.commits[-4:]) or "none"
+        raise UserError(
+            f"step {step} isn't a checkpoint of {store.url}: type one that is; the last are {there}"
+        )
+    for commit, names in folder.pins.items():
+        if name in names and commit != found[-1]:
+            raise UserError(
+                f"the pin '{name}' holds step {commit.step} of {store.url}: unpin it there first, or type another name"
+            )
+    store.write(f"{found[-1].prefix}pin-{name}", [b"\n"])
+    return found[-1]
+
+
+def unpin(store: StoreLike, step: int, name: str) -> None:
+    """Give a name back.
+
+    Raises:
+        UserError: where the step isn't pinned under it.
+    """
+    found = [c for c, names in Folder(store).pins.items() if c.step == step and name in names]
+    if not found:
+        raise UserError(f"step {step} of {store.url} isn't pinned as '{name}': `inspect` tells the pins")
+    for commit in found:
+        store.remove(f"{commit.prefix}pin-{name}")
+
+
+def pins(store: StoreLike) -> dict[Commit, list[str]]:
+    """Names that commits are pinned under."""
+    return Folder(store).pins
+
+
+@contextmanager
+def using(store: StoreLike, commit: Commit) -> Iterator[None]:
+    """Keep a checkpoint while it is read: a mark beside it, renewed by a thread, that a killed reader leaves for an hour.
+
+    Where the mark can't be written the checkpoint is read without it.
+    """
+    name = f"{commit.prefix}use-{secrets.token_hex(4)}"
+    ended = threading.Event()
+
+    def mark() -> bool:
+        try:
+            store.write(name, [repr(time.time()).encode()])
+        except Exception as error:  # a folder that may only be read
+            _log.debug("%s isn't marked as in use: %s", commit.manifest, error)
+            return False
+        return True
+
+    def renew() -> None:
+        while not ended.wait(_RENEW_SECONDS):
+            mark()
+
+    marked = mark()
+    thread = threading.Thread(target=renew, daemon=True)
+    if marked:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if marked:
+            thread.join()
+            try:
+                store.remove(name)
+            except Exception as error:
+                _log.debug("%s stays marked as in use for an hour: %s", commit.manifest, error)

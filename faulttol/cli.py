@@ -1,0 +1,260 @@
+"""The command line of `python -m faulttol`: look at checkpoints, prove, compare, cut, convert, grow and remove them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from configs.errors import USER_ERROR_EXIT, UserError, nearest
+
+PROGRAM = "python -m faulttol"
+_PATH = "a run's id or folder, a folder or URL of checkpoints, or a step's folder in it"
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
+
+
+_Add = Callable[..., _Parser]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; exit code 0 done, 1 damage, difference or failure, 2 a user's mistake, 130 interrupted."""
+    from faulttol.checkpoint.manifest import Incomplete
+
+    try:
+        options = parse(arguments)
+        if options.command == "run":
+            return _run(options)
+        if options.command == "bench":
+            return _bench(options)
+        from faulttol.commands import acts
+
+        answer = acts.ACTS[options.command](options)
+    except UserError as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except Incomplete as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("megaray: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    try:
+        print(json.dumps(answer.data, indent=1) if options.json else "\n".join(answer.lines), flush=True)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
+    return int(answer.code)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed.
+
+    Raises:
+        UserError: for a word that is no command or option.
+    """
+    if arguments[:1] == ["bench"]:  # it has a parser of its own
+        return argparse.Namespace(command="bench", rest=list(arguments[1:]))
+    parser, made = _parser()
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in made:
+        raise UserError(f"'{first}' is no command{nearest(first, made)}; use one of {', '.join(made)}")
+    options, rest = parser.parse_known_args(list(arguments))
+    if hasattr(options, "overrides"):  # may stand behind options
+        options.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in options.overrides]
+    if rest:
+        known = [flag for action in made[options.command]._actions for flag in action.option_strings]
+        kind = "option" if rest[0].startswith("-") else "word that it takes"
+        raise UserError(
+            f"'{rest[0]}' is no {kind}{nearest(rest[0].partition('=')[0], known)}; "
+            f"`{PROGRAM} {options.command} --help` shows what can be typed"
+        )
+    return options
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and those of the commands by name."""
+    parser = _Parser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    made: dict[str, _Parser] = {}
+
+    def add(name: str, text: str, json: bool = True) -> _Parser:
+        made[name] = commands.add_parser(name, help=text, description=f"{text}.", allow_abbrev=False)
+        if json:
+            made[name].add_argument("--json", action="store_true", help="print JSON and nothing else")
+        return made[name]
+
+    _add_reading(add)
+    _add_writing(add)
+    _add_converting(add)
+    add("bench", "measure saving and resharding against others, in one run", json=False)
+    run = add("run", "measure; each rank is one process, as torchrun starts them", json=False)
+    run.add_argument(
+        "--config", type=Path, required=True, help="a resolved configuration, as saved with a run"
+    )
+    return parser, made
+
+
+def _place(command: _Parser) -> None:
+    """Options that name one checkpoint."""
+    command.add_argument("path", metavar="PATH", help=_PATH)
+    command.add_argument("--step", type=_natural, metavar="N", help="that step; the newest without")
+    command.add_argument(
+        "--attempt", type=_natural, metavar="N", help="where several attempts saved the step"
+    )
+
+
+def _dry(command: _Parser) -> None:
+    command.add_argument(
+        "--dry-run", action="store_true", help="only tell bytes read, written and moved, and peak memory"
+    )
+
+
+def _add_reading(add: _Add) -> None:
+    inspect = add("inspect", "what is there: steps, attempts, layouts, tensors, bytes, facts, pins")
+    _place(inspect)
+    inspect.add_argument(
+        "--tensors", nargs="?", const="*", metavar="PATTERN", help="list tensors, such as '*experts*'"
+    )
+    verify = add("verify", "read everything and compare it with its digests; exit code 1 where it is damaged")
+    _place(verify)
+    verify.add_argument(
+        "--all", action="store_true", help="every checkpoint of the folder, not the newest alone"
+    )
+    _dry(verify)
+    diff = add("diff", "compare two checkpoints tensor by tensor; exit code 1 where they differ")
+    diff.add_argument("path", metavar="FIRST", help=_PATH)
+    diff.add_argument("other", metavar="SECOND", help=_PATH)
+
+
+def _add_writing(add: _Add) -> None:
+    reshard = add("reshard", "rewrite a checkpoint as the files of another layout, in another folder")
+    _place(reshard)
+    _out(reshard, "folder or URL for it; not the run's own")
+    how = reshard.add_mutually_exclusive_group(required=True)
+    how.add_argument("--files", type=_positive, metavar="N", help="as N files of about the same size")
+    how.add_argument("--layout", metavar="AXES", help="as the files of a layout, such as pp=2,dp=4,ep=4")
+    reshard.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the hashes of all tensors afterwards: reads both once more",
+    )
+    _dry(reshard)
+    prune = add("prune", "remove what the retention doesn't keep, or steps; pin what is to stay")
+    prune.add_argument("path", metavar="PATH", help=_PATH)
+    prune.add_argument("--step", type=_natural, metavar="N", help="the step to pin or unpin")
+    prune.add_argument(
+        "--keep", type=_positive, metavar="N", help="keep the last N; as configured by default"
+    )
+    prune.add_argument("--keep-every", type=_positive, metavar="K", help="keep steps that are multiples of K")
+    prune.add_argument("--steps", metavar="N,N", help="remove these steps, whatever the retention says")
+    prune.add_argument("--pin", metavar="NAME", help="keep a step for good, under a name; nothing is removed")
+    prune.add_argument("--unpin", metavar="NAME", help="take a pin away; nothing is removed")
+    prune.add_argument("--interrupted", action="store_true", help="also what interrupted saves left")
+    prune.add_argument(
+        "--verify",
+        action="store_true",
+        help="read everything first, so that what is damaged inside doesn't count",
+    )
+    prune.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    prune.add_argument("--dry-run", action="store_true", help="only tell what would go, and why")
+
+
+def _add_converting(add: _Add) -> None:
+    export = add("export", "weights as Hugging Face safetensors, or all of it as torch's DCP")
+    _place(export)
+    _out(export, "folder for the files")
+    export.add_argument("--to", choices=("hf", "dcp"), default="hf", help="format; hf by default")
+    export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of hf's weights")
+    export.add_argument("--shard-size", type=_bytes, default="5G", metavar="BYTES", help="most of one file")
+    _dry(export)
+    importing = add("import", "make a checkpoint of another program's files")
+    importing.add_argument("path", metavar="PATH", help="folder of the files")
+    importing.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="model and optimizer that training goes on with"
+    )
+    importing.add_argument(
+        "--from",
+        dest="form",
+        choices=("hf", "dcp", "deepspeed"),
+        required=True,
+        help="their format; deepspeed: ZeRO 1 or 2, or universal",
+    )
+    _out(importing, "folder or URL for the checkpoint")
+    importing.add_argument("--run", default="imported", metavar="ID", help="run that it belongs to")
+    importing.add_argument("--step", type=_natural, metavar="N", help="of dcp, whose files may not tell it")
+    importing.add_argument("--tag", metavar="NAME", help="of deepspeed, where the folder holds several")
+    importing.add_argument("--names", type=Path, metavar="FILE", help="JSON map of names there to names here")
+    importing.add_argument("--trust", action="store_true", help="load pickles, which may run any code")
+    _dry(importing)
+    grow = add("grow", "stack the layers of a checkpoint to a deeper model (G_stack)")
+    _place(grow)
+    _out(grow, "folder or URL for the deeper one")
+    grow.add_argument("--layers", type=_positive, required=True, metavar="N", help="of the deeper model")
+    grow.add_argument(
+        "--run", metavar="ID", help="run that the deeper one belongs to; named after this one's"
+    )
+    grow.add_argument("--method", choices=("stack",), default="stack", help="how layers are multiplied")
+    grow.add_argument(
+        "--optimizer", choices=("reset", "copy"), default="reset", help="what becomes of its state; reset"
+    )
+    _dry(grow)
+
+
+def _out(command: _Parser, text: str) -> None:
+    command.add_argument("--out", required=True, metavar="FOLDER", help=text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number; type e.g. 200")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0; type e.g. 2")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    word = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = word[-1:] if word[-1:].isalpha() else ""
+    number = word.removesuffix(unit)
+    if unit not in _UNITS or not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of bytes; type e.g. 5G")
+    return int(number) * _UNITS[unit]
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from faulttol.bench.__main__ import main as measure
+
+    return measure(options.rest)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from configs.compose import load
+    from configs.paths import default_home
+    from configs.rank import RankContext, die_with_parent
+
+    die_with_parent(os.environ)
+    rank = RankContext.from_environment(os.environ, default_home() / "runs" / "torchrun")
+    config = load(options.config)
+    from faulttol.measure import main as measure  # torch loads after the parent's death is arranged for
+
+    measure(config, rank)
+    return 0

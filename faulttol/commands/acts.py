@@ -1,0 +1,248 @@
+"""The commands, from what was typed to an answer; the command line prints it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from configs.errors import UserError
+from faulttol.checkpoint import retention as retaining
+from faulttol.checkpoint.folder import Commit, Folder
+from faulttol.checkpoint.hashes import STRETCH, THREADS, Source, tensor_hashes
+from faulttol.checkpoint.manifest import Incomplete
+from faulttol.checkpoint.retention import Retention
+from faulttol.checkpoint.store import Store
+from faulttol.commands import places, screen
+from faulttol.convert.job import Estimate, Job
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found or did."""
+
+    data: Any
+    """As plain data, for `--json`."""
+    lines: Sequence[str] = field(default_factory=list)
+    """For a person."""
+    code: int = 0
+    """Exit code."""
+
+
+def _named(options: argparse.Namespace) -> places.Place:
+    return places.find(options.path, options.step, options.attempt)
+
+
+def _source(place: places.Place) -> Source:
+    store = place.store
+    return Source(store, place.commit(Folder(store)))
+
+
+def _read(source: Source) -> AbstractContextManager[None]:
+    """Keeps a checkpoint while it is read: the run may go on saving and removing."""
+    return retaining.using(source.store, source.commit)
+
+
+def _bar(what: str) -> screen.Bar:
+    return screen.Bar(sys.stderr, what)
+
+
+def _told(found: Estimate) -> Answer:
+    return Answer(asdict(found), screen.estimate(found))
+
+
+def inspect(options: argparse.Namespace) -> Answer:
+    """`inspect PATH`."""
+    from faulttol.commands import inspect as inspecting
+
+    found = inspecting.inspect(_named(options))
+    return Answer(found.to_json(), found.lines(options.tensors))
+
+
+def verify(options: argparse.Namespace) -> Answer:
+    """`verify PATH`."""
+    from faulttol.commands import verify as verifying
+
+    place = _named(options)
+    store = place.store
+    folder = Folder(store)
+    there = place.commits(folder)
+    folder.refuse_others()
+    commits = there if options.all else there[-1:]
+    if options.dry_run:
+        heads = [folder.head(commit) for commit in commits]
+        return _told(Estimate(sum(h.size for h in heads), 0, 0, THREADS * STRETCH))
+    found = []
+    for commit in commits:
+        with _bar(f"verify step {commit.step}") as bar, retaining.using(store, commit):
+            found.append(verifying.verify(store, commit, bar))
+    lines = [line for one in found for line in one.lines()]
+    if len(there) > len(commits):
+        lines.append(f"1 of {len(there)} checkpoints was looked at; --all takes them all")
+    whole = all(one.whole for one in found)
+    data = [one.to_json() for one in found]
+    return Answer(data if options.all else data[0], lines, 0 if whole else 1)
+
+
+def diff(options: argparse.Namespace) -> Answer:
+    """`diff FIRST SECOND`."""
+    from faulttol.commands import diff as comparing
+
+    first, second = _source(places.find(options.path)), _source(places.find(options.other))
+    with _bar("compare") as bar, _read(first), _read(second):
+        found = comparing.diff(first, second, bar)
+    return Answer(found.to_json(), found.lines(), 0 if found.same else 1)
+
+
+def reshard(options: argparse.Namespace) -> Answer:
+    """`reshard PATH --out FOLDER`."""
+    from faulttol.commands import reshard as cutting
+
+    text = f"dp={options.files}" if options.files else options.layout
+    layout = cutting.parse_layout(text)
+    source, out = _source(_named(options)), Store(options.out)
+    cutting.refuse_out(source, out)
+    if options.dry_run:
+        return _told(cutting.estimate(source, layout))
+    with _bar("reshard") as bar, _read(source):
+        done = cutting.reshard(source, out, layout, bar)
+    data, lines = done.to_json(), done.lines()
+    if options.check:
+        with _bar("hash before") as bar:
+            before = tensor_hashes(source.store, source.commit, bar)
+        with _bar("hash after") as bar:
+            after = tensor_hashes(out, source.commit, bar)
+        other = sorted(name for name in before if before[name] != after.get(name))
+        if other:
+            raise Incomplete(f"{done.path}: {len(other)} tensors have another hash than before: {other[0]}")
+        data["equal"] = len(before)
+        lines.append(f"the hashes of all {len(before)} tensors are equal")
+    return Answer(data, lines)
+
+
+def prune(options: argparse.Namespace) -> Answer:
+    """`prune PATH`."""
+    from faulttol.commands import prune as pruning
+
+    place = places.find(options.path, options.step)
+    store = place.store
+    folder = Folder(store)
+    folder.refuse_others()
+    if options.pin or options.unpin:
+        return _pin(options, place)
+    if place.step is not None:
+        raise UserError(
+            f"step {place.step} is named, and neither --pin nor --unpin: type --steps {place.step} to remove it"
+        )
+    retention = pruning.retention_of(place)
+    if options.keep or options.keep_every:
+        last = options.keep or (retention.last if retention else 1)
+        retention = Retention(last, options.keep_every)
+    steps = pruning.parse_steps(options.steps)
+    broken = _broken(store, folder) if options.verify else []
+    going = pruning.doomed(folder, retention, steps, broken)
+    left_over = pruning.interrupted(folder) if options.interrupted else []
+    found = pruning.prune(store, going, left_over, dry=True)
+    if not options.dry_run and (going or left_over):
+        if not _agreed(options, found.lines(), pruning.question(found)):
+            return Answer({"removed": False}, ["nothing was removed"], 1)
+        found = pruning.prune(store, going, left_over, dry=False)
+    lines = found.lines()
+    lines += [f"  step {c.step}, attempt {c.attempt} is damaged: `verify` tells where" for c in broken]
+    data = found.to_json() | {"damaged": [{"step": c.step, "attempt": c.attempt} for c in broken]}
+    return Answer(data, lines)
+
+
+def _pin(options: argparse.Namespace, place: places.Place) -> Answer:
+    """Pin or unpin a step, the newest where none is named."""
+    store = place.store
+    step = place.step if place.step is not None else place.commit().step
+    lines = []
+    if options.pin:
+        retaining.pin(store, step, options.pin)
+        lines.append(f"step {step} in {place.root} is kept as {options.pin}")
+    if options.unpin:
+        retaining.unpin(store, step, options.unpin)
+        lines.append(f"step {step} in {place.root} is no longer kept as {options.unpin}")
+    names = {commit.step: names for commit, names in retaining.pins(store).items()}
+    return Answer({"step": step, "pins": names.get(step, [])}, lines)
+
+
+def _broken(store: Store, folder: Folder) -> list[Commit]:
+    """Commits that are damaged inside."""
+    from faulttol.commands import verify as verifying
+
+    found = []
+    for commit in folder.commits:
+        with _bar(f"verify step {commit.step}") as bar:
+            if not verifying.verify(store, commit, bar).whole:
+                found.append(commit)
+    return found
+
+
+def _agreed(options: argparse.Namespace, lines: Sequence[str], question: str) -> bool:
+    """Whether a person at a terminal agrees; nobody is asked elsewhere."""
+    if options.yes or options.json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return True
+    sys.stdout.write("\n".join(lines) + "\n")
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def export(options: argparse.Namespace) -> Answer:
+    """`export PATH --out FOLDER`."""
+    from faulttol.commands import convert
+
+    return _convert(options, convert.export)
+
+
+def grow(options: argparse.Namespace) -> Answer:
+    """`grow PATH --layers N --out FOLDER`."""
+    from faulttol.commands import convert
+
+    return _convert(options, convert.grow)
+
+
+def _convert(
+    options: argparse.Namespace, ready: Callable[[argparse.Namespace, Store, Commit], Job]
+) -> Answer:
+    place = _named(options)
+    store = place.store
+    commit = place.commit(Folder(store))
+    with retaining.using(store, commit):
+        return _run(options, ready(options, store, commit))
+
+
+def import_(options: argparse.Namespace) -> Answer:
+    """`import PATH --from FORMAT --out FOLDER`."""
+    from faulttol.commands import convert
+
+    return _run(options, convert.import_(options))
+
+
+def _run(options: argparse.Namespace, job: Job) -> Answer:
+    """Run a conversion, or tell what it would take."""
+    from faulttol.commands import convert
+
+    if options.dry_run:
+        return Answer(*convert.told(job.estimate, job.notes))
+    with _bar(options.command) as bar:
+        return Answer(*convert.run(job, bar))
+
+
+ACTS: dict[str, Callable[[argparse.Namespace], Answer]] = {
+    "inspect": inspect,
+    "verify": verify,
+    "diff": diff,
+    "reshard": reshard,
+    "prune": prune,
+    "export": export,
+    "import": import_,
+    "grow": grow,
+}
+"""By command."""

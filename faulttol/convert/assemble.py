@@ -1,0 +1,151 @@
+"""The import that all formats share: tensors of another format, placed in ours, become a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from configs.errors import UserError
+from configs.model import ModelConfig
+from faulttol.checkpoint.boxes import Box, uncovered
+from faulttol.checkpoint.pieces import DTYPES
+from faulttol.checkpoint.store import StoreLike
+from faulttol.convert.facts import COUNT, Kind, Moments, balances, fresh, is_parameter
+from faulttol.convert.facts import DTYPES as DTYPES_OF
+from faulttol.convert.job import WORK, Done, Estimate, Job, Progress, Teller
+from faulttol.convert.placed import Foreign, Placed, inward
+from faulttol.convert.target import Target, Value
+from faulttol.convert.values import FLOATS, convertible
+
+Fill = tuple[ModelConfig, Kind, Moments]
+"""What decides which tensors training wants beside those that are there."""
+
+
+@dataclass(frozen=True)
+class Into:
+    """The checkpoint that an import writes."""
+
+    out: StoreLike
+    run: str
+    """That the folder belongs to."""
+    step: int
+    facts: dict[str, Any]
+
+
+def imported(
+    foreign: Foreign,
+    placed: Sequence[Placed],
+    into: Into,
+    *,
+    notes: Iterable[str] = (),
+    fill: Fill | None = None,
+    masters: bool = True,
+    peak: int = 0,
+) -> Job:
+    """A checkpoint of foreign tensors.
+
+    Args:
+        placed: where each lies in ours.
+        fill: None: nothing is made up.
+        masters: whether floats become fp32, as a trainer keeps them; else dtypes stay.
+        peak: bytes that reading takes beside the stretches.
+
+    Raises:
+        UserError: where a tensor is missing, doubled, or of another shape or kind, or the folder can't take the checkpoint.
+    """
+    moments = DTYPES_OF[fill[2]] if fill is not None else "float32"
+    values = list(_values(foreign, placed, moments if masters else None))
+    told = list(notes)
+    if fill is not None:
+        made = _made_up(values, *fill)
+        if made:
+            told.append(f"made up as zeros: {_summary(made)}")
+        values += made
+    target = Target(into.out, into.run, into.step, values)
+    read = sum(one.elements * _item(foreign, one) for one in placed)
+    cost = Estimate(
+        bytes_read=read,
+        bytes_written=target.size,
+        bytes_moved=sum(value.bytes for value in values),
+        peak_memory=target.at_once * WORK + peak,
+    )
+    return Job(cost, tuple(told), partial(_run, foreign, target, into.facts, tuple(told)))
+
+
+def _run(
+    foreign: Foreign, target: Target, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress
+) -> Done:
+    before = foreign.bytes
+    path, size = target.write(facts, Teller(progress, target.bytes))
+    return Done(path, len(target.values), foreign.bytes - before, size, notes)
+
+
+def _item(foreign: Foreign, placed: Placed) -> int:
+    return DTYPES[foreign.dtype(placed.foreign)][1]
+
+
+def _values(foreign: Foreign, placed: Sequence[Placed], moments: str | None) -> Iterable[Value]:
+    """The tensors that the parts make up.
+
+    Args:
+        moments: dtype of an optimizer's slots, where other floats become fp32; None: dtypes stay.
+    """
+    parts: dict[str, list[Placed]] = {}
+    there = set(foreign.names())
+    missing = [one.foreign for one in placed if one.foreign not in there]
+    if missing:
+        raise UserError(
+            f"{missing[0]} isn't there ({len(missing)} of {len(placed)} tensors are missing); complete the files"
+        )
+    for one in placed:
+        found = foreign.shape(one.foreign)
+        if found != one.shape:
+            raise UserError(
+                f"{one.foreign} is {list(found)}, and {list(one.shape)} is what {one.name}{one.box} takes; correct the "
+                "model's settings"
+            )
+        parts.setdefault(one.name, []).append(one)
+    for name, mine in parts.items():
+        mine.sort(key=lambda one: one.box.start)
+        whole = mine[0].box.whole
+        why = uncovered(Box.all_of(whole), [one.box for one in mine])
+        if why:
+            raise UserError(f"{name}{why}; complete the files or correct their map of names")
+        given = foreign.dtype(mine[0].foreign)
+        wanted = given
+        if moments is not None and given in FLOATS:
+            wanted = moments if "/" in name and name != COUNT else "float32"
+        for one in mine:
+            if not convertible(foreign.dtype(one.foreign), wanted):
+                raise UserError(
+                    f"{one.foreign} is {foreign.dtype(one.foreign)}, which doesn't become {wanted} as {name} is; convert it"
+                )
+        divisible = all(one.order is None or one.order.dim for one in mine)
+        yield Value(name, wanted, whole, partial(_read, foreign, mine, wanted), divisible)
+
+
+def _read(foreign: Foreign, parts: Sequence[Placed], wanted: str, box: Box) -> Any:
+    return inward(foreign, parts, box, wanted)
+
+
+def _made_up(values: Sequence[Value], model: ModelConfig, kind: Kind, moments: Moments) -> list[Value]:
+    there = {value.name for value in values}
+    parameters = [(value.name, value.shape) for value in values if is_parameter(value.name)]
+    return [*balances(model, there), *fresh(parameters, kind, moments, there)]
+
+
+def _summary(made: Sequence[Value]) -> str:
+    """Kinds of tensors with their number."""
+    counts: dict[str, int] = {}
+    for value in made:
+        kind = (
+            value.name
+            if value.name == COUNT
+            else value.name.rpartition("/")[2]
+            if "/" in value.name
+            else value.name.split(".feed.")[-1]
+        )
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in counts.items())

@@ -1,0 +1,256 @@
+"""Export to and import from Hugging Face's files, for the families that families.py knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from configs.errors import UserError
+from configs.model import ModelConfig
+from faulttol.checkpoint.folder import Commit
+from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.store import StoreLike
+from faulttol.convert import families, hf_config
+from faulttol.convert.assemble import Into, imported
+from faulttol.convert.facts import Kind, Moments, facts, fingerprint, flat, model_of, opened
+from faulttol.convert.job import THREADS, WORK, Done, Estimate, Job, Progress, Teller, at_once
+from faulttol.convert.placed import Placed, outward
+from faulttol.convert.placed import cost as placed_cost
+from faulttol.convert.safetensors import INDEX, Files, Outgoing, file_names, header, shards
+from faulttol.convert.values import FLOATS
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings of an imported `config.json` that lineage remembers, for the way back."""
+_LOOSE = {
+    "name", "init_std", "mtp_coefficient", "router.balance", "router.bias_rule", "router.bias_update_rate",
+    "router.aux_coefficient", "router.z_coefficient", "router.losses_over_layers", "router.capacity_factor",
+}  # fmt: skip
+"""Settings that say how a model is trained on, which its published files don't fix."""
+
+
+# ---- export ----
+
+
+def export_hf(
+    store: StoreLike,
+    out: StoreLike,
+    commit: Commit | None = None,
+    dtype: str = "bf16",
+    max_shard_bytes: int = 5 << 30,
+) -> Job:
+    """A checkpoint's parameters as the files that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        out: an empty folder.
+        commit: the newest where none is named.
+        dtype: `bf16` or `fp32`; balancing biases stay fp32.
+        max_shard_bytes: of a file, but where one tensor is larger.
+
+    Raises:
+        UserError: where no family computes what the model does, the checkpoint isn't the model's, or the folder has a
+            model already.
+        Incomplete: where the checkpoint is damaged.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype} isn't known; type {' or '.join(DTYPES)}")
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes={max_shard_bytes} is below 1; type e.g. {5 << 30}")
+    there = sorted(name for name in out.names() if name.endswith((".safetensors", ".json")))
+    if there:
+        raise UserError(f"out={out.url} holds a model already ({there[0]}); name an empty folder")
+    source = opened(store, commit)
+    model = model_of(source)
+    listed = {placed.foreign: placed for placed in families.tensors(model)}
+    _whole(source, listed)
+    wanted = DTYPES[dtype]
+    tensors = [Outgoing(p.foreign, p.dtype or wanted, p.shape) for p in listed.values()]
+    files = list(shards(tensors, max_shard_bytes))
+    config = hf_config.config_of(model, wanted, _remembered(source))
+    notes = _left(source, listed)
+    read = sum(placed_cost(source, placed) for placed in listed.values())
+    indexes = sum(file.index for file in source.manifest.files)
+    written = sum(tensor.bytes for tensor in tensors) + sum(len(header(file)) for file in files)
+    peak = min(THREADS, len(files)) * WORK + indexes
+    cost = Estimate(read + indexes, written, sum(tensor.bytes for tensor in tensors), peak)
+    return Job(cost, notes, partial(_export, source, listed, files, config, out, notes))
+
+
+def _export(
+    source: Source,
+    listed: dict[str, Placed],
+    files: list[list[Outgoing]],
+    config: dict[str, Any],
+    out: StoreLike,
+    notes: tuple[str, ...],
+    progress: Progress,
+) -> Done:
+    total = sum(tensor.bytes for file in files for tensor in file)
+    tell, before = Teller(progress, total), source.bytes
+    names = file_names(len(files))
+    try:
+        work = [
+            partial(out.write, name, _chunks(source, listed, file, tell))
+            for name, file in zip(names, files, strict=True)
+        ]
+        size = sum(at_once(work))
+        if len(files) > 1:
+            map_ = {t.name: name for name, file in zip(names, files, strict=True) for t in file}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(map_.items()))}
+            out.write(INDEX, [_json(index)])
+        # Last: a folder without it is no model.
+        out.write("config.json", [_json(config)])
+    except BaseException:
+        for name in (*names, INDEX, "config.json"):
+            out.remove(name)
+        raise
+    return Done(out.url, len(listed), source.bytes - before, size, notes)
+
+
+def _chunks(
+    source: Source, listed: dict[str, Placed], file: list[Outgoing], tell: Teller
+) -> Iterator[bytes | memoryview]:
+    yield header(file)
+    for tensor in file:
+        for chunk in outward(source, listed[tensor.name], tensor.dtype):
+            yield chunk
+            tell(len(chunk))
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=2) + "\n").encode()
+
+
+def _whole(source: Source, listed: dict[str, Placed]) -> None:
+    """Refuse a checkpoint that lacks a tensor of its model, or has it in another shape."""
+    where = f"{source.store.url.rstrip('/')}/{source.commit.manifest}"
+    for placed in listed.values():
+        found = source.tensors.get(placed.name)
+        if found is None:
+            raise UserError(f"{where} has no {placed.name}, which its model has; name another checkpoint")
+        if found.shape != placed.box.whole:
+            raise UserError(
+                f"{where}: {placed.name} is {list(found.shape)} and its model has {list(placed.box.whole)}; name another "
+                "checkpoint"
+            )
+
+
+def _left(source: Source, listed: dict[str, Placed]) -> tuple[str, ...]:
+    """What stays behind, but for the optimizer's slots."""
+    taken = {placed.name for placed in listed.values()}
+    left = sorted(name for name in source.tensors if name not in taken and "/" not in name)
+    kinds = sorted({name.split(".feed.")[-1] for name in left})
+    notes = ["the optimizer's state stays behind"] if any("/" in name for name in source.tensors) else []
+    return (*notes, f"no part of the files: {', '.join(kinds)}") if kinds else tuple(notes)
+
+
+def _remembered(source: Source) -> dict[str, Any]:
+    """What `config.json` had when the weights were imported, and the longest context that was trained on."""
+    found: dict[str, Any] = {}
+    data = source.manifest.facts.get("fingerprint", {}).get("data", {})
+    for entry in source.manifest.facts.get("lineage", []):
+        found |= entry.get("config", {}) if isinstance(entry, dict) else {}
+    sequence = data.get("sequence", 0) if isinstance(data, dict) else 0
+    if sequence > found.get("max_position_embeddings", 4096):
+        found["max_position_embeddings"] = sequence
+    return found
+
+
+# ---- import ----
+
+
+def import_hf(
+    path: StoreLike,
+    out: StoreLike,
+    run: str,
+    kind: Kind = "adamw",
+    moments: Moments = "fp32",
+    model: ModelConfig | None = None,
+) -> Job:
+    """A model's published files as a checkpoint of step 0, from which training goes on.
+
+    Parameters are fp32, as masters are; the optimizer's slots are zeros, as before its first step.
+
+    Args:
+        path: folder with `config.json` and `.safetensors` files.
+        out: folder of the checkpoint, which belongs to `run`.
+        kind: optimizer that training goes on with, by which its slots are made.
+        moments: their precision.
+        model: that training goes on with, where it isn't as the files say: what they don't fix, as the balancing of
+            experts, is taken from it.
+
+    Raises:
+        UserError: where the family or a setting isn't known, a tensor is missing, of another shape or unknown, or `model`
+            isn't the files'.
+    """
+    where = f"{path.url.rstrip('/')}/config.json"
+    try:
+        tree = json.loads(path.read("config.json"))
+        if not isinstance(tree, dict):
+            raise ValueError("no object")
+    except FileNotFoundError:
+        raise UserError(f"{where} isn't there; name the folder of a Hugging Face model") from None
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON: {error}; copy it again") from None
+    hf_config.family_in(tree, where)
+    files = Files(path)
+    name = str(tree.get("_name_or_path") or path.url.rstrip("/").rsplit("/", 1)[-1])
+    told = hf_config.model_in(tree, where, name, _predictions(tree, files))
+    model = told if model is None else _same(model, told, where)
+    interleaved = tree.get("rope_interleave") is not False
+    placed = families.tensors(told, interleaved)
+    extra = _unknown(files, placed, told, path.url)
+    lineage = {
+        "how": "import", "format": "hugging face", "from": path.url,
+        "config": {key: tree[key] for key in _KEPT if tree.get(key) is not None},
+    }  # fmt: skip
+    small = facts(fingerprint(model, kind, moments), [lineage])
+    notes = [f"no part of the model: {', '.join(extra[:3])}"] if extra else []
+    return imported(files, placed, Into(out, run, 0, small), notes=notes, fill=(model, kind, moments))
+
+
+def _predictions(tree: dict[str, Any], files: Files) -> int:
+    """Layers of multi-token prediction that are in the files: some are published without."""
+    layers, found = tree.get("num_hidden_layers"), 0
+    if not isinstance(layers, int):
+        return 0
+    there = set(files.names())
+    while f"model.layers.{layers + found}.eh_proj.weight" in there:
+        found += 1
+    return found
+
+
+def _same(model: ModelConfig, told: ModelConfig, where: str) -> ModelConfig:
+    """The model that was asked for, which must compute what the files' does."""
+    asked, found = (flat(one.model_dump(mode="json")) for one in (model, told))
+    for name in asked:
+        if asked[name] != found[name] and name not in _LOOSE:
+            raise UserError(
+                f"model.{name}={asked[name]} isn't that of {where}, {found[name]}; type model.{name}={found[name]}"
+            )
+    return model
+
+
+def _unknown(files: Files, placed: list[Placed], model: ModelConfig, url: str) -> list[str]:
+    """Names in the files that are no part of the model, but harmless; what isn't harmless is refused."""
+    known = {one.foreign for one in placed}
+    for name in files.names():
+        if name in known and files.dtype(name) not in FLOATS:
+            raise UserError(
+                f"{url}: {name} is {files.dtype(name)}, and quantised weights aren't read; convert them to bf16 first"
+            )
+    extra = [name for name in files.names() if name not in known]
+    copies = ("rotary_emb.inv_freq", "shared_head.head.weight", "embed_tokens.weight")
+    odd = [
+        name
+        for name in extra
+        if not name.endswith(copies) and not (model.tie_embeddings and name == "lm_head.weight")
+    ]
+    if odd:
+        raise UserError(
+            f"{url} holds {odd[0]}, which a model of its config.json hasn't ({len(odd)} such tensors); it would be lost: "
+            "correct config.json"
+        )
+    return extra

@@ -1,0 +1,350 @@
+"""A model's shape as `config.json` has it, both ways, for the families whose tensors are known.
+
+Whatever changes what the model computes and has no counterpart on the other side is refused by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from configs.errors import UserError
+from configs.model import ModelConfig, RouterConfig, YarnConfig
+
+Family = Literal["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"]
+ARCHITECTURES: dict[str, Family] = {
+    "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+}
+_NAMES = {"mixtral": "Mixtral", "olmoe": "OLMoE", "qwen3_moe": "Qwen3-MoE", "deepseek_v3": "DeepSeek-V3"}
+_ALL: dict[str, tuple[Any, ...]] = {
+    "gated": (True,), "parallel_block": (False,), "residual_scaling": (False,), "rope_fraction": (1.0,),
+    "router.kind": ("linear",), "router.capacity_factor": (None,),
+}  # fmt: skip
+_SOFTMAX: dict[str, tuple[Any, ...]] = {
+    "shared_width": (0,), "mtp_layers": (0,), "router.score": ("softmax",), "router.scale": (1.0,),
+    "router.groups": (1,), "router.balance": ("aux", "none"),
+}  # fmt: skip
+_HAS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "mixtral": _SOFTMAX | {"qk_norm": ("none",), "dense_layers": (0,), "router.renormalize": (True,)},
+    "olmoe": _SOFTMAX | {"qk_norm": ("projection",), "dense_layers": (0,), "window": (0,)},
+    "qwen3_moe": _SOFTMAX | {"qk_norm": ("head",), "window": (0,)},
+    "deepseek_v3": {"router.score": ("sigmoid",), "window": (0,)},
+}
+"""By family: settings and the values that its files can express."""
+_POSITIONS = 4096
+"""Longest context that is written where none is known."""
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family whose code computes what this model does.
+
+    Raises:
+        UserError: where none does, naming the first setting in the way.
+    """
+    by_norm: dict[str, Family] = {"none": "mixtral", "projection": "olmoe", "head": "qwen3_moe"}
+    if model.attention == "cca":
+        raise _no(
+            "attention", "cca", "none of " + ", ".join(_NAMES.values()) + " has compressed convolutions"
+        )
+    family: Family = "deepseek_v3" if model.attention == "mla" else by_norm[model.qk_norm]
+    for field, allowed in (_ALL | _HAS[family]).items():
+        value: Any = model
+        for word in field.split("."):
+            value = getattr(value, word)
+        if value not in allowed:
+            known = " or ".join(map(str, allowed))
+            raise _no(field, value, f"{_NAMES[family]}, which its attention makes it, has {known} alone")
+    if family == "mixtral" and model.top_k == 1:
+        raise _no("top_k", 1, "Mixtral divides a token's weights by their sum, so its one expert weighs 1")
+    if family == "olmoe" and model.heads * model.head_dim != model.hidden:
+        raise _no("head_dim", model.head_dim, f"OLMoE's heads make up its width, {model.hidden}")
+    if family == "deepseek_v3":
+        if model.kv_heads != model.heads:
+            raise _no("kv_heads", model.kv_heads, f"DeepSeek-V3 has one for each of {model.heads} heads")
+        if not model.shared_width or model.shared_width % model.expert_width:
+            why = f"DeepSeek-V3's is a multiple of its experts' {model.expert_width}"
+            raise _no("shared_width", model.shared_width, why)
+    return family
+
+
+def _no(field: str, value: object, why: str) -> UserError:
+    return UserError(
+        f"model.{field}={value} can't be told to Hugging Face's code: {why}; export to dcp instead"
+    )
+
+
+def config_of(model: ModelConfig, dtype: str, source: dict[str, Any]) -> dict[str, Any]:
+    """`config.json` of a model.
+
+    Args:
+        dtype: of the weights, as torch names it.
+        source: what is known besides: `max_position_embeddings`, `bos_token_id`, `eos_token_id`, `pad_token_id`.
+
+    Raises:
+        UserError: as `family_of` does.
+    """
+    family = family_of(model)
+    (architecture,) = (name for name, of in ARCHITECTURES.items() if of == family)
+    yarn = model.yarn
+    longest = round(yarn.factor * yarn.original) if yarn.factor > 1 else _POSITIONS
+    return {
+        "architectures": [architecture],
+        "model_type": family,
+        "dtype": dtype,
+        "vocab_size": model.vocab,
+        "hidden_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "max_position_embeddings": longest,
+        "num_experts_per_tok": model.top_k,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": _rope(model),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **_own(model, family),
+        **source,
+    }
+
+
+def _rope(model: ModelConfig) -> dict[str, Any]:
+    yarn = model.yarn
+    if yarn.factor == 1:
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    found = {
+        "rope_type": "yarn", "rope_theta": model.rope_theta, "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow,
+    }  # fmt: skip
+    # DeepSeek scales scores, and so whole heads, by the square; the others cosine and sine.
+    return found | ({"mscale": 1.0, "mscale_all_dim": 1.0} if model.attention == "mla" else {})
+
+
+def _own(model: ModelConfig, family: Family) -> dict[str, Any]:
+    """What a family has of its own."""
+    router = model.router
+    divided = router.renormalize and model.top_k > 1
+    if family == "mixtral":
+        return {
+            "head_dim": model.head_dim, "intermediate_size": model.expert_width, "num_local_experts": model.experts,
+            "sliding_window": model.window or None,
+        }  # fmt: skip
+    if family == "olmoe":
+        return {
+            "intermediate_size": model.expert_width, "num_experts": model.experts, "norm_topk_prob": divided,
+            "clip_qkv": None,
+        }  # fmt: skip
+    if family == "qwen3_moe":
+        return {
+            "head_dim": model.head_dim, "moe_intermediate_size": model.expert_width, "num_experts": model.experts,
+            "norm_topk_prob": divided, "intermediate_size": model.dense_width or model.expert_width,
+            "decoder_sparse_step": 1, "mlp_only_layers": list(range(model.dense_layers)),
+            "use_sliding_window": False, "sliding_window": None,
+        }  # fmt: skip
+    return {
+        "kv_lora_rank": model.kv_lora_rank, "q_lora_rank": model.q_lora_rank or None,
+        "qk_rope_head_dim": model.rope_head_dim, "qk_nope_head_dim": model.head_dim, "v_head_dim": model.head_dim,
+        "moe_intermediate_size": model.expert_width, "n_routed_experts": model.experts,
+        "n_shared_experts": model.shared_width // model.expert_width,
+        "intermediate_size": model.dense_width or model.expert_width,
+        "first_k_dense_replace": model.dense_layers, "moe_layer_freq": 1, "n_group": router.groups,
+        "topk_group": router.top_groups, "routed_scaling_factor": router.scale, "norm_topk_prob": divided,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True,
+        "num_nextn_predict_layers": model.mtp_layers,
+    }  # fmt: skip
+
+
+# ---- the other way ----
+
+
+class _Config:
+    """`config.json`, whose settings are told by name where they are wrong."""
+
+    def __init__(self, tree: dict[str, Any], where: str) -> None:
+        self.tree, self.where = tree, where
+
+    def whole(self, *names: str, default: int | None = None) -> int:
+        """A whole number above or at 0, by the first of these names that is there."""
+        for name in names:
+            if self.tree.get(name) is not None:
+                value = self.tree[name]
+                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                    raise UserError(f"{self.where}: {name}={value!r} is no whole number; set it to one")
+                return value
+        if default is None:
+            raise UserError(f"{self.where} has no {names[0]}; add it")
+        return default
+
+    def number(self, name: str, default: float) -> float:
+        """A number; null is as good as not there."""
+        value = self.tree.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{self.where}: {name}={value!r} is no number; set it to one")
+        return float(value)
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Refuse a setting with another value; not there is as good as the first."""
+        value = self.tree.get(name, allowed[0])
+        if value not in allowed:
+            known = " or ".join(map(repr, allowed))
+            raise UserError(f"{self.where}: {name}={value!r} isn't known here, {known} is; it can't be read")
+
+
+def family_in(tree: dict[str, Any], where: str) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+        UserError: where it is none that is known.
+    """
+    names = tree.get("architectures") or []
+    told = names[0] if isinstance(names, list) and names else tree.get("model_type")
+    for architecture, family in ARCHITECTURES.items():
+        if told in (architecture, family):
+            return family
+    known = ", ".join(ARCHITECTURES)
+    raise UserError(f"{where}: architectures={told!r} isn't known here; the known ones are {known}")
+
+
+def model_in(tree: dict[str, Any], where: str, name: str, predictions: int = 0) -> ModelConfig:
+    """The model of a `config.json`.
+
+    Args:
+        where: its path, as messages name it.
+        name: of the model.
+        predictions: layers of multi-token prediction that its files hold.
+
+    Raises:
+        UserError: where a setting is missing or not known here, by its name.
+    """
+    family, config = family_in(tree, where), _Config(tree, where)
+    config.only("hidden_act", "silu", "swish")
+    config.only("attention_bias", False, None)
+    if tree.get("quantization_config"):
+        raise UserError(
+            f"{where}: quantization_config is set, and quantised weights aren't read; convert them to bf16 first"
+        )
+    heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
+    theta, yarn = _rope_in(config, family)
+    shared: dict[str, Any] = {
+        "name": name, "layers": config.whole("num_hidden_layers"), "hidden": hidden, "heads": heads,
+        "kv_heads": config.whole("num_key_value_heads", default=heads), "vocab": config.whole("vocab_size"),
+        "head_dim": config.whole("head_dim", default=hidden // max(heads, 1)),
+        "top_k": config.whole("num_experts_per_tok"), "rope_theta": theta, "yarn": yarn,
+        "norm_eps": config.number("rms_norm_eps", 1e-5 if family in ("mixtral", "olmoe") else 1e-6),
+        "init_std": config.number("initializer_range", 0.02),
+        "tie_embeddings": bool(tree.get("tie_word_embeddings", False)), "mtp_layers": predictions,
+    }  # fmt: skip
+    own = {"mixtral": _mixtral, "olmoe": _olmoe, "qwen3_moe": _qwen3, "deepseek_v3": _deepseek}[family]
+    try:
+        model = ModelConfig(**shared | own(config, shared))
+    except ValueError as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}; correct it") from None
+    family_of(model)
+    return model
+
+
+def _rope_in(config: _Config, family: Family) -> tuple[float, YarnConfig]:
+    new = config.tree.get("rope_parameters") or {}
+    old = config.tree.get("rope_scaling") or {}
+    theta = new.get("rope_theta", config.tree.get("rope_theta")) or (1e6 if family == "mixtral" else 1e4)
+    scaling = new or old
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("default", None):
+        return float(theta), YarnConfig()
+    same = scaling.get("mscale", 1.0) == scaling.get("mscale_all_dim", 1.0) == 1.0
+    if kind != "yarn" or scaling.get("attention_factor") is not None or not same:
+        raise UserError(
+            f"{config.where}: rope_parameters={scaling} isn't known here, only the default and plain yarn are"
+        )
+    return float(theta), YarnConfig(
+        factor=scaling["factor"],
+        original=scaling.get("original_max_position_embeddings") or config.whole("max_position_embeddings"),
+        beta_fast=scaling.get("beta_fast") or 32.0,
+        beta_slow=scaling.get("beta_slow") or 1.0,
+    )
+
+
+def _softmax(config: _Config, top_k: int, coefficient: float, renormalize: bool) -> RouterConfig:
+    """Of the families whose loads an auxiliary loss evens. Their shares sum to top_k and layers are pooled."""
+    weight = config.number("router_aux_loss_coef", coefficient) * top_k
+    return RouterConfig(
+        balance="aux", aux_coefficient=weight, losses_over_layers="mean", renormalize=renormalize
+    )
+
+
+def _mixtral(config: _Config, shared: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "experts": config.whole("num_local_experts", "num_experts"),
+        "expert_width": config.whole("intermediate_size"),
+        "window": config.whole("sliding_window", default=0),
+        "router": _softmax(config, shared["top_k"], 0.001, True),
+    }
+
+
+def _olmoe(config: _Config, shared: dict[str, Any]) -> dict[str, Any]:
+    config.only("clip_qkv", None)
+    return {
+        "experts": config.whole("num_experts", "num_local_experts"),
+        "expert_width": config.whole("intermediate_size"),
+        "qk_norm": "projection",
+        # That of OLMoE's own code: shares that sum to 1.
+        "router": RouterConfig(
+            balance="aux", aux_coefficient=config.number("router_aux_loss_coef", 0.01),
+            z_coefficient=0.001 / shared["top_k"], losses_over_layers="mean",
+            renormalize=bool(config.tree.get("norm_topk_prob", False)),
+        ),
+    }  # fmt: skip
+
+
+def _qwen3(config: _Config, shared: dict[str, Any]) -> dict[str, Any]:
+    config.only("use_sliding_window", False)
+    config.only("decoder_sparse_step", 1)
+    dense = config.tree.get("mlp_only_layers") or []
+    if dense != list(range(len(dense))):
+        raise UserError(
+            f"{config.where}: mlp_only_layers={dense} aren't the first layers, which alone may be dense here"
+        )
+    return {
+        "experts": config.whole("num_experts", "num_local_experts"),
+        "expert_width": config.whole("moe_intermediate_size"),
+        "dense_layers": len(dense),
+        "dense_width": config.whole("intermediate_size") if dense else 0,
+        "qk_norm": "head",
+        "router": _softmax(config, shared["top_k"], 0.001, bool(config.tree.get("norm_topk_prob", False))),
+    }
+
+
+def _deepseek(config: _Config, _shared: dict[str, Any]) -> dict[str, Any]:
+    config.only("scoring_func", "sigmoid")
+    config.only("topk_method", "noaux_tc")
+    config.only("moe_layer_freq", 1)
+    plain, width = config.whole("qk_nope_head_dim", default=128), config.whole("moe_intermediate_size")
+    config.only("v_head_dim", plain)
+    dense = config.whole("first_k_dense_replace", default=3)
+    return {
+        "head_dim": plain,
+        "experts": config.whole("n_routed_experts", "num_local_experts"),
+        "expert_width": width,
+        "shared_width": width * config.whole("n_shared_experts", default=0),
+        "dense_layers": dense,
+        "dense_width": config.whole("intermediate_size") if dense else 0,
+        "attention": "mla",
+        "q_lora_rank": config.whole("q_lora_rank", default=0),
+        "kv_lora_rank": config.whole("kv_lora_rank"),
+        "rope_head_dim": config.whole("qk_rope_head_dim", default=64),
+        "router": RouterConfig(
+            score="sigmoid", groups=config.whole("n_group", default=1), top_groups=config.whole("topk_group", default=1),
+            scale=config.number("routed_scaling_factor", 2.5), balance="both", aux_coefficient=1e-4,
+            renormalize=bool(config.tree.get("norm_topk_prob", True)), bias_update_rate=1e-3,
+        ),
+    }  # fmt: skip

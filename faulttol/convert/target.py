@@ -1,0 +1,170 @@
+"""A checkpoint of ours, written tensor by tensor without ever holding one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+from configs.errors import UserError
+from faulttol.checkpoint import save as saving
+from faulttol.checkpoint.boxes import Box
+from faulttol.checkpoint.folder import Folder, folder_of, tag
+from faulttol.checkpoint.manifest import Identity
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, Piece
+from faulttol.checkpoint.shards import layout, ordered
+from faulttol.checkpoint.store import StoreLike
+from faulttol.convert.job import THREADS, Teller, at_once, blocked
+
+_PIECE = 256 * BLOCK
+"""Most bytes of a piece that can be cut: so many lie in one file and may be read by one rank alone."""
+_FILE = 4 << 30
+"""Bytes of a file, about."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A global tensor that is to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[Box], Iterator[memoryview]]
+    """The bytes of a box of whole rows, row-major, in chunks of any size."""
+    divisible: bool = True
+    """Whether it may be read in several boxes."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all values."""
+        return prod(self.shape) * DTYPES[self.dtype][1]
+
+    def boxes(self) -> Iterator[Box]:
+        """What is written at a time."""
+        whole = Box.all_of(self.shape)
+        if not self.divisible or self.bytes <= _PIECE or not self.shape:
+            yield whole
+            return
+        rows = max(1, _PIECE * self.shape[0] // self.bytes)
+        for first in range(0, self.shape[0], rows):
+            yield whole.cut(0, first, min(first + rows, self.shape[0]))
+
+
+def zeros(name: str, dtype: str, shape: tuple[int, ...]) -> Value:
+    """A tensor of zeros."""
+    return filled(name, dtype, shape, bytes(DTYPES[dtype][1]))
+
+
+def filled(name: str, dtype: str, shape: tuple[int, ...], element: bytes) -> Value:
+    """A tensor whose elements all have the same bytes."""
+    block = memoryview(element * (BLOCK // len(element)))
+
+    def read(box: Box) -> Iterator[memoryview]:
+        left = box.elements * len(element)
+        while left:
+            yield block[:left]
+            left -= min(left, len(block))
+
+    return Value(name, dtype, shape, read)
+
+
+@dataclass(frozen=True)
+class _Lazy(Piece):
+    """A piece whose values are read when they are written."""
+
+    read: Callable[[Box], Iterator[memoryview]] = field(kw_only=True)
+    tell: Callable[[int], None] = field(kw_only=True)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes in order, in whole blocks but for the last."""
+        for chunk in blocked(self.read(self.box)):
+            yield chunk
+            self.tell(len(chunk))
+
+
+class Target:
+    """A checkpoint that will be written.
+
+    Args:
+        store: of its folder.
+        run: that it belongs to.
+        step: of it.
+        values: its tensors.
+
+    Raises:
+        UserError: where the folder is another run's, or has a checkpoint of the step or a later one already.
+        Superseded: where it has checkpoints of a newer attempt of the run.
+    """
+
+    def __init__(self, store: StoreLike, run: str, step: int, values: Sequence[Value]) -> None:
+        self._store, self._run, self._step, self.values = store, run, step, values
+        self._files = _share(values)
+        saving.admit(store, self._identity(0))
+        for commit in Folder(store).commits:
+            if commit.run == tag(run) and commit.step >= step:
+                raise UserError(
+                    f"--out={store.url} has step {commit.step} of run {commit.run} already: name another folder"
+                )
+
+    @property
+    def bytes(self) -> int:
+        """Of all values."""
+        return sum(value.bytes for value in self.values)
+
+    @property
+    def size(self) -> int:
+        """Of all files, in bytes; headers and indexes included."""
+        found = 0
+        for rank, parts in enumerate(self._files):
+            pieces = ordered(Piece(value.name, value.dtype, box, memoryview(b"")) for value, box in parts)
+            found += layout(self._step, self._identity(rank), pieces).size
+        return found
+
+    @property
+    def at_once(self) -> int:
+        """Files that are written at once."""
+        return min(THREADS, len(self._files))
+
+    def write(self, facts: dict[str, Any], tell: Teller) -> tuple[str, int]:
+        """Write all files and commit them: the path of the step, and the bytes of the files.
+
+        Raises:
+            Incomplete: where the values don't make up whole tensors. Whatever is raised, nothing was committed.
+        """
+        token = saving.new_token()
+
+        def write(rank: int) -> saving.Written:
+            pieces = [
+                _Lazy(value.name, value.dtype, box, memoryview(b""), read=value.read, tell=tell)
+                for value, box in self._files[rank]
+            ]
+            return saving.write(self._store, self._step, token, self._identity(rank), pieces)
+
+        ranks = range(len(self._files))
+        try:
+            written = at_once([partial(write, rank) for rank in ranks])
+            size = saving.commit(self._store, self._step, token, self._identity(0), written, facts)
+        except BaseException:
+            for rank in ranks:
+                saving.discard(self._store, self._step, token, self._identity(rank))
+            raise
+        return f"{self._store.url.rstrip('/')}/{folder_of(self._step)}", size
+
+    def _identity(self, rank: int) -> Identity:
+        return Identity(self._run, 1, {}, rank, len(self._files))
+
+
+def _share(values: Sequence[Value]) -> list[list[tuple[Value, Box]]]:
+    """What each file gets, evenly."""
+    total = sum(value.bytes for value in values)
+    count = max(-(-total // _FILE), THREADS if total > _PIECE else 1)
+    files: list[list[tuple[Value, Box]]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for value in values:
+        for box in value.boxes():
+            least = min(range(count), key=lambda i: filled[i])
+            files[least].append((value, box))
+            filled[least] += box.elements * DTYPES[value.dtype][1]
+    return [file for file in files if file] or [[]]

@@ -1,0 +1,212 @@
+"""Host memory that a rank's file is laid out in: live tensors are copied there at once and written from there later.
+
+The copy is the only part of a save that training waits for, and it has until the optimizer of the next step: nothing
+that is saved changes before. On a GPU it runs on a stream of its own into page-locked memory (CUDA's guide, "Page-Locked
+Host Memory"; HIP's is the same call); on a CPU in a thread beside the forward pass.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from faulttol.checkpoint.manifest import Incomplete
+from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.shards import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Buffer:
+    """Memory that this process fills and its writer process reads.
+
+    Args:
+        size: bytes.
+        path: file on a memory file system, which outlives this process; None: memory without a name, which doesn't.
+
+    Raises:
+        Incomplete: where the host has no room for it.
+    """
+
+    def __init__(self, size: int, path: Path | None = None) -> None:
+        self._named = path
+        try:
+            if path is None:
+                self._fd = os.memfd_create("megaray-checkpoint")
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)  # its memory may be a snapshot's by now, under another name
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            # Or the first copy would end the process by SIGBUS where memory is short.
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            raise Incomplete(
+                f"host memory for a copy of this rank's state, {size} bytes, can't be had: {error}"
+            ) from None
+        self._map = mmap.mmap(self._fd, size)
+        self.size = size
+        self._pinned = False
+
+    @property
+    def path(self) -> str:
+        """Where another process of this user opens it."""
+        return str(self._named) if self._named is not None else f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def tensor(self, offset: int, piece: Piece) -> torch.Tensor:
+        """The place of a piece, as a tensor of its dtype and shape."""
+        import torch
+
+        count = piece.box.elements
+        dtype = getattr(torch, piece.dtype)
+        if not count:
+            return torch.empty(piece.box.shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(piece.box.shape)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put bytes at an offset."""
+        self._map[offset : offset + len(data)] = data
+
+    def pin(self) -> None:
+        """Lock the pages, so that a GPU copies into them by itself.
+
+        Raises:
+            Incomplete: where the driver refuses, as under a limit of locked memory (`ulimit -l`).
+        """
+        import torch
+
+        address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+        code = torch.cuda.cudart().cudaHostRegister(address, self.size, 0)
+        if int(code):
+            raise Incomplete(f"{self.size} bytes of host memory can't be page-locked: error {int(code)}")
+        self._pinned = True
+
+    def close(self) -> None:
+        """Give the memory back, but for what has another name too."""
+        import torch
+
+        if self._pinned:
+            address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+            torch.cuda.cudart().cudaHostUnregister(address)
+        with suppress(BufferError):  # a view that somebody still holds; the pages go with it
+            self._map.close()
+        os.close(self._fd)
+        if self._named is not None:
+            self._named.unlink(missing_ok=True)
+
+
+class Copy:
+    """Live tensors on their way into a buffer.
+
+    Args:
+        buffer: at least `layout.size` bytes.
+        layout: of the file.
+        pieces: in the layout's order. They mustn't change before `settle` returns.
+        device: where they live.
+    """
+
+    def __init__(self, buffer: Buffer, layout: Layout, pieces: Sequence[Piece], device: torch.device) -> None:
+        self._buffer, self._layout, self._pieces = buffer, layout, pieces
+        self._done = threading.Event()
+        self._failed: Exception | None = None
+        self._cuda: torch.cuda.Event | None = self._enqueue(device) if device.type == "cuda" else None
+
+    def _enqueue(self, device: torch.device) -> torch.cuda.Event:
+        import torch
+
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        event = torch.cuda.Event()
+        with torch.cuda.stream(stream), torch.no_grad():
+            self._copy()
+            event.record(stream)
+        return event
+
+    def _copy(self) -> None:
+        for offset, piece in zip(self._layout.offsets, self._pieces, strict=False):
+            if isinstance(piece.source, memoryview):
+                self._buffer.write(offset, piece.source)
+            else:
+                self._buffer.tensor(offset, piece).copy_(piece.source.detach(), non_blocking=True)
+
+    def run(self) -> None:
+        """Copy, or wait until the device has; called once, by the thread that goes on with the buffer."""
+        try:
+            if self._cuda is not None:
+                self._cuda.synchronize()
+            else:
+                self._copy()
+        except Exception as error:
+            self._failed = error
+            raise
+        finally:
+            self._done.set()
+
+    def settle(self) -> None:
+        """Have what comes next on this thread's stream wait until nothing live is read any more.
+
+        A GPU's host doesn't wait: its stream does.
+        """
+        import torch
+
+        if self._cuda is not None:
+            torch.cuda.current_stream().wait_event(self._cuda)
+        else:
+            self._done.wait()
+
+
+class Buffers:
+    """The buffers of one rank: one, or two in turn where the last snapshot stays whole while the next is made.
+
+    Args:
+        device: where what is copied lives.
+        folder: on a memory file system, where snapshots outlive the rank; None: memory without a name.
+        word: tells this rank's files of this attempt apart in the folder.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None, word: str) -> None:
+        self._device, self._folder, self._word = device, folder, word
+        self._made: list[Buffer | None] = [None] if folder is None else [None, None]
+        self._kept: Buffer | None = None
+
+    def take(self, size: int) -> Buffer:
+        """A buffer of so many bytes, or more where it has no name, which isn't the one of the newest snapshot.
+
+        Raises:
+            Incomplete: where the host has no room for it.
+        """
+        at = next(n for n, buffer in enumerate(self._made) if buffer is None or buffer is not self._kept)
+        found = self._made[at]
+        if found is None or found.size < size or (self._folder is not None and found.size != size):
+            if found is not None:
+                found.close()
+                self._made[at] = None
+            path = None if self._folder is None else self._folder / f".{self._word}.{at}"
+            found = Buffer(size, path)
+            if self._device.type == "cuda":
+                found.pin()
+            self._made[at] = found
+        return found
+
+    def prepare(self, size: int) -> None:
+        """Get the memory before it is needed."""
+        self.take(size)
+        if self._folder is not None and self._made[1] is None:
+            kept, self._kept = self._kept, self._made[0]
+            self.take(size)
+            self._kept = kept
+
+    def keep(self, buffer: Buffer) -> None:
+        """It holds the newest snapshot from now on."""
+        self._kept = buffer
+
+    def close(self) -> None:
+        """Give the memory back, but for what a snapshot holds."""
+        for buffer in self._made:
+            if buffer is not None:
+                buffer.close()

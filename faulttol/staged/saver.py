@@ -1,0 +1,459 @@
+"""Saves in two stages: training waits for a copy in host memory; digesting, writing and committing go on beside it.
+
+On every rank a thread leads a save through: it waits for the copy, has the writer process write the rank's file, and
+leaves a receipt in a key-value store that rank 0 serves. Rank 0's thread collects the receipts and has its writer commit.
+No collective is used, so nothing can race training's own, and a rank that dies leaves its peers in no call that hangs.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import UserError
+from faulttol.checkpoint.folder import Commit, folder_of, tag
+from faulttol.checkpoint.manifest import Identity, Incomplete, ShardFile, Superseded, Uncertain
+from faulttol.checkpoint.peers import Peers, failure_of
+from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.retention import Retention
+from faulttol.checkpoint.save import new_token
+from faulttol.checkpoint.shards import Layout, layout, ordered
+from faulttol.checkpoint.survey import Plan
+from faulttol.snapshots.partners import partners
+from faulttol.staged.buffers import Buffer, Buffers, Copy
+from faulttol.staged.writer import (
+    CommitOrder,
+    Discard,
+    Inline,
+    Keep,
+    Put,
+    Seal,
+    Serve,
+    Sweep,
+    WriterProcess,
+)
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+_LOOK = 0.1
+"""Seconds between two looks at a save that is waited for."""
+_KINDS = {kind.__name__: kind for kind in (UserError, Superseded, Uncertain, Incomplete)}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a run saves."""
+
+    root: str
+    """Folder or fsspec URL."""
+    retention: Retention
+    background: bool = True
+    """Whether training goes on while a save is written."""
+    busy: str = "wait"
+    """`wait` or `skip`: what a save does while the one before is being written."""
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What a rank shows while it waits for a save."""
+
+    alive: Callable[[], None] = lambda: None
+    """Called while its own part makes progress."""
+    waiting: Callable[[], None] = lambda: None
+    """Called once, when its own part is done and the other ranks' isn't."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended."""
+
+    step: int
+    path: str
+    bytes: int
+    """Over all ranks; 0 where it failed."""
+    seconds: float
+    """From the call to the commit or failure."""
+    tier: str
+    """`store` or `memory`."""
+    held: float
+    """Seconds that training stood still for it, on the rank that stood longest."""
+    error: Exception | None = None
+    """Why nothing was committed."""
+    skipped: bool = False
+    """Left out, since the save before was still being written."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where snapshots in memory lie."""
+
+    folder: Path
+    """Of this rank's node, as `faulttol.snapshots.memory.folder` gives it."""
+    towards: str
+    """Address of rank 0's node."""
+
+
+@dataclass
+class _Job:
+    """One save on this rank."""
+
+    step: int
+    token: str
+    facts: dict[str, Any]
+    began: float
+    tiers: Sequence[str]
+    layout: Layout | None = None
+    buffer: Buffer | None = None
+    copy: Copy | None = None
+    failed: Exception | None = None
+    """Why this rank has nothing to write."""
+    held: float = 0.0
+    progress: int = 0
+    own: threading.Event = field(default_factory=threading.Event)
+    """This rank's part is done."""
+    over: threading.Event = field(default_factory=threading.Event)
+    outcomes: list[Outcome] = field(default_factory=list)
+    copied: bool = False
+    sealed: ShardFile | None = None
+    """The buffer is a whole file."""
+
+
+class Saver:
+    """One rank's saves. Every rank makes one at the same point, and stages the same steps in the same order.
+
+    Args:
+        policy: of the run.
+        identity: of this rank.
+        peers: used when it is made, and at each save under `skip`.
+        control: key-value store that all ranks share.
+        device: where what is saved lives.
+        signs: of life, for whoever watches the rank.
+        memory: for snapshots in memory; None: there are none.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        identity: Identity,
+        peers: Peers,
+        control: dist.Store,
+        device: torch.device,
+        signs: Signs | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self._policy, self._identity, self._peers = policy, identity, peers
+        self._control, self._device, self._signs = control, device, signs or Signs()
+        self._first = identity.rank == 0
+        self._nonce = str(peers.broadcast(new_token() if self._first else None))
+        self._count = 0
+        self._writer: Inline | WriterProcess = WriterProcess() if policy.background else Inline()
+        word = f"{tag(identity.run)}.a{identity.attempt:04d}.r{identity.rank:05d}"
+        self._memory = memory
+        self._partner = self._partner_of(memory, peers) if memory is not None else None
+        self._secret = peers.broadcast(secrets.token_bytes(32) if self._first else None)
+        self._served: int | None = None
+        """Process id of the writer that serves this node's snapshots."""
+        self._buffers = Buffers(device, memory.folder if memory is not None else None, word)
+        self._preparing: threading.Thread | None = None
+        self._job: _Job | None = None
+        self._told: str | None = None
+        """Digest of the plan that rank 0 knows of this rank."""
+        self._known: set[str] = set()
+        """On rank 0, digests of the plans that its writer knows."""
+        self._ended: list[Outcome] = []
+
+    @property
+    def writer_pid(self) -> int | None:
+        """Process id of the writer, where it runs."""
+        return self._writer.pid
+
+    # ---- what training calls ----
+
+    def prepare(self, pieces: Iterable[Piece]) -> None:
+        """Get the memory for saves of such pieces, beside what follows: the first save then doesn't wait for it."""
+        size = layout(0, self._identity, ordered(pieces)).size
+        with suppress(Exception):  # the save will meet it again, and tell it
+            self._ready()
+        self._preparing = threading.Thread(target=self._prepared, args=(size,), daemon=True)
+        self._preparing.start()
+
+    def _prepared(self, size: int) -> None:
+        with suppress(Exception):
+            self._buffers.prepare(size)
+
+    def stage(
+        self, step: int, pieces: Iterable[Piece], facts: dict[str, Any], tiers: Sequence[str] = ("store",)
+    ) -> None:
+        """Begin to save a step. What is saved mustn't change before `settle`.
+
+        The pieces of all ranks must cover each tensor exactly once; `owned` chooses among replicas. What goes wrong is
+        an outcome, never an exception here.
+
+        Args:
+            facts: JSON that a resumed run needs; rank 0's is kept.
+            tiers: `memory`, `store` or both, in this order.
+        """
+        if self._policy.busy == "skip" and self._any_busy():
+            why = Incomplete("the save before was still being written (checkpoint.busy=skip)")
+            self._ended += [
+                Outcome(step, self._path(step, tier), 0, 0.0, tier, 0.0, why, skipped=True) for tier in tiers
+            ]
+            return
+        self.finish()  # which holds training for the save before, not for this one
+        began = time.monotonic()
+        self._count += 1
+        job = _Job(step, f"{self._nonce}{self._count:04x}", facts, began, tiers)
+        try:
+            self._ready()
+            kept = ordered(pieces)
+            job.layout = layout(step, self._identity, kept)
+            self._prepared_by_now()
+            job.buffer = self._buffers.take(job.layout.size)
+            job.copy = Copy(job.buffer, job.layout, kept, self._device)
+        except Exception as error:
+            job.failed = error
+        self._job = job
+        threading.Thread(target=self._lead, args=(job,), daemon=True).start()
+        job.held += time.monotonic() - began
+        if not self._policy.background:
+            self.settle()
+            self.finish()
+
+    def settle(self) -> None:
+        """Return once nothing live is read any more; called before the optimizer changes it."""
+        job = self._job
+        if job is not None and job.copy is not None and not job.over.is_set():
+            with self._holding(job):
+                job.copy.settle()
+
+    def poll(self) -> list[Outcome]:
+        """Saves that ended since the last call."""
+        if self._job is not None and self._job.over.is_set():
+            self._end()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def finish(self) -> None:
+        """Wait until no save is being written; `poll` then tells how the last one ended."""
+        job = self._job
+        if job is None:
+            return
+        with self._holding(job):
+            seen, waiting = 0, False
+            while not job.over.wait(_LOOK):
+                if job.progress != seen:
+                    seen = job.progress
+                    self._signs.alive()
+                if job.own.is_set() and not waiting:
+                    self._signs.waiting()
+                waiting = job.own.is_set()
+        self._end()
+
+    def close(self) -> None:
+        """Wait for what is being written, then give memory and process back; snapshots in memory stay."""
+        self.finish()
+        self._prepared_by_now()
+        self._writer.close()
+        self._buffers.close()
+
+    # ---- this rank's part ----
+
+    def _any_busy(self) -> bool:
+        mine = self._job is not None and not self._job.over.is_set()
+        answers = self._peers.gather(mine)
+        return bool(self._peers.broadcast(any(answers) if answers is not None else None))
+
+    @contextmanager
+    def _holding(self, job: _Job) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        job.held += time.monotonic() - began
+
+    def _end(self) -> None:
+        job, self._job = self._job, None
+        if job is not None:
+            self._ended += [replace(one, held=max(one.held, job.held)) for one in job.outcomes]
+
+    def _prepared_by_now(self) -> None:
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+
+    def _ready(self) -> None:
+        """The writer runs, and serves its node's snapshots where there are any."""
+        self._writer.ready()
+        pid = self.writer_pid or 0
+        if self._memory is not None and self._served != pid:
+            order = Serve(str(self._memory.folder), self._secret, self._memory.towards)
+            address = self._writer.request(order, lambda _: None)
+            self._control.set(f"serve/{self._identity.rank}", address)
+            self._served = pid
+
+    def _partner_of(self, memory: Memory, peers: Peers) -> int | None:
+        """The rank whose node keeps the copy of this one's files."""
+        nodes = peers.gather(str(memory.folder))
+        found = peers.broadcast(partners(nodes) if nodes is not None else None)
+        return found[self._identity.rank]
+
+    def _lead(self, job: _Job) -> None:
+        """Lead a save to its end, in a thread of its own."""
+        try:
+            for tier in job.tiers:
+                job.own.clear()
+                job.outcomes.append(self._led(job, tier))
+        finally:
+            job.over.set()
+
+    def _led(self, job: _Job, tier: str) -> Outcome:
+        """How the save to a tier ended."""
+        try:
+            receipt = self._write(job, tier)
+        except Exception as error:
+            kind, text = failure_of(error)
+            receipt = {"failed": [kind.__name__, text]}
+        job.own.set()
+        try:
+            size, held = self._agree(job, tier, receipt | {"held": job.held})
+            if tier == "memory" and job.buffer is not None:
+                self._buffers.keep(job.buffer)
+                who = self._identity
+                sweep = Sweep(Commit(who.attempt, job.step, tag(who.run)))
+                with suppress(Exception):  # memory is wasted, nothing is lost
+                    self._writer.request(sweep, lambda _: None)
+            return self._outcome(job, tier, size, held, None)
+        except Exception as error:
+            self._told = None  # whatever rank 0 and its writer knew of plans may be gone
+            self._known.clear()
+            if not isinstance(error, Uncertain):
+                with suppress(Exception):
+                    discard = Discard(self._root(tier), job.step, job.token, self._identity)
+                    self._writer.request(discard, lambda _: None)
+            kind, text = failure_of(error)
+            return self._outcome(job, tier, 0, job.held, kind(text))
+
+    def _root(self, tier: str) -> str | None:
+        return self._policy.root if tier == "store" else None
+
+    def _path(self, step: int, tier: str) -> str:
+        root = self._policy.root.rstrip("/") if tier == "store" else "memory:/"
+        return f"{root}/{folder_of(step)}"
+
+    def _outcome(self, job: _Job, tier: str, size: int, held: float, error: Exception | None) -> Outcome:
+        path, seconds = self._path(job.step, tier), time.monotonic() - job.began
+        return Outcome(job.step, path, size, seconds, tier, held, error)
+
+    def _write(self, job: _Job, tier: str) -> dict[str, Any]:
+        """Write this rank's file; its receipt."""
+        if job.failed is not None or job.copy is None or job.layout is None or job.buffer is None:
+            raise job.failed or Incomplete("nothing was staged")
+
+        def progressed(done: int) -> None:
+            job.progress += 1 + done
+
+        plain, path, token, fresh = job.layout, job.buffer.path, job.token, job.sealed is None
+        if not job.copied:
+            job.copied = True  # once: what is live has changed by the next time
+            try:
+                job.copy.run()
+            except Exception as error:
+                job.failed = error
+                raise
+        if job.sealed is None:
+            job.sealed = self._writer.request(Seal(path, plain, token, self._root(tier)), progressed)
+        if tier == "memory":
+            partner = (
+                self._control.get(f"serve/{self._partner}").decode() if self._partner is not None else None
+            )
+            self._writer.request(Keep(path, plain, token, partner), progressed)
+        elif not fresh:
+            self._writer.request(Put(path, plain, token, self._policy.root), progressed)
+        record, plan = job.sealed, Plan(plain.pieces)
+        if self._told != plan.digest:
+            self._control.set(
+                f"plan/{self._identity.rank}/{plan.digest}", base64.b64encode(plan.packed).decode()
+            )
+            self._told = plan.digest
+        return {"record": [record.bytes, record.index, record.digest], "plan": plan.digest}
+
+    # ---- all ranks ----
+
+    def _agree(self, job: _Job, tier: str, receipt: dict[str, Any]) -> tuple[int, float]:
+        """Bytes of all ranks' files and the longest that one was held, once committed.
+
+        Raises:
+            Uncertain: where rank 0 didn't say, as when it is gone: it may have committed before.
+            Exception: of the kind and text that all ranks get, where nothing was.
+        """
+        key, rank = f"{job.token}/{tier}/", self._identity.rank
+        try:
+            if not self._first:
+                self._control.set(f"{key}{rank}", json.dumps(receipt))
+                answer = json.loads(self._control.get(f"{key}end"))
+            else:
+                answer = self._collect(job, tier, receipt)
+                self._control.set(f"{key}end", json.dumps(answer))
+        except Exception as error:
+            raise Uncertain(f"rank 0 didn't say how it ended: {type(error).__name__}: {error}") from None
+        if "failed" in answer:
+            kind, text = answer["failed"]
+            raise _KINDS[kind](text)
+        return answer["bytes"], answer["held"]
+
+    def _collect(self, job: _Job, tier: str, receipt: dict[str, Any]) -> dict[str, Any]:
+        """On rank 0: all receipts, then the commit; what all ranks are told."""
+        try:
+            receipts = [receipt]
+            for rank in range(1, self._identity.world):
+                receipts.append(json.loads(self._control.get(f"{job.token}/{tier}/{rank}")))
+                self._control.delete_key(f"{job.token}/{tier}/{rank}")
+            held = max(float(one["held"]) for one in receipts)
+            return {"bytes": self._commit(job, tier, receipts), "held": held}
+        except Exception as error:
+            kind, text = failure_of(error)
+            if kind is not UserError:
+                how = "may be saved or not" if kind is Uncertain else "was not saved"
+                text = f"step {job.step} {how} to {self._root(tier) or 'memory'}: {text}"
+            return {"failed": [kind.__name__, text]}
+
+    def _commit(self, job: _Job, tier: str, receipts: list[dict[str, Any]]) -> int:
+        failed = [(rank, one["failed"]) for rank, one in enumerate(receipts) if "failed" in one]
+        if failed:
+            severe = next(
+                (kind for _, (kind, _) in failed if kind != Incomplete.__name__), Incomplete.__name__
+            )
+            raise _KINDS[severe]("; ".join(f"rank {rank}: {text}" for rank, (_, text) in failed[:3]))
+        plans = [str(one["plan"]) for one in receipts]
+        unknown = {}
+        for rank, plan in enumerate(plans):
+            if plan not in self._known:
+                unknown[plan] = base64.b64decode(self._control.get(f"plan/{rank}/{plan}"))
+                self._control.delete_key(f"plan/{rank}/{plan}")
+        order = CommitOrder(
+            root=self._root(tier),
+            step=job.step,
+            token=job.token,
+            identity=self._identity,
+            records=tuple(ShardFile(*one["record"]) for one in receipts),
+            plans=tuple(plans),
+            unknown=unknown,
+            facts=job.facts,
+            retention=self._policy.retention,
+        )
+        try:
+            size = int(self._writer.request(order, lambda _: None))
+        except Incomplete as error:
+            if isinstance(self._writer, WriterProcess) and self.writer_pid is None:
+                raise Uncertain(f"while it was being committed, {error}") from None
+            raise
+        self._known.update(unknown)
+        return size

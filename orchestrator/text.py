@@ -1,0 +1,66 @@
+"""Numbers, durations and tables as a person reads them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def count(number: float) -> str:
+    """A number in three digits: 1.28 B, 12.3 M, 4.5 k, 678."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= 0.9995 * size:  # what rounds to 1000 of a unit is 1 of the next
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def size(number: float) -> str:
+    """Bytes: 3.2 GiB."""
+    for unit, each in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= each:
+            scaled = number / each
+            return f"{scaled:.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def span(seconds: float | None) -> str:
+    """A duration: 0:35, 12:07, 3:04:05, 2d 03:04."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def clock(seconds: float | None) -> str:
+    """A local time of day with its date."""
+    return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell; the columns in `right` are flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def indented(text: str) -> str:
+    """Each line two columns to the right."""
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def plural(number: int, noun: str) -> str:
+    """A number and its noun: 1 attempt, 2 attempts."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def short(path: str) -> str:
+    """A path with the user's home folder as `~`, which a shell takes back."""
+    home = str(Path.home())
+    return "~" + path[len(home) :] if path.startswith(home + "/") else path

@@ -1,0 +1,207 @@
+"""Defects of saving beside training and of what a run begins from."""
+
+from __future__ import annotations
+
+from tests.mutants.listed import Mutant
+
+_LOOP = "trainer/loop.py"
+_SAVES = "trainer/saves.py"
+_RESUME = "trainer/resume.py"
+_SAVER = "faulttol/staged/saver.py"
+_BUFFERS = "faulttol/staged/buffers.py"
+_WRITER = "faulttol/staged/writer.py"
+_SHARDS = "faulttol/checkpoint/shards.py"
+
+_RUN = "tests/trainer/test_resume.py::test_"
+_SAVED = "tests/faulttol/test_saver.py::test_"
+_BESIDE = f"{_SAVED}the_state_of_the_moment_is_committed"
+_MEMORY = f"{_RUN}the_newest_snapshot_in_memory_is_what_the_next_attempt_begins_with"
+_FAILED = f"{_RUN}failed_saves_are_told_and_counted_and_training_goes_on"
+_OTHER = f"{_RUN}a_run_begins_where_another_stands_and_only_reads_it"
+_YOUNG = f"{_RUN}the_interval_follows_what_saves_cost_and_how_often_the_run_fails"
+_BUSY = f"{_SAVED}a_save_while_one_is_being_written"
+
+MUTANTS = [
+    Mutant(
+        "training doesn't wait for the copy",
+        _BUFFERS,
+        "self._done.wait()",
+        "pass",
+        f"{_SAVED}training_waits_for_the_copy",
+    ),
+    Mutant(
+        "a copy is taken twice",
+        _SAVER,
+        "if not job.copied:",
+        "if True:",
+        f"{_SAVED}what_was_copied_is_not_copied_again",
+    ),
+    Mutant(
+        "a failed rank is left out of the count",
+        _SAVER,
+        'failed = [(rank, one["failed"]) for rank, one in enumerate(receipts) if "failed" in one]',
+        "failed: list[Any] = []",
+        f"{_SAVED}a_rank_that_cannot_write_is_named_and_the_next_save_commits",
+    ),
+    Mutant(
+        "what a failed save wrote stays",
+        _SAVER,
+        "self._writer.request(discard, lambda _: None)",
+        "pass",
+        f"{_SAVED}a_rank_that_cannot_write_is_named_and_the_next_save_commits",
+    ),
+    Mutant(
+        "a plan is known for ever",
+        _SAVER,
+        "if plan not in self._known:",
+        "if not self._known:",
+        f"{_SAVED}a_changed_plan_is_surveyed_anew",
+    ),
+    Mutant(
+        "a busy save is never left out",
+        _SAVER,
+        'if self._policy.busy == "skip" and self._any_busy():',
+        "if False:",
+        f"{_BUSY}[skip]",
+    ),
+    Mutant(
+        "a busy save is always left out",
+        _SAVER,
+        'if self._policy.busy == "skip" and self._any_busy():',
+        "if self._any_busy():",
+        f"{_BUSY}[wait]",
+    ),
+    Mutant(
+        "a dead writer is asked again",
+        _WRITER,
+        "if self.pid is not None:",
+        "if self._process is not None:",
+        f"{_SAVED}a_writer_that_is_killed_fails_one_save",
+    ),
+    Mutant(
+        "the writer outlives its rank",
+        _WRITER,
+        "die_with_parent(os.environ)",
+        "pass",
+        f"{_SAVED}a_writer_ends_with_its_rank",
+    ),
+    Mutant(
+        "the index isn't put into the buffer",
+        _WRITER,
+        "view[layout.offsets[-1] : layout.size] = index[0]",
+        "pass",
+        f"{_SAVED}a_snapshot_is_a_whole_file",
+    ),
+    Mutant(
+        "the header isn't put into the buffer",
+        _WRITER,
+        "view[: len(layout.header)] = layout.header",
+        "pass",
+        f"{_SAVED}a_snapshot_is_a_whole_file",
+    ),
+    Mutant(
+        "the newest snapshot is overwritten",
+        _BUFFERS,
+        "if buffer is None or buffer is not self._kept",
+        "if True or buffer is not self._kept",
+        f"{_SAVED}the_newest_snapshot_stays_whole_while_the_next_is_made",
+    ),
+    Mutant(
+        "values of a file aren't aligned",
+        _SHARDS,
+        "-(len(text) + 8) % ALIGNMENT",
+        "-(len(text) + 8) % 8",
+        f"{_SAVED}values_lie_at_pages",
+    ),
+    Mutant("a failed save isn't counted", _SAVES, "self.failed_in_a_row += 1", "pass", _FAILED),
+    Mutant(
+        "failures are counted over commits",
+        _SAVES,
+        "self._last, self.failed_in_a_row = outcome, 0",
+        "self._last = outcome",
+        _FAILED,
+    ),
+    Mutant(
+        "the last save is tried once",
+        _LOOP,
+        "for wait in (*_WAITS, None):",
+        "for wait in (None,):",
+        f"{_RUN}the_last_save_is_tried_again",
+    ),
+    Mutant(
+        "a failed save ends the run",
+        _LOOP,
+        "if isinstance(error, UserError | Superseded):",
+        "if error is not None:",
+        _FAILED,
+    ),
+    Mutant(
+        "the last save may fail",
+        _LOOP,
+        "                raise self.progress.unsaved\n",
+        "                return\n",
+        f"{_RUN}the_last_save_must_succeed",
+    ),
+    Mutant(
+        "the last save isn't waited for",
+        _LOOP,
+        "            self.checkpoints.finish()\n",
+        "            pass\n",
+        f"{_RUN}saves_are_told_when_they_are_durable",
+    ),
+    Mutant(
+        "the optimizer doesn't wait for the copy",
+        _LOOP,
+        'if name == "optimizer":',
+        "if False:",
+        f"{_RUN}the_optimizer_waits_for_the_copy",
+    ),
+    Mutant(
+        "saves are told as they begin",
+        _LOOP,
+        "outcome.held,\n",
+        "outcome.seconds,\n",
+        f"{_RUN}held_and_durable_are_two_things",
+    ),
+    Mutant(
+        "the interval is always fixed", _SAVES, 'if self._config.interval == "fixed":', "if True:", _YOUNG
+    ),
+    Mutant(
+        "failures don't shorten the interval",
+        _SAVES,
+        "self._attempt - 1, worst.hours",
+        "0, worst.hours",
+        _YOUNG,
+    ),
+    Mutant(
+        "the interval begins at step 0",
+        _SAVES,
+        "self._next = step + self._config.every\n\n",
+        "self._next = self._config.every\n\n",
+        _YOUNG,
+    ),
+    Mutant("no snapshot is made", _SAVES, "if every is not None and step % every == 0", "if False", _MEMORY),
+    Mutant(
+        "memory is never read",
+        _RESUME,
+        "tiers = [*self._snapshots(self._folder, ends), *tiers]",
+        "pass",
+        _MEMORY,
+    ),
+    Mutant(
+        "memory is read for ever",
+        _RESUME,
+        "return memory.demoted(history)",
+        "return None",
+        f"{_RUN}memory_that_led_to_the_same_end_twice_is_passed_over",
+    ),
+    Mutant("the end leaves memory behind", _RESUME, "memory.forget(self._folder)", "pass", _MEMORY),
+    Mutant("lineage is forgotten", _RESUME, '"lineage": self._lineage,', '"lineage": [],', _OTHER),
+    Mutant(
+        "the step that resume names isn't heeded",
+        _RESUME,
+        'int(match["step"])',
+        "None",
+        f"{_RUN}one_step_of_another_run_is_where_a_run_begins",
+    ),
+]
