@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -111,9 +111,10 @@ def _write(writer: Any, plan: Any, planner: Any) -> Any:
 
 
 def _planner(source: Source, tell: Teller) -> Any:
-    """DCP's planner that reads each box when it is written, and gives it back then.
+    """DCP's planner that reads each box when it is written.
 
-    The writer keeps the last tensor of each name until its file ends, so its memory goes and an empty one stays.
+    torch's writer keeps the last tensor of each name until its file ends, though it has written it. So all tensors of a
+    thread share its memory: one is written before the next is asked for, and none is looked at again.
     """
     import torch
     from torch.distributed.checkpoint import DefaultSavePlanner
@@ -123,7 +124,7 @@ def _planner(source: Source, tell: Teller) -> Any:
     class Planner(DefaultSavePlanner):
         """Reads box by box."""
 
-        last = threading.local()
+        mine = threading.local()
 
         def item(self, name: str, box: Box) -> WriteItem:
             """What is to be written of a box."""
@@ -136,19 +137,25 @@ def _planner(source: Source, tell: Teller) -> Any:
 
         def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
             """The values of a box."""
-            before = getattr(self.last, "tensor", None)
-            if before is not None:
-                before.untyped_storage().resize_(0)
             name, data = write_item.index.fqn, write_item.tensor_data
             assert data is not None
             box = Box(tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-            tensor = torch.empty(box.shape, dtype=data.properties.dtype)
+            dtype = data.properties.dtype
+            tensor = torch.empty(0, dtype=dtype).set_(self._room(box.elements * dtype.itemsize), 0, box.shape)
             values = source.read(name, box)
-            if box.elements:  # by a copy, since memory that numpy has seen can't be given back
+            if box.elements:
                 tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(values.reshape(-1).view(np.uint8)))
-            self.last.tensor = tensor
             tell(values.nbytes)
             return tensor
+
+        def _room(self, size: int) -> torch.UntypedStorage:
+            """The thread's memory for values, of that size."""
+            if not hasattr(self.mine, "storage"):
+                self.mine.storage = torch.UntypedStorage(0)
+            if self.mine.storage.nbytes() != size:
+                self.mine.storage.resize_(size)
+            storage: torch.UntypedStorage = self.mine.storage
+            return storage
 
     return Planner()
 
@@ -181,6 +188,7 @@ class Chunks:
         self.bytes = 0
         """Read so far."""
         self._lock, self._kept = threading.Lock(), threading.local()
+        self._filler = _filler()
 
     @property
     def largest(self) -> int:
@@ -240,29 +248,17 @@ class Chunks:
 
     def _load(self, name: str, number: int) -> Bits:
         import torch
-        from torch.distributed.checkpoint import DefaultLoadPlanner
         from torch.distributed.checkpoint.metadata import MetadataIndex
         from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
         entry = self._tensors[name]
         chunk = entry.chunks[number]
         target = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
-
-        class Planner(DefaultLoadPlanner):
-            """Fills one tensor."""
-
-            def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:  # noqa: ARG002
-                """Where it goes."""
-                return target
-
-            def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-                """It is there."""
-
         index = MetadataIndex(name, chunk.offsets, number)
         zeros = torch.Size([0] * len(chunk.sizes))
         item = ReadItem(LoadItemType.TENSOR, index, zeros, index, zeros, chunk.sizes)
         try:
-            self._reader.read_data(LoadPlan([item]), Planner()).wait()
+            self._reader.read_data(LoadPlan([item]), self._filler(target)).wait()
         except Exception as error:
             raise UserError(
                 f"{self._path}: {name} can't be read: {type(error).__name__}: {error}; complete the files"
@@ -271,6 +267,28 @@ class Chunks:
             self.bytes += target.numel() * target.element_size()
         flat = target.reshape(-1).view(torch.uint8).numpy() if target.numel() else np.empty(0, np.uint8)
         return flat.view(bits_of(self.dtype(name))).reshape(tuple(chunk.sizes))
+
+
+def _filler() -> Callable[[torch.Tensor], Any]:
+    """Makes DCP's planner that fills one tensor. Its class is made once: a class is freed by the garbage collector alone,
+    and would keep its tensor until then."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    class Planner(DefaultLoadPlanner):
+        """Fills one tensor."""
+
+        def __init__(self, target: torch.Tensor) -> None:
+            super().__init__()
+            self.target = target
+
+        def resolve_tensor(self, read_item: Any) -> torch.Tensor:  # noqa: ARG002
+            """Where it goes."""
+            return self.target
+
+        def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+            """It is there."""
+
+    return Planner
 
 
 def import_dcp(
@@ -307,7 +325,7 @@ def import_dcp(
     notes = [f"no tensors, left out: {', '.join(chunks.others[:3])}"] if chunks.others else []
     notes += [f"left out by the map of names: {len(left)} tensors"] if left else []
     number = step if step is not None else int(known.get("step", 0)) if fill is None else 0
-    peak = THREADS * chunks.largest
+    peak = THREADS * 3 * chunks.largest  # as torch reads it, as it unpickles it, and as it is kept
     into = Into(out, run, number, small)
     return imported(chunks, placed, into, notes=notes, fill=fill, masters=fill is not None, peak=peak)
 

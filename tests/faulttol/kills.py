@@ -36,7 +36,7 @@ _PATIENCE = 60.0
 """Seconds until a rank that shows nothing is judged to hang."""
 _ROWS, _QUICK_ROWS = 4096, 1024
 """Of 4 KiB each."""
-_RATE = 0.08
+_RATE = 0.1
 """Share of requests to S3 that meet a fault."""
 _LONGEST, _QUICK_LONGEST = 1.5, 0.3
 """Seconds from the first save of an attempt to its end, at most."""
@@ -265,9 +265,9 @@ class Killer:
         try:
             gang.wait(lambda: min(gang.steps("begin")) > 0, "the first save")
             self._check_loaded(place, gang)
-            if (
-                self._noise.random() < 0.75
-            ):  # else the first of the attempt may be the one that is interrupted
+            if not place.readable:  # its faults come one by one
+                place.harm(self._noise)
+            if self._noise.random() < 0.75:  # else the first one may be interrupted
                 gang.wait(lambda: min(gang.steps("saved")) > 0, "the end of the first save")
             self._wait(place, background)
             if self._noise.random() < 0.75:
@@ -385,7 +385,7 @@ class Killer:
             here.close()
 
 
-def run(times: int, quick: bool, seed: int, verbose: bool) -> int:
+def run(times: int, quick: bool, seed: int, verbose: bool, only: str | None = None) -> int:
     """Kill so many times, at all places in turn; how often something was wrong."""
     wrong = 0
     with (
@@ -397,10 +397,11 @@ def run(times: int, quick: bool, seed: int, verbose: bool) -> int:
             print("left out, since mounts need root: a full disk, a folder that turns read-only")
         # A client of S3 takes each process a second to make, which `make test` hasn't often.
         turns = [*found, *(place for place in found if place.name != "s3")] if quick else found
+        turns = [place for place in turns if only in (None, place.name)]
         for number in range(times):
             place = turns[number % len(turns)]
             wrong += _attempted(lambda p=place: killer.once(p), f"{number + 1} {place.name}", verbose)
-        for place in found[:1] if quick else found:
+        for place in turns[:1] if quick else turns:
             wrong += _attempted(lambda p=place: killer.finish(p), f"the end of {place.name}", verbose)
         for place in found:
             extra = f"; requests by fault: {dict(place.counts)}" if place.counts else ""
@@ -427,6 +428,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faulttol.kills", description=__doc__)
     parser.add_argument("--times", type=int, default=None, help="kills (200)")
     parser.add_argument("--quick", action="store_true", help="12 kills of a small state")
+    parser.add_argument("--only", default=None, help="one place: disk, s3, full, read-only")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--verbose", action="store_true", help="a line for each kill")
     options = parser.parse_args()
@@ -435,7 +437,7 @@ def main() -> int:
         words = [unshare, "--mount", "--propagation", "private", sys.executable, "-m", "tests.faulttol.kills"]
         os.execve(unshare, [*words, *sys.argv[1:]], {**os.environ, _MOUNTED: "1"})
     times = options.times or (12 if options.quick else 200)
-    wrong = run(times, options.quick, options.seed, options.verbose)
+    wrong = run(times, options.quick, options.seed, options.verbose, options.only)
     print(f"{times} kills, {wrong} wrong")
     return int(wrong > 0)
 
