@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import Commit, folder_of, tag
 from faulttol.checkpoint.manifest import Identity, Incomplete, ShardFile, Superseded, Uncertain
 from faulttol.checkpoint.peers import Peers, failure_of
 from faulttol.checkpoint.pieces import Piece
 from faulttol.checkpoint.retention import Retention
-from faulttol.checkpoint.save import new_token
 from faulttol.checkpoint.shards import Layout, layout, ordered
+from faulttol.checkpoint.store import Store
 from faulttol.checkpoint.survey import Plan
 from faulttol.snapshots.partners import partners
 from faulttol.staged.buffers import Buffer, Buffers, Copy
@@ -123,6 +124,8 @@ class _Job:
     """This rank's part is done."""
     over: threading.Event = field(default_factory=threading.Event)
     outcomes: list[Outcome] = field(default_factory=list)
+    live: list[Piece] | None = None
+    """What is written without a copy."""
     copied: bool = False
     sealed: ShardFile | None = None
     """The buffer is a whole file."""
@@ -154,7 +157,7 @@ class Saver:
         self._policy, self._identity, self._peers = policy, identity, peers
         self._control, self._device, self._signs = control, device, signs or Signs()
         self._first = identity.rank == 0
-        self._nonce = str(peers.broadcast(new_token() if self._first else None))
+        self._nonce = str(peers.broadcast(saving.new_token() if self._first else None))
         self._count = 0
         self._writer: Inline | WriterProcess = WriterProcess() if policy.background else Inline()
         word = f"{tag(identity.run)}.a{identity.attempt:04d}.r{identity.rank:05d}"
@@ -181,6 +184,8 @@ class Saver:
 
     def prepare(self, pieces: Iterable[Piece]) -> None:
         """Get the memory for saves of such pieces, beside what follows: the first save then doesn't wait for it."""
+        if not self._policy.background and self._memory is None:
+            return
         size = layout(0, self._identity, ordered(pieces)).size
         with suppress(Exception):  # the save will meet it again, and tell it
             self._ready()
@@ -217,9 +222,12 @@ class Saver:
             self._ready()
             kept = ordered(pieces)
             job.layout = layout(step, self._identity, kept)
-            self._prepared_by_now()
-            job.buffer = self._buffers.take(job.layout.size)
-            job.copy = Copy(job.buffer, job.layout, kept, self._device)
+            if not self._policy.background and list(tiers) == ["store"]:
+                job.live = kept  # training waits, so a copy would only cost memory and time
+            else:
+                self._prepared_by_now()
+                job.buffer = self._buffers.take(job.layout.size)
+                job.copy = Copy(job.buffer, job.layout, kept, self._device)
         except Exception as error:
             job.failed = error
         self._job = job
@@ -354,6 +362,10 @@ class Saver:
 
     def _write(self, job: _Job, tier: str) -> dict[str, Any]:
         """Write this rank's file; its receipt."""
+        if job.live is not None:
+            store = Store(self._policy.root)
+            written = saving.write(store, job.step, job.token, self._identity, job.live)
+            return self._receipt(written.record, Plan(written.plain or ()))
         if job.failed is not None or job.copy is None or job.layout is None or job.buffer is None:
             raise job.failed or Incomplete("nothing was staged")
 
@@ -377,7 +389,10 @@ class Saver:
             self._writer.request(Keep(path, plain, token, partner), progressed)
         elif not fresh:
             self._writer.request(Put(path, plain, token, self._policy.root), progressed)
-        record, plan = job.sealed, Plan(plain.pieces)
+        return self._receipt(job.sealed, Plan(plain.pieces))
+
+    def _receipt(self, record: ShardFile, plan: Plan) -> dict[str, Any]:
+        """What rank 0 has to know; a plan is told once."""
         if self._told != plan.digest:
             self._control.set(
                 f"plan/{self._identity.rank}/{plan.digest}", base64.b64encode(plan.packed).decode()

@@ -229,10 +229,10 @@ def _restart(
             tiers = ([found] if found else []) + (stored(str(store)) if store else [])
             return restore(tiers, wanted, peers, who) if tiers else None
 
+    before = set(threading.enumerate())
     answers = together(world, one)
-    assert not [thread for thread in threading.enumerate() if thread.name == "ranges"], (
-        "all servers are closed"
-    )
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name == "ranges"], "all servers are closed"
     raised = [answer for answer in answers if isinstance(answer, Exception)]
     if raised:
         raise raised[0]
@@ -412,8 +412,9 @@ def test_an_error_inside_closes_the_servers_at_once(tmp_path: Path) -> None:
         with memory.tier(tmp_path / str(rank), peers, identity(rank, WORLD), SECRET, "127.0.0.1"):
             raise RuntimeError("no place for the tensors")
 
+    before = set(threading.enumerate())
     assert [str(answer) for answer in together(WORLD, one)] == ["no place for the tensors"] * WORLD
-    assert not [thread for thread in threading.enumerate() if thread.name == "ranges"]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "ranges"]
 
 
 # ---- real processes ----

@@ -31,7 +31,8 @@ def _round(root: str) -> None:
     folder = folder_of(3)
     (name,) = (name for name in store.names(folder) if ".r00001." in name)
     data = bytearray(store.read(f"{folder}/{name}"))
-    for spoiled in (data[:10], data[:400] + b"!" + data[401:]):
+    values = 8 + int.from_bytes(data[:8], "little") + 100
+    for spoiled in (data[:10], data[:values] + bytes([data[values] ^ 1]) + data[values + 1 :]):
         store.write(f"{folder}/{name}", [spoiled])
         _restored(root, 2, name)
     store.remove(f"{folder}/{name}")

@@ -36,7 +36,7 @@ from faulttol.checkpoint.store import Store
 from faulttol.staged.saver import Saver
 from faulttol.staged.writer import Inline
 from tests.collectives.ranks import free_port
-from trainer import loop
+from trainer import loop, resume
 from trainer.fingerprint import fingerprint, refusals
 from trainer.optim.schedule import learning_rate, samples_before
 from trainer.saves import Measured, SaveSchedule
@@ -113,14 +113,23 @@ def train(tmp_path: Path) -> Iterator[Train]:
     text = tmp_path / "text.txt"
     text.write_text(Path(__file__).read_text())
     home = {"MEGARAY_HOME": str(tmp_path / "home")}
+    made: list[Saver] = []
+
+    def noted(*given: Any) -> Saver:
+        made.append(Saver(*given))
+        return made[-1]
 
     def run(*words: str, attempt: int = 1, folder: str = "run") -> list[MetricLine]:
         paths = RunPaths(tmp_path / folder)
         rank = RankContext(0, 1, 0, 1, "127.0.0.1", free_port(), paths, attempt)
         paths.attempt(attempt).metrics.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with mock.patch.dict(os.environ, home):
+            with mock.patch.dict(os.environ, home), mock.patch.object(resume, "Saver", noted):
                 loop.main(_config(f"data.path={text}", *words), rank)
+        except BaseException:
+            for saver in made[-1:]:  # a process would end now, and its servers with it
+                saver._writer.close()
+            raise
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
