@@ -171,8 +171,11 @@ class Saver:
         self._job: _Job | None = None
         self._told: str | None = None
         """Digest of the plan that rank 0 knows of this rank."""
+        self._plans: dict[str, bytes] = {}
+        """On rank 0, packed plans of all ranks by digest: a few KB each."""
         self._known: set[str] = set()
-        """On rank 0, digests of the plans that its writer knows."""
+        """Digests of those that the writer `_known_by` was told."""
+        self._known_by: int | None = None
         self._ended: list[Outcome] = []
 
     @property
@@ -340,8 +343,6 @@ class Saver:
                     self._writer.request(sweep, lambda _: None)
             return self._outcome(job, tier, size, held, None)
         except Exception as error:
-            self._told = None  # whatever rank 0 and its writer knew of plans may be gone
-            self._known.clear()
             if not isinstance(error, Uncertain):
                 with suppress(Exception):
                     discard = Discard(self._root(tier), job.step, job.token, self._identity)
@@ -448,11 +449,13 @@ class Saver:
             )
             raise _KINDS[severe]("; ".join(f"rank {rank}: {text}" for rank, (_, text) in failed[:3]))
         plans = [str(one["plan"]) for one in receipts]
-        unknown = {}
         for rank, plan in enumerate(plans):
-            if plan not in self._known:
-                unknown[plan] = base64.b64decode(self._control.get(f"plan/{rank}/{plan}"))
+            if plan not in self._plans:
+                self._plans[plan] = base64.b64decode(self._control.get(f"plan/{rank}/{plan}"))
                 self._control.delete_key(f"plan/{rank}/{plan}")
+        if self._known_by != self.writer_pid:  # a new writer knows nothing
+            self._known_by, self._known = self.writer_pid, set()
+        unknown = {plan: self._plans[plan] for plan in plans if plan not in self._known}
         order = CommitOrder(
             root=self._root(tier),
             step=job.step,

@@ -389,6 +389,25 @@ def test_a_changed_plan_is_surveyed_anew(tmp_path: Path) -> None:
         assert isinstance(second.error, Incomplete) and "has no source" in str(second.error)
 
 
+def test_a_new_writer_is_told_all_plans(tmp_path: Path) -> None:
+    """It may be killed while it is idle: the next save commits."""
+    live = layout(state(2), 2, 1, "rows")
+
+    def train(rank: int, saver: Saver) -> list[Outcome]:
+        for step in (1, 2):
+            saver.stage(step, list(owned(live[rank])), {})
+            saver.finish()
+            pid = saver.writer_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            while saver.writer_pid is not None:
+                time.sleep(0.01)
+        return saver.poll()
+
+    for outcomes in _with_savers(2, train, tmp_path):
+        assert [outcome.error for outcome in outcomes] == [None, None]
+
+
 def test_storage_that_refuses_is_told_and_training_goes_on(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.write_text("a file where the folder should be")

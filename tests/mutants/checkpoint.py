@@ -53,9 +53,16 @@ MUTANTS = [
     Mutant(
         "a plan is known for ever",
         _SAVER,
-        "if plan not in self._known:",
-        "if not self._known:",
+        "for plan in plans if plan not in self._known}",
+        "for plan in plans if not self._known}",
         f"{_SAVED}a_changed_plan_is_surveyed_anew",
+    ),
+    Mutant(
+        "a new writer isn't told the plans",
+        _SAVER,
+        "if self._known_by != self.writer_pid:",
+        "if False:",
+        f"{_SAVED}a_new_writer_is_told_all_plans",
     ),
     Mutant(
         "a busy save is never left out",
