@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_PORTABLE = 1
+"""`cudaHostRegisterPortable`, and HIP's flag of that name: the pages are locked for every device."""
+
+
 class Buffer:
     """Memory that this process fills and its writer process reads.
 
@@ -72,8 +76,11 @@ class Buffer:
         """Put bytes at an offset."""
         self._map[offset : offset + len(data)] = data
 
-    def pin(self) -> None:
+    def pin(self, device: torch.device) -> None:
         """Lock the pages, so that a GPU copies into them by itself.
+
+        Args:
+            device: of this rank; a thread begins on the first one, where it would leave a context of its own.
 
         Raises:
             Incomplete: where the driver refuses, as under a limit of locked memory (`ulimit -l`).
@@ -81,7 +88,8 @@ class Buffer:
         import torch
 
         address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
-        code = torch.cuda.cudart().cudaHostRegister(address, self.size, 0)
+        with torch.cuda.device(device):
+            code = torch.cuda.cudart().cudaHostRegister(address, self.size, _PORTABLE)
         if int(code):
             raise Incomplete(f"{self.size} bytes of host memory can't be page-locked: error {int(code)}")
         self._pinned = True
@@ -189,7 +197,7 @@ class Buffers:
             path = None if self._folder is None else self._folder / f".{self._word}.{at}"
             found = Buffer(size, path)
             if self._device.type == "cuda":
-                found.pin()
+                found.pin(self._device)
             self._made[at] = found
         return found
 
