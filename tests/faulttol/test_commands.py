@@ -80,6 +80,13 @@ def test_a_run_is_named_by_its_id_its_folder_or_its_checkpoints(home: Path) -> N
     assert places.find("tiny-1", 7, 2).step == 7 and places.find("tiny-1", 7, 2).attempt == 2
 
 
+def test_a_run_under_torchrun_has_no_event_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
+    checkpoints = tmp_path / "runs" / "torchrun-1234" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    assert find("torchrun-1234").root == str(checkpoints)
+
+
 def test_a_folder_or_url_needs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir()
     assert places.find(str(tmp_path / "x")) == places.Place(str(tmp_path / "x"), str(tmp_path / "x"))
