@@ -84,7 +84,7 @@ def test_a_run_under_torchrun_has_no_event_log(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
     checkpoints = tmp_path / "runs" / "torchrun-1234" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    assert find("torchrun-1234").root == str(checkpoints)
+    assert places.find("torchrun-1234").root == str(checkpoints)
 
 
 def test_a_folder_or_url_needs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
