@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ from configs.compose import load
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
-from faulttol.checkpoint.folder import Folder, folder_of, tag
+from faulttol.checkpoint.folder import Folder, folder_of, named, tag
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.store import Store
 from orchestrator.changes import Change, changes
 from trainer.fingerprint import fingerprint, refusals
 
-_STEP = re.compile(r"(?P<root>.+?)/+step-0*(?P<step>\d+)/*")
 _TOLD = 4
 """Differences that a refusal names."""
 
@@ -136,12 +134,6 @@ def _advice(found: Beginning, home: HomePaths) -> str:
     if found.run in home.run_ids() and settings.exists():
         return f"set it back, or take all settings of that run with --config {settings}"
     return "set it back"
-
-
-def named(path: str) -> tuple[str, int | None]:
-    """Folder or URL of checkpoints, and the step where the path is one step's folder."""
-    match = _STEP.fullmatch(path)
-    return (match["root"], int(match["step"])) if match else (path.rstrip("/") or "/", None)
 
 
 def _place(typed: str, home: HomePaths) -> tuple[str, int | None]:

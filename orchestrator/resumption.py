@@ -11,6 +11,7 @@ from configs.compose import load
 from configs.errors import UserError
 from configs.paths import RunPaths
 from configs.schema import RunConfig
+from faulttol.checkpoint.folder import named
 from faulttol.checkpoint.store import check_writable
 from orchestrator import beginnings, changes
 from orchestrator.beginnings import Beginning
@@ -141,8 +142,7 @@ def _newest(run: RunPaths, config: RunConfig) -> Beginning | None:
     """The run's own newest checkpoint, else the one that it began from."""
     found = beginnings.newest(config.checkpoint.path or str(run.checkpoints))
     if found is None and config.resume is not None:
-        match = beginnings.named(config.resume)
-        found = beginnings.newest(*match)
+        found = beginnings.newest(*named(config.resume))
     return found
 
 

@@ -6,22 +6,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from faulttol.commands import screen
+
 
 def count(number: float) -> str:
     """A number in three digits: 1.28 B, 12.3 M, 4.5 k, 678."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 0.9995 * size:  # what rounds to 1000 of a unit is 1 of the next
-            return f"{number / size:.3g} {unit}"
+    for unit, each in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= 0.9995 * each:  # what rounds to 1000 of a unit is 1 of the next
+            return f"{number / each:.3g} {unit}"
     return f"{number:.3g}"
 
 
-def size(number: float) -> str:
-    """Bytes: 3.2 GiB."""
-    for unit, each in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if number >= each:
-            scaled = number / each
-            return f"{scaled:.0f} {unit}" if scaled >= 999.5 else f"{scaled:.3g} {unit}"
-    return f"{number:.0f} B"
+size = screen.size
 
 
 def span(seconds: float | None) -> str:
@@ -42,12 +38,7 @@ def clock(seconds: float | None) -> str:
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Columns as wide as their widest cell; the columns in `right` are flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(screen.table(rows, right))
 
 
 def indented(text: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.schema import RunConfig
+from faulttol.checkpoint.manifest import flat
 from trainer.data.store import differences
 
 #: Settings of the model that change what is learned next but not what a weight means; a resumed run may change them.
@@ -20,18 +21,11 @@ _OPTIM_FIXED = ("kind", "moments")
 def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint remembers of the run that wrote it, as plain JSON."""
     return {
-        "model": _flat(config.model.model_dump(mode="json")),
+        "model": flat(config.model.model_dump(mode="json")),
         "optim": {name: getattr(config.optim, name) for name in _OPTIM_FIXED},
         "seed": config.train.seed,
         "data": data,
     }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def refusals(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:

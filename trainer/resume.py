@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from configs.metrics import ResumedLine, SavedLine, read_all
 from configs.rank import RankContext
 from configs.schema import RunConfig
 from faulttol.checkpoint import load as loading
+from faulttol.checkpoint.folder import named
 from faulttol.checkpoint.manifest import Identity
 from faulttol.checkpoint.pieces import Piece, Wanted, owned
 from faulttol.checkpoint.retention import Retention
@@ -33,7 +33,6 @@ from trainer.optim.schedule import samples_before
 from trainer.parallel.mesh import Mesh
 
 _log = logging.getLogger("megaray.trainer")
-_STEP = re.compile(r"(?P<root>.+?)/+step-0*(?P<step>\d+)/*")
 _RECEIPTS = timedelta(hours=1)
 """Longest time that a rank may take to write its file; a save that takes longer is given up."""
 
@@ -134,8 +133,7 @@ class Checkpoints:
         if self._folder is not None:
             tiers = [*self._snapshots(self._folder, ends), *tiers]
         if self._config.resume:
-            match = _STEP.fullmatch(self._config.resume)
-            root, step = (match["root"], int(match["step"])) if match else (self._config.resume, None)
+            root, step = named(self._config.resume)
             tiers.append(loading.Tier("another run", Store(root), owner=False, step=step))
         return tiers
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.rank import die_with_parent
+from faulttol.checkpoint.peers import exchange
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -53,19 +54,7 @@ class Place:
 
     def exchange(self, out: Sequence[tuple[int, memoryview]], into: Sequence[tuple[int, memoryview]]) -> None:
         """Send bytes to ranks and fill buffers with what they send; see `Peers`."""
-        import torch
-        import torch.distributed as dist
-
-        turns: dict[tuple[bool, int], int] = {}
-        works = []
-        for sends, rows in ((False, into), (True, out)):
-            for rank, data in rows:
-                if len(data):
-                    turn = turns[sends, rank] = turns.get((sends, rank), -1) + 1
-                    tensor = torch.frombuffer(data, dtype=torch.uint8)
-                    works.append((dist.isend if sends else dist.irecv)(tensor, rank, tag=turn))
-        for work in works:
-            work.wait()
+        exchange(out, into)
 
     def all(self, item: Any) -> list[Any]:
         """All ranks' items on all ranks, in rank order."""

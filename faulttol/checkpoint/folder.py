@@ -35,6 +35,7 @@ from faulttol.checkpoint.manifest import (
 from faulttol.checkpoint.store import StoreLike
 
 _STEP = re.compile(r"step-(\d{10,})")
+_NAMED = re.compile(r"(?P<root>.+?)/+step-0*(?P<step>\d+)/*")
 _FILE = re.compile(
     r"\.?(?P<run>.+)\.a(?P<attempt>\d{4,})\."
     r"((?P<manifest>manifest\.json)|pin-(?P<pin>[\w-]+)|use-(?P<use>\w+)"
@@ -52,6 +53,12 @@ _THREADS = 8
 def folder_of(step: int) -> str:
     """Folder of a step's checkpoint; names sort by step."""
     return f"step-{step:010d}"
+
+
+def named(path: str) -> tuple[str, int | None]:
+    """Folder or URL of checkpoints, and the step where the path is one step's folder."""
+    match = _NAMED.fullmatch(path)
+    return (match["root"], int(match["step"])) if match else (path.rstrip("/") or "/", None)
 
 
 def tag(run: str) -> str:

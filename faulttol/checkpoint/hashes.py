@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -49,6 +49,17 @@ class Located:
     """Bytes that one digest covers."""
 
 
+@dataclass(frozen=True)
+class _File:
+    """A file's index."""
+
+    size: int
+    """Bytes of it, as it was read."""
+    pieces: list[Located] = field(default_factory=list)
+    """In the order of the file."""
+    by_name: dict[str, list[Located]] = field(default_factory=dict)
+
+
 Span = tuple[Located, int, int]
 """Blocks of a piece, the first and the one after the last."""
 
@@ -66,7 +77,7 @@ class Source:
         self.tensors = self.manifest.tensors
         """By name, in the order in which they were saved."""
         self._lock = threading.Lock()
-        self._indexes: OrderedDict[int, tuple[list[Located], int]] = OrderedDict()
+        self._indexes: OrderedDict[int, _File] = OrderedDict()
         self._opening: dict[int, threading.Lock] = {}
         self.bytes = 0
         """Read so far, indexes included."""
@@ -87,7 +98,7 @@ class Source:
             Incomplete: where an index is missing, torn or differs from what was committed.
         """
         ranks = self.tensors[name].files()
-        return [piece for rank in ranks for piece in self.file(rank) if piece.entry.name == name]
+        return [piece for rank in ranks for piece in self._file(rank).by_name.get(name, ())]
 
     def file(self, rank: int) -> list[Located]:
         """All pieces of a rank's file, in its order.
@@ -95,28 +106,36 @@ class Source:
         Raises:
             Incomplete: where its index is missing, torn or differs from what was committed.
         """
+        return self._file(rank).pieces
+
+    def _file(self, rank: int) -> _File:
         with self._lock:
             mine = self._opening.setdefault(rank, threading.Lock())
         with mine:  # of several threads that want it one reads it
             with self._lock:
                 if rank in self._indexes:
                     self._indexes.move_to_end(rank)
-                    return self._indexes[rank][0]
+                    return self._indexes[rank]
             found = self._open(rank)
             with self._lock:
-                self._indexes[rank] = found, self.manifest.files[rank].index
-                while len(self._indexes) > 1 and sum(size for _, size in self._indexes.values()) > _INDEXES:
+                self._indexes[rank] = found
+                while len(self._indexes) > 1 and sum(one.size for one in self._indexes.values()) > _INDEXES:
                     self._indexes.popitem(last=False)
         return found
 
-    def _open(self, rank: int) -> list[Located]:
+    def _open(self, rank: int) -> _File:
         file, path = self.manifest.files[rank], self.commit.shard(rank, self.manifest.token)
         text = self._read(path, file.bytes - file.index, file.bytes, f"the index of rank {rank}")
         if digest(text) != file.digest:
             raise Incomplete(f"{self.url(path)}: its index differs from what was saved")
         index = Index.parse(text)
         base = file.bytes - file.index - index.bytes
-        return [Located(rank, path, entry, base + entry.offset, index.block) for entry in index.entries]
+        found = _File(file.index)
+        for entry in index.entries:
+            piece = Located(rank, path, entry, base + entry.offset, index.block)
+            found.pieces.append(piece)
+            found.by_name.setdefault(entry.name, []).append(piece)
+        return found
 
     def read(self, name: str, box: Box, pieces: Sequence[Located] | None = None) -> Any:
         """The values of a box, as a numpy array of its shape and of unsigned integers of the dtype's size.

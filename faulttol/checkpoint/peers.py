@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from configs.errors import UserError
 from faulttol.checkpoint.manifest import Incomplete, Superseded, Uncertain
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 T = TypeVar("T")
 Failure = tuple[type[Exception], str]
@@ -47,6 +50,33 @@ class Alone:
     def exchange(self, out: Sequence[tuple[int, memoryview]], into: Sequence[tuple[int, memoryview]]) -> None:
         """Nobody is there to be named."""
         assert not out and not into
+
+
+def exchange(
+    out: Sequence[tuple[int, memoryview]],
+    into: Sequence[tuple[int, memoryview]],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """`Peers.exchange` over gloo.
+
+    Args:
+        group: of all ranks; None: the default one.
+    """
+    import torch
+    import torch.distributed as dist
+
+    turns: dict[tuple[bool, int], int] = {}
+    works = []
+    for sends, rows in ((False, into), (True, out)):
+        for rank, data in rows:
+            if len(data):
+                turn = turns[sends, rank] = turns.get((sends, rank), -1) + 1
+                tensor = torch.frombuffer(data, dtype=torch.uint8)
+                act = dist.isend if sends else dist.irecv
+                works.append(act(tensor, rank, group=group, tag=turn))
+    for work in works:
+        if work is not None:
+            work.wait()
 
 
 def failure_of(error: Exception) -> Failure:

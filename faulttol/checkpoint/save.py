@@ -154,9 +154,7 @@ def write(store: StoreLike, step: int, token: str, identity: Identity, pieces: I
         OSError: where it can't be written; nothing is left under its name.
         ValueError: where a dtype can't be saved.
     """
-    # Boxes without elements tell nothing, but where the whole tensor is empty.
-    kept = [p for p in pieces if p.box.elements or 0 in p.box.whole]
-    shard = Shard(step, identity, kept)
+    shard = Shard(step, identity, pieces)
     file = _commit(step, identity).shard(identity.rank, token)
     size = store.write(file, shard.chunks())
     record = shard.record()

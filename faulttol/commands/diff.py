@@ -10,6 +10,7 @@ from typing import Any
 
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.hashes import STRETCH, THREADS, Located, Progress, Source, elements, parts_of, quiet
+from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.commands.numbers import numbers
 from faulttol.commands.screen import plural, size, table
@@ -216,11 +217,3 @@ def _facts(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any
     one, other = flat(first), flat(second)
     names = dict.fromkeys([*one, *other])
     return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested facts by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found

@@ -8,9 +8,8 @@ from math import prod
 from typing import Any
 
 from faulttol.checkpoint.folder import Commit, Folder
-from faulttol.checkpoint.manifest import Incomplete, Manifest
+from faulttol.checkpoint.manifest import Incomplete, Manifest, flat
 from faulttol.checkpoint.pieces import DTYPES
-from faulttol.commands.diff import flat
 from faulttol.commands.places import Place
 from faulttol.commands.prune import kept, retention_of
 from faulttol.commands.screen import axes, plural, size, table

@@ -121,7 +121,9 @@ def find(typed: str, step: int | None = None, attempt: int | None = None) -> Pla
 
 def _run(typed: str) -> RunPaths:
     home = HomePaths(default_home())
-    if typed and "/" not in typed and home.run(typed).checkpoints.is_dir():  # a run under torchrun has no event log
+    if (
+        typed and "/" not in typed and home.run(typed).checkpoints.is_dir()
+    ):  # a run under torchrun has no event log
         return home.run(typed)
     if "/" in typed or not home.run_ids():
         raise UserError(

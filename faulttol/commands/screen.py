@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from faulttol.convert.job import Estimate
+if TYPE_CHECKING:
+    from faulttol.convert.job import Estimate
 
 _EVERY = 0.1
 """Seconds between two pictures of a bar."""

@@ -14,7 +14,7 @@ from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.facts import COUNT, Kind, Moments, balances, fresh, is_parameter
 from faulttol.convert.facts import DTYPES as DTYPES_OF
-from faulttol.convert.job import WORK, Done, Estimate, Job, Progress, Teller
+from faulttol.convert.job import WORK, Estimate, Job
 from faulttol.convert.placed import Foreign, Placed, inward
 from faulttol.convert.target import Target, Value
 from faulttol.convert.values import FLOATS, convertible
@@ -71,15 +71,7 @@ def imported(
         bytes_moved=sum(value.bytes for value in values),
         peak_memory=target.at_once * WORK + peak,
     )
-    return Job(cost, tuple(told), partial(_run, foreign, target, into.facts, tuple(told)))
-
-
-def _run(
-    foreign: Foreign, target: Target, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress
-) -> Done:
-    before = foreign.bytes
-    path, size = target.write(facts, Teller(progress, target.bytes))
-    return Done(path, len(target.values), foreign.bytes - before, size, notes)
+    return Job(cost, tuple(told), partial(target.run, foreign, into.facts, tuple(told)))
 
 
 def _item(foreign: Foreign, placed: Placed) -> int:

@@ -9,6 +9,7 @@ from configs.errors import UserError
 from configs.model import ModelConfig
 from faulttol.checkpoint.folder import Commit, Folder
 from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.target import Value, zeros
 
@@ -37,16 +38,8 @@ def opened(store: StoreLike, commit: Commit | None = None) -> Source:
     return Source(store, commit)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
+    """The inverse of `faulttol.checkpoint.manifest.flat`."""
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *way, last = name.split(".")

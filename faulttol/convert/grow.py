@@ -18,7 +18,7 @@ from faulttol.checkpoint.hashes import Source
 from faulttol.checkpoint.manifest import Tensor
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.facts import is_parameter, model_of, opened
-from faulttol.convert.job import WORK, Done, Estimate, Job, Progress, Teller
+from faulttol.convert.job import WORK, Estimate, Job
 from faulttol.convert.target import Target, Value, filled, zeros
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
@@ -77,7 +77,7 @@ def grow(
         "step": source.commit.step, "from": store.url, "layers": [model.layers, layers], "optimizer": optimizer,
     }  # fmt: skip
     small = _facts(source, layers, entry)
-    return Job(_cost(source, target), tuple(notes), partial(_run, source, target, small, tuple(notes)))
+    return Job(_cost(source, target), tuple(notes), partial(target.run, source, small, tuple(notes)))
 
 
 def _facts(source: Source, layers: int, entry: dict[str, Any]) -> dict[str, Any]:
@@ -88,14 +88,6 @@ def _facts(source: Source, layers: int, entry: dict[str, Any]) -> dict[str, Any]
         "fingerprint": {**prints, "model": {**prints["model"], "layers": layers}},
         "lineage": [*old.get("lineage", []), entry],
     }
-
-
-def _run(
-    source: Source, target: Target, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress
-) -> Done:
-    before = source.bytes
-    path, size = target.write(facts, Teller(progress, target.bytes))
-    return Done(path, len(target.values), source.bytes - before, size, notes)
 
 
 def _cost(source: Source, target: Target) -> Estimate:

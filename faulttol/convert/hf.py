@@ -11,10 +11,11 @@ from configs.errors import UserError
 from configs.model import ModelConfig
 from faulttol.checkpoint.folder import Commit
 from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert import families, hf_config
 from faulttol.convert.assemble import Into, imported
-from faulttol.convert.facts import Kind, Moments, facts, fingerprint, flat, model_of, opened
+from faulttol.convert.facts import Kind, Moments, facts, fingerprint, model_of, opened
 from faulttol.convert.job import THREADS, WORK, Done, Estimate, Job, Progress, Teller, at_once
 from faulttol.convert.placed import Placed, outward
 from faulttol.convert.placed import cost as placed_cost

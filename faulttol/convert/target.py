@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from configs.errors import UserError
 from faulttol.checkpoint import save as saving
@@ -16,7 +16,7 @@ from faulttol.checkpoint.manifest import Identity
 from faulttol.checkpoint.pieces import BLOCK, DTYPES, Piece
 from faulttol.checkpoint.shards import layout, ordered
 from faulttol.checkpoint.store import StoreLike
-from faulttol.convert.job import THREADS, Teller, at_once, blocked
+from faulttol.convert.job import THREADS, Done, Progress, Teller, at_once, blocked
 
 _PIECE = 256 * BLOCK
 """Most bytes of a piece that can be cut: so many lie in one file and may be read by one rank alone."""
@@ -82,6 +82,13 @@ class _Lazy(Piece):
         for chunk in blocked(self.read(self.box)):
             yield chunk
             self.tell(len(chunk))
+
+
+class Counted(Protocol):
+    """What values are read from."""
+
+    bytes: int
+    """Read so far."""
 
 
 class Target:
@@ -151,6 +158,16 @@ class Target:
                 saving.discard(self._store, self._step, token, self._identity(rank))
             raise
         return f"{self._store.url.rstrip('/')}/{folder_of(self._step)}", size
+
+    def run(self, origin: Counted, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress) -> Done:
+        """`write`, and what came of it.
+
+        Args:
+            origin: that the values are read from.
+        """
+        before = origin.bytes
+        path, size = self.write(facts, Teller(progress, self.bytes))
+        return Done(path, len(self.values), origin.bytes - before, size, notes)
 
     def _identity(self, rank: int) -> Identity:
         return Identity(self._run, 1, {}, rank, len(self._files))

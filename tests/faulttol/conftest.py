@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pytest
+
+if TYPE_CHECKING:
+    from tests.faulttol.commanded import Ask
 
 
 @pytest.fixture
@@ -40,3 +45,24 @@ def memory() -> Iterator[str]:
     """URL of an empty folder in memory."""
     yield "memory://runs/checkpoints"
     fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
+    """Run a command of faulttol in this process, with an empty home."""
+    from tests.faulttol.commanded import asker  # loads torch
+
+    return asker(capsys, monkeypatch, tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def _saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.faulttol.commanded import save_pair
+
+    return save_pair(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def root(_saved: Path, tmp_path: Path) -> Path:
+    """The same state at step 10 of two ranks and at step 20 of three, cut otherwise."""
+    return Path(shutil.copytree(_saved, tmp_path / "checkpoints"))

@@ -26,27 +26,10 @@ from faulttol.commands.reshard import AXES, parse_layout, placed
 from tests.faulttol.ranks import save_all
 
 torch = pytest.importorskip("torch")
-from tests.faulttol.commanded import Ask, asker, damage_two, files, flip, newest, save, save_pair, tensors  # noqa: E402
+from tests.faulttol.commanded import Ask, damage_two, files, flip, newest, save, tensors  # noqa: E402
 from tests.faulttol.tensors import blank, equal, layout, restore_layout  # noqa: E402
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
-
-
-@pytest.fixture
-def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
-    """Run a command in this process, with an empty home."""
-    return asker(capsys, monkeypatch, tmp_path / "home")
-
-
-@pytest.fixture(scope="module")
-def _saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pair(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def root(_saved: Path, tmp_path: Path) -> Path:
-    """The same state at step 10 of two ranks and at step 20 of three, cut otherwise."""
-    return Path(shutil.copytree(_saved, tmp_path / "checkpoints"))
 
 
 # ---- diff ----

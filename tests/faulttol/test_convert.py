@@ -15,9 +15,10 @@ import torch
 from configs.errors import UserError
 from configs.model import ModelConfig
 from faulttol.checkpoint.boxes import Box
+from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.store import Store
 from faulttol.convert import job
-from faulttol.convert.facts import balances, flat, model_of, nested, slots
+from faulttol.convert.facts import balances, model_of, nested, slots
 from faulttol.convert.families import tensors
 from faulttol.convert.grow import grow
 from faulttol.convert.hf_config import config_of, family_of, model_in

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.model import ModelConfig, RouterConfig
-from faulttol.checkpoint.manifest import Incomplete
+from faulttol.checkpoint.manifest import Incomplete, flat
 from faulttol.checkpoint.store import Store
 from faulttol.convert import placed as placing
 from faulttol.convert import target as writing
@@ -385,7 +385,11 @@ def test_an_imported_model_trains_on(name: str, kind: Any, tmp_path: Path) -> No
     import_hf(Store(str(tmp_path / "hub")), Store(str(tmp_path / "imported")), "imported", kind=kind).run()
     (tmp_path / "text.txt").write_text("\n".join("abcdefghij"[i % 7 :] * 3 for i in range(99)))
     ours = model_in(json.loads((tmp_path / "hub/config.json").read_text()), "config.json", "hub")
-    words = [f"{key}={value}" for key, value in _flat(ours.model_dump(mode="json")) if value is not None]
+    words = [
+        f"{key}={value}"
+        for key, value in flat(ours.model_dump(mode="json"), "model.").items()
+        if value is not None
+    ]
     words += [*WORDS, f"data.path={tmp_path}/text.txt", f"resume={tmp_path}/imported", f"optim.kind={kind}"]
     paths = RunPaths(tmp_path / "run")
     rank = RankContext(0, 1, 0, 1, "127.0.0.1", free_port(), paths, 1)
@@ -408,11 +412,3 @@ def test_an_imported_model_trains_on(name: str, kind: Any, tmp_path: Path) -> No
     loss = -log_shares.gather(-1, tokens[:, 1:, None]).mean()
     steps = [line for line in lines if isinstance(line, StepLine)]
     assert steps[0].loss == pytest.approx(loss.item(), rel=1e-5) and len(steps) == 2
-
-
-def _flat(tree: dict[str, Any], prefix: str = "model.") -> Any:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

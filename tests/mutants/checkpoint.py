@@ -207,8 +207,8 @@ MUTANTS = [
     Mutant(
         "the step that resume names isn't heeded",
         _RESUME,
-        'int(match["step"])',
-        "None",
+        "root, step = named(self._config.resume)",
+        "root, step = named(self._config.resume)[0], None",
         f"{_RUN}one_step_of_another_run_is_where_a_run_begins",
     ),
 ]

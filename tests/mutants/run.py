@@ -51,7 +51,7 @@ MUTANTS = [
     ),
     Mutant(
         "the router's settings aren't remembered",
-        _FINGERPRINT,
+        "faulttol/checkpoint/manifest.py",
         'if isinstance(value, dict) else {f"{prefix}{name}": value}',
         'if isinstance(value, dict) and False else {f"{prefix}{name}": str(type(value))}',
         f"{_REFUSED}[model.router.score=sigmoid-model.router.score was softmax and is sigmoid]",

@@ -20,6 +20,7 @@ from collectives.team import meet
 from configs.library_environment import Applied
 from configs.rank import RankContext
 from configs.schema import ParallelConfig, RunConfig
+from faulttol.checkpoint.peers import exchange
 from trainer.sizing.legal import AXES
 
 
@@ -121,18 +122,7 @@ class Mesh:
             out: by receiver, what is sent.
             into: by sender, what is filled.
         """
-        turns: dict[tuple[bool, int], int] = {}
-        works = []
-        for sends, rows in ((False, into), (True, out)):
-            for rank, data in rows:
-                if len(data):
-                    turn = turns[sends, rank] = turns.get((sends, rank), -1) + 1
-                    tensor = torch.frombuffer(data, dtype=torch.uint8)
-                    act = dist.isend if sends else dist.irecv
-                    works.append(act(tensor, rank, group=self.control_group, tag=turn))
-        for work in works:
-            if work is not None:
-                work.wait()
+        exchange(out, into, self.control_group)
 
     def reduce(self, numbers: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
         """`numbers` reduced over all ranks, on the host, equal everywhere."""
