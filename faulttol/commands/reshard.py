@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -21,7 +21,8 @@ from faulttol.checkpoint.shards import layout as laid_out
 from faulttol.checkpoint.shards import ordered
 from faulttol.checkpoint.store import StoreLike
 from faulttol.commands.screen import axes, plural, rate, size
-from faulttol.convert.job import Estimate, Teller, at_once, blocked
+from faulttol.convert.job import Estimate, Teller
+from faulttol.convert.target import lazy, write_all
 
 AXES = ("pp", "dp", "cp", "ep", "etp", "tp")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -142,20 +143,6 @@ def _split(box: Box, ranks: Sequence[int], item: int, filled: Sequence[int]) -> 
             yield from ((part, rank) for part in box.flat(first, last))
 
 
-@dataclass(frozen=True)
-class _Copy(Piece):
-    """A piece whose values are read when they are written."""
-
-    origin: Source = field(kw_only=True)
-    tell: Teller = field(kw_only=True)
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Its bytes in order, in whole blocks but for the last."""
-        for chunk in blocked(self.origin.stretches(self.name, self.box)):
-            yield chunk
-            self.tell(len(chunk))
-
-
 def estimate(source: Source, layout: dict[str, int]) -> Estimate:
     """What `reshard` would read, write and take.
 
@@ -186,30 +173,21 @@ def reshard(source: Source, out: StoreLike, layout: dict[str, int], progress: Pr
     Raises:
         UserError: where the other folder is this one, another run's, or has the step already.
         Superseded: where the other folder has a newer attempt's checkpoints.
-        Incomplete: where the checkpoint is damaged. Whatever is raised, nothing was committed.
+        Uncertain: where it may have been committed or not.
+        Incomplete: where the checkpoint is damaged. Then, as after any other error, nothing was committed.
     """
     began, manifest, step = time.monotonic(), source.manifest, source.commit.step
     refuse_out(source, out)
-    files, token = placed(source.tensors, layout), saving.new_token()
+    files = placed(source.tensors, layout)
     who = [_identity(source, layout, rank, len(files)) for rank in range(len(files))]
     saving.admit(out, who[0])
     tell = Teller(progress, sum(map(source.size, source.tensors)))
-
-    def write(rank: int) -> saving.Written:
-        pieces = [
-            _Copy(name, dtype, box, memoryview(b""), origin=source, tell=tell)
-            for name, dtype, box in files[rank]
-        ]
-        return saving.write(out, step, token, who[rank], pieces)
-
-    try:
-        written = at_once([partial(write, rank) for rank in range(len(files))])
-        lineage = [*manifest.facts.get("lineage", []), _origin(source)]
-        count = saving.commit(out, step, token, who[0], written, {**manifest.facts, "lineage": lineage})
-    except BaseException:
-        for one in who:
-            saving.discard(out, step, token, one)
-        raise
+    pieces = [
+        [lazy(name, dtype, box, partial(source.stretches, name), tell) for name, dtype, box in rows]
+        for rows in files
+    ]
+    lineage = [*manifest.facts.get("lineage", []), _origin(source)]
+    count = write_all(out, step, who, pieces, {**manifest.facts, "lineage": lineage})
     path = f"{out.url.rstrip('/')}/{folder_of(step)}"
     return Resharded(path, step, len(files), layout, count, source.bytes, time.monotonic() - began)
 

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import Folder, folder_of, tag
-from faulttol.checkpoint.manifest import Identity
+from faulttol.checkpoint.manifest import Identity, Uncertain
 from faulttol.checkpoint.pieces import BLOCK, DTYPES, Piece
 from faulttol.checkpoint.shards import layout, ordered
 from faulttol.checkpoint.store import StoreLike
@@ -84,6 +84,46 @@ class _Lazy(Piece):
             self.tell(len(chunk))
 
 
+def lazy(
+    name: str, dtype: str, box: Box, read: Callable[[Box], Iterator[memoryview]], tell: Callable[[int], None]
+) -> Piece:
+    """A piece whose values are read when they are written."""
+    return _Lazy(name, dtype, box, memoryview(b""), read=read, tell=tell)
+
+
+def write_all(
+    store: StoreLike,
+    step: int,
+    who: Sequence[Identity],
+    pieces: Sequence[Sequence[Piece]],
+    facts: dict[str, Any],
+) -> int:
+    """Write a checkpoint's files, several at once, and commit them; bytes of all files.
+
+    Args:
+        who: by file.
+        pieces: by file.
+
+    Raises:
+        Uncertain: where the manifest may have been written or not; the files stay then.
+        Incomplete: where the pieces don't make up whole tensors. Then, as after any other error, nothing was committed.
+    """
+    token = saving.new_token()
+    try:
+        written = at_once(
+            [
+                partial(saving.write, store, step, token, one, mine)
+                for one, mine in zip(who, pieces, strict=True)
+            ]
+        )
+        return saving.commit(store, step, token, who[0], written, facts)
+    except BaseException as error:
+        if not isinstance(error, Uncertain):
+            for one in who:
+                saving.discard(store, step, token, one)
+        raise
+
+
 class Counted(Protocol):
     """What values are read from."""
 
@@ -140,23 +180,12 @@ class Target:
         Raises:
             Incomplete: where the values don't make up whole tensors. Whatever is raised, nothing was committed.
         """
-        token = saving.new_token()
-
-        def write(rank: int) -> saving.Written:
-            pieces = [
-                _Lazy(value.name, value.dtype, box, memoryview(b""), read=value.read, tell=tell)
-                for value, box in self._files[rank]
-            ]
-            return saving.write(self._store, self._step, token, self._identity(rank), pieces)
-
-        ranks = range(len(self._files))
-        try:
-            written = at_once([partial(write, rank) for rank in ranks])
-            size = saving.commit(self._store, self._step, token, self._identity(0), written, facts)
-        except BaseException:
-            for rank in ranks:
-                saving.discard(self._store, self._step, token, self._identity(rank))
-            raise
+        who = [self._identity(rank) for rank in range(len(self._files))]
+        pieces = [
+            [lazy(value.name, value.dtype, box, value.read, tell) for value, box in parts]
+            for parts in self._files
+        ]
+        size = write_all(self._store, self._step, who, pieces, facts)
         return f"{self._store.url.rstrip('/')}/{folder_of(self._step)}", size
 
     def run(self, origin: Counted, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress) -> Done:

@@ -94,6 +94,31 @@ def test_numbers_are_those_of_torch(dtype: str) -> None:
     assert torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_commit_whose_answer_was_lost_keeps_its_files(
+    root: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The manifest may be there for all that is known: without its files it would be a wrong newest."""
+    create, read, lost = Store.create, Store.read, []
+
+    def broken(self: Store, name: str, chunks: Any) -> int:
+        create(self, name, chunks)
+        lost.append(name)
+        raise ConnectionError("the answer was lost")
+
+    def unreachable(self: Store, name: str) -> bytes:
+        if name in lost:
+            raise ConnectionError("still away")
+        return read(self, name)
+
+    with monkeypatch.context() as broken_store:
+        broken_store.setattr(Store, "create", broken)
+        broken_store.setattr(Store, "read", unreachable)
+        code, _, err = ask("reshard", root, "--out", tmp_path / "cut", "--files", 2)
+    assert code == 1 and "may be written or not" in err
+    code, out, _ = ask("verify", tmp_path / "cut")
+    assert code == 0 and "is whole" in out
+
+
 # ---- reshard ----
 
 
