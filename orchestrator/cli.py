@@ -1,7 +1,7 @@
 """The command line: what can be typed, and one clear line for what can't.
 
 Reading commands (`plan`, `list`, `status`, `watch`, `logs`, `incidents`) look at files and import neither
-torch nor ray nor deepspeed; the others load `orchestrator.cluster_commands` when they are called.
+torch nor ray nor deepspeed; the others load `orchestrator.commands.cluster_commands` when they are called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from configs.errors import USER_ERROR_EXIT, UserError, nearest
 from configs.paths import HomePaths, default_home
 from orchestrator import PROGRAM
-from orchestrator.calls import Call, begun, shown, watch
+from orchestrator.commands.calls import Call, begun, shown, watch
 
 _OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
 
@@ -104,14 +104,14 @@ def main(arguments: Sequence[str]) -> int:
 def _cluster(name: str, call: Call) -> int:
     """Call a command of the module that loads Ray."""
     # Loaded here, since reading commands must answer without Ray.
-    from orchestrator import cluster_commands
+    from orchestrator.commands import cluster_commands
 
     return int(getattr(cluster_commands, name)(call))
 
 
 def _plan(call: Call) -> int:
     from configs.compose import compose  # composition alone needs Hydra; `list` and `status` do not
-    from orchestrator.submission import slot_resource
+    from orchestrator.commands.submission import slot_resource
     from trainer.sizing.planner import plan
 
     config, begins = begun(compose(call.overrides, call.config_file), call.home)
@@ -122,7 +122,7 @@ def _plan(call: Call) -> int:
 
 def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
     """What is known of the cluster without asking it: `--slots`, the controller's published view, or None."""
-    from orchestrator.reading import read_queue
+    from orchestrator.record.reading import read_queue
     from trainer.sizing.planner import Capacity
 
     if slots is not None:
@@ -132,7 +132,8 @@ def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
 
 
 def _list(call: Call) -> int:
-    from orchestrator import console, reading
+    from orchestrator.commands import console
+    from orchestrator.record import reading
 
     rows = reading.summaries(call.home)
     call.say(console.run_list(rows), [asdict(row) for row in rows])
@@ -140,7 +141,8 @@ def _list(call: Call) -> int:
 
 
 def _status(call: Call) -> int:
-    from orchestrator import console, reading
+    from orchestrator.commands import console
+    from orchestrator.record import reading
 
     run = call.home.existing(call.options.run)
     row = reading.summary(run, reading.read_queue(call.home))
@@ -154,7 +156,7 @@ def _watch(call: Call) -> int:
 
 
 def _logs(call: Call) -> int:
-    from orchestrator import console
+    from orchestrator.commands import console
 
     run = call.home.existing(call.options.run)
     rank, attempts = call.options.rank, run.attempt_numbers()
@@ -181,7 +183,8 @@ def _logs(call: Call) -> int:
 
 
 def _incidents(call: Call) -> int:
-    from orchestrator import console, reading
+    from orchestrator.commands import console
+    from orchestrator.record import reading
 
     found = reading.incidents(call.home.existing(call.options.run))
     call.say(console.incidents(found), found)

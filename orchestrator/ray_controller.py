@@ -14,10 +14,10 @@ from ray.exceptions import RayActorError
 
 from configs.errors import UserError
 from configs.paths import HomePaths
-from orchestrator.controller import Controller
-from orchestrator.events import Amended, Submitted
+from orchestrator.control.controller import Controller
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.ray_fabric import RayFabric
+from orchestrator.record.events import Amended, Submitted
 
 _NAME = "controller"
 _TURN_SECONDS = 0.5

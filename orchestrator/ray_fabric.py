@@ -21,11 +21,11 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.events import NodeShare
-from orchestrator.gang import AgentReport, GangSpec, GangStatus
-from orchestrator.node_agent import NodeAgent
-from orchestrator.placement import Node
+from orchestrator.control.gang import AgentReport, GangSpec, GangStatus
+from orchestrator.control.node_agent import NodeAgent
+from orchestrator.decide.placement import Node
 from orchestrator.ray_cluster import NAMESPACE
+from orchestrator.record.events import NodeShare
 
 _PIN = 0.001
 """Of a node's own `node:<ip>` resource, which ties a bundle to the node that placement chose."""
@@ -56,7 +56,7 @@ class _Gang:
 
 
 class RayFabric:
-    """`orchestrator.gang.Fabric` on the Ray cluster that this process is connected to."""
+    """`orchestrator.control.gang.Fabric` on the Ray cluster that this process is connected to."""
 
     def __init__(self) -> None:
         self._gangs: dict[str, _Gang] = {}

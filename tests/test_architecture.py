@@ -23,11 +23,12 @@ HOMES = {
 HEAVY = ("torch", "ray", "deepspeed", "wandb")
 QUICK = ("orchestrator.__main__", "orchestrator.cli")
 """What `--help`, `plan`, `list` and `status` start from."""
-GATE = "orchestrator.cluster_commands"
+GATE = "orchestrator.commands.cluster_commands"
 """The module behind which the commands that need a cluster load Ray; nothing quick goes through it."""
 SPEAKERS = (
-    "collectives/cli.py", "faulttol/cli.py", "orchestrator/cli.py", "orchestrator/calls.py", "orchestrator/console.py",
-    "orchestrator/cluster_commands.py", "trainer/cli.py", "trainer/loop.py", "*/__main__.py", "**/bench_*.py",
+    "collectives/cli.py", "faulttol/cli.py", "trainer/cli.py", "trainer/loop.py", "orchestrator/cli.py",
+    "orchestrator/commands/calls.py", "orchestrator/commands/console.py", "orchestrator/commands/cluster_commands.py",
+    "*/__main__.py", "**/bench_*.py",
 )  # fmt: skip
 """Files that may print: the command line, and the ranks' programs, whose output is their log file."""
 
@@ -123,12 +124,12 @@ def test_the_project_keeps_the_rule(rule: Rule) -> None:
 BAD = {
     "wrong_way": {
         "configs/a.py": "from trainer import loop\n",
-        "faulttol/b.py": "def late():\n    import orchestrator.queue\n",
+        "faulttol/b.py": "def late():\n    import orchestrator.decide.queue\n",
     },
     "out_of_home": {
-        "orchestrator/queue.py": "import ray\n",
+        "orchestrator/decide/queue.py": "import ray\n",
         "trainer/loop.py": "from deepspeed.utils import groups\n",
-        "orchestrator/console.py": "def late():\n    import wandb\n",
+        "orchestrator/commands/console.py": "def late():\n    import wandb\n",
     },
     "cycles": {
         "configs/a.py": "from configs import b\n",
@@ -137,12 +138,12 @@ BAD = {
     },
     "heavy_reach": {
         "orchestrator/__init__.py": "",
-        "orchestrator/cli.py": "def late():\n    from orchestrator import console\n",
-        "orchestrator/console.py": "import configs.shapes\n",
+        "orchestrator/cli.py": "def late():\n    from orchestrator.commands import console\n",
+        "orchestrator/commands/console.py": "import configs.shapes\n",
         "configs/__init__.py": "import torch\n",
         "configs/shapes.py": "",
     },
-    "prints": {"orchestrator/queue.py": "def f():\n    print('admitted')\n"},
+    "prints": {"orchestrator/decide/queue.py": "def f():\n    print('admitted')\n"},
 }
 FAULTS = {"wrong_way": 2, "out_of_home": 3, "cycles": 1, "heavy_reach": 1, "prints": 1}
 
@@ -160,8 +161,8 @@ def test_the_rules_let_a_good_tree_pass(tmp_path: Path) -> None:
             "configs/schema.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ray\n",
             "trainer/engines/deepspeed.py": "import deepspeed\nimport torch\nfrom configs import schema\n",
             "orchestrator/ray_cluster.py": "import ray\n",
-            "orchestrator/cluster_commands.py": "from orchestrator import ray_cluster\nprint('up')\n",
-            "orchestrator/cli.py": "def go():\n    from orchestrator import cluster_commands\n    print(1)\n",
+            "orchestrator/commands/cluster_commands.py": "from orchestrator import ray_cluster\nprint('up')\n",
+            "orchestrator/cli.py": "def go():\n    from orchestrator.commands import cluster_commands\n    print(1)\n",
         },
     )
     assert not [complaint for rule in RULES for complaint in rule(good)]

@@ -16,7 +16,7 @@ from configs.compose import compose
 from configs.errors import UserError
 from configs.schema import RunConfig
 from orchestrator.cli import parse
-from orchestrator.states import table
+from orchestrator.record.states import table
 from tests.source_tree import ROOT
 from tests.write_docs import ARCHITECTURE, state_table, with_state_table
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from orchestrator.states import table
+from orchestrator.record.states import table
 from tests.source_tree import ROOT
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"

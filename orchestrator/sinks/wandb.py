@@ -39,10 +39,10 @@ from configs.metrics import (
 )
 from configs.paths import RunPaths
 from configs.schema import RunConfig
-from orchestrator import reading
-from orchestrator.events import Event, read
-from orchestrator.reading import Follower
-from orchestrator.run_log import RunView, fold
+from orchestrator.record import reading
+from orchestrator.record.events import Event, read
+from orchestrator.record.reading import Follower
+from orchestrator.record.run_log import RunView, fold
 
 MAX_EXPERT_SERIES = 64
 """Experts per layer that get a series of their own; beyond it only the layer's spread is logged."""

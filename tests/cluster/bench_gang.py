@@ -21,7 +21,7 @@ from statistics import fmean, median, stdev
 from collectives.results import Row, Store
 from collectives.statistics import student
 from configs.paths import HomePaths, RunPaths
-from orchestrator.states import State
+from orchestrator.record.states import State
 from tests.cluster.conftest import Shell
 from tests.cluster.hosts import Hosts, unavailable
 from tests.namespaces import Host

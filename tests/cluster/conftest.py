@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from configs.paths import HomePaths
-from orchestrator.events import Event, read
-from orchestrator.reading import summary
-from orchestrator.run_log import RunView, fold
+from orchestrator.record.events import Event, read
+from orchestrator.record.reading import summary
+from orchestrator.record.run_log import RunView, fold
 
 PATIENCE = 150.0
 """Seconds after which a wait in these tests is a failure; they end long before."""

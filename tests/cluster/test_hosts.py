@@ -10,7 +10,7 @@ import pytest
 
 from collectives.results import Store
 from configs.paths import HomePaths
-from orchestrator.states import State
+from orchestrator.record.states import State
 from tests.cluster.bench_gang import torchrun
 from tests.cluster.conftest import Shell
 from tests.cluster.hosts import Hosts, unavailable

@@ -12,7 +12,7 @@ import pytest
 
 from configs.metrics import StepLine, read_from
 from configs.paths import HomePaths
-from orchestrator.states import Reason, State
+from orchestrator.record.states import Reason, State
 from tests.cluster.conftest import Shell, alive, processes_with
 from tests.orchestrator.wandb_reading import read_offline
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.paths import HomePaths
-from orchestrator.controller import Controller
-from orchestrator.gang import GangSpec, GangStatus
-from orchestrator.node_agent import NodeAgent
-from orchestrator.placement import Node
-from orchestrator.reading import RunSummary, read_queue, summary
-from orchestrator.run_log import RunView, fold, read
+from orchestrator.control.controller import Controller
+from orchestrator.control.gang import GangSpec, GangStatus
+from orchestrator.control.node_agent import NodeAgent
+from orchestrator.decide.placement import Node
+from orchestrator.record.reading import RunSummary, read_queue, summary
+from orchestrator.record.run_log import RunView, fold, read
 
 PATIENCE = 150.0
 """Seconds after which a wait is a failure; they end long before."""

@@ -2,7 +2,7 @@
 
 Where `fake_fabric` runs the whole controller at a pace, this runs the pure deciders alone, at any size: a
 day of 12,288 ranks takes as many turns of the loop as things happen in it. Runs are folded from events by
-`orchestrator.run_log.apply`, so an illegal move raises here as it does in a log.
+`orchestrator.record.run_log.apply`, so an illegal move raises here as it does in a log.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator import events as ev
-from orchestrator import queue, recovery, run_log
-from orchestrator.events import Event, GangShape, Submitted
-from orchestrator.placement import Node
-from orchestrator.queue import Admit, Hold, Waiting
-from orchestrator.run_log import RunView
-from orchestrator.states import Reason, State
+from orchestrator.decide import queue, recovery
+from orchestrator.decide.placement import Node
+from orchestrator.decide.queue import Admit, Hold, Waiting
+from orchestrator.record import events as ev
+from orchestrator.record import run_log
+from orchestrator.record.events import Event, GangShape, Submitted
+from orchestrator.record.run_log import RunView
+from orchestrator.record.states import Reason, State
 
 START = 1_000_000.0
 

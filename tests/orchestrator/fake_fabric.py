@@ -8,8 +8,8 @@ from pathlib import Path
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, SaveFailedLine, StepLine
 from configs.paths import RunPaths
 from faulttol.recorder import Mark, Phase, Record
-from orchestrator.gang import AgentReport, GangSpec, GangStatus, RankReport
-from orchestrator.queue import Node
+from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, RankReport
+from orchestrator.decide.queue import Node
 
 
 class Clock:

@@ -9,9 +9,9 @@ from configs.schema import RunConfig
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.peers import Alone
 from faulttol.checkpoint.save import Identity, Piece, Retention, save
-from orchestrator.events import GangShape, Moved, Submitted
-from orchestrator.run_log import EventLog
-from orchestrator.states import Reason, State
+from orchestrator.record.events import GangShape, Moved, Submitted
+from orchestrator.record.run_log import EventLog
+from orchestrator.record.states import Reason, State
 from trainer.fingerprint import fingerprint
 
 PART = {

@@ -11,9 +11,11 @@ import pytest
 from configs.compose import amend, compose, dump
 from configs.metrics import MetricLine, MetricWriter, SavedLine, SaveFailedLine
 from configs.paths import HomePaths
-from orchestrator import console, reading, saves, text
 from orchestrator.cli import main
-from orchestrator.events import (
+from orchestrator.commands import console, text
+from orchestrator.decide import saves
+from orchestrator.record import reading
+from orchestrator.record.events import (
     CheckpointCommitted,
     CheckpointFailed,
     Decided,
@@ -25,8 +27,8 @@ from orchestrator.events import (
     Resumed,
     Submitted,
 )
-from orchestrator.run_log import EventLog, RunView, fold
-from orchestrator.states import Reason, State
+from orchestrator.record.run_log import EventLog, RunView, fold
+from orchestrator.record.states import Reason, State
 from tests.orchestrator.fake_fabric import step_line
 from trainer.sizing.planner import Capacity, plan
 

@@ -11,10 +11,10 @@ from configs.compose import compose, dump
 from configs.errors import UserError
 from configs.metrics import MetricWriter, SavedLine, SaveFailedLine
 from configs.paths import HomePaths
-from orchestrator.controller import QUEUE_PATIENCE, Controller
-from orchestrator.events import Amended, GangShape, Submitted, read
-from orchestrator.run_log import RunView, fold
-from orchestrator.states import Reason, State
+from orchestrator.control.controller import QUEUE_PATIENCE, Controller
+from orchestrator.record.events import Amended, GangShape, Submitted, read
+from orchestrator.record.run_log import RunView, fold
+from orchestrator.record.states import Reason, State
 from tests.orchestrator.fake_fabric import Clock, FakeFabric
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]

@@ -10,8 +10,8 @@ from typing import get_args
 import pytest
 
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator import events as ev
-from orchestrator.events import (
+from orchestrator.record import events as ev
+from orchestrator.record.events import (
     Amended,
     CheckpointCommitted,
     CheckpointFailed,
@@ -34,8 +34,8 @@ from orchestrator.events import (
     parse,
     read,
 )
-from orchestrator.run_log import EventLog, RunView, fold
-from orchestrator.states import IllegalMove, Reason, State
+from orchestrator.record.run_log import EventLog, RunView, fold
+from orchestrator.record.states import IllegalMove, Reason, State
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

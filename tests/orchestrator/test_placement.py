@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from orchestrator.events import GangShape, NodeShare
-from orchestrator.placement import Misfit, Node, by_address, fit, fits, place, reservation
+from orchestrator.decide.placement import Misfit, Node, by_address, fit, fits, place, reservation
+from orchestrator.record.events import GangShape, NodeShare
 from tests.orchestrator.cluster_sim import make_nodes
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.events import GangShape, NodeShare
-from orchestrator.placement import Node
-from orchestrator.queue import Admit, Hold, Waiting, decide, order
-from orchestrator.states import Reason, State
+from orchestrator.decide.placement import Node
+from orchestrator.decide.queue import Admit, Hold, Waiting, decide, order
+from orchestrator.record.events import GangShape, NodeShare
+from orchestrator.record.states import Reason, State
 from tests.orchestrator.cluster_sim import START, ClusterSim, make_nodes
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]

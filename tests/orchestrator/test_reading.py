@@ -13,9 +13,10 @@ from configs.errors import UserError
 from configs.metrics import MetricWriter, ResumedLine, SavedLine, SaveFailedLine
 from configs.paths import HomePaths, RunPaths
 from faulttol.verdicts import VerdictKind
-from orchestrator import console, reading, text
 from orchestrator.cli import main
-from orchestrator.events import (
+from orchestrator.commands import console, text
+from orchestrator.record import reading
+from orchestrator.record.events import (
     CheckpointCommitted,
     CheckpointFailed,
     GangShape,
@@ -27,9 +28,9 @@ from orchestrator.events import (
     Resumed,
     Submitted,
 )
-from orchestrator.run_log import EventLog
+from orchestrator.record.run_log import EventLog
+from orchestrator.record.states import Reason, State
 from orchestrator.sinks import wandb as sinks
-from orchestrator.states import Reason, State
 from tests.orchestrator.fake_fabric import run_paths, step_line
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]

@@ -11,11 +11,12 @@ import pytest
 from configs.compose import compose, dump
 from configs.metrics import ResumedLine, StepLine, read_all
 from configs.paths import HomePaths, RunPaths
-from orchestrator import console, reading
-from orchestrator.events import CheckpointCommitted, read
-from orchestrator.resumption import Resumption
-from orchestrator.states import Reason, State
-from orchestrator.submission import Submission, write_run
+from orchestrator.commands import console
+from orchestrator.commands.resumption import Resumption
+from orchestrator.commands.submission import Submission, write_run
+from orchestrator.record import reading
+from orchestrator.record.events import CheckpointCommitted, read
+from orchestrator.record.states import Reason, State
 from tests.orchestrator.agent_fabric import Driver
 from trainer.sizing.planner import Capacity, plan
 

@@ -7,11 +7,11 @@ import itertools
 import pytest
 
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator import events as ev
-from orchestrator.events import Event, GangShape, Submitted
-from orchestrator.recovery import BACKOFF_CAP, closing, decide
-from orchestrator.run_log import RunView, fold
-from orchestrator.states import Reason, State
+from orchestrator.decide.recovery import BACKOFF_CAP, closing, decide
+from orchestrator.record import events as ev
+from orchestrator.record.events import Event, GangShape, Submitted
+from orchestrator.record.run_log import RunView, fold
+from orchestrator.record.states import Reason, State
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
 

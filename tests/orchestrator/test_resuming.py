@@ -11,12 +11,12 @@ from configs.compose import amend, compose, dump, load
 from configs.errors import UserError
 from configs.paths import HomePaths
 from configs.schema import RunConfig
-from orchestrator import beginnings, changes, console
 from orchestrator.cli import main
-from orchestrator.events import Amended
-from orchestrator.resumption import Resumption
-from orchestrator.run_log import EventLog
-from orchestrator.states import State
+from orchestrator.commands import beginnings, changes, console
+from orchestrator.commands.resumption import Resumption
+from orchestrator.record.events import Amended
+from orchestrator.record.run_log import EventLog
+from orchestrator.record.states import State
 from tests.orchestrator.saved import commit, stopped
 from trainer.sizing.planner import Capacity, plan
 

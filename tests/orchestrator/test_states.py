@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.states import MEANINGS, TRANSITIONS, IllegalMove, Reason, State, check_move, table
+from orchestrator.record.states import MEANINGS, TRANSITIONS, IllegalMove, Reason, State, check_move, table
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
 

@@ -14,7 +14,7 @@ import pytest
 from configs.compose import compose, dump
 from configs.metrics import EndedLine, MetricWriter, ResumedLine, SavedLine
 from configs.paths import RunPaths
-from orchestrator.events import (
+from orchestrator.record.events import (
     CheckpointCommitted,
     Finished,
     GangShape,
@@ -26,9 +26,9 @@ from orchestrator.events import (
     Resumed,
     Submitted,
 )
-from orchestrator.reading import Follower, incidents, lost_steps, summary
-from orchestrator.run_log import EventLog
-from orchestrator.states import Reason, State
+from orchestrator.record.reading import Follower, incidents, lost_steps, summary
+from orchestrator.record.run_log import EventLog
+from orchestrator.record.states import Reason, State
 from tests.orchestrator.fake_fabric import step_line
 from tests.orchestrator.wandb_reading import read_offline
 

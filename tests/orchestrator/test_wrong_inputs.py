@@ -11,9 +11,9 @@ import pytest
 
 from configs.paths import HomePaths
 from orchestrator.cli import main
-from orchestrator.events import GangShape, Moved, Submitted
-from orchestrator.run_log import EventLog
-from orchestrator.states import Reason, State
+from orchestrator.record.events import GangShape, Moved, Submitted
+from orchestrator.record.run_log import EventLog
+from orchestrator.record.states import Reason, State
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 

@@ -1,4 +1,4 @@
-"""What a person sees: plain text in fixed columns, from the data of `orchestrator.reading`."""
+"""What a person sees: plain text in fixed columns, from the data of `orchestrator.record.reading`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from configs.metrics import (
     StepLine,
 )
 from configs.paths import HomePaths, RunPaths
-from orchestrator import PROGRAM, reading
-from orchestrator.events import Decided, Event, FabricFinding, IncidentClosed, IncidentOpened, Moved
-from orchestrator.reading import Follower, RunSummary
-from orchestrator.states import State
-from orchestrator.text import clock, count, indented, plural, short, size, span, table
+from orchestrator import PROGRAM
+from orchestrator.commands.text import clock, count, indented, plural, short, size, span, table
+from orchestrator.record import reading
+from orchestrator.record.events import Decided, Event, FabricFinding, IncidentClosed, IncidentOpened, Moved
+from orchestrator.record.reading import Follower, RunSummary
+from orchestrator.record.states import State
 
 _POLL_SECONDS = 0.5
 _PLAIN_EVERY = 10.0

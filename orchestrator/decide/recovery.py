@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator.events import IncidentClosed
-from orchestrator.run_log import RunView
-from orchestrator.states import Reason
+from orchestrator.record.events import IncidentClosed
+from orchestrator.record.run_log import RunView
+from orchestrator.record.states import Reason
 
 BACKOFF_CAP = 300.0
 """Longest wait before a restart, in seconds."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from faulttol.verdicts import VerdictKind
-from orchestrator.events import (
+from orchestrator.record.events import (
     Amended,
     CheckpointCommitted,
     CheckpointFailed,
@@ -30,7 +30,7 @@ from orchestrator.events import (
     VerdictFound,
     read,
 )
-from orchestrator.states import Reason, State, check_move
+from orchestrator.record.states import Reason, State, check_move
 
 
 class EventLog:

@@ -20,7 +20,7 @@ from configs.compose import ROOT, dump
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
-from orchestrator.events import GangShape, Submitted
+from orchestrator.record.events import GangShape, Submitted
 from trainer.sizing.layout import Layout
 from trainer.sizing.planner import Plan
 

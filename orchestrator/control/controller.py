@@ -17,14 +17,14 @@ from typing import IO, Any
 from configs.errors import UserError
 from configs.paths import HomePaths
 from faulttol.verdicts import VerdictKind
-from orchestrator import queue
-from orchestrator.events import Amended, GangShape, Moved, Submitted, read
-from orchestrator.gang import Fabric
-from orchestrator.placement import Node
-from orchestrator.queue import Admit, Waiting
-from orchestrator.run_control import RunControl
-from orchestrator.run_log import EventLog, fold
-from orchestrator.states import Reason, State
+from orchestrator.control.gang import Fabric
+from orchestrator.control.run_control import RunControl
+from orchestrator.decide import queue
+from orchestrator.decide.placement import Node
+from orchestrator.decide.queue import Admit, Waiting
+from orchestrator.record.events import Amended, GangShape, Moved, Submitted, read
+from orchestrator.record.run_log import EventLog, fold
+from orchestrator.record.states import Reason, State
 
 #: Seconds that a node whose agent fell silent is kept out; Ray's health checks have reported it by then.
 QUARANTINE = 60.0

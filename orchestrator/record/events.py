@@ -1,7 +1,7 @@
 """The event log: one append-only file per run, the spine that everything else reads.
 
 Every state move, verdict, decision, checkpoint and incident is a typed event. The controller is the only
-writer; `orchestrator.run_log` folds a run from its events, so a controller that dies loses nothing.
+writer; `orchestrator.record.run_log` folds a run from its events, so a controller that dies loses nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from orchestrator.states import Reason, State
+from orchestrator.record.states import Reason, State
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from configs.metrics import MetricLine
 from faulttol.recorder import Record
-from orchestrator.events import NodeShare
-from orchestrator.placement import Node
+from orchestrator.decide.placement import Node
+from orchestrator.record.events import NodeShare
 
 
 @dataclass(frozen=True)

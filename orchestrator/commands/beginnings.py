@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 from faulttol.checkpoint.folder import Folder, folder_of, named, tag
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.store import Store
-from orchestrator.changes import Change, changes
+from orchestrator.commands.changes import Change, changes
 from trainer.fingerprint import fingerprint, refusals
 
 _TOLD = 4

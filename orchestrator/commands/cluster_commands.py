@@ -13,11 +13,13 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
-from orchestrator import PROGRAM, beginnings, console, ray_cluster, reading
-from orchestrator.calls import Call, begun, shown, watch
+from orchestrator import PROGRAM, ray_cluster
+from orchestrator.commands import beginnings, console
+from orchestrator.commands.calls import Call, begun, shown, watch
+from orchestrator.commands.resumption import Resumption
+from orchestrator.commands.submission import CODE, Submission, slot_resource, travelling_source, write_run
 from orchestrator.ray_controller import ControllerClient
-from orchestrator.resumption import Resumption
-from orchestrator.submission import CODE, Submission, slot_resource, travelling_source, write_run
+from orchestrator.record import reading
 from trainer.data import prepare
 from trainer.sizing.planner import Capacity, plan, trainable
 

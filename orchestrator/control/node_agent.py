@@ -23,8 +23,8 @@ from configs.metrics import read_from
 from configs.paths import RunPaths
 from configs.rank import RankContext
 from faulttol import recorder
-from orchestrator.events import NodeShare
-from orchestrator.gang import AgentReport, GangSpec, RankReport
+from orchestrator.control.gang import AgentReport, GangSpec, RankReport
+from orchestrator.record.events import NodeShare
 
 _TAIL_BYTES = 4096
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from configs.paths import HomePaths
 from orchestrator import PROGRAM
-from orchestrator.states import State
+from orchestrator.record.states import State
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
-    from orchestrator.beginnings import Beginning
+    from orchestrator.commands.beginnings import Beginning
     from trainer.sizing.planner import Plan
 
 
@@ -67,7 +67,8 @@ def watch(call: Call, run_id: str) -> int:
 
     Returns 0 where the run succeeded, 1 where it failed or was cancelled, 130 after Ctrl-C.
     """
-    from orchestrator import console, reading
+    from orchestrator.commands import console
+    from orchestrator.record import reading
 
     run = call.home.run(run_id)
     try:
@@ -90,19 +91,19 @@ def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | No
     if config.resume is None:
         return config, None
     # Loaded here: reading a checkpoint's manifest needs fsspec and numpy, and other commands don't.
-    from orchestrator import beginnings
+    from orchestrator.commands import beginnings
 
     return beginnings.find(config, home)
 
 
 def shown(plan: Plan, begins: Beginning | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
     """A plan as text and as a tree, with what the run begins from."""
-    from orchestrator import console
+    from orchestrator.commands import console
 
     tree = plan.to_json()
     if begins is None:
         return console.plan_table(tree), tree
-    from orchestrator import beginnings
+    from orchestrator.commands import beginnings
 
     source = beginnings.to_json(plan.config, begins, home)
     return f"{console.plan_table(tree)}\n{console.source(source)}", tree | {"resume": source}

@@ -11,8 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.events import GangShape, NodeShare
-from orchestrator.placement import Blocks, Node, by_address, fit, fits, reservation, share_out, shortage
+from orchestrator.decide.placement import (
+    Blocks,
+    Node,
+    by_address,
+    fit,
+    fits,
+    reservation,
+    share_out,
+    shortage,
+)
+from orchestrator.record.events import GangShape, NodeShare
 
 __all__ = ["Admit", "Hold", "Node", "Waiting", "decide", "order"]
 

@@ -13,11 +13,11 @@ from configs.paths import RunPaths
 from configs.schema import RunConfig
 from faulttol.checkpoint.folder import named
 from faulttol.checkpoint.store import check_writable
-from orchestrator import beginnings, changes
-from orchestrator.beginnings import Beginning
-from orchestrator.events import Amended, GangShape, read
-from orchestrator.run_log import RunView, fold
-from orchestrator.submission import Submission
+from orchestrator.commands import beginnings, changes
+from orchestrator.commands.beginnings import Beginning
+from orchestrator.commands.submission import Submission
+from orchestrator.record.events import Amended, GangShape, read
+from orchestrator.record.run_log import RunView, fold
 from trainer.sizing.planner import Capacity, plan
 
 

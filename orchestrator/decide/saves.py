@@ -6,9 +6,9 @@ from configs.schema import RunConfig
 from faulttol.checkpoint.interval import lost_seconds
 from faulttol.detect import overdue
 from faulttol.verdicts import Verdict
-from orchestrator.events import CheckpointCommitted
-from orchestrator.run_log import RunView
-from orchestrator.states import State
+from orchestrator.record.events import CheckpointCommitted
+from orchestrator.record.run_log import RunView
+from orchestrator.record.states import State
 
 
 def interval(view: RunView, config: RunConfig) -> int | None:

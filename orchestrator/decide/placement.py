@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
 
-from orchestrator.events import GangShape, NodeShare
+from orchestrator.record.events import GangShape, NodeShare
 
 
 @dataclass(frozen=True)

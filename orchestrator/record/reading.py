@@ -21,9 +21,9 @@ from configs.metrics import (
 )
 from configs.paths import HomePaths, RunPaths
 from faulttol.detect.overdue import failed
-from orchestrator.events import CheckpointCommitted, Event, Submitted, parse, read
-from orchestrator.run_log import RunView, fold
-from orchestrator.states import Reason, State
+from orchestrator.record.events import CheckpointCommitted, Event, Submitted, parse, read
+from orchestrator.record.run_log import RunView, fold
+from orchestrator.record.states import Reason, State
 
 _WINDOW = 1 << 16
 """Bytes at the end of an attempt's lines in which its newest snapshot is looked for."""

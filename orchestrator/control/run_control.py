@@ -27,8 +27,9 @@ from configs.paths import RunPaths
 from faulttol.detect import death, hang
 from faulttol.recorder import Record
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator import recovery, saves
-from orchestrator.events import (
+from orchestrator.control.gang import Fabric, GangSpec, GangStatus, RankReport
+from orchestrator.decide import recovery, saves
+from orchestrator.record.events import (
     Amended,
     CheckpointCommitted,
     CheckpointFailed,
@@ -44,9 +45,8 @@ from orchestrator.events import (
     Resumed,
     VerdictFound,
 )
-from orchestrator.gang import Fabric, GangSpec, GangStatus, RankReport
-from orchestrator.run_log import EventLog, RunView
-from orchestrator.states import Reason, State
+from orchestrator.record.run_log import EventLog, RunView
+from orchestrator.record.states import Reason, State
 
 log = logging.getLogger("megaray.controller")
 

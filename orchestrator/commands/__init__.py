@@ -1,0 +1,1 @@
+"""What people type: the commands, and how their answers look."""

@@ -1,0 +1,1 @@
+"""The controller, its runs, and the seam to what runs a gang."""
