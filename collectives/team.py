@@ -18,7 +18,7 @@ from collectives.groups import Partition
 from collectives.transfers import Seat
 from configs.errors import UserError
 from configs.library_environment import Applied, environment
-from configs.rank import RankContext
+from configs.rank import RankContext, threads
 from configs.schema import RunConfig
 
 
@@ -135,7 +135,7 @@ class Team:
                 "torchrun --nproc-per-node 2, or parallel.dp=2 with `submit`"
             )
         device = choose_device(config, rank)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(threads(os.environ))
         backend = choose_backend(config, device)
         applied = meet(config, rank, backend)
         limit = timedelta(seconds=config.resilience.timeouts.seconds("collective"))

@@ -8,12 +8,19 @@ from collections.abc import Iterable
 #: Exit code of every command and rank that ends by a `UserError`; recovery never retries it.
 USER_ERROR_EXIT = 2
 
+#: Exit code of a rank that was asked to stop by SIGTERM and has saved its state: 128 + 15, as shells have it.
+STOPPED_EXIT = 143
+
 
 class UserError(Exception):
     """A mistake of the user's, told in one line: the field, the value, why, and what to type instead.
 
     Commands print it without a traceback and exit with `USER_ERROR_EXIT`.
     """
+
+
+class Stopped(Exception):
+    """A rank was asked to stop by SIGTERM and has done so; it exits with `STOPPED_EXIT`."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,17 +1,28 @@
 """The metric line: what rank 0 appends to an attempt's `metrics.jsonl`, and how the others read it.
 
-One JSON object a line. Rank 0 is the only writer; node agents, the console and the sinks read. Lines are
-written whole by one `write` on an append-mode file, so a reader sees at most one torn line, the last.
+One JSON object a line, however long: that of a model with many experts has hundreds of KB. Rank 0 is the only writer;
+node agents, the console and the sinks read. What is torn, because its writer died in it, is stepped over and named in the
+log; nothing here raises for it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+_log = logging.getLogger("megaray.metrics")
+_LONGEST = 1 << 26
+"""Bytes without an end of line that are still taken for one line."""
+_PENDING = 1 << 23
+"""Bytes that a writer keeps while its file takes none."""
+_WAITS = (0.5, 2.0, 8.0)
+"""Seconds before what is left at the end is tried again."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,19 @@ class EndedLine:
     tokens: int
 
 
+@dataclass(frozen=True)
+class StoppedLine:
+    """The ranks were asked to stop by SIGTERM, and have finished their step."""
+
+    kind: ClassVar[str] = "stopped"
+    time: float
+    attempt: int
+    step: int
+    """Steps finished."""
+    saved: bool
+    """Whether the state behind it was committed."""
+
+
 MetricLine = (
     StepLine
     | EvaluatedLine
@@ -183,28 +207,65 @@ MetricLine = (
     | MeasuredLine
     | FindingLine
     | EndedLine
+    | StoppedLine
 )
 _KINDS: dict[str, type[MetricLine]] = {
     c.kind: c
     for c in (
         StepLine, EvaluatedLine, SavedLine, SaveFailedLine, ResumedLine, MeasuredLine, FindingLine, EndedLine,
+        StoppedLine,
     )
 }  # fmt: skip
 
 
 class MetricWriter:
-    """Appends metric lines to one file; each line reaches the kernel whole before `write` returns."""
+    """Appends metric lines to one file, each whole before the next.
+
+    Where the file takes nothing for a while, as on a full disk, lines wait in memory and training goes on.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._pending = bytearray()
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            self._pending += b"\n"  # an earlier writer died in a line
 
     def write(self, line: MetricLine) -> None:
-        """Append one line."""
-        os.write(self._fd, (json.dumps({"kind": line.kind, **asdict(line)}) + "\n").encode())
+        """Append one line.
+
+        Raises:
+            OSError: where the file has taken nothing for so long that too much waits.
+        """
+        self._pending += (json.dumps({"kind": line.kind, **asdict(line)}) + "\n").encode()
+        try:
+            self._flush()
+        except OSError as error:
+            if len(self._pending) > _PENDING:
+                raise
+            _log.warning("%s takes no lines: %s; %d bytes wait", self._path, error, len(self._pending))
+
+    def _flush(self) -> None:
+        while self._pending:
+            written = os.write(self._fd, self._pending)  # may take a part
+            del self._pending[:written]
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what still waits, and close the file.
+
+        Raises:
+            OSError: where it takes nothing after some tries.
+        """
+        for wait in (*_WAITS, None):
+            try:
+                self._flush()
+                break
+            except OSError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
         os.close(self._fd)
 
 
@@ -222,18 +283,37 @@ def parse_line(text: str | bytes) -> MetricLine:
 
 
 def read_from(path: Path, offset: int, limit: int = 1 << 20) -> tuple[list[MetricLine], int]:
-    """Whole lines of `path` from byte `offset` on, at most about `limit` bytes, and the offset after them.
+    """Whole lines of `path` from byte `offset` on, at most about `limit` bytes or one line, and the offset after them.
 
-    A missing file has no lines. A torn last line stays for the next call.
+    A missing file has no lines. A torn last line stays for the next call; one in the middle is stepped over and named in
+    the log.
+
+    Raises:
+        OSError: where the file can't be read.
     """
     try:
         with path.open("rb") as file:
             file.seek(offset)
             data = file.read(limit)
+            while b"\n" not in data and len(data) < _LONGEST and (more := file.read(max(limit, len(data)))):
+                data += more
     except FileNotFoundError:
         return [], offset
     end = data.rfind(b"\n") + 1
-    return [parse_line(row) for row in data[:end].splitlines() if row.strip()], offset + end
+    if not end and len(data) >= _LONGEST:
+        _log.warning("%s has no line in %d bytes from byte %d; stepped over", path, len(data), offset)
+        return [], offset + len(data)
+    return list(_parsed(path, offset, data[:end])), offset + end
+
+
+def _parsed(path: Path, offset: int, data: bytes) -> Iterator[MetricLine]:
+    for row in data.split(b"\n"):
+        if row.strip():
+            try:
+                yield parse_line(row)
+            except ValueError as error:
+                _log.warning("%s, byte %d: stepped over a line: %s", path, offset, error)
+        offset += len(row) + 1
 
 
 def read_all(path: Path) -> Iterator[MetricLine]:
@@ -246,22 +326,31 @@ def read_all(path: Path) -> Iterator[MetricLine]:
 
 
 def last_step(path: Path, window: int = 1 << 17) -> StepLine | MeasuredLine | None:
-    """The newest line of `path` that says how far its run is, read from its last `window` bytes."""
+    """The newest line of `path` that says how far its run is; reads the last `window` bytes, or more where it must."""
     try:
         size = path.stat().st_size
+        with path.open("rb") as file:
+            data, start = b"", size
+            while start:
+                begin = max(0, start - max(window, size - start))
+                file.seek(begin)
+                data, start = file.read(start - begin) + data, begin
+                whole = data if not start else data.partition(b"\n")[2]
+                found = _newest(whole)
+                if found is not None or size - start > _LONGEST:
+                    return found
     except FileNotFoundError:
-        return None
-    for line in reversed(list(_tail(path, max(0, size - window)))):
-        if isinstance(line, StepLine | MeasuredLine):
-            return line
+        pass
     return None
 
 
-def _tail(path: Path, offset: int) -> Iterator[MetricLine]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        if offset:
-            file.readline()  # the rest of a line that began before the window
-        for row in file:
-            if row.endswith(b"\n"):
-                yield parse_line(row)
+def _newest(data: bytes) -> StepLine | MeasuredLine | None:
+    """The last line in `data` that says a step; what follows the last end of line is torn."""
+    for row in reversed(data.split(b"\n")[:-1]):
+        try:
+            line = parse_line(row) if row.strip() else None
+        except ValueError:
+            continue
+        if isinstance(line, StepLine | MeasuredLine):
+            return line
+    return None

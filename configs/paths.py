@@ -11,8 +11,18 @@ from configs.errors import UserError, nearest
 
 
 def default_home() -> Path:
-    """`$MEGARAY_HOME`, or `~/.megaray`: the folder that holds the runs; shared by all nodes of a cluster."""
-    return Path(os.environ.get("MEGARAY_HOME") or Path.home() / ".megaray").expanduser().absolute()
+    """`$MEGARAY_HOME`, or `~/.megaray`: the folder that holds the runs; shared by all nodes of a cluster.
+
+    Raises:
+        UserError: where neither is known.
+    """
+    try:
+        return Path(os.environ.get("MEGARAY_HOME") or Path.home() / ".megaray").expanduser().absolute()
+    except RuntimeError:
+        raise UserError(
+            f"no home folder is known: HOME is not set and user id {os.getuid()} has no entry; set MEGARAY_HOME to "
+            "a folder that you may write"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -32,14 +42,39 @@ class HomePaths:
         return self.home / "cluster.json"
 
     @property
+    def cluster_lock(self) -> Path:
+        """Held by the one command that starts or ends the local Ray."""
+        return self.home / "cluster.lock"
+
+    @property
+    def ray_log(self) -> Path:
+        """What the local Ray said when it was started."""
+        return self.home / "ray-start.log"
+
+    @property
     def queue(self) -> Path:
         """The controller's published view of slots and waiting runs; derived, never the truth."""
         return self.home / "queue.json"
 
     @property
-    def controller_lock(self) -> Path:
-        """Held by the one controller that serves this home."""
-        return self.home / "controller.lock"
+    def epochs(self) -> Path:
+        """Folder of the controllers that have served this home, one file each; the highest number owns it."""
+        return self.home / "controllers"
+
+    @property
+    def cluster_log(self) -> Path:
+        """The cluster's event log: nodes, cordons, suspicions; written by the controller alone."""
+        return self.home / "cluster.jsonl"
+
+    @property
+    def quotas(self) -> Path:
+        """Slots by owner, written by whoever runs the cluster; without it there are no quotas."""
+        return self.home / "quotas.yaml"
+
+    @property
+    def code(self) -> Path:
+        """Code that runs were submitted with, one folder per content."""
+        return self.home / "code"
 
     @property
     def data(self) -> Path:
@@ -143,6 +178,16 @@ class RunPaths:
         return self.root / "events.jsonl"
 
     @property
+    def view(self) -> Path:
+        """The run as folded up to some byte of its log, so that nobody folds a long log again; derived, never the truth."""
+        return self.root / "view.json"
+
+    @property
+    def parked(self) -> Path:
+        """Traceback of the controller's newest error at this run."""
+        return self.root / "controller-error.txt"
+
+    @property
     def checkpoints(self) -> Path:
         """Default checkpoint folder."""
         return self.root / "checkpoints"
@@ -183,6 +228,16 @@ class AttemptPaths:
     def metrics(self) -> Path:
         """Metric lines (`configs.metrics`), appended by rank 0 alone."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration of this attempt, where it differs from the run's."""
+        return self.root / "config.yaml"
+
+    @property
+    def evidence(self) -> Path:
+        """Folder of stacks and rings that were written before the ranks were stopped."""
+        return self.root / "evidence"
 
     @property
     def ranks(self) -> Path:

@@ -17,6 +17,30 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 
 @dataclass(frozen=True)
+class RankFiles:
+    """What one rank writes for its observers."""
+
+    folder: Path
+    """In the node's memory under a gang, so that no storage can hold a rank or its observer up."""
+    rank: int
+
+    @property
+    def ring(self) -> Path:
+        """Its phase changes (`faulttol.recorder`)."""
+        return self.folder / f"{self.rank:05d}.ring"
+
+    @property
+    def signs(self) -> Path:
+        """Its communicators and what it waits for (`faulttol.signs`)."""
+        return self.folder / f"{self.rank:05d}.signs"
+
+    @property
+    def raised(self) -> Path:
+        """The error that it ends by (`faulttol.exits`)."""
+        return self.folder / f"{self.rank:05d}.raised"
+
+
+@dataclass(frozen=True)
 class RankContext:
     """Identity of one rank. A program is `main(config: RunConfig, rank: RankContext) -> None`."""
 
@@ -36,11 +60,18 @@ class RankContext:
     """The run's folder."""
     attempt: int
     """Attempt within the run, from 1."""
+    rings: Path | None = None
+    """Folder in this node's memory for what the rank writes for its observers; None: nobody watches, as under torchrun."""
 
     @property
     def paths(self) -> AttemptPaths:
         """Folder of this attempt."""
         return self.run.attempt(self.attempt)
+
+    @property
+    def files(self) -> RankFiles:
+        """What this rank writes for its observers."""
+        return RankFiles(self.rings or self.paths.ranks, self.rank)
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str], run_root: Path) -> RankContext:
@@ -69,11 +100,13 @@ class RankContext:
             master_port=0 if alone else int(env["MASTER_PORT"]),
             run=RunPaths(Path(env.get("MEGARAY_RUN") or run_root)),
             attempt=int(env.get("MEGARAY_ATTEMPT", "1")),
+            rings=Path(env["MEGARAY_RINGS"]) if env.get("MEGARAY_RINGS") else None,
         )
 
     def environment(self) -> dict[str, str]:
         """The variables that tell a child process this context; the inverse of `from_environment`."""
-        return {
+        rings = {"MEGARAY_RINGS": str(self.rings)} if self.rings is not None else {}
+        return rings | {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
             "LOCAL_RANK": str(self.local_rank),
@@ -83,6 +116,21 @@ class RankContext:
             "MEGARAY_RUN": str(self.run.root),
             "MEGARAY_ATTEMPT": str(self.attempt),
         }
+
+
+def threads(env: Mapping[str, str]) -> int:
+    """CPU threads of this rank: the first number of `OMP_NUM_THREADS`, which may be a list by nesting; 1 without it.
+
+    Raises:
+        UserError: where that isn't a number.
+    """
+    told = env.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if told and not (told.isdecimal() and int(told)):
+        raise UserError(
+            f"OMP_NUM_THREADS='{env['OMP_NUM_THREADS']}' doesn't begin with a number of threads; set it to one, such as 4, "
+            "or unset it"
+        )
+    return int(told or 1)
 
 
 def die_with_parent(env: Mapping[str, str]) -> None:

@@ -79,7 +79,11 @@ class ResilienceConfig(Section):
     max_restarts: NonNegative = 3
     """Restarts without progress before the run fails; a new checkpoint resets the count."""
     backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
-    """Wait before the first restart; doubles with each restart without progress."""
+    """Wait before the second restart without progress; the first doesn't wait, each further one waits twice as long."""
+    shrink_after: Annotated[float, Field(ge=0)] | None = 60.0
+    """Seconds that a run waits for lost nodes before it goes on in a smaller layout until they are back; None: for ever."""
+    wall_hours: Annotated[float, Field(gt=0)] | None = None
+    """Longest time that the ranks may run, over all attempts; the run saves and stops then. None: no limit."""
     timeouts: Timeouts = Timeouts()
     """Every timeout, derived from one dial."""
 

@@ -20,7 +20,7 @@ FACTORS: dict[str, float] = {
     "agent": 1 / 3,
     "node": 2 / 3,
     "hang": 1.0,
-    "stop": 1 / 6,
+    "stop": 2.0,
     "rendezvous": 3.0,
     "start": 6.0,
     "collective": 10.0,
@@ -32,7 +32,7 @@ ORDER: list[tuple[str, str, str]] = [
     ("agent", "node", "an agent is asked again before its node is given up"),
     ("node", "hang", "a lost node must be told from a hung rank, so it is found first"),
     ("hang", "collective", "the hang detector must name the culprit before the collective gives up"),
-    ("stop", "agent", "ranks must be gone before an agent that stops them counts as lost"),
+    ("stop", "collective", "ranks that are stopped must be gone before a collective of theirs looks like a fault"),
     ("rendezvous", "start", "ranks that cannot meet must fail before the start as a whole is given up"),
     ("hang", "start", "the first step may compile and warm up, so a start is allowed longer than a step"),
 ]
@@ -58,7 +58,7 @@ class Timeouts(BaseModel):
     hang: Seconds | None = None
     """Without a record from any rank before the gang counts as hung."""
     stop: Seconds | None = None
-    """From SIGTERM to SIGKILL when ranks are stopped."""
+    """From SIGTERM, upon which ranks finish their step and save, to SIGKILL."""
     rendezvous: Seconds | None = None
     """For all ranks to join the process group."""
     start: Seconds | None = None

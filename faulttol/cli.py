@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
             return _run(options)
         if options.command == "bench":
             return _bench(options)
+        if options.command == "preflight":
+            return _preflight(options)
         from faulttol.commands import acts
 
         answer = acts.ACTS[options.command](options)
@@ -102,6 +104,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_writing(add)
     _add_converting(add)
     add("bench", "measure saving and resharding against others, in one run", json=False)
+    preflight = add(
+        "preflight", "look whether this node is fit to serve: memory, devices, arithmetic, network"
+    )
+    preflight.add_argument("--peers", default="", metavar="HOST:PORT,…", help="neighbours that it must reach")
+    preflight.add_argument("--quick", action="store_true", help="leave the arithmetic out, which needs torch")
     run = add("run", "measure; each rank is one process, as torchrun starts them", json=False)
     run.add_argument(
         "--config", type=Path, required=True, help="a resolved configuration, as saved with a run"
@@ -238,6 +245,14 @@ def _bytes(text: str) -> int:
     if unit not in _UNITS or not number.isdecimal() or not int(number):
         raise argparse.ArgumentTypeError(f"'{text}' is no number of bytes; type e.g. 5G")
     return int(number) * _UNITS[unit]
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from faulttol.preflight.run import preflight
+
+    found = preflight([peer for peer in options.peers.split(",") if peer], arithmetic=not options.quick)
+    print(json.dumps(found.to_json(), indent=1) if options.json else "\n".join(found.lines()), flush=True)
+    return int(bool(found.why))
 
 
 def _bench(options: argparse.Namespace) -> int:

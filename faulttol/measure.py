@@ -17,7 +17,7 @@ def main(config: RunConfig, rank: RankContext) -> None:
         UserError: for what the user can mend.
         FabricLost: where a rank stays away or dies in the middle.
     """
-    recorder = Recorder(rank.paths.record(rank.rank), rank.rank)
+    recorder = Recorder(rank.files.ring, rank.rank)
 
     def beat(case: int, finished: bool) -> None:
         if finished:

@@ -8,8 +8,9 @@ Layout, in words of 64 bits of the node's byte order: a header of 8 words, then 
 sequence number, time in ns, meaning, and the exclusive-or of these three. A reader that meets a record half
 written, because its writer was killed in it or is overwriting it now, sees that they don't agree.
 
-Times are `time.time_ns()` of the rank's node: comparable within a node, and between nodes as far as their
-clocks agree.
+Records are dated by the node's monotonic clock, which nobody sets, and which all its processes share. A reader adds its
+own `faulttol.steady.OFFSET_NS`, so what it reads is comparable with its own `steady.now()`, and between nodes as far as
+their clocks agree.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-_MAGIC = b"MEGARAY2"
+from faulttol import steady
+
+_MAGIC = b"MEGARAY3"
 _HEADER = struct.Struct("=8sQQQQQ")  # magic, record size, capacity, rank, process id, newest sequence
 _HEADER_WORDS = 8
 _HEADER_BYTES = 8 * _HEADER_WORDS
@@ -46,6 +49,14 @@ class Phase(IntEnum):
     CHECKPOINT = 5
     COLLECTIVE = 6
     METRICS = 7
+    IMPORTS = 8
+    """From the start of the process until its libraries are loaded."""
+    RENDEZVOUS = 9
+    """It waits for all ranks to meet."""
+    BUILD = 10
+    """The model and its groups are made."""
+    LOAD = 11
+    """A checkpoint is looked for and loaded."""
 
 
 class Mark(IntEnum):
@@ -64,7 +75,7 @@ class Record:
     sequence: int
     """From 1, without gaps."""
     time: float
-    """Seconds since the epoch, by the clock of the rank's node."""
+    """Seconds since the epoch, by the clock of the rank's node (`faulttol.steady`)."""
     mark: Mark
     phase: Phase
     step: int
@@ -113,7 +124,7 @@ class Recorder:
     def touch(self) -> None:
         """Renew the time of the newest record: its phase still makes progress. The count of records stays as it is, since
         ranks are compared by it."""
-        words, sequence, now = self._words, self._next - 1, time.time_ns()
+        words, sequence, now = self._words, self._next - 1, time.monotonic_ns()
         if not sequence:
             return
         at = _HEADER_WORDS + (sequence - 1) % self._capacity * 4
@@ -121,7 +132,7 @@ class Recorder:
         words[at + 3] = sequence ^ now ^ words[at + 2]
 
     def _write(self, meaning: int) -> None:
-        words, sequence, now = self._words, self._next, time.time_ns()
+        words, sequence, now = self._words, self._next, time.monotonic_ns()
         at = _HEADER_WORDS + (sequence - 1) % self._capacity * 4
         words[at] = sequence
         words[at + 1] = now
@@ -197,4 +208,4 @@ def _parse(data: bytes) -> Record | None:
     if not sequence or check != sequence ^ nanoseconds ^ meaning:
         return None
     mark, phase = Mark(meaning & 0xFF), Phase(meaning >> 8 & 0xFF)
-    return Record(sequence, nanoseconds / 1e9, mark, phase, meaning >> _STEP_SHIFT)
+    return Record(sequence, steady.of(nanoseconds), mark, phase, meaning >> _STEP_SHIFT)

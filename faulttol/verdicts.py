@@ -14,6 +14,8 @@ class VerdictKind(StrEnum):
     CLUSTER_LOST = "cluster_lost"
     NODE_LOST = "node_lost"
     AGENT_LOST = "agent_lost"
+    NODE_UNFIT = "node_unfit"
+    """The node could not start ranks: a mount, an I/O error, its memory. The run is sound."""
     RANK_EXIT = "rank_exit"
     HANG = "hang"
     START_TIMEOUT = "start_timeout"

@@ -38,6 +38,7 @@ class Command:
     run: Callable[[Call], int]
     takes_overrides: bool = False
     takes_run: bool = False
+    takes_node: bool = False
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--address", help="HOST:PORT of a Ray head, or http://HOST:8265 of its dashboard")
         if command.takes_run:
             sub.add_argument("run", help="run id, or the beginning of one")
+        if command.takes_node:
+            sub.add_argument("node", help="address or host name of a node, as `nodes` shows it")
         if command.takes_overrides:
             sub.add_argument("overrides", nargs="*", metavar="field=value", help=_OVERRIDES)
             if not command.takes_run:
@@ -135,8 +138,16 @@ def _list(call: Call) -> int:
     from orchestrator.commands import console
     from orchestrator.record import reading
 
-    rows = reading.summaries(call.home)
-    call.say(console.run_list(rows), [asdict(row) for row in rows])
+    if call.options.watch:
+        from orchestrator.commands import screen  # rich loads where somebody looks
+
+        screen.watch_list(call.home, sys.stdout, call.wants_json)
+        return 0
+    found = reading.summaries(call.home)
+    call.say(console.run_list(found.rows, found.damage), [asdict(row) for row in found.rows])
+    if call.wants_json:
+        for text in found.damage:
+            print(f"megaray: damaged: {text}", file=sys.stderr)
     return 0
 
 
@@ -144,9 +155,9 @@ def _status(call: Call) -> int:
     from orchestrator.commands import console
     from orchestrator.record import reading
 
-    run = call.home.existing(call.options.run)
-    row = reading.summary(run, reading.read_queue(call.home))
-    incidents = reading.incidents(run)
+    reader = reading.RunReader(call.home.existing(call.options.run))
+    row = reader.summary(reading.read_queue(call.home))
+    incidents = reader.incidents()
     call.say(console.status(row, incidents), asdict(row) | {"incidents": incidents})
     return 0
 
@@ -156,7 +167,7 @@ def _watch(call: Call) -> int:
 
 
 def _logs(call: Call) -> int:
-    from orchestrator.commands import console
+    from orchestrator.commands import watching
 
     run = call.home.existing(call.options.run)
     rank, attempts = call.options.rank, run.attempt_numbers()
@@ -176,10 +187,23 @@ def _logs(call: Call) -> int:
                           "text": path.read_text(errors="replace")}))  # fmt: skip
         return 0
     try:
-        console.show_log(path, sys.stdout, run if call.options.follow else None)
+        watching.show_log(path, sys.stdout, run if call.options.follow else None)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _prune(call: Call) -> int:
+    # Loaded here: which checkpoints are read by others needs their manifests, and other commands don't.
+    from orchestrator.commands import prune
+
+    return prune.prune(call)
+
+
+def _dashboard(call: Call) -> int:
+    from orchestrator.web import cli as dashboard  # aiohttp and numpy, for those who look
+
+    return dashboard.run(call)
 
 
 def _incidents(call: Call) -> int:
@@ -212,18 +236,76 @@ COMMANDS = [
         takes_run=True,
     ),
     Command("nodes", "show the cluster's nodes and who holds their slots", _on_cluster("nodes")),
+    Command("cordon", "keep runs from a node from now on", _on_cluster("cordon"), takes_node=True),
+    Command(
+        "uncordon", "let runs on a node again, drained or cordoned", _on_cluster("uncordon"), takes_node=True
+    ),
+    Command(
+        "drain",
+        "move runs off a node, after a save, and keep others from it",
+        _on_cluster("drain"),
+        takes_node=True,
+    ),
+    Command("spare", "keep a node for runs that have lost one", _on_cluster("spare"), takes_node=True),
+    Command("unspare", "use a spare node like the others", _on_cluster("unspare"), takes_node=True),
+    Command("prune", "remove the folders of runs that ended long ago, and code that no run needs", _prune),
+    Command(
+        "dashboard", "serve the page, its JSON and Prometheus' metrics for all runs of the home", _dashboard
+    ),
+    Command("serve", "keep the controller of a Ray cluster up; for service managers", _on_cluster("serve")),
     Command("up", "start a local Ray that outlives the command", _on_cluster("up")),
     Command("down", "cancel all runs and end the local Ray", _on_cluster("down")),
 ]
 
 _YES = (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})
 _DETACH = (("--detach",), {"action": "store_true", "help": "return once the run is queued"})
+_REASON = (("--reason",), {"required": True, "help": "why, for whoever looks at `nodes`"})
 _OPTIONS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
     "submit": [
         _YES,
         _DETACH,
         (("--dry-run",), {"action": "store_true", "help": "show the plan and check it, start nothing"}),
         (("--priority",), {"type": int, "default": 0, "help": "higher goes first (default 0)"}),
+        (("--owner",), {"help": "who it belongs to; quotas count by it (default: your account)"}),
+    ],
+    "list": [
+        (("--watch",), {"action": "store_true", "help": "show it again whenever it changes, until Ctrl-C"})
+    ],
+    "dashboard": [
+        (("--host",), {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
+        (("--port",), {"type": int, "default": 8260, "help": "port (default 8260; 0: any)"}),
+        (
+            ("--allow-host",),
+            {
+                "action": "append",
+                "default": [],
+                "metavar": "NAME",
+                "help": "another name that browsers reach it by",
+            },
+        ),
+        (
+            ("--no-token",),
+            {"action": "store_true", "help": "let anybody of this machine read and act; loopback only"},
+        ),
+        (
+            ("--export",),
+            {
+                "nargs": 2,
+                "metavar": ("RUN", "FILE"),
+                "help": "write one run as one HTML file instead of serving",
+            },
+        ),
+    ],
+    "cancel": [(("--now",), {"action": "store_true", "help": "kill its ranks instead of having them save"})],
+    "cordon": [_REASON],
+    "drain": [_REASON],
+    "prune": [
+        _YES,
+        (("--keep",), {"type": int, "metavar": "N", "help": "keep the newest N runs that have ended"}),
+        (
+            ("--older",),
+            {"type": float, "metavar": "DAYS", "help": "only runs that ended longer ago (default 30)"},
+        ),
     ],
     "plan": [(("--slots",), {"type": int, "help": "slots of an imagined node"})],
     "resume": [_YES, _DETACH],

@@ -1,218 +1,162 @@
-"""The Ray cluster itself: start one on this machine, find one, connect, take ours down, and reach one by URL."""
+"""A Ray cluster from the outside: find it, connect to it, and reach one by its dashboard's URL."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import ipaddress
 import logging
 import os
 import shlex
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import psutil
+import grpc
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from configs.errors import UserError
-from configs.paths import HomePaths
-from configs.timeouts import Timeouts
+from orchestrator.local import settings
 
 NAMESPACE = "megaray"
 """Ray namespace of everything detached."""
-_START_SECONDS = 90.0
-_DIAL_SECONDS = 3.0
-_STOP_SECONDS = 10.0
+_DIAL_SECONDS = 5.0
 _EXCLUDED = [".git", ".venv", "**/__pycache__", "wandb", "outputs", ".*_cache"]
+_CODE = Path(__file__).parents[1]
+_FORMS = "type HOST:PORT of a Ray head (6379 by default) or http://HOST:8265 of its dashboard"
+_TOKEN = "put the cluster's token into RAY_AUTH_TOKEN, or its file into RAY_AUTH_TOKEN_PATH"
 
 
-@dataclass(frozen=True)
-class LocalCluster:
-    """The Ray on this machine that `up` or `submit` started; `<home>/cluster.json`."""
-
-    address: str
-    """`host:port` of its GCS."""
-    dashboard: str
-    """URL of its dashboard and job submission."""
-    pid: int
-    """Of `ray start --block`, the leader of the cluster's process group."""
-    created: float
-    """Start time of that process, so that a reused id isn't taken for it."""
-    slots: int
-    temporary: str
-    """Ray's session folder."""
-
-
-def local(home: HomePaths) -> LocalCluster | None:
-    """The local cluster that is recorded and alive."""
-    try:
-        record = LocalCluster(**json.loads(home.cluster.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-    return record if _alive(record) else None
-
-
-def _alive(record: LocalCluster) -> bool:
-    try:
-        return abs(psutil.Process(record.pid).create_time() - record.created) < 1.0
-    except psutil.NoSuchProcess:
-        return False
-
-
-def up(home: HomePaths, slots: int, timeouts: Timeouts) -> LocalCluster:
-    """Start Ray on this machine with `slots` slots, detached from this process.
-
-    Raises:
-        UserError: where one is running already, or Ray does not come up; with the path of its log.
-    """
-    running = local(home)
-    if running:
-        raise UserError(
-            f"a local Ray with {running.slots} slots is up at {running.address}; "
-            "`python -m orchestrator down` ends it"
-        )
-    home.runs.mkdir(parents=True, exist_ok=True)
-    # Ray's socket paths must stay below 108 bytes, so its session can't live under a long home.
-    temporary = tempfile.mkdtemp(prefix="megaray-")
-    port, dashboard_port = _free_ports(2)
-    command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *(f"--num-cpus={slots}", f"--port={port}", f"--dashboard-port={dashboard_port}"),
-        *("--dashboard-host=127.0.0.1", f"--temp-dir={temporary}", "--disable-usage-stats"),
-        "--log-color=false",
-    ]
-    log = home.home / "ray-start.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | health_environment(timeouts) | {"PATH": _path_with_this_python()},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    created = psutil.Process(process.pid).create_time()
-    deadline = time.monotonic() + _START_SECONDS
-    while not (address := _head_address(Path(temporary))) or "Ray runtime started" not in log.read_text():
-        if process.poll() is not None or time.monotonic() > deadline:
-            end_family(process.pid)
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"Ray did not start; see {log}")
-        time.sleep(0.1)
-    url = f"http://127.0.0.1:{dashboard_port}"
-    record = LocalCluster(address, url, process.pid, created, slots, temporary)
-    home.cluster.write_text(json.dumps(asdict(record)))
-    return record
-
-
-def _path_with_this_python() -> str:
-    """`PATH` on which `python` is this interpreter: jobs that come by the dashboard start with that word."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-
-
-def health_environment(timeouts: Timeouts) -> dict[str, str]:
-    """Ray's node health checks, set so that a silent node is dead after `timeouts.node` seconds.
-
-    Ray's own defaults take 15 s for a refused connection and 65 s for a black hole. Its head reads these
-    variables, so a cluster that somebody else starts needs them in the head's environment.
-    """
-    period = timeouts.seconds("node") / 5
-    return {
-        "RAY_health_check_initial_delay_ms": "2000",
-        "RAY_health_check_period_ms": str(int(period * 1000)),
-        "RAY_health_check_timeout_ms": str(int(period * 1000)),
-        "RAY_health_check_failure_threshold": "4",
-    }
-
-
-def down(home: HomePaths) -> bool:
-    """End the local cluster with everything that it started; False where none is recorded.
-
-    Only recorded process ids and their descendants are signalled; other Rays on the machine are left alone.
-    """
-    try:
-        record = LocalCluster(**json.loads(home.cluster.read_text()))
-    except FileNotFoundError:
-        return False
-    if _alive(record):
-        end_family(record.pid)
-    shutil.rmtree(record.temporary, ignore_errors=True)
-    home.cluster.unlink(missing_ok=True)
-    home.queue.unlink(missing_ok=True)
-    return True
-
-
-def end_family(pid: int) -> None:
-    """End a process and all its descendants: SIGTERM to the first, then SIGKILL to what is left."""
-    try:
-        leader = psutil.Process(pid)
-        family = [leader, *leader.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    with contextlib.suppress(psutil.NoSuchProcess):
-        leader.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=_STOP_SECONDS)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=_STOP_SECONDS)
-
-
-def _head_address(temporary: Path) -> str:
-    try:
-        return (temporary / "ray_current_cluster").read_text().strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-
-
-def dial(address: str) -> None:
-    """Refuse an address that nobody answers at, before Ray waits for it.
-
-    Raises:
-        UserError: naming the address and what an address looks like.
-    """
-    host, _, port = address.rpartition(":")
-    forms = "type HOST:PORT of a Ray head (6379 by default) or http://HOST:8265 of its dashboard"
-    if not host or not port.isdigit() or "/" in host:
-        raise UserError(f"--address '{address}' is not an address of a Ray cluster; {forms}")
-    try:
-        socket.create_connection((host, int(port)), timeout=_DIAL_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--address '{address}': nobody answers there ({error}); {forms}") from None
-
-
-def connect(address: str) -> None:
-    """Connect this process to a Ray cluster.
+def found(address: str) -> str:
+    """`auto` as Ray's own tools take it: the newest Ray of this machine; any other address as it is.
 
     Raises:
         UserError: where there is none.
     """
-    dial(address)
+    if address != "auto":
+        return address
+    # Loaded here: Ray keeps it private, and nothing else needs it.
+    from ray._private import services
+
     try:
-        ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
-            configure_logging=False,
-        )  # fmt: skip
-    except (ConnectionError, RuntimeError) as error:
+        # What is typed comes before the variable; Ray would take the variable.
+        with _variable("RAY_ADDRESS", None):
+            seen = services.canonicalize_bootstrap_address("auto")
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"--address 'auto': {str(error).splitlines()[0]}") from None
+    if seen is None:
+        raise UserError(f"--address 'auto': no Ray runs on this machine; {_FORMS}")
+    return str(seen)
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str | None) -> Any:
+    """A variable of the environment set otherwise, or unset, for a while."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+def check_form(address: str) -> tuple[str, int]:
+    """Host and port of an address; of `auto`, what it may stand for is looked for later.
+
+    Raises:
+        UserError: where it isn't one.
+    """
+    host, _, port = ("auto:0" if address == "auto" else address).rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise UserError(f"--address '{address}' is not an address of a Ray cluster; {_FORMS}")
+    return host.strip("[]"), int(port)
+
+
+def dial(address: str, token: str) -> bool:
+    """Whether the Ray at an address wants a token; asked before Ray itself waits for an answer.
+
+    Args:
+        address: HOST:PORT.
+        token: of this account; empty where it has none.
+
+    Raises:
+        UserError: where no Ray head answers there, or it wants another token.
+    """
+    host, port = check_form(address)
+    try:
+        socket.create_connection((host, port), timeout=_DIAL_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--address '{address}': nobody answers there ({error}); {_FORMS}") from None
+    if _accepts(address, ""):
+        return False
+    if not token:
+        raise UserError(f"--address '{address}': this Ray wants a token, and none is known here; {_TOKEN}")
+    if not _accepts(address, token):
+        raise UserError(f"--address '{address}': this Ray refuses the token that is known here; {_TOKEN}")
+    return True
+
+
+def _accepts(address: str, token: str) -> bool:
+    """Whether a Ray head answers without a token, or with this one."""
+    shown = [("authorization", f"Bearer {token}")] if token else []
+    # Like Ray's own channels this one heeds no proxy. The question is the health check of `ray health-check`.
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=_DIAL_SECONDS, metadata=shown)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return False
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:  # another version of Ray; it says so itself
+                raise UserError(
+                    f"--address '{address}': what answers there is no Ray head ({error.code().name.lower()}); {_FORMS}"
+                ) from None
+    return True
+
+
+def connect(address: str, token_file: str = "") -> None:
+    """Connect this process to a Ray cluster, with a token where the cluster wants one.
+
+    Args:
+        address: HOST:PORT, or `auto`.
+        token_file: where the token of a local Ray is, if this account has none of its own.
+
+    Raises:
+        UserError: where there is none.
+    """
+    address = found(address)
+    token = settings.token(token_file)
+    _authenticate(token if dial(address, token) else "")
+    try:
+        # Workers import from the folder that this process is in: it must be the code's, and no folder of the user's whose
+        # files may have the names of our packages.
+        with contextlib.chdir(_CODE):
+            ray.init(
+                address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
+                configure_logging=False,
+            )  # fmt: skip
+    except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"--address '{address}' is no usable Ray cluster: {first}") from None
+
+
+def _authenticate(token: str) -> None:
+    """Have Ray show a token, or none. It reads its settings once, at the import; this has it read them again."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    os.environ["RAY_AUTH_MODE"] = "token" if token else "disabled"
+    if token:
+        os.environ["RAY_AUTH_TOKEN"] = token
+    setup.Config.initialize("")
+    setup.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def disconnect() -> None:
@@ -247,6 +191,34 @@ def _submit_job(client: JobSubmissionClient, entrypoint: str, environment: dict[
     return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
 
 
+def _client(url: str, token_file: str) -> JobSubmissionClient:
+    """A client of a dashboard, past any proxy where it is this machine's own, and with a token where it wants one."""
+    host = urlsplit(url).hostname or ""
+    if _is_loopback(host):
+        for name in ("no_proxy", "NO_PROXY"):
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
+    headers: dict[str, Any] = {}
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=_DIAL_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            if not (token := settings.token(token_file)):
+                raise UserError(
+                    f"--address '{url}': this Ray wants a token, and none is known here; {_TOKEN}"
+                ) from None
+            headers = {"Authorization": f"Bearer {token}"}
+    except (OSError, ValueError):
+        pass  # the client says it
+    return JobSubmissionClient(url, headers=headers)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def forward(
     url: str, arguments: Sequence[str], code: Path, variables: dict[str, str], write: Callable[[str], object]
 ) -> int:
@@ -263,7 +235,7 @@ def forward(
     entrypoint = " ".join(["python", "-m", "orchestrator", *map(shlex.quote, arguments)])
     environment = {"working_dir": str(code), "excludes": _EXCLUDED, "env_vars": variables}
     try:
-        client = JobSubmissionClient(url)
+        client = _client(url, "")
         job = _submit_job(client, entrypoint, environment)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -10,19 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from configs.errors import UserError
 from configs.paths import HomePaths
 from orchestrator.control.controller import Controller
+from orchestrator.control.epochs import STALE
 from orchestrator.ray_cluster import NAMESPACE
-from orchestrator.ray_fabric import RayFabric
+from orchestrator.ray_runtime import RayRuntime
+from orchestrator.record import clock
 from orchestrator.record.events import Amended, Submitted
+from orchestrator.record.log import Fenced
 
-_NAME = "controller"
 _TURN_SECONDS = 0.5
-_LOCK_PATIENCE = 15.0
-"""Seconds that a new controller waits for the lock of one that is being killed."""
+"""Longest wait between two turns; what a gang tells begins one at once."""
+_SHARE = 0.3
+"""Of a processor that turns may take: after a long turn follows a longer wait."""
+_STUCK_SECONDS = 120.0
+"""Time without a finished turn after which the process ends, so that Ray starts another."""
+_CALL_SECONDS = 60.0
+
+log = logging.getLogger("megaray.controller")
 
 
 class ControllerActor:
@@ -30,15 +41,36 @@ class ControllerActor:
 
     def __init__(self, home: str) -> None:
         self._mutex = threading.Lock()
-        self._controller = _with_patience(HomePaths(Path(home)))
-        self._loop = threading.Thread(target=self._turn_forever, name="controller-loop", daemon=True)
-        self._loop.start()
+        self._runtime = RayRuntime()
+        self._controller = _with_patience(HomePaths(Path(home)), self._runtime)
+        self._turned = time.monotonic()
+        threading.Thread(target=self._turn_forever, name="controller-loop", daemon=True).start()
+        threading.Thread(target=self._watch, name="controller-watch", daemon=True).start()
 
     def _turn_forever(self) -> None:
         while True:
-            with self._mutex:
-                self._controller.tick()
-            time.sleep(_TURN_SECONDS)
+            began = time.monotonic()
+            try:
+                with self._mutex:
+                    self._controller.turn()
+            except Fenced as error:
+                log.error("ending: %s", error)
+                os._exit(0)  # a newer controller owns everything; nothing is flushed over it
+            except Exception:  # whatever it is, the next turn meets it again: supervision never ends by it
+                log.exception("a turn failed")
+            self._turned = time.monotonic()
+            took = self._turned - began
+            rest = took * (1 / _SHARE - 1)
+            if rest > _TURN_SECONDS / 10:
+                time.sleep(min(rest, 5.0))
+            self._runtime.wait(_TURN_SECONDS)
+
+    def _watch(self) -> None:
+        """End the process where a turn hangs, such as in a file system that doesn't answer."""
+        while time.monotonic() - self._turned < _STUCK_SECONDS:
+            time.sleep(1.0)
+        log.error("no turn was finished for %.0f s; ending, so that Ray starts another controller", _STUCK_SECONDS)
+        os._exit(1)
 
     def call(self, method: str, *args: Any) -> tuple[bool, Any]:
         """Call a method of `Controller`; (True, answer), or (False, message) for a user's mistake."""
@@ -47,21 +79,29 @@ class ControllerActor:
                 return True, getattr(self._controller, method)(*args)
             except UserError as error:
                 return False, str(error)
+            except OSError as error:
+                return False, f"the controller can't write: {error}; free some space and type the command again"
 
-    def ready(self) -> bool:
-        """True once the logs are folded; raises what the start raised otherwise."""
-        return self._loop.is_alive()
+    def ready(self) -> float:
+        """Seconds since the newest finished turn; raises what the start raised."""
+        return time.monotonic() - self._turned
 
 
-def _with_patience(home: HomePaths) -> Controller:
-    deadline = time.monotonic() + _LOCK_PATIENCE
+def _with_patience(home: HomePaths, runtime: RayRuntime) -> Controller:
+    """A controller, once one of another cluster that has just ended counts as gone."""
+    deadline = time.monotonic() + STALE + 2.0
     while True:
         try:
-            return Controller(home, RayFabric(), time.time)
+            return Controller(home, runtime, clock.system, ray.get_runtime_context().gcs_address)
         except UserError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.2)
+            time.sleep(0.5)
+
+
+def _name(home: HomePaths) -> str:
+    """Name of the actor: one per home, so that two homes on one Ray don't meet in one controller."""
+    return f"controller-{hashlib.sha256(str(home.home).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
@@ -71,10 +111,14 @@ class ControllerClient:
     actor: Any
 
     @classmethod
-    def connect(cls, home: HomePaths) -> ControllerClient:
-        """Find the cluster's controller, or start it."""
+    def connect(cls, home: HomePaths, timeout: float = 120.0) -> ControllerClient:
+        """Find the cluster's controller, or start it.
+
+        Raises:
+            UserError: where it can't be started, with the reason.
+        """
         options: dict[str, Any] = {
-            "name": _NAME,
+            "name": _name(home),
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "get_if_exists": True,
@@ -86,7 +130,12 @@ class ControllerClient:
         }
         actor = ray.remote(ControllerActor).options(**options).remote(str(home.home))
         try:
-            ray.get(actor.ready.remote(), timeout=120)
+            ray.get(actor.ready.remote(), timeout=timeout)
+        except GetTimeoutError:
+            raise UserError(
+                f"the controller did not start within {timeout:.0f} s; does the cluster have a head node that is alive? "
+                "`ray status` shows it"
+            ) from None
         except RayActorError as error:
             cause = [line for line in str(error).splitlines() if "UserError" in line]
             if cause:
@@ -95,29 +144,43 @@ class ControllerClient:
         return cls(actor)
 
     @classmethod
-    def existing(cls) -> ControllerClient | None:
-        """The cluster's controller, or None where none was started."""
+    def existing(cls, home: HomePaths) -> ControllerClient | None:
+        """The home's controller, or None where none was started."""
         with contextlib.suppress(ValueError):
-            return cls(ray.get_actor(_NAME, namespace=NAMESPACE))
+            return cls(ray.get_actor(_name(home), namespace=NAMESPACE))
         return None
 
     def _call(self, method: str, *args: Any) -> Any:
-        ok, answer = ray.get(self.actor.call.remote(method, *args), timeout=60)
+        try:
+            ok, answer = ray.get(self.actor.call.remote(method, *args), timeout=_CALL_SECONDS)
+        except (GetTimeoutError, RayActorError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"the controller did not answer ({first}); it is restarted by itself: type the command again in a moment"
+            ) from None
         if not ok:
             raise UserError(answer)
         return answer
 
     def submit(self, run_id: str, submitted: Submitted) -> None:
-        """Queue a run whose folder is written."""
+        """Queue a run whose folder is written; saying it twice queues it once."""
         self._call("submit", run_id, submitted)
 
-    def cancel(self, run_id: str) -> str:
-        """Stop a run; the sentence to show."""
-        return str(self._call("cancel", run_id))
+    def cancel(self, run_id: str, at_once: bool = False, by: str = "") -> str:
+        """Stop a run; the sentence to show. `at_once` kills its ranks instead of having them save."""
+        return str(self._call("cancel", run_id, at_once, by))
+
+    def dump_stacks(self, run_id: str, by: str) -> str:
+        """Have the stacks of a run's ranks written; the folder that they come to."""
+        return str(self._call("dump_stacks", run_id, by))
 
     def resume(self, run_id: str, amended: Amended | None, config: str) -> None:
         """Queue a failed or cancelled run again, with what is `amended`, whose resolved configuration is `config`."""
         self._call("resume", run_id, amended, config)
+
+    def mark_node(self, node: str, mark: str, reason: str, by: str) -> None:
+        """Cordon, uncordon, drain, spare or unspare a node."""
+        self._call("mark_node", node, mark, reason, by)
 
     def shut_down(self) -> int:
         """Cancel everything; how many runs are still ending."""

@@ -45,8 +45,8 @@ def ensure_sink(run_root: str) -> None:
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "num_cpus": 0,
-        "max_restarts": 3,
-        "max_task_retries": 3,
+        "max_restarts": -1,  # the process may be killed at any time; what it has logged is in its cursor
+        "max_task_retries": -1,
     }
     try:
         ray.get_actor(options["name"], namespace=NAMESPACE)

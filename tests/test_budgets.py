@@ -51,9 +51,11 @@ def long_functions(tree: Sequence[Module]) -> Iterator[str]:
 
 
 def wide_functions(tree: Sequence[Module]) -> Iterator[str]:
-    """Functions with too many arguments, `self` and `cls` not counted."""
+    """Functions with too many arguments, `self` and `cls` not counted. A kernel takes a pointer for each of its tensors."""
     for module in tree:
         for node in functions(module):
+            if any(ast.unparse(one) == "triton.jit" for one in node.decorator_list):
+                continue
             spec = node.args
             named = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, spec.vararg, spec.kwarg]
             count = len([a for a in named if a is not None and a.arg not in ("self", "cls")])

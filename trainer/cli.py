@@ -1,5 +1,5 @@
 """The command line of the trainer: `run` trains, `prepare` makes token files of text, `size` sizes a model for its
-hardware, `forecast` looks ahead in a run, `validate` shows how wrong the sizing is."""
+hardware, `bench` times a step beside others', `forecast` looks ahead in a run, `validate` shows how wrong the sizing is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from configs.compose import choices, compose, load
-from configs.errors import USER_ERROR_EXIT, UserError, nearest
+from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, Stopped, UserError, nearest
 from configs.paths import default_home
 from configs.rank import RankContext, die_with_parent
+from faulttol.recorder import Phase, Recorder
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from trainer.sizing.asked import Asked
 
 PROGRAM = "python -m trainer"
-_COMMANDS = ("run", "prepare", "size", "forecast", "validate")
+_COMMANDS = ("run", "prepare", "size", "bench", "forecast", "validate")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command; exit code 0 done, 2 a user's mistake, 1 anything else."""
+    """Run a command; exit code 0 done, 2 a user's mistake, 143 stopped by SIGTERM with its state saved, 1 anything else."""
     try:
         options = parse(arguments)
         if options.command == "prepare":
@@ -46,10 +47,15 @@ def main(arguments: Sequence[str]) -> int:
             return _forecast(options)
         if options.command == "validate":
             return _validate(options)
+        if options.command == "bench":
+            return _bench(options, list(arguments))
         return _run(options.config, options.overrides) if options.command == "run" else _size(options)
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except Stopped as stopped:
+        print(f"megaray: {stopped}", file=sys.stderr)
+        return STOPPED_EXIT
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
         return 0
@@ -110,6 +116,7 @@ def _parser() -> _Parser:
         "--hardware-table", nargs="?", const="", metavar="NAME", help="the catalogue with its sources"
     )
     size.add_argument("--rules", action="store_true", help="the lint's rules with reasons and sources")
+    _add_bench(commands)
     forecast = commands.add_parser(
         "forecast", help="where a run's loss is going, and whether it has left its way",
         description="A power law fitted to the run's own log, with a band; the loss over the last steps is forecast.",
@@ -133,6 +140,36 @@ def _parser() -> _Parser:
     )
     validate.set_defaults(overrides=[])
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    bench = commands.add_parser(
+        "bench", help="what a training step takes, beside compiled torch, Hugging Face and DeepSpeed",
+        description="The full step with nothing left out, its parts and kernels, and the device's ceiling, in one run.",
+    )  # fmt: skip
+    bench.add_argument("overrides", nargs="*", metavar="field=value", help="any field of the configuration")
+    bench.add_argument("--gpus", type=_positive, default=1, metavar="N", help="ranks; 1 by default")
+    bench.add_argument("--model", default="olmoe_1b_7b", metavar="NAME", help="a model preset")
+    bench.add_argument("--layers", type=_positive, metavar="N", help="layers instead of the model's own number")
+    bench.add_argument(
+        "--routing", choices=("real", "balanced", "zipf"), default="real",
+        help="how tokens find experts: the router on real text, or forced",
+    )  # fmt: skip
+    bench.add_argument("--steps", type=_positive, default=20, metavar="N", help="timed steps; 20 by default")
+    bench.add_argument(
+        "--baselines", default="plain,hf", metavar="A,B", help="some of plain, hf and deepspeed, or none"
+    )
+    bench.add_argument("--timeline", type=Path, metavar="DIR", help="folder for a recorded step")
+
+
+def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
+    from trainer.bench import command  # torch loads here alone
+
+    typed = command.options_of(
+        options.model, options.layers, options.routing, options.steps, options.baselines, options.timeline,
+        options.overrides,
+    )  # fmt: skip
+    return command.run(typed, options.gpus, arguments, lambda line: print(line, flush=True))
 
 
 def _positive(text: str) -> int:
@@ -303,9 +340,11 @@ def _run(file: Path | None, overrides: list[str]) -> int:
     rank = RankContext.from_environment(os.environ, default_home() / "runs" / _folder(config))
     if rank.rank == 0:
         print(f"run folder: {rank.run.root}", file=sys.stderr)
+    recorder = Recorder(rank.files.ring, rank.rank)
+    recorder.begin(Phase.IMPORTS, 0)
     from trainer.loop import main as train  # torch loads after the parent's death is arranged for
 
-    train(config, rank)
+    train(config, rank, recorder)
     return 0
 
 

@@ -5,42 +5,36 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, astuple, dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from collectives.team import choose_device
-from configs.errors import UserError
-from configs.metrics import (
-    EndedLine,
-    EvaluatedLine,
-    MetricWriter,
-    ResumedLine,
-    SavedLine,
-    SaveFailedLine,
-    StepLine,
-)
+from configs.errors import Stopped, UserError
+from configs.metrics import StepLine
 from configs.paths import default_home
-from configs.rank import RankContext
+from configs.rank import RankContext, threads
 from configs.schema import RunConfig
+from faulttol import exits
 from faulttol.checkpoint.manifest import Superseded
 from faulttol.recorder import Phase, Recorder
+from faulttol.signs import Teller, is_remote
 from faulttol.staged.saver import Outcome, Signs
 from trainer import resume as resuming
 from trainer.engines.base import Engine, StepResult
 from trainer.feed import Feed
+from trainer.lines import Lines
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import learning_rate, samples_before, samples_of
 from trainer.parallel.mesh import Mesh, join
 from trainer.saves import Measured, SaveSchedule
-from trainer.sizing import flops
 from trainer.sizing.runnable import refusal
+from trainer.startup import Startup
+from trainer.stopping import Stop
 
 _WAITS = (0.5, 2.0, 8.0)
 """Seconds before the last step's save is tried again."""
@@ -49,28 +43,54 @@ _COLLECT_EVERY = 100
 (MegaScale section 5.3)."""
 
 
-def main(config: RunConfig, rank: RankContext) -> None:
+def main(config: RunConfig, rank: RankContext, recorder: Recorder | None = None) -> None:
     """Train one rank to the last step, from the newest checkpoint where there is one.
 
-    Runs alike under a gang and under torchrun. `config` must be resolved: no auto field is open.
+    Runs alike under a gang and under torchrun. `config` must be resolved: no auto field is open. An error is written to
+    the rank's exit record before anything is torn down.
+
+    Args:
+        config: of the attempt.
+        rank: this one.
+        recorder: of this rank, where it exists already.
 
     Raises:
         UserError: for what the user can mend.
+        Stopped: where all ranks have stopped, since one was asked to by SIGTERM.
     """
+    recorder = recorder or Recorder(rank.files.ring, rank.rank)
+    exits.forget(rank.files.raised)
+    if rank.rings is not None:
+        Teller(
+            rank.files.signs, is_remote(config.checkpoint.path, config.data.path, config.data.cache)
+        ).start()
+    try:
+        _main(config, rank, recorder)
+    except BaseException as error:
+        exits.write(rank.files.raised, error)
+        raise
+
+
+def _main(config: RunConfig, rank: RankContext, recorder: Recorder) -> None:
+    startup = Startup(recorder)
     _refuse(config, rank)
-    recorder = Recorder(rank.paths.record(rank.rank), rank.rank)
     device = choose_device(config, rank)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(threads(os.environ))
     if config.train.deterministic:
         _be_deterministic()
-    recorder.begin(Phase.DATA, 0)
+    startup.enter(Phase.DATA)
     feed = Feed.prepare(config, default_home() / "data")
-    recorder.begin(Phase.START, 0)
+    startup.enter(Phase.RENDEZVOUS)
     mesh = join(config, rank, device)
+    startup.enter(Phase.BUILD)
     job = _Job(config, rank, mesh, feed, recorder)
-    job.resume()
-    job.train()
-    job.close()
+    startup.enter(Phase.LOAD)
+    job.resume(startup)
+    with job.stop.heeded():
+        job.train()
+        job.close()
+    if job.stopping:
+        raise Stopped(f"asked to stop by SIGTERM at step {job.progress.step}")
 
 
 def _refuse(config: RunConfig, rank: RankContext) -> None:
@@ -134,10 +154,14 @@ class _Job:
         self.config, self.rank, self.mesh, self.feed, self.recorder = config, rank, mesh, feed, recorder
         self.engine = make_engine(config, mesh)
         self.clock = PhaseClock(recorder, mesh.device)
-        signs = Signs(recorder.touch, lambda: recorder.begin(Phase.COLLECTIVE, self.progress.step))
+        signs = Signs(
+            alive=recorder.touch,
+            waiting=lambda: recorder.begin(Phase.COLLECTIVE, self.progress.step),
+            working=lambda: recorder.begin(Phase.CHECKPOINT, self.progress.step),
+        )
         self.checkpoints = resuming.Checkpoints(config, rank, mesh, feed.fingerprint, signs)
         self.saves = SaveSchedule(config.checkpoint, rank)
-        self.lines = MetricWriter(rank.paths.metrics) if rank.rank == 0 else None
+        self.lines = Lines(config, rank)
         self.facts = {
             "device": _device_name(mesh.device),
             "torch": torch.__version__,
@@ -147,10 +171,13 @@ class _Job:
             "network": {"name": config.network.name} | asdict(mesh.network),
         } | feed.facts
         self.progress = _Progress()
+        self.stop = Stop(mesh.device)
+        self.stopping = False
+        """All ranks have agreed to stop before the last step."""
         self.skipped = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         """Steps that moved nothing: of this attempt, and in a row up to now."""
 
-    def resume(self) -> None:
+    def resume(self, startup: Startup) -> None:
         """Load the newest checkpoint that every rank can read."""
         found = self.checkpoints.restore(self.engine)
         path, notes = None, self.feed.notes
@@ -161,30 +188,45 @@ class _Job:
             notes = [*notes, *found.notes]
             self.facts["tier"] = found.tier
         self.saves.begin(self.progress.step)
-        for note in notes if self.rank.rank == 0 else ():
-            print(note, file=sys.stderr)
-        basis = flops.basis(self.config.hardware, str(self.config.train.precision))
-        self._write(ResumedLine(time.time(), self.rank.attempt, self.progress.step, path, basis, self.facts))
+        self.lines.note(notes)
+        startup.end()
+        self.facts["start_seconds"] = startup.seconds
+        self.lines.resumed(self.progress.step, path, self.facts)
 
     def train(self) -> None:
         """All steps that are left."""
         train = self.config.train
-        if self.progress.step >= train.steps and self.rank.rank == 0:
-            print(
-                f"nothing is left to train: step {self.progress.step} of {train.steps} is done; raise train.steps to go on",
-                file=sys.stderr,
-            )
+        if self.progress.step >= train.steps:
+            done = f"step {self.progress.step} of {train.steps} is done"
+            self.lines.note([f"nothing is left to train: {done}; raise train.steps to go on"])
         self.checkpoints.prepare(self.engine)
         gc.collect()
         gc.freeze()
         gc.disable()
         self.progress.line_time = time.perf_counter()
         with self.feed.started(self.progress.step, self.progress.ahead, self.engine.place, self.mesh.device):
-            while self.progress.step < train.steps:
-                self._step(self.progress.step)
+            while self.progress.step < train.steps and not self.stopping:
+                try:
+                    self._step(self.progress.step)
+                except BaseException as error:
+                    exits.write(
+                        self.rank.files.raised, error
+                    )  # before the threads of the data are waited for
+                    raise
         self._finish_saves()
+        if self.stopping:
+            self._tell_stopped()
+            return
         step, tokens = self.progress.step, self._samples(self.progress.step) * self.config.data.sequence
-        self._write(EndedLine(time.time(), self.rank.attempt, step, self.progress.loss, tokens))
+        self.lines.ended(step, self.progress.loss, tokens)
+
+    def _tell_stopped(self) -> None:
+        """Write that the ranks have stopped, and which of them were asked: the others only follow."""
+        self.lines.stopped(self.progress.step, self.progress.unsaved is None)
+        if self.stop.asked:
+            exits.write(self.rank.files.raised, Stopped(f"SIGTERM at step {self.progress.step}"))
+        else:
+            exits.follow(self.rank.files.raised, f"a peer was asked to stop at step {self.progress.step}")
 
     def _samples(self, step: int) -> int:
         """Samples consumed before the step with index `step`."""
@@ -196,16 +238,17 @@ class _Job:
         with self.clock.phase("data"):
             batches = self.feed.batches()
         lr = learning_rate(self.config.optim, index, train.steps)
-        result = self.engine.step(batches, samples_of(train, index), lr, self._phase)
+        result = self.engine.step(batches, samples_of(train, index), lr, self._phase, lambda: self.stop.asked)
         self.skipped[0] += result.skipped
         self.skipped[1] = (self.skipped[1] + result.skipped) * result.skipped
         progress.step = index + 1
         last = progress.step == train.steps
-        tiers = self.saves.tiers(progress.step, last)
+        self.stopping = self.stop.agreed(result.wishes) and not last
+        tiers = self.saves.tiers(progress.step, last or self.stopping)
         if "store" in tiers or progress.step % train.log_every == 0:
             self._log(result, lr)
         self.recorder.step(progress.step)
-        if train.evaluate_every and (last or progress.step % train.evaluate_every == 0):
+        if train.evaluate_every and not self.stopping and (last or progress.step % train.evaluate_every == 0):
             self._evaluate()
         if tiers:
             self._save(tiers)
@@ -241,14 +284,13 @@ class _Job:
         own = [*self.clock.take(), memory_bytes(self.mesh.device), *astuple(self.saves.measured(seconds))]
         worst = self.mesh.reduce(torch.tensor(own, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
         reason = self.saves.plan(progress.step, Measured(*worst[len(PHASES) + 1 :]))
-        if reason and self.rank.rank == 0:
-            print(f"checkpoint.interval: {reason}", file=sys.stderr)
+        self.lines.note([f"checkpoint.interval: {reason}"] if reason else [])
         progress.loss, progress.line_step, progress.line_time, progress.away = loss, progress.step, now, 0.0
         load = result.load.tolist()
         skipped, in_a_row = (int(number) for number in self.skipped.tolist())
         tokens = self._samples(progress.step) * self.config.data.sequence
         rate = samples_of(self.config.train, progress.step - 1) * self.config.data.sequence / seconds
-        self._write(
+        self.lines.stepped(
             StepLine(
                 time=time.time(),
                 attempt=self.rank.attempt,
@@ -261,7 +303,7 @@ class _Job:
                 tokens_per_second=rate,
                 step_seconds=seconds,
                 phase_seconds={name: worst[i] / steps for i, name in enumerate(PHASES)},
-                mfu=self._mfu(rate),
+                mfu=self.lines.mfu(rate),
                 expert_load=load,
                 balance_entropy=balance_entropy(load),
                 dropped=int(dropped),
@@ -269,28 +311,11 @@ class _Job:
                 skipped=skipped,
             )
         )
-        self._tell(loss, rate, seconds)
         if in_a_row >= self.config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={self.config.train.max_skipped}: the gradients of the last {in_a_row} steps weren't "
                 f"finite, so nothing moved since step {progress.step - in_a_row}; lower optim.lr={self.config.optim.lr:g}"
             )
-
-    def _tell(self, loss: float, rate: float, seconds: float) -> None:
-        """A line for a person, where no gang's console reads the metric lines."""
-        if self.rank.rank == 0 and "MEGARAY_PARENT" not in os.environ:
-            step, steps = self.progress.step, self.config.train.steps
-            print(
-                f"step {step}/{steps} | loss {loss:.4f} | {rate:,.0f} tok/s | {seconds:.3f} s/step",
-                flush=True,
-            )
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        peak = flops.peak(self.config.hardware, str(self.config.train.precision))
-        if peak is None:
-            return None
-        per_token = flops.train_flops_per_token(self.config.model, self.config.data.sequence)
-        return tokens_per_second * per_token / (peak * self.rank.world)
 
     def _evaluate(self) -> None:
         with self._away():
@@ -299,7 +324,7 @@ class _Job:
             share = self.engine.evaluate(batches, samples)
             loss = float(self.mesh.reduce(share.double(), dist.ReduceOp.SUM))
             seconds = time.perf_counter() - began
-        self._write(EvaluatedLine(time.time(), self.rank.attempt, self.progress.step, loss, samples, seconds))
+        self.lines.evaluated(self.progress.step, loss, samples, seconds)
 
     def _save(self, tiers: Sequence[str]) -> None:
         progress = self.progress
@@ -311,7 +336,7 @@ class _Job:
         """Wait for the save of the last step, which is tried again: nothing else is left of the run.
 
         Raises:
-            Incomplete: where it failed each time.
+            Incomplete: where it failed each time, and the ranks weren't asked to stop: then they stop without it.
         """
         for wait in (*_WAITS, None):
             with self.clock.phase("checkpoint"):
@@ -321,6 +346,8 @@ class _Job:
             if self.progress.unsaved is None:
                 return
             if wait is None:
+                if self.stopping:
+                    return
                 raise self.progress.unsaved
             time.sleep(wait)
             self._save(["store"])
@@ -335,37 +362,21 @@ class _Job:
         error = outcome.error
         if isinstance(error, UserError | Superseded):  # the folder isn't this attempt's, and won't be again
             raise error
-        now, attempt = time.time(), self.rank.attempt
         self.saves.ended(outcome)
         if error is None:
-            line = SavedLine(
-                now,
-                attempt,
-                outcome.step,
-                outcome.path,
-                outcome.bytes,
-                outcome.seconds,
-                outcome.held,
-                outcome.tier,
-                self.saves.next_due,
-            )
-            self._write(line)
+            self.lines.saved(outcome, self.saves.next_due)
         else:
-            in_a_row = self.saves.failed_in_a_row if outcome.tier == "store" and not outcome.skipped else 0
-            self._write(SaveFailedLine(now, attempt, outcome.step, str(error), in_a_row))
-        if outcome.step == self.config.train.steps and outcome.tier == "store":
+            counted = outcome.tier == "store" and not outcome.skipped
+            self.lines.failed(outcome, self.saves.failed_in_a_row if counted else 0)
+        at_the_end = self.stopping or outcome.step == self.config.train.steps
+        if at_the_end and outcome.step == self.progress.step and outcome.tier == "store":
             self.progress.unsaved = error
-
-    def _write(self, line: Any) -> None:
-        if self.lines is not None:
-            self.lines.write(line)
 
     def close(self) -> None:
         """Leave together; then end at once, since a teardown that hangs must not matter any more."""
         dist.barrier(group=self.mesh.control_group)
         self.checkpoints.close()
-        if self.lines is not None:
-            self.lines.close()
+        self.lines.close()
         self.recorder.close()
 
 

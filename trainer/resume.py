@@ -58,7 +58,7 @@ class Checkpoints:
     def __init__(
         self, config: RunConfig, rank: RankContext, mesh: Mesh, data: dict[str, Any], signs: Signs
     ) -> None:
-        self._config, self._mesh, self._rank = config, mesh, rank
+        self._config, self._mesh, self._rank, self._signs = config, mesh, rank, signs
         self._root = config.checkpoint.path or str(rank.run.checkpoints)
         self._fingerprint = fingerprint(config, data)
         self._identity = Identity(
@@ -108,7 +108,7 @@ class Checkpoints:
                 f"the checkpoint of step {newest.step} in {self._root} can't be resumed: {'; '.join(refused[:4])}; set "
                 "it back, or name another checkpoint.path to start afresh"
             )
-        found = loading.restore(tiers, list(_wanted(engine)), self._mesh, self._identity)
+        found = loading.restore(tiers, list(_wanted(engine)), self._mesh, self._identity, self._signs.alive)
         if found is None:
             return None
         engine.loaded()

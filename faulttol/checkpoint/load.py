@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError, nearest
+from faulttol import exits
 from faulttol.checkpoint import sharing
 from faulttol.checkpoint.folder import Commit, Directory, Folder, folder_of
 from faulttol.checkpoint.manifest import Head as Head
@@ -119,7 +120,11 @@ def read_manifest(root: str, step: int, peers: Peers) -> Manifest:
 
 
 def restore(
-    tiers: Sequence[Tier], wanted: Sequence[Wanted], peers: Peers, identity: Identity
+    tiers: Sequence[Tier],
+    wanted: Sequence[Wanted],
+    peers: Peers,
+    identity: Identity,
+    alive: Callable[[], None] = lambda: None,
 ) -> Restored | None:
     """Fill live tensors from the newest checkpoint that every rank can read, whatever layout saved it.
 
@@ -131,6 +136,7 @@ def restore(
         tiers: the same on all ranks, the fastest first.
         wanted: what this rank needs; together the ranks must want every tensor of the checkpoint.
         identity: of this run: another run's checkpoints are refused where it saves itself.
+        alive: called as bytes come in, one call at a time.
 
     Returns:
         None where nothing has been committed.
@@ -149,7 +155,7 @@ def restore(
     for one in candidates:
         tier = tiers[one.tier]
         with using(tier.store, one.commit) if first and tier.owner else nullcontext():
-            found = _load(tier.store, one.commit, wanted, peers, identity)
+            found = _load(tier.store, one.commit, wanted, peers, identity, alive)
         if not isinstance(found, str):
             head, size = found
             path = f"{tier.store.url.rstrip('/')}/{folder_of(head.step)}"
@@ -202,7 +208,12 @@ def _commits(tier: Tier, identity: Identity | None) -> list[Commit]:
 
 
 def _load(
-    store: StoreLike, commit: Commit, wanted: Sequence[Wanted], peers: Peers, identity: Identity
+    store: StoreLike,
+    commit: Commit,
+    wanted: Sequence[Wanted],
+    peers: Peers,
+    identity: Identity,
+    alive: Callable[[], None],
 ) -> tuple[Head, int] | str:
     """Load one checkpoint: its head and the bytes that were read, or why a rank could not."""
     head, failure = on_first(peers, identity.rank == 0, lambda: Folder(store).head(commit))
@@ -215,7 +226,8 @@ def _load(
     failure = _refuse_another(store, directory, tensors, wanted, peers)
     if failure is not None:
         return _reason([failure])
-    reader = Reader(store, directory, wanted, identity.rank if head.world == identity.world else None)
+    home = identity.rank if head.world == identity.world else None
+    reader = Reader(store, directory, wanted, home, alive)
     alone, groups = sharing.grouped(wanted, peers, identity)
     _, failures = together(peers, lambda: sharing.load(reader, alone, groups, peers, identity))
     if failures:
@@ -296,12 +308,13 @@ def _passed(tiers: Sequence[Tier], one: _Candidate, why: str) -> str:
 
 
 def _none_readable(tiers: Sequence[Tier], passed: Sequence[str]) -> Incomplete:
-    return Incomplete(
+    why = (
         f"no checkpoint in {', '.join(tier.store.url for tier in tiers)} can be read: {' | '.join(passed)}; restore the "
         "files, or name another checkpoint.path to start afresh"
     )
+    return exits.heard(Incomplete(why))
 
 
 def _error(failure: Failure | None) -> Exception:
     kind, text = failure or (Incomplete, "rank 0 gave no answer")
-    return kind(text)
+    return exits.heard(kind(text))

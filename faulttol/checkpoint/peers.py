@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from configs.errors import UserError
+from faulttol import exits
 from faulttol.checkpoint.manifest import Incomplete, Superseded, Uncertain
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def caught(act: Callable[[], T]) -> tuple[T | None, Failure | None]:
     try:
         return act(), None
     except Exception as error:
+        exits.met(error)
         return None, failure_of(error)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -63,6 +63,7 @@ class Reader:
         source: what the checkpoint's files and tensors are taken from.
         wanted: with the shapes and dtypes that the checkpoint has.
         home: rank whose file is likely to have all of it, since it was saved under this layout; None: none.
+        alive: called after each read, by any thread.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Reader:
         source: Manifest | Directory,
         wanted: Sequence[Wanted],
         home: int | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self._store, self._source, self.home = store, source, home
+        self._store, self._source, self.home, self._alive = store, source, home, alive
         self._head: Head | Manifest = source.head if isinstance(source, Directory) else source
         self._commit = Commit(self._head.attempt, self._head.step, tag(self._head.run))
         self._rows: dict[int, ShardFile] = {}
@@ -242,6 +244,7 @@ class Reader:
             raise Incomplete(f"{self._path(path)} can't be read: {error}") from None
         with self._lock:
             self.bytes += len(data)
+            self._alive()
         if len(data) != end - start:
             raise Incomplete(f"{self._path(path)} is truncated: it ends before byte {end}, where {what} ends")
         return data

@@ -1,84 +1,163 @@
-"""Which rank died first, and of what.
+"""Which rank died of a reason of its own, and of what.
 
-When one rank dies its peers die of it: their collectives report a closed connection a moment later. So a
-death by a signal is a cause before an exit with an error is, and of the same kind the earliest is.
+When one rank dies its peers die of it: their collectives report a closed connection a moment later, and whoever is asked
+first tells of its end first. So the order of polls decides nothing. Each rank says itself what it ends by
+(`faulttol.exits`), and the kernel when it ended.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from configs.errors import USER_ERROR_EXIT
+from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT
+from faulttol.detect.snapshot import RankSeen, Snapshot
+from faulttol.exits import words_blame_peer
 from faulttol.verdicts import Verdict, VerdictKind
 
 _SAME_MOMENT = 2.0
-"""Seconds within which exits are seen together: node agents are asked about once a second."""
+"""Seconds within which ranks that died of reasons of their own are all named: nodes' clocks differ."""
+_HEARTBEATS = 3.0
+"""Heartbeats for which a rank that died of a peer waits for the peer's end to be told."""
+_LEAST_WAIT = 3.0
+"""Seconds for which it waits at least."""
+_MOST = 16
+"""Ranks that are named where many died at once, the first ones."""
+_LINGER = 10.0
+"""Seconds after which a rank that has written what it ends by, and lives on, counts as dead."""
 
 
-@dataclass(frozen=True)
-class Exit:
-    """A rank that has ended."""
-
-    rank: int
-    node: str
-    code: int
-    """Negative for a signal, as `subprocess` has it."""
-    time: float
-    """When its node agent saw it."""
-    last_words: str
-    """Last line of its log."""
-
-
-def judge(exits: Sequence[Exit], evidence: Callable[[int], str]) -> list[Verdict]:
+def judge(snapshot: Snapshot) -> list[Verdict]:
     """Verdicts on the ranks that began it; none where every exit is 0.
 
-    A user's mistake on any rank explains all: the others wait for that rank or die of it.
+    1. A user's mistake on any rank explains all: the others wait for that rank or die of it. Where all ranks were told of
+       it, the one that met it is named.
+    2. The earliest death of a rank's own reason is the cause: a signal, an error that blames no peer, any exit code
+       without an error. Those within `_SAME_MOMENT` of it are named too.
+    3. Where every dead rank blames a peer, the peer's own end may not have been told yet. So nobody is named while a rank
+       lives, or a node is silent, up to a bound; past it the living rank that is stopped is the cause, or the rank that
+       ended with code 0 before them, else the network between them is.
     """
-    failed = [e for e in exits if e.code != 0]
-    if not failed:
+    dead = [rank for rank in snapshot.ranks.values() if _is_dead(rank, snapshot.now)]
+    if not dead:
         return []
-    mistaken = [e for e in failed if e.code == USER_ERROR_EXIT]
+    dead.sort(key=lambda r: (_died(r, snapshot.now), r.rank))
+    mistaken = [r for r in dead if r.exit_code == USER_ERROR_EXIT]
     if mistaken:
-        first = min(mistaken, key=lambda e: e.rank)
-        told = first.last_words.removeprefix("megaray: ") or "the program refused its configuration"
+        first = min(mistaken, key=_blames_peer)  # of those that were only told of it, none where one wasn't
+        if _blames_peer(first) and _may_still_be_told(snapshot, dead[0]):
+            return []
+        return [_verdict(snapshot, first, VerdictKind.USER_ERROR, _mistake(first))]
+    own = [r for r in dead if not _blames_peer(r)]
+    sure = [r for r in own if not _may_be_a_watchdog(r)]
+    if sure:
+        own = sure
+    elif _may_still_be_told(snapshot, dead[0]):
+        return []
+    if own:
+        began = _died(own[0], snapshot.now)
+        named = [r for r in own if _died(r, snapshot.now) - began <= _SAME_MOMENT]
+        more = f"; and {len(named) - _MOST} more ended then" if len(named) > _MOST else ""
         return [
-            Verdict(VerdictKind.USER_ERROR, told, first.rank, first.node, first.time, evidence(first.rank))
+            _verdict(snapshot, r, VerdictKind.RANK_EXIT, _how(r) + more * (r is named[0]))
+            for r in named[:_MOST]
         ]
-    began = min(e.time for e in failed)
-    first_ones = [e for e in failed if e.time - began <= _SAME_MOMENT]
-    # Some signals are how a program itself gives up on a lost peer, so they rank with the exits.
-    killed = [e for e in first_ones if e.code < 0 and -e.code != signal.SIGABRT]
-    culprits = killed or [e for e in first_ones if not _blames_a_peer(e.last_words)] or first_ones
-    return [
-        Verdict(VerdictKind.RANK_EXIT, _how(e), e.rank, e.node, e.time, evidence(e.rank))
-        for e in sorted(culprits, key=lambda e: (e.time, e.rank))
+    return _without_a_cause(snapshot, dead)
+
+
+def any_dead(snapshot: Snapshot) -> bool:
+    """Whether a rank ended by anything but code 0: what its peers do then is no hang."""
+    return any(_is_dead(rank, snapshot.now) for rank in snapshot.ranks.values())
+
+
+def _is_dead(rank: RankSeen, now: float) -> bool:
+    if rank.exit_code is not None:
+        return rank.exit_code != 0
+    return rank.raised is not None and now - rank.raised.time > _LINGER
+
+
+def _died(rank: RankSeen, now: float) -> float:
+    """When it began to end, as it said itself or else as the kernel did."""
+    times = [t for t in (rank.exit_time, rank.raised.time if rank.raised else None) if t is not None]
+    return min(times, default=now)
+
+
+def _blames_peer(rank: RankSeen) -> bool:
+    if rank.exit_code is not None and rank.exit_code < 0 and -rank.exit_code != signal.SIGABRT:
+        return False  # whatever it was about to say, it was killed
+    return rank.raised.blames_peer if rank.raised else words_blame_peer(rank.last_words)
+
+
+def _may_be_a_watchdog(rank: RankSeen) -> bool:
+    """Ended as communication libraries end a process that has lost its peer: by an abort, without an error in Python."""
+    return rank.raised is None and rank.exit_code == -signal.SIGABRT
+
+
+def _may_still_be_told(snapshot: Snapshot, first: RankSeen) -> bool:
+    """The end of a rank or node that began it may be on its way."""
+    waited = snapshot.now - _died(first, snapshot.now)
+    beat = snapshot.timeouts.seconds("heartbeat")
+    living = sum(not rank.ended for rank in snapshot.ranks.values()) + snapshot.world - len(snapshot.ranks)
+    bound = max(_LEAST_WAIT, _HEARTBEATS * beat)
+    if living and waited < bound:
+        return True
+    silent = any(seconds > _HEARTBEATS * beat for seconds in snapshot.silent.values())
+    return silent and waited < bound + snapshot.timeouts.seconds("agent")
+
+
+def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdict]:
+    """All that died blame a peer."""
+    first = _died(dead[0], snapshot.now)
+    why = f"rank {dead[0].rank} and {len(dead) - 1} more" if len(dead) > 1 else f"rank {dead[0].rank}"
+    living = [r for r in snapshot.ranks.values() if not _is_dead(r, snapshot.now) and not r.ended]
+    stuck = [r for r in living if r.held_since is not None]
+    if stuck:
+        one = min(stuck, key=lambda r: (r.held_since or 0.0, r.rank))
+        detail = f"rank {one.rank} is {one.held or 'stopped'}: {why} gave it up"
+        return [_verdict(snapshot, one, VerdictKind.HANG, detail, one.held_since)]
+    # The kernel closes a process's connections a little before it reports the end.
+    left = [
+        r
+        for r in snapshot.ranks.values()
+        if r.exit_code == 0 and (r.exit_time or first) <= first + _SAME_MOMENT
     ]
+    if left:
+        one = min(left, key=lambda r: (r.exit_time or first, r.rank))
+        detail = f"rank {one.rank} ended with code 0 while its peers still worked: {why} lost it"
+        return [_verdict(snapshot, one, VerdictKind.RANK_EXIT, detail)]
+    told = _how(dead[0])
+    detail = f"{told}; no rank died of a reason of its own: look at the network between their nodes"
+    verdict = _verdict(snapshot, dead[0], VerdictKind.RANK_EXIT, detail)
+    return [verdict]
 
 
-_PEER_LOST = (
-    "connection closed by peer",  # gloo
-    "connection reset by peer",
-    "broken pipe",
-    "connection was likely closed",  # torch's rendezvous store
-    "remote process exited",  # NCCL and RCCL
-    "remote error",
-)
-"""How a library says that it lost its peer."""
+def _mistake(rank: RankSeen) -> str:
+    words = rank.last_words.removeprefix("megaray: ")
+    if not words and rank.raised is not None:
+        words = rank.raised.error.removeprefix("UserError: ")
+    return words or "the program refused its configuration"
 
 
-def _blames_a_peer(words: str) -> bool:
-    lower = words.lower()
-    return any(sign in lower for sign in _PEER_LOST)
-
-
-def _how(exit_: Exit) -> str:
-    if exit_.code < 0:
+def _how(rank: RankSeen) -> str:
+    told = rank.raised.error if rank.raised else rank.last_words
+    words = f": {told}" if told else ""
+    code = rank.exit_code
+    if code is None:
+        return f"rank {rank.rank} has raised an error and doesn't end{words}"
+    if code == STOPPED_EXIT:
+        return f"rank {rank.rank} was asked to stop by SIGTERM from outside{words}"
+    if code < 0:
         try:
-            name = signal.Signals(-exit_.code).name
+            name = signal.Signals(-code).name
         except ValueError:
-            name = f"signal {-exit_.code}"
-        return f"rank {exit_.rank} was killed by {name}"
-    words = f": {exit_.last_words}" if exit_.last_words else ""
-    return f"rank {exit_.rank} exited with code {exit_.code}{words}"
+            name = f"signal {-code}"
+        return f"rank {rank.rank} was killed by {name}"
+    return f"rank {rank.rank} exited with code {code}{words}"
+
+
+def _verdict(
+    snapshot: Snapshot, rank: RankSeen, kind: VerdictKind, detail: str, time: float | None = None
+) -> Verdict:
+    when = _died(rank, snapshot.now) if time is None else time
+    node, evidence = snapshot.nodes.get(rank.rank), snapshot.log(rank.rank)
+    return Verdict(kind, detail, rank.rank, node, when, evidence)

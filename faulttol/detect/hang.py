@@ -1,10 +1,17 @@
-"""Whether a gang has stopped making records, and which ranks the others wait for."""
+"""Whether a gang has stopped getting on, and which rank the others wait for.
+
+Past `timeouts.hang` without a record from any rank, silence itself is the verdict. Before, it needs evidence that nothing
+will come of waiting: past a fifth of it a process that is stopped, past a third one that sleeps while all the others wait
+for it. Work that takes long has none of this: it runs, or waits for a file or a host.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 from configs.timeouts import Timeouts
+from faulttol.detect import culprit, death
+from faulttol.detect.snapshot import RankSeen, Snapshot
 from faulttol.recorder import Mark, Phase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 
@@ -13,56 +20,99 @@ SAVE_FACTOR = 4.0
 request may take long, and nobody sees how it gets on. It holds where the ranks that are furthest behind are saving."""
 PREPARE_FACTOR = 20.0
 """A start may take this many times `start` while every rank prepares data: a corpus is tokenised once."""
-_SAME_MOMENT = 5.0
-"""Seconds by which ranks that save may differ in their last sign of progress, which comes with each few MiB."""
-_NAMED = 8
+HELD, ASLEEP = 1 / 5, 1 / 3
+"""Of `hang`: silence after which a stopped process is named, and one that sleeps."""
+LEAST_EARLY = 5.0
+"""Seconds of silence that either takes at least."""
+_SEEN = 0.5
+"""Of that silence: for how long the evidence must have been there."""
+_HEARTBEATS = 3.0
+"""Heartbeats without an answer after which what a node last told is no evidence any more."""
+_BEGINNING = (Phase.START, Phase.IMPORTS, Phase.RENDEZVOUS, Phase.BUILD, Phase.LOAD, Phase.CHECKPOINT)
+"""Phases before the first step that renew their records."""
 
 
-def judge(
-    newest: Mapping[int, Record | None],
-    *,
-    now: float,
-    started: float,
-    timeouts: Timeouts,
-    first_step_done: bool,
-) -> list[Verdict]:
-    """A verdict where no rank has made or renewed a record for longer than a rank may be silent.
+def judge(snapshot: Snapshot) -> list[Verdict]:
+    """A verdict where the gang has stopped getting on.
 
     Whatever takes long and makes progress renews its record (`Recorder.touch`), so a save or a load may take as long as it
-    gets on.
-
-    Args:
-        newest: each rank's newest record; None before its first.
-        now: seconds since the epoch.
-        started: when the ranks were started.
-        timeouts: `start` holds until the first step is done, `hang` after it.
-        first_step_done: the gang has finished a step in this attempt.
-
-    The culprits are the ranks that are furthest behind: with one rank stopped, its peers have all entered the
-    collective that it hasn't, so their newest records lie after its own. Of ranks that stand in one save, those are that
-    stopped renewing their record first.
+    gets on. `culprit` says who is named. Nothing is judged here once a rank is dead: its peers wait for it.
     """
-    records = {rank: record for rank, record in newest.items() if record is not None}
-    if not first_step_done:
-        waited = now - started
-        preparing = len(records) == len(newest) and all(_is_in(r, Phase.DATA, 0) for r in records.values())
-        limit = timeouts.seconds("start") * (PREPARE_FACTOR if preparing else 1.0)
-        if waited <= limit or _gets_on(records.values(), now, timeouts):
-            return []
-        missing = [rank for rank in sorted(newest) if newest[rank] is None]
-        who = f"ranks {_listed(missing)} made no record" if missing else _behind_text(records)
-        detail = f"no step was finished in {waited:.0f} s: {who}"
-        return [Verdict(VerdictKind.START_TIMEOUT, detail, missing[0] if missing else _behind(records)[0])]
+    if not snapshot.ranks or death.any_dead(snapshot) or snapshot.refused or snapshot.gone:
+        return []
+    return _early(snapshot) or (_late(snapshot) if snapshot.first_step_done else _start(snapshot))
+
+
+def _early(snapshot: Snapshot) -> list[Verdict]:
+    beat, hang = snapshot.timeouts.seconds("heartbeat"), snapshot.timeouts.seconds("hang")
+    living = [rank for rank in snapshot.ranks.values() if not rank.ended]
+    times = [rank.newest.time for rank in living if rank.newest is not None]
+    if not times or any(seconds > _HEARTBEATS * beat for seconds in snapshot.silent.values()):
+        return []
+    silence, named = snapshot.now - max(times), list[RankSeen]()
+    held, asleep = max(hang * HELD, LEAST_EARLY), max(hang * ASLEEP, LEAST_EARLY)
+    if silence >= held:
+        named = culprit.held(living, snapshot.now - held * _SEEN)
+    if not named and silence >= asleep:
+        named = culprit.asleep(living, snapshot.world, snapshot.ranks, snapshot.now - asleep * _SEEN)
+    if not named:
+        return []
+    one = named[0]
+    where = f", {_where(one.newest)}" if one.newest else ""
+    also = (
+        f"; so {'is' if len(named) == 2 else 'are'} {_ranks([r.rank for r in named[1:]])}"
+        if named[1:]
+        else ""
+    )
+    kind = VerdictKind.HANG
+    if one.exit_code == 0:
+        kind = VerdictKind.RANK_EXIT
+        detail = f"rank {one.rank} ended with code 0{also}"
+        detail += f", and no rank made a record for {silence:.0f} s: the others wait for it"
+    else:
+        waiting = "" if len(living) == len(named) else ": the others wait for it"
+        detail = f"rank {one.rank} is {one.held}{where}{also}, and no rank made a record for {silence:.0f} s{waiting}"
+    return [_verdict(snapshot, one.rank, kind, detail, max(times))]
+
+
+def _start(snapshot: Snapshot) -> list[Verdict]:
+    """Before the first step, by `timeouts.start`."""
+    timeouts, waited, records = snapshot.timeouts, snapshot.since_start, _records(snapshot)
+    preparing = len(records) == snapshot.world and all(_is_in(r, Phase.DATA, 0) for r in records.values())
+    limit = timeouts.seconds("start") * (PREPARE_FACTOR if preparing else 1.0)
+    if waited <= limit or _gets_on(records.values(), snapshot.now, timeouts):
+        return []
+    missing = [rank for rank in range(snapshot.world) if rank not in records]
+    if missing:
+        who, rank = f"{_ranks(missing)} made no record", missing[0]
+    else:
+        found = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
+        who, rank = _behind_text(found, records), found.ranks[0]
+    return [
+        _verdict(snapshot, rank, VerdictKind.START_TIMEOUT, f"no step was finished in {waited:.0f} s: {who}")
+    ]
+
+
+def _late(snapshot: Snapshot) -> list[Verdict]:
+    """After the first step, by `timeouts.hang`."""
+    records = _records(snapshot)
     if not records:
         return []
-    last = max(records.values(), key=lambda r: r.time)
-    behind = _behind(records)
-    saving = all(_is_in(records[rank], Phase.CHECKPOINT) for rank in behind)
-    silence = now - last.time
-    if silence <= timeouts.seconds("hang") * (SAVE_FACTOR if saving else 1.0):
+    last, hang = max(record.time for record in records.values()), snapshot.timeouts.seconds("hang")
+    silence = snapshot.now - last
+    if silence <= hang:
         return []
-    detail = f"no rank made a record for {silence:.0f} s: {_behind_text(records)}"
-    return [Verdict(VerdictKind.HANG, detail, behind[0], time=last.time)]
+    found = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
+    saving = all(_is_in(records[rank], Phase.CHECKPOINT) for rank in found.ranks)
+    if saving and silence <= hang * SAVE_FACTOR:
+        return []
+    detail = f"no rank made a record for {silence:.0f} s: {_behind_text(found, records)}"
+    return [_verdict(snapshot, found.ranks[0], VerdictKind.HANG, detail, last)]
+
+
+def _records(snapshot: Snapshot) -> dict[int, Record]:
+    """Newest records of the ranks that haven't ended."""
+    return {r.rank: r.newest for r in snapshot.ranks.values() if r.newest is not None and not r.ended}
 
 
 def _is_in(record: Record, phase: Phase, step: int | None = None) -> bool:
@@ -73,37 +123,17 @@ def _is_in(record: Record, phase: Phase, step: int | None = None) -> bool:
 def _gets_on(records: Iterable[Record], now: float, timeouts: Timeouts) -> bool:
     """A rank that begins or loads has shown progress lately."""
     hang = timeouts.seconds("hang")
-    return any(
-        (_is_in(r, Phase.START) or _is_in(r, Phase.CHECKPOINT)) and now - r.time <= hang for r in records
-    )
+    return any(r.phase in _BEGINNING and r.mark is Mark.BEGIN and now - r.time <= hang for r in records)
 
 
-def _behind(records: Mapping[int, Record]) -> list[int]:
-    """Ranks with the fewest steps and, among these, the fewest records; where they save, those that got on the least."""
-    places = {rank: _place(record) for rank, record in records.items()}
-    least = min(places.values())
-    behind = sorted(rank for rank, place in places.items() if place == least)
-    if all(_is_in(records[rank], Phase.CHECKPOINT) for rank in behind):
-        first = min(records[rank].time for rank in behind)
-        behind = [rank for rank in behind if records[rank].time - first <= _SAME_MOMENT]
-    return behind
-
-
-def _place(record: Record) -> tuple[int, int]:
-    """Where a rank is: index of the step it is in, and its records so far.
-
-    `step` n says that n steps are finished; what follows it, such as a save, belongs to the same step's end.
-    """
-    return record.step - (record.mark is Mark.STEP), record.sequence
-
-
-def _behind_text(records: Mapping[int, Record]) -> str:
-    ranks = _behind(records)
-    record = records[ranks[0]]
+def _behind_text(found: culprit.Found, records: Mapping[int, Record]) -> str:
+    """Who is behind and where."""
+    ranks, record = found.ranks, records[found.ranks[0]]
+    if found.ring:
+        return f"{_ranks(ranks)} wait for each other{found.because}"
     if len(ranks) == len(records):
         return f"all ranks stand {_where(record)}"
-    one = len(ranks) == 1
-    return f"rank{'' if one else 's'} {_listed(ranks)} {'is' if one else 'are'} behind, {_where(record)}"
+    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} behind, {_where(record)}{found.because}"
 
 
 def _where(record: Record) -> str:
@@ -114,6 +144,16 @@ def _where(record: Record) -> str:
     )
 
 
-def _listed(ranks: list[int]) -> str:
-    more = len(ranks) - _NAMED
-    return ", ".join(map(str, ranks[:_NAMED])) + (f" and {more} more" if more > 0 else "")
+def _ranks(ranks: list[int]) -> str:
+    """`rank 3`, `ranks 1, 2 and 5 more`."""
+    most = 8
+    more = len(ranks) - most
+    listed = ", ".join(map(str, ranks[:most])) + (f" and {more} more" if more > 0 else "")
+    return f"rank{'' if len(ranks) == 1 else 's'} {listed}"
+
+
+def _verdict(
+    snapshot: Snapshot, rank: int, kind: VerdictKind, detail: str, time: float | None = None
+) -> Verdict:
+    node, evidence = snapshot.nodes.get(rank), snapshot.log(rank)
+    return Verdict(kind, detail, rank, node, time, evidence)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from faulttol.detect.snapshot import Snapshot
 from faulttol.verdicts import Verdict, VerdictKind
 
 INTERVALS = 3
 """Intervals without a commit that are taken for one: a save beside training may lie behind by two."""
 
 
-@dataclass(frozen=True)
-class Saves:
-    """How the saves of an attempt go."""
-
-    step: int
-    """Newest finished one."""
-    saved_step: int
-    """Of the newest commit, or that the attempt began at."""
-    interval: int
-    """Steps between two commits, as they are due or as they came lately, whichever is more."""
-    failing: int
-    """Saves that failed in a row."""
-    error: str
-    """Of the last one that failed or was left out; empty where none did."""
-
-
-def judge(saves: Saves, max_failed: int) -> list[Verdict]:
+def judge(snapshot: Snapshot) -> list[Verdict]:
     """A verdict where `max_failed` saves in a row have failed, or none was committed for more than `INTERVALS` intervals.
 
     The second is counted in steps and not in time: a run that is slow or stands still is another detector's.
     """
+    saves = snapshot.saves
+    if saves is None:
+        return []
     since = saves.step - saves.saved_step
-    if saves.failing >= max_failed:
+    if saves.failing >= saves.max_failed:
         detail = f"{failed(saves.failing)} since step {saves.saved_step}: {saves.error}"
     elif since > INTERVALS * saves.interval:
         detail = (

@@ -71,7 +71,9 @@ class Signs:
     alive: Callable[[], None] = lambda: None
     """Called while its own part makes progress."""
     waiting: Callable[[], None] = lambda: None
-    """Called once, when its own part is done and the other ranks' isn't."""
+    """Called when its own part is done and the other ranks' isn't."""
+    working: Callable[[], None] = lambda: None
+    """Called when it has something to do again after it has waited: the next tier, or the commit on rank 0."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class _Job:
     progress: int = 0
     own: threading.Event = field(default_factory=threading.Event)
     """This rank's part is done."""
+    commits: bool = False
+    """This is rank 0, and all ranks have done their part."""
     over: threading.Event = field(default_factory=threading.Event)
     outcomes: list[Outcome] = field(default_factory=list)
     live: list[Piece] | None = None
@@ -260,14 +264,15 @@ class Saver:
         if job is None:
             return
         with self._holding(job):
-            seen, waiting = 0, False
+            seen, waited = 0, False
             while not job.over.wait(_LOOK):
                 if job.progress != seen:
                     seen = job.progress
                     self._signs.alive()
-                if job.own.is_set() and not waiting:
-                    self._signs.waiting()
-                waiting = job.own.is_set()
+                waits = job.own.is_set() and not job.commits
+                if waits != waited:
+                    waited = waits
+                    (self._signs.waiting if waits else self._signs.working)()
         self._end()
 
     def close(self) -> None:
@@ -442,6 +447,9 @@ class Saver:
             return {"failed": [kind.__name__, text]}
 
     def _commit(self, job: _Job, tier: str, receipts: list[dict[str, Any]]) -> int:
+        def progressed(done: int) -> None:
+            job.progress += 1 + done
+
         failed = [(rank, one["failed"]) for rank, one in enumerate(receipts) if "failed" in one]
         if failed:
             severe = next(
@@ -468,10 +476,13 @@ class Saver:
             retention=self._policy.retention,
         )
         try:
-            size = int(self._writer.request(order, lambda _: None))
+            job.commits = True
+            size = int(self._writer.request(order, progressed))
         except Incomplete as error:
             if isinstance(self._writer, WriterProcess) and self.writer_pid is None:
                 raise Uncertain(f"while it was being committed, {error}") from None
             raise
+        finally:
+            job.commits = False
         self._known.update(unknown)
         return size

@@ -144,7 +144,7 @@ class Work:
             case Sweep():
                 self._shown().sweep(order.commit)
             case CommitOrder():
-                return self._commit(order)
+                return self._commit(order, progress)
             case Discard():
                 saving.discard(self._place(order.root), order.step, order.token, order.identity)
         return None
@@ -191,14 +191,16 @@ class Work:
         if size != layout.size:
             raise Incomplete(f"{name} has {size} bytes, and {layout.size} were laid out")
 
-    def _commit(self, order: CommitOrder) -> int:
+    def _commit(self, order: CommitOrder, progress: Progress) -> int:
         self._plans.update({key: Plan.parse(packed) for key, packed in order.unknown.items()})
         written = [
             saving.Written(record, self._plans[plan])
             for record, plan in zip(order.records, order.plans, strict=True)
         ]
         store = self._place(order.root)
+        progress(0)
         size = saving.commit(store, order.step, order.token, order.identity, written, order.facts)
+        progress(0)
         if order.root is not None:
             saving.retire(store, order.step, order.token, order.identity, order.retention)
         return size
@@ -385,7 +387,11 @@ class WriterProcess:
 
 def main(fd: int) -> None:
     """The writer process: orders come in on a socket, one after the other, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the rank, which ends this process
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # for the rank, which may want to save first, and ends this process
+        signal.signal(number, signal.SIG_IGN)
     die_with_parent(os.environ)
     work, connection = Work(), Connection(fd)
     while True:

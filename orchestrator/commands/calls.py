@@ -46,20 +46,29 @@ class Call:
 
     @property
     def address(self) -> str | None:
-        """`--address`, or `$RAY_ADDRESS`."""
-        return self.options.address or os.environ.get("RAY_ADDRESS") or None
+        """`--address`, or `$RAY_ADDRESS`; `auto` is the newest Ray of this machine, `local` one of its own: None."""
+        given = self.options.address or os.environ.get("RAY_ADDRESS") or None
+        return None if given == "local" else given
 
     def say(self, text: str, tree: Any = None) -> None:
         """Print `text`, or under `--json` only `tree`."""
         if not self.wants_json:
-            print(text, flush=True)
+            _print(text)
         elif tree is not None:
-            print(json.dumps(tree, default=str), flush=True)
+            _print(json.dumps(tree, default=str))
 
     def note(self, text: str) -> None:
         """Print `text` for a person; nothing under `--json`."""
         if not self.wants_json:
-            print(text, flush=True)
+            _print(text)
+
+
+def _print(text: str) -> None:
+    """Print, and go on where nobody reads it any more: `submit | head -1` submits."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of the process
 
 
 def watch(call: Call, run_id: str) -> int:
@@ -67,12 +76,13 @@ def watch(call: Call, run_id: str) -> int:
 
     Returns 0 where the run succeeded, 1 where it failed or was cancelled, 130 after Ctrl-C.
     """
-    from orchestrator.commands import console
+    from orchestrator.commands import console, screen, watching
     from orchestrator.record import reading
 
-    run = call.home.run(run_id)
+    run, stream = call.home.run(run_id), sys.stderr if call.wants_json else sys.stdout
+    show = screen.watch if screen.usable(stream) else watching.watch
     try:
-        state = console.watch(run, call.home, sys.stderr if call.wants_json else sys.stdout)
+        state = show(run, call.home, stream)
     except KeyboardInterrupt:
         print(f"\ndetached; {run_id} goes on. `{PROGRAM} watch {run_id}` comes back to it, "
               f"`{PROGRAM} cancel {run_id}` ends it.", file=sys.stderr)  # fmt: skip
@@ -99,11 +109,12 @@ def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | No
 def shown(plan: Plan, begins: Beginning | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
     """A plan as text and as a tree, with what the run begins from."""
     from orchestrator.commands import console
+    from orchestrator.commands.plan_text import plan_table
 
     tree = plan.to_json()
     if begins is None:
-        return console.plan_table(tree), tree
+        return plan_table(tree), tree
     from orchestrator.commands import beginnings
 
     source = beginnings.to_json(plan.config, begins, home)
-    return f"{console.plan_table(tree)}\n{console.source(source)}", tree | {"resume": source}
+    return f"{plan_table(tree)}\n{console.source(source)}", tree | {"resume": source}

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from configs.compose import compose, dump
 from configs.errors import UserError
+from configs.paths import RunPaths
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
 from orchestrator import PROGRAM, ray_cluster
-from orchestrator.commands import beginnings, console
+from orchestrator.commands import beginnings, console, reach
 from orchestrator.commands.calls import Call, begun, shown, watch
+from orchestrator.commands.node_commands import cordon, drain, spare, uncordon, unspare
 from orchestrator.commands.resumption import Resumption
-from orchestrator.commands.submission import CODE, Submission, slot_resource, travelling_source, write_run
+from orchestrator.commands.snapshot import CODE, snapshot
+from orchestrator.commands.submission import Submission, code_state, owner_of, travelling_source, write_run
+from orchestrator.local import cluster, keeper, machine
+from orchestrator.local.lock import held
 from orchestrator.ray_controller import ControllerClient
 from orchestrator.record import reading
+from orchestrator.record.events import Submitted
+from orchestrator.record.reading import RunReader
 from trainer.data import prepare
-from trainer.sizing.planner import Capacity, plan, trainable
+from trainer.sizing.planner import plan, trainable
+
+__all__ = [
+    "cancel", "cordon", "down", "drain", "forward", "nodes", "resume", "serve", "spare", "submit", "uncordon", "unspare",
+    "up",
+]  # fmt: skip
 
 _DOWN_SECONDS = 30.0
 _CANCEL_SECONDS = 60.0
+"""That a cancelled run may take beyond the grace of its ranks."""
+_HERE = ("up", "down", "serve")
+"""Commands about Ray on this machine."""
 
 
 def forward(call: Call) -> int:
@@ -38,10 +53,10 @@ def forward(call: Call) -> int:
         else:
             words.append(word)
     command = call.options.command
-    if command == "submit" and "--yes" not in words:
+    if command in ("submit", "resume") and "--yes" not in words:
         words.append("--yes")  # nobody is at that terminal
-    if command in ("up", "down"):
-        raise UserError(f"`{command}` starts and ends Ray on this machine only; leave --address out")
+    if command in _HERE:
+        raise UserError(f"`{command}` is about Ray on this machine only; leave the URL out")
     assert call.address is not None
 
     def write(text: str) -> None:
@@ -64,14 +79,15 @@ def _is_json(line: str) -> bool:
 def submit(call: Call) -> int:
     """Plan, show, ask, queue, follow."""
     config, begins = begun(compose(call.overrides, call.config_file), call.home)
+    owner = owner_of(call.options.owner)
     call.home.ensure()
     notes = _check_training(config) if config.workload == "train" else []
-    address = _running(call)
-    if address:
-        ray_cluster.connect(address)
+    place = reach.target(call)
+    if place:
+        place.connect()
     try:
         submission = Submission(
-            config, plan(config, _capacity(config, address), strict=True), call.options.priority
+            config, plan(config, reach.capacity(config, place), strict=True), call.options.priority, owner
         )
         text, tree = shown(submission.plan, begins, call.home)
         call.note("\n".join([text, *notes]))
@@ -81,11 +97,11 @@ def submit(call: Call) -> int:
         if not _agreed(call):
             call.say("nothing was started")
             return 1
-        if not address:
-            _start_for(call, submission)
-        paths = write_run(call.home, submission, call.arguments)
-        event = submission.event(ray_cluster.runtime_environment())
-        ControllerClient.connect(call.home).submit(paths.run_id, event)
+        controller = ControllerClient.connect(call.home) if place else None
+        if controller is None:
+            controller, submission = _started_for(call, submission)
+        paths, code = write_run(call.home, submission, call.arguments)
+        _queue(controller, paths, submission.event(ray_cluster.runtime_environment(), code))
     finally:
         ray_cluster.disconnect()
     if call.options.detach:
@@ -93,6 +109,24 @@ def submit(call: Call) -> int:
         return 0
     call.note(console.submitted(paths))
     return watch(call, paths.run_id)
+
+
+def _queue(controller: ControllerClient, paths: RunPaths, event: Submitted) -> None:
+    """Queue a run whose folder is written; where the controller is just being replaced, it is asked again.
+
+    Raises:
+        UserError: where it doesn't answer; the run is queued all the same if it has heard, so its folder stays.
+    """
+    for wait in (1.0, 4.0, 10.0, None):
+        try:
+            return controller.submit(paths.run_id, event)
+        except UserError as error:
+            if paths.events.exists() and RunReader(paths).view.state is not None:
+                return None  # only the answer was lost
+            if wait is None:
+                raise UserError(f"{error} (its folder is {paths.root})") from None
+            time.sleep(wait)
+    return None
 
 
 def _check_training(config: RunConfig) -> list[str]:
@@ -107,38 +141,6 @@ def _check_training(config: RunConfig) -> list[str]:
     return notes
 
 
-def _running(call: Call) -> str | None:
-    """Address of the cluster to use; None where a local one is to be started."""
-    if call.address:
-        return call.address
-    found = ray_cluster.local(call.home)
-    return found.address if found else None
-
-
-def _required(call: Call) -> str:
-    address = _running(call)
-    if not address:
-        raise UserError(
-            f"no Ray cluster is up for {call.home.home}; `python -m orchestrator up` starts one, "
-            "--address HOST:PORT names another"
-        )
-    return address
-
-
-def _capacity(config: RunConfig, address: str | None) -> Capacity | None:
-    """Slots of the connected cluster by node; None where a local Ray is started to measure."""
-    if not address:
-        return None
-    resource = slot_resource(config)
-    nodes = ray_cluster.slots(resource)
-    if not any(nodes):
-        raise UserError(
-            f"hardware={config.hardware.name} needs {resource} slots, and the cluster at {address} has none; "
-            "choose hardware=cpu or another cluster"
-        )
-    return Capacity.of_nodes([n for n in nodes if n])
-
-
 def _agreed(call: Call) -> bool:
     if call.options.yes or call.wants_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return True
@@ -149,68 +151,92 @@ def _agreed(call: Call) -> bool:
     return answer in ("", "y", "yes")
 
 
-def _start_for(call: Call, submission: Submission) -> None:
-    """Start a local Ray that holds this run, and connect."""
-    config = submission.plan.config
-    if config.hardware.kind != "cpu":
-        raise UserError(
-            f"hardware={config.hardware.name} needs a Ray cluster with GPUs and none was named; "
-            "start one with `ray start --head` and give --address HOST:PORT, or choose hardware=cpu"
-        )
-    slots = max(submission.plan.ranks, os.cpu_count() or 1)
-    _up(call, slots, config.resilience.timeouts)
-
-
-def _up(call: Call, slots: int, timeouts: Timeouts) -> ray_cluster.LocalCluster:
-    call.note("starting a local Ray …")
-    record = ray_cluster.up(call.home, slots, timeouts)
-    ray_cluster.connect(record.address)
-    cpus = os.cpu_count() or 1
-    if slots > cpus:
-        call.note(f"{slots} slots on {cpus} processors: ranks share them and run slower")
-    return record
+def _started_for(call: Call, submission: Submission) -> tuple[ControllerClient, Submission]:
+    """A local Ray that holds this run. Where another command has just started one, the run is planned for that."""
+    made = submission.plan
+    slots = max(made.ranks if made.config.hardware.kind == "cpu" else 1, machine.processors())
+    controller, record, mine = reach.started(call, slots, machine.gpus(), made.config.resilience.timeouts)
+    if not mine:
+        config = submission.config
+        given = reach.capacity(config, reach.Target(record.address, record.token))
+        submission = replace(submission, plan=plan(config, given, strict=True))
+        call.note(f"another command has just started Ray at {record.address}; the run is planned for that")
+    return controller, submission
 
 
 def up(call: Call) -> int:
     """Start a local Ray and its controller."""
-    slots = call.options.slots if call.options.slots is not None else os.cpu_count() or 1
+    slots = call.options.slots if call.options.slots is not None else machine.processors()
     if slots < 1:
         raise UserError(f"--slots {slots}: a cluster needs at least one; leave it out for one per processor")
+    if found := cluster.local(call.home):
+        raise UserError(
+            f"a local Ray with {found.slots} slots is up at {found.address}; `{PROGRAM} down` ends it"
+        )
     call.home.ensure()
-    record = _up(call, slots, Timeouts())
     try:
-        ControllerClient.connect(call.home)
+        _, record, mine = reach.started(call, slots, machine.gpus(), Timeouts())
     finally:
         ray_cluster.disconnect()
+    if not mine:
+        call.note("another command has just started it")
+    gpus = f" and {record.gpus} GPUs" if record.gpus else ""
     call.say(
-        f"local Ray is up at {record.address} with {record.slots} slots; dashboard {record.dashboard}\n"
-        "next: python -m orchestrator submit, python -m orchestrator down",
+        f"local Ray is up at {record.address} with {record.slots} slots{gpus}; dashboard {record.dashboard}\n"
+        f"next: {PROGRAM} submit, {PROGRAM} down",
         asdict(record),
     )
     return 0
 
 
 def down(call: Call) -> int:
-    """Cancel all runs of the local Ray and end it."""
-    record = ray_cluster.local(call.home)
+    """Cancel all runs of the local Ray and end it, as far as it can be reached; what is left of a crash goes too."""
+    record = cluster.local(call.home)
+    _, damage = cluster.recorded(call.home)
     if record is None:
-        # What a crash has left behind goes too.
-        ray_cluster.down(call.home)
-        raise UserError(f"no local Ray is up for {call.home.home}; nothing to take down")
-    active = [row.run_id for row in reading.summaries(call.home) if not row.terminal]
+        with held(call.home.cluster_lock, call.note) if call.home.home.is_dir() else contextlib.nullcontext():
+            if cluster.end(call.home):
+                call.say(
+                    f"what was left of a local Ray is ended{f': {damage}' if damage else ''}",
+                    {"cancelled": []},
+                )
+                return 0
+        told = f"; {damage}, and is removed" if damage else ""
+        raise UserError(f"no local Ray is up for {call.home.home}; nothing to take down{told}")
+    active = [row.run_id for row in reading.summaries(call.home).rows if not row.terminal]
     if active:
         call.note(f"active: {', '.join(active)}; each is cancelled and can be resumed from its checkpoint")
     if active and not _agreed(call):
         call.say("nothing was ended")
         return 1
-    ray_cluster.connect(record.address)
-    client = ControllerClient.existing()
-    deadline = time.monotonic() + _DOWN_SECONDS
-    while client and client.shut_down() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    ray_cluster.disconnect()
-    ray_cluster.down(call.home)
+    with held(call.home.cluster_lock, call.note):
+        try:
+            _cancel_all(call, record)
+        except UserError as error:
+            call.note(f"its runs can't be cancelled ({error}); it is ended with them")
+        finally:
+            ray_cluster.disconnect()
+        cluster.end(call.home)
     call.say("the local Ray is down", {"cancelled": active})
+    return 0
+
+
+def _cancel_all(call: Call, record: cluster.LocalCluster) -> None:
+    ray_cluster.connect(record.address, record.token)
+    controller = ControllerClient.existing(call.home)
+    deadline = time.monotonic() + _DOWN_SECONDS
+    while controller and controller.shut_down() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def serve(call: Call) -> int:
+    """Keep the controller of a cluster that something else keeps up."""
+    if not call.address:
+        raise UserError("`serve` needs --address HOST:PORT of the Ray head whose controller it keeps")
+    ray_cluster.check_form(call.address)
+    call.home.ensure()
+    call.note(f"keeping the controller of {call.address} for {call.home.home}; Ctrl-C ends this, and no run")
+    keeper.serve(call.home, call.address, call.note)
     return 0
 
 
@@ -218,17 +244,19 @@ def cancel(call: Call) -> int:
     """Stop a run and wait until nothing of it is left."""
     run = call.home.existing(call.options.run)
     _refuse_ended(call, run.run_id)
-    client = _client(call)
-    said = client.cancel(run.run_id)
+    with reach.client(call) as controller:
+        said = controller.cancel(run.run_id, call.options.now, owner_of(None))
     call.note(said)
-    deadline = time.monotonic() + _CANCEL_SECONDS
-    while not (row := reading.summary(run, {})).terminal:
-        if time.monotonic() > deadline:
+    began, reader = time.monotonic(), RunReader(run)
+    while not (row := reader.summary({})).terminal:
+        grace = (
+            reader.view.stopping.grace if reader.view.stopping else 0.0
+        )  # its ranks finish their step and save
+        if time.monotonic() - began > grace + _CANCEL_SECONDS:
             raise UserError(
                 f"run '{run.run_id}' is still {row.state}; `{PROGRAM} status {run.run_id}` shows when it ends"
             )
         time.sleep(0.2)
-    ray_cluster.disconnect()
     call.say(f"{run.run_id} is {row.state}; {row.next_step} continues it", asdict(row))
     return 0
 
@@ -253,20 +281,26 @@ def resume(call: Call) -> int:
         raise UserError(f"run '{run.run_id}' is {row.state}; only a failed or cancelled run resumes")
     resumption = Resumption.of(run, call.overrides)
     resumption.check()
-    address = _running(call)
-    if address:
-        ray_cluster.connect(address)
+    place = reach.target(call)
+    if place:
+        place.connect()
     try:
         if call.overrides:
-            resumption = resumption.planned(_capacity(resumption.config, address))
+            resumption = resumption.planned(reach.capacity(resumption.config, place))
             call.note(console.amended(resumption.to_json()))
             if not _agreed(call):
                 call.say("nothing was started")
                 return 1
-        if not address:
-            _up(call, max(resumption.slots, os.cpu_count() or 1), Timeouts())
-        client = ControllerClient.connect(call.home)
-        client.resume(run.run_id, resumption.event(), dump(resumption.config))
+        resumption = replace(resumption, code=str(snapshot(call.home, code_state())))
+        if resumption.code_changed:
+            before = resumption.view.asked.code or "the installed packages"
+            call.note(f"it goes on with the code as it is now, {resumption.code}; before: {before}")
+        if place:
+            controller = ControllerClient.connect(call.home)
+        else:
+            slots = max(resumption.slots, machine.processors())
+            controller, _, _ = reach.started(call, slots, machine.gpus(), Timeouts())
+        controller.resume(run.run_id, resumption.event(), dump(resumption.config))
     finally:
         ray_cluster.disconnect()
     said = f"resuming {run.run_id} from {resumption.start}"
@@ -279,13 +313,8 @@ def resume(call: Call) -> int:
 
 def nodes(call: Call) -> int:
     """Show nodes, slots and their holders."""
-    _client(call)
-    ray_cluster.disconnect()
+    with reach.client(call):
+        pass  # the controller publishes what is shown
     queue = reading.read_queue(call.home)
     call.say(console.nodes(queue), queue)
     return 0
-
-
-def _client(call: Call) -> ControllerClient:
-    ray_cluster.connect(_required(call))
-    return ControllerClient.connect(call.home)

@@ -2,110 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
-from configs.metrics import (
-    EndedLine,
-    EvaluatedLine,
-    MeasuredLine,
-    MetricLine,
-    ResumedLine,
-    SavedLine,
-    SaveFailedLine,
-    StepLine,
-)
-from configs.paths import HomePaths, RunPaths
+from configs.paths import RunPaths
 from orchestrator import PROGRAM
-from orchestrator.commands.text import clock, count, indented, plural, short, size, span, table
-from orchestrator.record import reading
-from orchestrator.record.events import Decided, Event, FabricFinding, IncidentClosed, IncidentOpened, Moved
-from orchestrator.record.reading import Follower, RunSummary
+from orchestrator.commands.text import clock, count, indented, plural, short, span, table
+from orchestrator.record.reading import RunSummary
 from orchestrator.record.states import State
 
-_POLL_SECONDS = 0.5
-_PLAIN_EVERY = 10.0
-"""Seconds between progress lines where they can't be rewritten in place."""
+_PLACES = ("rail", "rack", "nvlink")
+"""Labels of a node that placement heeds."""
 
 
-def plan_table(plan: dict[str, Any]) -> str:
-    """The plan before the start: what will run, what it takes, and why each automatic choice."""
-    axes = " ".join(f"{axis}={n}" for axis, n in plan["layout"].items() if n > 1) or "one rank"
-    parameters, memory = plan["parameters"], plan["memory"]
-    nodes = f"{plural(plan['nodes'], 'node')} x {plan['slots_per_node']} slots"
-    parts = ", ".join(f"{name} {size(n)}" for name, n in memory.items())
-    layout = f"{axes}: {plural(plan['ranks'], 'rank')} on {nodes} of cluster {plan['cluster']}"
-    if plan["measures"]:
-        rows = [
-            ("measure", plan["measures"]),
-            ("hardware", plan["hardware"]),
-            ("device", plan["device"]),
-            ("layout", layout),
-        ]
-    else:
-        of_them = f"{count(parameters['total'])} parameters, {count(parameters['active'])} active"
-        steps = f"{count(plan['tokens_per_step'])} per step, {plan['steps']} steps, {count(plan['tokens'])} in all"
-        rows = [
-            ("model", f"{plan['model']}: {of_them}"),
-            ("hardware", f"{plan['hardware']}, {plan['precision']}; MFU {plan['mfu_basis']}"),
-            ("device", plan["device"]),
-            ("layout", layout),
-            ("engine", _engine(plan)),
-            ("fullest rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
-            ("step time", step_time(plan["step_time"], plan["tokens_per_step"])),
-            ("tokens", steps),
-            ("data", str(plan["data"])),
-        ]
-    text = table(rows)
-    if plan["choices"]:
-        chosen = [(c["field"], "=", c["value"], c["reason"]) for c in plan["choices"]]
-        text += "\nchosen for you\n" + indented(table(chosen))
-    for warning in plan["warnings"]:
-        text += f"\nwarning: {warning}"
-    for note in plan["notes"]:
-        text += f"\nnote: {note}"
-    return text
-
-
-def _engine(plan: dict[str, Any]) -> str:
-    """What trains, and how."""
-    again = "nothing recomputed" if plan["recompute"] == "none" else f"{plan['recompute']} recomputation"
-    told = [plan["engine"], plan["optimizer"], f"ZeRO {plan['zero']}", again]
-    if plan["layout"]["pp"] > 1:
-        told.append(
-            f"schedule {plan['schedule']}"
-            + (f", {plan['chunks']} chunks a rank" if plan["chunks"] > 1 else "")
-        )
-    if plan["layout"]["cp"] > 1:
-        told.append(f"context by {plan['context']}")
-    return ", ".join(told)
-
-
-def step_time(predicted: dict[str, Any], tokens: int) -> str:
-    """The predicted time of a step with its interval, or why there is none."""
-    if "unknown" in predicted:
-        return f"unknown: {predicted['unknown']}"
-    seconds, low, high = (predicted[name] for name in ("seconds", "low", "high"))
-    return f"{seconds:.3g} s predicted ({low:.3g} to {high:.3g} s), {count(tokens / seconds)} tokens/s"
-
-
-def run_list(rows: Sequence[RunSummary]) -> str:
-    """The table of `list`."""
+def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = ()) -> str:
+    """The table of `list`, and below it what can't be read."""
+    broken = "".join(f"\ndamaged: {text}" for text in damage)
     if not rows:
-        return f"no runs yet; `{PROGRAM} submit` starts one"
-    head = ("RUN", "STATE", "PRIO", "SLOTS", "STEP", "LOSS", "TOK/S", "ETA", "INCIDENTS", "NOTE")
+        return f"no runs yet; `{PROGRAM} submit` starts one{broken}"
+    head = ("RUN", "STATE", "OWNER", "PRIO", "SLOTS", "STEP", "LOSS", "TOK/S", "ETA", "INCIDENTS", "NOTE")
     body = [
         (
-            row.run_id, row.state, str(row.priority), str(row.slots), f"{row.step}/{row.steps}",
+            row.run_id, row.state, row.owner or "-", str(row.priority), str(row.slots), f"{row.step}/{row.steps}",
             "-" if row.loss is None else f"{row.loss:.4f}",
             "-" if row.tokens_per_second is None else count(row.tokens_per_second),
             span(row.eta_seconds), str(row.incidents), _note(row),
         )
         for row in rows
     ]  # fmt: skip
-    return table([head, *body], right=(2, 3, 4, 5, 6, 7, 8))
+    return table([head, *body], right=(3, 4, 5, 6, 7, 8, 9)) + broken
 
 
 def source(tree: dict[str, Any]) -> str:
@@ -130,26 +55,49 @@ def _changes(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _note(row: RunSummary) -> str:
+    if row.parked:
+        return f"parked: {row.parked}"
+    if row.stopping:
+        return f"ending: {row.stopping}"
     if row.position is not None:
         return f"position {row.position}: {row.waiting_for}"
     if row.saves:
         return row.saves
+    if row.slots != row.asked_slots:
+        return f"smaller than asked for: {row.slots} of {row.asked_slots} slots"
     return row.waiting_for or (row.detail if row.state in (State.FAILED, State.RECOVERING) else "")
 
 
 def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
     """One run in full."""
-    axes = " ".join(f"{axis}={n}" for axis, n in row.layout.items() if n > 1) or "one rank"
     why = f" ({row.reason})" + (f": {row.detail}" if row.detail else "")
     rows = [
         ("run", row.run_id),
         ("state", row.state + why),
-        ("model", f"{row.model}, {axes}, {row.slots} slots, priority {row.priority}"),
+        ("model", f"{row.model}, {_axes(row.layout)}, {row.slots} slots, priority {row.priority}"),
         (
             "submitted",
             f"{clock(row.submitted_at)}, started {clock(row.started_at)}, ended {clock(row.ended_at)}",
         ),
     ]
+    if row.owner:
+        rows.append(("owner", row.owner))
+    if row.slots != row.asked_slots:
+        rows.append(
+            (
+                "asked for",
+                f"{_axes(row.asked_layout)}, {row.asked_slots} slots: it grows back when they are there",
+            )
+        )
+    if row.stopping:
+        rows.append(("ending", row.stopping))
+    if row.parked:
+        rows.append(
+            (
+                "parked",
+                f"the controller met an error at it and tries again later; its ranks go on: {row.parked}",
+            )
+        )
     if row.position is not None:
         rows.append(("queue", f"position {row.position}: {row.waiting_for}"))
     if row.nodes:
@@ -160,20 +108,28 @@ def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
         rows.append(("progress", row.measured))
     rows += _findings(row)
     if row.checkpoint_path:
-        took = _took(row.checkpoint_seconds or 0.0, row.checkpoint_held or 0.0)
-        rows.append(("checkpoint", f"step {row.checkpoint_step} ({took}): {row.checkpoint_path}"))
+        cost = took(row.checkpoint_seconds or 0.0, row.checkpoint_held or 0.0)
+        rows.append(("checkpoint", f"step {row.checkpoint_step} ({cost}): {row.checkpoint_path}"))
     if row.memory_step is not None:
         rows.append(("in memory", f"step {row.memory_step} (training held {row.memory_held or 0.0:.2f} s)"))
     if row.saves:
         rows.append(("saves", row.saves))
     rows.append(("attempts", f"{row.attempt}, {plural(len(found), 'incident')}"))
+    if row.kept:
+        rows.append(("stacks", row.kept))
+    rows += [("damaged", text) for text in row.damage]
     rows.append(("folder", row.folder))
     if row.next_step:
         rows.append(("next", row.next_step))
     return table(rows)
 
 
-def _took(seconds: float, held: float) -> str:
+def _axes(layout: dict[str, int]) -> str:
+    return " ".join(f"{axis}={n}" for axis, n in layout.items() if n > 1) or "one rank"
+
+
+def took(seconds: float, held: float) -> str:
+    """What a save cost, in seconds."""
     return f"in {seconds:.2f} s, training held {held:.2f} s"
 
 
@@ -204,14 +160,24 @@ def progress(
 
 def nodes(queue: dict[str, Any]) -> str:
     """The table of `nodes`."""
-    rows = [("NODE", "HOST", "SLOTS", "FREE", "RUNS")]
+    rows = [("NODE", "HOST", "SLOTS", "FREE", "RUNS", "MARKS")]
     for node in queue.get("nodes", []):
         kind = "GPU" if node["slots"].get("GPU") else "CPU"
         rows.append(
-            (node["ip"], node["hostname"], f"{node['slots'][kind]} {kind}", str(node["free"][kind]),
-             ", ".join(node["runs"]) or "-")
+            (node["ip"], node["hostname"], f"{node['slots'].get(kind, 0)} {kind}", str(node["free"].get(kind, 0)),
+             ", ".join(node["runs"]) or "-", _marks(node))
         )  # fmt: skip
     return table(rows, right=(3,)) if len(rows) > 1 else "no live nodes"
+
+
+def _marks(node: dict[str, Any]) -> str:
+    """What keeps runs from a node, or makes it a later choice."""
+    told = [node["barred"]] if node.get("barred") else []
+    told += ["spare"] if node.get("spare") else []
+    told += [f"suspicion {node['suspicion']:.2g}"] if node.get("suspicion", 0.0) >= 0.05 else []
+    labels = node.get("labels") or {}
+    told += [f"{name} {labels[name]}" for name in _PLACES if name in labels]
+    return ", ".join(told) or "-"
 
 
 def incidents(found: Sequence[dict[str, Any]]) -> str:
@@ -280,131 +246,3 @@ def final_summary(row: RunSummary, run: RunPaths) -> str:
         following += f"; {PROGRAM} incidents {row.run_id}"
     rows.append(("next", following))
     return f"{row.run_id}\n" + indented(table(rows))
-
-
-class LiveLine:
-    """The progress line: rewritten in place on a terminal, printed now and then elsewhere."""
-
-    def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
-        self._now = now
-        self._terminal = stream.isatty()
-        self._shown = ""
-        self._printed_at: float | None = None
-
-    def update(self, text: str) -> None:
-        """Show the newest state."""
-        if self._terminal:
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write("\r" + text[:width].ljust(min(len(self._shown), width)))
-            self._shown = text[:width]
-        elif text != self._shown and (
-            self._printed_at is None or self._now() - self._printed_at >= _PLAIN_EVERY
-        ):
-            self._stream.write(text + "\n")
-            self._shown, self._printed_at = text, self._now()
-        self._stream.flush()
-
-    def end(self) -> None:
-        """Leave the progress line standing."""
-        if self._terminal and self._shown:
-            self._stream.write("\n")
-        self._shown = ""
-
-    def above(self, text: str) -> None:
-        """Print a line that stays, above the progress line."""
-        if self._terminal and self._shown:
-            self._stream.write("\r" + " " * len(self._shown) + "\r")
-        self._stream.write(text + "\n")
-        if self._terminal and self._shown:
-            self._stream.write(self._shown)
-        self._stream.flush()
-
-
-def watch(
-    run: RunPaths, home: HomePaths, stream: TextIO, sleep: Callable[[float], None] = time.sleep
-) -> State:
-    """Follow a run until it ends; its final state."""
-    follower, line = Follower(run), LiveLine(stream)
-    steps = reading.summary(run, {}).steps
-    while True:
-        newest: StepLine | MeasuredLine | None = None
-        state: State | None = None
-        for item in follower.poll():
-            if isinstance(item, StepLine | MeasuredLine):
-                newest = item
-            elif (text := _told(item)) is not None:
-                line.above(text)
-            if isinstance(item, Event) and isinstance(item.payload, Moved):
-                state = item.payload.to
-        if isinstance(newest, MeasuredLine):
-            line.update(newest.text)
-        elif newest is not None:
-            eta = (steps - newest.step) * newest.step_seconds
-            line.update(
-                progress(
-                    newest.step,
-                    steps,
-                    newest.loss,
-                    newest.tokens_per_second,
-                    newest.step_seconds,
-                    newest.mfu,
-                    eta,
-                )
-            )
-        if state is not None and state.terminal:
-            line.end()
-            return state
-        row = reading.summary(run, reading.read_queue(home))
-        if row.position is not None:
-            line.update(f"queued, position {row.position}: {row.waiting_for}")
-        sleep(_POLL_SECONDS)
-
-
-def _told(item: Event | MetricLine) -> str | None:
-    """A line for what is worth one; None for the rest."""
-    at = time.strftime("%H:%M:%S", time.localtime(item.time))
-    match item:
-        case Event(payload=Moved() as move):
-            return f"{at} {move.to}" + (f": {move.detail}" if move.detail else "")
-        case Event(payload=IncidentOpened() as incident):
-            return f"{at} incident {incident.incident}: {incident.detail}"
-        case Event(payload=Decided(action="warn") as decided):
-            return f"{at} warning: {decided.detail}"
-        case Event(payload=Decided() as decided):
-            used = f"{decided.restarts_used} of {decided.restarts_allowed} restarts without progress"
-            return (
-                f"{at} decision: {decided.action} ({decided.reason}; {used}; wait {decided.wait_seconds:g} s)"
-            )
-        case Event(payload=IncidentClosed() as closed):
-            again = f", {closed.lost_steps} steps again" if closed.lost_steps else ""
-            return f"{at} incident {closed.incident} is over: {closed.resolution}{again}"
-        case ResumedLine(step=step) if step:
-            return f"{at} resumed from step {step}"
-        case EvaluatedLine():
-            return f"{at} step {item.step}: loss {item.loss:.4f} on {item.samples} held-out samples"
-        case SavedLine(tier="store"):
-            return f"{at} saved step {item.step} ({size(item.bytes)} {_took(item.seconds, item.held)})"
-        case SaveFailedLine(in_a_row=0):
-            return f"{at} step {item.step} was not saved: {item.error}"
-        case SaveFailedLine():
-            return f"{at} the save of step {item.step} failed, {item.in_a_row} in a row: {item.error}"
-        case Event(payload=FabricFinding(finding=found)):
-            return f"{at} {found['severity']} {found['kind']}: {found['what']}"
-        case EndedLine():
-            return (
-                f"{at} measured {item.step} cases" if item.loss is None else f"{at} trained {item.step} steps"
-            )
-    return None
-
-
-def show_log(path: Any, stream: TextIO, follow: RunPaths | None) -> None:
-    """Print a log; with `follow`, go on until that run has ended."""
-    with path.open(errors="replace") as file:
-        while True:
-            stream.write(file.read())
-            stream.flush()
-            if follow is None or reading.summary(follow, {}).terminal:
-                stream.write(file.read())
-                return
-            time.sleep(_POLL_SECONDS)

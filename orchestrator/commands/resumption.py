@@ -16,8 +16,10 @@ from faulttol.checkpoint.store import check_writable
 from orchestrator.commands import beginnings, changes
 from orchestrator.commands.beginnings import Beginning
 from orchestrator.commands.submission import Submission
-from orchestrator.record.events import Amended, GangShape, read
-from orchestrator.record.run_log import RunView, fold
+from orchestrator.record.events import Amended, GangShape
+from orchestrator.record.log import read
+from orchestrator.record.run_log import Reader
+from orchestrator.record.view import RunView
 from trainer.sizing.planner import Capacity, plan
 
 
@@ -36,6 +38,8 @@ class Resumption:
     """The newest checkpoint in storage."""
     gang: GangShape
     layout: dict[str, int]
+    code: str = ""
+    """Folder of the code that it goes on with; empty: as before."""
 
     @classmethod
     def of(cls, run: RunPaths, overrides: Sequence[str]) -> Resumption:
@@ -44,9 +48,8 @@ class Resumption:
         Raises:
             UserError: for an override that the run can't take, and for checkpoints that can't be read.
         """
-        view = fold(read(run.events))
-        submitted = view.submitted
-        assert submitted is not None, "a run begins with `submitted`"
+        view = Reader.of(run).view
+        submitted = view.asked
         old = load(run.config_of(view.amendments))
         changes.refuse(old, overrides, run.run_id)
         config = changes.amended(old, overrides, _chosen(run), submitted.gang.nodes) if overrides else old
@@ -119,11 +122,18 @@ class Resumption:
             "step": self.step,
             "changes": [list(change) for change in self.changed()],
             "consequences": changes.consequences(self.old, self.config, self.step, samples),
+            "code": self.code,
         }
+
+    @property
+    def code_changed(self) -> bool:
+        """It goes on with other code than it ran before."""
+        return bool(self.code) and self.code != self.view.asked.code
 
     def event(self) -> Amended | None:
         """What changes; None where nothing does."""
-        if not self.changed():
+        code = self.code if self.code_changed else None
+        if not self.changed() and code is None:
             return None
         resilience, training = self.config.resilience, self.config.workload == "train"
         return Amended(
@@ -135,6 +145,8 @@ class Resumption:
             max_restarts=resilience.max_restarts,
             backoff_seconds=resilience.backoff_seconds,
             layout=self.layout,
+            code=code,
+            wall_seconds=None if resilience.wall_hours is None else resilience.wall_hours * 3600.0,
         )
 
 

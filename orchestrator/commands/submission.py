@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import getpass
 import json
 import os
 import re
@@ -16,19 +18,19 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from configs.compose import ROOT, dump
+from configs.compose import dump
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
+from orchestrator.commands.snapshot import CODE, snapshot
 from orchestrator.record.events import GangShape, Submitted
 from trainer.sizing.layout import Layout
 from trainer.sizing.planner import Plan
 
-CODE = ROOT.parent
-"""The folder that the packages are in."""
 _PACKAGES = ("torch", "ray", "deepspeed", "wandb", "pydantic", "hydra-core", "fsspec", "numpy")
 _TRAVELLING = "MEGARAY_SOURCE"
 _TRAVELLING_BYTES = 96 << 10
+_OWNER = "MEGARAY_OWNER"
 _ID_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # none that is easily taken for another
 
 
@@ -40,6 +42,7 @@ class Submission:
     """As the user gave it, with auto fields still open."""
     plan: Plan
     priority: int
+    owner: str = ""
 
     def gang(self) -> GangShape:
         """What the queue is asked for; a number of nodes only where the user asked for one."""
@@ -53,9 +56,15 @@ class Submission:
             resource=slot_resource(plan.config),
         )
 
-    def event(self, runtime_env: dict[str, Any]) -> Submitted:
-        """The first event of the run's log."""
+    def event(self, runtime_env: dict[str, Any], code: str) -> Submitted:
+        """The first event of the run's log.
+
+        Args:
+            runtime_env: of the submission.
+            code: folder of the code that it runs.
+        """
         config = self.plan.config
+        hours = config.resilience.wall_hours
         return Submitted(
             priority=self.priority,
             gang=self.gang(),
@@ -65,6 +74,9 @@ class Submission:
             model=_subject(config),
             layout=dict(self.plan.layout),
             runtime_env=runtime_env,
+            owner=self.owner,
+            code=code,
+            wall_seconds=None if hours is None else hours * 3600.0,
         )
 
 
@@ -87,62 +99,83 @@ def new_run_id(config: RunConfig) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{tail}"
 
 
-def write_run(home: HomePaths, submission: Submission, arguments: Sequence[str]) -> RunPaths:
+def owner_of(typed: str | None) -> str:
+    """Who submits: what was typed, else who typed it on a laptop, else the account.
+
+    Raises:
+        UserError: where an empty name was typed.
+    """
+    if typed is not None:
+        if not typed.strip():
+            raise UserError("--owner '' is no name; type one, or leave it out for your account's")
+        return typed.strip()
+    if travelled := os.environ.get(_OWNER):
+        return travelled
+    with contextlib.suppress(KeyError, OSError):  # an account without an entry, as in many containers
+        return getpass.getuser()
+    return f"uid-{os.getuid()}"
+
+
+def write_run(home: HomePaths, submission: Submission, arguments: Sequence[str]) -> tuple[RunPaths, str]:
     """Write a new run's folder: resolved configuration, plan, commit, uncommitted changes, versions.
+
+    Returns:
+        Its paths, and the folder of the code that it runs.
 
     Raises:
         UserError: where it can't be written; nothing is left behind then.
     """
     home.ensure()
     paths = home.run(new_run_id(submission.config))
+    state = code_state()
+    code = snapshot(home, state)
     try:
         paths.root.mkdir()
         paths.config.write_text(dump(submission.plan.config))
         paths.plan.write_text(json.dumps(submission.plan.to_json(), indent=1))
-        source, difference = _source(arguments)
-        paths.source.write_text(json.dumps(source, indent=1))
-        if difference:
-            paths.source_diff.write_text(difference)
+        paths.source.write_text(json.dumps(_source(arguments, state) | {"code": str(code)}, indent=1))
+        if state["diff"]:
+            paths.source_diff.write_text(state["diff"])
     except OSError as error:
         shutil.rmtree(paths.root, ignore_errors=True)
         raise UserError(
             f"can't write {paths.root} ({error.strerror}); free some space and submit again"
         ) from None
-    return paths
+    return paths, str(code)
 
 
-def _source(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _source(arguments: Sequence[str], state: dict[str, Any]) -> dict[str, Any]:
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    code = _unpacked(os.environ.get(_TRAVELLING, "")) or _code_state()
-    source = {
+    return {
         "arguments": list(arguments),
-        "commit": code["commit"],
-        "uncommitted": code["uncommitted"],
+        "commit": state["commit"],
+        "uncommitted": state["uncommitted"],
         "versions": versions,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    return source, code["diff"]
 
 
 def travelling_source() -> dict[str, str]:
-    """The state of the code as an environment variable, for a command that is carried to a cluster.
+    """The state of the code and who sends it as variables, for a command that is carried to a cluster.
 
     Git's folder doesn't travel with the code. A diff too large for a variable is cut, and says so.
     """
-    state = _code_state()
+    state = code_state()
     packed = _packed(state)
     if len(packed) > _TRAVELLING_BYTES:
         packed = _packed(state | {"diff": "the diff was too large to travel with the submission\n"})
-    return {_TRAVELLING: packed}
+    return {_TRAVELLING: packed, _OWNER: owner_of(None)}
 
 
-def _code_state() -> dict[str, Any]:
-    """Commit, changed files and diff of the code; empty where there is no repository."""
+def code_state() -> dict[str, Any]:
+    """Commit, changed files and diff of the code; empty where there is no repository. It may have come from a laptop."""
+    if travelled := _unpacked(os.environ.get(_TRAVELLING, "")):
+        return travelled
     commit = _git("rev-parse", "HEAD").strip()
     status = _git("status", "--porcelain").splitlines() if commit else []
     return {"commit": commit or None, "uncommitted": status, "diff": _git("diff", "HEAD") if status else ""}

@@ -1,106 +1,127 @@
 """The controller: all runs of one home, the queue between them, and one loop that turns.
 
-It knows no Ray: what it needs of the cluster is `gang.Fabric`. `orchestrator.ray_controller` puts it into a
-detached actor; the simulator gives it a fabric and a clock of its own.
+Each part of a turn stands alone. A run that raises is parked with its traceback, a file that can't be read is named and
+stepped over, a disk that is full is met again in the next turn; the others go on. Only a newer controller ends it.
+
+It knows no Ray: what it needs of the cluster is `gang.GangRuntime`. `orchestrator.ray_controller` puts it into a
+detached actor; the simulator gives it a runtime and clocks of its own.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import IO, Any
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from configs.errors import UserError
 from configs.paths import HomePaths
-from faulttol.verdicts import VerdictKind
-from orchestrator.control.gang import Fabric
+from orchestrator.control.epochs import Epoch, claim
+from orchestrator.control.gang import GangRuntime
+from orchestrator.control.nodes_control import NodesControl
+from orchestrator.control.publish import Publisher
+from orchestrator.control.queueing import Queueing
 from orchestrator.control.run_control import RunControl
-from orchestrator.decide import queue
-from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Admit, Waiting
-from orchestrator.record.events import Amended, GangShape, Moved, Submitted, read
-from orchestrator.record.run_log import EventLog, fold
+from orchestrator.record.clock import Clock, Now
+from orchestrator.record.events import Amended, Moved, Submitted
+from orchestrator.record.log import Fenced
+from orchestrator.record.run_log import Reader, RunLog
 from orchestrator.record.states import Reason, State
 
-#: Seconds that a node whose agent fell silent is kept out; Ray's health checks have reported it by then.
-QUARANTINE = 60.0
+PARK_SECONDS = 2.0
+"""Wait before a parked run is handled again; doubles with each error, up to `PARK_CAP`."""
+PARK_CAP = 60.0
+LIST_SECONDS = 10.0
+"""Between two looks for runs that another controller has queued in its last moment."""
+DOWN_GRACE = 20.0
+"""Seconds that ranks get to save when the cluster goes down."""
 
 log = logging.getLogger("megaray.controller")
-
-#: Seconds that a blocked gang lets smaller runs pass before the slots it needs are kept for it.
-QUEUE_PATIENCE = 60.0
 
 
 class Controller:
     """Owns the event logs of all runs under one home.
 
+    Args:
+        home: the home that it serves.
+        runtime: holds slots and runs ranks.
+        clock: the present.
+        cluster: names the Ray cluster.
+
     Raises:
-        UserError: where another controller serves the same home.
+        UserError: where the controller of another cluster serves the same home.
     """
 
-    def __init__(self, home: HomePaths, fabric: Fabric, clock: Callable[[], float]) -> None:
-        self._home = home
-        self._fabric = fabric
-        self._clock = clock
-        self._lock = _lock(home)
+    def __init__(self, home: HomePaths, runtime: GangRuntime, clock: Clock, cluster: str = "local") -> None:
+        self._home, self._runtime, self._clock = home, runtime, clock
+        self.epoch: Epoch = claim(home, cluster)
         self._runs: dict[str, RunControl] = {}
-        self._published = ""
-        for run_id in home.run_ids():
-            state = fold(read(home.run(run_id).events)).state
-            if state is None or not state.terminal:
-                self._adopt(run_id)
+        self._queueing = Queueing(home, runtime)
+        self._publisher = Publisher(home, self.epoch.number)
+        self._nodes: NodesControl | None = None
+        self._trouble: dict[str, str] = {}
+        """What could not be done in the newest turn, by its part."""
+        self._damage: dict[str, tuple[str, ...]] = {}
+        """Lines that were stepped over, by run."""
+        self._retry: dict[str, tuple[int, float]] = {}
+        """Errors at a run since it was last handled well, and the monotonic time from which on it is handled again."""
+        self._unopened: list[str] = []
+        self._closed: set[str] = set()
+        """Runs that have ended."""
+        self._listed = float("-inf")
+        self._open_runs(self._clock())
 
-    def _adopt(self, run_id: str) -> None:
-        control = RunControl(self._home.run(run_id), self._fabric)
-        if control.view.state is None:  # the last controller died between the two events of a submission
-            control.close()
-            self._first_move(run_id)
-            control = RunControl(self._home.run(run_id), self._fabric)
-        self._runs[run_id] = control
-        control.take_over(os.getpid(), self._clock())
-
-    # ---- calls of the command line; each answers at once ----
+    # ---- calls of the command line; each answers at once, and may be made twice ----
 
     def submit(self, run_id: str, submitted: Submitted) -> None:
         """Queue a run whose folder the command line has written."""
-        events = EventLog(self._home.run(run_id).events)
-        events.append(submitted, self._clock())
+        if run_id in self._runs or Reader.of(self._home.run(run_id)).view.state is not None:
+            return
+        now = self._clock()
+        events = RunLog(self._home.run(run_id), self.epoch.number, now, self.epoch.check)
+        events.append([submitted, Moved(State.QUEUED, Reason.SUBMITTED)], now)
         events.close()
-        self._first_move(run_id)
-        self._runs[run_id] = RunControl(self._home.run(run_id), self._fabric)
-        self.tick()
+        self._runs[run_id] = self._control(run_id, now)
+        self.turn()
 
-    def _first_move(self, run_id: str) -> None:
-        events = EventLog(self._home.run(run_id).events)
-        events.append(Moved(State.QUEUED, Reason.SUBMITTED), self._clock())
-        events.close()
-
-    def cancel(self, run_id: str) -> str:
+    def cancel(self, run_id: str, at_once: bool = False, by: str = "") -> str:
         """Stop a run; the sentence to show.
 
+        Args:
+            run_id: the run.
+            at_once: kill its ranks instead of having them save.
+            by: who asked, for the log.
+
         Raises:
-            UserError: where it has ended or is being cancelled already.
+            UserError: where it has ended.
         """
         control = self._runs.get(run_id)
-        state = control.view.state if control else self._ended(run_id)
-        if control is None or state is State.CANCELLING:
-            raise UserError(
-                f"run '{run_id}' is {'being cancelled' if control else state} already; nothing to cancel"
-            )
-        control.cancel(Reason.CANCEL_ASKED, self._clock())
-        self.tick()
-        return f"cancelling {run_id}"
+        if control is None:
+            state = self._state(run_id)
+            if state is not None and state.terminal:
+                raise UserError(f"run '{run_id}' is {state} already; nothing to cancel")
+            raise UserError(f"run '{run_id}' {self._why_not(run_id)}")
+        again = control.view.state is State.CANCELLING
+        control.cancel(Reason.CANCEL_ASKED, self._clock(), 0.0 if at_once else self._grace(control), by)
+        self.turn()
+        return f"run '{run_id}' is being cancelled already" if again else f"cancelling {run_id}"
+
+    def _grace(self, control: RunControl) -> float:
+        """Seconds that a run's ranks get to save; none where its configuration can't be read."""
+        try:
+            return control.config().resilience.timeouts.seconds("stop")
+        except (OSError, UserError):
+            return 0.0
 
     def resume(self, run_id: str, amended: Amended | None = None, config: str = "") -> None:
         """Queue a failed or cancelled run again.
 
         Args:
+            run_id: the run.
             amended: what it goes on with otherwise than before.
-            config: the resolved configuration then, as `configs.compose.dump` gives it.
+            config: the resolved configuration then, as `configs.compose.dump` gives it; empty where it stays the same.
 
         Raises:
             UserError: where it is active or has succeeded, was resumed by somebody else meanwhile, or can't be written.
@@ -109,128 +130,248 @@ class Controller:
             raise UserError(
                 f"run '{run_id}' is {self._runs[run_id].view.state}; only a failed or cancelled run resumes"
             )
-        if self._ended(run_id) is State.SUCCEEDED:
+        state = self._state(run_id)
+        if state is State.SUCCEEDED:
             raise UserError(
                 f"run '{run_id}' has succeeded: all its steps are done; "
                 "submit a new run, with a larger train.steps to train on"
             )
-        control = RunControl(self._home.run(run_id), self._fabric)
+        if state is None or not state.terminal:
+            raise UserError(f"run '{run_id}' {self._why_not(run_id)}")
+        now = self._clock()
+        control = self._control(run_id, now)
         try:
             if amended is not None:
-                self._write_config(control, amended, config)
+                _write_config(control, amended, config)
         except UserError:
             control.close()
             raise
         self._runs[run_id] = control
-        control.resume(self._clock(), amended)
-        self.tick()
+        self._closed.discard(run_id)
+        control.resume(now, amended)
+        self.turn()
 
-    def _write_config(self, control: RunControl, amended: Amended, config: str) -> None:
-        run, path = control.run, control.run.config_of(amended.number)
-        if amended.number != control.view.amendments + 1:
-            raise UserError(
-                f"run '{run.run_id}' was resumed with other settings meanwhile: look at its status, and resume again"
-            )
+    def _state(self, run_id: str) -> State | None:
         try:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(config)
-            temporary.replace(path)
+            return Reader.of(self._home.existing(run_id)).view.state
         except OSError as error:
-            raise UserError(
-                f"can't write {path} ({error.strerror}); free some space and resume again"
-            ) from None
+            raise UserError(f"run '{run_id}' can't be handled: {_told(error)}") from None
+
+    def _why_not(self, run_id: str) -> str:
+        """Why an active run isn't in the controller's hands."""
+        return f"can't be handled: {self._trouble.get(run_id, 'its log was not opened yet; ask again in a moment')}"
+
+    def mark_node(self, node: str, mark: str, reason: str, by: str) -> None:
+        """Cordon, uncordon, drain or spare a node, given by address or host name.
+
+        Raises:
+            UserError: where there is no such node, or the mark changes nothing.
+        """
+        if self._nodes is None:
+            raise UserError(f"{self._home.cluster_log} can't be opened: {self._trouble.get('nodes', '')}")
+        self._nodes.mark(node, mark, reason, by, self._clock())
+        self.turn()
+
+    def dump_stacks(self, run_id: str, by: str) -> str:
+        """Have the stacks of a run's ranks written, and stop nothing; the folder that they come to.
+
+        Raises:
+            UserError: where it has no ranks now.
+        """
+        control = self._runs.get(run_id)
+        if control is None or not control.view.pids:
+            raise UserError(f"run '{run_id}' has no ranks now; nothing to look into")
+        return control.dump_stacks(by)
 
     def shut_down(self) -> int:
         """Cancel everything because the cluster goes down; how many runs are still ending."""
+        now = self._clock()
         for control in self._runs.values():
             if control.view.state is not State.CANCELLING:
-                control.cancel(Reason.CLUSTER_DOWN, self._clock())
-        self.tick()
+                control.cancel(Reason.CLUSTER_DOWN, now, min(DOWN_GRACE, self._grace(control)))
+        self.turn()
         return len(self._runs)
-
-    def _ended(self, run_id: str) -> State | None:
-        return fold(read(self._home.existing(run_id).events)).state
 
     # ---- the loop ----
 
-    def tick(self) -> None:
-        """One turn: every run, then the queue, then the published view."""
+    def turn(self) -> None:
+        """One turn: nodes, every run, the queue, the published view.
+
+        Raises:
+            Fenced: where a newer controller has begun; this one must end then.
+        """
         now = self._clock()
+        self.epoch.check()
+        self.epoch.beat()
+        self._open_runs(now)
+        with self._apart("nodes"):
+            self._nodes = self._nodes or NodesControl(
+                self._home, self._runtime, self.epoch.number, now, self.epoch.check
+            )
+            self._nodes.turn(now)
+        barred = self._nodes.barred() if self._nodes else frozenset()
         for run_id, control in list(self._runs.items()):
+            self._turn_run(run_id, control, now, barred)
+        if self._nodes is not None:
+            with self._apart("queue"):
+                self._queueing.turn(self._ready(now), self._runs, self._nodes, now)
+        with self._apart("queue.json"):
+            self._publisher.publish(
+                self._nodes, self._runs, self._queueing.held, self._parked(), self._damages(), now
+            )
+
+    def _turn_run(self, run_id: str, control: RunControl, now: Now, barred: Collection[str]) -> None:
+        if now.mono < self._retry.get(run_id, (0, 0.0))[1]:
+            return
+        before = control.view
+        try:
+            control.turn(now, barred)
+            self._retry.pop(run_id, None)
+            self._trouble.pop(run_id, None)
+        except Fenced:
+            raise
+        except Exception as error:  # one run's defect or file must not stop the others
+            self._park(run_id, control, error, now)
+        if self._nodes is not None and control.view is not before:
+            with self._apart("nodes"):
+                self._nodes.note(run_id, before, control.view, now)
+        with self._apart(f"view of {run_id}"):  # derived: the next turn publishes it
+            control.publish()
+        state = control.view.state
+        if state is not None and state.terminal:
+            self._runs.pop(run_id).close()
+            self._closed.add(run_id)
+            self._damage.pop(run_id, None)
+
+    def _park(self, run_id: str, control: RunControl, error: Exception, now: Now) -> None:
+        text = self._put_off(run_id, error, now)
+        known = control.view.parked
+        if known is not None and known.error == text:
+            return  # the log has it
+        with suppress(OSError):  # a full disk may be the very error
+            control.run.parked.write_text("".join(traceback.format_exception(error)))
+            control.park(text, now)
+
+    def _put_off(self, run_id: str, error: Exception, now: Now) -> str:
+        """Have a run handled again later; the error in a line."""
+        times = self._retry.get(run_id, (0, 0.0))[0] + 1
+        wait = min(PARK_SECONDS * 2.0 ** min(times - 1, 16), PARK_CAP)
+        self._retry[run_id] = times, now.mono + wait
+        text = _told(error)
+        if self._trouble.get(run_id) != text:
+            log.error("run %s: handled again in %.0f s", run_id, wait, exc_info=error)
+        self._trouble[run_id] = text
+        return text
+
+    def _open_runs(self, now: Now) -> None:
+        """Take the runs over that were not opened yet. One that can't be opened is tried again, and stops nothing."""
+        if now.mono - self._listed < LIST_SECONDS and not self._unopened:
+            return
+        if now.mono - self._listed >= LIST_SECONDS:
+            self._listed = now.mono
+            known = self._closed | set(self._runs)
+            self._unopened = [run_id for run_id in self._home.run_ids() if run_id not in known]
+        left = []
+        for run_id in self._unopened:
+            if run_id in self._runs or now.mono < self._retry.get(run_id, (0, 0.0))[1]:
+                left += [run_id] if run_id not in self._runs else []
+                continue
             try:
-                control.tick(now)
-            except Exception:  # one run's defect must not stop the others
-                log.exception("run %s", run_id)
-            state = control.view.state
-            if state is not None and state.terminal:
-                self._runs.pop(run_id).close()
-        nodes = self._free_nodes()
-        waiting = [_waiting(name, c) for name, c in self._runs.items() if c.view.state is State.QUEUED]
-        held = []
-        for answer in queue.decide(waiting, nodes, now, QUEUE_PATIENCE):
-            if isinstance(answer, Admit):
-                self._runs[answer.run_id].admit(answer.shares, now)
-            else:
-                held.append({"run": answer.run_id, "position": answer.position, "reason": answer.reason})
-        self._publish(held, now)
+                self._take_over(run_id, now)
+                self._retry.pop(run_id, None)
+                self._trouble.pop(run_id, None)
+            except Fenced:
+                raise
+            except Exception as error:  # a file of this run alone
+                times = self._retry.get(run_id, (0, 0.0))[0] + 1
+                self._retry[run_id] = (
+                    times,
+                    now.mono + min(PARK_SECONDS * 2.0 ** min(times - 1, 16), PARK_CAP),
+                )
+                self._trouble[run_id] = _told(error)
+                log.error("run %s can't be opened", run_id, exc_info=error)
+                left.append(run_id)
+        self._unopened = left
 
-    def _free_nodes(self) -> list[Node]:
-        silent = self._silent_nodes()
-        nodes = {node.node_id: node for node in self._fabric.nodes() if node.ip not in silent}
-        for control in self._runs.values():
-            for share in control.shares:
-                node = nodes.get(share.node_id)
-                if node is not None:
-                    resource = _gang(control).resource
-                    free = node.free | {resource: max(0, node.free[resource] - len(share.ranks))}
-                    nodes[share.node_id] = replace(node, free=free)
-        return list(nodes.values())
+    def _take_over(self, run_id: str, now: Now) -> None:
+        reader = Reader.of(self._home.run(run_id))
+        state = reader.view.state
+        if reader.view.submitted is None:
+            return  # its submission has not reached the log, and may never do so
+        if state is not None and state.terminal:
+            self._closed.add(run_id)
+            return
+        control = self._control(run_id, now)
+        control.take_over(os.getpid(), now)
+        if state is None:  # a controller of an earlier version died between the two events of a submission
+            control.queue(now)
+        self._runs[run_id] = control
 
-    def _silent_nodes(self) -> set[str]:
-        """Addresses that a run has lately lost by silence; Ray may still think that they live."""
-        since = self._clock() - QUARANTINE
-        return {
-            str(incident.event.node)
-            for control in self._runs.values()
-            for incident in control.view.incidents
-            if incident.event.cause == VerdictKind.NODE_LOST and incident.opened > since
-        }
+    def _control(self, run_id: str, now: Now) -> RunControl:
+        control = RunControl(self._home.run(run_id), self._runtime, self.epoch.number, now, self.epoch.check)
+        if control.damage:
+            self._damage[run_id] = control.damage
+        return control
 
-    def _publish(self, held: list[dict[str, Any]], now: float) -> None:
-        """Replace `queue.json` when something in it has changed."""
-        holders: dict[str, list[str]] = {}
-        for run_id, control in self._runs.items():
-            for share in control.shares:
-                holders.setdefault(share.node_id, []).append(run_id)
-        nodes = [asdict(n) | {"runs": holders.get(n.node_id, [])} for n in self._free_nodes()]
-        view = {"nodes": nodes, "waiting": held, "controller_pid": os.getpid()}
-        text = json.dumps(view)
-        if text != self._published:
-            temporary = self._home.queue.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"time": now} | view))
-            temporary.replace(self._home.queue)
-            self._published = text
+    def _ready(self, now: Now) -> set[str]:
+        """Runs that the queue may look at: parked ones wait."""
+        return {name for name in self._runs if now.mono >= self._retry.get(name, (0, 0.0))[1]}
+
+    @contextmanager
+    def _apart(self, part: str) -> Iterator[None]:
+        """Have an error of one part of the turn stop nothing else."""
+        try:
+            yield
+            self._trouble.pop(part, None)
+        except Fenced:
+            raise
+        except Exception as error:  # the next turn tries again
+            if self._trouble.get(part) != _told(error):
+                log.error("%s", part, exc_info=error)
+            self._trouble[part] = _told(error)
+
+    def _parked(self) -> list[dict[str, str]]:
+        return [
+            {"run": name, "error": self._trouble[name], "evidence": str(self._home.run(name).parked)}
+            for name in self._retry
+            if name in self._trouble
+        ]
+
+    def _damages(self) -> list[str]:
+        texts = [text for texts in self._damage.values() for text in texts]
+        if self._nodes is not None:
+            texts += self._nodes.damage
+        if self._queueing.trouble:
+            texts.append(self._queueing.trouble)
+        parts = ("nodes", "queue", "queue.json")
+        return texts + [f"{part}: {self._trouble[part]}" for part in parts if part in self._trouble]
 
 
-def _waiting(run_id: str, control: RunControl) -> Waiting:
-    submitted = control.view.submitted
-    assert submitted is not None, "a run begins with `submitted`"
-    return Waiting(run_id, submitted.priority, control.view.queued_at, submitted.gang)
-
-
-def _gang(control: RunControl) -> GangShape:
-    assert control.view.submitted is not None, "a run begins with `submitted`"
-    return control.view.submitted.gang
-
-
-def _lock(home: HomePaths) -> IO[str]:
-    home.runs.mkdir(parents=True, exist_ok=True)
-    file = home.controller_lock.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+def _write_config(control: RunControl, amended: Amended, config: str) -> None:
+    run = control.run
+    if amended.number != control.view.amendments + bool(config):
         raise UserError(
-            f"another cluster's controller serves {home.home}; set MEGARAY_HOME to another folder"
-        ) from None
-    return file
+            f"run '{run.run_id}' was resumed with other settings meanwhile: look at its status, and resume again"
+        )
+    if config:
+        write_whole(run.config_of(amended.number), config)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is whole or not there.
+
+    Raises:
+        UserError: where it can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"can't write {path} ({error.strerror}); free some space and resume again") from None
+
+
+def _told(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -1,25 +1,44 @@
-"""What the controller knows of gangs: the plain data that crosses to node agents, and the fabric they run on.
+"""What the controller knows of gangs: plain data that crosses to node agents, and the seam to what runs them.
 
-`Fabric` is the seam between deciding and doing. `orchestrator.ray_fabric` implements it with Ray; the tests
-implement it with a clock that they turn by hand. Every call returns at once: the controller's loop never
-waits for a node.
+`GangRuntime` is level-triggered. The controller says in every turn what should be (`ensure`), and the runtime moves
+there; saying it again changes nothing, and a runtime that was just started finds what an earlier one began. So no call
+depends on an earlier one having been made. `orchestrator.ray_runtime` implements it with Ray, the tests with a clock
+that they turn by hand. Every call returns at once: the controller's loop never waits for a node.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Protocol
 
 from configs.metrics import MetricLine
-from faulttol.recorder import Record
+from faulttol.detect.snapshot import RankSeen
 from orchestrator.decide.placement import Node
 from orchestrator.record.events import NodeShare
 
 
+class Want(StrEnum):
+    """What should be with an attempt's gang."""
+
+    RESERVED = "reserved"
+    """Its slots are held."""
+    STARTED = "started"
+    """Its ranks run; they are started where they were not."""
+    WATCHED = "watched"
+    """Its ranks were started; they are watched, and never started again."""
+    STOPPED = "stopped"
+    """No rank is left, nor any process that one has started; the slots stay held."""
+    RELEASED = "released"
+    """Nothing is left, the slots are free."""
+
+
 @dataclass(frozen=True)
 class GangSpec:
-    """Everything that is needed to start one attempt's ranks."""
+    """Everything that is needed to run one attempt's ranks: what the attempt owns."""
 
+    reservation: str
+    """Name under which the slots are held; attempts that follow each other in place share it."""
     run_root: str
     attempt: int
     shares: tuple[NodeShare, ...]
@@ -28,34 +47,32 @@ class GangSpec:
     world: int
     program: tuple[str, ...]
     """Arguments after the Python interpreter that start one rank, such as `-m trainer run --config …`."""
+    code: str
+    """Folder that the packages of the ranks are imported from."""
+    epoch: int
+    """Of the controller; an agent refuses one below the highest that it has heard of."""
+    heartbeat: float = 1.0
+    """Seconds after which an agent answers though nothing has changed."""
     runtime_env: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the ranks beside their own."""
 
-
-@dataclass(frozen=True)
-class RankReport:
-    """One rank as its node agent sees it."""
-
-    rank: int
-    pid: int
-    exit_code: int | None
-    """None while it lives; negative for a signal."""
-    exit_time: float | None
-    """When the agent first saw it ended, in seconds since the epoch."""
-    newest: Record | None
-    """Newest record of its ring."""
-    last_words: str
-    """Last line of its log, once it has ended."""
+    @property
+    def key(self) -> tuple[str, int]:
+        """What an agent knows an attempt by."""
+        return self.run_root, self.attempt
 
 
 @dataclass(frozen=True)
 class AgentReport:
-    """One answer of a node agent."""
+    """What a node agent tells of one attempt."""
 
     node_id: str
     time: float
     """By the node's clock, in seconds since the epoch, as are all times in `ranks`."""
-    ranks: tuple[RankReport, ...]
-    lines: tuple[MetricLine, ...]
+    ranks: tuple[RankSeen, ...]
+    """Those that changed since the last report."""
+    lines: tuple[MetricLine, ...] = ()
     """New metric lines, where the agent's node hosts rank 0."""
     offset: int = 0
     """Byte of `metrics.jsonl` behind the last of `lines`."""
@@ -63,61 +80,62 @@ class AgentReport:
     def told_at(self, now: float) -> AgentReport:
         """The same report with its times by the clock that says `now`, so that nodes' clocks may differ."""
         shift = now - self.time
-        ranks = []
-        for rank in self.ranks:
-            newest = replace(rank.newest, time=rank.newest.time + shift) if rank.newest else None
-            ended = None if rank.exit_time is None else rank.exit_time + shift
-            ranks.append(replace(rank, newest=newest, exit_time=ended))
-        return replace(self, time=now, ranks=tuple(ranks))
+        return replace(self, time=now, ranks=tuple(rank.shifted(shift) for rank in self.ranks))
 
 
 @dataclass(frozen=True)
 class GangStatus:
-    """A gang between two ticks of the controller."""
+    """A gang between two turns of the controller."""
 
+    reserved: bool = False
+    """All slots are held."""
     pids: dict[int, int] = field(default_factory=dict)
     """Process id by rank, once all ranks are started; empty before."""
     master: str = ""
     """Address and port of the rendezvous."""
     reports: tuple[AgentReport, ...] = ()
-    """Answers that came in since the last look."""
+    """What came in since the last look."""
     silent: dict[str, float] = field(default_factory=dict)
     """Node id -> seconds since its agent last answered."""
     lost: dict[str, str] = field(default_factory=dict)
-    """Node id -> why, for agents that Ray reports dead."""
+    """Node id -> why, for agents that are known to be gone."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """Node id -> why it can't start ranks, where that is the node's fault: a mount, an I/O error, its memory."""
     refused: str = ""
-    """Why the ranks could not be started at all (a mistake in the set-up); empty otherwise."""
+    """Why no node can start the ranks: a mistake in the set-up; empty otherwise."""
+    gone: str = ""
+    """Why nothing of a watched attempt is left anywhere; empty otherwise."""
+    stopped: bool = False
+    """No rank is left on any node that can be reached, and the devices of the slots are free."""
+    released: bool = False
+    """The slots are free."""
+    collected: str = ""
+    """Folder of the stacks and records that `collect` asked for, once they are there; empty before."""
 
 
-class Fabric(Protocol):
-    """Places gangs and carries messages to their node agents."""
+class GangRuntime(Protocol):
+    """Holds slots, runs ranks, and carries messages to node agents."""
 
     def nodes(self) -> list[Node]:
         """All live nodes with the slots that they have; `free` equals `slots`."""
 
-    def reserve(self, group: str, spec: GangSpec) -> None:
-        """Begin to reserve one bundle per node for a gang."""
+    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
+        """Say what should be with an attempt; begins whatever is missing, and may be said again at any time.
 
-    def reserved(self, group: str) -> bool:
-        """All bundles are held."""
+        Args:
+            spec: the attempt.
+            want: what should be. The order is one way: what was said to stop doesn't start again.
+            grace: for `STOPPED`, seconds between SIGTERM and SIGKILL; 0 kills at once.
+        """
 
-    def launch(self, group: str) -> None:
-        """Begin to start the gang's agents and their ranks."""
+    def status(self, spec: GangSpec) -> GangStatus:
+        """What has come in since the last call; also asks again."""
 
-    def status(self, group: str) -> GangStatus:
-        """What has come in since the last call; also asks the agents again."""
+    def collect(self, spec: GangSpec) -> None:
+        """Begin to write the stacks of all living ranks and their rings to the attempt's evidence folder."""
 
-    def stop(self, group: str, grace: float) -> None:
-        """Begin to stop the ranks: SIGTERM, and after `grace` seconds SIGKILL."""
-
-    def stopped(self, group: str) -> bool:
-        """No rank of the gang is left on a node that can be reached."""
-
-    def release(self, group: str) -> None:
-        """Give the bundles back and forget the gang."""
-
-    def adopt(self, group: str, spec: GangSpec) -> bool:
-        """Take over a gang that an earlier controller started; False where an agent is gone."""
+    def wait(self, seconds: float) -> None:
+        """Return once something has come in that is worth a turn, or after `seconds`."""
 
     def ensure_sinks(self, run_root: str) -> None:
         """See to it that the run's log sinks are running."""

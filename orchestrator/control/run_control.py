@@ -1,93 +1,76 @@
-"""One run in the controller's hands: it turns what comes in from a gang into events, and events into acts.
+"""One run in the controller's hands.
 
-Nothing here waits, and nothing is remembered that the log doesn't hold, but for what the ranks themselves
-can tell again. So a controller that dies in any line of this file is replaced by folding the log.
+Each turn folds what the log says and what the gang tells into what should be, writes all that it decided as one record,
+and only then acts, by saying again what should be. Nothing is remembered that the log doesn't hold or the ranks can't
+tell again, no act depends on an event having just been written, and no timer on a wall clock. So a controller that dies
+in any line of this file is replaced by another that folds the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from configs.compose import load
-from configs.metrics import (
-    EndedLine,
-    FindingLine,
-    MeasuredLine,
-    MetricLine,
-    ResumedLine,
-    SavedLine,
-    SaveFailedLine,
-    StepLine,
-    read_from,
-)
 from configs.paths import RunPaths
-from faulttol.detect import death, hang
-from faulttol.recorder import Record
-from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator.control.gang import Fabric, GangSpec, GangStatus, RankReport
-from orchestrator.decide import recovery, saves
+from configs.schema import RunConfig
+from orchestrator.control.gang import AgentReport, GangRuntime, GangSpec, GangStatus, Want
+from orchestrator.control.progress import Progress
+from orchestrator.control.turn import Draft, Sight, Turn
+from orchestrator.decide import recovery
+from orchestrator.record.clock import Now
 from orchestrator.record.events import (
     Amended,
-    CheckpointCommitted,
-    CheckpointFailed,
     ControllerStarted,
-    Decided,
-    FabricFinding,
-    Finished,
-    IncidentOpened,
+    GangShape,
     Moved,
     NodeShare,
+    Parked,
+    Payload,
     Placed,
-    RanksStarted,
-    Resumed,
-    VerdictFound,
+    StopBegan,
+    Unparked,
 )
-from orchestrator.record.run_log import EventLog, RunView
+from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
+from orchestrator.record.view import RunView
 
 log = logging.getLogger("megaray.controller")
 
-_RELEASE_MARGIN = 5.0
-"""Seconds past the grace of a stop after which unreachable ranks are left to their node's death."""
-
-
-@dataclass
-class _Ending:
-    """A gang that is being stopped, and where the run goes then."""
-
-    to: State
-    reason: Reason
-    detail: str
-    deadline: float
-
 
 class RunControl:
-    """Drives one run from `queued` to its end."""
+    """Drives one run from `queued` to its end.
 
-    def __init__(self, run: RunPaths, fabric: Fabric) -> None:
-        self.run = run
-        self._fabric = fabric
-        self._log = EventLog(run.events)
-        self._ending: _Ending | None = None
-        self._configure()
-        self._reset_attempt()
+    Raises:
+        Fenced: where a newer controller owns the run.
+        OSError: where its log can't be read or opened.
+    """
 
-    def _configure(self) -> None:
-        self.config = load(self.run.config_of(self.view.amendments))
-        self.timeouts = self.config.resilience.timeouts
+    def __init__(
+        self,
+        run: RunPaths,
+        runtime: GangRuntime,
+        epoch: int,
+        now: Now,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run, self._runtime, self._epoch = run, runtime, epoch
+        self._log = RunLog(run, epoch, now, fence)
+        self._offset = now.wall - now.mono
+        self._config: tuple[Path, RunConfig] | None = None
+        self._progress = Progress()
+        self._inbox: list[AgentReport] = []
+        """Reports that no record holds yet."""
+        self._asked: dict[tuple[int, Want], float] = {}
+        """Since when this controller has asked for something that is waited for, by attempt and by the run's clock."""
+        self._places: tuple[Placed, dict[int, str]] | None = None
 
-    def _reset_attempt(self) -> None:
-        self._ranks: dict[int, RankReport] = {}
-        self._step = 0
-        self._step_seconds = 0.0
-        self._read = 0
-        """Byte of the attempt's metric lines up to which they were taken in."""
-        self._snapshot: SavedLine | None = None
-        """Newest snapshot in memory; the log has it once the attempt ends."""
-        self._poll_due = 0.0
+    def _steady(self, now: Now) -> float:
+        """Seconds since the epoch as they were when this began, that never step: what ranks' times are compared by."""
+        return now.mono + self._offset
 
     @property
     def view(self) -> RunView:
@@ -95,328 +78,221 @@ class RunControl:
         return self._log.view
 
     @property
-    def group(self) -> str:
-        """Name of the current attempt's placement group."""
-        return self.view.placed.group if self.view.placed else ""
+    def damage(self) -> tuple[str, ...]:
+        """Lines of the log that were stepped over."""
+        return self._log.damage
 
     @property
     def shares(self) -> tuple[NodeShare, ...]:
         """Slots that the run holds now."""
         return self.view.placed.shares if self.view.placed else ()
 
+    @property
+    def step(self) -> int:
+        """Newest finished step of the current attempt."""
+        return self._progress.step
+
+    def clock(self, now: Now) -> float:
+        """The run's clock."""
+        return self._log.clock(now)
+
+    def config(self) -> RunConfig:
+        """The resolved configuration of the current attempt, or of the next one.
+
+        Raises:
+            OSError, UserError: where it can't be read.
+        """
+        path = self._config_path()
+        if self._config is None or self._config[0] != path:
+            self._config = path, load(path)
+        return self._config[1]
+
+    def _config_path(self) -> Path:
+        placed = self.view.placed
+        return Path(placed.config) if placed and placed.config else self.run.config_of(self.view.amendments)
+
     def close(self) -> None:
-        """Close the log."""
+        """Publish the folded view and close the log."""
+        with contextlib.suppress(OSError):  # it is derived: readers fold the log themselves then
+            self._log.publish(final=True)
         self._log.close()
+
+    def publish(self) -> None:
+        """Publish the folded view where enough has happened."""
+        self._log.publish()
 
     # ---- what people and the queue ask ----
 
-    def admit(self, shares: tuple[NodeShare, ...], now: float) -> None:
-        """Take the slots that the queue chose, and begin to reserve them."""
-        attempt = self.view.attempt + 1
-        where = ", ".join(f"{len(s.ranks)} on {s.ip}" for s in shares)
-        self._move(State.PLACING, Reason.ADMITTED, now, where)
-        group = f"{self.run.run_id}-a{attempt:03d}"
-        self._log.append(Placed(attempt, shares, group), now)
-        self._reset_attempt()
-        self._fabric.reserve(group, self._spec())
+    def _write(self, now: Now, *payloads: Payload) -> None:
+        self._log.append(payloads, now)
 
-    def cancel(self, reason: Reason, now: float) -> None:
-        """Stop the run; legal in every state that isn't terminal or `cancelling`."""
-        if not self.view.state or not self.view.state.holds_slots:
-            self._settle_incidents(now, "the run was cancelled")
-            self._move(State.CANCELLED, reason, now)
-            return
-        self._move(State.CANCELLING, reason, now)
-        self._begin_stop(State.CANCELLED, reason, "", self.timeouts.seconds("stop"), now)
+    def admit(self, placed: Placed, detail: str, now: Now) -> None:
+        """Take the slots that the queue chose; the next turn reserves them."""
+        self._write(now, Moved(State.PLACING, Reason.ADMITTED, detail), placed)
 
-    def resume(self, now: float, amended: Amended | None = None) -> None:
-        """Queue a failed or cancelled run again, with what is `amended` from now on."""
-        if amended is not None:
-            self._log.append(amended, now)
-            self._configure()
-        self._move(State.QUEUED, Reason.RESUME_ASKED, now)
+    def queue(self, now: Now) -> None:
+        """Queue a run whose log holds its submission alone."""
+        self._write(now, Moved(State.QUEUED, Reason.SUBMITTED))
 
-    def take_over(self, pid: int, now: float) -> None:
-        """Continue where an earlier controller ended."""
-        view = self.view
-        if not self.group:
-            self._log.append(ControllerStarted(pid, "no gang"), now)
-            return
-        alive = self._fabric.adopt(self.group, self._spec())
-        self._log.append(ControllerStarted(pid, "gang alive" if alive else "gang gone"), now)
-        self._fabric.ensure_sinks(str(self.run.root))
-        decided = view.decision
-        if view.state is State.CANCELLING:
-            self._begin_stop(State.CANCELLED, view.reason or Reason.CANCEL_ASKED, "", 0.0, now)
-        elif view.state is State.PLACING:
-            self._fabric.release(self.group)
-            self._move(State.QUEUED, Reason.PLACEMENT_LOST, now, "the controller was restarted")
-        elif decided is not None:
-            self._begin_stop(*_after(decided), 0.0, now)
-        elif not alive:
-            detail = "the gang's node agents are gone: the cluster was restarted or lost"
-            self._fail([Verdict(VerdictKind.CLUSTER_LOST, detail=detail)], now)
+    def cancel(self, reason: Reason, now: Now, grace: float, by: str = "") -> None:
+        """Stop the run; legal in every state that isn't terminal.
 
-    # ---- one turn of the loop ----
-
-    def tick(self, now: float) -> None:
-        """Look at what has come in and act on it."""
-        if self._ending is not None:
-            self._finish_stop(self._ending, now)
-            return
-        match self.view.state:
-            case State.PLACING:
-                self._tick_placing(now)
-            case State.STARTING | State.RUNNING:
-                if now >= self._poll_due:
-                    self._poll_due = now + self.timeouts.seconds("heartbeat")
-                    self._tick_gang(now)
-            case State.RECOVERING if now >= self.view.retry_at:
-                self._move(State.QUEUED, Reason.BACKOFF_OVER, now)
-
-    def _tick_placing(self, now: float) -> None:
-        if self._fabric.reserved(self.group):
-            self._move(State.STARTING, Reason.PLACED, now)
-            self._fabric.launch(self.group)
-            self._poll_due = now
-        elif now - self.view.moved_at > self.timeouts.seconds("start"):
-            self._fabric.release(self.group)
-            detail = "Ray did not grant the bundles in time; other users of the cluster may hold them"
-            self._move(State.QUEUED, Reason.PLACEMENT_LOST, now, detail)
-
-    def _tick_gang(self, now: float) -> None:
-        status = self._fabric.status(self.group)
-        if status.pids and not self.view.pids:
-            pids = {str(rank): pid for rank, pid in sorted(status.pids.items())}
-            self._log.append(RanksStarted(self.view.attempt, pids, status.master), now)
-            self._fabric.ensure_sinks(str(self.run.root))
-        for report in status.reports:
-            self._ranks |= {rank.rank: rank for rank in report.told_at(now).ranks}
-            for line in report.lines:
-                self._absorb(line, now)
-            self._read = max(self._read, report.offset)
-        if self._complete():
-            self._settle_incidents(now, "the run is complete")
-            self._begin_stop(State.SUCCEEDED, Reason.COMPLETE, "", 0.0, now)
-            return
-        verdicts = self._judge(status, now)
-        if verdicts:
-            self._fail(verdicts, now)
-        else:
-            self._watch_saves(now)
-
-    def _complete(self) -> bool:
-        done = [rank.exit_code == 0 for rank in self._ranks.values()]
-        return self.view.finished is not None and len(done) == self._world() and all(done)
-
-    def _absorb(self, line: MetricLine, now: float) -> None:
-        """Turn a metric line into events; a line that was seen before changes nothing."""
-        attempt, view = self.view.attempt, self.view
-        match line:
-            case ResumedLine() if view.resumed_step is None:
-                self._log.append(Resumed(attempt, line.step, line.path), now)
-            case SavedLine(tier="store") if view.checkpoint is None or _newer(line, view.checkpoint):
-                self._log.append(_committed(line), now)
-                self._settle_incidents(now)
-            case SavedLine() if line.tier != "store":
-                self._snapshot = line
-            case SaveFailedLine() if view.failed is None or _newer(line, view.failed):
-                self._log.append(CheckpointFailed(attempt, line.step, line.error, line.in_a_row), now)
-            case EndedLine() if view.finished is None:
-                self._log.append(Finished(line.step, line.loss, line.tokens), now)
-            case FindingLine():
-                finding = FabricFinding(attempt, line.finding)
-                if finding not in view.findings:
-                    self._log.append(finding, now)
-            case StepLine() | MeasuredLine():
-                self._step = line.step
-                if isinstance(line, StepLine):
-                    self._step_seconds = line.step_seconds
-                if view.state is State.STARTING:
-                    self._move(State.RUNNING, Reason.FIRST_STEP, now)
-                self._settle_incidents(now)
-
-    def _catch_up(self, now: float) -> None:
-        """Take in the metric lines that no agent has told of; after it the log lacks nothing that the ranks wrote.
-
-        Read from the run's folder, which all nodes share: an agent may be gone. A fault of the file mustn't keep a gang
-        from being stopped.
+        Args:
+            reason: why.
+            now: the present.
+            grace: seconds that its ranks get to save; 0 kills at once.
+            by: who asked.
         """
-        try:
-            path, lines = self.run.attempt(self.view.attempt).metrics, list[MetricLine]()
-            while (found := read_from(path, self._read))[1] > self._read:
-                lines, self._read = found
-                for line in lines:
-                    self._absorb(line, now)
-        except (OSError, ValueError):
-            log.exception("run %s: metric lines of attempt %d", self.run.run_id, self.view.attempt)
-        known = max((c.step for c in (self.view.checkpoint, self.view.memory) if c is not None), default=-1)
-        if self._snapshot is not None and self._snapshot.step > known:
-            self._log.append(_committed(self._snapshot), now)
+        detail = f"by {by}" if by else ""
+        draft = Draft(self._log, now, self.view)
+        if self.view.state is None or not self.view.state.holds_slots:
+            draft.add(*recovery.closing(draft.view, self.step, draft.clock, "the run was cancelled"))
+            draft.move(State.CANCELLED, reason, detail)
+        else:
+            if self.view.state is not State.CANCELLING:
+                draft.move(State.CANCELLING, reason, detail)
+            if not self._going_down(draft.view, grace):
+                draft.add(StopBegan(self.view.attempt, State.CANCELLED, reason, detail, grace))
+        self._log.append(draft.payloads, now)
 
-    # ---- faults ----
+    def _going_down(self, view: RunView, grace: float) -> bool:
+        """The stop under way ends the run no later than asked."""
+        stop = view.stopping
+        return stop is not None and stop.to is State.CANCELLED and stop.grace <= grace
 
-    def _judge(self, status: GangStatus, now: float) -> list[Verdict]:
-        if status.refused:
-            return [Verdict(VerdictKind.USER_ERROR, detail=status.refused)]
-        nodes = {share.node_id: share for share in self.shares}
-        found = [
-            Verdict(VerdictKind.AGENT_LOST, node=nodes[n].ip, rank=nodes[n].ranks[0], detail=why)
-            for n, why in status.lost.items()
-        ]
-        if status.pids:
-            limit = self.timeouts.seconds("agent")
-            found += [
-                Verdict(
-                    VerdictKind.NODE_LOST,
-                    node=nodes[n].ip,
-                    rank=nodes[n].ranks[0],
-                    detail=f"no answer from the node's agent for {silence:.0f} s",
-                )
-                for n, silence in status.silent.items()
-                if silence > limit and n not in status.lost
-            ]
-        found += self._judge_ranks(now)
-        return found
+    def stop(self, reason: Reason, detail: str, now: Now, grace: float) -> None:
+        """End the attempt with a save, and queue the run again at its old place."""
+        if self.view.stopping is None and self.view.state in (State.STARTING, State.RUNNING):
+            self._write(now, StopBegan(self.view.attempt, State.QUEUED, reason, detail, grace))
 
-    def _judge_ranks(self, now: float) -> list[Verdict]:
-        where = {rank: share.ip for share in self.shares for rank in share.ranks}
-        paths = self.run.attempt(self.view.attempt)
-        deaths = death.judge(
-            [
-                death.Exit(r.rank, where[r.rank], r.exit_code, r.exit_time or now, r.last_words)
-                for r in self._ranks.values()
-                if r.exit_code is not None
-            ],
-            evidence=lambda rank: str(paths.log(rank)),
-        )
-        if deaths:
-            return deaths
-        newest: dict[int, Record | None] = dict.fromkeys(range(self._world()))
-        newest |= {rank: report.newest for rank, report in self._ranks.items()}
-        return hang.judge(
-            newest,
-            now=now,
-            started=self.view.moved_at,
-            timeouts=self.timeouts,
-            first_step_done=self.view.state is State.RUNNING or self._stepped(newest),
-        )
+    def resume(self, now: Now, amended: Amended | None = None) -> None:
+        """Queue a failed or cancelled run again, with what is `amended` from now on."""
+        moved = Moved(State.QUEUED, Reason.RESUME_ASKED)
+        self._write(now, *((amended, moved) if amended else (moved,)))
 
-    def _stepped(self, newest: dict[int, Record | None]) -> bool:
-        """All ranks have finished a step of this attempt, whose metric line may come much later (`train.log_every`)."""
-        begun = self.view.resumed_step
-        return begun is not None and all(r is not None and r.step > begun for r in newest.values())
+    def take_over(self, pid: int, now: Now) -> None:
+        """Begin this controller's epoch in the run's log: what an earlier one still writes doesn't count any more."""
+        self._write(now, ControllerStarted(pid, epoch=self._epoch))
 
-    def _watch_saves(self, now: float) -> None:
-        """Open an incident where the state isn't saved any more; nothing is stopped."""
-        verdicts = saves.judge(self.view, self.config, self._step)
-        if verdicts:
-            self._open(verdicts, now)
+    def park(self, error: str, now: Now) -> None:
+        """Leave the run alone for a while because of an error of ours."""
+        times = self.view.parked.times + 1 if self.view.parked else 1
+        self._write(now, Parked(error, str(self.run.parked), times))
 
-    def _fail(self, verdicts: Sequence[Verdict], now: float) -> None:
-        self._catch_up(now)
-        self._begin_stop(*_after(self._open(verdicts, now)), 0.0, now)
+    def dump_stacks(self, by: str) -> str:
+        """Have the stacks of all ranks written; the folder that they come to."""
+        log.info("run %s: stacks asked for by %s", self.run.run_id, by)
+        self._runtime.collect(self._spec(self.view))
+        return str(self.run.attempt(self.view.attempt).evidence)
 
-    def _open(self, verdicts: Sequence[Verdict], now: float) -> Decided:
-        """Write verdicts, incident and decision."""
-        attempt, view = self.view.attempt, self.view
-        for verdict in verdicts:
-            self._log.append(VerdictFound(attempt, verdict.to_json()), now)
-        decision = recovery.decide(view, verdicts)
-        cause = decision.cause
-        opened = IncidentOpened(
-            incident=len(view.incidents) + 1,
-            attempt=attempt,
-            cause=str(cause.kind),
-            detail=cause.detail,
-            rank=cause.rank,
-            node=cause.node,
-            step=max(self._step, view.resumed_step or 0),
-            evidence=str(cause.evidence or self.run.attempt(attempt).ranks),
-            predicted_steps=None
-            if decision.action == "warn"
-            else saves.predicted_steps(
-                self.view,
-                self.config,
-                self._step_seconds,
-                _committed(self._snapshot) if self._snapshot else None,
-            ),
-        )
-        self._log.append(opened, now)
-        decided = Decided(
-            attempt=attempt,
-            action=decision.action,
-            reason=str(decision.reason),
-            detail=decision.detail,
-            restarts_used=decision.restarts_used,
-            restarts_allowed=decision.restarts_allowed,
-            wait_seconds=decision.wait_seconds,
-        )
-        self._log.append(decided, now)
-        return decided
+    # ---- one turn ----
 
-    def _settle_incidents(self, now: float, ended: str = "") -> None:
-        """Close the incidents whose lost steps are trained again, or all where the run `ended`."""
-        for closed in recovery.closing(self.view, self._step, now, ended):
-            self._log.append(closed, now)
+    def turn(self, now: Now, barred: Collection[str] = ()) -> None:
+        """Look, decide, write, act.
+
+        Args:
+            now: the present.
+            barred: addresses of nodes that get no work now.
+        """
+        draft = Draft(self._log, now, self.view)
+        if draft.view.parked is not None:
+            draft.add(Unparked())
+        status, known, release = self._look(draft), self._progress, False
+        if status is not None:
+            sight = Sight(
+                self.run, self.config(), status, self._steady(now), self._nodes(), self._asked, barred
+            )
+            turn = Turn(draft, sight, known)
+            turn.decide()
+            known, release = turn.known, turn.release
+        elif draft.view.state is State.RECOVERING and draft.clock >= draft.view.retry_clock:
+            draft.move(State.QUEUED, Reason.BACKOFF_OVER)
+        started = bool(draft.view.pids) and not self.view.pids
+        self._log.append(draft.payloads, now)
+        # The log has it now; what is below can be said again at any time.
+        self._progress, self._inbox = known, []
+        self._act(started, release, draft.clock)
+
+    def _look(self, draft: Draft) -> GangStatus | None:
+        """What the gang tells; None where there is none."""
+        view = draft.view
+        if view.placed is None or view.state is None or not view.state.holds_slots:
+            return None
+        status = self._runtime.status(self._spec(view))
+        self._inbox += [report.told_at(self._steady(draft.now)) for report in status.reports]
+        return replace(status, reports=tuple(self._inbox))
+
+    def _nodes(self) -> dict[int, str]:
+        """Address of each rank's node; made once an attempt, since a gang may have ten thousand."""
+        placed = self.view.placed
+        assert placed is not None, "the caller has looked"
+        if self._places is None or self._places[0] is not placed:
+            self._places = placed, {rank: share.ip for share in placed.shares for rank in share.ranks}
+        return self._places[1]
 
     # ---- acts ----
 
-    def _begin_stop(self, to: State, reason: Reason, detail: str, grace: float, now: float) -> None:
-        self._ending = _Ending(to, reason, detail, now + grace + _RELEASE_MARGIN)
-        self._fabric.stop(self.group, grace)
-
-    def _finish_stop(self, ending: _Ending, now: float) -> None:
-        if not self._fabric.stopped(self.group) and now < ending.deadline:
+    def _act(self, started: bool, release: bool, clock: float) -> None:
+        """Say what should be with the gang. Idempotent."""
+        view = self.view
+        if view.placed is None or view.state is None or not view.state.holds_slots:
             return
-        self._catch_up(now)
-        self._fabric.release(self.group)
-        self._ending = None
-        if ending.to is State.CANCELLED:
-            self._settle_incidents(now, "the run was cancelled")
-        if ending.to is State.FAILED:
-            self._settle_incidents(now, "the run failed")
-        self._move(ending.to, ending.reason, now, ending.detail)
+        spec = self._spec(view)
+        if view.stopping is not None:
+            self._asked.setdefault((spec.attempt, Want.STOPPED), clock)
+            self._runtime.ensure(spec, Want.STOPPED, view.stopping.grace)
+            if release:
+                self._asked.setdefault((spec.attempt, Want.RELEASED), clock)
+                self._runtime.ensure(spec, Want.RELEASED)
+        elif view.state is State.PLACING:
+            self._asked.setdefault((spec.attempt, Want.RESERVED), clock)
+            self._runtime.ensure(spec, Want.RESERVED)
+        elif view.state in (State.STARTING, State.RUNNING):
+            self._runtime.ensure(spec, Want.WATCHED if view.pids else Want.STARTED)
+            if view.decision is not None and view.decision.inspect:
+                self._runtime.collect(spec)
+        if started:
+            self._runtime.ensure_sinks(str(self.run.root))
 
-    def _move(self, to: State, reason: Reason, now: float, detail: str = "") -> None:
-        self._log.append(Moved(to, reason, detail), now)
-
-    def _world(self) -> int:
-        assert self.view.submitted is not None, "a run begins with `submitted`"
-        return self.view.submitted.gang.ranks
-
-    def _spec(self) -> GangSpec:
-        submitted = self.view.submitted
-        assert submitted is not None, "a run begins with `submitted`"
+    def _spec(self, view: RunView) -> GangSpec:
+        placed = view.placed
+        assert placed is not None, "the caller has looked"
         return GangSpec(
+            reservation=placed.group,
             run_root=str(self.run.root),
-            attempt=self.view.attempt,
-            shares=self.shares,
-            resource=submitted.gang.resource,
-            world=submitted.gang.ranks,
-            program=program(self.config.workload, self.run.config_of(self.view.amendments)),
-            runtime_env=submitted.runtime_env,
+            attempt=placed.attempt,
+            shares=placed.shares,
+            resource=view.gang.resource,
+            world=view.gang.ranks,
+            program=program(self.config().workload, self._config_path()),
+            code=placed.code,
+            epoch=self._epoch,
+            heartbeat=self.config().resilience.timeouts.seconds("heartbeat"),
+            runtime_env=view.asked.runtime_env,
         )
+
+    def next_attempt(
+        self,
+        shares: tuple[NodeShare, ...],
+        gang: GangShape,
+        config: Path | None,
+        layout: dict[str, int] | None,
+    ) -> Placed:
+        """The next attempt's own record.
+
+        Args:
+            shares: its nodes and ranks.
+            gang: its shape.
+            config: its resolved configuration, where it isn't the run's.
+            layout: its layout, where it isn't what was asked for.
+        """
+        attempt, asked = self.view.attempt + 1, self.view.asked
+        smaller = None if gang == asked.gang else gang
+        group = f"{self.run.run_id}-a{attempt:03d}"
+        return Placed(attempt, shares, group, smaller, layout, str(config or ""), asked.code)
 
 
 def program(workload: str, config: Path) -> tuple[str, ...]:
     """Arguments after the interpreter that run one rank of a workload; `torchrun` takes the same ones."""
     modules = {"train": "trainer", "collectives": "faulttol"}
     return ("-m", modules[workload], "run", "--config", str(config))
-
-
-def _after(decided: Decided) -> tuple[State, Reason, str]:
-    """Where a run goes by a decision, and why."""
-    to = State.RECOVERING if decided.action == "restart" else State.FAILED
-    return to, Reason(decided.reason), decided.detail
-
-
-def _committed(line: SavedLine) -> CheckpointCommitted:
-    return CheckpointCommitted(
-        line.attempt, line.step, line.path, line.bytes, line.seconds, line.held, line.tier, line.due
-    )
-
-
-def _newer(line: SavedLine | SaveFailedLine, known: CheckpointCommitted | CheckpointFailed) -> bool:
-    """Not told before: of a newer attempt, or a later step of the same one."""
-    return (line.attempt, line.step) > (known.attempt, known.step)

@@ -2,16 +2,15 @@
 
 Ranks are numbered with ep and tp innermost, so a block of `ep * tp` neighbouring ranks exchanges most of the
 traffic; a block never crosses a node, and each node gets neighbouring ranks. The arithmetic is on plain
-lists of slots, one entry per node in the order of addresses, so that the queue can ask it ten thousand times.
+lists, one entry per node in their order, so that the queue can ask it ten thousand times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from ipaddress import ip_address
+from dataclasses import dataclass, field, replace
 
+from orchestrator.decide.topology import Path, address, path, together
 from orchestrator.record.events import GangShape, NodeShare
 
 
@@ -24,6 +23,14 @@ class Node:
     hostname: str
     slots: dict[str, int]
     free: dict[str, int]
+    labels: dict[str, str] = field(default_factory=dict)
+    """Where it stands, such as `rack`; `topology.LEVELS` are heeded."""
+    barred: str = ""
+    """Why nothing new is placed on it; empty where it serves."""
+    spare: bool = False
+    """It is kept for runs that recover."""
+    suspicion: float = 0.0
+    """How far it was at fault lately; 0: sound."""
 
 
 @dataclass(frozen=True)
@@ -36,74 +43,190 @@ class Misfit:
 Blocks = dict[int, int]
 """Index of a node -> blocks of the gang on it."""
 
-
-def by_address(node: Node) -> tuple[int, str]:
-    """Order of nodes by address as a number, so that neighbours under one switch stay together."""
-    return _address(node.ip), node.node_id
+SERVES, SPARE, AVOIDED, CLOSED = 0, 1, 2, 4
+"""What a node is to a run: better ones are used up first. A spare that is avoided is both, 3; a closed one isn't used."""
 
 
-@lru_cache(maxsize=1 << 16)
-def _address(ip: str) -> int:
-    return int(ip_address(ip))
+def by_place(node: Node) -> tuple[Path, int, str]:
+    """Order of nodes by domain and address, so that neighbours in it are neighbours in the network."""
+    return path(node.labels), address(node.ip), node.node_id
 
 
-def place(gang: GangShape, nodes: Sequence[Node]) -> tuple[NodeShare, ...] | Misfit:
-    """Nodes and ranks for a gang on what is free.
+class Row:
+    """The nodes of one decision in their order, as lists of numbers."""
 
-    As few nodes as hold it; the last one is the fullest that still fits, so that large holes stay whole.
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        places = [(by_place(node), i) for i, node in enumerate(nodes)]
+        places.sort()
+        self.nodes = [nodes[i] for _, i in places]
+        self.paths = [place[0] for place, _ in places]
+        self.doubts = [node.suspicion for node in self.nodes]
+
+    def tiers(self, recovering: bool = False, avoid: Collection[str] = ()) -> list[int]:
+        """What each node is to a run.
+
+        Args:
+            recovering: it was placed before and lost its place by a fault, so spares are open to it.
+            avoid: addresses of nodes that were at fault when its earlier attempts ended.
+        """
+        return [
+            CLOSED
+            if node.barred or (node.spare and not recovering)
+            else (SPARE if node.spare else SERVES) | (AVOIDED if node.ip in avoid else SERVES)
+            for node in self.nodes
+        ]
+
+    def slots(self, resource: str) -> list[int]:
+        """Slots of each node."""
+        return [node.slots.get(resource, 0) for node in self.nodes]
+
+    def free(self, resource: str) -> list[int]:
+        """Free slots of each node."""
+        return [node.free.get(resource, 0) for node in self.nodes]
+
+    def share_out(self, gang: GangShape, blocks: Blocks) -> tuple[NodeShare, ...]:
+        """Number the ranks through the nodes in their order."""
+        shares, first = [], 0
+        for index in sorted(blocks):
+            node = self.nodes[index]
+            end = min(first + blocks[index] * gang.block, gang.ranks)
+            shares.append(NodeShare(node.node_id, node.ip, node.hostname, tuple(range(first, end))))
+            first = end
+        return tuple(shares)
+
+
+def place(
+    gang: GangShape, nodes: Sequence[Node], recovering: bool = False, avoid: Collection[str] = ()
+) -> tuple[NodeShare, ...] | Misfit:
+    """Nodes and ranks for a gang on what is free; `Row.tiers` has the arguments.
+
+    A barred node is never used, and a spare only by a run that recovers. As few nodes of the worst kind as can be
+    (`AVOIDED`, then `SPARE`), then as few nodes; the last one is the fullest that still fits, so that large holes stay
+    whole. Among nodes with equal room, those less under suspicion, then those that lie together (`topology.together`).
     Where `gang.nodes` is set, exactly that many nodes, the blocks spread evenly over them.
     """
-    row = sorted(nodes, key=by_address)
-    free = [node.free.get(gang.resource, 0) for node in row]
-    blocks = fit(gang, free)
+    row = Row(nodes)
+    tiers = row.tiers(recovering, avoid)
+    free = usable(row.free(gang.resource), tiers)
+    blocks = fit(gang, free, tiers, row)
     if blocks is None:
-        return Misfit(shortage(gang, free, [node.slots.get(gang.resource, 0) for node in row]))
-    return share_out(gang, row, blocks)
+        return Misfit(shortage(gang, free, usable(row.slots(gang.resource), tiers)))
+    return row.share_out(gang, blocks)
 
 
-def fit(gang: GangShape, free: Sequence[int]) -> Blocks | None:
-    """Blocks per node by the rule of `place`, on free slots in the order of addresses; None: no room."""
-    count = _count(gang)
-    rooms = [slots // gang.block for slots in free] if gang.block > 1 else free
+def usable(slots: Sequence[int], tiers: Sequence[int], worst: int = CLOSED - 1) -> list[int]:
+    """Slots of the nodes that are no worse than `worst` to a run; none of the others."""
+    return [count if tier <= worst else 0 for count, tier in zip(slots, tiers, strict=True)]
+
+
+def fit(gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: Row) -> Blocks | None:
+    """Blocks per node by the rule of `place`; None: no room.
+
+    Args:
+        free: slots that may be taken of each node; none where its tier is `CLOSED`.
+        tiers: what each node is to the run.
+        row: the nodes.
+    """
+    rooms = [slots // gang.block for slots in free]
     if gang.nodes is not None:
-        return _even(count, gang.nodes, rooms)
-    if count <= max(rooms, default=0):
-        return {_tightest(rooms, count, ()): count}
-    if sum(rooms) < count:
+        return _even(_count(gang), gang.nodes, rooms, tiers, row)
+    left = _count(gang)
+    if sum(rooms) < left:
         return None
     chosen: Blocks = {}
-    for index in sorted(range(len(rooms)), key=rooms.__getitem__, reverse=True):
-        if rooms[index] >= count:
-            chosen[_tightest(rooms, count, chosen)] = count
-            break
-        chosen[index] = rooms[index]
-        count -= rooms[index]
+    open_ = {tier for tier, room in zip(tiers, rooms, strict=True) if room}
+    for tier in sorted(open_, reverse=True):
+        # What all better nodes together don't hold needs nodes of this tier: the fewest are the largest.
+        better = sum(room for room, t in zip(rooms, tiers, strict=True) if t < tier)
+        members = [i for i, room in enumerate(rooms) if room and tiers[i] == tier]
+        left = _fewest(left, left - better, members, rooms, chosen, row)
     return chosen
+
+
+def _fewest(
+    left: int, needed: int, members: Sequence[int], rooms: Sequence[int], chosen: Blocks, row: Row
+) -> int:  # fmt: skip
+    """Put blocks on as few nodes of one tier as hold `needed`, `left` at most; what is left then."""
+    ranked = sorted(members, key=lambda i: (-rooms[i], row.doubts[i], i))
+    number, held = 0, 0
+    while held < needed:
+        held += rooms[ranked[number]]
+        number += 1
+    if number == 0:
+        return left
+    if held < left:  # all of them are filled, and better ones hold the rest
+        for index in _first(number, ranked, rooms, row, chosen):
+            chosen[index] = rooms[index]
+        return left - held
+    # The first ones are filled; the last one holds what is left, and is the smallest that does.
+    before = ranked[: number - 1]
+    rest = left - sum(rooms[i] for i in before)
+    least = min(room for i in ranked[number - 1 :] if (room := rooms[i]) >= rest)
+    if least == rooms[ranked[number - 1]]:
+        picked = _first(number, ranked, rooms, row, chosen)
+        last = max(i for i in picked if rooms[i] == least)
+    else:
+        picked = _first(number - 1, ranked, rooms, row, chosen)
+        tight = [i for i in ranked if rooms[i] == least]
+        last = _first(1, tight, rooms, row, [*chosen, *picked])[0]
+    for index in picked:
+        chosen[index] = rooms[index]
+    chosen[last] = rest
+    return 0
+
+
+def _first(
+    count: int, ranked: Sequence[int], rooms: Sequence[int], row: Row, used: Collection[int]
+) -> list[int]:  # fmt: skip
+    """The first `count` of ranked nodes; of those that are alike at the end of them, some that lie together."""
+    if count == 0:
+        return []
+    border = ranked[count - 1]
+    alike = (rooms[border], row.doubts[border])
+    tied = [i for i in ranked if (rooms[i], row.doubts[i]) == alike]
+    start = ranked.index(tied[0])
+    sure = list(ranked[:start])
+    return sure + together(count - start, sorted(tied), row.paths, [*used, *sure])
+
+
+def _even(
+    count: int, nodes: int, rooms: Sequence[int], tiers: Sequence[int], row: Row
+) -> Blocks | None:  # fmt: skip
+    """`count` blocks on exactly `nodes` nodes, at most one more on some than on others; the smallest rooms that do."""
+    each, extra = divmod(count, nodes)
+    able = [i for i, room in enumerate(rooms) if room >= each]
+    if not each or len(able) < nodes or sum(rooms[i] > each for i in able) < extra:
+        return None
+    # The cheapest node that still leaves a choice is always part of a cheapest choice. Nodes of one cost are alike.
+    alike: dict[tuple[int, int, float], list[int]] = {}
+    for index in able:
+        alike.setdefault((tiers[index], rooms[index], row.doubts[index]), []).append(index)
+    picked: list[int] = []
+    narrow = nodes - extra  # most nodes without room for one block more
+    for (_, room, _), members in sorted(alike.items()):
+        number = min(len(members), nodes - len(picked), narrow if room == each else nodes)
+        narrow -= number if room == each else 0
+        picked += together(number, members, row.paths, picked)
+    wide = [index for index in picked if rooms[index] > each][:extra]
+    return dict.fromkeys(picked, each) | dict.fromkeys(wide, each + 1)
 
 
 def fits(gang: GangShape, free: Sequence[int]) -> bool:
     """Whether `fit` finds room, without looking for the best."""
-    if gang.nodes is not None:
-        return fit(gang, free) is not None
-    return sum([slots // gang.block for slots in free]) >= _count(gang)
-
-
-def share_out(gang: GangShape, row: Sequence[Node], blocks: Blocks) -> tuple[NodeShare, ...]:
-    """Number the ranks through the nodes in the order of addresses; `row` is in that order."""
-    shares, first = [], 0
-    for index in sorted(blocks):
-        node = row[index]
-        end = min(first + blocks[index] * gang.block, gang.ranks)
-        shares.append(NodeShare(node.node_id, node.ip, node.hostname, tuple(range(first, end))))
-        first = end
-    return tuple(shares)
+    count = _count(gang)
+    rooms = [slots // gang.block for slots in free]
+    if gang.nodes is None:
+        return sum(rooms) >= count
+    each, extra = divmod(count, gang.nodes)
+    able = sum(room >= each for room in rooms)
+    return each > 0 and able >= gang.nodes and sum(room > each for room in rooms) >= extra
 
 
 def reservation(gang: GangShape, free: Sequence[int], slots: Sequence[int]) -> dict[int, int]:
     """Slots to keep on each node for a gang that fits `slots` and not yet `free`: index -> slots.
 
     Of all ways to place it on an empty cluster, one for which the fewest slots still have to become free; of
-    several, that on the lowest addresses. Kept free slots stay free, so from one decision to the next that
+    several, that on the first nodes. Kept free slots stay free, so from one decision to the next that
     number never grows, and as runs end it falls to nothing: the gang starts, whatever else queues.
     """
     if gang.nodes is not None:
@@ -159,6 +282,26 @@ def _never(gang: GangShape, slots: Sequence[int]) -> str:
     return f"needs {blocks}; the cluster has room for {whole}: waits for larger nodes"
 
 
+def occupied(nodes: Sequence[Node], held: Sequence[tuple[str, Sequence[NodeShare]]]) -> list[Node]:
+    """The nodes with what is free once gangs hold their slots.
+
+    Args:
+        nodes: all live ones; their `free` is what nobody holds yet.
+        held: Ray resource and shares of each gang.
+    """
+    taken: dict[str, dict[str, int]] = {}
+    for resource, shares in held:
+        for share in shares:
+            on = taken.setdefault(share.node_id, {})
+            on[resource] = on.get(resource, 0) + len(share.ranks)
+    return [
+        replace(node, free={r: max(0, n - taken[node.node_id].get(r, 0)) for r, n in node.free.items()})
+        if node.node_id in taken
+        else node
+        for node in nodes
+    ]
+
+
 def _count(gang: GangShape) -> int:
     return -(-gang.ranks // gang.block)
 
@@ -171,22 +314,3 @@ def _nearest(among: Collection[int], wanted: int, free: Sequence[int], slots: Se
     """Nodes with `wanted` slots, those with the fewest still to become free first."""
     able = [i for i in among if slots[i] >= wanted]
     return sorted(able, key=lambda i: _missing(wanted, free[i]))
-
-
-def _tightest(rooms: Sequence[int], count: int, taken: Collection[int]) -> int:
-    """The first node with the least room that holds `count`; one outside `taken` must have that room."""
-    least = min([room for room in rooms if room >= count])
-    return next(index for index, room in enumerate(rooms) if room == least and index not in taken)
-
-
-def _even(count: int, nodes: int, rooms: Sequence[int]) -> Blocks | None:
-    """`count` blocks on exactly `nodes` nodes, at most one more on some than on others."""
-    each, extra = divmod(count, nodes)
-    if not each:
-        return None
-    tight = sorted((i for i, room in enumerate(rooms) if room >= each), key=rooms.__getitem__)
-    wide = [i for i in tight if rooms[i] > each][:extra]
-    narrow = [i for i in tight if i not in set(wide)][: nodes - extra]
-    if len(wide) + len(narrow) < nodes:
-        return None
-    return dict.fromkeys(wide, each + 1) | dict.fromkeys(narrow, each)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from configs.schema import RunConfig
 from faulttol.checkpoint.interval import lost_seconds
-from faulttol.detect import overdue
-from faulttol.verdicts import Verdict
+from faulttol.detect.snapshot import SavesSeen
 from orchestrator.record.events import CheckpointCommitted
-from orchestrator.record.run_log import RunView
 from orchestrator.record.states import State
+from orchestrator.record.view import RunView
 
 
 def interval(view: RunView, config: RunConfig) -> int | None:
@@ -26,10 +25,12 @@ def interval(view: RunView, config: RunConfig) -> int | None:
     return max(due, view.interval)
 
 
-def judge(view: RunView, config: RunConfig, step: int) -> list[Verdict]:
-    """A verdict where a running attempt's state isn't saved any more, and no incident tells it yet.
+def seen(view: RunView, config: RunConfig, step: int) -> SavesSeen | None:
+    """How a running attempt saves, for the detectors; None where nothing is known, or an incident tells of it already.
 
     Args:
+        view: the run.
+        config: of the attempt.
         step: newest finished one.
     """
     if (
@@ -38,14 +39,18 @@ def judge(view: RunView, config: RunConfig, step: int) -> list[Verdict]:
         or view.saved_step is None
         or any(incident.stops_nothing for incident in view.open_incidents)
     ):
-        return []
+        return None
     every = interval(view, config)
     error = view.failed.error if view.failed is not None and view.failed.step > view.saved_step else ""
-    # Where the interval isn't known, only failures count.
-    known = overdue.Saves(
-        step, view.saved_step, max(step, 1) if every is None else every, view.failing, error
+    return SavesSeen(
+        step=step,
+        saved_step=view.saved_step,
+        # Where the interval isn't known, only failures count.
+        interval=max(step, 1) if every is None else every,
+        failing=view.failing,
+        error=error,
+        max_failed=config.checkpoint.max_failed,
     )
-    return overdue.judge(known, config.checkpoint.max_failed)
 
 
 def predicted_steps(

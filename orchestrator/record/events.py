@@ -1,15 +1,12 @@
-"""The event log: one append-only file per run, the spine that everything else reads.
+"""Events of a run: every state move, verdict, decision, checkpoint and incident, each a typed payload.
 
-Every state move, verdict, decision, checkpoint and incident is a typed event. The controller is the only
-writer; `orchestrator.record.run_log` folds a run from its events, so a controller that dies loses nothing.
+`orchestrator.record.log` writes and reads them, `orchestrator.record.view` folds a run from them.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from orchestrator.record.states import Reason, State
 
@@ -52,6 +49,12 @@ class Submitted:
     layout: dict[str, int]
     runtime_env: dict[str, Any] = field(default_factory=dict)
     """Ray runtime environment of the submission (its working directory, from a laptop); empty locally."""
+    owner: str = ""
+    """Who submitted it; quotas count by it."""
+    code: str = ""
+    """Folder of the code that its attempts run, kept with the home; empty: the installed packages."""
+    wall_seconds: float | None = None
+    """Longest time that its ranks may run, over all attempts; None: no limit."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,15 @@ class Placed:
     attempt: int
     shares: tuple[NodeShare, ...]
     group: str
-    """Name of the Ray placement group."""
+    """Name under which the slots are held; attempts that follow each other in place share it."""
+    gang: GangShape | None = None
+    """What this attempt runs on, where that isn't what was asked for: a smaller layout, while nodes are missing."""
+    layout: dict[str, int] | None = None
+    """Layout of this attempt; None: the one that was asked for."""
+    config: str = ""
+    """Resolved configuration of this attempt; empty: that of the submission or of the newest resume."""
+    code: str = ""
+    """Folder of the code that it runs; empty: the installed packages."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,10 @@ class Amended:
     max_restarts: int
     backoff_seconds: float
     layout: dict[str, int]
+    code: str | None = None
+    """Folder of the code that it goes on with; None: as before."""
+    wall_seconds: float | None = None
+    """Longest time that its ranks may run, over all attempts; None: no limit."""
 
 
 @dataclass(frozen=True)
@@ -170,13 +185,58 @@ class Decided:
     kind: ClassVar[str] = "decision"
     attempt: int
     action: str
-    """`restart`, `fail`, or `warn` where nothing is stopped."""
+    """A `decide.recovery.Action`: `warn`, `restart`, `evict` or `fail`."""
     reason: str
     """A `Reason`'s value."""
     restarts_used: int
     restarts_allowed: int
     wait_seconds: float = 0.0
     detail: str = ""
+    inspect: bool = False
+    """The stacks of all ranks are written before any is stopped."""
+
+
+@dataclass(frozen=True)
+class StopBegan:
+    """The attempt's ranks are to end, and the run goes to `to` when none is left."""
+
+    kind: ClassVar[str] = "stop_began"
+    attempt: int
+    to: State
+    reason: Reason
+    detail: str = ""
+    grace: float = 0.0
+    """Seconds between SIGTERM, upon which ranks save, and SIGKILL; 0 kills at once."""
+
+
+@dataclass(frozen=True)
+class EvidenceKept:
+    """Stacks and rings of the ranks were written before they were stopped."""
+
+    kind: ClassVar[str] = "evidence"
+    attempt: int
+    incident: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Parked:
+    """The controller met an error of its own at this run, and leaves it alone for a while; its ranks go on."""
+
+    kind: ClassVar[str] = "parked"
+    error: str
+    """Type and message."""
+    evidence: str
+    """Path of the traceback."""
+    times: int
+    """Errors since the run was last handled without one."""
+
+
+@dataclass(frozen=True)
+class Unparked:
+    """A parked run is handled again."""
+
+    kind: ClassVar[str] = "unparked"
 
 
 @dataclass(frozen=True)
@@ -217,8 +277,10 @@ class ControllerStarted:
 
     kind: ClassVar[str] = "controller_started"
     pid: int
-    found: str
-    """What it found: `ranks alive`, `nothing to adopt`, …"""
+    found: str = ""
+    """What it found, where an earlier version wrote it."""
+    epoch: int = 0
+    """Counts the controllers of a home; what a lower one writes after this doesn't count."""
 
 
 @dataclass(frozen=True)
@@ -233,29 +295,12 @@ class Finished:
 
 
 Payload = (
-    Submitted
-    | Moved
-    | Placed
-    | RanksStarted
-    | Resumed
-    | Amended
-    | CheckpointCommitted
-    | CheckpointFailed
-    | VerdictFound
-    | FabricFinding
-    | Decided
-    | IncidentOpened
-    | IncidentClosed
-    | ControllerStarted
-    | Finished
-)
-_KINDS: dict[str, type[Payload]] = {
-    c.kind: c
-    for c in (
-        Submitted, Moved, Placed, RanksStarted, Resumed, Amended, CheckpointCommitted, CheckpointFailed, VerdictFound,
-        FabricFinding, Decided, IncidentOpened, IncidentClosed, ControllerStarted, Finished,
-    )
-}  # fmt: skip
+    Submitted | Moved | Placed | RanksStarted | Resumed | Amended | CheckpointCommitted | CheckpointFailed | VerdictFound
+    | FabricFinding | Decided | StopBegan | EvidenceKept | Parked | Unparked | IncidentOpened | IncidentClosed
+    | ControllerStarted | Finished
+)  # fmt: skip
+_KINDS: dict[str, type[Payload]] = {c.kind: c for c in get_args(Payload)}
+_SHAPES = ("submitted", "amended", "placed")
 
 
 @dataclass(frozen=True)
@@ -265,48 +310,37 @@ class Event:
     seq: int
     """From 0, without gaps."""
     time: float
-    """Seconds since the epoch, by the controller's clock."""
+    """Seconds since the epoch, by the controller's wall clock: for people."""
     payload: Payload
+    clock: float = 0.0
+    """Seconds that the run has been on record, by clocks that never step: for timers."""
 
     def to_json(self) -> dict[str, Any]:
-        """One line of the log as a plain tree."""
-        return {
-            "seq": self.seq,
-            "time": self.time,
-            "kind": self.payload.kind,
-            **asdict(self.payload),
-        }
+        """As a plain tree."""
+        return {"seq": self.seq, "time": self.time, "clock": self.clock, "kind": self.payload.kind} | asdict(
+            self.payload
+        )
 
 
-def parse(text: str | bytes) -> Event:
-    """One line of a log.
+def decode(tree: dict[str, Any]) -> Payload:
+    """A payload from its plain tree with `kind`.
 
     Raises:
-        ValueError: where it isn't an event.
+        ValueError: where it isn't one.
     """
     try:
-        tree = json.loads(text)
-        seq, time, kind = tree.pop("seq"), tree.pop("time"), tree.pop("kind")
-        if kind in ("submitted", "amended"):
+        kind = tree.pop("kind")
+        if kind in _SHAPES and tree.get("gang") is not None:
             tree["gang"] = GangShape(**tree["gang"])
         if kind == "amended":
             tree["overrides"] = tuple(tree["overrides"])
             tree["changes"] = tuple((name, before, now) for name, before, now in tree["changes"])
-        elif kind == "moved":
+        elif kind in ("moved", "stop_began"):
             tree["to"], tree["reason"] = State(tree["to"]), Reason(tree["reason"])
         elif kind == "placed":
             tree["shares"] = tuple(
                 NodeShare(**{**share, "ranks": tuple(share["ranks"])}) for share in tree["shares"]
             )
-        return Event(seq, time, _KINDS[kind](**tree))
+        return _KINDS[kind](**tree)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"not an event: {error}: {text[:120]!r}") from error
-
-
-def read(path: Path) -> list[Event]:
-    """All whole lines of a log; a torn last line, left by a writer that died, is passed over."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    return [parse(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        raise ValueError(f"not an event: {error}") from error

@@ -8,22 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from configs.errors import UserError
-from configs.metrics import (
-    MeasuredLine,
-    MetricLine,
-    ResumedLine,
-    SavedLine,
-    StepLine,
-    last_step,
-    parse_line,
-    read_all,
-    read_from,
-)
+from configs.metrics import MeasuredLine, SavedLine, StepLine, last_step, parse_line
 from configs.paths import HomePaths, RunPaths
 from faulttol.detect.overdue import failed
-from orchestrator.record.events import CheckpointCommitted, Event, Submitted, parse, read
-from orchestrator.record.run_log import RunView, fold
+from orchestrator.record.events import CheckpointCommitted, Submitted
+from orchestrator.record.run_log import Reader
 from orchestrator.record.states import Reason, State
+from orchestrator.record.view import RunView
 
 _WINDOW = 1 << 16
 """Bytes at the end of an attempt's lines in which its newest snapshot is looked for."""
@@ -60,8 +51,13 @@ class RunSummary:
     started_at: float | None
     ended_at: float | None
     model: str
+    owner: str
     layout: dict[str, int]
+    """Of the attempt that runs, which may be smaller than what was asked for."""
     slots: int
+    """That this attempt takes."""
+    asked_slots: int
+    asked_layout: dict[str, int]
     nodes: list[str]
     """Addresses of the nodes that hold it now."""
     checkpoint_step: int | None
@@ -77,6 +73,16 @@ class RunSummary:
     """Since the last commit."""
     saves: str
     """What is wrong with saves; empty where nothing is."""
+    parked: str
+    """The controller's error at this run, where it leaves it alone for a while."""
+    stopping: str
+    """Where its ranks are ending to and why, while they are."""
+    kept: str
+    """Folder of the stacks and records that were kept of this attempt."""
+    code: str
+    """Folder of the code that it runs; empty: the installed packages."""
+    damage: list[str]
+    """Lines of its log that were stepped over."""
     folder: str
     next_step: str
     """What to type next; empty where nothing is to be done."""
@@ -87,42 +93,105 @@ class RunSummary:
         return State(self.state).terminal
 
 
+@dataclass(frozen=True)
+class Listing:
+    """All runs of a home."""
+
+    rows: list[RunSummary]
+    """Oldest first."""
+    damage: list[str]
+    """What can't be read, a line each; everything else is told all the same."""
+
+
 def read_queue(home: HomePaths) -> dict[str, Any]:
     """The controller's published view; empty where there is none."""
     try:
         return dict(json.loads(home.queue.read_text()))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 
-def summaries(home: HomePaths) -> list[RunSummary]:
-    """All runs that are queued or beyond, oldest first."""
+def summaries(home: HomePaths) -> Listing:
+    """All runs that are queued or beyond. What one run's files hold stops no other's row."""
     queue = read_queue(home)
-    found = [(run, fold(read(run.events))) for run in map(home.run, home.run_ids())]
-    # A controller that is writing a submission, or died over it, leaves a log that moves to no state yet.
-    return [
-        _summary(run, view, view.submitted, queue) for run, view in found if view.submitted and view.state
-    ]
+    rows, damage = list[RunSummary](), [str(text) for text in queue.get("damage", [])]
+    for run in map(home.run, home.run_ids()):
+        try:
+            reader = RunReader(run)
+            damage += [f"run {run.run_id}: {text}" for text in reader.damage]
+            # A submission that is being written leaves a log that moves to no state yet.
+            if reader.view.submitted and reader.view.state:
+                rows.append(reader.summary(queue))
+        except Exception as error:  # whatever it is, it is this run's, and is told as such
+            first = (str(error).splitlines() or [""])[0]
+            damage.append(f"run {run.run_id}: {type(error).__name__}: {first}; its files are in {run.root}")
+    return Listing(rows, list(dict.fromkeys(damage)))
+
+
+class RunReader:
+    """A run as far as its log was read; `update` reads on from there.
+
+    Raises:
+        OSError: where its log can't be read.
+    """
+
+    def __init__(self, run: RunPaths) -> None:
+        self._run = run
+        self._reader = Reader.of(run)
+
+    @property
+    def view(self) -> RunView:
+        """The run as its log tells it."""
+        return self._reader.view
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """Lines of the log that were stepped over."""
+        return self._reader.damage
+
+    def update(self) -> RunView:
+        """The run after what was written since."""
+        self._reader = self._reader.update()
+        return self._reader.view
+
+    def summary(self, queue: dict[str, Any]) -> RunSummary:
+        """The run now, from what is new in its log, its newest metric line and the published queue.
+
+        Raises:
+            UserError: where its submission isn't in the log.
+        """
+        view = self.update()
+        if view.submitted is None and self.damage:
+            raise UserError(
+                f"run '{self._run.run_id}': its log has no submission that can be read ({self.damage[0]}); restore "
+                f"{self._run.events}, or remove {self._run.root} and submit again"
+            )
+        if view.submitted is None:
+            raise UserError(
+                f"run '{self._run.run_id}' is being submitted and isn't queued yet: ask again in a moment; if it stays so, "
+                f"its submission was interrupted: remove {self._run.root} and submit again"
+            )
+        return _summary(self._run, view, view.submitted, queue, self.damage)
+
+    def incidents(self) -> list[dict[str, Any]]:
+        """What broke: cause, where, when, what it cost and how it ended."""
+        return _incidents(self.update())
 
 
 def summary(run: RunPaths, queue: dict[str, Any]) -> RunSummary:
-    """One run, from its log, its newest metric line and the published queue.
+    """One run, as `RunReader.summary` tells it.
 
     Raises:
-        UserError: where the run's folder is there and its submission isn't in the log yet.
+        UserError: where its submission isn't in the log.
     """
-    view = fold(read(run.events))
-    if view.submitted is None:
-        raise UserError(
-            f"run '{run.run_id}' is being submitted and isn't queued yet: ask again in a moment; if it stays so, its "
-            f"submission was interrupted: remove {run.root} and submit again"
-        )
-    return _summary(run, view, view.submitted, queue)
+    return RunReader(run).summary(queue)
 
 
-def _summary(run: RunPaths, view: RunView, submitted: Submitted, queue: dict[str, Any]) -> RunSummary:
+def _summary(
+    run: RunPaths, view: RunView, submitted: Submitted, queue: dict[str, Any], damage: tuple[str, ...]
+) -> RunSummary:
     newest, memory = _newest_line(run, view), _snapshot(run, view)
-    # The controller writes `submitted` and the first move one after the other.
+    # An earlier version wrote `submitted` and the first move one after the other.
     state = view.state or State.QUEUED
     line = newest if isinstance(newest, StepLine) else None
     wait: dict[str, Any] = next((w for w in queue.get("waiting", []) if w["run"] == run.run_id), {})
@@ -154,8 +223,11 @@ def _summary(run: RunPaths, view: RunView, submitted: Submitted, queue: dict[str
         started_at=view.started_at,
         ended_at=view.moved_at if state.terminal else None,
         model=submitted.model,
-        layout=submitted.layout,
-        slots=submitted.gang.ranks,
+        owner=submitted.owner,
+        layout=view.layout,
+        slots=view.gang.ranks,
+        asked_slots=submitted.gang.ranks,
+        asked_layout=submitted.layout,
         nodes=[share.ip for share in view.placed.shares] if view.placed else [],
         checkpoint_step=view.checkpoint.step if view.checkpoint else None,
         checkpoint_path=view.checkpoint.path if view.checkpoint else None,
@@ -165,9 +237,22 @@ def _summary(run: RunPaths, view: RunView, submitted: Submitted, queue: dict[str
         memory_held=memory.held if memory else None,
         failed_saves=view.failing,
         saves=_trouble(view),
+        parked=view.parked.error if view.parked else "",
+        stopping=_ending(view),
+        kept=view.evidence,
+        code=(view.placed.code if view.placed else "") or submitted.code,
+        damage=list(damage),
         folder=str(run.root),
         next_step=view.reason.next_step(run.run_id) if view.reason and state.terminal else "",
     )
+
+
+def _ending(view: RunView) -> str:
+    """Where the ranks end to, while they do."""
+    if view.stopping is None:
+        return ""
+    detail = f": {view.stopping.detail}" if view.stopping.detail else ""
+    return f"{view.stopping.to} ({view.stopping.reason}){detail}"
 
 
 def _newest_line(run: RunPaths, view: RunView) -> StepLine | MeasuredLine | None:
@@ -208,9 +293,13 @@ def _basis(run: RunPaths) -> str:
 
 
 def incidents(run: RunPaths) -> list[dict[str, Any]]:
-    """What broke: cause, where, when, what it cost and how it ended."""
+    """What broke in a run, as `RunReader.incidents` tells it."""
+    return RunReader(run).incidents()
+
+
+def _incidents(view: RunView) -> list[dict[str, Any]]:
     found = []
-    for incident in fold(read(run.events)).incidents:
+    for incident in view.incidents:
         outcome = asdict(incident.outcome) if incident.outcome else {}
         found.append(
             asdict(incident.event)
@@ -224,56 +313,3 @@ def incidents(run: RunPaths) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def lost_steps(run: RunPaths, through: int | None = None) -> dict[int, tuple[int, int]]:
-    """By attempt, the steps `(first, last)` that a later attempt trained again; only attempts with such.
-
-    With `through`, as it stood when that attempt was the newest.
-    """
-    begun: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for attempt in run.attempt_numbers():
-        if through is not None and attempt > through:
-            break
-        for line in read_all(run.attempt(attempt).metrics):
-            if isinstance(line, ResumedLine):
-                begun[attempt] = line.step
-            elif isinstance(line, StepLine):
-                last[attempt] = line.step
-    lost = {}
-    for attempt, end in last.items():
-        later = [step for other, step in begun.items() if other > attempt]
-        if later and min(later) < end:
-            lost[attempt] = (max(min(later), begun.get(attempt, 0)) + 1, end)
-    return lost
-
-
-class Follower:
-    """Reads a run's events and metric lines as they come, each once.
-
-    `position` is all that it remembers: a follower made with it goes on where another ended.
-    """
-
-    def __init__(self, run: RunPaths, position: dict[str, int] | None = None) -> None:
-        self._run = run
-        self.position: dict[str, int] = dict(position or {})
-        """Bytes read by file: `events`, and attempts by number."""
-
-    def poll(self) -> list[Event | MetricLine]:
-        """What is new, in order of time."""
-        found: list[Event | MetricLine] = list(self._events())
-        for attempt in self._run.attempt_numbers():
-            lines, end = read_from(self._run.attempt(attempt).metrics, self.position.get(str(attempt), 0))
-            self.position[str(attempt)] = end
-            found += lines
-        return sorted(found, key=lambda item: item.time)
-
-    def _events(self) -> list[Event]:
-        offset = self.position.get("events", 0)
-        with self._run.events.open("rb") as file:
-            file.seek(offset)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self.position["events"] = offset + end
-        return [parse(row) for row in data[:end].splitlines()]

@@ -87,6 +87,7 @@ class Reason(StrEnum):
     RANK_DIED = "rank_died"
     RANKS_HUNG = "ranks_hung"
     NODE_LOST = "node_lost"
+    NODE_UNFIT = "node_unfit"
     START_TIMEOUT = "start_timeout"
     CLUSTER_LOST = "cluster_lost"
     USER_ERROR = "user_error"
@@ -96,12 +97,16 @@ class Reason(StrEnum):
     CLUSTER_DOWN = "cluster_down"
     STOPPED = "stopped"
     RESUME_ASKED = "resume_asked"
+    PREEMPTED = "preempted"
+    REGROWN = "regrown"
+    DRAINED = "drained"
+    WALL_TIME = "wall_time"
     SAVES_FAILING = "saves_failing"
     """Of a decision only: nothing moves for it."""
 
     @property
     def retried(self) -> bool:
-        """A restart can mend it."""
+        """The run starts again by itself."""
         return self in _RETRIED
 
     def next_step(self, run_id: str) -> str:
@@ -110,6 +115,8 @@ class Reason(StrEnum):
             return f"{PROGRAM} logs {run_id}; mend the cause, then {PROGRAM} resume {run_id}"
         if self in (Reason.CANCEL_ASKED, Reason.CLUSTER_DOWN, Reason.STOPPED):
             return f"{PROGRAM} resume {run_id}"
+        if self is Reason.WALL_TIME:
+            return f"{PROGRAM} resume {run_id} resilience.wall_hours=HOURS, with more of them than before"
         return ""
 
 
@@ -118,9 +125,13 @@ _RETRIED = frozenset(
         Reason.RANK_DIED,
         Reason.RANKS_HUNG,
         Reason.NODE_LOST,
+        Reason.NODE_UNFIT,
         Reason.START_TIMEOUT,
         Reason.CLUSTER_LOST,
         Reason.PLACEMENT_LOST,
+        Reason.PREEMPTED,
+        Reason.REGROWN,
+        Reason.DRAINED,
     }
 )
 

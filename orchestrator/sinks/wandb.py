@@ -6,6 +6,11 @@ The JSONL files are the truth; this reads them. What it relies on:
   `train/step`, which is declared as the axis of all series.
 - Rows of steps that a later attempt trained again are logged once more with `train/lost` 1 and a new
   `train/attempt`; in the summary, `lost_steps` counts them.
+- Tables (incidents, attempts, rewinds, ledger, plan against measured) and the experts' heat maps are logged as they stand
+  after an incident or a new attempt, now and then, and at the end.
+- Checkpoints, profiles, measurements and evidence are artifacts (`orchestrator.sinks.lineage`); what they need to be synced
+  later lies in `<run>/wandb` too, not in an account's home.
+- System metrics come from all nodes of the run into this one W&B run (`orchestrator.sinks.nodes`).
 - A cursor file remembers what is logged. A sink that is killed and started again logs at most the rows of its
   last poll twice: those of a second, or of 1 MiB of an attempt's lines while it catches up. Offline, each start
   makes its own `offline-run-*` folder with the same run id, and `wandb sync` joins them.
@@ -13,11 +18,13 @@ The JSONL files are the truth; this reads them. What it relies on:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from typing import Any
@@ -39,22 +46,51 @@ from configs.metrics import (
 )
 from configs.paths import RunPaths
 from configs.schema import RunConfig
-from orchestrator.record import reading
-from orchestrator.record.events import Event, read
-from orchestrator.record.reading import Follower
-from orchestrator.record.run_log import RunView, fold
+from orchestrator.record import log
+from orchestrator.record.events import Event, EvidenceKept, IncidentClosed, IncidentOpened, Resumed
+from orchestrator.record.following import Follower, lost_steps
+from orchestrator.record.reading import RunReader
+from orchestrator.record.view import RunView
+from orchestrator.sinks import lineage, nodes
+from orchestrator.sinks.lineage import Piece
+from orchestrator.sinks.rows import cell, histograms, measured_row, rewind_row, row_of, save_row, series_name
+from orchestrator.sinks.tables import Tables
+from orchestrator.web.redact import Redactor
 
-MAX_EXPERT_SERIES = 64
-"""Experts per layer that get a series of their own; beyond it only the layer's spread is logged."""
-_FAILURES = 5
-_GIB = 1 << 30
+_LONGEST_WAIT = 300.0
+"""Seconds between two tries at a W&B that doesn't answer."""
+_AFTER_THE_END = 24 * 3600.0
+"""Seconds that it is tried on after the run has ended; then the run's files are all that there is."""
+_TABLES_SOON = 60.0
+"""Seconds between tables where incidents come one after the other."""
+_TABLES_EVERY = 600.0
+"""Seconds between tables where nothing happens; ever more of them in a long run, a twentieth of its time."""
 
 
 class WandbSink:
-    """Feeds one run to W&B. Failures are logged to `<run>/wandb/sink.log` and never raised."""
+    """Feeds one run to W&B. Failures are logged to `<run>/wandb/sink.log` and never raised.
 
-    def __init__(self, run: RunPaths, config: RunConfig) -> None:
-        self._run, self._config = run, config
+    A W&B that fails is tried again, ever less often, for as long as the run goes on and a day beyond; what is to be logged
+    waits in the run's files meanwhile, not in memory.
+    """
+
+    def __init__(
+        self,
+        run: RunPaths,
+        config: RunConfig,
+        clock: Callable[[], float] = time.monotonic,
+        endpoints: Callable[[], dict[str, str]] | None = None,
+    ) -> None:
+        """Make a sink.
+
+        Args:
+            run: what is logged.
+            config: of the run.
+            clock: seconds of a clock that only goes forward.
+            endpoints: where the cluster's nodes serve Ray's metrics, by address; None: system metrics aren't logged.
+        """
+        self._run, self._config, self._clock = run, config, clock
+        self._reader = RunReader(run)
         self._mode = mode_of(config)
         run.wandb.mkdir(parents=True, exist_ok=True)
         self._cursor = run.wandb / "cursor.json"
@@ -62,6 +98,8 @@ class WandbSink:
         self._log.addHandler(logging.FileHandler(run.wandb / "sink.log"))
         self._wandb: Any = None
         self._failures = 0
+        self._next_try = float("-inf")
+        self._ended_at: float | None = None
         position = json.loads(self._cursor.read_text()) if self._cursor.exists() else {}
         # A run that ended and was resumed has events past those that were logged.
         ended = bool(position.pop("done", False))
@@ -69,15 +107,33 @@ class WandbSink:
         self._follower = Follower(run, position)
         self._pending: deque[Event | MetricLine] = deque()
         """Read and not logged yet, so that a retry begins at the item that failed."""
+        self._tables = Tables(run, config.optim.warmup_steps)
+        self._began = self._tables_at = clock()
+        self._news = False
+        """Something happened since the tables were logged."""
+        self._redactor = Redactor()
+        self._samples = run.wandb / "nodes.jsonl"
+        self._sampler: nodes.Sampler | None = None
+        if endpoints is not None and self._mode != "disabled" and not self._done:
+            self._sampler = nodes.Sampler(self._samples, self._nodes, endpoints)
+            self._sampler.start()
+
+    def _nodes(self) -> list[str]:
+        """Addresses of the nodes that hold the run now."""
+        view = self._reader.view
+        held = view.placed is not None and view.state is not None and not view.state.terminal
+        return [share.ip for share in view.placed.shares] if held and view.placed else []
 
     def pump(self) -> bool:
         """Log what is new; True when the run has ended and everything is logged, or W&B was given up."""
         if self._done or self._mode == "disabled":
             return True
+        if self._clock() < self._next_try:
+            return False
         try:
             # Whether the run has ended is asked first: what came before the end is then surely still to be read.
-            ended = reading.summary(self._run, {}).terminal
-            if not self._pending:
+            ended = self._ended()
+            if not self._pending:  # so that what waits is never more than one poll reads
                 self._pending.extend(self._follower.poll())
             ended = ended and not self._pending  # one poll reads a part of a long file
             if self._wandb is None and (self._pending or ended):
@@ -85,29 +141,54 @@ class WandbSink:
             while self._pending:
                 self._one(self._pending[0])
                 self._pending.popleft()
+            if self._wandb is not None:
+                self._log_samples()
+                self._log_tables_now_and_then()
             if ended:
                 self._finish()
             self._save_cursor(ended)
             self._failures = 0
         except Exception:  # W&B's errors are many, and none may matter
-            self._log.exception("attempt %d of %d", self._failures + 1, _FAILURES)
-            self._failures += 1
-            time.sleep(min(60.0, 2.0**self._failures))
-            if self._failures >= _FAILURES:
-                self._log.error("given up; `wandb sync` or a new sink can log the run from its files")
-                return True
-            return False
+            return self._failed()
         self._done = ended
         return ended
 
+    def _ended(self) -> bool:
+        state = self._reader.update().state
+        if state is None or not state.terminal:
+            self._ended_at = None
+            return False
+        self._ended_at = self._clock() if self._ended_at is None else self._ended_at
+        return True
+
+    def _failed(self) -> bool:
+        """Note a failure, and when it is tried again; True where it isn't any more."""
+        self._failures += 1
+        wait = min(_LONGEST_WAIT, 2.0 ** min(self._failures, 16))
+        self._log.exception("try %d failed; the next one is in %.0f s", self._failures, wait)
+        self._next_try = self._clock() + wait
+        if self._failures > 1:  # its service may be what is broken
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            self._wandb = None
+        over = self._ended_at is not None and self._clock() - self._ended_at > _AFTER_THE_END
+        if over:
+            self._log.error("given up; a new sink logs the run from its files from where this one stopped")
+        return over
+
     def close(self) -> None:
         """End W&B's service process."""
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
-        wandb.teardown()
+        if self._sampler is not None:
+            self._sampler.stop()
+        with contextlib.suppress(Exception):
+            if self._wandb is not None:
+                self._wandb.finish()
+                self._wandb = None
+            wandb.teardown()
 
     def _start(self) -> Any:
+        # Files of artifacts that wait for `wandb sync` belong to the run, which may be synced by another machine.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._run.wandb / "data"))
         settings = wandb.Settings(
             console="off",
             silent=True,
@@ -126,8 +207,15 @@ class WandbSink:
         logged.define_metric("train/step")
         for family in ("train", "phase", "experts", "checkpoint", "memory"):
             logged.define_metric(f"{family}/*", step_metric="train/step")
-        logged.define_metric("collectives/size")
-        logged.define_metric("collectives/*", step_metric="collectives/size")
+        for family, axis in (
+            ("collectives/*", "collectives/size"),
+            ("node/*", "node/seconds"),
+            ("nodes/*", "node/seconds"),
+        ):
+            logged.define_metric(axis)
+            logged.define_metric(family, step_metric=axis)
+        for piece in lineage.profiles(self._config.hardware.name):
+            self._log_piece(piece, logged)
         return logged
 
     def _facts(self) -> dict[str, Any]:
@@ -140,26 +228,104 @@ class WandbSink:
     def _one(self, item: Event | MetricLine) -> None:
         match item:
             case StepLine():
-                self._wandb.log(row_of(item))
+                loads = histograms(item, self._reader.view.asked.steps if self._reader.view.submitted else 1)
+                shown = {
+                    name: wandb.Histogram(np_histogram=(bins, edges)) for name, (bins, edges) in loads.items()
+                }
+                self._wandb.log(row_of(item) | shown)
             case EvaluatedLine():
                 self._wandb.log({"train/step": item.step, "validation/loss": item.loss})
             case SavedLine() | SaveFailedLine():
                 self._wandb.log(save_row(item))
+                if isinstance(item, SavedLine):
+                    self._log_pieces(lineage.saved(self._run, item))
             case ResumedLine():
                 self._wandb.config.update(
                     {"mfu_basis": item.mfu_basis, "facts": item.facts}, allow_val_change=True
                 )
+                self._log_pieces(lineage.resumed(item))
                 if item.attempt > 1:
+                    self._wandb.log(rewind_row(item))
                     self._mark_lost(item.attempt)
             case EndedLine() if item.loss is not None:
                 self._wandb.summary["final_loss"] = item.loss
             case MeasuredLine() if "time_us" in item.result:
                 self._wandb.log(measured_row(item))
+            case Event(payload=EvidenceKept() as kept):
+                self._log_pieces(lineage.evidence(self._run, kept))
+            case Event(payload=IncidentOpened() | IncidentClosed() | Resumed()):
+                self._news = True
+
+    def _log_pieces(self, *pieces: Piece | None) -> None:
+        for piece in pieces:
+            if piece is not None:
+                self._log_piece(piece, self._wandb)
+
+    def _log_piece(self, piece: Piece, logged: Any) -> None:
+        """Log an artifact. One that can't be made is named in the log and left out, so that it holds up nothing."""
+        try:
+            made = wandb.Artifact(piece.name, piece.kind, metadata=piece.facts)
+            for name, data in piece.files.items():
+                with made.new_file(name, mode="wb") as file:
+                    file.write(self._clean(data) if piece.kind == "incident" else data)
+        except (OSError, ValueError, TypeError):
+            self._log.exception("artifact %s is left out", piece.name)
+            return
+        if not piece.used:
+            logged.log_artifact(made, aliases=list(piece.aliases))
+        elif self._mode == "online":
+            logged.use_artifact(made)
+        else:
+            self._use_later(made, logged)
+
+    def _clean(self, data: bytes) -> bytes:
+        return self._redactor.text(data.decode(errors="replace")).encode(errors="replace")
+
+    def _use_later(self, made: Any, logged: Any) -> None:
+        """Write down, for `wandb sync`, that the run began from an artifact: `use_artifact` itself asks the server."""
+        try:
+            logged._log_artifact(made, is_user_created=True, use_after_commit=True)
+        except (AttributeError, TypeError):  # another version of W&B
+            self._log.warning("%s is logged without its use", made.name)
+            logged.log_artifact(made)
+
+    def _log_samples(self) -> None:
+        """System metrics that were kept since."""
+        view = self._reader.view
+        began = view.submitted_at or 0.0
+        while True:
+            samples, end = nodes.read_from(self._samples, self._follower.position.get("nodes", 0))
+            for at, sample in samples:
+                self._wandb.log(nodes.row(at - began, sample))
+            if end == self._follower.position.get("nodes", 0):
+                return
+            self._follower.position["nodes"] = end
+
+    def _log_tables_now_and_then(self) -> None:
+        now = self._clock()
+        soon = self._news and now - self._tables_at >= _TABLES_SOON
+        if soon or now - self._tables_at >= max(_TABLES_EVERY, (now - self._began) / 20):
+            self._log_tables()
+
+    def _log_tables(self) -> None:
+        self._news, self._tables_at = False, self._clock()
+        told = self._tables.told()
+        for name, (columns, rows) in told.tables.items():
+            self._table(name, columns, rows)
+        if told.pictures:
+            self._wandb.log(
+                {"experts/heat": [wandb.Image(pixels, caption=text) for pixels, text in told.pictures]}
+            )
+        self._wandb.summary.update(told.figures)
+
+    def _table(self, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
+        # A column may have numbers, text and nothing.
+        self._wandb.log({name: wandb.Table(columns=columns, data=list(rows), allow_mixed_types=True)})
 
     def _mark_lost(self, attempt: int) -> None:
         """Log the steps that this attempt trains again, as lost, from the attempts that lost them."""
-        known = reading.lost_steps(self._run, attempt - 1)
-        lost = reading.lost_steps(self._run, attempt)
+        known = lost_steps(self._run, attempt - 1)
+        lost = lost_steps(self._run, attempt)
         for earlier, (first, last) in lost.items():
             end = known[earlier][0] - 1 if earlier in known else last
             for step in range(first, end + 1):
@@ -167,20 +333,20 @@ class WandbSink:
         self._wandb.summary["lost_steps"] = sum(last - first + 1 for first, last in lost.values())
 
     def _finish(self) -> None:
-        events = read(self._run.events)
-        rows = [[e.seq, e.time, e.payload.kind, json.dumps(asdict(e.payload))] for e in events]
-        self._wandb.log({"events": wandb.Table(columns=["seq", "time", "kind", "detail"], data=rows)})
-        found = reading.incidents(self._run)
-        columns = list(found[0]) if found else ["incident"]
-        data = [[str(one[name]) for name in columns] for one in found]
-        self._wandb.log({"incidents": wandb.Table(columns=columns, data=data)})
-        view = fold(events)
+        events = log.read(self._run.events)
+        rows = [
+            [e.seq, e.time, e.payload.kind, self._redactor.text(json.dumps(asdict(e.payload)))]
+            for e in events
+        ]
+        self._table("events", ["seq", "time", "kind", "detail"], rows)
+        self._log_tables()
+        view = self._reader.view
         self._log_measurement(view)
         self._wandb.summary.update(
             {
                 "state": str(view.state),
                 "attempts": view.attempt,
-                "incidents_total": len(found),
+                "incidents_total": len(view.incidents),
                 "failed_saves": view.failing,
             }
         )
@@ -194,12 +360,11 @@ class WandbSink:
         if not lines:
             return
         columns = list(dict.fromkeys(key for line in lines for key in (*line.case, *line.result)))
-        data = [[_cell((line.case | line.result).get(column)) for column in columns] for line in lines]
-        self._wandb.log({"measurements": wandb.Table(columns=columns, data=data)})
+        data = [[cell((line.case | line.result).get(column)) for column in columns] for line in lines]
+        self._table("measurements", columns, data)
         findings = [found.finding for found in view.findings]
         names = ["severity", "kind", "what", "where", "ratio", "action"]
-        table = wandb.Table(columns=names, data=[[_cell(one[name]) for name in names] for one in findings])
-        self._wandb.log({"findings": table})
+        self._table("findings", names, ([cell(one[name]) for name in names] for one in findings))
         self._wandb.summary["findings_total"] = len(findings)
         series: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
@@ -212,6 +377,7 @@ class WandbSink:
                 keys=list(series), title="bus bandwidth (GB/s) over size", xname="bytes",
             )  # fmt: skip
             self._wandb.log({"busbw_over_size": chart})
+        self._log_pieces(*lineage.measurement(self._run, self._config.hardware.name))
 
     def _save_cursor(self, done: bool) -> None:
         temporary = self._cursor.with_suffix(".tmp")
@@ -231,48 +397,3 @@ def mode_of(config: RunConfig) -> str:
     except (OSError, NetrcParseError):
         known = None
     return "online" if known else "offline"
-
-
-def series_name(line: MeasuredLine) -> str:
-    """Operation, group and type of a case."""
-    return ".".join(str(line.case[name]) for name in ("op", "group", "dtype"))
-
-
-def measured_row(line: MeasuredLine) -> dict[str, Any]:
-    """A case of a sweep as a W&B row, over its size."""
-    name, result = f"collectives/{series_name(line)}", line.result
-    figures = ("time_us", "p99_us", "alg_bw", "bus_bw", "wrong")
-    row = {f"{name}/{figure}": result[figure] for figure in figures if result.get(figure) is not None}
-    return row | {"collectives/size": line.case["size"], "collectives/case": line.step}
-
-
-def _cell(value: Any) -> Any:
-    """A value that a table takes: numbers and text as they are, the rest as JSON."""
-    return value if value is None or isinstance(value, int | float | str) else json.dumps(value)
-
-
-def save_row(line: SavedLine | SaveFailedLine) -> dict[str, Any]:
-    """A save as a W&B row: `checkpoint/*` in storage, `memory/*` in the memory of nodes; `failed` counts those in a row."""
-    if isinstance(line, SaveFailedLine):
-        return {"train/step": line.step, "checkpoint/failed": line.in_a_row, "checkpoint/error": line.error}
-    family = "checkpoint" if line.tier == "store" else line.tier
-    row = {"train/step": line.step, f"{family}/held": line.held, f"{family}/seconds": line.seconds}
-    return row | {f"{family}/bytes": line.bytes} | ({"checkpoint/failed": 0} if line.tier == "store" else {})
-
-
-def row_of(line: StepLine) -> dict[str, Any]:
-    """A step line as a W&B row."""
-    plain = ("step", "attempt", "loss", "aux_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds",
-             "balance_entropy", "dropped", "skipped")  # fmt: skip
-    row: dict[str, Any] = {f"train/{name}": getattr(line, name) for name in plain}
-    row |= {"train/lost": 0, "train/memory_gib": line.memory_bytes / _GIB}
-    if line.mfu is not None:
-        row["train/mfu"] = line.mfu
-    row |= {f"phase/{name}": seconds for name, seconds in line.phase_seconds.items()}
-    for layer, load in enumerate(line.expert_load):
-        mean = sum(load) / len(load) or 1.0
-        row[f"experts/layer{layer:02d}/max_over_mean"] = max(load) / mean
-        row[f"experts/layer{layer:02d}/min_over_mean"] = min(load) / mean
-        if len(load) <= MAX_EXPERT_SERIES:
-            row |= {f"experts/layer{layer:02d}/expert{i:03d}": n for i, n in enumerate(load)}
-    return row

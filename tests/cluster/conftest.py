@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from configs.paths import HomePaths
-from orchestrator.record.events import Event, read
+from orchestrator.record.events import Event
+from orchestrator.record.log import read
 from orchestrator.record.reading import summary
-from orchestrator.record.run_log import RunView, fold
+from orchestrator.record.view import RunView, fold
 
 PATIENCE = 150.0
 """Seconds after which a wait in these tests is a failure; they end long before."""
@@ -35,7 +36,7 @@ class Shell:
 
     def _environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "WANDB_API_KEY")}
-        return clean | {"MEGARAY_HOME": str(self.home.home), "WANDB_MODE": "offline"} | self.env
+        return clean | {"MEGARAY_HOME": str(self.home.home), "WANDB_MODE": "offline", "MEGARAY_STANDBYS": "0"} | self.env
 
     def run(self, *words: str, expect: int = 0) -> str:
         """Run a command to its end; its standard output."""

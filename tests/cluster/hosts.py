@@ -16,12 +16,17 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from configs.timeouts import Timeouts
-from orchestrator.ray_cluster import end_family, health_environment
+from orchestrator.local.cluster import end_family
+from orchestrator.local.settings import health_environment
 from tests.namespaces import Host, Network, unavailable
 
 __all__ = ["Hosts", "unavailable"]
 _PORT = 6379
+UNGUARDED = {"RAY_AUTH_MODE": "disabled"}
+"""An account that has a token has Ray guard its head with it by itself, and nodes that join have to be told of it."""
 
 
 @dataclass
@@ -30,8 +35,12 @@ class Hosts:
 
     count: int
     slots: int
+    patience: Timeouts = field(default_factory=Timeouts)
+    """What Ray's health checks are set from."""
     network: Network = field(init=False)
     _ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
+    _rays: dict[int, int] = field(default_factory=dict, init=False)
+    """Process id of `ray start --block` by host."""
 
     @property
     def hosts(self) -> list[Host]:
@@ -47,18 +56,19 @@ class Hosts:
         self.network = Network(self.count)
         with contextlib.ExitStack() as ends:
             ends.enter_context(self.network)
-            for host in self.hosts:
-                self._start_ray(host, ends)
+            for index in range(self.count):
+                self.start_ray(index, ends)
             self._ends = ends.pop_all()  # only once all is up: what fails on the way ends what is there
         return self
 
-    def _start_ray(self, host: Host, ends: contextlib.ExitStack) -> None:
+    def start_ray(self, index: int, ends: contextlib.ExitStack | None = None) -> None:
+        """Start a host's Ray node and wait until it has joined."""
+        host, ends = self.hosts[index], ends or self._ends
         temporary = Path(tempfile.mkdtemp(prefix="mrh"))
         ends.callback(shutil.rmtree, temporary, ignore_errors=True)
-        head = host is self.hosts[0]
         role = (
             ["--head", f"--port={_PORT}", "--include-dashboard=false"]
-            if head
+            if not index
             else [f"--address={self.address}"]
         )
         words = [
@@ -68,14 +78,42 @@ class Hosts:
         ]
         log = temporary / "start.log"
         with log.open("wb") as out:
-            env = os.environ | health_environment(Timeouts())
+            env = os.environ | health_environment(self.patience) | UNGUARDED
             process = host.popen(*words, env=env, stdout=out, stderr=subprocess.STDOUT)
         ends.callback(end_family, process.pid)
+        self._rays[index] = process.pid
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in log.read_text():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Ray did not start on {host.name}:\n{log.read_text()}")
             time.sleep(0.1)
+
+    def end_ray(self, index: int) -> None:
+        """End a host's Ray node with all that it has started."""
+        end_family(self._rays.pop(index))
+
+    def rejoin(self, index: int) -> None:
+        """Mend a host's link and start its Ray node again, as a service manager would: a node that was given up ends."""
+        self.mend(index)
+        if index in self._rays:
+            self.end_ray(index)
+        self.start_ray(index)
+
+    def hide(self, index: int, folder: Path) -> None:
+        """Lay an empty folder over one that all hosts share, as a mount that is missing on this host would."""
+        self._mount(index, "mount", "-t", "tmpfs", "none", str(folder))
+
+    def show(self, index: int, folder: Path) -> None:
+        """Undo `hide`."""
+        self._mount(index, "umount", "-l", str(folder))
+
+    def _mount(self, index: int, *words: str) -> None:
+        # `ip netns exec` gave Ray's processes mounts of their own.
+        subprocess.run(["nsenter", "-t", str(self._inside(index)), "-m", *words], check=True)
+
+    def _inside(self, index: int) -> int:
+        """A process of the host's Ray node."""
+        return psutil.Process(self._rays[index]).children(recursive=True)[-1].pid
 
     def cut(self, index: int) -> None:
         """Take a host's link down: a partition that sends no refusal."""

@@ -109,6 +109,12 @@ def test_a_killed_controller_is_not_noticed_by_the_ranks(shell: Shell, undisturb
     assert losses(shell, run_id) == losses(shell, undisturbed)
 
 
+def test_a_controller_that_is_killed_again_and_again(shell: Shell) -> None:
+    from tests.cluster.crashes import play  # it uses this module
+
+    assert play(shell, 4) == (4, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_terminal_that_goes_leaves_the_run_alone(
     shell: Shell, undisturbed: str, number: signal.Signals

@@ -74,7 +74,7 @@ def test_a_run_without_a_record_is_refused(tmp_path: Path) -> None:
     from configs.errors import UserError
     from configs.metrics import MetricWriter
     from configs.paths import RunPaths
-    from tests.orchestrator.fake_fabric import step_line
+    from tests.orchestrator.fake_runtime import step_line
 
     with pytest.raises(UserError, match="holds no expert loads; name the folder of a training run"):
         recorded_loads(tmp_path, 2)

@@ -1,36 +1,22 @@
-"""Deaths, hangs and their verdicts, with the clock in hand."""
+"""Nodes, hangs, saves and their verdicts, with the clock in hand."""
 
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 
-from configs.timeouts import Timeouts
-from faulttol.detect import death, hang, overdue
-from faulttol.detect.death import Exit
-from faulttol.detect.overdue import Saves
+from faulttol.detect import base, hang, nodes, overdue
+from faulttol.detect.snapshot import RankSeen, SavesSeen, Snapshot
 from faulttol.recorder import Mark, Phase, Record
 from faulttol.verdicts import Verdict, VerdictKind
+from tests.faulttol.seen import gang, of_records
+from tests.faulttol.seen import record as _record
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(20)]
 
-GLOO = (
-    "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:28372: Connection reset by peer. "
-    "This is typically caused by a remote worker hanging or bugs in the application."
-)
 
-
-def _exit(rank: int, code: int, time: float = 100.0, words: str = "") -> Exit:
-    return Exit(rank, "10.0.0.1", code, time, words)
-
-
-def _culprits(*exits: Exit) -> list[int | None]:
-    return [verdict.rank for verdict in death.judge(exits, evidence=lambda rank: f"{rank}.log")]
-
-
-# ---- verdicts ----
+# ---- verdicts and detectors ----
 
 
 @pytest.mark.parametrize("kind", list(VerdictKind))
@@ -39,102 +25,68 @@ def test_a_verdict_comes_back_from_json(kind: VerdictKind) -> None:
     assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
 
 
-# ---- death ----
+class _Broken:
+    name = "broken"
+
+    def judge(self, snapshot: Snapshot) -> list[Verdict]:
+        raise KeyError(snapshot.world)
 
 
-def test_nobody_died() -> None:
-    assert _culprits() == [] and _culprits(_exit(0, 0), _exit(1, 0)) == []
+def test_a_detector_that_raises_finds_nothing_and_is_told_of() -> None:
+    told: list[str] = []
+    dead = gang(RankSeen(0, 1, -9, 100.0), now=200.0)
+    found = base.judge_all(dead, told.append, (_Broken(), *base.DETECTORS))
+    assert [v.kind for v in found] == [VerdictKind.RANK_EXIT]
+    (text,) = told
+    assert text.startswith("detector broken failed in test_detect.py:") and text.endswith("KeyError: 1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGTERM])
-def test_a_signal_is_named(number: signal.Signals) -> None:
-    (verdict,) = death.judge([_exit(2, -number)], evidence=lambda rank: f"ranks/{rank}.log")
-    assert verdict.kind is VerdictKind.RANK_EXIT and verdict.detail == f"rank 2 was killed by {number.name}"
-    assert (verdict.rank, verdict.node, verdict.time) == (2, "10.0.0.1", 100.0)
-    assert verdict.evidence == "ranks/2.log"
+def test_the_registry_asks_each_detector() -> None:
+    assert [d.name for d in base.DETECTORS] == ["nodes", "death", "hang", "overdue"]
+    saves = SavesSeen(501, 200, 100, 0, "", 3)
+    stuck = of_records({0: _record(9, 3, 100.0), 1: _record(9, 3, 100.0)})
+    whole = gang(*stuck, now=200.0, saves=saves, silent={"10.0.0.1": 60.0})
+    kinds = [VerdictKind.NODE_LOST, VerdictKind.HANG, VerdictKind.CHECKPOINT_OVERDUE]
+    assert [v.kind for v in base.judge_all(whole)] == kinds
 
 
-def test_a_signal_without_a_name_has_its_number() -> None:
-    (verdict,) = death.judge([_exit(0, -200)], evidence=str)
-    assert "signal 200" in verdict.detail
+# ---- nodes ----
 
 
-def test_an_exit_tells_the_last_words() -> None:
-    (verdict,) = death.judge([_exit(1, 1, words="ValueError: too bad")], evidence=str)
-    assert verdict.detail == "rank 1 exited with code 1: ValueError: too bad"
+def _nodes(**more: object) -> list[Verdict]:
+    return nodes.judge(gang(*of_records(dict.fromkeys(range(4))), now=1000.0, **more))
 
 
-def test_the_killed_rank_is_the_cause_and_its_peers_the_consequence() -> None:
-    peers = [_exit(rank, 1, 100.4, GLOO) for rank in (0, 2, 3)]
-    assert _culprits(*peers, _exit(1, -9, 100.3)) == [1]
+def test_a_silent_node_counts_as_lost_past_the_bound() -> None:
+    assert _nodes(silent={"10.0.0.1": 0.4, "10.0.0.2": 10.0}) == []
+    (verdict,) = _nodes(silent={"10.0.0.1": 0.4, "10.0.0.2": 12.0})
+    assert (verdict.kind, verdict.node, verdict.rank) == (VerdictKind.NODE_LOST, "10.0.0.2", 2)
+    assert verdict.detail == "no answer from the node's agent for 12 s" and verdict.time == 988.0
+    assert [v.node for v in _nodes(silent={"10.0.0.1": 11.0, "10.0.0.2": 12.0})] == ["10.0.0.2", "10.0.0.1"]
 
 
-def test_a_kill_beats_exits_that_were_seen_a_moment_before() -> None:
-    """Agents are asked in turn, so a peer's exit may be seen before the death that caused it."""
-    assert _culprits(_exit(0, 1, 100.0, GLOO), _exit(1, -9, 101.0)) == [1]
+def test_a_lost_agent_and_an_unfit_node_are_told_with_their_reason() -> None:
+    both = _nodes(lost={"10.0.0.2": "it died"}, unfit={"10.0.0.1": "EIO"}, silent={"10.0.0.2": 99.0})
+    assert [(v.kind, v.node, v.rank, v.detail) for v in both] == [
+        (VerdictKind.NODE_UNFIT, "10.0.0.1", 0, "EIO"),
+        (VerdictKind.AGENT_LOST, "10.0.0.2", 2, "it died"),
+    ]
 
 
-def test_a_kill_long_after_is_no_cause() -> None:
-    assert _culprits(_exit(0, 1, 100.0, "ValueError: mine"), _exit(1, -9, 130.0)) == [0]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        GLOO,
-        "RuntimeError: Connection closed by peer [10.0.0.2]:4433",
-        "torch.distributed.DistNetworkError: Broken pipe",
-        "DistStoreError: Failed to recv, got 0 bytes. Connection was likely closed. Did the server shut down?",
-        "DistBackendError: NCCL error: remote process exited or there was a network error",
-    ],
-)
-def test_an_error_of_ones_own_beats_the_loss_of_a_peer(words: str) -> None:
-    assert _culprits(_exit(0, 1, 100.0, words), _exit(1, 1, 100.9, "ValueError: mine")) == [1]
-
-
-def test_when_all_lost_their_peers_all_are_named() -> None:
-    assert _culprits(_exit(1, 1, 100.2, GLOO), _exit(0, 1, 100.1, GLOO)) == [0, 1]
-
-
-def test_an_abort_by_the_watchdog_is_no_kill() -> None:
-    watchdog = _exit(
-        0, -signal.SIGABRT, 100.0, "NCCL error: remote process exited or there was a network error"
-    )
-    assert _culprits(watchdog, _exit(3, -9, 101.0)) == [3]
-    assert _culprits(watchdog, _exit(3, 1, 101.0, "ValueError: mine")) == [3]
-
-
-def test_two_killed_at_once_are_both_named_in_order() -> None:
-    assert _culprits(_exit(5, -9, 100.5), _exit(4, -9, 100.2), _exit(0, 1, 100.6, GLOO)) == [4, 5]
-
-
-def test_a_user_error_explains_everything() -> None:
-    exits = [_exit(0, 1, 99.0, GLOO), _exit(1, 2, 100.0, "megaray: data.path='x' does not exist")]
-    (verdict,) = death.judge(exits, evidence=str)
-    assert verdict.kind is VerdictKind.USER_ERROR and verdict.detail == "data.path='x' does not exist"
-    assert verdict.rank == 1
-
-
-def test_a_user_error_without_words_still_says_something() -> None:
-    (verdict,) = death.judge([_exit(1, 2)], evidence=str)
-    assert verdict.detail
+def test_a_refusal_or_the_loss_of_all_is_told_alone() -> None:
+    (verdict,) = _nodes(refused="no such folder", lost={"10.0.0.2": "it died"})
+    assert (verdict.kind, verdict.detail) == (VerdictKind.USER_ERROR, "no such folder")
+    (verdict,) = _nodes(gone="no agent knows the attempt", lost={"10.0.0.2": "it died"})
+    assert (verdict.kind, verdict.detail) == (VerdictKind.CLUSTER_LOST, "no agent knows the attempt")
 
 
 # ---- hang ----
-
-TIMEOUTS = Timeouts(patience=30.0)  # hang 30, start 180
-
-
-def _record(
-    sequence: int, step: int, time: float, phase: Phase = Phase.FORWARD, mark: Mark = Mark.BEGIN
-) -> Record:
-    return Record(sequence, time, mark, phase, step)
 
 
 def _judge(
     newest: dict[int, Record | None], now: float, *, started: float = 0.0, stepped: bool = True
 ) -> list[Verdict]:
-    return hang.judge(newest, now=now, started=started, timeouts=TIMEOUTS, first_step_done=stepped)
+    return hang.judge(gang(*of_records(newest), now=now, since_start=now - started, first_step_done=stepped))
 
 
 def test_work_is_no_hang() -> None:
@@ -210,6 +162,15 @@ def test_a_rank_that_waits_for_the_save_of_another_is_not_behind() -> None:
     assert verdict.rank == 1 and "rank 1 is behind, in checkpoint" in verdict.detail
 
 
+def test_the_rank_that_commits_is_not_told_from_its_later_record() -> None:
+    """Rank 0 has waited like the others, and then begins to commit: it has one record more, and still they wait for it."""
+    waiting = _record(10, 4, 300.0, Phase.COLLECTIVE)
+    newest: dict[int, Record | None] = {0: _record(11, 4, 350.0, Phase.CHECKPOINT), 1: waiting, 2: waiting}
+    assert _judge(newest, now=469.0) == []
+    (verdict,) = _judge(newest, now=471.0)
+    assert verdict.rank == 0
+
+
 def test_a_rank_that_never_came_to_the_save_has_no_exemption() -> None:
     newest: dict[int, Record | None] = {0: _record(9, 3, 100.0, Phase.CHECKPOINT), 1: _record(8, 3, 100.0)}
     (verdict,) = _judge(newest, now=131.0)
@@ -256,7 +217,7 @@ def test_a_start_that_all_entered_names_where_they_stand() -> None:
 
 
 def _overdue(step: int, saved: int, interval: int = 100, failing: int = 0, error: str = "") -> list[Verdict]:
-    return overdue.judge(Saves(step, saved, interval, failing, error), max_failed=3)
+    return overdue.judge(gang(now=0.0, saves=SavesSeen(step, saved, interval, failing, error, 3)))
 
 
 def test_failed_saves_are_a_verdict_from_the_bound_on() -> None:

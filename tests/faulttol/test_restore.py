@@ -17,11 +17,12 @@ from configs.errors import UserError
 from faulttol.checkpoint import reading, shards
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import folder_of
-from faulttol.checkpoint.load import Restored
-from faulttol.checkpoint.pieces import BLOCK
+from faulttol.checkpoint.load import Restored, restore, stored
+from faulttol.checkpoint.peers import Alone
+from faulttol.checkpoint.pieces import BLOCK, Wanted
 from faulttol.checkpoint.save import Saved
 from tests.faulttol.counting import Counted
-from tests.faulttol.ranks import save_all
+from tests.faulttol.ranks import identity, save_all
 
 torch = pytest.importorskip("torch")
 from tests.faulttol.tensors import (  # noqa: E402
@@ -73,6 +74,17 @@ def test_from_one_layout_to_another_and_back(
 def test_every_pair_of_kinds_and_world_sizes_was_tried() -> None:
     assert {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(range(1, 9))
     assert len({(kind, then) for *_, kind, then in CASES}) == 9
+
+
+def test_a_load_shows_that_it_gets_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "BLOCK", 64)
+    monkeypatch.setattr(reading, "_SPAN", 256)
+    parts = layout(state(4), 1, 0, "rows")
+    save_layout(tmp_path, 7, parts)
+    signs: list[int] = []
+    wanted = [Wanted.from_slice(p.name, p.tensor, p.box) for p in blank(parts)[0]]
+    found = restore(stored(str(tmp_path)), wanted, Alone(), identity(0, 1), lambda: signs.append(1))
+    assert found is not None and found.step == 7 and len(signs) > 3
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
+from faulttol.checkpoint import save as saving  # noqa: E402
 from faulttol.checkpoint.folder import Commit  # noqa: E402
 from faulttol.checkpoint.manifest import Incomplete, Superseded  # noqa: E402
 from faulttol.checkpoint.retention import Retention  # noqa: E402
@@ -28,7 +29,7 @@ from faulttol.checkpoint.shards import layout as plan_of  # noqa: E402
 from faulttol.checkpoint.store import Store  # noqa: E402
 from faulttol.staged.buffers import Buffer, Copy  # noqa: E402
 from faulttol.staged.saver import Memory, Outcome, Policy, Saver, Signs  # noqa: E402
-from faulttol.staged.writer import Sweep, WriterProcess  # noqa: E402
+from faulttol.staged.writer import Inline, Sweep, WriterProcess  # noqa: E402
 from tests.faulttol.ranks import ThreadPeers, identity, save_all, together  # noqa: E402
 from tests.faulttol.tensors import blank, equal, layout, restore_layout, state  # noqa: E402
 from trainer.state import Slice  # noqa: E402
@@ -346,7 +347,9 @@ def test_a_save_while_one_is_being_written(tmp_path: Path, busy: str) -> None:
         saver.finish()
         return saver.poll()
 
-    shown = Signs(lambda: signs.append("alive"), lambda: signs.append("waiting"))
+    shown = Signs(
+        lambda: signs.append("alive"), lambda: signs.append("waiting"), lambda: signs.append("working")
+    )
     for outcomes in _with_savers(2, train, tmp_path, signs=shown, busy=busy):
         told = [(o.step, o.skipped) for o in sorted(outcomes, key=lambda o: o.step)]
         assert told == [(1, False), (2, busy == "skip")]
@@ -354,6 +357,40 @@ def test_a_save_while_one_is_being_written(tmp_path: Path, busy: str) -> None:
         assert (left_out.error is None) is (busy == "wait")
         assert busy == "wait" or "still being written (checkpoint.busy=skip)" in str(left_out.error)
     assert "waiting" in signs, "the rank whose part was done says that it waits"
+
+
+def test_rank_0_works_again_while_it_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has waited for the other rank's part; from then on all wait for it."""
+    order: list[str] = []
+    waited, worked = threading.Event(), threading.Event()
+    write, commit = Saver._write, saving.commit
+
+    def held(self: Saver, *args: Any) -> Any:
+        assert self._identity.rank == 0 or waited.wait(30)
+        return write(self, *args)
+
+    def slow(*args: Any) -> int:
+        assert worked.wait(30)
+        return commit(*args)
+
+    monkeypatch.setattr(Saver, "_write", held)
+    monkeypatch.setattr(saving, "commit", slow)
+
+    def train(rank: int, saver: Saver) -> list[Outcome]:
+        saver._writer = Inline()  # in this process, where the commit can be held up
+        if rank == 0:
+            saver._signs = Signs(
+                waiting=lambda: (order.append("waiting"), waited.set()),  # type: ignore[arg-type, return-value]
+                working=lambda: (order.append("working"), worked.set()),  # type: ignore[arg-type, return-value]
+            )
+        saver.stage(1, owned(layout(state(3), 2, 0, "rows")[rank]), {})
+        saver.settle()
+        saver.finish()
+        return saver.poll()
+
+    for (outcome,) in _with_savers(2, train, tmp_path):
+        assert outcome.error is None
+    assert order[:2] == ["waiting", "working"]
 
 
 def test_another_runs_folder_and_a_newer_attempt_are_told_as_what_they_are(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from tests.mutants.listed import Mutant
 
 _COMMON = "trainer/engines/common.py"
 _NATIVE = "trainer/engines/native.py"
+_RESIDENT = "trainer/parallel/resident.py"
 
 _RUN = "tests/trainer/test_reference_runs.py::test_a_run"
 _AXIS = "tests/trainer/test_parallel.py::test_a_step_under_every_axis"
+_BESIDE = "tests/trainer/test_resident.py::test_weights_beside_their_masters_train_as_under_fsdp[1]"
 _CLIPPING = "tests/trainer/test_engine_common.py::test_clipping_by_hand"
 
 MUTANTS = [
@@ -71,8 +73,8 @@ MUTANTS = [
     Mutant(
         "the norm is one rank's",
         _COMMON,
-        "    if world > 1:\n        dist.all_reduce(square)",
-        "    if world > 99:\n        dist.all_reduce(square)",
+        "    if world > 1:\n        dist.all_reduce(sums)",
+        "    if world > 99:\n        dist.all_reduce(sums)",
         f"{_AXIS}[dp-zero2]",
     ),
     Mutant(
@@ -109,6 +111,48 @@ MUTANTS = [
         "torch.stack(tally.dropped).sum()",
         "tally.dropped[0]",
         f"{_RUN}[adamw-selective]",
+    ),
+    Mutant(
+        "weights stay behind a state that was loaded",
+        _NATIVE,
+        "        refresh(self._slots)\n",
+        "",
+        _BESIDE,
+    ),
+    Mutant(
+        "a micro-batch's gradient is lost",
+        _RESIDENT,
+        "self._sums[name].add_(gradient)",
+        "pass",
+        _BESIDE,
+    ),
+    Mutant(
+        "gradients add up in bf16",
+        _RESIDENT,
+        "self._sums[name] = gradient.float()",
+        "self._sums[name] = gradient.clone()",
+        _BESIDE,
+    ),
+    Mutant(
+        "weights stay behind LAMB's masters",
+        "trainer/optim/lamb.py",
+        "        refresh(row.slot for row in live)\n",
+        "",
+        _BESIDE,
+    ),
+    Mutant(
+        "weights stay behind Muon's masters",
+        "trainer/optim/muon.py",
+        "        refresh(row.slot for row in self._rows.values())\n",
+        "",
+        _BESIDE,
+    ),
+    Mutant(
+        "weights stay behind AdamW's masters",
+        "trainer/optim/adamw.py",
+        "            refresh(row.slot for row in rows)\n",
+        "",
+        _BESIDE,
     ),
     Mutant(
         "gradients aren't reset",

@@ -201,7 +201,7 @@ MUTANTS = [
     Mutant(
         "the feed-forward layer's residual is lost",
         _BLOCK,
-        "return _add(self.feed_residual, x_BSD, y_BSD), state_BSR",
+        "return x_BSD + y_BSD, state_BSR",
         "return y_BSD, state_BSR",
         f"{_STEP}[plain-whole]",
     ),

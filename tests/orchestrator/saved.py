@@ -9,8 +9,9 @@ from configs.schema import RunConfig
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.peers import Alone
 from faulttol.checkpoint.save import Identity, Piece, Retention, save
+from orchestrator.record.clock import Now
 from orchestrator.record.events import GangShape, Moved, Submitted
-from orchestrator.record.run_log import EventLog
+from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
 from trainer.fingerprint import fingerprint
 
@@ -53,10 +54,10 @@ def stopped(
     run: RunPaths, config: RunConfig, ranks: int, to: State = State.CANCELLED, nodes: int | None = None
 ) -> None:
     """The log of a run that was queued and ended."""
-    log = EventLog(run.events)
+    log = RunLog(run, epoch=1, now=Now(1.0, 1.0))
     layout = {axis: config.parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
-    log.append(Submitted(0, GangShape(ranks, 1, nodes), config.train.steps, 3, 1.0, "demo", layout), 1.0)
-    moves = [State.QUEUED] if to is State.CANCELLED else [State.QUEUED, State.PLACING, State.STARTING]
-    for state in (*moves, to):
-        log.append(Moved(state, Reason.SUBMITTED), 2.0)
+    submitted = Submitted(0, GangShape(ranks, 1, nodes), config.train.steps, 3, 1.0, "demo", layout)
+    log.append([submitted, Moved(State.QUEUED, Reason.SUBMITTED)], Now(1.0, 1.0))
+    moves = [] if to is State.CANCELLED else [State.PLACING, State.STARTING]
+    log.append([Moved(state, Reason.SUBMITTED) for state in (*moves, to)], Now(2.0, 2.0))
     log.close()

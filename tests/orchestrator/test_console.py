@@ -8,28 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from configs.compose import amend, compose, dump
+from configs.compose import compose, dump
 from configs.metrics import MetricLine, MetricWriter, SavedLine, SaveFailedLine
 from configs.paths import HomePaths
 from orchestrator.cli import main
-from orchestrator.commands import console, text
-from orchestrator.decide import saves
+from orchestrator.commands import console, text, watching
+from orchestrator.commands.plan_text import plan_table
 from orchestrator.record import reading
 from orchestrator.record.events import (
-    CheckpointCommitted,
-    CheckpointFailed,
     Decided,
     Event,
     GangShape,
     Moved,
-    Payload,
-    Placed,
-    Resumed,
     Submitted,
 )
-from orchestrator.record.run_log import EventLog, RunView, fold
 from orchestrator.record.states import Reason, State
-from tests.orchestrator.fake_fabric import step_line
+from tests.orchestrator.fake_runtime import step_line
+from tests.orchestrator.logs import Writer
 from trainer.sizing.planner import Capacity, plan
 
 pytestmark = pytest.mark.unit
@@ -52,7 +47,7 @@ def test_numbers(made: str, shown: str) -> None:
 
 def test_the_plan_shows_layout_parameters_memory_tokens_and_reasons() -> None:
     made = plan(compose(["model=olmoe_1b_7b", "hardware=h100", "parallel.ep=8"]), Capacity.of_nodes([8]))
-    text = console.plan_table(made.to_json())
+    text = plan_table(made.to_json())
     for word in ("6.92 B parameters", "1.28 B active", "dp=8 ep=8", "optimizer", "per step", "peak 989 TFLOP/s bf16",
                  "train.precision", "master weights stay fp32", "native, adamw, ZeRO 1, nothing recomputed"):  # fmt: skip
         assert word in text
@@ -66,7 +61,7 @@ def test_the_plan_shows_the_engine_with_its_schedule() -> None:
         "train.recompute=full",
         "train.engine=native",
     ]
-    text = console.plan_table(plan(compose(words), None).to_json())
+    text = plan_table(plan(compose(words), None).to_json())
     line = next(line for line in text.splitlines() if line.startswith("engine"))
     assert line.endswith(
         "native, adamw, ZeRO 1, full recomputation, schedule zbv, 2 chunks a rank, context by gather"
@@ -75,7 +70,7 @@ def test_the_plan_shows_the_engine_with_its_schedule() -> None:
 
 def queued(home: HomePaths, run_id: str, now: float, state: State = State.QUEUED) -> None:
     run = home.run(run_id)
-    log = EventLog(run.events)
+    log = Writer(run)
     run.config.write_text(CONFIG)
     log.append(Submitted(0, GangShape(2, 1), 40, 3, 1.0, "smoke", {"dp": 2, "ep": 1}), now)
     log.append(Moved(State.QUEUED, Reason.SUBMITTED), now)
@@ -103,7 +98,7 @@ def test_two_hundred_queued_runs_are_listed_with_their_places(
 
 def test_the_live_line_of_a_pipe_is_printed_now_and_then() -> None:
     now, stream = [0.0], io.StringIO()
-    line = console.LiveLine(stream, lambda: now[0])
+    line = watching.LiveLine(stream, lambda: now[0])
     for second in range(25):
         now[0] = float(second)
         line.update(f"step {second}")
@@ -119,7 +114,7 @@ class _Terminal(io.StringIO):
 
 def test_the_live_line_of_a_terminal_is_rewritten_in_place() -> None:
     stream = _Terminal()
-    line = console.LiveLine(stream)
+    line = watching.LiveLine(stream)
     line.update("a long line")
     line.update("short")
     line.above("an event")
@@ -139,18 +134,18 @@ def test_watch_ends_with_the_run(tmp_path: Path) -> None:
         turns[0] += 1
         writer.write(step_line(1, turns[0], float(turns[0])))
         if turns[0] == 3:
-            log = EventLog(run.events)
+            log = Writer(run)
             log.append(Moved(State.FAILED, Reason.USER_ERROR, "no such file"), 9.0)
             log.close()
 
-    assert console.watch(run, home, stream, sleep) is State.FAILED
+    assert watching.watch(run, home, stream, sleep) is State.FAILED
     assert "failed: no such file" in stream.getvalue()
 
 
 def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     home = HomePaths(tmp_path)
     queued(home, "run-a", 1.0, State.RUNNING)
-    log = EventLog(home.run("run-a").events)
+    log = Writer(home.run("run-a"))
     log.append(Moved(State.FAILED, Reason.USER_ERROR, "data.path='x' does not exist"), 9.0)
     log.close()
     row = reading.summary(home.run("run-a"), {})
@@ -169,66 +164,5 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_watch_tells_of_saves(item: Event | MetricLine, told: str | None) -> None:
-    line = console._told(item)
+    line = watching._told(item)
     assert line is None if told is None else line is not None and line.endswith(" " + told)
-
-
-# ---- saves, as they are judged ----
-
-
-def saving(*extra: Payload, attempt: int = 1) -> RunView:
-    moves = [Moved(State.QUEUED, Reason.SUBMITTED), Moved(State.PLACING, Reason.ADMITTED)]
-    started = [
-        Moved(State.STARTING, Reason.PLACED),
-        Resumed(attempt, 0, None),
-        Moved(State.RUNNING, Reason.FIRST_STEP),
-    ]
-    life = [
-        Submitted(0, GangShape(1, 1), 900, 3, 1.0, "x", {}),
-        *moves,
-        Placed(attempt, (), "g"),
-        *started,
-        *extra,
-    ]
-    return fold(Event(i, float(i), p) for i, p in enumerate(life))
-
-
-def test_the_interval_is_what_is_due_or_what_came_lately() -> None:
-    fixed = compose(["experiment=smoke", "checkpoint.every=10"])
-    chosen = amend(fixed, ["checkpoint.interval=young_daly"])
-    assert saves.interval(saving(), fixed) == saves.interval(saving(), chosen) == 10
-    slow = saving(CheckpointCommitted(1, 40, "p", 1, 0.1))
-    assert saves.interval(slow, fixed) == 40, "saves that are left out make the interval longer, and no alarm"
-    assert saves.interval(slow, chosen) is None, "only the ranks know"
-    assert saves.interval(saving(CheckpointCommitted(1, 10, "p", 1, 0.1, 0.0, "store", 510)), chosen) == 500
-    assert (
-        saves.interval(saving(CheckpointCommitted(1, 10, "p", 1, 0.1, 0.0, "store", 510), attempt=2), chosen)
-        == 10
-    )
-
-
-def test_saves_are_judged_by_steps_where_the_interval_is_known() -> None:
-    fixed = compose(["experiment=smoke", "checkpoint.every=10"])
-    chosen = amend(fixed, ["checkpoint.interval=young_daly"])
-    view = saving(CheckpointCommitted(1, 10, "p", 1, 0.1))
-    assert saves.judge(view, fixed, 40) == [] and len(saves.judge(view, fixed, 41)) == 1
-    assert saves.judge(view, chosen, 100_000) == []
-    failing = saving(*(CheckpointFailed(1, step, "full", step) for step in (1, 2, 3)))
-    assert saves.judge(failing, chosen, 4)[0].detail == "3 saves failed since step 0: full"
-    assert saves.judge(failing, amend(fixed, ["checkpoint.max_failed=4"]), 4) == []
-    measuring = fixed.model_copy(update={"workload": "collectives"})
-    assert saves.judge(failing, measuring, 100_000) == []
-
-
-def test_the_predicted_loss_is_that_of_the_tier_that_is_read_first() -> None:
-    stored = CheckpointCommitted(1, 10, "p", 1, 6.0, 1.0)
-    config = compose(["experiment=smoke", "checkpoint.every=10"])
-    assert saves.predicted_steps(saving(stored), config, 0.5, None) == pytest.approx(
-        (5 + 1) / 2 / 0.5 + 6 / 0.5
-    )
-    assert saves.predicted_steps(saving(stored), config, 0.0, None) is None
-    memory = amend(config, ["checkpoint.memory_every=2"])
-    snapshot = CheckpointCommitted(1, 12, "n", 1, 0.2, 0.1, "memory")
-    assert saves.predicted_steps(saving(stored), memory, 0.5, snapshot) == pytest.approx(
-        (1 + 0.1) / 2 / 0.5 + 0.2 / 0.5
-    )

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
-from orchestrator.decide.placement import Misfit, Node, by_address, fit, fits, place, reservation
+from orchestrator.decide.placement import (
+    CLOSED,
+    Misfit,
+    Node,
+    Row,
+    by_place,
+    fits,
+    occupied,
+    place,
+    reservation,
+    usable,
+)
 from orchestrator.record.events import GangShape, NodeShare
 from tests.orchestrator.cluster_sim import make_nodes
 
@@ -42,7 +56,7 @@ def check(gang: GangShape, nodes: list[Node], placed: tuple[NodeShare, ...]) -> 
     for first in range(0, gang.ranks, gang.block):
         block = {where[rank] for rank in range(first, min(first + gang.block, gang.ranks))}
         assert len(block) == 1, f"block at rank {first} is split over {block}"
-    position = {node.node_id: i for i, node in enumerate(sorted(nodes, key=by_address))}
+    position = {node.node_id: i for i, node in enumerate(sorted(nodes, key=by_place))}
     order = [position[share.node_id] for share in placed]
     assert order == sorted(order), "shares follow the addresses"
 
@@ -56,8 +70,8 @@ def test_every_placement_keeps_the_rules() -> None:
         block = rng.choice([1, 2, 3, 4, 8])
         gang = GangShape(rng.randint(1, 6) * block, block, rng.choice([None, None, 1, 2, 3]))
         placed = place(gang, nodes)
-        row = [node.free["CPU"] for node in sorted(nodes, key=by_address)]
-        assert isinstance(placed, Misfit) == (not fits(gang, row)) == (fit(gang, row) is None)
+        row = [node.free["CPU"] for node in sorted(nodes, key=by_place)]
+        assert isinstance(placed, Misfit) == (not fits(gang, row))
         if isinstance(placed, Misfit):
             assert placed.reason.startswith("needs ")
             continue
@@ -186,6 +200,117 @@ def test_twelve_thousand_ranks_go_on_fifteen_hundred_nodes() -> None:
     placed = place(gang, nodes)
     assert not isinstance(placed, Misfit) and len(placed) == 1536
     check(gang, nodes, placed)
+
+
+# ---- nodes that are barred, spare, avoided or under suspicion ----
+
+
+def mixed(rng: random.Random) -> list[Node]:
+    """Up to six nodes of every kind."""
+    return [
+        replace(
+            node,
+            barred=rng.choice(["", "", "", "", "cordoned"]),
+            spare=rng.random() < 0.25,
+            suspicion=rng.choice([0.0, 0.0, 0.5, 1.0]),
+        )
+        for node in cluster(*[rng.choice([0, 2, 4, 4, 8]) for _ in range(rng.randint(1, 6))])
+    ]
+
+
+def choices(gang: GangShape, nodes: list[Node], tiers: dict[str, int]) -> Iterator[tuple[Node, ...]]:
+    """Every set of nodes that could carry a gang, none of them idle."""
+    blocks = -(-gang.ranks // gang.block)
+    able = [n for n in nodes if tiers[n.node_id] != CLOSED and n.free["CPU"] >= gang.block]
+    for size in range(1, min(len(able), blocks) + 1) if gang.nodes is None else [gang.nodes]:
+        for chosen in combinations(able, size):
+            rooms = sorted((n.free["CPU"] // gang.block for n in chosen), reverse=True)
+            if gang.nodes is None:
+                if sum(rooms) >= blocks:
+                    yield chosen
+            elif blocks >= size and all(
+                room >= blocks // size + (i < blocks % size) for i, room in enumerate(rooms)
+            ):
+                yield chosen
+
+
+def test_the_choice_of_nodes_is_the_best_of_all() -> None:
+    """By enumeration: the fewest nodes of the worst kind, and so on; among nodes with equal room, the least suspicion."""
+    rng = random.Random(29)
+    seen = {"placed": 0, "suspicion": 0, "worse": 0}
+    for _ in range(2500):
+        nodes = mixed(rng)
+        avoid = {n.ip for n in nodes if rng.random() < 0.25}
+        recovering, block = rng.random() < 0.5, rng.choice([1, 2, 4])
+        gang = GangShape(block * rng.randint(1, 6), block, rng.choice([None, None, 1, 2, 3]))
+        row = Row(nodes)
+        tiers = dict(zip([n.node_id for n in row.nodes], row.tiers(recovering, avoid), strict=True))
+        every = list(choices(gang, nodes, tiers))
+        placed = place(gang, nodes, recovering, avoid)
+        assert isinstance(placed, Misfit) == (not every)
+        if isinstance(placed, Misfit):
+            continue
+        by_id = {n.node_id: n for n in nodes}
+        mine = tuple(by_id[share.node_id] for share in placed)
+        check(gang, nodes, placed)
+
+        def kinds(chosen: tuple[Node, ...], tiers: dict[str, int] = tiers) -> list[int]:
+            return [sum(tiers[n.node_id] == tier for n in chosen) for tier in (3, 2, 1, 0)]
+
+        def rooms(
+            chosen: tuple[Node, ...], tiers: dict[str, int] = tiers, block: int = block
+        ) -> list[tuple[int, int]]:
+            return sorted((tiers[n.node_id], n.free["CPU"] // block) for n in chosen)
+
+        assert kinds(mine) == min(map(kinds, every)), (gang, nodes, avoid)
+        if gang.nodes is not None:
+            assert rooms(mine) == min(map(rooms, every)), "small holes first"
+        doubts = [sum(n.suspicion for n in one) for one in every if rooms(one) == rooms(mine)]
+        assert sum(n.suspicion for n in mine) == min(doubts)
+        seen["placed"] += 1
+        seen["suspicion"] += min(doubts) < max(doubts)
+        seen["worse"] += any(kinds(mine)[:3])
+    assert min(seen.values()) > 100, seen
+
+
+def test_a_barred_node_is_never_used_and_a_spare_only_by_a_run_that_recovers() -> None:
+    nodes = cluster(8, 8, 8)
+    nodes[0] = replace(nodes[0], barred="cordoned: a fan")
+    nodes[1] = replace(nodes[1], spare=True)
+    assert counts(place(GangShape(8, 1), nodes)) == {"n00002": 8}
+    assert reason(GangShape(16, 1), nodes) == "needs 16 slots, the cluster has 8: waits for more nodes"
+    assert counts(place(GangShape(16, 1), nodes, recovering=True)) == {"n00001": 8, "n00002": 8}
+    assert isinstance(place(GangShape(24, 1), nodes, recovering=True), Misfit)
+    assert counts(place(GangShape(8, 1), nodes, recovering=True)) == {"n00002": 8}, (
+        "a spare stays one where it can"
+    )
+
+
+def test_a_run_keeps_off_nodes_that_ended_it_while_others_fit() -> None:
+    nodes = cluster(8, 8)
+    bad = frozenset({nodes[0].ip})
+    assert counts(place(GangShape(8, 8), nodes)) == {"n00000": 8}
+    assert counts(place(GangShape(8, 8), nodes, avoid=bad)) == {"n00001": 8}
+    assert counts(place(GangShape(16, 8), nodes, avoid=bad)) == {"n00000": 8, "n00001": 8}
+    spare = [nodes[0], replace(nodes[1], spare=True)]
+    assert counts(place(GangShape(8, 8), spare, recovering=True, avoid=bad)) == {"n00001": 8}, (
+        "what a spare is for"
+    )
+
+
+def test_closed_nodes_have_nothing_usable() -> None:
+    assert usable([8, 8, 8, 8], [0, 1, 2, CLOSED]) == [8, 8, 8, 0]
+    assert usable([8, 8, 8, 8], [0, 1, 2, CLOSED], worst=1) == [8, 8, 0, 0]
+
+
+def test_what_gangs_hold_is_not_free() -> None:
+    nodes = [replace(n, slots={"CPU": 8, "GPU": 2}, free={"CPU": 8, "GPU": 2}) for n in cluster(8, 8, 8)]
+    held = place(GangShape(10, 1), nodes), place(GangShape(2, 1, resource="GPU"), nodes)
+    assert not isinstance(held[0], Misfit) and not isinstance(held[1], Misfit)
+    gone = (NodeShare("gone", "10.9.9.9", "gone", (0,)),)
+    left = occupied(nodes, [("CPU", held[0]), ("GPU", held[1]), ("CPU", gone)])
+    assert [n.free for n in left] == [{"CPU": 0, "GPU": 0}, {"CPU": 6, "GPU": 2}, {"CPU": 8, "GPU": 2}]
+    assert left[2] is nodes[2], "what nobody holds isn't copied"
 
 
 # ---- reservations ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from configs.paths import HomePaths, RunPaths
 from faulttol.verdicts import VerdictKind
 from orchestrator.cli import main
 from orchestrator.commands import console, text
-from orchestrator.record import reading
+from orchestrator.record import following, reading
 from orchestrator.record.events import (
     CheckpointCommitted,
     CheckpointFailed,
@@ -28,10 +29,10 @@ from orchestrator.record.events import (
     Resumed,
     Submitted,
 )
-from orchestrator.record.run_log import EventLog
 from orchestrator.record.states import Reason, State
 from orchestrator.sinks import wandb as sinks
-from tests.orchestrator.fake_fabric import run_paths, step_line
+from tests.orchestrator.fake_runtime import run_paths, step_line
+from tests.orchestrator.logs import Writer
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -78,7 +79,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
     recorder = _Recorder()
     recorder.config = _Config()
     monkeypatch.setattr(sinks.wandb, "init", lambda **_: recorder)
-    monkeypatch.setattr(sinks.time, "sleep", lambda _: None)
+    monkeypatch.setattr(sinks.wandb, "teardown", lambda: None)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return recorder
 
@@ -94,14 +95,14 @@ def trained(run: RunPaths, attempt: int, first: int, last: int) -> None:
 
 def ended(run: RunPaths, to: State = State.CANCELLED) -> None:
     """A log of one attempt that has ended."""
-    log = EventLog(run.events)
+    log = Writer(run)
     log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.append(Moved(State.QUEUED, Reason.SUBMITTED), 0.0)
     attempted(log, 1, to)
     log.close()
 
 
-def attempted(log: EventLog, number: int, to: State) -> None:
+def attempted(log: Writer, number: int, to: State) -> None:
     """The moves of an attempt, up to its end."""
     log.append(Moved(State.PLACING, Reason.ADMITTED), 1.0)
     log.append(Placed(number, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
@@ -109,23 +110,25 @@ def attempted(log: EventLog, number: int, to: State) -> None:
     log.append(Moved(State.RUNNING, Reason.FIRST_STEP), 1.0)
     if to is State.CANCELLED:
         log.append(Moved(State.CANCELLING, Reason.CANCEL_ASKED), 2.0)
-    log.append(Moved(to, Reason.COMPLETE), 3.0)
+    if to is not State.RUNNING:
+        log.append(Moved(to, Reason.COMPLETE), 3.0)
 
 
 def pumped(run: RunPaths) -> None:
-    """A sink of its own, to the end."""
-    sink = sinks.WandbSink(run, compose(["experiment=smoke"]))
+    """A sink of its own, to the end; a minute passes between two looks."""
+    minutes = itertools.count()
+    sink = sinks.WandbSink(run, compose(["experiment=smoke"]), lambda: 60.0 * next(minutes))
     assert any(sink.pump() for _ in range(20))
 
 
 def test_a_submission_that_is_being_written_does_not_break_the_list(tmp_path: Path) -> None:
     home = HomePaths(tmp_path)
     ended(home.run("a-20260101-000000-aaaa"))
-    EventLog(home.run("b-20260101-000001-aaaa").events).close()
-    log = EventLog(home.run("c-20260101-000002-aaaa").events)
+    Writer(home.run("b-20260101-000001-aaaa")).close()
+    log = Writer(home.run("c-20260101-000002-aaaa"))
     log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.close()
-    assert [row.run_id for row in reading.summaries(home)] == ["a-20260101-000000-aaaa"]
+    assert [row.run_id for row in reading.summaries(home).rows] == ["a-20260101-000000-aaaa"]
     row = reading.summary(home.run("c-20260101-000002-aaaa"), {})
     assert (row.state, row.reason, row.step) == ("queued", "submitted", 0)
     with pytest.raises(UserError, match="'b-20260101-000001-aaaa' is being submitted and isn't queued yet"):
@@ -137,7 +140,7 @@ def test_a_run_that_is_being_submitted_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
-    EventLog(HomePaths(tmp_path).run("b-20260101-000001-aaaa").events).close()
+    Writer(HomePaths(tmp_path).run("b-20260101-000001-aaaa")).close()
     assert main([command, "b-20260101-000001-aaaa"]) == 2
     told = capsys.readouterr().err.strip()
     assert told.count("\n") == 0 and told.startswith("megaray: "), told
@@ -148,9 +151,9 @@ def test_lost_steps_as_they_stood_at_each_attempt(tmp_path: Path) -> None:
     trained(run, 1, 0, 27)
     trained(run, 2, 20, 24)
     trained(run, 3, 10, 30)
-    assert reading.lost_steps(run, 1) == {}
-    assert reading.lost_steps(run, 2) == {1: (21, 27)}
-    assert reading.lost_steps(run) == {1: (11, 27), 2: (21, 24)}, "attempt 2 never trained steps 11 to 20"
+    assert following.lost_steps(run, 1) == {}
+    assert following.lost_steps(run, 2) == {1: (21, 27)}
+    assert following.lost_steps(run) == {1: (11, 27), 2: (21, 24)}, "attempt 2 never trained steps 11 to 20"
 
 
 def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: _Recorder) -> None:
@@ -158,7 +161,7 @@ def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: _Recorder) -> None
     ended(run)
     trained(run, 1, 0, 10)
     pumped(run)
-    log = EventLog(run.events)
+    log = Writer(run)
     log.append(Moved(State.QUEUED, Reason.RESUME_ASKED), 4.0)
     attempted(log, 2, State.SUCCEEDED)
     log.close()
@@ -171,8 +174,8 @@ def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: _Recorder) -> None
 def test_a_backlog_longer_than_one_read_is_logged_whole(
     tmp_path: Path, recorder: _Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: Callable[..., Any] = reading.read_from
-    monkeypatch.setattr(reading, "read_from", lambda path, offset: read(path, offset, 4096))
+    read: Callable[..., Any] = following.read_from
+    monkeypatch.setattr(following, "read_from", lambda path, offset: read(path, offset, 4096))
     run = run_paths(tmp_path, "run")
     ended(run)
     trained(run, 1, 0, 40)
@@ -188,6 +191,50 @@ def test_a_failure_within_a_poll_repeats_no_row(tmp_path: Path, recorder: _Recor
     recorder.breaks_at = 7
     pumped(run)
     assert [step for _, step in recorder.trained] == list(range(1, 21))
+
+
+def test_a_wandb_that_fails_is_tried_for_as_long_as_the_run_goes_on(
+    tmp_path: Path, recorder: _Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_paths(tmp_path, "run")
+    ended(run, State.RUNNING)
+    trained(run, 1, 0, 10)
+    broken, now, tries = [True], [0.0], [0]
+
+    def start(**_: object) -> _Recorder:
+        tries[0] += 1
+        if broken[0]:
+            raise RuntimeError("no service")
+        return recorder
+
+    monkeypatch.setattr(sinks.wandb, "init", start)
+    monkeypatch.setattr(sinks.WandbSink, "_facts", lambda _: {})  # reads YAML, hundreds of times here
+    sink = sinks.WandbSink(run, compose(["experiment=smoke"]), lambda: now[0])
+    for _ in range(24 * 36):
+        assert not sink.pump()
+        now[0] += 100.0
+    assert 200 < tries[0] < 300, "every five minutes, after ever longer waits"
+    assert "no service" in (run.wandb / "sink.log").read_text()
+    broken[0] = False
+    for _ in range(4):
+        sink.pump()
+        now[0] += 100.0
+    assert [step for _, step in recorder.trained] == list(range(1, 11)), "nothing is lost by the wait"
+
+
+def test_a_wandb_that_stays_away_is_given_up_a_day_after_the_end(
+    tmp_path: Path, recorder: _Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_paths(tmp_path, "run")
+    ended(run)
+    trained(run, 1, 0, 3)
+    monkeypatch.setattr(sinks.wandb, "init", lambda **_: 1 / 0)
+    monkeypatch.setattr(sinks.WandbSink, "_facts", lambda _: {})
+    now = [0.0]
+    sink = sinks.WandbSink(run, compose(["experiment=smoke"]), lambda: now[0])
+    while not sink.pump():
+        now[0] += 100.0
+    assert 24 * 3600 < now[0] < 25 * 3600 and "given up" in (run.wandb / "sink.log").read_text()
 
 
 def test_lost_steps_are_marked_once_past_attempts_without_a_step(tmp_path: Path, recorder: _Recorder) -> None:
@@ -216,7 +263,7 @@ def test_numbers_at_the_edge_of_a_unit(made: str, shown: str) -> None:
 def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path) -> None:
     home = HomePaths(tmp_path)
     run = home.run("a-20260101-000000-aaaa")
-    log = EventLog(run.events)
+    log = Writer(run)
     log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.append(Moved(State.QUEUED, Reason.SUBMITTED), 0.0)
     log.append(Moved(State.PLACING, Reason.ADMITTED), 1.0)
@@ -225,7 +272,7 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     log.append(Resumed(1, 0, None), 1.0)
     log.append(Moved(State.RUNNING, Reason.FIRST_STEP), 1.0)
     log.append(CheckpointCommitted(1, 200, "folder/step", 9, 12.5, 0.25), 2.0)
-    (row,) = reading.summaries(home)
+    (row,) = reading.summaries(home).rows
     assert (row.saves, row.failed_saves) == ("", 0)
     assert "step 200 (in 12.50 s, training held 0.25 s): folder/step" in console.status(row, [])
     for number in (1, 2, 3):
@@ -240,7 +287,7 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
         writer.write(SavedLine(3.0, 1, step, "node", 9, 0.5, 0.125, "memory"))
     writer.write(step_line(1, 231, 3.0))
     writer.close()
-    (row,) = reading.summaries(home)
+    (row,) = reading.summaries(home).rows
     assert row.saves == "3 saves failed since step 200: No space left" and row.failed_saves == 3
     for told in (console.run_list([row]), console.status(row, []), console.final_summary(row, run)):
         assert row.saves in told

@@ -15,9 +15,10 @@ from orchestrator.commands import console
 from orchestrator.commands.resumption import Resumption
 from orchestrator.commands.submission import Submission, write_run
 from orchestrator.record import reading
-from orchestrator.record.events import CheckpointCommitted, read
+from orchestrator.record.events import CheckpointCommitted
+from orchestrator.record.log import read
 from orchestrator.record.states import Reason, State
-from tests.orchestrator.agent_fabric import Driver
+from tests.orchestrator.local_runtime import Driver
 from trainer.sizing.planner import Capacity, plan
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -41,8 +42,8 @@ def corpus(path: Path, word: str) -> None:
 def submit(driver: Driver, *words: str) -> RunPaths:
     asked = compose(["experiment=smoke", "tracking.wandb=disabled", *words])
     submission = Submission(asked, plan(asked, Capacity.of_nodes([1]), strict=True), 0)
-    run = write_run(driver.home, submission, [])
-    driver.controller.submit(run.run_id, submission.event({}))
+    run, code = write_run(driver.home, submission, [])
+    driver.controller.submit(run.run_id, submission.event({}, code))
     return run
 
 
@@ -94,11 +95,11 @@ def test_saves_fail_mend_are_cut_off_and_gone_on_from(driver: Driver, tmp_path: 
     # The agent's answers stop, saves go on, and the run is cancelled: what was written meanwhile is in the log.
     known = driver.view(name).checkpoint
     assert known is not None
-    driver.fabric.polls = False
+    driver.runtime.cluster.mute = True
     driver.until(lambda: committed(run) > known.step + 6, "saves that nobody was told of")
     driver.controller.cancel(name)
     driver.until(lambda: driver.view(name).state is State.CANCELLED, "the end")
-    driver.fabric.polls = True
+    driver.runtime.cluster.mute = False
     told = [e.payload.step for e in read(run.events) if isinstance(e.payload, CheckpointCommitted)]
     assert told[-1] > known.step and told == sorted(set(told))
 

@@ -15,8 +15,8 @@ from orchestrator.cli import main
 from orchestrator.commands import beginnings, changes, console
 from orchestrator.commands.resumption import Resumption
 from orchestrator.record.events import Amended
-from orchestrator.record.run_log import EventLog
 from orchestrator.record.states import State
+from tests.orchestrator.logs import Writer
 from tests.orchestrator.saved import commit, stopped
 from trainer.sizing.planner import Capacity, plan
 
@@ -180,7 +180,7 @@ def test_the_gang_stays_where_the_layout_does(home: HomePaths) -> None:
 def test_a_second_resume_goes_on_from_the_first_ones_settings(home: HomePaths) -> None:
     run = home.run(RUN)
     first = Resumption.of(run, ["parallel.dp=1", "train.steps=200"]).planned(Capacity.of_nodes([4]))
-    log, event = EventLog(run.events), first.event()
+    log, event = Writer(run), first.event()
     assert event is not None
     log.append(event, 5.0)
     log.close()

@@ -81,4 +81,21 @@ def test_a_reason_that_ends_a_run_says_what_to_type_next(reason: Reason) -> None
 
 def test_a_users_mistake_is_not_retried() -> None:
     assert not Reason.USER_ERROR.retried and not Reason.RESTARTS_EXHAUSTED.retried
-    assert Reason.NODE_LOST.retried and Reason.RANK_DIED.retried
+    assert Reason.NODE_LOST.retried and Reason.RANK_DIED.retried and Reason.NODE_UNFIT.retried
+
+
+@pytest.mark.parametrize("reason", [Reason.PREEMPTED, Reason.REGROWN, Reason.DRAINED])
+def test_a_run_that_makes_way_goes_on_by_itself(reason: Reason) -> None:
+    assert reason.retried and reason.next_step("demo-1") == ""
+
+
+def test_a_run_that_is_out_of_time_says_how_to_give_it_more() -> None:
+    assert not Reason.WALL_TIME.retried
+    step = Reason.WALL_TIME.next_step("demo-1")
+    assert step.startswith("python -m orchestrator resume demo-1 resilience.wall_hours=")
+
+
+def test_every_reason_that_ends_a_run_otherwise_than_well_has_a_next_step() -> None:
+    ends = {Reason.USER_ERROR, Reason.RESTARTS_EXHAUSTED, Reason.CANCEL_ASKED, Reason.CLUSTER_DOWN, Reason.STOPPED,
+            Reason.WALL_TIME}  # fmt: skip
+    assert {reason for reason in Reason if reason.next_step("demo-1")} == ends

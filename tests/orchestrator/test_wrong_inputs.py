@@ -12,8 +12,8 @@ import pytest
 from configs.paths import HomePaths
 from orchestrator.cli import main
 from orchestrator.record.events import GangShape, Moved, Submitted
-from orchestrator.record.run_log import EventLog
 from orchestrator.record.states import Reason, State
+from tests.orchestrator.logs import Writer
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
@@ -39,7 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HomePaths:
 
 def ended(home: HomePaths, run_id: str, to: State) -> None:
     run = home.run(run_id)
-    log = EventLog(run.events)
+    log = Writer(run)
     log.append(Submitted(0, GangShape(2, 1), 20, 3, 1.0, "demo", {"dp": 2}), 1.0)
     moves = {
         State.SUCCEEDED: [State.QUEUED, State.PLACING, State.STARTING, State.SUCCEEDED],

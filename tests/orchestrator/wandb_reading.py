@@ -15,7 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 
 def read_offline(folder: Path) -> dict[str, Any]:
-    """History rows, configuration, summary, axes and files of all offline runs under `folder`, oldest first."""
+    """History rows, configuration, summary, axes, artifacts and files of all offline runs under `folder`, oldest first."""
     found: dict[str, Any] = {
         "history": [],
         "config": {},
@@ -23,13 +23,27 @@ def read_offline(folder: Path) -> dict[str, Any]:
         "axes": {},
         "ids": set(),
         "complete": 0,
+        "artifacts": [],
+        "media": {},
     }
     for path in sorted(folder.rglob("*.wandb")):
+        media = path.parent / "files" / "media"
+        found["media"] |= {
+            str(one.relative_to(path.parent / "files")): one for one in media.rglob("*") if one.is_file()
+        }
         for data in _records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             _take(record, found)
     return found
+
+
+def table(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Rows of the table of that name that was logged last."""
+    told = [row for row in found["history"] if name in row or f"{name}/path" in row]
+    path = told[-1][name]["path"] if name in told[-1] else told[-1][f"{name}/path"]
+    tree = json.loads(found["media"][path].read_text())
+    return [dict(zip(tree["columns"], row, strict=True)) for row in tree["data"]]
 
 
 _BLOCK, _HEADER, _PART = 1 << 15, 7, 7
@@ -74,5 +88,14 @@ def _take(record: Any, found: dict[str, Any]) -> None:
         case "metric":
             metric = record.metric
             found["axes"][metric.name or metric.glob_name] = metric.step_metric
+        case "artifact":
+            one = record.artifact
+            found["artifacts"].append(
+                {
+                    "name": one.name, "kind": one.type, "digest": one.digest, "aliases": list(one.aliases),
+                    "facts": json.loads(one.metadata or "{}"), "used": one.use_after_commit,
+                    "files": {entry.path: Path(entry.local_path) for entry in one.manifest.contents},
+                }
+            )  # fmt: skip
         case "exit":
             found["complete"] += 1

@@ -76,7 +76,7 @@ class Parts:
         chosen = torch.rand(self.tokens, experts, device=device).topk(top_k, dim=-1).indices
         weights = torch.rand(self.tokens, top_k, device=device)
 
-        return lambda: LocalExchange().run(x, chosen, weights, experts, lambda rows, _: rows)
+        return lambda: LocalExchange().run(x, chosen, weights, experts, lambda rows, *_: rows)
 
     def router(self) -> Callable[[], Tensor]:
         from trainer.model.router import Router

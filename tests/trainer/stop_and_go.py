@@ -49,7 +49,7 @@ class _Witness:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def step(self, batches: Any, samples: int, lr: float, phase: Any) -> Any:
+    def step(self, batches: Any, samples: int, lr: float, phase: Any, asked: Any) -> Any:
         place = self._engine.place
         with self._file.open("a") as file:
             for micro, batch in enumerate(batches):
@@ -60,7 +60,7 @@ class _Witness:
         if self._step == self._death:
             os._exit(9)
         self._step += 1
-        return self._engine.step(batches, samples, lr, phase)
+        return self._engine.step(batches, samples, lr, phase, asked)
 
 
 def _rank(

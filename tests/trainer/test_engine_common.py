@@ -28,5 +28,7 @@ def test_clipping_by_hand() -> None:
 def test_the_norm_by_hand() -> None:
     parts = [torch.randn(5, 3), torch.randn(7), torch.zeros(2)]
     whole = torch.cat([part.flatten() for part in parts]).double().norm().item()
-    assert global_norm(parts, 1, torch.device("cpu")).item() == pytest.approx(whole, rel=1e-6)
-    assert global_norm([], 1, torch.device("cpu")).item() == 0
+    norm, wishes = global_norm(parts, 1, torch.device("cpu"))
+    assert wishes.item() == 0 and global_norm(parts, 1, torch.device("cpu"), asked=True)[1].item() == 1
+    assert norm.item() == pytest.approx(whole, rel=1e-6)
+    assert global_norm([], 1, torch.device("cpu"))[0].item() == 0

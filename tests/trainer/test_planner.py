@@ -8,7 +8,6 @@ import pytest
 
 from configs.compose import choices, compose
 from configs.errors import UserError
-from trainer.sizing.auto import replan
 from trainer.sizing.layout import Layout
 from trainer.sizing.planner import Capacity, Plan, plan, trainable
 
@@ -281,20 +280,3 @@ def test_what_fits_only_just_is_warned_of() -> None:
     words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "data.sequence=4096"]
     warnings = [planned(*words, f"train.micro_batch={size}").warnings for size in (1, 2, 3, 4, 6)]
     assert warnings[0] == () and any("may not fit" in text for found in warnings for text in found)
-
-
-def test_a_gang_is_replanned_for_what_is_left() -> None:
-    config = planned("parallel.dp=8", "parallel.ep=4", "train.global_batch=64", slots=[4, 4]).config
-    found = replan(config, [4, 3])
-    assert found.layout is not None and (found.layout.dp, found.layout.ep) == (4, 4)
-    assert "next to the 4 before" in found.reason and "train.global_batch=64" in found.reason
-    assert replan(config, []).layout is None and replan(config, []).reason == "no slots are left"
-
-
-def test_replanning_uses_memory_and_time_where_they_are_known() -> None:
-    words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=16", "parallel.ep=8", "train.global_batch=64"]
-    config = planned(*words, "train.micro_batch=1", "data.sequence=4096").config
-    found = replan(config, [8])
-    assert found.layout is not None and found.layout.dp == 8 and "fastest of" in found.reason
-    small = replan(config, [1])
-    assert small.layout is None and "fits" in small.reason

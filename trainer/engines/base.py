@@ -15,6 +15,11 @@ Phases = Callable[[str], AbstractContextManager[None]]
 """Records a phase of the step (`forward`, `backward`, `optimizer`) by its name."""
 
 
+def never() -> bool:
+    """Nobody asked."""
+    return False
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one data-parallel place, on the device."""
@@ -47,6 +52,8 @@ class StepResult:
     """Global norm before clipping, equal on all ranks: not a share."""
     skipped: Tensor
     """1 where the gradients weren't finite, so that nothing moved; equal on all ranks."""
+    wishes: Tensor
+    """Ranks that were asked to stop; equal on all ranks."""
     load: Tensor
     """Token-expert pairs by MoE layer and expert over all ranks, [layers, experts] int64, on all ranks."""
 
@@ -56,13 +63,21 @@ class Engine(Protocol):
 
     place: Place
 
-    def step(self, batches: Sequence[Batch], samples: int, lr: float, phase: Phases) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        samples: int,
+        lr: float,
+        phase: Phases,
+        asked: Callable[[], bool] = never,
+    ) -> StepResult:
         """One optimizer step.
 
         Args:
             batches: this place's micro-batches, in order.
             samples: of the step, over all places.
             lr: learning rate of the step.
+            asked: whether this rank was asked to stop by now; told to all ranks with the norm.
         """
 
     def evaluate(self, batches: Sequence[Batch], samples: int) -> Tensor:

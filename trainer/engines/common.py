@@ -10,6 +10,7 @@ from torch import Tensor
 
 from configs.model import ModelConfig
 from trainer.engines.base import Batch, StepResult
+from trainer.kernels.choice import usable
 from trainer.model.decoder import Stage
 from trainer.model.seams import Micro, Tally
 from trainer.state import Box, Slice
@@ -33,18 +34,25 @@ def clipping(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return factor, (~torch.isfinite(norm)).to(torch.float32)
 
 
-def global_norm(gradients: Sequence[Tensor], world: int, device: torch.device) -> Tensor:
-    """L2 norm of gradients that lie on the ranks in parts, each element once; fp32, equal on all ranks.
+def global_norm(
+    gradients: Sequence[Tensor], world: int, device: torch.device, asked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """L2 norm of gradients that lie on the ranks in parts, each element once; fp32, equal on all ranks. And how many ranks
+    were asked to stop, which travels with it.
 
     Args:
         gradients: this rank's parts.
+        asked: whether this rank was.
     """
     square = torch.zeros((), dtype=torch.float64, device=device)
-    if gradients:
+    if gradients and usable(device):
+        square = _squares(gradients)
+    elif gradients:
         square = torch.stack(_norms(gradients)).square().sum()
+    sums = torch.stack([square, torch.full_like(square, float(asked))])
     if world > 1:
-        dist.all_reduce(square)
-    return square.sqrt().float()
+        dist.all_reduce(sums)
+    return sums[0].sqrt().float(), sums[1]
 
 
 def _norms(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -53,6 +61,21 @@ def _norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     if gradients[0].device.type == "cpu":
         return [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     return [norm.double() for norm in torch._foreach_norm(list(gradients))]
+
+
+def _squares(gradients: Sequence[Tensor]) -> Tensor:
+    """The square of the norm in fp64, of gradients in either precision; large ones by a kernel in one pass."""
+    from trainer.kernels import adamw
+
+    large: list[Tensor] = []
+    small: list[Tensor] = []
+    for gradient in gradients:
+        (large if gradient.numel() >= adamw.LEAST and gradient.is_contiguous() else small).append(gradient)
+    parts = [adamw.squares(large)] if large else []
+    if small:
+        norms = torch._foreach_norm(small, 2, torch.float32)
+        parts.append(torch.stack(list(norms)).double().square().sum())
+    return torch.stack(parts).sum()
 
 
 @torch.no_grad()
@@ -82,14 +105,16 @@ def balance(
     return load
 
 
-def result(loss: Tensor, tally: Tally, norm: Tensor, skip: Tensor, load: Tensor) -> StepResult:
-    """A step's numbers, of which `loss` and what `tally` holds are this rank's shares."""
-    zero = torch.zeros((), device=norm.device)
+def result(loss: Tensor, tally: Tally, norm: tuple[Tensor, Tensor], skip: Tensor, load: Tensor) -> StepResult:
+    """A step's numbers, the norm and the wishes as `global_norm` gives them; `loss` and what `tally` holds are this rank's
+    shares."""
+    zero = torch.zeros((), device=skip.device)
     return StepResult(
         loss=loss,
         aux_loss=torch.stack(tally.losses).sum() if tally.losses else zero,
         dropped=torch.stack(tally.dropped).sum() if tally.dropped else zero.long(),
-        grad_norm=norm,
+        grad_norm=norm[0],
+        wishes=norm[1],
         skipped=skip,
         load=load,
     )

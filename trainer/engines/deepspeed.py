@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from configs.schema import RunConfig
 from trainer.engines import common
-from trainer.engines.base import Batch, Phases, Place, StepResult
+from trainer.engines.base import Batch, Phases, Place, StepResult, never
 from trainer.model.decoder import Stage, inputs
 from trainer.model.initial import initial, kind
 from trainer.model.seams import Tally
@@ -104,7 +104,14 @@ class DeepSpeedEngine:
 
     # ---- steps ----
 
-    def step(self, batches: Sequence[Batch], samples: int, lr: float, phase: Phases) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        samples: int,
+        lr: float,
+        phase: Phases,
+        asked: Callable[[], bool] = never,
+    ) -> StepResult:
         """One optimizer step (see `trainer.engines.base.Engine`)."""
         tally, shares = Tally(), []
         micros = common.micros(batches, samples, self._positions_S, tally)
@@ -116,18 +123,19 @@ class DeepSpeedEngine:
                 self._engine.backward(share, scale_wrt_gas=False)
             shares.append(share.detach())
         with phase("optimizer"):
-            norm = self._norm()
-            factor, skip = common.clipping(norm, self.config.optim.clip)
+            norm = self._norm(asked())
+            factor, skip = common.clipping(norm[0], self.config.optim.clip)
             self._update(lr, factor, skip)
             world = self.mesh.world
             load = common.balance([self._stage], self.config.model, tally, (self._applied, skip), world)
         return common.result(torch.stack(shares).sum(), tally, norm, skip, load)
 
-    def _norm(self) -> Tensor:
-        """Global norm: after the last backward pass each rank holds the reduced gradients of its own partitions alone."""
+    def _norm(self, asked: bool) -> tuple[Tensor, Tensor]:
+        """Global norm: after the last backward pass each rank holds the reduced gradients of its own partitions alone. And
+        the wishes to stop."""
         groups = self._zero.averaged_gradients.values()
         gradients = [gradient for group in groups for gradient in group if gradient.numel()]
-        return common.global_norm(gradients, self.mesh.world, self.mesh.device)
+        return common.global_norm(gradients, self.mesh.world, self.mesh.device, asked)
 
     def _update(self, lr: float, factor: Tensor, skip: Tensor) -> None:
         """Move the masters and gather the weights. torch's fused kernel clips, and moves nothing where `skip` is 1."""

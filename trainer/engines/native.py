@@ -6,7 +6,7 @@ weights that matmuls use are cast while they are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,15 +15,17 @@ from torch.distributed.tensor import DTensor
 
 from configs.schema import RunConfig
 from trainer.engines import common
-from trainer.engines.base import Batch, Phases, Place, StepResult
+from trainer.engines.base import Batch, Phases, Place, StepResult, never
 from trainer.model.decoder import Stage, inputs
 from trainer.model.initial import kind
 from trainer.model.seams import Micro, Tally
 from trainer.optim.build import build
-from trainer.optim.slots import Peers, Slot
+from trainer.optim.common import refresh
+from trainer.optim.slots import Cast, Peers, Slot
 from trainer.parallel import apply, pipeline
 from trainer.parallel.context import places
 from trainer.parallel.mesh import Mesh
+from trainer.parallel.resident import Resident
 from trainer.sizing.runnable import chunks_of
 from trainer.state import Box, Slice
 
@@ -37,14 +39,17 @@ class NativeEngine:
         self._dtype = common.DTYPES[str(config.train.precision)]
         self._stages: list[Stage] = []
         self._cuts: list[dict[str, apply.Cut]] = []
+        self._residents: list[Resident] = []
+        """By stage."""
         parallel, model = config.parallel, config.model
         ends = pipeline.cut(model.layers, mesh["pp"].size * chunks_of(parallel))
         for index in pipeline.stages_of(parallel, mesh["pp"].index):
             with torch.device("meta"):
                 stage = Stage(model, *ends[index])
             self._cuts.append(apply.parallelize(stage, mesh, config))
-            apply.shard(stage, mesh, config)
-            apply.materialize(stage, self._cuts[-1], config, mesh)
+            whole = apply.shard(stage, mesh, config)
+            masters = apply.materialize(stage, self._cuts[-1], config, mesh, whole)
+            self._residents.append(Resident(stage, masters))
             self._stages.append(stage)
         self._pipeline = (
             pipeline.Pipeline(self._stages, mesh, model, parallel) if mesh["pp"].size > 1 else None
@@ -71,13 +76,16 @@ class NativeEngine:
         """
         parameters, slots = [], []
         tp, both = self.mesh["tp"], self.config.parallel.schedule == "zbv"
-        for stage, cuts in zip(self._stages, self._cuts, strict=True):
+        for stage, cuts, resident in zip(self._stages, self._cuts, self._residents, strict=True):
             for name, parameter in stage.named_parameters():
                 local, box = apply.local_part(parameter, cuts[name], self.mesh)
+                cast = None
+                if name in resident.masters:
+                    local, cast = resident.masters[name], Cast(resident.weight(name))
                 index, size = (tp.index, tp.size) if cuts[name].alike else (0, 1)
                 if both and self._is_copied(name):
                     index, size = index + size * (stage.first != 0), 2 * size
-                slots.append(Slot(name, local, box, kind(name), index, size))
+                slots.append(Slot(name, local, box, kind(name), index, size, cast))
                 parameters.append(parameter)
                 self._alike.append(cuts[name].alike)
                 self._second.append(self._is_copied(name) and stage.first != 0)
@@ -112,19 +120,28 @@ class NativeEngine:
 
     # ---- steps ----
 
-    def step(self, batches: Sequence[Batch], samples: int, lr: float, phase: Phases) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        samples: int,
+        lr: float,
+        phase: Phases,
+        asked: Callable[[], bool] = never,
+    ) -> StepResult:
         """One optimizer step (see `trainer.engines.base.Engine`)."""
         tally = Tally()
         micros = common.micros(batches, samples, self._positions, tally)
         loss = self._learn(micros, phase)
         with phase("optimizer"):
-            norm = self._gradients()
-            factor, skip = common.clipping(norm, self.config.optim.clip)
+            norm = self._gradients(asked())
+            factor, skip = common.clipping(norm[0], self.config.optim.clip)
             self._optimizer.step(lr, factor, skip)
             numbers, world = (self._applied, skip), self.mesh.world
             load = common.balance(self._stages, self.config.model, tally, numbers, world)
-            for parameter in self._parameters:
+            for parameter, slot in zip(self._parameters, self._slots, strict=True):
                 parameter.grad = None
+                if slot.cast is not None:
+                    slot.cast.gradient = None
         return common.result(loss, tally, norm, skip, load)
 
     def _learn(self, micros: Sequence[Micro], phase: Phases) -> Tensor:
@@ -141,6 +158,7 @@ class NativeEngine:
                     pipeline.reduce_now(stage)
             return loss
         (stage,) = self._stages
+        self._residents[0].begin(len(micros))
         losses = []
         for index, micro in enumerate(micros):
             last = index == len(micros) - 1
@@ -163,25 +181,33 @@ class NativeEngine:
         shares = [stage(inputs(m), m).detach() for m in micros]
         return torch.stack(shares).sum()
 
-    def _gradients(self) -> Tensor:
-        """Give the optimizer's slots their gradients; the global norm."""
+    def _gradients(self, asked: bool) -> tuple[Tensor, Tensor]:
+        """Give the optimizer's slots their gradients; the global norm, and the wishes to stop."""
         alike: list[Tensor] = []
         for parameter, slot, same in zip(self._parameters, self._slots, self._alike, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                gradient = torch.zeros_like(slot.tensor)
-            slot.tensor.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if same and self.mesh["tp"].size > 1:
-                alike.append(slot.tensor.grad)
+            summed = same and self.mesh["tp"].size > 1
+            if slot.cast is not None:
+                gradient = self._residents[0].take(slot.name)
+                if gradient is None or summed:
+                    gradient = torch.zeros_like(slot.tensor) if gradient is None else gradient.float()
+                slot.cast.gradient = gradient
+            else:
+                gradient = parameter.grad
+                if gradient is None:
+                    gradient = torch.zeros_like(slot.tensor)
+                gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+                slot.tensor.grad = gradient
+            if summed:
+                alike.append(gradient)
         if alike:
             _sum_together(alike, self.mesh["tp"].process_group)
         self._sum_copies()
         mine = [
-            slot.tensor.grad
+            slot.gradient
             for slot, second in zip(self._slots, self._second, strict=True)
-            if slot.replica == 0 and not second and slot.tensor.numel() and slot.tensor.grad is not None
+            if slot.replica == 0 and not second and slot.tensor.numel() and slot.gradient is not None
         ]
-        return common.global_norm(mine, self.mesh.world, self.mesh.device)
+        return common.global_norm(mine, self.mesh.world, self.mesh.device, asked)
 
     def _sum_copies(self) -> None:
         """Add up the gradients of the embedding's copies on the first and the last stage."""
@@ -219,7 +245,8 @@ class NativeEngine:
         return Slice(name, tensor, slot.box, index, size)
 
     def loaded(self) -> None:
-        """Drop weights that were gathered before the state was overwritten."""
+        """Drop weights that were gathered or cast before the state was overwritten."""
+        refresh(self._slots)
         for stage in self._stages:
             for module in apply.sharded(stage):
                 module.reshard()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
+from trainer.kernels.choice import fused
+from trainer.model.beside import beside
 from trainer.model.norm import RMSNorm, SplitNorm
 from trainer.model.rotary import Turns
 from trainer.model.seams import Alone, Attend, Micro, Tensors
@@ -54,7 +56,12 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         x_BSD = self.tensors.enter(x_BSD)
-        q, k, v_BGSH = self.query(x_BSD), self.key(x_BSD), heads(self.value(x_BSD), self.head_dim)
+        q, k, v = beside(x_BSD, self.query, self.key, self.value)
+        v_BGSH = heads(v, self.head_dim)
+        if fused(q) and 2 * turns.cos_SP.shape[-1] == self.head_dim:
+            q_BNSH, k_BGSH = self._turned(q, "query_norm", turns), self._turned(k, "key_norm", turns)
+            out_BNSH = self.core.attend(q_BNSH, k_BGSH, v_BGSH, micro, window=self.window, scale=None)
+            return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))
         if self.norm == "projection":
             q, k = self.query_norm(q), self.key_norm(k)
         q_BNSH, k_BGSH = heads(q, self.head_dim), heads(k, self.head_dim)
@@ -63,3 +70,19 @@ class Attention(nn.Module):
         q_BNSH, k_BGSH = turns.rotate(q_BNSH), turns.rotate(k_BGSH)
         out_BNSH = self.core.attend(q_BNSH, k_BGSH, v_BGSH, micro, self.window, None)
         return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))
+
+    def _turned(self, x_BSC: Tensor, norm: str, turns: Turns) -> Tensor:
+        """Norm and rotation in one pass, [B, heads, S, H]."""
+        from trainer.kernels.norm import Rotation, norm_turn
+
+        layer: RMSNorm | None = getattr(self, norm, None)
+        per_token, weight, eps = 1, None, 0.0
+        if isinstance(layer, SplitNorm) and layer.tensors.size > 1:
+            x_BSC = layer(x_BSC)  # its mean is that of all ranks' parts
+        elif layer is not None:
+            weight, eps = layer.weight, layer.eps
+            if self.norm == "head":
+                per_token = x_BSC.shape[-1] // self.head_dim
+        rows = x_BSC.unflatten(-1, (per_token, -1))
+        turned = norm_turn(rows, weight, eps, Rotation(turns.cos_SP, turns.sin_SP, per_token, self.head_dim))
+        return heads(turned.flatten(-2), self.head_dim)

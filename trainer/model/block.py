@@ -74,8 +74,14 @@ class Block(nn.Module):
         self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro, turns: Turns
     ) -> tuple[Tensor, Tensor | None]:
         """The hidden state after the block, and the router's state for the next one (None but for `mlp` routers)."""
-        h_BSD = self.attention_norm(x_BSD)
+        x_BSD, h_BSD = self.attention_norm.beside(x_BSD)
         y_BSD = self.attention(h_BSD, micro, turns)
+        # Recomputation puts its own call in place of `feed_forward`, and takes the norm with it.
+        whole = self.attention_residual is not None or "feed_forward" in vars(self)
+        if self.feed_norm is not None and not whole:
+            x_BSD, h_BSD = self.feed_norm.beside(x_BSD, y_BSD)
+            y_BSD, state_BSR = self._fed(h_BSD, state_BSR, micro)
+            return x_BSD + y_BSD, state_BSR
         if self.feed_norm is None:
             fed_BSD, state_BSR = self.feed_forward(h_BSD, state_BSR, micro)
             return _add(self.attention_residual, x_BSD, y_BSD + fed_BSD), state_BSR
@@ -90,7 +96,9 @@ class Block(nn.Module):
 
         What selective recomputation runs again.
         """
-        h_BSD = x_BSD if self.feed_norm is None else self.feed_norm(x_BSD)
+        return self._fed(x_BSD if self.feed_norm is None else self.feed_norm(x_BSD), state_BSR, micro)
+
+    def _fed(self, h_BSD: Tensor, state_BSR: Tensor | None, micro: Micro) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.feed, MoELayer):
             return self.feed(h_BSD, state_BSR, micro)
         return self.feed(h_BSD), state_BSR

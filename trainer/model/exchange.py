@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from trainer.kernels.choice import fused
+
 
 class _Spread(torch.autograd.Function):
     """K copies of each token, in the order of the experts. The backward pass gathers and adds, so it is deterministic."""
@@ -95,13 +97,37 @@ class LocalExchange:
         chosen_TK: Tensor,
         weights_TK: Tensor,
         experts: int,
-        compute: Callable[[Tensor, Tensor], Tensor],
+        compute: Callable[..., Tensor],
     ) -> Tensor:
         """Weighted sum of each token's expert outputs, [T, D]; see `seams.Exchange`."""
         order_R, back_R, counts_E = sort_by_expert(chosen_TK, experts)
+        if fused(x_TD):
+            return self._fused(x_TD, chosen_TK, weights_TK, (order_R, back_R, counts_E), compute)
         x_RD = spread(x_TD, order_R, back_R, chosen_TK.shape[1])
         if not self.drops:
             return weigh(permute(compute(x_RD, counts_E), back_R, order_R), weights_TK)
         nowhere_R1 = (chosen_TK.flatten().index_select(0, order_R) < 0).unsqueeze(1)
         y_RD = compute(x_RD.masked_fill(nowhere_R1, 0.0), counts_E).masked_fill(nowhere_R1, 0.0)
         return weigh(permute(y_RD, back_R, order_R), weights_TK)
+
+    def _fused(
+        self,
+        x_TD: Tensor,
+        chosen_TK: Tensor,
+        weights_TK: Tensor,
+        places: tuple[Tensor, Tensor, Tensor],
+        compute: Callable[..., Tensor],
+    ) -> Tensor:
+        """The same by kernels. The experts weigh their rows inside, so that what comes back is only added up."""
+        from trainer.kernels import rows
+
+        order_R, back_R, counts_E = places
+        back_TK = back_R.view(chosen_TK.shape)
+        if self.drops:
+            # What a grouped matmul leaves in rows of no expert is never read, and nothing of it reaches the weights.
+            gone_TK = chosen_TK < 0
+            back_TK, weights_TK = back_TK.masked_fill(gone_TK, -1), weights_TK.masked_fill(gone_TK, 0.0)
+        index_R = order_R if chosen_TK.shape[1] == 1 else order_R // chosen_TK.shape[1]
+        weights_R = permute(weights_TK.flatten(), order_R, back_R)
+        x_RD = rows.spread(x_TD, index_R, back_TK)
+        return rows.collect(compute(x_RD, counts_E, weights_R), back_TK, index_R)

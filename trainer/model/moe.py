@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
+from trainer.kernels.choice import fused
 from trainer.model.exchange import LocalExchange
 from trainer.model.router import Router, make_router
 from trainer.model.seams import Alone, Exchange, Micro, Samples, Tensors, attach
@@ -39,6 +40,10 @@ class Feed(nn.Module):
         """Same shape as `x_BSD`."""
         x_BSD = self.tensors.enter(x_BSD)
         up = self.up(x_BSD)
+        if self.gate is not None and fused(up):
+            from trainer.kernels import activation
+
+            return self.tensors.leave(self.down(activation.gated(self.gate(x_BSD), up)))
         inner = F.gelu(up) if self.gate is None else F.silu(self.gate(x_BSD)) * up
         return self.tensors.leave(self.down(inner))
 
@@ -64,8 +69,8 @@ class Experts(nn.Module):
         """Dims of each parameter that expert parallelism and expert-tensor parallelism split."""
         return {"gate_up": (0, 2), "down": (0, 2)} if self.gated else {"up": (0, 1), "down": (0, 2)}
 
-    def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
-        """Rows in, rows out.
+    def forward(self, x_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
+        """Rows in, rows out, each times its weight where there are any.
 
         Args:
             counts_L: rows of each local expert, [L] int64 on the device: the first `counts_L[0]` rows go through expert 0,
@@ -74,14 +79,28 @@ class Experts(nn.Module):
         into = self.gate_up.flatten(1, 2) if self.gated else self.up
         if _grouped(x_RD, into, self.down):
             ends_L = counts_L.cumsum(0, dtype=torch.int32)
-            inner = self._activate(F.grouped_mm(x_RD, into.transpose(1, 2), offs=ends_L))
+            inner = self._inner(F.grouped_mm(x_RD, into.transpose(1, 2), offs=ends_L), weights_R)
             return F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends_L)
+        y_RD = self._by_expert(x_RD, into, counts_L)
+        return y_RD if weights_R is None else y_RD * weights_R.unsqueeze(-1).to(y_RD.dtype)
+
+    def _by_expert(self, x_RD: Tensor, into: Tensor, counts_L: Tensor) -> Tensor:
+        """One expert after the other, which waits for the counts."""
         counts = counts_L.tolist()
         rest = x_RD.shape[0] - sum(counts)
         *parts, beyond = x_RD.split((*counts, rest))
         weights = zip(parts, into.unbind(), self.down.unbind(), strict=True)
         out = [F.linear(self._activate(F.linear(rows, first)), second) for rows, first, second in weights]
         return torch.cat(out if not rest else (*out, torch.zeros_like(beyond)))
+
+    def _inner(self, both: Tensor, weights_R: Tensor | None) -> Tensor:
+        """What goes into `down`, in which a row's weight may stand since all after it is linear."""
+        if self.gated and fused(both):
+            from trainer.kernels import activation
+
+            return activation.gated_pair(both, weights_R)
+        inner = self._activate(both)
+        return inner if weights_R is None else inner * weights_R.unsqueeze(-1).to(inner.dtype)
 
     def _activate(self, inner: Tensor) -> Tensor:
         if not self.gated:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels.choice import fused
 from trainer.model.seams import Alone, Tensors
 
 
@@ -29,7 +30,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x`."""
+        if fused(x):
+            from trainer.kernels.norm import norm_turn
+
+            return norm_turn(x, self.weight, self.eps, None)
         return F.rms_norm(wide(x), (x.shape[-1],), wide(self.weight), self.eps).to(x.dtype)
+
+    def beside(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + y, or x without `y`, and its norm: one pass each way where kernels run."""
+        if fused(x):
+            from trainer.kernels.norm import add_norm
+
+            normed, total = add_norm(x, y, self.weight, self.eps)
+            return total, normed
+        total = x if y is None else x + y
+        return total, self(total)
 
 
 class SplitNorm(RMSNorm):

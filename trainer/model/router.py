@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
+from trainer.kernels.choice import fused
 from trainer.model.norm import RMSNorm, wide
 from trainer.model.seams import Micro, Samples
 
@@ -70,11 +71,17 @@ class Router(nn.Module):
 
     def logits(self, x_BSD: Tensor, state_BSR: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, S, E] in fp32, and the state for the next layer."""
+        if fused(x_BSD):
+            from trainer.kernels.route import wide_linear
+
+            return wide_linear(x_BSD, self.linear.weight), state_BSR
         return F.linear(wide(x_BSD), wide(self.linear.weight)), state_BSR
 
     def forward(self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples) -> Choice:
         """Choose, count the choices in `micro.tally`, and drop what is over the capacity."""
         logits_BSE, state_BSR = self.logits(x_BSD, state_BSR)
+        if self.config.groups == 1 and fused(x_BSD):
+            return self._fused(logits_BSE, state_BSR, micro, samples)
         softmax = self.config.score == "softmax"
         scores_BSE = logits_BSE.softmax(dim=-1) if softmax else logits_BSE.sigmoid()
         chosen_BSK = self.choose(scores_BSE.detach())
@@ -87,6 +94,22 @@ class Router(nn.Module):
         if self.config.capacity_factor is not None:
             chosen_BSK = self._drop(chosen_BSK, micro, samples)
         return Choice(chosen_BSK, weights_BSK * self.config.scale, loss, state_BSR)
+
+    def _fused(self, logits_BSE: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples) -> Choice:
+        """The same by one kernel each way."""
+        from trainer.kernels.route import Rule, route
+
+        config = self.config
+        rule = Rule(
+            self.top_k, config.score == "softmax", config.renormalize and self.top_k > 1, config.scale
+        )
+        bias_E = self.bias if self._biased else None
+        chosen_BSK, weights_BSK, count_BE, share_BE, square = route(logits_BSE, bias_E, rule)
+        micro.tally.count(self.layer, count_BE.sum(dim=0))
+        loss = self._weighted(share_BE, square, count_BE, micro, samples)
+        if config.capacity_factor is not None:
+            chosen_BSK = self._drop(chosen_BSK, micro, samples)
+        return Choice(chosen_BSK, weights_BSK, loss, state_BSR)
 
     def choose(self, scores_BSE: Tensor) -> Tensor:
         """The top k experts by score and bias within the best groups, [..., K], best first."""
@@ -114,14 +137,30 @@ class Router(nn.Module):
     def _losses(
         self, scores_BSE: Tensor, logits_BSE: Tensor, count_BE: Tensor, micro: Micro, samples: Samples
     ) -> Tensor | None:
-        parts = []
-        if self.config.balance in ("aux", "both") and self.config.aux_coefficient:
-            share_BE = samples.total(count_BE) / (micro.sequence * self.top_k)
+        sums_BE = square = None
+        if self._balances:
             probability_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)
-            even = self.experts * (share_BE * probability_BSE.sum(dim=1)).sum()
-            parts.append(self.config.aux_coefficient * even)
+            sums_BE = probability_BSE.sum(dim=1)
         if self.config.z_coefficient:
-            parts.append(self.config.z_coefficient * logits_BSE.logsumexp(dim=-1).square().sum())
+            square = logits_BSE.logsumexp(dim=-1).square().sum()
+        return self._weighted(sums_BE, square, count_BE, micro, samples)
+
+    @property
+    def _balances(self) -> bool:
+        """Whether a loss balances."""
+        return self.config.balance in ("aux", "both") and bool(self.config.aux_coefficient)
+
+    def _weighted(
+        self, sums_BE: Tensor | None, square: Tensor | None, count_BE: Tensor, micro: Micro, samples: Samples
+    ) -> Tensor | None:
+        """The losses from each sample's sums of probabilities and the sum of squared logsumexps."""
+        parts = []
+        if self._balances and sums_BE is not None:
+            share_BE = samples.total(count_BE) / (micro.sequence * self.top_k)
+            even = self.experts * (share_BE * sums_BE).sum()
+            parts.append(self.config.aux_coefficient * even)
+        if self.config.z_coefficient and square is not None:
+            parts.append(self.config.z_coefficient * square)
         if not parts:
             return None
         loss = sum(parts[1:], parts[0]) * (micro.loss_weight * self.share / micro.sequence)

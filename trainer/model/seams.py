@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.kernels.choice import fused
+
 
 @dataclass
 class Tally:
@@ -151,12 +153,12 @@ class Exchange(Protocol):
         chosen_TK: Tensor,
         weights_TK: Tensor,
         experts: int,
-        compute: Callable[[Tensor, Tensor], Tensor],
+        compute: Callable[..., Tensor],
     ) -> Tensor:
         """Weighted sum of each token's expert outputs, [T, D].
 
         `compute` takes rows sorted by local expert, [R, D], and rows of each local expert, [L] int64 on the device, to
-        rows. A choice of -1 goes to no expert.
+        rows; with a third argument, [R], to rows times these weights. A choice of -1 goes to no expert.
         """
 
 
@@ -212,6 +214,10 @@ class Alone:
 
     def loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
         """Cross-entropy of all tokens, summed."""
+        if fused(x_BSD):
+            from trainer.kernels.loss import linear_cross_entropy
+
+            return linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
         logits_TV = self.logits(x_BSD, weight_VD).float().flatten(0, 1)
         return F.cross_entropy(logits_TV, targets_BS.flatten(), reduction="sum", ignore_index=-1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +98,17 @@ def check_names(slots: Sequence[Slot], peers: Peers) -> None:
 
 
 def gradient(slot: Slot) -> Tensor:
-    """The slot's gradient, contiguous; zeros where there is none."""
-    grad = slot.tensor.grad
-    return torch.zeros_like(slot.tensor) if grad is None else grad.contiguous()
+    """The slot's gradient, contiguous fp32; zeros where there is none."""
+    grad = slot.gradient
+    return torch.zeros_like(slot.tensor) if grad is None else grad.float().contiguous()
+
+
+def refresh(slots: Iterable[Slot]) -> None:
+    """Write the weights that matmuls use from their masters."""
+    with torch.no_grad():
+        casts = [(slot.cast.weight, slot.tensor) for slot in slots if slot.cast is not None]
+        if casts:
+            torch._foreach_copy_([weight for weight, _ in casts], [master for _, master in casts])
 
 
 def ranges(elements: int, size: int) -> Iterator[tuple[int, int]]:

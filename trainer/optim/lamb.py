@@ -23,6 +23,7 @@ from trainer.optim.common import (
     moment_dtype,
     ranges,
     rate_of,
+    refresh,
 )
 from trainer.optim.slots import Peers, Slot
 from trainer.state import Box
@@ -87,6 +88,7 @@ class Lamb:
             # A direction of 0 times a negative number is -0, which changes nothing where the step is skipped.
             change_L11 = ratios[row.units_L].mul_(-lr * row.rate.scale).view(-1, 1, 1)
             row.parts(row.slot.tensor).addcmul_(row.parts(direction.masked_fill_(stopped, 0.0)), change_L11)
+        refresh(row.slot for row in live)
         self._rest.step(lr, factor, skip)
 
     def state(self) -> Iterator[tuple[str, Tensor, Slot | None]]:

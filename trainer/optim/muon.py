@@ -25,6 +25,7 @@ from trainer.optim.common import (
     moment_dtype,
     ranges,
     rate_of,
+    refresh,
 )
 from trainer.optim.routes import Lane, Route, plan
 from trainer.optim.slots import Peers, Slot
@@ -134,6 +135,7 @@ class Muon:
             )
             results = self._return(route, self._orthogonalised(route, parts))
             self._land(number, results.wait(), rate, stopped)
+        refresh(row.slot for row in self._rows.values())
         self._rest.step(lr, factor, skip)
 
     def state(self) -> Iterator[tuple[str, Tensor, Slot | None]]:

@@ -12,6 +12,16 @@ from torch import Tensor
 from trainer.state import Box
 
 
+@dataclass
+class Cast:
+    """The weights that matmuls use beside an fp32 master, and their gradient."""
+
+    weight: Tensor
+    """bf16, of the master's shape and contiguous."""
+    gradient: Tensor | None = None
+    """Of the step, bf16 or fp32; stands in place of the master's `grad`."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """This rank's shard of one parameter.
@@ -31,6 +41,13 @@ class Slot:
     replica: int
     """Which of `replicas` equal copies of this box on the ranks of the stage this is."""
     replicas: int
+    cast: Cast | None = None
+    """Written by every step that moves the master."""
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """As the engine left it."""
+        return self.tensor.grad if self.cast is None else self.cast.gradient
 
 
 @dataclass(frozen=True)

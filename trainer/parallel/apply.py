@@ -5,7 +5,7 @@ All but sharding happens on the meta device, so no rank ever holds more than its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from trainer.model.decoder import Stage
 from trainer.model.initial import initial
 from trainer.model.moe import Experts
 from trainer.model.seams import Micro
+from trainer.parallel import resident
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
 from trainer.parallel.expert import ExpertParallel
 from trainer.parallel.mesh import Axis, Mesh
@@ -130,15 +131,20 @@ def _again(forward: Callable[..., Any], *arguments: Any) -> Any:
 # ---- sharding over data-parallel ranks ----
 
 
-def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
+def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> set[str]:
     """Shard a stage's parameters over dp * cp, its experts' over edp.
 
     ZeRO 1 and 2 keep weights gathered from their first use in a step to the last; 3 gathers them for each use. A rank
     that shares its parameters with nobody, in fp32, needs none of it.
+
+    Returns:
+        Names of the parameters that are left whole, in bf16 (see `trainer.parallel.resident`).
     """
     bf16 = config.train.precision == "bf16"
-    if not bf16 and mesh["dp_cp"].size == mesh["edp"].size == 1:
-        return
+    whole = resident.alone(stage, mesh, config)
+    left = resident.reserve(stage, whole)
+    if mesh["dp_cp"].size == mesh["edp"].size == 1 and (whole or not bf16):
+        return whole
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -147,7 +153,7 @@ def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
     place = partial(_expert_shard, ranks=mesh["edp"].size)
     for blocks in _units(stage, mesh["pp"].size > 1):
         experts = [module for block in blocks for module in block.modules() if isinstance(module, Experts)]
-        if experts:
+        if experts and not whole:
             fully_shard(
                 experts,
                 mesh=sparse,
@@ -155,13 +161,16 @@ def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
                 mp_policy=policy,
                 shard_placement_fn=place,
             )
-        fully_shard(blocks, mesh=dense, reshard_after_forward=gather_again, mp_policy=policy)
-    fully_shard(stage, mesh=dense, reshard_after_forward=False, mp_policy=policy)
+        fully_shard(
+            blocks, mesh=dense, reshard_after_forward=gather_again, mp_policy=policy, ignored_params=left
+        )
+    fully_shard(stage, mesh=dense, reshard_after_forward=False, mp_policy=policy, ignored_params=left)
     for module in sharded(stage):
         # Losses are weighted by the samples of the whole step, so gradients add up.
         module.set_gradient_divide_factor(1.0)
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
+    return whole
 
 
 def _units(stage: Stage, alone: bool) -> list[list[nn.Module]]:
@@ -198,19 +207,31 @@ def _expert_shard(parameter: nn.Parameter, ranks: int) -> Shard | None:
     return Shard(even[0]) if even else None
 
 
-def materialize(stage: Stage, cuts: dict[str, Cut], config: RunConfig, mesh: Mesh) -> None:
-    """Allocate this rank's shards on the device and give them their initial values."""
+def materialize(
+    stage: Stage, cuts: dict[str, Cut], config: RunConfig, mesh: Mesh, whole: Container[str] = ()
+) -> dict[str, Tensor]:
+    """Allocate this rank's shards on the device and give them their initial values.
+
+    Returns:
+        The masters of the parameters that are left whole, by name.
+    """
     stage.to_empty(device=mesh.device)
+    masters = {}
     with torch.no_grad():
         for buffer in stage.buffers():
             buffer.zero_()
         for name, parameter in stage.named_parameters():
+            if name in whole:
+                masters[name] = initial(name, cuts[name].box, config.model, config.train.seed, mesh.device)
+                parameter.copy_(masters[name])
+                continue
             local, box = local_part(parameter, cuts[name], mesh)
             local.copy_(initial(name, box, config.model, config.train.seed, mesh.device))
     for module in sharded(stage):
         # FSDP pads odd shards when it is first used; from then on the storage stays where it is.
         module.unshard()
         module.reshard()
+    return masters
 
 
 def local_part(parameter: Tensor, cut: Cut, mesh: Mesh) -> tuple[Tensor, Box]:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.model.exchange import weigh
+from trainer.kernels.choice import fused
+from trainer.model.exchange import sort_by_expert, weigh
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
 
-Compute = Callable[[Tensor, Tensor], Tensor]
+Compute = Callable[..., Tensor]
 
 
 class _Take(torch.autograd.Function):
@@ -85,6 +86,8 @@ class ExpertParallel:
     def _over_ep(
         self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
     ) -> Tensor:
+        if fused(x_TD):
+            return self._fused(x_TD, chosen_TK, weights_TK, experts, compute)
         tokens, top_k = chosen_TK.shape
         flat_R = chosen_TK.flatten()
         # Dropped pairs (-1) sort behind all experts and are cut off.
@@ -117,3 +120,75 @@ class ExpertParallel:
         back_R = inverse(by_expert_R, by_expert_R.numel())
         y_RD = compute(take(x_RD, by_expert_R, back_R.unsqueeze(1)), counts_L)
         return exchange.swap(take(y_RD, back_R, by_expert_R.unsqueeze(1)), receives, sends, self._ep)
+
+    # ---- the same by kernels ----
+
+    def _fused(
+        self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
+    ) -> Tensor:
+        """Rows are copied while their numbers travel; the host waits for those once, before it sizes the exchange."""
+        from trainer.kernels import rows
+
+        order_R, back_R, count_E = sort_by_expert(chosen_TK, experts)
+        back_TK = back_R.view(chosen_TK.shape).masked_fill(chosen_TK < 0, -1)
+        both = self._counts(count_E)
+        x_RD = rows.spread(x_TD, order_R // chosen_TK.shape[1], back_TK)
+        incoming_NL, (sends, receives) = both.wait()
+        # Dropped pairs come last: nothing of them is sent, and no token asks for them.
+        x_RD, order_R = x_RD[: sum(sends)], order_R[: sum(sends)]
+        if self._ep.size == 1:
+            y_RD = compute(x_RD, incoming_NL.sum(dim=0))
+        else:
+            x_RD = exchange.swap(x_RD, sends, receives, self._ep)
+            by_expert_R, back = by_expert(incoming_NL, sum(receives))
+            x_RD = rows.spread(x_RD, by_expert_R, back.unsqueeze(1))
+            y_RD = rows.spread(compute(x_RD, incoming_NL.sum(dim=0)), back, by_expert_R.unsqueeze(1))
+            y_RD = exchange.swap(y_RD, receives, sends, self._ep)
+        return rows.weigh(y_RD, weights_TK, back_TK, order_R)
+
+    def _counts(self, count_E: Tensor) -> _Counts:
+        """Tell the ranks of ep how many rows they will get, and start to bring both numbers to the host."""
+        if self._ep.size == 1:
+            incoming_NL = count_E.view(1, -1)
+        else:
+            incoming_NL = exchange.all_to_all(count_E, None, None, self._ep).view(self._ep.size, -1)
+        both = torch.stack([count_E.view(self._ep.size, -1).sum(dim=1), incoming_NL.sum(dim=1)])
+        return _Counts(incoming_NL, both)
+
+
+class _Counts:
+    """Numbers of rows on their way to the host."""
+
+    def __init__(self, incoming_NL: Tensor, both: Tensor) -> None:
+        self._incoming_NL = incoming_NL
+        self._event: torch.cuda.Event | None = None
+        self._host = both
+        if both.is_cuda:
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> tuple[Tensor, tuple[list[int], list[int]]]:
+        """Rows of each source and local expert, [N, L]; rows to and from each rank."""
+        if self._event is not None:
+            self._event.synchronize()
+        sends, receives = self._host.tolist()
+        return self._incoming_NL, (sends, receives)
+
+
+def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Order of rows by expert, then source, of rows that lie by source, then expert; and its inverse; both [total].
+
+    Args:
+        total: sum of `incoming_NL`, so that nothing waits for the device.
+    """
+    ends_NL = incoming_NL.flatten().cumsum(0).view_as(incoming_NL)
+    turned_LN = incoming_NL.t().contiguous()
+    places_LN = turned_LN.flatten().cumsum(0).view_as(turned_LN) - turned_LN
+    # What a block's rows move by, from where it begins among the sources to where among the experts.
+    moves = places_LN.t() - (ends_NL - incoming_NL)
+    moves_R = moves.flatten().repeat_interleave(incoming_NL.flatten(), output_size=total)
+    back_R = torch.arange(total, device=moves.device) + moves_R
+    order_R = torch.empty_like(back_R).scatter_(0, back_R, torch.arange(total, device=moves.device))
+    return order_R, back_R

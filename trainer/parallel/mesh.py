@@ -136,7 +136,7 @@ def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     network = meet(config, rank, backend)
     collective = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
-    control = dist.new_group(backend="gloo", timeout=collective)
+    control = dist.new_group(backend="gloo", timeout=collective, group_desc="control")
     return assemble(config.parallel, rank.rank, rank.world, device, control, network)
 
 
@@ -168,7 +168,7 @@ def make_groups(members: dict[str, tuple[int, ...]], rank: int, world: int) -> d
             group = dist.group.WORLD
         elif len(ranks) > 1 or name in ("dp_cp", "edp"):  # FSDP wants a communicator for one rank too
             if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
             group = made[ranks]
         axes[name] = Axis(group, ranks, ranks.index(rank))
     return axes

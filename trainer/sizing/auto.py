@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -269,44 +268,3 @@ def predicted(job: Job, hardware: HardwareConfig) -> Figure | str:
         return why
     rates = rates_of(hardware)
     return step.step_time(job, rates) or step.why_unknown(job, rates)
-
-
-@dataclass(frozen=True)
-class Replanned:
-    """A layout for what is left of a cluster."""
-
-    layout: Layout | None
-    reason: str
-    """Why this one, or why there is none."""
-
-
-def replan(config: RunConfig, slots: Sequence[int]) -> Replanned:
-    """A layout of a run's resolved configuration for the slots that are left, one number for each node.
-
-    Batch, micro-batch and model stay, so that training goes on as it was: dp must divide the batch's micro-batches and
-    ep the experts. The most ranks win; among their layouts the fastest by prediction that fits, and where no rates are
-    on record, the ep next to the present one.
-    """
-    if not slots or sum(slots) < 1:
-        return Replanned(None, "no slots are left")
-    free = config.model_copy(
-        update={
-            "parallel": config.parallel.model_copy(update={"dp": None, "ep": None}),
-            "cluster": config.cluster.model_copy(update={"nodes": None, "slots_per_node": None}),
-        }
-    )
-    made = most_ranks(free, slots)
-    if made is None:
-        return Replanned(
-            None,
-            f"no layout of up to {sum(slots)} ranks divides train.global_batch={config.train.global_batch}",
-        )
-    told = f"the most of {sum(slots)} slots that train.global_batch={config.train.global_batch} divides over"
-    if not unknown(config.hardware, made.precision, made.ranks, made.node):
-        found = search(made, config.hardware, rates_of(config.hardware))
-        if found.best is None:
-            return Replanned(None, found.reason)
-        return Replanned(found.best.job.layout, f"{told}; {reason(found)}")
-    before = config.parallel.size("ep")
-    layout = min(legal.layouts(made), key=lambda one: (abs(math.log(one.ep / before)), one.ep))
-    return Replanned(layout, f"{told}; ep={layout.ep} is next to the {before} before, no rates are on record")

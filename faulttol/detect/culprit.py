@@ -1,0 +1,168 @@
+"""Which rank the others wait for: the one that waits for nobody. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from faulttol.detect.snapshot import GroupSeen, RankSeen
+from faulttol.recorder import Mark, Phase, Record
+from faulttol.signs import DEVICE
+
+_SAME_MOMENT = 5.0
+"""Seconds by which ranks that save may differ in their last sign of progress, which comes with each few MiB."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Who is behind."""
+
+    ranks: list[int]
+    because: str = ""
+    """What the others wait for them in; empty where records alone tell."""
+    ring: bool = False
+    """They wait for each other."""
+
+
+def held(living: Iterable[RankSeen], since: float) -> list[RankSeen]:
+    """Ranks that can't get on, as of that time at least: stopped processes, the first one first."""
+    found = [rank for rank in living if rank.held_since is not None and rank.held_since <= since]
+    return sorted(found, key=lambda rank: (rank.held_since or 0.0, rank.rank))
+
+
+def asleep(
+    living: Sequence[RankSeen], world: int, ranks: Mapping[int, RankSeen], since: float
+) -> list[RankSeen]:
+    """Ranks that sleep while all the others wait for them; none where one isn't known to do either.
+
+    A rank that runs, or waits for a file, a device or another host, may come back, and so may what waits for it.
+
+    Args:
+        living: ranks that haven't ended.
+        world: ranks of the gang.
+        ranks: all that were seen.
+        since: as of when they must have slept.
+    """
+    if len(ranks) < world:
+        return []
+    left = sorted((r for r in ranks.values() if r.exit_code == 0), key=lambda r: (r.exit_time or 0.0, r.rank))
+    waiting = {rank.rank for rank in living if is_waiting(rank)}
+    asleep_ones = [
+        rank
+        for rank in living
+        # One without a record is still on its way into the program: it may sleep for a disk or a processor.
+        if rank.newest is not None and rank.rank not in waiting
+        if rank.asleep_since is not None and rank.asleep_since <= since
+    ]
+    if not asleep_ones:
+        return left if left and len(waiting) == len(living) else []
+    edges = _edges(living)
+    # A device may wait for peers: where its rank has entered a collective that a sleeper hasn't, it does.
+    sleepers = {rank.rank for rank in asleep_ones}
+    waiting |= {
+        rank.rank for rank in living if rank.waits == DEVICE and edges.get(rank.rank, set()) & sleepers
+    }
+    # One that waits in a way that it doesn't tell of is seen to wait by the collective that it has entered.
+    names = {rank.rank for rank in asleep_ones}
+    behind_others = {to for one in names for to in edges.get(one, ()) if to in names}
+    for one in names - behind_others:
+        if edges.get(one, set()) & names:
+            names, waiting = names - {one}, waiting | {one}
+    if len(names) + len(waiting) < len(living) or not waiting:
+        return []
+    named = [rank for rank in asleep_ones if rank.rank in names]
+    records = {rank.rank: rank.newest for rank in named if rank.newest is not None}
+    first = behind(records) if len(records) == len(named) else sorted(names)
+    return sorted(named, key=lambda rank: (rank.rank not in first, rank.rank))
+
+
+def is_waiting(rank: RankSeen) -> bool:
+    """It says itself that it waits for others."""
+    newest = rank.newest
+    own_part_done = newest is not None and newest.phase is Phase.COLLECTIVE and newest.mark is Mark.BEGIN
+    return rank.waits not in ("", DEVICE) or own_part_done
+
+
+def waited_for(seen: Mapping[int, RankSeen]) -> Found:
+    """The ranks that the others wait for.
+
+    1. A stopped process, whatever it waited for.
+    2. Of ranks that others wait for in a communicator, those that wait for nobody: they haven't entered the collective
+       that the others have. Where each waits for another, they are a ring.
+    3. Of ranks, those that don't stand in a distributed call.
+    4. Of those, the ones that are furthest behind by their records.
+    """
+    stopped = [rank for rank in sorted(seen) if seen[rank].held_since is not None]
+    if stopped:
+        return Found(stopped, f", {seen[stopped[0]].held or 'stopped'}")
+    edges = _edges(seen.values())
+    wanted = {to for targets in edges.values() for to in targets}
+    candidates = sorted(rank for rank in wanted if not edges.get(rank))
+    ring = bool(wanted) and not candidates
+    if ring:
+        return Found(sorted(wanted), "; each has entered a collective that another hasn't", ring=True)
+    because = _because(seen, candidates)
+    candidates = candidates or sorted(seen)
+    awake = [rank for rank in candidates if not is_waiting(seen[rank])]
+    if awake and len(awake) < len(seen):
+        candidates = awake
+    records = {rank: record for rank in candidates if (record := seen[rank].newest) is not None}
+    found = behind(records) if records else candidates
+    return Found(found, because)
+
+
+def behind(records: Mapping[int, Record]) -> list[int]:
+    """Ranks with the fewest steps and, among these, the fewest records; where they save, those that got on the least.
+
+    With one rank stopped, its peers have all entered the collective that it hasn't, so their newest records lie after its
+    own. Of ranks that stand in one save, those are behind that stopped renewing their record first.
+    """
+    places = {rank: _place(record) for rank, record in records.items()}
+    least = min(places.values())
+    found = sorted(rank for rank, place in places.items() if place == least)
+    if all(records[r].phase is Phase.CHECKPOINT and records[r].mark is Mark.BEGIN for r in found):
+        first = min(records[rank].time for rank in found)
+        found = [rank for rank in found if records[rank].time - first <= _SAME_MOMENT]
+    return found
+
+
+def _place(record: Record) -> tuple[int, int]:
+    """Where a rank is: index of the step it is in, and its records so far.
+
+    `step` n says that n steps are finished; what follows it, such as a save, belongs to the same step's end.
+    """
+    return record.step - (record.mark is Mark.STEP), record.sequence
+
+
+def _edges(seen: Iterable[RankSeen]) -> dict[int, set[int]]:
+    """By rank, the ranks that it waits for: it has entered a collective that they haven't.
+
+    Of a group's ranks only the most backward ones are waited for: the others may be waiting too.
+    """
+    groups: dict[str, dict[int, GroupSeen]] = {}
+    for rank in seen:
+        for group in rank.groups:
+            groups.setdefault(group.name, {})[rank.rank] = group
+    edges: dict[int, set[int]] = {}
+    for members in groups.values():
+        least = min(group.entered for group in members.values())
+        last = {member for member, group in members.items() if group.entered == least}
+        for member, group in members.items():
+            if group.entered > least:
+                edges.setdefault(member, set()).update(last)
+    return edges
+
+
+def _because(seen: Mapping[int, RankSeen], candidates: Sequence[int]) -> str:
+    """The collective that the first of the candidates hasn't entered."""
+    if not candidates:
+        return ""
+    for group in seen[candidates[0]].groups:
+        ahead = [
+            r for r in seen.values() for g in r.groups if g.name == group.name and g.entered > group.entered
+        ]
+        if ahead:
+            doing = next((f" ({r.waits})" for r in ahead if r.waits), "")
+            count = f"{len(ahead)} rank{'s wait' if len(ahead) > 1 else ' waits'}"
+            return f": {count} for it in collective {group.entered + 1} of {group.name}{doing}"
+    return ""

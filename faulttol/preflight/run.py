@@ -1,0 +1,29 @@
+"""All checks of a node in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from faulttol.preflight import host
+from faulttol.preflight.result import Preflight
+
+
+def preflight(peers: Sequence[str] = (), arithmetic: bool = True) -> Preflight:
+    """Look at this node.
+
+    Args:
+        peers: `HOST:PORT` of neighbours' beacons.
+        arithmetic: also at its devices with torch: some seconds.
+    """
+    found = [
+        *host.quick(),
+        host.timed("versions", host.told_versions),
+        host.timed("device tool", host.device_tool),
+        host.timed("loopback", host.loopback),
+        host.timed("neighbours", lambda: host.neighbours(peers)),
+    ]
+    if arithmetic:
+        from faulttol.preflight import device  # torch loads here alone
+
+        found += device.checks()
+    return Preflight(tuple(found))

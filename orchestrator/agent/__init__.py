@@ -1,0 +1,1 @@
+"""The node agent: what runs, watches, stops and looks after the ranks of one node."""

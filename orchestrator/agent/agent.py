@@ -1,0 +1,167 @@
+"""The node agent: it lives as long as its node, and moves each attempt there to where the controller wants it.
+
+Its one call is level-triggered: an order says what should be, the answer what is, and it comes the moment there is news.
+Nothing that answers touches shared storage, so the heartbeat goes on while that is slow. Ranks are processes in sessions
+of their own: one that hangs, stops or holds its interpreter lock can't silence the agent, and a controller that is gone
+doesn't end them. A dead agent takes its ranks along (`configs.rank.die_with_parent`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from faulttol import steady
+from faulttol.detect.snapshot import RankSeen
+from orchestrator.agent.attempt import Attempt
+from orchestrator.agent.orders import Answer, Order, Phase, Superseded
+from orchestrator.agent.spawner import Spawner
+from orchestrator.agent.standbys import Standbys
+from orchestrator.control.gang import AgentReport, Want
+
+_KEPT = 64
+"""Attempts that are remembered after they were stopped, so that a late order doesn't start them again."""
+
+Key = tuple[str, int]
+
+
+@dataclass
+class _Told:
+    """What the newest answer about an attempt held."""
+
+    serial: int = 0
+    ranks: tuple[RankSeen, ...] = ()
+
+
+class NodeAgent:
+    """Owns the ranks of one node. Thread-safe: every call may come at any time from any thread.
+
+    Args:
+        node_id: of the node.
+        facts: versions that must be alike on all nodes of a gang.
+        check: why the node can't take ranks now; asked before each gang.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        facts: dict[str, str] | None = None,
+        check: Callable[[], str] = lambda: "",
+        clock: Callable[[], float] = steady.now,
+    ) -> None:
+        self._node_id, self._facts, self._check, self._clock = node_id, facts or {}, check, clock
+        self._born = time.monotonic()
+        self._changed = threading.Condition(threading.RLock())
+        self._spawner = Spawner()
+        self._standbys = Standbys(self._spawner)
+        self._attempts: dict[Key, Attempt] = {}
+        self._told: dict[Key, _Told] = {}
+        self._epochs: dict[str, int] = {}
+        """Folder of runs -> highest epoch of a controller that was heard of; two homes may share a node."""
+
+    def attend(self, order: Order) -> Answer:
+        """Move an attempt to where it should be, and say where it is: at once where there is news, else after `order.wait`.
+
+        Raises:
+            Superseded: where a later controller has given orders.
+        """
+        key = (order.run_root, order.attempt)
+        with self._changed:
+            self._fence(order)
+            attempt = self._attempts.get(key)
+            if attempt is None and order.want is not Want.WATCHED:
+                attempt = Attempt(order, self._node_id, self._spawner, self._standbys, self._changed)
+                self._attempts[key] = attempt
+                self._told[key] = _Told()
+            if attempt is None:
+                report = AgentReport(self._node_id, self._clock(), ())
+                return Answer(Phase.UNKNOWN, self._age(), None, report, 0, 0)
+            attempt.touched = time.monotonic()
+            self._obey(attempt, order)
+            until = time.monotonic() + order.wait
+            while attempt.news <= order.news and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+        return self._answer(key, attempt, order)
+
+    @property
+    def pids(self) -> set[int]:
+        """Processes that it has started and that live."""
+        return self._spawner.pids()
+
+    def _fence(self, order: Order) -> None:
+        home = str(Path(order.run_root).parent)
+        highest = self._epochs.get(home, 0)
+        if order.epoch < highest:
+            raise Superseded(f"epoch {order.epoch} was followed by {highest}")
+        self._epochs[home] = order.epoch
+
+    def _obey(self, attempt: Attempt, order: Order) -> None:
+        if order.want is Want.STARTED and order.launch is not None:
+            attempt.prepare(order.launch, self._check)
+            if order.launch.master:
+                attempt.start(order.launch)
+        elif order.want is Want.STOPPED:
+            attempt.stop(order.grace)
+        elif order.want is Want.RELEASED:
+            attempt.stop(0.0)
+            attempt.free()
+        if order.collect and attempt.phase is Phase.RUNNING:
+            attempt.collect()
+        self._prune()
+
+    def _answer(self, key: Key, attempt: Attempt, order: Order) -> Answer:
+        ranks = attempt.seen()
+        lines, offset = attempt.files.fetch(order.offset) if attempt.files else ((), order.offset)
+        now = time.monotonic()
+        with self._changed:
+            told = self._told.setdefault(key, _Told())
+            # The asker has what the newest answer held only if that answer reached it.
+            known = set(told.ranks) if order.serial == told.serial else set()
+            told.serial, told.ranks = told.serial + 1, ranks
+            fresh = tuple(rank for rank in ranks if rank not in known)
+            files = attempt.files
+            return Answer(
+                phase=attempt.phase,
+                age=self._age(),
+                started=None if attempt.started is None else now - attempt.started,
+                report=AgentReport(self._node_id, self._clock(), fresh, lines, offset),
+                news=attempt.news,
+                serial=told.serial,
+                master=attempt.master,
+                pids=attempt.pids,
+                missing=files.trouble.missing if files and files.trouble else "",
+                unfit=attempt.unfit,
+                slow=files.slow if files else 0.0,
+                facts=self._facts,
+                collected=attempt.evidence.done if attempt.evidence else order.collect,
+            )
+
+    def _age(self) -> float:
+        return time.monotonic() - self._born
+
+    def _prune(self) -> None:
+        """Forget what was stopped long ago, and the memory of what a newer attempt of its run has followed."""
+        newest = {root: max(n for r, n in self._attempts if r == root) for root, _ in self._attempts}
+        for (root, number), attempt in self._attempts.items():
+            if attempt.phase is Phase.STOPPED and number < newest[root]:
+                attempt.forget()
+        stopped = [key for key, a in self._attempts.items() if a.phase is Phase.STOPPED]
+        for key in sorted(stopped, key=lambda k: self._attempts[k].touched)[: max(0, len(stopped) - _KEPT)]:
+            self._attempts.pop(key).forget()
+            self._told.pop(key, None)
+
+    def close(self) -> None:
+        """End all ranks of all attempts; for an agent that isn't a process of its own."""
+        self._standbys.close()
+        with self._changed:
+            for attempt in self._attempts.values():
+                attempt.stop(0.0)
+            while any(a.phase is not Phase.STOPPED for a in self._attempts.values()):
+                if not self._changed.wait(30.0):
+                    break
+            for attempt in self._attempts.values():
+                attempt.forget()

@@ -1,0 +1,321 @@
+"""One attempt on one node: its ranks from the first look at its files to the end of the last process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from configs.paths import RunPaths
+from configs.rank import RankFiles
+from faulttol.detect.look import RankWatch
+from faulttol.detect.snapshot import RankSeen
+from orchestrator.agent import devices, environment, family
+from orchestrator.agent.evidence import Evidence
+from orchestrator.agent.files import Files
+from orchestrator.agent.orders import Launch, Order, Phase, mark, rings
+from orchestrator.agent.spawner import Exit, Spawner
+from orchestrator.agent.standbys import Standbys
+
+log = logging.getLogger("megaray.agent")
+
+_LAST_WORDS_SECONDS = 0.5
+"""An exit is told without the last line of its log where that takes longer."""
+_KILL_SECONDS = 60.0
+"""A process that SIGKILL hasn't ended after this is told of as the node's fault."""
+_DEVICE_SECONDS = 60.0
+"""Likewise device memory that isn't free."""
+
+
+@dataclass
+class _Rank:
+    pid: int
+    watch: RankWatch
+    exit: Exit | None = None
+
+
+@dataclass
+class _Stop:
+    """How the ranks are being stopped."""
+
+    deadline: float
+    """Monotonic time of SIGKILL."""
+    asked: float = field(default_factory=time.monotonic)
+
+
+class Attempt:
+    """Moves one way, from `preparing` to `stopped`; every order may come again and again.
+
+    Args:
+        order: the first that was heard of it.
+        node_id: of this node.
+        spawner: starts processes.
+        standbys: interpreters that wait for a program.
+        changed: the agent's condition; it is notified of news, and its lock guards what is here.
+    """
+
+    def __init__(
+        self, order: Order, node_id: str, spawner: Spawner, standbys: Standbys, changed: threading.Condition
+    ) -> None:
+        self.run = RunPaths(Path(order.run_root))
+        self.number = order.attempt
+        self.phase = Phase.UNKNOWN
+        self.news = 0
+        self.unfit = ""
+        self.master = ""
+        self.started: float | None = None
+        self.evidence: Evidence | None = None
+        self.touched = time.monotonic()
+        self.files: Files | None = None
+        self._spawner, self._standbys, self._changed = spawner, standbys, changed
+        self._mark = mark(order.run_root, order.attempt)
+        self._rings = rings(order.run_root, order.attempt, node_id)
+        self._launch: Launch | None = None
+        self._order = order
+        self._ranks: dict[int, _Rank] = {}
+        self._stop: _Stop | None = None
+        self._port: socket.socket | None = None
+        self._used: dict[str, int] = {}
+        """Bytes in use on each device before the ranks started."""
+        self._early: dict[int, Exit] = {}
+        """Ends of processes that came before it was noted which rank they were."""
+        self._check: Callable[[], str] = str
+        self._kept = False
+        """Standbys for the next attempt were asked for."""
+        self._looking = threading.Lock()
+        self._freed = False
+        self._starting: threading.Thread | None = None
+
+    # ---- what the agent asks ----
+
+    def prepare(self, launch: Launch, check: Callable[[], str]) -> None:
+        """Open the files, look at the node and choose a port; idempotent."""
+        if self.phase is not Phase.UNKNOWN:
+            return
+        self._launch, self._check, self.phase = launch, check, Phase.PREPARING
+        needs = [_configuration(launch, self.run), *([Path(launch.code)] if launch.code else [])]
+        self.files = Files(self.run, self.number, launch.ranks, needs, self._files_news)
+        # Bound until the attempt is forgotten, so that nobody else is given the port before rank 0 listens on it.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("", 0))
+        self.master = f"{launch.ip}:{self._port.getsockname()[1]}"
+
+    def start(self, launch: Launch) -> None:
+        """Start the ranks with the rendezvous that `launch` tells; once only."""
+        if self.phase is not Phase.READY or self.started is not None:
+            return
+        self._launch, self.started = launch, time.monotonic()
+        self._starting = threading.Thread(target=self._start, args=(launch,), name="agent-start", daemon=True)
+        self._starting.start()
+
+    def stop(self, grace: float) -> None:
+        """End all processes: SIGTERM to the ranks, and after `grace` seconds SIGKILL to everything."""
+        if self.phase in (Phase.STOPPING, Phase.STOPPED):
+            if self._stop is not None and self._stop.asked + grace < self._stop.deadline:
+                self._stop.deadline = self._stop.asked + grace
+                self._changed.notify_all()
+            return
+        self._stop = _Stop(time.monotonic() + grace)
+        self._move(Phase.STOPPING)
+        threading.Thread(target=self._stop_all, name="agent-stop", daemon=True).start()
+
+    def collect(self) -> None:
+        """Write stacks and rings of the living ranks, once."""
+        if self.evidence is None:
+            living = {rank: one.pid for rank, one in self._ranks.items() if one.exit is None}
+            self.evidence = Evidence(self.run.attempt(self.number).evidence, living, self._rings, self.note)
+
+    def free(self) -> None:
+        """Forget it once nothing of it is left."""
+        self._freed = True
+        self._standbys.drop(str(self.run.root))
+        if self.phase is Phase.STOPPED:
+            self.forget()
+
+    def forget(self) -> None:
+        """Give up what the node's memory holds of it."""
+        for end in (self._port, self.files):
+            if end is not None:
+                end.close()
+        shutil.rmtree(self._rings, ignore_errors=True)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids by rank, once all are started."""
+        return {rank: one.pid for rank, one in self._ranks.items()} if self.phase is not Phase.READY else {}
+
+    def seen(self) -> tuple[RankSeen, ...]:
+        """All ranks as they are now; reads node memory, and is called without the lock."""
+        with self._changed:
+            ranks = [(rank, one.watch, one.exit) for rank, one in sorted(self._ranks.items())]
+        words = self.files.last_words if self.files else {}
+        with self._looking:  # a watch compares with its last look
+            seen = tuple(
+                watch.look() if ended is None else watch.look(ended.code, ended.time, words.get(rank, ""))
+                for rank, watch, ended in ranks
+            )
+        if self._launch is not None and not self._kept and self.phase is Phase.RUNNING and _trains(seen):
+            self._kept = True
+            try:
+                env = environment.common(self._launch, os.environ)
+                self._standbys.keep(str(self.run.root), self._launch, env)
+            except Exception:  # a convenience: nothing else may fail by it
+                log.exception("standbys for %s", self.run.run_id)
+        return seen
+
+    def note(self) -> None:
+        """There is news."""
+        with self._changed:
+            self.news += 1
+            self._changed.notify_all()
+
+    # ---- threads of the attempt ----
+
+    def _move(self, phase: Phase) -> None:
+        self.phase = phase
+        self.news += 1
+        self._changed.notify_all()
+
+    def _files_news(self) -> None:
+        with self._changed:
+            files = self.files
+            if files is not None and self.phase is Phase.PREPARING and files.trouble:
+                self.unfit = files.trouble.unfit
+            elif files is not None and self.phase is Phase.PREPARING and files.ready:
+                self.unfit = self._check() or self._make_rings()
+                if not self.unfit:
+                    self.phase = Phase.READY
+            self.news += 1
+            self._changed.notify_all()
+
+    def _make_rings(self) -> str:
+        try:
+            self._rings.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"can't make {self._rings} ({error.strerror})"
+        return ""
+
+    def _start(self, launch: Launch) -> None:
+        files = self.files
+        assert files is not None, "it was prepared"
+        logs = files.take_logs()
+        try:
+            if launch.uses_devices:
+                self._used = devices.used(launch.devices).used
+            env = environment.common(launch, os.environ)
+            for local_rank, rank in enumerate(launch.ranks):
+                if self._stop is not None:
+                    return
+                own = environment.of_rank(self._order, launch, local_rank, self._rings)
+                process = self._standbys.take(launch, env, own, logs[rank], self._ended)
+                if process is None:
+                    words = [sys.executable, *launch.program]
+                    process = self._spawner.start(words, env | own, self._ended, logs[rank]).result()
+                with self._changed:
+                    early = self._early.pop(process.pid, None)
+                    watch = RankWatch(RankFiles(self._rings, rank), process.pid, frozenset(launch.addresses))
+                    self._ranks[rank] = _Rank(process.pid, watch, early)
+            self._standbys.rest(str(self.run.root))
+            with self._changed:
+                if self.phase is Phase.READY:
+                    self._move(Phase.RUNNING)
+        except Exception as error:  # told as the node's fault: nothing else can be wrong here
+            log.exception("the ranks of %s can't start", self.run.run_id)
+            with self._changed:
+                self.unfit = f"the ranks can't start: {type(error).__name__}: {error}"
+                self.news += 1
+                self._changed.notify_all()
+        finally:
+            for fd in logs.values():
+                os.close(fd)
+
+    def _ended(self, pid: int, ended: Exit) -> None:
+        """A rank's process has ended; called by the thread that the kernel tells."""
+        with self._changed:
+            rank = next((rank for rank, one in self._ranks.items() if one.pid == pid), None)
+            if rank is None:
+                self._early[pid] = ended
+                return
+            self._ranks[rank].exit = ended
+            files = self.files
+            if files is None or ended.code == 0:
+                self.news += 1
+                self._changed.notify_all()
+                return
+        files.ask_last_words(rank)  # its news wakes whoever waits
+        threading.Timer(_LAST_WORDS_SECONDS, self.note).start()
+
+    def _stop_all(self) -> None:
+        stop = self._stop
+        assert stop is not None, "the caller has said how"
+        if self._starting is not None:
+            self._starting.join()
+        with self._changed:
+            leaders = {one.pid for one in self._ranks.values()}
+            if stop.deadline > time.monotonic():
+                # The ranks alone: their children must live for as long as a save needs them.
+                family.end((one.pid for one in self._ranks.values() if one.exit is None), signal.SIGTERM)
+            while any(one.exit is None for one in self._ranks.values()):
+                left = stop.deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+        self._kill(leaders)
+        self._await_devices()
+        with self._changed:
+            if self._freed:
+                self.forget()
+            self._move(Phase.STOPPED)
+
+    def _kill(self, leaders: set[int]) -> None:
+        """SIGKILL until nothing is left. What stays in the kernel is told of and waited for: its slot isn't free."""
+        begun, wait = time.monotonic(), 0.005
+        while left := family.of_attempt(self._mark, leaders):
+            family.end(left, signal.SIGKILL)
+            time.sleep(wait)
+            wait = min(1.0, wait * 2)
+            if time.monotonic() - begun > _KILL_SECONDS and not self.unfit:
+                states = ", ".join(f"{pid} ({family.state_of(pid)})" for pid in left[:4])
+                with self._changed:
+                    self.unfit = f"processes that SIGKILL doesn't end: {states}"
+                    self.news += 1
+                    self._changed.notify_all()
+
+    def _await_devices(self) -> None:
+        """Wait until the devices' memory is as free as it was before the ranks started, within bounds."""
+        launch = self._launch
+        if launch is None or not launch.uses_devices or self.started is None:
+            return
+        until, wait = time.monotonic() + _DEVICE_SECONDS, 0.05
+        unknown = devices.used(launch.devices).unknown
+        if unknown:
+            log.warning("%s: whether the devices' memory is free can't be told: %s", self.run.run_id, unknown)
+        while held := devices.held(launch.devices, self._used):
+            if time.monotonic() > until:
+                with self._changed:
+                    self.unfit = held
+                return
+            time.sleep(wait)
+            wait = min(2.0, wait * 2)
+
+
+def _trains(seen: Sequence[RankSeen]) -> bool:
+    """All ranks are past their start, so that other work on the node delays nothing that is waited for."""
+    return bool(seen) and all(one.newest is not None and one.newest.step > 0 for one in seen)
+
+
+def _configuration(launch: Launch, run: RunPaths) -> Path:
+    """The configuration that the ranks read: it must be there on every node."""
+    words = launch.program
+    if "--config" in words[:-1]:
+        return Path(words[words.index("--config") + 1])
+    return run.config

@@ -1,0 +1,139 @@
+"""Is this node fit to serve: looked at before it is given ranks, again and again while it waits, and before each gang."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from faulttol.preflight import host
+from faulttol.preflight.result import Check, Outcome, Preflight
+from orchestrator.agent.environment import DEVICES
+
+log = logging.getLogger("megaray.agent")
+
+_FULL_SECONDS = 150.0
+_RETRY_SECONDS = 300.0
+"""Between two full looks at a node that failed one."""
+MODES = ("auto", "full", "quick", "off")
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is known of a node now."""
+
+    done: bool
+    """It has been looked at."""
+    why: str
+    """Why it can't serve; empty where it can."""
+    port: int
+    """Where neighbours reach it."""
+
+
+def before_gang() -> str:
+    """Why this node can't take ranks now; empty where it can. Takes no time that anybody would notice."""
+    return Preflight(tuple(host.quick())).why
+
+
+class NodeCheck:
+    """Looks in a thread of its own; the answer is what is known.
+
+    A node of cores is looked at without torch. One with devices also proves their memory and arithmetic, in a process of
+    its own, before it serves. `MEGARAY_PREFLIGHT` says otherwise: `full` for both, `quick`, or `off`.
+    """
+
+    def __init__(self, mode: str = "") -> None:
+        self._mode = mode or os.environ.get("MEGARAY_PREFLIGHT", "auto")
+        if self._mode not in MODES:
+            log.error("MEGARAY_PREFLIGHT=%s is none of %s; auto is taken", self._mode, ", ".join(MODES))
+            self._mode = "auto"
+        self._beacon = host.Beacon()
+        self._looked = Looked(self._mode == "off", "", self._beacon.port)
+        self._peers: tuple[str, ...] = ()
+        self._idle = True
+        self._full: Preflight | None = None
+        self._full_due = 0.0
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="agent-check", daemon=True)
+        self._thread.start()
+
+    def look(self, peers: Sequence[str] = (), idle: bool = True) -> Looked:
+        """What is known; a new look begins. Never waits.
+
+        Args:
+            peers: `HOST:PORT` of other nodes' beacons.
+            idle: no rank runs here, so that devices may be used.
+        """
+        self._peers, self._idle = tuple(peers), idle
+        self._wake.set()
+        return self._looked
+
+    def close(self) -> None:
+        """Answer neighbours no more, and look no more."""
+        self._beacon.close()
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while self._mode != "off":
+            self._wake.wait()
+            self._wake.clear()
+            if self._closed:
+                return
+            try:
+                found = [*host.quick(), host.timed("neighbours", lambda: host.neighbours(self._peers))]
+                found += self._thoroughly()
+                self._looked = Looked(True, Preflight(tuple(found)).why, self._beacon.port)
+            except Exception:  # an instrument that breaks must not bar a node
+                log.exception("the check of this node")
+                self._looked = Looked(True, "", self._beacon.port)
+
+    def _thoroughly(self) -> tuple[Check, ...]:
+        """The full look, made once, and again later where it failed."""
+        has_devices = host.device_tool_name() is not None
+        if self._mode == "quick" or (self._mode == "auto" and not has_devices):
+            return ()
+        if self._full is None or (self._full.why and self._idle and time.monotonic() > self._full_due):
+            self._full = full(self._peers)
+            self._full_due = time.monotonic() + _RETRY_SECONDS
+        return self._full.checks
+
+
+def full(peers: Sequence[str]) -> Preflight:
+    """All checks, in a process of its own that a driver may hang."""
+    env = {
+        name: value for name, value in os.environ.items() if name not in DEVICES
+    }  # Ray hides them from an agent
+    env |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONSAFEPATH": "1"}
+    words = [
+        sys.executable,
+        "-m",
+        "faulttol",
+        "preflight",
+        "--json",
+        *([f"--peers={','.join(peers)}"] if peers else []),
+    ]
+    try:
+        done = subprocess.run(
+            words, env=env, capture_output=True, text=True, timeout=_FULL_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return _alone(Outcome.BAD, f"didn't end in {_FULL_SECONDS:.0f} s")
+    try:
+        return Preflight.from_json(json.loads(done.stdout))
+    except ValueError:
+        if done.returncode < 0:
+            return _alone(Outcome.BAD, f"was ended by signal {-done.returncode}")
+        return _alone(Outcome.UNKNOWN, (done.stderr.strip().splitlines() or ["no answer"])[-1])
+
+
+def _alone(outcome: Outcome, text: str) -> Preflight:
+    return Preflight((Check("preflight", outcome, text),))

@@ -1,0 +1,102 @@
+"""How much memory of a node's devices is in use, without torch: `nvidia-smi`, `rocm-smi`, or the kernel's files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TOLERANCE = 512 << 20
+"""Bytes that a device may hold more than before: drivers keep contexts for a moment, monitors come and go."""
+_SECONDS = 10.0
+_NVIDIA, _AMD = ("CUDA_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Memory in use."""
+
+    used: dict[str, int] = field(default_factory=dict)
+    """Bytes by device, as the variable names it."""
+    unknown: str = ""
+    """Why it can't be told; empty where it can."""
+
+
+def used(variables: Mapping[str, str]) -> Usage:
+    """Memory in use on the devices that `variables` name, such as `{"CUDA_VISIBLE_DEVICES": "0,1"}`."""
+    for names, tool in ((_NVIDIA, _nvidia), (_AMD, _amd)):
+        chosen = next((variables[name] for name in names if variables.get(name)), "")
+        if chosen:
+            return tool(chosen.split(","))
+    return Usage(unknown="no variable says which devices the ranks had")
+
+
+def held(variables: Mapping[str, str], before: Mapping[str, int]) -> str:
+    """Which devices hold more than `before` and `TOLERANCE`, as a sentence; empty where none does, or none can be asked."""
+    now = used(variables)
+    over = {
+        device: count - before.get(device, 0) for device, count in now.used.items()
+        if count - before.get(device, 0) > TOLERANCE
+    }  # fmt: skip
+    if not over:
+        return ""
+    parts = ", ".join(
+        f"device {device} still holds {count / 2**30:.1f} GiB" for device, count in over.items()
+    )
+    return f"{parts} after all processes have ended"
+
+
+def _run(*words: str) -> str | None:
+    """Output of a tool; None where it isn't there, fails or hangs."""
+    if shutil.which(words[0]) is None:
+        return None
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return done.stdout
+
+
+def _nvidia(chosen: list[str]) -> Usage:
+    text = _run("nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
+    if text is None:
+        return Usage(unknown="nvidia-smi isn't there or doesn't answer")
+    found = {}
+    for line in text.splitlines():
+        index, uuid, mib = (part.strip() for part in line.split(","))
+        for device in chosen:
+            if device == index or (device and uuid.startswith(device)):
+                found[device] = int(float(mib)) << 20
+    missing = [device for device in chosen if device not in found]
+    return Usage(found, f"nvidia-smi doesn't list device {', '.join(missing)}" if missing else "")
+
+
+def _amd(chosen: list[str]) -> Usage:
+    text = _run("rocm-smi", "--showmeminfo", "vram", "--json")
+    if text is not None:
+        try:
+            cards = json.loads(text)
+            found = {
+                device: int(cards[f"card{device}"]["VRAM Total Used Memory (B)"])
+                for device in chosen
+                if f"card{device}" in cards
+            }
+            return Usage(found, "" if len(found) == len(chosen) else "rocm-smi doesn't list all devices")
+        except (ValueError, KeyError, TypeError):
+            pass
+    return _amd_files(chosen)
+
+
+def _amd_files(chosen: list[str], root: Path = Path("/sys/class/drm")) -> Usage:
+    """From the kernel's own files; cards in the order of their numbers, as HIP counts them."""
+    files = sorted(root.glob("card*/device/mem_info_vram_used"), key=lambda p: int(p.parts[-3][4:]))
+    try:
+        found = {device: int(files[int(device)].read_text()) for device in chosen if int(device) < len(files)}
+    except (OSError, ValueError):
+        found = {}
+    if len(found) == len(chosen):
+        return Usage(found)
+    return Usage(found, "neither rocm-smi nor the kernel's files tell of all devices")

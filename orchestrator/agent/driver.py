@@ -1,0 +1,329 @@
+"""Gangs in the controller's process: a thread that carries what is wanted to all nodes, and gathers their answers.
+
+It never waits for a node: each has at most one call under way, which ends when the node has news. A call that doesn't
+come back is given up and asked again, ever more rarely. What the thread holds it can find again from a `GangSpec` alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol
+
+from configs.paths import RunPaths
+from faulttol import steady
+from orchestrator.agent.gang_state import Gang, Member
+from orchestrator.agent.orders import Answer, Launch, Order, Phase, Superseded
+from orchestrator.control.gang import GangSpec, GangStatus, Want
+from orchestrator.record.events import NodeShare
+
+log = logging.getLogger("megaray.runtime")
+
+_ANSWER_SECONDS = 10.0
+"""A call that is so late is given up."""
+_FIRST_BACKOFF, _LAST_BACKOFF = 0.2, 10.0
+_IDLE_SECONDS = 0.2
+_SWEEP_SHARE = 2e-4
+"""Seconds between two looks at a node that has told nothing, for each node that there is."""
+_SLOTS_SECONDS = 0.2
+"""Between two looks at slots that aren't held, or free, yet."""
+_COLLECT_SECONDS = 12.0
+"""Agents give up writing stacks after ten seconds."""
+_GAP_SECONDS = 2.0
+_ENDED_KEPT = 256
+"""Gangs that are remembered after their end."""
+
+
+class AgentGone(Exception):
+    """A node's agent has ended, or was never there."""
+
+
+class Carrier(Protocol):
+    """Reaches agents and holds slots. Each call returns a future at once."""
+
+    def alive(self) -> frozenset[str] | None:
+        """Ids of the nodes that live; None where that isn't known now."""
+
+    def attend(self, spec: GangSpec, share: NodeShare, order: Order, make: bool) -> Future[Answer]:
+        """Carry an order to a node's agent, which is made where it is missing and `make` is set. Fails with `AgentGone`."""
+
+    def witness(self, spec: GangSpec, path: str) -> Future[str]:
+        """Address of a node outside the gang that sees `path`; empty where none does."""
+
+    def hold(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
+        """Hold a gang's slots: variables of its devices by node id, once they are held; None: ask again."""
+
+    def let_go(self, reservation: str) -> Future[bool]:
+        """Give slots back; True once they are free."""
+
+
+class Gangs:
+    """What `GangRuntime` says of gangs, over any carrier.
+
+    Args:
+        carrier: reaches agents and holds slots.
+        wall: seconds since the epoch that never step, as the controller tells the time to `AgentReport.told_at`.
+    """
+
+    def __init__(self, carrier: Carrier, wall: Callable[[], float] = steady.now) -> None:
+        self._carrier, self._wall = carrier, wall
+        self._gangs: dict[tuple[str, int], Gang] = {}
+        self._lock = threading.RLock()
+        self._done: deque[tuple[Gang, Member, Future[Answer]]] = deque()
+        self._wake, self._news = threading.Event(), threading.Event()
+        self._closed = False
+        self._turned = time.monotonic()
+        self._swept = 0.0
+        self._thread = threading.Thread(target=self._work, name="gangs", daemon=True)
+        self._thread.start()
+
+    # ---- what the controller calls; nothing here waits ----
+
+    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
+        """As `GangRuntime.ensure`."""
+        now = time.monotonic()
+        with self._lock:
+            gang = self._gangs.get(spec.key)
+            if gang is None:
+                members = [Member(share) for share in spec.shares]
+                gang = self._gangs[spec.key] = Gang(spec, want, grace, now, members)
+                self._forget_earlier(spec)
+            elif not gang.move(spec, want, grace, now):
+                return
+            for member in gang.members:  # what is under way asks for what was wanted before
+                member.call, member.retry_at = None, 0.0
+            gang.slots_due = 0.0
+            self._swept = 0.0
+        self._wake.set()
+
+    def status(self, spec: GangSpec) -> GangStatus:
+        """As `GangRuntime.status`."""
+        with self._lock:
+            gang = self._gangs.get(spec.key)
+            # A thread that didn't turn, as in a machine that was suspended, can't call others silent.
+            return gang.status(self._turned, self._wall()) if gang else GangStatus()
+
+    def collect(self, spec: GangSpec) -> None:
+        """As `GangRuntime.collect`."""
+        with self._lock:
+            gang = self._gangs.get(spec.key)
+            if gang is None or gang.collecting is not None:
+                return
+            gang.collecting = time.monotonic()
+            for member in gang.members:
+                member.call, member.retry_at = None, 0.0
+            self._swept = 0.0
+        self._wake.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until a controller should look again; False where the time passed without news."""
+        came = self._news.wait(seconds)
+        self._news.clear()
+        return came
+
+    def close(self) -> None:
+        """End the thread; agents and ranks go on."""
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+
+    def _forget_earlier(self, spec: GangSpec) -> None:
+        earlier = [key for key, gang in self._gangs.items()
+                   if key[0] == spec.run_root and key[1] < spec.attempt and (gang.stopped or gang.released)]  # fmt: skip
+        ended = [key for key, gang in self._gangs.items() if gang.released]
+        for key in {*earlier, *ended[: max(0, len(ended) - _ENDED_KEPT)]}:
+            del self._gangs[key]
+
+    # ---- the thread ----
+
+    def _work(self) -> None:
+        while not self._closed:
+            self._wake.wait(_IDLE_SECONDS)
+            self._wake.clear()
+            try:
+                with self._lock:
+                    self._turn(time.monotonic())
+            except Exception:  # it must turn for ever: nothing else carries orders
+                log.exception("a turn of the runtime")
+                time.sleep(_IDLE_SECONDS)
+
+    def _turn(self, now: float) -> None:
+        gap = now - self._turned
+        self._turned = now
+        if gap > _GAP_SECONDS:  # suspended, or starved: nobody could answer meanwhile
+            for gang in self._gangs.values():
+                for member in gang.members:
+                    member.since += gap if member.since else 0.0
+                    member.asked += gap
+                    member.answered = None if member.answered is None else member.answered + gap
+        touched: dict[int, Gang] = {}
+        while self._done:
+            gang, member, call = self._done.popleft()
+            if member.call is call:
+                if self._take(gang, member, call, now):
+                    touched[id(gang)] = gang
+                    self._news.set()
+                else:
+                    self._ask(gang, member, now)
+        members = sum(len(gang.members) for gang in self._gangs.values() if not gang.released)
+        sweep = now - self._swept >= max(_IDLE_SECONDS, members * _SWEEP_SHARE)
+        if sweep:
+            self._swept = now
+        for gang in list(self._gangs.values()) if sweep else touched.values():
+            self._advance(gang, now)
+
+    def _take(self, gang: Gang, member: Member, call: Future[Answer], now: float) -> bool:
+        """Note how a call ended; whether something follows from it."""
+        member.call = None
+        try:
+            fresh = member.take(call.result(), now, self._wall())
+            if gang.want is Want.RELEASED and member.phase is Phase.STOPPED:
+                member.freed = fresh = True
+            return fresh
+        except AgentGone as error:
+            # Before the ranks were started a new agent is as good.
+            if gang.want is Want.WATCHED or (gang.want is Want.STARTED and gang.begun):
+                member.lost = str(error)
+                return True
+        except Superseded as error:
+            log.warning("run %s: %s", gang.spec.run_root, error)
+        except Exception as error:  # any fault of the way there: asked again
+            log.warning("node %s: %s", member.share.ip, error)
+        self._back_off(member, now)
+        return False
+
+    def _back_off(self, member: Member, now: float) -> None:
+        member.retry_at = now + min(_LAST_BACKOFF, _FIRST_BACKOFF * 2.0**member.failures)
+        member.failures = min(member.failures + 1, 10)
+
+    def _advance(self, gang: Gang, now: float) -> None:
+        self._hold(gang, now)
+        if gang.want is Want.RESERVED or gang.released:
+            return
+        if gang.want is Want.STARTED and gang.unseen and gang.witness is None:
+            self._find_witness(gang)
+        before = gang.stopped
+        gang.judge(now, self._carrier.alive())
+        for member in gang.members:
+            self._ask(gang, member, now)
+        if gang.collecting is not None and not gang.collected:
+            waiting = [
+                m for m in gang.members if not m.lost and m.answer is not None and not m.answer.collected
+            ]
+            if not waiting or now - gang.collecting > _COLLECT_SECONDS:
+                gang.collected = str(RunPaths(Path(gang.spec.run_root)).attempt(gang.spec.attempt).evidence)
+                self._news.set()
+        if gang.stopped and not before:
+            self._news.set()
+        if gang.want is Want.RELEASED and all(m.lost or m.freed for m in gang.members):
+            self._let_go(gang, now)
+
+    def _hold(self, gang: Gang, now: float) -> None:
+        if gang.want not in (Want.RESERVED, Want.STARTED) or gang.devices is not None:
+            return
+        if gang.holding is not None and gang.holding.done():
+            gang.devices = _result(gang.holding)
+            gang.holding = None
+            gang.slots_due = now + _SLOTS_SECONDS
+            if gang.devices is not None:
+                self._news.set()
+                return
+        if gang.holding is None and now >= gang.slots_due:
+            gang.holding = self._carrier.hold(gang.spec)
+            gang.holding.add_done_callback(lambda _: self._again())
+
+    def _find_witness(self, gang: Gang) -> None:
+        """Ask others, to tell a node's mount from a folder that isn't shared."""
+        if gang.asking is None:
+            gang.asking = self._carrier.witness(gang.spec, gang.unseen.rpartition(" (")[0])
+            gang.asking.add_done_callback(lambda _: self._again())
+        elif gang.asking.done():
+            gang.witness = _result(gang.asking) or ""
+            self._news.set()
+
+    def _let_go(self, gang: Gang, now: float) -> None:
+        if gang.letting is not None and gang.letting.done():
+            gang.released = bool(_result(gang.letting))
+            gang.letting = None
+            gang.slots_due = now + _SLOTS_SECONDS
+            if gang.released:
+                self._news.set()
+        elif gang.letting is None and now >= gang.slots_due:
+            gang.letting = self._carrier.let_go(gang.spec.reservation)
+            gang.letting.add_done_callback(lambda _: self._again())
+
+    def _again(self) -> None:
+        self._swept = 0.0
+        self._wake.set()
+
+    # ---- one node ----
+
+    def _ask(self, gang: Gang, member: Member, now: float) -> None:
+        """Send the next order, where one is due."""
+        if member.call is not None:
+            if now - member.asked < _ANSWER_SECONDS + gang.spec.heartbeat:
+                return
+            log.warning("node %s: no answer", member.share.ip)
+            member.call = None
+            self._back_off(member, now)
+        if member.lost or now < member.retry_at or (gang.want is Want.STARTED and gang.devices is None):
+            return
+        if gang.want is Want.STOPPED and member.phase is Phase.STOPPED or member.freed:
+            return
+        go = gang.want is Want.STARTED and gang.may_start
+        if member.phase is Phase.READY and not go and now - (member.answered or 0.0) < 1.0:
+            return  # a call that waits would keep the start from it
+        order = self._order(gang, member, go)
+        make = gang.want is not Want.WATCHED
+        member.since = member.since or now
+        member.asked = now
+        member.call = call = self._carrier.attend(gang.spec, member.share, order, make)
+        call.add_done_callback(lambda done: self._arrived(gang, member, done))
+
+    def _arrived(self, gang: Gang, member: Member, call: Future[Answer]) -> None:
+        self._done.append((gang, member, call))
+        self._wake.set()
+
+    def _order(self, gang: Gang, member: Member, go: bool) -> Order:
+        spec, answer = gang.spec, member.answer
+        launch = None
+        if gang.want is Want.STARTED and (answer is None or answer.started is None):
+            launch = Launch(
+                world=spec.world,
+                ranks=member.share.ranks,
+                ip=member.share.ip,
+                addresses=tuple(share.ip for share in spec.shares),
+                program=spec.program,
+                code=spec.code,
+                environment=spec.environment,
+                devices=(gang.devices or {}).get(member.share.node_id, {}),
+                uses_devices=spec.resource != "CPU",
+                master=gang.master if go else "",
+            )
+        return Order(
+            epoch=spec.epoch,
+            run_root=spec.run_root,
+            attempt=spec.attempt,
+            want=gang.want,
+            launch=launch,
+            grace=gang.grace,
+            collect=gang.collecting is not None,
+            news=answer.news if answer and not (go and launch) else -1,
+            serial=answer.serial if answer else 0,
+            offset=member.offset,
+            wait=spec.heartbeat,
+        )
+
+
+def _result(call: Future[Any]) -> Any:
+    """What came of a call about slots; None where it failed: it is asked again."""
+    try:
+        return call.result()
+    except Exception as error:
+        log.warning("slots: %s", error)
+        return None

@@ -1,0 +1,92 @@
+"""The environment of a rank: who it is, what it imports from, and which cores and devices are its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from configs.paths import RunPaths
+from configs.rank import RankContext
+from faulttol import steady
+from orchestrator.agent.orders import Launch, Order, mark
+from orchestrator.local import machine
+
+OWN = (
+    "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MEGARAY_ATTEMPT", "MEGARAY_MARK", "MEGARAY_RINGS", "MEGARAY_RUN",
+    "MEGARAY_STARTED", "WORLD_SIZE",
+)  # fmt: skip
+"""Variables that differ between ranks and attempts, and that no library reads while it is being imported."""
+DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+CHANGING = (*OWN, *DEVICES)
+"""Variables that an interpreter may be given after it has imported its program."""
+
+
+def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks of a gang on one node share.
+
+    Raises:
+        RuntimeError: where no network interface has the node's address.
+    """
+    env = {name: value for name, value in base.items() if name not in OWN}
+    if launch.uses_devices:  # Ray hides all devices from an actor that has none of its own
+        env = {name: value for name, value in env.items() if name not in DEVICES}
+    path = [launch.code] if launch.code else []
+    # What this process imports from (a laptop's working directory too), its ranks import from.
+    env["PYTHONPATH"] = os.pathsep.join([*path, *(p for p in sys.path if p and p not in path)])
+    env["PYTHONUNBUFFERED"] = "1"
+    env["PYTHONSAFEPATH"] = "1"  # `-m` would put the working directory first
+    env["MEGARAY_PARENT"] = str(os.getpid())
+    env["MEGARAY_NODE"] = launch.ip  # host names of containers change from start to start
+    env["LOCAL_WORLD_SIZE"] = str(len(launch.ranks))
+    env["OMP_NUM_THREADS"] = str(
+        max(1, machine.processors() // len(launch.ranks))
+    )  # Ray's own value is for the actor
+    env |= launch.devices | launch.environment
+    if len(set(launch.addresses)) > 1 and "GLOO_SOCKET_IFNAME" not in env:
+        # Gloo asks the host name for its address, which on many hosts answers with loopback.
+        env["GLOO_SOCKET_IFNAME"] = interface_of(launch.ip)
+    return env
+
+
+def of_rank(order: Order, launch: Launch, local_rank: int, rings: Path) -> dict[str, str]:
+    """What a rank has beside `common`."""
+    address, _, port = launch.master.rpartition(":")
+    context = RankContext(
+        rank=launch.ranks[local_rank],
+        world=launch.world,
+        local_rank=local_rank,
+        local_world=len(launch.ranks),
+        master_addr=address,
+        master_port=int(port),
+        run=RunPaths(Path(order.run_root)),
+        attempt=order.attempt,
+    )
+    return context.environment() | {
+        "MEGARAY_MARK": mark(order.run_root, order.attempt),
+        "MEGARAY_RINGS": str(rings),
+        "MEGARAY_STARTED": repr(steady.now()),
+    }
+
+
+def interface_of(ip: str) -> str:
+    """Name of the network interface that has address `ip`.
+
+    Raises:
+        RuntimeError: where none has.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and _is(ip, a.address) for a in addresses):
+            return name
+    raise RuntimeError(f"no network interface of this node has address {ip}")
+
+
+def _is(ip: str, address: str) -> bool:
+    return ip == address or (
+        ip.startswith("127.") and address.startswith("127.")
+    )  # all of it is one interface's

@@ -1,0 +1,273 @@
+"""A gang as the controller's process knows it: what its nodes answered last, and what follows from that. No calls here."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from configs.metrics import MetricLine
+from faulttol.detect.snapshot import RankSeen
+from orchestrator.agent.orders import Answer, Phase
+from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
+from orchestrator.record.events import NodeShare
+
+_ORDER = list(Want)
+_LINES_KEPT = 20_000
+"""Metric lines that wait for a controller that doesn't look."""
+_SLOW_SECONDS = 60.0
+"""Shared storage that others have long read from."""
+_UNREACHABLE_SECONDS = 30.0
+"""A node that hasn't confirmed a stop so long after its grace can't be reached."""
+
+
+@dataclass
+class Member:
+    """One node of a gang."""
+
+    share: NodeShare
+    call: Future[Answer] | None = None
+    asked: float = 0.0
+    since: float = 0.0
+    """When it was first asked; times here are monotonic seconds."""
+    answered: float | None = None
+    retry_at: float = 0.0
+    failures: int = 0
+    answer: Answer | None = None
+    lost: str = ""
+    departed: bool = False
+    """It was lost because its node is no part of the cluster."""
+    freed: bool = False
+    """It has answered that nothing is left after the slots were given up."""
+    offset: int = 0
+    ranks: dict[int, RankSeen] = field(default_factory=dict)
+    lines: list[MetricLine] = field(default_factory=list)
+    shifts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    """How far this clock was ahead of the node's, by each of the last answers, with their delay on top."""
+
+    @property
+    def phase(self) -> Phase:
+        """As it was last heard of."""
+        return self.answer.phase if self.answer else Phase.UNKNOWN
+
+    def take(self, answer: Answer, now: float, wall: float) -> bool:
+        """Note an answer; whether it holds anything that a controller must look at."""
+        before, self.answer = self.answer, answer
+        self.answered, self.failures = now, 0
+        report = answer.report
+        self.shifts.append(wall - report.time)
+        self.ranks |= {rank.rank: rank for rank in report.ranks}
+        if len(self.lines) < _LINES_KEPT:
+            self.lines += report.lines
+            self.offset = report.offset
+        return before is None or answer.news != before.news or bool(report.lines)
+
+    def unlose(self, want: Want) -> None:
+        """Where an agent has ended but its node lives, a new one ends what the ranks have left behind."""
+        if want in (Want.STOPPED, Want.RELEASED) and self.lost and not self.departed:
+            self.lost, self.answer, self.since, self.answered = "", None, 0.0, None
+
+    def report(self, wall: float) -> AgentReport | None:
+        """What came in since the last call, with the node's time as it is now."""
+        if self.answer is None or not self.shifts:
+            return None
+        ranks, lines = tuple(self.ranks.values()), tuple(self.lines)
+        self.ranks, self.lines = {}, []
+        # Of several delays the least is nearest to none, so exits of different nodes keep their order.
+        return AgentReport(self.share.node_id, wall - min(self.shifts), ranks, lines, self.offset)
+
+
+@dataclass
+class Gang:
+    """An attempt's nodes together."""
+
+    spec: GangSpec
+    want: Want
+    grace: float
+    wanted: float
+    """Monotonic time since which it is wanted."""
+    members: list[Member]
+    devices: dict[str, dict[str, str]] | None = None
+    """Variables by node, once the slots are held."""
+    holding: Future[dict[str, dict[str, str]] | None] | None = None
+    letting: Future[bool] | None = None
+    slots_due: float = 0.0
+    """When the slots are asked about again."""
+    released: bool = False
+    collecting: float | None = None
+    """Since when stacks are being written."""
+    collected: str = ""
+    witness: str | None = None
+    """Address of a node outside the gang that sees what all its nodes miss; empty: none does; None: nobody was asked."""
+    asking: Future[str] | None = None
+    """The call that finds one."""
+
+    def move(self, spec: GangSpec, want: Want, grace: float, now: float) -> bool:
+        """Note what is wanted; whether that is new. It never goes back."""
+        self.spec = spec
+        if _ORDER.index(want) < _ORDER.index(self.want) or (want, grace) == (self.want, self.grace):
+            return False
+        if want is not self.want:
+            self.wanted = now
+            for member in self.members:
+                member.unlose(want)
+        self.want, self.grace = want, grace
+        return True
+
+    @property
+    def master(self) -> str:
+        """Address and port of the rendezvous, once the first node has chosen."""
+        first = self.members[0].answer
+        return first.master if first else ""
+
+    @property
+    def begun(self) -> bool:
+        """Some node has started its ranks."""
+        return any(m.answer is not None and m.answer.started is not None for m in self.members)
+
+    @property
+    def may_start(self) -> bool:
+        """All nodes are ready, or some have started already and the others are to follow."""
+        return bool(self.master) and (
+            self.begun or (all(m.phase is Phase.READY for m in self.members) and not self._at_odds())
+        )
+
+    @property
+    def stopped(self) -> bool:
+        """Every node has confirmed, or can't be asked."""
+        return self.want in (Want.STOPPED, Want.RELEASED) and all(
+            m.lost or m.phase is Phase.STOPPED for m in self.members
+        )
+
+    def judge(self, now: float, alive: frozenset[str] | None) -> None:
+        """Find the nodes that are lost."""
+        youngest = min(
+            (m.answer.started for m in self.members if m.answer and m.answer.started is not None),
+            default=None,
+        )
+        for member in self.members:
+            if member.lost:
+                continue
+            if alive is not None and member.share.node_id not in alive:
+                member.lost, member.departed = "the node has left the cluster", True
+            elif self.want in (Want.STARTED, Want.WATCHED):
+                member.lost = self._without_ranks(member, youngest)
+            elif now - self.wanted > self.grace + _UNREACHABLE_SECONDS and not _heard_since(
+                member, self.wanted
+            ):
+                member.lost = "the node's agent doesn't answer"
+            if member.lost:
+                member.call = None
+
+    @property
+    def unseen(self) -> str:
+        """Path that no node of the gang sees."""
+        missing = [m.answer.missing for m in self.members if m.answer is not None and m.answer.missing]
+        return missing[0] if len(missing) == len(self.members) else ""
+
+    def _without_ranks(self, member: Member, youngest: float | None) -> str:
+        answer = member.answer
+        if answer is None:
+            return ""
+        if answer.phase is Phase.UNKNOWN:
+            return "the node's agent was started anew; the ranks ended with the one before"
+        if answer.started is None and youngest is not None and answer.age < youngest:
+            return "the node's agent was started anew while the gang started"
+        return ""
+
+    def _at_odds(self) -> dict[str, str]:
+        """Nodes whose versions aren't those of most, and what they are; under "" where there is no majority."""
+        if len(self.members) < 2:
+            return {}
+        told = {m.share.node_id: tuple(sorted(m.answer.facts.items())) for m in self.members if m.answer}
+        if not told:
+            return {}
+        common, count = Counter(told.values()).most_common(1)[0]
+        differing = {
+            node: ", ".join(f"{name} {dict(facts).get(name, 'none')} (elsewhere {value})" for name, value in common
+                            if dict(facts).get(name) != value)
+            for node, facts in told.items() if facts != common
+        }  # fmt: skip
+        if differing and count * 2 <= len(told):
+            node, text = next(iter(differing.items()))
+            return {"": f"the gang's nodes differ: {text} on {node}; install the same everywhere"}
+        return differing
+
+    def status(self, now: float, wall: float) -> GangStatus:
+        """As the controller asks for it; what came in is told once."""
+        members = self.members
+        started = all(m.answer is not None and m.answer.pids for m in members)
+        pids = (
+            {rank: pid for m in members if m.answer for rank, pid in m.answer.pids.items()} if started else {}
+        )
+        refused, unfit = self._unfit()
+        gone = ""
+        if all(m.departed for m in members) and not any(m.answered for m in members):
+            gone = "no node of the gang is in the cluster any more: it was restarted or lost"
+        return GangStatus(
+            reserved=self.devices is not None or self.begun,
+            pids=dict(sorted(pids.items())),
+            master=self.master if self.begun else "",
+            reports=tuple(self._reports(wall)),
+            silent={
+                m.share.node_id: max(0.0, now - (m.since if m.answered is None else m.answered))
+                for m in members
+                if m.since and not m.lost
+            },  # fmt: skip
+            lost={m.share.node_id: m.lost for m in members if m.lost},
+            unfit=unfit,
+            refused=refused,
+            gone=gone,
+            stopped=self.stopped,
+            released=self.released,
+            collected=self.collected,
+        )
+
+    def _reports(self, wall: float) -> Iterator[AgentReport]:
+        for member in self.members:
+            if member.ranks or member.lines:
+                report = member.report(wall)
+                if report is not None:
+                    yield report
+
+    def _unfit(self) -> tuple[str, dict[str, str]]:
+        """Why no node can start the ranks, and which nodes can't by a fault of their own."""
+        answers = [(m.share, m.answer) for m in self.members if m.answer is not None]
+        unfit = {share.node_id: answer.unfit for share, answer in answers if answer.unfit}
+        if self.want is not Want.STARTED or self.begun:
+            return "", unfit
+        ready = [share.ip for share, answer in answers if answer.phase is Phase.READY]
+        seeing = [*ready, *([self.witness] if self.witness else [])]
+        missing = {share.node_id: (share, answer.missing) for share, answer in answers if answer.missing}
+        refused = ""
+        for node, (share, path) in missing.items():
+            if seeing:
+                why = "its mount, or a folder that isn't shared"
+                unfit[node] = f"node {share.ip} doesn't see {path}, which {seeing[0]} sees: {why}"
+            elif len(missing) == len(self.members) and self.witness is not None:
+                refused = (
+                    f"node {share.ip} doesn't see {path}; "
+                    "MEGARAY_HOME must be a folder that all nodes share (NFS, Lustre, …)"
+                )
+        slow = {
+            s.node_id: a.slow for s, a in answers if a.phase is Phase.PREPARING and a.slow > _SLOW_SECONDS
+        }
+        if ready:
+            unfit |= {
+                node: f"its shared storage hasn't answered for {seconds:.0f} s"
+                for node, seconds in slow.items()
+            }
+        if len(ready) == len(self.members):
+            odds = self._at_odds()
+            refused = refused or odds.pop("", "")
+            unfit |= odds
+        return refused, unfit
+
+
+def _heard_since(member: Member, wanted: float) -> bool:
+    return (
+        member.answered is not None
+        and member.answered > wanted
+        and member.phase in (Phase.STOPPING, Phase.STOPPED)
+    )

@@ -1,0 +1,143 @@
+"""What passes between a controller's runtime and the agent of a node: plain data, small whatever the gang's size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from pathlib import Path
+
+from orchestrator.control.gang import AgentReport, Want
+
+
+class Superseded(RuntimeError):
+    """The order is of a controller that another one has followed."""
+
+
+class Phase(StrEnum):
+    """How far an attempt is on one node."""
+
+    UNKNOWN = "unknown"
+    """The agent has not heard of it."""
+    PREPARING = "preparing"
+    """Files are opened and the node is looked at."""
+    READY = "ready"
+    """Ranks can start at once."""
+    RUNNING = "running"
+    """They were started; each may have ended since."""
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    """No process of it is left."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a node needs to know to start its share of a gang."""
+
+    world: int
+    ranks: tuple[int, ...]
+    ip: str
+    """Of the node, as the gang's other nodes reach it."""
+    addresses: tuple[str, ...]
+    """Of all the gang's nodes."""
+    program: tuple[str, ...]
+    code: str
+    environment: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)
+    """Variables that say which devices are the gang's on this node, such as `CUDA_VISIBLE_DEVICES`."""
+    uses_devices: bool = False
+    """Its slots are devices and not processor cores."""
+    master: str = ""
+    """Address and port of the rendezvous; empty: get ready, and wait for it."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What should be with an attempt on one node, and how long the answer may wait for news."""
+
+    epoch: int
+    run_root: str
+    attempt: int
+    want: Want
+    launch: Launch | None = None
+    """For `STARTED`."""
+    grace: float = 0.0
+    """For `STOPPED`: seconds between SIGTERM and SIGKILL."""
+    collect: bool = False
+    """Stacks and rings are to be written."""
+    news: int = -1
+    """`Answer.news` of the newest answer: the next one waits until there is something newer."""
+    serial: int = 0
+    """`Answer.serial` of the newest answer: ranks that are as they were then aren't told again."""
+    offset: int = 0
+    """Byte of `metrics.jsonl` up to which lines have come in."""
+    wait: float = 0.0
+    """Seconds after which the answer comes without news."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An attempt on one node."""
+
+    phase: Phase
+    age: float
+    """Seconds that the agent has lived."""
+    started: float | None
+    """Seconds since the ranks were started here; None: they were not."""
+    report: AgentReport
+    news: int
+    """Counts what can't wait for the next look: exits, phases, lines."""
+    serial: int
+    """Counts answers."""
+    master: str = ""
+    """Where the rendezvous would be on this node."""
+    pids: dict[int, int] = field(default_factory=dict)
+    """Process id by rank, once started."""
+    missing: str = ""
+    """Path that this node doesn't see."""
+    unfit: str = ""
+    """Why the node can't serve."""
+    slow: float = 0.0
+    """Seconds that it has waited for shared storage."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Versions that must be alike in a gang."""
+    collected: bool = False
+    """Stacks and rings were written, or given up after their time."""
+
+
+def mark(run_root: str, attempt: int) -> str:
+    """Value of `MEGARAY_MARK`, by which all processes of an attempt are known, in 32 characters."""
+    return blake2b(f"{run_root}\n{attempt}".encode(), digest_size=16).hexdigest()
+
+
+def rings(run_root: str, attempt: int, node_id: str) -> Path:
+    """Folder in the node's own memory for what ranks publish; the same for whoever asks.
+
+    With the node's id, since containers and network namespaces may share one memory.
+    """
+    return memory() / f"{Path(run_root).name}-{attempt:03d}-{node_id[:8]}-{mark(run_root, attempt)}"
+
+
+def sweep(living: Callable[[], set[str]], older: float = 3600.0) -> None:
+    """Remove what agents that died have left in the node's memory.
+
+    Args:
+        living: marks of the attempts that have processes here.
+        older: seconds that a folder must have been left alone: another agent may be making it just now.
+    """
+    marks = living()
+    for folder in memory().glob("*-*"):
+        try:
+            if folder.name.rpartition("-")[2] not in marks and time.time() - folder.stat().st_mtime > older:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue
+
+
+def memory() -> Path:
+    """Folder of this user's files in the node's memory."""
+    return Path(f"/dev/shm/megaray-{os.getuid()}")

@@ -1,0 +1,144 @@
+"""Starts processes from one thread, and sees their end the moment the kernel reports it.
+
+The kernel kills a rank when the *thread* that started it ends (`configs.rank.die_with_parent`), so one thread that lives
+as long as the agent starts them all. It touches no file but the interpreter: what it is given is open already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from faulttol import steady
+
+log = logging.getLogger("megaray.agent")
+
+_UNKNOWN_EXIT = 255
+"""Exit code of a child that somebody else has waited for."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The end of a process."""
+
+    code: int
+    """Negative for a signal."""
+    time: float
+    """When the kernel reported it, in seconds since the epoch."""
+
+
+Ended = Callable[[int, Exit], None]
+"""Called with a process id, on the watching thread; must return at once."""
+
+
+class Spawner:
+    """One thread that starts processes, one that waits for them."""
+
+    def __init__(self) -> None:
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._watched: dict[int, tuple[subprocess.Popen[bytes], Ended]] = {}
+        """By the file descriptor of the process."""
+        self._lock = threading.Lock()
+        self._poll = select.epoll()
+        for name, work in (("spawner", self._spawn_forever), ("exits", self._watch_forever)):
+            threading.Thread(target=work, name=f"agent-{name}", daemon=True).start()
+
+    def start(
+        self,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        ended: Ended,
+        output: int | None = None,
+        stdin: int | None = None,
+    ) -> Future[subprocess.Popen[bytes]]:
+        """Start a process in a session of its own.
+
+        Args:
+            words: program and arguments.
+            env: its whole environment.
+            ended: called once, with its id and its end.
+            output: file descriptor for its standard output and error; None: they go nowhere.
+            stdin: file descriptor of its standard input; None: there is none.
+        """
+        future: Future[subprocess.Popen[bytes]] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._start(words, env, ended, output, stdin))
+            except Exception as error:  # told to whoever asked; this thread must live on
+                future.set_exception(error)
+
+        self._orders.put(work)
+        return future
+
+    def hand_over(self, pid: int, ended: Ended) -> bool:
+        """Have another told of a process's end; False where it has ended already."""
+        with self._lock:
+            for fd, (process, _) in self._watched.items():
+                if process.pid == pid:
+                    self._watched[fd] = (process, ended)
+                    return True
+        return False
+
+    def pids(self) -> set[int]:
+        """Processes that are watched now."""
+        with self._lock:
+            return {process.pid for process, _ in self._watched.values()}
+
+    def _spawn_forever(self) -> None:
+        while True:
+            self._orders.get()()
+
+    def _start(
+        self,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        ended: Ended,
+        output: int | None,
+        stdin: int | None,
+    ) -> subprocess.Popen[bytes]:
+        # Started and watched under the lock: nobody may take a child that has just ended for an orphan.
+        with self._lock:
+            process = subprocess.Popen(
+                list(words),
+                env=dict(env),
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdout=subprocess.DEVNULL if output is None else output,
+                stderr=subprocess.DEVNULL if output is None else subprocess.STDOUT,
+                start_new_session=True,
+            )
+            fd = os.pidfd_open(process.pid)
+            self._watched[fd] = (process, ended)
+            self._poll.register(fd, select.EPOLLIN)
+        return process
+
+    def _watch_forever(self) -> None:
+        while True:
+            for fd, _ in self._poll.poll():
+                at = steady.now()
+                with self._lock:
+                    process, ended = self._watched.pop(fd)
+                    process.returncode = code = _wait(fd)
+                self._poll.unregister(fd)
+                os.close(fd)
+                try:
+                    ended(process.pid, Exit(code, at))
+                except Exception:  # one listener's defect must not hide other exits
+                    log.exception("the end of process %d", process.pid)
+
+
+def _wait(fd: int) -> int:
+    """Exit code of a process that has ended."""
+    with contextlib.suppress(ChildProcessError):
+        found = os.waitid(os.P_PIDFD, fd, os.WEXITED)
+        if found is not None:
+            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+    return _UNKNOWN_EXIT

@@ -1,0 +1,102 @@
+"""An interpreter that has imported a rank's program and waits to become one.
+
+    python -m orchestrator.agent.standby PROGRAM…
+
+It reads its order from the socket that is its standard input: the environment and the words as JSON, with the log's file
+descriptor. Then it is that rank, as if it had been started anew, less the seconds that imports take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.rank import die_with_parent
+
+READY = b"r"
+_LOW, _NORMAL = "19", "0"
+_MODULES = ("trainer.loop",)
+_ENGINES = {"native": "trainer.engines.native", "deepspeed": "trainer.engines.deepspeed"}
+
+
+def main(program: Sequence[str]) -> None:
+    """Import, wait, become a rank."""
+    die_with_parent(os.environ)
+    mark = _address(b"MEGARAY_MARK")
+    _yield(_LOW)
+    with socket.socket(fileno=os.dup(0)) as line:
+        _import(program)
+        with contextlib.suppress(OSError):  # it was taken meanwhile: the order is there, and nobody listens any more
+            line.sendall(READY)
+        data, descriptors, _, _ = socket.recv_fds(line, 1 << 16, 1)
+        if not data:  # nobody needs it any more
+            os._exit(0)
+        while part := line.recv(1 << 16):
+            data += part
+    order = json.loads(data)
+    _yield(_NORMAL)
+    _put(mark, order["env"].get("MEGARAY_MARK", ""))
+    _become(order["env"], order["words"], descriptors[0])
+
+
+def _import(program: Sequence[str]) -> None:
+    for name in (*_MODULES, *_engine(program)):
+        importlib.import_module(name)
+
+
+def _engine(program: Sequence[str]) -> list[str]:
+    """Module of the engine that the configuration among the words names."""
+    if "--config" not in program[:-1]:
+        return []
+    from configs.compose import load
+
+    try:
+        config = load(Path(program[program.index("--config") + 1]))
+    except Exception:  # the rank itself will say what is wrong with it
+        return []
+    return [_ENGINES[str(config.train.engine)]] if str(config.train.engine) in _ENGINES else []
+
+
+def _become(env: dict[str, str], words: Sequence[str], log: int) -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for old, new in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(old, new)
+    os.close(nothing)
+    os.close(log)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["-m", *words[2:]]  # as the interpreter leaves it before it has found the module
+    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+
+
+def _yield(value: str) -> None:
+    """Set how far this session yields the processor to others; where the kernel has no such thing, it doesn't."""
+    try:
+        Path("/proc/self/autogroup").write_text(value)
+    except OSError:
+        pass
+
+
+def _address(name: bytes) -> int:
+    """Where the kernel put a variable's value when the process started; what `/proc` shows is read from there."""
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_void_p
+    return int(libc.getenv(name) or 0)
+
+
+def _put(address: int, value: str) -> None:
+    """Write over a variable's first value, which has the same length, so that others find this process by it."""
+    if address and len(value) == len(ctypes.string_at(address)):
+        ctypes.memmove(address, value.encode(), len(value))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,231 @@
+"""The interpreters of a node that have imported a rank's program and wait to become one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from orchestrator.agent import family
+from orchestrator.agent.environment import CHANGING
+from orchestrator.agent.orders import Launch
+from orchestrator.agent.spawner import Ended, Exit, Spawner
+
+log = logging.getLogger("megaray.agent")
+
+_LINGER_SECONDS = 30.0
+"""After nobody needs them, since the next attempt may follow."""
+_TICK_SECONDS = 0.5
+_TRIES = 3
+"""Ends before it was ready, after which a program is left alone."""
+_LEAST_MEMORY = 2 << 30
+"""Bytes of the node's memory that stay free."""
+_NO_MARK = "0" * 32
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What an interpreter has imported, and under which environment."""
+
+    module: str
+    code: str
+    env: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, launch: Launch, env: Mapping[str, str]) -> _Kind:
+        return cls(
+            launch.program[1], launch.code, tuple(sorted((k, v) for k, v in env.items() if k not in CHANGING))
+        )
+
+
+@dataclass
+class _Standby:
+    kind: _Kind
+    process: subprocess.Popen[bytes]
+    line: socket.socket
+    ready: bool = False
+
+
+@dataclass
+class _Need:
+    kind: _Kind
+    program: tuple[str, ...]
+    count: int
+    until: float | None = None
+    """When it ends, once nobody needs it."""
+
+
+class Standbys:
+    """Keeps as many as the gangs of this node have ranks here, and no more.
+
+    They hold host memory, no device's. `MEGARAY_STANDBYS=0` in the environment of the agent or of a run turns them off.
+    """
+
+    def __init__(self, spawner: Spawner) -> None:
+        self._spawner = spawner
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._needs: dict[str, _Need] = {}
+        self._waiting: list[_Standby] = []
+        self._failed: dict[_Kind, int] = {}
+        self._closed = False
+        threading.Thread(target=self._work, name="agent-standbys", daemon=True).start()
+
+    def keep(self, run: str, launch: Launch, env: Mapping[str, str]) -> None:
+        """Have interpreters for the next attempt of a run whose ranks train; `env` is what its ranks share."""
+        told = env.get("MEGARAY_STANDBYS", "")
+        limit = int(told) if told.isdecimal() else len(launch.ranks)
+        if launch.program[:2] != ("-m", "trainer") or limit < 1:
+            return  # what measures the node mustn't be disturbed, and is short
+        with self._lock:
+            count = min(limit, len(launch.ranks))
+            self._needs[run] = _Need(_Kind.of(launch, env), launch.program, count)
+        self._wake.set()
+
+    def rest(self, run: str) -> None:
+        """Make no new ones until the run asks again: its ranks are starting, and need the processor."""
+        with self._lock:
+            self._needs.pop(run, None)
+
+    def drop(self, run: str) -> None:
+        """The run gives its slots back; its next attempt may follow all the same."""
+        with self._lock:
+            need = self._needs.get(run)
+            if need is not None and need.until is None:
+                need.until = time.monotonic() + _LINGER_SECONDS
+        self._wake.set()
+
+    def take(
+        self, launch: Launch, env: Mapping[str, str], own: Mapping[str, str], output: int, ended: Ended
+    ) -> subprocess.Popen[bytes] | None:
+        """Make one a rank; None where none waits for this program. One that still imports goes on to be one."""
+        if launch.program[:1] != ("-m",):
+            return None
+        kind = _Kind.of(launch, env)
+        while True:
+            with self._lock:
+                fitting = [one for one in self._waiting if one.kind == kind]
+                if not fitting:
+                    return None
+                chosen = max(fitting, key=lambda one: one.ready)
+                self._waiting.remove(chosen)
+            with contextlib.closing(chosen.line):
+                if self._order(chosen, {**env, **own}, launch.program, output) and self._spawner.hand_over(
+                    chosen.process.pid, ended
+                ):
+                    return chosen.process
+
+    def _order(self, chosen: _Standby, env: dict[str, str], words: tuple[str, ...], output: int) -> bool:
+        data = json.dumps({"env": env, "words": words}).encode()
+        with contextlib.suppress(
+            OSError
+        ):  # it yields the processor until it has imported, and a rank must not
+            Path(f"/proc/{chosen.process.pid}/autogroup").write_text("0")
+        try:
+            chosen.line.setblocking(True)
+            chosen.line.settimeout(5.0)
+            sent = socket.send_fds(chosen.line, [data], [output])
+            chosen.line.sendall(data[sent:])
+            chosen.line.shutdown(socket.SHUT_WR)
+        except OSError:  # it has died
+            family.end([chosen.process.pid], signal.SIGKILL)
+            return False
+        return True
+
+    @property
+    def ready(self) -> int:
+        """How many have imported their program."""
+        with self._lock:
+            return sum(one.ready for one in self._waiting)
+
+    def close(self) -> None:
+        """End them all."""
+        self._closed = True
+        with self._lock:
+            self._needs.clear()
+            waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            family.end([one.process.pid], signal.SIGKILL)
+            one.line.close()
+        self._wake.set()
+
+    # ---- the thread ----
+
+    def _work(self) -> None:
+        while not self._closed:
+            busy = bool(self._needs or self._waiting)
+            self._wake.wait(_TICK_SECONDS if busy else None)
+            self._wake.clear()
+            try:
+                self._balance(time.monotonic())
+            except Exception:  # a convenience: ranks start without it too
+                log.exception("standbys")
+
+    def _balance(self, now: float) -> None:
+        with self._lock:
+            self._needs = {run: n for run, n in self._needs.items() if n.until is None or n.until > now}
+            needs = list(self._needs.values())
+            for one in self._waiting:
+                one.ready = one.ready or _has_told(one.line)
+            wanted: dict[_Kind, int] = {}
+            for need in needs:  # runs on one node follow each other or stand side by side; each gets its own
+                wanted[need.kind] = wanted.get(need.kind, 0) + need.count
+            surplus = []
+            for one in list(self._waiting):
+                wanted[one.kind] = wanted.get(one.kind, 0) - 1
+                if wanted[one.kind] < 0:
+                    self._waiting.remove(one)
+                    surplus.append(one)
+            importing = any(not one.ready for one in self._waiting)
+        for one in surplus:
+            one.line.close()  # it ends by itself, or once it has imported
+            family.end([one.process.pid], signal.SIGKILL)
+        if importing:
+            return  # one after the other: the ranks need the processor
+        for need in needs:
+            if (
+                need.until is None
+                and wanted.get(need.kind, 0) > 0
+                and self._failed.get(need.kind, 0) < _TRIES
+            ):
+                if psutil.virtual_memory().available > _LEAST_MEMORY:
+                    self._start(need)
+                return
+
+    def _start(self, need: _Need) -> None:
+        mine, its = socket.socketpair()
+        env = dict(need.kind.env) | {"MEGARAY_MARK": _NO_MARK}
+        words = [sys.executable, "-m", "orchestrator.agent.standby", *need.program]
+        with contextlib.closing(its):
+            process = self._spawner.start(words, env, self._ended, stdin=its.fileno()).result()
+        os.set_blocking(mine.fileno(), False)
+        with self._lock:
+            self._waiting.append(_Standby(need.kind, process, mine))
+
+    def _ended(self, pid: int, _: Exit) -> None:
+        """One that nobody had taken has ended."""
+        with self._lock:
+            for one in [one for one in self._waiting if one.process.pid == pid]:
+                self._waiting.remove(one)
+                one.line.close()
+                if not one.ready:
+                    self._failed[one.kind] = self._failed.get(one.kind, 0) + 1
+
+
+def _has_told(line: socket.socket) -> bool:
+    try:
+        return bool(line.recv(1))
+    except OSError:
+        return False

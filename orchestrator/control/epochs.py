@@ -1,0 +1,111 @@
+"""Controllers of one home, counted: each begins an epoch, and the newest owns logs, agents and queue.
+
+The folder has one empty-handed file per epoch, made exclusively, so two controllers never get the same number, on NFS
+too. An older controller finds the next number taken before each thing that it writes, and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.paths import HomePaths
+from orchestrator.record.log import Fenced
+
+STALE = 15.0
+"""Seconds without a beat after which a controller counts as gone."""
+_KEPT = 16
+"""Files of earlier epochs that are kept."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One controller's time."""
+
+    number: int
+    folder: Path
+
+    def check(self) -> None:
+        """Raise `Fenced` where a newer controller has begun."""
+        # One that slept for long may find the next number gone, but then its own went before.
+        if (self.folder / _name(self.number + 1)).exists() or not (self.folder / _name(self.number)).exists():
+            raise Fenced(f"controller {self.number} was replaced by a newer one")
+
+    def beat(self) -> None:
+        """Show that the controller lives; what the disk refuses is let pass."""
+        try:
+            os.utime(self.folder / _name(self.number))
+        except OSError:
+            pass
+
+
+def claim(home: HomePaths, cluster: str, age: Callable[[Path], float] | None = None) -> Epoch:
+    """Begin the next epoch.
+
+    Args:
+        home: the home that is served.
+        cluster: names the Ray cluster; a controller of the same one is replaced at once, since there is never a second.
+        age: seconds since a file's last beat; for tests.
+
+    Raises:
+        UserError: where the controller of another cluster serves the home and lives, or the folder can't be written.
+    """
+    folder, age = home.epochs, age or _age
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            newest = max(numbers(folder), default=0)
+            _refuse_living(folder, newest, cluster, home, age)
+            try:
+                with (folder / _name(newest + 1)).open("x") as file:
+                    file.write(
+                        json.dumps({"cluster": cluster, "pid": os.getpid(), "host": socket.gethostname()})
+                    )
+            except FileExistsError:
+                continue
+            if numbers(folder)[-1] > newest + 1:
+                continue  # it was slow: the number was taken before, and its file is gone since
+            for old in numbers(folder)[:-_KEPT]:
+                (folder / _name(old)).unlink(missing_ok=True)
+            return Epoch(newest + 1, folder)
+    except OSError as error:
+        raise UserError(
+            f"MEGARAY_HOME={home.home} can't be written ({error.strerror}); set it to a folder that you may write"
+        ) from None
+
+
+def numbers(folder: Path) -> list[int]:
+    """Epochs that are on record, oldest first."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def _refuse_living(
+    folder: Path, newest: int, cluster: str, home: HomePaths, age: Callable[[Path], float]
+) -> None:
+    path = folder / _name(newest)
+    try:
+        holder: dict[str, Any] = json.loads(path.read_text())
+        beat = age(path)
+    except (FileNotFoundError, ValueError):
+        return  # nobody, or one that died while it began
+    if holder.get("cluster") != cluster and beat < STALE:
+        raise UserError(
+            f"the controller of another Ray cluster serves {home.home}: process {holder.get('pid')} on "
+            f"{holder.get('host')}; "
+            "set MEGARAY_HOME to another folder"
+        )
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}"

@@ -1,0 +1,108 @@
+"""What is known of an attempt's ranks beside the log, and how metric lines become events. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from configs.metrics import (
+    EndedLine,
+    FindingLine,
+    MeasuredLine,
+    MetricLine,
+    ResumedLine,
+    SavedLine,
+    SaveFailedLine,
+    StepLine,
+)
+from faulttol.detect.snapshot import RankSeen
+from orchestrator.control.gang import AgentReport
+from orchestrator.record.events import (
+    CheckpointCommitted,
+    CheckpointFailed,
+    FabricFinding,
+    Finished,
+    Moved,
+    Payload,
+    Resumed,
+)
+from orchestrator.record.states import Reason, State
+from orchestrator.record.view import RunView
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An attempt as its ranks tell it; they can tell it again."""
+
+    attempt: int = 0
+    ranks: Mapping[int, RankSeen] = field(default_factory=dict)
+    step: int = 0
+    """Newest finished one that a line told of."""
+    step_seconds: float = 0.0
+    judged: float = float("-inf")
+    """When the detectors last looked, by the run's clock."""
+    read: int = 0
+    """Byte of the metric lines up to which they were taken in."""
+    snapshot: SavedLine | None = None
+    """Newest snapshot in memory; the log has it once the attempt ends."""
+
+    def reported(self, reports: Sequence[AgentReport]) -> Progress:
+        """After more reports, oldest first."""
+        if not reports:
+            return self
+        fresh = {rank.rank: rank for report in reports for rank in report.ranks}
+        return replace(
+            self, ranks={**self.ranks, **fresh}, read=max(self.read, *(report.offset for report in reports))
+        )
+
+    def all_ended_well(self, world: int) -> bool:
+        """Every rank has ended with exit code 0."""
+        return len(self.ranks) == world and all(rank.exit_code == 0 for rank in self.ranks.values())
+
+    def all_beyond(self, step: int, world: int) -> bool:
+        """Every rank has finished a step after `step`, whose metric line may come much later (`train.log_every`)."""
+        return len(self.ranks) == world and all(
+            rank.newest is not None and rank.newest.step > step for rank in self.ranks.values()
+        )
+
+
+def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Payload], Progress]:
+    """Events of a metric line, and what is known after it; a line that was seen before changes nothing."""
+    attempt = view.attempt
+    match line:
+        case ResumedLine() if view.resumed_step is None:
+            return [Resumed(attempt, line.step, line.path)], known
+        case SavedLine(tier="store") if view.checkpoint is None or _newer(line, view.checkpoint):
+            return [committed(line)], known
+        case SavedLine(tier="memory") if known.snapshot is None or line.step > known.snapshot.step:
+            return [], replace(known, snapshot=line)
+        case SaveFailedLine() if view.failed is None or _newer(line, view.failed):
+            return [CheckpointFailed(attempt, line.step, line.error, line.in_a_row)], known
+        case EndedLine() if view.finished is None:
+            return [Finished(line.step, line.loss, line.tokens)], known
+        case FindingLine():
+            finding = FabricFinding(attempt, line.finding)
+            return ([] if finding in view.findings else [finding]), known
+        case StepLine() | MeasuredLine():
+            seconds = line.step_seconds if isinstance(line, StepLine) else known.step_seconds
+            first = view.state is State.STARTING
+            moved: list[Payload] = [Moved(State.RUNNING, Reason.FIRST_STEP)] if first else []
+            return moved, replace(known, step=max(known.step, line.step), step_seconds=seconds)
+    return [], known
+
+
+def settles(line: MetricLine) -> bool:
+    """Whether an open incident may be over with the line."""
+    return isinstance(line, StepLine | MeasuredLine | SavedLine)
+
+
+def committed(line: SavedLine) -> CheckpointCommitted:
+    """The event of a committed save."""
+    return CheckpointCommitted(
+        line.attempt, line.step, line.path, line.bytes, line.seconds, line.held, line.tier, line.due
+    )
+
+
+def _newer(line: SavedLine | SaveFailedLine, known: CheckpointCommitted | CheckpointFailed) -> bool:
+    """Not told before: of a newer attempt, or a later step of the same one."""
+    return (line.attempt, line.step) > (known.attempt, known.step)

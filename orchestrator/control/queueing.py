@@ -1,0 +1,173 @@
+"""The queue's part of a turn: who waits, who runs, and what the pure decider's answers mean for the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from configs.compose import dump
+from configs.errors import UserError
+from configs.paths import HomePaths
+from orchestrator.control.gang import GangRuntime
+from orchestrator.control.nodes_control import NodesControl
+from orchestrator.control.run_control import RunControl
+from orchestrator.decide import elastic, placement, queue, quotas, recovery
+from orchestrator.decide import nodes as deciding
+from orchestrator.decide.placement import Node
+from orchestrator.decide.queue import Admit, Hold, Policy, Preempt, Running, Waiting
+from orchestrator.record.clock import Now
+from orchestrator.record.states import Reason, State
+from trainer.sizing.planner import Capacity
+
+UNGRANTED_SECONDS = 15.0
+"""Wait after slots that Ray didn't grant; doubles with each placing in a row that failed so, up to `UNGRANTED_CAP`."""
+UNGRANTED_CAP = 600.0
+REGROW_SECONDS = 30.0
+"""Least time that a run trains in a smaller layout before it grows back."""
+
+
+class Queueing:
+    """Asks the queue's decider, and passes its answers on."""
+
+    def __init__(self, home: HomePaths, runtime: GangRuntime) -> None:
+        self._home, self._runtime = home, runtime
+        self.held: list[dict[str, Any]] = []
+        """Position and reason of each run that waits, as it is published."""
+        self.trouble = ""
+        """What is wrong with the quotas; empty where nothing is."""
+        self._known: dict[str, int] = {}
+        self._choices: dict[str, elastic.Choice] = {}
+        """Smaller layout that each waiting run would take now."""
+
+    def turn(self, ready: set[str], runs: Mapping[str, RunControl], nodes: NodesControl, now: Now) -> None:
+        """Admit, hold and preempt; move runs off nodes that drain; grow runs back.
+
+        Raises:
+            OSError: where a run's log doesn't take it; the next turn decides again.
+        """
+        running = [_running(name, control) for name, control in runs.items() if control.shares]
+        held = [(r.gang.resource, r.shares) for r in running]
+        free = placement.occupied(nodes.nodes, held)
+        backing_off = {n for n, c in runs.items() if c.view.state is State.QUEUED and _backs_off(c, now)}
+        waiting = [
+            self._waiting(name, control, free, now)
+            for name, control in runs.items()
+            if control.view.state is State.QUEUED and name in ready and name not in backing_off
+        ]
+        self.held = [
+            {
+                "run": name,
+                "position": None,
+                "reason": "waits before it asks again for slots that Ray did not grant",
+            }
+            for name in sorted(backing_off)
+        ]
+        policy = Policy(quotas=self._quotas())
+        for answer in queue.decide(waiting, running, free, policy):
+            match answer:
+                case Admit():
+                    self._admit(runs[answer.run_id], answer, free, now)
+                case Hold():
+                    self.held.append(
+                        {"run": answer.run_id, "position": answer.position, "reason": answer.reason}
+                    )
+                case Preempt():
+                    _stop(runs[answer.run_id], Reason.PREEMPTED, answer.reason, now)
+        for name, reason in deciding.draining_runs(nodes.view, running):
+            _stop(runs[name], Reason.DRAINED, reason, now)
+        for name in sorted(ready & set(runs)):
+            if _may_grow(runs[name], now) and elastic.regrow(
+                _whole(name, runs[name], now), running, waiting, free, policy
+            ):
+                _stop(runs[name], Reason.REGROWN, "the nodes that it asked for are back", now)
+
+    def _waiting(self, name: str, control: RunControl, free: list[Node], now: Now) -> Waiting:
+        """A run as it waits; one that lost its place may have a smaller layout once it has waited for long."""
+        waiting = _whole(name, control, now)
+        self._choices.pop(name, None)
+        after = control.config().resilience.shrink_after
+        if not control.view.displaced or after is None or waiting.waited < after:
+            return waiting
+        resource = waiting.gang.resource
+        slots = [n.free.get(resource, 0) for n in free if not n.barred and n.free.get(resource, 0)]
+        choice = elastic.smaller(control.config(), Capacity.of_nodes(slots), waiting.gang) if slots else None
+        if choice is None:
+            return waiting
+        self._choices[name] = choice
+        return replace(waiting, smaller=(choice.gang,))
+
+    def _admit(self, control: RunControl, answer: Admit, nodes: list[Node], now: Now) -> None:
+        config, layout = None, None
+        detail = ", ".join(f"{len(share.ranks)} on {share.ip}" for share in answer.shares)
+        spares = {node.ip for node in nodes if node.spare}
+        used = [share.ip for share in answer.shares if share.ip in spares]
+        if used:
+            detail += f"; spare {', '.join(used)} put to use"
+        if answer.gang != control.view.asked.gang:
+            choice = self._choices[answer.run_id]
+            config = control.run.attempt(control.view.attempt + 1).config
+            config.parent.mkdir(parents=True, exist_ok=True)
+            config.write_text(dump(choice.config))
+            layout = choice.layout
+            detail += f"; {choice.reason}"
+        control.admit(control.next_attempt(answer.shares, answer.gang, config, layout), detail, now)
+
+    def _quotas(self) -> dict[str, int]:
+        """Slots by owner. Where the file can't be read or understood, what it said last holds, and `trouble` says why."""
+        self.trouble = ""
+        try:
+            self._known = quotas.parse(self._home.quotas.read_text(), str(self._home.quotas))
+        except FileNotFoundError:
+            self._known = {}
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            self.trouble = f"{self._home.quotas}: {error}; what it said before holds"
+        return self._known
+
+
+def _whole(name: str, control: RunControl, now: Now) -> Waiting:
+    """A run as it would wait for all that it asked for."""
+    view, asked, clock = control.view, control.view.asked, control.clock(now)
+    return Waiting(
+        run_id=name,
+        priority=asked.priority,
+        queued_at=view.queued_at,
+        waited=clock - view.waiting_clock,
+        gang=asked.gang,
+        owner=asked.owner,
+        avoid=recovery.avoided(view, clock),
+        recovering=view.by_fault,
+    )
+
+
+def _may_grow(control: RunControl, now: Now) -> bool:
+    """It trains in a smaller layout, and has done so for a while."""
+    view = control.view
+    settled = control.clock(now) - view.moved_clock >= REGROW_SECONDS
+    return view.smaller and view.state is State.RUNNING and view.stopping is None and settled
+
+
+def _running(name: str, control: RunControl) -> Running:
+    view = control.view
+    trains = view.state in (State.STARTING, State.RUNNING)
+    return Running(
+        name,
+        view.asked.priority,
+        view.asked.owner,
+        view.gang,
+        control.shares,
+        trains,
+        view.stopping is not None,
+    )
+
+
+def _backs_off(control: RunControl, now: Now) -> bool:
+    view = control.view
+    if not view.ungranted:
+        return False
+    wait = min(UNGRANTED_SECONDS * 2.0 ** min(view.ungranted - 1, 16), UNGRANTED_CAP)
+    return control.clock(now) - view.waiting_clock < wait
+
+
+def _stop(control: RunControl, reason: Reason, detail: str, now: Now) -> None:
+    control.stop(reason, detail, now, control.config().resilience.timeouts.seconds("stop"))

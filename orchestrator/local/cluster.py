@@ -1,0 +1,261 @@
+"""The Ray on this machine that `up` or `submit` started: its record, its processes, its start and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from configs.errors import UserError
+from configs.paths import HomePaths
+from configs.timeouts import Timeouts
+from orchestrator import PROGRAM
+from orchestrator.local.lock import alive, started
+from orchestrator.local.settings import health_environment
+
+MARK = "MEGARAY_LOCAL"
+"""Variable that all processes of a local Ray inherit; its value is the home."""
+_STOP_SECONDS = 3.0
+"""Between SIGTERM and SIGKILL: Ray would drain its node for up to 30 s, and no run is left on it that had a use of that."""
+_GONE_SECONDS = 10.0
+"""Until processes that were killed are gone."""
+_KEEPER_SECONDS = 30.0
+_CODE = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """`<home>/cluster.json`."""
+
+    address: str
+    """`host:port` of its GCS."""
+    dashboard: str
+    """URL of its dashboard and job submission."""
+    pid: int
+    """Of its keeper, which all its processes come from."""
+    ticks: int
+    """When that process started (`orchestrator.local.lock.started`), so that a reused id isn't taken for it."""
+    boot: str
+    """Which start of which machine it runs on."""
+    host: str
+    slots: int
+    gpus: int
+    temporary: str
+    """Ray's session folder."""
+    token: str = ""
+    """File of the token that its clients show; empty where it wants none, or where a variable holds it."""
+
+    @property
+    def alive(self) -> bool:
+        """Its keeper runs on this machine."""
+        return self.boot == boot() and alive(self.pid, self.ticks)
+
+
+def boot() -> str:
+    """Names the present start of this machine."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def recorded(home: HomePaths) -> tuple[LocalCluster | None, str]:
+    """The record, and why it can't be read; neither where there is none."""
+    try:
+        tree = json.loads(home.cluster.read_text())
+        return LocalCluster(**tree), ""
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, TypeError) as error:
+        return None, f"{home.cluster} can't be read ({str(error).splitlines()[0]})"
+
+
+def local(home: HomePaths) -> LocalCluster | None:
+    """The local cluster that is recorded and alive.
+
+    Raises:
+        UserError: where it runs on another machine that shares the home.
+    """
+    record, _ = recorded(home)
+    if record is None or record.alive:
+        return record
+    if record.host != socket.gethostname() and record.boot != boot():
+        raise UserError(
+            f"{home.cluster} tells of a Ray on {record.host}, and this is {socket.gethostname()}: type the command there, "
+            f"name a cluster with --address HOST:PORT, or set MEGARAY_HOME to a folder of this machine (where "
+            f"{record.host} is gone, remove the file)"
+        )
+    return None
+
+
+def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalCluster:
+    """Start Ray on this machine, detached from this process, with a keeper that starts it again when it dies.
+
+    Whatever ends this before Ray is up, Ctrl-C too, leaves no process behind.
+
+    Args:
+        home: whose lock (`orchestrator.local.lock`) is held.
+        slots: ranks on processors that may run at once.
+        gpus: that it gets.
+        timeouts: its health checks follow from them.
+
+    Raises:
+        UserError: where one is running already, or Ray does not come up; with the path of its log.
+    """
+    running = local(home)
+    if running:
+        raise UserError(
+            f"a local Ray with {running.slots} slots is up at {running.address}; `{PROGRAM} down` ends it"
+        )
+    home.ensure()
+    end(home)  # what a crash has left
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.local.keeper",
+        "local",
+        str(home.home),
+        str(slots),
+        str(gpus),
+    ]
+    environment = os.environ | health_environment(timeouts) | {MARK: str(home.home)}
+    with home.ray_log.open("ab") as log:
+        keeper = subprocess.Popen(
+            command, env=environment, cwd=_CODE, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+            start_new_session=True, text=True,
+        )  # fmt: skip
+    assert keeper.stdout is not None
+    try:
+        said = keeper.stdout.readline()
+        record = LocalCluster(**json.loads(said)) if said.strip() else None
+    except BaseException:
+        with uninterrupted():
+            end(home, keeper.pid)
+        raise
+    finally:
+        keeper.stdout.close()
+    if record is None:
+        end(home, keeper.pid)
+        raise UserError(f"Ray did not start{_why(home.ray_log)}; see {home.ray_log}")
+    return record
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C doesn't interrupt the cleaning up after the first."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not in the main thread, which alone gets Ctrl-C
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _why(log: Path) -> str:
+    """The last line of Ray's log that tells of an error, for the message."""
+    with contextlib.suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace")[-8192:].splitlines()]
+        told = [line for line in lines if "Error" in line or "error:" in line.lower()]
+        return f" ({told[-1][:200]})" if told else ""
+    return ""
+
+
+def end(home: HomePaths, keeper: int = 0) -> bool:
+    """End the local Ray of a home with everything that it has started; whether there was anything.
+
+    Only processes that it has started are signalled, which are known by the variable that they inherit; other Rays on the
+    machine are left alone.
+
+    Args:
+        home: of the cluster; its record may be missing or damaged.
+        keeper: process id of the keeper where it is known and may not have written the record yet.
+    """
+    record, _ = recorded(home)
+    pid = keeper or (record.pid if record and record.alive else 0)
+    found = members(home)
+    if pid and started(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + _KEEPER_SECONDS
+        while started(pid) and time.monotonic() < deadline:
+            _reap(pid)
+            time.sleep(0.05)
+    for _ in range(5):  # what is being started while others are ended comes up in the next round
+        left = members(home)
+        if not left:
+            break
+        end_all(left, _STOP_SECONDS if not pid else 0.0)
+    if record is not None:
+        shutil.rmtree(record.temporary, ignore_errors=True)
+        found = found or [record.pid]
+    home.cluster.unlink(missing_ok=True)
+    home.queue.unlink(missing_ok=True)
+    return bool(found)
+
+
+def _reap(pid: int) -> None:
+    """Take the exit code of a child, so that it doesn't stay a zombie; not ours: nothing."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def members(home: HomePaths) -> list[int]:
+    """Processes that the local Ray of a home has started, with their descendants; never this one nor those above it."""
+    mark = f"{MARK}={home.home}".encode()
+    above = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    found: set[int] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in above:
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0") and started(int(entry.name)):
+                    found.add(int(entry.name))
+    for pid in list(found):
+        with contextlib.suppress(psutil.Error):
+            found.update(child.pid for child in psutil.Process(pid).children(recursive=True))
+    return sorted(found - above)
+
+
+def end_family(pid: int) -> None:
+    """End a process and all its descendants: SIGTERM to the first, then SIGKILL to what is left."""
+    try:
+        leader = psutil.Process(pid)
+        family = [leader.pid, *(child.pid for child in leader.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return
+    end_all(family, _STOP_SECONDS)
+
+
+def end_all(pids: list[int], grace: float) -> None:
+    """SIGTERM to the first where there is a grace in seconds, then SIGKILL to what is left of them all."""
+    family = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family.append(psutil.Process(pid))
+    if grace > 0 and family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family[0].send_signal(signal.SIGTERM)
+        _, family = psutil.wait_procs(family, timeout=grace)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=_GONE_SECONDS)
+
+
+def write(home: HomePaths, record: LocalCluster) -> None:
+    """Replace the record."""
+    temporary = home.cluster.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(record)))
+    temporary.replace(home.cluster)

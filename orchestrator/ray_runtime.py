@@ -1,0 +1,223 @@
+"""Gangs on Ray: a placement group holds their slots, and the agents of their nodes run their ranks.
+
+Groups and agents are detached and named, so they outlive the controller that made them and a new one finds them again.
+What asks Ray itself runs in threads that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnschedulableError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator import ray_agent
+from orchestrator.agent.driver import AgentGone, Gangs
+from orchestrator.agent.orders import Answer, Order
+from orchestrator.control.gang import GangSpec, GangStatus, Want
+from orchestrator.decide.placement import Node
+from orchestrator.ray_cluster import NAMESPACE
+from orchestrator.ray_nodes import RayNodes
+from orchestrator.record.events import NodeShare
+
+_PIN = 0.001
+"""Of a node's own `node:<ip>` resource, which ties a bundle to the node that placement chose."""
+_THREADS = 8
+_WITNESSES, _WITNESS_SECONDS = 3, 10.0
+Devices = dict[str, dict[str, str]]
+
+
+class RayRuntime:
+    """`orchestrator.control.gang.GangRuntime` on the Ray cluster that this process is connected to."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-calls")
+        self._nodes = RayNodes()
+        self._gangs = Gangs(RayCarrier(self._pool, self._nodes))
+
+    def nodes(self) -> list[Node]:
+        """All live nodes, as they were told lately; those whose check failed are barred.
+
+        Raises:
+            RuntimeError: where Ray hasn't told of them for long.
+        """
+        return self._nodes.nodes()
+
+    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
+        """Say what should be with an attempt."""
+        self._gangs.ensure(spec, want, grace)
+
+    def status(self, spec: GangSpec) -> GangStatus:
+        """What has come in since the last call."""
+        return self._gangs.status(spec)
+
+    def collect(self, spec: GangSpec) -> None:
+        """Begin to write the stacks and rings of all living ranks."""
+        self._gangs.collect(spec)
+
+    def wait(self, seconds: float) -> None:
+        """Return once something has come in that is worth a turn, or after `seconds`."""
+        self._gangs.wait(seconds)
+
+    def ensure_sinks(self, run_root: str) -> None:
+        """Start the run's W&B sink as a detached actor unless it is there; it ends by itself."""
+        from orchestrator.ray_sinks import ensure_sink  # its actor class must not load with the runtime
+
+        self._pool.submit(ensure_sink, run_root)
+
+    def close(self) -> None:
+        """End the threads; agents, ranks and slots stay as they are."""
+        self._gangs.close()
+        self._nodes.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class RayCarrier:
+    """`orchestrator.agent.driver.Carrier` by actor calls and placement groups."""
+
+    def __init__(self, pool: ThreadPoolExecutor, nodes: RayNodes) -> None:
+        self._pool, self._nodes = pool, nodes
+        self._lock = threading.Lock()
+        self._agents: dict[str, Any] = {}
+        self._holders: dict[str, list[Any]] = {}
+        """Reservation -> answers of its slot holders under way."""
+
+    def alive(self) -> frozenset[str] | None:
+        """Ids of the nodes that live."""
+        return self._nodes.alive()
+
+    def attend(self, spec: GangSpec, share: NodeShare, order: Order, make: bool) -> Future[Answer]:
+        """Carry an order to a node's agent."""
+        answer: Future[Answer] = Future()
+        with self._lock:
+            agent = self._agents.get(share.node_id)
+        if agent is not None:
+            self._call(agent, share.node_id, order, answer)
+        else:
+            self._pool.submit(self._reach, spec, share, order, make, answer)
+        return answer
+
+    def _reach(
+        self, spec: GangSpec, share: NodeShare, order: Order, make: bool, answer: Future[Answer]
+    ) -> None:
+        try:
+            node = share.node_id
+            agent = ray_agent.make(node, spec.runtime_env) if make else ray_agent.find(node)
+        except ValueError:
+            answer.set_exception(AgentGone("the node's agent is gone, and its ranks with it"))
+            return
+        except Exception as error:  # carried to whoever asked
+            answer.set_exception(error)
+            return
+        with self._lock:
+            self._agents[share.node_id] = agent
+        self._call(agent, share.node_id, order, answer)
+
+    def _call(self, agent: Any, node_id: str, order: Order, answer: Future[Answer]) -> None:
+        try:
+            call = agent.attend.remote(order).future()
+        except Exception as error:  # carried to whoever asked
+            answer.set_exception(error)
+            return
+        call.add_done_callback(lambda done: self._told(done, agent, node_id, answer))
+
+    def _told(self, done: Future[Answer], agent: Any, node_id: str, answer: Future[Answer]) -> None:
+        error = done.exception()
+        if error is None:
+            answer.set_result(done.result())
+        elif isinstance(error, ActorDiedError | ActorUnschedulableError):
+            with self._lock:
+                if self._agents.get(node_id) is agent:
+                    del self._agents[node_id]
+            first = str(error).strip().splitlines()[0]
+            answer.set_exception(AgentGone(f"the node's agent has ended: {first}"))
+        else:
+            answer.set_exception(error)
+
+    def witness(self, spec: GangSpec, path: str) -> Future[str]:
+        """Ask a few nodes outside the gang whether they see a path."""
+        return self._pool.submit(self._witness, spec, path)
+
+    def _witness(self, spec: GangSpec, path: str) -> str:
+        others = sorted((self.alive() or frozenset()) - {share.node_id for share in spec.shares})[:_WITNESSES]
+        calls = {ray_agent.make(node, spec.runtime_env).sees.remote(path): node for node in others}
+        done, _ = (
+            ray.wait(list(calls), num_returns=len(calls), timeout=_WITNESS_SECONDS) if calls else ([], [])
+        )
+        for call in done:
+            with contextlib.suppress(Exception):  # an agent that fails has seen nothing
+                if ray.get(call):
+                    return next(n.ip for n in self._nodes.nodes() if n.node_id == calls[call])
+        return ""
+
+    def hold(self, spec: GangSpec) -> Future[Devices | None]:
+        """Hold a gang's slots; made where nobody has yet."""
+        return self._pool.submit(self._hold, spec)
+
+    def _hold(self, spec: GangSpec) -> Devices | None:
+        group = _group(spec.reservation)
+        if group is None:
+            bundles = [{spec.resource: float(len(s.ranks)), f"node:{s.ip}": _PIN} for s in spec.shares]
+            strategy = "STRICT_SPREAD" if len(bundles) > 1 else "STRICT_PACK"
+            group = placement_group(bundles, strategy=strategy, name=spec.reservation, lifetime="detached")
+        if placement_group_table(group)["state"] != "CREATED":
+            return None
+        return {} if spec.resource == "CPU" else self._devices(spec, group)
+
+    def _devices(self, spec: GangSpec, group: PlacementGroup) -> Devices | None:
+        """Which devices Ray has given to each bundle; None until all have told."""
+        with self._lock:
+            calls = self._holders.get(spec.reservation)
+        if calls is None:
+            calls = []
+            for index, share in enumerate(spec.shares):
+                holder = ray.remote(ray_agent.SlotHolder).options(
+                    name=f"{spec.reservation}-slots{index:04d}", namespace=NAMESPACE, lifetime="detached",
+                    get_if_exists=True, max_restarts=-1, num_cpus=0, num_gpus=float(len(share.ranks)),
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                ).remote()  # fmt: skip
+                calls.append(holder.devices.remote())
+            with self._lock:
+                self._holders[spec.reservation] = calls
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+        if len(done) < len(calls):
+            return None
+        try:
+            told = ray.get(calls)
+        except Exception:  # asked anew the next time
+            with self._lock:
+                self._holders.pop(spec.reservation, None)
+            raise
+        return {share.node_id: devices for share, devices in zip(spec.shares, told, strict=True)}
+
+    def let_go(self, reservation: str) -> Future[bool]:
+        """Remove a placement group; what sits in it ends with it."""
+        return self._pool.submit(self._let_go, reservation)
+
+    def _let_go(self, reservation: str) -> bool:
+        with self._lock:
+            self._holders.pop(reservation, None)
+        group = _group(reservation)
+        if group is not None:
+            remove_placement_group(group)
+        return _group(reservation) is None
+
+
+def _group(name: str) -> PlacementGroup | None:
+    """The placement group of that name, unless it was removed."""
+    with contextlib.suppress(ValueError):
+        group = get_placement_group(name)
+        if placement_group_table(group)["state"] != "REMOVED":
+            return group
+    return None

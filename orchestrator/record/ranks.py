@@ -1,0 +1,86 @@
+"""What the ranks of a run do now: their newest steps by part, and what their nodes' agents saw last."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from configs.paths import RunPaths
+from faulttol.timeline.reader import AttemptSteps
+from orchestrator.record import seen
+from orchestrator.record.seen import Look, Looks
+
+PARTS = ("compute", "data", "wait", "save")
+"""Of a rank's step, as `faulttol.timeline` records them."""
+_STEPS = 8
+"""Newest steps that are told as their mean."""
+
+
+@dataclass
+class Rank:
+    """What a rank was last seen doing."""
+
+    rank: int
+    seconds: dict[str, float]
+    """Of a step, by part; empty where nothing is recorded."""
+    doing: str = ""
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+
+class RankReader:
+    """Reads what the ranks of a run's newest attempt do."""
+
+    def __init__(self, run: RunPaths) -> None:
+        self._run = run
+        self._attempt = 0
+        self._looks: Looks | None = None
+        self._steps: AttemptSteps | None = None
+
+    def read(self, attempt: int) -> list[Rank]:
+        """The ranks of an attempt; empty where nothing tells of them."""
+        if attempt != self._attempt or self._looks is None or self._steps is None:
+            paths = self._run.attempt(attempt)
+            self.close()
+            self._attempt, self._looks, self._steps = (
+                attempt,
+                Looks(seen.folder(paths)),
+                AttemptSteps(paths.root),
+            )
+        found: dict[int, Rank] = {}
+        try:
+            for look in self._looks.update():
+                found[look.rank] = Rank(look.rank, {}, _doing(look))
+            self._add_steps(self._steps, found)
+        except (OSError, ValueError):
+            pass  # storage that can't be read now is read again in a moment
+        return [found[rank] for rank in sorted(found)]
+
+    @staticmethod
+    def _add_steps(steps: AttemptSteps, found: dict[int, Rank]) -> None:
+        if (known := steps.span) is None:
+            return
+        for name in PARTS:
+            window = steps.window(name, known[1] - _STEPS, known[1], 1)
+            if not window.mean.size:
+                continue
+            for rank, value in zip(window.ranks.tolist(), window.mean[:, -1].tolist(), strict=True):
+                if math.isfinite(value):
+                    found.setdefault(rank, Rank(rank, {})).seconds[name] = value
+
+    def close(self) -> None:
+        """Close files."""
+        if self._steps is not None:
+            self._steps.close()
+
+
+def _doing(look: Look) -> str:
+    if look.exit_code is not None:
+        return f"ended with {look.exit_code}"
+    waits = f"waits in {look.waits}" if look.waits else look.phase
+    return ", ".join(
+        text for text in (f"step {look.step}" if look.step is not None else "", waits, look.held) if text
+    )

@@ -1,0 +1,123 @@
+"""`dashboard`: serve the page, or write one run as one file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from configs.errors import UserError
+from configs.paths import HomePaths
+from orchestrator.commands.calls import Call
+from orchestrator.web import export, server
+from orchestrator.web.security import LOOPBACK, Tokens
+
+TOKENS = "dashboard.token"
+LINK = "dashboard.json"
+
+
+def run(call: Call) -> int:
+    """Serve until a signal, or write a file; the exit code.
+
+    Raises:
+        UserError: for a run, a file, a host or a port that can't be used.
+    """
+    options = call.options
+    if options.export:
+        run_id, file = options.export
+        size = export.write(call.home, run_id, Path(file))
+        call.say(
+            f"{file}: {run_id}, {size / 1e6:.1f} MB; it opens in any browser", {"file": file, "bytes": size}
+        )
+        return 0
+    if options.no_token and options.host not in LOOPBACK:
+        raise UserError(
+            f"--no-token with --host {options.host}: anybody in that network could cancel runs; leave --no-token out, or "
+            "listen on 127.0.0.1"
+        )
+    call.home.ensure()
+    tokens = None if options.no_token else Tokens.of(call.home.home / TOKENS)
+    gc.set_threshold(10_000)  # a server lives long; the command line turned collection down
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="megaray: %(name)s: %(message)s")
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(call, options.host, options.port, tokens, options.allow_host))
+    _leave()
+    return 0
+
+
+def _leave() -> None:
+    """End though storage may hold a thread for ever."""
+    mine = [thread for thread in threading.enumerate() if thread.name.startswith("dashboard")]
+    for thread in mine:
+        thread.join(1.0)
+    if any(thread.is_alive() for thread in mine):
+        sys.stdout.flush()
+        os._exit(0)
+
+
+async def serve(call: Call, host: str, port: int, tokens: Tokens | None, names: list[str]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: where it can't listen.
+    """
+    listening = _listen(host, port)
+    bound = listening.getsockname()[1]
+    app, _ = server.make(call.home, tokens, host, bound, names)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listening).start()
+        url = link(host, bound, tokens)
+        _tell(call.home, {"url": url, "pid": os.getpid(), "port": bound})
+        call.say(f"dashboard of {call.home.home}: {url}", {"url": url, "port": bound})
+        ends = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ends.set)
+        await ends.wait()
+    finally:
+        await runner.cleanup()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(found[0][4][:2], family=found[0][0])
+    except OverflowError:
+        raise UserError(f"--port {port} is none; choose one between 0 and 65535") from None
+    except OSError as error:
+        named = isinstance(error, socket.gaierror) or not error.errno
+        why = (error.strerror or str(error)) if named else os.strerror(error.errno or 0)
+        raise UserError(
+            f"--host {host} --port {port}: {why}; choose another port, or end what listens there"
+        ) from None
+
+
+def link(host: str, port: int, tokens: Tokens | None) -> str:
+    """What to open in a browser on this machine."""
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + (f"?token={tokens.own}" if tokens else "")
+
+
+def _tell(home: HomePaths, tree: dict[str, Any]) -> None:
+    """Where this server is, for commands of the same account."""
+    path = home.home / LINK
+    with contextlib.suppress(OSError):
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(json.dumps(tree))
+        temporary.replace(path)

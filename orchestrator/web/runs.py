@@ -1,0 +1,281 @@
+"""One run as the dashboard knows it: its row, and where somebody looks or it goes on, its past and its metric lines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import PosixPath
+from typing import Any, BinaryIO, cast
+
+from configs.paths import RunPaths
+from orchestrator.record import log, seen
+from orchestrator.record.ledger import Ledger, ledger
+from orchestrator.record.log import Cursor
+from orchestrator.record.reading import RunReader
+from orchestrator.record.seen import Look, Looks
+from orchestrator.record.story import Story
+from orchestrator.web.columns import FEW, MOST, Columns
+
+_LOG_CHUNK = 1 << 20
+_LONGEST_RECORD = 1 << 26
+_LOOK_EVERY = 1.5
+"""Seconds between two looks at what the agents wrote; a gang may have a file for each of a thousand nodes."""
+_BREATH = 0.001
+"""Seconds between two pieces, in which those who wait for the lock get it: locks aren't fair."""
+LOOKED = 600.0
+"""Seconds after which nobody counts as looking at a run any more."""
+
+
+class _Part(PosixPath):
+    """A log of which one reading gives the next part alone: a long one would be in memory as a whole."""
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        return _Limited(cast(BinaryIO, super().open("rb")))
+
+
+class _Limited:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __enter__(self) -> _Limited:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def seek(self, offset: int) -> None:
+        """Go to a byte."""
+        self._file.seek(offset)
+
+    def read(self) -> bytes:
+        """The next part, with at least one whole line where there is one."""
+        data = self._file.read(_LOG_CHUNK)
+        while b"\n" not in data and len(data) < _LONGEST_RECORD and (more := self._file.read(_LOG_CHUNK)):
+            data += more
+        return data
+
+
+class RunState:
+    """What is known of a run. Its parts are read under `lock`, a small piece of a file at a time."""
+
+    def __init__(self, run: RunPaths) -> None:
+        self.run = run
+        self.lock = threading.RLock()
+        self.row: dict[str, Any] | None = None
+        """Its row; None until its log has a state."""
+        self.error = ""
+        """Why it can't be read; empty where it can."""
+        self.damage: tuple[str, ...] = ()
+        self.version = ""
+        self.story: Story | None = None
+        self.columns: dict[int, Columns] = {}
+        self.looked_at = float("-inf")
+        """When somebody asked for more than its row, by the monotonic clock."""
+        self.loaded = False
+        """All that there was has been read."""
+        self._reader: RunReader | None = None
+        self._log_cursor = Cursor()
+        self._finer: dict[int, Columns] = {}
+        self._looks: tuple[int, Looks] | None = None
+        self._found: list[Look] = []
+        self._looked = float("-inf")
+        self._ledger: tuple[str, float, Ledger] | None = None
+        self._queued: Any = None
+
+    @property
+    def terminal(self) -> bool:
+        """It has ended; a run whose state isn't known has not."""
+        return bool(self.row and self.row["ended_at"] is not None)
+
+    @property
+    def looked(self) -> bool:
+        """Somebody looks at it."""
+        return time.monotonic() - self.looked_at < LOOKED
+
+    def look(self) -> None:
+        """Somebody looks at more of it than its row."""
+        self.looked_at = time.monotonic()
+
+    # ---- its row ----
+
+    def refresh(self, queue: Mapping[str, Any], queued: Any) -> bool:
+        """Read its row again where its files or its place in the queue have changed; whether they have."""
+        version = self._stamp()
+        if version == self.version and queued == self._queued and self.row is not None:
+            return False
+        before = self.row
+        try:
+            with self.lock:
+                self._reader = self._reader or RunReader(self.run)
+                view = self._reader.update()
+                self.damage = self._reader.damage
+                if view.submitted is None or view.state is None:
+                    self.row = None
+                else:
+                    summary = self._reader.summary(dict(queue))
+                    self.row = asdict(summary) | {
+                        "open_incidents": len(view.open_incidents),
+                        "causes": _causes(view.incidents),
+                        "restarts": view.restarts,
+                        "lost_steps": sum(i.outcome.lost_steps for i in view.incidents if i.outcome),
+                        "queued_at": view.queued_at,
+                    }
+            self.error = ""
+        except Exception as error:  # whatever it is, it is this run's, and is told as such
+            first = (str(error).splitlines() or [""])[0]
+            self.error = (
+                f"run {self.run.run_id}: {type(error).__name__}: {first}; its files are in {self.run.root}"
+            )
+        self.version, self._queued = version, queued
+        if self.row is not None and self.row["ended_at"] is not None and not self.looked:
+            self._reader = None  # most runs of a home have ended: they cost no more than their row
+        return before != self.row or bool(self.error)
+
+    def _stamp(self) -> str:
+        """What changes when anything of the run does."""
+        try:
+            size = self.run.events.stat().st_size
+        except OSError:
+            return "gone"
+        attempt = int(self.row["attempt"]) if self.row else 0
+        metrics = 0
+        if attempt:
+            try:
+                metrics = self.run.attempt(attempt).metrics.stat().st_size
+            except OSError:
+                metrics = 0
+        return f"{attempt}:{size}:{metrics}"
+
+    # ---- its past and its lines ----
+
+    def load(self, deadline: float) -> bool:
+        """Read on in its log and its metric lines until `deadline` of `time.monotonic()`; whether all is read.
+
+        Raises:
+            OSError: where a file can't be read.
+        """
+        if not self._load_story(deadline):
+            return False
+        numbers = self.run.attempt_numbers()
+        share = (MOST if self.looked else FEW) // (1 if self.looked else max(1, len(numbers)))
+        done = True
+        for number in numbers:
+            with self.lock:
+                columns = self.columns.setdefault(number, Columns(self.run.attempt(number).metrics, share))
+            done = self._read(columns, deadline) and done
+            done = self._refine(number, share, deadline) and done
+        self._bound()
+        self.loaded = self.loaded or done
+        return done
+
+    def _load_story(self, deadline: float) -> bool:
+        path = _Part(self.run.events)
+        while True:
+            with self.lock:
+                story = self.story = self.story or Story()
+                events, cursor = log.read_from(path, self._log_cursor)
+                moved = cursor.offset > self._log_cursor.offset
+                self._log_cursor = cursor
+                story.take(events)
+            if not moved:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_BREATH)
+
+    def _read(self, columns: Columns, deadline: float) -> bool:
+        while True:
+            with self.lock:
+                done = columns.update(0.0)  # a piece at a time, so that those who look don't wait
+            if done or time.monotonic() > deadline:
+                return done
+            time.sleep(_BREATH)
+
+    def _refine(self, number: int, share: int, deadline: float) -> bool:
+        """Read lines again that were joined while nobody looked."""
+        with self.lock:
+            coarse = self.columns.get(number)
+            if coarse is None or share <= coarse.most or not self.looked:
+                return True
+            if not coarse.joined:
+                coarse.most = share
+                return True
+            finer = self._finer.setdefault(number, Columns(coarse.path, share))
+        if not self._read(finer, deadline):
+            return False
+        with self.lock:
+            if self._finer.pop(number, None) is finer:
+                self.columns[number] = finer
+        return True
+
+    def _bound(self) -> None:
+        """Hold no more lines over all attempts than of one."""
+        while sum(c.rows for c in self.columns.values()) > MOST:
+            with self.lock:
+                largest = max(self.columns.values(), key=lambda c: c.rows)
+                largest.keep(largest.rows * 3 // 4)
+
+    def forget(self) -> None:
+        """Keep the row alone."""
+        with self.lock:
+            self.story, self.columns, self._finer, self._log_cursor = None, {}, {}, Cursor()
+            self._looks = self._ledger = None
+            self.loaded = False
+
+    def coarsen(self) -> None:
+        """Hold few lines: nobody looks at the run any more."""
+        with self.lock:
+            self._finer = {}
+            for columns in self.columns.values():
+                columns.keep(FEW // max(1, len(self.columns)))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its metric lines."""
+        with self.lock:
+            return sum(c.bytes for c in (*self.columns.values(), *self._finer.values()))
+
+    @property
+    def indexed(self) -> float:
+        """Part of the metric lines that was read."""
+        with self.lock:
+            size = sum(c.size for c in self.columns.values())
+            read = sum(min(c.offset, c.size) for c in self.columns.values())
+        if not size:
+            return 1.0 if self.loaded else 0.0
+        return 1.0 if self.loaded and read >= size * 0.999 else min(1.0, read / size)
+
+    def ledger(self, now: float) -> Ledger:
+        """Where its time went, up to now. Made at most once a second."""
+        with self.lock:
+            made = self._ledger
+            if made is not None and made[0] == self.version and (self.terminal or abs(now - made[1]) < 1.0):
+                return made[2]
+            story = self.story or Story()
+            found = ledger(story, {n: c.trace() for n, c in self.columns.items()}, now)
+            if self.loaded:
+                self._ledger = (self.version, now, found)
+            return found
+
+    def looks(self, attempt: int) -> list[Look]:
+        """What its ranks were last seen doing in an attempt.
+
+        Raises:
+            OSError: where storage can't be read.
+        """
+        with self.lock:
+            if self._looks is None or self._looks[0] != attempt:
+                self._looks = attempt, Looks(seen.folder(self.run.attempt(attempt)))
+                self._looked = float("-inf")
+            if time.monotonic() - self._looked > _LOOK_EVERY:
+                self._found, self._looked = self._looks[1].update(), time.monotonic()
+            return self._found
+
+
+def _causes(incidents: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for incident in incidents:
+        counts[incident.event.cause] = counts.get(incident.event.cause, 0) + 1
+    return counts

@@ -1,0 +1,1 @@
+"""What the server answers: pure functions from what was read to JSON."""

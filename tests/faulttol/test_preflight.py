@@ -1,0 +1,237 @@
+"""The look at a node before it serves: what is bad bars it, what can't be looked at doesn't."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from faulttol.preflight import device, host
+from faulttol.preflight.host import Beacon
+from faulttol.preflight.result import Check, Outcome, Preflight
+from orchestrator.agent import checks
+from orchestrator.agent.checks import Looked, NodeCheck
+from tests.orchestrator.local_runtime import until
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def beacon() -> Iterator[Beacon]:
+    made = Beacon()
+    yield made
+    made.close()
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_only_what_is_bad_bars_a_node() -> None:
+    found = Preflight(
+        (
+            Check("a", Outcome.GOOD, "fine"),
+            Check("b", Outcome.UNKNOWN, "no tool"),
+            Check("c", Outcome.BAD, "wrong"),
+        )
+    )
+    assert found.why == "c: wrong" and found.lines()[-1] == "not fit: c: wrong"
+    assert Preflight(found.checks[:2]).why == "" and Preflight(found.checks[:2]).lines()[-1] == "fit to serve"
+    assert Preflight.from_json(json.loads(json.dumps(found.to_json()))) == found
+    with pytest.raises(ValueError, match="not a preflight"):
+        Preflight.from_json({"checks": [{"name": "a"}]})
+
+
+def test_an_instrument_that_breaks_cannot_tell() -> None:
+    check = host.timed("x", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    assert check.outcome is Outcome.UNKNOWN and "ZeroDivisionError" in check.text
+
+
+def test_memory_is_looked_at_against_what_ranks_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert {one.outcome for one in host.quick(tmp_path)} == {Outcome.GOOD}
+    usage = shutil.disk_usage(tmp_path)._replace(free=host.LEAST_SHARED // 2)
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda _: usage)
+    assert Preflight(tuple(host.quick(tmp_path))).why.startswith("shared memory: 8 MiB free")
+    monkeypatch.undo()
+    short = SimpleNamespace(available=host.LEAST_MEMORY - 1, total=8 << 30)
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: short)
+    assert checks.before_gang() == "host memory: 0.5 of 8.0 GiB available"
+
+
+def test_loopback_is_proved_and_a_torn_one_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host.loopback()[0] is Outcome.GOOD
+    sent = iter([b"a" * (1 << 16)])
+    monkeypatch.setattr(host.os, "urandom", lambda _: next(sent))
+    real = socket.create_connection
+
+    class Torn:
+        def __init__(self, *words: object) -> None:
+            self.line = real(*words)  # type: ignore[arg-type]
+
+        def __enter__(self) -> Torn:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.line.close()
+
+        def sendall(self, data: bytes) -> None:
+            self.line.sendall(data[:-1] + b"b")
+
+    monkeypatch.setattr(host.socket, "create_connection", Torn)
+    assert host.loopback() == (Outcome.BAD, "bytes sent over 127.0.0.1 came back different")
+
+
+def test_a_node_that_reaches_none_of_several_is_cut_off(beacon: Beacon) -> None:
+    here, away, gone = f"127.0.0.1:{beacon.port}", f"127.0.0.1:{closed_port()}", "127.0.0.1:no"
+    assert host.neighbours([]) == (Outcome.GOOD, "no neighbours")
+    assert host.neighbours([here, here])[0] is Outcome.GOOD
+    assert host.neighbours([here, away]) == (Outcome.UNKNOWN, f"doesn't reach {away}")
+    assert host.neighbours([away])[0] is Outcome.UNKNOWN, "one may be at fault itself"
+    assert host.neighbours([away, gone])[0] is Outcome.BAD
+
+
+def test_somebody_else_on_the_port_is_no_neighbour() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 "), daemon=True).start()
+        assert host.neighbours([f"127.0.0.1:{other.getsockname()[1]}"])[0] is Outcome.UNKNOWN
+
+
+def test_a_tool_that_fails_or_hangs_is_a_lost_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho Unable to determine the device handle\nexit 15\n")
+    tool.chmod(0o755)
+    outcome, text = host.device_tool(str(tool))
+    assert outcome is Outcome.BAD and "exit code 15: Unable to determine" in text
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(host, "_TOOL_SECONDS", 0.2)
+    assert host.device_tool(str(tool))[0] is Outcome.BAD
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert host.device_tool() == (Outcome.GOOD, "no devices, or no tool that tells of them")
+
+
+def test_arithmetic_is_proved_on_this_machine() -> None:
+    found = device.checks()
+    assert not Preflight(tuple(found)).why
+    assert {one.name for one in found} >= {"cpu exactness", "cpu matmul"}
+    rate = next(one.text for one in found if one.name == "cpu matmul")
+    assert float(rate.split()[0]) > 0
+
+
+class _Wrong(torch.Tensor):
+    """A product with one element off by one."""
+
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+        product = torch.Tensor.__matmul__(self.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
+        if product.dtype is torch.bfloat16:
+            product[17, 5] += 1
+        return product
+
+
+def test_one_wrong_element_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    signs = device._sparse_signs
+    monkeypatch.setattr(device, "_sparse_signs", lambda *words: signs(*words).as_subclass(_Wrong))
+    outcome, text = device.exactness(torch.device("cpu"), 64)
+    assert (outcome, text) == (Outcome.BAD, "a product of whole numbers is wrong in 1 of 64 columns")
+
+
+def test_whole_numbers_stay_within_what_bf16_holds() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in (64, 512, 1024):
+        share = min(1.0, (64 / size) ** 0.5)
+        left, right = (device._sparse_signs(size, share, generator) for _ in range(2))
+        assert int((left @ right).abs().max()) <= 256 and int((left @ right).abs().max()) > 4
+
+
+def test_a_product_that_differs_from_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.torch, "equal", lambda *_: False)
+    assert device.exactness(torch.device("cpu"), 64) == (Outcome.BAD, "the same product twice differs")
+
+
+def test_a_device_slower_than_its_neighbours_is_named() -> None:
+    outcome, text = device.compared({"cuda:0": 10.0, "cuda:1": 7.9, "cuda:2": 10.0, "cuda:3": 10.1})
+    assert outcome is Outcome.BAD and "cuda:1 0.79" in text and "cuda:0" not in text
+    assert device.compared({"cuda:0": 10.0, "cuda:1": 8.1, "cuda:2": 10.0})[0] is Outcome.GOOD
+    assert device.compared({"cuda:0": 10.0, "cuda:1": 1.0})[0] is Outcome.GOOD, (
+        "of two nobody could say which"
+    )
+
+
+def test_the_command_says_it_for_people_and_machines(beacon: Beacon) -> None:
+    words = [sys.executable, "-m", "faulttol", "preflight", "--quick"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert (
+        done.stdout.rstrip().endswith("fit to serve")
+        and "GOOD" in done.stdout
+        and "matmul" not in done.stdout
+    )
+    peers = f"127.0.0.1:{closed_port()},127.0.0.1:{closed_port()}"
+    bad = subprocess.run(
+        [*words, "--json", "--peers", peers], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert bad.returncode == 1 and "neighbours: doesn't reach" in json.loads(bad.stdout)["bad"]
+
+
+# ---- the agent's side ----
+
+
+def test_a_node_of_cores_is_looked_at_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "full", lambda _: pytest.fail("a process with torch"))
+    check = NodeCheck("auto")
+    assert check.look() == Looked(False, "", check.look().port)
+    until(lambda: check.look().done, "the first look")
+    assert check.look().why == ""
+    monkeypatch.setattr(checks.host, "quick", lambda: [Check("host memory", Outcome.BAD, "none")])
+    until(lambda: check.look().why == "host memory: none", "that it is bad now")
+    monkeypatch.setattr(checks.host, "quick", lambda: 1 // 0)
+    until(lambda: check.look().why == "", "an instrument that breaks bars nobody")
+    check.close()
+
+
+def test_a_node_with_devices_proves_them_and_again_only_while_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+    bad = Preflight((Check("cuda:3 exactness", Outcome.BAD, "wrong"),))
+    monkeypatch.setattr(checks.host, "device_tool_name", lambda: "nvidia-smi")
+    monkeypatch.setattr(checks, "full", lambda _: made.append(time.monotonic()) or bad)
+    monkeypatch.setattr(checks, "_RETRY_SECONDS", 0.0)
+    check = NodeCheck("auto")
+    until(lambda: check.look(idle=False).why == "cuda:3 exactness: wrong", "the finding")
+    for _ in range(20):
+        check.look(idle=False)
+        time.sleep(0.01)
+    assert len(made) == 1, "devices that ranks use are left alone"
+    bad = Preflight(())
+    until(lambda: check.look(idle=True).why == "", "that it is mended")
+    check.close()
+
+
+def test_it_can_be_off_and_a_wrong_mode_is_auto() -> None:
+    off, wrong = NodeCheck("off"), NodeCheck("sometimes")
+    assert off.look().done and not off.look().why and wrong._mode == "auto"
+    off.close()
+    wrong.close()
+
+
+def test_a_full_look_is_made_in_a_process_that_may_die_or_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.sys, "executable", "/bin/false")
+    assert checks.full(()).checks[0].outcome is Outcome.UNKNOWN, "it could not look"
+
+    def hang(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("x", 1)
+
+    monkeypatch.setattr(checks.subprocess, "run", hang)
+    assert "didn't end in 150 s" in checks.full(()).why
+    died = SimpleNamespace(returncode=-7, stdout="", stderr="")
+    monkeypatch.setattr(checks.subprocess, "run", lambda *_, **__: died)
+    assert checks.full(()).why == "preflight: was ended by signal 7"

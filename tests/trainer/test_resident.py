@@ -1,0 +1,101 @@
+"""bf16 weights beside their masters train as FSDP's do, bit for bit, and are never behind their masters."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.compose import compose
+from configs.rank import RankContext
+from configs.schema import RunConfig
+from tests.collectives.ranks import together
+from tests.trainer.families import batches, family
+from trainer.engines.native import NativeEngine
+from trainer.parallel import resident
+from trainer.parallel.mesh import Mesh, assemble, join
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
+
+SAMPLES, STEPS = 8, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What differs between runs."""
+
+    micro: int
+    kind: str = "adamw"
+    layout: tuple[tuple[str, int], ...] = ()
+
+
+CASES = {
+    1: [Case(8), Case(2), Case(4, "muon"), Case(4, "lamb")],
+    2: [Case(4, layout=(("dp", 2), ("ep", 2))), Case(2, layout=(("dp", 2), ("ep", 2))),
+        Case(4, layout=(("dp", 1), ("tp", 2), ("ep", 2)))],
+}  # fmt: skip
+
+
+def config_of(case: Case) -> RunConfig:
+    layout = {"dp": 1} | dict(case.layout)
+    words = [f"parallel.{axis}={size}" for axis, size in layout.items()]
+    config = compose(
+        ["model=demo", "hardware=cpu", "train.engine=native", "train.precision=bf16", f"train.micro_batch={case.micro}",
+         f"train.global_batch={SAMPLES}", f"optim.kind={case.kind}", "optim.lr=0.01", "optim.warmup_steps=0",
+         "data.sequence=32", "parallel.zero=2", *words]
+    )  # fmt: skip
+    return config.model_copy(update={"model": family("olmoe").model_copy(update={"shared_width": 16})})
+
+
+def state(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    return {part.name: part.tensor.clone() for part in engine.state()}
+
+
+def steps(config: RunConfig, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor], NativeEngine]:
+    """Losses and the state after some steps."""
+    engine = NativeEngine(config, mesh)
+    losses = []
+    for step in range(STEPS):
+        given = batches(step, SAMPLES, config.train.micro_batch, engine.place.index, engine.place.size)
+        result = engine.step(given, SAMPLES, 0.01, lambda _phase: nullcontext())
+        losses += [float(result.loss), float(result.grad_norm)]
+    return losses, state(engine), engine
+
+
+def both(rank: RankContext) -> list[Any]:
+    """By case: what each way gave, whether any weight is resident, and how many weights are behind their masters."""
+    torch.set_num_threads(1)
+    cases = CASES[rank.world]
+    first = join(config_of(cases[0]), rank, torch.device("cpu"))
+    chosen, found = resident.alone, []
+    for case in cases:
+        config = config_of(case)
+        mesh = assemble(
+            config.parallel, rank.rank, rank.world, first.device, first.control_group, first.network
+        )
+        ours, after, engine = steps(config, mesh)
+        casts = [slot for slot in engine._slots if slot.cast is not None]
+        behind = sum(not slot.cast.weight.equal(slot.tensor.bfloat16()) for slot in casts if slot.cast)
+        for part in engine.state():
+            part.tensor.mul_(0.5)
+        engine.loaded()
+        behind += sum(not slot.cast.weight.equal(slot.tensor.bfloat16()) for slot in casts if slot.cast)
+        resident.alone = lambda *_: set()  # type: ignore[assignment]
+        theirs, expected, _ = steps(config, mesh)
+        resident.alone = chosen
+        differ = [name for name, tensor in expected.items() if not tensor.equal(after[name])]
+        found.append((case, ours, theirs, len(casts), behind, differ))
+    return found
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_weights_beside_their_masters_train_as_under_fsdp(world: int, tmp_path: Path) -> None:
+    for rank in together(world, tmp_path, both):
+        for case, ours, theirs, casts, behind, differ in rank:
+            assert casts > 0 and behind == 0, case
+            assert ours == theirs, case
+            assert not differ, (case, differ)

@@ -1,0 +1,157 @@
+"""SIGTERM: every rank finishes the same step, saves it and exits with 143, and the next attempt goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import STOPPED_EXIT
+from configs.metrics import SavedLine, StepLine, StoppedLine, last_step, read_all
+from configs.paths import RunPaths
+from faulttol.recorder import Phase, Recorder, read
+from faulttol.verdicts import VerdictKind
+from tests.trainer.stopping_ranks import CASES, STEP
+from trainer.startup import Startup
+from trainer.stopping import Stop
+
+ROOT = Path(__file__).parents[2]
+PHASES = {"imports", "data", "rendezvous", "build", "load"}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What became of all cases."""
+    folder = tmp_path_factory.mktemp("stopping")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.trainer.stopping_ranks", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers: dict[str, list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_is_asked_and_all_stop_at_the_same_step(
+    outcomes: dict[str, list[dict[str, Any]]], case: str
+) -> None:
+    first, second = outcomes[case]
+    world = CASES[case][0]
+    assert first["codes"] == [STOPPED_EXIT] * world
+    assert first["stopped"] == [[STEP + 1, True]] and first["saved"] == [STEP + 1]
+    assert first["steps"] == list(range(1, STEP + 2)), "the step in which it was asked is the last"
+    assert first["blames"] == [True] * (world - 1) + [False], "only the rank that was asked says so"
+    (verdict,) = [v for v in first["verdicts"] if v["rank"] == world - 1]
+    assert verdict["kind"] == VerdictKind.RANK_EXIT and "asked to stop by SIGTERM" in verdict["detail"]
+    assert second["codes"] == [0] * world and second["resumed"][0][0] == STEP + 1
+    assert second["steps"] == [STEP + 2, STEP + 3] and not second["verdicts"]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_a_start_says_where_its_seconds_went(outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    for _, second in outcomes.values():
+        seconds = second["resumed"][0][1]
+        assert set(seconds) == PHASES and all(value >= 0 for value in seconds.values())
+        assert seconds["build"] > 0 and seconds["load"] > 0
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_under_torchrun_the_state_is_saved_too(tmp_path: Path) -> None:
+    env = os.environ | {
+        "MEGARAY_HOME": str(tmp_path),
+        "MEGARAY_RUN": str(tmp_path / "run"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainer", "run",
+        "experiment=smoke", "train.steps=100000", "train.global_batch=8", "train.micro_batch=2", "parallel.dp=2",
+        "checkpoint.every=100000", "train.log_every=1", f"data.path={os.path.dirname(json.__file__)}/*.py",
+    ]  # fmt: skip
+    metrics = RunPaths(tmp_path / "run").attempt(1).metrics
+    job = subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        end = time.monotonic() + 150
+        while (line := last_step(metrics)) is None or line.step < 3:
+            assert job.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        job.wait(60)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    lines = list(read_all(metrics))
+    (stopped,) = [one for one in lines if isinstance(one, StoppedLine)]
+    (saved,) = [one for one in lines if isinstance(one, SavedLine)]
+    assert (
+        stopped.saved and stopped.step == saved.step == [x for x in lines if isinstance(x, StepLine)][-1].step
+    )
+
+
+# ---- one process ----
+
+_ASKED = """
+import os, signal, torch
+from trainer.stopping import Stop
+stop = Stop(torch.device("cpu"))
+with stop.heeded():
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.asked
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("never", flush=True)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+def test_a_second_sigterm_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", _ASKED], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "asked\n"), done.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+def test_outside_sigterm_is_as_it_was() -> None:
+    before, stop = signal.getsignal(signal.SIGTERM), Stop(torch.device("cpu"))
+    with stop.heeded():
+        assert signal.getsignal(signal.SIGTERM) != before
+        assert not stop.asked
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not stop.agreed(torch.zeros(())) and stop.agreed(torch.tensor(2.0))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+def test_the_phases_of_a_start_are_recorded_and_add_up(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "ring", 0)
+    before = time.monotonic()
+    startup = Startup(recorder, {"MEGARAY_STARTED": "not a number"})
+    for phase in (Phase.DATA, Phase.RENDEZVOUS, Phase.BUILD, Phase.LOAD):
+        startup.enter(phase)
+    startup.end()
+    assert (
+        set(startup.seconds) == PHASES and sum(startup.seconds.values()) <= time.monotonic() - before + 0.01
+    )
+    phases = [record.phase for record in read(tmp_path / "ring")]
+    assert phases == [Phase.IMPORTS, Phase.DATA, Phase.RENDEZVOUS, Phase.BUILD, Phase.LOAD]
+    from faulttol import steady
+
+    asked = Startup(recorder, {"MEGARAY_STARTED": repr(steady.now() - 5.0)})
+    asked.end()
+    assert 5.0 <= asked.seconds["imports"] < 60
+    own = Startup(recorder, {})
+    own.end()
+    assert own.seconds["imports"] > 0.1, "since this process was made"

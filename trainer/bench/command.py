@@ -1,0 +1,220 @@
+"""`python -m trainer bench`: the full step of this trainer and of its baselines, on the same shapes, in one run."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+from configs.paths import default_home
+from configs.rank import RankContext
+from configs.schema import RunConfig
+from trainer.bench import ceiling, kernels, routing
+from trainer.bench.cases import Options, Tokens, config_of, flops_of
+from trainer.bench.masters import Masters
+from trainer.bench.measure import Mark, Times, timed
+from trainer.engines.base import Batch, Engine
+from trainer.engines.native import NativeEngine
+from trainer.kernels.choice import reason
+from trainer.parallel.mesh import Mesh, join
+from trainer.sizing.flops import NUMERATOR, peak
+
+Say = Callable[[str], None]
+
+
+def run(options: Options, gpus: int, arguments: list[str], say: Say) -> int:
+    """Measure on this rank, or start ranks that do.
+
+    Args:
+        gpus: ranks; more than one starts them under torchrun.
+        arguments: what was typed, for the ranks.
+        say: takes lines on rank 0.
+    """
+    if gpus > 1 and "RANK" not in os.environ:
+        if torch.cuda.is_available() and gpus > torch.cuda.device_count():
+            raise UserError(
+                f"--gpus {gpus}, but this machine has {torch.cuda.device_count()}; type --gpus {torch.cuda.device_count()}"
+            )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+        return subprocess.run([*command, "-m", "trainer", *arguments], check=False).returncode
+    on_gpu = torch.cuda.is_available()
+    rank = RankContext.from_environment(os.environ, default_home() / "runs" / "bench")
+    if rank.world == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    config = config_of(options, rank.world, on_gpu)
+    device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    mesh = join(config, rank, device)
+    try:
+        for line in _measured(options, config, mesh):
+            if rank.rank == 0:
+                say(line)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
+    """All measurements, as lines."""
+    model, train = config.model, config.train
+    samples = train.global_batch or 1
+    tokens = samples * config.data.sequence
+    name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
+    yield (
+        f"{mesh.world} x {name}, torch {torch.__version__}, {train.precision}; {model.name}, {model.layers} layers, "
+        f"{tokens} tokens a step, layout {mesh.layout}, routing {options.routing}"
+    )
+    yield f"kernels: {reason()}"
+    flops = flops_of(config)
+    yield f"FLOPs of a step: {flops / 1e12:.2f} T ({NUMERATOR})"
+    native, result = _native(options, config, mesh)
+    yield from _told("megaray", native, flops, tokens, mesh.world, config)
+    if result is not None:
+        yield from kernels.lines(result)
+    if mesh.device.type == "cuda" and mesh.world == 1:
+        found = ceiling.rates(config)
+        yield (
+            f"ceiling: dense matmul {found['dense']:.0f} TFLOP/s, grouped {found['grouped']:.0f}, copy "
+            f"{found['copy']:.2f} TB/s; all FLOPs at the grouped rate {flops / found['grouped'] / 1e9:.1f} ms"
+        )
+    for baseline in options.baselines:
+        _empty()
+        try:
+            times = _baseline(baseline, options, config, mesh)
+        except UserError:
+            raise
+        except Exception as error:  # another's program: what it can't do is a line of the table
+            yield f"{baseline:10} failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            continue
+        yield from _told(baseline, times, flops, tokens, mesh.world, config)
+        passes = times.part("forward", "backward") / native.part("forward", "backward")
+        yield f"{baseline:10} / megaray: step {times.median / native.median:.2f}x, forward + backward {passes:.2f}x"
+
+
+def _told(name: str, times: Times, flops: float, tokens: int, world: int, config: RunConfig) -> Any:
+    low, high = times.spread
+    passes = times.part("forward", "backward")
+    each = flops / world / 1e9
+    most = peak(config.hardware, str(config.train.precision))
+    mfu = f", MFU {each / times.median * 1e12 / most * 100:.1f} %" if most else ""
+    yield (
+        f"{name:10} step {times.median:.1f} ms ({low:.1f} to {high:.1f}): forward {times.part('forward'):.1f}, backward "
+        f"{times.part('backward'):.1f}, optimizer {times.part('optimizer'):.1f}; {tokens / times.median * 1e3 / world:.0f} "
+        f"tokens/s and {each / times.median:.0f} TFLOP/s per device{mfu}; forward + backward {each / passes:.0f} TFLOP/s; "
+        f"{times.memory / 1e9:.1f} GB"
+    )
+
+
+def _empty() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _native(options: Options, config: RunConfig, mesh: Mesh) -> tuple[Times, kernels.Profile | None]:
+    engine = NativeEngine(config, mesh)
+    if options.routing != "real":
+        for stage in engine._stages:
+            routing.force(stage, options.routing)
+    step = _step_of(engine, options, config, mesh)
+    times = timed(step, mesh.device, options.steps)
+    if mesh.device.type != "cuda":
+        return times, None
+
+    def plain_mark(_name: str) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+    trace = None
+    if options.timeline is not None:
+        options.timeline.mkdir(parents=True, exist_ok=True)
+        trace = options.timeline / f"megaray.{mesh.rank}.json"
+    return times, kernels.profile(lambda: step(plain_mark), trace)
+
+
+def _step_of(engine: Engine, options: Options, config: RunConfig, mesh: Mesh) -> Callable[[Mark], object]:
+    """A step of an engine on new tokens each time."""
+    samples, micro = config.train.global_batch or 1, config.train.micro_batch
+    drawn = Tokens(config, mesh.device, options.routing == "real", engine.place.index)
+
+    def step(mark: Mark) -> object:
+        batches = [Batch(drawn.draw(micro), None) for _ in range(samples // micro // engine.place.size)]
+        return engine.step(batches, samples, config.optim.lr, mark)
+
+    return step
+
+
+def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Times:
+    """Times of another's step.
+
+    Raises:
+        UserError: where it can't have the shape or the layout.
+    """
+    if name == "deepspeed":
+        from trainer.engines.deepspeed import DeepSpeedEngine
+
+        engine = DeepSpeedEngine(config, mesh)
+        return timed(_step_of(engine, options, config, mesh), mesh.device, options.steps)
+    if mesh.world > 1:
+        raise UserError(f"--baselines {name} runs on one device; leave it out with --gpus {mesh.world}")
+    samples = config.train.global_batch or 1
+    drawn = Tokens(config, mesh.device, options.routing == "real", 0)
+    if name == "plain":
+        from trainer.bench.plain import Plain
+
+        cuda = mesh.device.type == "cuda"
+        with mesh.device:
+            plain = Plain(config.model)
+        plain = plain.to(torch.bfloat16) if cuda else plain
+        trained = Masters(plain, config.optim)
+        loss_of: Any = torch.compile(plain) if cuda else plain
+        return timed(
+            lambda mark: trained.step(lambda: loss_of(drawn.draw(samples)), mark), mesh.device, options.steps
+        )
+    from trainer.bench.hugging_face import build
+
+    theirs = build(config.model, mesh.device)
+    trained = Masters(theirs, config.optim)
+
+    def loss() -> Any:
+        tokens = drawn.draw(samples)[:, :-1]
+        return theirs(input_ids=tokens, labels=tokens).loss
+
+    return timed(lambda mark: trained.step(loss, mark), mesh.device, options.steps)
+
+
+def options_of(
+    model: str, layers: int | None, routing_name: str, steps: int, baselines: str, timeline: Path | None,
+    overrides: list[str],
+) -> Options:  # fmt: skip
+    """What was typed, checked.
+
+    Raises:
+        UserError: for a baseline that there isn't.
+    """
+    from trainer.bench.cases import BASELINES
+
+    asked = () if baselines == "none" else tuple(part for part in baselines.split(",") if part)
+    for one in asked:
+        if one not in BASELINES:
+            raise UserError(
+                f"--baselines {one}: no such baseline; use some of {', '.join(BASELINES)}, or none"
+            )
+    return Options(tuple(overrides), model, layers, routing_name, steps, asked, timeline)

@@ -1,0 +1,60 @@
+"""Forced routing: routers do all their work, and then tokens go where the bench wants them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.model.decoder import Stage
+from trainer.model.router import Choice, Router, count
+from trainer.model.seams import Micro, Samples
+
+EXPONENT = 1.0
+"""Of Zipf's law: the load of the i-th expert is as 1/i."""
+
+
+def force(stage: Stage, routing: str) -> None:
+    """Have all routers of a stage choose by a table, `balanced` or `zipf`."""
+    for router in stage.routers().values():
+        setattr(router, "forward", _Forced(router, routing))  # noqa: B010  (a method, for the bench alone)
+
+
+class _Forced:
+    def __init__(self, router: Router, routing: str) -> None:
+        self._choose, self._router, self._routing = router.forward, router, routing
+        self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor, state: Tensor | None, micro: Micro, samples: Samples, *rest: Any) -> Choice:
+        muted, micro.tally.muted = micro.tally.muted, True
+        choice = self._choose(x, state, micro, samples, *rest)
+        micro.tally.muted = muted
+        shape = tuple(choice.chosen_BSK.shape)
+        if shape not in self._tables:
+            table = table_of(self._routing, shape, self._router.experts, self._router.layer).to(x.device)
+            self._tables[shape] = table, count(table, self._router.experts).sum(dim=0)
+        chosen, loads = self._tables[shape]
+        micro.tally.count(self._router.layer, loads)
+        if choice.loss is not None:
+            micro.tally.add(micro.tally.losses, choice.loss)
+        return replace(choice, chosen_BSK=chosen)
+
+
+def table_of(routing: str, shape: tuple[int, ...], experts: int, seed: int) -> Tensor:
+    """Choices of each token, no expert twice; [B, S, K] int64.
+
+    `balanced`: every expert has the same load to within one. `zipf`: drawn without replacement by 1/rank, another order of
+    the experts in each layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens, top_k = shape[0] * shape[1], shape[2]
+    order = torch.randperm(experts, generator=generator)
+    if routing == "balanced":
+        pairs = torch.arange(tokens * top_k).view(tokens, top_k) % experts
+        pairs = pairs[torch.randperm(tokens, generator=generator)]
+        return order[pairs].view(shape)
+    weights = 1.0 / torch.arange(1, experts + 1, dtype=torch.float64) ** EXPONENT
+    drawn = torch.multinomial(weights.expand(tokens, -1), top_k, replacement=False, generator=generator)
+    return order[drawn].view(shape)

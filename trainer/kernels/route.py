@@ -1,0 +1,241 @@
+"""A router in two passes over its logits, one each way: scores, the best k, their weights, and what the losses sum up.
+
+Shape letters: B samples, S tokens of a sample, T = B*S, E experts, K experts per token, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.choice import power
+
+_TOKENS = 16
+"""Tokens of a program; it counts within one sample."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How experts are chosen and weighted."""
+
+    top_k: int
+    softmax: bool
+    """Scores are a softmax; else a sigmoid."""
+    renormalize: bool
+    scale: float
+
+
+@triton.jit
+def _forward(
+    logits: tl.tensor, bias: tl.tensor, chosen: tl.tensor, weights: tl.tensor, counts: tl.tensor,
+    shares: tl.tensor, squares: tl.tensor, sequence: tl.tensor, scale: tl.tensor,
+    EXPERTS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BIASED: tl.constexpr, TOKENS: tl.constexpr,
+) -> None:  # fmt: skip
+    sample, block = tl.program_id(0), tl.program_id(1)
+    at = block * TOKENS + tl.arange(0, TOKENS)
+    inside = at < sequence
+    token = sample.to(tl.int64) * sequence + at
+    expert = tl.arange(0, WIDE)
+    real = expert < EXPERTS
+    mask = inside[:, None] & real[None, :]
+    value = tl.load(logits + token[:, None] * EXPERTS + expert[None, :], mask=mask, other=float("-inf"))
+    value = tl.where(inside[:, None], value, tl.where(real[None, :], 0.0, float("-inf")))
+    top = tl.max(value, axis=1)
+    raised = tl.exp(value - top[:, None])
+    total = tl.sum(raised, axis=1)
+    if SOFTMAX:  # noqa: SIM108  (told apart when the kernel is compiled)
+        score = raised / total[:, None]
+    else:
+        score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
+    share = score / tl.sum(score, axis=1)[:, None]
+    left = score
+    if BIASED:
+        left = left + tl.load(bias + expert, mask=real, other=0.0)[None, :]
+    left = tl.where(real[None, :], left, float("-inf"))
+    hits = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
+    taken = tl.zeros([TOKENS], dtype=tl.float32)
+    for k in tl.static_range(TOP):
+        best = tl.argmax(left, axis=1)
+        found = expert[None, :] == best[:, None]
+        weight = tl.sum(tl.where(found, score, 0.0), axis=1)
+        taken += weight
+        tl.store(chosen + token * TOP + k, best.to(tl.int64), mask=inside)
+        tl.store(weights + token * TOP + k, weight * scale, mask=inside)
+        hits += tl.where(found & inside[:, None], 1.0, 0.0)
+        left = tl.where(found, float("-inf"), left)
+    if RENORMALIZE:
+        left = score
+        if BIASED:
+            left = left + tl.load(bias + expert, mask=real, other=0.0)[None, :]
+        left = tl.where(real[None, :], left, float("-inf"))
+        for k in tl.static_range(TOP):
+            best = tl.argmax(left, axis=1)
+            found = expert[None, :] == best[:, None]
+            weight = tl.sum(tl.where(found, score, 0.0), axis=1)
+            tl.store(weights + token * TOP + k, weight / (taken + 1e-20) * scale, mask=inside)
+            left = tl.where(found, float("-inf"), left)
+    number = sample * tl.num_programs(1) + block
+    place = number.to(tl.int64) * EXPERTS + expert
+    tl.store(counts + place, tl.sum(hits, axis=0).to(tl.int32), mask=real)
+    tl.store(shares + place, tl.sum(tl.where(inside[:, None], share, 0.0), axis=0), mask=real)
+    lse = top + tl.log(total)
+    tl.store(squares + number, tl.sum(tl.where(inside, lse * lse, 0.0), axis=0))
+
+
+@triton.jit
+def _backward(
+    logits: tl.tensor, chosen: tl.tensor, weight_slope: tl.tensor, share_slope: tl.tensor, square_slope: tl.tensor,
+    out: tl.tensor, sequence: tl.tensor, scale: tl.tensor,
+    EXPERTS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+) -> None:  # fmt: skip
+    sample, block = tl.program_id(0), tl.program_id(1)
+    at = block * TOKENS + tl.arange(0, TOKENS)
+    inside = at < sequence
+    token = sample.to(tl.int64) * sequence + at
+    expert = tl.arange(0, WIDE)
+    real = expert < EXPERTS
+    mask = inside[:, None] & real[None, :]
+    place = token[:, None] * EXPERTS + expert[None, :]
+    value = tl.load(logits + place, mask=mask, other=float("-inf"))
+    value = tl.where(inside[:, None], value, tl.where(real[None, :], 0.0, float("-inf")))
+    top = tl.max(value, axis=1)
+    raised = tl.exp(value - top[:, None])
+    total = tl.sum(raised, axis=1)
+    likely = raised / total[:, None]
+    if SOFTMAX:  # noqa: SIM108  (told apart when the kernel is compiled)
+        score = likely
+    else:
+        score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
+    slope = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
+    taken = tl.zeros([TOKENS], dtype=tl.float32)
+    moved = tl.zeros([TOKENS], dtype=tl.float32)
+    for k in tl.static_range(TOP):
+        best = tl.load(chosen + token * TOP + k, mask=inside, other=0)
+        given = tl.load(weight_slope + token * TOP + k, mask=inside, other=0.0) * scale
+        found = expert[None, :].to(tl.int64) == best[:, None]
+        slope += tl.where(found, given[:, None], 0.0)
+        weight = tl.sum(tl.where(found, score, 0.0), axis=1)
+        taken += weight
+        moved += given * weight
+    if RENORMALIZE:
+        # Only the chosen have a part in the sum.
+        within = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
+        for k in tl.static_range(TOP):
+            best = tl.load(chosen + token * TOP + k, mask=inside, other=0)
+            within += tl.where(expert[None, :].to(tl.int64) == best[:, None], 1.0, 0.0)
+        whole = taken + 1e-20
+        slope = (slope - within * (moved / whole)[:, None]) / whole[:, None]
+    even = tl.load(share_slope + sample * EXPERTS + expert, mask=real, other=0.0)[None, :]
+    everything = tl.sum(score, axis=1)[:, None]
+    slope += (even - tl.sum(even * score, axis=1)[:, None] / everything) / everything
+    if SOFTMAX:  # noqa: SIM108
+        result = score * (slope - tl.sum(score * slope, axis=1)[:, None])
+    else:
+        result = slope * score * (1.0 - score)
+    lse = top + tl.log(total)
+    result += likely * (2.0 * tl.load(square_slope) * lse)[:, None]
+    tl.store(out + place, result, mask=mask)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_BSE: Tensor, bias_E: Tensor | None, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        logits_BSE = logits_BSE.contiguous()
+        samples, sequence, experts = logits_BSE.shape
+        blocks, device = triton.cdiv(sequence, _TOKENS), logits_BSE.device
+        chosen_BSK = torch.empty(samples, sequence, rule.top_k, dtype=torch.int64, device=device)
+        weights_BSK = torch.empty(samples, sequence, rule.top_k, dtype=torch.float32, device=device)
+        counts = torch.empty(samples, blocks, experts, dtype=torch.int32, device=device)
+        shares = torch.empty(samples, blocks, experts, dtype=torch.float32, device=device)
+        squares = torch.empty(samples, blocks, dtype=torch.float32, device=device)
+        _forward[(samples, blocks)](
+            logits_BSE, logits_BSE if bias_E is None else bias_E, chosen_BSK, weights_BSK, counts, shares, squares,
+            sequence, rule.scale,
+            EXPERTS=experts, WIDE=power(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
+            RENORMALIZE=rule.renormalize, BIASED=bias_E is not None, TOKENS=_TOKENS,
+        )  # fmt: skip
+        ctx.save_for_backward(logits_BSE, chosen_BSK)
+        ctx.rule = rule
+        count_BE = counts.sum(dim=1, dtype=torch.int64)
+        ctx.mark_non_differentiable(chosen_BSK, count_BE)
+        return chosen_BSK, weights_BSK, count_BE, shares.sum(dim=1), squares.sum()
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        _chosen: Any,
+        weight_slope_BSK: Tensor,
+        _count: Any,
+        share_slope_BE: Tensor,
+        square_slope: Tensor,
+    ) -> tuple[Tensor, None, None]:
+        logits_BSE, chosen_BSK = ctx.saved_tensors
+        samples, sequence, experts = logits_BSE.shape
+        rule, out = ctx.rule, torch.empty_like(logits_BSE)
+        _backward[(samples, triton.cdiv(sequence, _TOKENS))](
+            logits_BSE, chosen_BSK, weight_slope_BSK.contiguous(), share_slope_BE.contiguous(), square_slope, out,
+            sequence, rule.scale,
+            EXPERTS=experts, WIDE=power(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
+            RENORMALIZE=rule.renormalize, TOKENS=_TOKENS,
+        )  # fmt: skip
+        return out, None, None
+
+
+def route(
+    logits_BSE: Tensor, bias_E: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Chosen experts [B, S, K] int64, best first; their weights [B, S, K]; choices [B, E] int64; sums over each sample's
+    tokens of scores over their sum [B, E]; and the sum over all tokens of logsumexp(logits)^2. All in fp32.
+
+    Args:
+        logits_BSE: fp32.
+        bias_E: counts in the choice, without gradient; None for none.
+    """
+    return _Route.apply(logits_BSE, bias_E, rule)
+
+
+class _Wide(torch.autograd.Function):
+    """A matmul of bf16 values whose sums stay fp32.
+
+    A product of two bf16 numbers is exact in fp32, so the forward pass is that of fp32 operands up to the order of the
+    sum. The slope, which is fp32, is taken apart in two bf16 numbers of 8 bits each: 2^-17 of it is lost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return _product(x_TD, weight_ED.t())
+
+    @staticmethod
+    def backward(ctx: Any, slope_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        high_TE = slope_TE.to(x_TD.dtype)
+        both = torch.cat((high_TE, (slope_TE - high_TE).to(x_TD.dtype)), dim=1)
+        x_slope = torch.mm(both, torch.cat((weight_ED, weight_ED)))
+        parts = _product(both.t(), x_TD)
+        weight_slope = parts[: weight_ED.shape[0]] + parts[weight_ED.shape[0] :]
+        return x_slope, weight_slope.to(weight_ED.dtype)
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """fp32 product of two bf16 matrices."""
+    if one.is_cuda and torch.version.hip is None:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return torch.mm(one.float(), other.float())
+
+
+def wide_linear(x_BSD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`F.linear` of bf16 values in fp32, [B, S, E]."""
+    if x_BSD.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
+        return F.linear(x_BSD.float(), weight_ED.float())
+    return _Wide.apply(x_BSD.flatten(0, -2), weight_ED).view(*x_BSD.shape[:-1], -1)

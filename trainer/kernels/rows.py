@@ -1,0 +1,184 @@
+"""Rows of tokens to the places of their experts, and back as sums: one pass over memory each way.
+
+Both are deterministic: what adds up is gathered, never scattered.
+
+Shape letters: T tokens, K experts per token, R rows, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.choice import power
+
+
+@triton.jit
+def _spread(
+    x: tl.tensor,
+    index: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    source = tl.load(index + row, mask=row < rows, other=-1).to(tl.int64)
+    within = (column < width)[None, :]
+    value = tl.load(
+        x + source[:, None] * width + column[None, :], mask=(source >= 0)[:, None] & within, other=0.0
+    )
+    tl.store(out + row[:, None] * width + column[None, :], value, mask=(row < rows)[:, None] & within)
+
+
+@triton.jit
+def _collect(
+    y: tl.tensor, back: tl.tensor, weights: tl.tensor, out: tl.tensor, tokens: tl.tensor, width: tl.tensor,
+    TOP: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, within = token < tokens, (column < width)[None, :]
+    total = tl.zeros([TOKENS, COLUMNS], dtype=tl.float32)
+    for k in tl.static_range(TOP):
+        source = tl.load(back + token * TOP + k, mask=inside, other=-1).to(tl.int64)
+        mask = (source >= 0)[:, None] & within
+        part = tl.load(y + source[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            part = part * tl.load(weights + token * TOP + k, mask=inside, other=0.0).to(tl.float32)[:, None]
+        total += part
+    place = out + token[:, None] * width + column[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside[:, None] & within)
+
+
+@triton.jit
+def _weighted_back(
+    y: tl.tensor, given: tl.tensor, pair: tl.tensor, weights: tl.tensor, y_slope: tl.tensor,
+    weight_slope: tl.tensor, rows: tl.tensor,
+    width: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    number = tl.load(pair + row, mask=inside, other=0).to(tl.int64)
+    token = number // TOP
+    weight = tl.load(weights + number, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (column < width)[None, :]
+        slope = tl.load(given + token[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        place = row[:, None] * width + column[None, :]
+        value = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(value * slope, axis=1)
+        tl.store(y_slope + place, (slope * weight[:, None]).to(y_slope.dtype.element_ty), mask=mask)
+    tl.store(weight_slope + row, total, mask=inside)
+
+
+def _spread_rows(x_TD: Tensor, index_R: Tensor) -> Tensor:
+    rows, width = index_R.shape[0], x_TD.shape[1]
+    out = x_TD.new_empty(rows, width)
+    columns = power(width, 512)
+    each = max(1, 2048 // columns)
+    if rows:
+        grid = (triton.cdiv(rows, each), triton.cdiv(width, columns))
+        _spread[grid](x_TD, index_R, out, rows, width, ROWS=each, COLUMNS=columns)
+    return out
+
+
+def _collect_rows(y_RD: Tensor, back_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    (tokens, top), width = back_TK.shape, y_RD.shape[1]
+    out = y_RD.new_empty(tokens, width)
+    columns = power(width, 1024)
+    each = max(1, 2048 // columns)
+    if tokens:
+        grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
+        given = back_TK if weights_TK is None else weights_TK
+        _collect[grid](
+            y_RD, back_TK, given, out, tokens, width,
+            TOP=top, WEIGHTED=weights_TK is not None, TOKENS=each, COLUMNS=columns,
+        )  # fmt: skip
+    return out
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, index_R: Tensor, back_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(back_TK)
+        return _spread_rows(x_TD.contiguous(), index_R)
+
+    @staticmethod
+    def backward(ctx: Any, slope_RD: Tensor) -> tuple[Tensor, None, None]:
+        (back_TK,) = ctx.saved_tensors
+        return _collect_rows(slope_RD.contiguous(), back_TK, None), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, back_TK: Tensor, index_R: Tensor) -> Tensor:
+        ctx.save_for_backward(index_R)
+        return _collect_rows(y_RD.contiguous(), back_TK, None)
+
+    @staticmethod
+    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor, None, None]:
+        (index_R,) = ctx.saved_tensors
+        return _spread_rows(slope_TD.contiguous(), index_R), None, None
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:
+        y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
+        ctx.save_for_backward(y_RD, weights_TK, back_TK, pair_R)
+        return _collect_rows(y_RD, back_TK, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_RD, weights_TK, back_TK, pair_R = ctx.saved_tensors
+        rows, width = y_RD.shape
+        y_slope_RD = torch.empty_like(y_RD)
+        slope_R = torch.empty(rows, dtype=torch.float32, device=y_RD.device)
+        columns = power(width, 1024)
+        each = max(1, 2048 // columns)
+        if rows:
+            _weighted_back[(triton.cdiv(rows, each),)](
+                y_RD, slope_TD.contiguous(), pair_R, weights_TK, y_slope_RD, slope_R, rows,
+                width=width, TOP=back_TK.shape[1], ROWS=each, COLUMNS=columns,
+            )  # fmt: skip
+        return y_slope_RD, of_pairs(slope_R, back_TK).to(weights_TK.dtype), None, None
+
+
+def of_pairs(x_R: Tensor, back_TK: Tensor) -> Tensor:
+    """A number of each row as one of each pair, [T, K]; 0 where `back_TK` is -1."""
+    if not x_R.numel():
+        return x_R.new_zeros(back_TK.shape)
+    found_TK = x_R.index_select(0, back_TK.flatten().clamp_min(0)).view(back_TK.shape)
+    return found_TK.masked_fill(back_TK < 0, 0.0)
+
+
+def spread(x_TD: Tensor, index_R: Tensor, back_TK: Tensor) -> Tensor:
+    """Row r is `x_TD[index_R[r]]`, zeros for -1; [R, D].
+
+    Args:
+        back_TK: rows that each token went to, -1 for none.
+    """
+    return _Spread.apply(x_TD, index_R, back_TK)
+
+
+def collect(y_RD: Tensor, back_TK: Tensor, index_R: Tensor) -> Tensor:
+    """The sum of each token's rows, [T, D], added in fp32; the other way of `spread`."""
+    return _Collect.apply(y_RD, back_TK, index_R)
+
+
+def weigh(y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:
+    """The weighted sum of each token's rows, [T, D], added in fp32.
+
+    Args:
+        pair_R: number t*K + k of the pair that a row belongs to.
+    """
+    return _Weigh.apply(y_RD, weights_TK, back_TK, pair_R)

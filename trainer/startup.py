@@ -1,0 +1,59 @@
+"""Where the seconds of a start go, from the start of the process to the first step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from faulttol import steady
+from faulttol.recorder import Phase, Recorder
+
+
+class Startup:
+    """Records the phases of a start and counts their seconds.
+
+    Args:
+        recorder: of this rank.
+        env: where `MEGARAY_STARTED`, in seconds of `faulttol.steady.now`, says when the rank was asked for; without it the
+            process's own start counts.
+    """
+
+    def __init__(self, recorder: Recorder, env: Mapping[str, str] = os.environ) -> None:
+        self._recorder = recorder
+        self._phase = Phase.IMPORTS
+        self._began = _started(env)
+        self.seconds: dict[str, float] = {}
+        """By phase, of those that have ended."""
+        recorder.begin(Phase.IMPORTS, 0)
+
+    def enter(self, phase: Phase) -> None:
+        """A phase begins, and the one before has ended."""
+        self.end()
+        self._phase = phase
+        self._recorder.begin(phase, 0)
+
+    def end(self) -> None:
+        """The phase before has ended."""
+        now = steady.now()
+        name = self._phase.name.lower()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + max(0.0, now - self._began), 3)
+        self._began = now
+
+
+def _started(env: Mapping[str, str]) -> float:
+    told = env.get("MEGARAY_STARTED", "")
+    try:
+        return float(told) if told else steady.now() - _age()
+    except ValueError:
+        return steady.now()
+
+
+def _age() -> float:
+    """Seconds since this process was made."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

@@ -1,0 +1,67 @@
+"""SIGTERM: all ranks finish the same step, save it and leave.
+
+The wish travels in a reduction that every step makes anyway. On a GPU its result is read one step later, when it has long
+been there, so that no step waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+
+class Stop:
+    """Whether this rank was asked to stop, and whether all ranks know.
+
+    Args:
+        device: of the engine's results.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self.asked = False
+        """This rank has got SIGTERM."""
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Take SIGTERM as a wish while inside; a second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.asked = True
+
+    def agreed(self, wishes: Tensor) -> bool:
+        """Whether all ranks stop behind this step; the same answer on all of them.
+
+        Args:
+            wishes: of a step, how many ranks were asked when it ended; equal on all ranks.
+        """
+        if not self._cuda:
+            return bool(wishes > 0)
+        before, event = self._coming, torch.cuda.Event()
+        host = torch.empty(wishes.shape, dtype=wishes.dtype, pin_memory=True)
+        host.copy_(wishes, non_blocking=True)
+        event.record()
+        self._coming = host, event
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0] > 0)
