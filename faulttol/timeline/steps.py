@@ -162,7 +162,7 @@ class RankSteps:
         spent = np.where(
             on_device, calls["device_ended"] - calls["device_began"], calls["ended"] - calls["began"]
         )
-        counted = (calls["lane"] != Lane.BESIDE) & (calls["flags"] >= 0)
+        counted = (calls["lane"] != Lane.BESIDE) & (calls["flags"] & BATCHED == 0)
         own = np.where(counted, spent, 0)
         inside = np.zeros(len(calls), bool)
         if len(apart):

@@ -19,6 +19,7 @@ from configs.rank import RankFiles
 from faulttol.detect.look import RankWatch
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent import devices, environment, family
+from orchestrator.agent.chronicle import Chronicle
 from orchestrator.agent.evidence import Evidence
 from orchestrator.agent.files import Files
 from orchestrator.agent.orders import Launch, Order, Phase, mark, rings
@@ -31,6 +32,8 @@ _LAST_WORDS_SECONDS = 0.5
 """An exit is told without the last line of its log where that takes longer."""
 _KILL_SECONDS = 60.0
 """A process that SIGKILL hasn't ended after this is told of as the node's fault."""
+_CHRONICLE_SECONDS = 1.0
+"""Longest time that a stop waits for what is written for people."""
 _DEVICE_SECONDS = 60.0
 """Likewise device memory that isn't free."""
 
@@ -93,6 +96,7 @@ class Attempt:
         self._looking = threading.Lock()
         self._freed = False
         self._starting: threading.Thread | None = None
+        self._chronicle: Chronicle | None = None
 
     # ---- what the agent asks ----
 
@@ -124,6 +128,8 @@ class Attempt:
                 self._stop.deadline = self._stop.asked + grace
                 self._changed.notify_all()
             return
+        if self._chronicle is not None:
+            self._chronicle.hold()
         self._stop = _Stop(time.monotonic() + grace)
         self._move(Phase.STOPPING)
         threading.Thread(target=self._stop_all, name="agent-stop", daemon=True).start()
@@ -225,6 +231,14 @@ class Attempt:
                     watch = RankWatch(RankFiles(self._rings, rank), process.pid, frozenset(launch.addresses))
                     self._ranks[rank] = _Rank(process.pid, watch, early)
             self._standbys.rest(str(self.run.root))
+            self._chronicle = Chronicle(
+                self.run.attempt(self.number),
+                launch.ip,
+                launch.ranks,
+                self._rings,
+                len(launch.addresses),
+                self.seen,
+            )
             with self._changed:
                 if self.phase is Phase.READY:
                     self._move(Phase.RUNNING)
@@ -270,6 +284,8 @@ class Attempt:
                     break
                 self._changed.wait(left)
         self._kill(leaders)
+        if self._chronicle is not None:
+            self._chronicle.close(_CHRONICLE_SECONDS)
         self._await_devices()
         with self._changed:
             if self._freed:

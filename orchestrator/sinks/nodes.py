@@ -28,7 +28,7 @@ _TIMEOUT = 5.0
 _LONGEST = 16 << 20
 _FILE = 256 << 20
 """Bytes of the file, beyond which nothing is added."""
-_LINE = re.compile(r"^(ray_node_\w+)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
+_LINE = re.compile(r"^(ray_node_\w+)(?:\{.*\})? (\S+)$", re.MULTILINE)
 _MB = 1e6
 
 Sample = dict[str, dict[str, float]]

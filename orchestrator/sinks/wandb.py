@@ -11,9 +11,10 @@ The JSONL files are the truth; this reads them. What it relies on:
 - Checkpoints, profiles, measurements and evidence are artifacts (`orchestrator.sinks.lineage`); what they need to be synced
   later lies in `<run>/wandb` too, not in an account's home.
 - System metrics come from all nodes of the run into this one W&B run (`orchestrator.sinks.nodes`).
-- A cursor file remembers what is logged. A sink that is killed and started again logs at most the rows of its
-  last poll twice: those of a second, or of 1 MiB of an attempt's lines while it catches up. Offline, each start
-  makes its own `offline-run-*` folder with the same run id, and `wandb sync` joins them.
+- W&B's service writes what it was given some 15 s later. A cursor file remembers what is logged, and what was logged a minute
+  ago and is surely written: a sink that is killed with its service and started again goes on from there, so that nothing is
+  missing and rows of about a minute may be there twice. Offline, each start makes its own `offline-run-*` folder with the
+  same run id, and `wandb sync` joins them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ _LONGEST_WAIT = 300.0
 """Seconds between two tries at a W&B that doesn't answer."""
 _AFTER_THE_END = 24 * 3600.0
 """Seconds that it is tried on after the run has ended; then the run's files are all that there is."""
+_WRITTEN_AFTER = 60.0
+"""Seconds after which W&B's service has surely written what it was given."""
 _TABLES_SOON = 60.0
 """Seconds between tables where incidents come one after the other."""
 _TABLES_EVERY = 600.0
@@ -104,7 +107,11 @@ class WandbSink:
         # A run that ended and was resumed has events past those that were logged.
         ended = bool(position.pop("done", False))
         self._done = ended and run.events.stat().st_size <= position.get("events", 0)
-        self._follower = Follower(run, position)
+        self._written: deque[tuple[float, dict[str, int]]] = deque(
+            [(float("-inf"), position.pop("written", position))]
+        )
+        """When something was logged, and up to where; the first one is surely written."""
+        self._follower = Follower(run, self._written[0][1])
         self._pending: deque[Event | MetricLine] = deque()
         """Read and not logged yet, so that a retry begins at the item that failed."""
         self._tables = Tables(run, config.optim.warmup_steps)
@@ -170,6 +177,9 @@ class WandbSink:
         if self._failures > 1:  # its service may be what is broken
             with contextlib.suppress(Exception):
                 wandb.teardown()
+            if self._wandb is not None:  # what it hadn't written is gone
+                self._pending.clear()
+                self._follower = Follower(self._run, self._surely_written())
             self._wandb = None
         over = self._ended_at is not None and self._clock() - self._ended_at > _AFTER_THE_END
         if over:
@@ -312,10 +322,9 @@ class WandbSink:
         told = self._tables.told()
         for name, (columns, rows) in told.tables.items():
             self._table(name, columns, rows)
-        if told.pictures:
-            self._wandb.log(
-                {"experts/heat": [wandb.Image(pixels, caption=text) for pixels, text in told.pictures]}
-            )
+        images = [wandb.Image(pixels, caption=text) for pixels, text in told.pictures]
+        if images:  # W&B shows those of one name at one size
+            self._wandb.log({"experts/heat": images[0], "experts/heat_by_layer": images[1:]})
         self._wandb.summary.update(told.figures)
 
     def _table(self, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
@@ -379,9 +388,21 @@ class WandbSink:
             self._wandb.log({"busbw_over_size": chart})
         self._log_pieces(*lineage.measurement(self._run, self._config.hardware.name))
 
+    def _surely_written(self) -> dict[str, int]:
+        now = self._clock()
+        while len(self._written) > 1 and now - self._written[1][0] >= _WRITTEN_AFTER:
+            self._written.popleft()
+        return self._written[0][1]
+
     def _save_cursor(self, done: bool) -> None:
+        position = dict(self._follower.position)
+        if position != self._written[-1][1]:
+            self._written.append((self._clock(), position))
+        if done:  # W&B has finished
+            self._written = deque([(float("-inf"), position)])
         temporary = self._cursor.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._follower.position | {"done": done}))
+        tree: dict[str, Any] = position | {"done": done, "written": self._surely_written()}
+        temporary.write_text(json.dumps(tree))
         temporary.replace(self._cursor)
 
 

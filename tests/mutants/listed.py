@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "checkpoint")
+AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "checkpoint", "dashboard")
 """Modules of this package, each with a list `MUTANTS`."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A small patch that makes the trainer wrong."""
+    """A small patch that makes the code wrong."""
 
     name: str
     """What is wrong, in words; unique."""

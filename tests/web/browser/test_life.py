@@ -94,7 +94,7 @@ def test_the_dashboard_itself_is_killed(home: homes.Home) -> None:
             page.until(lambda: page.text("#banners") == "", 40, "the page isn't whole again")
             page.console()
             page.go("")
-            page.shows("Going on (4)")
+            page.shows("Going on (7)")
             assert page.console() == []
 
 

@@ -1,0 +1,60 @@
+"""What an agent writes of its ranks for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.paths import AttemptPaths
+from configs.rank import RankFiles
+from faulttol.detect.snapshot import RankSeen
+from faulttol.recorder import Phase, Recorder
+from faulttol.timeline.reader import AttemptSteps
+from orchestrator.agent.chronicle import Chronicle
+from orchestrator.record import seen
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+
+
+def until(what: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stopped(tmp_path: Path) -> None:
+    attempt, rings = AttemptPaths(tmp_path / "001"), tmp_path / "rings"
+    recorders = [Recorder(RankFiles(rings, rank).ring, rank) for rank in (0, 1)]
+    state = ["R"]
+    chronicle = Chronicle(
+        attempt,
+        "10.0.0.1",
+        [0, 1],
+        rings,
+        1,
+        lambda: [RankSeen(rank, 100 + rank, state=state[0]) for rank in (0, 1)],
+    )
+    until(lambda: len(seen.Looks(seen.folder(attempt)).update()) == 2)
+    for step in range(1, 30):
+        for recorder in recorders:
+            recorder.begin(Phase.FORWARD, step - 1)
+            recorder.end(Phase.FORWARD, step - 1)
+            recorder.step(step)
+    chronicle.hold()
+    state[0] = "T"
+    time.sleep(2.5)  # longer than two looks: nothing may change, which no state tells of
+    chronicle.close(10.0)
+    assert {look.state for look in seen.Looks(seen.folder(attempt)).update()} == {"R"}
+    steps = AttemptSteps(attempt.root)
+    assert list(steps.ranks) == [0, 1]
+
+
+def test_storage_that_fails_harms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    chronicle = Chronicle(AttemptPaths(tmp_path / "file"), "n", [0], tmp_path, 1, lambda: [RankSeen(0, 1)])
+    until(lambda: "chronicle of" in caplog.text)
+    chronicle.close(10.0)
