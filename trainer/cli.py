@@ -150,7 +150,9 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     bench.add_argument("overrides", nargs="*", metavar="field=value", help="any field of the configuration")
     bench.add_argument("--gpus", type=_positive, default=1, metavar="N", help="ranks; 1 by default")
     bench.add_argument("--model", default="olmoe_1b_7b", metavar="NAME", help="a model preset")
-    bench.add_argument("--layers", type=_positive, metavar="N", help="layers instead of the model's own number")
+    bench.add_argument(
+        "--layers", type=_positive, metavar="N", help="layers instead of the model's own number"
+    )
     bench.add_argument(
         "--routing", choices=("real", "balanced", "zipf"), default="real",
         help="how tokens find experts: the router on real text, or forced",

@@ -1,7 +1,7 @@
 """Whether a gang has stopped getting on, and which rank the others wait for.
 
 Past `timeouts.hang` without a record from any rank, silence itself is the verdict. Before, it needs evidence that nothing
-will come of waiting: past a fifth of it a process that is stopped, past a third one that sleeps while all the others wait
+will come of waiting: past a fifth of it a process that is stopped, past a quarter one that sleeps while all the others wait
 for it. Work that takes long has none of this: it runs, or waits for a file or a host.
 """
 
@@ -20,7 +20,7 @@ SAVE_FACTOR = 4.0
 request may take long, and nobody sees how it gets on. It holds where the ranks that are furthest behind are saving."""
 PREPARE_FACTOR = 20.0
 """A start may take this many times `start` while every rank prepares data: a corpus is tokenised once."""
-HELD, ASLEEP = 1 / 5, 1 / 3
+HELD, ASLEEP = 1 / 5, 1 / 4
 """Of `hang`: silence after which a stopped process is named, and one that sleeps."""
 LEAST_EARLY = 5.0
 """Seconds of silence that either takes at least."""

@@ -166,7 +166,7 @@ class StepStore:
         for rows, blank in ((self._seconds, np.nan), (self._starts, 0)):
             rows[..., :left] = rows[..., _WIDTH - left :].copy()
             rows[..., left:] = blank
-        pass
+        self._base += count
 
     def _write_steps(self) -> None:
         count = self._sealed - self._base

@@ -11,10 +11,10 @@ The JSONL files are the truth; this reads them. What it relies on:
 - Checkpoints, profiles, measurements and evidence are artifacts (`orchestrator.sinks.lineage`); what they need to be synced
   later lies in `<run>/wandb` too, not in an account's home.
 - System metrics come from all nodes of the run into this one W&B run (`orchestrator.sinks.nodes`).
-- W&B's service writes what it was given some 15 s later. A cursor file remembers what is logged, and what was logged a minute
-  ago and is surely written: a sink that is killed with its service and started again goes on from there, so that nothing is
-  missing and rows of about a minute may be there twice. Offline, each start makes its own `offline-run-*` folder with the
-  same run id, and `wandb sync` joins them.
+- W&B's service writes what it was given some 15 s later. A cursor file remembers what is logged, and what was logged a
+  minute ago and is surely written: a sink that is killed with its service and started again goes on from there, so that
+  nothing is missing and rows of about a minute may be there twice. Offline, each start makes its own `offline-run-*`
+  folder with the same run id, and `wandb sync` joins them.
 """
 
 from __future__ import annotations
@@ -319,7 +319,11 @@ class WandbSink:
 
     def _log_tables(self) -> None:
         self._news, self._tables_at = False, self._clock()
-        told = self._tables.told()
+        try:
+            told = self._tables.told()
+        except Exception:  # of the run's own files, and not of W&B: the rows go on without
+            self._log.exception("no tables this time")
+            return
         for name, (columns, rows) in told.tables.items():
             self._table(name, columns, rows)
         images = [wandb.Image(pixels, caption=text) for pixels, text in told.pictures]

@@ -152,9 +152,10 @@ def test_cancel_leaves_no_process_and_resume_continues(shell: Shell, undisturbed
     began = time.time()
     terminals = [shell.start("cancel", run_id) for _ in range(2)]
     said = [terminal.communicate(timeout=60)[0] for terminal in terminals]
-    assert sorted(terminal.returncode for terminal in terminals) == [0, 2], said
-    assert "already" in said[[terminal.returncode for terminal in terminals].index(2)]
-    assert shell.view(run_id).moved_at - began < 10, "cancel frees all within ten seconds"
+    assert [terminal.returncode for terminal in terminals] == [0, 0], said
+    assert sum("already" in text for text in said) == 1, "one of them is told that the other came first"
+    assert shell.view(run_id).moved_at - began < 20, "a save, and all is free"
+    assert shell.view(run_id).checkpoint.step >= 25, "it has saved"  # type: ignore[union-attr]
     assert not [pid for pid in pids if alive(pid)]
     shell.until(lambda: not processes_with(run_id), "nothing of the run is left")
     assert "cancelled already" in shell.run("cancel", run_id, expect=2)

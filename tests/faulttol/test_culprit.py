@@ -102,10 +102,10 @@ def test_a_stopped_rank_is_named_after_a_fifth_of_the_patience() -> None:
     assert verdict.node == "10.0.0.2" and verdict.evidence == "logs/00001.log"
 
 
-def test_a_sleeper_is_named_after_a_third() -> None:
+def test_a_sleeper_is_named_after_a_quarter() -> None:
     ranks = _rank(0, **WAITS), _rank(1, **ASLEEP)
-    assert _judge(*ranks, now=109.9) == []
-    assert [v.rank for v in _judge(*ranks, now=110.1)] == [1]
+    assert _judge(*ranks, now=107.4) == []
+    assert [v.rank for v in _judge(*ranks, now=107.6)] == [1]
 
 
 def test_what_a_silent_node_last_told_is_no_evidence() -> None:
@@ -163,7 +163,7 @@ def test_all_asleep_is_a_pause_of_all() -> None:
 
 
 def test_a_sleeper_must_have_slept_for_long() -> None:
-    assert _judge(_rank(0, **WAITS), _rank(1, asleep_since=NOW - 4.0, held="asleep")) == []
+    assert _judge(_rank(0, **WAITS), _rank(1, asleep_since=NOW - 3.0, held="asleep")) == []
 
 
 def test_a_sleeper_that_waits_for_another_by_its_group_is_not_named() -> None:

@@ -310,6 +310,8 @@ def test_only_some_steps_are_kept_where_all_would_be_too_much(
         {c.first for c in detail.read(run.attempt(1).root / "steps" / f"n{rank}.detail") if c.first >= 30}
         for rank in (0, 1)
     ]
+    for chunk in detail.read(run.attempt(1).root / "steps" / "n0.detail"):
+        assert chunk.first < 10 or set(chunk.phases["step"]) <= {chunk.first}
     assert kept[0] == kept[1] and kept[0] and all(step % 8 == 0 for step in kept[0])
     steps = [e for e in _drawn(run) if e.get("cat") == "step" and e["pid"] == 0]
     assert max(e["dur"] for e in steps) < 30_000  # none reaches over those that are left out

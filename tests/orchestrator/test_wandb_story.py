@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,12 +24,14 @@ from configs.metrics import ResumedLine, SavedLine
 from configs.paths import RunPaths
 from orchestrator.record.events import EvidenceKept
 from orchestrator.sinks import lineage, nodes, rows, tables
+from orchestrator.sinks.wandb import WandbSink
 from tests.orchestrator.fake_runtime import step_line
-from tests.orchestrator.wandb_reading import read_offline, table
+from tests.orchestrator.wandb_reading import read_offline, table, value
 from tests.web.made import BEGIN, Made, a_home
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
+TOKEN = "token-of-the-dashboard"
 KEY = "hf_" + "abcdefghij" * 4
 #: As a node of Ray 2.60 serves it, shortened.
 RAY = """# HELP ray_node_cpu_utilization Total CPU usage on a ray node
@@ -53,7 +56,7 @@ def made(tmp_path: Path) -> Made:
     """A run of two ranks that lost one at step 15, went on from step 10 and finished; its evidence holds a secret."""
     home = a_home(tmp_path / "a home")
     (home.home / "dashboard.json").write_text(
-        json.dumps({"url": "http://127.0.0.1:8260/?token=hidden", "pid": 1, "port": 8260})
+        json.dumps({"url": f"http://127.0.0.1:8260/?token={TOKEN}", "pid": 1, "port": 8260})
     )
     run = Made(home, steps=40).submit().wait(2)
     run.run.config.write_text(dump(compose(["experiment=smoke"])))
@@ -67,7 +70,8 @@ def made(tmp_path: Path) -> Made:
 
 
 PUMP = (
-    "import json, sys, time\nfrom pathlib import Path\nfrom configs.compose import load\nfrom configs.paths import RunPaths\n"
+    "import json, sys, time\nfrom pathlib import Path\nfrom configs.compose import load\n"
+    "from configs.paths import RunPaths\n"
     "from orchestrator.sinks import nodes\nfrom orchestrator.sinks.wandb import WandbSink\n"
     "nodes.EVERY = 0.2\nrun, known = RunPaths(Path(sys.argv[1])), json.loads(sys.argv[2])\n"
     "sink = WandbSink(run, load(run.config), endpoints=(lambda: known) if known else None)\n"
@@ -124,23 +128,24 @@ def test_the_story_of_a_run_is_in_one_offline_run(made: Made) -> None:
     assert found["summary"]["incidents_total"] == 1 and 0 < found["summary"]["ettr"] < 1
 
     row = next(row for row in found["history"] if row.get("train/step") == 7 and "train/loss" in row)
-    load = made.step_line.__func__ and [
-        16 + (i * 7 + 1 + 7) % 5 for i in range(4)
-    ]  # as `Made` writes layer 1 of step 7
-    assert row["experts/layer01/load"] == {"_type": "histogram", "values": load, "bins": [0, 1, 2, 3, 4]}
-    heat = [row for row in found["history"] if "experts/heat" in row or "experts/heat/filenames" in row]
-    names = heat[-1]["experts/heat"]["filenames"]
-    captions = heat[-1]["experts/heat"]["captions"]
-    assert (
-        len(names) == 3
-        and captions[0].startswith("fullest expert over the mean")
-        and captions[2].startswith("layer 1:")
+    load = [16 + (i * 7 + 1 + 7) % 5 for i in range(4)]  # as `Made` writes layer 1 of step 7
+    assert value(row, "experts/layer01/load") == {
+        "_type": "histogram",
+        "values": load,
+        "bins": [0, 1, 2, 3, 4],
+    }
+    heat = [row for row in found["history"] if value(row, "experts/heat")][-1]
+    layers, whole = value(heat, "experts/heat_by_layer"), value(heat, "experts/heat")
+    names = [whole["path"], *layers["filenames"]]
+    assert whole["caption"].startswith("fullest expert over the mean") and layers["captions"][1].startswith(
+        "layer 1:"
     )
+    assert len(names) == 3 and (whole["width"], whole["height"]) == (40 * tables._PIXELS, 2 * tables._PIXELS)
     assert all(found["media"][name].read_bytes()[:4] == b"\x89PNG" for name in names)
-    everything = b"".join(
-        path.read_bytes() for path in run.wandb.rglob("*") if path.is_file() and path.name != "sink.log"
-    )
-    assert KEY.encode() not in everything and b"hidden" not in everything and b"[redacted]" in everything
+    files = [path for path in run.wandb.rglob("*") if path.is_file()]
+    assert any(b"[redacted]" in path.read_bytes() for path in files)
+    for secret in (KEY.encode(), TOKEN.encode()):
+        assert not [path for path in files if secret in path.read_bytes()]
 
 
 def test_checkpoints_are_joined_to_what_began_from_them(made: Made) -> None:
@@ -148,8 +153,8 @@ def test_checkpoints_are_joined_to_what_began_from_them(made: Made) -> None:
     assert pump(run).wait(timeout=100) == 0
     found = read_offline(run.wandb)["artifacts"]
     checkpoints = [one for one in found if one["kind"] == "checkpoint"]
-    assert [(one["facts"]["step"], one["used"], one["aliases"]) for one in checkpoints] == [
-        (10, False, ["step-10"]), (10, True, []), (40, False, ["step-40"]),
+    assert [(one["facts"]["step"], one["used"], sorted(one["aliases"])) for one in checkpoints] == [
+        (10, False, ["latest", "step-10"]), (10, True, ["latest"]), (40, False, ["latest", "step-40"]),
     ]  # fmt: skip
     first, again, last = checkpoints
     assert first["name"] == again["name"] == last["name"] == f"checkpoints-{run.run_id}"
@@ -214,6 +219,8 @@ def test_all_nodes_of_a_run_are_in_it_and_a_killed_sink_loses_none(tmp_path: Pat
     assert count <= len(told) <= 2 * count, (
         "each at least once; those of the killed one's last poll may be twice"
     )
+    trained = [row["train/step"] for row in found["history"] if "train/loss" in row]
+    assert set(trained) == set(range(1, 11)), "what the killed one's service hadn't written is logged again"
     row = told[-1]
     assert row["node/10-0-0-1/cpu_percent"] == 87.5 and row["node/10-0-0-2/cpu_percent"] == 12.5
     assert (row["nodes/cpu_percent/least"], row["nodes/cpu_percent/mean"], row["nodes/cpu_percent/most"]) == (
@@ -224,6 +231,33 @@ def test_all_nodes_of_a_run_are_in_it_and_a_killed_sink_loses_none(tmp_path: Pat
     assert row["node/10-0-0-1/memory_percent"] == 25.0 and not any("10-0-0-9" in key for key in row)
     assert found["axes"]["node/*"] and found["axes"]["nodes/*"]
     assert found["ids"] == {run.run_id}
+
+
+def test_tables_that_can_not_be_made_hold_up_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.run.wandb.mkdir()
+    found: list[dict[str, Any]] = []
+
+    class Logged:
+        summary: ClassVar[dict[str, Any]] = {}
+        config = SimpleNamespace(update=lambda *_, **__: None)
+
+        def log(self, row: dict[str, Any]) -> None:
+            found.append(row)
+
+        def __getattr__(self, _: str) -> Any:
+            return lambda *_, **__: None
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("wandb.init", lambda **_: Logged())
+    monkeypatch.setattr(tables.Tables, "told", lambda _: 1 / 0)
+    sink = WandbSink(made.run, compose(["experiment=smoke"]))
+    for _ in range(20):
+        if sink.pump():
+            break
+    assert "no tables this time" in (made.run.wandb / "sink.log").read_text()
+    assert {row["train/step"] for row in found if "train/loss" in row} == set(
+        range(1, 41)
+    ) and Logged.summary["state"] == "succeeded"
 
 
 # ---- plain data ----
@@ -257,9 +291,10 @@ def test_a_sample_asks_the_nodes_of_the_run_alone_and_is_kept(tmp_path: Path) ->
 def test_of_many_nodes_only_what_they_have_together_is_told() -> None:
     sample = {f"10.0.{i // 250}.{i % 250}": {"cpu_percent": float(i)} for i in range(1536)}
     row = nodes.row(60.0, sample)
-    assert row == {
-        "node/seconds": 60.0, "nodes/cpu_percent/mean": 767.5, "nodes/cpu_percent/least": 0.0, "nodes/cpu_percent/most": 1535.0,
-    }  # fmt: skip
+    spread = {"mean": 767.5, "least": 0.0, "most": 1535.0}
+    assert row == {"node/seconds": 60.0} | {
+        f"nodes/cpu_percent/{name}": value for name, value in spread.items()
+    }
 
 
 def test_histograms_are_bounded_in_bins_and_in_number() -> None:

@@ -38,11 +38,16 @@ def read_offline(folder: Path) -> dict[str, Any]:
     return found
 
 
+def value(row: dict[str, Any], name: str) -> Any:
+    """What a row has of that name: plain, or put together again from its parts; None where it has nothing of it."""
+    parts = {key.removeprefix(f"{name}/"): part for key, part in row.items() if key.startswith(f"{name}/")}
+    return row.get(name, parts or None)
+
+
 def table(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """Rows of the table of that name that was logged last."""
-    told = [row for row in found["history"] if name in row or f"{name}/path" in row]
-    path = told[-1][name]["path"] if name in told[-1] else told[-1][f"{name}/path"]
-    tree = json.loads(found["media"][path].read_text())
+    told = [one for row in found["history"] if (one := value(row, name)) is not None]
+    tree = json.loads(found["media"][told[-1]["path"]].read_text())
     return [dict(zip(tree["columns"], row, strict=True)) for row in tree["data"]]
 
 

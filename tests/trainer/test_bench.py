@@ -81,7 +81,9 @@ def test_forcing_changes_where_tokens_go_and_what_is_counted() -> None:
 
 
 def test_the_step_that_is_measured() -> None:
-    config = config_of(options("data.sequence=64", "train.micro_batch=2", "train.global_batch=4"), 1, on_gpu=False)
+    config = config_of(
+        options("data.sequence=64", "train.micro_batch=2", "train.global_batch=4"), 1, on_gpu=False
+    )
     assert (config.model.layers, config.train.precision, config.parallel.dp) == (2, "fp32", 1)
     assert config_of(options(), 1, on_gpu=False).data.sequence == 4096
     from trainer.sizing.flops import train_flops_per_token
@@ -99,7 +101,9 @@ def test_batches_differ_and_are_text() -> None:
     drawn = Tokens(config, CPU, real=True, seed=0)
     first, second = drawn.draw(2), drawn.draw(2)
     assert first.shape == (2, 33) and not first.equal(second)
-    assert bytes(first[0].tolist()).decode("utf-8", "replace").isprintable() or b"\n" in bytes(first[0].tolist())
+    assert bytes(first[0].tolist()).decode("utf-8", "replace").isprintable() or b"\n" in bytes(
+        first[0].tolist()
+    )
     assert not Tokens(config, CPU, real=False, seed=0).draw(2).equal(first)
 
 
@@ -165,7 +169,9 @@ def test_times_are_summed_by_part() -> None:
 
 
 def test_an_unknown_baseline_is_refused() -> None:
-    with pytest.raises(UserError, match="--baselines megatron: no such baseline; use some of plain, hf, deepspeed"):
+    with pytest.raises(
+        UserError, match="--baselines megatron: no such baseline; use some of plain, hf, deepspeed"
+    ):
         options_of("demo", None, "real", 1, "plain,megatron", None, [])
 
 

@@ -15,11 +15,14 @@ from trainer.kernels import choice
 from trainer.model.decoder import inputs
 from trainer.model.initial import build
 
-pytest.importorskip("triton", reason="kernels need triton; on a CPU it interprets them")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE == "cpu":  # Triton's own functions are made to be interpreted when it is imported
+        patch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton.language", reason="kernels need triton; on a CPU it interprets them")
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
 BF16 = torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 8e-3
 """Relative error of a result that is rounded to bf16 once or twice; the interpreter cuts off where a GPU rounds."""
 
@@ -150,10 +153,10 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, head: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("norm", "turn"), [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("pairs", (8, 4))
-def test_norms_and_rotations(norm: bool, turn: bool, pairs: int) -> None:
+def test_norms_and_rotations(norm: bool, turn: bool) -> None:
     from trainer.kernels.norm import Rotation, norm_turn
 
+    pairs = 8
     angle = torch.randn(10, pairs, device=DEVICE)
     cos, sin = angle.cos(), angle.sin()
     for per_token, width in ((1, 48), (3, 16)):
@@ -165,6 +168,40 @@ def test_norms_and_rotations(norm: bool, turn: bool, pairs: int) -> None:
 
         leaves = [noise(2, 10, per_token, width)] + [noise(width)] * norm
         check(lambda x, w=None: norm_turn(x, w, 1e-5, rotation), exact, leaves)  # noqa: B023
+
+
+@pytest.mark.parametrize("added", (True, False))
+def test_a_norm_with_the_residual_sum_before_it(added: bool) -> None:
+    from trainer.kernels.norm import add_norm
+
+    def exact(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        total = x + y if added else x + 0 * y
+        return torch.cat((F.rms_norm(total, (40,), w, eps=1e-5), total))
+
+    check(
+        lambda x, y, w: torch.cat(add_norm(x, y, w, 1e-5) if added else add_norm(x + 0 * y, None, w, 1e-5)),
+        exact,
+        [noise(700, 40), noise(700, 40), noise(40)],
+    )
+
+
+def test_layers_beside_each_other() -> None:
+    from torch import nn
+
+    from trainer.model.beside import beside
+
+    layers = [nn.Linear(24, width, bias=False, device=DEVICE, dtype=BF16) for width in (8, 16, 8)]
+    x = noise(2, 5, 24).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    found = torch.cat(beside(x, *layers), -1)
+    expected = torch.cat([F.linear(wide, layer.weight.detach().double()) for layer in layers], -1)
+    slope = noise(*found.shape)
+    assert off(found, expected) < CLOSE
+    ours = torch.autograd.grad((found * slope).sum(), (x, layers[2].weight))
+    (theirs,) = torch.autograd.grad((expected * slope.double()).sum(), wide)
+    assert off(ours[0], theirs) < CLOSE
+    last = slope[..., 24:].double().flatten(0, 1).t() @ x.detach().double().flatten(0, 1)
+    assert off(ours[1], last) < CLOSE
 
 
 def test_a_long_norms_weight_gets_every_rows_part() -> None:
@@ -277,7 +314,7 @@ def test_squares() -> None:
             "qk_norm": "projection",
         },
         {"router": {"score": "sigmoid", "balance": "bias"}, "qk_norm": "head", "shared_width": 16},
-        {"router": {"capacity_factor": 0.6, "balance": "none"}, "rope_fraction": 0.5},
+        {"router": {"capacity_factor": 0.6, "balance": "none"}},
     ],
 )
 def test_a_model_trains_as_in_fp64(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:

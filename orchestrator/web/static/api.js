@@ -145,7 +145,11 @@ function open() {
   source = new EventSource("/api/events");
   source.addEventListener("changed", (event) => {
     const told = JSON.parse(event.data);
-    changed({ asOf: told.as_of, controller: told.controller, said: told.controller === link.controller ? link.said : "" });
+    changed({
+      asOf: told.as_of,
+      controller: told.controller,
+      said: told.controller === link.controller ? link.said : "",
+    });
     heard(told);
   });
   source.addEventListener("beat", (event) => {

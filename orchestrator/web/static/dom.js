@@ -101,7 +101,8 @@ function morphOne(old, made) {
 
 /** Change the children of a node into `made`; what stays isn't moved where that can be, so it keeps the focus. */
 export function morph(node, made) {
-  const keyed = new Map(), wanted = new Set(made.map((one) => one.__key));
+  const keyed = new Map(),
+    wanted = new Set(made.map((one) => one.__key));
   for (const child of node.childNodes) if (child.__key !== undefined) keyed.set(child.__key, child);
   let at = node.firstChild;
   const drop = () => {
@@ -115,7 +116,8 @@ export function morph(node, made) {
       old = keyed.get(one.__key);
       while (old && at && at !== old && (at.__key === undefined || !wanted.has(at.__key))) drop();
     } else if (at && !same(at, one)) {
-      const next = made[i + 1], inserted = next && same(at, next);
+      const next = made[i + 1],
+        inserted = next && same(at, next);
       if (!inserted && at.__key === undefined && at.nextSibling && same(at.nextSibling, one)) drop();
       old = at;
     }

@@ -253,7 +253,7 @@ function create(root) {
   return (next) => {
     const before = props;
     props = next;
-    if (before?.values !== next.values || before?.kind !== next.kind || before?.low !== next.low) {
+    if (before?.values !== next.values || before?.kind !== next.kind || before?.low !== next.low || before?.high !== next.high) {
       shown = null;
       paint();
     }

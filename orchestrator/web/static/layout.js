@@ -5,7 +5,7 @@ import { ago, count, layoutText, plural, ranksText, when, words } from "./format
 import { h } from "./dom.js";
 import { KINDS, placeMap, rankText } from "./placemap.js";
 import { card, choice, facts, note, table } from "./parts.js";
-import { loadRank, rankPanel } from "./rank.js";
+import { loadRank, ofAttempt, rankPanel } from "./rank.js";
 
 const DENSE = ["pp", "dp", "cp", "tp"],
   SPARSE = ["pp", "edp", "ep", "etp"];
@@ -36,18 +36,16 @@ export const layout = {
   title: "Layout",
   every: 3000,
   polls: () => !exported,
-  async load(ctx, root, signal, run) {
-    const { attempt, rank } = ctx.params,
-      own = attempt ?? run.attempts.at(-1)?.attempt;
-    if (own === undefined) return { none: true };
+  async load(ctx, root, signal, newest) {
+    const { attempt, rank } = ctx.params;
     const [told, opened] = await Promise.all([
-      get(`${root}/layout`, exported ? {} : { attempt }, signal),
-      rank === undefined ? null : loadRank(ctx, root, { ...ctx.params, attempt: own }, signal),
+      ofAttempt(get(`${root}/layout`, exported ? {} : { attempt }, signal), newest),
+      rank === undefined ? null : loadRank(ctx, root, ctx.params, newest, signal),
     ]);
-    return { told, opened, own };
+    return { told, opened, own: told?.attempt };
   },
-  draw(ctx, { none, told, opened, own }, { attempts }) {
-    if (none || !told.world) return note("plain", "No attempt has been placed yet.");
+  draw(ctx, { told, opened, own }, { attempts }) {
+    if (!told?.world) return note("plain", "No attempt has been placed yet.");
     const culprits = new Set(told.culprits),
       waiting = new Set(told.waits.flatMap((one) => one.from));
     const kinds = Array.from({ length: told.world }, (_, rank) => kindOf(told, culprits, waiting, rank));

@@ -43,34 +43,49 @@ function perRowOf(units, fit) {
   return most;
 }
 
+const CELLS = [44, 36, 26, 20, 16, 12, 10, 8, 6, 5, 4, 3];
+const TALL = 640,
+  BETWEEN = 16,
+  HEAD = 20;
+
+/** The largest cells with which all stages fit, as many of them side by side as can be. */
+function sizes(stages, each, unit, width) {
+  const units = Math.ceil(each / unit);
+  let least = null;
+  for (const cell of CELLS)
+    for (let across = stages; across > 0; across--) {
+      const wide = (width - (across - 1) * BETWEEN) / across,
+        gap = cell > 8 ? 4 : 2;
+      if (unit * cell > wide && across > 1) continue;
+      const own = unit * cell > wide ? Math.max(1, Math.floor(wide / unit)) : cell;
+      const perRow = perRowOf(units, Math.max(1, Math.floor((wide + gap) / (own * unit + gap))));
+      const high = Math.ceil(units / perRow) * (own + (own > 8 ? 2 : 1)) + HEAD;
+      const found = { cell: own, across, wide, gap, perRow, high, height: Math.ceil(stages / across) * (high + 12) };
+      if (found.height <= TALL) return found;
+      if (!least || found.height < least.height) least = found;
+    }
+  return least;
+}
+
 /** Places of all ranks: a block per stage, in it a cell per rank, those of a tensor group side by side. */
 export function places(told, width) {
   const stages = Math.max(1, told.layout.pp ?? 1),
     each = Math.ceil(told.world / stages),
     unit = Math.max(1, (told.layout.tp ?? 1) * (told.layout.cp ?? 1));
-  const across = width < 500 ? 1 : Math.min(stages, Math.max(1, Math.floor(width / 170)));
-  const wide = (width - (across - 1) * 16) / across;
-  let cell = each <= 16 ? 44 : each <= 64 ? 26 : each <= 256 ? 16 : 10;
-  const fit = (size) => Math.max(1, Math.floor(wide / (size * unit + 4)));
-  while (cell > 5 && fit(cell) * unit * cell > wide) cell -= 1;
-  if (unit * cell > wide) cell = Math.max(2, Math.floor(wide / unit));
-  const units = Math.ceil(each / unit),
-    lines = Math.ceil(units / perRowOf(units, fit(cell))),
-    perRow = perRowOf(units, fit(cell));
-  const high = lines * (cell + 2) + 22;
+  const { cell, across, wide, gap, perRow, high, height } = sizes(stages, each, unit, width);
+  const blocks = Array.from({ length: stages }, (_, i) => [
+    (i % across) * (wide + BETWEEN),
+    Math.floor(i / across) * (high + 12),
+  ]);
   const found = new Float32Array(told.world * 2);
   for (let rank = 0; rank < told.world; rank++) {
-    const stage = Math.floor(rank / each),
+    const [x, y] = blocks[Math.min(stages - 1, Math.floor(rank / each))],
       own = rank % each,
       at = Math.floor(own / unit);
-    found[2 * rank] = (stage % across) * (wide + 16) + (at % perRow) * (unit * cell + 4) + (own % unit) * cell;
-    found[2 * rank + 1] = Math.floor(stage / across) * (high + 10) + 20 + Math.floor(at / perRow) * (cell + 2);
+    found[2 * rank] = x + 2 + (at % perRow) * (unit * cell + gap) + (own % unit) * cell;
+    found[2 * rank + 1] = y + HEAD + Math.floor(at / perRow) * (cell + (cell > 8 ? 2 : 1));
   }
-  const blocks = Array.from({ length: stages }, (_, i) => [
-    (i % across) * (wide + 16),
-    Math.floor(i / across) * (high + 10),
-  ]);
-  return { found, cell, blocks, height: Math.ceil(stages / across) * (high + 10), row: perRow * unit };
+  return { found, cell, blocks, height, row: perRow * unit };
 }
 
 /** The map. Props: `told` (`/layout`), `kinds` by rank, `marked` ranks, `chosen` rank or null, `pick(rank)`. */

@@ -7,14 +7,25 @@ import { choice, note, whole } from "./parts.js";
 
 const LINES = 300;
 
-/** What the panel of a rank shows: `show` is log, stack or recorder. */
-export async function loadRank(ctx, root, { attempt, rank, show, search, before }, signal) {
+/** An answer about the newest attempt; null where there is no attempt yet. `newest` gives its number. */
+export async function ofAttempt(answer, newest) {
   try {
-    if (show === "stack" || show === "recorder")
-      return { stack: await get(`${root}/stack`, { attempt, rank }, signal) };
-    return { log: await get(`${root}/log`, { attempt, rank, search, before, lines: LINES }, signal) };
+    return await answer;
   } catch (problem) {
-    if (problem instanceof Problem && problem.status !== 401 && problem.status !== 0) return { problem };
+    if (problem.status === 400 && (await newest()) === undefined) return null;
+    throw problem;
+  }
+}
+
+/** What the panel of a rank shows: `show` is log, stack or recorder. */
+export async function loadRank(ctx, root, { attempt, rank, show, search, before }, newest, signal) {
+  try {
+    const own = { attempt: attempt ?? (exported ? await newest() : undefined), rank };
+    if (show === "stack" || show === "recorder") return { stack: await get(`${root}/stack`, own, signal) };
+    return { log: await get(`${root}/log`, { ...own, search, before, lines: LINES }, signal) };
+  } catch (problem) {
+    const shown = problem instanceof Problem && problem.status !== 401 && problem.status !== 0;
+    if (shown && (problem.status !== 400 || (await newest()) !== undefined)) return { problem };
     throw problem;
   }
 }
@@ -156,16 +167,15 @@ export const logs = {
   title: "Logs",
   every: 2000,
   polls: (ctx) => !ctx.params.before && !ctx.params.search,
-  async load(ctx, root, signal, run) {
-    const attempt = ctx.params.attempt ?? run.attempts.at(-1)?.attempt;
+  async load(ctx, root, signal, newest) {
     const rank = ctx.params.rank ?? "0",
       search = ctx.params.search ?? "";
-    if (attempt === undefined) return { none: true };
-    if (rank === "all" && !search) return { attempt, rank };
-    return { attempt, rank, told: await loadRank(ctx, root, { ...ctx.params, attempt, rank }, signal) };
+    if (rank === "all" && !search) return { rank };
+    return { rank, told: await ofAttempt(loadRank(ctx, root, { ...ctx.params, rank }, newest, signal), newest) };
   },
-  draw(ctx, { none, attempt, rank, told }, { attempts }) {
-    if (none) return note("plain", "No attempt has begun, so no rank has a log.");
+  draw(ctx, { rank, told }, { attempts }) {
+    const attempt = ctx.params.attempt ?? attempts.at(-1)?.attempt;
+    if (attempt === undefined) return note("plain", "No attempt has begun, so no rank has a log.");
     const own = attempts.find((one) => String(one.attempt) === String(attempt)),
       most = (own?.ranks ?? 1) - 1;
     const take = (values) => ctx.set(values);

@@ -5,7 +5,7 @@ import { h } from "./dom.js";
 import { count, number, percent, ranksOf, ranksText, seconds } from "./format.js";
 import { heat } from "./heat.js";
 import { card, choice, command, note } from "./parts.js";
-import { loadRank, rankPanel } from "./rank.js";
+import { loadRank, ofAttempt, rankPanel } from "./rank.js";
 
 const FIELDS = [
   ["compute", "compute"],
@@ -24,18 +24,17 @@ export const ranks = {
   name: "ranks",
   title: "Ranks",
   every: 4000,
-  async load(ctx, root, signal, run) {
+  async load(ctx, root, signal, newest) {
     const { attempt, field, mode, group, from, to, rank, among } = ctx.params;
     const columns = Math.max(40, Math.min(240, Math.round((document.getElementById("main").clientWidth || 800) / 5)));
     const query = exported
       ? { field }
       : { attempt, field, mode, group: among ? undefined : group, from, to, columns, rows: 256, ranks: among };
-    const own = attempt ?? run.attempts.at(-1)?.attempt;
-    const asked = [own === undefined ? { recorded: false, attempt: null } : get(`${root}/heat`, query, signal)];
-    if (rank !== undefined && own !== undefined)
-      asked.push(loadRank(ctx, root, { ...ctx.params, attempt: own }, signal));
-    const [map, opened] = await Promise.all(asked);
-    return { map, opened, own };
+    const [map, opened] = await Promise.all([
+      ofAttempt(get(`${root}/heat`, query, signal), newest),
+      rank === undefined ? null : loadRank(ctx, root, ctx.params, newest, signal),
+    ]);
+    return map ? { map, opened, own: map.attempt } : { map: { recorded: false }, opened };
   },
   draw(ctx, { map, opened, own }, { attempts, run }) {
     const { field = "compute", mode = "raw", group = "rank", rank, among } = ctx.params;
@@ -65,7 +64,8 @@ export const ranks = {
     };
     const zoom = (first, last) =>
       ctx.set(first === null ? { from: undefined, to: undefined } : { from: pair(first)[0], to: pair(last)[1] });
-    const most = around ? Math.max(Math.abs(map.low ?? 0), Math.abs(map.high ?? 0), 0.01) : 0;
+    const [low, high] = scaleOf(map, around),
+      most = around ? high : 0;
     const chosen =
       rank === undefined || !map.rows ? null : map.rows.findIndex((one) => ranksOf(one.ranks).includes(Number(rank)));
     const none = h("p", { class: "quiet" }, "No step times of ranks are recorded for this attempt.");
@@ -111,8 +111,8 @@ export const ranks = {
               label: `${FIELDS.find(([name]) => name === field)?.[1]} of ranks by steps`,
               values: map.values,
               kind: around ? "around" : "",
-              low: around ? -most : (map.low ?? 0),
-              high: around ? most : (map.high ?? 1),
+              low,
+              high,
               format,
               rowText: (row) => map.rows[row].label,
               columnText: (column) => count(pair(column)[0]),
@@ -156,6 +156,16 @@ export const ranks = {
     ];
   },
 };
+
+/** Ends of the scale: those of the usual values, wider where some are far beyond, so that these stand out. */
+function scaleOf(map, around) {
+  let most = -Infinity;
+  for (const row of map.values ?? []) for (const value of row) if (value !== null && value > most) most = value;
+  const low = around ? 0 : (map.low ?? 0),
+    usual = Math.max((map.high ?? 1) - low, around ? Math.abs(map.low ?? 0) : 0, around ? 0.01 : 1e-9);
+  const end = Math.sqrt(usual * Math.max(usual, most - low));
+  return around ? [-end, end] : [low, low + end];
+}
 
 /** Where a rank runs, with a link to its place in the layout. */
 function whereIs(ctx, attempt, rank, attempts) {

@@ -52,8 +52,8 @@ export const run = {
     const root = `/api/run/${encodeURIComponent(ctx.id)}`,
       view = viewOf(ctx.view);
     const first = get(root, {}, signal);
-    if (view.load.length > 3) ctx.known ??= await first; // it needs the attempts
-    const [known, data] = await Promise.all([first, view.load(ctx, root, signal, ctx.known)]);
+    const newest = async () => (ctx.known ?? (await first)).attempts.at(-1)?.attempt;
+    const [known, data] = await Promise.all([first, view.load(ctx, root, signal, newest)]);
     ctx.known = known;
     return { known, data, view };
   },

@@ -33,6 +33,8 @@ class Home:
     paths: HomePaths
     live: Made
     hung: Made
+    waiting: list[dict[str, object]]
+    """The queue, as the controller publishes it."""
 
 
 def steps(run: Made, attempt: int, first: int, count: int, slow: int | None = None) -> None:
@@ -71,7 +73,7 @@ def look(run: Made, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int, st
 
 
 def live(home: HomePaths) -> Made:
-    run = Made(home, LIVE, now=time.time() - 75, steps=400).submit().wait(2).start(1, 3).train(20).save(0.2, 0.5)
+    run = Made(home, LIVE, now=time.time() - 68, steps=400).submit().wait(2).start(1, 3).train(20).save(0.2, 0.5)
     run.train(10).evaluate(1.0).train(10).save(0.2, 0.5).train(20)
     steps(run, 1, 1, 60)
     look(run, {})
@@ -80,7 +82,7 @@ def live(home: HomePaths) -> Made:
 
 
 def recovered(home: HomePaths) -> Made:
-    run = Made(home, RECOVERED, now=time.time() - 200).submit().wait(5).start(1, 3).train(10).save().train(6).evaluate()
+    run = Made(home, RECOVERED, now=time.time() - 116).submit().wait(5).start(1, 3).train(10).save().train(6).evaluate()
     run.train(4).save(0.3, 0.6).train(16, grad_norm=1.4).save_failed().fault(detect=2, back_off=1)
     run.start(1, 3, step=20, part="restart").train(60)
     kept = run.run.attempt(1).evidence
@@ -95,7 +97,7 @@ def recovered(home: HomePaths) -> Made:
 
 def hung(home: HomePaths) -> Made:
     """64 ranks, one of which is stopped: those of its groups wait for it, and others for them."""
-    run = Made(home, HUNG, now=time.time() - 160, ranks=64, layout=BIG_LAYOUT, experts=(8, 16), model="olmoe_1b_7b", steps=4000)
+    run = Made(home, HUNG, now=time.time() - 140, ranks=64, layout=BIG_LAYOUT, experts=(8, 16), model="olmoe_1b_7b", steps=4000)
     run.submit().start(2, 8).train(60).save(0.4, 2.0).train(30)
     steps(run, 1, 1, 90, slow=CULPRIT)
     stage = range(CULPRIT // 16 * 16, CULPRIT // 16 * 16 + 16)
@@ -123,13 +125,14 @@ def hostile(home: HomePaths) -> None:
     run.run.attempt(2).log(0).write_text(SCRIPT + "\n")
 
 
-def a_full_home(path: Path) -> Home:
-    """All of them, two nodes, and a queue of three."""
+def a_full_home(path: Path, odd: bool = True) -> Home:
+    """All of them, with the hostile one where it is wanted, three nodes, and a queue of three."""
     home = a_home(path)
-    hostile(home)
+    if odd:
+        hostile(home)
     Made(home, ENDED, now=time.time() - 4000).submit().start().train(50).save().finish()
     stuck, _, going = hung(home), recovered(home), live(home)
-    waiting = []
+    waiting: list[dict[str, object]] = []
     for i in range(3):
         run = Made(home, f"next-1126-13000{i}-q00{i}", now=time.time() - 30, owner="bob", model="olmoe_1b_7b").submit()
         waiting.append({"run": run.run_id, "position": i + 1, "reason": "needs 2 CPU slots on 1 node, 1 is free"})
@@ -138,7 +141,7 @@ def a_full_home(path: Path) -> Home:
     log = Log(home.cluster_log, 1, now)
     log.append([NodeJoined("10.0.0.2", "two", ("n2",), {"CPU": 2}), Cordoned("10.0.0.2", "disk", "ann")], now)
     log.append([NodeJoined("10.0.0.9", "nine", ("n9",), {"CPU": 2}), NodeLeft("10.0.0.9")], now)
-    return Home(home, going, stuck)
+    return Home(home, going, stuck, waiting)
 
 
 def queue(home: HomePaths, waiting: list[dict[str, object]], age: float = 0.0) -> None:
@@ -149,7 +152,7 @@ def queue(home: HomePaths, waiting: list[dict[str, object]], age: float = 0.0) -
 def many(path: Path, count: int = 200) -> HomePaths:
     """A home with one run that goes on and `count` that wait."""
     home = a_home(path)
-    waiting = []
+    waiting: list[dict[str, object]] = []
     for i in range(count):
         run = Made(home, f"q{i:03d}-1126-120000-{i:04x}", now=time.time() - 600 + i, owner=f"user{i % 7}", model="olmoe_1b_7b").submit()
         waiting.append({"run": run.run_id, "position": i + 1, "reason": f"position {i + 1}: needs 8 GPU slots, 0 are free"})

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.paths import HomePaths
 from orchestrator.web.server import STATIC
+from tests.web import simulated
 from tests.web.browser import homes
 from tests.web.browser.driving import DESK, PHONE, Page, browsing, needs_browser
 from tests.web.browser.homes import CULPRIT, HOSTILE, HUNG, LIVE, RECOVERED, Home
@@ -40,7 +42,7 @@ def page(home: Home) -> Iterator[Page]:
 @pytest.fixture(autouse=True)
 def quiet(page: Page, home: Home) -> Iterator[None]:
     """The controller beats, and the console is silent after each test."""
-    homes.queue(home.paths, [{"run": f"next-1126-13000{i}-q00{i}", "position": i + 1, "reason": "needs 2 CPU slots on 1 node, 1 is free"} for i in range(3)])
+    homes.queue(home.paths, home.waiting)
     page.size(*DESK)
     yield
     assert page.console() == []
@@ -189,13 +191,33 @@ def test_rank_map_opens_a_rank(page: Page, home: Home) -> None:
     page.until(lambda: "field=save" in page.js("return location.hash"))
 
 
-def darkest_row(page: Page) -> int:
+def test_a_row_of_joined_ranks_opens_its_ranks(tmp_path: Path) -> None:
+    made = simulated.write(tmp_path, ranks=1024, steps=400, lines=False)
+    homes.queue(HomePaths(tmp_path), [])
+    with serving(HomePaths(tmp_path)) as client, browsing(client) as page:
+        page.go("run/simulated/ranks?mode=deviation")
+        row = darkest_row(page, 256)
+        assert row == made.slow_rank // 4, "the slow rank is seen among four that are one row"
+        page.js("document.querySelector('.heat .plot').focus()")
+        page.keys(*["\ue015"] * row, "\ue010")
+        said = "return document.querySelector('.heat .plot').getAttribute('aria-valuetext')"
+        assert page.js(said).startswith(f"ranks {row * 4}–{row * 4 + 3}, ")
+        page.keys("\ue007")
+        page.shows(f"Ranks {row * 4} to {row * 4 + 3} alone.")
+        slow = darkest_row(page, 4)
+        assert row * 4 + slow == made.slow_rank
+        page.go("run/simulated/layout")
+        assert page.js("return document.querySelector('.layout canvas').clientHeight") < 700, "all ranks on one screen"
+        assert page.console() == []
+
+
+def darkest_row(page: Page, rows: int = 64) -> int:
     """The row of the map's canvas that has the most of the scale's upper end in its right half."""
     return int(page.js("""
       const canvas = document.querySelector(".heat .plot canvas"), copy = new OffscreenCanvas(canvas.width, canvas.height);
       const own = copy.getContext("2d", { willReadFrequently: true });
       own.drawImage(canvas, 0, 0);
-      const ratio = devicePixelRatio, [left, top, bottom] = [120 * ratio, 7 * ratio, 20 * ratio], rows = 64;
+      const ratio = devicePixelRatio, [left, top, bottom] = [120 * ratio, 7 * ratio, 20 * ratio], rows = arguments[0];
       let best = -1, most = -1;
       for (let row = 0; row < rows; row++) {
         const y = top + ((row + 0.5) * (canvas.height - top - bottom)) / rows;
@@ -204,7 +226,7 @@ def darkest_row(page: Page) -> int:
         for (let i = 0; i < line.length; i += 4) sum += 255 - line[i];
         if (sum > most) [best, most] = [row, sum];
       }
-      return best;"""))
+      return best;""", rows))
 
 
 def choose(page: Page, label: str, value: str) -> None:
