@@ -40,9 +40,14 @@ def main(arguments: Sequence[str]) -> int:
             return _bench(options)
         if options.command == "preflight":
             return _preflight(options)
-        from faulttol.commands import acts
+        if options.command == "timeline":
+            from faulttol.timeline import command as timeline  # it loads numpy
 
-        answer = acts.ACTS[options.command](options)
+            answer = timeline.run(options)
+        else:
+            from faulttol.commands import acts
+
+            answer = acts.ACTS[options.command](options)
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
@@ -103,6 +108,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_reading(add)
     _add_writing(add)
     _add_converting(add)
+    from faulttol.timeline import command as timeline  # its own options, where the rest of it is
+
+    timeline.add(add)
     add("bench", "measure saving and resharding against others, in one run", json=False)
     preflight = add(
         "preflight", "look whether this node is fit to serve: memory, devices, arithmetic, network"

@@ -24,6 +24,7 @@ from faulttol.checkpoint.manifest import Superseded
 from faulttol.recorder import Phase, Recorder
 from faulttol.signs import Teller, is_remote
 from faulttol.staged.saver import Outcome, Signs
+from faulttol.timeline.hooks import Tracing
 from trainer import resume as resuming
 from trainer.engines.base import Engine, StepResult
 from trainer.feed import Feed
@@ -64,6 +65,7 @@ def main(config: RunConfig, rank: RankContext, recorder: Recorder | None = None)
         Teller(
             rank.files.signs, is_remote(config.checkpoint.path, config.data.path, config.data.cache)
         ).start()
+        Tracing.start(rank.files)  # before the first process group is made
     try:
         _main(config, rank, recorder)
     except BaseException as error:

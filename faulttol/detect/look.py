@@ -90,8 +90,8 @@ class RankWatch:
         if stopped is not None:
             name = f"its process {stopped.pid} ({stopped.name}) is "
             held = f"{'' if stopped.pid == self._pid else 'held up: ' + name}stopped (state T)"
-        asleep = self._asleep(newest, told, tree, now)
-        if asleep and not held:
+        asleep = "" if held else self._asleep(newest, told, tree, now)
+        if asleep:
             held = f"asleep in {asleep}"
         return self._seen(newest, raised, held, told, tree[0].state if tree else "", bool(asleep))
 

@@ -91,9 +91,9 @@ def idle(processes: Sequence[Process], gang: frozenset[str], observer: int = 0) 
                 return ""
             runs = runs or call == RUNNING
             main = main or call  # of the main thread, which is listed first
-        if _elsewhere(process.pid, gang):
-            return ""
-    return RUNNING if runs else main
+    if runs:
+        return RUNNING
+    return "" if any(_elsewhere(process.pid, gang) for process in processes if process.state != "Z") else main
 
 
 def _process(pid: int) -> Process | None:
@@ -172,23 +172,20 @@ def _elsewhere(pid: int, gang: frozenset[str]) -> bool:
                 inodes.add(target[8:-1])
     except OSError:
         return True  # not known, so not excluded
-    return any(
-        inode in inodes and address not in gang and not address.startswith(_HERE)
-        for address, inode in _connections(pid)
-    )
+    return any(address not in gang and not address.startswith(_HERE) for address in _connected(pid, inodes))
 
 
-def _connections(pid: int) -> Iterator[tuple[str, str]]:
-    """Remote address and inode of the connections in a process's network."""
-    for file in ("tcp", "tcp6"):
+def _connected(pid: int, inodes: set[str]) -> Iterator[str]:
+    """Remote addresses of connections, in a process's network, that are those of some sockets."""
+    for file in ("tcp", "tcp6") if inodes else ():
         try:
             rows = (_PROC / str(pid) / "net" / file).read_text().splitlines()[1:]
         except OSError:
             continue
         for row in rows:
-            fields = row.split()
-            if fields[3] in _CONNECTED:
-                yield _address(fields[2].partition(":")[0]), fields[9]
+            fields = row.split(None, 10)
+            if fields[9] in inodes and fields[3] in _CONNECTED:
+                yield _address(fields[2].partition(":")[0])
 
 
 def _address(text: str) -> str:

@@ -1,8 +1,8 @@
 """The trace: a rank's last calls of torch.distributed, in a second memory-mapped ring beside the recorder's.
 
 Each record says when a collective, a send or a receive was called, when the rank began to wait for it, and when it had
-it. So the time that a step waits for others is told apart from what it computes, and what ran beside the computation from what
-held it up. Steps aren't told: a reader finds them by time, in the recorder's ring.
+it. So the time that a step waits for others is told apart from what it computes, and what ran beside the computation
+from what held it up. Steps aren't told: a reader finds them by time, in the recorder's ring.
 
 Layout, in words of 64 bits of the node's byte order: a header of 16 words, then `capacity` records of 12, of which the last
 is the sum of the others. A reader that meets a record half written sees that it doesn't fit. Times are the node's

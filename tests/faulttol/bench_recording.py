@@ -1,8 +1,9 @@
 """`python -m tests.faulttol.bench_recording [--steps N] [--device cpu|cuda]`: what it costs a step to be recorded.
 
 Two real ranks train with the trainer's own loop. Ring, trace and step store are on for a block of steps and off for the
-next, in turn (on, off, off, on, …), so both see the same machine; the parent reads the rings once a second, as a node's agent does.
-Ratios of a block on and its neighbour off; their median, and the interval that holds it with 95 % (by bootstrap).
+next, in turn (on, off, off, on, …), so both see the same machine; the parent reads the rings once a second, as a node's
+agent does. Ratios of a block on and its neighbour off; their median, and the interval that holds it with 95 % (by
+bootstrap).
 """
 
 from __future__ import annotations

@@ -361,7 +361,8 @@ def test_the_checker_finds_what_is_wrong() -> None:
     good = {"displayTimeUnit": "ms", "traceEvents": [name, common | {"ph": "X", "dur": 2.0}]}
     assert problems(good) == []
     for wrong in (
-        common | {"ph": "X"}, common | {"ph": "X", "dur": -1}, common | {"ph": "Q"}, common | {"ph": "X", "dur": 1, "ts": -1},
+        common | {"ph": "X"}, common | {"ph": "X", "dur": -1}, common | {"ph": "Q"},
+        common | {"ph": "X", "dur": 1, "ts": -1},
         common | {"ph": "X", "dur": 5.0, "ts": 2.0}, common | {"ph": "b", "cat": "c", "id": "1"},
         common | {"ph": "f", "cat": "c", "id": 1, "bp": "e"}, common | {"ph": "X", "dur": 1.0, "tid": 9},
     ):  # fmt: skip

@@ -165,9 +165,9 @@ MUTANTS = [
     ),
     Mutant(
         "saves are told as they begin",
-        _LOOP,
-        "outcome.held,\n",
-        "outcome.seconds,\n",
+        "trainer/lines.py",
+        "one.seconds, one.held,",
+        "one.seconds, one.seconds,",
         f"{_RUN}held_and_durable_are_two_things",
     ),
     Mutant(

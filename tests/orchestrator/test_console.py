@@ -164,5 +164,5 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_watch_tells_of_saves(item: Event | MetricLine, told: str | None) -> None:
-    line = watching._told(item)
+    line = watching.told(item)
     assert line is None if told is None else line is not None and line.endswith(" " + told)

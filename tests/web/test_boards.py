@@ -25,8 +25,8 @@ RUN, NODE = ("run", "instance", "job"), ("node", "instance", "job")
 RAY = ("ip", "GpuIndex", "GpuDeviceName", "instance", "job", "SessionName")
 #: What each function, operator or word of PromQL in a board or a rule may be.
 WORDS = {
-    "time", "rate", "increase", "sum", "avg", "min", "max", "count", "vector", "quantile_over_time", "and", "or", "unless", "on",
-    "by", "ignoring", "without", "group_left", "bool",
+    "time", "rate", "increase", "sum", "avg", "min", "max", "count", "vector", "quantile_over_time", "and", "or", "unless",
+    "on", "by", "ignoring", "without", "group_left", "bool",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""`python -m tests.web.browser.bench_page HOME`: how fast the page is with the run that `python -m tests.web.simulated HOME` wrote.
+"""`python -m tests.web.browser.bench_page HOME`: how fast the page is with what `python -m tests.web.simulated HOME` wrote.
 
-Prints when a cold page paints first and has its data, what it takes to change views, and how long the page is busy with one move
-of a pointer, one key and one zoom. The server and the browser run on this machine, beside whatever else does.
+Prints when a cold page paints first and has its data, what it takes to change views, and how long the page is busy with one
+move of a pointer, one key and one zoom. The server and the browser run on this machine, beside whatever else does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ BUSY = """
 const plot = document.querySelector(arguments[0]), box = plot.getBoundingClientRect(), found = [];
 for (let i = 0; i < 40; i++) {
   const began = performance.now();
-  plot.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + 90 + i * 20, clientY: box.top + 20 + i * 9, bubbles: true }));
+  const [clientX, clientY] = [box.left + 90 + i * 20, box.top + 20 + i * 9];
+  plot.dispatchEvent(new PointerEvent("pointermove", { clientX, clientY, bubbles: true }));
   found.push(performance.now() - began);
 }
 for (const key of ["ArrowDown", "ArrowRight", "+"]) {
@@ -41,8 +42,12 @@ def paint(page: Page, where: str) -> None:
     page.driver.get(f"http://127.0.0.1:{page.client.port}/#/run/simulated/{where}")
     page.until(lambda: page.js("return document.body.dataset.loaded"), 60)
     first = page.js("return performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? NaN")
-    ends = page.js("return Math.max(...performance.getEntriesByType('resource').filter((one) => one.name.includes('/run/')).map((one) => one.responseEnd))")
-    print(f"{where or 'progress'}: first paint {first:.0f} ms, its data there {ends:.0f} ms after the load began")
+    ends = page.js("""
+      const asked = performance.getEntriesByType("resource").filter((one) => one.name.includes("/run/"));
+      return Math.max(...asked.map((one) => one.responseEnd));""")
+    print(
+        f"{where or 'progress'}: first paint {first:.0f} ms, its data there {ends:.0f} ms after the load began"
+    )
 
 
 def main() -> int:
@@ -70,11 +75,17 @@ def main() -> int:
                 began = time.perf_counter()
                 page.go(f"run/{options.run}/{where}", 60)
                 spent.append((time.perf_counter() - began) * 1e3)
-            print(f"to {where or 'progress'}: median {statistics.median(spent):.0f} ms, worst {max(spent):.0f} ms, with the server's part")
+            usual, worst = statistics.median(spent), max(spent)
+            print(
+                f"to {where or 'progress'}: median {usual:.0f} ms, worst {worst:.0f} ms, with the server's part"
+            )
         for where, selector in (("", ".chart .plot"), ("ranks", ".heat .plot"), ("layout", ".layout .plot")):
             page.go(f"run/{options.run}/{where}", 60)
             spent = page.js(BUSY, selector)
-            print(f"a move, a key or a zoom on {where or 'progress'}: median {statistics.median(spent):.1f} ms, worst {max(spent):.1f} ms")
+            usual, worst = statistics.median(spent), max(spent)
+            print(
+                f"a move, a key or a zoom on {where or 'progress'}: median {usual:.1f} ms, worst {worst:.1f} ms"
+            )
     return 0
 
 

@@ -13,6 +13,10 @@ import pytest
 
 from tests.web.serving import TOKEN, Client
 
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--window-size=1280,900",
+)  # fmt: skip
 PHONE, DESK = (390, 844), (1280, 900)
 
 
@@ -23,7 +27,9 @@ def reason() -> str:
     except ImportError:
         return "selenium isn't installed: .venv/bin/pip install selenium"
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return f"{', '.join(missing)} isn't installed: apt-get install chromium chromium-driver" if missing else ""
+    return (
+        f"{', '.join(missing)} isn't installed: apt-get install chromium chromium-driver" if missing else ""
+    )
 
 
 needs_browser = pytest.mark.skipif(bool(reason()), reason=reason() or "there is one")
@@ -47,7 +53,11 @@ class Page:
             self.js("dispatchEvent(new HashChangeEvent('hashchange'))")
         else:
             self.js("location.hash = arguments[0]", target)
-        self.until(lambda: self.js("return document.body.dataset.loaded") is not None, seconds, f"{where} isn't shown")
+        self.until(
+            lambda: self.js("return document.body.dataset.loaded") is not None,
+            seconds,
+            f"{where} isn't shown",
+        )
 
     def js(self, text: str, *given: Any) -> Any:
         """What a script returns."""
@@ -62,9 +72,25 @@ class Page:
 
     def button(self, text: str) -> Any:
         """The button with a text."""
-        found = [b for b in self.driver.find_elements("css selector", "button") if b.text == text and b.is_displayed()]
+        found = [
+            b
+            for b in self.driver.find_elements("css selector", "button")
+            if b.text == text and b.is_displayed()
+        ]
         assert found, f"there is no button '{text}'"
         return found[0]
+
+    def rows(self, label: str) -> list[list[str]]:
+        """Texts of the cells of a table."""
+        return [list(row) for row in self.js("""
+          const rows = document.querySelectorAll(`[role=region][aria-label="${arguments[0]}"] tbody tr`);
+          return [...rows].map((row) => [...row.cells].map((cell) => cell.innerText));""", label)]  # fmt: skip
+
+    def value(self, selector: str) -> str:
+        """What is read out of a chart or a map."""
+        return str(
+            self.js("return document.querySelector(arguments[0]).getAttribute('aria-valuetext')", selector)
+        )
 
     def keys(self, *keys: str) -> None:
         """Type into what has the focus."""
@@ -91,11 +117,16 @@ class Page:
 
     def theme(self, name: str) -> None:
         """What the system asks for: light or dark."""
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]})
+        wanted = {"features": [{"name": "prefers-color-scheme", "value": name}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wanted)
 
     def console(self) -> list[str]:
         """Errors and warnings of the console since the last call, policy violations among them."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+        return [
+            entry["message"]
+            for entry in self.driver.get_log("browser")
+            if entry["level"] in ("SEVERE", "WARNING")
+        ]
 
     def picture(self, path: Path) -> None:
         """A picture of the window."""
@@ -121,8 +152,7 @@ def driving() -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run",
-                 "--disable-background-networking", "--disable-component-update", "--window-size=1280,900"):  # fmt: skip
+    for flag in FLAGS:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))

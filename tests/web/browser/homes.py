@@ -19,9 +19,10 @@ from orchestrator.record.events import IncidentOpened, VerdictFound
 from orchestrator.record.log import Log
 from tests.web.made import Made, a_home, queue_file
 
-LIVE, RECOVERED, HUNG, BIG = "live-1126-120000-aaaa", "killed-1126-110000-bbbb", "hung-1126-100000-cccc", "moe-1126-090000-dddd"
+LIVE, RECOVERED, HUNG = "live-1126-120000-aaaa", "killed-1126-110000-bbbb", "hung-1126-100000-cccc"
 ENDED, HOSTILE = "old-1126-080000-eeee", "odd-1126-070000-ffff"
 SCRIPT = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
+MODEL = "olmoe_1b_7b"
 BIG_LAYOUT = {"pp": 4, "dp": 8, "cp": 1, "ep": 8, "etp": 1, "tp": 2}
 CULPRIT = 37
 
@@ -51,7 +52,8 @@ def steps(run: Made, attempt: int, first: int, count: int, slow: int | None = No
         data = 0.02 * (1 + noise.random((each, count)))
         save = np.where((np.arange(count) + first) % 10 == 0, 0.3, 0.0) * np.ones((each, 1))
         wait = np.maximum(0.0, 1.0 - compute - data)
-        values = {"compute": compute, "wait": wait, "data": data, "save": save, "step": compute + wait + data + save, "lag": 0 * compute}
+        values = {"compute": compute, "wait": wait, "data": data, "save": save, "lag": 0 * compute}
+        values["step"] = compute + wait + data + save
         file = StepFile(into / f"10.0.0.{node + 1}.steps", f"10.0.0.{node + 1}", ranks)
         starts = ((time.time() - count + np.arange(count)) * 1e9).astype(np.int64)
         file.append(first, starts, np.stack([values[name] for name in STORED]))
@@ -73,23 +75,43 @@ def look(run: Made, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int, st
 
 
 def live(home: HomePaths) -> Made:
-    run = Made(home, LIVE, now=time.time() - 68, steps=400).submit().wait(2).start(1, 3).train(20).save(0.2, 0.5)
+    run = (
+        Made(home, LIVE, now=time.time() - 68, steps=400)
+        .submit()
+        .wait(2)
+        .start(1, 3)
+        .train(20)
+        .save(0.2, 0.5)
+    )
     run.train(10).evaluate(1.0).train(10).save(0.2, 0.5).train(20)
     steps(run, 1, 1, 60)
     look(run, {})
-    run.run.attempt(1).log(0).write_text("".join(f"step {i} loss {2 + 3 / (1 + i) ** 0.5:.4f}\n" for i in range(1, 1001)))
+    run.run.attempt(1).log(0).write_text(
+        "".join(f"step {i} loss {2 + 3 / (1 + i) ** 0.5:.4f}\n" for i in range(1, 1001))
+    )
     return run
 
 
 def recovered(home: HomePaths) -> Made:
-    run = Made(home, RECOVERED, now=time.time() - 116).submit().wait(5).start(1, 3).train(10).save().train(6).evaluate()
+    run = (
+        Made(home, RECOVERED, now=time.time() - 116)
+        .submit()
+        .wait(5)
+        .start(1, 3)
+        .train(10)
+        .save()
+        .train(6)
+        .evaluate()
+    )
     run.train(4).save(0.3, 0.6).train(16, grad_norm=1.4).save_failed().fault(detect=2, back_off=1)
     run.start(1, 3, step=20, part="restart").train(60)
     kept = run.run.attempt(1).evidence
     kept.mkdir()
-    (kept / "00001.stack.txt").write_text("process 1001, state T\nThread main\n    backward (trainer/loop.py:210)\n")
-    (kept / "00001.ring.json").write_text(json.dumps([
-        {"sequence": i, "time": run.now - 60, "mark": "BEGIN", "phase": "FORWARD", "step": 3} for i in range(5)]))  # fmt: skip
+    (kept / "00001.stack.txt").write_text(
+        "process 1001, state T\nThread main\n    backward (trainer/loop.py:210)\n"
+    )
+    record = {"time": run.now - 60, "mark": "BEGIN", "phase": "FORWARD", "step": 3}
+    (kept / "00001.ring.json").write_text(json.dumps([record | {"sequence": i} for i in range(5)]))
     steps(run, 1, 1, 36)
     steps(run, 2, 21, 60)
     return run
@@ -97,7 +119,16 @@ def recovered(home: HomePaths) -> Made:
 
 def hung(home: HomePaths) -> Made:
     """64 ranks, one of which is stopped: those of its groups wait for it, and others for them."""
-    run = Made(home, HUNG, now=time.time() - 140, ranks=64, layout=BIG_LAYOUT, experts=(8, 16), model="olmoe_1b_7b", steps=4000)
+    run = Made(
+        home,
+        HUNG,
+        now=time.time() - 140,
+        ranks=64,
+        layout=BIG_LAYOUT,
+        experts=(8, 16),
+        model=MODEL,
+        steps=4000,
+    )
     run.submit().start(2, 8).train(60).save(0.4, 2.0).train(30)
     steps(run, 1, 1, 90, slow=CULPRIT)
     stage = range(CULPRIT // 16 * 16, CULPRIT // 16 * 16 + 16)
@@ -112,15 +143,30 @@ def hung(home: HomePaths) -> Made:
     run.run.attempt(1).log(CULPRIT).write_text(f"rank {CULPRIT} begins\n")
     look(run, groups, waits=waits, held={CULPRIT: "stopped (state T)"}, state={CULPRIT: "T"})
     detail = f"rank {CULPRIT} stands still in backward of step 91 (stopped, state T)"
-    verdict = {"kind": "rank_hang", "detail": detail, "rank": CULPRIT, "node": "10.0.0.5", "time": run.now, "evidence": ""}
+    verdict = {
+        "kind": "rank_hang",
+        "detail": detail,
+        "rank": CULPRIT,
+        "node": "10.0.0.5",
+        "time": run.now,
+        "evidence": "",
+    }
     log = str(run.run.attempt(1).log(CULPRIT))
-    run.tell(VerdictFound(1, verdict), IncidentOpened(1, 1, "rank_hang", detail, CULPRIT, "10.0.0.5", 91, log, 30.0))
+    run.tell(
+        VerdictFound(1, verdict),
+        IncidentOpened(1, 1, "rank_hang", detail, CULPRIT, "10.0.0.5", 91, log, 30.0),
+    )
     return run
 
 
 def hostile(home: HomePaths) -> None:
     """A run whose owner, model, log and errors hold HTML."""
-    run = Made(home, HOSTILE, now=time.time() - 60, owner=SCRIPT, model=SCRIPT, steps=90).submit().start(1, 2).train(12)
+    run = (
+        Made(home, HOSTILE, now=time.time() - 60, owner=SCRIPT, model=SCRIPT, steps=90)
+        .submit()
+        .start(1, 2)
+        .train(12)
+    )
     run.save_failed(SCRIPT).fault(detail=SCRIPT).start(1, 2, step=0, part="restart").train(5)
     run.run.attempt(2).log(0).write_text(SCRIPT + "\n")
 
@@ -134,8 +180,12 @@ def a_full_home(path: Path, odd: bool = True) -> Home:
     stuck, _, going = hung(home), recovered(home), live(home)
     waiting: list[dict[str, object]] = []
     for i in range(3):
-        run = Made(home, f"next-1126-13000{i}-q00{i}", now=time.time() - 30, owner="bob", model="olmoe_1b_7b").submit()
-        waiting.append({"run": run.run_id, "position": i + 1, "reason": "needs 2 CPU slots on 1 node, 1 is free"})
+        run = Made(
+            home, f"next-1126-13000{i}-q00{i}", now=time.time() - 30, owner="bob", model=MODEL
+        ).submit()
+        waiting.append(
+            {"run": run.run_id, "position": i + 1, "reason": "needs 2 CPU slots on 1 node, 1 is free"}
+        )
     queue(home, waiting)
     now = going._now()
     log = Log(home.cluster_log, 1, now)
@@ -154,8 +204,10 @@ def many(path: Path, count: int = 200) -> HomePaths:
     home = a_home(path)
     waiting: list[dict[str, object]] = []
     for i in range(count):
-        run = Made(home, f"q{i:03d}-1126-120000-{i:04x}", now=time.time() - 600 + i, owner=f"user{i % 7}", model="olmoe_1b_7b").submit()
-        waiting.append({"run": run.run_id, "position": i + 1, "reason": f"position {i + 1}: needs 8 GPU slots, 0 are free"})
+        name, now = f"q{i:03d}-1126-120000-{i:04x}", time.time() - 600 + i
+        Made(home, name, now=now, owner=f"user{i % 7}", model=MODEL).submit()
+        reason = f"position {i + 1}: needs 8 GPU slots, 0 are free"
+        waiting.append({"run": name, "position": i + 1, "reason": reason})
     live(home)
     queue(home, waiting)
     return home

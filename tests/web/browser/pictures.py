@@ -1,4 +1,4 @@
-"""`python -m tests.web.browser.pictures [FOLDER]`: the pictures of `docs/images`, of runs made by the project's own writers."""
+"""`python -m tests.web.browser.pictures [FOLDER]`: the pictures of `docs/images`, of runs that our own writers made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page says when something is dead, and that it is whole again by itself; actions; a large queue; an exported file."""
+"""What the page says when something is dead, and that it is whole again by itself; actions; an export."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from tests.web.serving import Client, serving
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(240), needs_browser]
 ROOT = Path(__file__).parents[3]
+SERVER = "import sys; from tests.web.browser.test_life import command; command(sys.argv[1], int(sys.argv[2]))"
 ACTOR = """
 import json, sys
 order = json.loads(sys.stdin.readline())
-print(json.dumps({"ok": order["target"] != "10.0.0.2", "said": f"{order['action']} of {order['target']} by {order['by']}: {order['reason']}"}))
+said = "{action} of {target} by {by}: {reason}".format(**order)
+print(json.dumps({"ok": order["target"] != "10.0.0.2", "said": said}))
 """
 
 
@@ -41,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> homes.Home:
 def a_server(home: HomePaths, port: int) -> Iterator[subprocess.Popen[str]]:
     """The dashboard as people start it, ready to answer."""
     child = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from tests.web.browser.test_life import command; command(sys.argv[1], int(sys.argv[2]))", str(home.home), str(port)],
+        [sys.executable, "-c", SERVER, str(home.home), str(port)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
@@ -140,7 +142,9 @@ def test_actions_are_asked_once_more(home: homes.Home) -> None:
         page.go(f"run/{LIVE}")
         page.button("Cancel").click()
         page.shows(f"Cancel {LIVE} (running, step", "#dialog")
-        assert page.js("return document.activeElement.innerText") == "No, leave it", "the harmless answer has the focus"
+        assert page.js("return document.activeElement.innerText") == "No, leave it", (
+            "the harmless answer has the focus"
+        )
         page.keys("\ue00c")  # escape
         page.until(lambda: not page.js("return document.getElementById('dialog').open"))
         assert client.get("/api/actions")["actions"] == []
@@ -162,8 +166,11 @@ def test_actions_are_asked_once_more(home: homes.Home) -> None:
         page.keys("\ue00c")
         page.go("actions")
         page.shows("smells of smoke")
-        rows = page.js("return [...document.querySelectorAll('tbody tr')].map((r) => [r.cells[2].innerText, r.cells[5].innerText])")
-        assert rows == [["uncordon", "no"], ["cordon", "yes"], ["cancel", "yes"]]
+        assert [[row[2], row[5]] for row in page.rows("Actions")] == [
+            ["uncordon", "no"],
+            ["cordon", "yes"],
+            ["cancel", "yes"],
+        ]
         page.console()  # the browser writes down each question, an answer of 409, as an error
 
 
@@ -172,7 +179,7 @@ def test_two_hundred_queued_runs(tmp_path: Path) -> None:
     with serving(home) as client, browsing(client) as page:
         page.go("")
         page.shows("Queue (200)")
-        assert page.js("return document.querySelectorAll('[aria-label=\"Runs that wait\"] tbody tr').length") == 200
+        assert len(page.rows("Runs that wait")) == 200
         assert "position 200: needs 8 GPU slots, 0 are free" in page.text()
         page.size(*PHONE)
         assert page.js("return document.documentElement.scrollWidth <= innerWidth")
@@ -189,7 +196,18 @@ def test_a_file_that_opens_anywhere(home: homes.Home, tmp_path: Path) -> None:
         page = Page(driver, Client(0, None))  # type: ignore[arg-type]
         page.driver.get((tmp_path / f"{HUNG}.html").as_uri())
         page.shows(f"A copy of run {HUNG}", "#banners")
-        for tab in ("", "time", "checkpoints", "incidents", "experts", "ranks", "ranks?rank=0", "layout", "logs", "setup"):
+        for tab in (
+            "",
+            "time",
+            "checkpoints",
+            "incidents",
+            "experts",
+            "ranks",
+            "ranks?rank=0",
+            "layout",
+            "logs",
+            "setup",
+        ):
             page.go(f"run/{HUNG}/{tab}")
             assert "isn't in an exported file" not in page.text(), tab
         page.go(f"run/{HUNG}/layout?rank=37")
