@@ -29,13 +29,22 @@ class SinkActor:
         """Pump to the end, then leave."""
         from orchestrator.sinks.wandb import WandbSink  # wandb loads in this actor's process only
 
-        sink = WandbSink(self._run, load(self._run.newest_config))
+        sink = WandbSink(self._run, load(self._run.newest_config), endpoints=endpoints)
         try:
             while not sink.pump():
                 time.sleep(_PUMP_SECONDS)
         finally:
             sink.close()
         ray.actor.exit_actor()
+
+
+def endpoints() -> dict[str, str]:
+    """By node address, where Ray's agent on it serves its metrics."""
+    return {
+        node["NodeManagerAddress"]: f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()
+        if node["Alive"]
+    }
 
 
 def ensure_sink(run_root: str) -> None:

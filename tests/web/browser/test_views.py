@@ -370,13 +370,15 @@ def test_the_check_finds_what_is_wrong(page: Page) -> None:
     page.js("""
       const main = document.getElementById("main");
       main.insertAdjacentHTML("beforeend", `<p class="faint">faint</p><button></button><h4>deep</h4>
-        <div id="main"></div><div class="wide"></div><span role="slider"></span><input type="text"><svg width="9" height="9"></svg><button class="low">low</button>`);
+        <div id="main"></div><div class="wide"></div><span role="slider"></span>
+        <input type="text"><svg width="9" height="9"></svg><button class="low">low</button>`);
       main.querySelector(".faint").style.color = "#999";
       Object.assign(main.querySelector(".wide").style, { width: "3000px", height: "5px" });
       Object.assign(main.querySelector(".low").style, { minHeight: "0", height: "12px", padding: "0" });""")
     found = "\n".join(audit(page))
     for wrong in ("contrast 2.66 of a text", "without a name: <button", "level 4 after", "two elements have the id main",
-                  "wider than the window", "without aria-valuenow", "without a name: <input", "a picture without a text", "to hit"):  # fmt: skip
+                  "wider than the window", "without aria-valuenow", "without a name: <input",
+                  "a picture without a text", "to hit"):  # fmt: skip
         assert wrong in found, f"{wrong} isn't in\n{found}"
 
 
@@ -393,7 +395,8 @@ def test_all_is_reached_by_tab(page: Page) -> None:
             page.keys("\ue004")
             i, seen, what = page.js("""
               const own = document.activeElement, style = getComputedStyle(own);
-              const seen = own.nodeName === "BODY" || (style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2);
+              const wide = style.outlineStyle === "none" ? 0 : parseFloat(style.outlineWidth);
+              const seen = own.nodeName === "BODY" || wide >= 2;
               return [window.wanted.indexOf(own), seen, own.outerHTML.slice(0, 200)];""")
             met.add(i)
             assert seen, f"the focus isn't seen on {what}"
