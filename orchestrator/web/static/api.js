@@ -120,7 +120,7 @@ let source = null,
 
 function lost() {
   changed({ down: link.down ?? Date.now() });
-  if (false) timer = setTimeout(look, BACK_OFF[Math.min(tries++, BACK_OFF.length - 1)]);
+  if (!timer) timer = setTimeout(look, BACK_OFF[Math.min(tries++, BACK_OFF.length - 1)]);
 }
 
 async function look() {
