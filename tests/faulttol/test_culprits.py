@@ -26,9 +26,9 @@ def test_the_rank_that_began_it_is_named() -> None:
         "--only",
         CASES,
         "--count",
-        "SOME",
+        "36",
         "--seed",
-        "SEED",
+        "5",
     ]
     done = subprocess.run(
         [*command, "--patience", "15"],

@@ -213,6 +213,10 @@ def test_a_file_that_opens_anywhere(home: homes.Home, tmp_path: Path) -> None:
         page.go(f"run/{HUNG}/layout?rank=37")
         page.shows("which is stopped (state T)")
         page.shows("rank 37 begins")
+        page.go(f"run/{HUNG}/logs?rank=2")
+        page.shows("rank 2 begins")
+        page.go(f"run/{HUNG}/logs?rank=50")
+        page.shows("this file holds the logs and stacks of the first ranks")
         page.go(f"run/{HUNG}/ranks?field=save")
         page.shows("Steps 1 to 90 are recorded")
         shown = [b.text for b in page.driver.find_elements("css selector", "button") if b.is_displayed()]

@@ -361,6 +361,12 @@ def test_on_a_phone(page: Page) -> None:
         )
         if found := audit(page):
             wrong[where] = found
+    page.go("")
+    lefts, names = page.js("""
+      const cells = [...document.querySelector("tbody tr").cells];
+      const named = cells.every((one) => getComputedStyle(one, "::before").content.length > 4);
+      return [[...new Set(cells.map((one) => Math.round(one.getBoundingClientRect().left)))], named];""")
+    assert len(lefts) == 1 and names, "a row is a card, with each value beside its name"
     assert wrong == {}
 
 
