@@ -36,7 +36,11 @@ class Shell:
 
     def _environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "WANDB_API_KEY")}
-        return clean | {"MEGARAY_HOME": str(self.home.home), "WANDB_MODE": "offline", "MEGARAY_STANDBYS": "0"} | self.env
+        return (
+            clean
+            | {"MEGARAY_HOME": str(self.home.home), "WANDB_MODE": "offline", "MEGARAY_STANDBYS": "0"}
+            | self.env
+        )
 
     def run(self, *words: str, expect: int = 0) -> str:
         """Run a command to its end; its standard output."""

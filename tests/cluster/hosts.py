@@ -78,7 +78,7 @@ class Hosts:
         ]
         log = temporary / "start.log"
         with log.open("wb") as out:
-            env = os.environ | health_environment(self.patience) | UNGUARDED
+            env = os.environ | health_environment(self.patience) | UNGUARDED | {"MEGARAY_STANDBYS": "0"}
             process = host.popen(*words, env=env, stdout=out, stderr=subprocess.STDOUT)
         ends.callback(end_family, process.pid)
         self._rays[index] = process.pid
