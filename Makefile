@@ -40,12 +40,15 @@ check: $(VENV)/.dev
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
-# What takes longer than `test` may: all mutants, all layouts and pairs of layouts, stops and kills in numbers.
+# What takes longer than `test` may: all mutants, layouts and pairs of layouts, and stops, kills, culprits and crashes in numbers.
 long: mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.grid
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.stop_and_go
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faulttol.grid
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faulttol.kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faulttol.culprits --count 100
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.orchestrator.crashpoints
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.crashes
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench
