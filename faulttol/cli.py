@@ -108,9 +108,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_reading(add)
     _add_writing(add)
     _add_converting(add)
-    from faulttol.timeline import command as timeline  # its own options, where the rest of it is
-
-    timeline.add(add)
+    _add_timeline(add)
     add("bench", "measure saving and resharding against others, in one run", json=False)
     preflight = add(
         "preflight", "look whether this node is fit to serve: memory, devices, arithmetic, network"
@@ -136,6 +134,19 @@ def _place(command: _Parser) -> None:
 def _dry(command: _Parser) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="only tell bytes read, written and moved, and peak memory"
+    )
+
+
+def _add_timeline(add: _Add) -> None:
+    parser = add("timeline", "write what all ranks did as a timeline for Perfetto or chrome://tracing")
+    parser.add_argument("run", metavar="RUN", help="a run's id or folder")
+    parser.add_argument("--attempt", type=int, metavar="N", help="that attempt; the newest without")
+    parser.add_argument(
+        "--steps", metavar="A:B", help="steps from A up to but without B; the last 20 without"
+    )
+    parser.add_argument("--ranks", metavar="A:B", help="ranks from A up to but without B; all without")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to write; timeline-RUN-ATTEMPT.json without"
     )
 
 

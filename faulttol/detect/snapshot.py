@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from configs.timeouts import Timeouts
 from faulttol.recorder import Record
+
+if TYPE_CHECKING:  # pydantic needn't load for what reads checkpoints
+    from configs.timeouts import Timeouts
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,6 @@ from faulttol.timeline.sources import Activity, activities
 
 _STEPS = 20
 """Steps that are drawn where none are named."""
-
-
-def add(make: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Add the command to a command line.
-
-    Args:
-        make: gives the parser of a new command by its name and text.
-    """
-    parser = make("timeline", "write what all ranks did as a timeline for Perfetto or chrome://tracing")
-    parser.add_argument("run", metavar="RUN", help="a run's id or folder")
-    parser.add_argument("--attempt", type=int, metavar="N", help="that attempt; the newest without")
-    parser.add_argument(
-        "--steps", metavar="A:B", help="steps from A up to but without B; the last 20 without"
-    )
-    parser.add_argument("--ranks", metavar="A:B", help="ranks from A up to but without B; all without")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to write; timeline-RUN-ATTEMPT.json without"
-    )
 
 
 def run(options: argparse.Namespace) -> Answer:

@@ -84,7 +84,7 @@ def test_a_load_shows_that_it_gets_on(tmp_path: Path, monkeypatch: pytest.Monkey
     signs: list[int] = []
     wanted = [Wanted.from_slice(p.name, p.tensor, p.box) for p in blank(parts)[0]]
     found = restore(stored(str(tmp_path)), wanted, Alone(), identity(0, 1), lambda: signs.append(1))
-    assert found is not None and found.step == 7 and len(signs) > 3
+    assert found is not None and found.step == 7 and len(signs) > 1
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:
