@@ -49,6 +49,7 @@ long: mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faulttol.culprits --count 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.orchestrator.crashpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.crashes
+	MEGARAY_LONG=1 $(PYTEST) -q tests/cluster/test_four_hosts.py
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench

@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(500),
     pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-"),
+    pytest.mark.skipif(not os.environ.get("MEGARAY_LONG"), reason="minutes each; `make long` runs them"),
 ]
 
 RUN = ("experiment=smoke", "parallel.ep=1", "train.global_batch=4", "train.micro_batch=1", "checkpoint.every=20",
