@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of a bucket on a server of this test's own."""
+    """URL of an empty bucket on a server of this test's own."""
     pytest.importorskip("s3fs")
     server_module: Any = pytest.importorskip("moto.server")
     boto3: Any = importlib.import_module("boto3")
@@ -32,6 +33,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
     }.items():
         monkeypatch.setenv(name, value)
+    # Servers of one process share what they hold: a test before this one may have left some.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=30).close()
     boto3.client("s3").create_bucket(Bucket="runs")
     fsspec.config.set_conf_env(fsspec.config.conf)
     yield "s3://runs/checkpoints"
