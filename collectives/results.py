@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from configs.paths import write_whole
+
 JSON_VERSION = 3
 """Of nccl-tests' schema (`src/util.cu`, release 2.19)."""
 
@@ -154,7 +156,7 @@ class Store:
     def begin(self, metadata: Metadata) -> None:
         """Make the folder, and write the metadata."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.metadata, json.dumps(asdict(metadata), indent=1))
+        write_whole(self.metadata, json.dumps(asdict(metadata), indent=1))
 
     def append(self, row: Row) -> None:
         """Keep a finished row; it has reached the kernel when this returns."""
@@ -189,11 +191,11 @@ class Store:
     def end(self, ended: str) -> None:
         """Mark the measurement as whole."""
         tree = json.loads(self.metadata.read_text())
-        _replace(self.metadata, json.dumps(tree | {"ended": ended}, indent=1))
+        write_whole(self.metadata, json.dumps(tree | {"ended": ended}, indent=1))
 
     def keep(self, name: str, tree: Any) -> None:
         """Write what a study that isn't a sweep found, as `name`.json."""
-        _replace(self.folder / f"{name}.json", json.dumps(tree, indent=1))
+        write_whole(self.folder / f"{name}.json", json.dumps(tree, indent=1))
 
     def kept(self, name: str) -> Any:
         """What `keep` wrote; None where it didn't."""
@@ -206,7 +208,7 @@ class Store:
         made = []
         for (op, group), rows in results.cases().items():
             path = self.folder / f"{op}.{group}.json"
-            _replace(path, json.dumps(nccl_tests_json(results.metadata, rows, results.ended)))
+            write_whole(path, json.dumps(nccl_tests_json(results.metadata, rows, results.ended)))
             made.append(path)
         if results.rows:
             made.append(self.folder / "results.csv")
@@ -342,10 +344,3 @@ def _row(tree: dict[str, Any]) -> Row:
 def _flag(value: bool) -> str:
     """nccl-tests writes truth values as text, and its readers expect that."""
     return "true" if value else "false"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -25,6 +25,17 @@ def default_home() -> Path:
         ) from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: whoever reads it finds the old text or the new one, whole.
+
+    Raises:
+        OSError: where it can't be written; the old file stays.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 @dataclass(frozen=True)
 class HomePaths:
     """Paths that belong to the cluster and not to one run."""
@@ -70,6 +81,21 @@ class HomePaths:
     def quotas(self) -> Path:
         """Slots by owner, written by whoever runs the cluster; without it there are no quotas."""
         return self.home / "quotas.yaml"
+
+    @property
+    def dashboard(self) -> Path:
+        """Where the dashboard is served; of its account alone, since it holds a token."""
+        return self.home / "dashboard.json"
+
+    @property
+    def dashboard_tokens(self) -> Path:
+        """Tokens that the dashboard lets in."""
+        return self.home / "dashboard.token"
+
+    @property
+    def dashboard_actions(self) -> Path:
+        """What people did through the dashboard, a line each."""
+        return self.home / "dashboard-actions.jsonl"
 
     @property
     def code(self) -> Path:
@@ -240,6 +266,16 @@ class AttemptPaths:
         return self.root / "evidence"
 
     @property
+    def seen(self) -> Path:
+        """Folder of what each node's agent last saw of its ranks."""
+        return self.root / "seen"
+
+    @property
+    def steps(self) -> Path:
+        """Folder of what each node's agent kept of its ranks' steps."""
+        return self.root / "steps"
+
+    @property
     def ranks(self) -> Path:
         """Folder of the ranks' logs and records."""
         return self.root / "ranks"
@@ -247,7 +283,3 @@ class AttemptPaths:
     def log(self, rank: int) -> Path:
         """Standard output and error of a rank."""
         return self.ranks / f"{rank:05d}.log"
-
-    def record(self, rank: int) -> Path:
-        """Memory-mapped ring of a rank (`faulttol.recorder`)."""
-        return self.ranks / f"{rank:05d}.ring"

@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from configs.errors import UserError
+from configs.paths import write_whole
 from configs.section import Positive, Section
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -171,10 +172,8 @@ P = TypeVar("P", FabricProfile, DeviceProfile)
 def save(profile: FabricProfile | DeviceProfile, path: Path) -> None:
     """Write a profile, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     tree = profile.model_dump(mode="json")
-    temporary.write_text(yaml.safe_dump(tree, sort_keys=False, width=120, default_flow_style=None))
-    temporary.replace(path)
+    write_whole(path, yaml.safe_dump(tree, sort_keys=False, width=120, default_flow_style=None))
 
 
 def load(kind: type[P], name: str) -> P:

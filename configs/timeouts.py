@@ -32,7 +32,11 @@ ORDER: list[tuple[str, str, str]] = [
     ("agent", "node", "an agent is asked again before its node is given up"),
     ("node", "hang", "a lost node must be told from a hung rank, so it is found first"),
     ("hang", "collective", "the hang detector must name the culprit before the collective gives up"),
-    ("stop", "collective", "ranks that are stopped must be gone before a collective of theirs looks like a fault"),
+    (
+        "stop",
+        "collective",
+        "ranks that are stopped must be gone before a collective of theirs looks like a fault",
+    ),
     ("rendezvous", "start", "ranks that cannot meet must fail before the start as a whole is given up"),
     ("hang", "start", "the first step may compile and warm up, so a start is allowed longer than a step"),
 ]

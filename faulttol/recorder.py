@@ -81,6 +81,22 @@ class Record:
     step: int
 
 
+def mapped(path: Path, size: int) -> mmap.mmap:
+    """A new file of so many zeros, mapped; its folder is made.
+
+    Raises:
+        OSError: where the file can't be made in its full size. (A sparse file on a full disk would end the
+            process by SIGBUS in the middle of a write instead.)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)
+
+
 class Recorder:
     """Writes one rank's ring. A new recorder on an old file starts the ring afresh.
 
@@ -90,19 +106,11 @@ class Recorder:
         capacity: records kept.
 
     Raises:
-        OSError: where the file can't be made in its full size. (A sparse file on a full disk would end the
-            rank by SIGBUS in the middle of a step instead.)
+        OSError: where the file can't be made in its full size.
     """
 
     def __init__(self, path: Path, rank: int, capacity: int = 4096) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size = _HEADER_BYTES + capacity * _RECORD.size
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            os.posix_fallocate(fd, 0, size)
-            self._map = mmap.mmap(fd, size)
-        finally:
-            os.close(fd)
+        self._map = mapped(path, _HEADER_BYTES + capacity * _RECORD.size)
         _HEADER.pack_into(self._map, 0, _MAGIC, _RECORD.size, capacity, rank, os.getpid(), 0)
         # Words and not `struct.pack_into`, which clears its target first and stores byte by byte.
         self._words = memoryview(self._map).cast("Q")

@@ -69,7 +69,9 @@ class ControllerActor:
         """End the process where a turn hangs, such as in a file system that doesn't answer."""
         while time.monotonic() - self._turned < _STUCK_SECONDS:
             time.sleep(1.0)
-        log.error("no turn was finished for %.0f s; ending, so that Ray starts another controller", _STUCK_SECONDS)
+        log.error(
+            "no turn was finished for %.0f s; ending, so that Ray starts another controller", _STUCK_SECONDS
+        )
         os._exit(1)
 
     def call(self, method: str, *args: Any) -> tuple[bool, Any]:
@@ -80,7 +82,10 @@ class ControllerActor:
             except UserError as error:
                 return False, str(error)
             except OSError as error:
-                return False, f"the controller can't write: {error}; free some space and type the command again"
+                return (
+                    False,
+                    f"the controller can't write: {error}; free some space and type the command again",
+                )
 
     def ready(self) -> float:
         """Seconds since the newest finished turn; raises what the start raised."""

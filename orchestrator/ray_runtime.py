@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator import ray_agent
 from orchestrator.agent.driver import AgentGone, Gangs
 from orchestrator.agent.orders import Answer, Order
-from orchestrator.control.gang import GangSpec, GangStatus, Want
+from orchestrator.control.gang import GangSpec
 from orchestrator.decide.placement import Node
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.ray_nodes import RayNodes
@@ -38,13 +38,13 @@ _WITNESSES, _WITNESS_SECONDS = 3, 10.0
 Devices = dict[str, dict[str, str]]
 
 
-class RayRuntime:
+class RayRuntime(Gangs):
     """`orchestrator.control.gang.GangRuntime` on the Ray cluster that this process is connected to."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-calls")
         self._nodes = RayNodes()
-        self._gangs = Gangs(RayCarrier(self._pool, self._nodes))
+        super().__init__(RayCarrier(self._pool, self._nodes))
 
     def nodes(self) -> list[Node]:
         """All live nodes, as they were told lately; those whose check failed are barred.
@@ -54,22 +54,6 @@ class RayRuntime:
         """
         return self._nodes.nodes()
 
-    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
-        """Say what should be with an attempt."""
-        self._gangs.ensure(spec, want, grace)
-
-    def status(self, spec: GangSpec) -> GangStatus:
-        """What has come in since the last call."""
-        return self._gangs.status(spec)
-
-    def collect(self, spec: GangSpec) -> None:
-        """Begin to write the stacks and rings of all living ranks."""
-        self._gangs.collect(spec)
-
-    def wait(self, seconds: float) -> None:
-        """Return once something has come in that is worth a turn, or after `seconds`."""
-        self._gangs.wait(seconds)
-
     def ensure_sinks(self, run_root: str) -> None:
         """Start the run's W&B sink as a detached actor unless it is there; it ends by itself."""
         from orchestrator.ray_sinks import ensure_sink  # its actor class must not load with the runtime
@@ -78,7 +62,7 @@ class RayRuntime:
 
     def close(self) -> None:
         """End the threads; agents, ranks and slots stay as they are."""
-        self._gangs.close()
+        super().close()
         self._nodes.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 

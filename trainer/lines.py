@@ -63,10 +63,10 @@ class Lines:
 
     def saved(self, outcome: Outcome, due: int | None) -> None:
         """A save was committed; the next is due at a step."""
-        one = outcome
         self._write(
             SavedLine(
-                time.time(), self._rank.attempt, one.step, one.path, one.bytes, one.seconds, one.held, one.tier, due
+                time.time(), self._rank.attempt, outcome.step, outcome.path, outcome.bytes, outcome.seconds,
+                outcome.held, outcome.tier, due,
             )
         )  # fmt: skip
 

@@ -30,8 +30,6 @@ _THREADS = {
     _DEVICE: "waits on the device",
 }
 _OF_LANE = {Lane.MAIN: _WAITS, Lane.AUTOGRAD: _AUTOGRAD, Lane.BESIDE: _BESIDE}
-_TOGGLED = (Phase.CHECKPOINT, Phase.COLLECTIVE)
-"""Phases that take turns while a save goes on."""
 
 Event = dict[str, Any]
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.paths import AttemptPaths
 from faulttol.timeline import codes
 from faulttol.timeline.steps import FIELDS
 
@@ -51,7 +52,7 @@ _COMMIT = struct.Struct("<Qdq7Q")
 
 def folder(attempt: Path) -> Path:
     """Where an attempt's step files lie."""
-    return attempt / "steps"
+    return AttemptPaths(attempt).steps
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ monotonic clock in ns, as in the recorder.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import threading
 from collections.abc import Sequence
@@ -24,7 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.paths import write_whole
 from configs.rank import RankFiles
+from faulttol.recorder import mapped
 
 CAPACITY = 32768
 """Records kept: 3 MiB of the node's memory for each rank."""
@@ -134,14 +135,7 @@ class Trace:
     """
 
     def __init__(self, path: Path, rank: int, capacity: int = CAPACITY) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size = 8 * (_HEADER_WORDS + capacity * _WORDS)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            os.posix_fallocate(fd, 0, size)
-            self._map = mmap.mmap(fd, size)
-        finally:
-            os.close(fd)
+        self._map = mapped(path, 8 * (_HEADER_WORDS + capacity * _WORDS))
         self._words = memoryview(self._map).cast("Q")
         self._capacity, self._next, self._total = capacity, 1, 0
         self._lock = threading.Lock()
@@ -282,9 +276,7 @@ class Group:
 def write_groups(path: Path, groups: dict[int, Group]) -> None:
     """Write the groups of a rank by their numbers, replaced whole."""
     tree = {str(number): [group.name, compact(group.ranks)] for number, group in groups.items()}
-    own = path.with_name(path.name + ".new")
-    own.write_text(json.dumps(tree), encoding="utf-8")
-    own.replace(path)
+    write_whole(path, json.dumps(tree))
 
 
 def read_groups(path: Path) -> dict[int, Group]:

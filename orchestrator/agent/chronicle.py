@@ -39,7 +39,7 @@ class Chronicle:
         self, attempt: AttemptPaths, node: str, ranks: Sequence[int], rings: Path, nodes: int,
         look: Callable[[], Sequence[RankSeen]],
     ) -> None:  # fmt: skip
-        self._folder, self._node, self._look = seen.folder(attempt), node, look
+        self._folder, self._node, self._look = attempt.seen, node, look
         self._store = StepStore(attempt.root, node, ranks, rings, nodes)
         self._written: Sequence[RankSeen] = ()
         self._still = False

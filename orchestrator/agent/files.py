@@ -110,11 +110,6 @@ class Files:
                 self._seek = offset
         return (), offset
 
-    @property
-    def unread(self) -> bool:
-        """Lines wait to be fetched."""
-        return bool(self._lines.parts)
-
     def close(self) -> None:
         """End the thread, after a last look, once the storage lets it."""
         self._closed = True

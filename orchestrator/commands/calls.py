@@ -76,11 +76,15 @@ def watch(call: Call, run_id: str) -> int:
 
     Returns 0 where the run succeeded, 1 where it failed or was cancelled, 130 after Ctrl-C.
     """
-    from orchestrator.commands import console, screen, watching
+    from orchestrator.commands import console, watching
     from orchestrator.record import reading
 
     run, stream = call.home.run(run_id), sys.stderr if call.wants_json else sys.stdout
-    show = screen.watch if screen.usable(stream) else watching.watch
+    show = watching.watch
+    if stream.isatty():
+        from orchestrator.commands import screen  # rich loads where there is a screen alone
+
+        show = screen.watch if screen.usable(stream) else show
     try:
         state = show(run, call.home, stream)
     except KeyboardInterrupt:

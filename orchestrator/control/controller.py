@@ -17,13 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.paths import HomePaths
+from configs.paths import HomePaths, write_whole
 from orchestrator.control.epochs import Epoch, claim
 from orchestrator.control.gang import GangRuntime
 from orchestrator.control.nodes_control import NodesControl
 from orchestrator.control.publish import Publisher
 from orchestrator.control.queueing import Queueing
 from orchestrator.control.run_control import RunControl
+from orchestrator.decide import backoff
 from orchestrator.record.clock import Clock, Now
 from orchestrator.record.events import Amended, Moved, Submitted
 from orchestrator.record.log import Fenced
@@ -221,7 +222,7 @@ class Controller:
             )
 
     def _turn_run(self, run_id: str, control: RunControl, now: Now, barred: Collection[str]) -> None:
-        if now.mono < self._retry.get(run_id, (0, 0.0))[1]:
+        if now.mono < self._retry_at(run_id):
             return
         before = control.view
         try:
@@ -255,7 +256,7 @@ class Controller:
     def _put_off(self, run_id: str, error: Exception, now: Now) -> str:
         """Have a run handled again later; the error in a line."""
         times = self._retry.get(run_id, (0, 0.0))[0] + 1
-        wait = min(PARK_SECONDS * 2.0 ** min(times - 1, 16), PARK_CAP)
+        wait = backoff.wait(PARK_SECONDS, times, PARK_CAP)
         self._retry[run_id] = times, now.mono + wait
         text = _told(error)
         if self._trouble.get(run_id) != text:
@@ -273,8 +274,10 @@ class Controller:
             self._unopened = [run_id for run_id in self._home.run_ids() if run_id not in known]
         left = []
         for run_id in self._unopened:
-            if run_id in self._runs or now.mono < self._retry.get(run_id, (0, 0.0))[1]:
-                left += [run_id] if run_id not in self._runs else []
+            if run_id in self._runs:
+                continue
+            if now.mono < self._retry_at(run_id):
+                left.append(run_id)
                 continue
             try:
                 self._take_over(run_id, now)
@@ -283,13 +286,7 @@ class Controller:
             except Fenced:
                 raise
             except Exception as error:  # a file of this run alone
-                times = self._retry.get(run_id, (0, 0.0))[0] + 1
-                self._retry[run_id] = (
-                    times,
-                    now.mono + min(PARK_SECONDS * 2.0 ** min(times - 1, 16), PARK_CAP),
-                )
-                self._trouble[run_id] = _told(error)
-                log.error("run %s can't be opened", run_id, exc_info=error)
+                self._put_off(run_id, error, now)
                 left.append(run_id)
         self._unopened = left
 
@@ -315,7 +312,11 @@ class Controller:
 
     def _ready(self, now: Now) -> set[str]:
         """Runs that the queue may look at: parked ones wait."""
-        return {name for name in self._runs if now.mono >= self._retry.get(name, (0, 0.0))[1]}
+        return {name for name in self._runs if now.mono >= self._retry_at(name)}
+
+    def _retry_at(self, run_id: str) -> float:
+        """Monotonic time from which on a run is handled; long ago for one without an error."""
+        return self._retry.get(run_id, (0, 0.0))[1]
 
     @contextmanager
     def _apart(self, part: str) -> Iterator[None]:
@@ -354,20 +355,12 @@ def _write_config(control: RunControl, amended: Amended, config: str) -> None:
             f"run '{run.run_id}' was resumed with other settings meanwhile: look at its status, and resume again"
         )
     if config:
-        write_whole(run.config_of(amended.number), config)
+        _write_or_say(run.config_of(amended.number), config)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there.
-
-    Raises:
-        UserError: where it can't be written.
-    """
+def _write_or_say(path: Path, text: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"can't write {path} ({error.strerror}); free some space and resume again") from None
 

@@ -134,8 +134,8 @@ class GangRuntime(Protocol):
     def collect(self, spec: GangSpec) -> None:
         """Begin to write the stacks of all living ranks and their rings to the attempt's evidence folder."""
 
-    def wait(self, seconds: float) -> None:
-        """Return once something has come in that is worth a turn, or after `seconds`."""
+    def wait(self, seconds: float) -> bool:
+        """Return once something has come in that is worth a turn, or after `seconds`; False where nothing did."""
 
     def ensure_sinks(self, run_root: str) -> None:
         """See to it that the run's log sinks are running."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from configs.paths import HomePaths
+from configs.paths import HomePaths, write_whole
 from orchestrator.control.nodes_control import NodesControl
 from orchestrator.control.run_control import RunControl
 from orchestrator.decide import placement
@@ -56,7 +56,5 @@ class Publisher:
         text = json.dumps(tree)
         if text == self._text and now.mono - self._written < _BEAT:
             return
-        temporary = self._home.queue.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"time": now.wall, "beat": now.wall} | tree))
-        temporary.replace(self._home.queue)
+        write_whole(self._home.queue, json.dumps({"time": now.wall, "beat": now.wall} | tree))
         self._text, self._written = text, now.mono

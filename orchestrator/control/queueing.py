@@ -8,11 +8,11 @@ from typing import Any
 
 from configs.compose import dump
 from configs.errors import UserError
-from configs.paths import HomePaths
+from configs.paths import HomePaths, write_whole
 from orchestrator.control.gang import GangRuntime
 from orchestrator.control.nodes_control import NodesControl
 from orchestrator.control.run_control import RunControl
-from orchestrator.decide import elastic, placement, queue, quotas, recovery
+from orchestrator.decide import backoff, elastic, placement, queue, quotas, recovery
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node
 from orchestrator.decide.queue import Admit, Hold, Policy, Preempt, Running, Waiting
@@ -108,7 +108,7 @@ class Queueing:
             choice = self._choices[answer.run_id]
             config = control.run.attempt(control.view.attempt + 1).config
             config.parent.mkdir(parents=True, exist_ok=True)
-            config.write_text(dump(choice.config))
+            write_whole(config, dump(choice.config))
             layout = choice.layout
             detail += f"; {choice.reason}"
         control.admit(control.next_attempt(answer.shares, answer.gang, config, layout), detail, now)
@@ -165,7 +165,7 @@ def _backs_off(control: RunControl, now: Now) -> bool:
     view = control.view
     if not view.ungranted:
         return False
-    wait = min(UNGRANTED_SECONDS * 2.0 ** min(view.ungranted - 1, 16), UNGRANTED_CAP)
+    wait = backoff.wait(UNGRANTED_SECONDS, view.ungranted, UNGRANTED_CAP)
     return control.clock(now) - view.waiting_clock < wait
 
 

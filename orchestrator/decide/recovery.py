@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from faulttol.verdicts import Verdict, VerdictKind
+from orchestrator.decide import backoff
 from orchestrator.record.events import IncidentClosed
 from orchestrator.record.states import Reason
 from orchestrator.record.view import Incident, RunView
@@ -16,9 +17,6 @@ BACKOFF_CAP = 300.0
 """Longest wait before a restart, in seconds."""
 AVOID_SECONDS = 3600.0
 """How long a run keeps off a node that broke it, where it fits elsewhere."""
-_DOUBLINGS = 64
-"""Bound on the exponent of the wait: past it the cap holds for any wait that is worth the name."""
-
 _REASONS = {
     VerdictKind.USER_ERROR: Reason.USER_ERROR,
     VerdictKind.CLUSTER_LOST: Reason.CLUSTER_LOST,
@@ -91,10 +89,8 @@ def decide(view: RunView, verdicts: Sequence[Verdict], clock: float) -> Decision
     inspect = cause.kind in _SILENT_FAULTS
     if used >= allowed:
         detail = f"{cause.detail}; {used} restarts without a new checkpoint are used up"
-        return Decision(
-            Action.FAIL, Reason.RESTARTS_EXHAUSTED, detail, cause, used, allowed, inspect=inspect
-        )
-    wait = min(math.ldexp(submitted.backoff_seconds, min(used - 1, _DOUBLINGS)), BACKOFF_CAP) if used else 0.0
+        return Decision(Action.FAIL, Reason.RESTARTS_EXHAUSTED, detail, cause, used, allowed, inspect=inspect)
+    wait = backoff.wait(submitted.backoff_seconds, used, BACKOFF_CAP) if used else 0.0
     evict = cause.node is not None and (cause.kind in NODE_FAULTS or _broke_before(view, cause.node, clock))
     action = Action.EVICT if evict else Action.RESTART
     return Decision(action, _REASONS[cause.kind], cause.detail, cause, used + 1, allowed, wait, inspect)
@@ -116,9 +112,7 @@ def _broke_before(view: RunView, node: str, clock: float) -> bool:
 
 
 def _lately(view: RunView, clock: float) -> list[Incident]:
-    return [
-        i for i in view.incidents if not i.stops_nothing and clock - i.opened_clock < AVOID_SECONDS
-    ]
+    return [i for i in view.incidents if not i.stops_nothing and clock - i.opened_clock < AVOID_SECONDS]
 
 
 def _severity(verdict: Verdict) -> tuple[int, float, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from configs.errors import UserError
-from configs.paths import HomePaths
+from configs.paths import HomePaths, write_whole
 from configs.timeouts import Timeouts
 from orchestrator import PROGRAM
 from orchestrator.local.lock import alive, started
@@ -256,6 +256,4 @@ def end_all(pids: list[int], grace: float) -> None:
 
 def write(home: HomePaths, record: LocalCluster) -> None:
     """Replace the record."""
-    temporary = home.cluster.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(record)))
-    temporary.replace(home.cluster)
+    write_whole(home.cluster, json.dumps(asdict(record)))

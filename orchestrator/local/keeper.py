@@ -20,6 +20,7 @@ from typing import Any
 
 from configs.errors import USER_ERROR_EXIT
 from configs.paths import HomePaths
+from orchestrator.decide import backoff
 from orchestrator.local.cluster import LocalCluster, write
 from orchestrator.local.head import Head
 
@@ -62,7 +63,7 @@ class Watch:
         if now < self.next_try:
             return False
         self.tried += 1
-        self.next_try = now + min(_LONGEST_WAIT, 2.0 ** (self.tried - 1))
+        self.next_try = now + backoff.wait(1.0, self.tried, _LONGEST_WAIT)
         return True
 
 
@@ -154,7 +155,7 @@ class Page:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,  # what it prints has its token in it
             )  # fmt: skip
         self._starts += 1
-        self._next_start = now + min(_PAGE_WAIT, 2.0 ** min(self._starts, 16))
+        self._next_start = now + backoff.wait(2.0, self._starts, _PAGE_WAIT)
 
     def close(self) -> None:
         """End it."""
@@ -230,7 +231,7 @@ def _keep(home: HomePaths, head: Head, record: LocalCluster, page: Page) -> None
                 time.sleep(_TURN_SECONDS)
         failed = failed + 1 if time.monotonic() - began < _HEAD_WAIT else 1
         _tell(f"Ray has ended; starting it again ({failed} of {_HEAD_STARTS} in a row)")
-        time.sleep(min(_HEAD_WAIT, 2.0 ** (failed - 1)))
+        time.sleep(backoff.wait(1.0, failed, _HEAD_WAIT))
         began = time.monotonic()
         with contextlib.suppress(RuntimeError):
             record = head.start()

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from orchestrator.record import events
 from orchestrator.record.clock import Now
@@ -21,6 +21,8 @@ from orchestrator.record.events import Event
 
 _NAMED = 80
 """Characters of a damaged line that are shown."""
+_LONGEST_RECORD = 1 << 26
+"""Bytes that are searched for the end of a record, where a part of a log is read."""
 
 
 class Fenced(Exception):
@@ -45,7 +47,10 @@ class Cursor:
 
 
 def read_from(
-    path: Path, cursor: Cursor = Cursor(), decode: Callable[[dict[str, Any]], Any] = events.decode
+    path: Path,
+    cursor: Cursor = Cursor(),
+    decode: Callable[[dict[str, Any]], Any] = events.decode,
+    limit: int | None = None,
 ) -> tuple[list[Event], Cursor]:
     """Events behind a cursor, and the cursor behind them. A log that isn't there has none.
 
@@ -53,6 +58,7 @@ def read_from(
         path: the log.
         cursor: where to begin.
         decode: makes a payload of its plain tree, or raises `ValueError`.
+        limit: bytes that are read at once, or a whole record where that is longer; None: all that there is.
 
     Raises:
         OSError: where the file can't be read.
@@ -60,7 +66,7 @@ def read_from(
     try:
         with path.open("rb") as file:
             file.seek(cursor.offset)
-            data = file.read()
+            data = file.read() if limit is None else _part(file, limit)
     except FileNotFoundError:
         return [], cursor
     whole = data[: data.rfind(b"\n") + 1]
@@ -87,6 +93,14 @@ def read_from(
             found.append(Event(seq, at, payload, ran))
             seq += 1
     return found, Cursor(offset, seq, epoch, time, clock, tuple(damage))
+
+
+def _part(file: IO[bytes], limit: int) -> bytes:
+    """The next bytes, with at least one whole line where there is one."""
+    data = file.read(limit)
+    while b"\n" not in data and len(data) < _LONGEST_RECORD and (more := file.read(limit)):
+        data += more
+    return data
 
 
 def read(path: Path) -> list[Event]:
@@ -184,13 +198,11 @@ class Log:
         """
         size = os.fstat(self._fd).st_size
         data = os.pread(self._fd, max(0, size - self._end), self._end)
-        for line in data.splitlines():
+        for line in data.splitlines(keepends=True):
             try:
                 stale = int(json.loads(line)["epoch"]) < self._epoch
             except (ValueError, KeyError, TypeError):
-                stale = line == data.splitlines()[-1] and not data.endswith(
-                    b"\n"
-                )  # it died, or is cut off here
+                stale = not line.endswith(b"\n")  # its writer died, or is cut off here
             if not stale:
                 raise Fenced(f"somebody else has written the log: {line[:_NAMED].decode(errors='replace')}")
         whole = data.rfind(b"\n") + 1

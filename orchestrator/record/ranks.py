@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from configs.paths import RunPaths
 from faulttol.timeline.reader import AttemptSteps
-from orchestrator.record import seen
 from orchestrator.record.seen import Look, Looks
 
 PARTS = ("compute", "data", "wait", "save")
@@ -47,7 +46,7 @@ class RankReader:
             self.close()
             self._attempt, self._looks, self._steps = (
                 attempt,
-                Looks(seen.folder(paths)),
+                Looks(paths.seen),
                 AttemptSteps(paths.root),
             )
         found: dict[int, Rank] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from configs.paths import RunPaths
+from configs.paths import RunPaths, write_whole
 from orchestrator.record.clock import Now
 from orchestrator.record.events import Event, Payload
 from orchestrator.record.log import Cursor, Log, read_from
@@ -114,9 +114,7 @@ class RunLog:
         tree = {"format": _FORMAT, "cursor": asdict(cursor)}
         # As the log is written: whatever the log takes, such as a loss that isn't finite, this takes too.
         text = f"{json.dumps(tree)}\n{json.dumps(asdict(self.view), default=sorted)}\n"
-        temporary = self._run.view.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self._run.view)
+        write_whole(self._run.view, text)
         self._published = cursor.seq
 
     def close(self) -> None:

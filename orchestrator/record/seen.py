@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.paths import AttemptPaths
+from configs.paths import write_whole
 from faulttol.detect.snapshot import GroupSeen, RankSeen
 
 _SUFFIX = ".seen.json"
@@ -39,16 +39,11 @@ class Look:
     groups: tuple[GroupSeen, ...]
 
 
-def folder(attempt: AttemptPaths) -> Path:
-    """Where the files of an attempt lie."""
-    return attempt.root / "seen"
-
-
 def write(folder: Path, node: str, ranks: Sequence[RankSeen], now: float) -> None:
     """Replace a node's file.
 
     Args:
-        folder: as `folder` gives it; made where it isn't there.
+        folder: `AttemptPaths.seen`; made where it isn't there.
         node: id of the node; it names the file.
         ranks: newest look at each of the node's ranks.
         now: seconds since the epoch.
@@ -76,9 +71,7 @@ def write(folder: Path, node: str, ranks: Sequence[RankSeen], now: float) -> Non
     name = "".join(c if c.isalnum() or c in "-._" else "_" for c in node)
     path = folder / f"{name}{_SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps({"format": 1, "node": node, "time": now, "ranks": rows}))
-    temporary.replace(path)
+    write_whole(path, json.dumps({"format": 1, "node": node, "time": now, "ranks": rows}))
 
 
 def _compact(ranks: Sequence[int]) -> list[Any]:

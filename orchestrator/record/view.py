@@ -32,8 +32,6 @@ from orchestrator.record.events import (
 )
 from orchestrator.record.states import IllegalMove, Reason, State, check_move
 
-_ORDERLY = (Reason.PREEMPTED, Reason.REGROWN)
-"""Why a run gives its slots back though they are sound."""
 RESTARTS = ("restart", "evict")
 """Actions that start the run again, and count against `max_restarts`."""
 
@@ -120,10 +118,8 @@ class RunView:
     stopping_clock: float = 0.0
     retry_clock: float = 0.0
     """A recovering run queues again from this time of the run's clock on."""
-    by_fault: bool = False
-    """It lost its place by a fault or a drain, and has not trained since: spares are for it."""
-    displaced: bool = False
-    """It lost its place without another run having been preferred, and has not trained since."""
+    lost_place: Reason | None = None
+    """Why it gave its slots back; None once it has trained since, and where it never did."""
     ungranted: int = 0
     """Placings in a row whose slots Ray didn't grant."""
     ungranted_nodes: frozenset[str] = frozenset()
@@ -151,6 +147,16 @@ class RunView:
     def layout(self) -> dict[str, int]:
         """Layout of the current attempt, or of the next one."""
         return (self.placed.layout if self.placed else None) or self.asked.layout
+
+    @property
+    def by_fault(self) -> bool:
+        """It lost its place by a fault or a drain, and has not trained since: spares are for it."""
+        return self.lost_place not in (None, Reason.PREEMPTED, Reason.REGROWN)
+
+    @property
+    def displaced(self) -> bool:
+        """It lost its place without another run having been preferred, and has not trained since."""
+        return self.lost_place not in (None, Reason.PREEMPTED)
 
     @property
     def smaller(self) -> bool:
@@ -261,9 +267,9 @@ def _apply_move(view: RunView, move: Moved, event: Event, strict: bool) -> RunVi
     if move.to is State.QUEUED:
         changes["waiting_clock"] = clock
     if move.to is State.RECOVERING:
-        changes |= {"by_fault": move.reason not in _ORDERLY, "displaced": move.reason is not Reason.PREEMPTED}
+        changes["lost_place"] = move.reason
     if move.to is State.RUNNING or move.reason is Reason.RESUME_ASKED:
-        changes |= {"by_fault": False, "displaced": False}
+        changes["lost_place"] = None
     if move.reason is Reason.PLACEMENT_LOST:
         nodes = {share.ip for share in view.placed.shares} if view.placed else set()
         changes |= {"ungranted": view.ungranted + 1, "ungranted_nodes": view.ungranted_nodes | nodes}

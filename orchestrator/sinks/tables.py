@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.paths import RunPaths
+from configs.paths import HomePaths, RunPaths
 from orchestrator.sinks import lineage
 from orchestrator.sinks.rows import cell
 from orchestrator.web.redact import Redactor
@@ -97,7 +97,7 @@ class Tables:
     def _page(self, view: str) -> str:
         """Link to the dashboard, where one serves this home; without its token."""
         try:
-            told = json.loads((self._run.root.parent.parent / "dashboard.json").read_bytes())
+            told = json.loads(HomePaths(self._run.root.parent.parent).dashboard.read_bytes())
             parts = urlsplit(told["url"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""

@@ -45,8 +45,9 @@ from configs.metrics import (
     StepLine,
     read_all,
 )
-from configs.paths import RunPaths
+from configs.paths import RunPaths, write_whole
 from configs.schema import RunConfig
+from orchestrator.decide import backoff
 from orchestrator.record import log
 from orchestrator.record.events import Event, EvidenceKept, IncidentClosed, IncidentOpened, Resumed
 from orchestrator.record.following import Follower, lost_steps
@@ -171,7 +172,7 @@ class WandbSink:
     def _failed(self) -> bool:
         """Note a failure, and when it is tried again; True where it isn't any more."""
         self._failures += 1
-        wait = min(_LONGEST_WAIT, 2.0 ** min(self._failures, 16))
+        wait = backoff.wait(2.0, self._failures, _LONGEST_WAIT)
         self._log.exception("try %d failed; the next one is in %.0f s", self._failures, wait)
         self._next_try = self._clock() + wait
         if self._failures > 1:  # its service may be what is broken
@@ -404,10 +405,8 @@ class WandbSink:
             self._written.append((self._clock(), position))
         if done:  # W&B has finished
             self._written = deque([(float("-inf"), position)])
-        temporary = self._cursor.with_suffix(".tmp")
         tree: dict[str, Any] = position | {"done": done, "written": self._surely_written()}
-        temporary.write_text(json.dumps(tree))
-        temporary.replace(self._cursor)
+        write_whole(self._cursor, json.dumps(tree))
 
 
 def mode_of(config: RunConfig) -> str:

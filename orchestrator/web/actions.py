@@ -27,7 +27,6 @@ _SECONDS = 90.0
 _SHOWN = 200
 _TAIL = 1 << 17
 _REASON = 300
-FILE = "dashboard-actions.jsonl"
 
 
 class Refused(Exception):
@@ -53,7 +52,7 @@ class Actions:
     def __init__(self, live: Live, redact: Redactor, command: tuple[str, ...] = ()) -> None:
         self._live, self._redact = live, redact
         self._command = command or (sys.executable, "-m", "orchestrator.web.act")
-        self._path = live.home.home / FILE
+        self._path = live.home.dashboard_actions
         self._questions: dict[str, _Question] = {}
         self._busy = asyncio.Lock()
 

@@ -23,9 +23,6 @@ from orchestrator.commands.calls import Call
 from orchestrator.web import export, server
 from orchestrator.web.security import LOOPBACK, Tokens
 
-TOKENS = "dashboard.token"
-LINK = "dashboard.json"
-
 
 def run(call: Call) -> int:
     """Serve until a signal, or write a file; the exit code.
@@ -47,7 +44,7 @@ def run(call: Call) -> int:
             "listen on 127.0.0.1"
         )
     call.home.ensure()
-    tokens = None if options.no_token else Tokens.of(call.home.home / TOKENS)
+    tokens = None if options.no_token else Tokens.of(call.home.dashboard_tokens)
     gc.set_threshold(10_000)  # a server lives long; the command line turned collection down
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="megaray: %(name)s: %(message)s")
     with contextlib.suppress(KeyboardInterrupt):
@@ -113,7 +110,7 @@ def link(host: str, port: int, tokens: Tokens | None) -> str:
 
 def _tell(home: HomePaths, tree: dict[str, Any]) -> None:
     """Where this server is, for commands of the same account."""
-    path = home.home / LINK
+    path = home.dashboard
     with contextlib.suppress(OSError):
         temporary = path.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)

@@ -6,11 +6,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import PosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from configs.paths import RunPaths
-from orchestrator.record import log, seen
+from orchestrator.record import log
 from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.log import Cursor
 from orchestrator.record.reading import RunReader
@@ -19,42 +18,13 @@ from orchestrator.record.story import Story
 from orchestrator.web.columns import FEW, MOST, Columns
 
 _LOG_CHUNK = 1 << 20
-_LONGEST_RECORD = 1 << 26
+"""Bytes of a log that are read at once: a long one would be in memory as a whole."""
 _LOOK_EVERY = 1.5
 """Seconds between two looks at what the agents wrote; a gang may have a file for each of a thousand nodes."""
 _BREATH = 0.001
 """Seconds between two pieces, in which those who wait for the lock get it: locks aren't fair."""
 LOOKED = 600.0
 """Seconds after which nobody counts as looking at a run any more."""
-
-
-class _Part(PosixPath):
-    """A log of which one reading gives the next part alone: a long one would be in memory as a whole."""
-
-    def open(self, *_: Any, **__: Any) -> Any:
-        return _Limited(cast(BinaryIO, super().open("rb")))
-
-
-class _Limited:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def __enter__(self) -> _Limited:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def seek(self, offset: int) -> None:
-        """Go to a byte."""
-        self._file.seek(offset)
-
-    def read(self) -> bytes:
-        """The next part, with at least one whole line where there is one."""
-        data = self._file.read(_LOG_CHUNK)
-        while b"\n" not in data and len(data) < _LONGEST_RECORD and (more := self._file.read(_LOG_CHUNK)):
-            data += more
-        return data
 
 
 class RunState:
@@ -171,11 +141,10 @@ class RunState:
         return done
 
     def _load_story(self, deadline: float) -> bool:
-        path = _Part(self.run.events)
         while True:
             with self.lock:
                 story = self.story = self.story or Story()
-                events, cursor = log.read_from(path, self._log_cursor)
+                events, cursor = log.read_from(self.run.events, self._log_cursor, limit=_LOG_CHUNK)
                 moved = cursor.offset > self._log_cursor.offset
                 self._log_cursor = cursor
                 story.take(events)
@@ -267,7 +236,7 @@ class RunState:
         """
         with self.lock:
             if self._looks is None or self._looks[0] != attempt:
-                self._looks = attempt, Looks(seen.folder(self.run.attempt(attempt)))
+                self._looks = attempt, Looks(self.run.attempt(attempt).seen)
                 self._looked = float("-inf")
             if time.monotonic() - self._looked > _LOOK_EVERY:
                 self._found, self._looked = self._looks[1].update(), time.monotonic()

@@ -27,7 +27,7 @@ def test_a_context_comes_back_from_the_environment(rings: Path | None) -> None:
 def test_what_a_rank_writes_for_its_observers_is_in_the_nodes_memory_where_one_watches() -> None:
     assert _context(Path("/dev/shm/a")).files == RankFiles(Path("/dev/shm/a"), 3)
     own = _context(None)
-    assert own.files.folder == own.paths.ranks and own.files.ring == own.paths.record(3)
+    assert own.files.folder == own.paths.ranks and own.files.ring == own.paths.ranks / "00003.ring"
     names = [path.name for path in (own.files.ring, own.files.signs, own.files.raised)]
     assert names == ["00003.ring", "00003.signs", "00003.raised"]
 

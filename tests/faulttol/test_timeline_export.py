@@ -13,6 +13,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.paths import RunPaths
+from configs.rank import RankFiles
 from faulttol import steady
 from faulttol.recorder import Phase, Recorder
 from faulttol.timeline import command, detail, rings, store
@@ -372,8 +373,8 @@ def test_the_checker_finds_what_is_wrong() -> None:
 
 def test_a_ring_of_another_version_is_no_source(tmp_path: Path) -> None:
     run = _run(tmp_path)
-    Recorder(run.attempt(1).record(0), 0).close()
-    with (run.attempt(1).record(0)).open("r+b") as raw:
+    Recorder(RankFiles(run.attempt(1).ranks, 0).ring, 0).close()
+    with (RankFiles(run.attempt(1).ranks, 0).ring).open("r+b") as raw:
         raw.write(b"MEGARAY9")
-    assert os.path.getsize(run.attempt(1).record(0)) > 0
+    assert os.path.getsize(RankFiles(run.attempt(1).ranks, 0).ring) > 0
     command.run(_options(run))  # a rank without records

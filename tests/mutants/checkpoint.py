@@ -166,8 +166,8 @@ MUTANTS = [
     Mutant(
         "saves are told as they begin",
         "trainer/lines.py",
-        "one.seconds, one.held,",
-        "one.seconds, one.seconds,",
+        "outcome.held, outcome.tier",
+        "outcome.seconds, outcome.tier",
         f"{_RUN}held_and_durable_are_two_things",
     ),
     Mutant(

@@ -56,8 +56,9 @@ class PickledRuntime:
     def nodes(self) -> list[Node]:
         return list(self.alive)
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         self.clock.now += seconds
+        return False
 
     def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
         if want is Want.RESERVED:

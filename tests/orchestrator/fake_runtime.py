@@ -122,8 +122,9 @@ class FakeRuntime:
         self.before("nodes")
         return list(self.world.alive)
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         self.clock.now += seconds
+        return False
 
     def lose_node(self, node_id: str) -> None:
         """The node and every process on it are gone."""
@@ -156,7 +157,9 @@ class FakeRuntime:
                     gang.deaths = dict.fromkeys(range(spec.world), STOPPED_EXIT)
                 gang.ended = self.clock.now
             case Want.RELEASED:
-                assert gang is None or gang.ended is not None, "slots are given back after the ranks have ended"
+                assert gang is None or gang.ended is not None, (
+                    "slots are given back after the ranks have ended"
+                )
                 world.held.pop(spec.reservation, None)
 
     def _free_for(self, spec: GangSpec) -> bool:
@@ -187,7 +190,9 @@ class FakeRuntime:
         gang = self.world.gangs.get(spec.key)
         reserved = spec.reservation in self.world.held
         if gang is None and spec.key in self._gone:
-            return GangStatus(gone="no agent knows it", stopped=True, released=not reserved, reserved=reserved)
+            return GangStatus(
+                gone="no agent knows it", stopped=True, released=not reserved, reserved=reserved
+            )
         if gang is None:
             return GangStatus(reserved=reserved, stopped=True, released=not reserved)
         if gang.ended is None:

@@ -13,7 +13,7 @@ from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.driver import AgentGone, Gangs
 from orchestrator.agent.orders import Answer, Order
 from orchestrator.control.controller import Controller
-from orchestrator.control.gang import GangSpec, GangStatus, Want
+from orchestrator.control.gang import GangSpec
 from orchestrator.decide.placement import Node
 from orchestrator.record import clock
 from orchestrator.record.events import NodeShare
@@ -121,7 +121,7 @@ class LocalCarrier:
         return done
 
 
-class LocalRuntime:
+class LocalRuntime(Gangs):
     """`orchestrator.control.gang.GangRuntime` on real agents and ranks, without Ray.
 
     Args:
@@ -132,33 +132,17 @@ class LocalRuntime:
 
     def __init__(self, slots: int = 1, count: int = 1, cluster: LocalNodes | None = None) -> None:
         self.cluster = cluster or LocalNodes(slots, count)
-        self._gangs = Gangs(LocalCarrier(self.cluster))
+        super().__init__(LocalCarrier(self.cluster))
 
     def nodes(self) -> list[Node]:
         return self.cluster.nodes()
 
-    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
-        self._gangs.ensure(spec, want, grace)
-
-    def status(self, spec: GangSpec) -> GangStatus:
-        return self._gangs.status(spec)
-
-    def collect(self, spec: GangSpec) -> None:
-        self._gangs.collect(spec)
-
-    def wait(self, seconds: float) -> bool:
-        return self._gangs.wait(seconds)
-
     def ensure_sinks(self, run_root: str) -> None:
         pass
 
-    def close(self) -> None:
-        """End the runtime alone, as when a controller dies: agents and ranks go on."""
-        self._gangs.close()
-
     def end(self) -> None:
         """End everything."""
-        self._gangs.close()
+        self.close()  # the runtime alone, as when a controller dies
         self.cluster.close()
 
 

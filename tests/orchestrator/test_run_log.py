@@ -302,7 +302,7 @@ def test_a_view_that_the_disk_refuses_leaves_the_one_before(
     before = run.view.read_bytes()
     log.append(LIFE[4:8], at(9))
 
-    def full(path: Path, text: str) -> int:
+    def full(path: Path, text: str, **options: str) -> int:
         path.write_bytes(text[:50].encode())
         raise OSError(28, "No space left on device")
 

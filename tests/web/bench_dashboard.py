@@ -35,7 +35,7 @@ def make(home: HomePaths, ranks: int, steps: int) -> str:
         run = Made(home, f"queued-{i:03d}", now=time.time() - i).submit()
         waiting.append({"run": run.run_id, "position": i + 1, "reason": "needs 2 GPU slots, none is free"})
     queue_file(home, time.time(), waiting=waiting)
-    folder, now = seen.folder(made.run.attempt(1)), time.time()
+    folder, now = made.run.attempt(1).seen, time.time()
     width = ranks // 8
     for node in range(ranks // 8):
         looks = []

@@ -70,7 +70,7 @@ def test_an_action_is_asked_once_more_and_done_once(client: Client, tmp_path: Pa
         True,
         "127.0.0.1",
     )
-    assert (client.shared.live.home.home / actions.FILE).stat().st_mode & 0o077 == 0
+    assert (client.shared.live.home.dashboard_actions).stat().st_mode & 0o077 == 0
 
 
 def test_a_confirmation_holds_for_what_was_asked_alone(

@@ -282,7 +282,7 @@ def test_layout_says_who_is_waited_for(client: Client) -> None:
     record = Record(9, now - 7, Mark.BEGIN, Phase.BACKWARD, 50)
     groups = (GroupSeen("dp (3)", range(0, 2), 40, 39),)
     behind = (GroupSeen("dp (3)", range(0, 2), 39, 39),)
-    folder = seen.folder(run.attempt(2))
+    folder = run.attempt(2).seen
     seen.write(
         folder, "n/1", [RankSeen(0, 1000, newest=record, groups=groups, waits="all_reduce", state="S")], now
     )

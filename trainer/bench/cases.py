@@ -14,8 +14,6 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from trainer.sizing.flops import train_flops_per_token
 
-ROUTINGS = ("real", "balanced", "zipf")
-"""How tokens find their experts: as the router has it on real text; all experts alike; by Zipf's law."""
 BASELINES = ("plain", "hf", "deepspeed")
 _AHEAD = 32
 """Batches that a bench goes round in."""
@@ -29,6 +27,7 @@ class Options:
     model: str
     layers: int | None
     routing: str
+    """How tokens find their experts: `real`, as the router has it on real text; `balanced`; `zipf`."""
     steps: int
     baselines: tuple[str, ...]
     timeline: Path | None

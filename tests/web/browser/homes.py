@@ -71,7 +71,7 @@ def look(run: Made, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int, st
         )
         for rank in range(run.ranks)
     ]  # fmt: skip
-    seen.write(seen.folder(run.run.attempt(run.attempt)), "n1", rows, now)
+    seen.write(run.run.attempt(run.attempt).seen, "n1", rows, now)
 
 
 def live(home: HomePaths) -> Made:
