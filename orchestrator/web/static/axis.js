@@ -1,6 +1,6 @@
 // Attempts on one time axis, in SVG.
 
-import { s, widget } from "./dom.js";
+import { onWidth, s, widget } from "./dom.js";
 import { count, plural, seconds, when, words } from "./format.js";
 import { ticks, xText } from "./scale.js";
 
@@ -118,12 +118,10 @@ function create(root) {
     );
     svg.replaceChildren(...parts);
   }
-  new ResizeObserver(() => {
-    if (root.clientWidth && root.clientWidth !== width) {
-      width = root.clientWidth;
-      draw();
-    }
-  }).observe(root);
+  onWidth(root, () => width, (next) => {
+    width = next;
+    draw();
+  });
   return (next) => {
     props = next;
     width = root.clientWidth || width;

@@ -1,7 +1,7 @@
 // Line and stacked charts in SVG. Charts of a page share a cursor and a window; dragging chooses a window, and all that a
 // pointer can do the keyboard can: arrows move the cursor, + and - change the window, Escape shows all.
 
-import { h, s, widget } from "./dom.js";
+import { h, onWidth, s, widget } from "./dom.js";
 import { MISSING, count, when } from "./format.js";
 import { area, at, bounds, nearest, path, ticks, xText } from "./scale.js";
 
@@ -212,12 +212,10 @@ function create(root) {
   );
   plot.addEventListener("blur", () => point(props.cursor, null));
   plot.addEventListener("dblclick", () => props.zoom(null, null));
-  new ResizeObserver(() => {
-    if (plot.clientWidth && plot.clientWidth !== width) {
-      width = plot.clientWidth;
-      draw();
-    }
-  }).observe(plot);
+  onWidth(plot, () => width, (next) => {
+    width = next;
+    draw();
+  });
 
   return (next) => {
     props = next;

@@ -132,3 +132,10 @@ export function morph(node, made) {
   });
   while (at) drop();
 }
+
+/** Calls `act` with the width of an element, each time that it isn't what `known` gives, while the element is shown. */
+export function onWidth(element, known, act) {
+  new ResizeObserver(() => {
+    if (element.clientWidth && element.clientWidth !== known()) act(element.clientWidth);
+  }).observe(element);
+}

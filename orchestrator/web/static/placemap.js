@@ -1,6 +1,6 @@
 // The ranks of a layout on a canvas, by their places, with waits as arrows.
 
-import { h, widget } from "./dom.js";
+import { h, onWidth, widget } from "./dom.js";
 import { MISSING, count, seconds, words } from "./format.js";
 import { colour, onTheme } from "./theme.js";
 
@@ -246,12 +246,10 @@ function create(root) {
     acts[event.key]();
   });
   const leave = onTheme(() => (root.isConnected ? draw() : leave()));
-  new ResizeObserver(() => {
-    if (plot.clientWidth && plot.clientWidth !== width) {
-      width = plot.clientWidth;
-      draw();
-    }
-  }).observe(plot);
+  onWidth(plot, () => width, (next) => {
+    width = next;
+    draw();
+  });
   return (next) => {
     props = next;
     width = plot.clientWidth || width;
