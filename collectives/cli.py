@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from collectives.launch import Ranks, launched
-from collectives.results import Store
+from collectives.store.results import Store
 from configs.compose import compose, dump, load
 from configs.errors import USER_ERROR_EXIT, UserError, nearest
 from configs.paths import RunPaths
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         print("megaray: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from collectives.team import FabricLost  # loads torch
+        from collectives.timing.team import FabricLost  # loads torch
 
         if isinstance(error, FabricLost):
             print(f"megaray: {error}", file=sys.stderr)
@@ -162,7 +162,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.out is None:
         folder = Path("collectives-launched")  # one name on all ranks, which start at different times
     rank = RankContext.from_environment(os.environ, folder.absolute())
-    from collectives.program import main as measure  # torch loads after the parent's death is arranged for
+    from collectives.studies.program import (
+        main as measure,  # torch loads after the parent's death is arranged for
+    )
 
     return FINDINGS_EXIT if measure(config, rank, arguments=tuple(arguments)) else 0
 

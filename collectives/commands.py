@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from collectives.compare import against_baseline, against_limit, among_peers, pair_rates
-from collectives.judge import Finding
-from collectives.results import Results, Store
+from collectives.analysis.compare import against_baseline, against_limit, among_peers, pair_rates
+from collectives.analysis.judge import Finding
+from collectives.store.results import Results, Store
 from configs import profile as profiles
 from configs.compose import compose
 from configs.errors import UserError
@@ -51,7 +51,7 @@ def _hardware(results: Results) -> HardwareConfig:
 
 def fit(store: Store, name: str | None, confidence: float) -> str:
     """Fit a sweep, write the profile, and tell it as a table."""
-    from collectives import curves  # loads matplotlib
+    from collectives.analysis import curves  # loads matplotlib
 
     if not 0.5 < confidence < 1:
         raise UserError(f"--confidence={confidence} is no level; type one between 0.5 and 1, e.g. 0.95")
@@ -87,9 +87,9 @@ def compare(store: Store, baseline: Store | None, tolerance: float) -> list[Find
 
 def report(store: Store, baseline: Store | None) -> list[Path]:
     """Write plots and the page; their paths."""
-    from collectives import curves
-    from collectives import report as reporting
-    from collectives.judge import Direction, Endpoint, Probes
+    from collectives.analysis import curves
+    from collectives.analysis.judge import Direction, Endpoint, Probes
+    from collectives.report import write as reporting
 
     results = store.read()
     fitted = store.folder / "fabric.yaml"
@@ -118,9 +118,9 @@ def device(
     config: RunConfig, name: str | None, seconds: float, against: str | None, progress: Callable[[str], None]
 ) -> tuple[str, bool]:
     """Measure one device; the outcome as text, and whether it agrees with the profile to compare with."""
-    from collectives import device as measuring  # loads torch
-    from collectives import kernels
-    from collectives.team import choose_device
+    from collectives.device import kernels
+    from collectives.device import profile as measuring  # loads torch
+    from collectives.timing.team import choose_device
     from configs.rank import RankContext
 
     known = profiles.load(DeviceProfile, against) if against else None

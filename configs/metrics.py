@@ -169,7 +169,7 @@ class FindingLine:
     time: float
     attempt: int
     finding: dict[str, Any]
-    """As `collectives.judge.Finding` writes itself."""
+    """As `collectives.analysis.judge.Finding` writes itself."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Hydra composes YAML and overrides into a plain tree (`configs.compose`); this module turns the tree into a
 frozen, typed `RunConfig`, and past that point no dictionary travels. `None` in a field whose text says
-"auto" means that `trainer.sizing.planner` fills it in and prints the value with its reason.
+"auto" means that `trainer.sizing.search.planner` fills it in and prints the value with its reason.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collectives.program import main as measure
+from collectives.studies.program import main as measure
 from configs.rank import RankContext
 from configs.schema import RunConfig
 from faulttol.recorder import Phase, Recorder

@@ -115,7 +115,7 @@ def _cluster(name: str, call: Call) -> int:
 def _plan(call: Call) -> int:
     from configs.compose import compose  # composition alone needs Hydra; `list` and `status` do not
     from orchestrator.commands.submission import slot_resource
-    from trainer.sizing.planner import plan
+    from trainer.sizing.search.planner import plan
 
     config, begins = begun(compose(call.overrides, call.config_file), call.home)
     made = plan(config, known_capacity(call.home, call.options.slots, slot_resource(config)))
@@ -126,7 +126,7 @@ def _plan(call: Call) -> int:
 def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
     """What is known of the cluster without asking it: `--slots`, the controller's published view, or None."""
     from orchestrator.record.reading import read_queue
-    from trainer.sizing.planner import Capacity
+    from trainer.sizing.search.planner import Capacity
 
     if slots is not None:
         return Capacity.of_nodes([slots])

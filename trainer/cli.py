@@ -23,8 +23,8 @@ from faulttol.recorder import Phase, Recorder
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
-    from trainer.sizing.answer import Answer
-    from trainer.sizing.asked import Asked
+    from trainer.sizing.ask.answer import Answer
+    from trainer.sizing.ask.asked import Asked
 
 PROGRAM = "python -m trainer"
 _COMMANDS = ("run", "prepare", "size", "bench", "forecast", "validate")
@@ -248,7 +248,7 @@ def _say(lines: Iterable[str]) -> int:
 
 
 def _size(options: argparse.Namespace) -> int:
-    from trainer.sizing import catalogue, screen
+    from trainer.sizing.ask import catalogue, screen
 
     if options.hardware_table is not None:
         name = options.hardware_table
@@ -264,8 +264,8 @@ def _size(options: argparse.Namespace) -> int:
 
 
 def _answer(options: argparse.Namespace) -> int:
-    from trainer.sizing import screen
-    from trainer.sizing.answer import answer, with_hardware
+    from trainer.sizing.ask import screen
+    from trainer.sizing.ask.answer import answer, with_hardware
 
     names = _compared(options.compare)
     calls = [with_hardware(options.overrides, name) for name in names] if names else [options.overrides]
@@ -289,7 +289,7 @@ def _answer(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace, one: Answer) -> list[Asked]:
     """Answers to what is asked besides."""
-    from trainer.sizing import asked
+    from trainer.sizing.ask import asked
 
     found = []
     if (options.by is None) != (options.tokens is None):
@@ -336,7 +336,7 @@ def _run(file: Path | None, overrides: list[str]) -> int:
         config.train.precision,
         config.train.engine,
     ):
-        from trainer.sizing.planner import Capacity, plan  # a resolved configuration needs no plan
+        from trainer.sizing.search.planner import Capacity, plan  # a resolved configuration needs no plan
 
         config = plan(config, Capacity.of_nodes([world])).config
     rank = RankContext.from_environment(os.environ, default_home() / "runs" / _folder(config))
@@ -352,7 +352,7 @@ def _run(file: Path | None, overrides: list[str]) -> int:
 
 def _refuse(config: RunConfig, world: int) -> None:
     """Refuse a layout that can't run, or not on so many ranks, in the words of who starts ranks by hand."""
-    from trainer.sizing.runnable import refusal
+    from trainer.sizing.search.runnable import refusal
 
     why = refusal(config)
     if why:

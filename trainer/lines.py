@@ -22,7 +22,7 @@ from configs.metrics import (
 from configs.rank import RankContext
 from configs.schema import RunConfig
 from faulttol.staged.saver import Outcome
-from trainer.sizing import flops
+from trainer.sizing.model import flops
 
 
 class Lines:

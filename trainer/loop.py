@@ -13,7 +13,7 @@ from dataclasses import asdict, astuple, dataclass
 import torch
 import torch.distributed as dist
 
-from collectives.team import choose_device
+from collectives.timing.team import choose_device
 from configs.errors import Stopped, UserError
 from configs.metrics import StepLine
 from configs.paths import default_home
@@ -33,7 +33,7 @@ from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import learning_rate, samples_before, samples_of
 from trainer.parallel.mesh import Mesh, join
 from trainer.saves import Measured, SaveSchedule
-from trainer.sizing.runnable import refusal
+from trainer.sizing.search.runnable import refusal
 from trainer.startup import Startup
 from trainer.stopping import Stop
 

@@ -17,7 +17,7 @@ from orchestrator.record.states import State
 if TYPE_CHECKING:
     from configs.schema import RunConfig
     from orchestrator.commands.beginnings import Beginning
-    from trainer.sizing.planner import Plan
+    from trainer.sizing.search.planner import Plan
 
 
 @dataclass(frozen=True)

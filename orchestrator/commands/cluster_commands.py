@@ -28,7 +28,7 @@ from orchestrator.record import reading
 from orchestrator.record.events import Submitted
 from orchestrator.record.reading import RunReader
 from trainer.data import prepare
-from trainer.sizing.planner import plan, trainable
+from trainer.sizing.search.planner import plan, trainable
 
 __all__ = [
     "cancel", "cordon", "down", "drain", "forward", "nodes", "resume", "serve", "spare", "submit", "uncordon", "unspare",

@@ -16,7 +16,7 @@ from orchestrator.local import cluster, machine
 from orchestrator.local.cluster import LocalCluster
 from orchestrator.local.lock import held
 from orchestrator.ray_controller import ControllerClient
-from trainer.sizing.planner import Capacity
+from trainer.sizing.search.planner import Capacity
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from orchestrator.record.events import Amended, GangShape
 from orchestrator.record.log import read
 from orchestrator.record.run_log import Reader
 from orchestrator.record.view import RunView
-from trainer.sizing.planner import Capacity, plan
+from trainer.sizing.search.planner import Capacity, plan
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
 from orchestrator.commands.snapshot import CODE, snapshot
 from orchestrator.record.events import GangShape, Submitted
-from trainer.sizing.layout import Layout
-from trainer.sizing.planner import Plan
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search.planner import Plan
 
 _PACKAGES = ("torch", "ray", "deepspeed", "wandb", "pydantic", "hydra-core", "fsspec", "numpy")
 _TRAVELLING = "MEGARAY_SOURCE"

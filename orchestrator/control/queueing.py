@@ -18,7 +18,7 @@ from orchestrator.decide.placement import Node
 from orchestrator.decide.queue import Admit, Hold, Policy, Preempt, Running, Waiting
 from orchestrator.record.clock import Now
 from orchestrator.record.states import Reason, State
-from trainer.sizing.planner import Capacity
+from trainer.sizing.search.planner import Capacity
 
 UNGRANTED_SECONDS = 15.0
 """Wait after slots that Ray didn't grant; doubles with each placing in a row that failed so, up to `UNGRANTED_CAP`."""

@@ -19,11 +19,12 @@ from orchestrator.decide import queue
 from orchestrator.decide.placement import Node, fits
 from orchestrator.decide.queue import Admit, Policy, Running, Waiting
 from orchestrator.record.events import GangShape
-from trainer.sizing import auto, legal, memory
-from trainer.sizing.layout import Layout
-from trainer.sizing.legal import Task
-from trainer.sizing.planner import Capacity, plan
-from trainer.sizing.search import search
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import auto, legal
+from trainer.sizing.search.layouts import search
+from trainer.sizing.search.legal import Task
+from trainer.sizing.search.planner import Capacity, plan
 
 TRIED = 4
 """Numbers of ranks whose layouts are compared, the most first."""

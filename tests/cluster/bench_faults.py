@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from collectives.faults import schedule
+from collectives.studies.faults import schedule
 from tests.cluster.launcher import Launcher, Outcome
 from tests.namespaces import Network, cpu_unavailable, throttles_unavailable, unavailable
 

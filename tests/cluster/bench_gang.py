@@ -18,8 +18,8 @@ from math import exp, log
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from collectives.results import Row, Store
-from collectives.statistics import student
+from collectives.store.results import Row, Store
+from collectives.timing.statistics import student
 from configs.paths import HomePaths, RunPaths
 from orchestrator.record.states import State
 from tests.cluster.conftest import Shell

@@ -346,7 +346,7 @@ def main(arguments: list[str]) -> None:
 def resolved(folder: Path, words: Sequence[str], ranks: int) -> Path:
     """The configuration as a submission resolves it."""
     from configs.compose import compose, dump
-    from trainer.sizing.planner import Capacity, plan
+    from trainer.sizing.search.planner import Capacity, plan
 
     path = folder / "config.yaml"
     path.write_text(dump(plan(compose(list(words)), Capacity.of_nodes([ranks]), strict=True).config))

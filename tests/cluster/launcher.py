@@ -110,7 +110,7 @@ class Launcher:
 
 def main() -> None:
     """Serve on one host, until the input ends."""
-    import collectives.program  # noqa: F401 (loads torch, which every rank then has)
+    import collectives.studies.program  # noqa: F401 (loads torch, which every rank then has)
     from configs.compose import compose
 
     compose(["workload=collectives", "collectives=faults"])

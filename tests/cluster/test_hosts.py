@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from collectives.results import Store
+from collectives.store.results import Store
 from configs.paths import HomePaths
 from orchestrator.record.states import State
 from tests.cluster.bench_gang import torchrun

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from collectives.curves import cases, measured
-from collectives.fit import FEWEST, Fit, fit_curve
-from collectives.results import Results, Store
+from collectives.analysis.curves import cases, measured
+from collectives.analysis.fit import FEWEST, Fit, fit_curve
+from collectives.store.results import Results, Store
 from configs.paths import RunPaths
 
 PUBLISHED = Path(__file__).with_name("allreduce_sweeps.csv")

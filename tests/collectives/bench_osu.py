@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from collectives.results import Row
-from collectives.team import Team
+from collectives.store.results import Row
+from collectives.timing.team import Team
 from configs.compose import compose
 from configs.rank import RankContext
 from tests.collectives.ranks import measure, together

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from collectives import clock
-from collectives.groups import Partition
-from collectives.measure import Bench
-from collectives.statistics import student
-from collectives.team import Team
-from collectives.transfers import Case, Transfer
+from collectives.ops.groups import Partition
+from collectives.ops.transfers import Case, Transfer
+from collectives.timing import clock
+from collectives.timing.measure import Bench
+from collectives.timing.statistics import student
+from collectives.timing.team import Team
 from configs.rank import RankContext
 from tests.collectives.ranks import quick, together
 

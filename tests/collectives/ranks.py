@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from collectives import clock, metadata
-from collectives.groups import Partition
-from collectives.journal import Journal
-from collectives.measure import Bench
-from collectives.results import Row, Store
-from collectives.sweep import Sweep
-from collectives.team import Team
+from collectives.ops.groups import Partition
+from collectives.store import metadata
+from collectives.store.results import Row, Store
+from collectives.studies.journal import Journal
+from collectives.studies.sweep import Sweep
+from collectives.timing import clock
+from collectives.timing.measure import Bench
+from collectives.timing.team import Team
 from configs.compose import compose
 from configs.paths import RunPaths
 from configs.rank import RankContext

@@ -20,7 +20,7 @@ import pytest
 
 from collectives import cli
 from collectives.launch import launched
-from collectives.results import Row, Store
+from collectives.store.results import Row, Store
 from configs.errors import UserError
 
 pytestmark = pytest.mark.timeout(120)

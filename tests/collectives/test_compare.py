@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from collectives.compare import against_baseline, against_limit, among_peers, pair_rates
-from collectives.judge import Kind
-from collectives.operations import OPERATIONS, bandwidths
-from collectives.results import Metadata, Results, Row, Timing
+from collectives.analysis.compare import against_baseline, against_limit, among_peers, pair_rates
+from collectives.analysis.judge import Kind
+from collectives.ops.operations import OPERATIONS, bandwidths
+from collectives.store.results import Metadata, Results, Row, Timing
 from configs.compose import compose
 from configs.errors import UserError
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from collectives import device as subject
-from collectives.device import ROUNDS, Bench, grouped_kernel, measure
-from collectives.kernels import Case, Copy, Matmul, agreement, copies, label, matmuls, table
-from collectives.smi import parse, reading
-from collectives.team import choose_device
+from collectives.device import profile as subject
+from collectives.device.kernels import Case, Copy, Matmul, agreement, copies, label, matmuls, table
+from collectives.device.profile import ROUNDS, Bench, grouped_kernel, measure
+from collectives.device.smi import parse, reading
+from collectives.timing.team import choose_device
 from configs.compose import compose
 from configs.errors import UserError
 from configs.profile import CopyRate, DeviceProfile, MatmulRate, load, save
@@ -229,8 +229,8 @@ def test_a_device_that_can_do_nothing_gives_no_profile(monkeypatch: pytest.Monke
 
 LIMITED = """
 import resource, torch
-from collectives import device
-from collectives.kernels import Matmul
+from collectives.device import profile as device
+from collectives.device.kernels import Matmul
 from configs.compose import compose
 device._SPREAD["cpu"] = 1 << 20
 cases = [Matmul(16384, 16384, 16384), Matmul(64, 64, 64)]

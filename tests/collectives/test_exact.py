@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from collectives.exact import TYPES, fill, mismatches, reduced, sent
-from collectives.operations import WIDTHS
+from collectives.ops.exact import TYPES, fill, mismatches, reduced, sent
+from collectives.ops.operations import WIDTHS
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collectives.curves import curves, nodes_spanned, profile
-from collectives.fit import Fit, fit_curve
-from collectives.results import Metadata, Results, Row, Store, Timing
+from collectives.analysis.curves import curves, nodes_spanned, profile
+from collectives.analysis.fit import Fit, fit_curve
+from collectives.store.results import Metadata, Results, Row, Store, Timing
 from configs.errors import UserError
 from configs.paths import RunPaths
 from configs.profile import FabricProfile, load, save

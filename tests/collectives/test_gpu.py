@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 def test_events_and_graphs_agree_on_work_and_graphs_hide_the_launch() -> None:
     import torch  # only here: collecting the tests must not load it
 
-    from collectives.clock import EventClock, GraphClock, iteration_times
+    from collectives.timing.clock import EventClock, GraphClock, iteration_times
 
     if not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} sees no GPU")

@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
-from collectives.groups import AXES, Partition, partitions, rounds
+from collectives.ops.groups import AXES, Partition, partitions, rounds
 from configs.errors import UserError
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(20)]

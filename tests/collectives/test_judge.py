@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from collectives.faults import schedule
-from collectives.judge import Finding, Kind, judge, suspect_endpoints, suspects
-from collectives.probes import Direction, Endpoint, Probes
+from collectives.analysis.judge import Finding, Kind, judge, suspect_endpoints, suspects
+from collectives.analysis.probes import Direction, Endpoint, Probes
+from collectives.studies.faults import schedule
 
 pytestmark = pytest.mark.unit
 

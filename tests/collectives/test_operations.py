@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from collectives.operations import (
+from collectives.ops.operations import (
     OPERATIONS,
     WIDTHS,
     bandwidths,

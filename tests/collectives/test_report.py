@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from collectives.plots import Material, Missing, Plot, draw
-from collectives.report import Curve, number, write
-from collectives.results import Metadata, Results, Row, Store, Timing
-from collectives.series import Baseline, rank_ratios, series
+from collectives.report.plots import Material, Missing, Plot, draw
+from collectives.report.write import Curve, number, write
+from collectives.store.results import Metadata, Results, Row, Store, Timing
+from collectives.store.series import Baseline, rank_ratios, series
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from collectives.results import Metadata, Row, Store, Timing
-from collectives.table import Table, number
+from collectives.report.table import Table, number
+from collectives.store.results import Metadata, Row, Store, Timing
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

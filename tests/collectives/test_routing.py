@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from collectives import routing
+from collectives.ops import routing
 from configs.fabric import Pattern
 
 pytestmark = pytest.mark.unit
@@ -70,7 +70,7 @@ def test_chunks_add_up(parts: int) -> None:
 
 
 def test_a_run_without_a_record_is_refused(tmp_path: Path) -> None:
-    from collectives.moe import recorded_loads
+    from collectives.studies.moe import recorded_loads
     from configs.errors import UserError
     from configs.metrics import MetricWriter
     from configs.paths import RunPaths

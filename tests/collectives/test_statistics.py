@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from collectives.clock import iteration_times
-from collectives.statistics import half_width, percentile, steady, student
+from collectives.timing.clock import iteration_times
+from collectives.timing.statistics import half_width, percentile, steady, student
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

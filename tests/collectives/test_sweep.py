@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collectives import transfers
-from collectives.exact import TYPES
-from collectives.groups import AXES, Partition
-from collectives.operations import OPERATIONS
-from collectives.results import Row, Store
-from collectives.sweep import series
-from collectives.team import Team, choose_device
-from collectives.transfers import Case, Transfer, matrix_of
+from collectives.ops import transfers
+from collectives.ops.exact import TYPES
+from collectives.ops.groups import AXES, Partition
+from collectives.ops.operations import OPERATIONS
+from collectives.ops.transfers import Case, Transfer, matrix_of
+from collectives.store.results import Row, Store
+from collectives.studies.sweep import series
+from collectives.timing.team import Team, choose_device
 from configs.compose import compose
 from configs.errors import UserError
 from configs.paths import RunPaths

@@ -21,7 +21,7 @@ from configs.compose import compose, dump
 from configs.schema import RunConfig
 from faulttol.verdicts import VerdictKind
 from tests.faulttol.watched import Fault, Gang
-from trainer.sizing.planner import Capacity, plan
+from trainer.sizing.search.planner import Capacity, plan
 
 WORLD = 8
 LAYOUTS = (

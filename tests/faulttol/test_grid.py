@@ -14,7 +14,7 @@ from tests.faulttol import grid
 from tests.faulttol.grid_ranks import Part, Went, Work, hashes_from
 from tests.trainer.families import FAMILIES
 from tests.trainer.grid import Case, config_of
-from trainer.sizing.runnable import refusal
+from trainer.sizing.search.runnable import refusal
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 

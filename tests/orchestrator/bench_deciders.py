@@ -25,7 +25,7 @@ from orchestrator.record import cluster_log
 from orchestrator.record.cluster_log import NodesView, Suspected
 from orchestrator.record.events import Event, GangShape, NodeShare
 from tests.orchestrator.cluster_sim import make_nodes
-from trainer.sizing.planner import Capacity, plan
+from trainer.sizing.search.planner import Capacity, plan
 
 NODES, SLOTS = 1536, 8
 GIANT = GangShape(NODES * SLOTS, 8, resource="GPU")

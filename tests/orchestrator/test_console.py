@@ -25,7 +25,7 @@ from orchestrator.record.events import (
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.fake_runtime import step_line
 from tests.orchestrator.logs import Writer
-from trainer.sizing.planner import Capacity, plan
+from trainer.sizing.search.planner import Capacity, plan
 
 pytestmark = pytest.mark.unit
 

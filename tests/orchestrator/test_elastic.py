@@ -16,7 +16,7 @@ from orchestrator.decide.queue import Policy, Running, Waiting
 from orchestrator.record.events import GangShape
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.cluster_sim import ClusterSim, make_nodes
-from trainer.sizing.planner import Capacity, plan, trainable
+from trainer.sizing.search.planner import Capacity, plan, trainable
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]
 

@@ -19,7 +19,7 @@ from orchestrator.record.events import CheckpointCommitted
 from orchestrator.record.log import read
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.local_runtime import Driver
-from trainer.sizing.planner import Capacity, plan
+from trainer.sizing.search.planner import Capacity, plan
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 

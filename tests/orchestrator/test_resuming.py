@@ -18,7 +18,7 @@ from orchestrator.record.events import Amended
 from orchestrator.record.states import State
 from tests.orchestrator.logs import Writer
 from tests.orchestrator.saved import commit, stopped
-from trainer.sizing.planner import Capacity, plan
+from trainer.sizing.search.planner import Capacity, plan
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

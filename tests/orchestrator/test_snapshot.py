@@ -22,7 +22,7 @@ from orchestrator.record.events import GangShape, Moved, Submitted
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.logs import Writer
 from tests.orchestrator.saved import commit
-from trainer.sizing.planner import plan
+from trainer.sizing.search.planner import plan
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from configs.compose import compose
-from trainer.sizing.answer import job_of
-from trainer.sizing.job import Job
-from trainer.sizing.price import Prices
-from trainer.sizing.suggest import Suggestion, suggest
+from trainer.sizing.ask.answer import job_of
+from trainer.sizing.lint.suggest import Suggestion, suggest
+from trainer.sizing.model.job import Job
+from trainer.sizing.time.price import Prices
 
 
 @dataclass(frozen=True)

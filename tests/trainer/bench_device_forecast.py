@@ -24,14 +24,15 @@ from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, load
 from configs.schema import ModelConfig
 from tests.trainer.bad_shapes import SHAPES
-from trainer.sizing import memory, time
-from trainer.sizing.fabric import from_catalogue
-from trainer.sizing.job import Job, Retention, Software
-from trainer.sizing.kernels import Shape
-from trainer.sizing.layout import Layout
-from trainer.sizing.matmul import Kernels
-from trainer.sizing.price import Prices
-from trainer.sizing.rates import Overheads, Rates
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model.job import Job, Retention, Software
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.kernels import Shape
+from trainer.sizing.time.matmul import Kernels
+from trainer.sizing.time.price import Prices
+from trainer.sizing.time.rates import Overheads, Rates
 
 PLAIN = Software(
     name="plain torch", eager=True, tuned_attention=True, gradient_bytes=4,

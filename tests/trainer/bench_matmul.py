@@ -21,9 +21,9 @@ from dataclasses import replace
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, MatmulRate, load
-from trainer.sizing import fitting
-from trainer.sizing.kernels import Chip, Form, Kind, Plan, Shape, Tuning
-from trainer.sizing.matmul import Kernels
+from trainer.sizing.time import fitting
+from trainer.sizing.time.kernels import Chip, Form, Kind, Plan, Shape, Tuning
+from trainer.sizing.time.matmul import Kernels
 
 Predictor = Callable[[Sequence[MatmulRate], MatmulRate], tuple[float, float, float]]
 _PRECISIONS = {"bfloat16": "bf16", "half": "fp16", "float": "fp32"}

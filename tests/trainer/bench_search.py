@@ -14,10 +14,12 @@ import time
 from dataclasses import replace
 
 from configs.compose import compose
-from trainer.sizing import frameworks, legal, search
-from trainer.sizing.auto import rates_of
-from trainer.sizing.job import Software
-from trainer.sizing.legal import Task
+from trainer.sizing.model import frameworks
+from trainer.sizing.model.job import Software
+from trainer.sizing.search import layouts as search
+from trainer.sizing.search import legal
+from trainer.sizing.search.auto import rates_of
+from trainer.sizing.search.legal import Task
 
 SAMPLE = 400
 MEGATRON = Software(name="megatron", overlap_dp=True, overlap_tp=True, retention=frameworks.MEGATRON)

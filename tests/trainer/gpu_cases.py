@@ -22,8 +22,8 @@ from configs.compose import compose
 from configs.profile import DeviceProfile, load
 from configs.schema import ModelConfig, RouterConfig
 from tests.trainer.bad_shapes import SHAPES
-from trainer.sizing import parameters
-from trainer.sizing.price import Prices
+from trainer.sizing.model import parameters
+from trainer.sizing.time.price import Prices
 
 SEED = 20251125
 DENSE, GROUPED = 200, 50

@@ -1,4 +1,4 @@
-"""Times matmuls on a GPU, as `collectives.device` does: in rounds of another order each, on operands that leave caches."""
+"""Times matmuls on a GPU as `collectives.device.profile` does: in rounds of random order, operands out of the caches."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from configs.compose import compose, dump
 from configs.metrics import ResumedLine, SavedLine, StepLine, StoppedLine, read_all
 from faulttol import exits
 from tests.faulttol.watched import Fault, Gang
-from trainer.sizing.planner import Capacity, plan
+from trainer.sizing.search.planner import Capacity, plan
 
 CASES = {
     "dp": (2, ("parallel.dp=2", "train.engine=native")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from collectives.kernels import matmuls
+from collectives.device.kernels import matmuls
 from configs.profile import CopyRate, DeviceProfile, MatmulRate
 
 UNITS, RATE, BANDWIDTH, FLOAT_RATE = 132, 800e12, 2.9e12, 50e12

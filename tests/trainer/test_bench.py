@@ -86,7 +86,7 @@ def test_the_step_that_is_measured() -> None:
     )
     assert (config.model.layers, config.train.precision, config.parallel.dp) == (2, "fp32", 1)
     assert config_of(options(), 1, on_gpu=False).data.sequence == 4096
-    from trainer.sizing.flops import train_flops_per_token
+    from trainer.sizing.model.flops import train_flops_per_token
 
     assert flops_of(config) == 4 * 64 * train_flops_per_token(config.model, 64)
 

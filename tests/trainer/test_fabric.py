@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose
-from trainer.sizing.fabric import Fabric, Group, from_catalogue, place
+from trainer.sizing.time.fabric import Fabric, Group, from_catalogue, place
 
 pytestmark = pytest.mark.unit
 

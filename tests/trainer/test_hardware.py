@@ -10,7 +10,7 @@ import pytest
 from configs.compose import choices, compose, dump, load
 from configs.errors import UserError
 from configs.hardware import HardwareConfig, LinkConfig
-from trainer.sizing import catalogue, screen
+from trainer.sizing.ask import catalogue, screen
 
 pytestmark = pytest.mark.unit
 

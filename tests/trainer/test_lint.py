@@ -8,14 +8,15 @@ from functools import cache
 import pytest
 
 from configs.compose import compose
-from trainer.sizing import catalogue, parameters, shapes
-from trainer.sizing.answer import job_of
-from trainer.sizing.findings import CHECKS, Finding, batched, changed
-from trainer.sizing.job import Job
-from trainer.sizing.lint import lint
-from trainer.sizing.lint_shape import other_heads
-from trainer.sizing.price import Prices, padded_head
-from trainer.sizing.rules import balance_width, rules, tile_count, wave_efficiency
+from trainer.sizing.ask import catalogue
+from trainer.sizing.ask.answer import job_of
+from trainer.sizing.lint.check import lint
+from trainer.sizing.lint.findings import CHECKS, Finding, batched, changed
+from trainer.sizing.lint.rules import balance_width, rules, tile_count, wave_efficiency
+from trainer.sizing.lint.shape import other_heads
+from trainer.sizing.model import parameters, shapes
+from trainer.sizing.model.job import Job
+from trainer.sizing.time.price import Prices, padded_head
 
 pytestmark = pytest.mark.unit
 

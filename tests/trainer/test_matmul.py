@@ -13,8 +13,8 @@ from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, load
 from tests.trainer import synthetic
 from tests.trainer.bench_matmul import cross_validated, shape_of
-from trainer.sizing.kernels import GROUPED, TILES, Chip, Form, Kind, Shape, Tuning, level, shares
-from trainer.sizing.matmul import DEFAULTS, Kernels
+from trainer.sizing.time.kernels import GROUPED, TILES, Chip, Form, Kind, Shape, Tuning, level, shares
+from trainer.sizing.time.matmul import DEFAULTS, Kernels
 
 pytestmark = pytest.mark.unit
 

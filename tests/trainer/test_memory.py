@@ -9,9 +9,12 @@ import pytest
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
-from trainer.sizing import activations, frameworks, memory, parameters, schedule, states
-from trainer.sizing.job import Job, Recompute, Retention, Software
-from trainer.sizing.layout import Layout
+from trainer.sizing.memory import activations, states
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model import frameworks, parameters
+from trainer.sizing.model.job import Job, Recompute, Retention, Software
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import schedule
 
 pytestmark = pytest.mark.unit
 

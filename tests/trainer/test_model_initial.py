@@ -11,7 +11,7 @@ from configs.compose import compose
 from tests.trainer.small_models import KINDS, shape
 from trainer.model.decoder import Stage
 from trainer.model.initial import build, initial, initialize, kind
-from trainer.sizing import parameters
+from trainer.sizing.model import parameters
 from trainer.state import Box
 
 pytestmark = pytest.mark.dist

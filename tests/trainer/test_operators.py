@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from configs.schema import ModelConfig
-from trainer.sizing import catalogue, frameworks, operators
-from trainer.sizing.fabric import from_catalogue
-from trainer.sizing.job import Job
-from trainer.sizing.layout import Layout
-from trainer.sizing.operators import EAGER
-from trainer.sizing.rates import Rates
+from trainer.sizing.ask import catalogue
+from trainer.sizing.model import frameworks
+from trainer.sizing.model.job import Job
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import operators
+from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.operators import EAGER
+from trainer.sizing.time.rates import Rates
 
 pytestmark = pytest.mark.unit
 

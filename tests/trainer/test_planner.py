@@ -8,8 +8,8 @@ import pytest
 
 from configs.compose import choices, compose
 from configs.errors import UserError
-from trainer.sizing.layout import Layout
-from trainer.sizing.planner import Capacity, Plan, plan, trainable
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search.planner import Capacity, Plan, plan, trainable
 
 pytestmark = pytest.mark.unit
 

@@ -9,10 +9,13 @@ import pytest
 
 from configs.compose import compose
 from configs.errors import UserError
-from trainer.sizing import frameworks, legal, memory, questions
-from trainer.sizing.job import Job
-from trainer.sizing.layout import Layout
-from trainer.sizing.legal import Task
+from trainer.sizing.ask import questions
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model import frameworks
+from trainer.sizing.model.job import Job
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import legal
+from trainer.sizing.search.legal import Task
 
 pytestmark = pytest.mark.unit
 

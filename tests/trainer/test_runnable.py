@@ -10,8 +10,8 @@ import pytest
 from configs.compose import choices, compose
 from configs.errors import UserError
 from configs.schema import RunConfig
-from trainer.sizing import runnable
-from trainer.sizing.planner import plan
+from trainer.sizing.search import runnable
+from trainer.sizing.search.planner import plan
 
 pytestmark = pytest.mark.unit
 

@@ -11,9 +11,10 @@ from configs.compose import compose
 from tests.trainer.small_models import micro
 from trainer.model.decoder import inputs
 from trainer.model.initial import build
-from trainer.sizing import activations, frameworks
-from trainer.sizing.job import Job
-from trainer.sizing.layout import Layout
+from trainer.sizing.memory import activations
+from trainer.sizing.model import frameworks
+from trainer.sizing.model.job import Job
+from trainer.sizing.model.layout import Layout
 
 pytestmark = pytest.mark.dist
 

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose, validated
-from trainer.sizing import auto, frameworks, legal, memory, runnable, search
-from trainer.sizing.auto import rates_of
-from trainer.sizing.job import Software
-from trainer.sizing.layout import Layout
-from trainer.sizing.legal import Task
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model import frameworks
+from trainer.sizing.model.job import Software
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import auto, legal, runnable
+from trainer.sizing.search import layouts as search
+from trainer.sizing.search.auto import rates_of
+from trainer.sizing.search.legal import Task
 
 pytestmark = pytest.mark.unit
 

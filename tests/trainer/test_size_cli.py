@@ -11,8 +11,8 @@ import pytest
 
 from configs.errors import USER_ERROR_EXIT, UserError
 from trainer import cli
-from trainer.sizing import asked, screen
-from trainer.sizing.answer import CATALOGUE, answer
+from trainer.sizing.ask import asked, screen
+from trainer.sizing.ask.answer import CATALOGUE, answer
 
 pytestmark = pytest.mark.unit
 

@@ -6,8 +6,8 @@ import pytest
 
 from configs.compose import compose
 from configs.schema import ModelConfig
-from trainer.sizing import flops, parameters
-from trainer.sizing.layout import spreads
+from trainer.sizing.model import flops, parameters
+from trainer.sizing.model.layout import spreads
 
 pytestmark = pytest.mark.unit
 

@@ -9,11 +9,12 @@ import pytest
 from configs.compose import compose
 from configs.schema import RunConfig
 from tests.trainer.bad_shapes import SHAPES, BadShape
-from trainer.sizing import catalogue, parameters
-from trainer.sizing.answer import job_of
-from trainer.sizing.job import Job
-from trainer.sizing.price import Prices
-from trainer.sizing.suggest import WITHIN, Suggestion, suggest
+from trainer.sizing.ask import catalogue
+from trainer.sizing.ask.answer import job_of
+from trainer.sizing.lint.suggest import WITHIN, Suggestion, suggest
+from trainer.sizing.model import parameters
+from trainer.sizing.model.job import Job
+from trainer.sizing.time.price import Prices
 
 pytestmark = pytest.mark.unit
 

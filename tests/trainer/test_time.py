@@ -8,11 +8,13 @@ import pytest
 
 from configs.compose import compose
 from configs.schema import ModelConfig
-from trainer.sizing import flops, operators, schedule, step, time
-from trainer.sizing.fabric import from_catalogue
-from trainer.sizing.job import Job, Software
-from trainer.sizing.layout import Layout
-from trainer.sizing.rates import Overheads, Rates
+from trainer.sizing.model import flops
+from trainer.sizing.model.job import Job, Software
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time import operators, schedule, step
+from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.rates import Overheads, Rates
 
 pytestmark = pytest.mark.unit
 

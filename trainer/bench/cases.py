@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.compose import compose
 from configs.errors import UserError
 from configs.schema import RunConfig
-from trainer.sizing.flops import train_flops_per_token
+from trainer.sizing.model.flops import train_flops_per_token
 
 BASELINES = ("plain", "hf", "deepspeed")
 _AHEAD = 32
@@ -68,7 +68,7 @@ def _hardware() -> str:
 
 
 def flops_of(config: RunConfig) -> float:
-    """FLOPs of a step over all ranks, forward and backward, as `trainer.sizing.flops.NUMERATOR` counts them."""
+    """FLOPs of a step over all ranks, forward and backward, as `trainer.sizing.model.flops.NUMERATOR` counts them."""
     tokens = (config.train.global_batch or 1) * config.data.sequence
     return train_flops_per_token(config.model, config.data.sequence) * tokens
 

@@ -26,7 +26,7 @@ from trainer.engines.base import Batch, Engine
 from trainer.engines.native import NativeEngine
 from trainer.kernels.choice import reason
 from trainer.parallel.mesh import Mesh, join
-from trainer.sizing.flops import NUMERATOR, peak
+from trainer.sizing.model.flops import NUMERATOR, peak
 
 Say = Callable[[str], None]
 

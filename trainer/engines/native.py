@@ -26,7 +26,7 @@ from trainer.parallel import apply, pipeline
 from trainer.parallel.context import places
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.resident import Resident
-from trainer.sizing.runnable import chunks_of
+from trainer.sizing.search.runnable import chunks_of
 from trainer.state import Box, Slice
 
 

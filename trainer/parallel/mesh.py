@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from collectives.team import meet
+from collectives.timing.team import meet
 from configs.library_environment import Applied
 from configs.rank import RankContext
 from configs.schema import ParallelConfig, RunConfig
 from faulttol.checkpoint.peers import exchange
-from trainer.sizing.legal import AXES
+from trainer.sizing.search.legal import AXES
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from trainer.model.decoder import Stage, boundary_width, inputs
 from trainer.model.seams import Micro
 from trainer.parallel.apply import sharded
 from trainer.parallel.mesh import Mesh
-from trainer.sizing.runnable import chunks_of
+from trainer.sizing.search.runnable import chunks_of
 
 
 def cut(layers: int, parts: int) -> list[tuple[int, int]]:

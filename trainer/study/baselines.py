@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.sizing import parameters
+from trainer.sizing.model import parameters
 from trainer.study.cases import Case
 from trainer.study.metrics import median
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import UserError
-from trainer.sizing.job import Job
-from trainer.sizing.rates import Rates
+from trainer.sizing.model.job import Job
+from trainer.sizing.time.rates import Rates
 
 Row = Mapping[str, str]
 

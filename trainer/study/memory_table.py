@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from trainer.sizing import memory
-from trainer.sizing.job import Job, Recompute, Software
-from trainer.sizing.layout import Layout
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model.job import Job, Recompute, Software
+from trainer.sizing.model.layout import Layout
 from trainer.study import vtrain
 from trainer.study.cases import Row, number
 

@@ -13,10 +13,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from trainer.sizing import flops, memory, time
-from trainer.sizing.job import Job, Recompute
-from trainer.sizing.layout import Layout
-from trainer.sizing.rates import Rates
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model import flops
+from trainer.sizing.model.job import Job, Recompute
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time.rates import Rates
 from trainer.study import published
 from trainer.study.cases import Row, number, whole
 

@@ -14,11 +14,11 @@ from dataclasses import replace
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
-from trainer.sizing import flops, frameworks
-from trainer.sizing.fabric import HOP, STEP, Fabric, from_catalogue
-from trainer.sizing.job import Job
-from trainer.sizing.layout import Layout
-from trainer.sizing.rates import Overheads, Rates
+from trainer.sizing.model import flops, frameworks
+from trainer.sizing.model.job import Job
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time.fabric import HOP, STEP, Fabric, from_catalogue
+from trainer.sizing.time.rates import Overheads, Rates
 from trainer.study.cases import Case, Cases, Row, number, whole
 
 TABLE = "hf_nanotron_sweep"

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
-from trainer.sizing import flops, frameworks
-from trainer.sizing.fabric import from_catalogue
-from trainer.sizing.job import Job, Recompute, Software
-from trainer.sizing.layout import Layout
-from trainer.sizing.rates import Overheads, Rates
+from trainer.sizing.model import flops, frameworks
+from trainer.sizing.model.job import Job, Recompute, Software
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.rates import Overheads, Rates
 from trainer.study.cases import Case, Cases, Row, number, whole
 
 COLUMNS = ("source", "model", "layers", "hidden", "gpus", "gpu_type", "mfu", "block", "notes")
@@ -224,7 +224,7 @@ BLOCKS: dict[str, Maker] = {
 SEARCHED = "mpf"
 """The block whose layouts are mostly not printed: `trainer.study.methods` searches them."""
 CALIBRATION = ("dgxc_h100",)
-"""Blocks whose first bf16 row of each Megatron series set `trainer.sizing.rates.SUSTAINED`."""
+"""Blocks whose first bf16 row of each Megatron series set `trainer.sizing.time.rates.SUSTAINED`."""
 
 
 def cases(rows: Sequence[Row]) -> list[Cases]:

@@ -7,7 +7,8 @@ import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.sizing import fabric, operators, rates, time
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time import fabric, operators, rates
 from trainer.study import methods, nanotron, plots, score, vtrain
 from trainer.study.metrics import Errors
 from trainer.study.validate import Study
@@ -99,7 +100,7 @@ they were found with the whole tables in view, and the named rows alone give the
 - Sustained matmul rate elsewhere: A100 {rates.SUSTAINED["ampere"]:.2f} (those rows of vTrain give 0.85 to 0.95, hardly
   told apart; taken with its many-node table in view), others
   {rates.SUSTAINED_ELSEWHERE:.2f} (the first bf16 row of each Megatron series of DGX Cloud's).
-- Slack of the allocator: 31 runs of the sweep before its fix (`trainer.sizing.memory.SLACK`).
+- Slack of the allocator: 31 runs of the sweep before its fix (`trainer.sizing.memory.estimate.SLACK`).
 
 Chosen once for all sources with their tables in view, and so not blind: how host and device times combine
 ({time.TOGETHER:g}), the share of an overlapped collective that is hidden ({time.HIDDEN:g}), the rate of small elementwise

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainer.sizing import memory, step, time
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time import step
 from trainer.study import baselines, metrics
 from trainer.study.cases import Case, Cases
 from trainer.study.methods import Run

@@ -13,11 +13,11 @@ from functools import lru_cache
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
-from trainer.sizing import flops
-from trainer.sizing.fabric import from_catalogue
-from trainer.sizing.job import Job, Software
-from trainer.sizing.layout import Layout
-from trainer.sizing.rates import Overheads, Rates
+from trainer.sizing.model import flops
+from trainer.sizing.model.job import Job, Software
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.rates import Overheads, Rates
 from trainer.study.cases import Case, Cases, Row, number, whole
 
 SINGLE, MULTI = "vtrain_single_node", "vtrain_multi_node"

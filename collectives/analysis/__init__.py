@@ -1,0 +1,1 @@
+"""What follows from stored measurements: fits, comparisons, verdicts."""

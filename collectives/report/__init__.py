@@ -1,0 +1,1 @@
+"""Stored measurements as tables, pictures and pages."""

@@ -1,0 +1,1 @@
+"""What the ranks of a measurement run: sweeps, faults, expert traffic."""

@@ -1,0 +1,160 @@
+"""What a measurement leaves behind while it goes on: rows, the table, metric lines, findings."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from collectives.analysis.judge import Finding, Kind
+from collectives.report.table import Table
+from collectives.store import metadata
+from collectives.store.results import Metadata, Row, Store
+from configs.errors import UserError
+from configs.metrics import EndedLine, FindingLine, MeasuredLine, MetricWriter, ResumedLine
+from configs.rank import RankContext
+
+Beat = Callable[[int, bool], None]
+"""Told the number of the case, and whether it is finished: how a gang sees that a rank is alive."""
+
+
+class Journal:
+    """What a measurement leaves behind. Rank 0's writes; the others' counts along."""
+
+    def __init__(self, rank: RankContext, beat: Beat | None = None) -> None:
+        self.store = Store(rank.run.measurement)
+        self.finished = 0
+        self.cases = 0
+        self.findings: list[Finding] = []
+        self._rank, self._beat = rank, beat
+        self._writes = rank.rank == 0
+        self._lines = MetricWriter(rank.paths.metrics) if self._writes else None
+        self.table = Table(sys.stdout) if self._writes else None
+
+    def begin(self, about: Metadata) -> list[Row]:
+        """Start, or go on where the folder holds an unfinished measurement of the same settings.
+
+        Returns:
+            The rows that are done.
+
+        Raises:
+            UserError: where the folder holds another measurement.
+        """
+        kept: list[Row] = []
+        if self.store.metadata.exists():
+            before = self.store.read().metadata
+            _refuse_other(before, about, self.store.folder)
+            kept = [row for row in self.store.finished() if row.timings]
+        else:
+            self.store.begin(about)
+        if self.table:
+            self.table.begin(about, len(kept))
+        self.finished = len(kept)
+        if self._lines:
+            facts = {"software": about.software, "system": about.system}
+            self._lines.write(
+                ResumedLine(time.time(), self._rank.attempt, len(kept), None, "nothing is trained", facts)
+            )
+        return kept
+
+    def alive(self) -> None:
+        """The rank is at work on a case."""
+        if self._beat:
+            self._beat(self.finished, False)
+
+    def row(self, row: Row) -> None:
+        """A case is finished."""
+        self._count()
+        if not self._writes:
+            return
+        self.store.append(row)
+        if self.table:
+            self.table.row(row)
+        wrong = sum(timing.wrong or 0 for timing in row.timings)
+        if wrong:
+            what = f"{wrong} elements are wrong in {row.op} of {row.size} bytes of {row.dtype}, group {row.group}"
+            self.finding(
+                Finding(Kind.WRONG_DATA, what, evidence={"op": row.op, "size": row.size, "wrong": wrong})
+            )
+        self._measured(
+            {name: value for name, value in asdict(row).items() if name in _CASE}, _figures(row), row.note
+        )
+
+    def step(self, case: dict[str, Any], result: dict[str, Any], text: str) -> None:
+        """A step of a study that isn't a sweep is finished."""
+        self._count()
+        if self.table:
+            self.table.line(text)
+            self._measured(case, result, "")
+
+    def note(self, text: str) -> None:
+        """A line for the reader alone."""
+        if self.table:
+            self.table.line(text)
+
+    def _count(self) -> None:
+        self.finished += 1
+        if self._beat:
+            self._beat(self.finished, True)
+
+    def finding(self, finding: Finding) -> None:
+        """Something is slow or wrong."""
+        self.findings.append(finding)
+        if self._lines and self.table:
+            self.table.line(f"# {finding}")
+            self._lines.write(FindingLine(time.time(), self._rank.attempt, finding.to_json()))
+
+    def end(self) -> None:
+        """All is measured."""
+        if not self._writes:
+            return
+        self.store.keep("findings", [finding.to_json() for finding in self.findings])
+        self.store.end(metadata.utc())
+        self.store.write()
+        if self.table:
+            self.table.end()
+            files = sorted(path.name for path in self.store.folder.iterdir())
+            self.table.line(f"# results: {self.store.folder} ({', '.join(files)})")
+        assert self._lines is not None
+        self._lines.write(EndedLine(time.time(), self._rank.attempt, self.finished, None, 0))
+
+    def _measured(self, case: dict[str, Any], result: dict[str, Any], note: str) -> None:
+        assert self._lines is not None
+        self._lines.write(
+            MeasuredLine(time.time(), self._rank.attempt, self.finished, self.cases, case, result, note)
+        )
+
+
+_CASE = ("op", "group", "ranks", "groups", "size", "count", "dtype", "redop", "root", "sweep")
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    """What a metric line holds of a row: the placement that is compared, without single iterations."""
+    best = row.best
+    if best is None:
+        return {}
+    tree = {
+        name: value
+        for name, value in vars(best).items()
+        if not name.endswith("times_us") and (value is None or math.isfinite(value))
+    }
+    return tree | {"cv": best.cv, "iterations": len(best.times_us)}
+
+
+def _refuse_other(before: Metadata, now: Metadata, folder: Path) -> None:
+    """Refuse to mix two measurements in one folder."""
+    old = before.settings | {"backend": before.software["backend"]}
+    new = now.settings | {"backend": now.software["backend"]}
+    for name in ("collectives", "ranks", "layout", "network", "backend"):
+        if old[name] != new[name]:
+            what = f"{name}={old[name]}"
+            if name == "collectives":
+                field = next(k for k in new[name] if old[name].get(k) != new[name][k])
+                what = f"collectives.{field}={old[name].get(field)}"
+            raise UserError(
+                f"{folder} holds another measurement ({what}); name another folder with --out, or remove it"
+            )

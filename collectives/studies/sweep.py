@@ -1,0 +1,222 @@
+"""A sweep: every operation, group, type, reduction and size that was asked for, one case after the other."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from collectives.ops.exact import TYPES
+from collectives.ops.groups import Partition, partitions
+from collectives.ops.operations import OPERATIONS, Operation, counts, largest, size_of, sizes
+from collectives.ops.transfers import Case, Seat, Transfer, matrix_of
+from collectives.store.results import Row, Timing
+from collectives.studies.journal import Journal
+from collectives.timing.measure import Bench, Raw
+from collectives.timing.team import Team
+from configs.errors import UserError
+from configs.fabric import CollectivesConfig
+
+_BITWISE = ("band", "bor", "bxor")
+_FEWEST_ON_A_SWITCH = 3
+_MEMORY_SHARE = 0.8
+"""Of the free memory, that the buffers of one case may take."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Cases that differ in their size alone."""
+
+    op: Operation
+    partition: Partition
+    dtype: str
+    redop: str
+    root: int
+    counts: list[int]
+    sweep: int
+
+    def row(self, count: int, matrix: tuple[tuple[int, ...], ...] | None) -> Row:
+        """The row of one size, without times."""
+        width, ranks = TYPES[self.dtype].itemsize, self.partition.ranks
+        size = (
+            size_of(self.op, count, ranks, width) if matrix is None else largest([*map(list, matrix)]) * width
+        )
+        return Row(
+            op=self.op.name,
+            group=self.partition.kind,
+            ranks=ranks,
+            groups=len(self.partition.groups),
+            size=size,
+            count=count,
+            dtype=self.dtype,
+            redop=self.redop,
+            root=self.root,
+            sweep=self.sweep,
+        )
+
+
+def series(settings: CollectivesConfig, nodes: list[int], layout: dict[str, int]) -> list[Series]:
+    """Everything that a sweep goes through, in its order; a pass of the whole after the other.
+
+    Raises:
+        UserError: for what can't be measured, before anything is.
+    """
+    found = []
+    for sweep in range(settings.passes):
+        for kind in settings.groups:
+            for partition in partitions(kind, nodes, layout):
+                for name in settings.ops:
+                    found += list(_of_operation(settings, partition, OPERATIONS[name], sweep))
+    if not found:
+        raise UserError(
+            f"no size from {settings.min_size} to {settings.max_size} bytes has 16 bytes for each rank; raise "
+            "collectives.max_size (-e)"
+        )
+    return found
+
+
+def _of_operation(
+    settings: CollectivesConfig, partition: Partition, op: Operation, sweep: int
+) -> Iterator[Series]:
+    if op.rooted and settings.root >= partition.ranks:
+        raise UserError(
+            f"collectives.root={settings.root} is not in a group of {partition.ranks} ranks; set it from 0 to "
+            f"{partition.ranks - 1}"
+        )
+    root = settings.root if op.rooted else -1
+    for dtype in settings.dtypes if op.name != "barrier" else ("int8",):
+        swept = sizes(settings.min_size, settings.max_size, settings.step_factor, settings.step_size)
+        found = counts(op, swept, partition.ranks, dtype)
+        for redop in settings.reductions if op.reduces else ("none",):
+            _refuse(redop, dtype, partition.ranks)
+            if found:
+                yield Series(op, partition, dtype, redop, root, found, sweep)
+
+
+def _refuse(redop: str, dtype: str, ranks: int) -> None:
+    whole = not TYPES[dtype].is_floating_point
+    if redop in _BITWISE and not whole:
+        raise UserError(
+            f"collectives.reductions={redop} takes whole numbers, not {dtype}; use int8, uint8, int32 or int64"
+        )
+    if redop == "avg" and whole:
+        raise UserError(
+            f"collectives.reductions=avg takes half, bfloat16, float or double, not {dtype}; use sum"
+        )
+    if redop == "avg" and ranks & (ranks - 1):
+        raise UserError(
+            f"collectives.reductions=avg over {ranks} ranks has no exact value to check; use a power of two, or sum"
+        )
+
+
+class Sweep:
+    """Runs the cases on one rank; every rank goes through the same ones."""
+
+    def __init__(self, bench: Bench, journal: Journal, layout: dict[str, int]) -> None:
+        self._bench, self._team, self._journal = bench, bench.team, journal
+        self._settings = bench.settings
+        self._series = series(self._settings, self._team.nodes, layout)
+        self._multicast = _multicast(self._team)
+
+    @property
+    def cases(self) -> int:
+        """Rows in all."""
+        return sum(len(one.counts) for one in self._series)
+
+    def run(self, done: frozenset[tuple[str | int, ...]]) -> None:
+        """Measure what isn't done."""
+        for one in self._series:
+            seat = self._team.seat(one.partition)
+            for count in one.counts:
+                case = self._case(one, count, in_place=True)
+                row = one.row(count, case.matrix)
+                if row.key in done:
+                    continue
+                row = self._measured(one, row, case, seat)
+                self._journal.row(replace(row, time=time.time()))
+                if row.note:
+                    break  # larger sizes need more memory still
+
+    def _case(self, one: Series, count: int, in_place: bool) -> Case:
+        dtype = TYPES[one.dtype]
+        matrix = matrix_of(one.op.name, count, dtype, one.partition.ranks, self._settings.spread)
+        return Case(one.op.name, count, dtype, one.redop, one.root, in_place, matrix)
+
+    def _measured(self, one: Series, row: Row, case: Case, seat: Seat | None) -> Row:
+        for placement in self._settings.placements:
+            in_place = placement == "in_place"
+            if in_place and not one.op.in_place:
+                continue
+            if one.op.name == "barrier" and not in_place and "in_place" in self._settings.placements:
+                continue  # it has no buffers, and so one placement
+            placed = replace(case, in_place=in_place)
+            transfer, refusal = self._allocate(placed, seat)
+            if refusal:
+                return replace(row, note=refusal)
+            timing = self._timed(one, row.size, transfer, seat)
+            row = replace(row, in_place=timing) if in_place else replace(row, out_of_place=timing)
+            del transfer
+        return row
+
+    def _allocate(self, case: Case, seat: Seat | None) -> tuple[Transfer | None, str]:
+        """The buffers, or why not all ranks have them."""
+        transfer, refusal = None, ""
+        if seat is not None:
+            refusal = self._too_large(Transfer.bytes_needed(case, seat.size, case.dtype.itemsize))
+            if not refusal:
+                try:
+                    transfer = Transfer(case, seat)
+                except (
+                    MemoryError,
+                    RuntimeError,
+                ) as error:  # torch's own out-of-memory errors are RuntimeErrors
+                    refusal = f"rank {self._team.rank.rank}: {str(error).splitlines()[0]}"
+        refusal = next((told for told in self._team.share(refusal) if told), "")
+        return (None, f"out of memory, {refusal}; larger sizes are left out") if refusal else (transfer, "")
+
+    def _too_large(self, needed: int) -> str:
+        """Why the buffers won't fit; a CPU's allocation never fails, it kills a process later."""
+        rank, device = self._team.rank, self._team.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            here = sum(
+                member["machine"] == self._team.members[rank.rank]["machine"] for member in self._team.members
+            )
+            free = psutil.virtual_memory().available // here
+        if needed <= free * _MEMORY_SHARE:
+            return ""
+        return f"rank {rank.rank}: {needed / 2**30:.3g} GiB of buffers, {free / 2**30:.3g} GiB free for it"
+
+    def _timed(self, one: Series, size: int, transfer: Transfer | None, seat: Seat | None) -> Timing | None:
+        barrier = seat.group if seat is not None else self._team.control
+        raw = self._bench.time(transfer.call if transfer is not None else None, barrier)
+        wrong = self._check(one, transfer, raw) if self._settings.check else None
+        if raw is None:
+            return None
+        timing = raw.timing(one.op, size, one.partition.ranks, self._settings.confidence, self._multicast)
+        return replace(timing, wrong=wrong)
+
+    def _check(self, one: Series, transfer: Transfer | None, raw: Raw | None) -> int | None:
+        if one.op.name == "barrier":
+            known = raw is not None and raw.comparable and self._team.one_machine
+            return raw.left_early() if known and raw is not None else None
+        return self._team.total(transfer.check() if transfer is not None else 0)
+
+
+def _multicast(team: Team) -> bool:
+    """Whether the devices hang on a switch that multiplies and reduces: NVLink SHARP, from Hopper on.
+
+    NCCL uses it among three devices or more, unless it is told not to.
+    """
+    if team.device.type != "cuda" or torch.version.hip is not None or not dist.is_nccl_available():
+        return False
+    if len(team.nodes) < _FEWEST_ON_A_SWITCH or os.environ.get("NCCL_NVLS_ENABLE") == "0":
+        return False
+    return torch.cuda.get_device_capability(team.device) >= (9, 0) and len(set(team.nodes)) == 1

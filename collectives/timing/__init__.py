@@ -1,0 +1,1 @@
+"""How it is timed: clocks, statistics, ranks in step."""

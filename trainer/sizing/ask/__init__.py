@@ -1,0 +1,1 @@
+"""Questions that people type, and their answers as text."""

@@ -1,0 +1,300 @@
+"""What `size` says of one model on one device: counts, time, lint, suggestions, each number a figure to ask about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from configs.compose import choices, compose
+from configs.errors import UserError
+from configs.profile import DeviceProfile, known, load
+from configs.schema import RunConfig
+from trainer.sizing.ask import catalogue
+from trainer.sizing.figures import Figure, exact
+from trainer.sizing.lint.check import lint
+from trainer.sizing.lint.findings import Finding
+from trainer.sizing.lint.suggest import Suggestion, suggest
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model import flops, parameters
+from trainer.sizing.model.job import Job
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import auto, runnable
+from trainer.sizing.time import step
+from trainer.sizing.time.price import Price, Prices
+
+ASSUMED = {"data.sequence": "4096", "train.micro_batch": "4"}
+"""What pre-training usually has, where nothing else is typed: the demo's values would say little about a large model."""
+CATALOGUE = "catalogue"
+"""Asks for published rates where a measured profile is there."""
+CONVENTION = (
+    "matrices without biases, one weight a channel for norms; balancing biases and residual gates not counted"
+)
+
+
+def configured(
+    overrides: Sequence[str], file: Path | None = None, gpus: int | None = None
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """The configuration to size, and what was assumed. With `gpus`, and nothing said of the layout, it is searched.
+
+    Raises:
+        UserError: for what `compose` refuses, and where model or hardware isn't named.
+    """
+    typed = {override.partition("=")[0] for override in overrides}
+    if file is None:
+        for group in ("model", "hardware"):
+            if group not in typed:
+                raise UserError(f"{group}= is missing; type {group}= one of {', '.join(choices(group))}")
+    assumed = [] if file is not None else [f"{k}={v}" for k, v in ASSUMED.items() if k not in typed]
+    if gpus and file is None and not any(name.partition(".")[0] == "parallel" for name in typed):
+        assumed.append("parallel=auto")
+    return compose([*assumed, *overrides], file), tuple(assumed)
+
+
+def job_of(config: RunConfig, gpus: int | None = None) -> tuple[Job, tuple[str, ...]]:
+    """The job that a configuration describes, and why its layout is as it is where the planner chose it.
+
+    `gpus` are what open axes are searched on; where all but dp are set, they set dp.
+
+    Raises:
+        UserError: where the GPUs don't divide into the layout, or no layout fits.
+    """
+    p, hardware = config.parallel, config.hardware
+    node = hardware.devices_per_node or gpus or 1
+    if p.open and gpus:
+        full, rest = divmod(gpus, node)
+        chosen = auto.choose(config, (node,) * full + ((rest,) if rest else ()))
+        why = [f"{c.field}={c.value}: {c.reason}" for c in chosen.choices]
+        return chosen.job or auto.job_of(config, chosen.layout, node), (*why, *chosen.notes)
+    sizes = {"pp": p.pp or 1, "cp": p.cp or 1, "ep": p.ep or 1, "etp": p.etp or 1, "tp": p.tp or 1}
+    others = sizes["tp"] * sizes["pp"] * sizes["cp"]
+    if gpus is not None and gpus % others:
+        near = max(1, gpus // others) * others
+        raise UserError(f"--gpus {gpus} is not a multiple of tp*pp*cp={others}; type --gpus {near}")
+    groups, inner = sizes["ep"] * sizes["etp"], sizes["cp"] * sizes["tp"]
+    dp = p.dp or (gpus // others if gpus else groups // math.gcd(groups, inner))
+    if gpus is not None and dp * others != gpus:
+        raise UserError(f"--gpus {gpus} is not dp*tp*pp*cp={dp * others}; leave out --gpus or parallel.dp")
+    if (dp * inner) % groups:
+        raise UserError(
+            f"parallel.ep*etp={groups} does not divide dp*cp*tp={dp * inner}; type another --gpus or parallel.ep"
+        )
+    if config.train.global_batch is None and sizes["pp"] > 1:
+        # One micro-batch would leave all stages but one idle.
+        batch = config.train.micro_batch * dp * runnable.FILLING * sizes["pp"]
+        config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
+    return auto.job_of(config, Layout(dp=dp, **sizes), node), ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model on one device."""
+
+    config: RunConfig
+    job: Job
+    prices: Prices
+    assumed: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
+    """Why the layout is as it is, where the planner chose it."""
+    wanted: bool = False
+    """Whether suggestions are asked for."""
+
+    def fits(self, job: Job) -> bool | None:
+        """Whether a job fits into the device's memory; None where that is unknown."""
+        return memory.fits(job, self.prices.hardware)
+
+    @cached_property
+    def price(self) -> Price | None:
+        """Of a micro-batch; None where the device's rates are unknown."""
+        return self.prices.of(self.job)
+
+    @cached_property
+    def why_not(self) -> str:
+        """Why there is no price."""
+        return self.prices.why_not(self.job.precision)
+
+    @property
+    def basis(self) -> str:
+        """What the rates are from."""
+        profile = self.prices.rates.device
+        if profile is None:
+            return "catalogue (published peaks and best matmuls)"
+        return f"profile {profile.name}, measured on {profile.conditions.get('device', 'a device')} " + str(
+            profile.conditions.get("started", "")
+        )
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """Broken rules, the costliest first."""
+        return lint(self.job, self.prices, self.fits)
+
+    @cached_property
+    def suggestions(self) -> list[Suggestion]:
+        """Better shapes, where they are asked for."""
+        return suggest(self.job, self.prices) if self.wanted else []
+
+    @cached_property
+    def counts(self) -> dict[str, Figure]:
+        """Parameters by part, and FLOPs of a token."""
+        found = {}
+        for name, value in parameters.count(self.job.model).to_json().items():
+            found[name] = exact(f"parameters.{name}", value, "1", f"{_counted(name)}; {CONVENTION}")
+        per_token = flops.train_flops_per_token(self.job.model, self.job.sequence)
+        how = f"{flops.NUMERATOR}, at {self.job.sequence} tokens a sample"
+        found["flops_per_token"] = exact("flops.token", per_token, "FLOP", how)
+        return found
+
+    @cached_property
+    def speed(self) -> dict[str, Figure]:
+        """Time of a micro-batch, rate and MFU; empty where rates are unknown."""
+        time = self.prices.figure(self.job)
+        if time is None or self.price is None:
+            return {}
+        work = exact("flops.micro_batch", self.price.flops, "FLOP", f"flops.token x {self.price.tokens} tokens / tp",
+                     (self.counts["flops_per_token"],))  # fmt: skip
+        rate = _over("speed.rate", work, time, 1e-12, "TFLOP/s", "model FLOPs over the micro-batch's time")
+        found = {"time": time, "rate": rate}
+        hardware = self.prices.hardware
+        peak = hardware.peak_tflops.get(self.job.precision)
+        if peak is not None:
+            source = catalogue.provenance(hardware, f"peak_tflops.{self.job.precision}")
+            top = exact(f"hardware.peak_tflops.{self.job.precision}", peak, "TFLOP/s", source)
+            how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
+            found["mfu"] = _over("speed.mfu", rate, top, 100, "%", how)
+        return found
+
+    @cached_property
+    def step(self) -> dict[str, Figure]:
+        """Time of a whole step, throughput and MFU; empty where a rate is unknown, and `step_unknown` says which."""
+        if self.step_unknown:
+            return {}
+        whole = step.step_time(self.job, self.prices.rates)
+        if whole is None:
+            return {}
+        found = {"step": whole, "rate": step.tokens_per_second(self.job, whole)}
+        mfu = step.mfu(self.job, self.prices.hardware, whole)
+        return found | ({"mfu": mfu} if mfu else {})
+
+    @cached_property
+    def step_unknown(self) -> str:
+        """Which rate a step's time lacks; empty where none."""
+        return self.why_not or step.why_unknown(self.job, self.prices.rates)
+
+    @cached_property
+    def memory(self) -> Figure:
+        """Of the fullest rank."""
+        return memory.peak(self.job, self.prices.hardware)
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure on the screen and what it is made from, by name."""
+        tops = [*self.counts.values(), *self.speed.values(), *self.step.values(), self.memory]
+        tops += [f for finding in self.findings if (f := finding.figure)]
+        tops += [one.figure(i) for i, one in enumerate(self.suggestions, 1)]
+        tops += _hardware_figures(self.prices)
+        return {figure.name: figure for top in tops for figure in top.walk()}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        job = self.job
+        return {
+            "model": job.model.name,
+            "hardware": self.prices.hardware.name,
+            "layout": job.layout.to_json(),
+            "sequence": job.sequence,
+            "micro_batch": job.micro_batch,
+            "precision": job.precision,
+            "assumed": list(self.assumed),
+            "rates": self.basis,
+            "unpriced": self.why_not or None,
+            "figures": {name: _plain(figure) for name, figure in self.figures().items()},
+            "lint": [_finding(finding) for finding in self.findings],
+            "suggestions": [
+                {"changes": list(s.changes), "saves_percent": s.saves, "total": s.total, "active": s.active,
+                 "granularity": s.granularity}
+                for s in self.suggestions
+            ],
+        }  # fmt: skip
+
+
+def answer(
+    overrides: Sequence[str],
+    file: Path | None = None,
+    gpus: int | None = None,
+    rates: str | None = None,
+    wanted: bool = False,
+) -> Answer:
+    """The answer for what was typed; `rates` as in `measured`.
+
+    Raises:
+        UserError: for anything wrong or missing in it.
+    """
+    config, assumed = configured(overrides, file, gpus)
+    profile = measured(config.hardware.name, rates)
+    job, why = job_of(config, gpus)
+    return Answer(config, job, Prices(config.hardware, profile), assumed, why, wanted)
+
+
+def measured(hardware: str, rates: str | None) -> DeviceProfile | None:
+    """The profile to take rates from: the one named, `catalogue` for none, or by default the device's own if there is one.
+
+    Raises:
+        UserError: where the one named isn't there.
+    """
+    if rates == CATALOGUE:
+        return None
+    return load(DeviceProfile, rates) if rates else known(DeviceProfile, hardware)
+
+
+def _counted(name: str) -> str:
+    return {
+        "total": "all weights, each stored one once, embedding and output projection in",
+        "active": "weights that one token meets, embedding table and output projection whole",
+        "total_without_embeddings": "all but embedding table and output projection",
+        "active_without_embeddings": "weights of the layers that one token meets",
+    }.get(name, f"weights of the part '{name}', all layers")
+
+
+def _over(name: str, top: Figure, bottom: Figure, factor: float, unit: str, how: str) -> Figure:
+    """A ratio, times a factor."""
+    value, low, high = top.value / bottom.value, top.low / bottom.high, top.high / bottom.low
+    return Figure(name, value * factor, unit, low * factor, high * factor, how, (top, bottom))
+
+
+def _hardware_figures(prices: Prices) -> list[Figure]:
+    """What the prices and the fit rest on, from the catalogue."""
+    hardware = prices.hardware
+    values = [
+        ("memory_gib", hardware.memory_gib, "GiB"),
+        ("memory_gbps", hardware.memory_gbps, "GB/s"),
+        ("intra_node_gbps", hardware.intra_node_gbps, "GB/s"),
+        ("inter_node_gbps", hardware.inter_node_gbps, "GB/s"),
+        *(
+            (f"achieved_tflops.{precision}", rate, "TFLOP/s")
+            for precision, rate in hardware.achieved_tflops.items()
+        ),
+    ]
+    return [
+        exact(f"hardware.{name}", value, unit, catalogue.provenance(hardware, name))
+        for name, value, unit in values
+        if value is not None
+    ]
+
+
+def _plain(figure: Figure) -> dict[str, Any]:
+    return {"value": figure.value, "unit": figure.unit, "low": figure.low, "high": figure.high}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    rule = finding.rule
+    return {
+        "rule": rule.name, "field": finding.field, "value": finding.value, "better": finding.better,
+        "cost_percent": finding.cost, "basis": finding.basis, "reason": rule.reason, "source": rule.source,
+    }  # fmt: skip
+
+
+def with_hardware(overrides: Sequence[str], name: str) -> list[str]:
+    """The same with another device."""
+    return [*(o for o in overrides if o.partition("=")[0] != "hardware"), f"hardware={name}"]

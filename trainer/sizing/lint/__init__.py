@@ -1,0 +1,1 @@
+"""Rules that a model's shape and layout should keep, and what to change."""

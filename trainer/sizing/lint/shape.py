@@ -1,0 +1,235 @@
+"""Lint checks of a model's own dims: alignment, vocabulary, heads, widths, tiles and waves, rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from trainer.sizing.lint.findings import Finding, View, around, batched, changed, check
+from trainer.sizing.lint.rules import REFERENCE_TILE, Rule, tile_count, wave_efficiency
+from trainer.sizing.model import shapes
+from trainer.sizing.model.job import Job
+
+WIDTHS = ("expert_width", "dense_width", "shared_width")
+LEAST = 0.05
+"""Costs below this percentage are none."""
+_NOTABLE = 0.01
+"""Share of the time from which a matmul is worth a word."""
+
+
+def _finding(rule: Rule, view: View, field: str, better: Job, padding: bool = False) -> Finding:
+    """A finding about one field of the model, with the better job's value."""
+    cost, how = view.cost(better, padding)
+    value = getattr(better.model, field)
+    return Finding(rule, f"model.{field}", str(getattr(view.job.model, field)), f"{field}={value}", cost, how)
+
+
+@check
+def alignment(rule: Rule, view: View) -> Iterator[Finding]:
+    """Widths, per rank, that aren't multiples; those that break the finer rule are left to it."""
+    model, layout, multiple = view.job.model, view.job.layout, rule.numbers["multiple"]
+    finest = multiple == 8
+    cuts = {"expert_width": layout.etp, "dense_width": layout.tp, "shared_width": layout.tp, "hidden": 1}
+    if not finest:
+        del cuts["hidden"]  # the rule of powers of two asks for as much
+    used = {"expert_width": model.layers > model.dense_layers, "dense_width": model.dense_layers > 0}
+    for field, cut in cuts.items():
+        value = getattr(model, field)
+        if not value or not used.get(field, True) or value % (multiple * cut) == 0:
+            continue
+        if not finest and value % (8 * cut):
+            continue
+        better = view.best([changed(view.job, **{field: v}) for v in around(value, max(64, multiple) * cut)])
+        found = _finding(rule, view, field, better)
+        if finest and field == "expert_width" and view.prices.hardware.kind == "cuda":
+            found = replace(
+                found, basis=f"{found.basis}; torch's grouped matmul refuses rows that aren't 16 bytes apart"
+            )
+        yield found
+
+
+@check
+def vocabulary(rule: Rule, view: View) -> Iterator[Finding]:
+    """A vocabulary that isn't padded."""
+    tp, vocab = view.job.layout.tp, view.job.model.vocab
+    multiple = rule.numbers["with_tp"] * tp if tp > 1 else rule.numbers["multiple"]
+    if vocab % multiple:
+        better = changed(view.job, vocab=-(-vocab // multiple) * multiple)
+        yield _finding(rule, view, "vocab", better, padding=True)
+
+
+def other_heads(job: Job, width: int) -> Job | None:
+    """The job with heads of another width, queries and keys as wide as can be, and as many query heads to one of keys.
+
+    Their number keeps as much of its factor of two (up to 8, for tensor parallelism) as changes the width by 4 % at most.
+    None where it would change by over 15 %.
+    """
+    model = job.model
+    group, exact = model.heads // model.kv_heads, model.kv_heads * model.head_dim / width
+    for even in (8, 4, 2, 1):
+        count = max(1, round(exact / even)) * even
+        off = abs(count / exact - 1)
+        if (model.kv_heads % even == 0 and off <= 0.04) or (even == 1 and off <= 0.15):
+            return changed(job, head_dim=width, heads=count * group, kv_heads=count)
+    return None
+
+
+@check
+def head_size(rule: Rule, view: View) -> Iterator[Finding]:
+    """Heads that kernels pad, or that are narrow."""
+    model, preferred = view.job.model, rule.numbers["preferred"]
+    if model.head_dim % rule.numbers["multiple"] == 0 and model.head_dim >= preferred:
+        return
+    widths = {preferred} if model.head_dim % rule.numbers["multiple"] == 0 else {64, 128}
+    jobs = [job for width in sorted(widths) if (job := other_heads(view.job, width))]
+    if model.attention == "mla" or not jobs:
+        return
+    better = view.best(jobs)
+    cost, how = view.cost(better)
+    if model.head_dim % rule.numbers["multiple"] == 0 and (cost or 0) < LEAST:
+        return
+    new = better.model
+    yield Finding(
+        rule, "model.head_dim", str(model.head_dim),
+        f"head_dim={new.head_dim} heads={new.heads} kv_heads={new.kv_heads}", cost, how,
+    )  # fmt: skip
+
+
+@check
+def width_search(rule: Rule, view: View) -> Iterator[Finding]:
+    """Widths that others near are better than."""
+    model = view.job.model
+    for field in WIDTHS:
+        value = getattr(model, field)
+        step, within = rule.numbers["step"], rule.numbers["within_percent"] / 100
+        if not value or (field == "expert_width" and model.layers == model.dense_layers):
+            continue
+        first = math.ceil(value * (1 - within) / step) * step
+        near = [v for v in range(first, math.floor(value * (1 + within)) + 1, step) if v != value]
+        if value % step or not near or (field == "dense_width" and not model.dense_layers):
+            continue
+        found = _finding(rule, view, field, view.best([changed(view.job, **{field: v}) for v in near]))
+        if found.cost is not None and found.cost >= 0.5:
+            yield found
+
+
+@check
+def power_of_two(rule: Rule, view: View) -> Iterator[Finding]:
+    """A hidden width or a number of tokens without a large power of two in it."""
+    job = view.job
+    hidden, unit = job.model.hidden, rule.numbers["hidden"] * job.layout.tp
+    if hidden % unit and hidden % 8 == 0:
+        better = view.best([changed(job, hidden=v) for v in around(hidden, unit)])
+        yield _finding(rule, view, "hidden", better)
+    unit = rule.numbers["tokens"]
+    if job.tokens % unit:
+        sizes = [s for s in around(job.sequence, unit) if abs(s - job.sequence) <= 0.15 * job.sequence]
+        if sizes:
+            better = view.best([replace(job, sequence=s) for s in sizes])
+            cost, how = view.cost(better)
+            yield Finding(
+                rule, "data.sequence", str(job.sequence), f"data.sequence={better.sequence}", cost, how
+            )
+
+
+@check
+def waves(rule: Rule, view: View) -> Iterator[Finding]:
+    """Matmuls whose last wave is mostly empty, where a width near by is better."""
+    hardware, job = view.prices.hardware, view.job
+    units, total = hardware.compute_units, view.prices.of(view.job)
+    if units is None or total is None:
+        return
+    tile = REFERENCE_TILE[hardware.kind]
+    for one in shapes.forward(job):
+        fill = wave_efficiency(one.m, one.n, tile, units, one.experts)
+        if 100 * fill >= rule.numbers["full_percent"]:
+            continue
+        now = total.matmuls[one.name]
+        widths = [n for n in range(64, 2 * one.n, 64) if 0.85 * one.n <= n <= 1.15 * one.n and n != one.n]
+        timed = [(view.prices.matmul(replace(one, n=n), job), n) for n in widths]
+        best = min(((s / n, n) for s, n in timed if s is not None), default=(math.inf, one.n))
+        saved = now - best[0] * one.n
+        cost = view.of_total(saved)
+        if cost is None or cost < 0.3:
+            continue
+        count = tile_count(one.m, one.n, tile, one.experts)
+        basis = (
+            f"{one.name}: {count} tiles of {tile[0]} x {tile[1]} fill {fill:.1%} of their waves on {units} units; "
+            f"{best[1]} columns would take {saved * 1e3:.3g} ms less for the same work"
+        )
+        yield Finding(rule, one.name, f"{one.m} x {one.n}", f"{best[1]} columns", cost, basis)
+
+
+@check
+def dies(rule: Rule, view: View) -> Iterator[Finding]:
+    """Launches that one die gets more of than others; waves stay as many, so that this is the most it can cost."""
+    hardware, total = view.prices.hardware, view.prices.of(view.job)
+    if not hardware.dies or hardware.dies < 2 or total is None:
+        return
+    tile = REFERENCE_TILE[hardware.kind]
+    for one in shapes.forward(view.job):
+        count = tile_count(one.m, one.n, tile, one.experts)
+        most = -(-count // hardware.dies)
+        cost = view.of_total(total.matmuls[one.name] * (1 - count / (most * hardware.dies)))
+        if cost is not None and cost >= LEAST:
+            basis = f"{count} tiles over {hardware.dies} dies: the fullest has {most}, the mean {count / hardware.dies:.4g}"
+            better = f"{most * hardware.dies} tiles"
+            yield Finding(
+                rule,
+                one.name,
+                f"{count} tiles",
+                better,
+                cost,
+                f"{basis}; at most, where dies are what bounds it",
+            )
+
+
+@check
+def stride(rule: Rule, view: View) -> Iterator[Finding]:
+    """Inner widths whose rows begin at the same memory channel."""
+    elements = rule.numbers["bytes"] // 2
+    inner = sorted({one.k for one in shapes.forward(view.job) if one.k % elements == 0})
+    if inner:
+        pad = rule.numbers["pad"]
+        told = ", ".join(map(str, inner[:3])) + (", ..." if len(inner) > 3 else "")
+        better = f"leading dim k+{pad}, as {inner[0] + pad}"
+        yield Finding(rule, "inner dims", told, better, None, "nobody published what it costs by shape")
+
+
+@check
+def matmul_work(rule: Rule, view: View) -> Iterator[Finding]:
+    """Matmuls with less work than the device needs."""
+    job, need, total = view.job, rule.numbers["gflop"] * 1e9, view.prices.of(view.job)
+    small = [one for one in shapes.forward(job) if one.flops < need]
+    if total is not None:  # the router and the like are small and cost nothing
+        small = [one for one in small if total.matmuls[one.name] > _NOTABLE * total.seconds]
+    if not small:
+        return
+    least = min(small, key=lambda one: one.flops)
+    saved, cost = 0.0, None
+    if total is not None:
+        for one in small:
+            times = math.ceil(need / one.flops)
+            larger = view.prices.matmul(replace(one, m=one.m * times), job)
+            saved += total.matmuls[one.name] - larger / times if larger else 0.0
+        cost = view.of_total(saved)
+    basis = f"{len(small)} matmuls below {need / 1e9:.0f} GFLOP; at as much they would take {saved * 1e3:.3g} ms less"
+    better = f"micro_batch={job.micro_batch * math.ceil(need / least.flops)}"
+    yield Finding(rule, least.name, f"{least.flops / 1e9:.3g} GFLOP", better, cost, basis)
+
+
+@check
+def rows_per_expert(rule: Rule, view: View) -> Iterator[Finding]:
+    """Experts with few rows."""
+    job, model = view.job, view.job.model
+    if model.layers == model.dense_layers or model.experts == 1:
+        return
+    rows = job.tokens * model.top_k * job.layout.ep / model.experts
+    if rows < rule.numbers["rows"]:
+        factor = math.ceil(rule.numbers["rows"] / rows)
+        better = batched(job, factor)
+        cost, how = view.cost(better)
+        yield Finding(
+            rule, "rows of an expert", f"{rows:.0f}", f"micro_batch={better.micro_batch}", cost, how
+        )

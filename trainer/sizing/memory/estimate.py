@@ -1,0 +1,303 @@
+"""Memory of a rank: what a training step needs at its fullest moment, by part, for every pipeline stage.
+
+Three sums are told apart. `allocated` is what tensors take; `reserved` is what the allocator holds for them, with holes
+and with buffers that wait for the device; the `framework` (driver, context, communicators) is outside of both. A job
+fits where all of it, but for waiting buffers, which an allocator under pressure gets back, is within the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from configs.hardware import HardwareConfig
+from trainer.sizing.figures import Figure
+from trainer.sizing.memory import activations, states
+from trainer.sizing.model.job import Job
+from trainer.sizing.time import schedule
+
+GIB = 1 << 30
+#: What the allocator holds over what tensors take, as a share of all that comes and goes within a step: least, expected,
+#: most. Calibrated on 31 runs of the published nanotron sweep (one tensor-parallel rank, before its pipeline fix): their
+#: median is 0.17, their 10th and 95th percentiles -0.04 and 0.40.
+SLACK = (0.0, 0.18, 0.40)
+#: GiB that a GPU's driver holds back (H100 80 GB: nvidia-smi shows 81,559 of 81,920 MiB) and a process's context takes.
+DRIVER, CONTEXT = 0.35, 0.5
+#: GiB of a communicator: 24 channels with buffers of 4 MiB (Simple), 4.7 MiB (LL128) and 0.5 MiB (LL), for a ring and
+#: part of a tree (NCCL's defaults). RCCL's are not on record and are taken to be equal.
+COMMUNICATOR = 0.3
+#: Launches that a CUDA stream queues before the host has to wait, and those from one tensor-parallel collective to the
+#: next: a host that runs ahead has at most 60 of them outstanding. The latter is no count but what the sweep's runs
+#: without a pipeline show, 60 buffers whatever the number of layers; half of them is expected where nothing is known.
+QUEUE, LAUNCHES = 1024, 17
+#: Whole-sequence tensors in use at once: embedding, its gradient, a row-parallel output, a column-parallel gradient.
+AT_WORK = 4
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of one rank of a stage at its fullest moment."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    """Reduction buckets, staging, and layers gathered under ZeRO-3."""
+    activations: float
+    imbalance: float
+    """More rows than the mean, on the rank with the most."""
+    routing: float
+    """Rows on their way to the experts and back."""
+    moment: str
+    """Which moment is the fullest."""
+    transient: float
+    """What that moment takes for a while."""
+    exchange: float
+    """Whole-sequence buffers of tensor and context parallelism."""
+    slack: float
+    """What the allocator holds beyond it."""
+    waiting: float
+    """Buffers that wait for the device to be done with them."""
+    framework: float
+    least_slack: float
+    most_slack: float
+    most_waiting: float
+
+    @property
+    def allocated(self) -> float:
+        """Bytes of tensors."""
+        lasting = self.weights + self.gradients + self.optimizer + self.buckets
+        return lasting + self.activations + self.imbalance + self.routing + self.transient + self.exchange
+
+    @property
+    def reserved(self) -> float:
+        """Bytes that the allocator holds: what frameworks log as their peak."""
+        return self.allocated + self.slack + self.waiting
+
+    @property
+    def needed(self) -> float:
+        """Bytes of the device that the job can't do without."""
+        return self.allocated + self.slack + self.framework
+
+    @property
+    def at_most(self) -> float:
+        """`needed`, with the most slack that was seen."""
+        return self.allocated + self.most_slack + self.framework
+
+    @property
+    def total(self) -> float:
+        """Bytes of the device."""
+        return self.reserved + self.framework
+
+
+def usage(job: Job, kind: str, stage: int, what: schedule.Stage) -> Usage:
+    """Bytes of stage number `stage`, which holds `what`, on a device driven by `kind`."""
+    held, retention = states.states(job, what), job.software.retention
+    in_flight = activations.in_flight(job, stage)
+    once = sum(
+        count * activations.kept(job, moe) for count, moe in ((what.dense, False), (what.moe, True)) if count
+    )
+    once += activations.head(job) if what.head else 0.0
+    surplus = what.moe * activations.surplus(job) if what.moe else 0.0
+    working = max((activations.working(job, moe) for moe in _kinds(what)), default=0.0)
+    late = retention.late_gradients * states.held(job, what).all
+    moments = {
+        "the loss": in_flight * once + (activations.logits(job) if what.head else 0.0),
+        "a layer's backward pass": in_flight * once + working,
+        "the end of a backward pass": max(0.0, in_flight - 1) * once + late + working,
+    }
+    moment = max(moments, key=lambda name: moments[name])
+    fullest = moments[moment]
+    kept = in_flight * once if moment != "the end of a backward pass" else max(0.0, in_flight - 1) * once
+    # On a host, pages of a buffer that nothing is written to take no memory.
+    staging = retention.staging if kind != "cpu" else 0.0
+    routing = _routing(job) if what.moe else 0.0
+    exchange, waiting = _exchange(job, what, in_flight)
+    behind = retention.host_slow and job.layout.ranks > job.node and job.layout.pp <= 2
+    extra = surplus * in_flight
+    update = states.update(job, what)
+    if update > fullest + staging + routing + exchange + extra:
+        moment, kept, fullest = "the update", 0.0, update
+        staging = routing = exchange = extra = 0.0
+    moving = fullest + extra + routing
+    holes = _holes(job, what, held.optimizer)
+    return Usage(
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        buckets=held.buckets + held.gathered + staging,
+        activations=kept,
+        imbalance=extra,
+        routing=routing,
+        moment=moment,
+        transient=fullest - kept,
+        exchange=exchange,
+        slack=SLACK[1] * moving + holes,
+        waiting=0.0 if behind else waiting / 2,
+        framework=framework(job, kind),
+        least_slack=SLACK[0] * moving,
+        most_slack=SLACK[2] * moving + holes,
+        most_waiting=waiting,
+    )
+
+
+def _kinds(stage: schedule.Stage) -> list[bool]:
+    return [moe for count, moe in ((stage.dense, False), (stage.moe, True)) if count]
+
+
+def _routing(job: Job) -> float:
+    """Rows that are sent and received, for one layer at a time."""
+    each = activations.rows(job) * job.model.hidden * activations.width(job.precision)
+    return 2 * each * job.imbalance if job.layout.ep * job.layout.etp > 1 else each
+
+
+def _exchange(job: Job, stage: schedule.Stage, in_flight: float) -> tuple[float, float]:
+    """Whole-sequence buffers at work, and those that may be outstanding beyond them."""
+    layout, software, element = job.layout, job.software, activations.width(job.precision)
+    buffers = 0.0
+    if layout.cp > 1:
+        buffers += 2 * element * job.tokens * layout.cp * activations.key_value_width(job)
+    if layout.tp == 1 or not software.sequence_parallel:
+        return buffers, 0.0
+    retention, whole = software.retention, element * job.tokens * job.model.hidden
+    buffers += whole * retention.whole_buffers
+    if not retention.deferred_frees:
+        return buffers + 2 * whole, 0.0
+    buffers += AT_WORK * whole
+    if retention.host_waits and layout.pp > 1:
+        return buffers, 0.0
+    # The host waits for the device where a gradient arrives from the next stage: until then two for each layer.
+    ahead = 4 * stage.layers if layout.pp == 1 else 2 * stage.layers * max(0.0, in_flight - 1)
+    return buffers, whole * max(0.0, min(QUEUE / LAUNCHES, ahead) - AT_WORK)
+
+
+def _holes(job: Job, stage: schedule.Stage, optimizer: float) -> float:
+    """The largest blocks of the first backward pass, copies of the logits, broken up by moments that are made after it."""
+    software = job.software
+    if not (software.retention.late_moments and stage.head):
+        return 0.0
+    share = software.moments_bytes / max(1, software.moments_bytes + software.master_bytes)
+    return min(4.0 * job.tokens * job.model.vocab / job.layout.tp, share * optimizer)
+
+
+def framework(job: Job, kind: str) -> float:
+    """Bytes outside of the allocator: driver, context and a communicator for all ranks and for each axis; none on a CPU."""
+    if kind == "cpu":
+        return 0.0
+    layout = job.layout
+    axes = (layout.pp, layout.dp * layout.cp, layout.tp, layout.ep, layout.etp, layout.ranks)
+    return (DRIVER + CONTEXT + COMMUNICATOR * sum(size > 1 for size in axes)) * GIB
+
+
+def stages(job: Job) -> tuple[schedule.Stage, ...]:
+    """The job's stages."""
+    return schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
+
+
+def worst(job: Job, kind: str) -> tuple[int, Usage]:
+    """The fullest stage and its memory. Of equal stages only the first is looked at: it has the most in flight."""
+    seen: dict[schedule.Stage, int] = {}
+    for index, stage in enumerate(stages(job)):
+        seen.setdefault(stage, index)
+    found = [(index, usage(job, kind, index, stage)) for stage, index in seen.items()]
+    return max(found, key=lambda pair: pair[1].needed)
+
+
+def capacity(hardware: HardwareConfig) -> float | None:
+    """Bytes of a device; None where it is unknown."""
+    return None if hardware.memory_gib is None else hardware.memory_gib * GIB
+
+
+def fits(job: Job, hardware: HardwareConfig) -> bool | None:
+    """Whether every stage fits; None where the device's memory is unknown."""
+    have = capacity(hardware)
+    return None if have is None else worst(job, hardware.kind)[1].needed <= have
+
+
+def reserved(job: Job, hardware: HardwareConfig, stage: int = 0) -> Figure:
+    """What the allocator of a rank of `stage` holds at most: what frameworks log, and less than the device has."""
+    used = usage(job, hardware.kind, stage, stages(job)[stage])
+    have = capacity(hardware)
+    room = used.allocated + used.most_slack + used.most_waiting if have is None else have - used.framework
+    ends = (
+        used.reserved,
+        used.allocated + used.least_slack,
+        used.allocated + used.most_slack + used.most_waiting,
+    )
+    value, low, high = (min(end, room) for end in ends)
+    how = f"tensors {used.allocated / GIB:.2f} GiB, fullest at {used.moment}, and the allocator's holes and waiting buffers"
+    return Figure(f"memory.stage{stage}.reserved", value, "bytes", low, high, how)
+
+
+def peak(job: Job, hardware: HardwareConfig) -> Figure:
+    """The fullest rank's memory with its interval, made from a figure for each stage, each made from its parts."""
+    at, _ = worst(job, hardware.kind)
+    made = []
+    for index, stage in enumerate(stages(job)):
+        made.append(_figure(f"memory.stage{index}", stage, usage(job, hardware.kind, index, stage), job))
+    top, have = made[at], capacity(hardware)
+    against = "the device's memory is unknown" if have is None else f"the device has {have / GIB:g} GiB"
+    how = f"stage {at} of {len(made)} is the fullest; {against}"
+    return Figure("memory", top.value, "bytes", top.low, top.high, how, tuple(made))
+
+
+def summary(used: Usage) -> dict[str, float]:
+    """Bytes by few components, adding up to the total."""
+    return {
+        "weights": used.weights,
+        "gradients": used.gradients,
+        "optimizer": used.optimizer,
+        "activations": used.activations + used.imbalance,
+        used.moment.removeprefix("a ").removeprefix("the "): used.transient,
+        "communication": used.routing + used.exchange + used.buckets,
+        "allocator": used.slack + used.waiting,
+        "framework": used.framework,
+    }
+
+
+_HOW = {
+    "weights": "bytes of an element x weights of the stage on one rank",
+    "gradients": "bytes of an accumulated gradient x weights",
+    "optimizer": "master weights and moments, split over replicas under ZeRO",
+    "buckets": "reduction buckets and staging of the framework, layers gathered under ZeRO-3",
+    "activations": "what layers keep of each micro-batch in flight",
+    "imbalance": "rows beyond the mean on the fullest expert rank",
+    "routing": "rows sent to experts and received, one layer at a time",
+    "transient": "what the fullest moment takes for a while",
+    "exchange": "buffers of the whole sequence for tensor and context parallelism",
+    "slack": "allocator's holes: a share of what comes and goes",
+    "waiting": "buffers that wait for the device: half of what a host that runs ahead can have outstanding",
+    "framework": "driver, context and communicators",
+}
+
+
+def _figure(name: str, stage: schedule.Stage, used: Usage, job: Job) -> Figure:
+    parts = []
+    spread = {"slack": (used.least_slack, used.most_slack), "waiting": (0.0, used.most_waiting)}
+    spread["framework"] = (0.6 * used.framework, 1.8 * used.framework)
+    for field in fields(Usage):
+        if field.name in _HOW:
+            value = getattr(used, field.name)
+            low, high = spread.get(field.name, (value, value))
+            parts.append(
+                Figure(f"{name}.{field.name}", value, "bytes", low, high, _how(field.name, stage, used, job))
+            )
+    low, high = sum(part.low for part in parts), sum(part.high for part in parts)
+    return Figure(
+        name, used.total, "bytes", low, high, f"sum of its parts; fullest at {used.moment}", tuple(parts)
+    )
+
+
+def _how(part: str, stage: schedule.Stage, used: Usage, job: Job) -> str:
+    mine, software = states.held(job, stage), job.software
+    held = f"{mine.plain:,.0f} weights + {mine.routed:,.0f} of routed experts"
+    over = states.replicas(job.layout)
+    told = {
+        "weights": f"{activations.width(job.precision)} B x ({held}), ZeRO stage {job.zero}",
+        "gradients": f"{software.gradient_bytes} B x ({held}), ZeRO stage {job.zero}",
+        "optimizer": f"{software.master_bytes}+{software.moments_bytes} B x ({held}), ZeRO stage {job.zero} over "
+        f"{over[0]} replicas, of experts {over[1]}",
+        "activations": f"{stage.dense} dense and {stage.moe} MoE layers x {job.tokens} tokens, recompute={job.recompute}",
+        "transient": used.moment,
+        "slack": f"{SLACK[1]:.0%} of what comes and goes within a step ({SLACK[0]:.0%} to {SLACK[2]:.0%})",
+    }.get(part)
+    return _HOW[part] + (f": {told}" if told else "")

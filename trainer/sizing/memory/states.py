@@ -1,0 +1,150 @@
+"""Weights, gradients and optimizer on one rank of a pipeline stage, in bytes: exact, from the layout and ZeRO alone.
+
+Three kinds of weights are split differently: attention, MLPs, shared experts and vocabulary over tp; norms and routers
+over nothing; routed experts over ep and etp. ZeRO splits the first two over dp * cp ranks, and experts over the ranks
+that hold the same ones: all but pp, divided by ep * etp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from configs.schema import ModelConfig
+from trainer.sizing.memory.activations import width
+from trainer.sizing.model import parameters
+from trainer.sizing.model.job import Job
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import schedule
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights of a stage on one of its ranks."""
+
+    plain: float
+    """Of all but routed experts."""
+    routed: float
+    other: float = 0.0
+    """Of `plain`, what is no matrix between layers: vectors, the embedding table, the output projection."""
+
+    @property
+    def all(self) -> float:
+        """All of them."""
+        return self.plain + self.routed
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of a stage on one of its ranks."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    """Reduction buckets that stay."""
+    gathered: float
+    """Layers that ZeRO-3 has gathered: the one at work and the next."""
+
+    @property
+    def all(self) -> float:
+        """Their sum."""
+        return self.weights + self.gradients + self.optimizer + self.buckets + self.gathered
+
+
+def replicas(layout: Layout) -> tuple[int, int]:
+    """Ranks that hold the same plain weights, and the same experts."""
+    plain = layout.dp * layout.cp
+    return plain, max(1, plain * layout.tp // (layout.ep * layout.etp))
+
+
+@lru_cache(maxsize=65_536)
+def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
+    """Weights of one layer on one rank."""
+    attention = parameters.attention_weights(model) / layout.tp
+    if model.attention != "mla" and model.kv_heads < layout.tp:  # ranks beyond the heads hold copies
+        each = 2 * model.hidden * model.kv_heads * model.head_dim
+        attention += each / model.kv_heads - each / layout.tp
+    norms = parameters.layer_norms(model)
+    if not moe:
+        return Held(attention + norms + parameters.mlp(model, model.dense_width) / layout.tp, 0.0, norms)
+    shared = parameters.mlp(model, model.shared_width) / layout.tp
+    routed = model.experts * parameters.mlp(model, model.expert_width) / (layout.ep * layout.etp)
+    return Held(attention + norms + shared + parameters.router_weights(model), routed, norms)
+
+
+def held(job: Job, stage: schedule.Stage) -> Held:
+    """Weights of a stage on one rank; a tied table is held by both its stages."""
+    model, layout = job.model, job.layout
+    tables = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
+    if stage.head and not stage.embedding and model.mtp_layers and not model.tie_embeddings:
+        tables += 1  # multi-token prediction looks tokens up beside the head
+    other = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
+    plain, routed = other, 0.0
+    for count, moe in ((stage.dense, False), (stage.moe, True)):
+        if count:
+            one = layer(model, layout, moe)
+            plain, routed, other = (
+                plain + count * one.plain,
+                routed + count * one.routed,
+                other + count * one.other,
+            )
+    return Held(plain, routed, other)
+
+
+def states(job: Job, stage: schedule.Stage) -> States:
+    """Bytes of a stage under the job's ZeRO stage."""
+    software, zero, mine = job.software, job.zero, held(job, stage)
+    element = width(job.precision)
+    over = replicas(job.layout)
+    shard = mine.plain / over[0] + mine.routed / over[1]
+    shared = max(over) > 1
+    gathered = reducing = 0.0
+    if shared:
+        largest = max(layer(job.model, job.layout, moe).all for moe in _kinds(stage))
+        gathered = 2 * element * largest * (zero >= 3)
+        reducing = software.retention.reduced_layers * software.reduce_bytes * largest
+    return States(
+        weights=element * (shard if zero >= 3 else mine.all),
+        gradients=software.gradient_bytes * (shard if gradients_split(job) else mine.all),
+        optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
+        buckets=software.retention.replica_buckets * (mine.all if shared else 0.0) + reducing,
+        gathered=gathered,
+    )
+
+
+def gradients_split(job: Job) -> bool:
+    """Whether no rank keeps more of the gradients than its shard between micro-batches."""
+    if job.zero_bubble:  # weight gradients are made out of order, and reduced when all are there
+        return False
+    return job.zero >= 2 or (
+        job.zero == 1 and job.software.streamed and job.micro_batches == 1 and job.layout.pp == 1
+    )
+
+
+def _optimizer(job: Job, mine: Held, over: tuple[int, int]) -> float:
+    """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
+    software = job.software
+    master = software.master_bytes
+    if software.own_master and job.precision == "fp32" and max(replicas(job.layout)) == 1:
+        master = 0
+    other = mine.other / over[0]
+    matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
+    moments = software.moments_bytes
+    of_matrices = moments if software.matrix_moments_bytes is None else software.matrix_moments_bytes
+    return (master + moments) * other + (master + of_matrices) * matrices
+
+
+def update(job: Job, stage: schedule.Stage) -> float:
+    """Bytes for a while during the optimizer step, under ZeRO."""
+    if job.zero == 0:
+        return 0.0
+    mine, over = held(job, stage), replicas(job.layout)
+    if max(over) == 1:
+        return 0.0
+    whole, own = job.software.retention.update
+    return whole * mine.all + own * (mine.plain / over[0] + mine.routed / over[1])
+
+
+def _kinds(stage: schedule.Stage) -> tuple[bool, ...]:
+    return tuple(moe for count, moe in ((stage.dense, False), (stage.moe, True)) if count) or (False,)

@@ -1,0 +1,1 @@
+"""What is computed: counts of parameters and operations, shapes, layouts."""

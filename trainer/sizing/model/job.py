@@ -1,0 +1,155 @@
+"""What is trained and how: everything that memory and time depend on besides the hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.schema import ModelConfig
+from trainer.sizing.model.layout import Layout
+
+Recompute = Literal["none", "selective", "full"]
+"""What the backward pass computes again: nothing, `Software.selective`, every layer."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a framework keeps in memory, from its code; the defaults are this trainer's model, on DeepSpeed's ZeRO."""
+
+    norm_bytes: int = 4
+    """Bytes of an element of a norm's input that is kept (this trainer's norms keep an fp32 copy)."""
+    fused_activation: bool = False
+    """One kernel makes a gated MLP's product, so that the activation's own result isn't kept."""
+    fp32_router: bool = True
+    """The router keeps an fp32 copy of its input."""
+    expert_outputs: bool = True
+    """Expert outputs are kept until the gradient of the routing weights; false: weighted before the last matmul."""
+    logit_bytes: int = 12
+    """Bytes of a logit and its copies at the fullest moment of the loss."""
+    late_gradients: int = 0
+    """Bytes of a weight's gradient that the backward pass leaves until its end, beside the accumulated one."""
+    replica_buckets: int = 0
+    """Bytes of a weight in reduction buckets that stay where there are replicas (torch's DistributedDataParallel)."""
+    staging: float = 1e9
+    """Bytes of a reduction buffer of fixed size during the backward pass (DeepSpeed: 5e8 elements of 2 bytes)."""
+    reduced_layers: int = 0
+    """Layers whose gradients are in reduction buffers at a time (FSDP2: the one at work and the one on the wire)."""
+    update: tuple[int, int] = (0, 6)
+    """Bytes for each weight, and for each weight of the own shard, that the optimizer step takes for a while under
+    ZeRO (this trainer: the shard's gradient, flattened, in both precisions)."""
+    late_moments: bool = False
+    """Moments are made after the first backward pass, out of its freed memory, and break up its largest blocks."""
+    whole_buffers: int = 2
+    """Buffers of a micro-batch that isn't split over tp, kept for gathering under sequence parallelism."""
+    deferred_frees: bool = False
+    """A tensor handed to a collective isn't reused before the device is done with it (torch's record_stream), so that a
+    host which runs ahead piles them up."""
+    host_waits: bool = False
+    """The host waits for the device at each transfer between stages and never runs ahead."""
+    host_slow: bool = False
+    """In jobs of several nodes the host takes longer than the device, and gets ahead of it only while the device waits
+    for other stages."""
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a training framework does, as its documentation and code say: facts, nothing that was fitted to a run."""
+
+    name: str = "megaray"
+    selective: Literal["attention", "feed_forward"] = "attention"
+    """What selective recomputation computes again: the attention core (Korthikanti et al. 2022), or the MLP and experts."""
+    flash_attention: bool = True
+    """Attention keeps no score matrix."""
+    sequence_parallel: bool = True
+    """Under tp, activations between the tensor-parallel regions are split over the sequence."""
+    overlap_dp: bool = False
+    """Gradients are reduced while other layers go backward; under ZeRO-3 weights are gathered ahead as well."""
+    overlap_gather: bool = False
+    """Under ZeRO-1 and 2 the updated weights are gathered while the next step's first layers compute."""
+    overlap_tp: bool = False
+    overlap_ep: bool = False
+    overlap_pp: bool = False
+    gradient_bytes: int = 4
+    """Bytes of an accumulated gradient element."""
+    reduce_bytes: int = 4
+    """Bytes of a gradient element on the wire."""
+    master_bytes: int = 4
+    """Bytes of the optimizer's own copy of a weight; 0 where there is none."""
+    own_master: bool = False
+    """Weights in fp32 that a rank shares with nobody are their own master (FSDP2 isn't used then)."""
+    streamed: bool = False
+    """Gradients of a step's only micro-batch are reduced as they are made, so that no whole gradient stays."""
+    moments_bytes: int = 8
+    """Bytes of the optimizer's moments for one weight."""
+    matrix_moments_bytes: int | None = None
+    """The same for a weight of a matrix, where the optimizer treats them apart (Muon); None: the same."""
+    orthogonal_steps: int = 0
+    """Newton-Schulz iterations on each matrix in each step, shared out over a stage's ranks (Muon)."""
+    causal_flops: bool = True
+    """The attention kernel skips the masked half."""
+    compiled: bool = False
+    """Elementwise work between the matmuls is fused."""
+    eager: bool = False
+    """All of it is torch's own kernels, one for each operation, norms and the router in fp32, and experts' results are
+    weighted by a batched matmul for each token, as in `trainer.model`."""
+    fused_projections: bool = False
+    """Queries, keys and values are one matmul, and so are gate and up of a dense layer."""
+    tuned_attention: bool = False
+    """Attention kernels are those made for the device's generation (cuDNN, FlashAttention 3), not FlashAttention 2."""
+    fused_accumulation: bool = False
+    """A weight's gradient is added to the accumulated one inside the matmul, not by a kernel of its own."""
+    fused_loss: bool = False
+    """The loss is computed without copies of the logits in fp32."""
+    dropout: bool = False
+    """Dropout after attention and MLP, and on attention scores where they are kept."""
+    split_messages: bool = False
+    """A tensor-parallel rank sends its share of a micro-batch to the next stage, which gathers it (always so where
+    activations are split over the sequence)."""
+    balanced_stages: bool = False
+    """Stages are cut by the cost of their blocks, output projection included; otherwise by their number of layers."""
+    bucket_bytes: int = 0
+    """Bytes of a gradient bucket on the wire; 0: as few as there are layers."""
+    retention: Retention = field(default_factory=Retention)
+    """What stays in memory."""
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training set-up."""
+
+    model: ModelConfig
+    layout: Layout
+    sequence: int
+    """Tokens of a sample."""
+    micro_batch: int
+    """Samples of one forward pass on a data-parallel rank."""
+    global_batch: int
+    """Samples of a step over all ranks."""
+    precision: str = "bf16"
+    """Of the matmuls: `bf16`, `fp8` or `fp32`."""
+    zero: int = 0
+    """ZeRO stage, 0 to 3: what is split over the data-parallel ranks (optimizer, gradients, weights)."""
+    recompute: Recompute = "none"
+    interleave: int = 1
+    """Model chunks of each pipeline stage (virtual pipeline size)."""
+    zero_bubble: bool = False
+    """The two chunks of a rank lie in a V, and weight gradients fill the bubble (ZB-V, arXiv 2401.10241)."""
+    imbalance: float = 1.0
+    """Rows of the most loaded expert rank over the mean."""
+    folded: bool = True
+    """Expert groups are cut out of all ranks of a stage, tensor-parallel ones among them; false: out of dp and cp only,
+    as before MoE Parallel Folding (arXiv 2504.14960), so that neighbours in one are tp * cp ranks apart."""
+    node: int = 8
+    """Ranks of a node."""
+    software: Software = field(default_factory=Software)
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of a step on one rank."""
+        return self.global_batch // (self.micro_batch * self.layout.dp)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one context-parallel rank."""
+        return self.micro_batch * self.sequence // self.layout.cp

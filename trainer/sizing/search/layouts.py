@@ -1,0 +1,264 @@
+"""The layout search: every legal set-up, pruned by memory and by a bound on its time, ranked by its predicted time.
+
+The bound is what all layers and the loss take of one micro-batch without pipeline, data parallelism and recomputation,
+which depends on few of the axes and is computed once for each; spread evenly over the stages and filled up by the
+schedule's bubble, it is the least that a set-up can take. Set-ups are looked at in the order of their bounds, until the
+next bound is above what was found. So nothing that is legal is passed over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from configs.hardware import HardwareConfig
+from trainer.sizing.memory import activations, states
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.memory.estimate import Usage
+from trainer.sizing.model.job import Job, Recompute
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import legal
+from trainer.sizing.search.legal import Task
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time import schedule
+from trainer.sizing.time.rates import Rates
+
+KEEP = 3
+"""Different layouts that are kept: the best and its runners-up."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A set-up that fits."""
+
+    job: Job
+    seconds: float
+    parts: time.Parts
+    memory: Usage
+    stage: int
+    """Its fullest stage."""
+
+    @property
+    def label(self) -> str:
+        """Its axes in words."""
+        return label(self.job)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    ranked: tuple[Candidate, ...]
+    """Best first, each of another layout."""
+    legal: int
+    """Set-ups that are legal."""
+    without_room: int
+    """Of them, too large for the device, by the states and activations of their first stage alone."""
+    priced: int
+    """Set-ups whose memory and time were worked out in full."""
+    reason: str = ""
+    """Why there is none; empty where there is."""
+
+    @property
+    def best(self) -> Candidate | None:
+        """The fastest that fits."""
+        return self.ranked[0] if self.ranked else None
+
+
+def label(job: Job) -> str:
+    """A set-up's axes and choices in words, those of size one left out."""
+    axes = " ".join(f"{axis}={size}" for axis, size in job.layout.to_json().items() if size > 1) or "one rank"
+    extra = [f"micro_batch={job.micro_batch}", f"zero={job.zero}"]
+    extra += ["zbv"] * job.zero_bubble or [f"interleave={job.interleave}"] * (job.interleave > 1)
+    extra += [f"recompute={job.recompute}"] * (job.recompute != "none")
+    return f"{axes} ({', '.join(extra)})"
+
+
+def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> Found:
+    """The fastest set-ups that fit, `keep` different layouts of them."""
+    bounds = _Bounds(task, hardware, rates)
+    open_, count, without_room = bounds.all()
+    ranked: dict[Layout, Candidate] = {}
+    priced = 0
+    for bound, layout, choice in open_:
+        worst = sorted(c.seconds for c in ranked.values())[keep - 1] if len(ranked) >= keep else math.inf
+        if bound >= worst:
+            break
+        if layout in ranked and bound >= ranked[layout].seconds:
+            continue
+        made = _candidate(legal.job(task, layout, *choice), hardware, rates)
+        priced += 1
+        if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
+            ranked[layout] = made
+    best = tuple(sorted(ranked.values(), key=lambda c: c.seconds)[:keep])
+    return Found(best, count, without_room, priced, "" if best else _why_none(task, hardware, count))
+
+
+def exhaustive(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> Found:
+    """The same by pricing every legal set-up: what `search` is compared with."""
+    ranked: dict[Layout, Candidate] = {}
+    count = 0
+    for layout in legal.layouts(task):
+        for job in legal.jobs(task, layout):
+            count += 1
+            made = _candidate(job, hardware, rates)
+            if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
+                ranked[layout] = made
+    best = tuple(sorted(ranked.values(), key=lambda c: c.seconds)[:keep])
+    return Found(best, count, 0, count, "" if best else _why_none(task, hardware, count))
+
+
+def _candidate(job: Job, hardware: HardwareConfig, rates: Rates) -> Candidate | None:
+    stage, used = memory.worst(job, hardware.kind)
+    have = memory.capacity(hardware)
+    if have is not None and used.needed > have:
+        return None
+    parts = time.parts(job, rates)
+    return None if math.isnan(parts.step) else Candidate(job, parts.step, parts, used, stage)
+
+
+def _why_none(task: Task, hardware: HardwareConfig, count: int) -> str:
+    if not count:
+        return (
+            f"no legal layout of {task.ranks} ranks: global_batch={task.global_batch} must be a multiple of dp, "
+            f"dp*cp*tp of ep*etp, and each pipeline stage needs a micro-batch and a layer"
+        )
+    have = hardware.memory_gib
+    return f"none of {count} legal set-ups of {task.ranks} ranks fits {have:g} GiB of {hardware.name}"
+
+
+Choice = tuple[int, int, int, Recompute]
+"""Micro-batch, interleave, ZeRO stage, recomputation."""
+
+
+class _Bounds:
+    """Least seconds and least memory of set-ups, from few evaluations."""
+
+    def __init__(self, task: Task, hardware: HardwareConfig, rates: Rates) -> None:
+        self.task, self.hardware, self.rates = task, hardware, rates
+        self.room = memory.capacity(hardware) or math.inf
+        self._once: dict[tuple[int, ...], tuple[float, dict[Recompute, float]]] = {}
+
+    def all(self) -> tuple[list[tuple[float, Layout, Choice]], int, int]:
+        """Set-ups that may fit, by their least seconds; how many are legal; how many don't fit."""
+        out: list[tuple[float, Layout, Choice]] = []
+        count = without_room = 0
+        recomputes = legal.recomputes(self.task)
+        folded = self.task.schedules == ("zbv",)
+        for layout in legal.layouts(self.task):
+            least, layers = _states(self.task, layout)
+            for micro_batch in legal.micro_batches(self.task, layout):
+                seconds, kept = self._layers(layout, micro_batch)
+                steps = self.task.global_batch // (layout.dp * micro_batch)
+                for interleave in legal.interleaves(self.task, layout, micro_batch):
+                    bubble = 0.0 if folded else seconds * (1 - 1 / layout.pp) / interleave
+                    bound = steps * seconds / layout.pp + bubble
+                    held = _in_flight(layout.pp, steps, 1 if folded else interleave) * layers
+                    for zero in legal.zeros(self.task, layout):
+                        for recompute in recomputes:
+                            count += 1
+                            if least(zero) + held * kept[recompute] * (1 + memory.SLACK[1]) > self.room:
+                                without_room += 1
+                            else:
+                                out.append((bound, layout, (micro_batch, interleave, zero, recompute)))
+        out.sort(key=lambda entry: entry[0])
+        return out, count, without_room
+
+    def _layers(self, layout: Layout, micro_batch: int) -> tuple[float, dict[Recompute, float]]:
+        """Seconds of one micro-batch through all layers and the loss, and bytes that its leanest layer keeps."""
+        key = (layout.tp, layout.cp, layout.ep, layout.etp, micro_batch)
+        if key not in self._once:
+            alone = replace(layout, pp=1, dp=layout.ep)
+            task = replace(self.task, global_batch=micro_batch * layout.ep)
+            job = legal.job(task, alone, micro_batch, 1, 0, "none")
+            parts = time.parts(job, self.rates)
+            seconds = (
+                parts.matmul + parts.attention + parts.memory + parts.head + parts.tp + parts.ep + parts.cp
+            )
+            model = task.model
+            kinds = [
+                moe
+                for moe, n in ((False, model.dense_layers), (True, model.layers - model.dense_layers))
+                if n
+            ]
+            kept = {
+                r: min(activations.kept(legal.job(task, alone, micro_batch, 1, 0, r), moe) for moe in kinds)
+                for r in self.task.recompute
+            }
+            self._once[key] = seconds, kept
+        return self._once[key]
+
+
+def _in_flight(pp: int, micro_batches: int, interleave: int) -> float:
+    """As `activations.in_flight` on the first stage."""
+    if interleave == 1 or pp == 1:
+        return min(pp, micro_batches)
+    return min(micro_batches * interleave, 2 * (pp - 1) + (interleave - 1) * pp + 1) / interleave
+
+
+def _states(task: Task, layout: Layout) -> tuple[Callable[[int], float], int]:
+    """Bytes of states of the first stage by ZeRO stage, and its layers."""
+    folded = task.schedules == ("zbv",)
+    first = schedule.stages(task.model, layout.pp, task.software.balanced_stages, folded)[0]
+    known: dict[int, float] = {}
+
+    def least(zero: int) -> float:
+        if zero not in known:
+            job = legal.job(task, layout, 1, 1, zero, "none")
+            known[zero] = states.states(job, first).all
+        return known[zero]
+
+    return least, first.layers
+
+
+def compare(best: Candidate, other: Candidate) -> str:
+    """What the runner-up lacks: the parts of its step that are larger, largest first."""
+    mine, theirs = vars(best.parts), vars(other.parts)
+    more = sorted(((theirs[name] - mine[name], name) for name in mine), reverse=True)
+    gap = other.seconds - best.seconds
+    if gap < 0.001 * best.seconds:
+        return f"{other.label}: {_seconds(other.seconds)}, as fast"
+    told = [
+        f"{_WORDS[name]} {_seconds(extra)} more" for extra, name in more if extra > 0.02 * max(gap, 1e-9)
+    ][:3]
+    less = [
+        f"{_WORDS[name]} {_seconds(-extra)} less"
+        for extra, name in more[::-1]
+        if extra < -0.1 * max(gap, 1e-9)
+    ]
+    return f"{other.label}: {_seconds(other.seconds)}, {gap / best.seconds:.1%} slower: " + ", ".join(
+        told + less[:1]
+    )
+
+
+_WORDS = {
+    "matmul": "matmuls",
+    "attention": "attention",
+    "memory": "memory-bound kernels",
+    "head": "output projection and loss",
+    "recompute": "recomputation",
+    "tp": "tensor-parallel exchange",
+    "ep": "expert exchange",
+    "cp": "context exchange",
+    "weights": "gathering weights",
+    "host": "host",
+    "p2p": "transfers between stages",
+    "bubble": "pipeline bubble",
+    "dp": "gradient reduction",
+    "optimizer": "optimizer",
+    "fixed": "fixed costs",
+}
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def reason(found: Found) -> str:
+    """Why the best was chosen, in one line."""
+    best = found.best
+    if best is None:
+        return found.reason
+    text = f"{_seconds(best.seconds)} a step, the fastest of {found.legal} legal set-ups that fits"
+    return f"{text} ({best.memory.needed / memory.GIB:.0f} GiB)"

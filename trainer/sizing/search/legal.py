@@ -1,0 +1,185 @@
+"""Which layouts and batches are legal for a model on a number of ranks, and which of them are worth a thought.
+
+The rules are those of `trainer.sizing.search.runnable`, experts over ep, expert groups over a stage's ranks and the
+batch over its replicas. What only costs time is left to the forecast. Hopeless on any device and left out: tensor
+parallelism beyond a node, context parallelism that leaves a rank fewer than 2,048 tokens, micro-batches of more than 16
+samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.schema import ModelConfig
+from trainer.sizing.memory import states
+from trainer.sizing.model.job import Job, Recompute, Software
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import runnable
+from trainer.sizing.search.runnable import divisors
+
+TOKENS_PER_RANK = 2048
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+INTERLEAVE = (2, 3, 4, 6, 8)
+#: Rows of the fullest expert rank over the mean, with balancing: dropless training is 8 to 20 % slower than with forced
+#: balance (Megatron-Core MoE at 128k and 16k tokens, 2026), which is a little less than its rows are uneven.
+IMBALANCE = 1.15
+Axes = tuple[str, ...]
+Schedule = Literal["1f1b", "interleaved", "zbv"]
+AXES: Axes = ("pp", "dp", "cp", "ep", "etp", "tp")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be laid out, and what is already decided."""
+
+    model: ModelConfig
+    ranks: int
+    sequence: int
+    global_batch: int
+    precision: str = "bf16"
+    node: int = 8
+    software: Software = field(default_factory=Software)
+    fixed: dict[str, int] = field(default_factory=dict)
+    """Axes that are set."""
+    micro_batch: int | None = None
+    recompute: tuple[Recompute, ...] = ("none", "selective", "full")
+    zero: tuple[int, ...] = (1, 2, 3)
+    """Stages to choose from; with a pipeline, of several, only the first is used, and none without replicas."""
+    schedules: tuple[Schedule, ...] = ("1f1b", "interleaved")
+    """Pipeline schedules to choose from; `zbv` comes alone."""
+    chunks: int | None = None
+    """Model chunks on each pipeline rank under `interleaved`; None: searched."""
+    context: str = "gather"
+    """How context parallelism is done, as `parallel.context` says."""
+    imbalance: float | None = None
+    """None: `IMBALANCE` for a mixture of experts."""
+
+    @property
+    def uneven(self) -> float:
+        """Rows of the most loaded expert rank over the mean."""
+        if self.imbalance is not None:
+            return self.imbalance
+        return IMBALANCE if self.model.experts > 1 else 1.0
+
+
+def tensor_sizes(model: ModelConfig, node: int) -> list[int]:
+    """Sizes of tp that the trainer runs and that stay in a node."""
+    return [tp for tp in runnable.tensor_sizes(model) if tp <= node]
+
+
+def context_sizes(task: Task, tp: int) -> list[int]:
+    """Sizes of cp that the trainer runs and that leave each rank enough tokens."""
+    sizes = runnable.context_sizes(task.model, task.sequence, task.context, tp)
+    return [cp for cp in sizes if cp == 1 or task.sequence // cp >= TOKENS_PER_RANK]
+
+
+def layouts(task: Task) -> Iterator[Layout]:
+    """All legal layouts of the task's ranks, with what is set."""
+    model, fixed = task.model, task.fixed
+    moe = model.experts > 1
+
+    def allowed(axis: str, sizes: list[int]) -> list[int]:
+        return [fixed[axis]] if axis in fixed else sizes
+
+    for tp in allowed("tp", tensor_sizes(model, task.node)):
+        for cp in allowed("cp", context_sizes(task, tp)):
+            if task.ranks % (tp * cp):
+                continue
+            for pp in allowed("pp", [d for d in divisors(task.ranks // (tp * cp)) if d <= model.layers]):
+                dp, rest = divmod(task.ranks, tp * cp * pp)
+                if rest or pp > model.layers or fixed.get("dp", dp) != dp:
+                    continue
+                if not _schedulable(task, Layout(pp, dp, cp, 1, 1, tp)):
+                    continue
+                for ep in allowed("ep", divisors(model.experts) if moe else [1]):
+                    if model.experts % ep:
+                        continue
+                    for etp in allowed("etp", [1, tp] if moe and tp > 1 else [1]):
+                        if (dp * cp * tp) % (ep * etp) == 0 and model.expert_width % etp == 0:
+                            yield Layout(pp, dp, cp, ep, etp, tp)
+
+
+def _schedulable(task: Task, layout: Layout) -> bool:
+    """Whether the batch divides over the replicas, and gives their pipelines what some schedule needs."""
+    if task.global_batch % (layout.dp * (task.micro_batch or 1)):
+        return False
+    return any(interleaves(task, layout, size) for size in micro_batches(task, layout))
+
+
+def micro_batches(task: Task, layout: Layout) -> list[int]:
+    """Samples of a forward pass that divide a replica's share of the batch."""
+    share = task.global_batch // layout.dp
+    sizes = MICRO_BATCHES if task.micro_batch is None else (task.micro_batch,)
+    return [size for size in sizes if share % size == 0]
+
+
+def interleaves(task: Task, layout: Layout, micro_batch: int) -> list[int]:
+    """Model chunks of each rank, one for each schedule that is legal. Where it is searched, all chunks are of one size."""
+    pp, layers, count = layout.pp, task.model.layers, task.global_batch // (layout.dp * micro_batch)
+    if pp == 1:
+        return [1] if "1f1b" in task.schedules else []
+    if task.schedules == ("zbv",):
+        return [2] if 2 * pp <= layers else []
+    found = [1] if "1f1b" in task.schedules and count >= pp else []
+    if "interleaved" in task.schedules and count % pp == 0 and count:
+        if task.chunks is None:
+            found += [v for v in INTERLEAVE if layers % (pp * v) == 0]
+        elif task.chunks > 1 and pp * task.chunks <= layers:
+            found.append(task.chunks)
+    return found
+
+
+def zeros(task: Task, layout: Layout) -> tuple[int, ...]:
+    """ZeRO stages worth trying. Without replicas there is nothing to split, and pipelines keep whole gradients."""
+    if max(states.replicas(layout)) == 1:
+        return (0,)
+    if len(task.zero) == 1:
+        return task.zero
+    return tuple(stage for stage in task.zero if layout.pp == 1 or stage <= 1) or (0,)
+
+
+def recomputes(task: Task) -> tuple[Recompute, ...]:
+    """Recomputation worth trying: fused attention keeps no scores that selective recomputation could drop."""
+    if len(task.recompute) == 1:
+        return task.recompute
+    nothing = task.software.selective == "attention" and task.software.flash_attention
+    return tuple(r for r in task.recompute if r != "selective" or not nothing)
+
+
+def jobs(task: Task, layout: Layout) -> Iterator[Job]:
+    """All set-ups of a layout."""
+    for micro_batch in micro_batches(task, layout):
+        for interleave in interleaves(task, layout, micro_batch):
+            for zero in zeros(task, layout):
+                for recompute in recomputes(task):
+                    yield job(task, layout, micro_batch, interleave, zero, recompute)
+
+
+def job(
+    task: Task, layout: Layout, micro_batch: int, interleave: int, zero: int, recompute: Recompute
+) -> Job:
+    """One set-up of the task."""
+    return Job(
+        task.model, layout, task.sequence, micro_batch, task.global_batch, task.precision, zero, recompute, interleave,
+        task.schedules == ("zbv",), imbalance=task.uneven, node=task.node, software=task.software,
+    )  # fmt: skip
+
+
+def is_legal(made: Job) -> bool:
+    """Whether a job keeps the rules of divisibility, and what is hopeless is not in it."""
+    layout, model = made.layout, made.model
+    task = Task(model, layout.ranks, made.sequence, made.global_batch)
+    stage, chunks = layout.dp * layout.cp * layout.tp, made.interleave
+    return (
+        layout.tp in tensor_sizes(model, made.node)
+        and layout.cp in context_sizes(task, layout.tp)
+        and layout.pp * chunks <= model.layers
+        and (model.experts % layout.ep == 0 if model.experts > 1 else layout.ep == 1)
+        and stage % (layout.ep * layout.etp) == 0
+        and model.expert_width % layout.etp == 0
+        and made.global_batch % (made.micro_batch * layout.dp) == 0
+        and (layout.pp == 1 or made.zero_bubble or made.micro_batches >= layout.pp)
+        and (chunks == 1 or made.zero_bubble or made.micro_batches % layout.pp == 0)
+    )

@@ -1,0 +1,1 @@
+"""Seconds of a step, from kernels and links upwards."""

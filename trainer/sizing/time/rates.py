@@ -1,0 +1,72 @@
+"""What time depends on besides the job: the device's rates, the fabric's, and the host's overheads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from configs.hardware import HardwareConfig
+from configs.profile import DeviceProfile
+from trainer.sizing.time.fabric import Fabric
+from trainer.sizing.time.matmul import Kernels
+
+#: Rate of a training step's matmuls over that of a short benchmark of the same shape (heat, power limit, neighbours on
+#: the memory bus), where the device itself wasn't profiled. A100: 0.95; the first 20 rows of vTrain's single-node table
+#: give 0.85 to 0.95, its many-node table the upper end. H100: 0.80, on the first bf16 row of each of NVIDIA's DGX Cloud
+#: 24.12 series with Megatron. Others are taken to be like H100.
+SUSTAINED = {"ampere": 0.95}
+SUSTAINED_ELSEWHERE = 0.80
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What the host takes to keep a device busy. The only numbers in a forecast that come from runs of a framework."""
+
+    launch: float = 10e-6
+    """Seconds of host time of a kernel, from one launch to the next."""
+    pass_kernels: int = 50
+    """Kernels of a layer's forward pass; its backward pass has twice as many."""
+    tp_call: float = 30e-6
+    """Seconds of host time of a tensor-parallel collective, on top of its launch."""
+    tp_rank_call: float = 0.0
+    """More of it for each rank of the group where the job spans nodes (calls that loop over ranks)."""
+    p2p_call: float = 50e-6
+    """Seconds of host time of handing a micro-batch to the next stage, or its gradient back."""
+    update_bytes: float = 36.0
+    """Bytes that the optimizer step moves for a weight. Fused AdamW: gradient, master weight and both moments read, the
+    latter three and the working copy written, and the gradient's norm."""
+    step: float = 10e-3
+    """Seconds of a step that nothing else accounts for: data, clipping, logging."""
+    source: str = "usual for eager PyTorch; none of it measured"
+
+
+@dataclass(frozen=True, eq=False)
+class Rates:
+    """Rates of one kind of device in one kind of cluster."""
+
+    hardware: HardwareConfig
+    fabric: Fabric
+    device: DeviceProfile | None = None
+    """What was measured on the device; None: the catalogue."""
+    overheads: Overheads = field(default_factory=Overheads)
+    sustained: float | None = None
+    """Rate of matmuls in training over that of a short benchmark; None: 1 with a profile, else by generation."""
+
+    @cached_property
+    def known(self) -> dict[tuple[object, ...], object]:
+        """What `trainer.sizing.time.estimate` has worked out with these rates and may meet again."""
+        return {}
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """Times of matmuls and copies."""
+        return Kernels.of(self.hardware, self.device)
+
+    @cached_property
+    def kept(self) -> float:
+        """`sustained`, or what takes its place."""
+        if self.sustained is not None:
+            return self.sustained
+        if self.device is not None:
+            return 1.0
+        return SUSTAINED.get(self.hardware.architecture or "", SUSTAINED_ELSEWHERE)

@@ -1,0 +1,113 @@
+"""How a model is cut into pipeline stages, and how long a step of them takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from configs.schema import ModelConfig
+from trainer.sizing.model import parameters
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a pipeline stage holds."""
+
+    dense: int
+    """Layers with a dense MLP."""
+    moe: int
+    embedding: bool
+    head: bool
+
+    @property
+    def layers(self) -> int:
+        """All its layers."""
+        return self.dense + self.moe
+
+
+def stages(model: ModelConfig, pp: int, balanced: bool = False, folded: bool = False) -> tuple[Stage, ...]:
+    """The stages of a model: layers spread evenly, the larger ones first; or, `balanced`, by the cost of blocks.
+
+    Balanced is what nanotron does: blocks in order, a stage is full where the cost of all blocks so far reaches its share
+    of the total; the embedding costs nothing and the output projection its weights. The projection is on the last stage:
+    no other place explains the times of the published sweep (after its pipeline fix) where fewer stages get layers.
+    Blocks of multi-token prediction stand beside the projection. `folded`: twice as many, joined in a V.
+    """
+    cut = _stages(
+        model.layers,
+        model.dense_layers,
+        pp * (1 + folded),
+        _costs(model) if balanced else None,
+        model.mtp_layers,
+    )
+    return tuple(_joined(cut[i], cut[-1 - i]) for i in range(pp)) if folded else cut
+
+
+def _joined(one: Stage, two: Stage) -> Stage:
+    return Stage(
+        one.dense + two.dense, one.moe + two.moe, one.embedding or two.embedding, one.head or two.head
+    )
+
+
+def _costs(model: ModelConfig) -> tuple[float, float, float]:
+    """Cost of a dense layer, an MoE layer and the output projection, in weights that a token is multiplied with."""
+    attention = float(parameters.attention_weights(model))
+    gates = 3 if model.gated else 2
+    dense = attention + gates * model.hidden * model.dense_width
+    moe = attention + gates * model.hidden * (model.expert_width * model.top_k + model.shared_width)
+    return dense, moe, float(model.vocab * model.hidden)
+
+
+@lru_cache(maxsize=4096)
+def _stages(
+    layers: int, dense: int, pp: int, costs: tuple[float, float, float] | None, extra_moe: int
+) -> tuple[Stage, ...]:
+    if costs is None:
+        base, extra = divmod(layers, pp)
+        cuts = [base + (i < extra) for i in range(pp)]
+    else:
+        blocks = [costs[0] if i < dense else costs[1] for i in range(layers)] + [costs[2]]
+        total, passed, at = sum(blocks), 0.0, 0
+        cuts = [0] * pp
+        for cost in blocks[:layers]:
+            passed += cost
+            cuts[at] += 1
+            # The block that fills a stage is its last one.
+            if at < pp - 1 and passed >= total * (at + 1) / pp * (1 - 1e-12):
+                at += 1
+    out, first = [], 0
+    for i, count in enumerate(cuts):
+        plain = max(0, min(dense - first, count))
+        last = i == pp - 1
+        out.append(Stage(plain, count - plain + extra_moe * last, i == 0, last))
+        first += count
+    return tuple(out)
+
+
+def span(
+    seconds: Sequence[float], micro_batches: int, interleave: int = 1, zero_bubble: bool = False
+) -> tuple[float, float]:
+    """Seconds of 1F1B over stages that take `seconds` for a micro-batch there and back, and those that are bubble.
+
+    The slowest stage works through all micro-batches; before and after, one micro-batch passes the others
+    (Narayanan et al. 2021, arXiv 2104.04473, section 2.2; interleaved: cut by the number of chunks). Where weight gradients
+    fill the bubble, a third of it is left (Qi et al. 2024, arXiv 2401.10241, table 2, equal passes).
+    """
+    slowest = max(seconds)
+    bubble = (sum(seconds) - slowest) / interleave / (3 if zero_bubble else 1)
+    return micro_batches * slowest + bubble, bubble
+
+
+@lru_cache(maxsize=4096)
+def buckets(weights: tuple[float, ...], layers: int, cap: int) -> int:
+    """Buckets that `layers` layers' gradients go in, where one is closed as soon as it holds `cap` weights or more.
+
+    `weights` are the sizes of a layer's matrices in the order of their gradients (torch's DistributedDataParallel).
+    """
+    closed, held = 0, 0.0
+    for size in weights * layers:
+        held += size
+        if held >= cap:
+            closed, held = closed + 1, 0.0
+    return closed + (held > 0)

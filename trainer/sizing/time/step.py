@@ -1,0 +1,136 @@
+"""The forecast of a training step as figures: seconds, tokens a second, MFU, each with its interval and derivation."""
+
+from __future__ import annotations
+
+import math
+
+from configs.hardware import HardwareConfig
+from trainer.sizing.figures import Figure, exact
+from trainer.sizing.model import flops
+from trainer.sizing.model.job import Job
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time import schedule
+from trainer.sizing.time.estimate import Parts
+from trainer.sizing.time.rates import Rates
+
+#: Relative uncertainty of each part, and of all of them together: what the published runs of the study miss by, rounded.
+SPREAD = {
+    "matmul": 0.12,
+    "attention": 0.30,
+    "memory": 0.30,
+    "head": 0.20,
+    "recompute": 0.15,
+    "tp": 0.35,
+    "ep": 0.50,
+    "cp": 0.50,
+    "weights": 0.40,
+    "host": 0.30,
+    "p2p": 0.50,
+    "bubble": 0.20,
+    "dp": 0.50,
+    "optimizer": 0.40,
+    "fixed": 0.50,
+}
+TOGETHER = 0.10
+_SAYS = {
+    "matmul": "matmuls of the slowest stage's layers over all micro-batches, there and back; rates: {kernels}",
+    "attention": "attention core of those layers",
+    "memory": "norms, residuals, activation functions and routing of those layers, by bytes over memory bandwidth",
+    "head": "output projection and loss",
+    "recompute": "what the backward pass computes again ({recompute})",
+    "tp": "tensor-parallel collectives that stand in the way; {fabric}",
+    "ep": "dispatch to experts and combination; {fabric}",
+    "cp": "exchange of keys and values that attention doesn't hide; {fabric}",
+    "weights": "gathers and scatters of weights under ZeRO-3 that computing doesn't hide; {fabric}",
+    "host": "what launching takes longer than computing; host overheads: {host}",
+    "p2p": "messages between stages; {fabric}",
+    "bubble": "first and last micro-batches on their way through {pp} stages, {interleave} chunks each",
+    "dp": "gradients reduced and weights gathered over {dp} replicas, as far as nothing hides it; {fabric}",
+    "optimizer": "the optimizer's traffic over memory bandwidth",
+    "fixed": "the rest of a step: data, clipping, logging",
+}
+
+
+def step_time(job: Job, rates: Rates) -> Figure | None:
+    """Seconds of a step with an interval that about four of five published runs lie in; None where a rate is unknown."""
+    parts = time.parts(job, rates)
+    return None if math.isnan(parts.step) else figure(job, rates, parts)
+
+
+def figure(job: Job, rates: Rates, parts: Parts) -> Figure:
+    """The figure of a step whose parts are known."""
+    low, high = interval(parts)
+    made = []
+    for name, value in vars(parts).items():
+        if value > 0:
+            off = SPREAD[name] * value
+            made.append(
+                Figure(f"step.{name}", value, "s", max(0.0, value - off), value + off, _how(name, job, rates))
+            )
+    how = f"sum of its parts: {job.micro_batches} micro-batches of {job.micro_batch} on {_stages(job)}"
+    return Figure("step", parts.step, "s", low, high, how, tuple(made))
+
+
+def interval(parts: Parts) -> tuple[float, float]:
+    """Least and most seconds: independent parts by the root of their squares, and what they have in common, as ratios."""
+    own = math.sqrt(sum((SPREAD[name] * value) ** 2 for name, value in vars(parts).items()))
+    ratio = 1 + math.hypot(own / parts.step, TOGETHER)
+    return parts.step / ratio, parts.step * ratio
+
+
+def why_unknown(job: Job, rates: Rates) -> str:
+    """Why there is no time, in one line; empty where there is one."""
+    if not math.isnan(time.parts(job, rates).step):
+        return ""
+    return rates.kernels.why(job.precision) or (
+        f"no time: {rates.hardware.name} has no link or network bandwidth on record for this layout"
+    )
+
+
+def tokens_per_second(job: Job, step: Figure) -> Figure:
+    """Tokens a second of the whole job."""
+    tokens = job.global_batch * job.sequence
+    how = f"{job.global_batch} samples x {job.sequence} tokens / step"
+    return Figure(
+        "tokens_per_second",
+        tokens / step.value,
+        "tokens/s",
+        tokens / step.high,
+        tokens / step.low,
+        how,
+        (step,),
+    )
+
+
+def mfu(job: Job, hardware: HardwareConfig, step: Figure) -> Figure | None:
+    """Model FLOP/s over the peak in percent, by this project's convention; None where the peak is unknown."""
+    peak = flops.peak(hardware, job.precision)
+    if peak is None:
+        return None
+    work = job.global_batch * job.sequence * flops.train_flops_per_token(job.model, job.sequence)
+    done = exact("flops.step", work, "FLOP", f"{flops.NUMERATOR}; {job.global_batch * job.sequence} tokens")
+    scale = 100 * work / (job.layout.ranks * peak)
+    how = f"flops.step / (step x {job.layout.ranks} devices x {peak / 1e12:g} TFLOP/s {job.precision})"
+    return Figure("mfu", scale / step.value, "%", scale / step.high, scale / step.low, how, (done, step))
+
+
+def _stages(job: Job) -> str:
+    cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
+    return (
+        f"{len(cut)} stages of {', '.join(str(stage.layers) for stage in cut)} layers"
+        if len(cut) > 1
+        else "one stage"
+    )
+
+
+def _how(name: str, job: Job, rates: Rates) -> str:
+    source = f"profile {rates.device.name}" if rates.device else f"catalogue of {rates.hardware.name}"
+    return _SAYS[name].format(
+        kernels=f"{source}, {rates.kept:.0%} of a short benchmark's",
+        recompute=job.recompute,
+        fabric=rates.fabric.source,
+        host=rates.overheads.source,
+        pp=job.layout.pp,
+        interleave=job.interleave,
+        dp=job.layout.dp * job.layout.cp,
+    )
