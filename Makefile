@@ -34,7 +34,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -q tests/test_architecture.py tests/test_budgets.py tests/test_knobs.py
+	$(PYTEST) -q tests/test_architecture.py tests/test_budgets.py tests/test_knobs.py tests/test_words.py tests/test_documentation.py
 
 # Plants every defect of tests/mutants alone, and wants each found by its test.
 mutants: install

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 
-from collectives.launch import Ranks, launched
-from collectives.store.results import Store
-from configs.compose import compose, dump, load
+from collectives import flags
+from collectives.launch import LocalRanks, launched, refuse_both
+from collectives.store import stream
+from collectives.store.results import ResultStore
+from collectives.store.resume import other_measurement, other_settings, settings_of
+from configs.compose import amend, compose, dump, load
 from configs.errors import USER_ERROR_EXIT, UserError, nearest
 from configs.paths import RunPaths
 from configs.rank import RankContext, die_with_parent
 from configs.schema import RunConfig
 
 PROGRAM = "python -m collectives"
+_PROGRESS_SECONDS = 10.0
+"""Between two lines of progress into a file."""
 FINDINGS_EXIT = 3
 """Exit code where all was measured and something was found slow or wrong."""
-_FLAGS = (
-    ("-b", "min_size", "BYTES", "smallest size, e.g. 8, 32M, 1G"),
-    ("-e", "max_size", "BYTES", "largest size"),
-    ("-f", "step_factor", "FACTOR", "factor from one size to the next"),
-    ("-i", "step_size", "BYTES", "bytes from one size to the next, instead of -f"),
-    ("-n", "min_iterations", "COUNT", "timed iterations at least; more follow until the mean is known"),
-    ("-w", "min_warmup", "COUNT", "untimed iterations at least"),
-    ("-o", "reductions", "NAMES", "sum, prod, max, min, avg, band, bor, bxor"),
-    ("-d", "dtypes", "NAMES", "int8, uint8, int32, int64, half, bfloat16, float, double"),
-    ("-r", "root", "RANK", "root of rooted operations"),
-    ("-c", "check", "0|1", "check every element"),
-)
-"""nccl-tests' flags that have the same meaning here, and their fields."""
 
 
 def main(arguments: list[str]) -> int:
@@ -50,9 +44,10 @@ def main(arguments: list[str]) -> int:
         print("megaray: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from collectives.timing.team import FabricLost  # loads torch
+        from collectives.studies.program import NothingMeasuredError  # loads torch
+        from collectives.timing.team import FabricLost
 
-        if isinstance(error, FabricLost):
+        if isinstance(error, FabricLost | NothingMeasuredError):
             print(f"megaray: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -68,9 +63,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options, rest = _parser().parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):
-            known = ["--ranks", "--out", "--ops", "--config", *(flag for flag, *_ in _FLAGS)]
+            known = [
+                "--ranks",
+                "--out",
+                "--ops",
+                "--config",
+                *(word for flag, name, *_ in flags.FLAGS for word in (flag, f"--{name}")),
+            ]
             raise UserError(
-                f"'{word}' is no option of `{options.name}`{nearest(word, known)}; `{PROGRAM} {options.name} --help` "
+                f"'{word}' is not an option of `{options.name}`{nearest(word, known)}; `{PROGRAM} {options.name} --help` "
                 "shows them"
             )
         options.overrides.append(word)
@@ -86,14 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(run)
     run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a measurement")
     run.add_argument("--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or 2")
-    run.add_argument("--out", type=Path, help="folder of the measurement; one that was interrupted goes on")
+    run.add_argument("--out", type=Path, help="folder of the measurement; an interrupted one is resumed")
     run.add_argument("--ops", metavar="NAMES", help="operations, with commas")
-    for flag, field, metavar, text in _FLAGS:
-        run.add_argument(flag, dest=field, metavar=metavar, help=text)
-    run.add_argument(
-        "-z", dest="blocking", choices=["0", "3"], help="3: a barrier, untimed, before each iteration"
-    )
-    run.add_argument("-G", dest="graph", choices=["0", "1"], help="1: replay a graph (GPU)")
+    flags.add(run.add_argument_group("nccl-tests' flags"))
     run.set_defaults(command=_run)
     _add_reading(commands)
     device = commands.add_parser("device", help="matmul and copy rates of one device, for sizing")
@@ -130,77 +126,138 @@ def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
-    """nccl-tests' flags as fields of the configuration."""
-    found = ["workload=collectives", *options.overrides]
-    if options.ops:
-        found.append(f"collectives.ops={options.ops}")
-    for _, field, _, _ in _FLAGS:
-        value = getattr(options, field)
-        if value is not None:
-            value = {"0": "false", "1": "true"}.get(value, value) if field == "check" else value
-            found.append(f"collectives.{field}={value}")
-    for field in ("iterations", "warmup"):
-        # As nccl-tests takes these flags: as many as are asked for, above the usual most.
-        asked, most = getattr(options, f"min_{field}") or "", {"iterations": 1000, "warmup": 200}[field]
-        if asked.isdigit() and int(asked) > most and not any(f"max_{field}" in o for o in found):
-            found.append(f"collectives.max_{field}={asked}")
-    if options.blocking:
-        found.append(f"collectives.sync={'barrier' if options.blocking == '3' else 'loop'}")
-    if options.graph:
-        found.append(f"collectives.timer={'graph' if options.graph == '1' else 'auto'}")
-    return found
+    """What was typed after `run` as fields of the configuration, nccl-tests' flags among them."""
+    ops = [f"collectives.ops={options.ops}"] if options.ops else []
+    return ["workload=collectives", *options.overrides, *ops, *flags.read(options, os.environ).overrides]
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     die_with_parent(os.environ)
-    config = load(options.config) if options.config else compose(overrides(options))
-    variables = launched(os.environ)
+    typed, words = flags.read(options, os.environ), overrides(options)
+    if options.config:
+        config = load(options.config)
+        config = amend(config, words[1:]) if words[1:] else config
+    else:
+        config = compose(words)
+    os.environ.update(typed.environment)
+    ranks = _ranks(options.ranks, typed.ranks)
+    if ranks is not None:
+        refuse_both(os.environ, ranks)
+    by = launched(os.environ) if ranks is None else None
     folder = options.out or Path(f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")
-    if variables is None:
-        return _run_here(config, options, folder)
-    os.environ.update(variables)
-    if options.out is None:
-        folder = Path("collectives-launched")  # one name on all ranks, which start at different times
-    rank = RankContext.from_environment(os.environ, folder.absolute())
-    from collectives.studies.program import (
-        main as measure,  # torch loads after the parent's death is arranged for
+    if by is None:
+        code = _run_here(config, ranks, folder.absolute())
+        return _copied(RunPaths(folder.absolute()), typed.copy, code)
+    os.environ.update(by.variables)
+    rank = RankContext.from_environment(
+        os.environ, _unused(folder.absolute()) if options.out is None else folder.absolute()
     )
+    from collectives.studies.program import (
+        main as measure,
+    )  # loads torch, after the parent's death is arranged for
 
-    return FINDINGS_EXIT if measure(config, rank, arguments=tuple(arguments)) else 0
-
-
-def _run_here(config: RunConfig, options: argparse.Namespace, folder: Path) -> int:
-    """Start ranks on this machine and wait for them."""
-    world = options.ranks if options.ranks is not None else _devices(config)
-    if world < 2:
-        raise UserError(f"--ranks={world}: one rank has nobody to talk to; type at least --ranks 2")
-    run = RunPaths(folder.absolute())
-    store = Store(run.measurement)
-    if store.metadata.exists() and store.read().ended:
-        raise UserError(f"--out={folder} holds a finished measurement; name another folder, or remove it")
-    try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        run.config.write_text(dump(config))
-    except OSError as error:
-        raise UserError(f"--out={folder} can't be written ({error.strerror}); name another folder") from None
-    ranks = Ranks.start(run, world, ["-m", "collectives", "run", "--config", str(run.config)])
-    try:
-        code, trouble = ranks.wait(fine=(0, FINDINGS_EXIT))
-    except KeyboardInterrupt:
-        ranks.end()
-        code, trouble = 130, "interrupted"
-    if trouble:
-        print(f"megaray: {'; '.join(filter(None, [trouble, _keep(store)]))}", file=sys.stderr)
+    named = options.out is not None or "MEGARAY_RUN" in os.environ
+    findings = measure(config, rank, arguments=tuple(arguments), named=named)
+    code = FINDINGS_EXIT if findings else 0
+    if rank.rank == 0:
+        code = _copied(RunPaths(Path(os.environ["MEGARAY_RUN"])), typed.copy, code)
+    if code == FINDINGS_EXIT and not by.keeps_codes:
+        # The launcher would bury these lines under a report of a crash.
+        print(
+            f"# {len(findings)} findings; `{PROGRAM} compare {os.environ['MEGARAY_RUN']}` prints them, with exit code 3"
+        )
+        return 0
     return code
 
 
-def _keep(store: Store) -> str:
+def _ranks(ranks: int | None, typed: int | None) -> int | None:
+    """Ranks to start here, by `--ranks` or by nccl-tests' `-t` and `-g`."""
+    if ranks is not None and typed is not None and ranks != typed:
+        raise UserError(
+            f"--ranks={ranks} contradicts -t times -g, which are {typed} ranks; leave one of them out"
+        )
+    return typed if ranks is None else ranks
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or one beside it: two measurements may begin within a second."""
+    number = 2
+    while folder.exists():
+        folder = folder.with_name(f"{folder.name.partition('_')[0]}_{number}")
+        number += 1
+    return folder
+
+
+def _copied(run: RunPaths, target: Path | None, code: int) -> int:
+    """Write the copy of the operation's JSON that `-J` names, where all was measured."""
+    if target is None or code not in (0, FINDINGS_EXIT):
+        return code
+    made = sorted(run.measurement.glob("*.*.json"))
+    if len(made) != 1:
+        raise UserError(
+            f"-J {target} takes one operation and group, and {run.measurement} has {len(made)} of them"
+        )
+    try:
+        target.write_text(made[0].read_text())
+    except OSError as error:
+        raise UserError(f"-J {target} can't be written ({error.strerror}); it is {made[0]}") from None
+    return code
+
+
+def _run_here(config: RunConfig, ranks: int | None, folder: Path) -> int:
+    """Start ranks on this machine and wait for them."""
+    world = ranks if ranks is not None else _devices(config)
+    if world < 2:
+        raise UserError(f"--ranks={world}: a collective needs at least two ranks; type at least --ranks 2")
+    run = RunPaths(folder)
+    store = ResultStore(run.measurement)
+    _refuse_other(store, config, world, folder)
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        if not store.metadata.exists():
+            run.config.write_text(dump(config))
+        resolved = tempfile.NamedTemporaryFile("w", suffix=".yaml")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"--out={folder} can't be written ({error.strerror}); name another folder") from None
+    with resolved:
+        resolved.write(dump(config))
+        resolved.flush()
+        started = LocalRanks.start(run, world, ["-m", "collectives", "run", "--config", resolved.name])
+        try:
+            code, trouble = started.wait(fine=(0, FINDINGS_EXIT))
+        except KeyboardInterrupt:
+            started.end()
+            code, trouble = 130, "interrupted"
+    if trouble:
+        kept = "" if code == USER_ERROR_EXIT else _keep(store)
+        print(f"megaray: {'; '.join(filter(None, [trouble, kept]))}", file=sys.stderr)
+    return code
+
+
+def _refuse_other(store: ResultStore, config: RunConfig, world: int, folder: Path) -> None:
+    """Refuse a folder with a whole or another measurement before anything is written into it.
+
+    What only the ranks know, such as hosts and versions, they compare themselves.
+    """
+    if not store.metadata.exists():
+        return
+    about, ended = store.read_metadata()
+    if ended:
+        raise UserError(f"--out={folder} holds a finished measurement; name another folder, or remove it")
+    differs = other_settings(about, settings_of(config.collectives))
+    if not differs and about.settings["ranks"] != world:
+        differs = f"ranks={about.settings['ranks']}"
+    if differs:
+        raise other_measurement(store.folder, differs)
+
+
+def _keep(store: ResultStore) -> str:
     """Make the files of what is done, and say so."""
-    rows = store.finished() if store.metadata.exists() else []
+    rows = [row for row in store.finished() if row.timings] if store.metadata.exists() else []
     if not rows:
         return ""
-    store.write()
-    return f"{len(rows)} rows are kept in {store.folder}, and the same command with this --out goes on after them"
+    stream.write(store, lambda: None)
+    return f"{len(rows)} rows are kept in {store.folder}, and the same command with this --out continues after them"
 
 
 def _devices(config: RunConfig) -> int:
@@ -218,11 +275,16 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def warn(text: str) -> None:
+    """Say what isn't an error."""
+    print(f"megaray: {text}", file=sys.stderr)
+
+
 def _compare(options: argparse.Namespace, _: list[str]) -> int:
     from collectives import commands
 
     baseline = commands.find(options.baseline) if options.baseline else None
-    findings = commands.compare(commands.find(options.measurement), baseline, options.tolerance)
+    findings = commands.compare(commands.find(options.measurement), baseline, options.tolerance, warn)
     if options.json:
         print(json.dumps([finding.to_json() for finding in findings]))
     else:
@@ -244,10 +306,19 @@ def _device(options: argparse.Namespace, _: list[str]) -> int:
 
     config = compose(["workload=collectives", *options.overrides])
 
+    last = -math.inf
+
     def progress(text: str) -> None:
+        nonlocal last
         if sys.stderr.isatty():
             print(f"\r{text:<100.100}", end="", file=sys.stderr)
+        elif time.monotonic() - last >= _PROGRESS_SECONDS:
+            last = time.monotonic()
+            print(f"# {text}", file=sys.stderr)
 
+    print(
+        f"# measuring for about {options.seconds:g} s; Ctrl-C keeps what is measured so far", file=sys.stderr
+    )
     text, agrees = commands.device(config, options.name, options.seconds, options.against, progress)
     print(text)
     return 0 if agrees else FINDINGS_EXIT

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from collectives.analysis.compare import against_baseline, against_limit, among_peers, pair_rates
-from collectives.analysis.judge import Finding
-from collectives.store.results import Results, Store
+from collectives.analysis.judge import BandwidthFinding, FindingKind
+from collectives.store.results import Results, ResultStore
 from configs import profile as profiles
 from configs.compose import compose
 from configs.errors import UserError
@@ -16,7 +17,7 @@ from configs.profile import DeviceProfile, FabricProfile
 from configs.schema import HardwareConfig, RunConfig
 
 
-def find(name: Path) -> Store:
+def find(name: Path) -> ResultStore:
     """The measurement in a folder, in a folder of `run --out`, or of a submitted run by its id.
 
     Raises:
@@ -24,10 +25,10 @@ def find(name: Path) -> Store:
     """
     for folder in (name, RunPaths(name).measurement):
         if (folder / "metadata.json").exists():
-            return Store(folder)
+            return ResultStore(folder)
     home = HomePaths(default_home())
     if not name.exists() and any(run.startswith(name.name) for run in home.run_ids()):
-        store = Store(home.existing(name.name).measurement)
+        store = ResultStore(home.existing(name.name).measurement)
         if store.metadata.exists():
             return store
     raise UserError(
@@ -36,7 +37,7 @@ def find(name: Path) -> Store:
     )
 
 
-def _rows(store: Store) -> Results:
+def _rows(store: ResultStore) -> Results:
     results = store.read()
     if not any(row.timings for row in results.rows):
         raise UserError(
@@ -49,19 +50,29 @@ def _hardware(results: Results) -> HardwareConfig:
     return compose([f"hardware={results.metadata.system['hardware']}"]).hardware
 
 
-def fit(store: Store, name: str | None, confidence: float) -> str:
+def fit(store: ResultStore, name: str | None, confidence: float) -> str:
     """Fit a sweep, write the profile, and tell it as a table."""
     from collectives.analysis import curves  # loads matplotlib
 
     if not 0.5 < confidence < 1:
-        raise UserError(f"--confidence={confidence} is no level; type one between 0.5 and 1, e.g. 0.95")
+        raise UserError(f"--confidence={confidence} is out of range; type one between 0.5 and 1, e.g. 0.95")
     results = _rows(store)
     profile = curves.profile(
         results, name or store.folder.parent.name, results.metadata.system["hardware"], confidence
     )
-    paths = [store.folder / "fabric.yaml", *([profiles.FOLDER / "fabric" / f"{name}.yaml"] if name else [])]
+    paths = [profiles.FOLDER / "fabric" / f"{name}.yaml"] if name else []
     _save(profile, paths)
-    return "\n".join([*curves.table(profile), *(f"profile: {path}" for path in paths)])
+    beside = store.folder / "fabric.yaml"
+    try:
+        profiles.save(profile, beside)
+        kept = [f"profile: {beside}"]
+    except OSError as error:  # another's measurement may be read, and not written to
+        kept = (
+            []
+            if name
+            else [f"# not kept: {beside} can't be written ({error.strerror}); --name keeps it elsewhere"]
+        )
+    return "\n".join([*curves.table(profile), *kept, *(f"profile: {path}" for path in paths)])
 
 
 def _save(profile: FabricProfile | DeviceProfile, paths: list[Path]) -> None:
@@ -72,23 +83,38 @@ def _save(profile: FabricProfile | DeviceProfile, paths: list[Path]) -> None:
             raise UserError(f"can't write {path} ({error.strerror}); free it, or leave --name out") from None
 
 
-def compare(store: Store, baseline: Store | None, tolerance: float) -> list[Finding]:
-    """Findings of a sweep; those that the measurement made itself come first."""
+def compare(
+    store: ResultStore, baseline: ResultStore | None, tolerance: float, warn: Callable[[str], None]
+) -> list[BandwidthFinding]:
+    """Findings of a measurement: its own first, then those of a sweep against baseline, limit and peers."""
     if not 0 < tolerance < 1:
-        raise UserError(f"--tolerance={tolerance} is no share; type one between 0 and 1, e.g. 0.1")
+        raise UserError(f"--tolerance={tolerance} is out of range; type one between 0 and 1, e.g. 0.1")
+    own = [_finding(tree) for tree in store.kept("findings") or ()]
+    if store.read_metadata()[0].settings["collectives"]["study"] != "sweep":
+        return own
     results = _rows(store)
     slow_ratio = results.metadata.settings["collectives"]["slow_ratio"]
     found = against_limit(results, _hardware(results), slow_ratio) + among_peers(results, slow_ratio)
     if baseline is not None:
         found += against_baseline(results, _rows(baseline), tolerance)
-    store.keep("comparison", [finding.to_json() for finding in found])
-    return found
+    try:
+        store.keep("comparison", [finding.to_json() for finding in found])
+    except OSError as error:  # another's measurement may be read, and not written to
+        warn(f"not kept for `report`: {store.folder} can't be written ({error.strerror})")
+    return own + found
 
 
-def report(store: Store, baseline: Store | None) -> list[Path]:
+def _finding(tree: dict[str, Any]) -> BandwidthFinding:
+    """A finding that `BandwidthFinding.to_json` wrote."""
+    return BandwidthFinding(
+        FindingKind(tree["kind"]), tree["what"], tuple(tree["hosts"]), tuple(tree["ranks"]), tree["ratio"], tree["evidence"]
+    )  # fmt: skip
+
+
+def report(store: ResultStore, baseline: ResultStore | None) -> list[Path]:
     """Write plots and the page; their paths."""
     from collectives.analysis import curves
-    from collectives.analysis.judge import Direction, Endpoint, Probes
+    from collectives.analysis.probes import Direction, Endpoint, Probes
     from collectives.report import write as reporting
 
     results = store.read()
@@ -104,14 +130,22 @@ def report(store: Store, baseline: Store | None) -> list[Path]:
         pairs = Probes(probes["size"], tuple(endpoints), tuple(directions)).rates()
     layers = [layer for layer in store.kept("moe") or () if layer["routing"].startswith("curve ")]
     even = min(layers, key=lambda layer: layer["imbalance"])["sequential_us"] if layers else 1.0
-    return reporting.write(
-        store,
-        fits=fits,
-        findings=[*(store.kept("findings") or ()), *(store.kept("comparison") or ())],
-        baseline=baseline.read() if baseline else None,
-        pairs=pairs,
-        curves=[(layer["imbalance"], layer["sequential_us"] / even, layer["imbalance"]) for layer in layers],
-    )
+    try:
+        return reporting.write(
+            store,
+            fits=fits,
+            findings=[*(store.kept("findings") or ()), *(store.kept("comparison") or ())],
+            baseline=baseline.read() if baseline else None,
+            pairs=pairs,
+            curves=[
+                (layer["imbalance"], layer["sequential_us"] / even, layer["imbalance"]) for layer in layers
+            ],
+        )
+    except OSError as error:
+        raise UserError(
+            f"can't write the report into {store.folder} ({error.strerror}); copy the measurement to a folder that you may "
+            "write, and name that"
+        ) from None
 
 
 def device(

@@ -23,49 +23,78 @@ _GRACE = 5.0
 _ERROR = re.compile(r"megaray: |[\w.]*(Error|Exception|Interrupt): ")
 _LAUNCHERS = (
     (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "Open MPI",
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
-"""Rank, world, local rank and local world as Open MPI, Slurm and MPICH say them."""
+    ("srun", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")),
+    ("MPICH", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
+)  # fmt: skip
+"""Rank, world, local rank and local world as launchers set them. Slurm's are those of a step: a batch script has a rank
+and a number of tasks too, though nobody started it as one of several."""
 
 
-def launched(env: Mapping[str, str]) -> dict[str, str] | None:
-    """torchrun's variables where this process is a rank that a launcher started; None where it is none.
+@dataclass(frozen=True)
+class Launched:
+    """How this process came to be one of several ranks."""
+
+    by: str
+    """The launcher's name; empty where another start of ours set the variables, or nobody says who."""
+    variables: dict[str, str]
+    """torchrun's variables that aren't set yet."""
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the launcher hands an exit code on; others print any but 0 as a crash, and hide which it was."""
+        return self.by in ("", "srun")
+
+
+def launched(env: Mapping[str, str]) -> Launched | None:
+    """What started this process as a rank; None where nothing did.
 
     Raises:
         UserError: where the launcher says too little.
     """
     if "RANK" in env:
-        return {}
-    for names in _LAUNCHERS:
+        return Launched("torchrun" if "TORCHELASTIC_RUN_ID" in env else "", {})
+    for name, names in _LAUNCHERS:
         if names[0] not in env or int(env.get(names[1], "1")) < 2:
             continue
-        missing = [name for name in (names[2], "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        missing = [variable for variable in (names[2], "MASTER_ADDR", "MASTER_PORT") if variable not in env]
         if missing:
             raise UserError(
                 f"{names[0]}={env[names[0]]} is set, {', '.join(missing)} not; export MASTER_ADDR=<host of rank 0> and "
                 "MASTER_PORT=29500 before srun or mpirun"
             )
-        rank, world, local = (env[name] for name in names[:3])
-        width = env.get(names[3], world)
-        return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": width}
+        rank, world, local = (env[variable] for variable in names[:3])
+        width = re.match(r"\d+", env.get(names[3], world))  # Slurm's is a list such as 8(x4)
+        variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local}
+        return Launched(name, variables | {"LOCAL_WORLD_SIZE": width[0] if width else world})
     return None
 
 
+def refuse_both(env: Mapping[str, str], ranks: int) -> None:
+    """Refuse `--ranks` in a process that a launcher started as one of several.
+
+    Raises:
+        UserError: where one did.
+    """
+    for name, size in (("torchrun", "WORLD_SIZE"), *((name, names[1]) for name, names in _LAUNCHERS)):
+        if int(env.get(size) or 1) > 1 and (name != "torchrun" or "RANK" in env):
+            raise UserError(
+                f"--ranks={ranks} inside {name}, which has started {env[size]} ranks itself; leave --ranks (-g, -t) out, "
+                f"or type the command without {name}"
+            )
+
+
 @dataclass
-class Ranks:
+class LocalRanks:
     """Ranks on this machine, as child processes that end with this one."""
 
     run: RunPaths
     processes: list[subprocess.Popen[bytes]]
 
     @classmethod
-    def start(cls, run: RunPaths, world: int, program: list[str]) -> Ranks:
+    def start(cls, run: RunPaths, world: int, program: list[str]) -> LocalRanks:
         """Start `world` ranks of `program`; rank 0 prints here, the others into their logs."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -138,7 +167,7 @@ class Ranks:
 
 
 def _last_words(log: Path) -> str:
-    """The last line that names an error, else the last one: some errors go on for lines of advice."""
+    """The last line that names an error, else the last one: some errors are followed by lines of advice."""
     rows = [row.strip() for row in log.read_text(errors="replace").splitlines() if row.strip()]
     errors = [row for row in rows if _ERROR.match(row)]
     return (errors or rows or [""])[-1]

@@ -1,1 +1,1 @@
-"""The configuration schema, its presets, and what crosses rooms. Imports nothing of ours."""
+"""The configuration schema, its presets, and what crosses packages. Imports nothing of ours."""

@@ -1,8 +1,8 @@
 """From presets, a user's file and overrides to one validated `RunConfig`.
 
-Hydra chooses and merges the group files (`model=demo`), nothing else: no working directory, no logging, no
-`hydra.main`. Values (`train.steps=200`) are set here, since Hydra's override grammar refuses globs, commas and
-URLs that are not quoted. Later wins: presets, experiment, the user's file, the command line.
+Hydra composes experiments, nothing else: no working directory, no logging, no `hydra.main`. Values (`train.steps=200`)
+are set here, since Hydra's override grammar refuses globs, commas and URLs that are not quoted. Later wins: presets,
+experiment, the user's file, the command line.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from configs import wording
 from configs.errors import UserError, nearest
+from configs.hugging_face.read import is_path, looks_like_one, model_section
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 
@@ -48,11 +49,13 @@ def compose(overrides: Sequence[str], file: Path | None = None) -> RunConfig:
     Raises:
         UserError: for the first unknown key, preset or unreadable file, or all invalid values, in one line.
     """
-    chosen: dict[str, str] = {}
+    chosen: dict[str, str | Tree] = {}
     tree: Tree = {}
     known = groups()
     if file is not None:
         tree = _read(file)
+        if looks_like_one(tree):
+            tree = {"model": model_section(file)}
         for group in [name for name, value in tree.items() if name in known and isinstance(value, str)]:
             chosen[group] = _choice(group, tree.pop(group))
         _check_keys(tree, file)
@@ -85,7 +88,7 @@ def amend(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     tree = config.model_dump(mode="json")
     timeouts = tree["resilience"]["timeouts"]
     derived = Timeouts(patience=timeouts["patience"]).model_dump()
-    known, values, chosen = groups(), list[tuple[str, str]](), dict[str, str]()
+    known, values, chosen = groups(), list[tuple[str, str]](), dict[str, str | Tree]()
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -134,25 +137,48 @@ def validated(tree: Tree) -> RunConfig:
         raise UserError(wording.explain(error)) from None
 
 
-def _presets(chosen: dict[str, str]) -> Tree:
-    """The tree that Hydra composes of the chosen presets."""
-    # Imported here: nothing but composition needs Hydra, and ranks only `load`.
+def _presets(chosen: dict[str, str | Tree]) -> Tree:
+    """The tree of the chosen presets, with sections that were read from elsewhere in their place.
+
+    Without an experiment it is one file for each group, side by side; an experiment, which overrides other groups' choices,
+    is Hydra's to compose. Hydra takes half a `plan`'s time, so it is loaded for experiments alone.
+    """
+    if "experiment" in chosen:
+        return _composed(chosen)
+    root = _read(ROOT / "config.yaml")
+    tree: Tree = {}
+    for entry in root.pop("defaults"):
+        for group, preset in entry.items() if isinstance(entry, dict) else ():
+            taken = chosen.get(group, preset)
+            if taken is not None:
+                tree[group] = _read(ROOT / group / f"{taken}.yaml") if isinstance(taken, str) else taken
+    return tree | root
+
+
+def _composed(chosen: dict[str, str | Tree]) -> Tree:
+    """The same by Hydra."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
+    words = [f"{group}={name}" for group, name in chosen.items() if isinstance(name, str)]
     with initialize_config_dir(config_dir=str(ROOT), version_base="1.3"):
-        tree = hydra_compose("config", [f"{group}={name}" for group, name in chosen.items()])
+        tree = hydra_compose("config", words)
     plain = OmegaConf.to_container(tree, resolve=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    read = {group: value for group, value in chosen.items() if not isinstance(value, str)}
+    return {str(key): value for key, value in plain.items()} | read
 
 
-def _choice(group: str, name: str) -> str:
+def _choice(group: str, name: str) -> str | Tree:
+    """A preset's name, or the section that a model's `config.json` gives."""
+    if group == "model" and is_path(name):
+        return model_section(Path(name).expanduser())
     known = choices(group)
     if name not in known:
+        more = ", or the path of a Hugging Face config.json" if group == "model" else ""
         raise UserError(
-            f"{group}={name} is not a preset{nearest(name, known)}; use one of {', '.join(known)}"
+            f"{group}={name} is not a preset{nearest(name, known)}; use one of {', '.join(known)}{more}"
         )
     return name
 
@@ -239,7 +265,7 @@ def _assign(tree: Tree, path: str, text: str) -> None:
 
 
 def _value(path: str, text: str) -> Any:
-    """Text as the schema wants it: as typed, but `null`, and YAML where the field is no plain scalar."""
+    """Text as the schema wants it: as typed, but `null`, and YAML where the field is not a plain scalar."""
     if text in ("null", "None", "~"):
         return None
     if not wording.is_structured(path):

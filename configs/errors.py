@@ -13,7 +13,7 @@ STOPPED_EXIT = 143
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: the field, the value, why, and what to type instead.
+    """A mistake of the user's, reported in one line: the field, the value, why, and what to type instead.
 
     Commands print it without a traceback and exit with `USER_ERROR_EXIT`.
     """

@@ -7,16 +7,18 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.section import AsWords, Bytes, Fraction, NonNegative, Positive, Section
-from configs.versions import Versions
 
 Op = Literal[
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "all_to_allv", "broadcast", "reduce", "gather",
     "scatter", "sendrecv", "barrier",
 ]  # fmt: skip
-Dtype = Literal["int8", "uint8", "int32", "int64", "half", "bfloat16", "float", "double"]
+Dtype = Literal[
+    "int8", "uint8", "int32", "int64", "half", "bfloat16", "float", "double", "f8e4m3", "f8e5m2"
+]  # fmt: skip
 Redop = Literal["sum", "prod", "max", "min", "avg", "band", "bor", "bxor"]
 Pattern = Literal["balanced", "hot_expert", "hot_rank", "zipf", "bursty", "rotating"]
 Placement = Literal["out_of_place", "in_place"]
+Average = Literal["mean", "rank0", "min", "max"]
 
 
 class CollectivesConfig(Section):
@@ -35,7 +37,7 @@ class CollectivesConfig(Section):
     step_size: Bytes | None = None
     """Bytes from one size to the next (`-i`); instead of the factor."""
     dtypes: Annotated[tuple[Dtype, ...], AsWords, Field(min_length=1)] = ("float",)
-    """Element types (`-d`)."""
+    """Element types (`-d`); the two of eight bits are moved, not reduced."""
     reductions: Annotated[tuple[Redop, ...], AsWords, Field(min_length=1)] = ("sum",)
     """Reductions of the operations that reduce (`-o`); `band`, `bor` and `bxor` take integers."""
     placements: Annotated[tuple[Placement, ...], AsWords, Field(min_length=1)] = ("out_of_place", "in_place")
@@ -45,32 +47,41 @@ class CollectivesConfig(Section):
     rounds), an axis of the layout (`dp`, `ep`, `tp`, …), or nccl-tests' split: `MOD2`, `DIV8`, `AND0x7`, `OR0x1`."""
     root: NonNegative = 0
     """Root's place in its group, of rooted operations (`-r`)."""
+    every_root: bool = False
+    """Each rank of a group as root in turn (`-r all`)."""
     spread: Fraction = 1.0
     """Unevenness of `all_to_allv`: 0 the same to all peers, 1 in proportion to the distance in rank."""
     backend: Literal["auto", "nccl", "gloo", "mpi"] = "auto"
     """Library under torch.distributed; auto: nccl (RCCL under ROCm) on GPUs, gloo elsewhere."""
     timer: Literal["auto", "host", "events", "graph"] = "auto"
-    """Clock: `host` (CPU), `events` or `graph` (GPU; a replayed graph without launch cost); auto by device."""
-    sync: Literal["loop", "barrier"] = "loop"
-    """`loop`: back to back, as nccl-tests measures; `barrier`: a barrier, outside of the time, before each (`-z 3`)."""
+    """How calls are launched on a GPU: `graph`: replayed (`-G`); `events`: one by one; `host`: each waited for; auto: a
+    graph where Python's launch would show, else one by one. CPUs know `host` alone."""
+    sync: Literal["loop", "wait", "barrier"] = "loop"
+    """`loop`: back to back, as nccl-tests measures; `wait`: each is waited for (`-z 2`); `barrier`: a barrier, outside of
+    the time, before each (`-z 3`)."""
+    average: Average = "mean"
+    """Which rank's time counts: the mean over the ranks, rank 0's, the least or the most (`-a`)."""
+    unalign: NonNegative = 0
+    """Elements by which buffers begin off their alignment (`-u`)."""
     min_warmup: NonNegative = 5
-    """Untimed iterations at least (`-w`); more follow until the times are steady."""
+    """Untimed iterations at least (`-w`, of which 0 means none at all); more follow until the times are steady."""
     max_warmup: NonNegative = 200
     """Untimed iterations at most."""
-    min_iterations: Annotated[int, Field(ge=5)] = 20
-    """Timed iterations at least (`-n`)."""
-    max_iterations: Annotated[int, Field(ge=5)] = 1000
+    min_iterations: Positive = 20
+    """Timed iterations at least (`-n`), and in one burst or graph on a GPU."""
+    max_iterations: Positive = 1000
     """Timed iterations at most."""
     precision: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Half-width of the mean's confidence interval, over the mean, at which timing stops."""
+    """Half-width of the mean's confidence interval, over the mean, to plan for: how many calls are timed is decided from
+    the scatter in the warm-up, before the first is timed."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of that interval."""
     seconds_per_size: Annotated[float, Field(gt=0)] = 10.0
-    """Time after which a size is left as it is, short of its precision."""
+    """Time to plan for one size, even where its precision needs more."""
     passes: Positive = 1
     """Times that the whole sweep is gone through, so that slow drift shows as spread."""
-    check: bool = True
-    """Compare every element with its exact expected value, in a pass that isn't timed (`-c`)."""
+    check: NonNegative = 1
+    """Times that every element is compared with its exact value, in calls that aren't timed (`-c`); 0: never."""
     seed: NonNegative = 1
     """Seed of generated routing and of the order of rounds."""
     patterns: Annotated[tuple[Pattern, ...], AsWords, Field(min_length=1)] = (
@@ -105,6 +116,11 @@ class CollectivesConfig(Section):
                     f"collectives.{high}={getattr(self, high)} is below collectives.{low}={getattr(self, low)}; "
                     f"set collectives.{high} to at least {getattr(self, low)}"
                 )
+        if self.timer == "graph" and self.sync != "loop":
+            raise ValueError(
+                f"collectives.timer=graph (-G) excludes collectives.sync={self.sync} (-z): a graph can't wait between its "
+                "calls; leave one of them out"
+            )
         if any(value < 1 for value in self.imbalances):
             raise ValueError(
                 f"collectives.imbalances={','.join(map(str, self.imbalances))} goes below 1, the even load; "
@@ -132,10 +148,18 @@ class LibrarySetting(Section):
     @field_validator("versions")
     @classmethod
     def _range(cls, value: str, info: ValidationInfo) -> str:
+        # Imported here: it takes 10 ms, which `plan` only spends on a preset that has settings.
+        from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
         try:
-            Versions.parse(value)
-        except ValueError as error:
-            raise ValueError(f"network.settings: versions of {info.data.get('variable')}: {error}") from None
+            bounds = len(SpecifierSet(value))
+        except InvalidSpecifier:
+            bounds = 0
+        if not bounds:
+            raise ValueError(
+                f"network.settings: versions of {info.data.get('variable')}: '{value}' is not a range of versions; "
+                "type e.g. '>=2.18' or '>=2.12,<2.28'"
+            )
         return value
 
 

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from packaging.specifiers import SpecifierSet
+
 from configs.fabric import LibrarySetting, NetworkConfig
-from configs.versions import Version, Versions
+
+Version = tuple[int, ...]
 
 Kind = Literal["cpu", "cuda", "rocm"]
 
@@ -60,11 +63,11 @@ def _obstacle(setting: LibrarySetting, kind: Kind, version: Version | None) -> s
     reader = _LIBRARY[kind] if setting.library == "both" else setting.library
     if reader not in (_LIBRARY[kind], "ofi"):
         return f"read by {_NAMES[reader]}, and {kind} has {_NAMES[_LIBRARY[kind]]}"
-    versions = Versions.parse(setting.versions)
-    if versions.everything:
+    if setting.versions == ">=0":
         return None
     if version is None or reader == "ofi":  # the plug-in doesn't tell its version to Python
         return f"needs {_NAMES[reader]} {setting.versions}, and its version is unknown"
-    if version not in versions:
-        return f"needs {_NAMES[reader]} {setting.versions}, and this is {'.'.join(map(str, version))}"
+    here = ".".join(map(str, version))
+    if here not in SpecifierSet(setting.versions):
+        return f"needs {_NAMES[reader]} {setting.versions}, and this is {here}"
     return None

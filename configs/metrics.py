@@ -90,7 +90,7 @@ class SavedLine:
     bytes: int
     """Over all ranks."""
     seconds: float
-    """From the call to the commit; training went on meanwhile."""
+    """From the call to the commit; training continued meanwhile."""
     held: float = 0.0
     """Seconds that training stood still for it, the slowest rank's."""
     tier: str = "store"
@@ -101,7 +101,7 @@ class SavedLine:
 
 @dataclass(frozen=True)
 class SaveFailedLine:
-    """A save was not committed, or was left out; training went on."""
+    """A save was not committed, or was left out; training continued."""
 
     kind: ClassVar[str] = "save_failed"
     time: float
@@ -169,7 +169,7 @@ class FindingLine:
     time: float
     attempt: int
     finding: dict[str, Any]
-    """As `collectives.analysis.judge.Finding` writes itself."""
+    """As `collectives.analysis.judge.BandwidthFinding` writes itself."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ _KINDS: dict[str, type[MetricLine]] = {
 class MetricWriter:
     """Appends metric lines to one file, each whole before the next.
 
-    Where the file takes nothing for a while, as on a full disk, lines wait in memory and training goes on.
+    Where the file takes nothing for a while, as on a full disk, lines wait in memory and training continues.
     """
 
     def __init__(self, path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from configs.section import Fraction, NonNegative, Positive, Section
+from configs.section import AsWords, Fraction, NonNegative, Positive, Section
 
 
 def _norm_kind(value: Any) -> Any:
@@ -138,6 +138,8 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2*layers)."""
     router: RouterConfig = RouterConfig()
     """Routing and balancing."""
+    left_out: Annotated[tuple[str, ...], AsWords] = ()
+    """What the `config.json` that the model was read from has besides; the plan and `size` name it. Empty for presets."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

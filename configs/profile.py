@@ -47,7 +47,7 @@ class Segment(Section):
         return self.latency_us + (size / self.gbps / 1e3 if self.gbps else 0.0)
 
 
-class Line(Protocol):
+class CurveSegment(Protocol):
     """Time over a region of sizes."""
 
     @property
@@ -62,7 +62,7 @@ class Line(Protocol):
         """Microseconds of `size` bytes."""
 
 
-def piecewise_us(lines: Sequence[Line], size: float) -> float:
+def piecewise_us(lines: Sequence[CurveSegment], size: float) -> float:
     """Microseconds of `size` bytes: by its line, or on a straight line in log-log space between the ends of two."""
     before = lines[0]
     for line in lines:
@@ -76,7 +76,7 @@ def piecewise_us(lines: Sequence[Line], size: float) -> float:
     return before.time_us(size)
 
 
-class Curve(Section):
+class CollectiveCurve(Section):
     """Time over size of one operation in one kind of group: the median iteration's."""
 
     op: str
@@ -115,9 +115,9 @@ class FabricProfile(Section):
     """Preset name of the devices."""
     conditions: dict[str, Any]
     """System, software, settings and method of the measurement."""
-    curves: tuple[Curve, ...]
+    curves: tuple[CollectiveCurve, ...]
 
-    def find(self, op: str, ranks: int, nodes: int) -> Curve | None:
+    def find(self, op: str, ranks: int, nodes: int) -> CollectiveCurve | None:
         """The curve of an operation for groups of `ranks` over `nodes`; None where that wasn't measured."""
         found = (c for c in self.curves if (c.op, c.ranks, c.nodes) == (op, ranks, nodes))
         return next(found, None)

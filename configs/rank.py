@@ -1,4 +1,4 @@
-"""What a rank is told when it starts: the contract between a gang and the program it runs."""
+"""What a rank is given when it starts: the contract between a gang and the program it runs."""
 
 from __future__ import annotations
 

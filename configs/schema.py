@@ -39,7 +39,7 @@ class ClusterConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The layout: ranks = pp * dp * cp * tp, and ep * etp divides dp * cp * tp: expert groups are cut out of a stage's
+    """The layout: ranks = pp * dp * cp * tp, and ep * etp divides dp * cp * tp: expert groups divide a stage's
     ranks. An axis of null is open: the planner's search sets it by memory and predicted step time."""
 
     dp: Positive | None = None
@@ -81,7 +81,7 @@ class ResilienceConfig(Section):
     backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
     """Wait before the second restart without progress; the first doesn't wait, each further one waits twice as long."""
     shrink_after: Annotated[float, Field(ge=0)] | None = 60.0
-    """Seconds that a run waits for lost nodes before it goes on in a smaller layout until they are back; None: for ever."""
+    """Seconds that a run waits for lost nodes before it continues in a smaller layout until they return; None: forever."""
     wall_hours: Annotated[float, Field(gt=0)] | None = None
     """Longest time that the ranks may run, over all attempts; the run saves and stops then. None: no limit."""
     timeouts: Timeouts = Timeouts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -14,11 +15,11 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def _bytes(value: Any) -> Any:
-    """`4M` as 4194304, in powers of 1024 as nccl-tests reads sizes; anything else as it is."""
+    """`4M` and `1.5M` in bytes, in powers of 1024 as nccl-tests reads sizes; anything else as it is."""
     if isinstance(value, str):
-        text = value.strip().upper().removesuffix("B").removesuffix("I")
-        if text[-1:] in _UNITS and text[:-1].isdigit():
-            return int(text[:-1]) * _UNITS[text[-1]]
+        parts = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT])(?:I?B)?", value.strip().upper(), re.ASCII)
+        if parts:
+            return int(float(parts[1]) * _UNITS[parts[2]])
     return value
 
 

@@ -30,7 +30,7 @@ FACTORS: dict[str, float] = {
 ORDER: list[tuple[str, str, str]] = [
     ("heartbeat", "agent", "an agent must be missed for several polls before it counts as lost"),
     ("agent", "node", "an agent is asked again before its node is given up"),
-    ("node", "hang", "a lost node must be told from a hung rank, so it is found first"),
+    ("node", "hang", "a lost node must be distinguished from a hung rank, so it is found first"),
     ("hang", "collective", "the hang detector must name the culprit before the collective gives up"),
     (
         "stop",

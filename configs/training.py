@@ -178,4 +178,4 @@ class CheckpointConfig(Section):
     """Steps between snapshots in the memory of the ranks' nodes and of other nodes, which the next attempt reads before
     storage; None: none."""
     max_failed: Positive = 3
-    """Failed saves in a row that open an incident; training goes on."""
+    """Failed saves in a row that open an incident; training continues."""

@@ -62,17 +62,20 @@ def example(path: str) -> str:
 def unknown(path: str) -> str:
     """That no such field exists, with the nearest one that does."""
     names = list(_schema())
-    close = nearest(path, names)
+    section, _, field = path.rpartition(".")
+    siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == section]
+    # The section's own name says nothing about the field: 'model.moe_every' isn't near 'model.router'.
+    close = nearest(field, siblings).replace("'", f"'{section}." if section else "'", 1)
+    if not close and not section:
+        close = nearest(path, names)
     if not close:  # the right name in the wrong section, or without its section
-        last = path.rpartition(".")[2]
-        close = next((f" (did you mean '{name}'?)" for name in names if name.rpartition(".")[2] == last), "")
-    if not close and (last_close := _near_leaf(path, names)):
+        close = next((f" (did you mean '{name}'?)" for name in names if name.rpartition(".")[2] == field), "")
+    if not close and not is_section(section) and (last_close := _near_leaf(path, names)):
         close = f" (did you mean '{last_close}'?)"
-    section = path.split(".")[0]
     if close:
         advice = "use a field that exists"
-    elif is_section(section):
-        advice = f"{section} has {fields(section)}"
+    elif is_section(path.split(".")[0]):
+        advice = f"{path.split('.')[0]} has {fields(path.split('.')[0])}"
     else:
         advice = (
             f"the sections are {', '.join(name for name in names if is_section(name) and '.' not in name)}"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 
 _RECORDS = 20_000
 _ROUNDS = 5
@@ -30,7 +30,7 @@ def main() -> None:
     """Measure both in turn and write the ratio."""
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(Path(folder, "ring"), rank=0)
-        ring = _nanoseconds(lambda step: recorder.begin(Phase.FORWARD, step))
+        ring = _nanoseconds(lambda step: recorder.begin(RankPhase.FORWARD, step))
         recorder.close()
         with Path(folder, "lines").open("a") as file:
 

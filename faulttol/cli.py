@@ -71,14 +71,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """What was typed.
 
     Raises:
-        UserError: for a word that is no command or option.
+        UserError: for a word that is not a command or option.
     """
     if arguments[:1] == ["bench"]:  # it has a parser of its own
         return argparse.Namespace(command="bench", rest=list(arguments[1:]))
     parser, made = _parser()
     first = next((word for word in arguments if not word.startswith("-")), None)
     if first is not None and first not in made:
-        raise UserError(f"'{first}' is no command{nearest(first, made)}; use one of {', '.join(made)}")
+        raise UserError(f"'{first}' is not a command{nearest(first, made)}; use one of {', '.join(made)}")
     options, rest = parser.parse_known_args(list(arguments))
     if hasattr(options, "overrides"):  # may stand behind options
         options.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
@@ -211,7 +211,7 @@ def _add_converting(add: _Add) -> None:
     importing = add("import", "make a checkpoint of another program's files")
     importing.add_argument("path", metavar="PATH", help="folder of the files")
     importing.add_argument(
-        "overrides", nargs="*", metavar="field=value", help="model and optimizer that training goes on with"
+        "overrides", nargs="*", metavar="field=value", help="model and optimizer that training continues with"
     )
     importing.add_argument(
         "--from",
@@ -262,7 +262,7 @@ def _bytes(text: str) -> int:
     unit = word[-1:] if word[-1:].isalpha() else ""
     number = word.removesuffix(unit)
     if unit not in _UNITS or not number.isdecimal() or not int(number):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of bytes; type e.g. 5G")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of bytes; type e.g. 5G")
     return int(number) * _UNITS[unit]
 
 

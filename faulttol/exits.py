@@ -48,10 +48,10 @@ _MAY_BLAME = (*_OF_PEERS, "RuntimeError", "DistError", "DistBackendError")
 """Errors whose words are looked at: an error of the operating system or of the program is the rank's own."""
 
 
-HEARD = "all ranks were told of this by the one that met it"
+HEARD = "all ranks learned of this from the one that met it"
 """Note on an error that ranks raise alike, because one of them met it."""
 _MET: deque[str] = deque(maxlen=64)
-"""Texts of the errors that this process met itself and told its peers."""
+"""Texts of the errors that this process met itself and sent to its peers."""
 
 
 def met(error: BaseException) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collectives.studies.program import main as measure
 from configs.rank import RankContext
 from configs.schema import RunConfig
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 
 
 def main(config: RunConfig, rank: RankContext) -> None:
@@ -23,7 +23,7 @@ def main(config: RunConfig, rank: RankContext) -> None:
         if finished:
             recorder.step(case)
         else:
-            recorder.begin(Phase.COLLECTIVE, case)
+            recorder.begin(RankPhase.COLLECTIVE, case)
 
     measure(config, rank, beat)
     recorder.close()

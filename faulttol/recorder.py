@@ -38,7 +38,7 @@ _END, _STEP = 1, 2
 """The marks as plain integers: arithmetic on an enumeration costs as much as the record."""
 
 
-class Phase(IntEnum):
+class RankPhase(IntEnum):
     """What a rank is doing."""
 
     START = 0
@@ -59,7 +59,7 @@ class Phase(IntEnum):
     """A checkpoint is looked for and loaded."""
 
 
-class Mark(IntEnum):
+class PhaseMark(IntEnum):
     """What a record says of its phase."""
 
     BEGIN = 0
@@ -76,8 +76,8 @@ class Record:
     """From 1, without gaps."""
     time: float
     """Seconds since the epoch, by the clock of the rank's node (`faulttol.steady`)."""
-    mark: Mark
-    phase: Phase
+    mark: PhaseMark
+    phase: RankPhase
     step: int
 
 
@@ -117,11 +117,11 @@ class Recorder:
         self._capacity = capacity
         self._next = 1
 
-    def begin(self, phase: Phase, step: int) -> None:
+    def begin(self, phase: RankPhase, step: int) -> None:
         """`phase` of `step` begins."""
         self._write(phase << 8 | step << _STEP_SHIFT)
 
-    def end(self, phase: Phase, step: int) -> None:
+    def end(self, phase: RankPhase, step: int) -> None:
         """`phase` of `step` has ended."""
         self._write(_END | phase << 8 | step << _STEP_SHIFT)
 
@@ -185,7 +185,7 @@ def newest(path: Path) -> Record | None:
             if header is None:
                 return None
             capacity, last = header
-            # The slot may hold a newer record than the header told, or one that is being written now.
+            # The slot may hold a newer record than the header reported, or one that is being written now.
             for sequence in range(last, max(0, last - 2), -1):
                 file.seek(_offset(sequence, capacity))
                 record = _parse(file.read(_RECORD.size))
@@ -215,5 +215,5 @@ def _parse(data: bytes) -> Record | None:
     sequence, nanoseconds, meaning, check = _RECORD.unpack(data)
     if not sequence or check != sequence ^ nanoseconds ^ meaning:
         return None
-    mark, phase = Mark(meaning & 0xFF), Phase(meaning >> 8 & 0xFF)
+    mark, phase = PhaseMark(meaning & 0xFF), RankPhase(meaning >> 8 & 0xFF)
     return Record(sequence, steady.of(nanoseconds), mark, phase, meaning >> _STEP_SHIFT)

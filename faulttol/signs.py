@@ -33,8 +33,8 @@ DEVICE = "device"
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a rank told last."""
+class LastSign:
+    """What a rank reported last."""
 
     monotonic_ns: int
     """When, by the node's clock."""
@@ -47,7 +47,7 @@ class Told:
     """Kernel's id of the thread that tells; it wakes up once a second, whatever the rank does."""
 
 
-class Teller:
+class SignWriter:
     """Tells of this process until it ends.
 
     Args:
@@ -92,8 +92,8 @@ class Teller:
         own.replace(self._path)
 
 
-def read(path: Path) -> Told | None:
-    """What a rank told last; None where it hasn't told anything."""
+def read(path: Path) -> LastSign | None:
+    """What a rank reported last; None where it hasn't reported anything."""
     try:
         tree = json.loads(path.read_bytes())
         groups = tuple(
@@ -101,7 +101,7 @@ def read(path: Path) -> Told | None:
             for name, ranks, entered, left in tree["groups"]
         )
         thread = int(tree.get("thread", 0))
-        return Told(int(tree["time_ns"]), str(tree["waits"]), bool(tree["remote"]), groups, thread)
+        return LastSign(int(tree["time_ns"]), str(tree["waits"]), bool(tree["remote"]), groups, thread)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
 

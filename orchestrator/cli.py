@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from configs.errors import USER_ERROR_EXIT, UserError, nearest
 from configs.paths import HomePaths, default_home
 from orchestrator import PROGRAM
-from orchestrator.commands.calls import Call, begun, shown, watch
+from orchestrator.commands.calls import CommandCall, begun, shown, watch
 
 _OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
 
@@ -35,7 +35,7 @@ class Command:
 
     name: str
     help: str
-    run: Callable[[Call], int]
+    run: Callable[[CommandCall], int]
     takes_overrides: bool = False
     takes_run: bool = False
     takes_node: bool = False
@@ -72,13 +72,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     names = [command.name for command in COMMANDS]
     first = next((word for word in arguments if not word.startswith("-")), None)
     if first is not None and first not in names:
-        raise UserError(f"'{first}' is no command{nearest(first, names)}; use one of {', '.join(names)}")
+        raise UserError(f"'{first}' is not a command{nearest(first, names)}; use one of {', '.join(names)}")
     options, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):
             known = [flag for flags, _ in _OPTIONS.get(options.command, []) for flag in flags]
             raise UserError(
-                f"'{word}' is no option of `{options.command}`{nearest(word, [*known, '--json', '--address'])}; "
+                f"'{word}' is not an option of `{options.command}`{nearest(word, [*known, '--json', '--address'])}; "
                 f"`{PROGRAM} {options.command} --help` shows them"
             )
         options.overrides.append(word)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command; its exit code: 0 done, 1 the run failed, 2 the user's mistake."""
     try:
         options = parse(arguments)
-        call = Call(options, HomePaths(default_home()), tuple(arguments))
+        call = CommandCall(options, HomePaths(default_home()), tuple(arguments))
         if call.address and call.address.startswith(("http://", "https://")):
             return _cluster("forward", call)
         return next(c for c in COMMANDS if c.name == options.command).run(call)
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _cluster(name: str, call: Call) -> int:
+def _cluster(name: str, call: CommandCall) -> int:
     """Call a command of the module that loads Ray."""
     # Loaded here, since reading commands must answer without Ray.
     from orchestrator.commands import cluster_commands
@@ -112,7 +112,7 @@ def _cluster(name: str, call: Call) -> int:
     return int(getattr(cluster_commands, name)(call))
 
 
-def _plan(call: Call) -> int:
+def _plan(call: CommandCall) -> int:
     from configs.compose import compose  # composition alone needs Hydra; `list` and `status` do not
     from orchestrator.commands.submission import slot_resource
     from trainer.sizing.search.planner import plan
@@ -134,7 +134,7 @@ def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
     return Capacity.of_nodes([n for n in found if n]) if any(found) else None
 
 
-def _list(call: Call) -> int:
+def _list(call: CommandCall) -> int:
     from orchestrator.commands import console
     from orchestrator.record import reading
 
@@ -151,7 +151,7 @@ def _list(call: Call) -> int:
     return 0
 
 
-def _status(call: Call) -> int:
+def _status(call: CommandCall) -> int:
     from orchestrator.commands import console
     from orchestrator.record import reading
 
@@ -162,11 +162,11 @@ def _status(call: Call) -> int:
     return 0
 
 
-def _watch(call: Call) -> int:
+def _watch(call: CommandCall) -> int:
     return watch(call, call.home.existing(call.options.run).run_id)
 
 
-def _logs(call: Call) -> int:
+def _logs(call: CommandCall) -> int:
     from orchestrator.commands import watching
 
     run = call.home.existing(call.options.run)
@@ -193,20 +193,20 @@ def _logs(call: Call) -> int:
     return 0
 
 
-def _prune(call: Call) -> int:
+def _prune(call: CommandCall) -> int:
     # Loaded here: which checkpoints are read by others needs their manifests, and other commands don't.
     from orchestrator.commands import prune
 
     return prune.prune(call)
 
 
-def _dashboard(call: Call) -> int:
+def _dashboard(call: CommandCall) -> int:
     from orchestrator.web import cli as dashboard  # aiohttp and numpy, for those who look
 
     return dashboard.run(call)
 
 
-def _incidents(call: Call) -> int:
+def _incidents(call: CommandCall) -> int:
     from orchestrator.commands import console
     from orchestrator.record import reading
 
@@ -215,7 +215,7 @@ def _incidents(call: Call) -> int:
     return 0
 
 
-def _on_cluster(name: str) -> Callable[[Call], int]:
+def _on_cluster(name: str) -> Callable[[CommandCall], int]:
     return lambda call: _cluster(name, call)
 
 
@@ -312,7 +312,7 @@ _OPTIONS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
     "logs": [
         (("--rank",), {"type": int, "default": 0, "help": "rank (default 0)"}),
         (("--attempt",), {"type": int, "help": "attempt (default the newest)"}),
-        (("--follow", "-f"), {"action": "store_true", "help": "go on until the run ends"}),
+        (("--follow", "-f"), {"action": "store_true", "help": "continue until the run ends"}),
     ],
     "up": [(("--slots",), {"type": int, "help": "ranks that may run at once (default: processors)"})],
     "down": [_YES],

@@ -15,7 +15,7 @@ from faulttol.preflight.host import versions
 from orchestrator.agent import family, orders
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.checks import Looked, NodeCheck, before_gang
-from orchestrator.agent.orders import Answer, Order
+from orchestrator.agent.orders import AttemptOrder, AttemptReport
 from orchestrator.ray_cluster import NAMESPACE
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -39,7 +39,7 @@ class AgentActor:
             time.sleep(_REAP_SECONDS)
             family.reap(self._agent.pids)
 
-    def attend(self, order: Order) -> Answer:
+    def attend(self, order: AttemptOrder) -> AttemptReport:
         """As `NodeAgent.attend`."""
         return self._agent.attend(order)
 

@@ -107,7 +107,7 @@ def dial(address: str, token: str) -> bool:
 def _accepts(address: str, token: str) -> bool:
     """Whether a Ray head answers without a token, or with this one."""
     shown = [("authorization", f"Bearer {token}")] if token else []
-    # Like Ray's own channels this one heeds no proxy. The question is the health check of `ray health-check`.
+    # Like Ray's own channels this one ignores proxies. The question is the health check of `ray health-check`.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
@@ -145,7 +145,7 @@ def connect(address: str, token_file: str = "") -> None:
             )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"--address '{address}' is no usable Ray cluster: {first}") from None
+        raise UserError(f"--address '{address}' is not a usable Ray cluster: {first}") from None
 
 
 def _authenticate(token: str) -> None:
@@ -160,7 +160,7 @@ def _authenticate(token: str) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; what is detached goes on."""
+    """Leave the cluster; what is detached continues."""
     ray.shutdown()
 
 

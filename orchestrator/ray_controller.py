@@ -133,7 +133,7 @@ class ControllerClient:
             "max_concurrency": 4,
             "resources": {"node:__internal_head__": 0.001},
         }
-        actor = ray.remote(ControllerActor).options(**options).remote(str(home.home))
+        actor: Any = ray.remote(ControllerActor).options(**options).remote(str(home.home))
         try:
             ray.get(actor.ready.remote(), timeout=timeout)
         except GetTimeoutError:

@@ -13,5 +13,5 @@ from ray.scripts import scripts
 if __name__ == "__main__":
     if hasattr(scripts, "get_ray_client_dependency_error"):
         # What Ray asks whether the client can be had at all.
-        scripts.get_ray_client_dependency_error = lambda: "left out"
+        scripts.get_ray_client_dependency_error = lambda: ImportError("left out")
     sys.exit(scripts.main())

@@ -18,7 +18,7 @@ log = logging.getLogger("megaray.runtime")
 
 _REFRESH_SECONDS = 1.0
 _STALE_SECONDS = 60.0
-"""Nodes that Ray hasn't told of for so long may not be there."""
+"""Nodes that Ray hasn't reported for so long may not be there."""
 _FIRST_SECONDS = 20.0
 _CHECK_SECONDS = 30.0
 _ANSWER_SECONDS = 20.0
@@ -40,7 +40,7 @@ class _Check:
 
 
 class RayNodes:
-    """All nodes as they were told lately. No call waits for Ray but the first, which waits for the first list."""
+    """All nodes as they were reported lately. No call waits for Ray but the first, which waits for the first list."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,7 +56,7 @@ class RayNodes:
         """Live nodes; a slot is one unit of Ray's `CPU` or `GPU`.
 
         Raises:
-            RuntimeError: where Ray hasn't told of them for long.
+            RuntimeError: where Ray hasn't reported them for long.
         """
         with self._lock:
             if self._told is None or time.monotonic() - self._told > _STALE_SECONDS:
@@ -64,7 +64,7 @@ class RayNodes:
             return [replace(node, barred=self._barred(node)) for node in self._nodes]
 
     def alive(self) -> frozenset[str] | None:
-        """Ids of the live nodes; None where Ray hasn't told of them lately."""
+        """Ids of the live nodes; None where Ray hasn't reported them lately."""
         with self._lock:
             if self._told is None or time.monotonic() - self._told > _STALE_SECONDS / 2:
                 return None

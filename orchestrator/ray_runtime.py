@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import ray_agent
 from orchestrator.agent.driver import AgentGone, Gangs
-from orchestrator.agent.orders import Answer, Order
+from orchestrator.agent.orders import AttemptOrder, AttemptReport
 from orchestrator.control.gang import GangSpec
 from orchestrator.decide.placement import Node
 from orchestrator.ray_cluster import NAMESPACE
@@ -47,10 +47,10 @@ class RayRuntime(Gangs):
         super().__init__(RayCarrier(self._pool, self._nodes))
 
     def nodes(self) -> list[Node]:
-        """All live nodes, as they were told lately; those whose check failed are barred.
+        """All live nodes, as they were reported lately; those whose check failed are barred.
 
         Raises:
-            RuntimeError: where Ray hasn't told of them for long.
+            RuntimeError: where Ray hasn't reported them for long.
         """
         return self._nodes.nodes()
 
@@ -81,9 +81,11 @@ class RayCarrier:
         """Ids of the nodes that live."""
         return self._nodes.alive()
 
-    def attend(self, spec: GangSpec, share: NodeShare, order: Order, make: bool) -> Future[Answer]:
+    def attend(
+        self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
+    ) -> Future[AttemptReport]:
         """Carry an order to a node's agent."""
-        answer: Future[Answer] = Future()
+        answer: Future[AttemptReport] = Future()
         with self._lock:
             agent = self._agents.get(share.node_id)
         if agent is not None:
@@ -93,7 +95,7 @@ class RayCarrier:
         return answer
 
     def _reach(
-        self, spec: GangSpec, share: NodeShare, order: Order, make: bool, answer: Future[Answer]
+        self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool, answer: Future[AttemptReport]
     ) -> None:
         try:
             node = share.node_id
@@ -108,7 +110,7 @@ class RayCarrier:
             self._agents[share.node_id] = agent
         self._call(agent, share.node_id, order, answer)
 
-    def _call(self, agent: Any, node_id: str, order: Order, answer: Future[Answer]) -> None:
+    def _call(self, agent: Any, node_id: str, order: AttemptOrder, answer: Future[AttemptReport]) -> None:
         try:
             call = agent.attend.remote(order).future()
         except Exception as error:  # carried to whoever asked
@@ -116,7 +118,9 @@ class RayCarrier:
             return
         call.add_done_callback(lambda done: self._told(done, agent, node_id, answer))
 
-    def _told(self, done: Future[Answer], agent: Any, node_id: str, answer: Future[Answer]) -> None:
+    def _told(
+        self, done: Future[AttemptReport], agent: Any, node_id: str, answer: Future[AttemptReport]
+    ) -> None:
         error = done.exception()
         if error is None:
             answer.set_result(done.result())
@@ -160,13 +164,13 @@ class RayCarrier:
         return {} if spec.resource == "CPU" else self._devices(spec, group)
 
     def _devices(self, spec: GangSpec, group: PlacementGroup) -> Devices | None:
-        """Which devices Ray has given to each bundle; None until all have told."""
+        """Which devices Ray has given to each bundle; None until all have reported."""
         with self._lock:
             calls = self._holders.get(spec.reservation)
         if calls is None:
             calls = []
             for index, share in enumerate(spec.shares):
-                holder = ray.remote(ray_agent.SlotHolder).options(
+                holder: Any = ray.remote(ray_agent.SlotHolder).options(
                     name=f"{spec.reservation}-slots{index:04d}", namespace=NAMESPACE, lifetime="detached",
                     get_if_exists=True, max_restarts=-1, num_cpus=0, num_gpus=float(len(share.ranks)),
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),

@@ -60,5 +60,5 @@ def ensure_sink(run_root: str) -> None:
     try:
         ray.get_actor(options["name"], namespace=NAMESPACE)
     except ValueError:
-        actor = ray.remote(SinkActor).options(**options).remote(run_root)
+        actor: Any = ray.remote(SinkActor).options(**options).remote(run_root)
         actor.work.remote()

@@ -261,7 +261,7 @@ class Network:
         self._cut.discard(index)
 
     def heal(self) -> None:
-        """Take every fault off; connections that lived through it go on."""
+        """Take every fault off; connections that lived through it continue."""
         for pair in list(self._direct):
             self._disconnect(*pair)
         while self._throttled:

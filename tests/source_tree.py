@@ -98,9 +98,9 @@ def modules(root: Path = ROOT, folders: tuple[str, ...] = ROOMS) -> tuple[Module
     return tuple(Module(root, path.relative_to(root)) for path in sorted(found))
 
 
-def write_tree(root: Path, files: dict[str, str]) -> tuple[Module, ...]:
+def write_tree(root: Path, files: dict[str, str], folders: tuple[str, ...] = ROOMS) -> tuple[Module, ...]:
     """Write a small tree to try a rule on; its modules."""
     for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
-    return modules(root)
+    return modules(root, folders)

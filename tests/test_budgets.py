@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.unit
 FILE_MOST, FILE_P90 = 500, 350
 FUNCTION_LINES, FUNCTION_ARGUMENTS = 80, 8
 IGNORES = 5
+FOLDER_MODULES = 16
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -128,9 +130,30 @@ def leftovers(tree: Sequence[Module]) -> Iterator[str]:
                 yield f"{module.path}:{line}: {text.strip()}; do it or open an issue"
 
 
+def twice_named(tree: Sequence[Module]) -> Iterator[str]:
+    """Public classes whose name another module has too, so that a search for it would find both."""
+    places: dict[str, list[str]] = {}
+    for module in tree:
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module.at(node))
+    for name, found in places.items():
+        if len(found) > 1:
+            yield f"{found[-1]}: class {name} is in {found[0]} too; choose a more precise name for one of them"
+
+
+def crowded(tree: Sequence[Module]) -> Iterator[str]:
+    """Folders of the packages with too many modules to take in at a glance."""
+    sizes = Counter(m.path.parent for m in tree if m.room in ROOMS)
+    for folder, size in sizes.items():
+        if size > FOLDER_MODULES:
+            yield f"{folder}: {size} modules; at most {FOLDER_MODULES}: divide it"
+
+
 Rule = Callable[[Sequence[Module]], Iterator[str]]
 RULES: list[Rule] = [
     long_files, long_functions, wide_functions, unannotated, undescribed, globals_, ignores, leftovers,
+    twice_named, crowded,
 ]  # fmt: skip
 
 
@@ -148,17 +171,23 @@ BAD = {
     "undescribed": {"trainer/a.py": "class A:\n    def g(self): ...\ndef h(): ...\ndef _private(): ...\n"},
     "globals_": {"trainer/a.py": "def f():\n    global x\n"},
     "ignores": {"trainer/a.py": "x = 1  # type: ignore\n" + "y = 1  # type: ignore[misc]  # why\n" * IGNORES},
-    "leftovers": {"trainer/a.py": 'x = "TODO in a text is no note"  # TODO: later\n'},
+    "leftovers": {"trainer/a.py": 'x = "TODO in a text is not a note"  # TODO: later\n'},
+    "twice_named": {
+        "trainer/a.py": "class Row: ...\nclass _Own: ...\n",
+        "trainer/b.py": "class _Own: ...\ndef f():\n    class Row: ...\n",
+        "tests/test_a.py": "class Row: ...\n",
+    },
+    "crowded": {f"trainer/data/{i}.py": "" for i in range(FOLDER_MODULES + 1)} | {"trainer/a.py": ""},
 }
 FAULTS = {
     "long_files": 2, "long_functions": 1, "wide_functions": 1, "unannotated": 2, "undescribed": 4,
-    "globals_": 1, "ignores": 2, "leftovers": 1,
+    "globals_": 1, "ignores": 2, "leftovers": 1, "twice_named": 1, "crowded": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_rule_finds_each_fault_of_a_bad_tree(rule: Rule, tmp_path: Path) -> None:
-    found = list(rule(write_tree(tmp_path, BAD[rule.__name__])))
+    found = list(rule(write_tree(tmp_path, BAD[rule.__name__], (*ROOMS, "tests"))))
     assert len(found) == FAULTS[rule.__name__], found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,22 @@ from configs.schema import RunConfig
 from orchestrator.cli import parse
 from orchestrator.record.states import table
 from tests.source_tree import ROOT
+from tests.source_tree import modules as source_modules
 from tests.write_docs import ARCHITECTURE, state_table, with_state_table
 
 pytestmark = pytest.mark.unit
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 _COMMAND = re.compile(
-    r"(?:python|torchrun\b[^\n`]*) -m (orchestrator|collectives|trainer) +([a-z][^\n`#&|;]*)"
+    r"(?:python|torchrun\b[^\n`]*) -m (orchestrator|collectives|trainer) +([a-z](?:'[^'\n]*'|[^\n`#&|;'])*)"
 )
 
 
 def commands(text: str) -> Iterator[tuple[str, str]]:
     """Program, and what follows its name, wherever a page types it."""
-    return ((found.group(1), found.group(2).strip()) for found in _COMMAND.finditer(text))
+    return (
+        (found.group(1), found.group(2).strip()) for found in _COMMAND.finditer(text.replace("\\\n", " "))
+    )
 
 
 def try_command(program: str, words: str) -> None:
@@ -132,6 +137,87 @@ def test_fields_of_the_table_of_models_exist() -> None:
     rows = re.findall(r"^\|[^|]*\|[^|]*\| *((?:`[a-z_.]+`(?:, )?)+) *\|$", page, re.MULTILINE)
     fields = [field for row in rows for field in re.findall(r"`([a-z_.]+)`", row)]
     assert len(fields) > 10 and [field for field in fields if not _has("model", field)] == []
+
+
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+
+
+@cache
+def templates() -> tuple[str, ...]:
+    """All texts of the packages, with `…` for each value that is filled in."""
+    texts = []
+    for module in source_modules():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return tuple(texts)
+
+
+def messages(page: str) -> list[str]:
+    """The first column of each table, where it is code."""
+    return re.findall(r"^\| `((?:[^`\\]|\\.)+)` \|", page, re.MULTILINE)
+
+
+def unsaid(text: str) -> list[str]:
+    """Messages that no text of the packages can make; `…` is any value, which may be empty."""
+    return [m for m in messages(text) if not any(_makes(one, m.split("…")) for one in templates())]
+
+
+def _makes(template: str, parts: list[str]) -> bool:
+    """Whether the parts of a message stand in a text, one after the other."""
+    at = 0
+    for part in parts:
+        at = template.find(part.strip(), at)
+        if at < 0:
+            return False
+        at += len(part.strip())
+    return True
+
+
+def test_each_message_of_the_troubleshooting_page_is_in_the_code() -> None:
+    assert len(messages(TROUBLESHOOTING.read_text())) >= 30
+    assert unsaid(TROUBLESHOOTING.read_text()) == []
+
+
+def test_a_message_that_nobody_says_would_be_found() -> None:
+    page = "| message | x |\n|---|---|\n| `Ray did not start…; see …` | a |\n| `Ray did not begin` | b |\n"
+    page += "| `… holds a finished measurement; remove it` | c |\n"
+    assert unsaid(page) == ["Ray did not begin", "… holds a finished measurement; remove it"]
+
+
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+_ANSWER = re.compile(r"`([\w./]+\.(?:py|yaml|js))`(?: \(`([\w.]+)`\))?")
+
+
+def unanswered(text: str) -> list[str]:
+    """Places of the table of questions that aren't there: a file, or the name in brackets inside it."""
+    section = text.partition("## Where do I")[2].partition("\n## ")[0]
+    rows = [
+        line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| I want")
+    ]
+    wrong = [line for line in rows if not _ANSWER.search(line)]
+    for path, name in _ANSWER.findall("\n".join(rows)):
+        file = ROOT / path
+        if not file.exists() or (name and not re.search(rf"\b{re.escape(name)}\b", file.read_text())):
+            wrong.append(f"{path} ({name})" if name else path)
+    return wrong
+
+
+def test_the_questions_of_a_newcomer_lead_to_what_is_there() -> None:
+    text = CONTRIBUTING.read_text()
+    section = text.partition("## Where do I")[2].partition("\n## ")[0]
+    assert section.count("\n| ") - 1 >= 10, "a heading and ten questions"
+    assert unanswered(text) == []
+
+
+def test_a_wrong_answer_would_be_found() -> None:
+    text = "## Where do I\n| I want | a |\n|---|---|\n| an axis | `configs/schema.py` (`ParallelConfig`) |\n"
+    text += "| b | `configs/schema.py` (`ParallelKonfig`) |\n| c | `configs/nowhere.py` |\n| d | ask |\n"
+    text += "## Next\n| e | f |\n"
+    assert unanswered(text) == ["| d | ask |", "configs/schema.py (ParallelKonfig)", "configs/nowhere.py"]
 
 
 def test_the_state_table_is_the_one_in_the_code() -> None:

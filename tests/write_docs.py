@@ -36,7 +36,7 @@ def with_output(text: str, printed: str) -> str:
     """The README with what a demo printed, from its plan to its summary.
 
     Raises:
-        ValueError: where a marker is missing or `printed` is no whole demo.
+        ValueError: where a marker is missing or `printed` is not a whole demo.
     """
     body = printed[printed.index("model     ") : printed.index("Ray is still up")].rstrip()
     begin, end = text.index(_OUTPUT_BEGIN) + len(_OUTPUT_BEGIN), text.index(_OUTPUT_END)

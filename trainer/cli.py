@@ -19,12 +19,12 @@ from configs.compose import choices, compose, load
 from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, Stopped, UserError, nearest
 from configs.paths import default_home
 from configs.rank import RankContext, die_with_parent
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
-    from trainer.sizing.ask.answer import Answer
-    from trainer.sizing.ask.asked import Asked
+    from trainer.sizing.ask.answer import SizingAnswer
+    from trainer.sizing.ask.asked import AnsweredQuestion
 
 PROGRAM = "python -m trainer"
 _COMMANDS = ("run", "prepare", "size", "bench", "forecast", "validate")
@@ -74,7 +74,7 @@ def _parser() -> _Parser:
     run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a run")
     prepare = commands.add_parser(
         "prepare", help="make a memory-mapped token file of text, ahead of a run",
-        description="Text, jsonl or parquet, packed or not, to Megatron's .bin and .idx; what was stopped goes on.",
+        description="Text, jsonl or parquet, packed or not, to Megatron's .bin and .idx; what was stopped is resumed.",
     )  # fmt: skip
     prepare.add_argument(
         "overrides", nargs="*", metavar="field=value", help="data.path=PATH and other data fields"
@@ -138,6 +138,7 @@ def _parser() -> _Parser:
     validate.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("validation"), help="where the report goes"
     )
+    validate.add_argument("--json", action="store_true", help="rows, errors and targets by block, as data")
     validate.set_defaults(overrides=[])
     return parser
 
@@ -162,6 +163,11 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--baselines", default="plain,hf", metavar="A,B", help="some of plain, hf and deepspeed, or none"
     )
     bench.add_argument("--timeline", type=Path, metavar="DIR", help="folder for a recorded step")
+    bench.add_argument(
+        "--variants",
+        metavar="'A | B'",
+        help="a table of settings, such as 'ep=4 | tp=2 ep=4 | ep=4 routing=zipf | auto'",
+    )
 
 
 def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -171,7 +177,8 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
         options.model, options.layers, options.routing, options.steps, options.baselines, options.timeline,
         options.overrides,
     )  # fmt: skip
-    return command.run(typed, options.gpus, arguments, lambda line: print(line, flush=True))
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    return command.run(typed, options.gpus, arguments, say, options.variants)
 
 
 def _positive(text: str) -> int:
@@ -188,17 +195,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """What was typed.
 
     Raises:
-        UserError: for a word that is no command, option or configuration.
+        UserError: for a word that is not a command, option or configuration.
     """
     first = next((word for word in arguments if not word.startswith("-")), None)
     if first is not None and first not in _COMMANDS:
         raise UserError(
-            f"'{first}' is no command{nearest(first, _COMMANDS)}; use one of {', '.join(_COMMANDS)}"
+            f"'{first}' is not a command{nearest(first, _COMMANDS)}; use one of {', '.join(_COMMANDS)}"
         )
     options, rest = _parser().parse_known_args(list(arguments))
     for word in rest:
         if word.startswith("-"):
-            raise UserError(f"'{word}' is no option; `{PROGRAM} {options.command} --help` shows them")
+            raise UserError(f"'{word}' is not an option; `{PROGRAM} {options.command} --help` shows them")
         options.overrides.append(word)
     for name in ("explain", "hardware_table"):  # an override after a flag whose value may be left out
         value = getattr(options, name, None)
@@ -214,7 +221,7 @@ def _prepare(options: argparse.Namespace) -> int:
     try:
         found = command.run(options.overrides, options.config, options.out, options.workers, sys.stderr)
     except KeyboardInterrupt:
-        print("megaray: stopped; the same command goes on from here", file=sys.stderr)
+        print("megaray: stopped; the same command continues from here", file=sys.stderr)
         return 130
     return _say([json.dumps(found, indent=1)] if options.json else command.lines(found))
 
@@ -230,7 +237,7 @@ def _forecast(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     if options.overrides:
         raise UserError(
-            f"'{options.overrides[0]}' is one word too many; validate takes --data, --runs and --out"
+            f"'{options.overrides[0]}' is one word too many; validate takes --data, --runs, --out and --json"
         )
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out} is a file; name a folder for the report")
@@ -238,6 +245,10 @@ def _validate(options: argparse.Namespace) -> int:
     from trainer.study.validate import validate
 
     study = validate(options.data, options.runs)
+    if options.json:
+        from trainer.study.validate import as_data
+
+        return _say([json.dumps(as_data(study), indent=1)])
     written = report.write(study, options.out)
     return _say([*report.summary(study), "", f"report: {written[0]}"])
 
@@ -287,7 +298,7 @@ def _answer(options: argparse.Namespace) -> int:
     return _say([*lines, "", screen.HINT])
 
 
-def _asked(options: argparse.Namespace, one: Answer) -> list[Asked]:
+def _asked(options: argparse.Namespace, one: SizingAnswer) -> list[AnsweredQuestion]:
     """Answers to what is asked besides."""
     from trainer.sizing.ask import asked
 
@@ -343,7 +354,7 @@ def _run(file: Path | None, overrides: list[str]) -> int:
     if rank.rank == 0:
         print(f"run folder: {rank.run.root}", file=sys.stderr)
     recorder = Recorder(rank.files.ring, rank.rank)
-    recorder.begin(Phase.IMPORTS, 0)
+    recorder.begin(RankPhase.IMPORTS, 0)
     from trainer.loop import main as train  # torch loads after the parent's death is arranged for
 
     train(config, rank, recorder)
@@ -366,7 +377,7 @@ def _refuse(config: RunConfig, world: int) -> None:
 
 
 def _folder(config: RunConfig) -> str:
-    """A run folder for each thing to be trained, so that one never goes on from another; steps and layout may change."""
+    """A run folder for each thing to be trained, so that one never continues from another; steps and layout may change."""
     tree = config.model_dump(
         mode="json", include={"model": True, "data": True, "optim": True, "train": {"seed"}}
     )

@@ -13,26 +13,26 @@ import torch
 from configs.schema import RunConfig
 from trainer.data.prefetch import Prefetch
 from trainer.data.prepare import prepare
-from trainer.data.sampler import Sampler, documents
+from trainer.data.sampler import TokenSampler, documents
 from trainer.data.store import TokenStore, fingerprint
-from trainer.engines.base import Batch, Place
+from trainer.engines.base import Batch, DataPlace
 from trainer.optim.schedule import samples_before, samples_of
 
 _Arrays = list[tuple[np.ndarray, np.ndarray | None]]
 
 
-class Feed:
+class BatchFeed:
     """What one rank trains and evaluates on."""
 
     def __init__(self, config: RunConfig, store: TokenStore) -> None:
         self._config, self._store = config, store
         self._sampler = store.sampler(config.data, config.train.seed)
         self._held = store.evaluation(config.data)
-        self._place, self._device, self._ahead = Place(0, 1), torch.device("cpu"), 0
+        self._place, self._device, self._ahead = DataPlace(0, 1), torch.device("cpu"), 0
         self._coming: Iterator[_Arrays] = iter(())
 
     @classmethod
-    def prepare(cls, config: RunConfig, cache: Path) -> Feed:
+    def prepare(cls, config: RunConfig, cache: Path) -> BatchFeed:
         """Prepare the tokens, or find them prepared.
 
         Raises:
@@ -61,7 +61,7 @@ class Feed:
         return list(self._store.notes)
 
     @contextmanager
-    def started(self, step: int, ahead: int, place: Place, device: torch.device) -> Iterator[None]:
+    def started(self, step: int, ahead: int, place: DataPlace, device: torch.device) -> Iterator[None]:
         """Read batches from the step with index `step` on, one step ahead.
 
         Args:
@@ -93,7 +93,7 @@ class Feed:
         passes = samples_of(train, step) // (train.micro_batch * self._place.size)
         return [self._arrays(self._sampler, first, micro) for micro in range(passes)]
 
-    def _arrays(self, sampler: Sampler, first: int, micro: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _arrays(self, sampler: TokenSampler, first: int, micro: int) -> tuple[np.ndarray, np.ndarray | None]:
         tokens = sampler.batch(
             first, micro, self._config.train.micro_batch, self._place.index, self._place.size
         )

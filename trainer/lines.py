@@ -21,7 +21,7 @@ from configs.metrics import (
 )
 from configs.rank import RankContext
 from configs.schema import RunConfig
-from faulttol.staged.saver import Outcome
+from faulttol.staged.saver import SaveOutcome
 from trainer.sizing.model import flops
 
 
@@ -42,7 +42,7 @@ class Lines:
             sys.stderr.write(f"{text}\n")
 
     def resumed(self, step: int, path: str | None, facts: dict[str, Any]) -> None:
-        """The attempt goes on from a step."""
+        """The attempt continues from a step."""
         basis = flops.basis(self._config.hardware, str(self._config.train.precision))
         self._write(ResumedLine(time.time(), self._rank.attempt, step, path, basis, facts))
 
@@ -61,7 +61,7 @@ class Lines:
         """The loss on held-out documents."""
         self._write(EvaluatedLine(time.time(), self._rank.attempt, step, loss, samples, seconds))
 
-    def saved(self, outcome: Outcome, due: int | None) -> None:
+    def saved(self, outcome: SaveOutcome, due: int | None) -> None:
         """A save was committed; the next is due at a step."""
         self._write(
             SavedLine(
@@ -70,7 +70,7 @@ class Lines:
             )
         )  # fmt: skip
 
-    def failed(self, outcome: Outcome, in_a_row: int) -> None:
+    def failed(self, outcome: SaveOutcome, in_a_row: int) -> None:
         """A save wasn't committed."""
         self._write(
             SaveFailedLine(time.time(), self._rank.attempt, outcome.step, str(outcome.error), in_a_row)

@@ -20,14 +20,14 @@ from configs.paths import default_home
 from configs.rank import RankContext, threads
 from configs.schema import RunConfig
 from faulttol import exits
-from faulttol.checkpoint.manifest import Superseded
-from faulttol.recorder import Phase, Recorder
-from faulttol.signs import Teller, is_remote
-from faulttol.staged.saver import Outcome, Signs
+from faulttol.checkpoint.manifest import SaveSuperseded
+from faulttol.recorder import RankPhase, Recorder
+from faulttol.signs import SignWriter, is_remote
+from faulttol.staged.saver import SaveOutcome, Signs
 from faulttol.timeline.hooks import Tracing
 from trainer import resume as resuming
 from trainer.engines.base import Engine, StepResult
-from trainer.feed import Feed
+from trainer.feed import BatchFeed
 from trainer.lines import Lines
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import learning_rate, samples_before, samples_of
@@ -62,7 +62,7 @@ def main(config: RunConfig, rank: RankContext, recorder: Recorder | None = None)
     recorder = recorder or Recorder(rank.files.ring, rank.rank)
     exits.forget(rank.files.raised)
     if rank.rings is not None:
-        Teller(
+        SignWriter(
             rank.files.signs, is_remote(config.checkpoint.path, config.data.path, config.data.cache)
         ).start()
         Tracing.start(rank.files)  # before the first process group is made
@@ -80,13 +80,13 @@ def _main(config: RunConfig, rank: RankContext, recorder: Recorder) -> None:
     torch.set_num_threads(threads(os.environ))
     if config.train.deterministic:
         _be_deterministic()
-    startup.enter(Phase.DATA)
-    feed = Feed.prepare(config, default_home() / "data")
-    startup.enter(Phase.RENDEZVOUS)
+    startup.enter(RankPhase.DATA)
+    feed = BatchFeed.prepare(config, default_home() / "data")
+    startup.enter(RankPhase.RENDEZVOUS)
     mesh = join(config, rank, device)
-    startup.enter(Phase.BUILD)
+    startup.enter(RankPhase.BUILD)
     job = _Job(config, rank, mesh, feed, recorder)
-    startup.enter(Phase.LOAD)
+    startup.enter(RankPhase.LOAD)
     job.resume(startup)
     with job.stop.heeded():
         job.train()
@@ -144,22 +144,22 @@ class _Progress:
     unsaved: Exception | None = None
     """Why the last step isn't saved."""
     ahead: int = 0
-    """Samples consumed beyond what this configuration takes up to a step: a run may go on with another batch."""
+    """Samples consumed beyond what this configuration takes up to a step: a run may continue with another batch."""
 
 
 class _Job:
     """What lives as long as the process group."""
 
     def __init__(
-        self, config: RunConfig, rank: RankContext, mesh: Mesh, feed: Feed, recorder: Recorder
+        self, config: RunConfig, rank: RankContext, mesh: Mesh, feed: BatchFeed, recorder: Recorder
     ) -> None:
         self.config, self.rank, self.mesh, self.feed, self.recorder = config, rank, mesh, feed, recorder
         self.engine = make_engine(config, mesh)
         self.clock = PhaseClock(recorder, mesh.device)
         signs = Signs(
             alive=recorder.touch,
-            waiting=lambda: recorder.begin(Phase.COLLECTIVE, self.progress.step),
-            working=lambda: recorder.begin(Phase.CHECKPOINT, self.progress.step),
+            waiting=lambda: recorder.begin(RankPhase.COLLECTIVE, self.progress.step),
+            working=lambda: recorder.begin(RankPhase.CHECKPOINT, self.progress.step),
         )
         self.checkpoints = resuming.Checkpoints(config, rank, mesh, feed.fingerprint, signs)
         self.saves = SaveSchedule(config.checkpoint, rank)
@@ -200,7 +200,7 @@ class _Job:
         train = self.config.train
         if self.progress.step >= train.steps:
             done = f"step {self.progress.step} of {train.steps} is done"
-            self.lines.note([f"nothing is left to train: {done}; raise train.steps to go on"])
+            self.lines.note([f"nothing is left to train: {done}; raise train.steps to continue"])
         self.checkpoints.prepare(self.engine)
         gc.collect()
         gc.freeze()
@@ -354,15 +354,16 @@ class _Job:
             time.sleep(wait)
             self._save(["store"])
 
-    def _tell_save(self, outcome: Outcome) -> None:
-        """Write how a save ended. Training goes on where it failed: its state is sound, and the last checkpoint stands.
+    def _tell_save(self, outcome: SaveOutcome) -> None:
+        """Write how a save ended. Training continues where it failed: its state is sound, and the last checkpoint stands.
 
         Raises:
             UserError: where the folder is another run's.
-            Superseded: where a newer attempt has begun to save.
+            SaveSuperseded: where a newer attempt has begun to save.
         """
         error = outcome.error
-        if isinstance(error, UserError | Superseded):  # the folder isn't this attempt's, and won't be again
+        # The folder belongs to another run or a newer attempt, and stays so: no later save can succeed.
+        if isinstance(error, UserError | SaveSuperseded):
             raise error
         self.saves.ended(outcome)
         if error is None:

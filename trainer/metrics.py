@@ -7,13 +7,14 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
-_BY_NAME = {name: Phase[name.upper()] for name in PHASES}
+_BY_NAME = {name: RankPhase[name.upper()] for name in PHASES}
 
 
 class PhaseClock:
@@ -43,7 +44,8 @@ class PhaseClock:
             else:
                 self._seconds[name] += end - begin
 
-    def _mark(self) -> torch.cuda.Event | float:
+    def _mark(self) -> Any:
+        """An event on a GPU, else seconds; both ends of a phase are of one kind."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

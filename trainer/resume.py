@@ -22,11 +22,11 @@ from configs.schema import RunConfig
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint.folder import named
 from faulttol.checkpoint.manifest import Identity
-from faulttol.checkpoint.pieces import Piece, Wanted, owned
+from faulttol.checkpoint.pieces import TensorPiece, Wanted, owned
 from faulttol.checkpoint.retention import Retention
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.snapshots import memory
-from faulttol.staged.saver import Memory, Outcome, Policy, Saver, Signs
+from faulttol.staged.saver import Memory, SaveOutcome, SavePolicy, Saver, Signs
 from trainer.engines.base import Engine
 from trainer.fingerprint import fingerprint, refusals
 from trainer.optim.schedule import samples_before
@@ -38,7 +38,7 @@ _RECEIPTS = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class Resumed:
+class LoadedState:
     """What was loaded."""
 
     step: int
@@ -66,7 +66,7 @@ class Checkpoints:
         )
         self._lineage: list[dict[str, Any]] = []
         settings = config.checkpoint
-        policy = Policy(
+        policy = SavePolicy(
             root=self._root,
             retention=Retention(settings.keep, settings.keep_every),
             background=settings.background,
@@ -84,7 +84,7 @@ class Checkpoints:
 
     # ---- what a run begins from ----
 
-    def restore(self, engine: Engine) -> Resumed | None:
+    def restore(self, engine: Engine) -> LoadedState | None:
         """Load the newest checkpoint that every rank can read, or what `resume` names where the run has none of its own;
         None where there is neither.
 
@@ -94,7 +94,7 @@ class Checkpoints:
         with ExitStack() as ends:
             return self._restore(engine, self._tiers(ends))
 
-    def _restore(self, engine: Engine, tiers: Sequence[loading.Tier]) -> Resumed | None:
+    def _restore(self, engine: Engine, tiers: Sequence[loading.Tier]) -> LoadedState | None:
         newest = loading.newest(tiers, self._mesh)
         if newest is None:
             if self._config.resume:
@@ -121,11 +121,11 @@ class Checkpoints:
         if samples != would:
             notes.append(
                 f"the batch changed: {samples} samples were consumed up to step {found.step}, where this "
-                f"configuration would have taken {would}; it goes on with sample {samples}"
+                f"configuration would have taken {would}; it continues with sample {samples}"
             )
         loss = found.facts.get("loss")  # weights that came from elsewhere have none
         loss = float("nan") if loss is None else float(loss)
-        return Resumed(found.step, samples, loss, found.path, found.tier, notes)
+        return LoadedState(found.step, samples, loss, found.path, found.tier, notes)
 
     def _tiers(self, ends: ExitStack) -> list[loading.Tier]:
         """What may be begun from, while `ends` is open: memory, the store, and what `resume` names."""
@@ -134,7 +134,7 @@ class Checkpoints:
             tiers = [*self._snapshots(self._folder, ends), *tiers]
         if self._config.resume:
             root, step = named(self._config.resume)
-            tiers.append(loading.Tier("another run", Store(root), owner=False, step=step))
+            tiers.append(loading.Tier("another run", CheckpointStore(root), owner=False, step=step))
         return tiers
 
     def _snapshots(self, folder: Path, ends: ExitStack) -> list[loading.Tier]:
@@ -173,7 +173,7 @@ class Checkpoints:
         """Return once nothing live is read any more."""
         self._saver.settle()
 
-    def ended(self) -> list[Outcome]:
+    def ended(self) -> list[SaveOutcome]:
         """Saves that ended since the last call."""
         return self._saver.poll()
 
@@ -188,7 +188,7 @@ class Checkpoints:
             memory.forget(self._folder)
 
 
-def _pieces(engine: Engine) -> Iterator[Piece]:
+def _pieces(engine: Engine) -> Iterator[TensorPiece]:
     return owned(engine.state())
 
 

@@ -9,7 +9,7 @@ from configs.metrics import read_from
 from configs.rank import RankContext
 from configs.schema import CheckpointConfig
 from faulttol.checkpoint.interval import interval, mtbf
-from faulttol.staged.saver import Outcome
+from faulttol.staged.saver import SaveOutcome
 
 _LONGEST = 1_000_000
 """Steps between saves that are never exceeded."""
@@ -18,7 +18,7 @@ _HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What an interval hangs on. Each rank measures its own; all go on with the largest of each, so all save alike."""
+    """What an interval hangs on. Each rank measures its own; all continue with the largest of each, so all save alike."""
 
     step_seconds: float
     held_seconds: float
@@ -36,7 +36,7 @@ class SaveSchedule:
         self._config, self._attempt = config, rank.attempt
         self._began = _first_line(rank) if rank.rank == 0 else None
         self._next = self._steps = 0
-        self._last: Outcome | None = None
+        self._last: SaveOutcome | None = None
         self.failed_in_a_row = 0
         """Saves that failed since the last commit."""
 
@@ -61,7 +61,7 @@ class SaveSchedule:
         stored = ["store"] if last or self.due(step) else []
         return [*(["memory"] if every is not None and step % every == 0 and not last else []), *stored]
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: SaveOutcome) -> None:
         """Take in how a save ended."""
         if outcome.tier != "store":
             return

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from faulttol import steady
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 
 
 class Startup:
@@ -22,13 +22,13 @@ class Startup:
 
     def __init__(self, recorder: Recorder, env: Mapping[str, str] = os.environ) -> None:
         self._recorder = recorder
-        self._phase = Phase.IMPORTS
+        self._phase = RankPhase.IMPORTS
         self._began = _started(env)
         self.seconds: dict[str, float] = {}
         """By phase, of those that have ended."""
-        recorder.begin(Phase.IMPORTS, 0)
+        recorder.begin(RankPhase.IMPORTS, 0)
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: RankPhase) -> None:
         """A phase begins, and the one before has ended."""
         self.end()
         self._phase = phase

@@ -6,21 +6,23 @@ from collections.abc import Iterator
 from statistics import fmean, median
 from typing import Any
 
-from collectives.analysis.judge import Finding, Kind
-from collectives.ops.groups import Partition, partitions
-from collectives.store.results import Metadata, Results, Row
+from collectives.analysis.judge import BandwidthFinding, FindingKind
+from collectives.analysis.paths import group_limit
+from collectives.ops.groups import GroupPartition, partitions
+from collectives.store.results import Metadata, Results, SweepRow
 from collectives.store.series import Baseline, groups, series
 from configs.errors import UserError
 from configs.schema import HardwareConfig
 
 _SHARE = 0.1
 """Share of the compared sizes that must be slower before an operation is: one of many may be, by chance."""
-_BANDWIDTH_BOUND = 64 << 20
-"""Bytes from which a call is bound by bandwidth."""
+_SATURATED_SECONDS, _SATURATED_SECONDS_PER_RANK = 1e-3, 1e-4
+"""A call is bound by bandwidth that would take this long at the full rate. Before, latency and protocols make its time:
+8 MI300X reach 294 GB/s at 128 MiB and 319 at 16 GiB, and a ring's latency grows with its ranks."""
 _ON_EVERY_LINK = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
-def against_baseline(results: Results, baseline: Results, tolerance: float) -> list[Finding]:
+def against_baseline(results: Results, baseline: Results, tolerance: float) -> list[BandwidthFinding]:
     """Operations whose bus bandwidth fell by more than `tolerance`, beyond both confidence intervals.
 
     Raises:
@@ -46,7 +48,11 @@ def against_baseline(results: Results, baseline: Results, tolerance: float) -> l
                         "group": group,
                         "ratios": {str(s): round(r, 4) for s, r in slow.items()},
                     }
-                    found.append(Finding(Kind.BELOW_BASELINE, text, ratio=slow[worst], evidence=evidence))
+                    found.append(
+                        BandwidthFinding(
+                            FindingKind.BELOW_BASELINE, text, ratio=slow[worst], evidence=evidence
+                        )
+                    )
     if not compared:
         raise UserError(
             "the two measurements share no operation, group, number of ranks, type and size; measure the same again, "
@@ -55,24 +61,32 @@ def against_baseline(results: Results, baseline: Results, tolerance: float) -> l
     return found
 
 
-def against_limit(results: Results, hardware: HardwareConfig, slow_ratio: float) -> list[Finding]:
-    """Operations whose best bus bandwidth stays under `slow_ratio` of the links' rate, where that is known."""
+def against_limit(results: Results, hardware: HardwareConfig, slow_ratio: float) -> list[BandwidthFinding]:
+    """Operations whose best bus bandwidth stays under `slow_ratio` of what links or adapters can do, where that is known.
+
+    Inside a node the reference is that of a group of the same number of devices: on a mesh, two have one link of seven.
+    Across nodes it is one adapter's rate, which a sound fabric exceeds: how far, depends on algorithm and scale.
+    """
     found = []
     for (op, group), rows in results.cases().items():
         partition = partition_of(results.metadata, group)
         inside = all(_on_one_node(results.metadata, ranks) for ranks in partition.groups)
-        limit = hardware.intra_node_gbps if inside else hardware.inter_node_gbps
-        rates = [t.bus_bw for row in rows if row.size >= _BANDWIDTH_BOUND for t in row.timings]
-        if limit and rates and op in _ON_EVERY_LINK and max(rates) < slow_ratio * limit:
-            what = "links in a node" if inside else "network"
-            text = f"{op} in group {group} reaches {max(rates):.3g} GB/s of busbw; {hardware.name}'s {what} make {limit:g}"
+        limit = group_limit(hardware, partition.ranks) if inside else hardware.inter_node_gbps
+        if not limit or op not in _ON_EVERY_LINK:
+            continue
+        least = max(_SATURATED_SECONDS, _SATURATED_SECONDS_PER_RANK * partition.ranks)
+        rates = [t.bus_bw for row in rows for t in row.timings if t.time_us / 1e6 * t.bus_bw / limit >= least]
+        if rates and max(rates) < slow_ratio * limit:
+            what = f"links give a group of {partition.ranks}" if inside else "adapters make"
+            text = f"{op} in group {group} reaches {max(rates):.3g} GB/s of busbw; {hardware.name}'s {what} {limit:.4g}"
+            evidence = {"op": op, "group": group}
             found.append(
-                Finding(Kind.BELOW_LIMIT, text, ratio=max(rates) / limit, evidence={"op": op, "group": group})
+                BandwidthFinding(FindingKind.BELOW_LIMIT, text, ratio=max(rates) / limit, evidence=evidence)
             )
     return found
 
 
-def among_peers(results: Results, slow_ratio: float) -> list[Finding]:
+def among_peers(results: Results, slow_ratio: float) -> list[BandwidthFinding]:
     """Groups that took longer than others that ran the same at once, in most of the cases."""
     ratios: dict[tuple[str, tuple[int, ...]], list[float]] = {}
     for row in results.rows:
@@ -86,11 +100,11 @@ def among_peers(results: Results, slow_ratio: float) -> list[Finding]:
                 f"ranks {', '.join(map(str, ranks))} on {', '.join(hosts)} run at {median(values):.2f} of the rate of the "
                 f"other groups of kind {group}"
             )
-            found.append(Finding(Kind.SLOW_GROUP, text, hosts, ranks, median(values)))
+            found.append(BandwidthFinding(FindingKind.SLOW_GROUP, text, hosts, ranks, median(values)))
     return found
 
 
-def _group_ratios(metadata: Metadata, row: Row) -> Iterator[tuple[tuple[int, ...], float]]:
+def _group_ratios(metadata: Metadata, row: SweepRow) -> Iterator[tuple[tuple[int, ...], float]]:
     """Rate of each group over the median of the groups, where there are three or more."""
     if row.groups < 3 or row.best is None:
         return
@@ -117,7 +131,7 @@ def pair_rates(results: Results) -> list[tuple[int, int, float]]:
     return [(a, b, rate) for (a, b), (_, rate) in found.items()]
 
 
-def partition_of(metadata: Metadata, kind: str) -> Partition:
+def partition_of(metadata: Metadata, kind: str) -> GroupPartition:
     """The groups that a row's kind stood for; `pairs3` is the third round of pairs."""
     layout: dict[str, Any] = metadata.settings["layout"]
     if kind.startswith("pairs"):

@@ -10,11 +10,11 @@ import numpy as np
 
 from collectives.analysis.fit import FEWEST, fit_curve
 from collectives.ops.groups import partitions
-from collectives.report import plots
 from collectives.report.canvas import size_label
-from collectives.store.results import Metadata, Results, Row
+from collectives.report.material import FittedCurve
+from collectives.store.results import Metadata, Results, SweepRow
 from configs.errors import UserError
-from configs.profile import Curve, FabricProfile, Segment
+from configs.profile import CollectiveCurve, FabricProfile, Segment
 
 _POINTS = 200
 """Of a drawn curve: a line of a fit is bent in log-log space."""
@@ -43,7 +43,7 @@ def profile(results: Results, name: str, hardware: str, confidence: float = 0.95
             )
             continue
         fit = fit_curve(*measured(rows), confidence=confidence)
-        curve = Curve(
+        curve = CollectiveCurve(
             op=op, group=group, ranks=ranks, groups=groups, nodes=spans[group], dtype=dtype, redop=redop,
             segments=fit.segments, held_out_error=fit.held_out_error, line_error=fit.line_error,
             interval=fit.interval, confidence=confidence, outliers=fit.outliers,
@@ -58,9 +58,9 @@ def profile(results: Results, name: str, hardware: str, confidence: float = 0.95
     return FabricProfile(name=name, hardware=hardware, conditions=conditions, curves=tuple(found))
 
 
-def cases(results: Results) -> dict[tuple[str, str, int, int, str, str], list[Row]]:
+def cases(results: Results) -> dict[tuple[str, str, int, int, str, str], list[SweepRow]]:
     """Rows by operation, group, its ranks, groups at once, type and reduction; without times or size they are none."""
-    found: dict[tuple[str, str, int, int, str, str], list[Row]] = {}
+    found: dict[tuple[str, str, int, int, str, str], list[SweepRow]] = {}
     for row in results.rows:
         rows = found.setdefault((row.op, row.group, row.ranks, row.groups, row.dtype, row.redop), [])
         if row.size > 0 and row.best and row.best.time_us > 0:
@@ -68,7 +68,7 @@ def cases(results: Results) -> dict[tuple[str, str, int, int, str, str], list[Ro
     return found
 
 
-def measured(rows: Sequence[Row]) -> tuple[list[int], list[float], list[int]]:
+def measured(rows: Sequence[SweepRow]) -> tuple[list[int], list[float], list[int]]:
     """Bytes, median microseconds and number of the pass of each row, all of which have times.
 
     The median, since single iterations that are held up say nothing of the next size.
@@ -90,7 +90,7 @@ def nodes_spanned(metadata: Metadata) -> dict[str, int]:
     }
 
 
-def curves(profile: FabricProfile) -> list[plots.Curve]:
+def curves(profile: FabricProfile) -> list[FittedCurve]:
     """Curves of a profile for the report, over the sizes that were measured."""
     return [_drawn(curve) for curve in profile.curves]
 
@@ -110,15 +110,17 @@ def table(profile: FabricProfile) -> list[str]:
     return lines + [f"# no curve: {one}" for one in profile.conditions["left_out"]]
 
 
-def _drawn(curve: Curve) -> plots.Curve:
+def _drawn(curve: CollectiveCurve) -> FittedCurve:
     ends = [end for segment in curve.segments for end in (segment.low, segment.high)]
     sizes = np.unique(np.concatenate([ends, np.geomspace(ends[0], ends[-1], _POINTS)]))
     times = np.array([curve.time_us(size) for size in sizes])
     count = len(curve.segments)
     text = "; ".join(_text(segment) for segment in curve.segments)
-    return plots.Curve(
+    return FittedCurve(
         op=curve.op,
         group=curve.group,
+        dtype=curve.dtype,
+        redop=curve.redop,
         sizes=sizes.tolist(),
         time_us=times.tolist(),
         low_us=(times * curve.interval[0]).tolist(),

@@ -39,7 +39,7 @@ _NEAR = 8
 
 
 @dataclass(frozen=True)
-class Fit:
+class CurveFit:
     """A fitted curve, and how far it is to be trusted."""
 
     segments: tuple[Segment, ...]
@@ -54,7 +54,7 @@ class Fit:
     drift: float
     """Relative standard deviation from pass to pass, over all sizes; 0 of a single pass, which can't show it."""
     outliers: tuple[int, ...]
-    """Sizes off both neighbours in the same direction, and off their prediction, beyond the noise: no line heeds them."""
+    """Sizes off both neighbours in the same direction and off their prediction, beyond noise: excluded from the fit."""
 
     @property
     def held_out_error(self) -> float:
@@ -73,7 +73,7 @@ class Fit:
 
 def fit_curve(
     sizes: ArrayLike, times: ArrayLike, passes: ArrayLike | None = None, confidence: float = 0.95
-) -> Fit:
+) -> CurveFit:
     """Fit time over size.
 
     Args:
@@ -105,7 +105,7 @@ def fit_curve(
     else:
         rest = np.concatenate([_unseen(x, table - level[:, None], i, len(lines)) for i in range(len(table))])
         drift = float(level.std(ddof=1))
-    return Fit(
+    return CurveFit(
         segments=tuple(_segments(lines, x[~spikes], y[~spikes], drift, len(table), confidence)),
         sizes=x,
         errors=np.expm1(nested),

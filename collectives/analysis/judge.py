@@ -8,16 +8,20 @@ is slow whose quick messages are far slower than the quick ones of sound paths, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from statistics import fmean, median, median_high
+from statistics import median
 from typing import Any
 
-from collectives.analysis.probes import Direction, Endpoint, Pair, Probes
+import numpy as np
+
+from collectives.analysis.probes import Endpoint, Ints, Pair, Probes
+from collectives.analysis.sound import SoundTimes, sound_times
+from configs.hardware import HardwareConfig
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """What was found."""
 
     SLOW_HOST = "slow_host"
@@ -35,26 +39,26 @@ class Kind(StrEnum):
 
 
 _ACTIONS = {
-    Kind.SLOW_HOST: ("critical", "cordon"),
-    Kind.SLOW_DEVICE: ("critical", "cordon"),
-    Kind.SLOW_NIC: ("critical", "cordon"),
-    Kind.WRONG_DATA: ("critical", "inspect"),
-    Kind.SLOW_LINK: ("warning", "inspect"),
-    Kind.ASYMMETRIC_PAIR: ("warning", "inspect"),
-    Kind.FLAPPING: ("warning", "inspect"),
-    Kind.SLOW_GROUP: ("warning", "inspect"),
-    Kind.BELOW_LIMIT: ("warning", "inspect"),
-    Kind.BELOW_BASELINE: ("warning", "inspect"),
-    Kind.PROBE_FAILED: ("warning", "inspect"),
-    Kind.COLD_START: ("info", "none"),
+    FindingKind.SLOW_HOST: ("critical", "cordon"),
+    FindingKind.SLOW_DEVICE: ("critical", "cordon"),
+    FindingKind.SLOW_NIC: ("critical", "cordon"),
+    FindingKind.WRONG_DATA: ("critical", "inspect"),
+    FindingKind.SLOW_LINK: ("warning", "inspect"),
+    FindingKind.ASYMMETRIC_PAIR: ("warning", "inspect"),
+    FindingKind.FLAPPING: ("warning", "inspect"),
+    FindingKind.SLOW_GROUP: ("warning", "inspect"),
+    FindingKind.BELOW_LIMIT: ("warning", "inspect"),
+    FindingKind.BELOW_BASELINE: ("warning", "inspect"),
+    FindingKind.PROBE_FAILED: ("warning", "inspect"),
+    FindingKind.COLD_START: ("info", "none"),
 }
 
 
 @dataclass(frozen=True)
-class Finding:
+class BandwidthFinding:
     """Something that is slow or wrong."""
 
-    kind: Kind
+    kind: FindingKind
     what: str
     """One sentence, with figures."""
     hosts: tuple[str, ...] = ()
@@ -89,51 +93,48 @@ class Finding:
 _SLOW_BY_NATURE = 0.05
 """Share of messages that are slow on a sound path, at least."""
 _CHANCE = 1e-3
-"""Of calling any sound path flapping."""
+"""False-alarm probability per study of calling a sound path flapping."""
 _COLD_FACTOR, _COLD_SECONDS = 10.0, 0.25
 """A first message is cold that takes this many times what the others' take, and this much longer."""
 
 
-def judge(probes: Probes, slow_ratio: float, limit_gbps: float | None) -> list[Finding]:
+def judge(probes: Probes, slow_ratio: float, hardware: HardwareConfig) -> list[BandwidthFinding]:
     """Findings about hosts, adapters, links and pairs, the most serious first; empty where all is well.
 
     Args:
         probes: at least two endpoints and their directions.
         slow_ratio: rate over that of the peers below which something is slow, in (0, 1).
-        limit_gbps: rate that the hardware is made for, in GB/s; None where it is unknown.
+        hardware: what joins the endpoints, and how fast that is made to be.
     """
     broken = _broken(probes)
     if broken:
         return broken
     found = _slow_endpoints(probes.endpoints, slow_ratio)
-    blamed = {rank for finding in found for rank in finding.ranks}
-    left = [d for d in probes.directions if not blamed & {d.source, d.target}]
-    if left:
+    left = _Left.of(probes, {rank for finding in found for rank in finding.ranks})
+    if left.rows.size:
         # Of all paths: a blamed host's are slow, and don't reach the fastest third as long as most hosts are sound.
-        sound = _sound_path(probes, slow_ratio)
-        found += _slow_paths(probes, left, sound, slow_ratio)
-        found += _flapping(probes, left, sound)
-        found += _cold(probes, left)
-        rate = probes.size / sound.usual / 1e9
-        if limit_gbps and rate < slow_ratio * limit_gbps:
-            text = (
-                f"the fastest pairs reach {rate:.3g} GB/s of the {limit_gbps:g} that the hardware is made for"
-            )
-            found.append(Finding(Kind.BELOW_LIMIT, text, ratio=rate / limit_gbps))
+        sound = sound_times(probes, hardware, slow_ratio)
+        found += _slow_paths(left, sound, slow_ratio)
+        found += _flapping(left, sound)
+        found += _cold(left)
+        found += _below_limit(sound, hardware, slow_ratio)
     return sorted(found, key=lambda finding: list(_ACTIONS).index(finding.kind))
 
 
-def suspects(probes: Probes, slow_ratio: float) -> set[Pair]:
+def suspects(probes: Probes, slow_ratio: float, hardware: HardwareConfig) -> set[Pair]:
     """Pairs that look slow or unsteady and are worth a second look: no slow host explains it, and none was alone yet."""
     if _broken(probes):
         return set()
-    sound = _sound_path(probes, slow_ratio)
-    explained = suspect_endpoints(probes.endpoints, slow_ratio)
-    left = [d for d in probes.directions if not explained & {d.source, d.target}]
-    confirmed = {d for d in left if any(min(one) > sound.limit for one in d.alone)}
-    return {(d.source, d.target) for d in left if d.quick > sound.limit and d not in confirmed} | {
-        pair for pair, _ in _unsteady(left, sound, spared=0)
+    left = _Left.of(probes, suspect_endpoints(probes.endpoints, slow_ratio))
+    if not left.rows.size:
+        return set()
+    sound, table = sound_times(probes, hardware, slow_ratio), probes.table
+    slow = left.rows[table.quick[left.rows] > sound.limit[left.rows]].tolist()
+    confirmed = {
+        row for row in slow if any(min(one) > sound.limit[row] for one in probes.directions[row].alone)
     }
+    unsteady = {table.pair(row) for row, _ in _unsteady(left, sound, spared=0)}
+    return {table.pair(row) for row in slow if row not in confirmed} | unsteady
 
 
 def suspect_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> set[int]:
@@ -142,54 +143,54 @@ def suspect_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> set[i
     return {rank for finding in _slow_endpoints(sound, slow_ratio) for rank in finding.ranks}
 
 
-def _broken(probes: Probes) -> list[Finding]:
+@dataclass(frozen=True)
+class _Left:
+    """The directions that no slow host or device explains."""
+
+    probes: Probes
+    rows: Ints
+    """Rows of the probes' table."""
+
+    @classmethod
+    def of(cls, probes: Probes, blamed: set[int]) -> _Left:
+        table = probes.table
+        ranks = np.array(sorted(blamed), dtype=np.int64)
+        explained = np.isin(table.source, ranks) | np.isin(table.target, ranks)
+        return cls(probes, np.flatnonzero(~explained))
+
+
+def _broken(probes: Probes) -> list[BandwidthFinding]:
     """Figures that no measurement can give: the instrument is at fault, and nothing else is judged."""
     found = []
     for endpoint in probes.endpoints:
         if not _sound((*endpoint.cpu_seconds, *endpoint.device_seconds)) or not endpoint.cpu_seconds:
             text = f"the probe of {endpoint.name} gave {list(endpoint.cpu_seconds)} s"
-            found.append(Finding(Kind.PROBE_FAILED, text, (endpoint.host,), (endpoint.rank,)))
-    hosts = {endpoint.rank: endpoint.host for endpoint in probes.endpoints}
-    for d in probes.directions:
-        if not d.passes or not all(times and _sound(times) for times in d.passes):
+            found.append(BandwidthFinding(FindingKind.PROBE_FAILED, text, (endpoint.host,), (endpoint.rank,)))
+    # All at once, since messages are millions: a time that isn't above zero and finite is missing in the count.
+    good = ((probes.table.messages > 0) & np.isfinite(probes.table.messages)).sum(axis=(1, 2)).tolist()
+    for d, right in zip(probes.directions, good, strict=True):
+        lengths = [len(one) for one in d.passes]
+        if not right or right < sum(lengths) or not all(lengths):
             text = f"messages from rank {d.source} to rank {d.target} gave no times that can be right"
-            pair = (d.source, d.target)
-            found.append(Finding(Kind.PROBE_FAILED, text, tuple(hosts[r] for r in pair), pair))
+            where = (tuple(probes.hosts[r] for r in d.pair), d.pair)
+            found.append(BandwidthFinding(FindingKind.PROBE_FAILED, text, *where))
     return found
 
 
-def _sound(times: Iterable[float]) -> bool:
+def _sound(times: Sequence[float]) -> bool:
     return all(math.isfinite(t) and t > 0 for t in times)
 
 
-@dataclass(frozen=True)
-class _SoundPath:
-    """Seconds of messages on a path that nothing is wrong with."""
-
-    quick: float
-    usual: float
-    limit: float
-    """A path is slow whose quick messages take longer."""
-    slow: float
-    """A message is slow that takes longer."""
-
-
-def _sound_path(probes: Probes, slow_ratio: float) -> _SoundPath:
-    """The median of the fastest third of paths, as long as a third of them are sound.
-
-    Of two middle ones the slower: a single path that is faster than the others makes none of them slow.
-    """
-    fastest = sorted(probes.directions, key=lambda d: d.quick)[: math.ceil(len(probes.directions) / 3)]
-    quick, usual = median_high(d.quick for d in fastest), median_high(d.seconds for d in fastest)
-    return _SoundPath(quick, usual, max(quick / slow_ratio, usual), usual / slow_ratio)
-
-
-def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[Finding]:
+def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[BandwidthFinding]:
     """Hosts and devices that do the same work more slowly than the fastest half of their peers."""
     found = []
     kinds = (
-        (Kind.SLOW_HOST, "interpreter", {e.rank: min(e.cpu_seconds) for e in endpoints}),
-        (Kind.SLOW_DEVICE, "matmul", {e.rank: min(e.device_seconds) for e in endpoints if e.device_seconds}),
+        (FindingKind.SLOW_HOST, "interpreter", {e.rank: min(e.cpu_seconds) for e in endpoints}),
+        (
+            FindingKind.SLOW_DEVICE,
+            "matmul",
+            {e.rank: min(e.device_seconds) for e in endpoints if e.device_seconds},
+        ),
     )
     for kind, work, seconds in kinds:
         if not seconds:
@@ -203,36 +204,70 @@ def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[Fi
                     f"{endpoint.name} does the {work} probe in {seconds[endpoint.rank] * 1e3:.3g} ms, its peers in "
                     f"{usual * 1e3:.3g} ms"
                 )
-                found.append(Finding(kind, text, (endpoint.host,), (endpoint.rank,), ratio))
+                found.append(BandwidthFinding(kind, text, (endpoint.host,), (endpoint.rank,), ratio))
     return found
 
 
-def _slow_paths(
-    probes: Probes, left: Sequence[Direction], sound: _SoundPath, slow_ratio: float
-) -> list[Finding]:
-    """Adapters that are slow towards all peers, then pairs and directions that no adapter explains."""
-    hosts = {endpoint.rank: endpoint.host for endpoint in probes.endpoints}
-    slow = {(d.source, d.target): sound.quick / d.quick for d in left if d.quick > sound.limit}
-    found: list[Finding] = []
-    explained: set[Pair] = set()
-    for rank in sorted({rank for d in left for rank in (d.source, d.target)}):
-        ways = {
-            "sending": [(d.source, d.target) for d in left if d.source == rank],
-            "receiving": [(d.source, d.target) for d in left if d.target == rank],
+@dataclass
+class _Ways:
+    """The slow directions of one rank, by kind of path."""
+
+    all: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Number of its directions, by `sending` or `receiving` and kind."""
+    slow: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    """Their rates over those of sound paths."""
+
+    def bad(self) -> dict[tuple[str, int], float]:
+        """Where all of two directions or more are slow, and the best of their rates: an adapter is as fast as that."""
+        return {
+            way: max(ratios)
+            for way, ratios in self.slow.items()
+            if len(ratios) == self.all[way] and len(ratios) > 1
         }
-        if len(ways["sending"]) < 2:
-            continue  # with one peer, an adapter can't be told from a link
-        bad = [name for name, pairs in ways.items() if slow.keys() >= set(pairs)]
-        if bad:
-            # An adapter is as fast as the fastest of its paths; one that is far slower has a fault of its own.
-            ratio = min(max(slow[p] for p in ways[name]) for name in bad)
-            text = f"{hosts[rank]} rank {rank} is slow {' and '.join(bad)}, to all peers: {ratio:.2f} of the rate of others"
-            found.append(Finding(Kind.SLOW_NIC, text, (hosts[rank],), (rank,), ratio, {"directions": bad}))
-            explained.update(p for p, r in slow.items() if rank in p and r > slow_ratio * ratio)
-    return found + _slow_pairs(hosts, {p: ratio for p, ratio in slow.items() if p not in explained})
 
 
-def _slow_pairs(hosts: Mapping[int, str], slow: Mapping[Pair, float]) -> list[Finding]:
+def _slow_paths(left: _Left, sound: SoundTimes, slow_ratio: float) -> list[BandwidthFinding]:
+    """Adapters that are slow towards all peers, then pairs and directions that no adapter explains."""
+    table, hosts = left.probes.table, left.probes.hosts
+    is_slow = table.quick > sound.limit
+    slow = {
+        table.pair(row): (row, float(sound.quick[row] / table.quick[row]))
+        for row in left.rows[is_slow[left.rows]].tolist()
+    }
+    if not slow:
+        return []
+    ways: dict[int, _Ways] = {rank: _Ways() for pair in slow for rank in pair}
+    for row in left.rows.tolist():
+        pair = table.pair(row)
+        for rank, name in zip(pair, ("sending", "receiving"), strict=True):
+            if (mine := ways.get(rank)) is not None:
+                way = (name, int(sound.of[row]))
+                mine.all[way] = mine.all.get(way, 0) + 1
+                if pair in slow:
+                    mine.slow.setdefault(way, []).append(slow[pair][1])
+    found: list[BandwidthFinding] = []
+    bad_ranks: dict[int, float] = {}
+    for rank in sorted(ways):
+        if bad := ways[rank].bad():
+            names = [name for name in ("sending", "receiving") if any(way[0] == name for way in bad)]
+            ratio = min(bad.values())
+            bad_ranks[rank] = ratio if all(sound.kinds[kind].equal for _, kind in bad) else 0.0
+            text = f"{hosts[rank]} rank {rank} is slow {' and '.join(names)}, to all peers: {ratio:.2f} of their rate"
+            evidence = {"directions": names}
+            found.append(
+                BandwidthFinding(FindingKind.SLOW_NIC, text, (hosts[rank],), (rank,), ratio, evidence)
+            )
+    rest = {}
+    for pair, (row, ratio) in slow.items():
+        # One that is far slower than its adapter has a fault of its own. Where paths differ by nature, nothing
+        # distinguishes the two.
+        own = [slow_ratio * bad_ranks[rank] for rank in pair if rank in bad_ranks]
+        if not own or (sound.kinds[sound.of[row]].equal and all(ratio <= least for least in own)):
+            rest[pair] = ratio
+    return found + _slow_pairs(hosts, rest)
+
+
+def _slow_pairs(hosts: Mapping[int, str], slow: Mapping[Pair, float]) -> list[BandwidthFinding]:
     """Links that are slow both ways, and directions that are slow alone."""
     found = []
     for a, b in sorted({(min(p), max(p)) for p in slow}):
@@ -241,36 +276,48 @@ def _slow_pairs(hosts: Mapping[int, str], slow: Mapping[Pair, float]) -> list[Fi
         where = (tuple(hosts[r] for r in (a, b)), (a, b), ratio)
         if len(bad_ways) == 2:
             text = f"{hosts[a]} and {hosts[b]} (ranks {a}, {b}) reach {ratio:.2f} of the rate of other pairs, both ways"
-            found.append(Finding(Kind.SLOW_LINK, text, *where))
+            found.append(BandwidthFinding(FindingKind.SLOW_LINK, text, *where))
         else:
             source, target = bad_ways[0]
             text = (
                 f"{hosts[source]} to {hosts[target]} (ranks {source}, {target}) reaches {ratio:.2f} of the rate of other "
                 "pairs; the way back is as fast as they are"
             )
-            found.append(Finding(Kind.ASYMMETRIC_PAIR, text, *where, {"source": source, "target": target}))
+            evidence = {"source": source, "target": target}
+            found.append(BandwidthFinding(FindingKind.ASYMMETRIC_PAIR, text, *where, evidence))
     return found
 
 
-def _flapping(probes: Probes, left: Sequence[Direction], sound: _SoundPath) -> list[Finding]:
+def _below_limit(sound: SoundTimes, hardware: HardwareConfig, slow_ratio: float) -> list[BandwidthFinding]:
+    """Kinds of path whose fastest are far slower than the hardware is made for."""
+    found = []
+    for kind, rate in zip(sound.kinds, sound.rates, strict=True):
+        if kind.gbps and rate is not None and rate < slow_ratio * kind.gbps:
+            text = f"the fastest {kind.name} reach {rate:.3g} GB/s of the {kind.gbps:.4g} that {hardware.name}'s reach"
+            found.append(BandwidthFinding(FindingKind.BELOW_LIMIT, text, ratio=rate / kind.gbps))
+    return found
+
+
+def _flapping(left: _Left, sound: SoundTimes) -> list[BandwidthFinding]:
     """Pairs that are fast at times and slow at others, more often than their peers, or the adapter of all."""
-    hosts = {endpoint.rank: endpoint.host for endpoint in probes.endpoints}
+    table, hosts = left.probes.table, left.probes.hosts
     shares: dict[Pair, dict[Pair, float]] = {}
-    for (source, target), share in _unsteady(left, sound, spared=1):
+    for row, share in _unsteady(left, sound, spared=1):
+        source, target = table.pair(row)
         shares.setdefault((min(source, target), max(source, target)), {})[source, target] = share
     if len(shares) > 1:
-        for rank, host in hosts.items():
-            peers = {d.source for d in left if d.target == rank}
+        for rank in sorted(set.intersection(*(set(pair) for pair in shares))):
+            peers = table.source[left.rows[table.target[left.rows] == rank]].tolist()
             if shares.keys() == {(min(rank, peer), max(rank, peer)) for peer in peers}:
-                share = median(max(ways.values()) for ways in shares.values())
+                host, share = hosts[rank], median(max(ways.values()) for ways in shares.values())
                 text = (
                     f"{host} rank {rank} flaps: {share:.0%} of the messages with each of its peers are slow"
                 )
-                return [Finding(Kind.FLAPPING, text, (host,), (rank,), 1 - share)]
+                return [BandwidthFinding(FindingKind.FLAPPING, text, (host,), (rank,), 1 - share)]
     return [_flapping_pair(hosts, pair, ways) for pair, ways in sorted(shares.items())]
 
 
-def _flapping_pair(hosts: Mapping[int, str], pair: Pair, ways: Mapping[Pair, float]) -> Finding:
+def _flapping_pair(hosts: Mapping[int, str], pair: Pair, ways: Mapping[Pair, float]) -> BandwidthFinding:
     source, target = next(iter(ways)) if len(ways) == 1 else pair
     joint, share = ("and" if len(ways) == 2 else "to"), max(ways.values())
     text = (
@@ -278,24 +325,37 @@ def _flapping_pair(hosts: Mapping[int, str], pair: Pair, ways: Mapping[Pair, flo
         "slow, the others as fast as those of other pairs"
     )
     where = ((hosts[source], hosts[target]), (source, target))
-    return Finding(Kind.FLAPPING, text, *where, 1 - share, {"directions": [list(way) for way in ways]})
+    evidence = {"directions": [list(way) for way in ways]}
+    return BandwidthFinding(FindingKind.FLAPPING, text, *where, 1 - share, evidence)
 
 
-def _unsteady(left: Sequence[Direction], sound: _SoundPath, spared: int) -> list[tuple[Pair, float]]:
-    """Directions that are neither slow nor fast throughout, and their share of slow messages.
+def _unsteady(left: _Left, sound: SoundTimes, spared: int) -> list[tuple[int, float]]:
+    """Rows of directions that are neither slow nor fast throughout, and their share of slow messages.
 
     Of several passes the `spared` worst ones don't count: what happens in one alone is noise.
     """
-    messages = {}
-    for d in left:
-        if d.quick <= sound.limit:
-            passes = sorted(([t > sound.slow for t in one] for one in d.passes), key=fmean)
-            messages[d] = [slow for one in passes[: max(1, len(passes) - spared)] for slow in one]
-    usual = max(_SLOW_BY_NATURE, median(map(fmean, messages.values()))) if messages else 1.0
+    table = left.probes.table
+    rows = left.rows[table.quick[left.rows] <= sound.limit[left.rows]]
+    if not rows.size:
+        return []
+    messages = table.messages[rows]
+    there, slow = np.isfinite(messages), messages > sound.slow[rows, None, None]
+    sizes, late = there.sum(axis=2), slow.sum(axis=2)  # [P, passes]
+    share = np.where(sizes > 0, late / np.maximum(sizes, 1), np.inf)
+    kept = np.maximum(1, (sizes > 0).sum(axis=1) - spared)
+    counts = np.argsort(np.argsort(share, axis=1, kind="stable"), axis=1, kind="stable") < kept[:, None]
+    number, total = (late * counts).sum(axis=1), (sizes * counts).sum(axis=1)
+    shares = number / total
+    usual = max(_SLOW_BY_NATURE, float(np.sort(shares)[(len(shares) - 1) // 2]))
+    chances = {
+        (k, n): _at_least(k, n, usual) for k, n in set(zip(number.tolist(), total.tolist(), strict=True))
+    }
     return [
-        ((d.source, d.target), fmean(slow))
-        for d, slow in messages.items()
-        if len(messages) * _at_least(sum(slow), len(slow), usual) < _CHANCE
+        (row, slow_share)
+        for row, slow_share, k, n in zip(
+            rows.tolist(), shares.tolist(), number.tolist(), total.tolist(), strict=True
+        )
+        if len(rows) * chances[k, n] < _CHANCE
     ]
 
 
@@ -304,19 +364,17 @@ def _at_least(count: int, of: int, chance: float) -> float:
     return sum(math.comb(of, k) * chance**k * (1 - chance) ** (of - k) for k in range(count, of + 1))
 
 
-def _cold(probes: Probes, left: Sequence[Direction]) -> list[Finding]:
+def _cold(left: _Left) -> list[BandwidthFinding]:
     """Pairs whose first message takes far longer than the first messages of others."""
-    hosts = {endpoint.rank: endpoint.host for endpoint in probes.endpoints}
-    usual = median(d.first for d in left)
-    return [
-        Finding(
-            Kind.COLD_START,
-            f"the first message from {hosts[d.source]} to {hosts[d.target]} (ranks {d.source}, {d.target}) took "
-            f"{d.first:.3g} s, that of others {usual:.3g} s",
-            (hosts[d.source], hosts[d.target]),
-            (d.source, d.target),
-            usual / d.first,
+    table, hosts = left.probes.table, left.probes.hosts
+    usual = float(np.median(table.first[left.rows]))
+    found = []
+    for row in left.rows[table.first[left.rows] > max(_COLD_FACTOR * usual, usual + _COLD_SECONDS)].tolist():
+        (source, target), first = table.pair(row), float(table.first[row])
+        text = (
+            f"the first message from {hosts[source]} to {hosts[target]} (ranks {source}, {target}) took "
+            f"{first:.3g} s, that of others {usual:.3g} s"
         )
-        for d in left
-        if d.first > max(_COLD_FACTOR * usual, usual + _COLD_SECONDS)
-    ]
+        where = ((hosts[source], hosts[target]), (source, target))
+        found.append(BandwidthFinding(FindingKind.COLD_START, text, *where, usual / first))
+    return found

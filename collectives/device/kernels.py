@@ -53,7 +53,7 @@ _UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "B"))
 
 
 @dataclass(frozen=True)
-class Matmul:
+class MatmulKernel:
     """[m, k] times [k, n], or times one [k, n] for each expert: one pass of a linear layer."""
 
     m: int
@@ -110,7 +110,7 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class Copy:
+class CopyKernel:
     """A copy of `size` bytes."""
 
     kind: CopyKind
@@ -132,12 +132,12 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-Case = Matmul | Copy
+Case = MatmulKernel | CopyKernel
 
 
 def label(one: Case | MatmulRate | CopyRate) -> str:
     """What tells a case from all others, the same for its result."""
-    if isinstance(one, Copy | CopyRate):
+    if isinstance(one, CopyKernel | CopyRate):
         shift, unit = next(scale for scale in _UNITS if one.size % (1 << scale[0]) == 0)
         return f"copy {one.kind} {one.size >> shift} {unit}"
     experts = f" {one.experts} experts, imbalance {one.imbalance:g}" if one.experts > 1 else ""
@@ -145,68 +145,68 @@ def label(one: Case | MatmulRate | CopyRate) -> str:
     return f"matmul {one.m}x{one.n}x{one.k} {one.dtype}{layout}{experts}"
 
 
-def matmuls(gpu: bool) -> list[Matmul]:
+def matmuls(gpu: bool) -> list[MatmulKernel]:
     """The dense shapes, then the grouped ones; a few small ones for a CPU."""
     if not gpu:
         dense = [
-            Matmul(m, n, k, dtype)
+            MatmulKernel(m, n, k, dtype)
             for m in (64, 256)
             for n, k in ((256, 256), (250, 384))
             for dtype in ("float", "bfloat16")
         ]
-        dense += [Matmul(64, 256, 256, layout="inputs"), Matmul(256, 250, 64, layout="weights")]
-        return dense + [Matmul(256, 128, 128, experts=4, skew=skew) for skew in _SKEWS]
+        dense += [MatmulKernel(64, 256, 256, layout="inputs"), MatmulKernel(256, 250, 64, layout="weights")]
+        return dense + [MatmulKernel(256, 128, 128, experts=4, skew=skew) for skew in _SKEWS]
     square = [(n, k) for d in _WIDTHS for n, k in ((d, d), (4 * d, d), (d, 4 * d))]
-    dense = [Matmul(m, n, k) for n, k in (*square, *_LAYERS, *_OFF_SIZE) for m in _TOKENS]
-    dense += [Matmul(m, 4096, 4096) for m in _ROWS]
-    dense += [Matmul(m, n, k) for n, k in _DEEP for m in _DEEP_TOKENS]
+    dense = [MatmulKernel(m, n, k) for n, k in (*square, *_LAYERS, *_OFF_SIZE) for m in _TOKENS]
+    dense += [MatmulKernel(m, 4096, 4096) for m in _ROWS]
+    dense += [MatmulKernel(m, n, k) for n, k in _DEEP for m in _DEEP_TOKENS]
     dense += [
-        Matmul(m, d, d, dtype)
+        MatmulKernel(m, d, d, dtype)
         for dtype in ("half", "float")
         for d in (2048, 4096)
         for m in (1024, 4096, 8192)
     ]
     grouped = [
-        Matmul(m, n, k, experts=experts, skew=skew)
+        MatmulKernel(m, n, k, experts=experts, skew=skew)
         for experts in _EXPERTS
         for n, k in _EXPERT_LAYERS
         for m in _EXPERT_ROWS
         for skew in _SKEWS
     ]
     grouped += [
-        Matmul(m, n, k, experts=experts, skew=skew, layout="inputs")
+        MatmulKernel(m, n, k, experts=experts, skew=skew, layout="inputs")
         for experts, m, n, k in _EXPERT_GRADIENTS
         for skew in _SKEWS
     ]
     return [*dict.fromkeys([*dense, *_layouts(), *grouped])]
 
 
-def _layouts() -> list[Matmul]:
+def _layouts() -> list[MatmulKernel]:
     """Widths off by a little, and the passes of a layer."""
     off = [shape for by in _UNEVEN for shape in ((4096 + by, 4096), (4096, 4096 + by))]
     found = []
     for m in _LAYOUT_TOKENS:
-        found += [Matmul(m, n, k) for n, k in off]
+        found += [MatmulKernel(m, n, k) for n, k in off]
         for n, k in _LAYOUTS:
             found += [
-                Matmul(m, n, k),
-                Matmul(m, k, n, layout="inputs"),
-                Matmul(n, k, m, layout="weights"),
+                MatmulKernel(m, n, k),
+                MatmulKernel(m, k, n, layout="inputs"),
+                MatmulKernel(n, k, m, layout="weights"),
             ]
     return found
 
 
-def copies(gpu: bool, device_free: int, host_free: int) -> list[Copy]:
+def copies(gpu: bool, device_free: int, host_free: int) -> list[CopyKernel]:
     """Copies on the device by factors of 2, and between it and the host by factors of 4.
 
     At most a quarter of the free device memory, and an eighth of the host's, is copied at once. A CPU is its own
     device.
     """
     most = min(4 << 30, device_free // 4) if gpu else min(16 << 20, host_free // 8)
-    found = [Copy("device", size) for size in _sizes(64 << 10, most, 2 if gpu else 4)]
+    found = [CopyKernel("device", size) for size in _sizes(64 << 10, most, 2 if gpu else 4)]
     if gpu:
         host = _sizes(256 << 10, min(1 << 30, host_free // 8), 4)
-        found += [Copy(kind, size) for kind in get_args(CopyKind) if kind != "device" for size in host]
+        found += [CopyKernel(kind, size) for kind in get_args(CopyKind) if kind != "device" for size in host]
     return found
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collectives.device.kernels import Case, Copy, copies, label, matmuls
+from collectives.device.kernels import Case, CopyKernel, copies, label, matmuls
 from collectives.device.smi import describe, reading
 from collectives.ops.exact import TYPES
 from collectives.store import metadata
@@ -39,7 +39,7 @@ _WINDOW = 5
 _SAMPLE_US = 500.0
 """A time is the mean of as many calls as fill this, …"""
 _SAMPLE_CALLS = 16
-"""… and at most so many, whose launches fit under one load of `Bench.load`."""
+"""… and at most so many, whose launches fit under one load of `DeviceBench.load`."""
 _SPREAD = {"cuda": 512 << 20, "cpu": 64 << 20}
 """Bytes that operands rotate through; on GPUs twice the largest last-level cache there is (MI300X: 256 MiB)."""
 _NOISE = (1 << 22) + 1
@@ -48,7 +48,7 @@ _HEATING = (0.05, 5.0)
 """Share of the time, and seconds at most, under load before anything is timed."""
 
 
-class Bench:
+class DeviceBench:
     """Prepares and times one case after the other on a device."""
 
     def __init__(self, device: torch.device, seed: int, host_bytes: int) -> None:
@@ -89,7 +89,7 @@ class Bench:
         """
         begun = time.monotonic()
         calls = itertools.cycle(self.calls(case))
-        paged = isinstance(case, Copy) and case.kind in ("host_to_device", "device_to_host")
+        paged = isinstance(case, CopyKernel) and case.kind in ("host_to_device", "device_to_host")
         first = self._times(calls, 1, 2, paged)[-1]
         inner = int(min(max(_SAMPLE_US / first, 1), _SAMPLE_CALLS))
         warm = np.zeros(0)
@@ -120,7 +120,7 @@ class Bench:
         return (stamps[:, 1] - stamps[:, 0]) / 1e3 / inner
 
     def noise(self, *shape: int, dtype: torch.dtype = torch.bfloat16, pinned: bool | None = None) -> Tensor:
-        """Normal numbers on the device, or, where `pinned` is told, in host memory.
+        """Normal numbers on the device, or, where `pinned` is set, in host memory.
 
         Larger tensors repeat 4 Mi of them, from another point on each time.
         """
@@ -136,7 +136,7 @@ class Bench:
 
     def calls(self, case: Case) -> list[Call]:
         """The case on as many sets of operands as outgrow the caches."""
-        if isinstance(case, Copy):
+        if isinstance(case, CopyKernel):
             return self._copies(case)
         dtype = TYPES[case.dtype]
         size = case.elements * dtype.itemsize
@@ -156,7 +156,7 @@ class Bench:
         ends = torch.tensor(case.rows, device=self.device).cumsum(0).to(torch.int32)
         return [partial(self._grouped, x, w, offs=ends) for x, w in pairs]
 
-    def _copies(self, case: Copy) -> list[Call]:
+    def _copies(self, case: CopyKernel) -> list[Call]:
         count = case.size // 4
         if case.kind == "device":
             self._refuse(2 * max(case.size, _SPREAD[self.device.type]))
@@ -224,7 +224,7 @@ class _Record:
 def measure(
     config: RunConfig, device: torch.device, seconds: float, progress: Callable[[str], None]
 ) -> DeviceProfile:
-    """Measure `device` for about `seconds`, told to `progress` in a line for each case.
+    """Measure `device` for about `seconds`, reported to `progress` in a line for each case.
 
     A case that doesn't fit the memory, or that the device can't do, is left out, and why is in the conditions. An
     interrupt ends the measurement; what is measured by then is returned.
@@ -237,13 +237,13 @@ def measure(
         KeyboardInterrupt, RuntimeError: where nothing was measured before it.
     """
     if not 0 < seconds < math.inf:
-        raise UserError(f"--seconds={seconds:g} is no time to measure in; type e.g. --seconds 150")
+        raise UserError(f"--seconds={seconds:g} must be above 0; type e.g. --seconds 150")
     begun, started, gpu = time.monotonic(), metadata.utc(), device.type == "cuda"
     host_free = psutil.virtual_memory().available
     moved = copies(gpu, torch.cuda.mem_get_info(device)[0] if gpu else host_free, host_free)
     cases: list[Case] = [*matmuls(gpu), *moved]
     largest = max((one.size for one in moved if one.kind != "device"), default=0)
-    bench = Bench(device, config.collectives.seed, largest)
+    bench = DeviceBench(device, config.collectives.seed, largest)
     record, smi = _Record({case: [] for case in cases}), {}
     try:
         smi["before"] = _heat(bench, seconds)
@@ -268,7 +268,7 @@ def measure(
     )
 
 
-def _method(bench: Bench, record: _Record) -> dict[str, Any]:
+def _method(bench: DeviceBench, record: _Record) -> dict[str, Any]:
     samples = [len(one) for rounds in record.times.values() for one in rounds]
     gpu = bench.device.type == "cuda"
     return {
@@ -287,7 +287,7 @@ def _method(bench: Bench, record: _Record) -> dict[str, Any]:
 
 
 def _rounds(
-    bench: Bench, record: _Record, deadline: float, seed: int, progress: Callable[[str], None]
+    bench: DeviceBench, record: _Record, deadline: float, seed: int, progress: Callable[[str], None]
 ) -> None:
     for number in range(ROUNDS):
         bench.forget()
@@ -308,13 +308,13 @@ def _rounds(
         record.rounds += 1
 
 
-def _free(bench: Bench) -> None:
+def _free(bench: DeviceBench) -> None:
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _heat(bench: Bench, seconds: float) -> dict[str, Any]:
+def _heat(bench: DeviceBench, seconds: float) -> dict[str, Any]:
     """Bring a GPU to the temperature and clocks of steady work; what its tool then says."""
     share, most = _HEATING
     until = time.monotonic() + min(share * seconds, most)

@@ -60,7 +60,7 @@ def reading(device: torch.device, load: Callable[[], None], wait: Callable[[], N
 
 
 def _command(device: torch.device) -> list[str]:
-    facts = torch.cuda.get_device_properties(device)
+    facts: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the PCI address
     if torch.version.hip is None:
         # A UUID, since the tool counts devices that CUDA_VISIBLE_DEVICES hides.
         which = f"--id=GPU-{getattr(facts, 'uuid', device.index)}"

@@ -16,7 +16,10 @@ from torch import Tensor
 TYPES = {
     "int8": torch.int8, "uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64, "half": torch.half,
     "bfloat16": torch.bfloat16, "float": torch.float, "double": torch.double,
+    "f8e4m3": torch.uint8, "f8e5m2": torch.uint8,  # what only moves is bytes, whatever they stand for
 }  # fmt: skip
+MOVED_ONLY = ("f8e4m3", "f8e5m2")
+"""Types that are moved and not reduced: libraries round sums of eight bits each in their own way."""
 _LARGEST = {torch.int8: 127, torch.uint8: 255, torch.half: 2048, torch.bfloat16: 256}
 """Up to which every whole number is exact; other types hold far more than is used."""
 _PERIOD = 65_521
@@ -31,10 +34,19 @@ _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def sent(
-    source: int, target: int, dtype: torch.dtype, ranks: int, redop: str, device: torch.device
+    source: int,
+    target: int,
+    dtype: torch.dtype,
+    ranks: int,
+    redop: str,
+    device: torch.device,
+    length: int = _PERIOD,
 ) -> Tensor:
-    """What rank `source` of a group has for `target`: one period of values, repeated over the buffer."""
-    index = torch.arange(_PERIOD, device=device)
+    """What rank `source` of a group has for `target`: one period of values, repeated over the buffer, or its beginning.
+
+    A buffer of fewer than `length` elements needs no more: among many ranks most parts are short.
+    """
+    index = torch.arange(min(length, _PERIOD), device=device)
     if redop == "prod":
         return torch.where((index // 16 + source) % ranks < _FACTORS, 2, 1)
     values = index * 7 + index // 256 * 3 + source * 13 + target * 29
@@ -48,22 +60,27 @@ def sent(
 
 
 @lru_cache(maxsize=16)
-def reduced(dtype: torch.dtype, ranks: int, redop: str, target: int, device: torch.device) -> Tensor:
-    """The reduction of what all ranks have for `target`: one period, kept for the next size of a sweep."""
-    parts = (sent(source, target, dtype, ranks, redop, device) for source in range(ranks))
+def reduced(
+    dtype: torch.dtype, ranks: int, redop: str, target: int, device: torch.device, length: int = _PERIOD
+) -> Tensor:
+    """The reduction of what all ranks have for `target`: one period or its beginning, kept for the next call."""
+    length = min(length, _PERIOD)
+    parts = (sent(source, target, dtype, ranks, redop, device, length) for source in range(ranks))
     whole = reduce(_COMBINE[redop], parts)
     return whole / ranks if redop == "avg" else whole
 
 
 def fill(buffer: Tensor, tile: Tensor) -> None:
     """Repeat one period over a flat buffer."""
-    for part in buffer.split(_PERIOD):
+    for part in buffer.split(_PERIOD):  # `tile` is a period, or longer than the buffer
         part.copy_(tile[: len(part)])
 
 
 def mismatches(buffer: Tensor, tile: Tensor) -> int:
     """Elements of a flat buffer that differ from one period, repeated."""
     expected = tile.to(buffer.dtype)
+    if len(buffer) <= len(expected):
+        return int((buffer != expected[: len(buffer)]).sum())
     whole = len(buffer) // _PERIOD * _PERIOD
     wrong = (buffer[:whole].view(-1, _PERIOD) != expected).sum()
     return int(wrong + (buffer[whole:] != expected[: len(buffer) - whole]).sum())

@@ -22,7 +22,7 @@ _MOST_PAIRED = 64
 
 
 @dataclass(frozen=True)
-class Partition:
+class GroupPartition:
     """Groups of equal size that run at once; each rank is in one, or idle."""
 
     kind: str
@@ -34,7 +34,7 @@ class Partition:
         return len(self.groups[0])
 
 
-def partitions(kind: str, nodes: Sequence[int], layout: Mapping[str, int]) -> list[Partition]:
+def partitions(kind: str, nodes: Sequence[int], layout: Mapping[str, int]) -> list[GroupPartition]:
     """The groups that a kind stands for: one partition, or for `pairs` one a round.
 
     Args:
@@ -104,19 +104,19 @@ def _by_colour(colours: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(ranks) for ranks in groups.values()]
 
 
-def _checked(kind: str, groups: Sequence[tuple[int, ...]]) -> Partition:
+def _checked(kind: str, groups: Sequence[tuple[int, ...]]) -> GroupPartition:
     widths = sorted({len(group) for group in groups})
     if widths == [1]:
         raise UserError(
-            f"collectives.groups={kind} gives groups of one rank, which have nobody to talk to; use more ranks, or another "
-            "kind: world takes all of them"
+            f"collectives.groups={kind} gives groups of one rank, and a collective needs at least two; use more ranks, or "
+            "another kind: world takes all of them"
         )
     if len(widths) > 1:
         raise UserError(
             f"collectives.groups={kind} gives groups of {', '.join(map(str, widths))} ranks; groups that run at once must "
             "be of one size: use a number of ranks that divides evenly"
         )
-    return Partition(kind, tuple(groups))
+    return GroupPartition(kind, tuple(groups))
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:

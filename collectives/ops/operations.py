@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from configs.errors import UserError
 
-WIDTHS = {"int8": 1, "uint8": 1, "int32": 4, "int64": 8, "half": 2, "bfloat16": 2, "float": 4, "double": 8}
+WIDTHS = {
+    "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "half": 2, "bfloat16": 2, "float": 4, "double": 8,
+    "f8e4m3": 1, "f8e5m2": 1,
+}  # fmt: skip
 """Bytes of an element."""
 _ALIGN = 16
 """Bytes of which a rank's part is a multiple, in operations that have parts."""

@@ -18,7 +18,7 @@ Loads = NDArray[np.int64]
 _HOT = 4.0
 """Load of what is hot over the mean."""
 _BURST_STAY, _BURST_BEGIN = 0.7, 0.2
-"""Chances from one step to the next that a burst goes on, and that one begins."""
+"""Chances from one step to the next that a burst continues, and that one begins."""
 
 
 def shares(

@@ -1,7 +1,7 @@
 """One collective with its buffers: the call, what to put in, and what must come out.
 
 Only `torch.distributed` is used, so that what is measured is what training runs. It reduces and broadcasts in
-place only: the out-of-place form of these is a copy and the call, and both are in the time.
+place only: out of place, what is sent is copied to where it is received before anything is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collectives.ops.exact import fill, mismatches, reduced, sent
 from collectives.ops.operations import OPERATIONS, spread_counts
 
 COPIED = ("all_reduce", "broadcast", "reduce")
-"""Operations whose out-of-place form is a copy and the in-place call."""
+"""Operations that torch.distributed has in place alone."""
 _REDOPS = {
     "sum": dist.ReduceOp.SUM, "prod": dist.ReduceOp.PRODUCT, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
     "avg": dist.ReduceOp.AVG, "band": dist.ReduceOp.BAND, "bor": dist.ReduceOp.BOR, "bxor": dist.ReduceOp.BXOR,
@@ -45,7 +45,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Case:
+class TransferCase:
     """What is to be moved."""
 
     op: str
@@ -59,6 +59,8 @@ class Case:
     in_place: bool
     matrix: tuple[tuple[int, ...], ...] | None = None
     """Elements from each rank to each, of an `all_to_allv`."""
+    unalign: int = 0
+    """Elements by which buffers begin off their alignment."""
 
 
 class Transfer:
@@ -68,30 +70,34 @@ class Transfer:
         RuntimeError, MemoryError: where the memory isn't to be had.
     """
 
-    def __init__(self, case: Case, seat: Seat) -> None:
+    def __init__(self, case: TransferCase, seat: Seat) -> None:
         self._case, self._seat = case, seat
         n, me, count = seat.size, seat.index, case.count
         sends, receives = self._lengths()
         self.is_root = case.root in (-1, me)
-        self._receive = torch.zeros(receives, dtype=case.dtype, device=seat.device)
+        self._receive = self._zeros(receives)
         if not case.in_place:
-            self._send = torch.zeros(sends, dtype=case.dtype, device=seat.device)
+            self._send = self._zeros(sends)
         elif case.op in ("all_gather", "gather") and receives == n * count:
             self._send = self._receive[me * count : (me + 1) * count]
         elif case.op in ("reduce_scatter", "scatter"):
-            self._send = torch.zeros(sends, dtype=case.dtype, device=seat.device)
+            self._send = self._zeros(sends)
             if sends:
                 self._receive = self._send[me * count : (me + 1) * count]
         elif case.op == "gather":
-            self._send = torch.zeros(sends, dtype=case.dtype, device=seat.device)
+            self._send = self._zeros(sends)
         else:
             self._send = self._receive
         self.call: Callable[[], object] = getattr(self, f"_{case.op}")()
 
+    def _zeros(self, count: int) -> Tensor:
+        case = self._case
+        return torch.zeros(count + case.unalign, dtype=case.dtype, device=self._seat.device)[case.unalign :]
+
     @staticmethod
-    def bytes_needed(case: Case, ranks: int, width: int) -> int:
+    def bytes_needed(case: TransferCase, ranks: int, width: int) -> int:
         """Most that one rank allocates for a case."""
-        whole = case.count * width * (ranks if OPERATIONS[case.op].parts else 1)
+        whole = (case.count + case.unalign) * width * (ranks if OPERATIONS[case.op].parts else 1)
         return whole if case.in_place else 2 * whole
 
     def _lengths(self) -> tuple[int, int]:
@@ -120,30 +126,18 @@ class Transfer:
 
     # ---- the calls ----
 
-    def _copied(self, call: Callable[[], object], needed: bool = True) -> Callable[[], object]:
-        """Out of place: what is sent is copied first, where this rank sends."""
-        if self._case.in_place or not needed:
-            return call
-        send, receive = self._send, self._receive
-
-        def copy_and_call() -> object:
-            receive.copy_(send)
-            return call()
-
-        return copy_and_call
-
     def _all_reduce(self) -> Callable[[], object]:
         receive, group, op = self._receive, self._seat.group, _REDOPS[self._case.redop]
-        return self._copied(lambda: dist.all_reduce(receive, op=op, group=group))
+        return lambda: dist.all_reduce(receive, op=op, group=group)
 
     def _reduce(self) -> Callable[[], object]:
         receive, group, op = self._receive, self._seat.group, _REDOPS[self._case.redop]
         root = self._seat.ranks[self._case.root]
-        return self._copied(lambda: dist.reduce(receive, root, op=op, group=group))
+        return lambda: dist.reduce(receive, root, op=op, group=group)
 
     def _broadcast(self) -> Callable[[], object]:
         receive, group, root = self._receive, self._seat.group, self._seat.ranks[self._case.root]
-        return self._copied(lambda: dist.broadcast(receive, root, group=group), self.is_root)
+        return lambda: dist.broadcast(receive, root, group=group)
 
     def _all_gather(self) -> Callable[[], object]:
         send, receive, group = self._send, self._receive, self._seat.group
@@ -200,58 +194,65 @@ class Transfer:
             return 0
         self._receive.fill_(1)  # no expected value is all ones, so what isn't written is seen
         self._prepare()
+        if (
+            self._case.op in COPIED
+            and not self._case.in_place
+            and (self.is_root or self._case.op != "broadcast")
+        ):
+            self._receive.copy_(self._send)
         self.call()
         if self._seat.device.type == "cuda":
             torch.cuda.synchronize(self._seat.device)
         return self._count_wrong()
 
-    def _tile(self, source: int, target: int) -> Tensor:
+    def _tile(self, source: int, target: int, length: int) -> Tensor:
         case = self._case
-        return sent(source, target, case.dtype, self._seat.size, case.redop, self._seat.device)
+        return sent(source, target, case.dtype, self._seat.size, case.redop, self._seat.device, length)
+
+    def _reduced(self, target: int) -> Tensor:
+        case, seat = self._case, self._seat
+        return reduced(case.dtype, seat.size, case.redop, target, seat.device, len(self._receive))
 
     def _prepare(self) -> None:
         me, n, count = self._seat.index, self._seat.size, self._case.count
         match self._case.op:
             case "reduce_scatter":
                 for target in range(n):
-                    fill(self._send[target * count : (target + 1) * count], self._tile(me, target))
+                    fill(self._send[target * count : (target + 1) * count], self._tile(me, target, count))
             case "scatter" | "all_to_all":
                 for target, part in enumerate(self._send.split(count) if len(self._send) else ()):
-                    fill(part, self._tile(me, target))
+                    fill(part, self._tile(me, target, count))
             case "all_to_allv":
                 for target, part in enumerate(self._send.split(self._splits()[0])):
-                    fill(part, self._tile(me, target))
+                    fill(part, self._tile(me, target, len(part)))
             case "broadcast":
                 if self.is_root:
-                    fill(self._send, self._tile(me, 0))
+                    fill(self._send, self._tile(me, 0, count))
             case _:
-                fill(self._send, self._tile(me, 0))
+                fill(self._send, self._tile(me, 0, count))
 
     def _count_wrong(self) -> int:
-        case, seat = self._case, self._seat
-        me, n, receive = seat.index, seat.size, self._receive
+        case, me, n, receive = self._case, self._seat.index, self._seat.size, self._receive
         match case.op:
-            case "all_reduce":
-                return mismatches(receive, reduced(case.dtype, n, case.redop, 0, seat.device))
-            case "reduce":
-                if not self.is_root:
-                    return 0
-                return mismatches(receive, reduced(case.dtype, n, case.redop, 0, seat.device))
+            case "all_reduce" | "reduce":
+                return mismatches(receive, self._reduced(0)) if case.op == "all_reduce" or self.is_root else 0
             case "reduce_scatter":
-                return mismatches(receive, reduced(case.dtype, n, case.redop, me, seat.device))
+                return mismatches(receive, self._reduced(me))
             case "broadcast":
-                return mismatches(receive, self._tile(case.root, 0))
+                return mismatches(receive, self._tile(case.root, 0, case.count))
             case "scatter":
-                return mismatches(receive, self._tile(case.root, me))
+                return mismatches(receive, self._tile(case.root, me, case.count))
             case "sendrecv":
-                return mismatches(receive, self._tile((me - 1) % n, 0))
+                return mismatches(receive, self._tile((me - 1) % n, 0, case.count))
             case "all_gather" | "gather":
                 parts, target = receive.split(case.count) if len(receive) else (), 0
             case "all_to_all":
                 parts, target = receive.split(case.count), me
             case _:
                 parts, target = receive.split(self._splits()[1]), me
-        return sum(mismatches(part, self._tile(source, target)) for source, part in enumerate(parts))
+        return sum(
+            mismatches(part, self._tile(source, target, len(part))) for source, part in enumerate(parts)
+        )
 
 
 def matrix_of(

@@ -120,6 +120,7 @@ def heat_map(
     unit: str,
     *,
     reverse: bool = False,
+    meaning: str = "slow",
 ) -> Figure:
     """A matrix in colours, dark for low values, or for high ones where `reverse`; NaN is grey.
 
@@ -129,6 +130,8 @@ def heat_map(
         axes_names: what rows are, and what columns are.
         scale: values at the two ends of the colours.
         unit: of the values, for the colour bar.
+        reverse: dark is high.
+        meaning: what a dark cell means, for the colour bar.
     """
     count = max(map(len, names))
     figure = Figure(figsize=(WIDTH, 1.9 + min(WIDTH - 1, 0.34 * len(names[0]))), layout="constrained")
@@ -146,7 +149,7 @@ def heat_map(
     for label in axes.get_xticklabels():
         label.set(rotation=45, ha="right", rotation_mode="anchor")
     beyond = "max" if np.nanmax(values) > scale[1] else "neither"
-    figure.colorbar(image, ax=axes, label=textwrap.fill(f"{unit} (dark is slow)", 24), extend=beyond)
+    figure.colorbar(image, ax=axes, label=textwrap.fill(f"{unit} (dark is {meaning})", 24), extend=beyond)
     for (i, j), value in np.ndenumerate(values) if count <= FIGURES else ():
         if math.isfinite(value):
             dark = (float(value) - scale[0] > (scale[1] - scale[0]) / 2) == reverse

@@ -5,21 +5,24 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; in every hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from collectives.report.canvas import finish, grid, heat_map, log_sizes, log_values, plain, size_label
-from collectives.store.results import Results
-from collectives.store.series import Baseline, Series, group_label, groups, rank_labels, rank_ratios, series
+from collectives.report.canvas import finish, grid, heat_map, log_sizes, log_values, plain
+from collectives.report.lateness import lateness_maps
+from collectives.report.material import FittedCurve, Material, Missing, Plot
+from collectives.store.series import (
+    Baseline,
+    RowSeries,
+    group_label,
+    groups,
+    rank_labels,
+    series,
+)
 from configs.fabric import Op
-
-SLOWEST = 3.0
-"""End of the colours of ranks, as time over the fastest: beyond, figures tell, not colours."""
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX<>*h"
@@ -29,61 +32,9 @@ _PLACEMENTS = {"out_of_place": "out of place", "in_place": "in place"}
 _SIZE = "message size"
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A fitted curve of one operation in one kind of group, with its interval."""
-
-    op: str
-    group: str
-    sizes: Sequence[float]
-    """Bytes, ascending; between them the curve is read off in log-log space, and nowhere beyond."""
-    time_us: Sequence[float]
-    low_us: Sequence[float]
-    high_us: Sequence[float]
-    label: str
-    """What was fitted, as `3 segments`."""
-    segments: str
-    """Latency and bandwidth of each part, as text."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """What plots are made of: a measurement, and what is known beside it."""
-
-    results: Results
-    fits: Sequence[Curve] = ()
-    baseline: Results | None = None
-    pairs: Sequence[tuple[int, int, float]] = ()
-    """Source rank, destination rank, GB/s."""
-    curves: Sequence[tuple[float, float, float]] = ()
-    """Imbalance (most loaded rank over the mean), time over that of the even load, and what it ideally is."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure, and what to look for in it."""
-
-    name: str
-    """File name without its ending; it starts with the kind of plot."""
-    title: str
-    caption: str
-    """One line: what to look for."""
-    figure: Figure
-    details: tuple[str, ...] = ()
-    """Lines to be read with it."""
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A plot that isn't drawn."""
-
-    title: str
-    why: str
-
-
 def draw(material: Material) -> Iterator[Plot | Missing]:
     """All plots, one after the other, so that one figure is held at a time."""
-    for kind in (_bandwidth, _latency, _pairs, _residuals, _ranks, _against_baseline, _imbalance):
+    for kind in (_bandwidth, _latency, _pairs, _residuals, lateness_maps, _against_baseline, _imbalance):
         yield from kind(material)
 
 
@@ -179,7 +130,7 @@ def _pairs(material: Material) -> Iterator[Plot | Missing]:
 
 
 def _residuals(material: Material) -> Iterator[Plot | Missing]:
-    """Mean time over the fitted one, minus 1, in per cent, with the fit's interval."""
+    """Median time over the fitted one, minus 1, in per cent, with the fit's interval: a fit is of medians."""
     if not material.fits:
         yield Missing("Fit residuals", "no fit was given")
     for group in dict.fromkeys(fit.group for fit in material.fits):
@@ -187,7 +138,11 @@ def _residuals(material: Material) -> Iterator[Plot | Missing]:
         found = []
         for fit in (f for f in material.fits if f.group == group):
             rows = material.results.cases().get((fit.op, group), [])
-            points = [(row.size, row.best.time_us) for row in rows if row.best]
+            points = [
+                (row.size, row.best.p50_us)
+                for row in rows
+                if row.best and (row.dtype, row.redop) == (fit.dtype, fit.redop)
+            ]
             within = [(size, time) for size, time in points if fit.sizes[0] <= size <= fit.sizes[-1]]
             if within:
                 found.append((fit, np.array(within, float)))
@@ -202,7 +157,7 @@ def _residuals(material: Material) -> Iterator[Plot | Missing]:
         yield Plot(f"residuals.{group}", title, caption, figure, details)
 
 
-def _residual_panel(axes: Axes, fit: Curve, points: np.ndarray) -> str:
+def _residual_panel(axes: Axes, fit: FittedCurve, points: np.ndarray) -> str:
     """Draw the residuals of one fit; the fit in words, and how large they are."""
     sizes, times = points.T
     at = np.asarray(fit.sizes, float)
@@ -211,7 +166,7 @@ def _residual_panel(axes: Axes, fit: Curve, points: np.ndarray) -> str:
         np.exp(np.interp(np.log(sizes), np.log(at), np.log(v))) for v in (fitted, low, high)
     )
     residual = 100 * (times / middle - 1)
-    look = _look(Series(fit.op, 0, "", ()))
+    look = _look(RowSeries(fit.op, 0, "", ()))
     axes.set_title(plain(f"{fit.op}, {fit.label}"))
     axes.axhline(0, color="black", lw=0.8)
     band: dict[str, Any] = {"color": "#888888", "alpha": 0.3, "lw": 0, "label": "interval of the fit"}
@@ -222,35 +177,6 @@ def _residual_panel(axes: Axes, fit: Curve, points: np.ndarray) -> str:
         f"{fit.op}, {fit.label}: {fit.segments}. Median size of its residuals "
         f"{np.median(np.abs(residual)):.2g} %; {inside} of {len(times)} points within the interval."
     )
-
-
-def _ranks(material: Material) -> Iterator[Plot | Missing]:
-    """Each rank's mean time over the fastest rank's, rank by operation, at the largest size."""
-    drawn = False
-    for group in groups(material.results):
-        cases = {op: rows for (op, kind), rows in material.results.cases().items() if kind == group}
-        columns = {op: found for op, rows in cases.items() if (found := rank_ratios(rows))}
-        most = max((len(ratios) for _, ratios in columns.values()), default=0)
-        if most < 2:
-            continue
-        drawn = True
-        table = np.full((most, len(columns)), np.nan)
-        for i, (_, ratios) in enumerate(columns.values()):
-            table[: len(ratios), i] = ratios
-        names = rank_labels(range(most), material.results.metadata)
-        heads = [f"{op}, {size_label(size)}" for op, (size, _) in columns.items()]
-        scale = (1.0, min(max(float(np.nanmax(table)), 1.2), SLOWEST))
-        unit = "time over the fastest rank's"
-        figure = heat_map(table, (names, heads), ("rank, host", "operation, size"), scale, unit, reverse=True)
-        title = f"Time of each rank, {group_label(material.results, group)}"
-        figure.suptitle(plain(title))
-        caption = (
-            "A rank that is dark in all columns is slow itself; around a root (broadcast, reduce, gather, scatter) "
-            "ranks differ by nature, as some may leave early."
-        )
-        yield Plot(f"ranks.{group}", title, caption, figure)
-    if not drawn:
-        yield Missing("Time of each rank", "no row has times of more than one rank")
 
 
 def _against_baseline(material: Material) -> Iterator[Plot | Missing]:
@@ -311,7 +237,7 @@ def _imbalance(material: Material) -> Iterator[Plot | Missing]:
     yield Plot("imbalance", title, caption, figure)
 
 
-def _look(line: Series) -> dict[str, Any]:
+def _look(line: RowSeries) -> dict[str, Any]:
     """Colour, marker and dash: an operation looks the same in every figure."""
     i = _OPS.index(line.op) if line.op in _OPS else len(_OPS) - 1
     dash = _DASHES[line.place % len(_DASHES)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from collectives.store.results import Metadata, Row, Timing
+from collectives.store.results import Metadata, SweepRow, Timing
 
 _HEAD = "# {:>10}  {:>12}  {:>8}  {:>6}  {:>6}"
 _BODY = "{:12d}  {:12d}  {:>8}  {:>6}  {:>6}"
@@ -20,8 +20,8 @@ def number(value: float, width: int) -> str:
     return f"{value:.1e}" if width >= 7 else f"{value:.0e}"
 
 
-class Table:
-    """Prints a measurement as it goes on: heads, rows, and the summary that nccl-tests ends with."""
+class ResultTable:
+    """Prints a measurement as it runs: heads, rows, and the summary that nccl-tests ends with."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -54,9 +54,9 @@ class Table:
                 f"{d['device']:2d} [{d['device_hex']}] {d['device_info']}"
             )
         if kept:
-            self.line(f"# {kept} rows of before are kept; the sweep goes on after them")
+            self.line(f"# {kept} rows are already measured; the sweep continues after them")
 
-    def row(self, row: Row) -> None:
+    def row(self, row: SweepRow) -> None:
         """One finished case, under a head where a new operation begins."""
         case = f"{row.op}, {row.groups} group{'s' * (row.groups > 1)} of {row.ranks} ranks ({row.group})"
         if case != self._open:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +14,14 @@ from typing import Any
 import matplotlib as mpl
 
 from collectives.report.canvas import STYLE, size_label
-from collectives.report.plots import Curve, Material, Missing, Plot, draw
-from collectives.store.results import Results, Row, Store, Timing
+from collectives.report.material import FittedCurve, Material, Missing, Plot
+from collectives.report.number import number
+from collectives.report.plots import draw
+from collectives.report.summary import is_sweep, summary, title_of
+from collectives.store.results import Results, ResultStore, SweepRow, Timing
 from collectives.store.series import hosts
 
-__all__ = ["Curve", "write"]
+__all__ = ["FittedCurve", "write"]
 
 OPEN = 2
 """Tables that are unfolded at most; of more, all are folded, and their headings sum up."""
@@ -47,7 +49,7 @@ _CSS = """
   --line: #3a3f45; --bad: #ff8a80; --warn: #f2c14e; --good: #7bd39b; --link: #8ab8f0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1160px; padding: 16px; background: var(--page); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .4em 0; }
 h2 { font-size: 1.2rem; margin: 1.6em 0 .5em; }
 a { color: var(--link); }
@@ -64,6 +66,7 @@ table { border-collapse: collapse; font-size: .86rem; }
 th, td { padding: 3px 9px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 .figures { overflow-wrap: normal; font-variant-numeric: tabular-nums; margin-top: 6px; }
 .figures th, .figures td { text-align: right; white-space: nowrap; }
+.summary td:nth-child(-n+4) { text-align: left; }
 .figures .note { text-align: left; white-space: normal; min-width: 16em; }
 .figures .edge { border-left: 1px solid var(--line); }
 .figures th.span { text-align: center; }
@@ -80,9 +83,9 @@ figcaption p { margin: .3em 0; }
 
 
 def write(
-    store: Store,
+    store: ResultStore,
     *,
-    fits: Sequence[Curve] = (),
+    fits: Sequence[FittedCurve] = (),
     findings: Sequence[Mapping[str, Any]] = (),
     baseline: Results | None = None,
     pairs: Sequence[tuple[int, int, float]] = (),
@@ -117,18 +120,9 @@ def write(
             plot.figure.savefig(path)
             shown.append((plot, path))
     page = store.folder / "report.html"
-    page.write_text("\n".join(_page(results, findings, shown, missing)), encoding="utf-8")
+    parts = _page(results, findings, shown, missing, list(summary(results, pairs, store.kept("moe") or ())))
+    page.write_text("\n".join(parts), encoding="utf-8")
     return [*(path for _, path in shown), page]
-
-
-def number(value: float, digits: int = 4) -> str:
-    """A figure with about `digits` significant ones, and at most as many decimals."""
-    if not math.isfinite(value):
-        return "N/A"
-    if value and abs(value) < 10.0**-digits:
-        return f"{value:.1e}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else digits - 2
-    return f"{value:.{min(max(decimals, 0), digits)}f}"
 
 
 def _page(
@@ -136,9 +130,10 @@ def _page(
     findings: Sequence[Mapping[str, Any]],
     shown: Sequence[tuple[Plot, Path]],
     missing: Sequence[Missing],
+    summed: Sequence[str],
 ) -> Iterator[str]:
     cases = results.cases()
-    title = f"Collectives: {', '.join(dict.fromkeys(op for op, _ in cases)) or 'nothing measured'}"
+    title = title_of(results)
     yield f"{_HEAD}\n<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>"
     yield f"<body>\n<h1>{escape(title)}</h1>"
     names = list(dict.fromkeys(hosts(results.metadata).values()))
@@ -150,11 +145,14 @@ def _page(
     ended = f"ended {results.ended}" if results.ended else "not ended"
     yield f'<p class="quiet">{escape(f"Begun {results.metadata.started} UTC, {ended}{on}.")}</p>'
     yield '<section class="card" id="verdict">'
+    yield from summed
     yield from _verdict(results)
     yield from _findings(findings)
     yield "</section>"
-    yield '<nav><a href="#tables">Tables</a><a href="#plots">Plots</a><a href="#metadata">How it was measured</a></nav>'
-    yield '<h2 id="tables">Tables</h2>'
+    tables = '<a href="#tables">Tables</a>' if cases else ""
+    yield f'<nav>{tables}<a href="#plots">Plots</a><a href="#metadata">How it was measured</a></nav>'
+    if cases:
+        yield '<h2 id="tables">Tables</h2>'
     for rows in cases.values():
         yield from _table(rows, unfolded=len(cases) <= OPEN)
     yield '<h2 id="plots">Plots</h2>\n<div class="plots">'
@@ -164,7 +162,7 @@ def _page(
         yield f'<figure><img alt="{escape(plot.title)}" src="data:image/png;base64,{data}">'
         yield f"<figcaption><p>{escape(plot.caption)}</p>{details}</figcaption></figure>"
     yield "</div>"
-    if missing:
+    if missing and is_sweep(results):
         reasons = "; ".join(f"{plot.title} ({plot.why})" for plot in missing)
         yield f'<p class="quiet">Not drawn: {escape(reasons)}.</p>'
     yield '<h2 id="metadata">How it was measured</h2>'
@@ -186,7 +184,8 @@ def _verdict(results: Results) -> Iterator[str]:
         yield f'<p class="good">#wrong 0 in the {len(checked)} timings that were checked.</p>'
     if len(checked) < len(counts):
         yield f'<p class="warn">{len(counts) - len(checked)} of {len(counts)} timings weren\'t checked.</p>'
-    yield f"<p>{_count(len(results.rows), 'row')}, {len(timed)} with times.</p>"
+    if is_sweep(results):
+        yield f"<p>{_count(len(results.rows), 'row')}, {len(timed)} with times.</p>"
     if results.ended is None:
         yield '<p class="warn">The measurement was interrupted or is still running: this is what was done so far.</p>'
     notes = [(row, row.note) for row in results.rows if row.note]
@@ -227,7 +226,7 @@ def _findings(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "</table></div>"
 
 
-def _table(rows: Sequence[Row], *, unfolded: bool) -> Iterator[str]:
+def _table(rows: Sequence[SweepRow], *, unfolded: bool) -> Iterator[str]:
     """Rows of one operation and group in nccl-tests' columns."""
     wires = any(t.wire_bw is not None for row in rows for t in row.timings)
     timed = (*_TIMED, *((("wirebw", "GB/s"),) if wires else ()), ("#wrong", ""))

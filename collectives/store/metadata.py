@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from collectives.ops.groups import Partition
+from collectives.ops.groups import GroupPartition
 from collectives.store.results import Metadata
+from collectives.store.resume import settings_of
 from collectives.timing.clock import Clock
 from collectives.timing.team import Team, devices
 from configs.schema import RunConfig
@@ -30,12 +31,11 @@ def collect(
     config: RunConfig,
     team: Team,
     clock: Clock,
-    first: Partition,
+    first: GroupPartition,
     layout: dict[str, int],
     arguments: list[str],
 ) -> Metadata:
     """Metadata of a measurement. `first` gives the groups that nccl-tests' device list shows."""
-    settings = config.collectives.model_dump(mode="json")
     version = _nccl_version() if team.backend == "nccl" else ()
     hosts: dict[int, dict[str, Any]] = {}
     for node, member in zip(team.nodes, team.members, strict=True):
@@ -56,7 +56,7 @@ def collect(
             "environment": {k: v for k, v in sorted(os.environ.items()) if _LIBRARIES.match(k)},
         },
         settings={
-            "collectives": settings | {"timer": settings["timer"] if settings["timer"] != "auto" else "by device"},
+            "collectives": settings_of(config.collectives),
             "network": {"name": config.network.name} | asdict(team.network),
             "ranks": team.rank.world,
             "layout": layout,
@@ -64,12 +64,15 @@ def collect(
         },
         method={
             "clock": clock.name,
-            "time": "mean of the timed iterations; an iteration lasts as long as for its slowest rank",
-            "interval": f"half-width at {config.collectives.confidence:.0%} by batch means",
+            "time": f"calls in a row over their number, by each rank's host clock; of ranks: {config.collectives.average}. "
+            "in bursts of `burst` (0: each waited for), replayed as a graph (as nccl-tests -G) or launched from Python",
+            "single_calls": "call_us, p50_us to stdev_us: each call alone, as long as its slowest rank takes",
+            "interval": f"half-width at {config.collectives.confidence:.0%} by batch means, of a number of calls that was "
+            "decided before they were timed",
             "algbw": "size / mean time, 10^9 bytes a second",
             "busbw": "algbw times nccl-tests' factor of the operation",
             "check": "every element against its exact value, in a call that isn't timed",
-            "out_of_place": "of all_reduce, broadcast and reduce: a copy and the in-place call, both timed",
+            "out_of_place": "of all_reduce, broadcast and reduce: the in-place call on a copy made before the timing",
         },
         started=utc(),
     )  # fmt: skip

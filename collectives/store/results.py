@@ -1,7 +1,7 @@
 """What a measurement is, and how it is kept: rows, and the files that hold them.
 
 `rows.jsonl` is the truth: one row a line, appended when it is finished, so what is done survives whatever
-comes. From it `write` makes nccl-tests' JSON (schema version 3, one file per operation and group) and a CSV.
+comes. From it `stream.write` makes nccl-tests' JSON (schema version 3, one file per operation and group) and a CSV.
 """
 
 from __future__ import annotations
@@ -17,19 +17,25 @@ from typing import Any
 
 from configs.paths import write_whole
 
+_CHUNK = 1 << 20
 JSON_VERSION = 3
 """Of nccl-tests' schema (`src/util.cu`, release 2.19)."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one case in one placement, in microseconds; an iteration counts as long as its slowest rank."""
+    """Times of one case in one placement, in microseconds.
+
+    `time_us` is what nccl-tests prints: calls in a row over their number, on each rank, averaged over the ranks. The
+    other figures are of single calls, each as long as its slowest rank takes for it, as nccl-tests' `-I 1` has them.
+    """
 
     time_us: float
-    """Mean: all of the timed interval over its iterations."""
+    """Mean, as nccl-tests: all of the timed interval over its calls; the rates are from it."""
     ci_us: float
-    """Half-width of the mean's confidence interval."""
+    """Half-width of that mean's confidence interval."""
     p50_us: float
+    """Of single calls, as all that follow up to `stdev_us`."""
     p95_us: float
     p99_us: float
     min_us: float
@@ -48,9 +54,17 @@ class Timing:
     wrong: int | None
     """Elements that differ from the exact value, over all ranks; None where they weren't checked."""
     rank_times_us: tuple[tuple[float, ...], ...]
-    """Each iteration of each rank, by rank."""
+    """Single calls of each rank, by rank: the last ones where all of them would be too many to keep."""
     times_us: tuple[float, ...]
-    """Each iteration, of the slowest rank."""
+    """Each single call, of the slowest rank."""
+    call_us: float = 0.0
+    """Mean of single calls."""
+    burst: int = 0
+    """Calls that were launched in a row and waited for at the end; 0: each was waited for, as on CPUs."""
+    graph: bool = False
+    """The burst was a replayed graph, and not launched from Python."""
+    calls: int = 0
+    """Calls that `time_us` is the mean of."""
 
     @property
     def cv(self) -> float:
@@ -60,7 +74,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One case of a sweep: an operation, a group, a type and a size."""
 
     op: str
@@ -125,19 +139,19 @@ class Results:
     """A measurement, whole or as far as it came."""
 
     metadata: Metadata
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     ended: str | None = None
     """UTC; None while it runs or where it was interrupted."""
 
-    def cases(self) -> dict[tuple[str, str], list[Row]]:
+    def cases(self) -> dict[tuple[str, str], list[SweepRow]]:
         """Rows by operation and group, in the order they were measured."""
-        found: dict[tuple[str, str], list[Row]] = {}
+        found: dict[tuple[str, str], list[SweepRow]] = {}
         for row in self.rows:
             found.setdefault((row.op, row.group), []).append(row)
         return found
 
 
-class Store:
+class ResultStore:
     """The folder of one measurement."""
 
     def __init__(self, folder: Path) -> None:
@@ -158,24 +172,23 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.metadata, json.dumps(asdict(metadata), indent=1))
 
-    def append(self, row: Row) -> None:
+    def append(self, row: SweepRow) -> None:
         """Keep a finished row; it has reached the kernel when this returns."""
         line = (json.dumps(asdict(row)) + "\n").encode()
-        fd = os.open(self.rows, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        fd = os.open(self.rows, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(fd, line)
+            _drop_torn_line(fd)
+            while line:  # a full disk or a signal may cut a write short
+                line = line[os.write(fd, line) :]
         finally:
             os.close(fd)
 
-    def finished(self) -> list[Row]:
-        """Rows that are kept: of a case that was tried again the last, and no torn line."""
+    def finished(self) -> list[SweepRow]:
+        """Rows that are kept: of a case that was tried again the last, and no line that is still being written."""
         if not self.rows.exists():
             return []
         data = self.rows.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            os.truncate(self.rows, end)
-        rows = [_row(json.loads(line)) for line in data[:end].splitlines()]
+        rows = [row_of(json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]
         return list({row.key: row for row in rows}.values())
 
     def read(self) -> Results:
@@ -184,9 +197,18 @@ class Store:
         Raises:
             FileNotFoundError: where the folder holds none.
         """
+        about, ended = self.read_metadata()
+        return Results(about, tuple(self.finished()), ended)
+
+    def read_metadata(self) -> tuple[Metadata, str | None]:
+        """The metadata, and when the measurement ended; None where it runs or was interrupted.
+
+        Raises:
+            FileNotFoundError: where the folder holds none.
+        """
         tree = json.loads(self.metadata.read_text())
         ended = tree.pop("ended", None)
-        return Results(Metadata(**tree), tuple(self.finished()), ended)
+        return Metadata(**tree), ended
 
     def end(self, ended: str) -> None:
         """Mark the measurement as whole."""
@@ -202,21 +224,8 @@ class Store:
         path = self.folder / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def write(self) -> list[Path]:
-        """Make nccl-tests' JSON and the CSV of all rows; their paths."""
-        results = self.read()
-        made = []
-        for (op, group), rows in results.cases().items():
-            path = self.folder / f"{op}.{group}.json"
-            write_whole(path, json.dumps(nccl_tests_json(results.metadata, rows, results.ended)))
-            made.append(path)
-        if results.rows:
-            made.append(self.folder / "results.csv")
-            write_csv(made[-1], results.rows, results.metadata)
-        return made
 
-
-def nccl_tests_json(metadata: Metadata, rows: Sequence[Row], ended: str | None) -> dict[str, Any]:
+def nccl_tests_json(metadata: Metadata, rows: Sequence[SweepRow], ended: str | None) -> dict[str, Any]:
     """Rows of one operation and group in nccl-tests' schema; what that lacks is under `megaray`."""
     settings = metadata.settings["collectives"]
     wrong = sum(t.wrong or 0 for row in rows for t in row.timings)
@@ -243,7 +252,7 @@ def nccl_tests_json(metadata: Metadata, rows: Sequence[Row], ended: str | None) 
             "aggregated_iterations": 1,
             "validation": int(settings["check"]),
             "graph": int(settings["timer"] == "graph"),
-            "blocking_collectives": _flag(settings["sync"] == "barrier"),
+            "blocking_collectives": _flag(settings["sync"] != "loop"),
             "per_iter_timing": _flag(True),
             "per_iter_skip": 0,
             "parallel_init": _flag(False),
@@ -261,7 +270,7 @@ def nccl_tests_json(metadata: Metadata, rows: Sequence[Row], ended: str | None) 
     }
 
 
-def _result(row: Row) -> dict[str, Any]:
+def _result(row: SweepRow) -> dict[str, Any]:
     result: dict[str, Any] = {
         "size": row.size,
         "count": row.count,
@@ -306,11 +315,13 @@ def _per_iteration(ranks: Sequence[Sequence[float]]) -> dict[str, Any]:
     }
 
 
-_PLAIN = ("time_us", "ci_us", "p50_us", "p95_us", "p99_us", "min_us", "max_us", "cv", "alg_bw", "bus_bw", "wire_bw",
-          "warmup", "first_us", "wrong")  # fmt: skip
+_PLAIN = (
+    "time_us", "ci_us", "calls", "burst", "graph", "call_us", "p50_us", "p95_us", "p99_us", "min_us", "max_us", "cv",
+    "alg_bw", "bus_bw", "wire_bw", "warmup", "first_us", "wrong",
+)  # fmt: skip
 
 
-def write_csv(path: Path, rows: Iterable[Row], metadata: Metadata) -> None:
+def write_csv(path: Path, rows: Iterable[SweepRow], metadata: Metadata) -> None:
     """One line for each case and placement, under `# key: value` lines with the metadata."""
     names = ("op", "group", "ranks", "groups", "size", "count", "dtype", "redop", "root", "sweep", "note")
     temporary = path.with_suffix(".tmp")
@@ -330,7 +341,8 @@ def write_csv(path: Path, rows: Iterable[Row], metadata: Metadata) -> None:
     temporary.replace(path)
 
 
-def _row(tree: dict[str, Any]) -> Row:
+def row_of(tree: dict[str, Any]) -> SweepRow:
+    """A row that `ResultStore.append` wrote, from its line's tree."""
     names = {f.name for f in fields(Timing)}
     for placement in ("out_of_place", "in_place"):
         timing = tree[placement]
@@ -338,7 +350,20 @@ def _row(tree: dict[str, Any]) -> Row:
             timing["rank_times_us"] = tuple(map(tuple, timing["rank_times_us"]))
             timing["times_us"] = tuple(timing["times_us"])
             tree[placement] = Timing(**{name: value for name, value in timing.items() if name in names})
-    return Row(**tree)
+    return SweepRow(**tree)
+
+
+def _drop_torn_line(fd: int) -> None:
+    """Cut a line off that a writer left without its end: it is of a rank that was killed, and its case is measured anew."""
+    size = begin = os.lseek(fd, 0, os.SEEK_END)
+    if not size or os.pread(fd, 1, size - 1) == b"\n":
+        return
+    place = -1
+    while begin and place < 0:
+        begin = max(0, begin - _CHUNK)
+        place = os.pread(fd, _CHUNK, begin).rfind(b"\n")
+    if begin + place + 1 < size:
+        os.ftruncate(fd, begin + place + 1)
 
 
 def _flag(value: bool) -> str:

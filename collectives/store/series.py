@@ -8,21 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collectives.store.results import Metadata, Results, Row, Timing
+from collectives.store.results import Metadata, Results, SweepRow, Timing
 
 LINES, VARIANTS = 12, 4
 """Lines that one panel tells apart, and types, reductions and roots of one operation among them."""
 
 
 @dataclass(frozen=True)
-class Series:
+class RowSeries:
     """Rows of one operation, type, reduction and root: they differ in size and pass."""
 
     op: str
     place: int
     """Which of the operation's variants, in the order they were measured."""
     label: str
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
 
     def by_size(self, placement: str, field: str) -> dict[int, float]:
         """A field of the timings by size, ascending: the median over the passes, of values above zero."""
@@ -40,14 +40,14 @@ def groups(results: Results) -> list[str]:
     return list(dict.fromkeys(row.group for row in results.rows))
 
 
-def series(rows: Iterable[Row], group: str, variants: int = VARIANTS) -> tuple[list[Series], int]:
+def series(rows: Iterable[SweepRow], group: str, variants: int = VARIANTS) -> tuple[list[RowSeries], int]:
     """Lines of one kind of group, at most `LINES` with at most `variants` of an operation; and how many are left out."""
-    found: dict[str, dict[tuple[str, str, int], list[Row]]] = {}
+    found: dict[str, dict[tuple[str, str, int], list[SweepRow]]] = {}
     for row in rows:
         if row.group == group and row.size > 0 and row.timings:
             found.setdefault(row.op, {}).setdefault((row.dtype, row.redop, row.root), []).append(row)
     lines = [
-        Series(op, place, _label(op, variant, len(kinds) > 1), tuple(members))
+        RowSeries(op, place, _label(op, variant, len(kinds) > 1), tuple(members))
         for op, kinds in found.items()
         for place, (variant, members) in enumerate(kinds.items())
     ]
@@ -84,35 +84,15 @@ def rank_labels(ranks: Iterable[int], metadata: Metadata) -> list[str]:
     return [f"{rank} {names.get(rank, '')}".strip() for rank in ranks]
 
 
-def rank_ratios(rows: Iterable[Row]) -> tuple[int, list[float]] | None:
-    """The largest size with times of ranks, and each rank's mean there over the fastest rank's.
-
-    A rank's mean is the median over the passes, and NaN where it has no times. None where no row has any.
-    """
-    timed = [(row.size, row.best.rank_times_us) for row in rows if row.best and any(row.best.rank_times_us)]
-    if not timed:
-        return None
-    largest = max(size for size, _ in timed)
-    means: list[list[float]] = []
-    for size, ranks in timed:
-        for rank, times in enumerate(ranks if size == largest else ()):
-            means.extend([] for _ in range(rank + 1 - len(means)))
-            if times:
-                means[rank].append(statistics.fmean(times))
-    middle = [statistics.median(one) if one else math.nan for one in means]
-    fastest = min(value for value in middle if not math.isnan(value))
-    return (largest, [value / fastest for value in middle]) if fastest > 0 else None
-
-
 class Baseline:
     """An earlier measurement, to be asked case by case."""
 
     def __init__(self, results: Results) -> None:
-        self._rows: dict[tuple[Any, ...], list[Row]] = {}
+        self._rows: dict[tuple[Any, ...], list[SweepRow]] = {}
         for row in results.rows:
             self._rows.setdefault(_case(row), []).append(row)
 
-    def ratios(self, line: Series, placement: str) -> dict[int, tuple[float, float]]:
+    def ratios(self, line: RowSeries, placement: str) -> dict[int, tuple[float, float]]:
         """Bus bandwidth now over then by size, and the half-width of its interval.
 
         Both are medians over the passes. Errors of the two means count as independent; NaN where one isn't known.
@@ -127,12 +107,12 @@ class Baseline:
         return found
 
 
-def _case(row: Row) -> tuple[Any, ...]:
+def _case(row: SweepRow) -> tuple[Any, ...]:
     """What has to agree for two rows to be compared."""
     return (row.op, row.group, row.ranks, row.groups, row.dtype, row.redop, row.root, row.size)
 
 
-def _rate(rows: Iterable[Row], placement: str) -> tuple[float, float]:
+def _rate(rows: Iterable[SweepRow], placement: str) -> tuple[float, float]:
     """Median bus bandwidth in GB/s, and the relative half-width of its interval, NaN where that isn't known."""
     timings: list[Timing] = [t for row in rows if (t := getattr(row, placement)) is not None and t.bus_bw > 0]
     if not timings:

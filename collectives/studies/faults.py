@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from collectives.analysis.judge import judge, suspect_endpoints, suspects
-from collectives.analysis.probes import Direction, Endpoint, Pair, Probes
+from collectives.analysis.probes import Direction, Endpoint, Floats, Pair, Probes
 from collectives.ops.groups import rounds
 from collectives.studies.journal import Journal
-from collectives.timing.measure import Bench
+from collectives.timing.measure import MeasurementSetup
+from configs.hardware import HardwareConfig
 
 _CPU_REPEATS, _CPU_LOOPS = 2, 3_000_000
 """Some 90 ms: what fits into the quota of one scheduler period, of 100 ms by default, would show no limit."""
@@ -27,6 +30,8 @@ _CONFIRMATIONS = 3
 _MESSAGE = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Bytes: over NVLink, 4 MiB take less time than their launch."""
 _DEVICE_REPEATS, _DEVICE_SIZE, _DEVICE_CALLS = 5, 4096, 8
+_SHOWN = 16
+"""Pairs of a round that a line names, at most."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,74 @@ def schedule(lanes: list[list[int]]) -> list[list[Meeting]]:
     ]
 
 
-class Faults:
-    """Probes on one rank; every rank goes through the same rounds."""
+@dataclass
+class ProbeRecord:
+    """What was measured so far, on rank 0; a rank of 1,024 that kept it too would take as much memory again."""
 
-    def __init__(self, bench: Bench, journal: Journal, limit_gbps: float | None) -> None:
+    size: int
+    """Bytes of a message."""
+    endpoints: dict[int, Endpoint]
+    directions: dict[Pair, Direction] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lanes: list[list[int]], members: Sequence[Mapping[str, Any]], size: int) -> ProbeRecord:
+        """An empty record of the ranks in `lanes`."""
+        ranks = sorted(rank for lane in lanes for rank in lane)
+        return cls(size, {r: Endpoint(r, members[r]["address"], members[r]["local_rank"], ()) for r in ranks})
+
+    @property
+    def ranks(self) -> list[int]:
+        """All endpoints."""
+        return list(self.endpoints)
+
+    def probes(self) -> Probes:
+        """As they are judged."""
+        return Probes(self.size, tuple(self.endpoints.values()), tuple(self.directions.values()))
+
+    def own_speed(self, ranks: Sequence[int], times: Floats) -> list[float]:
+        """Keep [ranks, repeats] seconds of the processor, then of the device, NaN where there is none.
+
+        Returns:
+            Each of `ranks`' best time of its processor so far, in ms.
+        """
+        for rank in ranks:
+            before = self.endpoints[rank]
+            cpu, device = times[rank, :_CPU_REPEATS], times[rank, _CPU_REPEATS:]
+            self.endpoints[rank] = replace(
+                before,
+                cpu_seconds=(*before.cpu_seconds, *cpu.tolist()),
+                device_seconds=(*before.device_seconds, *device[np.isfinite(device)].tolist()),
+            )
+        return [min(self.endpoints[rank].cpu_seconds) * 1e3 for rank in ranks]
+
+    def meeting(self, meeting: Meeting, times: Floats, *, alone: bool) -> float:
+        """Keep the messages of both ways, [ranks, 1 + repeats] seconds by sender; GB/s of the slower way."""
+        slowest = 0.0
+        for pair in ((meeting.a, meeting.b), (meeting.b, meeting.a)):
+            first, rest = float(times[pair[0], 0]), times[pair[0], 1:]
+            before = self.directions.get(pair, Direction(*pair, first, ()))
+            self.directions[pair] = replace(
+                before, passes=(*before.passes, rest), confirmations=before.confirmations + alone
+            )
+            slowest = max(slowest, float(np.median(rest)))
+        return self.size / slowest / 1e9
+
+
+def _rates_text(rates: Mapping[str, float]) -> str:
+    """Each pair with its rate, or of many the slowest ones and the fastest."""
+    named = [f"ranks {pair} {rate:.3g} GB/s" for pair, rate in rates.items()]
+    if len(rates) <= _SHOWN:
+        return ", ".join(named)
+    order = sorted(range(len(rates)), key=[*rates.values()].__getitem__)
+    return f"{len(rates)} pairs, slowest {', '.join(named[i] for i in order[:3])}, fastest {named[order[-1]]}"
+
+
+class Faults:
+    """Probes on one rank; every rank goes through the same rounds, and rank 0 keeps what they give."""
+
+    def __init__(self, bench: MeasurementSetup, journal: Journal, hardware: HardwareConfig) -> None:
         self._bench, self._team, self._journal = bench, bench.team, journal
-        self._settings, self._limit = bench.settings, limit_gbps
+        self._settings, self._hardware = bench.settings, hardware
         self._lanes = self._in_lanes()
         self._rounds = schedule(self._lanes)
         # In another order each pass, so that what comes and goes doesn't meet the same pair.
@@ -66,12 +133,8 @@ class Faults:
             self._settings.probe_size or usual, dtype=torch.uint8, device=self._team.device
         )
         self._ack = torch.ones(8, dtype=torch.uint8, device=self._team.device)
-        members = self._team.members
-        self._endpoints = {
-            rank: Endpoint(rank, members[rank]["address"], members[rank]["local_rank"], ())
-            for rank in sorted(rank for lane in self._lanes for rank in lane)
-        }
-        self._directions: dict[Pair, Direction] = {}
+        self._machines = [member["machine"] for member in self._team.members]
+        self._record = ProbeRecord.of(self._lanes, self._team.members, self._buffer.numel())
 
     @property
     def cases(self) -> int:
@@ -81,31 +144,39 @@ class Faults:
     def run(self, done: frozenset[tuple[str | int, ...]]) -> None:  # noqa: ARG002 (a study of seconds starts anew)
         """Probe, and on rank 0 judge."""
         for number, order in enumerate(self._order, start=1):
-            self._own_speed(f"pass {number}", self._endpoints.keys())
+            self._own_speed(f"pass {number}", self._record.ranks)
             for index in order:
                 self._round(f"pass {number}", self._rounds[index])
         self._confirm()
         if self._team.rank.rank == 0:
-            probes = self._probes
-            self._journal.store.keep("probes", asdict(probes))
-            for finding in judge(probes, self._settings.slow_ratio, self._limit):
-                self._journal.finding(finding)
-            if not self._journal.findings:
-                many = f"{len(probes.endpoints)} endpoints, {len(probes.directions)} directions"
-                self._journal.note(f"# nothing slow among {many}")
+            self._conclude()
 
-    @property
-    def _probes(self) -> Probes:
-        """All that was measured so far."""
-        endpoints, directions = tuple(self._endpoints.values()), tuple(self._directions.values())
-        return Probes(self._buffer.numel(), endpoints, directions)
+    def _conclude(self) -> None:
+        """Keep what was measured, and judge; of 1,024 ranks that takes seconds, so the rank shows that it is alive."""
+        probes, store = self._record.probes(), self._journal.store
+        temporary = store.folder / "probes.json.tmp"
+        with temporary.open("w") as file:
+            for part in probes.json_parts():
+                self._bench.beat()
+                file.write(part)
+        temporary.replace(store.folder / "probes.json")
+        for finding in judge(probes, self._settings.slow_ratio, self._hardware):
+            self._journal.finding(finding)
+        self._bench.beat()
+        if not self._journal.findings:
+            many = f"{len(probes.endpoints)} endpoints, {len(probes.directions)} directions"
+            self._journal.note(f"# nothing slow among {many}")
 
     def _confirm(self) -> None:
-        """Probe again what looks slow or unsteady, on its own: what else went on at the time is no fault."""
-        ratio = self._settings.slow_ratio
+        """Probe again what looks slow or unsteady, on its own: what else happened at that time is not a fault."""
         for number in range(1, _CONFIRMATIONS + 1):
-            probes, name = self._probes, f"confirmation {number}"
-            ranks, pairs = suspect_endpoints(probes.endpoints, ratio), suspects(probes, ratio)
+            name, doubts = f"confirmation {number}", (set[int](), set[Pair]())
+            self._bench.beat()
+            if self._team.rank.rank == 0:
+                ratio, probes = self._settings.slow_ratio, self._record.probes()
+                doubts = (suspect_endpoints(probes.endpoints, ratio), suspects(probes, ratio, self._hardware))
+            ranks, pairs = self._team.tell(doubts)
+            self._bench.beat()
             if ranks:
                 self._own_speed(name, ranks)
             for meetings in self._rounds if pairs else []:
@@ -114,18 +185,20 @@ class Faults:
 
     def _apart(self, meetings: list[Meeting]) -> Iterator[list[Meeting]]:
         """Meetings that share a machine one after the other, the others at once."""
-        machines = [member["machine"] for member in self._team.members]
         left = meetings
         while left:
             taken: set[str] = set()
-            at_once = []
+            at_once: list[Meeting] = []
+            later: list[Meeting] = []
             for meeting in left:
-                needed = {machines[meeting.a], machines[meeting.b]}
-                if not needed & taken:
+                needed = {self._machines[meeting.a], self._machines[meeting.b]}
+                if needed & taken:
+                    later.append(meeting)
+                else:
                     at_once.append(meeting)
                     taken |= needed
             yield at_once
-            left = [meeting for meeting in left if meeting not in at_once]
+            left = later
 
     def _in_lanes(self) -> list[list[int]]:
         """Ranks that are paired with each other."""
@@ -140,60 +213,48 @@ class Faults:
 
     def _own_speed(self, name: str, ranks: Collection[int]) -> None:
         """Work of the endpoints `ranks`, one after the other where they share a machine."""
-        me, machines = self._team.rank.rank, [member["machine"] for member in self._team.members]
-        turn = {rank: sum(machines[r] == machines[rank] for r in ranks if r < rank) for rank in ranks}
-        cpu: tuple[float, ...] = ()
-        device: tuple[float, ...] = ()
-        for number in range(max(turn.values()) + 1):
+        me, turns = self._team.rank.rank, dict[int, int]()
+        seen: dict[str, int] = {}
+        for rank in sorted(ranks):
+            machine = self._machines[rank]
+            turns[rank] = seen[machine] = seen.get(machine, -1) + 1
+        times = np.full(_CPU_REPEATS + _DEVICE_REPEATS, np.nan)
+        for number in range(max(turns.values()) + 1):
             self._bench.beat()
             self._team.wait()
-            if turn.get(me) == number:
-                cpu = tuple(_interpreter_probe() for _ in range(_CPU_REPEATS))
+            if turns.get(me) == number:
+                times[:_CPU_REPEATS] = [_interpreter_probe() for _ in range(_CPU_REPEATS)]
                 if self._team.device.type == "cuda":
-                    device = _matmul_probe(self._team.device)
+                    times[_CPU_REPEATS:] = _matmul_probe(self._team.device)
         self._team.wait()
-        told = self._team.share((cpu, device))
-        for rank in ranks:
-            before, (more_cpu, more_device) = self._endpoints[rank], told[rank]
-            self._endpoints[rank] = replace(
-                before,
-                cpu_seconds=(*before.cpu_seconds, *more_cpu),
-                device_seconds=(*before.device_seconds, *more_device),
-            )
-        best = {rank: min(self._endpoints[rank].cpu_seconds) * 1e3 for rank in sorted(ranks)}
-        text = f"# {name}: own speed of {len(best)} endpoints, {min(best.values()):.4g} to {max(best.values()):.4g} ms"
-        self._journal.step(
-            {"study": "faults", "probe": "own speed", "pass": name}, {"ms": [*best.values()]}, text
-        )
+        every = self._team.gather(times)
+        text = ""
+        if every is not None:
+            best = self._record.own_speed(sorted(ranks), every)
+            text = f"# {name}: own speed of {len(best)} endpoints, {min(best):.4g} to {max(best):.4g} ms"
+        case = {"study": "faults", "probe": "own speed", "pass": name}
+        self._journal.step(case, {"ms": best if every is not None else []}, text)
 
     def _round(self, name: str, meetings: list[Meeting], *, alone: bool = False) -> None:
         """Probe all pairs of a round at once, one direction after the other; `alone` on their machines or not."""
         me = self._team.rank.rank
         meeting = next((m for m in meetings if me in (m.a, m.b)), None)
         self._team.wait()
-        found: list[tuple[int, int, list[float]]] = []
+        # What this rank sends; what it receives is timed by its peer.
+        times = np.full(1 + self._settings.probe_repeats, np.nan)
         if meeting is not None:
             for source, target in ((meeting.a, meeting.b), (meeting.b, meeting.a)):
                 self._bench.beat()
-                times = self._push(target) if me == source else self._absorb(source)
                 if me == source:
-                    found.append((source, target, times))
-        for source, target, times in (one for rank in self._team.share(found) for one in rank):
-            self._keep(source, target, times, alone)
-        rates = {f"{m.a}-{m.b}": self._rate(m) for m in meetings}
-        text = f"# {name}: " + ", ".join(f"ranks {pair} {rate:.3g} GB/s" for pair, rate in rates.items())
-        self._journal.step({"study": "faults", "probe": "pairs", "pass": name}, {"gbps": rates}, text)
-
-    def _keep(self, source: int, target: int, times: list[float], alone: bool) -> None:
-        first, *rest = times
-        before = self._directions.get((source, target), Direction(source, target, first, ()))
-        passes, confirmations = (*before.passes, tuple(rest)), before.confirmations + alone
-        self._directions[source, target] = replace(before, passes=passes, confirmations=confirmations)
-
-    def _rate(self, meeting: Meeting) -> float:
-        """GB/s of the slower direction."""
-        ways = (self._directions[meeting.a, meeting.b], self._directions[meeting.b, meeting.a])
-        return self._buffer.numel() / max(way.seconds for way in ways) / 1e9
+                    times[:] = self._push(target)
+                else:
+                    self._absorb(source)
+        every = self._team.gather(times)
+        rates: dict[str, float] = {}
+        if every is not None:
+            rates = {f"{m.a}-{m.b}": self._record.meeting(m, every, alone=alone) for m in meetings}
+        case = {"study": "faults", "probe": "pairs", "pass": name}
+        self._journal.step(case, {"gbps": rates}, f"# {name}: {_rates_text(rates)}")
 
     def _push(self, peer: int) -> list[float]:
         """Seconds of each message until its acknowledgement is back."""
@@ -206,12 +267,11 @@ class Faults:
             times.append(time.perf_counter() - begun)
         return times
 
-    def _absorb(self, peer: int) -> list[float]:
+    def _absorb(self, peer: int) -> None:
         for _ in range(1 + self._settings.probe_repeats):
             dist.recv(self._buffer, peer)
             dist.send(self._ack, peer)
         self._finish()
-        return []
 
     def _finish(self) -> None:
         if self._team.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind while it goes on: rows, the table, metric lines, findings."""
+"""What a measurement leaves behind while it runs: rows, the table, metric lines, findings."""
 
 from __future__ import annotations
 
@@ -6,51 +6,49 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from collectives.analysis.judge import Finding, Kind
-from collectives.report.table import Table
-from collectives.store import metadata
-from collectives.store.results import Metadata, Row, Store
-from configs.errors import UserError
+from collectives.analysis.judge import BandwidthFinding, FindingKind
+from collectives.report.table import ResultTable
+from collectives.store import metadata, stream
+from collectives.store.results import Metadata, ResultStore, SweepRow
+from collectives.store.stream import RowIndex
 from configs.metrics import EndedLine, FindingLine, MeasuredLine, MetricWriter, ResumedLine
 from configs.rank import RankContext
 
 Beat = Callable[[int, bool], None]
-"""Told the number of the case, and whether it is finished: how a gang sees that a rank is alive."""
+"""Called with the number of the case, and whether it is finished: how a gang sees that a rank is alive."""
 
 
 class Journal:
     """What a measurement leaves behind. Rank 0's writes; the others' counts along."""
 
     def __init__(self, rank: RankContext, beat: Beat | None = None) -> None:
-        self.store = Store(rank.run.measurement)
+        self.store = ResultStore(rank.run.measurement)
         self.finished = 0
         self.cases = 0
-        self.findings: list[Finding] = []
+        self.findings: list[BandwidthFinding] = []
+        self.timed = 0
+        """Rows with times, on rank 0."""
+        self.first_note = ""
+        """Why the first row without times has none."""
         self._rank, self._beat = rank, beat
         self._writes = rank.rank == 0
         self._lines = MetricWriter(rank.paths.metrics) if self._writes else None
-        self.table = Table(sys.stdout) if self._writes else None
+        self.table = ResultTable(sys.stdout) if self._writes else None
 
-    def begin(self, about: Metadata) -> list[Row]:
-        """Start, or go on where the folder holds an unfinished measurement of the same settings.
+    def begin(self, about: Metadata) -> list[SweepRow]:
+        """Start, or continue the unfinished measurement that the folder holds.
 
         Returns:
-            The rows that are done.
-
-        Raises:
-            UserError: where the folder holds another measurement.
+            The rows that are done, without their times.
         """
-        kept: list[Row] = []
+        kept: list[SweepRow] = []
         if self.store.metadata.exists():
-            before = self.store.read().metadata
-            _refuse_other(before, about, self.store.folder)
-            kept = [row for row in self.store.finished() if row.timings]
+            kept = RowIndex(self.store, self.alive).heads
         else:
             self.store.begin(about)
+        self.timed = len(kept)
         if self.table:
             self.table.begin(about, len(kept))
         self.finished = len(kept)
@@ -66,23 +64,25 @@ class Journal:
         if self._beat:
             self._beat(self.finished, False)
 
-    def row(self, row: Row) -> None:
+    def row(self, row: SweepRow) -> None:
         """A case is finished."""
         self._count()
         if not self._writes:
             return
         self.store.append(row)
+        self.timed += bool(row.timings)
+        self.first_note = self.first_note or row.note
         if self.table:
             self.table.row(row)
         wrong = sum(timing.wrong or 0 for timing in row.timings)
         if wrong:
             what = f"{wrong} elements are wrong in {row.op} of {row.size} bytes of {row.dtype}, group {row.group}"
             self.finding(
-                Finding(Kind.WRONG_DATA, what, evidence={"op": row.op, "size": row.size, "wrong": wrong})
+                BandwidthFinding(
+                    FindingKind.WRONG_DATA, what, evidence={"op": row.op, "size": row.size, "wrong": wrong}
+                )
             )
-        self._measured(
-            {name: value for name, value in asdict(row).items() if name in _CASE}, _figures(row), row.note
-        )
+        self._measured({name: getattr(row, name) for name in _CASE}, _figures(row), row.note)
 
     def step(self, case: dict[str, Any], result: dict[str, Any], text: str) -> None:
         """A step of a study that isn't a sweep is finished."""
@@ -101,7 +101,7 @@ class Journal:
         if self._beat:
             self._beat(self.finished, True)
 
-    def finding(self, finding: Finding) -> None:
+    def finding(self, finding: BandwidthFinding) -> None:
         """Something is slow or wrong."""
         self.findings.append(finding)
         if self._lines and self.table:
@@ -114,7 +114,7 @@ class Journal:
             return
         self.store.keep("findings", [finding.to_json() for finding in self.findings])
         self.store.end(metadata.utc())
-        self.store.write()
+        stream.write(self.store, self.alive)
         if self.table:
             self.table.end()
             files = sorted(path.name for path in self.store.folder.iterdir())
@@ -132,7 +132,7 @@ class Journal:
 _CASE = ("op", "group", "ranks", "groups", "size", "count", "dtype", "redop", "root", "sweep")
 
 
-def _figures(row: Row) -> dict[str, Any]:
+def _figures(row: SweepRow) -> dict[str, Any]:
     """What a metric line holds of a row: the placement that is compared, without single iterations."""
     best = row.best
     if best is None:
@@ -143,18 +143,3 @@ def _figures(row: Row) -> dict[str, Any]:
         if not name.endswith("times_us") and (value is None or math.isfinite(value))
     }
     return tree | {"cv": best.cv, "iterations": len(best.times_us)}
-
-
-def _refuse_other(before: Metadata, now: Metadata, folder: Path) -> None:
-    """Refuse to mix two measurements in one folder."""
-    old = before.settings | {"backend": before.software["backend"]}
-    new = now.settings | {"backend": now.software["backend"]}
-    for name in ("collectives", "ranks", "layout", "network", "backend"):
-        if old[name] != new[name]:
-            what = f"{name}={old[name]}"
-            if name == "collectives":
-                field = next(k for k in new[name] if old[name].get(k) != new[name][k])
-                what = f"collectives.{field}={old[name].get(field)}"
-            raise UserError(
-                f"{folder} holds another measurement ({what}); name another folder with --out, or remove it"
-            )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from collectives.ops.groups import partitions
 from collectives.ops.routing import Loads
 from collectives.ops.transfers import Seat
 from collectives.studies.journal import Journal
-from collectives.timing.measure import Bench
+from collectives.timing.measure import MeasurementSetup
 from configs.errors import UserError
 from configs.metrics import StepLine, read_all
 from configs.paths import RunPaths
@@ -82,7 +83,9 @@ _HEAD = (
 class Moe:
     """The study on one rank."""
 
-    def __init__(self, bench: Bench, journal: Journal, config: RunConfig, layout: dict[str, int]) -> None:
+    def __init__(
+        self, bench: MeasurementSetup, journal: Journal, config: RunConfig, layout: dict[str, int]
+    ) -> None:
         self._bench, self._team, self._journal = bench, bench.team, journal
         self._settings, self._model = bench.settings, config.model
         partition = partitions("ep" if layout["ep"] > 1 else "world", self._team.nodes, layout)[0]
@@ -91,6 +94,12 @@ class Moe:
             raise UserError(
                 f"model.experts={config.model.experts} does not divide over the {self._ranks} ranks of an expert group; "
                 f"set model.experts to a multiple of {self._ranks}, or parallel.ep to a divisor"
+            )
+        dtype = self._settings.dtypes[0]
+        if not TYPES[dtype].is_floating_point:
+            raise UserError(
+                f"collectives.dtypes={dtype}: experts multiply half, bfloat16, float or double; set "
+                "collectives.dtypes=bfloat16"
             )
         self._points = [value for value in self._settings.imbalances if value <= self._ranks]
         self._named = list(self._routings())
@@ -134,12 +143,14 @@ class Moe:
 
     def _timed(self, name: str, steps: Sequence[Loads]) -> Layer | None:
         seat, dtype = self._seat, TYPES[self._settings.dtypes[0]]
-        whole: list[Exchange] = []
-        chunked: list[Exchange] = []
+        whole: list[MoeTraffic] = []
+        chunked: list[MoeTraffic] = []
         if seat is not None:
-            weights = Experts(self._model, seat, dtype)
-            whole = [Exchange([loads], seat, weights) for loads in steps]
-            chunked = [Exchange(routing.cut(loads, self._settings.chunks), seat, weights) for loads in steps]
+            weights = RandomExperts(self._model, seat, dtype)
+            whole = [MoeTraffic([loads], seat, weights) for loads in steps]
+            chunked = [
+                MoeTraffic(routing.cut(loads, self._settings.chunks), seat, weights) for loads in steps
+            ]
         dispatch = self._mean([e.dispatch for e in whole])
         experts = self._mean([e.compute for e in whole])
         sequential = self._mean([e.layer for e in whole])
@@ -165,15 +176,16 @@ class Moe:
         turn = iter(range(1 << 62))
         call = (lambda: calls[next(turn) % len(calls)]()) if calls else None
         barrier = self._seat.group if self._seat is not None else self._team.control
-        raw = self._bench.time(call, barrier)
-        return None if raw is None else float(raw.times().mean())
+        raw = self._bench.time(call, barrier, capturable=False)  # the next call is another step's
+        return None if raw is None else float(raw.series().mean())
 
 
-class Experts:
+class RandomExperts:
     """SwiGLU experts of one rank, with random weights; by a grouped matmul where there is one, as in training."""
 
     def __init__(self, model: ModelConfig, seat: Seat, dtype: torch.dtype) -> None:
-        local, look = model.experts // seat.size, {"dtype": dtype, "device": seat.device}
+        local = model.experts // seat.size
+        look: dict[str, Any] = {"dtype": dtype, "device": seat.device}
         self.hidden, self.local, self.look = model.hidden, local, look
         self._grouped = grouped_kernel(seat.device)[1] if dtype == torch.bfloat16 else None
         generator = torch.Generator(seat.device).manual_seed(seat.index)
@@ -204,10 +216,10 @@ class Experts:
         return out_TD
 
 
-class Exchange:
+class MoeTraffic:
     """One layer's traffic with its buffers, in one part or in chunks."""
 
-    def __init__(self, parts: Sequence[Loads], seat: Seat, experts: Experts) -> None:
+    def __init__(self, parts: Sequence[Loads], seat: Seat, experts: RandomExperts) -> None:
         self._group = seat.group
         me = seat.index
         self._parts = []

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import torch.distributed as dist
 
-from collectives.analysis.judge import Finding
-from collectives.ops.groups import Partition, partitions
+from collectives.analysis.judge import BandwidthFinding
+from collectives.ops.groups import GroupPartition, partitions
 from collectives.store import metadata
-from collectives.store.results import Metadata, Row
+from collectives.store.results import Metadata, SweepRow
+from collectives.store.resume import difference, other_measurement, refuse_finished
 from collectives.studies.faults import Faults
 from collectives.studies.journal import Beat, Journal
 from collectives.studies.moe import Moe
-from collectives.studies.sweep import Sweep
+from collectives.studies.sweep import SweepRunner
 from collectives.timing import clock
-from collectives.timing.measure import Bench
+from collectives.timing.measure import MeasurementSetup
 from collectives.timing.team import FabricLost, Team
 from configs.errors import UserError
+from configs.paths import RunPaths
 from configs.rank import RankContext
 from configs.schema import RunConfig
 
 
+class NothingMeasuredError(RuntimeError):
+    """A sweep that ran to its end without a single time."""
+
+
 def main(
-    config: RunConfig, rank: RankContext, beat: Beat | None = None, arguments: tuple[str, ...] = ()
-) -> list[Finding]:
+    config: RunConfig,
+    rank: RankContext,
+    beat: Beat | None = None,
+    arguments: tuple[str, ...] = (),
+    named: bool = True,
+) -> list[BandwidthFinding]:
     """Measure, as one rank of several.
+
+    Args:
+        config: what to measure.
+        rank: who this is, and the run's folder.
+        beat: called with the number of the case, and whether it is finished.
+        arguments: as typed, for the record.
+        named: whether all ranks were given the same folder; else rank 0's is everyone's.
 
     Returns:
         On rank 0, what was found slow or wrong.
@@ -31,12 +52,18 @@ def main(
     Raises:
         UserError: for what the user can mend.
         FabricLost: where a rank died in the middle.
+        NothingMeasuredError: where no case could be measured.
     """
+    _keep_graphs_plain(config)
     team = Team.meet(config, rank)
     layout = layout_of(config, rank.world)
+    if not named:
+        rank = replace(rank, run=RunPaths(Path(team.tell(str(rank.run.root)))))
+        os.environ.update(rank.environment())
     journal = Journal(rank, beat)
-    ticks = clock.choose(config.collectives.timer, team.device, team.control)
-    bench = Bench(team, ticks, config.collectives, journal.alive)
+    waits = config.collectives.sync != "loop"
+    ticks = clock.choose("host" if waits else config.collectives.timer, team.device, lambda: team.control)
+    bench = MeasurementSetup(team, ticks, config.collectives, journal.alive)
     study = _study(config, bench, journal, layout)
     journal.cases = study.cases
     first = _first_partition(config, team, layout)
@@ -49,31 +76,51 @@ def main(
             raise
         raise FabricLost(
             f"rank {rank.rank} lost its peers: {str(error).splitlines()[0]}; {journal.finished} of {journal.cases} "
-            f"cases are kept in {journal.store.folder}, and the same command goes on after them"
+            f"cases are kept in {journal.store.folder}, and the same command continues after them"
         ) from error
+    if isinstance(study, SweepRunner):
+        _refuse_nothing(team, journal)
     journal.end()
     team.wait()
     return journal.findings
 
 
-def _study(config: RunConfig, bench: Bench, journal: Journal, layout: dict[str, int]) -> Sweep | Faults | Moe:
+def _keep_graphs_plain(config: RunConfig) -> None:
+    """Have NCCL move through graphs as it does without them, unless a graph is what is to be measured.
+
+    It registers the buffers of a captured call, which makes large messages faster than the same call made by itself.
+    """
+    if config.collectives.timer == "auto":
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+
+
+def _refuse_nothing(team: Team, journal: Journal) -> None:
+    """End a sweep that has no times as a failure."""
+    why = ""
+    if team.rank.rank == 0:
+        why = "" if journal.timed else journal.first_note or "no case has times"
+    if why := team.tell(why):
+        raise NothingMeasuredError(f"nothing was measured: {why}")
+
+
+def _study(
+    config: RunConfig, bench: MeasurementSetup, journal: Journal, layout: dict[str, int]
+) -> SweepRunner | Faults | Moe:
     match config.collectives.study:
         case "sweep":
-            return Sweep(bench, journal, layout)
+            return SweepRunner(bench, journal, layout)
         case "moe":
             return Moe(bench, journal, config, layout)
-    several = len(set(bench.team.nodes)) > 1
-    return Faults(
-        bench, journal, config.hardware.inter_node_gbps if several else config.hardware.intra_node_gbps
-    )
+    return Faults(bench, journal, config.hardware)
 
 
 def _begin(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str | int, ...]]:
     """Open the store on rank 0, and tell all ranks what is done, or why not."""
-    kept: list[Row] = []
+    kept: list[SweepRow] = []
     refusal = ""
     if team.rank.rank == 0:
         try:
+            _make_way(journal, about, team.rank.attempt)
             kept = journal.begin(about)
         except UserError as error:
             refusal = str(error)
@@ -86,9 +133,29 @@ def _begin(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str
     return frozenset(keys)
 
 
-def _first_partition(config: RunConfig, team: Team, layout: dict[str, int]) -> Partition:
+def _make_way(journal: Journal, about: Metadata, attempt: int) -> None:
+    """Refuse a folder that holds another measurement, or a whole one.
+
+    A later attempt of a run is measured anew where it has landed on other hosts, say, and the earlier rows are kept aside.
+
+    Raises:
+        UserError: with what differs.
+    """
+    store = journal.store
+    if not store.metadata.exists():
+        return
+    if attempt == 1:
+        refuse_finished(store)
+    differs = difference(store.read_metadata()[0], about)
+    if differs and attempt == 1:
+        raise other_measurement(store.folder, differs)
+    if differs:
+        store.folder.rename(store.folder.with_name(f"{store.folder.name}-before-attempt-{attempt}"))
+
+
+def _first_partition(config: RunConfig, team: Team, layout: dict[str, int]) -> GroupPartition:
     if config.collectives.study != "sweep":
-        return Partition("world", (tuple(range(team.rank.world)),))
+        return GroupPartition("world", (tuple(range(team.rank.world)),))
     return partitions(config.collectives.groups[0], team.nodes, layout)[0]
 
 
@@ -121,5 +188,6 @@ def layout_of(config: RunConfig, world: int) -> dict[str, int]:
 def _is_lost(error: RuntimeError) -> bool:
     """Whether an error is the network's: a peer that went away, or a timeout."""
     lost = (dist.DistNetworkError, dist.DistBackendError)
-    words = ("connection", "timed out", "timeout", "peer", "socket", "broken pipe", "nccl", "gloo")
+    # gloo raises plain RuntimeErrors, of what it can't do too, so that its name alone says nothing.
+    words = ("connection", "timed out", "timeout", "by peer", "socket", "broken pipe")
     return isinstance(error, lost) or any(word in str(error).lower() for word in words)

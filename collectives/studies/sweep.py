@@ -11,13 +11,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from collectives.ops.exact import TYPES
-from collectives.ops.groups import Partition, partitions
+from collectives.ops.exact import MOVED_ONLY, TYPES
+from collectives.ops.groups import GroupPartition, partitions
 from collectives.ops.operations import OPERATIONS, Operation, counts, largest, size_of, sizes
-from collectives.ops.transfers import Case, Seat, Transfer, matrix_of
-from collectives.store.results import Row, Timing
+from collectives.ops.transfers import Seat, Transfer, TransferCase, matrix_of
+from collectives.store.results import SweepRow, Timing
 from collectives.studies.journal import Journal
-from collectives.timing.measure import Bench, Raw
+from collectives.timing.measure import MeasurementSetup, Raw
 from collectives.timing.team import Team
 from configs.errors import UserError
 from configs.fabric import CollectivesConfig
@@ -29,24 +29,24 @@ _MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Series:
+class CaseSeries:
     """Cases that differ in their size alone."""
 
     op: Operation
-    partition: Partition
+    partition: GroupPartition
     dtype: str
     redop: str
     root: int
     counts: list[int]
     sweep: int
 
-    def row(self, count: int, matrix: tuple[tuple[int, ...], ...] | None) -> Row:
+    def row(self, count: int, matrix: tuple[tuple[int, ...], ...] | None) -> SweepRow:
         """The row of one size, without times."""
         width, ranks = TYPES[self.dtype].itemsize, self.partition.ranks
         size = (
             size_of(self.op, count, ranks, width) if matrix is None else largest([*map(list, matrix)]) * width
         )
-        return Row(
+        return SweepRow(
             op=self.op.name,
             group=self.partition.kind,
             ranks=ranks,
@@ -60,18 +60,22 @@ class Series:
         )
 
 
-def series(settings: CollectivesConfig, nodes: list[int], layout: dict[str, int]) -> list[Series]:
+def series(settings: CollectivesConfig, nodes: list[int], layout: dict[str, int]) -> list[CaseSeries]:
     """Everything that a sweep goes through, in its order; a pass of the whole after the other.
+
+    Of several types and reductions, pairs that no library has are left out.
 
     Raises:
         UserError: for what can't be measured, before anything is.
     """
-    found = []
+    found, refusals = list[CaseSeries](), list[str]()
     for sweep in range(settings.passes):
         for kind in settings.groups:
             for partition in partitions(kind, nodes, layout):
                 for name in settings.ops:
-                    found += list(_of_operation(settings, partition, OPERATIONS[name], sweep))
+                    found += _of_operation(settings, partition, OPERATIONS[name], sweep, refusals)
+    if not found and refusals:
+        raise UserError(refusals[0])
     if not found:
         raise UserError(
             f"no size from {settings.min_size} to {settings.max_size} bytes has 16 bytes for each rank; raise "
@@ -81,47 +85,52 @@ def series(settings: CollectivesConfig, nodes: list[int], layout: dict[str, int]
 
 
 def _of_operation(
-    settings: CollectivesConfig, partition: Partition, op: Operation, sweep: int
-) -> Iterator[Series]:
-    if op.rooted and settings.root >= partition.ranks:
+    settings: CollectivesConfig, partition: GroupPartition, op: Operation, sweep: int, refusals: list[str]
+) -> Iterator[CaseSeries]:
+    """Cases of one operation; what is wrong with those that can't be is appended to `refusals`."""
+    root = settings.root
+    if op.rooted and root >= partition.ranks:
         raise UserError(
-            f"collectives.root={settings.root} is not in a group of {partition.ranks} ranks; set it from 0 to "
+            f"collectives.root={root} is not in a group of {partition.ranks} ranks; set it from 0 to "
             f"{partition.ranks - 1}"
         )
-    root = settings.root if op.rooted else -1
+    roots = [*range(partition.ranks)] if settings.every_root else [root]
     for dtype in settings.dtypes if op.name != "barrier" else ("int8",):
         swept = sizes(settings.min_size, settings.max_size, settings.step_factor, settings.step_size)
         found = counts(op, swept, partition.ranks, dtype)
         for redop in settings.reductions if op.reduces else ("none",):
-            _refuse(redop, dtype, partition.ranks)
-            if found:
-                yield Series(op, partition, dtype, redop, root, found, sweep)
+            refusal = _refusal(redop, dtype, partition.ranks)
+            if refusal:
+                refusals.append(refusal)
+            elif found:
+                for place in roots if op.rooted else [-1]:
+                    yield CaseSeries(op, partition, dtype, redop, place, found, sweep)
 
 
-def _refuse(redop: str, dtype: str, ranks: int) -> None:
+def _refusal(redop: str, dtype: str, ranks: int) -> str:
+    """Why a type isn't reduced so; empty where it is."""
+    if redop != "none" and dtype in MOVED_ONLY:
+        return (
+            f"collectives.dtypes={dtype} is moved and not reduced: its sums have no exact value to check; use bfloat16 or "
+            "float, or an operation that reduces nothing, such as all_gather"
+        )
     whole = not TYPES[dtype].is_floating_point
     if redop in _BITWISE and not whole:
-        raise UserError(
-            f"collectives.reductions={redop} takes whole numbers, not {dtype}; use int8, uint8, int32 or int64"
-        )
+        return f"collectives.reductions={redop} takes whole numbers, not {dtype}; use int8, uint8, int32 or int64"
     if redop == "avg" and whole:
-        raise UserError(
-            f"collectives.reductions=avg takes half, bfloat16, float or double, not {dtype}; use sum"
-        )
+        return f"collectives.reductions=avg takes half, bfloat16, float or double, not {dtype}; use sum"
     if redop == "avg" and ranks & (ranks - 1):
-        raise UserError(
-            f"collectives.reductions=avg over {ranks} ranks has no exact value to check; use a power of two, or sum"
-        )
+        return f"collectives.reductions=avg over {ranks} ranks has no exact value to check; use a power of two, or sum"
+    return ""
 
 
-class Sweep:
+class SweepRunner:
     """Runs the cases on one rank; every rank goes through the same ones."""
 
-    def __init__(self, bench: Bench, journal: Journal, layout: dict[str, int]) -> None:
+    def __init__(self, bench: MeasurementSetup, journal: Journal, layout: dict[str, int]) -> None:
         self._bench, self._team, self._journal = bench, bench.team, journal
         self._settings = bench.settings
         self._series = series(self._settings, self._team.nodes, layout)
-        self._multicast = _multicast(self._team)
 
     @property
     def cases(self) -> int:
@@ -142,12 +151,14 @@ class Sweep:
                 if row.note:
                     break  # larger sizes need more memory still
 
-    def _case(self, one: Series, count: int, in_place: bool) -> Case:
+    def _case(self, one: CaseSeries, count: int, in_place: bool) -> TransferCase:
         dtype = TYPES[one.dtype]
         matrix = matrix_of(one.op.name, count, dtype, one.partition.ranks, self._settings.spread)
-        return Case(one.op.name, count, dtype, one.redop, one.root, in_place, matrix)
+        return TransferCase(
+            one.op.name, count, dtype, one.redop, one.root, in_place, matrix, self._settings.unalign
+        )
 
-    def _measured(self, one: Series, row: Row, case: Case, seat: Seat | None) -> Row:
+    def _measured(self, one: CaseSeries, row: SweepRow, case: TransferCase, seat: Seat | None) -> SweepRow:
         for placement in self._settings.placements:
             in_place = placement == "in_place"
             if in_place and not one.op.in_place:
@@ -163,7 +174,7 @@ class Sweep:
             del transfer
         return row
 
-    def _allocate(self, case: Case, seat: Seat | None) -> tuple[Transfer | None, str]:
+    def _allocate(self, case: TransferCase, seat: Seat | None) -> tuple[Transfer | None, str]:
         """The buffers, or why not all ranks have them."""
         transfer, refusal = None, ""
         if seat is not None:
@@ -175,7 +186,8 @@ class Sweep:
                     MemoryError,
                     RuntimeError,
                 ) as error:  # torch's own out-of-memory errors are RuntimeErrors
-                    refusal = f"rank {self._team.rank.rank}: {str(error).splitlines()[0]}"
+                    first = (str(error).splitlines() or [type(error).__name__])[0]
+                    refusal = f"rank {self._team.rank.rank}: {first}"
         refusal = next((told for told in self._team.share(refusal) if told), "")
         return (None, f"out of memory, {refusal}; larger sizes are left out") if refusal else (transfer, "")
 
@@ -194,29 +206,37 @@ class Sweep:
             return ""
         return f"rank {rank.rank}: {needed / 2**30:.3g} GiB of buffers, {free / 2**30:.3g} GiB free for it"
 
-    def _timed(self, one: Series, size: int, transfer: Transfer | None, seat: Seat | None) -> Timing | None:
+    def _timed(
+        self, one: CaseSeries, size: int, transfer: Transfer | None, seat: Seat | None
+    ) -> Timing | None:
         barrier = seat.group if seat is not None else self._team.control
-        raw = self._bench.time(transfer.call if transfer is not None else None, barrier)
+        # A barrier waits on the host, which a graph can't hold.
+        call = transfer.call if transfer is not None else None
+        raw = self._bench.time(call, barrier, capturable=one.op.name != "barrier")
         wrong = self._check(one, transfer, raw) if self._settings.check else None
         if raw is None:
             return None
-        timing = raw.timing(one.op, size, one.partition.ranks, self._settings.confidence, self._multicast)
+        multicast = _multicast(self._team, one.partition)
+        timing = raw.timing(one.op, size, one.partition.ranks, self._settings, multicast)
         return replace(timing, wrong=wrong)
 
-    def _check(self, one: Series, transfer: Transfer | None, raw: Raw | None) -> int | None:
+    def _check(self, one: CaseSeries, transfer: Transfer | None, raw: Raw | None) -> int | None:
         if one.op.name == "barrier":
             known = raw is not None and raw.comparable and self._team.one_machine
             return raw.left_early() if known and raw is not None else None
-        return self._team.total(transfer.check() if transfer is not None else 0)
+        times = range(self._settings.check)
+        return self._team.total(sum(transfer.check() for _ in times) if transfer is not None else 0)
 
 
-def _multicast(team: Team) -> bool:
-    """Whether the devices hang on a switch that multiplies and reduces: NVLink SHARP, from Hopper on.
+def _multicast(team: Team, partition: GroupPartition) -> bool:
+    """Whether the groups' devices hang on a switch that multiplies and reduces: NVLink SHARP, from Hopper on.
 
-    NCCL uses it among three devices or more, unless it is told not to.
+    NCCL uses it among three devices or more of one node, unless its environment forbids it.
     """
     if team.device.type != "cuda" or torch.version.hip is not None or not dist.is_nccl_available():
         return False
-    if len(team.nodes) < _FEWEST_ON_A_SWITCH or os.environ.get("NCCL_NVLS_ENABLE") == "0":
+    if partition.ranks < _FEWEST_ON_A_SWITCH or os.environ.get("NCCL_NVLS_ENABLE") == "0":
         return False
-    return torch.cuda.get_device_capability(team.device) >= (9, 0) and len(set(team.nodes)) == 1
+    nodes = team.nodes
+    within = all(len({nodes[rank] for rank in ranks}) == 1 for ranks in partition.groups)
+    return within and torch.cuda.get_device_capability(team.device) >= (9, 0)

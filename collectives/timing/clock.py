@@ -1,8 +1,8 @@
-"""When an iteration began and ended, on every rank.
+"""When each call began and ended, on every rank.
 
-On GPUs: events on the stream, or a replayed graph, whose times are each device's own. On CPUs: the host's clock,
-put on a common base by measured offsets, so that an iteration lasts from when the last rank was in it to when
-the last rank is out.
+On GPUs: events on the stream, whose times are each device's own. On CPUs, and where each call is waited for: the
+host's clock, put on a common base by measured offsets, so that a call lasts from when the last rank entered it to
+when the last rank left it. What nccl-tests times, many calls between two readings, is in `burst`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ Call = Callable[[], object]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _EXCHANGES = 50
-_GRAPHED = 10
-"""Calls in one graph: their launch costs nothing, and a replay's own cost is shared."""
 
 
 def machine_id() -> str:
@@ -37,18 +35,26 @@ def machine_id() -> str:
 
 
 class HostClock:
-    """The monotonic clock of this host, shifted to that of rank 0."""
+    """The monotonic clock of this host, shifted to that of rank 0.
+
+    Args:
+        offset_ns: from this host's clock to rank 0's.
+        device: where it is a GPU, each call ends when the device has finished it.
+    """
 
     comparable = True
     """Stamps of different ranks can be set against each other."""
     name = "host clock, corrected by measured offsets; from the last rank in to the last rank out"
 
-    def __init__(self, offset_ns: int = 0) -> None:
+    def __init__(self, offset_ns: int = 0, device: torch.device | None = None) -> None:
         self._offset = offset_ns
+        self._device = device if device is not None and device.type == "cuda" else None
 
     def run(self, call: Call, count: int, before: Call | None) -> Stamps:
         """Run `call` `count` times, each after an untimed `before` where there is one."""
         now = time.perf_counter_ns
+        if self._device is not None:
+            call = _waited(call, self._device)
         enabled = gc.isenabled()
         gc.disable()
         try:
@@ -96,42 +102,17 @@ class EventClock:
         return _durations(spans)
 
 
-class GraphClock:
-    """Replays of a captured graph of ten calls; an iteration is a tenth of a replay."""
-
-    comparable = False
-    name = "replays of a graph of ten calls between events; the slowest rank's duration"
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: Call | None = None
-
-    def run(self, call: Call, count: int, before: Call | None) -> Stamps:
-        """As `EventClock.run`, in steps of ten calls."""
-        if self._captured is not call:
-            self._graph = self._capture(call)
-            self._captured = call
-        assert self._graph is not None
-        stamps = EventClock(self._device).run(self._graph.replay, max(1, count // _GRAPHED), before)
-        return np.repeat(stamps // _GRAPHED, _GRAPHED, axis=0)
-
-    def _capture(self, call: Call) -> torch.cuda.CUDAGraph:
-        """Ten calls as a graph. The first call makes communicators, which can't be captured, so one is run before."""
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # The library's own threads ask for the state of events meanwhile, which the strict mode takes for an error.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(_GRAPHED):
-                call()
-        return graph
+Clock = HostClock | EventClock
 
 
-Clock = HostClock | EventClock | GraphClock
+def _waited(call: Call, device: torch.device) -> Call:
+    """The call, and then a wait until the device has finished it."""
+
+    def call_and_wait() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return call_and_wait
 
 
 def _durations(nanoseconds: list[float]) -> Stamps:
@@ -140,12 +121,14 @@ def _durations(nanoseconds: list[float]) -> Stamps:
 
 
 def choose(
-    timer: Literal["auto", "host", "events", "graph"], device: torch.device, control: dist.ProcessGroup
+    timer: Literal["auto", "host", "events", "graph"],
+    device: torch.device,
+    control: Callable[[], dist.ProcessGroup],
 ) -> Clock:
-    """The clock that is asked for; every rank must call this at the same point."""
-    if timer == "host" or (timer == "auto" and device.type == "cpu"):
-        return HostClock(host_offset(control))
-    return GraphClock(device) if timer == "graph" else EventClock(device)
+    """The configured clock of single calls; every rank must call this at the same point."""
+    if timer == "host" or device.type == "cpu":
+        return HostClock(host_offset(control()), device)
+    return EventClock(device)
 
 
 def host_offset(control: dist.ProcessGroup) -> int:

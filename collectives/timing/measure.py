@@ -1,60 +1,86 @@
-"""One case, timed: warm up until it is steady, then iterate until the mean is known as well as was asked for."""
+"""One case, timed: warm up until it is steady, decide how many calls are enough, then time that many."""
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from collectives.ops.operations import Operation, bandwidths
 from collectives.store.results import Timing
 from collectives.timing import statistics
+from collectives.timing.burst import Burst
 from collectives.timing.clock import Call, Clock, Stamps, iteration_times
 from collectives.timing.statistics import Array
 from collectives.timing.team import Team
-from configs.fabric import CollectivesConfig
+from configs.fabric import Average, CollectivesConfig
 
+_LOG = logging.getLogger(__name__)
 _LEAD_IN = 2
-"""Untimed calls before each batch: the ranks come to it one after the other."""
+"""Untimed calls before each batch: the ranks reach it one after the other."""
 _BATCH_SECONDS = 1.0
+"""Between two signs of life."""
+_OVERTIME = 3.0
+"""Times `seconds_per_size` after which a size is cut short: calls have become much slower than in the warm-up."""
+_FEWEST_BURSTS = 5
+"""Bursts that an interval needs."""
+_SINGLE = 200
+"""Single calls timed by events, at most: their percentiles need no more."""
+_LAUNCH_HIDDEN_US = 1000.0
+"""Calls that take longer hide even Python's launch of the next one, so that they need no graph."""
+_KEPT = 10_000
+"""Times of single ranks that a row keeps: of 1,024 ranks the last 9 calls, 80 kB, though all count in its figures."""
 
 
 @dataclass(frozen=True)
-class Bench:
+class MeasurementSetup:
     """What all cases of a measurement have in common."""
 
     team: Team
     clock: Clock
     settings: CollectivesConfig
     beat: Callable[[], None]
-    """Called now and then, to show that the rank is alive."""
+    """Called at least every few seconds, to show that the rank is alive."""
 
-    def time(self, call: Call | None, barrier: dist.ProcessGroup) -> Raw | None:
+    def time(self, call: Call | None, barrier: dist.ProcessGroup, capturable: bool = True) -> Raw | None:
         """Time a call on all ranks at once; a rank without one takes part in the decisions alone.
+
+        Args:
+            call: queues or makes one call; None on a rank that is idle.
+            barrier: ranks that the call is made on.
+            capturable: a graph may hold it; False where it waits on the host or differs from call to call.
 
         Returns:
             On rank 0, the stamps of all ranks; None elsewhere.
         """
-        call = call or _nothing
-        before = (lambda: dist.barrier(group=barrier)) if self.settings.sync == "barrier" else None
-        first = self._batch(call, 1, None, 0)
-        warm = self._warm_up(call, before)
-        gathered: list[Stamps] = []
-        count, begun = self.settings.min_iterations, time.monotonic()
-        while count:
-            stamps = self._batch(call, count, before, _LEAD_IN)
-            if stamps is not None:
-                gathered.append(stamps)
-                count = self._more(gathered, time.monotonic() - begun)
-            count = self.team.decide(count)
-        if first is None:
+        made = call or _nothing
+        before = self._barrier(barrier) if self.settings.sync == "barrier" else None
+        first = self._batch(made, 1, None, 0)
+        warm, pilot = self._warm_up(made, before)
+        count = self.team.decide(self._enough(pilot))
+        bursts: NDArray[np.float64] | None = None
+        graph = False
+        active = self.team.gather(np.array([call is not None]))
+        if (
+            not self.clock.comparable
+        ):  # on GPUs calls are launched ahead, so that a call alone isn't its share of many
+            short = bool(len(pilot)) and float(np.median(pilot)) < _LAUNCH_HIDDEN_US
+            wanted = self.settings.timer == "graph" or (self.settings.timer == "auto" and short)
+            graph = bool(self.team.decide(int(wanted and capturable)))
+            bursts, graph = self._bursts(call, barrier, count, graph)
+            count = min(count, max(_SINGLE, self.settings.min_iterations))
+        stamps = self._each(made, count, before)
+        if first is None or stamps is None or active is None:
             return None
+        slowest = float(self._slowest([first])[0])
         return Raw(
-            np.concatenate(gathered, axis=1), self.clock.comparable, float(self._slowest([first])[0]), warm
+            stamps, self.clock.comparable, slowest, warm, active[:, 0], bursts, self._burst_size, graph
         )
 
     def _batch(self, call: Call, count: int, before: Call | None, lead_in: int) -> Stamps | None:
@@ -63,38 +89,94 @@ class Bench:
             call()
         return self.team.gather(self.clock.run(call, count, before))
 
-    def _warm_up(self, call: Call, before: Call | None) -> int:
-        """Iterate until the medians of two windows agree; the number of untimed iterations."""
+    def _warm_up(self, call: Call, before: Call | None) -> tuple[int, Array]:
+        """Iterate until the medians of two windows agree: the number of untimed calls, and on rank 0 their last times."""
         least, most = self.settings.min_warmup, self.settings.max_warmup
         window, done, times, begun = max(3, least // 2), 0, np.zeros(0), time.monotonic()
-        wanted = window if most else 0
+        wanted = min(window, most)
         while wanted:
             stamps = self._batch(call, wanted, before, 0)
+            after = 0
             if stamps is not None:
                 times = np.concatenate([times, self._slowest([stamps])])
                 late = time.monotonic() - begun > self.settings.seconds_per_size / 4
                 enough = done + wanted >= least and (statistics.steady(times, window) or late)
-                left = most - done - wanted
-                after = 0 if enough else min(window, left)
-            else:
-                after = 0
+                after = 0 if enough else min(window, most - done - wanted)
             done += wanted
             wanted = self.team.decide(after)
-        return done
+        return done, times[-2 * window :]
 
-    def _more(self, gathered: Sequence[Stamps], seconds: float) -> int:
-        """Iterations that are still wanted; rank 0 decides."""
+    def _enough(self, pilot: Array) -> int:
         settings = self.settings
-        times = self._slowest(gathered)
-        done, left = len(times), settings.max_iterations - len(times)
-        spent = seconds > settings.seconds_per_size
-        width = statistics.half_width(times, settings.confidence) / times.mean()
-        if left <= 0 or spent or width <= settings.precision:
-            return 0
-        # A mean is known better by the square root of the number.
-        wanted = done * (width / settings.precision) ** 2 - done if math.isfinite(width) else done
-        affordable = _BATCH_SECONDS * 1e6 / times.mean()
-        return max(settings.min_iterations // 2, int(min(wanted, affordable, left)))
+        return statistics.enough(
+            pilot, settings.min_iterations, settings.max_iterations, settings.seconds_per_size,
+            settings.precision, settings.confidence,
+        )  # fmt: skip
+
+    @property
+    def _burst_size(self) -> int:
+        """Calls in a burst: nccl-tests' `-n`, or fewer where the most that may be timed are few."""
+        return max(1, min(self.settings.min_iterations, self.settings.max_iterations // _FEWEST_BURSTS))
+
+    def _each(self, call: Call, count: int, before: Call | None) -> Stamps | None:
+        """`count` calls, each timed, in batches between which the rank shows that it is alive."""
+        gathered: list[Stamps] = []
+        begun, left = time.monotonic(), count
+        wanted = min(left, max(self.settings.min_iterations, 1))
+        while wanted:
+            stamps = self._batch(call, wanted, before, _LEAD_IN)
+            left -= wanted
+            after = 0
+            if stamps is not None:
+                gathered.append(stamps)
+                spent = time.monotonic() - begun
+                if spent < _OVERTIME * self.settings.seconds_per_size:
+                    each = max(spent / (count - left), 1e-9)
+                    after = min(left, max(1, int(_BATCH_SECONDS / each)))
+            wanted = self.team.decide(after)
+        return np.concatenate(gathered, axis=1) if gathered else None
+
+    def _bursts(
+        self, call: Call | None, barrier: dist.ProcessGroup, count: int, graph: bool
+    ) -> tuple[NDArray[np.float64] | None, bool]:
+        """`count` calls in bursts: on rank 0 microseconds of a call [ranks, bursts], and whether a graph held them."""
+        size, align = self._burst_size, self._barrier(barrier)
+        burst = Burst(self.team.device, call, size) if call is not None else None
+        if graph and not self._captured(burst):
+            graph = False
+        left, begun, mine = max(_FEWEST_BURSTS, count // size), time.monotonic(), list[float]()
+        wanted = 1
+        while wanted:
+            self.beat()
+            for _ in range(wanted):
+                mine.append(burst.run(align) if burst is not None else 0.0)
+            left -= wanted
+            spent = time.monotonic() - begun
+            late = spent > _OVERTIME * self.settings.seconds_per_size and len(mine) >= _FEWEST_BURSTS
+            each = max(spent / len(mine), 1e-9)
+            wanted = self.team.decide(0 if late else min(left, max(1, int(_BATCH_SECONDS / each))))
+        return self.team.gather(np.array(mine)), graph
+
+    def _barrier(self, group: dist.ProcessGroup) -> Call:
+        """A wait for the ranks of a group; NCCL is given the device, which it guesses otherwise."""
+        team = self.team
+        if team.device.type == "cuda" and team.backend == "nccl" and group is not team.control:
+            return partial(dist.barrier, group=group, device_ids=[team.device.index])
+        return partial(dist.barrier, group=group)
+
+    def _captured(self, burst: Burst | None) -> bool:
+        """Capture on every rank; False where one can't, so that all launch their calls one by one."""
+        failed = ""
+        if burst is not None:
+            try:
+                burst.capture()
+            except RuntimeError as error:
+                failed = (str(error).splitlines() or [type(error).__name__])[0]
+        failed = next((reason for reason in self.team.share(failed) if reason), "")
+        if failed and burst is not None:
+            burst.forget()
+            _LOG.warning("launched one by one, since a graph can't hold the call: %s", failed)
+        return not failed
 
     def _slowest(self, gathered: Sequence[Stamps]) -> Array:
         return iteration_times(np.concatenate(gathered, axis=1), self.clock.comparable)
@@ -105,25 +187,48 @@ class Raw:
     """Stamps of a timed case, on rank 0."""
 
     stamps: Stamps
-    """[ranks, iterations, 2] in ns."""
+    """[ranks, calls, 2] in ns."""
     comparable: bool
     first_us: float
     warmup: int
+    active: NDArray[np.bool_]
+    """[ranks]: False for those that were idle."""
+    bursts: NDArray[np.float64] | None = None
+    """[ranks, bursts]: microseconds of a call, each the mean of a burst; None where calls were timed one by one alone."""
+    burst_size: int = 1
+    """Calls in a burst."""
+    graph: bool = False
+    """A burst was a replayed graph."""
 
     def times(self) -> Array:
-        """Microseconds of each iteration, of the slowest rank."""
+        """Microseconds of each call, of the slowest rank."""
         return iteration_times(self.stamps, self.comparable)
 
-    def timing(self, op: Operation, size: int, ranks: int, confidence: float, multicast: bool) -> Timing:
+    def series(self, average: Average = "mean") -> Array:
+        """Microseconds of a call as nccl-tests counts them: each rank's own time, over ranks by its `-a`.
+
+        The mean of the series is the time; a value is one burst, or one call where each is waited for.
+        """
+        own = self.bursts if self.bursts is not None else np.diff(self.stamps, axis=2)[:, :, 0] / 1e3
+        own = own[self.active]
+        if average == "mean":
+            return own.mean(axis=0)
+        means = own.mean(axis=1)
+        return own[{"rank0": 0, "min": int(means.argmin()), "max": int(means.argmax())}[average]]
+
+    def timing(
+        self, op: Operation, size: int, ranks: int, settings: CollectivesConfig, multicast: bool
+    ) -> Timing:
         """The statistics of a case; `wrong` is filled in by the check."""
-        times = self.times()
-        mean, ordered = float(times.mean()), np.sort(times)
+        series, times = self.series(settings.average), self.times()
+        mean, ordered = float(series.mean()), np.sort(times)
         alg, bus = bandwidths(op, size, mean / 1e6, ranks)
         factor = op.wire_factor(ranks) if multicast else None
         own = np.diff(self.stamps, axis=2)[:, :, 0] / 1e3
+        kept = own[:, -max(1, _KEPT // len(own)) :]
         return Timing(
             time_us=mean,
-            ci_us=statistics.half_width(times, confidence),
+            ci_us=statistics.half_width(series, settings.confidence),
             p50_us=float(np.median(times)),
             p95_us=statistics.percentile(ordered, 95),
             p99_us=statistics.percentile(ordered, 99),
@@ -136,12 +241,16 @@ class Raw:
             wire_bw=None if factor is None else alg * factor,
             warmup=self.warmup,
             wrong=None,
-            rank_times_us=tuple(tuple(round(float(t), 3) for t in row) for row in own),
+            rank_times_us=tuple(tuple(round(float(t), 3) for t in row) for row in kept),
             times_us=tuple(round(float(t), 3) for t in times),
+            call_us=float(times.mean()),
+            burst=self.burst_size if self.bursts is not None else 0,
+            graph=self.graph,
+            calls=len(series) * (self.burst_size if self.bursts is not None else 1),
         )
 
     def left_early(self) -> int:
-        """Of a barrier: times that a rank was out before the last one was in."""
+        """Of a barrier: how often a rank left before the last one entered."""
         return int((self.stamps[:, :, 1] < self.stamps[:, :, 0].max(axis=0)).sum())
 
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
-from collectives.ops.groups import Partition
+from collectives.ops.groups import GroupPartition
 from collectives.ops.transfers import Seat
-from collectives.timing.clock import Stamps, machine_id
+from collectives.timing.clock import machine_id
+from collectives.timing.meeting import fresh
+from collectives.timing.tree import ControlTree, GlooCarrier, levels
 from configs.errors import UserError
 from configs.library_environment import Applied, environment
 from configs.rank import RankContext, threads
 from configs.schema import RunConfig
+
+N = TypeVar("N", bound=np.generic)
+_VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "podman")
+"""How interfaces begin that only containers of this host use."""
 
 
 class FabricLost(RuntimeError):
@@ -57,11 +68,11 @@ def choose_device(config: RunConfig, rank: RankContext) -> torch.device:
     return device
 
 
-def meet(config: RunConfig, rank: RankContext, backend: str) -> Applied:
+def meet(config: RunConfig, rank: RankContext, backend: str) -> tuple[Applied, dist.Store]:
     """Set the network preset's variables and join the process group over which everything goes.
 
     Returns:
-        What became of the preset's variables.
+        What became of the preset's variables, and the store that the ranks met at.
 
     Raises:
         FabricLost: where the ranks didn't all come in time.
@@ -74,6 +85,7 @@ def meet(config: RunConfig, rank: RankContext, backend: str) -> Applied:
     meeting = timedelta(seconds=timeouts.seconds("rendezvous"))
     try:
         store, _, _ = next(dist.rendezvous("env://", rank.rank, rank.world, timeout=meeting))
+        store = fresh(store, rank.rank, rank.world, meeting)
     except dist.DistError as error:
         raise FabricLost(
             f"rank {rank.rank} of {rank.world} waited {meeting.total_seconds():.0f} s for the others at "
@@ -82,7 +94,7 @@ def meet(config: RunConfig, rank: RankContext, backend: str) -> Applied:
         ) from error
     collective = timedelta(seconds=timeouts.seconds("collective"))
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world, timeout=collective)
-    return applied
+    return applied, store
 
 
 def choose_backend(config: RunConfig, device: torch.device) -> str:
@@ -113,12 +125,14 @@ class Team:
     rank: RankContext
     device: torch.device
     backend: str
-    control: dist.ProcessGroup
-    """All ranks over gloo: for decisions, times and texts."""
+    tree: ControlTree
+    """All ranks: for decisions, times and texts."""
     members: list[dict[str, Any]]
     """What each rank says of itself: host, pid, machine, device."""
     network: Applied
     """What became of the network preset's variables on this rank."""
+    limit: timedelta
+    """Of one collective."""
     _groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod
@@ -131,38 +145,53 @@ class Team:
         """
         if rank.world < 2:
             raise UserError(
-                "one rank has nobody to talk to; start at least two: `python -m collectives run --ranks 2`, "
+                "a collective needs at least two ranks; start at least two: `python -m collectives run --ranks 2`, "
                 "torchrun --nproc-per-node 2, or parallel.dp=2 with `submit`"
             )
         device = choose_device(config, rank)
         torch.set_num_threads(threads(os.environ))
         backend = choose_backend(config, device)
-        applied = meet(config, rank, backend)
+        applied, store = meet(config, rank, backend)
         limit = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
-        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
-        assert control is not None
-        members: list[dict[str, Any]] = [{}] * rank.world
-        dist.all_gather_object(members, _self(rank, device), group=control)
-        return cls(rank, device, backend, control, members, applied)
+        groups = levels(rank.rank, rank.world)
+        everyone = dist.group.WORLD if backend == "gloo" else None
+        tree = ControlTree(rank.rank, groups, GlooCarrier(rank.rank, groups, store, limit, everyone))
+        return cls(rank, device, backend, tree, tree.all_gather(_self(rank, device)), applied, limit)
 
-    @property
+    @cached_property
+    def control(self) -> dist.ProcessGroup:
+        """A gloo group of all ranks; made when it is first needed, since it connects each of them with each other one."""
+        group = (
+            dist.group.WORLD if self.backend == "gloo" else dist.new_group(backend="gloo", timeout=self.limit)
+        )
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    @cached_property
     def nodes(self) -> list[int]:
         """The node of each rank, numbered in the order of ranks. Hosts differ by name or address."""
-        names = [(member["hostname"], member["address"]) for member in self.members]
-        return [sorted(set(names), key=names.index).index(name) for name in names]
+        numbers: dict[tuple[str, str], int] = {}
+        return [
+            numbers.setdefault((member["hostname"], member["address"]), len(numbers))
+            for member in self.members
+        ]
 
     @property
     def one_machine(self) -> bool:
         """All ranks share a kernel, and so a clock."""
         return len({member["machine"] for member in self.members}) == 1
 
-    def seat(self, partition: Partition) -> Seat | None:
+    def seat(self, partition: GroupPartition) -> Seat | None:
         """This rank's place in its group; None where it is idle. Makes the groups the first time."""
         if partition.groups not in self._groups:
             mine = None
             for ranks in partition.groups:
                 whole = len(ranks) == self.rank.world
-                group = dist.group.WORLD if whole else dist.new_group(list(ranks), backend=self.backend)
+                group = (
+                    dist.group.WORLD
+                    if whole
+                    else dist.new_group(list(ranks), backend=self.backend, timeout=self.limit)
+                )
                 if self.rank.rank in ranks:
                     mine = group
             self._groups[partition.groups] = mine
@@ -172,46 +201,35 @@ class Team:
         ranks = next(ranks for ranks in partition.groups if self.rank.rank in ranks)
         return Seat(group, ranks, ranks.index(self.rank.rank), self.device)
 
-    def gather(self, stamps: Stamps) -> Stamps | None:
-        """All ranks' stamps [ranks, iterations, 2] on rank 0."""
-        mine = torch.from_numpy(stamps).contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.rank.world)] if self.rank.rank == 0 else None
-        dist.gather(mine, parts, 0, group=self.control)
-        return torch.stack(parts).numpy() if parts is not None else None
+    def gather(self, array: NDArray[N]) -> NDArray[N] | None:
+        """All ranks' arrays of one shape on rank 0, [ranks, ...]."""
+        return self.tree.gather(array)
 
     def decide(self, number: int) -> int:
         """Rank 0's number, on all ranks."""
-        box = torch.tensor([number], dtype=torch.int64)
-        dist.broadcast(box, 0, group=self.control)
-        return int(box)
+        return self.tree.broadcast_int(number)
 
     def total(self, number: int) -> int:
         """The sum of all ranks' numbers, on all ranks."""
-        box = torch.tensor([number], dtype=torch.int64)
-        dist.all_reduce(box, group=self.control)
-        return int(box)
+        return self.tree.total(number)
 
     def tell(self, item: Any) -> Any:
         """Rank 0's item, on all ranks."""
-        box = [item]
-        dist.broadcast_object_list(box, 0, group=self.control)
-        return box[0]
+        return self.tree.broadcast_object(item)
 
     def share(self, item: Any) -> list[Any]:
         """Every rank's item, in rank order, on all ranks."""
-        items: list[Any] = [None] * self.rank.world
-        dist.all_gather_object(items, item, group=self.control)
-        return items
+        return self.tree.all_gather(item)
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        dist.barrier(group=self.control)
+        self.tree.wait()
 
 
 def _self(rank: RankContext, device: torch.device) -> dict[str, Any]:
     memory = psutil.virtual_memory().total
     about = {
-        "rank": rank.rank, "pid": os.getpid(), "hostname": platform.node(), "address": _address(),
+        "rank": rank.rank, "pid": os.getpid(), "hostname": platform.node(), "address": address_of(rank.master_addr),
         "machine": machine_id() or f"rank {rank.rank}", "local_rank": rank.local_rank, "kernel": platform.release(),
         "cores": os.cpu_count(), "host_memory_bytes": memory, "device": device.index or 0, "device_hex": "",
         "device_info": _processor(),
@@ -227,15 +245,24 @@ def _self(rank: RankContext, device: torch.device) -> dict[str, Any]:
     return about
 
 
-def _address() -> str:
-    """The address of this host's network: namespaces and containers may share a name."""
-    found = [
+def address_of(master: str) -> str:
+    """The address of this host in the network of the ranks: the one from which it reaches `master`.
+
+    Namespaces and containers may share a host's name, and the first interface by name may be that of a bridge
+    which only containers see. Nothing is sent.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((master, 9))
+        address = str(probe.getsockname()[0])
+        if not address.startswith("127."):
+            return address
+    others = [
         address.address
         for name, addresses in sorted(psutil.net_if_addrs().items())
         for address in addresses
-        if address.family.name == "AF_INET" and name != "lo"
+        if address.family.name == "AF_INET" and name != "lo" and not name.startswith(_VIRTUAL)
     ]
-    return found[0] if found else "127.0.0.1"
+    return others[0] if others else "127.0.0.1"
 
 
 def _processor() -> str:
@@ -246,7 +273,7 @@ def _processor() -> str:
         return platform.processor() or "cpu"
 
 
-def devices(members: Sequence[dict[str, Any]], groups: Partition) -> list[dict[str, Any]]:
+def devices(members: Sequence[dict[str, Any]], groups: GroupPartition) -> list[dict[str, Any]]:
     """nccl-tests' `devices`: each rank with its group, process, host and device."""
     where = {rank: number for number, ranks in enumerate(groups.groups) for rank in ranks}
     names = ("rank", "pid", "hostname", "device", "device_hex", "device_info")

@@ -51,7 +51,7 @@ def _folder(options: argparse.Namespace) -> Path:
     if not options.path.is_dir():
         raise UserError(f"--path={options.path} isn't a folder: make it, or name another")
     if not options.gib > 0:
-        raise UserError(f"--gib={options.gib:g} is no size: type more than 0, such as 0.5")
+        raise UserError(f"--gib={options.gib:g} must be above 0: type more than 0, such as 0.5")
     return Path(options.path.resolve())
 
 
@@ -62,10 +62,14 @@ def _told(name: str) -> None:
 def _save(options: argparse.Namespace) -> int:
     from faulttol.bench import save  # torch loads late: `--help` needs none of it
 
-    spec = save.Spec(round(options.gib * _GIB), options.ranks, options.saves, options.step, _folder(options))
+    spec = save.SaveSpec(
+        round(options.gib * _GIB), options.ranks, options.saves, options.step, _folder(options)
+    )
     unknown = sorted(set(options.only or ()) - set(save.KINDS))
     if unknown:
-        raise UserError(f"--only={unknown[0]} is no contestant: type of {', '.join(map(repr, save.KINDS))}")
+        raise UserError(
+            f"--only={unknown[0]} is not a contestant: type of {', '.join(map(repr, save.KINDS))}"
+        )
     rows = save.measure(spec, options.only or save.KINDS, _told)
     print(json.dumps(save.plain_data(spec, rows)) if options.json else save.report(spec, rows))
     return int(not all(bar.kept for bar in save.bars(rows)))
@@ -74,7 +78,7 @@ def _save(options: argparse.Namespace) -> int:
 def _reshard(options: argparse.Namespace) -> int:
     from faulttol.bench import reshard
 
-    spec = reshard.Spec(round(options.gib * _GIB), options.ranks, options.to, _folder(options))
+    spec = reshard.ReshardSpec(round(options.gib * _GIB), options.ranks, options.to, _folder(options))
     found = reshard.measure(spec, _told)
     print(json.dumps(reshard.plain_data(spec, found)) if options.json else reshard.report(spec, found))
     return int(not all(bar.kept for bar in reshard.bars(found)))

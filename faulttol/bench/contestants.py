@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from faulttol.bench.gang import Place
+from faulttol.bench.gang import BenchRank
 from faulttol.bench.state import Share
 from faulttol.checkpoint.manifest import Identity, Incomplete
 from faulttol.checkpoint.pieces import owned
 from faulttol.checkpoint.retention import Retention
-from faulttol.staged.saver import Policy, Saver
+from faulttol.staged.saver import SavePolicy, Saver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +27,14 @@ class Contestant(Protocol):
     """One way to save, on one rank."""
 
     background: bool
-    """Whether training goes on while it writes."""
+    """Whether training continues while it writes."""
 
     @property
     def tensors(self) -> Sequence[Tensor]:
         """The live state, all of which each step changes."""
 
     def begin(self, step: int) -> None:
-        """Save; training goes on when it returns."""
+        """Save; training continues when it returns."""
 
     def settle(self) -> None:
         """Training changes the state when it returns."""
@@ -52,14 +52,14 @@ class Contestant(Protocol):
 class Ours:
     """This project's `Saver`: with a writer process beside training, or waited for."""
 
-    def __init__(self, place: Place, shares: Sequence[Share], root: Path, background: bool) -> None:
+    def __init__(self, place: BenchRank, shares: Sequence[Share], root: Path, background: bool) -> None:
         import torch
 
         self.background = background
         self.tensors = [share.tensor for share in shares]
         self._shares, self._root = shares, root / "ours"
         identity = Identity("bench", 1, {"dp": place.world}, place.rank, place.world)
-        policy = Policy(str(self._root), Retention(1), background=background)
+        policy = SavePolicy(str(self._root), Retention(1), background=background)
         self._saver = Saver(policy, identity, place, place.store, torch.device("cpu"))
         self._saver.prepare(owned(shares))
         self._began = 0.0
@@ -102,7 +102,7 @@ class Dcp:
         kind: `save`, `thread` or `process`: who writes.
     """
 
-    def __init__(self, place: Place, shares: Sequence[Share], root: Path, kind: str) -> None:
+    def __init__(self, place: BenchRank, shares: Sequence[Share], root: Path, kind: str) -> None:
         import torch.distributed as dist
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
         from torch.distributed.device_mesh import init_device_mesh
@@ -178,7 +178,7 @@ def _cut_dim(share: Share) -> int:
     return next((d for d, n in enumerate(share.box.shape) if n != share.box.whole[d]), 0)
 
 
-class Plain:
+class PlainFile:
     """The live bytes written to one file a rank and fsynced: what storage takes, without what a checkpoint needs."""
 
     def __init__(self, tensors: Sequence[Tensor], path: Path, background: bool) -> None:
@@ -202,7 +202,7 @@ class Plain:
         began = time.monotonic()
         with self._path.open("wb", buffering=0) as file:
             for tensor in self._tensors:
-                data = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+                data = tensor.detach().view(-1).view(torch.uint8).numpy().data
                 for at in range(0, len(data), _CHUNK):
                     file.write(data[at : at + _CHUNK])
             os.fsync(file.fileno())

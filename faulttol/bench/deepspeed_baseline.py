@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faulttol.bench.contestants import fsync_all
-from faulttol.bench.gang import Place
+from faulttol.bench.gang import BenchRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class DeepSpeedSave:
     background = False
 
     def __init__(
-        self, place: Place, params: dict[str, tuple[int, ...]], root: Path, universal: bool = False
+        self, place: BenchRank, params: dict[str, tuple[int, ...]], root: Path, universal: bool = False
     ) -> None:
         self.engine = _engine(place, params, universal)
         self._place, self._root, self._step = place, root / "deepspeed", 0
@@ -62,7 +62,7 @@ class DeepSpeedSave:
         """Nothing is held."""
 
 
-def _engine(place: Place, params: dict[str, tuple[int, ...]], universal: bool) -> Any:
+def _engine(place: BenchRank, params: dict[str, tuple[int, ...]], universal: bool) -> Any:
     import torch
     from torch import nn
 

@@ -28,7 +28,7 @@ class RankFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class BenchRank:
     """Who a rank is, and how it speaks to the others: the `Peers` of a save or load too."""
 
     rank: int
@@ -143,6 +143,6 @@ def _joined(rank: int, world: int, folder: str, act: Callable[..., Any], argumen
         files.set("port", str(store.port))
     else:
         store = dist.TCPStore("127.0.0.1", int(files.get("port")), is_master=False, timeout=_PATIENCE)
-    found = act(Place(rank, world, store), *arguments)
+    found = act(BenchRank(rank, world, store), *arguments)
     dist.barrier()  # rank 0 serves the store until all are done
     return found

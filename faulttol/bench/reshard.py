@@ -1,4 +1,4 @@
-"""What it costs to go on under another layout: our load beside DeepSpeed's universal conversion and load.
+"""What it costs to continue under another layout: our load beside DeepSpeed's universal conversion and load.
 
 Ours reads the files that another layout has saved, each rank what it needs. DeepSpeed first writes all of it anew. All
 start with the files out of the page cache, and with libraries loaded; the processes that DeepSpeed's converter starts are
@@ -20,7 +20,7 @@ from typing import Any
 from configs.errors import UserError
 from faulttol.bench.contestants import fsync_all, size_of
 from faulttol.bench.deepspeed_baseline import DeepSpeedSave, live, to_universal
-from faulttol.bench.gang import Place, run_ranks
+from faulttol.bench.gang import BenchRank, run_ranks
 from faulttol.bench.state import Share, shapes, share
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint.manifest import Identity
@@ -35,7 +35,7 @@ _ROOM = 6
 
 
 @dataclass(frozen=True)
-class Spec:
+class ReshardSpec:
     """What is measured."""
 
     size: int
@@ -65,7 +65,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Found:
+class ReshardResult:
     """All that was measured."""
 
     loads: list[Load]
@@ -82,17 +82,17 @@ class Found:
 # ---- on a rank ----
 
 
-def _save_ours(place: Place, spec: Spec) -> None:
+def _save_ours(place: BenchRank, spec: ReshardSpec) -> None:
     shares = share(shapes(spec.size), place.rank, place.world)
     identity = _identity(place)
     save(str(spec.root / "ours"), 1, owned(shares), identity, {}, place, Retention(1))
 
 
-def _identity(place: Place) -> Identity:
+def _identity(place: BenchRank) -> Identity:
     return Identity("bench", 1, {"ep": place.world}, place.rank, place.world)
 
 
-def _load_ours(place: Place, spec: Spec, dim: int) -> Load:
+def _load_ours(place: BenchRank, spec: ReshardSpec, dim: int) -> Load:
     shares = share(shapes(spec.size), place.rank, place.world, dim)
     right = [float(one.tensor.view(-1)[0]) for one in shares]
     for one in shares:
@@ -142,7 +142,7 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _read_plainly(place: Place, spec: Spec) -> tuple[int, float]:
+def _read_plainly(place: BenchRank, spec: ReshardSpec) -> tuple[int, float]:
     """Read our files, each by one rank; bytes over all ranks, and seconds of the slowest."""
     files = sorted(path for path in (spec.root / "ours").rglob("*.safetensors"))
     total = sum(path.stat().st_size for path in files)
@@ -175,18 +175,18 @@ def _read_span(span: tuple[Path, int, int]) -> int:
     return count
 
 
-def _save_deepspeed(place: Place, spec: Spec) -> None:
+def _save_deepspeed(place: BenchRank, spec: ReshardSpec) -> None:
     contestant = DeepSpeedSave(place, shapes(spec.size), spec.root)
     contestant.begin(1)
     contestant.durable()
 
 
-def _convert(place: Place, spec: Spec) -> float:  # noqa: ARG001  (the one rank that there is)
+def _convert(place: BenchRank, spec: ReshardSpec) -> float:  # noqa: ARG001  (the one rank that there is)
     folder = spec.root / "deepspeed"
     return to_universal(folder / "1", folder / "1_universal", spec.ranks)
 
 
-def _load_universal(place: Place, spec: Spec) -> float:
+def _load_universal(place: BenchRank, spec: ReshardSpec) -> float:
     contestant = DeepSpeedSave(place, shapes(spec.size), spec.root, universal=True)
     for tensor in contestant.tensors:
         tensor.fill_(-1.0)
@@ -203,7 +203,7 @@ def _load_universal(place: Place, spec: Spec) -> float:
 # ---- the whole ----
 
 
-def measure(spec: Spec, told: Callable[[str], None] = lambda _: None) -> Found:
+def measure(spec: ReshardSpec, told: Callable[[str], None] = lambda _: None) -> ReshardResult:
     """Save once in each way, then load under another layout, one after the other.
 
     Args:
@@ -241,7 +241,7 @@ def measure(spec: Spec, told: Callable[[str], None] = lambda _: None) -> Found:
         _forget(here.root)
         told("DeepSpeed loads")
         universal = run_ranks(spec.to, _load_universal, here)[0]
-    return Found(loads, max(rates), size, convert, universal)
+    return ReshardResult(loads, max(rates), size, convert, universal)
 
 
 def _forget(folder: Path) -> None:
@@ -255,7 +255,7 @@ def _forget(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Bar:
+class ReshardBound:
     """A bound that ours must keep."""
 
     what: str
@@ -269,20 +269,24 @@ class Bar:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-def bars(found: Found) -> list[Bar]:
+def bars(found: ReshardResult) -> list[ReshardBound]:
     """What was measured, against its bounds."""
     theirs = found.convert + found.universal
     kept = []
     for one in found.loads:
         kept.append(
-            Bar(f"{one.name}: times faster than DeepSpeed", theirs / one.seconds, _TIMES_FASTER, True)
+            ReshardBound(
+                f"{one.name}: times faster than DeepSpeed", theirs / one.seconds, _TIMES_FASTER, True
+            )
         )
-        kept.append(Bar(f"{one.name}: bytes read, of what is needed", one.read / one.needed, _MOST_READ))
-        kept.append(Bar(f"{one.name}: MiB of memory beside", one.extra / 2**20, _BUFFER / 2**20))
+        kept.append(
+            ReshardBound(f"{one.name}: bytes read, of what is needed", one.read / one.needed, _MOST_READ)
+        )
+        kept.append(ReshardBound(f"{one.name}: MiB of memory beside", one.extra / 2**20, _BUFFER / 2**20))
     return kept
 
 
-def report(spec: Spec, found: Found) -> str:
+def report(spec: ReshardSpec, found: ReshardResult) -> str:
     """A table and the bars."""
     lines = [
         f"{spec.size / 2**30:.2f} GiB of fp32 masters and moments, saved by {spec.ranks} ranks, loaded by {spec.to}; "
@@ -304,7 +308,7 @@ def report(spec: Spec, found: Found) -> str:
     return "\n".join(lines)
 
 
-def plain_data(spec: Spec, found: Found) -> dict[str, Any]:
+def plain_data(spec: ReshardSpec, found: ReshardResult) -> dict[str, Any]:
     """The same as JSON."""
     return {
         "bytes": spec.size,

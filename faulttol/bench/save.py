@@ -1,7 +1,7 @@
 """What a save costs training, and how long it takes until it is durable: ours beside DeepSpeed's and torch's.
 
 Every contestant saves the same state from as many ranks, in a loop of steps with real work that changes every tensor once a
-step. Before each save the same bytes are written plainly with fsync, in the same way (training waits, or it goes on), so
+step. Before each save the same bytes are written plainly with fsync, in the same way (training waits, or it continues), so
 that both meet the same disk; what is compared with that is their ratio.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from faulttol.bench.contestants import Contestant, Dcp, Ours, Plain, size_of
+from faulttol.bench.contestants import Contestant, Dcp, Ours, PlainFile, size_of
 from faulttol.bench.deepspeed_baseline import DeepSpeedSave
-from faulttol.bench.gang import Place, run_ranks
+from faulttol.bench.gang import BenchRank, run_ranks
 from faulttol.bench.state import shapes, share
 
 KINDS = ("ours", "ours waiting", "DeepSpeed", "DCP save", "DCP async thread", "DCP async process")
@@ -31,7 +31,7 @@ _SQUARE = 384
 
 
 @dataclass(frozen=True)
-class Spec:
+class SaveSpec:
     """What is measured."""
 
     size: int
@@ -46,7 +46,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SaveSample:
     """One save."""
 
     held: float
@@ -71,7 +71,7 @@ class _Loop:
         seconds: of forward and backward in a step.
     """
 
-    def __init__(self, place: Place, contestant: Contestant, seconds: float) -> None:
+    def __init__(self, place: BenchRank, contestant: Contestant, seconds: float) -> None:
         import torch
 
         self._place, self._contestant = place, contestant
@@ -110,7 +110,7 @@ class _Loop:
         return steps, waited
 
 
-def _contestant(place: Place, kind: str, spec: Spec) -> Contestant:
+def _contestant(place: BenchRank, kind: str, spec: SaveSpec) -> Contestant:
     params = shapes(spec.size)
     if kind == "DeepSpeed":
         return DeepSpeedSave(place, params, spec.root)
@@ -120,17 +120,17 @@ def _contestant(place: Place, kind: str, spec: Spec) -> Contestant:
     return Dcp(place, shares, spec.root, kind.split()[-1])
 
 
-def _measure(place: Place, kind: str, spec: Spec) -> list[Sample]:
+def _measure(place: BenchRank, kind: str, spec: SaveSpec) -> list[SaveSample]:
     """All saves of one contestant, on one rank."""
     contestant = _contestant(place, kind, spec)
-    plain = Plain(contestant.tensors, spec.root / f"plain.{place.rank}", contestant.background)
+    plain = PlainFile(contestant.tensors, spec.root / f"plain.{place.rank}", contestant.background)
     loop = _Loop(place, contestant, spec.step)
     samples = [_sample(place, loop, contestant, plain, number) for number in range(1, spec.saves + 2)]
     contestant.close()
     return samples[1:]
 
 
-def _sample(place: Place, loop: _Loop, contestant: Contestant, plain: Plain, step: int) -> Sample:
+def _sample(place: BenchRank, loop: _Loop, contestant: Contestant, plain: PlainFile, step: int) -> SaveSample:
     _rest(place)
     plain.begin()
     if contestant.background:
@@ -151,10 +151,10 @@ def _sample(place: Place, loop: _Loop, contestant: Contestant, plain: Plain, ste
     assert durable is not None, "it is over"
     slow = statistics.mean(place.all(statistics.mean(steps) / quiet if steps else 1.0))
     size = place.broadcast(size_of(contestant.folder()) if place.rank == 0 else None)
-    return Sample(max(place.all(held)), slow, max(place.all(durable - began)), plainly, size)
+    return SaveSample(max(place.all(held)), slow, max(place.all(durable - began)), plainly, size)
 
 
-def _rest(place: Place) -> None:
+def _rest(place: BenchRank) -> None:
     """Let the disk get done with what was written before."""
     if place.rank == 0:
         os.sync()
@@ -165,7 +165,7 @@ def _rest(place: Place) -> None:
 
 
 @dataclass(frozen=True)
-class Row:
+class SaveMedians:
     """Medians of a contestant's saves."""
 
     name: str
@@ -179,8 +179,8 @@ class Row:
 
 
 def measure(
-    spec: Spec, kinds: Sequence[str] = KINDS, told: Callable[[str], None] = lambda _: None
-) -> list[Row]:
+    spec: SaveSpec, kinds: Sequence[str] = KINDS, told: Callable[[str], None] = lambda _: None
+) -> list[SaveMedians]:
     """All contestants, one after the other, each with processes of its own.
 
     Args:
@@ -199,17 +199,17 @@ def measure(
     for kind in kinds:
         told(kind)
         with tempfile.TemporaryDirectory(prefix="megaray-bench-", dir=spec.root) as folder:
-            here = Spec(spec.size, spec.ranks, spec.saves, spec.step, Path(folder))
+            here = SaveSpec(spec.size, spec.ranks, spec.saves, spec.step, Path(folder))
             samples = run_ranks(spec.ranks, _measure, kind, here)[0]
         rows.append(_row(kind, samples))
     return rows
 
 
-def _row(kind: str, samples: Sequence[Sample]) -> Row:
-    def middle(value: Callable[[Sample], float]) -> float:
+def _row(kind: str, samples: Sequence[SaveSample]) -> SaveMedians:
+    def middle(value: Callable[[SaveSample], float]) -> float:
         return statistics.median(value(sample) for sample in samples)
 
-    return Row(
+    return SaveMedians(
         kind,
         middle(lambda s: s.held),
         middle(lambda s: s.slow),
@@ -221,7 +221,7 @@ def _row(kind: str, samples: Sequence[Sample]) -> Row:
 
 
 @dataclass(frozen=True)
-class Bar:
+class RatioBound:
     """A ratio that ours must keep."""
 
     what: str
@@ -234,24 +234,24 @@ class Bar:
         return self.ratio <= self.most
 
 
-def bars(rows: Sequence[Row]) -> list[Bar]:
+def bars(rows: Sequence[SaveMedians]) -> list[RatioBound]:
     """What the measured contestants say of ours."""
     by = {row.name: row for row in rows}
     ours = by.get("ours")
     found = []
     if ours is not None and "DeepSpeed" in by:
-        found.append(Bar("held, of DeepSpeed's", ours.held / by["DeepSpeed"].held, 0.1))
+        found.append(RatioBound("held, of DeepSpeed's", ours.held / by["DeepSpeed"].held, 0.1))
     rivals = [row for row in rows if row.name.startswith("DCP async")]
     if ours is not None and rivals:
         best = min(rivals, key=lambda row: row.held)
-        found.append(Bar(f"held, of {best.name}'s", ours.held / best.held, 0.7))
+        found.append(RatioBound(f"held, of {best.name}'s", ours.held / best.held, 0.7))
     for name, how in (("ours", "beside training"), ("ours waiting", "training waits")):
         if name in by:
-            found.append(Bar(f"durable, of plain writing, {how}", by[name].ratio, 1.2))
+            found.append(RatioBound(f"durable, of plain writing, {how}", by[name].ratio, 1.2))
     return found
 
 
-def report(spec: Spec, rows: Sequence[Row]) -> str:
+def report(spec: SaveSpec, rows: Sequence[SaveMedians]) -> str:
     """A table and the bars."""
     head = f"{spec.size / 2**30:.2f} GiB of fp32 masters and moments, {spec.ranks} ranks, {spec.saves} saves each, "
     head += f"forward and backward {spec.step:.2f} s, {len(os.sched_getaffinity(0))} cores; medians"
@@ -269,7 +269,7 @@ def report(spec: Spec, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plain_data(spec: Spec, rows: Sequence[Row]) -> dict[str, Any]:
+def plain_data(spec: SaveSpec, rows: Sequence[SaveMedians]) -> dict[str, Any]:
     """The same as JSON."""
     return {
         "bytes": spec.size,

@@ -20,13 +20,13 @@ from urllib.parse import quote
 
 from configs.errors import UserError
 from faulttol.checkpoint.manifest import (
-    Block,
-    Head,
+    DirectoryBlock,
     Identity,
     Incomplete,
     Manifest,
+    ManifestHead,
+    SaveSuperseded,
     ShardFile,
-    Superseded,
     Tensor,
     digest,
     files_of,
@@ -70,7 +70,7 @@ def tag(run: str) -> str:
 
 
 @dataclass(frozen=True, order=True)
-class Commit:
+class CheckpointCommit:
     """A step that an attempt has begun to save; the newest has the newest attempt, then the highest step."""
 
     attempt: int
@@ -104,17 +104,17 @@ class Folder:
         self._store = store
         self._files: dict[str, list[str]] = {}
         """Names by folder."""
-        self.commits: list[Commit] = []
+        self.commits: list[CheckpointCommit] = []
         """With a manifest, oldest first."""
-        self.begun: list[Commit] = []
+        self.begun: list[CheckpointCommit] = []
         """Without one: interrupted or still being written."""
         self.old: list[int] = []
         """Steps that were saved in format 1."""
-        self.pins: dict[Commit, list[str]] = {}
+        self.pins: dict[CheckpointCommit, list[str]] = {}
         """Names that commits are pinned under."""
-        self.uses: dict[Commit, list[str]] = {}
+        self.uses: dict[CheckpointCommit, list[str]] = {}
         """Words of those who read commits, or did once."""
-        self._whole: dict[Commit, bool] = {}
+        self._whole: dict[CheckpointCommit, bool] = {}
         steps = {name: int(match[1]) for name in store.names() if (match := _STEP.fullmatch(name))}
         if len(steps) > _FEW:  # an object store answers a thousand names a request
             with ThreadPoolExecutor(_THREADS) as pool:
@@ -126,12 +126,12 @@ class Folder:
         self.commits.sort()
 
     def _sort(self, step: int, names: list[str]) -> None:
-        found: dict[Commit, bool] = {}
+        found: dict[CheckpointCommit, bool] = {}
         for name in names:
             match = _FILE.fullmatch(name)
             if not match:
                 continue
-            commit = Commit(int(match["attempt"]), step, match["run"])
+            commit = CheckpointCommit(int(match["attempt"]), step, match["run"])
             if match["pin"]:
                 self.pins.setdefault(commit, []).append(match["pin"])
             elif match["use"]:
@@ -166,7 +166,7 @@ class Folder:
 
         Raises:
             UserError: where the checkpoints are another run's or of format 1.
-            Superseded: where a newer attempt of the run has begun to save.
+            SaveSuperseded: where a newer attempt of the run has begun to save.
         """
         self.refuse_others()
         own = tag(identity.run)
@@ -178,12 +178,12 @@ class Folder:
                 )
         newest = max((c.attempt for c in [*self.commits, *self.begun] if c.run == own), default=0)
         if newest > identity.attempt:
-            raise Superseded(
+            raise SaveSuperseded(
                 f"attempt {newest} of run {identity.run} has saved to {self._store.url}, and this is attempt "
                 f"{identity.attempt}, which is over; a new start of the run needs a higher MEGARAY_ATTEMPT"
             )
 
-    def head(self, commit: Commit) -> Head:
+    def head(self, commit: CheckpointCommit) -> ManifestHead:
         """The manifest of a commit, whose files are all there.
 
         Raises:
@@ -191,7 +191,7 @@ class Folder:
         """
         path = f"{self._store.url.rstrip('/')}/{commit.manifest}"
         try:
-            found = Head.parse(self._store.read(commit.manifest))
+            found = ManifestHead.parse(self._store.read(commit.manifest))
         except Incomplete as error:
             raise Incomplete(f"{path}: {error}") from None
         except OSError as error:
@@ -211,7 +211,7 @@ class Folder:
             )
         return found
 
-    def manifest(self, commit: Commit) -> Manifest:
+    def manifest(self, commit: CheckpointCommit) -> Manifest:
         """The manifest of a commit with its whole directory.
 
         Raises:
@@ -219,7 +219,7 @@ class Folder:
         """
         return Directory(self._store, self.head(commit)).whole()
 
-    def whole(self, commit: Commit) -> bool:
+    def whole(self, commit: CheckpointCommit) -> bool:
         """Whether the manifest can be read and all files are there; what is in them isn't looked at."""
         if commit not in self._whole:
             try:
@@ -229,7 +229,7 @@ class Folder:
                 self._whole[commit] = False
         return self._whole[commit]
 
-    def used(self, commit: Commit) -> list[float]:
+    def used(self, commit: CheckpointCommit) -> list[float]:
         """When readers last renewed their marks of use, in seconds since 1970."""
         found: list[float] = []
         for word in self.uses.get(commit, ()):
@@ -239,13 +239,13 @@ class Folder:
                 continue
         return found
 
-    def names(self, commit: Commit) -> list[str]:
+    def names(self, commit: CheckpointCommit) -> list[str]:
         """Names of a commit's files in its folder, and of what was to become one."""
         folder = folder_of(commit.step)
         start = commit.prefix.removeprefix(f"{folder}/")
         return [name for name in self._files.get(folder, ()) if name.startswith((start, f".{start}"))]
 
-    def alone(self, commit: Commit) -> bool:
+    def alone(self, commit: CheckpointCommit) -> bool:
         """Whether nothing but a commit's files is in its folder."""
         return self.names(commit) == self._files[folder_of(commit.step)]
 
@@ -257,10 +257,10 @@ class Folder:
 class Directory:
     """What a checkpoint's directory tells, read block by block where it is asked for, each verified."""
 
-    def __init__(self, store: StoreLike, head: Head) -> None:
+    def __init__(self, store: StoreLike, head: ManifestHead) -> None:
         self.head = head
         self._store = store
-        commit = Commit(head.attempt, head.step, tag(head.run))
+        commit = CheckpointCommit(head.attempt, head.step, tag(head.run))
         self._name = commit.directory(head.token)
         self._tensors: dict[int, dict[str, Tensor]] = {}
         self._files: dict[int, list[ShardFile]] = {}
@@ -339,7 +339,7 @@ class Directory:
         return Manifest.join(self.head, dict(sorted(tensors.items())), list(files.values()))
 
     def _read(
-        self, blocks: Sequence[Block], numbers: Sequence[int], what: str
+        self, blocks: Sequence[DirectoryBlock], numbers: Sequence[int], what: str
     ) -> Iterator[tuple[int, bytes]]:
         """Blocks by number, neighbours read at once."""
         path = f"{self._store.url.rstrip('/')}/{self._name}"

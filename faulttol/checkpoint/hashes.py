@@ -13,10 +13,10 @@ from math import prod
 from typing import Any
 
 from faulttol.checkpoint.boxes import Box, tiled, uncovered
-from faulttol.checkpoint.folder import Commit, Folder
+from faulttol.checkpoint.folder import CheckpointCommit, Folder
 from faulttol.checkpoint.manifest import Incomplete, digest
 from faulttol.checkpoint.pieces import BLOCK, DTYPES
-from faulttol.checkpoint.shards import Entry, Index, block_digest
+from faulttol.checkpoint.shards import Entry, ShardIndex, block_digest
 from faulttol.checkpoint.store import StoreLike
 
 Progress = Callable[[int, int], None]
@@ -64,14 +64,14 @@ Span = tuple[Located, int, int]
 """Blocks of a piece, the first and the one after the last."""
 
 
-class Source:
+class CheckpointSource:
     """A committed checkpoint that is read box by box; several threads may do so at once.
 
     Raises:
         Incomplete: where its manifest is damaged or a file is missing.
     """
 
-    def __init__(self, store: StoreLike, commit: Commit) -> None:
+    def __init__(self, store: StoreLike, commit: CheckpointCommit) -> None:
         self.store, self.commit = store, commit
         self.manifest = Folder(store).manifest(commit)
         self.tensors = self.manifest.tensors
@@ -128,7 +128,7 @@ class Source:
         text = self._read(path, file.bytes - file.index, file.bytes, f"the index of rank {rank}")
         if digest(text) != file.digest:
             raise Incomplete(f"{self.url(path)}: its index differs from what was saved")
-        index = Index.parse(text)
+        index = ShardIndex.parse(text)
         base = file.bytes - file.index - index.bytes
         found = _File(file.index)
         for entry in index.entries:
@@ -301,7 +301,7 @@ def _spans(piece: Located, common: Box) -> Iterator[tuple[int, int]]:
 
 
 def tensor_hashes(
-    store: StoreLike, commit: Commit, progress: Progress = quiet, names: Sequence[str] | None = None
+    store: StoreLike, commit: CheckpointCommit, progress: Progress = quiet, names: Sequence[str] | None = None
 ) -> dict[str, str]:
     """SHA-256 of each global tensor's bytes in row-major order, in hex: the same under every layout.
 
@@ -313,7 +313,7 @@ def tensor_hashes(
     Raises:
         Incomplete: where the checkpoint is damaged, naming tensor and range.
     """
-    source = Source(store, commit)
+    source = CheckpointSource(store, commit)
     chosen = list(source.tensors) if names is None else list(names)
     total, done, lock = sum(map(source.size, chosen)), 0, threading.Lock()
 

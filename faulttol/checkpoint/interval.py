@@ -3,7 +3,7 @@
 The optimum is that of Young ("A first order approximation to the optimum checkpoint interval", 1974) with the higher
 order terms of Daly ("A higher order estimate of the optimum checkpoint interval for restart dumps", 2006), equation 37.
 Both hold for failures that come at random at a constant rate. What a save holds training for is their cost of a dump; the
-time until it is durable, in which training goes on, adds the same to every loss and so moves no optimum.
+time until it is durable, in which training continues, adds the same to every loss and so moves no optimum.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def mtbf(prior_hours: float, failures: int, hours: float) -> float:
     """Mean hours between failures, from what was assumed and what was met.
 
     The assumption counts as one failure in `prior_hours`: the mean rate after a gamma prior of that weight. So a run that
-    has met nothing yet goes on with the assumption, and slowly trusts its luck.
+    has met nothing yet continues with the assumption, and slowly trusts its luck.
 
     Args:
         failures: met so far.

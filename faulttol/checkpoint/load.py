@@ -10,16 +10,16 @@ from typing import Any
 from configs.errors import UserError, nearest
 from faulttol import exits
 from faulttol.checkpoint import sharing
-from faulttol.checkpoint.folder import Commit, Directory, Folder, folder_of
-from faulttol.checkpoint.manifest import Head as Head
+from faulttol.checkpoint.folder import CheckpointCommit, Directory, Folder, folder_of
 from faulttol.checkpoint.manifest import Identity as Identity
-from faulttol.checkpoint.manifest import Incomplete, Superseded, Tensor
+from faulttol.checkpoint.manifest import Incomplete, SaveSuperseded, Tensor
 from faulttol.checkpoint.manifest import Manifest as Manifest
+from faulttol.checkpoint.manifest import ManifestHead as ManifestHead
 from faulttol.checkpoint.peers import Failure, Peers, on_first, together
 from faulttol.checkpoint.pieces import Wanted as Wanted
-from faulttol.checkpoint.reading import Reader
+from faulttol.checkpoint.reading import CheckpointReader
 from faulttol.checkpoint.retention import using
-from faulttol.checkpoint.store import Store, StoreLike
+from faulttol.checkpoint.store import CheckpointStore, StoreLike
 
 BUFFER = 256 << 20
 """Bytes that a load takes beside what it fills, at most, whatever is loaded."""
@@ -40,7 +40,7 @@ class Tier:
 
 def stored(root: str) -> list[Tier]:
     """The one tier of a run that has a folder or URL alone."""
-    return [Tier("store", Store(root))]
+    return [Tier("store", CheckpointStore(root))]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class _Candidate:
     """A commit of a tier."""
 
     tier: int
-    commit: Commit
+    commit: CheckpointCommit
 
 
-def newest(tiers: Sequence[Tier], peers: Peers) -> Head | None:
+def newest(tiers: Sequence[Tier], peers: Peers) -> ManifestHead | None:
     """The newest checkpoint whose manifest can be read and whose files are there; None where nothing is committed.
 
     Only rank 0 reads, all ranks call this together and get the same.
@@ -77,7 +77,7 @@ def newest(tiers: Sequence[Tier], peers: Peers) -> Head | None:
         Incomplete: on every rank, where checkpoints are committed and no manifest can be read.
     """
 
-    def find() -> Head | None:
+    def find() -> ManifestHead | None:
         candidates, passed = _candidates(tiers, None)
         for one in candidates:
             try:
@@ -102,7 +102,7 @@ def read_manifest(root: str, step: int, peers: Peers) -> Manifest:
         UserError: on every rank, where the folder has checkpoints of format 1 or of several runs.
         Incomplete: on every rank, where the step isn't committed, its manifest is damaged or a file is missing.
     """
-    store = Store(root)
+    store = CheckpointStore(root)
 
     def find() -> Manifest:
         folder = Folder(store)
@@ -188,14 +188,14 @@ def _candidates(tiers: Sequence[Tier], identity: Identity | None) -> tuple[list[
     return [], passed
 
 
-def _commits(tier: Tier, identity: Identity | None) -> list[Commit]:
+def _commits(tier: Tier, identity: Identity | None) -> list[CheckpointCommit]:
     folder = Folder(tier.store)
     if not tier.owner or identity is None:
         folder.refuse_others()
     else:
         try:
             folder.admit(identity)
-        except Superseded as error:  # a restart wouldn't mend it
+        except SaveSuperseded as error:  # a restart wouldn't mend it
             raise UserError(str(error)) from None
     found = [commit for commit in folder.commits if tier.step in (None, commit.step)]
     if tier.step is not None and not found:
@@ -209,12 +209,12 @@ def _commits(tier: Tier, identity: Identity | None) -> list[Commit]:
 
 def _load(
     store: StoreLike,
-    commit: Commit,
+    commit: CheckpointCommit,
     wanted: Sequence[Wanted],
     peers: Peers,
     identity: Identity,
     alive: Callable[[], None],
-) -> tuple[Head, int] | str:
+) -> tuple[ManifestHead, int] | str:
     """Load one checkpoint: its head and the bytes that were read, or why a rank could not."""
     head, failure = on_first(peers, identity.rank == 0, lambda: Folder(store).head(commit))
     if failure is not None or head is None:
@@ -227,7 +227,7 @@ def _load(
     if failure is not None:
         return _reason([failure])
     home = identity.rank if head.world == identity.world else None
-    reader = Reader(store, directory, wanted, home, alive)
+    reader = CheckpointReader(store, directory, wanted, home, alive)
     alone, groups = sharing.grouped(wanted, peers, identity)
     _, failures = together(peers, lambda: sharing.load(reader, alone, groups, peers, identity))
     if failures:

@@ -27,7 +27,7 @@ class Incomplete(Exception):
     """A checkpoint that misses, doubles or contradicts something; nothing was committed or nothing is loaded."""
 
 
-class Superseded(Incomplete):
+class SaveSuperseded(Incomplete):
     """A newer attempt of the run has saved; this one is over."""
 
 
@@ -89,7 +89,7 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
-class Block:
+class DirectoryBlock:
     """A block of the directory: rows of neighbours."""
 
     first: str | int
@@ -102,7 +102,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Head:
+class ManifestHead:
     """What commits a checkpoint: a few KB at any size."""
 
     run: str
@@ -116,9 +116,9 @@ class Head:
     """Ranks that saved."""
     size: int
     """Bytes of all files of ranks."""
-    tensors: tuple[Block, ...]
+    tensors: tuple[DirectoryBlock, ...]
     """Of the directory, in the order of names."""
-    files: tuple[Block, ...]
+    files: tuple[DirectoryBlock, ...]
     """Of the directory, by rank."""
     facts: dict[str, Any] = field(default_factory=dict)
     """The small state, and what the model and the data were: JSON that the trainer gave."""
@@ -136,7 +136,7 @@ class Head:
         return json.dumps({"digest": digest(_canonical(tree)), **tree}, separators=(",", ":")).encode()
 
     @classmethod
-    def parse(cls, text: bytes) -> Head:
+    def parse(cls, text: bytes) -> ManifestHead:
         """The inverse of `dump`.
 
         Raises:
@@ -151,7 +151,9 @@ class Head:
             if tree.pop("digest") != digest(_canonical(tree)):
                 raise Incomplete("its manifest differs from what was saved: it contradicts its own digest")
             del tree["format"]
-            tensors, files = (tuple(Block(*row) for row in tree.pop(part)) for part in ("tensors", "files"))
+            tensors, files = (
+                tuple(DirectoryBlock(*row) for row in tree.pop(part)) for part in ("tensors", "files")
+            )
             return cls(tensors=tensors, files=files, **tree)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Incomplete(f"its manifest is unreadable: {type(error).__name__}: {error}") from None
@@ -203,13 +205,13 @@ class Manifest:
         """Files by rank."""
         return {rank: self.files[rank] for rank in ranks}
 
-    def split(self) -> tuple[Head, list[bytes]]:
+    def split(self) -> tuple[ManifestHead, list[bytes]]:
         """The head, and the directory in blocks."""
         rows = [(name, [name, t.dtype, t.shape, t.ranks]) for name, t in sorted(self.tensors.items())]
         texts: list[bytes] = []
         tensors = _blocks(rows, texts)
         files = _blocks([(at, [f.bytes, f.index, f.digest]) for at, f in enumerate(self.files)], texts)
-        head = Head(
+        head = ManifestHead(
             run=self.run,
             attempt=self.attempt,
             step=self.step,
@@ -224,7 +226,7 @@ class Manifest:
         return head, texts
 
     @classmethod
-    def join(cls, head: Head, tensors: dict[str, Tensor], files: Sequence[ShardFile]) -> Manifest:
+    def join(cls, head: ManifestHead, tensors: dict[str, Tensor], files: Sequence[ShardFile]) -> Manifest:
         """The inverse of `split`, of blocks that were read.
 
         Raises:
@@ -242,9 +244,9 @@ class Manifest:
         return sum(file.bytes for file in self.files)
 
 
-def _blocks(rows: Sequence[tuple[str | int, list[Any]]], texts: list[bytes]) -> tuple[Block, ...]:
+def _blocks(rows: Sequence[tuple[str | int, list[Any]]], texts: list[bytes]) -> tuple[DirectoryBlock, ...]:
     """Rows in blocks, each a line of JSON; the lines are added to `texts`."""
-    found: list[Block] = []
+    found: list[DirectoryBlock] = []
     offset, at = sum(map(len, texts)), 0
     lines = [json.dumps(row, separators=(",", ":")) for _, row in rows]
     while at < len(rows):
@@ -253,7 +255,7 @@ def _blocks(rows: Sequence[tuple[str | int, list[Any]]], texts: list[bytes]) -> 
             size += len(lines[end]) + 1
             end += 1
         text = f"[{','.join(lines[at:end])}]\n".encode()
-        found.append(Block(rows[at][0], end - at, offset, len(text), digest(text)))
+        found.append(DirectoryBlock(rows[at][0], end - at, offset, len(text), digest(text)))
         texts.append(text)
         offset, at = offset + len(text), end
     return tuple(found)

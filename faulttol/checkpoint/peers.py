@@ -1,4 +1,4 @@
-"""The ranks that save and load together, as much as this room needs of them."""
+"""The ranks that save and load together, as much as this package needs of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from configs.errors import UserError
 from faulttol import exits
-from faulttol.checkpoint.manifest import Incomplete, Superseded, Uncertain
+from faulttol.checkpoint.manifest import Incomplete, SaveSuperseded, Uncertain
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -37,7 +37,7 @@ class Peers(Protocol):
         """
 
 
-class Alone:
+class SoloPeers:
     """`Peers` of a single rank."""
 
     def gather(self, item: Any) -> list[Any] | None:
@@ -81,8 +81,8 @@ def exchange(
 
 
 def failure_of(error: Exception) -> Failure:
-    """What other ranks are told of an error: the kinds that somebody acts upon stay what they are."""
-    for kind in (UserError, Superseded, Uncertain, Incomplete):
+    """What other ranks learn of an error: the kinds that somebody acts upon stay what they are."""
+    for kind in (UserError, SaveSuperseded, Uncertain, Incomplete):
         if isinstance(error, kind):
             return kind, str(error)
     return Incomplete, f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of and what it fills: boxes of named tensors. Only this edge of the room knows torch."""
+"""What a checkpoint is made of and what it fills: boxes of named tensors. Only this edge of the package knows torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_dtype(name: str, dtype: str) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """A box of a named tensor with its values, to be saved."""
 
     name: str
@@ -46,7 +46,7 @@ class Piece:
     """The live values, row-major: read when the piece is written, so they mustn't change until `save` returns."""
 
     @classmethod
-    def from_slice(cls, name: str, tensor: torch.Tensor, box: Box | None = None) -> Piece:
+    def from_slice(cls, name: str, tensor: torch.Tensor, box: Box | None = None) -> TensorPiece:
         """A piece of a live tensor, the whole where no box is given; nothing is copied yet.
 
         Raises:
@@ -79,7 +79,7 @@ class Piece:
         flat = self.source.detach().contiguous().view(-1)
         step = _CHUNK // flat.element_size()
         for at in range(0, flat.numel(), step):
-            yield memoryview(flat[at : at + step].to("cpu").view(torch.uint8).numpy())
+            yield flat[at : at + step].to("cpu").view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Wanted:
             self.tensor[common.inside(self.box)].copy_(given[common.inside(source)])
 
 
-class Part(Protocol):
+class TensorPart(Protocol):
     """One rank's part of a named tensor, as a trainer tells it."""
 
     @property
@@ -147,25 +147,25 @@ class Part(Protocol):
         """Ranks that hold this box."""
 
 
-def owned(parts: Iterable[Part]) -> Iterator[Piece]:
+def owned(parts: Iterable[TensorPart]) -> Iterator[TensorPiece]:
     """What this rank writes of its parts, so that of all replicas each element is written once.
 
     A large part is cut into as many stretches of rows as it has replicas; a small one is written by the replica that a
     hash of its name chooses. So the bytes spread evenly without a word between the ranks.
     """
     for part in parts:
-        whole = Piece.from_slice(part.name, part.tensor, part.box)
+        whole = TensorPiece.from_slice(part.name, part.tensor, part.box)
         rows = part.box.shape[0] if part.box.shape else 0
         if part.replicas == 1:
             yield whole
         elif rows >= part.replicas and whole.bytes >= part.replicas * BLOCK:
             first, last = (rows * turn // part.replicas for turn in (part.replica, part.replica + 1))
-            yield Piece.from_slice(part.name, part.tensor[first:last], part.box.cut(0, first, last))
+            yield TensorPiece.from_slice(part.name, part.tensor[first:last], part.box.cut(0, first, last))
         elif _turn(part) == part.replica:
             yield whole
 
 
-def _turn(part: Part) -> int:
+def _turn(part: TensorPart) -> int:
     key = f"{part.name}{part.box}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8]) % part.replicas
 

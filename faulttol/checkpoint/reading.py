@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from faulttol.checkpoint.boxes import Box, uncovered
-from faulttol.checkpoint.folder import Commit, Directory, tag
-from faulttol.checkpoint.manifest import Head, Incomplete, Manifest, ShardFile, digest
+from faulttol.checkpoint.folder import CheckpointCommit, Directory, tag
+from faulttol.checkpoint.manifest import Incomplete, Manifest, ManifestHead, ShardFile, digest
 from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted
-from faulttol.checkpoint.shards import Entry, Index, block_digest
+from faulttol.checkpoint.shards import Entry, ShardIndex, block_digest
 from faulttol.checkpoint.store import StoreLike
 
 _SPAN = 16 * BLOCK
@@ -22,7 +22,7 @@ _THREADS = 4
 
 
 @dataclass(frozen=True)
-class Block:
+class WantedBlock:
     """A block of a piece that some wanted box has elements of."""
 
     entry: Entry
@@ -40,7 +40,7 @@ class Span:
     """Neighbouring blocks of a file, read at once."""
 
     path: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[WantedBlock, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _File:
     entries: tuple[Entry, ...]
 
 
-class Reader:
+class CheckpointReader:
     """Fills wanted tensors from one checkpoint.
 
     Args:
@@ -75,8 +75,8 @@ class Reader:
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._source, self.home, self._alive = store, source, home, alive
-        self._head: Head | Manifest = source.head if isinstance(source, Directory) else source
-        self._commit = Commit(self._head.attempt, self._head.step, tag(self._head.run))
+        self._head: ManifestHead | Manifest = source.head if isinstance(source, Directory) else source
+        self._commit = CheckpointCommit(self._head.attempt, self._head.step, tag(self._head.run))
         self._rows: dict[int, ShardFile] = {}
         self._files: dict[int, _File] = {}
         self._all = list(wanted)
@@ -139,7 +139,7 @@ class Reader:
         """Learn where the indexes of files are."""
         self._rows |= self._source.rows(rank for rank in ranks if rank not in self._rows)
 
-    def blocks(self, rank: int, wanted: Mapping[str, Sequence[Wanted]]) -> list[Block]:
+    def blocks(self, rank: int, wanted: Mapping[str, Sequence[Wanted]]) -> list[WantedBlock]:
         """The blocks of a file that have elements of `wanted`, in the order of the file; its index is read once.
 
         Args:
@@ -149,7 +149,7 @@ class Reader:
             if rank not in self._rows:
                 self._know([rank])
             self._files[rank] = self._open(rank)
-        file, blocks = self._files[rank], list[Block]()
+        file, blocks = self._files[rank], list[WantedBlock]()
         for entry in file.entries:
             items = tuple(w for w in wanted.get(entry.name, ()) if w.box.overlap(entry.box) is not None)
             if items:
@@ -185,17 +185,17 @@ class Reader:
         )
         return _File(path, file.bytes - file.index - index.bytes, index.block, entries)
 
-    def _index(self, rank: int, path: str) -> Index:
+    def _index(self, rank: int, path: str) -> ShardIndex:
         file = self._rows[rank]
         text = self._read(path, file.bytes - file.index, file.bytes, f"the index of rank {rank}")
         if digest(text) != file.digest:
             raise Incomplete(f"{self._path(path)}: {self._stranger(text)}")
-        return Index.parse(text)
+        return ShardIndex.parse(text)
 
     def _stranger(self, text: bytearray) -> str:
-        """Why an index isn't the one that was committed: whose it is, where it can be told."""
+        """Why an index isn't the one that was committed: whose it is, where it is known."""
         try:
-            index = Index.parse(text)
+            index = ShardIndex.parse(text)
         except Incomplete:
             return "its index differs from what was saved"
         told, mine = ((x.run, x.attempt, x.step) for x in (index, self._head))
@@ -253,7 +253,7 @@ class Reader:
         return f"{self._store.url.rstrip('/')}/{name}"
 
 
-def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> Iterator[Block]:
+def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> Iterator[WantedBlock]:
     """The blocks of a piece that have wanted elements."""
     per = size // entry.item
     every = any(w.box.overlap(entry.box) == entry.box for w in wanted)
@@ -262,12 +262,12 @@ def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> I
         last = min(first + per, entry.box.elements)
         if every or any(w.box.overlap(box) for box in entry.box.flat(first, last) for w in wanted):
             offset = base + entry.offset + first * entry.item
-            yield Block(entry, wanted, number, offset, (last - first) * entry.item, first)
+            yield WantedBlock(entry, wanted, number, offset, (last - first) * entry.item, first)
 
 
-def stretches(blocks: Sequence[Block], most: int) -> Iterator[tuple[Block, ...]]:
+def stretches(blocks: Sequence[WantedBlock], most: int) -> Iterator[tuple[WantedBlock, ...]]:
     """Blocks in the order of the file, joined where they touch, up to so many bytes."""
-    span: list[Block] = []
+    span: list[WantedBlock] = []
     for block in blocks:
         if span and (
             block.offset != span[-1].offset + span[-1].length
@@ -290,7 +290,7 @@ def fill(wanted: Iterable[Wanted], piece: Box, elements: tuple[int, int], data: 
         at += box.elements * DTYPES[items[0].dtype][1]
 
 
-def _boxes(blocks: Iterable[Block]) -> dict[str, list[Box]]:
+def _boxes(blocks: Iterable[WantedBlock]) -> dict[str, list[Box]]:
     """Boxes of the pieces that blocks belong to, by name."""
     found: dict[str, list[Box]] = {}
     for entry in {id(block.entry): block.entry for block in blocks}.values():

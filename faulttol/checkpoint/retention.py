@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from configs.errors import UserError
-from faulttol.checkpoint.folder import Commit, Folder, folder_of, tag
+from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of, tag
 from faulttol.checkpoint.manifest import Identity
 from faulttol.checkpoint.store import StoreLike
 
@@ -41,25 +41,27 @@ class Retention:
 class Doomed:
     """A checkpoint that needn't be kept."""
 
-    commit: Commit
+    commit: CheckpointCommit
     why: str
 
 
 class Shelf(Protocol):
     """What `plan` looks at; a `Folder` is one."""
 
-    commits: list[Commit]
+    commits: list[CheckpointCommit]
     """With a manifest, oldest first."""
-    pins: dict[Commit, list[str]]
+    pins: dict[CheckpointCommit, list[str]]
 
-    def whole(self, commit: Commit) -> bool:
+    def whole(self, commit: CheckpointCommit) -> bool:
         """Whether the manifest can be read and all files are there."""
 
-    def used(self, commit: Commit) -> list[float]:
+    def used(self, commit: CheckpointCommit) -> list[float]:
         """When readers last renewed their marks of use, in seconds since 1970."""
 
 
-def plan(folder: Shelf, retention: Retention, now: float, broken: Collection[Commit] = ()) -> list[Doomed]:
+def plan(
+    folder: Shelf, retention: Retention, now: float, broken: Collection[CheckpointCommit] = ()
+) -> list[Doomed]:
     """Checkpoints that may go, oldest first; changes nothing.
 
     Kept are the newest `last` that are whole and all that are newer than the oldest of them; of each step that is a
@@ -69,7 +71,7 @@ def plan(folder: Shelf, retention: Retention, now: float, broken: Collection[Com
         now: seconds since 1970.
         broken: commits that are known to be damaged inside, which a listing doesn't show.
     """
-    whole: list[Commit] = []
+    whole: list[CheckpointCommit] = []
     for commit in reversed(folder.commits):
         if len(whole) < max(1, retention.last) and commit not in broken and folder.whole(commit):
             whole.append(commit)
@@ -113,12 +115,14 @@ def remove(store: StoreLike, doomed: Sequence[Doomed]) -> list[Doomed]:
     return done
 
 
-def prune(store: StoreLike, retention: Retention, broken: Collection[Commit] = ()) -> list[Doomed]:
+def prune(store: StoreLike, retention: Retention, broken: Collection[CheckpointCommit] = ()) -> list[Doomed]:
     """Remove what needn't be kept; what was removed."""
     return remove(store, plan(Folder(store), retention, time.time(), broken))
 
 
-def retire(store: StoreLike, identity: Identity, retention: Retention, newest: Commit, token: str) -> None:
+def retire(
+    store: StoreLike, identity: Identity, retention: Retention, newest: CheckpointCommit, token: str
+) -> None:
     """Remove a run's checkpoints that needn't be kept, and what interrupted saves up to now left.
 
     Args:
@@ -157,7 +161,7 @@ def clear(store: StoreLike, identity: Identity) -> None:
             _remove_files(store, folder, commit)
 
 
-def _remove_files(store: StoreLike, folder: Folder, commit: Commit) -> None:
+def _remove_files(store: StoreLike, folder: Folder, commit: CheckpointCommit) -> None:
     """Remove a commit's files, or at once its folder where nothing else is in it."""
     if folder.alone(commit):
         store.remove(folder_of(commit.step))
@@ -169,7 +173,7 @@ def _remove_files(store: StoreLike, folder: Folder, commit: Commit) -> None:
 # ---- kept by name, and while it is read ----
 
 
-def pin(store: StoreLike, step: int, name: str) -> Commit:
+def pin(store: StoreLike, step: int, name: str) -> CheckpointCommit:
     """Keep a committed step under a name until `unpin`; its newest attempt's.
 
     Raises:
@@ -208,13 +212,13 @@ def unpin(store: StoreLike, step: int, name: str) -> None:
         store.remove(f"{commit.prefix}pin-{name}")
 
 
-def pins(store: StoreLike) -> dict[Commit, list[str]]:
+def pins(store: StoreLike) -> dict[CheckpointCommit, list[str]]:
     """Names that commits are pinned under."""
     return Folder(store).pins
 
 
 @contextmanager
-def using(store: StoreLike, commit: Commit) -> Iterator[None]:
+def using(store: StoreLike, commit: CheckpointCommit) -> Iterator[None]:
     """Keep a checkpoint while it is read: a mark beside it, renewed by a thread, that a killed reader leaves for an hour.
 
     Where the mark can't be written the checkpoint is read without it.

@@ -13,16 +13,16 @@ from typing import Any
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention as retention_of
-from faulttol.checkpoint.folder import Commit, Folder, folder_of, tag
+from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of, tag
 from faulttol.checkpoint.manifest import Identity as Identity
 from faulttol.checkpoint.manifest import Incomplete, Manifest, Plain, ShardFile, Uncertain
 from faulttol.checkpoint.peers import Failure, Peers, caught, on_first
-from faulttol.checkpoint.pieces import Piece as Piece
+from faulttol.checkpoint.pieces import TensorPiece as TensorPiece
 from faulttol.checkpoint.pieces import owned as owned
 from faulttol.checkpoint.retention import Retention as Retention
 from faulttol.checkpoint.shards import Shard
-from faulttol.checkpoint.store import Store, StoreLike
-from faulttol.checkpoint.survey import Plan, Surveys
+from faulttol.checkpoint.store import CheckpointStore, StoreLike
+from faulttol.checkpoint.survey import FilePlan, Surveys
 
 _log = logging.getLogger("megaray.checkpoint")
 _SURVEYS = Surveys()
@@ -54,7 +54,7 @@ class Written:
 
     def __post_init__(self) -> None:
         if self.plain is not None:
-            plan = self.plain if isinstance(self.plain, Plan) else Plan(self.plain)
+            plan = self.plain if isinstance(self.plain, FilePlan) else FilePlan(self.plain)
             object.__setattr__(self, "plain", plan)
             object.__setattr__(self, "plan", plan.digest)
 
@@ -72,7 +72,7 @@ def proven(plans: Sequence[str]) -> bool:
 def save(
     root: str,
     step: int,
-    pieces: Iterable[Piece],
+    pieces: Iterable[TensorPiece],
     identity: Identity,
     facts: dict[str, Any],
     peers: Peers,
@@ -91,12 +91,12 @@ def save(
 
     Raises:
         UserError: on every rank, where the folder is another run's or of format 1.
-        Superseded: on every rank, where a newer attempt of the run has begun to save there.
+        SaveSuperseded: on every rank, where a newer attempt of the run has begun to save there.
         Incomplete: on every rank, where any rank failed to write or the pieces don't make up a whole. Whatever is
             raised, nothing was committed.
     """
     began = time.monotonic()
-    store, first = Store(root), identity.rank == 0
+    store, first = CheckpointStore(root), identity.rank == 0
 
     def begin() -> str:
         admit(store, identity)
@@ -141,12 +141,14 @@ def admit(store: StoreLike, identity: Identity) -> None:
 
     Raises:
         UserError: where the folder is another run's or of format 1.
-        Superseded: where a newer attempt of the run has begun to save there.
+        SaveSuperseded: where a newer attempt of the run has begun to save there.
     """
     Folder(store).admit(identity)
 
 
-def write(store: StoreLike, step: int, token: str, identity: Identity, pieces: Iterable[Piece]) -> Written:
+def write(
+    store: StoreLike, step: int, token: str, identity: Identity, pieces: Iterable[TensorPiece]
+) -> Written:
     """Write one rank's file.
 
     Raises:
@@ -195,14 +197,14 @@ def commit(
 
     Raises:
         UserError: where the folder has become another run's.
-        Superseded: where a newer attempt has begun to save.
+        SaveSuperseded: where a newer attempt has begun to save.
         Uncertain: where the manifest may have been written or not, as after a connection that broke.
         Incomplete: where the pieces don't make up a whole.
         OSError: where it wasn't committed for sure.
     """
     if len(written) != identity.world:
         raise Incomplete(f"{len(written)} ranks have saved, of {identity.world}")
-    plans = [one.plain if isinstance(one.plain, Plan) else None for one in written]
+    plans = [one.plain if isinstance(one.plain, FilePlan) else None for one in written]
     manifest = Manifest(
         run=identity.run,
         attempt=identity.attempt,
@@ -257,7 +259,7 @@ def discard(store: StoreLike, step: int, token: str, identity: Identity) -> None
     for path in paths:
         try:
             store.remove(path)
-        except Exception as error:  # the failure that is being told matters more
+        except Exception as error:  # the failure that is being reported matters more
             _log.warning("could not remove %s: %s", path, error)
     if identity.rank == 0:
         try:
@@ -269,7 +271,7 @@ def discard(store: StoreLike, step: int, token: str, identity: Identity) -> None
 def retire(store: StoreLike, step: int, token: str, identity: Identity, retention: Retention) -> None:
     """Remove the run's checkpoints that needn't be kept, after `step` was committed; rank 0 alone.
 
-    Never raises: the new checkpoint is committed, so training goes on.
+    Never raises: the new checkpoint is committed, so training continues.
     """
     try:
         retention_of.retire(store, identity, retention, _commit(step, identity), token)
@@ -277,5 +279,5 @@ def retire(store: StoreLike, step: int, token: str, identity: Identity, retentio
         _log.warning("could not remove old checkpoints in %s: %s", store.url, error)
 
 
-def _commit(step: int, identity: Identity) -> Commit:
-    return Commit(identity.attempt, step, tag(identity.run))
+def _commit(step: int, identity: Identity) -> CheckpointCommit:
+    return CheckpointCommit(identity.attempt, step, tag(identity.run))

@@ -17,7 +17,7 @@ import xxhash
 
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.manifest import FORMAT, Identity, Incomplete, Plain, ShardFile, digest
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, Piece, check_dtype
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece, check_dtype
 
 INDEX = "__index__"
 """Name of the index among the file's tensors."""
@@ -66,7 +66,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Index:
+class ShardIndex:
     """What a file says of itself."""
 
     run: str
@@ -85,7 +85,7 @@ class Index:
         return json.dumps({"format": FORMAT, **head, "pieces": rows}, separators=(",", ":")).encode()
 
     @classmethod
-    def parse(cls, text: bytes | bytearray) -> Index:
+    def parse(cls, text: bytes | bytearray) -> ShardIndex:
         """The inverse of `dump`.
 
         Raises:
@@ -111,7 +111,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Where everything lies in a rank's file, before a value is there: plain data that another process can use."""
 
     step: int
@@ -175,7 +175,7 @@ class Layout:
         """
         who, rows = self.identity, zip(self.pieces, digests, strict=True)
         entries = tuple(Entry(name, dtype, box, 0, found) for (name, dtype, box), found in rows)
-        return Index(who.run, who.attempt, self.step, who.rank, BLOCK, entries).dump()
+        return ShardIndex(who.run, who.attempt, self.step, who.rank, BLOCK, entries).dump()
 
     def stream(self, values: Iterable[Iterable[memoryview]], index: list[bytes]) -> Iterator[memoryview]:
         """The file's bytes in order, digested on the way, in blocks.
@@ -208,7 +208,7 @@ class Layout:
         return ShardFile(self.offsets[-1] + len(index), len(index), digest(index))
 
 
-def ordered(pieces: Iterable[Piece]) -> list[Piece]:
+def ordered(pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
     """Pieces in the order of a file: wide dtypes first, so that each is aligned without holes, which the format forbids.
 
     Boxes without elements tell nothing and are left out, but where the whole tensor is empty.
@@ -222,9 +222,9 @@ def ordered(pieces: Iterable[Piece]) -> list[Piece]:
     return sorted(kept, key=lambda piece: -DTYPES[piece.dtype][1])
 
 
-def layout(step: int, identity: Identity, pieces: Iterable[Piece]) -> Layout:
+def layout(step: int, identity: Identity, pieces: Iterable[TensorPiece]) -> ShardLayout:
     """The layout of a file of these pieces, which are `ordered`."""
-    return Layout(step, identity, tuple((piece.name, piece.dtype, piece.box) for piece in pieces))
+    return ShardLayout(step, identity, tuple((piece.name, piece.dtype, piece.box) for piece in pieces))
 
 
 class Shard:
@@ -235,7 +235,7 @@ class Shard:
         ValueError: where a dtype can't be saved.
     """
 
-    def __init__(self, step: int, identity: Identity, pieces: Iterable[Piece]) -> None:
+    def __init__(self, step: int, identity: Identity, pieces: Iterable[TensorPiece]) -> None:
         self._pieces = ordered(pieces)
         self.layout = layout(step, identity, self._pieces)
         _ = self.layout.header  # refuses what is there twice, before anything is written

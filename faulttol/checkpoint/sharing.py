@@ -19,7 +19,7 @@ from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.manifest import Identity, Incomplete
 from faulttol.checkpoint.peers import Peers
 from faulttol.checkpoint.pieces import DTYPES, Wanted
-from faulttol.checkpoint.reading import Block, Reader, Span, fill, stretches
+from faulttol.checkpoint.reading import CheckpointReader, Span, WantedBlock, fill, stretches
 
 STRETCH = 4 << 20
 """Bytes that are passed on in one message, at most."""
@@ -32,7 +32,7 @@ _KEY = 8
 
 
 @dataclass(frozen=True)
-class Group:
+class SharingGroup:
     """Ranks that want the same boxes."""
 
     ranks: tuple[int, ...]
@@ -61,7 +61,9 @@ class _Stretch:
 # ---- who wants the same ----
 
 
-def grouped(wanted: Sequence[Wanted], peers: Peers, identity: Identity) -> tuple[list[Wanted], list[Group]]:
+def grouped(
+    wanted: Sequence[Wanted], peers: Peers, identity: Identity
+) -> tuple[list[Wanted], list[SharingGroup]]:
     """What this rank wants alone, and what it shares, with whom; all ranks call this together."""
     if identity.world == 1:
         return list(wanted), []
@@ -80,7 +82,7 @@ def grouped(wanted: Sequence[Wanted], peers: Peers, identity: Identity) -> tuple
         else:
             alone += items
     groups = [
-        Group(members[place], tuple(tuple(items[key]) for key in sorted(items)))
+        SharingGroup(members[place], tuple(tuple(items[key]) for key in sorted(items)))
         for place, items in sorted(found.items())
     ]
     return alone, groups
@@ -91,7 +93,7 @@ def _key(item: Wanted) -> bytes:
 
 
 def _groups(answers: Sequence[bytes]) -> tuple[dict[bytes, int], list[tuple[int, ...]]]:
-    """Which group each key belongs to that several ranks told, and the groups' ranks."""
+    """Which group each key belongs to that several ranks sent, and the groups' ranks."""
     import numpy as np
 
     keys = np.frombuffer(b"".join(answers), ">u8")
@@ -112,7 +114,9 @@ def _groups(answers: Sequence[bytes]) -> tuple[dict[bytes, int], list[tuple[int,
 # ---- passing on ----
 
 
-def share(reader: Reader, group: Group, peers: Peers, identity: Identity, failed: bool) -> bool:
+def share(
+    reader: CheckpointReader, group: SharingGroup, peers: Peers, identity: Identity, failed: bool
+) -> bool:
     """Fill what a group of ranks wants; each of them calls this, in the order of `grouped`.
 
     Args:
@@ -131,7 +135,7 @@ def share(reader: Reader, group: Group, peers: Peers, identity: Identity, failed
         if not failed:
             try:
                 own = _found(reader, group, identity, home)
-            except Exception as error:  # told to the others first
+            except Exception as error:  # sent to the others first
                 problem = error
         rows = None if failed or problem else [_row(stretch) for stretch in own]
         answers = _told(peers, group, identity, zlib.compress(json.dumps(rows).encode(), 1))
@@ -153,7 +157,7 @@ def share(reader: Reader, group: Group, peers: Peers, identity: Identity, failed
     return _rounds(reader, group, peers, identity, list(_order(all_of)))
 
 
-def _found(reader: Reader, group: Group, identity: Identity, home: bool) -> list[_Stretch]:
+def _found(reader: CheckpointReader, group: SharingGroup, identity: Identity, home: bool) -> list[_Stretch]:
     """What this rank reads for its group.
 
     Args:
@@ -187,7 +191,7 @@ def _files(files: Sequence[int], ranks: Sequence[int], me: int) -> Iterator[tupl
             yield file, list(readers).index(place), len(readers)
 
 
-def _own(item: int, blocks: tuple[Block, ...], rank: int, path: str) -> _Stretch:
+def _own(item: int, blocks: tuple[WantedBlock, ...], rank: int, path: str) -> _Stretch:
     entry, last = blocks[0].entry, blocks[-1]
     size = sum(block.length for block in blocks)
     end = last.first + last.length // entry.item
@@ -198,14 +202,14 @@ def _row(stretch: _Stretch) -> list[Any]:
     return [stretch.item, stretch.piece.start, stretch.piece.shape, stretch.first, stretch.last]
 
 
-def _stretch(group: Group, owner: int, row: list[Any]) -> _Stretch:
+def _stretch(group: SharingGroup, owner: int, row: list[Any]) -> _Stretch:
     item, start, shape, first, last = row
     wanted = group.items[item][0]
     size = (last - first) * DTYPES[wanted.dtype][1]
     return _Stretch(item, Box(wanted.box.whole, tuple(start), tuple(shape)), first, last, owner, size, None)
 
 
-def _check(reader: Reader, group: Group, all_of: Sequence[Sequence[_Stretch]]) -> None:
+def _check(reader: CheckpointReader, group: SharingGroup, all_of: Sequence[Sequence[_Stretch]]) -> None:
     """Every element must have exactly one source; all ranks of the group come to the same answer."""
     boxes: list[list[Box]] = [[] for _ in group.items]
     for found in all_of:
@@ -232,7 +236,11 @@ def _order(all_of: Sequence[Sequence[_Stretch]]) -> Iterator[list[_Stretch]]:
 
 
 def _rounds(
-    reader: Reader, group: Group, peers: Peers, identity: Identity, rounds: Sequence[list[_Stretch]]
+    reader: CheckpointReader,
+    group: SharingGroup,
+    peers: Peers,
+    identity: Identity,
+    rounds: Sequence[list[_Stretch]],
 ) -> bool:
     """Read, pass on and fill round by round, and read ahead for the next one meanwhile."""
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -251,7 +259,7 @@ def _rounds(
             for future in reading:
                 try:
                     data.append(future.result())
-                except Exception as error:  # told to the others first
+                except Exception as error:  # sent to the others first
                     problem = error
             owners = sorted({one.owner for one in stretches_})
             whole = _flags(peers, group, identity, owners, problem is None)
@@ -267,7 +275,11 @@ def _rounds(
 
 
 def _pass_on(
-    group: Group, peers: Peers, identity: Identity, stretches_: Sequence[_Stretch], data: list[memoryview]
+    group: SharingGroup,
+    peers: Peers,
+    identity: Identity,
+    stretches_: Sequence[_Stretch],
+    data: list[memoryview],
 ) -> None:
     """One round: send what this rank has read, take what the others have, and fill."""
     others = [rank for rank in group.ranks if rank != identity.rank]
@@ -282,7 +294,7 @@ def _pass_on(
         fill(group.items[one.item], one.piece, (one.first, one.last), value)
 
 
-def _told(peers: Peers, group: Group, identity: Identity, mine: bytes) -> list[bytes]:
+def _told(peers: Peers, group: SharingGroup, identity: Identity, mine: bytes) -> list[bytes]:
     """What each rank of a group tells, in its order."""
     others = [rank for rank in group.ranks if rank != identity.rank]
     size = memoryview(bytearray(len(mine).to_bytes(8, "little")))
@@ -294,7 +306,7 @@ def _told(peers: Peers, group: Group, identity: Identity, mine: bytes) -> list[b
     return [mine if rank == identity.rank else bytes(texts[rank]) for rank in group.ranks]
 
 
-def _flags(peers: Peers, group: Group, identity: Identity, owners: Sequence[int], good: bool) -> bool:
+def _flags(peers: Peers, group: SharingGroup, identity: Identity, owners: Sequence[int], good: bool) -> bool:
     """Whether all owners of a round have read their part."""
     others = [rank for rank in group.ranks if rank != identity.rank]
     mine = memoryview(bytearray([good]))
@@ -304,12 +316,16 @@ def _flags(peers: Peers, group: Group, identity: Identity, owners: Sequence[int]
 
 
 def load(
-    reader: Reader, wanted: Sequence[Wanted], groups: Sequence[Group], peers: Peers, identity: Identity
+    reader: CheckpointReader,
+    wanted: Sequence[Wanted],
+    groups: Sequence[SharingGroup],
+    peers: Peers,
+    identity: Identity,
 ) -> None:
     """Fill what this rank wants alone, and then what it shares, group by group; all ranks call this together.
 
     Raises:
-        Incomplete: as `Reader.fill` does, on the ranks that met it; the others return.
+        Incomplete: as `CheckpointReader.fill` does, on the ranks that met it; the others return.
     """
     problem: Exception | None = None
     failed = False

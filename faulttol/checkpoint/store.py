@@ -47,10 +47,10 @@ class StoreLike(Protocol):
 
 
 _BEHIND = 32 << 20
-"""Bytes after which the kernel is told to begin to write them."""
+"""Bytes after which the kernel is asked to begin to write them."""
 
 
-class Store:
+class CheckpointStore:
     """A folder or URL that checkpoints are kept under.
 
     Raises:
@@ -196,7 +196,7 @@ def check_writable(root: str) -> None:
     Raises:
         UserError: where that fails, naming `checkpoint.path`.
     """
-    store = Store(root)
+    store = CheckpointStore(root)
     probe = f".writable-{secrets.token_hex(4)}"
     try:
         store.write(probe, [b"x"])

@@ -16,7 +16,7 @@ _PROVEN = 4
 """Surveys that are remembered: a run has one plan, or two where the last step saves something else."""
 
 
-class Plan(Sequence[Plain]):
+class FilePlan(Sequence[Plain]):
     """The pieces of one rank's file, in its order: a few KB that compare by their digest."""
 
     def __init__(self, rows: Sequence[Plain]) -> None:
@@ -31,7 +31,7 @@ class Plan(Sequence[Plain]):
         self._packed = zlib.compress(data, 1)
 
     @classmethod
-    def parse(cls, packed: bytes) -> Plan:
+    def parse(cls, packed: bytes) -> FilePlan:
         """The inverse of `packed`."""
         plan = cls(())
         plan.digest, plan._packed = digest(zlib.decompress(packed)), packed
@@ -70,7 +70,7 @@ class Plan(Sequence[Plain]):
         return list(self)[at]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and other.digest == self.digest
+        return isinstance(other, FilePlan) and other.digest == self.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -88,7 +88,7 @@ def survey(pieces: Sequence[Sequence[Plain]]) -> dict[str, Tensor]:
     Raises:
         Incomplete: naming the tensor and the range or rank.
     """
-    plans = [piece if isinstance(piece, Plan) else Plan(piece) for piece in pieces]
+    plans = [piece if isinstance(piece, FilePlan) else FilePlan(piece) for piece in pieces]
     found = _Rows(plans)
     tensors: dict[str, Tensor] = {}
     for key, line in enumerate(found.lines):
@@ -104,7 +104,7 @@ def survey(pieces: Sequence[Sequence[Plain]]) -> dict[str, Tensor]:
 class _Rows:
     """All pieces of all ranks in arrays, sorted by tensor."""
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
+    def __init__(self, plans: Sequence[FilePlan]) -> None:
         import numpy as np
 
         keys: dict[str, int] = {}
@@ -135,7 +135,7 @@ class _Rows:
         return self._ranks[rows], found[:, :n], found[:, n : 2 * n], found[:, 2 * n :]
 
 
-def _why(name: str, plans: Sequence[Plan]) -> str:
+def _why(name: str, plans: Sequence[FilePlan]) -> str:
     """Why a tensor isn't whole, with the range or the ranks."""
     parts = [(rank, dtype, box) for rank, plan in enumerate(plans) for n, dtype, box in plan if n == name]
     first, dtype, box = parts[0]
@@ -165,11 +165,11 @@ class Surveys:
         """Whether ranks with these plans, in this order, were surveyed."""
         return digest("".join(digests).encode()) in self._found
 
-    def of(self, digests: Sequence[str], plans: Sequence[Plan | None]) -> dict[str, Tensor]:
+    def of(self, digests: Sequence[str], plans: Sequence[FilePlan | None]) -> dict[str, Tensor]:
         """The tensors that the plans make up; surveyed once.
 
         Args:
-            plans: None where a rank told the digest alone, which only does where the whole is known.
+            plans: None where a rank sent the digest alone, which only does where the whole is known.
 
         Raises:
             Incomplete: where the plans don't make up a whole, or aren't known.
@@ -181,7 +181,7 @@ class Surveys:
                 return self._found[key]
         given = [plan for plan in plans if plan is not None]
         if len(given) < len(plans):
-            raise Incomplete("a rank told the digest of its plan alone, and no such plan was surveyed here")
+            raise Incomplete("a rank sent the digest of its plan alone, and no such plan was surveyed here")
         tensors = survey(given)
         with self._lock:
             self._found[key] = tensors

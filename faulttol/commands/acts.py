@@ -11,17 +11,17 @@ from typing import Any
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention as retaining
-from faulttol.checkpoint.folder import Commit, Folder
-from faulttol.checkpoint.hashes import STRETCH, THREADS, Source, tensor_hashes
+from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.hashes import STRETCH, THREADS, CheckpointSource, tensor_hashes
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.retention import Retention
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.commands import places, screen
-from faulttol.convert.job import Estimate, Job
+from faulttol.convert.job import ConversionJob, Estimate
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandResult:
     """What a command found or did."""
 
     data: Any
@@ -32,37 +32,37 @@ class Answer:
     """Exit code."""
 
 
-def _named(options: argparse.Namespace) -> places.Place:
+def _named(options: argparse.Namespace) -> places.CheckpointPlace:
     return places.find(options.path, options.step, options.attempt)
 
 
-def _source(place: places.Place) -> Source:
+def _source(place: places.CheckpointPlace) -> CheckpointSource:
     store = place.store
-    return Source(store, place.commit(Folder(store)))
+    return CheckpointSource(store, place.commit(Folder(store)))
 
 
-def _read(source: Source) -> AbstractContextManager[None]:
-    """Keeps a checkpoint while it is read: the run may go on saving and removing."""
+def _read(source: CheckpointSource) -> AbstractContextManager[None]:
+    """Keeps a checkpoint while it is read: the run may continue saving and removing."""
     return retaining.using(source.store, source.commit)
 
 
-def _bar(what: str) -> screen.Bar:
-    return screen.Bar(sys.stderr, what)
+def _bar(what: str) -> screen.ByteProgress:
+    return screen.ByteProgress(sys.stderr, what)
 
 
-def _told(found: Estimate) -> Answer:
-    return Answer(asdict(found), screen.estimate(found))
+def _told(found: Estimate) -> CommandResult:
+    return CommandResult(asdict(found), screen.estimate(found))
 
 
-def inspect(options: argparse.Namespace) -> Answer:
+def inspect(options: argparse.Namespace) -> CommandResult:
     """`inspect PATH`."""
     from faulttol.commands import inspect as inspecting
 
     found = inspecting.inspect(_named(options))
-    return Answer(found.to_json(), found.lines(options.tensors))
+    return CommandResult(found.to_json(), found.lines(options.tensors))
 
 
-def verify(options: argparse.Namespace) -> Answer:
+def verify(options: argparse.Namespace) -> CommandResult:
     """`verify PATH`."""
     from faulttol.commands import verify as verifying
 
@@ -84,26 +84,26 @@ def verify(options: argparse.Namespace) -> Answer:
         lines.append(f"1 of {len(there)} checkpoints was looked at; --all takes them all")
     whole = all(one.whole for one in found)
     data = [one.to_json() for one in found]
-    return Answer(data if options.all else data[0], lines, 0 if whole else 1)
+    return CommandResult(data if options.all else data[0], lines, 0 if whole else 1)
 
 
-def diff(options: argparse.Namespace) -> Answer:
+def diff(options: argparse.Namespace) -> CommandResult:
     """`diff FIRST SECOND`."""
     from faulttol.commands import diff as comparing
 
     first, second = _source(places.find(options.path)), _source(places.find(options.other))
     with _bar("compare") as bar, _read(first), _read(second):
         found = comparing.diff(first, second, bar)
-    return Answer(found.to_json(), found.lines(), 0 if found.same else 1)
+    return CommandResult(found.to_json(), found.lines(), 0 if found.same else 1)
 
 
-def reshard(options: argparse.Namespace) -> Answer:
+def reshard(options: argparse.Namespace) -> CommandResult:
     """`reshard PATH --out FOLDER`."""
     from faulttol.commands import reshard as cutting
 
     text = f"dp={options.files}" if options.files else options.layout
     layout = cutting.parse_layout(text)
-    source, out = _source(_named(options)), Store(options.out)
+    source, out = _source(_named(options)), CheckpointStore(options.out)
     cutting.refuse_out(source, out)
     if options.dry_run:
         return _told(cutting.estimate(source, layout))
@@ -120,10 +120,10 @@ def reshard(options: argparse.Namespace) -> Answer:
             raise Incomplete(f"{done.path}: {len(other)} tensors have another hash than before: {other[0]}")
         data["equal"] = len(before)
         lines.append(f"the hashes of all {len(before)} tensors are equal")
-    return Answer(data, lines)
+    return CommandResult(data, lines)
 
 
-def prune(options: argparse.Namespace) -> Answer:
+def prune(options: argparse.Namespace) -> CommandResult:
     """`prune PATH`."""
     from faulttol.commands import prune as pruning
 
@@ -148,15 +148,15 @@ def prune(options: argparse.Namespace) -> Answer:
     found = pruning.prune(store, going, left_over, dry=True)
     if not options.dry_run and (going or left_over):
         if not _agreed(options, found.lines(), pruning.question(found)):
-            return Answer({"removed": False}, ["nothing was removed"], 1)
+            return CommandResult({"removed": False}, ["nothing was removed"], 1)
         found = pruning.prune(store, going, left_over, dry=False)
     lines = found.lines()
     lines += [f"  step {c.step}, attempt {c.attempt} is damaged: `verify` tells where" for c in broken]
     data = found.to_json() | {"damaged": [{"step": c.step, "attempt": c.attempt} for c in broken]}
-    return Answer(data, lines)
+    return CommandResult(data, lines)
 
 
-def _pin(options: argparse.Namespace, place: places.Place) -> Answer:
+def _pin(options: argparse.Namespace, place: places.CheckpointPlace) -> CommandResult:
     """Pin or unpin a step, the newest where none is named."""
     store = place.store
     step = place.step if place.step is not None else place.commit().step
@@ -168,10 +168,10 @@ def _pin(options: argparse.Namespace, place: places.Place) -> Answer:
         retaining.unpin(store, step, options.unpin)
         lines.append(f"step {step} in {place.root} is no longer kept as {options.unpin}")
     names = {commit.step: names for commit, names in retaining.pins(store).items()}
-    return Answer({"step": step, "pins": names.get(step, [])}, lines)
+    return CommandResult({"step": step, "pins": names.get(step, [])}, lines)
 
 
-def _broken(store: Store, folder: Folder) -> list[Commit]:
+def _broken(store: CheckpointStore, folder: Folder) -> list[CheckpointCommit]:
     """Commits that are damaged inside."""
     from faulttol.commands import verify as verifying
 
@@ -194,14 +194,14 @@ def _agreed(options: argparse.Namespace, lines: Sequence[str], question: str) ->
         return False
 
 
-def export(options: argparse.Namespace) -> Answer:
+def export(options: argparse.Namespace) -> CommandResult:
     """`export PATH --out FOLDER`."""
     from faulttol.commands import convert
 
     return _convert(options, convert.export)
 
 
-def grow(options: argparse.Namespace) -> Answer:
+def grow(options: argparse.Namespace) -> CommandResult:
     """`grow PATH --layers N --out FOLDER`."""
     from faulttol.commands import convert
 
@@ -209,8 +209,9 @@ def grow(options: argparse.Namespace) -> Answer:
 
 
 def _convert(
-    options: argparse.Namespace, ready: Callable[[argparse.Namespace, Store, Commit], Job]
-) -> Answer:
+    options: argparse.Namespace,
+    ready: Callable[[argparse.Namespace, CheckpointStore, CheckpointCommit], ConversionJob],
+) -> CommandResult:
     place = _named(options)
     store = place.store
     commit = place.commit(Folder(store))
@@ -218,24 +219,24 @@ def _convert(
         return _run(options, ready(options, store, commit))
 
 
-def import_(options: argparse.Namespace) -> Answer:
+def import_(options: argparse.Namespace) -> CommandResult:
     """`import PATH --from FORMAT --out FOLDER`."""
     from faulttol.commands import convert
 
     return _run(options, convert.import_(options))
 
 
-def _run(options: argparse.Namespace, job: Job) -> Answer:
+def _run(options: argparse.Namespace, job: ConversionJob) -> CommandResult:
     """Run a conversion, or tell what it would take."""
     from faulttol.commands import convert
 
     if options.dry_run:
-        return Answer(*convert.told(job.estimate, job.notes))
+        return CommandResult(*convert.told(job.estimate, job.notes))
     with _bar(options.command) as bar:
-        return Answer(*convert.run(job, bar))
+        return CommandResult(*convert.run(job, bar))
 
 
-ACTS: dict[str, Callable[[argparse.Namespace], Answer]] = {
+ACTS: dict[str, Callable[[argparse.Namespace], CommandResult]] = {
     "inspect": inspect,
     "verify": verify,
     "diff": diff,

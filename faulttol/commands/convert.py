@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
-from faulttol.checkpoint.folder import Commit
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.folder import CheckpointCommit
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.commands import screen
-from faulttol.convert.job import Estimate, Job
+from faulttol.convert.job import ConversionJob, Estimate
 
 if TYPE_CHECKING:
     from configs.model import ModelConfig
     from faulttol.convert.facts import Kind, Moments
 
 
-def export(options: argparse.Namespace, store: Store, commit: Commit) -> Job:
+def export(options: argparse.Namespace, store: CheckpointStore, commit: CheckpointCommit) -> ConversionJob:
     """Of `export PATH`."""
     if options.to == "dcp":
         from faulttol.convert.dcp import export_dcp
@@ -27,17 +27,17 @@ def export(options: argparse.Namespace, store: Store, commit: Commit) -> Job:
         return export_dcp(store, Path(options.out), commit)
     from faulttol.convert.hf import export_hf
 
-    return export_hf(store, Store(options.out), commit, options.dtype, options.shard_size)
+    return export_hf(store, CheckpointStore(options.out), commit, options.dtype, options.shard_size)
 
 
-def import_(options: argparse.Namespace) -> Job:
+def import_(options: argparse.Namespace) -> ConversionJob:
     """Of `import PATH`.
 
     Raises:
         UserError: where a map of names goes with a format whose names are known, and as the format's import does.
     """
     model, kind, moments = _goes_on(options.overrides)
-    out = Store(options.out)
+    out = CheckpointStore(options.out)
     if options.form == "hf":
         from faulttol.convert.hf import import_hf
 
@@ -45,7 +45,7 @@ def import_(options: argparse.Namespace) -> Job:
             raise UserError(
                 f"--names={options.names} is for dcp and deepspeed; the names of hf are known: leave it out"
             )
-        return import_hf(Store(options.path), out, options.run, kind, moments, model)
+        return import_hf(CheckpointStore(options.path), out, options.run, kind, moments, model)
     from faulttol.convert import names
 
     rules = names.load(options.names) if options.names else names.KEEP
@@ -62,16 +62,18 @@ def import_(options: argparse.Namespace) -> Job:
     return import_zero(path, out, options.run, rules, options.tag, options.trust, fill)
 
 
-def grow(options: argparse.Namespace, store: Store, commit: Commit) -> Job:
+def grow(options: argparse.Namespace, store: CheckpointStore, commit: CheckpointCommit) -> ConversionJob:
     """Of `grow PATH`."""
     from faulttol.convert.grow import grow as growing
 
     run = options.run or f"{commit.run}-{options.layers}-layers"
-    return growing(store, Store(options.out), run, options.layers, commit, options.method, options.optimizer)
+    return growing(
+        store, CheckpointStore(options.out), run, options.layers, commit, options.method, options.optimizer
+    )
 
 
 def _goes_on(overrides: Sequence[str]) -> tuple[ModelConfig | None, Kind, Moments]:
-    """The model, where one is named, and the optimizer that training goes on with."""
+    """The model, where one is named, and the optimizer that training continues with."""
     if not overrides:
         return None, "adamw", "fp32"
     from configs.compose import compose
@@ -86,7 +88,7 @@ def told(cost: Estimate, notes: Sequence[str]) -> tuple[dict[str, Any], list[str
     return {**asdict(cost), "notes": list(notes)}, [*screen.estimate(cost), *(f"note: {n}" for n in notes)]
 
 
-def run(job: Job, bar: Callable[[int, int], None]) -> tuple[dict[str, Any], list[str]]:
+def run(job: ConversionJob, bar: Callable[[int, int], None]) -> tuple[dict[str, Any], list[str]]:
     """Run a conversion: what it has done, as data and for a person."""
     done = job.run(bar)
     what = f"{screen.plural(done.tensors, 'tensor')}, {screen.size(done.bytes_written)} written"

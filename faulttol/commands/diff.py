@@ -9,19 +9,28 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.hashes import STRETCH, THREADS, Located, Progress, Source, elements, parts_of, quiet
+from faulttol.checkpoint.hashes import (
+    STRETCH,
+    THREADS,
+    CheckpointSource,
+    Located,
+    Progress,
+    elements,
+    parts_of,
+    quiet,
+)
 from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.commands.numbers import numbers
 from faulttol.commands.screen import plural, size, table
-from faulttol.convert.job import Teller
+from faulttol.convert.job import ConversionProgress
 
 _SHOWN = 40
 """Tensors of a kind that a person is shown; JSON has all."""
 
 
 @dataclass
-class Change:
+class TensorDiff:
     """How the values of one tensor differ."""
 
     name: str
@@ -45,7 +54,7 @@ class Difference:
     only_second: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[str, str]] = field(default_factory=dict)
     """By name, dtype and shape in both, where they differ."""
-    values: list[Change] = field(default_factory=list)
+    values: list[TensorDiff] = field(default_factory=list)
     facts: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """By dotted name, in both; None where it isn't there."""
     equal: int = 0
@@ -94,7 +103,7 @@ class Difference:
             "facts", table([(f"  {name}", str(a), str(b)) for name, (a, b) in self.facts.items()])
         )
         told = f"{plural(self.equal, 'tensor')} bitwise equal"
-        return [*lines, f"{told}, {self.by_digest:,} of all told by digests alone; {size(self.read)} read"]
+        return [*lines, f"{told}, {self.by_digest:,} of all by digests alone; {size(self.read)} read"]
 
 
 def _section(title: str, rows: list[str], head: int = 0) -> list[str]:
@@ -106,7 +115,7 @@ def _section(title: str, rows: list[str], head: int = 0) -> list[str]:
     return [f"{title}: {count}", *rows[: _SHOWN + head], *more]
 
 
-def diff(first: Source, second: Source, progress: Progress = quiet) -> Difference:
+def diff(first: CheckpointSource, second: CheckpointSource, progress: Progress = quiet) -> Difference:
     """Compare all tensors and facts of two checkpoints.
 
     Where both cut a tensor alike and the digests agree, nothing is read; where they don't agree, only those blocks are;
@@ -162,19 +171,22 @@ def _suspects(first: Sequence[Located], second: Sequence[Located]) -> list[_Pair
 
 
 def _compare(
-    first: Source, second: Source, work: Sequence[tuple[str, list[Box], list[_Pair]]], progress: Progress
-) -> Iterator[Change]:
+    first: CheckpointSource,
+    second: CheckpointSource,
+    work: Sequence[tuple[str, list[Box], list[_Pair]]],
+    progress: Progress,
+) -> Iterator[TensorDiff]:
     """Read boxes and blocks in both, and compare them."""
     import numpy as np
 
     sizes = [box.elements * _item(first, name) for name, boxes, _ in work for box in boxes]
     total = sum(sizes) + sum(piece.block for *_, pairs in work for piece, _, _ in pairs)
-    tell = Teller(progress, total)
+    tell = ConversionProgress(progress, total)
 
-    def one(task: tuple[str, list[Box], list[_Pair]]) -> Change:
+    def one(task: tuple[str, list[Box], list[_Pair]]) -> TensorDiff:
         name, boxes, pairs = task
         tensor, kind = first.tensors[name], np.dtype(f"u{_item(first, name)}")
-        change = Change(name, Box.all_of(tensor.shape).elements)
+        change = TensorDiff(name, Box.all_of(tensor.shape).elements)
         mine, theirs = (first.pieces(name), second.pieces(name)) if boxes else ([], [])
         for box in boxes:
             one, other = first.read(name, box, mine), second.read(name, box, theirs)
@@ -192,7 +204,7 @@ def _compare(
         yield from pool.map(one, work)
 
 
-def _count(change: Change, place: str, one: Any, other: Any, dtype: str) -> None:
+def _count(change: TensorDiff, place: str, one: Any, other: Any, dtype: str) -> None:
     """Add to a change what differs between two arrays of bits."""
     import numpy as np
 
@@ -209,7 +221,7 @@ def _count(change: Change, place: str, one: Any, other: Any, dtype: str) -> None
     change.largest = max(change.largest, float(finite.max()) if finite.size else 0.0)
 
 
-def _item(source: Source, name: str) -> int:
+def _item(source: CheckpointSource, name: str) -> int:
     return DTYPES[source.tensors[name].dtype][1]
 
 

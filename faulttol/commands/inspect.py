@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from faulttol.checkpoint.folder import Commit, Folder
+from faulttol.checkpoint.folder import CheckpointCommit, Folder
 from faulttol.checkpoint.manifest import Incomplete, Manifest, flat
 from faulttol.checkpoint.pieces import DTYPES
-from faulttol.commands.places import Place
+from faulttol.commands.places import CheckpointPlace
 from faulttol.commands.prune import kept, retention_of
 from faulttol.commands.screen import axes, plural, size, table
 
@@ -19,7 +19,7 @@ _LONGEST = 100
 
 
 @dataclass
-class Row:
+class CheckpointRow:
     """One committed checkpoint."""
 
     step: int
@@ -39,9 +39,9 @@ class Inspected:
     """A folder of checkpoints, and the one in it that was named."""
 
     path: str
-    checkpoints: list[Row]
+    checkpoints: list[CheckpointRow]
     """Oldest first."""
-    interrupted: list[Commit]
+    interrupted: list[CheckpointCommit]
     """Begun and not committed: being written now, or left by what was killed."""
     format_1: list[int]
     retention: dict[str, Any] | None
@@ -118,7 +118,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
-def inspect(place: Place) -> Inspected:
+def inspect(place: CheckpointPlace) -> Inspected:
     """Look at a folder; only manifests are read.
 
     Raises:
@@ -129,10 +129,10 @@ def inspect(place: Place) -> Inspected:
     shown = place.commits(folder)[-1]
     retention = retention_of(place)
     why = kept(folder, retention)
-    rows: list[Row] = []
+    rows: list[CheckpointRow] = []
     manifest: Manifest | None = None
     for commit in folder.commits:
-        row = Row(commit.step, commit.attempt, commit.run)
+        row = CheckpointRow(commit.step, commit.attempt, commit.run)
         rows.append(row)
         try:
             found = folder.head(commit)

@@ -9,14 +9,14 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths, default_home
-from faulttol.checkpoint.folder import Commit, Folder, folder_of
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
+from faulttol.checkpoint.store import CheckpointStore
 
 _STEP = re.compile(r"step-(\d{10,})")
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointPlace:
     """A folder of checkpoints, and the one that was named in it."""
 
     typed: str
@@ -30,11 +30,11 @@ class Place:
     """The run, where its id or folder was named."""
 
     @property
-    def store(self) -> Store:
+    def store(self) -> CheckpointStore:
         """Where the files lie."""
-        return Store(self.root)
+        return CheckpointStore(self.root)
 
-    def commits(self, folder: Folder) -> list[Commit]:
+    def commits(self, folder: Folder) -> list[CheckpointCommit]:
         """Commits of the step and attempt that were named, or all; oldest first.
 
         Raises:
@@ -56,13 +56,13 @@ class Place:
             )
         raise UserError(self._absent(folder.commits))
 
-    def _absent(self, there: list[Commit]) -> str:
+    def _absent(self, there: list[CheckpointCommit]) -> str:
         steps = ", ".join(f"{c.step} (attempt {c.attempt})" for c in there[-5:])
         what = f"step {self.step}" if self.step is not None else "a checkpoint"
         of_it = f" of attempt {self.attempt}" if self.attempt is not None else ""
         return f"PATH='{self.typed}': {what}{of_it} isn't committed in {self.root}; there are {steps}: name one of them"
 
-    def commit(self, folder: Folder | None = None) -> Commit:
+    def commit(self, folder: Folder | None = None) -> CheckpointCommit:
         """The commit that was named, or the newest.
 
         Raises:
@@ -80,7 +80,7 @@ class Place:
         return dict(_yaml(self.run.newest_config).get("checkpoint") or {})
 
 
-def find(typed: str, step: int | None = None, attempt: int | None = None) -> Place:
+def find(typed: str, step: int | None = None, attempt: int | None = None) -> CheckpointPlace:
     """The place that was typed.
 
     Args:
@@ -100,23 +100,23 @@ def find(typed: str, step: int | None = None, attempt: int | None = None) -> Pla
                 f"--step={step} isn't the step of PATH='{typed}': leave one of them out, or type {folder_of(step or 0)}"
             )
         place = find(base or ("/" if typed.startswith("/") else "."), int(named[1]), attempt)
-        return Place(typed, place.root, place.step, attempt, place.run)
+        return CheckpointPlace(typed, place.root, place.step, attempt, place.run)
     if "://" in typed:
-        return Place(typed, typed.rstrip("/"), step, attempt)
+        return CheckpointPlace(typed, typed.rstrip("/"), step, attempt)
     path = Path(typed).expanduser()
     if path.is_dir():
         run = RunPaths(path.resolve())
         if run.config.is_file() or run.checkpoints.is_dir():
-            return Place(typed, _checkpoints(run), step, attempt, run)
+            return CheckpointPlace(typed, _checkpoints(run), step, attempt, run)
         owner = RunPaths(run.root.parent)
         mine = owner.checkpoints == run.root and owner.config.is_file()
-        return Place(typed, str(path), step, attempt, owner if mine else None)
+        return CheckpointPlace(typed, str(path), step, attempt, owner if mine else None)
     if path.exists():
         raise UserError(
             f"PATH='{typed}' is a file: name a run, a folder of checkpoints, or the folder of a step"
         )
     run = _run(typed)
-    return Place(typed, _checkpoints(run), step, attempt, run)
+    return CheckpointPlace(typed, _checkpoints(run), step, attempt, run)
 
 
 def _run(typed: str) -> RunPaths:

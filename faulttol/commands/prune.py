@@ -9,11 +9,11 @@ from typing import Any
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention as retaining
-from faulttol.checkpoint.folder import Commit, Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.retention import Doomed, Retention
 from faulttol.checkpoint.store import StoreLike
-from faulttol.commands.places import Place
+from faulttol.commands.places import CheckpointPlace
 from faulttol.commands.screen import plural, size, table
 
 
@@ -49,18 +49,18 @@ def _name(one: dict[str, Any]) -> str:
     return f"step {one['step']}, attempt {one['attempt']}"
 
 
-def retention_of(place: Place) -> Retention | None:
+def retention_of(place: CheckpointPlace) -> Retention | None:
     """The retention that the run is configured with; None where that isn't known."""
     section = place.checkpoint_config()
     keep, every = section.get("keep"), section.get("keep_every")
     return Retention(int(keep), every) if keep else None
 
 
-def kept(folder: Folder, retention: Retention | None) -> dict[Commit, list[str]]:
+def kept(folder: Folder, retention: Retention | None) -> dict[CheckpointCommit, list[str]]:
     """Why each commit stays: its pins, its readers, the retention; nothing for those that go at the next removal."""
     now = time.time()
     going = {one.commit for one in retaining.plan(folder, retention, now)} if retention else set()
-    found: dict[Commit, list[str]] = {}
+    found: dict[CheckpointCommit, list[str]] = {}
     for commit in folder.commits:
         why = [f"pinned as {name}" for name in folder.pins.get(commit, ())]
         if any(now - renewed < retaining.USE_SECONDS for renewed in folder.used(commit)):
@@ -72,7 +72,10 @@ def kept(folder: Folder, retention: Retention | None) -> dict[Commit, list[str]]
 
 
 def doomed(
-    folder: Folder, retention: Retention | None, steps: Sequence[int], broken: Collection[Commit] = ()
+    folder: Folder,
+    retention: Retention | None,
+    steps: Sequence[int],
+    broken: Collection[CheckpointCommit] = (),
 ) -> list[Doomed]:
     """What is to go: the steps that were named, or what the retention doesn't keep.
 
@@ -107,13 +110,15 @@ def doomed(
     return sorted(found, key=lambda one: one.commit)
 
 
-def interrupted(folder: Folder) -> list[Commit]:
+def interrupted(folder: Folder) -> list[CheckpointCommit]:
     """Saves that were begun before the newest commit and never committed: nobody writes them any more."""
     newest = folder.commits[-1] if folder.commits else None
     return sorted(commit for commit in folder.begun if newest is not None and commit < newest)
 
 
-def prune(store: StoreLike, going: Sequence[Doomed], left_over: Sequence[Commit], dry: bool) -> Pruned:
+def prune(
+    store: StoreLike, going: Sequence[Doomed], left_over: Sequence[CheckpointCommit], dry: bool
+) -> Pruned:
     """Remove checkpoints, manifests first, and what interrupted saves left.
 
     What has been pinned or is being read stays, and so does the only checkpoint that is whole.
@@ -153,12 +158,12 @@ def parse_steps(text: str | None) -> list[int]:
     """`100,200` as numbers.
 
     Raises:
-        UserError: where one is no whole number.
+        UserError: where one is not a whole number.
     """
     words = [word for word in (text or "").split(",") if word]
     for word in words:
         if not word.isdecimal():
-            raise UserError(f"--steps={text}: '{word}' is no step; type e.g. --steps 100,200")
+            raise UserError(f"--steps={text}: '{word}' is not a step; type e.g. --steps 100,200")
     if text is not None and not words:
         raise UserError("--steps is empty; type e.g. --steps 100,200")
     return [int(word) for word in words]

@@ -14,14 +14,14 @@ from configs.errors import UserError, nearest
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import Folder, folder_of
-from faulttol.checkpoint.hashes import STRETCH, THREADS, Progress, Source, quiet
+from faulttol.checkpoint.hashes import STRETCH, THREADS, CheckpointSource, Progress, quiet
 from faulttol.checkpoint.manifest import Identity, Plain, Tensor
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, Piece
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece
 from faulttol.checkpoint.shards import layout as laid_out
 from faulttol.checkpoint.shards import ordered
 from faulttol.checkpoint.store import StoreLike
 from faulttol.commands.screen import axes, plural, rate, size
-from faulttol.convert.job import Estimate, Teller
+from faulttol.convert.job import ConversionProgress, Estimate
 from faulttol.convert.target import lazy, write_all
 
 AXES = ("pp", "dp", "cp", "ep", "etp", "tp")
@@ -58,7 +58,7 @@ def parse_layout(text: str) -> dict[str, int]:
     """`pp=2,dp=2,ep=4` as sizes by axis; the others are 1.
 
     Raises:
-        UserError: for an unknown axis, a size that is no whole number above 0, and experts that don't fit.
+        UserError: for an unknown axis, a size that is not a whole number above 0, and experts that don't fit.
     """
     found = dict.fromkeys(AXES, 1)
     for word in text.replace(" ", ",").split(","):
@@ -72,7 +72,7 @@ def parse_layout(text: str) -> dict[str, int]:
             )
         if not number.isdecimal() or int(number) < 1:
             raise UserError(
-                f"--layout={text}: {axis}={number} is no whole number above 0; type e.g. {axis}=2"
+                f"--layout={text}: {axis}={number} is not a whole number above 0; type e.g. {axis}=2"
             )
         found[axis] = int(number)
     width = prod(found[axis] for axis in ("dp", "cp", "tp"))
@@ -143,7 +143,7 @@ def _split(box: Box, ranks: Sequence[int], item: int, filled: Sequence[int]) -> 
             yield from ((part, rank) for part in box.flat(first, last))
 
 
-def estimate(source: Source, layout: dict[str, int]) -> Estimate:
+def estimate(source: CheckpointSource, layout: dict[str, int]) -> Estimate:
     """What `reshard` would read, write and take.
 
     Raises:
@@ -154,7 +154,7 @@ def estimate(source: Source, layout: dict[str, int]) -> Estimate:
     written = moved = 0
     for rank, rows in enumerate(files):
         identity = _identity(source, layout, rank, len(files))
-        pieces = ordered(Piece(name, dtype, box, memoryview(b"")) for name, dtype, box in rows)
+        pieces = ordered(TensorPiece(name, dtype, box, memoryview(b"")) for name, dtype, box in rows)
         written += laid_out(source.commit.step, identity, pieces).size
         for name, dtype, box in rows:
             kept = [box.overlap(piece.entry.box) for piece in source.pieces(name) if piece.rank == rank]
@@ -164,7 +164,9 @@ def estimate(source: Source, layout: dict[str, int]) -> Estimate:
     return Estimate(read + indexes, written, moved, peak)
 
 
-def reshard(source: Source, out: StoreLike, layout: dict[str, int], progress: Progress = quiet) -> Resharded:
+def reshard(
+    source: CheckpointSource, out: StoreLike, layout: dict[str, int], progress: Progress = quiet
+) -> Resharded:
     """Write a checkpoint's tensors to another folder as the files of a layout, and commit them.
 
     Run, attempt, step and facts stay; `lineage` in the facts tells where it is from. What is read is verified. Several
@@ -172,7 +174,7 @@ def reshard(source: Source, out: StoreLike, layout: dict[str, int], progress: Pr
 
     Raises:
         UserError: where the other folder is this one, another run's, or has the step already.
-        Superseded: where the other folder has a newer attempt's checkpoints.
+        SaveSuperseded: where the other folder has a newer attempt's checkpoints.
         Uncertain: where it may have been committed or not.
         Incomplete: where the checkpoint is damaged. Then, as after any other error, nothing was committed.
     """
@@ -181,7 +183,7 @@ def reshard(source: Source, out: StoreLike, layout: dict[str, int], progress: Pr
     files = placed(source.tensors, layout)
     who = [_identity(source, layout, rank, len(files)) for rank in range(len(files))]
     saving.admit(out, who[0])
-    tell = Teller(progress, sum(map(source.size, source.tensors)))
+    tell = ConversionProgress(progress, sum(map(source.size, source.tensors)))
     pieces = [
         [lazy(name, dtype, box, partial(source.stretches, name), tell) for name, dtype, box in rows]
         for rows in files
@@ -192,7 +194,7 @@ def reshard(source: Source, out: StoreLike, layout: dict[str, int], progress: Pr
     return Resharded(path, step, len(files), layout, count, source.bytes, time.monotonic() - began)
 
 
-def refuse_out(source: Source, out: StoreLike) -> None:
+def refuse_out(source: CheckpointSource, out: StoreLike) -> None:
     """Refuse a folder that the checkpoint can't be written to.
 
     Raises:
@@ -219,11 +221,11 @@ def _same(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _identity(source: Source, layout: dict[str, int], rank: int, world: int) -> Identity:
+def _identity(source: CheckpointSource, layout: dict[str, int], rank: int, world: int) -> Identity:
     return Identity(source.manifest.run, source.manifest.attempt, layout, rank, world)
 
 
-def _origin(source: Source) -> dict[str, Any]:
+def _origin(source: CheckpointSource) -> dict[str, Any]:
     """What the lineage remembers."""
     manifest = source.manifest
     return {

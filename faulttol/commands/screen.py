@@ -59,8 +59,8 @@ def estimate(found: Estimate) -> list[str]:
     ]
 
 
-class Bar:
-    """Progress in bytes, rewritten in place; nothing where the stream is no terminal.
+class ByteProgress:
+    """Progress in bytes, rewritten in place; nothing where the stream is not a terminal.
 
     Args:
         what: is being done, in a word or two.
@@ -89,7 +89,7 @@ class Bar:
         self._stream.flush()
         self._shown = len(text)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ByteProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit
+from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.hashes import (
     STRETCH,
     THREADS,
+    CheckpointSource,
     Located,
     Progress,
-    Source,
     Span,
     extent,
     gap_in,
@@ -69,12 +69,12 @@ class Verified:
         return [f"{name} is damaged:", *(f"  {text}" for text in self.damage[:_SHOWN]), *more]
 
 
-def verify(store: StoreLike, commit: Commit, progress: Progress = quiet) -> Verified:
-    """Read all of a checkpoint and compare it with its digests; what is damaged is told, and the rest read all the same."""
+def verify(store: StoreLike, commit: CheckpointCommit, progress: Progress = quiet) -> Verified:
+    """Read all of a checkpoint and compare it with its digests; damage is reported, and the rest read all the same."""
     began = time.monotonic()
     found = Verified(store.url, commit.step, commit.attempt, commit.run)
     try:
-        source = Source(store, commit)
+        source = CheckpointSource(store, commit)
     except Incomplete as error:
         found.damage.append(str(error))
         return found
@@ -94,7 +94,7 @@ def verify(store: StoreLike, commit: Commit, progress: Progress = quiet) -> Veri
     return found
 
 
-def _open(source: Source, rank: int) -> tuple[list[Located] | None, list[str]]:
+def _open(source: CheckpointSource, rank: int) -> tuple[list[Located] | None, list[str]]:
     """The pieces of a file, None where its index is damaged; and what is wrong with index, header and length."""
     try:
         pieces = source.file(rank)
@@ -103,7 +103,7 @@ def _open(source: Source, rank: int) -> tuple[list[Located] | None, list[str]]:
         return None, [str(error)]
 
 
-def _header(source: Source, rank: int, pieces: list[Located]) -> Iterator[str]:
+def _header(source: CheckpointSource, rank: int, pieces: list[Located]) -> Iterator[str]:
     """What safetensors' header, which has no digest of its own, tells otherwise than the index."""
     file = source.manifest.files[rank]
     path = source.commit.shard(rank, source.manifest.token)
@@ -178,7 +178,7 @@ def _spans(pieces: Sequence[Located]) -> Iterator[list[Span]]:
 
 
 def _read(
-    source: Source, work: Sequence[list[Span]], pool: ThreadPoolExecutor, progress: Progress
+    source: CheckpointSource, work: Sequence[list[Span]], pool: ThreadPoolExecutor, progress: Progress
 ) -> list[str]:
     """Read all stretches; what differs, block by block."""
     total, done, lock = sum(map(_bytes, work)), 0, threading.Lock()
@@ -199,7 +199,7 @@ def _read(
     return list(dict.fromkeys(text for damage in pool.map(one, work) for text in damage))
 
 
-def _block(source: Source, piece: Located, number: int) -> list[str]:
+def _block(source: CheckpointSource, piece: Located, number: int) -> list[str]:
     try:
         source.blocks(piece, number, number + 1)
     except Incomplete as error:

@@ -14,9 +14,9 @@ from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.facts import COUNT, Kind, Moments, balances, fresh, is_parameter
 from faulttol.convert.facts import DTYPES as DTYPES_OF
-from faulttol.convert.job import WORK, Estimate, Job
-from faulttol.convert.placed import Foreign, Placed, inward
-from faulttol.convert.target import Target, Value
+from faulttol.convert.job import WORK, ConversionJob, Estimate
+from faulttol.convert.placed import Foreign, PlacedTensor, inward
+from faulttol.convert.target import ConversionTarget, Value
 from faulttol.convert.values import FLOATS, convertible
 
 Fill = tuple[ModelConfig, Kind, Moments]
@@ -36,14 +36,14 @@ class Into:
 
 def imported(
     foreign: Foreign,
-    placed: Sequence[Placed],
+    placed: Sequence[PlacedTensor],
     into: Into,
     *,
     notes: Iterable[str] = (),
     fill: Fill | None = None,
     masters: bool = True,
     peak: int = 0,
-) -> Job:
+) -> ConversionJob:
     """A checkpoint of foreign tensors.
 
     Args:
@@ -63,7 +63,7 @@ def imported(
         if made:
             told.append(f"made up as zeros: {_summary(made)}")
         values += made
-    target = Target(into.out, into.run, into.step, values)
+    target = ConversionTarget(into.out, into.run, into.step, values)
     read = sum(one.elements * _item(foreign, one) for one in placed)
     cost = Estimate(
         bytes_read=read,
@@ -71,20 +71,20 @@ def imported(
         bytes_moved=sum(value.bytes for value in values),
         peak_memory=target.at_once * WORK + peak,
     )
-    return Job(cost, tuple(told), partial(target.run, foreign, into.facts, tuple(told)))
+    return ConversionJob(cost, tuple(told), partial(target.run, foreign, into.facts, tuple(told)))
 
 
-def _item(foreign: Foreign, placed: Placed) -> int:
+def _item(foreign: Foreign, placed: PlacedTensor) -> int:
     return DTYPES[foreign.dtype(placed.foreign)][1]
 
 
-def _values(foreign: Foreign, placed: Sequence[Placed], moments: str | None) -> Iterable[Value]:
+def _values(foreign: Foreign, placed: Sequence[PlacedTensor], moments: str | None) -> Iterable[Value]:
     """The tensors that the parts make up.
 
     Args:
         moments: dtype of an optimizer's slots, where other floats become fp32; None: dtypes stay.
     """
-    parts: dict[str, list[Placed]] = {}
+    parts: dict[str, list[PlacedTensor]] = {}
     there = set(foreign.names())
     missing = [one.foreign for one in placed if one.foreign not in there]
     if missing:
@@ -118,7 +118,7 @@ def _values(foreign: Foreign, placed: Sequence[Placed], moments: str | None) -> 
         yield Value(name, wanted, whole, partial(_read, foreign, mine, wanted), divisible)
 
 
-def _read(foreign: Foreign, parts: Sequence[Placed], wanted: str, box: Box) -> Any:
+def _read(foreign: Foreign, parts: Sequence[PlacedTensor], wanted: str, box: Box) -> Any:
     return inward(foreign, parts, box, wanted)
 
 

@@ -19,14 +19,23 @@ import numpy as np
 from configs.errors import UserError
 from configs.model import ModelConfig
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit
-from faulttol.checkpoint.hashes import STRETCH, Source, parts_of
+from faulttol.checkpoint.folder import CheckpointCommit
+from faulttol.checkpoint.hashes import STRETCH, CheckpointSource, parts_of
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.assemble import Into, imported
 from faulttol.convert.facts import Kind, Moments, facts, fingerprint, opened
-from faulttol.convert.job import THREADS, WORK, Done, Estimate, Job, Progress, Teller, at_once
-from faulttol.convert.names import KEEP, Rule, place
+from faulttol.convert.job import (
+    THREADS,
+    WORK,
+    ConversionJob,
+    ConversionProgress,
+    ConversionResult,
+    Estimate,
+    Progress,
+    at_once,
+)
+from faulttol.convert.names import KEEP, NameRule, place
 from faulttol.convert.pickles import refuse_pickles
 from faulttol.convert.values import Bits, bits_of
 
@@ -44,7 +53,7 @@ _FILE = 4 << 30
 # ---- export ----
 
 
-def export_dcp(store: StoreLike, out: Path, commit: Commit | None = None) -> Job:
+def export_dcp(store: StoreLike, out: Path, commit: CheckpointCommit | None = None) -> ConversionJob:
     """A checkpoint as one of DCP, with all tensors under their names, slots among them.
 
     `torch.distributed.checkpoint.load` fills any sharding from it.
@@ -69,7 +78,7 @@ def export_dcp(store: StoreLike, out: Path, commit: Commit | None = None) -> Job
     read = sum(source.cost(name, box) for name, box in boxes)
     indexes = sum(file.index for file in source.manifest.files)
     cost = Estimate(read + indexes, size, size, min(THREADS, count) * WORK + indexes)
-    return Job(cost, (), partial(_export, source, out, boxes, count))
+    return ConversionJob(cost, (), partial(_export, source, out, boxes, count))
 
 
 def _refuse_full(out: Path) -> None:
@@ -77,13 +86,15 @@ def _refuse_full(out: Path) -> None:
         raise UserError(f"out={out} isn't an empty folder; name one that is, or that isn't there yet")
 
 
-def _export(source: Source, out: Path, boxes: list[tuple[str, Box]], count: int, progress: Progress) -> Done:
+def _export(
+    source: CheckpointSource, out: Path, boxes: list[tuple[str, Box]], count: int, progress: Progress
+) -> ConversionResult:
     from torch.distributed.checkpoint import FileSystemWriter, Metadata
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
     from torch.distributed.checkpoint.planner import SavePlan
 
     total = sum(box.elements * DTYPES[source.tensors[name].dtype][1] for name, box in boxes)
-    planner = _planner(source, Teller(progress, total))
+    planner = _planner(source, ConversionProgress(progress, total))
     before = source.bytes
     # Nothing ahead: with a GPU, torch would take several tensors at once.
     writer = FileSystemWriter(str(out), thread_count=1, per_thread_copy_ahead=0, overwrite=False)
@@ -103,14 +114,14 @@ def _export(source: Source, out: Path, boxes: list[tuple[str, Box]], count: int,
     (out / FACTS).write_text(json.dumps(text) + "\n")
     writer.finish(Metadata(state_dict_metadata=described), results)
     size = sum(file.stat().st_size for file in out.glob("*.distcp"))
-    return Done(str(out), len(described), source.bytes - before, size)
+    return ConversionResult(str(out), len(described), source.bytes - before, size)
 
 
 def _write(writer: Any, plan: Any, planner: Any) -> Any:
     return writer.write_data(plan, planner).value()
 
 
-def _planner(source: Source, tell: Teller) -> Any:
+def _planner(source: CheckpointSource, tell: ConversionProgress) -> Any:
     """DCP's planner that reads each box when it is written.
 
     torch's writer keeps the last tensor of each name until its file ends, though it has written it. So all tensors of a
@@ -141,7 +152,9 @@ def _planner(source: Source, tell: Teller) -> Any:
             assert data is not None
             box = Box(tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
             dtype = data.properties.dtype
-            tensor = torch.empty(0, dtype=dtype).set_(self._room(box.elements * dtype.itemsize), 0, box.shape)
+            tensor = (
+                torch.empty(0, dtype=dtype).set_(self._room(box.elements * dtype.itemsize)).view(box.shape)
+            )
             values = source.read(name, box)
             if box.elements:
                 tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(values.reshape(-1).view(np.uint8)))
@@ -184,7 +197,7 @@ class Chunks:
             name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
         }
         self.others = [name for name in entries if name not in self._tensors]
-        """Entries that are no tensors, but pickles."""
+        """Entries that are not tensors, but pickles."""
         self.bytes = 0
         """Read so far."""
         self._lock, self._kept = threading.Lock(), threading.local()
@@ -296,17 +309,17 @@ def import_dcp(
     out: StoreLike,
     run: str,
     trust: bool,
-    rules: Sequence[Rule] = KEEP,
+    rules: Sequence[NameRule] = KEEP,
     step: int | None = None,
     fill: tuple[ModelConfig, Kind, Moments] | None = None,
-) -> Job:
-    """A checkpoint of DCP as one of ours; dtypes stay, names too but for `rules`. Entries that are no tensors stay out.
+) -> ConversionJob:
+    """A checkpoint of DCP as one of ours; dtypes stay, names too but for `rules`. Entries that are not tensors stay out.
 
     Args:
         path: its folder.
         trust: whether its pickle may be read.
         step: None: that which `export_dcp` noted, or 0.
-        fill: model, optimizer and moments that training goes on with, for what it wants besides. Then floats become fp32.
+        fill: model, optimizer and moments that training continues with, for what it wants besides. Then floats become fp32.
 
     Raises:
         UserError: without trust, where it is no such folder, or its tensors don't fit the rules.
@@ -336,5 +349,5 @@ def _noted(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads((path / FACTS).read_text())
     except ValueError as error:
-        raise UserError(f"{path / FACTS} is no JSON: {error}; remove it to go on without") from None
+        raise UserError(f"{path / FACTS} is not a JSON: {error}; remove it to continue without") from None
     return tree if isinstance(tree, dict) else {}

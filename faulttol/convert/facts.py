@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from faulttol.checkpoint.folder import Commit, Folder
-from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.target import Value, zeros
@@ -22,7 +22,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _BUFFERS = (".router.bias", ".router.bias_avg", ".router.bias_avg_sq")
 
 
-def opened(store: StoreLike, commit: Commit | None = None) -> Source:
+def opened(store: StoreLike, commit: CheckpointCommit | None = None) -> CheckpointSource:
     """A committed checkpoint; the newest where none is named.
 
     Raises:
@@ -35,7 +35,7 @@ def opened(store: StoreLike, commit: Commit | None = None) -> Source:
         if not folder.commits:
             raise UserError(f"{store.url} holds no committed checkpoint: name a folder that does")
         commit = folder.commits[-1]
-    return Source(store, commit)
+    return CheckpointSource(store, commit)
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def model_of(source: Source) -> ModelConfig:
+def model_of(source: CheckpointSource) -> ModelConfig:
     """The model that a checkpoint is of, from its facts.
 
     Raises:

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from configs.model import ModelConfig
 from faulttol.convert.hf_config import Family, family_of
-from faulttol.convert.placed import Order, Placed, part
+from faulttol.convert.placed import DimOrder, PlacedTensor, part
 
 _SPLIT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
-def tensors(model: ModelConfig, interleaved: bool = True) -> list[Placed]:
+def tensors(model: ModelConfig, interleaved: bool = True) -> list[PlacedTensor]:
     """All tensors of a model's published files.
 
     Args:
@@ -33,7 +33,7 @@ class _Names:
     def __init__(self, model: ModelConfig, family: Family, interleaved: bool) -> None:
         self.model, self.family, self.interleaved = model, family, interleaved
 
-    def all(self) -> Iterator[Placed]:
+    def all(self) -> Iterator[PlacedTensor]:
         m = self.model
         table = (m.vocab, m.hidden)
         yield part("model.embed_tokens.weight", table, "embedding.weight", table)
@@ -45,25 +45,25 @@ class _Names:
         for depth in range(m.mtp_layers):
             yield from self.prediction(f"mtp.{depth}", f"model.layers.{m.layers + depth}")
 
-    def vector(self, theirs: str, ours: str, width: int) -> Iterator[Placed]:
+    def vector(self, theirs: str, ours: str, width: int) -> Iterator[PlacedTensor]:
         yield part(theirs, (width,), ours, (width,))
 
     def matrix(
-        self, theirs: str, ours: str, rows: int, columns: int, order: Order | None = None
-    ) -> Iterator[Placed]:
+        self, theirs: str, ours: str, rows: int, columns: int, order: DimOrder | None = None
+    ) -> Iterator[PlacedTensor]:
         yield replace(part(theirs, (rows, columns), ours, (rows, columns)), order=order)
 
-    def prediction(self, ours: str, theirs: str) -> Iterator[Placed]:
+    def prediction(self, ours: str, theirs: str) -> Iterator[PlacedTensor]:
         """DeepSeek's layer of multi-token prediction: its projection reads the token first, ours the hidden state."""
         D = self.model.hidden
-        swapped = Order(1, (*range(D, 2 * D), *range(D)))
+        swapped = DimOrder(1, (*range(D, 2 * D), *range(D)))
         yield from self.vector(f"{theirs}.enorm.weight", f"{ours}.embedding_norm.weight", D)
         yield from self.vector(f"{theirs}.hnorm.weight", f"{ours}.hidden_norm.weight", D)
         yield from self.matrix(f"{theirs}.eh_proj.weight", f"{ours}.project.weight", D, 2 * D, swapped)
         yield from self.block(f"{ours}.block", theirs, dense=False)
         yield from self.vector(f"{theirs}.shared_head.norm.weight", f"{ours}.final_norm.weight", D)
 
-    def block(self, ours: str, theirs: str, dense: bool) -> Iterator[Placed]:
+    def block(self, ours: str, theirs: str, dense: bool) -> Iterator[PlacedTensor]:
         D = self.model.hidden
         yield from self.vector(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", D)
         attend = self.latent if self.model.attention == "mla" else self.grouped
@@ -74,7 +74,7 @@ class _Names:
         else:
             yield from self.mixture(f"{ours}.feed", theirs)
 
-    def grouped(self, ours: str, theirs: str) -> Iterator[Placed]:
+    def grouped(self, ours: str, theirs: str) -> Iterator[PlacedTensor]:
         m = self.model
         query, key = m.heads * m.head_dim, m.kv_heads * m.head_dim
         yield from self.matrix(f"{theirs}.q_proj.weight", f"{ours}.query.weight", query, m.hidden)
@@ -86,7 +86,7 @@ class _Names:
             yield from self.vector(f"{theirs}.q_norm.weight", f"{ours}.query_norm.weight", widths[0])
             yield from self.vector(f"{theirs}.k_norm.weight", f"{ours}.key_norm.weight", widths[1])
 
-    def latent(self, ours: str, theirs: str) -> Iterator[Placed]:
+    def latent(self, ours: str, theirs: str) -> Iterator[PlacedTensor]:
         m = self.model
         rows = m.heads * (m.head_dim + m.rope_head_dim)
         if m.q_lora_rank:
@@ -125,27 +125,27 @@ class _Names:
         return [*range(0, width, 2), *range(1, width, 2)]
 
     @property
-    def of_heads(self) -> Order | None:
+    def of_heads(self) -> DimOrder | None:
         """The rotary rows of each head's query."""
         plain, width = self.model.head_dim, self.model.head_dim + self.model.rope_head_dim
         within = [*range(plain), *(plain + row for row in self.halves)]
         places = [head * width + row for head in range(self.model.heads) for row in within]
-        return Order(0, tuple(places)) if self.interleaved else None
+        return DimOrder(0, tuple(places)) if self.interleaved else None
 
     @property
-    def of_keys(self) -> Order | None:
+    def of_keys(self) -> DimOrder | None:
         """The rotary rows of the key, behind the latent."""
         rank = self.model.kv_lora_rank
         places = [*range(rank), *(rank + row for row in self.halves)]
-        return Order(0, tuple(places)) if self.interleaved else None
+        return DimOrder(0, tuple(places)) if self.interleaved else None
 
-    def feed(self, ours: str, theirs: str, width: int) -> Iterator[Placed]:
+    def feed(self, ours: str, theirs: str, width: int) -> Iterator[PlacedTensor]:
         D = self.model.hidden
         for mine, his in _SPLIT.items():
             rows, columns = (D, width) if mine == "down" else (width, D)
             yield from self.matrix(f"{theirs}.{his}.weight", f"{ours}.{mine}.weight", rows, columns)
 
-    def mixture(self, ours: str, theirs: str) -> Iterator[Placed]:
+    def mixture(self, ours: str, theirs: str) -> Iterator[PlacedTensor]:
         m = self.model
         D, E, F = m.hidden, m.experts, m.expert_width
         mixtral = self.family == "mixtral"

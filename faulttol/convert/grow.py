@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from configs.errors import UserError
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit
-from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.folder import CheckpointCommit
+from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.manifest import Tensor
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.facts import is_parameter, model_of, opened
-from faulttol.convert.job import WORK, Estimate, Job
-from faulttol.convert.target import Target, Value, filled, zeros
+from faulttol.convert.job import WORK, ConversionJob, Estimate
+from faulttol.convert.target import ConversionTarget, Value, filled, zeros
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
 _ONE = {"float32": b"\0\0\x80\x3f", "bfloat16": b"\x80\x3f", "float16": b"\0\x3c"}
@@ -31,10 +31,10 @@ def grow(
     out: StoreLike,
     run: str,
     layers: int,
-    commit: Commit | None = None,
+    commit: CheckpointCommit | None = None,
     method: str = "stack",
     optimizer: Policy = "reset",
-) -> Job:
+) -> ConversionJob:
     """A checkpoint of the same model with more layers, at the same step and sample.
 
     Leading dense layers stay as they are; the others are stacked whole, so their number is multiplied. Embeddings, the last
@@ -48,7 +48,7 @@ def grow(
             it will have at another depth; `copy`: each layer takes those of the layer that it is a copy of.
 
     Raises:
-        UserError: where the number of layers is no multiple, or the method isn't known.
+        UserError: where the number of layers is not a multiple, or the method isn't known.
         Incomplete: where the checkpoint is damaged.
     """
     if method != "stack":
@@ -66,7 +66,7 @@ def grow(
             + f"; type layers= one of {fits}, …"
         )
     values, notes = _values(source, fixed, unit, layers, optimizer)
-    target = Target(out, run, source.commit.step, values)
+    target = ConversionTarget(out, run, source.commit.step, values)
     told = {
         "reset": "the optimizer's slots and its count of steps begin at zero",
         "copy": "each layer has the optimizer's slots of the layer that it is a copy of",
@@ -77,10 +77,12 @@ def grow(
         "step": source.commit.step, "from": store.url, "layers": [model.layers, layers], "optimizer": optimizer,
     }  # fmt: skip
     small = _facts(source, layers, entry)
-    return Job(_cost(source, target), tuple(notes), partial(target.run, source, small, tuple(notes)))
+    return ConversionJob(
+        _cost(source, target), tuple(notes), partial(target.run, source, small, tuple(notes))
+    )
 
 
-def _facts(source: Source, layers: int, entry: dict[str, Any]) -> dict[str, Any]:
+def _facts(source: CheckpointSource, layers: int, entry: dict[str, Any]) -> dict[str, Any]:
     old = source.manifest.facts
     prints = old["fingerprint"]
     return {
@@ -90,7 +92,7 @@ def _facts(source: Source, layers: int, entry: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _cost(source: Source, target: Target) -> Estimate:
+def _cost(source: CheckpointSource, target: ConversionTarget) -> Estimate:
     indexes = sum(file.index for file in source.manifest.files)
     read = moved = 0
     for value in target.values:
@@ -113,7 +115,7 @@ def _origins(name: str, fixed: int, unit: int, layers: int) -> Iterator[str]:
 
 
 def _values(
-    source: Source, fixed: int, unit: int, layers: int, optimizer: Policy
+    source: CheckpointSource, fixed: int, unit: int, layers: int, optimizer: Policy
 ) -> tuple[list[Value], list[str]]:
     values: list[Value] = []
     for name, tensor in source.tensors.items():
@@ -128,7 +130,7 @@ def _values(
     return values + made, notes
 
 
-def _value(source: Source, name: str, tensor: Tensor, new: str, optimizer: Policy) -> Value:
+def _value(source: CheckpointSource, name: str, tensor: Tensor, new: str, optimizer: Policy) -> Value:
     """A tensor of the new model, from one of the old."""
     kept = is_parameter(name) or name.endswith(".router.bias")
     if optimizer == "reset" and not kept:
@@ -136,11 +138,11 @@ def _value(source: Source, name: str, tensor: Tensor, new: str, optimizer: Polic
     return Value(new, tensor.dtype, tensor.shape, partial(_read, source, name))
 
 
-def _read(source: Source, name: str, box: Box) -> Iterator[memoryview]:
+def _read(source: CheckpointSource, name: str, box: Box) -> Iterator[memoryview]:
     return source.stretches(name, box)
 
 
-def _first_layers(source: Source, fixed: int, unit: int, layers: int) -> Iterator[Value]:
+def _first_layers(source: CheckpointSource, fixed: int, unit: int, layers: int) -> Iterator[Value]:
     """What the copies of the first MoE layer have and it hasn't: the scale of the router's state from the layer before
     (ZAYA1), which begins at one, with slots of zero."""
     if unit < 2:

@@ -9,17 +9,26 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from faulttol.checkpoint.folder import Commit
-from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.folder import CheckpointCommit
+from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert import families, hf_config
 from faulttol.convert.assemble import Into, imported
 from faulttol.convert.facts import Kind, Moments, facts, fingerprint, model_of, opened
-from faulttol.convert.job import THREADS, WORK, Done, Estimate, Job, Progress, Teller, at_once
-from faulttol.convert.placed import Placed, outward
+from faulttol.convert.job import (
+    THREADS,
+    WORK,
+    ConversionJob,
+    ConversionProgress,
+    ConversionResult,
+    Estimate,
+    Progress,
+    at_once,
+)
+from faulttol.convert.placed import PlacedTensor, outward
 from faulttol.convert.placed import cost as placed_cost
-from faulttol.convert.safetensors import INDEX, Files, Outgoing, file_names, header, shards
+from faulttol.convert.safetensors import INDEX, Outgoing, SafetensorsFolder, file_names, header, shards
 from faulttol.convert.values import FLOATS
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -38,10 +47,10 @@ _LOOSE = {
 def export_hf(
     store: StoreLike,
     out: StoreLike,
-    commit: Commit | None = None,
+    commit: CheckpointCommit | None = None,
     dtype: str = "bf16",
     max_shard_bytes: int = 5 << 30,
-) -> Job:
+) -> ConversionJob:
     """A checkpoint's parameters as the files that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
@@ -76,20 +85,20 @@ def export_hf(
     written = sum(tensor.bytes for tensor in tensors) + sum(len(header(file)) for file in files)
     peak = min(THREADS, len(files)) * WORK + indexes
     cost = Estimate(read + indexes, written, sum(tensor.bytes for tensor in tensors), peak)
-    return Job(cost, notes, partial(_export, source, listed, files, config, out, notes))
+    return ConversionJob(cost, notes, partial(_export, source, listed, files, config, out, notes))
 
 
 def _export(
-    source: Source,
-    listed: dict[str, Placed],
+    source: CheckpointSource,
+    listed: dict[str, PlacedTensor],
     files: list[list[Outgoing]],
     config: dict[str, Any],
     out: StoreLike,
     notes: tuple[str, ...],
     progress: Progress,
-) -> Done:
+) -> ConversionResult:
     total = sum(tensor.bytes for file in files for tensor in file)
-    tell, before = Teller(progress, total), source.bytes
+    tell, before = ConversionProgress(progress, total), source.bytes
     names = file_names(len(files))
     try:
         work = [
@@ -101,17 +110,17 @@ def _export(
             map_ = {t.name: name for name, file in zip(names, files, strict=True) for t in file}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(map_.items()))}
             out.write(INDEX, [_json(index)])
-        # Last: a folder without it is no model.
+        # Last: a folder without it is not a model.
         out.write("config.json", [_json(config)])
     except BaseException:
         for name in (*names, INDEX, "config.json"):
             out.remove(name)
         raise
-    return Done(out.url, len(listed), source.bytes - before, size, notes)
+    return ConversionResult(out.url, len(listed), source.bytes - before, size, notes)
 
 
 def _chunks(
-    source: Source, listed: dict[str, Placed], file: list[Outgoing], tell: Teller
+    source: CheckpointSource, listed: dict[str, PlacedTensor], file: list[Outgoing], tell: ConversionProgress
 ) -> Iterator[bytes | memoryview]:
     yield header(file)
     for tensor in file:
@@ -124,7 +133,7 @@ def _json(tree: dict[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()
 
 
-def _whole(source: Source, listed: dict[str, Placed]) -> None:
+def _whole(source: CheckpointSource, listed: dict[str, PlacedTensor]) -> None:
     """Refuse a checkpoint that lacks a tensor of its model, or has it in another shape."""
     where = f"{source.store.url.rstrip('/')}/{source.commit.manifest}"
     for placed in listed.values():
@@ -138,7 +147,7 @@ def _whole(source: Source, listed: dict[str, Placed]) -> None:
             )
 
 
-def _left(source: Source, listed: dict[str, Placed]) -> tuple[str, ...]:
+def _left(source: CheckpointSource, listed: dict[str, PlacedTensor]) -> tuple[str, ...]:
     """What stays behind, but for the optimizer's slots."""
     taken = {placed.name for placed in listed.values()}
     left = sorted(name for name in source.tensors if name not in taken and "/" not in name)
@@ -147,7 +156,7 @@ def _left(source: Source, listed: dict[str, Placed]) -> tuple[str, ...]:
     return (*notes, f"no part of the files: {', '.join(kinds)}") if kinds else tuple(notes)
 
 
-def _remembered(source: Source) -> dict[str, Any]:
+def _remembered(source: CheckpointSource) -> dict[str, Any]:
     """What `config.json` had when the weights were imported, and the longest context that was trained on."""
     found: dict[str, Any] = {}
     data = source.manifest.facts.get("fingerprint", {}).get("data", {})
@@ -169,17 +178,17 @@ def import_hf(
     kind: Kind = "adamw",
     moments: Moments = "fp32",
     model: ModelConfig | None = None,
-) -> Job:
-    """A model's published files as a checkpoint of step 0, from which training goes on.
+) -> ConversionJob:
+    """A model's published files as a checkpoint of step 0, from which training continues.
 
     Parameters are fp32, as masters are; the optimizer's slots are zeros, as before its first step.
 
     Args:
         path: folder with `config.json` and `.safetensors` files.
         out: folder of the checkpoint, which belongs to `run`.
-        kind: optimizer that training goes on with, by which its slots are made.
+        kind: optimizer that training continues with, by which its slots are made.
         moments: their precision.
-        model: that training goes on with, where it isn't as the files say: what they don't fix, as the balancing of
+        model: that training continues with, where it isn't as the files say: what they don't fix, as the balancing of
             experts, is taken from it.
 
     Raises:
@@ -194,9 +203,9 @@ def import_hf(
     except FileNotFoundError:
         raise UserError(f"{where} isn't there; name the folder of a Hugging Face model") from None
     except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}; copy it again") from None
+        raise UserError(f"{where} is not a JSON: {error}; copy it again") from None
     hf_config.family_in(tree, where)
-    files = Files(path)
+    files = SafetensorsFolder(path)
     name = str(tree.get("_name_or_path") or path.url.rstrip("/").rsplit("/", 1)[-1])
     told = hf_config.model_in(tree, where, name, _predictions(tree, files))
     model = told if model is None else _same(model, told, where)
@@ -212,7 +221,7 @@ def import_hf(
     return imported(files, placed, Into(out, run, 0, small), notes=notes, fill=(model, kind, moments))
 
 
-def _predictions(tree: dict[str, Any], files: Files) -> int:
+def _predictions(tree: dict[str, Any], files: SafetensorsFolder) -> int:
     """Layers of multi-token prediction that are in the files: some are published without."""
     layers, found = tree.get("num_hidden_layers"), 0
     if not isinstance(layers, int):
@@ -234,8 +243,8 @@ def _same(model: ModelConfig, told: ModelConfig, where: str) -> ModelConfig:
     return model
 
 
-def _unknown(files: Files, placed: list[Placed], model: ModelConfig, url: str) -> list[str]:
-    """Names in the files that are no part of the model, but harmless; what isn't harmless is refused."""
+def _unknown(files: SafetensorsFolder, placed: list[PlacedTensor], model: ModelConfig, url: str) -> list[str]:
+    """Names in the files that are not part of the model, but harmless; what isn't harmless is refused."""
     known = {one.foreign for one in placed}
     for name in files.names():
         if name in known and files.dtype(name) not in FLOATS:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from configs.errors import UserError
-from configs.model import ModelConfig, RouterConfig, YarnConfig
+from configs.hugging_face.read import read
+from configs.model import ModelConfig
 
 Family = Literal["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"]
 ARCHITECTURES: dict[str, Family] = {
@@ -71,7 +72,7 @@ def family_of(model: ModelConfig) -> Family:
 
 def _no(field: str, value: object, why: str) -> UserError:
     return UserError(
-        f"model.{field}={value} can't be told to Hugging Face's code: {why}; export to dcp instead"
+        f"model.{field}={value} can't be expressed in Hugging Face's code: {why}; export to dcp instead"
     )
 
 
@@ -165,41 +166,6 @@ def _own(model: ModelConfig, family: Family) -> dict[str, Any]:
 # ---- the other way ----
 
 
-class _Config:
-    """`config.json`, whose settings are told by name where they are wrong."""
-
-    def __init__(self, tree: dict[str, Any], where: str) -> None:
-        self.tree, self.where = tree, where
-
-    def whole(self, *names: str, default: int | None = None) -> int:
-        """A whole number above or at 0, by the first of these names that is there."""
-        for name in names:
-            if self.tree.get(name) is not None:
-                value = self.tree[name]
-                if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                    raise UserError(f"{self.where}: {name}={value!r} is no whole number; set it to one")
-                return value
-        if default is None:
-            raise UserError(f"{self.where} has no {names[0]}; add it")
-        return default
-
-    def number(self, name: str, default: float) -> float:
-        """A number; null is as good as not there."""
-        value = self.tree.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{self.where}: {name}={value!r} is no number; set it to one")
-        return float(value)
-
-    def only(self, name: str, *allowed: Any) -> None:
-        """Refuse a setting with another value; not there is as good as the first."""
-        value = self.tree.get(name, allowed[0])
-        if value not in allowed:
-            known = " or ".join(map(repr, allowed))
-            raise UserError(f"{self.where}: {name}={value!r} isn't known here, {known} is; it can't be read")
-
-
 def family_in(tree: dict[str, Any], where: str) -> Family:
     """The family of a `config.json`.
 
@@ -216,7 +182,7 @@ def family_in(tree: dict[str, Any], where: str) -> Family:
 
 
 def model_in(tree: dict[str, Any], where: str, name: str, predictions: int = 0) -> ModelConfig:
-    """The model of a `config.json`.
+    """The model of a `config.json` whose tensors can be imported: all that changes what it computes is known here.
 
     Args:
         where: its path, as messages name it.
@@ -224,127 +190,15 @@ def model_in(tree: dict[str, Any], where: str, name: str, predictions: int = 0) 
         predictions: layers of multi-token prediction that its files hold.
 
     Raises:
-        UserError: where a setting is missing or not known here, by its name.
+        UserError: where a setting is missing or can't be expressed, by its name.
     """
-    family, config = family_in(tree, where), _Config(tree, where)
-    config.only("hidden_act", "silu", "swish")
-    config.only("attention_bias", False, None)
+    family_in(tree, where)
     if tree.get("quantization_config"):
         raise UserError(
             f"{where}: quantization_config is set, and quantised weights aren't read; convert them to bf16 first"
         )
-    heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
-    theta, yarn = _rope_in(config, family)
-    shared: dict[str, Any] = {
-        "name": name, "layers": config.whole("num_hidden_layers"), "hidden": hidden, "heads": heads,
-        "kv_heads": config.whole("num_key_value_heads", default=heads), "vocab": config.whole("vocab_size"),
-        "head_dim": config.whole("head_dim", default=hidden // max(heads, 1)),
-        "top_k": config.whole("num_experts_per_tok"), "rope_theta": theta, "yarn": yarn,
-        "norm_eps": config.number("rms_norm_eps", 1e-5 if family in ("mixtral", "olmoe") else 1e-6),
-        "init_std": config.number("initializer_range", 0.02),
-        "tie_embeddings": bool(tree.get("tie_word_embeddings", False)), "mtp_layers": predictions,
-    }  # fmt: skip
-    own = {"mixtral": _mixtral, "olmoe": _olmoe, "qwen3_moe": _qwen3, "deepseek_v3": _deepseek}[family]
-    try:
-        model = ModelConfig(**shared | own(config, shared))
-    except ValueError as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}; correct it") from None
-    family_of(model)
-    return model
-
-
-def _rope_in(config: _Config, family: Family) -> tuple[float, YarnConfig]:
-    new = config.tree.get("rope_parameters") or {}
-    old = config.tree.get("rope_scaling") or {}
-    theta = new.get("rope_theta", config.tree.get("rope_theta")) or (1e6 if family == "mixtral" else 1e4)
-    scaling = new or old
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind in ("default", None):
-        return float(theta), YarnConfig()
-    same = scaling.get("mscale", 1.0) == scaling.get("mscale_all_dim", 1.0) == 1.0
-    if kind != "yarn" or scaling.get("attention_factor") is not None or not same:
-        raise UserError(
-            f"{config.where}: rope_parameters={scaling} isn't known here, only the default and plain yarn are"
-        )
-    return float(theta), YarnConfig(
-        factor=scaling["factor"],
-        original=scaling.get("original_max_position_embeddings") or config.whole("max_position_embeddings"),
-        beta_fast=scaling.get("beta_fast") or 32.0,
-        beta_slow=scaling.get("beta_slow") or 1.0,
-    )
-
-
-def _softmax(config: _Config, top_k: int, coefficient: float, renormalize: bool) -> RouterConfig:
-    """Of the families whose loads an auxiliary loss evens. Their shares sum to top_k and layers are pooled."""
-    weight = config.number("router_aux_loss_coef", coefficient) * top_k
-    return RouterConfig(
-        balance="aux", aux_coefficient=weight, losses_over_layers="mean", renormalize=renormalize
-    )
-
-
-def _mixtral(config: _Config, shared: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "experts": config.whole("num_local_experts", "num_experts"),
-        "expert_width": config.whole("intermediate_size"),
-        "window": config.whole("sliding_window", default=0),
-        "router": _softmax(config, shared["top_k"], 0.001, True),
-    }
-
-
-def _olmoe(config: _Config, shared: dict[str, Any]) -> dict[str, Any]:
-    config.only("clip_qkv", None)
-    return {
-        "experts": config.whole("num_experts", "num_local_experts"),
-        "expert_width": config.whole("intermediate_size"),
-        "qk_norm": "projection",
-        # That of OLMoE's own code: shares that sum to 1.
-        "router": RouterConfig(
-            balance="aux", aux_coefficient=config.number("router_aux_loss_coef", 0.01),
-            z_coefficient=0.001 / shared["top_k"], losses_over_layers="mean",
-            renormalize=bool(config.tree.get("norm_topk_prob", False)),
-        ),
-    }  # fmt: skip
-
-
-def _qwen3(config: _Config, shared: dict[str, Any]) -> dict[str, Any]:
-    config.only("use_sliding_window", False)
-    config.only("decoder_sparse_step", 1)
-    dense = config.tree.get("mlp_only_layers") or []
-    if dense != list(range(len(dense))):
-        raise UserError(
-            f"{config.where}: mlp_only_layers={dense} aren't the first layers, which alone may be dense here"
-        )
-    return {
-        "experts": config.whole("num_experts", "num_local_experts"),
-        "expert_width": config.whole("moe_intermediate_size"),
-        "dense_layers": len(dense),
-        "dense_width": config.whole("intermediate_size") if dense else 0,
-        "qk_norm": "head",
-        "router": _softmax(config, shared["top_k"], 0.001, bool(config.tree.get("norm_topk_prob", False))),
-    }
-
-
-def _deepseek(config: _Config, _shared: dict[str, Any]) -> dict[str, Any]:
-    config.only("scoring_func", "sigmoid")
-    config.only("topk_method", "noaux_tc")
-    config.only("moe_layer_freq", 1)
-    plain, width = config.whole("qk_nope_head_dim", default=128), config.whole("moe_intermediate_size")
-    config.only("v_head_dim", plain)
-    dense = config.whole("first_k_dense_replace", default=3)
-    return {
-        "head_dim": plain,
-        "experts": config.whole("n_routed_experts", "num_local_experts"),
-        "expert_width": width,
-        "shared_width": width * config.whole("n_shared_experts", default=0),
-        "dense_layers": dense,
-        "dense_width": config.whole("intermediate_size") if dense else 0,
-        "attention": "mla",
-        "q_lora_rank": config.whole("q_lora_rank", default=0),
-        "kv_lora_rank": config.whole("kv_lora_rank"),
-        "rope_head_dim": config.whole("qk_rope_head_dim", default=64),
-        "router": RouterConfig(
-            score="sigmoid", groups=config.whole("n_group", default=1), top_groups=config.whole("topk_group", default=1),
-            scale=config.number("routed_scaling_factor", 2.5), balance="both", aux_coefficient=1e-4,
-            renormalize=bool(config.tree.get("norm_topk_prob", True)), bias_update_rate=1e-3,
-        ),
-    }  # fmt: skip
+    found = read(tree, where, name, predictions)
+    for left in found.differences:
+        raise UserError(f"{where}: {left.setting} isn't known here, {left.here} is; it can't be imported")
+    family_of(found.model)
+    return found.model

@@ -34,7 +34,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Done:
+class ConversionResult:
     """A conversion that has ended."""
 
     path: str
@@ -47,24 +47,24 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Job:
+class ConversionJob:
     """A conversion whose inputs were looked at and found right; nothing is written before `run`."""
 
     estimate: Estimate
     notes: tuple[str, ...]
     """What will be made up, left out or changed, a line each."""
-    work: Callable[[Progress], Done]
+    work: Callable[[Progress], ConversionResult]
 
-    def run(self, progress: Progress = quiet) -> Done:
+    def run(self, progress: Progress = quiet) -> ConversionResult:
         """Do it; what fails leaves nothing that could be taken for the result.
 
         Args:
-            progress: told of the bytes that are written and that there are.
+            progress: gets the bytes that are written and that there are.
         """
         return self.work(progress)
 
 
-class Teller:
+class ConversionProgress:
     """Adds up what several threads have done."""
 
     def __init__(self, progress: Progress, total: int) -> None:

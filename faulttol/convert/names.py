@@ -23,13 +23,13 @@ from typing import Any
 
 from configs.errors import UserError
 from faulttol.checkpoint.boxes import Box
-from faulttol.convert.placed import Foreign, Placed
+from faulttol.convert.placed import Foreign, PlacedTensor
 
 _GROUP = re.compile(r"\{(\d+)\}")
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """One line of the map."""
 
     pattern: re.Pattern[str]
@@ -37,11 +37,11 @@ class Rule:
     at: tuple[str, ...] = ()
 
 
-KEEP = (Rule(re.compile(r"(.*)"), "{1}"),)
+KEEP = (NameRule(re.compile(r"(.*)"), "{1}"),)
 """The map that keeps names."""
 
 
-def load(path: Path) -> tuple[Rule, ...]:
+def load(path: Path) -> tuple[NameRule, ...]:
     """The rules of a file.
 
     Raises:
@@ -51,17 +51,17 @@ def load(path: Path) -> tuple[Rule, ...]:
         tree = json.loads(path.read_text())
         rules = tree["rules"]
         if not isinstance(rules, list):
-            raise TypeError("rules is no list")
+            raise TypeError("rules is not a list")
     except OSError as error:
         raise UserError(f"names={path} can't be read: {error.strerror}; name the file of a map") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'names={path} is no map of names ({error}); it begins with {{"rules": [{{"from": …, "to": …}}]}}'
+            f'names={path} is not a map of names ({error}); it begins with {{"rules": [{{"from": …, "to": …}}]}}'
         ) from None
     return tuple(_rule(f"names={path}: rule {number}", rule) for number, rule in enumerate(rules, start=1))
 
 
-def _rule(where: str, tree: Any) -> Rule:
+def _rule(where: str, tree: Any) -> NameRule:
     if not isinstance(tree, dict) or not {"from", "to"} <= tree.keys() <= {"from", "to", "at"}:
         raise UserError(f"{where} is {json.dumps(tree)}; it takes from, to and perhaps at")
     at = tree.get("at", [])
@@ -75,9 +75,9 @@ def _rule(where: str, tree: Any) -> Rule:
         pattern = re.compile(tree["from"])
     except re.error as error:
         raise UserError(
-            f"{where}: from='{tree['from']}' is no regular expression: {error}; correct it"
+            f"{where}: from='{tree['from']}' is not a regular expression: {error}; correct it"
         ) from None
-    rule = Rule(pattern, tree["to"], tuple(map(str, at)))
+    rule = NameRule(pattern, tree["to"], tuple(map(str, at)))
     for text in (rule.to or "", *rule.at):
         for group in _GROUP.findall(text):
             if int(group) > pattern.groups:
@@ -88,8 +88,8 @@ def _rule(where: str, tree: Any) -> Rule:
 
 
 def place(
-    foreign: Foreign, rules: Sequence[Rule], names: Iterable[str] | None = None
-) -> tuple[list[Placed], list[str]]:
+    foreign: Foreign, rules: Sequence[NameRule], names: Iterable[str] | None = None
+) -> tuple[list[PlacedTensor], list[str]]:
     """Where tensors lie in ours, and which are left out.
 
     Args:
@@ -111,16 +111,16 @@ def place(
             at = tuple(int(_filled(text, match)) for text in rule.at)
         except ValueError as error:
             raise UserError(
-                f"the place of {name} in {ours} is no whole number ({error}); correct the map's at"
+                f"the place of {name} in {ours} is not a whole number ({error}); correct the map's at"
             ) from None
         found.setdefault(ours, []).append((name, foreign.shape(name), at))
-    placed: list[Placed] = []
+    placed: list[PlacedTensor] = []
     for ours, parts in found.items():
         placed += _stacked(ours, parts)
     return placed, left
 
 
-def _matching(rules: Sequence[Rule], name: str) -> tuple[Rule, re.Match[str]]:
+def _matching(rules: Sequence[NameRule], name: str) -> tuple[NameRule, re.Match[str]]:
     for rule in rules:
         match = rule.pattern.fullmatch(name)
         if match:
@@ -134,7 +134,7 @@ def _filled(text: str, match: re.Match[str]) -> str:
     return _GROUP.sub(lambda group: match[int(group[1])] or "", text)
 
 
-def _stacked(name: str, parts: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> list[Placed]:
+def _stacked(name: str, parts: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> list[PlacedTensor]:
     """Parts of one of ours, whose leading dims are as large as their places tell."""
     first, shape, at = parts[0]
     for other, its, places in parts:
@@ -146,6 +146,6 @@ def _stacked(name: str, parts: list[tuple[str, tuple[int, ...], tuple[int, ...]]
     whole = (*sizes, *shape)
     zeros, ones = (0,) * len(shape), (1,) * len(at)
     return [
-        Placed(foreign, shape, name, Box(whole, (*places, *zeros), (*ones, *shape)))
+        PlacedTensor(foreign, shape, name, Box(whole, (*places, *zeros), (*ones, *shape)))
         for foreign, _, places in parts
     ]

@@ -71,7 +71,7 @@ def load(path: Path, trust: bool) -> Any:
         try:
             unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))) - _KNOWN.keys()
         except Exception as error:
-            raise UserError(f"{path} is no file of torch.save: {error}; copy it again") from None
+            raise UserError(f"{path} is not a file of torch.save: {error}; copy it again") from None
         if unknown:
             refuse_pickles(trust, f"{path} with {', '.join(sorted(unknown)[:3])}")
         try:
@@ -94,7 +94,7 @@ class _Stretch:
     """Flat."""
 
 
-class Tensors:
+class PickledTensors:
     """Tensors in memory-mapped files, whole or in stretches: `Foreign`."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.hashes import STRETCH, Source
+from faulttol.checkpoint.hashes import STRETCH, CheckpointSource
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.convert.values import Bits, convert
 
@@ -37,7 +37,7 @@ class Foreign(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
+class DimOrder:
     """Places of one dim that are in another order there: our place i is their place `places[i]`."""
 
     dim: int
@@ -62,7 +62,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedTensor:
     """A tensor of another format, as a part of one of ours."""
 
     foreign: str
@@ -73,7 +73,7 @@ class Placed:
     """Of ours."""
     box: Box
     """In ours."""
-    order: Order | None = None
+    order: DimOrder | None = None
     dtype: str | None = None
     """As it is written, whatever is asked for; None: as asked."""
 
@@ -105,18 +105,18 @@ class Placed:
 
 def part(
     foreign: str, shape: tuple[int, ...], name: str, whole: tuple[int, ...], at: Sequence[int] = ()
-) -> Placed:
+) -> PlacedTensor:
     """A foreign tensor that is the whole of ours, or that with the leading places `at`."""
     start = (*at, *(0 for _ in shape))
-    return Placed(foreign, shape, name, Box(whole, start, (*(1 for _ in at), *shape)))
+    return PlacedTensor(foreign, shape, name, Box(whole, start, (*(1 for _ in at), *shape)))
 
 
-def cost(source: Source, placed: Placed) -> int:
+def cost(source: CheckpointSource, placed: PlacedTensor) -> int:
     """Bytes that `outward` reads, without indexes."""
     return sum(source.cost(placed.name, box) for box in _boxes(source, placed))
 
 
-def _boxes(source: Source, placed: Placed) -> Iterator[Box]:
+def _boxes(source: CheckpointSource, placed: PlacedTensor) -> Iterator[Box]:
     """What `outward` reads at a time, in ours."""
     if not placed.shape:
         yield placed.box
@@ -126,7 +126,7 @@ def _boxes(source: Source, placed: Placed) -> Iterator[Box]:
         yield placed.box.cut(placed.lead, first, last)
 
 
-def outward(source: Source, placed: Placed, wanted: str) -> Iterator[memoryview]:
+def outward(source: CheckpointSource, placed: PlacedTensor, wanted: str) -> Iterator[memoryview]:
     """The bytes of a foreign tensor, from ours, in stretches.
 
     Args:
@@ -142,7 +142,7 @@ def outward(source: Source, placed: Placed, wanted: str) -> Iterator[memoryview]
         yield _bytes(convert(values.reshape(-1), given, wanted))
 
 
-def inward(foreign: Foreign, parts: Iterable[Placed], box: Box, wanted: str) -> Iterator[memoryview]:
+def inward(foreign: Foreign, parts: Iterable[PlacedTensor], box: Box, wanted: str) -> Iterator[memoryview]:
     """The bytes of a box of ours, whole rows, from the foreign tensors that it is made of, in stretches.
 
     Args:
@@ -170,7 +170,7 @@ def inward(foreign: Foreign, parts: Iterable[Placed], box: Box, wanted: str) -> 
             yield _bytes(convert(values, given, wanted))
 
 
-def _within(places: np.ndarray, order: Order, first: int, last: int) -> np.ndarray:
+def _within(places: np.ndarray, order: DimOrder, first: int, last: int) -> np.ndarray:
     return places[first:last] - first if order.dim == 0 else places
 
 

@@ -34,7 +34,7 @@ class _Place:
     offset: int
 
 
-class Files:
+class SafetensorsFolder:
     """A folder of safetensors: `Foreign`.
 
     Raises:
@@ -65,7 +65,7 @@ class Files:
         try:
             return sorted(set(json.loads(self._store.read(INDEX))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self._path(INDEX)} is no index of safetensors; copy it again") from None
+            raise UserError(f"{self._path(INDEX)} is not an index of safetensors; copy it again") from None
 
     def _header(self, file: str) -> None:
         try:
@@ -78,7 +78,7 @@ class Files:
                 self._add(file, name, entry, 8 + size)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self._path(file)} is no file of safetensors, or is torn: {error}; copy it again"
+                f"{self._path(file)} is not a file of safetensors, or is torn: {error}; copy it again"
             ) from None
 
     def _add(self, file: str, name: str, entry: dict[str, Any], base: int) -> None:

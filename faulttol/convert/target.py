@@ -13,10 +13,10 @@ from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import Folder, folder_of, tag
 from faulttol.checkpoint.manifest import Identity, Uncertain
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, Piece
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece
 from faulttol.checkpoint.shards import layout, ordered
 from faulttol.checkpoint.store import StoreLike
-from faulttol.convert.job import THREADS, Done, Progress, Teller, at_once, blocked
+from faulttol.convert.job import THREADS, ConversionProgress, ConversionResult, Progress, at_once, blocked
 
 _PIECE = 256 * BLOCK
 """Most bytes of a piece that can be cut: so many lie in one file and may be read by one rank alone."""
@@ -71,7 +71,7 @@ def filled(name: str, dtype: str, shape: tuple[int, ...], element: bytes) -> Val
 
 
 @dataclass(frozen=True)
-class _Lazy(Piece):
+class _Lazy(TensorPiece):
     """A piece whose values are read when they are written."""
 
     read: Callable[[Box], Iterator[memoryview]] = field(kw_only=True)
@@ -86,7 +86,7 @@ class _Lazy(Piece):
 
 def lazy(
     name: str, dtype: str, box: Box, read: Callable[[Box], Iterator[memoryview]], tell: Callable[[int], None]
-) -> Piece:
+) -> TensorPiece:
     """A piece whose values are read when they are written."""
     return _Lazy(name, dtype, box, memoryview(b""), read=read, tell=tell)
 
@@ -95,7 +95,7 @@ def write_all(
     store: StoreLike,
     step: int,
     who: Sequence[Identity],
-    pieces: Sequence[Sequence[Piece]],
+    pieces: Sequence[Sequence[TensorPiece]],
     facts: dict[str, Any],
 ) -> int:
     """Write a checkpoint's files, several at once, and commit them; bytes of all files.
@@ -131,7 +131,7 @@ class Counted(Protocol):
     """Read so far."""
 
 
-class Target:
+class ConversionTarget:
     """A checkpoint that will be written.
 
     Args:
@@ -142,7 +142,7 @@ class Target:
 
     Raises:
         UserError: where the folder is another run's, or has a checkpoint of the step or a later one already.
-        Superseded: where it has checkpoints of a newer attempt of the run.
+        SaveSuperseded: where it has checkpoints of a newer attempt of the run.
     """
 
     def __init__(self, store: StoreLike, run: str, step: int, values: Sequence[Value]) -> None:
@@ -165,7 +165,9 @@ class Target:
         """Of all files, in bytes; headers and indexes included."""
         found = 0
         for rank, parts in enumerate(self._files):
-            pieces = ordered(Piece(value.name, value.dtype, box, memoryview(b"")) for value, box in parts)
+            pieces = ordered(
+                TensorPiece(value.name, value.dtype, box, memoryview(b"")) for value, box in parts
+            )
             found += layout(self._step, self._identity(rank), pieces).size
         return found
 
@@ -174,7 +176,7 @@ class Target:
         """Files that are written at once."""
         return min(THREADS, len(self._files))
 
-    def write(self, facts: dict[str, Any], tell: Teller) -> tuple[str, int]:
+    def write(self, facts: dict[str, Any], tell: ConversionProgress) -> tuple[str, int]:
         """Write all files and commit them: the path of the step, and the bytes of the files.
 
         Raises:
@@ -188,15 +190,17 @@ class Target:
         size = write_all(self._store, self._step, who, pieces, facts)
         return f"{self._store.url.rstrip('/')}/{folder_of(self._step)}", size
 
-    def run(self, origin: Counted, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress) -> Done:
+    def run(
+        self, origin: Counted, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress
+    ) -> ConversionResult:
         """`write`, and what came of it.
 
         Args:
             origin: that the values are read from.
         """
         before = origin.bytes
-        path, size = self.write(facts, Teller(progress, self.bytes))
-        return Done(path, len(self.values), origin.bytes - before, size, notes)
+        path, size = self.write(facts, ConversionProgress(progress, self.bytes))
+        return ConversionResult(path, len(self.values), origin.bytes - before, size, notes)
 
     def _identity(self, rank: int) -> Identity:
         return Identity(self._run, 1, {}, rank, len(self._files))

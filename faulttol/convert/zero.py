@@ -21,9 +21,9 @@ from configs.errors import UserError
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.assemble import Fill, Into, imported
 from faulttol.convert.facts import COUNT, facts, fingerprint
-from faulttol.convert.job import Job
-from faulttol.convert.names import KEEP, Rule, place
-from faulttol.convert.pickles import Tensors, load
+from faulttol.convert.job import ConversionJob
+from faulttol.convert.names import KEEP, NameRule, place
+from faulttol.convert.pickles import PickledTensors, load
 
 if TYPE_CHECKING:
     import torch
@@ -35,18 +35,18 @@ _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\
 _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 SLOTS = ("exp_avg", "exp_avg_sq")
 _COMPARED = 256
-"""Elements at a parameter's beginning by which its masters are told to be those of its weights."""
+"""Elements at a parameter's beginning by which its masters are recognised as those of its weights."""
 
 
 def import_zero(
     path: Path,
     out: StoreLike,
     run: str,
-    rules: Sequence[Rule] = KEEP,
+    rules: Sequence[NameRule] = KEEP,
     tag: str | None = None,
     trust: bool = False,
     fill: Fill | None = None,
-) -> Job:
+) -> ConversionJob:
     """A checkpoint that `engine.save_checkpoint` wrote under ZeRO 1 or 2, or a universal folder made of one.
 
     Parameters are fp32 masters, beside them `exp_avg` and `exp_avg_sq`; buffers keep their dtype. Experts have names with
@@ -57,14 +57,14 @@ def import_zero(
         rules: names here, by names there.
         tag: None: the newest.
         trust: whether files that are pickles in earnest may be read; those that DeepSpeed itself writes aren't.
-        fill: model, optimizer and moments that training goes on with, for what it wants besides.
+        fill: model, optimizer and moments that training continues with, for what it wants besides.
 
     Raises:
         UserError: where it is no such folder, is split over tensor-parallel ranks, is of ZeRO 3 or without ZeRO, or isn't
             whole.
     """
     folder = _tagged(path, tag)
-    tensors = Tensors()
+    tensors = PickledTensors()
     step = (
         _universal(folder, tensors, trust) if (folder / "zero").is_dir() else _sharded(folder, tensors, trust)
     )
@@ -98,7 +98,7 @@ def _tagged(path: Path, tag: str | None) -> Path:
 # ---- ZeRO's own files ----
 
 
-def _sharded(folder: Path, tensors: Tensors, trust: bool) -> int | None:
+def _sharded(folder: Path, tensors: PickledTensors, trust: bool) -> int | None:
     """Fill `tensors` from the files of a ZeRO 1 or 2 checkpoint: the count of steps."""
     names = sorted(entry.name for entry in folder.iterdir())
     _refuse_others(folder, names)
@@ -225,7 +225,7 @@ def _fragments(
     return found
 
 
-def _same(folder: Path, name: str, tensors: Tensors, weights: torch.Tensor) -> None:
+def _same(folder: Path, name: str, tensors: PickledTensors, weights: torch.Tensor) -> None:
     """Refuse masters that aren't those of the weights: ranks may have been put together in another way."""
     import torch
 
@@ -258,7 +258,7 @@ def _steps(states: Sequence[Any]) -> int | None:
 # ---- universal folders ----
 
 
-def _universal(folder: Path, tensors: Tensors, trust: bool) -> int | None:
+def _universal(folder: Path, tensors: PickledTensors, trust: bool) -> int | None:
     """Fill `tensors` from a universal folder: the count of steps. A folder per parameter, a file per slot."""
     import torch
 

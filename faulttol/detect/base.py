@@ -57,7 +57,7 @@ def judge_all(
 
     Args:
         snapshot: the gang now.
-        report: told of each detector that raised, in one line with the place.
+        report: gets each detector that raised, in one line with the place.
     """
     found: list[Verdict] = []
     for detector in detectors:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from faulttol.detect.snapshot import GroupSeen, RankSeen
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.signs import DEVICE
 
 _SAME_MOMENT = 5.0
@@ -14,7 +14,7 @@ _SAME_MOMENT = 5.0
 
 
 @dataclass(frozen=True)
-class Found:
+class Culprit:
     """Who is behind."""
 
     ranks: list[int]
@@ -79,11 +79,13 @@ def asleep(
 def is_waiting(rank: RankSeen) -> bool:
     """It says itself that it waits for others."""
     newest = rank.newest
-    own_part_done = newest is not None and newest.phase is Phase.COLLECTIVE and newest.mark is Mark.BEGIN
+    own_part_done = (
+        newest is not None and newest.phase is RankPhase.COLLECTIVE and newest.mark is PhaseMark.BEGIN
+    )
     return rank.waits not in ("", DEVICE) or own_part_done
 
 
-def waited_for(seen: Mapping[int, RankSeen]) -> Found:
+def waited_for(seen: Mapping[int, RankSeen]) -> Culprit:
     """The ranks that the others wait for.
 
     1. A stopped process, whatever it waited for.
@@ -94,13 +96,13 @@ def waited_for(seen: Mapping[int, RankSeen]) -> Found:
     """
     stopped = [rank for rank in sorted(seen) if seen[rank].held_since is not None]
     if stopped:
-        return Found(stopped, f", {seen[stopped[0]].held or 'stopped'}")
+        return Culprit(stopped, f", {seen[stopped[0]].held or 'stopped'}")
     edges = _edges(seen.values())
     wanted = {to for targets in edges.values() for to in targets}
     candidates = sorted(rank for rank in wanted if not edges.get(rank))
     ring = bool(wanted) and not candidates
     if ring:
-        return Found(sorted(wanted), "; each has entered a collective that another hasn't", ring=True)
+        return Culprit(sorted(wanted), "; each has entered a collective that another hasn't", ring=True)
     because = _because(seen, candidates)
     candidates = candidates or sorted(seen)
     awake = [rank for rank in candidates if not is_waiting(seen[rank])]
@@ -108,7 +110,7 @@ def waited_for(seen: Mapping[int, RankSeen]) -> Found:
         candidates = awake
     records = {rank: record for rank in candidates if (record := seen[rank].newest) is not None}
     found = behind(records) if records else candidates
-    return Found(found, because)
+    return Culprit(found, because)
 
 
 def behind(records: Mapping[int, Record]) -> list[int]:
@@ -120,7 +122,7 @@ def behind(records: Mapping[int, Record]) -> list[int]:
     places = {rank: _place(record) for rank, record in records.items()}
     least = min(places.values())
     found = sorted(rank for rank, place in places.items() if place == least)
-    if all(records[r].phase is Phase.CHECKPOINT and records[r].mark is Mark.BEGIN for r in found):
+    if all(records[r].phase is RankPhase.CHECKPOINT and records[r].mark is PhaseMark.BEGIN for r in found):
         first = min(records[rank].time for rank in found)
         found = [rank for rank in found if records[rank].time - first <= _SAME_MOMENT]
     return found
@@ -131,7 +133,7 @@ def _place(record: Record) -> tuple[int, int]:
 
     `step` n says that n steps are finished; what follows it, such as a save, belongs to the same step's end.
     """
-    return record.step - (record.mark is Mark.STEP), record.sequence
+    return record.step - (record.mark is PhaseMark.STEP), record.sequence
 
 
 def _edges(seen: Iterable[RankSeen]) -> dict[int, set[int]]:

@@ -18,7 +18,7 @@ from faulttol.verdicts import Verdict, VerdictKind
 _SAME_MOMENT = 2.0
 """Seconds within which ranks that died of reasons of their own are all named: nodes' clocks differ."""
 _HEARTBEATS = 3.0
-"""Heartbeats for which a rank that died of a peer waits for the peer's end to be told."""
+"""Heartbeats for which a rank that died of a peer waits for the peer's end to be reported."""
 _LEAST_WAIT = 3.0
 """Seconds for which it waits at least."""
 _MOST = 16
@@ -30,13 +30,13 @@ _LINGER = 10.0
 def judge(snapshot: Snapshot) -> list[Verdict]:
     """Verdicts on the ranks that began it; none where every exit is 0.
 
-    1. A user's mistake on any rank explains all: the others wait for that rank or die of it. Where all ranks were told of
+    1. A user's mistake on any rank explains all: the others wait for that rank or die of it. Where all ranks learned of
        it, the one that met it is named.
     2. The earliest death of a rank's own reason is the cause: a signal, an error that blames no peer, any exit code
        without an error. Those within `_SAME_MOMENT` of it are named too.
-    3. Where every dead rank blames a peer, the peer's own end may not have been told yet. So nobody is named while a rank
-       lives, or a node is silent, up to a bound; past it the living rank that is stopped is the cause, or the rank that
-       ended with code 0 before them, else the network between them is.
+    3. Where every dead rank blames a peer, the peer's own end may not have been reported yet. So nobody is named while a
+       rank lives, or a node is silent, up to a bound; past it the living rank that is stopped is the cause, or the rank
+       that ended with code 0 before them, else the network between them is.
     """
     dead = [rank for rank in snapshot.ranks.values() if _is_dead(rank, snapshot.now)]
     if not dead:
@@ -44,7 +44,9 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
     dead.sort(key=lambda r: (_died(r, snapshot.now), r.rank))
     mistaken = [r for r in dead if r.exit_code == USER_ERROR_EXIT]
     if mistaken:
-        first = min(mistaken, key=_blames_peer)  # of those that were only told of it, none where one wasn't
+        first = min(
+            mistaken, key=_blames_peer
+        )  # of those that were only informed of it, none where one wasn't
         if _blames_peer(first) and _may_still_be_told(snapshot, dead[0]):
             return []
         return [_verdict(snapshot, first, VerdictKind.USER_ERROR, _mistake(first))]
@@ -66,7 +68,7 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
 
 
 def any_dead(snapshot: Snapshot) -> bool:
-    """Whether a rank ended by anything but code 0: what its peers do then is no hang."""
+    """Whether a rank ended by anything but code 0: what its peers do then is not a hang."""
     return any(_is_dead(rank, snapshot.now) for rank in snapshot.ranks.values())
 
 

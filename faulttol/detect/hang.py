@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from configs.timeouts import Timeouts
 from faulttol.detect import culprit, death
 from faulttol.detect.snapshot import RankSeen, Snapshot
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 
 SAVE_FACTOR = 4.0
@@ -27,8 +27,15 @@ LEAST_EARLY = 5.0
 _SEEN = 0.5
 """Of that silence: for how long the evidence must have been there."""
 _HEARTBEATS = 3.0
-"""Heartbeats without an answer after which what a node last told is no evidence any more."""
-_BEGINNING = (Phase.START, Phase.IMPORTS, Phase.RENDEZVOUS, Phase.BUILD, Phase.LOAD, Phase.CHECKPOINT)
+"""Heartbeats without an answer after which what a node last reported is not evidence any more."""
+_BEGINNING = (
+    RankPhase.START,
+    RankPhase.IMPORTS,
+    RankPhase.RENDEZVOUS,
+    RankPhase.BUILD,
+    RankPhase.LOAD,
+    RankPhase.CHECKPOINT,
+)
 """Phases before the first step that renew their records."""
 
 
@@ -78,7 +85,7 @@ def _early(snapshot: Snapshot) -> list[Verdict]:
 def _start(snapshot: Snapshot) -> list[Verdict]:
     """Before the first step, by `timeouts.start`."""
     timeouts, waited, records = snapshot.timeouts, snapshot.since_start, _records(snapshot)
-    preparing = len(records) == snapshot.world and all(_is_in(r, Phase.DATA, 0) for r in records.values())
+    preparing = len(records) == snapshot.world and all(_is_in(r, RankPhase.DATA, 0) for r in records.values())
     limit = timeouts.seconds("start") * (PREPARE_FACTOR if preparing else 1.0)
     if waited <= limit or _gets_on(records.values(), snapshot.now, timeouts):
         return []
@@ -103,7 +110,7 @@ def _late(snapshot: Snapshot) -> list[Verdict]:
     if silence <= hang:
         return []
     found = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
-    saving = all(_is_in(records[rank], Phase.CHECKPOINT) for rank in found.ranks)
+    saving = all(_is_in(records[rank], RankPhase.CHECKPOINT) for rank in found.ranks)
     if saving and silence <= hang * SAVE_FACTOR:
         return []
     detail = f"no rank made a record for {silence:.0f} s: {_behind_text(found, records)}"
@@ -115,18 +122,18 @@ def _records(snapshot: Snapshot) -> dict[int, Record]:
     return {r.rank: r.newest for r in snapshot.ranks.values() if r.newest is not None and not r.ended}
 
 
-def _is_in(record: Record, phase: Phase, step: int | None = None) -> bool:
+def _is_in(record: Record, phase: RankPhase, step: int | None = None) -> bool:
     """The rank has begun `phase` (of `step`) and nothing since."""
-    return record.phase is phase and record.mark is Mark.BEGIN and step in (None, record.step)
+    return record.phase is phase and record.mark is PhaseMark.BEGIN and step in (None, record.step)
 
 
 def _gets_on(records: Iterable[Record], now: float, timeouts: Timeouts) -> bool:
     """A rank that begins or loads has shown progress lately."""
     hang = timeouts.seconds("hang")
-    return any(r.phase in _BEGINNING and r.mark is Mark.BEGIN and now - r.time <= hang for r in records)
+    return any(r.phase in _BEGINNING and r.mark is PhaseMark.BEGIN and now - r.time <= hang for r in records)
 
 
-def _behind_text(found: culprit.Found, records: Mapping[int, Record]) -> str:
+def _behind_text(found: culprit.Culprit, records: Mapping[int, Record]) -> str:
     """Who is behind and where."""
     ranks, record = found.ranks, records[found.ranks[0]]
     if found.ring:
@@ -137,11 +144,9 @@ def _behind_text(found: culprit.Found, records: Mapping[int, Record]) -> str:
 
 
 def _where(record: Record) -> str:
-    if record.mark is Mark.STEP:
+    if record.mark is PhaseMark.STEP:
         return f"after the end of step {record.step}"
-    return (
-        f"{'in' if record.mark is Mark.BEGIN else 'after'} {record.phase.name.lower()} of step {record.step}"
-    )
+    return f"{'in' if record.mark is PhaseMark.BEGIN else 'after'} {record.phase.name.lower()} of step {record.step}"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -12,11 +12,11 @@ from configs.rank import RankFiles
 from faulttol import exits, recorder, signs, steady
 from faulttol.detect import processes
 from faulttol.detect.snapshot import RankSeen
-from faulttol.recorder import Phase, Record
+from faulttol.recorder import RankPhase, Record
 
 _SILENT = 3.0
 """Seconds without a record after which a rank is looked at closely. Before, a look costs a few small reads."""
-_COMPUTE = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
+_COMPUTE = (RankPhase.FORWARD, RankPhase.BACKWARD, RankPhase.OPTIMIZER)
 """Phases that never wait for storage."""
 _IDLE = 0.02
 """Share of a core that a sleeping rank may use: its observer thread, queues that are looked at now and then."""
@@ -96,7 +96,11 @@ class RankWatch:
         return self._seen(newest, raised, held, told, tree[0].state if tree else "", bool(asleep))
 
     def _asleep(
-        self, newest: Record | None, told: signs.Told | None, tree: list[processes.Process], now: float
+        self,
+        newest: Record | None,
+        told: signs.LastSign | None,
+        tree: list[processes.SeenProcess],
+        now: float,
     ) -> str:
         """What it sleeps in, where it has slept since the look before; else empty.
 
@@ -123,7 +127,7 @@ class RankWatch:
         newest: Record | None,
         raised: exits.Raised | None,
         held: str = "",
-        told: signs.Told | None = None,
+        told: signs.LastSign | None = None,
         state: str = "",
         asleep: bool = False,
     ) -> RankSeen:

@@ -35,7 +35,7 @@ _CONNECTED = ("01", "02")
 
 
 @dataclass(frozen=True)
-class Process:
+class SeenProcess:
     """One process."""
 
     pid: int
@@ -52,7 +52,7 @@ def state(pid: int) -> str:
     return found.state if found is not None else ""
 
 
-def tree(pid: int) -> list[Process]:
+def tree(pid: int) -> list[SeenProcess]:
     """A process and all that it has started, itself first; empty where it is gone."""
     found, ahead = [], [pid]
     while ahead:
@@ -66,7 +66,7 @@ def tree(pid: int) -> list[Process]:
 RUNNING = "running"
 
 
-def idle(processes: Sequence[Process], gang: frozenset[str], observer: int = 0) -> str:
+def idle(processes: Sequence[SeenProcess], gang: frozenset[str], observer: int = 0) -> str:
     """The system call that the first process's main thread stands in, where no thread of all of them waits for a file, a
     device or a host outside the gang; `RUNNING` where one of them runs or would if it got a processor; else empty.
 
@@ -96,14 +96,14 @@ def idle(processes: Sequence[Process], gang: frozenset[str], observer: int = 0) 
     return "" if any(_elsewhere(process.pid, gang) for process in processes if process.state != "Z") else main
 
 
-def _process(pid: int) -> Process | None:
+def _process(pid: int) -> SeenProcess | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except OSError:
         return None
     name, _, rest = text.partition("(")[2].rpartition(")")
     fields = rest.split()
-    return Process(pid, name, fields[0], (int(fields[11]) + int(fields[12])) / _TICKS)
+    return SeenProcess(pid, name, fields[0], (int(fields[11]) + int(fields[12])) / _TICKS)
 
 
 def _threads(pid: int) -> list[int]:
@@ -189,7 +189,7 @@ def _connected(pid: int, inodes: set[str]) -> Iterator[str]:
 
 
 def _address(text: str) -> str:
-    """`0100007F` is 127.0.0.1: words in the byte order of the host; an IPv4 address inside IPv6 is told as IPv4."""
+    """`0100007F` is 127.0.0.1: words in the byte order of the host; an IPv4 address inside IPv6 is reported as IPv4."""
     words = [bytes.fromhex(text[at : at + 8])[::-1] for at in range(0, len(text), 8)]
     if len(words) == 4 and words[:2] == [bytes(4), bytes(4)] and words[2] == b"\0\0\xff\xff":
         words = words[3:]

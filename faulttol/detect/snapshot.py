@@ -51,7 +51,7 @@ class RankSeen:
     newest: Record | None = None
     """Newest record of its ring."""
     groups: tuple[GroupSeen, ...] = ()
-    """Its communicators, where it has told of them."""
+    """Its communicators, where it has reported them."""
     raised: Raised | None = None
     """What it wrote before it ended by an error."""
     last_words: str = ""
@@ -117,7 +117,7 @@ class Snapshot:
     """Seconds since its ranks were started, by a monotonic clock."""
     world: int
     ranks: Mapping[int, RankSeen]
-    """Those that were seen; others have told of nothing yet."""
+    """Those that were seen; others have reported nothing yet."""
     nodes: Mapping[int, str]
     """Rank -> address of its node."""
     timeouts: Timeouts

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from faulttol.preflight.host import timed
-from faulttol.preflight.result import Check, Outcome
+from faulttol.preflight.result import Check, CheckOutcome
 
 _SLOW = 0.8
 """Share of the node's median rate below which a device is slow; of two nobody could say which one."""
@@ -33,33 +33,33 @@ def checks() -> list[Check]:
         found.append(timed(f"{device} memory", partial(memory, device)))
         found.append(timed(f"{device} exactness", partial(exactness, device, size)))
 
-        def look(device: torch.device = device, size: int = size) -> tuple[Outcome, str]:
+        def look(device: torch.device = device, size: int = size) -> tuple[CheckOutcome, str]:
             rates[str(device)] = rate(device, size)
-            return Outcome.GOOD, f"{rates[str(device)] / 1e12:.2f} TFLOP/s, bf16, {size} x {size}"
+            return CheckOutcome.GOOD, f"{rates[str(device)] / 1e12:.2f} TFLOP/s, bf16, {size} x {size}"
 
         found.append(timed(f"{device} matmul", look))
     return [*found, timed("matmul rates", lambda: compared(rates))]
 
 
-def memory(device: torch.device) -> tuple[Outcome, str]:
+def memory(device: torch.device) -> tuple[CheckOutcome, str]:
     """Whether most of the device's memory is free before anything runs."""
     if device.type == "cpu":
-        return Outcome.GOOD, "is the host's"
+        return CheckOutcome.GOOD, "is the host's"
     free, total = torch.cuda.mem_get_info(device)
     text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    return (Outcome.GOOD if free > 0.8 * total else Outcome.BAD), text
+    return (CheckOutcome.GOOD if free > 0.8 * total else CheckOutcome.BAD), text
 
 
-def exactness(device: torch.device, size: int) -> tuple[Outcome, str]:
+def exactness(device: torch.device, size: int) -> tuple[CheckOutcome, str]:
     """The same product twice gives the same bits, and one of whole numbers is right in every element."""
     generator = torch.Generator().manual_seed(size)
     left, right = (torch.randn(size, size, generator=generator).to(device, torch.bfloat16) for _ in range(2))
     if not torch.equal(left @ right, left @ right):
-        return Outcome.BAD, "the same product twice differs"
+        return CheckOutcome.BAD, "the same product twice differs"
     return whole_numbers(device, size, generator)
 
 
-def whole_numbers(device: torch.device, size: int, generator: torch.Generator) -> tuple[Outcome, str]:
+def whole_numbers(device: torch.device, size: int, generator: torch.Generator) -> tuple[CheckOutcome, str]:
     """A product whose elements are small whole numbers, which bf16 holds exactly, weighted and summed.
 
     Every row has a weight other than zero, so one wrong element is always seen; sums are of whole numbers in float64.
@@ -71,8 +71,8 @@ def whole_numbers(device: torch.device, size: int, generator: torch.Generator) -
     expected = (weights @ left.to(torch.float64)) @ right.to(torch.float64)
     wrong = int(((weights @ product) != expected).sum())
     if wrong:
-        return Outcome.BAD, f"a product of whole numbers is wrong in {wrong} of {size} columns"
-    return Outcome.GOOD, f"exact to the bit, {size} x {size}"
+        return CheckOutcome.BAD, f"a product of whole numbers is wrong in {wrong} of {size} columns"
+    return CheckOutcome.GOOD, f"exact to the bit, {size} x {size}"
 
 
 def _sparse_signs(size: int, share: float, generator: torch.Generator) -> torch.Tensor:
@@ -94,12 +94,15 @@ def rate(device: torch.device, size: int) -> float:
     return 2 * size**3 / best
 
 
-def compared(rates: dict[str, float]) -> tuple[Outcome, str]:
+def compared(rates: dict[str, float]) -> tuple[CheckOutcome, str]:
     """Devices that are much slower than their neighbours on the node."""
     if len(rates) < _LEAST_DEVICES:
-        return Outcome.GOOD, "too few devices to compare"
+        return CheckOutcome.GOOD, "too few devices to compare"
     middle = median(rates.values())
     slow = [f"{name} {value / middle:.2f}" for name, value in rates.items() if value < _SLOW * middle]
     if slow:
-        return Outcome.BAD, f"below {_SLOW} of the median of {middle / 1e12:.1f} TFLOP/s: {', '.join(slow)}"
-    return Outcome.GOOD, f"all within {_SLOW} of {middle / 1e12:.1f} TFLOP/s"
+        return (
+            CheckOutcome.BAD,
+            f"below {_SLOW} of the median of {middle / 1e12:.1f} TFLOP/s: {', '.join(slow)}",
+        )
+    return CheckOutcome.GOOD, f"all within {_SLOW} of {middle / 1e12:.1f} TFLOP/s"

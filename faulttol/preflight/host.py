@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from faulttol.preflight.result import Check, Outcome
+from faulttol.preflight.result import Check, CheckOutcome
 
 LEAST_MEMORY = 512 << 20
 """Bytes of host memory without which a rank can't even start."""
@@ -27,7 +27,7 @@ _DIAL_SECONDS = 2.0
 _LOOPBACK_BYTES = 8 << 20
 _GREETING = b"megaray\n"
 
-Look = Callable[[], tuple[Outcome, str]]
+Look = Callable[[], tuple[CheckOutcome, str]]
 
 
 def timed(name: str, look: Look) -> Check:
@@ -36,7 +36,7 @@ def timed(name: str, look: Look) -> Check:
     try:
         outcome, text = look()
     except Exception as error:  # the instrument's fault, not the node's
-        outcome, text = Outcome.UNKNOWN, f"{type(error).__name__}: {error}"
+        outcome, text = CheckOutcome.UNKNOWN, f"{type(error).__name__}: {error}"
     return Check(name, outcome, text, time.monotonic() - began)
 
 
@@ -45,18 +45,18 @@ def quick(shared: Path = Path("/dev/shm")) -> list[Check]:  # noqa: S108  (node 
     return [timed("host memory", host_memory), timed("shared memory", lambda: shared_memory(shared))]
 
 
-def host_memory() -> tuple[Outcome, str]:
+def host_memory() -> tuple[CheckOutcome, str]:
     """Whether a rank could start."""
     memory = psutil.virtual_memory()
     text = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
-    return (Outcome.GOOD if memory.available >= LEAST_MEMORY else Outcome.BAD), text
+    return (CheckOutcome.GOOD if memory.available >= LEAST_MEMORY else CheckOutcome.BAD), text
 
 
-def shared_memory(path: Path) -> tuple[Outcome, str]:
+def shared_memory(path: Path) -> tuple[CheckOutcome, str]:
     """Whether rings fit; pages must be there when they are written."""
     free = shutil.disk_usage(path).free
     text = f"{free / 2**20:.0f} MiB free in {path}"
-    return (Outcome.GOOD if free >= LEAST_SHARED else Outcome.BAD), text
+    return (CheckOutcome.GOOD if free >= LEAST_SHARED else CheckOutcome.BAD), text
 
 
 def versions() -> dict[str, str]:
@@ -70,9 +70,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def told_versions() -> tuple[Outcome, str]:
+def told_versions() -> tuple[CheckOutcome, str]:
     """The same as a check."""
-    return Outcome.GOOD, ", ".join(f"{name} {value}" for name, value in versions().items())
+    return CheckOutcome.GOOD, ", ".join(f"{name} {value}" for name, value in versions().items())
 
 
 def device_tool_name() -> str | None:
@@ -80,25 +80,25 @@ def device_tool_name() -> str | None:
     return next((name for name in ("nvidia-smi", "rocm-smi") if shutil.which(name)), None)
 
 
-def device_tool(tool: str | None = None) -> tuple[Outcome, str]:
+def device_tool(tool: str | None = None) -> tuple[CheckOutcome, str]:
     """Whether the devices' own tool answers. A driver that hangs is the commonest way for a device to be lost."""
     tool = tool or device_tool_name()
     if tool is None:
-        return Outcome.GOOD, "no devices, or no tool that tells of them"
+        return CheckOutcome.GOOD, "no devices, or no tool that tells of them"
     try:
         done = subprocess.run([tool], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return Outcome.BAD, f"{tool} doesn't answer in {_TOOL_SECONDS:.0f} s: the driver hangs"
+        return CheckOutcome.BAD, f"{tool} doesn't answer in {_TOOL_SECONDS:.0f} s: the driver hangs"
     if done.returncode:
         first = (done.stdout + done.stderr).strip().splitlines()
         return (
-            Outcome.BAD,
+            CheckOutcome.BAD,
             f"{tool} fails with exit code {done.returncode}: {first[0] if first else 'no text'}",
         )
-    return Outcome.GOOD, f"{tool} answers"
+    return CheckOutcome.GOOD, f"{tool} answers"
 
 
-def loopback() -> tuple[Outcome, str]:
+def loopback() -> tuple[CheckOutcome, str]:
     """Bytes through the node's own network stack arrive as they were sent."""
     data = os.urandom(1 << 16)
     with socket.socket() as server:
@@ -123,20 +123,20 @@ def loopback() -> tuple[Outcome, str]:
                 connection.settimeout(_DIAL_SECONDS * 5)
                 parts = [stream.read(len(data)) for _ in range(_LOOPBACK_BYTES // len(data))]
         except OSError as error:
-            return Outcome.BAD, f"the node doesn't reach itself over 127.0.0.1: {error}"
+            return CheckOutcome.BAD, f"the node doesn't reach itself over 127.0.0.1: {error}"
     if any(part != data for part in parts):
-        return Outcome.BAD, "bytes sent over 127.0.0.1 came back different"
-    return Outcome.GOOD, f"{_LOOPBACK_BYTES / (time.monotonic() - began) / 1e9:.1f} GB/s"
+        return CheckOutcome.BAD, "bytes sent over 127.0.0.1 came back different"
+    return CheckOutcome.GOOD, f"{_LOOPBACK_BYTES / (time.monotonic() - began) / 1e9:.1f} GB/s"
 
 
-def neighbours(peers: Sequence[str]) -> tuple[Outcome, str]:
+def neighbours(peers: Sequence[str]) -> tuple[CheckOutcome, str]:
     """Whether the node reaches others, `HOST:PORT` of a `Beacon` each. One that reaches none of several is cut off;
     where only some fail, it may be their fault."""
     failed = [peer for peer in peers if not _greets(peer)]
     if not failed:
-        return Outcome.GOOD, f"reaches {', '.join(peers)}" if peers else "no neighbours"
+        return CheckOutcome.GOOD, f"reaches {', '.join(peers)}" if peers else "no neighbours"
     text = f"doesn't reach {', '.join(failed)}"
-    return (Outcome.BAD if len(failed) == len(peers) > 1 else Outcome.UNKNOWN), text
+    return (CheckOutcome.BAD if len(failed) == len(peers) > 1 else CheckOutcome.UNKNOWN), text
 
 
 def _greets(peer: str) -> bool:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 
-class Outcome(StrEnum):
+class CheckOutcome(StrEnum):
     """How a check came out."""
 
     GOOD = "good"
@@ -22,7 +22,7 @@ class Check:
     """One thing that was looked at."""
 
     name: str
-    outcome: Outcome
+    outcome: CheckOutcome
     text: str
     """What was measured, or why it is bad or couldn't be; one line."""
     seconds: float = 0.0
@@ -37,7 +37,7 @@ class Preflight:
     @property
     def why(self) -> str:
         """What is bad, in one line; empty where nothing is."""
-        return "; ".join(f"{one.name}: {one.text}" for one in self.checks if one.outcome is Outcome.BAD)
+        return "; ".join(f"{one.name}: {one.text}" for one in self.checks if one.outcome is CheckOutcome.BAD)
 
     def to_json(self) -> dict[str, Any]:
         """As a plain tree."""
@@ -51,7 +51,9 @@ class Preflight:
             ValueError: where it isn't one.
         """
         try:
-            return cls(tuple(Check(**{**one, "outcome": Outcome(one["outcome"])}) for one in tree["checks"]))
+            return cls(
+                tuple(Check(**{**one, "outcome": CheckOutcome(one["outcome"])}) for one in tree["checks"])
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a preflight: {error}") from error
 

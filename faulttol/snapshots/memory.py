@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
-from faulttol.checkpoint.folder import Commit, Folder, tag
+from faulttol.checkpoint.folder import CheckpointCommit, Folder, tag
 from faulttol.checkpoint.load import Tier
 from faulttol.checkpoint.manifest import Identity, Incomplete
 from faulttol.checkpoint.peers import Peers, caught, on_first
-from faulttol.checkpoint.store import Store, StoreLike
+from faulttol.checkpoint.store import CheckpointStore, StoreLike
 from faulttol.snapshots.partners import NAME as NAME
 from faulttol.snapshots.partners import demoted as demoted
 from faulttol.snapshots.partners import partners as partners
@@ -79,7 +79,7 @@ def _word(name: str) -> str:
     return f"%2E{word[1:]}" if word.startswith(".") else word
 
 
-def sweep(folder: Path, newest: Commit) -> list[str]:
+def sweep(folder: Path, newest: CheckpointCommit) -> list[str]:
     """Remove from a node's folder what is older than a commit of the run, own files and copies, and tell their names.
 
     Called on every node once all ranks know of the commit, which may be in memory or in the store: so an earlier attempt's
@@ -114,7 +114,7 @@ def forget_idle(folder: Path, idle: float = 86400.0) -> list[str]:
     """Remove what other runs have left on a node: memory that nobody else gives back. Their store has their checkpoints.
 
     Args:
-        folder: of the run that goes on; its neighbours are looked at.
+        folder: of the run that continues; its neighbours are looked at.
         idle: seconds since a run's last file was written.
 
     Returns:
@@ -141,7 +141,7 @@ def _attempt(name: str, run: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _files(folder: Path, run: str) -> Iterator[tuple[Path, str, Commit]]:
+def _files(folder: Path, run: str) -> Iterator[tuple[Path, str, CheckpointCommit]]:
     """Files of a run's commits, and what a writer that was killed left of one."""
     for place in folder.glob("step-*"):
         step = _STEP.fullmatch(place.name)
@@ -151,7 +151,7 @@ def _files(folder: Path, run: str) -> Iterator[tuple[Path, str, Commit]]:
         for name in names:
             attempt = _attempt(name, run)
             if step and attempt is not None:
-                yield place, name, Commit(attempt, int(step[1]), run)
+                yield place, name, CheckpointCommit(attempt, int(step[1]), run)
 
 
 # ---- writing ----
@@ -166,7 +166,7 @@ class Copies:
     """
 
     def __init__(self, folder: Path, partner: StoreLike | None) -> None:
-        self._folder, self._own, self._partner = folder, Store(str(folder)), partner
+        self._folder, self._own, self._partner = folder, CheckpointStore(str(folder)), partner
         self.url = self._own.url
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
@@ -341,7 +341,7 @@ def _union(packed: bytes, secret: bytes, folder: Path, rank: int) -> Union:
     tree = json.loads(zlib.decompress(packed))
     own = tree["folders"].index(str(folder)) if str(folder) in tree["folders"] else None
     holders: list[StoreLike] = [
-        Store(str(folder)) if at == own else RemoteStore(address, secret, _ANSWER_SECONDS)
+        CheckpointStore(str(folder)) if at == own else RemoteStore(address, secret, _ANSWER_SECONDS)
         for at, address in enumerate(tree["addresses"])
     ]
     return Union(holders, tree["files"], own, rank)

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 
 _NONCE = 32
 """Bytes of a number made up for one connection, and of a proof."""
@@ -73,7 +73,7 @@ class Server:
 
     def __init__(self, folder: Path, secret: bytes, host: str) -> None:
         self._folder, self._secret = folder, secret
-        self._store = Store(str(folder))
+        self._store = CheckpointStore(str(folder))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=_CONNECTIONS)
         self.address = f"{host}:{self._listener.getsockname()[1]}"
@@ -186,7 +186,7 @@ class Server:
 
 
 class _Gone(Exception):
-    """The other side can't be told anything any more."""
+    """The other side can't be sent anything any more."""
 
 
 class RemoteStore:
@@ -404,7 +404,7 @@ def _take_head(link: socket.socket) -> dict[str, Any]:
         raise ValueError(f"a head of {length} bytes")
     tree = json.loads(_take(link, length))
     if not isinstance(tree, dict):
-        raise ValueError("a head that is no object")
+        raise ValueError("a head that is not an object")
     return tree
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.pieces import Piece
-from faulttol.checkpoint.shards import Layout
+from faulttol.checkpoint.pieces import TensorPiece
+from faulttol.checkpoint.shards import ShardLayout
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class Buffer:
         """Where another process of this user opens it."""
         return str(self._named) if self._named is not None else f"/proc/{os.getpid()}/fd/{self._fd}"
 
-    def tensor(self, offset: int, piece: Piece) -> torch.Tensor:
+    def tensor(self, offset: int, piece: TensorPiece) -> torch.Tensor:
         """The place of a piece, as a tensor of its dtype and shape."""
         import torch
 
@@ -108,7 +108,7 @@ class Buffer:
             self._named.unlink(missing_ok=True)
 
 
-class Copy:
+class StagedCopy:
     """Live tensors on their way into a buffer.
 
     Args:
@@ -118,7 +118,9 @@ class Copy:
         device: where they live.
     """
 
-    def __init__(self, buffer: Buffer, layout: Layout, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(
+        self, buffer: Buffer, layout: ShardLayout, pieces: Sequence[TensorPiece], device: torch.device
+    ) -> None:
         self._buffer, self._layout, self._pieces = buffer, layout, pieces
         self._done = threading.Event()
         self._failed: Exception | None = None
@@ -143,7 +145,7 @@ class Copy:
                 self._buffer.tensor(offset, piece).copy_(piece.source.detach(), non_blocking=True)
 
     def run(self) -> None:
-        """Copy, or wait until the device has; called once, by the thread that goes on with the buffer."""
+        """Copy, or wait until the device has; called once, by the thread that continues with the buffer."""
         try:
             if self._cuda is not None:
                 self._cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Saves in two stages: training waits for a copy in host memory; digesting, writing and committing go on beside it.
+"""Saves in two stages: training waits for a copy in host memory; digesting, writing and committing continue beside it.
 
 On every rank a thread leads a save through: it waits for the copy, has the writer process write the rank's file, and
 leaves a receipt in a key-value store that rank 0 serves. Rank 0's thread collects the receipts and has its writer commit.
@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.folder import Commit, folder_of, tag
-from faulttol.checkpoint.manifest import Identity, Incomplete, ShardFile, Superseded, Uncertain
+from faulttol.checkpoint.folder import CheckpointCommit, folder_of, tag
+from faulttol.checkpoint.manifest import Identity, Incomplete, SaveSuperseded, ShardFile, Uncertain
 from faulttol.checkpoint.peers import Peers, failure_of
-from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.retention import Retention
-from faulttol.checkpoint.shards import Layout, layout, ordered
-from faulttol.checkpoint.store import Store
-from faulttol.checkpoint.survey import Plan
+from faulttol.checkpoint.shards import ShardLayout, layout, ordered
+from faulttol.checkpoint.store import CheckpointStore
+from faulttol.checkpoint.survey import FilePlan
 from faulttol.snapshots.partners import partners
-from faulttol.staged.buffers import Buffer, Buffers, Copy
+from faulttol.staged.buffers import Buffer, Buffers, StagedCopy
 from faulttol.staged.writer import (
     CommitOrder,
     Discard,
@@ -38,7 +38,7 @@ from faulttol.staged.writer import (
     Put,
     Seal,
     Serve,
-    Sweep,
+    SweepSnapshots,
     WriterProcess,
 )
 
@@ -48,18 +48,18 @@ if TYPE_CHECKING:
 
 _LOOK = 0.1
 """Seconds between two looks at a save that is waited for."""
-_KINDS = {kind.__name__: kind for kind in (UserError, Superseded, Uncertain, Incomplete)}
+_KINDS = {kind.__name__: kind for kind in (UserError, SaveSuperseded, Uncertain, Incomplete)}
 
 
 @dataclass(frozen=True)
-class Policy:
+class SavePolicy:
     """How a run saves."""
 
     root: str
     """Folder or fsspec URL."""
     retention: Retention
     background: bool = True
-    """Whether training goes on while a save is written."""
+    """Whether training continues while a save is written."""
     busy: str = "wait"
     """`wait` or `skip`: what a save does while the one before is being written."""
 
@@ -77,7 +77,7 @@ class Signs:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """How a save ended."""
 
     step: int
@@ -115,9 +115,9 @@ class _Job:
     facts: dict[str, Any]
     began: float
     tiers: Sequence[str]
-    layout: Layout | None = None
+    layout: ShardLayout | None = None
     buffer: Buffer | None = None
-    copy: Copy | None = None
+    copy: StagedCopy | None = None
     failed: Exception | None = None
     """Why this rank has nothing to write."""
     held: float = 0.0
@@ -127,8 +127,8 @@ class _Job:
     commits: bool = False
     """This is rank 0, and all ranks have done their part."""
     over: threading.Event = field(default_factory=threading.Event)
-    outcomes: list[Outcome] = field(default_factory=list)
-    live: list[Piece] | None = None
+    outcomes: list[SaveOutcome] = field(default_factory=list)
+    live: list[TensorPiece] | None = None
     """What is written without a copy."""
     copied: bool = False
     sealed: ShardFile | None = None
@@ -150,7 +150,7 @@ class Saver:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: SavePolicy,
         identity: Identity,
         peers: Peers,
         control: dist.Store,
@@ -178,9 +178,9 @@ class Saver:
         self._plans: dict[str, bytes] = {}
         """On rank 0, packed plans of all ranks by digest: a few KB each."""
         self._known: set[str] = set()
-        """Digests of those that the writer `_known_by` was told."""
+        """Digests of those that the writer `_known_by` has got."""
         self._known_by: int | None = None
-        self._ended: list[Outcome] = []
+        self._ended: list[SaveOutcome] = []
 
     @property
     def writer_pid(self) -> int | None:
@@ -189,7 +189,7 @@ class Saver:
 
     # ---- what training calls ----
 
-    def prepare(self, pieces: Iterable[Piece]) -> None:
+    def prepare(self, pieces: Iterable[TensorPiece]) -> None:
         """Get the memory for saves of such pieces, beside what follows: the first save then doesn't wait for it."""
         if not self._policy.background and self._memory is None:
             return
@@ -204,7 +204,11 @@ class Saver:
             self._buffers.prepare(size)
 
     def stage(
-        self, step: int, pieces: Iterable[Piece], facts: dict[str, Any], tiers: Sequence[str] = ("store",)
+        self,
+        step: int,
+        pieces: Iterable[TensorPiece],
+        facts: dict[str, Any],
+        tiers: Sequence[str] = ("store",),
     ) -> None:
         """Begin to save a step. What is saved mustn't change before `settle`.
 
@@ -218,7 +222,8 @@ class Saver:
         if self._policy.busy == "skip" and self._any_busy():
             why = Incomplete("the save before was still being written (checkpoint.busy=skip)")
             self._ended += [
-                Outcome(step, self._path(step, tier), 0, 0.0, tier, 0.0, why, skipped=True) for tier in tiers
+                SaveOutcome(step, self._path(step, tier), 0, 0.0, tier, 0.0, why, skipped=True)
+                for tier in tiers
             ]
             return
         self.finish()  # which holds training for the save before, not for this one
@@ -234,7 +239,7 @@ class Saver:
             else:
                 self._prepared_by_now()
                 job.buffer = self._buffers.take(job.layout.size)
-                job.copy = Copy(job.buffer, job.layout, kept, self._device)
+                job.copy = StagedCopy(job.buffer, job.layout, kept, self._device)
         except Exception as error:
             job.failed = error
         self._job = job
@@ -251,7 +256,7 @@ class Saver:
             with self._holding(job):
                 job.copy.settle()
 
-    def poll(self) -> list[Outcome]:
+    def poll(self) -> list[SaveOutcome]:
         """Saves that ended since the last call."""
         if self._job is not None and self._job.over.is_set():
             self._end()
@@ -330,7 +335,7 @@ class Saver:
         finally:
             job.over.set()
 
-    def _led(self, job: _Job, tier: str) -> Outcome:
+    def _led(self, job: _Job, tier: str) -> SaveOutcome:
         """How the save to a tier ended."""
         try:
             receipt = self._write(job, tier)
@@ -343,7 +348,7 @@ class Saver:
             if tier == "memory" and job.buffer is not None:
                 self._buffers.keep(job.buffer)
                 who = self._identity
-                sweep = Sweep(Commit(who.attempt, job.step, tag(who.run)))
+                sweep = SweepSnapshots(CheckpointCommit(who.attempt, job.step, tag(who.run)))
                 with suppress(Exception):  # memory is wasted, nothing is lost
                     self._writer.request(sweep, lambda _: None)
             return self._outcome(job, tier, size, held, None)
@@ -362,16 +367,16 @@ class Saver:
         root = self._policy.root.rstrip("/") if tier == "store" else "memory:/"
         return f"{root}/{folder_of(step)}"
 
-    def _outcome(self, job: _Job, tier: str, size: int, held: float, error: Exception | None) -> Outcome:
+    def _outcome(self, job: _Job, tier: str, size: int, held: float, error: Exception | None) -> SaveOutcome:
         path, seconds = self._path(job.step, tier), time.monotonic() - job.began
-        return Outcome(job.step, path, size, seconds, tier, held, error)
+        return SaveOutcome(job.step, path, size, seconds, tier, held, error)
 
     def _write(self, job: _Job, tier: str) -> dict[str, Any]:
         """Write this rank's file; its receipt."""
         if job.live is not None:
-            store = Store(self._policy.root)
+            store = CheckpointStore(self._policy.root)
             written = saving.write(store, job.step, job.token, self._identity, job.live)
-            return self._receipt(written.record, Plan(written.plain or ()))
+            return self._receipt(written.record, FilePlan(written.plain or ()))
         if job.failed is not None or job.copy is None or job.layout is None or job.buffer is None:
             raise job.failed or Incomplete("nothing was staged")
 
@@ -395,10 +400,10 @@ class Saver:
             self._writer.request(Keep(path, plain, token, partner), progressed)
         elif not fresh:
             self._writer.request(Put(path, plain, token, self._policy.root), progressed)
-        return self._receipt(job.sealed, Plan(plain.pieces))
+        return self._receipt(job.sealed, FilePlan(plain.pieces))
 
-    def _receipt(self, record: ShardFile, plan: Plan) -> dict[str, Any]:
-        """What rank 0 has to know; a plan is told once."""
+    def _receipt(self, record: ShardFile, plan: FilePlan) -> dict[str, Any]:
+        """What rank 0 has to know; a plan is sent once."""
         if self._told != plan.digest:
             self._control.set(
                 f"plan/{self._identity.rank}/{plan.digest}", base64.b64encode(plan.packed).decode()
@@ -431,7 +436,7 @@ class Saver:
         return answer["bytes"], answer["held"]
 
     def _collect(self, job: _Job, tier: str, receipt: dict[str, Any]) -> dict[str, Any]:
-        """On rank 0: all receipts, then the commit; what all ranks are told."""
+        """On rank 0: all receipts, then the commit; what all ranks get."""
         try:
             receipts = [receipt]
             for rank in range(1, self._identity.world):

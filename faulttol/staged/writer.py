@@ -21,18 +21,18 @@ from typing import Any
 
 from configs.rank import die_with_parent
 from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.folder import Commit, tag
+from faulttol.checkpoint.folder import CheckpointCommit, tag
 from faulttol.checkpoint.manifest import Identity, Incomplete, ShardFile
 from faulttol.checkpoint.peers import failure_of
 from faulttol.checkpoint.retention import Retention
-from faulttol.checkpoint.shards import Layout
-from faulttol.checkpoint.store import Store, StoreLike
-from faulttol.checkpoint.survey import Plan
+from faulttol.checkpoint.shards import ShardLayout
+from faulttol.checkpoint.store import CheckpointStore, StoreLike
+from faulttol.checkpoint.survey import FilePlan
 from faulttol.snapshots.memory import Copies, sweep
 from faulttol.snapshots.ranges import RemoteStore, address_towards, serve
 
 _TOLD = 16 << 20
-"""Bytes after which progress is told."""
+"""Bytes after which progress is reported."""
 _STEP = 4 << 20
 """Bytes that are taken out of a buffer at once: whole blocks."""
 Progress = Callable[[int], None]
@@ -45,7 +45,7 @@ class Seal:
 
     buffer: str
     """Path of the buffer."""
-    layout: Layout
+    layout: ShardLayout
     token: str
     root: str | None
 
@@ -55,7 +55,7 @@ class Put:
     """Write a file that was sealed before."""
 
     buffer: str
-    layout: Layout
+    layout: ShardLayout
     token: str
     root: str
 
@@ -75,17 +75,17 @@ class Keep:
     """Make a sealed buffer this rank's file of a snapshot, and send another node its copy."""
 
     buffer: str
-    layout: Layout
+    layout: ShardLayout
     token: str
     partner: str | None
     """Address that the other node is served at."""
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepSnapshots:
     """Remove this node's snapshots that are older than a commit."""
 
-    commit: Commit
+    commit: CheckpointCommit
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class CommitOrder:
     plans: tuple[str, ...]
     """Digest of each rank's plan."""
     unknown: Mapping[str, bytes]
-    """Plans that weren't told before, packed, by digest."""
+    """Plans that weren't sent before, packed, by digest."""
     facts: dict[str, Any]
     retention: Retention
 
@@ -117,15 +117,15 @@ class Discard:
     identity: Identity
 
 
-Order = Seal | Put | Serve | Keep | Sweep | CommitOrder | Discard
+Order = Seal | Put | Serve | Keep | SweepSnapshots | CommitOrder | Discard
 
 
-class Work:
+class OrderWorker:
     """Carries out orders, in this process or in the writer's."""
 
     def __init__(self) -> None:
-        self._stores: dict[str, Store] = {}
-        self._plans: dict[str, Plan] = {}
+        self._stores: dict[str, CheckpointStore] = {}
+        self._plans: dict[str, FilePlan] = {}
         self._snapshots: Snapshots | None = None
 
     def do(self, order: Order, progress: Progress) -> Any:
@@ -141,7 +141,7 @@ class Work:
             case Keep():
                 name = _file(order.layout, order.token)
                 self._shown().keep(Path(order.buffer), name, order.partner)
-            case Sweep():
+            case SweepSnapshots():
                 self._shown().sweep(order.commit)
             case CommitOrder():
                 return self._commit(order, progress)
@@ -163,7 +163,7 @@ class Work:
         if root is None:
             return self._shown().copies
         if root not in self._stores:
-            self._stores[root] = Store(root)
+            self._stores[root] = CheckpointStore(root)
         return self._stores[root]
 
     def _seal(self, order: Seal, progress: Progress) -> ShardFile:
@@ -185,14 +185,14 @@ class Work:
             chunks = (view[at : min(at + _STEP, size)] for at in range(0, size, _STEP))
             self._write(order.root, order.layout, order.token, _told(chunks, progress))
 
-    def _write(self, root: str, layout: Layout, token: str, chunks: Iterator[memoryview]) -> None:
+    def _write(self, root: str, layout: ShardLayout, token: str, chunks: Iterator[memoryview]) -> None:
         name = _file(layout, token)
         size = self._place(root).write(name, chunks)
         if size != layout.size:
             raise Incomplete(f"{name} has {size} bytes, and {layout.size} were laid out")
 
     def _commit(self, order: CommitOrder, progress: Progress) -> int:
-        self._plans.update({key: Plan.parse(packed) for key, packed in order.unknown.items()})
+        self._plans.update({key: FilePlan.parse(packed) for key, packed in order.unknown.items()})
         written = [
             saving.Written(record, self._plans[plan])
             for record, plan in zip(order.records, order.plans, strict=True)
@@ -240,7 +240,7 @@ class Snapshots:
         path.hardlink_to(buffer)
         self.copies.push(name)
 
-    def sweep(self, newest: Commit) -> None:
+    def sweep(self, newest: CheckpointCommit) -> None:
         """Remove what is older than a commit of the run."""
         sweep(self._folder, newest)
 
@@ -251,13 +251,13 @@ class Snapshots:
             self._partner.close()
 
 
-def _file(layout: Layout, token: str) -> str:
+def _file(layout: ShardLayout, token: str) -> str:
     who = layout.identity
-    return Commit(who.attempt, layout.step, tag(who.run)).shard(who.rank, token)
+    return CheckpointCommit(who.attempt, layout.step, tag(who.run)).shard(who.rank, token)
 
 
 @contextmanager
-def _opened(path: str, layout: Layout) -> Iterator[memoryview]:
+def _opened(path: str, layout: ShardLayout) -> Iterator[memoryview]:
     """A buffer's memory."""
     with Path(path).open("r+b") as file:
         buffer = mmap.mmap(file.fileno(), layout.size)
@@ -272,7 +272,7 @@ def _opened(path: str, layout: Layout) -> Iterator[memoryview]:
             buffer.close()
 
 
-def _values(view: memoryview, layout: Layout) -> Iterator[Iterator[memoryview]]:
+def _values(view: memoryview, layout: ShardLayout) -> Iterator[Iterator[memoryview]]:
     for offset, size in zip(layout.offsets, layout.sizes(), strict=False):
         yield (view[offset + at : offset + min(at + _STEP, size)] for at in range(0, size, _STEP))
 
@@ -294,7 +294,7 @@ class Inline:
     """There is no other process."""
 
     def __init__(self) -> None:
-        self._work = Work()
+        self._work = OrderWorker()
 
     def ready(self) -> None:
         """Nothing has to be started."""
@@ -393,7 +393,7 @@ def main(fd: int) -> None:
     ):  # for the rank, which may want to save first, and ends this process
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(os.environ)
-    work, connection = Work(), Connection(fd)
+    work, connection = OrderWorker(), Connection(fd)
     while True:
         try:
             order = connection.recv()

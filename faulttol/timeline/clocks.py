@@ -1,4 +1,4 @@
-"""What the clocks of nodes are apart, told by the ends of the collectives that their ranks share.
+"""How far the clocks of nodes are apart, from the ends of the collectives that their ranks share.
 
 Nobody leaves an all-reduce before everybody has entered it, and those who wait in it leave together, but for what the
 network takes. So the difference of their ends is that of their clocks; its median over many collectives forgets the

@@ -12,8 +12,8 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths, default_home
-from faulttol.commands.acts import Answer
-from faulttol.recorder import Mark, Phase
+from faulttol.commands.acts import CommandResult
+from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.timeline.export import Timeline
 from faulttol.timeline.sources import Activity, activities
 
@@ -21,7 +21,7 @@ _STEPS = 20
 """Steps that are drawn where none are named."""
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(options: argparse.Namespace) -> CommandResult:
     """Write the file.
 
     Raises:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> Answer:
         },
         "overlap": {name: asdict(one) | {"hidden": one.hidden} for name, one in overlap.items()},
     }
-    return Answer(data, _lines(data, timeline))
+    return CommandResult(data, _lines(data, timeline))
 
 
 def find(typed: str) -> RunPaths:
@@ -136,9 +136,9 @@ def _cut(found: Mapping[int, Activity], asked: range | None, typed: str | None) 
 def _begun(one: Activity) -> tuple[np.ndarray, np.ndarray]:
     """Steps of a rank, and when each began."""
     rows = one.phases
-    starting = np.flatnonzero((rows["mark"] == Mark.BEGIN) & (rows["phase"] == Phase.LOAD))
+    starting = np.flatnonzero((rows["mark"] == PhaseMark.BEGIN) & (rows["phase"] == RankPhase.LOAD))
     rows = rows[starting[-1] :] if len(starting) else rows
-    mine = rows[(rows["mark"] == Mark.BEGIN) & (rows["phase"] == Phase.DATA)]
+    mine = rows[(rows["mark"] == PhaseMark.BEGIN) & (rows["phase"] == RankPhase.DATA)]
     steps, first = np.unique(mine["step"], return_index=True)
     return steps, mine["ns"][first]
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faulttol.timeline import rings, trace
-from faulttol.timeline.trace import RECORD, Group, Waiting
+from faulttol.timeline.trace import RECORD, OngoingWait, TracedGroup
 
 _HEAD = struct.Struct("<4sII")
 _MAGIC = b"MDT1"
@@ -41,9 +41,9 @@ class Chunk:
     """Of type `rings.ROW`; times by the monotonic clock."""
     calls: NDArray[Any]
     """Of type `trace.RECORD`, likewise."""
-    groups: dict[int, Group] = field(default_factory=dict)
+    groups: dict[int, TracedGroup] = field(default_factory=dict)
     """Where they have changed since this rank's last chunk."""
-    waiting: Waiting | None = None
+    waiting: OngoingWait | None = None
     """The wait that it was in, where the records end within it."""
 
 
@@ -127,7 +127,7 @@ def _unpack(body: bytes) -> Chunk:
             rows[name] = np.frombuffer(data[at : at + 8 * count], np.int64).cumsum().astype(kind[name])
             at += 8 * count
         tables.append(rows)
-    waiting = Waiting(**tree["waiting"]) if "waiting" in tree else None
+    waiting = OngoingWait(**tree["waiting"]) if "waiting" in tree else None
     groups = trace.groups_of(tree.get("groups", {}))
     first, last = tree["steps"]
     phases, calls = tables

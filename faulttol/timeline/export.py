@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from faulttol.recorder import Mark, Phase
+from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.timeline.clocks import BLOCKED_NS, Alignment, End, align
 from faulttol.timeline.sources import Activity
-from faulttol.timeline.trace import BATCHED, MEETING, Lane, Op
+from faulttol.timeline.trace import BATCHED, MEETING, Op, WaitLane
 
 _STEPS, _PHASES, _WAITS, _AUTOGRAD, _BESIDE, _SENDS, _DEVICE = range(1, 8)
 _THREADS = {
@@ -29,7 +29,7 @@ _THREADS = {
     _SENDS: "sends",
     _DEVICE: "waits on the device",
 }
-_OF_LANE = {Lane.MAIN: _WAITS, Lane.AUTOGRAD: _AUTOGRAD, Lane.BESIDE: _BESIDE}
+_OF_LANE = {WaitLane.MAIN: _WAITS, WaitLane.AUTOGRAD: _AUTOGRAD, WaitLane.BESIDE: _BESIDE}
 
 Event = dict[str, Any]
 
@@ -166,20 +166,20 @@ class Timeline:
 
     def _phases(self, one: Activity) -> Iterator[Event]:
         """Steps and phases. A phase ends with its end, or where the next one begins."""
-        began: tuple[Phase, int, int] | None = None
+        began: tuple[RankPhase, int, int] | None = None
         step: tuple[int, int] | None = None
         before = 0
         for _, ns, mark, number, which in one.phases.tolist():
-            phase = Phase(number)
-            if mark == Mark.STEP:
+            phase = RankPhase(number)
+            if mark == PhaseMark.STEP:
                 continue
             if began is not None:
                 name = began[0].name.lower()
                 yield self._slice(one.rank, _PHASES, name, "phase", (began[1], ns), {"step": began[2]})
                 began = None
-            if mark == Mark.BEGIN:
+            if mark == PhaseMark.BEGIN:
                 began = (phase, ns, which)
-                if phase is Phase.DATA and (step is None or step[0] != which):
+                if phase is RankPhase.DATA and (step is None or step[0] != which):
                     if step is not None:  # where not all steps are on record, it ends with its last one
                         span = (step[1], ns if which == step[0] + 1 else before)
                         yield self._slice(
@@ -211,7 +211,7 @@ class Timeline:
                 args |= {"last": late[0], "last_after_us": (late[1] - call["issued"]) / 1e3}
             if not call["flags"] & BATCHED:
                 span = (call["began"], call["ended"])
-                yield self._slice(rank, _OF_LANE[Lane(call["lane"])], name, "wait", span, args)
+                yield self._slice(rank, _OF_LANE[WaitLane(call["lane"])], name, "wait", span, args)
             if call["device_ended"]:
                 yield self._slice(
                     rank, _DEVICE, name, "wait", (call["device_began"], call["device_ended"]), args
@@ -227,7 +227,7 @@ class Timeline:
                 yield from self._flight(rank, name, call, args)
                 if arrow is not None:
                     into = max(call["began"], call["ended"] - 500)
-                    yield self._arrow("f", rank, _OF_LANE[Lane(call["lane"])], into, arrow)
+                    yield self._arrow("f", rank, _OF_LANE[WaitLane(call["lane"])], into, arrow)
 
     def _flight(
         self, rank: int, name: str, call: Mapping[str, int], args: Mapping[str, Any]

@@ -56,7 +56,7 @@ def folder(attempt: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Shape:
+class StepFileShape:
     """Where things are in a file."""
 
     node: str
@@ -101,21 +101,21 @@ class Shape:
         return start + number % (CAPACITIES[level] // BLOCK) * self.block(level)
 
 
-def shape_of(fd: int) -> Shape | None:
+def shape_of(fd: int) -> StepFileShape | None:
     """The shape of an open file; None where it isn't one of this format."""
     data = os.pread(fd, 1 << 16, 0)
     if not data.startswith(_MAGIC):
         return None
     try:
         tree = json.loads(data[len(_MAGIC) :].partition(b"\0")[0])
-        shape = Shape(str(tree["node"]), tuple(int(rank) for rank in tree["ranks"]))
+        shape = StepFileShape(str(tree["node"]), tuple(int(rank) for rank in tree["ranks"]))
     except (ValueError, KeyError, TypeError):
         return None
     return shape if data.startswith(shape.header.rstrip(b"\0")) else None
 
 
 @dataclass(frozen=True)
-class Commit:
+class ColumnCommit:
     """What is whole in a file."""
 
     number: int = 0
@@ -131,21 +131,21 @@ class Commit:
         return max(0, self.columns[level] - (CAPACITIES[level] - CLEAR[level]))
 
 
-def read_commit(fd: int, shape: Shape) -> Commit:
+def read_commit(fd: int, shape: StepFileShape) -> ColumnCommit:
     """What is committed; nothing where nothing is."""
     data = os.pread(fd, 2 * _SLOT, shape.slots)
-    best = Commit()
+    best = ColumnCommit()
     for at in (0, _SLOT):
         part = data[at : at + _COMMIT.size + 4]
         if len(part) == _COMMIT.size + 4 and zlib.crc32(part[:-4]) == int.from_bytes(part[-4:], "little"):
             number, when, first, *columns = _COMMIT.unpack(part[:-4])
             if number > best.number:
-                best = Commit(number, when, first, tuple(columns))
+                best = ColumnCommit(number, when, first, tuple(columns))
     return best
 
 
 class StepFile:
-    """Writes one file; one that is there is gone on with, where it is of the same ranks.
+    """Writes one file; one that is there is resumed, where it is of the same ranks.
 
     Args:
         path: of the file; its folder is made.
@@ -158,7 +158,7 @@ class StepFile:
 
     def __init__(self, path: Path, node: str, ranks: Sequence[int]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.shape = Shape(node, tuple(ranks))
+        self.shape = StepFileShape(node, tuple(ranks))
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if shape_of(self._fd) != self.shape:
             os.ftruncate(self._fd, 0)
@@ -207,7 +207,7 @@ class StepFile:
         self._add(0, starts, seconds[:, None].astype(np.float64))
         number = self._commit.number + 1
         begin = self._commit.first if self._commit.number else first
-        self._commit = Commit(number, time.time(), begin, tuple(self._columns))
+        self._commit = ColumnCommit(number, time.time(), begin, tuple(self._columns))
         data = _COMMIT.pack(number, self._commit.time, begin, *self._columns)
         slot = data + zlib.crc32(data).to_bytes(4, "little")
         os.pwrite(self._fd, slot, self.shape.slots + number % 2 * _SLOT)

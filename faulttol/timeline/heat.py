@@ -23,7 +23,7 @@ _PEERS = 256
 
 
 @dataclass(frozen=True)
-class Asked:
+class HeatRequest:
     """What is to be drawn."""
 
     field: str = "compute"
@@ -43,7 +43,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Row:
+class HeatRow:
     """A row of the map."""
 
     label: str
@@ -54,10 +54,10 @@ class Row:
 class Heat:
     """The map. Where a row has several ranks, or a column several steps, `mean` is theirs and `most` the largest."""
 
-    asked: Asked
+    asked: HeatRequest
     edges: NDArray[np.int64]
     """[columns + 1]: column c holds the steps from edges[c] up to but without edges[c + 1]."""
-    rows: tuple[Row, ...]
+    rows: tuple[HeatRow, ...]
     mean: NDArray[np.float32]
     """[rows, columns]; NaN where nothing is known."""
     most: NDArray[np.float32]
@@ -71,7 +71,7 @@ class Heat:
         return "s" if self.asked.mode == "raw" else ""
 
 
-def heat(steps: AttemptSteps, asked: Asked, layout: Mapping[str, int]) -> Heat:
+def heat(steps: AttemptSteps, asked: HeatRequest, layout: Mapping[str, int]) -> Heat:
     """The map of one attempt.
 
     Args:
@@ -99,7 +99,7 @@ def heat(steps: AttemptSteps, asked: Asked, layout: Mapping[str, int]) -> Heat:
             places = coordinates(layout, ranks)
     parts = _parts(steps, asked, ranks, places)
     mean, most = joined(means, mosts, [index for _, index in parts])
-    rows = tuple(Row(label, tuple(ranks[index].tolist())) for label, index in parts)
+    rows = tuple(HeatRow(label, tuple(ranks[index].tolist())) for label, index in parts)
     shown = most[~np.isnan(most)]
     low, high = np.percentile(shown, (1, 99)).tolist() if shown.size else (float("nan"), float("nan"))
     return Heat(asked, window.edges, rows, mean, most, low, high)
@@ -128,7 +128,7 @@ def deviation(values: NDArray[np.float32], stages: NDArray[np.int64]) -> NDArray
     """Values over the median of their stage in the same column, less 1: [ranks, columns].
 
     Ranks of one stage have the same work, so what one of them has beyond the others is its own. The median is that of
-    at most 256 ranks, evenly spaced. Where it is 0, nothing can be told.
+    at most 256 ranks, evenly spaced. Where it is 0, nothing is known.
     """
     found = np.full_like(values, np.nan)
     for stage in np.unique(stages):
@@ -181,7 +181,7 @@ def joined(
 
 
 def _parts(
-    steps: AttemptSteps, asked: Asked, ranks: NDArray[np.int64], places: Mapping[str, Any]
+    steps: AttemptSteps, asked: HeatRequest, ranks: NDArray[np.int64], places: Mapping[str, Any]
 ) -> list[tuple[str, NDArray[np.int64]]]:
     """Label of each row, and the places of its ranks in `ranks`."""
     everybody = np.arange(len(ranks))

@@ -19,7 +19,17 @@ import torch
 import torch.distributed as dist
 
 from configs.rank import RankFiles
-from faulttol.timeline.trace import BATCHED, Call, Group, Lane, Op, Trace, table_of, trace_of, write_groups
+from faulttol.timeline.trace import (
+    BATCHED,
+    CollectiveCall,
+    Op,
+    TracedGroup,
+    TraceWriter,
+    WaitLane,
+    table_of,
+    trace_of,
+    write_groups,
+)
 
 _OPS = {
     "allreduce": Op.ALL_REDUCE,
@@ -60,16 +70,16 @@ class Tracing:
     """Traces this process from `start` to `stop`; the thread that starts it is the one whose waits hold a step up."""
 
     def __init__(self, files: RankFiles) -> None:
-        self._trace = Trace(trace_of(files), files.rank)
+        self._trace = TraceWriter(trace_of(files), files.rank)
         self._table = table_of(files)
-        self._groups: dict[int, Group] = {}
+        self._groups: dict[int, TracedGroup] = {}
         self._numbers: dict[Any, int] = {}
         self._counts: dict[tuple[int, int, int], int] = {}
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[int, list[CollectiveCall]] = {}
         """By identity of the work that is to be waited for."""
-        self._batches: dict[int, list[Call]] = {}
+        self._batches: dict[int, list[CollectiveCall]] = {}
         """By group: calls between the begin and the end of a batch."""
-        self._lanes = {threading.get_ident(): Lane.MAIN}
+        self._lanes = {threading.get_ident(): WaitLane.MAIN}
         self._device: _Device | None = None
         self._undo: list[tuple[type, str, Any]] = []
 
@@ -171,12 +181,14 @@ class Tracing:
 
     # ---- what they need ----
 
-    def _remember(self, work: Any, calls: list[Call]) -> None:
+    def _remember(self, work: Any, calls: list[CollectiveCall]) -> None:
         if len(self._calls) > _FORGOTTEN:
             self._calls.clear()  # nobody waits for these
         self._calls[id(work)] = calls
 
-    def _record(self, calls: list[Call], began: int, ended: int, device: _Device | None, event: Any) -> None:
+    def _record(
+        self, calls: list[CollectiveCall], began: int, ended: int, device: _Device | None, event: Any
+    ) -> None:
         lane = self._lane()
         if device is not None:
             device.drain()
@@ -190,7 +202,7 @@ class Tracing:
         if lane is None:
             own = threading._active.get(me)  # type: ignore[attr-defined]  # current_thread() would add a dummy
             known = own is not None and not isinstance(own, threading._DummyThread)
-            lane = self._lanes[me] = Lane.BESIDE if known else Lane.AUTOGRAD
+            lane = self._lanes[me] = WaitLane.BESIDE if known else WaitLane.AUTOGRAD
         return lane
 
     def _device_of(self, args: tuple[Any, ...]) -> _Device | None:
@@ -213,14 +225,14 @@ class Tracing:
                 return None
             number = zlib.crc32(name.encode())
             about = getattr(group, "group_desc", "")
-            self._groups[number] = Group(
+            self._groups[number] = TracedGroup(
                 "world" if about in ("undefined", "default_pg", "") else about, ranks
             )
             self._numbers[group] = number
             write_groups(self._table, self._groups)
         return number
 
-    def _about(self, group: Any, op: int, to_peer: bool, args: tuple[Any, ...]) -> Call | None:
+    def _about(self, group: Any, op: int, to_peer: bool, args: tuple[Any, ...]) -> CollectiveCall | None:
         number = self._numbers.get(group) or self._number(group)
         if number is None:
             return None
@@ -238,11 +250,16 @@ class Tracing:
                 size = max(size, part.nbytes)
             elif isinstance(part, list | tuple):
                 size = max(size, _bytes(part))
-        return Call(op, monotonic_ns(), number, count, peer, size)
+        return CollectiveCall(op, monotonic_ns(), number, count, peer, size)
 
 
 def write(
-    trace: Trace, calls: list[Call], began: int, ended: int, lane: int, device: tuple[int, int] = (0, 0)
+    trace: TraceWriter,
+    calls: list[CollectiveCall],
+    began: int,
+    ended: int,
+    lane: int,
+    device: tuple[int, int] = (0, 0),
 ) -> None:
     """Record calls that were waited for as one."""
     for place, call in enumerate(calls):
@@ -259,11 +276,11 @@ def _bytes(part: Any) -> int:
 class _Device:
     """Times of waits on a device's streams, on the host's clock."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: TraceWriter) -> None:
         self._cuda = torch.cuda
         self._trace = trace
         self._free: list[Any] = []
-        self._open: deque[tuple[list[Call], int, int, int, Any, Any]] = deque()
+        self._open: deque[tuple[list[CollectiveCall], int, int, int, Any, Any]] = deque()
         self._lock = threading.Lock()
         self._anchor = torch.cuda.Event(enable_timing=True)
         self._anchor.record()
@@ -281,7 +298,7 @@ class _Device:
         event.record()
         return event
 
-    def wait(self, calls: list[Call], began: int, ended: int, lane: int, event: Any) -> bool:
+    def wait(self, calls: list[CollectiveCall], began: int, ended: int, lane: int, event: Any) -> bool:
         """Record this wait as soon as the device has passed it; False where too many are outstanding."""
         if len(self._open) >= _EVENTS:
             return False

@@ -23,8 +23,8 @@ from faulttol.timeline.file import (
     CAPACITIES,
     FACTOR,
     STORED,
-    Commit,
-    Shape,
+    ColumnCommit,
+    StepFileShape,
     folder,
     read_commit,
     shape_of,
@@ -44,9 +44,9 @@ _LIST = 5.0
 @dataclass
 class _File:
     path: Path
-    shape: Shape
+    shape: StepFileShape
     fd: int = -1
-    commit: Commit = field(default_factory=Commit)
+    commit: ColumnCommit = field(default_factory=ColumnCommit)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from faulttol.recorder import Mark, Phase
+from faulttol.recorder import PhaseMark, RankPhase
 
 ROW = np.dtype([("sequence", "i8"), ("ns", "i8"), ("mark", "i2"), ("phase", "i2"), ("step", "i8")])
 """One record; `ns` is the node's monotonic clock."""
 _HEADER = struct.Struct("=8sQQQQQQQ")
 _WORDS = 4
 _MAGIC = b"MEGARAY3"
-_PHASES, _MARKS = max(Phase), max(Mark)
+_PHASES, _MARKS = max(RankPhase), max(PhaseMark)
 
 
 def read(path: Path, after: int = 0) -> NDArray[Any]:

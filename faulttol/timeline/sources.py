@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from configs.paths import AttemptPaths
 from configs.rank import RankFiles
 from faulttol import steady
-from faulttol.recorder import Mark, Phase
+from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.timeline import detail, rings, trace
 from faulttol.timeline.file import folder
-from faulttol.timeline.trace import RECORD, Group, Waiting
+from faulttol.timeline.trace import RECORD, OngoingWait, TracedGroup
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Activity:
     """Of type `rings.ROW`, by time."""
     calls: NDArray[Any] = field(default_factory=lambda: np.zeros(0, RECORD))
     """Of type `trace.RECORD`, by the begin of the wait."""
-    groups: dict[int, Group] = field(default_factory=dict)
-    waiting: Waiting | None = None
+    groups: dict[int, TracedGroup] = field(default_factory=dict)
+    waiting: OngoingWait | None = None
     """The wait that it was in at the end."""
 
     def shift(self, nanoseconds: int) -> None:
@@ -40,11 +40,11 @@ class Activity:
             times = self.calls[name]
             times[times > 0] += nanoseconds
         if self.waiting is not None:
-            self.waiting = Waiting(**{**vars(self.waiting), "began": self.waiting.began + nanoseconds})
+            self.waiting = OngoingWait(**{**vars(self.waiting), "began": self.waiting.began + nanoseconds})
 
     def between(self, begin: int, end: int) -> None:
         """Keep what happened in a span of time."""
-        times, ends = self.phases["ns"], self.phases["mark"] == Mark.END
+        times, ends = self.phases["ns"], self.phases["mark"] == PhaseMark.END
         self.phases = self.phases[(times >= begin) & ((times < end) | (ends & (times == end)))]
         self.calls = self.calls[(self.calls["began"] >= begin) & (self.calls["began"] < end)]
         if self.waiting is not None and self.waiting.began > end:
@@ -105,7 +105,7 @@ def _evidence(attempt: AttemptPaths) -> Iterator[Activity]:
                     round(one["time"] * 1e9),
                     one["step"],
                 )
-                row["mark"], row["phase"] = Mark[one["mark"]], Phase[one["phase"]]
+                row["mark"], row["phase"] = PhaseMark[one["mark"]], RankPhase[one["phase"]]
             yield Activity(int(path.name.partition(".")[0]), "", rows)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # cut short while it was written

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from faulttol.recorder import Mark, Phase
+from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.timeline import rings, trace
-from faulttol.timeline.trace import BATCHED, RECORD, Lane, Waiting
+from faulttol.timeline.trace import BATCHED, RECORD, OngoingWait, WaitLane
 
 FIELDS = ("step", "compute", "wait", "data", "save")
 """Seconds of a step: from its begin to the next one's; what the rank did itself; what it waited for in collectives, sends
 and receives; for its batch; and what training stood still for saves."""
-_BEFORE = (Phase.START, Phase.IMPORTS, Phase.RENDEZVOUS, Phase.BUILD, Phase.LOAD)
-_APART = tuple(Phase[name] for name in ("EVALUATE",) if name in Phase.__members__)
-"""Phases that are no part of a step's work."""
+_BEFORE = (RankPhase.START, RankPhase.IMPORTS, RankPhase.RENDEZVOUS, RankPhase.BUILD, RankPhase.LOAD)
+_APART = tuple(RankPhase[name] for name in ("EVALUATE",) if name in RankPhase.__members__)
+"""Phases that are not part of a step's work."""
 _LATE_NS = 5_000_000_000
-"""Waits whose device times aren't told by then stay unknown."""
+"""Waits whose device times aren't reported by then stay unknown."""
 _TAIL = 3 * trace.CAPACITY
 """Records kept of a step that doesn't end."""
 
@@ -59,10 +59,10 @@ class RankSteps:
         self._rows = np.zeros(0, rings.ROW)
         # A record before the first, so that a look which comes too late for some sees that they are missing.
         self._calls = np.zeros(1, RECORD)
-        self._calls["lane"] = Lane.BESIDE
+        self._calls["lane"] = WaitLane.BESIDE
         self._sequence = self._call = 0
         self._is_traced = False
-        self.waiting: Waiting | None = None
+        self.waiting: OngoingWait | None = None
         """The wait that the rank is in."""
 
     def gather(self) -> Rows | None:
@@ -87,14 +87,14 @@ class RankSteps:
         """Steps that were finished since the last call, the last one too, after which no other begins."""
         found = self.gather()
         rows = self._rows
-        if found is not None or not len(rows) or not (rows["mark"] == Mark.STEP).any():
+        if found is not None or not len(rows) or not (rows["mark"] == PhaseMark.STEP).any():
             return found
         end = np.zeros(1, rings.ROW)
         end["sequence"], end["ns"] = rows["sequence"][-1] + 1, rows["ns"][-1]
         end["mark"], end["phase"], end["step"] = (
-            Mark.BEGIN,
-            Phase.DATA,
-            rows["step"][rows["mark"] == Mark.STEP][-1],
+            PhaseMark.BEGIN,
+            RankPhase.DATA,
+            rows["step"][rows["mark"] == PhaseMark.STEP][-1],
         )
         self._rows = np.concatenate((rows, end))
         last = self._finished(0)
@@ -107,10 +107,10 @@ class RankSteps:
 
     def _finished(self, pending: int) -> Rows | None:
         rows = self._rows
-        starting = np.flatnonzero((rows["mark"] == Mark.BEGIN) & np.isin(rows["phase"], _BEFORE))
+        starting = np.flatnonzero((rows["mark"] == PhaseMark.BEGIN) & np.isin(rows["phase"], _BEFORE))
         if len(starting):
             rows = self._rows = rows[starting[-1] :]
-        begins = np.flatnonzero((rows["mark"] == Mark.BEGIN) & (rows["phase"] == Phase.DATA))
+        begins = np.flatnonzero((rows["mark"] == PhaseMark.BEGIN) & (rows["phase"] == RankPhase.DATA))
         if len(begins):  # a step's first one
             begins = begins[np.append(True, np.diff(rows["step"][begins]) != 0)]
         if pending and len(begins):
@@ -140,7 +140,10 @@ class RankSteps:
         """[fields, steps] of complete steps; `begins` are the places of their begins, and of the end of the last."""
         edges = rows["ns"][begins]
         steps = len(begins) - 1
-        data, save = _spans(rows, (Phase.DATA,)), _spans(rows, (Phase.CHECKPOINT, Phase.COLLECTIVE))
+        data, save = (
+            _spans(rows, (RankPhase.DATA,)),
+            _spans(rows, (RankPhase.CHECKPOINT, RankPhase.COLLECTIVE)),
+        )
         apart = _spans(rows, _APART)
         total = (edges[1:] - edges[:-1]) / 1e9
         parts = [_per_step(spans, edges, steps) for spans in (data, save, apart)]
@@ -162,7 +165,7 @@ class RankSteps:
         spent = np.where(
             on_device, calls["device_ended"] - calls["device_began"], calls["ended"] - calls["began"]
         )
-        counted = (calls["lane"] != Lane.BESIDE) & (calls["flags"] & BATCHED == 0)
+        counted = (calls["lane"] != WaitLane.BESIDE) & (calls["flags"] & BATCHED == 0)
         own = np.where(counted, spent, 0)
         inside = np.zeros(len(calls), bool)
         if len(apart):
@@ -185,18 +188,18 @@ class RankSteps:
         return seconds
 
 
-def _spans(rows: NDArray[Any], phases: tuple[Phase, ...]) -> NDArray[np.int64]:
+def _spans(rows: NDArray[Any], phases: tuple[RankPhase, ...]) -> NDArray[np.int64]:
     """[spans, 2]: begin and end of stretches of a phase, ns. Of several phases the first one ends them all.
 
-    A phase that is renewed while it goes on (`Recorder.touch`) has lost its begin: it began when the record before it was
+    A phase that is renewed while it continues (`Recorder.touch`) has lost its begin: it began when the record before it was
     written.
     """
     if not phases:
         return np.zeros((0, 2), np.int64)
-    which = np.flatnonzero((rows["mark"] != Mark.STEP) & np.isin(rows["phase"], phases))
+    which = np.flatnonzero((rows["mark"] != PhaseMark.STEP) & np.isin(rows["phase"], phases))
     mark = rows["mark"][which]
-    ends = (mark == Mark.END) & (rows["phase"][which] == phases[0])
-    opens = (mark == Mark.BEGIN) & np.append(True, ends[:-1])
+    ends = (mark == PhaseMark.END) & (rows["phase"][which] == phases[0])
+    opens = (mark == PhaseMark.BEGIN) & np.append(True, ends[:-1])
     starts, stops = which[opens], which[ends]
     # Each end belongs to the last begin before it; a begin without an end is still open.
     owner = np.searchsorted(starts, stops, "left") - 1

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from configs.rank import RankFiles
 from faulttol import steady
-from faulttol.recorder import Mark
+from faulttol.recorder import PhaseMark
 from faulttol.timeline import trace
 from faulttol.timeline.detail import Chunk, DetailLog
 from faulttol.timeline.file import StepFile, folder
@@ -52,7 +52,7 @@ class _Rank:
     done: int = -1
     """The step after the newest whose values are known; -1 before the first."""
     groups: tuple[int, ...] = ()
-    """Groups that the detail has told."""
+    """Groups that the detail has reported."""
     chunks: int = 0
 
 
@@ -195,7 +195,7 @@ class StepStore:
         if self._stride > 1:
             edges = np.append(found.starts, np.iinfo(np.int64).max)
             for index in range((-first) % self._stride, found.count, self._stride):
-                own = phases[(phases["step"] == first + index) & (phases["mark"] != Mark.STEP)]
+                own = phases[(phases["step"] == first + index) & (phases["mark"] != PhaseMark.STEP)]
                 began = calls[(calls["began"] >= edges[index]) & (calls["began"] < edges[index + 1])]
                 self._chunks.append(self._chunk(one, first + index, first + index, own, began))
         else:

@@ -1,7 +1,7 @@
 """The trace: a rank's last calls of torch.distributed, in a second memory-mapped ring beside the recorder's.
 
 Each record says when a collective, a send or a receive was called, when the rank began to wait for it, and when it had
-it. So the time that a step waits for others is told apart from what it computes, and what ran beside the computation
+it. So the time that a step waits for others is separated from what it computes, and what ran beside the computation
 from what held it up. Steps aren't told: a reader finds them by time, in the recorder's ring.
 
 Layout, in words of 64 bits of the node's byte order: a header of 16 words, then `capacity` records of 12, of which the last
@@ -68,7 +68,7 @@ MEETING = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.BA
 """Nobody leaves these before everybody has entered."""
 
 
-class Lane(IntEnum):
+class WaitLane(IntEnum):
     """The thread that waited."""
 
     MAIN = 0
@@ -108,7 +108,7 @@ RECORD = np.dtype(
 """One record, as numpy reads it."""
 
 
-class Call(NamedTuple):
+class CollectiveCall(NamedTuple):
     """One call, as it was made. (A tuple, since each call of a step makes one.)"""
 
     op: int
@@ -122,7 +122,7 @@ class Call(NamedTuple):
     bytes: int
 
 
-class Trace:
+class TraceWriter:
     """Writes one rank's trace. A new one on an old file starts afresh.
 
     Args:
@@ -143,7 +143,13 @@ class Trace:
         self._words[0] = _MAGIC
 
     def write(
-        self, call: Call, began: int, ended: int, lane: int, flags: int = 0, device: tuple[int, int] = (0, 0)
+        self,
+        call: CollectiveCall,
+        began: int,
+        ended: int,
+        lane: int,
+        flags: int = 0,
+        device: tuple[int, int] = (0, 0),
     ) -> None:
         """Record a call that has been waited for.
 
@@ -181,7 +187,7 @@ class Trace:
             words[_NEWEST] = sequence
             self._next, self._total = sequence + 1, total
 
-    def opened(self, call: Call, began: int) -> None:
+    def opened(self, call: CollectiveCall, began: int) -> None:
         """The rank waits from now on; what never ends shows by this."""
         op, _, group, count, peer, _ = call
         words = self._words
@@ -195,7 +201,7 @@ class Trace:
         self._words[_OPEN] = 0
 
     def pending(self, began: int) -> None:
-        """Waits that began at `began` or later aren't all recorded: the device hasn't told their times yet. 0: all are."""
+        """Waits that began at `began` or later aren't all recorded: the device hasn't given their times yet. 0: all are."""
         self._words[_PENDING] = began
 
     def close(self) -> None:
@@ -205,7 +211,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class OngoingWait:
     """The wait that a rank is in."""
 
     began: int
@@ -222,8 +228,8 @@ class Read:
     records: NDArray[Any]
     """Of type `RECORD`, oldest first."""
     pending: int
-    """As `Trace.pending` told it."""
-    waiting: Waiting | None
+    """As `TraceWriter.pending` reported it."""
+    waiting: OngoingWait | None
     there: bool = True
     """There is a trace, though it may have nothing new."""
 
@@ -257,15 +263,15 @@ def read(path: Path, after: int = 0) -> Read:
     return Read(records, int(head[_PENDING]), _waiting(head))
 
 
-def _waiting(head: NDArray[np.uint64]) -> Waiting | None:
+def _waiting(head: NDArray[np.uint64]) -> OngoingWait | None:
     began, op, where, peer = (int(word) for word in head[_OPEN : _OPEN + 4])
     if not began:
         return None
-    return Waiting(began, op, where & 0xFFFFFFFF, where >> 32, peer - (1 << 32) if peer >> 31 else peer)
+    return OngoingWait(began, op, where & 0xFFFFFFFF, where >> 32, peer - (1 << 32) if peer >> 31 else peer)
 
 
 @dataclass(frozen=True)
-class Group:
+class TracedGroup:
     """A communicator."""
 
     name: str
@@ -273,24 +279,24 @@ class Group:
     """Global ranks in its order; a `range` where they are evenly spaced."""
 
 
-def write_groups(path: Path, groups: dict[int, Group]) -> None:
+def write_groups(path: Path, groups: dict[int, TracedGroup]) -> None:
     """Write the groups of a rank by their numbers, replaced whole."""
     tree = {str(number): [group.name, compact(group.ranks)] for number, group in groups.items()}
     write_whole(path, json.dumps(tree))
 
 
-def read_groups(path: Path) -> dict[int, Group]:
-    """The groups of a rank; none where it hasn't told any."""
+def read_groups(path: Path) -> dict[int, TracedGroup]:
+    """The groups of a rank; none where it hasn't reported any."""
     try:
         return groups_of(json.loads(path.read_bytes()))
     except (OSError, ValueError):
         return {}
 
 
-def groups_of(tree: Any) -> dict[int, Group]:
+def groups_of(tree: Any) -> dict[int, TracedGroup]:
     """Groups from their plain tree, as `write_groups` writes it; ValueError where it is none."""
     try:
-        return {int(number): Group(str(name), spread(ranks)) for number, (name, ranks) in tree.items()}
+        return {int(number): TracedGroup(str(name), spread(ranks)) for number, (name, ranks) in tree.items()}
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"not a table of groups: {error}") from error
 

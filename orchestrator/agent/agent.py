@@ -1,7 +1,7 @@
 """The node agent: it lives as long as its node, and moves each attempt there to where the controller wants it.
 
 Its one call is level-triggered: an order says what should be, the answer what is, and it comes the moment there is news.
-Nothing that answers touches shared storage, so the heartbeat goes on while that is slow. Ranks are processes in sessions
+Nothing that answers touches shared storage, so the heartbeat continues while that is slow. Ranks are processes in sessions
 of their own: one that hangs, stops or holds its interpreter lock can't silence the agent, and a controller that is gone
 doesn't end them. A dead agent takes its ranks along (`configs.rank.die_with_parent`).
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from faulttol import steady
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent.attempt import Attempt
-from orchestrator.agent.orders import Answer, Order, Phase, Superseded
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, OrderSuperseded
 from orchestrator.agent.spawner import Spawner
 from orchestrator.agent.standbys import Standbys
 from orchestrator.control.gang import AgentReport, Want
@@ -63,11 +63,11 @@ class NodeAgent:
         self._epochs: dict[str, int] = {}
         """Folder of runs -> highest epoch of a controller that was heard of; two homes may share a node."""
 
-    def attend(self, order: Order) -> Answer:
+    def attend(self, order: AttemptOrder) -> AttemptReport:
         """Move an attempt to where it should be, and say where it is: at once where there is news, else after `order.wait`.
 
         Raises:
-            Superseded: where a later controller has given orders.
+            OrderSuperseded: where a later controller has given orders.
         """
         key = (order.run_root, order.attempt)
         with self._changed:
@@ -79,7 +79,7 @@ class NodeAgent:
                 self._told[key] = _Told()
             if attempt is None:
                 report = AgentReport(self._node_id, self._clock(), ())
-                return Answer(Phase.UNKNOWN, self._age(), None, report, 0, 0)
+                return AttemptReport(AttemptPhase.UNKNOWN, self._age(), None, report, 0, 0)
             attempt.touched = time.monotonic()
             self._obey(attempt, order)
             until = time.monotonic() + order.wait
@@ -92,14 +92,14 @@ class NodeAgent:
         """Processes that it has started and that live."""
         return self._spawner.pids()
 
-    def _fence(self, order: Order) -> None:
+    def _fence(self, order: AttemptOrder) -> None:
         home = str(Path(order.run_root).parent)
         highest = self._epochs.get(home, 0)
         if order.epoch < highest:
-            raise Superseded(f"epoch {order.epoch} was followed by {highest}")
+            raise OrderSuperseded(f"epoch {order.epoch} was followed by {highest}")
         self._epochs[home] = order.epoch
 
-    def _obey(self, attempt: Attempt, order: Order) -> None:
+    def _obey(self, attempt: Attempt, order: AttemptOrder) -> None:
         if order.want is Want.STARTED and order.launch is not None:
             attempt.prepare(order.launch, self._check)
             if order.launch.master:
@@ -109,11 +109,11 @@ class NodeAgent:
         elif order.want is Want.RELEASED:
             attempt.stop(0.0)
             attempt.free()
-        if order.collect and attempt.phase is Phase.RUNNING:
+        if order.collect and attempt.phase is AttemptPhase.RUNNING:
             attempt.collect()
         self._prune()
 
-    def _answer(self, key: Key, attempt: Attempt, order: Order) -> Answer:
+    def _answer(self, key: Key, attempt: Attempt, order: AttemptOrder) -> AttemptReport:
         ranks = attempt.seen()
         lines, offset = attempt.files.fetch(order.offset) if attempt.files else ((), order.offset)
         now = time.monotonic()
@@ -124,7 +124,7 @@ class NodeAgent:
             told.serial, told.ranks = told.serial + 1, ranks
             fresh = tuple(rank for rank in ranks if rank not in known)
             files = attempt.files
-            return Answer(
+            return AttemptReport(
                 phase=attempt.phase,
                 age=self._age(),
                 started=None if attempt.started is None else now - attempt.started,
@@ -147,9 +147,9 @@ class NodeAgent:
         """Forget what was stopped long ago, and the memory of what a newer attempt of its run has followed."""
         newest = {root: max(n for r, n in self._attempts if r == root) for root, _ in self._attempts}
         for (root, number), attempt in self._attempts.items():
-            if attempt.phase is Phase.STOPPED and number < newest[root]:
+            if attempt.phase is AttemptPhase.STOPPED and number < newest[root]:
                 attempt.forget()
-        stopped = [key for key, a in self._attempts.items() if a.phase is Phase.STOPPED]
+        stopped = [key for key, a in self._attempts.items() if a.phase is AttemptPhase.STOPPED]
         for key in sorted(stopped, key=lambda k: self._attempts[k].touched)[: max(0, len(stopped) - _KEPT)]:
             self._attempts.pop(key).forget()
             self._told.pop(key, None)
@@ -160,7 +160,7 @@ class NodeAgent:
         with self._changed:
             for attempt in self._attempts.values():
                 attempt.stop(0.0)
-            while any(a.phase is not Phase.STOPPED for a in self._attempts.values()):
+            while any(a.phase is not AttemptPhase.STOPPED for a in self._attempts.values()):
                 if not self._changed.wait(30.0):
                     break
             for attempt in self._attempts.values():

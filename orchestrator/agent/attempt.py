@@ -21,17 +21,17 @@ from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent import devices, environment, family
 from orchestrator.agent.chronicle import Chronicle
 from orchestrator.agent.evidence import Evidence
-from orchestrator.agent.files import Files
-from orchestrator.agent.orders import Launch, Order, Phase, mark, rings
+from orchestrator.agent.files import LogFiles
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, Launch, mark, rings
 from orchestrator.agent.spawner import Exit, Spawner
 from orchestrator.agent.standbys import Standbys
 
 log = logging.getLogger("megaray.agent")
 
 _LAST_WORDS_SECONDS = 0.5
-"""An exit is told without the last line of its log where that takes longer."""
+"""An exit is reported without the last line of its log where that takes longer."""
 _KILL_SECONDS = 60.0
-"""A process that SIGKILL hasn't ended after this is told of as the node's fault."""
+"""A process that SIGKILL hasn't ended after this is reported as the node's fault."""
 _CHRONICLE_SECONDS = 1.0
 """Longest time that a stop waits for what is written for people."""
 _DEVICE_SECONDS = 60.0
@@ -66,18 +66,23 @@ class Attempt:
     """
 
     def __init__(
-        self, order: Order, node_id: str, spawner: Spawner, standbys: Standbys, changed: threading.Condition
+        self,
+        order: AttemptOrder,
+        node_id: str,
+        spawner: Spawner,
+        standbys: Standbys,
+        changed: threading.Condition,
     ) -> None:
         self.run = RunPaths(Path(order.run_root))
         self.number = order.attempt
-        self.phase = Phase.UNKNOWN
+        self.phase = AttemptPhase.UNKNOWN
         self.news = 0
         self.unfit = ""
         self.master = ""
         self.started: float | None = None
         self.evidence: Evidence | None = None
         self.touched = time.monotonic()
-        self.files: Files | None = None
+        self.files: LogFiles | None = None
         self._spawner, self._standbys, self._changed = spawner, standbys, changed
         self._mark = mark(order.run_root, order.attempt)
         self._rings = rings(order.run_root, order.attempt, node_id)
@@ -102,11 +107,11 @@ class Attempt:
 
     def prepare(self, launch: Launch, check: Callable[[], str]) -> None:
         """Open the files, look at the node and choose a port; idempotent."""
-        if self.phase is not Phase.UNKNOWN:
+        if self.phase is not AttemptPhase.UNKNOWN:
             return
-        self._launch, self._check, self.phase = launch, check, Phase.PREPARING
+        self._launch, self._check, self.phase = launch, check, AttemptPhase.PREPARING
         needs = [_configuration(launch, self.run), *([Path(launch.code)] if launch.code else [])]
-        self.files = Files(self.run, self.number, launch.ranks, needs, self._files_news)
+        self.files = LogFiles(self.run, self.number, launch.ranks, needs, self._files_news)
         # Bound until the attempt is forgotten, so that nobody else is given the port before rank 0 listens on it.
         self._port = socket.socket()
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,7 +120,7 @@ class Attempt:
 
     def start(self, launch: Launch) -> None:
         """Start the ranks with the rendezvous that `launch` tells; once only."""
-        if self.phase is not Phase.READY or self.started is not None:
+        if self.phase is not AttemptPhase.READY or self.started is not None:
             return
         self._launch, self.started = launch, time.monotonic()
         self._starting = threading.Thread(target=self._start, args=(launch,), name="agent-start", daemon=True)
@@ -123,7 +128,7 @@ class Attempt:
 
     def stop(self, grace: float) -> None:
         """End all processes: SIGTERM to the ranks, and after `grace` seconds SIGKILL to everything."""
-        if self.phase in (Phase.STOPPING, Phase.STOPPED):
+        if self.phase in (AttemptPhase.STOPPING, AttemptPhase.STOPPED):
             if self._stop is not None and self._stop.asked + grace < self._stop.deadline:
                 self._stop.deadline = self._stop.asked + grace
                 self._changed.notify_all()
@@ -131,7 +136,7 @@ class Attempt:
         if self._chronicle is not None:
             self._chronicle.hold()
         self._stop = _Stop(time.monotonic() + grace)
-        self._move(Phase.STOPPING)
+        self._move(AttemptPhase.STOPPING)
         threading.Thread(target=self._stop_all, name="agent-stop", daemon=True).start()
 
     def collect(self) -> None:
@@ -144,7 +149,7 @@ class Attempt:
         """Forget it once nothing of it is left."""
         self._freed = True
         self._standbys.drop(str(self.run.root))
-        if self.phase is Phase.STOPPED:
+        if self.phase is AttemptPhase.STOPPED:
             self.forget()
 
     def forget(self) -> None:
@@ -157,7 +162,11 @@ class Attempt:
     @property
     def pids(self) -> dict[int, int]:
         """Process ids by rank, once all are started."""
-        return {rank: one.pid for rank, one in self._ranks.items()} if self.phase is not Phase.READY else {}
+        return (
+            {rank: one.pid for rank, one in self._ranks.items()}
+            if self.phase is not AttemptPhase.READY
+            else {}
+        )
 
     def seen(self) -> tuple[RankSeen, ...]:
         """All ranks as they are now; reads node memory, and is called without the lock."""
@@ -169,7 +178,12 @@ class Attempt:
                 watch.look() if ended is None else watch.look(ended.code, ended.time, words.get(rank, ""))
                 for rank, watch, ended in ranks
             )
-        if self._launch is not None and not self._kept and self.phase is Phase.RUNNING and _trains(seen):
+        if (
+            self._launch is not None
+            and not self._kept
+            and self.phase is AttemptPhase.RUNNING
+            and _trains(seen)
+        ):
             self._kept = True
             try:
                 env = environment.common(self._launch, os.environ)
@@ -186,7 +200,7 @@ class Attempt:
 
     # ---- threads of the attempt ----
 
-    def _move(self, phase: Phase) -> None:
+    def _move(self, phase: AttemptPhase) -> None:
         self.phase = phase
         self.news += 1
         self._changed.notify_all()
@@ -194,12 +208,12 @@ class Attempt:
     def _files_news(self) -> None:
         with self._changed:
             files = self.files
-            if files is not None and self.phase is Phase.PREPARING and files.trouble:
+            if files is not None and self.phase is AttemptPhase.PREPARING and files.trouble:
                 self.unfit = files.trouble.unfit
-            elif files is not None and self.phase is Phase.PREPARING and files.ready:
+            elif files is not None and self.phase is AttemptPhase.PREPARING and files.ready:
                 self.unfit = self._check() or self._make_rings()
                 if not self.unfit:
-                    self.phase = Phase.READY
+                    self.phase = AttemptPhase.READY
             self.news += 1
             self._changed.notify_all()
 
@@ -240,9 +254,9 @@ class Attempt:
                 self.seen,
             )
             with self._changed:
-                if self.phase is Phase.READY:
-                    self._move(Phase.RUNNING)
-        except Exception as error:  # told as the node's fault: nothing else can be wrong here
+                if self.phase is AttemptPhase.READY:
+                    self._move(AttemptPhase.RUNNING)
+        except Exception as error:  # reported as the node's fault: nothing else can be wrong here
             log.exception("the ranks of %s can't start", self.run.run_id)
             with self._changed:
                 self.unfit = f"the ranks can't start: {type(error).__name__}: {error}"
@@ -290,10 +304,10 @@ class Attempt:
         with self._changed:
             if self._freed:
                 self.forget()
-            self._move(Phase.STOPPED)
+            self._move(AttemptPhase.STOPPED)
 
     def _kill(self, leaders: set[int]) -> None:
-        """SIGKILL until nothing is left. What stays in the kernel is told of and waited for: its slot isn't free."""
+        """SIGKILL until nothing is left. What stays in the kernel is reported and waited for: its slot isn't free."""
         begun, wait = time.monotonic(), 0.005
         while left := family.of_attempt(self._mark, leaders):
             family.end(left, signal.SIGKILL)
@@ -314,7 +328,7 @@ class Attempt:
         until, wait = time.monotonic() + _DEVICE_SECONDS, 0.05
         unknown = devices.used(launch.devices).unknown
         if unknown:
-            log.warning("%s: whether the devices' memory is free can't be told: %s", self.run.run_id, unknown)
+            log.warning("%s: whether the devices' memory is free is unknown: %s", self.run.run_id, unknown)
         while held := devices.held(launch.devices, self._used):
             if time.monotonic() > until:
                 with self._changed:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from faulttol.preflight import host
-from faulttol.preflight.result import Check, Outcome, Preflight
+from faulttol.preflight.result import Check, CheckOutcome, Preflight
 from orchestrator.agent.environment import DEVICES
 
 log = logging.getLogger("megaray.agent")
@@ -126,14 +126,14 @@ def full(peers: Sequence[str]) -> Preflight:
             words, env=env, capture_output=True, text=True, timeout=_FULL_SECONDS, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return _alone(Outcome.BAD, f"didn't end in {_FULL_SECONDS:.0f} s")
+        return _alone(CheckOutcome.BAD, f"didn't end in {_FULL_SECONDS:.0f} s")
     try:
         return Preflight.from_json(json.loads(done.stdout))
     except ValueError:
         if done.returncode < 0:
-            return _alone(Outcome.BAD, f"was ended by signal {-done.returncode}")
-        return _alone(Outcome.UNKNOWN, (done.stderr.strip().splitlines() or ["no answer"])[-1])
+            return _alone(CheckOutcome.BAD, f"was ended by signal {-done.returncode}")
+        return _alone(CheckOutcome.UNKNOWN, (done.stderr.strip().splitlines() or ["no answer"])[-1])
 
 
-def _alone(outcome: Outcome, text: str) -> Preflight:
+def _alone(outcome: CheckOutcome, text: str) -> Preflight:
     return Preflight((Check("preflight", outcome, text),))

@@ -16,22 +16,22 @@ _NVIDIA, _AMD = ("CUDA_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE
 
 
 @dataclass(frozen=True)
-class Usage:
+class DeviceUsage:
     """Memory in use."""
 
     used: dict[str, int] = field(default_factory=dict)
     """Bytes by device, as the variable names it."""
     unknown: str = ""
-    """Why it can't be told; empty where it can."""
+    """Why it is unknown; empty where it is known."""
 
 
-def used(variables: Mapping[str, str]) -> Usage:
+def used(variables: Mapping[str, str]) -> DeviceUsage:
     """Memory in use on the devices that `variables` name, such as `{"CUDA_VISIBLE_DEVICES": "0,1"}`."""
     for names, tool in ((_NVIDIA, _nvidia), (_AMD, _amd)):
         chosen = next((variables[name] for name in names if variables.get(name)), "")
         if chosen:
             return tool(chosen.split(","))
-    return Usage(unknown="no variable says which devices the ranks had")
+    return DeviceUsage(unknown="no variable says which devices the ranks had")
 
 
 def held(variables: Mapping[str, str], before: Mapping[str, int]) -> str:
@@ -60,10 +60,10 @@ def _run(*words: str) -> str | None:
     return done.stdout
 
 
-def _nvidia(chosen: list[str]) -> Usage:
+def _nvidia(chosen: list[str]) -> DeviceUsage:
     text = _run("nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
     if text is None:
-        return Usage(unknown="nvidia-smi isn't there or doesn't answer")
+        return DeviceUsage(unknown="nvidia-smi isn't there or doesn't answer")
     found = {}
     for line in text.splitlines():
         index, uuid, mib = (part.strip() for part in line.split(","))
@@ -71,10 +71,10 @@ def _nvidia(chosen: list[str]) -> Usage:
             if device == index or (device and uuid.startswith(device)):
                 found[device] = int(float(mib)) << 20
     missing = [device for device in chosen if device not in found]
-    return Usage(found, f"nvidia-smi doesn't list device {', '.join(missing)}" if missing else "")
+    return DeviceUsage(found, f"nvidia-smi doesn't list device {', '.join(missing)}" if missing else "")
 
 
-def _amd(chosen: list[str]) -> Usage:
+def _amd(chosen: list[str]) -> DeviceUsage:
     text = _run("rocm-smi", "--showmeminfo", "vram", "--json")
     if text is not None:
         try:
@@ -84,13 +84,15 @@ def _amd(chosen: list[str]) -> Usage:
                 for device in chosen
                 if f"card{device}" in cards
             }
-            return Usage(found, "" if len(found) == len(chosen) else "rocm-smi doesn't list all devices")
+            return DeviceUsage(
+                found, "" if len(found) == len(chosen) else "rocm-smi doesn't list all devices"
+            )
         except (ValueError, KeyError, TypeError):
             pass
     return _amd_files(chosen)
 
 
-def _amd_files(chosen: list[str], root: Path = Path("/sys/class/drm")) -> Usage:
+def _amd_files(chosen: list[str], root: Path = Path("/sys/class/drm")) -> DeviceUsage:
     """From the kernel's own files; cards in the order of their numbers, as HIP counts them."""
     files = sorted(root.glob("card*/device/mem_info_vram_used"), key=lambda p: int(p.parts[-3][4:]))
     try:
@@ -98,5 +100,5 @@ def _amd_files(chosen: list[str], root: Path = Path("/sys/class/drm")) -> Usage:
     except (OSError, ValueError):
         found = {}
     if len(found) == len(chosen):
-        return Usage(found)
-    return Usage(found, "neither rocm-smi nor the kernel's files tell of all devices")
+        return DeviceUsage(found)
+    return DeviceUsage(found, "neither rocm-smi nor the kernel's files tell of all devices")

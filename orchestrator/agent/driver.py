@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from configs.paths import RunPaths
 from faulttol import steady
 from orchestrator.agent.gang_state import Gang, Member
-from orchestrator.agent.orders import Answer, Launch, Order, Phase, Superseded
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, Launch, OrderSuperseded
 from orchestrator.control.gang import GangSpec, GangStatus, Want
 from orchestrator.record.events import NodeShare
 
@@ -29,7 +29,7 @@ _ANSWER_SECONDS = 10.0
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.2, 10.0
 _IDLE_SECONDS = 0.2
 _SWEEP_SHARE = 2e-4
-"""Seconds between two looks at a node that has told nothing, for each node that there is."""
+"""Seconds between two looks at a node that has reported nothing, for each node that there is."""
 _SLOTS_SECONDS = 0.2
 """Between two looks at slots that aren't held, or free, yet."""
 _COLLECT_SECONDS = 12.0
@@ -49,7 +49,9 @@ class Carrier(Protocol):
     def alive(self) -> frozenset[str] | None:
         """Ids of the nodes that live; None where that isn't known now."""
 
-    def attend(self, spec: GangSpec, share: NodeShare, order: Order, make: bool) -> Future[Answer]:
+    def attend(
+        self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
+    ) -> Future[AttemptReport]:
         """Carry an order to a node's agent, which is made where it is missing and `make` is set. Fails with `AgentGone`."""
 
     def witness(self, spec: GangSpec, path: str) -> Future[str]:
@@ -74,7 +76,7 @@ class Gangs:
         self._carrier, self._wall = carrier, wall
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._lock = threading.RLock()
-        self._done: deque[tuple[Gang, Member, Future[Answer]]] = deque()
+        self._done: deque[tuple[Gang, Member, Future[AttemptReport]]] = deque()
         self._wake, self._news = threading.Event(), threading.Event()
         self._closed = False
         self._turned = time.monotonic()
@@ -127,7 +129,7 @@ class Gangs:
         return came
 
     def close(self) -> None:
-        """End the thread; agents and ranks go on."""
+        """End the thread; agents and ranks continue."""
         self._closed = True
         self._wake.set()
         self._thread.join()
@@ -148,7 +150,7 @@ class Gangs:
             try:
                 with self._lock:
                     self._turn(time.monotonic())
-            except Exception:  # it must turn for ever: nothing else carries orders
+            except Exception:  # it must turn forever: nothing else carries orders
                 log.exception("a turn of the runtime")
                 time.sleep(_IDLE_SECONDS)
 
@@ -177,12 +179,12 @@ class Gangs:
         for gang in list(self._gangs.values()) if sweep else touched.values():
             self._advance(gang, now)
 
-    def _take(self, gang: Gang, member: Member, call: Future[Answer], now: float) -> bool:
+    def _take(self, gang: Gang, member: Member, call: Future[AttemptReport], now: float) -> bool:
         """Note how a call ended; whether something follows from it."""
         member.call = None
         try:
             fresh = member.take(call.result(), now, self._wall())
-            if gang.want is Want.RELEASED and member.phase is Phase.STOPPED:
+            if gang.want is Want.RELEASED and member.phase is AttemptPhase.STOPPED:
                 member.freed = fresh = True
             return fresh
         except AgentGone as error:
@@ -190,7 +192,7 @@ class Gangs:
             if gang.want is Want.WATCHED or (gang.want is Want.STARTED and gang.begun):
                 member.lost = str(error)
                 return True
-        except Superseded as error:
+        except OrderSuperseded as error:
             log.warning("run %s: %s", gang.spec.run_root, error)
         except Exception as error:  # any fault of the way there: asked again
             log.warning("node %s: %s", member.share.ip, error)
@@ -273,10 +275,10 @@ class Gangs:
             self._back_off(member, now)
         if member.lost or now < member.retry_at or (gang.want is Want.STARTED and gang.devices is None):
             return
-        if gang.want is Want.STOPPED and member.phase is Phase.STOPPED or member.freed:
+        if gang.want is Want.STOPPED and member.phase is AttemptPhase.STOPPED or member.freed:
             return
         go = gang.want is Want.STARTED and gang.may_start
-        if member.phase is Phase.READY and not go and now - (member.answered or 0.0) < 1.0:
+        if member.phase is AttemptPhase.READY and not go and now - (member.answered or 0.0) < 1.0:
             return  # a call that waits would keep the start from it
         order = self._order(gang, member, go)
         make = gang.want is not Want.WATCHED
@@ -285,11 +287,11 @@ class Gangs:
         member.call = call = self._carrier.attend(gang.spec, member.share, order, make)
         call.add_done_callback(lambda done: self._arrived(gang, member, done))
 
-    def _arrived(self, gang: Gang, member: Member, call: Future[Answer]) -> None:
+    def _arrived(self, gang: Gang, member: Member, call: Future[AttemptReport]) -> None:
         self._done.append((gang, member, call))
         self._wake.set()
 
-    def _order(self, gang: Gang, member: Member, go: bool) -> Order:
+    def _order(self, gang: Gang, member: Member, go: bool) -> AttemptOrder:
         spec, answer = gang.spec, member.answer
         launch = None
         if gang.want is Want.STARTED and (answer is None or answer.started is None):
@@ -305,7 +307,7 @@ class Gangs:
                 uses_devices=spec.resource != "CPU",
                 master=gang.master if go else "",
             )
-        return Order(
+        return AttemptOrder(
             epoch=spec.epoch,
             run_root=spec.run_root,
             attempt=spec.attempt,

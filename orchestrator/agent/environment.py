@@ -13,7 +13,7 @@ import psutil
 from configs.paths import RunPaths
 from configs.rank import RankContext
 from faulttol import steady
-from orchestrator.agent.orders import Launch, Order, mark
+from orchestrator.agent.orders import AttemptOrder, Launch, mark
 from orchestrator.local import machine
 
 OWN = (
@@ -54,7 +54,7 @@ def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def of_rank(order: Order, launch: Launch, local_rank: int, rings: Path) -> dict[str, str]:
+def of_rank(order: AttemptOrder, launch: Launch, local_rank: int, rings: Path) -> dict[str, str]:
     """What a rank has beside `common`."""
     address, _, port = launch.master.rpartition(":")
     context = RankContext(

@@ -81,7 +81,7 @@ def stacks(pid: int) -> str:
             told.append(f"{name}: {error.strerror}")
     program = shutil.which("py-spy") or str(Path(sysconfig.get_path("scripts")) / "py-spy")
     words = [program, "dump", "--pid", str(pid)]
-    # A process that is stopped can't be paused: py-spy would wait for it for ever.
+    # A process that is stopped can't be paused: py-spy would wait for it forever.
     words += ["--nonblocking"] if state in ("T", "t", "D") else []
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_DUMP_SECONDS)

@@ -14,7 +14,7 @@ _MARK = b"MEGARAY_MARK="
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessRow:
     """A row of the process table."""
 
     pid: int
@@ -24,7 +24,7 @@ class Process:
     """The kernel's letter."""
 
 
-def table() -> dict[int, Process]:
+def table() -> dict[int, ProcessRow]:
     """All processes of the node but zombies, by id."""
     rows = (_row(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
     return {row.pid: row for row in rows if row is not None and row.state not in "ZX"}
@@ -87,13 +87,13 @@ def reap(known: Collection[int]) -> None:
                     os.waitpid(row.pid, os.WNOHANG)
 
 
-def _row(pid: int) -> Process | None:
+def _row(pid: int) -> ProcessRow | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except (OSError, UnicodeDecodeError):
         return None
     rest = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return Process(pid, int(rest[1]), int(rest[3]), rest[0])
+    return ProcessRow(pid, int(rest[1]), int(rest[3]), rest[0])
 
 
 def _is_marked(pid: int, mark: str) -> bool:

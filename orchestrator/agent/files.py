@@ -49,7 +49,7 @@ class _Lines:
     """First byte, lines and end of what was read and not fetched."""
 
 
-class Files:
+class LogFiles:
     """Opens logs, reads metric lines and the ends of logs, and keeps logs short.
 
     Args:

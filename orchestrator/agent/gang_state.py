@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from configs.metrics import MetricLine
 from faulttol.detect.snapshot import RankSeen
-from orchestrator.agent.orders import Answer, Phase
+from orchestrator.agent.orders import AttemptPhase, AttemptReport
 from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
 from orchestrator.record.events import NodeShare
 
@@ -27,17 +27,17 @@ class Member:
     """One node of a gang."""
 
     share: NodeShare
-    call: Future[Answer] | None = None
+    call: Future[AttemptReport] | None = None
     asked: float = 0.0
     since: float = 0.0
     """When it was first asked; times here are monotonic seconds."""
     answered: float | None = None
     retry_at: float = 0.0
     failures: int = 0
-    answer: Answer | None = None
+    answer: AttemptReport | None = None
     lost: str = ""
     departed: bool = False
-    """It was lost because its node is no part of the cluster."""
+    """It was lost because its node is not part of the cluster."""
     freed: bool = False
     """It has answered that nothing is left after the slots were given up."""
     offset: int = 0
@@ -47,11 +47,11 @@ class Member:
     """How far this clock was ahead of the node's, by each of the last answers, with their delay on top."""
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> AttemptPhase:
         """As it was last heard of."""
-        return self.answer.phase if self.answer else Phase.UNKNOWN
+        return self.answer.phase if self.answer else AttemptPhase.UNKNOWN
 
-    def take(self, answer: Answer, now: float, wall: float) -> bool:
+    def take(self, answer: AttemptReport, now: float, wall: float) -> bool:
         """Note an answer; whether it holds anything that a controller must look at."""
         before, self.answer = self.answer, answer
         self.answered, self.failures = now, 0
@@ -130,14 +130,14 @@ class Gang:
     def may_start(self) -> bool:
         """All nodes are ready, or some have started already and the others are to follow."""
         return bool(self.master) and (
-            self.begun or (all(m.phase is Phase.READY for m in self.members) and not self._at_odds())
+            self.begun or (all(m.phase is AttemptPhase.READY for m in self.members) and not self._at_odds())
         )
 
     @property
     def stopped(self) -> bool:
         """Every node has confirmed, or can't be asked."""
         return self.want in (Want.STOPPED, Want.RELEASED) and all(
-            m.lost or m.phase is Phase.STOPPED for m in self.members
+            m.lost or m.phase is AttemptPhase.STOPPED for m in self.members
         )
 
     def judge(self, now: float, alive: frozenset[str] | None) -> None:
@@ -170,7 +170,7 @@ class Gang:
         answer = member.answer
         if answer is None:
             return ""
-        if answer.phase is Phase.UNKNOWN:
+        if answer.phase is AttemptPhase.UNKNOWN:
             return "the node's agent was started anew; the ranks ended with the one before"
         if answer.started is None and youngest is not None and answer.age < youngest:
             return "the node's agent was started anew while the gang started"
@@ -195,7 +195,7 @@ class Gang:
         return differing
 
     def status(self, now: float, wall: float) -> GangStatus:
-        """As the controller asks for it; what came in is told once."""
+        """As the controller asks for it; what came in is reported once."""
         members = self.members
         started = all(m.answer is not None and m.answer.pids for m in members)
         pids = (
@@ -237,7 +237,7 @@ class Gang:
         unfit = {share.node_id: answer.unfit for share, answer in answers if answer.unfit}
         if self.want is not Want.STARTED or self.begun:
             return "", unfit
-        ready = [share.ip for share, answer in answers if answer.phase is Phase.READY]
+        ready = [share.ip for share, answer in answers if answer.phase is AttemptPhase.READY]
         seeing = [*ready, *([self.witness] if self.witness else [])]
         missing = {share.node_id: (share, answer.missing) for share, answer in answers if answer.missing}
         refused = ""
@@ -251,7 +251,9 @@ class Gang:
                     "MEGARAY_HOME must be a folder that all nodes share (NFS, Lustre, …)"
                 )
         slow = {
-            s.node_id: a.slow for s, a in answers if a.phase is Phase.PREPARING and a.slow > _SLOW_SECONDS
+            s.node_id: a.slow
+            for s, a in answers
+            if a.phase is AttemptPhase.PREPARING and a.slow > _SLOW_SECONDS
         }
         if ready:
             unfit |= {
@@ -269,5 +271,5 @@ def _heard_since(member: Member, wanted: float) -> bool:
     return (
         member.answered is not None
         and member.answered > wanted
-        and member.phase in (Phase.STOPPING, Phase.STOPPED)
+        and member.phase in (AttemptPhase.STOPPING, AttemptPhase.STOPPED)
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 from orchestrator.control.gang import AgentReport, Want
 
 
-class Superseded(RuntimeError):
+class OrderSuperseded(RuntimeError):
     """The order is of a controller that another one has followed."""
 
 
-class Phase(StrEnum):
+class AttemptPhase(StrEnum):
     """How far an attempt is on one node."""
 
     UNKNOWN = "unknown"
@@ -56,7 +56,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Order:
+class AttemptOrder:
     """What should be with an attempt on one node, and how long the answer may wait for news."""
 
     epoch: int
@@ -70,9 +70,9 @@ class Order:
     collect: bool = False
     """Stacks and rings are to be written."""
     news: int = -1
-    """`Answer.news` of the newest answer: the next one waits until there is something newer."""
+    """`AttemptReport.news` of the newest answer: the next one waits until there is something newer."""
     serial: int = 0
-    """`Answer.serial` of the newest answer: ranks that are as they were then aren't told again."""
+    """`AttemptReport.serial` of the newest answer: ranks that are as they were then aren't reported again."""
     offset: int = 0
     """Byte of `metrics.jsonl` up to which lines have come in."""
     wait: float = 0.0
@@ -80,10 +80,10 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AttemptReport:
     """An attempt on one node."""
 
-    phase: Phase
+    phase: AttemptPhase
     age: float
     """Seconds that the agent has lived."""
     started: float | None

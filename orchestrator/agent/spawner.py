@@ -73,14 +73,14 @@ class Spawner:
         def work() -> None:
             try:
                 future.set_result(self._start(words, env, ended, output, stdin))
-            except Exception as error:  # told to whoever asked; this thread must live on
+            except Exception as error:  # reported to whoever asked; this thread must live on
                 future.set_exception(error)
 
         self._orders.put(work)
         return future
 
     def hand_over(self, pid: int, ended: Ended) -> bool:
-        """Have another told of a process's end; False where it has ended already."""
+        """Have another informed of a process's end; False where it has ended already."""
         with self._lock:
             for fd, (process, _) in self._watched.items():
                 if process.pid == pid:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -22,7 +23,9 @@ from pathlib import Path
 from configs.rank import die_with_parent
 
 READY = b"r"
-_LOW, _NORMAL = "19", "0"
+_LOW, _NORMAL = "5", "0"
+"""Of an autogroup: a quarter of a processor beside a busy rank, so that it is ready after some ten seconds. Imports cost
+the same at any pace, and a rank that fails before they are done waits for the rest of them."""
 _MODULES = ("trainer.loop",)
 _ENGINES = {"native": "trainer.engines.native", "deepspeed": "trainer.engines.deepspeed"}
 
@@ -52,6 +55,8 @@ def main(program: Sequence[str]) -> None:
 def _import(program: Sequence[str]) -> None:
     for name in (*_MODULES, *_engine(program)):
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the rank collects before its first step, and need not walk through all modules for it
 
 
 def _engine(program: Sequence[str]) -> list[str]:

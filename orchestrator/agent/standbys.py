@@ -110,7 +110,7 @@ class Standbys:
     def take(
         self, launch: Launch, env: Mapping[str, str], own: Mapping[str, str], output: int, ended: Ended
     ) -> subprocess.Popen[bytes] | None:
-        """Make one a rank; None where none waits for this program. One that still imports goes on to be one."""
+        """Make one a rank; None where none waits for this program. One that still imports continues to be one."""
         if launch.program[:1] != ("-m",):
             return None
         kind = _Kind.of(launch, env)

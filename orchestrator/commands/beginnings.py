@@ -12,7 +12,7 @@ from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
 from faulttol.checkpoint.folder import Folder, folder_of, named, tag
 from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from orchestrator.commands.changes import Change, changes
 from trainer.fingerprint import fingerprint, refusals
 
@@ -59,7 +59,7 @@ def newest(root: str, step: int | None = None) -> Beginning | None:
         UserError: where the folder has checkpoints of format 1 or of several runs, can't be reached, or none can be read.
     """
     try:
-        folder = Folder(Store(root))
+        folder = Folder(CheckpointStore(root))
     except OSError as error:
         raise UserError(
             f"'{root}' can't be listed: {error}; see to its permissions and credentials"
@@ -85,10 +85,10 @@ def refuse_anothers(path: str) -> None:
     """Refuse a folder of checkpoints that another run owns, for a run that is new.
 
     Raises:
-        UserError: naming the run, and how to go on from it.
+        UserError: naming the run, and how to continue from it.
     """
     try:
-        folder = Folder(Store(path))
+        folder = Folder(CheckpointStore(path))
     except OSError:  # whether it can be written is another check's question
         return
     folder.refuse_others()
@@ -119,7 +119,7 @@ def find(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning]:
     refused, _ = refusals(old, fingerprint(config, _data(config, old.get("data") or {})))
     if refused:
         raise UserError(
-            f"{told} isn't this run's to go on from: {'; '.join(refused[:_TOLD])}; {_advice(found, home)}"
+            f"{told} isn't this run's to continue from: {'; '.join(refused[:_TOLD])}; {_advice(found, home)}"
         )
     if config.train.steps <= found.step:
         raise UserError(

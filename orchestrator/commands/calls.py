@@ -17,11 +17,11 @@ from orchestrator.record.states import State
 if TYPE_CHECKING:
     from configs.schema import RunConfig
     from orchestrator.commands.beginnings import Beginning
-    from trainer.sizing.search.planner import Plan
+    from trainer.sizing.search.planner import RunPlan
 
 
 @dataclass(frozen=True)
-class Call:
+class CommandCall:
     """One call of the command line."""
 
     options: argparse.Namespace
@@ -64,14 +64,14 @@ class Call:
 
 
 def _print(text: str) -> None:
-    """Print, and go on where nobody reads it any more: `submit | head -1` submits."""
+    """Print, and continue where nobody reads it any more: `submit | head -1` submits."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of the process
 
 
-def watch(call: Call, run_id: str) -> int:
+def watch(call: CommandCall, run_id: str) -> int:
     """Follow a run to its end and print its summary; Ctrl-C leaves the run alone.
 
     Returns 0 where the run succeeded, 1 where it failed or was cancelled, 130 after Ctrl-C.
@@ -88,7 +88,7 @@ def watch(call: Call, run_id: str) -> int:
     try:
         state = show(run, call.home, stream)
     except KeyboardInterrupt:
-        print(f"\ndetached; {run_id} goes on. `{PROGRAM} watch {run_id}` comes back to it, "
+        print(f"\ndetached; {run_id} continues. `{PROGRAM} watch {run_id}` comes back to it, "
               f"`{PROGRAM} cancel {run_id}` ends it.", file=sys.stderr)  # fmt: skip
         return 130
     row = reading.summary(run, reading.read_queue(call.home))
@@ -100,7 +100,7 @@ def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | No
     """The configuration with its `resume` looked up, and what the run begins from; None where it names nothing.
 
     Raises:
-        UserError: where it can't be gone on from.
+        UserError: where it can't be continued from.
     """
     if config.resume is None:
         return config, None
@@ -110,7 +110,7 @@ def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | No
     return beginnings.find(config, home)
 
 
-def shown(plan: Plan, begins: Beginning | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
+def shown(plan: RunPlan, begins: Beginning | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
     """A plan as text and as a tree, with what the run begins from."""
     from orchestrator.commands import console
     from orchestrator.commands.plan_text import plan_table

@@ -31,7 +31,7 @@ _LAYOUT = ("parallel", "cluster", "hardware")
 
 
 def refuse(config: RunConfig, overrides: Sequence[str], run_id: str) -> None:
-    """Refuse what a run keeps for life; typing the value that it has is no change.
+    """Refuse what a run keeps for life; typing the value that it has is not a change.
 
     Raises:
         UserError: naming the field, and what to type for a new run.
@@ -106,7 +106,7 @@ def consequences(old: RunConfig, new: RunConfig, step: int, samples: int | None)
     """What the changes mean for what is learned, a line each.
 
     Args:
-        step: that the run goes on from.
+        step: that the run continues from.
         samples: consumed up to it, as its checkpoint says; None where it doesn't, so that they are counted.
     """
     done = samples_before(old.train, step) if samples is None else samples

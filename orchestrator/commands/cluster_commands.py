@@ -16,7 +16,7 @@ from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
 from orchestrator import PROGRAM, ray_cluster
 from orchestrator.commands import beginnings, console, reach
-from orchestrator.commands.calls import Call, begun, shown, watch
+from orchestrator.commands.calls import CommandCall, begun, shown, watch
 from orchestrator.commands.node_commands import cordon, drain, spare, uncordon, unspare
 from orchestrator.commands.resumption import Resumption
 from orchestrator.commands.snapshot import CODE, snapshot
@@ -42,7 +42,7 @@ _HERE = ("up", "down", "serve")
 """Commands about Ray on this machine."""
 
 
-def forward(call: Call) -> int:
+def forward(call: CommandCall) -> int:
     """Run the command on the head of the cluster whose dashboard URL was given."""
     words, skip = [], False
     for word in call.arguments:
@@ -76,7 +76,7 @@ def _is_json(line: str) -> bool:
         return False
 
 
-def submit(call: Call) -> int:
+def submit(call: CommandCall) -> int:
     """Plan, show, ask, queue, follow."""
     config, begins = begun(compose(call.overrides, call.config_file), call.home)
     owner = owner_of(call.options.owner)
@@ -141,7 +141,7 @@ def _check_training(config: RunConfig) -> list[str]:
     return notes
 
 
-def _agreed(call: Call) -> bool:
+def _agreed(call: CommandCall) -> bool:
     if call.options.yes or call.wants_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return True
     try:
@@ -151,20 +151,20 @@ def _agreed(call: Call) -> bool:
     return answer in ("", "y", "yes")
 
 
-def _started_for(call: Call, submission: Submission) -> tuple[ControllerClient, Submission]:
+def _started_for(call: CommandCall, submission: Submission) -> tuple[ControllerClient, Submission]:
     """A local Ray that holds this run. Where another command has just started one, the run is planned for that."""
     made = submission.plan
     slots = max(made.ranks if made.config.hardware.kind == "cpu" else 1, machine.processors())
     controller, record, mine = reach.started(call, slots, machine.gpus(), made.config.resilience.timeouts)
     if not mine:
         config = submission.config
-        given = reach.capacity(config, reach.Target(record.address, record.token))
+        given = reach.capacity(config, reach.ClusterTarget(record.address, record.token))
         submission = replace(submission, plan=plan(config, given, strict=True))
         call.note(f"another command has just started Ray at {record.address}; the run is planned for that")
     return controller, submission
 
 
-def up(call: Call) -> int:
+def up(call: CommandCall) -> int:
     """Start a local Ray and its controller."""
     slots = call.options.slots if call.options.slots is not None else machine.processors()
     if slots < 1:
@@ -189,7 +189,7 @@ def up(call: Call) -> int:
     return 0
 
 
-def down(call: Call) -> int:
+def down(call: CommandCall) -> int:
     """Cancel all runs of the local Ray and end it, as far as it can be reached; what is left of a crash goes too."""
     record = cluster.local(call.home)
     _, damage = cluster.recorded(call.home)
@@ -221,7 +221,7 @@ def down(call: Call) -> int:
     return 0
 
 
-def _cancel_all(call: Call, record: cluster.LocalCluster) -> None:
+def _cancel_all(call: CommandCall, record: cluster.LocalCluster) -> None:
     ray_cluster.connect(record.address, record.token)
     controller = ControllerClient.existing(call.home)
     deadline = time.monotonic() + _DOWN_SECONDS
@@ -229,7 +229,7 @@ def _cancel_all(call: Call, record: cluster.LocalCluster) -> None:
         time.sleep(0.2)
 
 
-def serve(call: Call) -> int:
+def serve(call: CommandCall) -> int:
     """Keep the controller of a cluster that something else keeps up."""
     if not call.address:
         raise UserError("`serve` needs --address HOST:PORT of the Ray head whose controller it keeps")
@@ -240,7 +240,7 @@ def serve(call: Call) -> int:
     return 0
 
 
-def cancel(call: Call) -> int:
+def cancel(call: CommandCall) -> int:
     """Stop a run and wait until nothing of it is left."""
     run = call.home.existing(call.options.run)
     _refuse_ended(call, run.run_id)
@@ -261,14 +261,14 @@ def cancel(call: Call) -> int:
     return 0
 
 
-def _refuse_ended(call: Call, run_id: str) -> None:
+def _refuse_ended(call: CommandCall, run_id: str) -> None:
     """Say that a run has ended before looking for a cluster, which may be down by then."""
     row = reading.summary(call.home.run(run_id), {})
     if row.terminal:
         raise UserError(f"run '{run_id}' is {row.state} already; nothing to cancel")
 
 
-def resume(call: Call) -> int:
+def resume(call: CommandCall) -> int:
     """Queue a failed or cancelled run again, with what was typed changed, and follow it."""
     run = call.home.existing(call.options.run)
     row = reading.summary(run, {})
@@ -294,7 +294,7 @@ def resume(call: Call) -> int:
         resumption = replace(resumption, code=str(snapshot(call.home, code_state())))
         if resumption.code_changed:
             before = resumption.view.asked.code or "the installed packages"
-            call.note(f"it goes on with the code as it is now, {resumption.code}; before: {before}")
+            call.note(f"it continues with the code as it is now, {resumption.code}; before: {before}")
         if place:
             controller = ControllerClient.connect(call.home)
         else:
@@ -311,7 +311,7 @@ def resume(call: Call) -> int:
     return watch(call, run.run_id)
 
 
-def nodes(call: Call) -> int:
+def nodes(call: CommandCall) -> int:
     """Show nodes, slots and their holders."""
     with reach.client(call):
         pass  # the controller publishes what is shown

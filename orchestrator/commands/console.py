@@ -12,7 +12,7 @@ from orchestrator.record.reading import RunSummary
 from orchestrator.record.states import State
 
 _PLACES = ("rail", "rack", "nvlink")
-"""Labels of a node that placement heeds."""
+"""Labels of a node that placement uses."""
 
 
 def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = ()) -> str:
@@ -95,7 +95,7 @@ def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
         rows.append(
             (
                 "parked",
-                f"the controller met an error at it and tries again later; its ranks go on: {row.parked}",
+                f"the controller met an error at it and tries again later; its ranks continue: {row.parked}",
             )
         )
     if row.position is not None:
@@ -192,7 +192,7 @@ def incidents(found: Sequence[dict[str, Any]]) -> str:
         expected = f"{predicted:.3g} steps predicted" if predicted is not None else ""
         cost = f"not known yet{', ' if expected else ''}{expected}"
         if one["stops_nothing"]:
-            cost = "none: training goes on"
+            cost = "none: training continues"
         elif one["downtime_seconds"] is not None:
             again = f"{one['lost_steps']} steps trained again" + (f" ({expected})" if expected else "")
             cost = f"{again}, {one['downtime_seconds']:.1f} s without training"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator import PROGRAM
 from orchestrator.commands import reach
-from orchestrator.commands.calls import Call
+from orchestrator.commands.calls import CommandCall
 from orchestrator.commands.submission import owner_of
 from orchestrator.record.reading import read_queue
 
@@ -15,10 +15,10 @@ _SAID = {
     "spare": "{node} is kept for runs that recover from a fault{runs}",
     "unspare": "{node} is used like the others",
 }
-_RUNS = {"cordon": "goes on", "drain": "saves and moves to other nodes", "spare": "goes on"}
+_RUNS = {"cordon": "continues", "drain": "saves and moves to other nodes", "spare": "continues"}
 
 
-def _mark(call: Call, what: str) -> int:
+def _mark(call: CommandCall, what: str) -> int:
     """Mark a node, and say what becomes of the runs on it.
 
     Raises:
@@ -39,26 +39,26 @@ def _mark(call: Call, what: str) -> int:
     return 0
 
 
-def cordon(call: Call) -> int:
+def cordon(call: CommandCall) -> int:
     """Keep runs from starting on a node."""
     return _mark(call, "cordon")
 
 
-def uncordon(call: Call) -> int:
+def uncordon(call: CommandCall) -> int:
     """Let runs start on a node again."""
     return _mark(call, "uncordon")
 
 
-def drain(call: Call) -> int:
+def drain(call: CommandCall) -> int:
     """Move runs off a node."""
     return _mark(call, "drain")
 
 
-def spare(call: Call) -> int:
+def spare(call: CommandCall) -> int:
     """Keep a node for runs that recover."""
     return _mark(call, "spare")
 
 
-def unspare(call: Call) -> int:
+def unspare(call: CommandCall) -> int:
     """Use a spare like the other nodes."""
     return _mark(call, "unspare")

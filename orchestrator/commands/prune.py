@@ -14,9 +14,9 @@ from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
 from faulttol.checkpoint.folder import Folder
 from faulttol.checkpoint.retention import USE_SECONDS
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from orchestrator.commands import snapshot
-from orchestrator.commands.calls import Call
+from orchestrator.commands.calls import CommandCall
 from orchestrator.commands.text import plural, size, span, table
 from orchestrator.record.reading import RunReader
 
@@ -38,14 +38,14 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PruneSelection:
     """What goes, and which runs stay though they are old enough, with the reason."""
 
     removed: list[Removal]
     kept: list[tuple[str, str]]
 
 
-def choose(home: HomePaths, keep: int | None, older: float | None, now: float) -> Choice:
+def choose(home: HomePaths, keep: int | None, older: float | None, now: float) -> PruneSelection:
     """Decide what goes.
 
     A run goes where it has ended, isn't among the newest `keep` of those and ended more than `older` days ago, and no run
@@ -87,7 +87,7 @@ def choose(home: HomePaths, keep: int | None, older: float | None, now: float) -
         if name not in found
     ]
     gone = {removal.name for removal in removed}
-    return Choice(removed + _leftovers(home, now) + _code(home, gone, now), kept)
+    return PruneSelection(removed + _leftovers(home, now) + _code(home, gone, now), kept)
 
 
 def _ended(run: RunPaths) -> float | str | None:
@@ -144,7 +144,7 @@ def _needed(run: RunPaths) -> bool:
     """Whether a run still goes back to where it began: it has committed nothing itself."""
     try:
         config = load(run.newest_config)
-        return not Folder(Store(config.checkpoint.path or str(run.checkpoints))).commits
+        return not Folder(CheckpointStore(config.checkpoint.path or str(run.checkpoints))).commits
     except (OSError, UserError):
         return True
 
@@ -154,7 +154,7 @@ def _held(run: RunPaths, now: float) -> str:
     if not run.checkpoints.is_dir():
         return ""
     try:
-        folder = Folder(Store(str(run.checkpoints)))
+        folder = Folder(CheckpointStore(str(run.checkpoints)))
     except OSError as error:
         return f"its checkpoints can't be listed ({error.strerror})"
     names = sorted({name for given in folder.pins.values() for name in given})
@@ -219,7 +219,7 @@ def _bytes(folder: Path) -> int:
     return total
 
 
-def prune(call: Call) -> int:
+def prune(call: CommandCall) -> int:
     """Say what goes, ask, and remove it."""
     choice = choose(call.home, call.options.keep, call.options.older, time.time())
     freed = sum(removal.bytes for removal in choice.removed)
@@ -244,7 +244,7 @@ def prune(call: Call) -> int:
     return 0
 
 
-def _agreed(call: Call, told: str) -> bool:
+def _agreed(call: CommandCall, told: str) -> bool:
     """What is removed is gone, so only a person at a terminal or `--yes` agrees."""
     if call.options.yes:
         return True

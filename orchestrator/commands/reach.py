@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 from orchestrator import PROGRAM, ray_cluster
-from orchestrator.commands.calls import Call
+from orchestrator.commands.calls import CommandCall
 from orchestrator.commands.submission import slot_resource
 from orchestrator.local import cluster, machine
 from orchestrator.local.cluster import LocalCluster
@@ -20,7 +20,7 @@ from trainer.sizing.search.planner import Capacity
 
 
 @dataclass(frozen=True)
-class Target:
+class ClusterTarget:
     """A cluster that is up."""
 
     address: str
@@ -36,16 +36,16 @@ class Target:
         ray_cluster.connect(self.address, self.token)
 
 
-def target(call: Call) -> Target | None:
+def target(call: CommandCall) -> ClusterTarget | None:
     """The cluster to use; None where a local one is to be started."""
     if call.address:
-        return Target(call.address)
+        return ClusterTarget(call.address)
     found = cluster.local(call.home)
-    return Target(found.address, found.token) if found else None
+    return ClusterTarget(found.address, found.token) if found else None
 
 
 @contextmanager
-def client(call: Call) -> Iterator[ControllerClient]:
+def client(call: CommandCall) -> Iterator[ControllerClient]:
     """The controller of the cluster that is up, for as long as the block lasts.
 
     Raises:
@@ -64,7 +64,7 @@ def client(call: Call) -> Iterator[ControllerClient]:
 
 
 def started(
-    call: Call, slots: int, gpus: int, timeouts: Timeouts
+    call: CommandCall, slots: int, gpus: int, timeouts: Timeouts
 ) -> tuple[ControllerClient, LocalCluster, bool]:
     """Start a local Ray and its controller, and connect; one that another command has started meanwhile does.
 
@@ -99,7 +99,7 @@ def started(
     return made, record, mine
 
 
-def capacity(config: RunConfig, place: Target | None) -> Capacity | None:
+def capacity(config: RunConfig, place: ClusterTarget | None) -> Capacity | None:
     """Slots by node: of the connected cluster, or of this machine where a local Ray is to be started.
 
     None where that one is made as large as the run wants: ranks on processors share them.

@@ -18,14 +18,14 @@ from orchestrator.commands.beginnings import Beginning
 from orchestrator.commands.submission import Submission
 from orchestrator.record.events import Amended, GangShape
 from orchestrator.record.log import read
-from orchestrator.record.run_log import Reader
+from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.view import RunView
 from trainer.sizing.search.planner import Capacity, plan
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A stopped run that is to go on."""
+    """A stopped run that is to continue."""
 
     run: RunPaths
     view: RunView
@@ -33,13 +33,13 @@ class Resumption:
     old: RunConfig
     """Resolved, of the run's last attempt."""
     config: RunConfig
-    """That the run goes on with; with auto fields open until it is `planned`."""
+    """That the run continues with; with auto fields open until it is `planned`."""
     found: Beginning | None
     """The newest checkpoint in storage."""
     gang: GangShape
     layout: dict[str, int]
     code: str = ""
-    """Folder of the code that it goes on with; empty: as before."""
+    """Folder of the code that it continues with; empty: as before."""
 
     @classmethod
     def of(cls, run: RunPaths, overrides: Sequence[str]) -> Resumption:
@@ -48,7 +48,7 @@ class Resumption:
         Raises:
             UserError: for an override that the run can't take, and for checkpoints that can't be read.
         """
-        view = Reader.of(run).view
+        view = RunLogReader.of(run).view
         submitted = view.asked
         old = load(run.config_of(view.amendments))
         changes.refuse(old, overrides, run.run_id)
@@ -58,7 +58,7 @@ class Resumption:
 
     @property
     def step(self) -> int:
-        """Step that the run goes on from."""
+        """Step that the run continues from."""
         return self.found.step if self.found else 0
 
     @property
@@ -68,7 +68,7 @@ class Resumption:
 
     @property
     def start(self) -> str:
-        """Where it goes on, for a person."""
+        """Where it continues, for a person."""
         memory = self.view.memory
         newer = memory is not None and memory.step > self.step
         return f"step {self.step}" + (
@@ -127,7 +127,7 @@ class Resumption:
 
     @property
     def code_changed(self) -> bool:
-        """It goes on with other code than it ran before."""
+        """It continues with other code than it ran before."""
         return bool(self.code) and self.code != self.view.asked.code
 
     def event(self) -> Amended | None:

@@ -34,9 +34,9 @@ from faulttol.commands.screen import axes
 from orchestrator.commands import console, watching
 from orchestrator.commands.text import clock, count, plural, size, span
 from orchestrator.record import reading
-from orchestrator.record.events import Event, Moved
+from orchestrator.record.events import Event, StateMoved
 from orchestrator.record.following import Follower
-from orchestrator.record.ranks import PARTS, Rank, RankReader
+from orchestrator.record.ranks import PARTS, RankActivity, RankReader
 from orchestrator.record.reading import RunSummary
 from orchestrator.record.states import State
 
@@ -74,7 +74,7 @@ class Picture:
     """Step and loss; of steps that were lost, what came later."""
     held_out: float | None = None
     checkpoint: SavedLine | None = None
-    ranks: list[Rank] = field(default_factory=list)
+    ranks: list[RankActivity] = field(default_factory=list)
     happened: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT))
     silent: str = ""
     """What is to be said of the controller."""
@@ -96,7 +96,7 @@ class Picture:
                     self.held_out = item.loss
                 case SavedLine():
                     self.checkpoint = item
-                case Event(payload=Moved() as move):
+                case Event(payload=StateMoved() as move):
                     self.ended = move.to if move.to.terminal else None
             if (text := watching.told(item)) is not None and not isinstance(item, EndedLine):
                 self.happened.append(plain(text))
@@ -233,7 +233,7 @@ def _ranks(picture: Picture, width: int, most: int, rich: bool) -> Iterator[Text
 
 
 def begin(run: RunPaths, most: int = _CATCH_UP) -> dict[str, int]:
-    """Where a follower begins, so that at most about `most` bytes of metric lines of before are read."""
+    """Where a follower begins, so that at most about `most` bytes of earlier metric lines are read."""
     position = {}
     for attempt in reversed(run.attempt_numbers()):
         path = run.attempt(attempt).metrics
@@ -327,7 +327,7 @@ def watch_list(
 
 
 def _listed(found: reading.Listing, width: int, height: int) -> list[Text]:
-    """As many runs as there is room for: those that go on first, then the newest that have ended; oldest on top."""
+    """As many runs as there is room for: active ones first, then the newest that have ended; oldest on top."""
     going = [row for row in found.rows if not row.terminal]
     ended = [row for row in found.rows if row.terminal]
     room = max(1, height - 2 - min(3, len(found.damage)))

@@ -25,7 +25,7 @@ from configs.schema import RunConfig
 from orchestrator.commands.snapshot import CODE, snapshot
 from orchestrator.record.events import GangShape, Submitted
 from trainer.sizing.model.layout import Layout
-from trainer.sizing.search.planner import Plan
+from trainer.sizing.search.planner import RunPlan
 
 _PACKAGES = ("torch", "ray", "deepspeed", "wandb", "pydantic", "hydra-core", "fsspec", "numpy")
 _TRAVELLING = "MEGARAY_SOURCE"
@@ -40,7 +40,7 @@ class Submission:
 
     config: RunConfig
     """As the user gave it, with auto fields still open."""
-    plan: Plan
+    plan: RunPlan
     priority: int
     owner: str = ""
 
@@ -107,7 +107,7 @@ def owner_of(typed: str | None) -> str:
     """
     if typed is not None:
         if not typed.strip():
-            raise UserError("--owner '' is no name; type one, or leave it out for your account's")
+            raise UserError("--owner '' is not a name; type one, or leave it out for your account's")
         return typed.strip()
     if travelled := os.environ.get(_OWNER):
         return travelled

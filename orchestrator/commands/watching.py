@@ -25,15 +25,15 @@ from orchestrator.commands.console import progress, took
 from orchestrator.commands.text import size
 from orchestrator.record import reading
 from orchestrator.record.events import (
+    AttemptPlaced,
     Decided,
     Event,
     EvidenceKept,
     FabricFinding,
     IncidentClosed,
     IncidentOpened,
-    Moved,
     Parked,
-    Placed,
+    StateMoved,
     StopBegan,
     Unparked,
 )
@@ -42,7 +42,7 @@ from orchestrator.record.states import State
 
 _POLL_SECONDS = 0.5
 _SILENT_SECONDS = 30.0
-"""Without a sign of a controller before it is told."""
+"""Without a sign of a controller before it is reported."""
 _PLAIN_EVERY = 10.0
 """Seconds between progress lines where they can't be rewritten in place."""
 
@@ -102,7 +102,7 @@ class Beat:
         if self.told or now - self.since < _SILENT_SECONDS:
             return None
         self.told = True
-        return f"no controller has turned for {_SILENT_SECONDS:.0f} s; ranks that run go on by themselves"
+        return f"no controller has turned for {_SILENT_SECONDS:.0f} s; ranks that run continue by themselves"
 
 
 def watch(
@@ -123,7 +123,7 @@ def watch(
                 newest = item
             elif (text := told(item)) is not None:
                 line.above(text)
-            if isinstance(item, Event) and isinstance(item.payload, Moved):
+            if isinstance(item, Event) and isinstance(item.payload, StateMoved):
                 state = item.payload.to
         if newest is not None:
             line.update(_newest(newest, reader.update().asked.steps))
@@ -150,7 +150,7 @@ def told(item: Event | MetricLine) -> str | None:
     """A line for what is worth one; None for the rest."""
     at = time.strftime("%H:%M:%S", time.localtime(item.time))
     match item:
-        case Event(payload=Moved() as move):
+        case Event(payload=StateMoved() as move):
             return f"{at} {move.to}" + (f": {move.detail}" if move.detail else "")
         case Event(payload=IncidentOpened() as incident):
             return f"{at} incident {incident.incident}: {incident.detail}"
@@ -166,10 +166,10 @@ def told(item: Event | MetricLine) -> str | None:
         case Event(payload=EvidenceKept() as kept):
             return f"{at} stacks of its ranks are in {kept.path}"
         case Event(payload=Parked() as parked):
-            return f"{at} parked: {parked.error}; its ranks go on, and the controller tries again"
+            return f"{at} parked: {parked.error}; its ranks continue, and the controller tries again"
         case Event(payload=Unparked()):
             return f"{at} handled again"
-        case Event(payload=Placed(attempt=attempt, gang=gang)) if gang is not None:
+        case Event(payload=AttemptPlaced(attempt=attempt, gang=gang)) if gang is not None:
             return f"{at} attempt {attempt} runs on {gang.ranks} slots, fewer than asked for"
         case Event(payload=IncidentClosed() as closed):
             again = f", {closed.lost_steps} steps again" if closed.lost_steps else ""
@@ -194,7 +194,7 @@ def told(item: Event | MetricLine) -> str | None:
 
 
 def show_log(path: Path, stream: TextIO, follow: RunPaths | None) -> None:
-    """Print a log; with `follow`, go on until that run has ended.
+    """Print a log; with `follow`, continue until that run has ended.
 
     A log that has grown long is copied aside and cut off; what follows is read from its new beginning.
     """

@@ -1,7 +1,7 @@
 """The controller: all runs of one home, the queue between them, and one loop that turns.
 
 Each part of a turn stands alone. A run that raises is parked with its traceback, a file that can't be read is named and
-stepped over, a disk that is full is met again in the next turn; the others go on. Only a newer controller ends it.
+stepped over, a disk that is full is met again in the next turn; the others continue. Only a newer controller ends it.
 
 It knows no Ray: what it needs of the cluster is `gang.GangRuntime`. `orchestrator.ray_controller` puts it into a
 detached actor; the simulator gives it a runtime and clocks of its own.
@@ -26,9 +26,9 @@ from orchestrator.control.queueing import Queueing
 from orchestrator.control.run_control import RunControl
 from orchestrator.decide import backoff
 from orchestrator.record.clock import Clock, Now
-from orchestrator.record.events import Amended, Moved, Submitted
+from orchestrator.record.events import Amended, StateMoved, Submitted
 from orchestrator.record.log import Fenced
-from orchestrator.record.run_log import Reader, RunLog
+from orchestrator.record.run_log import RunLog, RunLogReader
 from orchestrator.record.states import Reason, State
 
 PARK_SECONDS = 2.0
@@ -78,11 +78,11 @@ class Controller:
 
     def submit(self, run_id: str, submitted: Submitted) -> None:
         """Queue a run whose folder the command line has written."""
-        if run_id in self._runs or Reader.of(self._home.run(run_id)).view.state is not None:
+        if run_id in self._runs or RunLogReader.of(self._home.run(run_id)).view.state is not None:
             return
         now = self._clock()
         events = RunLog(self._home.run(run_id), self.epoch.number, now, self.epoch.check)
-        events.append([submitted, Moved(State.QUEUED, Reason.SUBMITTED)], now)
+        events.append([submitted, StateMoved(State.QUEUED, Reason.SUBMITTED)], now)
         events.close()
         self._runs[run_id] = self._control(run_id, now)
         self.turn()
@@ -121,7 +121,7 @@ class Controller:
 
         Args:
             run_id: the run.
-            amended: what it goes on with otherwise than before.
+            amended: what it continues with otherwise than before.
             config: the resolved configuration then, as `configs.compose.dump` gives it; empty where it stays the same.
 
         Raises:
@@ -154,7 +154,7 @@ class Controller:
 
     def _state(self, run_id: str) -> State | None:
         try:
-            return Reader.of(self._home.existing(run_id)).view.state
+            return RunLogReader.of(self._home.existing(run_id)).view.state
         except OSError as error:
             raise UserError(f"run '{run_id}' can't be handled: {_told(error)}") from None
 
@@ -291,7 +291,7 @@ class Controller:
         self._unopened = left
 
     def _take_over(self, run_id: str, now: Now) -> None:
-        reader = Reader.of(self._home.run(run_id))
+        reader = RunLogReader.of(self._home.run(run_id))
         state = reader.view.state
         if reader.view.submitted is None:
             return  # its submission has not reached the log, and may never do so

@@ -18,13 +18,13 @@ from configs.metrics import (
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.control.gang import AgentReport
 from orchestrator.record.events import (
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     FabricFinding,
     Finished,
-    Moved,
     Payload,
-    Resumed,
+    StateMoved,
 )
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
@@ -37,7 +37,7 @@ class Progress:
     attempt: int = 0
     ranks: Mapping[int, RankSeen] = field(default_factory=dict)
     step: int = 0
-    """Newest finished one that a line told of."""
+    """Newest finished one that a line reported."""
     step_seconds: float = 0.0
     judged: float = float("-inf")
     """When the detectors last looked, by the run's clock."""
@@ -71,7 +71,7 @@ def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Paylo
     attempt = view.attempt
     match line:
         case ResumedLine() if view.resumed_step is None:
-            return [Resumed(attempt, line.step, line.path)], known
+            return [AttemptResumed(attempt, line.step, line.path)], known
         case SavedLine(tier="store") if view.checkpoint is None or _newer(line, view.checkpoint):
             return [committed(line)], known
         case SavedLine(tier="memory") if known.snapshot is None or line.step > known.snapshot.step:
@@ -86,7 +86,7 @@ def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Paylo
         case StepLine() | MeasuredLine():
             seconds = line.step_seconds if isinstance(line, StepLine) else known.step_seconds
             first = view.state is State.STARTING
-            moved: list[Payload] = [Moved(State.RUNNING, Reason.FIRST_STEP)] if first else []
+            moved: list[Payload] = [StateMoved(State.RUNNING, Reason.FIRST_STEP)] if first else []
             return moved, replace(known, step=max(known.step, line.step), step_seconds=seconds)
     return [], known
 
@@ -104,5 +104,5 @@ def committed(line: SavedLine) -> CheckpointCommitted:
 
 
 def _newer(line: SavedLine | SaveFailedLine, known: CheckpointCommitted | CheckpointFailed) -> bool:
-    """Not told before: of a newer attempt, or a later step of the same one."""
+    """Not reported before: of a newer attempt, or a later step of the same one."""
     return (line.attempt, line.step) > (known.attempt, known.step)

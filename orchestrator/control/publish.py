@@ -1,4 +1,4 @@
-"""What the controller publishes for readers: nodes, the queue, and what stands in the way. Derived, never the truth."""
+"""What the controller publishes for readers: nodes, the queue, and what blocks a run. Derived, never the truth."""
 
 from __future__ import annotations
 

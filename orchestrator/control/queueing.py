@@ -15,7 +15,7 @@ from orchestrator.control.run_control import RunControl
 from orchestrator.decide import backoff, elastic, placement, queue, quotas, recovery
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Admit, Hold, Policy, Preempt, Running, Waiting
+from orchestrator.decide.queue import Admit, Hold, Preempt, QueuePolicy, Running, WaitingRun
 from orchestrator.record.clock import Now
 from orchestrator.record.states import Reason, State
 from trainer.sizing.search.planner import Capacity
@@ -37,7 +37,7 @@ class Queueing:
         self.trouble = ""
         """What is wrong with the quotas; empty where nothing is."""
         self._known: dict[str, int] = {}
-        self._choices: dict[str, elastic.Choice] = {}
+        self._choices: dict[str, elastic.ElasticChoice] = {}
         """Smaller layout that each waiting run would take now."""
 
     def turn(self, ready: set[str], runs: Mapping[str, RunControl], nodes: NodesControl, now: Now) -> None:
@@ -63,7 +63,7 @@ class Queueing:
             }
             for name in sorted(backing_off)
         ]
-        policy = Policy(quotas=self._quotas())
+        policy = QueuePolicy(quotas=self._quotas())
         for answer in queue.decide(waiting, running, free, policy):
             match answer:
                 case Admit():
@@ -82,7 +82,7 @@ class Queueing:
             ):
                 _stop(runs[name], Reason.REGROWN, "the nodes that it asked for are back", now)
 
-    def _waiting(self, name: str, control: RunControl, free: list[Node], now: Now) -> Waiting:
+    def _waiting(self, name: str, control: RunControl, free: list[Node], now: Now) -> WaitingRun:
         """A run as it waits; one that lost its place may have a smaller layout once it has waited for long."""
         waiting = _whole(name, control, now)
         self._choices.pop(name, None)
@@ -125,10 +125,10 @@ class Queueing:
         return self._known
 
 
-def _whole(name: str, control: RunControl, now: Now) -> Waiting:
+def _whole(name: str, control: RunControl, now: Now) -> WaitingRun:
     """A run as it would wait for all that it asked for."""
     view, asked, clock = control.view, control.view.asked, control.clock(now)
-    return Waiting(
+    return WaitingRun(
         run_id=name,
         priority=asked.priority,
         queued_at=view.queued_at,

@@ -24,13 +24,13 @@ from orchestrator.decide import recovery
 from orchestrator.record.clock import Now
 from orchestrator.record.events import (
     Amended,
+    AttemptPlaced,
     ControllerStarted,
     GangShape,
-    Moved,
     NodeShare,
     Parked,
     Payload,
-    Placed,
+    StateMoved,
     StopBegan,
     Unparked,
 )
@@ -66,7 +66,7 @@ class RunControl:
         """Reports that no record holds yet."""
         self._asked: dict[tuple[int, Want], float] = {}
         """Since when this controller has asked for something that is waited for, by attempt and by the run's clock."""
-        self._places: tuple[Placed, dict[int, str]] | None = None
+        self._places: tuple[AttemptPlaced, dict[int, str]] | None = None
 
     def _steady(self, now: Now) -> float:
         """Seconds since the epoch as they were when this began, that never step: what ranks' times are compared by."""
@@ -126,13 +126,13 @@ class RunControl:
     def _write(self, now: Now, *payloads: Payload) -> None:
         self._log.append(payloads, now)
 
-    def admit(self, placed: Placed, detail: str, now: Now) -> None:
+    def admit(self, placed: AttemptPlaced, detail: str, now: Now) -> None:
         """Take the slots that the queue chose; the next turn reserves them."""
-        self._write(now, Moved(State.PLACING, Reason.ADMITTED, detail), placed)
+        self._write(now, StateMoved(State.PLACING, Reason.ADMITTED, detail), placed)
 
     def queue(self, now: Now) -> None:
         """Queue a run whose log holds its submission alone."""
-        self._write(now, Moved(State.QUEUED, Reason.SUBMITTED))
+        self._write(now, StateMoved(State.QUEUED, Reason.SUBMITTED))
 
     def cancel(self, reason: Reason, now: Now, grace: float, by: str = "") -> None:
         """Stop the run; legal in every state that isn't terminal.
@@ -167,7 +167,7 @@ class RunControl:
 
     def resume(self, now: Now, amended: Amended | None = None) -> None:
         """Queue a failed or cancelled run again, with what is `amended` from now on."""
-        moved = Moved(State.QUEUED, Reason.RESUME_ASKED)
+        moved = StateMoved(State.QUEUED, Reason.RESUME_ASKED)
         self._write(now, *((amended, moved) if amended else (moved,)))
 
     def take_over(self, pid: int, now: Now) -> None:
@@ -277,7 +277,7 @@ class RunControl:
         gang: GangShape,
         config: Path | None,
         layout: dict[str, int] | None,
-    ) -> Placed:
+    ) -> AttemptPlaced:
         """The next attempt's own record.
 
         Args:
@@ -289,7 +289,7 @@ class RunControl:
         attempt, asked = self.view.attempt + 1, self.view.asked
         smaller = None if gang == asked.gang else gang
         group = f"{self.run.run_id}-a{attempt:03d}"
-        return Placed(attempt, shares, group, smaller, layout, str(config or ""), asked.code)
+        return AttemptPlaced(attempt, shares, group, smaller, layout, str(config or ""), asked.code)
 
 
 def program(workload: str, config: Path) -> tuple[str, ...]:

@@ -19,13 +19,13 @@ from orchestrator.decide import recovery, saves
 from orchestrator.decide.recovery import Action, Decision
 from orchestrator.record.clock import Now
 from orchestrator.record.events import (
+    AttemptPlaced,
     Decided,
     EvidenceKept,
     IncidentOpened,
-    Moved,
     Payload,
-    Placed,
     RanksStarted,
+    StateMoved,
     StopBegan,
     VerdictFound,
 )
@@ -70,7 +70,7 @@ class Draft:
 
     def move(self, to: State, reason: Reason, detail: str = "") -> None:
         """Move the run."""
-        self.add(Moved(to, reason, detail))
+        self.add(StateMoved(to, reason, detail))
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Turn:
         self.add(StopBegan(view.attempt, to, Reason(decided.reason), decided.detail))
 
     def _catch_up(self) -> None:
-        """Take in the metric lines that no agent has told of; after it the log lacks nothing that the ranks wrote.
+        """Take in the metric lines that no agent has reported; after it the log lacks nothing that the ranks wrote.
 
         Read from the run's folder, which all nodes share: an agent may be gone. A fault of the file mustn't keep a gang
         from being stopped.
@@ -307,8 +307,8 @@ class Turn:
         since = self.asked.get((self.view.attempt, want))
         return since is not None and self.clock - since > seconds
 
-    def _again(self) -> Placed | None:
-        """The next attempt on the same slots, where the fault was no node's and nothing has to be waited for."""
+    def _again(self) -> AttemptPlaced | None:
+        """The next attempt on the same slots, where no node was at fault and nothing has to be waited for."""
         view, stop, decided = self.view, self.view.stopping, self.view.decision
         if view.placed is None or stop is None or decided is None or stop.to is not State.RECOVERING:
             return None

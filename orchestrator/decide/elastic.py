@@ -1,6 +1,6 @@
 """Another layout for a run whose nodes are gone, and the way back. Pure.
 
-The token batch stays, so that training goes on as it was: a checkpoint loads under any layout, samples are counted over
+The token batch stays, so that training continues as it was: a checkpoint loads under any layout, samples are counted over
 all ranks, and only how the batch is shared out changes.
 """
 
@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.schema import ParallelConfig, RunConfig, TrainConfig
 from orchestrator.decide import queue
 from orchestrator.decide.placement import Node, fits
-from orchestrator.decide.queue import Admit, Policy, Running, Waiting
+from orchestrator.decide.queue import Admit, QueuePolicy, Running, WaitingRun
 from orchestrator.record.events import GangShape
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model.layout import Layout
@@ -33,8 +33,8 @@ WORTH = 0.5
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a run goes on with."""
+class ElasticChoice:
+    """What a run continues with."""
 
     gang: GangShape
     layout: dict[str, int]
@@ -44,7 +44,7 @@ class Choice:
     """Why this one, for a person."""
 
 
-def smaller(config: RunConfig, capacity: Capacity, asked: GangShape) -> Choice | None:
+def smaller(config: RunConfig, capacity: Capacity, asked: GangShape) -> ElasticChoice | None:
     """The planner's best layout of a run on the slots that are left; None where none is legal and fits.
 
     Model, data, token batch, engine and precision stay. The fastest by prediction wins; where no rates of the device are
@@ -62,7 +62,7 @@ def smaller(config: RunConfig, capacity: Capacity, asked: GangShape) -> Choice |
 
 
 @lru_cache(maxsize=64)
-def _smaller(text: str, slots: tuple[int, ...], asked: GangShape) -> Choice | None:
+def _smaller(text: str, slots: tuple[int, ...], asked: GangShape) -> ElasticChoice | None:
     config = RunConfig.model_validate_json(text)
     for micro_batch in (config.train.micro_batch, *_below(config.train.micro_batch)):
         found = _best(config, micro_batch, slots, asked)
@@ -75,11 +75,13 @@ def _below(micro_batch: int) -> list[int]:
     return [size for size in range(micro_batch // 2, 0, -1) if micro_batch % size == 0]
 
 
-def _best(config: RunConfig, micro_batch: int, slots: tuple[int, ...], asked: GangShape) -> Choice | None:
+def _best(
+    config: RunConfig, micro_batch: int, slots: tuple[int, ...], asked: GangShape
+) -> ElasticChoice | None:
     """The best layout with a micro-batch: the fastest of some numbers of ranks."""
     free = _opened(config, micro_batch)
     most = min(sum(slots), asked.ranks - 1)
-    best: tuple[float, Choice] | None = None
+    best: tuple[float, ElasticChoice] | None = None
     tried = 0
     for ranks in range(most, math.ceil(WORTH * most) - 1 if most > 1 else 0, -1):
         made = auto.task(free, ranks, max(slots))
@@ -116,7 +118,7 @@ def _opened(config: RunConfig, micro_batch: int) -> RunConfig:
 
 def _on(
     config: RunConfig, free: RunConfig, made: Task, slots: tuple[int, ...], asked: GangShape
-) -> tuple[float, Choice] | None:
+) -> tuple[float, ElasticChoice] | None:
     """Predicted seconds of a step, infinite where they aren't known, and the best layout of a number of ranks."""
     hardware = config.hardware
     blind = auto.unknown(hardware, made.precision, made.ranks, made.node)
@@ -156,7 +158,7 @@ def _nearest(config: RunConfig, made: Task) -> Iterator[Layout]:
 def _choice(
     config: RunConfig, free: RunConfig, layout: Layout, settings: dict[str, Any],
     slots: tuple[int, ...], asked: GangShape,
-) -> Choice | None:  # fmt: skip
+) -> ElasticChoice | None:  # fmt: skip
     """The resolved configuration of a layout and its gang; None where the trainer refuses it, or its blocks don't fit."""
     block = layout.inner if layout.inner <= max(slots) else 1
     gang = GangShape(layout.ranks, block, None, asked.resource)
@@ -175,7 +177,7 @@ def _choice(
         resolved = plan(validated(tree), Capacity(slots), strict=True).config
     except UserError:  # such as a ramp of the batch that doesn't divide over so many replicas
         return None
-    return Choice(gang, layout.to_json(), resolved, "")
+    return ElasticChoice(gang, layout.to_json(), resolved, "")
 
 
 def _plain(layout: Layout) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _plain(layout: Layout) -> dict[str, Any]:
 
 
 def regrow(
-    run: Waiting, running: Sequence[Running], waiting: Sequence[Waiting], nodes: Sequence[Node], policy: Policy
+    run: WaitingRun, running: Sequence[Running], waiting: Sequence[WaitingRun], nodes: Sequence[Node], policy: QueuePolicy
 ) -> bool:  # fmt: skip
     """Whether a run in a smaller layout would start as it was asked for, if it stopped now.
 

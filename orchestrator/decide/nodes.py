@@ -19,10 +19,10 @@ from orchestrator.decide.queue import Running
 from orchestrator.record.cluster_log import (
     Cordoned,
     Draining,
-    Mark,
     NodeChecked,
     NodeJoined,
     NodeLeft,
+    NodeMark,
     NodeRecord,
     NodesView,
     Payload,
@@ -256,7 +256,7 @@ def mark(view: NodesView, name: str, what: str, reason: str, by: str) -> Payload
         UserError: for a node that isn't known, a missing reason, or a mark that it has, or hasn't, already.
     """
     node, reason = _known(view, name), " ".join(reason.split())
-    said = (reason, by)  # said again by the same person, as after a lost answer, it is no mistake
+    said = (reason, by)  # said again by the same person, as after a lost answer, it is not a mistake
     if what in ("cordon", "drain") and not reason:
         raise UserError(
             f"{what} {name} needs a reason for whoever finds it later: --reason 'fan 3 is broken'"
@@ -278,9 +278,9 @@ def mark(view: NodesView, name: str, what: str, reason: str, by: str) -> Payload
         return SpareMarked(node.ip, reason, by)
     if what == "unspare":
         if node.spare is None:
-            raise UserError(f"{name} is no spare; `{PROGRAM} nodes` shows which are")
+            raise UserError(f"{name} is not a spare; `{PROGRAM} nodes` shows which are")
         return SpareUnmarked(node.ip, reason, by)
-    raise UserError(f"'{what}' is no mark of a node{nearest(what, MARKS)}; use one of {', '.join(MARKS)}")
+    raise UserError(f"'{what}' is not a mark of a node{nearest(what, MARKS)}; use one of {', '.join(MARKS)}")
 
 
 def _serves(node: NodeRecord, name: str) -> str:
@@ -289,7 +289,7 @@ def _serves(node: NodeRecord, name: str) -> str:
     return f"{name} is neither cordoned nor draining; `{PROGRAM} nodes` shows which are"
 
 
-def _refuse(there: Mark | None, said: tuple[str, str], text: str) -> None:
+def _refuse(there: NodeMark | None, said: tuple[str, str], text: str) -> None:
     if there is not None and (there.reason, there.by) != said:
         raise UserError(f"{text}{f' ({there.reason})' if there.reason else ''}")
 

@@ -24,7 +24,7 @@ class Node:
     slots: dict[str, int]
     free: dict[str, int]
     labels: dict[str, str] = field(default_factory=dict)
-    """Where it stands, such as `rack`; `topology.LEVELS` are heeded."""
+    """Where it stands, such as `rack`; `topology.LEVELS` are used."""
     barred: str = ""
     """Why nothing new is placed on it; empty where it serves."""
     spare: bool = False
@@ -52,7 +52,7 @@ def by_place(node: Node) -> tuple[Path, int, str]:
     return path(node.labels), address(node.ip), node.node_id
 
 
-class Row:
+class OrderedNodes:
     """The nodes of one decision in their order, as lists of numbers."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
@@ -98,14 +98,14 @@ class Row:
 def place(
     gang: GangShape, nodes: Sequence[Node], recovering: bool = False, avoid: Collection[str] = ()
 ) -> tuple[NodeShare, ...] | Misfit:
-    """Nodes and ranks for a gang on what is free; `Row.tiers` has the arguments.
+    """Nodes and ranks for a gang on what is free; `OrderedNodes.tiers` has the arguments.
 
     A barred node is never used, and a spare only by a run that recovers. As few nodes of the worst kind as can be
     (`AVOIDED`, then `SPARE`), then as few nodes; the last one is the fullest that still fits, so that large holes stay
     whole. Among nodes with equal room, those less under suspicion, then those that lie together (`topology.together`).
     Where `gang.nodes` is set, exactly that many nodes, the blocks spread evenly over them.
     """
-    row = Row(nodes)
+    row = OrderedNodes(nodes)
     tiers = row.tiers(recovering, avoid)
     free = usable(row.free(gang.resource), tiers)
     blocks = fit(gang, free, tiers, row)
@@ -119,7 +119,7 @@ def usable(slots: Sequence[int], tiers: Sequence[int], worst: int = CLOSED - 1) 
     return [count if tier <= worst else 0 for count, tier in zip(slots, tiers, strict=True)]
 
 
-def fit(gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: Row) -> Blocks | None:
+def fit(gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: OrderedNodes) -> Blocks | None:
     """Blocks per node by the rule of `place`; None: no room.
 
     Args:
@@ -144,7 +144,7 @@ def fit(gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: Row) ->
 
 
 def _fewest(
-    left: int, needed: int, members: Sequence[int], rooms: Sequence[int], chosen: Blocks, row: Row
+    left: int, needed: int, members: Sequence[int], rooms: Sequence[int], chosen: Blocks, row: OrderedNodes
 ) -> int:  # fmt: skip
     """Put blocks on as few nodes of one tier as hold `needed`, `left` at most; what is left then."""
     ranked = sorted(members, key=lambda i: (-rooms[i], row.doubts[i], i))
@@ -176,7 +176,7 @@ def _fewest(
 
 
 def _first(
-    count: int, ranked: Sequence[int], rooms: Sequence[int], row: Row, used: Collection[int]
+    count: int, ranked: Sequence[int], rooms: Sequence[int], row: OrderedNodes, used: Collection[int]
 ) -> list[int]:  # fmt: skip
     """The first `count` of ranked nodes; of those that are alike at the end of them, some that lie together."""
     if count == 0:
@@ -190,7 +190,7 @@ def _first(
 
 
 def _even(
-    count: int, nodes: int, rooms: Sequence[int], tiers: Sequence[int], row: Row
+    count: int, nodes: int, rooms: Sequence[int], tiers: Sequence[int], row: OrderedNodes
 ) -> Blocks | None:  # fmt: skip
     """`count` blocks on exactly `nodes` nodes, at most one more on some than on others; the smallest rooms that do."""
     each, extra = divmod(count, nodes)

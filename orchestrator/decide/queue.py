@@ -16,7 +16,7 @@ from orchestrator.decide.placement import (
     CLOSED,
     Blocks,
     Node,
-    Row,
+    OrderedNodes,
     fit,
     fits,
     reservation,
@@ -26,14 +26,25 @@ from orchestrator.decide.placement import (
 from orchestrator.decide.preempt import Holder, victims
 from orchestrator.record.events import GangShape, NodeShare
 
-__all__ = ["Admit", "Answer", "Hold", "Node", "Policy", "Preempt", "Running", "Waiting", "decide", "order"]
+__all__ = [
+    "Admit",
+    "Answer",
+    "Hold",
+    "Node",
+    "QueuePolicy",
+    "Preempt",
+    "Running",
+    "WaitingRun",
+    "decide",
+    "order",
+]
 
 EVERYBODY = "*"
 """Owner whose quota holds for all that have none of their own."""
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingRun:
     """A run that waits for slots."""
 
     run_id: str
@@ -67,7 +78,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Policy:
+class QueuePolicy:
     """What whoever runs the cluster has set."""
 
     patience: float = 60.0
@@ -83,7 +94,7 @@ class Admit:
     run_id: str
     shares: tuple[NodeShare, ...]
     gang: GangShape
-    """What it asked for, or one of `Waiting.smaller`."""
+    """What it asked for, or one of `WaitingRun.smaller`."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +118,13 @@ class Preempt:
 Answer = Admit | Hold | Preempt
 
 
-def order(waiting: Sequence[Waiting]) -> list[Waiting]:
+def order(waiting: Sequence[WaitingRun]) -> list[WaitingRun]:
     """The order of the queue: higher priority, then earlier, then by id."""
     return sorted(waiting, key=lambda w: (-w.priority, w.queued_at, w.run_id))
 
 
 def decide(
-    waiting: Sequence[Waiting], running: Sequence[Running], nodes: Sequence[Node], policy: Policy
+    waiting: Sequence[WaitingRun], running: Sequence[Running], nodes: Sequence[Node], policy: QueuePolicy
 ) -> list[Answer]:
     """An `Admit` or a `Hold` for every waiting run, in the order of the queue; then whom to stop.
 
@@ -127,7 +138,7 @@ def decide(
     """
     if not waiting:
         return []
-    row = Row(nodes)
+    row = OrderedNodes(nodes)
     index = {node.node_id: i for i, node in enumerate(row.nodes)}
     pools = {name: _Pool(row, name, running, index) for name in {run.gang.resource for run in waiting}}
     used = _Quotas(policy.quotas, running)
@@ -152,7 +163,7 @@ def decide(
     return [*answers, *stops]
 
 
-def _start(run: Waiting, pool: _Pool, used: _Quotas) -> tuple[GangShape, Blocks] | None:
+def _start(run: WaitingRun, pool: _Pool, used: _Quotas) -> tuple[GangShape, Blocks] | None:
     """The best shape that a run may have now, with its slots taken; None where it has to wait."""
     for gang in (run.gang, *run.smaller):
         if not used.refusal(run, gang) and (blocks := pool.take(run, gang)) is not None:
@@ -173,7 +184,7 @@ class _Quotas:
         """Count slots that the owner gets."""
         self._used[owner] = self._used.get(owner, 0) + slots
 
-    def refusal(self, run: Waiting, gang: GangShape) -> str:
+    def refusal(self, run: WaitingRun, gang: GangShape) -> str:
         """Why the quota holds a run back; empty where it doesn't."""
         quota = self._quotas.get(run.owner, self._quotas.get(EVERYBODY))
         if quota is None:
@@ -190,7 +201,7 @@ class _Pool:
     """Slots of one resource during one decision. Lists go by node, in the order of the row."""
 
     def __init__(
-        self, row: Row, resource: str, running: Sequence[Running], index: dict[str, int]
+        self, row: OrderedNodes, resource: str, running: Sequence[Running], index: dict[str, int]
     ) -> None:  # fmt: skip
         self._row = row
         self._slots = row.slots(resource)
@@ -209,7 +220,7 @@ class _Pool:
                     self._soon[i] += count
             elif run.preemptible:
                 self._holders.append(Holder(run.run_id, run.priority, held))
-        self._blocked: Waiting | None = None
+        self._blocked: WaitingRun | None = None
         self._kept = ""
         self._tiers: dict[tuple[bool, frozenset[str]], list[int]] = {}
         # Slots only get fewer during one decision, so runs that ask for the same fare alike: each is tried once.
@@ -225,20 +236,20 @@ class _Pool:
             self._usable[key] = usable(which, tiers)
         return self._usable[key]
 
-    def shape(self, run: Waiting) -> GangShape:
+    def shape(self, run: WaitingRun) -> GangShape:
         """What the run waits for: what it asked for, or the best smaller shape where nodes are missing for it."""
         if not run.smaller:
             return run.gang
         slots = self._for("slots", self._tiers_of(run))
         return next((gang for gang in (run.gang, *run.smaller) if fits(gang, slots)), run.gang)
 
-    def _tiers_of(self, run: Waiting) -> list[int]:
+    def _tiers_of(self, run: WaitingRun) -> list[int]:
         key = (run.recovering, run.avoid)
         if key not in self._tiers:
             self._tiers[key] = self._row.tiers(run.recovering, run.avoid)
         return self._tiers[key]
 
-    def take(self, run: Waiting, gang: GangShape) -> Blocks | None:
+    def take(self, run: WaitingRun, gang: GangShape) -> Blocks | None:
         """Occupy slots for a gang; None where it doesn't fit."""
         if (gang, run.recovering, run.avoid) in self._refused:
             return None
@@ -256,7 +267,7 @@ class _Pool:
                 self._open[index] -= count
         return blocks
 
-    def hold(self, run: Waiting, gang: GangShape, patience: float) -> tuple[str, list[Preempt]]:
+    def hold(self, run: WaitingRun, gang: GangShape, patience: float) -> tuple[str, list[Preempt]]:
         """Why a run that doesn't fit waits, and whom to stop for it.
 
         The first one that could fit some day is the blocked gang.
@@ -288,7 +299,7 @@ class _Pool:
         for index, count in reservation(gang, coming, slots).items():
             self._open[index] = max(0, self._free[index] - count)
 
-    def _stops(self, run: Waiting, gang: GangShape, tiers: Sequence[int]) -> list[Preempt]:
+    def _stops(self, run: WaitingRun, gang: GangShape, tiers: Sequence[int]) -> list[Preempt]:
         """Runs of a lower priority that make room; they count as stopping from here on."""
         coming = usable([f + s for f, s in zip(self._free, self._soon, strict=True)], tiers)
         if fits(gang, coming):

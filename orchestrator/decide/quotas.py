@@ -22,11 +22,11 @@ def parse(text: str, where: str) -> dict[str, int]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is no YAML ({' '.join(str(error).split())}); {_EXAMPLE}") from None
+        raise UserError(f"{where} is not a YAML ({' '.join(str(error).split())}); {_EXAMPLE}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{where} is no mapping of owners to slots; {_EXAMPLE}")
+        raise UserError(f"{where} is not a mapping of owners to slots; {_EXAMPLE}")
     for owner, slots in tree.items():
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:
             raise UserError(

@@ -72,7 +72,7 @@ def decide(view: RunView, verdicts: Sequence[Verdict], clock: float) -> Decision
        earliest, then the lowest rank. A verdict without a time or a rank comes after those that have one.
     2. A user's mistake fails at once: a restart repeats it.
     3. Restarts without a new checkpoint are counted; past `max_restarts` the run fails, so that a crash loop
-       ends and a run that makes progress between faults goes on for ever.
+       ends and a run that makes progress between faults continues forever.
     4. A node is evicted where the fault is its own, or where it broke the run before.
     5. The first restart doesn't wait. The wait before each further one without progress doubles, up to
        `BACKOFF_CAP`. It doesn't change the run's place in the queue.
@@ -84,7 +84,7 @@ def decide(view: RunView, verdicts: Sequence[Verdict], clock: float) -> Decision
     if cause.kind is VerdictKind.USER_ERROR:
         return Decision(Action.FAIL, Reason.USER_ERROR, cause.detail, cause, used, allowed)
     if cause.kind is VerdictKind.CHECKPOINT_OVERDUE:
-        detail = f"{cause.detail}; training goes on, and a fault would cost all of it since then"
+        detail = f"{cause.detail}; training continues, and a fault would cost all of it since then"
         return Decision(Action.WARN, Reason.SAVES_FAILING, detail, cause, used, allowed)
     inspect = cause.kind in _SILENT_FAULTS
     if used >= allowed:
@@ -128,7 +128,7 @@ def closing(view: RunView, step: int, clock: float, ended: str = "") -> list[Inc
        the run has ended; `ended` says how, and is the resolution then.
     2. Its lost steps are those between the step that the next attempt resumed at and the last one finished
        before the fault: they were trained again. None are counted where no attempt followed, or where the
-       checkpoint was newer than the last step that was told of.
+       checkpoint was newer than the last step that was reported.
     3. Its downtime goes from the fault to the first step of the next attempt that trained, or to now.
     4. Where nothing was stopped, it is over with the next commit in storage, and costs nothing.
 
@@ -136,7 +136,7 @@ def closing(view: RunView, step: int, clock: float, ended: str = "") -> list[Inc
         view: the run.
         step: newest finished one.
         clock: now, by the run's clock.
-        ended: how the run ended; empty where it goes on.
+        ended: how the run ended; empty while it runs.
     """
     closed = []
     for incident in view.open_incidents:

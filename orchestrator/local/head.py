@@ -20,7 +20,7 @@ _START_SECONDS = 120.0
 _RAY_START = Path(__file__).parents[1] / "ray_head.py"
 
 
-class Head:
+class RayHead:
     """Ray's own processes, as a child of the keeper; started again at the same ports."""
 
     def __init__(self, home: HomePaths, slots: int, gpus: int) -> None:

@@ -22,7 +22,7 @@ from configs.errors import USER_ERROR_EXIT
 from configs.paths import HomePaths
 from orchestrator.decide import backoff
 from orchestrator.local.cluster import LocalCluster, write
-from orchestrator.local.head import Head
+from orchestrator.local.head import RayHead
 
 _CODE = Path(__file__).parents[2]
 _TURN_SECONDS = 0.5
@@ -41,7 +41,7 @@ _HEAD_STARTS = 8
 
 @dataclass
 class Watch:
-    """Decides when a controller is to be started; told the time, it does nothing itself."""
+    """Decides when a controller is to be started; given the time, it does nothing itself."""
 
     beat: Any = None
     since: float | None = None
@@ -126,7 +126,7 @@ def serve(home: HomePaths, address: str, tell: Callable[[str], object]) -> None:
             time.sleep(_TURN_SECONDS)
 
 
-class Page:
+class DashboardProcess:
     """The dashboard beside a local Ray, as a child that is started again; one that can't serve at all is left.
 
     Args:
@@ -201,13 +201,13 @@ def keep_local(home: HomePaths, slots: int, gpus: int, ready: Callable[[LocalClu
     Returns:
         0 after SIGTERM, 1 where Ray doesn't come up or dies again and again.
     """
-    head = Head(home, slots, gpus)
+    head = RayHead(home, slots, gpus)
     try:
         with _until_told():
             record = head.start()
             write(home, record)
             ready(record)
-            with contextlib.closing(Page(home, home.ray_log)) as page:
+            with contextlib.closing(DashboardProcess(home, home.ray_log)) as page:
                 _keep(home, head, record, page)
             return 1
         return 0
@@ -220,7 +220,7 @@ def keep_local(home: HomePaths, slots: int, gpus: int, ready: Callable[[LocalClu
         home.cluster.unlink(missing_ok=True)
 
 
-def _keep(home: HomePaths, head: Head, record: LocalCluster, page: Page) -> None:
+def _keep(home: HomePaths, head: RayHead, record: LocalCluster, page: DashboardProcess) -> None:
     """Until Ray is given up."""
     began, failed = time.monotonic(), 0
     while failed < _HEAD_STARTS:

@@ -30,7 +30,7 @@ def held(path: Path, note: Callable[[str], object], patience: float = _WAIT_SECO
 
     Args:
         path: of the lock file, whose folder exists.
-        note: is told once whom it waits for.
+        note: called once with whom it waits for.
         patience: seconds to wait.
 
     Raises:

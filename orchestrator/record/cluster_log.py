@@ -61,7 +61,7 @@ class Suspected:
 
 @dataclass(frozen=True)
 class Cordoned:
-    """The node gets nothing new, until somebody says otherwise; what runs on it goes on."""
+    """The node gets nothing new, until somebody says otherwise; what runs on it continues."""
 
     kind: ClassVar[str] = "cordoned"
     ip: str
@@ -137,7 +137,7 @@ def decode(tree: dict[str, Any]) -> Payload:
 
 
 @dataclass(frozen=True)
-class Fault:
+class NodeFault:
     """Something that a node is suspected for."""
 
     clock: float
@@ -148,7 +148,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Mark:
+class NodeMark:
     """A person's or the controller's word on a node."""
 
     reason: str
@@ -174,10 +174,10 @@ class NodeRecord:
     """What its check found; empty: nothing."""
     checked: float = 0.0
     """Clock of the newest `NodeChecked`."""
-    cordon: Mark | None = None
-    drain: Mark | None = None
-    spare: Mark | None = None
-    faults: tuple[Fault, ...] = ()
+    cordon: NodeMark | None = None
+    drain: NodeMark | None = None
+    spare: NodeMark | None = None
+    faults: tuple[NodeFault, ...] = ()
     """Since it was last uncordoned, the newest `KEPT_FAULTS`."""
     left: tuple[float, ...] = ()
     """Clocks at which it left, likewise."""
@@ -218,16 +218,16 @@ def _changed(node: NodeRecord, p: Payload, event: Event) -> NodeRecord:
         case NodeChecked():
             return replace(node, check=p.error, checked=event.clock)
         case Suspected():
-            fault = Fault(event.clock, p.run, p.cause, p.amount, p.detail)
+            fault = NodeFault(event.clock, p.run, p.cause, p.amount, p.detail)
             return replace(node, faults=(*node.faults, fault)[-KEPT_FAULTS:])
         case Cordoned():
-            return replace(node, cordon=Mark(p.reason, p.by, event.time))
+            return replace(node, cordon=NodeMark(p.reason, p.by, event.time))
         case Uncordoned():
             return replace(node, cordon=None, drain=None, faults=(), left=())
         case Draining():
-            return replace(node, drain=Mark(p.reason, p.by, event.time))
+            return replace(node, drain=NodeMark(p.reason, p.by, event.time))
         case SpareMarked():
-            return replace(node, spare=Mark(p.reason, p.by, event.time))
+            return replace(node, spare=NodeMark(p.reason, p.by, event.time))
         case SpareUnmarked():
             return replace(node, spare=None)
         case ControllerStarted():

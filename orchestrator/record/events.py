@@ -58,7 +58,7 @@ class Submitted:
 
 
 @dataclass(frozen=True)
-class Moved:
+class StateMoved:
     """A legal move between states."""
 
     kind: ClassVar[str] = "moved"
@@ -68,7 +68,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Placed:
+class AttemptPlaced:
     """An attempt has its nodes."""
 
     kind: ClassVar[str] = "placed"
@@ -98,7 +98,7 @@ class RanksStarted:
 
 
 @dataclass(frozen=True)
-class Resumed:
+class AttemptResumed:
     """Ranks report the step that the attempt begins at."""
 
     kind: ClassVar[str] = "resumed"
@@ -124,7 +124,7 @@ class Amended:
     backoff_seconds: float
     layout: dict[str, int]
     code: str | None = None
-    """Folder of the code that it goes on with; None: as before."""
+    """Folder of the code that it continues with; None: as before."""
     wall_seconds: float | None = None
     """Longest time that its ranks may run, over all attempts; None: no limit."""
 
@@ -143,14 +143,14 @@ class CheckpointCommitted:
     held: float = 0.0
     """Seconds that training stood still for it."""
     tier: str = "store"
-    """`store`, or `memory`: of snapshots in memory only the newest of an attempt is told, when the attempt ends."""
+    """`store`, or `memory`: of snapshots in memory only the newest of an attempt is reported, when the attempt ends."""
     due: int | None = None
     """Step at which the next one is due; None where that is `checkpoint.every` steps later."""
 
 
 @dataclass(frozen=True)
 class CheckpointFailed:
-    """A save was not committed, or was left out; training went on."""
+    """A save was not committed, or was left out; training continued."""
 
     kind: ClassVar[str] = "checkpoint_failed"
     attempt: int
@@ -171,7 +171,7 @@ class VerdictFound:
 
 @dataclass(frozen=True)
 class FabricFinding:
-    """A measurement found something slow or wrong; `finding` is `collectives.judge.Finding.to_json()`."""
+    """A measurement found something slow or wrong; `finding` is `collectives.analysis.judge.BandwidthFinding.to_json()`."""
 
     kind: ClassVar[str] = "finding"
     attempt: int
@@ -221,7 +221,7 @@ class EvidenceKept:
 
 @dataclass(frozen=True)
 class Parked:
-    """The controller met an error of its own at this run, and leaves it alone for a while; its ranks go on."""
+    """The controller met an error of its own at this run, and leaves it alone for a while; its ranks continue."""
 
     kind: ClassVar[str] = "parked"
     error: str
@@ -295,9 +295,9 @@ class Finished:
 
 
 Payload = (
-    Submitted | Moved | Placed | RanksStarted | Resumed | Amended | CheckpointCommitted | CheckpointFailed | VerdictFound
-    | FabricFinding | Decided | StopBegan | EvidenceKept | Parked | Unparked | IncidentOpened | IncidentClosed
-    | ControllerStarted | Finished
+    Submitted | StateMoved | AttemptPlaced | RanksStarted | AttemptResumed | Amended | CheckpointCommitted
+    | CheckpointFailed | VerdictFound | FabricFinding | Decided | StopBegan | EvidenceKept
+    | Parked | Unparked | IncidentOpened | IncidentClosed | ControllerStarted | Finished
 )  # fmt: skip
 _KINDS: dict[str, type[Payload]] = {c.kind: c for c in get_args(Payload)}
 _SHAPES = ("submitted", "amended", "placed")

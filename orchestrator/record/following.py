@@ -35,7 +35,7 @@ def lost_steps(run: RunPaths, through: int | None = None) -> dict[int, tuple[int
 class Follower:
     """Reads a run's events and metric lines as they come, each once.
 
-    `position` is all that it remembers: a follower made with it goes on where another ended.
+    `position` is all that it remembers: a follower made with it continues where another ended.
     """
 
     def __init__(self, run: RunPaths, position: dict[str, int] | None = None) -> None:

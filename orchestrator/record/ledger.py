@@ -1,7 +1,7 @@
 """The goodput ledger: where a run's wall time went. Pure.
 
-Wall time is cut into neighbouring intervals, each of which has one part: a `Tape` only ever goes on from where it ended, so
-no second can be counted twice or left out. Time is the run's clock, which never steps; the times of metric lines, which
+Wall time is cut into neighbouring intervals, each of which has one part: a `Tape` only continues from where it ended, so no
+second can be counted twice or left out. Time is the run's clock, which never steps; the times of metric lines, which
 rank 0's host dates, are mapped to it.
 """
 
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.record.partition import Floats, Part, Partition, Tape
+from orchestrator.record.partition import Floats, Tape, TimePart, TimePartition
 from orchestrator.record.states import State
 from orchestrator.record.story import AttemptStory, Period, Story
 from orchestrator.record.view import RESTARTS
 
 
 @dataclass(frozen=True)
-class Trace:
+class AttemptLines:
     """Metric lines of one attempt, as far as the ledger needs them. Times are seconds since the epoch, by rank 0's host."""
 
     time: Floats
@@ -42,18 +42,18 @@ class Trace:
     """When they had done all they were to do."""
 
 
-EMPTY = Trace(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0))
+EMPTY = AttemptLines(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0))
 
 
 @dataclass(frozen=True)
 class Ledger:
     """Where the time went."""
 
-    partition: Partition
+    partition: TimePartition
     """By the run's clock."""
     offset: float
     """Wall time minus clock, for showing it."""
-    seconds: dict[Part, float] = field(default_factory=dict)
+    seconds: dict[TimePart, float] = field(default_factory=dict)
 
     @property
     def wall(self) -> float:
@@ -63,34 +63,34 @@ class Ledger:
     @property
     def ettr(self) -> float | None:
         """Effective training time ratio: useful time over all but idle; None where there is none yet."""
-        return self._ratio(self.wall - self.seconds[Part.IDLE])
+        return self._ratio(self.wall - self.seconds[TimePart.IDLE])
 
     @property
     def ettr_held(self) -> float | None:
         """The same without the time in the queue."""
-        return self._ratio(self.wall - self.seconds[Part.IDLE] - self.seconds[Part.WAITING])
+        return self._ratio(self.wall - self.seconds[TimePart.IDLE] - self.seconds[TimePart.WAITING])
 
     def _ratio(self, available: float) -> float | None:
-        useful = self.seconds[Part.PRODUCTIVE] + self.seconds[Part.EVALUATION]
+        useful = self.seconds[TimePart.PRODUCTIVE] + self.seconds[TimePart.EVALUATION]
         return useful / available if available > 0 else None
 
     def incident(self, attempt: int) -> dict[str, float]:
         """Seconds that the end of an attempt by a fault cost: until it was found, until the next one trained, and again."""
         own, after = self.partition.totals(attempt), self.partition.totals(attempt + 1)
         return {
-            "detection": own[Part.DETECTION],
-            "restart": after[Part.RESTART],
-            "lost": own[Part.LOST_WORK],
+            "detection": own[TimePart.DETECTION],
+            "restart": after[TimePart.RESTART],
+            "lost": own[TimePart.LOST_WORK],
         }
 
 
-def ledger(story: Story, traces: Mapping[int, Trace], now: float) -> Ledger:
+def ledger(story: Story, traces: Mapping[int, AttemptLines], now: float) -> Ledger:
     """The ledger of a run.
 
     Args:
         story: its events.
         traces: its metric lines by attempt.
-        now: seconds since the epoch; where a run that has ended doesn't go on.
+        now: seconds since the epoch; where a run that has ended doesn't continue.
     """
     clock, wall = story.begin or (0.0, now)
     tape = Tape(clock)
@@ -100,7 +100,7 @@ def ledger(story: Story, traces: Mapping[int, Trace], now: float) -> Ledger:
     lost = _lost_from(story, traces)
     periods, i = story.periods, 0
     if periods:
-        tape.until(periods[0].clock, Part.WAITING, 0)
+        tape.until(periods[0].clock, TimePart.WAITING, 0)
     while i < len(periods):
         one = periods[i]
         until = periods[i + 1].clock if i + 1 < len(periods) else end
@@ -116,27 +116,27 @@ def ledger(story: Story, traces: Mapping[int, Trace], now: float) -> Ledger:
             part, attempt = _outside(one, own)
             tape.until(until, part, attempt)
         i += 1
-    tape.until(end, Part.WAITING, 0)
+    tape.until(end, TimePart.WAITING, 0)
     partition = tape.cut()
     return Ledger(partition, newest_wall - newest_clock, partition.totals())
 
 
-def _outside(one: Period, own: AttemptStory | None) -> tuple[Part, int]:
+def _outside(one: Period, own: AttemptStory | None) -> tuple[TimePart, int]:
     """The part of a period in which no rank of the run is there, and the attempt that it is counted to."""
     if one.state is State.QUEUED:
-        return Part.WAITING, one.attempt
+        return TimePart.WAITING, one.attempt
     if one.state is State.RECOVERING:
-        return Part.RESTART, one.attempt + 1
+        return TimePart.RESTART, one.attempt + 1
     if one.state is State.PLACING:
         return _start(own), one.attempt
-    return (Part.IDLE if one.state.terminal else Part.STOPPING), one.attempt
+    return (TimePart.IDLE if one.state.terminal else TimePart.STOPPING), one.attempt
 
 
-def _start(own: AttemptStory | None) -> Part:
-    return Part.RESTART if own is not None and own.again else Part.STARTUP
+def _start(own: AttemptStory | None) -> TimePart:
+    return TimePart.RESTART if own is not None and own.again else TimePart.STARTUP
 
 
-def _lost_from(story: Story, traces: Mapping[int, Trace]) -> dict[int, int]:
+def _lost_from(story: Story, traces: Mapping[int, AttemptLines]) -> dict[int, int]:
     """By attempt, the step after which its steps were trained again by a later one."""
     begun = {n: own.resumed_step for n, own in story.attempts.items() if own.resumed_step is not None}
     begun |= {n: trace.begin for n, trace in traces.items() if trace.begin is not None}
@@ -151,7 +151,7 @@ def _lost_from(story: Story, traces: Mapping[int, Trace]) -> dict[int, int]:
 
 
 def _attempt(
-    tape: Tape, own: AttemptStory, trace: Trace, until: float, lost: int | None, goes_on: bool
+    tape: Tape, own: AttemptStory, trace: AttemptLines, until: float, lost: int | None, goes_on: bool
 ) -> None:
     """An attempt, from the start of its ranks until it left its nodes, or now."""
     shift = _Shift(own, trace, tape.end, until)
@@ -168,10 +168,12 @@ def _attempt(
         fault = _fault_clock(own, shift, float(times[-1]), decided)
         _tail(tape, own, trace, held, shift, fault, until, goes_on)
     if decided is not None and own.decision is not None:
-        tape.until(decided, Part.DETECTION, own.number)
+        tape.until(decided, TimePart.DETECTION, own.number)
         if own.decision.action in RESTARTS:
-            tape.until(until, Part.RESTART, own.number + 1)
-    tape.until(until, Part.STOPPING if len(times) or decided is not None or own.end else start, own.number)
+            tape.until(until, TimePart.RESTART, own.number + 1)
+    tape.until(
+        until, TimePart.STOPPING if len(times) or decided is not None or own.end else start, own.number
+    )
 
 
 def _fault_clock(own: AttemptStory, shift: _Shift, last: float, decided: float | None) -> float | None:
@@ -185,7 +187,7 @@ def _fault_clock(own: AttemptStory, shift: _Shift, last: float, decided: float |
 class _Shift:
     """Maps times of rank 0's host to the run's clock."""
 
-    def __init__(self, own: AttemptStory, trace: Trace, begin: float, until: float) -> None:
+    def __init__(self, own: AttemptStory, trace: AttemptLines, begin: float, until: float) -> None:
         self._knots = own.offsets or [(begin, 0.0)]
         self._skew = 0.0
         # The controller takes in a line within seconds; a larger difference is that of the hosts' clocks.
@@ -211,7 +213,7 @@ _LAG = 60.0
 """Seconds that a controller may take to see a line, such as one that was just restarted."""
 
 
-def _standing(shift: _Shift, trace: Trace) -> tuple[Floats, Floats, Floats, Floats]:
+def _standing(shift: _Shift, trace: AttemptLines) -> tuple[Floats, Floats, Floats, Floats]:
     """Begin and seconds of saves, and of evaluations, by the run's clock."""
     saves = np.array(trace.saves, dtype=np.float64).reshape(-1, 2)
     evaluations = np.array(trace.evaluations, dtype=np.float64).reshape(-1, 2)
@@ -229,10 +231,10 @@ def _within(begins: Floats, seconds: Floats, edges: Floats) -> Floats:
 def _steps(
     tape: Tape,
     number: int,
-    trace: Trace,
+    trace: AttemptLines,
     times: Floats,
     held: Any,
-    start: Part,
+    start: TimePart,
     lost: int | None,
     shift: _Shift,
 ) -> None:
@@ -262,14 +264,20 @@ def _steps(
         ],
         axis=1,
     )
-    kinds = (Part.CHECKPOINT, Part.EVALUATION, Part.OVERHEAD, Part.PRODUCTIVE, Part.LOST_WORK)
+    kinds = (
+        TimePart.CHECKPOINT,
+        TimePart.EVALUATION,
+        TimePart.OVERHEAD,
+        TimePart.PRODUCTIVE,
+        TimePart.LOST_WORK,
+    )
     parts = np.tile(np.array(kinds, dtype=np.int8), (len(steps), 1))
     parts[0, 2] = start
     tape.extend(cuts.reshape(-1), parts.reshape(-1), number)
 
 
 def _tail(
-    tape: Tape, own: AttemptStory, trace: Trace, held: Any, shift: _Shift, fault: float | None, until: float,
+    tape: Tape, own: AttemptStory, trace: AttemptLines, held: Any, shift: _Shift, fault: float | None, until: float,
     goes_on: bool,
 ) -> None:  # fmt: skip
     """From the last step line to the fault, or to the end of what the ranks had to do, or to now."""
@@ -279,17 +287,17 @@ def _tail(
     evaluating = float(_within(held[2], held[3], edges)[0])
     usual = float(np.median(np.diff(trace.time))) if len(trace.time) > 1 else float(trace.busy[-1])
     if fault is not None:
-        end, work = fault, Part.LOST_WORK
+        end, work = fault, TimePart.LOST_WORK
     elif trace.ended is not None:
-        end, work = float(shift(np.array([trace.ended]))[0]), Part.OVERHEAD
+        end, work = float(shift(np.array([trace.ended]))[0]), TimePart.OVERHEAD
     elif goes_on and own.stop_clock is None:
-        # What goes on now counts as soon as its line comes; where none comes for long, something is to be found.
-        end, work = min(until, begin + saving + evaluating + max(_QUIET, 3.0 * usual)), Part.PRODUCTIVE
+        # What happens now counts as soon as its line comes; where none comes for long, something is to be found.
+        end, work = min(until, begin + saving + evaluating + max(_QUIET, 3.0 * usual)), TimePart.PRODUCTIVE
     else:
-        end, work = begin + saving + evaluating, Part.STOPPING
+        end, work = begin + saving + evaluating, TimePart.STOPPING
     end = min(end, until)
-    tape.until(min(begin + saving, end), Part.CHECKPOINT, own.number)
-    tape.until(min(begin + saving + evaluating, end), Part.EVALUATION, own.number)
+    tape.until(min(begin + saving, end), TimePart.CHECKPOINT, own.number)
+    tape.until(min(begin + saving + evaluating, end), TimePart.EVALUATION, own.number)
     tape.until(end, work, own.number)
     if goes_on and fault is None and trace.ended is None and own.stop_clock is None:
-        tape.until(until, Part.DETECTION, own.number)
+        tape.until(until, TimePart.DETECTION, own.number)

@@ -143,7 +143,7 @@ class Log:
         if self.cursor.epoch > epoch:
             raise Fenced(f"{path} is written by controller {self.cursor.epoch}, and this is {epoch}")
         self._epoch, self._fence = epoch, fence
-        # The clock of the log goes on from its newest record; a wall clock that was set back adds nothing.
+        # The clock of the log continues from its newest record; a wall clock that was set back adds nothing.
         gap = max(0.0, now.wall - self.cursor.time) if self.cursor.time else 0.0
         self._base, self._origin = self.cursor.clock + gap, now.mono
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-class Part(IntEnum):
+class TimePart(IntEnum):
     """What a stretch of time was."""
 
     PRODUCTIVE = 0
@@ -32,18 +32,18 @@ class Part(IntEnum):
         return self.name.lower()
 
 
-MEANINGS: dict[Part, str] = {
-    Part.PRODUCTIVE: "steps that count",
-    Part.EVALUATION: "the loss on held-out documents",
-    Part.CHECKPOINT: "training stood still for a save",
-    Part.OVERHEAD: "between steps: metrics, logs",
-    Part.LOST_WORK: "steps that were trained again, or cut off by a fault",
-    Part.DETECTION: "from a fault until it was found and decided about",
-    Part.RESTART: "from the decision to the first step of the next attempt",
-    Part.STARTUP: "from the placing of a new or resumed run to its first step",
-    Part.STOPPING: "ranks end, after the last step or because they were asked to",
-    Part.WAITING: "in the queue",
-    Part.IDLE: "ended, until it was resumed",
+MEANINGS: dict[TimePart, str] = {
+    TimePart.PRODUCTIVE: "steps that count",
+    TimePart.EVALUATION: "the loss on held-out documents",
+    TimePart.CHECKPOINT: "training stood still for a save",
+    TimePart.OVERHEAD: "between steps: metrics, logs",
+    TimePart.LOST_WORK: "steps that were trained again, or cut off by a fault",
+    TimePart.DETECTION: "from a fault until it was found and decided about",
+    TimePart.RESTART: "from the decision to the first step of the next attempt",
+    TimePart.STARTUP: "from the placing of a new or resumed run to its first step",
+    TimePart.STOPPING: "ranks end, after the last step or because they were asked to",
+    TimePart.WAITING: "in the queue",
+    TimePart.IDLE: "ended, until it was resumed",
 }
 
 
@@ -54,28 +54,30 @@ class Tape:
         self.begin = self.end = begin
         self._pieces: list[tuple[Floats, NDArray[np.int8], NDArray[np.int32]]] = []
 
-    def until(self, end: float, part: Part, attempt: int) -> None:
-        """Go on to `end`; nothing where that is over already."""
+    def until(self, end: float, part: TimePart, attempt: int) -> None:
+        """Continue to `end`; nothing where that is over already."""
         self.extend(np.array([end]), np.array([part], dtype=np.int8), attempt)
 
     def extend(self, ends: Floats, parts: NDArray[np.int8], attempt: int) -> None:
-        """Go on by several intervals, each from the end of the one before."""
+        """Continue by several intervals, each from the end of the one before."""
         if not len(ends):
             return
         ends = np.maximum.accumulate(np.maximum(ends, self.end))
         self._pieces.append((ends, parts, np.full(len(ends), attempt, dtype=np.int32)))
         self.end = float(ends[-1])
 
-    def cut(self) -> Partition:
+    def cut(self) -> TimePartition:
         """All of it."""
         if not self._pieces:
-            return Partition(np.array([self.begin]), np.empty(0, dtype=np.int8), np.empty(0, dtype=np.int32))
+            return TimePartition(
+                np.array([self.begin]), np.empty(0, dtype=np.int8), np.empty(0, dtype=np.int32)
+            )
         ends, parts, attempts = (np.concatenate(column) for column in zip(*self._pieces, strict=True))
-        return Partition(np.concatenate([[self.begin], ends]), parts, attempts)
+        return TimePartition(np.concatenate([[self.begin], ends]), parts, attempts)
 
 
 @dataclass(frozen=True)
-class Partition:
+class TimePartition:
     """Intervals that cover a stretch of time: number i goes from `edges[i]` to `edges[i + 1]`."""
 
     edges: Floats
@@ -87,38 +89,38 @@ class Partition:
         """Length of each."""
         return np.diff(self.edges)
 
-    def totals(self, attempt: int | None = None) -> dict[Part, float]:
+    def totals(self, attempt: int | None = None) -> dict[TimePart, float]:
         """Seconds by part, of one attempt or of all."""
         chosen = slice(None) if attempt is None else self.attempts == attempt
-        sums = np.bincount(self.parts[chosen], weights=self.seconds[chosen], minlength=len(Part))
-        return {part: float(sums[part]) for part in Part}
+        sums = np.bincount(self.parts[chosen], weights=self.seconds[chosen], minlength=len(TimePart))
+        return {part: float(sums[part]) for part in TimePart}
 
-    def spans(self, most: int) -> list[tuple[float, float, Part, int]]:
+    def spans(self, most: int) -> list[tuple[float, float, TimePart, int]]:
         """From, to, part and attempt of neighbours of one kind joined; where there are more than `most`, time is cut into
         as many equal pieces, of which each shows what fills most of it."""
         joined = self._joined()
         if len(joined.parts) > most:
             joined = joined._coarse(most)
         rows = zip(joined.edges[:-1], joined.edges[1:], joined.parts, joined.attempts, strict=True)
-        return [(float(a), float(b), Part(int(part)), int(attempt)) for a, b, part, attempt in rows]
+        return [(float(a), float(b), TimePart(int(part)), int(attempt)) for a, b, part, attempt in rows]
 
-    def _joined(self) -> Partition:
+    def _joined(self) -> TimePartition:
         keep = self.seconds > 0
         parts, attempts, ends = self.parts[keep], self.attempts[keep], self.edges[1:][keep]
         if not len(parts):
-            return Partition(self.edges[:1], parts, attempts)
+            return TimePartition(self.edges[:1], parts, attempts)
         last = np.append((parts[1:] != parts[:-1]) | (attempts[1:] != attempts[:-1]), True)
-        return Partition(np.concatenate([self.edges[:1], ends[last]]), parts[last], attempts[last])
+        return TimePartition(np.concatenate([self.edges[:1], ends[last]]), parts[last], attempts[last])
 
-    def _coarse(self, most: int) -> Partition:
+    def _coarse(self, most: int) -> TimePartition:
         """`most` pieces at most, each of one kind."""
         edges = np.linspace(self.edges[0], self.edges[-1], most + 1)
-        kinds = self.attempts.astype(np.int64) * len(Part) + self.parts
+        kinds = self.attempts.astype(np.int64) * len(TimePart) + self.parts
         known, index = np.unique(kinds, return_inverse=True)
         shares = np.empty((len(known), most))
         for i in range(len(known)):
             filled = np.concatenate([[0.0], np.cumsum(np.where(index == i, self.seconds, 0.0))])
             shares[i] = np.diff(np.interp(edges, self.edges, filled))
         chosen = known[shares.argmax(axis=0)]
-        parts, attempts = (chosen % len(Part)).astype(np.int8), (chosen // len(Part)).astype(np.int32)
-        return Partition(edges, parts, attempts)._joined()
+        parts, attempts = (chosen % len(TimePart)).astype(np.int8), (chosen // len(TimePart)).astype(np.int32)
+        return TimePartition(edges, parts, attempts)._joined()

@@ -12,11 +12,11 @@ from orchestrator.record.seen import Look, Looks
 PARTS = ("compute", "data", "wait", "save")
 """Of a rank's step, as `faulttol.timeline` records them."""
 _STEPS = 8
-"""Newest steps that are told as their mean."""
+"""Newest steps that are reported as their mean."""
 
 
 @dataclass
-class Rank:
+class RankActivity:
     """What a rank was last seen doing."""
 
     rank: int
@@ -39,7 +39,7 @@ class RankReader:
         self._looks: Looks | None = None
         self._steps: AttemptSteps | None = None
 
-    def read(self, attempt: int) -> list[Rank]:
+    def read(self, attempt: int) -> list[RankActivity]:
         """The ranks of an attempt; empty where nothing tells of them."""
         if attempt != self._attempt or self._looks is None or self._steps is None:
             paths = self._run.attempt(attempt)
@@ -49,17 +49,17 @@ class RankReader:
                 Looks(paths.seen),
                 AttemptSteps(paths.root),
             )
-        found: dict[int, Rank] = {}
+        found: dict[int, RankActivity] = {}
         try:
             for look in self._looks.update():
-                found[look.rank] = Rank(look.rank, {}, _doing(look))
+                found[look.rank] = RankActivity(look.rank, {}, _doing(look))
             self._add_steps(self._steps, found)
         except (OSError, ValueError):
             pass  # storage that can't be read now is read again in a moment
         return [found[rank] for rank in sorted(found)]
 
     @staticmethod
-    def _add_steps(steps: AttemptSteps, found: dict[int, Rank]) -> None:
+    def _add_steps(steps: AttemptSteps, found: dict[int, RankActivity]) -> None:
         if (known := steps.span) is None:
             return
         for name in PARTS:
@@ -68,7 +68,7 @@ class RankReader:
                 continue
             for rank, value in zip(window.ranks.tolist(), window.mean[:, -1].tolist(), strict=True):
                 if math.isfinite(value):
-                    found.setdefault(rank, Rank(rank, {})).seconds[name] = value
+                    found.setdefault(rank, RankActivity(rank, {})).seconds[name] = value
 
     def close(self) -> None:
         """Close files."""

@@ -12,7 +12,7 @@ from configs.metrics import MeasuredLine, SavedLine, StepLine, last_step, parse_
 from configs.paths import HomePaths, RunPaths
 from faulttol.detect.overdue import failed
 from orchestrator.record.events import CheckpointCommitted, Submitted
-from orchestrator.record.run_log import Reader
+from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
 
@@ -100,7 +100,7 @@ class Listing:
     rows: list[RunSummary]
     """Oldest first."""
     damage: list[str]
-    """What can't be read, a line each; everything else is told all the same."""
+    """What can't be read, a line each; everything else is reported all the same."""
 
 
 def read_queue(home: HomePaths) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def summaries(home: HomePaths) -> Listing:
             # A submission that is being written leaves a log that moves to no state yet.
             if reader.view.submitted and reader.view.state:
                 rows.append(reader.summary(queue))
-        except Exception as error:  # whatever it is, it is this run's, and is told as such
+        except Exception as error:  # whatever it is, it is this run's, and is reported as such
             first = (str(error).splitlines() or [""])[0]
             damage.append(f"run {run.run_id}: {type(error).__name__}: {first}; its files are in {run.root}")
     return Listing(rows, list(dict.fromkeys(damage)))
@@ -137,7 +137,7 @@ class RunReader:
 
     def __init__(self, run: RunPaths) -> None:
         self._run = run
-        self._reader = Reader.of(run)
+        self._reader = RunLogReader.of(run)
 
     @property
     def view(self) -> RunView:

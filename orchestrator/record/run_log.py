@@ -25,15 +25,15 @@ _PUBLISH_EVERY = 200
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A run as far as it was read; `update` goes on from there."""
+class RunLogReader:
+    """A run as far as it was read; `update` continues from there."""
 
     path: Path
     view: RunView = RunView()
     cursor: Cursor = Cursor()
 
     @classmethod
-    def of(cls, run: RunPaths) -> Reader:
+    def of(cls, run: RunPaths) -> RunLogReader:
         """A run as it is now, from its published view on where there is one.
 
         Raises:
@@ -41,10 +41,10 @@ class Reader:
         """
         return (_published(run) or cls(run.events)).update()
 
-    def update(self) -> Reader:
+    def update(self) -> RunLogReader:
         """The same with what was written since."""
         events, cursor = read_from(self.path, self.cursor)
-        return Reader(self.path, fold(events, self.view), cursor)
+        return RunLogReader(self.path, fold(events, self.view), cursor)
 
     @property
     def damage(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class RunLog:
 
     def __init__(self, run: RunPaths, epoch: int, now: Now, fence: Callable[[], None] = lambda: None) -> None:
         self._run = run
-        reader = Reader.of(run)
+        reader = RunLogReader.of(run)
         self._log = Log(run.events, epoch, now, fence, reader.cursor)
         self.view = fold(self._log.events, reader.view)  # an older controller may have written meanwhile
         self.damage = self._log.cursor.damage + self.view.damage
@@ -127,7 +127,7 @@ def _adapter() -> TypeAdapter[RunView]:
     return TypeAdapter(RunView)
 
 
-def _published(run: RunPaths) -> Reader | None:
+def _published(run: RunPaths) -> RunLogReader | None:
     """The published view; None where there is none that fits the log."""
     try:
         head, _, body = run.view.read_text().partition("\n")
@@ -137,6 +137,6 @@ def _published(run: RunPaths) -> Reader | None:
         cursor = Cursor(**tree["cursor"] | {"damage": tuple(tree["cursor"]["damage"])})
         if run.events.stat().st_size < cursor.offset:
             return None
-        return Reader(run.events, _adapter().validate_json(body), cursor)
+        return RunLogReader(run.events, _adapter().validate_json(body), cursor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
         return None

@@ -1,7 +1,7 @@
 """The states of a run, the legal moves between them, and the reasons for a move.
 
 Three things are kept apart: the *state* (small, closed, in a table), the *reason* of the last move (an enum
-that says whether a retry makes sense and what to type next), and live health, which is no state at all but
+that says whether a retry makes sense and what to type next), and live health, which is not a state at all but
 what the detectors say.
 """
 

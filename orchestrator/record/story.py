@@ -13,6 +13,8 @@ from typing import Any
 from faulttol.verdicts import VerdictKind
 from orchestrator.record.events import (
     Amended,
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     ControllerStarted,
@@ -22,10 +24,8 @@ from orchestrator.record.events import (
     Finished,
     IncidentClosed,
     IncidentOpened,
-    Moved,
-    Placed,
     RanksStarted,
-    Resumed,
+    StateMoved,
     StopBegan,
     Submitted,
     VerdictFound,
@@ -81,7 +81,7 @@ class AttemptStory:
 
 
 @dataclass(frozen=True)
-class Mark:
+class TimelineMark:
     """Something that happened, for a time axis."""
 
     time: float
@@ -92,7 +92,7 @@ class Mark:
 
 
 class Story:
-    """A run's past; `take` goes on with newer events."""
+    """A run's past; `take` continues with newer events."""
 
     def __init__(self) -> None:
         self.begin: tuple[float, float] | None = None
@@ -103,7 +103,7 @@ class Story:
         self.attempts: dict[int, AttemptStory] = {}
         self.incidents: dict[int, tuple[float, IncidentOpened]] = {}
         self.closed: dict[int, tuple[float, IncidentClosed]] = {}
-        self.marks: list[Mark] = []
+        self.marks: list[TimelineMark] = []
         self.left_out = 0
         """Marks that were dropped."""
         self.submitted: Submitted | None = None
@@ -116,7 +116,7 @@ class Story:
         return self.periods[-1].state if self.periods else None
 
     def take(self, events: Iterable[Event]) -> None:
-        """Go on with events that follow those of before."""
+        """Continue with events that follow the earlier ones."""
         for event in events:
             if self.begin is None:
                 self.begin = event.clock, event.time
@@ -135,9 +135,9 @@ class Story:
         match p:
             case Submitted():
                 self.submitted = p
-            case Moved():
+            case StateMoved():
                 self._move(p, event)
-            case Placed():
+            case AttemptPlaced():
                 self._place(p, event)
             case _ if own is not None:
                 self._attempt(own, p, event)
@@ -145,7 +145,7 @@ class Story:
                 pass
         self._mark(event)
 
-    def _move(self, move: Moved, event: Event) -> None:
+    def _move(self, move: StateMoved, event: Event) -> None:
         own = self.attempts.get(self.newest_attempt)
         if own is not None and own.ended is None:
             if move.to is State.RUNNING:
@@ -157,7 +157,7 @@ class Story:
             self._again = False
         self.periods.append(Period(event.clock, move.to, move.reason, self.newest_attempt))
 
-    def _place(self, placed: Placed, event: Event) -> None:
+    def _place(self, placed: AttemptPlaced, event: Event) -> None:
         asked = self.submitted
         gang = placed.gang or (asked.gang if asked else None)
         self.newest_attempt = placed.attempt
@@ -183,7 +183,7 @@ class Story:
         match p:
             case RanksStarted():
                 own.started = event.time
-            case Resumed():
+            case AttemptResumed():
                 own.resumed, own.resumed_step = event.time, p.step
             case CheckpointCommitted():
                 own.saves += 1
@@ -207,7 +207,9 @@ class Story:
         found = _mark_of(event)
         if found is not None:
             kind, step, text = found
-            self.marks.append(Mark(event.time, kind, getattr(p, "attempt", self.newest_attempt), step, text))
+            self.marks.append(
+                TimelineMark(event.time, kind, getattr(p, "attempt", self.newest_attempt), step, text)
+            )
 
     def _drop(self) -> None:
         """Forget the oldest marks, down to three quarters."""
@@ -232,8 +234,8 @@ def _mark_of(event: Event) -> tuple[str, int | None, str] | None:
             return "save", p.step, f"saved step {p.step}" + (f" ({p.tier})" if p.tier != "store" else "")
         case CheckpointFailed() as p:
             return "save_failed", p.step, p.error
-        case Resumed() as p:
-            return "resumed", p.step, f"goes on from step {p.step}"
+        case AttemptResumed() as p:
+            return "resumed", p.step, f"continues from step {p.step}"
         case IncidentOpened() as p:
             return "incident", p.step, p.detail
         case IncidentClosed() as p:
@@ -252,6 +254,6 @@ def _mark_of(event: Event) -> tuple[str, int | None, str] | None:
             return "finished", p.step, f"finished step {p.step}"
         case FabricFinding() as p:
             return "finding", None, str(p.finding.get("what", p.finding.get("kind", "")))
-        case Moved() as p if p.to is State.CANCELLING or p.reason is Reason.CANCEL_ASKED:
+        case StateMoved() as p if p.to is State.CANCELLING or p.reason is Reason.CANCEL_ASKED:
             return "cancel", None, p.detail or str(p.reason)
     return None

@@ -9,6 +9,8 @@ from typing import Any
 from faulttol.verdicts import VerdictKind
 from orchestrator.record.events import (
     Amended,
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     ControllerStarted,
@@ -20,11 +22,9 @@ from orchestrator.record.events import (
     GangShape,
     IncidentClosed,
     IncidentOpened,
-    Moved,
     Parked,
-    Placed,
     RanksStarted,
-    Resumed,
+    StateMoved,
     StopBegan,
     Submitted,
     Unparked,
@@ -57,7 +57,7 @@ class Incident:
 
     @property
     def stops_nothing(self) -> bool:
-        """Training goes on beside it."""
+        """Training continues beside it."""
         return self.event.cause == VerdictKind.CHECKPOINT_OVERDUE
 
 
@@ -90,14 +90,14 @@ class RunView:
     """The controller's newest error at it; None while it is handled."""
     parked_clock: float = 0.0
     attempt: int = 0
-    placed: Placed | None = None
+    placed: AttemptPlaced | None = None
     pids: dict[str, int] = field(default_factory=dict)
     resumed_step: int | None = None
     """Step that the current attempt began at; None until its ranks say so."""
     checkpoint: CheckpointCommitted | None = None
     """Newest committed checkpoint in storage."""
     memory: CheckpointCommitted | None = None
-    """Newest snapshot in the memory of nodes that was told of."""
+    """Newest snapshot in the memory of nodes that was reported."""
     saved_step: int | None = None
     """Step of the current attempt's newest commit in storage, or that it began at; None until its ranks say so."""
     interval: int = 0
@@ -188,22 +188,22 @@ def apply(view: RunView, event: Event, strict: bool = True) -> RunView:
     """The run after one more event.
 
     Raises:
-        IllegalMove: where a `Moved` isn't in the table, unless `strict` is off.
+        IllegalMove: where a `StateMoved` isn't in the table, unless `strict` is off.
     """
     p, clock = event.payload, event.clock
     match p:
         case Submitted():
             return replace(view, submitted=p, submitted_at=event.time)
-        case Moved():
+        case StateMoved():
             return _apply_move(view, p, event, strict)
-        case Placed():
+        case AttemptPlaced():
             return replace(
                 view, attempt=p.attempt, placed=p, pids={}, resumed_step=None, saved_step=None, interval=0,
                 decision=None, finished=None, stopping=None, evidence="",
             )  # fmt: skip
         case RanksStarted():
             return replace(view, pids=p.pids, started_at=view.started_at or event.time)
-        case Resumed():
+        case AttemptResumed():
             incidents = tuple(
                 replace(i, resumed_step=p.step)
                 if i.closed is None and i.resumed_step is None and i.event.attempt < p.attempt
@@ -249,7 +249,7 @@ def apply(view: RunView, event: Event, strict: bool = True) -> RunView:
             return view
 
 
-def _apply_move(view: RunView, move: Moved, event: Event, strict: bool) -> RunView:
+def _apply_move(view: RunView, move: StateMoved, event: Event, strict: bool) -> RunView:
     if strict:
         check_move(view.state, move.to)
     clock = event.clock

@@ -25,7 +25,7 @@ _FILES = 256
 
 
 @dataclass(frozen=True)
-class Piece:
+class Artifact:
     """One artifact."""
 
     name: str
@@ -37,7 +37,7 @@ class Piece:
     aliases: tuple[str, ...] = ()
 
 
-def saved(run: RunPaths, line: SavedLine) -> Piece | None:
+def saved(run: RunPaths, line: SavedLine) -> Artifact | None:
     """The checkpoint that a line tells of; None for a snapshot in memory."""
     if line.tier != "store":
         return None
@@ -51,19 +51,19 @@ def saved(run: RunPaths, line: SavedLine) -> Piece | None:
     return _checkpoint(line.path, line.step, False, facts)
 
 
-def resumed(line: ResumedLine) -> Piece | None:
+def resumed(line: ResumedLine) -> Artifact | None:
     """The checkpoint that an attempt began from; None where it began from nothing."""
     return _checkpoint(line.path, line.step, True, {}) if line.path else None
 
 
-def _checkpoint(path: str, step: int, used: bool, facts: dict[str, Any]) -> Piece:
+def _checkpoint(path: str, step: int, used: bool, facts: dict[str, Any]) -> Artifact:
     """`path` is all that its version depends on: whoever loads it may know nothing else of it."""
     parts = path.split("/")
     owner = parts[parts.index("runs") + 1] if "runs" in parts[:-2] else ""
     name = f"checkpoints-{owner or hashlib.sha256(path.rpartition('/')[0].encode()).hexdigest()[:12]}"
     text = json.dumps({"path": path}, indent=1).encode()
     aliases = () if used else (f"step-{step}",)
-    return Piece(
+    return Artifact(
         _named(name),
         "checkpoint",
         {"checkpoint.json": text},
@@ -73,7 +73,7 @@ def _checkpoint(path: str, step: int, used: bool, facts: dict[str, Any]) -> Piec
     )
 
 
-def profiles(hardware: str) -> list[Piece]:
+def profiles(hardware: str) -> list[Artifact]:
     """Measured profiles that plans of this hardware take their rates from."""
     found = []
     for kind in ("fabric", "device"):
@@ -81,21 +81,21 @@ def profiles(hardware: str) -> list[Piece]:
         if path.is_file():
             name = _named(f"profile-{kind}-{hardware}")
             found.append(
-                Piece(
+                Artifact(
                     name, "profile", {path.name: path.read_bytes()}, used=True, facts={"hardware": hardware}
                 )
             )
     return found
 
 
-def measurement(run: RunPaths, hardware: str) -> list[Piece]:
+def measurement(run: RunPaths, hardware: str) -> list[Artifact]:
     """What a measurement has left, and the profile that was fitted to it."""
     folder = run.measurement
     if not folder.is_dir():
         return []
     files, left = _files(sorted(folder.rglob("*")), folder)
     made = [
-        Piece(
+        Artifact(
             _named(f"measurement-{run.run_id}"),
             "measurement",
             files,
@@ -105,7 +105,7 @@ def measurement(run: RunPaths, hardware: str) -> list[Piece]:
     if (fitted := files.get("fabric.yaml")) is not None:
         # By its name in the catalogue, so that a plan that used it leads back here.
         made.append(
-            Piece(
+            Artifact(
                 _named(f"profile-fabric-{hardware}"),
                 "profile",
                 {f"{hardware}.yaml": fitted},
@@ -115,7 +115,7 @@ def measurement(run: RunPaths, hardware: str) -> list[Piece]:
     return [piece for piece in made if piece.files]
 
 
-def evidence(run: RunPaths, event: EvidenceKept) -> Piece | None:
+def evidence(run: RunPaths, event: EvidenceKept) -> Artifact | None:
     """Stacks and records that were kept of an incident; None where there are none."""
     folder = Path(event.path)
     files, left = _files(sorted(folder.rglob("*")) if folder.is_dir() else [], folder)
@@ -126,7 +126,7 @@ def evidence(run: RunPaths, event: EvidenceKept) -> Piece | None:
         "folder": event.path,
         "left_out": left,
     }
-    return Piece(evidence_name(run, event.incident), "incident", files, facts=facts) if files else None
+    return Artifact(evidence_name(run, event.incident), "incident", files, facts=facts) if files else None
 
 
 def evidence_name(run: RunPaths, incident: int | None) -> str:

@@ -1,4 +1,4 @@
-"""System metrics of all nodes of a run: read from Ray's own endpoint on each node, kept in a file, told as rows.
+"""System metrics of all nodes of a run: read from Ray's own endpoint on each node, kept in a file, reported as rows.
 
 The file is beside the tracker's cursor: what a tracker that is away hasn't got waits there, as the run's own lines do.
 """
@@ -91,7 +91,7 @@ def fetch(url: str) -> dict[str, float]:
         return {}
 
 
-class Sampler:
+class NodeSampler:
     """Samples nodes by a thread of its own, into a file.
 
     Args:

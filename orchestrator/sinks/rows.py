@@ -64,7 +64,7 @@ def save_row(line: SavedLine | SaveFailedLine) -> dict[str, Any]:
 
 
 def rewind_row(line: ResumedLine) -> dict[str, Any]:
-    """The beginning of an attempt, at the step that it goes on from."""
+    """The beginning of an attempt, at the step that it continues from."""
     return {"train/step": line.step, "train/attempt": line.attempt, "train/rewind_to": line.step}
 
 

@@ -18,7 +18,7 @@ from orchestrator.web.redact import Redactor
 from orchestrator.web.runs import RunState
 from orchestrator.web.views import past
 from orchestrator.web.views.forecast import Forecasts
-from orchestrator.web.views.series import Experts
+from orchestrator.web.views.series import ExpertLoads
 
 _PATIENCE = 20.0
 """Seconds for reading on before tables are made; a very long run has older tables meanwhile."""
@@ -29,7 +29,7 @@ _PIXELS = 6
 
 
 @dataclass
-class Told:
+class RunTables:
     """What there is to show."""
 
     tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
@@ -46,17 +46,17 @@ class Tables:
     def __init__(self, run: RunPaths, warmup: int) -> None:
         self._run, self._warmup = run, warmup
         self._state = RunState(run)
-        self._experts, self._forecasts = Experts(), Forecasts()
+        self._experts, self._forecasts = ExpertLoads(), Forecasts()
         self._redactor = Redactor()
 
-    def told(self, now: float | None = None) -> Told:
+    def told(self, now: float | None = None) -> RunTables:
         """Everything as it is now; `now` in seconds since the epoch.
 
         Raises:
             OSError: where the run's files can't be read.
         """
         at = time.time() if now is None else now
-        state, made = self._state, Told()
+        state, made = self._state, RunTables()
         state.refresh({}, None)
         if state.row is None:
             return made

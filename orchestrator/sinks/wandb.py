@@ -12,7 +12,7 @@ The JSONL files are the truth; this reads them. What it relies on:
   later lies in `<run>/wandb` too, not in an account's home.
 - System metrics come from all nodes of the run into this one W&B run (`orchestrator.sinks.nodes`).
 - W&B's service writes what it was given some 15 s later. A cursor file remembers what is logged, and what was logged a
-  minute ago and is surely written: a sink that is killed with its service and started again goes on from there, so that
+  minute ago and is surely written: a sink that is killed with its service and started again continues from there, so that
   nothing is missing and rows of about a minute may be there twice. Offline, each start makes its own `offline-run-*`
   folder with the same run id, and `wandb sync` joins them.
 """
@@ -30,6 +30,7 @@ from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from typing import Any
 
+import numpy as np
 import wandb
 import yaml
 
@@ -49,12 +50,12 @@ from configs.paths import RunPaths, write_whole
 from configs.schema import RunConfig
 from orchestrator.decide import backoff
 from orchestrator.record import log
-from orchestrator.record.events import Event, EvidenceKept, IncidentClosed, IncidentOpened, Resumed
+from orchestrator.record.events import AttemptResumed, Event, EvidenceKept, IncidentClosed, IncidentOpened
 from orchestrator.record.following import Follower, lost_steps
 from orchestrator.record.reading import RunReader
 from orchestrator.record.view import RunView
 from orchestrator.sinks import lineage, nodes
-from orchestrator.sinks.lineage import Piece
+from orchestrator.sinks.lineage import Artifact
 from orchestrator.sinks.rows import cell, histograms, measured_row, rewind_row, row_of, save_row, series_name
 from orchestrator.sinks.tables import Tables
 from orchestrator.web.redact import Redactor
@@ -74,8 +75,8 @@ _TABLES_EVERY = 600.0
 class WandbSink:
     """Feeds one run to W&B. Failures are logged to `<run>/wandb/sink.log` and never raised.
 
-    A W&B that fails is tried again, ever less often, for as long as the run goes on and a day beyond; what is to be logged
-    waits in the run's files meanwhile, not in memory.
+    A W&B that fails is tried again, less and less often, as long as the run is active and a day beyond; what is to be
+    logged waits in the run's files meanwhile, not in memory.
     """
 
     def __init__(
@@ -121,9 +122,9 @@ class WandbSink:
         """Something happened since the tables were logged."""
         self._redactor = Redactor()
         self._samples = run.wandb / "nodes.jsonl"
-        self._sampler: nodes.Sampler | None = None
+        self._sampler: nodes.NodeSampler | None = None
         if endpoints is not None and self._mode != "disabled" and not self._done:
-            self._sampler = nodes.Sampler(self._samples, self._nodes, endpoints)
+            self._sampler = nodes.NodeSampler(self._samples, self._nodes, endpoints)
             self._sampler.start()
 
     def _nodes(self) -> list[str]:
@@ -241,7 +242,8 @@ class WandbSink:
             case StepLine():
                 loads = histograms(item, self._reader.view.asked.steps if self._reader.view.submitted else 1)
                 shown = {
-                    name: wandb.Histogram(np_histogram=(bins, edges)) for name, (bins, edges) in loads.items()
+                    name: wandb.Histogram(np_histogram=(np.asarray(bins), np.asarray(edges)))
+                    for name, (bins, edges) in loads.items()
                 }
                 self._wandb.log(row_of(item) | shown)
             case EvaluatedLine():
@@ -264,15 +266,15 @@ class WandbSink:
                 self._wandb.log(measured_row(item))
             case Event(payload=EvidenceKept() as kept):
                 self._log_pieces(lineage.evidence(self._run, kept))
-            case Event(payload=IncidentOpened() | IncidentClosed() | Resumed()):
+            case Event(payload=IncidentOpened() | IncidentClosed() | AttemptResumed()):
                 self._news = True
 
-    def _log_pieces(self, *pieces: Piece | None) -> None:
+    def _log_pieces(self, *pieces: Artifact | None) -> None:
         for piece in pieces:
             if piece is not None:
                 self._log_piece(piece, self._wandb)
 
-    def _log_piece(self, piece: Piece, logged: Any) -> None:
+    def _log_piece(self, piece: Artifact, logged: Any) -> None:
         """Log an artifact. One that can't be made is named in the log and left out, so that it holds up nothing."""
         try:
             made = wandb.Artifact(piece.name, piece.kind, metadata=piece.facts)
@@ -322,7 +324,7 @@ class WandbSink:
         self._news, self._tables_at = False, self._clock()
         try:
             told = self._tables.told()
-        except Exception:  # of the run's own files, and not of W&B: the rows go on without
+        except Exception:  # of the run's own files, and not of W&B: the rows continue without
             self._log.exception("no tables this time")
             return
         for name, (columns, rows) in told.tables.items():
@@ -334,7 +336,7 @@ class WandbSink:
 
     def _table(self, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
         # A column may have numbers, text and nothing.
-        self._wandb.log({name: wandb.Table(columns=columns, data=list(rows), allow_mixed_types=True)})
+        self._wandb.log({name: wandb.Table(columns=[*columns], data=list(rows), allow_mixed_types=True)})
 
     def _mark_lost(self, attempt: int) -> None:
         """Log the steps that this attempt trains again, as lost, from the attempts that lost them."""

@@ -14,7 +14,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.paths import HomePaths, default_home
 from orchestrator.commands import reach
-from orchestrator.commands.calls import Call
+from orchestrator.commands.calls import CommandCall
 
 
 def act(controller: Any, order: dict[str, str]) -> str:
@@ -42,7 +42,7 @@ def main() -> int:
     """One order."""
     order: dict[str, str] = json.loads(sys.stdin.readline())
     options = argparse.Namespace(address=None, json=True)
-    call = Call(options, HomePaths(default_home()), ())
+    call = CommandCall(options, HomePaths(default_home()), ())
     try:
         with reach.client(call) as controller:
             ok, said = True, act(controller, order)

@@ -126,13 +126,13 @@ class Actions:
         nodes = {str(node.get("ip")): node for node in self._live.seen.queue.get("nodes", [])}
         node = nodes.get(target) or next((n for n in nodes.values() if n.get("hostname") == target), None)
         if node is None:
-            raise UserError(f"'{target[:80]}' is no node of this cluster; `nodes` shows them")
+            raise UserError(f"'{target[:80]}' is not a node of this cluster; `nodes` shows them")
         if action == "cordon" and not reason:
             raise UserError("reason='': say why the node is kept free, for whoever looks at it next")
         runs = ", ".join(node.get("runs", [])) or "nothing"
         name = f"{node['ip']} ({node.get('hostname', '')})"
         if action == "cordon":
-            return str(node["ip"]), f"Keep runs from {name}? What runs there now ({runs}) goes on."
+            return str(node["ip"]), f"Keep runs from {name}? What runs there now ({runs}) continues."
         return str(node["ip"]), f"Let runs on {name} again? Its suspicions are forgotten too."
 
     async def _do(self, order: dict[str, str]) -> tuple[bool, str]:

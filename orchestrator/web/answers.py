@@ -15,7 +15,7 @@ import yaml
 
 from configs.errors import UserError
 from configs.paths import RunPaths
-from faulttol.timeline.heat import Asked, Heat, heat
+from faulttol.timeline.heat import Heat, HeatRequest, heat
 from faulttol.timeline.reader import AttemptSteps
 from orchestrator import PROGRAM
 from orchestrator.record.seen import Look
@@ -26,7 +26,7 @@ from orchestrator.web.runs import RunState
 from orchestrator.web.views import home, logs, past, series
 from orchestrator.web.views import layout as layouts
 from orchestrator.web.views.forecast import Forecasts, plan_of
-from orchestrator.web.views.series import Experts
+from orchestrator.web.views.series import ExpertLoads
 
 Query = Mapping[str, str]
 _CONFIG = 1 << 20
@@ -48,7 +48,7 @@ def whole(query: Query, name: str, default: int, low: int, high: int) -> int:
     except ValueError:
         value = low - 1
     if not low <= value <= high:
-        raise UserError(f"{name}='{text[:40]}' is no whole number between {low} and {high}")
+        raise UserError(f"{name}='{text[:40]}' is not a whole number between {low} and {high}")
     return value
 
 
@@ -66,7 +66,7 @@ def number(query: Query, name: str, default: float) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{name}='{text[:40]}' is no number")
+        raise UserError(f"{name}='{text[:40]}' is not a number")
     return value
 
 
@@ -81,7 +81,7 @@ class Answers:
 
     def __init__(self, live: Live) -> None:
         self._live = live
-        self._experts, self._forecasts = Experts(), Forecasts()
+        self._experts, self._forecasts = ExpertLoads(), Forecasts()
         self._steps: dict[str, AttemptSteps] = {}
         self._layouts: dict[Any, tuple[list[Look], dict[str, Any]]] = {}
         """Newest answers, with the looks that they are made of."""
@@ -210,7 +210,7 @@ class Answers:
             steps = self._steps.setdefault(folder, AttemptSteps(Path(folder)))
             span = steps.span
             some = _between(query, own.ranks)
-            asked = Asked(
+            asked = HeatRequest(
                 field=query.get("field") or "compute",
                 first=whole(query, "from", span[0] if span else 0, 0, 1 << 40),
                 last=whole(query, "to", span[1] - 1 if span else 0, 0, 1 << 40) + 1,
@@ -330,7 +330,7 @@ def _between(query: Query, world: int) -> range:
         return range(0)
     first, _, last = text.partition("-")
     if not first.isdecimal() or not (last or first).isdecimal() or len(text) > 20:
-        raise UserError(f"ranks='{text[:40]}' is no A-B, such as 8-15")
+        raise UserError(f"ranks='{text[:40]}' must be A-B, such as 8-15")
     found = range(int(first), int(last or first) + 1)
     if not found or found[-1] >= world or len(found) > _ROWS:
         raise UserError(f"ranks={text}: name 1 to {_ROWS} neighbouring ranks of 0 to {world - 1}")

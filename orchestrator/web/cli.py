@@ -19,12 +19,12 @@ from aiohttp import web
 
 from configs.errors import UserError
 from configs.paths import HomePaths
-from orchestrator.commands.calls import Call
+from orchestrator.commands.calls import CommandCall
 from orchestrator.web import export, server
-from orchestrator.web.security import LOOPBACK, Tokens
+from orchestrator.web.security import LOOPBACK, AccessTokens
 
 
-def run(call: Call) -> int:
+def run(call: CommandCall) -> int:
     """Serve until a signal, or write a file; the exit code.
 
     Raises:
@@ -44,7 +44,7 @@ def run(call: Call) -> int:
             "listen on 127.0.0.1"
         )
     call.home.ensure()
-    tokens = None if options.no_token else Tokens.of(call.home.dashboard_tokens)
+    tokens = None if options.no_token else AccessTokens.of(call.home.dashboard_tokens)
     gc.set_threshold(10_000)  # a server lives long; the command line turned collection down
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="megaray: %(name)s: %(message)s")
     with contextlib.suppress(KeyboardInterrupt):
@@ -54,7 +54,7 @@ def run(call: Call) -> int:
 
 
 def _leave() -> None:
-    """End though storage may hold a thread for ever."""
+    """End though storage may hold a thread forever."""
     mine = [thread for thread in threading.enumerate() if thread.name.startswith("dashboard")]
     for thread in mine:
         thread.join(1.0)
@@ -63,7 +63,9 @@ def _leave() -> None:
         os._exit(0)
 
 
-async def serve(call: Call, host: str, port: int, tokens: Tokens | None, names: list[str]) -> None:
+async def serve(
+    call: CommandCall, host: str, port: int, tokens: AccessTokens | None, names: list[str]
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
@@ -102,7 +104,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def link(host: str, port: int, tokens: Tokens | None) -> str:
+def link(host: str, port: int, tokens: AccessTokens | None) -> str:
     """What to open in a browser on this machine."""
     name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={tokens.own}" if tokens else "")

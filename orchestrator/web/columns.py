@@ -31,7 +31,7 @@ from configs.metrics import (
     StoppedLine,
     parse_line,
 )
-from orchestrator.record.ledger import Trace
+from orchestrator.record.ledger import AttemptLines
 
 SCALARS = (
     "loss", "aux_loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "memory_bytes", "balance_entropy",
@@ -165,7 +165,7 @@ class Columns:
         for name in ("loss", "grad_norm", "aux_loss"):
             if not math.isfinite(getattr(line, name)):
                 self.nonfinite.append((line.step, name))
-        # A torn file may go back: a line that isn't newer is no row of its own.
+        # A torn file may go back: a line that isn't newer is not a row of its own.
         places.append((line.time, line.tokens, at, line.step, len(row), count * line.step_seconds))
         values.append(
             [
@@ -263,14 +263,14 @@ class Columns:
             return np.full(self.rows, np.nan, dtype=np.float32)
         return self.values[: self.rows, index]
 
-    def trace(self) -> Trace:
+    def trace(self) -> AttemptLines:
         """As the ledger takes it. A line that isn't newer than the one before is left out."""
         step = self.places["step"][: self.rows].astype(np.int64)
         fresh = (
             np.append(True, step[1:] > np.maximum.accumulate(step)[:-1]) if self.rows else np.empty(0, bool)
         )
         resumed = self.resumed
-        return Trace(
+        return AttemptLines(
             time=self.places["time"][: self.rows][fresh],
             step=step[fresh],
             busy=self.places["busy"][: self.rows][fresh].astype(np.float64),

@@ -1,7 +1,7 @@
 """All runs of a home as they are, read from files alone by one thread that never stops.
 
 Those who ask never wait for storage: they get what was read last, with the time of that. What is read is bounded: rows of
-all runs, the past and a few thousand lines of those that go on, and full lines of the few that somebody looks at.
+all runs, the past and a few thousand lines of active ones, and full lines of the few that somebody looks at.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Live:
             try:
                 self.turn()
                 self.failed = ""
-            except Exception as error:  # the page goes on with what it has, and says how old it is
+            except Exception as error:  # the page continues with what it has, and says how old it is
                 self.failed = f"{type(error).__name__}: {error}"
                 _log.exception("reading %s", self.home.home)
             self.turn_seconds = time.monotonic() - began

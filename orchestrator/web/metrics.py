@@ -1,6 +1,6 @@
 """Prometheus' metrics of a home: what the read model has, as gauges and counters with their units in their names.
 
-Labels are bounded: runs that go on, and those that ended a few minutes ago so that a scrape sees how; nodes of the cluster;
+Labels are bounded: active runs, and those that ended a few minutes ago so that a scrape sees how; nodes of the cluster;
 phases, parts, causes and states, which are few. Nothing has a label per expert, step or rank.
 """
 
@@ -24,9 +24,9 @@ from orchestrator.web.live import Live
 from orchestrator.web.runs import RunState
 
 LINGER = 300.0
-"""Seconds for which a run that has ended is still told of."""
+"""Seconds for which a run that has ended is still reported."""
 _RUNS = 500
-"""Runs that are told of in full, at most; the newest."""
+"""Runs that are reported in full, at most; the newest."""
 _NODES = 4096
 
 Value = float | int | None

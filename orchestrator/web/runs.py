@@ -1,4 +1,4 @@
-"""One run as the dashboard knows it: its row, and where somebody looks or it goes on, its past and its metric lines."""
+"""One run as the dashboard knows it: its row, and where somebody looks or it is active, its past and its metric lines."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class RunState:
                         "queued_at": view.queued_at,
                     }
             self.error = ""
-        except Exception as error:  # whatever it is, it is this run's, and is told as such
+        except Exception as error:  # whatever it is, it is this run's, and is reported as such
             first = (str(error).splitlines() or [""])[0]
             self.error = (
                 f"run {self.run.run_id}: {type(error).__name__}: {first}; its files are in {self.run.root}"

@@ -41,14 +41,14 @@ WHO = web.RequestKey("who", str)
 
 
 @dataclass(frozen=True)
-class Tokens:
+class AccessTokens:
     """Who has which token."""
 
     names: dict[str, str]
     """Name by token."""
 
     @classmethod
-    def of(cls, path: Path) -> Tokens:
+    def of(cls, path: Path) -> AccessTokens:
         """The tokens of a file, made with one token for this account where it isn't there.
 
         Raises:
@@ -125,12 +125,12 @@ class Guard:
     `tokens` is None where none is needed. `names` are the hosts that the server answers to, without ports.
     """
 
-    tokens: Tokens | None
+    tokens: AccessTokens | None
     names: frozenset[str]
     open_paths: frozenset[str] = frozenset({"/healthz"})
 
     @classmethod
-    def of(cls, tokens: Tokens | None, host: str, more: Iterable[str]) -> Guard:
+    def of(cls, tokens: AccessTokens | None, host: str, more: Iterable[str]) -> Guard:
         """For a server that listens on `host` and is also known by other names."""
         known = {*LOOPBACK, *(name.lower() for name in more)}
         return cls(tokens, frozenset(known if host in ("0.0.0.0", "::") else {*known, host.lower()}))

@@ -23,7 +23,7 @@ from orchestrator.web.actions import ACTIONS, Actions, Refused
 from orchestrator.web.answers import Answers, whole
 from orchestrator.web.live import Live, Seen
 from orchestrator.web.redact import Redactor
-from orchestrator.web.security import WHO, Guard, Tokens
+from orchestrator.web.security import WHO, AccessTokens, Guard
 from orchestrator.web.views import home as views
 
 STATIC = Path(__file__).parent / "static"
@@ -111,7 +111,7 @@ def fail(status: int, text: str) -> web.Response:
 
 
 def make(
-    home: HomePaths, tokens: Tokens | None, host: str, port: int, names: list[str]
+    home: HomePaths, tokens: AccessTokens | None, host: str, port: int, names: list[str]
 ) -> tuple[web.Application, Dashboard]:
     """The application for a home; it reads once it is started.
 
@@ -273,8 +273,8 @@ class Handlers:
             return fail(429, f"{_LISTENERS} pages listen already; close some")
         queue: asyncio.Queue[tuple[Seen, Seen]] = asyncio.Queue(4)
         shared.listeners.add(queue)
+        response = web.StreamResponse(headers=security.HEADERS | {"Content-Type": "text/event-stream"})
         try:
-            response = web.StreamResponse(headers=security.HEADERS | {"Content-Type": "text/event-stream"})
             await response.prepare(request)
             seen = self._live.seen
             await _send(response, "changed", _changed(Seen(), seen, only, self._live.alive()))
@@ -299,8 +299,8 @@ class Handlers:
                     beat = time.monotonic()
                     age = None if self._live.seen.beat is None else self._live.clock() - self._live.seen.beat
                     await _send(response, "beat", {"as_of": self._live.seen.as_of, "beat_age": age})
-        except (ConnectionError, asyncio.CancelledError):
-            raise
+        except ConnectionError:  # the page was closed
+            return response
         finally:
             shared.listeners.discard(queue)
 
@@ -323,7 +323,7 @@ class Handlers:
             tree = json.loads(await request.read())
             asked = {name: str(tree.get(name) or "") for name in ("action", "target", "reason", "confirm")}
         except (ValueError, AttributeError):
-            return fail(400, "the body is no JSON object")
+            return fail(400, "the body is not a JSON object")
         try:
             found = await self._shared.actions.take(asked, request[WHO], request.remote or "")
         except UserError as error:

@@ -21,7 +21,7 @@ from itertools import combinations
 from pathlib import Path
 
 from collectives.studies.faults import schedule
-from tests.cluster.launcher import Launcher, Outcome
+from tests.cluster.launcher import Launcher, LaunchOutcome
 from tests.namespaces import Network, cpu_unavailable, throttles_unavailable, unavailable
 
 FAULTS = ("throttled NIC", "slow pair", "taken CPU", "healthy")
@@ -34,7 +34,7 @@ STUDY = ("collectives=faults", "collectives.probe_size=1M", "collectives.probe_r
 
 
 @dataclass(frozen=True)
-class Trial:
+class FaultTrial:
     """A fault on its hosts."""
 
     fault: str
@@ -44,7 +44,7 @@ class Trial:
     """Share that is left."""
 
     @classmethod
-    def draw(cls, fault: str, hosts: int, seed: str) -> Trial:
+    def draw(cls, fault: str, hosts: int, seed: str) -> FaultTrial:
         """The trial of a seed."""
         if fault == "healthy":
             return cls(fault, (), 1.0)
@@ -78,7 +78,7 @@ class Played:
     seconds: float
 
 
-def play(trial: Trial, launcher: Launcher, nic: float, folder: Path) -> tuple[bool, Outcome]:
+def play(trial: FaultTrial, launcher: Launcher, nic: float, folder: Path) -> tuple[bool, LaunchOutcome]:
     """Put the fault on, measure for real and take it off; whether it alone was named, and what was."""
     network = launcher.network
     trial.put_on(network, nic)
@@ -96,7 +96,7 @@ def run(fault: str, options: argparse.Namespace, launchers: list[Launcher], fold
     for number in range(options.trials):
         launcher = launchers[number % len(launchers)]
         count = launcher.network.count
-        trial = Trial.draw(fault, count, f"{options.seed}/{fault}/{number}")
+        trial = FaultTrial.draw(fault, count, f"{options.seed}/{fault}/{number}")
         into = folder / f"{fault.replace(' ', '-')}-{number}"
         begun = time.monotonic()
         won, outcome = play(trial, launcher, options.nic, into)

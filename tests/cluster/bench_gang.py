@@ -18,7 +18,7 @@ from math import exp, log
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from collectives.store.results import Row, Store
+from collectives.store.results import ResultStore, SweepRow
 from collectives.timing.statistics import student
 from configs.paths import HomePaths, RunPaths
 from orchestrator.record.states import State
@@ -42,10 +42,10 @@ def gang(shell: Shell) -> dict[Case, float]:
     view = shell.finish(run_id)
     if view.state is not State.SUCCEEDED:
         raise RuntimeError(f"{run_id} ended {view.state}: `python -m orchestrator incidents {run_id}`")
-    return times(Store(shell.home.run(run_id).measurement).finished())
+    return times(ResultStore(shell.home.run(run_id).measurement).finished())
 
 
-def torchrun(hosts: Sequence[Host], folder: Path, port: int, sweep: Sequence[str] = SWEEP) -> Store:
+def torchrun(hosts: Sequence[Host], folder: Path, port: int, sweep: Sequence[str] = SWEEP) -> ResultStore:
     """The same by torchrun, a rank on each host."""
     env = os.environ | {
         # As the agent of a gang sets them.
@@ -67,10 +67,10 @@ def torchrun(hosts: Sequence[Host], folder: Path, port: int, sweep: Sequence[str
     told = [launcher.communicate(timeout=150)[0] for launcher in launchers]
     if any(launcher.returncode for launcher in launchers):
         raise RuntimeError("torchrun failed:\n" + "\n".join(told))
-    return Store(RunPaths(folder).measurement)
+    return ResultStore(RunPaths(folder).measurement)
 
 
-def times(rows: Sequence[Row]) -> dict[Case, float]:
+def times(rows: Sequence[SweepRow]) -> dict[Case, float]:
     """Median microseconds by operation and size."""
     return {(row.op, row.size): row.best.p50_us for row in rows if row.best}
 

@@ -4,7 +4,8 @@
 
 All three train the same model with the same program from checkpoints of the same interval. In each repeat each of them
 loses rank 1 to SIGKILL after the same number of seconds of training, and the first metric line of a step after the
-checkpoint was loaded ends the clock. Printed are medians, the ratio, and where each second goes.
+checkpoint was loaded ends the clock. Printed are medians, the ratio, and where each second goes; likewise the start before
+it, from the placing (for the baselines: from the command) to the first step, and the seconds of a step between saves.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ import psutil
 
 from configs.metrics import MetricLine, ResumedLine, SavedLine, StepLine, read_from
 from configs.paths import HomePaths, RunPaths
-from orchestrator.record.events import RanksStarted, VerdictFound
+from orchestrator.record.events import AttemptPlaced, RanksStarted, VerdictFound
 from orchestrator.record.log import read
 from tests.cluster.conftest import Shell
 
-MODEL = (
-    "experiment=smoke", "tracking.wandb=disabled", "train.steps=100000000", "train.log_every=1", "checkpoint.every=20",
+RUN = (
+    "tracking.wandb=disabled", "train.steps=100000000", "train.log_every=1", "checkpoint.every=20",
     "resilience.max_restarts=50",
 )  # fmt: skip
 PATIENCE = 300.0
@@ -44,15 +45,21 @@ WARM_SECONDS = 25.0
 
 @dataclass(frozen=True)
 class Recovery:
-    """Seconds from the kill."""
+    """Seconds from the kill, and of what was before it."""
 
     total: float
     parts: dict[str, float]
     """What they went to, in order."""
+    start: float
+    """From the placing, or the command, to the first step."""
+    start_parts: dict[str, float]
+    """What ranks say of it."""
+    step: float
+    """Median of a step, by the clock between two lines without a save between them."""
 
 
 @dataclass
-class Follower:
+class MetricFollower:
     """Metric lines of one file as they come."""
 
     path: Path
@@ -77,44 +84,60 @@ class Follower:
         return next((x for x in self.look() if isinstance(x, StepLine) and x.time > when), None)
 
 
-def until(what: Callable[[], object], why: str) -> None:
-    """Wait."""
+def until(what: Callable[[], object], why: str, ended: Callable[[], bool]) -> None:
+    """Wait for `what`, for at most `PATIENCE` seconds and only while the contestant has not ended."""
     deadline = time.monotonic() + PATIENCE
     while not what():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"still not: {why}")
+        if ended() or time.monotonic() > deadline:
+            raise RuntimeError(f"{'ended' if ended() else 'timed out'} before: {why}")
         time.sleep(0.02)
 
 
-class Contestant(ABC):
+class RecoveryContestant(ABC):
     """A way to keep ranks running."""
 
     name: str
 
+    def __init__(self) -> None:
+        self._begun = time.time()
+
     @abstractmethod
-    def lines(self) -> Follower:
+    def lines(self) -> MetricFollower:
         """Metric lines of the ranks that train now."""
 
     @abstractmethod
     def victim(self) -> int:
         """Process id of rank 1."""
 
-    def lines_after(self, when: float) -> Follower:
+    def lines_after(self, when: float) -> MetricFollower:
         """Where lines of the ranks that follow are written."""
         return self.lines()
+
+    def ended(self) -> bool:
+        """Whether it is known to be over."""
+        return False
 
     def began(self, when: float) -> dict[str, float]:
         """What happened after the kill at `when`, as far as it is on record: name -> time."""
         return {}
 
-    def measure(self) -> Recovery:
+    def placed(self) -> float:
+        """When its ranks could be started, seconds since the epoch."""
+        return self._begun
+
+    def measure(self, warm: float) -> Recovery:
         """Train for a while, kill, and wait for the next step."""
         begun = time.time()
         until(
             lambda: any(isinstance(x, SavedLine) and x.time > begun for x in self.lines().look()),
             "a checkpoint",
+            self.ended,
         )
-        time.sleep(max(0.0, WARM_SECONDS - (time.time() - begun)))
+        first = self.lines().look()
+        resumed = next(line for line in first if isinstance(line, ResumedLine))
+        started = next(line.time for line in first if isinstance(line, StepLine)) - self.placed()
+        time.sleep(max(0.0, warm - (time.time() - begun)))
+        step = step_seconds(self.lines().look())
         killed = time.time()
         os.kill(self.victim(), signal.SIGKILL)
         found: list[float] = []
@@ -128,7 +151,7 @@ class Contestant(ABC):
                 found.extend((resumed.time, step.time))
             return bool(found)
 
-        until(stepped, f"a step of {self.name} after the kill")
+        until(stepped, f"a step of {self.name} after the kill", self.ended)
         marks = {**self.began(killed), "loaded": found[0], "first step": found[1]}
         parts, last = {}, killed
         for name, at in sorted(marks.items(), key=lambda mark: mark[1]):
@@ -138,30 +161,45 @@ class Contestant(ABC):
         inside = start.facts.get("start_seconds")
         if isinstance(inside, dict):
             parts |= {f"  of it {name}": float(seconds) for name, seconds in inside.items()}
-        return Recovery(found[1] - killed, parts)
+        return Recovery(found[1] - killed, parts, started, resumed.facts.get("start_seconds") or {}, step)
 
 
-class Megaray(Contestant):
+def step_seconds(lines: Sequence[MetricLine]) -> float:
+    """Median seconds between two neighbouring steps with nothing but steps between them; the first ten aren't counted."""
+    pairs = zip(lines, lines[1:], strict=False)
+    steps = [
+        (b.time - a.time) / (b.step - a.step)
+        for a, b in pairs
+        if isinstance(a, StepLine) and isinstance(b, StepLine)
+    ]
+    return median(steps[10:] or steps)
+
+
+class Megaray(RecoveryContestant):
     """A submitted run."""
 
     name = "megaray"
 
     def __init__(self, shell: Shell, words: Sequence[str]) -> None:
+        super().__init__()
         self._shell, self._run = shell, shell.submit(*words)
-        self._followers: dict[int, Follower] = {}
+        self._followers: dict[int, MetricFollower] = {}
 
     @property
     def run(self) -> RunPaths:
         """Its folder."""
         return self._shell.home.run(self._run)
 
-    def _follower(self, attempt: int) -> Follower:
+    def _follower(self, attempt: int) -> MetricFollower:
         if attempt not in self._followers:
-            self._followers[attempt] = Follower(self.run.attempt(attempt).metrics)
+            self._followers[attempt] = MetricFollower(self.run.attempt(attempt).metrics)
         return self._followers[attempt]
 
-    def lines(self) -> Follower:
+    def lines(self) -> MetricFollower:
         return self._follower(max(self.run.attempt_numbers(), default=1))
+
+    def placed(self) -> float:
+        return next(e.time for e in read(self.run.events) if isinstance(e.payload, AttemptPlaced))
 
     def victim(self) -> int:
         started = [e.payload for e in read(self.run.events) if isinstance(e.payload, RanksStarted)]
@@ -180,13 +218,14 @@ class Megaray(Contestant):
         return marks
 
 
-class Torchrun(Contestant):
+class Torchrun(RecoveryContestant):
     """`torchrun --max-restarts`."""
 
     name = "torchrun"
 
     def __init__(self, folder: Path, config: Path, ranks: int, ends: ExitStack) -> None:
-        self._follower = Follower(RunPaths(folder).attempt(1).metrics)
+        super().__init__()
+        self._follower = MetricFollower(RunPaths(folder).attempt(1).metrics)
         words = [
             *(
                 sys.executable,
@@ -203,7 +242,10 @@ class Torchrun(Contestant):
         ]
         self._process = launched(words, folder, ends, {"MEGARAY_RUN": str(folder)})
 
-    def lines(self) -> Follower:
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def lines(self) -> MetricFollower:
         return self._follower
 
     def _ranks(self) -> dict[str, psutil.Process]:
@@ -224,18 +266,22 @@ class Torchrun(Contestant):
         return {"started": max(one.create_time() for rank, one in self._ranks().items() if rank)}
 
 
-class RayTrain(Contestant):
+class RayTrain(RecoveryContestant):
     """`ray.train` with `FailureConfig(max_failures=…)`."""
 
     name = "Ray Train"
 
     def __init__(self, folder: Path, config: Path, ranks: int, gpus: int, ends: ExitStack) -> None:
-        self._folder, self._follower = folder, Follower(RunPaths(folder).attempt(1).metrics)
+        super().__init__()
+        self._folder, self._follower = folder, MetricFollower(RunPaths(folder).attempt(1).metrics)
         module = "tests.cluster.ray_train_baseline"
         words = [sys.executable, "-m", module, str(config), str(folder), str(ranks), str(gpus)]
-        launched(words, folder, ends, {"RAY_ADDRESS": ""})
+        self._process = launched(words, folder, ends, {"RAY_ADDRESS": ""})
 
-    def lines(self) -> Follower:
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def lines(self) -> MetricFollower:
         return self._follower
 
     def victim(self) -> int:
@@ -277,7 +323,7 @@ def launched(
 @contextmanager
 def megaray(folder: Path, words: Sequence[str], ranks: int) -> Iterator[Megaray]:
     """A run on a local Ray of its own."""
-    shell = Shell(HomePaths(folder / "home"))
+    shell = Shell(HomePaths(folder / "home"), {"MEGARAY_STANDBYS": ""})  # as users have it
     shell.run("up", *(["--slots", str(ranks)]))
     try:
         yield Megaray(shell, words)
@@ -294,9 +340,19 @@ def report(found: dict[str, list[Recovery]]) -> None:
         for part in each[0].parts:
             seconds = median(one.parts.get(part, 0.0) for one in each)
             print(f"    {part:<24} {seconds:8.3f} s")
-    for name, seconds in middle.items():
-        if name != "megaray" and "megaray" in middle:
-            print(f"megaray over {name}: {middle['megaray'] / seconds:.3f}")
+        print(
+            f"    first start {median(one.start for one in each):.2f} s, a step {median(one.step for one in each):.4f} s"
+        )
+        for part, seconds in each[0].start_parts.items():
+            print(f"      of the start {part:<13} {seconds:6.3f} s")
+    for name, each in found.items():
+        if name != "megaray" and "megaray" in found:
+            own = found["megaray"]
+            steps = median(one.step for one in own) / median(one.step for one in each)
+            starts = median(one.start for one in own) / median(one.start for one in each)
+            print(
+                f"megaray over {name}: {middle['megaray'] / middle[name]:.3f} (first start {starts:.3f}, step {steps:.4f})"
+            )
 
 
 def main(arguments: list[str]) -> None:
@@ -307,15 +363,22 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="ranks, where there are no GPUs")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs, a rank each; say hardware=NAME too")
     parser.add_argument("--repeats", type=int, default=3, help="kills of each")
+    parser.add_argument("--warm", type=float, default=WARM_SECONDS, help="seconds of training before a kill")
     parser.add_argument("--only", default="megaray,torchrun,raytrain", help="which of them")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument(
         "overrides", nargs="*", default=[], help="configuration, such as model=… hardware=h100"
     )
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     ranks, only = options.gpus or options.ranks, options.only.split(",")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    words = [*MODEL, f"parallel.dp={ranks}", *options.overrides]
+    model = (
+        []
+        if any(word.startswith(("model=", "experiment=")) for word in options.overrides)
+        else ["experiment=smoke"]
+    )
+    words = [*model, *RUN, f"parallel.dp={ranks}", *options.overrides]
     found: dict[str, list[Recovery]] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         config = resolved(Path(folder), words, ranks)
@@ -326,7 +389,7 @@ def main(arguments: list[str]) -> None:
                 place.mkdir()
                 with ExitStack() as ends:
                     if name == "megaray":
-                        one: Contestant = ends.enter_context(megaray(place, words, ranks))
+                        one: RecoveryContestant = ends.enter_context(megaray(place, words, ranks))
                     elif name == "torchrun":
                         one = Torchrun(place, config, ranks, ends)
                     elif importlib.util.find_spec("pandas") is None:
@@ -334,7 +397,7 @@ def main(arguments: list[str]) -> None:
                         continue
                     else:
                         one = RayTrain(place, config, ranks, options.gpus, ends)
-                    found.setdefault(one.name, []).append(one.measure())
+                    found.setdefault(one.name, []).append(one.measure(options.warm))
                     print(f"{one.name}: {found[one.name][-1].total:.2f} s", flush=True)
     report(found)
     if options.json:

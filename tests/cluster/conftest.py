@@ -15,11 +15,16 @@ from typing import Any
 
 import pytest
 
-from configs.paths import HomePaths
+from configs.metrics import ResumedLine, SavedLine, StepLine, read_from
+from configs.paths import HomePaths, RunPaths
 from orchestrator.record.events import Event
+from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.log import read
+from orchestrator.record.partition import TimePart
 from orchestrator.record.reading import summary
+from orchestrator.record.story import Story
 from orchestrator.record.view import RunView, fold
+from orchestrator.web.columns import Columns
 
 PATIENCE = 150.0
 """Seconds after which a wait in these tests is a failure; they end long before."""
@@ -86,11 +91,54 @@ class Shell:
     def finish(self, run_id: str) -> RunView:
         """Wait for the run's end."""
         self.until(lambda: (s := self.view(run_id).state) and s.terminal, f"{run_id} ended")
+        check_ledger(self.home.run(run_id))
         return self.view(run_id)
 
 
+def ledger_of(run: RunPaths) -> Ledger:
+    """Where the seconds of a run went, from its log and its ranks' lines."""
+    story = Story()
+    story.take(read(run.events))
+    lines = {}
+    for number in run.attempt_numbers():
+        columns = Columns(run.attempt(number).metrics, 1_000_000)
+        columns.update()
+        lines[number] = columns.trace()
+    return ledger(story, lines, time.time())
+
+
+def check_ledger(run: RunPaths) -> None:
+    """Whatever a run went through: its parts add up to its wall time, no second counts twice, and steps get what they took.
+
+    The seconds of steps are added up here from the metric lines alone: from the start of an attempt's training to its last
+    step, less what saves held.
+    """
+    found, events = ledger_of(run), read(run.events)
+    wall = events[-1].time - events[0].time
+    assert sum(found.seconds.values()) == pytest.approx(wall, rel=0.01, abs=0.05), found.seconds
+    edges = found.partition.edges
+    assert (edges[1:] >= edges[:-1]).all(), "an interval that goes back would count its seconds twice"
+    trained = 0.0
+    for number in run.attempt_numbers():
+        begin: float | None = None
+        last = held = 0.0
+        for line in read_from(run.attempt(number).metrics, 0)[0]:
+            if isinstance(line, ResumedLine):
+                begin = last = line.time
+            elif isinstance(line, StepLine):
+                last = line.time
+            elif isinstance(line, SavedLine):
+                held += line.held
+        trained += last - (begin or last) - held
+    booked = sum(
+        found.seconds[part]
+        for part in (TimePart.PRODUCTIVE, TimePart.LOST_WORK, TimePart.EVALUATION, TimePart.OVERHEAD)
+    )
+    assert booked == pytest.approx(trained, abs=0.01 * wall + 0.3), found.seconds
+
+
 def alive(pid: int) -> bool:
-    """The process exists and is no zombie."""
+    """The process exists and is not a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -30,7 +30,7 @@ LIMIT = 600.0
 
 def play(shell: Shell, kills: int) -> tuple[int, str]:
     """How often the controller was killed, and what is wrong with how the run ended."""
-    run_id = shell.submit(*RUN, f"train.steps={60 + 12 * kills}")
+    run_id = shell.submit(*RUN, f"train.steps={60 + 60 * kills}")
     deadline, killed, seen, struck = time.monotonic() + LIMIT, 0, 0, False
     while (state := shell.view(run_id).state) is None or not state.terminal:
         if time.monotonic() > deadline:

@@ -22,7 +22,7 @@ _PORT = 29500
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LaunchOutcome:
     """What a measurement left behind."""
 
     folder: Path
@@ -84,11 +84,11 @@ class Launcher:
             server.stdin.write(json.dumps({"env": env, "words": words, "log": log}) + "\n")
             server.stdin.flush()
 
-    def wait(self, folder: Path) -> Outcome:
+    def wait(self, folder: Path) -> LaunchOutcome:
         """Wait for the end of the measurement that was started into `folder`."""
-        return Outcome(folder, tuple(int(self._answer(server)) for server in self._servers))
+        return LaunchOutcome(folder, tuple(int(self._answer(server)) for server in self._servers))
 
-    def run(self, folder: Path, *overrides: str) -> Outcome:
+    def run(self, folder: Path, *overrides: str) -> LaunchOutcome:
         """Start and wait."""
         self.start(folder, *overrides)
         return self.wait(folder)

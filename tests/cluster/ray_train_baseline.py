@@ -39,7 +39,7 @@ def run(config: str, folder: str, ranks: int, gpus: int) -> None:
     """Train to the end, from the newest checkpoint after each failure."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

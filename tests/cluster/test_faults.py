@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import bench_faults
-from tests.cluster.launcher import Launcher, Outcome, torchrun_variables
+from tests.cluster.launcher import Launcher, LaunchOutcome, torchrun_variables
 from tests.namespaces import Network, cpu_unavailable, throttles_unavailable, unavailable
 
 LACKING = unavailable() or throttles_unavailable() or cpu_unavailable()
@@ -28,7 +28,7 @@ NIC = 400.0
 """Mbit/s of a sound NIC."""
 SLOW = 0.3 * NIC
 TRIES = 6
-"""Measurements of a fault at most: it is there in each of them, and what else goes on in the machine is not."""
+"""Measurements of a fault at most: it is there in each of them, and what else continues in the machine is not."""
 Cause = Callable[[Network], None]
 Named = list[tuple[str, tuple[str, ...]]]
 
@@ -46,14 +46,14 @@ def healed(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue("launcher").network.heal()
 
 
-def measured(outcome: Outcome) -> Outcome:
+def measured(outcome: LaunchOutcome) -> LaunchOutcome:
     """The outcome of a measurement that went through."""
     assert outcome.codes[0] in (0, 3) and not any(outcome.codes[1:]), outcome.log(0)
     assert (outcome.codes[0] == 3) == bool(outcome.findings), "the exit code says whether something was found"
     return outcome
 
 
-def named(measure: Callable[[Path], Outcome], folder: Path, wanted: Named) -> Outcome:
+def named(measure: Callable[[Path], LaunchOutcome], folder: Path, wanted: Named) -> LaunchOutcome:
     """Measure until `wanted` is named, and nothing else."""
     tried = []
     while len(tried) < TRIES:
@@ -119,7 +119,7 @@ def test_a_link_that_comes_and_goes_flaps(launcher: Launcher, tmp_path: Path) ->
 def test_a_link_that_is_slow_once_starts_cold(launcher: Launcher, tmp_path: Path) -> None:
     network = launcher.network
 
-    def measure(folder: Path) -> Outcome:
+    def measure(folder: Path) -> LaunchOutcome:
         network.slow_direction(0, 2, 2)
         begun = network.sent_bytes(0, 2)
         launcher.start(folder, *STUDY)
@@ -139,7 +139,7 @@ def test_four_hosts_and_ranks_started_from_the_shell(tmp_path: Path) -> None:
     with Network(4, NIC) as network:
         network.slow_pair(1, 3, SLOW)
 
-        def measure(folder: Path) -> Outcome:
+        def measure(folder: Path) -> LaunchOutcome:
             folder.mkdir()
             words = (sys.executable, "-m", "collectives", "run", "--out", str(folder), *STUDY)
             ranks = []
@@ -148,6 +148,6 @@ def test_four_hosts_and_ranks_started_from_the_shell(tmp_path: Path) -> None:
                     log = logs.enter_context((folder / f"rank{rank}.log").open("wb"))
                     env = os.environ | torchrun_variables(network, rank, 29500)
                     ranks.append(host.popen(*words, env=env, stdout=log, stderr=subprocess.STDOUT))
-                return Outcome(folder, tuple(rank.wait(timeout=120) for rank in ranks))
+                return LaunchOutcome(folder, tuple(rank.wait(timeout=120) for rank in ranks))
 
         named(measure, tmp_path, [("slow_link", (network.hosts[1].ip, network.hosts[3].ip))])

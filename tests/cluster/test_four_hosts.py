@@ -15,7 +15,7 @@ import pytest
 
 from configs.paths import HomePaths
 from configs.timeouts import Timeouts
-from orchestrator.record.events import Moved, Placed
+from orchestrator.record.events import AttemptPlaced, StateMoved
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
 from tests.cluster.conftest import Shell
@@ -86,7 +86,7 @@ def running_on(shell: Shell, run_id: str, ips: set[str], attempt: int) -> RunVie
 
 
 def moves(shell: Shell, run_id: str) -> list[Reason]:
-    return [e.payload.reason for e in shell.events(run_id) if isinstance(e.payload, Moved)]
+    return [e.payload.reason for e in shell.events(run_id) if isinstance(e.payload, StateMoved)]
 
 
 def finished(shell: Shell, run_id: str) -> None:
@@ -134,7 +134,7 @@ def test_a_host_without_the_mount_is_left_for_another(shell: Shell, hosts: Hosts
         shell.until(lambda: shell.view(run_id).state is State.RUNNING, "it trains")
         view = shell.view(run_id)
         assert hosts.hosts[1].ip not in on(view)
-        assert [i.event.cause for i in view.incidents] == ["node_unfit"], "it was no user's mistake"
+        assert [i.event.cause for i in view.incidents] == ["node_unfit"], "it was not a user's mistake"
         assert view.incidents[0].event.node == hosts.hosts[1].ip
         finished(shell, run_id)
     finally:
@@ -161,7 +161,7 @@ def test_slots_that_another_user_of_ray_holds(shell: Shell, hosts: Hosts) -> Non
         run_id = shell.submit(*RUN, "parallel.dp=2")
         shell.until(lambda: shell.view(run_id).state is State.RUNNING, "it trains")
         assert wanted not in on(shell.view(run_id))
-        placed = [e.payload for e in shell.events(run_id) if isinstance(e.payload, Placed)]
+        placed = [e.payload for e in shell.events(run_id) if isinstance(e.payload, AttemptPlaced)]
         assert Reason.PLACEMENT_LOST in moves(shell, run_id) and len(placed) <= 3
         finished(shell, run_id)
     finally:
@@ -218,7 +218,7 @@ def test_the_head_is_lost_and_back_and_the_run_goes_on_by_itself(shell: Shell, h
     for index in range(4):
         hosts.start_ray(index)
     shell.until(
-        lambda: shell.view(run_id).attempt >= 2 and shell.view(run_id).state is State.RUNNING, "it goes on"
+        lambda: shell.view(run_id).attempt >= 2 and shell.view(run_id).state is State.RUNNING, "it continues"
     )
     assert json.loads(shell.home.queue.read_text())["epoch"] > before
     assert shell.view(run_id).incidents[0].event.cause in ("cluster_lost", "agent_lost", "node_lost")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from collectives.store.results import Store
+from collectives.store.results import ResultStore
 from configs.paths import HomePaths
 from orchestrator.record.states import State
 from tests.cluster.bench_gang import torchrun
@@ -59,7 +59,7 @@ def test_a_measurement_is_a_gang_that_goes_through_what_torchrun_does(
              "collectives.max_size=64K", "collectives.step_factor=8", "collectives.max_iterations=20")  # fmt: skip
     run_id = shell.submit("workload=collectives", "cluster.nodes=3", "parallel.dp=3", *sweep)
     assert shell.finish(run_id).state is State.SUCCEEDED
-    ours = Store(shell.home.run(run_id).measurement).read()
+    ours = ResultStore(shell.home.run(run_id).measurement).read()
     theirs = torchrun(hosts.hosts, tmp_path / "torchrun", 29700, sweep).read()
     assert [row.key for row in ours.rows] == [row.key for row in theirs.rows]
     for results in (ours, theirs):

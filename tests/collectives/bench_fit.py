@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from collectives.analysis.curves import cases, measured
-from collectives.analysis.fit import FEWEST, Fit, fit_curve
-from collectives.store.results import Results, Store
+from collectives.analysis.fit import FEWEST, CurveFit, fit_curve
+from collectives.store.results import Results, ResultStore
 from configs.paths import RunPaths
 
 PUBLISHED = Path(__file__).with_name("allreduce_sweeps.csv")
@@ -47,7 +47,7 @@ def between_neighbours(sizes: np.ndarray, times: np.ndarray) -> float:
     return float(np.abs(np.expm1(read - y[1:-1])).mean())
 
 
-def line_of(name: str, fit: Fit, sizes: np.ndarray, times: np.ndarray, took: float) -> str:
+def line_of(name: str, fit: CurveFit, sizes: np.ndarray, times: np.ndarray, took: float) -> str:
     """Figures of one curve."""
     error = np.abs(fit.errors)
     kept, large = ~np.isin(fit.sizes, fit.outliers), fit.sizes >= 1024
@@ -69,7 +69,7 @@ HEAD = (
 
 def read(folder: Path) -> Results:
     """The measurement that `run --out` left in a folder."""
-    return Store(RunPaths(folder).measurement).read()
+    return ResultStore(RunPaths(folder).measurement).read()
 
 
 def main(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from collectives.store.results import Row
+from collectives.store.results import SweepRow
 from collectives.timing.team import Team
 from configs.compose import compose
 from configs.rank import RankContext
@@ -30,7 +30,7 @@ LARGEST = 16 << 20
 WORDS = (
     "workload=collectives", "hardware=cpu", "collectives.ops=all_reduce,all_gather", "collectives.placements=in_place",
     "collectives.min_size=8", f"collectives.max_size={LARGEST}", "collectives.step_factor=8",
-    "collectives.seconds_per_size=1", "collectives.check=false",
+    "collectives.seconds_per_size=1", "collectives.check=0",
 )  # fmt: skip
 SECONDS = 120
 """For one program to end."""
@@ -71,7 +71,7 @@ def osu(program: Path, ranks: int, transport: tuple[str, ...]) -> dict[int, floa
     return parsed(done.stdout)
 
 
-def sweep(rank: RankContext, folder: Path) -> list[Row]:
+def sweep(rank: RankContext, folder: Path) -> list[SweepRow]:
     """This suite's rows, on rank 0."""
     config = compose(list(WORDS))
     layout = dict.fromkeys(("pp", "dp", "cp", "ep", "etp", "tp"), 1)

@@ -3,9 +3,9 @@
 python -m tests.collectives.bench_overhead [--share S] [--handicap US]
 
 Two gloo ranks time the same call on the same buffers in short blocks, in random order and there and back: by the suite
-(`Bench.time`), and by a plain loop between two readings of `perf_counter`. The ratio is the trimmed mean of the blocks'
-ratios; at 1.00 the suite costs nothing. `--handicap` burns so many microseconds in each call that the suite times: the
-ratio must rise by that over the time, else the benchmark sees nothing.
+(`MeasurementSetup.time`), and by a plain loop between two readings of `perf_counter`. The ratio is the trimmed mean of
+the blocks' ratios; at 1.00 the suite costs nothing. `--handicap` burns so many microseconds in each call that the suite
+times: the ratio must rise by that over the time, else the benchmark sees nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from collectives.ops.groups import Partition
-from collectives.ops.transfers import Case, Transfer
+from collectives.ops.groups import GroupPartition
+from collectives.ops.transfers import Transfer, TransferCase
 from collectives.timing import clock
-from collectives.timing.measure import Bench
+from collectives.timing.measure import MeasurementSetup
 from collectives.timing.statistics import student
 from collectives.timing.team import Team
 from configs.rank import RankContext
@@ -43,7 +43,7 @@ LATENCY_BAR, BANDWIDTH_BAR = 0.05, 0.02
 BLOCK_SECONDS = 0.01
 """Of one block. gloo's times wander, so that many short blocks say more than a few long ones."""
 FEWEST = 5
-"""Calls in a block at least: the configuration allows no fewer."""
+"""Calls in a block at least."""
 LEAD_IN = 2
 """Untimed calls before a block: the ranks come to it one after the other. The suite has as many."""
 TRIM = 0.2
@@ -87,18 +87,20 @@ def measure(rank: RankContext, share: float, handicap: float) -> list[np.ndarray
     with contextlib.suppress(PermissionError):  # not root: what else runs is in the times of both
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     team = Team.meet(quick(), rank)
-    seat = team.seat(Partition("world", (tuple(range(rank.world)),)))
+    seat = team.seat(GroupPartition("world", (tuple(range(rank.world)),)))
     assert seat is not None
     rng, found = np.random.default_rng(1), []  # the same order on all ranks
     for op, size, seconds in CASES:
         count = size // 4 // (rank.world if op == "all_to_all" else 1)
         root, redop = 0 if op == "broadcast" else -1, "sum" if op == "all_reduce" else "none"
-        transfer = Transfer(Case(op, count, torch.float32, redop, root, op != "all_to_all"), seat)
+        transfer = Transfer(TransferCase(op, count, torch.float32, redop, root, op != "all_to_all"), seat)
         loop, call = bare(op, transfer), handicapped(transfer.call, handicap)
         loop(FEWEST)
         calls = team.decide(max(FEWEST, int(BLOCK_SECONDS * 1e6 / loop(FEWEST))))
         words = [f"collectives.{end}_iterations={calls}" for end in ("max", "min")]
-        bench = Bench(team, clock.choose("host", team.device, team.control), quick(*words).collectives, idle)
+        bench = MeasurementSetup(
+            team, clock.choose("host", team.device, lambda: team.control), quick(*words).collectives, idle
+        )
         pairs, until = [], time.monotonic() + seconds * share
         while team.decide(time.monotonic() < until):
             pairs.append(pair(bench, seat.group, loop, call, calls, bool(rng.integers(2))))
@@ -107,7 +109,7 @@ def measure(rank: RankContext, share: float, handicap: float) -> list[np.ndarray
 
 
 def pair(
-    bench: Bench, group: dist.ProcessGroup, loop: Callable[[int], float], call: Callable[[], object],
+    bench: MeasurementSetup, group: dist.ProcessGroup, loop: Callable[[int], float], call: Callable[[], object],
     calls: int, suite_first: bool,
 ) -> tuple[float, float]:  # fmt: skip
     """Microseconds of a call, bare and by the suite: two blocks of each, there and back, so that drift falls on both."""
@@ -115,7 +117,7 @@ def pair(
     for by_suite in (suite_first, not suite_first, not suite_first, suite_first):
         if by_suite:
             raw = bench.time(call, group)
-            suite += float(raw.times().mean()) / 2 if raw is not None else 0.0
+            suite += float(raw.series().mean()) / 2 if raw is not None else 0.0
         else:
             bench.team.wait()
             loop(LEAD_IN)

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from collectives.ops.groups import Partition
+from collectives.ops.groups import GroupPartition
 from collectives.store import metadata
-from collectives.store.results import Row, Store
+from collectives.store.results import ResultStore, SweepRow
 from collectives.studies.journal import Journal
-from collectives.studies.sweep import Sweep
+from collectives.studies.sweep import SweepRunner
 from collectives.timing import clock
-from collectives.timing.measure import Bench
+from collectives.timing.measure import MeasurementSetup
 from collectives.timing.team import Team
 from configs.compose import compose
 from configs.paths import RunPaths
@@ -64,17 +64,17 @@ def quick(*words: str) -> RunConfig:
     return compose([*QUICK, *words])
 
 
-def measure(team: Team, config: RunConfig, layout: dict[str, int], folder: Path) -> list[Row]:
+def measure(team: Team, config: RunConfig, layout: dict[str, int], folder: Path) -> list[SweepRow]:
     """Sweep on a team that has met, into a folder of its own; its rows, on rank 0."""
     rank = RankContext(**vars(team.rank) | {"run": RunPaths(folder)})
     with contextlib.redirect_stdout(io.StringIO()):
         journal = Journal(rank)
-    ticks = clock.choose("host", team.device, team.control)
-    sweep = Sweep(Bench(team, ticks, config.collectives, journal.alive), journal, layout)
+    ticks = clock.choose("host", team.device, lambda: team.control)
+    sweep = SweepRunner(MeasurementSetup(team, ticks, config.collectives, journal.alive), journal, layout)
     if team.rank.rank == 0:
-        world = Partition("world", (tuple(range(team.rank.world)),))
+        world = GroupPartition("world", (tuple(range(team.rank.world)),))
         journal.begin(metadata.collect(config, team, ticks, world, layout, []))
     sweep.run(frozenset())
     journal.end()
     team.wait()
-    return list(Store(rank.run.measurement).read().rows) if team.rank.rank == 0 else []
+    return list(ResultStore(rank.run.measurement).read().rows) if team.rank.rank == 0 else []

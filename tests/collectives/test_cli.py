@@ -1,4 +1,4 @@
-"""`python -m collectives run`: wrong inputs, lost ranks, interruptions, and going on after them."""
+"""`python -m collectives run`: wrong inputs, lost ranks, interruptions, and continuing after them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from collectives import cli
-from collectives.launch import launched
-from collectives.store.results import Row, Store
+from collectives.launch import Launched, launched
+from collectives.store.results import ResultStore, SweepRow
 from configs.errors import UserError
 
 pytestmark = pytest.mark.timeout(120)
@@ -50,14 +50,14 @@ def one_line(text: str) -> str:
         (("-b", "1M", "-e", "1K"), "collectives.max_size=1024 is below collectives.min_size=1048576"),
         (("-b", "lots"), "collectives.min_size"),
         (("-b", "0"), "collectives.min_size"),
-        (("-f", "1"), "collectives.step_factor"),
-        (("-n", "3"), "collectives.min_iterations"),
+        (("-f", "0"), "collectives.step_factor"),
+        (("-n", "0"), "collectives.min_iterations"),
         (("-r", "-1"), "collectives.root"),
         (("collectives.bakend=gloo",), "collectives.bakend"),
         (("collectives.backend=ucc",), "collectives.backend"),
-        (("--rank", "2"), "'--rank' is no option of `run` (did you mean '--ranks'?)"),
-        (("--ranks", "1"), "--ranks=1: one rank has nobody to talk to; type at least --ranks 2"),
-        (("--ranks", "0"), "--ranks=0: one rank has nobody to talk to"),
+        (("--rank", "2"), "'--rank' is not an option of `run` (did you mean '--ranks'?)"),
+        (("--ranks", "1"), "--ranks=1: a collective needs at least two ranks; type at least --ranks 2"),
+        (("--ranks", "0"), "--ranks=0: a collective needs at least two ranks"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
@@ -87,17 +87,47 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.
 def test_launchers_variables_become_torchruns() -> None:
     master = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    slurm = batch | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}
     mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in
            (("RANK", "3"), ("SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2"))}  # fmt: skip
     mpich = {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-    assert [launched(env | master) for env in (slurm, mpi, mpich)] == [torchrun] * 3
-    assert launched(torchrun | master) == {}
-    assert launched({}) is launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
+    assert [launched(env | master) for env in (slurm, mpi, mpich)] == [
+        Launched(name, torchrun) for name in ("srun", "Open MPI", "MPICH")
+    ]
+    assert launched(torchrun | master) == Launched("", {})
+    assert launched(torchrun | master | {"TORCHELASTIC_RUN_ID": "none"}) == Launched("torchrun", {})
+    assert launched({}) is launched(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert launched(batch) is launched(batch | master) is None  # a batch script, which no srun started
+    hands_on = [Launched(name, {}).keeps_codes for name in ("", "srun", "torchrun", "Open MPI", "MPICH")]
+    assert hands_on == [True, True, False, False, False]
     with pytest.raises(
         UserError, match="SLURM_PROCID=3 is set, MASTER_ADDR, MASTER_PORT not; export MASTER_ADDR="
     ):
         launched(slurm)
+
+
+@pytest.mark.unit
+def test_a_device_is_not_measured_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into a file, too: a line at the start, and one every ten seconds."""
+    now = [100.0]
+
+    def device(config: Any, name: Any, seconds: float, against: Any, progress: Any) -> tuple[str, bool]:
+        for case in range(30):
+            progress(f"case {case}")
+            now[0] += 1.0
+        return "the table", True
+
+    monkeypatch.setattr("collectives.commands.device", device)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    assert cli.main(["device", "hardware=cpu", "--seconds", "30"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "the table\n"
+    assert err.splitlines() == [
+        "# measuring for about 30 s; Ctrl-C keeps what is measured so far", "# case 0", "# case 10", "# case 20",
+    ]  # fmt: skip
 
 
 # ---- mistakes that ranks find: every rank tells, as under torchrun ----
@@ -142,11 +172,45 @@ def test_ranks_refuse_what_cannot_be_measured(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "measurement").exists()
 
 
+def measured_twice(rank: Any, folder: str, ports: list[int]) -> list[int]:
+    """Exit codes of two measurements without --out, as torchrun starts them one after the other."""
+    import torch.distributed as dist
+
+    os.chdir(folder)
+    codes = []
+    for port in ports:
+        os.environ.update(rank.environment() | {"MASTER_PORT": str(port)})
+        del os.environ["MEGARAY_RUN"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            codes.append(cli.main(["run", *FEW, "-b", "8", "-e", "8", "-J", "copy.json"]))
+        dist.destroy_process_group()
+    return codes
+
+
+@pytest.mark.dist
+def test_a_second_launch_without_a_folder_measures_into_one_of_its_own(tmp_path: Path) -> None:
+    """It took the first one's for its own, measured nothing and returned 0."""
+    from tests.collectives.ranks import free_port, together
+
+    (tmp_path / "here").mkdir()
+    ports = [free_port(), free_port()]
+    codes = together(2, tmp_path / "unused", measured_twice, str(tmp_path / "here"), ports)
+    assert codes == [[0, 0], [0, 0]]
+    folders = sorted(path for path in (tmp_path / "here").iterdir() if path.is_dir())
+    assert [[r.size for r in rows(folder)] for folder in folders] == [[8], [8]]
+    whole = json.loads((tmp_path / "here" / "copy.json").read_text())
+    assert [r["size"] for r in whole["results"]] == [8]
+
+
 # ---- real commands ----
 
 
-def command(out: Path, *words: str) -> subprocess.Popen[str]:
-    env = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
+def command(out: Path, *words: str, **more: str) -> subprocess.Popen[str]:
+    env = (
+        {name: value for name, value in os.environ.items() if name != "RANK"}
+        | {"OMP_NUM_THREADS": "1"}
+        | more
+    )
     return subprocess.Popen(
         [sys.executable, "-m", "collectives", "run", "--ranks", "2", "--out", str(out), "hardware=cpu", *words],
         env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -160,8 +224,8 @@ def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def rows(out: Path) -> list[Row]:
-    return Store(out / "measurement").finished()
+def rows(out: Path) -> list[SweepRow]:
+    return ResultStore(out / "measurement").finished()
 
 
 def pids(out: Path) -> list[int]:
@@ -177,7 +241,7 @@ def living_ranks(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
 
 def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int) -> None:
     """Until so many rows are finished, or the command has ended."""
-    file = Store(out / "measurement").rows
+    file = ResultStore(out / "measurement").rows
     while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= count):
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()
@@ -188,6 +252,19 @@ def test_a_mistake_that_ranks_find_is_told_once(tmp_path: Path) -> None:
     code, out, err = result(command(tmp_path / "run", "-b", "10", "-i", "4"))
     assert (code, out) == (2, "")
     assert "a size of 10 bytes is not whole elements of float" in one_line(err)
+
+
+@pytest.mark.dist
+def test_a_batch_script_starts_its_ranks_and_nothing_measured_is_a_failure(tmp_path: Path) -> None:
+    """Inside sbatch there are a rank and tasks without srun; a size that doesn't fit leaves nothing to call done."""
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    words = ("--ops", "all_gather", "-b", "1T", "-e", "1T", *FEW)
+    code, out, err = result(command(tmp_path / "run", *words, **batch, **master))
+    assert code == 1
+    assert "larger sizes are left out" in out
+    assert one_line(err).startswith("megaray: nothing was measured: out of memory, rank 0: ")
+    assert "kept" not in err
 
 
 @pytest.mark.dist
@@ -226,7 +303,7 @@ def test_a_killed_rank_and_an_interruption_lose_nothing(tmp_path: Path) -> None:
     assert one_line(err).startswith(
         f"megaray: rank 1 was ended by SIGKILL; {len(after_kill)} rows are kept in {out}/measurement"
     )
-    assert err.endswith("the same command with this --out goes on after them\n")
+    assert err.endswith("the same command with this --out continues after them\n")
     assert 2 <= len(after_kill) < 16
     assert len(json.loads((out / "measurement" / "all_reduce.world.json").read_text())["results"]) == len(
         after_kill
@@ -257,13 +334,13 @@ def test_a_killed_rank_and_an_interruption_lose_nothing(tmp_path: Path) -> None:
 
     code, told, err = result(command(out, *words))
     assert (code, err) == (0, "")
-    assert f"# {len(after_interrupt)} rows of before are kept; the sweep goes on after them" in told
+    assert f"# {len(after_interrupt)} rows are already measured; the sweep continues after them" in told
     whole = rows(out)
     assert whole[: len(after_interrupt)] == after_interrupt
     assert [row.size for row in whole] == [1024 * i for i in range(1, 17)]
     assert all(timing.wrong == 0 for row in whole for timing in row.timings)
 
-    assert Store(out / "measurement").read().ended
+    assert ResultStore(out / "measurement").read().ended
     code, told, err = result(command(out, *words))
     assert (code, told) == (2, "")
     assert f"--out={out} holds a finished measurement; name another folder, or remove it" in one_line(err)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from collectives.analysis.compare import against_baseline, against_limit, among_peers, pair_rates
-from collectives.analysis.judge import Kind
+from collectives.analysis.judge import FindingKind
 from collectives.ops.operations import OPERATIONS, bandwidths
-from collectives.store.results import Metadata, Results, Row, Timing
+from collectives.store.results import Metadata, Results, SweepRow, Timing
 from configs.compose import compose
 from configs.errors import UserError
 
@@ -56,7 +56,7 @@ def results(
         us = scale * (10 + size / 1e5)
         own = tuple(3 * us if slow is not None and rank // width == slow else us for rank in range(8))
         rows.append(
-            Row(
+            SweepRow(
                 op,
                 group,
                 width,
@@ -78,7 +78,7 @@ def test_the_same_is_no_finding_and_a_slower_one_is_named() -> None:
     assert against_baseline(results(), results(), 0.1) == []
     assert against_baseline(results(1.08), results(), 0.1) == []
     (finding,) = against_baseline(results(1.3), results(), 0.1)
-    assert finding.kind is Kind.BELOW_BASELINE and finding.ratio == pytest.approx(1 / 1.3)
+    assert finding.kind is FindingKind.BELOW_BASELINE and finding.ratio == pytest.approx(1 / 1.3)
     assert finding.evidence["op"] == "all_reduce" and len(finding.evidence["ratios"]) == len(SIZES)
     assert f"at {len(SIZES)} of {len(SIZES)} sizes" in finding.what
 
@@ -98,16 +98,16 @@ def test_the_links_limit_counts_where_it_is_known() -> None:
     hopper = compose(["hardware=h100"]).hardware
     assert against_limit(results(), hopper, 0.6) == []  # 4 hosts: the network's 50 GB/s
     (finding,) = against_limit(results(8.0), hopper, 0.6)
-    assert finding.kind is Kind.BELOW_LIMIT and "network make 50" in finding.what
+    assert finding.kind is FindingKind.BELOW_LIMIT and "h100's adapters make 50" in finding.what
     (inside,) = against_limit(results(8.0, group="node"), hopper, 0.6)
-    assert "links in a node make 450" in inside.what
+    assert "h100's links give a group of 2 450" in inside.what
     assert against_limit(results(8.0), compose(["hardware=cpu"]).hardware, 0.6) == []
 
 
 def test_a_group_that_is_slower_than_its_peers_is_named_by_its_host() -> None:
     assert among_peers(results(group="node"), 0.6) == []
     (finding,) = among_peers(results(group="node", slow=2), 0.6)
-    assert (finding.kind, finding.hosts, finding.ranks) == (Kind.SLOW_GROUP, ("10.0.0.2",), (4, 5))
+    assert (finding.kind, finding.hosts, finding.ranks) == (FindingKind.SLOW_GROUP, ("10.0.0.2",), (4, 5))
 
 
 def test_pairs_have_rates_both_ways() -> None:

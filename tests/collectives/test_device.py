@@ -13,8 +13,17 @@ import pytest
 import torch
 
 from collectives.device import profile as subject
-from collectives.device.kernels import Case, Copy, Matmul, agreement, copies, label, matmuls, table
-from collectives.device.profile import ROUNDS, Bench, grouped_kernel, measure
+from collectives.device.kernels import (
+    Case,
+    CopyKernel,
+    MatmulKernel,
+    agreement,
+    copies,
+    label,
+    matmuls,
+    table,
+)
+from collectives.device.profile import ROUNDS, DeviceBench, grouped_kernel, measure
 from collectives.device.smi import parse, reading
 from collectives.timing.team import choose_device
 from configs.compose import compose
@@ -25,7 +34,7 @@ from configs.schema import RunConfig
 from tests.source_tree import ROOT
 
 CPU = torch.device("cpu")
-SMALL = Matmul(64, 64, 64, "float")
+SMALL = MatmulKernel(64, 64, 64, "float")
 GIB = 1 << 30
 
 
@@ -36,8 +45,8 @@ def config_of(*words: str) -> RunConfig:
 def only(monkeypatch: pytest.MonkeyPatch, *cases: Case) -> None:
     """Measure these instead of the whole list."""
     monkeypatch.setitem(subject._SPREAD, "cpu", 1 << 20)
-    monkeypatch.setattr(subject, "matmuls", lambda gpu: [c for c in cases if isinstance(c, Matmul)])
-    monkeypatch.setattr(subject, "copies", lambda *free: [c for c in cases if isinstance(c, Copy)])
+    monkeypatch.setattr(subject, "matmuls", lambda gpu: [c for c in cases if isinstance(c, MatmulKernel)])
+    monkeypatch.setattr(subject, "copies", lambda *free: [c for c in cases if isinstance(c, CopyKernel)])
 
 
 @pytest.mark.unit
@@ -62,23 +71,23 @@ def test_a_gpu_has_over_two_hundred_shapes_dense_and_grouped_on_and_off_size() -
 @pytest.mark.unit
 def test_the_gradient_of_grouped_weights_is_not_to_be_had() -> None:
     with pytest.raises(ValueError, match="isn't measured"):
-        Matmul(64, 64, 64, experts=4, layout="weights")
+        MatmulKernel(64, 64, 64, experts=4, layout="weights")
 
 
 @pytest.mark.unit
 @pytest.mark.parametrize("experts", [1, 4])
 def test_operands_lie_as_in_the_pass_of_a_layer(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(subject._SPREAD, "cpu", 1)
-    bench, rows, out, inner = Bench(CPU, 1, 0), 48, 24, 16
+    bench, rows, out, inner = DeviceBench(CPU, 1, 0), 48, 24, 16
     stack = (experts,) if experts > 1 else ()
     cases = [
-        Matmul(rows, out, inner, experts=experts),
-        Matmul(rows, inner, out, experts=experts, layout="inputs"),
+        MatmulKernel(rows, out, inner, experts=experts),
+        MatmulKernel(rows, inner, out, experts=experts, layout="inputs"),
     ]
     right = [(*stack, inner, out), (*stack, out, inner)]
     contiguous = [(True, False), (True, True)]
     if experts == 1:
-        cases.append(Matmul(out, inner, rows, layout="weights"))
+        cases.append(MatmulKernel(out, inner, rows, layout="weights"))
         right.append((rows, inner))
         contiguous.append((False, True))
     for case, shape, rowwise in zip(cases, right, contiguous, strict=True):
@@ -99,7 +108,7 @@ def test_operands_lie_as_in_the_pass_of_a_layer(experts: int, monkeypatch: pytes
 
 @pytest.mark.unit
 def test_a_layout_is_part_of_a_name_and_old_profiles_are_forward() -> None:
-    inputs = Matmul(64, 64, 64, layout="inputs")
+    inputs = MatmulKernel(64, 64, 64, layout="inputs")
     assert label(inputs) == label(inputs.rate(1.0, 0.0)) == "matmul 64x64x64 bfloat16 inputs"
     row = {"m": 8, "n": 8, "k": 8, "dtype": "float", "time_us": 1.0, "tflops": 1.0, "cv": 0.0}
     assert MatmulRate.model_validate(row).layout == "forward"
@@ -109,7 +118,7 @@ def test_a_layout_is_part_of_a_name_and_old_profiles_are_forward() -> None:
 @pytest.mark.parametrize("skew", [0.0, 0.5, 2.0])
 def test_rows_of_the_experts_add_up_and_are_as_uneven_as_told(skew: float) -> None:
     for experts in (4, 32, 64):
-        shape = Matmul(4096, 8, 8, experts=experts, skew=skew)
+        shape = MatmulKernel(4096, 8, 8, experts=experts, skew=skew)
         assert len(shape.rows) == experts and sum(shape.rows) == 4096 and min(shape.rows) >= 0
         assert shape.imbalance == pytest.approx(max(shape.rows) / (4096 / experts), abs=1e-3)
         assert (shape.imbalance == 1) == (skew == 0)
@@ -130,10 +139,12 @@ def test_copies_stay_within_the_free_memory() -> None:
 
 @pytest.mark.unit
 def test_rates_are_operations_and_bytes_over_time() -> None:
-    assert Matmul(1000, 300, 20).rate(10.0, 0.1).tflops == pytest.approx(2 * 1000 * 300 * 20 / 10e-6 / 1e12)
-    assert Matmul(64, 8, 8, experts=4, skew=1.0).flops == 2 * 64 * 8 * 8
-    assert Copy("device", 1000).rate(2.0, 0.1).gbps == pytest.approx(1.0)
-    assert Copy("pinned_to_device", 1000).rate(2.0, 0.1).gbps == pytest.approx(0.5)
+    assert MatmulKernel(1000, 300, 20).rate(10.0, 0.1).tflops == pytest.approx(
+        2 * 1000 * 300 * 20 / 10e-6 / 1e12
+    )
+    assert MatmulKernel(64, 8, 8, experts=4, skew=1.0).flops == 2 * 64 * 8 * 8
+    assert CopyKernel("device", 1000).rate(2.0, 0.1).gbps == pytest.approx(1.0)
+    assert CopyKernel("pinned_to_device", 1000).rate(2.0, 0.1).gbps == pytest.approx(0.5)
 
 
 @pytest.mark.unit
@@ -144,8 +155,8 @@ def test_grouped_products_are_right_and_the_operands_outgrow_the_caches(
     assert grouped_kernel(CPU)[1] is not None
     if kernel == "loop":
         monkeypatch.setattr(subject, "grouped_kernel", lambda device: ("loop", None))
-    bench, case = Bench(CPU, 1, 0), Matmul(100, 16, 24, experts=8, skew=1.5)
-    shape = Matmul(256, 512, 256, experts=8, skew=1.0)
+    bench, case = DeviceBench(CPU, 1, 0), MatmulKernel(100, 16, 24, experts=8, skew=1.5)
+    shape = MatmulKernel(256, 512, 256, experts=8, skew=1.0)
     assert len(bench.calls(shape)) * shape.elements * 2 >= 64 << 20
     monkeypatch.setitem(subject._SPREAD, "cpu", 1)
     (call,) = bench.calls(case)
@@ -161,7 +172,7 @@ def test_grouped_products_are_right_and_the_operands_outgrow_the_caches(
 
 @pytest.mark.unit
 def test_noise_is_normal_and_never_the_same_twice() -> None:
-    bench = Bench(CPU, 1, 0)
+    bench = DeviceBench(CPU, 1, 0)
     one, other = (bench.noise(3, 1 << 21, dtype=torch.float) for _ in range(2))
     assert abs(float(one.mean())) < 0.01 and float(one.std()) == pytest.approx(1, abs=0.01)
     assert abs(float((one * other).mean())) < 0.01
@@ -209,8 +220,8 @@ def test_a_profile_comes_back_from_its_file(
 
 @pytest.mark.dist
 def test_what_does_not_fit_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    huge = Matmul(1 << 20, 1 << 20, 1 << 20)
-    only(monkeypatch, huge, SMALL, Copy("device", 1 << 44), Copy("device", 1 << 16))
+    huge = MatmulKernel(1 << 20, 1 << 20, 1 << 20)
+    only(monkeypatch, huge, SMALL, CopyKernel("device", 1 << 44), CopyKernel("device", 1 << 16))
     profile = measure(config_of(), CPU, 0.1, lambda line: None)
     assert [label(rate) for rate in profile.matmuls] == [label(SMALL)]
     assert [copy.size for copy in profile.copies] == [1 << 16]
@@ -222,7 +233,7 @@ def test_what_does_not_fit_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.dist
 def test_a_device_that_can_do_nothing_gives_no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, Matmul(1 << 20, 1 << 20, 1 << 20))
+    only(monkeypatch, MatmulKernel(1 << 20, 1 << 20, 1 << 20))
     with pytest.raises(RuntimeError, match="nothing could be measured: out of memory"):
         measure(config_of(), CPU, 0.05, lambda line: None)
 
@@ -230,10 +241,10 @@ def test_a_device_that_can_do_nothing_gives_no_profile(monkeypatch: pytest.Monke
 LIMITED = """
 import resource, torch
 from collectives.device import profile as device
-from collectives.device.kernels import Matmul
+from collectives.device.kernels import MatmulKernel
 from configs.compose import compose
 device._SPREAD["cpu"] = 1 << 20
-cases = [Matmul(16384, 16384, 16384), Matmul(64, 64, 64)]
+cases = [MatmulKernel(16384, 16384, 16384), MatmulKernel(64, 64, 64)]
 device.matmuls, device.copies = lambda gpu: cases, lambda *free: []
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20),) * 2)
@@ -265,7 +276,7 @@ def interrupt_after(lines: int) -> Callable[[str], None]:
 
 @pytest.mark.dist
 def test_an_interrupt_keeps_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, SMALL, Matmul(32, 32, 32), Copy("device", 1 << 16))
+    only(monkeypatch, SMALL, MatmulKernel(32, 32, 32), CopyKernel("device", 1 << 16))
     profile = measure(config_of(), CPU, 0.05, interrupt_after(2))
     assert len(profile.matmuls) + len(profile.copies) == 2
     assert profile.conditions["stopped"] == "interrupted" and profile.conditions["rounds"] == 0
@@ -273,7 +284,7 @@ def test_an_interrupt_keeps_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
     def at_once(*case: object) -> np.ndarray:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Bench, "visit", at_once)
+    monkeypatch.setattr(DeviceBench, "visit", at_once)
     with pytest.raises(KeyboardInterrupt):
         measure(config_of(), CPU, 0.05, lambda line: None)
 
@@ -281,7 +292,7 @@ def test_an_interrupt_keeps_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.unit
 @pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), float("nan")])
 def test_no_time_to_measure_in_is_refused(seconds: float) -> None:
-    with pytest.raises(UserError, match=r"--seconds=.* is no time to measure in; type e.g. --seconds 150$"):
+    with pytest.raises(UserError, match=r"--seconds=.* must be above 0; type e.g. --seconds 150$"):
         measure(config_of(), CPU, seconds, lambda line: None)
 
 
@@ -295,11 +306,11 @@ def profile_of(name: str, *rates: MatmulRate | CopyRate) -> DeviceProfile:
 
 @pytest.mark.unit
 def test_agreement_counts_what_is_inside_in_both_directions() -> None:
-    even, uneven = Matmul(64, 8, 8, experts=4), Matmul(64, 8, 8, experts=4, skew=1.0)
-    copy = Copy("device", 1 << 20)
+    even, uneven = MatmulKernel(64, 8, 8, experts=4), MatmulKernel(64, 8, 8, experts=4, skew=1.0)
+    copy = CopyKernel("device", 1 << 20)
     old = profile_of("old", SMALL.rate(100, 0), even.rate(100, 0), uneven.rate(100, 0), copy.rate(100, 0))
     new = profile_of("new", SMALL.rate(102, 0), even.rate(110, 0), uneven.rate(90, 0),
-                     Copy("device", 1 << 21).rate(100, 0))  # fmt: skip
+                     CopyKernel("device", 1 << 21).rate(100, 0))  # fmt: skip
     found = agreement(old, new)
     assert found.ratios == pytest.approx(
         {label(SMALL): 100 / 102, label(even): 1 / 1.1, label(uneven): 1 / 0.9}
@@ -317,7 +328,7 @@ def test_agreement_counts_what_is_inside_in_both_directions() -> None:
 @pytest.mark.unit
 def test_the_table_tells_every_rate_and_what_was_left_out() -> None:
     profile = profile_of(
-        "a", Matmul(64, 8, 8, experts=4).rate(1.0, 0.02), Copy("device", 1 << 20).rate(100, 0)
+        "a", MatmulKernel(64, 8, 8, experts=4).rate(1.0, 0.02), CopyKernel("device", 1 << 20).rate(100, 0)
     )
     left_out = {"copy device 4 GiB": "out of memory"}
     rows = table(profile.model_copy(update={"conditions": {"left_out": left_out}}))
@@ -333,7 +344,7 @@ def test_profiles_without_a_common_shape_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"profiles a \(cpu\) and b \(cpu\) have no shape in common; name a profile"
     ):
-        agreement(profile_of("a", SMALL.rate(1, 0)), profile_of("b", Matmul(8, 8, 8).rate(1, 0)))
+        agreement(profile_of("a", SMALL.rate(1, 0)), profile_of("b", MatmulKernel(8, 8, 8).rate(1, 0)))
 
 
 @pytest.mark.unit
@@ -356,7 +367,7 @@ def test_a_gpu_gives_rates_below_its_peak(monkeypatch: pytest.MonkeyPatch, tmp_p
         pytest.skip(f"torch {torch.__version__} sees no GPU")
     config = config_of(f"hardware={'mi300x' if torch.version.hip else 'h200'}")
     device = choose_device(config, RankContext.from_environment({}, tmp_path))
-    only(monkeypatch, Matmul(4096, 4096, 4096), Matmul(4096, 2048, 2048, experts=8, skew=0.5),
+    only(monkeypatch, MatmulKernel(4096, 4096, 4096), MatmulKernel(4096, 2048, 2048, experts=8, skew=0.5),
          *copies(True, 4 * GIB, 4 * GIB))  # fmt: skip
     profile = measure(config, device, 10.0, lambda line: None)
     assert not profile.conditions["left_out"] and len(profile.matmuls) == 2

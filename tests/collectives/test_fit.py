@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from collectives.analysis.curves import curves, nodes_spanned, profile
-from collectives.analysis.fit import Fit, fit_curve
-from collectives.store.results import Metadata, Results, Row, Store, Timing
+from collectives.analysis.fit import CurveFit, fit_curve
+from collectives.store.results import Metadata, Results, ResultStore, SweepRow, Timing
 from configs.errors import UserError
 from configs.paths import RunPaths
 from configs.profile import FabricProfile, load, save
@@ -34,7 +34,7 @@ def sweep(truth: np.ndarray, rng: np.random.Generator, passes: int, drift: float
     return truth * np.exp(log)
 
 
-def fit_of(times: np.ndarray) -> Fit:
+def fit_of(times: np.ndarray) -> CurveFit:
     passes, count = times.shape
     return fit_curve(np.tile(SIZES, passes), times.ravel(), np.repeat(np.arange(passes), count))
 
@@ -128,18 +128,18 @@ def test_few_sizes_are_fitted_and_fewer_refused() -> None:
         fit_curve([8, 16, 32, 32], [1, 2, 3, 3])
 
 
-def row(op: str, size: int, time: float, group: str = "world", number: int = 0) -> Row:
+def row(op: str, size: int, time: float, group: str = "world", number: int = 0) -> SweepRow:
     timing = Timing(
         time_us=time, ci_us=0, p50_us=time, p95_us=time, p99_us=time, min_us=time, max_us=time, stdev_us=0,
         first_us=time, alg_bw=1, bus_bw=1, wire_bw=None, warmup=5, wrong=0, rank_times_us=(), times_us=(time,),
     )  # fmt: skip
-    return Row(
+    return SweepRow(
         op=op, group=group, ranks=2 if group.startswith("pairs") else 4, groups=1, size=size, count=size, dtype="int8",
         redop="none", root=-1, sweep=number, in_place=timing,
     )  # fmt: skip
 
 
-def results(rows: list[Row]) -> Results:
+def results(rows: list[SweepRow]) -> Results:
     hosts = [{"hostname": "same", "ranks": [0, 1]}, {"hostname": "same", "ranks": [2, 3]}]
     settings = {"collectives": {"groups": ["world", "node", "across", "pairs", "tp"]}, "layout": {"tp": 2}}
     return Results(Metadata({"hosts": hosts}, {}, settings, {}, "2026-01-02 03:04:05"), tuple(rows))
@@ -184,7 +184,7 @@ def test_the_bench_tells_how_much_of_a_second_measurement_is_covered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed, name in enumerate(("first", "second")):
-        store = Store(RunPaths(tmp_path / name).measurement)
+        store = ResultStore(RunPaths(tmp_path / name).measurement)
         store.begin(results([]).metadata)
         for number, times in enumerate(sweep(TRUTHS[1], np.random.default_rng(seed), 3)):
             for size, time in zip(SIZES, times, strict=True):

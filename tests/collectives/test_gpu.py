@@ -1,4 +1,4 @@
-"""What only a GPU shows of the clocks: events and graphs time the device and not the host."""
+"""What only a GPU shows: bursts and graphs time the device and not the host, and both time the same work."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 
-def test_events_and_graphs_agree_on_work_and_graphs_hide_the_launch() -> None:
+def test_bursts_and_events_agree_on_work_and_graphs_hide_the_launch() -> None:
     import torch  # only here: collecting the tests must not load it
 
-    from collectives.timing.clock import EventClock, GraphClock, iteration_times
+    from collectives.timing.burst import Burst
+    from collectives.timing.clock import EventClock
 
     if not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} sees no GPU")
@@ -27,13 +28,17 @@ def test_events_and_graphs_agree_on_work_and_graphs_hide_the_launch() -> None:
     def tiny() -> None:
         small.add_(1)
 
-    def median(clock: EventClock | GraphClock, call: Callable[[], None], count: int) -> float:
+    def burst(call: Callable[[], None], graph: bool) -> float:
         for _ in range(20):
             large()
-        stamps = clock.run(call, count, None)
-        return float(np.median(iteration_times(stamps[None], clock.comparable)))
+        one = Burst(device, call, 100)
+        if graph:
+            one.capture()
+        return float(np.median([one.run(lambda: None) for _ in range(10)]))
 
-    events, graph = EventClock(device), GraphClock(device)
-    assert median(graph, large, 200) == pytest.approx(median(events, large, 200), rel=0.1)
-    assert median(graph, tiny, 200) < median(events, tiny, 200)
+    stamps = EventClock(device).run(large, 200, None)
+    single = float(np.median(stamps[:, 1] - stamps[:, 0])) / 1e3
+    assert burst(large, False) == pytest.approx(single, rel=0.1)
+    assert burst(large, True) == pytest.approx(single, rel=0.1)
+    assert burst(tiny, True) < burst(tiny, False)
     assert small[0] > 0 and torch.allclose(out.float(), (a @ a).float())

@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
-from collectives.ops.groups import AXES, Partition, partitions, rounds
+from collectives.ops.groups import AXES, GroupPartition, partitions, rounds
 from configs.errors import UserError
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(20)]
@@ -90,7 +90,7 @@ def test_pairs_make_one_partition_a_round() -> None:
     found = partitions("pairs", [0] * 4, ONE)
     assert [p.kind for p in found] == ["pairs1", "pairs2", "pairs3"]
     assert all(p.ranks == 2 and len(p.groups) == 2 for p in found)
-    assert partitions("pairs", [0, 0], ONE) == [Partition("pairs1", ((0, 1),))]
+    assert partitions("pairs", [0, 0], ONE) == [GroupPartition("pairs1", ((0, 1),))]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_pairs_make_one_partition_a_round() -> None:
         ("MOD", [0] * 4, "groups=MOD is not a kind of group"),
         ("MOD0", [0] * 4, "groups=MOD0 divides by zero; type e.g. MOD2"),
         ("/0", [0] * 4, "divides by zero; type e.g. DIV2"),
-        ("across", [0] * 4, "groups=across gives groups of one rank, which have nobody to talk to"),
+        ("across", [0] * 4, "groups=across gives groups of one rank, and a collective needs at least two"),
         ("tp", [0] * 4, "groups=tp gives groups of one rank"),
         (
             "node",

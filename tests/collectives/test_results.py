@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from collectives.report.table import Table, number
-from collectives.store.results import Metadata, Row, Store, Timing
+from collectives.report.table import ResultTable, number
+from collectives.store import stream
+from collectives.store.results import Metadata, ResultStore, SweepRow, Timing
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -62,7 +63,7 @@ def strays(value: Any, schema: Any, place: str = "") -> list[str]:
         FLAG: value in ("true", "false"),
         NUMBER_OR_NULL: value is None or number,
     }
-    return [] if fits[schema] else [f"{place}: {value!r} is no {schema}"]
+    return [] if fits[schema] else [f"{place}: {value!r} is not a {schema}"]
 
 
 def metadata(**settings: Any) -> Metadata:
@@ -91,26 +92,26 @@ def timing(mean: float, alg: float, bus: float, wrong: int | None = 0) -> Timing
     )  # fmt: skip
 
 
-def row(**changes: Any) -> Row:
+def row(**changes: Any) -> SweepRow:
     known: dict[str, Any] = {
         "op": "all_reduce", "group": "world", "ranks": 2, "groups": 1, "size": 1 << 20, "count": 1 << 18, "dtype": "float",
         "redop": "sum", "root": -1, "sweep": 0, "out_of_place": timing(12.5, 83.886, 83.886),
         "in_place": timing(10.0, 104.858, 104.858),
     }  # fmt: skip
-    return Row(**known | changes)
+    return SweepRow(**known | changes)
 
 
-def stored(folder: Path, *rows: Row, **settings: Any) -> Store:
-    store = Store(folder)
+def stored(folder: Path, *rows: SweepRow, **settings: Any) -> ResultStore:
+    store = ResultStore(folder)
     store.begin(metadata(**settings))
     for one in rows:
         store.append(one)
     return store
 
 
-def written(store: Store, name: str = "all_reduce.world") -> dict[str, Any]:
+def written(store: ResultStore, name: str = "all_reduce.world") -> dict[str, Any]:
     store.end("2026-01-02 03:05:06")
-    store.write()
+    stream.write(store, lambda: None)
     found = json.loads((store.folder / f"{name}.json").read_text())
     assert isinstance(found, dict)
     return found
@@ -130,7 +131,7 @@ def test_the_json_has_nccl_tests_schema(tmp_path: Path) -> None:
 
 def test_a_step_in_bytes_and_an_unfinished_measurement(tmp_path: Path) -> None:
     store = stored(tmp_path, row(), step_size=64, sync="barrier", timer="graph")
-    store.write()
+    stream.write(store, lambda: None)
     tree = json.loads((tmp_path / "all_reduce.world.json").read_text())
     assert tree["config"]["step_bytes"] == 64
     assert "step_factor" not in tree["config"]
@@ -172,7 +173,7 @@ def test_the_csv_has_a_line_for_each_placement(tmp_path: Path) -> None:
         row(op="all_to_all", in_place=None),
         row(size=1 << 40, out_of_place=None, in_place=None, note="n"),
     )
-    store.write()
+    stream.write(store, lambda: None)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     head = [line for line in lines if line.startswith("# ")]
     assert [line.split(":")[0][2:] for line in head] == [
@@ -226,7 +227,7 @@ GOLDEN = """\
 
 def test_the_table_is_nccl_tests() -> None:
     out = io.StringIO()
-    table = Table(out)
+    table = ResultTable(out)
     table.row(row())
     slow, wide = timing(1234567.0, 0.004, 0.004), timing(12_345_678.0, 1234.5, 123456.4, None)
     table.row(row(size=8, count=2, dtype="bfloat16", redop="avg", root=0, out_of_place=slow, in_place=wide))
@@ -250,7 +251,7 @@ def test_the_table_is_nccl_tests() -> None:
 
 def test_the_table_begins_with_settings_and_devices() -> None:
     out = io.StringIO()
-    Table(out).begin(metadata(), 0)
+    ResultTable(out).begin(metadata(), 0)
     lines = out.getvalue().splitlines()
     assert "nThread 1 nGpus 1 minBytes 8 maxBytes 1048576 step: 2(factor)" in lines[1]
     assert lines[3:] == [
@@ -271,6 +272,6 @@ def test_a_figure_fits_its_column_as_nccl_tests_has_it(value: float, width: int,
 
 
 def test_the_schema_finds_strays() -> None:
-    assert strays({"count": 1, "okay": True}, {"count": INT, "okay": FLAG}) == [".okay: True is no flag"]
-    assert strays({"a": [1, "x"]}, {"a": [NUMBER]}) == [".a[1]: 'x' is no number"]
+    assert strays({"count": 1, "okay": True}, {"count": INT, "okay": FLAG}) == [".okay: True is not a flag"]
+    assert strays({"a": [1, "x"]}, {"a": [NUMBER]}) == [".a[1]: 'x' is not a number"]
     assert strays({"a": 1}, {"a": [INT]}) == [".a"]

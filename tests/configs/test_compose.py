@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from configs.compose import choices, compose, dump, groups, load
 from configs.errors import UserError
+from configs.section import Bytes
 
 pytestmark = pytest.mark.unit
 
@@ -96,3 +97,11 @@ def test_a_run_that_was_saved_with_one_source_of_its_device_can_be_resumed(tmp_p
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     assert load(tmp_path / "config.yaml").hardware.peak_tflops == config.hardware.peak_tflops
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4M", 4 << 20), ("1.5M", 3 << 19), (".5k", 512), ("2GiB", 2 << 30), ("8", 8), ("1.25KB", 1280)],
+)
+def test_sizes_are_read_as_nccl_tests_reads_them(text: str, size: int) -> None:
+    assert TypeAdapter(Bytes).validate_python(text) == size

@@ -14,8 +14,7 @@ from pydantic import ValidationError
 from configs.compose import choices, compose, dump, load
 from configs.errors import UserError
 from configs.fabric import LibrarySetting, NetworkConfig
-from configs.library_environment import Kind, environment
-from configs.versions import Version, Versions
+from configs.library_environment import Kind, Version, environment
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -70,7 +69,6 @@ def test_every_setting_is_told_in_full(name: str) -> None:
     settings = preset(name).settings
     for one in settings:
         assert re.fullmatch(r"[A-Z][A-Z0-9_]+", one.variable) and one.value
-        assert Versions.parse(one.versions).bounds
         assert one.source and re.fullmatch(r"\S.{20,250}\.", one.reason), one.variable
         assert not (one.library == "ofi" and one.versions != ">=0"), "nobody knows the plug-in's version"
         assert one.variable not in SITE and (one.variable, one.value) not in HIDING
@@ -175,27 +173,16 @@ def test_one_variable_may_differ_by_library_and_version() -> None:
     [
         (">=2.18", [(2, 18), (2, 18, 0), (2, 100), (3,)], [(2, 9, 9), (2, 17, 1), (2,)]),
         (">=2.12,<2.28", [(2, 12, 0), (2, 27, 9)], [(2, 28), (2, 28, 0), (2, 3)]),
-        (" > 2.12 , <= 2.13 ", [(2, 12, 1), (2, 13, 0)], [(2, 12, 0), (2, 13, 1)]),
-        ("==2.28.3", [(2, 28, 3)], [(2, 28, 30), (2, 28)]),
         (">=2.27,!=2.28.3", [(2, 27), (2, 28, 4)], [(2, 28, 3)]),
     ],
 )
-def test_versions_compare_by_number(text: str, inside: list, outside: list) -> None:
-    versions = Versions.parse(text)
-    assert [version for version in inside if version not in versions] == []
-    assert [version for version in outside if version in versions] == []
+def test_versions_compare_by_number(text: str, inside: list[Version], outside: list[Version]) -> None:
+    settings = network(setting(versions=text))
+    assert all(environment(settings, "cuda", version, {}).set for version in inside)
+    assert not any(environment(settings, "cuda", version, {}).set for version in outside)
 
 
-@pytest.mark.parametrize(
-    ("text", "everything"), [(">=0", True), (">=0.0", True), (">=1", False), ("<9", False)]
-)
-def test_a_range_without_bounds_is_everything(text: str, everything: bool) -> None:
-    assert Versions.parse(text).everything is everything
-
-
-@pytest.mark.parametrize(
-    "text", ["2.18", "", ">=", ">=2.x", ">=2.18 <3", ">=2.18,", "~=2.18", ">=2..1", ">=²"]
-)
+@pytest.mark.parametrize("text", ["2.18", "", ",", ">=", ">=2.x", ">=2.18 <3", ">=2..1", ">=²"])
 def test_a_malformed_range_is_refused(text: str) -> None:
     with pytest.raises(ValidationError) as error:
         LibrarySetting.model_validate(setting(versions=text))

@@ -1,4 +1,4 @@
-"""What a rank is told when it starts."""
+"""What a rank is given when it starts."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ from functools import lru_cache
 from typing import Any
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit, Directory, Folder, tag
-from faulttol.checkpoint.manifest import Head, Identity, Manifest, ShardFile, digest
+from faulttol.checkpoint.folder import CheckpointCommit, Directory, Folder, tag
+from faulttol.checkpoint.manifest import Identity, Manifest, ManifestHead, ShardFile, digest
 from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted, owned
-from faulttol.checkpoint.reading import Reader
-from faulttol.checkpoint.shards import Entry, Index
+from faulttol.checkpoint.reading import CheckpointReader
+from faulttol.checkpoint.shards import Entry, ShardIndex
 from faulttol.checkpoint.sharing import _groups, _key
-from faulttol.checkpoint.survey import Plan, Surveys
+from faulttol.checkpoint.survey import FilePlan, Surveys
 
 PP, TP, EP = 16, 8, 64
 LAYERS, DIM, EXPERTS, WIDTH, VOCABULARY = 64, 7168, 256, 2048, 131072
@@ -32,18 +32,18 @@ SLOTS = ("", "/exp_avg", "/exp_avg_sq")
 _HEX = "0123456789abcdef" * 2
 
 
-class Shape:
+class TensorShape:
     """A tensor's shape and dtype without its values."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape, self.dtype = shape, "torch.float32"
 
-    def __getitem__(self, rows: slice) -> Shape:
-        return Shape((rows.stop - rows.start, *self.shape[1:]))
+    def __getitem__(self, rows: slice) -> TensorShape:
+        return TensorShape((rows.stop - rows.start, *self.shape[1:]))
 
 
 @dataclass(frozen=True)
-class Part:
+class ManifestPart:
     """A rank's part of a tensor."""
 
     name: str
@@ -89,7 +89,7 @@ def _flat(box: Box, place: int, of: int) -> tuple[Box, ...]:
     return tuple(box.flat(min(place * each, box.elements), min((place + 1) * each, box.elements)))
 
 
-def parts(rank: int, world: int) -> Iterator[Part]:
+def parts(rank: int, world: int) -> Iterator[ManifestPart]:
     """Everything that a rank holds."""
     width = world // PP
     dp, edp = width // TP, width // EP
@@ -107,10 +107,10 @@ def parts(rank: int, world: int) -> Iterator[Part]:
         size = shape[0] // EP
         held.append((name, Box.all_of(shape).cut(0, e * size, (e + 1) * size), x, edp))
     for name, box, replica, replicas in held:
-        yield Part(name, Shape(box.shape), box, replica, replicas)
+        yield ManifestPart(name, TensorShape(box.shape), box, replica, replicas)
         for slot in SLOTS[1:]:
             for cut in _flat(box, replica, replicas):
-                yield Part(f"{name}{slot}", Shape(cut.shape), cut, 0, 1)
+                yield ManifestPart(f"{name}{slot}", TensorShape(cut.shape), cut, 0, 1)
 
 
 def index_of(rank: int, plan: Iterable[tuple[str, str, Box]]) -> tuple[bytes, int]:
@@ -120,10 +120,10 @@ def index_of(rank: int, plan: Iterable[tuple[str, str, Box]]) -> tuple[bytes, in
         size = box.elements * DTYPES[dtype][1]
         entries.append(Entry(name, dtype, box, 0, _HEX * -(-size // BLOCK)))
         total += size
-    return Index("run", 1, 100, rank, BLOCK, tuple(entries)).dump(), total
+    return ShardIndex("run", 1, 100, rank, BLOCK, tuple(entries)).dump(), total
 
 
-class Shelf:
+class ManifestShelf:
     """A store that has indexes, the directory and the manifest."""
 
     url = "bench"
@@ -154,15 +154,15 @@ def timed(what: str, act: Any) -> Any:
     return found
 
 
-def build(world: int) -> tuple[Shelf, Head, list[Plan], int]:
+def build(world: int) -> tuple[ManifestShelf, ManifestHead, list[FilePlan], int]:
     """All ranks' plans and indexes; what rank 0 does of it is timed."""
-    shelf, commit = Shelf(), Commit(1, 100, tag("run"))
-    plans: list[Plan] = []
+    shelf, commit = ManifestShelf(), CheckpointCommit(1, 100, tag("run"))
+    plans: list[FilePlan] = []
     files: list[ShardFile] = []
     for rank in range(world):
         rows = [(piece.name, piece.dtype, piece.box) for piece in owned(parts(rank, world))]
         text, total = index_of(rank, rows)
-        plans.append(Plan(rows))
+        plans.append(FilePlan(rows))
         files.append(ShardFile(total + len(text), len(text), digest(text)))
         shelf.files[commit.shard(rank, "token")] = total, text
     print(f"{world} ranks, {sum(f.bytes for f in files) / 1e12:.1f} TB; plans as sent: "
@@ -177,7 +177,7 @@ def build(world: int) -> tuple[Shelf, Head, list[Plan], int]:
     return shelf, head, plans, sum(map(len, directory))
 
 
-def read(shelf: Shelf, head: Head, rank: int) -> tuple[int, int]:
+def read(shelf: ManifestShelf, head: ManifestHead, rank: int) -> tuple[int, int]:
     """Bytes that a rank reads before the first value, and what it read before directories: everything of its tensors."""
     wanted = [Wanted(p.name, "float32", p.box, p.tensor) for p in parts(rank, head.world)]
     names: dict[str, list[Wanted]] = {}
@@ -186,13 +186,13 @@ def read(shelf: Shelf, head: Head, rank: int) -> tuple[int, int]:
     directory = Directory(shelf, head)  # type: ignore[arg-type]
     tensors = directory.find(names)
     assert len(tensors) == len(names)
-    reader = Reader(shelf, directory, wanted, rank)  # type: ignore[arg-type]
+    reader = CheckpointReader(shelf, directory, wanted, rank)  # type: ignore[arg-type]
     _, rest = reader._at_home(names)
     shared = {p.name for p in parts(rank, head.world) if p.replicas > 1}
     assert set(rest) <= shared, "what is this rank's alone lies in its own file"
     now = directory.bytes + reader.bytes
     files = {at for tensor in tensors.values() for at in tensor.files()}
-    commit = Commit(head.attempt, head.step, head.run)
+    commit = CheckpointCommit(head.attempt, head.step, head.run)
     before = sum(len(shelf.files[commit.shard(at, head.token)][1]) for at in files)
     return now, before
 
@@ -222,7 +222,7 @@ def main() -> None:
             f"--ranks={world} isn't a multiple of 1024 (pp {PP}, tp {TP}, ep {EP}): type 1024 or 12288"
         )
     shelf, head, _, directory = build(world)
-    size = len(shelf.files[Commit(1, 100, "run").manifest][1])
+    size = len(shelf.files[CheckpointCommit(1, 100, "run").manifest][1])
     folder = timed("rank 0: folder of the checkpoint listed and compared", lambda: Folder(shelf))  # type: ignore[arg-type]
     identity = Identity("run", 1, {}, 0, world)
     timed(

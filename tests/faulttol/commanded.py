@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from faulttol import cli
-from faulttol.checkpoint.folder import Commit, Folder
-from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.save import Saved
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.tensors import layout, save_layout, state
 
 Ask = Callable[..., tuple[int, str, str]]
@@ -56,9 +56,9 @@ def save_pair(root: Path) -> Path:
     return root
 
 
-def newest(root: Path) -> tuple[Store, Commit]:
+def newest(root: Path) -> tuple[CheckpointStore, CheckpointCommit]:
     """The newest checkpoint of a folder."""
-    store = Store(str(root))
+    store = CheckpointStore(str(root))
     return store, Folder(store).commits[-1]
 
 
@@ -71,7 +71,7 @@ def flip(path: Path, at: int) -> None:
 
 def damage_two(root: Path) -> None:
     """Flip a bit in the embedding's part in the files of two ranks of the newest step."""
-    source = Source(*newest(root))
+    source = CheckpointSource(*newest(root))
     for rank in (0, 1):
         piece = next(p for p in source.file(rank) if p.entry.name == "embedding" and p.entry.bytes > 1000)
         flip(root / piece.path, piece.offset + 500)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from configs.model import ModelConfig
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.save import Retention, owned, save
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.convert.facts import fingerprint, opened, slots
 from tests.faulttol.ranks import identity, together
 from tests.faulttol.tensors import layout
@@ -54,9 +54,9 @@ def told(model: ModelConfig, **more: Any) -> dict[str, Any]:
     return {"fingerprint": prints, "samples": 70, "tokens": 1680, "loss": 2.5, "lineage": [], **more}
 
 
-def read(root: object) -> tuple[dict[str, Tensor], Source]:
+def read(root: object) -> tuple[dict[str, Tensor], CheckpointSource]:
     """All tensors of the newest checkpoint, and the checkpoint."""
-    source = opened(Store(str(root)))
+    source = opened(CheckpointStore(str(root)))
     found = {}
     for name, tensor in source.tensors.items():
         bits = source.read(name, Box.all_of(tensor.shape))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 
-class Counted:
+class CountedBytes:
     """Bytes that a file system was asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

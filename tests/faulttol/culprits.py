@@ -20,7 +20,7 @@ from pathlib import Path
 from configs.compose import compose, dump
 from configs.schema import RunConfig
 from faulttol.verdicts import VerdictKind
-from tests.faulttol.watched import Fault, Gang
+from tests.faulttol.watched import RankFault, WatchedGang
 from trainer.sizing.search.planner import Capacity, plan
 
 WORLD = 8
@@ -42,7 +42,7 @@ LONG = (
     ("busy", "step"), ("file", "data"), ("busy", "save"), ("file", "writing"), ("busy", "load"), ("file", "reading"),
     ("busy", "middle"), ("file", "save"), ("busy", "rendezvous"), ("file", "load"),
 )  # fmt: skip
-"""What takes long and is no fault."""
+"""What takes long and is not a fault."""
 _LONG_SECONDS = 20.0
 MOST = 15.0
 """Seconds in which a hang must be named."""
@@ -52,16 +52,16 @@ _EVERY = 10
 
 
 @dataclass(frozen=True)
-class Trial:
+class CulpritTrial:
     """One fault in one layout."""
 
     layout: int
-    fault: Fault
+    fault: RankFault
     first: int
     """The node that is asked first."""
 
 
-def trials(count: int, seed: int) -> list[Trial]:
+def trials(count: int, seed: int) -> list[CulpritTrial]:
     """Faults in turn over all kinds, with places and ranks drawn."""
     draw = random.Random(seed)
     found = []
@@ -74,18 +74,18 @@ def trials(count: int, seed: int) -> list[Trial]:
             act = DEATHS[number // 2 % len(DEATHS)]
             where = draw.choice(DEATH_PLACES)
             if where == "writing" and act not in ("kill", "segv", "abort", "exit", "leave"):
-                where = "save"  # an error in the thread of a save is that save's, and training goes on
+                where = "save"  # an error in the thread of a save is that save's, and training continues
             if act == "term" or (act in ("raise", "memory") and where == "reading"):
                 where = draw.choice(
                     ("step", "middle", "data")
                 )  # an unreadable file is passed over by all ranks
         layout = draw.randrange(len(LAYOUTS))
-        found.append(Trial(layout, Fault(rank, act, where, step), draw.randrange(2)))
+        found.append(CulpritTrial(layout, RankFault(rank, act, where, step), draw.randrange(2)))
     return found
 
 
 def config_of(layout: int, text: Path, home: Path, *words: str) -> RunConfig:
-    """A small training; it goes on for ever, and saves each second step."""
+    """A small training; it continues forever, and saves each second step."""
     asked = compose([
         "experiment=smoke", "model.layers=2", "model.hidden=16", "model.heads=2", "model.kv_heads=2", "model.head_dim=8",
         "model.experts=4", "model.expert_width=8", "data.sequence=16", "train.micro_batch=1", "train.global_batch=16",
@@ -95,7 +95,7 @@ def config_of(layout: int, text: Path, home: Path, *words: str) -> RunConfig:
     return plan(asked, Capacity.of_nodes([WORLD])).config
 
 
-class Bench:
+class TrialSetup:
     """Where trials run: one folder, and a checkpoint of each layout to load."""
 
     def __init__(self, folder: Path, memory: Path, patience: float) -> None:
@@ -104,7 +104,7 @@ class Bench:
         self._text = folder / "text.txt"
         self._text.write_text("".join(chr(97 + n * 7 % 26) for n in range(20000)))
 
-    def gang(self, layout: int, fault: Fault | None) -> Gang:
+    def gang(self, layout: int, fault: RankFault | None) -> WatchedGang:
         """Start a gang; where the fault is in a load, there is something to load."""
         self._count += 1
         run = self._folder / str(self._count) / "run"  # checkpoints belong to the run of that name
@@ -113,7 +113,7 @@ class Bench:
         if fault is not None and fault.where in ("load", "reading"):
             shutil.copytree(self._saved(layout), run / "checkpoints")
         (run / "config.yaml").write_text(dump(config))
-        return Gang(run, config, WORLD, self._memory / f"{self._count}", fault)
+        return WatchedGang(run, config, WORLD, self._memory / f"{self._count}", fault)
 
     def _saved(self, layout: int) -> Path:
         """Checkpoints of a run of the layout, made once."""
@@ -123,21 +123,21 @@ class Bench:
             run.mkdir(parents=True)
             config = config_of(layout, self._text, self._folder, "train.steps=2")
             (run / "config.yaml").write_text(dump(config))
-            gang = Gang(run, config, WORLD, self._memory / f"made-{layout}", None)
-            found = gang.judged(120.0, enough=Gang.all_ended)
+            gang = WatchedGang(run, config, WORLD, self._memory / f"made-{layout}", None)
+            found = gang.judged(120.0, enough=WatchedGang.all_ended)
             assert not found and set(gang.codes().values()) == {0}, (found, gang.codes())
             shutil.copytree(run / "checkpoints", kept)
         return kept
 
 
-def expected(fault: Fault) -> VerdictKind:
+def expected(fault: RankFault) -> VerdictKind:
     """Kind of the verdict."""
     if fault.hangs:
         return VerdictKind.HANG
     return VerdictKind.USER_ERROR if fault.act == "user" else VerdictKind.RANK_EXIT
 
 
-def tried(bench: Bench, trial: Trial) -> tuple[bool, float, str]:
+def tried(bench: TrialSetup, trial: CulpritTrial) -> tuple[bool, float, str]:
     """Whether the right rank was named, the seconds that it took from the fault, and what was said."""
     gang = bench.gang(trial.layout, trial.fault)
     try:
@@ -153,10 +153,12 @@ def tried(bench: Bench, trial: Trial) -> tuple[bool, float, str]:
         shutil.rmtree(gang.paths.root.parents[2], ignore_errors=True)
 
 
-def patient(bench: Bench, number: int) -> str:
+def patient(bench: TrialSetup, number: int) -> str:
     """What was said while a rank only took long; empty where nothing was."""
     act, where = LONG[number % len(LONG)]
-    gang = bench.gang(number % len(LAYOUTS), Fault(number * 3 % WORLD, act, where, number % 3, _LONG_SECONDS))
+    gang = bench.gang(
+        number % len(LAYOUTS), RankFault(number * 3 % WORLD, act, where, number % 3, _LONG_SECONDS)
+    )
     try:
         found = gang.judged(90.0, 0, lambda g: g.mark.exists() and g.since_fault() > _LONG_SECONDS + 3)
         if not gang.mark.exists():
@@ -167,7 +169,7 @@ def patient(bench: Bench, number: int) -> str:
         shutil.rmtree(gang.paths.root.parents[2], ignore_errors=True)
 
 
-def _is_asked(fault: Fault, only: str) -> bool:
+def _is_asked(fault: RankFault, only: str) -> bool:
     pairs = only.split(",") if ":" in only else []
     return only in ("", fault.act, fault.where) or f"{fault.act}:{fault.where}" in pairs
 
@@ -187,7 +189,7 @@ def main() -> int:
     right, slowest, false, wrong = 0, 0.0, 0, Counter[str]()
     chosen = [trial for trial in trials(options.count, options.seed) if _is_asked(trial.fault, options.only)]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-        bench = Bench(Path(folder), Path(memory), options.patience)
+        bench = TrialSetup(Path(folder), Path(memory), options.patience)
         for number, trial in enumerate(chosen, 1):
             began, fault = time.monotonic(), trial.fault
             good, took, said = tried(bench, trial)

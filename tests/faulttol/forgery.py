@@ -10,12 +10,12 @@ from typing import Any
 
 from faulttol.checkpoint.folder import Folder, folder_of
 from faulttol.checkpoint.manifest import ShardFile, digest
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 
 
 def forge(root: Path, step: int, rank: int, change: Callable[[list[Any]], None]) -> None:
     """Change the index of a file, and the digests with it, as a faulty writer would."""
-    store = Store(str(root))
+    store = CheckpointStore(str(root))
     (commit,) = [c for c in Folder(store).commits if c.step == step]
     told = Folder(store).manifest(commit)
     (path,) = (root / folder_of(step)).glob(f"*.r{rank:05d}.*")

@@ -1,9 +1,9 @@
 """Pairs of layouts through a checkpoint: `python -m tests.faulttol.grid [--quick] [--only TEXT]`.
 
 For each ordered pair A -> B a small model trains some steps under A and is saved. Under B it is loaded over junk and saved
-again, then goes on; under A that second checkpoint is loaded and goes on too. The whole live state (parameters, optimizer
-slots, router biases, the count of steps), put together from all ranks, must have the same hashes under A, B and A; ten
-losses under B must be those of the run under A that never stopped, to 1e-5; under A again they must be bit for bit.
+again, then continues; under A that second checkpoint is loaded and continues too. The whole live state (parameters,
+optimizer slots, router biases, the count of steps), put together from all ranks, must have the same hashes under A, B and
+A; ten losses under B must be those of the run under A that never stopped, to 1e-5; under A again they must be bit for bit.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig
-from tests.faulttol.grid_ranks import SAMPLES, Went, Work, do
-from tests.trainer.grid import Case, config_of, difference
-from tests.trainer.rank_pool import RankFailed, RankPool
+from tests.faulttol.grid_ranks import SAMPLES, GridWork, Went, do
+from tests.trainer.grid import GridCase, config_of, difference
+from tests.trainer.rank_pool import PooledRankFailed, RankPool
 
 TOLERANCE = 1e-5
 SHOWN = 6
@@ -48,23 +48,23 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A run that is saved under one layout and goes on under another."""
+class LayoutPair:
+    """A run that is saved under one layout and continues under another."""
 
-    one: Case
-    other: Case
+    one: GridCase
+    other: GridCase
 
     @property
     def name(self) -> str:
         return f"{self.one.family} {_words(self.one)} -> {_words(self.other)}"
 
 
-def _words(one: Case) -> str:
+def _words(one: GridCase) -> str:
     told = one.layout | one.train | one.optim
     return " ".join(f"{key}={value}" for key, value in told.items() if "batch" not in key) or "one rank"
 
 
-def case(family: str, text: str, shared: str = "", micros: int = 2) -> Case:
+def case(family: str, text: str, shared: str = "", micros: int = 2) -> GridCase:
     """A case from words like `dp=2 zero=3`.
 
     Args:
@@ -78,7 +78,7 @@ def case(family: str, text: str, shared: str = "", micros: int = 2) -> Case:
         (train if key in ("engine", "recompute") else layout)[key] = int(value) if value.isdigit() else value
     count = max(micros, layout.get("pp", 1))
     train["micro_batch"] = max(1, SAMPLES // layout.get("dp", 1) // count)
-    return Case(family, layout, train, dict(word.split("=") for word in shared.split()))
+    return GridCase(family, layout, train, dict(word.split("=") for word in shared.split()))
 
 
 TWICE: tuple[tuple[str, str, str, str], ...] = (
@@ -143,33 +143,33 @@ QUICK = (
 """What `--quick` runs, by the beginning of a pair's name."""
 
 
-def pairs(micros: int = 2) -> list[Pair]:
+def pairs(micros: int = 2) -> list[LayoutPair]:
     """All ordered pairs, with so many micro-batches in a step."""
     made = []
     for family, one, other, shared in TWICE:
         a, b = case(family, one, shared, micros), case(family, other, shared, micros)
-        made += [Pair(a, b), Pair(b, a)]
+        made += [LayoutPair(a, b), LayoutPair(b, a)]
     return made
 
 
-def quick() -> list[Pair]:
+def quick() -> list[LayoutPair]:
     """The pairs of `--quick`."""
     return [pair for pair in pairs(1) if pair.name.startswith(QUICK)]
 
 
-class Ranks:
+class GridRanks:
     """Processes for every layout. DeepSpeed keeps its groups for life, so it has processes of its own for each world."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
 
-    def do(self, world: int, work: Work) -> Went:
+    def do(self, world: int, work: GridWork) -> Went:
         """What came of a piece of work; what went wrong is one of its problems."""
         kept = world if work.config.train.engine == "deepspeed" else 0
         pool = self._pools.setdefault(kept, RankPool())
         try:
             went: Went = pool.run(world, do, work)[0]
-        except RankFailed as error:
+        except PooledRankFailed as error:
             return Went(problems=(" ".join(str(error).split())[:400],))
         return went
 
@@ -184,14 +184,14 @@ class Grid:
 
     def __init__(self, folder: Path, steps: Steps) -> None:
         self._folder, self._steps = folder, steps
-        self._ranks = Ranks()
+        self._ranks = GridRanks()
         self._trained: dict[str, tuple[str, Went]] = {}
 
     def end(self) -> None:
         """End the processes."""
         self._ranks.end()
 
-    def check(self, pair: Pair, spoil: int | None = None) -> tuple[list[str], float]:
+    def check(self, pair: LayoutPair, spoil: int | None = None) -> tuple[list[str], float]:
         """What is unequal, and the largest relative error of losses and norms under the second layout.
 
         Args:
@@ -200,17 +200,17 @@ class Grid:
         steps = self._steps
         if pair.one.name not in self._trained:
             source = self._new()
-            work = Work(self._config(pair.one), None, steps.before, source, steps.after, steps.background)
+            work = GridWork(self._config(pair.one), None, steps.before, source, steps.after, steps.background)
             self._trained[pair.one.name] = source, self._ranks.do(pair.one.ranks, work)
         source, first = self._trained[pair.one.name]
         moved = self._new()
-        work = Work(self._config(pair.other), source, target=moved, after=steps.after, spoil=spoil)
+        work = GridWork(self._config(pair.other), source, target=moved, after=steps.after, spoil=spoil)
         there = self._ranks.do(pair.other.ranks, work) if not first.problems else Went()
-        work = Work(self._config(pair.one), moved, after=steps.again)
+        work = GridWork(self._config(pair.one), moved, after=steps.again)
         back = self._ranks.do(pair.one.ranks, work) if there.lines else Went()
         return judge(first, there, back, steps)
 
-    def _config(self, one: Case) -> RunConfig:
+    def _config(self, one: GridCase) -> RunConfig:
         return config_of(one, self._steps.before + self._steps.after)
 
     def _new(self) -> str:
@@ -247,7 +247,7 @@ def unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
 
 
-def run(todo: Iterable[Pair], steps: Steps, report: Callable[[str], None] = print) -> tuple[int, int]:
+def run(todo: Iterable[LayoutPair], steps: Steps, report: Callable[[str], None] = print) -> tuple[int, int]:
     """Check all pairs; how many, and how many are unequal."""
     count = bad = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What a rank does for the grid of layout pairs: train and save under one layout; load, save and go on under another."""
+"""What a rank does for the grid of layout pairs: train and save under one layout; load, save and continue under another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from configs.library_environment import Applied
 from configs.schema import RunConfig
 from faulttol.checkpoint.load import Identity, Wanted, restore, stored
 from faulttol.checkpoint.save import Retention, owned, save
-from faulttol.staged.saver import Policy, Saver
+from faulttol.staged.saver import SavePolicy, Saver
 from tests.trainer.engine_ranks import make_engine
 from tests.trainer.families import batches
 from trainer.engines.base import Engine
@@ -35,7 +35,7 @@ JUNK = 77
 
 
 @dataclass(frozen=True)
-class Work:
+class GridWork:
     """A piece of work of all ranks of a layout."""
 
     config: RunConfig
@@ -64,7 +64,7 @@ class Went:
     """Of all steps, those before the save first."""
 
 
-def do(rank: int, world: int, store: Any, work: Work) -> Went:
+def do(rank: int, world: int, store: Any, work: GridWork) -> Went:
     """Do a piece of work; every rank of its layout calls this."""
     config = work.config
     with _met(config, rank, world, store) as mesh:
@@ -120,7 +120,7 @@ def _step(engine: Engine, config: RunConfig, index: int, settle: Callable[[], No
 
 
 @contextmanager
-def _saving(engine: Engine, mesh: Mesh, work: Work, step: int) -> Iterator[Callable[[], None]]:
+def _saving(engine: Engine, mesh: Mesh, work: GridWork, step: int) -> Iterator[Callable[[], None]]:
     """Save before what follows, or beside it; gives what is called before anything that is being saved changes."""
     if work.target is None:
         yield lambda: None
@@ -134,7 +134,7 @@ def _saving(engine: Engine, mesh: Mesh, work: Work, step: int) -> Iterator[Calla
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if first else None
     port = mesh.broadcast(own.port if own is not None else None)
     control = own or dist.TCPStore("127.0.0.1", port, is_master=False)
-    saver = Saver(Policy(work.target, kept), identity, mesh, control, mesh.device)
+    saver = Saver(SavePolicy(work.target, kept), identity, mesh, control, mesh.device)
     try:
         saver.stage(step, pieces, facts)
         yield saver.settle
@@ -167,7 +167,7 @@ def _identity(mesh: Mesh) -> Identity:
 
 
 @dataclass(frozen=True)
-class Part:
+class SentPart:
     """A rank's part of a global tensor, as it is sent to rank 0."""
 
     name: str
@@ -188,12 +188,12 @@ def hashes_of(engine: Engine, mesh: Mesh) -> tuple[dict[str, str], list[str]]:
         place = tuple(slice(s, s + n) for s, n in zip(part.box.start, part.box.shape, strict=True))
         data = flat.view(torch.uint8).numpy().tobytes()
         dtype = str(flat.dtype).removeprefix("torch.")
-        mine.append(Part(part.name, dtype, part.box.whole, place, data))
+        mine.append(SentPart(part.name, dtype, part.box.whole, place, data))
     everybody = mesh.gather(mine)
     return ({}, []) if everybody is None else hashes_from([part for rank in everybody for part in rank])
 
 
-def hashes_from(parts: Iterable[Part]) -> tuple[dict[str, str], list[str]]:
+def hashes_from(parts: Iterable[SentPart]) -> tuple[dict[str, str], list[str]]:
     """SHA-256 of dtype, shape and row-major bytes of each tensor that parts make up, and what is wrong with them.
 
     Every element must be held by some part, by all holders alike.

@@ -21,11 +21,11 @@ from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import Folder
 from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.manifest import Identity, Incomplete
-from faulttol.checkpoint.peers import Alone, Peers
+from faulttol.checkpoint.peers import Peers, SoloPeers
 from faulttol.checkpoint.pieces import Wanted, owned
 from faulttol.checkpoint.retention import Retention
-from faulttol.checkpoint.store import Store
-from faulttol.staged.saver import Outcome, Policy, Saver
+from faulttol.checkpoint.store import CheckpointStore
+from faulttol.staged.saver import SaveOutcome, SavePolicy, Saver
 from tests.faulttol.kill_orders import KEEP, WORLD, Judged, Order
 from trainer.parallel.mesh import Mesh
 from trainer.state import Slice
@@ -70,7 +70,7 @@ def restored(
 ) -> Restored | None:
     """Fill the slices from the newest checkpoint, or from that of a step."""
     wanted = [Wanted.from_slice(part.name, part.tensor, part.box) for part in mine]
-    return loading.restore([loading.Tier("store", Store(root), step=step)], wanted, peers, identity)
+    return loading.restore([loading.Tier("store", CheckpointStore(root), step=step)], wanted, peers, identity)
 
 
 def wrong(mine: list[Slice], attempt: int, step: int) -> str:
@@ -188,10 +188,10 @@ class _Blocking:
 
 
 class _Background:
-    """Saves that a writer process makes while the rank goes on."""
+    """Saves that a writer process makes while the rank continues."""
 
     def __init__(self, mesh: Mesh, identity: Identity, order: Order, store: dist.Store, log: _Log) -> None:
-        policy = Policy(order.root, Retention(KEEP))
+        policy = SavePolicy(order.root, Retention(KEEP))
         self._saver = Saver(policy, identity, mesh, store, torch.device("cpu"))
         self._order, self._log = order, log
 
@@ -209,7 +209,7 @@ class _Background:
         """Begin to save; the one before is waited for."""
         self._saver.stage(step, owned(mine), {"attempt": self._order.attempt})
 
-    def _tell(self, ended: list[Outcome]) -> None:
+    def _tell(self, ended: list[SaveOutcome]) -> None:
         for one in ended:
             self._log("failed" if one.error else "saved", self._order.attempt, one.step, str(one.error or ""))
 
@@ -234,10 +234,10 @@ def judge(root: str, rows: int, attempt: int, variables: Mapping[str, str], pipe
 
 
 def _judged(root: str, rows: int, attempt: int) -> Judged:
-    folder = Folder(Store(root))
+    folder = Folder(CheckpointStore(root))
     shapes = whole_shapes(rows).items()
     state = [Slice(n, torch.zeros(s, dtype=torch.int32), Box.all_of(s)) for n, s in shapes]
-    found = restored(root, state, Alone(), Identity(_RUN, attempt, {}, 0, 1))
+    found = restored(root, state, SoloPeers(), Identity(_RUN, attempt, {}, 0, 1))
     counts = len(folder.commits), len(folder.begun)
     if found is None:
         return Judged(None, "", *counts)
@@ -255,7 +255,7 @@ def _judged(root: str, rows: int, attempt: int) -> Judged:
 
 def _older(root: str, state: list[Slice], attempt: int, step: int) -> str:
     """What is wrong with another committed step: those that are kept must load too."""
-    found = restored(root, state, Alone(), Identity(_RUN, attempt, {}, 0, 1), step)
+    found = restored(root, state, SoloPeers(), Identity(_RUN, attempt, {}, 0, 1), step)
     if found is None or found.passed:
         return f"step {step} is committed and doesn't load: {found and found.passed}"
     return wrong(state, int(found.facts["attempt"]), step)
@@ -265,6 +265,6 @@ def strangers(root: str, variables: Mapping[str, str], pipe: Connection) -> None
     """Tell the files that belong to no kept commit."""
     use(variables)
     fs, path = fsspec.core.url_to_fs(root)
-    kept = [commit.prefix for commit in Folder(Store(root)).commits[-KEEP:]]
+    kept = [commit.prefix for commit in Folder(CheckpointStore(root)).commits[-KEEP:]]
     names = [str(name).removeprefix(f"{path}/") for name in fs.find(path)]
     pipe.send([name for name in names if not name.startswith(tuple(kept))])

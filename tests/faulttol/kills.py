@@ -1,8 +1,8 @@
 """`python -m tests.faulttol.kills`: ranks that save again and again are killed at random moments; what is left is judged.
 
 Each place (disk, S3 with faults, a disk that fills up, a folder that turns read-only) has one run. Each kill ends an
-attempt of it, and the next attempt goes on from what is there, cut elsewhere among its ranks. After each kill the newest
-checkpoint must load into a process that had no part in it, hold exactly one step's values, and be no older than what a
+attempt of it, and the next attempt continues from what is there, cut elsewhere among its ranks. After each kill the newest
+checkpoint must load into a process that had no part in it, hold exactly one step's values, and be not an older than what a
 rank was told is saved. At the end a sound attempt must leave nothing behind but the checkpoints that are kept.
 """
 
@@ -54,7 +54,7 @@ def rows_of(quick: bool) -> int:
 
 
 @dataclass
-class Place:
+class KillPlace:
     """Where a run saves, and what is known of it."""
 
     name: str
@@ -82,7 +82,7 @@ class Place:
         """Be sound again."""
 
 
-class Store(Place):
+class FlakyStore(KillPlace):
     """S3, whose requests fail now and then."""
 
     faults: FaultyS3
@@ -94,7 +94,7 @@ class Store(Place):
         self.faults.rate = 0.0
 
 
-class Full(Place):
+class Full(KillPlace):
     """A small disk that something else fills up."""
 
     def _filler(self) -> Path:
@@ -114,7 +114,7 @@ class Full(Place):
         self._filler().unlink(missing_ok=True)
 
 
-class ReadOnly(Place):
+class ReadOnly(KillPlace):
     """A folder that is mounted anew without the right to write."""
 
     def harm(self, noise: random.Random) -> None:
@@ -135,15 +135,15 @@ def _mount(*words: str) -> int:
 
 
 @contextlib.contextmanager
-def places(rows: int, seed: int) -> Iterator[list[Place]]:
+def places(rows: int, seed: int) -> Iterator[list[KillPlace]]:
     """All places that this machine can make."""
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="megaray-kills-")))
         faults = ends.enter_context(FaultyS3(seed))
-        store = Store("s3", f"s3://{BUCKET}/kills", faults.environment(), sound=False, readable=False)
+        store = FlakyStore("s3", f"s3://{BUCKET}/kills", faults.environment(), sound=False, readable=False)
         store.faults, store.counts = faults, faults.met
-        found = [Place("disk", str(folder / "disk")), store]
-        small: tuple[tuple[str, type[Place]], ...] = (("full", Full), ("read-only", ReadOnly))
+        found = [KillPlace("disk", str(folder / "disk")), store]
+        small: tuple[tuple[str, type[KillPlace]], ...] = (("full", Full), ("read-only", ReadOnly))
         for name, kind in small if os.environ.get(_MOUNTED) else ():
             mount = folder / name
             mount.mkdir()
@@ -163,7 +163,7 @@ class Wrong(AssertionError):
 
 
 @dataclass(frozen=True)
-class Gang:
+class KillGang:
     """The ranks of an attempt."""
 
     ranks: list[Any]
@@ -252,7 +252,7 @@ class Killer:
         self.inside = 0
         """Kills in the middle of a save."""
 
-    def once(self, place: Place) -> str:
+    def once(self, place: KillPlace) -> str:
         """One kill; how it went.
 
         Raises:
@@ -285,25 +285,25 @@ class Killer:
             place.cycles[background] = statistics.median(b - a for a, b in pairwise(begun)) / 1e9
         return f"{told} -> {self._judge(place, lines)}"
 
-    def _start(self, place: Place, background: bool, most: int | None = None) -> Gang:
+    def _start(self, place: KillPlace, background: bool, most: int | None = None) -> KillGang:
         log = str(self._scratch / f"{place.name}-{place.attempt}")
         order = Order(place.root, place.attempt, self._rows, background, log, place.variables, most)
         ranks = [self._context.Process(target=_call, args=("run_rank", r, order)) for r in range(WORLD)]
         for rank in ranks:
             rank.start()
-        return Gang(ranks, log)
+        return KillGang(ranks, log)
 
-    def _wait(self, place: Place, background: bool, cycles: float = 2.5) -> None:
+    def _wait(self, place: KillPlace, background: bool, cycles: float = 2.5) -> None:
         seconds = self._noise.random() * cycles * place.cycles.get(background, 0.1)
         time.sleep(min(seconds, self._longest))
 
-    def _check_loaded(self, place: Place, gang: Gang) -> None:
+    def _check_loaded(self, place: KillPlace, gang: KillGang) -> None:
         for rank in range(WORLD):
             loaded = [(attempt, step) for word, attempt, step, *_ in gang.lines(rank) if word == "loaded"]
             if loaded != [place.newest] * (place.newest is not None):
                 raise Wrong(f"rank {rank} loaded {loaded}, and {place.newest} is the newest")
 
-    def _strike(self, place: Place, gang: Gang, background: bool) -> str:
+    def _strike(self, place: KillPlace, gang: KillGang, background: bool) -> str:
         victim = self._noise.choice(
             ("rank 0", "rank 1", "all", *(("writer 0", "writer 1") if background else ()))
         )
@@ -322,11 +322,11 @@ class Killer:
         self.victims[victim] += 1
         self.inside += inside
         if kind == "rank":
-            self._wait(place, background, 1.0)  # the other goes on until it notices, or is ended
+            self._wait(place, background, 1.0)  # the other continues until it notices, or is ended
         return f"{victim} of {'background' if background else 'blocking'} at step {max(gang.steps('begin'))}"
 
-    def _strike_writer(self, place: Place, gang: Gang, rank: int) -> None:
-        """Kill a writer alone: its rank must go on, and save again."""
+    def _strike_writer(self, place: KillPlace, gang: KillGang, rank: int) -> None:
+        """Kill a writer alone: its rank must continue, and save again."""
         gang.wait(lambda: len(gang.writers()) == WORLD, "both writers")
         os.kill(gang.writers()[rank], signal.SIGKILL)
         place.heal()
@@ -335,7 +335,7 @@ class Killer:
             lambda: min(gang.steps("saved")) > past, f"a save after step {past}, whose writer was killed,"
         )
 
-    def _judge(self, place: Place, lines: list[Line]) -> str:
+    def _judge(self, place: KillPlace, lines: list[Line]) -> str:
         saved = [(attempt, step) for word, attempt, step, *_ in lines if word == "saved"]
         place.saved = max([place.saved, *saved])
         place.begun = max([place.begun, *(step for word, _, step, *_ in lines if word == "begin")])
@@ -347,7 +347,7 @@ class Killer:
         place.newest = found.newest
         return f"{found.newest}, {found.commits} committed, {found.begun} not"
 
-    def finish(self, place: Place) -> None:
+    def finish(self, place: KillPlace) -> None:
         """Let a sound attempt save, and see that nothing of all that went before is left over.
 
         Raises:

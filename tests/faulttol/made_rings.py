@@ -10,8 +10,18 @@ import pytest
 
 from configs.rank import RankFiles
 from faulttol import recorder
-from faulttol.recorder import Phase, Recorder
-from faulttol.timeline.trace import BATCHED, Call, Group, Lane, Op, Trace, table_of, trace_of, write_groups
+from faulttol.recorder import RankPhase, Recorder
+from faulttol.timeline.trace import (
+    BATCHED,
+    CollectiveCall,
+    Op,
+    TracedGroup,
+    TraceWriter,
+    WaitLane,
+    table_of,
+    trace_of,
+    write_groups,
+)
 
 MS = 1_000_000
 START = 50_000 * MS
@@ -30,7 +40,7 @@ class Did:
     """Of waits of another thread, which hold nobody up."""
 
 
-class Made:
+class MadeRank:
     """One rank that writes its files, on a clock of its own."""
 
     def __init__(
@@ -46,15 +56,15 @@ class Made:
         self.now = start
         self._patch = patch
         self.ring = Recorder(self.files.ring, rank, capacity)
-        self.trace = Trace(trace_of(self.files), rank, calls)
-        write_groups(table_of(self.files), {7: Group("dp", range(4))})
+        self.trace = TraceWriter(trace_of(self.files), rank, calls)
+        write_groups(table_of(self.files), {7: TracedGroup("dp", range(4))})
         self.count = 0
 
     def _at(self, milliseconds: int) -> None:
         self.now += milliseconds * MS
         self._patch.setattr(recorder.time, "monotonic_ns", lambda: self.now)
 
-    def phase(self, phase: Phase, step: int, milliseconds: int) -> None:
+    def phase(self, phase: RankPhase, step: int, milliseconds: int) -> None:
         """A phase from now on."""
         self._at(0)
         self.ring.begin(phase, step)
@@ -64,13 +74,13 @@ class Made:
     def waits(
         self,
         milliseconds: int,
-        lane: int = Lane.MAIN,
+        lane: int = WaitLane.MAIN,
         flags: int = 0,
         op: int = Op.ALL_REDUCE,
         move: bool = True,
     ) -> None:
         """A call that is waited for from now on."""
-        call = Call(op, self.now - MS, 7, self.count, -1, 400)
+        call = CollectiveCall(op, self.now - MS, 7, self.count, -1, 400)
         self.count += 1
         self.trace.write(call, self.now, self.now + milliseconds * MS, lane, flags)
         if move:
@@ -79,37 +89,37 @@ class Made:
     def started(self, step: int = 0) -> None:
         """The start of a rank, up to its first step."""
         self._at(0)
-        self.ring.begin(Phase.IMPORTS, 0)
+        self.ring.begin(RankPhase.IMPORTS, 0)
         self._at(900)
-        self.ring.begin(Phase.DATA, 0)
+        self.ring.begin(RankPhase.DATA, 0)
         self._at(100)
-        self.ring.begin(Phase.RENDEZVOUS, 0)
+        self.ring.begin(RankPhase.RENDEZVOUS, 0)
         self.waits(300)
-        self.ring.begin(Phase.BUILD, 0)
+        self.ring.begin(RankPhase.BUILD, 0)
         self._at(10)
-        self.ring.begin(Phase.LOAD, 0)
+        self.ring.begin(RankPhase.LOAD, 0)
         self._at(10)
 
     def step(self, number: int, did: Did = Did()) -> None:
         """One step with its save."""
-        self.phase(Phase.DATA, number, did.data)
+        self.phase(RankPhase.DATA, number, did.data)
         self._at(0)
-        self.ring.begin(Phase.FORWARD, number)
+        self.ring.begin(RankPhase.FORWARD, number)
         self._at(did.compute // 2)
-        self.waits(did.beside, Lane.BESIDE, move=False)
+        self.waits(did.beside, WaitLane.BESIDE, move=False)
         self.waits(did.wait, move=False)
         self.waits(did.wait, flags=BATCHED)
-        self.ring.end(Phase.FORWARD, number)
-        self.phase(Phase.OPTIMIZER, number, did.compute - did.compute // 2)
+        self.ring.end(RankPhase.FORWARD, number)
+        self.phase(RankPhase.OPTIMIZER, number, did.compute - did.compute // 2)
         self.ring.step(number + 1)
         if did.save:
-            self.ring.begin(Phase.CHECKPOINT, number)
+            self.ring.begin(RankPhase.CHECKPOINT, number)
             self.waits(did.save // 2)
             self.ring.touch()
-            self.ring.begin(Phase.COLLECTIVE, number)
+            self.ring.begin(RankPhase.COLLECTIVE, number)
             self._at(did.save - did.save // 2)
-            self.ring.begin(Phase.CHECKPOINT, number)
-            self.ring.end(Phase.CHECKPOINT, number)
+            self.ring.begin(RankPhase.CHECKPOINT, number)
+            self.ring.end(RankPhase.CHECKPOINT, number)
 
     def close(self) -> None:
         """Unmap the files."""
@@ -117,9 +127,9 @@ class Made:
         self.trace.close()
 
 
-def gang(folder: Path, ranks: Sequence[int], patch: pytest.MonkeyPatch) -> list[Made]:
+def gang(folder: Path, ranks: Sequence[int], patch: pytest.MonkeyPatch) -> list[MadeRank]:
     """Ranks that have started."""
-    made = [Made(folder, rank, patch) for rank in ranks]
+    made = [MadeRank(folder, rank, patch) for rank in ranks]
     for one in made:
         one.started()
     return made

@@ -24,10 +24,10 @@ from typing import Any, Self
 
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit, tag
+from faulttol.checkpoint.folder import CheckpointCommit, tag
 from faulttol.checkpoint.load import Tier, restore, stored
 from faulttol.checkpoint.manifest import Identity
-from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.snapshots import memory, ranges
 from tests.namespaces import Host
 
@@ -105,7 +105,7 @@ class HubPeers:
 
 
 @dataclass(frozen=True)
-class Job:
+class MemoryNodeJob:
     """What one rank does."""
 
     rank: int
@@ -155,13 +155,13 @@ def _values(step: int, first: int, count: int) -> memoryview:
     return memoryview((at * np.uint32(2654435761) + np.uint32(step)).view(np.uint8))
 
 
-def _pieces(job: Job, step: int) -> list[Piece]:
+def _pieces(job: MemoryNodeJob, step: int) -> list[TensorPiece]:
     size, first = job.elements * job.world, job.elements * job.rank
     box = Box((size,), (first,), (job.elements,))
-    return [Piece("weight", "int32", box, _values(step, first, job.elements))]
+    return [TensorPiece("weight", "int32", box, _values(step, first, job.elements))]
 
 
-def _save(store: Any, job: Job, step: int, peers: HubPeers, commits: bool = True) -> float:
+def _save(store: Any, job: MemoryNodeJob, step: int, peers: HubPeers, commits: bool = True) -> float:
     """Save one step; seconds."""
     pieces = _pieces(job, step)
     peers.gather(None)
@@ -175,7 +175,7 @@ def _save(store: Any, job: Job, step: int, peers: HubPeers, commits: bool = True
     return time.monotonic() - began
 
 
-def _saves(job: Job, peers: HubPeers) -> dict[str, float]:
+def _saves(job: MemoryNodeJob, peers: HubPeers) -> dict[str, float]:
     """Save as the job says, then wait for the end; the server must live as long as others may push."""
     secret = peers.broadcast(secrets.token_bytes(32))
     server = ranges.serve(job.folder, secret, ranges.address_towards(job.towards))
@@ -186,7 +186,7 @@ def _saves(job: Job, peers: HubPeers) -> dict[str, float]:
     seconds = {}
     for step in job.to_memory:
         seconds["memory"] = _save(copies, job, step, peers)
-        memory.sweep(job.folder, Commit(job.attempt, step, tag(RUN)))
+        memory.sweep(job.folder, CheckpointCommit(job.attempt, step, tag(RUN)))
     for step in job.to_store:
         seconds["store"] = _save(stored(job.store)[0].store, job, step, peers)
     for step in job.begun:
@@ -210,7 +210,7 @@ class _Place:
         self.values[4 * (low - start) : 4 * (high - start)] = given[4 * (low - first) : 4 * (high - first)]
 
 
-def _restores(job: Job, peers: HubPeers) -> list[dict[str, Any]]:
+def _restores(job: MemoryNodeJob, peers: HubPeers) -> list[dict[str, Any]]:
     saved = job.saved or job.world
     size = job.elements * saved
     first, last = (size * turn // job.world for turn in (job.rank, job.rank + 1))
@@ -257,7 +257,7 @@ def _no_tier(*_: Any) -> Iterator[Tier | None]:
 
 def main() -> None:
     """One rank."""
-    job = Job(**json.loads(sys.argv[1]))
+    job = MemoryNodeJob(**json.loads(sys.argv[1]))
     peers = HubPeers(job.hub, job.rank)
     answer: Any = _restores(job, peers) if job.tiers else _saves(job, peers)
     sys.stdout.write(json.dumps(answer) + "\n")
@@ -287,7 +287,7 @@ class Nodes:
         hub = Hub(self._folder, len(nodes))
         towards = self._hosts[int(nodes[0])].ip if self._hosts else "127.0.0.1"
         for rank, node in enumerate(nodes):
-            told = Job(rank, nodes, hub.address, str(self.memory(node)), towards=towards, **job)
+            told = MemoryNodeJob(rank, nodes, hub.address, str(self.memory(node)), towards=towards, **job)
             words = [sys.executable, "-m", "tests.faulttol.memory_nodes", json.dumps(asdict(told))]
             command = self._hosts[int(node)].command(*words) if self._hosts else words
             self.running.append(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.save import Identity, Retention, Saved, save
 
 T = TypeVar("T")
@@ -74,9 +74,9 @@ def identity(rank: int, world: int, run: str = "run-1", attempt: int = 1) -> Ide
     return Identity(run, attempt, LAYOUT, rank, world)
 
 
-def piece(name: str, data: bytes, whole: int, start: int) -> Piece:
+def piece(name: str, data: bytes, whole: int, start: int) -> TensorPiece:
     """A stretch of a flat tensor of bytes."""
-    return Piece(name, "uint8", Box((whole,), (start,), (len(data),)), memoryview(data))
+    return TensorPiece(name, "uint8", Box((whole,), (start,), (len(data),)), memoryview(data))
 
 
 def values(world: int, step: int, size: int = 1000) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def values(world: int, step: int, size: int = 1000) -> dict[str, bytes]:
     return {"weight": noise.randbytes(size * world), "bias": b"%010d" % step, **own}
 
 
-def pieces(rank: int, world: int, step: int, size: int = 1000) -> list[Piece]:
+def pieces(rank: int, world: int, step: int, size: int = 1000) -> list[TensorPiece]:
     """A rank's share of `values`."""
     state = values(world, step, size)
     share = state["weight"][size * rank : size * (rank + 1)]

@@ -168,4 +168,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: thousands of requests are no news."""
+        """Nothing: thousands of requests are not news."""

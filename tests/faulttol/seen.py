@@ -7,13 +7,17 @@ from typing import Any
 
 from configs.timeouts import Timeouts
 from faulttol.detect.snapshot import RankSeen, Snapshot
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 
 TIMEOUTS = Timeouts(patience=30.0)  # heartbeat 1, agent 10, hang 30, start 180
 
 
 def record(
-    sequence: int, step: int, time: float, phase: Phase = Phase.FORWARD, mark: Mark = Mark.BEGIN
+    sequence: int,
+    step: int,
+    time: float,
+    phase: RankPhase = RankPhase.FORWARD,
+    mark: PhaseMark = PhaseMark.BEGIN,
 ) -> Record:
     return Record(sequence, time, mark, phase, step)
 

@@ -12,9 +12,9 @@ import pytest
 
 from faulttol.bench import reshard, save
 from faulttol.bench.__main__ import main
-from faulttol.bench.gang import Place, RankFailed, run_ranks
-from faulttol.bench.reshard import Found, Load
-from faulttol.bench.save import Row, Sample
+from faulttol.bench.gang import BenchRank, RankFailed, run_ranks
+from faulttol.bench.reshard import Load, ReshardResult
+from faulttol.bench.save import SaveMedians, SaveSample
 from faulttol.bench.state import boxes, elements, shapes
 from faulttol.checkpoint.boxes import Box, uncovered
 
@@ -42,8 +42,8 @@ def test_ranks_have_each_element_once(world: int, dim: int) -> None:
         assert shape[dim] == params[name][dim] // world
 
 
-def _row(name: str, held: float, ratio: float = 1.0) -> Row:
-    return Row(name, held, 1.0, ratio, 1.0, ratio, 1 << 30)
+def _row(name: str, held: float, ratio: float = 1.0) -> SaveMedians:
+    return SaveMedians(name, held, 1.0, ratio, 1.0, ratio, 1 << 30)
 
 
 _ROWS = [
@@ -66,13 +66,17 @@ def test_ours_is_held_against_the_best_of_the_others() -> None:
 
 @pytest.mark.unit
 def test_a_row_is_of_medians_and_of_ratios_save_by_save() -> None:
-    samples = [Sample(1.0, 1.0, 2.0, 1.0, 10), Sample(3.0, 1.2, 8.0, 8.0, 11), Sample(2.0, 1.1, 9.0, 3.0, 12)]
-    assert save._row("ours", samples) == Row("ours", 2.0, 1.1, 8.0, 3.0, 2.0, 12)
+    samples = [
+        SaveSample(1.0, 1.0, 2.0, 1.0, 10),
+        SaveSample(3.0, 1.2, 8.0, 8.0, 11),
+        SaveSample(2.0, 1.1, 9.0, 3.0, 12),
+    ]
+    assert save._row("ours", samples) == SaveMedians("ours", 2.0, 1.1, 8.0, 3.0, 2.0, 12)
 
 
 @pytest.mark.unit
 def test_a_report_names_what_was_missed() -> None:
-    spec = save.Spec(4 << 30, 4, 3, 2.0, Path("."))
+    spec = save.SaveSpec(4 << 30, 4, 3, 2.0, Path("."))
     lines = save.report(spec, _ROWS).splitlines()
     assert lines[0].startswith("4.00 GiB of fp32 masters and moments, 4 ranks, 3 saves each")
     assert [line.split()[0] for line in lines if " most " in line] == ["ok", "MISSED", "ok", "MISSED"]
@@ -81,7 +85,7 @@ def test_a_report_names_what_was_missed() -> None:
     assert told["rows"][0]["held"] == 0.3
 
 
-_FOUND = Found(
+_FOUND = ReshardResult(
     [Load("experts whole", 2.0, 100, 100, 10 << 20), Load("columns of each", 5.0, 106, 100, 300 << 20)], 1e9, 100, 9.0, 2.0
 )  # fmt: skip
 
@@ -91,7 +95,7 @@ def test_a_load_is_held_against_speed_bytes_and_memory() -> None:
     assert [(round(bar.value, 2), bar.kept) for bar in reshard.bars(_FOUND)] == [
         (5.5, True), (1.0, True), (10.0, True), (2.2, False), (1.06, False), (300.0, False),
     ]  # fmt: skip
-    spec = reshard.Spec(1 << 30, 4, 2, Path("."))
+    spec = reshard.ReshardSpec(1 << 30, 4, 2, Path("."))
     lines = reshard.report(spec, _FOUND).splitlines()
     assert [line.split()[0] for line in lines[-6:]] == ["ok"] * 3 + ["MISSED"] * 3
     assert "1.00 GB/s: the ceiling" in "\n".join(lines)
@@ -103,8 +107,8 @@ def test_a_load_is_held_against_speed_bytes_and_memory() -> None:
     ("words", "why"),
     [
         (["save", "--path", "{here}/none"], "--path={here}/none isn't a folder: make it, or name another"),
-        (["reshard", "--gib", "0"], "--gib=0 is no size: type more than 0"),
-        (["save", "--path", "{here}", "--only", "theirs"], "--only=theirs is no contestant: type of 'ours', "),
+        (["reshard", "--gib", "0"], "--gib=0 must be above 0: type more than 0"),
+        (["save", "--path", "{here}", "--only", "theirs"], "--only=theirs is not a contestant: type of 'ours', "),
         (["save", "--path", "{here}", "--gib", "1e6"], "MiB are needed: name another folder, or type a smaller --gib"),
         (["reshard", "--path", "{here}", "--gib", "1e6"], "MiB are needed: name another folder, or type a smaller"),
     ],
@@ -163,13 +167,13 @@ def test_a_wait_before_the_state_may_change_is_time_held(tmp_path: Path) -> None
 # ---- on ranks ----
 
 
-def _all_of_ours(place: Place, root: Path) -> Any:
+def _all_of_ours(place: BenchRank, root: Path) -> Any:
     """What ranks do in both measurements of ours, in one process."""
     samples = {}
     for kind in ("ours", "ours waiting", "DCP save"):
         (root / kind).mkdir()
-        samples[kind] = save._measure(place, kind, save.Spec(1 << 22, place.world, 1, 0.01, root / kind))
-    again = reshard.Spec(1 << 22, place.world, place.world, root)
+        samples[kind] = save._measure(place, kind, save.SaveSpec(1 << 22, place.world, 1, 0.01, root / kind))
+    again = reshard.ReshardSpec(1 << 22, place.world, place.world, root)
     reshard._save_ours(place, replace(again, root=root / "again"))
     loads = [reshard._load_ours(place, replace(again, root=root / "again"), dim) for dim in (0, -1)]
     return samples, loads, reshard._read_plainly(place, replace(again, root=root / "again"))
@@ -193,8 +197,8 @@ def test_ours_is_measured(tmp_path: Path) -> None:
     assert size < count < size * 1.2 and seconds > 0
 
 
-def _wrong_values(place: Place, root: Path) -> None:
-    spec = reshard.Spec(1 << 22, 1, 1, root)
+def _wrong_values(place: BenchRank, root: Path) -> None:
+    spec = reshard.ReshardSpec(1 << 22, 1, 1, root)
     reshard._save_ours(place, spec)
     right = reshard.share
 

@@ -15,22 +15,22 @@ from configs.errors import UserError
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import Folder, folder_of, tag
-from faulttol.checkpoint.manifest import Head, Incomplete, Manifest, Superseded
-from faulttol.checkpoint.peers import Alone
-from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.manifest import Incomplete, Manifest, ManifestHead, SaveSuperseded
+from faulttol.checkpoint.peers import SoloPeers
+from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.save import Retention, Saved, save
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.ranks import LAYOUT, identity, piece, pieces, save_all, together
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 
 def _steps(root: Path) -> list[int]:
-    return [commit.step for commit in Folder(Store(str(root))).commits]
+    return [commit.step for commit in Folder(CheckpointStore(str(root))).commits]
 
 
-def _newest(root: Path) -> Head | None:
-    return loading.newest(loading.stored(str(root)), Alone())
+def _newest(root: Path) -> ManifestHead | None:
+    return loading.newest(loading.stored(str(root)), SoloPeers())
 
 
 def _refusal(answers: list[Saved | Exception], kind: type[Exception]) -> str:
@@ -56,7 +56,7 @@ def test_all_ranks_are_told_the_same(tmp_path: Path, world: int) -> None:
 def test_a_manifest_tells_what_was_saved(tmp_path: Path) -> None:
     save_all(tmp_path, 30)
     for found in together(2, lambda rank, peers: loading.newest(loading.stored(str(tmp_path)), peers)):
-        assert isinstance(found, Head)
+        assert isinstance(found, ManifestHead)
         assert (found.run, found.attempt, found.step, found.world) == ("run-1", 1, 30, 2)
         assert found.layout == LAYOUT and found.facts == {"loss": 30 / 7}
     for found in together(2, lambda rank, peers: loading.read_manifest(str(tmp_path), 30, peers)):
@@ -75,7 +75,7 @@ def test_a_step_is_read_by_its_number(tmp_path: Path) -> None:
     for found in together(2, lambda rank, peers: loading.read_manifest(str(tmp_path), 1, peers)):
         assert isinstance(found, Manifest) and found.step == 1
     with pytest.raises(Incomplete, match="step 3 has no manifest"):
-        loading.read_manifest(str(tmp_path), 3, Alone())
+        loading.read_manifest(str(tmp_path), 3, SoloPeers())
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_odd_run_id_is_a_file_name(tmp_path: Path) -> None:
 
 
 def test_boxes_without_elements_are_no_matter(tmp_path: Path) -> None:
-    def parts(rank: int) -> list[Piece]:
+    def parts(rank: int) -> list[TensorPiece]:
         return [piece("w", bytes(6) if rank else b"", 6, 0)]
 
     answers = together(
@@ -119,14 +119,14 @@ def test_one_rank_that_cannot_write_fails_all_and_commits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_all(tmp_path, 10)
-    write = Store.write
+    write = CheckpointStore.write
 
-    def full(self: Store, name: str, chunks: object) -> int:
+    def full(self: CheckpointStore, name: str, chunks: object) -> int:
         if ".r00001." in name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, name, chunks)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Store, "write", full)
+    monkeypatch.setattr(CheckpointStore, "write", full)
     told = _refusal(save_all(tmp_path, 20), Incomplete)
     assert "step 20 was not saved" in told and "rank 1: OSError" in told and "No space left" in told
     assert list((tmp_path / folder_of(20)).iterdir()) == [], "the room is given back"
@@ -134,33 +134,33 @@ def test_one_rank_that_cannot_write_fails_all_and_commits_nothing(
 
 
 def test_a_manifest_that_cannot_be_written_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Store, name: str, chunks: object) -> int:
+    def refuse(self: CheckpointStore, name: str, chunks: object) -> int:
         assert name.endswith("manifest.json")
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Store, "create", refuse)
+    monkeypatch.setattr(CheckpointStore, "create", refuse)
     assert "Permission denied" in _refusal(save_all(tmp_path, 20), Incomplete)
     assert _steps(tmp_path) == [] and list((tmp_path / folder_of(20)).iterdir()) == []
 
 
 def test_a_commit_whose_answer_was_lost_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request is repeated, and meets the manifest that it has written itself."""
-    create = Store.create
+    create = CheckpointStore.create
 
-    def twice(self: Store, name: str, chunks: list[bytes]) -> int:
+    def twice(self: CheckpointStore, name: str, chunks: list[bytes]) -> int:
         create(self, name, chunks)
         return create(self, name, chunks)
 
-    monkeypatch.setattr(Store, "create", twice)
+    monkeypatch.setattr(CheckpointStore, "create", twice)
     assert all(isinstance(a, Saved) for a in save_all(tmp_path, 20))
     assert _steps(tmp_path) == [20]
 
 
 def test_a_folder_that_cannot_be_listed_fails_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Store, folder: str = "") -> list[str]:
+    def refuse(self: CheckpointStore, folder: str = "") -> list[str]:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Store, "names", refuse)
+    monkeypatch.setattr(CheckpointStore, "names", refuse)
     assert "step 1 was not saved" in _refusal(save_all(tmp_path, 1), Incomplete)
 
 
@@ -173,7 +173,7 @@ def test_a_disk_that_fills_up_leaves_no_temporary_file(
     monkeypatch.setattr("os.fsync", fail)
     (tmp_path / "there").mkdir()
     with pytest.raises(OSError, match="No space left"):
-        Store(str(tmp_path)).write("there/file", [b"x" * 100])
+        CheckpointStore(str(tmp_path)).write("there/file", [b"x" * 100])
     assert list((tmp_path / "there").iterdir()) == []
 
 
@@ -185,12 +185,12 @@ def test_a_disk_that_fills_up_leaves_no_temporary_file(
         ([[piece("w", bytes(6), 10, 0)], [piece("w", bytes(3), 10, 6)]], r"w\[9:10\] of \[10\] has no source"),
         ([[piece("w", bytes(6), 10, 0)], [piece("w", bytes(4), 11, 6)]], r"w is uint8\[10\] on rank 0 and uint8\[11\]"),
         ([[piece("w", bytes(5), 10, 0), piece("w", bytes(5), 10, 0)], []], r"w\[0:5\] is there twice on rank 0"),
-        ([[Piece("w", "uint8", piece("w", bytes(4), 4, 0).box, memoryview(bytes(3)))], []], "has 3 bytes, and 4"),
-        ([[Piece("w", "int3", piece("w", bytes(4), 4, 0).box, memoryview(bytes(4)))], []], "w is int3, which can't be"),
+        ([[TensorPiece("w", "uint8", piece("w", bytes(4), 4, 0).box, memoryview(bytes(3)))], []], "has 3 bytes, and 4"),
+        ([[TensorPiece("w", "int3", piece("w", bytes(4), 4, 0).box, memoryview(bytes(4)))], []], "w is int3, which"),
     ],
 )  # fmt: skip
 def test_ranks_that_contradict_each_other_are_refused(
-    tmp_path: Path, parts: list[list[Piece]], why: str
+    tmp_path: Path, parts: list[list[TensorPiece]], why: str
 ) -> None:
     answers = together(
         2, lambda rank, peers: save(str(tmp_path), 5, parts[rank], identity(rank, 2), {}, peers, Retention(2))
@@ -202,7 +202,7 @@ def test_ranks_that_contradict_each_other_are_refused(
 
 def test_facts_that_are_no_json_are_told(tmp_path: Path) -> None:
     with pytest.raises(Incomplete, match="step 1 was not saved.*TypeError.*set"):
-        save(str(tmp_path), 1, pieces(0, 1, 1), identity(0, 1), {"x": {1}}, Alone(), Retention(1))
+        save(str(tmp_path), 1, pieces(0, 1, 1), identity(0, 1), {"x": {1}}, SoloPeers(), Retention(1))
 
 
 # ---- interrupted and repeated saves ----
@@ -251,7 +251,7 @@ def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Otherwise a removal that is interrupted leaves a manifest without its files."""
     save_all(tmp_path, 1, keep=1)
     removed: list[str] = []
-    monkeypatch.setattr(Store, "remove", lambda self, name: removed.append(name))
+    monkeypatch.setattr(CheckpointStore, "remove", lambda self, name: removed.append(name))
     save_all(tmp_path, 2, keep=1)
     assert removed == [f"{folder_of(1)}/run-1.a0001.manifest.json", folder_of(1)]
 
@@ -259,11 +259,11 @@ def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_removal_that_fails_is_told_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(self: Store, name: str) -> None:
+    def refuse(self: CheckpointStore, name: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     save_all(tmp_path, 1, keep=1)
-    monkeypatch.setattr(Store, "remove", refuse)
+    monkeypatch.setattr(CheckpointStore, "remove", refuse)
     with caplog.at_level(logging.WARNING):
         assert all(isinstance(a, Saved) for a in save_all(tmp_path, 2, keep=1))
     assert "could not remove old checkpoints" in caplog.text and "Permission denied" in caplog.text
@@ -287,15 +287,15 @@ def test_a_run_that_committed_meanwhile_owns_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both began in an empty folder; the second to commit is refused, and its files go."""
-    write, met = Store.write, []
+    write, met = CheckpointStore.write, []
 
-    def slow(self: Store, name: str, chunks: object) -> int:
+    def slow(self: CheckpointStore, name: str, chunks: object) -> int:
         if "run-2" in name and not met:
             met.append(name)
             save_all(tmp_path, 1, world=1)
         return write(self, name, chunks)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Store, "write", slow)
+    monkeypatch.setattr(CheckpointStore, "write", slow)
     assert "belongs to run run-1" in _refusal(save_all(tmp_path, 1, world=1, run="run-2"), UserError)
     assert met and not list(tmp_path.rglob("run-2*"))
 
@@ -319,8 +319,8 @@ def test_format_1_is_refused_by_name(tmp_path: Path) -> None:
     )
     for act in (
         lambda: _newest(tmp_path),
-        lambda: loading.restore(loading.stored(str(tmp_path)), [], Alone(), identity(0, 1)),
-        lambda: save(str(tmp_path), 20, pieces(0, 1, 20), identity(0, 1), {}, Alone(), Retention(1)),
+        lambda: loading.restore(loading.stored(str(tmp_path)), [], SoloPeers(), identity(0, 1)),
+        lambda: save(str(tmp_path), 20, pieces(0, 1, 20), identity(0, 1), {}, SoloPeers(), Retention(1)),
     ):
         with pytest.raises(UserError, match=why):
             act()
@@ -333,7 +333,7 @@ def test_format_1_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_late_writer_of_an_older_attempt_commits_nothing(tmp_path: Path) -> None:
     save_all(tmp_path, 10, attempt=2)
     for step in (10, 5, 20):
-        told = _refusal(save_all(tmp_path, step, attempt=1), Superseded)
+        told = _refusal(save_all(tmp_path, step, attempt=1), SaveSuperseded)
         assert "attempt 2 of run run-1 has saved" in told and "this is attempt 1, which is over" in told
     assert _steps(tmp_path) == [10] and not list(tmp_path.rglob("*.a0001.*"))
 
@@ -341,16 +341,16 @@ def test_a_late_writer_of_an_older_attempt_commits_nothing(tmp_path: Path) -> No
 def test_a_newer_attempt_that_starts_during_a_save_shuts_it_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, met = Store.write, []
+    write, met = CheckpointStore.write, []
 
-    def slow(self: Store, name: str, chunks: object) -> int:
+    def slow(self: CheckpointStore, name: str, chunks: object) -> int:
         if ".a0001.r" in name and not met:
             met.append(name)
             save_all(tmp_path, 10, world=1, attempt=2)
         return write(self, name, chunks)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Store, "write", slow)
-    assert "attempt 2" in _refusal(save_all(tmp_path, 10, world=1, attempt=1), Superseded)
+    monkeypatch.setattr(CheckpointStore, "write", slow)
+    assert "attempt 2" in _refusal(save_all(tmp_path, 10, world=1, attempt=1), SaveSuperseded)
     found = _newest(tmp_path)
     assert met and found is not None and (found.attempt, found.step) == (2, 10)
 
@@ -363,7 +363,7 @@ def test_a_manifest_that_comes_late_replaces_nothing(tmp_path: Path, monkeypatch
     save_all(tmp_path, 15, attempt=1)
     found = _newest(tmp_path)
     assert found is not None and (found.attempt, found.step) == (2, 10)
-    assert loading.read_manifest(str(tmp_path), 10, Alone()).attempt == 2
+    assert loading.read_manifest(str(tmp_path), 10, SoloPeers()).attempt == 2
 
 
 def test_an_attempts_branch_that_was_left_is_retired(tmp_path: Path) -> None:
@@ -371,9 +371,9 @@ def test_an_attempts_branch_that_was_left_is_retired(tmp_path: Path) -> None:
     save_all(tmp_path, 40, keep=2)
     save_all(tmp_path, 50, keep=2)
     save_all(tmp_path, 45, keep=2, attempt=2)
-    assert [(c.attempt, c.step) for c in Folder(Store(str(tmp_path))).commits] == [(1, 50), (2, 45)]
+    assert [(c.attempt, c.step) for c in Folder(CheckpointStore(str(tmp_path))).commits] == [(1, 50), (2, 45)]
     save_all(tmp_path, 50, keep=2, attempt=2)
-    assert [(c.attempt, c.step) for c in Folder(Store(str(tmp_path))).commits] == [(2, 45), (2, 50)]
+    assert [(c.attempt, c.step) for c in Folder(CheckpointStore(str(tmp_path))).commits] == [(2, 45), (2, 50)]
     assert not list(tmp_path.rglob("*.a0001.*"))
 
 

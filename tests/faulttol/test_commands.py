@@ -19,11 +19,11 @@ from configs.errors import USER_ERROR_EXIT, UserError
 from faulttol import cli
 from faulttol.checkpoint import retention
 from faulttol.checkpoint.folder import folder_of
-from faulttol.checkpoint.hashes import Source
+from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.manifest import Tensor
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.commands import places, verify
-from faulttol.commands.screen import Bar, size, table
+from faulttol.commands.screen import ByteProgress, size, table
 from tests.faulttol.ranks import save_all
 from tests.source_tree import ROOT
 
@@ -72,7 +72,9 @@ def test_a_run_under_torchrun_has_no_event_log(tmp_path: Path, monkeypatch: pyte
 
 def test_a_folder_or_url_needs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir()
-    assert places.find(str(tmp_path / "x")) == places.Place(str(tmp_path / "x"), str(tmp_path / "x"))
+    assert places.find(str(tmp_path / "x")) == places.CheckpointPlace(
+        str(tmp_path / "x"), str(tmp_path / "x")
+    )
     assert places.find("s3://bucket/run/").root == "s3://bucket/run"
     found = places.find("s3://bucket/run/step-0000000003")
     assert (found.root, found.step, found.checkpoint_config()) == ("s3://bucket/run", 3, {})
@@ -107,7 +109,7 @@ def test_a_step_that_is_not_there_is_told_with_those_that_are(root: Path, ask: A
 
 
 def test_inspect_tells_steps_tensors_and_facts(root: Path, ask: Ask) -> None:
-    retention.pin(Store(str(root)), 10, "best")
+    retention.pin(CheckpointStore(str(root)), 10, "best")
     (root / folder_of(30)).mkdir()
     (root / folder_of(30) / "run-1.a0002.r00000.1234abcd.safetensors").touch()
     code, out, _ = ask("inspect", root, "--tensors", "*experts*")
@@ -246,7 +248,7 @@ def test_verify_names_damage(root: Path, ask: Ask, damage: Callable[[Path], list
 
 def test_verify_wants_every_element_once(root: Path) -> None:
     """Directory and files must agree of tensors: an index that lacks, doubles or renames a piece doesn't."""
-    source = Source(*newest(root))
+    source = CheckpointSource(*newest(root))
     pieces = [piece for rank in range(3) for piece in source.file(rank)]
     tensors = source.tensors
     assert not list(verify.coverage(tensors, pieces))
@@ -270,13 +272,13 @@ def test_verify_wants_every_element_once(root: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ("inspekt x", "'inspekt' is no command (did you mean 'inspect'?)"),
+        ("inspekt x", "'inspekt' is not a command (did you mean 'inspect'?)"),
         ("", "the following arguments are required: COMMAND"),
         ("verify", "the following arguments are required: PATH"),
-        ("verify x --al", "'--al' is no option (did you mean '--all'?)"),
-        ("verify x y", "'y' is no word that it takes"),
+        ("verify x --al", "'--al' is not an option (did you mean '--all'?)"),
+        ("verify x y", "'y' is not a word that it takes"),
         ("verify x --step two", "'two' is not a whole number"),
-        ("export x --out y --shard-size 5X", "'5X' is no number of bytes"),
+        ("export x --out y --shard-size 5X", "'5X' is not a number of bytes"),
         ("import x --out y", "the following arguments are required: --from"),
         ("grow x --out y", "the following arguments are required: --layers"),
         ("diff x", "the following arguments are required: SECOND"),
@@ -330,14 +332,17 @@ def test_a_bar_is_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", "100")
     clock = iter(range(100))
     screen, plain = Terminal(), io.StringIO()
-    with Bar(screen, "verify", lambda: float(next(clock))) as bar, Bar(plain, "verify") as silent:
+    with (
+        ByteProgress(screen, "verify", lambda: float(next(clock))) as bar,
+        ByteProgress(plain, "verify") as silent,
+    ):
         bar(1 << 30, 4 << 30)
         silent(4, 4)
         assert "25% 1 GiB of 4 GiB, 1.07 GB/s, 0:03 left" in screen.getvalue()
         bar(4 << 30, 4 << 30)
     assert screen.getvalue().endswith("\r") and plain.getvalue() == ""
     quick = Terminal()
-    with Bar(quick, "x", lambda: 0.0) as bar:
+    with ByteProgress(quick, "x", lambda: 0.0) as bar:
         bar(1, 2)
         assert quick.getvalue() == ""  # too soon after the one before
         bar(2, 2)

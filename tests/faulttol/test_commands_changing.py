@@ -15,12 +15,12 @@ from configs.errors import USER_ERROR_EXIT
 from faulttol import cli
 from faulttol.checkpoint import retention
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit, Folder, folder_of
-from faulttol.checkpoint.hashes import Source, gap_in, tensor_hashes
+from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
+from faulttol.checkpoint.hashes import CheckpointSource, gap_in, tensor_hashes
 from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.manifest import Tensor
 from faulttol.checkpoint.pieces import BLOCK, DTYPES
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.commands.numbers import numbers
 from faulttol.commands.reshard import AXES, parse_layout, placed
 from tests.faulttol.ranks import save_all
@@ -98,21 +98,21 @@ def test_a_commit_whose_answer_was_lost_keeps_its_files(
     root: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The manifest may be there for all that is known: without its files it would be a wrong newest."""
-    create, read, lost = Store.create, Store.read, []
+    create, read, lost = CheckpointStore.create, CheckpointStore.read, []
 
-    def broken(self: Store, name: str, chunks: Any) -> int:
+    def broken(self: CheckpointStore, name: str, chunks: Any) -> int:
         create(self, name, chunks)
         lost.append(name)
         raise ConnectionError("the answer was lost")
 
-    def unreachable(self: Store, name: str) -> bytes:
+    def unreachable(self: CheckpointStore, name: str) -> bytes:
         if name in lost:
             raise ConnectionError("still away")
         return read(self, name)
 
     with monkeypatch.context() as broken_store:
-        broken_store.setattr(Store, "create", broken)
-        broken_store.setattr(Store, "read", unreachable)
+        broken_store.setattr(CheckpointStore, "create", broken)
+        broken_store.setattr(CheckpointStore, "read", unreachable)
         code, _, err = ask("reshard", root, "--out", tmp_path / "cut", "--files", 2)
     assert code == 1 and "may be written or not" in err
     code, out, _ = ask("verify", tmp_path / "cut")
@@ -135,7 +135,7 @@ def test_reshard_keeps_every_bit(root: Path, tmp_path: Path, ask: Ask, how: str)
     assert data["bytes"] == sum(p.stat().st_size for p in out.glob("*/*.safetensors"))
     values = sum(t.numel() * t.element_size() for t in tensors().values())
     assert 0 < estimate["bytes_moved"] <= values
-    manifest = Source(*newest(out)).manifest
+    manifest = CheckpointSource(*newest(out)).manifest
     assert (manifest.run, manifest.attempt, manifest.step) == ("run-1", 1, 20)
     assert manifest.facts["world"] == 3 and manifest.facts["lineage"][-1]["how"] == "reshard"
     assert ask("verify", out)[0] == 0
@@ -153,7 +153,7 @@ def test_reshard_refuses_and_leaves_nothing(root: Path, tmp_path: Path, ask: Ask
         (("--out", f"{root}/", "--files", 2), "is the folder of the checkpoint itself"),
         (("--out", out), "one of the arguments --files --layout is required"),
         (("--out", out, "--layout", "pp=2,xp=2"), "no axis 'xp'; the axes are pp, dp"),
-        (("--out", out, "--layout", "pp=0"), "pp=0 is no whole number above 0"),
+        (("--out", out, "--layout", "pp=0"), "pp=0 is not a whole number above 0"),
         (("--out", out, "--layout", "dp=2,ep=4"), "ep*etp=4 doesn't divide dp*cp*tp=2"),
     ):
         code, _, err = ask("reshard", root, *words)
@@ -223,7 +223,7 @@ def many(tmp_path: Path) -> Path:
 
 
 def _steps(root: Path) -> list[int]:
-    return [commit.step for commit in Folder(Store(str(root))).commits]
+    return [commit.step for commit in Folder(CheckpointStore(str(root))).commits]
 
 
 def test_prune_keeps_what_the_retention_says(many: Path, ask: Ask) -> None:
@@ -257,8 +257,9 @@ def test_prune_removes_steps_and_keeps_pins(many: Path, ask: Ask) -> None:
     assert ask("prune", many, "--pin", "best", "--step", 10)[0] == 0
     assert ask("prune", many / folder_of(20), "--pin", "second")[0] == 0
     assert ask("prune", many, "--pin", "last")[0] == 0
-    assert retention.pins(Store(str(many))) == {
-        Commit(1, step, "run-1"): [name] for step, name in ((10, "best"), (20, "second"), (50, "last"))
+    assert retention.pins(CheckpointStore(str(many))) == {
+        CheckpointCommit(1, step, "run-1"): [name]
+        for step, name in ((10, "best"), (20, "second"), (50, "last"))
     }
     code, _, err = ask("prune", many, "--steps", "10,30")
     assert code == USER_ERROR_EXIT and "pinned as best: type --unpin best --step 10" in err
@@ -304,7 +305,7 @@ def test_prune_refuses(many: Path, ask: Ask) -> None:
     for words, why in (
         ((), "no retention is configured"),
         (("--steps", "7"), "no such step is committed; there are 10, 20, 30, 40, 50"),
-        (("--steps", "1,x"), "'x' is no step"),
+        (("--steps", "1,x"), "'x' is not a step"),
         (("--steps", ","), "--steps is empty"),
         (("--keep", "0"), "'0' is not a whole number above 0"),
         (("--step", "10"), "neither --pin nor --unpin"),
@@ -359,7 +360,7 @@ def test_weights_go_to_hugging_face_and_come_back(trained: Path, tmp_path: Path,
     before, after = tensor_hashes(*newest(trained)), tensor_hashes(*newest(tmp_path / "back"))
     parameters = [name for name in before if "/" not in name]
     assert all(before[name] == after[name] for name in parameters)
-    manifest = Source(*newest(tmp_path / "back")).manifest
+    manifest = CheckpointSource(*newest(tmp_path / "back")).manifest
     assert (manifest.run, manifest.step) == ("again", 0)
     code, _, err = ask(*words[:-3], tmp_path / "y", "--names", "x.json")
     assert code == USER_ERROR_EXIT and "--names=x.json is for dcp" in err
@@ -369,7 +370,7 @@ def test_an_import_takes_the_optimizer_that_goes_on(trained: Path, tmp_path: Pat
     assert ask("export", trained, "--out", tmp_path / "hf")[0] == 0
     words = ("import", tmp_path / "hf", "--from", "hf", "--out", tmp_path / "muon", "optim.kind=muon")
     assert ask(*words)[0] == 0
-    source = Source(*newest(tmp_path / "muon"))
+    source = CheckpointSource(*newest(tmp_path / "muon"))
     assert any(name.endswith("/momentum") for name in source.tensors)
     assert source.manifest.facts["fingerprint"]["optim"]["kind"] == "muon"
     code, _, err = ask(*words[:-2], tmp_path / "x", "optim.kind=muom")
@@ -388,7 +389,7 @@ def test_all_of_a_checkpoint_goes_to_dcp_and_comes_back(trained: Path, tmp_path:
     assert code == USER_ERROR_EXIT and "--trust" in err and err.count("\n") == 1
     assert ask(*words, "--trust")[0] == 0
     code, out, _ = ask("diff", trained, tmp_path / "back", "--json")
-    assert code == 0 and json.loads(out)["equal"] == len(Source(*newest(trained)).tensors)
+    assert code == 0 and json.loads(out)["equal"] == len(CheckpointSource(*newest(trained)).tensors)
 
 
 def test_what_is_no_checkpoint_of_deepspeed_is_told(tmp_path: Path, ask: Ask) -> None:
@@ -410,7 +411,7 @@ def test_a_model_grows_in_depth(trained: Path, tmp_path: Path, ask: Ask) -> None
         for name, value in before.items()
         if name.startswith("blocks.0.")
     )
-    manifest = Source(*newest(tmp_path / "deep")).manifest
+    manifest = CheckpointSource(*newest(tmp_path / "deep")).manifest
     assert manifest.run == "run-1-4-layers" and manifest.step == 7
     assert "lineage: how grow" in ask("inspect", tmp_path / "deep")[1]
     code, _, err = ask("grow", trained, "--layers", 3, "--out", tmp_path / "x")

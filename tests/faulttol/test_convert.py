@@ -16,19 +16,19 @@ from configs.errors import UserError
 from configs.model import ModelConfig
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.manifest import flat
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.convert import job
 from faulttol.convert.facts import balances, model_of, nested, slots
 from faulttol.convert.families import tensors
 from faulttol.convert.grow import grow
 from faulttol.convert.hf_config import config_of, family_of, model_in
 from faulttol.convert.names import load, place
-from faulttol.convert.placed import Order, Placed
-from faulttol.convert.target import Target, Value, filled, zeros
+from faulttol.convert.placed import DimOrder, PlacedTensor
+from faulttol.convert.target import ConversionTarget, Value, filled, zeros
 from faulttol.convert.values import FLOATS, convert
 from tests.faulttol.converted import commit, read, told, trained
 from tests.trainer.families import FAMILIES, family
-from trainer.model.decoder import Stage
+from trainer.model.decoder import DecoderStage
 from trainer.model.initial import build, kind
 
 pytestmark = pytest.mark.dist
@@ -82,16 +82,16 @@ def test_integers_stay_integers() -> None:
 
 
 def test_stretches_end_where_an_order_may_be_cut() -> None:
-    order = Order(0, (0, 2, 1, 3, 4, 6, 5, 7))
+    order = DimOrder(0, (0, 2, 1, 3, 4, 6, 5, 7))
     assert order.cuts == [0, 1, 3, 4, 5, 7, 8]
-    one = Placed("t", (8, 3), "o", Box.all_of((8, 3)), order)
+    one = PlacedTensor("t", (8, 3), "o", Box.all_of((8, 3)), order)
     for most in (1, 3, 6, 7, 9, 12, 24, 99):
         stretches = list(one.rows(0, 8, most))
         assert [first for first, _ in stretches] == [0, *(last for _, last in stretches)][:-1]
         assert stretches[-1][1] == 8 and all(last in order.cuts for _, last in stretches)
         assert all(last - first <= max(most // 3, 2) for first, last in stretches)
-    assert list(Placed("t", (8, 3), "o", Box.all_of((8, 3))).rows(2, 8, 9)) == [(2, 5), (5, 8)]
-    assert not list(Placed("t", (8, 0), "o", Box.all_of((8, 0)), None).rows(0, 8, 9))
+    assert list(PlacedTensor("t", (8, 3), "o", Box.all_of((8, 3))).rows(2, 8, 9)) == [(2, 5), (5, 8)]
+    assert not list(PlacedTensor("t", (8, 0), "o", Box.all_of((8, 0)), None).rows(0, 8, 9))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3", "deepseek"])
@@ -100,7 +100,7 @@ def test_a_familys_tensors_make_up_the_model(name: str) -> None:
     if name == "qwen3":
         model = _changed(model, **{"router.balance": "aux", "dense_layers": 1, "dense_width": 24})
     with torch.device("meta"):
-        parameters = {n: tuple(p.shape) for n, p in Stage(model, 0, model.layers).named_parameters()}
+        parameters = {n: tuple(p.shape) for n, p in DecoderStage(model, 0, model.layers).named_parameters()}
     listed = tensors(model)
     wholes = {one.name: one.box.whole for one in listed if not one.name.endswith("router.bias")}
     assert wholes == parameters
@@ -115,7 +115,7 @@ def test_a_familys_tensors_make_up_the_model(name: str) -> None:
 def test_slots_are_those_of_the_trainers_optimizers(name: str, optimizer: Any) -> None:
     model = family(name)
     with torch.device("meta"):
-        stage = Stage(model, 0, model.layers)
+        stage = DecoderStage(model, 0, model.layers)
     for parameter, _ in stage.named_parameters():
         matrix = optimizer == "muon" and kind(parameter) == "matrix"
         assert slots(parameter, optimizer) == (("momentum",) if matrix else ("exp_avg", "exp_avg_sq")), (
@@ -190,18 +190,18 @@ WRONG = [
     ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu' isn't known here"),
     ("mixtral", {"architectures": ["GptOssForCausalLM"]}, "architectures='GptOssForCausalLM' isn't known"),
     ("mixtral", {"num_local_experts": None}, "has no num_local_experts; add it"),
-    ("mixtral", {"hidden_size": "32"}, "hidden_size='32' is no whole number"),
-    ("mixtral", {"rms_norm_eps": "x"}, "rms_norm_eps='x' is no number"),
+    ("mixtral", {"hidden_size": "32"}, "hidden_size='32' is not a whole number"),
+    ("mixtral", {"rms_norm_eps": "x"}, "rms_norm_eps='x' is not a number"),
     ("mixtral", {"num_key_value_heads": 3}, "model.heads=4 is not a multiple of model.kv_heads=3"),
     ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantised weights aren't read"),
     ("qwen3", {"attention_bias": True}, "attention_bias=True isn't known here"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 isn't known here"),
-    ("qwen3", {"mlp_only_layers": [2]}, r"mlp_only_layers=\[2\] aren't the first layers"),
+    ("qwen3", {"mlp_only_layers": [2]}, r"mlp_only_layers=\[2\] makes other layers dense"),
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
     (
         "qwen3",
         {"rope_parameters": {"rope_type": "llama3", "factor": 8}},
-        "rope_parameters=.*llama3.* isn't known",
+        "rope_parameters: .*llama3.* isn't known",
     ),
     ("deepseek", {"v_head_dim": 4}, "v_head_dim=4 isn't known here, 8 is"),
     ("deepseek", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
@@ -261,14 +261,14 @@ class Names:
 
 
 BAD_MAPS = [
-    ("[]", "is no map of names"),
-    ("{", "is no map of names"),
-    ('{"rules": {}}', "rules is no list"),
+    ("[]", "is not a map of names"),
+    ("{", "is not a map of names"),
+    ('{"rules": {}}', "rules is not a list"),
     ('{"rules": [{"from": "a"}]}', "rule 1 is .*it takes from, to and perhaps at"),
     ('{"rules": [{"from": "a", "to": "b", "in": 3}]}', "rule 1 is .*it takes"),
     (
         '{"rules": [{"from": "a", "to": null}, {"from": "(", "to": "b"}]}',
-        "rule 2: from='\\(' is no regular expression",
+        "rule 2: from='\\(' is not a regular expression",
     ),
     ('{"rules": [{"from": "(a)", "to": "{2}"}]}', r"rule 1: \{2\} in '\{2\}', and from has 1 groups"),
     ('{"rules": [{"from": "a", "to": "b", "at": 3}]}', "rule 1: from and to are texts and at is a list"),
@@ -286,7 +286,11 @@ def test_a_map_that_is_none_is_refused(text: str, told: str, tmp_path: Path) -> 
 
 BAD_RULES = [
     ([{"from": "w.*", "to": "w"}], {"x": (2,)}, "no rule of the map of names matches x"),
-    ([{"from": "w(.*)", "to": "w", "at": ["{1}"]}], {"wa": (2,)}, "the place of wa in w is no whole number"),
+    (
+        [{"from": "w(.*)", "to": "w", "at": ["{1}"]}],
+        {"wa": (2,)},
+        "the place of wa in w is not a whole number",
+    ),
     (
         [{"from": "w(.*)", "to": "w", "at": ["{1}"]}],
         {"w0": (2,), "w1": (3,)},
@@ -315,7 +319,7 @@ def test_places_that_are_missing_or_doubled_are_refused(tmp_path: Path) -> None:
         names = Names(**{f"e__{'0' * at}{number}__w": (3,) for at, number in enumerate(there)})
         placed, _ = place(names, load(tmp_path / "map.json"))
         with pytest.raises(UserError, match=told_):
-            imported(names, placed, Into(Store(str(tmp_path / "out")), "run", 0, {}))
+            imported(names, placed, Into(CheckpointStore(str(tmp_path / "out")), "run", 0, {}))
 
 
 # ---- what is written ----
@@ -323,7 +327,7 @@ def test_places_that_are_missing_or_doubled_are_refused(tmp_path: Path) -> None:
 
 def test_large_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from faulttol.convert import target as writing
-    from faulttol.convert.job import Teller, quiet
+    from faulttol.convert.job import ConversionProgress, quiet
 
     monkeypatch.setattr(writing, "_PIECE", 600)
     monkeypatch.setattr(writing, "_FILE", 1000)
@@ -338,17 +342,17 @@ def test_large_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest
         filled("one", "float32", (3,), b"\0\0\x80\x3f"),
         zeros("number", "float32", ()),
     ]
-    target = Target(Store(str(tmp_path)), "run", 3, values)
-    _, size = target.write({}, Teller(quiet, target.bytes))
+    target = ConversionTarget(CheckpointStore(str(tmp_path)), "run", 3, values)
+    _, size = target.write({}, ConversionProgress(quiet, target.bytes))
     files = list(tmp_path.glob("*/*.r*.safetensors"))
     assert len(files) == 3 and size == target.size == sum(file.stat().st_size for file in files)
     found, _ = read(tmp_path)
     assert torch.equal(found["w"].view(torch.int32).flatten(), torch.arange(600, dtype=torch.int32))
     assert found["one"].tolist() == [1, 1, 1] and found["number"].item() == 0 and found["n"].shape == (9, 0)
     with pytest.raises(UserError, match="has step 3 of run run already"):
-        Target(Store(str(tmp_path)), "run", 3, values)
+        ConversionTarget(CheckpointStore(str(tmp_path)), "run", 3, values)
     with pytest.raises(UserError, match="belongs to run run"):
-        Target(Store(str(tmp_path)), "another", 3, values)
+        ConversionTarget(CheckpointStore(str(tmp_path)), "another", 3, values)
 
 
 def test_chunks_of_any_size_become_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +383,11 @@ def test_layers_are_stacked(name: str, fixed: int, layers: int, optimizer: Any, 
     before = _state(model)
     commit(tmp_path / "run", before, told(model, lineage=[{"run": "older"}]))
     growing = grow(
-        Store(str(tmp_path / "run")), Store(str(tmp_path / "out")), "grown", layers, optimizer=optimizer
+        CheckpointStore(str(tmp_path / "run")),
+        CheckpointStore(str(tmp_path / "out")),
+        "grown",
+        layers,
+        optimizer=optimizer,
     )
     done = growing.run()
     after, source = read(tmp_path / "out")
@@ -414,7 +422,7 @@ def test_layers_are_stacked(name: str, fixed: int, layers: int, optimizer: Any, 
 def test_what_cannot_be_stacked_is_refused(tmp_path: Path) -> None:
     model = family("deepseek")
     commit(tmp_path / "run", _state(model), told(model))
-    store, out = Store(str(tmp_path / "run")), Store(str(tmp_path / "out"))
+    store, out = CheckpointStore(str(tmp_path / "run")), CheckpointStore(str(tmp_path / "out"))
     for layers in (3, 4, 5, 8):
         with pytest.raises(
             UserError, match=f"^layers={layers} .*first 1 are dense and stay; type layers= one of 7, 10, 13"
@@ -428,6 +436,6 @@ def test_what_cannot_be_stacked_is_refused(tmp_path: Path) -> None:
         grow(store, store, "grown", 7)
     commit(tmp_path / "bare", {"w": torch.zeros(3)}, {})
     with pytest.raises(UserError, match="doesn't tell its model"):
-        grow(Store(str(tmp_path / "bare")), out, "grown", 7)
+        grow(CheckpointStore(str(tmp_path / "bare")), out, "grown", 7)
     with pytest.raises(UserError, match="holds no committed checkpoint"):
-        grow(Store(str(tmp_path / "none")), out, "grown", 7)
+        grow(CheckpointStore(str(tmp_path / "none")), out, "grown", 7)

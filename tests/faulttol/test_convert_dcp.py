@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.convert import dcp as converting
 from faulttol.convert.dcp import export_dcp, import_dcp
 from faulttol.convert.names import load
@@ -42,7 +42,7 @@ def test_what_goes_out_is_loaded_by_torch_and_comes_back(tmp_path: Path) -> None
     saved = mixed()
     commit(tmp_path / "run", saved, {"loss": 2.5, "lineage": [{"run": "before"}]}, kind="boxes")
     shown: list[tuple[int, int]] = []
-    job = export_dcp(Store(str(tmp_path / "run")), tmp_path / "out")
+    job = export_dcp(CheckpointStore(str(tmp_path / "run")), tmp_path / "out")
     done = job.run(lambda *progress: shown.append(progress))
     assert len(list((tmp_path / "out").glob("*.distcp"))) == 3
     found = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
@@ -54,7 +54,7 @@ def test_what_goes_out_is_loaded_by_torch_and_comes_back(tmp_path: Path) -> None
     total = sum(t.nbytes for t in saved.values())
     assert shown[-1] == (total, total) and done.tensors == len(saved)
     assert job.estimate.bytes_moved == job.estimate.bytes_written == total
-    back = import_dcp(tmp_path / "out", Store(str(tmp_path / "back")), "back", trust=True)
+    back = import_dcp(tmp_path / "out", CheckpointStore(str(tmp_path / "back")), "back", trust=True)
     did = back.run()
     again, source = read(tmp_path / "back")
     same(again, saved)
@@ -73,7 +73,9 @@ def test_what_torch_saved_is_taken_up_under_its_names(tmp_path: Path) -> None:
         "count": torch.tensor(3),
     }
     dcp.save({**saved, "epoch": 3, "note": "x"}, checkpoint_id=tmp_path / "theirs", no_dist=True)
-    done = import_dcp(tmp_path / "theirs", Store(str(tmp_path / "run")), "run", trust=True, step=12).run()
+    done = import_dcp(
+        tmp_path / "theirs", CheckpointStore(str(tmp_path / "run")), "run", trust=True, step=12
+    ).run()
     found, source = read(tmp_path / "run")
     same(found, saved)
     assert source.manifest.step == 12 and source.manifest.facts["fingerprint"] == {}
@@ -103,7 +105,7 @@ def test_a_map_of_names_stacks_experts_and_training_wants_the_rest(tmp_path: Pat
     ]
     (tmp_path / "map.json").write_text(json.dumps({"rules": rules}))
     done = import_dcp(
-        tmp_path / "theirs", Store(str(tmp_path / "run")), "run", True, load(tmp_path / "map.json"), None,
+        tmp_path / "theirs", CheckpointStore(str(tmp_path / "run")), "run", True, load(tmp_path / "map.json"), None,
         (model, "muon", "bf16"),
     ).run()  # fmt: skip
     found, source = read(tmp_path / "run")
@@ -134,7 +136,7 @@ class Bomb:
 def test_a_pickle_is_read_with_trust_alone(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/.metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
-    out = Store(str(tmp_path / "run"))
+    out = CheckpointStore(str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"\.metadata is a pickle.*type --trust"):
         import_dcp(tmp_path / "theirs", out, "run", trust=False)
     assert not (tmp_path / "went off").exists()
@@ -147,20 +149,20 @@ def test_a_pickle_is_read_with_trust_alone(tmp_path: Path) -> None:
 def test_what_cannot_be_whole_is_refused(tmp_path: Path) -> None:
     commit(tmp_path / "run", mixed(), {})
     out = tmp_path / "out"
-    export_dcp(Store(str(tmp_path / "run")), out).run()
+    export_dcp(CheckpointStore(str(tmp_path / "run")), out).run()
     with pytest.raises(UserError, match="isn't an empty folder"):
-        export_dcp(Store(str(tmp_path / "run")), out)
+        export_dcp(CheckpointStore(str(tmp_path / "run")), out)
     (file,) = out.glob("*.distcp")
     file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(UserError, match="can't be read"):
-        import_dcp(out, Store(str(tmp_path / "torn")), "torn", trust=True).run()
+        import_dcp(out, CheckpointStore(str(tmp_path / "torn")), "torn", trust=True).run()
     assert not list((tmp_path / "torn").glob("*/*manifest*"))
     (shard,) = (tmp_path / "run").glob("*/*r00001*.safetensors")
     data = bytearray(shard.read_bytes())
     data[5000] ^= 1
     shard.write_bytes(data)
     with pytest.raises(Incomplete, match="differs from what was saved"):
-        export_dcp(Store(str(tmp_path / "run")), tmp_path / "other").run()
+        export_dcp(CheckpointStore(str(tmp_path / "run")), tmp_path / "other").run()
     assert not (tmp_path / "other" / ".metadata").exists()
 
 
@@ -169,7 +171,7 @@ def test_chunks_that_miss_something_are_refused(tmp_path: Path) -> None:
     metadata = dcp.FileSystemReader(tmp_path / "theirs").read_metadata()
     metadata.state_dict_metadata["w"].size = torch.Size([7, 2])
     (tmp_path / "theirs/.metadata").write_bytes(pickle.dumps(metadata))
-    job = import_dcp(tmp_path / "theirs", Store(str(tmp_path / "run")), "run", trust=True)
+    job = import_dcp(tmp_path / "theirs", CheckpointStore(str(tmp_path / "run")), "run", trust=True)
     with pytest.raises(UserError, match=r"12 of 14 elements of w\[0:7, 0:2\] have a source"):
         job.run()
 
@@ -178,8 +180,8 @@ def test_facts_of_training_come_back(tmp_path: Path) -> None:
     model = family("olmoe").model_copy(update={"layers": 1})
     saved = trained(model, {"embedding.weight": torch.randn(64, 32)})
     commit(tmp_path / "run", saved, told(model))
-    export_dcp(Store(str(tmp_path / "run")), tmp_path / "out").run()
-    import_dcp(tmp_path / "out", Store(str(tmp_path / "back")), "back", trust=True).run()
+    export_dcp(CheckpointStore(str(tmp_path / "run")), tmp_path / "out").run()
+    import_dcp(tmp_path / "out", CheckpointStore(str(tmp_path / "back")), "back", trust=True).run()
     _, source = read(tmp_path / "back")
     expected = told(model)
     facts = dict(source.manifest.facts)
@@ -191,9 +193,9 @@ def test_moments_take_the_precision_that_training_goes_on_with(tmp_path: Path) -
     model = family("olmoe").model_copy(update={"layers": 1})
     saved = trained(model, {"embedding.weight": torch.randn(64, 32)})
     commit(tmp_path / "run", saved, told(model))
-    export_dcp(Store(str(tmp_path / "run")), tmp_path / "out").run()
+    export_dcp(CheckpointStore(str(tmp_path / "run")), tmp_path / "out").run()
     job = import_dcp(
-        tmp_path / "out", Store(str(tmp_path / "back")), "back", True, fill=(model, "adamw", "bf16")
+        tmp_path / "out", CheckpointStore(str(tmp_path / "back")), "back", True, fill=(model, "adamw", "bf16")
     )
     job.run()
     found, source = read(tmp_path / "back")

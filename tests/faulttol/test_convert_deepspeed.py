@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.convert.names import load
 from faulttol.convert.zero import import_zero
 from tests.faulttol import deepspeed_ranks as ranks
@@ -63,7 +63,7 @@ def _assert_state(root: Path, state: dict[str, np.ndarray]) -> dict[str, torch.T
 def test_masters_and_moments_of_zero_2_are_read(checkpoint: Made, tmp_path: Path) -> None:
     folder, state = checkpoint
     assert sum("deepspeed_experts." in name and "/" not in name for name in state) == 3 * ranks.EXPERTS
-    job = import_zero(folder, Store(str(tmp_path)), "ours")
+    job = import_zero(folder, CheckpointStore(str(tmp_path)), "ours")
     done = job.run()
     rest = _assert_state(tmp_path, state)
     assert rest["optimizer/step"].item() == 3 and rest["seen"].tolist() == [0, 1, 2] and len(rest) == 2
@@ -74,7 +74,7 @@ def test_masters_and_moments_of_zero_2_are_read(checkpoint: Made, tmp_path: Path
 
 def test_zero_1_in_bf16_keeps_its_masters(pool: RankPool, tmp_path: Path) -> None:
     folder, state = made(pool, tmp_path / "theirs", 1, "bf16")
-    import_zero(folder, Store(str(tmp_path / "ours")), "ours").run()
+    import_zero(folder, CheckpointStore(str(tmp_path / "ours")), "ours").run()
     assert any((v != torch.from_numpy(v).bfloat16().float().numpy()).any() for v in state.values())
     assert _assert_state(tmp_path / "ours", state)["optimizer/step"].item() == 3
 
@@ -82,7 +82,7 @@ def test_zero_1_in_bf16_keeps_its_masters(pool: RankPool, tmp_path: Path) -> Non
 def test_a_universal_folder_is_read(pool: RankPool, tmp_path: Path) -> None:
     folder, state = made(pool, tmp_path / "theirs", 2, "fp32", dense=True)
     pool.run(1, ranks.universal, str(folder), str(tmp_path / "universal"))
-    done = import_zero(tmp_path / "universal", Store(str(tmp_path / "ours")), "ours").run()
+    done = import_zero(tmp_path / "universal", CheckpointStore(str(tmp_path / "ours")), "ours").run()
     rest = _assert_state(tmp_path / "ours", state)
     assert rest["optimizer/step"].item() == 3 and done.tensors == len(state) + len(rest)
 
@@ -97,7 +97,7 @@ def test_experts_are_stacked_by_a_map(checkpoint: Made, tmp_path: Path) -> None:
         {"from": "(.*)", "to": "{1}"},
     ]
     (tmp_path / "map.json").write_text(json.dumps({"rules": rules}))
-    import_zero(folder, Store(str(tmp_path / "ours")), "ours", load(tmp_path / "map.json")).run()
+    import_zero(folder, CheckpointStore(str(tmp_path / "ours")), "ours", load(tmp_path / "map.json")).run()
     found, _ = read(tmp_path / "ours")
     for part in ("up", "down"):
         for slot in ("", "/exp_avg", "/exp_avg_sq"):
@@ -151,7 +151,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "ranks that changed places": (_swap_ranks, "isn't that of the model's weights"),
     "two steps": (_another_step, r"count different steps \(\[2, 3\]\)"),
     "a pickle": (_pickle, r"mp_rank_00_model_states.pt with pathlib.*is a pickle.*type --trust"),
-    "a torn file": (_torn, "zero_pp_rank_0_mp_rank_00_optim_states.pt is no file of torch.save"),
+    "a torn file": (_torn, "zero_pp_rank_0_mp_rank_00_optim_states.pt is not a file of torch.save"),
 }  # fmt: skip
 
 
@@ -161,13 +161,13 @@ def test_what_is_not_whole_is_refused(what: str, checkpoint: Made, tmp_path: Pat
     shutil.copytree(checkpoint[0], tmp_path / "theirs")
     act(tmp_path / "theirs" / ranks.TAG)
     with pytest.raises(UserError, match=told):
-        import_zero(tmp_path / "theirs", Store(str(tmp_path / "ours")), "ours")
+        import_zero(tmp_path / "theirs", CheckpointStore(str(tmp_path / "ours")), "ours")
     if what == "a pickle":
-        import_zero(tmp_path / "theirs", Store(str(tmp_path / "ours")), "ours", trust=True)
+        import_zero(tmp_path / "theirs", CheckpointStore(str(tmp_path / "ours")), "ours", trust=True)
 
 
 def test_other_kinds_of_folders_are_told(checkpoint: Made, tmp_path: Path) -> None:
-    out, theirs = Store(str(tmp_path / "ours")), tmp_path / "theirs"
+    out, theirs = CheckpointStore(str(tmp_path / "ours")), tmp_path / "theirs"
     with pytest.raises(UserError, match="nothing isn't there"):
         import_zero(checkpoint[0], out, "ours", tag="nothing")
     shutil.copytree(checkpoint[0] / ranks.TAG, theirs)

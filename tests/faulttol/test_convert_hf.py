@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.model import ModelConfig, RouterConfig
 from faulttol.checkpoint.manifest import Incomplete, flat
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.convert import placed as placing
 from faulttol.convert import target as writing
 from faulttol.convert.hf import export_hf, import_hf
@@ -76,7 +76,10 @@ def test_exported_weights_give_the_same_logits_in_transformers(name: str, tmp_pa
     commit(tmp_path / "run", trained(ours, state), told(ours), kind="boxes")
     shown: list[tuple[int, int]] = []
     job = export_hf(
-        Store(str(tmp_path / "run")), Store(str(tmp_path / "out")), dtype="fp32", max_shard_bytes=9000
+        CheckpointStore(str(tmp_path / "run")),
+        CheckpointStore(str(tmp_path / "out")),
+        dtype="fp32",
+        max_shard_bytes=9000,
     )
     done = job.run(lambda *progress: shown.append(progress))
     tokens = torch.randint(0, VOCAB, (2, 25))
@@ -103,7 +106,7 @@ def test_exported_weights_give_the_same_logits_in_transformers(name: str, tmp_pa
 def test_bf16_is_rounded_as_torch_rounds_and_biases_stay(tmp_path: Path) -> None:
     ours, theirs, state = published("deepseek-v3")
     commit(tmp_path / "run", state, told(ours))
-    export_hf(Store(str(tmp_path / "run")), Store(str(tmp_path / "out"))).run()
+    export_hf(CheckpointStore(str(tmp_path / "run")), CheckpointStore(str(tmp_path / "out"))).run()
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = unstacked(weights(theirs))
     same(found, {k: t if "correction_bias" in k else t.bfloat16() for k, t in expected.items()})
@@ -119,7 +122,9 @@ def test_bf16_is_rounded_as_torch_rounds_and_biases_stay(tmp_path: Path) -> None
 def test_imported_weights_are_the_model(name: str, tmp_path: Path) -> None:
     ours, theirs, state = published(name)
     theirs.save_pretrained(tmp_path / "hub" / name, max_shard_size="20KB")
-    job = import_hf(Store(str(tmp_path / "hub" / name)), Store(str(tmp_path / "run")), "imported")
+    job = import_hf(
+        CheckpointStore(str(tmp_path / "hub" / name)), CheckpointStore(str(tmp_path / "run")), "imported"
+    )
     done = job.run()
     found, source = read(tmp_path / "run")
     parameters = {k: t for k, t in found.items() if "/" not in k}
@@ -138,7 +143,9 @@ def test_imported_weights_are_the_model(name: str, tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in shards) == job.estimate.bytes_written == done.bytes_written
     assert done.bytes_read == job.estimate.bytes_read
     # And back: the same files, and settings that say the same.
-    export_hf(Store(str(tmp_path / "run")), Store(str(tmp_path / "out")), dtype="fp32").run()
+    export_hf(
+        CheckpointStore(str(tmp_path / "run")), CheckpointStore(str(tmp_path / "out")), dtype="fp32"
+    ).run()
     same(weights(loaded(tmp_path / "out")), weights(theirs))
 
 
@@ -146,7 +153,9 @@ def test_multi_token_prediction_goes_out_and_comes_back(tmp_path: Path) -> None:
     ours = FAMILIES["deepseek-v3"]().ours.model_copy(update={"mtp_layers": 1})
     state = {name: torch.randn_like(t) for name, t in build(ours, 1).state_dict().items()}
     commit(tmp_path / "run", state, told(ours))
-    export_hf(Store(str(tmp_path / "run")), Store(str(tmp_path / "out")), dtype="fp32").run()
+    export_hf(
+        CheckpointStore(str(tmp_path / "run")), CheckpointStore(str(tmp_path / "out")), dtype="fp32"
+    ).run()
     files = load_file(tmp_path / "out" / "model.safetensors")
     D = ours.hidden
     project = files["model.layers.3.eh_proj.weight"]  # reads the token first (modeling_layers.py, MtpLayer)
@@ -156,7 +165,7 @@ def test_multi_token_prediction_goes_out_and_comes_back(tmp_path: Path) -> None:
     assert torch.equal(files["model.layers.3.enorm.weight"], state["mtp.0.embedding_norm.weight"])
     assert torch.equal(files["model.layers.3.hnorm.weight"], state["mtp.0.hidden_norm.weight"])
     assert torch.equal(files["model.layers.3.shared_head.norm.weight"], state["mtp.0.final_norm.weight"])
-    import_hf(Store(str(tmp_path / "out")), Store(str(tmp_path / "back")), "back").run()
+    import_hf(CheckpointStore(str(tmp_path / "out")), CheckpointStore(str(tmp_path / "back")), "back").run()
     found, _ = read(tmp_path / "back")
     same({k: t for k, t in found.items() if "/" not in k}, state)
 
@@ -181,11 +190,13 @@ def test_tied_embeddings_and_dense_layers_go_out_and_come_back(
         if "bias" not in name
     }
     commit(tmp_path / "run", state, told(ours))
-    export_hf(Store(str(tmp_path / "run")), Store(str(tmp_path / "out")), dtype="fp32").run()
+    export_hf(
+        CheckpointStore(str(tmp_path / "run")), CheckpointStore(str(tmp_path / "out")), dtype="fp32"
+    ).run()
     tokens = torch.randint(0, VOCAB, (2, 25))
     expected = stages.logits(stages.whole(ours, state), tokens)
     torch.testing.assert_close(logits(loaded(tmp_path / "out"), tokens), expected, rtol=1e-5, atol=1e-5)
-    import_hf(Store(str(tmp_path / "out")), Store(str(tmp_path / "back")), "back").run()
+    import_hf(CheckpointStore(str(tmp_path / "out")), CheckpointStore(str(tmp_path / "back")), "back").run()
     found, _ = read(tmp_path / "back")
     same({k: t for k, t in found.items() if k in state}, state)
 
@@ -196,7 +207,7 @@ def test_weights_that_are_rotated_by_halves_keep_their_order(tmp_path: Path) -> 
     theirs.save_pretrained(tmp_path / "hub")
     tree = json.loads((tmp_path / "hub/config.json").read_text())
     (tmp_path / "hub/config.json").write_text(json.dumps(tree | {"rope_interleave": False}))
-    import_hf(Store(str(tmp_path / "hub")), Store(str(tmp_path / "run")), "run").run()
+    import_hf(CheckpointStore(str(tmp_path / "hub")), CheckpointStore(str(tmp_path / "run")), "run").run()
     found, _ = read(tmp_path / "run")
     for mine, his in (("query_up", "q_b_proj"), ("key_value_down", "kv_a_proj_with_mqa")):
         expected = weights(theirs)[f"model.layers.1.self_attn.{his}.weight"]
@@ -206,8 +217,10 @@ def test_weights_that_are_rotated_by_halves_keep_their_order(tmp_path: Path) -> 
 def test_another_file_system_is_as_good_as_a_folder(memory: str, tmp_path: Path) -> None:
     ours, theirs, state = published("olmoe")
     commit(memory, state, told(ours))
-    export_hf(Store(memory), Store(f"{memory}/out"), dtype="fp32", max_shard_bytes=30_000).run()
-    import_hf(Store(f"{memory}/out"), Store(f"{memory}/back"), "back").run()
+    export_hf(
+        CheckpointStore(memory), CheckpointStore(f"{memory}/out"), dtype="fp32", max_shard_bytes=30_000
+    ).run()
+    import_hf(CheckpointStore(f"{memory}/out"), CheckpointStore(f"{memory}/back"), "back").run()
     found, _ = read(f"{memory}/back")
     same({k: t for k, t in found.items() if k in state}, state)
 
@@ -216,15 +229,15 @@ def test_another_file_system_is_as_good_as_a_folder(memory: str, tmp_path: Path)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Store:
+def run(tmp_path: Path) -> CheckpointStore:
     """A checkpoint of a small Mixtral of one layer."""
     ours = FAMILIES["mixtral"]().ours.model_copy(update={"layers": 1})
     commit(tmp_path / "run", dict(build(ours, 1).state_dict()), told(ours))
-    return Store(str(tmp_path / "run"))
+    return CheckpointStore(str(tmp_path / "run"))
 
 
-def test_an_export_that_would_not_be_the_model_is_refused(run: Store, tmp_path: Path) -> None:
-    out = Store(str(tmp_path / "out"))
+def test_an_export_that_would_not_be_the_model_is_refused(run: CheckpointStore, tmp_path: Path) -> None:
+    out = CheckpointStore(str(tmp_path / "out"))
     with pytest.raises(UserError, match="^dtype=int8 isn't known; type bf16 or fp32"):
         export_hf(run, out, dtype="int8")
     with pytest.raises(UserError, match="^max_shard_bytes=0 is below 1"):
@@ -234,13 +247,13 @@ def test_an_export_that_would_not_be_the_model_is_refused(run: Store, tmp_path: 
     lost = "blocks.0.feed.experts.down"
     commit(tmp_path / "lost", {name: t for name, t in state.items() if name != lost}, told(ours))
     with pytest.raises(UserError, match=f"has no {lost}, which its model has"):
-        export_hf(Store(str(tmp_path / "lost")), out)
+        export_hf(CheckpointStore(str(tmp_path / "lost")), out)
     commit(tmp_path / "wide", state | {lost: torch.zeros(4, 32, 41)}, told(ours))
     with pytest.raises(UserError, match=rf"{lost} is \[4, 32, 41\] and its model has \[4, 32, 40\]"):
-        export_hf(Store(str(tmp_path / "wide")), out)
+        export_hf(CheckpointStore(str(tmp_path / "wide")), out)
     with pytest.raises(UserError, match="model.router.balance=bias can't be told"):
         commit(tmp_path / "bias", state, told(ours.model_copy(update={"router": RouterConfig()})))
-        export_hf(Store(str(tmp_path / "bias")), out)
+        export_hf(CheckpointStore(str(tmp_path / "bias")), out)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
@@ -248,22 +261,22 @@ def test_an_export_that_would_not_be_the_model_is_refused(run: Store, tmp_path: 
         export_hf(run, out)
 
 
-def test_an_export_of_a_damaged_checkpoint_leaves_nothing(run: Store, tmp_path: Path) -> None:
+def test_an_export_of_a_damaged_checkpoint_leaves_nothing(run: CheckpointStore, tmp_path: Path) -> None:
     (shard,) = (tmp_path / "run").glob("*/*r00002*.safetensors")
     data = bytearray(shard.read_bytes())
     data[9000] ^= 1
     shard.write_bytes(data)
     with pytest.raises(Incomplete, match="differs from what was saved in"):
-        export_hf(run, Store(str(tmp_path / "out")), max_shard_bytes=20_000).run()
+        export_hf(run, CheckpointStore(str(tmp_path / "out")), max_shard_bytes=20_000).run()
     assert not [
         path.name for path in (tmp_path / "out").glob("*") if path.suffix in (".json", ".safetensors")
     ]
 
 
 @pytest.fixture
-def hub(run: Store, tmp_path: Path) -> Path:
+def hub(run: CheckpointStore, tmp_path: Path) -> Path:
     """The published files of that Mixtral, in several."""
-    export_hf(run, Store(str(tmp_path / "hub")), max_shard_bytes=20_000).run()
+    export_hf(run, CheckpointStore(str(tmp_path / "hub")), max_shard_bytes=20_000).run()
     return tmp_path / "hub"
 
 
@@ -296,16 +309,16 @@ WRONG: dict[str, tuple[Any, str]] = {
         "holds model.layers.1.mlp.gate.weight, which",
     ),
     "no config": (lambda hub: (hub / "config.json").unlink(), "config.json isn't there"),
-    "no JSON": (lambda hub: (hub / "config.json").write_text("{"), "config.json is no JSON"),
+    "no JSON": (lambda hub: (hub / "config.json").write_text("{"), "config.json is not a JSON"),
     "a file is missing": (
         lambda hub: (hub / "model-00002-of-00003.safetensors").unlink(),
         "00002.* is missing, which",
     ),
-    "a torn header": (lambda hub: _cut(hub, 100), "is no file of safetensors, or is torn"),
-    "no header": (lambda hub: _cut(hub, 3), "is no file of safetensors, or is torn"),
+    "a torn header": (lambda hub: _cut(hub, 100), "is not a file of safetensors, or is torn"),
+    "no header": (lambda hub: _cut(hub, 3), "is not a file of safetensors, or is torn"),
     "no index": (
         lambda hub: (hub / "model.safetensors.index.json").write_text("[]"),
-        "is no index of safetensors",
+        "is not an index of safetensors",
     ),
     "none at all": (
         lambda hub: [path.unlink() for path in hub.glob("model*")],
@@ -325,7 +338,7 @@ def test_files_that_are_not_the_model_are_refused(what: str, hub: Path, tmp_path
     act, told_ = WRONG[what]
     act(hub)
     with pytest.raises(UserError, match=told_):
-        import_hf(Store(str(hub)), Store(str(tmp_path / "ours")), "ours")
+        import_hf(CheckpointStore(str(hub)), CheckpointStore(str(tmp_path / "ours")), "ours")
     assert not (tmp_path / "ours").exists()
 
 
@@ -333,14 +346,16 @@ def test_a_file_that_ends_early_commits_nothing(hub: Path, tmp_path: Path) -> No
     path = hub / "model-00003-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="00003.* is truncated: it ends within"):
-        import_hf(Store(str(hub)), Store(str(tmp_path / "ours")), "ours").run()
+        import_hf(CheckpointStore(str(hub)), CheckpointStore(str(tmp_path / "ours")), "ours").run()
     assert not list((tmp_path / "ours").glob("*/*"))
 
 
 def test_training_may_go_on_with_what_the_files_leave_open(hub: Path, tmp_path: Path) -> None:
     told_ = model_in(json.loads((hub / "config.json").read_text()), "config.json", "hub")
     other = told_.model_copy(update={"router": RouterConfig(balance="bias", bias_rule="load_error")})
-    import_hf(Store(str(hub)), Store(str(tmp_path / "ours")), "ours", "lamb", "bf16", other).run()
+    import_hf(
+        CheckpointStore(str(hub)), CheckpointStore(str(tmp_path / "ours")), "ours", "lamb", "bf16", other
+    ).run()
     found, source = read(tmp_path / "ours")
     prints = source.manifest.facts["fingerprint"]
     assert prints["model"]["router.balance"] == "bias" and prints["optim"] == {
@@ -353,11 +368,14 @@ def test_training_may_go_on_with_what_the_files_leave_open(hub: Path, tmp_path: 
         UserError, match="^model.window=0 isn't that of .*config.json, 7; type model.window=7"
     ):
         import_hf(
-            Store(str(hub)), Store(str(tmp_path / "x")), "x", model=other.model_copy(update={"window": 0})
+            CheckpointStore(str(hub)),
+            CheckpointStore(str(tmp_path / "x")),
+            "x",
+            model=other.model_copy(update={"window": 0}),
         )
 
 
-# ---- training goes on ----
+# ---- training continues ----
 
 WORDS = (
     "experiment=smoke", "data.sequence=24", "train.micro_batch=2", "train.global_batch=4", "train.steps=2",
@@ -382,7 +400,12 @@ def test_an_imported_model_trains_on(name: str, kind: Any, tmp_path: Path) -> No
     with mock.patch.object(hugging_face, "VOCAB", 260):  # all bytes
         ours, theirs, _ = published(name)
     theirs.save_pretrained(tmp_path / "hub")
-    import_hf(Store(str(tmp_path / "hub")), Store(str(tmp_path / "imported")), "imported", kind=kind).run()
+    import_hf(
+        CheckpointStore(str(tmp_path / "hub")),
+        CheckpointStore(str(tmp_path / "imported")),
+        "imported",
+        kind=kind,
+    ).run()
     (tmp_path / "text.txt").write_text("\n".join("abcdefghij"[i % 7 :] * 3 for i in range(99)))
     ours = model_in(json.loads((tmp_path / "hub/config.json").read_text()), "config.json", "hub")
     words = [

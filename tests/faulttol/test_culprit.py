@@ -10,7 +10,7 @@ import pytest
 from configs.timeouts import Timeouts
 from faulttol.detect import culprit, hang
 from faulttol.detect.snapshot import GroupSeen, RankSeen
-from faulttol.recorder import Mark, Phase
+from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.verdicts import Verdict, VerdictKind
 from tests.faulttol.seen import gang, record
 
@@ -27,7 +27,7 @@ def _rank(rank: int, *groups: tuple[str, int], sequence: int = 9, **more: Any) -
     return RankSeen(rank, 1000 + rank, newest=newest, groups=seen, **more)
 
 
-def _waited(*ranks: RankSeen) -> culprit.Found:
+def _waited(*ranks: RankSeen) -> culprit.Culprit:
     return culprit.waited_for({rank.rank: rank for rank in ranks})
 
 
@@ -114,9 +114,11 @@ def test_what_a_silent_node_last_told_is_no_evidence() -> None:
     assert _judge(_rank(0), stopped, silent={"10.0.0.2": 4.0}) == []
 
 
-@pytest.mark.parametrize("phase", [Phase.CHECKPOINT, Phase.LOAD, Phase.RENDEZVOUS, Phase.DATA, Phase.BUILD])
+@pytest.mark.parametrize(
+    "phase", [RankPhase.CHECKPOINT, RankPhase.LOAD, RankPhase.RENDEZVOUS, RankPhase.DATA, RankPhase.BUILD]
+)
 @pytest.mark.parametrize("stepped", [True, False])
-def test_it_is_named_in_every_phase(phase: Phase, stepped: bool) -> None:
+def test_it_is_named_in_every_phase(phase: RankPhase, stepped: bool) -> None:
     stopped = _rank(1, held_since=101.0, held="stopped (state T)", newest=record(3, 0, 100.0, phase))
     (verdict,) = _judge(_rank(0), stopped, first_step_done=stepped)
     assert verdict.kind is VerdictKind.HANG and verdict.rank == 1
@@ -148,7 +150,8 @@ def test_a_sleeper_is_named_where_all_the_others_wait() -> None:
         pytest.param({"state": "D"}, id="waits for a file"),
         pytest.param({"state": "R"}, id="compiles"),
         pytest.param(
-            {"waits": "", "asleep_since": None, "newest": record(9, 3, 100.0, Phase.DATA)}, id="reads data"
+            {"waits": "", "asleep_since": None, "newest": record(9, 3, 100.0, RankPhase.DATA)},
+            id="reads data",
         ),
     ],
 )
@@ -180,11 +183,11 @@ def test_of_two_sleepers_the_one_behind_comes_first() -> None:
 
 
 def test_ranks_that_wait_for_a_save_wait_by_their_record() -> None:
-    waiting = record(10, 3, 100.0, Phase.COLLECTIVE)
-    saving = _rank(1, newest=record(9, 3, 100.0, Phase.CHECKPOINT), **ASLEEP)
+    waiting = record(10, 3, 100.0, RankPhase.COLLECTIVE)
+    saving = _rank(1, newest=record(9, 3, 100.0, RankPhase.CHECKPOINT), **ASLEEP)
     (verdict,) = _judge(_rank(0, newest=waiting), saving)
     assert verdict.rank == 1 and "in checkpoint of step 3" in verdict.detail
-    over = replace(waiting, mark=Mark.END)
+    over = replace(waiting, mark=PhaseMark.END)
     assert _judge(_rank(0, newest=over), saving) == []
 
 

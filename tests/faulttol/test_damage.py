@@ -12,13 +12,13 @@ import pytest
 
 from faulttol.checkpoint import shards
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit, folder_of
+from faulttol.checkpoint.folder import CheckpointCommit, folder_of
 from faulttol.checkpoint.load import Restored, newest, stored
 from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.peers import Alone
-from faulttol.checkpoint.pieces import Piece
+from faulttol.checkpoint.peers import SoloPeers
+from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.save import Retention, Saved, save
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.forgery import forge
 from tests.faulttol.ranks import identity, pieces, save_all, together
 
@@ -50,7 +50,7 @@ def _file(root: Path, step: int, rank: int) -> Path:
 
 
 def _manifest(root: Path, step: int, run: str = "run-1", attempt: int = 1) -> Path:
-    return root / Commit(attempt, step, run).manifest
+    return root / CheckpointCommit(attempt, step, run).manifest
 
 
 def _flip(path: Path, bit: int) -> None:
@@ -163,9 +163,9 @@ def test_a_directory_of_another_save_is_named(root: Path) -> None:
 def test_an_expert_that_is_missing_is_named_before_anything_is_committed(tmp_path: Path) -> None:
     """Hazard 28: each rank of ep saves its experts, and one forgets its last."""
 
-    def parts(rank: int) -> list[Piece]:
+    def parts(rank: int) -> list[TensorPiece]:
         box = Box((4, 6), (2 * rank, 0), (2 - rank, 6))
-        return [Piece("blocks.0.feed.experts.up", "uint8", box, memoryview(bytes(box.elements)))]
+        return [TensorPiece("blocks.0.feed.experts.up", "uint8", box, memoryview(bytes(box.elements)))]
 
     answers = together(
         2, lambda rank, peers: save(str(tmp_path), 1, parts(rank), identity(rank, 2), {}, peers, Retention(2))
@@ -189,15 +189,15 @@ def test_what_cannot_be_read_is_named(root: Path) -> None:
 
 
 def test_one_rank_that_cannot_read_takes_all_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, bad = Store.read_range, set()
+    read, bad = CheckpointStore.read_range, set()
 
-    def fail(self: Store, name: str, start: int, end: int) -> bytearray:
+    def fail(self: CheckpointStore, name: str, start: int, end: int) -> bytearray:
         if folder_of(20) in name and not bad:
             bad.add(name)
             raise OSError(errno.EIO, "Input/output error")
         return read(self, name, start, end)
 
-    monkeypatch.setattr(Store, "read_range", fail)
+    monkeypatch.setattr(CheckpointStore, "read_range", fail)
     assert "Input/output error" in _load(root, 10) and len(bad) == 1
 
 
@@ -217,7 +217,7 @@ def test_when_none_can_be_read_nothing_starts_afresh(root: Path) -> None:
     for step in (10, 20):
         _manifest(root, step).write_bytes(b"x")
     with pytest.raises(Incomplete, match="no checkpoint in .* can be read: step 20: .* step 10: "):
-        newest(stored(str(root)), Alone())
+        newest(stored(str(root)), SoloPeers())
 
 
 def test_training_goes_on_over_a_damaged_checkpoint(root: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_commit_is_never_replaced(root: Path) -> None:
 
 def test_newest_falls_back_from_a_damaged_manifest(root: Path) -> None:
     _manifest(root, 20).write_bytes(b"{}")
-    found = newest(stored(str(root)), Alone())
+    found = newest(stored(str(root)), SoloPeers())
     assert found is not None and found.step == 10
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from faulttol.detect import base, hang, nodes, overdue
 from faulttol.detect.snapshot import RankSeen, SavesSeen, Snapshot
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 from tests.faulttol.seen import gang, of_records
 from tests.faulttol.seen import record as _record
@@ -95,8 +95,8 @@ def test_work_is_no_hang() -> None:
 
 
 def test_a_hang_names_the_rank_that_is_behind() -> None:
-    newest = {rank: _record(90, 7, 100.0, Phase.BACKWARD) for rank in range(4)}
-    newest[2] = _record(87, 7, 98.0, Phase.FORWARD)
+    newest = {rank: _record(90, 7, 100.0, RankPhase.BACKWARD) for rank in range(4)}
+    newest[2] = _record(87, 7, 98.0, RankPhase.FORWARD)
     (verdict,) = _judge(dict(newest), now=131.0)
     assert verdict.kind is VerdictKind.HANG and verdict.rank == 2 and verdict.time == 100.0
     assert verdict.detail == "no rank made a record for 31 s: rank 2 is behind, in forward of step 7"
@@ -120,43 +120,45 @@ def test_a_rank_without_a_record_after_the_first_step_is_no_alarm() -> None:
 
 def test_the_end_of_a_step_is_before_the_save_that_follows_it() -> None:
     """`step(8)` closes step index 7, and the save after it is recorded under index 7 too."""
-    stuck = _record(21, 8, 100.0, mark=Mark.STEP)
-    saving = _record(22, 7, 100.0, Phase.CHECKPOINT)
+    stuck = _record(21, 8, 100.0, mark=PhaseMark.STEP)
+    saving = _record(22, 7, 100.0, RankPhase.CHECKPOINT)
     (verdict,) = _judge({0: saving, 1: stuck}, now=131.0)
     assert verdict.rank == 1 and "after the end of step 8" in verdict.detail
 
 
 def test_a_rank_after_a_phase_is_told_so() -> None:
-    newest = {0: _record(21, 7, 100.0, Phase.BACKWARD), 1: _record(20, 7, 100.0, mark=Mark.END)}
+    newest = {0: _record(21, 7, 100.0, RankPhase.BACKWARD), 1: _record(20, 7, 100.0, mark=PhaseMark.END)}
     (verdict,) = _judge(dict(newest), now=131.0)
     assert "rank 1 is behind, after forward of step 7" in verdict.detail
 
 
 def test_a_save_that_gets_on_is_no_hang_however_long() -> None:
-    saving: dict[int, Record | None] = {rank: _record(9, 3, 100.0, Phase.CHECKPOINT) for rank in range(2)}
-    renewed = saving | {1: _record(9, 3, 5000.0, Phase.CHECKPOINT)}
+    saving: dict[int, Record | None] = {rank: _record(9, 3, 100.0, RankPhase.CHECKPOINT) for rank in range(2)}
+    renewed = saving | {1: _record(9, 3, 5000.0, RankPhase.CHECKPOINT)}
     assert _judge(renewed, now=5029.0) == [], "one rank still writes"
     assert _judge(renewed, now=5000.0 + 30.0 * hang.SAVE_FACTOR) == [], "its fsync takes long"
     assert _judge(renewed, now=5001.0 + 30.0 * hang.SAVE_FACTOR)
 
 
 def test_the_culprit_in_a_save_is_the_rank_that_stopped_getting_on() -> None:
-    saving = {rank: _record(9, 3, 400.0 + rank, Phase.CHECKPOINT) for rank in range(4)}
-    saving[2] = _record(9, 3, 250.0, Phase.CHECKPOINT)
+    saving = {rank: _record(9, 3, 400.0 + rank, RankPhase.CHECKPOINT) for rank in range(4)}
+    saving[2] = _record(9, 3, 250.0, RankPhase.CHECKPOINT)
     (verdict,) = _judge(dict(saving), now=530.0)
     assert verdict.rank == 2 and "rank 2 is behind, in checkpoint of step 3" in verdict.detail
     assert verdict.detail.startswith("no rank made a record for 127 s")
 
 
 def test_ranks_that_stop_together_in_a_save_all_stand_there() -> None:
-    (verdict,) = _judge({rank: _record(9, 3, 100.0 + rank, Phase.CHECKPOINT) for rank in range(4)}, now=999.0)
+    (verdict,) = _judge(
+        {rank: _record(9, 3, 100.0 + rank, RankPhase.CHECKPOINT) for rank in range(4)}, now=999.0
+    )
     assert "all ranks stand in checkpoint of step 3" in verdict.detail
 
 
 def test_a_rank_that_waits_for_the_save_of_another_is_not_behind() -> None:
     """It begins to wait once its own part is done, which is one record more."""
-    waiting = _record(10, 4, 300.0, Phase.COLLECTIVE)
-    newest: dict[int, Record | None] = {0: waiting, 1: _record(9, 3, 350.0, Phase.CHECKPOINT), 2: waiting}
+    waiting = _record(10, 4, 300.0, RankPhase.COLLECTIVE)
+    newest: dict[int, Record | None] = {0: waiting, 1: _record(9, 3, 350.0, RankPhase.CHECKPOINT), 2: waiting}
     assert _judge(newest, now=469.0) == []
     (verdict,) = _judge(newest, now=471.0)
     assert verdict.rank == 1 and "rank 1 is behind, in checkpoint" in verdict.detail
@@ -164,26 +166,33 @@ def test_a_rank_that_waits_for_the_save_of_another_is_not_behind() -> None:
 
 def test_the_rank_that_commits_is_not_told_from_its_later_record() -> None:
     """Rank 0 has waited like the others, and then begins to commit: it has one record more, and still they wait for it."""
-    waiting = _record(10, 4, 300.0, Phase.COLLECTIVE)
-    newest: dict[int, Record | None] = {0: _record(11, 4, 350.0, Phase.CHECKPOINT), 1: waiting, 2: waiting}
+    waiting = _record(10, 4, 300.0, RankPhase.COLLECTIVE)
+    newest: dict[int, Record | None] = {
+        0: _record(11, 4, 350.0, RankPhase.CHECKPOINT),
+        1: waiting,
+        2: waiting,
+    }
     assert _judge(newest, now=469.0) == []
     (verdict,) = _judge(newest, now=471.0)
     assert verdict.rank == 0
 
 
 def test_a_rank_that_never_came_to_the_save_has_no_exemption() -> None:
-    newest: dict[int, Record | None] = {0: _record(9, 3, 100.0, Phase.CHECKPOINT), 1: _record(8, 3, 100.0)}
+    newest: dict[int, Record | None] = {
+        0: _record(9, 3, 100.0, RankPhase.CHECKPOINT),
+        1: _record(8, 3, 100.0),
+    }
     (verdict,) = _judge(newest, now=131.0)
     assert verdict.rank == 1
 
 
 def test_the_end_of_a_save_has_no_exemption() -> None:
-    newest: dict[int, Record | None] = {0: _record(9, 3, 100.0, Phase.CHECKPOINT, Mark.END)}
+    newest: dict[int, Record | None] = {0: _record(9, 3, 100.0, RankPhase.CHECKPOINT, PhaseMark.END)}
     assert len(_judge(newest, now=131.0)) == 1
 
 
 def test_before_the_first_step_the_start_timeout_holds() -> None:
-    newest: dict[int, Record | None] = {0: _record(1, 0, 2.0, Phase.START), 1: None, 2: None}
+    newest: dict[int, Record | None] = {0: _record(1, 0, 2.0, RankPhase.START), 1: None, 2: None}
     assert _judge(newest, now=190.0, started=10.0, stepped=False) == []
     (verdict,) = _judge(newest, now=191.0, started=10.0, stepped=False)
     assert verdict.kind is VerdictKind.START_TIMEOUT and verdict.rank == 1
@@ -191,24 +200,24 @@ def test_before_the_first_step_the_start_timeout_holds() -> None:
 
 
 def test_preparing_data_may_take_longer_than_a_start() -> None:
-    preparing: dict[int, Record | None] = {rank: _record(1, 0, 1.0, Phase.DATA) for rank in range(2)}
+    preparing: dict[int, Record | None] = {rank: _record(1, 0, 1.0, RankPhase.DATA) for rank in range(2)}
     assert _judge(preparing, now=180.0 * hang.PREPARE_FACTOR, stepped=False) == []
     assert _judge(preparing, now=181.0 * hang.PREPARE_FACTOR, stepped=False)
-    assert _judge(preparing | {1: _record(2, 0, 5.0, Phase.START)}, now=181.0, stepped=False)
+    assert _judge(preparing | {1: _record(2, 0, 5.0, RankPhase.START)}, now=181.0, stepped=False)
     assert _judge(preparing | {1: None}, now=181.0, stepped=False)
 
 
 def test_a_load_that_gets_on_may_take_longer_than_a_start() -> None:
-    loading: dict[int, Record | None] = {rank: _record(2, 0, 390.0, Phase.START) for rank in range(2)}
+    loading: dict[int, Record | None] = {rank: _record(2, 0, 390.0, RankPhase.START) for rank in range(2)}
     assert _judge(loading, now=420.0, stepped=False) == []
     assert _judge(loading, now=421.0, stepped=False)
-    assert _judge(loading | {0: _record(3, 0, 400.0, Phase.CHECKPOINT)}, now=429.0, stepped=False) == []
+    assert _judge(loading | {0: _record(3, 0, 400.0, RankPhase.CHECKPOINT)}, now=429.0, stepped=False) == []
     stepping: dict[int, Record | None] = {rank: _record(5, 0, 399.0) for rank in range(2)}
     assert _judge(stepping, now=400.0, stepped=False), "a first step has no end of its own"
 
 
 def test_a_start_that_all_entered_names_where_they_stand() -> None:
-    newest: dict[int, Record | None] = {0: _record(4, 0, 2.0), 1: _record(1, 0, 2.0, Phase.START)}
+    newest: dict[int, Record | None] = {0: _record(4, 0, 2.0), 1: _record(1, 0, 2.0, RankPhase.START)}
     (verdict,) = _judge(newest, now=191.0, stepped=False)
     assert verdict.rank == 1 and "rank 1 is behind, in start of step 0" in verdict.detail
 

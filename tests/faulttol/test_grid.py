@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.faulttol import grid
-from tests.faulttol.grid_ranks import Part, Went, Work, hashes_from
+from tests.faulttol.grid_ranks import GridWork, SentPart, Went, hashes_from
 from tests.trainer.families import FAMILIES
-from tests.trainer.grid import Case, config_of
+from tests.trainer.grid import GridCase, config_of
 from trainer.sizing.search.runnable import refusal
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 STEPS = grid.Steps(2, 2, 1, background=True)
 
 
-def value(case: Case, key: str) -> Any:
+def value(case: GridCase, key: str) -> Any:
     """A layout's word."""
     return (grid.DEFAULTS | case.layout | case.train | case.optim).get(key)
 
@@ -78,7 +78,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[grid.Grid]:
     made.end()
 
 
-PAIR = grid.Pair(grid.case("qwen3", "", micros=1), grid.case("qwen3", "tp=2 ep=2", micros=1))
+PAIR = grid.LayoutPair(grid.case("qwen3", "", micros=1), grid.case("qwen3", "tp=2 ep=2", micros=1))
 
 
 def test_a_save_beside_training_is_of_the_step_that_it_began_at(small: grid.Grid) -> None:
@@ -94,11 +94,11 @@ def test_the_grid_sees_one_bit(small: grid.Grid, seed: int) -> None:
 
 
 def test_work_that_fails_is_told_and_the_next_is_done(small: grid.Grid, tmp_path: Path) -> None:
-    ranks, config = grid.Ranks(), config_of(PAIR.one, 4)
+    ranks, config = grid.GridRanks(), config_of(PAIR.one, 4)
     try:
-        (problem,) = ranks.do(1, Work(config, source=str(tmp_path), after=1)).problems
+        (problem,) = ranks.do(1, GridWork(config, source=str(tmp_path), after=1)).problems
         assert "gave None" in problem
-        assert len(ranks.do(1, Work(config, before=1)).lines) == 1
+        assert len(ranks.do(1, GridWork(config, before=1)).lines) == 1
     finally:
         ranks.end()
 
@@ -139,8 +139,8 @@ def test_a_loss_that_is_off_is_unequal() -> None:
 # ---- hashes ----
 
 
-def part(data: bytes, start: int, name: str = "x", dtype: str = "uint8", whole: int = 8) -> Part:
-    return Part(name, dtype, (whole,), (slice(start, start + len(data)),), data)
+def part(data: bytes, start: int, name: str = "x", dtype: str = "uint8", whole: int = 8) -> SentPart:
+    return SentPart(name, dtype, (whole,), (slice(start, start + len(data)),), data)
 
 
 def test_a_hash_does_not_depend_on_how_a_tensor_is_cut() -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from faulttol.checkpoint import hashes
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit, Folder
-from faulttol.checkpoint.hashes import Source, gap_in, parts_of, tensor_hashes
+from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.hashes import CheckpointSource, gap_in, parts_of, tensor_hashes
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.pieces import BLOCK
 from faulttol.checkpoint.save import Saved
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.commands import verify
 
 torch = pytest.importorskip("torch")
@@ -25,8 +25,8 @@ from tests.faulttol.tensors import KINDS, bits, cut, layout, save_layout, state 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
 
 
-def _newest(root: object) -> tuple[Store, Commit]:
-    store = Store(str(root))
+def _newest(root: object) -> tuple[CheckpointStore, CheckpointCommit]:
+    store = CheckpointStore(str(root))
     return store, Folder(store).commits[-1]
 
 
@@ -83,7 +83,7 @@ def test_any_box_reads_as_it_was_saved(tmp_path: Path, monkeypatch: pytest.Monke
     _save(tmp_path, {"t": tensor}, 3, ("rows", "flat")[seed % 2])
     whole = Box.all_of(shape)
     for box in cut(whole, noise)[:4]:
-        source = Source(*_newest(tmp_path))
+        source = CheckpointSource(*_newest(tmp_path))
         pieces = source.pieces("t")
         before = source.bytes
         data = b"".join(bytes(chunk) for chunk in source.stretches("t", box))
@@ -101,7 +101,7 @@ def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
     first = BLOCK // 4
     with pytest.raises(Incomplete, match=rf"differs from what was saved in t\[{first}:{2 * first}\]"):
         tensor_hashes(*_newest(tmp_path))
-    source = Source(*_newest(tmp_path))
+    source = CheckpointSource(*_newest(tmp_path))
     source.read("t", Box((600_000,), (0,), (first,)))  # another block
     path.write_bytes(data[:-1])
     with pytest.raises(Incomplete, match="truncated"):
@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
 
 def test_an_element_without_a_source_or_with_two_is_refused(tmp_path: Path) -> None:
     _save(tmp_path, {"t": torch.arange(600.0).view(60, 10)}, 3, "rows")
-    source, whole = Source(*_newest(tmp_path)), Box.all_of((60, 10))
+    source, whole = CheckpointSource(*_newest(tmp_path)), Box.all_of((60, 10))
     pieces = source.pieces("t")
     with pytest.raises(Incomplete, match=r"manifest.json: t\[20:40, 0:10\] of .* has no source"):
         source.read("t", whole, [pieces[0], pieces[2]])
@@ -118,7 +118,7 @@ def test_an_element_without_a_source_or_with_two_is_refused(tmp_path: Path) -> N
         source.read("t", whole, [*pieces, pieces[0]])
 
 
-class Counting(Store):
+class Counting(CheckpointStore):
     """Remembers the bytes of its largest read."""
 
     largest = 0
@@ -156,7 +156,7 @@ def test_indexes_are_forgotten_and_read_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(hashes, "_INDEXES", 1)
     tensors = state(5)
     _save(tmp_path, tensors, 4, "rows")
-    source = Source(*_newest(tmp_path))
+    source = CheckpointSource(*_newest(tmp_path))
     first = source.file(0)
     once = source.bytes
     assert source.file(0) is first and source.bytes == once

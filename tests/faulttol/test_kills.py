@@ -20,19 +20,19 @@ import torch.distributed as dist
 
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Commit, Folder
+from faulttol.checkpoint.folder import CheckpointCommit, Folder
 from faulttol.checkpoint.manifest import Identity, Incomplete, Uncertain
-from faulttol.checkpoint.peers import Alone
+from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.pieces import owned
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.save import save
 from faulttol.checkpoint.shards import layout, ordered
-from faulttol.checkpoint.store import Store
-from faulttol.staged.saver import Policy, Saver
-from faulttol.staged.writer import CommitOrder, Seal, Work, WriterProcess
+from faulttol.checkpoint.store import CheckpointStore
+from faulttol.staged.saver import SavePolicy, Saver
+from faulttol.staged.writer import CommitOrder, OrderWorker, Seal, WriterProcess
 from tests.faulttol import kill_ranks
 from tests.faulttol.kill_orders import Judged
-from tests.faulttol.kills import Gang, Killer, Place, Wrong
+from tests.faulttol.kills import Killer, KillGang, KillPlace, Wrong
 from tests.faulttol.s3_faults import KINDS, FaultyS3
 from tests.source_tree import ROOT
 from trainer.state import Slice
@@ -54,7 +54,7 @@ def test_a_dozen_kills_leave_nothing_wrong() -> None:
 
 def _leave(root: Path, attempt: int, step: int) -> Path:
     """A rank's file without a manifest."""
-    path = root / Commit(attempt, step, "killed").shard(0, "dead")
+    path = root / CheckpointCommit(attempt, step, "killed").shard(0, "dead")
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"x" * 100)
     return path
@@ -67,9 +67,9 @@ def test_a_save_that_fails_gives_back_the_room_of_earlier_attempts(tmp_path: Pat
     identity = Identity("killed", 3, {}, 0, 1)
     parts = [Slice("w", torch.zeros(8), Box.all_of((8,)))]
     with pytest.raises(Incomplete, match="TypeError"):
-        save(str(tmp_path), 5, owned(parts), identity, {"no JSON": {1}}, Alone(), Retention(2))
+        save(str(tmp_path), 5, owned(parts), identity, {"no JSON": {1}}, SoloPeers(), Retention(2))
     assert not old.exists() and other.exists(), "its own attempt's may be another rank's, still being written"
-    assert [commit.step for commit in Folder(Store(str(tmp_path))).commits] == [4]
+    assert [commit.step for commit in Folder(CheckpointStore(str(tmp_path))).commits] == [4]
 
 
 def test_a_commit_removes_what_earlier_attempts_left_at_later_steps(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_commit_removes_what_earlier_attempts_left_at_later_steps(tmp_path: Pa
 # ---- a commit that nobody is told of ----
 
 
-class _Lossy(Store):
+class _Lossy(CheckpointStore):
     """A store whose answer to the manifest is lost, after or before it is written."""
 
     written, readable, error = True, True, ConnectionError("reset by peer")
@@ -108,7 +108,7 @@ def _commit(root: Path, written: bool = True, readable: bool = True, error: Exce
 
 def test_a_lost_answer_to_the_manifest_is_looked_up(tmp_path: Path) -> None:
     assert _commit(tmp_path) > 32
-    assert len(Folder(Store(str(tmp_path))).commits) == 1
+    assert len(Folder(CheckpointStore(str(tmp_path))).commits) == 1
 
 
 @pytest.mark.parametrize(("written", "readable"), [(True, False), (False, True), (False, False)])
@@ -119,7 +119,7 @@ def test_what_cannot_be_looked_up_is_uncertain(tmp_path: Path, written: bool, re
 
 
 def test_another_manifest_is_not_ours(tmp_path: Path) -> None:
-    path = tmp_path / Commit(1, 1, "killed").manifest
+    path = tmp_path / CheckpointCommit(1, 1, "killed").manifest
     path.parent.mkdir()
     path.write_bytes(b"{}")
     with pytest.raises(ConnectionError):
@@ -164,7 +164,10 @@ class _Second:
 
 def test_a_rank_that_rank_0_does_not_answer_keeps_its_file(tmp_path: Path) -> None:
     """Rank 0 may have died right after it committed."""
-    identity, policy = Identity("killed", 1, {}, 1, 2), Policy(str(tmp_path), Retention(1), background=False)
+    identity, policy = (
+        Identity("killed", 1, {}, 1, 2),
+        SavePolicy(str(tmp_path), Retention(1), background=False),
+    )
     saver = Saver(policy, identity, _Second(), _Gone(), torch.device("cpu"))  # type: ignore[arg-type]
     saver.stage(4, owned([Slice("w", torch.ones(8), Box.all_of((8,)))]), {})
     (outcome,) = saver.poll()
@@ -177,7 +180,7 @@ def test_a_writer_that_is_killed_while_it_commits_leaves_the_files(
 ) -> None:
     identity = Identity("killed", 1, {}, 0, 1)
     saver = Saver(
-        Policy(str(tmp_path), Retention(1)), identity, Alone(), dist.HashStore(), torch.device("cpu")
+        SavePolicy(str(tmp_path), Retention(1)), identity, SoloPeers(), dist.HashStore(), torch.device("cpu")
     )
     request = WriterProcess.request
 
@@ -208,7 +211,7 @@ def test_a_writer_tells_what_the_disk_said(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, most))
     try:
         with pytest.raises(OSError, match="File too large"):
-            Work().do(Seal(str(buffer), plan, "word", str(tmp_path / "there")), lambda _: None)
+            OrderWorker().do(Seal(str(buffer), plan, "word", str(tmp_path / "there")), lambda _: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
@@ -225,7 +228,7 @@ def _save(root: Path, attempt: int, step: int, wrong_step: int | None = None) ->
         held = wrong_step if wrong_step is not None and name.endswith("bias") else step
         parts.append(Slice(name, kill_ranks.value(name, box, attempt, held), box))
     identity = Identity("killed", attempt, {}, 0, 1)
-    save(str(root), step, owned(parts), identity, {"attempt": attempt}, Alone(), Retention(2))
+    save(str(root), step, owned(parts), identity, {"attempt": attempt}, SoloPeers(), Retention(2))
 
 
 class _Pipe:
@@ -242,7 +245,7 @@ def _judge(root: Path, attempt: int = 9) -> Judged:
     return pipe.sent[0]
 
 
-def _damage(root: Path, commit: Commit) -> None:
+def _damage(root: Path, commit: CheckpointCommit) -> None:
     (path,) = root.glob(f"{commit.prefix}r*.safetensors")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -266,7 +269,7 @@ def test_the_judge_finds_a_commit_that_does_not_load(tmp_path: Path, which: int)
     """The newest, which a restore would pass over, and the one before, which it wouldn't look at."""
     _save(tmp_path, 1, 4)
     _save(tmp_path, 1, 5)
-    _damage(tmp_path, Folder(Store(str(tmp_path))).commits[which])
+    _damage(tmp_path, Folder(CheckpointStore(str(tmp_path))).commits[which])
     assert ("is the newest" if which else "step 4") in _judge(tmp_path).problem
 
 
@@ -305,7 +308,7 @@ class _Told(Killer):
 
 
 def test_a_step_that_was_told_to_be_saved_must_be_there(tmp_path: Path) -> None:
-    place = Place("disk", str(tmp_path))
+    place = KillPlace("disk", str(tmp_path))
     killer = _Told(tmp_path, Judged((1, 4), "", 1, 0))
     killer._judge(place, [("saved", 1, 4, 0, ""), ("begin", 1, 5, 0, "")])
     assert place.newest == (1, 4) and place.begun == 5
@@ -314,8 +317,8 @@ def test_a_step_that_was_told_to_be_saved_must_be_there(tmp_path: Path) -> None:
 
 
 def test_what_ranks_load_must_be_what_was_judged(tmp_path: Path) -> None:
-    place = Place("disk", str(tmp_path), newest=(1, 4))
-    killer, gang = _Told(tmp_path, Judged(None, "", 0, 0)), Gang([], str(tmp_path / "log"))
+    place = KillPlace("disk", str(tmp_path), newest=(1, 4))
+    killer, gang = _Told(tmp_path, Judged(None, "", 0, 0)), KillGang([], str(tmp_path / "log"))
     for rank in range(2):
         (tmp_path / f"log.{rank}").write_text(f"loaded 1 {4 - rank} 0 \n")
     with pytest.raises(Wrong, match="rank 1 loaded"):

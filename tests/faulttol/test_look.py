@@ -18,7 +18,7 @@ from configs.rank import RankFiles
 from faulttol import exits, steady
 from faulttol.detect import look, processes
 from faulttol.detect.look import RankWatch
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -170,7 +170,7 @@ def test_a_stopped_rank_is_seen_at_once(
 ) -> None:
     child = begun(_SLEEPS)
     seen = _Seen(tmp_path, child.pid)
-    seen.ring.begin(Phase.FORWARD, 7)
+    seen.ring.begin(RankPhase.FORWARD, 7)
     first = seen.watch.look()
     assert first.newest is not None and first.newest.step == 7 and abs(first.newest.time - steady.now()) < 5
     assert (first.rank, first.pid, first.held, first.held_since, first.asleep_since) == (
@@ -198,7 +198,7 @@ def test_a_silent_rank_is_looked_at_closely(
     monkeypatch.setattr(look, "_SILENT", 0.0)
     child = begun(f"pid = os.fork()\nif pid == 0: time.sleep(1e6)\n{_SLEEPS}")
     seen = _Seen(tmp_path, child.pid)
-    seen.ring.begin(Phase.FORWARD, 7)
+    seen.ring.begin(RankPhase.FORWARD, 7)
     _until(lambda: seen.watch.look().held)
     first = seen.watch.look()
     assert (
@@ -242,21 +242,21 @@ def test_a_rank_that_gets_no_processor_is_not_asleep(
     monkeypatch.setattr(processes, "idle", lambda *_: next(told))
     child = begun(_SLEEPS)
     seen = _Seen(tmp_path, child.pid)
-    seen.ring.begin(Phase.FORWARD, 7)
+    seen.ring.begin(RankPhase.FORWARD, 7)
     since = [seen.watch.look().asleep_since for _ in range(8)]
     assert [one is not None for one in since] == [False, True, False, True, False, False, False, True]
     first, again, last = since[1], since[3], since[7]
-    assert first is not None and last is not None and again == first < last, "once is no work, twice is"
+    assert first is not None and last is not None and again == first < last, "once is not a work, twice is"
 
 
 @pytest.mark.parametrize(
-    ("phase", "asleep"), [(Phase.CHECKPOINT, False), (Phase.LOAD, False), (Phase.BACKWARD, True)]
+    ("phase", "asleep"), [(RankPhase.CHECKPOINT, False), (RankPhase.LOAD, False), (RankPhase.BACKWARD, True)]
 )
 def test_beside_an_object_store_only_computing_ranks_are_idle(
     tmp_path: Path,
     begun: Callable[[str], subprocess.Popen[bytes]],
     monkeypatch: pytest.MonkeyPatch,
-    phase: Phase,
+    phase: RankPhase,
     asleep: bool,
 ) -> None:
     monkeypatch.setattr(look, "_SILENT", 0.0)

@@ -12,16 +12,16 @@ from faulttol.checkpoint import survey as surveying
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.manifest import (
     DIRECTORY_BLOCK,
-    Head,
     Incomplete,
     Manifest,
+    ManifestHead,
     ShardFile,
     Tensor,
     files_of,
     tensors_of,
 )
-from faulttol.checkpoint.shards import Index
-from faulttol.checkpoint.survey import Plan, Surveys, survey
+from faulttol.checkpoint.shards import ShardIndex
+from faulttol.checkpoint.survey import FilePlan, Surveys, survey
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -43,7 +43,7 @@ def _plain(
     return [("w", kind, Box(whole, start, shape)) for start, shape in boxes]
 
 
-def _joined(head: Head, texts: list[bytes]) -> Manifest:
+def _joined(head: ManifestHead, texts: list[bytes]) -> Manifest:
     data = b"".join(texts)
     tensors, files = {}, []
     for block in head.tensors:
@@ -55,7 +55,7 @@ def _joined(head: Head, texts: list[bytes]) -> Manifest:
 
 def test_a_manifest_comes_back() -> None:
     head, texts = TOLD.split()
-    assert Head.parse(head.dump()) == head
+    assert ManifestHead.parse(head.dump()) == head
     assert _joined(head, texts) == TOLD
     assert (head.world, head.size, head.count) == (2, 300, 2) == (TOLD.world, TOLD.bytes, len(TOLD.tensors))
     assert list(TOLD.tensors["w"].files()) == [0, 2, 3]
@@ -64,7 +64,7 @@ def test_a_manifest_comes_back() -> None:
 def test_facts_become_json() -> None:
     facts = {"tuple": (1, 2), "keys": {10: "a", 9: "b"}, "nan": float("inf")}
     head, _ = Manifest("r", 1, 1, {}, "t", {}, (), facts).split()
-    back = Head.parse(head.dump())
+    back = ManifestHead.parse(head.dump())
     assert back.facts == {"tuple": [1, 2], "keys": {"10": "a", "9": "b"}, "nan": float("inf")}
     with pytest.raises(TypeError):
         Manifest("r", 1, 1, {}, "t", {}, (), {"set": {1}}).split()[0].dump()
@@ -77,7 +77,7 @@ def test_every_flipped_bit_is_noticed() -> None:
         changed = bytearray(text)
         changed[place // 8] ^= 1 << place % 8
         try:
-            assert Head.parse(bytes(changed)) == head
+            assert ManifestHead.parse(bytes(changed)) == head
         except Incomplete:
             continue
         pytest.fail(f"bit {place}: {changed[place // 8 - 9 : place // 8 + 9]!r}")
@@ -88,15 +88,15 @@ def test_every_flipped_bit_is_noticed() -> None:
 )
 def test_a_manifest_that_is_none_is_incomplete(text: bytes) -> None:
     with pytest.raises(Incomplete):
-        Head.parse(text)
+        ManifestHead.parse(text)
 
 
 def test_another_format_is_named() -> None:
     text = json.dumps(json.loads(TOLD.split()[0].dump()) | {"format": 3}).encode()
     with pytest.raises(Incomplete, match="of format 3, and this version reads 2"):
-        Head.parse(text)
+        ManifestHead.parse(text)
     with pytest.raises(Incomplete, match="index isn't of format 2"):
-        Index.parse(b'{"format": 3}')
+        ShardIndex.parse(b'{"format": 3}')
 
 
 def test_what_the_ranks_wrote_is_surveyed() -> None:
@@ -131,16 +131,16 @@ def test_pieces_that_make_up_no_whole_are_refused(ranks: list, why: str) -> None
 
 
 def test_a_survey_of_what_is_known_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = [Plan(_plain(((0,), (4,)))), Plan(_plain(((4,), (6,))))]
+    plans = [FilePlan(_plain(((0,), (4,)))), FilePlan(_plain(((4,), (6,))))]
     digests = [plan.digest for plan in plans]
     known = Surveys()
     assert not known.known(digests)
-    with pytest.raises(Incomplete, match="told the digest of its plan alone"):
+    with pytest.raises(Incomplete, match="sent the digest of its plan alone"):
         known.of(digests, [plans[0], None])
     found = known.of(digests, plans)
     monkeypatch.setattr(surveying, "survey", lambda pieces: pytest.fail("surveyed again"))
     assert known.known(digests) and known.of(digests, [None, None]) == found
-    assert not known.known(digests[::-1]), "ranks are told apart"
+    assert not known.known(digests[::-1]), "ranks are distinguished"
 
 
 def test_a_plan_is_what_it_was_made_of() -> None:
@@ -149,13 +149,13 @@ def test_a_plan_is_what_it_was_made_of() -> None:
         ("s", "int64", Box((), (), ())),
         ("e", "bool", Box((0, 3), (0, 0), (0, 3))),
     ]
-    plan = Plan(rows)
+    plan = FilePlan(rows)
     assert (
         list(pickle.loads(pickle.dumps(plan))) == rows == list(plan) and len(plan) == 3 and plan[1] == rows[1]
     )
-    assert plan == Plan(rows) != Plan(rows[::-1]) and list(Plan([])) == []
+    assert plan == FilePlan(rows) != FilePlan(rows[::-1]) and list(FilePlan([])) == []
     with pytest.raises(Incomplete, match="which has other dims"):
-        Plan([("a", "float32", Box((4, 3), (1,), (2,)))])
+        FilePlan([("a", "float32", Box((4, 3), (1,), (2,)))])
 
 
 def test_the_head_stays_short_and_blocks_are_bounded() -> None:

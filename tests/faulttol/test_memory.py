@@ -14,7 +14,7 @@ import pytest
 
 from configs.errors import UserError
 from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.folder import Commit
+from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.load import Restored, Tier, restore, stored
 from faulttol.snapshots import memory, ranges
 from faulttol.snapshots.memory import Copies, partners
@@ -106,11 +106,13 @@ def test_what_is_older_than_a_commit_goes(tmp_path: Path) -> None:
         "step-0000000020/notes",
     ]
     _lay(tmp_path, *old, *kept)
-    assert memory.sweep(tmp_path, Commit(2, 30, RUN)) == sorted(old)
+    assert memory.sweep(tmp_path, CheckpointCommit(2, 30, RUN)) == sorted(old)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == sorted(kept[:-1])
     assert not (tmp_path / "step-0000000050").exists() and (tmp_path / "step-0000000020/notes").exists()
     assert (
-        memory.sweep(tmp_path, Commit(2, 30, RUN)) == [] == memory.sweep(tmp_path / "no", Commit(2, 30, RUN))
+        memory.sweep(tmp_path, CheckpointCommit(2, 30, RUN))
+        == []
+        == memory.sweep(tmp_path / "no", CheckpointCommit(2, 30, RUN))
     )
 
 
@@ -295,7 +297,7 @@ def test_a_snapshot_that_was_not_committed_is_left_out(tmp_path: Path) -> None:
     found = _restart(tmp_path, ["0", "1", "2", "3"], attempt=3)[0]
     assert found is not None and found.step == 20
     files = sorted(str(path) for path in (tmp_path / "0").rglob("*"))
-    memory.sweep(tmp_path / "0", Commit(1, 20, RUN))
+    memory.sweep(tmp_path / "0", CheckpointCommit(1, 20, RUN))
     assert files == sorted(str(path) for path in (tmp_path / "0").rglob("*")), "a later one may be on its way"
 
 
@@ -421,7 +423,7 @@ def test_an_error_inside_closes_the_servers_at_once(tmp_path: Path) -> None:
 
 
 def test_ranks_and_a_node_are_killed(tmp_path: Path) -> None:
-    """Three nodes save, all ranks are killed and a node's memory is gone; four ranks on other nodes go on."""
+    """Three nodes save, all ranks are killed and a node's memory is gone; four ranks on other nodes continue."""
     with Nodes(tmp_path) as nodes:
         nodes.run(["0", "1", "2"], store=f"{tmp_path}/store", to_memory=[10, 20], to_store=[5], begun=[30])
         nodes.kill()

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from faulttol.checkpoint.boxes import Box, uncovered
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, Piece, Wanted, owned
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece, Wanted, owned
 
 torch = pytest.importorskip("torch")
 from trainer.state import Slice  # noqa: E402
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
 
 
 def _round(tensor: torch.Tensor) -> torch.Tensor:
-    data = b"".join(Piece.from_slice("w", tensor).chunks())
+    data = b"".join(TensorPiece.from_slice("w", tensor).chunks())
     back = torch.empty(tensor.shape, dtype=tensor.dtype)
     if data:
         Wanted.from_slice("w", back).fill(memoryview(bytearray(data)), Box.all_of(tuple(tensor.shape)))
@@ -27,7 +27,7 @@ def _round(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (0,), (2, 0, 3)])
 def test_a_tensor_comes_back(kind: str, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape) * 100).to(getattr(torch, kind))
-    piece = Piece.from_slice("w", tensor)
+    piece = TensorPiece.from_slice("w", tensor)
     assert (piece.dtype, piece.box) == (kind, Box.all_of(shape))
     assert piece.bytes == tensor.numel() * tensor.element_size() == sum(map(len, piece.chunks()))
     back = _round(tensor)
@@ -51,7 +51,7 @@ def test_a_view_is_saved_and_filled_by_rows() -> None:
 
 def test_on_a_host_the_bytes_are_the_live_ones() -> None:
     tensor = torch.zeros(4)
-    (data,) = Piece.from_slice("w", tensor.requires_grad_()).chunks()
+    (data,) = TensorPiece.from_slice("w", tensor.requires_grad_()).chunks()
     with torch.no_grad():
         tensor[0] = 1.0
     assert bytes(data[:4]) == b"\x00\x00\x80\x3f"
@@ -59,7 +59,8 @@ def test_on_a_host_the_bytes_are_the_live_ones() -> None:
 
 def test_large_tensors_come_in_whole_blocks() -> None:
     chunks = [
-        len(chunk) for chunk in Piece.from_slice("w", torch.zeros(40 * BLOCK + 3, dtype=torch.uint8)).chunks()
+        len(chunk)
+        for chunk in TensorPiece.from_slice("w", torch.zeros(40 * BLOCK + 3, dtype=torch.uint8)).chunks()
     ]
     assert (
         sum(chunks) == 40 * BLOCK + 3 and all(size % BLOCK == 0 for size in chunks[:-1]) and len(chunks) == 3
@@ -77,13 +78,13 @@ def test_a_parameter_is_filled_in_place() -> None:
 
 def test_what_does_not_match_is_refused() -> None:
     with pytest.raises(ValueError, match=r"w: a tensor of \[2\] isn't the box \[0:3\] of \[3\]"):
-        Piece.from_slice("w", torch.zeros(2), Box.all_of((3,)))
+        TensorPiece.from_slice("w", torch.zeros(2), Box.all_of((3,)))
     with pytest.raises(ValueError, match=r"w: a tensor of \[2\] isn't the box \[2:4\] of \[3\]"):
         Wanted.from_slice("w", torch.zeros(2), Box((3,), (2,), (2,)))
     with pytest.raises(ValueError, match="w is wanted as float32, and its tensor is torch.float64"):
         Wanted("w", "float32", Box.all_of((2,)), torch.zeros(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="w is complex128, which can't be saved"):
-        _ = Piece.from_slice("w", torch.zeros(2, dtype=torch.complex128)).bytes
+        _ = TensorPiece.from_slice("w", torch.zeros(2, dtype=torch.complex128)).bytes
 
 
 # ---- replicas ----
@@ -95,7 +96,7 @@ def test_of_replicas_each_element_is_written_once_and_the_bytes_spread() -> None
         (2000, 1024),
         (3, 2_000_000),
     ]
-    written: list[list[Piece]] = []
+    written: list[list[TensorPiece]] = []
     for rank in range(world):
         parts = [
             Slice(str(i), torch.zeros(shape), Box.all_of(shape), rank, world) for i, shape in enumerate(sizes)

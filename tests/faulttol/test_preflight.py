@@ -18,7 +18,7 @@ import torch
 
 from faulttol.preflight import device, host
 from faulttol.preflight.host import Beacon
-from faulttol.preflight.result import Check, Outcome, Preflight
+from faulttol.preflight.result import Check, CheckOutcome, Preflight
 from orchestrator.agent import checks
 from orchestrator.agent.checks import Looked, NodeCheck
 from tests.orchestrator.local_runtime import until
@@ -42,9 +42,9 @@ def closed_port() -> int:
 def test_only_what_is_bad_bars_a_node() -> None:
     found = Preflight(
         (
-            Check("a", Outcome.GOOD, "fine"),
-            Check("b", Outcome.UNKNOWN, "no tool"),
-            Check("c", Outcome.BAD, "wrong"),
+            Check("a", CheckOutcome.GOOD, "fine"),
+            Check("b", CheckOutcome.UNKNOWN, "no tool"),
+            Check("c", CheckOutcome.BAD, "wrong"),
         )
     )
     assert found.why == "c: wrong" and found.lines()[-1] == "not fit: c: wrong"
@@ -56,11 +56,11 @@ def test_only_what_is_bad_bars_a_node() -> None:
 
 def test_an_instrument_that_breaks_cannot_tell() -> None:
     check = host.timed("x", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
-    assert check.outcome is Outcome.UNKNOWN and "ZeroDivisionError" in check.text
+    assert check.outcome is CheckOutcome.UNKNOWN and "ZeroDivisionError" in check.text
 
 
 def test_memory_is_looked_at_against_what_ranks_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert {one.outcome for one in host.quick(tmp_path)} == {Outcome.GOOD}
+    assert {one.outcome for one in host.quick(tmp_path)} == {CheckOutcome.GOOD}
     usage = shutil.disk_usage(tmp_path)._replace(free=host.LEAST_SHARED // 2)
     monkeypatch.setattr(host.shutil, "disk_usage", lambda _: usage)
     assert Preflight(tuple(host.quick(tmp_path))).why.startswith("shared memory: 8 MiB free")
@@ -71,7 +71,7 @@ def test_memory_is_looked_at_against_what_ranks_need(monkeypatch: pytest.MonkeyP
 
 
 def test_loopback_is_proved_and_a_torn_one_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert host.loopback()[0] is Outcome.GOOD
+    assert host.loopback()[0] is CheckOutcome.GOOD
     sent = iter([b"a" * (1 << 16)])
     monkeypatch.setattr(host.os, "urandom", lambda _: next(sent))
     real = socket.create_connection
@@ -90,22 +90,22 @@ def test_loopback_is_proved_and_a_torn_one_seen(monkeypatch: pytest.MonkeyPatch)
             self.line.sendall(data[:-1] + b"b")
 
     monkeypatch.setattr(host.socket, "create_connection", Torn)
-    assert host.loopback() == (Outcome.BAD, "bytes sent over 127.0.0.1 came back different")
+    assert host.loopback() == (CheckOutcome.BAD, "bytes sent over 127.0.0.1 came back different")
 
 
 def test_a_node_that_reaches_none_of_several_is_cut_off(beacon: Beacon) -> None:
     here, away, gone = f"127.0.0.1:{beacon.port}", f"127.0.0.1:{closed_port()}", "127.0.0.1:no"
-    assert host.neighbours([]) == (Outcome.GOOD, "no neighbours")
-    assert host.neighbours([here, here])[0] is Outcome.GOOD
-    assert host.neighbours([here, away]) == (Outcome.UNKNOWN, f"doesn't reach {away}")
-    assert host.neighbours([away])[0] is Outcome.UNKNOWN, "one may be at fault itself"
-    assert host.neighbours([away, gone])[0] is Outcome.BAD
+    assert host.neighbours([]) == (CheckOutcome.GOOD, "no neighbours")
+    assert host.neighbours([here, here])[0] is CheckOutcome.GOOD
+    assert host.neighbours([here, away]) == (CheckOutcome.UNKNOWN, f"doesn't reach {away}")
+    assert host.neighbours([away])[0] is CheckOutcome.UNKNOWN, "one may be at fault itself"
+    assert host.neighbours([away, gone])[0] is CheckOutcome.BAD
 
 
 def test_somebody_else_on_the_port_is_no_neighbour() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 "), daemon=True).start()
-        assert host.neighbours([f"127.0.0.1:{other.getsockname()[1]}"])[0] is Outcome.UNKNOWN
+        assert host.neighbours([f"127.0.0.1:{other.getsockname()[1]}"])[0] is CheckOutcome.UNKNOWN
 
 
 def test_a_tool_that_fails_or_hangs_is_a_lost_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +113,12 @@ def test_a_tool_that_fails_or_hangs_is_a_lost_device(tmp_path: Path, monkeypatch
     tool.write_text("#!/bin/sh\necho Unable to determine the device handle\nexit 15\n")
     tool.chmod(0o755)
     outcome, text = host.device_tool(str(tool))
-    assert outcome is Outcome.BAD and "exit code 15: Unable to determine" in text
+    assert outcome is CheckOutcome.BAD and "exit code 15: Unable to determine" in text
     tool.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(host, "_TOOL_SECONDS", 0.2)
-    assert host.device_tool(str(tool))[0] is Outcome.BAD
+    assert host.device_tool(str(tool))[0] is CheckOutcome.BAD
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert host.device_tool() == (Outcome.GOOD, "no devices, or no tool that tells of them")
+    assert host.device_tool() == (CheckOutcome.GOOD, "no devices, or no tool that tells of them")
 
 
 def test_arithmetic_is_proved_on_this_machine() -> None:
@@ -143,7 +143,7 @@ def test_one_wrong_element_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     signs = device._sparse_signs
     monkeypatch.setattr(device, "_sparse_signs", lambda *words: signs(*words).as_subclass(_Wrong))
     outcome, text = device.exactness(torch.device("cpu"), 64)
-    assert (outcome, text) == (Outcome.BAD, "a product of whole numbers is wrong in 1 of 64 columns")
+    assert (outcome, text) == (CheckOutcome.BAD, "a product of whole numbers is wrong in 1 of 64 columns")
 
 
 def test_whole_numbers_stay_within_what_bf16_holds() -> None:
@@ -156,14 +156,14 @@ def test_whole_numbers_stay_within_what_bf16_holds() -> None:
 
 def test_a_product_that_differs_from_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device.torch, "equal", lambda *_: False)
-    assert device.exactness(torch.device("cpu"), 64) == (Outcome.BAD, "the same product twice differs")
+    assert device.exactness(torch.device("cpu"), 64) == (CheckOutcome.BAD, "the same product twice differs")
 
 
 def test_a_device_slower_than_its_neighbours_is_named() -> None:
     outcome, text = device.compared({"cuda:0": 10.0, "cuda:1": 7.9, "cuda:2": 10.0, "cuda:3": 10.1})
-    assert outcome is Outcome.BAD and "cuda:1 0.79" in text and "cuda:0" not in text
-    assert device.compared({"cuda:0": 10.0, "cuda:1": 8.1, "cuda:2": 10.0})[0] is Outcome.GOOD
-    assert device.compared({"cuda:0": 10.0, "cuda:1": 1.0})[0] is Outcome.GOOD, (
+    assert outcome is CheckOutcome.BAD and "cuda:1 0.79" in text and "cuda:0" not in text
+    assert device.compared({"cuda:0": 10.0, "cuda:1": 8.1, "cuda:2": 10.0})[0] is CheckOutcome.GOOD
+    assert device.compared({"cuda:0": 10.0, "cuda:1": 1.0})[0] is CheckOutcome.GOOD, (
         "of two nobody could say which"
     )
 
@@ -192,7 +192,7 @@ def test_a_node_of_cores_is_looked_at_without_torch(monkeypatch: pytest.MonkeyPa
     assert check.look() == Looked(False, "", check.look().port)
     until(lambda: check.look().done, "the first look")
     assert check.look().why == ""
-    monkeypatch.setattr(checks.host, "quick", lambda: [Check("host memory", Outcome.BAD, "none")])
+    monkeypatch.setattr(checks.host, "quick", lambda: [Check("host memory", CheckOutcome.BAD, "none")])
     until(lambda: check.look().why == "host memory: none", "that it is bad now")
     monkeypatch.setattr(checks.host, "quick", lambda: 1 // 0)
     until(lambda: check.look().why == "", "an instrument that breaks bars nobody")
@@ -201,7 +201,7 @@ def test_a_node_of_cores_is_looked_at_without_torch(monkeypatch: pytest.MonkeyPa
 
 def test_a_node_with_devices_proves_them_and_again_only_while_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[float] = []
-    bad = Preflight((Check("cuda:3 exactness", Outcome.BAD, "wrong"),))
+    bad = Preflight((Check("cuda:3 exactness", CheckOutcome.BAD, "wrong"),))
     monkeypatch.setattr(checks.host, "device_tool_name", lambda: "nvidia-smi")
     monkeypatch.setattr(checks, "full", lambda _: made.append(time.monotonic()) or bad)
     monkeypatch.setattr(checks, "_RETRY_SECONDS", 0.0)
@@ -225,7 +225,7 @@ def test_it_can_be_off_and_a_wrong_mode_is_auto() -> None:
 
 def test_a_full_look_is_made_in_a_process_that_may_die_or_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.sys, "executable", "/bin/false")
-    assert checks.full(()).checks[0].outcome is Outcome.UNKNOWN, "it could not look"
+    assert checks.full(()).checks[0].outcome is CheckOutcome.UNKNOWN, "it could not look"
 
     def hang(*_: object, **__: object) -> None:
         raise subprocess.TimeoutExpired("x", 1)

@@ -69,7 +69,7 @@ def test_a_range_is_read_alone(server: Server) -> None:
     with pytest.raises(OSError, match="Is a directory"):
         RemoteStore(server.address, SECRET).write("d/e", [b""])
         remote.read("d")
-    assert remote.read_range("a", 0, 2) == data[:2], "the connection goes on after a refusal"
+    assert remote.read_range("a", 0, 2) == data[:2], "the connection continues after a refusal"
     assert len(remote._idle) == 1, "one connection was enough for all"
 
 
@@ -125,7 +125,7 @@ def test_who_does_not_know_the_secret_is_refused(server: Server) -> None:
 
 
 def test_what_was_overheard_opens_nothing(server: Server) -> None:
-    """A proof holds for the number of one connection, and the server's own is no client's."""
+    """A proof holds for the number of one connection, and the server's own is not a client's."""
     host, port = server.address.split(":")
     number = bytes(32)
     with socket.create_connection((host, int(port))) as first:

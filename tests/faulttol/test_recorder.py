@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from faulttol import recorder
-from faulttol.recorder import Mark, Phase, Recorder
+from faulttol.recorder import PhaseMark, RankPhase, Recorder
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 _ENDLESS = """
 import sys
 from pathlib import Path
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 ring = Recorder(Path(sys.argv[1]), rank=7, capacity=int(sys.argv[2]))
 step = 0
 while True:
-    ring.begin(Phase.FORWARD, step)
-    ring.end(Phase.FORWARD, step)
+    ring.begin(RankPhase.FORWARD, step)
+    ring.end(RankPhase.FORWARD, step)
     step += 1
     ring.step(step)
     if step == 1000:
@@ -57,14 +57,14 @@ def _is_consistent(record: recorder.Record) -> bool:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "made" / "00003.ring"
     ring = Recorder(path, rank=3, capacity=8)
-    ring.begin(Phase.CHECKPOINT, 41)
-    ring.end(Phase.CHECKPOINT, 41)
+    ring.begin(RankPhase.CHECKPOINT, 41)
+    ring.end(RankPhase.CHECKPOINT, 41)
     ring.step(1 << 40)
     found = recorder.read(path)
     assert [(r.sequence, r.mark, r.phase, r.step) for r in found] == [
-        (1, Mark.BEGIN, Phase.CHECKPOINT, 41),
-        (2, Mark.END, Phase.CHECKPOINT, 41),
-        (3, Mark.STEP, Phase.START, 1 << 40),
+        (1, PhaseMark.BEGIN, RankPhase.CHECKPOINT, 41),
+        (2, PhaseMark.END, RankPhase.CHECKPOINT, 41),
+        (3, PhaseMark.STEP, RankPhase.START, 1 << 40),
     ]
     assert found[0].time <= found[1].time <= found[2].time
     assert recorder.newest(path) == found[-1]
@@ -75,11 +75,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_every_phase_and_mark_comes_back(tmp_path: Path) -> None:
     ring = Recorder(tmp_path / "r", rank=0, capacity=64)
-    for phase in Phase:
+    for phase in RankPhase:
         ring.begin(phase, 5)
         ring.end(phase, 5)
     told = [(r.phase, r.mark) for r in recorder.read(tmp_path / "r")]
-    assert told == [(phase, mark) for phase in Phase for mark in (Mark.BEGIN, Mark.END)]
+    assert told == [(phase, mark) for phase in RankPhase for mark in (PhaseMark.BEGIN, PhaseMark.END)]
 
 
 def test_the_ring_wraps_and_keeps_the_newest(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_a_torn_record_is_not_believed(tmp_path: Path, word: int) -> None:
     path = tmp_path / "r"
     ring = Recorder(path, rank=0, capacity=4)
     for step in range(4):
-        ring.begin(Phase.DATA, step)
+        ring.begin(RankPhase.DATA, step)
     old = path.read_bytes()
-    ring.begin(Phase.FORWARD, 4)  # overwrites the first slot
+    ring.begin(RankPhase.FORWARD, 4)  # overwrites the first slot
     ring.close()
     data = bytearray(path.read_bytes())
     at = 64 + 8 * word

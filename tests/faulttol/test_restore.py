@@ -18,10 +18,10 @@ from faulttol.checkpoint import reading, shards
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import folder_of
 from faulttol.checkpoint.load import Restored, restore, stored
-from faulttol.checkpoint.peers import Alone
+from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.pieces import BLOCK, Wanted
 from faulttol.checkpoint.save import Saved
-from tests.faulttol.counting import Counted
+from tests.faulttol.counting import CountedBytes
 from tests.faulttol.ranks import identity, save_all
 
 torch = pytest.importorskip("torch")
@@ -83,7 +83,7 @@ def test_a_load_shows_that_it_gets_on(tmp_path: Path, monkeypatch: pytest.Monkey
     save_layout(tmp_path, 7, parts)
     signs: list[int] = []
     wanted = [Wanted.from_slice(p.name, p.tensor, p.box) for p in blank(parts)[0]]
-    found = restore(stored(str(tmp_path)), wanted, Alone(), identity(0, 1), lambda: signs.append(1))
+    found = restore(stored(str(tmp_path)), wanted, SoloPeers(), identity(0, 1), lambda: signs.append(1))
     assert found is not None and found.step == 7 and len(signs) > 1
 
 
@@ -128,7 +128,7 @@ def test_each_rank_reads_what_it_needs(
     saved, wanted = kinds.split()
     save_layout(memory, 1, _experts(32, a, saved))
     other = _experts(32, b, wanted)
-    there, counted = blank(other), Counted(monkeypatch)
+    there, counted = blank(other), CountedBytes(monkeypatch)
     answers = restore_layout(memory, there)
     assert equal(there, other)
     needed = sum(p.box.elements * 4 for mine in there for p in mine)
@@ -146,7 +146,7 @@ def test_one_expert_is_read_alone(memory: str, monkeypatch: pytest.MonkeyPatch) 
     (experts, *small) = parts[0]
     one = Box(experts.box.whole, (7, 0, 0, 0), (1, *experts.box.shape[1:]))
     target = Slice("experts", torch.zeros(one.shape), one)
-    counted = Counted(monkeypatch)
+    counted = CountedBytes(monkeypatch)
     restored(memory, [[target, *blank([small])[0]]])
     assert torch.equal(target.tensor, experts.tensor[7:8])
     needed = (one.elements + 50 * 300) * 4
@@ -227,13 +227,13 @@ def test_an_older_attempt_is_refused_and_a_newer_one_reads(tmp_path: Path) -> No
 
 _SAVER = """
 import itertools, sys
-from faulttol.checkpoint.peers import Alone
+from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.save import Retention, save
-from tests.faulttol.counting import Counted
+from tests.faulttol.counting import CountedBytes
 from tests.faulttol.ranks import identity, pieces
 print("ready", flush=True)
 for step in itertools.count(int(sys.argv[2])):
-    save(sys.argv[1], step, pieces(0, 1, step, size=200_000), identity(0, 1), {}, Alone(), Retention(2))
+    save(sys.argv[1], step, pieces(0, 1, step, size=200_000), identity(0, 1), {}, SoloPeers(), Retention(2))
     print(step, flush=True)
 """
 

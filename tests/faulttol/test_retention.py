@@ -11,9 +11,9 @@ import pytest
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention
-from faulttol.checkpoint.folder import Commit, Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
 from faulttol.checkpoint.retention import Doomed, Retention, pin, pins, plan, prune, remove, unpin, using
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.ranks import save_all
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -24,25 +24,25 @@ NOW = 1e9
 class _Shelf:
     """Commits without files."""
 
-    commits: list[Commit]
-    pins: dict[Commit, list[str]] = field(default_factory=dict)
-    torn: Sequence[Commit] = ()
-    uses: dict[Commit, list[float]] = field(default_factory=dict)
-    looked: list[Commit] = field(default_factory=list)
+    commits: list[CheckpointCommit]
+    pins: dict[CheckpointCommit, list[str]] = field(default_factory=dict)
+    torn: Sequence[CheckpointCommit] = ()
+    uses: dict[CheckpointCommit, list[float]] = field(default_factory=dict)
+    looked: list[CheckpointCommit] = field(default_factory=list)
 
-    def whole(self, commit: Commit) -> bool:
+    def whole(self, commit: CheckpointCommit) -> bool:
         self.looked.append(commit)
         return commit not in self.torn
 
-    def used(self, commit: Commit) -> list[float]:
+    def used(self, commit: CheckpointCommit) -> list[float]:
         return self.uses.get(commit, [])
 
 
-def _commits(*steps: int, attempt: int = 1) -> list[Commit]:
-    return [Commit(attempt, step, "run-1") for step in steps]
+def _commits(*steps: int, attempt: int = 1) -> list[CheckpointCommit]:
+    return [CheckpointCommit(attempt, step, "run-1") for step in steps]
 
 
-def _goes(shelf: _Shelf, rule: Retention, broken: Sequence[Commit] = ()) -> list[int]:
+def _goes(shelf: _Shelf, rule: Retention, broken: Sequence[CheckpointCommit] = ()) -> list[int]:
     return [one.commit.step for one in plan(shelf, rule, NOW, broken)]
 
 
@@ -96,27 +96,27 @@ def test_what_is_damaged_does_not_count_as_kept() -> None:
 
 
 def _steps(root: Path) -> list[int]:
-    return [commit.step for commit in Folder(Store(str(root))).commits]
+    return [commit.step for commit in Folder(CheckpointStore(str(root))).commits]
 
 
 def test_what_a_run_keeps(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     for step in range(1, 9):
         save_all(tmp_path, step, world=1, keep=2, every=4)
         if step == 2:
-            assert pin(store, 2, "first_good") == Commit(1, 2, "run-1")
+            assert pin(store, 2, "first_good") == CheckpointCommit(1, 2, "run-1")
     assert _steps(tmp_path) == [2, 4, 7, 8]
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder_of(s) for s in (2, 4, 7, 8)]
-    assert pins(store) == {Commit(1, 2, "run-1"): ["first_good"]}
+    assert pins(store) == {CheckpointCommit(1, 2, "run-1"): ["first_good"]}
     unpin(store, 2, "first_good")
     assert prune(store, Retention(1)) == [
-        Doomed(Commit(1, step, "run-1"), "older than the newest 1") for step in (2, 4, 7)
+        Doomed(CheckpointCommit(1, step, "run-1"), "older than the newest 1") for step in (2, 4, 7)
     ]
     assert [p.name for p in tmp_path.iterdir()] == [folder_of(8)]
 
 
 def test_pins_that_are_refused(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     save_all(tmp_path, 1)
     save_all(tmp_path, 2)
     for name in ("", "a.b", "a/b", "x" * 65, "ü"):
@@ -135,11 +135,11 @@ def test_pins_that_are_refused(tmp_path: Path) -> None:
 def test_a_reader_keeps_what_it_reads_and_leaves_no_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     save_all(tmp_path, 1)
     save_all(tmp_path, 2)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-    commit = Commit(1, 1, "run-1")
+    commit = CheckpointCommit(1, 1, "run-1")
     with using(store, commit):
         assert prune(store, Retention(1)) == []
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -151,7 +151,7 @@ def test_a_reader_keeps_what_it_reads_and_leaves_no_mark(
 
 def test_a_mark_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "_RENEW_SECONDS", 0.01)
-    store, commit = Store(str(tmp_path)), Commit(1, 1, "run-1")
+    store, commit = CheckpointStore(str(tmp_path)), CheckpointCommit(1, 1, "run-1")
     save_all(tmp_path, 1)
     with using(store, commit):
         (first,) = Folder(store).used(commit)
@@ -162,16 +162,16 @@ def test_a_mark_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_all(tmp_path, 1)
 
-    def refuse(self: Store, name: str, chunks: object) -> int:
+    def refuse(self: CheckpointStore, name: str, chunks: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Store, "write", refuse)
-    with using(Store(str(tmp_path)), Commit(1, 1, "run-1")):
+    monkeypatch.setattr(CheckpointStore, "write", refuse)
+    with using(CheckpointStore(str(tmp_path)), CheckpointCommit(1, 1, "run-1")):
         assert _steps(tmp_path) == [1]
 
 
 def test_a_pin_that_comes_after_the_plan_counts(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     for step in (1, 2, 3):
         save_all(tmp_path, step, keep=3)
     doomed = plan(Folder(store), Retention(1), time.time())
@@ -180,10 +180,10 @@ def test_a_pin_that_comes_after_the_plan_counts(tmp_path: Path) -> None:
 
 
 def test_the_only_whole_one_is_never_removed_whatever_is_asked(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     for step in (1, 2, 3):
         save_all(tmp_path, step, keep=3)
-    (tmp_path / Commit(1, 3, "run-1").manifest).write_bytes(b"torn")
+    (tmp_path / CheckpointCommit(1, 3, "run-1").manifest).write_bytes(b"torn")
     every = [Doomed(commit, "asked for") for commit in Folder(store).commits]
     assert [one.commit.step for one in remove(store, every)] == [1, 3] and _steps(tmp_path) == [2]
 
@@ -192,27 +192,27 @@ def test_a_removal_that_is_broken_off_leaves_no_manifest_without_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every place where it can stop, what has a manifest is whole, and the next removal ends the work."""
-    calls, act = 0, Store.remove
+    calls, act = 0, CheckpointStore.remove
     while True:
         root, left = tmp_path / str(calls), [calls]
         for step in (1, 2, 3, 4):
             save_all(root, step, world=1, keep=9)
         (root / folder_of(1) / "notes.txt").write_text("not ours")
 
-        def stop(self: Store, name: str, left: list[int] = left) -> None:
+        def stop(self: CheckpointStore, name: str, left: list[int] = left) -> None:
             if not left[0]:
                 raise OSError(5, "killed here")
             left[0] -= 1
             act(self, name)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "remove", stop)
+            patch.setattr(CheckpointStore, "remove", stop)
             try:
-                prune(Store(str(root)), Retention(1))
+                prune(CheckpointStore(str(root)), Retention(1))
                 ended = True
             except OSError:
                 ended = False
-        folder = Folder(Store(str(root)))
+        folder = Folder(CheckpointStore(str(root)))
         assert folder.commits[-1].step == 4 and all(folder.whole(commit) for commit in folder.commits)
         save_all(root, 5, world=1, keep=1)
         assert [

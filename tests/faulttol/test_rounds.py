@@ -9,7 +9,7 @@ import pytest
 from faulttol.checkpoint.folder import Folder, folder_of
 from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.save import Saved
-from faulttol.checkpoint.store import Store, check_writable
+from faulttol.checkpoint.store import CheckpointStore, check_writable
 from tests.faulttol.ranks import save_all
 
 pytest.importorskip("torch")
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
 def _round(root: str) -> None:
     """Save three times, restore under another layout, damage the newest in two ways, restore again."""
     check_writable(root)
-    store = Store(root)
+    store = CheckpointStore(root)
     assert store.names() == []
     for step in (1, 2, 3):
         assert all(isinstance(a, Saved) for a in save_all(root, step))

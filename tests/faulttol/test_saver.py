@@ -20,16 +20,16 @@ from torch import Tensor  # noqa: E402
 
 from configs.errors import UserError  # noqa: E402
 from faulttol.checkpoint import save as saving  # noqa: E402
-from faulttol.checkpoint.folder import Commit  # noqa: E402
-from faulttol.checkpoint.manifest import Incomplete, Superseded  # noqa: E402
+from faulttol.checkpoint.folder import CheckpointCommit  # noqa: E402
+from faulttol.checkpoint.manifest import Incomplete, SaveSuperseded  # noqa: E402
 from faulttol.checkpoint.retention import Retention  # noqa: E402
 from faulttol.checkpoint.save import owned  # noqa: E402
 from faulttol.checkpoint.shards import ALIGNMENT, ordered  # noqa: E402
 from faulttol.checkpoint.shards import layout as plan_of  # noqa: E402
-from faulttol.checkpoint.store import Store  # noqa: E402
-from faulttol.staged.buffers import Buffer, Copy  # noqa: E402
-from faulttol.staged.saver import Memory, Outcome, Policy, Saver, Signs  # noqa: E402
-from faulttol.staged.writer import Inline, Sweep, WriterProcess  # noqa: E402
+from faulttol.checkpoint.store import CheckpointStore  # noqa: E402
+from faulttol.staged.buffers import Buffer, StagedCopy  # noqa: E402
+from faulttol.staged.saver import Memory, SaveOutcome, SavePolicy, Saver, Signs  # noqa: E402
+from faulttol.staged.writer import Inline, SweepSnapshots, WriterProcess  # noqa: E402
 from tests.faulttol.ranks import ThreadPeers, identity, save_all, together  # noqa: E402
 from tests.faulttol.tensors import blank, equal, layout, restore_layout, state  # noqa: E402
 from trainer.state import Slice  # noqa: E402
@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 Act = Callable[[int, Saver], Any]
 
 
-def _policy(root: object, **changes: Any) -> Policy:
-    return Policy(str(root), Retention(2), **changes)
+def _policy(root: object, **changes: Any) -> SavePolicy:
+    return SavePolicy(str(root), Retention(2), **changes)
 
 
 def _with_savers(world: int, act: Act, root: object, signs: Signs | None = None, **changes: Any) -> list[Any]:
@@ -70,12 +70,12 @@ def _scramble(parts: list[Slice]) -> None:
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("world", [1, 3])
 def test_the_state_of_the_moment_is_committed(tmp_path: Path, world: int, background: bool) -> None:
-    """Every save has the values that were staged, though training goes on as soon as it may."""
+    """Every save has the values that were staged, though training continues as soon as it may."""
     tensors = state(5)
     live = layout(tensors, world, 1, "boxes")
     seen = [layout({n: t.clone() for n, t in tensors.items()}, world, 1, "boxes")]
 
-    def train(rank: int, saver: Saver) -> list[Outcome]:
+    def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         saver.prepare(owned(live[rank]))
         ended = []
         for step in (1, 2, 3):
@@ -109,7 +109,7 @@ def test_training_waits_for_the_copy() -> None:
     kept = ordered(owned(live))
     plan = plan_of(1, identity(0, 1), kept)
     buffer = Buffer(plan.size)
-    copy = Copy(buffer, plan, kept, CPU)
+    copy = StagedCopy(buffer, plan, kept, CPU)
     late = threading.Timer(0.3, copy.run)
     late.start()
     copy.settle()
@@ -124,7 +124,7 @@ def test_what_was_copied_is_not_copied_again(tmp_path: Path) -> None:
     live = layout({"weight": torch.zeros(1000)}, 1, 0, "rows")
     requests: list[str] = []
 
-    def train(_: int, saver: Saver) -> list[Outcome]:
+    def train(_: int, saver: Saver) -> list[SaveOutcome]:
         request = saver._writer.request
 
         def refuse(order: Any, progress: Any) -> Any:
@@ -165,7 +165,7 @@ def test_a_snapshot_is_a_whole_file(tmp_path: Path) -> None:
     """On its node, on another node and in the store: the same bytes."""
     live = layout(state(4), 2, 1, "rows")
 
-    def train(rank: int, saver: Saver) -> list[Outcome]:
+    def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         saver.stage(1, owned(live[rank]), {}, ("memory", "store"))
         saver.settle()
         saver.finish()
@@ -256,7 +256,7 @@ def test_the_file_is_what_a_blocking_save_writes(tmp_path: Path) -> None:
 def test_a_rank_that_cannot_write_is_named_and_the_next_save_commits(tmp_path: Path) -> None:
     live = layout(state(1), 2, 1, "rows")
 
-    def train(rank: int, saver: Saver) -> list[Outcome]:
+    def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         pieces = list(owned(live[rank]))
         if rank == 1:
             pieces.append(max(pieces, key=lambda piece: piece.box.elements))  # there twice
@@ -283,7 +283,7 @@ def test_a_writer_that_is_killed_fails_one_save(tmp_path: Path) -> None:
     live = layout(_big(), 1, 0, "rows")[0]
     (tmp_path / "pipe").mkdir()
 
-    def train(_: int, saver: Saver) -> tuple[int, list[Outcome]]:
+    def train(_: int, saver: Saver) -> tuple[int, list[SaveOutcome]]:
         saver.prepare(owned(live))
         assert saver.writer_pid is not None
         os.kill(saver.writer_pid, signal.SIGSTOP)
@@ -311,7 +311,7 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path) -> None:
             writer = WriterProcess()
             writer.ready()
             with suppress(Incomplete):  # an answer says that it is up
-                writer.request(Sweep(Commit(1, 1, "run")), lambda _: None)
+                writer.request(SweepSnapshots(CheckpointCommit(1, 1, "run")), lambda _: None)
             os.write(write, f"{writer.pid}\n".encode())
             time.sleep(600)
         finally:
@@ -331,7 +331,7 @@ def test_a_save_while_one_is_being_written(tmp_path: Path, busy: str) -> None:
     live = layout(_big(), 2, 0, "rows")
     signs: list[str] = []
 
-    def train(rank: int, saver: Saver) -> list[Outcome]:
+    def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         saver.prepare(owned(live[rank]))
         pid = saver.writer_pid
         assert pid is not None
@@ -376,7 +376,7 @@ def test_rank_0_works_again_while_it_commits(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Saver, "_write", held)
     monkeypatch.setattr(saving, "commit", slow)
 
-    def train(rank: int, saver: Saver) -> list[Outcome]:
+    def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         saver._writer = Inline()  # in this process, where the commit can be held up
         if rank == 0:
             saver._signs = Signs(
@@ -394,7 +394,7 @@ def test_rank_0_works_again_while_it_commits(tmp_path: Path, monkeypatch: pytest
 
 
 def test_another_runs_folder_and_a_newer_attempt_are_told_as_what_they_are(tmp_path: Path) -> None:
-    def save(_: int, saver: Saver) -> list[Outcome]:
+    def save(_: int, saver: Saver) -> list[SaveOutcome]:
         saver.stage(3, owned(layout(state(3), 1, 0, "rows")[0]), {})
         saver.finish()
         return saver.poll()
@@ -404,14 +404,14 @@ def test_another_runs_folder_and_a_newer_attempt_are_told_as_what_they_are(tmp_p
     assert isinstance(outcome.error, UserError) and "belongs to run other" in str(outcome.error)
     save_all(tmp_path / "newer", 1, attempt=2)
     ((outcome,),) = _with_savers(1, save, tmp_path / "newer")
-    assert isinstance(outcome.error, Superseded)
+    assert isinstance(outcome.error, SaveSuperseded)
 
 
 def test_a_changed_plan_is_surveyed_anew(tmp_path: Path) -> None:
     """What rank 0 knows of a rank's plan must not hide that the next one misses a tensor."""
     live = layout(state(2), 2, 1, "rows")
 
-    def train(rank: int, saver: Saver) -> list[Outcome]:
+    def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         for step in (1, 2, 3):
             pieces = list(owned(live[rank]))
             if rank and step == 2:
@@ -430,7 +430,7 @@ def test_a_new_writer_is_told_all_plans(tmp_path: Path) -> None:
     """It may be killed while it is idle: the next save commits."""
     live = layout(state(2), 2, 1, "rows")
 
-    def train(rank: int, saver: Saver) -> list[Outcome]:
+    def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         for step in (1, 2):
             saver.stage(step, list(owned(live[rank])), {})
             saver.finish()
@@ -450,7 +450,7 @@ def test_storage_that_refuses_is_told_and_training_goes_on(tmp_path: Path) -> No
     root.write_text("a file where the folder should be")
     live = layout(state(2), 1, 1, "rows")[0]
 
-    def train(_: int, saver: Saver) -> list[Outcome]:
+    def train(_: int, saver: Saver) -> list[SaveOutcome]:
         saver.stage(1, owned(live), {})
         saver.finish()
         root.unlink()
@@ -460,4 +460,4 @@ def test_storage_that_refuses_is_told_and_training_goes_on(tmp_path: Path) -> No
 
     ((first, second),) = _with_savers(1, train, root)
     assert isinstance(first.error, Incomplete) and "rank 0: " in str(first.error)
-    assert second.error is None and Store(str(root)).names()
+    assert second.error is None and CheckpointStore(str(root)).names()

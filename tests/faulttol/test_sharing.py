@@ -15,7 +15,7 @@ from faulttol.checkpoint.folder import folder_of
 from faulttol.checkpoint.load import BUFFER, Restored
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.pieces import BLOCK
-from tests.faulttol.counting import Counted
+from tests.faulttol.counting import CountedBytes
 from tests.faulttol.forgery import forge
 
 torch = pytest.importorskip("torch")
@@ -64,7 +64,7 @@ def test_what_all_want_is_read_once(memory: str, monkeypatch: pytest.MonkeyPatch
     parts = _same(a)
     save_layout(memory, 1, parts)
     other = parts if a == b else _seen_by(parts, b)
-    there, counted = blank(other), Counted(monkeypatch)
+    there, counted = blank(other), CountedBytes(monkeypatch)
     answers = restore_layout(memory, there)
     assert equal(there, other)
     data = (1 << 20) + 333 * 4 + a * 35 * 4

@@ -23,7 +23,7 @@ def _rank(rank: int, port: int, folder: str, asked: Connection[object, object]) 
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
     pair = dist.new_group([0, 2], use_local_synchronization=True, group_desc="pair") if rank != 1 else None
-    teller = signs.Teller(Path(folder) / f"{rank}", remote=rank == 1)
+    teller = signs.SignWriter(Path(folder) / f"{rank}", remote=rank == 1)
     box = torch.ones(1)
     while (word := asked.recv()) != "end":
         if word == "tell":
@@ -59,7 +59,7 @@ def test_ranks_tell_what_they_have_entered_and_what_they_wait_in(tmp_path: Path)
         for rank in who if wait else ():
             assert ends[rank].poll(60) and ends[rank].recv() == "done"
 
-    def told(rank: int) -> signs.Told:
+    def told(rank: int) -> signs.LastSign:
         found = signs.read(tmp_path / str(rank))
         assert found is not None
         return found
@@ -100,7 +100,7 @@ def test_without_torch_there_are_no_groups_and_no_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
-    teller = signs.Teller(tmp_path / "00000.signs")
+    teller = signs.SignWriter(tmp_path / "00000.signs")
     teller.tell()
     told = signs.read(tmp_path / "00000.signs")
     assert told is not None and told.groups == () and told.waits == ""
@@ -115,7 +115,7 @@ def test_a_teller_goes_on_after_its_own_fault_and_ends(
     monkeypatch.setattr(signs, "INTERVAL", 0.01)
     tried = threading.Event()
     monkeypatch.setattr(signs, "_groups", lambda _: tried.set() or 1 / 0)
-    teller = signs.Teller(tmp_path / "s")
+    teller = signs.SignWriter(tmp_path / "s")
     teller.start()
     assert tried.wait(20)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from faulttol.checkpoint.store import Store, check_writable
+from faulttol.checkpoint.store import CheckpointStore, check_writable
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -24,14 +24,14 @@ def test_a_bucket_that_does_not_exist(s3: str) -> None:
 
 
 def test_an_upload_that_lost_bytes_is_found(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(s3)
+    store = CheckpointStore(s3)
     monkeypatch.setattr(store._fs, "info", lambda path: {"size": 3})
     with pytest.raises(OSError, match="4 bytes were written, 3 are there"):
         store.write("a", [b"abcd"])
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     assert store.write("a/b", [b"one", memoryview(b"two")]) == 6
     assert store.read("a/b") == b"onetwo"
     assert store.write("a/b", [b"3"]) == 1 and store.read("a/b") == b"3"
@@ -46,7 +46,7 @@ def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path: Path) -> None:
         yield b"half"
         raise RuntimeError("the tensor is gone")
 
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     store.write("a", [b"old"])
     with pytest.raises(RuntimeError, match="the tensor is gone"):
         store.write("a", chunks())
@@ -63,7 +63,7 @@ def test_everything_is_synced_before_it_is_named(tmp_path: Path, monkeypatch: py
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", note)
-    Store(str(tmp_path / "top")).write("step/file", [b"x"])
+    CheckpointStore(str(tmp_path / "top")).write("step/file", [b"x"])
     assert synced[:2] == ["", "/top"]
     assert synced[2].startswith("/top/step/.file.") and synced[3:] == ["/top/step"]
 
@@ -76,7 +76,7 @@ def test_a_mount_that_cannot_sync_folders_is_no_failure(
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    assert Store(str(tmp_path)).write("a", [b"x"]) == 1
+    assert CheckpointStore(str(tmp_path)).write("a", [b"x"]) == 1
 
 
 @pytest.mark.parametrize("root", ["s4://bucket/x", "nonsense://x"])
@@ -112,7 +112,7 @@ def test_a_check_leaves_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", ["disk", "memory", "s3"])
 def test_a_range_is_read_alone(tmp_path: Path, request: pytest.FixtureRequest, protocol: str) -> None:
     root = str(tmp_path) if protocol == "disk" else request.getfixturevalue(protocol)
-    store = Store(root)
+    store = CheckpointStore(root)
     store.write("a", [b"0123456789"])
     assert store.read_range("a", 2, 5) == bytearray(b"234") and store.read_range("a", 8, 12) == b"89"
     with pytest.raises(FileNotFoundError):
@@ -125,7 +125,7 @@ def test_a_range_is_read_alone(tmp_path: Path, request: pytest.FixtureRequest, p
 @pytest.mark.parametrize("protocol", ["disk", "memory", "s3"])
 def test_a_name_is_given_once(tmp_path: Path, request: pytest.FixtureRequest, protocol: str) -> None:
     root = str(tmp_path) if protocol == "disk" else request.getfixturevalue(protocol)
-    store = Store(root)
+    store = CheckpointStore(root)
     assert store.create("a/b", [b"one", memoryview(b"two")]) == 6
     with pytest.raises(FileExistsError):
         store.create("a/b", [b"three"])
@@ -140,7 +140,7 @@ def test_of_several_that_make_a_file_at_once_one_does(
     barrier = threading.Barrier(8)
 
     def make(number: int) -> int | None:
-        store = Store(root)
+        store = CheckpointStore(root)
         barrier.wait(20)
         try:
             store.create("once", [b"%d" % number])
@@ -150,7 +150,7 @@ def test_of_several_that_make_a_file_at_once_one_does(
 
     with ThreadPoolExecutor(8) as pool:
         (made,) = [number for number in pool.map(make, range(8)) if number is not None]
-    assert Store(root).read("once") == b"%d" % made
+    assert CheckpointStore(root).read("once") == b"%d" % made
 
 
 def test_a_mount_without_links_still_gives_a_name_once(
@@ -160,7 +160,7 @@ def test_a_mount_without_links_still_gives_a_name_once(
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    store = Store(str(tmp_path))
+    store = CheckpointStore(str(tmp_path))
     store.create("a", [b"x"])
     with pytest.raises(FileExistsError):
         store.create("a", [b"y"])

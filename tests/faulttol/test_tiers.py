@@ -9,7 +9,7 @@ import pytest
 from faulttol.checkpoint.folder import folder_of
 from faulttol.checkpoint.load import Restored, Tier, newest, restore
 from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.ranks import ThreadPeers, identity, save_all, together
 
 torch = pytest.importorskip("torch")
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 
 def _tiers(*places: tuple[str, object, bool, int | None]) -> list[Tier]:
-    return [Tier(name, Store(str(root)), owner, step) for name, root, owner, step in places]
+    return [Tier(name, CheckpointStore(str(root)), owner, step) for name, root, owner, step in places]
 
 
 def _from(tiers: list[Tier], parts: Layout, attempt: int = 3) -> list[Restored | None | Exception]:
@@ -77,14 +77,14 @@ def test_a_tier_that_is_damaged_or_gone_is_passed_over(tmp_path: Path) -> None:
 def test_a_tier_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = tmp_path / "slow", tmp_path / "fast"
     save_all(slow, 10)
-    names = Store.names
+    names = CheckpointStore.names
 
-    def refuse(self: Store, folder: str = "") -> list[str]:
+    def refuse(self: CheckpointStore, folder: str = "") -> list[str]:
         if "fast" in self.url:
             raise OSError(5, "Input/output error")
         return names(self, folder)
 
-    monkeypatch.setattr(Store, "names", refuse)
+    monkeypatch.setattr(CheckpointStore, "names", refuse)
     both = _tiers(("memory", fast, True, None), ("store", slow, True, None))
     (passed,) = _taken(both, 10, "store")
     assert "memory" in passed and "can't be listed" in passed and "Input/output error" in passed

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from faulttol import recorder, steady
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 from faulttol.timeline import rings, trace
 from faulttol.timeline.reader import AttemptSteps
 from faulttol.timeline.steps import FIELDS, RankSteps, Rows
 from faulttol.timeline.store import StepStore
-from faulttol.timeline.trace import Call, Lane, Op, Trace
-from tests.faulttol.made_rings import MS, Did, Made, gang
+from faulttol.timeline.trace import CollectiveCall, Op, TraceWriter, WaitLane
+from tests.faulttol.made_rings import MS, Did, MadeRank, gang
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 PRECISION = 3e-4
 
 
-def _steps(made: Made) -> RankSteps:
+def _steps(made: MadeRank) -> RankSteps:
     return RankSteps(made.files.ring, trace.trace_of(made.files))
 
 
@@ -36,8 +36,8 @@ def _seconds(rows: Rows | None, field: str) -> list[float]:
 def test_the_ring_reads_as_the_recorder_reads_it(tmp_path: Path) -> None:
     ring = Recorder(tmp_path / "r", rank=0, capacity=16)
     for step in range(9):
-        ring.begin(Phase.DATA, step)
-        ring.end(Phase.DATA, step)
+        ring.begin(RankPhase.DATA, step)
+        ring.end(RankPhase.DATA, step)
         ring.step(step + 1)
     for after in (0, 14, 20, 27):
         mine, theirs = rings.read(tmp_path / "r", after), recorder.read(tmp_path / "r", after)
@@ -54,7 +54,7 @@ def test_the_ring_reads_as_the_recorder_reads_it(tmp_path: Path) -> None:
 def test_a_torn_record_of_the_ring_is_left_out(tmp_path: Path, word: int) -> None:
     ring = Recorder(tmp_path / "r", rank=0, capacity=4)
     for step in range(4):
-        ring.begin(Phase.DATA, step)
+        ring.begin(RankPhase.DATA, step)
     ring.close()
     data = bytearray((tmp_path / "r").read_bytes())
     data[64 + 32 + 8 * word] ^= 1
@@ -63,9 +63,11 @@ def test_a_torn_record_of_the_ring_is_left_out(tmp_path: Path, word: int) -> Non
 
 
 def test_the_trace_wraps_and_names_what_is_lost(tmp_path: Path) -> None:
-    made = Trace(tmp_path / "t", 3, capacity=8)
+    made = TraceWriter(tmp_path / "t", 3, capacity=8)
     for count in range(21):
-        made.write(Call(Op.SEND, count, 9, count, 2, 10 * count), count + 1, count + 3, Lane.MAIN)
+        made.write(
+            CollectiveCall(Op.SEND, count, 9, count, 2, 10 * count), count + 1, count + 3, WaitLane.MAIN
+        )
     found = trace.read(tmp_path / "t")
     assert found.records["sequence"].tolist() == list(range(14, 22))
     assert found.records["count"].tolist() == list(range(13, 21)) and set(found.records["peer"]) == {2}
@@ -79,28 +81,28 @@ def test_the_trace_wraps_and_names_what_is_lost(tmp_path: Path) -> None:
 
 
 def test_the_total_counts_what_held_the_step_up_and_each_wait_once(tmp_path: Path) -> None:
-    made = Trace(tmp_path / "t", 0, capacity=8)
-    call = Call(Op.SEND, 0, 9, 0, 2, 1)
-    made.write(call, 10, 15, Lane.MAIN)
-    made.write(call, 10, 15, Lane.MAIN, trace.BATCHED)
-    made.write(call, 20, 90, Lane.BESIDE)
-    made.write(call, 20, 21, Lane.AUTOGRAD, device=(30, 37))
+    made = TraceWriter(tmp_path / "t", 0, capacity=8)
+    call = CollectiveCall(Op.SEND, 0, 9, 0, 2, 1)
+    made.write(call, 10, 15, WaitLane.MAIN)
+    made.write(call, 10, 15, WaitLane.MAIN, trace.BATCHED)
+    made.write(call, 20, 90, WaitLane.BESIDE)
+    made.write(call, 20, 21, WaitLane.AUTOGRAD, device=(30, 37))
     assert trace.read(tmp_path / "t").records["total"].tolist() == [5, 5, 5, 12]
 
 
 def test_records_lost_within_a_step_leave_its_parts_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Made(tmp_path, 0, monkeypatch, capacity=24)
+    made = MadeRank(tmp_path, 0, monkeypatch, capacity=24)
     steps = _steps(made)
     made.started()
     made.step(0)
-    made.phase(Phase.DATA, 1, 2)
+    made.phase(RankPhase.DATA, 1, 2)
     steps.gather()
     for _ in range(40):
-        made.phase(Phase.FORWARD, 1, 1)
+        made.phase(RankPhase.FORWARD, 1, 1)
     made.step(2)
-    made.phase(Phase.DATA, 3, 1)
+    made.phase(RankPhase.DATA, 3, 1)
     rows = steps.gather()
     assert rows is not None and (rows.first, rows.count) == (1, 2)
     assert rows.seconds[0] == pytest.approx([0.042, 0.027])
@@ -108,11 +110,11 @@ def test_records_lost_within_a_step_leave_its_parts_unknown(
 
 
 def test_the_trace_tells_the_wait_that_never_ends(tmp_path: Path) -> None:
-    made = Trace(tmp_path / "t", 0, capacity=8)
+    made = TraceWriter(tmp_path / "t", 0, capacity=8)
     assert trace.read(tmp_path / "t").waiting is None
-    made.opened(Call(Op.RECEIVE, 5, 77, 4, 3, 0), 6)
-    assert trace.read(tmp_path / "t").waiting == trace.Waiting(6, Op.RECEIVE, 77, 4, 3)
-    made.opened(Call(Op.ALL_REDUCE, 5, 77, 4, -1, 0), 6)
+    made.opened(CollectiveCall(Op.RECEIVE, 5, 77, 4, 3, 0), 6)
+    assert trace.read(tmp_path / "t").waiting == trace.OngoingWait(6, Op.RECEIVE, 77, 4, 3)
+    made.opened(CollectiveCall(Op.ALL_REDUCE, 5, 77, 4, -1, 0), 6)
     found = trace.read(tmp_path / "t").waiting
     assert found is not None and found.peer == -1
     made.closed()
@@ -123,12 +125,12 @@ def test_the_trace_tells_the_wait_that_never_ends(tmp_path: Path) -> None:
 
 
 def test_the_seconds_of_a_step_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Made(tmp_path, 0, monkeypatch)
+    made = MadeRank(tmp_path, 0, monkeypatch)
     made.started()
     did = [Did(), Did(data=30, compute=7, wait=11), Did(save=40, wait=3), Did(beside=500)]
     for number, one in enumerate(did):
         made.step(number, one)
-    made.phase(Phase.DATA, 4, 1)
+    made.phase(RankPhase.DATA, 4, 1)
     rows = _steps(made).gather()
     assert rows is not None and rows.first == 0 and rows.count == 4
     for field in ("data", "compute", "wait", "save"):
@@ -137,7 +139,7 @@ def test_the_seconds_of_a_step_add_up(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_steps_are_found_bit_by_bit_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Made(tmp_path, 0, monkeypatch)
+    made = MadeRank(tmp_path, 0, monkeypatch)
     steps = _steps(made)
     assert steps.gather() is None
     made.started()
@@ -155,7 +157,7 @@ def test_steps_are_found_bit_by_bit_and_once(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_resumed_attempt_begins_at_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Made(tmp_path, 0, monkeypatch)
+    made = MadeRank(tmp_path, 0, monkeypatch)
     made.started()
     for number in (500, 501, 502):
         made.step(number)
@@ -166,7 +168,7 @@ def test_a_resumed_attempt_begins_at_its_step(tmp_path: Path, monkeypatch: pytes
 def test_without_a_trace_waits_are_unknown_and_the_rest_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Made(tmp_path, 0, monkeypatch)
+    made = MadeRank(tmp_path, 0, monkeypatch)
     made.started()
     for number in range(3):
         made.step(number)
@@ -179,12 +181,12 @@ def test_without_a_trace_waits_are_unknown_and_the_rest_is_not(
 def test_calls_that_were_overwritten_within_a_step_still_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Made(tmp_path, 0, monkeypatch, calls=8)
+    made = MadeRank(tmp_path, 0, monkeypatch, calls=8)
     steps = _steps(made)
     made.started()
     made.step(0)
     steps.gather()
-    made.phase(Phase.DATA, 1, 1)
+    made.phase(RankPhase.DATA, 1, 1)
     made.waits(2)
     steps.gather()
     for _ in range(29):  # more than the trace keeps
@@ -195,7 +197,7 @@ def test_calls_that_were_overwritten_within_a_step_still_count(
 
 
 def test_calls_lost_across_steps_leave_them_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Made(tmp_path, 0, monkeypatch, calls=8)
+    made = MadeRank(tmp_path, 0, monkeypatch, calls=8)
     made.started()
     for number in range(12):
         made.step(number)
@@ -209,7 +211,7 @@ def test_calls_lost_across_steps_leave_them_unknown(tmp_path: Path, monkeypatch:
 def test_records_lost_across_steps_leave_them_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Made(tmp_path, 0, monkeypatch, capacity=24)
+    made = MadeRank(tmp_path, 0, monkeypatch, capacity=24)
     steps = _steps(made)
     made.started()
     for number in range(2):
@@ -224,7 +226,7 @@ def test_records_lost_across_steps_leave_them_unknown(
 
 
 def test_a_step_waits_for_the_times_of_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Made(tmp_path, 0, monkeypatch)
+    made = MadeRank(tmp_path, 0, monkeypatch)
     steps = _steps(made)
     made.started()
     made.step(0)
@@ -234,8 +236,8 @@ def test_a_step_waits_for_the_times_of_its_device(tmp_path: Path, monkeypatch: p
     made.step(2)
     rows = steps.gather()
     assert rows is not None and (rows.first, rows.count) == (0, 1)
-    call = Call(Op.ALL_TO_ALL, began + 5 * MS, 7, 99, -1, 0)
-    made.trace.write(call, began + 5 * MS, began + 6 * MS, Lane.AUTOGRAD, device=(began, began + 9 * MS))
+    call = CollectiveCall(Op.ALL_TO_ALL, began + 5 * MS, 7, 99, -1, 0)
+    made.trace.write(call, began + 5 * MS, began + 6 * MS, WaitLane.AUTOGRAD, device=(began, began + 9 * MS))
     made.trace.pending(0)
     made.step(3)
     rows = steps.gather()
@@ -269,8 +271,8 @@ def test_the_store_keeps_what_the_ranks_did(tmp_path: Path, monkeypatch: pytest.
 def test_one_begin_of_a_column_is_of_the_first_rank_and_lag_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Made(tmp_path / "rings", 0, monkeypatch)
-    second = Made(tmp_path / "rings", 1, monkeypatch, start=first.now + 7 * MS)
+    first = MadeRank(tmp_path / "rings", 0, monkeypatch)
+    second = MadeRank(tmp_path / "rings", 1, monkeypatch, start=first.now + 7 * MS)
     for one in (first, second):
         one.started()
         for number in range(4):

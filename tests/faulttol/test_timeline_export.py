@@ -15,13 +15,13 @@ from configs.errors import UserError
 from configs.paths import RunPaths
 from configs.rank import RankFiles
 from faulttol import steady
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 from faulttol.timeline import command, detail, rings, store
 from faulttol.timeline.clocks import End, align
 from faulttol.timeline.detail import Chunk, DetailLog
 from faulttol.timeline.store import StepStore
-from faulttol.timeline.trace import RECORD, Call, Group, Lane, Op, Waiting
-from tests.faulttol.made_rings import MS, Did, Made, gang
+from faulttol.timeline.trace import RECORD, CollectiveCall, OngoingWait, Op, TracedGroup, WaitLane
+from tests.faulttol.made_rings import MS, Did, MadeRank, gang
 from tests.faulttol.trace_events import problems
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -80,9 +80,17 @@ def _chunk(rank: int, first: int, count: int) -> Chunk:
     for name in ("sequence", "issued", "began", "ended", "device_began", "device_ended", "bytes", "total"):
         calls[name] = rng.integers(0, 1 << 40, 2 * count)
     calls["group"], calls["peer"] = rng.integers(0, 1 << 32, 2 * count), rng.integers(-1, 9, 2 * count)
-    waiting = Waiting(5, 1, 4_000_000_000, 3, -1) if first == 3 else None
+    waiting = OngoingWait(5, 1, 4_000_000_000, 3, -1) if first == 3 else None
     return Chunk(
-        rank, "n0", 12, first, first + 1, phases, calls, {4_000_000_000: Group("dp", range(0, 8, 2))}, waiting
+        rank,
+        "n0",
+        12,
+        first,
+        first + 1,
+        phases,
+        calls,
+        {4_000_000_000: TracedGroup("dp", range(0, 8, 2))},
+        waiting,
     )
 
 
@@ -170,7 +178,8 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
     """Two ranks on nodes whose clocks are 250 ms apart; rank 1 comes 8 ms late to everything."""
     run = _run(tmp_path)
     made = [
-        Made(tmp_path / "rings", rank, monkeypatch, start=50_000 * MS + 250 * MS * rank) for rank in (0, 1)
+        MadeRank(tmp_path / "rings", rank, monkeypatch, start=50_000 * MS + 250 * MS * rank)
+        for rank in (0, 1)
     ]
     for rank, one in enumerate(made):
         one.started()
@@ -241,8 +250,10 @@ def test_an_attempt_without_records_is_named(tmp_path: Path) -> None:
         command.run(_options(run))
 
 
-def _message(made: Made, op: Op, peer: int, count: int, wait: int) -> None:
-    made.trace.write(Call(op, made.now - MS, 7, count, peer, 64), made.now, made.now + wait * MS, Lane.MAIN)
+def _message(made: MadeRank, op: Op, peer: int, count: int, wait: int) -> None:
+    made.trace.write(
+        CollectiveCall(op, made.now - MS, 7, count, peer, 64), made.now, made.now + wait * MS, WaitLane.MAIN
+    )
 
 
 def test_sends_are_joined_to_their_receives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,13 +285,13 @@ def test_what_never_ended_is_drawn_to_the_end(tmp_path: Path, monkeypatch: pytes
     for number in range(4):
         first.step(number)
         second.step(number)
-    for one, phase in ((first, Phase.BACKWARD), (second, Phase.DATA)):
-        one.ring.begin(Phase.DATA, 4)
+    for one, phase in ((first, RankPhase.BACKWARD), (second, RankPhase.DATA)):
+        one.ring.begin(RankPhase.DATA, 4)
         one.now += MS
-        if phase is Phase.BACKWARD:
-            one.ring.end(Phase.DATA, 4)
+        if phase is RankPhase.BACKWARD:
+            one.ring.end(RankPhase.DATA, 4)
             one.ring.begin(phase, 4)
-            one.trace.opened(Call(Op.ALL_REDUCE, one.now, 7, 50, -1, 0), one.now)
+            one.trace.opened(CollectiveCall(Op.ALL_REDUCE, one.now, 7, 50, -1, 0), one.now)
     _close([StepStore(run.attempt(1).root, "n", [0, 1], tmp_path / "rings")])
     events = _drawn(run)
     open_ones = {(e["pid"], e["name"]) for e in events if e.get("args", {}).get("unfinished")}
@@ -297,7 +308,7 @@ def test_only_some_steps_are_kept_where_all_would_be_too_much(
     run = _run(tmp_path)
     stores = []
     for rank in (0, 1):
-        one = Made(tmp_path / "rings", rank, monkeypatch)
+        one = MadeRank(tmp_path / "rings", rank, monkeypatch)
         one.started()
         own = StepStore(run.attempt(1).root, f"n{rank}", [rank], tmp_path / "rings", 2)
         stores.append(own)
@@ -322,7 +333,7 @@ def test_rings_of_torchrun_and_evidence_are_drawn_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = _run(tmp_path)
-    one = Made(run.attempt(1).ranks, 0, monkeypatch)
+    one = MadeRank(run.attempt(1).ranks, 0, monkeypatch)
     one.started()
     for number in range(5):
         one.step(number)

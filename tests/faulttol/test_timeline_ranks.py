@@ -19,7 +19,7 @@ from faulttol.timeline.heat import coordinates
 from faulttol.timeline.hooks import Tracing
 from faulttol.timeline.reader import AttemptSteps
 from faulttol.timeline.store import StepStore
-from faulttol.timeline.trace import Lane, Op
+from faulttol.timeline.trace import Op, WaitLane
 from tests.faulttol.trace_events import problems
 from tests.faulttol.traced_ranks import config_of, train
 from trainer.parallel.mesh import dense_groups
@@ -87,7 +87,10 @@ def test_waits_of_other_threads_hold_no_step_up(tmp_path: Path, alone: None) -> 
     dist.all_reduce(torch.ones(3))
     tracing.stop()
     found = trace.read(trace.trace_of(files)).records
-    assert found["lane"].tolist() == [Lane.BESIDE, Lane.MAIN] and found["total"][0] == 0 < found["total"][1]
+    assert (
+        found["lane"].tolist() == [WaitLane.BESIDE, WaitLane.MAIN]
+        and found["total"][0] == 0 < found["total"][1]
+    )
 
 
 def test_an_error_in_a_wait_goes_through(
@@ -120,7 +123,7 @@ def _train(folder: Path, steps: int, *words: str, **how: object) -> tuple[RunPat
 
 
 def test_a_slow_rank_computes_longer_and_the_other_waits_for_it(tmp_path: Path) -> None:
-    """Both take as long; only what they do in it tells them apart."""
+    """Both take as long; only what they do in it separates them."""
     late = 0.15
     run, losses = _train(tmp_path, 18, "parallel.dp=2", "checkpoint.every=9", slow=(1, 6, late))
     steps = AttemptSteps(run.attempt(1).root)

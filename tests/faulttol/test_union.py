@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.snapshots.union import Union
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 
-class _Counted(Store):
+class _Counted(CheckpointStore):
     """A store that counts."""
 
     def __init__(self, folder: Path) -> None:

@@ -37,13 +37,13 @@ _HOLDS = (
 
 
 @dataclass(frozen=True)
-class Fault:
+class RankFault:
     """What happens in one rank."""
 
     rank: int
     act: str
     """`kill`, `segv`, `abort`, `raise`, `memory`, `user`, `exit`, `leave` (code 0), `stop`, `sleep`, `term`, `stop_writer`;
-    and, which are no faults, `busy` and `file` (waits for one)."""
+    and, which are not faults, `busy` and `file` (waits for one)."""
     where: str
     """`step`, `middle` (of a step), `data`, `save`, `writing` (the save's own thread), `load`, `reading` (a thread of the
     load), `rendezvous`."""
@@ -58,7 +58,7 @@ class Fault:
         return self.act in ("stop", "sleep", "stop_writer")
 
 
-def _act(fault: Fault, mark: Path) -> None:
+def _act(fault: RankFault, mark: Path) -> None:
     """Carry a fault out in this process, once."""
     try:
         mark.touch(exist_ok=False)
@@ -95,7 +95,7 @@ def _act(fault: Fault, mark: Path) -> None:
                 os.kill(child.pid, signal.SIGSTOP)
 
 
-def _arm(fault: Fault, mark: Path) -> None:
+def _arm(fault: RankFault, mark: Path) -> None:
     """Plant a fault in the trainer of this process."""
     from faulttol.checkpoint import reading
     from faulttol.staged import saver
@@ -137,7 +137,7 @@ def _arm(fault: Fault, mark: Path) -> None:
 
             loop.make_engine = armed  # type: ignore[assignment]
         case "data":
-            before(feed.Feed, "batches", lambda *_: next(steps) == fault.step)
+            before(feed.BatchFeed, "batches", lambda *_: next(steps) == fault.step)
         case "save":
             before(resume.Checkpoints, "stage")
         case "writing":
@@ -145,12 +145,12 @@ def _arm(fault: Fault, mark: Path) -> None:
         case "load":
             before(resume.Checkpoints, "restore")
         case "reading":
-            before(reading.Reader, "verified")
+            before(reading.CheckpointReader, "verified")
         case "rendezvous":
             before(loop, "join")
 
 
-def _rank(context: RankContext, config: Path, log: Path, fault: Fault | None, mark: Path) -> None:
+def _rank(context: RankContext, config: Path, log: Path, fault: RankFault | None, mark: Path) -> None:
     """A forked rank; never returns."""
     code = 1
     try:
@@ -170,7 +170,7 @@ def _rank(context: RankContext, config: Path, log: Path, fault: Fault | None, ma
         os._exit(code)
 
 
-class Gang:
+class WatchedGang:
     """Ranks of one attempt, started when it is made.
 
     Args:
@@ -182,7 +182,7 @@ class Gang:
     """
 
     def __init__(
-        self, run: Path, config: RunConfig, world: int, rings: Path, fault: Fault | None, attempt: int = 1
+        self, run: Path, config: RunConfig, world: int, rings: Path, fault: RankFault | None, attempt: int = 1
     ) -> None:
         self.config, self.world, self._rings = config, world, rings
         self.mark = run / f"fault-{attempt}"
@@ -234,7 +234,7 @@ class Gang:
         )
 
     def judged(
-        self, seconds: float, first: int = 0, enough: Callable[[Gang], bool] = lambda _: False
+        self, seconds: float, first: int = 0, enough: Callable[[WatchedGang], bool] = lambda _: False
     ) -> list[Verdict]:
         """Verdicts, as soon as there are any; none after so many seconds, or once it is `enough`.
 

@@ -51,7 +51,7 @@ MUTANTS = [
         f"{_SAVED}a_rank_that_cannot_write_is_named_and_the_next_save_commits",
     ),
     Mutant(
-        "a plan is known for ever",
+        "a plan is known forever",
         _SAVER,
         "for plan in plans if plan not in self._known}",
         "for plan in plans if not self._known}",
@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant(
         "a failed save ends the run",
         _LOOP,
-        "if isinstance(error, UserError | Superseded):",
+        "if isinstance(error, UserError | SaveSuperseded):",
         "if error is not None:",
         _FAILED,
     ),
@@ -196,7 +196,7 @@ MUTANTS = [
         _MEMORY,
     ),
     Mutant(
-        "memory is read for ever",
+        "memory is read forever",
         _RESUME,
         "return memory.demoted(history)",
         "return None",

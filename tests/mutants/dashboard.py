@@ -93,7 +93,7 @@ MUTANTS = [
         f"{_OF_ACTIONS}a_confirmation_holds_for_what_was_asked_alone",
     ),
     Mutant(
-        "a confirmation counts for ever",
+        "a confirmation counts forever",
         _ACTIONS,
         "known = self._questions.pop(nonce, None)",
         "known = self._questions.get(nonce)",
@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant(
         "one run that can't be read stops all",
         "orchestrator/web/runs.py",
-        "except Exception as error:  # whatever it is, it is this run's, and is told as such",
+        "except Exception as error:  # whatever it is, it is this run's, and is reported as such",
         "except KeyError as error:",
         f"{_OF_RESILIENCE}one_broken_run_stops_no_other",
     ),

@@ -140,7 +140,7 @@ MUTANTS = [
         "tests/trainer/test_feed.py::test_a_mixture_is_dealt_out_by_its_weights",
     ),
     Mutant(
-        "a stream goes on with the same run",
+        "a stream continues with the same run",
         _STREAMS,
         "run = (run + 1) % len(self._starts)",
         "run = run % len(self._starts)",

@@ -234,8 +234,8 @@ MUTANTS = [
     Mutant(
         "a rank's place is its number",
         _NATIVE,
-        'self.place = Place(mesh["dp"].index, mesh["dp"].size)',
-        "self.place = Place(mesh.rank, mesh.world)",
+        'self.place = DataPlace(mesh["dp"].index, mesh["dp"].size)',
+        "self.place = DataPlace(mesh.rank, mesh.world)",
         f"{_AXIS}[cp]",
     ),
     Mutant(

@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "dropped pairs go to the first expert",
         _LOCAL,
-        "torch.where(flat_R < 0, experts, flat_R)",
-        "flat_R.clamp_min(0)",
+        "torch.where(chosen_R < 0, experts, chosen_R)",
+        "chosen_R.clamp_min(0)",
         _DROPPED,
     ),
     Mutant(
@@ -130,8 +130,8 @@ MUTANTS = [
     Mutant(
         "parts of a width aren't summed",
         _EXPERT,
-        "return exchange.scatter(self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute), self._etp, 0)",
-        "return self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute).chunk(self._etp.size)[self._etp.index]",
+        "return exchange.scatter(y_TD, self._etp, 0), paid",
+        "return y_TD.chunk(self._etp.size)[self._etp.index], paid",
         f"{_SPLIT}[2-1-2]",
     ),
     Mutant(

@@ -28,7 +28,7 @@ COPIED = (*ROOMS, "tests", "pyproject.toml")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MutantResult:
     """What came of a mutant."""
 
     mutant: Mutant
@@ -92,19 +92,19 @@ class Tree:
         self._nursery.wait(30)
 
 
-def judge(mutant: Mutant, answer: dict[str, Any], seconds: float) -> Verdict:
+def judge(mutant: Mutant, answer: dict[str, Any], seconds: float) -> MutantResult:
     """A mutant is killed where its test says that something is wrong: an assertion failed. A crash proves nothing, as
     the patch may only have broken the code."""
     if answer["code"] == -1:
-        return Verdict(mutant, False, "the test doesn't end", seconds)
+        return MutantResult(mutant, False, "the test doesn't end", seconds)
     if answer["code"] == 0:
-        return Verdict(mutant, False, "the test passes", seconds)
+        return MutantResult(mutant, False, "the test passes", seconds)
     told = answer["failed"][0] if answer["failed"] else ("", "", f"exit code {answer['code']}")
     _, phase, why = told
     asserted = why.startswith(("AssertionError", "Failed")) and "Timeout" not in why
     if answer["code"] == 1 and asserted and phase == "call":
-        return Verdict(mutant, True, why, seconds)
-    return Verdict(mutant, False, f"the test breaks instead of failing ({phase}): {why}", seconds)
+        return MutantResult(mutant, True, why, seconds)
+    return MutantResult(mutant, False, f"the test breaks instead of failing ({phase}): {why}", seconds)
 
 
 def broken(answer: dict[str, Any], ids: Sequence[str]) -> list[str]:
@@ -150,7 +150,7 @@ def run(
             finally:
                 trees.put(tree)
 
-        def plant(mutant: Mutant) -> Verdict:
+        def plant(mutant: Mutant) -> MutantResult:
             tree, began = trees.get(), time.perf_counter()
             try:
                 with tree.planted(mutant):

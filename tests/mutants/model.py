@@ -194,15 +194,15 @@ MUTANTS = [
     Mutant(
         "the shared expert is left out",
         _MOE,
-        "y_BSD = y_BSD + self.shared(x_BSD)",
-        "y_BSD = y_BSD + 0 * self.shared(x_BSD)",
+        "y_BSD = y_BSD + shared_BSD",
+        "y_BSD = y_BSD + 0 * shared_BSD",
         f"{_STEP}[no-gate-whole]",
     ),
     Mutant(
         "the feed-forward layer's residual is lost",
         _BLOCK,
-        "return x_BSD + y_BSD, state_BSR",
-        "return y_BSD, state_BSR",
+        "self.attention_norm.beside(x_BSD, landed(owed))",
+        "self.attention_norm.beside(x_BSD if owed is None else 0 * x_BSD, landed(owed))",
         f"{_STEP}[plain-whole]",
     ),
     Mutant(

@@ -20,7 +20,7 @@ from orchestrator.commands.submission import Submission
 from orchestrator.decide import elastic, placement, queue
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Misfit, Node
-from orchestrator.decide.queue import Policy, Running, Waiting
+from orchestrator.decide.queue import QueuePolicy, Running, WaitingRun
 from orchestrator.record import cluster_log
 from orchestrator.record.cluster_log import NodesView, Suspected
 from orchestrator.record.events import Event, GangShape, NodeShare
@@ -64,11 +64,11 @@ def past(nodes: list[Node]) -> NodesView:
     return cluster_log.apply(view, [Event(0, 0.0, p, 2000.0) for p in marks])  # type: ignore[arg-type]
 
 
-def small(count: int) -> list[Waiting]:
+def small(count: int) -> list[WaitingRun]:
     """Runs of all shapes that wait."""
     rng = random.Random(2)
     return [
-        Waiting(f"w{i:04d}", rng.randint(0, 3), float(i), float(i), GangShape(b * rng.randint(1, 64), b, resource="GPU"),
+        WaitingRun(f"w{i:04d}", rng.randint(0, 3), float(i), float(i), GangShape(b * rng.randint(1, 64), b, resource="GPU"),
                 owner=f"o{i % 20}")
         for i in range(count)
         for b in [rng.choice([1, 2, 4, 8])]
@@ -90,7 +90,7 @@ def turn() -> list[tuple[str, float]]:
     giant = Running("giant", 9, "o", GIANT, on(GIANT, marked))
     held = [("GPU", giant.shares)]
     free = placement.occupied(marked, held)
-    policy = Policy(60.0, {"*": 20_000})
+    policy = QueuePolicy(60.0, {"*": 20_000})
     waiting = small(1000)
     return [
         ("observe: who joined and left", cpu(lambda: deciding.observe(view, nodes, 3000.0))),
@@ -105,7 +105,7 @@ def turn() -> list[tuple[str, float]]:
 def rare() -> list[tuple[str, float]]:
     """CPU seconds of what happens now and then."""
     nodes = labelled(NODES)
-    ask = Waiting("giant", 9, 0.0, 100.0, GIANT)
+    ask = WaitingRun("giant", 9, 0.0, 100.0, GIANT)
     one = GangShape(8, 8, resource="GPU")
     lower = [Running(f"r{i}", i % 3, "o", one, on(one, [node])) for i, node in enumerate(nodes)]
     busy = placement.occupied(nodes, [("GPU", r.shares) for r in lower])
@@ -121,8 +121,14 @@ def rare() -> list[tuple[str, float]]:
         for i in range(100_000)
     ]
     return [
-        ("decide: the gang of 12,288 ranks is placed", cpu(lambda: queue.decide([ask], [], nodes, Policy()))),
-        ("decide: 1,536 runs are stopped for it", cpu(lambda: queue.decide([ask], lower, busy, Policy()))),
+        (
+            "decide: the gang of 12,288 ranks is placed",
+            cpu(lambda: queue.decide([ask], [], nodes, QueuePolicy())),
+        ),
+        (
+            "decide: 1,536 runs are stopped for it",
+            cpu(lambda: queue.decide([ask], lower, busy, QueuePolicy())),
+        ),
         ("suspect: a node's fault", cpu(lambda: deciding.suspect(view, verdict, "r", nodes[0].ip, 3000.0))),
         ("smaller: a layout without two nodes", cpu(lambda: elastic.smaller(made.config, left, asked), 1)),
         ("smaller: the same asked again", cpu(lambda: elastic.smaller(made.config, left, asked))),

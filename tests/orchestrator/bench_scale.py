@@ -22,16 +22,16 @@ from configs.compose import compose, dump
 from configs.metrics import MetricLine, ResumedLine
 from configs.paths import HomePaths
 from faulttol.detect.snapshot import RankSeen
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.controller import Controller
 from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
 from orchestrator.decide.placement import Node
 from orchestrator.record.clock import Now
-from orchestrator.record.events import CheckpointCommitted, GangShape, Moved, Submitted
+from orchestrator.record.events import CheckpointCommitted, GangShape, StateMoved, Submitted
 from orchestrator.record.log import Log
-from orchestrator.record.run_log import Reader
+from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.states import Reason, State
-from tests.orchestrator.fake_runtime import Clock, step_line
+from tests.orchestrator.fake_runtime import FakeClock, step_line
 
 NODES, SLOTS = 1536, 8
 EVENTS = 100_000
@@ -41,7 +41,7 @@ EVENTS = 100_000
 class PickledRuntime:
     """`gang.GangRuntime` whose agents' reports are bytes until they are looked at."""
 
-    clock: Clock
+    clock: FakeClock
     alive: list[Node]
     reserved: bool = False
     started: float | None = None
@@ -105,7 +105,7 @@ def _report(spec: GangSpec, index: int, variant: int) -> AgentReport:
     share = spec.shares[index]
     ranks = []
     for rank in share.ranks:
-        record = Record(10 + variant, 1000.0 + variant, Mark.STEP, Phase.START, 1 + variant)
+        record = Record(10 + variant, 1000.0 + variant, PhaseMark.STEP, RankPhase.START, 1 + variant)
         dead = variant == 2
         code = (-9 if rank == 4711 else 1) if dead else None
         words = "RuntimeError: Connection closed by peer" if dead and rank != 4711 else ""
@@ -148,7 +148,7 @@ def make_nodes(count: int) -> list[Node]:
 
 def gang(home: HomePaths, bounds: Bounds) -> None:
     """Start, train and lose a gang of 12,288 ranks."""
-    clock = Clock()
+    clock = FakeClock()
     runtime = PickledRuntime(clock, make_nodes(NODES + 4))
     controller = Controller(home, runtime, clock)
     run = home.run("big")
@@ -159,7 +159,7 @@ def gang(home: HomePaths, bounds: Bounds) -> None:
     controller.submit(
         "big", Submitted(0, GangShape(ranks, SLOTS, None, "GPU"), 10**6, 3, 1.0, "big", {"dp": ranks})
     )
-    while Reader.of(run).view.state is not State.RUNNING:
+    while RunLogReader.of(run).view.state is not State.RUNNING:
         clock.now += 0.5
         controller.turn()
     bounds.say("start-up, submission to the first step", time.process_time() - began, 10.0, "s")
@@ -172,11 +172,11 @@ def gang(home: HomePaths, bounds: Bounds) -> None:
     bounds.say("a turn a second: share of a processor", each, 0.5, "")
     print(f"  of it unpickling the reports: {runtime.unpickling / turns:.3f}")
     runtime.aborted, worst, began = True, 0.0, time.process_time()
-    while not Reader.of(run).view.incidents:
+    while not RunLogReader.of(run).view.incidents:
         clock.now += 0.5
         controller.turn()
     worst = time.process_time() - began
-    (incident,) = Reader.of(run).view.incidents
+    (incident,) = RunLogReader.of(run).view.incidents
     bounds.say("all ranks end at once: until it is in the log", worst, 2.0, "s")
     print(f"  named: {incident.event.detail}")
     bounds.missed |= incident.event.rank != 4711
@@ -190,7 +190,7 @@ def long_log(home: HomePaths, bounds: Bounds) -> None:
     log = Log(run.events, 1, Now(1.0, 1.0))
     shape = GangShape(2, 1)
     log.append(
-        [Submitted(0, shape, 10**6, 3, 1.0, "m", {"dp": 2}), Moved(State.QUEUED, Reason.SUBMITTED)],
+        [Submitted(0, shape, 10**6, 3, 1.0, "m", {"dp": 2}), StateMoved(State.QUEUED, Reason.SUBMITTED)],
         Now(1.0, 1.0),
     )
     for first in range(0, EVENTS, 1000):
@@ -200,7 +200,7 @@ def long_log(home: HomePaths, bounds: Bounds) -> None:
         ]
         log.append(saves, Now(2.0 + first, 2.0 + first))
     log.close()
-    clock = Clock()
+    clock = FakeClock()
     runtime = PickledRuntime(clock, make_nodes(1))
     began = time.process_time()
     controller = Controller(home, runtime, clock)
@@ -231,7 +231,7 @@ def long_log(home: HomePaths, bounds: Bounds) -> None:
 
 def day(home: HomePaths, bounds: Bounds) -> None:
     """A day of 1,024 ranks that all die each hour, a turn every ten seconds: memory of the second hour and the last."""
-    clock = Clock()
+    clock = FakeClock()
     runtime = PickledRuntime(clock, make_nodes(160))
     controller = Controller(home, runtime, clock)
     run = home.run("day")
@@ -248,7 +248,7 @@ def day(home: HomePaths, bounds: Bounds) -> None:
         runtime.aborted = True
         gc.collect()
         hours.append(_resident())
-    assert len(Reader.of(run).view.incidents) >= 20, "it lost its ranks each hour"
+    assert len(RunLogReader.of(run).view.incidents) >= 20, "it lost its ranks each hour"
     bounds.say("memory after a day over that after two hours", hours[-1] / hours[1], 1.1, "")
 
 

@@ -17,7 +17,7 @@ from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator.decide import elastic, queue, recovery
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node, occupied
-from orchestrator.decide.queue import Admit, Hold, Policy, Preempt, Running, Waiting
+from orchestrator.decide.queue import Admit, Hold, Preempt, QueuePolicy, Running, WaitingRun
 from orchestrator.decide.recovery import Action
 from orchestrator.record import cluster_log
 from orchestrator.record import events as ev
@@ -28,7 +28,7 @@ from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
 
 START = 1_000_000.0
-_DEFAULT = Policy()
+_DEFAULT = QueuePolicy()
 
 
 def make_nodes(
@@ -54,7 +54,7 @@ class SimRun:
     run_id: str
     every: int
     smaller: tuple[GangShape, ...] = ()
-    """What it goes on with while nodes are missing, from `ClusterSim.shrink_after` on."""
+    """What it continues with while nodes are missing, from `ClusterSim.shrink_after` on."""
     view: RunView = field(default_factory=RunView)
     events: list[Event] = field(default_factory=list)
     resumed_at: float = 0.0
@@ -82,7 +82,7 @@ class SimRun:
         """Ranks and nodes of each attempt."""
         found = []
         for event in self.of_kind("placed"):
-            assert isinstance(event.payload, ev.Placed)
+            assert isinstance(event.payload, ev.AttemptPlaced)
             shares = event.payload.shares
             found.append((sum(len(s.ranks) for s in shares), {s.node_id for s in shares}))
         return found
@@ -92,7 +92,7 @@ class ClusterSim:
     """Nodes, runs, and a heap of what happens when."""
 
     def __init__(
-        self, nodes: list[Node], policy: Policy = _DEFAULT, restart_seconds: float = 5.0,
+        self, nodes: list[Node], policy: QueuePolicy = _DEFAULT, restart_seconds: float = 5.0,
         shrink_after: float = 60.0,
     ) -> None:  # fmt: skip
         self.nodes = {node.node_id: node for node in nodes}
@@ -130,7 +130,7 @@ class ClusterSim:
         def act() -> None:
             run = self.runs[run_id] = SimRun(run_id, every, smaller)
             run.append(submitted, self.now)
-            run.append(ev.Moved(State.QUEUED, Reason.SUBMITTED), self.now)
+            run.append(ev.StateMoved(State.QUEUED, Reason.SUBMITTED), self.now)
 
         self.at(at, act)
 
@@ -222,11 +222,11 @@ class ClusterSim:
             if run.view.placed
         ]  # fmt: skip
 
-    def _waiting(self, run: SimRun, smaller: bool) -> Waiting:
+    def _waiting(self, run: SimRun, smaller: bool) -> WaitingRun:
         asked, clock = run.view.asked, self.clock
         waited = clock - run.view.waiting_clock
         shapes = run.smaller if smaller and run.faulty and waited >= self.shrink_after else ()
-        return Waiting(
+        return WaitingRun(
             run.run_id, asked.priority, run.view.queued_at, waited, asked.gang, asked.owner,
             recovery.avoided(run.view, clock), run.faulty, shapes,
         )  # fmt: skip
@@ -253,10 +253,10 @@ class ClusterSim:
     def _start(self, run: SimRun, admit: Admit) -> None:
         attempt, asked = run.view.attempt + 1, run.view.asked
         gang = None if admit.gang == asked.gang else admit.gang
-        run.append(ev.Moved(State.PLACING, Reason.ADMITTED), self.now)
-        run.append(ev.Placed(attempt, admit.shares, f"{run.run_id}-{attempt}", gang), self.now)
-        run.append(ev.Moved(State.STARTING, Reason.PLACED), self.now)
-        run.append(ev.Resumed(attempt, run.saved, None), self.now)
+        run.append(ev.StateMoved(State.PLACING, Reason.ADMITTED), self.now)
+        run.append(ev.AttemptPlaced(attempt, admit.shares, f"{run.run_id}-{attempt}", gang), self.now)
+        run.append(ev.StateMoved(State.STARTING, Reason.PLACED), self.now)
+        run.append(ev.AttemptResumed(attempt, run.saved, None), self.now)
         run.resumed_at = self.now + self.restart_seconds - 1.0
 
         def still(act: Callable[[], None]) -> Callable[[], None]:
@@ -267,7 +267,7 @@ class ClusterSim:
                 unfit = Verdict(VerdictKind.NODE_UNFIT, "its mount is gone", node=share.ip)
                 self.at(self.clock + self._spoilt[share.node_id], still(lambda v=unfit: self._fail(run, v)))  # type: ignore[misc]
         begin, steps = self.clock + self.restart_seconds, asked.steps
-        self.at(begin, still(lambda: run.append(ev.Moved(State.RUNNING, Reason.FIRST_STEP), self.now)))
+        self.at(begin, still(lambda: run.append(ev.StateMoved(State.RUNNING, Reason.FIRST_STEP), self.now)))
         saves = [s for s in range(run.saved + 1, steps + 1) if s % run.every == 0 or s == steps]
         for step in saves:
             self.at(begin + step - run.saved - 1, still(lambda s=step: self._save(run, s)))  # type: ignore[misc]
@@ -289,8 +289,8 @@ class ClusterSim:
             if run.state is State.RUNNING:
                 self._save(run, run.step(self.now))
             run.faulty = False
-            run.append(ev.Moved(State.RECOVERING, reason, detail), self.now)
-            run.append(ev.Moved(State.QUEUED, Reason.BACKOFF_OVER), self.now)
+            run.append(ev.StateMoved(State.RECOVERING, reason, detail), self.now)
+            run.append(ev.StateMoved(State.QUEUED, Reason.BACKOFF_OVER), self.now)
 
         self.at(self.clock + self.stop_seconds, act)
 
@@ -310,7 +310,7 @@ class ClusterSim:
     def _finish(self, run: SimRun) -> None:
         self._settle(run, "training is complete")
         run.append(ev.Finished(run.step(self.now), 2.0, 1), self.now)
-        run.append(ev.Moved(State.SUCCEEDED, Reason.COMPLETE), self.now)
+        run.append(ev.StateMoved(State.SUCCEEDED, Reason.COMPLETE), self.now)
 
     def _fail(self, run: SimRun, verdict: Verdict) -> None:
         view = run.view
@@ -331,13 +331,13 @@ class ClusterSim:
         run.append(decided, self.now)
         if decision.action is Action.FAIL:
             self._settle(run, "the run failed")
-            run.append(ev.Moved(State.FAILED, decision.reason), self.now)
+            run.append(ev.StateMoved(State.FAILED, decision.reason), self.now)
             return
-        run.append(ev.Moved(State.RECOVERING, decision.reason), self.now)
+        run.append(ev.StateMoved(State.RECOVERING, decision.reason), self.now)
         attempt = view.attempt
 
         def again() -> None:
             if run.state is State.RECOVERING and run.view.attempt == attempt:
-                run.append(ev.Moved(State.QUEUED, Reason.BACKOFF_OVER), self.now)
+                run.append(ev.StateMoved(State.QUEUED, Reason.BACKOFF_OVER), self.now)
 
         self.at(run.view.retry_clock, again)

@@ -30,7 +30,7 @@ from orchestrator.record.events import GangShape, Submitted
 from orchestrator.record.log import Fenced, Log, read
 from orchestrator.record.states import State
 from orchestrator.record.view import RunView, apply
-from tests.orchestrator.fake_runtime import Clock, FakeRuntime, World, make_world
+from tests.orchestrator.fake_runtime import FakeClock, FakeRuntime, World, make_world
 
 STEPS = 40
 HARDSHIPS = ("alone", "full disk", "stepped clock", "slow disk", "second controller")
@@ -59,7 +59,7 @@ class Play:
 
     def __post_init__(self) -> None:
         self.home = HomePaths(self.folder)
-        self.clock = Clock()
+        self.clock = FakeClock()
         self.world: World = make_world(self.clock, 3, 2, STEPS)
         self.runtime = self._runtime()
         self.done: set[str] = set()
@@ -243,7 +243,7 @@ def once(event: ev.Event) -> tuple[Any, ...]:
     """What may stand in a log once; empty for what may be repeated."""
     p = event.payload
     match p:
-        case ev.Placed() | ev.RanksStarted() | ev.Resumed() | ev.Decided():
+        case ev.AttemptPlaced() | ev.RanksStarted() | ev.AttemptResumed() | ev.Decided():
             return p.kind, p.attempt
         case ev.CheckpointCommitted() | ev.CheckpointFailed():
             return p.kind, p.attempt, p.step

@@ -13,7 +13,7 @@ from pathlib import Path
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, SaveFailedLine, StepLine
 from configs.paths import RunPaths
 from faulttol.detect.snapshot import RankSeen
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
 from orchestrator.decide.placement import Node
 from orchestrator.record.clock import Now
@@ -21,7 +21,7 @@ from orchestrator.record.clock import Now
 STOPPED_EXIT = 143
 
 
-class Clock:
+class FakeClock:
     """Seconds that pass only when a test says so."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class FakeGang:
 class World:
     """What outlives controllers."""
 
-    clock: Clock
+    clock: FakeClock
     steps: int
     every: int = 10
     alive: list[Node] = field(default_factory=list)
@@ -84,7 +84,7 @@ class World:
         return f"more ranks than slots on {', '.join(over)}" if over else ""
 
 
-def make_world(clock: Clock, nodes: int, slots: int, steps: int, every: int = 10) -> World:
+def make_world(clock: FakeClock, nodes: int, slots: int, steps: int, every: int = 10) -> World:
     """A world of equal nodes."""
     alive = [
         Node(f"n{i:05d}", f"10.0.{i // 250}.{i % 250 + 1}", f"host{i}", {"CPU": slots}, {"CPU": slots})
@@ -115,7 +115,7 @@ class FakeRuntime:
         self._collecting: dict[tuple[str, int], float] = {}
 
     @property
-    def clock(self) -> Clock:
+    def clock(self) -> FakeClock:
         return self.world.clock
 
     def nodes(self) -> list[Node]:
@@ -229,7 +229,9 @@ class FakeRuntime:
     def _rank(self, gang: FakeGang, rank: int, done: bool) -> RankSeen:
         last = min(self.hung.get(rank, self.clock.now), self.clock.now)
         step = gang.resumed + max(0, int(last - gang.started))
-        record = Record(1 + 2 * step, last + self.clock.skew + self.skew, Mark.STEP, Phase.START, step)
+        record = Record(
+            1 + 2 * step, last + self.clock.skew + self.skew, PhaseMark.STEP, RankPhase.START, step
+        )
         code = gang.deaths.get(rank, 0 if done else None)
         ended = None if code is None else self.clock().wall + self.skew
         return RankSeen(rank, 100 + rank, code, ended, record)

@@ -6,6 +6,8 @@ from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator.record.clock import Now
 from orchestrator.record.events import (
     Amended,
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     ControllerStarted,
@@ -17,13 +19,11 @@ from orchestrator.record.events import (
     GangShape,
     IncidentClosed,
     IncidentOpened,
-    Moved,
     NodeShare,
     Parked,
     Payload,
-    Placed,
     RanksStarted,
-    Resumed,
+    StateMoved,
     StopBegan,
     Submitted,
     Unparked,
@@ -54,19 +54,19 @@ MENDED = IncidentClosed(1, "attempt 2 resumed from step 10", 8, 12.5)
 STOPPING = StopBegan(1, State.RECOVERING, Reason.RANK_DIED, "ended by SIGKILL", 5.0)
 KEPT = EvidenceKept(1, 1, "attempts/001/evidence")
 PARKED = Parked("ValueError: höllo", "controller-error.txt", 2)
-SMALLER = Placed(
+SMALLER = AttemptPlaced(
     2, SHARES[:1], "demo-a002", GangShape(2, 2, 1, "GPU"), {"dp": 2}, "/runs/demo/attempts/002/config.yaml", "/home/code/d2"
 )  # fmt: skip
 
 LIFE: list[Payload] = [
     SUBMITTED,
-    Moved(State.QUEUED, Reason.SUBMITTED),
-    Moved(State.PLACING, Reason.ADMITTED, "2 on 10.0.0.1"),
-    Placed(1, SHARES, "demo-a001"),
-    Moved(State.STARTING, Reason.PLACED),
+    StateMoved(State.QUEUED, Reason.SUBMITTED),
+    StateMoved(State.PLACING, Reason.ADMITTED, "2 on 10.0.0.1"),
+    AttemptPlaced(1, SHARES, "demo-a001"),
+    StateMoved(State.STARTING, Reason.PLACED),
     RanksStarted(1, {"0": 100, "1": 101}, "10.0.0.1:4711"),
-    Resumed(1, 0, None),
-    Moved(State.RUNNING, Reason.FIRST_STEP),
+    AttemptResumed(1, 0, None),
+    StateMoved(State.RUNNING, Reason.FIRST_STEP),
     CheckpointCommitted(1, 10, "memory://10", 4096, 0.5, 0.01, "store", 30),
     CheckpointFailed(1, 12, "rank 3: No space left on device", 1),
     PARKED,
@@ -78,27 +78,27 @@ LIFE: list[Payload] = [
     KEPT,
     STOPPING,
     CheckpointCommitted(1, 10, "memory://n1/10", 4096, 0.5, 0.01, "memory"),
-    Moved(State.RECOVERING, Reason.RANK_DIED, "ended by SIGKILL"),
+    StateMoved(State.RECOVERING, Reason.RANK_DIED, "ended by SIGKILL"),
     ControllerStarted(77, "no gang", 3),
     AMENDED,
-    Moved(State.QUEUED, Reason.BACKOFF_OVER),
-    Moved(State.PLACING, Reason.ADMITTED),
+    StateMoved(State.QUEUED, Reason.BACKOFF_OVER),
+    StateMoved(State.PLACING, Reason.ADMITTED),
     SMALLER,
-    Moved(State.STARTING, Reason.PLACED),
+    StateMoved(State.STARTING, Reason.PLACED),
     RanksStarted(2, {"0": 200}, "10.0.0.1:4712"),
-    Resumed(2, 10, "memory://10"),
-    Moved(State.RUNNING, Reason.FIRST_STEP),
+    AttemptResumed(2, 10, "memory://10"),
+    StateMoved(State.RUNNING, Reason.FIRST_STEP),
     MENDED,
     CheckpointCommitted(2, 40, "memory://40", 4096, 0.5),
     Finished(40, 1.5, 40960),
     StopBegan(2, State.SUCCEEDED, Reason.COMPLETE),
-    Moved(State.SUCCEEDED, Reason.COMPLETE),
+    StateMoved(State.SUCCEEDED, Reason.COMPLETE),
 ]
 
 
 def until(state: State) -> list[Payload]:
     """The life up to its first move to a state."""
-    index = next(i for i, p in enumerate(LIFE) if isinstance(p, Moved) and p.to is state)
+    index = next(i for i, p in enumerate(LIFE) if isinstance(p, StateMoved) and p.to is state)
     return LIFE[: index + 1]
 
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from configs.paths import HomePaths
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.driver import AgentGone, Gangs
-from orchestrator.agent.orders import Answer, Order
+from orchestrator.agent.orders import AttemptOrder, AttemptReport
 from orchestrator.control.controller import Controller
 from orchestrator.control.gang import GangSpec
 from orchestrator.decide.placement import Node
 from orchestrator.record import clock
 from orchestrator.record.events import NodeShare
 from orchestrator.record.reading import RunSummary, read_queue, summary
-from orchestrator.record.run_log import Reader
+from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.view import RunView
 
 PATIENCE = 150.0
@@ -34,7 +34,7 @@ class LocalNodes:
     agents: dict[str, NodeAgent] = field(default_factory=dict)
     """By node id."""
     left: set[str] = field(default_factory=set)
-    """Nodes that are no part of the cluster any more."""
+    """Nodes that are not part of the cluster any more."""
     held: set[str] = field(default_factory=set)
     """Reservations."""
     witness: str = ""
@@ -49,7 +49,7 @@ class LocalNodes:
     """Nodes whose answers never arrive."""
     mute: bool = False
     """Agents obey, and tell nothing of their ranks."""
-    orders: list[tuple[str, Order]] = field(default_factory=list)
+    orders: list[tuple[str, AttemptOrder]] = field(default_factory=list)
     """All that were sent: node id, order."""
 
     def nodes(self) -> list[Node]:
@@ -79,20 +79,22 @@ class LocalCarrier:
     def alive(self) -> frozenset[str] | None:
         return frozenset(node.node_id for node in self._cluster.nodes())
 
-    def attend(self, spec: GangSpec, share: NodeShare, order: Order, make: bool) -> Future[Answer]:
+    def attend(
+        self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
+    ) -> Future[AttemptReport]:
         node, cluster = share.node_id, self._cluster
         cluster.orders.append((node, order))
         if node in cluster.deaf or node in cluster.left:
             return Future()
         if node not in cluster.agents:
             if not make:
-                failed: Future[Answer] = Future()
+                failed: Future[AttemptReport] = Future()
                 failed.set_exception(AgentGone("the node's agent is gone"))
                 return failed
             cluster.agents[node] = NodeAgent(node)
         return self._pool.submit(self._attend, cluster.agents[node], order)
 
-    def _attend(self, agent: NodeAgent, order: Order) -> Answer:
+    def _attend(self, agent: NodeAgent, order: AttemptOrder) -> AttemptReport:
         answer = agent.attend(order)
         if self._cluster.mute:
             answer = replace(
@@ -127,7 +129,7 @@ class LocalRuntime(Gangs):
     Args:
         slots: of each node.
         count: nodes `n0`, `n1`, …
-        cluster: that of an earlier runtime, whose ranks go on; then `slots` and `count` count for nothing.
+        cluster: that of an earlier runtime, whose ranks continue; then `slots` and `count` count for nothing.
     """
 
     def __init__(self, slots: int = 1, count: int = 1, cluster: LocalNodes | None = None) -> None:
@@ -164,7 +166,7 @@ class Driver:
         self.controller = Controller(home, self.runtime, clock.system)
 
     def view(self, run_id: str) -> RunView:
-        return Reader.of(self.home.run(run_id)).view
+        return RunLogReader.of(self.home.run(run_id)).view
 
     def row(self, run_id: str) -> RunSummary:
         return summary(self.home.run(run_id), read_queue(self.home))

@@ -7,10 +7,10 @@ from typing import Any
 from configs.paths import RunPaths
 from configs.schema import RunConfig
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.peers import Alone
-from faulttol.checkpoint.save import Identity, Piece, Retention, save
+from faulttol.checkpoint.peers import SoloPeers
+from faulttol.checkpoint.save import Identity, Retention, TensorPiece, save
 from orchestrator.record.clock import Now
-from orchestrator.record.events import GangShape, Moved, Submitted
+from orchestrator.record.events import GangShape, StateMoved, Submitted
 from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
 from trainer.fingerprint import fingerprint
@@ -46,8 +46,8 @@ def commit(
     }  # fmt: skip
     axes = ("pp", "dp", "cp", "ep", "etp", "tp")
     identity = Identity(run_id, attempt, {axis: config.parallel.size(axis) for axis in axes}, 0, 1)
-    piece = Piece("w", "float32", Box.all_of((4,)), memoryview(bytes(16)))
-    save(root, step, [piece], identity, facts, Alone(), Retention(last=9))
+    piece = TensorPiece("w", "float32", Box.all_of((4,)), memoryview(bytes(16)))
+    save(root, step, [piece], identity, facts, SoloPeers(), Retention(last=9))
 
 
 def stopped(
@@ -57,7 +57,7 @@ def stopped(
     log = RunLog(run, epoch=1, now=Now(1.0, 1.0))
     layout = {axis: config.parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
     submitted = Submitted(0, GangShape(ranks, 1, nodes), config.train.steps, 3, 1.0, "demo", layout)
-    log.append([submitted, Moved(State.QUEUED, Reason.SUBMITTED)], Now(1.0, 1.0))
+    log.append([submitted, StateMoved(State.QUEUED, Reason.SUBMITTED)], Now(1.0, 1.0))
     moves = [] if to is State.CANCELLED else [State.PLACING, State.STARTING]
-    log.append([Moved(state, Reason.SUBMITTED) for state in (*moves, to)], Now(2.0, 2.0))
+    log.append([StateMoved(state, Reason.SUBMITTED) for state in (*moves, to)], Now(2.0, 2.0))
     log.close()

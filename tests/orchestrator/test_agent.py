@@ -24,7 +24,7 @@ from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent import attempt as attempts
 from orchestrator.agent import family, files, orders
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.orders import Answer, Launch, Order, Phase, Superseded
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, Launch, OrderSuperseded
 from orchestrator.control.gang import GangSpec, GangStatus, Want
 from orchestrator.record.events import NodeShare
 from tests.orchestrator.local_runtime import LocalRuntime, local_runtime, until
@@ -66,20 +66,22 @@ def spec_of(runtime: LocalRuntime, run: RunPaths, body: str, attempt: int = 1, *
     return replace(made, **other)  # type: ignore[arg-type]
 
 
-def order(run: RunPaths, want: Want = Want.STARTED, body: str = "pass", **other: object) -> Order:
+def order(run: RunPaths, want: Want = Want.STARTED, body: str = "pass", **other: object) -> AttemptOrder:
     """One rank on one node."""
     launch = Launch(1, (0,), "127.0.0.1", ("127.0.0.1",), ("-c", f"{SLEEP} {body}; time.sleep(600)"), "")
-    return replace(Order(1, str(run.root), 1, want, launch), **other)  # type: ignore[arg-type]
+    return replace(AttemptOrder(1, str(run.root), 1, want, launch), **other)  # type: ignore[arg-type]
 
 
-def started(agent: NodeAgent, run: RunPaths, body: str = "pass") -> Answer:
+def started(agent: NodeAgent, run: RunPaths, body: str = "pass") -> AttemptReport:
     """Start it as a runtime would."""
-    answer = attend_until(agent, order(run, body=body), lambda a: a.phase is Phase.READY)
+    answer = attend_until(agent, order(run, body=body), lambda a: a.phase is AttemptPhase.READY)
     launch = replace(order(run, body=body).launch, master=answer.master)  # type: ignore[type-var]
-    return attend_until(agent, order(run, launch=launch), lambda a: a.phase is Phase.RUNNING)
+    return attend_until(agent, order(run, launch=launch), lambda a: a.phase is AttemptPhase.RUNNING)
 
 
-def attend_until(agent: NodeAgent, what: Order, holds: Callable[[Answer], bool]) -> Answer:
+def attend_until(
+    agent: NodeAgent, what: AttemptOrder, holds: Callable[[AttemptReport], bool]
+) -> AttemptReport:
     answer = agent.attend(what)
     deadline = time.monotonic() + 30
     while not holds(answer):
@@ -327,10 +329,10 @@ def test_memory_that_a_dead_agent_has_left_is_swept(
 
 def test_an_older_controller_is_refused_by_home(agent: NodeAgent, run: RunPaths, tmp_path: Path) -> None:
     agent.attend(order(run, Want.WATCHED, epoch=7))
-    with pytest.raises(Superseded, match="epoch 6 was followed by 7"):
+    with pytest.raises(OrderSuperseded, match="epoch 6 was followed by 7"):
         agent.attend(order(run, Want.STOPPED, epoch=6))
     other = RunPaths(tmp_path / "another home" / "runs" / "a-run")
-    assert agent.attend(order(other, Want.WATCHED, epoch=1)).phase is Phase.UNKNOWN
+    assert agent.attend(order(other, Want.WATCHED, epoch=1)).phase is AttemptPhase.UNKNOWN
 
 
 def test_the_same_order_starts_nothing_twice_and_tells_changes_alone(agent: NodeAgent, run: RunPaths) -> None:
@@ -348,7 +350,7 @@ def test_the_rendezvous_port_is_kept_for_rank_0(agent: NodeAgent, run: RunPaths)
         "import torch.distributed as d; port = int(os.environ['MASTER_PORT']);"
         "d.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False); print('listens', flush=True)"
     )
-    answer = attend_until(agent, order(run), lambda a: a.phase is Phase.READY)
+    answer = attend_until(agent, order(run), lambda a: a.phase is AttemptPhase.READY)
     port = int(answer.master.rpartition(":")[2])
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", port))
@@ -394,13 +396,13 @@ def test_slow_storage_silences_nobody(
     entered.wait(30)
     began = time.monotonic()
     answer = agent.attend(order(run, Want.WATCHED, news=answer.news, wait=0.1))
-    assert answer.phase is Phase.RUNNING and time.monotonic() - began < 5.0
+    assert answer.phase is AttemptPhase.RUNNING and time.monotonic() - began < 5.0
     os.kill(answer.pids[0], signal.SIGKILL)
     told = attend_until(
         agent, order(run, Want.WATCHED), lambda a: any(r.exit_code == -9 for r in a.report.ranks)
     )
     assert told.slow > 0.0
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is Phase.STOPPED)
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     stuck.set()
 
 
@@ -408,10 +410,10 @@ def test_storage_that_hangs_at_the_start_is_told_by_its_seconds(
     agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck = threading.Event()
-    monkeypatch.setattr(files.Files, "_prepare", lambda self: stuck.wait(60) and None)
+    monkeypatch.setattr(files.LogFiles, "_prepare", lambda self: stuck.wait(60) and None)
     answer = attend_until(agent, order(run), lambda a: a.slow > 0.2)
-    assert answer.phase is Phase.PREPARING
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is Phase.STOPPED)
+    assert answer.phase is AttemptPhase.PREPARING
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     stuck.set()
 
 
@@ -441,8 +443,8 @@ def test_metric_lines_come_once_and_again_for_whoever_is_new(agent: NodeAgent, r
 
 def test_stacks_and_rings_are_kept_of_a_rank_that_is_stopped(agent: NodeAgent, run: RunPaths) -> None:
     body = (
-        "from faulttol.recorder import Recorder, Phase; from pathlib import Path;"
-        "ring = Recorder(Path(os.environ['MEGARAY_RINGS']) / '00000.ring', 0); ring.begin(Phase.CHECKPOINT, 41);"
+        "from faulttol.recorder import Recorder, RankPhase; from pathlib import Path;"
+        "ring = Recorder(Path(os.environ['MEGARAY_RINGS']) / '00000.ring', 0); ring.begin(RankPhase.CHECKPOINT, 41);"
         "lie_down = lambda: time.sleep(600); print('ready', flush=True); lie_down()"
     )
     answer = started(agent, run, body)
@@ -471,9 +473,9 @@ def test_device_memory_is_waited_for_and_what_stays_is_told(
     base = order(run).launch
     assert base is not None
     launch = replace(base, devices={"CUDA_VISIBLE_DEVICES": "0,GPU-bb"}, uses_devices=True)
-    answer = attend_until(agent, order(run, launch=launch), lambda a: a.phase is Phase.READY)
+    answer = attend_until(agent, order(run, launch=launch), lambda a: a.phase is AttemptPhase.READY)
     run_it = order(run, launch=replace(launch, master=answer.master))
-    attend_until(agent, run_it, lambda a: a.phase is Phase.RUNNING)
+    attend_until(agent, run_it, lambda a: a.phase is AttemptPhase.RUNNING)
     level.write_text("40000\n")
-    stopping = attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is Phase.STOPPED)
+    stopping = attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     assert "device 0 still holds 39.0 GiB" in stopping.unfit and "GPU-bb" in stopping.unfit

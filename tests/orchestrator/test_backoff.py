@@ -18,7 +18,7 @@ def test_a_wait_doubles_up_to_its_cap_however_often_it_failed() -> None:
 def test_a_keeper_asks_for_its_controller_for_ever() -> None:
     watch, now, asked = Watch(), 0.0, 0
     watch.due("beat", now)
-    while asked < 3000:  # a wait of 2 to the power of that would be no float any more
+    while asked < 3000:  # a wait of 2 to the power of that would be not a float any more
         now += 15.0
         asked += watch.due("beat", now)
     assert watch.next_try - now <= 15.0

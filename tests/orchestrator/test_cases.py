@@ -18,7 +18,7 @@ from orchestrator import ray_cluster
 from orchestrator.cli import main
 from orchestrator.commands import reach
 from orchestrator.local import cluster, machine, settings
-from orchestrator.record.events import GangShape, Moved, Submitted
+from orchestrator.record.events import GangShape, StateMoved, Submitted
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.logs import Writer
 from tests.source_tree import ROOT
@@ -36,7 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HomePaths:
 def queued(home: HomePaths, run_id: str) -> None:
     log = Writer(home.run(run_id))
     log.append(Submitted(0, GangShape(2, 1), 20, 3, 1.0, "demo", {"dp": 2}, owner="ana"), 1.0)
-    log.append(Moved(State.QUEUED, Reason.SUBMITTED), 1.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 1.0)
     log.close()
 
 
@@ -120,9 +120,9 @@ def test_a_line_that_is_damaged_later_leaves_the_run_readable(
 ) -> None:
     queued(home, "run-20260101-000000-aaaa")
     log = Writer(home.run("run-20260101-000000-aaaa"))
-    log.append(Moved(State.PLACING, Reason.ADMITTED), 2.0)
-    log.append(Moved(State.STARTING, Reason.PLACED), 3.0)
-    log.append(Moved(State.RUNNING, Reason.FIRST_STEP), 4.0)
+    log.append(StateMoved(State.PLACING, Reason.ADMITTED), 2.0)
+    log.append(StateMoved(State.STARTING, Reason.PLACED), 3.0)
+    log.append(StateMoved(State.RUNNING, Reason.FIRST_STEP), 4.0)
     log.close()
     path = home.run("run-20260101-000000-aaaa").events
     lines = path.read_bytes().splitlines(keepends=True)

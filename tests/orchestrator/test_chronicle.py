@@ -11,7 +11,7 @@ import pytest
 from configs.paths import AttemptPaths
 from configs.rank import RankFiles
 from faulttol.detect.snapshot import RankSeen
-from faulttol.recorder import Phase, Recorder
+from faulttol.recorder import RankPhase, Recorder
 from faulttol.timeline.reader import AttemptSteps
 from orchestrator.agent.chronicle import Chronicle
 from orchestrator.record import seen
@@ -41,8 +41,8 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
     until(lambda: len(seen.Looks(attempt.seen).update()) == 2)
     for step in range(1, 30):
         for recorder in recorders:
-            recorder.begin(Phase.FORWARD, step - 1)
-            recorder.end(Phase.FORWARD, step - 1)
+            recorder.begin(RankPhase.FORWARD, step - 1)
+            recorder.end(RankPhase.FORWARD, step - 1)
             recorder.step(step)
     chronicle.hold()
     state[0] = "T"

@@ -19,7 +19,7 @@ from orchestrator.record.events import (
     Decided,
     Event,
     GangShape,
-    Moved,
+    StateMoved,
     Submitted,
 )
 from orchestrator.record.states import Reason, State
@@ -73,9 +73,9 @@ def queued(home: HomePaths, run_id: str, now: float, state: State = State.QUEUED
     log = Writer(run)
     run.config.write_text(CONFIG)
     log.append(Submitted(0, GangShape(2, 1), 40, 3, 1.0, "smoke", {"dp": 2, "ep": 1}), now)
-    log.append(Moved(State.QUEUED, Reason.SUBMITTED), now)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), now)
     for to in (State.PLACING, State.STARTING, State.RUNNING) if state is State.RUNNING else ():
-        log.append(Moved(to, Reason.PLACED), now)
+        log.append(StateMoved(to, Reason.PLACED), now)
     log.close()
 
 
@@ -135,7 +135,7 @@ def test_watch_ends_with_the_run(tmp_path: Path) -> None:
         writer.write(step_line(1, turns[0], float(turns[0])))
         if turns[0] == 3:
             log = Writer(run)
-            log.append(Moved(State.FAILED, Reason.USER_ERROR, "no such file"), 9.0)
+            log.append(StateMoved(State.FAILED, Reason.USER_ERROR, "no such file"), 9.0)
             log.close()
 
     assert watching.watch(run, home, stream, sleep) is State.FAILED
@@ -146,7 +146,7 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     home = HomePaths(tmp_path)
     queued(home, "run-a", 1.0, State.RUNNING)
     log = Writer(home.run("run-a"))
-    log.append(Moved(State.FAILED, Reason.USER_ERROR, "data.path='x' does not exist"), 9.0)
+    log.append(StateMoved(State.FAILED, Reason.USER_ERROR, "data.path='x' does not exist"), 9.0)
     log.close()
     row = reading.summary(home.run("run-a"), {})
     for told in (console.status(row, []), console.final_summary(row, home.run("run-a"))):

@@ -14,13 +14,13 @@ from configs.errors import UserError
 from configs.paths import HomePaths
 from orchestrator.control.controller import Controller
 from orchestrator.control.gang import GangSpec, Want
-from orchestrator.decide.queue import Policy
+from orchestrator.decide.queue import QueuePolicy
 from orchestrator.record.events import Amended, Event, GangShape, Submitted
 from orchestrator.record.log import Fenced, read
-from orchestrator.record.run_log import Reader
+from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
-from tests.orchestrator.fake_runtime import Clock, FakeRuntime, make_world
+from tests.orchestrator.fake_runtime import FakeClock, FakeRuntime, make_world
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]
 
@@ -32,7 +32,7 @@ class Sim:
 
     def __init__(self, tmp: Path, nodes: int = 1, slots: int = 2, steps: int = 40) -> None:
         self.home = HomePaths(tmp)
-        self.clock = Clock()
+        self.clock = FakeClock()
         self.world = make_world(self.clock, nodes, slots, steps)
         self.runtime = FakeRuntime(self.world)
         self.controller = Controller(self.home, self.runtime, self.clock)
@@ -57,7 +57,7 @@ class Sim:
             assert not self.world.clash()
 
     def view(self, run_id: str) -> RunView:
-        return Reader.of(self.home.run(run_id)).view
+        return RunLogReader.of(self.home.run(run_id)).view
 
     def events(self, run_id: str) -> list[Event]:
         return read(self.home.run(run_id).events)
@@ -188,7 +188,7 @@ def test_a_large_gang_is_not_starved_by_small_ones(tmp_path: Path) -> None:
         world.turn(2)
     assert world.view("big").state is not State.QUEUED
     placed = world.view("big").started_at
-    assert placed is not None and placed - world.view("big").queued_at < Policy().patience + 30
+    assert placed is not None and placed - world.view("big").queued_at < QueuePolicy().patience + 30
 
 
 def test_a_lost_node_moves_the_gang_to_others(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from configs.errors import UserError
 from orchestrator.control.controller import PARK_SECONDS
 from orchestrator.record import log as logs
-from orchestrator.record.events import Decided, Moved, Parked, Placed, Unparked
+from orchestrator.record.events import AttemptPlaced, Decided, Parked, StateMoved, Unparked
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.test_controller import CONFIG, Sim
 
@@ -74,7 +74,7 @@ def test_a_run_that_raises_is_parked_with_its_evidence_and_the_others_go_on(tmp_
     assert world.view("a").parked is None and world.published()["parked"] == []
     world.turn(40)
     assert {world.view(name).state for name in "ab"} == {State.SUCCEEDED}
-    assert world.view("a").attempt == 1, "its ranks went on meanwhile"
+    assert world.view("a").attempt == 1, "its ranks continued meanwhile"
 
 
 def test_the_waits_of_a_parked_run_double_and_its_log_holds_the_error_once(world: Sim) -> None:
@@ -324,7 +324,7 @@ def test_slots_that_ray_does_not_grant_are_asked_for_less_and_less_and_elsewhere
     world.runtime.granting = False
     world.submit("a")
     world.turn(7200, step=1.0)
-    placed = kinds(world, "a", Placed)
+    placed = kinds(world, "a", AttemptPlaced)
     assert 5 <= len(placed) <= 16, "39 in two hours it was"
     assert len({p.shares[0].ip for p in placed[:2]}) == 2, "the second placing tries the other node"
     waiting = world.published()["waiting"]
@@ -352,7 +352,7 @@ def test_two_nodes_gone_without_a_spare_and_the_run_goes_on_smaller_and_grows_ba
     world.turn(60)
     view = world.view("a")
     assert view.state is State.RUNNING and not view.smaller and view.gang.ranks == 4
-    assert Reason.REGROWN in [m.reason for m in kinds(world, "a", Moved)]
+    assert Reason.REGROWN in [m.reason for m in kinds(world, "a", StateMoved)]
     assert view.resumed_step is not None and view.resumed_step > 30, "it saved before it grew"
     world.turn(400)
     assert world.view("a").state is State.SUCCEEDED

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.record.events import Moved
+from orchestrator.record.events import StateMoved
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.test_controller import Sim
 from tests.orchestrator.test_controller_faults import kinds
@@ -87,7 +87,7 @@ def test_a_higher_priority_preempts_with_a_save(tmp_path: Path) -> None:
     world.turn(90)
     a, b = world.view("a"), world.view("b")
     assert b.state in (State.RUNNING, State.SUCCEEDED)
-    reasons = [m.reason for m in kinds(world, "a", Moved)]
+    reasons = [m.reason for m in kinds(world, "a", StateMoved)]
     assert Reason.PREEMPTED in reasons and a.restarts == 0 and not a.incidents
     world.turn(220)
     assert world.view("a").state is State.SUCCEEDED

@@ -10,9 +10,9 @@ from configs.compose import compose, dump, load
 from configs.schema import RunConfig
 from orchestrator.commands.submission import Submission
 from orchestrator.decide import elastic
-from orchestrator.decide.elastic import Choice, regrow, smaller
+from orchestrator.decide.elastic import ElasticChoice, regrow, smaller
 from orchestrator.decide.placement import Misfit, Node, fits, occupied, place
-from orchestrator.decide.queue import Policy, Running, Waiting
+from orchestrator.decide.queue import QueuePolicy, Running, WaitingRun
 from orchestrator.record.events import GangShape
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.cluster_sim import ClusterSim, make_nodes
@@ -28,13 +28,13 @@ def asked(*overrides: str, slots: list[int]) -> tuple[RunConfig, GangShape]:
     return made.config, Submission(config, made, priority=0).gang()
 
 
-def on(config: RunConfig, gang: GangShape, *slots: int) -> Choice:
+def on(config: RunConfig, gang: GangShape, *slots: int) -> ElasticChoice:
     found = smaller(config, Capacity.of_nodes(list(slots)), gang)
     assert found is not None
     return found
 
 
-def check(config: RunConfig, choice: Choice, slots: tuple[int, ...]) -> None:
+def check(config: RunConfig, choice: ElasticChoice, slots: tuple[int, ...]) -> None:
     """What holds for every choice."""
     new = choice.config
     assert trainable(new) is None, "the trainer runs it"
@@ -95,8 +95,8 @@ def test_what_does_not_fit_is_recomputed_or_split_and_none_is_said_where_nothing
 
 def test_the_micro_batch_shrinks_where_nothing_fits_with_it() -> None:
     words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "train.global_batch=768"]
-    config, gang = asked(*words, "train.micro_batch=12", "data.sequence=4096", slots=[8])
-    assert [on(config, gang, slots).config.train.micro_batch for slots in (3, 2)] == [12, 6]
+    config, gang = asked(*words, "train.micro_batch=24", "data.sequence=4096", slots=[8])
+    assert [on(config, gang, slots).config.train.micro_batch for slots in (4, 3)] == [24, 12]
 
 
 def test_a_smaller_layout_is_smaller_however_many_slots_there_are() -> None:
@@ -176,25 +176,27 @@ def running(nodes: list[Node], *runs: tuple[str, int, str]) -> tuple[list[Runnin
 
 def test_a_run_grows_back_where_all_of_it_fits_beside_the_others() -> None:
     nodes = make_nodes(2, 8)
-    run = Waiting("a", 0, 5.0, 0.0, GangShape(16, 8))
+    run = WaitingRun("a", 0, 5.0, 0.0, GangShape(16, 8))
     held, free = running(nodes, ("a", 8, "n00000"))
-    assert regrow(run, held, [], free, Policy())
+    assert regrow(run, held, [], free, QueuePolicy())
     other, busy = running(nodes, ("a", 8, "n00000"), ("b", 4, "n00001"))
-    assert not regrow(run, other, [], busy, Policy())
-    assert not regrow(run, held, [], [free[0], replace(free[1], barred="cordoned: a fan")], Policy())
-    assert not regrow(run, held, [], free, Policy(quotas={"*": 8}))
-    assert regrow(replace(run, recovering=True), held, [], [free[0], replace(free[1], spare=True)], Policy())
+    assert not regrow(run, other, [], busy, QueuePolicy())
+    assert not regrow(run, held, [], [free[0], replace(free[1], barred="cordoned: a fan")], QueuePolicy())
+    assert not regrow(run, held, [], free, QueuePolicy(quotas={"*": 8}))
+    assert regrow(
+        replace(run, recovering=True), held, [], [free[0], replace(free[1], spare=True)], QueuePolicy()
+    )
 
 
 def test_a_run_stays_small_where_another_one_would_take_what_it_frees() -> None:
     nodes = make_nodes(2, 8)
-    run = Waiting("a", 0, 5.0, 0.0, GangShape(16, 8))
+    run = WaitingRun("a", 0, 5.0, 0.0, GangShape(16, 8))
     held, free = running(nodes, ("a", 8, "n00000"))
-    ahead = Waiting("b", 1, 9.0, 100.0, GangShape(16, 8))
-    assert not regrow(run, held, [ahead], free, Policy())
-    assert regrow(run, held, [replace(ahead, priority=-1)], free, Policy())
+    ahead = WaitingRun("b", 1, 9.0, 100.0, GangShape(16, 8))
+    assert not regrow(run, held, [ahead], free, QueuePolicy())
+    assert regrow(run, held, [replace(ahead, priority=-1)], free, QueuePolicy())
     half, able = replace(ahead, gang=GangShape(8, 8)), replace(run, smaller=(GangShape(8, 8),))
-    assert not regrow(able, held, [half], free, Policy()), "in a smaller shape it wouldn't have grown"
+    assert not regrow(able, held, [half], free, QueuePolicy()), "in a smaller shape it wouldn't have grown"
 
 
 # ---- on the simulated cluster ----
@@ -202,7 +204,7 @@ def test_a_run_stays_small_where_another_one_would_take_what_it_frees() -> None:
 
 def test_two_of_four_nodes_gone_and_the_run_goes_on_smaller_and_grows_back_at_a_save() -> None:
     nodes = make_nodes(4, 8)
-    sim = ClusterSim(nodes, Policy(), shrink_after=60.0)
+    sim = ClusterSim(nodes, QueuePolicy(), shrink_after=60.0)
     sim.submit("a", GangShape(32, 8), 1000, smaller=(GangShape(16, 8),), every=50)
     sim.kill_node("n00001", at=100.0)
     sim.kill_node("n00003", at=100.0)

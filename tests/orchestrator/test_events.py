@@ -1,4 +1,4 @@
-"""Payloads of a run's events: what is written comes back, and what is no event is refused."""
+"""Payloads of a run's events: what is written comes back, and what is not an event is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from orchestrator.record import events as ev
-from orchestrator.record.events import Event, Payload, Placed, Submitted, decode
+from orchestrator.record.events import AttemptPlaced, Event, Payload, Submitted, decode
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.life import AMENDED, LIFE, SHARES, SMALLER, STOPPING, SUBMITTED
 
@@ -50,8 +50,8 @@ def test_states_and_reasons_come_back_as_such() -> None:
 
 
 def test_what_an_attempt_owns_comes_back() -> None:
-    smaller, whole = decode(told(SMALLER)), decode(told(Placed(1, SHARES, "g")))
-    assert isinstance(smaller, Placed) and isinstance(whole, Placed)
+    smaller, whole = decode(told(SMALLER)), decode(told(AttemptPlaced(1, SHARES, "g")))
+    assert isinstance(smaller, AttemptPlaced) and isinstance(whole, AttemptPlaced)
     assert smaller.gang is not None and smaller.gang.ranks == 2 and smaller.shares[0].ranks == (0, 1)
     assert whole.gang is None and whole.layout is None and whole.config == "" == whole.code
 

@@ -9,7 +9,7 @@ import pytest
 
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent.gang_state import Gang, Member
-from orchestrator.agent.orders import Answer, Phase
+from orchestrator.agent.orders import AttemptPhase, AttemptReport
 from orchestrator.control.gang import AgentReport, GangSpec, Want
 from orchestrator.record.events import NodeShare
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.unit
 ALIVE = frozenset({"n0", "n1", "n2"})
 
 
-def answer(phase: Phase = Phase.READY, **other: Any) -> Answer:
+def answer(phase: AttemptPhase = AttemptPhase.READY, **other: Any) -> AttemptReport:
     report = other.pop("report", AgentReport("n", 0.0, ()))
-    base = Answer(phase, age=100.0, started=None, report=report, news=1, serial=1, master="10.0.0.1:5")
+    base = AttemptReport(phase, age=100.0, started=None, report=report, news=1, serial=1, master="10.0.0.1:5")
     return replace(base, **other)
 
 
-def gang(*answers: Answer | None, want: Want = Want.STARTED) -> Gang:
+def gang(*answers: AttemptReport | None, want: Want = Want.STARTED) -> Gang:
     shares = tuple(NodeShare(f"n{i}", f"10.0.0.{i + 1}", f"h{i}", (i,)) for i in range(len(answers)))
     spec = GangSpec("slots", "/runs/r", 1, shares, "CPU", len(shares), ("-m", "trainer"), "", 1)
     made = Gang(spec, want, 0.0, wanted=0.0, members=[Member(share) for share in shares])
@@ -35,7 +35,7 @@ def gang(*answers: Answer | None, want: Want = Want.STARTED) -> Gang:
 
 
 def test_a_path_that_some_see_is_the_nodes_fault_and_one_that_none_sees_the_users() -> None:
-    blind = answer(Phase.PREPARING, missing="/home/x (No such file or directory)")
+    blind = answer(AttemptPhase.PREPARING, missing="/home/x (No such file or directory)")
     some = gang(answer(), blind).status(10.0, 1000.0)
     assert not some.refused and list(some.unfit) == ["n1"]
     assert (
@@ -46,7 +46,7 @@ def test_a_path_that_some_see_is_the_nodes_fault_and_one_that_none_sees_the_user
     made.witness = ""
     none = made.status(10.0, 1000.0)
     assert not none.unfit and "MEGARAY_HOME must be a folder that all nodes share" in none.refused
-    yet = gang(blind, answer(Phase.PREPARING)).status(10.0, 1000.0)
+    yet = gang(blind, answer(AttemptPhase.PREPARING)).status(10.0, 1000.0)
     assert not yet.unfit and not yet.refused, "the other hasn't looked yet"
     alone = gang(blind)
     alone.witness = "10.0.0.9"
@@ -54,10 +54,10 @@ def test_a_path_that_some_see_is_the_nodes_fault_and_one_that_none_sees_the_user
 
 
 def test_storage_that_is_slow_for_all_is_nobodys_fault() -> None:
-    slow = answer(Phase.PREPARING, slow=61.0)
+    slow = answer(AttemptPhase.PREPARING, slow=61.0)
     assert not gang(slow, slow).status(10.0, 1000.0).unfit
     assert list(gang(answer(), slow).status(10.0, 1000.0).unfit) == ["n1"]
-    assert not gang(answer(), answer(Phase.PREPARING, slow=59.0)).status(10.0, 1000.0).unfit
+    assert not gang(answer(), answer(AttemptPhase.PREPARING, slow=59.0)).status(10.0, 1000.0).unfit
 
 
 def test_versions_of_few_are_the_nodes_fault_and_without_a_majority_the_users() -> None:
@@ -70,13 +70,13 @@ def test_versions_of_few_are_the_nodes_fault_and_without_a_majority_the_users() 
 
 
 def test_all_must_be_ready_unless_some_have_begun() -> None:
-    assert not gang(answer(), answer(Phase.PREPARING)).may_start
-    assert gang(answer(Phase.RUNNING, started=1.0), answer(Phase.PREPARING)).may_start
+    assert not gang(answer(), answer(AttemptPhase.PREPARING)).may_start
+    assert gang(answer(AttemptPhase.RUNNING, started=1.0), answer(AttemptPhase.PREPARING)).may_start
     assert not gang(answer(master=""), answer()).may_start
 
 
 def test_an_agent_that_is_younger_than_the_gang_has_lost_its_ranks() -> None:
-    made = gang(answer(Phase.RUNNING, started=50.0), answer(age=49.0), answer(age=51.0))
+    made = gang(answer(AttemptPhase.RUNNING, started=50.0), answer(age=49.0), answer(age=51.0))
     made.judge(11.0, ALIVE)
     assert ["started anew" in m.lost for m in made.members] == [False, True, False]
 
@@ -89,7 +89,7 @@ def test_a_node_that_left_is_lost_and_if_all_have_nothing_is_left() -> None:
     assert list(made.status(11.0, 1000.0).lost) == ["n0"] and not made.status(11.0, 1000.0).gone
     made.judge(11.0, frozenset({"other"}))
     assert made.status(11.0, 1000.0).gone
-    known = gang(answer(Phase.RUNNING, started=1.0), want=Want.WATCHED)
+    known = gang(answer(AttemptPhase.RUNNING, started=1.0), want=Want.WATCHED)
     known.judge(11.0, frozenset())
     assert known.status(11.0, 1000.0).lost and not known.status(11.0, 1000.0).gone, (
         "it was there: its node is lost"
@@ -97,15 +97,15 @@ def test_a_node_that_left_is_lost_and_if_all_have_nothing_is_left() -> None:
 
 
 def test_a_stop_waits_for_every_node_that_can_be_reached() -> None:
-    made = gang(answer(Phase.STOPPED), answer(Phase.RUNNING, started=1.0), want=Want.STARTED)
+    made = gang(answer(AttemptPhase.STOPPED), answer(AttemptPhase.RUNNING, started=1.0), want=Want.STARTED)
     made.move(made.spec, Want.STOPPED, 5.0, now=20.0)
     made.judge(54.9, ALIVE)
     assert not made.stopped
     made.judge(55.1, ALIVE)
     assert made.stopped and "doesn't answer" in made.members[1].lost
-    slow = gang(answer(Phase.RUNNING, started=1.0))
+    slow = gang(answer(AttemptPhase.RUNNING, started=1.0))
     slow.move(slow.spec, Want.STOPPED, 0.0, now=20.0)
-    slow.members[0].take(answer(Phase.STOPPING), now=21.0, wall=1000.0)
+    slow.members[0].take(answer(AttemptPhase.STOPPING), now=21.0, wall=1000.0)
     slow.judge(500.0, ALIVE)
     assert not slow.stopped, "it answers: something there doesn't end"
 

@@ -16,7 +16,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.paths import HomePaths
-from orchestrator.commands.calls import Call
+from orchestrator.commands.calls import CommandCall
 from orchestrator.local import cluster, keeper, lock, machine, settings
 from orchestrator.local.cluster import LocalCluster
 from orchestrator.local.keeper import Keeper, Watch
@@ -290,11 +290,12 @@ def test_a_lost_controller_is_started_at_once_and_a_start_that_hangs_is_ended(
 
 def test_output_that_nobody_reads_stops_no_command() -> None:
     code = (
-        "from orchestrator.commands.calls import Call\nimport argparse, sys\nfrom pathlib import Path\n"
-        "from configs.paths import HomePaths\ncall = Call(argparse.Namespace(json=False), HomePaths(Path('/x')), ())\n"
+        "from orchestrator.commands.calls import CommandCall\nimport argparse, sys\nfrom pathlib import Path\n"
+        "from configs.paths import HomePaths\n"
+        "call = CommandCall(argparse.Namespace(json=False), HomePaths(Path('/x')), ())\n"
         "sys.stdin.readline()\nfor _ in range(3):\n    call.note('x' * 100000)\nsys.stderr.write('done')\n"
     )
-    assert Call.note is not None
+    assert CommandCall.note is not None
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.record.clock import Now
-from orchestrator.record.events import ControllerStarted, Payload, Resumed
+from orchestrator.record.events import AttemptResumed, ControllerStarted, Payload
 from orchestrator.record.log import Cursor, Fenced, Log, read, read_from
 from tests.orchestrator.life import LIFE, WALL, at
 
@@ -182,12 +182,14 @@ def test_what_a_replaced_writer_still_writes_does_not_count(tmp_path: Path) -> N
     path = tmp_path / "log"
     parts = []
     for number, epoch in enumerate((1, 2, 1, 2, 3, 2)):
-        write(tmp_path / "one", [[Resumed(1, number, None)]], epoch, 100.0 * (epoch == 1) + number).close()
+        write(
+            tmp_path / "one", [[AttemptResumed(1, number, None)]], epoch, 100.0 * (epoch == 1) + number
+        ).close()
         parts.append((tmp_path / "one").read_bytes())
         (tmp_path / "one").unlink()
     path.write_bytes(b"".join(parts))
     events, cursor = read_from(path)
-    assert [p.step for p in payloads(path) if isinstance(p, Resumed)] == [0, 1, 3, 4]
+    assert [p.step for p in payloads(path) if isinstance(p, AttemptResumed)] == [0, 1, 3, 4]
     assert [e.seq for e in events] == [0, 1, 2, 3] and cursor.damage == ()
     assert (cursor.epoch, cursor.time, cursor.offset) == (3, WALL + 4, path.stat().st_size)
     for end in range(1, len(parts)):

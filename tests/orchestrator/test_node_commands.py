@@ -65,7 +65,7 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeControlle
 @pytest.mark.parametrize(
     ("words", "said", "written"),
     [
-        (["cordon", "host0", "--reason", "a fan"], "no run starts on host0 from now on; a goes on; b goes on",
+        (["cordon", "host0", "--reason", "a fan"], "no run starts on host0 from now on; a continues; b continues",
          Cordoned("10.0.0.1", "a fan", "ann")),
         (["drain", "10.0.0.2", "--reason", "smoke"],
          "no run starts on 10.0.0.2 from now on; a saves and moves to other nodes", Draining("10.0.0.2", "smoke", "ann")),

@@ -13,7 +13,7 @@ from configs.errors import UserError
 from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Policy, Running
+from orchestrator.decide.queue import QueuePolicy, Running
 from orchestrator.record import cluster_log, log
 from orchestrator.record.clock import Now
 from orchestrator.record.cluster_log import (
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.sim, pytest.mark.timeout(60)]
 LOST = Verdict(VerdictKind.NODE_LOST, "its agent is silent for 10 s", node="10.0.0.1")
 
 
-class History:
+class MemoryLog:
     """A cluster's log in memory."""
 
     def __init__(self, nodes: list[Node]) -> None:
@@ -137,7 +137,7 @@ def test_a_record_keeps_the_newest_faults_only() -> None:
 
 def test_who_joins_and_leaves_is_written_once() -> None:
     nodes = make_nodes(3, 8)
-    history = History(nodes[:2])
+    history = MemoryLog(nodes[:2])
     assert history.look(nodes[:2], 1.0) == []
     joined = NodeJoined("10.0.0.3", "host2", ("n00002",), {"CPU": 8}, {})
     assert history.look(nodes[1:], 2.0) == [NodeLeft("10.0.0.1"), joined]
@@ -153,7 +153,7 @@ def test_who_joins_and_leaves_is_written_once() -> None:
 def test_several_ray_nodes_at_one_address_are_one_node() -> None:
     nodes = make_nodes(1, 8)
     twin = replace(nodes[0], node_id="a twin", slots={"CPU": 2, "GPU": 1})
-    history = History([nodes[0], twin])
+    history = MemoryLog([nodes[0], twin])
     record = history.view.nodes["10.0.0.1"]
     assert (record.node_ids, record.slots) == (("a twin", "n00000"), {"CPU": 10, "GPU": 1})
     assert history.look([twin, nodes[0]], 1.0) == []
@@ -163,7 +163,7 @@ def test_several_ray_nodes_at_one_address_are_one_node() -> None:
 
 def test_a_check_that_fails_is_written_once_and_bars_the_node() -> None:
     (node,) = make_nodes(1, 8)
-    history = History([node])
+    history = MemoryLog([node])
     bad = replace(node, barred="matmul: 12 of 600 TFLOP/s")
     assert history.look([bad], 1.0) == [NodeChecked("10.0.0.1", "matmul: 12 of 600 TFLOP/s")]
     assert history.barred([bad], 1.0) == ["matmul: 12 of 600 TFLOP/s"]
@@ -175,7 +175,7 @@ def test_a_check_that_fails_is_written_once_and_bars_the_node() -> None:
 
 def test_a_node_that_comes_and_goes_is_cordoned() -> None:
     nodes = make_nodes(3, 8)
-    history, told = History(nodes), []
+    history, told = MemoryLog(nodes), []
     for i in range(1, 4):
         history.look(nodes[1:], 100.0 * i)
         told.append(history.look(nodes, 100.0 * i + 50.0))
@@ -191,7 +191,7 @@ def test_a_node_that_comes_and_goes_is_cordoned() -> None:
 
 def test_departures_long_ago_are_forgotten() -> None:
     nodes = make_nodes(2, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     for i in range(6):
         history.look(nodes[1:], 2000.0 * i + 1000.0)
         assert [type(p) for p in history.look(nodes, 2000.0 * i + 1001.0)] == [NodeJoined]
@@ -207,7 +207,7 @@ def test_departures_long_ago_are_forgotten() -> None:
 )  # fmt: skip
 def test_a_verdict_makes_its_node_suspect_by_its_kind(kind: str, amount: float) -> None:
     nodes = make_nodes(2, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     written = history.suspect(10.0, Verdict(VerdictKind(kind), "words", rank=1, node="10.0.0.1"))
     found = deciding.marked(nodes, history.view, 100.0)
     assert [n.suspicion for n in found] == [amount, 0.0]
@@ -221,14 +221,14 @@ def test_every_kind_of_verdict_was_thought_of() -> None:
 
 
 def test_a_verdict_without_a_node_suspects_nobody() -> None:
-    history = History(make_nodes(1, 8))
+    history = MemoryLog(make_nodes(1, 8))
     assert deciding.suspect(history.view, LOST, "run", None, 1.0) == []
     assert deciding.suspect(history.view, LOST, "run", "10.9.9.9", 1.0) == []
 
 
 def test_suspicion_falls_to_half_and_to_nothing() -> None:
     nodes = make_nodes(1, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     history.suspect(0.0)
     history.suspect(1.0)
     at = [factor * deciding.HALF_LIFE for factor in (0.0, 0.99, 1.01, 2.01, 6.0)]
@@ -237,18 +237,18 @@ def test_suspicion_falls_to_half_and_to_nothing() -> None:
 
 def test_a_silent_node_is_out_until_ray_has_noticed_or_it_has_joined_anew() -> None:
     nodes = make_nodes(2, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     history.suspect(10.0)
     assert history.barred(nodes, 11.0) == ["out for 60 s: its agent is silent for 10 s", ""]
     assert history.barred(nodes, 10.0 + deciding.QUARANTINE) == ["", ""]
     history.look([replace(nodes[0], node_id="new"), nodes[1]], 20.0)
     assert history.barred(nodes, 21.0) == ["", ""]
     history.suspect(30.0, Verdict(VerdictKind.HANG, "rank 1 hangs", rank=1, node="10.0.0.1"))
-    assert history.barred(nodes, 31.0) == ["", ""], "a hang is no silence of the node"
+    assert history.barred(nodes, 31.0) == ["", ""], "a hang is not a silence of the node"
 
 
 def test_faults_of_its_own_in_a_short_time_cordon_a_node() -> None:
-    history = History(make_nodes(3, 8))
+    history = MemoryLog(make_nodes(3, 8))
     unfit = Verdict(VerdictKind.NODE_UNFIT, "its mount is gone", node="10.0.0.1")
     assert [len(history.suspect(t, unfit)) for t in (0.0, 10.0)] == [1, 1]
     written = history.suspect(20.0)
@@ -259,7 +259,7 @@ def test_faults_of_its_own_in_a_short_time_cordon_a_node() -> None:
 
 
 def test_faults_far_apart_or_of_ranks_cordon_nobody() -> None:
-    history = History(make_nodes(3, 8))
+    history = MemoryLog(make_nodes(3, 8))
     for i in range(6):
         assert len(history.suspect(i * deciding.WINDOW / 2)) == 1
     hang = Verdict(VerdictKind.HANG, "rank 1 hangs", rank=1, node="10.0.0.2")
@@ -271,7 +271,7 @@ def test_faults_far_apart_or_of_ranks_cordon_nobody() -> None:
 def test_the_controller_cordons_a_bounded_share_by_itself(live: int, most: int) -> None:
     """A switch that flaps takes every node behind it; then it is the switch."""
     nodes = make_nodes(live, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     history.mark(nodes[-1].ip, "cordon")
     for node in nodes[:-1]:
         for t in range(deciding.FLAPS + 1):
@@ -288,7 +288,7 @@ def finding(*hosts: str, action: str = "cordon", kind: str = "slow_nic") -> dict
 
 
 def test_a_finding_that_says_so_cordons_its_hosts_once() -> None:
-    history = History(make_nodes(30, 8))
+    history = MemoryLog(make_nodes(30, 8))
     payloads = deciding.from_finding(history.view, finding("10.0.0.2", "10.0.0.3", "10.9.9.9"), "m")
     assert history.write(payloads, 1.0) == [
         Suspected("10.0.0.2", 1.0, "m", "slow_nic", "sends at 1.2 of 40 GB/s"),
@@ -308,7 +308,7 @@ def test_a_finding_that_says_so_cordons_its_hosts_once() -> None:
 
 def test_marks_are_acted_on_and_taken_back() -> None:
     nodes = make_nodes(2, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     assert history.mark("host0", "cordon", "a fan") == [Cordoned("10.0.0.1", "a fan", "ann")]
     assert history.barred(nodes, 1.0) == ["cordoned: a fan", ""]
     assert history.mark("host0", "cordon", " a \n fan") == [Cordoned("10.0.0.1", "a fan", "ann")], (
@@ -338,19 +338,19 @@ def test_marks_are_acted_on_and_taken_back() -> None:
         ("host4", "uncordon", "",
          "host4 is neither cordoned nor draining; its check failed: no mount; mend that, and it serves"),
         ("host3", "spare", "", "host3 is a spare already"),
-        ("host0", "unspare", "", "host0 is no spare; `python -m orchestrator nodes` shows which are"),
+        ("host0", "unspare", "", "host0 is not a spare; `python -m orchestrator nodes` shows which are"),
         ("hosst1", "cordon", "why",
          "node 'hosst1' isn't known (did you mean 'host1'?); `python -m orchestrator nodes` shows the nodes"),
         ("twin", "cordon", "why", "node 'twin': several have that host name; type an address: 10.0.0.6, 10.0.0.7"),
         ("host0", "cordone", "why",
-         "'cordone' is no mark of a node (did you mean 'cordon'?); use one of cordon, uncordon, drain, spare, unspare"),
+         "'cordone' is not a mark of a node (did you mean 'cordon'?); use one of cordon, uncordon, drain, spare, unspare"),
     ],
 )  # fmt: skip
 def test_a_mark_that_changes_nothing_is_refused(name: str, what: str, reason: str, words: str) -> None:
     nodes = make_nodes(7, 8)
     nodes[4] = replace(nodes[4], barred="no mount")
     nodes[5:] = [replace(node, hostname="twin") for node in nodes[5:]]
-    history = History(nodes)
+    history = MemoryLog(nodes)
     history.mark("host1", "cordon", "a fan")
     history.mark("host2", "drain", "smoke")
     history.write([SpareMarked(nodes[3].ip, "", "bob")], 0.0)
@@ -361,7 +361,7 @@ def test_a_mark_that_changes_nothing_is_refused(name: str, what: str, reason: st
 
 def test_a_host_name_means_the_node_that_lives() -> None:
     nodes = make_nodes(2, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     history.look([nodes[0], replace(nodes[1], ip="10.0.0.9")], 1.0)
     assert history.mark("host1", "cordon") == [Cordoned("10.0.0.9", "why", "ann")]
     assert history.mark("10.0.0.2", "cordon") == [Cordoned("10.0.0.2", "why", "ann")], (
@@ -371,7 +371,7 @@ def test_a_host_name_means_the_node_that_lives() -> None:
 
 def test_runs_on_a_draining_node_are_told_why_they_move() -> None:
     nodes = make_nodes(3, 8)
-    history = History(nodes)
+    history = MemoryLog(nodes)
     history.mark("host1", "drain", "a new kernel")
     shares = [NodeShare(n.node_id, n.ip, n.hostname, (i,)) for i, n in enumerate(nodes)]
     running = [
@@ -390,7 +390,7 @@ def causes(sim: ClusterSim, run_id: str) -> list[str]:
 
 
 def test_a_bad_node_is_left_after_one_fault_for_a_spare_and_nobody_else_falls_for_it_often() -> None:
-    sim = ClusterSim(make_nodes(4, 8), Policy())
+    sim = ClusterSim(make_nodes(4, 8), QueuePolicy())
     sim.mark("host3", "spare", at=0.0)
     sim.spoil_node("n00000", at=0.0)
     sim.submit("a", GangShape(24, 8), 300, at=1.0)
@@ -406,7 +406,7 @@ def test_a_bad_node_is_left_after_one_fault_for_a_spare_and_nobody_else_falls_fo
 
 
 def test_a_cordoned_node_keeps_what_it_runs_and_gets_nothing_new() -> None:
-    sim = ClusterSim(make_nodes(2, 8), Policy())
+    sim = ClusterSim(make_nodes(2, 8), QueuePolicy())
     sim.submit("a", GangShape(8, 8), 100)
     sim.mark("host0", "cordon", at=20.0, reason="a fan")
     sim.submit("b", GangShape(8, 8), 20, at=30.0)
@@ -421,7 +421,7 @@ def test_a_cordoned_node_keeps_what_it_runs_and_gets_nothing_new() -> None:
 
 
 def test_a_draining_node_is_emptied_with_a_save_and_no_incident() -> None:
-    sim = ClusterSim(make_nodes(3, 8), Policy())
+    sim = ClusterSim(make_nodes(3, 8), QueuePolicy())
     sim.submit("a", GangShape(16, 8), 200, every=1000)
     sim.mark("host1", "drain", at=50.0, reason="a new kernel")
     sim.go()
@@ -435,7 +435,7 @@ def test_a_draining_node_is_emptied_with_a_save_and_no_incident() -> None:
 
 
 def test_among_equal_nodes_the_one_less_under_suspicion_is_taken() -> None:
-    sim = ClusterSim(make_nodes(3, 8), Policy())
+    sim = ClusterSim(make_nodes(3, 8), QueuePolicy())
     sim.submit("first", GangShape(8, 8), 30)
     sim.spoil_node("n00000", at=0.0)
     sim.submit("second", GangShape(8, 8), 30, at=100.0)
@@ -446,7 +446,7 @@ def test_among_equal_nodes_the_one_less_under_suspicion_is_taken() -> None:
 
 def test_the_log_of_a_day_stays_small() -> None:
     """Nothing is written where nothing happens: 1,536 nodes join, and one fault is two lines."""
-    sim = ClusterSim(make_nodes(1536, 8), Policy())
+    sim = ClusterSim(make_nodes(1536, 8), QueuePolicy())
     for second in range(0, 1000, 25):
         sim.at(float(second), lambda: None)
     sim.submit("a", GangShape(64, 8), 500)

@@ -1,4 +1,4 @@
-"""Logs of earlier versions, one event a line without epoch and clock: they are read, and gone on with."""
+"""Logs of earlier versions, one event a line without epoch and clock: they are read, and resumed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from configs.paths import RunPaths
 from orchestrator.record.clock import Now
-from orchestrator.record.events import CheckpointCommitted, ControllerStarted, Moved
+from orchestrator.record.events import CheckpointCommitted, ControllerStarted, StateMoved
 from orchestrator.record.log import Log, read, read_from
-from orchestrator.record.run_log import Reader, RunLog
+from orchestrator.record.run_log import RunLog, RunLogReader
 from orchestrator.record.states import Reason, State
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -52,7 +52,7 @@ def test_a_log_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     ]
     assert [e.seq for e in events] == list(range(14)) and cursor.epoch == 0
     assert [e.time - 1.7e9 for e in events] == [e.clock for e in events] == [2.0 * n for n in range(14)]
-    assert events[2].payload == Moved(State.PLACING, Reason.ADMITTED, "2 on 10.0.0.1")
+    assert events[2].payload == StateMoved(State.PLACING, Reason.ADMITTED, "2 on 10.0.0.1")
     assert events[8].payload == CheckpointCommitted(1, 10, "p/10", 4096, 0.5)
     assert events[13].payload == ControllerStarted(77, "nothing to adopt", 0)
 
@@ -83,7 +83,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     assert (
         view.incidents[0].opened_clock == 20.0 and view.asked.wall_seconds is None and view.asked.owner == ""
     )
-    log.append([Moved(State.QUEUED, Reason.BACKOFF_OVER)], Now(1.7e9 + 31, 4.0))
+    log.append([StateMoved(State.QUEUED, Reason.BACKOFF_OVER)], Now(1.7e9 + 31, 4.0))
     log.publish(final=True)
     log.close()
-    assert Reader.of(run).view == log.view and log.view.waiting_clock == 31.0
+    assert RunLogReader.of(run).view == log.view and log.view.waiting_clock == 31.0

@@ -13,7 +13,7 @@ from orchestrator.decide.placement import (
     CLOSED,
     Misfit,
     Node,
-    Row,
+    OrderedNodes,
     by_place,
     fits,
     occupied,
@@ -243,7 +243,7 @@ def test_the_choice_of_nodes_is_the_best_of_all() -> None:
         avoid = {n.ip for n in nodes if rng.random() < 0.25}
         recovering, block = rng.random() < 0.5, rng.choice([1, 2, 4])
         gang = GangShape(block * rng.randint(1, 6), block, rng.choice([None, None, 1, 2, 3]))
-        row = Row(nodes)
+        row = OrderedNodes(nodes)
         tiers = dict(zip([n.node_id for n in row.nodes], row.tiers(recovering, avoid), strict=True))
         every = list(choices(gang, nodes, tiers))
         placed = place(gang, nodes, recovering, avoid)

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.decide.placement import Node, fits
 from orchestrator.decide.preempt import Holder, victims
-from orchestrator.decide.queue import Admit, Answer, Policy, Preempt, Running
+from orchestrator.decide.queue import Admit, Answer, Preempt, QueuePolicy, Running
 from orchestrator.decide.queue import decide as decide_all
 from orchestrator.record.events import GangShape, NodeShare, StopBegan
 from orchestrator.record.states import State
@@ -87,17 +87,19 @@ def test_after_its_patience_a_run_stops_what_it_needs_of_a_lower_priority() -> N
     nodes = cluster(0, 0, 8)
     running = holders(nodes, ("low", 0, "n00000"), ("middle", 1, "n00001"))
     urgent = replace(run("urgent", 16, block=8, priority=2), waited=59.0)
-    assert not stops(decide_all([urgent], running, nodes, Policy(PATIENCE)))
+    assert not stops(decide_all([urgent], running, nodes, QueuePolicy(PATIENCE)))
     urgent = replace(urgent, waited=60.0)
-    answers = decide_all([urgent], running, nodes, Policy(PATIENCE))
+    answers = decide_all([urgent], running, nodes, QueuePolicy(PATIENCE))
     assert stops(answers) == [("low", "urgent", "urgent, of priority 2, has waited 60 s for slots")]
     assert held(answers)["urgent"][1].endswith("kept for it; stops low, of a lower priority")
     alike = [replace(r, priority=2) for r in running]
-    assert not stops(decide_all([urgent], alike, nodes, Policy(PATIENCE))), "never of its own priority"
+    assert not stops(decide_all([urgent], alike, nodes, QueuePolicy(PATIENCE))), "never of its own priority"
     fixed = [replace(r, preemptible=False) for r in running[:1]] + running[1:]
-    assert [s[0] for s in stops(decide_all([urgent], fixed, nodes, Policy(PATIENCE)))] == ["middle"]
+    assert [s[0] for s in stops(decide_all([urgent], fixed, nodes, QueuePolicy(PATIENCE)))] == ["middle"]
     more = replace(urgent, gang=GangShape(32, 8))
-    assert not stops(decide_all([more], running, nodes, Policy(PATIENCE))), "nobody, where that wouldn't do"
+    assert not stops(decide_all([more], running, nodes, QueuePolicy(PATIENCE))), (
+        "nobody, where that wouldn't do"
+    )
 
 
 def test_what_is_stopping_is_waited_for_and_stops_nobody_else() -> None:
@@ -106,7 +108,7 @@ def test_what_is_stopping_is_waited_for_and_stops_nobody_else() -> None:
     urgent = replace(run("urgent", 16, block=8, priority=2), waited=60.0)
     for stopping in ("low", "other"):
         now = [replace(r, stopping=r.run_id == stopping) for r in running]
-        assert not stops(decide_all([urgent], now, nodes, Policy(PATIENCE)))
+        assert not stops(decide_all([urgent], now, nodes, QueuePolicy(PATIENCE)))
 
 
 def test_what_was_stopped_does_not_come_back_before_the_one_that_it_was_stopped_for() -> None:
@@ -124,7 +126,7 @@ def test_what_was_stopped_does_not_come_back_before_the_one_that_it_was_stopped_
         Running("high", 5, "", GangShape(2, 2), (NodeShare("n00001", nodes[1].ip, "h", (0, 1)),)),
     ]
     waiting = [replace(run("urgent", 8, block=8, priority=2), waited=99.0), run("stopped", 4, 1.0, block=4)]
-    answers = decide_all(waiting, running, nodes, Policy(PATIENCE))
+    answers = decide_all(waiting, running, nodes, QueuePolicy(PATIENCE))
     assert [a.shares[0].node_id for a in answers if isinstance(a, Admit)] == ["n00001"]
     assert not stops(answers)
 
@@ -134,14 +136,14 @@ def test_nobody_is_stopped_on_nodes_that_the_run_may_not_use() -> None:
     nodes[0] = replace(nodes[0], barred="cordoned: a fan")
     running = holders(nodes, ("first", 0, "n00000"), ("second", 0, "n00001"))
     urgent = replace(run("urgent", 8, block=8, priority=2), waited=60.0)
-    assert [s[0] for s in stops(decide_all([urgent], running, nodes, Policy(PATIENCE)))] == ["second"]
+    assert [s[0] for s in stops(decide_all([urgent], running, nodes, QueuePolicy(PATIENCE)))] == ["second"]
 
 
 # ---- days on the simulated cluster ----
 
 
 def test_an_urgent_run_saves_what_it_stops_and_starts_soon_and_the_stopped_ones_finish() -> None:
-    sim = ClusterSim(make_nodes(4, 8), Policy(patience=30.0))
+    sim = ClusterSim(make_nodes(4, 8), QueuePolicy(patience=30.0))
     for i in range(4):
         sim.submit(f"low{i}", GangShape(8, 8), 500, every=100, priority=i // 2)
     sim.submit("urgent", GangShape(16, 8), 50, at=100.0, priority=5)
@@ -157,12 +159,12 @@ def test_an_urgent_run_saves_what_it_stops_and_starts_soon_and_the_stopped_ones_
         assert isinstance(began.payload, StopBegan) and began.time == START + 130.0
         resumed = [e.payload.step for e in one.of_kind("resumed")]  # type: ignore[union-attr]
         assert resumed == [0, 129], "all that was trained was saved before the slots went"
-        assert not one.view.incidents and one.view.restarts == 0, "being stopped is no fault"
+        assert not one.view.incidents and one.view.restarts == 0, "being stopped is not a fault"
 
 
 def test_a_busy_day_with_priorities_quotas_and_stops_ends_with_everything_trained() -> None:
     rng = random.Random(43)
-    sim = ClusterSim(make_nodes(6, 8), Policy(20.0, {"ann": 16, "*": 32}))
+    sim = ClusterSim(make_nodes(6, 8), QueuePolicy(20.0, {"ann": 16, "*": 32}))
     for i in range(150):
         block = rng.choice([1, 2, 4, 8])
         gang = GangShape(block * rng.randint(1, 16 // block), block)

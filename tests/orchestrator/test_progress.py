@@ -19,17 +19,17 @@ from configs.metrics import (
     StoppedLine,
 )
 from faulttol.detect.snapshot import RankSeen
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.gang import AgentReport
 from orchestrator.control.progress import Progress, absorb, committed, settles
 from orchestrator.record.events import (
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     FabricFinding,
     Finished,
-    Moved,
     Payload,
-    Resumed,
+    StateMoved,
 )
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView, fold
@@ -43,7 +43,7 @@ KNOWN = Progress(attempt=1)
 
 
 def rank(number: int, step: int | None = None, exit_code: int | None = None) -> RankSeen:
-    newest = None if step is None else Record(7, 5.0, Mark.END, Phase.BACKWARD, step)
+    newest = None if step is None else Record(7, 5.0, PhaseMark.END, RankPhase.BACKWARD, step)
     return RankSeen(number, 100 + number, exit_code, newest=newest)
 
 
@@ -99,18 +99,18 @@ def test_all_are_beyond_a_step_where_each_of_them_is() -> None:
 
 def test_an_attempt_begins_once() -> None:
     line = ResumedLine(1.0, 1, 10, "p/10", "")
-    assert absorb(STARTING, line, KNOWN) == ([Resumed(1, 10, "p/10")], KNOWN)
-    begun = then(STARTING, [Resumed(1, 0, None)])
+    assert absorb(STARTING, line, KNOWN) == ([AttemptResumed(1, 10, "p/10")], KNOWN)
+    begun = then(STARTING, [AttemptResumed(1, 0, None)])
     assert absorb(begun, line, KNOWN) == ([], KNOWN), "step 0 is a step too"
     following = view_of(*LIFE[: LIFE.index(MENDED) - 2])
     assert following.attempt == 2
-    assert absorb(following, line, KNOWN)[0] == [Resumed(2, 10, "p/10")], "each attempt does"
+    assert absorb(following, line, KNOWN)[0] == [AttemptResumed(2, 10, "p/10")], "each attempt does"
 
 
 def test_the_first_step_starts_the_training() -> None:
     line = step_line(1, 1, 5.0)
     events, known = absorb(STARTING, line, KNOWN)
-    assert events == [Moved(State.RUNNING, Reason.FIRST_STEP)] and known.step == 1
+    assert events == [StateMoved(State.RUNNING, Reason.FIRST_STEP)] and known.step == 1
     assert known.step_seconds == line.step_seconds
     again, known = absorb(then(STARTING, events), step_line(1, 2, 6.0), known)
     assert again == [] and known.step == 2
@@ -119,7 +119,7 @@ def test_the_first_step_starts_the_training() -> None:
 def test_a_measured_case_counts_as_a_step_without_its_seconds() -> None:
     case = MeasuredLine(1.0, 1, 3, 9, {"op": "all_reduce"}, {})
     events, known = absorb(STARTING, case, replace(KNOWN, step_seconds=0.5))
-    assert events == [Moved(State.RUNNING, Reason.FIRST_STEP)]
+    assert events == [StateMoved(State.RUNNING, Reason.FIRST_STEP)]
     assert known.step == 3 and known.step_seconds == 0.5
 
 

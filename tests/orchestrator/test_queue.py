@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Admit, Answer, Hold, Policy, Running, Waiting, order
+from orchestrator.decide.queue import Admit, Answer, Hold, QueuePolicy, Running, WaitingRun, order
 from orchestrator.decide.queue import decide as decide_all
 from orchestrator.record.events import GangShape, NodeShare
 from orchestrator.record.states import Reason, State
@@ -22,14 +22,14 @@ ONE = GangShape(1, 1)
 
 def run(
     run_id: str, ranks: int, at: float = 0.0, priority: int = 0, block: int = 1, **shape: object
-) -> Waiting:
-    return Waiting(run_id, priority, at, 0.0, GangShape(ranks, block, **shape))  # type: ignore[arg-type]
+) -> WaitingRun:
+    return WaitingRun(run_id, priority, at, 0.0, GangShape(ranks, block, **shape))  # type: ignore[arg-type]
 
 
-def decide(waiting: list[Waiting], nodes: list[Node], now: float, patience: float) -> list[Answer]:
+def decide(waiting: list[WaitingRun], nodes: list[Node], now: float, patience: float) -> list[Answer]:
     """Where nothing runs and nobody has a quota, and each run has waited since `queued_at`."""
     told = [replace(w, waited=now - w.queued_at) for w in waiting]
-    return decide_all(told, [], nodes, Policy(patience))
+    return decide_all(told, [], nodes, QueuePolicy(patience))
 
 
 def cluster(*free: int, slots: int = 8) -> list[Node]:
@@ -114,7 +114,7 @@ def test_reasons_tell_who_is_ahead() -> None:
     "gang", [GangShape(32, 1), GangShape(16, 16), GangShape(3, 1, 3), GangShape(2, 1, resource="GPU")]
 )
 def test_a_gang_that_can_never_fit_blocks_nobody(gang: GangShape) -> None:
-    waiting = [Waiting("huge", 9, 0.0, 0.0, gang), run("head", 16, 1.0), run("small", 4, 2.0)]
+    waiting = [WaitingRun("huge", 9, 0.0, 0.0, gang), run("head", 16, 1.0), run("small", 4, 2.0)]
     answers = decide(waiting, cluster(8, 4), 10.0, PATIENCE)
     assert admitted(answers) == ["small"]
     assert "waits for" in held(answers)["huge"][1] and "huge" not in held(answers)["head"][1]
@@ -195,7 +195,7 @@ def test_two_hundred_runs_all_have_a_position_and_a_reason() -> None:
 
 
 def test_an_owner_gets_no_more_than_the_quota_and_blocks_nobody() -> None:
-    nodes, policy = cluster(8, 8), Policy(PATIENCE, {"ann": 6, "*": 100})
+    nodes, policy = cluster(8, 8), QueuePolicy(PATIENCE, {"ann": 6, "*": 100})
     waiting = [
         replace(run("a1", 4, 0.0, priority=9), owner="ann", waited=1000.0),
         replace(run("a2", 4, 1.0, priority=9), owner="ann", waited=1000.0),
@@ -213,18 +213,20 @@ def test_an_owner_gets_no_more_than_the_quota_and_blocks_nobody() -> None:
 
 def test_what_runs_counts_against_the_quota_and_everybody_has_that_of_the_star() -> None:
     running = [Running("r", 0, "", GangShape(3, 1), ())]
-    answers = decide_all([run("a", 2)], running, cluster(8), Policy(PATIENCE, {"*": 4}))
+    answers = decide_all([run("a", 2)], running, cluster(8), QueuePolicy(PATIENCE, {"*": 4}))
     assert (
         held(answers)["a"][1]
         == "needs 2 slots, the quota of runs without an owner is 4 and 3 of it are in use"
     )
-    assert admitted(decide_all([run("a", 1)], running, cluster(8), Policy(PATIENCE, {"*": 4}))) == ["a"]
-    assert admitted(decide_all([run("a", 2)], running, cluster(8), Policy(PATIENCE, {"bob": 1}))) == ["a"]
+    assert admitted(decide_all([run("a", 1)], running, cluster(8), QueuePolicy(PATIENCE, {"*": 4}))) == ["a"]
+    assert admitted(decide_all([run("a", 2)], running, cluster(8), QueuePolicy(PATIENCE, {"bob": 1}))) == [
+        "a"
+    ]
 
 
 def test_a_smaller_shape_may_be_within_the_quota() -> None:
     waiting = [replace(run("a", 8), owner="ann", smaller=(GangShape(4, 1),))]
-    (answer,) = decide_all(waiting, [], cluster(8), Policy(PATIENCE, {"ann": 4}))
+    (answer,) = decide_all(waiting, [], cluster(8), QueuePolicy(PATIENCE, {"ann": 4}))
     assert isinstance(answer, Admit) and answer.gang == GangShape(4, 1)
 
 
@@ -236,7 +238,7 @@ def test_a_smaller_shape_starts_where_the_asked_one_does_not_fit() -> None:
     waiting = [replace(run("a", 16, block=8), smaller=shapes)]
     admit = {}
     for free in [(8, 8), (8, 4), (8, 3)]:
-        (answer,) = decide_all(waiting, [], cluster(*free), Policy())
+        (answer,) = decide_all(waiting, [], cluster(*free), QueuePolicy())
         assert isinstance(answer, Admit)
         admit[free] = (answer.gang, len(answer.shares))
     assert admit == {(8, 8): (GangShape(16, 8), 2), (8, 4): (shapes[0], 2), (8, 3): (shapes[1], 1)}
@@ -249,11 +251,11 @@ def test_slots_are_kept_for_the_largest_shape_that_the_nodes_hold() -> None:
         run("small", 4, 1.0),
         run("more", 1, 2.0),
     ]
-    answers = decide_all(waiting, [], cluster(8, 0, slots=8), Policy(PATIENCE))
+    answers = decide_all(waiting, [], cluster(8, 0, slots=8), QueuePolicy(PATIENCE))
     assert admitted(answers) == []
     assert held(answers)["a"][1].startswith("needs 16 slots, 8 of 16 are free; has waited 100 s")
     lost = [replace(n, slots={"CPU": n.free["CPU"] or 4}) for n in cluster(8, 0)]
-    answers = decide_all(waiting, [], lost, Policy(PATIENCE))
+    answers = decide_all(waiting, [], lost, QueuePolicy(PATIENCE))
     assert held(answers)["a"][1].startswith("needs 12 slots, 8 of 12 are free; has waited 100 s")
 
 
@@ -261,11 +263,11 @@ def test_only_a_run_that_recovers_gets_a_spare_and_the_others_are_told() -> None
     nodes = cluster(8, 8)
     nodes[1] = replace(nodes[1], spare=True)
     both = [replace(run("a", 16, block=8), recovering=True), run("b", 16, 1.0, block=8)]
-    assert admitted(decide_all(both[:1], [], nodes, Policy())) == ["a"]
-    told = held(decide_all(both[1:], [], nodes, Policy()))["b"][1]
+    assert admitted(decide_all(both[:1], [], nodes, QueuePolicy())) == ["a"]
+    told = held(decide_all(both[1:], [], nodes, QueuePolicy()))["b"][1]
     assert told == "needs 16 slots, the cluster has 8: waits for more nodes (1 is kept as spares)"
     nodes[0] = replace(nodes[0], barred="cordoned: a fan")
-    told = held(decide_all(both[1:], [], nodes, Policy()))["b"][1]
+    told = held(decide_all(both[1:], [], nodes, QueuePolicy()))["b"][1]
     assert (
         told == "needs 16 slots, the cluster has 0: waits for more nodes (1 is barred, 1 is kept as spares)"
     )
@@ -275,7 +277,7 @@ def test_a_reservation_keeps_off_what_the_run_avoids_where_it_can() -> None:
     nodes = cluster(4, 4, 0)
     avoid = frozenset({nodes[0].ip})
     waiting = [replace(run("a", 16, block=8), avoid=avoid, waited=100.0), run("b", 4, 1.0), run("c", 4, 2.0)]
-    answers = decide_all(waiting, [], nodes, Policy(PATIENCE))
+    answers = decide_all(waiting, [], nodes, QueuePolicy(PATIENCE))
     starts = {a.run_id: a.shares[0].node_id for a in answers if isinstance(a, Admit)}
     assert starts == {"b": "n00000"}, "nodes 1 and 2 are kept, though more is missing there"
 
@@ -298,7 +300,7 @@ def test_a_big_gang_starts_in_bounded_time_behind_an_endless_stream(gang: GangSh
     """Small runs queue faster than they end, and each holds its slots for at most `longest` seconds."""
     rng = random.Random(seed)
     longest = 40
-    sim = ClusterSim(make_nodes(4, 8), Policy(PATIENCE))
+    sim = ClusterSim(make_nodes(4, 8), QueuePolicy(PATIENCE))
     for i in range(400):
         sim.submit(f"small{i:04d}", GangShape(rng.randint(1, 3), 1), rng.randint(5, longest - 5), at=i * 0.5)
     sim.submit("big", gang, 10, at=30.0)
@@ -313,7 +315,7 @@ def test_a_big_gang_starts_in_bounded_time_behind_an_endless_stream(gang: GangSh
 
 
 def test_slots_are_used_while_a_gang_waits() -> None:
-    sim = ClusterSim(make_nodes(2, 8), Policy(PATIENCE))
+    sim = ClusterSim(make_nodes(2, 8), QueuePolicy(PATIENCE))
     sim.submit("long", GangShape(8, 8), 200)
     sim.submit("big", GangShape(16, 8), 10, at=1.0)
     sim.submit("small", GangShape(4, 1), 20, at=2.0)
@@ -328,7 +330,7 @@ def test_slots_are_used_while_a_gang_waits() -> None:
 
 def test_a_random_day_ends_with_every_run_trained_and_no_slot_held_twice() -> None:
     rng = random.Random(23)
-    sim = ClusterSim(make_nodes(6, 8), Policy(PATIENCE))
+    sim = ClusterSim(make_nodes(6, 8), QueuePolicy(PATIENCE))
     for i in range(200):
         block = rng.choice([1, 1, 2, 4, 8])
         gang = GangShape(block * rng.randint(1, 48 // block // 2), block)
@@ -341,7 +343,7 @@ def test_a_random_day_ends_with_every_run_trained_and_no_slot_held_twice() -> No
 def test_a_gang_of_twelve_thousand_ranks_outlives_its_nodes() -> None:
     """1,536 nodes and eight spares: three nodes die, one rank dies, and the run trains all its steps."""
     nodes = make_nodes(1544, 8, "GPU")
-    sim = ClusterSim(nodes, Policy(PATIENCE))
+    sim = ClusterSim(nodes, QueuePolicy(PATIENCE))
     spares = {f"n{i:05d}" for i in range(1500, 1508)}
     for spare in sorted(spares):
         sim.mark(f"host{int(spare[1:])}", "spare", at=0.0)
@@ -367,7 +369,7 @@ def test_a_gang_of_twelve_thousand_ranks_outlives_its_nodes() -> None:
 
 def test_a_gang_without_spares_waits_for_a_node_and_goes_on_when_one_comes() -> None:
     nodes = make_nodes(4, 8)
-    sim = ClusterSim(nodes, Policy(PATIENCE))
+    sim = ClusterSim(nodes, QueuePolicy(PATIENCE))
     sim.submit("a", GangShape(32, 8), 100)
     sim.submit("small", GangShape(8, 8), 20, at=50.0)
     sim.kill_node("n00002", at=40.0)
@@ -383,7 +385,7 @@ def test_a_gang_without_spares_waits_for_a_node_and_goes_on_when_one_comes() -> 
 
 
 def test_a_crash_loop_ends_and_progress_gives_new_restarts() -> None:
-    sim = ClusterSim(make_nodes(1, 8), Policy(PATIENCE))
+    sim = ClusterSim(make_nodes(1, 8), QueuePolicy(PATIENCE))
     sim.submit("loop", GangShape(4, 1), 100, every=1000, max_restarts=2, backoff_seconds=10.0)
     sim.submit("moves", GangShape(4, 1), 100, every=5, max_restarts=2)
     for second in range(20, 400, 20):
@@ -397,7 +399,7 @@ def test_a_crash_loop_ends_and_progress_gives_new_restarts() -> None:
 
 
 def test_a_users_mistake_ends_a_run_and_frees_its_slots() -> None:
-    sim = ClusterSim(make_nodes(1, 4), Policy(PATIENCE))
+    sim = ClusterSim(make_nodes(1, 4), QueuePolicy(PATIENCE))
     sim.submit("wrong", GangShape(4, 1), 100)
     sim.submit("next", GangShape(4, 1), 10, at=1.0)
     sim.kill_rank("wrong", 0, at=10.0, code=2)

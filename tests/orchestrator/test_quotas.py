@@ -18,10 +18,10 @@ def test_owners_and_their_slots_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ann: 1: 2", "/h/quotas.yaml is no YAML (mapping values are not allowed here"),
+        ("ann: 1: 2", "/h/quotas.yaml is not a YAML (mapping values are not allowed here"),
         (
             "- ann",
-            "/h/quotas.yaml is no mapping of owners to slots; write one line for each owner, such as `ann: 16`",
+            "/h/quotas.yaml is not a mapping of owners to slots; write one line for each owner, such as `ann: 16`",
         ),
         ("ann: many", "/h/quotas.yaml: the quota of ann is 'many', and must be a number of slots, 0 or more"),
         ("ann: -1", "/h/quotas.yaml: the quota of ann is -1, and"),

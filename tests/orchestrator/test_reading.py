@@ -18,15 +18,15 @@ from orchestrator.cli import main
 from orchestrator.commands import console, text
 from orchestrator.record import following, reading
 from orchestrator.record.events import (
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     GangShape,
     IncidentClosed,
     IncidentOpened,
-    Moved,
     NodeShare,
-    Placed,
-    Resumed,
+    StateMoved,
     Submitted,
 )
 from orchestrator.record.states import Reason, State
@@ -85,7 +85,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
 
 
 def trained(run: RunPaths, attempt: int, first: int, last: int) -> None:
-    """An attempt that went on from step `first` and wrote its lines up to `last`."""
+    """An attempt that continued from step `first` and wrote its lines up to `last`."""
     writer = MetricWriter(run.attempt(attempt).metrics)
     writer.write(ResumedLine(100.0 * attempt, attempt, first, None, "none"))
     for step in range(first + 1, last + 1):
@@ -97,21 +97,21 @@ def ended(run: RunPaths, to: State = State.CANCELLED) -> None:
     """A log of one attempt that has ended."""
     log = Writer(run)
     log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
-    log.append(Moved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
     attempted(log, 1, to)
     log.close()
 
 
 def attempted(log: Writer, number: int, to: State) -> None:
     """The moves of an attempt, up to its end."""
-    log.append(Moved(State.PLACING, Reason.ADMITTED), 1.0)
-    log.append(Placed(number, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
-    log.append(Moved(State.STARTING, Reason.PLACED), 1.0)
-    log.append(Moved(State.RUNNING, Reason.FIRST_STEP), 1.0)
+    log.append(StateMoved(State.PLACING, Reason.ADMITTED), 1.0)
+    log.append(AttemptPlaced(number, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
+    log.append(StateMoved(State.STARTING, Reason.PLACED), 1.0)
+    log.append(StateMoved(State.RUNNING, Reason.FIRST_STEP), 1.0)
     if to is State.CANCELLED:
-        log.append(Moved(State.CANCELLING, Reason.CANCEL_ASKED), 2.0)
+        log.append(StateMoved(State.CANCELLING, Reason.CANCEL_ASKED), 2.0)
     if to is not State.RUNNING:
-        log.append(Moved(to, Reason.COMPLETE), 3.0)
+        log.append(StateMoved(to, Reason.COMPLETE), 3.0)
 
 
 def pumped(run: RunPaths) -> None:
@@ -162,7 +162,7 @@ def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: _Recorder) -> None
     trained(run, 1, 0, 10)
     pumped(run)
     log = Writer(run)
-    log.append(Moved(State.QUEUED, Reason.RESUME_ASKED), 4.0)
+    log.append(StateMoved(State.QUEUED, Reason.RESUME_ASKED), 4.0)
     attempted(log, 2, State.SUCCEEDED)
     log.close()
     trained(run, 2, 10, 20)
@@ -265,12 +265,12 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     run = home.run("a-20260101-000000-aaaa")
     log = Writer(run)
     log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
-    log.append(Moved(State.QUEUED, Reason.SUBMITTED), 0.0)
-    log.append(Moved(State.PLACING, Reason.ADMITTED), 1.0)
-    log.append(Placed(1, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
-    log.append(Moved(State.STARTING, Reason.PLACED), 1.0)
-    log.append(Resumed(1, 0, None), 1.0)
-    log.append(Moved(State.RUNNING, Reason.FIRST_STEP), 1.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    log.append(StateMoved(State.PLACING, Reason.ADMITTED), 1.0)
+    log.append(AttemptPlaced(1, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
+    log.append(StateMoved(State.STARTING, Reason.PLACED), 1.0)
+    log.append(AttemptResumed(1, 0, None), 1.0)
+    log.append(StateMoved(State.RUNNING, Reason.FIRST_STEP), 1.0)
     log.append(CheckpointCommitted(1, 200, "folder/step", 9, 12.5, 0.25), 2.0)
     (row,) = reading.summaries(home).rows
     assert (row.saves, row.failed_saves) == ("", 0)
@@ -294,7 +294,7 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     assert (row.memory_step, row.memory_held) == (230, 0.125)
     assert "step 230 (training held 0.12 s)" in console.status(row, [])
     told = console.incidents(reading.incidents(run))
-    assert "none: training goes on" in told
+    assert "none: training continues" in told
     assert "9 steps trained again (7.05 steps predicted), 4.0 s without training" in told
 
 

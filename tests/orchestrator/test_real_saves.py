@@ -1,4 +1,4 @@
-"""Saves of a real rank under the controller's own loop: they fail, are told, mend, are cut off, and are gone on from."""
+"""Saves of a real rank under the controller's own loop: they fail, are told, mend, are cut off, and are continued from."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_saves_fail_mend_are_cut_off_and_gone_on_from(driver: Driver, tmp_path: 
     corpus(tmp_path / "data", "zeta")
     run = submit(
         driver, "train.steps=1000000", "checkpoint.every=3", "parallel.dp=1", f"data.path={tmp_path / 'data'}",
-        "resilience.timeouts.patience=600", "resilience.timeouts.heartbeat=0.2",  # silence is no fault here
+        "resilience.timeouts.patience=600", "resilience.timeouts.heartbeat=0.2",  # silence is not a fault here
     )  # fmt: skip
     name = run.run_id
     driver.until(lambda: driver.view(name).checkpoint, "the first save")
@@ -83,7 +83,7 @@ def test_saves_fail_mend_are_cut_off_and_gone_on_from(driver: Driver, tmp_path: 
     row = driver.row(name)
     assert row.failed_saves >= 3 and "saves failed since step" in row.saves
     assert "saves failed since step" in console.status(row, []) and "saves failed" in console.run_list([row])
-    assert "training goes on" in console.incidents(reading.incidents(run))
+    assert "training continues" in console.incidents(reading.incidents(run))
 
     # It mends.
     run.checkpoints.unlink()
@@ -92,7 +92,7 @@ def test_saves_fail_mend_are_cut_off_and_gone_on_from(driver: Driver, tmp_path: 
     (incident,) = driver.view(name).incidents
     assert incident.outcome is not None and "was saved" in incident.outcome.resolution
 
-    # The agent's answers stop, saves go on, and the run is cancelled: what was written meanwhile is in the log.
+    # The agent's answers stop, saves continue, and the run is cancelled: what was written meanwhile is in the log.
     known = driver.view(name).checkpoint
     assert known is not None
     driver.runtime.cluster.mute = True
@@ -103,13 +103,15 @@ def test_saves_fail_mend_are_cut_off_and_gone_on_from(driver: Driver, tmp_path: 
     told = [e.payload.step for e in read(run.events) if isinstance(e.payload, CheckpointCommitted)]
     assert told[-1] > known.step and told == sorted(set(told))
 
-    # Resume says the step that is loaded, and goes on with another batch.
+    # Resume says the step that is loaded, and continues with another batch.
     made = resume(driver, run, "train.global_batch=8")
     assert made.step == committed(run)
     driver.until(lambda: driver.view(name).state is State.RUNNING, "a rank that trains")
     assert begun(run, 2) == made.step == driver.view(name).resumed_step
     line = next(x for x in read_all(run.attempt(2).metrics) if isinstance(x, StepLine))
-    assert line.tokens == (made.step * 2 + (line.step - made.step) * 8) * 64, "samples go on where they stood"
+    assert line.tokens == (made.step * 2 + (line.step - made.step) * 8) * 64, (
+        "samples continue where they stood"
+    )
     driver.controller.cancel(name)
     driver.until(lambda: driver.view(name).state is State.CANCELLED, "the end")
 

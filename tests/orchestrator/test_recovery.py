@@ -183,9 +183,9 @@ def test_nodes_whose_slots_were_not_granted_are_avoided_until_something_starts()
     life = Life()
     share = ev.NodeShare("n1", "10.0.0.1", "h", (0, 1))
     for payload in (
-        ev.Moved(State.PLACING, Reason.ADMITTED),
-        ev.Placed(1, (share,), "g"),
-        ev.Moved(State.QUEUED, Reason.PLACEMENT_LOST),
+        ev.StateMoved(State.PLACING, Reason.ADMITTED),
+        ev.AttemptPlaced(1, (share,), "g"),
+        ev.StateMoved(State.QUEUED, Reason.PLACEMENT_LOST),
     ):
         life.add(payload)
     assert avoided(life.view, life.now) == {"10.0.0.1"} == avoided(life.view, life.now + 1e6)
@@ -204,7 +204,7 @@ class Life:
         self.now = 100.0
         self.attempt = 0
         self.add(Submitted(0, GangShape(2, 1), 40, 3, 1.0, "demo", {}))
-        self.add(ev.Moved(State.QUEUED, Reason.SUBMITTED))
+        self.add(ev.StateMoved(State.QUEUED, Reason.SUBMITTED))
 
     @property
     def view(self) -> RunView:
@@ -217,18 +217,18 @@ class Life:
     def start(self, step: int, seconds: float = 5.0) -> None:
         """An attempt that resumes at a step and finishes its first one `seconds` later."""
         self.attempt += 1
-        self.add(ev.Moved(State.PLACING, Reason.ADMITTED))
-        self.add(ev.Placed(self.attempt, (), "g"))
-        self.add(ev.Moved(State.STARTING, Reason.PLACED))
-        self.add(ev.Resumed(self.attempt, step, None))
+        self.add(ev.StateMoved(State.PLACING, Reason.ADMITTED))
+        self.add(ev.AttemptPlaced(self.attempt, (), "g"))
+        self.add(ev.StateMoved(State.STARTING, Reason.PLACED))
+        self.add(ev.AttemptResumed(self.attempt, step, None))
         self.now += seconds
-        self.add(ev.Moved(State.RUNNING, Reason.FIRST_STEP))
+        self.add(ev.StateMoved(State.RUNNING, Reason.FIRST_STEP))
 
     def fault(self, step: int) -> None:
         number = len(self.view.incidents) + 1
         self.add(ev.IncidentOpened(number, self.attempt, "rank_exit", "", 0, None, step, ""))
-        self.add(ev.Moved(State.RECOVERING, Reason.RANK_DIED))
-        self.add(ev.Moved(State.QUEUED, Reason.BACKOFF_OVER))
+        self.add(ev.StateMoved(State.RECOVERING, Reason.RANK_DIED))
+        self.add(ev.StateMoved(State.QUEUED, Reason.BACKOFF_OVER))
 
 
 def test_an_incident_lasts_until_the_lost_steps_are_trained_again() -> None:
@@ -291,9 +291,9 @@ def test_an_attempt_that_never_trained_is_part_of_the_downtime() -> None:
     life.now += 3
     life.attempt += 1
     for payload in (
-        ev.Moved(State.PLACING, Reason.ADMITTED),
-        ev.Placed(life.attempt, (), "g"),
-        ev.Moved(State.STARTING, Reason.PLACED),
+        ev.StateMoved(State.PLACING, Reason.ADMITTED),
+        ev.AttemptPlaced(life.attempt, (), "g"),
+        ev.StateMoved(State.STARTING, Reason.PLACED),
     ):
         life.add(payload)
     life.fault(step=0)
@@ -328,17 +328,17 @@ def test_a_first_step_of_the_attempt_that_is_being_stopped_ends_nothing() -> Non
     life = Life()
     life.attempt = 1
     for payload in (
-        ev.Moved(State.PLACING, Reason.ADMITTED),
-        ev.Placed(1, (), "g"),
-        ev.Moved(State.STARTING, Reason.PLACED),
+        ev.StateMoved(State.PLACING, Reason.ADMITTED),
+        ev.AttemptPlaced(1, (), "g"),
+        ev.StateMoved(State.STARTING, Reason.PLACED),
         ev.IncidentOpened(1, 1, "start_timeout", "", None, None, 0, ""),
-        ev.Resumed(1, 0, None),
-        ev.Moved(State.RUNNING, Reason.FIRST_STEP),
+        ev.AttemptResumed(1, 0, None),
+        ev.StateMoved(State.RUNNING, Reason.FIRST_STEP),
     ):
         life.add(payload)
     assert closing(life.view, 1, life.now) == []
-    life.add(ev.Moved(State.RECOVERING, Reason.START_TIMEOUT))
-    life.add(ev.Moved(State.QUEUED, Reason.BACKOFF_OVER))
+    life.add(ev.StateMoved(State.RECOVERING, Reason.START_TIMEOUT))
+    life.add(ev.StateMoved(State.QUEUED, Reason.BACKOFF_OVER))
     life.now += 4
     life.start(0, seconds=6.0)
     assert closing(life.view, 1, life.now) == [ev.IncidentClosed(1, "attempt 2 resumed from step 0", 0, 10.0)]

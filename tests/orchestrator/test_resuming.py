@@ -1,4 +1,4 @@
-"""What a run goes on from, what a resume may change, and what is shown before it starts."""
+"""What a run continues from, what a resume may change, and what is shown before it starts."""
 
 from __future__ import annotations
 

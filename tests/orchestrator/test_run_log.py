@@ -14,17 +14,17 @@ import pytest
 from configs.paths import RunPaths
 from orchestrator.record import run_log
 from orchestrator.record.events import (
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointFailed,
     ControllerStarted,
     FabricFinding,
     Finished,
-    Moved,
     Payload,
-    Placed,
-    Resumed,
+    StateMoved,
 )
 from orchestrator.record.log import Cursor, Fenced, Log, read_from
-from orchestrator.record.run_log import Reader, RunLog
+from orchestrator.record.run_log import RunLog, RunLogReader
 from orchestrator.record.states import IllegalMove, Reason, State
 from orchestrator.record.view import RunView, fold
 from tests.orchestrator.life import LIFE, SHARES, at, until, view_of
@@ -44,7 +44,7 @@ def write(run: RunPaths, payloads: list[Payload], epoch: int = 1) -> RunLog:
     return log
 
 
-def published(run: RunPaths) -> Reader | None:
+def published(run: RunPaths) -> RunLogReader | None:
     return run_log._published(run)
 
 
@@ -67,10 +67,10 @@ def test_a_turn_is_one_record_that_counts_as_a_whole(run: RunPaths) -> None:
     log.append(LIFE, at(5))
     log.close()
     data = run.events.read_bytes()
-    assert data.count(b"\n") == 1 and log.view == Reader.of(run).view
+    assert data.count(b"\n") == 1 and log.view == RunLogReader.of(run).view
     assert log.view.state is State.SUCCEEDED and log.view.moved_clock == 5.0
     run.events.write_bytes(data[:-1])
-    assert Reader.of(run).view == RunView()
+    assert RunLogReader.of(run).view == RunView()
 
 
 def test_an_empty_turn_writes_nothing(run: RunPaths) -> None:
@@ -82,9 +82,9 @@ def test_an_empty_turn_writes_nothing(run: RunPaths) -> None:
 
 
 ROUTES = {
-    State.FAILED: [*until(State.QUEUED), Moved(State.FAILED, Reason.USER_ERROR)],
-    State.CANCELLING: [*until(State.RUNNING), Moved(State.CANCELLING, Reason.CANCEL_ASKED)],
-    State.CANCELLED: [*until(State.QUEUED), Moved(State.CANCELLED, Reason.CANCEL_ASKED)],
+    State.FAILED: [*until(State.QUEUED), StateMoved(State.FAILED, Reason.USER_ERROR)],
+    State.CANCELLING: [*until(State.RUNNING), StateMoved(State.CANCELLING, Reason.CANCEL_ASKED)],
+    State.CANCELLED: [*until(State.QUEUED), StateMoved(State.CANCELLED, Reason.CANCEL_ASKED)],
 }
 
 
@@ -101,7 +101,7 @@ def test_an_illegal_move_writes_nothing_of_its_record(
         before, view = run.events.read_bytes(), log.view
         assert view.state is start
         try:
-            log.append([Resumed(1, 3, None), Moved(to, Reason.ADMITTED)], at(1))
+            log.append([AttemptResumed(1, 3, None), StateMoved(to, Reason.ADMITTED)], at(1))
         except IllegalMove:
             assert run.events.read_bytes() == before and log.view is view, "nor the event before it"
             log.append([ControllerStarted(1)], at(2))
@@ -115,12 +115,12 @@ def test_an_illegal_move_writes_nothing_of_its_record(
 def test_what_would_be_is_not_yet(run: RunPaths) -> None:
     log = write(run, until(State.QUEUED))
     view = log.view
-    tried = log.tentative(view, Moved(State.PLACING, Reason.ADMITTED), at(7))
+    tried = log.tentative(view, StateMoved(State.PLACING, Reason.ADMITTED), at(7))
     assert tried.state is State.PLACING and tried.moved_clock == 7.0 == log.clock(at(7))
-    assert log.view is view and Reader.of(run).view == view
+    assert log.view is view and RunLogReader.of(run).view == view
     with pytest.raises(IllegalMove):
-        log.tentative(view, Moved(State.RUNNING, Reason.FIRST_STEP), at(7))
-    log.append([Moved(State.PLACING, Reason.ADMITTED)], at(7))
+        log.tentative(view, StateMoved(State.RUNNING, Reason.FIRST_STEP), at(7))
+    log.append([StateMoved(State.PLACING, Reason.ADMITTED)], at(7))
     assert log.view == tried, "what was decided is what is written"
     log.close()
 
@@ -142,7 +142,7 @@ def test_a_view_holds_nothing_that_the_log_did_not_take(run: RunPaths, refusal: 
     assert log.view is view
     log.append(LIFE[2:4], at(1))
     log.close()
-    assert Reader.of(run).view == log.view and log.view.state is State.PLACING
+    assert RunLogReader.of(run).view == log.view and log.view.state is State.PLACING
 
 
 def test_a_newer_controllers_log_is_not_opened_and_an_older_ones_is_gone_on_with(run: RunPaths) -> None:
@@ -158,17 +158,17 @@ def test_what_an_older_controller_writes_while_this_one_opens_the_log_is_not_mis
     run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = write(run, LIFE[:2], epoch=1)
-    read_all = Reader.of
+    read_all = RunLogReader.of
 
-    def late(run: RunPaths) -> Reader:
+    def late(run: RunPaths) -> RunLogReader:
         reader = read_all(run)
         old.append([LIFE[2]], at(2))
         return reader
 
-    monkeypatch.setattr(Reader, "of", late)
+    monkeypatch.setattr(RunLogReader, "of", late)
     log = RunLog(run, 2, at(3))
     monkeypatch.undo()
-    assert log.view == Reader.of(run).view and log.view.state is State.PLACING
+    assert log.view == RunLogReader.of(run).view and log.view.state is State.PLACING
     old.close()
     log.close()
 
@@ -194,7 +194,11 @@ def test_a_view_comes_back_as_it_was_wherever_in_a_life_it_is_published(run: Run
 
 def test_a_view_of_everything_that_a_life_has_not_comes_back(run: RunPaths) -> None:
     """What the life ends without: nodes that were not granted, damage, a snapshot, a stop."""
-    life = [*until(State.PLACING), Placed(1, SHARES, "g"), Moved(State.QUEUED, Reason.PLACEMENT_LOST)]
+    life = [
+        *until(State.PLACING),
+        AttemptPlaced(1, SHARES, "g"),
+        StateMoved(State.QUEUED, Reason.PLACEMENT_LOST),
+    ]
     write(run, life).close()
     with run.events.open("ab") as file:
         file.write(b"\xffdamaged\n")
@@ -216,32 +220,32 @@ def test_a_reader_begins_from_the_view_and_reads_what_is_behind_it(run: RunPaths
     for payload in LIFE[20:]:
         log.append([payload], at(30))
     log.close()
-    whole, data = Reader(run.events).update(), run.events.read_bytes()
+    whole, data = RunLogReader(run.events).update(), run.events.read_bytes()
     reader = published(run)
     assert reader is not None and reader.cursor.seq == 20
     begun = reader.cursor.offset
     run.events.write_bytes(b"x" * (begun - 1) + b"\n" + data[begun:])
-    assert Reader.of(run) == whole == reader.update(), "what is before the view isn't read again"
+    assert RunLogReader.of(run) == whole == reader.update(), "what is before the view isn't read again"
 
 
 def test_a_reader_goes_on_from_where_it_was(run: RunPaths) -> None:
-    reader, log = Reader.of(run), RunLog(run, 1, at(0))
+    reader, log = RunLogReader.of(run), RunLog(run, 1, at(0))
     assert reader.view == RunView()
     for number, payload in enumerate(LIFE):
         log.append([payload], at(number))
         reader = reader.update()
         assert reader.view == log.view and reader.update() == reader
     log.close()
-    assert reader == Reader.of(run)
+    assert reader == RunLogReader.of(run)
 
 
 def test_the_damage_that_a_reader_met_stays_named(run: RunPaths) -> None:
     write(run, LIFE).close()
     lines = run.events.read_bytes().splitlines(keepends=True)
-    lost = LIFE.index(Moved(State.QUEUED, Reason.BACKOFF_OVER))
+    lost = LIFE.index(StateMoved(State.QUEUED, Reason.BACKOFF_OVER))
     lines[lost] = b"{" + lines[lost]
     run.events.write_bytes(b"".join(lines))
-    reader = Reader.of(run)
+    reader = RunLogReader.of(run)
     assert reader.view.state is State.SUCCEEDED
     named, followed = reader.damage
     assert named.startswith(f"{run.events} at byte ") and followed.endswith(
@@ -251,7 +255,7 @@ def test_the_damage_that_a_reader_met_stays_named(run: RunPaths) -> None:
     assert log.damage == reader.damage == reader.update().damage
     log.publish(final=True)
     log.close()
-    assert Reader.of(run).damage == reader.damage
+    assert RunLogReader.of(run).damage == reader.damage
 
 
 def test_what_a_replaced_writer_writes_behind_the_view_does_not_count(run: RunPaths) -> None:
@@ -263,7 +267,7 @@ def test_what_a_replaced_writer_writes_behind_the_view_does_not_count(run: RunPa
     old.close()
     new.close()
     run.events.write_bytes(run.events.read_bytes() + stale.replace(b'"running"', b'"cancelling"'))
-    reader = Reader.of(run)
+    reader = RunLogReader.of(run)
     assert reader.view == new.view and reader.view.state is State.RUNNING and reader.cursor.epoch == 2
     assert reader.cursor.offset == run.events.stat().st_size
 
@@ -276,7 +280,7 @@ def test_a_view_is_published_now_and_then_and_at_the_end(
     log.publish(final=True)
     assert not run.view.exists(), "there is nothing to tell"
     log.append(LIFE[:8], at(0))
-    steps = [Resumed(1, step, None) for step in range(500)]
+    steps = [AttemptResumed(1, step, None) for step in range(500)]
     at_events = []
     for number, payload in enumerate(steps):
         log.append([payload], at(number))
@@ -310,7 +314,7 @@ def test_a_view_that_the_disk_refuses_leaves_the_one_before(
     with pytest.raises(OSError, match="No space left"):
         log.publish(final=True)
     monkeypatch.undo()
-    assert run.view.read_bytes() == before and Reader.of(run).view == log.view
+    assert run.view.read_bytes() == before and RunLogReader.of(run).view == log.view
     log.publish(final=True)
     log.close()
     assert (reader := published(run)) is not None and reader.view == log.view, "it is tried again"
@@ -334,19 +338,19 @@ def test_text_that_is_no_utf_8_stops_nobody(run: RunPaths) -> None:
     log = write(run, [*LIFE[:8], CheckpointFailed(1, 10, error, 1)])
     log.publish(final=True)
     log.close()
-    reader = Reader.of(run)
+    reader = RunLogReader.of(run)
     assert reader.view == log.view and reader.view.failed is not None and reader.view.failed.error == error
 
 
 # ---- views that don't fit ----
 
 
-def whole_and_view(run: RunPaths) -> tuple[Reader, str]:
+def whole_and_view(run: RunPaths) -> tuple[RunLogReader, str]:
     log = write(run, LIFE[:20])
     log.publish(final=True)
     log.append(LIFE[20:], at(30))
     log.close()
-    return Reader(run.events).update(), run.view.read_text()
+    return RunLogReader(run.events).update(), run.view.read_text()
 
 
 def test_a_view_that_is_cut_anywhere_is_passed_over(run: RunPaths) -> None:
@@ -354,7 +358,7 @@ def test_a_view_that_is_cut_anywhere_is_passed_over(run: RunPaths) -> None:
     sizes = [*range(0, len(text) - 1, 23), text.index("\n"), text.index("\n") + 1, len(text) - 2]
     for size in sizes:
         run.view.write_text(text[:size])
-        assert published(run) is None and Reader.of(run) == whole, f"cut at {size}"
+        assert published(run) is None and RunLogReader.of(run) == whole, f"cut at {size}"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +390,7 @@ def test_a_view_that_is_damaged_or_of_another_format_is_passed_over(
     made = change(json.loads(head), body)
     assert made != (head, body)
     run.view.write_text("\n".join(made) + "\n")
-    assert published(run) is None and Reader.of(run) == whole
+    assert published(run) is None and RunLogReader.of(run) == whole
     log = RunLog(run, 2, at(50))
     assert log.view == whole.view
     log.close()
@@ -395,10 +399,10 @@ def test_a_view_that_is_damaged_or_of_another_format_is_passed_over(
 def test_a_view_that_is_no_text_is_passed_over(run: RunPaths) -> None:
     whole, _ = whole_and_view(run)
     run.view.write_bytes(b"\xff\xfe\xff")
-    assert Reader.of(run) == whole
+    assert RunLogReader.of(run) == whole
     run.view.unlink()
     run.view.mkdir()
-    assert Reader.of(run) == whole
+    assert RunLogReader.of(run) == whole
 
 
 def test_a_view_that_is_newer_than_the_log_is_passed_over(run: RunPaths) -> None:
@@ -409,25 +413,25 @@ def test_a_view_that_is_newer_than_the_log_is_passed_over(run: RunPaths) -> None
     lines = run.events.read_bytes().splitlines(keepends=True)
     for kept in (0, 3, len(lines) - 1):
         run.events.write_bytes(b"".join(lines[:kept]))
-        assert published(run) is None and Reader.of(run).view == view_of(*LIFE[:kept])
+        assert published(run) is None and RunLogReader.of(run).view == view_of(*LIFE[:kept])
     run.events.unlink()
-    assert Reader.of(run).view == RunView()
+    assert RunLogReader.of(run).view == RunView()
 
 
 def test_a_torn_line_behind_the_view_is_its_writers(run: RunPaths) -> None:
     whole, _ = whole_and_view(run)
     run.events.write_bytes(run.events.read_bytes() + b'{"epoch": 1')
-    assert Reader.of(run) == whole
+    assert RunLogReader.of(run) == whole
     log = RunLog(run, 2, at(50))
     log.append([ControllerStarted(2, epoch=2)], at(50))
     log.close()
-    assert Reader.of(run).cursor.damage == () and Reader.of(run).cursor.seq == len(LIFE) + 1
+    assert RunLogReader.of(run).cursor.damage == () and RunLogReader.of(run).cursor.seq == len(LIFE) + 1
 
 
 def test_events_without_a_submission_are_a_view_too(run: RunPaths) -> None:
     log = Log(run.events, 1, at(0))
     log.append(LIFE[1:], at(0))
     log.close()
-    reader = Reader.of(run)
+    reader = RunLogReader.of(run)
     assert reader.view.submitted is None and reader.view.state is State.SUCCEEDED
     assert reader.cursor == Cursor(run.events.stat().st_size, len(LIFE) - 1, 1, at(0).wall, 0.0)

@@ -11,16 +11,16 @@ from faulttol.detect import overdue
 from faulttol.detect.snapshot import Snapshot
 from orchestrator.decide import saves
 from orchestrator.record.events import (
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     Event,
     GangShape,
     IncidentClosed,
     IncidentOpened,
-    Moved,
     Payload,
-    Placed,
-    Resumed,
+    StateMoved,
     Submitted,
 )
 from orchestrator.record.states import Reason, State
@@ -37,12 +37,12 @@ FAILING = tuple(CheckpointFailed(1, step, "full", step) for step in (1, 2, 3))
 def saving(*extra: Payload, attempt: int = 1, running: bool = True) -> RunView:
     life = [
         Submitted(0, GangShape(1, 1), 900, 3, 1.0, "x", {}),
-        Moved(State.QUEUED, Reason.SUBMITTED),
-        Moved(State.PLACING, Reason.ADMITTED),
-        Placed(attempt, (), "g"),
-        Moved(State.STARTING, Reason.PLACED),
-        Resumed(attempt, 0, None),
-        *([Moved(State.RUNNING, Reason.FIRST_STEP)] if running else []),
+        StateMoved(State.QUEUED, Reason.SUBMITTED),
+        StateMoved(State.PLACING, Reason.ADMITTED),
+        AttemptPlaced(attempt, (), "g"),
+        StateMoved(State.STARTING, Reason.PLACED),
+        AttemptResumed(attempt, 0, None),
+        *([StateMoved(State.RUNNING, Reason.FIRST_STEP)] if running else []),
         *extra,
     ]
     return fold(Event(i, float(i), p) for i, p in enumerate(life))

@@ -29,10 +29,10 @@ from orchestrator.commands import screen
 from orchestrator.commands.screen import Picture, bar, begin, lines, plain, spark
 from orchestrator.record import reading, seen
 from orchestrator.record.following import Follower
-from orchestrator.record.ranks import Rank, RankReader
+from orchestrator.record.ranks import RankActivity, RankReader
 from tests.orchestrator.fake_runtime import step_line
 from tests.source_tree import ROOT
-from tests.web.made import Made, a_home, queue_file
+from tests.web.made import MadeRun, a_home, queue_file
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -44,11 +44,11 @@ def shown(picture: Picture, width: int = 80, height: int = 24, rich: bool = True
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    """A run of four ranks that was killed at step 15, and goes on from step 10."""
+def made(tmp_path: Path) -> MadeRun:
+    """A run of four ranks that was killed at step 15, and continues from step 10."""
     home = a_home(tmp_path / "home")
     run = (
-        Made(home, now=time.time() - 120, ranks=4)
+        MadeRun(home, now=time.time() - 120, ranks=4)
         .submit()
         .wait(2)
         .start(1, 3)
@@ -61,7 +61,7 @@ def made(tmp_path: Path) -> Made:
     return run.start(1, 3, step=10, part="restart").train(12)
 
 
-def picture_of(run: Made) -> Picture:
+def picture_of(run: MadeRun) -> Picture:
     picture = Picture(row=reading.summary(run.run, {}))
     picture.take(Follower(run.run).poll())
     return picture
@@ -87,7 +87,7 @@ def test_text_from_elsewhere_moves_nothing() -> None:
     assert plain("a\x1b[2Jb\rc\nd\x9be\u202ef") == "a [2Jb c d e f"
 
 
-def test_the_picture_of_a_run_with_a_fault(made: Made) -> None:
+def test_the_picture_of_a_run_with_a_fault(made: MadeRun) -> None:
     told = shown(picture_of(made))
     assert told[0].startswith(f"{made.run_id}  running")
     assert "attempt 2" in told[1] and "1 incident," in told[1] and "ann" in told[1]
@@ -118,9 +118,11 @@ def test_memory_is_bounded() -> None:
     assert picture.losses[-1][0] > 29_990
 
 
-def test_every_size_fits(made: Made) -> None:
+def test_every_size_fits(made: MadeRun) -> None:
     picture = picture_of(made)
-    picture.ranks = [Rank(rank, {"compute": 0.3, "wait": 0.1}, "step 12, forward") for rank in range(500)]
+    picture.ranks = [
+        RankActivity(rank, {"compute": 0.3, "wait": 0.1}, "step 12, forward") for rank in range(500)
+    ]
     picture.silent = "no controller has turned for 30 s"
     for width in (40, 41, 57, 80, 200):
         for height in (1, 5, 10, 24, 60):
@@ -132,12 +134,13 @@ def test_every_size_fits(made: Made) -> None:
     )
 
 
-def test_of_many_ranks_those_furthest_from_the_others_are_shown(made: Made) -> None:
+def test_of_many_ranks_those_furthest_from_the_others_are_shown(made: MadeRun) -> None:
     picture = picture_of(made)
     picture.ranks = [
-        Rank(rank, {"compute": 0.3, "wait": 0.2}, "step 12, waits in all_reduce") for rank in range(12_288)
+        RankActivity(rank, {"compute": 0.3, "wait": 0.2}, "step 12, waits in all_reduce")
+        for rank in range(12_288)
     ]
-    picture.ranks[9111] = Rank(9111, {"compute": 0.5, "wait": 0.0}, "step 12, forward")
+    picture.ranks[9111] = RankActivity(9111, {"compute": 0.5, "wait": 0.0}, "step 12, forward")
     told = shown(picture)
     at = next(i for i, line in enumerate(told) if line.startswith("ranks"))
     assert told[at].startswith("ranks, 8 of 12288 furthest from the median  █ compute  ▓ data")
@@ -145,7 +148,7 @@ def test_of_many_ranks_those_furthest_from_the_others_are_shown(made: Made) -> N
     assert "░" in told[at + 2] and "0.5 s" in told[at + 2]
 
 
-def test_ranks_are_read_from_their_steps_and_looks(made: Made) -> None:
+def test_ranks_are_read_from_their_steps_and_looks(made: MadeRun) -> None:
     paths = made.run.attempt(2)
     seconds = np.zeros((len(STORED), 2, 20))
     seconds[STORED.index("compute")] = [[0.25] * 20, [0.5] * 20]
@@ -169,7 +172,7 @@ def test_ranks_are_read_from_their_steps_and_looks(made: Made) -> None:
     reader.close()
 
 
-def test_a_measurement_has_a_line_in_place_of_losses(made: Made) -> None:
+def test_a_measurement_has_a_line_in_place_of_losses(made: MadeRun) -> None:
     picture = picture_of(made)
     picture.losses.clear()
     picture.take(
@@ -203,7 +206,7 @@ def test_held_out_loss_and_saves_are_told() -> None:
     assert picture.held_out == 2.75 and picture.checkpoint is not None and picture.checkpoint.tier == "memory"
 
 
-def test_a_long_past_is_read_from_its_end_at_the_beginning_of_a_line(made: Made) -> None:
+def test_a_long_past_is_read_from_its_end_at_the_beginning_of_a_line(made: MadeRun) -> None:
     sizes = {n: made.run.attempt(n).metrics.stat().st_size for n in (1, 2)}
     assert begin(made.run) == {"2": 0, "1": 0}
     at = begin(made.run, 1000)
@@ -303,7 +306,7 @@ def colours(data: bytes) -> list[bytes]:
     return [code for code in codes if code.isdigit() and (30 <= int(code) <= 49 or 90 <= int(code) <= 107)]
 
 
-def test_a_run_is_followed_to_its_end_and_the_terminal_is_as_it_was(made: Made) -> None:
+def test_a_run_is_followed_to_its_end_and_the_terminal_is_as_it_was(made: MadeRun) -> None:
     with terminal(WATCH, made.home, made.run_id) as shown_on:
         before = shown_on.until(b"22/100")
         assert (
@@ -321,7 +324,7 @@ def test_a_run_is_followed_to_its_end_and_the_terminal_is_as_it_was(made: Made) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_whatever_ends_it_the_terminal_is_as_it_was(made: Made, number: signal.Signals) -> None:
+def test_whatever_ends_it_the_terminal_is_as_it_was(made: MadeRun, number: signal.Signals) -> None:
     with terminal(WATCH, made.home, made.run_id) as shown_on:
         shown_on.until(b"22/100")
         shown_on.process.send_signal(number)
@@ -354,7 +357,7 @@ def test_what_can_be_drawn_on(
 
 @pytest.mark.parametrize(("environment", "columns", "rows"), [({"TERM": "dumb"}, 90, 26), ({}, 39, 26)])
 def test_where_nothing_can_be_drawn_lines_are_written(
-    made: Made, environment: dict[str, str], columns: int, rows: int
+    made: MadeRun, environment: dict[str, str], columns: int, rows: int
 ) -> None:
     made.now = time.time()
     made.finish()
@@ -364,7 +367,7 @@ def test_where_nothing_can_be_drawn_lines_are_written(
     assert b"incident 1: rank 1 was killed" in shown_on.data and b"ended: succeeded" in shown_on.data
 
 
-def test_no_color_and_letters_of_the_locale_are_kept_to(made: Made) -> None:
+def test_no_color_and_letters_of_the_locale_are_kept_to(made: MadeRun) -> None:
     with terminal(
         WATCH, made.home, made.run_id, NO_COLOR="1", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
     ) as shown_on:
@@ -372,7 +375,7 @@ def test_no_color_and_letters_of_the_locale_are_kept_to(made: Made) -> None:
     assert not colours(data) and b"##" in data and data.isascii()
 
 
-def test_an_event_can_not_write_on_the_terminal(made: Made) -> None:
+def test_an_event_can_not_write_on_the_terminal(made: MadeRun) -> None:
     made.now = time.time()
     made.save_failed("rank 0: \x1b]0;owned\x07\x1b[31mred")
     with terminal(WATCH, made.home, made.run_id) as shown_on:
@@ -382,7 +385,9 @@ def test_an_event_can_not_write_on_the_terminal(made: Made) -> None:
     assert b"\x1b]0;" not in shown_on.data and b"\x07" not in data and b"\x1b[31mred" not in shown_on.data
 
 
-def test_a_silent_controller_is_told_and_its_return_too(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_controller_is_told_and_its_return_too(
+    made: MadeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, told = [100.0], list[list[str]]()
 
     @contextmanager
@@ -403,7 +408,7 @@ def test_a_silent_controller_is_told_and_its_return_too(made: Made, monkeypatch:
     assert not silent[0] and silent[3] and not silent[4]
 
 
-def test_the_list_is_drawn_again_with_what_is_new(made: Made) -> None:
+def test_the_list_is_drawn_again_with_what_is_new(made: MadeRun) -> None:
     with terminal(LIST, made.home, "-") as shown_on:
         shown_on.until(b"22/100")
         made.now = time.time()
@@ -417,10 +422,10 @@ def test_the_list_is_drawn_again_with_what_is_new(made: Made) -> None:
 def test_of_many_runs_those_that_go_on_are_shown(tmp_path: Path) -> None:
     home = a_home(tmp_path)
     for i in range(30):
-        run = Made(home, f"old-1126-1200{i:02d}-aaaa").submit().start().train(1)
+        run = MadeRun(home, f"old-1126-1200{i:02d}-aaaa").submit().start().train(1)
         run.finish()
-    Made(home, "new-1126-130000-aaaa").submit()
-    Made(home, "old-1126-110000-aaaa").submit().start().train(3)
+    MadeRun(home, "new-1126-130000-aaaa").submit()
+    MadeRun(home, "old-1126-110000-aaaa").submit().start().train(3)
     told = [line.plain for line in screen._listed(reading.summaries(home), 100, 12)]
     assert len(told) <= 12 and told[-1] == "22 more; `list` shows all"
     assert sum("succeeded" in line for line in told) == 8
@@ -428,7 +433,7 @@ def test_of_many_runs_those_that_go_on_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_without_a_terminal_the_list_is_written_where_it_changed(made: Made, as_json: bool) -> None:
+def test_without_a_terminal_the_list_is_written_where_it_changed(made: MadeRun, as_json: bool) -> None:
     class Enough(Exception):
         pass
 

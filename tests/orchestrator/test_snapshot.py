@@ -15,10 +15,10 @@ from configs.compose import amend, compose, dump
 from configs.errors import UserError
 from configs.paths import HomePaths
 from faulttol.checkpoint.retention import pin
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from orchestrator.cli import main
 from orchestrator.commands import prune, snapshot, submission
-from orchestrator.record.events import GangShape, Moved, Submitted
+from orchestrator.record.events import GangShape, StateMoved, Submitted
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.logs import Writer
 from tests.orchestrator.saved import commit
@@ -93,7 +93,7 @@ def test_a_submission_says_whose_it_is_which_code_it_runs_and_how_long(
     paths, kept = submission.write_run(HomePaths(tmp_path / "home"), asked, ["submit"])
     assert Path(kept).is_dir() and json.loads(paths.source.read_text())["code"] == kept
     assert submission.owner_of(" ana ") == "ana"
-    with pytest.raises(UserError, match="--owner '' is no name"):
+    with pytest.raises(UserError, match="--owner '' is not a name"):
         submission.owner_of("")
     monkeypatch.setenv("MEGARAY_OWNER", "from-a-laptop")
     assert submission.owner_of(None) == "from-a-laptop" and submission.owner_of("ana") == "ana"
@@ -119,9 +119,9 @@ def run(
     log = Writer(paths)
     at = NOW - days_ago * DAY
     log.append(Submitted(0, GangShape(1, 1), 20, 3, 1.0, "demo", {"dp": 1}, code=code), at)
-    log.append(Moved(State.QUEUED, Reason.SUBMITTED), at)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), at)
     if state is not State.QUEUED:
-        log.append(Moved(state, Reason.CANCEL_ASKED), at)
+        log.append(StateMoved(state, Reason.CANCEL_ASKED), at)
     log.close()
     paths.config.write_text(dump(amend(CONFIG, list(overrides))))
 
@@ -157,7 +157,7 @@ def test_a_run_whose_checkpoints_are_needed_stays(tmp_path: Path) -> None:
     }
     commit(str(second), "second", 20, CONFIG)
     assert removed(home) == ["first", "third"], "the second goes back to its own now"
-    pin(Store(str(second)), 20, "paper")
+    pin(CheckpointStore(str(second)), 20, "paper")
     run(home, "beside", 90)
     run(home, "neighbour", 1, f"checkpoint.path={home.run('beside').root}/elsewhere", state=State.QUEUED)
     kept = dict(prune.choose(home, None, 30, NOW).kept)
@@ -165,7 +165,7 @@ def test_a_run_whose_checkpoints_are_needed_stays(tmp_path: Path) -> None:
     run(home, "pinned", 90)
     commit(str(home.run("pinned").checkpoints), "pinned", 20, CONFIG)
     assert "pinned" in removed(home)
-    pin(Store(str(home.run("pinned").checkpoints)), 20, "paper")
+    pin(CheckpointStore(str(home.run("pinned").checkpoints)), 20, "paper")
     assert dict(prune.choose(home, None, 30, NOW).kept)["pinned"] == "checkpoints of it are pinned as paper"
 
 

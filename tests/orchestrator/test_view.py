@@ -6,17 +6,17 @@ import pytest
 
 from faulttol.verdicts import VerdictKind
 from orchestrator.record.events import (
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     Decided,
     EvidenceKept,
     Finished,
     IncidentOpened,
-    Moved,
     Parked,
     Payload,
-    Placed,
-    Resumed,
+    StateMoved,
     StopBegan,
     Unparked,
 )
@@ -53,12 +53,12 @@ def through(payload: Payload) -> list[Payload]:
 def again(attempt: int, *extra: Payload) -> list[Payload]:
     """From the queue to a running attempt."""
     return [
-        Moved(State.QUEUED, Reason.BACKOFF_OVER),
-        Moved(State.PLACING, Reason.ADMITTED),
-        Placed(attempt, SHARES, "g"),
-        Moved(State.STARTING, Reason.PLACED),
+        StateMoved(State.QUEUED, Reason.BACKOFF_OVER),
+        StateMoved(State.PLACING, Reason.ADMITTED),
+        AttemptPlaced(attempt, SHARES, "g"),
+        StateMoved(State.STARTING, Reason.PLACED),
         *extra,
-        Moved(State.RUNNING, Reason.FIRST_STEP),
+        StateMoved(State.RUNNING, Reason.FIRST_STEP),
     ]
 
 
@@ -97,7 +97,7 @@ def test_a_snapshot_in_memory_counts_where_it_is_newer_than_all() -> None:
         assert view.checkpoint is not None and view.checkpoint.path == "a", "storage has no newer one"
     seen = (*base, CheckpointCommitted(1, 19, "m", 1, 0.1, 0.0, "memory"), DECIDED)
     assert view_of(*seen, CheckpointCommitted(2, 18, "m", 1, 0.1, 0.0, "memory")).restarts == 1
-    assert view_of(*seen, CheckpointCommitted(2, 12, "b", 1, 0.1)).restarts == 0, "storage has gone on"
+    assert view_of(*seen, CheckpointCommitted(2, 12, "b", 1, 0.1)).restarts == 0, "storage has continued"
 
 
 def test_failed_saves_are_counted_until_storage_takes_one() -> None:
@@ -111,9 +111,12 @@ def test_failed_saves_are_counted_until_storage_takes_one() -> None:
     assert view_of(*life, CheckpointCommitted(1, 38, "m", 1, 0.1, 0.0, "memory")).failing == 3
     saved = view_of(*life, CheckpointCommitted(1, 40, "p", 1, 0.1))
     assert (saved.failing, saved.saved_step, saved.interval) == (0, 40, 40)
-    asked = [Moved(State.CANCELLING, Reason.CANCEL_ASKED), Moved(State.CANCELLED, Reason.CANCEL_ASKED)]
+    asked = [
+        StateMoved(State.CANCELLING, Reason.CANCEL_ASKED),
+        StateMoved(State.CANCELLED, Reason.CANCEL_ASKED),
+    ]
     assert view_of(*life, *asked).failing == 3
-    assert view_of(*life, *asked, Moved(State.QUEUED, Reason.RESUME_ASKED)).failing == 0
+    assert view_of(*life, *asked, StateMoved(State.QUEUED, Reason.RESUME_ASKED)).failing == 0
 
 
 def test_the_interval_of_saves_is_the_attempts_own() -> None:
@@ -153,9 +156,9 @@ def test_an_attempt_on_fewer_nodes_has_its_own_shape_and_the_next_one_what_was_a
     assert view.asked.gang.ranks == 8 and view.asked.layout == {"dp": 8, "ep": 4}
     stopped = view_of(
         *through(SMALLER),
-        Moved(State.STARTING, Reason.PLACED),
-        Moved(State.RECOVERING, Reason.REGROWN),
-        Moved(State.QUEUED, Reason.REGROWN),
+        StateMoved(State.STARTING, Reason.PLACED),
+        StateMoved(State.RECOVERING, Reason.REGROWN),
+        StateMoved(State.QUEUED, Reason.REGROWN),
     )
     assert not stopped.smaller and stopped.gang.ranks == 8 and stopped.layout == {"dp": 8, "ep": 4}
     whole = view_of(*until(State.RUNNING))
@@ -166,17 +169,17 @@ def test_an_attempt_on_fewer_nodes_has_its_own_shape_and_the_next_one_what_was_a
 
 
 def test_recovery_keeps_the_place_in_the_queue_and_resume_renews_it() -> None:
-    recovered = view_of(*until(State.RECOVERING), Moved(State.QUEUED, Reason.BACKOFF_OVER))
+    recovered = view_of(*until(State.RECOVERING), StateMoved(State.QUEUED, Reason.BACKOFF_OVER))
     assert recovered.queued_at == WALL + 1 and recovered.restarts == 1
     assert recovered.waiting_clock == len(until(State.RECOVERING)), "it waits since then"
-    failed = [*until(State.RECOVERING), Moved(State.FAILED, Reason.RESTARTS_EXHAUSTED)]
-    resumed = view_of(*failed, Moved(State.QUEUED, Reason.RESUME_ASKED))
+    failed = [*until(State.RECOVERING), StateMoved(State.FAILED, Reason.RESTARTS_EXHAUSTED)]
+    resumed = view_of(*failed, StateMoved(State.QUEUED, Reason.RESUME_ASKED))
     assert resumed.queued_at == WALL + len(failed) and resumed.restarts == 0
 
 
 @pytest.mark.parametrize("reason", [Reason.PREEMPTED, Reason.DRAINED, Reason.REGROWN])
 def test_a_run_that_makes_way_keeps_its_place_and_its_restarts(reason: Reason) -> None:
-    life = [*TRAINING, DECIDED, Moved(State.RECOVERING, reason), Moved(State.QUEUED, reason)]
+    life = [*TRAINING, DECIDED, StateMoved(State.RECOVERING, reason), StateMoved(State.QUEUED, reason)]
     view = view_of(*life)
     assert view.queued_at == WALL + 1 and view.restarts == 1 and view.waiting_clock == len(life) - 1
 
@@ -206,7 +209,7 @@ def test_the_seconds_with_ranks_are_added_up_over_attempts() -> None:
     view = view_of(*LIFE[: first + 1])
     assert view.attempt_clock == 4.0 and view.ran_seconds == first - 4.0
     second = next(
-        i for i, p in enumerate(LIFE) if isinstance(p, Moved) and p.to is State.STARTING and i > first
+        i for i, p in enumerate(LIFE) if isinstance(p, StateMoved) and p.to is State.STARTING and i > first
     )
     whole = view_of(*LIFE)
     assert whole.attempt_clock == second
@@ -228,7 +231,7 @@ def test_the_seconds_with_ranks_are_added_up_over_attempts() -> None:
 def test_a_run_that_lost_its_place_tells_why_until_it_trains_again(
     reason: Reason, by_fault: bool, displaced: bool
 ) -> None:
-    life = [*TRAINING, Moved(State.RECOVERING, reason)]
+    life = [*TRAINING, StateMoved(State.RECOVERING, reason)]
     back = again(2)
 
     def why(*more: Payload) -> tuple[bool, bool]:
@@ -238,7 +241,10 @@ def test_a_run_that_lost_its_place_tells_why_until_it_trains_again(
     assert not view_of(*TRAINING).by_fault and not view_of(*TRAINING).displaced
     assert {why(*back[:n]) for n in range(len(back))} == {(by_fault, displaced)}
     assert why(*back) == (False, False), "it trains"
-    failed = [Moved(State.FAILED, Reason.RESTARTS_EXHAUSTED), Moved(State.QUEUED, Reason.RESUME_ASKED)]
+    failed = [
+        StateMoved(State.FAILED, Reason.RESTARTS_EXHAUSTED),
+        StateMoved(State.QUEUED, Reason.RESUME_ASKED),
+    ]
     assert why(*failed) == (False, False), "a person has looked at it"
 
 
@@ -252,7 +258,7 @@ def test_a_stop_holds_until_the_slots_are_left_and_no_longer() -> None:
     assert view_of(*until(State.RECOVERING)).stopping is None
     harder = StopBegan(1, State.CANCELLED, Reason.CANCEL_ASKED)
     assert view_of(*through(STOPPING), harder).stopping == harder, "the newest holds"
-    replaced = [Moved(State.RECOVERING, Reason.RANK_DIED), *again(2)]
+    replaced = [StateMoved(State.RECOVERING, Reason.RANK_DIED), *again(2)]
     assert view_of(*through(STOPPING), *replaced).stopping is None
 
 
@@ -275,9 +281,9 @@ def test_a_parked_run_is_so_until_it_is_handled() -> None:
 def test_placings_that_are_not_granted_are_counted_with_their_nodes() -> None:
     def placing(attempt: int, *shares: int) -> list[Payload]:
         return [
-            Moved(State.PLACING, Reason.ADMITTED),
-            Placed(attempt, tuple(SHARES[i] for i in shares), "g"),
-            Moved(State.QUEUED, Reason.PLACEMENT_LOST),
+            StateMoved(State.PLACING, Reason.ADMITTED),
+            AttemptPlaced(attempt, tuple(SHARES[i] for i in shares), "g"),
+            StateMoved(State.QUEUED, Reason.PLACEMENT_LOST),
         ]
 
     base = [*until(State.QUEUED), *placing(1, 0)]
@@ -286,12 +292,12 @@ def test_placings_that_are_not_granted_are_counted_with_their_nodes() -> None:
     twice = [*base, *placing(2, 1)]
     view = view_of(*twice)
     assert (view.ungranted, view.ungranted_nodes) == (2, {"10.0.0.1", "10.0.0.2"})
-    started = view_of(*twice, *placing(3, 0)[:2], Moved(State.STARTING, Reason.PLACED))
+    started = view_of(*twice, *placing(3, 0)[:2], StateMoved(State.STARTING, Reason.PLACED))
     assert (started.ungranted, started.ungranted_nodes) == (0, frozenset())
     cancelled = [
         *twice,
-        Moved(State.CANCELLED, Reason.CANCEL_ASKED),
-        Moved(State.QUEUED, Reason.RESUME_ASKED),
+        StateMoved(State.CANCELLED, Reason.CANCEL_ASKED),
+        StateMoved(State.QUEUED, Reason.RESUME_ASKED),
     ]
     assert (view_of(*cancelled).ungranted, view_of(*cancelled).ungranted_nodes) == (0, frozenset())
 
@@ -305,8 +311,8 @@ def test_an_incident_remembers_how_it_was_first_mended() -> None:
         *LIFE[: LIFE.index(MENDED)],
         CheckpointCommitted(2, 15, "b", 1, 0.1),
         second,
-        Moved(State.RECOVERING, Reason.RANK_DIED),
-        *again(3, Resumed(3, 15, "b")),
+        StateMoved(State.RECOVERING, Reason.RANK_DIED),
+        *again(3, AttemptResumed(3, 15, "b")),
     ]
     first_mended, second_mended = view_of(*life).incidents
     assert (first_mended.resumed_step, second_mended.resumed_step) == (10, 15)
@@ -320,10 +326,15 @@ def test_an_incident_remembers_how_it_was_first_mended() -> None:
 def test_a_step_of_its_own_attempt_mends_no_incident() -> None:
     """The ranks took too long to start, and tell of their first step while they are being stopped for it."""
     late = IncidentOpened(1, 1, "start_timeout", "too long", None, None, 0, "")
-    life = [*until(State.STARTING), late, Resumed(1, 0, None), Moved(State.RUNNING, Reason.FIRST_STEP)]
+    life = [
+        *until(State.STARTING),
+        late,
+        AttemptResumed(1, 0, None),
+        StateMoved(State.RUNNING, Reason.FIRST_STEP),
+    ]
     (incident,) = view_of(*life).incidents
     assert incident.training_clock is None and incident.resumed_step is None
-    life += [Moved(State.RECOVERING, Reason.START_TIMEOUT), *again(2, Resumed(2, 0, None))]
+    life += [StateMoved(State.RECOVERING, Reason.START_TIMEOUT), *again(2, AttemptResumed(2, 0, None))]
     (incident,) = view_of(*life).incidents
     assert (incident.training_clock, incident.resumed_step) == (len(life) - 1, 0)
 
@@ -332,13 +343,13 @@ def test_a_step_of_its_own_attempt_mends_no_incident() -> None:
 
 
 def test_a_move_that_the_table_does_not_have_holds_and_is_named() -> None:
-    without = [p for p in LIFE if p != Moved(State.QUEUED, Reason.BACKOFF_OVER)]
+    without = [p for p in LIFE if p != StateMoved(State.QUEUED, Reason.BACKOFF_OVER)]
     view = view_of(*without)
     assert view.state is State.SUCCEEDED and view.finished is not None
     (named,) = view.damage
     assert named.startswith(f"event {LIFE.index(AMENDED) + 1} (moved): recovering -> placing; legal: ")
     with pytest.raises(IllegalMove):
-        apply(view_of(*until(State.RECOVERING)), events_of(Moved(State.PLACING, Reason.ADMITTED))[0])
+        apply(view_of(*until(State.RECOVERING)), events_of(StateMoved(State.PLACING, Reason.ADMITTED))[0])
 
 
 def test_a_log_without_its_submission_is_folded_nevertheless() -> None:

@@ -15,15 +15,15 @@ from configs.compose import compose, dump
 from configs.metrics import EndedLine, MetricWriter, ResumedLine, SavedLine
 from configs.paths import RunPaths
 from orchestrator.record.events import (
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     Finished,
     GangShape,
     IncidentClosed,
     IncidentOpened,
-    Moved,
     NodeShare,
-    Placed,
-    Resumed,
+    StateMoved,
     Submitted,
 )
 from orchestrator.record.following import Follower, lost_steps
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunPaths:
-    """A run that reached step 27, lost a rank, and went on from step 20 to 40."""
+    """A run that reached step 27, lost a rank, and continued from step 20 to 40."""
     run = RunPaths(tmp_path / "home of" / "runs" / "lost-20260101-000000-abcd")
     run.root.mkdir(parents=True)
     run.config.write_text(dump(compose(["experiment=smoke"])))
@@ -49,20 +49,28 @@ def run(tmp_path: Path) -> RunPaths:
     attempt(run, 1, 0, 27)
     for now, payload in enumerate(
         [
-            Moved(State.QUEUED, Reason.SUBMITTED), Moved(State.PLACING, Reason.ADMITTED), Placed(1, shares, "g"),
-            Moved(State.STARTING, Reason.PLACED), Resumed(1, 0, None), Moved(State.RUNNING, Reason.FIRST_STEP),
+            StateMoved(State.QUEUED, Reason.SUBMITTED),
+            StateMoved(State.PLACING, Reason.ADMITTED),
+            AttemptPlaced(1, shares, "g"),
+            StateMoved(State.STARTING, Reason.PLACED),
+            AttemptResumed(1, 0, None),
+            StateMoved(State.RUNNING, Reason.FIRST_STEP),
             CheckpointCommitted(1, 20, "p", 1, 0.1),
             IncidentOpened(1, 1, "rank_exit", "rank 1 was killed by SIGKILL", 1, "10.0.0.1", 27, "log"),
-            Moved(State.RECOVERING, Reason.RANK_DIED), Moved(State.QUEUED, Reason.BACKOFF_OVER),
-            Moved(State.PLACING, Reason.ADMITTED), Placed(2, shares, "g2"), Moved(State.STARTING, Reason.PLACED),
-            Resumed(2, 20, "p"), Moved(State.RUNNING, Reason.FIRST_STEP),
+            StateMoved(State.RECOVERING, Reason.RANK_DIED),
+            StateMoved(State.QUEUED, Reason.BACKOFF_OVER),
+            StateMoved(State.PLACING, Reason.ADMITTED),
+            AttemptPlaced(2, shares, "g2"),
+            StateMoved(State.STARTING, Reason.PLACED),
+            AttemptResumed(2, 20, "p"),
+            StateMoved(State.RUNNING, Reason.FIRST_STEP),
             IncidentClosed(1, "attempt 2 resumed from step 20", 7, 12.5),
         ]
-    ):  # fmt: skip
+    ):
         log.append(payload, float(now))
     attempt(run, 2, 20, 40)
     log.append(Finished(40, 1.25, 4000), 99.0)
-    log.append(Moved(State.SUCCEEDED, Reason.COMPLETE), 100.0)
+    log.append(StateMoved(State.SUCCEEDED, Reason.COMPLETE), 100.0)
     log.close()
     return run
 

@@ -27,7 +27,7 @@ from orchestrator.sinks import lineage, nodes, rows, tables
 from orchestrator.sinks.wandb import WandbSink
 from tests.orchestrator.fake_runtime import step_line
 from tests.orchestrator.wandb_reading import read_offline, table, value
-from tests.web.made import BEGIN, Made, a_home
+from tests.web.made import BEGIN, MadeRun, a_home
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
@@ -52,13 +52,13 @@ ray_component_cpu_percentage{Component="raylet"} 1.0
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    """A run of two ranks that lost one at step 15, went on from step 10 and finished; its evidence holds a secret."""
+def made(tmp_path: Path) -> MadeRun:
+    """A run of two ranks that lost one at step 15, continued from step 10 and finished; its evidence holds a secret."""
     home = a_home(tmp_path / "a home")
     (home.home / "dashboard.json").write_text(
         json.dumps({"url": f"http://127.0.0.1:8260/?token={TOKEN}", "pid": 1, "port": 8260})
     )
-    run = Made(home, steps=40).submit().wait(2)
+    run = MadeRun(home, steps=40).submit().wait(2)
     run.run.config.write_text(dump(compose(["experiment=smoke"])))
     run.start(1, 3).train(10).save().train(5)
     kept = run.run.attempt(1).evidence
@@ -88,7 +88,7 @@ def pump(run: RunPaths, endpoints: dict[str, str] | None = None) -> subprocess.P
     )  # fmt: skip
 
 
-def test_the_story_of_a_run_is_in_one_offline_run(made: Made) -> None:
+def test_the_story_of_a_run_is_in_one_offline_run(made: MadeRun) -> None:
     run = made.run
     assert pump(run).wait(timeout=100) == 0
     assert "Traceback" not in (run.wandb / "sink.log").read_text()
@@ -128,7 +128,7 @@ def test_the_story_of_a_run_is_in_one_offline_run(made: Made) -> None:
     assert found["summary"]["incidents_total"] == 1 and 0 < found["summary"]["ettr"] < 1
 
     row = next(row for row in found["history"] if row.get("train/step") == 7 and "train/loss" in row)
-    load = [16 + (i * 7 + 1 + 7) % 5 for i in range(4)]  # as `Made` writes layer 1 of step 7
+    load = [16 + (i * 7 + 1 + 7) % 5 for i in range(4)]  # as `MadeRun` writes layer 1 of step 7
     assert value(row, "experts/layer01/load") == {
         "_type": "histogram",
         "values": load,
@@ -148,7 +148,7 @@ def test_the_story_of_a_run_is_in_one_offline_run(made: Made) -> None:
         assert not [path for path in files if secret in path.read_bytes()]
 
 
-def test_checkpoints_are_joined_to_what_began_from_them(made: Made) -> None:
+def test_checkpoints_are_joined_to_what_began_from_them(made: MadeRun) -> None:
     run = made.run
     assert pump(run).wait(timeout=100) == 0
     found = read_offline(run.wandb)["artifacts"]
@@ -198,7 +198,7 @@ def ray_node(text: str = RAY) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_all_nodes_of_a_run_are_in_it_and_a_killed_sink_loses_none(tmp_path: Path) -> None:
-    run = Made(a_home(tmp_path), steps=40, now=BEGIN).submit().wait(2).start(1, 3).train(5)
+    run = MadeRun(a_home(tmp_path), steps=40, now=BEGIN).submit().wait(2).start(1, 3).train(5)
     run.run.config.write_text(dump(compose(["experiment=smoke"])))
     with ray_node() as (url, _), ray_node(RAY.replace("87.5", "12.5")) as (other, _):
         sink = pump(run.run, {"10.0.0.1": url, "10.0.0.2": other, "10.0.0.9": "http://127.0.0.1:1/metrics"})
@@ -233,7 +233,7 @@ def test_all_nodes_of_a_run_are_in_it_and_a_killed_sink_loses_none(tmp_path: Pat
     assert found["ids"] == {run.run_id}
 
 
-def test_tables_that_can_not_be_made_hold_up_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_that_can_not_be_made_hold_up_nothing(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     made.run.wandb.mkdir()
     found: list[dict[str, Any]] = []
 
@@ -274,7 +274,9 @@ def test_metrics_of_rays_nodes() -> None:
 
 def test_a_sample_asks_the_nodes_of_the_run_alone_and_is_kept(tmp_path: Path) -> None:
     known = {f"10.0.0.{i}": f"u{i}" for i in range(9)}
-    sampler = nodes.Sampler(tmp_path / "n.jsonl", lambda: ["10.0.0.3", "10.0.0.4", "10.0.1.1"], lambda: known)
+    sampler = nodes.NodeSampler(
+        tmp_path / "n.jsonl", lambda: ["10.0.0.3", "10.0.0.4", "10.0.1.1"], lambda: known
+    )
     asked: list[str] = []
     sampler.fetch = lambda url: asked.append(url) or ({"cpu_percent": 5.0} if url == "u3" else {})  # type: ignore[func-returns-value]
     assert sampler.sample(7.0) == 2 and sorted(asked) == ["u3", "u4"]

@@ -11,7 +11,7 @@ import pytest
 
 from configs.paths import HomePaths
 from orchestrator.cli import main
-from orchestrator.record.events import GangShape, Moved, Submitted
+from orchestrator.record.events import GangShape, StateMoved, Submitted
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.logs import Writer
 
@@ -47,7 +47,7 @@ def ended(home: HomePaths, run_id: str, to: State) -> None:
         State.QUEUED: [State.QUEUED],
     }[to]
     for state in moves:
-        log.append(Moved(state, Reason.SUBMITTED), 2.0)
+        log.append(StateMoved(state, Reason.SUBMITTED), 2.0)
     log.close()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from configs.compose import compose
 from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.suggest import Suggestion, suggest
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Prices
 
 
@@ -27,7 +27,7 @@ class BadShape:
     granularity: bool = False
     """Whether the mistake is the number of experts, which only a suggestion of another granularity mends."""
 
-    def job(self, hardware: str) -> Job:
+    def job(self, hardware: str) -> TrainingJob:
         """As `size` sees it."""
         typed = [f"model.{field}={value}" for field, value in self.model.items()]
         config = compose(

@@ -25,18 +25,18 @@ from configs.profile import DeviceProfile, load
 from configs.schema import ModelConfig
 from tests.trainer.bad_shapes import SHAPES
 from trainer.sizing.memory import estimate as memory
-from trainer.sizing.model.job import Job, Retention, Software
+from trainer.sizing.model.job import FrameworkMemory, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.kernels import Shape
+from trainer.sizing.time.kernels import MatmulShape
 from trainer.sizing.time.matmul import Kernels
 from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Overheads, Rates
 
 PLAIN = Software(
     name="plain torch", eager=True, tuned_attention=True, gradient_bytes=4,
-    retention=replace(Retention(), late_gradients=2, staging=0.0, update=(0, 0)),
+    retention=replace(FrameworkMemory(), late_gradients=2, staging=0.0, update=(0, 0)),
 )  # fmt: skip
 """What `gpu_models` does: weights and gradients in bf16, gradients of all weights left until the backward pass ends, then
 copied to fp32 ones that stay; no reduction buffers, no flattened copies."""
@@ -50,9 +50,9 @@ POINTS = 5.0
 Case = dict[str, Any]
 
 
-def shape_of(case: Case) -> Shape:
+def shape_of(case: Case) -> MatmulShape:
     """A matmul's shape as sizing names it."""
-    return Shape(case["m"], case["n"], case["k"], case["experts"], case["imbalance"])
+    return MatmulShape(case["m"], case["n"], case["k"], case["experts"], case["imbalance"])
 
 
 def errors(pairs: Sequence[tuple[float, float]]) -> str:
@@ -100,9 +100,9 @@ def matmul_report(kernels: Kernels, cases: Sequence[Case], measured: dict[str, A
     return lines
 
 
-def job_of(case: Case, software: Software, imbalance: float = 1.0) -> Job:
+def job_of(case: Case, software: Software, imbalance: float = 1.0) -> TrainingJob:
     """One model and batch on one device."""
-    return Job(
+    return TrainingJob(
         model=ModelConfig.model_validate(case["model"]), layout=Layout(1, 1, 1, 1, 1, 1), sequence=case["sequence"],
         micro_batch=case["micro_batch"], global_batch=case["micro_batch"], zero=0, imbalance=imbalance, node=1,
         software=software,

@@ -15,16 +15,16 @@ import numpy as np
 
 from configs.compose import load
 from configs.paths import RunPaths
-from trainer.sizing.forecast import CONFIDENCE, END, History, forecast, read, watch
+from trainer.sizing.forecast import CONFIDENCE, END, StepHistory, forecast, read, watch
 
 SHARES = (0.4, 0.6, 0.8)
 
 
-def diverging(history: History, share: float = 0.7, each: float = 0.004) -> History:
+def diverging(history: StepHistory, share: float = 0.7, each: float = 0.004) -> StepHistory:
     """The same run with a loss that rises from a step on."""
     begin = int(share * len(history.loss))
     rise = np.maximum(0.0, np.arange(len(history.loss)) - begin) * each
-    return History(history.steps, history.tokens, history.loss * (1 + rise))
+    return StepHistory(history.steps, history.tokens, history.loss * (1 + rise))
 
 
 def main(folders: list[str]) -> int:

@@ -22,7 +22,7 @@ from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, MatmulRate, load
 from trainer.sizing.time import fitting
-from trainer.sizing.time.kernels import Chip, Form, Kind, Plan, Shape, Tuning
+from trainer.sizing.time.kernels import Chip, Form, KernelKind, KernelPlan, MatmulShape, Tuning
 from trainer.sizing.time.matmul import Kernels
 
 Predictor = Callable[[Sequence[MatmulRate], MatmulRate], tuple[float, float, float]]
@@ -44,9 +44,9 @@ def predictions(
     return found
 
 
-def shape_of(row: MatmulRate) -> Shape:
+def shape_of(row: MatmulRate) -> MatmulShape:
     """The shape of a measured rate."""
-    return Shape(row.m, row.n, row.k, row.experts, row.imbalance, row.layout)
+    return MatmulShape(row.m, row.n, row.k, row.experts, row.imbalance, row.layout)
 
 
 def folds(rows: Sequence[MatmulRate], way: str, seed: int = 0) -> list[list[MatmulRate]]:
@@ -102,7 +102,7 @@ def line(name: str, ratios: Sequence[tuple[float, float, float]]) -> str:
 class Smooth(Form):
     """The formula without waves: as if a part of a unit could be left free."""
 
-    def plan(self, shape: Shape) -> Plan:
+    def plan(self, shape: MatmulShape) -> KernelPlan:
         plan = super().plan(shape)
         return plan._replace(waves=max(1.0, plan.blocks / self.chip.units))  # type: ignore[arg-type]
 
@@ -112,7 +112,7 @@ def rules(profile: DeviceProfile, chip: Chip, start: Tuning) -> list[str]:
     rows = [
         (shape_of(r), r.time_us / 1e6)
         for r in profile.matmuls
-        if r.dtype == "bfloat16" and shape_of(r).kind == Kind.ALIGNED
+        if r.dtype == "bfloat16" and shape_of(r).kind == KernelKind.ALIGNED
     ]
     dense, grouped = ([row for row in rows if (row[0].experts > 1) == many] for many in (False, True))
     rule = chip.grouped
@@ -168,10 +168,10 @@ def main(arguments: list[str]) -> int:
     kinds: dict[str, Callable[[MatmulRate], bool]] = {
         "dense bf16": lambda r: r.experts == 1 and r.dtype == "bfloat16",
         "dense bf16, aligned": lambda r: (
-            r.experts == 1 and r.dtype == "bfloat16" and shape_of(r).kind == Kind.ALIGNED
+            r.experts == 1 and r.dtype == "bfloat16" and shape_of(r).kind == KernelKind.ALIGNED
         ),
         "dense bf16, not aligned": lambda r: (
-            r.experts == 1 and r.dtype == "bfloat16" and shape_of(r).kind != Kind.ALIGNED
+            r.experts == 1 and r.dtype == "bfloat16" and shape_of(r).kind != KernelKind.ALIGNED
         ),
         "dense half and float": lambda r: r.dtype != "bfloat16",
         "grouped, even": lambda r: r.experts > 1 and r.imbalance <= 1.01,

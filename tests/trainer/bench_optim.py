@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs.training import OptimConfig
 from trainer.optim.build import build
-from trainer.optim.slots import Peers, Slot
+from trainer.optim.slots import Slot, StagePeers
 from trainer.state import Box
 
 
@@ -43,7 +43,7 @@ def shapes(layers: int, experts: int, width: int, inner: int) -> list[tuple[str,
 def ours(tensors: list[Slot], optim: OptimConfig, precision: str) -> Callable[[], None]:
     """A step of ours."""
     listed = [(one.name, one.box, one.replica, one.replicas) for one in tensors]
-    optimizer = build(optim, tensors[0].box.whole[-1], tensors, Peers(None, 0, 1, [listed]), precision)  # type: ignore[arg-type]
+    optimizer = build(optim, tensors[0].box.whole[-1], tensors, StagePeers(None, 0, 1, [listed]), precision)  # type: ignore[arg-type]
     device = tensors[0].tensor.device
     factor, skip = torch.tensor(0.999, device=device), torch.tensor(0.0, device=device)
     return lambda: optimizer.step(1e-4, factor, skip)

@@ -34,7 +34,7 @@ TASKS = [
 SMALL = [("mixtral_8x7b", "h100", 64, 8192, 256), ("qwen3_30b_a3b", "mi300x", 64, 4096, 512)]
 
 
-def cpu(call: object) -> tuple[float, search.Found]:
+def cpu(call: object) -> tuple[float, search.SearchResult]:
     """CPU seconds of a call, and what it gave."""
     start = time.process_time()
     found = call()  # type: ignore[operator]

@@ -26,7 +26,7 @@ SAMPLES, FEWER = 16, 8
 
 
 @dataclass(frozen=True)
-class Run:
+class EngineRun:
     """A training run on all ranks of a test."""
 
     engine: str
@@ -46,7 +46,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Step:
+class EngineStep:
     """A step's numbers over all ranks."""
 
     loss: float
@@ -56,10 +56,10 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Done:
+class EngineRankResult:
     """What came of a run, on one rank."""
 
-    steps: list[Step]
+    steps: list[EngineStep]
     evaluated: float
     poisoned: tuple[float, list[str]] | None
     """`skipped` of the poisoned step, and the names of the slices that it changed."""
@@ -67,7 +67,7 @@ class Done:
     """Of this rank's slices."""
 
 
-def config_of(run: Run, world: int) -> RunConfig:
+def config_of(run: EngineRun, world: int) -> RunConfig:
     """A resolved configuration."""
     plain = compose(["model=demo", "hardware=cpu"])
     model = family(run.family).model_dump() | run.model
@@ -100,7 +100,7 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     return NativeEngine(config, mesh)
 
 
-def do(rank: RankContext, runs: Sequence[Run]) -> list[Done]:
+def do(rank: RankContext, runs: Sequence[EngineRun]) -> list[EngineRankResult]:
     """All runs; every rank of the process group does the same ones."""
     torch.set_num_threads(1)
     first = join(config_of(runs[0], rank.world), rank, torch.device("cpu"))
@@ -113,10 +113,10 @@ def do(rank: RankContext, runs: Sequence[Run]) -> list[Done]:
     return done
 
 
-def _train(run: Run, config: RunConfig, engine: Engine, mesh: Mesh) -> Done:
+def _train(run: EngineRun, config: RunConfig, engine: Engine, mesh: Mesh) -> EngineRankResult:
     if run.load is not None:
         fill(engine, whole(run.load))
-    steps: list[Step] = []
+    steps: list[EngineStep] = []
     poisoned = None
     for index in range(run.begin, run.end):
         if index == run.poisoned:
@@ -126,16 +126,16 @@ def _train(run: Run, config: RunConfig, engine: Engine, mesh: Mesh) -> Done:
             keep(engine, run.save, mesh.rank)
     held = batches(1000, SAMPLES, 2, engine.place.index, engine.place.size)
     evaluated = _total(engine.evaluate(held, SAMPLES))
-    return Done(steps, evaluated, poisoned, [part.name for part in engine.state()])
+    return EngineRankResult(steps, evaluated, poisoned, [part.name for part in engine.state()])
 
 
-def _step(engine: Engine, config: RunConfig, index: int) -> Step:
+def _step(engine: Engine, config: RunConfig, index: int) -> EngineStep:
     place, samples = engine.place, FEWER if index < 3 else SAMPLES
     given = batches(index, samples, config.train.micro_batch, place.index, place.size)
     result = engine.step(given, samples, config.optim.lr, lambda _phase: nullcontext())
     assert float(result.skipped) == 0
     loss, aux_loss = _total(result.loss), _total(result.aux_loss)
-    return Step(loss, aux_loss, float(result.grad_norm), result.load.tolist())
+    return EngineStep(loss, aux_loss, float(result.grad_norm), result.load.tolist())
 
 
 def _poison(engine: Engine, config: RunConfig, index: int, rank: int) -> tuple[float, list[str]]:

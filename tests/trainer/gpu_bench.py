@@ -21,7 +21,7 @@ SHARES = {"matmuls": 0.27, "operators": 0.08, "models": 0.33, "pairs": 0.32}
 _NOISE = (1 << 22) + 1
 
 
-class Clock:
+class DeviceClock:
     """Times work on the device, or on a CPU by the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
@@ -43,13 +43,13 @@ class Clock:
         return begin.elapsed_time(end) / 1e3 if self.gpu else end - begin
 
 
-class Bench:
+class GpuBench:
     """The device, its clock, the results so far and the time that is left."""
 
     def __init__(self, cases: dict[str, Any], out: Path, seconds: float, dry: bool) -> None:
         self.cases, self.out, self.dry = cases, out, dry
         self.device = torch.device("cpu" if dry else "cuda")
-        self.clock = Clock(self.device)
+        self.clock = DeviceClock(self.device)
         self.begun = time.monotonic()
         self.end = self.begun + seconds
         self.until = self.end

@@ -32,7 +32,7 @@ _LARGEST_BYTES = 6 << 30
 
 
 @dataclass(frozen=True)
-class Case:
+class ModelCase:
     """A model and its batch."""
 
     name: str
@@ -50,7 +50,7 @@ class Case:
 def case(
     name: str, shape: tuple[int, int, tuple[int, int, int], int], moe: tuple[int, int, int], batch: tuple[int, int],
     **more: Any,
-) -> Case:  # fmt: skip
+) -> ModelCase:  # fmt: skip
     """`shape`: layers, hidden, (query heads, key/value heads, their width), vocabulary; `moe`: experts, top-k, width."""
     layers, hidden, (heads, kv, head), vocab = shape
     experts, top_k, width = moe
@@ -58,7 +58,7 @@ def case(
         name=name, layers=layers, hidden=hidden, heads=heads, kv_heads=kv, head_dim=head, vocab=vocab, experts=experts,
         top_k=top_k, expert_width=width, router=RouterConfig(balance=more.pop("balance", "bias")), **more,
     )  # fmt: skip
-    return Case(name, model, *batch)
+    return ModelCase(name, model, *batch)
 
 
 MODELS = (

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.trainer.gpu_bench import SHARES, Bench, smi
+from tests.trainer.gpu_bench import SHARES, GpuBench, smi
 from tests.trainer.gpu_matmuls import matmuls
 from tests.trainer.gpu_models import measure_model, measure_pair, small, stand_in
 from tests.trainer.gpu_operators import operators
 
 
-def run(bench: Bench, parts: list[str]) -> None:
+def run(bench: GpuBench, parts: list[str]) -> None:
     """All parts, each within its share of the time that is left."""
     left = sum(SHARES[part] for part in parts)
     for part in parts:
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     stand_in()
     torch.manual_seed(0)
-    bench = Bench(json.loads(options.cases.read_text()), options.out, options.seconds, options.dry)
+    bench = GpuBench(json.loads(options.cases.read_text()), options.out, options.seconds, options.dry)
     try:
         with alone():
             run(bench, parts)

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from configs.library_environment import Applied
 from configs.schema import RunConfig
 from tests.trainer.families import SEQUENCE, Batch, batches
-from tests.trainer.grid import SAMPLES, Case, config_of
+from tests.trainer.grid import SAMPLES, GridCase, config_of
 from trainer.parallel.mesh import assemble
 
 TOLERANCE = 0.06
@@ -61,14 +61,14 @@ LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _config(case: Case, steps: int) -> RunConfig:
+def _config(case: GridCase, steps: int) -> RunConfig:
     small = config_of(case, steps)
     shape = _WIDE | (_MLA if small.model.attention == "mla" else {})
     model = small.model.model_copy(update=shape)
     return RunConfig.model_validate(small.model_dump() | {"model": model.model_dump()})
 
 
-def _losses(case: Case, steps: int, rank: int, store: Any) -> list[float]:
+def _losses(case: GridCase, steps: int, rank: int, store: Any) -> list[float]:
     from trainer.engines.native import NativeEngine
 
     config, device = _config(case, steps), torch.device("cuda", rank)
@@ -93,7 +93,7 @@ def _losses(case: Case, steps: int, rank: int, store: Any) -> list[float]:
         dist.destroy_process_group()
 
 
-def _work(rank: int, port: int, todo: list[Case], steps: int, answers: Any) -> None:
+def _work(rank: int, port: int, todo: list[GridCase], steps: int, answers: Any) -> None:
     torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     for number, case in enumerate(todo):
@@ -111,11 +111,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--only", default="", help="part of the names of the layouts to run")
     options = parser.parse_args()
-    families = list(dict.fromkeys(family for family, _ in LAYOUTS))
-    exact = [Case(family, {}, {"micro_batch": SAMPLES}) for family in families]
-    rounded = [Case(family, {}, {"micro_batch": 2, "precision": "bf16"}) for family in families]
-    spread = [Case(f, layout, {"micro_batch": 2, "precision": "bf16"}) for f, layout in LAYOUTS]
+    layouts = [(f, layout) for f, layout in LAYOUTS if options.only in GridCase(f, layout).name]
+    families = list(dict.fromkeys(family for family, _ in layouts))
+    exact = [GridCase(family, {}, {"micro_batch": SAMPLES}) for family in families]
+    rounded = [GridCase(family, {}, {"micro_batch": 2, "precision": "bf16"}) for family in families]
+    spread = [GridCase(f, layout, {"micro_batch": 2, "precision": "bf16"}) for f, layout in layouts]
     todo = [*exact, *rounded, *(case for case in spread if case.ranks <= options.gpus)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tests.trainer.gpu_bench import Bench
+from tests.trainer.gpu_bench import GpuBench
 
 _ROUNDS = 5
 _SPREAD = 512 << 20
@@ -19,7 +19,7 @@ _SPREAD = 512 << 20
 _DTYPES = {"bfloat16": torch.bfloat16, "half": torch.float16, "float": torch.float32}
 
 
-def matmul_calls(bench: Bench, case: dict[str, Any]) -> list[Callable[[], Any]]:
+def matmul_calls(bench: GpuBench, case: dict[str, Any]) -> list[Callable[[], Any]]:
     """The case, in a forward pass's layout, on as many sets of operands as outgrow the caches."""
     m, n, k, experts, dtype = case["m"], case["n"], case["k"], case["experts"], _DTYPES[case["dtype"]]
     weight = (experts, n, k) if experts > 1 else (n, k)
@@ -47,7 +47,7 @@ def cut(case: dict[str, Any]) -> dict[str, Any]:
     return case
 
 
-def matmuls(bench: Bench) -> None:
+def matmuls(bench: GpuBench) -> None:
     """All shapes in several rounds, each in another order; results are medians over the rounds' medians."""
     cases = [(str(i), cut(case) if bench.dry else case) for i, case in enumerate(bench.cases["matmuls"])]
     times: dict[str, list[float]] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tests.trainer.gpu_bench import Bench
+from tests.trainer.gpu_bench import GpuBench
 
 ROOT = Path(__file__).resolve().parents[2]
 _WARM_STEPS, _STEPS = 3, 8
@@ -75,7 +75,7 @@ def small(case: dict[str, Any]) -> dict[str, Any]:
 class Model:
     """One model with its optimizer, and how a step of it is done."""
 
-    def __init__(self, bench: Bench, case: dict[str, Any]) -> None:
+    def __init__(self, bench: GpuBench, case: dict[str, Any]) -> None:
         from trainer.model.initial import build
         from trainer.model.seams import Tally
 
@@ -125,7 +125,7 @@ class Model:
         return [float(load.max() / load.mean()) for load in loads]
 
 
-def phases(bench: Bench, steps: list[list[Any]]) -> dict[str, float]:
+def phases(bench: GpuBench, steps: list[list[Any]]) -> dict[str, float]:
     """Median seconds of a step and of its phases."""
     bench.clock.wait()
     split = [[bench.clock.between(a, b) for a, b in itertools.pairwise(marks)] for marks in steps]
@@ -137,7 +137,7 @@ def phases(bench: Bench, steps: list[list[Any]]) -> dict[str, float]:
     }
 
 
-def measure_model(bench: Bench, case: dict[str, Any]) -> dict[str, Any]:
+def measure_model(bench: GpuBench, case: dict[str, Any]) -> dict[str, Any]:
     """Step time, and memory: after building, at the peak of the first step, at the peak of later ones."""
     memory = {}
     if not bench.dry:
@@ -165,7 +165,7 @@ def measure_model(bench: Bench, case: dict[str, Any]) -> dict[str, Any]:
     return found | {"memory": memory, "parameters": sum(p.numel() for p in model.parameters)}
 
 
-def measure_pair(bench: Bench, pair: dict[str, Any]) -> dict[str, Any]:
+def measure_pair(bench: GpuBench, pair: dict[str, Any]) -> dict[str, Any]:
     """Both models of a pair in turn; medians over all turns, and the ratio of each turn's medians."""
     cases = {side: small(pair[side]) if bench.dry else pair[side] for side in ("bad", "good")}
     models = {side: Model(bench, case) for side, case in cases.items()}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.trainer.gpu_bench import Bench, smi
+from tests.trainer.gpu_bench import GpuBench, smi
 from tests.trainer.gpu_matmuls import matmul_calls
 from tests.trainer.gpu_models import as_config
 
@@ -23,12 +23,12 @@ TINY = {
 """A case for a CPU."""
 
 
-class Parts:
+class ModelParts:
     """A model's parts alone, each as a call and the leaves that it is differentiated by."""
 
     NAMES = ("attention", "norm", "rotary", "activation", "dispatch", "router", "loss", "residual")
 
-    def __init__(self, bench: Bench, case: dict[str, int]) -> None:
+    def __init__(self, bench: GpuBench, case: dict[str, int]) -> None:
         self.bench, self.case = bench, case
         self.tokens = case["batch"] * case["sequence"]
         self.leaves: list[Tensor] = []
@@ -76,11 +76,11 @@ class Parts:
         chosen = torch.rand(self.tokens, experts, device=device).topk(top_k, dim=-1).indices
         weights = torch.rand(self.tokens, top_k, device=device)
 
-        return lambda: LocalExchange().run(x, chosen, weights, experts, lambda rows, *_: rows)
+        return lambda: LocalExchange().run(x, chosen, weights, experts, lambda rows, *_: rows)[0]
 
     def router(self) -> Callable[[], Tensor]:
         from trainer.model.router import Router
-        from trainer.model.seams import Alone, Micro, Tally
+        from trainer.model.seams import Micro, SoloSeams, Tally
 
         settings = as_config(self.case | {"router": self.bench.cases["router"]})
         layer = Router(settings, 0).to(self.bench.device, torch.bfloat16)  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ class Parts:
         self.leaves.append(layer.linear.weight)
         places = torch.arange(self.tokens, device=self.bench.device)
         micro = Micro(torch.empty(1, self.tokens + 1), places, None, 1.0, Tally())
-        return lambda: layer(x, None, micro, Alone()).weights_BSK
+        return lambda: layer(x, None, micro, SoloSeams()).weights_BSK
 
     def loss(self) -> Callable[[], Tensor]:
         logits = self.normal(self.tokens, self.case["vocab"])
@@ -101,7 +101,7 @@ class Parts:
         return lambda: x + y
 
 
-def operators(bench: Bench) -> None:
+def operators(bench: GpuBench) -> None:
     """The model's parts, forward and with backward: what time is calibrated on besides matmuls."""
     bench.guarded("operators", "host", lambda: host(bench))
     bench.guarded("operators", "endurance", lambda: endurance(bench))
@@ -109,8 +109,8 @@ def operators(bench: Bench) -> None:
         if bench.late():
             return
         case = given | TINY if bench.dry else given
-        for part in Parts.NAMES:
-            parts = Parts(bench, case)
+        for part in ModelParts.NAMES:
+            parts = ModelParts(bench, case)
             bench.guarded(
                 "operators", f"{name}/{part}",
                 lambda parts=parts, part=part: both_ways(bench, getattr(parts, part)(), parts.leaves),
@@ -120,7 +120,7 @@ def operators(bench: Bench) -> None:
         bench.save()
 
 
-def both_ways(bench: Bench, call: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
+def both_ways(bench: GpuBench, call: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
     """Seconds of the forward pass, and of forward and backward together."""
     given = torch.ones_like(call())
 
@@ -133,7 +133,7 @@ def both_ways(bench: Bench, call: Callable[[], Tensor], leaves: list[Tensor]) ->
     }
 
 
-def endurance(bench: Bench) -> dict[str, Any]:
+def endurance(bench: GpuBench) -> dict[str, Any]:
     """Rate of one large matmul over some seconds of nothing else, and of the same after a pause."""
     size = 256 if bench.dry else 8192
     calls = itertools.cycle(
@@ -150,7 +150,7 @@ def endurance(bench: Bench) -> dict[str, Any]:
     return {"tflops": rates, "smi": "" if bench.dry else smi()}
 
 
-def host(bench: Bench) -> dict[str, float]:
+def host(bench: GpuBench) -> dict[str, float]:
     """Seconds of host time for a kernel that takes none: called, and called under autograd with its backward."""
     x = torch.ones(8, device=bench.device)
     y = torch.ones(8, device=bench.device, requires_grad=True)
@@ -176,7 +176,7 @@ def host(bench: Bench) -> dict[str, float]:
     return found
 
 
-def update(bench: Bench, size: int) -> float:
+def update(bench: GpuBench, size: int) -> float:
     """Seconds of fused AdamW on `size` fp32 parameters in 8 tensors."""
     tensors = [torch.randn(size // 8, device=bench.device) for _ in range(8)]
     for tensor in tensors:

@@ -35,7 +35,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Case:
+class GridCase:
     """A family under a layout."""
 
     family: str
@@ -56,15 +56,15 @@ class Case:
         return f"{self.family} {' '.join(words)}"
 
     @property
-    def baseline(self) -> Case:
+    def baseline(self) -> GridCase:
         """The same training in one process."""
         same = {key: value for key, value in self.train.items() if key in ("seed", "precision")}
-        return Case(self.family, {}, same | {"micro_batch": SAMPLES}, self.optim)
+        return GridCase(self.family, {}, same | {"micro_batch": SAMPLES}, self.optim)
 
 
-def cases() -> list[Case]:
+def cases() -> list[GridCase]:
     """All layouts: every axis alone, in pairs, in threes; ZeRO 1 to 3; every schedule; recomputation; optimizers."""
-    made: list[Case] = []
+    made: list[GridCase] = []
 
     def add(
         family: str, micro_batch: int = 2, recompute: str = "none", optim: str = "adamw", **layout: Any
@@ -72,7 +72,7 @@ def cases() -> list[Case]:
         train: dict[str, Any] = {"micro_batch": micro_batch}
         if recompute != "none":
             train["recompute"] = recompute
-        made.append(Case(family, layout, train, {} if optim == "adamw" else {"kind": optim}))
+        made.append(GridCase(family, layout, train, {} if optim == "adamw" else {"kind": optim}))
 
     # One axis.
     add("mixtral", dp=2)
@@ -143,7 +143,7 @@ QUICK = (
 """What `--quick` runs, by the beginning of a case's name: every axis, family and ZeRO stage, up to four ranks."""
 
 
-def quick() -> list[Case]:
+def quick() -> list[GridCase]:
     """The cases of `--quick`."""
     return [case for case in cases() if case.name.startswith(QUICK) and case.ranks <= 4]
 
@@ -153,7 +153,7 @@ def _plain() -> RunConfig:
     return compose(["model=demo", "hardware=cpu"])
 
 
-def config_of(case: Case, steps: int) -> RunConfig:
+def config_of(case: GridCase, steps: int) -> RunConfig:
     """A resolved configuration."""
     plain = _plain()
     optim = {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 3} | case.optim
@@ -168,7 +168,9 @@ def config_of(case: Case, steps: int) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def train(case: Case, steps: int, rank: int, store: Any) -> list[tuple[float, float, list[list[int]], int]]:
+def train(
+    case: GridCase, steps: int, rank: int, store: Any
+) -> list[tuple[float, float, list[list[int]], int]]:
     """Train a case on this rank; loss, norm, loads and drops of each step."""
     from trainer.engines.native import NativeEngine
 
@@ -194,7 +196,7 @@ def train(case: Case, steps: int, rank: int, store: Any) -> list[tuple[float, fl
         dist.destroy_process_group()
 
 
-def _work(rank: int, port: int, todo: list[Case], steps: int, answers: Any) -> None:
+def _work(rank: int, port: int, todo: list[GridCase], steps: int, answers: Any) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -209,14 +211,14 @@ def _work(rank: int, port: int, todo: list[Case], steps: int, answers: Any) -> N
         if rank == 0 or isinstance(result, str):
             answers.put((number, rank, result))
             if isinstance(result, str):
-                # The others of this case may wait for this rank for ever; the parent ends all of them.
+                # The others of this case may wait for this rank forever; the parent ends all of them.
                 time.sleep(3600)
 
 
 class _Pool:
     """Processes that work through a list of cases together, each taking part in those that need its rank."""
 
-    def __init__(self, todo: list[Case], steps: int) -> None:
+    def __init__(self, todo: list[GridCase], steps: int) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -238,8 +240,8 @@ class _Pool:
             worker.join()
 
 
-def results(todo: list[Case], steps: int) -> Iterator[tuple[Case, Any]]:
-    """Every case with its result, or the text of what went wrong; after that the rest goes on in new processes."""
+def results(todo: list[GridCase], steps: int) -> Iterator[tuple[GridCase, Any]]:
+    """Every case with its result, or the text of what went wrong; after that the rest continues in new processes."""
     while todo:
         pool, failed = _Pool(todo, steps), False
         try:
@@ -255,7 +257,7 @@ def results(todo: list[Case], steps: int) -> Iterator[tuple[Case, Any]]:
         todo = todo[number + 1 :] if failed else []
 
 
-def run(todo: list[Case], steps: int, report: Callable[[str], None] = print) -> tuple[int, float]:
+def run(todo: list[GridCase], steps: int, report: Callable[[str], None] = print) -> tuple[int, float]:
     """Train all cases and compare them with one process; how many layouts, and the worst error."""
     baselines = {case.baseline.name: case.baseline for case in todo}
     known: dict[str, Any] = {}

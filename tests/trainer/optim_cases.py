@@ -19,7 +19,7 @@ import torch.distributed as dist
 from configs.training import OptimConfig
 from trainer.optim.build import build
 from trainer.optim.muon import Muon
-from trainer.optim.slots import Optimizer, Peers, Slot
+from trainer.optim.slots import Optimizer, Slot, StagePeers
 from trainer.state import Box
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def whole(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
 
 
 @dataclass
-class Rank:
+class OptimRank:
     """One rank's slots and optimizer."""
 
     slots: list[Slot]
@@ -163,7 +163,7 @@ class Rank:
         rank: int = 0,
         group: dist.ProcessGroup | None = None,
         device: str = "cpu",
-    ) -> Rank:
+    ) -> OptimRank:
         """A rank that starts from `values`."""
         size = group.size() if group is not None else 1
         listed = [
@@ -175,13 +175,13 @@ class Rank:
             Slot(name, _part(start[name], box).to(device), box, PARAMETERS[name][1], replica, replicas)
             for name, box, replica, replicas in listed[rank]
         ]
-        peers = Peers(group, rank, size, listed)
+        peers = StagePeers(group, rank, size, listed)
         if optim.kind == "muon":
             # Small buckets, so that there are several.
             return cls(slots, Muon(slots, optim, WIDTH, peers, bucket=150))
         return cls(slots, build(optim, WIDTH, slots, peers))
 
-    def go(self, start: int = 0, end: int = STEPS) -> Rank:
+    def go(self, start: int = 0, end: int = STEPS) -> OptimRank:
         """Take the steps from `start` to `end`."""
         for step in range(start, end):
             arrays = gradients(step)
@@ -208,7 +208,7 @@ class Rank:
             found.append((f"{slot.name}/{part}" if slot else part, slot and slot.box, tensor.cpu().clone()))
         return found
 
-    def load(self, saved: Sequence[Saved]) -> Rank:
+    def load(self, saved: Sequence[Saved]) -> OptimRank:
         """Take up what several ranks saved, at any other cut."""
         live = [(slot.name, slot.box, slot.tensor) for slot in self.slots]
         live += [
@@ -277,10 +277,10 @@ def all_cases(rank: int, device: str) -> dict[tuple[str, str], tuple[Saved, Save
     found = {}
     for kind, cut in cases():
         optim = CONFIGS[kind]
-        begun = Rank.make(optim, CUTS[cut], rank, group, device).go(0, 2)
+        begun = OptimRank.make(optim, CUTS[cut], rank, group, device).go(0, 2)
         state = begun.saved()
         straight = begun.go(2).saved()
-        resumed = Rank.make(optim, CUTS[cut], rank, group, device).load([state]).go(2).saved()
+        resumed = OptimRank.make(optim, CUTS[cut], rank, group, device).load([state]).go(2).saved()
         if device == "cuda":
             begun.unwaiting()
         found[kind, cut] = straight, resumed

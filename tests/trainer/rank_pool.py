@@ -20,7 +20,7 @@ _PRELOADED = ["tests.trainer.seam_checks", "torch._dynamo"]
 """What the fork server loads once, where every rank would load it: the latter at its first FSDP module, for seconds."""
 
 
-class RankFailed(RuntimeError):
+class PooledRankFailed(RuntimeError):
     """A rank raised something, or didn't answer."""
 
 
@@ -39,7 +39,7 @@ class RankPool:
         `store` is one that only these ranks of this piece of work use.
 
         Raises:
-            RankFailed: with the rank's traceback.
+            PooledRankFailed: with the rank's traceback.
         """
         for rank in range(len(self._workers), world):
             self._start(rank)
@@ -77,7 +77,7 @@ class RankPool:
 
     def _fail(self, why: str) -> None:
         self.end()
-        raise RankFailed(why)
+        raise PooledRankFailed(why)
 
     def end(self) -> None:
         """End the processes."""

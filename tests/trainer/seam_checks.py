@@ -25,9 +25,10 @@ from trainer.engines.native import NativeEngine
 from trainer.model.exchange import LocalExchange
 from trainer.model.moe import Experts
 from trainer.model.norm import RMSNorm, SplitNorm
-from trainer.model.seams import Alone, Micro, Tally
+from trainer.model.seams import Micro, SoloSeams, Tally
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext, places
 from trainer.parallel.expert import ExpertParallel
+from trainer.parallel.gathered import GatheredExperts
 from trainer.parallel.mesh import Mesh, assemble
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 
@@ -130,7 +131,9 @@ def vocabulary(rank: int, world: int, store: dist.Store) -> Pairs:
         return [embedded, seam.logits(x_BSD, table_VD), loss, *slopes]
 
     with stages.exact(), met(rank, world, store, tp=world) as mesh:
-        embedded, logits, loss, *slopes = use(Alone(), tokens[:, :-1], targets, weight, _leaves((table, x)))
+        embedded, logits, loss, *slopes = use(
+            SoloSeams(), tokens[:, :-1], targets, weight, _leaves((table, x))
+        )
         mine = _leaves((table.chunk(world)[rank], x.chunk(world, 1)[rank]))
         found = use(
             VocabularyParallel(mesh["tp"]), tokens[:, :-1], targets, weight.chunk(world, 1)[rank], mine
@@ -154,7 +157,7 @@ def attention(rank: int, world: int, store: dist.Store, method: str, documents: 
     weight = _draw(4, SAMPLES, 2 * world, sequence, 4)
     one = micro(sequence, documents, torch.arange(sequence))
     leaves = _leaves(whole)
-    y = Alone().attend(*leaves, one, window, 0.7)
+    y = SoloSeams().attend(*leaves, one, window, 0.7)
     expected = _learn((y * weight).sum(), *leaves)
     with met(rank, world, store, cp=world) as mesh:
         own = places(sequence, method, world, rank, CPU)
@@ -171,7 +174,7 @@ def previous(rank: int, world: int, store: dist.Store, method: str, documents: b
     one = micro(sequence, documents, torch.arange(sequence))
     whole, weight = _draw(1, SAMPLES, sequence, WIDTH), _draw(2, SAMPLES, sequence, WIDTH)
     (x,) = _leaves([whole])
-    y = Alone().previous(x, one)
+    y = SoloSeams().previous(x, one)
     (expected,) = _learn((y * weight).sum(), x)
     with met(rank, world, store, cp=world) as mesh:
         own = places(sequence, method, world, rank, CPU)
@@ -188,7 +191,7 @@ def samples(rank: int, world: int, store: dist.Store, method: str, cp: int) -> P
     chosen = torch.rand(SAMPLES, sequence, EXPERTS, generator=draw).topk(2).indices
     counts = _draw(1, world, SAMPLES, EXPERTS)
     one = micro(sequence, False, torch.arange(sequence))
-    queue = Alone().queue(chosen, EXPERTS, one)
+    queue = SoloSeams().queue(chosen, EXPERTS, one)
     with met(rank, world, store, cp=cp, tp=tp) as mesh:
         seam = SharedSamples(mesh["sample"], method, cp, tp)
         own = places(sequence, method, cp, rank // tp, CPU).chunk(tp)[rank % tp]
@@ -200,7 +203,7 @@ def samples(rank: int, world: int, store: dist.Store, method: str, cp: int) -> P
 # ---- experts ----
 
 
-def experts(rank: int, world: int, store: dist.Store, ep: int, etp: int) -> Pairs:
+def experts(rank: int, world: int, store: dist.Store, ep: int, etp: int, gathered: bool) -> Pairs:
     """Tokens of all ranks through experts that are split: uneven load, one expert without tokens, dropped pairs."""
     each, top_k, inner = 7, 3, 4
     draw = torch.Generator().manual_seed(4)
@@ -214,7 +217,7 @@ def experts(rank: int, world: int, store: dist.Store, ep: int, etp: int) -> Pair
     tables = [_draw(3, EXPERTS, 2, inner, WIDTH), _draw(5, EXPERTS, WIDTH, inner)]
     weight = _draw(6, world * each, WIDTH)
     x, weights, *parameters = _leaves((*whole, *tables))
-    y = LocalExchange(drops=True).run(x, chosen, weights, EXPERTS, _expert_layer(parameters))
+    y, _ = LocalExchange(drops=True).run(x, chosen, weights, EXPERTS, _expert_layer(parameters))
     expected = _learn((y * weight).sum(), x, weights, *parameters)
     mine = slice(rank * each, (rank + 1) * each)
     with met(rank, world, store, dp=world // etp if ep >= etp else 1, tp=etp, ep=ep, etp=etp) as mesh:
@@ -225,32 +228,35 @@ def experts(rank: int, world: int, store: dist.Store, ep: int, etp: int) -> Pair
             return [gate_up[some, :, widths], down[some, :, widths]]
 
         x, weights, *parameters = _leaves((*(t[mine] for t in whole), *cut(tables[0], tables[1])))
-        seam = ExpertParallel(mesh["ep"], mesh["etp"])
-        found = seam.run(x, chosen[mine], weights, EXPERTS, _expert_layer(parameters))
+        seam: Any = ExpertParallel(mesh["ep"], mesh["etp"])
+        if gathered:
+            seam = GatheredExperts(mesh["ep"], mesh["ep_wide"])
+        owed, end = seam.run(seam.begin(x), chosen[mine], weights, EXPERTS, _expert_layer(parameters))
+        found = end(owed)
         slopes = _learn((found * weight[mine]).sum(), x, weights, *parameters)
         own = [expected[0][mine], expected[1][mine], *cut(expected[2], expected[3])]
     return _pairs("output tokens weights gate_up down", (found, *slopes), (y[mine], *own))
 
 
-def _expert_layer(parameters: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _expert_layer(parameters: list[Tensor]) -> Callable[..., Tensor]:
     gate_up, down = parameters
     held, _, inner, width = gate_up.shape
     layer = Experts(width, inner, held, gated=True).double()
     named = {"gate_up": gate_up, "down": down}
-    return lambda rows, counts: torch.func.functional_call(layer, named, (rows, counts))
+    return lambda rows, *rest: torch.func.functional_call(layer, named, (rows, *rest))
 
 
 # ---- the engine ----
 
 
-def train(rank: int, world: int, store: dist.Store, case: grid.Case, steps: int) -> Any:
+def train(rank: int, world: int, store: dist.Store, case: grid.GridCase, steps: int) -> Any:
     """Some steps of a small model under a layout."""
     assert world == case.ranks
     return grid.train(case, steps, rank, store)
 
 
 def evaluate(
-    rank: int, world: int, store: dist.Store, case: grid.Case
+    rank: int, world: int, store: dist.Store, case: grid.GridCase
 ) -> tuple[float, float, float, list[str]]:
     """Loss of some samples: by evaluation, by a step, and by evaluation after it; and what the first one moved."""
     config = grid.config_of(case, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig, RouterConfig
-from trainer.model.decoder import Stage, inputs
+from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import build
 from trainer.model.seams import Micro, Tally
 
@@ -47,7 +47,7 @@ def routed(**changes: Any) -> ModelConfig:
     return shape(**of_model, router=RouterConfig(**changes))
 
 
-def stage(model: ModelConfig, seed: int = 1) -> Stage:
+def stage(model: ModelConfig, seed: int = 1) -> DecoderStage:
     """The whole model in fp64, biases and scales off their initial values, so that leaving one out shows."""
     built = build(model, seed).double()
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def micro(tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | 
     return Micro(tokens_BS, places, documents_BS, 1.0 / (samples or tokens_BS.shape[0]), Tally())
 
 
-def logits(built: Stage, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+def logits(built: DecoderStage, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
     """[B, S, V]."""
     batch = micro(tokens_BS, documents_BS)
     return built.logits(inputs(batch), batch)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from configs.model import ModelConfig
-from trainer.model.decoder import Stage, inputs
+from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.seams import Micro, Tally
 
 
-def whole(model: ModelConfig, state: dict[str, Tensor]) -> Stage:
+def whole(model: ModelConfig, state: dict[str, Tensor]) -> DecoderStage:
     """All layers, with the parameters and router biases of `state`, in its dtype. Names and shapes have to be the same."""
-    stage = Stage(model, 0, model.layers)
+    stage = DecoderStage(model, 0, model.layers)
     parameters = dict(stage.named_parameters())
     given = {name: tensor for name, tensor in state.items() if ".router.bias" not in name}
     assert {name: tuple(p.shape) for name, p in parameters.items()} == {
@@ -48,7 +48,7 @@ def micro(tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | 
     return Micro(tokens_BS, places_S, documents_BS, 1 / (samples or len(tokens_BS)), Tally())
 
 
-def logits(stage: Stage, tokens_BS: Tensor) -> Tensor:
+def logits(stage: DecoderStage, tokens_BS: Tensor) -> Tensor:
     """Of every place's next token, [B, S, V]."""
     one = micro(tokens_BS)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def logits(stage: Stage, tokens_BS: Tensor) -> Tensor:
 
 
 def learn(
-    stage: Stage, tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | None = None
+    stage: DecoderStage, tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | None = None
 ) -> tuple[Tensor, Tally]:
     """Forward and backward; gradients are added to what is there. The cross-entropy, and what routers counted."""
     one = micro(tokens_BS, documents_BS, samples)
@@ -65,7 +65,7 @@ def learn(
     return loss.detach(), one.tally
 
 
-def gradients(stage: Stage) -> dict[str, Tensor]:
+def gradients(stage: DecoderStage) -> dict[str, Tensor]:
     """By name; zeros where nothing arrived."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach()

@@ -105,7 +105,7 @@ def _attempt(dp: int, run: Path, attempt: int, config: RunConfig, death: int | N
 
 def study(home: Path, steps: int, stops: int, seed: int) -> tuple[int, str]:
     """Run, stop and resume; how many samples were compared, and what differed (empty where nothing did)."""
-    from trainer.feed import Feed
+    from trainer.feed import BatchFeed
 
     text = home / "text.txt"
     text.write_text(
@@ -120,7 +120,7 @@ def study(home: Path, steps: int, stops: int, seed: int) -> tuple[int, str]:
         codes = _attempt(dp, run, attempt, config, death)
         if codes != [9 if death is not None else 0] * dp:
             return 0, f"attempt {attempt} at dp={dp} ended with {codes}"
-    sampler = Feed.prepare(config, home / "data")._sampler
+    sampler = BatchFeed.prepare(config, home / "data")._sampler
     seen: dict[tuple[int, int], set[str]] = defaultdict(set)
     for file in run.glob("seen-*.txt"):
         for line in file.read_text().splitlines():

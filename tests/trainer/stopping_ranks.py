@@ -12,7 +12,7 @@ from typing import Any
 from configs.compose import compose, dump
 from configs.metrics import ResumedLine, SavedLine, StepLine, StoppedLine, read_all
 from faulttol import exits
-from tests.faulttol.watched import Fault, Gang
+from tests.faulttol.watched import RankFault, WatchedGang
 from trainer.sizing.search.planner import Capacity, plan
 
 CASES = {
@@ -37,10 +37,10 @@ def _gang(
     files = f"data.path={text}", f"data.cache={run.parent / 'data'}", f"train.steps={steps}"
     config = plan(compose([*WORDS, *words, *files]), Capacity.of_nodes([world])).config
     (run / "config.yaml").write_text(dump(config))
-    fault = Fault(world - 1, "term", "step", STEP) if attempt == 1 else None
-    gang = Gang(run, config, world, rings / str(attempt), fault, attempt)
+    fault = RankFault(world - 1, "term", "step", STEP) if attempt == 1 else None
+    gang = WatchedGang(run, config, world, rings / str(attempt), fault, attempt)
     try:
-        found = gang.judged(120.0, enough=Gang.all_ended)
+        found = gang.judged(120.0, enough=WatchedGang.all_ended)
         gang.settle(60.0)
         lines = list(read_all(gang.paths.metrics))
         told = [exits.read(rings / str(attempt) / f"{rank:05d}.raised") for rank in range(world)]

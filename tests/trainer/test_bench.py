@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ import torch.nn.functional as F
 from configs.compose import compose
 from configs.errors import UserError
 from tests.trainer.small_models import micro, shape, tokens
-from trainer.bench import kernels, routing
-from trainer.bench.cases import Options, Tokens, config_of, flops_of
+from trainer.bench import kernels, routing, variants
+from trainer.bench.cases import BatchTokens, Options, config_of, flops_of
 from trainer.bench.command import options_of
 from trainer.bench.masters import Masters
 from trainer.bench.measure import timed
-from trainer.bench.plain import Plain
+from trainer.bench.plain import PlainDecoder
 from trainer.cli import main
 from trainer.model.decoder import inputs
 from trainer.model.initial import build
@@ -98,19 +99,19 @@ def test_ranks_that_do_not_divide_are_refused() -> None:
 
 def test_batches_differ_and_are_text() -> None:
     config = compose(["model=demo", "data.sequence=32"])
-    drawn = Tokens(config, CPU, real=True, seed=0)
+    drawn = BatchTokens(config, CPU, real=True, seed=0)
     first, second = drawn.draw(2), drawn.draw(2)
     assert first.shape == (2, 33) and not first.equal(second)
     assert bytes(first[0].tolist()).decode("utf-8", "replace").isprintable() or b"\n" in bytes(
         first[0].tolist()
     )
-    assert not Tokens(config, CPU, real=False, seed=0).draw(2).equal(first)
+    assert not BatchTokens(config, CPU, real=False, seed=0).draw(2).equal(first)
 
 
 def test_the_plain_decoder_is_ours_without_the_routers_losses() -> None:
     """So that what is compared computes the same."""
     model = shape(qk_norm="projection", router={"balance": "none", "renormalize": False})
-    ours, plain = build(model, 1), Plain(model)
+    ours, plain = build(model, 1), PlainDecoder(model)
     named = dict(ours.named_parameters())
     with torch.no_grad():
         plain.embedding.weight.copy_(named["embedding.weight"])
@@ -133,7 +134,7 @@ def test_the_plain_decoder_is_ours_without_the_routers_losses() -> None:
 
 def test_the_plain_decoder_refuses_what_it_has_not() -> None:
     with pytest.raises(UserError, match="--baselines plain has grouped-query attention"):
-        Plain(shape(shared_width=16))
+        PlainDecoder(shape(shared_width=16))
 
 
 def test_masters_of_bf16_weights_move_as_fp32_ones() -> None:
@@ -190,3 +191,37 @@ def test_the_command_prints_ours_and_the_baseline(capsys: pytest.CaptureFixture[
     assert "megaray    step" in done.stdout and "plain      / megaray: step" in done.stdout
     assert main(["bench", "--baselines", "nobody"]) == 2
     assert "--baselines nobody" in capsys.readouterr().err
+
+
+def test_variants_are_overrides_on_top() -> None:
+    """A word without a dot is an axis, but for the bench's own."""
+    found = variants.parse(
+        "ep=2 | routing=zipf tp=2 | layers=3 optim.kind=muon", options("train.micro_batch=2")
+    )
+    assert [one.options.overrides for one in found] == [
+        ("train.micro_batch=2", "parallel.ep=2"), ("train.micro_batch=2", "parallel.tp=2"),
+        ("train.micro_batch=2", "optim.kind=muon"),
+    ]  # fmt: skip
+    assert [one.options.routing for one in found] == ["real", "zipf", "real"]
+    assert [one.options.layers for one in found] == [2, 2, 3]
+
+
+def test_the_planner_sets_the_axes_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout fills the ranks, and what else it settled is in the configuration."""
+    monkeypatch.setattr("trainer.bench.cases._hardware", lambda: "h100")
+    asked = options("train.global_batch=16", model="qwen3_30b_a3b")
+    config, said = variants.chosen(variants.parse("auto", asked)[0].options, 4, True)
+    sizes = [config.parallel.size(axis) for axis in ("pp", "dp", "cp", "tp")]
+    assert math.prod(sizes) == 4 and f"parallel.dp={sizes[1]}" in said
+    seconds, size = variants.forecast(config, 4)
+    assert seconds is not None and 0.01 < seconds < 10 and 1e9 < size < 1e12
+
+
+def test_a_table_of_variants_has_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--model", "demo", "--baselines", "none", "--steps", "1", "--layers", "2"]
+    assert (
+        main([*words, "--variants", "zero=1 | optim.kind=muon", "data.sequence=16", "model.vocab=256"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("optim.kind=muon ") for line in lines) == 2 and "no forecast" in lines[-1]
+    assert main(["bench", "--model", "demo", "--variants", "zero=1"]) != 0

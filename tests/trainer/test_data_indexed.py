@@ -169,8 +169,8 @@ def test_several_pairs(tmp_path: Path) -> None:
 
 INDEX = layout("uint16", SEQUENCES, BEGINS)[1]
 BROKEN = [
-    (b"hello world, which is no index at all", "is no index of a token file"),
-    (b"", "is no index of a token file"),
+    (b"hello world, which is not an index at all", "is not an index of a token file"),
+    (b"", "is not an index of a token file"),
     (INDEX[:9] + struct.pack("<Q", 2) + INDEX[17:], "is version 2 with type code 8"),
     (INDEX[:17] + b"\x63" + INDEX[18:], "is version 1 with type code 99"),
     (INDEX[:17] + b"\x07" + INDEX[18:], "holds no integers"),

@@ -125,7 +125,7 @@ def test_bytes_need_a_vocabulary_of_256(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
-    _refused(tmp_path / "a.txt", tmp_path, "data.tokenizer='nope.json' is no file", tokenizer="nope.json")
+    _refused(tmp_path / "a.txt", tmp_path, "data.tokenizer='nope.json' is not a file", tokenizer="nope.json")
 
 
 def test_a_tokenizer_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(UserError, match="data.cache: can't write .*No space left"):
             prepare(data_config(tmp_path / "a.txt"), 256, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("meta.json")) and not list(tmp_path.rglob("tokens.bin"))
-    # With room again, what was written is gone on with.
+    # With room again, what was written is resumed.
     assert (
         prepare(data_config(tmp_path / "a.txt"), 256, tmp_path / "cache").tokens.tobytes() == b"hello world\0"
     )
@@ -176,7 +176,7 @@ def test_checking_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     read: list[str] = []
     cut = blocks.blocks
 
-    def noted(source: sources.Source, fields: blocks.Fields) -> Any:
+    def noted(source: sources.SourceFile, fields: blocks.Fields) -> Any:
         for block in cut(source, fields):
             read.append(source.path[-7])
             yield block
@@ -227,4 +227,4 @@ def test_a_vocabulary_below_the_tokenizer(tmp_path: Path, tokenizer: str) -> Non
 def test_a_file_that_is_no_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     Path(tokenizer).write_text("{}")
     (tmp_path / "a.txt").write_text("hello world")
-    _refused(tmp_path / "a.txt", tmp_path, "is no tokenizer.json", tokenizer=tokenizer)
+    _refused(tmp_path / "a.txt", tmp_path, "is not a tokenizer.json", tokenizer=tokenizer)

@@ -7,18 +7,18 @@ import itertools
 import numpy as np
 import pytest
 
-from trainer.data.sampler import Sampler, documents
+from trainer.data.sampler import TokenSampler, documents
 from trainer.data.streams import Stream
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 
-def _sampler(samples: int = 100, sequence: int = 4, seed: int = 1) -> Sampler:
+def _sampler(samples: int = 100, sequence: int = 4, seed: int = 1) -> TokenSampler:
     """Every token is its own place in the stream, so a sample tells where it was cut out."""
-    return Sampler([np.arange(samples * sequence + 1, dtype=np.uint32)], sequence, seed)
+    return TokenSampler([np.arange(samples * sequence + 1, dtype=np.uint32)], sequence, seed)
 
 
-def _step(sampler: Sampler, first: int, samples: int, dp: int, micro_batch: int) -> np.ndarray:
+def _step(sampler: TokenSampler, first: int, samples: int, dp: int, micro_batch: int) -> np.ndarray:
     """All samples of a step under a layout, in the order of their position."""
     passes = range(samples // (dp * micro_batch))
     return np.concatenate(
@@ -78,7 +78,7 @@ def test_epochs_follow_each_other() -> None:
 @pytest.mark.parametrize("sequence", [2, 7, 8])
 def test_every_token_is_seen_in_every_epoch(tokens: int, sequence: int) -> None:
     """The tail too; fewer than a sample's tokens come twice."""
-    sampler = Sampler([np.arange(tokens)], sequence, 3)
+    sampler = TokenSampler([np.arange(tokens)], sequence, 3)
     (samples,) = sampler.samples
     for epoch in range(6):
         seen = np.concatenate([sampler.sample(epoch * samples + i).tokens for i in range(samples)])
@@ -96,7 +96,7 @@ def test_windows_are_cut_at_other_places_in_each_epoch() -> None:
 
 
 def test_a_window_may_go_on_at_the_beginning() -> None:
-    sampler = Sampler([np.arange(10)], 4, 0)
+    sampler = TokenSampler([np.arange(10)], 4, 0)
     found = [sampler.sample(i) for i in range(60)]
     crossing = [sample.tokens.tolist() for sample in found if sample.at > 5]
     assert crossing and all(
@@ -125,8 +125,8 @@ def test_the_order_is_not_the_streams() -> None:
 
 def test_a_stream_without_a_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="4 tokens make no sample of 4"):
-        Sampler([np.arange(4)], 4, 0)
-    assert Sampler([np.arange(5)], 4, 0).samples == [1]
+        TokenSampler([np.arange(4)], 4, 0)
+    assert TokenSampler([np.arange(5)], 4, 0).samples == [1]
 
 
 # ---- golden: a resumed run must draw what the interrupted one would have, so these numbers may never change ----
@@ -139,7 +139,7 @@ def test_the_order_is_fixed_for_ever() -> None:
 def test_the_samples_are_fixed_for_ever() -> None:
     sampler = _sampler(seed=1234)
     assert [sampler.sample(i).at for i in (0, 1, 2, 99, 100, 101, 12_345)] == [37, 45, 141, 21, 287, 183, 168]
-    mixed = Sampler([np.arange(401), np.arange(57), np.arange(90)], 4, 1234, [0.5, 0.2, 0.3])
+    mixed = TokenSampler([np.arange(401), np.arange(57), np.arange(90)], 4, 1234, [0.5, 0.2, 0.3])
     assert [tuple(mixed.sample(i)[1:]) for i in (0, 1, 2, 3, 4, 5, 777)] == [
         (0, 0, 385),
         (2, 0, 51),
@@ -154,9 +154,9 @@ def test_the_samples_are_fixed_for_ever() -> None:
 # ---- mixtures ----
 
 
-def _mixed(*weights: float, seed: int = 1) -> Sampler:
+def _mixed(*weights: float, seed: int = 1) -> TokenSampler:
     streams = [np.arange(i * 10_000, i * 10_000 + 41 + 16 * i) for i in range(len(weights))]
-    return Sampler(streams, 4, seed, weights)
+    return TokenSampler(streams, 4, seed, weights)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_each_part_of_a_mixture_has_its_own_epochs() -> None:
 
 
 def test_equal_parts_of_a_mixture_have_orders_of_their_own() -> None:
-    sampler = Sampler([np.arange(401)] * 2, 4, 1, [1, 1])
+    sampler = TokenSampler([np.arange(401)] * 2, 4, 1, [1, 1])
     orders = [[sampler.permuted(i, 0, part) for i in range(100)] for part in (0, 1)]
     assert sum(a == b for a, b in zip(*orders, strict=True)) < 12
 

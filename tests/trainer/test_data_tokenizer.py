@@ -100,7 +100,7 @@ def test_a_special_token_that_is_a_word_of_the_model_stays_text_too(tmp_path: Pa
     plain, spelled = words.encode([b"abc", b"abc</s>abc</s>"], counts)
     assert words.separator == 1 and counts == {"special": 1}
     assert 1 not in spelled and len(spelled) == 2 * (len(plain) + len("</s>"))
-    # An unknown word is no special token, though the file calls it one.
+    # An unknown word is not a special token, though the file calls it one.
     assert 0 in _ids(words, "abXc")[0]
 
 
@@ -169,7 +169,7 @@ def test_an_end_token_that_is_none(tmp_path: Path) -> None:
     _refused(
         name,
         "<|endoftexts|>",
-        r"data.end_token='<\|endoftexts\|>' is no token .*did you mean '<\|endoftext\|>'",
+        r"data.end_token='<\|endoftexts\|>' is not a token .*did you mean '<\|endoftext\|>'",
     )
 
 
@@ -187,4 +187,4 @@ def test_a_folder_with_a_tokenizer(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
-    _refused(str(tmp_path / "tokenizer.json"), None, "is no tokenizer.json: .*; type the path of one")
+    _refused(str(tmp_path / "tokenizer.json"), None, "is not a tokenizer.json: .*; type the path of one")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.collectives.ranks import together
-from tests.trainer.engine_ranks import Done, Run, do, whole
+from tests.trainer.engine_ranks import EngineRankResult, EngineRun, do, whole
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -17,7 +17,7 @@ ENGINES = ("native", "deepspeed")
 OTHER = {"native": "deepspeed", "deepspeed": "native"}
 CLOSE = 1e-5
 SPLIT = 4
-"""Step after which a run's state is kept, for another run to go on with."""
+"""Step after which a run's state is kept, for another run to continue with."""
 
 #: What engines must treat alike, in one model: tied embeddings, a shared expert, a dense layer, losses of routers.
 MIXED = {
@@ -28,20 +28,20 @@ WIDE = {"base_width": 16, "clip": 0.5}
 
 
 @dataclass(frozen=True)
-class Pair:
+class EnginePair:
     """The same run on both engines."""
 
     name: str
     world: int
-    run: Run
+    run: EngineRun
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[EngineRun]:
         return [dataclasses.replace(self.run, engine=engine) for engine in ("native", "deepspeed")]
 
 
-def pair(world: int, name: str, end: int = 50, **fields: object) -> Pair:
-    return Pair(name, world, Run("", end=end, **fields))  # type: ignore[arg-type]
+def pair(world: int, name: str, end: int = 50, **fields: object) -> EnginePair:
+    return EnginePair(name, world, EngineRun("", end=end, **fields))  # type: ignore[arg-type]
 
 
 PAIRS = [
@@ -60,26 +60,26 @@ FAMILY = "deepseek"
 
 
 @dataclass(frozen=True)
-class Ranks:
+class EngineRuns:
     """All runs of a world size: what rank 0 saw of each, and the slices' names of all ranks."""
 
-    done: dict[str, Done]
+    done: dict[str, EngineRankResult]
     names: dict[str, list[list[str]]]
 
 
-def work(world: int, root: Path, runs: dict[str, Run]) -> Ranks:
+def work(world: int, root: Path, runs: dict[str, EngineRun]) -> EngineRuns:
     found = together(world, root, do, list(runs.values()))
-    return Ranks(
+    return EngineRuns(
         dict(zip(runs, found[0], strict=True)),
         {name: [rank[i].names for rank in found] for i, name in enumerate(runs)},
     )
 
 
-def alone(root: Path, engine: str, world: int, number: int) -> tuple[str, Run]:
+def alone(root: Path, engine: str, world: int, number: int) -> tuple[str, EngineRun]:
     """A run that keeps its state on the way, under one of the world's layouts."""
     name = f"{engine}-{world}-{number}"
     shape, layout = {"layers": 2}, LAYOUTS[world][number]
-    return name, Run(engine, FAMILY, shape, layout, end=8, save=root / name, save_at=SPLIT, poisoned=2)
+    return name, EngineRun(engine, FAMILY, shape, layout, end=8, save=root / name, save_at=SPLIT, poisoned=2)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
 
 
-def both(root: Path, world: int) -> dict[str, Run]:
+def both(root: Path, world: int) -> dict[str, EngineRun]:
     """What a world size runs: pairs; runs that keep a state; runs that take up what the world before kept."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, EngineRun] = {}
     for one in PAIRS:
         if one.world == world:
             runs |= {f"{one.name}-{run.engine}": run for run in one.runs}
@@ -100,33 +100,33 @@ def both(root: Path, world: int) -> dict[str, Run]:
         for engine in ENGINES:
             for number, layout in enumerate(LAYOUTS[world]):
                 kept = f"{OTHER[engine]}-{old}-{min(number, len(LAYOUTS[old]) - 1)}"
-                run = Run(engine, FAMILY, {"layers": 2}, layout, begin=SPLIT, end=8, load=root / kept)
+                run = EngineRun(engine, FAMILY, {"layers": 2}, layout, begin=SPLIT, end=8, load=root / kept)
                 runs[f"{engine}-{world}-{number}-from-{kept}"] = run
     return runs
 
 
 @pytest.fixture(scope="module")
-def one(root: Path) -> Ranks:
+def one(root: Path) -> EngineRuns:
     return work(1, root, both(root, 1))
 
 
 @pytest.fixture(scope="module")
-def two(root: Path, one: Ranks) -> Ranks:
+def two(root: Path, one: EngineRuns) -> EngineRuns:
     return work(2, root, both(root, 2))
 
 
 @pytest.fixture(scope="module")
-def four(root: Path, two: Ranks) -> Ranks:
+def four(root: Path, two: EngineRuns) -> EngineRuns:
     return work(4, root, both(root, 4))
 
 
 @pytest.fixture(scope="module")
-def worlds(one: Ranks, two: Ranks, four: Ranks) -> dict[int, Ranks]:
+def worlds(one: EngineRuns, two: EngineRuns, four: EngineRuns) -> dict[int, EngineRuns]:
     return {1: one, 2: two, 4: four}
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
-def test_both_engines_train_alike(pair: Pair, worlds: dict[int, Ranks]) -> None:
+def test_both_engines_train_alike(pair: EnginePair, worlds: dict[int, EngineRuns]) -> None:
     native, deepspeed = (worlds[pair.world].done[f"{pair.name}-{engine}"] for engine in ENGINES)
     assert native.steps[-1].loss < 0.85 * native.steps[0].loss
     for ours, theirs in zip(native.steps, deepspeed.steps, strict=True):
@@ -139,14 +139,14 @@ def test_both_engines_train_alike(pair: Pair, worlds: dict[int, Ranks]) -> None:
 
 @pytest.mark.parametrize("world", (1, 2))
 def test_a_step_with_gradients_that_are_not_finite_moves_nothing(
-    world: int, worlds: dict[int, Ranks]
+    world: int, worlds: dict[int, EngineRuns]
 ) -> None:
     for engine in ENGINES:
         for number in range(len(LAYOUTS[world])):
             assert worlds[world].done[f"{engine}-{world}-{number}"].poisoned == (1.0, [])
 
 
-def test_states_of_both_engines_are_equal(root: Path, worlds: dict[int, Ranks]) -> None:
+def test_states_of_both_engines_are_equal(root: Path, worlds: dict[int, EngineRuns]) -> None:
     for world in (1, 2):
         for number in range(len(LAYOUTS[world])):
             native, deepspeed = (whole(root / f"{engine}-{world}-{number}") for engine in ENGINES)
@@ -158,7 +158,9 @@ def test_states_of_both_engines_are_equal(root: Path, worlds: dict[int, Ranks]) 
 
 @pytest.mark.parametrize("world", (2, 4))
 @pytest.mark.parametrize("engine", ENGINES)
-def test_each_engine_goes_on_with_the_others_state(engine: str, world: int, worlds: dict[int, Ranks]) -> None:
+def test_each_engine_goes_on_with_the_others_state(
+    engine: str, world: int, worlds: dict[int, EngineRuns]
+) -> None:
     taken = {
         name: done
         for name, done in worlds[world].done.items()
@@ -177,7 +179,7 @@ def test_each_engine_goes_on_with_the_others_state(engine: str, world: int, worl
         assert done.evaluated == pytest.approx(expected.evaluated, rel=CLOSE)
 
 
-def test_partitions_are_split_over_ranks(worlds: dict[int, Ranks]) -> None:
+def test_partitions_are_split_over_ranks(worlds: dict[int, EngineRuns]) -> None:
     """Every rank has a part of the state only, not a copy."""
     names = worlds[4].names["dp-ep-zero1-deepspeed"]
     dense = [{name for name in rank if "exp_avg_sq" in name and "experts" not in name} for rank in names]

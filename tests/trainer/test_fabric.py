@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose
-from trainer.sizing.time.fabric import Fabric, Group, from_catalogue, place
+from trainer.sizing.time.fabric import Fabric, RankGroup, from_catalogue, place
 
 pytestmark = pytest.mark.unit
 
@@ -27,7 +27,7 @@ SWEEPS = {
 
 @pytest.mark.parametrize("name", sorted(SWEEPS))
 def test_all_reduce_of_a_node_follows_the_published_sweep(name: str) -> None:
-    eight = Group(8)
+    eight = RankGroup(8)
     found = fabric(name)
     off = [
         abs(found.seconds("all_reduce", 1 << power, eight) * 1e6 / us - 1)
@@ -38,7 +38,7 @@ def test_all_reduce_of_a_node_follows_the_published_sweep(name: str) -> None:
 
 def test_two_nodes_of_h100_reach_what_mscclpp_publishes() -> None:
     # 16 ranks, 3 GiB: bus bandwidths of 377.7 and 403.7 GB/s (microsoft/mscclpp, NDv5).
-    sixteen, size, found = Group(16, 2), 3 << 30, fabric("h100")
+    sixteen, size, found = RankGroup(16, 2), 3 << 30, fabric("h100")
     bus = {"all_reduce": 2 * 15 / 16, "all_gather": 15 / 16}
     rate = {op: size * factor / found.seconds(op, size, sixteen) / 1e9 for op, factor in bus.items()}
     assert rate["all_reduce"] == pytest.approx(377.7, rel=0.12)
@@ -49,23 +49,23 @@ def test_small_groups_of_a_mesh_have_few_links_and_those_of_a_switch_all() -> No
     size = 64 << 20
     mesh, switch = fabric("mi300x"), fabric("h100")
     assert mesh.link(2) == 64 and mesh.link(8) == 448
-    assert mesh.seconds("all_gather", size, Group(2)) > 3 * mesh.seconds("all_gather", size, Group(8))
-    assert switch.seconds("all_gather", size, Group(2)) < switch.seconds("all_gather", size, Group(8))
+    assert mesh.seconds("all_gather", size, RankGroup(2)) > 3 * mesh.seconds("all_gather", size, RankGroup(8))
+    assert switch.seconds("all_gather", size, RankGroup(2)) < switch.seconds("all_gather", size, RankGroup(8))
 
 
 def test_groups_lie_by_their_stride() -> None:
-    assert place(8, 1, 8) == Group(8, 1, 1)
-    assert place(4, 2, 8) == Group(4, 1, 2)  # every second rank of a node
-    assert place(16, 4, 8) == Group(
+    assert place(8, 1, 8) == RankGroup(8, 1, 1)
+    assert place(4, 2, 8) == RankGroup(4, 1, 2)  # every second rank of a node
+    assert place(16, 4, 8) == RankGroup(
         16, 8, 4
     )  # two of a node, on eight nodes; four such groups share the adapters
-    assert place(4, 64, 8) == Group(4, 4, 8)
+    assert place(4, 64, 8) == RankGroup(4, 4, 8)
     assert place(16, 4, 8).local == 2
 
 
 def test_groups_that_share_a_nodes_adapters_take_longer() -> None:
     found, size = fabric("h100"), 1 << 30
-    alone, shared = Group(8, 8, 1), Group(8, 8, 8)
+    alone, shared = RankGroup(8, 8, 1), RankGroup(8, 8, 8)
     # All eight share 400 GB/s: 50 each, of which 85 % is reached.
     expected = size * 7 / 8 / (0.85 * 50e9)
     assert found.seconds("reduce_scatter", size, shared) == pytest.approx(expected, rel=0.02)
@@ -75,8 +75,8 @@ def test_groups_that_share_a_nodes_adapters_take_longer() -> None:
 def test_an_all_to_all_keeps_what_stays_inside_off_the_network() -> None:
     found, size = fabric("h100"), 256 << 20
     inside, across = (
-        found.seconds("all_to_all", size, Group(8)),
-        found.seconds("all_to_all", size, Group(16, 2)),
+        found.seconds("all_to_all", size, RankGroup(8)),
+        found.seconds("all_to_all", size, RankGroup(16, 2)),
     )
     assert across > 2 * inside
     # 8 of 15 parts leave each rank; 16 ranks on two nodes with eight adapters of 50 GB/s each.
@@ -86,13 +86,16 @@ def test_an_all_to_all_keeps_what_stays_inside_off_the_network() -> None:
 
 def test_a_group_of_one_takes_no_time_and_an_unknown_rate_gives_none() -> None:
     found = replace(fabric("h100"), network=None)
-    assert found.seconds("all_reduce", 1 << 20, Group(1)) == 0
-    assert math.isnan(found.seconds("all_reduce", 1 << 20, Group(16, 2)))
-    assert math.isnan(fabric("cpu").seconds("all_reduce", 1 << 20, Group(2)))
+    assert found.seconds("all_reduce", 1 << 20, RankGroup(1)) == 0
+    assert math.isnan(found.seconds("all_reduce", 1 << 20, RankGroup(16, 2)))
+    assert math.isnan(fabric("cpu").seconds("all_reduce", 1 << 20, RankGroup(2)))
 
 
 def test_a_ring_waits_for_every_rank_and_a_tree_for_every_doubling() -> None:
     found = fabric("h100")
-    ring, tree = found.latency("all_gather", Group(512, 64)), found.latency("all_reduce", Group(512, 64))
+    ring, tree = (
+        found.latency("all_gather", RankGroup(512, 64)),
+        found.latency("all_reduce", RankGroup(512, 64)),
+    )
     assert ring == pytest.approx(511 * 3.4e-6 + 63 * 10.6e-6)
     assert tree == pytest.approx(6 * 28e-6)

@@ -9,8 +9,8 @@ import torch
 
 from configs.compose import compose
 from configs.schema import RunConfig
-from trainer.engines.base import Batch, Place
-from trainer.feed import Feed
+from trainer.engines.base import Batch, DataPlace
+from trainer.feed import BatchFeed
 from trainer.optim.schedule import samples_before, samples_of
 
 pytestmark = pytest.mark.dist
@@ -28,12 +28,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _feed(text: Path, *words: str) -> tuple[RunConfig, Feed]:
+def _feed(text: Path, *words: str) -> tuple[RunConfig, BatchFeed]:
     config = compose([
         "experiment=smoke", f"data.path={text}", f"data.cache={text.parent / 'cache'}", f"data.sequence={SEQUENCE}",
         "train.micro_batch=2", "train.global_batch=8", "train.steps=6", "parallel.pp=1", *words,
     ])  # fmt: skip
-    return config, Feed.prepare(config, text.parent / "cache")
+    return config, BatchFeed.prepare(config, text.parent / "cache")
 
 
 def _rows(batches: list[Batch]) -> list[list[int]]:
@@ -46,7 +46,7 @@ def _rows(batches: list[Batch]) -> list[list[int]]:
 def test_every_place_gets_its_samples_of_each_step(text: Path, begin: int, ahead: int, size: int) -> None:
     config, feed = _feed(text, "train.ramp_batch=4", "train.ramp_steps=3")
     for index in range(size):
-        with feed.started(begin, ahead, Place(index, size), CPU):
+        with feed.started(begin, ahead, DataPlace(index, size), CPU):
             for step in range(begin, 6):
                 first = samples_before(config.train, step) + ahead
                 passes = samples_of(config.train, step) // (2 * size)
@@ -62,7 +62,7 @@ def test_another_seed_gives_another_order(text: Path) -> None:
     orders = []
     for seed in (1, 1 + (1 << 40)):
         _, feed = _feed(text, f"train.seed={seed}")
-        with feed.started(0, 0, Place(0, 1), CPU):
+        with feed.started(0, 0, DataPlace(0, 1), CPU):
             orders.append(_rows(feed.batches()))
     assert orders[0] != orders[1]
 
@@ -70,7 +70,7 @@ def test_another_seed_gives_another_order(text: Path) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_documents_are_told_where_they_are_masked(text: Path, masked: bool) -> None:
     _, feed = _feed(text, f"data.document_mask={str(masked).lower()}")
-    with feed.started(0, 0, Place(0, 1), CPU):
+    with feed.started(0, 0, DataPlace(0, 1), CPU):
         batches = feed.batches()
     told = [batch for batch in batches if batch.documents_BS is not None]
     assert bool(told) == masked
@@ -85,7 +85,7 @@ def test_validation_is_on_held_out_documents_and_always_the_same(text: Path) -> 
     letters: dict[str, set[int]] = {}
     seen = []
     for index in range(2):
-        with feed.started(0, 0, Place(index, 2), CPU):
+        with feed.started(0, 0, DataPlace(index, 2), CPU):
             letters.setdefault("train", set()).update(*_rows(feed.batches()))
             batches, samples = feed.validation()
             assert samples == 8 and len(_rows(batches)) == 4
@@ -112,7 +112,7 @@ def test_a_mixture_is_dealt_out_by_its_weights(text: Path, tmp_path: Path) -> No
         (tmp_path / letter).write_text(letter * 400)
         weights[str(tmp_path / letter)] = weight
     data = config.data.model_copy(update={"path": None, "mixture": weights})
-    feed = Feed.prepare(config.model_copy(update={"data": data}), tmp_path / "cache")
-    with feed.started(0, 0, Place(0, 1), CPU):
+    feed = BatchFeed.prepare(config.model_copy(update={"data": data}), tmp_path / "cache")
+    with feed.started(0, 0, DataPlace(0, 1), CPU):
         firsts = [row[0] if row[0] else row[1] for _ in range(5) for row in _rows(feed.batches())]
     assert firsts.count(ord("a")) == 30 and firsts.count(ord("z")) == 10

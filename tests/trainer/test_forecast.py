@@ -14,7 +14,7 @@ from configs.metrics import MetricWriter, StepLine
 from configs.paths import RunPaths
 from tests.trainer.bench_forecast import diverging
 from trainer.cli import main
-from trainer.sizing.forecast import END, History, fit, forecast, read, report, watch
+from trainer.sizing.forecast import END, StepHistory, fit, forecast, read, report, watch
 
 pytestmark = pytest.mark.unit
 
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.unit
 RUNS = json.loads(Path(__file__).with_name("losses.json").read_text())
 
 
-def real(name: str) -> tuple[History, int]:
+def real(name: str) -> tuple[StepHistory, int]:
     """A run's log, and its steps of warm-up."""
     run = RUNS[name]
     steps = np.arange(1, len(run["loss"]) + 1, dtype=float)
-    return History(steps, steps * run["tokens_per_step"], np.array(run["loss"])), run["warmup"]
+    return StepHistory(steps, steps * run["tokens_per_step"], np.array(run["loss"])), run["warmup"]
 
 
-def lawful(seed: int, steps: int = 1000, exponent: float = 0.4, noise: float = 0.05) -> History:
+def lawful(seed: int, steps: int = 1000, exponent: float = 0.4, noise: float = 0.05) -> StepHistory:
     """A known law with noise that is alike from step to step."""
     rng = np.random.default_rng(seed)
     white = rng.normal(0, noise, steps)
@@ -37,10 +37,10 @@ def lawful(seed: int, steps: int = 1000, exponent: float = 0.4, noise: float = 0
     for i in range(steps):
         alike[i] = 0.7 * alike[i - 1] + math.sqrt(1 - 0.49) * white[i]
     at = np.arange(1, steps + 1, dtype=float)
-    return History(at, 512 * at, 1.5 + 4 * at**-exponent + alike)
+    return StepHistory(at, 512 * at, 1.5 + 4 * at**-exponent + alike)
 
 
-def final_loss(history: History) -> float:
+def final_loss(history: StepHistory) -> float:
     end = int(history.steps[-1])
     return float(history.after(end * (1 - END)).loss.mean())
 
@@ -91,7 +91,7 @@ def test_alike_neighbours_widen_the_band() -> None:
     """Noise of the same size that isn't alike says more, so a bootstrap of single steps would be too sure."""
     rng = np.random.default_rng(5)
     at = np.arange(1, 1001, dtype=float)
-    white = History(at, 512 * at, 1.5 + 4 * at**-0.4 + rng.normal(0, 0.05, 1000))
+    white = StepHistory(at, 512 * at, 1.5 + 4 * at**-0.4 + rng.normal(0, 0.05, 1000))
     assert fit(lawful(5), 20).noise > 1.4 * fit(white, 20).noise
 
 
@@ -121,7 +121,7 @@ def test_one_spike_that_passes_does_not_alarm() -> None:
 def test_a_flat_loss_is_forecast_flat() -> None:
     rng = np.random.default_rng(2)
     at = np.arange(1, 401, dtype=float)
-    made = forecast(History(at, at * 512, 3 + rng.normal(0, 0.02, 400)), 20, 800)
+    made = forecast(StepHistory(at, at * 512, 3 + rng.normal(0, 0.02, 400)), 20, 800)
     assert abs(made.final.value - 3) < 0.02 and np.isfinite(made.final.high)
 
 

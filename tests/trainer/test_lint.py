@@ -11,11 +11,11 @@ from configs.compose import compose
 from trainer.sizing.ask import catalogue
 from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.check import lint
-from trainer.sizing.lint.findings import CHECKS, Finding, batched, changed
+from trainer.sizing.lint.findings import CHECKS, LintFinding, batched, changed
 from trainer.sizing.lint.rules import balance_width, rules, tile_count, wave_efficiency
 from trainer.sizing.lint.shape import other_heads
 from trainer.sizing.model import parameters, shapes
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Prices, padded_head
 
 pytestmark = pytest.mark.unit
@@ -27,7 +27,7 @@ PRICES = {
 
 
 @cache
-def job(hardware: str, *words: str, model: str = "olmoe_1b_7b") -> Job:
+def job(hardware: str, *words: str, model: str = "olmoe_1b_7b") -> TrainingJob:
     return job_of(
         compose(
             [f"model={model}", f"hardware={hardware}", "data.sequence=4096", "train.micro_batch=4", *words]
@@ -35,9 +35,9 @@ def job(hardware: str, *words: str, model: str = "olmoe_1b_7b") -> Job:
     )[0]
 
 
-def found(hardware: str, *words: str, model: str = "olmoe_1b_7b") -> dict[str, Finding]:
+def found(hardware: str, *words: str, model: str = "olmoe_1b_7b") -> dict[str, LintFinding]:
     """The worst finding of each rule."""
-    kept: dict[str, Finding] = {}
+    kept: dict[str, LintFinding] = {}
     for finding in lint(job(hardware, *words, model=model), PRICES[hardware]):
         kept.setdefault(finding.rule.name, finding)
     return kept

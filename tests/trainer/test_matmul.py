@@ -13,7 +13,17 @@ from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, load
 from tests.trainer import synthetic
 from tests.trainer.bench_matmul import cross_validated, shape_of
-from trainer.sizing.time.kernels import GROUPED, TILES, Chip, Form, Kind, Shape, Tuning, level, shares
+from trainer.sizing.time.kernels import (
+    GROUPED,
+    TILES,
+    Chip,
+    Form,
+    KernelKind,
+    MatmulShape,
+    Tuning,
+    level,
+    shares,
+)
 from trainer.sizing.time.matmul import DEFAULTS, Kernels
 
 pytestmark = pytest.mark.unit
@@ -56,7 +66,7 @@ def test_the_catalogue_alone_gives_published_h100_rates() -> None:
     kernels = Kernels.of(hardware("h100"))
     ratios = []
     for m, n, k, tflops in XLA_H100:
-        figure = kernels.matmul_figure("matmul", Shape(m, n, k))
+        figure = kernels.matmul_figure("matmul", MatmulShape(m, n, k))
         assert figure is not None
         measured = 2 * m * n * k / tflops / 1e12
         ratios.append(figure.value / measured)
@@ -85,7 +95,7 @@ def test_shapes_held_out_of_the_h100_profile_are_predicted(h100: DeviceProfile) 
     dense = [
         r
         for row, r in found
-        if row.experts == 1 and row.dtype == "bfloat16" and shape_of(row).kind == Kind.ALIGNED
+        if row.experts == 1 and row.dtype == "bfloat16" and shape_of(row).kind == KernelKind.ALIGNED
     ]
     grouped = [r for row, r in found if row.experts > 1]
     assert len(dense) > 150 and len(grouped) == 116
@@ -98,7 +108,7 @@ def test_a_device_that_follows_other_formulas_is_predicted_too(made: DeviceProfi
     kernels = Kernels.of(hardware("h100"), made)
     errors = []
     for row in synthetic.fresh(100, seed=7):
-        figure = kernels.matmul_figure("matmul", Shape(row.m, row.n, row.k))
+        figure = kernels.matmul_figure("matmul", MatmulShape(row.m, row.n, row.k))
         assert figure is not None
         errors.append(abs(row.time_us / 1e6 / figure.value - 1))
     assert statistics.mean(errors) < 0.15
@@ -107,7 +117,7 @@ def test_a_device_that_follows_other_formulas_is_predicted_too(made: DeviceProfi
 def test_unaligned_widths_are_as_slow_as_measured(made: DeviceProfile, h100: DeviceProfile) -> None:
     for profile in (made, h100):
         kernels = Kernels.of(hardware("h100"), profile)
-        rows = [r for r in profile.matmuls if shape_of(r).kind != Kind.ALIGNED and r.m >= 1024]
+        rows = [r for r in profile.matmuls if shape_of(r).kind != KernelKind.ALIGNED and r.m >= 1024]
         assert {row.layout for row in rows} == {"forward", "inputs", "weights"}
         for row in rows:
             seconds = kernels.matmul(row.m, row.n, row.k, layout=row.layout)
@@ -123,7 +133,7 @@ def test_a_precision_with_few_shapes_takes_its_rate_from_them(made: DeviceProfil
 
 def test_fp8_that_no_profile_has_comes_from_the_catalogue(h100: DeviceProfile) -> None:
     kernels = Kernels.of(hardware("h100"), h100)
-    figure = kernels.matmul_figure("matmul", Shape(8192, 8192, 8192), "fp8")
+    figure = kernels.matmul_figure("matmul", MatmulShape(8192, 8192, 8192), "fp8")
     assert figure is not None and "catalogue: 1402.6 TFLOP/s fp8" in figure.derivation
     assert figure.high / figure.low > 1.5
 
@@ -143,35 +153,40 @@ def test_fp8_that_no_profile_has_comes_from_the_catalogue(h100: DeviceProfile) -
 def test_tiles_fill_waves(units: int, tile: tuple[int, int], m: int, n: int, waves: int, fill: float) -> None:
     plan = Form(
         Chip(units, (tile,), None), Tuning(**{**vars(DEFAULTS), "rate": 1e15, "bandwidth": 1e13})
-    ).plan(Shape(m, n, 256))
+    ).plan(MatmulShape(m, n, 256))
     assert plan.waves == waves
     assert plan.blocks / (plan.waves * units) == pytest.approx(fill, abs=0.001)
 
 
 def test_one_row_more_than_a_wave_holds_costs_a_wave() -> None:
     one = Form(Chip(132, ((128, 256),), None), Tuning(**{**vars(DEFAULTS), "rate": 8e14, "bandwidth": 3e12}))
-    full, over = one.choose(Shape(128 * 33, 1024, 4096)), one.choose(Shape(128 * 33 + 1, 1024, 4096))
+    full, over = (
+        one.choose(MatmulShape(128 * 33, 1024, 4096)),
+        one.choose(MatmulShape(128 * 33 + 1, 1024, 4096)),
+    )
     assert (full.plan.waves, over.plan.waves) == (1, 2)
     assert over.arithmetic == pytest.approx(2 * full.arithmetic)
 
 
 def test_a_long_inner_width_is_split_where_tiles_are_few() -> None:
-    few = form().plan(Shape(128, 128, 65536))
-    many = form().plan(Shape(16384, 8192, 65536))
+    few = form().plan(MatmulShape(128, 128, 65536))
+    many = form().plan(MatmulShape(16384, 8192, 65536))
     assert few.parts > 1 and many.parts == 1
 
 
 def test_an_expert_s_rows_are_rounded_to_two_tiles_on_hopper() -> None:
     one = form()
-    blocks = [one.plan(Shape(8 * rows, 256, 2048, experts=8)).blocks for rows in (256, 257, 512, 128, 64)]
+    blocks = [
+        one.plan(MatmulShape(8 * rows, 256, 2048, experts=8)).blocks for rows in (256, 257, 512, 128, 64)
+    ]
     assert blocks == [8 * 2, 8 * 4, 8 * 4, 8 * 2 * 2, 8 * 2 * 2]
-    assert one.plan(Shape(8 * 128, 256, 2048, experts=8)).tile == (64, 128)
-    assert one.plan(Shape(8 * 129, 256, 2048, experts=8)).tile == (128, 256)
+    assert one.plan(MatmulShape(8 * 128, 256, 2048, experts=8)).tile == (64, 128)
+    assert one.plan(MatmulShape(8 * 129, 256, 2048, experts=8)).tile == (128, 256)
 
 
 def test_uneven_experts_take_longer() -> None:
     times = [
-        form().choose(Shape(16384, 2048, 2048, experts=32, imbalance=skew)).seconds
+        form().choose(MatmulShape(16384, 2048, 2048, experts=32, imbalance=skew)).seconds
         for skew in (1.0, 2.0, 6.0)
     ]
     assert times[0] < min(times[1:])
@@ -179,14 +194,14 @@ def test_uneven_experts_take_longer() -> None:
 
 def test_the_weights_gradient_sums_over_the_rows() -> None:
     one = form()
-    plan = one.plan(Shape(2048, 1024, 16384, experts=8, layout="weights"))
+    plan = one.plan(MatmulShape(2048, 1024, 16384, experts=8, layout="weights"))
     assert plan.blocks == 8 * 16 * 4
     even, uneven = (
-        one.choose(Shape(2048, 1024, 16384, experts=8, layout="weights", imbalance=i)).seconds
+        one.choose(MatmulShape(2048, 1024, 16384, experts=8, layout="weights", imbalance=i)).seconds
         for i in (1.0, 3.0)
     )
     assert even < uneven
-    dense = one.choose(Shape(8 * 2048, 1024, 2048)).seconds
+    dense = one.choose(MatmulShape(8 * 2048, 1024, 2048)).seconds
     assert even == pytest.approx(dense, rel=0.3)
 
 
@@ -199,13 +214,13 @@ def test_shares_add_up_and_the_largest_is_as_asked(experts: int, imbalance: floa
 
 def test_the_power_limit_slows_what_is_dense_and_spares_what_is_not() -> None:
     hot, cool = form(power=0.7), form(power=3.0)
-    large, small = Shape(16384, 8192, 8192), Shape(256, 1024, 1024)
+    large, small = MatmulShape(16384, 8192, 8192), MatmulShape(256, 1024, 1024)
     assert hot.choose(large).slowing == pytest.approx((0.95 / 0.7) ** (1 / 3), rel=0.03)
     assert hot.choose(small).seconds == cool.choose(small).seconds
 
 
 def test_small_batches_are_bound_by_memory() -> None:
-    choice = form().choose(Shape(16, 8192, 8192))
+    choice = form().choose(MatmulShape(16, 8192, 8192))
     assert choice.memory > choice.arithmetic
     assert choice.seconds > 2 * 8192 * 8192 / 3e12
 
@@ -220,23 +235,29 @@ def test_levels_of_alignment(size: int, doublings: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [
-        (Shape(1001, 1024, 1024), Kind.ALIGNED), (Shape(1024, 1028, 1024), Kind.EVEN),
-        (Shape(1024, 1024, 1025), Kind.ODD), (Shape(1024, 1025, 1024), Kind.ODD_RESULT),
-        (Shape(1001, 1024, 1025, layout="inputs"), Kind.ODD), (Shape(1001, 1025, 1024, layout="inputs"), Kind.ODD_RESULT),
+        (MatmulShape(1001, 1024, 1024), KernelKind.ALIGNED),
+        (MatmulShape(1024, 1028, 1024), KernelKind.EVEN),
+        (MatmulShape(1024, 1024, 1025), KernelKind.ODD),
+        (MatmulShape(1024, 1025, 1024), KernelKind.ODD_RESULT),
+        (MatmulShape(1001, 1024, 1025, layout="inputs"), KernelKind.ODD),
+        (MatmulShape(1001, 1025, 1024, layout="inputs"), KernelKind.ODD_RESULT),
         # An odd number of tokens is the inner width of the weights' gradient, and no row's length.
-        (Shape(1024, 1024, 1001, layout="weights"), Kind.ALIGNED), (Shape(1025, 1024, 1001, layout="weights"), Kind.ODD),
-        (Shape(1024, 1025, 1001, layout="weights"), Kind.ODD_RESULT), (Shape(1024, 1024, 1025, bytes=4), Kind.EVEN),
-        (Shape(1024, 1024, 1028, bytes=4), Kind.ALIGNED), (Shape(1024, 1024, 1032, bytes=1), Kind.EVEN),
+        (MatmulShape(1024, 1024, 1001, layout="weights"), KernelKind.ALIGNED),
+        (MatmulShape(1025, 1024, 1001, layout="weights"), KernelKind.ODD),
+        (MatmulShape(1024, 1025, 1001, layout="weights"), KernelKind.ODD_RESULT),
+        (MatmulShape(1024, 1024, 1025, bytes=4), KernelKind.EVEN),
+        (MatmulShape(1024, 1024, 1028, bytes=4), KernelKind.ALIGNED),
+        (MatmulShape(1024, 1024, 1032, bytes=1), KernelKind.EVEN),
     ],
-)  # fmt: skip
-def test_kernels_go_by_where_rows_begin(shape: Shape, kind: Kind) -> None:
+)
+def test_kernels_go_by_where_rows_begin(shape: MatmulShape, kind: KernelKind) -> None:
     assert shape.kind == kind
 
 
 def test_each_step_of_misalignment_costs_more_and_is_known_less(h100: DeviceProfile) -> None:
     for profile in (None, h100):
         kernels = Kernels.of(hardware("h100"), profile)
-        figures = [kernels.matmul_figure("matmul", Shape(8192, n, 4096)) for n in (4096, 4098, 4097)]
+        figures = [kernels.matmul_figure("matmul", MatmulShape(8192, n, 4096)) for n in (4096, 4098, 4097)]
         times = [figure.value for figure in figures if figure]
         assert len(times) == 3 and times[1] > 2 * times[0] and times[2] > 2 * times[1]
         assert all(f and a and f.high / f.low > a.high / a.low for a, f in [figures[:2], figures[::2]])
@@ -247,7 +268,10 @@ def test_wider_never_costs_less_by_more_than_alignment_gives() -> None:
     one = form()
     for n in (2047, 2730, 4097, 10922, 50257):
         padded = -(-n // 64) * 64
-        assert one.choose(Shape(8192, padded, 2048)).seconds < one.choose(Shape(8192, n, 2048)).seconds
+        assert (
+            one.choose(MatmulShape(8192, padded, 2048)).seconds
+            < one.choose(MatmulShape(8192, n, 2048)).seconds
+        )
 
 
 # ---- copies ----
@@ -275,7 +299,7 @@ def test_copies_without_a_profile_have_a_start_and_a_bandwidth() -> None:
 def test_a_cpu_has_no_times_and_says_why() -> None:
     kernels = Kernels.of(hardware("cpu"))
     assert kernels.matmul(1024, 1024, 1024) is None and kernels.elementwise(1e9) is None
-    assert kernels.matmul_figure("matmul", Shape(8, 8, 8)) is None
+    assert kernels.matmul_figure("matmul", MatmulShape(8, 8, 8)) is None
     assert kernels.elementwise_figure("copy", 1e9) is None
     assert "is a CPU" in kernels.why()
 
@@ -309,7 +333,7 @@ def test_another_device_s_profile_is_refused(made: DeviceProfile) -> None:
 
 def test_a_figure_tells_its_tiles_and_its_source(h100: DeviceProfile) -> None:
     kernels = Kernels.of(hardware("h100"), h100)
-    figure = kernels.matmul_figure("matmul", Shape(8192, 4096, 4096))
+    figure = kernels.matmul_figure("matmul", MatmulShape(8192, 4096, 4096))
     assert figure is not None
     assert figure.low < figure.value < figure.high
     assert figure.value == kernels.matmul(8192, 4096, 4096)

@@ -12,7 +12,7 @@ from configs.schema import ModelConfig
 from trainer.sizing.memory import activations, states
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import frameworks, parameters
-from trainer.sizing.model.job import Job, Recompute, Retention, Software
+from trainer.sizing.model.job import FrameworkMemory, Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import schedule
 
@@ -50,8 +50,8 @@ def llama(layers: int, hidden: int, width: int, tied: bool) -> ModelConfig:
     return gpt(layers, hidden, 32).model_copy(update=shape)
 
 
-def job(model: ModelConfig, software: Software, **changes: object) -> Job:
-    made = Job(model, Layout(1, 8, 1, 1, 1, 1), 4096, 1, 64, software=software)
+def job(model: ModelConfig, software: Software, **changes: object) -> TrainingJob:
+    made = TrainingJob(model, Layout(1, 8, 1, 1, 1, 1), 4096, 1, 64, software=software)
     return replace(made, **changes)  # type: ignore[arg-type]  # names and types are those of Job
 
 
@@ -76,9 +76,11 @@ def test_korthikanti(row: tuple[float, ...]) -> None:
             flash_attention=False,
             sequence_parallel=sequence_parallel,
             dropout=True,
-            retention=Retention(norm_bytes=2),
+            retention=FrameworkMemory(norm_bytes=2),
         )
-        made = Job(model, layout, 2048, micro_batch, 512, "bf16", 0, recompute, interleave, software=software)
+        made = TrainingJob(
+            model, layout, 2048, micro_batch, 512, "bf16", 0, recompute, interleave, software=software
+        )
         each = activations.kept(made, False) * memory.stages(made)[0].layers
         kept.append(each * activations.in_flight(made, 0) / GIB)
     assert kept == pytest.approx(row[7:], abs=0.01)
@@ -91,7 +93,7 @@ def test_megatron_cores_figure_of_deepseek_v3() -> None:
     # Megatron-Core MoE 2026: PP4 VPP4 EP64 on 256 GPUs in bf16: 36.4 GB weights and gradients, 32.1 optimizer, 131.0
     # activations. The first two are those of 16 MoE layers without a table.
     software = Software(name="megatron", retention=frameworks.MEGATRON)
-    made = Job(
+    made = TrainingJob(
         preset("deepseek_v3"),
         Layout(4, 64, 1, 64, 1, 1),
         4096,
@@ -101,7 +103,7 @@ def test_megatron_cores_figure_of_deepseek_v3() -> None:
         interleave=4,
         software=software,
     )
-    found = states.states(made, schedule.Stage(0, 16, False, False))
+    found = states.states(made, schedule.StageCost(0, 16, False, False))
     assert (found.weights + found.gradients) / GIB == pytest.approx(36.4, rel=0.01)
     assert found.optimizer / GIB == pytest.approx(32.1, rel=0.01)
     used = memory.usage(made, "cuda", 0, memory.stages(made)[0])
@@ -122,7 +124,9 @@ def test_megatron_cores_figure_of_deepseek_v3() -> None:
 def test_states_of_nanotron(
     shape: tuple[int, int, int, bool], layout: Layout, zero: int, told: float
 ) -> None:
-    made = Job(llama(*shape), layout, 4096, 1, layout.dp * 4, zero=zero, software=frameworks.nanotron())
+    made = TrainingJob(
+        llama(*shape), layout, 4096, 1, layout.dp * 4, zero=zero, software=frameworks.nanotron()
+    )
     first = memory.stages(made)[0]
     assert (states.states(made, first).all + states.update(made, first)) / GIB == pytest.approx(
         told, rel=0.01
@@ -143,7 +147,7 @@ def test_states_of_nanotron(
 def test_published_peaks_lie_in_the_interval(
     shape: tuple[int, int, int, bool], layout: Layout, micro_batch: int, zero: int, before: bool, told: float
 ) -> None:
-    made = Job(
+    made = TrainingJob(
         llama(*shape), layout, 4096, micro_batch, layout.dp * micro_batch * 16, zero=zero,
         software=frameworks.nanotron(before),
     )  # fmt: skip
@@ -185,7 +189,7 @@ def test_the_summary_adds_up() -> None:
 def test_each_zero_stage_splits_one_thing_more(stage: int) -> None:
     model, software = preset("olmoe_1b_7b"), frameworks.own()
     before, after = (
-        states.states(job(model, software, zero=z), schedule.Stage(0, 16, True, True))
+        states.states(job(model, software, zero=z), schedule.StageCost(0, 16, True, True))
         for z in (stage - 1, stage)
     )
     split = {1: "optimizer", 2: "gradients", 3: "weights"}[stage]
@@ -239,7 +243,7 @@ def test_imbalance_and_context_take_their_share() -> None:
 def test_a_host_that_waits_piles_nothing_up() -> None:
     layout = Layout(4, 4, 1, 1, 1, 8)
     free, waits = (
-        Job(llama(28, 3072, 8192, True), layout, 4096, 4, 256, software=frameworks.nanotron(before))
+        TrainingJob(llama(28, 3072, 8192, True), layout, 4096, 4, 256, software=frameworks.nanotron(before))
         for before in (False, True)
     )
     assert memory.worst(free, "cuda")[1].waiting > 0 == memory.worst(waits, "cuda")[1].waiting
@@ -265,7 +269,7 @@ def test_the_optimizers_moments_are_counted_by_kind_of_weight(
 ) -> None:
     model, optim = preset("olmoe_1b_7b"), compose(typed).optim
     made = job(model, frameworks.own(optim=optim), layout=Layout(1, 1, 1, 1, 1, 1), zero=1)
-    whole = schedule.Stage(0, 16, True, True)
+    whole = schedule.StageCost(0, 16, True, True)
     mine = states.held(made, whole)
     tables = 2 * model.vocab * model.hidden
     assert mine.all == parameters.count(model).total and tables < mine.other < 1.01 * tables
@@ -276,7 +280,7 @@ def test_the_optimizers_moments_are_counted_by_kind_of_weight(
 def test_fp32_weights_that_nobody_shares_are_their_own_master() -> None:
     alone, shared = Layout(1, 1, 1, 1, 1, 1), Layout(1, 2, 1, 1, 1, 1)
     made = job(preset("demo"), frameworks.own(), layout=alone, precision="fp32")
-    whole = schedule.Stage(0, 4, True, True)
+    whole = schedule.StageCost(0, 4, True, True)
     weights = states.held(made, whole).all
     assert states.states(made, whole).optimizer == 8 * weights
     assert states.states(replace(made, layout=shared), whole).optimizer == 12 * weights
@@ -284,7 +288,7 @@ def test_fp32_weights_that_nobody_shares_are_their_own_master() -> None:
 
 
 def test_gradients_of_a_steps_only_micro_batch_are_never_whole() -> None:
-    whole = schedule.Stage(0, 16, True, True)
+    whole = schedule.StageCost(0, 16, True, True)
     made = job(preset("olmoe_1b_7b"), frameworks.own(), zero=1, global_batch=8)
     one, two = states.states(made, whole), states.states(replace(made, global_batch=16), whole)
     assert two.gradients == pytest.approx(8 * one.gradients)
@@ -294,10 +298,14 @@ def test_gradients_of_a_steps_only_micro_batch_are_never_whole() -> None:
 
 
 def test_selective_recomputation_keeps_all_but_what_the_experts_make() -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own(), recompute="selective", imbalance=1.2)
+    made = job(preset("olmoe_1b_7b"), frameworks.own(precision="fp32"), recompute="selective", imbalance=1.2)
     parts = activations.layer(made, True)
     kept = activations.kept(made, True)
     assert kept == pytest.approx(parts["norms"] + parts["attention"] + activations.boundary(made))
+    # The kernels' router reads bf16, and so keeps the experts' input among what norms keep.
+    fused = replace(made, software=frameworks.own())
+    parts = activations.layer(fused, True)
+    assert activations.kept(fused, True) == pytest.approx(parts["norms"] + parts["attention"])
     assert activations.surplus(made) == 0 < activations.surplus(replace(made, recompute="none"))
     dense = replace(made, model=gpt(4, 1024, 16))
     parts = activations.layer(dense, False)

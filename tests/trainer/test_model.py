@@ -10,7 +10,8 @@ from torch import Tensor
 from configs.model import YarnConfig
 from tests.trainer.small_models import KINDS, gradients, logits, micro, shape, stage, tokens
 from trainer.model.attention import Attention
-from trainer.model.decoder import Stage, boundary_width, inputs
+from trainer.model.block import landed
+from trainer.model.decoder import DecoderStage, boundary_width, inputs
 from trainer.model.initial import build, initialize
 from trainer.model.norm import RMSNorm
 from trainer.model.rotary import Rotary, attention_factor
@@ -224,7 +225,8 @@ def test_multi_token_prediction_by_hand(tied: bool) -> None:
     for depth, part in enumerate(built.mtp, start=1):
         ahead = table[padded[:, depth : depth + 9]]
         joined = torch.cat((part.hidden_norm(hidden), part.embedding_norm(ahead)), -1) @ part.project.weight.T
-        hidden = part.block(joined, None, batch, turns)[0]
+        x, _, owed = part.block(joined, None, batch, turns)
+        hidden = x + landed(owed)
         found = part.final_norm(hidden)[:, : 9 - depth] @ head.T
         by_hand += 0.7 / 2 * F.cross_entropy(found.flatten(0, 1), base[:, depth + 1 :].flatten())
     (main + by_hand).backward()
@@ -241,7 +243,7 @@ def test_multi_token_prediction_by_hand(tied: bool) -> None:
 
 def test_a_tied_table_gets_the_gradients_of_both_uses() -> None:
     tied = stage(shape(tie_embeddings=True))
-    apart = Stage(shape(), 0, 2).double()
+    apart = DecoderStage(shape(), 0, 2).double()
     apart.load_state_dict(tied.state_dict() | {"head.weight": tied.embedding.weight})
     batch = micro(tokens())
     for built in (tied, apart):
@@ -256,7 +258,7 @@ def test_a_tied_table_gets_the_gradients_of_both_uses() -> None:
 def test_stages_in_a_row_are_the_whole_model(kind: str, cut: int) -> None:
     model = shape(**KINDS[kind], layers=3)
     whole, batch = stage(model), micro(tokens())
-    parts = [Stage(model, 0, cut).double(), Stage(model, cut, 3).double()]
+    parts = [DecoderStage(model, 0, cut).double(), DecoderStage(model, cut, 3).double()]
     state = whole.state_dict()
     for part in parts:
         part.load_state_dict({name: state[name] for name in part.state_dict()})
@@ -294,11 +296,11 @@ def test_every_parameter_learns_and_has_its_split(kind: str) -> None:
 def test_a_stage_made_on_meta_is_the_same(kind: str) -> None:
     model = shape(**KINDS[kind])
     with torch.device("meta"):
-        lazy = Stage(model, 0, 2)
+        lazy = DecoderStage(model, 0, 2)
     assert all(t.is_meta for t in (*lazy.parameters(), *lazy.buffers()))
     lazy.to_empty(device="cpu")
     initialize(lazy, 5)
-    eager = Stage(model, 0, 2)
+    eager = DecoderStage(model, 0, 2)
     initialize(eager, 5)
     batch = micro(tokens())
     assert lazy(inputs(batch), batch) == eager(inputs(batch), batch)
@@ -307,7 +309,7 @@ def test_a_stage_made_on_meta_is_the_same(kind: str) -> None:
 def test_logits_are_asked_of_the_last_stage_alone() -> None:
     batch = micro(tokens())
     with pytest.raises(RuntimeError, match="layers 0 to 1 have no output projection"):
-        Stage(shape(), 0, 1).logits(inputs(batch), batch)
+        DecoderStage(shape(), 0, 1).logits(inputs(batch), batch)
 
 
 @every_kind

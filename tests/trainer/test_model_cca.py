@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.trainer.small_models import micro, shape, stage, tokens
 from trainer.model.compressed import CompressedAttention
 from trainer.model.rotary import Rotary
-from trainer.model.seams import Alone, zero_at_starts
+from trainer.model.seams import SoloSeams, zero_at_starts
 
 pytestmark = pytest.mark.dist
 
@@ -87,7 +87,7 @@ def test_a_query_reaches_three_tokens_back_before_attention() -> None:
     assert moved[:5].max() < 1e-12 and moved[5:].min() > 1e-6
 
 
-class _Part(Alone):
+class _Part(SoloSeams):
     """The second or first of two tensor-parallel ranks, whose results are added by hand."""
 
     def __init__(self, index: int) -> None:

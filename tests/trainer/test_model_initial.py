@@ -9,7 +9,7 @@ import torch
 
 from configs.compose import compose
 from tests.trainer.small_models import KINDS, shape
-from trainer.model.decoder import Stage
+from trainer.model.decoder import DecoderStage
 from trainer.model.initial import build, initial, initialize, kind
 from trainer.sizing.model import parameters
 from trainer.state import Box
@@ -73,7 +73,7 @@ def test_every_bit_of_the_seed_counts(seeds: tuple[int, int]) -> None:
 
 
 def test_every_name_has_values_of_its_own() -> None:
-    names = [name for name, p in Stage(MODEL, 0, 8).named_parameters() if p.dim() > 1]
+    names = [name for name, p in DecoderStage(MODEL, 0, 8).named_parameters() if p.dim() > 1]
     firsts = [_whole(4, 4, name=name)[0, 0].item() for name in names]
     assert len(set(firsts)) == len(names) > 50
 
@@ -101,7 +101,7 @@ def test_deviations_and_constants() -> None:
 def test_kinds_of_parameters() -> None:
     found: dict[str, set[str]] = {}
     for changes in KINDS.values():
-        for name, _ in Stage(shape(**changes), 0, 2).named_parameters():
+        for name, _ in DecoderStage(shape(**changes), 0, 2).named_parameters():
             found.setdefault(kind(name), set()).add(name.rpartition("blocks.0.")[2])
     assert found["embedding"] == {"embedding.weight", "head.weight"}
     assert {"attention_norm.weight", "attention.key_conv.weight", "attention.query_mix.weight"} < found[
@@ -116,7 +116,7 @@ def test_stages_begin_as_the_whole_model_does() -> None:
     model = shape(**KINDS["zaya"], layers=3)
     whole = build(model, 9).state_dict()
     for first, last in ((0, 1), (1, 3)):
-        part = Stage(model, first, last)
+        part = DecoderStage(model, first, last)
         initialize(part, 9)
         for name, value in part.state_dict().items():
             assert torch.equal(value, whole[name]), name
@@ -126,7 +126,7 @@ def test_stages_begin_as_the_whole_model_does() -> None:
 def test_sizing_counts_the_parameters_that_there_are(preset: str) -> None:
     model = compose([f"model={preset}"]).model.model_copy(update={"mtp_layers": 0})
     with torch.device("meta"):
-        built = Stage(model, 0, model.layers)
+        built = DecoderStage(model, 0, model.layers)
     assert sum(p.numel() for p in built.parameters()) == parameters.count(model).total
 
 
@@ -134,7 +134,7 @@ def test_what_sizing_leaves_out_of_zaya1() -> None:
     """Its vectors: biases of convolutions and router, key and depth scales, residual scaling."""
     model = compose(["model=zaya1_base"]).model.model_copy(update={"residual_scaling": True})
     with torch.device("meta"):
-        built = Stage(model, 0, model.layers)
+        built = DecoderStage(model, 0, model.layers)
     found = sum(p.numel() for p in built.parameters()) - parameters.count(model).total
     channels, width, layers, hidden = 1280, 256, 40, 2048
     convolutions, routers = layers * (2 * channels + 2), layers * 3 * width + (layers - 1) * width

@@ -7,7 +7,7 @@ import torch
 
 from configs.model import RouterConfig
 from tests.trainer.small_models import micro, shape, stage, tokens
-from trainer.model.seams import Alone
+from trainer.model.seams import SoloSeams
 
 pytestmark = pytest.mark.dist
 
@@ -23,5 +23,5 @@ def test_routers_choose_in_fp32(kind: str) -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     router.to(torch.bfloat16)
-    choice = router(x, None, micro(tokens(4)), Alone())
+    choice = router(x, None, micro(tokens(4)), SoloSeams())
     assert choice.weights_BSK.dtype == torch.float32

@@ -13,10 +13,10 @@ from torch import Tensor
 from configs.model import ModelConfig, RouterConfig
 from tests.trainer.small_models import gradients, micro, routed, shape, stage, tokens
 from trainer.model.decoder import inputs
-from trainer.model.exchange import LocalExchange
+from trainer.model.exchange import LocalExchange, sort_keys
 from trainer.model.moe import Experts, MoELayer
 from trainer.model.router import MLPRouter, Router, count
-from trainer.model.seams import Alone, Micro
+from trainer.model.seams import Micro, SoloSeams
 
 pytestmark = pytest.mark.dist
 
@@ -44,7 +44,7 @@ def _layer(model: ModelConfig) -> MoELayer:
 def test_weights_are_the_scores_of_the_chosen(score: str, renormalize: bool) -> None:
     router, x = _router(routed(score=score, renormalize=renormalize, scale=2.5, top_k=3)), _x()
     router.bias = torch.linspace(-0.4, 0.4, 8, dtype=torch.float64)
-    found = router(x, None, micro(tokens()), Alone())
+    found = router(x, None, micro(tokens()), SoloSeams())
     logits = x @ router.linear.weight.T
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     for b in range(2):
@@ -58,11 +58,11 @@ def test_weights_are_the_scores_of_the_chosen(score: str, renormalize: bool) -> 
 
 def test_the_bias_moves_the_choice_and_never_the_weights() -> None:
     router, x = _router(routed(score="sigmoid", renormalize=False)), _x()
-    plain = router(x, None, micro(tokens()), Alone())
+    plain = router(x, None, micro(tokens()), SoloSeams())
     router.bias += 7.0
-    torch.testing.assert_close(router(x, None, micro(tokens()), Alone()).weights_BSK, plain.weights_BSK)
+    torch.testing.assert_close(router(x, None, micro(tokens()), SoloSeams()).weights_BSK, plain.weights_BSK)
     router.bias[5] += 10.0
-    found = router(x, None, micro(tokens()), Alone())
+    found = router(x, None, micro(tokens()), SoloSeams())
     assert (found.chosen_BSK[..., 0] == 5).all() and (found.weights_BSK < 1).all()
 
 
@@ -108,7 +108,7 @@ def test_a_router_learns_which_expert_is_right() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    assert (layer.router(x, None, batch, Alone()).chosen_BSK == 2).float().mean() > 0.6
+    assert (layer.router(x, None, batch, SoloSeams()).chosen_BSK == 2).float().mean() > 0.6
 
 
 def test_a_mixture_of_one_expert_is_a_dense_layer() -> None:
@@ -123,7 +123,7 @@ def test_the_mixture_by_hand(changes: dict[str, Any]) -> None:
     layer, x = _layer(shape(**changes)), _x()
     found, state = layer(x, None, micro(tokens()))
     assert state is None
-    choice = layer.router(x, None, micro(tokens()), Alone())
+    choice = layer.router(x, None, micro(tokens()), SoloSeams())
 
     def expert(e: int, row: Tensor) -> Tensor:
         if changes.get("gated", True):
@@ -239,7 +239,7 @@ def test_balancing_evens_the_load(changes: dict[str, Any]) -> None:
     x, spreads = _x(4, 64) + 0.5, []
     for step in range(1, 200):
         batch = micro(tokens(4, 64))
-        router(x, None, batch, Alone())
+        router(x, None, batch, SoloSeams())
         load = batch.tally.counts[0].double()
         spreads.append((load.max() / load.mean()).item())
         router.update_bias(load, step)
@@ -252,7 +252,7 @@ def test_capacity_drops_the_last_in_the_queue_and_counts_them() -> None:
     room = math.ceil(0.6 * 12 * 2 / 8)
     assert layer.router.capacity(12) == room == 2
     free = layer.router(x, None, micro(tokens()), _Roomy())
-    found, dropped = layer.router(x, None, batch, Alone()), 0
+    found, dropped = layer.router(x, None, batch, SoloSeams()), 0
     for b in range(2):
         taken = [0] * 8
         for s in range(12):
@@ -270,7 +270,7 @@ def test_capacity_drops_the_last_in_the_queue_and_counts_them() -> None:
     assert nowhere.any() and y[nowhere].abs().max() == 0 and y[~nowhere].abs().min() > 0
 
 
-class _Roomy(Alone):
+class _Roomy(SoloSeams):
     """As if every choice were the first in its queue."""
 
     def queue(self, chosen_BSK: Tensor, experts: int, micro: Micro) -> Tensor:
@@ -287,7 +287,7 @@ def test_dropped_rows_are_gone_both_ways_whatever_the_experts_leave_there() -> N
         held = int(counts.sum())
         return torch.cat((rows[:held] * 2, torch.full_like(rows[held:], torch.nan) * rows[held:]))
 
-    y = LocalExchange(drops=True).run(x, chosen, weights, 3, compute)
+    y, _ = LocalExchange(drops=True).run(x, chosen, weights, 3, compute)
     used = torch.stack((weights[0, 0], weights[1].sum(), torch.zeros((), dtype=torch.float64)))
     torch.testing.assert_close(y, x * 2 * used[:, None])
     y.sum().backward()
@@ -305,7 +305,7 @@ def test_the_exchange_has_the_gradients_of_a_plain_sum(top_k: int) -> None:
         [torch.randperm(4, generator=generator)[:top_k] for _ in range(7)]
     )  # expert 4: no tokens
     weights = torch.rand(7, top_k, dtype=torch.float64, generator=generator, requires_grad=True)
-    y = LocalExchange().run(x, chosen, weights, 5, experts)
+    y, _ = LocalExchange().run(x, chosen, weights, 5, experts)
     rows = [torch.zeros(7, 8, dtype=torch.float64)]
     for e in range(5):
         gate, up = experts.gate_up[e]
@@ -347,3 +347,13 @@ def test_the_deep_router_averages_over_depth() -> None:
         built.routers()[1].state_scale.zero_()
     built(inputs(batch), batch).backward()
     assert (gradients(built)["blocks.0.feed.router.compress.weight"] - before).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("most", [3, 255, 256, 40_000])
+def test_keys_are_sorted_whatever_their_number(most: int) -> None:
+    """In order, equal ones as they came, and counted but for the last."""
+    keys = torch.randint(most + 1, (500,), generator=torch.Generator().manual_seed(0))
+    keys[7] = most
+    order, counts = sort_keys(keys, most)
+    assert order.equal(keys.argsort(stable=True))
+    assert counts.equal(keys.bincount(minlength=most + 1)[:most])

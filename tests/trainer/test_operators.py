@@ -9,7 +9,7 @@ import pytest
 from configs.schema import ModelConfig
 from trainer.sizing.ask import catalogue
 from trainer.sizing.model import frameworks
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import operators
 from trainer.sizing.time.fabric import from_catalogue
@@ -36,13 +36,13 @@ def rates(name: str = "h100") -> Rates:
     return Rates(hardware, from_catalogue(hardware))
 
 
-def job(**changes: int) -> Job:
+def job(**changes: int) -> TrainingJob:
     fields = {"layers": 2, "hidden": 2048, "heads": 16, "kv_heads": 4, "head_dim": 128, "vocab": 32000, "experts": 16,
               "top_k": 2, "expert_width": 1024}  # fmt: skip
     model = ModelConfig.model_validate({"name": "x", **fields, **changes})
-    return Job(
+    return TrainingJob(
         model, Layout(1, 1, 1, 1, 1, 1), sequence=4096, micro_batch=2, global_batch=2, node=1,
-        software=frameworks.own(),
+        software=frameworks.own(precision="fp32"),  # torch's own operators
     )  # fmt: skip
 
 
@@ -60,6 +60,24 @@ def test_bytes_of_eager_operators_take_what_was_measured(
             else:
                 predicted = tokens * width * getattr(one, name) * per_byte
             assert predicted == pytest.approx(milliseconds, rel=0.15), (name, backward)
+
+
+def test_kernels_of_one_pass_take_what_a_step_was_measured_to_take() -> None:
+    """An H100's step of OLMoE's layers, four of them, 16,384 tokens, in docs/speed.md: milliseconds there and back."""
+    tokens, hidden, width, layers, top_k = 16384, 2048, 1024, 4, 8
+    per_byte = 1e3 / operators.stream(rates())
+    one, two = operators.KERNELS
+    between = 2 * hidden * sum(k.norm + k.residual for k in (one, two)) + 2 * hidden * (
+        one.positions + two.positions
+    )
+    narrow = top_k * width * (one.activation + two.activation)
+    assert layers * tokens * (between + narrow) * per_byte == pytest.approx(6.3, rel=0.1)
+    rows = hidden * sum(top_k * k.row + k.weighted + k.router for k in (one, two))
+    assert layers * tokens * rows * per_byte == pytest.approx(4.9, rel=0.15)
+    job_ = replace(job(qk_norm="projection"), software=frameworks.own())  # type: ignore[arg-type]
+    for backward in (False, True):
+        moved, _ = operators.moved_per_token(job_, backward)
+        assert moved < 0.4 * operators.moved_per_token(job(qk_norm="projection"), backward)[0]  # type: ignore[arg-type]
 
 
 def test_eager_work_moves_more_than_fused() -> None:

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from configs.training import OptimConfig
-from tests.trainer.optim_cases import CONFIGS, PARAMETERS, SKIPPED, STEPS, WIDTH, Rank, gathered
+from tests.trainer.optim_cases import CONFIGS, PARAMETERS, SKIPPED, STEPS, WIDTH, OptimRank, gathered
 from tests.trainer.optim_maths import expected
 from trainer.optim import common, lamb
 from trainer.optim.build import build
 from trainer.optim.muon import orthogonal
-from trainer.optim.slots import Optimizer, Peers, Slot
+from trainer.optim.slots import Optimizer, Slot, StagePeers
 from trainer.state import Box
 
 pytestmark = pytest.mark.dist
@@ -30,7 +30,7 @@ def slot(tensor: Tensor, kind: str, name: str = "w") -> Slot:
 
 def made(optim: OptimConfig, *slots: Slot, width: int = WIDTH) -> Optimizer:
     listed = [(one.name, one.box, one.replica, one.replicas) for one in slots]
-    return build(optim, width, slots, Peers(None, 0, 1, [listed]))
+    return build(optim, width, slots, StagePeers(None, 0, 1, [listed]))
 
 
 def number(value: float) -> Tensor:
@@ -39,7 +39,7 @@ def number(value: float) -> Tensor:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_steps_are_those_of_the_maths(kind: str) -> None:
-    ends = gathered([Rank.make(CONFIGS[kind]).go().saved()])
+    ends = gathered([OptimRank.make(CONFIGS[kind]).go().saved()])
     for name, array in expected(CONFIGS[kind]).items():
         np.testing.assert_allclose(ends[name], array, rtol=0, atol=3e-6, err_msg=name)
     assert ends["optimizer/step"] == STEPS - 1
@@ -47,16 +47,16 @@ def test_steps_are_those_of_the_maths(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_scratch_of_any_size_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = gathered([Rank.make(LOW[kind]).go().saved()])
+    one = gathered([OptimRank.make(LOW[kind]).go().saved()])
     monkeypatch.setitem(common._CHUNKS, "cpu", 7)
-    for name, array in gathered([Rank.make(LOW[kind]).go().saved()]).items():
+    for name, array in gathered([OptimRank.make(LOW[kind]).go().saved()]).items():
         np.testing.assert_allclose(array, one[name], rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("optim", [*CONFIGS.values(), *LOW.values()], ids=lambda o: f"{o.kind}-{o.moments}")
 def test_a_skipped_step_leaves_every_bit(optim: OptimConfig) -> None:
     for start in (0, SKIPPED):
-        rank = Rank.make(optim).go(0, start)
+        rank = OptimRank.make(optim).go(0, start)
         signed = [one.tensor for one in rank.slots]
         signed += [tensor for part, tensor, _ in rank.optimizer.state() if part in ("exp_avg", "momentum")]
         for tensor in signed:
@@ -228,7 +228,7 @@ def test_lambs_norms_keep_their_digits_over_millions() -> None:
 
 @pytest.mark.parametrize("optim", [*CONFIGS.values(), *LOW.values()], ids=lambda o: f"{o.kind}-{o.moments}")
 def test_a_state_that_was_saved_goes_on_bit_for_bit(optim: OptimConfig) -> None:
-    first = Rank.make(optim).go(0, 2)
+    first = OptimRank.make(optim).go(0, 2)
     state = first.saved()
     names = {name for name, _, _ in state}
     assert "optimizer/step" in names and len(names) == len(state)
@@ -237,7 +237,7 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(optim: OptimConfig) -> None:
     else:
         assert {"wide.weight/exp_avg", "wide.weight/exp_avg_sq"} < names
     assert "norm.weight/exp_avg_sq" in names and PARAMETERS.keys() < names
-    straight, resumed = first.go(2).saved(), Rank.make(optim).load([state]).go(2).saved()
+    straight, resumed = first.go(2).saved(), OptimRank.make(optim).load([state]).go(2).saved()
     assert all(one.equal(two) for (_, _, one), (_, _, two) in zip(straight, resumed, strict=True))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.optim_cases import CONFIGS, Rank, all_cases, cases, gathered, together
+from tests.trainer.optim_cases import CONFIGS, OptimRank, all_cases, cases, gathered, together
 from trainer.optim.muon import orthogonal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
@@ -29,8 +29,8 @@ def _fp32() -> Iterator[None]:
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_a_gpu_takes_the_steps_of_a_cpu(kind: str, moments: str) -> None:
     optim = CONFIGS[kind].model_copy(update={"moments": moments, "beta2": 0.95})
-    cpu = gathered([Rank.make(optim).go().saved()])
-    for name, array in gathered([Rank.make(optim, device="cuda").go().saved()]).items():
+    cpu = gathered([OptimRank.make(optim).go().saved()])
+    for name, array in gathered([OptimRank.make(optim, device="cuda").go().saved()]).items():
         # A bf16 moment may round the other way for a last bit of difference before it.
         limit = 1e-5 if moments == "fp32" else 1e-3 + 1e-2 * np.abs(cpu[name]).max() * ("/" in name)
         np.testing.assert_allclose(array, cpu[name], rtol=0, atol=limit, err_msg=name)
@@ -40,7 +40,7 @@ def test_a_gpu_takes_the_steps_of_a_cpu(kind: str, moments: str) -> None:
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_no_step_waits_for_the_gpu(kind: str, moments: str) -> None:
     optim = CONFIGS[kind].model_copy(update={"moments": moments, "beta2": 0.95})
-    rank = Rank.make(optim, device="cuda").go()
+    rank = OptimRank.make(optim, device="cuda").go()
     step = rank.optimizer.step
     rank.unwaiting()
     rank.optimizer.step = lambda *numbers: step(0.1, *numbers[1:]) or numbers[1].item()  # type: ignore[method-assign]
@@ -53,7 +53,7 @@ def test_several_gpus_compute_what_one_process_does(tmp_path: Path) -> None:
         pytest.skip(f"{torch.cuda.device_count()} GPU; this needs 2")
     ranks = together(2, tmp_path, "nccl", all_cases, "cuda")
     for kind, cut in cases():
-        alone = gathered([Rank.make(CONFIGS[kind]).go().saved()])
+        alone = gathered([OptimRank.make(CONFIGS[kind]).go().saved()])
         for name, array in gathered([rank[kind, cut][0] for rank in ranks]).items():
             np.testing.assert_allclose(array, alone[name], rtol=0, atol=1e-5, err_msg=f"{kind} {cut} {name}")
         for straight, resumed in (rank[kind, cut] for rank in ranks):

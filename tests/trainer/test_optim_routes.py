@@ -6,7 +6,7 @@ import pytest
 
 from trainer.optim.common import check_names
 from trainer.optim.routes import Route, find, plan
-from trainer.optim.slots import Peers
+from trainer.optim.slots import StagePeers
 from trainer.state import Box
 
 pytestmark = pytest.mark.dist
@@ -17,7 +17,7 @@ Listed = list[tuple[str, Box, int, int]]
 def plans(slots: list[Listed], limit: int = 1 << 20) -> list[list[Route]]:
     """Routes of all ranks; every slot is a matrix."""
     kinds = {name: "matrix" for listed in slots for name, *_ in listed}
-    return [plan(Peers(None, rank, len(slots), slots), kinds, limit) for rank in range(len(slots))]
+    return [plan(StagePeers(None, rank, len(slots), slots), kinds, limit) for rank in range(len(slots))]
 
 
 def split(name: str, rows: int, columns: int, ranks: int) -> list[Listed]:
@@ -60,7 +60,7 @@ def test_a_matrix_on_one_rank_stays_there_and_nothing_travels() -> None:
     ]
     for routes, count in zip(plans(slots), (2, 3), strict=True):
         assert [len(route.owned) for route in routes] == [count] and not routes[0].travels
-    assert len(find(Peers(None, 0, 1, [[("e", whole, 0, 1)]]), {"e": "matrix"})) == 5
+    assert len(find(StagePeers(None, 0, 1, [[("e", whole, 0, 1)]]), {"e": "matrix"})) == 5
 
 
 def test_of_copies_one_is_sent_and_all_get_the_result() -> None:
@@ -103,6 +103,6 @@ def test_a_rank_without_a_parameter_is_refused() -> None:
     with pytest.raises(
         ValueError, match="rank 1 of the stage has no slot of v; give it one with an empty box"
     ):
-        check_names([], Peers(None, 1, 2, slots))
+        check_names([], StagePeers(None, 1, 2, slots))
     with pytest.raises(ValueError, match="rank 0 of the stage has other slots"):
-        check_names([], Peers(None, 0, 2, slots))
+        check_names([], StagePeers(None, 0, 2, slots))

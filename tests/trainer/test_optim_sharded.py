@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.trainer.optim_cases import CONFIGS, CUTS, PARAMETERS, Rank, Saved, all_cases, gathered, together
+from tests.trainer.optim_cases import (
+    CONFIGS,
+    CUTS,
+    PARAMETERS,
+    OptimRank,
+    Saved,
+    all_cases,
+    gathered,
+    together,
+)
 from tests.trainer.optim_maths import expected
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -25,7 +34,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("cut", CUTS)
 def test_sharded_steps_equal_those_of_one_process(results: Results, kind: str, cut: str) -> None:
-    alone = gathered([Rank.make(CONFIGS[kind]).go().saved()])
+    alone = gathered([OptimRank.make(CONFIGS[kind]).go().saved()])
     sharded = gathered([straight for straight, _ in results[kind, cut]])
     assert sharded.keys() == alone.keys()
     for name, array in sharded.items():
@@ -45,8 +54,8 @@ def test_a_resumed_run_takes_the_same_steps_bit_for_bit(results: Results, kind: 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_state_goes_on_at_another_sharding(results: Results, kind: str) -> None:
     saved = [straight for straight, _ in results[kind, "grid"]]
-    alone = gathered([Rank.make(CONFIGS[kind]).go().saved()])
-    again = gathered([Rank.make(CONFIGS[kind]).load(saved).saved()])
+    alone = gathered([OptimRank.make(CONFIGS[kind]).go().saved()])
+    again = gathered([OptimRank.make(CONFIGS[kind]).load(saved).saved()])
     assert again.keys() == alone.keys() > PARAMETERS.keys()
     for name, array in again.items():
         np.testing.assert_allclose(array, alone[name], rtol=0, atol=1e-6, err_msg=name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.trainer import grid, seam_checks
-from tests.trainer.rank_pool import RankFailed, RankPool
+from tests.trainer.rank_pool import PooledRankFailed, RankPool
 from trainer.parallel.context import places
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -79,7 +79,12 @@ def test_queues_and_totals_of_split_samples(ranks: RankPool, world: int, cp: int
 
 @pytest.mark.parametrize(("world", "ep", "etp"), [(2, 2, 1), (2, 1, 2), (4, 4, 1), (4, 2, 2)])
 def test_experts_that_are_split(ranks: RankPool, world: int, ep: int, etp: int) -> None:
-    check(ranks, world, seam_checks.experts, ep, etp)
+    check(ranks, world, seam_checks.experts, ep, etp, False)
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 4)])
+def test_experts_that_see_all_tokens(ranks: RankPool, world: int, ep: int) -> None:
+    check(ranks, world, seam_checks.experts, ep, 1, True)
 
 
 # ---- who has what ----
@@ -97,9 +102,9 @@ def test_gathering_gives_every_rank_equal_work(size: int) -> None:
 # ---- the engine ----
 
 
-def _case(family: str, micro_batch: int, recompute: str = "none", **layout: Any) -> grid.Case:
+def _case(family: str, micro_batch: int, recompute: str = "none", **layout: Any) -> grid.GridCase:
     train = {"micro_batch": micro_batch, "recompute": recompute}
-    return grid.Case(family, layout, train, {"warmup_steps": 1})
+    return grid.GridCase(family, layout, train, {"warmup_steps": 1})
 
 
 CASES = {
@@ -123,11 +128,11 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def alone(ranks: RankPool) -> Callable[[grid.Case], Any]:
+def alone(ranks: RankPool) -> Callable[[grid.GridCase], Any]:
     """What one process computes, once for each family."""
     known: dict[str, Any] = {}
 
-    def find(case: grid.Case) -> Any:
+    def find(case: grid.GridCase) -> Any:
         base = case.baseline
         if base.name not in known:
             (known[base.name],) = ranks.run(1, seam_checks.train, base, STEPS)
@@ -137,7 +142,7 @@ def alone(ranks: RankPool) -> Callable[[grid.Case], Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_under_every_axis(ranks: RankPool, alone: Callable[[grid.Case], Any], name: str) -> None:
+def test_a_step_under_every_axis(ranks: RankPool, alone: Callable[[grid.GridCase], Any], name: str) -> None:
     """Losses, norms and loads of some steps."""
     case = CASES[name]
     found = ranks.run(case.ranks, seam_checks.train, case, STEPS)
@@ -158,7 +163,7 @@ def test_evaluation_is_the_loss_and_moves_nothing(ranks: RankPool, layout: dict[
 def test_a_rank_that_fails_is_told_and_the_next_work_is_done() -> None:
     pool = RankPool()
     try:
-        with pytest.raises(RankFailed, match="rank 1: no such check"):
+        with pytest.raises(PooledRankFailed, match="rank 1: no such check"):
             pool.run(2, _failing, 1)
         assert pool.run(2, _failing, 2) == [0, 1]
     finally:

@@ -9,12 +9,12 @@ import pytest
 from configs.compose import choices, compose
 from configs.errors import UserError
 from trainer.sizing.model.layout import Layout
-from trainer.sizing.search.planner import Capacity, Plan, plan, trainable
+from trainer.sizing.search.planner import Capacity, RunPlan, plan, trainable
 
 pytestmark = pytest.mark.unit
 
 
-def planned(*words: str, slots: list[int] | None = None) -> Plan:
+def planned(*words: str, slots: list[int] | None = None) -> RunPlan:
     return plan(compose(list(words)), Capacity.of_nodes(slots) if slots else None)
 
 
@@ -277,6 +277,7 @@ def test_a_measurement_leaves_open_axes_at_one() -> None:
 
 
 def test_what_fits_only_just_is_warned_of() -> None:
-    words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "data.sequence=4096"]
-    warnings = [planned(*words, f"train.micro_batch={size}").warnings for size in (1, 2, 3, 4, 6)]
+    words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "train.micro_batch=1"]
+    sizes = (4096, 20480, 21504, 22528, 23552, 24576)
+    warnings = [planned(*words, f"data.sequence={size}").warnings for size in sizes]
     assert warnings[0] == () and any("may not fit" in text for found in warnings for text in found)

@@ -119,7 +119,7 @@ def test_a_mistake_is_the_first_in_order_whoever_finds_it(
 
 
 def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
-    todo = iter([(workers.Mark(), []), (workers.Mark(), [])])
+    todo = iter([(workers.SourcePosition(), []), (workers.SourcePosition(), [])])
     with pytest.raises(UserError, match="a worker of 2 died .*--workers 1: what is done is kept"):
         list(workers.in_order(_die, todo, 2))
 
@@ -147,7 +147,7 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     assert workers.cores() == 3
 
 
-# ---- stopped and gone on with ----
+# ---- stopped and resumed ----
 
 _SLOW = """
 import multiprocessing, sys, time

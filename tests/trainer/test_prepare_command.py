@@ -20,7 +20,7 @@ from tests.trainer.test_prepare import corpus as corpus
 from tests.trainer.test_prepare import digests
 from trainer import cli
 from trainer.data import scores
-from trainer.data.command import Bar
+from trainer.data.command import ProgressLine
 from trainer.data.prepare import check, prepare
 from trainer.data.store import TokenStore
 
@@ -142,7 +142,7 @@ def test_the_command(
             "--out .* takes one data.path; prepare the paths",
         ),
         (("data.path={}", "--workers", "0"), "'0' is not a whole number above 0"),
-        (("data.path={}", "--wokers", "2"), "'--wokers' is no option"),
+        (("data.path={}", "--wokers", "2"), "'--wokers' is not an option"),
         (("data.path={}/c.txt", "model=demo", "model.vocab=100"), "model.vocab=100 is below the 256 ids"),
         (
             ("data.path={}/c.txt", "data.keep_fraction=0.5"),
@@ -168,7 +168,7 @@ class _Terminal(io.StringIO):
 def test_progress_on_a_terminal_and_elsewhere() -> None:
     for stream in (_Terminal(), io.StringIO()):
         now = [0.0]
-        bar = Bar(stream, lambda now=now: now[0])
+        bar = ProgressLine(stream, lambda now=now: now[0])
         for i in range(1, 201):
             now[0] += 0.5
             bar("tokens", i * 1_000_000, 200_000_000, i * 250_000)

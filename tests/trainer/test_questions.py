@@ -12,7 +12,7 @@ from configs.errors import UserError
 from trainer.sizing.ask import questions
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import frameworks
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal
 from trainer.sizing.search.legal import Task
@@ -23,10 +23,10 @@ NOW = datetime(2026, 11, 25, 18, 0)  # a Wednesday
 DAY = 86400.0
 
 
-def mixtral(dp: int, micro_batch: int = 2) -> Job:
+def mixtral(dp: int, micro_batch: int = 2) -> TrainingJob:
     model = compose(["model=mixtral_8x7b"]).model
     layout = Layout(1, dp, 1, 8, 1, 1)
-    return Job(model, layout, 4096, micro_batch, 1024, "bf16", zero=1, software=frameworks.own())
+    return TrainingJob(model, layout, 4096, micro_batch, 1024, "bf16", zero=1, software=frameworks.own())
 
 
 def task(ranks: int = 64) -> Task:
@@ -96,7 +96,7 @@ def test_dates(text: str, day: int) -> None:
     assert questions.deadline(text, NOW).day == day
 
 
-@pytest.mark.parametrize(("text", "told"), [("soon", "is no date"), ("2026-11-01", "has passed")])
+@pytest.mark.parametrize(("text", "told"), [("soon", "is not a date"), ("2026-11-01", "has passed")])
 def test_wrong_dates(text: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         questions.deadline(text, NOW)

@@ -14,7 +14,7 @@ from configs.model import ModelConfig, RouterConfig, YarnConfig
 from configs.training import OptimConfig, TrainConfig
 from tests.trainer import stages
 from tests.trainer.reference import (
-    Step,
+    ReferenceStep,
     document_ids,
     gradients,
     learning_rate,
@@ -100,7 +100,7 @@ def documents(tokens_BS: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelStep:
     """What the model made of a step."""
 
     loss: float
@@ -111,7 +111,7 @@ class Found:
     gradients: dict[str, Tensor]
 
 
-def run_stage(model: ModelConfig, state: dict[str, Tensor], tokens_BS: Tensor, masked: bool) -> Found:
+def run_stage(model: ModelConfig, state: dict[str, Tensor], tokens_BS: Tensor, masked: bool) -> ModelStep:
     """The step in two micro-batches, in fp64."""
     stage = stages.whole(model, state)
     loss, tallies = 0.0, []
@@ -121,7 +121,7 @@ def run_stage(model: ModelConfig, state: dict[str, Tensor], tokens_BS: Tensor, m
             share, tally = stages.learn(stage, part, ids, samples=len(tokens_BS))
             loss += share.item()
             tallies.append(tally)
-    return Found(
+    return ModelStep(
         loss,
         sum(number.item() for tally in tallies for number in tally.losses),
         sum(number.item() for tally in tallies for number in tally.extra),
@@ -136,7 +136,7 @@ def _loads(tallies: list[Tally]) -> dict[int, list[int]]:
     return {layer: sum(tally.counts[layer] for tally in tallies).tolist() for layer in layers}
 
 
-def assert_same(found: Found, expected: Step) -> None:
+def assert_same(found: ModelStep, expected: ReferenceStep) -> None:
     assert found.loss == pytest.approx(expected.cross_entropy, rel=SAME)
     assert found.losses == pytest.approx(expected.aux + expected.z, rel=SAME)
     assert found.mtp == pytest.approx(expected.mtp, rel=SAME)
@@ -241,7 +241,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 @pytest.mark.parametrize("name", _OPTIMIZERS)
 def test_update_rule(name: str) -> None:
     from trainer.optim.build import build
-    from trainer.optim.slots import Peers, Slot
+    from trainer.optim.slots import Slot, StagePeers
     from trainer.state import Box
 
     optim, draw = OptimConfig(**_OPTIMIZERS[name]), torch.Generator().manual_seed(1)
@@ -254,7 +254,7 @@ def test_update_rule(name: str) -> None:
     for key, shape in _SHAPES.items():
         for slot in slot_names(optim, key, shape):
             state[slot] = torch.zeros(shape, dtype=torch.float64)
-    optimizer = build(optim, 16, slots, Peers(None, 0, 1, [[(s.name, s.box, 0, 1) for s in slots]]))
+    optimizer = build(optim, 16, slots, StagePeers(None, 0, 1, [[(s.name, s.box, 0, 1) for s in slots]]))
     count = 0
     for step, rate in enumerate((1e-2, 3e-2, 2e-2, 1e-2)):
         skipped = step == 2

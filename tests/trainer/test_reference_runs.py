@@ -16,7 +16,7 @@ from configs.compose import compose
 from configs.model import ModelConfig
 from configs.schema import RunConfig
 from configs.training import OptimConfig
-from tests.trainer.reference import Line, Reference, learning_rate, random_state
+from tests.trainer.reference import Reference, ReferenceLine, learning_rate, random_state
 from tests.trainer.reference.names import is_buffer
 from tests.trainer.test_reference import SEPARATOR, SEQUENCE, documents, family, tokens
 
@@ -130,7 +130,7 @@ def test_a_run(name: str, alone: None) -> None:
         )
 
 
-def _assert_line(step: int, found: dict[str, Any], expected: Line) -> None:
+def _assert_line(step: int, found: dict[str, Any], expected: ReferenceLine) -> None:
     assert found["skipped"] == expected.skipped, step
     assert found["loss"] == pytest.approx(expected.loss, rel=2e-5), step
     assert found["aux"] == pytest.approx(expected.aux, rel=2e-5), step

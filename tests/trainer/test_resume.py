@@ -31,8 +31,8 @@ from configs.schema import CheckpointConfig, RunConfig
 from faulttol.checkpoint.interval import interval, mtbf
 from faulttol.checkpoint.load import newest, stored
 from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.peers import Alone
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.peers import SoloPeers
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.staged.saver import Saver
 from faulttol.staged.writer import Inline
 from tests.collectives.ranks import free_port
@@ -174,13 +174,13 @@ def test_a_resumed_run_goes_on_as_it_was(train: Train, tmp_path: Path) -> None:
 def test_another_batch_goes_on_behind_the_samples_that_were_taken(train: Train, tmp_path: Path) -> None:
     train("train.steps=4")
     taken: list[int] = []
-    batch = loop.Feed._read
+    batch = loop.BatchFeed._read
 
     def noted(self: Any, step: int) -> Any:
         taken.append(samples_before(self._config.train, step) + self._ahead)
         return batch(self, step)
 
-    with mock.patch.object(loop.Feed, "_read", noted):
+    with mock.patch.object(loop.BatchFeed, "_read", noted):
         lines = _steps(train("train.steps=6", "train.global_batch=4", attempt=2))
     assert taken == [32, 36]
     assert [line.tokens for line in lines] == [36 * 16, 40 * 16]
@@ -219,7 +219,7 @@ def test_saves_are_told_when_they_are_durable(train: Train, tmp_path: Path, back
 
 
 def test_a_save_beside_training_has_the_state_of_its_step(train: Train, tmp_path: Path) -> None:
-    """Losses after it are those of a run that never stopped, though training went on while it was written."""
+    """Losses after it are those of a run that never stopped, though training continued while it was written."""
     whole = _steps(train("train.steps=6", "checkpoint.every=2"))
     for kept in (2, 4):
         folder = f"until-{kept}"
@@ -257,13 +257,13 @@ def test_the_optimizer_waits_for_the_copy(train: Train) -> None:
 
 def test_held_and_durable_are_two_things(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage that is slow holds no step where a save has time until the next one."""
-    write = Store.write
+    write = CheckpointStore.write
 
-    def slowly(self: Store, name: str, chunks: Any) -> int:
+    def slowly(self: CheckpointStore, name: str, chunks: Any) -> int:
         time.sleep(1.0)
         return write(self, name, chunks)
 
-    monkeypatch.setattr(Store, "write", slowly)
+    monkeypatch.setattr(CheckpointStore, "write", slowly)
     monkeypatch.setattr("faulttol.staged.saver.WriterProcess", Inline)
     lines = train("train.steps=3", "optim.warmup_steps=1", "checkpoint.every=2")
     first = _of(lines, SavedLine)[0]
@@ -272,14 +272,14 @@ def test_held_and_durable_are_two_things(train: Train, monkeypatch: pytest.Monke
 
 def _fails_from(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Storage refuses the files of some steps, as a full disk does."""
-    write = Store.write
+    write = CheckpointStore.write
 
-    def refuse(self: Store, name: str, chunks: Any) -> int:
+    def refuse(self: CheckpointStore, name: str, chunks: Any) -> int:
         if any(f"step-{step:010d}/" in name for step in steps):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, name, chunks)
 
-    monkeypatch.setattr(Store, "write", refuse)
+    monkeypatch.setattr(CheckpointStore, "write", refuse)
 
 
 def test_failed_saves_are_told_and_counted_and_training_goes_on(
@@ -309,15 +309,15 @@ def test_the_last_save_must_succeed(train: Train, monkeypatch: pytest.MonkeyPatc
 
 def test_the_last_save_is_tried_again(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_WAITS", (0.0, 0.0))
-    write, refused = Store.write, []
+    write, refused = CheckpointStore.write, []
 
-    def twice(self: Store, name: str, chunks: Any) -> int:
+    def twice(self: CheckpointStore, name: str, chunks: Any) -> int:
         if "step-0000000006/" in name and len(refused) < 2:
             refused.append(name)
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, name, chunks)
 
-    monkeypatch.setattr(Store, "write", twice)
+    monkeypatch.setattr(CheckpointStore, "write", twice)
     try:
         lines = train("train.steps=6", "checkpoint.every=6", "checkpoint.background=false")
     except Incomplete as error:
@@ -335,7 +335,7 @@ def test_a_run_begins_where_another_stands_and_only_reads_it(train: Train, tmp_p
     assert [line.loss for line in _steps(lines)] == [line.loss for line in whole[4:]]
     assert [line.step for line in _of(lines, ResumedLine)] == [4]
     assert sorted(path.name for path in one.rglob("*")) == before
-    saved = newest(stored(str(tmp_path / "two" / "checkpoints")), Alone())
+    saved = newest(stored(str(tmp_path / "two" / "checkpoints")), SoloPeers())
     assert saved is not None and saved.step == 6
     assert [(row["run"], row["step"]) for row in saved.facts["lineage"]] == [("one", 4)]
     again = train("train.steps=7", f"resume={one}", attempt=2, folder="two")

@@ -13,7 +13,7 @@ from trainer.model.decoder import inputs
 from trainer.model.initial import build
 from trainer.sizing.memory import activations
 from trainer.sizing.model import frameworks
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 
 pytestmark = pytest.mark.dist
@@ -55,7 +55,7 @@ def test_the_decoder_keeps_what_is_counted(shape: dict[str, Any]) -> None:
     copied = model.layers * tokens * model.heads * model.head_dim * 2
     log_probabilities = tokens * model.vocab * 4
     software = frameworks.own(kind="cpu")
-    job = Job(model, Layout(1, 1, 1, 1, 1, 1), TOKENS, SAMPLES, SAMPLES, "bf16", software=software)
+    job = TrainingJob(model, Layout(1, 1, 1, 1, 1, 1), TOKENS, SAMPLES, SAMPLES, "bf16", software=software)
     counted = sum(activations.kept(job, layer >= model.dense_layers) for layer in range(model.layers))
     assert counted + activations.head(job) + copied + log_probabilities == pytest.approx(
         sum(kept.values()), rel=0.01

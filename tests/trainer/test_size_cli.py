@@ -149,11 +149,11 @@ REFUSED = {
     "an unknown profile": ([*OLMOE, "--profile", "nope"], "profile nope is not there"),
     "a profile of another device": ([*OLMOE, "--profile", "h100"], "is of hardware=h100"),
     "a date without tokens": ([*OLMOE, "--by", "friday"], "--by and --tokens go together"),
-    "no date": ([*OLMOE, "--by", "soon", "--tokens", "1T"], "'soon' is no date"),
-    "no tokens": ([*OLMOE, "--by", "friday", "--tokens", "many"], "--tokens many is no number of tokens"),
+    "no date": ([*OLMOE, "--by", "soon", "--tokens", "1T"], "'soon' is not a date"),
+    "no tokens": ([*OLMOE, "--by", "friday", "--tokens", "many"], "--tokens many is not a number of tokens"),
     "an unknown device to be on": ([*OLMOE, "--on", "h101"], "--on h101: no such device"),
     "a device without memory": (["model=demo", "hardware=cpu", "--fit"], "has no memory on record"),
-    "an unknown option": ([*OLMOE, "--sugest"], "'--sugest' is no option"),
+    "an unknown option": ([*OLMOE, "--sugest"], "'--sugest' is not an option"),
     "a file that isn't there": (["--config", "/nope.yaml"], "cannot read configuration /nope.yaml"),
 }
 

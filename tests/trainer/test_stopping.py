@@ -1,4 +1,4 @@
-"""SIGTERM: every rank finishes the same step, saves it and exits with 143, and the next attempt goes on from there."""
+"""SIGTERM: every rank finishes the same step, saves it and exits with 143, and the next attempt continues from there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from configs.errors import STOPPED_EXIT
 from configs.metrics import SavedLine, StepLine, StoppedLine, last_step, read_all
 from configs.paths import RunPaths
-from faulttol.recorder import Phase, Recorder, read
+from faulttol.recorder import RankPhase, Recorder, read
 from faulttol.verdicts import VerdictKind
 from tests.trainer.stopping_ranks import CASES, STEP
 from trainer.startup import Startup
@@ -139,14 +139,20 @@ def test_the_phases_of_a_start_are_recorded_and_add_up(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "ring", 0)
     before = time.monotonic()
     startup = Startup(recorder, {"MEGARAY_STARTED": "not a number"})
-    for phase in (Phase.DATA, Phase.RENDEZVOUS, Phase.BUILD, Phase.LOAD):
+    for phase in (RankPhase.DATA, RankPhase.RENDEZVOUS, RankPhase.BUILD, RankPhase.LOAD):
         startup.enter(phase)
     startup.end()
     assert (
         set(startup.seconds) == PHASES and sum(startup.seconds.values()) <= time.monotonic() - before + 0.01
     )
     phases = [record.phase for record in read(tmp_path / "ring")]
-    assert phases == [Phase.IMPORTS, Phase.DATA, Phase.RENDEZVOUS, Phase.BUILD, Phase.LOAD]
+    assert phases == [
+        RankPhase.IMPORTS,
+        RankPhase.DATA,
+        RankPhase.RENDEZVOUS,
+        RankPhase.BUILD,
+        RankPhase.LOAD,
+    ]
     from faulttol import steady
 
     asked = Startup(recorder, {"MEGARAY_STARTED": repr(steady.now() - 5.0)})

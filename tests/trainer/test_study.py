@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,21 @@ import pytest
 
 from configs.errors import UserError
 from trainer.cli import main
-from trainer.study import baselines, cases, lint, metrics, nanotron, published, report, score, vtrain
+from trainer.sizing.model import parameters
+from trainer.sizing.model.job import TrainingJob
+from trainer.study import (
+    baselines,
+    cases,
+    lint,
+    metrics,
+    models,
+    nanotron,
+    published,
+    report,
+    score,
+    sweeps,
+    vtrain,
+)
 from trainer.study.cases import Row
 from trainer.study.validate import validate
 
@@ -102,7 +117,9 @@ def test_vtrains_tables_are_told_apart_by_their_gpus() -> None:
 def test_a_step_time_that_is_not_printed_follows_from_its_mfu() -> None:
     found = {
         made.table: made
-        for made in published.cases(changed("published", lambda r: "T2" in r["source"], iter_time_s=""))
+        for made in published.cases(
+            changed("published", lambda r: "T2" in r["source"], iter_time_s="", tokens_per_s="")
+        )
     }
     case = found["megascale"].cases[0]
     assert case.seconds == pytest.approx(40.0, rel=0.005) and case.mfu == pytest.approx(53.0)
@@ -113,7 +130,137 @@ def test_what_a_table_does_not_print_is_skipped_and_counted() -> None:
         made.table: made
         for made in published.cases(changed("published", lambda r: r["block"] == "megascale", tp=""))
     }
-    assert len(found["megascale"].cases) == 7 and sum(found["megascale"].skipped.values()) == 1
+    assert len(found["megascale"].cases) == 7 and found["megascale"].skipped == {"tp not printed": [2]}
+
+
+def row_of(**values: str) -> Row:
+    """A row of Megatron-Bridge's tables, of which nothing is missing, but for what is given."""
+    printed = {"source": "Megatron-Bridge 26.06", "model": "Llama3.1-405B", "seq": "8192", "gpus": "256",
+               "gpu_type": "GB200", "tp": "4", "pp": "16", "dp": "4", "vpp": "8", "micro_batch": "1",
+               "global_batch": "1536", "precision": "mxfp8",
+               "iter_time_s": "62.774", "tokens_per_s": "200448", "notes": "cp=1", "block": "mbridge"}  # fmt: skip
+    return (
+        dict.fromkeys((*published.COLUMNS, "ep", "ffn", "heads", "vocab", "tflops_per_gpu"), "")
+        | printed
+        | values
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model": "Nemotron_3_Nano"}, "state-space layers"),
+        ({"model": "Unheard-of-9B"}, "neither printed in full nor on record"),
+        ({"gpu_type": "TPUv4"}, "TPUv4 isn't in the catalogue"),
+        ({"precision": "nvfp4"}, "4-bit matmuls"),
+        ({"source": "A blog"}, "isn't on record"),
+        ({"pp": "", "tp": ""}, "tp, pp not printed"),
+        ({"global_batch": "", "iter_time_s": ""}, "global batch not printed"),
+        ({"gpus": "100"}, "don't divide"),
+        ({"micro_batch": "5"}, "doesn't divide over dp=4"),
+        ({"iter_time_s": "", "tokens_per_s": ""}, "neither step time nor tokens"),
+        ({"source": "Primus pipeline v-half"}, "isn't modelled"),
+        ({"source": "KempnerForge moe_packed"}, "one after the other"),
+        ({"source": "MegaScale T3 ablation", "notes": "+magic"}, "step of MegaScale's ablation"),
+    ],
+)
+def test_each_row_without_a_forecast_has_its_reason(values: dict[str, str], reason: str) -> None:
+    (found,) = published.cases([row_of(**values)])
+    ((why, lines),) = found.skipped.items()
+    assert not found.cases and reason in why and lines == [2]
+
+
+def test_rows_of_each_software_are_set_up_as_their_sources_say() -> None:
+    def job(**values: str) -> TrainingJob:
+        (found,) = published.cases([row_of(**values)])
+        assert found.cases, found.skipped
+        return found.cases[0].job
+
+    bridge = job()
+    assert bridge.precision == "fp8" and bridge.interleave == 8 and bridge.node == 64 and bridge.zero == 1
+    assert job(notes="cp=1; fsdp=4").zero == 3
+    titan = job(
+        source="torchtitan",
+        notes="full AC asyncTP",
+        gpus="512",
+        pp="8",
+        micro_batch="32",
+        tp="8",
+        global_batch="",
+    )
+    assert (titan.recompute, titan.micro_batch, titan.global_batch, titan.layout.dp) == ("full", 1, 256, 8)
+    mpt = {"source": "llm-foundry MPT", "model": "30b", "block": "llmfoundry", "tp": "1", "pp": "1", "gpus": "8", "vpp": "",
+           "gpu_type": "a100_40gb", "precision": "bf16", "global_batch": "168"}  # fmt: skip
+    shard = job(**mpt, notes="FULL_SHARD AC=True")
+    assert (shard.zero, shard.recompute, shard.model.hidden, shard.model.gated) == (3, "full", 7168, False)
+    assert job(**mpt, notes="SHARD_GRAD_OP AC=False").zero == 2
+    kimi = job(model="Kimi-K2", tp="1", pp="4", ep="64", vpp="4", global_batch="4096")
+    assert (
+        kimi.layout.ep == 64
+        and kimi.layout.etp == 1
+        and kimi.model.experts == 384
+        and kimi.model.attention == "mla"
+    )
+    primus = job(source="Primus pipeline zbv", model="Llama2-7B", gpu_type="MI300X", gpus="8", pp="8", tp="1", seq="",
+                 global_batch="", micro_batch="", vpp="", precision="bf16")  # fmt: skip
+    assert primus.zero_bubble and primus.model.layers == 16 and primus.micro_batches == 32
+    jax = job(source="DGXC MaxText", model="Llama2-70B", gpu_type="H100-80G", gpus="64", pp="1", tp="1", vpp="", seq="4096",
+              micro_batch="2", global_batch="128", precision="bf16")  # fmt: skip
+    assert jax.recompute == "full"  # 80 layers of 8,192 tokens don't fit otherwise
+    steps = [job(source="MegaScale T3 ablation", model="GPT-175B", layers="96", hidden="12288", ffn="49152", heads="128",
+                 vocab="64000", gpu_type="A100-80G", tp="8", pp="8", vpp="6", seq="2048", global_batch="256",
+                 precision="bf16", notes=note)  # fmt: skip
+             for note in ("baseline", "+parallel transformer block", "+sliding window attn",
+                          "+efficient operators")]  # fmt: skip
+    assert [one.model.parallel_block for one in steps] == [False, True, True, True]
+    assert [one.model.window for one in steps] == [0, 0, 512, 512]
+    assert [one.software.flash_attention for one in steps] == [False, False, False, True]
+    assert steps[3].software.overlap_tp and not steps[2].software.overlap_tp
+
+
+def test_a_measured_step_follows_from_what_is_printed() -> None:
+    def seconds(**values: str) -> float:
+        (found,) = published.cases([row_of(**values)])
+        return found.cases[0].seconds or 0.0
+
+    assert seconds() == 62.774
+    assert seconds(iter_time_s="") == pytest.approx(1536 * 8192 / 200448)
+    bare = {"iter_time_s": "", "tokens_per_s": ""}
+    by_rate, by_mfu = seconds(**bare, tflops_per_gpu="1976"), seconds(**bare, mfu=str(100 * 1976 / 5000))
+    assert by_rate == pytest.approx(by_mfu) and by_rate == pytest.approx(62.774, rel=0.06)
+    assert published.batch(row_of(global_batch="", iter_time_s="14.81", tokens_per_s="35405"), 4096) == 128
+
+
+def test_the_published_shapes_have_their_published_counts() -> None:
+    """Billions of parameters, all and active, as the models' cards round them."""
+    for name, whole, active in (
+        ("Mixtral-8x22B", 141, 39), ("Kimi-K2", 1027, 32.8), ("DeepSeek-V2", 236, 21), ("DeepSeek-V2-Lite", 15.7, 2.66),
+        ("Qwen3-235B-A22B", 235, 22), ("GPT-OSS-120B", 117, 5.7), ("GPT-OSS-20B", 20.9, 4.2), ("DBRX", 132, 36.5),
+        ("Grok-1", 316, 86), ("Phi-3.5-MoE", 41.9, 6.6), ("Llama3.1-405B", 405.8, 405.8), ("Llama3-13B", 14.84, 14.84),
+        ("Llama4-Scout", 107.8, 17.2), ("Nemotron4-15B", 15.6, 15.6), ("MPT-30b", 29.97, 29.97),
+    ):  # fmt: skip
+        found = models.model(row_of(model=name))
+        assert not isinstance(found, str)
+        counted = parameters.count(found)
+        assert counted.total / 1e9 == pytest.approx(whole, rel=0.03), name
+        assert counted.active / 1e9 == pytest.approx(active, rel=0.13), name
+
+
+def test_collectives_are_predicted_or_have_a_reason() -> None:
+    made = sweeps.collectives(
+        [
+            {"system": "NDv4-A100", "op": "allgather", "ranks": "8", "ranks_per_node": "8", "size_bytes": "1073741824",
+             "time_us": "3683.13"},
+            {"system": "NDv4-A100", "op": "allreduce", "ranks": "8", "ranks_per_node": "8", "size_bytes": "8192",
+             "time_us": "6.51"},
+            {"system": "NDv4-A100", "op": "gossip", "ranks": "8", "ranks_per_node": "8", "size_bytes": "8388608",
+             "time_us": "6.51"},
+        ],
+        "mscclpp_baselines",
+    )  # fmt: skip
+    # 7/8 of 1 GiB over 80 % of 300 GB/s, and a start-up.
+    assert made.predicted == [pytest.approx(66e-6 + 2**30 * 7 / 8 / 240e9)] and made.lines == {2}
+    assert list(made.skipped.values()) == [[3], [4]]
 
 
 # ---- golden: the forecast on the extracts ----
@@ -247,15 +394,15 @@ def test_a_name_that_contradicts_its_columns_is_found() -> None:
 # ---- the report and the command ----
 
 
-def test_the_report_is_one_page_with_its_plots_in_it(tmp_path: Path) -> None:
+def test_the_report_shows_its_plots_and_counts_its_rows(tmp_path: Path) -> None:
     study = validate(None, EXTRACTS / "nanotron.csv")
     written = report.write(study, tmp_path / "out")
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len([p for p in written if p.suffix == ".png"]) >= 2
-    assert 'src="http' not in page and "constant MFU" in page and "What was calibrated" in page
     text = (tmp_path / "out" / "report.md").read_text()
+    pictures = [path for path in written if path.suffix == ".png"]
+    assert len(pictures) >= 2 and all(f"]({path.name})" in text for path in pictures)
+    assert "constant MFU" in text and "What was calibrated" in text and "of 33 rows are predicted" in text
     assert "## Targets" in text and "nanotron sweep, step time, MAPE" in text
-    assert written[0].name == "report.html" and all(path.is_file() for path in written)
+    assert written[0].name == "report.md" and all(path.is_file() for path in written)
 
 
 def test_the_command_takes_one_table_and_prints_targets(
@@ -264,7 +411,21 @@ def test_the_command_takes_one_table_and_prints_targets(
     given = ["validate", "--runs", str(EXTRACTS / "vtrain_multi.csv"), "--out", str(tmp_path)]
     assert main(given) == 0
     out = capsys.readouterr().out
-    assert "vTrain, many nodes, MAPE" in out and str(tmp_path / "report.html") in out
+    assert "vTrain, many nodes, MAPE" in out and str(tmp_path / "report.md") in out
+
+
+def test_json_counts_rows_by_block_and_gives_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--runs", str(EXTRACTS / "published.csv"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["predicted"]) == (17, 17)
+    blocks = {block["block"]: block for block in found["blocks"]}
+    assert {name: block["predicted"] for name, block in blocks.items()} == {
+        "megascale": 8,
+        "korthikanti": 4,
+        "mpf": 5,
+    }
+    assert blocks["mpf"]["pairs"] == blocks["mpf"]["right"] == 10 and blocks["megascale"]["mape"] < 0.08
+    assert {target["what"] for target in found["targets"]} >= {"MoE Parallel Folding, MFU, MAPE"}
 
 
 def test_a_folder_needs_no_more_than_one_known_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from trainer.sizing.ask import catalogue
 from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.suggest import WITHIN, Suggestion, suggest
 from trainer.sizing.model import parameters
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Prices
 
 pytestmark = pytest.mark.unit
@@ -34,7 +34,7 @@ def compose_words(*words: str) -> RunConfig:
     return compose([*words, "hardware=h100"])
 
 
-def counts(job: Job) -> tuple[int, int]:
+def counts(job: TrainingJob) -> tuple[int, int]:
     found = parameters.count(job.model)
     return found.total, found.active_without_embeddings
 

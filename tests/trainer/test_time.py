@@ -9,7 +9,7 @@ import pytest
 from configs.compose import compose
 from configs.schema import ModelConfig
 from trainer.sizing.model import flops
-from trainer.sizing.model.job import Job, Software
+from trainer.sizing.model.job import Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators, schedule, step
@@ -31,8 +31,8 @@ def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def job(layout: Layout | None = None, **changed: object) -> Job:
-    base = Job(
+def job(layout: Layout | None = None, **changed: object) -> TrainingJob:
+    base = TrainingJob(
         model=compose(["model=mixtral_8x7b"]).model,
         layout=layout or Layout(pp=4, dp=8, cp=1, ep=8, etp=1, tp=2),
         sequence=4096,
@@ -178,12 +178,9 @@ def test_each_choice_moves_its_part(slow: dict[str, object], fast: dict[str, obj
 
 
 def test_muons_iterations_by_hand() -> None:
-    # One square matrix: 5 iterations of 4 m^2 n + 2 m^3.
+    # Queries, keys, values and output are square; so are both of the MLP: 5 iterations of 4 m^2 n + 2 m^3 each.
     square = gpt(1, 1024, 8, 1000).model_copy(update={"dense_width": 1024})
-    attention = [(3072, 1024), (1024, 1024)]
-    by_hand = 5 * sum(
-        4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in [*attention, (1024, 1024), (1024, 1024)]
-    )
+    by_hand = 5 * 6 * (4 * 1024**3 + 2 * 1024**3)
     assert operators.orthogonal_flops(square, False, 5) == by_hand
 
 
@@ -214,9 +211,9 @@ def test_a_host_that_launches_slowly_is_what_a_small_model_waits_for() -> None:
 
 def test_both_times_count_where_neither_is_much_the_longer() -> None:
     # By hand: device 10 ms and host 10 ms make 10 * 2^(1/3.5) = 12.19 ms.
-    stage = schedule.Stage(0, 1, False, False)
+    stage = schedule.StageCost(0, 1, False, False)
     layer = time._Layer(10e-3, 0, 0, 0, 0, 0, 0, 0, 10e-3)
-    pieces = time._Pieces(job(), None, layer, 0.0, ((0.0, 0.0), (0.0, 0.0)))
+    pieces = time._Pieces(job(), None, layer, 0.0)
     assert sum(time._stage(pieces, stage, 0.0)) == pytest.approx(12.19e-3, rel=1e-3)
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from configs.paths import HomePaths
 from faulttol.detect.snapshot import GroupSeen, RankSeen
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.record import seen
 from tests.web import simulated
-from tests.web.made import Made, queue_file
+from tests.web.made import MadeRun, queue_file
 from tests.web.test_resilience import start
 
 WARM = 7
@@ -32,7 +32,7 @@ def make(home: HomePaths, ranks: int, steps: int) -> str:
     made = simulated.write(home.home, ranks, steps)
     waiting = []
     for i in range(200):
-        run = Made(home, f"queued-{i:03d}", now=time.time() - i).submit()
+        run = MadeRun(home, f"queued-{i:03d}", now=time.time() - i).submit()
         waiting.append({"run": run.run_id, "position": i + 1, "reason": "needs 2 GPU slots, none is free"})
     queue_file(home, time.time(), waiting=waiting)
     folder, now = made.run.attempt(1).seen, time.time()
@@ -52,14 +52,17 @@ def make(home: HomePaths, ranks: int, steps: int) -> str:
             )
             looks.append(
                 RankSeen(
-                    rank, 1000 + rank, newest=Record(1, now, Mark.BEGIN, Phase.BACKWARD, steps), groups=groups
+                    rank,
+                    1000 + rank,
+                    newest=Record(1, now, PhaseMark.BEGIN, RankPhase.BACKWARD, steps),
+                    groups=groups,
                 )
             )
         seen.write(folder, f"node-{node}", looks, now)
     return made.run.run_id
 
 
-class Asked:
+class DashboardClient:
     """Asks over one kept connection, as a browser does."""
 
     def __init__(self, told: dict[str, object]) -> None:
@@ -96,7 +99,7 @@ def measure(home: HomePaths, run: str) -> None:
     began = time.perf_counter()
     child, told = start(home)
     try:
-        ask = Asked(told)
+        ask = DashboardClient(told)
         print(f"listens after              {time.perf_counter() - began:8.2f} s")
         first = time.perf_counter()
         while not ask.plain("/api/runs")["runs"]:

@@ -240,7 +240,7 @@ INCIDENTS = Board(
         ("Now", [
             figure("Open incidents", "sum(megaray_run_open_incidents)", marks=[(0, "green"), (1, "red")]),
             figure("Runs parked", "sum(megaray_run_parked)", marks=[(0, "green"), (1, "red")],
-                   says="The controller met an error of its own at them; their ranks go on."),
+                   says="The controller met an error of its own at them; their ranks continue."),
             figure("Runs whose state isn't saved", "sum(megaray_run_checkpoint_overdue)", marks=[(0, "green"), (1, "red")]),
             figure("Nodes gone", "count(megaray_node_up == 0) or vector(0)", marks=[(0, "green"), (1, "orange")]),
             figure("Nodes barred", "sum(megaray_node_barred)", marks=[(0, "green"), (1, "orange")]),

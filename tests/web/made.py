@@ -21,6 +21,8 @@ from configs.metrics import (
 from configs.paths import HomePaths, RunPaths
 from orchestrator.record.clock import Now
 from orchestrator.record.events import (
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
     Decided,
@@ -29,12 +31,10 @@ from orchestrator.record.events import (
     GangShape,
     IncidentClosed,
     IncidentOpened,
-    Moved,
     NodeShare,
     Payload,
-    Placed,
     RanksStarted,
-    Resumed,
+    StateMoved,
     StopBegan,
     Submitted,
     VerdictFound,
@@ -47,7 +47,7 @@ LAYOUT = {"pp": 1, "dp": 2, "cp": 1, "ep": 2, "etp": 1, "tp": 1}
 
 
 @dataclass
-class Made:
+class MadeRun:
     """One run that is being made. Each method lets time pass and adds it to `truth` by the ledger's parts."""
 
     home: HomePaths
@@ -93,7 +93,7 @@ class Made:
 
     # ---- its life ----
 
-    def submit(self, **more: Any) -> Made:
+    def submit(self, **more: Any) -> MadeRun:
         gang = GangShape(self.ranks, 1)
         self.run.plan.write_text(json.dumps({
             "mfu_basis": "none: cpu has no fp32 peak on record", "tokens_per_step": 64,
@@ -103,16 +103,16 @@ class Made:
         self.run.source.write_text(json.dumps({"commit": "abc", "command": "submit model=demo"}))
         self.run.config.write_text("optim:\n  warmup_steps: 5\ncheckpoint:\n  every: 10\n")
         self.tell(Submitted(0, gang, self.steps, 3, 1.0, self.model, self.layout, owner=self.owner, **more))
-        self.tell(Moved(State.QUEUED, Reason.SUBMITTED))
+        self.tell(StateMoved(State.QUEUED, Reason.SUBMITTED))
         return self
 
-    def wait(self, seconds: float) -> Made:
+    def wait(self, seconds: float) -> MadeRun:
         self.spend("waiting", seconds)
         return self
 
     def start(
         self, placing: float = 1.0, starting: float = 4.0, step: int = 0, part: str = "startup"
-    ) -> Made:
+    ) -> MadeRun:
         self.attempt += 1
         self.step = step
         half = self.ranks // 2
@@ -120,9 +120,12 @@ class Made:
             NodeShare("n1", "10.0.0.1", "one", tuple(range(half))),
             NodeShare("n2", "10.0.0.2", "two", tuple(range(half, self.ranks))),
         )
-        self.tell(Moved(State.PLACING, Reason.ADMITTED), Placed(self.attempt, shares, f"g{self.attempt}"))
+        self.tell(
+            StateMoved(State.PLACING, Reason.ADMITTED),
+            AttemptPlaced(self.attempt, shares, f"g{self.attempt}"),
+        )
         self.spend(part, placing)
-        self.tell(Moved(State.STARTING, Reason.PLACED))
+        self.tell(StateMoved(State.STARTING, Reason.PLACED))
         pids = {str(rank): 1000 + rank for rank in range(self.ranks)}
         self.tell(RanksStarted(self.attempt, pids, "10.0.0.1:1"))
         self.spend(part, starting)
@@ -133,10 +136,10 @@ class Made:
             paths.log(rank).write_text(f"rank {rank} begins\n")
         path = f"{self.run.checkpoints}/{step}" if step else None
         self.line(ResumedLine(self.rank_time, self.attempt, step, path, "none: cpu", {"torch": "2.13"}))
-        self.tell(Resumed(self.attempt, step, path))
+        self.tell(AttemptResumed(self.attempt, step, path))
         return self
 
-    def train(self, steps: int, seconds: float = 1.0, overhead: float = 0.0, **more: Any) -> Made:
+    def train(self, steps: int, seconds: float = 1.0, overhead: float = 0.0, **more: Any) -> MadeRun:
         for _ in range(steps):
             first = self.log.view.state is State.STARTING
             # What passes between steps before the first line counts to the start-up.
@@ -146,7 +149,7 @@ class Made:
             self.kept.append((self.step, seconds))
             self.line(self.step_line(seconds, **more))
             if first:
-                self.tell(Moved(State.RUNNING, Reason.FIRST_STEP))
+                self.tell(StateMoved(State.RUNNING, Reason.FIRST_STEP))
                 for number in self.log.view.open_incidents:
                     self.tell(IncidentClosed(number.number, "trained on", 0, 1.0))
         return self
@@ -163,7 +166,7 @@ class Made:
         }  # fmt: skip
         return StepLine(**values | more)
 
-    def save(self, held: float = 0.5, seconds: float = 0.5, tier: str = "store") -> Made:
+    def save(self, held: float = 0.5, seconds: float = 0.5, tier: str = "store") -> MadeRun:
         """A save that holds training for a while and is committed `seconds` after its call."""
         self.spend("checkpoint", held)
         self.saved = self.step
@@ -177,12 +180,12 @@ class Made:
             self.tell(CheckpointCommitted(self.attempt, self.step, path, 4096, seconds, held, tier))
         return self
 
-    def save_failed(self, error: str = "rank 0: no space") -> Made:
+    def save_failed(self, error: str = "rank 0: no space") -> MadeRun:
         self.line(SaveFailedLine(self.rank_time, self.attempt, self.step, error, 1))
         self.tell(CheckpointFailed(self.attempt, self.step, error, 1))
         return self
 
-    def evaluate(self, seconds: float = 2.0) -> Made:
+    def evaluate(self, seconds: float = 2.0) -> MadeRun:
         self.spend("evaluation", seconds)
         self.line(EvaluatedLine(self.rank_time, self.attempt, self.step, 2.5, 8, seconds))
         return self
@@ -190,7 +193,7 @@ class Made:
     def fault(
         self, begun: float = 0.4, detect: float = 3.0, stop: float = 1.0, back_off: float = 0.0, rank: int = 1,
         kind: str = "rank_exit", detail: str = "rank 1 was killed by SIGKILL",
-    ) -> Made:  # fmt: skip
+    ) -> MadeRun:  # fmt: skip
         """A fault `begun` seconds into a step, found `detect` seconds later; what came after the last save is lost."""
         self.spend("lost_work", begun)
         happened = self.rank_time
@@ -216,9 +219,9 @@ class Made:
             StopBegan(self.attempt, State.RECOVERING, Reason.RANK_DIED, detail),
         )
         self.spend("restart", stop / 2)
-        self.tell(Moved(State.RECOVERING, Reason.RANK_DIED, detail))
+        self.tell(StateMoved(State.RECOVERING, Reason.RANK_DIED, detail))
         self.spend("restart", back_off)
-        self.tell(Moved(State.QUEUED, Reason.BACKOFF_OVER))
+        self.tell(StateMoved(State.QUEUED, Reason.BACKOFF_OVER))
         self._lose()
         return self
 
@@ -228,32 +231,32 @@ class Made:
                 self.truth["lost_work"] += seconds
         self.kept = [(step, seconds) for step, seconds in self.kept if step <= self.saved]
 
-    def preempt(self, seconds: float = 2.0) -> Made:
+    def preempt(self, seconds: float = 2.0) -> MadeRun:
         self.tell(StopBegan(self.attempt, State.QUEUED, Reason.PREEMPTED, "", 30.0))
         self.spend("stopping", seconds)
-        self.tell(Moved(State.RECOVERING, Reason.PREEMPTED), Moved(State.QUEUED, Reason.PREEMPTED))
+        self.tell(StateMoved(State.RECOVERING, Reason.PREEMPTED), StateMoved(State.QUEUED, Reason.PREEMPTED))
         self._lose()
         return self
 
-    def finish(self, closing: float = 1.0, stopping: float = 2.0) -> Made:
+    def finish(self, closing: float = 1.0, stopping: float = 2.0) -> MadeRun:
         self.spend("overhead", closing)
         self.line(EndedLine(self.rank_time, self.attempt, self.step, 2.1, 64 * self.step))
         self.tell(Finished(self.step, 2.1, 64 * self.step))
         self.tell(StopBegan(self.attempt, State.SUCCEEDED, Reason.COMPLETE))
         self.spend("stopping", stopping)
-        self.tell(Moved(State.SUCCEEDED, Reason.COMPLETE))
+        self.tell(StateMoved(State.SUCCEEDED, Reason.COMPLETE))
         return self
 
-    def cancel(self, seconds: float = 1.0) -> Made:
-        self.tell(Moved(State.CANCELLING, Reason.CANCEL_ASKED))
+    def cancel(self, seconds: float = 1.0) -> MadeRun:
+        self.tell(StateMoved(State.CANCELLING, Reason.CANCEL_ASKED))
         self.tell(StopBegan(self.attempt, State.CANCELLED, Reason.CANCEL_ASKED, "", 30.0))
         self.spend("stopping", seconds)
-        self.tell(Moved(State.CANCELLED, Reason.CANCEL_ASKED))
+        self.tell(StateMoved(State.CANCELLED, Reason.CANCEL_ASKED))
         return self
 
-    def idle(self, seconds: float) -> Made:
+    def idle(self, seconds: float) -> MadeRun:
         self.spend("idle", seconds)
-        self.tell(Moved(State.QUEUED, Reason.RESUME_ASKED))
+        self.tell(StateMoved(State.QUEUED, Reason.RESUME_ASKED))
         self._lose()
         return self
 

@@ -18,11 +18,11 @@ from aiohttp import web
 
 from configs.paths import HomePaths
 from orchestrator.web import server
-from orchestrator.web.security import Tokens
+from orchestrator.web.security import AccessTokens
 from orchestrator.web.server import Dashboard
 
 TOKEN = "a-token-of-the-tests-0123456789"
-TOKENS = Tokens({TOKEN: "ann"})
+TOKENS = AccessTokens({TOKEN: "ann"})
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Client:
 @contextmanager
 def serving(
     home: HomePaths,
-    tokens: Tokens | None = TOKENS,
+    tokens: AccessTokens | None = TOKENS,
     host: str = "127.0.0.1",
     names: tuple[str, ...] = (),
 ) -> Iterator[Client]:

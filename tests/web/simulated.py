@@ -20,18 +20,18 @@ import numpy as np
 
 from configs.metrics import MetricWriter, ResumedLine, SavedLine, StepLine
 from configs.paths import HomePaths, RunPaths
-from faulttol.timeline.file import STORED, Shape, StepFile, folder
-from faulttol.timeline.heat import Asked, heat
+from faulttol.timeline.file import STORED, StepFile, StepFileShape, folder
+from faulttol.timeline.heat import HeatRequest, heat
 from faulttol.timeline.reader import AttemptSteps
 from orchestrator.record.clock import Now
 from orchestrator.record.events import (
+    AttemptPlaced,
+    AttemptResumed,
     CheckpointCommitted,
     GangShape,
-    Moved,
     NodeShare,
-    Placed,
     RanksStarted,
-    Resumed,
+    StateMoved,
     Submitted,
 )
 from orchestrator.record.run_log import RunLog
@@ -139,7 +139,7 @@ def _write_steps(attempt: Path, nodes: int, steps: int, slow_node: int, data_nod
         if key in patterns:
             shutil.copyfile(patterns[key], into)
             with into.open("r+b") as file:
-                file.write(Shape(name(node), own).header)
+                file.write(StepFileShape(name(node), own).header)
             continue
         file = StepFile(into, name(node), own)
         file.append(0, starts, _columns(stage, variant, steps, node == slow_node, node == data_node))
@@ -153,7 +153,8 @@ def _write_events(run: RunPaths, nodes: int, steps: int, layout: dict[str, int])
     at = Now(BEGAN, 0.0)
     log = RunLog(run, 1, at)
     log.append(
-        [Submitted(0, gang, steps, 10, 1.0, "simulated", layout), Moved(State.QUEUED, Reason.SUBMITTED)], at
+        [Submitted(0, gang, steps, 10, 1.0, "simulated", layout), StateMoved(State.QUEUED, Reason.SUBMITTED)],
+        at,
     )
     shares = tuple(
         NodeShare(
@@ -161,13 +162,16 @@ def _write_events(run: RunPaths, nodes: int, steps: int, layout: dict[str, int])
         )
         for node in range(nodes)
     )
-    log.append([Moved(State.PLACING, Reason.SUBMITTED), Placed(1, shares, "simulated-1")], Now(BEGAN + 5, 5))
+    log.append(
+        [StateMoved(State.PLACING, Reason.SUBMITTED), AttemptPlaced(1, shares, "simulated-1")],
+        Now(BEGAN + 5, 5),
+    )
     pids = {str(rank): 1000 + rank for rank in range(nodes * _LOCAL)}
     log.append(
-        [Moved(State.STARTING, Reason.SUBMITTED), RanksStarted(1, pids, "10.0.0.0:29500")],
+        [StateMoved(State.STARTING, Reason.SUBMITTED), RanksStarted(1, pids, "10.0.0.0:29500")],
         Now(BEGAN + 20, 20),
     )
-    log.append([Resumed(1, 0, None), Moved(State.RUNNING, Reason.SUBMITTED)], Now(BEGAN + 60, 60))
+    log.append([AttemptResumed(1, 0, None), StateMoved(State.RUNNING, Reason.SUBMITTED)], Now(BEGAN + 60, 60))
     ends = 60 + np.cumsum(seconds_of(steps))
     for step in range(SAVE_EVERY, steps + 1, SAVE_EVERY):
         seconds = float(ends[step - 1]) + 2
@@ -212,9 +216,9 @@ def _time(made: Simulated) -> None:
     first, last = span
     for begin in (first, last - (last - first) // 10, last - 2000, last - 300):
         for asked in (
-            Asked(first=begin),
-            Asked(first=begin, mode="deviation"),
-            Asked("wait", begin, group="node"),
+            HeatRequest(first=begin),
+            HeatRequest(first=begin, mode="deviation"),
+            HeatRequest("wait", begin, group="node"),
         ):
             spent = []
             for _ in range(5):

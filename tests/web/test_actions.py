@@ -13,7 +13,7 @@ import pytest
 
 from configs.errors import UserError
 from orchestrator.web import actions
-from tests.web.made import Made, a_home, queue_file
+from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import TOKEN, Client, serving
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
@@ -31,9 +31,9 @@ _DONE = "print(json.dumps({'ok': True, 'said': 'it is done'}))"
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
     home = a_home(tmp_path / "home")
-    Made(home, "one", now=time.time() - 60).submit().start().train(5)
-    Made(home, "old", now=time.time() - 600).submit().start().train(5).save().finish()
-    Made(home, "waits", now=time.time() - 6).submit()
+    MadeRun(home, "one", now=time.time() - 60).submit().start().train(5)
+    MadeRun(home, "old", now=time.time() - 600).submit().start().train(5).save().finish()
+    MadeRun(home, "waits", now=time.time() - 6).submit()
     queue_file(home, time.time())
     with serving(home) as client:
         child(client, tmp_path)
@@ -107,9 +107,9 @@ def test_a_confirmation_is_of_who_asked(client: Client, tmp_path: Path) -> None:
         ({"action": "cancel", "target": "nothing"}, "names none of the runs"),
         ({"action": "cancel", "target": "old"}, "run 'old' is succeeded already"),
         ({"action": "dump_stacks", "target": "waits"}, "has no ranks whose stacks"),
-        ({"action": "cordon", "target": "10.0.0.77", "reason": "x"}, "'10.0.0.77' is no node"),
+        ({"action": "cordon", "target": "10.0.0.77", "reason": "x"}, "'10.0.0.77' is not a node"),
         ({"action": "cordon", "target": "one", "reason": "  "}, "say why the node is kept free"),
-        ({"action": "cordon", "target": "--help", "reason": "x"}, "is no node"),
+        ({"action": "cordon", "target": "--help", "reason": "x"}, "is not a node"),
         ({}, "action='' is none"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_cluster_that_refuses_or_hangs_or_dies(
     began = time.monotonic()
     assert "didn't answer in 1 s" in confirmed(client, 502)["error"]
     assert time.monotonic() - began < 30
-    assert client.get("/api/runs")["runs"], "the page goes on"
+    assert client.get("/api/runs")["runs"], "the page continues"
 
 
 def test_the_real_child_says_what_is_missing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

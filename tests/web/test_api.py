@@ -14,12 +14,12 @@ import pytest
 
 from configs.metrics import MeasuredLine, MetricWriter
 from faulttol.detect.snapshot import GroupSeen, RankSeen
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.timeline.file import STORED, StepFile
 from orchestrator.record import seen
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
 from orchestrator.record.log import Log
-from tests.web.made import Made, a_home, queue_file
+from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import TOKEN, Client, serving
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
@@ -27,10 +27,10 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 RECOVERED = "demo-1126-120000-aaaa"
 
 
-def recovered(home: Any) -> Made:
+def recovered(home: Any) -> MadeRun:
     """Killed after step 26 and recovered from step 20, at step 50 now."""
     run = (
-        Made(home, RECOVERED, now=time.time() - 200)
+        MadeRun(home, RECOVERED, now=time.time() - 200)
         .submit()
         .wait(2)
         .start(1, 3)
@@ -55,8 +55,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     (kept / "00001.ring.json").write_text(
         json.dumps([{"sequence": 1, "time": 1.0, "mark": "BEGIN", "phase": "FORWARD", "step": 3}])
     )
-    Made(home, "big-1126-120001-bbbb", steps=50, now=time.time() - 9, owner="bob").submit()
-    ended = Made(home, "old-1126-110000-cccc", now=time.time() - 4000).submit().start().train(20).save()
+    MadeRun(home, "big-1126-120001-bbbb", steps=50, now=time.time() - 9, owner="bob").submit()
+    ended = MadeRun(home, "old-1126-110000-cccc", now=time.time() - 4000).submit().start().train(20).save()
     ended.finish()
     queue_file(
         home,
@@ -90,7 +90,7 @@ def test_runs(client: Client) -> None:
     assert rows["big-1126-120001-bbbb"]["position"] == 1
     assert "1 is free" in rows["big-1126-120001-bbbb"]["waiting_for"]
     assert client.get("/api/runs", ended=0)["left_out"] == 1
-    assert "'-1' is no whole number between 0 and 5000" in client.get("/api/runs", 400, ended=-1)["error"]
+    assert "'-1' is not a whole number between 0 and 5000" in client.get("/api/runs", 400, ended=-1)["error"]
 
 
 def test_queue_and_controller(client: Client) -> None:
@@ -279,7 +279,7 @@ def test_stacks_and_records(client: Client) -> None:
 def test_layout_says_who_is_waited_for(client: Client) -> None:
     run = client.shared.live.home.run(RECOVERED)
     now = time.time()
-    record = Record(9, now - 7, Mark.BEGIN, Phase.BACKWARD, 50)
+    record = Record(9, now - 7, PhaseMark.BEGIN, RankPhase.BACKWARD, 50)
     groups = (GroupSeen("dp (3)", range(0, 2), 40, 39),)
     behind = (GroupSeen("dp (3)", range(0, 2), 39, 39),)
     folder = run.attempt(2).seen
@@ -346,7 +346,7 @@ def test_heat_without_records(client: Client) -> None:
 
 def test_a_measurement(client: Client) -> None:
     home = client.shared.live.home
-    run = Made(home, "net-1126-130000-dddd", steps=0).submit().start()
+    run = MadeRun(home, "net-1126-130000-dddd", steps=0).submit().start()
     writer = MetricWriter(run.run.attempt(1).metrics)
     for i in range(1, 4):
         case = {"op": "all_reduce", "size": 1 << i, "group": "world", "dtype": "float32"}
@@ -362,7 +362,7 @@ def test_a_measurement(client: Client) -> None:
 
 
 def test_numbers_that_are_none_are_null(client: Client) -> None:
-    run = Made(client.shared.live.home, "nan-1126-140000-eeee").submit().start().train(30)
+    run = MadeRun(client.shared.live.home, "nan-1126-140000-eeee").submit().start().train(30)
     run.train(1, loss=float("nan"), grad_norm=float("inf"))
     client.fresh()
     row = next(
@@ -399,7 +399,7 @@ def event(response: http.client.HTTPResponse) -> tuple[str, dict[str, Any]]:
 
 
 def test_events_tell_what_changed_and_beat(client: Client) -> None:
-    run = Made(client.shared.live.home, "sse-1126-150000-ffff").submit().start().train(1)
+    run = MadeRun(client.shared.live.home, "sse-1126-150000-ffff").submit().start().train(1)
     client.fresh()
     response = listen(client, "/api/events?run=sse-1126-150000-ffff")
     assert response.headers["Content-Type"] == "text/event-stream"
@@ -416,6 +416,21 @@ def test_events_tell_what_changed_and_beat(client: Client) -> None:
         name, data = event(response)
     assert data["beat_age"] > 0
     response.close()
+
+
+def test_a_page_that_is_closed_is_no_error(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    before = len(client.shared.listeners)
+    run = MadeRun(client.shared.live.home, "closed-1126-150000-ffff").submit().start().train(1)
+    response = listen(client)
+    event(response)
+    response.close()
+    deadline = time.monotonic() + 30
+    while len(client.shared.listeners) > before:  # it is noticed at the next write
+        assert time.monotonic() < deadline
+        run.train(1)
+        client.shared.live.hurry()
+        time.sleep(0.05)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_listeners_are_bounded(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from orchestrator.web import metrics
 from tests.web import boards
-from tests.web.made import Made, a_home, queue_file
+from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import serving
 from tests.web.test_monitoring import FOLDER, asked, awaited, prometheus, promtool, rules
 
@@ -182,7 +182,7 @@ EMPTY = (
 def test_a_real_prometheus_has_data_for_every_panel(tmp_path: Path) -> None:
     home = a_home(tmp_path)
     run = (
-        Made(home, "one", now=time.time() - 100)
+        MadeRun(home, "one", now=time.time() - 100)
         .submit()
         .wait(2)
         .start(1, 3)

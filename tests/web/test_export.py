@@ -18,7 +18,7 @@ import pytest
 from configs.errors import UserError
 from orchestrator.web import export
 from orchestrator.web.live import Live
-from tests.web.made import Made, a_home
+from tests.web.made import MadeRun, a_home
 from tests.web.test_security import EVIL, SECRETS
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
@@ -92,7 +92,7 @@ def loaded(home: Any, run_id: str) -> Live:
 def exported(tmp_path: Path, page: Path, **more: Any) -> tuple[str, dict[str, Any], _Scripts]:
     home = a_home(tmp_path / "home")
     run = (
-        Made(home, "one", now=time.time() - 60, **more)
+        MadeRun(home, "one", now=time.time() - 60, **more)
         .submit(runtime_env={"env_vars": SECRETS})
         .start()
         .train(12)
@@ -196,7 +196,7 @@ def test_what_cannot_be_joined_is_named(page: Path, code: str, says: str) -> Non
 
 def test_write_says_what_is_wrong(tmp_path: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = a_home(tmp_path / "home")
-    Made(home, "one", now=time.time() - 60).submit().start().train(3)
+    MadeRun(home, "one", now=time.time() - 60).submit().start().train(3)
     monkeypatch.setattr(export.page, "__defaults__", (page,))
     size = export.write(home, "on", tmp_path / "one.html")
     assert (tmp_path / "one.html").stat().st_size == size > 1000

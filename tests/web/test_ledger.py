@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 
 from orchestrator.record import log
-from orchestrator.record.ledger import Ledger, Trace, ledger
-from orchestrator.record.partition import MEANINGS, Part, Tape
+from orchestrator.record.ledger import AttemptLines, Ledger, ledger
+from orchestrator.record.partition import MEANINGS, Tape, TimePart
 from orchestrator.record.story import Story
 from orchestrator.web.columns import Columns
-from tests.web.made import Made, a_home
+from tests.web.made import MadeRun, a_home
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 
-def made_of(run: Made, now: float | None = None, most: int = 100_000) -> Ledger:
+def made_of(run: MadeRun, now: float | None = None, most: int = 100_000) -> Ledger:
     story = Story()
     story.take(log.read(run.run.events))
-    traces: dict[int, Trace] = {}
+    traces: dict[int, AttemptLines] = {}
     for number in run.run.attempt_numbers():
         columns = Columns(run.run.attempt(number).metrics, most)
         assert columns.update()
@@ -30,7 +30,7 @@ def made_of(run: Made, now: float | None = None, most: int = 100_000) -> Ledger:
     return ledger(story, traces, run.now if now is None else now)
 
 
-def check(run: Made, tolerance: float = 0.01, **more: Any) -> Ledger:
+def check(run: MadeRun, tolerance: float = 0.01, **more: Any) -> Ledger:
     """Every part as the run was made, and all of wall time, by two ways of adding up that share nothing."""
     made = made_of(run, **more)
     wall = run.now - 1_700_000_000.0
@@ -52,7 +52,7 @@ def check(run: Made, tolerance: float = 0.01, **more: Any) -> Ledger:
 
 def test_a_run_without_faults(tmp_path: Path) -> None:
     run = (
-        Made(a_home(tmp_path))
+        MadeRun(a_home(tmp_path))
         .submit()
         .wait(7)
         .start(2, 5)
@@ -63,14 +63,21 @@ def test_a_run_without_faults(tmp_path: Path) -> None:
         .train(10)
     )
     made = check(run.save().finish(), 1e-4)
-    assert made.seconds[Part.WAITING] == pytest.approx(7)
+    assert made.seconds[TimePart.WAITING] == pytest.approx(7)
     assert made.ettr == pytest.approx((40 + 3) / (run.now - 1_700_000_000.0), rel=1e-3)
     assert made.ettr_held is not None and made.ettr is not None and made.ettr_held > made.ettr
 
 
 def test_a_fault_costs_detection_restart_and_what_was_trained_again(tmp_path: Path) -> None:
     run = (
-        Made(a_home(tmp_path)).submit().wait(1).start().train(10).save().train(6).fault(detect=4, back_off=2)
+        MadeRun(a_home(tmp_path))
+        .submit()
+        .wait(1)
+        .start()
+        .train(10)
+        .save()
+        .train(6)
+        .fault(detect=4, back_off=2)
     )
     run.wait(3).start(1, 6, step=10, part="restart").train(20).finish()
     made = check(run, 1e-4)
@@ -81,35 +88,35 @@ def test_a_fault_costs_detection_restart_and_what_was_trained_again(tmp_path: Pa
 
 
 def test_preemption_idle_time_and_a_resume(tmp_path: Path) -> None:
-    run = Made(a_home(tmp_path)).submit().start().train(8).save().preempt(2).wait(30)
+    run = MadeRun(a_home(tmp_path)).submit().start().train(8).save().preempt(2).wait(30)
     run.start(1, 4, step=8, part="restart").train(5).save().cancel(1).idle(500)
     run.wait(2).start(1, 3, step=13).train(9).finish()
     made = check(run, 1e-4)
-    assert made.seconds[Part.IDLE] == pytest.approx(500)
-    assert made.seconds[Part.STARTUP] == pytest.approx(1 + 4 + 1 + 3)
+    assert made.seconds[TimePart.IDLE] == pytest.approx(500)
+    assert made.seconds[TimePart.STARTUP] == pytest.approx(1 + 4 + 1 + 3)
 
 
 def test_a_save_that_goes_on_in_the_background_counts_what_it_held(tmp_path: Path) -> None:
-    run = Made(a_home(tmp_path)).submit().start().train(4).save(held=0.25, seconds=3.0).train(10).finish()
+    run = MadeRun(a_home(tmp_path)).submit().start().train(4).save(held=0.25, seconds=3.0).train(10).finish()
     check(run, 1e-4)
 
 
 @pytest.mark.parametrize("skew", [-3600.0, 3600.0])
 def test_a_host_whose_clock_is_off_by_an_hour(tmp_path: Path, skew: float) -> None:
-    check(Made(a_home(tmp_path), skew=skew).submit().start().train(30).save().train(5).finish(), 0.01)
+    check(MadeRun(a_home(tmp_path), skew=skew).submit().start().train(30).save().train(5).finish(), 0.01)
 
 
 def test_a_wall_clock_that_steps_counts_no_second_twice(tmp_path: Path) -> None:
-    run = Made(a_home(tmp_path)).submit().start().train(20).save()
+    run = MadeRun(a_home(tmp_path)).submit().start().train(20).save()
     run.jump = 3600.0
     run.save().train(20).save().finish()
     made = made_of(run, now=run.now + run.jump)
     assert sum(made.seconds.values()) == pytest.approx(run.now - 1_700_000_000.0, rel=1e-6)
-    assert made.seconds[Part.PRODUCTIVE] == pytest.approx(40, abs=2)
+    assert made.seconds[TimePart.PRODUCTIVE] == pytest.approx(40, abs=2)
 
 
 def test_an_attempt_that_never_trained(tmp_path: Path) -> None:
-    run = Made(a_home(tmp_path)).submit().start()
+    run = MadeRun(a_home(tmp_path)).submit().start()
     run.truth["lost_work"] = 0.0
     run.fault(begun=0.0, detect=5)
     run.start(1, 4, step=0, part="restart").train(12).finish()
@@ -117,27 +124,29 @@ def test_an_attempt_that_never_trained(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_is_told_up_to_now(tmp_path: Path) -> None:
-    run = Made(a_home(tmp_path)).submit().start().train(30)
+    run = MadeRun(a_home(tmp_path)).submit().start().train(30)
     made = made_of(run, now=run.now + 5)
-    assert made.seconds[Part.PRODUCTIVE] == pytest.approx(35)
+    assert made.seconds[TimePart.PRODUCTIVE] == pytest.approx(35)
     made = made_of(run, now=run.now + 100)
-    assert made.seconds[Part.DETECTION] == pytest.approx(90, abs=1), "nobody has found yet why nothing comes"
+    assert made.seconds[TimePart.DETECTION] == pytest.approx(90, abs=1), (
+        "nobody has found yet why nothing comes"
+    )
     assert sum(made.seconds.values()) == pytest.approx(made.wall)
 
 
 def test_lines_that_were_joined_change_nothing(tmp_path: Path) -> None:
-    run = Made(a_home(tmp_path)).submit().start().train(400, 0.5).save().train(200, 0.5).fault()
+    run = MadeRun(a_home(tmp_path)).submit().start().train(400, 0.5).save().train(200, 0.5).fault()
     run.start(1, 4, step=400, part="restart").train(300, 0.5).finish()
     full, few = made_of(run), made_of(run, most=64)
-    for part in Part:
+    for part in TimePart:
         assert few.seconds[part] == pytest.approx(full.seconds[part], abs=0.02 * full.wall), part
-    assert few.seconds[Part.PRODUCTIVE] == pytest.approx(full.seconds[Part.PRODUCTIVE], rel=0.005)
+    assert few.seconds[TimePart.PRODUCTIVE] == pytest.approx(full.seconds[TimePart.PRODUCTIVE], rel=0.005)
 
 
 @pytest.mark.parametrize("seed", range(25))
 def test_any_life_adds_up(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
-    run = Made(a_home(tmp_path), steps=10_000).submit().wait(draw.uniform(0, 20))
+    run = MadeRun(a_home(tmp_path), steps=10_000).submit().wait(draw.uniform(0, 20))
     part, step = "startup", 0
     for _ in range(draw.randint(1, 5)):
         run.start(draw.uniform(0.5, 3), draw.uniform(2, 9), step=step, part=part).train(draw.randint(3, 9))
@@ -177,19 +186,19 @@ def test_any_life_adds_up(tmp_path: Path, seed: int) -> None:
 
 def test_a_tape_never_goes_back() -> None:
     tape = Tape(10.0)
-    tape.until(12.0, Part.WAITING, 0)
-    tape.until(11.0, Part.IDLE, 0)
+    tape.until(12.0, TimePart.WAITING, 0)
+    tape.until(11.0, TimePart.IDLE, 0)
     tape.extend(np.array([13.0, 12.5, 15.0]), np.array([0, 1, 2], dtype=np.int8), 1)
     cut = tape.cut()
     assert sum(cut.totals().values()) == pytest.approx(5.0)
-    assert cut.totals()[Part.IDLE] == 0.0
-    assert cut.totals()[Part.EVALUATION] == 0.0
-    assert cut.totals(1)[Part.PRODUCTIVE] == pytest.approx(1.0)
+    assert cut.totals()[TimePart.IDLE] == 0.0
+    assert cut.totals()[TimePart.EVALUATION] == 0.0
+    assert cut.totals(1)[TimePart.PRODUCTIVE] == pytest.approx(1.0)
 
 
 def test_spans_cover_all_and_stay_few(tmp_path: Path) -> None:
     run = (
-        Made(a_home(tmp_path))
+        MadeRun(a_home(tmp_path))
         .submit()
         .wait(5)
         .start()
@@ -204,11 +213,11 @@ def test_spans_cover_all_and_stay_few(tmp_path: Path) -> None:
     assert spans[0][0] == made.partition.edges[0]
     assert spans[-1][1] == pytest.approx(float(made.partition.edges[-1]))
     assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
-    assert max(spans, key=lambda s: s[1] - s[0])[2] is Part.PRODUCTIVE
+    assert max(spans, key=lambda s: s[1] - s[0])[2] is TimePart.PRODUCTIVE
 
 
 def test_a_log_without_anything() -> None:
     made = ledger(Story(), {}, 5.0)
     assert made.wall == 5.0 or made.wall == 0.0
     assert made.ettr in (None, 0.0)
-    assert set(MEANINGS) == set(Part)
+    assert set(MEANINGS) == set(TimePart)

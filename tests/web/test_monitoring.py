@@ -19,7 +19,7 @@ import yaml
 
 from orchestrator.web import metrics
 from tests.source_tree import ROOT
-from tests.web.made import Made, a_home, queue_file
+from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import TOKEN, Client, serving
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
@@ -105,7 +105,9 @@ def of(found: dict[str, list[tuple[dict[str, str], float]]], name: str, **labels
 def test_metrics_of_a_run_with_a_fault(tmp_path: Path) -> None:
     home = a_home(tmp_path)
     begin = time.time() - 100
-    run = Made(home, "one", now=begin).submit().wait(2).start(1, 3).train(10).save().train(5).fault(detect=2)
+    run = (
+        MadeRun(home, "one", now=begin).submit().wait(2).start(1, 3).train(10).save().train(5).fault(detect=2)
+    )
     run.start(1, 3, step=10, part="restart").train(20).save_failed()
     (run.run.wandb).mkdir()
     (run.run.wandb / "cursor.json").write_text(json.dumps({"events": 10, "1": 5}))
@@ -153,14 +155,14 @@ def test_labels_are_bounded_and_runs_that_ended_leave(
 ) -> None:
     home = a_home(tmp_path)
     run = (
-        Made(home, "wide", now=time.time() - 400, experts=(24, 64), steps=300)
+        MadeRun(home, "wide", now=time.time() - 400, experts=(24, 64), steps=300)
         .submit()
         .start()
         .train(300, 0.5)
         .save()
     )
-    Made(home, "past", now=time.time() - 900).submit().start().train(5).save().finish()
-    Made(home, "fresh", now=time.time() - 30).submit().start().train(5).save().finish()
+    MadeRun(home, "past", now=time.time() - 900).submit().start().train(5).save().finish()
+    MadeRun(home, "fresh", now=time.time() - 30).submit().start().train(5).save().finish()
     queue_file(home, time.time() - 60)
     with serving(home) as client:
         client.until("/api/run/wide", lambda tree: tree["indexed"] == 1.0)
@@ -182,7 +184,7 @@ def test_labels_are_bounded_and_runs_that_ended_leave(
 
 def test_names_in_labels_are_escaped(tmp_path: Path) -> None:
     home = a_home(tmp_path)
-    Made(home, 'evil"} 1\n#x', owner='a"b\\c\nd').submit()
+    MadeRun(home, 'evil"} 1\n#x', owner='a"b\\c\nd').submit()
     with serving(home) as client:
         found = scraped(client)
         assert [labels["owner"] for labels, _ in found["megaray_run_info"]] == ['a\\"b\\\\c\\nd']
@@ -245,9 +247,9 @@ def awaited(what: Any, seconds: float = 40.0) -> Any:
 
 def test_prometheus_scrapes_a_run_with_a_kill_and_its_alerts_fire(tmp_path: Path) -> None:
     home = a_home(tmp_path / "home")
-    healthy = Made(home, "healthy", now=time.time() - 40).submit().start().train(30).save()
-    hung = Made(home, "hung", now=time.time() - 200).submit().start().train(30).save()
-    killed = Made(home, "killed", now=time.time() - 40).submit().start().train(20).save().train(5)
+    healthy = MadeRun(home, "healthy", now=time.time() - 40).submit().start().train(30).save()
+    hung = MadeRun(home, "hung", now=time.time() - 200).submit().start().train(30).save()
+    killed = MadeRun(home, "killed", now=time.time() - 40).submit().start().train(20).save().train(5)
     (tmp_path / "prometheus").mkdir()
     with serving(home) as client, prometheus(tmp_path / "prometheus", client.port) as url:
         queue_file(home, time.time())

@@ -21,15 +21,15 @@ from configs.paths import HomePaths
 from orchestrator.web import live, server
 from orchestrator.web.columns import Columns, loads
 from tests.source_tree import ROOT
-from tests.web.made import Made, a_home, queue_file
+from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import Client, serving
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 _SERVE = (
     "import argparse, sys; from pathlib import Path; from configs.paths import HomePaths; "
-    "from orchestrator.commands.calls import Call; from orchestrator.web import cli;"
-    "sys.exit(cli.run(Call(argparse.Namespace(host='127.0.0.1', port=int(sys.argv[2]), allow_host=[], "
+    "from orchestrator.commands.calls import CommandCall; from orchestrator.web import cli;"
+    "sys.exit(cli.run(CommandCall(argparse.Namespace(host='127.0.0.1', port=int(sys.argv[2]), allow_host=[], "
     "no_token=False, export=None, json=False, address=None), HomePaths(Path(sys.argv[1])), ())))"
 )
 
@@ -65,7 +65,7 @@ def ask(told: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def test_a_dashboard_that_was_killed_comes_back_as_it_was(home: HomePaths) -> None:
-    Made(home, "one", now=time.time() - 60).submit().start().train(20).save()
+    MadeRun(home, "one", now=time.time() - 60).submit().start().train(20).save()
     child, told = start(home)
     try:
         deadline = time.monotonic() + 30
@@ -108,7 +108,7 @@ def test_a_dashboard_that_was_killed_comes_back_as_it_was(home: HomePaths) -> No
 
 
 def test_a_controller_that_is_gone_is_told_and_missed_by_nobody(home: HomePaths) -> None:
-    run = Made(home, "one", now=time.time() - 60).submit().start().train(20)
+    run = MadeRun(home, "one", now=time.time() - 60).submit().start().train(20)
     queue_file(home, time.time() - 45)
     with serving(home) as client:
         told = client.get("/api/queue")["controller"]
@@ -133,7 +133,7 @@ def test_a_controller_that_is_gone_is_told_and_missed_by_nobody(home: HomePaths)
 
 
 def test_a_line_that_rank_0_died_in(home: HomePaths) -> None:
-    run = Made(home, "one", now=time.time() - 60).submit().start().train(20)
+    run = MadeRun(home, "one", now=time.time() - 60).submit().start().train(20)
     path = run.run.attempt(1).metrics
     with serving(home) as client:
         assert client.get("/api/run/one/series")["last"] == 20
@@ -154,12 +154,12 @@ def test_a_line_that_rank_0_died_in(home: HomePaths) -> None:
 
 
 def test_one_broken_run_stops_no_other(home: HomePaths) -> None:
-    Made(home, "good", now=time.time() - 60).submit().start().train(5)
-    bad = Made(home, "bad", now=time.time() - 60).submit().start().train(5)
+    MadeRun(home, "good", now=time.time() - 60).submit().start().train(5)
+    bad = MadeRun(home, "bad", now=time.time() - 60).submit().start().train(5)
     lines = bad.run.events.read_text().splitlines(keepends=True)
     bad.run.events.write_text("".join([lines[0], "garbage\n", *lines[1:]]))
     bad.run.view.unlink(missing_ok=True)
-    worse = Made(home, "worse", now=time.time() - 60).submit()
+    worse = MadeRun(home, "worse", now=time.time() - 60).submit()
     worse.run.events.write_text("\x00\x01 not a log\n")
     (home.runs / "empty").mkdir()
     (home.runs / "empty" / "events.jsonl").mkdir()
@@ -179,7 +179,7 @@ def test_one_broken_run_stops_no_other(home: HomePaths) -> None:
 def test_storage_that_hangs_leaves_the_page_as_it_was(
     home: HomePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Made(home, "one", now=time.time() - 60).submit().start().train(5)
+    MadeRun(home, "one", now=time.time() - 60).submit().start().train(5)
     queue_file(home, time.time())
     released, read, entered = threading.Event(), live.read_queue, threading.Event()
     try:
@@ -225,7 +225,7 @@ class _Hanging:
 def test_a_turn_that_fails_is_told_and_the_next_one_goes_on(
     home: HomePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Made(home, "one", now=time.time() - 60).submit().start().train(5)
+    MadeRun(home, "one", now=time.time() - 60).submit().start().train(5)
     with serving(home) as client:
         reader = client.shared.live
         real = reader._read_nodes
@@ -296,7 +296,7 @@ def test_reading_goes_on_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_runs_that_nobody_looks_at_cost_little(home: HomePaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_LOOKED_AT", 1)
     for name in ("one", "two", "three"):
-        run = Made(home, name, now=time.time() - 60).submit().start()
+        run = MadeRun(home, name, now=time.time() - 60).submit().start()
         long_metrics(run.run.attempt(1).metrics, 6000)
     with serving(home) as client:
         reader = client.shared.live
@@ -318,7 +318,7 @@ def test_runs_that_nobody_looks_at_cost_little(home: HomePaths, monkeypatch: pyt
 
 def test_a_home_with_many_queued_runs(home: HomePaths) -> None:
     for i in range(120):
-        Made(home, f"run-{i:03d}", now=time.time() - i).submit()
+        MadeRun(home, f"run-{i:03d}", now=time.time() - i).submit()
     waiting = [{"run": f"run-{i:03d}", "position": i + 1, "reason": "needs 2 CPU slots"} for i in range(120)]
     queue_file(home, time.time(), waiting=waiting)
     with serving(home) as client:

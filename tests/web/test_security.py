@@ -15,8 +15,8 @@ import pytest
 from configs.errors import UserError
 from orchestrator.web import security, server
 from orchestrator.web.redact import REDACTED, Redactor, is_secret, numbers
-from orchestrator.web.security import Tokens
-from tests.web.made import Made, a_home, queue_file
+from orchestrator.web.security import AccessTokens
+from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import TOKEN, Client, serving
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
@@ -34,7 +34,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     (folder / "secret.txt").write_text("not the page's")
     before, server.STATIC = server.STATIC, folder
     home = a_home(tmp_path_factory.mktemp("home"))
-    Made(home, "one", now=time.time() - 60).submit().start().train(5)
+    MadeRun(home, "one", now=time.time() - 60).submit().start().train(5)
     queue_file(home, time.time())
     (home.home / "outside.log").write_text("TOP SECRET FILE")
     with serving(home) as client:
@@ -74,7 +74,7 @@ def test_the_link_becomes_a_cookie_that_is_no_token(client: Client) -> None:
     assert browser.raw("/?token=wrong")[0] == 401
     value = cookie.split(";")[0].split("=", 1)[1]
     assert Client(client.port, client.shared, token=value).raw("/api/me")[0] == 401, (
-        "a stolen cookie is no token"
+        "a stolen cookie is not a token"
     )
     browser.headers["Cookie"] = f"megaray_{client.port + 1}={value}"
     assert browser.raw("/api/me")[0] == 401, "another server's cookie"
@@ -228,7 +228,7 @@ def test_methods_that_are_not_there_and_large_bodies(client: Client) -> None:
 def test_scripts_stay_text(tmp_path: Path) -> None:
     home = a_home(tmp_path)
     run = (
-        Made(home, "x<b>y", owner=EVIL, model=EVIL, now=time.time() - 60)
+        MadeRun(home, "x<b>y", owner=EVIL, model=EVIL, now=time.time() - 60)
         .submit()
         .start()
         .train(3)
@@ -268,7 +268,9 @@ SECRETS = {
 
 def test_secrets_are_taken_out_of_all_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = a_home(tmp_path)
-    run = Made(home, "one", now=time.time() - 60).submit(runtime_env={"env_vars": SECRETS}).start().train(2)
+    run = (
+        MadeRun(home, "one", now=time.time() - 60).submit(runtime_env={"env_vars": SECRETS}).start().train(2)
+    )
     run.run.source.write_text(
         json.dumps({"command": f"WANDB_API_KEY={SECRETS['WANDB_API_KEY']} submit", "environment": SECRETS})
     )
@@ -348,25 +350,25 @@ def test_what_is_no_secret_stays() -> None:
 
 def test_the_token_file(tmp_path: Path) -> None:
     path = tmp_path / "dashboard.token"
-    made = Tokens.of(path)
+    made = AccessTokens.of(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and len(made.own) > 30
-    assert Tokens.of(path).own == made.own, "a restarted server keeps its cookies"
+    assert AccessTokens.of(path).own == made.own, "a restarted server keeps its cookies"
     path.write_text(f"# people\n{'a' * 20} ann\n{'b' * 20} bob smith\n")
-    tokens = Tokens.of(path)
+    tokens = AccessTokens.of(path)
     assert (
         tokens.who("b" * 20) == "bob smith" and tokens.who("c" * 20) is None and tokens.who("\udcff") is None
     )
     path.write_text("short x\n")
     with pytest.raises(UserError, match="token 1 is shorter than 16"):
-        Tokens.of(path)
+        AccessTokens.of(path)
     path.write_text("")
     with pytest.raises(UserError, match="holds no token"):
-        Tokens.of(path)
+        AccessTokens.of(path)
     path.chmod(0o644)
     with pytest.raises(UserError, match=f"chmod 600 {path}"):
-        Tokens.of(path)
+        AccessTokens.of(path)
     with pytest.raises(UserError, match="can't be kept"):
-        Tokens.of(tmp_path / "no folder" / "token")
+        AccessTokens.of(tmp_path / "no folder" / "token")
 
 
 def test_slow_clients_hold_nobody_up(client: Client) -> None:

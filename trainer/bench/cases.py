@@ -73,7 +73,7 @@ def flops_of(config: RunConfig) -> float:
     return train_flops_per_token(config.model, config.data.sequence) * tokens
 
 
-class Tokens:
+class BatchTokens:
     """Micro-batches that differ from step to step: bytes of real text, or random ids.
 
     They are on the device beforehand, as a run's are, whose feed reads ahead.

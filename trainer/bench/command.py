@@ -18,8 +18,8 @@ from configs.errors import UserError
 from configs.paths import default_home
 from configs.rank import RankContext
 from configs.schema import RunConfig
-from trainer.bench import ceiling, kernels, routing
-from trainer.bench.cases import Options, Tokens, config_of, flops_of
+from trainer.bench import ceiling, kernels, routing, variants
+from trainer.bench.cases import BatchTokens, Options, config_of, flops_of
 from trainer.bench.masters import Masters
 from trainer.bench.measure import Mark, Times, timed
 from trainer.engines.base import Batch, Engine
@@ -31,14 +31,17 @@ from trainer.sizing.model.flops import NUMERATOR, peak
 Say = Callable[[str], None]
 
 
-def run(options: Options, gpus: int, arguments: list[str], say: Say) -> int:
+def run(options: Options, gpus: int, arguments: list[str], say: Say, several: str | None = None) -> int:
     """Measure on this rank, or start ranks that do.
 
     Args:
         gpus: ranks; more than one starts them under torchrun.
         arguments: what was typed, for the ranks.
         say: takes lines on rank 0.
+        several: variants to compare, as `trainer.bench.variants.parse` reads them.
     """
+    if several is not None:
+        variants.refuse_baselines(options)
     if gpus > 1 and "RANK" not in os.environ:
         if torch.cuda.is_available() and gpus > torch.cuda.device_count():
             raise UserError(
@@ -56,7 +59,8 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say) -> int:
         torch.cuda.set_device(device)
     mesh = join(config, rank, device)
     try:
-        for line in _measured(options, config, mesh):
+        lines = _measured(options, config, mesh) if several is None else _compared(several, options, mesh)
+        for line in lines:
             if rank.rank == 0:
                 say(line)
     finally:
@@ -107,6 +111,26 @@ def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
         yield f"{baseline:10} / megaray: step {times.median / native.median:.2f}x, forward + backward {passes:.2f}x"
 
 
+def _compared(text: str, options: Options, mesh: Mesh) -> Any:
+    """A table of variants, and the kernels of each."""
+    on_gpu = mesh.device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    yield f"{mesh.world} x {name}, torch {torch.__version__}; kernels: {reason()}"
+    table = []
+    for number, variant in enumerate(variants.parse(text, options)):
+        config, said = variants.chosen(variant.options, mesh.world, on_gpu)
+        other = variants.other_mesh(mesh, config)
+        times, found = _native(variant.options, config, other, f"variant{number}")
+        title = f"{variant.text} ({said})" if said else variant.text
+        rows = list(variants.row(title, config, mesh.world, times, found))
+        table += rows
+        yield from rows
+        if found is not None:
+            yield from kernels.lines(found)
+        variants.leave()
+    yield from table
+
+
 def _told(name: str, times: Times, flops: float, tokens: int, world: int, config: RunConfig) -> Any:
     low, high = times.spread
     passes = times.part("forward", "backward")
@@ -127,7 +151,9 @@ def _empty() -> None:
         torch.cuda.empty_cache()
 
 
-def _native(options: Options, config: RunConfig, mesh: Mesh) -> tuple[Times, kernels.Profile | None]:
+def _native(
+    options: Options, config: RunConfig, mesh: Mesh, name: str = "megaray"
+) -> tuple[Times, kernels.Profile | None]:
     engine = NativeEngine(config, mesh)
     if options.routing != "real":
         for stage in engine._stages:
@@ -145,14 +171,16 @@ def _native(options: Options, config: RunConfig, mesh: Mesh) -> tuple[Times, ker
     trace = None
     if options.timeline is not None:
         options.timeline.mkdir(parents=True, exist_ok=True)
-        trace = options.timeline / f"megaray.{mesh.rank}.json"
-    return times, kernels.profile(lambda: step(plain_mark), trace)
+        trace = options.timeline / f"{name}.{mesh.rank}.json"
+    return times, kernels.profile(
+        lambda: step(plain_mark), trace, lambda: dist.barrier(group=mesh.control_group)
+    )
 
 
 def _step_of(engine: Engine, options: Options, config: RunConfig, mesh: Mesh) -> Callable[[Mark], object]:
     """A step of an engine on new tokens each time."""
     samples, micro = config.train.global_batch or 1, config.train.micro_batch
-    drawn = Tokens(config, mesh.device, options.routing == "real", engine.place.index)
+    drawn = BatchTokens(config, mesh.device, options.routing == "real", engine.place.index)
 
     def step(mark: Mark) -> object:
         batches = [Batch(drawn.draw(micro), None) for _ in range(samples // micro // engine.place.size)]
@@ -175,13 +203,13 @@ def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Tim
     if mesh.world > 1:
         raise UserError(f"--baselines {name} runs on one device; leave it out with --gpus {mesh.world}")
     samples = config.train.global_batch or 1
-    drawn = Tokens(config, mesh.device, options.routing == "real", 0)
+    drawn = BatchTokens(config, mesh.device, options.routing == "real", 0)
     if name == "plain":
-        from trainer.bench.plain import Plain
+        from trainer.bench.plain import PlainDecoder
 
         cuda = mesh.device.type == "cuda"
         with mesh.device:
-            plain = Plain(config.model)
+            plain = PlainDecoder(config.model)
         plain = plain.to(torch.bfloat16) if cuda else plain
         trained = Masters(plain, config.optim)
         loss_of: Any = torch.compile(plain) if cuda else plain

@@ -58,15 +58,21 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, name)), "elementwise")
 
 
-def profile(step: Callable[[], object], trace: Path | None) -> Profile:
-    """Record one step on a GPU; `trace` gets its timeline, for chrome://tracing or Perfetto."""
+def profile(step: Callable[[], object], trace: Path | None, together: Callable[[], object]) -> Profile:
+    """Record one step on a GPU; `trace` gets its timeline, for chrome://tracing or Perfetto.
+
+    The device alone is recorded: what the host does takes longer where it is recorded too, and the device waits for it.
+
+    Args:
+        together: has the ranks wait for each other, so that none waits on its device for another that records already.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recorded
 
     step()
     torch.cuda.synchronize()
-    activities = [ProfilerActivity.CUDA, *([ProfilerActivity.CPU] if trace else [])]
-    with recorded(activities=activities) as found:
+    with recorded(activities=[ProfilerActivity.CUDA]) as found:
+        together()
         step()
         torch.cuda.synchronize()
     if trace is not None:

@@ -15,9 +15,11 @@ class Masters:
     """A training step of any model whose parameters are in bf16, or in fp32 without masters beside them."""
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters: list[Tensor] = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         self._cast = self._parameters[0].dtype != torch.float32
-        self._masters = (
+        self._masters: list[Tensor] = (
             [parameter.detach().float().requires_grad_() for parameter in self._parameters]
             if self._cast
             else self._parameters

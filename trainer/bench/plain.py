@@ -72,7 +72,7 @@ class _Block(nn.Module):
         return torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order].to(y.dtype).unsqueeze(-1))
 
 
-class Plain(nn.Module):
+class PlainDecoder(nn.Module):
     """The decoder with its loss.
 
     Raises:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.model.decoder import Stage
-from trainer.model.router import Choice, Router, count
+from trainer.model.decoder import DecoderStage
+from trainer.model.router import Router, RouterChoice, count
 from trainer.model.seams import Micro, Samples
 
 EXPONENT = 1.0
 """Of Zipf's law: the load of the i-th expert is as 1/i."""
 
 
-def force(stage: Stage, routing: str) -> None:
+def force(stage: DecoderStage, routing: str) -> None:
     """Have all routers of a stage choose by a table, `balanced` or `zipf`."""
     for router in stage.routers().values():
         setattr(router, "forward", _Forced(router, routing))  # noqa: B010  (a method, for the bench alone)
@@ -27,7 +27,9 @@ class _Forced:
         self._choose, self._router, self._routing = router.forward, router, routing
         self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, x: Tensor, state: Tensor | None, micro: Micro, samples: Samples, *rest: Any) -> Choice:
+    def __call__(
+        self, x: Tensor, state: Tensor | None, micro: Micro, samples: Samples, *rest: Any
+    ) -> RouterChoice:
         muted, micro.tally.muted = micro.tally.muted, True
         choice = self._choose(x, state, micro, samples, *rest)
         micro.tally.muted = muted

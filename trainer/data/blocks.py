@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from configs.errors import UserError, nearest
 from trainer.data import content
-from trainer.data.sources import Source
+from trainer.data.sources import SourceFile
 
 BLOCK = 1 << 20
 """Bytes of text that a block holds; one row that is longer makes a longer block."""
@@ -28,7 +28,7 @@ class Fields:
 
 
 @dataclass(frozen=True)
-class Block:
+class FileBlock:
     """A part of one file: whole rows, or a piece of the one document that a text file is."""
 
     path: str
@@ -44,21 +44,21 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Row:
+class TextRow:
     """One text of a block."""
 
     text: bytes | None
     """UTF-8; None where the row has none."""
     score: float | None
     ends: bool
-    """Whether the document ends with it; a text file goes on in the next block."""
+    """Whether the document ends with it; a text file continues in the next block."""
 
 
-def blocks(source: Source, fields: Fields) -> Iterator[Block]:
+def blocks(source: SourceFile, fields: Fields) -> Iterator[FileBlock]:
     """One file in blocks.
 
     Raises:
-        UserError: for a file that can't be read, is no text, or lacks a column.
+        UserError: for a file that can't be read, is not text, or lacks a column.
     """
     try:
         packed, kind = source.inspect()
@@ -72,7 +72,7 @@ def blocks(source: Source, fields: Fields) -> Iterator[Block]:
         raise content.damaged(source.path, error) from None
 
 
-def rows(block: Block, fields: Fields) -> Iterator[Row]:
+def rows(block: FileBlock, fields: Fields) -> Iterator[TextRow]:
     """The texts of a block, in order.
 
     Raises:
@@ -84,30 +84,30 @@ def rows(block: Block, fields: Fields) -> Iterator[Row]:
                 f"data.score_field='{fields.score}': {block.path} is text and has no rows; name jsonl or parquet, or "
                 "leave data.score_field out"
             )
-        yield Row(block.data, None, block.ends)
+        yield TextRow(block.data, None, block.ends)
     elif block.kind == "parquet":
         texts, scores = block.data
         for i, text in enumerate(texts):
             score = None
             if fields.score is not None:
                 score = _score(scores[i], f"{block.path}, row {block.first + i}", fields.score)
-            yield Row(text, score, True)
+            yield TextRow(text, score, True)
     else:
         for number, line in enumerate(block.data.split(b"\n"), block.first):
             if line.strip():
                 yield _row(line, f"{block.path}:{number}", fields)
 
 
-def _pieces(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[Block]:
+def _pieces(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]:
     """Of a text file, cut where a line ends or else a word, so that a tokenizer sees whole words."""
     number, part = 1, file.read(BLOCK).removeprefix(_MARK)
     while following := file.read(BLOCK):
         _refuse_zeros(path, part)
         cut = part.rfind(b"\n") + 1 or part.rfind(b" ") or _letter(part)
-        yield Block(path, "text", part[:cut], number, False, stored.tell())
+        yield FileBlock(path, "text", part[:cut], number, False, stored.tell())
         number, part = number + 1, part[cut:] + following
     _refuse_zeros(path, part)
-    yield Block(path, "text", part, number, True, stored.tell())
+    yield FileBlock(path, "text", part, number, True, stored.tell())
 
 
 def _refuse_zeros(path: str, part: bytes) -> None:
@@ -123,18 +123,18 @@ def _letter(part: bytes) -> int:
     return cut
 
 
-def _lines(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[Block]:
+def _lines(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]:
     number, part = 1, file.read(BLOCK).removeprefix(_MARK)
     while following := file.read(max(BLOCK, len(part))):  # doubled, or a long line were copied once a block
         cut = part.rfind(b"\n") + 1
         if cut:
-            yield Block(path, "jsonl", part[:cut], number, False, stored.tell())
+            yield FileBlock(path, "jsonl", part[:cut], number, False, stored.tell())
             number += part.count(b"\n", 0, cut)
         part = part[cut:] + following
-    yield Block(path, "jsonl", part, number, True, stored.tell())
+    yield FileBlock(path, "jsonl", part, number, True, stored.tell())
 
 
-def _row(line: bytes, place: str, fields: Fields) -> Row:
+def _row(line: bytes, place: str, fields: Fields) -> TextRow:
     try:
         tree = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -153,7 +153,7 @@ def _row(line: bytes, place: str, fields: Fields) -> Row:
         if fields.score not in tree:
             raise _no_field(place, "data.score_field", fields.score, tree)
         score = _score(tree[fields.score], place, fields.score)
-    return Row(text.encode(errors="replace"), score, True)
+    return TextRow(text.encode(errors="replace"), score, True)
 
 
 def _score(value: Any, place: str, field: str) -> float:
@@ -198,7 +198,7 @@ def _no_field(place: str, setting: str, field: str, tree: dict[str, Any] | Itera
     )
 
 
-def _parquet(source: Source, file: IO[bytes], fields: Fields) -> Iterator[Block]:
+def _parquet(source: SourceFile, file: IO[bytes], fields: Fields) -> Iterator[FileBlock]:
     import pyarrow  # heavy, and for parquet only
     import pyarrow.parquet
 
@@ -226,11 +226,11 @@ def _parquet(source: Source, file: IO[bytes], fields: Fields) -> Iterator[Block]
                 size += len(text or b"")
                 if size >= BLOCK:
                     done = first + len(texts) - 1
-                    yield Block(
+                    yield FileBlock(
                         source.path, "parquet", (texts, scores), first, False, source.size * done // total
                     )
                     texts, scores, size, first = [], [], 0, done + 1
-        yield Block(source.path, "parquet", (texts, scores), first, True, source.size)
+        yield FileBlock(source.path, "parquet", (texts, scores), first, True, source.size)
     except pyarrow.ArrowException as error:
         raise UserError(
             f"{source.path} is not parquet that can be read: {str(error).splitlines()[0]}; mend it or leave it "

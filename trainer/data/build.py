@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from faulttol.checkpoint.store import Store
+from faulttol.checkpoint.store import CheckpointStore
 from trainer.data import indexed, scores
 from trainer.data.blocks import Fields
-from trainer.data.sources import Source
+from trainer.data.sources import SourceFile
 from trainer.data.tokenizer import Tokenizer
-from trainer.data.workers import Encoder, Made, Mark, Scorer, in_order, tasks
+from trainer.data.workers import Encoder, Scorer, SourcePosition, TaskResult, in_order, tasks
 
 NAME = "tokens"
 """Prefix of the token file in a folder: `tokens.bin`, `tokens.idx`, and `tokens.hash` with 8 bytes a document."""
@@ -32,13 +32,13 @@ Progress = Callable[[str, int, int, int], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """What is to be prepared, and where."""
 
     folder: Path
     key: str
     """Of all that the tokens depend on."""
-    sources: list[Source]
+    sources: list[SourceFile]
     tokenizer: Tokenizer
     fields: Fields
     keep: float
@@ -104,12 +104,12 @@ class Scan:
         }  # fmt: skip
 
 
-def build(job: Job) -> None:
+def build(job: PrepareJob) -> None:
     """Write the token file of a job into its folder, from where an earlier try was stopped.
 
     The sources are read once, in order, in blocks; workers encode; what they give is appended in order, so the
     bytes are the same whatever the number of workers. After each task a line of the journal says how far the
-    files reach, with a digest. A try that finds a journal checks what it speaks of, cuts off the rest and goes on.
+    files reach, with a digest. A try that finds a journal checks what it speaks of, cuts off the rest and continues.
 
     Raises:
         UserError: for data that can't be read, and for a folder that can't be written.
@@ -135,7 +135,7 @@ def build(job: Job) -> None:
         ) from None
 
 
-def _threshold(job: Job) -> tuple[float | None, list[str]]:
+def _threshold(job: PrepareJob) -> tuple[float | None, list[str]]:
     """The score that rows must reach, and what to say of it; None where all are kept."""
     if job.fields.score is None or job.keep >= 1:
         return None, []
@@ -147,7 +147,7 @@ def _threshold(job: Job) -> tuple[float | None, list[str]]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     with raw.open("wb") as file:
-        todo = tasks(job.sources, job.fields, Mark())
+        todo = tasks(job.sources, job.fields, SourcePosition())
         with contextlib.closing(in_order(Scorer(job.fields), todo, job.workers)) as results:
             for mark, found in results:
                 file.write(found.astype("<f8").tobytes())
@@ -157,7 +157,7 @@ def _threshold(job: Job) -> tuple[float | None, list[str]]:
         f"data.keep_fraction={job.keep}: {kept} of {rows} rows kept, those with data.score_field='{job.fields.score}' "
         f">= {found!r}, equal scores included"
     )
-    Store(str(job.folder)).write(
+    CheckpointStore(str(job.folder)).write(
         told.name, [json.dumps({"key": job.key, "threshold": found, "notes": [note]}).encode()]
     )
     raw.unlink()
@@ -167,11 +167,11 @@ def _threshold(job: Job) -> tuple[float | None, list[str]]:
 class _Parts:
     """The files of a folder while they grow."""
 
-    def __init__(self, job: Job, kind: np.dtype) -> None:
+    def __init__(self, job: PrepareJob, kind: np.dtype) -> None:
         self._job, self._kind = job, kind
         self._ids, self._ends, self._journal, hashes, self._index = (job.folder / name for name in _PARTS)
         self.scan = Scan(hashes, kind)
-        self.mark = Mark()
+        self.mark = SourcePosition()
         self._counts: Counter[str] = Counter()
         lines = self._take_up()
         self._files = [path.open("ab") for path in (self._ids, self._ends)]
@@ -188,14 +188,14 @@ class _Parts:
                 with self._ids.open("rb") as ids, self._ends.open("rb") as ends:
                     for line in lines:
                         entry = json.loads(line)
-                        made = Made(
+                        made = TaskResult(
                             np.frombuffer(ids.read(entry["tokens"] * self._kind.itemsize), self._kind),
                             np.frombuffer(ends.read(entry["documents"] * 8), "<i8") - self.scan.tokens,
                             Counter(entry["counts"]),
                         )
-                        if self._entry(Mark(*entry["mark"]), made) != entry:
+                        if self._entry(SourcePosition(*entry["mark"]), made) != entry:
                             break
-                        self._count(Mark(*entry["mark"]), made)
+                        self._count(SourcePosition(*entry["mark"]), made)
                         good.append(line)
                         self._job.progress("verify", self.mark.read, self._job.total, self.scan.tokens)
         for path, size in (
@@ -206,7 +206,7 @@ class _Parts:
                 file.truncate(size)
         return good
 
-    def _entry(self, mark: Mark, made: Made) -> dict[str, Any]:
+    def _entry(self, mark: SourcePosition, made: TaskResult) -> dict[str, Any]:
         """A line of the journal."""
         digest = hashlib.blake2b(made.ids.tobytes() + made.ends.tobytes(), digest_size=16).hexdigest()
         return {
@@ -214,12 +214,12 @@ class _Parts:
             "digest": digest,
         }  # fmt: skip
 
-    def _count(self, mark: Mark, made: Made) -> None:
+    def _count(self, mark: SourcePosition, made: TaskResult) -> None:
         self.scan.feed(made.ids, made.ends + self.scan.tokens)
         self._counts += made.counts
         self.mark = mark
 
-    def append(self, mark: Mark, made: Made) -> None:
+    def append(self, mark: SourcePosition, made: TaskResult) -> None:
         """What the next task gave."""
         for file, data in zip(
             self._files, (made.ids, (made.ends + self.scan.tokens).astype("<i8")), strict=True
@@ -247,7 +247,7 @@ class _Parts:
             "separator": job.tokenizer.separator, "tokenizer": job.tokenizer.digest,
             "notes": [*notes, *_told(self._counts)],
         }  # fmt: skip
-        Store(str(job.folder)).write("meta.json", [json.dumps(meta, indent=1).encode()])
+        CheckpointStore(str(job.folder)).write("meta.json", [json.dumps(meta, indent=1).encode()])
         for name in (*_PARTS, *_SCORES):
             (job.folder / name).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""`python -m trainer prepare`: text to a token file ahead of a run, with progress, and gone on with when stopped."""
+"""`python -m trainer prepare`: text to a token file ahead of a run, with progress, and resumed when stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LINE_SECONDS = 10.0
 _WORDS = {"scores": "reading scores", "tokens": "tokenising", "verify": "checking what is there"}
 
 
-class Bar:
+class ProgressLine:
     """Progress on a stream: one line that is redrawn on a terminal, lines now and then elsewhere.
 
     Args:
@@ -94,7 +94,7 @@ def run(
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     named = any(word.startswith(("model=", "model.", "experiment=")) for word in overrides) or config
-    bar = Bar(stream)
+    bar = ProgressLine(stream)
     begun = time.monotonic()
     try:
         vocab = resolved.model.vocab if named else None

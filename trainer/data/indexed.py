@@ -36,7 +36,7 @@ def narrowest(size: int) -> np.dtype:
 
 
 @dataclass(frozen=True)
-class Index:
+class IndexedTokens:
     """An `.idx` file and the `.bin` beside it, both mapped into memory."""
 
     prefix: Path
@@ -85,7 +85,7 @@ def prefix_of(path: str) -> Path | None:
     return given if all(beside) and not given.exists() else None
 
 
-def read(prefix: Path, checked: bool = False) -> Index:
+def read(prefix: Path, checked: bool = False) -> IndexedTokens:
     """A pair, mapped.
 
     Args:
@@ -105,7 +105,7 @@ def read(prefix: Path, checked: bool = False) -> Index:
         ) from None
     if len(head) < _HEADER.size or head[:9] != MAGIC:
         raise UserError(
-            f"{index} is no index of a token file (it doesn't begin with MMIDIDX); make the pair again"
+            f"{index} is not an index of a token file (it doesn't begin with MMIDIDX); make the pair again"
         )
     _, version, code, sequences, places = _HEADER.unpack(head)
     kind = CODES.get(code)
@@ -130,7 +130,7 @@ def read(prefix: Path, checked: bool = False) -> Index:
         _check(index, lengths, starts, begins, np.dtype(kind).itemsize, stored)
     count = stored // np.dtype(kind).itemsize
     tokens = np.memmap(ids, kind, "r", 0, (count,)) if count else np.zeros(0, kind)
-    return Index(prefix, tokens, lengths, begins)
+    return IndexedTokens(prefix, tokens, lengths, begins)
 
 
 def _check(
@@ -191,7 +191,7 @@ def _cut(ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def scan(
-    index: Index, feed: Callable[[np.ndarray, np.ndarray], None], tokens: int = 1 << 22
+    index: IndexedTokens, feed: Callable[[np.ndarray, np.ndarray], None], tokens: int = 1 << 22
 ) -> Iterator[int]:
     """Feed all tokens and document ends, some at a time; yields how many tokens are done."""
     ends, done = index.ends(), 0

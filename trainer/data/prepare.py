@@ -16,9 +16,9 @@ from configs.errors import UserError
 from configs.schema import DataConfig
 from trainer.data import indexed, tokenizer
 from trainer.data.blocks import Fields, blocks, rows
-from trainer.data.build import NAME, Job, Progress, Scan, build
-from trainer.data.sources import Found, find
-from trainer.data.store import Part, TokenStore
+from trainer.data.build import NAME, PrepareJob, Progress, Scan, build
+from trainer.data.sources import ResolvedPath, find
+from trainer.data.store import PreparedPart, TokenStore
 from trainer.data.streams import Stream, split
 from trainer.data.workers import cores
 
@@ -125,14 +125,14 @@ def prepare(
 ) -> TokenStore:
     """The tokens of `data`, from the cache where they were prepared before.
 
-    Any number of processes may call this at once: one prepares, the others wait. A call that is killed is gone on
+    Any number of processes may call this at once: one prepares, the others wait. A call that is killed is continued
     with by the next.
 
     Args:
         vocab: ids of the model; None: not compared.
         default_cache: folder to use where `data.cache` is None.
         workers: processes to encode with; None: one for each core, where there is enough to do.
-        progress: told how far it is.
+        progress: gets how far it is.
         out: folder for the prepared tokens themselves, instead of one in the cache.
 
     Raises:
@@ -157,7 +157,9 @@ def prepare(
     return TokenStore(tuple(parts))
 
 
-def _part(wanted: _Wanted, prefix: Path, folder: Path, meta: dict[str, Any], vocab: int | None) -> Part:
+def _part(
+    wanted: _Wanted, prefix: Path, folder: Path, meta: dict[str, Any], vocab: int | None
+) -> PreparedPart:
     _refuse_unknown(wanted, meta["largest"], meta["smallest"], vocab)
     _refuse_short(wanted, meta["tokens"])
     index = indexed.read(prefix, checked=True)
@@ -171,7 +173,7 @@ def _part(wanted: _Wanted, prefix: Path, folder: Path, meta: dict[str, Any], voc
                     f"data.validation={share}: the documents {side} of {wanted.told} are {len(stream)} tokens, less than "
                     f"one sample of data.sequence={wanted.data.sequence}; change either"
                 )
-    return Part(
+    return PreparedPart(
         wanted.path, wanted.weight, folder, index.tokens, meta["documents"], meta["separator"], train, validation,
         held, meta["digest"], meta["tokenizer"], tuple(meta["notes"]),
     )  # fmt: skip
@@ -196,7 +198,7 @@ def _prepared(
             if workers is None:  # bytes need no encoding, and a small corpus no company
                 workers = 1 if data.tokenizer == "bytes" or 0 < total < _SMALL else cores()
             keep = data.keep_fraction
-            build(Job(folder, key, found.sources, words, wanted.fields, keep, workers, progress))
+            build(PrepareJob(folder, key, found.sources, words, wanted.fields, keep, workers, progress))
     meta = json.loads((folder / "meta.json").read_text())
     return folder, meta | {"notes": [*found.notes, *words.notes, *meta["notes"]]}
 
@@ -222,16 +224,16 @@ def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) ->
             scan = Scan(folder / f"{NAME}.hash", index.tokens.dtype)
             for done in indexed.scan(index, scan.feed):
                 progress("verify", done, len(index.tokens), done)
-            from faulttol.checkpoint.store import Store
+            from faulttol.checkpoint.store import CheckpointStore
 
-            Store(str(folder)).write("meta.json", [json.dumps(scan.close()).encode()])
+            CheckpointStore(str(folder)).write("meta.json", [json.dumps(scan.close()).encode()])
     meta = json.loads((folder / "meta.json").read_text())
     notes = [] if words is None else list(words.notes)
     separator = meta["closing"] if words is None else words.separator
     if separator is None or separator != meta["closing"]:
         if data.document_mask:
             raise UserError(
-                f"{wanted.told}: not every document ends with the same id ({separator}), so nothing tells them apart; set "
+                f"{wanted.told}: not every document ends with the same id ({separator}), so nothing separates them; set "
                 "data.end_token and data.tokenizer to what they end with, or data.document_mask=false, or make the "
                 "file again with --append-eod"
             )
@@ -292,7 +294,7 @@ def _refuse_unknown(wanted: _Wanted, largest: int, smallest: int, vocab: int | N
         raise UserError(f"{wanted.told} holds the id {smallest}; tokens are 0 or above: make the file again")
 
 
-def _key(wanted: _Wanted, words: tokenizer.Tokenizer, found: Found) -> str:
+def _key(wanted: _Wanted, words: tokenizer.Tokenizer, found: ResolvedPath) -> str:
     """Of all that the tokens depend on."""
     data = wanted.data
     told = hashlib.blake2b(digest_size=12)

@@ -14,7 +14,7 @@ from trainer.data.streams import Stream
 _ROUNDS = 4
 
 
-class Sample(NamedTuple):
+class TokenSample(NamedTuple):
     """One sample, and where it was cut out."""
 
     tokens: np.ndarray
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
     """Token of the part's stream at which it begins."""
 
 
-class Sampler:
+class TokenSampler:
     """Cuts token streams into samples and orders them anew in each epoch, without state.
 
     A stream of N tokens is a ring, cut in each epoch at another offset into ceil((N - 1) / sequence) windows of
@@ -83,14 +83,14 @@ class Sampler:
         at = first + (micro * dp + dp_rank) * micro_batch
         return np.stack([self.sample(at + i).tokens for i in range(micro_batch)]).astype(np.int64)
 
-    def sample(self, position: int) -> Sample:
+    def sample(self, position: int) -> TokenSample:
         """The sample that comes after `position` others since the run's beginning."""
         part, index = self._mixture.choose(position)
         epoch, place = divmod(index, self.samples[part])
         stream = self._streams[part]
         start = self.offset(epoch, part) + self.permuted(place, epoch, part) * self._sequence
         at = start % len(stream)
-        return Sample(stream.read(at, self._sequence + 1), part, epoch, at)
+        return TokenSample(stream.read(at, self._sequence + 1), part, epoch, at)
 
     def counts(self, position: int) -> list[int]:
         """Samples of each part among the first `position`; divided by `samples`, its epochs."""

@@ -27,7 +27,7 @@ _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json",
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """One file."""
 
     fs: Any
@@ -57,15 +57,15 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedPath:
     """What a path leads to."""
 
-    sources: list[Source]
+    sources: list[SourceFile]
     notes: list[str]
     """What was left out, one line each."""
 
 
-def find(path: str | None, field: str = "data.path") -> Found:
+def find(path: str | None, field: str = "data.path") -> ResolvedPath:
     """The files of `path`, sorted by path. Links are followed; what is hidden is left out unless it is named.
 
     A folder gives files of one kind: parquet or jsonl where it holds some, else text. What lies beside them and
@@ -81,7 +81,7 @@ def find(path: str | None, field: str = "data.path") -> Found:
             several kinds.
     """
     if path is None:
-        return Found(_standard_library(), [])
+        return ResolvedPath(_standard_library(), [])
     told = f"{field}='{path}'"
     try:
         fs, inner = fsspec.core.url_to_fs(path)
@@ -97,10 +97,10 @@ def find(path: str | None, field: str = "data.path") -> Found:
     sources = sorted((s for s in files if not _hidden(s.path, inner)), key=lambda s: s.path)
     if not sources:
         raise UserError(f"{told} holds no files; type a path with text, jsonl or parquet in it")
-    return _one_kind(sources, inner, told) if folder else Found(sources, [])
+    return _one_kind(sources, inner, told) if folder else ResolvedPath(sources, [])
 
 
-def _listed(fs: Any, path: str, told: str) -> tuple[list[Source], bool]:
+def _listed(fs: Any, path: str, told: str) -> tuple[list[SourceFile], bool]:
     """All files of a path, and whether it is a folder."""
     local = isinstance(fs, LocalFileSystem)
     if any(letter in path for letter in "*?[") and not (local and Path(path).exists()):
@@ -117,13 +117,13 @@ def _listed(fs: Any, path: str, told: str) -> tuple[list[Source], bool]:
     return _files(fs, [path], local), False
 
 
-def _files(fs: Any, names: Iterable[str], local: bool) -> list[Source]:
+def _files(fs: Any, names: Iterable[str], local: bool) -> list[SourceFile]:
     if local:
         return [found for name in names if (found := _local(fs, name))]
     return [_source(fs, info) for info in map(fs.info, names) if info["type"] == "file"]
 
 
-def _walk(fs: Any, folder: str) -> Iterator[Source]:
+def _walk(fs: Any, folder: str) -> Iterator[SourceFile]:
     """Files below a folder, through links; a link back to a folder above itself isn't gone down again."""
     for here, below, names in os.walk(folder, followlinks=True):
         real = Path(here).resolve()
@@ -138,7 +138,7 @@ def _walk(fs: Any, folder: str) -> Iterator[Source]:
                 yield found
 
 
-def _local(fs: Any, path: str) -> Source | None:
+def _local(fs: Any, path: str) -> SourceFile | None:
     """A file, or what a link leads to; None for what is neither, such as a folder."""
     try:
         found = Path(path).stat()
@@ -148,7 +148,7 @@ def _local(fs: Any, path: str) -> Source | None:
         raise
     if not stat.S_ISREG(found.st_mode):
         return None
-    return Source(fs, path, f"{found.st_size}/{found.st_mtime}", found.st_size)
+    return SourceFile(fs, path, f"{found.st_size}/{found.st_mtime}", found.st_size)
 
 
 def _broken(path: str) -> UserError:
@@ -157,17 +157,17 @@ def _broken(path: str) -> UserError:
     )
 
 
-def _source(fs: Any, info: dict[str, Any]) -> Source:
+def _source(fs: Any, info: dict[str, Any]) -> SourceFile:
     mark = info.get("mtime") or info.get("ETag") or info.get("LastModified") or ""
-    return Source(fs, info["name"], f"{info.get('size')}/{mark}", int(info.get("size") or 0))
+    return SourceFile(fs, info["name"], f"{info.get('size')}/{mark}", int(info.get("size") or 0))
 
 
-def _one_kind(sources: list[Source], folder: str, told: str) -> Found:
+def _one_kind(sources: list[SourceFile], folder: str, told: str) -> ResolvedPath:
     """The files of a folder that are data, by kind."""
-    kinds: dict[str, list[Source]] = {"parquet": [], "jsonl": [], "text": []}
-    beside: list[Source] = []
-    binary: list[Source] = []
-    foreign: list[Source] = []
+    kinds: dict[str, list[SourceFile]] = {"parquet": [], "jsonl": [], "text": []}
+    beside: list[SourceFile] = []
+    binary: list[SourceFile] = []
+    foreign: list[SourceFile] = []
     refused: list[UserError] = []
     for source in sources:
         name = source.path.rsplit("/", 1)[-1]
@@ -207,18 +207,18 @@ def _one_kind(sources: list[Source], folder: str, told: str) -> Found:
         left = top if taken else []
         taken = taken or beside
     if not left:
-        return Found(sorted(taken, key=lambda s: s.path), notes)
+        return ResolvedPath(sorted(taken, key=lambda s: s.path), notes)
     count = f"{len(taken)} {rows[0] if rows else 'text'} file{'s' * (len(taken) > 1)}"
     notes = [f"{told}: took {count}, left out what lies beside: {_names(left, folder)}", *notes]
-    return Found(sorted(taken, key=lambda s: s.path), notes)
+    return ResolvedPath(sorted(taken, key=lambda s: s.path), notes)
 
 
-def _names(some: list[Source], folder: str) -> str:
+def _names(some: list[SourceFile], folder: str) -> str:
     names = [s.path.removeprefix(folder).lstrip("/") for s in some]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _mixed(told: str, kinds: dict[str, list[Source]], one: str, other: str) -> UserError:
+def _mixed(told: str, kinds: dict[str, list[SourceFile]], one: str, other: str) -> UserError:
     counts = " and ".join(
         f"{len(kinds[kind])} {kind} ({kinds[kind][0].path.rsplit('/', 1)[-1]})" for kind in (one, other)
     )
@@ -243,7 +243,7 @@ def _nearby(fs: Any, path: str) -> str:
     return nearest(name, names)
 
 
-def _standard_library() -> list[Source]:
+def _standard_library() -> list[SourceFile]:
     """The running Python's own source files, its tests among them, without installed packages."""
     fs = fsspec.filesystem("file")
     found = []
@@ -254,5 +254,5 @@ def _standard_library() -> list[Source]:
                 path = f"{folder}/{name}"
                 size = Path(path).stat().st_size
                 # No times: hosts with the same Python have the same text, whenever it was installed.
-                found.append(Source(fs, path, str(size), size))
+                found.append(SourceFile(fs, path, str(size), size))
     return sorted(found, key=lambda source: source.path)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from configs.schema import DataConfig
-from trainer.data.sampler import Sampler
+from trainer.data.sampler import TokenSampler
 from trainer.data.streams import Stream
 
 _EVALUATION_SEED = 0
 
 
 @dataclass(frozen=True)
-class Part:
+class PreparedPart:
     """The prepared tokens of one path."""
 
     path: str | None
@@ -49,7 +49,7 @@ class Part:
 class TokenStore:
     """Prepared tokens of one path or of a mixture, by path."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[PreparedPart, ...]
 
     @property
     def tokens(self) -> np.ndarray:
@@ -91,21 +91,21 @@ class TokenStore:
         """What was chosen, changed or left out while preparing, one line each."""
         return list(dict.fromkeys(note for part in self.parts for note in part.notes))
 
-    def sampler(self, data: DataConfig, seed: int) -> Sampler:
+    def sampler(self, data: DataConfig, seed: int) -> TokenSampler:
         """The order in which training draws samples."""
         weights = [part.weight for part in self.parts]
-        return Sampler([part.train for part in self.parts], data.sequence, seed, weights)
+        return TokenSampler([part.train for part in self.parts], data.sequence, seed, weights)
 
-    def evaluation(self, data: DataConfig) -> Sampler | None:
+    def evaluation(self, data: DataConfig) -> TokenSampler | None:
         """The held-out samples, in an order that no seed changes; None where nothing is held out."""
         streams = [part.validation for part in self.parts if part.validation is not None]
         if not streams:
             return None
-        return Sampler(streams, data.sequence, _EVALUATION_SEED, [part.weight for part in self.parts])
+        return TokenSampler(streams, data.sequence, _EVALUATION_SEED, [part.weight for part in self.parts])
 
 
 def fingerprint(store: TokenStore, data: DataConfig) -> dict[str, Any]:
-    """What a checkpoint keeps of its data, as plain JSON: by it another corpus is told from the same one."""
+    """What a checkpoint keeps of its data, as plain JSON: by it another corpus is distinguished from the same one."""
     return {
         "parts": [
             {

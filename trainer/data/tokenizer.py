@@ -57,7 +57,9 @@ def load(name: str, end_token: str | None) -> Tokenizer:
     if Path(name).is_dir() and Path(name, "tokenizer.json").is_file():
         raise UserError(f"data.tokenizer='{name}' is a folder; type {Path(name, 'tokenizer.json')}")
     if not Path(name).is_file():
-        raise UserError(f"data.tokenizer='{name}' is no file; type `bytes` or the path of a tokenizer.json")
+        raise UserError(
+            f"data.tokenizer='{name}' is not a file; type `bytes` or the path of a tokenizer.json"
+        )
     return HuggingFace(name, end_token)
 
 
@@ -105,7 +107,7 @@ class HuggingFace:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             told = error.strerror if isinstance(error, OSError) else "it isn't JSON with a model in it"
             raise UserError(
-                f"data.tokenizer='{name}' is no tokenizer.json: {told}; type the path of one"
+                f"data.tokenizer='{name}' is not a tokenizer.json: {told}; type the path of one"
             ) from None
         self._json = json.dumps(tree)
         self._open()
@@ -141,7 +143,7 @@ class HuggingFace:
         except Exception as error:  # the package raises plain exceptions for a malformed file
             told = str(error).splitlines()[0]
             raise UserError(
-                f"data.tokenizer='{self._name}' is no tokenizer.json: {told}; type the path of one"
+                f"data.tokenizer='{self._name}' is not a tokenizer.json: {told}; type the path of one"
             ) from None
         self._tokenizer.encode_special_tokens = True
         self._batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
@@ -150,7 +152,7 @@ class HuggingFace:
         if end_token is not None:
             if end_token not in vocabulary:
                 raise UserError(
-                    f"data.end_token='{end_token}' is no token of data.tokenizer='{self._name}'"
+                    f"data.end_token='{end_token}' is not a token of data.tokenizer='{self._name}'"
                     f"{nearest(end_token, vocabulary)}; type one that it has"
                 )
             return vocabulary[end_token]

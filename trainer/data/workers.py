@@ -19,8 +19,8 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.rank import die_with_parent
-from trainer.data.blocks import Block, Fields, blocks, rows
-from trainer.data.sources import Source
+from trainer.data.blocks import Fields, FileBlock, blocks, rows
+from trainer.data.sources import SourceFile
 from trainer.data.tokenizer import Tokenizer
 
 TASK = 4 << 20
@@ -29,7 +29,7 @@ _BATCH = 256
 """Texts that are encoded at a time."""
 
 
-class Mark(NamedTuple):
+class SourcePosition(NamedTuple):
     """A place in the sources, between two blocks."""
 
     source: int = 0
@@ -39,7 +39,7 @@ class Mark(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Made:
+class TaskResult:
     """What a task gave."""
 
     ids: np.ndarray
@@ -55,10 +55,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def tasks(sources: list[Source], fields: Fields, start: Mark) -> Iterator[tuple[Mark, list[Block]]]:
+def tasks(
+    sources: list[SourceFile], fields: Fields, start: SourcePosition
+) -> Iterator[tuple[SourcePosition, list[FileBlock]]]:
     """Blocks in groups for a worker, each with the place behind it; from `start` on."""
     before = sum(source.size for source in sources[: start.source])
-    group: list[Block] = []
+    group: list[FileBlock] = []
     size, mark = 0, start
     for i in range(start.source, len(sources)):
         for number, block in enumerate(blocks(sources[i], fields)):
@@ -67,7 +69,11 @@ def tasks(sources: list[Source], fields: Fields, start: Mark) -> Iterator[tuple[
             group.append(block)
             size += _size(block)
             read = before + min(block.read, sources[i].size)
-            mark = Mark(i + 1, 0, before + sources[i].size) if block.ends else Mark(i, number + 1, read)
+            mark = (
+                SourcePosition(i + 1, 0, before + sources[i].size)
+                if block.ends
+                else SourcePosition(i, number + 1, read)
+            )
             if size >= TASK:
                 yield mark, group
                 group, size = [], 0
@@ -76,7 +82,7 @@ def tasks(sources: list[Source], fields: Fields, start: Mark) -> Iterator[tuple[
         yield mark, group
 
 
-def _size(block: Block) -> int:
+def _size(block: FileBlock) -> int:
     return sum(len(text or b"") for text in block.data[0]) if block.kind == "parquet" else len(block.data)
 
 
@@ -90,7 +96,7 @@ class Encoder:
     """Rows with a lower score are left out; None: none are."""
     kind: np.dtype
 
-    def __call__(self, task: list[Block]) -> Made:
+    def __call__(self, task: list[FileBlock]) -> TaskResult:
         """The ids of a task.
 
         Raises:
@@ -142,9 +148,9 @@ class _Output:
         elif ends:
             self.counts["empty"] += 1
 
-    def made(self) -> Made:
+    def made(self) -> TaskResult:
         ids = np.concatenate(self.parts) if self.parts else np.zeros(0, self.kind)
-        return Made(ids, np.array(self.ends, dtype=np.int64), self.counts)
+        return TaskResult(ids, np.array(self.ends, dtype=np.int64), self.counts)
 
 
 @dataclass
@@ -153,7 +159,7 @@ class Scorer:
 
     fields: Fields
 
-    def __call__(self, task: list[Block]) -> np.ndarray:
+    def __call__(self, task: list[FileBlock]) -> np.ndarray:
         """[rows] float64 scores of a task."""
         return np.array([row.score for block in task for row in rows(block, self.fields)], dtype=np.float64)
 
@@ -161,16 +167,16 @@ class Scorer:
 class _Held:
     """What a worker process works with, set as it starts."""
 
-    work: Callable[[list[Block]], Any]
+    work: Callable[[list[FileBlock]], Any]
 
 
-def _begin(parent: int, work: Callable[[list[Block]], Any]) -> None:
+def _begin(parent: int, work: Callable[[list[FileBlock]], Any]) -> None:
     die_with_parent({"MEGARAY_PARENT": str(parent)})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to heed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _Held.work = work
 
 
-def _run(task: list[Block]) -> Any:
+def _run(task: list[FileBlock]) -> Any:
     return _Held.work(task)
 
 
@@ -186,8 +192,10 @@ def _without_main() -> Iterator[None]:
 
 
 def in_order(
-    work: Callable[[list[Block]], Any], some: Iterator[tuple[Mark, list[Block]]], workers: int
-) -> Generator[tuple[Mark, Any], None, None]:
+    work: Callable[[list[FileBlock]], Any],
+    some: Iterator[tuple[SourcePosition, list[FileBlock]]],
+    workers: int,
+) -> Generator[tuple[SourcePosition, Any], None, None]:
     """What `work` gives for each task, in order; at most twice as many tasks as workers are held.
 
     Raises:
@@ -197,7 +205,7 @@ def in_order(
         for mark, task in some:
             yield mark, work(task)
         return
-    waiting: deque[tuple[Mark, Future[Any]]] = deque()
+    waiting: deque[tuple[SourcePosition, Future[Any]]] = deque()
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(), work)
     )

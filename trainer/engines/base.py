@@ -31,7 +31,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Place:
+class DataPlace:
     """Where a rank stands on the data-parallel axis: ranks of one place train on the same samples."""
 
     index: int
@@ -61,7 +61,7 @@ class StepResult:
 class Engine(Protocol):
     """Trains one rank's share of a model."""
 
-    place: Place
+    place: DataPlace
 
     def step(
         self,
@@ -77,7 +77,7 @@ class Engine(Protocol):
             batches: this place's micro-batches, in order.
             samples: of the step, over all places.
             lr: learning rate of the step.
-            asked: whether this rank was asked to stop by now; told to all ranks with the norm.
+            asked: whether this rank was asked to stop by now; sent to all ranks with the norm.
         """
 
     def evaluate(self, batches: Sequence[Batch], samples: int) -> Tensor:

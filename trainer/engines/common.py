@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.model import ModelConfig
 from trainer.engines.base import Batch, StepResult
 from trainer.kernels.choice import usable
-from trainer.model.decoder import Stage
+from trainer.model.decoder import DecoderStage
 from trainer.model.seams import Micro, Tally
 from trainer.state import Box, Slice
 
@@ -80,7 +80,11 @@ def _squares(gradients: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def balance(
-    stages: Iterable[Stage], model: ModelConfig, tally: Tally, numbers: tuple[Tensor, Tensor], world: int
+    stages: Iterable[DecoderStage],
+    model: ModelConfig,
+    tally: Tally,
+    numbers: tuple[Tensor, Tensor],
+    world: int,
 ) -> Tensor:
     """Sum a step's expert loads over all ranks and move the router biases by them.
 

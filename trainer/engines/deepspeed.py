@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from configs.schema import RunConfig
 from trainer.engines import common
-from trainer.engines.base import Batch, Phases, Place, StepResult, never
-from trainer.model.decoder import Stage, inputs
+from trainer.engines.base import Batch, DataPlace, Phases, StepResult, never
+from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import initial, kind
 from trainer.model.seams import Tally
 from trainer.optim.common import rate_of
@@ -59,7 +59,7 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.place = Place(mesh["dp"].index, mesh["dp"].size)
+        self.place = DataPlace(mesh["dp"].index, mesh["dp"].size)
         self._stage, cuts = _make_stage(config, mesh)
         self._adamw = _make_adamw(self._stage, config)
         self._engine = _wrap(self._stage, self._adamw, config, mesh)
@@ -139,7 +139,8 @@ class DeepSpeedEngine:
 
     def _update(self, lr: float, factor: Tensor, skip: Tensor) -> None:
         """Move the masters and gather the weights. torch's fused kernel clips, and moves nothing where `skip` is 1."""
-        self._adamw.grad_scale, self._adamw.found_inf = factor.reciprocal(), skip
+        adamw: Any = self._adamw  # torch's fused AdamW reads these two, and its stub lacks them
+        adamw.grad_scale, adamw.found_inf = factor.reciprocal(), skip
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["scale"]
         self._engine.step()
@@ -184,10 +185,10 @@ class DeepSpeedEngine:
 # ---- what DeepSpeed is given ----
 
 
-def _make_stage(config: RunConfig, mesh: Mesh) -> tuple[Stage, dict[str, apply.Cut]]:
+def _make_stage(config: RunConfig, mesh: Mesh) -> tuple[DecoderStage, dict[str, apply.Cut]]:
     """The model on the device with values still to come, experts marked as DeepSpeed wants them; and what is cut how."""
     with torch.device("meta"):
-        stage = Stage(config.model, 0, config.model.layers)
+        stage = DecoderStage(config.model, 0, config.model.layers)
     cuts = apply.parallelize(stage, mesh, config)
     for parameter in stage.parameters():
         parameter.data = parameter.data.to(common.DTYPES[str(config.train.precision)])
@@ -198,7 +199,7 @@ def _make_stage(config: RunConfig, mesh: Mesh) -> tuple[Stage, dict[str, apply.C
     experts = stage.expert_splits()
     for name, parameter in stage.named_parameters():
         if name in experts:
-            parameter.allreduce, parameter.group_name = False, _group_name(mesh)
+            vars(parameter).update(allreduce=False, group_name=_group_name(mesh))
     return stage, cuts
 
 
@@ -207,7 +208,7 @@ def _group_name(mesh: Mesh) -> str:
     return f"ep_size_{mesh['ep'].size}"
 
 
-def _make_adamw(stage: Stage, config: RunConfig) -> torch.optim.AdamW:
+def _make_adamw(stage: DecoderStage, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over groups of equal rate and equal ranks."""
     optim = config.optim
     experts = stage.expert_splits()
@@ -223,10 +224,10 @@ def _make_adamw(stage: Stage, config: RunConfig) -> torch.optim.AdamW:
 
 def _group(scale: float, decay: float, sparse: bool, parameters: list[nn.Parameter]) -> dict[str, Any]:
     made: dict[str, Any] = {"params": parameters, "weight_decay": decay, "scale": scale}
-    return made | {"moe": True, "name": parameters[0].group_name} if sparse else made
+    return made | {"moe": True, "name": vars(parameters[0])["group_name"]} if sparse else made
 
 
-def _wrap(stage: Stage, adamw: torch.optim.AdamW, config: RunConfig, mesh: Mesh) -> Any:
+def _wrap(stage: DecoderStage, adamw: torch.optim.AdamW, config: RunConfig, mesh: Mesh) -> Any:
     """DeepSpeed's engine around a stage and its optimizer."""
     # Late: DeepSpeed looks for its accelerator when it is imported.
     if mesh.device.type == "cpu":
@@ -238,7 +239,7 @@ def _wrap(stage: Stage, adamw: torch.optim.AdamW, config: RunConfig, mesh: Mesh)
     from deepspeed.utils import groups
 
     class Engine(Base):
-        """DeepSpeed's engine, told two things that it would work out otherwise."""
+        """DeepSpeed's engine, given two things that it would work out otherwise."""
 
         def _configure_distributed_model(self, model: nn.Module) -> None:
             super()._configure_distributed_model(model)

@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from configs.schema import RunConfig
 from trainer.engines import common
-from trainer.engines.base import Batch, Phases, Place, StepResult, never
-from trainer.model.decoder import Stage, inputs
+from trainer.engines.base import Batch, DataPlace, Phases, StepResult, never
+from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import kind
 from trainer.model.seams import Micro, Tally
 from trainer.optim.build import build
 from trainer.optim.common import refresh
-from trainer.optim.slots import Cast, Peers, Slot
+from trainer.optim.slots import Cast, Slot, StagePeers
 from trainer.parallel import apply, pipeline
 from trainer.parallel.context import places
 from trainer.parallel.mesh import Mesh
@@ -35,9 +35,9 @@ class NativeEngine:
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.place = Place(mesh["dp"].index, mesh["dp"].size)
+        self.place = DataPlace(mesh["dp"].index, mesh["dp"].size)
         self._dtype = common.DTYPES[str(config.train.precision)]
-        self._stages: list[Stage] = []
+        self._stages: list[DecoderStage] = []
         self._cuts: list[dict[str, apply.Cut]] = []
         self._residents: list[Resident] = []
         """By stage."""
@@ -45,7 +45,7 @@ class NativeEngine:
         ends = pipeline.cut(model.layers, mesh["pp"].size * chunks_of(parallel))
         for index in pipeline.stages_of(parallel, mesh["pp"].index):
             with torch.device("meta"):
-                stage = Stage(model, *ends[index])
+                stage = DecoderStage(model, *ends[index])
             self._cuts.append(apply.parallelize(stage, mesh, config))
             whole = apply.shard(stage, mesh, config)
             masters = apply.materialize(stage, self._cuts[-1], config, mesh, whole)
@@ -109,14 +109,14 @@ class NativeEngine:
             return None
         return dist.new_group([first, last], use_local_synchronization=True)
 
-    def _peers(self) -> Peers:
+    def _peers(self) -> StagePeers:
         stage = self.mesh["stage"]
         mine = [(s.name, s.box, s.replica, s.replicas) for s in self._slots]
         if stage.size == 1:
-            return Peers(None, 0, 1, [mine])
+            return StagePeers(None, 0, 1, [mine])
         everybody: list[list[tuple[str, Box, int, int]]] = [[] for _ in stage.ranks]
         dist.all_gather_object(everybody, mine, group=stage.process_group)
-        return Peers(stage.process_group, stage.index, stage.size, everybody)
+        return StagePeers(stage.process_group, stage.index, stage.size, everybody)
 
     # ---- steps ----
 
@@ -252,7 +252,7 @@ class NativeEngine:
                 module.reshard()
 
 
-def _reduce_in_backward(stage: Stage, reduce: bool, give_back: bool) -> None:
+def _reduce_in_backward(stage: DecoderStage, reduce: bool, give_back: bool) -> None:
     """Whether the backward passes that follow reduce gradients, and give gathered weights back."""
     for module in apply.sharded(stage):
         module.set_requires_gradient_sync(reduce, recurse=False)

@@ -169,7 +169,7 @@ def _loop(rows: int, each: int, device: torch.device) -> tuple[int, int]:
 
 
 class _Norm(torch.autograd.Function):
-    """The norm of x, or of x + y; and x or the sum, as it goes on beside it."""
+    """The norm of x, or of x + y; and x or the sum, which is passed on beside it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, weight_W: Tensor, eps: float) -> tuple[Tensor, Tensor]:

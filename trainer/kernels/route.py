@@ -21,7 +21,7 @@ _TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Rule:
+class RoutingRule:
     """How experts are chosen and weighted."""
 
     top_k: int
@@ -50,7 +50,7 @@ def _forward(
     top = tl.max(value, axis=1)
     raised = tl.exp(value - top[:, None])
     total = tl.sum(raised, axis=1)
-    if SOFTMAX:  # noqa: SIM108  (told apart when the kernel is compiled)
+    if SOFTMAX:  # noqa: SIM108  (distinguished when the kernel is compiled)
         score = raised / total[:, None]
     else:
         score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
@@ -110,7 +110,7 @@ def _backward(
     raised = tl.exp(value - top[:, None])
     total = tl.sum(raised, axis=1)
     likely = raised / total[:, None]
-    if SOFTMAX:  # noqa: SIM108  (told apart when the kernel is compiled)
+    if SOFTMAX:  # noqa: SIM108  (distinguished when the kernel is compiled)
         score = likely
     else:
         score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
@@ -148,7 +148,7 @@ def _backward(
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_BSE: Tensor, bias_E: Tensor | None, rule: Rule
+        ctx: Any, logits_BSE: Tensor, bias_E: Tensor | None, rule: RoutingRule
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         logits_BSE = logits_BSE.contiguous()
         samples, sequence, experts = logits_BSE.shape
@@ -192,7 +192,7 @@ class _Route(torch.autograd.Function):
 
 
 def route(
-    logits_BSE: Tensor, bias_E: Tensor | None, rule: Rule
+    logits_BSE: Tensor, bias_E: Tensor | None, rule: RoutingRule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Chosen experts [B, S, K] int64, best first; their weights [B, S, K]; choices [B, E] int64; sums over each sample's
     tokens of scores over their sum [B, E]; and the sum over all tokens of logsumexp(logits)^2. All in fp32.

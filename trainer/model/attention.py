@@ -6,14 +6,17 @@ parallelism N and G are those of this rank: a module never knows them but takes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
 from trainer.kernels.choice import fused
 from trainer.model.beside import beside
+from trainer.model.later import Later
 from trainer.model.norm import RMSNorm, SplitNorm
 from trainer.model.rotary import Turns
-from trainer.model.seams import Alone, Attend, Micro, Tensors
+from trainer.model.seams import Attend, Micro, SoloSeams, TensorSeam
 
 
 def heads(x_BSD: Tensor, width: int) -> Tensor:
@@ -46,17 +49,24 @@ class Attention(nn.Module):
         elif self.norm == "projection":
             self.query_norm = SplitNorm(query, model.norm_eps)
             self.key_norm = SplitNorm(key, model.norm_eps)
-        self.tensors: Tensors = Alone()
-        self.core: Attend = Alone()
+        self.apart = False
+        """As in `RMSNorm`."""
+        self.tensors: TensorSeam = SoloSeams()
+        self.core: Attend = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""
         return {"query.weight": 0, "key.weight": 0, "value.weight": 0, "output.weight": 1}
 
-    def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
+    def later(self) -> list[Later]:
+        """The weights of query, key and value, for `forward`, with their gradients worked out where this was called."""
+        return [] if self.apart else [Later(layer.weight) for layer in (self.query, self.key, self.value)]
+
+    def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns, laters: Sequence[Later] = ()) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         x_BSD = self.tensors.enter(x_BSD)
-        q, k, v = beside(x_BSD, self.query, self.key, self.value)
+        layers = (self.query, self.key, self.value)
+        q, k, v = [layer(x_BSD) for layer in layers] if self.apart else beside(x_BSD, layers, laters)
         v_BGSH = heads(v, self.head_dim)
         if fused(q) and 2 * turns.cos_SP.shape[-1] == self.head_dim:
             q_BNSH, k_BGSH = self._turned(q, "query_norm", turns), self._turned(k, "key_norm", turns)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
+from trainer.kernels.choice import fused
 from trainer.model.attention import Attention
 from trainer.model.compressed import CompressedAttention
 from trainer.model.latent import LatentAttention
-from trainer.model.moe import Feed, MoELayer
+from trainer.model.later import Later
+from trainer.model.moe import FeedForward, MoELayer
 from trainer.model.norm import RMSNorm
 from trainer.model.rotary import Turns
-from trainer.model.seams import Micro
+from trainer.model.seams import Micro, Owed, paid
 
 
 class Scaling(nn.Module):
@@ -46,7 +48,7 @@ class Residual(nn.Module):
         return self.stream(x) + self.output(y)
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """x += attention(attention_norm(x)); x += feed(feed_norm(x)).
 
     With `parallel_block` there is no `feed_norm`: h = attention_norm(x); x += attention(h) + feed(h). With
@@ -64,30 +66,49 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(model.hidden, model.norm_eps)
         self.attention = _attention(model)
         self.feed_norm = None if model.parallel_block else RMSNorm(model.hidden, model.norm_eps)
-        dense = Feed(model.hidden, model.dense_width, model.gated) if not moe else None
-        self.feed: Feed | MoELayer = MoELayer(model, layer, carried) if dense is None else dense
+        dense = FeedForward(model.hidden, model.dense_width, model.gated) if not moe else None
+        self.feed: FeedForward | MoELayer = MoELayer(model, layer, carried) if dense is None else dense
         scaled = model.residual_scaling
         self.attention_residual = Residual(model.hidden) if scaled else None
         self.feed_residual = Residual(model.hidden) if scaled and not model.parallel_block else None
 
     def forward(
-        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro, turns: Turns
-    ) -> tuple[Tensor, Tensor | None]:
-        """The hidden state after the block, and the router's state for the next one (None but for `mlp` routers)."""
-        x_BSD, h_BSD = self.attention_norm.beside(x_BSD)
-        y_BSD = self.attention(h_BSD, micro, turns)
+        self,
+        x_BSD: Tensor,
+        state_BSR: Tensor | None,
+        micro: Micro,
+        turns: Turns,
+        owed: Owed | None = None,
+    ) -> tuple[Tensor, Tensor | None, Owed | None]:
+        """The hidden state after the block, the router's state for the next one (None but for `mlp` routers), and what is
+        still to be added to the hidden state, since its way back from the experts may not be over.
+
+        Args:
+            owed: what the block before has left to be added.
+        """
+        # Made before the exchange lands, so that in the backward pass their matmuls run beside it.
+        laters: tuple[list[Later], ...] = ()
+        if owed is not None and fused(x_BSD) and isinstance(self.attention, Attention):
+            laters = (self.attention.later(),)
+        x_BSD, h_BSD = self.attention_norm.beside(x_BSD, landed(owed))
+        y_BSD = self.attention(h_BSD, micro, turns, *laters)
         # Recomputation puts its own call in place of `feed_forward`, and takes the norm with it.
         whole = self.attention_residual is not None or "feed_forward" in vars(self)
         if self.feed_norm is not None and not whole:
             x_BSD, h_BSD = self.feed_norm.beside(x_BSD, y_BSD)
-            y_BSD, state_BSR = self._fed(h_BSD, state_BSR, micro)
-            return x_BSD + y_BSD, state_BSR
+            if isinstance(self.feed, MoELayer):
+                due, state_BSR = self.feed.depart(h_BSD, state_BSR, micro)
+                # A shared expert's part isn't among what FSDP sees of this block's results.
+                return (
+                    (x_BSD + due[1](due[0]), state_BSR, None) if self.feed.shared else (x_BSD, state_BSR, due)
+                )
+            return x_BSD, state_BSR, (self.feed(h_BSD), paid)
         if self.feed_norm is None:
             fed_BSD, state_BSR = self.feed_forward(h_BSD, state_BSR, micro)
-            return _add(self.attention_residual, x_BSD, y_BSD + fed_BSD), state_BSR
+            return _add(self.attention_residual, x_BSD, y_BSD + fed_BSD), state_BSR, None
         x_BSD = _add(self.attention_residual, x_BSD, y_BSD)
         y_BSD, state_BSR = self.feed_forward(x_BSD, state_BSR, micro)
-        return _add(self.feed_residual, x_BSD, y_BSD), state_BSR
+        return _add(self.feed_residual, x_BSD, y_BSD), state_BSR, None
 
     def feed_forward(
         self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro
@@ -108,6 +129,11 @@ def _attention(model: ModelConfig) -> Attention | LatentAttention | CompressedAt
     if model.attention == "mla":
         return LatentAttention(model)
     return CompressedAttention(model) if model.attention == "cca" else Attention(model)
+
+
+def landed(owed: Owed | None) -> Tensor | None:
+    """What is to be added, all there."""
+    return None if owed is None else owed[1](owed[0])
 
 
 def _add(residual: Residual | None, x: Tensor, y: Tensor) -> Tensor:

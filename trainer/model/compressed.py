@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs.model import ModelConfig
 from trainer.model.norm import wide
 from trainer.model.rotary import Turns
-from trainer.model.seams import Alone, Attend, Micro, Tensors
+from trainer.model.seams import Attend, Micro, SoloSeams, TensorSeam
 
 
 class Taps(nn.Module):
@@ -58,8 +58,8 @@ class CompressedAttention(nn.Module):
         self.query_mix, self.key_mix = Taps(query, model.head_dim), Taps(key, model.head_dim)
         self.key_scale = nn.Parameter(torch.ones(model.kv_heads))
         self.output = nn.Linear(query, model.hidden, bias=False)
-        self.tensors: Tensors = Alone()
-        self.core: Attend = Alone()
+        self.tensors: TensorSeam = SoloSeams()
+        self.core: Attend = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.model.block import Block, Scaling
+from trainer.model.block import DecoderBlock, Scaling, landed
 from trainer.model.moe import Experts
 from trainer.model.mtp import Prediction
 from trainer.model.norm import RMSNorm, wide_dtype
 from trainer.model.rotary import Rotary
 from trainer.model.router import Router
-from trainer.model.seams import Alone, Micro, Vocabulary, attach
+from trainer.model.seams import Micro, Owed, SoloSeams, Vocabulary, attach
 
 
-class Table(nn.Module):
+class VocabularyTable(nn.Module):
     """Rows of the vocabulary, `weight` [V, D]: used by the stage through its vocabulary seam, never called."""
 
     def __init__(self, vocab: int, hidden: int) -> None:
@@ -30,7 +30,7 @@ class Table(nn.Module):
         return {"weight": 0}
 
 
-class Stage(nn.Module):
+class DecoderStage(nn.Module):
     """Layers `first` to `last - 1` of a decoder-only language model; with all of them, its training loss.
 
     Built without looking at a value, so that it can be made on the meta device. `blocks` is keyed by the layer of the whole
@@ -44,20 +44,20 @@ class Stage(nn.Module):
         self.config, self.first, self.last = model, first, last
         begins, ends = first == 0, last == model.layers
         needed = begins or (ends and (model.tie_embeddings or model.mtp_layers > 0))
-        self.embedding = Table(model.vocab, model.hidden) if needed else None
+        self.embedding = VocabularyTable(model.vocab, model.hidden) if needed else None
         self.input_scaling = Scaling(model.hidden) if begins and model.residual_scaling else None
         self.blocks = nn.ModuleDict(
             {
-                str(i): Block(model, i, i >= model.dense_layers, i > model.dense_layers)
+                str(i): DecoderBlock(model, i, i >= model.dense_layers, i > model.dense_layers)
                 for i in range(first, last)
             }
         )
         self.final_norm = RMSNorm(model.hidden, model.norm_eps) if ends else None
-        self.head = Table(model.vocab, model.hidden) if ends and not model.tie_embeddings else None
+        self.head = VocabularyTable(model.vocab, model.hidden) if ends and not model.tie_embeddings else None
         depths = range(1, model.mtp_layers + 1) if ends else range(0)
         self.mtp = nn.ModuleList(Prediction(model, depth) for depth in depths)
         self.rotary = Rotary(model)
-        self.vocabulary: Vocabulary = Alone()
+        self.vocabulary: Vocabulary = SoloSeams()
 
     def forward(self, x: Tensor, micro: Micro) -> Tensor:
         """A stage's part of the forward pass.
@@ -97,9 +97,11 @@ class Stage(nn.Module):
             if x.shape[-1] > self.config.hidden:
                 state_BSR = x[..., self.config.hidden :]
         turns = self.rotary(micro.positions_S, wide_dtype(hidden_BSD))
+        owed: Owed | None = None
         for block in self.blocks.values():
-            hidden_BSD, state_BSR = block(hidden_BSD, state_BSR, micro, turns)
-        return hidden_BSD, state_BSR
+            hidden_BSD, state_BSR, owed = block(hidden_BSD, state_BSR, micro, turns, owed)
+        last_BSD = landed(owed)
+        return hidden_BSD if last_BSD is None else hidden_BSD + last_BSD, state_BSR
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         assert self.embedding is not None
@@ -116,6 +118,7 @@ class Stage(nn.Module):
         weight = self.config.mtp_coefficient * micro.loss_weight / len(self.mtp)
         share = torch.zeros((), device=hidden_BSD.device)
         for prediction in self.mtp:
+            assert isinstance(prediction, Prediction)
             embedded_BSD = self._embed(prediction.inputs(micro))
             hidden_BSD = prediction(hidden_BSD, embedded_BSD, micro, turns)
             normed_BSD = prediction.final_norm(hidden_BSD)

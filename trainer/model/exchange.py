@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from trainer.kernels.choice import fused
+from trainer.model.seams import Owed, paid
 
 
 class _Spread(torch.autograd.Function):
@@ -66,11 +67,18 @@ def sort_by_expert(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Ten
 
     Pairs of one expert stay in the order of the tokens; those of no expert (-1) come last. Nothing waits for the device.
     """
-    flat_R = chosen_TK.flatten().to(torch.int32)
-    flat_R = torch.where(flat_R < 0, experts, flat_R)
-    sorted_R, order_R = flat_R.sort(stable=True)
-    bounds = torch.arange(experts + 1, device=flat_R.device, dtype=torch.int32)
-    return order_R, inverse(order_R), torch.searchsorted(sorted_R, bounds).diff()
+    chosen_R = chosen_TK.flatten()
+    order_R, counts_E = sort_keys(torch.where(chosen_R < 0, experts, chosen_R), experts)
+    return order_R, inverse(order_R), counts_E
+
+
+def sort_keys(keys_R: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The stable order of keys in 0 to `most`, and how often each but `most` occurs, [most] int64."""
+    # A radix sort goes over the keys once for each byte.
+    dtype = torch.uint8 if most < 256 else torch.int16 if most < 1 << 15 else torch.int32
+    sorted_R, order_R = keys_R.to(dtype).sort(stable=True)
+    bounds = torch.arange(most + 1, device=keys_R.device, dtype=dtype)
+    return order_R, torch.searchsorted(sorted_R, bounds).diff()
 
 
 def weigh(y_RD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -88,10 +96,28 @@ class LocalExchange:
             matmul leaves them as they were in memory.
     """
 
+    overlaps = False
+
     def __init__(self, drops: bool = False) -> None:
         self.drops = drops
 
+    def begin(self, x_TD: Tensor) -> Tensor:
+        """The same."""
+        return x_TD
+
     def run(
+        self,
+        begun: Tensor,
+        chosen_TK: Tensor,
+        weights_TK: Tensor,
+        experts: int,
+        compute: Callable[..., Tensor],
+    ) -> Owed:
+        """Weighted sum of each token's expert outputs, [T, D]; see `seams.ExpertExchange`."""
+        way = self._fused if fused(begun) else self._plain
+        return way(begun, chosen_TK, weights_TK, experts, compute), paid
+
+    def _plain(
         self,
         x_TD: Tensor,
         chosen_TK: Tensor,
@@ -99,10 +125,7 @@ class LocalExchange:
         experts: int,
         compute: Callable[..., Tensor],
     ) -> Tensor:
-        """Weighted sum of each token's expert outputs, [T, D]; see `seams.Exchange`."""
         order_R, back_R, counts_E = sort_by_expert(chosen_TK, experts)
-        if fused(x_TD):
-            return self._fused(x_TD, chosen_TK, weights_TK, (order_R, back_R, counts_E), compute)
         x_RD = spread(x_TD, order_R, back_R, chosen_TK.shape[1])
         if not self.drops:
             return weigh(permute(compute(x_RD, counts_E), back_R, order_R), weights_TK)
@@ -115,19 +138,14 @@ class LocalExchange:
         x_TD: Tensor,
         chosen_TK: Tensor,
         weights_TK: Tensor,
-        places: tuple[Tensor, Tensor, Tensor],
+        experts: int,
         compute: Callable[..., Tensor],
     ) -> Tensor:
-        """The same by kernels. The experts weigh their rows inside, so that what comes back is only added up."""
-        from trainer.kernels import rows
+        """The same by kernels. The experts weigh their rows inside, so that what comes back is only added up; what a
+        grouped matmul leaves in rows of no expert is never read."""
+        from trainer.kernels import places, rows
 
-        order_R, back_R, counts_E = places
-        back_TK = back_R.view(chosen_TK.shape)
-        if self.drops:
-            # What a grouped matmul leaves in rows of no expert is never read, and nothing of it reaches the weights.
-            gone_TK = chosen_TK < 0
-            back_TK, weights_TK = back_TK.masked_fill(gone_TK, -1), weights_TK.masked_fill(gone_TK, 0.0)
-        index_R = order_R if chosen_TK.shape[1] == 1 else order_R // chosen_TK.shape[1]
-        weights_R = permute(weights_TK.flatten(), order_R, back_R)
-        x_RD = rows.spread(x_TD, index_R, back_TK)
-        return rows.collect(compute(x_RD, counts_E, weights_R), back_TK, index_R)
+        at = places.places(chosen_TK, weights_TK, 0, experts, all_written=self.drops)
+        weights_R = places.row_weights(weights_TK, at, chosen_TK.numel())
+        x_RD = rows.spread(x_TD, at.token_P, at.back_TK)
+        return rows.collect(compute(x_RD, at.counts_L, weights_R), at.back_TK, at.token_P)

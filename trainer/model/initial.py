@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.model import ModelConfig
-from trainer.model.decoder import Stage
+from trainer.model.decoder import DecoderStage
 from trainer.state import Box
 
 #: Elements that are worked out at a time: on a CPU what its cache holds (seven times as fast as 1 << 24), elsewhere enough
@@ -58,7 +58,7 @@ def kind(name: str) -> str:
 
 
 @torch.no_grad()
-def initialize(stage: Stage, seed: int) -> None:
+def initialize(stage: DecoderStage, seed: int) -> None:
     """Fill all parameters of a stage that is whole on this rank, and zero its buffers (the routers' biases)."""
     for name, parameter in stage.named_parameters():
         whole = Box.all_of(tuple(parameter.shape))
@@ -67,10 +67,10 @@ def initialize(stage: Stage, seed: int) -> None:
         buffer.zero_()
 
 
-def build(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Stage:
+def build(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> DecoderStage:
     """The whole model on one rank, in fp32."""
     with torch.device("meta"):
-        stage = Stage(model, 0, model.layers)
+        stage = DecoderStage(model, 0, model.layers)
     stage.to_empty(device=device)
     initialize(stage, seed)
     return stage

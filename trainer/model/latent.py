@@ -15,7 +15,7 @@ from configs.model import ModelConfig
 from trainer.model.attention import heads
 from trainer.model.norm import RMSNorm
 from trainer.model.rotary import Turns, attention_factor
-from trainer.model.seams import Alone, Attend, Micro, Tensors
+from trainer.model.seams import Attend, Micro, SoloSeams, TensorSeam
 
 
 class LatentAttention(nn.Module):
@@ -50,8 +50,8 @@ class LatentAttention(nn.Module):
         self.key_value_norm = RMSNorm(self.rank, model.norm_eps)
         self.key_value_up = nn.Linear(self.rank, model.heads * 2 * model.head_dim, bias=False)
         self.output = nn.Linear(model.heads * model.head_dim, model.hidden, bias=False)
-        self.tensors: Tensors = Alone()
-        self.core: Attend = Alone()
+        self.tensors: TensorSeam = SoloSeams()
+        self.core: Attend = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""

@@ -6,18 +6,22 @@ held by this rank, K experts per token, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from configs.model import ModelConfig
 from trainer.kernels.choice import fused
 from trainer.model.exchange import LocalExchange
+from trainer.model.later import WeightLater
 from trainer.model.router import Router, make_router
-from trainer.model.seams import Alone, Exchange, Micro, Samples, Tensors, attach
+from trainer.model.seams import ExpertExchange, Micro, Owed, Samples, SoloSeams, TensorSeam, attach
 
 
-class Feed(nn.Module):
+class FeedForward(nn.Module):
     """`gated`: silu(x gate) * (x up), then down (SwiGLU); else gelu(x up), then down, with the exact GELU.
 
     Parameters: `gate.weight` (where gated) and `up.weight` [F, D], `down.weight` [D, F]. Under tensor parallelism x is
@@ -29,7 +33,7 @@ class Feed(nn.Module):
         self.gate = nn.Linear(hidden, width, bias=False) if gated else None
         self.up = nn.Linear(hidden, width, bias=False)
         self.down = nn.Linear(width, hidden, bias=False)
-        self.tensors: Tensors = Alone()
+        self.tensors: TensorSeam = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""
@@ -84,6 +88,22 @@ class Experts(nn.Module):
         y_RD = self._by_expert(x_RD, into, counts_L)
         return y_RD if weights_R is None else y_RD * weights_R.unsqueeze(-1).to(y_RD.dtype)
 
+    def later(self) -> Callable[..., Tensor]:
+        """What computes the same as a call, but leaves its weights' gradients to the time when the backward pass comes to
+        what was computed before this call of `later`: collectives that begin in between run beside them."""
+        if isinstance(self, FSDPModule):  # which wants its own calls before and after
+            return self
+        into = WeightLater(self.gate_up.flatten(1, 2) if self.gated else self.up)
+        down = WeightLater(self.down)
+
+        def through(x_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
+            if not _grouped(x_RD, into.weight, down.weight):
+                return self(x_RD, counts_L, weights_R)
+            ends_L = counts_L.cumsum(0, dtype=torch.int32)
+            return down.rows(self._inner(into.rows(x_RD, ends_L), weights_R), ends_L)
+
+        return through
+
     def _by_expert(self, x_RD: Tensor, into: Tensor, counts_L: Tensor) -> Tensor:
         """One expert after the other, which waits for the counts."""
         counts = counts_L.tolist()
@@ -132,21 +152,37 @@ class MoELayer(nn.Module):
         self.num_experts = model.experts
         self.router: Router = make_router(model, layer, carried)
         self.experts = Experts(model.hidden, model.expert_width, model.experts, model.gated)
-        self.shared = Feed(model.hidden, model.shared_width, model.gated) if model.shared_width else None
-        self.exchange: Exchange = LocalExchange(drops=model.router.capacity_factor is not None)
-        self.samples: Samples = Alone()
+        self.shared = (
+            FeedForward(model.hidden, model.shared_width, model.gated) if model.shared_width else None
+        )
+        self.exchange: ExpertExchange = LocalExchange(drops=model.router.capacity_factor is not None)
+        self.samples: Samples = SoloSeams()
 
     def forward(self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] to [B, S, D], and the router's state for the next layer (None but for `mlp` routers).
 
         The router's losses are attached to the result and counted in `micro.tally`.
         """
+        owed, state_BSR = self.depart(x_BSD, state_BSR, micro)
+        return owed[1](owed[0]), state_BSR
+
+    def depart(self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro) -> tuple[Owed, Tensor | None]:
+        """The same, but for the end of the exchange: a tensor that may still be under way, and what makes the result of it.
+
+        What is computed before that call runs beside the exchange, here and in the backward pass.
+        """
+        begun = self.exchange.begin(x_BSD.flatten(0, 1))
+        experts = self.experts.later() if self.exchange.overlaps else self.experts
         choice = self.router(x_BSD, state_BSR, micro, self.samples)
         chosen_TK, weights_TK = choice.chosen_BSK.flatten(0, 1), choice.weights_BSK.flatten(0, 1)
-        y_TD = self.exchange.run(x_BSD.flatten(0, 1), chosen_TK, weights_TK, self.num_experts, self.experts)
-        y_BSD = y_TD.view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
-        if choice.loss is not None:
-            y_BSD = attach(y_BSD, choice.loss)
-        return y_BSD, choice.state_BSR
+        y_TD, end = self.exchange.run(begun, chosen_TK, weights_TK, self.num_experts, experts)
+        shared_BSD = None if self.shared is None else self.shared(x_BSD)
+        shape, loss = x_BSD.shape, choice.loss
+
+        def land(y_TD: Tensor) -> Tensor:
+            y_BSD = end(y_TD).view(shape)
+            if shared_BSD is not None:
+                y_BSD = y_BSD + shared_BSD
+            return y_BSD if loss is None else attach(y_BSD, loss)
+
+        return (y_TD, land), choice.state_BSR

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.model.block import Block
+from trainer.model.block import DecoderBlock, landed
 from trainer.model.norm import RMSNorm
 from trainer.model.rotary import Turns
 from trainer.model.seams import Micro
@@ -32,7 +32,7 @@ class Prediction(nn.Module):
         self.hidden_norm = RMSNorm(model.hidden, model.norm_eps)
         self.embedding_norm = RMSNorm(model.hidden, model.norm_eps)
         self.project = nn.Linear(2 * model.hidden, model.hidden, bias=False)
-        self.block = Block(model, model.layers + depth - 1, moe=True, carried=False)
+        self.block = DecoderBlock(model, model.layers + depth - 1, moe=True, carried=False)
         self.final_norm = RMSNorm(model.hidden, model.norm_eps)
 
     def inputs(self, micro: Micro) -> Tensor:
@@ -46,7 +46,9 @@ class Prediction(nn.Module):
     def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
         """The hidden state of this depth, before `final_norm`."""
         joined = torch.cat((self.hidden_norm(hidden_BSD), self.embedding_norm(embedded_BSD)), dim=-1)
-        return self.block(self.project(joined), None, micro, turns)[0]
+        x_BSD, _, owed = self.block(self.project(joined), None, micro, turns)
+        y_BSD = landed(owed)
+        return x_BSD if y_BSD is None else x_BSD + y_BSD
 
 
 def _ahead(micro: Micro, places: int, past: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.kernels.choice import fused
-from trainer.model.seams import Alone, Tensors
+from trainer.model.seams import SoloSeams, TensorSeam
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -27,6 +27,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.apart = False
+        """Whether a node of the graph may have one result alone (see `trainer.parallel.apply.keep_apart`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x`."""
@@ -38,7 +40,7 @@ class RMSNorm(nn.Module):
 
     def beside(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + y, or x without `y`, and its norm: one pass each way where kernels run."""
-        if fused(x):
+        if fused(x) and not self.apart:
             from trainer.kernels.norm import add_norm
 
             normed, total = add_norm(x, y, self.weight, self.eps)
@@ -52,7 +54,7 @@ class SplitNorm(RMSNorm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
-        self.tensors: Tensors = Alone()
+        self.tensors: TensorSeam = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""

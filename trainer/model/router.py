@@ -22,7 +22,7 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
-class Choice:
+class RouterChoice:
     """What a router says of a micro-batch."""
 
     chosen_BSK: Tensor
@@ -77,7 +77,9 @@ class Router(nn.Module):
             return wide_linear(x_BSD, self.linear.weight), state_BSR
         return F.linear(wide(x_BSD), wide(self.linear.weight)), state_BSR
 
-    def forward(self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples) -> Choice:
+    def forward(
+        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples
+    ) -> RouterChoice:
         """Choose, count the choices in `micro.tally`, and drop what is over the capacity."""
         logits_BSE, state_BSR = self.logits(x_BSD, state_BSR)
         if self.config.groups == 1 and fused(x_BSD):
@@ -93,14 +95,16 @@ class Router(nn.Module):
         loss = self._losses(scores_BSE, logits_BSE, count_BE, micro, samples)
         if self.config.capacity_factor is not None:
             chosen_BSK = self._drop(chosen_BSK, micro, samples)
-        return Choice(chosen_BSK, weights_BSK * self.config.scale, loss, state_BSR)
+        return RouterChoice(chosen_BSK, weights_BSK * self.config.scale, loss, state_BSR)
 
-    def _fused(self, logits_BSE: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples) -> Choice:
+    def _fused(
+        self, logits_BSE: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples
+    ) -> RouterChoice:
         """The same by one kernel each way."""
-        from trainer.kernels.route import Rule, route
+        from trainer.kernels.route import RoutingRule, route
 
         config = self.config
-        rule = Rule(
+        rule = RoutingRule(
             self.top_k, config.score == "softmax", config.renormalize and self.top_k > 1, config.scale
         )
         bias_E = self.bias if self._biased else None
@@ -109,7 +113,7 @@ class Router(nn.Module):
         loss = self._weighted(share_BE, square, count_BE, micro, samples)
         if config.capacity_factor is not None:
             chosen_BSK = self._drop(chosen_BSK, micro, samples)
-        return Choice(chosen_BSK, weights_BSK, loss, state_BSR)
+        return RouterChoice(chosen_BSK, weights_BSK, loss, state_BSR)
 
     def choose(self, scores_BSE: Tensor) -> Tensor:
         """The top k experts by score and bias within the best groups, [..., K], best first."""

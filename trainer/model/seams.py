@@ -91,7 +91,7 @@ def attach(x: Tensor, loss: Tensor) -> Tensor:
     return _Attach.apply(x, loss)
 
 
-class Tensors(Protocol):
+class TensorSeam(Protocol):
     """Tensor parallelism with sequence parallelism: between `enter` and `leave` a rank has all tokens and a part of the
     heads or inner width; outside of them a part of the tokens and the whole width."""
 
@@ -144,22 +144,40 @@ class Vocabulary(Protocol):
         """[B, S, V] of all tokens of this rank's samples, for tests and export."""
 
 
-class Exchange(Protocol):
-    """The way of tokens to the ranks that hold their experts, and back."""
+Owed = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""A tensor that may still be under way, and what makes the result of it: apart, so that FSDP sees the tensor."""
+
+
+class ExpertExchange(Protocol):
+    """The way of tokens to the ranks that hold their experts, and back.
+
+    What a layer computes after `begin`, and after `run`, runs beside the exchange where there is one under way.
+    """
+
+    overlaps: bool
+    """Whether there is."""
+
+    def begin(self, x_TD: Tensor) -> Any:
+        """Start what needs no router; `run` takes what this gives."""
 
     def run(
         self,
-        x_TD: Tensor,
+        begun: Any,
         chosen_TK: Tensor,
         weights_TK: Tensor,
         experts: int,
         compute: Callable[..., Tensor],
-    ) -> Tensor:
-        """Weighted sum of each token's expert outputs, [T, D].
+    ) -> Owed:
+        """Weighted sum of each token's expert outputs, [T, D], still owed.
 
         `compute` takes rows sorted by local expert, [R, D], and rows of each local expert, [L] int64 on the device, to
         rows; with a third argument, [R], to rows times these weights. A choice of -1 goes to no expert.
         """
+
+
+def paid(y: Tensor) -> Tensor:
+    """What ends an exchange that is over."""
+    return y
 
 
 class Samples(Protocol):
@@ -172,7 +190,7 @@ class Samples(Protocol):
         """Place of each choice among the choices of the same expert in its sample, by position then k; [B, S, K] from 0."""
 
 
-class Alone:
+class SoloSeams:
     """All seams but the experts' of a rank that has everything."""
 
     size = 1
@@ -284,6 +302,8 @@ def masked_attention(
         return F.scaled_dot_product_attention(
             q_BNSH, k_BGSH, v_BGSH, is_causal=True, enable_gqa=gqa, scale=scale
         )
+    if documents_BS is None and q_positions is k_positions and _slides(q_BNSH, v_BGSH):
+        return _sliding(q_BNSH, k_BGSH, v_BGSH, window, scale)
     distance = q_positions[:, None] - k_positions[None, :]
     mask = distance >= 0
     if window:
@@ -296,3 +316,20 @@ def masked_attention(
     return F.scaled_dot_product_attention(
         q_BNSH, k_BGSH, v_BGSH, attn_mask=mask[:, None], enable_gqa=gqa, scale=scale
     )
+
+
+def _slides(q_BNSH: Tensor, v_BGSH: Tensor) -> bool:
+    """Whether torch's flash attention has windows for these. With a mask instead, grouped queries have no fused kernel."""
+    width = q_BNSH.shape[-1]
+    takes = width == v_BGSH.shape[-1] and width % 8 == 0 and width <= 256
+    return takes and q_BNSH.is_cuda and torch.version.hip is None and fused(q_BNSH)
+
+
+def _sliding(q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, window: int, scale: float | None) -> Tensor:
+    """Causal attention within a window, over whole samples; `scaled_dot_product_attention` has no argument for it."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BNSH, k_BGSH, v_BGSH))
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False,
+        scale=scale, window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return out.transpose(1, 2)

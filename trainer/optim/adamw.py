@@ -165,12 +165,14 @@ def move(
     values, gradients, means, squares = lists
     if not values:
         return
-    wide = [[moment.float() for moment in column] for column in (means, squares)]  # fp32 ones as they are
+    wide_means, wide_squares = (
+        [m.float() for m in column] for column in (means, squares)
+    )  # fp32 ones as they are
     torch._fused_adamw_(
-        values, gradients, *wide, [], [numbers.after] * len(values),
+        values, gradients, wide_means, wide_squares, [], [numbers.after] * len(values),
         lr=lr, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=decay,
         amsgrad=False, maximize=False, grad_scale=numbers.divisor, found_inf=numbers.found,
     )  # fmt: skip
     if means[0].dtype != torch.float32:
-        torch._foreach_copy_(means, wide[0])
-        torch._foreach_copy_(squares, wide[1])
+        torch._foreach_copy_(means, wide_means)
+        torch._foreach_copy_(squares, wide_squares)

@@ -11,11 +11,11 @@ from trainer.optim.adamw import AdamW
 from trainer.optim.common import device_of
 from trainer.optim.lamb import Lamb
 from trainer.optim.muon import Muon
-from trainer.optim.slots import Optimizer, Peers, Slot
+from trainer.optim.slots import Optimizer, Slot, StagePeers
 
 
 def build(
-    optim: OptimConfig, width: int, slots: Sequence[Slot], peers: Peers, precision: Precision = "fp32"
+    optim: OptimConfig, width: int, slots: Sequence[Slot], peers: StagePeers, precision: Precision = "fp32"
 ) -> Optimizer:
     """The optimizer over a rank's slots, with moments of zero.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.training import OptimConfig
-from trainer.optim.slots import Peers, Slot
+from trainer.optim.slots import Slot, StagePeers
 
 _CHUNKS = {"cpu": 1 << 18}
 _CHUNK = 1 << 23
@@ -80,7 +80,7 @@ def check(slots: Sequence[Slot]) -> None:
             )
 
 
-def check_names(slots: Sequence[Slot], peers: Peers) -> None:
+def check_names(slots: Sequence[Slot], peers: StagePeers) -> None:
     """See that `peers` describes these slots, and that every rank knows every parameter, thus its kind.
 
     Raises:
@@ -88,7 +88,7 @@ def check_names(slots: Sequence[Slot], peers: Peers) -> None:
     """
     mine = [(slot.name, slot.box, slot.replica, slot.replicas) for slot in slots]
     if list(peers.slots[peers.rank]) != mine:
-        raise ValueError(f"rank {peers.rank} of the stage has other slots than its peers were told")
+        raise ValueError(f"rank {peers.rank} of the stage has other slots than its peers have on record")
     names = [{name for name, *_ in listed} for listed in peers.slots]
     for rank, known in enumerate(names):
         if missing := set().union(*names) - known:

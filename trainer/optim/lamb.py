@@ -25,7 +25,7 @@ from trainer.optim.common import (
     rate_of,
     refresh,
 )
-from trainer.optim.slots import Peers, Slot
+from trainer.optim.slots import Slot, StagePeers
 from trainer.state import Box
 
 
@@ -52,7 +52,7 @@ class Lamb:
     step has one all-reduce, of two numbers for each tensor of the stage. Vectors have ratio 1, which is AdamW.
     """
 
-    def __init__(self, slots: Sequence[Slot], optim: OptimConfig, width: int, peers: Peers) -> None:
+    def __init__(self, slots: Sequence[Slot], optim: OptimConfig, width: int, peers: StagePeers) -> None:
         """Moments of zero for `slots` of a model of `width`."""
         check(slots)
         check_names(slots, peers)
@@ -125,7 +125,7 @@ def _squares(part_LRC: Tensor) -> Tensor:
     return torch.linalg.vector_norm(part_LRC, dim=-1).double().square().sum(-1)
 
 
-def _numbering(slots: Sequence[Slot], peers: Peers) -> tuple[dict[str, int], int]:
+def _numbering(slots: Sequence[Slot], peers: StagePeers) -> tuple[dict[str, int], int]:
     """Number of the first unit of each slot name, alike on all ranks, and the number of units of the stage."""
     kinds = {slot.name: slot.kind for slot in slots}
     wholes = {name: box.whole for listed in peers.slots for name, box, _, _ in listed}

@@ -27,8 +27,8 @@ from trainer.optim.common import (
     rate_of,
     refresh,
 )
-from trainer.optim.routes import Lane, Route, plan
-from trainer.optim.slots import Peers, Slot
+from trainer.optim.routes import ExchangeLane, Route, plan
+from trainer.optim.slots import Slot, StagePeers
 
 BUCKET = 1 << 26
 """Elements that a rank holds and owns in a bucket: with both exchanges, the next bucket's parts and what an iteration
@@ -86,7 +86,7 @@ class Muon:
         slots: Sequence[Slot],
         optim: OptimConfig,
         width: int,
-        peers: Peers,
+        peers: StagePeers,
         dtype: torch.dtype = torch.float32,
         bucket: int = BUCKET,
     ) -> None:
@@ -190,7 +190,9 @@ class Muon:
         ]
         return self._exchange(parts, route.returns, route.lands, route.travels)
 
-    def _exchange(self, parts: list[Tensor], out: Lane, into: Lane, travels: bool) -> _Arriving:
+    def _exchange(
+        self, parts: list[Tensor], out: ExchangeLane, into: ExchangeLane, travels: bool
+    ) -> _Arriving:
         sent = torch.empty(sum(out.counts), dtype=self._dtype, device=self._device)
         if parts:
             torch._foreach_copy_(_views(sent, out), parts)
@@ -222,7 +224,7 @@ class Muon:
         return targets, scales
 
 
-def _views(buffer: Tensor, lane: Lane) -> list[Tensor]:
+def _views(buffer: Tensor, lane: ExchangeLane) -> list[Tensor]:
     """A lane's parts in its buffer, as blocks of rows and columns."""
     pieces = buffer.split([part.elements for _, part in lane.parts])
     return [piece.view(part.shape) for piece, (_, part) in zip(pieces, lane.parts, strict=True)]

@@ -2,7 +2,7 @@
 
 A matrix may lie in parts on several ranks (split by FSDP, tensor or expert parallelism) and in several copies. One of its
 holders owns it: the others send their parts there, and get back what becomes of them. All ranks derive the same plan, so
-nothing is asked or told at run time; and one result goes to all copies, so that they stay equal bit for bit.
+nothing is negotiated at run time; and one result goes to all copies, so that they stay equal bit for bit.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
-from trainer.optim.slots import Peers
+from trainer.optim.slots import StagePeers
 from trainer.state import Box
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Part:
+class MatrixPart:
     """A block of a matrix in a slot of a rank."""
 
     rank: int
@@ -49,7 +49,7 @@ class Unit:
 
     name: str
     shape: tuple[int, int]
-    parts: list[Part] = field(default_factory=list)
+    parts: list[MatrixPart] = field(default_factory=list)
     owner: int = -1
 
     @property
@@ -71,7 +71,7 @@ class Unit:
             held[part.rank] = held.get(part.rank, 0) + part.elements
         return held
 
-    def sources(self) -> list[Part]:
+    def sources(self) -> list[MatrixPart]:
         """One copy of each block: the owner's where it has one, else replica 0."""
         own = {(part.rows, part.columns) for part in self.parts if part.rank == self.owner}
         return [
@@ -82,10 +82,10 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Lane:
+class ExchangeLane:
     """What one rank sends or gets in one exchange, in the order of the buffer: by the other rank, then by matrix."""
 
-    parts: list[tuple[int, Part]]
+    parts: list[tuple[int, MatrixPart]]
     """Each with the place of its matrix among those of the route that the owner owns."""
     counts: list[int]
     """Elements by the other rank."""
@@ -96,19 +96,19 @@ class Route:
     """A bucket of matrices as one rank sees it."""
 
     owned: list[Unit]
-    gives: Lane
+    gives: ExchangeLane
     """Of the rank's own parts, to owners."""
-    takes: Lane
+    takes: ExchangeLane
     """Parts of the matrices that it owns, from their sources."""
-    returns: Lane
+    returns: ExchangeLane
     """Results, to all holders."""
-    lands: Lane
+    lands: ExchangeLane
     """Results for the rank's own parts, from owners."""
     travels: bool
     """Whether any rank exchanges anything in this bucket; the same on all ranks."""
 
 
-def plan(peers: Peers, kinds: Mapping[str, str], limit: int) -> list[Route]:
+def plan(peers: StagePeers, kinds: Mapping[str, str], limit: int) -> list[Route]:
     """Routes of rank `peers.rank`: buckets that all ranks go through together, then its own matrices.
 
     Args:
@@ -130,7 +130,7 @@ def plan(peers: Peers, kinds: Mapping[str, str], limit: int) -> list[Route]:
     ]
 
 
-def find(peers: Peers, kinds: Mapping[str, str]) -> list[Unit]:
+def find(peers: StagePeers, kinds: Mapping[str, str]) -> list[Unit]:
     """All matrices of the stage, in the order in which ranks and slots name them."""
     units: dict[tuple[str, tuple[int, ...]], Unit] = {}
     for rank, slots in enumerate(peers.slots):
@@ -140,7 +140,7 @@ def find(peers: Peers, kinds: Mapping[str, str]) -> list[Unit]:
             for index, lead in enumerate(_leads(box)):
                 unit = units.setdefault((name, lead), Unit(name, (box.whole[-2], box.whole[-1])))
                 rows, columns = ((s, s + n) for s, n in zip(box.start[-2:], box.shape[-2:], strict=True))
-                unit.parts.append(Part(rank, number, index, rows, columns, replica))
+                unit.parts.append(MatrixPart(rank, number, index, rows, columns, replica))
     for (name, lead), unit in units.items():
         covered = sum(part.elements for part in unit.parts if part.replica == 0)
         if covered != unit.elements:
@@ -189,10 +189,10 @@ def buckets(units: Sequence[Unit], limit: int) -> Iterator[list[Unit]]:
         yield bucket
 
 
-def _route(bucket: Sequence[Unit], peers: Peers, travels: bool) -> Route:
+def _route(bucket: Sequence[Unit], peers: StagePeers, travels: bool) -> Route:
     """What `peers.rank` does for the matrices of a bucket."""
     rank = peers.rank
-    lanes: list[list[list[tuple[int, Part]]]] = [[[] for _ in range(peers.size)] for _ in range(4)]
+    lanes: list[list[list[tuple[int, MatrixPart]]]] = [[[] for _ in range(peers.size)] for _ in range(4)]
     gives, takes, returns, lands = lanes
     places = [0] * peers.size
     for unit in bucket:
@@ -212,6 +212,6 @@ def _route(bucket: Sequence[Unit], peers: Peers, travels: bool) -> Route:
     return Route(owned, _lane(gives), _lane(takes), _lane(returns), _lane(lands), travels)
 
 
-def _lane(by_rank: Sequence[Sequence[tuple[int, Part]]]) -> Lane:
+def _lane(by_rank: Sequence[Sequence[tuple[int, MatrixPart]]]) -> ExchangeLane:
     parts = [pair for pairs in by_rank for pair in pairs]
-    return Lane(parts, [sum(part.elements for _, part in pairs) for pairs in by_rank])
+    return ExchangeLane(parts, [sum(part.elements for _, part in pairs) for pairs in by_rank])

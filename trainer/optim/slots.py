@@ -51,7 +51,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Peers:
+class StagePeers:
     """The ranks of a pipeline stage, which together hold every parameter of it, each box perhaps several times.
 
     Every rank has a slot of every parameter of the stage, if only an empty one; copies of a box are equal boxes.

@@ -19,14 +19,17 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import RunConfig
-from trainer.model.block import Block
-from trainer.model.decoder import Stage
+from trainer.model.attention import Attention
+from trainer.model.block import DecoderBlock
+from trainer.model.decoder import DecoderStage
 from trainer.model.initial import initial
 from trainer.model.moe import Experts
+from trainer.model.norm import RMSNorm
 from trainer.model.seams import Micro
 from trainer.parallel import resident
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
 from trainer.parallel.expert import ExpertParallel
+from trainer.parallel.gathered import GatheredExperts, fewer_bytes
 from trainer.parallel.mesh import Axis, Mesh
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 from trainer.state import Box
@@ -46,7 +49,7 @@ class Cut:
     """Whether it belongs to experts, which edp ranks share, not dp * cp."""
 
 
-def parallelize(stage: Stage, mesh: Mesh, config: RunConfig) -> dict[str, Cut]:
+def parallelize(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> dict[str, Cut]:
     """Put a stage that is on the meta device into its place in the layout.
 
     Returns:
@@ -64,16 +67,29 @@ def parallelize(stage: Stage, mesh: Mesh, config: RunConfig) -> dict[str, Cut]:
     for name, cut in cuts.items():
         _shrink(stage, name, cut.box.shape)
     _recompute(stage, config.train.recompute)
+    if config.parallel.schedule == "zbv":
+        keep_apart(stage)
     return cuts
 
 
-def every_block(stage: Stage) -> list[Block]:
+def keep_apart(stage: nn.Module) -> None:
+    """Have each node of the graph that meets a weight give one result alone.
+
+    Where torch's schedules split the backward pass, they work a weight's gradient out from the sum of the gradients of all
+    results of the node that meets it (`torch.distributed.pipelining._backward.stage_backward_weight`).
+    """
+    for module in stage.modules():
+        if isinstance(module, RMSNorm | Attention):
+            module.apart = True
+
+
+def every_block(stage: DecoderStage) -> list[DecoderBlock]:
     """Blocks of the stage, those of multi-token prediction last."""
     blocks = [*stage.blocks.values(), *(prediction.block for prediction in stage.mtp)]
-    return [block for block in blocks if isinstance(block, Block)]
+    return [block for block in blocks if isinstance(block, DecoderBlock)]
 
 
-def _place_seams(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
+def _place_seams(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> None:
     """Parallel seams where an axis has more than one rank; the local ones stay elsewhere."""
     parallel = config.parallel
     tp, cp, method = mesh["tp"], mesh["cp"], parallel.context
@@ -85,11 +101,18 @@ def _place_seams(stage: Stage, mesh: Mesh, config: RunConfig) -> None:
     if mesh["sample"].size > 1:
         seams["samples"] = SharedSamples(mesh["sample"], method, cp.size, tp.size)
     if mesh["ep"].size * mesh["etp"].size > 1:
-        seams["exchange"] = ExpertParallel(mesh["ep"], mesh["etp"])
+        seams["exchange"] = _exchange(mesh, config.model.top_k)
     for module in stage.modules():
         for name, seam in seams.items():
             if name in vars(module):
                 setattr(module, name, seam)
+
+
+def _exchange(mesh: Mesh, top_k: int) -> ExpertParallel | GatheredExperts:
+    ep, etp = mesh["ep"], mesh["etp"]
+    if etp.size == 1 and fewer_bytes(top_k, ep.size):
+        return GatheredExperts(ep, mesh["ep_wide"])
+    return ExpertParallel(ep, etp)
 
 
 def _part(box: Box, dim: int, axis: Axis) -> Box:
@@ -99,14 +122,14 @@ def _part(box: Box, dim: int, axis: Axis) -> Box:
     return replace(box, start=start, shape=shape)
 
 
-def _shrink(stage: Stage, name: str, shape: tuple[int, ...]) -> None:
+def _shrink(stage: DecoderStage, name: str, shape: tuple[int, ...]) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = stage.get_submodule(owner_name)
     if tuple(getattr(owner, leaf).shape) != shape:
         setattr(owner, leaf, nn.Parameter(torch.empty(shape, device="meta")))
 
 
-def _recompute(stage: Stage, kind: str) -> None:
+def _recompute(stage: DecoderStage, kind: str) -> None:
     """Have blocks, or their feed-forward parts, computed again in the backward pass. Names of parameters stay."""
     if kind == "none":
         return
@@ -131,7 +154,7 @@ def _again(forward: Callable[..., Any], *arguments: Any) -> Any:
 # ---- sharding over data-parallel ranks ----
 
 
-def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> set[str]:
+def shard(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> set[str]:
     """Shard a stage's parameters over dp * cp, its experts' over edp.
 
     ZeRO 1 and 2 keep weights gathered from their first use in a step to the last; 3 gathers them for each use. A rank
@@ -152,7 +175,9 @@ def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> set[str]:
     gather_again = config.parallel.zero == 3
     place = partial(_expert_shard, ranks=mesh["edp"].size)
     for blocks in _units(stage, mesh["pp"].size > 1):
-        experts = [module for block in blocks for module in block.modules() if isinstance(module, Experts)]
+        experts: list[nn.Module] = [
+            module for block in blocks for module in block.modules() if isinstance(module, Experts)
+        ]
         if experts and not whole:
             fully_shard(
                 experts,
@@ -173,7 +198,7 @@ def shard(stage: Stage, mesh: Mesh, config: RunConfig) -> set[str]:
     return whole
 
 
-def _units(stage: Stage, alone: bool) -> list[list[nn.Module]]:
+def _units(stage: DecoderStage, alone: bool) -> list[list[nn.Module]]:
     """Blocks that are gathered and reduced together: neighbours, until they have enough elements to be worth a collective.
 
     Args:
@@ -208,7 +233,7 @@ def _expert_shard(parameter: nn.Parameter, ranks: int) -> Shard | None:
 
 
 def materialize(
-    stage: Stage, cuts: dict[str, Cut], config: RunConfig, mesh: Mesh, whole: Container[str] = ()
+    stage: DecoderStage, cuts: dict[str, Cut], config: RunConfig, mesh: Mesh, whole: Container[str] = ()
 ) -> dict[str, Tensor]:
     """Allocate this rank's shards on the device and give them their initial values.
 

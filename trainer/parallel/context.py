@@ -8,7 +8,9 @@ exchanges heads for tokens around attention (Jacobs et al. 2023).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from trainer.model import seams
 from trainer.model.seams import Micro
@@ -70,6 +72,8 @@ class GatherContext(_Shared):
     ) -> Tensor:
         """Attention of this rank's queries over the whole sample."""
         k_BGSH, v_BGSH = exchange.gather(k_BGSH, self._axis, 2), exchange.gather(v_BGSH, self._axis, 2)
+        if micro.documents_BS is None and not window:
+            return two_pieces(q_BNSH, k_BGSH, v_BGSH, (self._axis.index, self._axis.size), scale)
         return seams.masked_attention(
             q_BNSH,
             k_BGSH,
@@ -80,6 +84,41 @@ class GatherContext(_Shared):
             window,
             scale,
         )
+
+
+def two_pieces(
+    q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, place: tuple[int, int], scale: float | None
+) -> Tensor:
+    """Causal attention of one rank's two pieces of each sample, without a mask in memory, which fused kernels don't take: a
+    piece of queries sees a stretch of keys that ends with its own, and so is causal from its lower right corner.
+
+    Args:
+        k_BGSH: keys of all ranks, rank after rank; so are the values.
+        place: index of the rank, and ranks.
+    """
+    index, size = place
+    keys, values = (_in_order(x, size) for x in (k_BGSH, v_BGSH))
+    piece = q_BNSH.shape[2] // 2
+    outs = []
+    for number, queries in zip((index, 2 * size - 1 - index), q_BNSH.split(piece, dim=2), strict=True):
+        seen = (number + 1) * piece
+        outs.append(
+            F.scaled_dot_product_attention(
+                queries,
+                keys[:, :, :seen],
+                values[:, :, :seen],
+                attn_mask=causal_lower_right(piece, seen),
+                enable_gqa=q_BNSH.shape[1] != k_BGSH.shape[1],
+                scale=scale,
+            )  # fmt: skip
+        )
+    return torch.cat(outs, dim=2)
+
+
+def _in_order(x_BGSH: Tensor, size: int) -> Tensor:
+    """Tokens of all ranks, rank after rank, as they stand in the sample."""
+    pieces = x_BGSH.chunk(2 * size, dim=2)
+    return torch.cat((*pieces[::2], *reversed(pieces[1::2])), dim=2)
 
 
 class UlyssesContext(_Shared):

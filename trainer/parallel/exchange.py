@@ -5,6 +5,7 @@ Shape letters: n ranks of the group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from trainer.parallel.mesh import Axis
 # torch 2.13 has new names for these two, and warns of the old ones, the only ones that 2.11 has.
 _gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter_from = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+_Start = Callable[[Tensor, Axis], tuple[Tensor, dist.Work]]
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -113,3 +116,86 @@ def total(x: Tensor, axis: Axis) -> Tensor:
 def swap(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:
     """Rows of dim 0 to and from every rank; its gradient goes the way back."""
     return _AllToAll.apply(x, sends, receives, axis)
+
+
+# ---- collectives under way while other work is done ----
+
+
+class Flight:
+    """A collective along dim 0 that is under way, and in the backward pass the one that undoes it.
+
+    `launch` and `land` are two nodes of the graph. What is computed between them runs beside the collective, and what
+    computes its gradients runs beside the collective of the backward pass: the engine of autograd takes the nodes that were
+    made last first.
+    """
+
+    def __init__(self, axis: Axis, start: _Start, back: _Start) -> None:
+        self._axis, self._start, self._back = axis, start, back
+        self._work: dist.Work | None = None
+        self._result: Tensor | None = None
+
+    def launch(self, x: Tensor) -> Tensor:
+        """The result, which nothing may read before `land`."""
+        return _Launch.apply(x, self)
+
+    def land(self, result: Tensor) -> Tensor:
+        """What `launch` gave, from now on to be read."""
+        return _Land.apply(result, self)
+
+    def begin(self, x: Tensor, back: bool) -> Tensor:
+        """Start the collective without gradient."""
+        self._result, self._work = (self._back if back else self._start)(x.contiguous(), self._axis)
+        return self._result
+
+    def end(self) -> Tensor | None:
+        """Have what follows wait for the collective; its result. None where it ended before, as it has when a forward pass
+        is computed again."""
+        if self._work is not None:
+            self._work.wait()
+        result, self._work, self._result = self._result, None, None
+        return result
+
+
+class _Launch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.begin(x, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.flight.end(), None
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.end()
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # `_Launch` takes the result of the collective that starts here, and not this gradient.
+        ctx.flight.begin(gradient, back=True)
+        return gradient, None
+
+
+def _start_gather(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
+    out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
+    return out, _gather_into(out, x, group=axis.process_group, async_op=True)
+
+
+def _start_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    return out, _scatter_from(out, x, group=axis.process_group, async_op=True)
+
+
+def gathering(axis: Axis) -> Flight:
+    """The ranks' parts one after the other; its gradient is summed over the ranks and split."""
+    return Flight(axis, _start_gather, _start_scatter)
+
+
+def scattering(axis: Axis) -> Flight:
+    """This rank's part of the ranks' sum; its gradient is gathered."""
+    return Flight(axis, _start_scatter, _start_gather)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.kernels.choice import fused
 from trainer.model.exchange import sort_by_expert, weigh
+from trainer.model.seams import Owed, paid
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
 
@@ -63,25 +64,32 @@ def inverse(order_R: Tensor, size: int) -> Tensor:
 
 
 class ExpertParallel:
-    """`trainer.model.seams.Exchange` over ep and etp.
+    """`trainer.model.seams.ExpertExchange` over ep and etp.
 
     Every rank of an ep group holds equal, consecutive parts of the experts. The ranks of an etp group hold parts of the
     same experts' widths: they share their tokens first, each then sends all of them through its part, and what comes
     back is summed and split.
     """
 
+    overlaps = False
+
     def __init__(self, ep: Axis, etp: Axis) -> None:
         self._ep, self._etp = ep, etp
 
+    def begin(self, x_TD: Tensor) -> Tensor:
+        """The same."""
+        return x_TD
+
     def run(
-        self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
-    ) -> Tensor:
+        self, begun: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
+    ) -> Owed:
         """Weighted sum of each token's expert outputs, [T, D]."""
         if self._etp.size == 1:
-            return self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute)
-        x_TD, weights_TK = (exchange.gather(t, self._etp, 0) for t in (x_TD, weights_TK))
+            return self._over_ep(begun, chosen_TK, weights_TK, experts, compute), paid
+        x_TD, weights_TK = (exchange.gather(t, self._etp, 0) for t in (begun, weights_TK))
         chosen_TK = exchange.all_gather(chosen_TK, self._etp, 0)
-        return exchange.scatter(self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute), self._etp, 0)
+        y_TD = self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute)
+        return exchange.scatter(y_TD, self._etp, 0), paid
 
     def _over_ep(
         self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
@@ -160,21 +168,31 @@ class _Counts:
     """Numbers of rows on their way to the host."""
 
     def __init__(self, incoming_NL: Tensor, both: Tensor) -> None:
-        self._incoming_NL = incoming_NL
-        self._event: torch.cuda.Event | None = None
-        self._host = both
-        if both.is_cuda:
-            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self._host.copy_(both, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._incoming_NL, self._both = incoming_NL, Number(both)
 
     def wait(self) -> tuple[Tensor, tuple[list[int], list[int]]]:
         """Rows of each source and local expert, [N, L]; rows to and from each rank."""
+        sends, receives = self._both.wait()
+        return self._incoming_NL, (sends, receives)
+
+
+class Number:
+    """Numbers on their way to the host, while it queues more work."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = numbers
+        if numbers.is_cuda:
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> Any:
+        """They, as Python has them."""
         if self._event is not None:
             self._event.synchronize()
-        sends, receives = self._host.tolist()
-        return self._incoming_NL, (sends, receives)
+        return self._host.tolist()
 
 
 def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class Mesh:
     """Size by axis: pp, dp, cp, ep, etp, tp."""
     device: torch.device
     axes: dict[str, Axis]
-    """By the names of `dense_groups`."""
+    """By the names of `dense_groups`; and `ep_wide`: the ranks of `ep`, whose tokens travel beside all other traffic."""
     control_group: dist.ProcessGroup
     """All ranks over gloo, for objects and small numbers on the host."""
     network: Applied
@@ -134,7 +134,7 @@ class Mesh:
 def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     """Join the process group and build the mesh."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    network = meet(config, rank, backend)
+    network, _ = meet(config, rank, backend)
     collective = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
     control = dist.new_group(backend="gloo", timeout=collective, group_desc="control")
     return assemble(config.parallel, rank.rank, rank.world, device, control, network)
@@ -150,6 +150,7 @@ def assemble(
 ) -> Mesh:
     """The mesh of a rank whose process group exists already."""
     axes = make_groups(dense_groups(parallel, rank), rank, world)
+    axes["ep_wide"] = _beside(axes["ep"], device)
     layout = {axis: parallel.size(axis) for axis in AXES}
     return Mesh(rank, world, layout, device, axes, control, network)
 
@@ -172,3 +173,20 @@ def make_groups(members: dict[str, tuple[int, ...]], rank: int, world: int) -> d
             group = made[ranks]
         axes[name] = Axis(group, ranks, ranks.index(rank))
     return axes
+
+
+def _beside(axis: Axis, device: torch.device) -> Axis:
+    """The same ranks with a communicator of their own on a GPU, where collectives of one communicator run one by one."""
+    if axis.size == 1 or device.type != "cuda":
+        return axis
+    options = dist.ProcessGroupNCCL.Options()
+    # Its kernels go in front of those that wait for a place on the device: all ranks wait for the slowest.
+    options.is_high_priority_stream = True
+    group = dist.new_group(
+        list(axis.ranks),
+        backend="nccl",
+        pg_options=options,
+        use_local_synchronization=True,
+        group_desc="ep_wide",
+    )
+    return Axis(group, axis.ranks, axis.index)

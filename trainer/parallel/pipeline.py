@@ -16,7 +16,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from configs.schema import ModelConfig, ParallelConfig
-from trainer.model.decoder import Stage, boundary_width, inputs
+from trainer.model.decoder import DecoderStage, boundary_width, inputs
 from trainer.model.seams import Micro
 from trainer.parallel.apply import sharded
 from trainer.parallel.mesh import Mesh
@@ -46,7 +46,7 @@ class _Chunk(nn.Module):
     It also hides that the stage is sharded: when gradients are reduced is the engine's decision, under every schedule.
     """
 
-    def __init__(self, stage: Stage, micros: list[Micro]) -> None:
+    def __init__(self, stage: DecoderStage, micros: list[Micro]) -> None:
         super().__init__()
         self.stage = stage
         self.micros = micros
@@ -61,7 +61,7 @@ class Pipeline:
     """This rank's stages and the schedules that run them, one for each number of micro-batches."""
 
     def __init__(
-        self, stages: Sequence[Stage], mesh: Mesh, model: ModelConfig, parallel: ParallelConfig
+        self, stages: Sequence[DecoderStage], mesh: Mesh, model: ModelConfig, parallel: ParallelConfig
     ) -> None:
         self._stages, self._mesh, self._model, self._parallel = stages, mesh, model, parallel
         self._micros: list[Micro] = []
@@ -89,7 +89,7 @@ class Pipeline:
         key = (len(micros), samples, learn)
         if key not in self._schedules:
             shape = (samples, micros[0].positions_S.numel())
-            parts = [self._part(chunk, shape, dtype) for chunk in self._chunks]
+            parts: list[Any] = [self._part(chunk, shape, dtype) for chunk in self._chunks]
             options: dict[str, Any] = {
                 "n_microbatches": len(micros), "loss_fn": _as_loss, "scale_grads": False,
             }  # fmt: skip
@@ -136,7 +136,7 @@ def _as_loss(output: Tensor, _target: Tensor) -> Tensor:
     return output.sum()
 
 
-def reduce_now(stage: Stage) -> None:
+def reduce_now(stage: DecoderStage) -> None:
     """Reduce the gradients that a sharded stage has gathered without reducing, as torch's own schedules do it."""
     if not isinstance(stage, FSDPModule):
         return
@@ -144,7 +144,8 @@ def reduce_now(stage: Stage) -> None:
         module.set_is_last_backward(True)
         module.set_reshard_after_backward(True, recurse=False)
         module.set_requires_gradient_sync(True, recurse=False)
-    state = fully_shard.state(stage)
+    shard: Any = fully_shard  # its type hides the attributes that it adds
+    state = shard.state(stage)
     for part in state._state_ctx.all_states:
         groups = getattr(part, "_fsdp_param_groups", None)
         for group in [part._fsdp_param_group] if groups is None else groups:

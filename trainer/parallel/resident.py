@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
-from trainer.model.decoder import Stage
+from trainer.model.decoder import DecoderStage
 from trainer.parallel.mesh import Mesh
 
 
-def alone(stage: Stage, mesh: Mesh, config: RunConfig) -> set[str]:
+def alone(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> set[str]:
     """Names of the parameters that are resident: all of a rank that shares none, or the experts where they aren't shared.
 
     Under pipelines FSDP stays, since their schedules may add a weight's gradients up without telling.
@@ -29,7 +30,7 @@ def alone(stage: Stage, mesh: Mesh, config: RunConfig) -> set[str]:
     return set(stage.expert_splits())
 
 
-def reserve(stage: Stage, names: set[str]) -> set[nn.Parameter]:
+def reserve(stage: DecoderStage, names: set[str]) -> set[nn.Parameter]:
     """Make parameters of a stage on the meta device bf16; the new ones."""
     made = set()
     for name in names:
@@ -48,13 +49,15 @@ class Resident:
         masters: by name, fp32.
     """
 
-    def __init__(self, stage: Stage, masters: Mapping[str, Tensor]) -> None:
+    def __init__(self, stage: DecoderStage, masters: Mapping[str, Tensor]) -> None:
         self.masters = dict(masters)
         self._parameters = {name: one for name, one in stage.named_parameters() if name in masters}
         self._sums: dict[str, Tensor] = {}
         self._several = False
+        # A hook that held this object would keep it and its parameters alive, where Python sees no cycle.
+        itself = ref(self)
         for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._add, name))
+            parameter.register_post_accumulate_grad_hook(partial(_add, itself, name))
 
     def begin(self, micros: int) -> None:
         """Before the backward passes of a step with so many micro-batches."""
@@ -80,3 +83,9 @@ class Resident:
         parameter = self._parameters[name]
         gradient, parameter.grad = parameter.grad, None
         return self._sums.pop(name, gradient)
+
+
+def _add(resident: ref[Resident], name: str, parameter: Tensor) -> None:
+    alive = resident()
+    if alive is not None:
+        alive._add(name, parameter)

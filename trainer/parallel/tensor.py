@@ -18,7 +18,7 @@ from trainer.parallel.mesh import Axis
 
 
 class TensorParallel:
-    """`trainer.model.seams.Tensors` over several ranks."""
+    """`trainer.model.seams.TensorSeam` over several ranks."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis

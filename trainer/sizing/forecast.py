@@ -2,7 +2,7 @@
 
 L(t) = floor + scale * t^-exponent, with t the tokens trained on, fitted after the warm-up to means over blocks of steps,
 robustly (Huber). The band is a moving-block bootstrap of the residuals, since neighbouring losses are alike, plus the
-noise of the mean that is forecast. The decay of the learning rate is no term of its own: while it lowers the noise it
+noise of the mean that is forecast. The decay of the learning rate is not a term of its own: while it lowers the noise it
 also slows progress, and on this trainer's cosine both nearly cancel. On six runs of the demo's kind, forecast at 40 % and
 60 % of their steps, the law in tokens missed the end by 0.09 and 0.06 nats on average, one in tokens weighted by the
 learning rate by 0.17 and 0.13, and that one with a term for the learning rate by 0.15 and 0.09. A schedule that falls
@@ -49,22 +49,22 @@ _FEWEST_WINDOW = 10
 
 
 @dataclass(frozen=True)
-class History:
+class StepHistory:
     """What a run has logged, one value for each step that counts."""
 
     steps: Array
     tokens: Array
     loss: Array
 
-    def until(self, step: float) -> History:
+    def until(self, step: float) -> StepHistory:
         """The part up to a step."""
         keep = self.steps <= step
-        return History(self.steps[keep], self.tokens[keep], self.loss[keep])
+        return StepHistory(self.steps[keep], self.tokens[keep], self.loss[keep])
 
-    def after(self, step: float) -> History:
+    def after(self, step: float) -> StepHistory:
         """The part after a step."""
         keep = self.steps > step
-        return History(self.steps[keep], self.tokens[keep], self.loss[keep])
+        return StepHistory(self.steps[keep], self.tokens[keep], self.loss[keep])
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Alarm:
 class Forecast:
     """What a run's loss is going to be."""
 
-    history: History
+    history: StepHistory
     laws: Laws
     begin: int
     """First step that was fitted."""
@@ -150,7 +150,7 @@ class Forecast:
         return np.arange(math.floor(first) + 1, math.floor(last) + 1) * per_step
 
 
-def read(run: RunPaths) -> History:
+def read(run: RunPaths) -> StepHistory:
     """A run's losses over all its attempts; what was trained again after a restart replaces what was lost.
 
     Raises:
@@ -172,10 +172,10 @@ def read(run: RunPaths) -> History:
         )
     lines = [found[step] for step in sorted(found)]
     columns = ([line.step for line in lines], [line.tokens for line in lines], [line.loss for line in lines])
-    return History(*(np.array(column, dtype=float) for column in columns))
+    return StepHistory(*(np.array(column, dtype=float) for column in columns))
 
 
-def fit(history: History, warmup: int, draws: int = _DRAWS) -> Laws:
+def fit(history: StepHistory, warmup: int, draws: int = _DRAWS) -> Laws:
     """Fit the law to what comes after the warm-up.
 
     Raises:
@@ -208,7 +208,7 @@ def fit(history: History, warmup: int, draws: int = _DRAWS) -> Laws:
     return Laws(parts[0], parts[1], parts[2], unit, float(residual.std()) * math.sqrt(size))
 
 
-def first_step(history: History, warmup: int) -> int:
+def first_step(history: StepHistory, warmup: int) -> int:
     """First step that the law holds for: after the warm-up, and after a twentieth of what is there."""
     return max(warmup, int(history.steps[-1]) // 20) + 1
 
@@ -235,7 +235,7 @@ def _solve(x: Array, series: Array) -> tuple[Array, Array, Array]:
     return floor[rows, best], scale[rows, best], _EXPONENTS[best]
 
 
-def forecast(history: History, warmup: int, end: int) -> Forecast:
+def forecast(history: StepHistory, warmup: int, end: int) -> Forecast:
     """Forecast a run's loss at its last step `end`.
 
     Raises:
@@ -244,7 +244,7 @@ def forecast(history: History, warmup: int, end: int) -> Forecast:
     return Forecast(history, fit(history, warmup), first_step(history, warmup), end)
 
 
-def watch(history: History, warmup: int, end: int) -> Alarm | None:
+def watch(history: StepHistory, warmup: int, end: int) -> Alarm | None:
     """Look at the log in windows, each against the law of what came before; the first alarm, or None.
 
     A window outside the band isn't learned from until the next one is inside again. A loss that isn't a number alarms

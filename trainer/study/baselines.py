@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.sizing.model import parameters
-from trainer.study.cases import Case
-from trainer.study.metrics import median
+from trainer.sizing.model import parameters, weights
+from trainer.study.cases import StudyCase
 
 SEED = 0
 NAMES = ("constant MFU", "log-linear", "naive roofline")
@@ -28,37 +28,37 @@ def halves(rows: int) -> tuple[list[int], list[int]]:
     return sorted(order[: rows // 2]), sorted(order[rows // 2 :])
 
 
-def predict(name: str, cases: Sequence[Case], fit: Sequence[int]) -> list[float]:
+def predict(name: str, cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
     """A baseline's seconds for all cases, its numbers from those at `fit`."""
     return _BY_NAME[name](cases, fit)
 
 
-def at_peak(case: Case) -> float:
+def at_peak(case: StudyCase) -> float:
     """Seconds of the step's model FLOPs at the peak."""
     return case.tokens * case.flops_per_token / (case.job.layout.ranks * case.peak)
 
 
-def stretch(case: Case) -> float:
+def stretch(case: StudyCase) -> float:
     """A 1F1B pipeline's time over that without its bubble."""
     m, p = case.job.micro_batches, case.job.layout.pp
     return (m + p - 1) / m
 
 
-def _measured(cases: Sequence[Case], at: Sequence[int]) -> list[float]:
+def _measured(cases: Sequence[StudyCase], at: Sequence[int]) -> list[float]:
     return [cases[i].seconds or math.nan for i in at]
 
 
-def _scaled(raw: Sequence[float], cases: Sequence[Case], fit: Sequence[int]) -> list[float]:
+def _scaled(raw: Sequence[float], cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
     """`raw` times the median of measured over raw."""
     scale = median([m / raw[i] for i, m in zip(fit, _measured(cases, fit), strict=True)])
     return [scale * value for value in raw]
 
 
-def _constant_mfu(cases: Sequence[Case], fit: Sequence[int]) -> list[float]:
+def _constant_mfu(cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
     return _scaled([at_peak(case) for case in cases], cases, fit)
 
 
-def _features(case: Case) -> list[float]:
+def _features(case: StudyCase) -> list[float]:
     job = case.job
     numbers = (
         at_peak(case), stretch(case), job.layout.tp, job.layout.dp, job.layout.pp, job.micro_batch, job.micro_batches,
@@ -67,7 +67,7 @@ def _features(case: Case) -> list[float]:
     return [1.0, *(math.log(number) for number in numbers)]
 
 
-def _log_linear(cases: Sequence[Case], fit: Sequence[int]) -> list[float]:
+def _log_linear(cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
     """Ordinary least squares of log seconds on logs of constant-MFU time, bubble, axes, batch and shape."""
     table: Vector = np.array([_features(case) for case in cases])
     target: Vector = np.log(np.array(_measured(cases, fit)))
@@ -75,12 +75,12 @@ def _log_linear(cases: Sequence[Case], fit: Sequence[int]) -> list[float]:
     return [float(value) for value in np.exp(table @ weights)]
 
 
-def _naive_roofline(cases: Sequence[Case], fit: Sequence[int]) -> list[float]:
+def _naive_roofline(cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
     """FLOPs at 60 % of the peak with a bubble, ring formulas at fixed rates, 0.8 ms of host a layer and micro-batch."""
     return _scaled([_roofline(case) for case in cases], cases, fit)
 
 
-def _roofline(case: Case) -> float:
+def _roofline(case: StudyCase) -> float:
     job, layout = case.job, case.job.layout
     m, layers = job.micro_batches, job.model.layers / layout.pp
     activations = 2.0 * job.tokens * job.model.hidden
@@ -92,19 +92,19 @@ def _roofline(case: Case) -> float:
     return at_peak(case) / 0.6 * stretch(case) + tensor + data + 0.8e-3 * layers * m
 
 
-_BY_NAME: dict[str, Callable[[Sequence[Case], Sequence[int]], list[float]]] = {
+_BY_NAME: dict[str, Callable[[Sequence[StudyCase], Sequence[int]], list[float]]] = {
     "constant MFU": _constant_mfu,
     "log-linear": _log_linear,
     "naive roofline": _naive_roofline,
 }
 
 
-def closed_form(case: Case) -> float:
+def closed_form(case: StudyCase) -> float:
     """Bytes of a rank: states of the first stage; s b h (18 + 4 f/h) for each layer in flight; logits."""
     job, layout, model = case.job, case.job.layout, case.job.model
     layers = math.ceil(model.layers / layout.pp)
     width = model.dense_width or model.expert_width
-    each = parameters.attention_weights(model) + (3 if model.gated else 2) * model.hidden * width
+    each = weights.total(model, True, "attention") + (3 if model.gated else 2) * model.hidden * width
     local = (layers * each + model.vocab * model.hidden) / layout.tp
     replicas = layout.dp * layout.cp
     states = local * (2 + 4 + 12 / (replicas if job.zero else 1))
@@ -113,6 +113,6 @@ def closed_form(case: Case) -> float:
     return states + kept * min(layout.pp, job.micro_batches) + logits
 
 
-def shy(case: Case) -> tuple[int, int, int]:
+def shy(case: StudyCase) -> tuple[int, int, int]:
     """The rule of thumb for choosing: least tp, then least pp, then the largest micro-batch; higher is better."""
     return -case.job.layout.tp, -case.job.layout.pp, case.job.micro_batch

@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import UserError
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.rates import Rates
 
 Row = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Case:
+class StudyCase:
     """One row of a table. What isn't known of it is None, and then it isn't scored."""
 
     table: str
     key: str
     """Which row, for people: line and name."""
-    job: Job
+    job: TrainingJob
     rates: Rates
     peak: float
     """Peak of one device in FLOP/s at the run's precision."""
@@ -42,6 +42,8 @@ class Case:
     """What tells it from the others of its group."""
     calibrates: bool = False
     """Was used to set an overhead, and isn't scored."""
+    line: int = 0
+    """Of the table's file."""
     note: str = ""
     """What is odd about the run, by its own record."""
 
@@ -65,13 +67,13 @@ class Cases:
     """What a table came to."""
 
     table: str
-    cases: list[Case] = field(default_factory=list)
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Rows that can't be used, by reason."""
+    cases: list[StudyCase] = field(default_factory=list)
+    skipped: dict[str, list[int]] = field(default_factory=dict)
+    """Lines of rows that can't be predicted, by reason."""
 
-    def skip(self, reason: str) -> None:
-        """Count a row that can't be used."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+    def skip(self, reason: str, line: int) -> None:
+        """Note a row that can't be predicted."""
+        self.skipped.setdefault(reason, []).append(line)
 
 
 def read(path: Path) -> list[Row]:

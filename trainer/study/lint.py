@@ -9,10 +9,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from trainer.study import nanotron, published, vtrain
+from configs.schema import ModelConfig
+from trainer.sizing.model import flops
+from trainer.study import models, nanotron, published, vtrain
 from trainer.study.cases import Row, has_columns, number, whole
-from trainer.study.metrics import median
 
 TOLERANCE = 0.02
 """Relative difference that rounding in print explains."""
@@ -23,7 +25,7 @@ UTILISATION = 0.03
 
 
 @dataclass(frozen=True)
-class Finding:
+class TableFinding:
     """Something in a table that doesn't fit."""
 
     rule: str
@@ -34,7 +36,7 @@ class Finding:
         return f"{self.rule}: {self.where}: {self.what}"
 
 
-def findings(rows: Sequence[Row]) -> list[Finding]:
+def findings(rows: Sequence[Row]) -> list[TableFinding]:
     """What doesn't fit in a table, by the rules for its kind."""
     if has_columns(rows, nanotron.COLUMNS):
         return [
@@ -50,40 +52,40 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     return []
 
 
-def _each(rows: Sequence[Row], check: Callable[[Row, str], Iterable[Finding]]) -> Iterator[Finding]:
+def _each(rows: Sequence[Row], check: Callable[[Row, str], Iterable[TableFinding]]) -> Iterator[TableFinding]:
     for line, row in enumerate(rows, start=2):
         yield from check(row, f"line {line}")
 
 
 def _differs(
     rule: str, where: str, said: float, computed: float, tolerance: float, unit: str
-) -> Iterator[Finding]:
+) -> Iterator[TableFinding]:
     off = said / computed - 1
     if abs(off) > tolerance:
-        yield Finding(
+        yield TableFinding(
             rule, where, f"says {said:.6g} {unit}, its other columns give {computed:.6g} ({off:+.1%})"
         )
 
 
-def _whole_batch(where: str, batch: float, replicas: float) -> Iterator[Finding]:
+def _whole_batch(where: str, batch: float, replicas: float) -> Iterator[TableFinding]:
     if batch % replicas:
-        yield Finding(
-            "batch", where, f"global batch {batch:g} is no multiple of dp x micro-batch = {replicas:g}"
+        yield TableFinding(
+            "batch", where, f"global batch {batch:g} is not a multiple of dp x micro-batch = {replicas:g}"
         )
 
 
 # ---- the nanotron sweep ----
 
 
-def _nanotron_row(row: Row, where: str) -> Iterator[Finding]:
+def _nanotron_row(row: Row, where: str) -> Iterator[TableFinding]:
     where = f"{where} job {row['job_id']}"
     axes = [number(row, axis) for axis in ("dp", "pp", "tp")]
     nodes = number(row, "nodes")
     if nodes and all(axes):
         ranks = (axes[0] or 0) * (axes[1] or 0) * (axes[2] or 0)
-        # A job of fewer ranks than a node's is told as a whole node.
+        # A job of fewer ranks than a node's is counted as a whole node.
         if ranks != 8 * nodes and not (nodes == 1 and ranks < 8):
-            yield Finding("ranks", where, f"dp x pp x tp = {ranks:g}, on {nodes:g} nodes of 8")
+            yield TableFinding("ranks", where, f"dp x pp x tp = {ranks:g}, on {nodes:g} nodes of 8")
     batch, samples = number(row, "gbs"), _samples(row)
     if batch and samples and batch != samples * (number(row, "seq_len") or 1):
         yield from _differs("batch", where, batch, samples, 0.0, "samples")
@@ -98,7 +100,7 @@ def _nanotron_row(row: Row, where: str) -> Iterator[Finding]:
         found = re.match(r"[\d.]+", named.partition(mark)[2])
         value = number(row, column)
         if found and value is not None and float(found[0]) != value:
-            yield Finding("name", where, f"is named {named}, but has {column}={value:g}")
+            yield TableFinding("name", where, f"is named {named}, but has {column}={value:g}")
 
 
 def _samples(row: Row) -> float | None:
@@ -107,7 +109,7 @@ def _samples(row: Row) -> float | None:
     return (parts[0] or 0) * (parts[1] or 0) * (parts[2] or 0) if all(parts) else None
 
 
-def _in_tokens(rows: Sequence[Row]) -> Iterator[Finding]:
+def _in_tokens(rows: Sequence[Row]) -> Iterator[TableFinding]:
     """Batches that count tokens where the column counts samples."""
     lines = [
         line
@@ -117,10 +119,10 @@ def _in_tokens(rows: Sequence[Row]) -> Iterator[Finding]:
     ]
     if lines:
         what = f"gbs counts tokens in {len(lines)} of {len(rows)} rows, samples in the others: use dp x mbs x batch_accum"
-        yield Finding("batch", f"lines {lines[0]} to {lines[-1]}", what)
+        yield TableFinding("batch", f"lines {lines[0]} to {lines[-1]}", what)
 
 
-def _nanotron_flops(rows: Sequence[Row]) -> Iterator[Finding]:
+def _nanotron_flops(rows: Sequence[Row]) -> Iterator[TableFinding]:
     keys = (
         "hidden_size",
         "num_layers",
@@ -137,7 +139,7 @@ def _nanotron_flops(rows: Sequence[Row]) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _before_and_after(rows: Sequence[Row]) -> Iterator[Finding]:
+def _before_and_after(rows: Sequence[Row]) -> Iterator[TableFinding]:
     """The same set-up measured before and after the pipeline fix."""
     keys = (
         "num_params",
@@ -165,20 +167,20 @@ def _before_and_after(rows: Sequence[Row]) -> Iterator[Finding]:
     changed = [ratio for ratio in ratios if ratio > 1 + JUMP]
     if changed:
         what = f"{len(changed)} of {len(ratios)} set-ups measured before and after it differ, by up to {max(changed):.1f} x"
-        yield Finding("before the fix", "after_pp_fix=False", f"{what}: use the rows after it for time")
+        yield TableFinding("before the fix", "after_pp_fix=False", f"{what}: use the rows after it for time")
 
 
 # ---- vTrain ----
 
 
-def _vtrain_row(row: Row, where: str) -> Iterator[Finding]:
+def _vtrain_row(row: Row, where: str) -> Iterator[TableFinding]:
     axes = [number(row, f"{axis} parallelism") for axis in ("tensor", "data", "pipeline")]
     gpus, batch, micro = (number(row, column) for column in ("# GPUs", "global batch", "micro batch"))
     if not (gpus and batch and micro and all(axes)):
         return
     tp, dp, pp = (axis or 0 for axis in axes)
     if tp * dp * pp != gpus:
-        yield Finding("ranks", where, f"tp x dp x pp = {tp * dp * pp:g}, on {gpus:g} GPUs")
+        yield TableFinding("ranks", where, f"tp x dp x pp = {tp * dp * pp:g}, on {gpus:g} GPUs")
     yield from _whole_batch(where, batch, dp * micro)
     size, layers, hidden = (number(row, c) for c in ("Parameters (billion)", "# layers", "hidden size"))
     if size and layers and hidden:
@@ -189,7 +191,7 @@ def _vtrain_row(row: Row, where: str) -> Iterator[Finding]:
 # ---- published runs ----
 
 
-def _published_row(row: Row, where: str) -> Iterator[Finding]:
+def _published_row(row: Row, where: str) -> Iterator[TableFinding]:
     where = f"{where} {row['source']}, {row['model']} on {row['gpus']} {row['gpu_type']}"
     tokens, batch, sequence, seconds = (
         number(row, column) for column in ("tokens_per_s", "global_batch", "seq", "iter_time_s")
@@ -200,16 +202,16 @@ def _published_row(row: Row, where: str) -> Iterator[Finding]:
     if gpus and tp and pp and dp:
         ranks = tp * pp * dp * published.context_parallel(row)
         if ranks != gpus:
-            yield Finding("ranks", where, f"tp x pp x dp x cp = {ranks}, on {gpus} GPUs")
+            yield TableFinding("ranks", where, f"tp x pp x dp x cp = {ranks}, on {gpus} GPUs")
     if gpus and pp and ep and (gpus // pp) % ep:
-        yield Finding("experts", where, f"ep={ep} does not divide the {gpus // pp} ranks of a stage")
+        yield TableFinding("experts", where, f"ep={ep} does not divide the {gpus // pp} ranks of a stage")
     micro = whole(row, "micro_batch")
     if batch and micro and dp:
         yield from _whole_batch(where, batch, dp * micro)
     yield from _steps(row, where, batch, micro, dp)
     noted = _NOTED.search(row.get("notes") or "")
     if noted:
-        yield Finding("noted", where, noted[0])
+        yield TableFinding("noted", where, noted[0])
     yield from _utilisation(row, where)
 
 
@@ -217,31 +219,33 @@ def _published_row(row: Row, where: str) -> Iterator[Finding]:
 _NOTED = re.compile(r"(paper prints|v1 of the paper printed|third-party copies)[^;]*")
 
 
-def _steps(row: Row, where: str, batch: float | None, micro: int | None, dp: int | None) -> Iterator[Finding]:
+def _steps(
+    row: Row, where: str, batch: float | None, micro: int | None, dp: int | None
+) -> Iterator[TableFinding]:
     """Accumulation steps, which some notes print, against the batch."""
     words = (row.get("notes") or "").lower().replace(";", " ").split()
     said = next((word[3:] for word in words if word.startswith("ga=") and word[3:].isdigit()), "")
     if said and batch and micro and dp and int(said) * micro * dp != batch:
-        yield Finding(
+        yield TableFinding(
             "batch", where, f"global batch {batch:g}, but {said} steps of {micro} samples on {dp} replicas"
         )
 
 
-def _utilisation(row: Row, where: str) -> Iterator[Finding]:
+def _utilisation(row: Row, where: str) -> Iterator[TableFinding]:
     """MFU against model FLOPs of the printed shape over the printed step time, in either count of attention."""
     mfu, seconds, gpus = number(row, "mfu"), number(row, "iter_time_s"), number(row, "gpus")
     batch, sequence = number(row, "global_batch"), number(row, "seq")
-    shaped, machine = published.model(row), published.rates(row["gpu_type"])
-    if row["block"] not in _OWN_MFU or not (
-        mfu and seconds and gpus and batch and sequence and shaped and machine
-    ):
+    if row["block"] not in _OWN_MFU or not (mfu and seconds and gpus and batch and sequence):
+        return
+    shaped, machine = models.model(row), published.rates(row["gpu_type"])
+    if isinstance(shaped, str) or isinstance(machine, str):
         return
     peak = (machine.hardware.peak_tflops.get("bf16") or 0) * 1e12
     said = mfu / 100 * seconds * gpus * peak / (batch * sequence)
     counts = [_flops(shaped, int(sequence), full) for full in (True, False)]
     nearest = min(counts, key=lambda count: abs(said / count - 1))
     if abs(said / nearest - 1) > UTILISATION:
-        yield Finding(
+        yield TableFinding(
             "mfu", where, f"{mfu} % in {seconds} s is {said:.4g} FLOPs a token; its shape has {nearest:.4g}"
         )
 
@@ -250,11 +254,11 @@ def _utilisation(row: Row, where: str) -> Iterator[Finding]:
 _OWN_MFU = ("megascale", "megascale_moe", "korthikanti")
 
 
-def _flops(model: published.ModelConfig, sequence: int, full: bool) -> float:
-    return published.flops.train_flops_per_token(model, sequence, full_attention=full)
+def _flops(model: ModelConfig, sequence: int, full: bool) -> float:
+    return flops.train_flops_per_token(model, sequence, full_attention=full)
 
 
-def _published_flops(rows: Sequence[Row]) -> Iterator[Finding]:
+def _published_flops(rows: Sequence[Row]) -> Iterator[TableFinding]:
     """TFLOP/s over tokens/s must be constant for a model and sequence, whatever it runs on."""
     dense = [
         row
@@ -269,7 +273,7 @@ def _published_flops(rows: Sequence[Row]) -> Iterator[Finding]:
     )
 
 
-def _copied(rows: Sequence[Row]) -> Iterator[Finding]:
+def _copied(rows: Sequence[Row]) -> Iterator[TableFinding]:
     """A series of one model that repeats another model's measurements digit by digit."""
     series: dict[tuple[str, str], list[tuple[str, ...]]] = defaultdict(list)
     for row in rows:
@@ -282,7 +286,7 @@ def _copied(rows: Sequence[Row]) -> Iterator[Finding]:
         for other_table, other in named[:i]:
             mine, theirs = series[table, model], series[other_table, other]
             if table == other_table and len(mine) >= 3 and sorted(mine) == sorted(theirs):
-                yield Finding("copied", table, f"the {len(mine)} rows of {model} are those of {other}")
+                yield TableFinding("copied", table, f"the {len(mine)} rows of {model} are those of {other}")
 
 
 # ---- both ----
@@ -298,7 +302,7 @@ def _constant_flops(
     key: Callable[[Row], tuple[str, ...]],
     flops: Callable[[Row], float | None],
     name: Callable[[Row], str],
-) -> Iterator[Finding]:
+) -> Iterator[TableFinding]:
     groups: dict[tuple[str, ...], list[tuple[float, str]]] = defaultdict(list)
     for row in rows:
         found = flops(row)
@@ -311,4 +315,4 @@ def _constant_flops(
             value, label = max(odd, key=lambda entry: abs(entry[0] / middle - 1))
             share = f"{len(odd)} of {len(values)} rows have other FLOPs per token than most ({middle:.4g})"
             what = f"{share}: {label} {value / middle:.3f} x"
-            yield Finding("flops", " ".join(parts), what)
+            yield TableFinding("flops", " ".join(parts), what)

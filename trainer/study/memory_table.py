@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trainer.sizing.memory import estimate as memory
-from trainer.sizing.model.job import Job, Recompute, Software
+from trainer.sizing.model.job import Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.study import vtrain
 from trainer.study.cases import Row, number
@@ -30,7 +30,7 @@ SOFTWARE = replace(
 
 
 @dataclass(frozen=True)
-class Line:
+class TableFigure:
     """One figure of the table."""
 
     model: str
@@ -38,12 +38,14 @@ class Line:
     printed: float
     predicted: float
     """GiB, both."""
+    line: int = 0
+    """Of the table's file."""
 
 
-def lines(rows: Sequence[Row]) -> list[Line]:
+def lines(rows: Sequence[Row]) -> list[TableFigure]:
     """Every figure of a known model."""
     out = []
-    for row in rows:
+    for line, row in enumerate(rows, start=2):
         if row["model"] not in MODELS:
             continue
         tensor, selective = _job(row["model"], "none", False), _job(row["model"], "selective", True)
@@ -59,25 +61,25 @@ def lines(rows: Sequence[Row]) -> list[Line]:
         for what, column, predicted in made:
             printed = number(row, column)
             if printed:
-                out.append(Line(row["model"], what, printed, predicted))
+                out.append(TableFigure(row["model"], what, printed, predicted, line))
     return out
 
 
-def _job(name: str, recompute: Recompute, sequence: bool) -> Job:
+def _job(name: str, recompute: Recompute, sequence: bool) -> TrainingJob:
     layers, hidden, heads, pp, interleave, micro, batch = MODELS[name]
     software: Software = replace(SOFTWARE, sequence_parallel=sequence)
-    return Job(
+    return TrainingJob(
         model=vtrain.gpt(layers, hidden, heads, 51200), layout=Layout(pp=pp, dp=1, cp=1, ep=1, etp=1, tp=8),
         sequence=2048, micro_batch=micro, global_batch=batch, recompute=recompute, interleave=interleave,
         software=software,
     )  # fmt: skip
 
 
-def _states(job: Job) -> float:
+def _states(job: TrainingJob) -> float:
     _, used = memory.worst(job, "cuda")
     return (used.weights + used.gradients + used.optimizer) / memory.GIB
 
 
-def _activations(job: Job) -> float:
+def _activations(job: TrainingJob) -> float:
     _, used = memory.worst(job, "cuda")
     return used.activations / memory.GIB

@@ -13,13 +13,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from configs.schema import ModelConfig
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import flops
-from trainer.sizing.model.job import Job, Recompute
+from trainer.sizing.model.job import Recompute, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time.rates import Rates
-from trainer.study import published
+from trainer.study import models, published
 from trainer.study.cases import Row, number, whole
 
 TABLE = "mpf"
@@ -45,7 +46,7 @@ FSDP = replace(published.MEGATRON_CORE, name="fsdp", reduce_bytes=2)
 
 
 @dataclass(frozen=True)
-class Run:
+class PaperRun:
     """One row of the paper's tables."""
 
     key: str
@@ -56,11 +57,13 @@ class Run:
     batch: int
     mfu: float | None
     """Measured, in percent; None: out of memory."""
-    job: Job | None
+    job: TrainingJob | None
     """The best layout that fits; None: none does."""
     seconds: float | None
     predicted: float | None
     """MFU in percent."""
+    line: int = 0
+    """Of the table's file."""
 
     @property
     def setting(self) -> tuple[str, int, int, int]:
@@ -68,27 +71,29 @@ class Run:
         return self.model, self.gpus, self.sequence, self.batch
 
 
-def runs(rows: Sequence[Row]) -> tuple[list[Run], dict[str, int]]:
-    """The block's rows, each searched; and rows that were skipped, by reason."""
-    out: list[Run] = []
-    skipped: dict[str, int] = {}
+def runs(rows: Sequence[Row]) -> tuple[list[PaperRun], dict[str, list[int]]]:
+    """The block's rows, each searched; and lines of rows that can't be predicted, by reason."""
+    out: list[PaperRun] = []
+    skipped: dict[str, list[int]] = {}
     for line, row in enumerate(rows, start=2):
         if row["block"] != TABLE:
             continue
         found = _run(row, line)
         if isinstance(found, str):
-            skipped[found] = skipped.get(found, 0) + 1
+            skipped.setdefault(found, []).append(line)
         else:
             out.append(found)
     return out, skipped
 
 
-def _run(row: Row, line: int) -> Run | str:
+def _run(row: Row, line: int) -> PaperRun | str:
     method = METHODS.get(row["source"].split()[-1])
-    shaped, machine = published.model(row), published.rates(row["gpu_type"])
+    shaped, machine = models.model(row), published.rates(row["gpu_type"])
     gpus, sequence = whole(row, "gpus"), whole(row, "seq")
-    if method is None or shaped is None or machine is None or not gpus or not sequence:
-        return "method, model or device not on record"
+    if method is None or not gpus or not sequence:
+        return "method, number of devices or sequence not on record"
+    if isinstance(shaped, str) or isinstance(machine, str):
+        return shaped if isinstance(shaped, str) else str(machine)
     measured = number(row, "mfu")
     if measured is None and row["mfu"] != "OOM":
         return "no MFU"
@@ -98,12 +103,12 @@ def _run(row: Row, line: int) -> Run | str:
     found = _best(task, shaped, machine)
     key = f"line {line} {row['source'].removeprefix('MoE Parallel Folding ')}, {row['model']} on {gpus}"
     if found is None:
-        return Run(key, method, row["model"], gpus, sequence, batch, measured, None, None, None)
+        return PaperRun(key, method, row["model"], gpus, sequence, batch, measured, None, None, None, line)
     job, seconds = found
     per_token = flops.train_flops_per_token(shaped, sequence)
     peak = flops.peak(machine.hardware, "bf16") or float("nan")
     mfu = 100 * batch * sequence * per_token / (seconds * gpus * peak)
-    return Run(key, method, row["model"], gpus, sequence, batch, measured, job, seconds, mfu)
+    return PaperRun(key, method, row["model"], gpus, sequence, batch, measured, job, seconds, mfu, line)
 
 
 @dataclass(frozen=True)
@@ -124,12 +129,12 @@ class _Task:
         return (self.printed[axis],) if axis in self.printed else choices
 
 
-def _best(task: _Task, shaped: published.ModelConfig, machine: Rates) -> tuple[Job, float] | None:
+def _best(task: _Task, shaped: ModelConfig, machine: Rates) -> tuple[TrainingJob, float] | None:
     """The fastest layout that fits: without recomputation, or, under FSDP only, with it where it must be."""
     room = ROOM * (memory.capacity(machine.hardware) or math.inf)
     choices: tuple[Recompute, ...] = ("none", "full") if task.method.startswith("FSDP") else ("none",)
     for recompute in choices:
-        best: tuple[Job, float] | None = None
+        best: tuple[TrainingJob, float] | None = None
         for laid in _jobs(task, shaped):
             job = replace(laid, recompute=recompute)
             seconds = time.parts(job, machine).step
@@ -142,7 +147,7 @@ def _best(task: _Task, shaped: published.ModelConfig, machine: Rates) -> tuple[J
     return None
 
 
-def _jobs(task: _Task, shaped: published.ModelConfig) -> Iterator[Job]:
+def _jobs(task: _Task, shaped: ModelConfig) -> Iterator[TrainingJob]:
     """What a method allows."""
     method = task.method
     piped = method.startswith("MCore")
@@ -161,7 +166,7 @@ def _jobs(task: _Task, shaped: published.ModelConfig) -> Iterator[Job]:
             if stage % (ep * (etp if method == "MCore+Folding" else 1)):
                 continue
             for interleave in _interleave(shaped.layers, pp, task.batch // dp):
-                yield Job(
+                yield TrainingJob(
                     model=shaped, layout=Layout(pp=pp, dp=dp, cp=cp, ep=ep, etp=etp, tp=tp), sequence=task.sequence,
                     micro_batch=1, global_batch=task.batch, zero=3 if method.startswith("FSDP") else 1,
                     interleave=interleave, folded=method == "MCore+Folding",

@@ -15,11 +15,11 @@ from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
 from trainer.sizing.model import flops, frameworks
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time.fabric import HOP, STEP, Fabric, from_catalogue
 from trainer.sizing.time.rates import Overheads, Rates
-from trainer.study.cases import Case, Cases, Row, number, whole
+from trainer.study.cases import Cases, Row, StudyCase, number, whole
 
 TABLE = "hf_nanotron_sweep"
 COLUMNS = (
@@ -40,10 +40,10 @@ OVERHEADS = Overheads(
     pass_kernels=70,
     tp_call=30e-6,
     tp_rank_call=280e-6,
-    update_bytes=160.0,
+    update_bytes=228.0,
     source=f"every {CALIBRATION_EVERY}th timed row of the sweep by job id: a layer's host time is 4 ms, and 2.25 ms more "
     "for each tensor-parallel rank in jobs of several nodes; and its pairs of runs on one or two nodes that differ in ZeRO "
-    "stage only: the optimizer step of a weight takes as long as moving 160 bytes",
+    "stage only: the optimizer step of a weight takes as long as moving 228 bytes",
 )
 SUSTAINED = 0.74
 """From the same rows."""
@@ -99,7 +99,7 @@ def model(row: Row) -> ModelConfig | None:
     )  # fmt: skip
 
 
-def job(row: Row, models: dict[tuple[str, ...], ModelConfig | None]) -> Job | None:
+def job(row: Row, models: dict[tuple[str, ...], ModelConfig | None]) -> TrainingJob | None:
     """What the row ran; None where its record is incomplete."""
     shape = tuple(row[c] for c in ("hidden_size", "num_layers", "interm_dim", "num_kv_heads", "vocab_size"))
     shape += (row["num_heads"], row["tie_word_embeddings"], row["num_params"])
@@ -116,7 +116,7 @@ def job(row: Row, models: dict[tuple[str, ...], ModelConfig | None]) -> Job | No
         frameworks.nanotron(before_fix=row["after_pp_fix"] != "True"),
         bucket_bytes=round((number(row, "ddp_bucket_cap_mb") or 25) * 2**20),
     )
-    return Job(
+    return TrainingJob(
         model=found, layout=Layout(pp=pp, dp=dp, cp=1, ep=1, etp=1, tp=tp), sequence=sequence, micro_batch=micro,
         global_batch=micro * steps * dp, zero=zero, software=software,
     )  # fmt: skip
@@ -135,11 +135,11 @@ def cases(rows: Sequence[Row]) -> Cases:
     calibrates = set(timed[::CALIBRATION_EVERY]) | _pairs(rows)
     for line, row in enumerate(rows, start=2):
         if row["status"] not in ("Success", "OOM"):
-            out.skip(f"status {row['status'] or 'missing'}")
+            out.skip(f"status {row['status'] or 'missing'}", line)
             continue
         made = job(row, models)
         if made is None:
-            out.skip("incomplete shape or layout")
+            out.skip("incomplete shape or layout", line)
             continue
         ran = _succeeded(row)
         fixed = row["after_pp_fix"] == "True"
@@ -149,9 +149,10 @@ def cases(rows: Sequence[Row]) -> Cases:
             seconds = made.global_batch * made.sequence / (rate * ranks)
         inside = number(row, "AR Intra-node (GB/s)")
         out.cases.append(
-            Case(
+            StudyCase(
                 table=TABLE,
                 key=f"line {line} job {row['job_id']}",
+                line=line,
                 job=made,
                 rates=Rates(hardware, fabric(row, hardware), overheads=OVERHEADS, sustained=SUSTAINED),
                 peak=flops.peak(hardware, "bf16") or math.nan,

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from trainer.study.score import MODEL, Choice, MethodScore, TimeScore
+from trainer.study.score import MODEL, MethodScore, RankingScore, TimeScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def errors(scores: Sequence[TimeScore]) -> bytes:
     return _png(draw)
 
 
-def choices(found: Sequence[Choice]) -> bytes:
+def choices(found: Sequence[RankingScore]) -> bytes:
     """Regret by group."""
 
     def draw(axes: Axes) -> None:

@@ -11,8 +11,8 @@ from trainer.sizing.memory import estimate as memory
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import step
 from trainer.study import baselines, metrics
-from trainer.study.cases import Case, Cases
-from trainer.study.methods import Run
+from trainer.study.cases import Cases, StudyCase
+from trainer.study.methods import PaperRun
 
 MODEL = "megaray"
 GROUP = 8
@@ -24,11 +24,11 @@ HEURISTIC = "least tp, least pp, largest micro-batch"
 class Timed:
     """A case with its predicted step."""
 
-    case: Case
+    case: StudyCase
     seconds: float
     low: float
     high: float
-    parts: time.Parts
+    parts: time.StepParts
 
     @property
     def measured(self) -> float:
@@ -58,10 +58,13 @@ class TimeScore:
     covered: float = math.nan
     """Share of the measurements inside the forecast's interval."""
     calibrated: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+    lines: list[int] = field(default_factory=list)
+    """Of rows with a prediction, of time or of memory."""
+    skipped: dict[str, list[int]] = field(default_factory=dict)
+    """Lines of rows that weren't predicted, by reason."""
 
 
-def timed(case: Case) -> Timed:
+def timed(case: StudyCase) -> Timed:
     """A case's predicted step with its interval."""
     parts = time.parts(case.job, case.rates)
     low, high = step.interval(parts)
@@ -71,7 +74,7 @@ def timed(case: Case) -> Timed:
 def times(found: Cases) -> TimeScore:
     """Errors of a table's step times."""
     rows = [timed(case) for case in found.cases if case.seconds]
-    score = TimeScore(found.table, rows, skipped=found.skipped)
+    score = TimeScore(found.table, rows, lines=[case.line for case in found.cases], skipped=found.skipped)
     judged = [row for row in rows if not row.case.calibrates]
     score.calibrated = len(rows) - len(judged)
     score.scored = _errors(judged)
@@ -100,8 +103,8 @@ def _errors(rows: Sequence[Timed]) -> metrics.Errors | None:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A group of rows to choose among: what is lost, and how well the order is told, by forecaster."""
+class RankingScore:
+    """A group of rows to choose among: what is lost, and how well the order is predicted, by forecaster."""
 
     group: str
     rows: int
@@ -111,7 +114,7 @@ class Choice:
     best: str
 
 
-def choices(rows: Sequence[Timed]) -> list[Choice]:
+def choices(rows: Sequence[Timed]) -> list[RankingScore]:
     """Choices among the rows of each group that is large enough."""
     groups: dict[str, list[Timed]] = defaultdict(list)
     for row in rows:
@@ -120,7 +123,7 @@ def choices(rows: Sequence[Timed]) -> list[Choice]:
     return [_choice(name, group) for name, group in sorted(groups.items()) if len(group) >= GROUP]
 
 
-def _choice(name: str, rows: list[Timed]) -> Choice:
+def _choice(name: str, rows: list[Timed]) -> RankingScore:
     speeds = [row.case.tokens / row.measured for row in rows]
     mine = [row.case.tokens / row.seconds for row in rows]
     cases = [row.case for row in rows]
@@ -132,7 +135,7 @@ def _choice(name: str, rows: list[Timed]) -> Choice:
     shy = [float(ranked.index(i)) for i in everyone]
     scores = {MODEL: mine, HEURISTIC: shy, "naive roofline": naive}
     at, best = mine.index(max(mine)), speeds.index(max(speeds))
-    return Choice(
+    return RankingScore(
         name,
         len(rows),
         {who: metrics.regret(score, speeds) for who, score in scores.items()},
@@ -142,7 +145,7 @@ def _choice(name: str, rows: list[Timed]) -> Choice:
     )
 
 
-def over(choices: Sequence[Choice], who: str) -> tuple[float, float]:
+def over(choices: Sequence[RankingScore], who: str) -> tuple[float, float]:
     """Mean regret and mean tau over groups; NaN where there are none."""
     if not choices:
         return math.nan, math.nan
@@ -180,12 +183,14 @@ def memories(found: Cases) -> MemoryScore | None:
 class MethodScore:
     """MoE Parallel Folding's methods."""
 
-    runs: list[Run]
+    runs: list[PaperRun]
     mfu: metrics.Errors | None
     right: int
     pairs: int
     """Pairs of methods at one setting, and how many are in the right order; out of memory counts as the slowest."""
     memory: metrics.Classified | None
+    skipped: dict[str, list[int]] = field(default_factory=dict)
+    """Lines of rows that weren't predicted, by reason."""
 
     @property
     def share(self) -> float:
@@ -193,11 +198,11 @@ class MethodScore:
         return self.right / self.pairs if self.pairs else math.nan
 
 
-def methods(runs: list[Run]) -> MethodScore:
+def methods(runs: list[PaperRun], skipped: dict[str, list[int]] | None = None) -> MethodScore:
     """Errors of MFU, and the ranking of methods at each setting."""
     both = [run for run in runs if run.mfu and run.predicted]
     mfu = metrics.errors([run.predicted or math.nan for run in both], [run.mfu or math.nan for run in both])
-    settings: dict[tuple[str, int, int, int], list[Run]] = defaultdict(list)
+    settings: dict[tuple[str, int, int, int], list[PaperRun]] = defaultdict(list)
     for run in runs:
         settings[run.setting].append(run)
     right = pairs = 0
@@ -209,4 +214,4 @@ def methods(runs: list[Run]) -> MethodScore:
     fits = metrics.classified(
         [run.predicted is not None for run in runs], [run.mfu is not None for run in runs]
     )
-    return MethodScore(runs, mfu, right, pairs, fits)
+    return MethodScore(runs, mfu, right, pairs, fits, skipped or {})

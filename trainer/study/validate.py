@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
-from trainer.study import cases, lint, memory_table, methods, nanotron, published, score, vtrain
+from trainer.study import (
+    cases,
+    lint,
+    memory_table,
+    methods,
+    metrics,
+    nanotron,
+    published,
+    score,
+    sweeps,
+    vtrain,
+)
 from trainer.study.cases import Cases, Row
-from trainer.study.score import Choice, MemoryScore, MethodScore, TimeScore
+from trainer.study.metrics import Errors
+from trainer.study.score import MemoryScore, MethodScore, RankingScore, TimeScore
+from trainer.study.sweeps import CollectiveScore
 
 TABLES = (
     f"{nanotron.TABLE}.csv",
@@ -17,6 +32,8 @@ TABLES = (
     f"{vtrain.MULTI}.csv",
     "published_runs.csv",
     f"{memory_table.TABLE}.csv",
+    "allreduce_sweeps.csv",
+    "mscclpp_baselines.csv",
 )
 """Tables that a data folder may have, by file name."""
 
@@ -27,24 +44,25 @@ class Study:
 
     files: list[str] = field(default_factory=list)
     times: list[TimeScore] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
-    sound_choices: list[Choice] = field(default_factory=list)
+    choices: list[RankingScore] = field(default_factory=list)
+    sound_choices: list[RankingScore] = field(default_factory=list)
     """Without rows whose own record says that something was broken."""
     memory: MemoryScore | None = None
     methods: MethodScore | None = None
-    table: list[memory_table.Line] = field(default_factory=list)
+    collectives: list[CollectiveScore] = field(default_factory=list)
+    table: list[memory_table.TableFigure] = field(default_factory=list)
     """Korthikanti et al.'s memory figure."""
-    findings: dict[str, list[lint.Finding]] = field(default_factory=dict)
+    findings: dict[str, list[lint.TableFinding]] = field(default_factory=dict)
     """What the data lint found, by file."""
 
     @property
-    def targets(self) -> list[Target]:
+    def targets(self) -> list[ErrorTarget]:
         """What was to be reached, and what was."""
         return [target for make in _TARGETS for target in make(self)]
 
 
 @dataclass(frozen=True)
-class Target:
+class ErrorTarget:
     """A promise about an error, and what came of it."""
 
     what: str
@@ -98,10 +116,14 @@ def _add(study: Study, name: str, rows: Sequence[Row]) -> None:
     elif cases.has_columns(rows, vtrain.COLUMNS):
         study.times.append(score.times(vtrain.cases(rows)))
     elif cases.has_columns(rows, published.COLUMNS):
-        study.times += [score.times(found) for found in published.cases(rows) if found.cases]
-        made, _ = methods.runs(rows)
-        if made:
-            study.methods = score.methods(made)
+        study.times += [score.times(found) for found in published.cases(rows)]
+        made, skipped = methods.runs(rows)
+        if made or skipped:
+            study.methods = score.methods(made, skipped)
+    elif cases.has_columns(rows, sweeps.BASELINE_COLUMNS) or cases.has_columns(rows, sweeps.SWEEP_COLUMNS):
+        study.collectives.append(sweeps.collectives(rows, name.removesuffix(".csv")))
+        study.files.append(name)
+        return
     elif cases.has_columns(rows, memory_table.COLUMNS):
         study.table = memory_table.lines(rows)
     else:
@@ -124,42 +146,58 @@ def _add_nanotron(study: Study, found: Cases) -> None:
 # ---- targets ----
 
 
-def _sweep(study: Study) -> list[Target]:
+def _sweep(study: Study) -> list[ErrorTarget]:
     timed = _time(study, nanotron.TABLE)
     out = []
     if timed and timed.scored:
-        out.append(Target("nanotron sweep, step time, MAPE", timed.scored.mean, 0.20))
-        out.append(Target("nanotron sweep, step time, median error", timed.scored.median, 0.15))
+        out.append(ErrorTarget("nanotron sweep, step time, MAPE", timed.scored.mean, 0.20))
+        out.append(ErrorTarget("nanotron sweep, step time, median error", timed.scored.median, 0.15))
     if study.memory:
         if study.memory.peak:
-            out.append(Target("nanotron sweep, peak memory, MAPE", study.memory.peak.mean, 0.10))
+            out.append(ErrorTarget("nanotron sweep, peak memory, MAPE", study.memory.peak.mean, 0.10))
         fits = study.memory.fits[score.MODEL]
-        out.append(Target("nanotron sweep, fits or not, accuracy", fits.accuracy, 0.97, at_most=False))
+        out.append(ErrorTarget("nanotron sweep, fits or not, accuracy", fits.accuracy, 0.97, at_most=False))
     for label, chosen in (("", study.choices), (", without rows on broken links", study.sound_choices)):
         if chosen:
             regret, tau = score.over(chosen, score.MODEL)
-            out.append(Target(f"nanotron sweep, regret of the chosen layout{label}", regret, 0.05))
-            out.append(Target(f"nanotron sweep, Kendall tau{label}", tau, 0.8, at_most=False, unit="1"))
+            out.append(ErrorTarget(f"nanotron sweep, regret of the chosen layout{label}", regret, 0.05))
+            out.append(ErrorTarget(f"nanotron sweep, Kendall tau{label}", tau, 0.8, at_most=False, unit="1"))
     return out
 
 
-def _mape(table: str, what: str, bound: float) -> Callable[[Study], list[Target]]:
-    def make(study: Study) -> list[Target]:
+def _mape(table: str, what: str, bound: float) -> Callable[[Study], list[ErrorTarget]]:
+    def make(study: Study) -> list[ErrorTarget]:
         timed = _time(study, table)
-        return [Target(what, timed.scored.mean, bound)] if timed and timed.scored else []
+        return [ErrorTarget(what, timed.scored.mean, bound)] if timed and timed.scored else []
 
     return make
 
 
-def _methods(study: Study) -> list[Target]:
+def _methods(study: Study) -> list[ErrorTarget]:
     found = study.methods
     if found is None or found.mfu is None:
         return []
-    out = [Target("MoE Parallel Folding, MFU, MAPE", found.mfu.mean, 0.12)]
+    out = [ErrorTarget("MoE Parallel Folding, MFU, MAPE", found.mfu.mean, 0.12)]
     if found.pairs:
         out.append(
-            Target("MoE Parallel Folding, pairs of methods in order", found.share, 0.90, at_most=False)
+            ErrorTarget("MoE Parallel Folding, pairs of methods in order", found.share, 0.90, at_most=False)
         )
+    return out
+
+
+def _over_tables(study: Study) -> list[ErrorTarget]:
+    """Mixtures of experts and AMD's devices over all tables that print their layout, and how often an interval holds."""
+    judged = [row for timed in study.times for row in timed.timed if not row.case.calibrates]
+    out = []
+    for what, chosen in (
+        ("MoE tables, step time, MAPE", [row for row in judged if row.case.job.model.experts > 1]),
+        ("AMD, step time, MAPE", [row for row in judged if row.case.rates.hardware.kind == "rocm"]),
+    ):
+        found = metrics.errors([row.seconds for row in chosen], [row.measured for row in chosen])
+        out += [ErrorTarget(what, found.mean, 0.15)] if found else []
+    if judged:
+        inside = metrics.inside(*zip(*((row.low, row.high, row.measured) for row in judged), strict=True))
+        out.append(ErrorTarget("all tables, measurements inside the interval", inside, 0.90, at_most=False))
     return out
 
 
@@ -167,10 +205,75 @@ def _time(study: Study, table: str) -> TimeScore | None:
     return next((timed for timed in study.times if timed.table == table), None)
 
 
-_TARGETS: tuple[Callable[[Study], list[Target]], ...] = (
+_TARGETS: tuple[Callable[[Study], list[ErrorTarget]], ...] = (
     _sweep,
     _mape(vtrain.MULTI, "vTrain, many nodes, MAPE", 0.10),
     _mape(vtrain.SINGLE, "vTrain, one node, MAPE", 0.08),
     _methods,
     _mape("megascale", "MegaScale, strong scaling, MAPE", 0.08),
+    _over_tables,
 )
+
+
+# ---- as data ----
+
+
+def as_data(study: Study) -> dict[str, Any]:
+    """All blocks with how many of their rows are predicted, how well, and why others aren't; and the targets."""
+    blocks = [
+        *(_block(one.table, one.lines, one.skipped, one.scored, one.calibrated,
+                 inside=one.covered) for one in study.times),
+        *(_block(one.table, sorted(one.lines), one.skipped, one.errors, len(one.lines) if one.calibrates else 0)
+          for one in study.collectives),
+    ]  # fmt: skip
+    if study.methods:
+        found = study.methods
+        blocks.append(
+            _block(
+                "mpf",
+                [run.line for run in found.runs],
+                found.skipped,
+                found.mfu,
+                0,
+                pairs=found.pairs,
+                right=found.right,
+            )
+        )
+    if study.table:
+        lines = sorted({line.line for line in study.table})
+        blocks.append(_block("korthikanti_memory", lines, {}, None, 0))
+    return {
+        "files": study.files,
+        "rows": sum(block["rows"] for block in blocks),
+        "predicted": sum(block["predicted"] for block in blocks),
+        "blocks": blocks,
+        "targets": [
+            {"what": one.what, "value": _finite(one.value), "bound": one.bound, "at_most": one.at_most, "met": one.met}
+            for one in study.targets
+        ],
+    }  # fmt: skip
+
+
+def _block(
+    name: str,
+    predicted: Sequence[int],
+    skipped: Mapping[str, Sequence[int]],
+    errors: Errors | None,
+    calibrated: int,
+    **more: float,
+) -> dict[str, Any]:
+    missing = sum(len(lines) for lines in skipped.values())
+    made: dict[str, Any] = {
+        "block": name,
+        "rows": len(predicted) + missing,
+        "predicted": len(predicted),
+        "calibrated": calibrated,
+        "not_predicted": [{"reason": why, "lines": list(lines)} for why, lines in skipped.items()],
+    }
+    if errors:
+        made |= {"scored": errors.rows, "mape": errors.mean, "median": errors.median, "bias": errors.bias}
+    return made | {key: _finite(value) for key, value in more.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -14,11 +14,11 @@ from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
 from trainer.sizing.model import flops
-from trainer.sizing.model.job import Job, Software
+from trainer.sizing.model.job import Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.rates import Overheads, Rates
-from trainer.study.cases import Case, Cases, Row, number, whole
+from trainer.study.cases import Cases, Row, StudyCase, number, whole
 
 SINGLE, MULTI = "vtrain_single_node", "vtrain_multi_node"
 COLUMNS = (
@@ -82,19 +82,20 @@ def cases(rows: Sequence[Row]) -> Cases:
         axes = [whole(row, f"{axis} parallelism") for axis in ("tensor", "data", "pipeline")]
         milliseconds = number(row, "iteration time (ms)")
         if any(value is None for value in (*shape, *axes)) or not milliseconds:
-            out.skip("incomplete")
+            out.skip("incomplete", line)
             continue
         layers, hidden, heads, sequence, micro, batch = (value or 0 for value in shape)
         tp, dp, pp = (value or 0 for value in axes)
-        job = Job(
+        job = TrainingJob(
             model=gpt(layers, hidden, heads, 51200), layout=Layout(pp=pp, dp=dp, cp=1, ep=1, etp=1, tp=tp),
             sequence=sequence, micro_batch=micro, global_batch=batch, recompute="full" if multi else "none",
             software=SOFTWARE,
         )  # fmt: skip
         out.cases.append(
-            Case(
+            StudyCase(
                 table=out.table,
                 key=f"line {line}",
+                line=line,
                 job=job,
                 rates=rates,
                 peak=flops.peak(device, "bf16") or math.nan,

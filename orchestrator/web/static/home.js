@@ -121,11 +121,11 @@ export const runs = {
         note("bad", "Parked: ", runLink(one.run), ` raised ${one.error}. Evidence: `, h("code", null, one.evidence)),
       ),
       card(
-        `Going on (${going.length})`,
+        `Active (${going.length})`,
         going.length
           ? table({
               key: "going",
-              label: "Runs that go on",
+              label: "Active runs",
               rows: going,
               version,
               ...common,

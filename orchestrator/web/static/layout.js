@@ -68,7 +68,7 @@ export const layout = {
         ? `seen ${exported ? when(told.seen) : ago(told.seen)}`
         : "nothing was told of what ranks do";
     return [
-      told.culprits.length && told.waits.length
+      told.culprits.length
         ? note("bad", told.said || `${ranksText(told.culprits)} is waited for`)
         : told.said
           ? note("warn", told.said)
@@ -125,7 +125,7 @@ export const layout = {
                 { title: "Didn't enter", cell: (one) => h("span", { class: "bad" }, some(one.to)) },
               ],
             })
-          : h("p", { class: "quiet" }, told.seen ? "Nobody waits for a rank that hasn't entered." : "It isn't known."),
+          : h("p", { class: "quiet" }, told.seen ? "No recorded collective has been entered by some of its ranks and not by others." : "It isn't known."),
         told.left_out ? h("p", { class: "quiet" }, `${plural(told.left_out, "group")} more.`) : null,
       ),
       chosen !== null

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from orchestrator.record.partition import Part
+from orchestrator.record.partition import TimePart
 from orchestrator.web.redact import numbers
 from orchestrator.web.runs import RunState
 from orchestrator.web.views import series
-from trainer.sizing.forecast import CONFIDENCE, History, forecast
+from trainer.sizing.forecast import CONFIDENCE, StepHistory, forecast
 
 _RECENT = 200
 """Newest lines that a measured figure is the median of."""
@@ -146,9 +146,9 @@ def _finish(
         }
     made = state.ledger(now)
     spent = made.seconds
-    steps = spent[Part.PRODUCTIVE]
-    ran = made.wall - spent[Part.IDLE] - spent[Part.WAITING] - spent[Part.STARTUP]
-    smooth = spent[Part.EVALUATION] + spent[Part.CHECKPOINT] + spent[Part.OVERHEAD] + steps
+    steps = spent[TimePart.PRODUCTIVE]
+    ran = made.wall - spent[TimePart.IDLE] - spent[TimePart.WAITING] - spent[TimePart.STARTUP]
+    smooth = spent[TimePart.EVALUATION] + spent[TimePart.CHECKPOINT] + spent[TimePart.OVERHEAD] + steps
     share, best = (steps / ran if ran > 0 else 1.0), (steps / smooth if smooth > 0 else 1.0)
     share, best = min(1.0, max(share, 0.01)), min(1.0, max(best, 0.01))
     usual, low, high = seconds
@@ -177,7 +177,7 @@ def _loss(state: RunState, warmup: int) -> dict[str, Any]:
         return nothing | {"note": "no step is logged yet"}
     every = max(1, len(columns[0]) // _FITTED)
     order = np.argsort(columns[0], kind="stable")[::every]
-    history = History(*(column[order] for column in columns))
+    history = StepHistory(*(column[order] for column in columns))
     try:
         made = forecast(history, warmup, end)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What is told of all runs, the queue and the nodes."""
+"""What is shown of all runs, the queue and the nodes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _GROUPS = 256
 _RANKS = 512
 """Ranks of a group that are listed."""
 _LIVE = 15.0
-"""Seconds after which what was told is old."""
+"""Seconds after which what was reported is old."""
 _DENSE = ("pp", "dp", "cp", "tp")
 _SPARSE = ("pp", "edp", "ep", "etp")
 
@@ -45,7 +45,7 @@ def _view(axis: str) -> tuple[str, ...]:
 
 
 def is_live(own: AttemptStory, made: Mapping[str, Any], now: float) -> bool:
-    """Whether an answer of `layout` tells of now: of an attempt that goes on, and not old."""
+    """Whether an answer of `layout` tells of now: of an attempt that is running, and not old."""
     return made["seen"] is not None and now - made["seen"] < _LIVE and own.ended is None
 
 
@@ -89,7 +89,7 @@ def layout(own: AttemptStory, looks: Sequence[Look], culprits: Sequence[int]) ->
         "groups": groups,
         "waits": waits,
         "culprits": named[:_RANKS],
-        "said": _said(waits, seen),
+        "said": _said(waits, seen, named),
         "left_out": left_out,
     }
 
@@ -146,16 +146,22 @@ def _by_ranks(layout: Mapping[str, int], world: int) -> dict[tuple[int, int, int
     return found
 
 
-def _said(waits: Sequence[Mapping[str, Any]], seen: Mapping[int, Look]) -> str:
-    """One sentence: who is waited for."""
-    if not waits:
+def _said(waits: Sequence[Mapping[str, Any]], seen: Mapping[int, Look], culprits: Sequence[int]) -> str:
+    """One sentence: who is waited for; where no wait was recorded, whom the attempt's incidents name."""
+    if not waits and not culprits:
         return ""
+    if not waits:
+        return f"An incident names {_named(culprits, False)}{_held(culprits, seen)}"
     waiting = {rank for one in waits for rank in one["from"]}
     waited = {rank for one in waits for rank in one["to"]}
     # A rank that is waited for and waits itself isn't where it begins.
     first = sorted(waited - waiting) or sorted(waited)
-    held = next((seen[rank].held for rank in first if rank in seen and seen[rank].held), "")
-    return f"{_named(sorted(waiting))} for {_named(first, False)}{f', which is {held}' if held else ''}"
+    return f"{_named(sorted(waiting))} for {_named(first, False)}{_held(first, seen)}"
+
+
+def _held(ranks: Sequence[int], seen: Mapping[int, Look]) -> str:
+    held = next((seen[rank].held for rank in ranks if rank in seen and seen[rank].held), "")
+    return f", which is {held}" if held else ""
 
 
 def _named(ranks: Sequence[int], wait: bool = True) -> str:

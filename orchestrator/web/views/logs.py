@@ -143,7 +143,7 @@ def stack(run: RunPaths, attempt: int, rank: int) -> dict[str, Any]:
     except OSError:
         note = (
             "no stack of this rank was kept: it is written before ranks are stopped for a hang, and where somebody asks "
-            "for it while the run goes on"
+            "for it while the run is active"
         )
     records: list[dict[str, Any]] = []
     try:

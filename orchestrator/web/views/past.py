@@ -1,4 +1,4 @@
-"""What is told of a run's past: its time axis, its ledger, its attempts, saves and incidents."""
+"""What is shown of a run's past: its time axis, its ledger, its attempts, saves and incidents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from configs.metrics import SavedLine, SaveFailedLine
 from configs.paths import RunPaths
 from orchestrator.record.ledger import Ledger
-from orchestrator.record.partition import MEANINGS, Part
+from orchestrator.record.partition import MEANINGS, TimePart
 from orchestrator.record.story import Story
 from orchestrator.record.view import RESTARTS
 from orchestrator.web.runs import RunState
@@ -39,7 +39,7 @@ def axis(state: RunState, now: float) -> dict[str, Any]:
     return {
         "begin": rows[0]["from"] if rows else None,
         "end": rows[-1]["to"] if rows else None,
-        "parts": [part.label for part in Part],
+        "parts": [part.label for part in TimePart],
         "spans": rows,
         "marks": [asdict(mark) for mark in marks],
         "rewinds": list(_rewinds(state)),
@@ -65,7 +65,7 @@ def ledger(state: RunState, now: float) -> dict[str, Any]:
     made = state.ledger(now)
     wall = made.wall
     tokens = (state.row or {}).get("tokens") or 0
-    held = wall - made.seconds[Part.IDLE] - made.seconds[Part.WAITING]
+    held = wall - made.seconds[TimePart.IDLE] - made.seconds[TimePart.WAITING]
     return {
         "wall_seconds": wall,
         "running": not state.terminal,

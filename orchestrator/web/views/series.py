@@ -51,7 +51,7 @@ def series(
     for name in names:
         if name not in known and name != "validation_loss" and known:
             raise UserError(
-                f"names: '{name[:80]}' is no curve of this run{nearest(name, known)}; it has {', '.join(known)}"
+                f"names: '{name[:80]}' is not a curve of this run{nearest(name, known)}; it has {', '.join(known)}"
             )
     wanted = [name for name in names or known if name in known]
     pieces = _pieces(state, axis, begin, end)
@@ -143,7 +143,7 @@ def _validation(state: RunState, axis: str, begin: float, end: float) -> dict[st
     }
 
 
-class Experts:
+class ExpertLoads:
     """Expert loads of a run, read from its metric lines where somebody looks, the newest of them kept."""
 
     def __init__(self, kept: int = 512) -> None:

@@ -9,15 +9,15 @@ state as the trainer in any layout. Shapes in names: S places of a sample, D mod
 heads, H head width, E experts, F inner width.
 """
 
-from tests.trainer.reference.loss import Step, document_ids, gradients
+from tests.trainer.reference.loss import ReferenceStep, document_ids, gradients
 from tests.trainer.reference.names import parameter_shapes, random_state
-from tests.trainer.reference.run import Line, Reference
+from tests.trainer.reference.run import Reference, ReferenceLine
 from tests.trainer.reference.schedule import learning_rate, samples_of_step
 
 __all__ = [
-    "Line",
+    "ReferenceLine",
     "Reference",
-    "Step",
+    "ReferenceStep",
     "document_ids",
     "gradients",
     "learning_rate",

@@ -46,7 +46,7 @@ def experts_of(model: ModelConfig, w: dict[str, Tensor]) -> list[Callable[[Tenso
 
 
 @dataclass
-class Routed:
+class RoutedSample:
     """What a router did to one sample."""
 
     output: Tensor
@@ -97,7 +97,7 @@ def choose(model: ModelConfig, choice: list[float]) -> list[int]:
     return sorted(allowed, key=lambda expert: -choice[expert])[: model.top_k]
 
 
-def mixture(model: ModelConfig, w: dict[str, Tensor], x: Tensor, state: Tensor | None) -> Routed:
+def mixture(model: ModelConfig, w: dict[str, Tensor], x: Tensor, state: Tensor | None) -> RoutedSample:
     """Router, experts and shared expert on one sample."""
     router, places, experts = model.router, x.shape[0], model.experts
     logits, state = router_logits(model, w, x, state)
@@ -138,7 +138,7 @@ def mixture(model: ModelConfig, w: dict[str, Tensor], x: Tensor, state: Tensor |
         largest = logits.max(dim=-1).values.detach()
         log_sum = torch.log(torch.exp(logits - largest[:, None]).sum(-1)) + largest
         z = router.z_coefficient * (log_sum * log_sum).sum() / places
-    return Routed(output, load, dropped, aux, z, state)
+    return RoutedSample(output, load, dropped, aux, z, state)
 
 
 def inside(w: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from tests.trainer.reference.names import is_buffer
 
 
 @dataclass
-class Sample:
+class ReferenceSample:
     """Losses of one sample, and what its routers did."""
 
     cross_entropy: Tensor
@@ -31,7 +31,7 @@ class Sample:
 
 
 @dataclass
-class Step:
+class ReferenceStep:
     """Losses of all samples of a step, and the gradient."""
 
     cross_entropy: float
@@ -111,7 +111,7 @@ class Forward:
 
 def sample_losses(
     model: ModelConfig, state: dict[str, Tensor], tokens: list[int], separator: int | None
-) -> Sample:
+) -> ReferenceSample:
     """Losses of one sample of S + 1 tokens."""
     places = len(tokens) - 1
     table = state["embedding.weight"]
@@ -151,12 +151,12 @@ def sample_losses(
 
     layers = len(forward.load) if model.router.losses_over_layers == "mean" and forward.load else 1
     aux, z = sum(forward.aux, zero) / layers, sum(forward.z, zero) / layers
-    return Sample(cross_entropy, logits, mtp, aux, z, forward.load, forward.dropped)
+    return ReferenceSample(cross_entropy, logits, mtp, aux, z, forward.load, forward.dropped)
 
 
 def gradients(
     model: ModelConfig, state: dict[str, Tensor], samples: list[list[int]], separator: int | None = None
-) -> Step:
+) -> ReferenceStep:
     """Mean losses over `samples`, each of S + 1 tokens, and the derivative of their sum by every parameter.
 
     Args:
@@ -167,7 +167,7 @@ def gradients(
     }
     parameters = {name: tensor for name, tensor in live.items() if tensor.requires_grad}
     total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    step = Step(0.0, 0.0, 0.0, 0.0, 0.0, {}, 0, 0.0)
+    step = ReferenceStep(0.0, 0.0, 0.0, 0.0, 0.0, {}, 0, 0.0)
     for tokens in samples:
         sample = sample_losses(model, live, tokens, separator)
         loss = (sample.cross_entropy + sample.mtp + sample.aux + sample.z) / len(samples)

@@ -18,7 +18,7 @@ from tests.trainer.reference.schedule import learning_rate, samples_of_step
 
 
 @dataclass(frozen=True)
-class Line:
+class ReferenceLine:
     """What a step says of itself."""
 
     samples: int
@@ -52,7 +52,7 @@ class Reference:
         initial_state: dict[str, Tensor],
         samples: Sequence[Sequence[int]],
         spoiled: Collection[int] = (),
-    ) -> tuple[list[Line], dict[str, Tensor]]:
+    ) -> tuple[list[ReferenceLine], dict[str, Tensor]]:
         """The first `steps` steps of `train.steps`, with the samples in their order.
 
         Args:
@@ -78,7 +78,9 @@ class Reference:
             lines.append(self._step(state, batch, step, step in spoiled))
         return lines, state
 
-    def _step(self, state: dict[str, Tensor], batch: list[list[int]], step: int, spoiled: bool) -> Line:
+    def _step(
+        self, state: dict[str, Tensor], batch: list[list[int]], step: int, spoiled: bool
+    ) -> ReferenceLine:
         values = {name: tensor for name, tensor in state.items() if "/" not in name}
         result = gradients(self.model, values, batch, self.separator)
         norm = math.inf if spoiled else result.norm
@@ -93,7 +95,7 @@ class Reference:
             if self.model.router.balance in ("bias", "both"):
                 for router, load in result.load.items():
                     balance(self.model.router, state, router, load, count)
-        return Line(
+        return ReferenceLine(
             len(batch),
             rate,
             result.cross_entropy,

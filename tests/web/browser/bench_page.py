@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from configs.paths import HomePaths
-from tests.web.browser.driving import DESK, Page, driving, reason
+from tests.web.browser.driving import DESK, BrowserPage, driving, reason
 from tests.web.browser.homes import queue
 from tests.web.serving import TOKEN, serving
 
@@ -36,7 +36,7 @@ return found;
 """
 
 
-def paint(page: Page, where: str) -> None:
+def paint(page: BrowserPage, where: str) -> None:
     """A cold load of a view."""
     page.driver.get("about:blank")
     page.driver.get(f"http://127.0.0.1:{page.client.port}/#/run/simulated/{where}")
@@ -62,7 +62,7 @@ def main() -> int:
     home = HomePaths(options.home)
     queue(home, [])
     with serving(home) as client, driving() as driver:
-        page = Page(driver, client)
+        page = BrowserPage(driver, client)
         page.size(*DESK)
         page.driver.get(f"http://127.0.0.1:{client.port}/?token={TOKEN}")
         page.until(lambda: page.js("return document.body.dataset.loaded"), 60)

@@ -35,7 +35,7 @@ def reason() -> str:
 needs_browser = pytest.mark.skipif(bool(reason()), reason=reason() or "there is one")
 
 
-class Page:
+class BrowserPage:
     """The dashboard in a browser."""
 
     def __init__(self, driver: Any, client: Client) -> None:
@@ -134,10 +134,10 @@ class Page:
 
 
 @contextmanager
-def browsing(client: Client) -> Iterator[Page]:
+def browsing(client: Client) -> Iterator[BrowserPage]:
     """A browser that is logged in, for as long as the block lasts."""
     with driving() as driver:
-        page = Page(driver, client)
+        page = BrowserPage(driver, client)
         page.size(*DESK)
         page.login()
         page.until(lambda: page.js("return document.body.dataset.loaded"), 40, "the page doesn't begin")

@@ -11,13 +11,13 @@ import numpy as np
 
 from configs.paths import HomePaths
 from faulttol.detect.snapshot import GroupSeen, RankSeen
-from faulttol.recorder import Mark, Phase, Record
+from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.timeline.file import STORED, StepFile, folder
 from orchestrator.record import seen
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
 from orchestrator.record.events import IncidentOpened, VerdictFound
 from orchestrator.record.log import Log
-from tests.web.made import Made, a_home, queue_file
+from tests.web.made import MadeRun, a_home, queue_file
 
 LIVE, RECOVERED, HUNG = "live-1126-120000-aaaa", "killed-1126-110000-bbbb", "hung-1126-100000-cccc"
 ENDED, HOSTILE = "old-1126-080000-eeee", "odd-1126-070000-ffff"
@@ -29,16 +29,16 @@ CULPRIT = 37
 
 @dataclass
 class Home:
-    """A home and the runs in it that go on."""
+    """A home and the runs in it that continue."""
 
     paths: HomePaths
-    live: Made
-    hung: Made
+    live: MadeRun
+    hung: MadeRun
     waiting: list[dict[str, object]]
     """The queue, as the controller publishes it."""
 
 
-def steps(run: Made, attempt: int, first: int, count: int, slow: int | None = None) -> None:
+def steps(run: MadeRun, attempt: int, first: int, count: int, slow: int | None = None) -> None:
     """Step files of an attempt's ranks, eight to a node; `slow` computes longer."""
     into = folder(run.run.attempt(attempt).root)
     into.mkdir(parents=True, exist_ok=True)
@@ -60,10 +60,10 @@ def steps(run: Made, attempt: int, first: int, count: int, slow: int | None = No
         file.close()
 
 
-def look(run: Made, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int, str]) -> None:
+def look(run: MadeRun, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int, str]) -> None:
     """What the ranks were last seen doing: `held`, `waits` and `state` by rank."""
     now = time.time()
-    record = Record(9, now - 41, Mark.BEGIN, Phase.BACKWARD, run.step + 1)
+    record = Record(9, now - 41, PhaseMark.BEGIN, RankPhase.BACKWARD, run.step + 1)
     rows = [
         RankSeen(
             rank, 1000 + rank, newest=record, groups=groups.get(rank, ()), waits=of.get("waits", {}).get(rank, ""),
@@ -74,9 +74,9 @@ def look(run: Made, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int, st
     seen.write(run.run.attempt(run.attempt).seen, "n1", rows, now)
 
 
-def live(home: HomePaths) -> Made:
+def live(home: HomePaths) -> MadeRun:
     run = (
-        Made(home, LIVE, now=time.time() - 68, steps=400)
+        MadeRun(home, LIVE, now=time.time() - 68, steps=400)
         .submit()
         .wait(2)
         .start(1, 3)
@@ -92,9 +92,9 @@ def live(home: HomePaths) -> Made:
     return run
 
 
-def recovered(home: HomePaths) -> Made:
+def recovered(home: HomePaths) -> MadeRun:
     run = (
-        Made(home, RECOVERED, now=time.time() - 116)
+        MadeRun(home, RECOVERED, now=time.time() - 116)
         .submit()
         .wait(5)
         .start(1, 3)
@@ -117,9 +117,9 @@ def recovered(home: HomePaths) -> Made:
     return run
 
 
-def hung(home: HomePaths) -> Made:
+def hung(home: HomePaths) -> MadeRun:
     """64 ranks, one of which is stopped: those of its groups wait for it, and others for them."""
-    run = Made(
+    run = MadeRun(
         home,
         HUNG,
         now=time.time() - 140,
@@ -162,7 +162,7 @@ def hung(home: HomePaths) -> Made:
 def hostile(home: HomePaths) -> None:
     """A run whose owner, model, log and errors hold HTML."""
     run = (
-        Made(home, HOSTILE, now=time.time() - 60, owner=SCRIPT, model=SCRIPT, steps=90)
+        MadeRun(home, HOSTILE, now=time.time() - 60, owner=SCRIPT, model=SCRIPT, steps=90)
         .submit()
         .start(1, 2)
         .train(12)
@@ -176,11 +176,11 @@ def a_full_home(path: Path, odd: bool = True) -> Home:
     home = a_home(path)
     if odd:
         hostile(home)
-    Made(home, ENDED, now=time.time() - 4000).submit().start().train(50).save().finish()
+    MadeRun(home, ENDED, now=time.time() - 4000).submit().start().train(50).save().finish()
     stuck, _, going = hung(home), recovered(home), live(home)
     waiting: list[dict[str, object]] = []
     for i in range(3):
-        run = Made(
+        run = MadeRun(
             home, f"next-1126-13000{i}-q00{i}", now=time.time() - 30, owner="bob", model=MODEL
         ).submit()
         waiting.append(
@@ -200,12 +200,12 @@ def queue(home: HomePaths, waiting: list[dict[str, object]], age: float = 0.0) -
 
 
 def many(path: Path, count: int = 200) -> HomePaths:
-    """A home with one run that goes on and `count` that wait."""
+    """A home with one run that continues and `count` that wait."""
     home = a_home(path)
     waiting: list[dict[str, object]] = []
     for i in range(count):
         name, now = f"q{i:03d}-1126-120000-{i:04x}", time.time() - 600 + i
-        Made(home, name, now=now, owner=f"user{i % 7}", model=MODEL).submit()
+        MadeRun(home, name, now=now, owner=f"user{i % 7}", model=MODEL).submit()
         reason = f"position {i + 1}: needs 8 GPU slots, 0 are free"
         waiting.append({"run": name, "position": i + 1, "reason": reason})
     live(home)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.web.browser import homes
-from tests.web.browser.driving import PHONE, Page, browsing, reason
+from tests.web.browser.driving import PHONE, BrowserPage, browsing, reason
 from tests.web.browser.homes import HUNG, RECOVERED
 from tests.web.serving import serving
 
@@ -22,7 +22,7 @@ PICTURES = {
 }
 
 
-def take(page: Page, folder: Path, name: str) -> None:
+def take(page: BrowserPage, folder: Path, name: str) -> None:
     """One picture; too large a one is an error."""
     where, theme, size = PICTURES[name]
     page.theme(theme)

@@ -19,7 +19,7 @@ from orchestrator.web import export
 from orchestrator.web.actions import Actions
 from orchestrator.web.live import Live
 from tests.web.browser import homes
-from tests.web.browser.driving import PHONE, Page, browsing, driving, needs_browser
+from tests.web.browser.driving import PHONE, BrowserPage, browsing, driving, needs_browser
 from tests.web.browser.homes import HOSTILE, HUNG, LIVE, RECOVERED
 from tests.web.serving import Client, serving
 
@@ -62,11 +62,11 @@ def command(home: str, port: int) -> None:
     from aiohttp import web
 
     from orchestrator.web import server
-    from orchestrator.web.security import Tokens
+    from orchestrator.web.security import AccessTokens
     from tests.web.serving import TOKEN
 
     async def serve() -> None:
-        app, _ = server.make(HomePaths(Path(home)), Tokens({TOKEN: "ann"}), "127.0.0.1", port, [])
+        app, _ = server.make(HomePaths(Path(home)), AccessTokens({TOKEN: "ann"}), "127.0.0.1", port, [])
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -81,7 +81,7 @@ def test_the_dashboard_itself_is_killed(home: homes.Home) -> None:
         port = found.getsockname()[1]
     homes.queue(home.paths, [])
     with driving() as driver:
-        page = Page(driver, Client(port, None))  # type: ignore[arg-type]
+        page = BrowserPage(driver, Client(port, None))  # type: ignore[arg-type]
         with a_server(home.paths, port):
             page.login()
             page.until(lambda: page.js("return document.body.dataset.loaded"))
@@ -94,7 +94,7 @@ def test_the_dashboard_itself_is_killed(home: homes.Home) -> None:
             page.until(lambda: page.text("#banners") == "", 40, "the page isn't whole again")
             page.console()
             page.go("")
-            page.shows("Going on (7)")
+            page.shows("Active (7)")
             assert page.console() == []
 
 
@@ -114,7 +114,7 @@ def test_the_controller_falls_silent(home: homes.Home) -> None:
 
 
 def test_storage_hangs(home: homes.Home) -> None:
-    """The server goes on with what it has read, and the page says how old that is."""
+    """The server continues with what it has read, and the page says how old that is."""
     go_on = threading.Event()
     with serving(home.paths) as client, browsing(client) as page:
         live = client.shared.live
@@ -193,7 +193,7 @@ def test_a_file_that_opens_anywhere(home: homes.Home, tmp_path: Path) -> None:
         export.write(home.paths, run, path)
         assert live.home is home.paths
     with driving() as driver:
-        page = Page(driver, Client(0, None))  # type: ignore[arg-type]
+        page = BrowserPage(driver, Client(0, None))  # type: ignore[arg-type]
         page.driver.get((tmp_path / f"{HUNG}.html").as_uri())
         page.shows(f"A copy of run {HUNG}", "#banners")
         for tab in (

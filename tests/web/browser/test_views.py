@@ -13,7 +13,7 @@ from configs.paths import HomePaths
 from orchestrator.web.server import STATIC
 from tests.web import simulated
 from tests.web.browser import homes
-from tests.web.browser.driving import DESK, PHONE, Page, browsing, needs_browser
+from tests.web.browser.driving import DESK, PHONE, BrowserPage, browsing, needs_browser
 from tests.web.browser.homes import CULPRIT, HOSTILE, HUNG, LIVE, RECOVERED, Home
 from tests.web.serving import serving
 
@@ -34,13 +34,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @pytest.fixture(scope="module")
-def page(home: Home) -> Iterator[Page]:
+def page(home: Home) -> Iterator[BrowserPage]:
     with serving(home.paths) as client, browsing(client) as page:
         yield page
 
 
 @pytest.fixture(autouse=True)
-def quiet(page: Page, home: Home) -> Iterator[None]:
+def quiet(page: BrowserPage, home: Home) -> Iterator[None]:
     """The controller beats, and the console is silent after each test."""
     homes.queue(home.paths, home.waiting)
     page.size(*DESK)
@@ -49,32 +49,32 @@ def quiet(page: Page, home: Home) -> Iterator[None]:
     assert page.js("return window.hacked") is None
 
 
-def audit(page: Page) -> list[str]:
+def audit(page: BrowserPage) -> list[str]:
     return [str(one) for one in page.js(AUDIT)]
 
 
 # ---- what is shown ----
 
 
-def test_all_runs_and_the_queue(page: Page) -> None:
+def test_all_runs_and_the_queue(page: BrowserPage) -> None:
     page.go("")
     text = page.text()
-    assert "Going on (4)" in text and "Queue (3)" in text and "Ended (1)" in text
+    assert "Active (4)" in text and "Queue (3)" in text and "Ended (1)" in text
     assert "needs 2 CPU slots on 1 node, 1 is free" in text
     assert [row[0] for row in page.rows("Runs that wait")] == ["1", "2", "3"]
     page.js("document.getElementById('find').focus()")
     page.keys("killed")
-    page.until(lambda: "Going on (1)" in page.text() and "Queue (0)" in page.text())
+    page.until(lambda: "Active (1)" in page.text() and "Queue (0)" in page.text())
     page.js(
         "const find = document.getElementById('find'); find.value = ''; find.dispatchEvent(new Event('input'))"
     )
     page.button("Loss").click()
-    losses = [float(row[3]) for row in page.rows("Runs that go on")]
+    losses = [float(row[3]) for row in page.rows("Active runs")]
     assert losses == sorted(losses, reverse=True) and len(losses) == 4
     assert page.js("return document.querySelector('th[aria-sort]').getAttribute('aria-sort')") == "descending"
 
 
-def test_nodes(page: Page) -> None:
+def test_nodes(page: BrowserPage) -> None:
     page.go("nodes")
     text = page.text()
     assert (
@@ -82,7 +82,7 @@ def test_nodes(page: Page) -> None:
     )
 
 
-def test_progress_of_a_recovered_run(page: Page) -> None:
+def test_progress_of_a_recovered_run(page: BrowserPage) -> None:
     page.go(f"run/{RECOVERED}")
     titles = page.js("return [...document.querySelectorAll('.chart-title')].map((one) => one.innerText)")
     assert titles[:4] == ["Loss", "Phases of a step, stacked", "Learning rate", "Gradient norm"]
@@ -97,7 +97,7 @@ def test_progress_of_a_recovered_run(page: Page) -> None:
     assert page.js("return document.querySelectorAll('.stack').length") >= 9, "three phases in three segments"
 
 
-def test_a_chart_is_read_by_keyboard_and_zoomed(page: Page) -> None:
+def test_a_chart_is_read_by_keyboard_and_zoomed(page: BrowserPage) -> None:
     page.go(f"run/{RECOVERED}")
     page.js("document.querySelector('.chart .plot').focus()")
     page.keys("\ue011")  # home
@@ -122,7 +122,7 @@ def test_a_chart_is_read_by_keyboard_and_zoomed(page: Page) -> None:
     page.until(lambda: "from=" not in page.js("return location.hash"))
 
 
-def drag(page: Page, selector: str, begin: float, end: float) -> None:
+def drag(page: BrowserPage, selector: str, begin: float, end: float) -> None:
     from selenium.webdriver import ActionChains
 
     node = page.one(selector)
@@ -134,7 +134,7 @@ def drag(page: Page, selector: str, begin: float, end: float) -> None:
     chain.click_and_hold().move_by_offset(half, 0).move_by_offset(half, 0).release().perform()
 
 
-def test_attempts_on_one_axis_and_the_ledger(page: Page) -> None:
+def test_attempts_on_one_axis_and_the_ledger(page: BrowserPage) -> None:
     page.go(f"run/{RECOVERED}/time")
     assert page.js("return document.querySelectorAll('.timeline .rewind').length") == 1
     assert page.js("return document.querySelectorAll('.timeline .saved').length") == 2
@@ -147,13 +147,13 @@ def test_attempts_on_one_axis_and_the_ledger(page: Page) -> None:
     assert "ETTR" in page.text() and "from 21: 16 steps" in page.text()
 
 
-def test_checkpoints(page: Page) -> None:
+def test_checkpoints(page: BrowserPage) -> None:
     page.go(f"run/{RECOVERED}/checkpoints")
     text = page.text()
     assert "failed: rank 0: no space" in text and "committed" in text and "300 ms" in text and "store" in text
 
 
-def test_an_incident_leads_to_its_evidence(page: Page) -> None:
+def test_an_incident_leads_to_its_evidence(page: BrowserPage) -> None:
     page.go(f"run/{RECOVERED}/incidents")
     assert "Incident 1: rank exit" in page.text() and "rank 1 was killed by SIGKILL" in page.text()
     page.one(".incident .facts a").click()
@@ -162,7 +162,7 @@ def test_an_incident_leads_to_its_evidence(page: Page) -> None:
     page.shows("#4  step 3  forward begin")
 
 
-def test_expert_map(page: Page) -> None:
+def test_expert_map(page: BrowserPage) -> None:
     page.go(f"run/{HUNG}/experts")
     page.js("document.querySelector('.heat .plot').focus()")
     page.keys("\ue015", "\ue014")  # down, right
@@ -175,7 +175,7 @@ def test_expert_map(page: Page) -> None:
     page.until(lambda: page.value(".heat .plot").startswith("expert"))
 
 
-def test_rank_map_opens_a_rank(page: Page, home: Home) -> None:
+def test_rank_map_opens_a_rank(page: BrowserPage, home: Home) -> None:
     page.go(f"run/{HUNG}/ranks")
     dark = darkest_row(page)
     assert dark == CULPRIT, "the slow rank stands out"
@@ -225,7 +225,7 @@ def test_a_row_of_joined_ranks_opens_its_ranks(tmp_path: Path) -> None:
         assert page.console() == []
 
 
-def darkest_row(page: Page, rows: int = 64) -> int:
+def darkest_row(page: BrowserPage, rows: int = 64) -> int:
     """The row of the map's canvas that has the most of the scale's upper end in its right half."""
     return int(
         page.js(
@@ -248,7 +248,7 @@ def darkest_row(page: Page, rows: int = 64) -> int:
     )
 
 
-def choose(page: Page, label: str, value: str) -> None:
+def choose(page: BrowserPage, label: str, value: str) -> None:
     assert page.js(
         """
       const label = [...document.querySelectorAll("label")].find((one) => one.firstChild.data?.trim() === arguments[0]);
@@ -262,7 +262,7 @@ def choose(page: Page, label: str, value: str) -> None:
     ), f"there is no choice '{label}'"
 
 
-def test_layout_names_the_culprit_of_a_hang(page: Page) -> None:
+def test_layout_names_the_culprit_of_a_hang(page: BrowserPage) -> None:
     page.go(f"run/{HUNG}/layout")
     assert f"for rank {CULPRIT}, which is stopped (state T)" in page.text(".note.bad")
     rows = page.rows("Who waits for whom")
@@ -280,7 +280,7 @@ def test_layout_names_the_culprit_of_a_hang(page: Page) -> None:
     assert "backward" in page.text(".view") and "stopped (state T)" in page.text(".view")
 
 
-def test_logs_with_search(page: Page) -> None:
+def test_logs_with_search(page: BrowserPage) -> None:
     page.go(f"run/{LIVE}/logs")
     page.shows("step 1000 loss")
     end = "const log = document.querySelector('.log'); return log.scrollHeight - log.scrollTop - log.clientHeight"
@@ -300,13 +300,13 @@ def test_logs_with_search(page: Page) -> None:
     page.shows("rank 0", ".log")
 
 
-def test_setup(page: Page) -> None:
+def test_setup(page: BrowserPage) -> None:
     page.go(f"run/{LIVE}/setup")
     text = page.text()
     assert "python -m faulttol timeline" in text and "warmup_steps: 5" in text and "sizing report" in text
 
 
-def test_a_live_run_goes_on_by_itself(page: Page, home: Home) -> None:
+def test_a_live_run_goes_on_by_itself(page: BrowserPage, home: Home) -> None:
     page.go(f"run/{LIVE}")
     page.shows("60 of 400")
     page.js(
@@ -318,7 +318,7 @@ def test_a_live_run_goes_on_by_itself(page: Page, home: Home) -> None:
     assert page.js("return window.kept === document.activeElement"), "what has the focus stays where it is"
 
 
-def test_html_in_a_run_stays_text(page: Page) -> None:
+def test_html_in_a_run_stays_text(page: BrowserPage) -> None:
     for tab in TABS:
         page.go(f"run/{HOSTILE}/{tab}".rstrip("/"))
         assert page.js("return document.querySelectorAll('main img, main script').length") == 0, tab
@@ -328,7 +328,7 @@ def test_html_in_a_run_stays_text(page: Page) -> None:
     assert homes.SCRIPT in page.text()
 
 
-def test_what_isnt_there(page: Page) -> None:
+def test_what_isnt_there(page: BrowserPage) -> None:
     page.go("run/nothing")
     assert "names none of the runs" in page.text()
     page.console()  # the browser writes down each answer of 404
@@ -338,7 +338,7 @@ def test_what_isnt_there(page: Page) -> None:
 
 
 @pytest.mark.parametrize(("theme", "runs"), [("light", (LIVE, RECOVERED, HUNG)), ("dark", (HUNG,))])
-def test_contrast_names_and_structure(page: Page, theme: str, runs: tuple[str, ...]) -> None:
+def test_contrast_names_and_structure(page: BrowserPage, theme: str, runs: tuple[str, ...]) -> None:
     page.theme(theme)
     wrong = {}
     for where in of(*runs):
@@ -349,7 +349,7 @@ def test_contrast_names_and_structure(page: Page, theme: str, runs: tuple[str, .
     assert wrong == {}
 
 
-def test_on_a_phone(page: Page) -> None:
+def test_on_a_phone(page: BrowserPage) -> None:
     page.size(*PHONE)
     wrong = {}
     for where in of(RECOVERED):
@@ -370,7 +370,7 @@ def test_on_a_phone(page: Page) -> None:
     assert wrong == {}
 
 
-def test_the_check_finds_what_is_wrong(page: Page) -> None:
+def test_the_check_finds_what_is_wrong(page: BrowserPage) -> None:
     page.go("nodes")
     assert audit(page) == []
     page.js("""
@@ -388,7 +388,7 @@ def test_the_check_finds_what_is_wrong(page: Page) -> None:
         assert wrong in found, f"{wrong} isn't in\n{found}"
 
 
-def test_all_is_reached_by_tab(page: Page) -> None:
+def test_all_is_reached_by_tab(page: BrowserPage) -> None:
     for where in (f"run/{HUNG}/ranks", "nodes", f"run/{RECOVERED}/time"):
         page.go(where)
         page.js("document.activeElement.blur()")
@@ -412,7 +412,7 @@ def test_all_is_reached_by_tab(page: Page) -> None:
         assert left == []
 
 
-def test_theme_is_the_readers_choice(page: Page) -> None:
+def test_theme_is_the_readers_choice(page: BrowserPage) -> None:
     page.go("nodes")
     back = "return getComputedStyle(document.body).backgroundColor"
     light = page.js(back)
@@ -424,7 +424,7 @@ def test_theme_is_the_readers_choice(page: Page) -> None:
 # ---- the files ----
 
 
-def test_the_files_ask_for_nothing_else(page: Page) -> None:
+def test_the_files_ask_for_nothing_else(page: BrowserPage) -> None:
     for path in STATIC.iterdir():
         text = path.read_text()
         outside = re.findall(r"https?://(?!www\.w3\.org/2000/svg)[^\s\"'`]+", text)

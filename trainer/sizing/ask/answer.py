@@ -11,16 +11,17 @@ from typing import Any
 
 from configs.compose import choices, compose
 from configs.errors import UserError
+from configs.hugging_face.read import is_model_file
 from configs.profile import DeviceProfile, known, load
 from configs.schema import RunConfig
 from trainer.sizing.ask import catalogue
 from trainer.sizing.figures import Figure, exact
 from trainer.sizing.lint.check import lint
-from trainer.sizing.lint.findings import Finding
+from trainer.sizing.lint.findings import LintFinding
 from trainer.sizing.lint.suggest import Suggestion, suggest
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import flops, parameters
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import auto, runnable
 from trainer.sizing.time import step
@@ -43,6 +44,8 @@ def configured(
     Raises:
         UserError: for what `compose` refuses, and where model or hardware isn't named.
     """
+    if file is not None and is_model_file(file):  # the same as `model=FILE`: it says nothing but the model
+        overrides, file = [f"model={file}", *overrides], None
     typed = {override.partition("=")[0] for override in overrides}
     if file is None:
         for group in ("model", "hardware"):
@@ -54,7 +57,7 @@ def configured(
     return compose([*assumed, *overrides], file), tuple(assumed)
 
 
-def job_of(config: RunConfig, gpus: int | None = None) -> tuple[Job, tuple[str, ...]]:
+def job_of(config: RunConfig, gpus: int | None = None) -> tuple[TrainingJob, tuple[str, ...]]:
     """The job that a configuration describes, and why its layout is as it is where the planner chose it.
 
     `gpus` are what open axes are searched on; where all but dp are set, they set dp.
@@ -90,11 +93,11 @@ def job_of(config: RunConfig, gpus: int | None = None) -> tuple[Job, tuple[str, 
 
 
 @dataclass(frozen=True)
-class Answer:
+class SizingAnswer:
     """One model on one device."""
 
     config: RunConfig
-    job: Job
+    job: TrainingJob
     prices: Prices
     assumed: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
@@ -102,7 +105,7 @@ class Answer:
     wanted: bool = False
     """Whether suggestions are asked for."""
 
-    def fits(self, job: Job) -> bool | None:
+    def fits(self, job: TrainingJob) -> bool | None:
         """Whether a job fits into the device's memory; None where that is unknown."""
         return memory.fits(job, self.prices.hardware)
 
@@ -127,7 +130,7 @@ class Answer:
         )
 
     @cached_property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[LintFinding]:
         """Broken rules, the costliest first."""
         return lint(self.job, self.prices, self.fits)
 
@@ -225,7 +228,7 @@ def answer(
     gpus: int | None = None,
     rates: str | None = None,
     wanted: bool = False,
-) -> Answer:
+) -> SizingAnswer:
     """The answer for what was typed; `rates` as in `measured`.
 
     Raises:
@@ -234,7 +237,7 @@ def answer(
     config, assumed = configured(overrides, file, gpus)
     profile = measured(config.hardware.name, rates)
     job, why = job_of(config, gpus)
-    return Answer(config, job, Prices(config.hardware, profile), assumed, why, wanted)
+    return SizingAnswer(config, job, Prices(config.hardware, profile), assumed, why, wanted)
 
 
 def measured(hardware: str, rates: str | None) -> DeviceProfile | None:
@@ -287,7 +290,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
     return {"value": figure.value, "unit": figure.unit, "low": figure.low, "high": figure.high}
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: LintFinding) -> dict[str, Any]:
     rule = finding.rule
     return {
         "rule": rule.name, "field": finding.field, "value": finding.value, "better": finding.better,

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import UserError
 from trainer.sizing.ask import catalogue, questions
-from trainer.sizing.ask.answer import Answer
+from trainer.sizing.ask.answer import SizingAnswer
 from trainer.sizing.figures import Figure
 from trainer.sizing.search import auto
 from trainer.sizing.search.legal import Task
@@ -18,7 +18,7 @@ _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredQuestion:
     """A question and its answer."""
 
     title: str
@@ -27,7 +27,7 @@ class Asked:
     data: dict[str, Any]
 
 
-def to_fit(answer: Answer) -> Asked:
+def to_fit(answer: SizingAnswer) -> AnsweredQuestion:
     """What must change for the job to fit.
 
     Raises:
@@ -40,10 +40,10 @@ def to_fit(answer: Answer) -> Asked:
     ]
     data = {"needed_bytes": found.needed, "have_bytes": found.have, "fits": found.fits, "changes": changes,
             "layout_that_fits": found.other.layout.to_json() if found.other else None}  # fmt: skip
-    return Asked("WHAT MUST CHANGE TO FIT", found.text(), (), {"fit": data})
+    return AnsweredQuestion("WHAT MUST CHANGE TO FIT", found.text(), (), {"fit": data})
 
 
-def in_time(answer: Answer, deadline: str, tokens: str, now: datetime) -> Asked:
+def in_time(answer: SizingAnswer, deadline: str, tokens: str, now: datetime) -> AnsweredQuestion:
     """How many devices train so many tokens by a date.
 
     Raises:
@@ -60,10 +60,10 @@ def in_time(answer: Answer, deadline: str, tokens: str, now: datetime) -> Asked:
         "tokens": found.tokens,
     }
     figures = (found.duration,) if found.duration else ()
-    return Asked(f"HOW MANY DEVICES BY {deadline}", found.text(), figures, {"by": data})
+    return AnsweredQuestion(f"HOW MANY DEVICES BY {deadline}", found.text(), figures, {"by": data})
 
 
-def elsewhere(answer: Answer, name: str) -> Asked:
+def elsewhere(answer: SizingAnswer, name: str) -> AnsweredQuestion:
     """What the same job would be on another device.
 
     Raises:
@@ -83,10 +83,10 @@ def elsewhere(answer: Answer, name: str) -> Asked:
         }
         for side in sides
     }  # fmt: skip
-    return Asked(f"WHAT {name} WOULD DO", found.text(), figures, {"on": data})
+    return AnsweredQuestion(f"WHAT {name} WOULD DO", found.text(), figures, {"on": data})
 
 
-def _task(answer: Answer) -> Task:
+def _task(answer: SizingAnswer) -> Task:
     """The job's task with its layout open."""
     config, job = answer.config, answer.job
     made = auto.task(config, job.layout.ranks, job.node)
@@ -105,5 +105,5 @@ def amount(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1e18:
-        raise UserError(f"--tokens {text} is no number of tokens; type e.g. 300B, 1.5T or 3e11")
+        raise UserError(f"--tokens {text} is not a number of tokens; type e.g. 300B, 1.5T or 3e11")
     return value

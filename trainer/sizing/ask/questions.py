@@ -16,7 +16,7 @@ from configs.hardware import HardwareConfig
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.memory.estimate import GIB
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.search import auto, legal
 from trainer.sizing.search.layouts import Candidate, label, search
 from trainer.sizing.search.legal import Task
@@ -32,12 +32,12 @@ _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "su
 
 
 @dataclass(frozen=True)
-class Change:
+class JobChange:
     """One change of a job, or several at once."""
 
     names: tuple[str, ...]
     """What to set, as `recompute=full`."""
-    job: Job
+    job: TrainingJob
     saves: float
     """Bytes of the fullest rank that it saves; negative where it takes more."""
     cost: float | None
@@ -46,15 +46,15 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryFit:
     """How a job can be made to fit."""
 
     needed: float
     have: float
     stage: int
-    changes: tuple[Change, ...]
+    changes: tuple[JobChange, ...]
     """Those that fit first, the cheapest first; then those that save most."""
-    other: Job | None = None
+    other: TrainingJob | None = None
     """Where no change is enough: the fastest set-up that fits, on as few ranks, in doublings, as have one."""
 
     @property
@@ -82,7 +82,7 @@ class Fit:
         return lines
 
 
-def fit(job: Job, hardware: HardwareConfig) -> Fit:
+def fit(job: TrainingJob, hardware: HardwareConfig) -> MemoryFit:
     """What must change for `job` to fit: single changes, and combinations of up to three where none is enough.
 
     Raises:
@@ -95,10 +95,10 @@ def fit(job: Job, hardware: HardwareConfig) -> Fit:
         )
     stage, used = memory.worst(job, hardware.kind)
     if used.needed <= have:
-        return Fit(used.needed, have, stage, ())
+        return MemoryFit(used.needed, have, stage, ())
     timed = _timed(job, hardware)
     steps = _steps()
-    changes: list[Change] = []
+    changes: list[JobChange] = []
     for many in (1, 2, 3):
         for names in combinations(steps, many):
             made = _changed(job, [steps[name] for name in names])
@@ -107,15 +107,15 @@ def fit(job: Job, hardware: HardwareConfig) -> Fit:
             then = memory.worst(made, hardware.kind)[1].needed
             saves, fits = used.needed - then, then <= have
             if (fits or many == 1) and saves > 0:
-                changes.append(Change(_told(job, made), made, saves, timed(made), fits))
+                changes.append(JobChange(_told(job, made), made, saves, timed(made), fits))
         if sum(change.fits for change in changes) >= 2:
             break
     order = sorted(changes, key=lambda c: (not c.fits, c.cost or 0.0 if c.fits else -c.saves))
     other = None if any(change.fits for change in changes) else _other(job, hardware)
-    return Fit(used.needed, have, stage, tuple(_different(order))[:SHOWN], other)
+    return MemoryFit(used.needed, have, stage, tuple(_different(order))[:SHOWN], other)
 
 
-def _other(job: Job, hardware: HardwareConfig) -> Job | None:
+def _other(job: TrainingJob, hardware: HardwareConfig) -> TrainingJob | None:
     """The fastest set-up that fits, on the job's ranks or the fewest doublings of them."""
     if auto.unknown(hardware, job.precision, 2 * job.node, job.node):
         return None
@@ -128,12 +128,12 @@ def _other(job: Job, hardware: HardwareConfig) -> Job | None:
     return None
 
 
-def _different(changes: Sequence[Change]) -> list[Change]:
+def _different(changes: Sequence[JobChange]) -> list[JobChange]:
     """Each set of settings once."""
     return list({change.names: change for change in reversed(changes)}.values())[::-1]
 
 
-def _timed(job: Job, hardware: HardwareConfig) -> Callable[[Job], float | None]:
+def _timed(job: TrainingJob, hardware: HardwareConfig) -> Callable[[TrainingJob], float | None]:
     """Relative time of other jobs against `job`; None for all where a rate is unknown."""
     if auto.unknown(hardware, job.precision, job.layout.ranks, job.node):
         return lambda _: None
@@ -142,7 +142,7 @@ def _timed(job: Job, hardware: HardwareConfig) -> Callable[[Job], float | None]:
     return lambda other: time.parts(other, rates).step / before - 1
 
 
-Step = Callable[[Job], Job | None]
+Step = Callable[[TrainingJob], TrainingJob | None]
 
 
 def _steps() -> dict[str, Step]:
@@ -164,7 +164,7 @@ def _steps() -> dict[str, Step]:
     }
 
 
-def _axis(job: Job, axis: str, factor: int) -> Job | None:
+def _axis(job: TrainingJob, axis: str, factor: int) -> TrainingJob | None:
     """An axis grown by a factor; all but ep are taken out of dp, so that ranks and batch stay."""
     layout = job.layout
     sizes = {axis: getattr(layout, axis) * factor}
@@ -175,15 +175,15 @@ def _axis(job: Job, axis: str, factor: int) -> Job | None:
     return replace(job, layout=replace(layout, **sizes))
 
 
-def _changed(job: Job, steps: Sequence[Step]) -> Job | None:
+def _changed(job: TrainingJob, steps: Sequence[Step]) -> TrainingJob | None:
     """The job after all changes; None where one isn't possible or the outcome isn't legal."""
-    made: Job | None = job
+    made: TrainingJob | None = job
     for change in steps:
         made = change(made) if made else None
     return made if made and legal.is_legal(made) else None
 
 
-def _told(before: Job, after: Job) -> tuple[str, ...]:
+def _told(before: TrainingJob, after: TrainingJob) -> tuple[str, ...]:
     """What differs, as it would be set."""
     axes = [
         f"{axis}={size}"
@@ -323,7 +323,7 @@ def deadline(text: str, now: datetime) -> datetime:
         when = datetime.fromisoformat(word).replace(tzinfo=now.tzinfo)
     except ValueError:
         raise UserError(
-            f"'{text}' is no date; type 2026-12-24, a weekday, or a number of days as 10d"
+            f"'{text}' is not a date; type 2026-12-24, a weekday, or a number of days as 10d"
         ) from None
     when = when if "t" in word or ":" in word else when.replace(hour=23, minute=59, second=59)
     if when <= now:
@@ -351,7 +351,7 @@ class Side:
 class Other:
     """The same job on two devices."""
 
-    job: Job
+    job: TrainingJob
     here: Side
     there: Side
 
@@ -377,12 +377,12 @@ class Other:
         return lines
 
 
-def other(job: Job, task: Task, here: HardwareConfig, there: HardwareConfig) -> Other:
+def other(job: TrainingJob, task: Task, here: HardwareConfig, there: HardwareConfig) -> Other:
     """The same job on another device: memory, time, and the layout that is best on each."""
     return Other(job, _side(job, task, here), _side(job, task, there))
 
 
-def _side(job: Job, task: Task, hardware: HardwareConfig) -> Side:
+def _side(job: TrainingJob, task: Task, hardware: HardwareConfig) -> Side:
     node = hardware.devices_per_node or job.node
     moved = replace(job, node=node, imbalance=task.uneven)
     needed = memory.worst(moved, hardware.kind)[1].needed

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from configs.errors import UserError, nearest
 from configs.hardware import HardwareConfig
+from configs.hugging_face.read import left_out
 from trainer.sizing.ask import catalogue
-from trainer.sizing.ask.answer import Answer
+from trainer.sizing.ask.answer import SizingAnswer
 from trainer.sizing.figures import Figure
 from trainer.sizing.lint.rules import rules
 
@@ -67,7 +68,7 @@ def interval(figure: Figure) -> str:
     return f"({told(figure.low, figure.unit)} to {told(figure.high, figure.unit)})"
 
 
-def sized(answer: Answer) -> Iterator[str]:
+def sized(answer: SizingAnswer) -> Iterator[str]:
     """The whole answer for one model on one device."""
     job, name = answer.job, answer.prices.hardware.name
     layout = (
@@ -76,6 +77,8 @@ def sized(answer: Answer) -> Iterator[str]:
     yield f"{job.model.name} on {name}: {job.micro_batch} x {job.sequence} tokens, {job.precision}, {layout}"
     if answer.assumed:
         yield f"  assumed: {' '.join(answer.assumed)} (as pre-training usually has; type them to change them)"
+    for line in left_out(job.model):
+        yield from _wrapped(line, 2, 2)
     yield f"  rates: {answer.basis}"
     yield from _counts(answer)
     yield from _costs(answer)
@@ -84,7 +87,7 @@ def sized(answer: Answer) -> Iterator[str]:
         yield from _suggestions(answer)
 
 
-def _counts(answer: Answer) -> Iterator[str]:
+def _counts(answer: SizingAnswer) -> Iterator[str]:
     found = answer.counts
     yield ""
     yield "PARAMETERS"
@@ -104,7 +107,7 @@ def _counts(answer: Answer) -> Iterator[str]:
     yield f"  FLOPs of a token, forward and backward: {amount(found['flops_per_token'])}"
 
 
-def _costs(answer: Answer) -> Iterator[str]:
+def _costs(answer: SizingAnswer) -> Iterator[str]:
     job = answer.job
     yield ""
     yield "ONE DEVICE  time of a micro-batch, forward and backward; memory of the fullest rank"
@@ -128,7 +131,7 @@ def _costs(answer: Answer) -> Iterator[str]:
         yield from _step(answer)
 
 
-def _step(answer: Answer) -> Iterator[str]:
+def _step(answer: SizingAnswer) -> Iterator[str]:
     job, found = answer.job, answer.step
     yield ""
     extra = f", recompute={job.recompute}" if job.recompute != "none" else ""
@@ -150,7 +153,7 @@ def _step(answer: Answer) -> Iterator[str]:
     yield from columns([row for row in rows if row[2] != "0.0%"], (1, 2), 4)
 
 
-def _lint(answer: Answer) -> Iterator[str]:
+def _lint(answer: SizingAnswer) -> Iterator[str]:
     yield ""
     if answer.why_not:
         yield "LINT  without costs, and without the rules on tiles"
@@ -177,7 +180,7 @@ def _lint(answer: Answer) -> Iterator[str]:
         yield from _wrapped(why, 11)
 
 
-def _suggestions(answer: Answer) -> Iterator[str]:
+def _suggestions(answer: SizingAnswer) -> Iterator[str]:
     yield ""
     name = answer.prices.hardware.name
     if not answer.suggestions:
@@ -192,7 +195,7 @@ def _suggestions(answer: Answer) -> Iterator[str]:
         yield from _wrapped(" ".join(one.changes), 11)
 
 
-def compared(answers: Sequence[Answer]) -> Iterator[str]:
+def compared(answers: Sequence[SizingAnswer]) -> Iterator[str]:
     """The same model on several devices, side by side."""
     job = answers[0].job
     yield f"{job.model.name}: {job.micro_batch} x {job.sequence} tokens, {job.precision}"

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from trainer.sizing.lint import layout as lint_layout
 from trainer.sizing.lint import shape as lint_shape
-from trainer.sizing.lint.findings import CHECKS, Finding, Fits, View
+from trainer.sizing.lint.findings import CHECKS, Fits, LintFinding, View
 from trainer.sizing.lint.rules import rules
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Prices
 
 _WORSE = 0.5
@@ -23,7 +23,7 @@ _REGISTERED = (lint_layout, lint_shape)
 """Modules whose checks are in the register by having been imported."""
 
 
-def lint(job: Job, prices: Prices, fits: Fits = lambda _: None) -> list[Finding]:
+def lint(job: TrainingJob, prices: Prices, fits: Fits = lambda _: None) -> list[LintFinding]:
     """All findings, the worst first, those of unknown cost last."""
     view = View(job, prices, fits)
     found = [

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from trainer.sizing.figures import Figure
-from trainer.sizing.lint.rules import Rule
-from trainer.sizing.model.job import Job
+from trainer.sizing.lint.rules import LintRule
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Prices
 
-Fits = Callable[[Job], bool | None]
+Fits = Callable[[TrainingJob], bool | None]
 """Whether a job fits into the device's memory; None where that is unknown."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class LintFinding:
     """One broken rule."""
 
-    rule: Rule
+    rule: LintRule
     field: str
     """What breaks it: a field of the configuration, or a matmul."""
     value: str
@@ -43,11 +43,11 @@ class Finding:
 class View:
     """What a check looks at."""
 
-    job: Job
+    job: TrainingJob
     prices: Prices
     fits: Fits
 
-    def cost(self, better: Job, padding: bool = False) -> tuple[float | None, str]:
+    def cost(self, better: TrainingJob, padding: bool = False) -> tuple[float | None, str]:
         """Percent of the time that `better` saves at equal work, and how; of equal tokens where it only pads."""
         now, then = self.prices.of(self.job), self.prices.of(better)
         if now is None or then is None:
@@ -65,12 +65,12 @@ class View:
         now = self.prices.of(self.job)
         return None if now is None else 100 * seconds / now.seconds
 
-    def best(self, jobs: list[Job], padding: bool = False) -> Job:
+    def best(self, jobs: list[TrainingJob], padding: bool = False) -> TrainingJob:
         """The job that saves most; the first where nothing is known."""
         return max(jobs, key=lambda job: self.cost(job, padding)[0] or 0.0)
 
 
-Check = Callable[[Rule, View], Iterator[Finding]]
+Check = Callable[[LintRule, View], Iterator[LintFinding]]
 CHECKS: dict[str, Check] = {}
 
 
@@ -80,12 +80,12 @@ def check(function: Check) -> Check:
     return function
 
 
-def changed(job: Job, **fields: object) -> Job:
+def changed(job: TrainingJob, **fields: object) -> TrainingJob:
     """The job with other fields of its model."""
     return replace(job, model=job.model.model_copy(update=fields))
 
 
-def batched(job: Job, factor: int) -> Job:
+def batched(job: TrainingJob, factor: int) -> TrainingJob:
     """The job with larger micro-batches, and as many of them."""
     return replace(job, micro_batch=job.micro_batch * factor, global_batch=job.global_batch * factor)
 

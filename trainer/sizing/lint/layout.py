@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from trainer.sizing.lint.findings import Finding, View, batched, check
-from trainer.sizing.lint.rules import Rule, balance_width
-from trainer.sizing.model.job import Job
+from trainer.sizing.lint.findings import LintFinding, View, batched, check
+from trainer.sizing.lint.rules import LintRule, balance_width
+from trainer.sizing.model.job import TrainingJob
 
 _BYTES = 2
 
@@ -37,13 +37,13 @@ def _exposed(view: View, seconds: float, fewer: float) -> float | None:
     return None if now is None else 100 * (seconds - fewer) / (now.seconds + seconds)
 
 
-def _tensor_seconds(job: Job, tp: int, gbps: float) -> float:
+def _tensor_seconds(job: TrainingJob, tp: int, gbps: float) -> float:
     """Exchange of tensor parallelism in a micro-batch: 4 gathers and 4 reductions a layer, forward and backward."""
     size = _BYTES * job.tokens * job.model.hidden * (tp - 1) / tp
     return 8 * job.model.layers * size / (gbps * 1e9)
 
 
-def _expert_seconds(job: Job, copies: float, gbps: float) -> float:
+def _expert_seconds(job: TrainingJob, copies: float, gbps: float) -> float:
     """Exchange of expert parallelism: tokens out and back, forward and backward, `copies` of each."""
     n = job.layout.ep
     layers = job.model.layers - job.model.dense_layers
@@ -51,7 +51,7 @@ def _expert_seconds(job: Job, copies: float, gbps: float) -> float:
 
 
 @check
-def expert_width(rule: Rule, view: View) -> Iterator[Finding]:
+def expert_width(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Experts too narrow for compute to hide the exchange of tokens."""
     job, hardware = view.job, view.prices.hardware
     peak = hardware.peak_tflops.get(job.precision)
@@ -71,13 +71,13 @@ def expert_width(rule: Rule, view: View) -> Iterator[Finding]:
         cost = 100 * exposed / (now.seconds + exposed)
         basis += f": the exchange takes {_ms(exposed)} longer than the experts' {_ms(experts)}"
     width = math.ceil(need / 64) * 64
-    yield Finding(
+    yield LintFinding(
         rule, "model.expert_width", str(job.model.expert_width), f"expert_width={width}", cost, basis
     )
 
 
 @check
-def dispatch(rule: Rule, view: View) -> Iterator[Finding]:
+def dispatch(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """More copies of a token than there are ranks."""
     job, ep = view.job, view.job.layout.ep
     if ep < 2 or job.model.top_k <= ep:
@@ -88,13 +88,13 @@ def dispatch(rule: Rule, view: View) -> Iterator[Finding]:
         sent, gathered = _expert_seconds(job, job.model.top_k, gbps), _expert_seconds(job, ep, gbps)
         cost = _exposed(view, sent, gathered)
         basis = f"{job.model.top_k} copies of each token take {_ms(sent)}, one for each rank {_ms(gathered)}"
-    yield Finding(
+    yield LintFinding(
         rule, "model.top_k", f"{job.model.top_k} at ep={ep}", "all-gather and reduce-scatter", cost, basis
     )
 
 
 @check
-def mesh_group(rule: Rule, view: View) -> Iterator[Finding]:
+def mesh_group(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Tensor-parallel groups of a mesh that leave most of a node's links idle."""
     hardware, job, tp = view.prices.hardware, view.job, view.job.layout.tp
     whole = _reach(view)
@@ -106,11 +106,13 @@ def mesh_group(rule: Rule, view: View) -> Iterator[Finding]:
     now, then = _tensor_seconds(job, tp, some), _tensor_seconds(job, tp, every)
     links = f"{tp - 1} of {whole - 1} links: {some:g} of {every:g} GB/s"
     basis = f"{links}; the exchange takes {_ms(now)}, not {_ms(then)}"
-    yield Finding(rule, "parallel.tp", str(tp), f"parallel.tp=1 or {whole}", _exposed(view, now, then), basis)
+    yield LintFinding(
+        rule, "parallel.tp", str(tp), f"parallel.tp=1 or {whole}", _exposed(view, now, then), basis
+    )
 
 
 @check
-def tensor_size(rule: Rule, view: View) -> Iterator[Finding]:
+def tensor_size(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Tensor parallelism beyond the fast links, or more of it than memory asks for."""
     hardware, job, tp = view.prices.hardware, view.job, view.job.layout.tp
     reach, network = _reach(view), hardware.inter_node_gbps
@@ -122,7 +124,7 @@ def tensor_size(rule: Rule, view: View) -> Iterator[Finding]:
         if network is not None and links is not None:
             cost = _exposed(view, _tensor_seconds(job, tp, network), _tensor_seconds(job, reach, links))
             basis = f"the network has {network:g} GB/s, the links {links:g}"
-        yield Finding(rule, "parallel.tp", str(tp), f"parallel.tp={reach}", cost, basis)
+        yield LintFinding(rule, "parallel.tp", str(tp), f"parallel.tp={reach}", cost, basis)
         return
     smaller = replace(job, layout=replace(job.layout, tp=tp // 2, dp=job.layout.dp * 2))
     rate = hardware.group_gbps(tp)
@@ -136,11 +138,11 @@ def tensor_size(rule: Rule, view: View) -> Iterator[Finding]:
     cost = _exposed(view, now, then)
     if cost is not None and cost > 0:
         basis = f"tp={tp // 2} fits too; the exchange takes {_ms(now)}, then {_ms(then)} for as many samples"
-        yield Finding(rule, "parallel.tp", str(tp), f"parallel.tp={tp // 2}", cost, basis)
+        yield LintFinding(rule, "parallel.tp", str(tp), f"parallel.tp={tp // 2}", cost, basis)
 
 
 @check
-def heads_over_tensor(rule: Rule, view: View) -> Iterator[Finding]:
+def heads_over_tensor(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Heads that don't divide."""
     job, tp = view.job, view.job.layout.tp
     now = view.prices.of(job)
@@ -153,11 +155,11 @@ def heads_over_tensor(rule: Rule, view: View) -> Iterator[Finding]:
         if now is not None and field == "heads":
             cost = 100 * now.attention / now.seconds * (1 - have / (most * tp))
         basis = f"the fullest rank has {most} of {have} {field.replace('_', ' ')}, the mean {have / tp:.3g}"
-        yield Finding(rule, f"model.{field}", f"{have} at tp={tp}", f"{field}={most * tp}", cost, basis)
+        yield LintFinding(rule, f"model.{field}", f"{have} at tp={tp}", f"{field}={most * tp}", cost, basis)
 
 
 @check
-def expert_before_tensor(rule: Rule, view: View) -> Iterator[Finding]:
+def expert_before_tensor(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Experts that are cut while whole ones could be spread."""
     job, layout = view.job, view.job.layout
     if layout.etp == 1 or job.model.experts % (layout.ep * layout.etp):
@@ -165,11 +167,11 @@ def expert_before_tensor(rule: Rule, view: View) -> Iterator[Finding]:
     better = replace(job, layout=replace(layout, ep=layout.ep * layout.etp, etp=1))
     cost, how = view.cost(better)
     value = f"parallel.ep={better.layout.ep} etp=1"
-    yield Finding(rule, "parallel.etp", str(layout.etp), value, cost, f"matmuls alone: {how}")
+    yield LintFinding(rule, "parallel.etp", str(layout.etp), value, cost, f"matmuls alone: {how}")
 
 
 @check
-def expert_inside_node(rule: Rule, view: View) -> Iterator[Finding]:
+def expert_inside_node(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Expert groups that go over the network."""
     job, hardware, reach = view.job, view.prices.hardware, _reach(view)
     span = job.layout.ep * max(job.layout.tp, job.layout.etp)
@@ -183,11 +185,11 @@ def expert_inside_node(rule: Rule, view: View) -> Iterator[Finding]:
         cost = _exposed(view, across, within)
         basis = f"tokens take {_ms(across)} over the network at {network:g} GB/s, {_ms(within)} at {links:g}"
     inside = max(1, reach // max(job.layout.tp, job.layout.etp))
-    yield Finding(rule, "parallel.ep", str(job.layout.ep), f"parallel.ep={inside}", cost, basis)
+    yield LintFinding(rule, "parallel.ep", str(job.layout.ep), f"parallel.ep={inside}", cost, basis)
 
 
 @check
-def depth_over_stages(rule: Rule, view: View) -> Iterator[Finding]:
+def depth_over_stages(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Stages of unequal depth."""
     job, pp = view.job, view.job.layout.pp
     chunks = pp * job.interleave
@@ -208,11 +210,11 @@ def depth_over_stages(rule: Rule, view: View) -> Iterator[Finding]:
     basis = f"the fullest stage has {deepest} of {layers} layers and the output projection ({_ms(head)})"
     near = max(chunks, round(layers / chunks) * chunks)
     better = f"layers={near}" if uneven else "fewer layers in the first and last stage"
-    yield Finding(rule, "model.layers", f"{layers} over {chunks}", better, cost, basis)
+    yield LintFinding(rule, "model.layers", f"{layers} over {chunks}", better, cost, basis)
 
 
 @check
-def recompute(rule: Rule, view: View) -> Iterator[Finding]:
+def recompute(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Whole layers computed twice."""
     job = view.job
     if job.recompute != "full":
@@ -223,11 +225,11 @@ def recompute(rule: Rule, view: View) -> Iterator[Finding]:
         again, core = now.seconds / 3, now.attention / 3.5
         cost = 100 * (again - core) / (now.seconds + again)
         basis = f"a forward pass more takes {_ms(again)}, the attention core alone {_ms(core)}"
-    yield Finding(rule, "recompute", "full", "recompute=selective, if it fits", cost, basis)
+    yield LintFinding(rule, "recompute", "full", "recompute=selective, if it fits", cost, basis)
 
 
 @check
-def micro_batch(rule: Rule, view: View) -> Iterator[Finding]:
+def micro_batch(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """A micro-batch that could be larger."""
     job = view.job
     larger = batched(job, 2)
@@ -236,7 +238,7 @@ def micro_batch(rule: Rule, view: View) -> Iterator[Finding]:
     if fits is False or cost is None or cost < 1.0:
         return
     condition = "" if fits else ", if it fits"
-    yield Finding(
+    yield LintFinding(
         rule,
         "train.micro_batch",
         str(job.micro_batch),
@@ -247,11 +249,11 @@ def micro_batch(rule: Rule, view: View) -> Iterator[Finding]:
 
 
 @check
-def context_size(rule: Rule, view: View) -> Iterator[Finding]:
+def context_size(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Context parallelism of short samples."""
     job = view.job
     if job.layout.cp > 1 and job.sequence < rule.numbers["tokens"]:
         basis = "what it costs depends on what the exchange is hidden behind"
-        yield Finding(
+        yield LintFinding(
             rule, "parallel.cp", f"{job.layout.cp} at {job.sequence} tokens", "parallel.cp=1", None, basis
         )

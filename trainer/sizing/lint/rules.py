@@ -14,7 +14,7 @@ from configs.section import Section
 FILE = Path(__file__).resolve().parents[3] / "configs" / "lint.yaml"
 
 
-class Rule(Section):
+class LintRule(Section):
     """One rule."""
 
     name: str
@@ -41,9 +41,9 @@ class Rule(Section):
 
 
 @cache
-def rules() -> tuple[Rule, ...]:
+def rules() -> tuple[LintRule, ...]:
     """All rules, in the order of the file."""
-    return tuple(Rule.model_validate(rule) for rule in yaml.safe_load(FILE.read_text()))
+    return tuple(LintRule.model_validate(rule) for rule in yaml.safe_load(FILE.read_text()))
 
 
 REFERENCE_TILE = {"cuda": (128, 256), "rocm": (256, 256)}

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from trainer.sizing.lint.findings import Finding, View, around, batched, changed, check
-from trainer.sizing.lint.rules import REFERENCE_TILE, Rule, tile_count, wave_efficiency
+from trainer.sizing.lint.findings import LintFinding, View, around, batched, changed, check
+from trainer.sizing.lint.rules import REFERENCE_TILE, LintRule, tile_count, wave_efficiency
 from trainer.sizing.model import shapes
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 
 WIDTHS = ("expert_width", "dense_width", "shared_width")
 LEAST = 0.05
@@ -18,15 +18,19 @@ _NOTABLE = 0.01
 """Share of the time from which a matmul is worth a word."""
 
 
-def _finding(rule: Rule, view: View, field: str, better: Job, padding: bool = False) -> Finding:
+def _finding(
+    rule: LintRule, view: View, field: str, better: TrainingJob, padding: bool = False
+) -> LintFinding:
     """A finding about one field of the model, with the better job's value."""
     cost, how = view.cost(better, padding)
     value = getattr(better.model, field)
-    return Finding(rule, f"model.{field}", str(getattr(view.job.model, field)), f"{field}={value}", cost, how)
+    return LintFinding(
+        rule, f"model.{field}", str(getattr(view.job.model, field)), f"{field}={value}", cost, how
+    )
 
 
 @check
-def alignment(rule: Rule, view: View) -> Iterator[Finding]:
+def alignment(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Widths, per rank, that aren't multiples; those that break the finer rule are left to it."""
     model, layout, multiple = view.job.model, view.job.layout, rule.numbers["multiple"]
     finest = multiple == 8
@@ -50,7 +54,7 @@ def alignment(rule: Rule, view: View) -> Iterator[Finding]:
 
 
 @check
-def vocabulary(rule: Rule, view: View) -> Iterator[Finding]:
+def vocabulary(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """A vocabulary that isn't padded."""
     tp, vocab = view.job.layout.tp, view.job.model.vocab
     multiple = rule.numbers["with_tp"] * tp if tp > 1 else rule.numbers["multiple"]
@@ -59,7 +63,7 @@ def vocabulary(rule: Rule, view: View) -> Iterator[Finding]:
         yield _finding(rule, view, "vocab", better, padding=True)
 
 
-def other_heads(job: Job, width: int) -> Job | None:
+def other_heads(job: TrainingJob, width: int) -> TrainingJob | None:
     """The job with heads of another width, queries and keys as wide as can be, and as many query heads to one of keys.
 
     Their number keeps as much of its factor of two (up to 8, for tensor parallelism) as changes the width by 4 % at most.
@@ -76,7 +80,7 @@ def other_heads(job: Job, width: int) -> Job | None:
 
 
 @check
-def head_size(rule: Rule, view: View) -> Iterator[Finding]:
+def head_size(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Heads that kernels pad, or that are narrow."""
     model, preferred = view.job.model, rule.numbers["preferred"]
     if model.head_dim % rule.numbers["multiple"] == 0 and model.head_dim >= preferred:
@@ -90,14 +94,14 @@ def head_size(rule: Rule, view: View) -> Iterator[Finding]:
     if model.head_dim % rule.numbers["multiple"] == 0 and (cost or 0) < LEAST:
         return
     new = better.model
-    yield Finding(
+    yield LintFinding(
         rule, "model.head_dim", str(model.head_dim),
         f"head_dim={new.head_dim} heads={new.heads} kv_heads={new.kv_heads}", cost, how,
     )  # fmt: skip
 
 
 @check
-def width_search(rule: Rule, view: View) -> Iterator[Finding]:
+def width_search(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Widths that others near are better than."""
     model = view.job.model
     for field in WIDTHS:
@@ -115,7 +119,7 @@ def width_search(rule: Rule, view: View) -> Iterator[Finding]:
 
 
 @check
-def power_of_two(rule: Rule, view: View) -> Iterator[Finding]:
+def power_of_two(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """A hidden width or a number of tokens without a large power of two in it."""
     job = view.job
     hidden, unit = job.model.hidden, rule.numbers["hidden"] * job.layout.tp
@@ -128,13 +132,13 @@ def power_of_two(rule: Rule, view: View) -> Iterator[Finding]:
         if sizes:
             better = view.best([replace(job, sequence=s) for s in sizes])
             cost, how = view.cost(better)
-            yield Finding(
+            yield LintFinding(
                 rule, "data.sequence", str(job.sequence), f"data.sequence={better.sequence}", cost, how
             )
 
 
 @check
-def waves(rule: Rule, view: View) -> Iterator[Finding]:
+def waves(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Matmuls whose last wave is mostly empty, where a width near by is better."""
     hardware, job = view.prices.hardware, view.job
     units, total = hardware.compute_units, view.prices.of(view.job)
@@ -158,11 +162,11 @@ def waves(rule: Rule, view: View) -> Iterator[Finding]:
             f"{one.name}: {count} tiles of {tile[0]} x {tile[1]} fill {fill:.1%} of their waves on {units} units; "
             f"{best[1]} columns would take {saved * 1e3:.3g} ms less for the same work"
         )
-        yield Finding(rule, one.name, f"{one.m} x {one.n}", f"{best[1]} columns", cost, basis)
+        yield LintFinding(rule, one.name, f"{one.m} x {one.n}", f"{best[1]} columns", cost, basis)
 
 
 @check
-def dies(rule: Rule, view: View) -> Iterator[Finding]:
+def dies(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Launches that one die gets more of than others; waves stay as many, so that this is the most it can cost."""
     hardware, total = view.prices.hardware, view.prices.of(view.job)
     if not hardware.dies or hardware.dies < 2 or total is None:
@@ -175,7 +179,7 @@ def dies(rule: Rule, view: View) -> Iterator[Finding]:
         if cost is not None and cost >= LEAST:
             basis = f"{count} tiles over {hardware.dies} dies: the fullest has {most}, the mean {count / hardware.dies:.4g}"
             better = f"{most * hardware.dies} tiles"
-            yield Finding(
+            yield LintFinding(
                 rule,
                 one.name,
                 f"{count} tiles",
@@ -186,7 +190,7 @@ def dies(rule: Rule, view: View) -> Iterator[Finding]:
 
 
 @check
-def stride(rule: Rule, view: View) -> Iterator[Finding]:
+def stride(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Inner widths whose rows begin at the same memory channel."""
     elements = rule.numbers["bytes"] // 2
     inner = sorted({one.k for one in shapes.forward(view.job) if one.k % elements == 0})
@@ -194,11 +198,11 @@ def stride(rule: Rule, view: View) -> Iterator[Finding]:
         pad = rule.numbers["pad"]
         told = ", ".join(map(str, inner[:3])) + (", ..." if len(inner) > 3 else "")
         better = f"leading dim k+{pad}, as {inner[0] + pad}"
-        yield Finding(rule, "inner dims", told, better, None, "nobody published what it costs by shape")
+        yield LintFinding(rule, "inner dims", told, better, None, "nobody published what it costs by shape")
 
 
 @check
-def matmul_work(rule: Rule, view: View) -> Iterator[Finding]:
+def matmul_work(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Matmuls with less work than the device needs."""
     job, need, total = view.job, rule.numbers["gflop"] * 1e9, view.prices.of(view.job)
     small = [one for one in shapes.forward(job) if one.flops < need]
@@ -216,11 +220,11 @@ def matmul_work(rule: Rule, view: View) -> Iterator[Finding]:
         cost = view.of_total(saved)
     basis = f"{len(small)} matmuls below {need / 1e9:.0f} GFLOP; at as much they would take {saved * 1e3:.3g} ms less"
     better = f"micro_batch={job.micro_batch * math.ceil(need / least.flops)}"
-    yield Finding(rule, least.name, f"{least.flops / 1e9:.3g} GFLOP", better, cost, basis)
+    yield LintFinding(rule, least.name, f"{least.flops / 1e9:.3g} GFLOP", better, cost, basis)
 
 
 @check
-def rows_per_expert(rule: Rule, view: View) -> Iterator[Finding]:
+def rows_per_expert(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Experts with few rows."""
     job, model = view.job, view.job.model
     if model.layers == model.dense_layers or model.experts == 1:
@@ -230,6 +234,6 @@ def rows_per_expert(rule: Rule, view: View) -> Iterator[Finding]:
         factor = math.ceil(rule.numbers["rows"] / rows)
         better = batched(job, factor)
         cost, how = view.cost(better)
-        yield Finding(
+        yield LintFinding(
             rule, "rows of an expert", f"{rows:.0f}", f"micro_batch={better.micro_batch}", cost, how
         )

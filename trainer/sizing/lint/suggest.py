@@ -16,7 +16,7 @@ from trainer.sizing.figures import Figure
 from trainer.sizing.lint.findings import changed
 from trainer.sizing.lint.shape import other_heads
 from trainer.sizing.model import parameters
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Prices
 
 WITHIN = 0.01
@@ -37,7 +37,7 @@ _FIELDS = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "dense_
 class Suggestion:
     """A better shape."""
 
-    job: Job
+    job: TrainingJob
     changes: tuple[str, ...]
     """`field=value`, as they are typed."""
     saves: float
@@ -70,7 +70,7 @@ class Suggestion:
         )
 
 
-def suggest(job: Job, prices: Prices) -> list[Suggestion]:
+def suggest(job: TrainingJob, prices: Prices) -> list[Suggestion]:
     """The best shape for each number of changed fields that is worth it, best first; then the best of another granularity.
 
     Empty where the device's rates are unknown or nothing is better.
@@ -107,7 +107,7 @@ def _rank(one: Suggestion) -> float:
     return one.saves + 100 * (one.active - 1)
 
 
-def _judge(job: Job, other: Job, prices: Prices) -> Suggestion | None:
+def _judge(job: TrainingJob, other: TrainingJob, prices: Prices) -> Suggestion | None:
     """The saving of another job, or None where its parameters differ or nothing is known."""
     before, after = _counts(job.model), _counts(other.model)
     total, active = after[0] / before[0], after[1] / before[1]
@@ -128,7 +128,7 @@ def _counts(model: ModelConfig) -> tuple[int, int]:
     return counts.total, counts.active_without_embeddings
 
 
-def _changes(job: Job, other: Job) -> tuple[str, ...]:
+def _changes(job: TrainingJob, other: TrainingJob) -> tuple[str, ...]:
     """What differs, as it is typed."""
     told = [
         f"model.{field}={getattr(other.model, field)}"
@@ -140,7 +140,7 @@ def _changes(job: Job, other: Job) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _neighbours(job: Job) -> Iterator[Job]:
+def _neighbours(job: TrainingJob) -> Iterator[TrainingJob]:
     for vocab in _vocabularies(job):
         for heads in _heads(changed(job, vocab=vocab)):
             for layers in _depths(job.model.layers):
@@ -150,12 +150,12 @@ def _neighbours(job: Job) -> Iterator[Job]:
                         yield from _restored(job, _deeper(sized, job))
 
 
-def _vocabularies(job: Job) -> list[int]:
+def _vocabularies(job: TrainingJob) -> list[int]:
     vocab, unit = job.model.vocab, 128 * job.layout.tp if job.layout.tp > 1 else _STEP
     return sorted({vocab, -(-vocab // unit) * unit})
 
 
-def _heads(job: Job) -> list[Job]:
+def _heads(job: TrainingJob) -> list[TrainingJob]:
     """The job as it is, and with heads of 64 and 128."""
     found = [job]
     if job.model.attention != "mla":
@@ -172,7 +172,7 @@ def _depths(layers: int) -> list[int]:
     return list(range(layers - reach, layers + reach + 1))
 
 
-def _hiddens(job: Job) -> list[int]:
+def _hiddens(job: TrainingJob) -> list[int]:
     """The width itself, and those near it that are multiples of 64, 128 and 256 for each rank."""
     hidden, found = job.model.hidden, {job.model.hidden}
     for unit in (64 * job.layout.tp, 128 * job.layout.tp, 256 * job.layout.tp):
@@ -181,7 +181,7 @@ def _hiddens(job: Job) -> list[int]:
     return sorted(h for h in found if abs(h - hidden) <= _NEAR * hidden)
 
 
-def _sequences(job: Job) -> list[int]:
+def _sequences(job: TrainingJob) -> list[int]:
     """The sample's length itself, or of whole tiles where its micro-batch isn't."""
     if job.tokens % 128 == 0:
         return [job.sequence]
@@ -189,14 +189,14 @@ def _sequences(job: Job) -> list[int]:
     return [job.sequence, *(s for s in (low, low + 128) if 0 < abs(s - job.sequence) < 0.1 * job.sequence)]
 
 
-def _deeper(sized: Job, job: Job) -> Job:
+def _deeper(sized: TrainingJob, job: TrainingJob) -> TrainingJob:
     """The same with all layers dense where they were."""
     if job.model.dense_layers == job.model.layers:
         return changed(sized, dense_layers=sized.model.layers)
     return sized
 
 
-def _restored(job: Job, other: Job) -> Iterator[Job]:
+def _restored(job: TrainingJob, other: TrainingJob) -> Iterator[TrainingJob]:
     """The other job with widths, as given or in multiples of 64, near those that give the parameters of the first."""
     model = other.model
     dense_only = model.dense_layers == model.layers

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
+from trainer.sizing.model.shapes import rows
 
 _FP32 = 4
 
@@ -20,36 +21,39 @@ def width(precision: str) -> int:
     return _FP32 if precision == "fp32" else 2
 
 
-def sequence_split(job: Job) -> int:
+def sequence_split(job: TrainingJob) -> int:
     """Ranks that share what is neither split over heads nor over widths."""
     return job.layout.tp if job.software.sequence_parallel else 1
 
 
-def rows(job: Job) -> float:
-    """Token-expert pairs of one micro-batch on one rank under even routing; etp ranks share theirs."""
-    return job.tokens * job.model.top_k * job.layout.etp / job.layout.tp
-
-
-def copies(job: Job) -> int:
+def copies(job: TrainingJob) -> int:
     """Elements kept per unit of an MLP's inner width: gate, up, activation and product; or input and result."""
     if not job.model.gated:
         return 2
     return 3 if job.software.retention.fused_activation else 4
 
 
-def key_value_width(job: Job) -> float:
+def key_value_width(job: TrainingJob) -> float:
     """Keys' width, and values', on one rank; ranks beyond the heads hold copies."""
     model = job.model
     return model.kv_heads * model.head_dim / min(job.layout.tp, model.kv_heads)
 
 
-def boundary(job: Job) -> float:
+def context_width(job: TrainingJob) -> float:
+    """Keys' and values' width together on one rank, as attention takes them: latent attention has a key for each head."""
+    model = job.model
+    if model.attention == "mla":
+        return model.heads / job.layout.tp * (2 * model.head_dim + model.rope_head_dim)
+    return 2 * key_value_width(job)
+
+
+def boundary(job: TrainingJob) -> float:
     """A layer's input: all that full recomputation keeps."""
     return job.tokens * job.model.hidden * width(job.precision) / sequence_split(job)
 
 
 @lru_cache(maxsize=100_000)
-def layer(job: Job, moe: bool) -> dict[str, float]:
+def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
     """Bytes that a layer keeps by part, without recomputation."""
     model, layout, retention = job.model, job.layout, job.software.retention
     element, split, tokens = width(job.precision), sequence_split(job), job.tokens
@@ -74,18 +78,21 @@ def layer(job: Job, moe: bool) -> dict[str, float]:
     return parts
 
 
-def _attention(job: Job) -> float:
+def _attention(job: TrainingJob) -> float:
     """Bytes per token of queries, keys, values, output, and of what makes them."""
     model, tp, element = job.model, job.layout.tp, width(job.precision)
     norm = job.software.retention.norm_bytes
     rowwise = _FP32 * model.heads / tp if job.software.flash_attention else 0.0
+    seen = (
+        job.layout.cp if job.software.gathered_context else 1
+    )  # keys and values that are kept, by those that are made
     if model.attention == "mla":
         heads = model.heads / tp
-        expanded = heads * (2 * (model.head_dim + model.rope_head_dim) + 2 * model.head_dim)
+        expanded = heads * (2 * model.head_dim + model.rope_head_dim) * (1 + seen)
         compressed = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
         return element * expanded + (element + norm) * compressed / sequence_split(job) + rowwise
     query, key = model.heads * model.head_dim / tp, key_value_width(job)
-    kept = element * (2 * query + 2 * key)
+    kept = element * 2 * (query + key * seen)
     if model.qk_norm != "none":
         kept += norm * (query + key)
     if model.attention == "cca":  # inputs of its two convolutions
@@ -93,7 +100,7 @@ def _attention(job: Job) -> float:
     return kept + rowwise
 
 
-def _scores(job: Job) -> float:
+def _scores(job: TrainingJob) -> float:
     """Bytes per token of a score matrix that is kept: its softmax, and with dropout the mask and the result."""
     if job.software.flash_attention:
         return 0.0
@@ -103,14 +110,14 @@ def _scores(job: Job) -> float:
 
 
 @lru_cache(maxsize=100_000)
-def kept(job: Job, moe: bool) -> float:
+def kept(job: TrainingJob, moe: bool) -> float:
     """Bytes that a layer keeps under the job's recomputation and even routing."""
     if job.recompute == "full":
         return boundary(job)
     return sum(layer(job, moe).values()) - dropped(job, moe)
 
 
-def dropped(job: Job, moe: bool) -> float:
+def dropped(job: TrainingJob, moe: bool) -> float:
     """Bytes that selective recomputation doesn't keep: attention scores, or all that MLP and experts make."""
     if job.recompute != "selective":
         return 0.0
@@ -122,12 +129,12 @@ def dropped(job: Job, moe: bool) -> float:
     return sum(parts.get(name, 0.0) for name in ("router", "mlp", "shared")) - kept_anyway
 
 
-def _keeps_input(job: Job) -> bool:
+def _keeps_input(job: TrainingJob) -> bool:
     """Whether an MoE layer keeps its normed input in the working precision, beside the router's copy."""
     return bool(job.model.shared_width) or not job.software.retention.fp32_router
 
 
-def surplus(job: Job) -> float:
+def surplus(job: TrainingJob) -> float:
     """More bytes that an MoE layer keeps on the rank with the most rows."""
     again = job.recompute == "selective" and job.software.selective == "feed_forward"
     if job.recompute == "full" or again or job.imbalance <= 1.0:
@@ -135,7 +142,7 @@ def surplus(job: Job) -> float:
     return (job.imbalance - 1.0) * layer(job, True)["mlp"]
 
 
-def in_flight(job: Job, stage: int) -> float:
+def in_flight(job: TrainingJob, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once, in units of its own layers.
 
     1F1B: as many as there are stages from here on. Interleaved, in chunks of 1/v of the layers: the warm-up of
@@ -151,14 +158,14 @@ def in_flight(job: Job, stage: int) -> float:
     return min(micro_batches * chunks, warm_up) / chunks
 
 
-def working(job: Job, moe: bool) -> float:
+def working(job: TrainingJob, moe: bool) -> float:
     """Bytes for a while during a layer's backward pass: a gradient of all that it keeps, and what is made again."""
     whole = sum(layer(job, moe).values())
     again = whole if job.recompute == "full" else dropped(job, moe)
     return whole + again
 
 
-def head(job: Job) -> float:
+def head(job: TrainingJob) -> float:
     """Bytes that the last norm and the output projection keep, at each depth of multi-token prediction too."""
     return (
         job.tokens
@@ -169,7 +176,7 @@ def head(job: Job) -> float:
     )
 
 
-def logits(job: Job) -> float:
+def logits(job: TrainingJob) -> float:
     """Bytes of logits and their copies at the fullest moment of the loss; split over tp."""
     each = 2 * width(job.precision) if job.software.fused_loss else job.software.retention.logit_bytes
     return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / job.layout.tp

@@ -1,6 +1,6 @@
 """Memory of a rank: what a training step needs at its fullest moment, by part, for every pipeline stage.
 
-Three sums are told apart. `allocated` is what tensors take; `reserved` is what the allocator holds for them, with holes
+Three sums are distinguished. `allocated` is what tensors take; `reserved` is what the allocator holds for them, with holes
 and with buffers that wait for the device; the `framework` (driver, context, communicators) is outside of both. A job
 fits where all of it, but for waiting buffers, which an allocator under pressure gets back, is within the device.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from configs.hardware import HardwareConfig
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import activations, states
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import schedule
 
 GIB = 1 << 30
@@ -26,7 +26,7 @@ DRIVER, CONTEXT = 0.35, 0.5
 #: part of a tree (NCCL's defaults). RCCL's are not on record and are taken to be equal.
 COMMUNICATOR = 0.3
 #: Launches that a CUDA stream queues before the host has to wait, and those from one tensor-parallel collective to the
-#: next: a host that runs ahead has at most 60 of them outstanding. The latter is no count but what the sweep's runs
+#: next: a host that runs ahead has at most 60 of them outstanding. The latter is not a count but what the sweep's runs
 #: without a pipeline show, 60 buffers whatever the number of layers; half of them is expected where nothing is known.
 QUEUE, LAUNCHES = 1024, 17
 #: Whole-sequence tensors in use at once: embedding, its gradient, a row-parallel output, a column-parallel gradient.
@@ -34,7 +34,7 @@ AT_WORK = 4
 
 
 @dataclass(frozen=True)
-class Usage:
+class MemoryUsage:
     """Bytes of one rank of a stage at its fullest moment."""
 
     weights: float
@@ -89,7 +89,7 @@ class Usage:
         return self.reserved + self.framework
 
 
-def usage(job: Job, kind: str, stage: int, what: schedule.Stage) -> Usage:
+def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> MemoryUsage:
     """Bytes of stage number `stage`, which holds `what`, on a device driven by `kind`."""
     held, retention = states.states(job, what), job.software.retention
     in_flight = activations.in_flight(job, stage)
@@ -120,7 +120,7 @@ def usage(job: Job, kind: str, stage: int, what: schedule.Stage) -> Usage:
         staging = routing = exchange = extra = 0.0
     moving = fullest + extra + routing
     holes = _holes(job, what, held.optimizer)
-    return Usage(
+    return MemoryUsage(
         weights=held.weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
@@ -140,22 +140,22 @@ def usage(job: Job, kind: str, stage: int, what: schedule.Stage) -> Usage:
     )
 
 
-def _kinds(stage: schedule.Stage) -> list[bool]:
+def _kinds(stage: schedule.StageCost) -> list[bool]:
     return [moe for count, moe in ((stage.dense, False), (stage.moe, True)) if count]
 
 
-def _routing(job: Job) -> float:
+def _routing(job: TrainingJob) -> float:
     """Rows that are sent and received, for one layer at a time."""
     each = activations.rows(job) * job.model.hidden * activations.width(job.precision)
     return 2 * each * job.imbalance if job.layout.ep * job.layout.etp > 1 else each
 
 
-def _exchange(job: Job, stage: schedule.Stage, in_flight: float) -> tuple[float, float]:
+def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> tuple[float, float]:
     """Whole-sequence buffers at work, and those that may be outstanding beyond them."""
     layout, software, element = job.layout, job.software, activations.width(job.precision)
     buffers = 0.0
     if layout.cp > 1:
-        buffers += 2 * element * job.tokens * layout.cp * activations.key_value_width(job)
+        buffers += element * job.tokens * layout.cp * activations.context_width(job)
     if layout.tp == 1 or not software.sequence_parallel:
         return buffers, 0.0
     retention, whole = software.retention, element * job.tokens * job.model.hidden
@@ -170,7 +170,7 @@ def _exchange(job: Job, stage: schedule.Stage, in_flight: float) -> tuple[float,
     return buffers, whole * max(0.0, min(QUEUE / LAUNCHES, ahead) - AT_WORK)
 
 
-def _holes(job: Job, stage: schedule.Stage, optimizer: float) -> float:
+def _holes(job: TrainingJob, stage: schedule.StageCost, optimizer: float) -> float:
     """The largest blocks of the first backward pass, copies of the logits, broken up by moments that are made after it."""
     software = job.software
     if not (software.retention.late_moments and stage.head):
@@ -179,7 +179,7 @@ def _holes(job: Job, stage: schedule.Stage, optimizer: float) -> float:
     return min(4.0 * job.tokens * job.model.vocab / job.layout.tp, share * optimizer)
 
 
-def framework(job: Job, kind: str) -> float:
+def framework(job: TrainingJob, kind: str) -> float:
     """Bytes outside of the allocator: driver, context and a communicator for all ranks and for each axis; none on a CPU."""
     if kind == "cpu":
         return 0.0
@@ -188,14 +188,14 @@ def framework(job: Job, kind: str) -> float:
     return (DRIVER + CONTEXT + COMMUNICATOR * sum(size > 1 for size in axes)) * GIB
 
 
-def stages(job: Job) -> tuple[schedule.Stage, ...]:
+def stages(job: TrainingJob) -> tuple[schedule.StageCost, ...]:
     """The job's stages."""
     return schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
 
 
-def worst(job: Job, kind: str) -> tuple[int, Usage]:
+def worst(job: TrainingJob, kind: str) -> tuple[int, MemoryUsage]:
     """The fullest stage and its memory. Of equal stages only the first is looked at: it has the most in flight."""
-    seen: dict[schedule.Stage, int] = {}
+    seen: dict[schedule.StageCost, int] = {}
     for index, stage in enumerate(stages(job)):
         seen.setdefault(stage, index)
     found = [(index, usage(job, kind, index, stage)) for stage, index in seen.items()]
@@ -207,13 +207,13 @@ def capacity(hardware: HardwareConfig) -> float | None:
     return None if hardware.memory_gib is None else hardware.memory_gib * GIB
 
 
-def fits(job: Job, hardware: HardwareConfig) -> bool | None:
+def fits(job: TrainingJob, hardware: HardwareConfig) -> bool | None:
     """Whether every stage fits; None where the device's memory is unknown."""
     have = capacity(hardware)
     return None if have is None else worst(job, hardware.kind)[1].needed <= have
 
 
-def reserved(job: Job, hardware: HardwareConfig, stage: int = 0) -> Figure:
+def reserved(job: TrainingJob, hardware: HardwareConfig, stage: int = 0) -> Figure:
     """What the allocator of a rank of `stage` holds at most: what frameworks log, and less than the device has."""
     used = usage(job, hardware.kind, stage, stages(job)[stage])
     have = capacity(hardware)
@@ -228,7 +228,7 @@ def reserved(job: Job, hardware: HardwareConfig, stage: int = 0) -> Figure:
     return Figure(f"memory.stage{stage}.reserved", value, "bytes", low, high, how)
 
 
-def peak(job: Job, hardware: HardwareConfig) -> Figure:
+def peak(job: TrainingJob, hardware: HardwareConfig) -> Figure:
     """The fullest rank's memory with its interval, made from a figure for each stage, each made from its parts."""
     at, _ = worst(job, hardware.kind)
     made = []
@@ -240,7 +240,7 @@ def peak(job: Job, hardware: HardwareConfig) -> Figure:
     return Figure("memory", top.value, "bytes", top.low, top.high, how, tuple(made))
 
 
-def summary(used: Usage) -> dict[str, float]:
+def summary(used: MemoryUsage) -> dict[str, float]:
     """Bytes by few components, adding up to the total."""
     return {
         "weights": used.weights,
@@ -270,11 +270,11 @@ _HOW = {
 }
 
 
-def _figure(name: str, stage: schedule.Stage, used: Usage, job: Job) -> Figure:
+def _figure(name: str, stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> Figure:
     parts = []
     spread = {"slack": (used.least_slack, used.most_slack), "waiting": (0.0, used.most_waiting)}
     spread["framework"] = (0.6 * used.framework, 1.8 * used.framework)
-    for field in fields(Usage):
+    for field in fields(MemoryUsage):
         if field.name in _HOW:
             value = getattr(used, field.name)
             low, high = spread.get(field.name, (value, value))
@@ -287,7 +287,7 @@ def _figure(name: str, stage: schedule.Stage, used: Usage, job: Job) -> Figure:
     )
 
 
-def _how(part: str, stage: schedule.Stage, used: Usage, job: Job) -> str:
+def _how(part: str, stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> str:
     mine, software = states.held(job, stage), job.software
     held = f"{mine.plain:,.0f} weights + {mine.routed:,.0f} of routed experts"
     over = states.replicas(job.layout)

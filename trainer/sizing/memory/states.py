@@ -1,8 +1,8 @@
 """Weights, gradients and optimizer on one rank of a pipeline stage, in bytes: exact, from the layout and ZeRO alone.
 
-Three kinds of weights are split differently: attention, MLPs, shared experts and vocabulary over tp; norms and routers
-over nothing; routed experts over ep and etp. ZeRO splits the first two over dp * cp ranks, and experts over the ranks
-that hold the same ones: all but pp, divided by ep * etp.
+Three kinds of weights are split differently: attention, MLPs, shared experts and vocabulary over tp; norms, routers and
+the down-projections of latent attention over nothing; routed experts over ep and etp. ZeRO splits the first two over
+dp * cp ranks, and experts over the ranks that hold the same ones: all but pp, divided by ep * etp.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from configs.schema import ModelConfig
 from trainer.sizing.memory.activations import width
-from trainer.sizing.model import parameters
-from trainer.sizing.model.job import Job
+from trainer.sizing.model import parameters, weights
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import schedule
 
@@ -26,7 +26,7 @@ class Held:
     """Of all but routed experts."""
     routed: float
     other: float = 0.0
-    """Of `plain`, what is no matrix between layers: vectors, the embedding table, the output projection."""
+    """Of `plain`, what isn't a matrix between layers: vectors, the embedding table, the output projection."""
 
     @property
     def all(self) -> float:
@@ -58,22 +58,31 @@ def replicas(layout: Layout) -> tuple[int, int]:
     return plain, max(1, plain * layout.tp // (layout.ep * layout.etp))
 
 
+def resident(job: TrainingJob) -> tuple[bool, bool]:
+    """Whether plain weights, and experts, stay in bf16 beside their masters, outside of FSDP: no other rank has them
+    (`trainer.parallel.resident`)."""
+    plain, routed = replicas(job.layout)
+    kept = job.software.own_master and job.precision == "bf16" and job.layout.pp == 1 and routed == 1
+    return kept and plain == 1, kept
+
+
+def gradient_bytes(job: TrainingJob) -> tuple[int, int]:
+    """Bytes of a gradient at the end of the backward pass, of plain weights and of experts."""
+    plain, routed = (job.micro_batches == 1 and kept for kept in resident(job))
+    whole = job.software.gradient_bytes
+    return 2 if plain else whole, 2 if routed else whole
+
+
 @lru_cache(maxsize=65_536)
 def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
     """Weights of one layer on one rank."""
-    attention = parameters.attention_weights(model) / layout.tp
-    if model.attention != "mla" and model.kv_heads < layout.tp:  # ranks beyond the heads hold copies
-        each = 2 * model.hidden * model.kv_heads * model.head_dim
-        attention += each / model.kv_heads - each / layout.tp
-    norms = parameters.layer_norms(model)
-    if not moe:
-        return Held(attention + norms + parameters.mlp(model, model.dense_width) / layout.tp, 0.0, norms)
-    shared = parameters.mlp(model, model.shared_width) / layout.tp
-    routed = model.experts * parameters.mlp(model, model.expert_width) / (layout.ep * layout.etp)
-    return Held(attention + norms + shared + parameters.router_weights(model), routed, norms)
+    matrices, norms = weights.layer(model, moe), parameters.layer_norms(model)
+    plain = sum(one.local(layout) for one in matrices if one.part != "experts")
+    routed = sum(one.local(layout) for one in matrices if one.part == "experts")
+    return Held(plain + norms, routed, norms)
 
 
-def held(job: Job, stage: schedule.Stage) -> Held:
+def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
     """Weights of a stage on one rank; a tied table is held by both its stages."""
     model, layout = job.model, job.layout
     tables = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
@@ -92,13 +101,14 @@ def held(job: Job, stage: schedule.Stage) -> Held:
     return Held(plain, routed, other)
 
 
-def states(job: Job, stage: schedule.Stage) -> States:
+def states(job: TrainingJob, stage: schedule.StageCost) -> States:
     """Bytes of a stage under the job's ZeRO stage."""
     software, zero, mine = job.software, job.zero, held(job, stage)
     element = width(job.precision)
     over = replicas(job.layout)
     shard = mine.plain / over[0] + mine.routed / over[1]
-    shared = max(over) > 1
+    shared, each = max(over) > 1, gradient_bytes(job)
+    split = over if gradients_split(job) else (1, 1)
     gathered = reducing = 0.0
     if shared:
         largest = max(layer(job.model, job.layout, moe).all for moe in _kinds(stage))
@@ -106,14 +116,14 @@ def states(job: Job, stage: schedule.Stage) -> States:
         reducing = software.retention.reduced_layers * software.reduce_bytes * largest
     return States(
         weights=element * (shard if zero >= 3 else mine.all),
-        gradients=software.gradient_bytes * (shard if gradients_split(job) else mine.all),
+        gradients=each[0] * mine.plain / split[0] + each[1] * mine.routed / split[1],
         optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
         buckets=software.retention.replica_buckets * (mine.all if shared else 0.0) + reducing,
         gathered=gathered,
     )
 
 
-def gradients_split(job: Job) -> bool:
+def gradients_split(job: TrainingJob) -> bool:
     """Whether no rank keeps more of the gradients than its shard between micro-batches."""
     if job.zero_bubble:  # weight gradients are made out of order, and reduced when all are there
         return False
@@ -122,7 +132,7 @@ def gradients_split(job: Job) -> bool:
     )
 
 
-def _optimizer(job: Job, mine: Held, over: tuple[int, int]) -> float:
+def _optimizer(job: TrainingJob, mine: Held, over: tuple[int, int]) -> float:
     """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
     software = job.software
     master = software.master_bytes
@@ -135,7 +145,7 @@ def _optimizer(job: Job, mine: Held, over: tuple[int, int]) -> float:
     return (master + moments) * other + (master + of_matrices) * matrices
 
 
-def update(job: Job, stage: schedule.Stage) -> float:
+def update(job: TrainingJob, stage: schedule.StageCost) -> float:
     """Bytes for a while during the optimizer step, under ZeRO."""
     if job.zero == 0:
         return 0.0
@@ -146,5 +156,5 @@ def update(job: Job, stage: schedule.Stage) -> float:
     return whole * mine.all + own * (mine.plain / over[0] + mine.routed / over[1])
 
 
-def _kinds(stage: schedule.Stage) -> tuple[bool, ...]:
+def _kinds(stage: schedule.StageCost) -> tuple[bool, ...]:
     return tuple(moe for count, moe in ((stage.dense, False), (stage.moe, True)) if count) or (False,)

@@ -21,10 +21,15 @@ def train_flops_per_token(model: ModelConfig, sequence: int, full_attention: boo
     """
     head_dim = model.head_dim + (model.rope_head_dim if model.attention == "mla" else 0)
     per_key = 2 * model.heads * (head_dim + model.head_dim)  # scores, then values, 2 FLOPs per multiply-add
-    attention = (
-        3 * (model.layers + model.mtp_layers) * per_key * (sequence if full_attention else (sequence + 1) / 2)
-    )
+    keys = sequence if full_attention else keys_seen(model, sequence)
+    attention = 3 * (model.layers + model.mtp_layers) * per_key * keys
     return 6.0 * parameters.count(model).matmul + attention
+
+
+def keys_seen(model: ModelConfig, sequence: int) -> float:
+    """Keys that a query sees on average, causal and within the model's window."""
+    window = min(model.window or sequence, sequence)
+    return window - window * (window - 1) / (2 * sequence)
 
 
 def peak(hardware: HardwareConfig, precision: str) -> float | None:

@@ -5,47 +5,64 @@ from __future__ import annotations
 from dataclasses import replace
 
 from configs.schema import EngineName, OptimConfig
-from trainer.sizing.model.job import Retention, Software
+from trainer.sizing.model.job import FrameworkMemory, Software
 
 
 def own(
-    *, kind: str = "cuda", engine: EngineName | None = None, optim: OptimConfig | None = None
+    *,
+    kind: str = "cuda",
+    engine: EngineName | None = None,
+    optim: OptimConfig | None = None,
+    precision: str = "bf16",
 ) -> Software:
-    """This trainer under an engine (None: native) and an optimizer (None: AdamW); on a CPU norms aren't one kernel.
+    """This trainer under an engine (None: native) and an optimizer (None: AdamW).
 
-    Both accumulate and reduce gradients in fp32; FSDP2 reduces them while other layers go backward.
+    Both accumulate and reduce gradients in fp32; FSDP2 reduces them while other layers go backward. Its own kernels run in
+    bf16 on GPUs (`trainer.kernels.choice`), torch's operators elsewhere; on a CPU norms aren't one kernel.
     """
     optim = optim or OptimConfig()
     moments, of_matrices = moment_bytes(optim)
-    eager = Software(
+    kernels = kind != "cpu" and precision == "bf16"
+    made = Software(
         selective="feed_forward",
-        eager=True,
+        eager=not kernels,
+        kernels=kernels,
         tuned_attention=kind == "cuda",  # torch takes cuDNN's on Hopper and later
         moments_bytes=moments,
         matrix_moments_bytes=of_matrices,
         orthogonal_steps=optim.orthogonal_steps if optim.kind == "muon" else 0,
-        retention=Retention(norm_bytes=8 if kind == "cpu" else 4),
+        fresh_gradients=True,
+        retention=KERNELS if kernels else FrameworkMemory(norm_bytes=8 if kind == "cpu" else 4),
     )
-    return _deepspeed(eager) if engine == "deepspeed" else _native(eager)
+    return _deepspeed(made) if engine == "deepspeed" else _native(made)
 
 
-def _native(eager: Software) -> Software:
+#: What `trainer.kernels` keep: of a norm the sum in bf16; of an expert its rows, gate and up, and their weighted product;
+#: of the loss the logits, which become their gradient.
+KERNELS = FrameworkMemory(
+    norm_bytes=2, fused_activation=True, fp32_router=False, expert_outputs=False, logit_bytes=2
+)
+
+
+def _native(made: Software) -> Software:
     return replace(
-        eager,
+        made,
         overlap_dp=True,
         overlap_gather=True,
+        gathered_experts=True,
+        gathered_context=True,
         own_master=True,
         streamed=True,
-        retention=replace(eager.retention, staging=0.0, reduced_layers=2, update=(0, 4)),
+        retention=replace(made.retention, staging=0.0, reduced_layers=2, update=(0, 4)),
         sources=("torch/distributed/fsdp/_fully_shard of torch 2.13", "trainer/engines/native.py"),
     )
 
 
-def _deepspeed(eager: Software) -> Software:
+def _deepspeed(made: Software) -> Software:
     """DeepSpeed reduces in buckets after the backward pass, in fp32 as `trainer.engines.deepspeed` asks for."""
     return replace(
-        eager,
-        retention=replace(eager.retention, staging=4.0 * (1 << 27), update=(0, 4)),
+        made,
+        retention=replace(made.retention, staging=4.0 * (1 << 27), update=(0, 4)),
         sources=("deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19", "trainer/engines/deepspeed.py"),
     )
 
@@ -75,7 +92,7 @@ def nanotron(before_fix: bool = False) -> Software:
 #: second fp32 copy of the logits; `FP32GradientAccumulator` adds a pass's gradients after it; `DistributedDataParallel`
 #: keeps its buckets; ZeRO-1 gathers weights through a flat copy and the own shard; AdamW makes its moments on the first
 #: step; `MemoryBuffer` keeps "allgather" and "allgather2". That its host is slow is from the sweep's step times.
-NANOTRON = Retention(
+NANOTRON = FrameworkMemory(
     norm_bytes=2,
     logit_bytes=8,
     late_gradients=2,
@@ -91,7 +108,7 @@ NANOTRON_BEFORE = replace(NANOTRON, host_waits=True, host_slow=False)
 
 #: Megatron-Core: gradients are added to an fp32 buffer inside the matmul, SwiGLU is one kernel, expert outputs are
 #: weighted before the last matmul, record_stream is switched off.
-MEGATRON = Retention(
+MEGATRON = FrameworkMemory(
     norm_bytes=2,
     fused_activation=True,
     fp32_router=True,

@@ -13,7 +13,7 @@ Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
-class Retention:
+class FrameworkMemory:
     """What a framework keeps in memory, from its code; the defaults are this trainer's model, on DeepSpeed's ZeRO."""
 
     norm_bytes: int = 4
@@ -69,6 +69,19 @@ class Software:
     overlap_tp: bool = False
     overlap_ep: bool = False
     overlap_pp: bool = False
+    gathered_experts: bool = False
+    """Where a token goes to at least as many experts as an expert group has ranks, tokens are gathered over the group and
+    the ranks' sums scattered, instead of sending each token to each of its experts."""
+    node_dispatch: bool = False
+    """A token goes once to each node that has experts of its choice, in eight bits under fp8, and is passed on inside it
+    (DeepEP)."""
+    gathered_context: bool = False
+    """Context-parallel ranks gather all keys and values before attention, with nothing beside it, and keep them for the
+    backward pass; otherwise these go round a ring behind attention, again in the backward pass."""
+    latent_context: bool = False
+    """Latent attention under context parallelism gathers the latents, not every head's keys and values."""
+    joined_block: bool = False
+    """A parallel block enters and leaves tensor parallelism once for attention and MLP together."""
     gradient_bytes: int = 4
     """Bytes of an accumulated gradient element."""
     reduce_bytes: int = 4
@@ -85,6 +98,8 @@ class Software:
     """The same for a weight of a matrix, where the optimizer treats them apart (Muon); None: the same."""
     orthogonal_steps: int = 0
     """Newton-Schulz iterations on each matrix in each step, shared out over a stage's ranks (Muon)."""
+    attention_share: float = 1.0
+    """Rate of its fused attention over that of FlashAttention 2, or of `tuned_attention`."""
     causal_flops: bool = True
     """The attention kernel skips the masked half."""
     compiled: bool = False
@@ -92,6 +107,11 @@ class Software:
     eager: bool = False
     """All of it is torch's own kernels, one for each operation, norms and the router in fp32, and experts' results are
     weighted by a batched matmul for each token, as in `trainer.model`."""
+    kernels: bool = False
+    """In bf16 on a GPU one kernel each does what `eager` takes several for: norm and residual sum, rotation, activation,
+    rows to experts and back, loss, optimizer (`trainer.kernels`)."""
+    fresh_gradients: bool = False
+    """Gradients are new tensors in each step, so that none are set to zero."""
     fused_projections: bool = False
     """Queries, keys and values are one matmul, and so are gate and up of a dense layer."""
     tuned_attention: bool = False
@@ -109,13 +129,13 @@ class Software:
     """Stages are cut by the cost of their blocks, output projection included; otherwise by their number of layers."""
     bucket_bytes: int = 0
     """Bytes of a gradient bucket on the wire; 0: as few as there are layers."""
-    retention: Retention = field(default_factory=Retention)
+    retention: FrameworkMemory = field(default_factory=FrameworkMemory)
     """What stays in memory."""
     sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training set-up."""
 
     model: ModelConfig
@@ -138,7 +158,7 @@ class Job:
     imbalance: float = 1.0
     """Rows of the most loaded expert rank over the mean."""
     folded: bool = True
-    """Expert groups are cut out of all ranks of a stage, tensor-parallel ones among them; false: out of dp and cp only,
+    """Expert groups divide all ranks of a stage, tensor-parallel ones among them; false: out of dp and cp only,
     as before MoE Parallel Folding (arXiv 2504.14960), so that neighbours in one are tp * cp ranks apart."""
     node: int = 8
     """Ranks of a node."""

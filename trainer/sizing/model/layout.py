@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; expert groups of ep * etp ranks are cut out of a stage's dp * cp * tp."""
+    """Sizes of the axes; expert groups of ep * etp ranks divide a stage's dp * cp * tp."""
 
     pp: int
     dp: int

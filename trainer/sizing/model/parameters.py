@@ -12,9 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.schema import ModelConfig
-
-#: ZAYA1's two causal convolutions over queries and keys: one per channel, then one per head; widths 2 and 2.
-_CCA_KERNEL = 2
+from trainer.sizing.model import weights
 
 
 @dataclass(frozen=True)
@@ -71,63 +69,33 @@ class Parameters:
 def count(model: ModelConfig) -> Parameters:
     """Parameters of `model` by part."""
     blocks = model.layers + model.mtp_layers
-    moe_layers = blocks - model.dense_layers
-    joins = (
-        model.mtp_layers * 2 * model.hidden**2
-    )  # of a hidden state and a token, in front of each such block
-    expert = mlp(model, model.expert_width)
-    table = model.vocab * model.hidden
-    attention = blocks * attention_weights(model) + joins
-    router = moe_layers * router_weights(model)
-    shared = moe_layers * mlp(model, model.shared_width)
-    dense = model.dense_layers * mlp(model, model.dense_width)
-    active_experts = moe_layers * model.top_k * expert
+    kinds = ((False, model.dense_layers), (True, blocks - model.dense_layers))
+
+    def part(name: weights.Part) -> int:
+        return sum(count * weights.total(model, moe, name) for moe, count in kinds if count)
+
+    # Of a hidden state and a token, in front of each block of multi-token prediction.
+    joins = model.mtp_layers * 2 * model.hidden**2
+    table, experts = model.vocab * model.hidden, part("experts")
+    attention, router, shared, dense = (
+        part("attention") + joins,
+        part("router"),
+        part("shared"),
+        part("dense"),
+    )
+    active_experts = experts // model.experts * model.top_k
     return Parameters(
         embedding=table,
         output=0 if model.tie_embeddings else table,
         attention=attention,
         router=router,
-        experts=moe_layers * model.experts * expert,
+        experts=experts,
         active_experts=active_experts,
         shared=shared,
         dense=dense,
         norms=blocks * layer_norms(model) + (1 + 3 * model.mtp_layers) * model.hidden,
         matmul=attention + router + shared + dense + active_experts + (1 + model.mtp_layers) * table,
     )
-
-
-def mlp(model: ModelConfig, width: int) -> int:
-    """Weights of an MLP of inner width `width`: gate, up and down, or up and down where it isn't gated."""
-    return (3 if model.gated else 2) * model.hidden * width
-
-
-def attention_weights(model: ModelConfig) -> int:
-    """Weights of one attention layer, without norms."""
-    if model.attention == "mla":  # DeepSeek-V2/V3, arXiv 2412.19437 section 2.1.1
-        position_free, rotary = model.head_dim, model.rope_head_dim
-        query_width = model.heads * (position_free + rotary)
-        query = (
-            model.hidden * model.q_lora_rank + model.q_lora_rank * query_width
-            if model.q_lora_rank
-            else model.hidden * query_width
-        )
-        compress = model.hidden * (model.kv_lora_rank + rotary)
-        expand = model.kv_lora_rank * model.heads * 2 * position_free
-        return query + compress + expand + model.heads * position_free * model.hidden
-    query_width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    projections = model.hidden * (2 * query_width + 2 * kv_width)
-    if model.attention == "cca":  # arXiv 2510.04476: convolutions over the compressed queries and keys
-        channels = query_width + kv_width
-        return projections + _CCA_KERNEL * channels * (1 + model.head_dim)
-    return projections
-
-
-def router_weights(model: ModelConfig) -> int:
-    """Weights of one router; `mlp` is ZAYA1's down-projection and three-layer MLP."""
-    if model.router.kind == "linear":
-        return model.hidden * model.experts
-    width = model.router.hidden
-    return model.hidden * width + 2 * width * width + width * model.experts
 
 
 def layer_norms(model: ModelConfig) -> int:

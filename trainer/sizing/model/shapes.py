@@ -1,13 +1,15 @@
-"""The matmuls of a model on one rank, each with the fields of the configuration that set its size."""
+"""The matmuls of a model on one rank, each with the field of the configuration that sets its size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from configs.schema import ModelConfig
-from trainer.sizing.model.job import Job
+from trainer.sizing.model import weights
+from trainer.sizing.model.job import TrainingJob
+from trainer.sizing.model.weights import Matrix
 from trainer.sizing.time.matmul import Kernels
 
 
@@ -22,9 +24,11 @@ class Matmul:
     n: int
     k: int
     count: int
-    """How often, over all layers."""
+    """How often: in a layer, or over all layers."""
     experts: int = 1
     """Matmuls of one grouped call."""
+    part: weights.Part | None = None
+    """None: the output projection."""
 
     @property
     def flops(self) -> float:
@@ -33,72 +37,80 @@ class Matmul:
 
     def seconds(self, kernels: Kernels, precision: str, imbalance: float = 1.0) -> float | None:
         """Of all calls with their gradients; None where the device's rates are unknown."""
-        m, n, k, experts = self.m, self.n, self.k, self.experts
-        grouped: dict[str, Any] = {"experts": experts, "imbalance": imbalance} if experts > 1 else {}
-        out = kernels.matmul(m, n, k, precision=precision, **grouped)
-        back = kernels.matmul(m, k, n, precision=precision, layout="inputs", **grouped)
-        weights = kernels.matmul(n, k, m, precision=precision, layout="weights", **grouped)
-        if out is None or back is None or weights is None:
-            return None
-        return self.count * (out + back + weights)
+        passes = [self.once(kernels, precision, backward, imbalance) for backward in (False, True)]
+        return None if None in passes else self.count * sum(one or 0.0 for one in passes)
+
+    def once(self, kernels: Kernels, precision: str, backward: bool, imbalance: float = 1.0) -> float | None:
+        """Of one call forward, or of both its gradients; None where the device's rates are unknown."""
+        m, n, k = self.m, self.n, self.k
+        grouped: dict[str, Any] = {"precision": precision}
+        if self.experts > 1:
+            grouped |= {"experts": self.experts, "imbalance": imbalance}
+        if not backward:
+            return kernels.matmul(m, n, k, **grouped)
+        inputs = kernels.matmul(m, k, n, layout="inputs", **grouped)
+        of_weights = kernels.matmul(n, k, m, layout="weights", **grouped)
+        return None if inputs is None or of_weights is None else inputs + of_weights
 
 
-def forward(job: Job) -> tuple[Matmul, ...]:
-    """All matmuls of a micro-batch's forward pass on the ranks that share it, one pipeline of layers long."""
-    return tuple(one for one in _all(job) if min(one.m, one.n, one.k) > 0)
+def rows(job: TrainingJob) -> float:
+    """Token-expert pairs of one micro-batch on one rank under even routing; etp ranks share theirs."""
+    return job.tokens * job.model.top_k * job.layout.etp / job.layout.tp
 
 
-def _all(job: Job) -> Iterator[Matmul]:
-    model, layout, tokens = job.model, job.layout, job.tokens
-    yield from _attention(job)
-    dense, moe = model.dense_layers, model.layers - model.dense_layers
-    if dense:
-        yield from _dense("dense MLP", "dense_width", job, model.dense_width, dense)
-    if moe:
-        rows = round(tokens * model.top_k * layout.etp / layout.tp)
-        local, width = max(1, model.experts // layout.ep), model.expert_width // layout.etp
-        gates = 2 if model.gated else 1
-        name = "experts' gate and up" if model.gated else "experts' up"
-        up = Matmul(name, "expert_width", rows, gates * width, model.hidden, moe, local)
-        yield up
-        yield replace(up, name="experts' down", n=model.hidden, k=width)
-        yield Matmul("router", "experts", tokens, _router_width(model), model.hidden, moe)
-        if model.shared_width:
-            yield from _dense("shared expert", "shared_width", job, model.shared_width, moe)
-    columns = -(-model.vocab // layout.tp)
-    yield Matmul("output projection", "vocab", tokens, columns, model.hidden, 1)
+@lru_cache(maxsize=50_000)
+def layer(job: TrainingJob, moe: bool) -> tuple[Matmul, ...]:
+    """The matmuls of one layer, in the order of the forward pass."""
+    found: list[Matmul] = []
+    for one in weights.layer(job.model, moe):
+        made = None if one.convolution else _matmul(job, one)
+        if made is None or min(made.m, made.n, made.k) <= 0:
+            continue
+        last = found[-1] if found else None
+        fuses = job.software.fused_projections or one.part == "experts"
+        if fuses and one.joined and last and last.name == one.joined:
+            found[-1] = replace(last, n=last.n + made.count * made.n)
+        elif fuses and one.joined:
+            found.append(replace(made, name=one.joined, n=made.count * made.n, count=1))
+        else:
+            found.append(made)
+    return tuple(found)
 
 
-def _router_width(model: ModelConfig) -> int:
-    return model.experts if model.router.kind == "linear" else model.router.hidden
-
-
-def _dense(name: str, field: str, job: Job, whole: int, count: int) -> Iterator[Matmul]:
-    hidden, width, tokens = job.model.hidden, whole // job.layout.tp, job.tokens
-    gates = 2 if job.model.gated else 1
-    joined = gates if job.software.fused_projections else 1
-    up = f"{name}'s gate and up" if gates == 2 else f"{name}'s up"
-    yield Matmul(up, field, tokens, joined * width, hidden, count * gates // joined)
-    yield Matmul(f"{name}'s down", field, tokens, hidden, width, count)
-
-
-def _attention(job: Job) -> Iterator[Matmul]:
-    model, tp, tokens = job.model, job.layout.tp, job.tokens
-    hidden, layers = model.hidden, model.layers
-    query, key_value = model.heads * model.head_dim // tp, max(1, model.kv_heads // tp) * model.head_dim
-    if model.attention == "mla":
-        rotary, rank = model.rope_head_dim, model.q_lora_rank
-        wide = model.heads * (model.head_dim + rotary) // tp
-        yield Matmul(
-            "key/value compression", "kv_lora_rank", tokens, model.kv_lora_rank + rotary, hidden, layers
+def _matmul(job: TrainingJob, one: Matrix) -> Matmul:
+    """A matrix on one rank, with the rows that go through it; `count` is of what a rank does one after the other."""
+    layout, model = job.layout, job.model
+    if one.part == "experts":
+        n, k = one.cut(layout.etp)
+        local = max(1, model.experts // layout.ep)
+        return Matmul(
+            one.name, one.field, round(rows(job)), n, k, one.count // model.experts, local, one.part
         )
-        if rank:
-            yield Matmul("query compression", "q_lora_rank", tokens, rank, hidden, layers)
-        yield Matmul("queries", "head_dim", tokens, wide, rank or hidden, layers)
-        yield Matmul("keys and values", "head_dim", tokens, 2 * query, model.kv_lora_rank, layers)
-    elif job.software.fused_projections:
-        yield Matmul("queries, keys, values", "head_dim", tokens, query + 2 * key_value, hidden, layers)
-    else:
-        yield Matmul("queries", "head_dim", tokens, query, hidden, layers)
-        yield Matmul("keys; values", "head_dim", tokens, key_value, hidden, 2 * layers)
-    yield Matmul("attention output", "head_dim", tokens, hidden, query, layers)
+    n, k = one.cut(layout.tp)
+    tokens = job.tokens // (layout.tp if one.split == "none" and job.software.sequence_parallel else 1)
+    return Matmul(one.name, one.field, tokens, n, k, one.count, part=one.part)
+
+
+def head(job: TrainingJob) -> Matmul:
+    """The output projection, over the tokens of all depths of multi-token prediction."""
+    tokens = job.tokens * (1 + job.model.mtp_layers)
+    return Matmul(
+        "output projection", "vocab", tokens, -(-job.model.vocab // job.layout.tp), job.model.hidden, 1
+    )
+
+
+def forward(job: TrainingJob) -> tuple[Matmul, ...]:
+    """All matmuls of a micro-batch's forward pass on the ranks that share it, over all layers."""
+    return tuple(_forward(job))
+
+
+def _forward(job: TrainingJob) -> Iterator[Matmul]:
+    model = job.model
+    kinds = ((False, model.dense_layers), (True, model.layers - model.dense_layers))
+    listed: dict[Matmul, int] = {}
+    for moe, count in kinds:
+        for one in layer(job, moe) if count else ():
+            listed[one] = listed.get(one, 0) + count
+    for one, count in listed.items():
+        yield replace(one, count=one.count * count)
+    yield replace(head(job), m=job.tokens)

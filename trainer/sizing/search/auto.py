@@ -15,15 +15,15 @@ from configs.section import Section
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import flops, frameworks
-from trainer.sizing.model.job import Job, Recompute
+from trainer.sizing.model.job import Recompute, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal, runnable
-from trainer.sizing.search.layouts import Candidate, Found, compare, reason, search
+from trainer.sizing.search.layouts import Candidate, SearchResult, compare, reason, search
 from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import step
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.rates import Rates
+from trainer.sizing.time.rates import OWN, Rates
 
 PLAIN = {"tp": 1, "pp": 1, "cp": 1, "etp": 1}
 """A layout of dp and ep alone: what DeepSpeed runs, and all that is chosen where no time can be predicted."""
@@ -31,7 +31,7 @@ KEEP = 12
 
 
 @dataclass(frozen=True)
-class Choice:
+class AutoValue:
     """An auto field's value, and why."""
 
     field: str
@@ -44,16 +44,16 @@ class Chosen:
     """A layout for the open axes."""
 
     layout: Layout
-    choices: tuple[Choice, ...]
+    choices: tuple[AutoValue, ...]
     notes: tuple[str, ...] = ()
-    job: Job | None = None
+    job: TrainingJob | None = None
     """With its batch, ZeRO stage, recomputation and schedule; None where no time is known."""
 
 
 def rates_of(hardware: HardwareConfig) -> Rates:
     """Rates from the device's and the fabric's measured profiles where there are some, else from the catalogue."""
     fabric = from_catalogue(hardware, profile.known(FabricProfile, hardware.name))
-    return Rates(hardware, fabric, profile.known(DeviceProfile, hardware.name))
+    return Rates(hardware, fabric, profile.known(DeviceProfile, hardware.name), OWN)
 
 
 def unknown(hardware: HardwareConfig, precision: str, ranks: int, node: int) -> str:
@@ -85,7 +85,9 @@ def task(config: RunConfig, ranks: int, node: int) -> Task:
     axes = {axis: size for axis in legal.AXES if (size := getattr(parallel, axis)) is not None}
     return Task(
         config.model, ranks, config.data.sequence, train.global_batch or train.micro_batch * ranks, precision, node,
-        frameworks.own(kind=config.hardware.kind, engine=train.engine, optim=config.optim),
+        frameworks.own(
+            kind=config.hardware.kind, engine=train.engine, optim=config.optim, precision=precision
+        ),
         (PLAIN if deepspeed else {}) | axes, train.micro_batch,
         recompute=(train.recompute,) if is_set(train, "recompute") else ("none", "selective", "full"),
         zero=(parallel.zero,) if is_set(parallel, "zero") else ((1, 2) if deepspeed else (1, 2, 3)),
@@ -159,7 +161,7 @@ def choose(config: RunConfig, slots: Sequence[int]) -> Chosen:
     return _chosen(config, found)
 
 
-def _chosen(config: RunConfig, found: Found) -> Chosen:
+def _chosen(config: RunConfig, found: SearchResult) -> Chosen:
     best = found.best
     assert best is not None, "a search without a result is refused before"
     layout = best.job.layout
@@ -168,14 +170,14 @@ def _chosen(config: RunConfig, found: Found) -> Chosen:
     for axis in open_:
         size = getattr(layout, axis)
         why = _other(axis, size, found.ranked)
-        choices.append(Choice(f"parallel.{axis}", str(size), f"{reason(found)}; {why}" if first else why))
+        choices.append(AutoValue(f"parallel.{axis}", str(size), f"{reason(found)}; {why}" if first else why))
         first = False
     choices += _settings(config, best)
     notes = [f"runner-up {compare(best, found.ranked[1])}"] if len(found.ranked) > 1 else []
     return Chosen(layout, tuple(choices), tuple(notes), best.job)
 
 
-def settings(job: Job) -> dict[str, dict[str, Any]]:
+def settings(job: TrainingJob) -> dict[str, dict[str, Any]]:
     """What the configuration says for a job's ZeRO stage, schedule, chunks and recomputation, by section."""
     schedule = "zbv" if job.zero_bubble else "interleaved" if job.interleave > 1 else "1f1b"
     chunks = 1 if schedule == "zbv" else job.interleave
@@ -185,7 +187,7 @@ def settings(job: Job) -> dict[str, dict[str, Any]]:
     }
 
 
-def _settings(config: RunConfig, best: Candidate) -> list[Choice]:
+def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
     """Choices of ZeRO stage, schedule and recomputation, each with what the next milder one would do."""
     job = best.job
     less: Recompute = "selective" if job.recompute == "full" else "none"
@@ -204,11 +206,11 @@ def _settings(config: RunConfig, best: Candidate) -> list[Choice]:
                 continue
             other = milder[field]
             why = _instead(config, best, *other) if other else "the mildest, and it fits"
-            found.append(Choice(f"{section}.{field}", str(value), why))
+            found.append(AutoValue(f"{section}.{field}", str(value), why))
     return found
 
 
-def _instead(config: RunConfig, best: Candidate, name: str, other: Job) -> str:
+def _instead(config: RunConfig, best: Candidate, name: str, other: TrainingJob) -> str:
     """What a milder setting would do: not fit, or take longer."""
     hardware = config.hardware
     used, have = memory.worst(other, hardware.kind)[1].needed, memory.capacity(hardware)
@@ -244,12 +246,14 @@ def _without_rates(config: RunConfig, made: Task, why: str) -> Chosen:
     for axis in open_:
         size = getattr(layout, axis)
         choices.append(
-            Choice(f"parallel.{axis}", str(size), text if axis != "dp" else f"the slots, {made.ranks} in all")
+            AutoValue(
+                f"parallel.{axis}", str(size), text if axis != "dp" else f"the slots, {made.ranks} in all"
+            )
         )
     return Chosen(layout, tuple(choices))
 
 
-def _job(config: RunConfig, made: Task, layout: Layout) -> Job:
+def _job(config: RunConfig, made: Task, layout: Layout) -> TrainingJob:
     """The job of a configuration in a layout, by its ZeRO stage, schedule and recomputation."""
     parallel = config.parallel
     zero = parallel.zero if legal.zeros(made, layout) != (0,) else 0
@@ -258,14 +262,14 @@ def _job(config: RunConfig, made: Task, layout: Layout) -> Job:
     return replace(job, zero_bubble=parallel.schedule == "zbv" and layout.pp > 1)
 
 
-def job_of(config: RunConfig, layout: Layout, node: int) -> Job:
+def job_of(config: RunConfig, layout: Layout, node: int) -> TrainingJob:
     """The job that this trainer runs for a configuration in a layout."""
     made = replace(task(config, layout.ranks, node), fixed={})
     batch = config.train.global_batch or config.train.micro_batch * layout.dp
     return _job(config, replace(made, global_batch=batch), layout)
 
 
-def predicted(job: Job, hardware: HardwareConfig) -> Figure | str:
+def predicted(job: TrainingJob, hardware: HardwareConfig) -> Figure | str:
     """Seconds of a job's step on a device of the catalogue, or why there are none."""
     why = unknown(hardware, job.precision, job.layout.ranks, job.node)
     if why:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from configs.hardware import HardwareConfig
 from trainer.sizing.memory import activations, states
 from trainer.sizing.memory import estimate as memory
-from trainer.sizing.memory.estimate import Usage
-from trainer.sizing.model.job import Job, Recompute
+from trainer.sizing.memory.estimate import MemoryUsage
+from trainer.sizing.model.job import Recompute, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal
 from trainer.sizing.search.legal import Task
@@ -32,10 +32,10 @@ KEEP = 3
 class Candidate:
     """A set-up that fits."""
 
-    job: Job
+    job: TrainingJob
     seconds: float
-    parts: time.Parts
-    memory: Usage
+    parts: time.StepParts
+    memory: MemoryUsage
     stage: int
     """Its fullest stage."""
 
@@ -46,7 +46,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to."""
 
     ranked: tuple[Candidate, ...]
@@ -66,7 +66,7 @@ class Found:
         return self.ranked[0] if self.ranked else None
 
 
-def label(job: Job) -> str:
+def label(job: TrainingJob) -> str:
     """A set-up's axes and choices in words, those of size one left out."""
     axes = " ".join(f"{axis}={size}" for axis, size in job.layout.to_json().items() if size > 1) or "one rank"
     extra = [f"micro_batch={job.micro_batch}", f"zero={job.zero}"]
@@ -75,7 +75,7 @@ def label(job: Job) -> str:
     return f"{axes} ({', '.join(extra)})"
 
 
-def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> Found:
+def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> SearchResult:
     """The fastest set-ups that fit, `keep` different layouts of them."""
     bounds = _Bounds(task, hardware, rates)
     open_, count, without_room = bounds.all()
@@ -92,10 +92,10 @@ def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP)
         if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
             ranked[layout] = made
     best = tuple(sorted(ranked.values(), key=lambda c: c.seconds)[:keep])
-    return Found(best, count, without_room, priced, "" if best else _why_none(task, hardware, count))
+    return SearchResult(best, count, without_room, priced, "" if best else _why_none(task, hardware, count))
 
 
-def exhaustive(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> Found:
+def exhaustive(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> SearchResult:
     """The same by pricing every legal set-up: what `search` is compared with."""
     ranked: dict[Layout, Candidate] = {}
     count = 0
@@ -106,10 +106,10 @@ def exhaustive(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = K
             if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
                 ranked[layout] = made
     best = tuple(sorted(ranked.values(), key=lambda c: c.seconds)[:keep])
-    return Found(best, count, 0, count, "" if best else _why_none(task, hardware, count))
+    return SearchResult(best, count, 0, count, "" if best else _why_none(task, hardware, count))
 
 
-def _candidate(job: Job, hardware: HardwareConfig, rates: Rates) -> Candidate | None:
+def _candidate(job: TrainingJob, hardware: HardwareConfig, rates: Rates) -> Candidate | None:
     stage, used = memory.worst(job, hardware.kind)
     have = memory.capacity(hardware)
     if have is not None and used.needed > have:
@@ -255,7 +255,7 @@ def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def reason(found: Found) -> str:
+def reason(found: SearchResult) -> str:
     """Why the best was chosen, in one line."""
     best = found.best
     if best is None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from configs.schema import ModelConfig
 from trainer.sizing.memory import states
-from trainer.sizing.model.job import Job, Recompute, Software
+from trainer.sizing.model.job import Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import runnable
 from trainer.sizing.search.runnable import divisors
@@ -148,7 +148,7 @@ def recomputes(task: Task) -> tuple[Recompute, ...]:
     return tuple(r for r in task.recompute if r != "selective" or not nothing)
 
 
-def jobs(task: Task, layout: Layout) -> Iterator[Job]:
+def jobs(task: Task, layout: Layout) -> Iterator[TrainingJob]:
     """All set-ups of a layout."""
     for micro_batch in micro_batches(task, layout):
         for interleave in interleaves(task, layout, micro_batch):
@@ -159,15 +159,15 @@ def jobs(task: Task, layout: Layout) -> Iterator[Job]:
 
 def job(
     task: Task, layout: Layout, micro_batch: int, interleave: int, zero: int, recompute: Recompute
-) -> Job:
+) -> TrainingJob:
     """One set-up of the task."""
-    return Job(
+    return TrainingJob(
         task.model, layout, task.sequence, micro_batch, task.global_batch, task.precision, zero, recompute, interleave,
         task.schedules == ("zbv",), imbalance=task.uneven, node=task.node, software=task.software,
     )  # fmt: skip
 
 
-def is_legal(made: Job) -> bool:
+def is_legal(made: TrainingJob) -> bool:
     """Whether a job keeps the rules of divisibility, and what is hopeless is not in it."""
     layout, model = made.layout, made.model
     task = Task(model, layout.ranks, made.sequence, made.global_batch)

@@ -9,15 +9,16 @@ from typing import Any
 
 from configs.compose import validated
 from configs.errors import UserError
+from configs.hugging_face.read import left_out
 from configs.schema import HardwareConfig, RunConfig
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.memory.estimate import GIB
 from trainer.sizing.model import flops, parameters
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout, spreads
 from trainer.sizing.search import auto, defaults, runnable
-from trainer.sizing.search.auto import Choice
+from trainer.sizing.search.auto import AutoValue
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run as it will start."""
 
     config: RunConfig
@@ -70,7 +71,7 @@ class Plan:
     """Over all steps."""
     flops_per_token: float
     mfu_basis: str
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[AutoValue, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
@@ -129,7 +130,7 @@ def trainable(config: RunConfig) -> str | None:
     return runnable.refusal(config)
 
 
-def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> Plan:
+def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> RunPlan:
     """Fill in the auto fields and say what the run will be.
 
     Args:
@@ -140,10 +141,10 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     Raises:
         UserError: for more ranks than slots, a layout that doesn't fit, or open axes that no layout fills in.
     """
-    choices: list[Choice] = []
+    choices: list[AutoValue] = []
     warnings: list[str] = []
-    notes: list[str] = []
     training = config.workload == "train"
+    notes = list(left_out(config.model)) if training else []
     _refuse(config, strict and training)
     config, job = _closed(config, capacity, choices, notes)
     dp = _data_parallel(config, capacity, choices)
@@ -152,7 +153,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
         *(dp if axis == "dp" else parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp"))
     )
     nodes, each = _spread(config, layout, capacity, choices, warnings)
-    of_training: list[Choice] = []
+    of_training: list[AutoValue] = []
     trained, model = defaults.training(config, dp, of_training), defaults.balancing(config, of_training)
     choices += of_training if training else []
     # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
@@ -175,7 +176,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     refusal = _refuse(resolved, strict and training) if training else None
     warnings += [told] if training and (told := runnable.advice(resolved)) else []
     tokens_per_step = trained["global_batch"] * config.data.sequence if training else 0
-    return Plan(
+    return RunPlan(
         config=resolved,
         layout=layout.to_json(),
         ranks=layout.ranks,
@@ -203,14 +204,14 @@ def _refuse(config: RunConfig, strict: bool) -> str | None:
 
 
 def _closed(
-    config: RunConfig, capacity: Capacity | None, choices: list[Choice], notes: list[str]
-) -> tuple[RunConfig, Job | None]:
+    config: RunConfig, capacity: Capacity | None, choices: list[AutoValue], notes: list[str]
+) -> tuple[RunConfig, TrainingJob | None]:
     """The configuration with its open axes set, and the job that the search found; as it is where none is open."""
     if not config.parallel.open:
         return config, None
     if config.workload != "train":
         for axis in config.parallel.open:
-            choices.append(Choice(f"parallel.{axis}", "1", "a measurement needs no other axis than dp"))
+            choices.append(AutoValue(f"parallel.{axis}", "1", "a measurement needs no other axis than dp"))
         closed = dict.fromkeys(config.parallel.open, 1)
         return config.model_copy(update={"parallel": config.parallel.model_copy(update=closed)}), None
     chosen = auto.choose(config, _slots(config, capacity))
@@ -221,7 +222,7 @@ def _closed(
     if job and train.global_batch is None:
         settings["train"]["global_batch"] = job.global_batch
         reason = f"train.micro_batch={train.micro_batch} for each of {job.layout.ranks} ranks, however they are laid out"
-        choices.append(Choice("train.global_batch", str(job.global_batch), reason))
+        choices.append(AutoValue("train.global_batch", str(job.global_batch), reason))
     update = {
         "parallel": config.parallel.model_copy(update=chosen.layout.to_json() | settings["parallel"]),
         "train": train.model_copy(update=settings["train"]),
@@ -237,7 +238,7 @@ def _slots(config: RunConfig, capacity: Capacity | None) -> tuple[int, ...]:
     return (cluster.slots_per_node or width,) * (cluster.nodes or 1)
 
 
-def _sized(config: RunConfig, job: Job, warnings: list[str]) -> tuple[dict[str, int], dict[str, Any]]:
+def _sized(config: RunConfig, job: TrainingJob, warnings: list[str]) -> tuple[dict[str, int], dict[str, Any]]:
     """Memory of the fullest rank by component, and the predicted step time."""
     stage, used = memory.worst(job, config.hardware.kind)
     size = {name: round(value) for name, value in memory.summary(used).items() if round(value)}
@@ -249,7 +250,7 @@ def _sized(config: RunConfig, job: Job, warnings: list[str]) -> tuple[dict[str, 
     return size, {"unknown": made}
 
 
-def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[Choice]) -> int:
+def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[AutoValue]) -> int:
     parallel = config.parallel
     if parallel.dp is not None:
         return parallel.dp
@@ -258,10 +259,10 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
     unit = experts // math.gcd(experts, inner)  # the least dp with dp * cp * tp a multiple of ep * etp
     others = parallel.size("pp") * inner
     if capacity is None and config.workload == "collectives" and unit * others == 1:
-        choices.append(Choice("parallel.dp", "2", "the least that has somebody to measure with"))
+        choices.append(AutoValue("parallel.dp", "2", "the least that has somebody to measure with"))
         return 2
     if capacity is None:
-        choices.append(Choice("parallel.dp", str(unit), f"the least that parallel.ep={ep} is cut out of"))
+        choices.append(AutoValue("parallel.dp", str(unit), f"smallest dp compatible with parallel.ep={ep}"))
         return unit
     nodes, each = config.cluster.nodes, config.cluster.slots_per_node
     within = sorted((min(have, each or have) for have in capacity.slots), reverse=True)[:nodes]
@@ -271,10 +272,10 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[C
     while dp > unit and not _divides(config, dp):
         dp -= unit
     if dp == unit:
-        reason = f"the least that parallel.ep={ep} is cut out of"
+        reason = f"smallest dp compatible with parallel.ep={ep}"
     else:
         reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
-    choices.append(Choice("parallel.dp", str(dp), reason))
+    choices.append(AutoValue("parallel.dp", str(dp), reason))
     return dp
 
 
@@ -288,7 +289,11 @@ def _divides(config: RunConfig, dp: int) -> bool:
 
 
 def _spread(
-    config: RunConfig, layout: Layout, capacity: Capacity | None, choices: list[Choice], warnings: list[str]
+    config: RunConfig,
+    layout: Layout,
+    capacity: Capacity | None,
+    choices: list[AutoValue],
+    warnings: list[str],
 ) -> tuple[int, int]:
     """Nodes, and ranks on each."""
     ranks = layout.ranks
@@ -331,12 +336,12 @@ def _spread(
     best = (inside or fitting or [(len(slots), max(slots))])[0]
     if not nodes and not each:
         spread = f"{best[1]} ranks on each" if best[0] > 1 else f"one node holds all {ranks} ranks"
-        choices.append(Choice("cluster.nodes", str(best[0]), f"as few as hold the gang: {spread}"))
+        choices.append(AutoValue("cluster.nodes", str(best[0]), f"as few as hold the gang: {spread}"))
     return best
 
 
 def _warn_memory(
-    config: RunConfig, size: dict[str, int], used: memory.Usage, where: str, warnings: list[str]
+    config: RunConfig, size: dict[str, int], used: memory.MemoryUsage, where: str, warnings: list[str]
 ) -> None:
     have = config.hardware.memory_gib
     if have is None:

@@ -161,7 +161,7 @@ def _context(config: RunConfig) -> str | None:
         return f"{start}, which tp*cp={tp * cp} does not divide; {mend}"
     if sequence % cp or (parallel.context == "gather" and cp > 1 and sequence % (2 * cp)):
         pieces = f"2*{cp} equal pieces" if parallel.context == "gather" else f"{cp} equal pieces"
-        start = f"parallel.cp={cp} cuts samples into {pieces}, and data.sequence={sequence} is no multiple of that"
+        start = f"parallel.cp={cp} cuts samples into {pieces}, and data.sequence={sequence} is not a multiple of that"
     else:
         start = f"parallel.tp={tp} splits the data.sequence/cp={sequence // cp} tokens of a rank and does not divide them"
     return f"{start}; set data.sequence={longer}" + (
@@ -174,7 +174,7 @@ def _schedule(config: RunConfig) -> str | None:
     schedule, chunks = parallel.schedule, parallel.chunks
     if schedule != "1f1b" and parallel.pp == 1:
         return (
-            f"parallel.schedule={schedule} with parallel.pp=1, which is no pipeline; "
+            f"parallel.schedule={schedule} with parallel.pp=1, which is not a pipeline; "
             "set parallel.pp=2 or more, or parallel.schedule=1f1b"
         )
     if schedule == "interleaved" and chunks == 1:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from trainer.sizing.memory import states
-from trainer.sizing.model import parameters
-from trainer.sizing.model.job import Job
+from trainer.sizing.memory import activations, states
+from trainer.sizing.model import shapes
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import operators, schedule
-from trainer.sizing.time.fabric import Group, place
+from trainer.sizing.time.fabric import Fabric, RankGroup, place
 from trainer.sizing.time.rates import Rates
 
 #: Share of a collective that is hidden where software overlaps it with matmuls of the same layer, at most: the first
@@ -28,7 +28,7 @@ BEHIND = 0.6
 
 
 @dataclass(frozen=True)
-class Parts:
+class StepParts:
     """Seconds of a step by what they go to; they add up to the step."""
 
     matmul: float = 0.0
@@ -53,7 +53,7 @@ class Parts:
         return sum(vars(self).values())
 
 
-def groups(job: Job) -> dict[str, Group]:
+def groups(job: TrainingJob) -> dict[str, RankGroup]:
     """How each axis's groups lie: tp innermost, then cp, dp, pp; etp, ep and the experts' replicas in the same order."""
     layout, node = job.layout, job.node
     stride = layout.etp if job.folded else layout.tp * layout.cp
@@ -68,12 +68,12 @@ def groups(job: Job) -> dict[str, Group]:
     }
 
 
-def _expert_replicas(job: Job) -> int:
+def _expert_replicas(job: TrainingJob) -> int:
     layout = job.layout
     return max(1, layout.tp * layout.cp * layout.dp // (layout.ep * layout.etp))
 
 
-def _wide(job: Job) -> int:
+def _wide(job: TrainingJob) -> int:
     """Bytes of an activation, and of a weight that is gathered."""
     return 4 if job.precision == "fp32" else 2
 
@@ -109,41 +109,28 @@ class _Layer:
 _NAMES = tuple(field.name for field in fields(_Layer))
 
 
-def _layer(job: Job, rates: Rates, where: dict[str, Group], moe: bool) -> _Layer:
+def _layer(job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: bool) -> _Layer:
     """One layer of the kind asked for."""
-    layout, model, software, fabric = job.layout, job.model, job.software, rates.fabric
     forward, backward = operators.layer(job, rates, moe)
-    size = float(_wide(job) * job.tokens * model.hidden)
-    tp = _tensor(job, rates, where["tp"], size)
-    ep = 0.0
-    if moe and layout.ep > 1:
-        moved = size * model.top_k * job.imbalance / layout.tp
-        ep = 2 * fabric.seconds("all_to_all", moved, where["ep"])
-        if software.overlap_ep:
-            ep -= min(HIDDEN * ep, 0.5 * (forward.compute + backward.compute))
-    if moe and layout.etp > 1:
-        rows = size * model.top_k * layout.etp / layout.tp
-        ep += fabric.seconds("all_gather", rows, where["etp"]) + fabric.seconds(
-            "reduce_scatter", rows, where["etp"]
-        )
-    cp = 0.0
-    if layout.cp > 1:
-        keys = 2 * _wide(job) * job.tokens * max(1, model.kv_heads // layout.tp) * model.head_dim * layout.cp
-        once = fabric.seconds("all_gather", keys, where["cp"])
-        cp = max(0.0, once - HIDDEN * forward.attention) + max(0.0, 2 * once - HIDDEN * backward.attention)
+    software = job.software
+    tp, of_feed = _tensor(job, rates, where["tp"], moe)
+    ep = _experts(job, rates, where) if moe else 0.0
+    if software.overlap_ep:
+        ep -= min(HIDDEN * ep, 0.5 * (forward.compute + backward.compute))
+    cp = _context(job, rates, where["cp"], (forward.attention, backward.attention))
     again, extra = 0.0, 0.0
     if job.recompute == "full":
         again, extra = forward.compute + tp + ep, 1.0
     elif job.recompute == "selective" and software.selective == "feed_forward":
-        again, extra = forward.feed + tp / 2 + ep, 0.5
+        again, extra = forward.feed + of_feed + ep, 0.5
     elif job.recompute == "selective":
         again = forward.attention + forward.scores
     weights = _gather_weights(
         job, rates, where, moe, forward.compute + tp + ep, backward.compute + tp + ep + again
     )
     host = (3 + extra) * rates.overheads.pass_kernels * rates.overheads.launch
-    if layout.tp > 1:
-        host += _tensor_host(job, rates, where["tp"])
+    if job.layout.tp > 1:
+        host += _tensor_host(job, rates, where["tp"], moe)
     return _Layer(
         forward.matmul + backward.matmul,
         forward.attention + backward.attention,
@@ -157,39 +144,112 @@ def _layer(job: Job, rates: Rates, where: dict[str, Group], moe: bool) -> _Layer
     )
 
 
-def _tensor(job: Job, rates: Rates, group: Group, size: float) -> float:
-    """Seconds of a layer's tensor-parallel collectives in one pass that stand in the way."""
-    if group.ranks == 1:
-        return 0.0
-    fabric = rates.fabric
-    if job.software.sequence_parallel:
-        seconds = 2 * (
-            fabric.seconds("all_gather", size, group) + fabric.seconds("reduce_scatter", size, group)
-        )
-    else:
-        seconds = 2 * fabric.seconds("all_reduce", size, group)
-    return seconds * ((1 - HIDDEN) if job.software.overlap_tp else 1.0)
+def regions(job: TrainingJob, moe: bool) -> tuple[int, ...]:
+    """Widths of what enters a layer's tensor-parallel regions: attention, and the MLP or shared expert.
+
+    Routed experts aren't one: their tokens come by the dispatch as they lie between layers, and expert-tensor parallelism
+    gathers for itself. Latent attention enters its latents (`trainer.model.latent`), and x too without compressed queries.
+    """
+    model = job.model
+    latents = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
+    into = latents + (0 if model.q_lora_rank else model.hidden) if model.attention == "mla" else model.hidden
+    if model.parallel_block and job.software.joined_block and not moe:
+        return (into,)
+    return (into, model.hidden) if not moe or model.shared_width else (into,)
 
 
-def _tensor_host(job: Job, rates: Rates, group: Group) -> float:
+def _tensor(job: TrainingJob, rates: Rates, group: RankGroup, moe: bool) -> tuple[float, float]:
+    """Exposed (not overlapped) seconds of a layer's tensor-parallel collectives in one pass: all, and the MLP's."""
+    fabric, token = rates.fabric, float(_wide(job) * job.tokens)
+    left = token * job.model.hidden
+    exposed = (1 - HIDDEN) if job.software.overlap_tp else 1.0
+
+    def seconds(width: int) -> float:
+        if not job.software.sequence_parallel:
+            return exposed * fabric.seconds("all_reduce", left, group)
+        gather = fabric.seconds("all_gather", token * width, group)
+        return exposed * (gather + fabric.seconds("reduce_scatter", left, group))
+
+    each = [seconds(width) for width in regions(job, moe)]
+    return sum(each), sum(each[1:])
+
+
+def _tensor_host(job: TrainingJob, rates: Rates, group: RankGroup, moe: bool) -> float:
     """Seconds of host time of a layer's tensor-parallel collectives, there and back."""
     over = rates.overheads
-    calls = 8 if job.software.sequence_parallel else 4
+    calls = len(regions(job, moe)) * (4 if job.software.sequence_parallel else 2)
     call = over.tp_call
     if job.layout.ranks > job.node:
         call += over.tp_rank_call * group.ranks + rates.fabric.latency("all_gather", group)
     return calls * call
 
 
+def gathers_experts(job: TrainingJob) -> bool:
+    """Whether tokens are gathered and summed over ep instead of sent to each of their experts: fewer bytes."""
+    layout = job.layout
+    return job.software.gathered_experts and layout.etp == 1 and 1 < layout.ep <= job.model.top_k
+
+
+def _experts(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> float:
+    """Seconds of tokens' way to their experts and back, in one pass."""
+    layout, fabric = job.layout, rates.fabric
+    mine = float(_wide(job) * job.tokens * job.model.hidden) / layout.tp
+    if gathers_experts(job):
+        everybody = mine * layout.ep
+        return sum(fabric.seconds(op, everybody, where["ep"]) for op in ("all_gather", "reduce_scatter"))
+    pairs = mine * job.model.top_k
+    seconds = _dispatch(job, fabric, pairs * job.imbalance, where["ep"])
+    if layout.etp > 1:
+        together = pairs * layout.etp
+        seconds += sum(fabric.seconds(op, together, where["etp"]) for op in ("all_gather", "reduce_scatter"))
+    return seconds
+
+
+def _dispatch(job: TrainingJob, fabric: Fabric, pairs: float, group: RankGroup) -> float:
+    """Seconds of sending so many bytes of token-expert pairs over ep and back."""
+    if not job.software.node_dispatch or group.nodes == 1:
+        return 2 * fabric.seconds("all_to_all", pairs, group)
+    top_k, nodes, router = job.model.top_k, group.nodes, job.model.router
+    reached = nodes * (1 - (1 - 1 / nodes) ** top_k)  # nodes that a token's choices lie on, chosen evenly
+    if router.groups > 1:
+        reached = min(reached, router.top_groups * max(1.0, nodes / router.groups))
+    there = 0.5 if job.precision == "fp8" else 1.0
+    inside = RankGroup(group.local)
+    return sum(
+        max(fabric.seconds("all_to_all", share * pairs * reached / top_k, group),
+            fabric.seconds("all_to_all", share * pairs, inside))
+        for share in (there, 1.0)
+    )  # fmt: skip
+
+
+def _context(job: TrainingJob, rates: Rates, group: RankGroup, attention: tuple[float, float]) -> float:
+    """Exposed seconds of a layer's exchange of keys and values, there and back, beside attention of so many seconds."""
+    if group.ranks == 1:
+        return 0.0
+    size, fabric = context_bytes(job), rates.fabric
+    once = fabric.seconds("all_gather", size, group)
+    if job.software.gathered_context:
+        return once + fabric.seconds("reduce_scatter", size, group)
+    return max(0.0, once - HIDDEN * attention[0]) + max(0.0, 2 * once - HIDDEN * attention[1])
+
+
+def context_bytes(job: TrainingJob) -> float:
+    """Bytes of all keys and values that context-parallel ranks gather for a layer, on one tensor-parallel rank."""
+    model, width = job.model, activations.context_width(job)
+    if model.attention == "mla" and job.software.latent_context:
+        width = model.kv_lora_rank + model.rope_head_dim
+    return _wide(job) * job.tokens * job.layout.cp * width
+
+
 def _gather_weights(
-    job: Job, rates: Rates, where: dict[str, Group], moe: bool, forward: float, backward: float
+    job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: bool, forward: float, backward: float
 ) -> float:
     """Seconds of a micro-batch's gathers and scatters of one layer's weights under ZeRO-3 that computing doesn't hide."""
     if job.zero < 3:
         return 0.0
-    plain, routed = _weights(job, moe)
+    mine = states.layer(job.model, job.layout, moe)
     gather = scatter = 0.0
-    for count, group in ((plain, where["dp"]), (routed, where["edp"])):
+    for count, group in ((mine.plain, where["dp"]), (mine.routed, where["edp"])):
         gather += rates.fabric.seconds("all_gather", _wide(job) * count, group)
         scatter += rates.fabric.seconds("reduce_scatter", job.software.reduce_bytes * count, group)
     if not job.software.overlap_dp:
@@ -197,42 +257,28 @@ def _gather_weights(
     return max(0.0, gather - forward) + max(0.0, gather + scatter - backward)
 
 
-def _weights(job: Job, moe: bool) -> tuple[float, float]:
-    """Weights of one layer on one rank: those that all data-parallel ranks hold, and those of routed experts."""
-    model, layout = job.model, job.layout
-    gates = operators.gates(model) + 1
-    plain = float(parameters.attention_weights(model))
-    if not moe:
-        return (plain + gates * model.hidden * model.dense_width) / layout.tp, 0.0
-    shared = gates * model.hidden * model.shared_width + parameters.router_weights(model)
-    routed = gates * model.hidden * model.expert_width * model.experts
-    return (plain + shared) / layout.tp, routed / (layout.ep * layout.etp)
-
-
 @dataclass(frozen=True)
 class _Pieces:
     """What set-ups share that differ in stages, replicas and batch only."""
 
-    job: Job
+    job: TrainingJob
     plain: _Layer | None
     """A layer with a dense MLP, and one with experts; None where the model has none."""
     routed: _Layer | None
     head: float
-    weights: tuple[tuple[float, float], tuple[float, float]]
-    """Weights of those layers on one rank: what all replicas hold, and what belongs to routed experts."""
 
-    def of(self, stage: schedule.Stage) -> list[tuple[int, _Layer]]:
+    def of(self, stage: schedule.StageCost) -> list[tuple[int, _Layer]]:
         """How many of which layers a stage has."""
         kinds = ((stage.dense, self.plain), (stage.moe, self.routed))
         return [(count, layer) for count, layer in kinds if count and layer]
 
 
-def _pieces(job: Job, rates: Rates, where: dict[str, Group]) -> _Pieces:
+def _pieces(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> _Pieces:
     layout, model = job.layout, job.model
     key = (
         id(model), id(job.software), layout.tp, layout.cp, layout.ep, layout.etp, job.sequence, job.micro_batch,
         job.precision, job.recompute, job.imbalance, job.folded, job.node, layout.ranks > job.node,
-        layout.dp if job.zero >= 3 else 0,
+        layout.dp if job.zero >= 3 else 0, job.software.own_master and (states.resident(job), job.micro_batches == 1),
     )  # fmt: skip
     found = rates.known.get(key)
     if not isinstance(found, _Pieces):
@@ -243,16 +289,12 @@ def _pieces(job: Job, rates: Rates, where: dict[str, Group]) -> _Pieces:
             _layer(job, rates, where, False) if model.dense_layers else None,
             _layer(job, rates, where, True) if moe else None,
             forward.compute + backward.compute,
-            (
-                _weights(job, False) if model.dense_layers else (0.0, 0.0),
-                _weights(job, True) if moe else (0.0, 0.0),
-            ),
         )
         rates.known[key] = found
     return found
 
 
-def parts(job: Job, rates: Rates) -> Parts:
+def parts(job: TrainingJob, rates: Rates) -> StepParts:
     """Seconds of a step, by what they go to; NaN where a rate that is needed is unknown."""
     where = groups(job)
     pieces = _pieces(job, rates, where)
@@ -270,9 +312,9 @@ def parts(job: Job, rates: Rates) -> Parts:
     _, bubble = schedule.span([sum(taken[stage]) for stage in cut], m, job.interleave, job.zero_bubble)
     dp, optimizer = 0.0, 0.0
     for stage, (device, waited) in taken.items():
-        exchange, update = _update(job, rates, where, pieces, stage, device + waited)
+        exchange, update = _update(job, rates, where, stage, device + waited)
         dp, optimizer = max(dp, exchange), max(optimizer, update)
-    return Parts(
+    return StepParts(
         **sums,
         head=m * pieces.head if slowest.head else 0.0,
         p2p=m * message,
@@ -283,8 +325,8 @@ def parts(job: Job, rates: Rates) -> Parts:
     )
 
 
-def _message(job: Job, rates: Rates, group: Group) -> float:
-    """Seconds of a micro-batch's messages from stage to stage, there and back, that stand in the way."""
+def _message(job: TrainingJob, rates: Rates, group: RankGroup) -> float:
+    """Seconds of a micro-batch's messages from stage to stage, there and back, that are exposed."""
     layout, software = job.layout, job.software
     if layout.pp == 1 or software.overlap_pp:
         return 0.0
@@ -295,7 +337,7 @@ def _message(job: Job, rates: Rates, group: Group) -> float:
     return 2 * (send + rates.overheads.p2p_call) * job.interleave
 
 
-def _stage(pieces: _Pieces, stage: schedule.Stage, message: float) -> tuple[float, float]:
+def _stage(pieces: _Pieces, stage: schedule.StageCost, message: float) -> tuple[float, float]:
     """Seconds that a micro-batch takes a stage's device, and those that it waits for its host on top."""
     device = message + (pieces.head if stage.head else 0.0)
     host = message
@@ -307,16 +349,16 @@ def _stage(pieces: _Pieces, stage: schedule.Stage, message: float) -> tuple[floa
 
 
 def _update(
-    job: Job, rates: Rates, where: dict[str, Group], pieces: _Pieces, stage: schedule.Stage, time: float
+    job: TrainingJob,
+    rates: Rates,
+    where: dict[str, RankGroup],
+    stage: schedule.StageCost,
+    time: float,
 ) -> tuple[float, float]:
     """Seconds of a stage's gradients and weights on the wire that nothing hides, and of its optimizer's traffic."""
-    model, software = job.model, job.software
-    table = model.vocab * model.hidden / job.layout.tp
-    tables = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
-    dense, routed = pieces.weights
-    plain, experts = stage.dense * dense[0] + stage.moe * routed[0] + tables * table, stage.moe * routed[1]
+    software, mine = job.software, states.held(job, stage)
     reduce = gather = local = 0.0
-    for count, group in ((plain, where["dp"]), (experts, where["edp"])):
+    for count, group in ((mine.plain, where["dp"]), (mine.routed, where["edp"])):
         local += count / (group.ranks if job.zero else 1)
         if group.ranks > 1 and count and job.zero < 3:
             one, two = _reduce(job, rates, group, count, stage)
@@ -328,17 +370,38 @@ def _update(
         reduce = max(0.0, reduce - behind * BEHIND * time)
     if software.overlap_gather:
         gather = max(0.0, gather - BEHIND * time / 2)
-    cleared = local if states.gradients_split(job) else plain + experts
+    return reduce + gather, _updated(job, rates, mine) + _orthogonal(job, rates, where, stage, local)
+
+
+def update_bytes(job: TrainingJob, gradient: int, cast: bool) -> float:
+    """Bytes that the optimizer step moves for a weight.
+
+    Masters and moments are read and written, the gradient is read for its norm and for the step, and the weights that
+    matmuls use are written; `cast`: by a kernel of their own, from the masters, as FSDP2 does while it gathers.
+    """
+    software = job.software
     of_matrices = (
         software.moments_bytes if software.matrix_moments_bytes is None else software.matrix_moments_bytes
     )
-    # Moments are read and written; `update_bytes` has those of fp32 AdamW in it.
-    moved = (rates.overheads.update_bytes - 2 * (8 - of_matrices)) * local + software.gradient_bytes * cleared
-    return reduce + gather, moved / operators.bandwidth(rates) + _orthogonal(job, rates, where, stage, local)
+    working = 0 if job.precision == "fp32" else 6 if cast else 2
+    return 8 + 2 * of_matrices + 2 * gradient + working
+
+
+def _updated(job: TrainingJob, rates: Rates, mine: states.Held) -> float:
+    """Seconds of the optimizer's traffic and of setting gradients to zero."""
+    over = states.replicas(job.layout) if job.zero else (1, 1)
+    resident, software, moved = states.resident(job), job.software, 0.0
+    whole = (mine.plain, mine.routed)
+    for count, split, kept, gradient in zip(whole, over, resident, states.gradient_bytes(job), strict=True):
+        each = rates.overheads.update_bytes
+        each = update_bytes(job, gradient, software.own_master and not kept) if each is None else each
+        cleared = 0.0 if software.fresh_gradients else software.gradient_bytes
+        moved += each * count / split + cleared * count / (split if states.gradients_split(job) else 1)
+    return moved / operators.stream(rates)
 
 
 def _orthogonal(
-    job: Job, rates: Rates, where: dict[str, Group], stage: schedule.Stage, local: float
+    job: TrainingJob, rates: Rates, where: dict[str, RankGroup], stage: schedule.StageCost, local: float
 ) -> float:
     """Seconds of Muon's iterations, each matrix on one rank of the stage, and of its way there and back."""
     layout, steps = job.layout, job.software.orthogonal_steps
@@ -356,16 +419,15 @@ def _orthogonal(
     return alone + 2 * sent
 
 
-def _reduce(job: Job, rates: Rates, group: Group, count: float, stage: schedule.Stage) -> tuple[float, float]:
+def _reduce(
+    job: TrainingJob, rates: Rates, group: RankGroup, count: float, stage: schedule.StageCost
+) -> tuple[float, float]:
     """Seconds of reducing `count` weights' gradients over a group, and of gathering the weights after the update."""
     software, fabric = job.software, rates.fabric
     pieces = max(1, stage.layers)
     if software.bucket_bytes:
-        model, tp = job.model, job.layout.tp
-        mlp = model.hidden * (model.dense_width or model.expert_width) / tp
-        projections = [n * k for n, k in operators.attention_shapes(model, tp)]
-        weights = (mlp, operators.gates(model) * mlp, *reversed(projections))
-        pieces = schedule.buckets(weights, stage.layers, software.bucket_bytes // _wide(job)) + 1
+        sizes = tuple(float(one.n * one.k) for one in reversed(shapes.layer(job, stage.dense == 0)))
+        pieces = schedule.buckets(sizes, stage.layers, software.bucket_bytes // _wide(job)) + 1
     size = software.reduce_bytes * count / pieces
     op = "reduce_scatter" if job.zero else "all_reduce"
     gather = fabric.seconds("all_gather", _wide(job) * count, group) if job.zero else 0.0

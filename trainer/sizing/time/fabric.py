@@ -44,7 +44,7 @@ _PASSES = {"all_reduce": 2.0}
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """Ranks that communicate, and how they lie."""
 
     ranks: int
@@ -59,10 +59,10 @@ class Group:
         return max(1, self.ranks // self.nodes)
 
 
-def place(size: int, stride: int, node: int) -> Group:
+def place(size: int, stride: int, node: int) -> RankGroup:
     """The group of `size` ranks that lie `stride` apart, where nodes have `node` ranks and numbering is dense."""
     local = min(size, max(1, node // stride))
-    return Group(size, -(-size // local), min(stride, node))
+    return RankGroup(size, -(-size // local), min(stride, node))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class Fabric:
         """GB/s of a rank's links to the others of a group inside a node; NaN where unknown."""
         return next((gbps for size, gbps in self.inside if size >= ranks), math.nan)
 
-    def seconds(self, op: str, size: float, group: Group) -> float:
+    def seconds(self, op: str, size: float, group: RankGroup) -> float:
         """Seconds of one call with `size` bytes in nccl-tests' sense; 0 for a group of one, NaN where a rate is unknown."""
         n = group.ranks
         if n <= 1 or size <= 0:
@@ -112,7 +112,7 @@ class Fabric:
         rate = min(adapters, self.link(max(2, group.local)) * LARGE[1] * 1e9)
         return SMALL[0] + math.hypot(self.latency(op, group), wire / rate)
 
-    def latency(self, op: str, group: Group) -> float:
+    def latency(self, op: str, group: RankGroup) -> float:
         """Seconds for which a collective over nodes only waits for its steps: a ring's, or an all-reduce's tree."""
         if group.nodes == 1:
             return 0.0
@@ -136,7 +136,7 @@ class Fabric:
             share = MULTICAST
         return min(SMALL[0] + wire / (SMALL[1] * rate), start + wire / (share * rate))
 
-    def _all_to_all(self, wire: float, group: Group, adapters: float) -> float:
+    def _all_to_all(self, wire: float, group: RankGroup, adapters: float) -> float:
         """What leaves the node and what stays goes at once; messages don't wait for each other, as a ring's do."""
         n, local = group.ranks, group.local
         leaving = wire * (n - local) / (n - 1)

@@ -1,21 +1,21 @@
-"""Finds a device's `Tuning` in its measured matmuls: robust least squares of log time, by Levenberg and Marquardt.
+"""Finds a device's `Tuning` in its measured matmuls: robust least squares of log time.
 
-The tiles are chosen anew at each step; the derivatives are taken with the choice held. Pure Python, since a plan must
-not wait for numpy.
+The tiles are chosen anew at each step; the derivatives are taken with the choice held. `trainer.sizing.time.fits` keeps
+what was found, since a plan must not wait for it.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from trainer.sizing.time.kernels import LEVELS, Chip, Form, Kind, Plan, Shape, Tuning
+from trainer.sizing.time.kernels import LEVELS, Chip, Form, KernelKind, KernelPlan, MatmulShape, Tuning
 
-Measured = tuple[Shape, float]
+Measured = tuple[MatmulShape, float]
 """A shape and its seconds."""
 
 DENSE = ("rate", "launch", "ramp", "feed", "bandwidth", "split", "power")
@@ -28,11 +28,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "grouped_rate": (0.2, 1.2), "grouped_launch": (1e-8, 1e-3), "grouped_ramp": (0.2, 20.0), "expert": (1e-9, 1e-4),
 }  # fmt: skip
 """What a parameter may be: beyond it, the data say nothing about it."""
-_STEPS = 12
 _GOOD_ENOUGH = 1e-3
 """Relative gain of a step below which the search ends."""
 _STEP = 0.02
-_LARGEST_MOVE = 0.7
 _OUTLIER = 0.06
 """Log error from which on a shape counts linearly and no longer by its square."""
 _FIRM = 1e-4
@@ -52,7 +50,7 @@ _FEWEST = 8
 
 def dense(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
     """Fit the dense parameters, then the factors of rows less than 128 bytes aligned, then the kernels of the others."""
-    aligned = [row for row in rows if row[0].kind == Kind.ALIGNED]
+    aligned = [row for row in rows if row[0].kind == KernelKind.ALIGNED]
     found = _fit(chip, start, DENSE, [row for row in aligned if min(row[0].levels) == LEVELS])
     form = Form(chip, replace(found, inner=(1.0,) * LEVELS, outer=(1.0,) * LEVELS))
     ratios: dict[tuple[int, int], list[float]] = {}
@@ -60,7 +58,7 @@ def dense(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
         if min(shape.levels) < LEVELS:
             ratios.setdefault(shape.levels, []).append(seconds / form.choose(shape).seconds)
     found = replace(found, inner=_factors(ratios, 0, start.inner), outer=_factors(ratios, 1, start.outer))
-    return _fit(chip, found, SLOW, [row for row in rows if row[0].kind != Kind.ALIGNED])
+    return _fit(chip, found, SLOW, [row for row in rows if row[0].kind != KernelKind.ALIGNED])
 
 
 def _factors(
@@ -99,7 +97,7 @@ def rate(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
     return _fit(chip, start, ("rate",), rows)
 
 
-def solve_rate(chip: Chip, start: Tuning, shape: Shape, seconds: float) -> Tuning:
+def solve_rate(chip: Chip, start: Tuning, shape: MatmulShape, seconds: float) -> Tuning:
     """The rate at which `shape` takes `seconds`, all else given."""
     low, high = math.log(start.rate) - 3, math.log(start.rate) + 3
     for _ in range(50):
@@ -114,98 +112,38 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured]) -> Tuning:
+    """Robust least squares of log time, in logs of the parameters, drawn to `start` by `_FIRM`."""
     if len(rows) < len(names):
         return start
-    logs = [math.log(seconds) for _, seconds in rows]
-    origin = [math.log(getattr(start, name)) for name in names]
-    damping = 1e-2
+    import numpy as np  # only a profile that was never fitted needs these two
+    from scipy.optimize import least_squares
+
+    measured = np.log([seconds for _, seconds in rows])
+    origin = np.log([getattr(start, name) for name in names])
+    edges = np.log([BOUNDS.get(name, (1e-300, 1e300)) for name in names]).T
+    pull = _OUTLIER * math.sqrt(2 * _FIRM * len(rows))
 
     def tuned(point: Sequence[float]) -> Tuning:
-        values: dict[str, Any] = {
-            name: math.exp(_within(name, x)) for name, x in zip(names, point, strict=True)
-        }
+        values: dict[str, Any] = {name: math.exp(x) for name, x in zip(names, point, strict=True)}
         return replace(start, **values)
 
-    def errors(form: Form, plans: Sequence[Plan]) -> list[float]:
-        timed = (form.time(shape, plan).seconds for (shape, _), plan in zip(rows, plans, strict=True))
-        return [math.log(seconds) - log for seconds, log in zip(timed, logs, strict=True)]
+    def errors(point: Sequence[float], plans: Sequence[KernelPlan] | None = None) -> Any:
+        form = Form(chip, tuned(point))
+        chosen = plans or [form.plan(shape) for shape, _ in rows]
+        timed = [form.time(shape, plan).seconds for (shape, _), plan in zip(rows, chosen, strict=True)]
+        return np.concatenate([np.log(timed) - measured, pull * (np.asarray(point) - origin)])
 
-    def loss(found: Sequence[float], point: Sequence[float]) -> float:
-        spread = sum((x - o) ** 2 for x, o in zip(point, origin, strict=True))
-        return sum(math.sqrt(1 + (e / _OUTLIER) ** 2) - 1 for e in found) + _FIRM * len(rows) * spread
-
-    def look(point: Sequence[float]) -> tuple[list[Plan], list[float], float]:
+    def slopes(point: Sequence[float]) -> Any:
         form = Form(chip, tuned(point))
         plans = [form.plan(shape) for shape, _ in rows]
-        found = errors(form, plans)
-        return plans, found, loss(found, point)
+        here, moves = errors(point, plans), _STEP * np.eye(len(names))
+        return np.stack([(errors(point + move, plans) - here) / _STEP for move in moves], axis=1)
 
-    point = list(origin)
-    plans, found, best = look(point)
-    for _ in range(_STEPS):
-        slopes = []
-        for i in range(len(names)):
-            moved = [x + (_STEP if i == j else 0.0) for j, x in enumerate(point)]
-            shifted = errors(Form(chip, tuned(moved)), plans)
-            slopes.append([(a - b) / _STEP for a, b in zip(shifted, found, strict=True)])
-        step = _Step(slopes, found, [o - x for o, x in zip(origin, point, strict=True)])
-        before = best
-        while damping < 1e4:
-            moved = [
-                x + max(-_LARGEST_MOVE, min(_LARGEST_MOVE, d))
-                for x, d in zip(point, step(damping), strict=True)
-            ]
-            result = look(moved)
-            if result[2] < best:
-                point, (plans, found, best) = moved, result
-                damping = max(damping / 4, 1e-5)
-                break
-            damping *= 5
-        if before - best < _GOOD_ENOUGH * before:
-            break
-    return tuned(point)
-
-
-def _within(name: str, x: float) -> float:
-    bounds = BOUNDS.get(name)
-    return x if bounds is None else max(math.log(bounds[0]), min(math.log(bounds[1]), x))
-
-
-class _Step:
-    """The damped normal equations of one point."""
-
-    def __init__(self, slopes: list[list[float]], errors: list[float], home: list[float]) -> None:
-        weights = [1 / math.sqrt(1 + (e / _OUTLIER) ** 2) / _OUTLIER**2 for e in errors]
-        pull = 2 * _FIRM * len(errors)
-        dot: Callable[[list[float], list[float]], float] = lambda a, b: sum(  # noqa: E731
-            w * x * y for w, x, y in zip(weights, a, b, strict=True)
-        )
-        size = len(slopes)
-        self._matrix = [[dot(slopes[i], slopes[j]) for j in range(size)] for i in range(size)]
-        self._right = [pull * home[i] - dot(slopes[i], errors) for i in range(size)]
-        for i in range(size):
-            self._matrix[i][i] += pull
-
-    def __call__(self, damping: float) -> list[float]:
-        rows = [[*row, right] for row, right in zip(self._matrix, self._right, strict=True)]
-        for i, row in enumerate(rows):
-            row[i] *= 1 + damping
-        return _solved(rows)
-
-
-def _solved(rows: list[list[float]]) -> list[float]:
-    """Solution of linear equations, the right side as the last column; the matrix is positive definite."""
-    size = len(rows)
-    for i in range(size):
-        for j in range(i + 1, size):
-            factor = rows[j][i] / rows[i][i]
-            for c in range(i, size + 1):
-                rows[j][c] -= factor * rows[i][c]
-    found = [0.0] * size
-    for i in reversed(range(size)):
-        rest = sum(rows[i][c] * found[c] for c in range(i + 1, size))
-        found[i] = (rows[i][size] - rest) / rows[i][i]
-    return found
+    inside = np.clip(origin, edges[0] + 1e-6, edges[1] - 1e-6)
+    found = least_squares(
+        errors, inside, slopes, (edges[0], edges[1]), loss="soft_l1", f_scale=_OUTLIER, ftol=_GOOD_ENOUGH
+    )
+    return tuned(found.x)
 
 
 class _Point(NamedTuple):
@@ -219,7 +157,7 @@ class _Point(NamedTuple):
     miss: float
 
 
-Place = tuple[tuple[Kind, str], tuple[float, float, float, float, float]]
+Place = tuple[tuple[KernelKind, str], tuple[float, float, float, float, float]]
 """The kernels that a shape may use, and where it lies among those of them."""
 
 
@@ -227,12 +165,12 @@ class Misses:
     """What the formula misses, smoothed over neighbouring shapes."""
 
     def __init__(self, points: Sequence[tuple[Place, float]]) -> None:
-        groups: dict[tuple[Kind, str], list[_Point]] = {}
+        groups: dict[tuple[KernelKind, str], list[_Point]] = {}
         for (kind, where), miss in points:
             groups.setdefault(kind, []).append(_Point(*where, miss))
         self._groups = {kind: sorted(found) for kind, found in groups.items()}
 
-    def has(self, kind: Kind) -> bool:
+    def has(self, kind: KernelKind) -> bool:
         """Whether shapes of a kind are among them."""
         return any(own == kind for own, _ in self._groups)
 
@@ -264,7 +202,7 @@ class Misses:
         Near measured shapes as for those that were left out with all that differ in rows alone, far from them as the
         formula alone fits those of its kind.
         """
-        aligned = place[0][0] == Kind.ALIGNED
+        aligned = place[0][0] == KernelKind.ALIGNED
         return self._intervals[aligned, self._near(place)[0] > _SHRINK]
 
     @cached_property
@@ -275,7 +213,7 @@ class Misses:
             points = [
                 ((kind, point[:5]), point)
                 for kind, group in self._groups.items()
-                if (kind[0] == Kind.ALIGNED) == aligned
+                if (kind[0] == KernelKind.ALIGNED) == aligned
                 for point in group
             ]
             near = []
@@ -297,7 +235,7 @@ def _edges(logs: Sequence[float]) -> tuple[float, float]:
     return math.exp(min(low, 0.0)), math.exp(max(high, 0.0))
 
 
-def place(shape: Shape) -> Place:
+def place(shape: MatmulShape) -> Place:
     """Where a shape lies, in reaches; the experts count half."""
     rows = shape.m if shape.inner else shape.m / shape.experts
     inner = shape.k / shape.experts if shape.inner else shape.k
@@ -308,10 +246,15 @@ def place(shape: Shape) -> Place:
         math.log2(shape.experts) / (2 * _REACH),
         math.log2(shape.imbalance) / _REACH,
     )
-    return (shape.kind, "" if shape.kind == Kind.ALIGNED else shape.layout), where
+    return (shape.kind, "" if shape.kind == KernelKind.ALIGNED else shape.layout), where
 
 
-def missed(form: Form, rows: Sequence[Measured]) -> Misses | None:
-    """What a fitted formula misses of the shapes that it was fitted to; None without any."""
-    points = [(place(shape), math.log(seconds / form.choose(shape).seconds)) for shape, seconds in rows]
+def misses(form: Form, rows: Sequence[Measured]) -> list[float]:
+    """Log of measured over predicted of each of some shapes."""
+    return [math.log(seconds / form.choose(shape).seconds) for shape, seconds in rows]
+
+
+def missed(rows: Sequence[Measured], logs: Sequence[float]) -> Misses | None:
+    """What a fitted formula misses of the shapes that it was fitted to, by `misses`; None without any."""
+    points = [(place(shape), log) for (shape, _), log in zip(rows, logs, strict=True)]
     return Misses(points) if points else None

@@ -9,7 +9,7 @@ that is least. `ramp` is what filling and emptying the pipeline of a tile costs,
 tile costs because it loads more operands for its work; max' is a soft maximum. Above a share of the peak the power
 limit lowers the clock: power grows with the cube of it, so the rate only with the cube root of what it would be.
 
-Which kernels there are to choose from is decided by where rows of the operands and of the result begin (`Kind`): copy
+Which kernels there are to choose from is decided by where rows of the operands and of the result begin (`KernelKind`): copy
 engines and 16-byte loads want multiples of 16 bytes. Otherwise kernels of an older make run, with fewer tiles, another
 rate and ramp, and a larger `feed`, since loads are what limits them.
 `trainer.sizing.time.fitting` finds a device's numbers, its `Tuning`, in a profile.
@@ -60,7 +60,7 @@ SLOW_TILES: tuple[Tile, ...] = ((64, 64), (64, 128), (128, 64), (128, 128), (128
 """Of the kernels for rows that aren't 16 bytes apart."""
 
 
-class Kind(IntEnum):
+class KernelKind(IntEnum):
     """Which kernels a shape may use."""
 
     ALIGNED = 0
@@ -145,7 +145,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatmulShape:
     """[m, k] times [k, n]; `experts` of them where it is grouped."""
 
     m: int
@@ -174,15 +174,15 @@ class Shape:
         return (self.k if self.layout == "inputs" else self.m) | self.n, self.n
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> KernelKind:
         """Which kernels it may use."""
         operands, result = self.rows
         least = ((operands | result) & -(operands | result)) * self.bytes
         if least >= 16:
-            return Kind.ALIGNED
+            return KernelKind.ALIGNED
         if least >= 4:
-            return Kind.EVEN
-        return Kind.ODD if result * self.bytes % 4 == 0 else Kind.ODD_RESULT
+            return KernelKind.EVEN
+        return KernelKind.ODD if result * self.bytes % 4 == 0 else KernelKind.ODD_RESULT
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -204,7 +204,7 @@ class Shape:
         return self.bytes * operands + max(self.bytes, 2.0) * results * self.m * self.n
 
 
-class Plan(NamedTuple):
+class KernelPlan(NamedTuple):
     """How a library runs a shape."""
 
     tile: Tile
@@ -215,11 +215,11 @@ class Plan(NamedTuple):
     """Parts that the inner dimension is split into."""
 
 
-class Choice(NamedTuple):
+class KernelTime(NamedTuple):
     """How the time of a shape comes about; all in seconds."""
 
     seconds: float
-    plan: Plan
+    plan: KernelPlan
     launch: float
     arithmetic: float
     """Of the waves."""
@@ -251,20 +251,20 @@ class Form:
         self.chip, self.tuning = chip, tuning
         best = min(1 + tuning.feed * (1 / a + 1 / b) for a, b in chip.tiles)
         self._scale = chip.units / (tuning.rate * best)
-        self._costs = {Kind.ALIGNED: _costs(chip.tiles, tuning.feed, self._scale)}
+        self._costs = {KernelKind.ALIGNED: _costs(chip.tiles, tuning.feed, self._scale)}
         for kind, share, feed in (
-            (Kind.EVEN, tuning.even, tuning.even_feed),
-            (Kind.ODD, tuning.odd, tuning.odd_feed),
-            (Kind.ODD_RESULT, tuning.odd_result, tuning.odd_feed),
+            (KernelKind.EVEN, tuning.even, tuning.even_feed),
+            (KernelKind.ODD, tuning.odd, tuning.odd_feed),
+            (KernelKind.ODD_RESULT, tuning.odd_result, tuning.odd_feed),
         ):
             scale = chip.units / (tuning.rate * share * (1 + feed / 64))
             self._costs[kind] = _costs(SLOW_TILES, feed, scale)
 
-    def choose(self, shape: Shape) -> Choice:
+    def choose(self, shape: MatmulShape) -> KernelTime:
         """The time of a shape, run as the library is thought to."""
         return self.time(shape, self.plan(shape))
 
-    def plan(self, shape: Shape) -> Plan:
+    def plan(self, shape: MatmulShape) -> KernelPlan:
         """What the library is thought to choose: by the grouped kernel's rule, otherwise the least arithmetic time."""
         if shape.experts == 1:
             return self._dense(shape)
@@ -275,14 +275,14 @@ class Form:
         rows = shape.m if shape.inner else shape.m / shape.experts
         return self._tiled(shape, rule.small if min(rows, shape.n) <= rule.few else rule.tile, rule.cluster)
 
-    def time(self, shape: Shape, plan: Plan) -> Choice:
+    def time(self, shape: MatmulShape, plan: KernelPlan) -> KernelTime:
         """The time of a shape that is run so."""
         tuning = self.tuning
         launch = tuning.launch
         arithmetic = self._waiting(shape, plan)
         if shape.experts > 1:
             launch += tuning.grouped_launch + tuning.expert * shape.experts
-        if shape.experts == 1 and shape.kind == Kind.ALIGNED:
+        if shape.experts == 1 and shape.kind == KernelKind.ALIGNED:
             inner, outer = shape.levels
             arithmetic *= tuning.inner[inner] if inner < LEVELS else 1.0
             arithmetic *= tuning.outer[outer] if outer < LEVELS else 1.0
@@ -293,9 +293,9 @@ class Form:
         slowing = 1.0
         if share > 0.5:  # below, the factor is 1 to five digits
             slowing = (1 + share**_POWER_SOFTNESS) ** (1 / (_POWER_SOFTNESS * _CUBE))
-        return Choice(launch + busy * slowing, plan, launch, arithmetic, memory, slowing)
+        return KernelTime(launch + busy * slowing, plan, launch, arithmetic, memory, slowing)
 
-    def _dense(self, shape: Shape) -> Plan:
+    def _dense(self, shape: MatmulShape) -> KernelPlan:
         m, n, k, ramp = shape.m, shape.n, shape.k, self._ramp(shape)
         units, part_cost = self.chip.units, self._part_cost(shape)
         most = _MOST_SPLIT_WAVES * units
@@ -312,9 +312,9 @@ class Form:
                     seconds += part_cost * parts
                 if seconds < least:
                     least, best = seconds, (a, b, blocks, waves, parts)
-        return Plan(best[:2], *best[2:])
+        return KernelPlan(best[:2], *best[2:])
 
-    def _tiled(self, shape: Shape, tile: Tile, cluster: int) -> Plan:
+    def _tiled(self, shape: MatmulShape, tile: Tile, cluster: int) -> KernelPlan:
         """A grouped call in tiles of one size."""
         step, columns = tile[0] * cluster, -(-shape.n // tile[1])
         if shape.inner:
@@ -325,9 +325,9 @@ class Form:
             parts = shares(shape.experts, shape.imbalance)
             rounded = sum(math.ceil(shape.m * part / step - _ROUNDING) for part in parts)
         blocks = rounded * cluster * columns
-        return Plan(tile, blocks, -(-blocks // self.chip.units), 1)
+        return KernelPlan(tile, blocks, -(-blocks // self.chip.units), 1)
 
-    def _waiting(self, shape: Shape, plan: Plan) -> float:
+    def _waiting(self, shape: MatmulShape, plan: KernelPlan) -> float:
         """Seconds of the waves."""
         tile, _, waves, parts = plan
         tuning = self.tuning
@@ -342,12 +342,12 @@ class Form:
         mean = shape.k / shape.experts
         return (waves * (mean + ramp) + mean * (shape.imbalance - 1)) * cost
 
-    def _part_cost(self, shape: Shape) -> float:
+    def _part_cost(self, shape: MatmulShape) -> float:
         """Seconds of passing over one part's results."""
         return self.tuning.split * 8.0 * shape.m * shape.n / self.tuning.bandwidth
 
-    def _ramp(self, shape: Shape) -> float:
-        return self.tuning.ramp if shape.kind == Kind.ALIGNED else self.tuning.slow_ramp
+    def _ramp(self, shape: MatmulShape) -> float:
+        return self.tuning.ramp if shape.kind == KernelKind.ALIGNED else self.tuning.slow_ramp
 
 
 def _cost(tile: Tile, feed: float, scale: float) -> float:

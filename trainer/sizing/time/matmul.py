@@ -17,8 +17,17 @@ from configs.errors import UserError
 from configs.hardware import HardwareConfig
 from configs.profile import CopyRate, DeviceProfile, Operands
 from trainer.sizing.figures import Figure
-from trainer.sizing.time import fitting
-from trainer.sizing.time.kernels import GROUPED, TILES, Chip, Choice, Form, Kind, Shape, Tuning
+from trainer.sizing.time import fits, fitting
+from trainer.sizing.time.kernels import (
+    GROUPED,
+    TILES,
+    Chip,
+    Form,
+    KernelKind,
+    KernelTime,
+    MatmulShape,
+    Tuning,
+)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "half", "fp32": "float"}
 _BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0}
@@ -58,19 +67,19 @@ class _Precision:
     interval: tuple[float, float]
     """Where nothing was measured."""
 
-    def misses(self, shape: Shape) -> fitting.Misses | None:
+    def misses(self, shape: MatmulShape) -> fitting.Misses | None:
         return self.dense if shape.experts == 1 else self.grouped
 
-    def seconds(self, shape: Shape) -> tuple[float, Choice]:
+    def seconds(self, shape: MatmulShape) -> tuple[float, KernelTime]:
         choice = self.form.choose(shape)
         misses = self.misses(shape)
         return choice.seconds * (math.exp(misses.at(fitting.place(shape))) if misses else 1.0), choice
 
-    def between(self, shape: Shape) -> tuple[float, float]:
+    def between(self, shape: MatmulShape) -> tuple[float, float]:
         """Ratios of measured over predicted; wider where the ragged dimension is one that no profile has."""
         misses = self.misses(shape)
         low, high = misses.between(fitting.place(shape)) if misses else self.interval
-        if shape.kind != Kind.ALIGNED and not (misses and misses.has(shape.kind)):
+        if shape.kind != KernelKind.ALIGNED and not (misses and misses.has(shape.kind)):
             low, high = min(low, _SLOW[0]), max(high, _SLOW[1])
         return (low * 0.9, high * 1.15) if shape.inner and misses else (low, high)
 
@@ -124,7 +133,7 @@ class Kernels:
             model = self._precision(precision)
             if model is None:
                 return None
-            shape = Shape(m, n, k, experts, imbalance, layout, _BYTES[precision])
+            shape = MatmulShape(m, n, k, experts, imbalance, layout, _BYTES[precision])
             found = self._cache[key] = model.seconds(shape)[0]
         return found
 
@@ -142,7 +151,7 @@ class Kernels:
 
     # ---- figures ----
 
-    def matmul_figure(self, name: str, shape: Shape, precision: str = "bf16") -> Figure | None:
+    def matmul_figure(self, name: str, shape: MatmulShape, precision: str = "bf16") -> Figure | None:
         """`matmul` with its interval and derivation; None where unknown."""
         model = self._precision(precision)
         if model is None:
@@ -208,18 +217,21 @@ class Kernels:
                 tuning = fitting.rate(chip, base.form.tuning, rows)
                 name = self.profile.name if self.profile else ""
                 form, basis = Form(chip, tuning), f"profile {name}, {len(rows)} shapes of {precision}"
-                return _Precision(form, basis, fitting.missed(form, rows), None, _INTERVALS["achieved"])
+                missed = fitting.missed(rows, fitting.misses(form, rows))
+                return _Precision(form, basis, missed, None, _INTERVALS["achieved"])
         if isinstance(start, str):
             return start
         dense = [row for row in rows if row[0].experts == 1]
         grouped = [row for row in rows if row[0].experts > 1]
-        tuning = fitting.dense(chip, start.form.tuning, dense)
-        tuning = fitting.grouped(chip, tuning, grouped)
-        form = Form(chip, tuning)
         name = self.profile.name if self.profile else ""
+        tuning, off, grouped_off = fits.fitted(name, chip, start.form.tuning, dense, grouped)
         basis = f"profile {name}, fitted to {len(dense)} dense and {len(grouped)} grouped shapes"
         return _Precision(
-            form, basis, fitting.missed(form, dense), fitting.missed(form, grouped), start.interval
+            Form(chip, tuning),
+            basis,
+            fitting.missed(dense, off),
+            fitting.missed(grouped, grouped_off),
+            start.interval,
         )
 
     def _catalogue(self, chip: Chip, precision: str) -> _Precision | str:
@@ -231,7 +243,7 @@ class Kernels:
             return f"{hardware.name} has no {precision} rate on record"
         best = achieved or _ACHIEVED_RATE[hardware.kind] * (peak or 0.0)
         m, n, k = hardware.achieved_shapes.get(precision, _BIG)
-        shape = Shape(m, n, k, bytes=_BYTES[precision])
+        shape = MatmulShape(m, n, k, bytes=_BYTES[precision])
         start = replace(DEFAULTS, rate=best * 1e12, bandwidth=bandwidth)
         tuning = fitting.solve_rate(chip, start, shape, shape.flops / (best * 1e12))
         if achieved:
@@ -268,7 +280,7 @@ def _bandwidth(hardware: HardwareConfig) -> float | None:
 
 def _measured(profile: DeviceProfile, dtype: str, width: float) -> list[fitting.Measured]:
     return [
-        (Shape(r.m, r.n, r.k, r.experts, r.imbalance, r.layout, width), r.time_us / 1e6)
+        (MatmulShape(r.m, r.n, r.k, r.experts, r.imbalance, r.layout, width), r.time_us / 1e6)
         for r in profile.matmuls
         if r.dtype == dtype
     ]
@@ -285,7 +297,7 @@ def _along(points: Sequence[tuple[float, float]], x: float) -> float:
     return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
 
 
-def _derivation(model: _Precision, shape: Shape, choice: Choice, seconds: float) -> str:
+def _derivation(model: _Precision, shape: MatmulShape, choice: KernelTime, seconds: float) -> str:
     form, (tile, blocks, waves, parts) = model.form, choice.plan
     units = form.chip.units
     grouped = f" in {shape.experts} experts" if shape.experts > 1 else ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from configs.profile import Operands
 from configs.schema import ModelConfig
-from trainer.sizing.model.job import Job
+from trainer.sizing.memory import states
+from trainer.sizing.model import flops, shapes, weights
+from trainer.sizing.model.job import TrainingJob
+from trainer.sizing.model.shapes import Matmul
 from trainer.sizing.time.rates import Rates
 
 #: Rate of fused attention over that of the best matmul, forward and backward, causal at 4k with heads of 128. Kernels
@@ -23,8 +25,13 @@ FLASH_HEAD = 128
 ELEMENTWISE = 0.7
 
 
+#: Bytes of an element that is cast for matmuls in fp8: read in 16 bits, written in 8, once as it is and once transposed, of
+#: a matmul's input on the way forward and of its output's gradient on the way back.
+FP8_CAST = 4.0
+
+
 @dataclass(frozen=True)
-class Moved:
+class ElementwiseTraffic:
     """Bytes of an element that one pass of `Software.eager` moves, at `ELEMENTWISE` of the memory's rate.
 
     Kernels counted in `trainer.model`, and set to what its parts alone took on H100 with torch 2.11 (three sizes each,
@@ -46,9 +53,19 @@ class Moved:
 
 
 EAGER = (
-    Moved(norm=20, positions=28, activation=13, residual=6, router=10, row=10, weighted=42),
-    Moved(norm=32, positions=28, activation=24, residual=6, router=20, row=11.5, weighted=157),
+    ElementwiseTraffic(norm=20, positions=28, activation=13, residual=6, router=10, row=10, weighted=42),
+    ElementwiseTraffic(norm=32, positions=28, activation=24, residual=6, router=20, row=11.5, weighted=157),
 )
+
+
+KERNELS = (
+    ElementwiseTraffic(norm=4, positions=4, activation=6, residual=4, router=4, row=4.5, weighted=6),
+    ElementwiseTraffic(norm=6, positions=6, activation=12, residual=10, router=8, row=4.5, weighted=12),
+)
+"""The same of `trainer.kernels`, counted in their source, at the rate of a long copy. A norm adds the residual on its way,
+and turns queries and keys on theirs, so that it moves nothing by itself there. On H100 the parts of a step took 6.3 ms
+(norms, rotation, activation) and 4.9 (rows), where this gives 6.2 and 4.8; 3.6 ms of sums and small things aren't in it
+(docs/speed.md)."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +86,15 @@ class Pass:
         return self.matmul + self.attention + self.memory + self.scores
 
 
-def gates(model: ModelConfig) -> int:
-    """Matrices of an MLP that its input is multiplied with: gate and up, or one."""
-    return 2 if model.gated else 1
-
-
-def bandwidth(rates: Rates) -> float:
-    """Bytes a second of memory that kernels reach; NaN where unknown."""
+def stream(rates: Rates) -> float:
+    """Bytes a second of memory that long copies reach; NaN where unknown."""
     hardware = rates.hardware
-    achieved = hardware.memory_achieved_gbps or (hardware.memory_gbps or math.nan) * 0.85
-    return achieved * 1e9 * ELEMENTWISE
+    return (hardware.memory_achieved_gbps or (hardware.memory_gbps or math.nan) * 0.85) * 1e9
+
+
+def bandwidth(rates: Rates, job: TrainingJob | None = None) -> float:
+    """Bytes a second of memory that kernels between matmuls reach, those of a job's software; NaN where unknown."""
+    return stream(rates) * (1.0 if job and job.software.kernels else ELEMENTWISE)
 
 
 def flop_rate(rates: Rates, precision: str) -> float:
@@ -90,67 +106,35 @@ def flop_rate(rates: Rates, precision: str) -> float:
     return achieved * 1e12 * rates.kept
 
 
-def matmul(
-    rates: Rates,
-    precision: str,
-    m: int,
-    n: int,
-    k: int,
-    experts: int = 1,
-    layout: Operands = "forward",
-) -> float:
-    """Seconds of [m, k] times [k, n]; `experts` of them with m rows together where it is grouped. NaN where unknown."""
-    if min(m, n, k) <= 0:
-        return 0.0
-    seconds = rates.kernels.matmul(m, n, k, experts, precision, layout=layout)
-    return math.nan if seconds is None else seconds / rates.kept
-
-
-def attention_shapes(model: ModelConfig, tp: int) -> tuple[tuple[int, int], ...]:
-    """(n, k) of the projections of one attention layer on a tensor-parallel rank."""
-    query, key_value = model.heads * model.head_dim // tp, max(1, model.kv_heads // tp) * model.head_dim
-    if model.attention == "mla":
-        query_width = model.heads * (model.head_dim + model.rope_head_dim) // tp
-        first = model.q_lora_rank or 0
-        shapes = [(model.kv_lora_rank + model.rope_head_dim + first, model.hidden)]
-        shapes.append((query_width, first or model.hidden))
-        shapes += [(2 * query, model.kv_lora_rank), (model.hidden, query)]
-        return tuple(shapes)
-    return ((query + 2 * key_value, model.hidden), (model.hidden, query))
-
-
 def orthogonal_flops(model: ModelConfig, moe: bool, steps: int) -> float:
     """FLOPs of Muon's Newton-Schulz iterations on all matrices of a layer, experts' among them.
 
     An iteration on m x n, m the smaller: the product with its transpose, that product's square, and the product of the
     polynomial with the matrix.
     """
-    matrices = [(1, n, k) for n, k in attention_shapes(model, 1)]
-    widths = (
-        [(model.experts, model.expert_width), (1, model.shared_width)] if moe else [(1, model.dense_width)]
-    )
-    matrices += [(count * (gates(model) + 1), width, model.hidden) for count, width in widths if width]
     total = 0.0
-    for count, n, k in matrices:
-        short, long = min(n, k), max(n, k)
-        total += count * (4.0 * short**2 * long + 2.0 * short**3)
+    for one in weights.layer(model, moe):
+        if one.part != "router" and not one.convolution:
+            short, long = sorted((one.out, one.inner))
+            total += one.count * (4.0 * short**2 * long + 2.0 * short**3)
     return steps * total
 
 
-def core(job: Job, rates: Rates, backward: bool) -> tuple[float, float]:
+def core(job: TrainingJob, rates: Rates, backward: bool) -> tuple[float, float]:
     """Seconds of the attention core's matmuls and of its memory traffic on one rank, one pass of one micro-batch."""
     model, tp, cp = job.model, job.layout.tp, job.layout.cp
     heads, b, s = model.heads / tp, job.micro_batch, job.sequence
     head = model.head_dim + (model.rope_head_dim if model.attention == "mla" else 0)
     pair_flops = 2.0 * (head + model.head_dim) * b * heads * s * s / cp
     if job.software.flash_attention:
-        flops = pair_flops * (0.5 if job.software.causal_flops else 1.0) * (2.5 if backward else 1.0)
+        seen = flops.keys_seen(model, s) / s if job.software.causal_flops else 1.0
+        work = pair_flops * seen * (2.5 if backward else 1.0)
         fit = min(1.0, (head / FLASH_HEAD) ** 0.5)
         flash2 = FLASH2.get(rates.hardware.architecture or "", FLASH2_ELSEWHERE)
         tuned = job.software.tuned_attention and model.head_dim % 8 == 0  # cuDNN takes no others
-        share = (TUNED if tuned else flash2)[backward]
+        share = (TUNED if tuned else flash2)[backward] * job.software.attention_share
         precision = "bf16" if job.precision == "fp8" else job.precision  # attention stays in 16 bits
-        return flops / (flop_rate(rates, precision) * share * fit), 0.0
+        return work / (flop_rate(rates, precision) * share * fit), 0.0
     # The score matrix goes through memory: written by its matmul, masked and normalised, dropped out, read again.
     scores = b * heads * s * s / cp
     seconds = (
@@ -160,20 +144,22 @@ def core(job: Job, rates: Rates, backward: bool) -> tuple[float, float]:
     return seconds, scores * per_score / bandwidth(rates)
 
 
-def moved_per_token(job: Job, backward: bool) -> tuple[float, float]:
+def moved_per_token(job: TrainingJob, backward: bool) -> tuple[float, float]:
     """Bytes per token of norms, residuals and positions, and of the activation function per unit of MLP width."""
     model, software = job.model, job.software
     split = job.layout.tp if software.sequence_parallel else 1
     query = model.heads * model.head_dim / job.layout.tp
-    if software.eager:
-        one = EAGER[backward]
+    branches = 1 if model.parallel_block else 2
+    if software.eager or software.kernels:
+        one = (KERNELS if software.kernels else EAGER)[backward]
         rotated = (1 + model.kv_heads / model.heads) * query
-        heads = rotated * (one.positions + (one.norm if model.qk_norm != "none" else 0.0))
+        apart = software.eager and model.qk_norm != "none"
+        heads = rotated * (one.positions + (one.norm if apart else 0.0))
         if model.head_dim % 8:  # torch copies queries, keys and values into wider heads, and the result back
             padded, cut = (4.0, 6.0) if backward else (6.0, 4.0)
             heads += query * cut + (2 * rotated - query) * padded
-        return 2 * (one.norm + one.residual) * model.hidden / split + heads, one.activation
-    norms, residuals = 8.0 * model.hidden, 12.0 * model.hidden
+        return branches * (one.norm + one.residual) * model.hidden / split + heads, one.activation
+    norms, residuals = 4.0 * branches * model.hidden, 6.0 * branches * model.hidden
     if software.dropout:
         residuals += 4.0 * model.hidden
     positions = 8.0 * query if model.gated else 0.0
@@ -185,79 +171,76 @@ def moved_per_token(job: Job, backward: bool) -> tuple[float, float]:
     return ((norms + residuals) / split + positions) * factor, activation * factor
 
 
-def _products(rates: Rates, precision: str, shape: tuple[int, int, int, int], backward: bool) -> float:
-    """Seconds of a matmul (m, n, k, experts) in one pass: forward one product, backward two."""
-    m, n, k, experts = shape
-    if not backward:
-        return matmul(rates, precision, m, n, k, experts)
-    inputs = matmul(rates, precision, m, k, n, experts, "inputs")
-    return inputs + matmul(rates, precision, n, k, m, experts, "weights")
+def _seconds(job: TrainingJob, rates: Rates, one: Matmul, backward: bool) -> float:
+    """Seconds of all calls of a matmul in one pass; NaN where unknown."""
+    if one.experts > 1 or one.part == "experts":
+        # How many rows an expert gets changes with every batch: no kernel is chosen by an odd number of them.
+        one = replace(one, m=max(1, round(shapes.rows(job) * job.imbalance / 128)) * 128)
+    seconds = one.once(rates.kernels, job.precision, backward)
+    return math.nan if seconds is None else one.count * seconds / rates.kept
+
+
+def _accumulated(job: TrainingJob, weights: float, routed: bool) -> float:
+    """Bytes that adding a micro-batch's gradients of so many weights to the step's takes, where a kernel does that."""
+    alone = states.resident(job)[routed] and job.micro_batches == 1
+    return 0.0 if job.software.fused_accumulation or alone else job.software.gradient_bytes * 2.5 * weights
 
 
 @lru_cache(maxsize=50_000)
-def layer(job: Job, rates: Rates, moe: bool) -> tuple[Pass, Pass]:
+def layer(job: TrainingJob, rates: Rates, moe: bool) -> tuple[Pass, Pass]:
     """Forward and backward pass of a micro-batch over one layer on one rank, without communication or recomputation."""
-    model, layout, tokens = job.model, job.layout, job.tokens
-    precision = job.precision
-    shapes = [(tokens, n, k, 1) for n, k in attention_shapes(model, layout.tp)]
-    widths = []
-    if not moe:
-        width = model.dense_width // layout.tp
-        shapes += [(tokens, gates(model) * width, model.hidden, 1), (tokens, model.hidden, width, 1)]
-        widths.append((width, tokens))
-    else:
-        local = max(1, model.experts // layout.ep)
-        # How many rows an expert gets changes with every batch: no kernel is chosen by an odd number of them.
-        rows = max(1, round(tokens * model.top_k * job.imbalance * layout.etp / layout.tp / 128)) * 128
-        width = model.expert_width // layout.etp
-        shapes += [(rows, gates(model) * width, model.hidden, local), (rows, model.hidden, width, local)]
-        shapes.append((tokens, model.experts, model.hidden, 1))
-        widths.append((width, rows))
-        if model.shared_width:
-            shared = model.shared_width // layout.tp
-            shapes += [(tokens, gates(model) * shared, model.hidden, 1), (tokens, model.hidden, shared, 1)]
-            widths.append((shared, tokens))
-    passes, projections = [], len(attention_shapes(model, layout.tp))
+    model, layout, tokens, matmuls = job.model, job.layout, job.tokens, shapes.layer(job, moe)
+    rows = shapes.rows(job) * job.imbalance if moe else 0.0
+    widths: list[tuple[float, float]] = [(model.dense_width / layout.tp, tokens)]
+    if moe:
+        widths = [(model.expert_width / layout.etp, rows), (model.shared_width / layout.tp, tokens)]
+    size = sum(one.n * one.k * one.experts * one.count for one in matmuls)
+    routed = sum(one.n * one.k * one.experts * one.count for one in matmuls if one.part == "experts")
+    passes = []
     for backward in (False, True):
-        each = [_products(rates, precision, shape, backward) for shape in shapes]
+        each = {one: _seconds(job, rates, one, backward) for one in matmuls}
         attention, kept = core(job, rates, backward)
         per_token, per_width = moved_per_token(job, backward)
         fed = sum(w * r * per_width for w, r in widths) + (_permuted(job, rows, backward) if moe else 0.0)
         moved = tokens * per_token + fed
-        if backward and not job.software.fused_accumulation:
-            moved += job.software.gradient_bytes * 2.5 * sum(n * k * e for _, n, k, e in shapes)
-        feed = sum(each[projections:]) + fed / bandwidth(rates)
-        passes.append(Pass(sum(each), attention, moved / bandwidth(rates), kept, feed))
+        if job.precision == "fp8":
+            moved += FP8_CAST * sum(one.m * (one.n if backward else one.k) for one in matmuls)
+        if backward:
+            moved += _accumulated(job, size - routed, False) + _accumulated(job, routed, True)
+        rate = bandwidth(rates, job)
+        feed = sum(s for one, s in each.items() if one.part != "attention") + fed / rate
+        passes.append(Pass(sum(each.values()), attention, moved / rate, kept, feed))
     return passes[0], passes[1]
 
 
-def _permuted(job: Job, rows: float, backward: bool) -> float:
+def _permuted(job: TrainingJob, rows: float, backward: bool) -> float:
     """Bytes of one pass of routing, and of putting `rows` into the order of their experts and back.
 
-    Read and written on the way out; read, weighted and added on the way back; once more each way where what arrives
-    from other ranks has to be sorted by local expert.
+    Indexed, read and written on the way out; read, weighted, padded and added on the way back, with the probabilities
+    beside them; once more each way where what arrives from other ranks has to be sorted by local expert.
     """
-    passes = 5.0 if job.software.compiled else 7.0
+    passes = 8.0 if job.software.compiled else 10.0
     sorted_again = 4.0 if job.layout.ep > 1 and job.model.experts > job.layout.ep else 0.0
-    if job.software.eager:
-        one, tokens = EAGER[backward], job.tokens / job.layout.tp
+    if job.software.eager or job.software.kernels:
+        one = (KERNELS if job.software.kernels else EAGER)[backward]
+        tokens = job.tokens / job.layout.tp
         per_row = one.row + 2.0 * sorted_again
         return job.model.hidden * (rows * per_row + tokens * (one.weighted + one.router))
     return 2.0 * job.model.hidden * rows * (passes + sorted_again)
 
 
 @lru_cache(maxsize=50_000)
-def head(job: Job, rates: Rates) -> tuple[Pass, Pass]:
+def head(job: TrainingJob, rates: Rates) -> tuple[Pass, Pass]:
     """Forward and backward pass of the output projection and the loss, again for each depth of multi-token prediction."""
-    model, tokens = job.model, job.tokens * (1 + job.model.mtp_layers)
-    columns = -(-model.vocab // job.layout.tp)
-    forward = matmul(rates, job.precision, tokens, columns, model.hidden)
-    backward = matmul(rates, job.precision, tokens, model.hidden, columns, layout="inputs")
-    backward += matmul(rates, job.precision, columns, model.hidden, tokens, layout="weights")
-    # Logits written; copied to fp32, maximum, exponent, sum; gradient in fp32, cast back.
+    one = shapes.head(job)
+    forward, backward = (_seconds(job, rates, one, back) for back in (False, True))
+    tokens, columns = one.m, one.n
+    # Logits written; copied to fp32, maximum, exponent, sum; gradient in fp32, cast back. One kernel: read twice, written
+    # once.
     passes = (6.0, 8.0) if job.software.fused_loss else (22.0, 14.0)
-    logits = tokens * columns / bandwidth(rates)
-    accumulate = 0.0
-    if not job.software.fused_accumulation:
-        accumulate = job.software.gradient_bytes * 2.5 * columns * model.hidden / bandwidth(rates)
+    if job.software.kernels:
+        passes = (4.0, 2.0)
+    rate = bandwidth(rates, job)
+    logits = tokens * columns / rate
+    accumulate = _accumulated(job, columns * one.k, False) / rate
     return Pass(forward, 0.0, logits * passes[0]), Pass(backward, 0.0, logits * passes[1] + accumulate)

@@ -13,11 +13,11 @@ from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile
 from trainer.sizing.figures import Figure
 from trainer.sizing.model import flops, shapes
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import operators
 from trainer.sizing.time.estimate import TOGETHER
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.kernels import Shape
+from trainer.sizing.time.kernels import MatmulShape
 from trainer.sizing.time.rates import Rates
 
 HEADS = (32, 64, 96, 128, 192, 256)
@@ -67,19 +67,19 @@ class Prices:
         self.hardware = hardware
         self.rates = Rates(hardware, from_catalogue(hardware), profile)
         self.kernels = self.rates.kernels
-        self._known: dict[Job, Price | None] = {}
+        self._known: dict[TrainingJob, Price | None] = {}
 
     def why_not(self, precision: str) -> str:
         """Why there are no prices; empty where there are."""
         return self.kernels.why(precision)
 
-    def of(self, job: Job) -> Price | None:
+    def of(self, job: TrainingJob) -> Price | None:
         """The price of a micro-batch over all layers, one tensor-parallel rank's share; None where rates are unknown."""
         if job not in self._known:
             self._known[job] = self._price(job)
         return self._known[job]
 
-    def _price(self, job: Job) -> Price | None:
+    def _price(self, job: TrainingJob) -> Price | None:
         matmuls: dict[str, float] = {}
         for one in shapes.forward(job):
             seconds = self.matmul(one, job)
@@ -94,12 +94,12 @@ class Prices:
         launches = 3 * over.pass_kernels * over.launch * job.model.layers
         return Price(matmuls, attention, memory, launches, per_token * job.tokens / job.layout.tp, job.tokens)
 
-    def matmul(self, one: shapes.Matmul, job: Job) -> float | None:
+    def matmul(self, one: shapes.Matmul, job: TrainingJob) -> float | None:
         """Seconds of all calls of a matmul with their gradients, at the rate that a long run keeps; None where unknown."""
         seconds = one.seconds(self.kernels, job.precision, job.imbalance)
         return None if seconds is None else seconds / self.rates.kept
 
-    def _rest(self, job: Job) -> tuple[float, float]:
+    def _rest(self, job: TrainingJob) -> tuple[float, float]:
         """Seconds of the attention core, and of what only moves memory."""
         model = job.model
         # The width that is padded says which kernel it is, and only then how wide that computes.
@@ -116,14 +116,14 @@ class Prices:
                 memory += count * sum(one.memory for one in operators.layer(job, self.rates, moe))
         return core * model.layers, memory
 
-    def figure(self, job: Job) -> Figure | None:
+    def figure(self, job: TrainingJob) -> Figure | None:
         """The price with its derivation; None where rates are unknown."""
         price = self.of(job)
         if price is None:
             return None
         parts = []
         for one in shapes.forward(job):
-            shape = Shape(one.m, one.n, one.k, one.experts)
+            shape = MatmulShape(one.m, one.n, one.k, one.experts)
             forward = self.kernels.matmul_figure(f"time.{_slug(one.name)}.forward", shape, job.precision)
             seconds = self.matmul(one, job) or 0.0
             low, high = (forward.low / forward.value, forward.high / forward.value) if forward else (0.7, 1.4)

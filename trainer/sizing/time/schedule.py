@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from configs.schema import ModelConfig
-from trainer.sizing.model import parameters
+from trainer.sizing.model import weights
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """What a pipeline stage holds."""
 
     dense: int
@@ -26,7 +26,9 @@ class Stage:
         return self.dense + self.moe
 
 
-def stages(model: ModelConfig, pp: int, balanced: bool = False, folded: bool = False) -> tuple[Stage, ...]:
+def stages(
+    model: ModelConfig, pp: int, balanced: bool = False, folded: bool = False
+) -> tuple[StageCost, ...]:
     """The stages of a model: layers spread evenly, the larger ones first; or, `balanced`, by the cost of blocks.
 
     Balanced is what nanotron does: blocks in order, a stage is full where the cost of all blocks so far reaches its share
@@ -44,25 +46,21 @@ def stages(model: ModelConfig, pp: int, balanced: bool = False, folded: bool = F
     return tuple(_joined(cut[i], cut[-1 - i]) for i in range(pp)) if folded else cut
 
 
-def _joined(one: Stage, two: Stage) -> Stage:
-    return Stage(
+def _joined(one: StageCost, two: StageCost) -> StageCost:
+    return StageCost(
         one.dense + two.dense, one.moe + two.moe, one.embedding or two.embedding, one.head or two.head
     )
 
 
 def _costs(model: ModelConfig) -> tuple[float, float, float]:
     """Cost of a dense layer, an MoE layer and the output projection, in weights that a token is multiplied with."""
-    attention = float(parameters.attention_weights(model))
-    gates = 3 if model.gated else 2
-    dense = attention + gates * model.hidden * model.dense_width
-    moe = attention + gates * model.hidden * (model.expert_width * model.top_k + model.shared_width)
-    return dense, moe, float(model.vocab * model.hidden)
+    return weights.active(model, False), weights.active(model, True), float(model.vocab * model.hidden)
 
 
 @lru_cache(maxsize=4096)
 def _stages(
     layers: int, dense: int, pp: int, costs: tuple[float, float, float] | None, extra_moe: int
-) -> tuple[Stage, ...]:
+) -> tuple[StageCost, ...]:
     if costs is None:
         base, extra = divmod(layers, pp)
         cuts = [base + (i < extra) for i in range(pp)]
@@ -80,7 +78,7 @@ def _stages(
     for i, count in enumerate(cuts):
         plain = max(0, min(dense - first, count))
         last = i == pp - 1
-        out.append(Stage(plain, count - plain + extra_moe * last, i == 0, last))
+        out.append(StageCost(plain, count - plain + extra_moe * last, i == 0, last))
         first += count
     return tuple(out)
 

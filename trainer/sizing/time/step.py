@@ -7,13 +7,14 @@ import math
 from configs.hardware import HardwareConfig
 from trainer.sizing.figures import Figure, exact
 from trainer.sizing.model import flops
-from trainer.sizing.model.job import Job
+from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import schedule
-from trainer.sizing.time.estimate import Parts
+from trainer.sizing.time.estimate import StepParts
 from trainer.sizing.time.rates import Rates
 
-#: Relative uncertainty of each part, and of all of them together: what the published runs of the study miss by, rounded.
+#: Relative uncertainty of each part, and of all of them together, so that nine of ten published runs that calibrated
+#: nothing lie inside (`python -m trainer validate`).
 SPREAD = {
     "matmul": 0.12,
     "attention": 0.30,
@@ -31,14 +32,14 @@ SPREAD = {
     "optimizer": 0.40,
     "fixed": 0.50,
 }
-TOGETHER = 0.10
+TOGETHER = 0.20
 _SAYS = {
     "matmul": "matmuls of the slowest stage's layers over all micro-batches, there and back; rates: {kernels}",
     "attention": "attention core of those layers",
     "memory": "norms, residuals, activation functions and routing of those layers, by bytes over memory bandwidth",
     "head": "output projection and loss",
     "recompute": "what the backward pass computes again ({recompute})",
-    "tp": "tensor-parallel collectives that stand in the way; {fabric}",
+    "tp": "exposed tensor-parallel collectives; {fabric}",
     "ep": "dispatch to experts and combination; {fabric}",
     "cp": "exchange of keys and values that attention doesn't hide; {fabric}",
     "weights": "gathers and scatters of weights under ZeRO-3 that computing doesn't hide; {fabric}",
@@ -51,13 +52,13 @@ _SAYS = {
 }
 
 
-def step_time(job: Job, rates: Rates) -> Figure | None:
-    """Seconds of a step with an interval that about four of five published runs lie in; None where a rate is unknown."""
+def step_time(job: TrainingJob, rates: Rates) -> Figure | None:
+    """Seconds of a step with an interval that nine of ten published runs lie in; None where a rate is unknown."""
     parts = time.parts(job, rates)
     return None if math.isnan(parts.step) else figure(job, rates, parts)
 
 
-def figure(job: Job, rates: Rates, parts: Parts) -> Figure:
+def figure(job: TrainingJob, rates: Rates, parts: StepParts) -> Figure:
     """The figure of a step whose parts are known."""
     low, high = interval(parts)
     made = []
@@ -71,14 +72,14 @@ def figure(job: Job, rates: Rates, parts: Parts) -> Figure:
     return Figure("step", parts.step, "s", low, high, how, tuple(made))
 
 
-def interval(parts: Parts) -> tuple[float, float]:
+def interval(parts: StepParts) -> tuple[float, float]:
     """Least and most seconds: independent parts by the root of their squares, and what they have in common, as ratios."""
     own = math.sqrt(sum((SPREAD[name] * value) ** 2 for name, value in vars(parts).items()))
     ratio = 1 + math.hypot(own / parts.step, TOGETHER)
     return parts.step / ratio, parts.step * ratio
 
 
-def why_unknown(job: Job, rates: Rates) -> str:
+def why_unknown(job: TrainingJob, rates: Rates) -> str:
     """Why there is no time, in one line; empty where there is one."""
     if not math.isnan(time.parts(job, rates).step):
         return ""
@@ -87,7 +88,7 @@ def why_unknown(job: Job, rates: Rates) -> str:
     )
 
 
-def tokens_per_second(job: Job, step: Figure) -> Figure:
+def tokens_per_second(job: TrainingJob, step: Figure) -> Figure:
     """Tokens a second of the whole job."""
     tokens = job.global_batch * job.sequence
     how = f"{job.global_batch} samples x {job.sequence} tokens / step"
@@ -102,7 +103,7 @@ def tokens_per_second(job: Job, step: Figure) -> Figure:
     )
 
 
-def mfu(job: Job, hardware: HardwareConfig, step: Figure) -> Figure | None:
+def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | None:
     """Model FLOP/s over the peak in percent, by this project's convention; None where the peak is unknown."""
     peak = flops.peak(hardware, job.precision)
     if peak is None:
@@ -114,7 +115,7 @@ def mfu(job: Job, hardware: HardwareConfig, step: Figure) -> Figure | None:
     return Figure("mfu", scale / step.value, "%", scale / step.high, scale / step.low, how, (done, step))
 
 
-def _stages(job: Job) -> str:
+def _stages(job: TrainingJob) -> str:
     cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
     return (
         f"{len(cut)} stages of {', '.join(str(stage.layers) for stage in cut)} layers"
@@ -123,7 +124,7 @@ def _stages(job: Job) -> str:
     )
 
 
-def _how(name: str, job: Job, rates: Rates) -> str:
+def _how(name: str, job: TrainingJob, rates: Rates) -> str:
     source = f"profile {rates.device.name}" if rates.device else f"catalogue of {rates.hardware.name}"
     return _SAYS[name].format(
         kernels=f"{source}, {rates.kept:.0%} of a short benchmark's",

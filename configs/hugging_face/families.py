@@ -1,0 +1,303 @@
+"""The fields of `ModelConfig` by family of published models, from the family's `config.json`.
+
+Sources: the configuration and modeling files of `transformers` 5. `tests/configs/test_hugging_face.py` compares every
+count of parameters with that of the family's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from configs.errors import UserError
+from configs.hugging_face.file import ConfigFile, Tree
+
+ARCHITECTURES = {
+    "MixtralForCausalLM": "mixtral", "OlmoeForCausalLM": "olmoe", "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe", "DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3",
+    "GptOssForCausalLM": "gpt_oss", "Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4",
+    "PhimoeForCausalLM": "phimoe", "PhiMoEForCausalLM": "phimoe", "MistralForCausalLM": "mistral",
+    "Mistral3ForConditionalGeneration": "mistral", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}  # fmt: skip
+"""Class that a file names under `architectures` -> its `model_type`."""
+ALIASES = {"llama4_text": "llama4", "mistral3": "mistral"}
+
+_EPS = {"mixtral": 1e-5, "olmoe": 1e-5, "gpt_oss": 1e-5, "llama4": 1e-5, "phimoe": 1e-5}
+_THETA = {"mixtral": 1e6, "phimoe": 1e6, "llama4": 5e5, "gpt_oss": 1.5e5}
+"""Defaults of the families' own classes, where they aren't 1e-6 and 1e4."""
+
+
+def common(config: ConfigFile, family: str, name: str) -> Tree:
+    """The fields that all families spell alike.
+
+    Raises:
+        UserError: where a size is missing or isn't a whole number.
+    """
+    config.only("hidden_act", "silu", "swish")
+    if config.get("quantization_config"):
+        config.differs("quantization_config", "weights in `train.precision`")
+    heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
+    theta, yarn = _rope(config, family)
+    return {
+        "name": name, "layers": config.whole("num_hidden_layers"), "hidden": hidden, "heads": heads,
+        "kv_heads": config.whole("num_key_value_heads", default=heads), "vocab": config.whole("vocab_size"),
+        "head_dim": config.whole("head_dim", default=hidden // max(heads, 1)), "rope_theta": theta, "yarn": yarn,
+        "norm_eps": config.number("rms_norm_eps", _EPS.get(family, 1e-6)),
+        "init_std": config.number("initializer_range", 0.02),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+    }  # fmt: skip
+
+
+def _rope(config: ConfigFile, family: str) -> tuple[float, Tree]:
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    theta = new.get("rope_theta") or config.number("rope_theta", _THETA.get(family, 1e4))
+    config.get("rope_theta")
+    scaling = new or old
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("default", None):
+        return float(theta), {}
+    same = scaling.get("mscale", 1.0) == scaling.get("mscale_all_dim", 1.0) == 1.0
+    plain = kind == "yarn" and scaling.get("attention_factor") is None and scaling.get("truncate", True)
+    if not plain or not same:
+        shown = ", ".join(f"{k}={v}" for k, v in scaling.items() if not isinstance(v, list))
+        config.differs(f"rope_parameters: {shown}", "the default or plain yarn")
+    if kind != "yarn":
+        return float(theta), {}
+    return float(theta), {
+        "factor": scaling["factor"],
+        "original": scaling.get("original_max_position_embeddings")
+        or config.whole("max_position_embeddings"),
+        "beta_fast": scaling.get("beta_fast") or 32.0,
+        "beta_slow": scaling.get("beta_slow") or 1.0,
+    }
+
+
+def _experts(config: ConfigFile) -> Tree:
+    top_k = config.whole("num_experts_per_tok")
+    return {"experts": config.whole("num_local_experts", "num_experts"), "top_k": top_k}
+
+
+def _softmax(config: ConfigFile, top_k: int, coefficient: float, renormalize: bool) -> Tree:
+    """A router that an auxiliary loss balances. Its shares sum to `top_k`, and layers are pooled."""
+    weight = config.number("router_aux_loss_coef", coefficient) * top_k
+    return {
+        "balance": "aux", "aux_coefficient": weight, "losses_over_layers": "mean", "renormalize": renormalize,
+    }  # fmt: skip
+
+
+def _leading_dense(config: ConfigFile) -> Tree:
+    """`mlp_only_layers` and `decoder_sparse_step` of Qwen: only leading layers can be dense here."""
+    dense, step = config.get("mlp_only_layers", []), config.whole("decoder_sparse_step", default=1)
+    if step != 1 or dense != list(range(len(dense))):
+        raise UserError(
+            f"{config.where}: decoder_sparse_step={step}, mlp_only_layers={dense} makes other layers dense than the first; "
+            "only leading layers can be dense (model.dense_layers)"
+        )
+    width = config.whole("intermediate_size", default=0)
+    return {"dense_layers": len(dense), "dense_width": width if dense else 0}
+
+
+def _biases(config: ConfigFile, default: bool = False) -> None:
+    """Note biases in the attention; `default`: whether the family has them where the file doesn't say."""
+    if config.get("attention_bias", default):
+        config.differs("attention_bias=True", "False")
+
+
+def _mixtral(config: ConfigFile) -> Tree:
+    _biases(config)
+    config.only("router_jitter_noise", 0.0)
+    own = _experts(config)
+    router = _softmax(config, own["top_k"], 0.001, True)
+    return own | {
+        "expert_width": config.whole("intermediate_size"), "window": config.whole("sliding_window", default=0),
+        "router": router,
+    }  # fmt: skip
+
+
+def _olmoe(config: ConfigFile) -> Tree:
+    _biases(config)
+    config.only("clip_qkv", None, here="no clipping")
+    own = _experts(config)
+    router = {
+        # OLMoE's own training code: shares that sum to 1, and a z-loss.
+        "balance": "aux", "aux_coefficient": config.number("router_aux_loss_coef", 0.01),
+        "z_coefficient": 0.001 / max(own["top_k"], 1), "losses_over_layers": "mean",
+        "renormalize": bool(config.get("norm_topk_prob", False)),
+    }  # fmt: skip
+    return own | {
+        "expert_width": config.whole("intermediate_size"),
+        "qk_norm": "projection",
+        "router": router,
+    }
+
+
+def _qwen_window(config: ConfigFile) -> None:
+    config.only("use_sliding_window", False, here="full attention")
+    config.get("sliding_window")
+
+
+def _qwen2_moe(config: ConfigFile) -> Tree:
+    _qwen_window(config)
+    own = _experts(config)
+    if config.get("qkv_bias", True):
+        config.differs("qkv_bias=True", "no biases")
+    shared = config.whole("shared_expert_intermediate_size", default=5632)
+    config.differs("shared_expert_gate", "the shared expert's output is added whole")
+    router = _softmax(config, own["top_k"], 0.001, bool(config.get("norm_topk_prob", False)))
+    width = config.whole("moe_intermediate_size")
+    return own | _leading_dense(config) | {"expert_width": width, "shared_width": shared, "router": router}
+
+
+def _qwen3_moe(config: ConfigFile) -> Tree:
+    _biases(config)
+    _qwen_window(config)
+    own = _experts(config)
+    router = _softmax(config, own["top_k"], 0.001, bool(config.get("norm_topk_prob", False)))
+    width = config.whole("moe_intermediate_size")
+    return own | _leading_dense(config) | {"expert_width": width, "qk_norm": "head", "router": router}
+
+
+def _latent(config: ConfigFile, dense: int) -> Tree:
+    """What DeepSeek-V2 and V3 share: latent attention, leading dense layers, shared experts."""
+    _biases(config)
+    config.only("mlp_bias", False, None)
+    if config.whole("moe_layer_freq", default=1) != 1:
+        raise UserError(
+            f"{config.where}: moe_layer_freq={config.get('moe_layer_freq')} isn't known here, 1 is"
+        )
+    plain, value = config.whole("qk_nope_head_dim", default=128), config.whole("v_head_dim", default=128)
+    if value != plain:
+        raise UserError(
+            f"{config.where}: v_head_dim={value} isn't known here, {plain} is: model.head_dim is both the width of values "
+            "and that of qk_nope_head_dim"
+        )
+    width = config.whole("moe_intermediate_size")
+    leading = config.whole("first_k_dense_replace", default=dense)
+    return {
+        "head_dim": plain, "experts": config.whole("n_routed_experts", "num_local_experts"),
+        "top_k": config.whole("num_experts_per_tok"), "expert_width": width,
+        "shared_width": width * config.whole("n_shared_experts", default=0), "dense_layers": leading,
+        "dense_width": config.whole("intermediate_size") if leading else 0, "attention": "mla",
+        "q_lora_rank": config.whole("q_lora_rank", default=0), "kv_lora_rank": config.whole("kv_lora_rank"),
+        "rope_head_dim": config.whole("qk_rope_head_dim", default=64),
+    }  # fmt: skip
+
+
+def _deepseek_v2(config: ConfigFile) -> Tree:
+    groups = config.whole("n_group", default=1)
+    config.only("scoring_func", "softmax")
+    config.only(
+        "topk_method", "greedy", here="groups are ranked by their best two experts"
+    ) if groups > 1 else None
+    config.get("topk_method")
+    router = {
+        "groups": groups, "top_groups": config.whole("topk_group", default=1), "balance": "aux",
+        "scale": config.number("routed_scaling_factor", 1.0), "aux_coefficient": config.number("aux_loss_alpha", 0.001),
+        "renormalize": bool(config.get("norm_topk_prob", False)),
+    }  # fmt: skip
+    return _latent(config, 0) | {"router": router}
+
+
+def _deepseek_v3(config: ConfigFile) -> Tree:
+    config.only("scoring_func", "sigmoid")
+    config.only("topk_method", "noaux_tc")
+    router = {
+        "score": "sigmoid", "groups": config.whole("n_group", default=1),
+        "top_groups": config.whole("topk_group", default=1), "scale": config.number("routed_scaling_factor", 2.5),
+        "balance": "both", "aux_coefficient": 1e-4,
+        "renormalize": bool(config.get("norm_topk_prob", True)), "bias_update_rate": 1e-3,
+    }  # fmt: skip
+    return _latent(config, 3) | {"router": router}
+
+
+def _gpt_oss(config: ConfigFile) -> Tree:
+    _biases(config, default=True)
+    config.differs("biases of router and experts", "no biases")
+    config.differs("attention sinks", "none")
+    limit = config.get("swiglu_limit", 7.0)
+    config.differs(f"SwiGLU with swiglu_limit={limit}", "SwiGLU without a limit")
+    config.get("swiglu_alpha")
+    window = config.whole("sliding_window", default=0)
+    if window:
+        config.differs(f"sliding_window={window} in every second layer", "full attention in all")
+    own = _experts(config)
+    router = _softmax(config, own["top_k"], 0.001, True)
+    return own | {"expert_width": config.whole("intermediate_size"), "router": router}
+
+
+def _llama4(config: ConfigFile) -> Tree:
+    _biases(config)
+    step = config.whole("interleave_moe_layer_step", default=1)
+    if step != 1:
+        raise UserError(
+            f"{config.where}: interleave_moe_layer_step={step} puts experts into every {step}th layer; here every layer "
+            "after the first model.dense_layers has experts"
+        )
+    config.differs("sigmoid weights on the experts' inputs", "on their outputs")
+    if config.get("use_qk_norm", True):
+        config.differs("use_qk_norm=True, a norm without weights after the rotation", "none")
+    if not all(config.get("no_rope_layers", [0])):
+        config.differs("no_rope_layers", "rotary positions in every layer")
+    if chunk := config.get("attention_chunk_size"):
+        config.differs(f"attention_chunk_size={chunk}", "full attention")
+    config.only("attn_temperature_tuning", False, None)
+    config.only("router_jitter_noise", 0.0)
+    config.get("intermediate_size_mlp")  # of dense layers, of which there are none
+    own, width = _experts(config), config.whole("intermediate_size")
+    router = _softmax(config, own["top_k"], 0.001, False) | {"score": "sigmoid"}
+    return own | {"expert_width": width, "shared_width": width, "router": router}
+
+
+def _phimoe(config: ConfigFile) -> Tree:
+    _biases(config)
+    config.only("lm_head_bias", False, here="no biases")
+    config.only("input_jitter_noise", 0.0)
+    config.only("router_jitter_noise", 0.0)
+    config.differs("LayerNorm with biases", "RMSNorm")
+    config.differs("SparseMixer routing", "weights are the scores of the chosen experts")
+    own = _experts(config)
+    router = _softmax(config, own["top_k"], 0.001, False)
+    return own | {
+        "expert_width": config.whole("intermediate_size"), "window": config.whole("sliding_window", default=0),
+        "router": router,
+    }  # fmt: skip
+
+
+def _dense(config: ConfigFile, **more: Any) -> Tree:
+    """A model without experts: every layer is one of the leading dense ones."""
+    layers, width = config.whole("num_hidden_layers"), config.whole("intermediate_size")
+    return {
+        "experts": 1, "top_k": 1, "expert_width": width, "dense_layers": layers, "dense_width": width,
+        "router": {"balance": "none"}, **more,
+    }  # fmt: skip
+
+
+def _llama(config: ConfigFile) -> Tree:
+    _biases(config)
+    config.only("mlp_bias", False, None, here="no biases")
+    return _dense(config)
+
+
+def _mistral(config: ConfigFile) -> Tree:
+    _biases(config)
+    return _dense(config, window=config.whole("sliding_window", default=0))
+
+
+def _qwen2(config: ConfigFile) -> Tree:
+    _qwen_window(config)
+    config.differs("biases of query, key and value", "no biases")
+    return _dense(config)
+
+
+def _qwen3(config: ConfigFile) -> Tree:
+    _biases(config)
+    _qwen_window(config)
+    return _dense(config, qk_norm="head")
+
+
+READERS: dict[str, Callable[[ConfigFile], Tree]] = {
+    "mixtral": _mixtral, "olmoe": _olmoe, "qwen2_moe": _qwen2_moe, "qwen3_moe": _qwen3_moe, "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3, "gpt_oss": _gpt_oss, "llama4": _llama4, "phimoe": _phimoe, "mistral": _mistral,
+    "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3,
+}  # fmt: skip

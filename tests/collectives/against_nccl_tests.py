@@ -1,0 +1,333 @@
+"""nccl-tests and this suite in turn on the same GPUs: times of every operation and size, and their ratios.
+
+    python -m tests.collectives.against_nccl_tests --source NCCL_TESTS_SOURCES [--ops all_reduce,all_gather] [--gpus 4]
+
+nccl-tests' programs come from `--binaries` (or `NCCL_TESTS`), or are built from `--source` (or `NCCL_TESTS_SOURCE`) with
+nvcc, against the NCCL that torch uses. They run a thread for each GPU, since without MPI they have no processes.
+
+Each operation is timed by nccl-tests with launches one by one, by nccl-tests with a replayed graph (`-G 1`), and by this
+suite, which replays a graph where Python's launches would show. A row is compared with the run of nccl-tests that
+launches likewise; the other ratio stands beside it. Neither registers the buffers of a graph (`NCCL_GRAPH_REGISTER=0`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from collectives.store.results import ResultStore, SweepRow
+from configs.errors import USER_ERROR_EXIT, UserError
+from configs.paths import RunPaths
+
+PROGRAMS = {
+    "all_reduce": "all_reduce_perf", "all_gather": "all_gather_perf", "reduce_scatter": "reduce_scatter_perf",
+    "all_to_all": "alltoall_perf", "all_to_allv": "alltoallv_perf", "broadcast": "broadcast_perf", "reduce": "reduce_perf",
+    "gather": "gather_perf", "scatter": "scatter_perf", "sendrecv": "sendrecv_perf",
+}  # fmt: skip
+"""Their program of each operation; a barrier has none."""
+LARGE = 1 << 20
+WITHIN = {False: 0.10, True: 0.03}
+"""Allowed difference, below `LARGE` bytes and from there on."""
+ROUNDS_OF = ("plain", "graph", "ours")
+SECONDS = 300
+"""For one program to end."""
+Case = tuple[int, str]
+"""Bytes, and placement."""
+
+
+def parsed(text: str) -> dict[Case, float]:
+    """Microseconds of each row that a program of nccl-tests prints.
+
+    A row has size, count, type, redop and root, and for each placement time, algbw, busbw and wrong elements.
+    """
+    found: dict[Case, float] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) < 13 or not words[0].isdigit():
+            continue
+        found[int(words[0]), "out_of_place"] = float(words[5])
+        found[int(words[0]), "in_place"] = float(words[9])
+    return found
+
+
+def ours_by_case(rows: Iterable[SweepRow]) -> dict[Case, tuple[float, bool]]:
+    """Microseconds of each of this suite's rows, and whether a graph was replayed."""
+    return {
+        (row.size, placement): (timing.time_us, timing.graph)
+        for row in rows
+        for placement in ("out_of_place", "in_place")
+        if (timing := getattr(row, placement)) is not None
+    }
+
+
+@dataclass(frozen=True)
+class Line:
+    """One case by all three."""
+
+    op: str
+    size: int
+    placement: str
+    plain: float
+    """Microseconds by nccl-tests, launches one by one."""
+    graph: float
+    """Microseconds by nccl-tests, a replayed graph."""
+    ours: float
+    replayed: bool
+    """Whether this suite replayed a graph."""
+
+    @property
+    def ratio(self) -> float:
+        """This suite's time over that of nccl-tests launching likewise."""
+        return self.ours / (self.graph if self.replayed else self.plain)
+
+    @property
+    def inside(self) -> bool:
+        """Within what is allowed for the size."""
+        return abs(self.ratio - 1) <= WITHIN[self.size >= LARGE]
+
+    def __str__(self) -> str:
+        launch = "graph" if self.replayed else "plain"
+        return (
+            f"{self.op:<14} {self.size:>11} {self.placement:<12} {self.plain:>10.2f} {self.graph:>10.2f} "
+            f"{self.ours:>10.2f} {launch:<6} {self.ratio:>7.3f} "
+            f"{self.ours / self.plain:>8.3f}{'' if self.inside else '  <-'}"
+        )
+
+
+HEAD = (
+    f"{'operation':<14} {'bytes':>11} {'placement':<12} {'plain us':>10} {'graph us':>10} {'ours us':>10} {'as':<6} "
+    f"{'ratio':>7} {'to plain':>8}"
+)
+
+
+def lines_of(
+    op: str,
+    plain: Sequence[dict[Case, float]],
+    graph: Sequence[dict[Case, float]],
+    ours: Sequence[dict[Case, tuple[float, bool]]],
+) -> list[Line]:
+    """Cases that all three have, each the median of its rounds; what only one side has is left out."""
+    cases = [case for case in ours[0] if all(case in one for side in (plain, graph, ours) for one in side)]
+    return [
+        Line(
+            op, size, placement,
+            median(one[size, placement] for one in plain), median(one[size, placement] for one in graph),
+            median(one[size, placement][0] for one in ours), ours[-1][size, placement][1],
+        )
+        for size, placement in cases
+    ]  # fmt: skip
+
+
+def summary(lines: Sequence[Line]) -> list[str]:
+    """Two lines on either side of the bound, and the last: `N of M within`."""
+    told = []
+    for large, name in ((False, "below 1 MiB"), (True, "from 1 MiB")):
+        part = [line for line in lines if (line.size >= LARGE) == large]
+        if part:
+            worst = max(part, key=lambda line: abs(line.ratio - 1))
+            told.append(
+                f"{name}: {sum(line.inside for line in part)} of {len(part)} within {WITHIN[large]:.0%}; median ratio "
+                f"{median(line.ratio for line in part):.3f}, worst {worst.ratio:.3f} ({worst.op}, {worst.size} bytes, "
+                f"{worst.placement}); against plain launches median {median(line.ours / line.plain for line in part):.3f}"
+            )
+    return [*told, f"{sum(line.inside for line in lines)} of {len(lines)} within"]
+
+
+# ---- nccl-tests ----
+
+
+def nccl_home(into: Path) -> Path:
+    """A folder with `include/nccl.h` and `lib/libnccl.so` of the NCCL that torch loads.
+
+    Raises:
+        UserError: where there are no headers.
+    """
+    spec = importlib.util.find_spec("nvidia.nccl") if importlib.util.find_spec("nvidia") else None
+    roots = [Path(path) for path in (spec.submodule_search_locations or ()) if spec] if spec else []
+    for root in [*roots, Path("/usr"), Path("/usr/local")]:
+        libraries = sorted(path for path in root.glob("lib*/**/libnccl.so*") if path.is_file())
+        if (root / "include/nccl.h").exists() and libraries:
+            into.mkdir(parents=True, exist_ok=True)
+            (into / "include").symlink_to(root / "include")
+            (into / "lib").mkdir()
+            for name in ("libnccl.so", "libnccl.so.2"):
+                (into / "lib" / name).symlink_to(libraries[0])
+            return into
+    raise UserError(
+        "no nccl.h beside torch's NCCL or under /usr; install NCCL's headers, or name built --binaries"
+    )
+
+
+def build(source: Path, folder: Path) -> tuple[Path, dict[str, str]]:
+    """Build nccl-tests for this machine's GPUs; the folder of the programs, and the variables that they need.
+
+    Raises:
+        UserError: where sources, nvcc or NCCL are missing, or the build fails.
+    """
+    if not (source / "src" / "common.cu").exists():
+        raise UserError(
+            f"--source={source} doesn't hold nccl-tests (src/common.cu is missing); name its folder"
+        )
+    nvcc = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc")
+    if not Path(nvcc).exists():
+        raise UserError(f"{nvcc} is missing; put nvcc on PATH, or name built --binaries")
+    import torch  # only where there is something to build
+
+    cuda, nccl = Path(nvcc).resolve().parents[1], nccl_home(folder / "nccl")
+    arch = "".join(map(str, torch.cuda.get_device_capability(0)))
+    words = [
+        "make", "-C", str(source), f"-j{os.cpu_count() or 4}", f"BUILDDIR={folder / 'build'}", f"CUDA_HOME={cuda}",
+        f"NCCL_HOME={nccl}", f"NVCC_GENCODE=-gencode=arch=compute_{arch},code=sm_{arch}",
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"nccl-tests can't be built: {' '.join((done.stderr or done.stdout).split())[-600:]}")
+    return folder / "build", libraries(nccl / "lib", cuda / "lib64")
+
+
+def libraries(*folders: Path) -> dict[str, str]:
+    """The search path of shared libraries, these folders first."""
+    before = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": ":".join([*map(str, folders), *([before] if before else [])])}
+
+
+def theirs(
+    program: Path, gpus: int, sizes: Sequence[str], graph: bool, env: dict[str, str]
+) -> dict[Case, float]:
+    """One program of nccl-tests, a thread for each GPU.
+
+    Raises:
+        UserError: where it is missing or fails, with its last words.
+    """
+    if not program.exists():
+        raise UserError(f"{program} is missing; name the folder with nccl-tests' programs as --binaries")
+    words = [str(program), "-t", str(gpus), "-g", "1", *sizes, "-w", "5", "-c", "0", "-G", str(int(graph))]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | env, timeout=SECONDS)
+    found = parsed(done.stdout)
+    if done.returncode or not found:
+        last = " ".join((done.stderr or done.stdout).split())[-300:]
+        raise UserError(f"{' '.join(words)} failed with exit code {done.returncode}: {last}")
+    return found
+
+
+# ---- this suite ----
+
+
+def ours(op: str, gpus: int, sizes: Sequence[str], hardware: str, env: dict[str, str]) -> list[SweepRow]:
+    """This suite's rows of one operation.
+
+    Raises:
+        UserError: where the measurement fails, with its last words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = [
+            *(sys.executable, "-m", "collectives", "run", "--ranks", str(gpus), "--ops", op, *sizes, "-c", "0"),
+            *("--out", folder, f"hardware={hardware}", "collectives.max_iterations=500", "collectives.seconds_per_size=1"),
+        ]  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | env, timeout=SECONDS)
+        if done.returncode:
+            last = " ".join((done.stderr or done.stdout).split())[-300:]
+            raise UserError(f"{' '.join(words)} failed with exit code {done.returncode}: {last}")
+        return ResultStore(RunPaths(Path(folder)).measurement).finished()
+
+
+def compared(op: str, binaries: Path, options: argparse.Namespace, env: dict[str, str]) -> list[Line]:
+    """One operation by all three, in turn, in each round the other way round."""
+    sizes = ["-b", options.b, "-e", options.e, "-f", str(options.f), "-n", str(options.n)]
+    plain, graph, mine = (
+        list[dict[Case, float]](),
+        list[dict[Case, float]](),
+        list[dict[Case, tuple[float, bool]]](),
+    )
+    for number in range(options.rounds):
+        for who in ROUNDS_OF if number % 2 == 0 else ROUNDS_OF[::-1]:
+            if who == "ours":
+                mine.append(ours_by_case(ours(op, options.gpus, sizes, options.hardware, _SAME)))
+            else:
+                side = graph if who == "graph" else plain
+                side.append(theirs(binaries / PROGRAMS[op], options.gpus, sizes, who == "graph", env | _SAME))
+    return lines_of(op, plain, graph, mine)
+
+
+_SAME = {"NCCL_GRAPH_REGISTER": "0", "NCCL_TESTS_ALLTOALLV_SPREAD": "1"}
+"""Both sides: graphs move as plain launches do, and alltoallv is as uneven as `collectives.spread=1`."""
+
+
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    """What was typed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--binaries", type=Path, default=os.environ.get("NCCL_TESTS"), help="folder of *_perf"
+    )
+    parser.add_argument(
+        "--source", type=Path, default=os.environ.get("NCCL_TESTS_SOURCE"), help="nccl-tests' sources"
+    )
+    parser.add_argument("--ops", default=",".join(PROGRAMS), help="operations, with commas")
+    parser.add_argument("--gpus", type=int, help="default: all of this machine")
+    parser.add_argument("--hardware", default="h100", help="preset of the GPUs")
+    parser.add_argument("--rounds", type=int, default=1, help="times that all three measure an operation")
+    parser.add_argument("-b", default="8", help="smallest size")
+    parser.add_argument("-e", default="1G", help="largest size")
+    parser.add_argument("-f", type=int, default=2, help="factor from one size to the next")
+    parser.add_argument("-n", type=int, default=100, help="calls in a burst or graph, on both sides")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> list[Line]:
+    """Measure, and print a line for each case as soon as its operation is done.
+
+    Raises:
+        UserError: for an operation that nobody has, or where there is nothing to compare with.
+    """
+    ops = options.ops.split(",")
+    if unknown := [op for op in ops if op not in PROGRAMS]:
+        raise UserError(f"--ops={unknown[0]} has no program in nccl-tests; use some of {','.join(PROGRAMS)}")
+    if options.binaries is None and options.source is None:
+        raise UserError(
+            "nothing to compare with; name nccl-tests' sources as --source, or its programs as --binaries"
+        )
+    if options.gpus is None:
+        import torch
+
+        options.gpus = torch.cuda.device_count()
+    if options.gpus < 2:
+        raise UserError(
+            f"--gpus={options.gpus}: a collective needs at least two GPUs; run this where they are"
+        )
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory() as folder:
+        binaries, env = (
+            (options.binaries, libraries()) if options.binaries else build(options.source, Path(folder))
+        )
+        print(HEAD)
+        for op in ops:
+            found = compared(op, Path(binaries), options, env)
+            print("\n".join(map(str, found)), flush=True)
+            lines += found
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; exit code 0 where every case is within, 3 where some isn't."""
+    try:
+        lines = run(options_of(arguments))
+    except UserError as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    print("\n".join(summary(lines)))
+    return 0 if lines and all(line.inside for line in lines) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

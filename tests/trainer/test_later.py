@@ -1,0 +1,87 @@
+"""Weights whose gradients come later: the same numbers as autograd's, at the place that was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.model.later import WeightLater
+from trainer.model.moe import Experts
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENDS = (16, 16, 40, 64)
+"""Of the rows of four experts, the second of which has none."""
+
+
+def _drawn() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32), torch.randn(4, 16, 32)
+    ends = torch.tensor(ENDS, dtype=torch.int32, device=DEVICE)
+    x, weight = (t.to(DEVICE, torch.bfloat16).requires_grad_() for t in (x, weight))
+    return x, weight, ends
+
+
+def test_gradients_are_those_of_autograd() -> None:
+    x, weight, ends = _drawn()
+    expected = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    found = WeightLater(weight).rows(x, ends)
+    slope = torch.randn_like(found)
+    assert found.equal(expected)
+    theirs = torch.autograd.grad(expected, (x, weight), slope)
+    for one, other in zip(torch.autograd.grad(found, (x, weight), slope), theirs, strict=True):
+        assert one.equal(other)
+
+
+class _Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, seen: list[str]) -> Tensor:
+        ctx.name, ctx.seen = name, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        ctx.seen.append(ctx.name)
+        return slope, None, None
+
+
+def test_a_weight_comes_after_what_the_rows_lead_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a collective needs it: launch, weight, land in the forward pass; so the weight's matmul comes between the two."""
+    seen: list[str] = []
+    inner = WeightLater.gradient
+
+    def noted(self: WeightLater) -> Tensor:
+        seen.append("weight")
+        return inner(self)
+
+    monkeypatch.setattr(WeightLater, "gradient", noted)
+    x, weight, ends = _drawn()
+    launched = _Noted.apply(x, "launch", seen)
+    later = WeightLater(weight)
+    landed = _Noted.apply(launched, "land", seen)
+    later.rows(landed, ends).sum().backward()
+    assert seen == ["land", "weight", "launch"]
+    assert weight.grad is not None and weight.grad[1].eq(0).all() and weight.grad[0].ne(0).any()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_compute_the_same_later(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.model.moe._grouped", lambda *_: True)
+    torch.manual_seed(0)
+    experts = Experts(32, 16, 4, gated).to(DEVICE, torch.bfloat16)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x, _, _ = _drawn()
+    counts = torch.tensor([16, 0, 24, 24], device=DEVICE)
+    weights = torch.rand(64, device=DEVICE, requires_grad=True)
+    found = {}
+    for name, call in (("at once", experts), ("later", experts.later())):
+        y = call(x, counts, weights)
+        slopes = torch.autograd.grad(y.float().square().sum(), (x, weights, *experts.parameters()))
+        found[name] = (y, *slopes)
+    for one, other in zip(found["later"], found["at once"], strict=True):
+        assert one.equal(other)

@@ -1,0 +1,224 @@
+"""Forecasts against values worked out by hand: ring formulas, weights of published models, bytes counted one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from configs.compose import compose, validated
+from configs.errors import UserError
+from configs.schema import ModelConfig
+from trainer.sizing.memory import activations, states
+from trainer.sizing.model import flops, frameworks, shapes
+from trainer.sizing.model.job import Software, TrainingJob
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import legal
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time import operators
+from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.rates import Rates
+
+pytestmark = pytest.mark.unit
+
+GBPS = 1e9
+
+
+def preset(name: str) -> ModelConfig:
+    return compose([f"model={name}"]).model
+
+
+def h100() -> Rates:
+    hardware = compose(["hardware=h100"]).hardware
+    return Rates(hardware, from_catalogue(hardware))
+
+
+def job(model: ModelConfig, layout: Layout, **changed: object) -> TrainingJob:
+    made = TrainingJob(model, layout, sequence=4096, micro_batch=1, global_batch=4 * layout.dp, zero=1)
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+def ring(size: float, ranks: int) -> float:
+    """An all-gather or reduce-scatter in an H100 node: the better of 16 us at 44 % and 66 us at 80 % of 450 GB/s."""
+    wire = size * (ranks - 1) / ranks
+    return min(16e-6 + wire / (0.44 * 450 * GBPS), 66e-6 + wire / (0.80 * 450 * GBPS))
+
+
+# ---- ZeRO-2 ----
+
+
+def test_zero_2_reduces_after_every_micro_batch() -> None:
+    model = preset("mixtral_8x7b")
+    made = job(model, Layout(1, 8, 1, 1, 1, 1), software=Software())
+    once, each = (time.parts(replace(made, zero=z), h100()).dp for z in (1, 2))
+    # Plain weights and experts are two groups of eight ranks: gradients in fp32, in as many pieces as layers.
+    tables, layers = 2 * 32000 * 4096 + 4096, 32
+    attention = 4096 * (2 * 4096 + 2 * 1024) + 2 * 4096
+    plain = tables + layers * (attention + 8 * 4096)
+    routed = layers * 8 * 3 * 4096 * 14336
+    by_hand = sum(layers * ring(4 * count / layers, 8) for count in (plain, routed))
+    assert each - once == pytest.approx(3 * by_hand, rel=1e-6)
+
+
+def test_zero_2_hides_each_reduction_behind_its_own_micro_batch() -> None:
+    made = job(
+        preset("mixtral_8x7b"), Layout(1, 8, 1, 1, 1, 1), software=Software(overlap_gather=True), zero=2
+    )
+    hidden = replace(made, software=Software(overlap_gather=True, overlap_dp=True))
+    one, four = (
+        time.parts(replace(made, global_batch=8 * m), h100()).dp
+        - time.parts(replace(hidden, global_batch=8 * m), h100()).dp
+        for m in (1, 4)
+    )
+    assert one > 0 and four == pytest.approx(4 * one)
+
+
+# ---- tensor parallelism ----
+
+
+@pytest.mark.parametrize(("shared", "regions"), [(0, 1), (2048, 2)])
+def test_routed_experts_are_no_tensor_parallel_region(shared: int, regions: int) -> None:
+    model = preset("qwen3_30b_a3b").model_copy(update={"shared_width": shared})
+    made = job(model, Layout(1, 2, 1, 8, 1, 4), software=Software())
+    # Each region gathers a micro-batch of 4096 tokens in bf16 and scatters its sums, there and back.
+    size = 2.0 * 4096 * 2048
+    by_hand = 48 * 4 * regions * 2 * 2 * ring(size, 4)
+    assert time.parts(made, h100()).tp == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_experts_cut_by_etp_gather_rows_once() -> None:
+    made = job(preset("qwen3_30b_a3b"), Layout(1, 2, 1, 2, 4, 4), software=Software())
+    rows = (
+        2.0 * 4096 * 2048 * 8 * 4 / 4
+    )  # tokens of four ranks, eight experts each, a quarter of the tokens on each rank
+    pairs = rows / 4
+    wire = pairs / 2
+    # Two all-to-alls of two ranks, and what etp gathers and scatters, each pass; 48 layers, 4 micro-batches.
+    inside = min(16e-6 + wire / (0.44 * 450 * GBPS), 66e-6 + wire / (0.80 * 450 * GBPS))
+    by_hand = 48 * 4 * 2 * (2 * inside + 2 * ring(rows, 4))
+    assert time.parts(made, h100()).ep == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_latent_attention_copies_its_down_projections_under_tp() -> None:
+    model = preset("deepseek_v3")
+    # DeepSeek-V3, by its paper's widths, in millions: down-projections whole, the others by 8.
+    down = 7168 * 1536 + 7168 * (512 + 64)
+    up = 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
+    layout = Layout(1, 1, 1, 1, 1, 8)
+    norms, dense = 2 * 7168 + 1536 + 512, 3 * 7168 * 18432 / 8
+    assert (down + up / 8) / 1e6 == pytest.approx(36.6, abs=0.05)
+    assert states.layer(model, layout, False).plain == pytest.approx(down + up / 8 + dense + norms)
+    made = job(model, layout, software=Software())
+    small = {one.name: one for one in shapes.layer(made, False)}
+    assert small["query compression"].m == 4096 / 8 and small["query compression"].n == 1536
+    assert small["queries"].m == 4096 and small["queries"].n == 128 * 192 / 8
+    # Latents are entered, not x: 1536 + 512 + 64 wide; what leaves is 7168 wide, as at the MLP.
+    assert time.regions(made, False) == (2112, 7168)
+
+
+def test_latent_attention_under_cp_gathers_what_the_trainer_gathers() -> None:
+    made = job(preset("deepseek_v3"), Layout(1, 1, 8, 1, 1, 1), sequence=32768)
+    # 128 heads of a key of 128 + 64 and a value of 128, bf16; or one latent of 512 + 64.
+    assert time.context_bytes(made) == 32768 * 2 * 128 * (128 + 64 + 128)
+    latents = replace(made, software=Software(latent_context=True, gathered_context=True))
+    assert time.context_bytes(latents) == 32768 * 2 * 576
+    # 61 layers, 4 micro-batches; gathered once, and gradients scattered once, with nothing beside.
+    by_hand = 61 * 4 * 2 * ring(32768 * 2 * 576, 8)
+    assert time.parts(latents, h100()).cp == pytest.approx(by_hand)
+    # All heads' keys and values that were gathered are kept, eight times those of the rank's own tokens.
+    ours = replace(made, software=frameworks.own())
+    more = (
+        activations.layer(ours, False)["attention"]
+        - activations.layer(replace(ours, software=replace(ours.software, gathered_context=False)), False)[
+            "attention"
+        ]
+    )
+    assert more == 4096 * 7 * 2 * 128 * (128 + 64 + 128)
+
+
+def test_a_sliding_window_leaves_less_attention() -> None:
+    model = preset("mixtral_8x7b")
+    near = model.model_copy(update={"window": 512})
+    by_hand = sum(min(i + 1, 512) for i in range(4096)) / 4096
+    assert flops.keys_seen(near, 4096) == pytest.approx(by_hand)
+    assert flops.keys_seen(model, 4096) == (4096 + 1) / 2
+    full, less = (operators.core(job(m, Layout(1, 1, 1, 1, 1, 1)), h100(), False)[0] for m in (model, near))
+    assert less / full == pytest.approx(by_hand / 2048.5)
+
+
+# ---- folding ----
+
+
+def test_folding_is_one_rule_for_time_states_search_and_schema() -> None:
+    model = preset("olmoe_1b_7b")
+    base = compose(["model=olmoe_1b_7b", "hardware=h100"]).model_dump()
+    held = states.layer(model, Layout(1, 1, 1, 1, 1, 1), True).routed
+    seen = {True: 0, False: 0}
+    for dp, cp, ep, etp, tp in product((1, 2, 4), (1, 2), (1, 4, 8, 16), (1, 2), (1, 2, 4)):
+        layout = Layout(1, dp, cp, ep, etp, tp)
+        try:
+            validated(base | {"parallel": base["parallel"] | layout.to_json()})
+            in_schema = True
+        except UserError:
+            in_schema = False
+        fits = dp * cp * tp % (ep * etp) == 0
+        made = job(model, layout, sequence=8192)
+        assert in_schema == fits == legal.is_legal(made), layout
+        task = legal.Task(model, layout.ranks, 8192, made.global_batch, fixed=layout.to_json())
+        assert (layout in set(legal.layouts(task))) == fits, layout
+        seen[fits] += 1
+        if (
+            fits
+        ):  # every rank of the stage holds a share, and replicas of it are what gradients are reduced over
+            replicas = states.replicas(layout)[1]
+            assert replicas * ep * etp == layout.ranks
+            assert states.layer(model, layout, True).routed * ep * etp == pytest.approx(held)
+            groups = time.groups(made)
+            assert groups["ep"].ranks * groups["etp"].ranks * groups["edp"].ranks == layout.ranks
+    assert min(seen.values()) > 20
+
+
+# ---- experts by gathering ----
+
+
+@pytest.mark.parametrize(("ep", "gathers"), [(2, True), (8, True), (16, False)])
+def test_tokens_are_gathered_where_the_trainer_gathers_them(ep: int, gathers: bool) -> None:
+    from trainer.parallel.gathered import fewer_bytes
+
+    model = preset("olmoe_1b_7b")
+    assert fewer_bytes(model.top_k, ep) == gathers
+    made = job(model, Layout(1, ep, 1, ep, 1, 1), software=frameworks.own())
+    assert time.gathers_experts(made) == gathers
+    assert not time.gathers_experts(replace(made, software=Software()))
+    if ep == 8:
+        by_hand = 16 * 4 * 2 * 2 * ring(8 * 2.0 * 4096 * 2048, 8)
+        assert time.parts(made, h100()).ep == pytest.approx(by_hand, rel=1e-9)
+
+
+# ---- optimizer ----
+
+
+def test_bytes_of_an_optimizer_step_counted_one_by_one() -> None:
+    model = preset("olmoe_1b_7b").model_copy(update={"layers": 4})
+    alone = job(model, Layout(1, 1, 1, 1, 1, 1), global_batch=1, zero=0, software=frameworks.own())
+    shared = replace(alone, layout=Layout(1, 4, 1, 1, 1, 1), global_batch=4, zero=1)
+    # fp32 master, two moments: read and written; bf16 gradient read twice; bf16 weight written.
+    assert states.gradient_bytes(alone) == (2, 2) and time.update_bytes(alone, 2, cast=False) == 30
+    # fp32 gradients of FSDP2, and its cast of the shard: 4 read, 2 written.
+    assert states.gradient_bytes(shared) == (4, 4) and time.update_bytes(shared, 4, cast=True) == 38
+    assert states.gradient_bytes(replace(alone, global_batch=4)) == (4, 4)
+    experts_alone = replace(shared, layout=Layout(1, 4, 1, 4, 1, 1))
+    assert states.resident(experts_alone) == (False, True) and states.gradient_bytes(experts_alone) == (4, 2)
+    assert states.resident(replace(experts_alone, layout=Layout(2, 4, 1, 4, 1, 1))) == (False, False)
+    muon = replace(alone, software=replace(alone.software, matrix_moments_bytes=4))
+    assert time.update_bytes(muon, 2, cast=False) == 22
+    megatron = replace(alone, software=Software(gradient_bytes=4))
+    assert time.update_bytes(megatron, 4, cast=False) == 34
+
+
+def test_the_optimizer_of_a_measured_step() -> None:
+    """OLMoE's layers, four of them, on an H100: 19.3 ms for norm, clipping and AdamW (docs/speed.md)."""
+    model = preset("olmoe_1b_7b").model_copy(update={"layers": 4})
+    made = job(model, Layout(1, 1, 1, 1, 1, 1), micro_batch=4, zero=0, software=frameworks.own())
+    assert time.parts(made, h100()).optimizer == pytest.approx(19.3e-3, rel=0.08)

@@ -1,0 +1,122 @@
+"""One shape under several layouts and settings, in one run: a table of what was measured beside what was forecast."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from trainer.bench import kernels
+from trainer.bench.cases import Options, config_of, flops_of
+from trainer.bench.measure import Times
+from trainer.parallel.mesh import Mesh, assemble
+from trainer.sizing.memory import estimate
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import auto
+from trainer.sizing.search.legal import AXES
+
+AUTO = "auto"
+"""A variant whose open axes the planner sets."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A line of the table."""
+
+    text: str
+    options: Options
+
+
+def parse(text: str, options: Options) -> list[Variant]:
+    """`ep=4 | tp=2 ep=4 | routing=zipf ep=4 | auto`: overrides on top of the others; a word without a dot is an axis of
+    `parallel`, but for `routing` and `layers`."""
+    return [_variant(one.strip(), options) for one in text.split("|")]
+
+
+def _variant(text: str, options: Options) -> Variant:
+    words: list[str] = []
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if name == "routing":
+            options = replace(options, routing=value)
+        elif name == "layers":
+            options = replace(options, layers=int(value))
+        elif word == AUTO:
+            words.append("parallel=auto")
+        else:
+            words.append(word if "." in name or name in ("model", "optim") else f"parallel.{word}")
+    return Variant(text or "as it is", replace(options, overrides=(*options.overrides, *words)))
+
+
+def chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
+    """The configuration of a variant, and what the planner said of it where it set the layout."""
+    if "parallel=auto" not in options.overrides:
+        return config_of(options, world, on_gpu), ""
+    rest = tuple(word for word in options.overrides if word != "parallel=auto")
+    plain = config_of(replace(options, overrides=rest), world, on_gpu)
+    asked = plain.model_copy(update={"parallel": plain.parallel.model_copy(update=dict.fromkeys(AXES))})
+    found = auto.choose(asked, (world,))
+    settings = auto.settings(found.job) if found.job is not None else {}
+    words = [
+        f"{section}.{name}={value}" for section, fields in settings.items() for name, value in fields.items()
+    ]
+    words += [f"parallel.{axis}={size}" for axis, size in found.layout.to_json().items()]
+    kept = [word for word in words if word.partition("=")[0] not in {one.partition("=")[0] for one in rest}]
+    return config_of(replace(options, overrides=(*rest, *kept)), world, on_gpu), " ".join(kept)
+
+
+def forecast(config: RunConfig, world: int) -> tuple[float | None, float]:
+    """Seconds of a step, None where no rates are known, and bytes of the fullest rank's tensors."""
+    layout = Layout(**{axis: config.parallel.size(axis) for axis in AXES})
+    job = auto.job_of(config, layout, world)
+    step = auto.predicted(job, config.hardware)
+    return None if isinstance(step, str) else step.value, estimate.worst(job, config.hardware.kind)[
+        1
+    ].allocated
+
+
+def other_mesh(mesh: Mesh, config: RunConfig) -> Mesh:
+    """Groups of another layout over the same ranks."""
+    return assemble(config.parallel, mesh.rank, mesh.world, mesh.device, mesh.control_group, mesh.network)
+
+
+def leave() -> None:
+    """Give up the memory of a layout whose engine is gone. Its groups stay: one of the same ranks would get the name of one
+    that was destroyed, and meet what that has left in the store."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def row(
+    text: str, config: RunConfig, world: int, times: Times, found: kernels.Profile | None
+) -> Iterator[str]:
+    """Lines of a variant."""
+    each = flops_of(config) / world / 1e9
+    tokens = (config.train.global_batch or 1) * config.data.sequence / world
+    seconds, size = forecast(config, world)
+    guess = "no forecast" if seconds is None else (
+        f"forecast {seconds * 1e3:.1f} ms ({(seconds * 1e3 / times.median - 1) * 100:+.1f} %)"
+    )  # fmt: skip
+    if times.memory:
+        guess += f" and {size / 1e9:.1f} GB ({(size / times.memory - 1) * 100:+.1f} %)"
+    apart = "" if found is None else (
+        f", communication alone {found.exposed:.1f} ms ({found.exposed / found.span * 100:.1f} %), idle {found.idle:.1f} ms"
+    )  # fmt: skip
+    yield (
+        f"{text:34} step {times.median:.1f} ms, forward + backward {times.part('forward', 'backward'):.1f}, optimizer "
+        f"{times.part('optimizer'):.1f}; {tokens / times.median * 1e3:.0f} tokens/s and {each / times.median:.0f} TFLOP/s "
+        f"per device, {times.memory / 1e9:.1f} GB{apart}; {guess}"
+    )
+
+
+def refuse_baselines(options: Options) -> None:
+    """Raises:
+    UserError: where baselines are asked for beside variants.
+    """
+    if options.baselines:
+        raise UserError("--variants compares this trainer's own settings; type --baselines none with it")

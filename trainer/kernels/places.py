@@ -1,0 +1,117 @@
+"""Where token-expert pairs stand when they are sorted by expert: a counting sort of two passes, which nothing waits for.
+
+Shape letters: T tokens, K experts per token, P = T*K pairs, pair t*K + k being token t's k-th choice, L experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.choice import power
+from trainer.kernels.rows import of_pairs
+
+_CELLS = 8192
+"""Pairs of a program times experts."""
+
+
+@triton.jit
+def _tally(
+    chosen: tl.tensor, counts: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
+    EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+) -> None:  # fmt: skip
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    key = tl.load(chosen + pair, mask=pair < pairs, other=-1).to(tl.int32) - first
+    key = tl.where(pair < pairs, key, -1)
+    expert = tl.arange(0, WIDE)
+    here = (key[:, None] == expert[None, :]).to(tl.int32)
+    tl.store(counts + expert * blocks + tl.program_id(0), tl.sum(here, axis=0), mask=expert < EXPERTS)
+
+
+@triton.jit
+def _put(
+    chosen: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, tokens: tl.tensor, sorted: tl.tensor,
+    back: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
+    TOP: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+) -> None:  # fmt: skip
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    inside = pair < pairs
+    key = tl.load(chosen + pair, mask=inside, other=-1).to(tl.int32) - first
+    here = inside & (key >= 0) & (key < EXPERTS)
+    expert = tl.arange(0, WIDE)
+    hits = (key[:, None] == expert[None, :]).to(tl.int32)
+    place = expert * blocks + tl.program_id(0)
+    real = expert < EXPERTS
+    start = tl.load(ends + place, mask=real, other=0) - tl.load(counts + place, mask=real, other=0)
+    # Of the same expert's pairs before it, those in this block, itself counted, and those in blocks before.
+    row = tl.sum(hits * (tl.cumsum(hits, axis=0) - 1 + start[None, :]), axis=1)
+    tl.store(back + pair, tl.where(here, row, -1), mask=inside)
+    tl.store(tokens + row, pair // TOP, mask=here)
+    tl.store(sorted + row, tl.load(weights + pair, mask=here, other=0.0), mask=here)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows in the order of experts, pairs of one expert in the order of the tokens. Of the P entries by row only the first
+    `total` are written."""
+
+    total: Tensor
+    """Rows, a number on the device."""
+    counts_L: Tensor
+    """Rows of each expert, int64."""
+    token_P: Tensor
+    """Token of each row, int32."""
+    back_TK: Tensor
+    """Row of each pair, int32; -1 where its expert isn't among these."""
+    weight_P: Tensor
+    """Weight of each row, without gradient."""
+
+
+def places(
+    chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int, all_written: bool = False
+) -> Places:
+    """Rows of `experts` experts from `first` on; other choices, such as -1, have none.
+
+    Args:
+        all_written: have entries beyond `total` be those of token 0 with weight 0.
+    """
+    chosen_TK, weights_TK = chosen_TK.contiguous(), weights_TK.detach().contiguous()
+    pairs, device = chosen_TK.numel(), chosen_TK.device
+    wide = power(experts, 1 << 20)
+    each = max(16, _CELLS // wide)
+    blocks = max(1, triton.cdiv(pairs, each))
+    counts = torch.empty(experts, blocks, dtype=torch.int32, device=device)
+    shape = {"EXPERTS": experts, "WIDE": wide, "PAIRS": each}
+    _tally[(blocks,)](chosen_TK, counts, pairs, first, blocks, **shape)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    made = torch.zeros if all_written else torch.empty
+    token_P = made(pairs, dtype=torch.int32, device=device)
+    weight_P = made(pairs, dtype=weights_TK.dtype, device=device)
+    back_TK = torch.empty(chosen_TK.shape, dtype=torch.int32, device=device)
+    _put[(blocks,)](
+        chosen_TK, weights_TK, ends, counts, token_P, weight_P, back_TK, pairs, first, blocks,
+        TOP=chosen_TK.shape[1], **shape,
+    )  # fmt: skip
+    return Places(ends[-1], counts.sum(dim=1), token_P, back_TK, weight_P)
+
+
+class _Weights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights_TK: Tensor, at: Places, rows: int) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(at.back_TK)
+        return at.weight_P[:rows]
+
+    @staticmethod
+    def backward(ctx: Any, slope_R: Tensor) -> tuple[Tensor, None, None]:
+        (back_TK,) = ctx.saved_tensors
+        return of_pairs(slope_R, back_TK), None, None
+
+
+def row_weights(weights_TK: Tensor, at: Places, rows: int) -> Tensor:
+    """Weight of each row, [rows], with its gradient to `weights_TK`, which `at` was made of."""
+    return _Weights.apply(weights_TK, at, rows)
