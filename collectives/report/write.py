@@ -29,7 +29,7 @@ NOTES = 10
 """Cases without times that the verdict names; the tables hold all."""
 
 _COLUMNS = (("size", "B"), ("count", "elements"), ("type", ""), ("redop", ""), ("root", ""))
-_TIMED = (("time", "µs"), ("algbw", "GB/s"), ("busbw", "GB/s"))
+_TIMED = (("time", "µs"), ("each call", "µs"), ("algbw", "GB/s"), ("busbw", "GB/s"))
 _SEVERITIES = {"critical": "bad", "error": "bad", "warning": "warn", "info": "good"}
 _FINDING = ("severity", "what", "where", "evidence")
 
@@ -153,6 +153,7 @@ def _page(
     yield f'<nav>{tables}<a href="#plots">Plots</a><a href="#metadata">How it was measured</a></nav>'
     if cases:
         yield '<h2 id="tables">Tables</h2>'
+        yield '<p class="quiet">time: many calls over their number, as nccl-tests. each call: alone, slowest rank.</p>'
     for rows in cases.values():
         yield from _table(rows, unfolded=len(cases) <= OPEN)
     yield '<h2 id="plots">Plots</h2>\n<div class="plots">'
@@ -262,12 +263,13 @@ def _table(rows: Sequence[SweepRow], *, unfolded: bool) -> Iterator[str]:
 def _timing(timing: Timing | None, wires: bool) -> str:
     """Cells of one placement; N/A, as in nccl-tests, where there is none."""
     if timing is None:
-        return '<td class="edge">N/A</td>' + "<td>N/A</td>" * (3 + wires)
+        return '<td class="edge">N/A</td>' + "<td>N/A</td>" * (4 + wires)
     rates = [timing.alg_bw, timing.bus_bw, *([timing.wire_bw] if wires else [])]
     figures = "".join(f"<td>{'N/A' if rate is None else number(rate)}</td>" for rate in rates)
     wrong = "N/A" if timing.wrong is None else str(timing.wrong)
     mark = ' class="bad"' if timing.wrong else ""
-    return f'<td class="edge">{number(timing.time_us)}</td>{figures}<td{mark}>{wrong}</td>'
+    alone = number(timing.call_us) if timing.call_us else "N/A"
+    return f'<td class="edge">{number(timing.time_us)}</td><td>{alone}</td>{figures}<td{mark}>{wrong}</td>'
 
 
 def _facts(tree: Mapping[str, Any]) -> str:

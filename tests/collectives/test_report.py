@@ -242,12 +242,12 @@ def test_verdict_counts_and_findings(tmp_path):
 def test_table_has_nccl_tests_columns(tmp_path):
     store = ResultStore(tmp_path)
     store.begin(metadata())
-    one = timing(1 << 20, 1234.5678, 1.5)
+    one = replace(timing(1 << 20, 1234.5678, 1.5), call_us=2000.0)
     store.append(row("all_reduce", 1 << 20, 1.0, redop="sum", out_of_place=one, in_place=None))
     cells = HtmlPage(write(store)[-1]).text
-    joined = "sizecounttyperedoproot" + "timealgbwbusbw#wrong" * 2 + "Belements" + "µsGB/sGB/s" * 2
+    joined = "sizecounttyperedoproot" + "timeeachcallalgbwbusbw#wrong" * 2 + "Belements" + "µsµsGB/sGB/s" * 2
     assert joined in "".join(cells.split())
-    assert "1048576262144floatsum-1" + "12350.84931.2740" + "N/A" * 4 in "".join(cells.split())
+    assert "1048576262144floatsum-1" + "123520000.84931.2740" + "N/A" * 5 in "".join(cells.split())
 
 
 def test_passes_and_multicast_have_their_columns(tmp_path):
@@ -257,7 +257,7 @@ def test_passes_and_multicast_have_their_columns(tmp_path):
     for sweep in (0, 1):
         store.append(row("all_reduce", 4096, 50.0, sweep=sweep, in_place=wire))
     text = "".join(HtmlPage(write(store)[-1]).text.split())
-    assert "rootpasstimealgbwbusbwwirebw#wrong" in text
+    assert "rootpasstimeeachcallalgbwbusbwwirebw#wrong" in text
     assert "0.05120" in text
 
 
