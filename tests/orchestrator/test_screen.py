@@ -233,6 +233,12 @@ LIST = (
 OPENED, CLOSED = b"\x1b[?1049h", b"\x1b[?1049l"
 
 
+def _in_front() -> None:
+    """The terminal's foreground job, which heeds Ctrl-C also where the tests run in a shell's background."""
+    ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program on a pseudo-terminal."""
 
@@ -249,7 +255,7 @@ class Terminal:
         known = kept | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "PYTHONPATH": str(ROOT)} | environment
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(home.home), *words], stdin=other, stdout=other, stderr=other, env=known,
-            start_new_session=True, preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+            start_new_session=True, preexec_fn=_in_front,
         )  # fmt: skip
         os.close(other)
         self.data = b""
