@@ -85,9 +85,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         rest = [word for word in rest if word not in options.overrides]
     if rest:
         known = [flag for action in made[options.command]._actions for flag in action.option_strings]
-        kind = "option" if rest[0].startswith("-") else "word that it takes"
+        kind = "an option" if rest[0].startswith("-") else "a word that it takes"
         raise UserError(
-            f"'{rest[0]}' is no {kind}{nearest(rest[0].partition('=')[0], known)}; "
+            f"'{rest[0]}' is not {kind}{nearest(rest[0].partition('=')[0], known)}; "
             f"`{PROGRAM} {options.command} --help` shows what can be typed"
         )
     return options
