@@ -18,7 +18,7 @@ from collectives.store import stream
 from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
-from configs.errors import USER_ERROR_EXIT, UserError, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
 from configs.paths import RunPaths
 from configs.rank import RankContext, die_with_parent
 from configs.schema import RunConfig
@@ -79,7 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="name", required=True)
     run = commands.add_parser(
         "run", help="measure: ranks are started here, or by torchrun, srun or mpirun", allow_abbrev=False
@@ -107,7 +107,7 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_reading(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_reading(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     """Commands that read a measurement."""
     fit = commands.add_parser("fit", help="latency and bandwidth by region of sizes, as a fabric profile")
     fit.add_argument("--name", help="name of the profile under configs/profiles/fabric")

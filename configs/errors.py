@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 #: Exit code of every command and rank that ends by a `UserError`; recovery never retries it.
 USER_ERROR_EXIT = 2
@@ -17,6 +19,14 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with `USER_ERROR_EXIT`.
     """
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake in what was typed as a `UserError`, in one line and without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UserError`."""
+        raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
 
 
 class Stopped(Exception):

@@ -9,23 +9,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from configs.errors import USER_ERROR_EXIT, UserError, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
 
 PROGRAM = "python -m faulttol"
 _PATH = "a run's id or folder, a folder or URL of checkpoints, or a step's folder in it"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
-
-
-_Add = Callable[..., _Parser]
+_Add = Callable[..., OneLineParser]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -93,13 +85,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+def _parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """The parser, and those of the commands by name."""
-    parser = _Parser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    made: dict[str, _Parser] = {}
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser
+    )
+    made: dict[str, OneLineParser] = {}
 
-    def add(name: str, text: str, json: bool = True) -> _Parser:
+    def add(name: str, text: str, json: bool = True) -> OneLineParser:
         made[name] = commands.add_parser(name, help=text, description=f"{text}.", allow_abbrev=False)
         if json:
             made[name].add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -122,7 +116,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, made
 
 
-def _place(command: _Parser) -> None:
+def _place(command: OneLineParser) -> None:
     """Options that name one checkpoint."""
     command.add_argument("path", metavar="PATH", help=_PATH)
     command.add_argument("--step", type=_natural, metavar="N", help="that step; the newest without")
@@ -131,7 +125,7 @@ def _place(command: _Parser) -> None:
     )
 
 
-def _dry(command: _Parser) -> None:
+def _dry(command: OneLineParser) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="only tell bytes read, written and moved, and peak memory"
     )
@@ -241,7 +235,7 @@ def _add_converting(add: _Add) -> None:
     _dry(grow)
 
 
-def _out(command: _Parser, text: str) -> None:
+def _out(command: OneLineParser, text: str) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help=text)
 
 

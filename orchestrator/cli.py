@@ -12,21 +12,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from configs.errors import USER_ERROR_EXIT, UserError, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
 from configs.paths import HomePaths, default_home
 from orchestrator import PROGRAM
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
 
 _OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,12 @@ class Command:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole surface; `tests/orchestrator/cli_surface.txt` holds it still."""
-    parser = _Parser(prog=PROGRAM, description="Submit, watch and resume mixture-of-experts training runs.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = OneLineParser(
+        prog=PROGRAM, description="Submit, watch and resume mixture-of-experts training runs."
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser
+    )
     for command in COMMANDS:
         sub = commands.add_parser(command.name, help=command.help, description=command.help)
         sub.add_argument("--json", action="store_true", help="print JSON and nothing else")

@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from configs.compose import choices, compose, load
-from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, Stopped, UserError, nearest
+from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, OneLineParser, Stopped, UserError, nearest
 from configs.paths import default_home
 from configs.rank import RankContext, die_with_parent
 from faulttol.recorder import RankPhase, Recorder
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m trainer"
 _COMMANDS = ("run", "prepare", "size", "bench", "forecast", "validate")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,9 +57,11 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog=PROGRAM, description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog=PROGRAM, description=__doc__)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser
+    )
     run = commands.add_parser("run", help="train; each rank is one process, as torchrun starts them")
     run.add_argument(
         "overrides", nargs="*", metavar="field=value", help="configuration, as `submit` takes it"
@@ -143,7 +138,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_bench(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     bench = commands.add_parser(
         "bench", help="what a training step takes, beside compiled torch, Hugging Face and DeepSpeed",
         description="The full step with nothing left out, its parts and kernels, and the device's ceiling, in one run.",

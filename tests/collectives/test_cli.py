@@ -58,6 +58,7 @@ def one_line(text: str) -> str:
         (("--rank", "2"), "'--rank' is not an option of `run` (did you mean '--ranks'?)"),
         (("--ranks", "1"), "--ranks=1: a collective needs at least two ranks; type at least --ranks 2"),
         (("--ranks", "0"), "--ranks=0: a collective needs at least two ranks"),
+        (("--ranks", "abc"), "--ranks: invalid int value: 'abc'; `python -m collectives run --help`"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

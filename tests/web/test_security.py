@@ -14,6 +14,7 @@ import pytest
 
 from configs.errors import UserError
 from orchestrator.web import security, server
+from orchestrator.web.cli import _listen
 from orchestrator.web.redact import REDACTED, Redactor, is_secret, numbers
 from orchestrator.web.security import AccessTokens
 from tests.web.made import MadeRun, a_home, queue_file
@@ -376,3 +377,9 @@ def test_slow_clients_hold_nobody_up(client: Client) -> None:
         slow.sendall(b"GET /api/runs HTTP/1.1\r\nHost: 127.0.0.1\r\n")
         assert client.raw("/api/runs")[0] == 200
     assert os.getpid()
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999999])
+def test_a_port_out_of_range_is_refused_and_not_cut_down(port: int) -> None:
+    with pytest.raises(UserError, match=f"--port {port} is out of range; type one between 0 and 65535"):
+        _listen("127.0.0.1", port)
