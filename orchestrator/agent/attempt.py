@@ -84,7 +84,7 @@ class Attempt:
         self.touched = time.monotonic()
         self.files: LogFiles | None = None
         self._spawner, self._standbys, self._changed = spawner, standbys, changed
-        self._mark = mark(order.run_root, order.attempt)
+        self._mark = mark(order.run_root, order.attempt, node_id)
         self._rings = rings(order.run_root, order.attempt, node_id)
         self._launch: Launch | None = None
         self._order = order
@@ -235,7 +235,7 @@ class Attempt:
             for local_rank, rank in enumerate(launch.ranks):
                 if self._stop is not None:
                     return
-                own = environment.of_rank(self._order, launch, local_rank, self._rings)
+                own = environment.of_rank(self._order, launch, local_rank, self._rings, self._mark)
                 process = self._standbys.take(launch, env, own, logs[rank], self._ended)
                 if process is None:
                     words = [sys.executable, *launch.program]

@@ -13,7 +13,7 @@ import psutil
 from configs.paths import RunPaths
 from configs.rank import RankContext
 from faulttol import steady
-from orchestrator.agent.orders import AttemptOrder, Launch, mark
+from orchestrator.agent.orders import AttemptOrder, Launch
 from orchestrator.local import machine
 
 OWN = (
@@ -54,7 +54,7 @@ def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def of_rank(order: AttemptOrder, launch: Launch, local_rank: int, rings: Path) -> dict[str, str]:
+def of_rank(order: AttemptOrder, launch: Launch, local_rank: int, rings: Path, mark: str) -> dict[str, str]:
     """What a rank has beside `common`."""
     address, _, port = launch.master.rpartition(":")
     context = RankContext(
@@ -68,7 +68,7 @@ def of_rank(order: AttemptOrder, launch: Launch, local_rank: int, rings: Path) -
         attempt=order.attempt,
     )
     return context.environment() | {
-        "MEGARAY_MARK": mark(order.run_root, order.attempt),
+        "MEGARAY_MARK": mark,
         "MEGARAY_RINGS": str(rings),
         "MEGARAY_STARTED": repr(steady.now()),
     }

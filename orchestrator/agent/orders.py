@@ -109,9 +109,12 @@ class AttemptReport:
     """Stacks and rings were written, or given up after their time."""
 
 
-def mark(run_root: str, attempt: int) -> str:
-    """Value of `MEGARAY_MARK`, by which all processes of an attempt are known, in 32 characters."""
-    return blake2b(f"{run_root}\n{attempt}".encode(), digest_size=16).hexdigest()
+def mark(run_root: str, attempt: int, node_id: str) -> str:
+    """Value of `MEGARAY_MARK`, by which a node's processes of an attempt are known, in 32 characters.
+
+    With the node's id, since several nodes may share one kernel: an agent ends its own processes alone.
+    """
+    return blake2b(f"{run_root}\n{attempt}\n{node_id}".encode(), digest_size=16).hexdigest()
 
 
 def rings(run_root: str, attempt: int, node_id: str) -> Path:
@@ -119,7 +122,7 @@ def rings(run_root: str, attempt: int, node_id: str) -> Path:
 
     With the node's id, since containers and network namespaces may share one memory.
     """
-    return memory() / f"{Path(run_root).name}-{attempt:03d}-{node_id[:8]}-{mark(run_root, attempt)}"
+    return memory() / f"{Path(run_root).name}-{attempt:03d}-{node_id[:8]}-{mark(run_root, attempt, node_id)}"
 
 
 def sweep(living: Callable[[], set[str]], older: float = 3600.0) -> None:

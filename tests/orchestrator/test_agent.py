@@ -142,7 +142,7 @@ def test_a_gang_is_reserved_started_adopted_and_given_back(
         assert f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" == status.master and env["FLAG"] == "of the run"
         assert env["GLOO_SOCKET_IFNAME"] == "lo" and env["MEGARAY_NODE"] == f"127.0.0.{1 + rank // 2}"
         assert Path(env["MEGARAY_RINGS"]).is_dir() and env["MEGARAY_RINGS"].startswith("/dev/shm/")
-        assert env["MEGARAY_MARK"] == orders.mark(str(run.root), 1)
+        assert env["MEGARAY_MARK"] == orders.mark(str(run.root), 1, f"n{rank // 2}")
 
     runtime.close()  # the controller dies; a new one finds everything from the spec alone
     again = LocalRuntime(cluster=runtime.cluster)
@@ -153,7 +153,12 @@ def test_a_gang_is_reserved_started_adopted_and_given_back(
     again.ensure(spec, Want.RELEASED)
     until(lambda: again.status(spec).released, "the slots")
     assert not any(map(alive, status.pids.values())) and not runtime.cluster.held
-    assert not list(orders.memory().glob(f"*{orders.mark(str(run.root), 1)}")), "the node's memory is free"
+    left = [
+        path
+        for node in "01"
+        for path in orders.memory().glob(f"*{orders.mark(str(run.root), 1, f'n{node}')}")
+    ]
+    assert not left, "the nodes' memory is free"
     again.close()
 
 
@@ -316,7 +321,7 @@ def test_memory_that_a_dead_agent_has_left_is_swept(
     left, living = (orders.rings(str(run.root), number, "node") for number in (1, 2))
     left.mkdir(parents=True)
     living.mkdir()
-    mark = orders.mark(str(run.root), 2)
+    mark = orders.mark(str(run.root), 2, "node")
     env = {**os.environ, "MEGARAY_MARK": mark}
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env) as rank:
         until(lambda: mark in family.marks(), "its environment")

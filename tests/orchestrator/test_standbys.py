@@ -60,7 +60,7 @@ def standbys(spawner: Spawner) -> Iterator[Standbys]:
     made = Standbys(spawner)
     yield made
     made.close()
-    family.end(family.of_attempt(mark(RUN, 3), ()), signal.SIGKILL)
+    family.end(family.of_attempt(mark(RUN, 3, "node"), ()), signal.SIGKILL)
 
 
 def take(
@@ -71,7 +71,7 @@ def take(
         process = standbys.take(
             launch,
             env,
-            {"MEGARAY_MARK": mark(RUN, 3), **own},
+            {"MEGARAY_MARK": mark(RUN, 3, "node"), **own},
             out.fileno(),
             lambda _, how: ended.set_result(how),
         )
@@ -89,12 +89,14 @@ def test_one_becomes_a_rank_that_anybody_can_find_and_that_is_watched(
     until(lambda: (tmp_path / "log").read_text(), "its first words")
     warm, words, seen = json.loads((tmp_path / "log").read_text())
     assert warm and words == ["run", "a word"], "it has imported before, and is called as typed"
-    assert seen["RANK"] == "1" and seen["FLAG"] == "1" and seen["MEGARAY_MARK"] == mark(RUN, 3)
+    assert seen["RANK"] == "1" and seen["FLAG"] == "1" and seen["MEGARAY_MARK"] == mark(RUN, 3, "node")
     assert os.getsid(pid) == pid
-    until(lambda: len(family.of_attempt(mark(RUN, 3), ())) == 2, "it and its child, by the mark alone")
-    assert family.of_attempt(mark(RUN, 4), ()) == []
+    until(
+        lambda: len(family.of_attempt(mark(RUN, 3, "node"), ())) == 2, "it and its child, by the mark alone"
+    )
+    assert family.of_attempt(mark(RUN, 4, "node"), ()) == [] == family.of_attempt(mark(RUN, 3, "another"), ())
     until(lambda: standbys.ready == 0, "no other stays while ranks start")
-    for one in family.of_attempt(mark(RUN, 3), ()):
+    for one in family.of_attempt(mark(RUN, 3, "node"), ()):
         os.kill(one, 9)
     assert ended.result(30).code == -9
 
@@ -126,7 +128,7 @@ def test_one_that_still_imports_is_taken_and_gets_the_processor(
     until(lambda: standbys._waiting, "one that imports")
     group = Path(f"/proc/{standbys._waiting[0].process.pid}/autogroup")
     if group.exists():
-        until(lambda: group.read_text().endswith("nice 19\n"), "that it yields")
+        until(lambda: group.read_text().endswith("nice 5\n"), "that it yields")
     pid, _ = take(standbys, launch, env, tmp_path / "log")
     assert pid and standbys.ready == 0
     if group.exists():
