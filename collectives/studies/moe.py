@@ -175,8 +175,8 @@ class Moe:
         """Mean time in us of calls that are gone through in turn; None on ranks other than 0."""
         turn = iter(range(1 << 62))
         call = (lambda: calls[next(turn) % len(calls)]()) if calls else None
-        barrier = self._seat.group if self._seat is not None else self._team.control
-        raw = self._bench.time(call, barrier, capturable=False)  # the next call is another step's
+        group = self._seat.group if self._seat is not None else None
+        raw = self._bench.time(call, group, capturable=False)  # the next call is another step's
         return None if raw is None else float(raw.series().mean())
 
 

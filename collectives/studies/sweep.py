@@ -209,10 +209,11 @@ class SweepRunner:
     def _timed(
         self, one: CaseSeries, size: int, transfer: Transfer | None, seat: Seat | None
     ) -> Timing | None:
-        barrier = seat.group if seat is not None else self._team.control
         # A barrier waits on the host, which a graph can't hold.
         call = transfer.call if transfer is not None else None
-        raw = self._bench.time(call, barrier, capturable=one.op.name != "barrier")
+        raw = self._bench.time(
+            call, seat.group if seat is not None else None, capturable=one.op.name != "barrier"
+        )
         wrong = self._check(one, transfer, raw) if self._settings.check else None
         if raw is None:
             return None

@@ -48,19 +48,19 @@ class MeasurementSetup:
     beat: Callable[[], None]
     """Called at least every few seconds, to show that the rank is alive."""
 
-    def time(self, call: Call | None, barrier: dist.ProcessGroup, capturable: bool = True) -> Raw | None:
+    def time(self, call: Call | None, group: dist.ProcessGroup | None, capturable: bool = True) -> Raw | None:
         """Time a call on all ranks at once; a rank without one takes part in the decisions alone.
 
         Args:
             call: queues or makes one call; None on a rank that is idle.
-            barrier: ranks that the call is made on.
+            group: ranks that the call is made on, which meet at barriers; None on a rank that is idle.
             capturable: a graph may hold it; False where it waits on the host or differs from call to call.
 
         Returns:
             On rank 0, the stamps of all ranks; None elsewhere.
         """
         made = call or _nothing
-        before = self._barrier(barrier) if self.settings.sync == "barrier" else None
+        before = self._barrier(group) if self.settings.sync == "barrier" else None
         first = self._batch(made, 1, None, 0)
         warm, pilot = self._warm_up(made, before)
         count = self.team.decide(self._enough(pilot))
@@ -73,7 +73,7 @@ class MeasurementSetup:
             short = bool(len(pilot)) and float(np.median(pilot)) < _LAUNCH_HIDDEN_US
             wanted = self.settings.timer == "graph" or (self.settings.timer == "auto" and short)
             graph = bool(self.team.decide(int(wanted and capturable)))
-            bursts, graph = self._bursts(call, barrier, count, graph)
+            bursts, graph = self._bursts(call, group, count, graph)
             count = min(count, max(_SINGLE, self.settings.min_iterations))
         stamps = self._each(made, count, before)
         if first is None or stamps is None or active is None:
@@ -137,10 +137,10 @@ class MeasurementSetup:
         return np.concatenate(gathered, axis=1) if gathered else None
 
     def _bursts(
-        self, call: Call | None, barrier: dist.ProcessGroup, count: int, graph: bool
+        self, call: Call | None, group: dist.ProcessGroup | None, count: int, graph: bool
     ) -> tuple[NDArray[np.float64] | None, bool]:
         """`count` calls in bursts: on rank 0 microseconds of a call [ranks, bursts], and whether a graph held them."""
-        size, align = self._burst_size, self._barrier(barrier)
+        size, align = self._burst_size, self._barrier(group) or _nothing
         burst = Burst(self.team.device, call, size) if call is not None else None
         if graph and not self._captured(burst):
             graph = False
@@ -157,10 +157,12 @@ class MeasurementSetup:
             wanted = self.team.decide(0 if late else min(left, max(1, int(_BATCH_SECONDS / each))))
         return self.team.gather(np.array(mine)), graph
 
-    def _barrier(self, group: dist.ProcessGroup) -> Call:
-        """A wait for the ranks of a group; NCCL is given the device, which it guesses otherwise."""
+    def _barrier(self, group: dist.ProcessGroup | None) -> Call | None:
+        """A wait for the ranks of a group, None without one; NCCL is given the device, which it guesses otherwise."""
         team = self.team
-        if team.device.type == "cuda" and team.backend == "nccl" and group is not team.control:
+        if group is None:
+            return None
+        if team.device.type == "cuda" and team.backend == "nccl":
             return partial(dist.barrier, group=group, device_ids=[team.device.index])
         return partial(dist.barrier, group=group)
 

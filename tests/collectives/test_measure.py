@@ -87,7 +87,7 @@ def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
 class TwoRanks:
     """This rank and another, which says `other` where both are asked."""
 
-    device, backend, control = torch.device("cuda", 1), "nccl", "gloo's group"
+    device, backend = torch.device("cuda", 1), "nccl"
 
     def __init__(self, other: str = "") -> None:
         self.other = other
@@ -191,10 +191,15 @@ def test_a_barrier_names_the_device_to_nccl_alone(monkeypatch: pytest.MonkeyPatc
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(measure.dist, "barrier", lambda **words: seen.append(words))
     settings = compose(["workload=collectives"]).collectives
-    setup = MeasurementSetup(cast(Any, TwoRanks()), cast(Any, None), settings, lambda: None)
-    for group in ("nccl's group", TwoRanks.control):  # an idle rank has no other than gloo's
-        setup._barrier(cast(Any, group))()
-    assert seen == [{"group": "nccl's group", "device_ids": [1]}, {"group": TwoRanks.control}]
+    for backend in ("nccl", "gloo"):
+        team = TwoRanks()
+        monkeypatch.setattr(team, "backend", backend, raising=False)
+        setup = MeasurementSetup(cast(Any, team), cast(Any, None), settings, lambda: None)
+        barrier = setup._barrier(cast(Any, f"{backend}'s group"))
+        assert barrier is not None
+        barrier()
+        assert setup._barrier(None) is None, "an idle rank has nobody to wait for"
+    assert seen == [{"group": "nccl's group", "device_ids": [1]}, {"group": "gloo's group"}]
 
 
 def test_no_warm_up_means_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,21 @@ def test_corrupted_elements_are_counted_exactly(tmp_path: Path) -> None:
         assert len(row.timings) == 1 + OPERATIONS[op].in_place
 
 
+def sweep_with_barriers(rank: RankContext) -> list[SweepRow]:
+    config = quick(
+        "collectives.ops=all_reduce", "collectives.groups=pairs", "collectives.sync=barrier",
+        "collectives.min_size=64", "collectives.max_size=64",
+    )  # fmt: skip
+    return measure(Team.meet(config, rank), config, ONE, rank.run.root)
+
+
+@pytest.mark.timeout(90)
+def test_an_idle_rank_does_not_wait_at_barriers_of_the_others(tmp_path: Path) -> None:
+    rows = together(3, tmp_path, sweep_with_barriers)[0]
+    assert [row.group for row in rows] == ["pairs1", "pairs2", "pairs3"], "of three ranks one is idle in each"
+    assert all(timing.wrong == 0 for row in rows for timing in row.timings)
+
+
 # ---- a real run, through nccl-tests' own reader where it is there ----
 
 
