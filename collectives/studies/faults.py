@@ -175,7 +175,7 @@ class Faults:
             if self._team.rank.rank == 0:
                 ratio, probes = self._settings.slow_ratio, self._record.probes()
                 doubts = (suspect_endpoints(probes.endpoints, ratio), suspects(probes, ratio, self._hardware))
-            ranks, pairs = self._team.tell(doubts)
+            ranks, pairs = self._team.tree.broadcast_object(doubts)
             self._bench.beat()
             if ranks:
                 self._own_speed(name, ranks)
@@ -221,13 +221,13 @@ class Faults:
         times = np.full(_CPU_REPEATS + _DEVICE_REPEATS, np.nan)
         for number in range(max(turns.values()) + 1):
             self._bench.beat()
-            self._team.wait()
+            self._team.tree.wait()
             if turns.get(me) == number:
                 times[:_CPU_REPEATS] = [_interpreter_probe() for _ in range(_CPU_REPEATS)]
                 if self._team.device.type == "cuda":
                     times[_CPU_REPEATS:] = _matmul_probe(self._team.device)
-        self._team.wait()
-        every = self._team.gather(times)
+        self._team.tree.wait()
+        every = self._team.tree.gather(times)
         text = ""
         if every is not None:
             best = self._record.own_speed(sorted(ranks), every)
@@ -239,7 +239,7 @@ class Faults:
         """Probe all pairs of a round at once, one direction after the other; `alone` on their machines or not."""
         me = self._team.rank.rank
         meeting = next((m for m in meetings if me in (m.a, m.b)), None)
-        self._team.wait()
+        self._team.tree.wait()
         # What this rank sends; what it receives is timed by its peer.
         times = np.full(1 + self._settings.probe_repeats, np.nan)
         if meeting is not None:
@@ -249,7 +249,7 @@ class Faults:
                     times[:] = self._push(target)
                 else:
                     self._absorb(source)
-        every = self._team.gather(times)
+        every = self._team.tree.gather(times)
         rates: dict[str, float] = {}
         if every is not None:
             rates = {f"{m.a}-{m.b}": self._record.meeting(m, every, alone=alone) for m in meetings}

@@ -58,7 +58,7 @@ def main(
     team = Team.meet(config, rank)
     layout = layout_of(config, rank.world)
     if not named:
-        rank = replace(rank, run=RunPaths(Path(team.tell(str(rank.run.root)))))
+        rank = replace(rank, run=RunPaths(Path(team.tree.broadcast_object(str(rank.run.root)))))
         os.environ.update(rank.environment())
     journal = Journal(rank, beat)
     waits = config.collectives.sync != "loop"
@@ -81,7 +81,7 @@ def main(
     if isinstance(study, SweepRunner):
         _refuse_nothing(team, journal)
     journal.end()
-    team.wait()
+    team.tree.wait()
     return journal.findings
 
 
@@ -99,7 +99,7 @@ def _refuse_nothing(team: Team, journal: Journal) -> None:
     why = ""
     if team.rank.rank == 0:
         why = "" if journal.timed else journal.first_note or "no case has times"
-    if why := team.tell(why):
+    if why := team.tree.broadcast_object(why):
         raise NothingMeasuredError(f"nothing was measured: {why}")
 
 
@@ -126,7 +126,7 @@ def _begin(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str
             refusal = str(error)
         except OSError as error:
             refusal = f"can't write {journal.store.folder} ({error.strerror}); name another folder"
-    refusal, keys = team.tell((refusal, [row.key for row in kept]))
+    refusal, keys = team.tree.broadcast_object((refusal, [row.key for row in kept]))
     if refusal:
         raise UserError(refusal)
     journal.finished = len(keys)

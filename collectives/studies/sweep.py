@@ -188,7 +188,7 @@ class SweepRunner:
                 ) as error:  # torch's own out-of-memory errors are RuntimeErrors
                     first = (str(error).splitlines() or [type(error).__name__])[0]
                     refusal = f"rank {self._team.rank.rank}: {first}"
-        refusal = next((told for told in self._team.share(refusal) if told), "")
+        refusal = next((told for told in self._team.tree.all_gather(refusal) if told), "")
         return (None, f"out of memory, {refusal}; larger sizes are left out") if refusal else (transfer, "")
 
     def _too_large(self, needed: int) -> str:
@@ -226,7 +226,7 @@ class SweepRunner:
             known = raw is not None and raw.comparable and self._team.one_machine
             return raw.left_early() if known and raw is not None else None
         times = range(self._settings.check)
-        return self._team.total(sum(transfer.check() for _ in times) if transfer is not None else 0)
+        return self._team.tree.total(sum(transfer.check() for _ in times) if transfer is not None else 0)
 
 
 def _multicast(team: Team, partition: GroupPartition) -> bool:

@@ -63,16 +63,16 @@ class MeasurementSetup:
         before = self._barrier(group) if self.settings.sync == "barrier" else None
         first = self._batch(made, 1, None, 0)
         warm, pilot = self._warm_up(made, before)
-        count = self.team.decide(self._enough(pilot))
+        count = self.team.tree.broadcast_int(self._enough(pilot))
         bursts: NDArray[np.float64] | None = None
         graph = False
-        active = self.team.gather(np.array([call is not None]))
+        active = self.team.tree.gather(np.array([call is not None]))
         if (
             not self.clock.comparable
         ):  # on GPUs calls are launched ahead, so that a call alone isn't its share of many
             short = bool(len(pilot)) and float(np.median(pilot)) < _LAUNCH_HIDDEN_US
             wanted = self.settings.timer == "graph" or (self.settings.timer == "auto" and short)
-            graph = bool(self.team.decide(int(wanted and capturable)))
+            graph = bool(self.team.tree.broadcast_int(int(wanted and capturable)))
             bursts, graph = self._bursts(call, group, count, graph)
             count = min(count, max(_SINGLE, self.settings.min_iterations))
         stamps = self._each(made, count, before)
@@ -87,7 +87,7 @@ class MeasurementSetup:
         self.beat()
         for _ in range(lead_in):
             call()
-        return self.team.gather(self.clock.run(call, count, before))
+        return self.team.tree.gather(self.clock.run(call, count, before))
 
     def _warm_up(self, call: Call, before: Call | None) -> tuple[int, Array]:
         """Iterate until the medians of two windows agree: the number of untimed calls, and on rank 0 their last times."""
@@ -103,7 +103,7 @@ class MeasurementSetup:
                 enough = done + wanted >= least and (statistics.steady(times, window) or late)
                 after = 0 if enough else min(window, most - done - wanted)
             done += wanted
-            wanted = self.team.decide(after)
+            wanted = self.team.tree.broadcast_int(after)
         return done, times[-2 * window :]
 
     def _enough(self, pilot: Array) -> int:
@@ -133,7 +133,7 @@ class MeasurementSetup:
                 if spent < _OVERTIME * self.settings.seconds_per_size:
                     each = max(spent / (count - left), 1e-9)
                     after = min(left, max(1, int(_BATCH_SECONDS / each)))
-            wanted = self.team.decide(after)
+            wanted = self.team.tree.broadcast_int(after)
         return np.concatenate(gathered, axis=1) if gathered else None
 
     def _bursts(
@@ -154,8 +154,10 @@ class MeasurementSetup:
             spent = time.monotonic() - begun
             late = spent > _OVERTIME * self.settings.seconds_per_size and len(mine) >= _FEWEST_BURSTS
             each = max(spent / len(mine), 1e-9)
-            wanted = self.team.decide(0 if late else min(left, max(1, int(_BATCH_SECONDS / each))))
-        return self.team.gather(np.array(mine)), graph
+            wanted = self.team.tree.broadcast_int(
+                0 if late else min(left, max(1, int(_BATCH_SECONDS / each)))
+            )
+        return self.team.tree.gather(np.array(mine)), graph
 
     def _barrier(self, group: dist.ProcessGroup | None) -> Call | None:
         """A wait for the ranks of a group, None without one; NCCL is given the device, which it guesses otherwise."""
@@ -174,7 +176,7 @@ class MeasurementSetup:
                 burst.capture()
             except RuntimeError as error:
                 failed = (str(error).splitlines() or [type(error).__name__])[0]
-        failed = next((reason for reason in self.team.share(failed) if reason), "")
+        failed = next((reason for reason in self.team.tree.all_gather(failed) if reason), "")
         if failed and burst is not None:
             burst.forget()
             _LOG.warning("launched one by one, since a graph can't hold the call: %s", failed)

@@ -16,7 +16,6 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from collectives.ops.groups import GroupPartition
 from collectives.ops.transfers import Seat
@@ -200,30 +199,6 @@ class Team:
             return None
         ranks = next(ranks for ranks in partition.groups if self.rank.rank in ranks)
         return Seat(group, ranks, ranks.index(self.rank.rank), self.device)
-
-    def gather(self, array: NDArray[N]) -> NDArray[N] | None:
-        """All ranks' arrays of one shape on rank 0, [ranks, ...]."""
-        return self.tree.gather(array)
-
-    def decide(self, number: int) -> int:
-        """Rank 0's number, on all ranks."""
-        return self.tree.broadcast_int(number)
-
-    def total(self, number: int) -> int:
-        """The sum of all ranks' numbers, on all ranks."""
-        return self.tree.total(number)
-
-    def tell(self, item: Any) -> Any:
-        """Rank 0's item, on all ranks."""
-        return self.tree.broadcast_object(item)
-
-    def share(self, item: Any) -> list[Any]:
-        """Every rank's item, in rank order, on all ranks."""
-        return self.tree.all_gather(item)
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.tree.wait()
 
 
 def _self(rank: RankContext, device: torch.device) -> dict[str, Any]:

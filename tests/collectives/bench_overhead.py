@@ -96,13 +96,13 @@ def measure(rank: RankContext, share: float, handicap: float) -> list[np.ndarray
         transfer = Transfer(TransferCase(op, count, torch.float32, redop, root, op != "all_to_all"), seat)
         loop, call = bare(op, transfer), handicapped(transfer.call, handicap)
         loop(FEWEST)
-        calls = team.decide(max(FEWEST, int(BLOCK_SECONDS * 1e6 / loop(FEWEST))))
+        calls = team.tree.broadcast_int(max(FEWEST, int(BLOCK_SECONDS * 1e6 / loop(FEWEST))))
         words = [f"collectives.{end}_iterations={calls}" for end in ("max", "min")]
         bench = MeasurementSetup(
             team, clock.choose("host", team.device, lambda: team.control), quick(*words).collectives, idle
         )
         pairs, until = [], time.monotonic() + seconds * share
-        while team.decide(time.monotonic() < until):
+        while team.tree.broadcast_int(time.monotonic() < until):
             pairs.append(pair(bench, seat.group, loop, call, calls, bool(rng.integers(2))))
         found.append(np.array(pairs))
     return found
@@ -119,7 +119,7 @@ def pair(
             raw = bench.time(call, group)
             suite += float(raw.series().mean()) / 2 if raw is not None else 0.0
         else:
-            bench.team.wait()
+            bench.team.tree.wait()
             loop(LEAD_IN)
             plain += loop(calls) / 2
     return plain, suite

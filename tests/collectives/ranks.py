@@ -76,5 +76,5 @@ def measure(team: Team, config: RunConfig, layout: dict[str, int], folder: Path)
         journal.begin(metadata.collect(config, team, ticks, world, layout, []))
     sweep.run(frozenset())
     journal.end()
-    team.wait()
+    team.tree.wait()
     return list(ResultStore(rank.run.measurement).read().rows) if team.rank.rank == 0 else []

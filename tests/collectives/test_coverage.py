@@ -63,10 +63,14 @@ class SimulatedClock:
 class LoneTeam:
     """One rank, which decides for itself."""
 
+    @property
+    def tree(self) -> Any:
+        return self
+
     def gather(self, array: np.ndarray) -> np.ndarray:
         return array[None]
 
-    def decide(self, number: int) -> int:
+    def broadcast_int(self, number: int) -> int:
         return int(number)
 
 

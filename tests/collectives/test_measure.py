@@ -85,20 +85,24 @@ def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TwoRanks:
-    """This rank and another, which says `other` where both are asked."""
+    """This rank and another, which says `other` where both are asked; a tree of its own."""
 
     device, backend = torch.device("cuda", 1), "nccl"
 
     def __init__(self, other: str = "") -> None:
         self.other = other
 
+    @property
+    def tree(self) -> Any:
+        return self
+
     def gather(self, array: np.ndarray) -> np.ndarray:
         return np.stack([array, array])
 
-    def decide(self, number: int) -> int:
+    def broadcast_int(self, number: int) -> int:
         return number
 
-    def share(self, item: Any) -> list[Any]:
+    def all_gather(self, item: Any) -> list[Any]:
         return [item, self.other]
 
 

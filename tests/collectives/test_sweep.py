@@ -364,7 +364,7 @@ def test_a_switch_multiplies_for_groups_of_one_node(
 
 def test_elements_are_checked_as_often_as_typed() -> None:
     runner: Any = object.__new__(SweepRunner)
-    runner._team = SimpleNamespace(total=lambda number: number)
+    runner._team = SimpleNamespace(tree=SimpleNamespace(total=lambda number: number))
     runner._settings = SimpleNamespace(check=4)
     one: Any = SimpleNamespace(op=OPERATIONS["reduce"])
     assert runner._check(one, SimpleNamespace(check=lambda: 3), None) == 12
