@@ -97,6 +97,8 @@ class RecoveryContestant(ABC):
     """A way to keep ranks running."""
 
     name: str
+    _process: subprocess.Popen[bytes] | None = None
+    """Its process, where it is one of this benchmark's."""
 
     def __init__(self) -> None:
         self._begun = time.time()
@@ -115,7 +117,7 @@ class RecoveryContestant(ABC):
 
     def ended(self) -> bool:
         """Whether it is known to be over."""
-        return False
+        return self._process is not None and self._process.poll() is not None
 
     def began(self, when: float) -> dict[str, float]:
         """What happened after the kill at `when`, as far as it is on record: name -> time."""
@@ -242,17 +244,14 @@ class Torchrun(RecoveryContestant):
         ]
         self._process = launched(words, folder, ends, {"MEGARAY_RUN": str(folder)})
 
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
     def lines(self) -> MetricFollower:
         return self._follower
 
     def _ranks(self) -> dict[str, psutil.Process]:
+        assert self._process is not None
         found = {}
-        for child in psutil.Process(
-            self._process.pid
-        ).children():  # ranks have children with the same variables
+        # Its children alone: ranks have children with the same variables.
+        for child in psutil.Process(self._process.pid).children():
             try:
                 found[child.environ().get("RANK", "")] = child
             except psutil.Error:
@@ -277,9 +276,6 @@ class RayTrain(RecoveryContestant):
         module = "tests.cluster.ray_train_baseline"
         words = [sys.executable, "-m", module, str(config), str(folder), str(ranks), str(gpus)]
         self._process = launched(words, folder, ends, {"RAY_ADDRESS": ""})
-
-    def ended(self) -> bool:
-        return self._process.poll() is not None
 
     def lines(self) -> MetricFollower:
         return self._follower

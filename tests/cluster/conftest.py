@@ -17,15 +17,12 @@ import pytest
 
 from configs.metrics import ResumedLine, SavedLine, StepLine, read_from
 from configs.paths import HomePaths, RunPaths
-from orchestrator.record import ledger as ledgers
 from orchestrator.record.events import Event
-from orchestrator.record.ledger import Ledger
 from orchestrator.record.log import read
 from orchestrator.record.partition import TimePart
 from orchestrator.record.reading import summary
-from orchestrator.record.story import Story
 from orchestrator.record.view import RunView, fold
-from orchestrator.web.columns import Columns
+from tests.web.made import ledger_of
 
 PATIENCE = 150.0
 """Seconds after which a wait in these tests is a failure; they end long before."""
@@ -96,25 +93,13 @@ class Shell:
         return self.view(run_id)
 
 
-def ledger_of(run: RunPaths) -> Ledger:
-    """Where the seconds of a run went, from its log and its ranks' lines."""
-    story = Story()
-    story.take(read(run.events))
-    lines = {}
-    for number in run.attempt_numbers():
-        columns = Columns(run.attempt(number).metrics, 1_000_000)
-        columns.update()
-        lines[number] = columns.trace()
-    return ledgers.ledger(story, lines, time.time())
-
-
 def check_ledger(run: RunPaths) -> None:
     """Whatever a run went through: its parts add up to its wall time, no second counts twice, and steps get what they took.
 
     What steps took is bounded here from the metric lines alone: at least from an attempt's first step line to its last, at
     most from when its ranks were ready, each less what saves held.
     """
-    ledger, events = ledger_of(run), read(run.events)
+    ledger, events = ledger_of(run, time.time()), read(run.events)
     wall = events[-1].time - events[0].time
     assert sum(ledger.seconds.values()) == pytest.approx(wall, rel=0.01, abs=0.05), ledger.seconds
     edges = ledger.partition.edges

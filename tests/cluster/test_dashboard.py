@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -13,9 +14,10 @@ import pytest
 from configs.paths import HomePaths
 from orchestrator.record.events import RanksStarted
 from orchestrator.record.states import State
-from tests.cluster.conftest import Shell, ledger_of
+from tests.cluster.conftest import Shell
 from tests.web.browser.driving import BrowserPage, driving, needs_browser
 from tests.web.browser.test_views import TABS
+from tests.web.made import ledger_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400), needs_browser]
 
@@ -117,5 +119,5 @@ def test_it_is_cancelled_from_the_page(shell: Shell, page: BrowserPage, run: str
     page.until(lambda: [row[2] for row in page.rows("Actions")] == ["cancel"], 60, "the action is on record")
     page.console()  # the browser writes down the question, an answer of 409, as an error
     look_at_all(page, run)
-    seconds = ledger_of(shell.home.run(run)).seconds
+    seconds = ledger_of(shell.home.run(run), time.time()).seconds
     assert min(seconds.values()) >= 0

@@ -19,6 +19,7 @@ from configs.metrics import (
     StepLine,
 )
 from configs.paths import HomePaths, RunPaths
+from orchestrator.record import log
 from orchestrator.record.clock import Now
 from orchestrator.record.events import (
     AttemptPlaced,
@@ -39,8 +40,11 @@ from orchestrator.record.events import (
     Submitted,
     VerdictFound,
 )
+from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
+from orchestrator.record.story import Story
+from orchestrator.web.columns import Columns
 
 BEGIN = 1_700_000_000.0
 LAYOUT = {"pp": 1, "dp": 2, "cp": 1, "ep": 2, "etp": 1, "tp": 1}
@@ -285,3 +289,24 @@ def a_home(folder: Path) -> HomePaths:
     home = HomePaths(folder)
     home.ensure()
     return home
+
+
+def ledger_of(run: RunPaths, now: float, most: int = 1_000_000) -> Ledger:
+    """Where the seconds of a run went, from its log and its ranks' lines.
+
+    Args:
+        run: its folder.
+        now: seconds since the epoch.
+        most: metric lines of an attempt that are kept apart; above that, neighbours are joined.
+    """
+    story = Story()
+    story.take(log.read(run.events))
+    traces = {}
+    for number in run.attempt_numbers():
+        metrics = run.attempt(number).metrics
+        columns = Columns(metrics, most)
+        assert columns.update() == (metrics.exists() and metrics.stat().st_size > 0), (
+            "all that is there is read"
+        )
+        traces[number] = columns.trace()
+    return ledger(story, traces, now)

@@ -9,25 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.record import log
-from orchestrator.record.ledger import AttemptLines, Ledger, ledger
+from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.partition import MEANINGS, Tape, TimePart
 from orchestrator.record.story import Story
-from orchestrator.web.columns import Columns
-from tests.web.made import MadeRun, a_home
+from tests.web.made import MadeRun, a_home, ledger_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 
 def made_of(run: MadeRun, now: float | None = None, most: int = 100_000) -> Ledger:
-    story = Story()
-    story.take(log.read(run.run.events))
-    traces: dict[int, AttemptLines] = {}
-    for number in run.run.attempt_numbers():
-        columns = Columns(run.run.attempt(number).metrics, most)
-        assert columns.update()
-        traces[number] = columns.trace()
-    return ledger(story, traces, run.now if now is None else now)
+    return ledger_of(run.run, run.now if now is None else now, most)
 
 
 def check(run: MadeRun, tolerance: float = 0.01, **more: Any) -> Ledger:
