@@ -303,10 +303,7 @@ def ledger_of(run: RunPaths, now: float, most: int = 1_000_000) -> Ledger:
     story.take(log.read(run.events))
     traces = {}
     for number in run.attempt_numbers():
-        metrics = run.attempt(number).metrics
-        columns = Columns(metrics, most)
-        assert columns.update() == (metrics.exists() and metrics.stat().st_size > 0), (
-            "all that is there is read"
-        )
+        columns = Columns(run.attempt(number).metrics, most)
+        assert columns.update(), "all that is there is read"
         traces[number] = columns.trace()
     return ledger(story, traces, now)
