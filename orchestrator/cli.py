@@ -35,7 +35,7 @@ class Command:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole surface; `tests/orchestrator/cli_surface.txt` holds it still."""
+    """The whole surface; `tests/orchestrator/commands/cli_surface.txt` holds it still."""
     parser = OneLineParser(
         prog=PROGRAM, description="Submit, watch and resume mixture-of-experts training runs."
     )

@@ -143,8 +143,8 @@ def twice_named(tree: Sequence[Module]) -> Iterator[str]:
 
 
 def crowded(tree: Sequence[Module]) -> Iterator[str]:
-    """Folders of the packages with too many modules to take in at a glance."""
-    sizes = Counter(m.path.parent for m in tree if m.room in ROOMS)
+    """Folders of the packages and of the tests with too many modules to take in at a glance."""
+    sizes = Counter(m.path.parent for m in tree)
     for folder, size in sizes.items():
         if size > FOLDER_MODULES:
             yield f"{folder}: {size} modules; at most {FOLDER_MODULES}: divide it"

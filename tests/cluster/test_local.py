@@ -14,7 +14,7 @@ from configs.metrics import StepLine, read_from
 from configs.paths import HomePaths
 from orchestrator.record.states import Reason, State
 from tests.cluster.conftest import Shell, alive, processes_with
-from tests.orchestrator.wandb_reading import read_offline
+from tests.orchestrator.sinks.wandb_reading import read_offline
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

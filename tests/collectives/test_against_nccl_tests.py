@@ -10,7 +10,7 @@ import pytest
 
 from collectives.store.results import SweepRow
 from tests.collectives import against_nccl_tests as against
-from tests.collectives.test_results import row, timing
+from tests.collectives.store.test_results import row, timing
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

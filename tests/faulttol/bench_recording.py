@@ -24,7 +24,7 @@ from configs.paths import RunPaths
 from configs.rank import RankContext, RankFiles
 from configs.schema import RunConfig
 from faulttol.timeline.store import StepStore
-from tests.faulttol.traced_ranks import config_of, free_port
+from tests.faulttol.timeline.traced_ranks import config_of, free_port
 
 SHAPES = {
     "cpu": (

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 if TYPE_CHECKING:
-    from tests.faulttol.commanded import Ask
+    from tests.faulttol.commands.commanded import Ask
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def memory() -> Iterator[str]:
 @pytest.fixture
 def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
     """Run a command of faulttol in this process, with an empty home."""
-    from tests.faulttol.commanded import asker  # loads torch
+    from tests.faulttol.commands.commanded import asker  # loads torch
 
     return asker(capsys, monkeypatch, tmp_path / "home")
 
 
 @pytest.fixture(scope="module")
 def _saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.faulttol.commanded import save_pair
+    from tests.faulttol.commands.commanded import save_pair
 
     return save_pair(tmp_path_factory.mktemp("saved"))
 

@@ -20,7 +20,7 @@ from typing import Any
 from configs.schema import RunConfig
 from tests.faulttol.grid_ranks import SAMPLES, GridWork, Went, do
 from tests.trainer.grid import GridCase, config_of, difference
-from tests.trainer.rank_pool import PooledRankFailed, RankPool
+from tests.trainer.parallel.rank_pool import PooledRankFailed, RankPool
 
 TOLERANCE = 1e-5
 SHOWN = 6

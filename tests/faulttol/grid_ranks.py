@@ -20,7 +20,7 @@ from configs.schema import RunConfig
 from faulttol.checkpoint.load import Identity, Wanted, restore, stored
 from faulttol.checkpoint.save import Retention, owned, save
 from faulttol.staged.saver import SavePolicy, Saver
-from tests.trainer.engine_ranks import make_engine
+from tests.trainer.engines.ranks import make_engine
 from tests.trainer.families import batches
 from trainer.engines.base import Engine
 from trainer.optim.schedule import learning_rate

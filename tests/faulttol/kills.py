@@ -29,8 +29,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.faulttol.kill_orders import KEEP, WORLD, Order
-from tests.faulttol.s3_faults import BUCKET, FaultyS3
+from tests.faulttol.staged.kill_orders import KEEP, WORLD, Order
+from tests.faulttol.staged.s3_faults import BUCKET, FaultyS3
 
 _PATIENCE = 60.0
 """Seconds until a rank that shows nothing is judged to hang."""
@@ -237,7 +237,7 @@ def _parent(pid: int) -> int | None:
 
 def _call(name: str, *arguments: Any) -> None:
     """Run a function of `kill_ranks`, which imports torch: the fork server has, this process hasn't."""
-    getattr(importlib.import_module("tests.faulttol.kill_ranks"), name)(*arguments)
+    getattr(importlib.import_module("tests.faulttol.staged.kill_ranks"), name)(*arguments)
 
 
 class Killer:
@@ -247,7 +247,7 @@ class Killer:
         self._longest = _QUICK_LONGEST if quick else _LONGEST
         self._rows, self._noise, self._scratch = rows_of(quick), random.Random(seed), scratch
         self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.faulttol.kill_ranks", "s3fs"])
+        self._context.set_forkserver_preload(["tests.faulttol.staged.kill_ranks", "s3fs"])
         self.victims: Counter[str] = Counter()
         self.inside = 0
         """Kills in the middle of a save."""

@@ -30,10 +30,10 @@ from faulttol.checkpoint.shards import layout, ordered
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.staged.saver import SavePolicy, Saver
 from faulttol.staged.writer import CommitOrder, OrderWorker, Seal, WriterProcess
-from tests.faulttol import kill_ranks
-from tests.faulttol.kill_orders import Judged
 from tests.faulttol.kills import Killer, KillGang, KillPlace, Wrong
-from tests.faulttol.s3_faults import KINDS, FaultyS3
+from tests.faulttol.staged import kill_ranks
+from tests.faulttol.staged.kill_orders import Judged
+from tests.faulttol.staged.s3_faults import KINDS, FaultyS3
 from tests.source_tree import ROOT
 from trainer.state import Slice
 

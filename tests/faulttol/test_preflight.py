@@ -21,7 +21,7 @@ from faulttol.preflight.host import Beacon
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
 from orchestrator.agent import checks
 from orchestrator.agent.checks import Looked, NodeCheck
-from tests.orchestrator.local_runtime import until
+from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 

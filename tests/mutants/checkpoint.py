@@ -13,7 +13,7 @@ _WRITER = "faulttol/staged/writer.py"
 _SHARDS = "faulttol/checkpoint/shards.py"
 
 _RUN = "tests/trainer/test_resume.py::test_"
-_SAVED = "tests/faulttol/test_saver.py::test_"
+_SAVED = "tests/faulttol/staged/test_saver.py::test_"
 _BESIDE = f"{_SAVED}the_state_of_the_moment_is_committed"
 _MEMORY = f"{_RUN}the_newest_snapshot_in_memory_is_what_the_next_attempt_begins_with"
 _FAILED = f"{_RUN}failed_saves_are_told_and_counted_and_training_goes_on"

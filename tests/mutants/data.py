@@ -10,13 +10,13 @@ _SAMPLER = "trainer/data/sampler.py"
 _STORE = "trainer/data/store.py"
 _STREAMS = "trainer/data/streams.py"
 
-_TEST = "tests/trainer/test_data_sampler.py::test_"
+_TEST = "tests/trainer/data/test_sampler.py::test_"
 _LAYOUTS = f"{_TEST}every_layout_has_the_same_samples_in_a_step"
 _ORDER = f"{_TEST}the_order_depends_on_the_seed_and_the_epoch"
 _EVERY_TOKEN = f"{_TEST}every_token_is_seen_in_every_epoch"
 _DOCUMENTS = f"{_TEST}the_document_of_a_token_counts_the_separators_before_it"
 _RUNS = f"{_TEST}a_stream_of_runs_reads_as_their_copy"
-_FED = "tests/trainer/test_feed.py::test_"
+_FED = "tests/trainer/data/test_feed.py::test_"
 _PLACES = f"{_FED}every_place_gets_its_samples_of_each_step"
 
 MUTANTS = [
@@ -137,7 +137,7 @@ MUTANTS = [
         _STORE,
         "weights = [part.weight for part in self.parts]",
         "weights = [1.0 for _ in self.parts]",
-        "tests/trainer/test_feed.py::test_a_mixture_is_dealt_out_by_its_weights",
+        "tests/trainer/data/test_feed.py::test_a_mixture_is_dealt_out_by_its_weights",
     ),
     Mutant(
         "a stream continues with the same run",

@@ -9,9 +9,9 @@ _NATIVE = "trainer/engines/native.py"
 _RESIDENT = "trainer/parallel/resident.py"
 
 _RUN = "tests/trainer/test_reference_runs.py::test_a_run"
-_AXIS = "tests/trainer/test_parallel.py::test_a_step_under_every_axis"
-_BESIDE = "tests/trainer/test_resident.py::test_weights_beside_their_masters_train_as_under_fsdp[1]"
-_CLIPPING = "tests/trainer/test_engine_common.py::test_clipping_by_hand"
+_AXIS = "tests/trainer/parallel/test_parallel.py::test_a_step_under_every_axis"
+_BESIDE = "tests/trainer/parallel/test_resident.py::test_weights_beside_their_masters_train_as_under_fsdp[1]"
+_CLIPPING = "tests/trainer/engines/test_common.py::test_clipping_by_hand"
 
 MUTANTS = [
     Mutant(
@@ -68,7 +68,7 @@ MUTANTS = [
         _COMMON,
         "torch.stack(_norms(gradients)).square().sum()",
         "torch.stack(_norms(gradients)).sum().square()",
-        "tests/trainer/test_engine_common.py::test_the_norm_by_hand",
+        "tests/trainer/engines/test_common.py::test_the_norm_by_hand",
     ),
     Mutant(
         "the norm is one rank's",
@@ -173,7 +173,7 @@ MUTANTS = [
         _NATIVE,
         "return torch.stack(shares).sum()",
         "return shares[-1]",
-        "tests/trainer/test_parallel.py::test_evaluation_is_the_loss_and_moves_nothing[one]",
+        "tests/trainer/parallel/test_parallel.py::test_evaluation_is_the_loss_and_moves_nothing[one]",
     ),
     Mutant(
         "ZeRO 1 never reduces what it accumulated",

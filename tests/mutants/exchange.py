@@ -8,9 +8,9 @@ _LOCAL = "trainer/model/exchange.py"
 _EXPERT = "trainer/parallel/expert.py"
 _COLLECTIVES = "trainer/parallel/exchange.py"
 
-_SUM = "tests/trainer/test_model_router.py::test_the_exchange_has_the_gradients_of_a_plain_sum[3]"
-_DROPPED = "tests/trainer/test_model_router.py::test_dropped_rows_are_gone_both_ways_whatever_the_experts_leave_there"
-_SPLIT = "tests/trainer/test_parallel.py::test_experts_that_are_split"
+_SUM = "tests/trainer/model/test_router.py::test_the_exchange_has_the_gradients_of_a_plain_sum[3]"
+_DROPPED = "tests/trainer/model/test_router.py::test_dropped_rows_are_gone_both_ways_whatever_the_experts_leave_there"
+_SPLIT = "tests/trainer/parallel/test_parallel.py::test_experts_that_are_split"
 
 MUTANTS = [
     # On one rank.
@@ -146,6 +146,6 @@ MUTANTS = [
         _COLLECTIVES,
         "return all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None",
         "return (all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis) if ctx.sends else gradient), None, None, None",
-        "tests/trainer/test_parallel.py::test_attention_over_split_samples[False-0-ulysses-2]",
+        "tests/trainer/parallel/test_parallel.py::test_attention_over_split_samples[False-0-ulysses-2]",
     ),
 ]

@@ -13,13 +13,13 @@ _NORM = "trainer/model/norm.py"
 _PIPELINE = "trainer/parallel/pipeline.py"
 _TENSOR = "trainer/parallel/tensor.py"
 
-_TEST = "tests/trainer/test_parallel.py::test_"
+_TEST = "tests/trainer/parallel/test_parallel.py::test_"
 _LAYERS = f"{_TEST}tensor_parallel_layers[2]"
 _VOCABULARY = f"{_TEST}a_vocabulary_that_is_split[2]"
 _ATTENTION = f"{_TEST}attention_over_split_samples"
 _BEFORE = f"{_TEST}the_token_before_may_be_anothers"
 _QUEUES = f"{_TEST}queues_and_totals_of_split_samples"
-_MESHED = "tests/trainer/test_mesh.py::test_"
+_MESHED = "tests/trainer/parallel/test_mesh.py::test_"
 _AXIS = f"{_TEST}a_step_under_every_axis"
 
 MUTANTS = [
@@ -255,7 +255,7 @@ MUTANTS = [
         _DECODER,
         "state_BSR = x[..., self.config.hidden :]",
         "state_BSR = None",
-        "tests/trainer/test_model.py::test_stages_in_a_row_are_the_whole_model[1-zaya]",
+        "tests/trainer/model/test_model.py::test_stages_in_a_row_are_the_whole_model[1-zaya]",
     ),
     # What a rank holds.
     Mutant(

@@ -16,14 +16,14 @@ _NORM = "trainer/model/norm.py"
 _ROTARY = "trainer/model/rotary.py"
 _SEAMS = "trainer/model/seams.py"
 
-_TEST = "tests/trainer/test_model.py::test_"
+_TEST = "tests/trainer/model/test_model.py::test_"
 _SEEN = f"{_TEST}a_token_sees_what_is_before_it_and_nothing_after"
 _BY_HAND = f"{_TEST}grouped_attention_by_hand"
 _LATENT_BY_HAND = f"{_TEST}latent_attention_by_hand"
 _MTP_BY_HAND = f"{_TEST}multi_token_prediction_by_hand[False]"
-_MIXTURE = "tests/trainer/test_model_router.py::test_the_mixture_by_hand"
+_MIXTURE = "tests/trainer/model/test_router.py::test_the_mixture_by_hand"
 _STEP = "tests/trainer/test_reference.py::test_a_step_of_every_family"
-_START = "tests/trainer/test_model_initial.py::test_"
+_START = "tests/trainer/model/test_initial.py::test_"
 
 MUTANTS = [
     # Attention.

@@ -11,13 +11,13 @@ _MUON = "trainer/optim/muon.py"
 _ROUTES = "trainer/optim/routes.py"
 _SCHEDULE = "trainer/optim/schedule.py"
 
-_TEST = "tests/trainer/test_optim.py::test_"
+_TEST = "tests/trainer/optim/test_optim.py::test_"
 _MATHS = f"{_TEST}steps_are_those_of_the_maths"
 _SKIP = f"{_TEST}a_skipped_step_leaves_every_bit"
 _RULE = "tests/trainer/test_reference.py::test_update_rule"
-_TABLE = "tests/trainer/test_optim_schedule.py::test_rates_follow_the_table"
-_GROWTH = "tests/trainer/test_optim_schedule.py::test_the_batch_grows_as_the_table_says"
-_SUMS = "tests/trainer/test_optim_schedule.py::test_samples_before_a_step_are_the_sum_of_the_steps[32-8-6]"
+_TABLE = "tests/trainer/optim/test_schedule.py::test_rates_follow_the_table"
+_GROWTH = "tests/trainer/optim/test_schedule.py::test_the_batch_grows_as_the_table_says"
+_SUMS = "tests/trainer/optim/test_schedule.py::test_samples_before_a_step_are_the_sum_of_the_steps[32-8-6]"
 
 MUTANTS = [
     # AdamW.
@@ -174,7 +174,7 @@ MUTANTS = [
         _ROUTES,
         "(part.replica == 0 and (part.rows",
         "((part.rows",
-        "tests/trainer/test_optim_routes.py::test_of_copies_one_is_sent_and_all_get_the_result",
+        "tests/trainer/optim/test_routes.py::test_of_copies_one_is_sent_and_all_get_the_result",
     ),
     # LAMB.
     Mutant(

@@ -7,7 +7,7 @@ from tests.mutants.listed import Mutant
 _ROUTER = "trainer/model/router.py"
 _SEAMS = "trainer/model/seams.py"
 
-_TEST = "tests/trainer/test_model_router.py::test_"
+_TEST = "tests/trainer/model/test_router.py::test_"
 _WEIGHTS = f"{_TEST}weights_are_the_scores_of_the_chosen"
 _LOSSES = f"{_TEST}losses_by_hand_and_gone_into_the_gradient"
 _SIGN = f"{_TEST}the_sign_rule_raises_what_has_too_little"
@@ -263,6 +263,6 @@ MUTANTS = [
         _ROUTER,
         "F.linear(wide(x_BSD), wide(self.linear.weight))",
         "wide(F.linear(x_BSD, self.linear.weight))",
-        "tests/trainer/test_model_more.py::test_routers_choose_in_fp32[linear]",
+        "tests/trainer/model/test_precision.py::test_routers_choose_in_fp32[linear]",
     ),
 ]

@@ -15,7 +15,7 @@ from tests.source_tree import ROOT
 pytestmark = pytest.mark.timeout(240)
 
 SCHEDULE = "trainer/optim/schedule.py"
-TABLE = "tests/trainer/test_optim_schedule.py::test_rates_follow_the_table[constant]"
+TABLE = "tests/trainer/optim/test_schedule.py::test_rates_follow_the_table[constant]"
 
 
 def _mutant(name: str, new: str, test: str = TABLE) -> Mutant:

@@ -24,7 +24,7 @@ from orchestrator.decide.queue import QueuePolicy, Running, WaitingRun
 from orchestrator.record import cluster_log
 from orchestrator.record.cluster_log import NodesView, Suspected
 from orchestrator.record.events import Event, GangShape, NodeShare
-from tests.orchestrator.cluster_sim import make_nodes
+from tests.orchestrator.decide.cluster_sim import make_nodes
 from trainer.sizing.search.planner import Capacity, plan
 
 NODES, SLOTS = 1536, 8

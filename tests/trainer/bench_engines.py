@@ -22,7 +22,7 @@ from configs.compose import compose
 from configs.rank import RankContext
 from configs.schema import RunConfig
 from tests.collectives.ranks import together
-from tests.trainer.engine_ranks import make_engine
+from tests.trainer.engines.ranks import make_engine
 from trainer.engines.base import Batch, Engine
 from trainer.model.decoder import inputs
 from trainer.model.initial import build, kind

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from configs.metrics import MetricLine, SavedLine, StepLine
-from tests.trainer.gpu_recovery import ended, lines, start
+from tests.trainer.gpu.recovery import ended, lines, start
 
 WARM = 10
 """Steps that aren't timed."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from configs.compose import compose
 from configs.errors import UserError
-from tests.trainer.small_models import micro, shape, tokens
+from tests.trainer.model.small_models import micro, shape, tokens
 from trainer.bench import kernels, routing, variants
 from trainer.bench.cases import BatchTokens, Options, config_of, flops_of
 from trainer.bench.command import options_of

@@ -35,7 +35,7 @@ class ElementwiseTraffic:
     """Bytes of an element that one pass of `Software.eager` moves, at `ELEMENTWISE` of the memory's rate.
 
     Kernels counted in `trainer.model`, and set to what its parts alone took on H100 with torch 2.11 (three sizes each,
-    tests/trainer/gpu_operators.py), where those took 18 to 20 and 30 to 33 for norms, 28 to 29 and 27 to 28 for
+    tests/trainer/gpu/operators.py), where those took 18 to 20 and 30 to 33 for norms, 28 to 29 and 27 to 28 for
     positions, 12 to 13 and 23 to 24 for the activation function.
     """
 

@@ -1,0 +1,153 @@
+"""What rank 0 of many ranks does: it judges, keeps probes, reads rows one at a time, and shows that it is alive."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collectives.analysis.judge import FindingKind, judge, suspects
+from collectives.analysis.probes import Direction, Endpoint, Probes
+from collectives.store import stream
+from collectives.store.results import ResultStore
+from collectives.store.stream import RowIndex
+from collectives.studies.faults import Meeting, ProbeRecord, _rates_text
+from collectives.studies.journal import Journal
+from configs.compose import compose
+from configs.paths import RunPaths
+from configs.rank import RankContext
+from tests.collectives.bench_thousand import most_sockets, recorded
+from tests.collectives.store.test_results import metadata, row, timing
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
+
+HOPPER = compose(["hardware=h100"]).hardware
+LOST = {"out_of_place": None, "in_place": None, "note": "out of memory"}
+
+
+@pytest.fixture(scope="module")
+def record() -> ProbeRecord:
+    """Sixteen nodes of eight GPUs with two faults."""
+    return recorded(128, slow_rank=13, slow_pair=(24, 40))
+
+
+def test_two_faults_among_many_nodes_are_named_alone(record: ProbeRecord) -> None:
+    probes = record.probes()
+    assert len(probes.directions) == 8 * 16 * 15 and len(probes.endpoints) == 128
+    found = [(finding.kind, finding.ranks) for finding in judge(probes, 0.6, HOPPER)]
+    assert found == [(FindingKind.SLOW_NIC, (13,)), (FindingKind.SLOW_LINK, (24, 40))]
+    lane = [rank for rank in range(5, 128, 8) if rank != 13]
+    of_adapter = {one for rank in lane for one in ((13, rank), (rank, 13))}
+    assert suspects(probes, 0.6, HOPPER) == of_adapter | {(24, 40), (40, 24)}
+
+
+def test_probes_come_back_from_their_parts(record: ProbeRecord) -> None:
+    probes = record.probes()
+    parts = list(probes.json_parts())
+    assert len(parts) > 3, "a sign of life between them"
+    tree = json.loads("".join(parts))
+    directions = [Direction(**{**d, "passes": tuple(map(tuple, d["passes"]))}) for d in tree["directions"]]
+    again = Probes(tree["size"], tuple(Endpoint(**e) for e in tree["endpoints"]), tuple(directions))
+    assert [(a, b) for a, b, _ in again.rates()] == [(a, b) for a, b, _ in probes.rates()]
+    assert [r for *_, r in again.rates()] == pytest.approx([r for *_, r in probes.rates()], rel=1e-3)
+
+
+def test_a_record_keeps_what_each_sender_timed() -> None:
+    members = [{"address": f"10.0.0.{n}", "local_rank": 0} for n in range(3)]
+    record = ProbeRecord.of([[0, 2]], members, 1000)
+    assert record.ranks == [0, 2]
+    times = np.array([[9.0, 1e-6, 2e-6, 3e-6], [np.nan] * 4, [8.0, 4e-6, 5e-6, 4e-6]])
+    assert record.meeting(Meeting(0, 2), times, alone=False) == pytest.approx(0.25), (
+        "of the slower way's median"
+    )
+    record.meeting(Meeting(0, 2), 2 * times, alone=True)
+    there, back = record.probes().directions
+    assert (there.pair, there.first, back.pair, back.first) == ((0, 2), 9.0, (2, 0), 8.0)
+    assert np.array(back.passes) == pytest.approx(np.array([[4e-6, 5e-6, 4e-6], [8e-6, 1e-5, 8e-6]]))
+    assert len(there.alone) == 1 and list(there.alone[0]) == pytest.approx([2e-6, 4e-6, 6e-6])
+    own = np.full((3, 7), np.nan)
+    own[0, :2], own[2] = (0.2, 0.1), np.arange(1, 8)
+    assert record.own_speed([0, 2], own) == [100.0, 1000.0]
+    first, last = record.probes().endpoints
+    assert (first.cpu_seconds, first.device_seconds) == ((0.2, 0.1), ())
+    assert (last.cpu_seconds, last.device_seconds) == ((1, 2), (3, 4, 5, 6, 7))
+
+
+def test_a_line_of_many_pairs_names_the_slowest() -> None:
+    few = {f"{n}-{n + 1}": 10.0 + n for n in range(3)}
+    assert _rates_text(few) == "ranks 0-1 10 GB/s, ranks 1-2 11 GB/s, ranks 2-3 12 GB/s"
+    text = _rates_text({f"{n}-9": 50.0 - n for n in range(40)})
+    slowest = "ranks 39-9 11 GB/s, ranks 38-9 12 GB/s, ranks 37-9 13 GB/s"
+    assert text == f"40 pairs, slowest {slowest}, fastest ranks 0-9 50 GB/s"
+
+
+def kept(folder: Path) -> ResultStore:
+    """Rows of two operations, one tried again, one without times, and a line that a killed writer left torn."""
+    store = ResultStore(folder)
+    store.begin(metadata())
+    for one in (row(size=8), row(op="all_gather", redop="none"), row(size=16, **LOST), row(size=8, count=99)):
+        store.append(one)
+    with store.rows.open("a") as file:
+        file.write('{"op": "all_red')
+    return store
+
+
+def test_rows_are_read_one_at_a_time_and_the_last_try_counts(tmp_path: Path) -> None:
+    store, signs = kept(tmp_path), []
+    index = RowIndex(store, lambda: signs.append(1))
+    assert len(signs) == 4
+    assert [one.key for one in index.rows()] == [one.key for one in store.finished()]
+    assert list(index.rows()) == store.finished()
+    assert [(head.size, head.count, head.timings) for head in index.heads] == [
+        (8, 99, []),
+        (1 << 20, 1 << 18, []),
+    ]
+    store.append(row(size=8, **LOST))
+    assert [head.op for head in RowIndex(store, lambda: None).heads] == ["all_gather"], (
+        "its last try has no times"
+    )
+    assert list(RowIndex(ResultStore(tmp_path / "none"), lambda: None).cases) == []
+
+
+def test_files_are_those_of_all_rows_at_once(tmp_path: Path) -> None:
+    store, signs = kept(tmp_path), []
+    made = stream.write(store, lambda: signs.append(1))
+    assert [path.name for path in made] == ["all_reduce.world.json", "all_gather.world.json", "results.csv"]
+    assert len(signs) == 4 + 3 + 3, "each row shows that the rank is alive, whenever it is read"
+    tree = json.loads(made[0].read_text())
+    assert [(one["size"], one["count"]) for one in tree["results"]] == [(8, 99)] and tree["errors"] == [
+        "out of memory"
+    ]
+    lines = [line for line in made[2].read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == 1 + 2 + 2 + 1
+
+
+def test_a_resumed_journal_holds_no_times_in_memory(tmp_path: Path) -> None:
+    beats: list[tuple[int, bool]] = []
+    rank = RankContext(0, 2, 0, 2, "127.0.0.1", 29500, RunPaths(tmp_path), 1)
+    kept(rank.run.measurement)
+    with contextlib.redirect_stdout(io.StringIO()):
+        journal = Journal(rank, lambda case, finished: beats.append((case, finished)))
+        heads = journal.begin(metadata())
+        assert [head.size for head in heads] == [8, 1 << 20] and not any(head.timings for head in heads)
+        assert (journal.timed, journal.first_note, len(beats)) == (2, "", 4)
+        journal.row(row(size=32, **LOST))
+        assert (journal.timed, journal.first_note) == (2, "out of memory")
+        journal.row(row(size=64, in_place=replace(timing(1.0, 1, 1), wrong=3)))
+        assert journal.timed == 3 and [one.kind for one in journal.findings] == [FindingKind.WRONG_DATA]
+        before = len(beats)
+        journal.end()
+    assert len(beats) - before > 5, (
+        "making the files of many rows takes longer than a gang waits for a silent rank"
+    )
+    measured = json.loads(rank.paths.metrics.read_text().splitlines()[-2])
+    assert measured["case"]["size"] == 64 and "times_us" not in measured["result"]
+
+
+def test_a_rank_has_few_sockets() -> None:
+    assert most_sockets(1024) == 33

@@ -1,0 +1,406 @@
+"""What befell a controller, each on the real one with a runtime of numbers.
+
+Nothing ends supervision, and no run or file harms another.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from configs.errors import UserError
+from orchestrator.control.controller import PARK_SECONDS
+from orchestrator.record import log as logs
+from orchestrator.record.events import AttemptPlaced, Decided, Parked, StateMoved, Unparked
+from orchestrator.record.states import Reason, State
+from tests.orchestrator.control.test_controller import CONFIG, Sim
+
+pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Sim:
+    return Sim(tmp_path)
+
+
+def kinds(world: Sim, run: str, kind: type) -> list[Any]:
+    return [e.payload for e in world.events(run) if isinstance(e.payload, kind)]
+
+
+# ---- one exception ends nothing ----
+
+
+@pytest.mark.parametrize("act", ["nodes", "status", "ensure started", "ensure watched", "sinks"])
+def test_an_act_that_raises_for_a_while_delays_and_harms_nothing(world: Sim, act: str) -> None:
+    until = world.clock.now + 20.0
+
+    def before(name: str) -> None:
+        if name == act and world.clock.now < until:
+            raise ConnectionError("the head doesn't answer")
+
+    world.runtime.before = before
+    world.submit("a")
+    world.turn(120)
+    view = world.view("a")
+    assert view.state is State.SUCCEEDED and not view.incidents and view.attempt == 1
+
+
+def test_a_run_that_raises_is_parked_with_its_evidence_and_the_others_go_on(tmp_path: Path) -> None:
+    world = Sim(tmp_path, nodes=2)
+    world.submit("a")
+    world.submit("b")
+    world.turn(5)
+    good = world.home.run("a").config.read_text()
+    world.home.run("a").config.unlink()
+    world.replace_controller()  # nothing of the configuration is remembered
+    world.turn(10)
+    view = world.view("a")
+    assert (
+        view.parked is not None
+        and "cannot read configuration" in view.parked.error
+        and view.state is State.RUNNING
+    )
+    assert "Traceback" in world.home.run("a").parked.read_text()
+    (parked,) = world.published()["parked"]
+    assert parked["run"] == "a" and "cannot read configuration" in parked["error"]
+    assert world.view("b").state is State.RUNNING and world.view("b").parked is None
+    world.home.run("a").config.write_text(good)
+    world.turn(PARK_SECONDS * 16)
+    assert world.view("a").parked is None and world.published()["parked"] == []
+    world.turn(40)
+    assert {world.view(name).state for name in "ab"} == {State.SUCCEEDED}
+    assert world.view("a").attempt == 1, "its ranks continued meanwhile"
+
+
+def test_the_waits_of_a_parked_run_double_and_its_log_holds_the_error_once(world: Sim) -> None:
+    world.submit("a")
+    world.turn(2)
+    tries: list[float] = []
+
+    def before(act: str) -> None:
+        if act == "status":
+            tries.append(world.clock.now)
+            raise ZeroDivisionError("a defect")
+
+    world.runtime.before = before
+    world.turn(200)
+    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    assert gaps == [2, 4, 8, 16, 32, 60, 60]
+    assert [p.error for p in kinds(world, "a", Parked)] == ["ZeroDivisionError: a defect"]
+    assert not kinds(world, "a", Unparked)
+
+
+def test_a_configuration_with_a_field_of_another_version_parks_its_run_alone(world: Sim) -> None:
+    world.submit("a")
+    world.turn(3)
+    world.home.run("a").config.write_text(CONFIG + "\nwarp_drive: 9\n")
+    world.replace_controller()
+    world.submit("b", ranks=1)
+    world.turn(3)
+    view = world.view("a")
+    assert view.parked is not None and "warp_drive" in view.parked.error
+    assert world.view("b").state is State.QUEUED, "the slots of the parked run are its own"
+
+
+# ---- broken files ----
+
+
+def test_a_damaged_log_of_an_ended_run_keeps_no_controller_from_starting(world: Sim) -> None:
+    world.submit("a")
+    world.turn(60)
+    with world.home.run("a").events.open("ab") as file:
+        file.write(b"\x00\xff not json\n")
+    world.home.run("a").view.write_text("{")
+    world.replace_controller()
+    world.submit("b")
+    world.turn(60)
+    assert world.view("a").state is State.SUCCEEDED and world.view("b").state is State.SUCCEEDED
+
+
+def test_a_damaged_line_of_a_living_run_is_named_and_stepped_over(world: Sim) -> None:
+    world.submit("a")
+    world.turn(12)
+    path = world.home.run("a").events
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b'{"epoch": 1, "ti\xff\n', *lines[3:]]))
+    world.home.run("a").view.unlink(missing_ok=True)
+    world.replace_controller()
+    world.turn(1)
+    assert any("at byte" in text and str(path) in text for text in world.published()["damage"])
+    world.turn(80)
+    assert world.view("a").state is State.SUCCEEDED
+
+
+def test_a_log_that_can_not_be_opened_is_tried_again(world: Sim) -> None:
+    world.submit("a")
+    world.turn(5)
+    path = world.home.run("a").events
+    hidden = path.with_name("hidden")
+    path.rename(hidden)
+    path.mkdir()
+    world.replace_controller()
+    world.submit("b", ranks=1)
+    world.turn(2)
+    assert world.published()["parked"][0]["run"] == "a"
+    assert "IsADirectoryError" in world.published()["parked"][0]["error"]
+    with pytest.raises(UserError, match="can't be handled: IsADirectoryError"):
+        world.controller.cancel("a")
+    path.rmdir()
+    hidden.rename(path)
+    world.turn(120)
+    assert world.view("a").state is State.SUCCEEDED
+
+
+@pytest.mark.parametrize("text", ["- 5\n", "alice: many\n", "\xff", "{"])
+def test_broken_quotas_are_named_and_hold_nobody_back(world: Sim, text: str) -> None:
+    world.home.quotas.write_bytes(text.encode("latin-1"))
+    world.submit("a")
+    world.turn(3)
+    assert world.view("a").state is State.RUNNING
+    assert any("quotas.yaml" in line for line in world.published()["damage"])
+
+
+def test_a_broken_cluster_log_is_stepped_over(world: Sim) -> None:
+    world.turn(1)
+    with world.home.cluster_log.open("ab") as file:
+        file.write(b"{]\n")
+    world.replace_controller()
+    world.submit("a")
+    world.turn(3)
+    assert world.view("a").state is State.RUNNING
+    assert any("cluster.jsonl" in line for line in world.published()["damage"])
+
+
+# ---- a full disk ----
+
+
+class FullDisk:
+    """`os.write` of logs as a disk that is full while `full` is set."""
+
+    def __init__(self) -> None:
+        self.full, self.real = False, os.write
+
+    def __call__(self, fd: int, data: bytes) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.real(fd, data)
+
+
+@pytest.mark.parametrize("step", [0, 9, 11, 39, 40])
+def test_a_disk_that_is_full_for_a_while_loses_no_event(world: Sim, step: int) -> None:
+    disk = FullDisk()
+    with mock.patch.object(logs.os, "write", disk):
+        world.submit("a")
+        world.turn(1.5 + step)
+        disk.full = True
+        world.turn(25)
+        disk.full = False
+        world.turn(80)
+    view = world.view("a")
+    assert view.state is State.SUCCEEDED and view.finished is not None and view.finished.step == 40
+    assert not view.incidents and view.attempt == 1
+    saved = [e.payload.step for e in world.events("a") if e.payload.kind == "checkpoint"]
+    assert saved == [10, 20, 30, 40], "what was read while the disk was full is taken in later"
+
+
+def test_queue_json_that_can_not_be_written_ends_nothing(world: Sim) -> None:
+    with mock.patch.object(Path, "replace", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        world.submit("a")
+        world.turn(60)
+    assert world.view("a").state is State.SUCCEEDED
+    world.turn(1)
+    assert world.published()["waiting"] == []
+
+
+def test_a_submission_to_a_full_disk_is_said_and_made_again(world: Sim) -> None:
+    disk = FullDisk()
+    disk.full = True
+    with mock.patch.object(logs.os, "write", disk), pytest.raises(OSError, match="No space left"):
+        world.submit("a")
+    disk.full = False
+    world.controller.submit("a", world_submitted(world))
+    world.controller.submit("a", world_submitted(world))
+    world.turn(60)
+    assert world.view("a").state is State.SUCCEEDED
+    assert [e.payload.kind for e in world.events("a")].count("submitted") == 1, (
+        "an answer that was lost is asked for again"
+    )
+
+
+def world_submitted(world: Sim) -> Any:
+    from orchestrator.record.events import GangShape, Submitted
+
+    return Submitted(0, GangShape(2, 1), world.steps, 3, 2.0, "smoke", {"dp": 2})
+
+
+# ---- clocks ----
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_wall_clock_that_steps_moves_no_timer(world: Sim, step: float, restart: bool) -> None:
+    world.submit("a")
+    world.turn(15)
+    world.clock.skew += step
+    if restart:
+        world.replace_controller()
+    world.turn(5)
+    assert not world.view("a").incidents
+    world.runtime.kill_rank("a", 1)
+    world.turn(4)
+    assert world.view("a").attempt == 2, "a killed rank is seen at once"
+    world.turn(60)
+    (incident,) = world.view("a").incidents
+    assert incident.outcome is not None and 0 < incident.outcome.downtime_seconds < 10
+
+
+# ---- faults of ranks and nodes ----
+
+
+def test_the_first_fault_restarts_in_place_without_a_wait(world: Sim) -> None:
+    world.submit("a")
+    world.turn(15)
+    first = world.view("a").placed
+    world.runtime.kill_rank("a", 1)
+    world.turn(2)
+    second = world.view("a").placed
+    assert first is not None and second is not None and second.attempt == 2
+    assert (second.group, second.shares) == (first.group, first.shares), "the slots stay held"
+
+
+def test_a_hang_keeps_the_stacks_before_anything_is_killed(world: Sim) -> None:
+    world.submit("a")
+    world.turn(15)
+    world.runtime.hung = {0: world.clock.now, 1: world.clock.now}
+    order: list[str] = []
+    ensure, collect = world.runtime.ensure, world.runtime.collect
+    world.runtime.ensure = lambda spec, want, grace=0.0: (order.append(want), ensure(spec, want, grace))[1]  # type: ignore[method-assign]
+    world.runtime.collect = lambda spec: (order.append("collect"), collect(spec))[1]  # type: ignore[method-assign]
+    world.turn(40)
+    assert order.index("collect") < order.index("stopped")
+    view = world.view("a")
+    evidence = [e.payload for e in world.events("a") if e.payload.kind == "evidence"]
+    assert view.incidents[0].event.cause == "hang" and evidence[0].path.endswith("001/evidence")
+    world.runtime.hung = {}
+    world.turn(60)
+    assert world.view("a").state is State.SUCCEEDED
+
+
+def test_stacks_that_never_come_hold_no_restart_up(world: Sim) -> None:
+    world.submit("a")
+    world.turn(15)
+    world.runtime.collect = lambda spec: None  # type: ignore[method-assign]
+    world.runtime.hung = {0: world.clock.now, 1: world.clock.now}
+    world.turn(50)
+    assert world.view("a").attempt == 2 and not [e for e in world.events("a") if e.payload.kind == "evidence"]
+
+
+def test_a_node_that_breaks_a_run_twice_is_left_for_the_spare(tmp_path: Path) -> None:
+    world = Sim(tmp_path, nodes=2)
+    world.submit("a")
+    world.turn(15)
+    first = world.view("a").placed
+    assert first is not None
+    bad = first.shares[0].ip
+    actions = []
+    for _ in range(2):
+        world.runtime.kill_rank("a", 1)
+        world.turn(9)
+        actions = [d.action for d in kinds(world, "a", Decided)]
+    assert actions == ["restart", "evict"]
+    now = world.view("a").placed
+    assert now is not None and now.shares[0].ip != bad
+    world.turn(60)
+    assert world.view("a").state is State.SUCCEEDED
+
+
+def test_slots_that_ray_does_not_grant_are_asked_for_less_and_less_and_elsewhere(tmp_path: Path) -> None:
+    world = Sim(tmp_path, nodes=2)
+    world.runtime.granting = False
+    world.submit("a")
+    world.turn(7200, step=1.0)
+    placed = kinds(world, "a", AttemptPlaced)
+    assert 5 <= len(placed) <= 16, "39 in two hours it was"
+    assert len({p.shares[0].ip for p in placed[:2]}) == 2, "the second placing tries the other node"
+    waiting = world.published()["waiting"]
+    assert waiting and "Ray did not grant" in waiting[0]["reason"]
+    world.runtime.granting = True
+    world.turn(700, step=1.0)
+    assert world.view("a").state is State.SUCCEEDED
+
+
+def test_two_nodes_gone_without_a_spare_and_the_run_goes_on_smaller_and_grows_back(tmp_path: Path) -> None:
+    world = Sim(tmp_path, nodes=4, slots=1, steps=400)
+    world.submit("a", ranks=4)
+    world.turn(30)
+    lost = world.world.alive[2:]
+    for node in lost:
+        world.runtime.lose_node(node.node_id)
+    world.turn(30)
+    assert world.view("a").state is State.QUEUED, "it waits for the nodes at first"
+    world.turn(60)
+    view = world.view("a")
+    assert view.state is State.RUNNING and view.smaller and view.gang.ranks == 2, view
+    assert view.placed is not None and Path(view.placed.config).is_file()
+    assert view.asked.gang.ranks == 4, "what was asked for stays on record"
+    world.world.alive += lost
+    world.turn(60)
+    view = world.view("a")
+    assert view.state is State.RUNNING and not view.smaller and view.gang.ranks == 4
+    assert Reason.REGROWN in [m.reason for m in kinds(world, "a", StateMoved)]
+    assert view.resumed_step is not None and view.resumed_step > 30, "it saved before it grew"
+    world.turn(400)
+    assert world.view("a").state is State.SUCCEEDED
+
+
+def test_a_run_that_may_not_shrink_waits(tmp_path: Path) -> None:
+    world = Sim(tmp_path, nodes=4, slots=1, steps=400)
+    assert "shrink_after: 60.0" in CONFIG
+    world.submit("a", ranks=4, config=CONFIG.replace("shrink_after: 60.0", "shrink_after: null"))
+    world.turn(30)
+    world.runtime.lose_node(world.world.alive[3].node_id)
+    world.turn(300)
+    assert world.view("a").state is State.QUEUED
+
+
+# ---- two homes, and what a cancel leaves ----
+
+
+def test_cancel_leaves_no_incident_open(world: Sim) -> None:
+    world.submit("a", restarts=9)
+    world.turn(15)
+    world.runtime.kill_rank("a", 1)
+    world.turn(0.5)
+    world.controller.cancel("a")
+    world.turn(3)
+    view = world.view("a")
+    assert view.state is State.CANCELLED and not view.open_incidents
+
+
+def test_two_homes_have_two_controllers(tmp_path: Path) -> None:
+    first, second = Sim(tmp_path / "one"), Sim(tmp_path / "two")
+    first.submit("a")
+    second.submit("a")
+    first.turn(60)
+    second.turn(60)
+    assert first.view("a").state is second.view("a").state is State.SUCCEEDED
+
+
+def test_nodes_that_ray_does_not_tell_of_for_long_get_no_work(world: Sim) -> None:
+    world.turn(1)
+    world.runtime.before = lambda act: (
+        (_ for _ in ()).throw(ConnectionError("gone")) if act == "nodes" else None
+    )
+    world.turn(60)
+    world.submit("a")
+    world.turn(5)
+    assert world.view("a").state is State.QUEUED
+    assert any("ConnectionError" in text for text in world.published()["damage"])
+    world.runtime.before = lambda act: None
+    world.turn(3)
+    assert world.view("a").state is State.RUNNING

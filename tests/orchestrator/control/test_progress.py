@@ -1,0 +1,219 @@
+"""What ranks tell, as it becomes events: each thing once, however often it is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from configs.metrics import (
+    EndedLine,
+    EvaluatedLine,
+    FindingLine,
+    MeasuredLine,
+    MetricLine,
+    ResumedLine,
+    SavedLine,
+    SaveFailedLine,
+    StepLine,
+    StoppedLine,
+)
+from faulttol.detect.snapshot import RankSeen
+from faulttol.recorder import PhaseMark, RankPhase, Record
+from orchestrator.control.gang import AgentReport
+from orchestrator.control.progress import Progress, absorb, committed, settles
+from orchestrator.record.events import (
+    AttemptResumed,
+    CheckpointCommitted,
+    CheckpointFailed,
+    FabricFinding,
+    Finished,
+    Payload,
+    StateMoved,
+)
+from orchestrator.record.states import Reason, State
+from orchestrator.record.view import RunView, fold
+from tests.orchestrator.fake_runtime import step_line
+from tests.orchestrator.record.life import LIFE, MENDED, events_of, until, view_of
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
+
+STARTING, TRAINING = view_of(*until(State.STARTING)), view_of(*until(State.RUNNING))
+KNOWN = Progress(attempt=1)
+
+
+def rank(number: int, step: int | None = None, exit_code: int | None = None) -> RankSeen:
+    newest = None if step is None else Record(7, 5.0, PhaseMark.END, RankPhase.BACKWARD, step)
+    return RankSeen(number, 100 + number, exit_code, newest=newest)
+
+
+def report(*ranks: RankSeen, offset: int = 0) -> AgentReport:
+    return AgentReport("n1", 5.0, ranks, offset=offset)
+
+
+def saved(step: int, tier: str = "store", attempt: int = 1, due: int | None = None) -> SavedLine:
+    return SavedLine(9.0, attempt, step, f"p/{step}", 4096, 2.5, 0.25, tier, due)
+
+
+def then(view: RunView, payloads: list[Payload]) -> RunView:
+    return fold(events_of(*payloads), view)
+
+
+# ---- ranks ----
+
+
+def test_the_newest_report_of_a_rank_holds_and_the_others_stay() -> None:
+    known = KNOWN.reported([report(rank(0, 3), rank(1, 3), offset=50), report(rank(1, 4), offset=90)])
+    assert [known.ranks[r].newest.step for r in (0, 1)] == [3, 4] and known.read == 90  # type: ignore[union-attr]
+    later = known.reported([report(rank(0, 5))])
+    assert [later.ranks[r].newest.step for r in (0, 1)] == [5, 4]  # type: ignore[union-attr]
+    assert later.read == 90, "an agent without rank 0 has read nothing"
+    assert later.reported([]) is later and len(known.ranks) == 2
+
+
+def test_all_have_ended_well_where_each_of_them_has() -> None:
+    for ranks, well in (
+        ([rank(0, exit_code=0), rank(1, exit_code=0)], True),
+        ([rank(0, exit_code=0), rank(1)], False),
+        ([rank(0, exit_code=0), rank(1, exit_code=1)], False),
+        ([rank(0, exit_code=0), rank(1, exit_code=-9)], False),
+        ([rank(0, exit_code=0)], False),
+        ([], False),
+    ):
+        assert KNOWN.reported([report(*ranks)]).all_ended_well(2) is well
+
+
+def test_all_are_beyond_a_step_where_each_of_them_is() -> None:
+    for ranks, beyond in (
+        ([rank(0, 11), rank(1, 12)], True),
+        ([rank(0, 11), rank(1, 10)], False),
+        ([rank(0, 11), rank(1)], False),
+        ([rank(0, 11)], False),
+        ([], False),
+    ):
+        assert KNOWN.reported([report(*ranks)]).all_beyond(10, 2) is beyond
+
+
+# ---- lines ----
+
+
+def test_an_attempt_begins_once() -> None:
+    line = ResumedLine(1.0, 1, 10, "p/10", "")
+    assert absorb(STARTING, line, KNOWN) == ([AttemptResumed(1, 10, "p/10")], KNOWN)
+    begun = then(STARTING, [AttemptResumed(1, 0, None)])
+    assert absorb(begun, line, KNOWN) == ([], KNOWN), "step 0 is a step too"
+    following = view_of(*LIFE[: LIFE.index(MENDED) - 2])
+    assert following.attempt == 2
+    assert absorb(following, line, KNOWN)[0] == [AttemptResumed(2, 10, "p/10")], "each attempt does"
+
+
+def test_the_first_step_starts_the_training() -> None:
+    line = step_line(1, 1, 5.0)
+    events, known = absorb(STARTING, line, KNOWN)
+    assert events == [StateMoved(State.RUNNING, Reason.FIRST_STEP)] and known.step == 1
+    assert known.step_seconds == line.step_seconds
+    again, known = absorb(then(STARTING, events), step_line(1, 2, 6.0), known)
+    assert again == [] and known.step == 2
+
+
+def test_a_measured_case_counts_as_a_step_without_its_seconds() -> None:
+    case = MeasuredLine(1.0, 1, 3, 9, {"op": "all_reduce"}, {})
+    events, known = absorb(STARTING, case, replace(KNOWN, step_seconds=0.5))
+    assert events == [StateMoved(State.RUNNING, Reason.FIRST_STEP)]
+    assert known.step == 3 and known.step_seconds == 0.5
+
+
+def test_steps_that_are_told_again_take_nothing_back() -> None:
+    """An agent may tell what was read from the file already."""
+    known = KNOWN
+    for step in (1, 2, 3, 4, 2, 3):
+        _, known = absorb(TRAINING, step_line(1, step, float(step)), known)
+    assert known.step == 4
+    _, known = absorb(TRAINING, step_line(1, 5, 9.0), known)
+    assert known.step == 5
+
+
+def test_a_commit_in_storage_is_told_once() -> None:
+    line = saved(10, due=30)
+    events, known = absorb(TRAINING, line, KNOWN)
+    assert events == [CheckpointCommitted(1, 10, "p/10", 4096, 2.5, 0.25, "store", 30)] == [committed(line)]
+    assert known is KNOWN
+    view = then(TRAINING, events)
+    assert absorb(view, line, KNOWN)[0] == [] == absorb(view, saved(9), KNOWN)[0]
+    assert len(absorb(view, saved(11), KNOWN)[0]) == 1
+    assert len(absorb(view, saved(5, attempt=2), KNOWN)[0]) == 1, "a later attempt goes back, and saves anew"
+    assert absorb(then(view, absorb(view, saved(5, attempt=2), KNOWN)[0]), line, KNOWN)[0] == []
+
+
+def test_a_snapshot_in_memory_is_kept_and_not_told() -> None:
+    events, known = absorb(TRAINING, saved(10, "memory"), KNOWN)
+    assert events == [] and known.snapshot == saved(10, "memory")
+    events, known = absorb(TRAINING, saved(12, "memory"), known)
+    assert events == [] and known.snapshot == saved(12, "memory")
+    assert absorb(TRAINING, saved(10, "memory"), known) == ([], known), "told again"
+    assert absorb(TRAINING, saved(14), known)[1].snapshot == saved(12, "memory"), "another tier's"
+
+
+def test_a_failed_save_is_told_once() -> None:
+    line = SaveFailedLine(1.0, 1, 20, "full", 2)
+    events, _ = absorb(TRAINING, line, KNOWN)
+    assert events == [CheckpointFailed(1, 20, "full", 2)]
+    view = then(TRAINING, events)
+    assert absorb(view, line, KNOWN)[0] == []
+    assert absorb(view, replace(line, step=30, in_a_row=3), KNOWN)[0] == [CheckpointFailed(1, 30, "full", 3)]
+
+
+def test_a_finding_is_told_once_and_by_attempt() -> None:
+    line = FindingLine(1.0, 1, {"kind": "slow_nic", "ratio": 0.25, "ranks": [1]})
+    events, _ = absorb(TRAINING, line, KNOWN)
+    assert events == [FabricFinding(1, line.finding)]
+    view = then(TRAINING, events)
+    assert absorb(view, line, KNOWN)[0] == []
+    assert len(absorb(view, replace(line, finding=line.finding | {"ratio": 0.3}), KNOWN)[0]) == 1
+
+
+def test_the_end_is_told_once() -> None:
+    line = EndedLine(1.0, 1, 40, 1.5, 4096)
+    events, _ = absorb(TRAINING, line, KNOWN)
+    assert events == [Finished(40, 1.5, 4096)]
+    assert absorb(then(TRAINING, events), line, KNOWN)[0] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [EvaluatedLine(1.0, 1, 10, 2.0, 8, 0.5), StoppedLine(1.0, 1, 12, saved=True)],
+    ids=lambda line: line.kind,
+)
+def test_what_only_people_read_becomes_no_event(line: MetricLine) -> None:
+    assert absorb(TRAINING, line, KNOWN) == ([], KNOWN) and not settles(line)
+
+
+def test_what_may_settle_an_incident() -> None:
+    lines: list[MetricLine] = [step_line(1, 3, 1.0), saved(3), MeasuredLine(1.0, 1, 1, 1, {}, {})]
+    assert all(settles(line) for line in lines)
+    others: list[MetricLine] = [
+        EndedLine(1.0, 1, 40, 1.5, 1),
+        SaveFailedLine(1.0, 1, 2, "", 1),
+        ResumedLine(1.0, 1, 0, None, ""),
+    ]
+    assert not any(settles(line) for line in others)
+
+
+def test_a_life_of_lines_read_twice_makes_each_event_once() -> None:
+    """A new controller reads the file from its begin."""
+    lines: list[MetricLine] = [
+        ResumedLine(1.0, 1, 0, None, ""),
+        *(step_line(1, step, float(step)) for step in range(1, 11)),
+        saved(5), SaveFailedLine(9.0, 1, 8, "full", 1), saved(9, "memory"), saved(10),
+        FindingLine(9.0, 1, {"kind": "slow_nic"}), EndedLine(10.0, 1, 10, 1.0, 100),
+    ]  # fmt: skip
+    view, events = STARTING, list[Payload]()
+    for _ in range(2):
+        known = KNOWN
+        for line in lines:
+            payloads, known = absorb(view, line, known)
+            view, events = then(view, payloads), events + payloads
+        assert known.step == 10 and known.snapshot == saved(9, "memory")
+    kinds = ["resumed", "moved", "checkpoint", "checkpoint_failed", "checkpoint", "finding", "finished"]
+    assert [event.kind for event in events] == kinds
+    assert isinstance(lines[1], StepLine) and view.state is State.RUNNING and view.finished is not None
