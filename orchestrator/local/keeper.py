@@ -28,6 +28,7 @@ _CODE = Path(__file__).parents[2]
 _TURN_SECONDS = 0.5
 _PAGE_WAIT = 30.0
 """Longest between two starts of a dashboard that dies."""
+_ANY_PORT = ("--port", "0")
 _SILENT_SECONDS = 10.0
 """Without a beat before the controller is looked for; it beats every 5 s at least."""
 _ATTACH_SECONDS = 150.0
@@ -129,6 +130,8 @@ def serve(home: HomePaths, address: str, tell: Callable[[str], object]) -> None:
 class DashboardProcess:
     """The dashboard beside a local Ray, as a child that is started again; one that can't serve at all is left.
 
+    Where its usual port is in use, say by the dashboard of another home on this machine, it takes any free one.
+
     Args:
         home: that it serves.
         log: where its complaints go.
@@ -140,18 +143,21 @@ class DashboardProcess:
         self._starts = 0
         self._next_start = float("-inf")
         self._left = os.environ.get("MEGARAY_DASHBOARD") == "0"
+        self._words: tuple[str, ...] = ()
 
     def turn(self, now: float) -> None:
         """Look once; `now` in seconds, monotonic."""
         if self._left or (self._child is not None and self._child.poll() is None) or now < self._next_start:
             return
-        if self._child is not None and self._child.returncode == USER_ERROR_EXIT:  # its port is in use, say
-            self._left = True
-            return
+        if self._child is not None and self._child.returncode == USER_ERROR_EXIT:
+            if self._words == _ANY_PORT:
+                self._left = True
+                return
+            self._words = _ANY_PORT
         environment = os.environ | {"MEGARAY_HOME": str(self._home.home)}
         with self._log.open("ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", "dashboard"], env=environment, cwd=_CODE,
+                [sys.executable, "-m", "orchestrator", "dashboard", *self._words], env=environment, cwd=_CODE,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,  # what it prints has its token in it
             )  # fmt: skip
         self._starts += 1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,19 @@ class Shell:
             assert time.monotonic() < deadline, f"still not: {why}"
             time.sleep(0.1)
         return value
+
+    @contextmanager
+    def held(self, run_id: str) -> Iterator[None]:
+        """Stop a run's ranks, as a debugger would, and let them continue after the block."""
+        pids = self.view(run_id).pids.values()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def finish(self, run_id: str) -> RunView:
         """Wait for the run's end."""

@@ -12,13 +12,15 @@ import pytest
 
 from configs.metrics import StepLine, read_from
 from configs.paths import HomePaths
+from orchestrator.record.events import StopBegan
 from orchestrator.record.states import Reason, State
 from tests.cluster.conftest import Shell, alive, processes_with
 from tests.orchestrator.sinks.wandb_reading import read_offline
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-RUN = ("experiment=smoke", "parallel.dp=2", "parallel.ep=2", "train.steps=60", "checkpoint.every=20")
+STEPS = 90
+RUN = ("experiment=smoke", "parallel.dp=2", "parallel.ep=2", f"train.steps={STEPS}", "checkpoint.every=20")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,12 @@ def losses(shell: Shell, run_id: str) -> dict[int, float]:
 
 def test_a_run_is_kept_with_all_that_is_needed_to_know_it(shell: Shell, undisturbed: str) -> None:
     run = shell.home.run(undisturbed)
-    assert sorted(losses(shell, undisturbed)) == list(range(1, 61))
+    assert sorted(losses(shell, undisturbed)) == list(range(1, STEPS + 1))
     assert {"commit", "versions", "arguments"} <= json.loads(run.source.read_text()).keys()
     assert "global_batch: " in run.config.read_text() and run.plan.exists()
     assert run.attempt(1).log(1).exists()
     status = json.loads(shell.run("status", undisturbed, "--json"))
-    assert (status["state"], status["step"]) == ("succeeded", 60)
+    assert (status["state"], status["step"]) == ("succeeded", STEPS)
 
 
 def test_wandb_offline_holds_every_metric(shell: Shell, undisturbed: str) -> None:
@@ -58,13 +60,13 @@ def test_wandb_offline_holds_every_metric(shell: Shell, undisturbed: str) -> Non
     for key in ("loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "balance_entropy", "dropped"):
         assert f"train/{key}" in keys, key
     assert any(key.startswith("phase/") for key in keys) and any(key.startswith("experts/") for key in keys)
-    assert [row["train/step"] for row in rows if "train/loss" in row] == list(range(1, 61))
+    assert [row["train/step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
     assert found["config"]["model"]["name"] and found["config"]["plan"]
 
 
 def _wandb_rows(folder: Path) -> dict | None:
     found = read_offline(folder)
-    return found if sum("train/loss" in row for row in found["history"]) == 60 else None
+    return found if sum("train/loss" in row for row in found["history"]) == STEPS else None
 
 
 def test_a_killed_rank_changes_nothing_but_the_time(shell: Shell, undisturbed: str) -> None:
@@ -146,11 +148,15 @@ def test_queue_position_reason_and_priority(shell: Shell) -> None:
 
 
 def test_cancel_leaves_no_process_and_resume_continues(shell: Shell, undisturbed: str) -> None:
-    run_id = shell.submit(*RUN)
+    run_id = shell.submit(*RUN, "resilience.timeouts.patience=120")
     shell.until(lambda: shell.step(run_id) >= 25, "step 25")
     pids = shell.view(run_id).pids.values()
-    began = time.time()
-    terminals = [shell.start("cancel", run_id) for _ in range(2)]
+    with shell.held(run_id):  # the run must not end before the commands have started
+        began = time.time()
+        terminals = [shell.start("cancel", run_id) for _ in range(2)]
+        shell.until(
+            lambda: any(isinstance(e.payload, StopBegan) for e in shell.events(run_id)), "it is stopping"
+        )
     said = [terminal.communicate(timeout=60)[0] for terminal in terminals]
     assert [terminal.returncode for terminal in terminals] == [0, 0], said
     assert sum("already" in text for text in said) == 1, "one of them is told that the other came first"

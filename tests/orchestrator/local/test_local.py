@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -314,3 +316,19 @@ def test_a_record_is_written_whole(tmp_path: Path) -> None:
     cluster.write(HomePaths(tmp_path), RECORD)
     assert json.loads(HomePaths(tmp_path).cluster.read_text()) == asdict(RECORD)
     assert [path.name for path in tmp_path.iterdir()] == ["cluster.json"]
+
+
+def test_a_dashboard_whose_usual_port_is_in_use_takes_another(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path / "home")
+    home.ensure()
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # somebody else listens there already, which does as well
+            taken.bind(("127.0.0.1", 8260))
+            taken.listen()
+        with contextlib.closing(keeper.DashboardProcess(home, tmp_path / "ray.log")) as page:
+            deadline = time.monotonic() + 50
+            while not home.dashboard.exists():
+                assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
+                page.turn(time.monotonic())
+                time.sleep(0.05)
+            assert json.loads(home.dashboard.read_text())["port"] not in (0, 8260)
