@@ -22,8 +22,7 @@ pytestmark = [
     pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-"),
 ]
 
-RUN = ("experiment=smoke", "parallel.ep=2", "checkpoint.every=20", "resilience.timeouts.patience=12",
-       "resilience.timeouts.start=120")  # fmt: skip
+RUN = ("experiment=smoke", "parallel.ep=2", "checkpoint.every=20", "resilience.timeouts.start=120")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def shell(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def test_one_submit_one_gang_over_three_hosts(shell: Shell, hosts: Hosts) -> None:
     run_id = shell.submit(*RUN, "train.steps=20")
     view = shell.finish(run_id)
-    assert view.state is State.SUCCEEDED
+    assert view.state is State.SUCCEEDED and not view.incidents, [one.event for one in view.incidents]
     (placed,) = [e.payload for e in shell.events(run_id) if e.payload.kind == "placed"]
     assert {share.ip: share.ranks for share in placed.shares} == {
         host.ip: (2 * i, 2 * i + 1) for i, host in enumerate(hosts.hosts)
@@ -70,7 +69,7 @@ def test_a_measurement_is_a_gang_that_goes_through_what_torchrun_does(
 
 
 def test_a_lost_host_is_replaced_by_a_spare(shell: Shell, hosts: Hosts) -> None:
-    run_id = shell.submit(*RUN, "parallel.dp=4", "train.steps=150")
+    run_id = shell.submit(*RUN, "parallel.dp=4", "train.steps=150", "resilience.timeouts.patience=12")
     shell.until(lambda: shell.step(run_id) >= 30, "step 30")
     placed = shell.view(run_id).placed
     assert placed is not None
