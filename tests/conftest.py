@@ -1,8 +1,10 @@
-"""What all tests share: the network stays off for tests that need none of it."""
+"""What all tests share: the network stays off for tests that need none of it, and of several files long ones come first."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,26 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def longest_first(items: list[pytest.Item], usual: float) -> None:
+    """Sort files by the longest time limit among their tests, so that no long file begins when all others are done.
+
+    Args:
+        usual: seconds of a test without a limit of its own.
+    """
+    limits: dict[Path, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        own: Sequence[Any] = marker.args if marker is not None else ()
+        limits[item.path] = max(limits.get(item.path, 0.0), float(own[0]) if own else usual)
+    items.sort(key=lambda item: -limits[item.path])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`--dist loadfile --no-loadscope-reorder` hands files to the workers in this order; by itself in that of names."""
+    if hasattr(config, "workerinput"):
+        longest_first(items, float(config.getini("timeout")))
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

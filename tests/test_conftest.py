@@ -1,10 +1,15 @@
-"""The guard that keeps unit tests off the network."""
+"""The guard that keeps unit tests off the network, and the order of files."""
 
 from __future__ import annotations
 
 import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from tests.conftest import longest_first
 
 pytestmark = pytest.mark.unit
 
@@ -19,3 +24,16 @@ def test_a_unit_test_reaches_this_machine() -> None:
         server.bind(("127.0.0.1", 0))
         server.listen()
         client.connect(server.getsockname())
+
+
+def test_files_that_may_take_longest_come_first_and_stay_whole() -> None:
+    def made(file: str, name: str, *limit: float) -> Any:
+        marker = SimpleNamespace(args=limit) if limit else None
+        return SimpleNamespace(path=Path(file), name=name, get_closest_marker=lambda _: marker)
+
+    items = [
+        made("a.py", "1", 60), made("b.py", "2"), made("c.py", "3", 30), made("c.py", "4", 900), made("b.py", "5", 60),
+        made("d.py", "6", 300),
+    ]  # fmt: skip
+    longest_first(items, 120.0)
+    assert [item.name for item in items] == ["3", "4", "6", "2", "5", "1"]

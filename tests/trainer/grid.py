@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from configs.compose import compose
 from configs.library_environment import Applied
 from configs.schema import RunConfig
+from tests.forks import forks
 from tests.trainer.families import FAMILIES as FAMILIES
 from tests.trainer.families import SEQUENCE, batches, family
 from trainer.parallel.mesh import assemble
 
-STEPS, QUICK_STEPS, SAMPLES = 20, 6, 16
+STEPS, QUICK_STEPS, SAMPLES = 20, 4, 16
 TOLERANCE = 1e-5
 
 
@@ -91,6 +91,10 @@ def cases() -> list[GridCase]:
     add("deepseek", cp=2)
     add("deepseek", dp=4, ep=4, zero=3)
     add("deepseek", pp=2)
+    add("maverick", dp=2, ep=2)
+    add("maverick", pp=2)
+    add("maverick", pp=2, schedule="zbv")
+    add("zaya-interleaved", pp=2, schedule="zbv")
     add("zaya", dp=4, ep=4)
     add("zaya", cp=2)
     add("zaya", tp=2)
@@ -113,6 +117,8 @@ def cases() -> list[GridCase]:
     add("qwen3", cp=2, tp=2, ep=4)
     add("deepseek", dp=2, pp=2, ep=2)
     add("deepseek", cp=2, tp=2, context="ulysses")
+    add("maverick", tp=2, pp=2, ep=2)
+    add("maverick", dp=2, pp=2, zero=2)
     add("zaya", dp=2, cp=2, ep=4, zero=3)
     add("zaya", dp=2, tp=2, ep=4)
     add("megascale", tp=2, cp=2)
@@ -136,8 +142,9 @@ def cases() -> list[GridCase]:
 
 
 QUICK = (
-    "mixtral dp=2 zero=3", "qwen3 pp=2 schedule=zbv", "mixtral tp=2 ep=2", "deepseek cp=2 micro", "zaya dp=2 cp=2 ep=4",
-    "olmoe dp=2 tp=2 ep=2 etp=2", "qwen3 dp=2 pp=2 zero=2", "dropping dp=2 tp=2 ep=4", "megascale tp=2 cp=2",
+    "mixtral dp=2 zero=3", "qwen3 pp=2 schedule=zbv", "mixtral tp=2 ep=2", "deepseek cp=2 micro",
+    "zaya dp=2 cp=2 ep=4", "olmoe dp=2 tp=2 ep=2 etp=2", "qwen3 dp=2 pp=2 zero=2", "dropping dp=2 tp=2 ep=4",
+    "megascale tp=2 cp=2", "maverick dp=2 ep=2", "maverick pp=2 micro", "zaya-interleaved pp=2",
     "deepseek dp=2 tp=2 ep=4 micro_batch=2 kind=muon", "zaya dp=2 pp=2 ep=2 micro_batch=2 kind=muon",
 )  # fmt: skip
 """What `--quick` runs, by the beginning of a case's name: every axis, family and ZeRO stage, up to four ranks."""
@@ -179,7 +186,7 @@ def train(
     try:
         control = dist.group.WORLD
         assert control is not None
-        mesh = assemble(config.parallel, rank, case.ranks, torch.device("cpu"), control, Applied())
+        mesh = assemble(config, rank, case.ranks, torch.device("cpu"), control, Applied())
         engine = NativeEngine(config, mesh)
         found = []
         for step in range(steps):
@@ -223,7 +230,7 @@ class _Pool:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        context = mp.get_context("spawn")
+        context = forks()
         self.answers: Any = context.Queue()
         ranks = max(case.ranks for case in todo)
         self._workers = [
@@ -296,7 +303,7 @@ def difference(one: list[Any], other: list[Any]) -> float:
 def main() -> int:
     """Run the grid; exit code 1 where a layout differs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="eleven layouts up to four ranks, six steps")
+    parser.add_argument("--quick", action="store_true", help="fourteen layouts up to four ranks, four steps")
     parser.add_argument("--only", help="cases whose name holds this text")
     options = parser.parse_args()
     todo = quick() if options.quick else cases()

@@ -18,12 +18,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
-
 from configs.compose import compose
 from configs.paths import RunPaths
 from configs.rank import RankContext
 from configs.schema import RunConfig
+from tests.forks import forks
 
 BATCH, EVERY = 8, 10
 WORDS = (
@@ -91,7 +90,7 @@ def _attempt(dp: int, run: Path, attempt: int, config: RunConfig, death: int | N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = forks()
     ranks = [
         context.Process(target=_rank, args=(rank, dp, port, str(run), attempt, config, death))
         for rank in range(dp)

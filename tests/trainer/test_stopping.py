@@ -108,7 +108,7 @@ from trainer.stopping import Stop
 stop = Stop(torch.device("cpu"))
 with stop.heeded():
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.asked
+    assert stop.signalled
     print("asked", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     print("never", flush=True)
@@ -128,7 +128,7 @@ def test_outside_sigterm_is_as_it_was() -> None:
     before, stop = signal.getsignal(signal.SIGTERM), Stop(torch.device("cpu"))
     with stop.heeded():
         assert signal.getsignal(signal.SIGTERM) != before
-        assert not stop.asked
+        assert not stop.signalled
     assert signal.getsignal(signal.SIGTERM) == before
     assert not stop.agreed(torch.zeros(())) and stop.agreed(torch.tensor(2.0))
 

@@ -1,17 +1,19 @@
-"""Real ranks over gloo, started by torchrun: layouts agree, and a resumed run is the same run."""
+"""Real ranks over gloo: layouts agree, and a resumed run is the same run. `test_stopping` has ranks under torchrun."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from configs.metrics import EndedLine, EvaluatedLine, MetricLine, ResumedLine, SavedLine, StepLine, read_from
+from configs.paths import RunPaths
+from configs.rank import RankContext
+from tests.collectives.ranks import free_port
+from tests.forks import Ended, trainers
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -26,32 +28,33 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-def start(
-    home: Path, run: Path, ranks: int, *words: str, attempt: int = 1
-) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {
+TEXT = f"data.path={os.path.dirname(json.__file__)}/*.py"
+
+
+def start(home: Path, run: Path, ranks: int, *words: str, attempt: int = 1) -> list[Ended]:
+    """`python -m trainer run` on each rank, with what a launcher sets for several of them; how they ended."""
+    own = {
         "MEGARAY_HOME": str(home), "MEGARAY_RUN": str(run), "MEGARAY_ATTEMPT": str(attempt), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    )
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "trainer", "run", *SMALL, f"data.path={os.path.dirname(json.__file__)}/*.py",
-         *words],
-        env=env, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    port, each = free_port(), [own]
+    if ranks > 1:
+        contexts = (
+            RankContext(r, ranks, r, ranks, "127.0.0.1", port, RunPaths(run), attempt) for r in range(ranks)
+        )
+        each = [own | context.environment() for context in contexts]
+    return trainers(["run", *SMALL, TEXT, *words], each)
 
 
 def train(home: Path, run: Path, ranks: int, *words: str, attempt: int = 1) -> list[MetricLine]:
     """Train; rank 0's metric lines of this attempt."""
     done = start(home, run, ranks, *words, attempt=attempt)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one.returncode for one in done] == [0] * ranks, "".join(one.stdout + one.stderr for one in done)
     return read_from(run / "attempts" / f"{attempt:03d}" / "metrics.jsonl", 0)[0]
 
 
 def refused(home: Path, run: Path, *words: str) -> str:
     """The one line that a second attempt is refused with."""
-    done = start(home, run, 1, *words, attempt=2)
+    (done,) = start(home, run, 1, *words, attempt=2)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -175,5 +178,5 @@ def test_nothing_left_to_train_is_said(
 ) -> None:
     run = tmp_path / alone[0].name
     shutil.copytree(alone[0], run)
-    done = start(home, run, 1, "train.micro_batch=8", attempt=2)
+    (done,) = start(home, run, 1, "train.micro_batch=8", attempt=2)
     assert done.returncode == 0 and "nothing is left to train: step 12 of 12 is done" in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import socket
 import sys
 import threading
@@ -13,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from faulttol import signs
-
-_SPAWN = multiprocessing.get_context("spawn")
+from tests.forks import forks
 
 
 def _rank(rank: int, port: int, folder: str, asked: Connection[object, object]) -> None:
@@ -48,9 +46,9 @@ def test_ranks_tell_what_they_have_entered_and_what_they_wait_in(tmp_path: Path)
         port = probe.getsockname()[1]
     ends, ranks = [], []
     for rank in range(3):
-        ours, theirs = _SPAWN.Pipe()
+        ours, theirs = forks().Pipe()
         ends.append(ours)
-        ranks.append(_SPAWN.Process(target=_rank, args=(rank, port, str(tmp_path), theirs), daemon=True))
+        ranks.append(forks().Process(target=_rank, args=(rank, port, str(tmp_path), theirs), daemon=True))
         ranks[-1].start()
 
     def say(word: str, *who: int, wait: bool = True) -> None:

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.multiprocessing as mp
-
 from configs.compose import compose
 from configs.paths import RunPaths
 from configs.rank import RankContext, RankFiles
@@ -24,6 +22,7 @@ from faulttol.timeline.hooks import Tracing
 from faulttol.timeline.reader import AttemptSteps
 from faulttol.timeline.store import StepStore
 from tests.faulttol.timeline.trace_events import problems
+from tests.forks import forks
 
 WORDS = (
     "experiment=smoke", "model.layers=2", "model.hidden=32", "model.heads=2", "model.kv_heads=2", "model.head_dim=16",
@@ -117,7 +116,7 @@ def train(
     """
     rings = folder / "rings"
     rings.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
+    context = forks()
     args = (world, free_port(), str(folder / "run"), str(rings), config, traced, slow)
     ranks = [context.Process(target=rank_main, args=(rank, *args), daemon=True) for rank in range(world)]
     for one in ranks:

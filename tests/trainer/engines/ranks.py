@@ -108,7 +108,7 @@ def do(rank: RankContext, runs: Sequence[EngineRun]) -> list[EngineRankResult]:
     for run in runs:
         config = config_of(run, rank.world)
         control, network = first.control_group, first.network
-        mesh = assemble(config.parallel, rank.rank, rank.world, first.device, control, network)
+        mesh = assemble(config, rank.rank, rank.world, first.device, control, network)
         done.append(_train(run, config, make_engine(config, mesh), mesh))
     return done
 

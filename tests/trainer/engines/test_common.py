@@ -29,6 +29,6 @@ def test_the_norm_by_hand() -> None:
     parts = [torch.randn(5, 3), torch.randn(7), torch.zeros(2)]
     whole = torch.cat([part.flatten() for part in parts]).double().norm().item()
     norm, wishes = global_norm(parts, 1, torch.device("cpu"))
-    assert wishes.item() == 0 and global_norm(parts, 1, torch.device("cpu"), asked=True)[1].item() == 1
+    assert wishes.item() == 0 and global_norm(parts, 1, torch.device("cpu"), stopping=True)[1].item() == 1
     assert norm.item() == pytest.approx(whole, rel=1e-6)
     assert global_norm([], 1, torch.device("cpu"))[0].item() == 0

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from configs.training import OptimConfig
+from tests.forks import forks
 from trainer.optim.build import build
 from trainer.optim.muon import Muon
 from trainer.optim.slots import Optimizer, Slot, StagePeers
@@ -246,9 +247,9 @@ def gathered(saved: Sequence[Saved]) -> dict[str, np.ndarray]:
 
 
 def together(world: int, folder: Path, backend: str, act: Callable[..., T], *arguments: Any) -> list[T]:
-    """`act(rank, *arguments)` on `world` ranks, forked from a process that has loaded torch: what each returned."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    """`act(rank, *arguments)` on `world` ranks; over gloo they are forked with torch loaded. What each returned."""
+    # What looks for a GPU while it is loaded would spoil it for all that are forked later.
+    context = multiprocessing.get_context("spawn") if backend == "nccl" else forks()
     with ProcessPoolExecutor(world, mp_context=context) as pool:
         return list(pool.map(partial(_one, act, arguments, world, folder / "store", backend), range(world)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,12 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.forks import forks
+
 PATIENCE = 90.0
 """Seconds that a check may take."""
-_METHOD = multiprocessing.get_start_method(allow_none=True) or "forkserver"
-"""What the program has set, or a fork server. Asked here since `multiprocessing` sets one itself at its first process."""
-_PRELOADED = ["tests.trainer.parallel.seam_checks", "torch._dynamo"]
-"""What the fork server loads once, where every rank would load it: the latter at its first FSDP module, for seconds."""
 
 
 class PooledRankFailed(RuntimeError):
@@ -63,9 +60,7 @@ class RankPool:
         return [found[rank] for rank in range(world)]
 
     def _start(self, rank: int) -> None:
-        context: Any = multiprocessing.get_context(_METHOD)
-        if _METHOD == "forkserver":
-            context.set_forkserver_preload(_PRELOADED)
+        context = forks()
         if rank == 0:
             self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         here, there = context.Pipe()

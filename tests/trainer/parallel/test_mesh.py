@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
+from datetime import timedelta
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+import trainer
+from configs.compose import compose
+from configs.library_environment import Applied
 from configs.schema import ParallelConfig
-from trainer.parallel.mesh import dense_groups, make_groups
+from tests.forks import forks
+from tests.trainer.parallel.rank_pool import RankPool
+from trainer.loop import make_engine
+from trainer.parallel.mesh import assemble, dense_groups, make_groups, patience
 from trainer.parallel.pipeline import cut, stages_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -112,14 +122,15 @@ def _count(rank: int, world: int, port: int, answers: Any) -> None:
     before = store.asked
     groups = dense_groups(ParallelConfig(dp=world // 2, tp=2, ep=2), rank)
     # Groups whose size is the same in both worlds: gloo asks for the address of each member.
-    make_groups({name: groups[name] for name in ("tp", "sample", "ep", "etp")}, rank, world)
+    limit = timedelta(minutes=1)
+    make_groups({name: groups[name] for name in ("tp", "sample", "ep", "etp")}, rank, world, limit)
     answers.put((world, store.asked - before))
     dist.barrier()
 
 
 def test_what_a_rank_asks_of_the_store_does_not_grow_with_the_world() -> None:
     """MegaScale section 3.5: groups made with a barrier of all ranks each took 1,047 s at 2,048 ranks."""
-    context = mp.get_context("spawn")
+    context = forks()
     answers = context.Queue()
     asked: dict[int, set[int]] = {4: set(), 8: set()}
     for world in asked:
@@ -132,3 +143,54 @@ def test_what_a_rank_asks_of_the_store_does_not_grow_with_the_world() -> None:
             one.join()
     assert min(asked[4]) > 0, "the count must count"
     assert asked[8] == asked[4]
+
+
+# ---- how long a collective may take ----
+
+_LAYOUTS_BY_ENGINE = {
+    "native": ("parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "model.tie_embeddings=true"),
+    "deepspeed": ("parallel.dp=4", "parallel.ep=2"),
+}
+
+
+def _limits(rank: int, world: int, store: Any, engine: str) -> tuple[timedelta, Counter[timedelta]]:
+    """What is configured, and how many groups have which."""
+    config = compose(
+        ["model=demo", "hardware=cpu", f"train.engine={engine}", "train.precision=fp32", "train.micro_batch=1",
+         "train.global_batch=8", "data.sequence=32", "resilience.timeouts.patience=13", *_LAYOUTS_BY_ENGINE[engine]]
+    )  # fmt: skip
+    limit = patience(config)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    try:
+        cpu = torch.device("cpu")
+        mesh = assemble(config, rank, world, cpu, dist.group.WORLD, Applied())  # type: ignore[arg-type]
+        running = make_engine(config, mesh)
+        groups = tuple(dist.distributed_c10d._world.pg_map)
+        limits = Counter(group._get_backend(cpu).options._timeout for group in groups)
+        del running
+        return limit, limits
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", _LAYOUTS_BY_ENGINE)
+def test_every_group_has_the_configured_limit(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    pool = RankPool()
+    try:
+        for limit, limits in pool.run(4, _limits, engine):
+            assert limit == timedelta(seconds=130)
+            assert set(limits) == {limit} and limits[limit] >= 4
+    finally:
+        pool.end()
+
+
+def test_no_group_is_made_without_a_limit() -> None:
+    """Those of GPUs alone too, whose torch waits for ten or thirty minutes otherwise."""
+    calls = {}
+    for file in Path(trainer.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".new_group"):
+                calls[file.name, node.lineno] = {keyword.arg for keyword in node.keywords}
+    assert len(calls) >= 4
+    assert [place for place, keywords in calls.items() if "timeout" not in keywords] == []
