@@ -32,8 +32,6 @@ class StudyCase:
     """Measured step."""
     fits: bool | None = None
     """Whether it ran; False: out of memory."""
-    allocated: float | None = None
-    """Peak bytes of tensors on the fullest rank."""
     reserved: float | None = None
     """Peak bytes that the allocator held."""
     group: str = ""
@@ -51,15 +49,6 @@ class StudyCase:
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.job.global_batch * self.job.sequence
-
-    @property
-    def mfu(self) -> float | None:
-        """Measured model FLOP/s over the peak, in percent."""
-        return None if self.seconds is None else self.mfu_of(self.seconds)
-
-    def mfu_of(self, seconds: float) -> float:
-        """The MFU of a step of `seconds`, in percent."""
-        return 100 * self.tokens * self.flops_per_token / (seconds * self.job.layout.ranks * self.peak)
 
 
 @dataclass

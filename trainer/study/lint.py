@@ -97,9 +97,9 @@ def _nanotron_row(row: Row, where: str) -> Iterator[TableFinding]:
         ("_mbs", "mbs"),
         ("_acc", "batch_accum"),
     ):
-        found = re.match(r"[\d.]+", named.partition(mark)[2])
+        printed = re.match(r"[\d.]+", named.partition(mark)[2])
         value = number(row, column)
-        if found and value is not None and float(found[0]) != value:
+        if printed and value is not None and float(printed[0]) != value:
             yield TableFinding("name", where, f"is named {named}, but has {column}={value:g}")
 
 
@@ -305,9 +305,9 @@ def _constant_flops(
 ) -> Iterator[TableFinding]:
     groups: dict[tuple[str, ...], list[tuple[float, str]]] = defaultdict(list)
     for row in rows:
-        found = flops(row)
-        if found:
-            groups[key(row)].append((found, name(row)))
+        per_token = flops(row)
+        if per_token:
+            groups[key(row)].append((per_token, name(row)))
     for parts, values in groups.items():
         middle = median([value for value, _ in values])
         odd = [(value, label) for value, label in values if abs(value / middle - 1) > JUMP]

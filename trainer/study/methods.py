@@ -78,11 +78,11 @@ def runs(rows: Sequence[Row]) -> tuple[list[PaperRun], dict[str, list[int]]]:
     for line, row in enumerate(rows, start=2):
         if row["block"] != TABLE:
             continue
-        found = _run(row, line)
-        if isinstance(found, str):
-            skipped.setdefault(found, []).append(line)
+        run = _run(row, line)
+        if isinstance(run, str):
+            skipped.setdefault(run, []).append(line)
         else:
-            out.append(found)
+            out.append(run)
     return out, skipped
 
 
@@ -100,11 +100,11 @@ def _run(row: Row, line: int) -> PaperRun | str:
     batch = whole(row, "global_batch") or BATCH
     printed = PRINTED.get(method, {}) | {a: size for a in ("tp", "pp", "ep") if (size := whole(row, a))}
     task = _Task(method, gpus, sequence, batch, printed)
-    found = _best(task, shaped, machine)
+    fastest = _best(task, shaped, machine)
     key = f"line {line} {row['source'].removeprefix('MoE Parallel Folding ')}, {row['model']} on {gpus}"
-    if found is None:
+    if fastest is None:
         return PaperRun(key, method, row["model"], gpus, sequence, batch, measured, None, None, None, line)
-    job, seconds = found
+    job, seconds = fastest
     per_token = flops.train_flops_per_token(shaped, sequence)
     peak = flops.peak(machine.hardware, "bf16") or float("nan")
     mfu = 100 * batch * sequence * per_token / (seconds * gpus * peak)

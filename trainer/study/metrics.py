@@ -34,8 +34,8 @@ def kendall(predicted: Sequence[float], measured: Sequence[float]) -> float | No
     """Kendall's tau-b of two orders; None where one of them has no order."""
     from scipy.stats import kendalltau  # which takes half a second, and only choices need
 
-    found = float(kendalltau(predicted, measured).statistic)
-    return None if math.isnan(found) else found
+    tau = float(kendalltau(predicted, measured).statistic)
+    return None if math.isnan(tau) else tau
 
 
 def regret(scores: Sequence[float], speeds: Sequence[float]) -> float:

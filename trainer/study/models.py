@@ -106,8 +106,8 @@ def _plain(name: str) -> str:
 @lru_cache
 def known(name: str) -> Shape | None:
     """The shape of a name that is in a table's words; the longest that it contains."""
-    found = [key for key in KNOWN if _plain(key) in _plain(name)]
-    return KNOWN[max(found, key=len)] if found else None
+    names = [key for key in KNOWN if _plain(key) in _plain(name)]
+    return KNOWN[max(names, key=len)] if names else None
 
 
 @lru_cache
@@ -142,8 +142,8 @@ def model(row: Row) -> ModelConfig | str:
     if any(word in _plain(name) for word in HYBRID):
         return f"{row['model']} has state-space layers, which aren't modelled"
     columns = ("layers", "hidden", "heads", "ffn", "vocab")
-    found = shape(name, tuple((c, size) for c in columns if (size := whole(row, c))))
-    return found or f"the shape of {row['model']} is neither printed in full nor on record"
+    shaped = shape(name, tuple((c, size) for c in columns if (size := whole(row, c))))
+    return shaped or f"the shape of {row['model']} is neither printed in full nor on record"
 
 
 PRESETS = (
@@ -170,20 +170,20 @@ RACK = 64
 @lru_cache
 def device(name: str) -> HardwareConfig | str:
     """The catalogue's device of a table's words, as that table had it, or why there is none."""
-    found = next((preset for preset in PRESETS if preset in name.lower()), None)
-    if found is None:
+    catalogued = next((preset for preset in PRESETS if preset in name.lower()), None)
+    if catalogued is None:
         return f"{name or 'the device'} isn't in the catalogue"
-    hardware = compose([f"hardware={found}"]).hardware
+    hardware = compose([f"hardware={catalogued}"]).hardware
     changes: dict[str, Any] = {}
-    if found == "a100" and "40" in name:  # HBM2 of 1,555 GB/s, by NVIDIA's datasheet
+    if catalogued == "a100" and "40" in name:  # HBM2 of 1,555 GB/s, by NVIDIA's datasheet
         changes = {"memory_gib": 40.0, "memory_gbps": 1555.0, "memory_achieved_gbps": None}
     if (
-        found == "h100" and "96" in name
+        catalogued == "h100" and "96" in name
     ):  # HBM2e, as torchtitan's paper describes its devices (arXiv 2410.06511)
         changes = {"memory_gib": 94.0, "memory_gbps": 2400.0, "memory_achieved_gbps": None}
-    if found.startswith(("b", "gb")) and hardware.compute_units is None:
+    if catalogued.startswith(("b", "gb")) and hardware.compute_units is None:
         changes["compute_units"] = UNITS
-    if found.startswith("gb"):
+    if catalogued.startswith("gb"):
         changes |= {"devices_per_node": RACK, "nic": hardware.nic.model_copy(update={"per_node": RACK})}
     per_node = re.search(r"\((\d+)/node\)", name)
     if per_node:

@@ -81,6 +81,7 @@ def fabric(row: Row, hardware: HardwareConfig) -> Fabric:
         hop=hop,
         rounds=ROUNDS,
         tree_hop=math.inf,
+        low_latency=None,  # its latency is what was measured, by whatever protocol
         source="the row's own all-gather benchmarks",
     )
 
@@ -105,9 +106,9 @@ def job(row: Row, models: dict[tuple[str, ...], ModelConfig | None]) -> Training
     shape += (row["num_heads"], row["tie_word_embeddings"], row["num_params"])
     if shape not in models:
         models[shape] = model(row)
-    found = models[shape]
+    llama = models[shape]
     numbers = [whole(row, c) for c in ("dp", "pp", "tp", "mbs", "batch_accum", "seq_len", "zero_stage")]
-    if found is None or any(n is None for n in numbers):
+    if llama is None or any(n is None for n in numbers):
         return None
     dp, pp, tp, micro, steps, sequence, zero = (n or 0 for n in numbers)
     if row["tp_mode"] != "REDUCE_SCATTER" or not micro * steps * dp:
@@ -117,7 +118,7 @@ def job(row: Row, models: dict[tuple[str, ...], ModelConfig | None]) -> Training
         bucket_bytes=round((number(row, "ddp_bucket_cap_mb") or 25) * 2**20),
     )
     return TrainingJob(
-        model=found, layout=Layout(pp=pp, dp=dp, cp=1, ep=1, etp=1, tp=tp), sequence=sequence, micro_batch=micro,
+        model=llama, layout=Layout(pp=pp, dp=dp, cp=1, ep=1, etp=1, tp=tp), sequence=sequence, micro_batch=micro,
         global_batch=micro * steps * dp, zero=zero, software=software,
     )  # fmt: skip
 
@@ -159,7 +160,6 @@ def cases(rows: Sequence[Row]) -> Cases:
                 flops_per_token=flops.train_flops_per_token(made.model, made.sequence, full_attention=True),
                 seconds=seconds,
                 fits=ran,
-                allocated=_bytes(row, "Mem Alloc (GB)") if ran else None,
                 reserved=_bytes(row, "Mem Res (GB)") if ran else None,
                 group=f"{row['num_params']}B on {whole(row, 'nodes')} nodes",
                 label=f"tp={made.layout.tp} pp={made.layout.pp} dp={made.layout.dp} mbs={made.micro_batch}",

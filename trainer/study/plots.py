@@ -64,17 +64,17 @@ def errors(scores: Sequence[TimeScore]) -> bytes:
     return _png(draw)
 
 
-def choices(found: Sequence[RankingScore]) -> bytes:
+def choices(groups: Sequence[RankingScore]) -> bytes:
     """Regret by group."""
 
     def draw(axes: Axes) -> None:
-        names = list(found[0].regret)
+        names = list(groups[0].regret)
         for i, name in enumerate(names):
-            at = [j + (i - len(names) / 2) * 0.25 for j in range(len(found))]
+            at = [j + (i - len(names) / 2) * 0.25 for j in range(len(groups))]
             axes.bar(
-                at, [100 * c.regret[name] for c in found], width=0.23, label=name, alpha=1 if i == 0 else 0.6
+                at, [100 * c.regret[name] for c in groups], width=0.23, label=name, alpha=1 if i == 0 else 0.6
             )
-        axes.set_xticks(range(len(found)), [c.group for c in found], rotation=45, ha="right", fontsize=7)
+        axes.set_xticks(range(len(groups)), [c.group for c in groups], rotation=45, ha="right", fontsize=7)
         axes.set(ylabel="speed lost, %", title="regret of the chosen layout")
         axes.legend(fontsize=7)
 

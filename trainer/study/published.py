@@ -86,11 +86,11 @@ WINDOW = 512
 @lru_cache
 def rates(name: str) -> Rates | str:
     """Rates of the device of a table's words, or why there are none."""
-    found = models.device(name)
-    if isinstance(found, str):
-        return found
-    limited = LIMITED if "96" in name and found.name == "h100" else None
-    return Rates(found, from_catalogue(found), overheads=OVERHEADS, sustained=limited)
+    hardware = models.device(name)
+    if isinstance(hardware, str):
+        return hardware
+    limited = LIMITED if "96" in name and hardware.name == "h100" else None
+    return Rates(hardware, from_catalogue(hardware), overheads=OVERHEADS, sustained=limited)
 
 
 def context_parallel(row: Row) -> int:
@@ -99,8 +99,8 @@ def context_parallel(row: Row) -> int:
 
 
 def _noted(row: Row, name: str) -> int | None:
-    found = re.search(rf"\b{name}=(\d+)", row.get("notes") or "")
-    return int(found[1]) if found else None
+    match = re.search(rf"\b{name}=(\d+)", row.get("notes") or "")
+    return int(match[1]) if match else None
 
 
 def _precision(row: Row) -> str:
@@ -318,10 +318,10 @@ def cases(rows: Sequence[Row]) -> list[Cases]:
         block = row["block"]
         if block == SEARCHED:
             continue
-        found = out.setdefault(block, Cases(block))
+        block_cases = out.setdefault(block, Cases(block))
         case = _case(row, line)
         if isinstance(case, str):
-            found.skip(case, line)
+            block_cases.skip(case, line)
             continue
         first = block in CALIBRATION and row["precision"] == "bf16" and case.job.software.name != "jax"
         if first and (row["source"], row["model"]) not in series:
@@ -329,7 +329,7 @@ def cases(rows: Sequence[Row]) -> list[Cases]:
             case = replace(case, calibrates=True)
         if row["source"] in PRIMUS_CALIBRATION:
             case = replace(case, calibrates=True)
-        found.cases.append(case)
+        block_cases.cases.append(case)
     return list(out.values())
 
 

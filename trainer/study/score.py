@@ -71,10 +71,10 @@ def timed(case: StudyCase) -> Timed:
     return Timed(case, parts.step, low, high, parts)
 
 
-def times(found: Cases) -> TimeScore:
+def times(table: Cases) -> TimeScore:
     """Errors of a table's step times."""
-    rows = [timed(case) for case in found.cases if case.seconds]
-    score = TimeScore(found.table, rows, lines=[case.line for case in found.cases], skipped=found.skipped)
+    rows = [timed(case) for case in table.cases if case.seconds]
+    score = TimeScore(table.table, rows, lines=[case.line for case in table.cases], skipped=table.skipped)
     judged = [row for row in rows if not row.case.calibrates]
     score.calibrated = len(rows) - len(judged)
     score.scored = _errors(judged)
@@ -163,9 +163,9 @@ class MemoryScore:
     """Peak bytes that the allocator held."""
 
 
-def memories(found: Cases) -> MemoryScore | None:
+def memories(table: Cases) -> MemoryScore | None:
     """Fits-or-not and peaks; None where the table has neither."""
-    known = [case for case in found.cases if case.fits is not None]
+    known = [case for case in table.cases if case.fits is not None]
     if not known:
         return None
     did = [bool(case.fits) for case in known]

@@ -54,13 +54,13 @@ def collectives(rows: Sequence[Row], table: str) -> CollectiveScore:
     sweep = "size_bytes" in rows[0] and "op" not in rows[0]
     made = CollectiveScore(table, calibrates=sweep)
     for line, row in enumerate(rows, start=2):
-        for found in _sweep(row) if sweep else (_baseline(row),):
-            if isinstance(found, str):
-                made.skipped.setdefault(found, []).append(line)
+        for call in _sweep(row) if sweep else (_baseline(row),):
+            if isinstance(call, str):
+                made.skipped.setdefault(call, []).append(line)
             else:
                 made.lines.add(line)
-                made.predicted.append(found[0])
-                made.measured.append(found[1])
+                made.predicted.append(call[0])
+                made.measured.append(call[1])
     return made
 
 

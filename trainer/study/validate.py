@@ -101,10 +101,10 @@ def validate(data: Path | None, runs: Path | None) -> Study:
         _add(study, runs.name, cases.read(runs))
         return study
     folder = cases.data_folder(data)
-    found = [folder / name for name in TABLES if (folder / name).is_file()]
-    if not found:
+    paths = [folder / name for name in TABLES if (folder / name).is_file()]
+    if not paths:
         raise UserError(f"--data: {folder} has none of {', '.join(TABLES)}; name the folder that has them")
-    for path in found:
+    for path in paths:
         _add(study, path.name, cases.read(path))
     return study
 
@@ -116,7 +116,7 @@ def _add(study: Study, name: str, rows: Sequence[Row]) -> None:
     elif cases.has_columns(rows, vtrain.COLUMNS):
         study.times.append(score.times(vtrain.cases(rows)))
     elif cases.has_columns(rows, published.COLUMNS):
-        study.times += [score.times(found) for found in published.cases(rows)]
+        study.times += [score.times(block_cases) for block_cases in published.cases(rows)]
         made, skipped = methods.runs(rows)
         if made or skipped:
             study.methods = score.methods(made, skipped)
@@ -135,12 +135,12 @@ def _add(study: Study, name: str, rows: Sequence[Row]) -> None:
     study.findings[name] = lint.findings(rows)
 
 
-def _add_nanotron(study: Study, found: Cases) -> None:
-    timed = score.times(found)
+def _add_nanotron(study: Study, sweep: Cases) -> None:
+    timed = score.times(sweep)
     study.times.append(timed)
     study.choices = score.choices(timed.timed)
     study.sound_choices = score.choices([row for row in timed.timed if not row.case.note])
-    study.memory = score.memories(found)
+    study.memory = score.memories(sweep)
 
 
 # ---- targets ----
@@ -174,13 +174,13 @@ def _mape(table: str, what: str, bound: float) -> Callable[[Study], list[ErrorTa
 
 
 def _methods(study: Study) -> list[ErrorTarget]:
-    found = study.methods
-    if found is None or found.mfu is None:
+    scored = study.methods
+    if scored is None or scored.mfu is None:
         return []
-    out = [ErrorTarget("MoE Parallel Folding, MFU, MAPE", found.mfu.mean, 0.12)]
-    if found.pairs:
+    out = [ErrorTarget("MoE Parallel Folding, MFU, MAPE", scored.mfu.mean, 0.12)]
+    if scored.pairs:
         out.append(
-            ErrorTarget("MoE Parallel Folding, pairs of methods in order", found.share, 0.90, at_most=False)
+            ErrorTarget("MoE Parallel Folding, pairs of methods in order", scored.share, 0.90, at_most=False)
         )
     return out
 
@@ -193,8 +193,8 @@ def _over_tables(study: Study) -> list[ErrorTarget]:
         ("MoE tables, step time, MAPE", [row for row in judged if row.case.job.model.experts > 1]),
         ("AMD, step time, MAPE", [row for row in judged if row.case.rates.hardware.kind == "rocm"]),
     ):
-        found = metrics.errors([row.seconds for row in chosen], [row.measured for row in chosen])
-        out += [ErrorTarget(what, found.mean, 0.15)] if found else []
+        errors = metrics.errors([row.seconds for row in chosen], [row.measured for row in chosen])
+        out += [ErrorTarget(what, errors.mean, 0.15)] if errors else []
     if judged:
         inside = metrics.inside(*zip(*((row.low, row.high, row.measured) for row in judged), strict=True))
         out.append(ErrorTarget("all tables, measurements inside the interval", inside, 0.90, at_most=False))
@@ -227,16 +227,16 @@ def as_data(study: Study) -> dict[str, Any]:
           for one in study.collectives),
     ]  # fmt: skip
     if study.methods:
-        found = study.methods
+        scored = study.methods
         blocks.append(
             _block(
                 "mpf",
-                [run.line for run in found.runs],
-                found.skipped,
-                found.mfu,
+                [run.line for run in scored.runs],
+                scored.skipped,
+                scored.mfu,
                 0,
-                pairs=found.pairs,
-                right=found.right,
+                pairs=scored.pairs,
+                right=scored.right,
             )
         )
     if study.table:

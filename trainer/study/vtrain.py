@@ -66,8 +66,8 @@ def gpt(layers: int, hidden: int, heads: int, vocab: int) -> ModelConfig:
 @lru_cache
 def hardware(adapters: int) -> HardwareConfig:
     """A100 in nodes with so many adapters."""
-    found = compose(["hardware=a100"]).hardware
-    return found.model_copy(update={"nic": found.nic.model_copy(update={"per_node": adapters})})
+    catalogued = compose(["hardware=a100"]).hardware
+    return catalogued.model_copy(update={"nic": catalogued.nic.model_copy(update={"per_node": adapters})})
 
 
 def cases(rows: Sequence[Row]) -> Cases:

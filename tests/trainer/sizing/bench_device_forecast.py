@@ -28,6 +28,7 @@ from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model.job import FrameworkMemory, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
+from trainer.sizing.time import schedule
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.kernels import MatmulShape
 from trainer.sizing.time.matmul import Kernels
@@ -57,11 +58,11 @@ def shape_of(case: Case) -> MatmulShape:
 
 def errors(pairs: Sequence[tuple[float, float]]) -> str:
     """Mean, median and tail of |predicted / measured - 1|, and the bias."""
-    found = sorted(abs(predicted / measured - 1) for predicted, measured in pairs)
+    sizes = sorted(abs(predicted / measured - 1) for predicted, measured in pairs)
     bias = math.exp(statistics.mean(math.log(predicted / measured) for predicted, measured in pairs)) - 1
-    tail = found[min(len(found) - 1, round(0.95 * len(found)))]
+    tail = sizes[min(len(sizes) - 1, round(0.95 * len(sizes)))]
     return (
-        f"n={len(found)}  MAPE {statistics.mean(found):.1%}  median {statistics.median(found):.1%}  p95 {tail:.1%}  "
+        f"n={len(sizes)}  MAPE {statistics.mean(sizes):.1%}  median {statistics.median(sizes):.1%}  p95 {tail:.1%}  "
         f"bias {bias:+.1%}"
     )
 
@@ -70,11 +71,11 @@ def matmul_report(kernels: Kernels, cases: Sequence[Case], measured: dict[str, A
     """Errors by kind, coverage of the interval, and the worst shapes."""
     rows = []
     for index, case in enumerate(cases):
-        if (found := measured.get(str(index))) is None:
+        if (timed := measured.get(str(index))) is None:
             continue
         figure = kernels.matmul_figure("matmul", shape_of(case))
         assert figure is not None, kernels.reasons
-        rows.append((case, figure, found["seconds"]))
+        rows.append((case, figure, timed["seconds"]))
     kinds: dict[str, Callable[[Case], bool]] = {
         "dense": lambda c: c["experts"] == 1,
         "dense, multiples of 64": lambda c: c["experts"] == 1 and c["n"] % 64 == 0 and c["k"] % 64 == 0,
@@ -117,12 +118,12 @@ def model_report(rates: Rates, cases: Sequence[Case], measured: dict[str, Any]) 
     ]
     times, peaks = [], []
     for case in cases:
-        if (found := measured.get(case["name"])) is None:
+        if (timed := measured.get(case["name"])) is None:
             continue
         job = job_of(case, PLAIN)
         predicted = time.parts(job, rates)
-        used = memory.usage(job, rates.hardware.kind, 0, memory.stages(job)[0])
-        peak, step = found["memory"].get("peak"), found["step"]
+        used = memory.usage(job, rates.hardware.kind, 0, schedule.of(job)[0])
+        peak, step = timed["memory"].get("peak"), timed["step"]
         times.append((predicted.step, step))
         line = f"  {case['name']:<22} {predicted.step * 1e3:8.1f} {step * 1e3:8.1f} {predicted.step / step - 1:+7.1%}"
         if peak:
@@ -131,11 +132,11 @@ def model_report(rates: Rates, cases: Sequence[Case], measured: dict[str, Any]) 
         shares = ", ".join(
             f"{name} {value * 1e3:.1f}" for name, value in vars(predicted).items() if value > 1e-4
         )
-        phases = ", ".join(f"{name} {found[name] * 1e3:.1f}" for name in ("forward", "backward", "optimizer"))
+        phases = ", ".join(f"{name} {timed[name] * 1e3:.1f}" for name in ("forward", "backward", "optimizer"))
         lines += [
             line,
             f"      predicted ms: {shares}",
-            f"      measured ms: {phases}; imbalance {max(found['imbalance'] or [1]):.2f}",
+            f"      measured ms: {phases}; imbalance {max(timed['imbalance'] or [1]):.2f}",
         ]
     if times:
         lines.append(f"  step time    {errors(times)}")
@@ -170,12 +171,12 @@ def pair_report(prices: Prices, cases: Sequence[Case], measured: dict[str, Any])
     ]
     faster = before = now = 0
     for case in cases:
-        if (found := measured.get(case["name"])) is None:
+        if (timed := measured.get(case["name"])) is None:
             continue
-        sides = {side: found[side]["forward"] + found[side]["backward"] for side in ("bad", "good")}
+        sides = {side: timed[side]["forward"] + timed[side]["backward"] for side in ("bad", "good")}
         is_saved = saving(sides["bad"], sides["good"], case["bad"], case["good"])
-        step = saving(found["bad"]["step"], found["good"]["step"], case["bad"], case["good"])
-        spread = max(found["ratios"]) / min(found["ratios"]) - 1
+        step = saving(timed["bad"]["step"], timed["good"]["step"], case["bad"], case["good"])
+        spread = max(timed["ratios"]) / min(timed["ratios"]) - 1
         promised = promise(prices, case)
         kept = abs(is_saved - promised) <= POINTS
         before += abs(is_saved - case["promised"]) <= POINTS

@@ -31,7 +31,7 @@ def main(folders: list[str]) -> int:
     """Print a line for each run and share, and the sums."""
     misses: dict[float, list[float]] = {share: [] for share in SHARES}
     inside: dict[float, list[bool]] = {share: [] for share in SHARES}
-    alarms = found = 0
+    alarms = caught = 0
     for folder in folders:
         run = RunPaths(Path(folder))
         config, history = load(run.config), read(run)
@@ -44,7 +44,7 @@ def main(folders: list[str]) -> int:
             inside[share].append(final.low <= real <= final.high)
             parts.append(f"{share:.0%}: {final.value:.3f} ({final.low:.3f} to {final.high:.3f})")
         healthy, broken = watch(history, warmup, end), watch(diverging(history), warmup, end)
-        alarms, found = alarms + (healthy is not None), found + (broken is not None)
+        alarms, caught = alarms + (healthy is not None), caught + (broken is not None)
         after = f"alarm {(broken.step - 0.7 * end):+.0f} steps after it began" if broken else "no alarm"
         print(
             f"{run.root.name}: end {real:.3f}; {'; '.join(parts)}; healthy: {healthy or 'no alarm'}; diverging: {after}"
@@ -55,7 +55,7 @@ def main(folders: list[str]) -> int:
             f"at {share:.0%}: mean miss {error:.3f} nats, bias {statistics.mean(misses[share]):+.3f}; "
             f"{sum(inside[share])} of {len(folders)} within the {CONFIDENCE:.0%} band"
         )
-    print(f"false alarms {alarms} of {len(folders)}; divergences found {found} of {len(folders)}")
+    print(f"false alarms {alarms} of {len(folders)}; divergences caught {caught} of {len(folders)}")
     return 0
 
 

@@ -30,18 +30,21 @@ _PRECISIONS = {"bfloat16": "bf16", "half": "fp16", "float": "fp32"}
 
 
 def predictions(
-    hardware: HardwareConfig, profile: DeviceProfile, kept: Sequence[MatmulRate], asked: Sequence[MatmulRate]
+    hardware: HardwareConfig,
+    profile: DeviceProfile,
+    kept: Sequence[MatmulRate],
+    left_out: Sequence[MatmulRate],
 ) -> list[tuple[float, float, float]]:
     """Predicted over measured time, and the interval's ends over it."""
     kernels = Kernels.of(hardware, profile.model_copy(update={"matmuls": tuple(kept)}))
-    found = []
-    for row in asked:
+    seconds = []
+    for row in left_out:
         shape = shape_of(row)
         figure = kernels.matmul_figure("matmul", shape, _PRECISIONS[row.dtype])
         assert figure is not None, kernels.reasons
         measured = row.time_us / 1e6
-        found.append((figure.value / measured, figure.low / measured, figure.high / measured))
-    return found
+        seconds.append((figure.value / measured, figure.low / measured, figure.high / measured))
+    return seconds
 
 
 def shape_of(row: MatmulRate) -> MatmulShape:
@@ -65,12 +68,12 @@ def cross_validated(
     hardware: HardwareConfig, profile: DeviceProfile, way: str
 ) -> list[tuple[MatmulRate, tuple[float, float, float]]]:
     """Each shape with what the others predict of it."""
-    found = []
+    pairs = []
     for part in folds(profile.matmuls, way):
         out = set(map(id, part))
         kept = [row for row in profile.matmuls if id(row) not in out]
-        found += zip(part, predictions(hardware, profile, kept, part), strict=True)
-    return found
+        pairs += zip(part, predictions(hardware, profile, kept, part), strict=True)
+    return pairs
 
 
 def baselines(profile: DeviceProfile, rows: Sequence[MatmulRate]) -> dict[str, float]:
@@ -133,7 +136,7 @@ def rules(profile: DeviceProfile, chip: Chip, start: Tuning) -> list[str]:
         variants.append(("grouped: large tile always", replace(chip, grouped=replace(rule, few=0)), Form))
     lines = [f"  {'rules, error in sample':<34} {'dense':>8} {'grouped':>8}"]
     for name, one, kind in variants:
-        tuning = fitting.grouped(one, fitting.dense(one, start, dense), grouped)
+        tuning = fitting.fit(one, fitting.dense(one, start, dense), fitting.GROUPED, grouped)
         form = kind(one, tuning)
         errors = [
             statistics.mean(abs(seconds / form.choose(shape).seconds - 1) for shape, seconds in part)
@@ -147,7 +150,7 @@ def main(arguments: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile")
-    parser.add_argument("--worst", type=int, default=8, help="shapes that are told by name")
+    parser.add_argument("--worst", type=int, default=8, help="shapes that are summaries by name")
     options = parser.parse_args(arguments)
     profile = load(DeviceProfile, options.profile)
     hardware = compose([f"hardware={profile.hardware}"]).hardware
@@ -159,11 +162,11 @@ def main(arguments: list[str]) -> int:
     print(
         f"profile {profile.name} of {profile.hardware}: {len(profile.matmuls)} matmuls; fitted in {fit * 1e3:.0f} ms"
     )
-    told = {
+    summaries = {
         name: f"{value:.4g}" if isinstance(value, float) else "/".join(f"{x:.3g}" for x in value)
         for name, value in vars(model.tuning).items()
     }
-    print("  " + ", ".join(f"{name}={value}" for name, value in told.items()))
+    print("  " + ", ".join(f"{name}={value}" for name, value in summaries.items()))
     print(f"  {'held out':<34} {'n':>4} {'MAPE':>8} {'median':>8} {'p95':>8} {'bias':>8} {'covered':>8}")
     kinds: dict[str, Callable[[MatmulRate], bool]] = {
         "dense bf16": lambda r: r.experts == 1 and r.dtype == "bfloat16",
@@ -178,12 +181,12 @@ def main(arguments: list[str]) -> int:
         "grouped, uneven": lambda r: r.experts > 1 and r.imbalance > 1.01,
     }
     for way in ("random", "same [n, k]"):
-        found = cross_validated(hardware, profile, way)
+        pairs = cross_validated(hardware, profile, way)
         for kind, fits in kinds.items():
-            part = [ratio for row, ratio in found if fits(row)]
+            part = [ratio for row, ratio in pairs if fits(row)]
             if part:
                 print(line(f"{kind}, {way}", part))
-        worst = sorted(found, key=lambda item: -abs(math.log(item[1][0])))[: options.worst]
+        worst = sorted(pairs, key=lambda item: -abs(math.log(item[1][0])))[: options.worst]
         for row, (ratio, _, _) in worst:
             shape = f"{row.m} x {row.n} x {row.k} {row.dtype} {row.experts} experts, {row.imbalance:g}"
             print(

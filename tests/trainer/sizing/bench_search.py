@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 
 from configs.compose import compose
+from tests.trainer.sizing.search.exhaustive import exhaustive
 from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import Software
 from trainer.sizing.search import layouts as search
@@ -37,8 +38,8 @@ SMALL = [("mixtral_8x7b", "h100", 64, 8192, 256), ("qwen3_30b_a3b", "mi300x", 64
 def cpu(call: object) -> tuple[float, search.SearchResult]:
     """CPU seconds of a call, and what it gave."""
     start = time.process_time()
-    found = call()  # type: ignore[operator]
-    return time.process_time() - start, found
+    result = call()  # type: ignore[operator]
+    return time.process_time() - start, result
 
 
 def priced(task: Task, name: str) -> tuple[float, int]:
@@ -49,7 +50,7 @@ def priced(task: Task, name: str) -> tuple[float, int]:
     sample = random.Random(0).sample(everything, min(SAMPLE, len(everything)))
     start = time.process_time()
     for _, job in sample:
-        search._candidate(job, hardware, rates)
+        search.candidate(job, hardware, rates)
     return (time.process_time() - start) / len(sample) * len(everything), len(everything)
 
 
@@ -61,35 +62,33 @@ def main() -> None:
         hardware = compose([f"hardware={device}"]).hardware
         task = Task(compose([f"model={model}"]).model, ranks, sequence, batch, software=MEGATRON)
         rates = rates_of(hardware)
-        seconds, found = cpu(
+        seconds, quick = cpu(
             lambda task=task, hardware=hardware, rates=rates: search.search(task, hardware, rates)
         )
         all_seconds, count = priced(
             replace(task, imbalance=task.uneven + 1e-9), device
         )  # nothing cached by the search
         name = f"{model} {device} x{ranks}, {sequence} tokens"
-        best = found.best.label if found.best else found.reason
+        best = quick.best.label if quick.best else quick.reason
         write(
-            f"{name:44}{count:8}{found.priced:8}{seconds:8.2f} s{all_seconds:8.1f} s{all_seconds / seconds:7.0f}x  {best}\n"
+            f"{name:44}{count:8}{quick.priced:8}{seconds:8.2f} s{all_seconds:8.1f} s{all_seconds / seconds:7.0f}x  {best}\n"
         )
     for model, device, ranks, sequence, batch in SMALL:
         hardware = compose([f"hardware={device}"]).hardware
         task = Task(compose([f"model={model}"]).model, ranks, sequence, batch, software=MEGATRON)
         one, two = rates_of(hardware), rates_of(hardware)
-        seconds, found = cpu(
+        seconds, quick = cpu(
             lambda task=task, hardware=hardware, rates=one: search.search(task, hardware, rates)
         )
-        whole, other = cpu(
-            lambda task=task, hardware=hardware, rates=two: search.exhaustive(task, hardware, rates)
-        )
+        whole, other = cpu(lambda task=task, hardware=hardware, rates=two: exhaustive(task, hardware, rates))
         same = (
             "the same best"
-            if found.best and other.best and found.best.job == other.best.job
+            if quick.best and other.best and quick.best.job == other.best.job
             else "ANOTHER best"
         )
         name = f"{model} {device} x{ranks}, {sequence} tokens"
         write(
-            f"{name:44}{other.legal:8}{found.priced:8}{seconds:8.2f} s{whole:8.1f} s{whole / seconds:7.0f}x  {same}\n"
+            f"{name:44}{other.legal:8}{quick.priced:8}{seconds:8.2f} s{whole:8.1f} s{whole / seconds:7.0f}x  {same}\n"
         )
 
 

@@ -82,10 +82,12 @@ def test_a_dry_run_measures_every_part_and_the_report_reads_it(
     profile: DeviceProfile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = few(profile)
-    found = measure(cases, tmp_path, "--dry", "--seconds", "240")
-    assert not found["errors"]
-    assert len(found["matmuls"]) == 6 and len(found["models"]) == 2
-    assert all(found["operators"][f"d1024/{part}"]["both"] > 0 for part in ("attention", "dispatch", "loss"))
+    measured = measure(cases, tmp_path, "--dry", "--seconds", "240")
+    assert not measured["errors"]
+    assert len(measured["matmuls"]) == 6 and len(measured["models"]) == 2
+    assert all(
+        measured["operators"][f"d1024/{part}"]["both"] > 0 for part in ("attention", "dispatch", "loss")
+    )
     code = bench_device_forecast.main(
         [str(tmp_path / "measured.json"), "--cases", str(tmp_path / "cases.json"), "--profile", "h100"]
     )
@@ -109,5 +111,5 @@ def test_a_gpu_does_what_the_dry_run_does(profile: DeviceProfile, tmp_path: Path
 
     if not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} sees no GPU")
-    found = measure(few(profile), tmp_path, "--seconds", "120")
-    assert not found["errors"] and all(one["memory"]["peak"] > 0 for one in found["models"].values())
+    measured = measure(few(profile), tmp_path, "--seconds", "120")
+    assert not measured["errors"] and all(one["memory"]["peak"] > 0 for one in measured["models"].values())

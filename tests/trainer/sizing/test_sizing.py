@@ -27,16 +27,16 @@ def model(name: str) -> ModelConfig:
     ],
 )
 def test_published_counts(name: str, total: float, active: float) -> None:
-    found = parameters.count(model(name))
-    assert found.total / 1e9 == pytest.approx(total, rel=0.005)
-    assert found.active / 1e9 == pytest.approx(active, rel=0.02)
+    counts = parameters.count(model(name))
+    assert counts.total / 1e9 == pytest.approx(total, rel=0.005)
+    assert counts.active / 1e9 == pytest.approx(active, rel=0.02)
 
 
 def test_zaya1_counts_leave_the_embeddings_apart() -> None:
-    found = parameters.count(model("zaya1_base"))
-    assert found.total_without_embeddings / 1e9 == pytest.approx(8.30, abs=0.005)
-    assert found.active_without_embeddings / 1e9 == pytest.approx(0.753, abs=0.001)
-    assert found.embedding / 1e9 == pytest.approx(0.537, abs=0.0005) and found.output == 0
+    counts = parameters.count(model("zaya1_base"))
+    assert counts.total_without_embeddings / 1e9 == pytest.approx(8.30, abs=0.005)
+    assert counts.active_without_embeddings / 1e9 == pytest.approx(0.753, abs=0.001)
+    assert counts.embedding / 1e9 == pytest.approx(0.537, abs=0.0005) and counts.output == 0
 
 
 def test_an_mlp_without_a_gate_has_two_matrices() -> None:
@@ -47,10 +47,10 @@ def test_an_mlp_without_a_gate_has_two_matrices() -> None:
 
 def test_parts_make_up_the_total() -> None:
     for name in ("demo", "olmoe_1b_7b", "deepseek_v3"):
-        found = parameters.count(model(name))
-        parts = (found.embedding, found.output, found.attention, found.router, found.experts, found.shared,
-                 found.dense, found.norms)  # fmt: skip
-        assert sum(parts) == found.total
+        counts = parameters.count(model(name))
+        parts = (counts.embedding, counts.output, counts.attention, counts.router, counts.experts, counts.shared,
+                 counts.dense, counts.norms)  # fmt: skip
+        assert sum(parts) == counts.total
 
 
 def test_flops_of_a_model_by_hand() -> None:

@@ -142,13 +142,13 @@ class SizingAnswer:
     @cached_property
     def counts(self) -> dict[str, Figure]:
         """Parameters by part, and FLOPs of a token."""
-        found = {}
+        figures = {}
         for name, value in parameters.count(self.job.model).to_json().items():
-            found[name] = exact(f"parameters.{name}", value, "1", f"{_counted(name)}; {CONVENTION}")
+            figures[name] = exact(f"parameters.{name}", value, "1", f"{_counted(name)}; {CONVENTION}")
         per_token = flops.train_flops_per_token(self.job.model, self.job.sequence)
         how = f"{flops.NUMERATOR}, at {self.job.sequence} tokens a sample"
-        found["flops_per_token"] = exact("flops.token", per_token, "FLOP", how)
-        return found
+        figures["flops_per_token"] = exact("flops.token", per_token, "FLOP", how)
+        return figures
 
     @cached_property
     def speed(self) -> dict[str, Figure]:
@@ -159,15 +159,15 @@ class SizingAnswer:
         work = exact("flops.micro_batch", self.price.flops, "FLOP", f"flops.token x {self.price.tokens} tokens / tp",
                      (self.counts["flops_per_token"],))  # fmt: skip
         rate = _over("speed.rate", work, time, 1e-12, "TFLOP/s", "model FLOPs over the micro-batch's time")
-        found = {"time": time, "rate": rate}
+        figures = {"time": time, "rate": rate}
         hardware = self.prices.hardware
         peak = hardware.peak_tflops.get(self.job.precision)
         if peak is not None:
             source = catalogue.provenance(hardware, f"peak_tflops.{self.job.precision}")
             top = exact(f"hardware.peak_tflops.{self.job.precision}", peak, "TFLOP/s", source)
             how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
-            found["mfu"] = _over("speed.mfu", rate, top, 100, "%", how)
-        return found
+            figures["mfu"] = _over("speed.mfu", rate, top, 100, "%", how)
+        return figures
 
     @cached_property
     def step(self) -> dict[str, Figure]:
@@ -177,9 +177,9 @@ class SizingAnswer:
         whole = step.step_time(self.job, self.prices.rates)
         if whole is None:
             return {}
-        found = {"step": whole, "rate": step.tokens_per_second(self.job, whole)}
+        figures = {"step": whole, "rate": step.tokens_per_second(self.job, whole)}
         mfu = step.mfu(self.job, self.prices.hardware, whole)
-        return found | ({"mfu": mfu} if mfu else {})
+        return figures | ({"mfu": mfu} if mfu else {})
 
     @cached_property
     def step_unknown(self) -> str:

@@ -33,14 +33,14 @@ def to_fit(answer: SizingAnswer) -> AnsweredQuestion:
     Raises:
         UserError: where the device's memory is unknown.
     """
-    found = questions.fit(answer.job, answer.prices.hardware)
+    fit = questions.fit(answer.job, answer.prices.hardware)
     changes = [
         {"set": list(one.names), "saves_bytes": one.saves, "step_time": one.cost, "fits": one.fits}
-        for one in found.changes
+        for one in fit.changes
     ]
-    data = {"needed_bytes": found.needed, "have_bytes": found.have, "fits": found.fits, "changes": changes,
-            "layout_that_fits": found.other.layout.to_json() if found.other else None}  # fmt: skip
-    return AnsweredQuestion("WHAT MUST CHANGE TO FIT", found.text(), (), {"fit": data})
+    data = {"needed_bytes": fit.needed, "have_bytes": fit.have, "fits": fit.fits, "changes": changes,
+            "layout_that_fits": fit.other.layout.to_json() if fit.other else None}  # fmt: skip
+    return AnsweredQuestion("WHAT MUST CHANGE TO FIT", fit.text(), (), {"fit": data})
 
 
 def in_time(answer: SizingAnswer, deadline: str, tokens: str, now: datetime) -> AnsweredQuestion:
@@ -50,17 +50,17 @@ def in_time(answer: SizingAnswer, deadline: str, tokens: str, now: datetime) -> 
         UserError: for no date, no number, or a device whose rates are unknown.
     """
     seconds = (questions.deadline(deadline, now) - now).total_seconds()
-    found = questions.enough(_task(answer), answer.prices.hardware, amount(tokens), seconds)
-    ranks = found.expected.job.layout.ranks if found.expected else None
+    devices = questions.enough(_task(answer), answer.prices.hardware, amount(tokens), seconds)
+    ranks = devices.expected.job.layout.ranks if devices.expected else None
     data = {
         "devices": ranks,
-        "to_be_sure": found.safe,
-        "with_luck": found.luck,
+        "to_be_sure": devices.safe,
+        "with_luck": devices.luck,
         "seconds": seconds,
-        "tokens": found.tokens,
+        "tokens": devices.tokens,
     }
-    figures = (found.duration,) if found.duration else ()
-    return AnsweredQuestion(f"HOW MANY DEVICES BY {deadline}", found.text(), figures, {"by": data})
+    figures = (devices.duration,) if devices.duration else ()
+    return AnsweredQuestion(f"HOW MANY DEVICES BY {deadline}", devices.text(), figures, {"by": data})
 
 
 def elsewhere(answer: SizingAnswer, name: str) -> AnsweredQuestion:
@@ -69,8 +69,8 @@ def elsewhere(answer: SizingAnswer, name: str) -> AnsweredQuestion:
     Raises:
         UserError: where there is no such device.
     """
-    found = questions.other(answer.job, _task(answer), answer.prices.hardware, catalogue.device(name))
-    sides = (found.here, found.there)
+    compared = questions.other(answer.job, _task(answer), answer.prices.hardware, catalogue.device(name))
+    sides = (compared.here, compared.there)
     figures = tuple(
         replace(side.step, name=f"on.{side.hardware}.step") for side in sides if isinstance(side.step, Figure)
     )
@@ -83,7 +83,7 @@ def elsewhere(answer: SizingAnswer, name: str) -> AnsweredQuestion:
         }
         for side in sides
     }  # fmt: skip
-    return AnsweredQuestion(f"WHAT {name} WOULD DO", found.text(), figures, {"on": data})
+    return AnsweredQuestion(f"WHAT {name} WOULD DO", compared.text(), figures, {"on": data})
 
 
 def _task(answer: SizingAnswer) -> Task:

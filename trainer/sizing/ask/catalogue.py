@@ -36,15 +36,15 @@ def provenance(hardware: HardwareConfig, field: str) -> str:
             here, there = here.get(key), there.get(key)
         if here != there:
             return "typed on the command line or in a file"
-    found = hardware.source_of(field)
-    return f"{found.what}, {found.date}" if found else "nobody is named"
+    source = hardware.source_of(field)
+    return f"{source.what}, {source.date}" if source else "nobody is named"
 
 
 def rows(hardware: HardwareConfig) -> list[Row]:
     """All that is on record of a device, in the order of the table."""
     h = hardware
-    found = [*_compute(h), *_memory(h), *_links(h, h.link, h.nic)]
-    return [(label, value, field) for label, value, field in found if value]
+    table = [*_compute(h), *_memory(h), *_links(h, h.link, h.nic)]
+    return [(label, value, field) for label, value, field in table if value]
 
 
 def _number(value: float | None, unit: str) -> str:
@@ -94,10 +94,10 @@ def _links(h: HardwareConfig, link: LinkConfig, nic: NicConfig) -> Iterator[Row]
                 "link.achieved_gbps",
             )
         groups = [(n, h.group_gbps(n)) for n in (2, 4, 8) if n <= (link.reach or h.devices_per_node or 0)]
-        told = ", ".join(f"{n}: {rate:g}" for n, rate in groups if rate is not None)
+        rates = ", ".join(f"{n}: {rate:g}" for n, rate in groups if rate is not None)
         yield (
             "a device's rate in a group of",
-            f"{told} GB/s" if told else "unknown: it depends on which devices",
+            f"{rates} GB/s" if rates else "unknown: it depends on which devices",
             "link",
         )
     yield "links of a device", _number(h.intra_node_gbps, "GB/s"), "intra_node_gbps"
@@ -118,14 +118,14 @@ def summary(hardware: HardwareConfig) -> tuple[str, ...]:
     """One device's line of the overview; `-` where a number is unknown."""
     h = hardware
 
-    def told(value: float | None) -> str:
+    def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:g}"
 
-    units = told(h.compute_units) + (f"/{h.dies}" if h.dies and h.dies > 1 else "")
+    units = cell(h.compute_units) + (f"/{h.dies}" if h.dies and h.dies > 1 else "")
     best = h.achieved_tflops.get("bf16")
     return (
-        h.name + (f" (1 of {h.parts})" if h.parts > 1 else ""), units, told(h.peak_tflops.get("bf16")),
-        told(h.peak_tflops.get("fp8")), told(best), told(h.memory_gib), told(h.memory_gbps),
-        f"{told(h.intra_node_gbps)} {h.link.shape}" if h.link.shape != "none" else told(h.intra_node_gbps),
-        told(h.inter_node_gbps),
+        h.name + (f" (1 of {h.parts})" if h.parts > 1 else ""), units, cell(h.peak_tflops.get("bf16")),
+        cell(h.peak_tflops.get("fp8")), cell(best), cell(h.memory_gib), cell(h.memory_gbps),
+        f"{cell(h.intra_node_gbps)} {h.link.shape}" if h.link.shape != "none" else cell(h.intra_node_gbps),
+        cell(h.inter_node_gbps),
     )  # fmt: skip

@@ -107,7 +107,7 @@ def fit(job: TrainingJob, hardware: HardwareConfig) -> MemoryFit:
             then = memory.worst(made, hardware.kind)[1].needed
             saves, fits = used.needed - then, then <= have
             if (fits or many == 1) and saves > 0:
-                changes.append(JobChange(_told(job, made), made, saves, timed(made), fits))
+                changes.append(JobChange(_differing(job, made), made, saves, timed(made), fits))
         if sum(change.fits for change in changes) >= 2:
             break
     order = sorted(changes, key=lambda c: (not c.fits, c.cost or 0.0 if c.fits else -c.saves))
@@ -183,7 +183,7 @@ def _changed(job: TrainingJob, steps: Sequence[Step]) -> TrainingJob | None:
     return made if made and legal.is_legal(made) else None
 
 
-def _told(before: TrainingJob, after: TrainingJob) -> tuple[str, ...]:
+def _differing(before: TrainingJob, after: TrainingJob) -> tuple[str, ...]:
     """What differs, as it would be set."""
     axes = [
         f"{axis}={size}"
@@ -363,7 +363,7 @@ class Other:
             seconds = side.step if isinstance(side.step, str) else _span(side.step)
             lines.append(f"{side.hardware}: {side.needed / GIB:.1f} GiB, {fits}; step {seconds}")
             if side.best is not None:
-                changes = _told(self.job, side.best.job)
+                changes = _differing(self.job, side.best.job)
                 what = "the same layout" if not changes else f"with {', '.join(changes)}"
                 lines.append(
                     f"  best there: {what}, {side.best.seconds:.3g} s, {side.best.memory.needed / GIB:.0f} GiB"

@@ -39,10 +39,10 @@ def _wrapped(text: str, indent: int, after: int = 0) -> list[str]:
 
 def amount(figure: Figure) -> str:
     """A figure's value as a person reads it."""
-    return told(figure.value, figure.unit)
+    return in_unit(figure.value, figure.unit)
 
 
-def told(value: float, unit: str) -> str:
+def in_unit(value: float, unit: str) -> str:
     """A value in its unit, with three or four digits."""
     if unit == "s":
         scale, name = next(
@@ -65,7 +65,7 @@ def interval(figure: Figure) -> str:
     """`(a to b)` where a figure isn't exact."""
     if figure.low == figure.high:
         return ""
-    return f"({told(figure.low, figure.unit)} to {told(figure.high, figure.unit)})"
+    return f"({in_unit(figure.low, figure.unit)} to {in_unit(figure.high, figure.unit)})"
 
 
 def sized(answer: SizingAnswer) -> Iterator[str]:
@@ -88,23 +88,23 @@ def sized(answer: SizingAnswer) -> Iterator[str]:
 
 
 def _counts(answer: SizingAnswer) -> Iterator[str]:
-    found = answer.counts
+    counts = answer.counts
     yield ""
     yield "PARAMETERS"
     rows = [
-        ("all", amount(found["total"]), "a token meets", amount(found["active"])),
+        ("all", amount(counts["total"]), "a token meets", amount(counts["active"])),
         (
             "without embeddings",
-            amount(found["total_without_embeddings"]),
+            amount(counts["total_without_embeddings"]),
             "",
-            amount(found["active_without_embeddings"]),
+            amount(counts["active_without_embeddings"]),
         ),
     ]
     yield from columns(rows, right=(1, 3))
     parts = ("attention", "experts", "shared", "dense", "router", "embedding", "output", "norms")
-    told_parts = ", ".join(f"{part} {amount(found[part])}" for part in parts if found[part].value)
-    yield from _wrapped(told_parts, 2)
-    yield f"  FLOPs of a token, forward and backward: {amount(found['flops_per_token'])}"
+    sizes = ", ".join(f"{part} {amount(counts[part])}" for part in parts if counts[part].value)
+    yield from _wrapped(sizes, 2)
+    yield f"  FLOPs of a token, forward and backward: {amount(counts['flops_per_token'])}"
 
 
 def _costs(answer: SizingAnswer) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _costs(answer: SizingAnswer) -> Iterator[str]:
 
 
 def _step(answer: SizingAnswer) -> Iterator[str]:
-    job, found = answer.job, answer.step
+    job, figures = answer.job, answer.step
     yield ""
     extra = f", recompute={job.recompute}" if job.recompute != "none" else ""
     extra += f", {job.interleave} model chunks a stage" if job.interleave > 1 else ""
@@ -140,12 +140,12 @@ def _step(answer: SizingAnswer) -> Iterator[str]:
     yield f"STEP  {job.layout.ranks} devices, {batch}, ZeRO {job.zero}{extra}"
     for why in answer.chosen:
         yield from _wrapped(why, 2, 2)
-    if not found:
+    if not figures:
         yield f"  no time: {answer.step_unknown}"
         return
-    step, mfu = found["step"], found.get("mfu")
+    step, mfu = figures["step"], figures.get("mfu")
     share = f", MFU {amount(mfu)} {interval(mfu)}" if mfu else ""
-    yield f"  {amount(step)} {interval(step)}, {found['rate'].value:,.0f} tokens/s{share}"
+    yield f"  {amount(step)} {interval(step)}, {figures['rate'].value:,.0f} tokens/s{share}"
     rows = [
         (p.name.partition(".")[2], amount(p), f"{p.value / step.value:.1%}")
         for p in sorted(step.parts, key=lambda p: -p.value)

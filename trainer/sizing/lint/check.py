@@ -26,12 +26,12 @@ _REGISTERED = (lint_layout, lint_shape)
 def lint(job: TrainingJob, prices: Prices, fits: Fits = lambda _: None) -> list[LintFinding]:
     """All findings, the worst first, those of unknown cost last."""
     view = View(job, prices, fits)
-    found = [
+    findings = [
         finding
         for rule in rules()
         if rule.applies(prices.hardware) and rule.check != "none"
         for finding in CHECKS[rule.check](rule, view)
         if finding.cost is None or finding.cost > -_WORSE
     ]
-    found = [f if f.cost is None else replace(f, cost=max(0.0, f.cost)) for f in found]
-    return sorted(found, key=lambda f: -math.inf if f.cost is None else f.cost, reverse=True)
+    findings = [f if f.cost is None else replace(f, cost=max(0.0, f.cost)) for f in findings]
+    return sorted(findings, key=lambda f: -math.inf if f.cost is None else f.cost, reverse=True)

@@ -46,7 +46,7 @@ def _tensor_seconds(job: TrainingJob, tp: int, gbps: float) -> float:
 def _expert_seconds(job: TrainingJob, copies: float, gbps: float) -> float:
     """Exchange of expert parallelism: tokens out and back, forward and backward, `copies` of each."""
     n = job.layout.ep
-    layers = job.model.layers - job.model.dense_layers
+    layers = len(job.model.moe_layers)
     return 4 * layers * _BYTES * job.tokens * job.model.hidden * copies * (n - 1) / n / (gbps * 1e9)
 
 
@@ -56,7 +56,7 @@ def expert_width(rule: LintRule, view: View) -> Iterator[LintFinding]:
     job, hardware = view.job, view.prices.hardware
     peak = hardware.peak_tflops.get(job.precision)
     gbps = _gbps(view, job.layout.ep * job.layout.tp) if job.layout.ep > 1 else None
-    if peak is None or gbps is None or job.model.layers == job.model.dense_layers:
+    if peak is None or gbps is None or not job.model.moe_layers:
         return
     need = balance_width(peak, gbps)
     ratio = job.model.expert_width / need

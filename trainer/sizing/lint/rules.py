@@ -48,7 +48,6 @@ def rules() -> tuple[LintRule, ...]:
 
 REFERENCE_TILE = {"cuda": (128, 256), "rocm": (256, 256)}
 """Output tile that a device's best matmuls use; libraries choose smaller ones where these fit badly."""
-ROCM_TILES = ((256, 256), (256, 128), (128, 128))
 
 
 def wave_efficiency(rows: int, columns: int, tile: tuple[int, int], units: int, experts: int = 1) -> float:

@@ -37,7 +37,8 @@ def alignment(rule: LintRule, view: View) -> Iterator[LintFinding]:
     cuts = {"expert_width": layout.etp, "dense_width": layout.tp, "shared_width": layout.tp, "hidden": 1}
     if not finest:
         del cuts["hidden"]  # the rule of powers of two asks for as much
-    used = {"expert_width": model.layers > model.dense_layers, "dense_width": model.dense_layers > 0}
+    with_experts = len(model.moe_layers)
+    used = {"expert_width": with_experts > 0, "dense_width": with_experts < model.layers}
     for field, cut in cuts.items():
         value = getattr(model, field)
         if not value or not used.get(field, True) or value % (multiple * cut) == 0:
@@ -45,12 +46,13 @@ def alignment(rule: LintRule, view: View) -> Iterator[LintFinding]:
         if not finest and value % (8 * cut):
             continue
         better = view.best([changed(view.job, **{field: v}) for v in around(value, max(64, multiple) * cut)])
-        found = _finding(rule, view, field, better)
+        finding = _finding(rule, view, field, better)
         if finest and field == "expert_width" and view.prices.hardware.kind == "cuda":
-            found = replace(
-                found, basis=f"{found.basis}; torch's grouped matmul refuses rows that aren't 16 bytes apart"
+            finding = replace(
+                finding,
+                basis=f"{finding.basis}; torch's grouped matmul refuses rows that aren't 16 bytes apart",
             )
-        yield found
+        yield finding
 
 
 @check
@@ -107,15 +109,15 @@ def width_search(rule: LintRule, view: View) -> Iterator[LintFinding]:
     for field in WIDTHS:
         value = getattr(model, field)
         step, within = rule.numbers["step"], rule.numbers["within_percent"] / 100
-        if not value or (field == "expert_width" and model.layers == model.dense_layers):
+        if not value or (field == "expert_width" and not model.moe_layers):
             continue
         first = math.ceil(value * (1 - within) / step) * step
         near = [v for v in range(first, math.floor(value * (1 + within)) + 1, step) if v != value]
-        if value % step or not near or (field == "dense_width" and not model.dense_layers):
+        if value % step or not near or (field == "dense_width" and len(model.moe_layers) == model.layers):
             continue
-        found = _finding(rule, view, field, view.best([changed(view.job, **{field: v}) for v in near]))
-        if found.cost is not None and found.cost >= 0.5:
-            yield found
+        finding = _finding(rule, view, field, view.best([changed(view.job, **{field: v}) for v in near]))
+        if finding.cost is not None and finding.cost >= 0.5:
+            yield finding
 
 
 @check
@@ -196,9 +198,9 @@ def stride(rule: LintRule, view: View) -> Iterator[LintFinding]:
     inner = sorted({one.k for one in shapes.forward(view.job) if one.k % elements == 0})
     if inner:
         pad = rule.numbers["pad"]
-        told = ", ".join(map(str, inner[:3])) + (", ..." if len(inner) > 3 else "")
+        widths = ", ".join(map(str, inner[:3])) + (", ..." if len(inner) > 3 else "")
         better = f"leading dim k+{pad}, as {inner[0] + pad}"
-        yield LintFinding(rule, "inner dims", told, better, None, "nobody published what it costs by shape")
+        yield LintFinding(rule, "inner dims", widths, better, None, "nobody published what it costs by shape")
 
 
 @check
@@ -227,7 +229,7 @@ def matmul_work(rule: LintRule, view: View) -> Iterator[LintFinding]:
 def rows_per_expert(rule: LintRule, view: View) -> Iterator[LintFinding]:
     """Experts with few rows."""
     job, model = view.job, view.job.model
-    if model.layers == model.dense_layers or model.experts == 1:
+    if not model.moe_layers or model.experts == 1:
         return
     rows = job.tokens * model.top_k * job.layout.ep / model.experts
     if rows < rule.numbers["rows"]:

@@ -77,19 +77,19 @@ def suggest(job: TrainingJob, prices: Prices) -> list[Suggestion]:
     """
     if prices.of(job) is None:
         return []
-    found: list[Suggestion] = []
+    suggestions: list[Suggestion] = []
     near = [s for other in _neighbours(job) if (s := _judge(job, other, prices)) and s.saves > _WORTH]
-    found += _ladder(s for s in near if not s.granularity)
-    best = found[0].saves if found else 0.0
+    suggestions += _ladder(s for s in near if not s.granularity)
+    best = suggestions[0].saves if suggestions else 0.0
     coarser = _ladder(s for s in near if s.granularity)
-    found += [s for s in coarser[:1] if s.saves > best + 2 * _WORTH]
-    return found
+    suggestions += [s for s in coarser[:1] if s.saves > best + 2 * _WORTH]
+    return suggestions
 
 
-def _ladder(found: Iterable[Suggestion]) -> list[Suggestion]:
+def _ladder(suggestions: Iterable[Suggestion]) -> list[Suggestion]:
     """For each number of changes the best, where it beats that of fewer; best first."""
     by_count: dict[int, Suggestion] = {}
-    for one in found:
+    for one in suggestions:
         count = one.fields
         if count not in by_count or _rank(one) > _rank(by_count[count]):
             by_count[count] = one
@@ -130,14 +130,14 @@ def _counts(model: ModelConfig) -> tuple[int, int]:
 
 def _changes(job: TrainingJob, other: TrainingJob) -> tuple[str, ...]:
     """What differs, as it is typed."""
-    told = [
+    changes = [
         f"model.{field}={getattr(other.model, field)}"
         for field in _FIELDS
         if getattr(other.model, field) != getattr(job.model, field)
     ]
     if other.sequence != job.sequence:
-        told.append(f"data.sequence={other.sequence}")
-    return tuple(told)
+        changes.append(f"data.sequence={other.sequence}")
+    return tuple(changes)
 
 
 def _neighbours(job: TrainingJob) -> Iterator[TrainingJob]:
@@ -157,13 +157,13 @@ def _vocabularies(job: TrainingJob) -> list[int]:
 
 def _heads(job: TrainingJob) -> list[TrainingJob]:
     """The job as it is, and with heads of 64 and 128."""
-    found = [job]
+    jobs = [job]
     if job.model.attention != "mla":
         for width in (64, 128):
             other = other_heads(job, width) if width != job.model.head_dim else None
             if other is not None and other.model.heads % job.layout.tp == 0:
-                found.append(other)
-    return found
+                jobs.append(other)
+    return jobs
 
 
 def _depths(layers: int) -> list[int]:
@@ -174,11 +174,11 @@ def _depths(layers: int) -> list[int]:
 
 def _hiddens(job: TrainingJob) -> list[int]:
     """The width itself, and those near it that are multiples of 64, 128 and 256 for each rank."""
-    hidden, found = job.model.hidden, {job.model.hidden}
+    hidden, widths = job.model.hidden, {job.model.hidden}
     for unit in (64 * job.layout.tp, 128 * job.layout.tp, 256 * job.layout.tp):
         low = hidden // unit * unit
-        found.update((low - unit, low, low + unit))
-    return sorted(h for h in found if abs(h - hidden) <= _NEAR * hidden)
+        widths.update((low - unit, low, low + unit))
+    return sorted(h for h in widths if abs(h - hidden) <= _NEAR * hidden)
 
 
 def _sequences(job: TrainingJob) -> list[int]:
@@ -191,7 +191,7 @@ def _sequences(job: TrainingJob) -> list[int]:
 
 def _deeper(sized: TrainingJob, job: TrainingJob) -> TrainingJob:
     """The same with all layers dense where they were."""
-    if job.model.dense_layers == job.model.layers:
+    if not job.model.moe_layers:
         return changed(sized, dense_layers=sized.model.layers)
     return sized
 
@@ -199,11 +199,11 @@ def _deeper(sized: TrainingJob, job: TrainingJob) -> TrainingJob:
 def _restored(job: TrainingJob, other: TrainingJob) -> Iterator[TrainingJob]:
     """The other job with widths, as given or in multiples of 64, near those that give the parameters of the first."""
     model = other.model
-    dense_only = model.dense_layers == model.layers
+    dense_only = not model.moe_layers
     field = "dense_width" if dense_only else "expert_width"
     for experts, top_k, factor in _granularities(model):
         sized = changed(other, experts=experts, top_k=top_k)
-        if not dense_only and model.dense_layers:
+        if 0 < len(model.moe_layers) < model.layers:
             ratio = job.model.hidden / model.hidden
             sized = changed(
                 sized, dense_width=round(model.dense_width * ratio / _STEP) * _STEP or model.dense_width
@@ -220,11 +220,11 @@ def _restored(job: TrainingJob, other: TrainingJob) -> Iterator[TrainingJob]:
 
 def _granularities(model: ModelConfig) -> list[tuple[int, int, float]]:
     """(experts, top-k, factor on the width): as it is, coarser, finer."""
-    found = [(model.experts, model.top_k, 1.0)]
-    if model.layers == model.dense_layers or model.experts < 4:
-        return found
+    choices = [(model.experts, model.top_k, 1.0)]
+    if not model.moe_layers or model.experts < 4:
+        return choices
     if model.experts % 2 == 0 and model.top_k % 2 == 0:
-        found.append((model.experts // 2, model.top_k // 2, 2.0))
+        choices.append((model.experts // 2, model.top_k // 2, 2.0))
     if model.expert_width >= 2 * 512:
-        found.append((model.experts * 2, model.top_k * 2, 0.5))
-    return found
+        choices.append((model.experts * 2, model.top_k * 2, 0.5))
+    return choices

@@ -149,12 +149,16 @@ def in_flight(job: TrainingJob, stage: int) -> float:
     Narayanan et al. 2021 plus one, which on the first stage is the factor 1 + (p-1)/(p*v) of Korthikanti et al. In a V all
     ranks hold what 1F1B's first stage does (Qi et al. 2024).
     """
-    after, chunks, micro_batches = job.layout.pp - stage, job.interleave, job.micro_batches
     if job.zero_bubble:
-        return float(min(job.layout.pp, micro_batches))
-    if chunks == 1 or job.layout.pp == 1:
+        return float(min(job.layout.pp, job.micro_batches))
+    return at_once(job.layout.pp, job.layout.pp - stage, job.interleave, job.micro_batches)
+
+
+def at_once(pp: int, after: int, chunks: int, micro_batches: int) -> float:
+    """Micro-batches in flight on a stage that is the first of `after` of `pp` stages, each of `chunks` chunks."""
+    if chunks == 1 or pp == 1:
         return float(min(after, micro_batches))
-    warm_up = 2 * (after - 1) + (chunks - 1) * job.layout.pp + 1
+    warm_up = 2 * (after - 1) + (chunks - 1) * pp + 1
     return min(micro_batches * chunks, warm_up) / chunks
 
 

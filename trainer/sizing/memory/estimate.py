@@ -93,12 +93,10 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
     """Bytes of stage number `stage`, which holds `what`, on a device driven by `kind`."""
     held, retention = states.states(job, what), job.software.retention
     in_flight = activations.in_flight(job, stage)
-    once = sum(
-        count * activations.kept(job, moe) for count, moe in ((what.dense, False), (what.moe, True)) if count
-    )
+    once = sum(count * activations.kept(job, moe) for count, moe in what.kinds)
     once += activations.head(job) if what.head else 0.0
     surplus = what.moe * activations.surplus(job) if what.moe else 0.0
-    working = max((activations.working(job, moe) for moe in _kinds(what)), default=0.0)
+    working = max((activations.working(job, moe) for _, moe in what.kinds), default=0.0)
     late = retention.late_gradients * states.held(job, what).all
     moments = {
         "the loss": in_flight * once + (activations.logits(job) if what.head else 0.0),
@@ -138,10 +136,6 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
         most_slack=SLACK[2] * moving + holes,
         most_waiting=waiting,
     )
-
-
-def _kinds(stage: schedule.StageCost) -> list[bool]:
-    return [moe for count, moe in ((stage.dense, False), (stage.moe, True)) if count]
 
 
 def _routing(job: TrainingJob) -> float:
@@ -188,18 +182,13 @@ def framework(job: TrainingJob, kind: str) -> float:
     return (DRIVER + CONTEXT + COMMUNICATOR * sum(size > 1 for size in axes)) * GIB
 
 
-def stages(job: TrainingJob) -> tuple[schedule.StageCost, ...]:
-    """The job's stages."""
-    return schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
-
-
 def worst(job: TrainingJob, kind: str) -> tuple[int, MemoryUsage]:
     """The fullest stage and its memory. Of equal stages only the first is looked at: it has the most in flight."""
     seen: dict[schedule.StageCost, int] = {}
-    for index, stage in enumerate(stages(job)):
+    for index, stage in enumerate(schedule.of(job)):
         seen.setdefault(stage, index)
-    found = [(index, usage(job, kind, index, stage)) for stage, index in seen.items()]
-    return max(found, key=lambda pair: pair[1].needed)
+    usages = [(index, usage(job, kind, index, stage)) for stage, index in seen.items()]
+    return max(usages, key=lambda pair: pair[1].needed)
 
 
 def capacity(hardware: HardwareConfig) -> float | None:
@@ -213,26 +202,11 @@ def fits(job: TrainingJob, hardware: HardwareConfig) -> bool | None:
     return None if have is None else worst(job, hardware.kind)[1].needed <= have
 
 
-def reserved(job: TrainingJob, hardware: HardwareConfig, stage: int = 0) -> Figure:
-    """What the allocator of a rank of `stage` holds at most: what frameworks log, and less than the device has."""
-    used = usage(job, hardware.kind, stage, stages(job)[stage])
-    have = capacity(hardware)
-    room = used.allocated + used.most_slack + used.most_waiting if have is None else have - used.framework
-    ends = (
-        used.reserved,
-        used.allocated + used.least_slack,
-        used.allocated + used.most_slack + used.most_waiting,
-    )
-    value, low, high = (min(end, room) for end in ends)
-    how = f"tensors {used.allocated / GIB:.2f} GiB, fullest at {used.moment}, and the allocator's holes and waiting buffers"
-    return Figure(f"memory.stage{stage}.reserved", value, "bytes", low, high, how)
-
-
 def peak(job: TrainingJob, hardware: HardwareConfig) -> Figure:
     """The fullest rank's memory with its interval, made from a figure for each stage, each made from its parts."""
     at, _ = worst(job, hardware.kind)
     made = []
-    for index, stage in enumerate(stages(job)):
+    for index, stage in enumerate(schedule.of(job)):
         made.append(_figure(f"memory.stage{index}", stage, usage(job, hardware.kind, index, stage), job))
     top, have = made[at], capacity(hardware)
     against = "the device's memory is unknown" if have is None else f"the device has {have / GIB:g} GiB"
@@ -291,7 +265,7 @@ def _how(part: str, stage: schedule.StageCost, used: MemoryUsage, job: TrainingJ
     mine, software = states.held(job, stage), job.software
     held = f"{mine.plain:,.0f} weights + {mine.routed:,.0f} of routed experts"
     over = states.replicas(job.layout)
-    told = {
+    counted = {
         "weights": f"{activations.width(job.precision)} B x ({held}), ZeRO stage {job.zero}",
         "gradients": f"{software.gradient_bytes} B x ({held}), ZeRO stage {job.zero}",
         "optimizer": f"{software.master_bytes}+{software.moments_bytes} B x ({held}), ZeRO stage {job.zero} over "
@@ -300,4 +274,4 @@ def _how(part: str, stage: schedule.StageCost, used: MemoryUsage, job: TrainingJ
         "transient": used.moment,
         "slack": f"{SLACK[1]:.0%} of what comes and goes within a step ({SLACK[0]:.0%} to {SLACK[2]:.0%})",
     }.get(part)
-    return _HOW[part] + (f": {told}" if told else "")
+    return _HOW[part] + (f": {counted}" if counted else "")

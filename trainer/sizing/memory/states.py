@@ -76,7 +76,7 @@ def gradient_bytes(job: TrainingJob) -> tuple[int, int]:
 @lru_cache(maxsize=65_536)
 def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
     """Weights of one layer on one rank."""
-    matrices, norms = weights.layer(model, moe), parameters.layer_norms(model)
+    matrices, norms = weights.layer(model, moe), parameters.layer_norms(model, moe)
     plain = sum(one.local(layout) for one in matrices if one.part != "experts")
     routed = sum(one.local(layout) for one in matrices if one.part == "experts")
     return Held(plain + norms, routed, norms)
@@ -90,14 +90,11 @@ def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
         tables += 1  # multi-token prediction looks tokens up beside the head
     other = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
     plain, routed = other, 0.0
-    for count, moe in ((stage.dense, False), (stage.moe, True)):
-        if count:
-            one = layer(model, layout, moe)
-            plain, routed, other = (
-                plain + count * one.plain,
-                routed + count * one.routed,
-                other + count * one.other,
-            )
+    for count, moe in stage.kinds:
+        one = layer(model, layout, moe)
+        plain += count * one.plain
+        routed += count * one.routed
+        other += count * one.other
     return Held(plain, routed, other)
 
 
@@ -111,7 +108,7 @@ def states(job: TrainingJob, stage: schedule.StageCost) -> States:
     split = over if gradients_split(job) else (1, 1)
     gathered = reducing = 0.0
     if shared:
-        largest = max(layer(job.model, job.layout, moe).all for moe in _kinds(stage))
+        largest = max(layer(job.model, job.layout, moe).all for _, moe in stage.kinds or ((0, False),))
         gathered = 2 * element * largest * (zero >= 3)
         reducing = software.retention.reduced_layers * software.reduce_bytes * largest
     return States(
@@ -154,7 +151,3 @@ def update(job: TrainingJob, stage: schedule.StageCost) -> float:
         return 0.0
     whole, own = job.software.retention.update
     return whole * mine.all + own * (mine.plain / over[0] + mine.routed / over[1])
-
-
-def _kinds(stage: schedule.StageCost) -> tuple[bool, ...]:
-    return tuple(moe for count, moe in ((stage.dense, False), (stage.moe, True)) if count) or (False,)

@@ -153,27 +153,27 @@ def choose(config: RunConfig, slots: Sequence[int]) -> Chosen:
     if why:
         return _without_rates(config, made, why)
     rates = rates_of(config.hardware)
-    found = search(made, config.hardware, rates, KEEP)
-    if found.best is None:
+    result = search(made, config.hardware, rates, KEEP)
+    if result.best is None:
         raise UserError(
-            f"parallel=auto: {found.reason}; lower train.micro_batch or data.sequence, or give it more slots"
+            f"parallel=auto: {result.reason}; lower train.micro_batch or data.sequence, or give it more slots"
         )
-    return _chosen(config, found)
+    return _chosen(config, result)
 
 
-def _chosen(config: RunConfig, found: SearchResult) -> Chosen:
-    best = found.best
+def _chosen(config: RunConfig, result: SearchResult) -> Chosen:
+    best = result.best
     assert best is not None, "a search without a result is refused before"
     layout = best.job.layout
     open_ = [axis for axis in ("dp", *config.parallel.open) if getattr(config.parallel, axis) is None]
     choices, first = [], True
     for axis in open_:
         size = getattr(layout, axis)
-        why = _other(axis, size, found.ranked)
-        choices.append(AutoValue(f"parallel.{axis}", str(size), f"{reason(found)}; {why}" if first else why))
+        why = _other(axis, size, result.ranked)
+        choices.append(AutoValue(f"parallel.{axis}", str(size), f"{reason(result)}; {why}" if first else why))
         first = False
     choices += _settings(config, best)
-    notes = [f"runner-up {compare(best, found.ranked[1])}"] if len(found.ranked) > 1 else []
+    notes = [f"runner-up {compare(best, result.ranked[1])}"] if len(result.ranked) > 1 else []
     return Chosen(layout, tuple(choices), tuple(notes), best.job)
 
 
@@ -198,7 +198,7 @@ def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
         "chunks": one_chunk,
         "recompute": (f"recompute={less}", replace(job, recompute=less)) if job.recompute != "none" else None,
     }
-    found = []
+    choices = []
     for section, values in settings(job).items():
         for field, value in values.items():
             idle = (field == "schedule" and job.layout.pp == 1) or (field == "chunks" and job.interleave == 1)
@@ -206,8 +206,8 @@ def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
                 continue
             other = milder[field]
             why = _instead(config, best, *other) if other else "the mildest, and it fits"
-            found.append(AutoValue(f"{section}.{field}", str(value), why))
-    return found
+            choices.append(AutoValue(f"{section}.{field}", str(value), why))
+    return choices
 
 
 def _instead(config: RunConfig, best: Candidate, name: str, other: TrainingJob) -> str:
@@ -228,8 +228,8 @@ def _other(axis: str, size: int, ranked: Sequence[Candidate]) -> str:
         return (
             "no other size is among the fastest" if len(ranked) > 1 else "no other layout is legal and fits"
         )
-    _, _, told = compare(best, other).partition(": ")
-    return f"the best with {axis}={getattr(other.job.layout, axis)} takes {told}"
+    _, _, lacks = compare(best, other).partition(": ")
+    return f"the best with {axis}={getattr(other.job.layout, axis)} takes {lacks}"
 
 
 def _without_rates(config: RunConfig, made: Task, why: str) -> Chosen:

@@ -87,7 +87,7 @@ def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP)
             break
         if layout in ranked and bound >= ranked[layout].seconds:
             continue
-        made = _candidate(legal.job(task, layout, *choice), hardware, rates)
+        made = candidate(legal.job(task, layout, *choice), hardware, rates)
         priced += 1
         if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
             ranked[layout] = made
@@ -95,21 +95,8 @@ def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP)
     return SearchResult(best, count, without_room, priced, "" if best else _why_none(task, hardware, count))
 
 
-def exhaustive(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> SearchResult:
-    """The same by pricing every legal set-up: what `search` is compared with."""
-    ranked: dict[Layout, Candidate] = {}
-    count = 0
-    for layout in legal.layouts(task):
-        for job in legal.jobs(task, layout):
-            count += 1
-            made = _candidate(job, hardware, rates)
-            if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
-                ranked[layout] = made
-    best = tuple(sorted(ranked.values(), key=lambda c: c.seconds)[:keep])
-    return SearchResult(best, count, 0, count, "" if best else _why_none(task, hardware, count))
-
-
-def _candidate(job: TrainingJob, hardware: HardwareConfig, rates: Rates) -> Candidate | None:
+def candidate(job: TrainingJob, hardware: HardwareConfig, rates: Rates) -> Candidate | None:
+    """A set-up with its memory and time; None where it doesn't fit, or a rate is unknown."""
     stage, used = memory.worst(job, hardware.kind)
     have = memory.capacity(hardware)
     if have is not None and used.needed > have:
@@ -154,7 +141,8 @@ class _Bounds:
                 for interleave in legal.interleaves(self.task, layout, micro_batch):
                     bubble = 0.0 if folded else seconds * (1 - 1 / layout.pp) / interleave
                     bound = steps * seconds / layout.pp + bubble
-                    held = _in_flight(layout.pp, steps, 1 if folded else interleave) * layers
+                    chunks = 1 if folded else interleave
+                    held = activations.at_once(layout.pp, layout.pp, chunks, steps) * layers
                     for zero in legal.zeros(self.task, layout):
                         for recompute in recomputes:
                             count += 1
@@ -176,25 +164,14 @@ class _Bounds:
             seconds = (
                 parts.matmul + parts.attention + parts.memory + parts.head + parts.tp + parts.ep + parts.cp
             )
-            model = task.model
-            kinds = [
-                moe
-                for moe, n in ((False, model.dense_layers), (True, model.layers - model.dense_layers))
-                if n
-            ]
+            model, with_experts = task.model, len(task.model.moe_layers)
+            kinds = [moe for moe, n in ((False, model.layers - with_experts), (True, with_experts)) if n]
             kept = {
                 r: min(activations.kept(legal.job(task, alone, micro_batch, 1, 0, r), moe) for moe in kinds)
                 for r in self.task.recompute
             }
             self._once[key] = seconds, kept
         return self._once[key]
-
-
-def _in_flight(pp: int, micro_batches: int, interleave: int) -> float:
-    """As `activations.in_flight` on the first stage."""
-    if interleave == 1 or pp == 1:
-        return min(pp, micro_batches)
-    return min(micro_batches * interleave, 2 * (pp - 1) + (interleave - 1) * pp + 1) / interleave
 
 
 def _states(task: Task, layout: Layout) -> tuple[Callable[[int], float], int]:
@@ -219,7 +196,7 @@ def compare(best: Candidate, other: Candidate) -> str:
     gap = other.seconds - best.seconds
     if gap < 0.001 * best.seconds:
         return f"{other.label}: {_seconds(other.seconds)}, as fast"
-    told = [
+    larger = [
         f"{_WORDS[name]} {_seconds(extra)} more" for extra, name in more if extra > 0.02 * max(gap, 1e-9)
     ][:3]
     less = [
@@ -228,7 +205,7 @@ def compare(best: Candidate, other: Candidate) -> str:
         if extra < -0.1 * max(gap, 1e-9)
     ]
     return f"{other.label}: {_seconds(other.seconds)}, {gap / best.seconds:.1%} slower: " + ", ".join(
-        told + less[:1]
+        larger + less[:1]
     )
 
 
@@ -255,10 +232,10 @@ def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def reason(found: SearchResult) -> str:
+def reason(result: SearchResult) -> str:
     """Why the best was chosen, in one line."""
-    best = found.best
+    best = result.best
     if best is None:
-        return found.reason
-    text = f"{_seconds(best.seconds)} a step, the fastest of {found.legal} legal set-ups that fits"
+        return result.reason
+    text = f"{_seconds(best.seconds)} a step, the fastest of {result.legal} legal set-ups that fits"
     return f"{text} ({best.memory.needed / memory.GIB:.0f} GiB)"

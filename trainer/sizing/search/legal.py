@@ -122,13 +122,13 @@ def interleaves(task: Task, layout: Layout, micro_batch: int) -> list[int]:
         return [1] if "1f1b" in task.schedules else []
     if task.schedules == ("zbv",):
         return [2] if 2 * pp <= layers else []
-    found = [1] if "1f1b" in task.schedules and count >= pp else []
+    chunks = [1] if "1f1b" in task.schedules and count >= pp else []
     if "interleaved" in task.schedules and count % pp == 0 and count:
         if task.chunks is None:
-            found += [v for v in INTERLEAVE if layers % (pp * v) == 0]
+            chunks += [v for v in INTERLEAVE if layers % (pp * v) == 0]
         elif task.chunks > 1 and pp * task.chunks <= layers:
-            found.append(task.chunks)
-    return found
+            chunks.append(task.chunks)
+    return chunks
 
 
 def zeros(task: Task, layout: Layout) -> tuple[int, ...]:

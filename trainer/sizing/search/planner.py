@@ -121,13 +121,8 @@ def _device(hardware: HardwareConfig) -> str:
         ("links in a node", hardware.intra_node_gbps, "GB/s"),
         ("network", hardware.inter_node_gbps, "GB/s"),
     ]
-    told = [f"{name} {value:g} {unit}" for name, value, unit in known if value is not None]
-    return f"{', '.join(told) or 'nothing on record'} ({hardware.source})"
-
-
-def trainable(config: RunConfig) -> str | None:
-    """Why the trainer doesn't run a configuration that can be planned; None where it does."""
-    return runnable.refusal(config)
+    numbers = [f"{name} {value:g} {unit}" for name, value, unit in known if value is not None]
+    return f"{', '.join(numbers) or 'nothing on record'} ({hardware.source})"
 
 
 def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> RunPlan:
@@ -174,7 +169,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
         _sized(resolved, job or auto.job_of(resolved, layout, each), warnings) if training else ({}, {})
     )
     refusal = _refuse(resolved, strict and training) if training else None
-    warnings += [told] if training and (told := runnable.advice(resolved)) else []
+    warnings += [wasteful] if training and (wasteful := runnable.advice(resolved)) else []
     tokens_per_step = trained["global_batch"] * config.data.sequence if training else 0
     return RunPlan(
         config=resolved,
@@ -197,7 +192,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
 
 def _refuse(config: RunConfig, strict: bool) -> str | None:
     """Why the trainer doesn't run it; raised where `strict`."""
-    refusal = trainable(config)
+    refusal = runnable.refusal(config)
     if refusal and strict:
         raise UserError(refusal)
     return refusal
@@ -324,9 +319,9 @@ def _spread(
         if (not nodes or pair[0] == nodes) and (not each or pair[1] == each)
     ]
     if (nodes or each) and not fitting:
-        asked = f"cluster.nodes={nodes}" if nodes else f"cluster.slots_per_node={each}"
+        setting = f"cluster.nodes={nodes}" if nodes else f"cluster.slots_per_node={each}"
         raise UserError(
-            f"{asked} does not fit the cluster ({Capacity(slots)}) with {ranks} ranks; leave it out"
+            f"{setting} does not fit the cluster ({Capacity(slots)}) with {ranks} ranks; leave it out"
         )
     inside = [pair for pair in fitting if pair[1] % layout.inner == 0]
     if not inside and layout.inner > 1 and ranks > max(slots):

@@ -34,14 +34,14 @@ def chunks_of(parallel: ParallelConfig) -> int:
 
 def split_by_tp(model: ModelConfig) -> dict[str, int]:
     """What tensor parallelism splits, by its field."""
-    found = {"model.heads": model.heads}
+    sizes = {"model.heads": model.heads}
     if model.attention != "mla":
-        found["model.kv_heads"] = model.kv_heads
-    if model.dense_layers:
-        found["model.dense_width"] = model.dense_width
+        sizes["model.kv_heads"] = model.kv_heads
+    if len(model.moe_layers) < model.layers:
+        sizes["model.dense_width"] = model.dense_width
     if model.shared_width:
-        found["model.shared_width"] = model.shared_width
-    return found | {"model.vocab": model.vocab}
+        sizes["model.shared_width"] = model.shared_width
+    return sizes | {"model.vocab": model.vocab}
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
@@ -200,8 +200,8 @@ def _stages(config: RunConfig) -> str | None:
     pp, chunks = parallel.size("pp"), chunks_of(parallel)
     if pp * chunks <= layers:
         return None
-    told = f"parallel.pp={pp}" + (f" times {chunks} chunks" if chunks > 1 else "")
-    start = f"{told} needs {pp * chunks} layers or more, model.layers={layers}"
+    setting = f"parallel.pp={pp}" + (f" times {chunks} chunks" if chunks > 1 else "")
+    start = f"{setting} needs {pp * chunks} layers or more, model.layers={layers}"
     if parallel.schedule == "interleaved" and layers // pp > 1:
         return f"{start}; set parallel.chunks={layers // pp}"
     if layers // chunks > 1:

@@ -7,7 +7,7 @@ of another, so that each can be looked at by itself (`--explain`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 from trainer.sizing.memory import activations, states
 from trainer.sizing.model import shapes
@@ -78,39 +78,8 @@ def _wide(job: TrainingJob) -> int:
     return 4 if job.precision == "fp32" else 2
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Seconds of a micro-batch in one layer, there and back."""
-
-    matmul: float
-    attention: float
-    memory: float
-    recompute: float
-    tp: float
-    ep: float
-    cp: float
-    weights: float
-    host: float
-
-    @property
-    def device(self) -> float:
-        return (
-            self.matmul
-            + self.attention
-            + self.memory
-            + self.recompute
-            + self.tp
-            + self.ep
-            + self.cp
-            + self.weights
-        )
-
-
-_NAMES = tuple(field.name for field in fields(_Layer))
-
-
-def _layer(job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: bool) -> _Layer:
-    """One layer of the kind asked for."""
+def _layer(job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: bool) -> StepParts:
+    """A micro-batch in one layer of the kind that `moe` says, there and back."""
     forward, backward = operators.layer(job, rates, moe)
     software = job.software
     tp, of_feed = _tensor(job, rates, where["tp"], moe)
@@ -118,29 +87,30 @@ def _layer(job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: boo
     if software.overlap_ep:
         ep -= min(HIDDEN * ep, 0.5 * (forward.compute + backward.compute))
     cp = _context(job, rates, where["cp"], (forward.attention, backward.attention))
-    again, extra = 0.0, 0.0
+    again, tp_again, ep_again, extra = 0.0, 0.0, 0.0, 0.0
     if job.recompute == "full":
-        again, extra = forward.compute + tp + ep, 1.0
+        again, tp_again, ep_again, extra = forward.compute, tp, ep, 1.0
     elif job.recompute == "selective" and software.selective == "feed_forward":
-        again, extra = forward.feed + of_feed + ep, 0.5
+        again, tp_again, ep_again, extra = forward.feed, of_feed, ep, 0.5
     elif job.recompute == "selective":
         again = forward.attention + forward.scores
     weights = _gather_weights(
-        job, rates, where, moe, forward.compute + tp + ep, backward.compute + tp + ep + again
-    )
+        job, rates, where, moe, forward.compute + _other_links(where, tp, ep),
+        backward.compute + again + _other_links(where, tp + tp_again, ep + ep_again),
+    )  # fmt: skip
     host = (3 + extra) * rates.overheads.pass_kernels * rates.overheads.launch
     if job.layout.tp > 1:
         host += _tensor_host(job, rates, where["tp"], moe)
-    return _Layer(
-        forward.matmul + backward.matmul,
-        forward.attention + backward.attention,
-        forward.memory + backward.memory + forward.scores + backward.scores,
-        again,
-        2 * tp,
-        2 * ep,
-        cp,
-        weights,
-        host,
+    return StepParts(
+        matmul=forward.matmul + backward.matmul,
+        attention=forward.attention + backward.attention,
+        memory=forward.memory + backward.memory + forward.scores + backward.scores,
+        recompute=again + tp_again + ep_again,
+        tp=2 * tp,
+        ep=2 * ep,
+        cp=cp,
+        weights=weights,
+        host=host,
     )
 
 
@@ -241,10 +211,20 @@ def context_bytes(job: TrainingJob) -> float:
     return _wide(job) * job.tokens * job.layout.cp * width
 
 
+def _other_links(where: dict[str, RankGroup], tp: float, ep: float) -> float:
+    """Seconds of a layer's exchanges on other links than its weights, which can be gathered meanwhile.
+
+    What crosses nodes shares the adapters with weights that cross nodes: the second waits for the first.
+    """
+    across = where["dp"].nodes > 1
+    return sum(time for time, axis in ((tp, "tp"), (ep, "ep")) if (where[axis].nodes > 1) != across)
+
+
 def _gather_weights(
     job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: bool, forward: float, backward: float
 ) -> float:
-    """Seconds of a micro-batch's gathers and scatters of one layer's weights under ZeRO-3 that computing doesn't hide."""
+    """Seconds of a micro-batch's gathers and scatters of one layer's weights under ZeRO-3, less those that `forward` and
+    `backward` seconds hide."""
     if job.zero < 3:
         return 0.0
     mine = states.layer(job.model, job.layout, moe)
@@ -262,15 +242,15 @@ class _Pieces:
     """What set-ups share that differ in stages, replicas and batch only."""
 
     job: TrainingJob
-    plain: _Layer | None
+    plain: StepParts | None
     """A layer with a dense MLP, and one with experts; None where the model has none."""
-    routed: _Layer | None
+    routed: StepParts | None
     head: float
 
-    def of(self, stage: schedule.StageCost) -> list[tuple[int, _Layer]]:
+    def of(self, stage: schedule.StageCost) -> list[tuple[int, StepParts]]:
         """How many of which layers a stage has."""
-        kinds = ((stage.dense, self.plain), (stage.moe, self.routed))
-        return [(count, layer) for count, layer in kinds if count and layer]
+        layers = ((count, self.routed if moe else self.plain) for count, moe in stage.kinds)
+        return [(count, layer) for count, layer in layers if layer]
 
 
 def _pieces(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> _Pieces:
@@ -280,42 +260,42 @@ def _pieces(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> _Pie
         job.precision, job.recompute, job.imbalance, job.folded, job.node, layout.ranks > job.node,
         layout.dp if job.zero >= 3 else 0, job.software.own_master and (states.resident(job), job.micro_batches == 1),
     )  # fmt: skip
-    found = rates.known.get(key)
-    if not isinstance(found, _Pieces):
-        moe = model.layers > model.dense_layers
+    pieces = rates.known.get(key)
+    if not isinstance(pieces, _Pieces):
+        with_experts = len(model.moe_layers)
         forward, backward = operators.head(job, rates)
-        found = _Pieces(
+        pieces = _Pieces(
             job,  # kept, so that what the key names stays what it is
-            _layer(job, rates, where, False) if model.dense_layers else None,
-            _layer(job, rates, where, True) if moe else None,
+            _layer(job, rates, where, False) if with_experts < model.layers else None,
+            _layer(job, rates, where, True) if model.router_layers else None,
             forward.compute + backward.compute,
         )
-        rates.known[key] = found
-    return found
+        rates.known[key] = pieces
+    return pieces
 
 
 def parts(job: TrainingJob, rates: Rates) -> StepParts:
     """Seconds of a step, by what they go to; NaN where a rate that is needed is unknown."""
     where = groups(job)
     pieces = _pieces(job, rates, where)
-    cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
+    cut = schedule.of(job)
     message = _message(job, rates, where["pp"])
     # Stages that hold the same take the same.
     taken = {stage: _stage(pieces, stage, message) for stage in set(cut)}
     slowest = max(taken, key=lambda stage: sum(taken[stage]))
     m = job.micro_batches
-    sums = dict.fromkeys(_NAMES, 0.0)
-    for count, layer in pieces.of(slowest):
-        for name in _NAMES:
-            sums[name] += count * m * getattr(layer, name)
-    sums["host"] = m * taken[slowest][1]
     _, bubble = schedule.span([sum(taken[stage]) for stage in cut], m, job.interleave, job.zero_bubble)
     dp, optimizer = 0.0, 0.0
     for stage, (device, waited) in taken.items():
         exchange, update = _update(job, rates, where, stage, device + waited)
         dp, optimizer = max(dp, exchange), max(optimizer, update)
-    return StepParts(
-        **sums,
+    sums = dict.fromkeys(vars(StepParts()), 0.0)
+    for count, layer in pieces.of(slowest):
+        for name, seconds in vars(layer).items():
+            sums[name] += count * m * seconds
+    return replace(
+        StepParts(**sums),
+        host=m * taken[slowest][1],
         head=m * pieces.head if slowest.head else 0.0,
         p2p=m * message,
         bubble=bubble,
@@ -342,10 +322,15 @@ def _stage(pieces: _Pieces, stage: schedule.StageCost, message: float) -> tuple[
     device = message + (pieces.head if stage.head else 0.0)
     host = message
     for count, layer in pieces.of(stage):
-        device += count * layer.device
+        device += count * (layer.step - layer.host)
         host += count * layer.host
-    both: float = (device**TOGETHER + host**TOGETHER) ** (1 / TOGETHER)
-    return device, both - device
+    return device, together(device, host) - device
+
+
+def together(device: float, host: float) -> float:
+    """Seconds of a device and of the host that feeds it: a little over the longer."""
+    joined: float = (device**TOGETHER + host**TOGETHER) ** (1 / TOGETHER)
+    return joined
 
 
 def _update(
@@ -370,7 +355,24 @@ def _update(
         reduce = max(0.0, reduce - behind * BEHIND * time)
     if software.overlap_gather:
         gather = max(0.0, gather - BEHIND * time / 2)
-    return reduce + gather, _updated(job, rates, mine) + _orthogonal(job, rates, where, stage, local)
+    exchange = reduce + gather + _tied(job, rates, stage)
+    return exchange, _updated(job, rates, mine) + _orthogonal(job, rates, where, stage, local)
+
+
+def _tied(job: TrainingJob, rates: Rates, stage: schedule.StageCost) -> float:
+    """Seconds of adding up the embedding's gradients, where the first stage and the last hold a copy each.
+
+    After all others, and hidden by nothing: Megatron-LM's `allreduce_embedding_grads`, nanotron's
+    `sync_tied_weights_gradients`, and `trainer.engines.native`, which adds up shards.
+    """
+    model, layout = job.model, job.layout
+    if stage.head == stage.embedding or not (model.tie_embeddings or model.mtp_layers):
+        return 0.0
+    ranks = layout.tp * layout.cp * layout.dp
+    sharded = job.zero >= 2 or (job.zero == 1 and job.software.streamed)
+    table = model.vocab * model.hidden / layout.tp / (layout.dp * layout.cp if sharded else 1)
+    ends = RankGroup(2) if layout.ranks <= job.node else RankGroup(2, 2, min(ranks, job.node))
+    return rates.fabric.seconds("all_reduce", job.software.reduce_bytes * table, ends)
 
 
 def update_bytes(job: TrainingJob, gradient: int, cast: bool) -> float:
@@ -407,11 +409,7 @@ def _orthogonal(
     layout, steps = job.layout, job.software.orthogonal_steps
     if not steps:
         return 0.0
-    work = sum(
-        count * operators.orthogonal_flops(job.model, moe, steps)
-        for count, moe in ((stage.dense, False), (stage.moe, True))
-        if count
-    )
+    work = sum(count * operators.orthogonal_flops(job.model, moe, steps) for count, moe in stage.kinds)
     alone = work / (layout.dp * layout.cp * layout.tp) / operators.flop_rate(rates, job.precision)
     sent = (
         rates.fabric.seconds("all_to_all", _wide(job) * local, where["dp"]) if where["dp"].ranks > 1 else 0.0

@@ -34,6 +34,11 @@ ALL_TO_ALL_KEEPS = 0.75
 #: A ring's latency of a step inside a node, and more of it across (NCCL's tuner, Simple protocol: 3.4 and 14 us).
 STEP = 3.4e-6
 HOP = 10.6e-6
+#: The same of NCCL's low-latency protocol (LL128: 1.9 and 4.0 us), and its share of a link's rate: 120 of 128 bytes are
+#: data, and less where a rank both sends and receives through its adapter (src/graph/tuning.cc: 0.92 and 0.7). NCCL takes
+#: the protocol that it expects to be faster; ROCm's library has it on few devices, so that it is counted on NVIDIA's only.
+LOW_LATENCY = (1.9e-6, 2.1e-6)
+LOW_LATENCY_RATE, LOW_LATENCY_ALONE = 0.92, 0.7
 #: An all-reduce tree's latency of a doubling of the nodes, there and back (14 us a step).
 TREE_HOP = 28e-6
 #: A message from rank to rank, across nodes and inside one: start-up and share of the rate.
@@ -86,6 +91,8 @@ class Fabric:
     """Times that an all-reduce goes through the ring's steps."""
     tree_hop: float = TREE_HOP
     """Seconds that a tree takes for one more doubling of the nodes; infinite where none is used."""
+    low_latency: tuple[float, float] | None = None
+    """`step` and `hop` of a second protocol at a lower rate; None where none is used."""
     profile: FabricProfile | None = None
     """What was measured; it answers for the groups that it has."""
     source: str = ""
@@ -110,16 +117,26 @@ class Fabric:
         if op == "all_to_all":
             return self._all_to_all(wire, group, adapters)
         rate = min(adapters, self.link(max(2, group.local)) * LARGE[1] * 1e9)
-        return SMALL[0] + math.hypot(self.latency(op, group), wire / rate)
+        seconds = SMALL[0] + math.hypot(self.latency(op, group), wire / rate)
+        if self.low_latency is None:
+            return seconds
+        share = LOW_LATENCY_RATE if group.local > 1 else LOW_LATENCY_ALONE
+        low = self._ring(op, group, *self.low_latency)
+        return min(seconds, SMALL[0] + math.hypot(low, wire / (share * rate)))
 
     def latency(self, op: str, group: RankGroup) -> float:
         """Seconds for which a collective over nodes only waits for its steps: a ring's, or an all-reduce's tree."""
         if group.nodes == 1:
             return 0.0
-        ring = (group.ranks - 1) * self.step + (group.nodes - 1) * self.hop
+        ring = self._ring(op, group, self.step, self.hop)
         if op != "all_reduce":
             return ring
-        return min(self.rounds * ring, self.tree_hop * math.ceil(math.log2(group.nodes)))
+        return min(ring, self.tree_hop * math.ceil(math.log2(group.nodes)))
+
+    def _ring(self, op: str, group: RankGroup, step: float, hop: float) -> float:
+        """Seconds that a ring's steps take, at `step` a rank and `hop` more a node."""
+        once = (group.ranks - 1) * step + (group.nodes - 1) * hop
+        return self.rounds * once if op == "all_reduce" else once
 
     def send(self, size: float, across: bool, sharing: int = 1) -> float:
         """Seconds of a message from rank to rank, `sharing` ranks of a node sending at once."""
@@ -158,6 +175,7 @@ def from_catalogue(hardware: HardwareConfig, profile: FabricProfile | None = Non
         network=adapters or None,
         mesh=hardware.link.shape == "mesh",
         multicast=hardware.link.shape == "switch" and hardware.architecture in MULTICAST_IN,
+        low_latency=LOW_LATENCY if hardware.kind == "cuda" else None,
         profile=profile,
         source=f"profile {profile.name}, else the catalogue's links of {hardware.name}" if profile
         else f"catalogue: links and adapters of {hardware.name}",

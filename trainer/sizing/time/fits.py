@@ -7,15 +7,16 @@ newer than what is there and its folder can be written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from configs import profile
+from configs.paths import write_whole
 from trainer.sizing.time import fitting
 from trainer.sizing.time.fitting import Measured
 from trainer.sizing.time.kernels import Chip, Form, Tuning
@@ -33,11 +34,13 @@ def fitted(
     kept = _read(path)
     if kept.get("key") == key:
         return _tuning(kept["tuning"]), kept["dense"], kept["grouped"]
-    tuning = fitting.grouped(chip, fitting.dense(chip, start, dense), grouped)
+    tuning = fitting.fit(chip, fitting.dense(chip, start, dense), fitting.GROUPED, grouped)
     form = Form(chip, tuning)
     misses = [fitting.misses(form, rows) for rows in (dense, grouped)]
     if _is_due(path):
-        _keep(path, {"key": key, "tuning": asdict(tuning), "dense": misses[0], "grouped": misses[1]})
+        made = {"key": key, "tuning": asdict(tuning), "dense": misses[0], "grouped": misses[1]}
+        with contextlib.suppress(OSError):  # a folder that can't be written costs the next plan the same fit
+            write_whole(path, json.dumps(made) + "\n")
     return tuning, misses[0], misses[1]
 
 
@@ -55,10 +58,10 @@ def _tuning(values: dict[str, Any]) -> Tuning:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _is_due(path: Path) -> bool:
@@ -68,13 +71,3 @@ def _is_due(path: Path) -> bool:
         return measured.stat().st_mtime > (path.stat().st_mtime if path.exists() else 0.0)
     except OSError:
         return False
-
-
-def _keep(path: Path, found: dict[str, Any]) -> None:
-    """Write it whole, or leave it: a folder that can't be written costs the next plan the same fit."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)

@@ -51,14 +51,14 @@ _FEWEST = 8
 def dense(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
     """Fit the dense parameters, then the factors of rows less than 128 bytes aligned, then the kernels of the others."""
     aligned = [row for row in rows if row[0].kind == KernelKind.ALIGNED]
-    found = _fit(chip, start, DENSE, [row for row in aligned if min(row[0].levels) == LEVELS])
-    form = Form(chip, replace(found, inner=(1.0,) * LEVELS, outer=(1.0,) * LEVELS))
+    tuning = fit(chip, start, DENSE, [row for row in aligned if min(row[0].levels) == LEVELS])
+    form = Form(chip, replace(tuning, inner=(1.0,) * LEVELS, outer=(1.0,) * LEVELS))
     ratios: dict[tuple[int, int], list[float]] = {}
     for shape, seconds in aligned:
         if min(shape.levels) < LEVELS:
             ratios.setdefault(shape.levels, []).append(seconds / form.choose(shape).seconds)
-    found = replace(found, inner=_factors(ratios, 0, start.inner), outer=_factors(ratios, 1, start.outer))
-    return _fit(chip, found, SLOW, [row for row in rows if row[0].kind != KernelKind.ALIGNED])
+    tuning = replace(tuning, inner=_factors(ratios, 0, start.inner), outer=_factors(ratios, 1, start.outer))
+    return fit(chip, tuning, SLOW, [row for row in rows if row[0].kind != KernelKind.ALIGNED])
 
 
 def _factors(
@@ -71,9 +71,14 @@ def _factors(
     known: dict[int, float] = {}
     for own in range(LEVELS):
         alone = [
-            x for key, found in ratios.items() if key[dim] == own and key[1 - dim] >= LEVELS for x in found
+            x
+            for key, measured in ratios.items()
+            if key[dim] == own and key[1 - dim] >= LEVELS
+            for x in measured
         ]
-        both = [math.sqrt(max(x, 1.0)) for key, found in ratios.items() if key == (own, own) for x in found]
+        both = [
+            math.sqrt(max(x, 1.0)) for key, measured in ratios.items() if key == (own, own) for x in measured
+        ]
         if alone or both:
             known[own] = math.log(max(1.0, _median(alone or both)))
     known[LEVELS] = 0.0
@@ -85,16 +90,6 @@ def _factors(
         slowest = max(below[-1], above) if below else math.inf
         factors.append(math.exp(min(max(math.log(start[own]), above), slowest)))
     return tuple(factors)
-
-
-def grouped(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
-    """Fit what the grouped kernel differs in."""
-    return _fit(chip, start, GROUPED, rows)
-
-
-def rate(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
-    """Fit the rate alone, as for a precision of which few shapes were measured."""
-    return _fit(chip, start, ("rate",), rows)
 
 
 def solve_rate(chip: Chip, start: Tuning, shape: MatmulShape, seconds: float) -> Tuning:
@@ -111,8 +106,11 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured]) -> Tuning:
-    """Robust least squares of log time, in logs of the parameters, drawn to `start` by `_FIRM`."""
+def fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured]) -> Tuning:
+    """Fit the parameters of these names, by robust least squares of log time in logs of the parameters.
+
+    They are drawn to `start` by `_FIRM`, and are `start`'s where there are fewer shapes than names.
+    """
     if len(rows) < len(names):
         return start
     import numpy as np  # only a profile that was never fitted needs these two
@@ -140,10 +138,10 @@ def _fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measure
         return np.stack([(errors(point + move, plans) - here) / _STEP for move in moves], axis=1)
 
     inside = np.clip(origin, edges[0] + 1e-6, edges[1] - 1e-6)
-    found = least_squares(
+    solution = least_squares(
         errors, inside, slopes, (edges[0], edges[1]), loss="soft_l1", f_scale=_OUTLIER, ftol=_GOOD_ENOUGH
     )
-    return tuned(found.x)
+    return tuned(solution.x)
 
 
 class _Point(NamedTuple):
@@ -168,7 +166,7 @@ class Misses:
         groups: dict[tuple[KernelKind, str], list[_Point]] = {}
         for (kind, where), miss in points:
             groups.setdefault(kind, []).append(_Point(*where, miss))
-        self._groups = {kind: sorted(found) for kind, found in groups.items()}
+        self._groups = {kind: sorted(group) for kind, group in groups.items()}
 
     def has(self, kind: KernelKind) -> bool:
         """Whether shapes of a kind are among them."""
@@ -208,7 +206,7 @@ class Misses:
     @cached_property
     def _intervals(self) -> dict[tuple[bool, bool], tuple[float, float]]:
         """By whether rows are aligned, and whether shapes like it were measured."""
-        found = {}
+        intervals = {}
         for aligned in (False, True):
             points = [
                 ((kind, point[:5]), point)
@@ -220,9 +218,9 @@ class Misses:
             for where, point in points:
                 weight, total = self._near(where, but=point)
                 near.append(point.miss - total / (weight + _SHRINK))
-            found[aligned, True] = _edges(near)
-            found[aligned, False] = _edges([point.miss for _, point in points])
-        return found
+            intervals[aligned, True] = _edges(near)
+            intervals[aligned, False] = _edges([point.miss for _, point in points])
+        return intervals
 
 
 def _edges(logs: Sequence[float]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Seconds of a matmul, grouped or not, and of a copy: from a device's measured profile, or from the catalogue.
+"""Seconds of a matmul, grouped or not: from a device's measured profile, or from the catalogue.
 
 With a profile the numbers of `trainer.sizing.time.kernels` are fitted to its matmuls, and what they miss is corrected by
 what they miss at shapes nearby. Without one the best matmul on record sets the rate, and the rest is as stated in
@@ -8,14 +8,12 @@ what they miss at shapes nearby. Without one the best matmul on record sets the 
 from __future__ import annotations
 
 import math
-from bisect import bisect
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 from configs.errors import UserError
 from configs.hardware import HardwareConfig
-from configs.profile import CopyRate, DeviceProfile, Operands
+from configs.profile import DeviceProfile, Operands
 from trainer.sizing.figures import Figure
 from trainer.sizing.time import fits, fitting
 from trainer.sizing.time.kernels import (
@@ -52,7 +50,6 @@ _INTERVALS = {"achieved": fitting.UNMEASURED, "peak": (0.6, 1.7)}
 """Measured over predicted, by what the rate is from."""
 _SLOW = (0.4, 1.6)
 """The same where rows aren't 16 bytes apart and no such shape was measured: another device or library may lose less."""
-_COPY_INTERVAL = (0.85, 1.25)
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Kernels:
     hardware: HardwareConfig
     profile: DeviceProfile | None = None
     reasons: dict[str, str] = field(default_factory=dict)
-    """Why there is no time, by precision or `memory`."""
+    """Why there is no time, by precision."""
     _precisions: dict[str, _Precision] = field(default_factory=dict, repr=False)
     _cache: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False)
 
@@ -128,22 +125,14 @@ class Kernels:
                 experts differ in the inner dimension.
         """
         key = (m, n, k, experts, precision, imbalance, layout)
-        found = self._cache.get(key)
-        if found is None:
+        seconds = self._cache.get(key)
+        if seconds is None:
             model = self._precision(precision)
             if model is None:
                 return None
             shape = MatmulShape(m, n, k, experts, imbalance, layout, _BYTES[precision])
-            found = self._cache[key] = model.seconds(shape)[0]
-        return found
-
-    def elementwise(self, moved: float) -> float | None:
-        """Seconds of a kernel that reads and writes `moved` bytes of device memory in all; None where unknown."""
-        copies = self._copies
-        if copies:
-            return _along(copies, moved)
-        bandwidth = _bandwidth(self.hardware)
-        return None if bandwidth is None else DEFAULTS.launch + moved / bandwidth
+            seconds = self._cache[key] = model.seconds(shape)[0]
+        return seconds
 
     def why(self, precision: str = "bf16") -> str:
         """Why matmuls of a precision have no time; empty where they have one."""
@@ -162,38 +151,15 @@ class Kernels:
         how = partial(_derivation, model, shape, choice, seconds)
         return Figure(name, seconds, "s", seconds * low, seconds * high, how)
 
-    def elementwise_figure(self, name: str, moved: float) -> Figure | None:
-        """`elementwise` with its interval and derivation; None where unknown."""
-        seconds = self.elementwise(moved)
-        if seconds is None:
-            return None
-        low, high = _COPY_INTERVAL
-        return Figure(name, seconds, "s", seconds * low, seconds * high, partial(self._copy_how, moved))
-
-    def _copy_how(self, moved: float) -> str:
-        if self._copies and self.profile:
-            return (
-                f"{moved:.4g} bytes, between copies on the device that profile {self.profile.name} measured"
-            )
-        known = self.hardware.memory_achieved_gbps
-        basis = "achieved" if known else f"{_ACHIEVED_BANDWIDTH:.0%} of the peak"
-        rate = (_bandwidth(self.hardware) or 0.0) / 1e9
-        return f"{DEFAULTS.launch * 1e6:g} us + {moved:.4g} bytes / {rate:.4g} GB/s ({basis})"
-
-    @cached_property
-    def _copies(self) -> list[tuple[float, float]]:
-        rows: Sequence[CopyRate] = self.profile.copies if self.profile else ()
-        return sorted((2.0 * row.size, row.time_us / 1e6) for row in rows if row.kind == "device")
-
     # ---- models ----
 
     def _precision(self, precision: str) -> _Precision | None:
         if precision not in self._precisions and precision not in self.reasons:
-            found = self._make(precision)
-            if isinstance(found, str):
-                self.reasons[precision] = found
+            timed = self._make(precision)
+            if isinstance(timed, str):
+                self.reasons[precision] = timed
             else:
-                self._precisions[precision] = found
+                self._precisions[precision] = timed
         return self._precisions.get(precision)
 
     def _make(self, precision: str) -> _Precision | str:
@@ -214,7 +180,7 @@ class Kernels:
         if precision != "bf16":  # few shapes: all but the rate is bf16's
             base = self._precision("bf16")
             if base is not None:
-                tuning = fitting.rate(chip, base.form.tuning, rows)
+                tuning = fitting.fit(chip, base.form.tuning, ("rate",), rows)
                 name = self.profile.name if self.profile else ""
                 form, basis = Form(chip, tuning), f"profile {name}, {len(rows)} shapes of {precision}"
                 missed = fitting.missed(rows, fitting.misses(form, rows))
@@ -284,17 +250,6 @@ def _measured(profile: DeviceProfile, dtype: str, width: float) -> list[fitting.
         for r in profile.matmuls
         if r.dtype == dtype
     ]
-
-
-def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """y at x, straight in log-log space between points; constant before the first, at the last's rate beyond it."""
-    if x <= points[0][0]:
-        return points[0][1]
-    if x >= points[-1][0]:
-        return points[-1][1] * x / points[-1][0]
-    i = bisect(points, (x, math.inf))
-    (x0, y0), (x1, y1) = points[i - 1], points[i]
-    return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
 
 
 def _derivation(model: _Precision, shape: MatmulShape, choice: KernelTime, seconds: float) -> str:

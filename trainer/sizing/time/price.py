@@ -15,7 +15,7 @@ from trainer.sizing.figures import Figure
 from trainer.sizing.model import flops, shapes
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import operators
-from trainer.sizing.time.estimate import TOGETHER
+from trainer.sizing.time.estimate import together
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.kernels import MatmulShape
 from trainer.sizing.time.rates import Rates
@@ -51,13 +51,8 @@ class Price:
 
     @property
     def seconds(self) -> float:
-        """Of device and host together, joined as in `trainer.sizing.time.estimate`: a little over the longer."""
-        return (self.device**TOGETHER + self.launches**TOGETHER) ** (1 / TOGETHER)
-
-    @property
-    def rate(self) -> float:
-        """Model FLOP/s."""
-        return self.flops / self.seconds
+        """Of device and host together."""
+        return together(self.device, self.launches)
 
 
 class Prices:
@@ -111,7 +106,8 @@ class Prices:
         )
         core = sum(operators.core(wide, self.rates, backward)[0] for backward in (False, True))
         memory = sum(one.memory for one in operators.head(job, self.rates))
-        for moe, count in ((False, model.dense_layers), (True, model.layers - model.dense_layers)):
+        with_experts = len(model.moe_layers)
+        for moe, count in ((False, model.layers - with_experts), (True, with_experts)):
             if count:
                 memory += count * sum(one.memory for one in operators.layer(job, self.rates, moe))
         return core * model.layers, memory

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from configs.schema import ModelConfig
 from trainer.sizing.model import weights
+from trainer.sizing.model.job import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class StageCost:
         """All its layers."""
         return self.dense + self.moe
 
+    @property
+    def kinds(self) -> tuple[tuple[int, bool], ...]:
+        """How many layers of each kind that it has, and whether they have experts."""
+        return tuple((count, moe) for count, moe in ((self.dense, False), (self.moe, True)) if count)
+
+
+def of(job: TrainingJob) -> tuple[StageCost, ...]:
+    """The stages of a job."""
+    return stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
+
 
 def stages(
     model: ModelConfig, pp: int, balanced: bool = False, folded: bool = False
@@ -38,7 +49,7 @@ def stages(
     """
     cut = _stages(
         model.layers,
-        model.dense_layers,
+        model.moe_layers,
         pp * (1 + folded),
         _costs(model) if balanced else None,
         model.mtp_layers,
@@ -59,13 +70,13 @@ def _costs(model: ModelConfig) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=4096)
 def _stages(
-    layers: int, dense: int, pp: int, costs: tuple[float, float, float] | None, extra_moe: int
+    layers: int, moe: tuple[int, ...], pp: int, costs: tuple[float, float, float] | None, extra_moe: int
 ) -> tuple[StageCost, ...]:
     if costs is None:
         base, extra = divmod(layers, pp)
         cuts = [base + (i < extra) for i in range(pp)]
     else:
-        blocks = [costs[0] if i < dense else costs[1] for i in range(layers)] + [costs[2]]
+        blocks = [costs[layer in moe] for layer in range(layers)] + [costs[2]]
         total, passed, at = sum(blocks), 0.0, 0
         cuts = [0] * pp
         for cost in blocks[:layers]:
@@ -76,9 +87,9 @@ def _stages(
                 at += 1
     out, first = [], 0
     for i, count in enumerate(cuts):
-        plain = max(0, min(dense - first, count))
+        routed = sum(first <= layer < first + count for layer in moe)
         last = i == pp - 1
-        out.append(StageCost(plain, count - plain + extra_moe * last, i == 0, last))
+        out.append(StageCost(count - routed, routed + extra_moe * last, i == 0, last))
         first += count
     return tuple(out)
 

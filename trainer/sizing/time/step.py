@@ -116,7 +116,7 @@ def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | No
 
 
 def _stages(job: TrainingJob) -> str:
-    cut = schedule.stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
+    cut = schedule.of(job)
     return (
         f"{len(cut)} stages of {', '.join(str(stage.layers) for stage in cut)} layers"
         if len(cut) > 1

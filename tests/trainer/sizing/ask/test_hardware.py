@@ -126,8 +126,8 @@ def test_the_ridge_points_of_the_reference() -> None:
         name: catalogue.device(name)
         for name in ("a100", "h100", "h200", "b200", "mi300x", "mi325x", "mi355x")
     }
-    found = {n: round(h.peak_tflops["bf16"] * 1e3 / (h.memory_gbps or 1)) for n, h in ridges.items()}
-    assert found == {
+    points = {n: round(h.peak_tflops["bf16"] * 1e3 / (h.memory_gbps or 1)) for n, h in ridges.items()}
+    assert points == {
         "a100": 153,
         "h100": 295,
         "h200": 206,

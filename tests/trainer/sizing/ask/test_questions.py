@@ -37,29 +37,35 @@ def task(ranks: int = 64) -> Task:
 
 def test_changes_that_fit_come_first_and_do_fit() -> None:
     h100 = compose(["hardware=h100"]).hardware
-    found = questions.fit(mixtral(64), h100)
-    assert not found.fits and found.changes[0].fits
-    assert [change.fits for change in found.changes] == sorted((c.fits for c in found.changes), reverse=True)
-    for change in found.changes:
+    answer = questions.fit(mixtral(64), h100)
+    assert not answer.fits and answer.changes[0].fits
+    assert [change.fits for change in answer.changes] == sorted(
+        (c.fits for c in answer.changes), reverse=True
+    )
+    for change in answer.changes:
         needed = memory.worst(change.job, "cuda")[1].needed
-        assert change.saves == pytest.approx(found.needed - needed) and change.fits == (needed <= found.have)
+        assert change.saves == pytest.approx(answer.needed - needed) and change.fits == (
+            needed <= answer.have
+        )
         assert legal.is_legal(change.job) and change.job.layout.ranks == 64 and change.names
-    fitting = [change.cost for change in found.changes if change.fits]
+    fitting = [change.cost for change in answer.changes if change.fits]
     assert fitting == sorted(fitting, key=lambda cost: cost or 0.0)
-    assert "saves" in found.text()[1] and "step time" in found.text()[1]
+    assert "saves" in answer.text()[1] and "step time" in answer.text()[1]
 
 
 def test_a_job_that_fits_needs_no_change() -> None:
-    found = questions.fit(mixtral(64, 1), compose(["hardware=mi355x"]).hardware)
-    assert found.fits and found.changes == () and found.text()[0].startswith("fits")
+    answer = questions.fit(mixtral(64, 1), compose(["hardware=mi355x"]).hardware)
+    assert answer.fits and answer.changes == () and answer.text()[0].startswith("fits")
 
 
 def test_where_no_change_is_enough_the_ranks_are_told() -> None:
-    found = questions.fit(mixtral(8), compose(["hardware=h100"]).hardware)
-    assert found.other and found.other.layout.ranks in (8, 16, 32, 64)
-    assert memory.worst(found.other, "cuda")[1].needed <= memory.capacity(compose(["hardware=h100"]).hardware)
-    assert f"{found.other.layout.ranks} ranks fit with" in found.text()[-1]
-    assert not any(change.fits for change in found.changes)
+    answer = questions.fit(mixtral(8), compose(["hardware=h100"]).hardware)
+    assert answer.other and answer.other.layout.ranks in (8, 16, 32, 64)
+    assert memory.worst(answer.other, "cuda")[1].needed <= memory.capacity(
+        compose(["hardware=h100"]).hardware
+    )
+    assert f"{answer.other.layout.ranks} ranks fit with" in answer.text()[-1]
+    assert not any(change.fits for change in answer.changes)
 
 
 def test_without_a_size_nothing_can_be_said() -> None:
@@ -69,25 +75,27 @@ def test_without_a_size_nothing_can_be_said() -> None:
 
 def test_the_fewest_devices_in_time() -> None:
     h100 = compose(["hardware=h100"]).hardware
-    found = questions.enough(task(), h100, 2e11, 30 * DAY)
-    assert found.expected and found.duration and found.duration.value <= 30 * DAY
-    number = found.expected.job.layout.ranks
-    assert found.luck is not None and found.luck <= number and (found.safe is None or found.safe >= number)
+    answer = questions.enough(task(), h100, 2e11, 30 * DAY)
+    assert answer.expected and answer.duration and answer.duration.value <= 30 * DAY
+    number = answer.expected.job.layout.ranks
+    assert (
+        answer.luck is not None and answer.luck <= number and (answer.safe is None or answer.safe >= number)
+    )
     half = questions.enough(task(), h100, 1e11, 30 * DAY)
     assert half.expected and half.expected.job.layout.ranks <= number
-    assert str(number) in found.text()[0]
+    assert str(number) in answer.text()[0]
 
 
 def test_what_no_number_of_devices_can_do() -> None:
-    found = questions.enough(replace(task(), global_batch=8), compose(["hardware=h100"]).hardware, 1e13, DAY)
-    assert found.expected is None and "not on up to" in found.text()[0]
+    answer = questions.enough(replace(task(), global_batch=8), compose(["hardware=h100"]).hardware, 1e13, DAY)
+    assert answer.expected is None and "not on up to" in answer.text()[0]
 
 
 @pytest.mark.parametrize(
-    ("hardware", "seconds", "told"), [("cpu", DAY, "cpu has no bf16 rate"), ("h100", -1.0, "has passed")]
+    ("hardware", "seconds", "reason"), [("cpu", DAY, "cpu has no bf16 rate"), ("h100", -1.0, "has passed")]
 )
-def test_refusals(hardware: str, seconds: float, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_refusals(hardware: str, seconds: float, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
         questions.enough(task(), compose([f"hardware={hardware}"]).hardware, 1e9, seconds)
 
 
@@ -96,18 +104,18 @@ def test_dates(text: str, day: int) -> None:
     assert questions.deadline(text, NOW).day == day
 
 
-@pytest.mark.parametrize(("text", "told"), [("soon", "is not a date"), ("2026-11-01", "has passed")])
-def test_wrong_dates(text: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+@pytest.mark.parametrize(("text", "reason"), [("soon", "is not a date"), ("2026-11-01", "has passed")])
+def test_wrong_dates(text: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
         questions.deadline(text, NOW)
 
 
 def test_another_device() -> None:
     here, there = (compose([f"hardware={name}"]).hardware for name in ("h100", "mi300x"))
-    found = questions.other(mixtral(64), task(), here, there)
-    assert found.here.fits is False and found.there.fits is True
-    assert found.here.best and found.there.best and memory.fits(found.there.best.job, there)
-    told = "\n".join(found.text())
-    assert "mi300x: " in told and "does not fit" in told and "times as fast" in told
+    answer = questions.other(mixtral(64), task(), here, there)
+    assert answer.here.fits is False and answer.there.fits is True
+    assert answer.here.best and answer.there.best and memory.fits(answer.there.best.job, there)
+    text = "\n".join(answer.text())
+    assert "mi300x: " in text and "does not fit" in text and "times as fast" in text
     unknown = questions.other(mixtral(64), task(), here, compose(["hardware=cpu"]).hardware)
     assert isinstance(unknown.there.step, str) and "unknown: cpu" in "\n".join(unknown.text())

@@ -38,8 +38,8 @@ class BadShape:
 
     def proposed(self, prices: Prices) -> Suggestion | None:
         """The best shape at the same parameters, of the granularity asked for; None where there is none."""
-        found = suggest(self.job(prices.hardware.name), prices)
-        return next((one for one in found if one.granularity == self.granularity), None)
+        suggestions = suggest(self.job(prices.hardware.name), prices)
+        return next((one for one in suggestions if one.granularity == self.granularity), None)
 
 
 def dense(

@@ -35,21 +35,23 @@ def compose_words(*words: str) -> RunConfig:
 
 
 def counts(job: TrainingJob) -> tuple[int, int]:
-    found = parameters.count(job.model)
-    return found.total, found.active_without_embeddings
+    sizes = parameters.count(job.model)
+    return sizes.total, sizes.active_without_embeddings
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_a_bad_shape_has_a_better_one_of_the_same_size(shape: BadShape) -> None:
     before = shape.job("h100")
-    found = proposed(shape.name, "h100")
-    assert found is not None, shape.mistake
-    for old, new in zip(counts(before), counts(found.job), strict=True):
+    suggestions = proposed(shape.name, "h100")
+    assert suggestions is not None, shape.mistake
+    for old, new in zip(counts(before), counts(suggestions.job), strict=True):
         assert abs(new / old - 1) <= WITHIN
-    assert found.saves > 2
-    now, then = prices("h100").of(before), prices("h100").of(found.job)
+    assert suggestions.saves > 2
+    now, then = prices("h100").of(before), prices("h100").of(suggestions.job)
     assert now is not None and then is not None
-    assert found.saves == pytest.approx(100 * (1 - then.seconds / then.tokens / (now.seconds / now.tokens)))
+    assert suggestions.saves == pytest.approx(
+        100 * (1 - then.seconds / then.tokens / (now.seconds / now.tokens))
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,15 +65,15 @@ def test_a_bad_shape_has_a_better_one_of_the_same_size(shape: BadShape) -> None:
     ],
 )
 def test_what_is_wrong_is_what_changes(shape: str, change: str) -> None:
-    found = proposed(shape, "h100")
-    assert found is not None and change in found.changes
+    suggestions = proposed(shape, "h100")
+    assert suggestions is not None and change in suggestions.changes
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_suggested_dims_are_aligned(shape: BadShape) -> None:
-    found = proposed(shape.name, "h100")
-    assert found is not None
-    model = found.job.model
+    suggestions = proposed(shape.name, "h100")
+    assert suggestions is not None
+    model = suggestions.job.model
     given = shape.job("h100").model
     for field in ("hidden", "dense_width", "expert_width", "vocab"):
         value = getattr(model, field)
@@ -80,12 +82,12 @@ def test_suggested_dims_are_aligned(shape: BadShape) -> None:
 
 
 def test_what_is_typed_makes_the_suggested_shape() -> None:
-    found = proposed("hidden_2000", "h100")
-    assert found is not None
+    suggestions = proposed("hidden_2000", "h100")
+    assert suggestions is not None
     (given,) = [s for s in SHAPES if s.name == "hidden_2000"]
-    changed = {c.partition("=")[0][6:]: int(c.partition("=")[2]) for c in found.changes}
+    changed = {c.partition("=")[0][6:]: int(c.partition("=")[2]) for c in suggestions.changes}
     made = BadShape("x", "", given.model | changed, given.sequence, given.micro_batch).job("h100")
-    assert made.model == found.job.model
+    assert made.model == suggestions.job.model
 
 
 def test_a_good_shape_is_left_alone() -> None:
@@ -102,11 +104,13 @@ def test_devices_want_different_shapes() -> None:
 
 def test_more_changes_have_to_earn_it() -> None:
     (shape,) = [s for s in SHAPES if s.name == "llama_odd"]
-    found = [s for s in suggest(shape.job("h100"), prices("h100")) if not s.granularity]
-    saved = [one.saves for one in found]
-    assert len(found) > 1 and saved == sorted(saved, reverse=True)
-    assert [one.fields for one in found] == sorted({one.fields for one in found}, reverse=True)
-    assert max(len(one.changes) for one in found) > max(one.fields for one in found)  # heads are one
+    suggestions = [s for s in suggest(shape.job("h100"), prices("h100")) if not s.granularity]
+    saved = [one.saves for one in suggestions]
+    assert len(suggestions) > 1 and saved == sorted(saved, reverse=True)
+    assert [one.fields for one in suggestions] == sorted({one.fields for one in suggestions}, reverse=True)
+    assert max(len(one.changes) for one in suggestions) > max(
+        one.fields for one in suggestions
+    )  # heads are one
 
 
 def test_an_unknown_device_has_none() -> None:
@@ -115,8 +119,8 @@ def test_an_unknown_device_has_none() -> None:
 
 
 def test_a_saving_has_its_derivation() -> None:
-    found = proposed("vocab_50257", "h100")
-    assert found is not None
-    figure = found.figure(1)
+    suggestions = proposed("vocab_50257", "h100")
+    assert suggestions is not None
+    figure = suggestions.figure(1)
     assert figure.name == "suggest.1.saves" and figure.low < figure.value < figure.high
     assert "model.vocab=50304" in figure.derivation and "ms" in figure.derivation

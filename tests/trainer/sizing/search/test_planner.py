@@ -9,7 +9,8 @@ import pytest
 from configs.compose import choices, compose
 from configs.errors import UserError
 from trainer.sizing.model.layout import Layout
-from trainer.sizing.search.planner import Capacity, RunPlan, plan, trainable
+from trainer.sizing.search import runnable
+from trainer.sizing.search.planner import Capacity, RunPlan, plan
 
 pytestmark = pytest.mark.unit
 
@@ -65,7 +66,7 @@ def test_expert_groups_that_cross_nodes_are_warned_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "slots", "told"),
+    ("words", "slots", "reason"),
     [
         (["parallel.dp=8"], [2], "needs 8 slots, and the cluster has 2 (1 node x 2)"),
         (["parallel.dp=8"], [4, 2], "has 6 (2 nodes, 2 to 4 each)"),
@@ -75,15 +76,15 @@ def test_expert_groups_that_cross_nodes_are_warned_of() -> None:
         (["train.global_batch=7", "parallel.ep=2"], [2], "train.global_batch=7"),
     ],
 )
-def test_refusals(words: list[str], slots: list[int] | None, told: str) -> None:
+def test_refusals(words: list[str], slots: list[int] | None, reason: str) -> None:
     with pytest.raises(UserError) as error:
         planned(*words, slots=slots)
-    assert told in str(error.value)
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize("model", choices("model"))
 def test_every_preset_that_is_planned_trains(model: str) -> None:
-    assert trainable(compose([f"model={model}"])) is None
+    assert runnable.refusal(compose([f"model={model}"])) is None
     made = plan(compose([f"model={model}", "hardware=mi355x"]), Capacity.of_nodes([8]), strict=True)
     assert made.ranks == 8 and made.config.train.engine == "native"
 
@@ -91,14 +92,17 @@ def test_every_preset_that_is_planned_trains(model: str) -> None:
 def test_what_the_trainer_does_not_run_can_be_planned_and_is_noted() -> None:
     words = ["parallel.tp=4", "parallel.dp=1"]
     (note,) = planned(*words).notes
-    assert note == trainable(compose(words)) and "parallel.tp=4" in note
+    assert note == runnable.refusal(compose(words)) and "parallel.tp=4" in note
     with pytest.raises(UserError, match="parallel.tp=4"):
         plan(compose(words), None, strict=True)
 
 
 def test_the_engine_is_chosen_with_its_reason_and_kept_where_it_is_set() -> None:
-    told = {choice.field: choice for choice in planned(slots=[2]).choices}
-    assert told["train.engine"].value == "native" and "where it is asked for" in told["train.engine"].reason
+    choices = {choice.field: choice for choice in planned(slots=[2]).choices}
+    assert (
+        choices["train.engine"].value == "native"
+        and "where it is asked for" in choices["train.engine"].reason
+    )
     made = planned("train.engine=deepspeed", "parallel=auto", "hardware=h100", slots=[8])
     assert made.config.train.engine == "deepspeed" and made.config.parallel.zero in (1, 2)
     assert all(made.layout[axis] == 1 for axis in ("pp", "cp", "etp", "tp"))
@@ -115,9 +119,9 @@ def test_the_engine_is_chosen_with_its_reason_and_kept_where_it_is_set() -> None
 )
 def test_the_bias_step_is_chosen_where_there_is_one(words: list[str], rate: float | None, why: str) -> None:
     made = planned(*words)
-    found = [c.reason for c in made.choices if c.field == "model.router.bias_update_rate"]
-    assert made.config.model.router.bias_update_rate == rate and len(found) == (rate is not None)
-    assert all(why in reason for reason in found)
+    reasons = [c.reason for c in made.choices if c.field == "model.router.bias_update_rate"]
+    assert made.config.model.router.bias_update_rate == rate and len(reasons) == (rate is not None)
+    assert all(why in reason for reason in reasons)
 
 
 def test_a_pipeline_gets_micro_batches_for_its_stages() -> None:
@@ -164,22 +168,24 @@ def test_auto_searches_what_the_trainer_runs() -> None:
     ]
     made = plan(compose(words), Capacity.of_nodes([8, 8]), strict=True)
     assert made.ranks == 16 and sum(made.memory.values()) < 80 << 30
-    told = {choice.field: choice for choice in made.choices}
-    assert "fastest of" in told["parallel.dp"].reason and told["parallel.ep"].value == str(made.layout["ep"])
+    choices = {choice.field: choice for choice in made.choices}
+    assert "fastest of" in choices["parallel.dp"].reason and choices["parallel.ep"].value == str(
+        made.layout["ep"]
+    )
     # The batch doesn't depend on how the ranks are laid out.
-    assert made.config.train.global_batch == 16 and "16 ranks" in told["train.global_batch"].reason
+    assert made.config.train.global_batch == 16 and "16 ranks" in choices["train.global_batch"].reason
     assert made.step_time["low"] < made.step_time["seconds"] < made.step_time["high"]
-    assert not made.config.parallel.open and trainable(made.config) is None
+    assert not made.config.parallel.open and runnable.refusal(made.config) is None
 
 
 def test_auto_sets_what_it_has_found_beside_the_axes_with_reasons() -> None:
     words = ["model=deepseek_v3", "hardware=h100", "parallel=auto", "train.micro_batch=1", "data.sequence=4096",
              "train.global_batch=1024"]  # fmt: skip
     made = planned(*words, slots=[8] * 48)
-    told = {choice.field: choice for choice in made.choices}
-    assert made.config.train.recompute == told["train.recompute"].value == "full"
-    assert "recompute=selective needs" in told["train.recompute"].reason
-    assert told["parallel.zero"].value == str(made.config.parallel.zero) and "parallel.schedule" in told
+    choices = {choice.field: choice for choice in made.choices}
+    assert made.config.train.recompute == choices["train.recompute"].value == "full"
+    assert "recompute=selective needs" in choices["train.recompute"].reason
+    assert choices["parallel.zero"].value == str(made.config.parallel.zero) and "parallel.schedule" in choices
     tree = made.to_json()
     config = made.config
     for name, value in (
@@ -196,8 +202,8 @@ def test_auto_raises_the_zero_stage_where_it_must() -> None:
     made = planned(*words, "model=qwen3_30b_a3b", "parallel=auto", *alone[1:], "parallel.ep=1", slots=[8, 8])
     assert made.config.parallel.zero == 1, "nothing is open, so nothing is searched"
     made = planned(*words, "model=qwen3_30b_a3b", *alone[2:], "parallel.ep=1", slots=[8, 8])
-    told = {c.field: c for c in made.choices}
-    assert told["parallel.zero"].value == "3" and "zero=2 needs" in told["parallel.zero"].reason
+    choices = {c.field: c for c in made.choices}
+    assert choices["parallel.zero"].value == "3" and "zero=2 needs" in choices["parallel.zero"].reason
 
 
 def test_auto_keeps_the_settings_that_are_set() -> None:
@@ -280,4 +286,4 @@ def test_what_fits_only_just_is_warned_of() -> None:
     words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "train.micro_batch=1"]
     sizes = (4096, 20480, 21504, 22528, 23552, 24576)
     warnings = [planned(*words, f"data.sequence={size}").warnings for size in sizes]
-    assert warnings[0] == () and any("may not fit" in text for found in warnings for text in found)
+    assert warnings[0] == () and any("may not fit" in text for texts in warnings for text in texts)

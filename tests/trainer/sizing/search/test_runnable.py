@@ -208,9 +208,9 @@ def refused(words: list[str]) -> str:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_by_name_and_what_to_type_runs(name: str) -> None:
-    words, told, mend = REFUSED[name]
+    words, named, mend = REFUSED[name]
     line = refused(words)
-    assert "\n" not in line and "; also" not in line and all(word in line for word in told), line
+    assert "\n" not in line and "; also" not in line and all(word in line for word in named), line
     reason, _, advice = line.rpartition("set " if "set " in line else "use one of ")
     assert reason and mend.split()[0].partition("=")[2] in advice, line
     plan(compose([*words, *mend.split()]), None, strict=True)

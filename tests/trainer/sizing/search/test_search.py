@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose, validated
+from tests.trainer.sizing.search.exhaustive import exhaustive
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import Software
@@ -40,7 +41,7 @@ def test_pruning_loses_nothing(
         task(model, ranks, batch, schedules=schedules),
         rates_of(compose([f"hardware={device}"]).hardware),
     )
-    quick, whole = search.search(made, hardware, rates), search.exhaustive(made, hardware, rates)
+    quick, whole = search.search(made, hardware, rates), exhaustive(made, hardware, rates)
     assert [c.seconds for c in quick.ranked] == pytest.approx([c.seconds for c in whole.ranked])
     assert quick.best and whole.best and quick.best.seconds == whole.best.seconds
     assert quick.legal == whole.legal and quick.priced < whole.priced
@@ -48,11 +49,11 @@ def test_pruning_loses_nothing(
 
 def test_every_candidate_keeps_the_rules() -> None:
     made = task("deepseek_v3", 256, 1024)
-    found = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
-    assert len(found) > 1000 and all(legal.is_legal(job) for job in found)
-    assert all(job.layout.ranks == 256 for job in found)
-    assert all(job.micro_batches % job.layout.pp == 0 for job in found if job.interleave > 1)
-    assert {job.layout.tp for job in found} <= {1, 2, 4, 8}
+    jobs = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
+    assert len(jobs) > 1000 and all(legal.is_legal(job) for job in jobs)
+    assert all(job.layout.ranks == 256 for job in jobs)
+    assert all(job.micro_batches % job.layout.pp == 0 for job in jobs if job.interleave > 1)
+    assert {job.layout.tp for job in jobs} <= {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize(
@@ -89,9 +90,9 @@ def test_whatever_is_searched_the_trainer_runs() -> None:
     for model, ranks in (("deepseek_v3", 64), ("zaya1_base", 16), ("qwen3_30b_a3b", 48)):
         made = task(model, ranks, 192, context="ulysses")
         config = compose([f"model={model}", "data.sequence=4096", "train.engine=native"])
-        found = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
-        assert found
-        for job in found[:: max(1, len(found) // 400)]:
+        jobs = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
+        assert jobs
+        for job in jobs[:: max(1, len(jobs) // 400)]:
             values = auto.settings(job)
             parallel = config.parallel.model_copy(
                 update=job.layout.to_json() | values["parallel"] | {"context": "ulysses"}
@@ -99,35 +100,35 @@ def test_whatever_is_searched_the_trainer_runs() -> None:
             train = config.train.model_copy(
                 update=values["train"] | {"micro_batch": job.micro_batch, "global_batch": job.global_batch}
             )
-            asked = config.model_copy(update={"parallel": parallel, "train": train})
-            assert runnable.refusal(asked) is None, search.label(job)
-            validated(asked.model_dump())
+            laid_out = config.model_copy(update={"parallel": parallel, "train": train})
+            assert runnable.refusal(laid_out) is None, search.label(job)
+            validated(laid_out.model_dump())
 
 
 def test_schedules_and_stages_that_are_set_are_the_only_ones() -> None:
     v = task("qwen3_30b_a3b", 16, 64, schedules=("zbv",), zero=(3,), recompute=("full",))
-    found = [job for layout in legal.layouts(v) for job in legal.jobs(v, layout)]
-    assert found and all(job.zero_bubble and job.interleave == 2 and job.layout.pp > 1 for job in found)
-    assert {job.zero for job in found} <= {0, 3} and {job.recompute for job in found} == {"full"}
+    jobs = [job for layout in legal.layouts(v) for job in legal.jobs(v, layout)]
+    assert jobs and all(job.zero_bubble and job.interleave == 2 and job.layout.pp > 1 for job in jobs)
+    assert {job.zero for job in jobs} <= {0, 3} and {job.recompute for job in jobs} == {"full"}
     uneven = task("olmoe_1b_7b", 12, 48, schedules=("interleaved",), chunks=4, fixed={"pp": 3})
-    found = [job for layout in legal.layouts(uneven) for job in legal.jobs(uneven, layout)]
-    assert found and {job.interleave for job in found} == {4}, "16 layers over 12 stages"
+    jobs = [job for layout in legal.layouts(uneven) for job in legal.jobs(uneven, layout)]
+    assert jobs and {job.interleave for job in jobs} == {4}, "16 layers over 12 stages"
 
 
 def test_what_is_set_stays_set() -> None:
     made = task("mixtral_8x7b", 64, 128, fixed={"tp": 2, "ep": 4}, micro_batch=1)
     hardware = compose(["hardware=h100"]).hardware
-    found = search.search(made, hardware, rates_of(hardware))
-    assert found.ranked
-    assert {(c.job.layout.tp, c.job.layout.ep, c.job.micro_batch) for c in found.ranked} == {(2, 4, 1)}
+    result = search.search(made, hardware, rates_of(hardware))
+    assert result.ranked
+    assert {(c.job.layout.tp, c.job.layout.ep, c.job.micro_batch) for c in result.ranked} == {(2, 4, 1)}
 
 
 def test_nothing_that_is_ranked_is_too_large() -> None:
     hardware = compose(["hardware=h100"]).hardware
-    found = search.search(task("mixtral_8x7b", 32, 64), hardware, rates_of(hardware))
-    assert found.without_room > 0
-    assert all(memory.fits(c.job, hardware) for c in found.ranked)
-    assert len({c.job.layout for c in found.ranked}) == len(found.ranked)
+    result = search.search(task("mixtral_8x7b", 32, 64), hardware, rates_of(hardware))
+    assert result.without_room > 0
+    assert all(memory.fits(c.job, hardware) for c in result.ranked)
+    assert len({c.job.layout for c in result.ranked}) == len(result.ranked)
 
 
 def test_no_layout_says_why() -> None:
@@ -142,11 +143,11 @@ def test_no_layout_says_why() -> None:
 
 def test_the_runner_up_is_told_by_its_larger_term() -> None:
     hardware = compose(["hardware=h100"]).hardware
-    found = search.search(task("mixtral_8x7b", 32, 256), hardware, rates_of(hardware), keep=8)
-    best = found.ranked[0]
-    other = next(c for c in found.ranked if c.seconds > 1.01 * best.seconds)
-    told = search.compare(best, other)
+    result = search.search(task("mixtral_8x7b", 32, 256), hardware, rates_of(hardware), keep=8)
+    best = result.ranked[0]
+    other = next(c for c in result.ranked if c.seconds > 1.01 * best.seconds)
+    comparison = search.compare(best, other)
     more = max(vars(best.parts), key=lambda name: getattr(other.parts, name) - getattr(best.parts, name))
-    assert other.label in told and "slower" in told and search._WORDS[more] in told
+    assert other.label in comparison and "slower" in comparison and search._WORDS[more] in comparison
     assert search.compare(best, best).endswith("as fast")
-    assert f"{found.legal} legal set-ups" in search.reason(found)
+    assert f"{result.legal} legal set-ups" in search.reason(result)

@@ -54,13 +54,13 @@ def profile(seed: int = 0, noise: float = 0.02) -> DeviceProfile:
 def fresh(count: int, seed: int) -> list[MatmulRate]:
     """Dense shapes that no profile has."""
     rng = random.Random(seed)
-    found = []
+    shapes = []
     for _ in range(count):
         m, n, k = (8 * round(math.exp(rng.uniform(math.log(32), math.log(2048)))) for _ in range(3))
         time = seconds(m, n, k, 1, (m,), "bfloat16") * 1e6
-        found.append(
+        shapes.append(
             MatmulRate(
                 m=m, n=n, k=k, dtype="bfloat16", time_us=time, tflops=2 * m * n * k / time / 1e6, cv=0.0
             )
         )
-    return found
+    return shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -11,8 +12,8 @@ from configs.compose import compose, validated
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from trainer.sizing.memory import activations, states
-from trainer.sizing.model import flops, frameworks, shapes
-from trainer.sizing.model.job import Software, TrainingJob
+from trainer.sizing.model import flops, frameworks, parameters, shapes
+from trainer.sizing.model.job import Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal
 from trainer.sizing.time import estimate as time
@@ -72,6 +73,117 @@ def test_zero_2_hides_each_reduction_behind_its_own_micro_batch() -> None:
         for m in (1, 4)
     )
     assert one > 0 and four == pytest.approx(4 * one)
+
+
+# ---- gathered weights, tied tables ----
+
+
+@pytest.mark.parametrize(("folded", "hidden_by_experts"), [(True, True), (False, False)])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_what_crosses_nodes_does_not_hide_weights_that_cross_nodes(
+    folded: bool, hidden_by_experts: bool, recompute: Recompute
+) -> None:
+    software = Software(overlap_dp=True, selective="feed_forward")
+    made = job(
+        preset("mixtral_8x7b"),
+        Layout(1, 8, 1, 8, 1, 2),
+        zero=3,
+        folded=folded,
+        software=software,
+        recompute=recompute,
+    )
+    # Sixteen ranks, eight a node: tp inside; dp across; ep inside where it is folded, else across.
+    where, rates = time.groups(made), h100()
+    assert where["tp"].nodes == 1 and where["dp"].nodes == 2 and (where["ep"].nodes == 1) == folded
+    forward, backward = operators.layer(made, rates, True)
+    parts, per = time.parts(made, rates), 32 * 4 * 2
+    tp, ep = parts.tp / per, parts.ep / per
+    # Routed experts alone are no tensor-parallel region, so that none of `tp` is theirs.
+    beside = tp + ep * hidden_by_experts
+    again = {"none": 0.0, "full": forward.compute + beside, "selective": forward.feed + beside - tp}[
+        recompute
+    ]
+    gather = scatter = 0.0
+    held = states.layer(made.model, made.layout, True)
+    for count, axis in ((held.plain, "dp"), (held.routed, "edp")):
+        gather += rates.fabric.seconds("all_gather", 2 * count, where[axis])
+        scatter += rates.fabric.seconds("reduce_scatter", 4 * count, where[axis])
+    exposed = max(0.0, gather - forward.compute - beside)
+    exposed += max(0.0, gather + scatter - backward.compute - beside - again)
+    assert parts.weights == pytest.approx(32 * 4 * exposed, rel=1e-9) and exposed > 0
+    whole = {"none": 0.0, "full": forward.compute + tp + ep, "selective": forward.feed + ep}[recompute]
+    assert parts.recompute == pytest.approx(32 * 4 * whole)
+
+
+def test_copies_of_a_tied_table_are_added_up_between_the_first_stage_and_the_last() -> None:
+    model = preset("olmoe_1b_7b")
+    tied = model.model_copy(update={"tie_embeddings": True})
+    table = 4.0 * model.vocab * model.hidden
+
+    def exposed(layout: Layout, model: ModelConfig = tied, **changed: object) -> float:
+        """What a shared table adds: without one, experts' gradients are all that is reduced."""
+        made = job(model, layout, **({"software": Software(), "zero": 0, "global_batch": 16} | changed))
+        apart = replace(made, model=model.model_copy(update={"tie_embeddings": False, "mtp_layers": 0}))
+        return time.parts(made, h100()).dp - time.parts(apart, h100()).dp
+
+    def ends(size: float, adapters: float = 0.0) -> float:
+        """An all-reduce of two ranks: the table there and back in halves."""
+        if adapters:
+            latency = min(2 * 14e-6, 28e-6)
+            return 16e-6 + math.hypot(latency, size / (0.85 * adapters * GBPS))
+        return 66e-6 + size / (0.80 * 450 * GBPS)
+
+    assert exposed(Layout(4, 1, 1, 1, 1, 1)) == pytest.approx(ends(table))
+    assert exposed(Layout(4, 1, 1, 1, 1, 2)) == pytest.approx(ends(table / 2))
+    # Sixteen ranks on two nodes: eight pairs share a node's adapters, 50 GB/s each.
+    assert exposed(Layout(8, 1, 1, 1, 1, 2)) == pytest.approx(ends(table / 2, 400 / 2), rel=2e-3)
+    assert exposed(Layout(4, 1, 1, 1, 1, 1), software=Software(reduce_bytes=2)) == pytest.approx(
+        ends(table / 2)
+    )
+    # Not without a second copy.
+    assert exposed(Layout(4, 1, 1, 1, 1, 1), model=model) == 0
+    assert exposed(Layout(1, 1, 1, 1, 1, 1)) == 0
+    assert exposed(Layout(4, 1, 1, 1, 1, 1), zero_bubble=True, interleave=2) == 0
+    # Blocks of multi-token prediction look tokens up beside the head.
+    assert exposed(
+        Layout(4, 1, 1, 1, 1, 1), model=model.model_copy(update={"mtp_layers": 1})
+    ) == pytest.approx(ends(table))
+
+
+@pytest.mark.parametrize(
+    ("zero", "streamed", "shards"), [(0, True, 1), (1, False, 1), (1, True, 4), (2, False, 4)]
+)
+def test_shards_of_a_tied_table_are_added_up_where_gradients_are_shards(
+    zero: int, streamed: bool, shards: int
+) -> None:
+    model = preset("olmoe_1b_7b")
+    made = job(model, Layout(2, 4, 1, 1, 1, 1), zero=zero, software=Software(streamed=streamed))
+    apart, tied = (
+        time.parts(replace(made, model=model.model_copy(update={"tie_embeddings": tie})), h100()).dp
+        for tie in (False, True)
+    )
+    size = 4.0 * model.vocab * model.hidden / shards
+    assert tied - apart == pytest.approx(66e-6 + size / (0.80 * 450 * GBPS), rel=1e-6)
+
+
+def test_updated_weights_are_gathered_behind_the_forward_pass_alone() -> None:
+    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 1, 1, 1), software=Software(), sequence=2048)
+    apart = time.parts(made, h100())
+    hidden = apart.dp - time.parts(replace(made, software=Software(overlap_gather=True)), h100()).dp
+    layers = apart.matmul + apart.attention + apart.memory + apart.ep + apart.head + apart.host
+    # Half of what hides gradients, of one micro-batch of four.
+    assert hidden == pytest.approx(time.BEHIND / 2 * layers / 4)
+    held = parameters.count(made.model).total
+    assert hidden < ring(2.0 * held, 8)
+
+
+def test_a_micro_batch_is_sent_on_and_its_gradient_back_for_each_chunk() -> None:
+    made = job(preset("olmoe_1b_7b"), Layout(2, 1, 1, 1, 1, 1), software=Software(), zero=0)
+    send = 10e-6 + 2.0 * 4096 * 2048 / (0.75 * 450 * GBPS)
+    for chunks in (1, 2):
+        sent = time.parts(replace(made, interleave=chunks), h100()).p2p
+        assert sent == pytest.approx(4 * chunks * 2 * (send + 50e-6))
+    assert time.parts(replace(made, software=Software(overlap_pp=True)), h100()).p2p == 0
 
 
 # ---- tensor parallelism ----

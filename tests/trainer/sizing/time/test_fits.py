@@ -71,6 +71,17 @@ def test_a_broken_file_or_a_folder_that_is_not_there_costs_a_fit_and_no_more(fol
     assert sorted(path.name for path in folder.iterdir()) == ["lab.fit.json", "lab.yaml"]
 
 
+def test_a_folder_that_cannot_be_written_costs_the_next_plan_the_same_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_path: Path, _text: str) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(fits, "write_whole", full)
+    assert fits.fitted("lab", CHIP, START, rows(6.5e14), [])[0].rate > 0
+    assert [path.name for path in folder.iterdir()] == ["lab.yaml"]
+
+
 def test_the_shipped_fit_is_that_of_the_shipped_profile() -> None:
     code = (
         "import sys; from configs.compose import compose; from trainer.sizing.search import auto; "

@@ -91,13 +91,13 @@ def test_the_best_matmul_on_record_is_what_sets_the_rate(name: str) -> None:
 @pytest.mark.timeout(180)
 def test_shapes_held_out_of_the_h100_profile_are_predicted(h100: DeviceProfile) -> None:
     """Rates over shapes that the fit hasn't seen, dense and grouped; `bench_matmul` also leaves out all of one [n, k]."""
-    found = cross_validated(hardware("h100"), h100, "random")
+    pairs = cross_validated(hardware("h100"), h100, "random")
     dense = [
         r
-        for row, r in found
+        for row, r in pairs
         if row.experts == 1 and row.dtype == "bfloat16" and shape_of(row).kind == KernelKind.ALIGNED
     ]
-    grouped = [r for row, r in found if row.experts > 1]
+    grouped = [r for row, r in pairs if row.experts > 1]
     assert len(dense) > 150 and len(grouped) == 116
     for part, most in ((dense, 0.06), (grouped, 0.05)):
         assert statistics.mean(abs(1 / ratio - 1) for ratio, _, _ in part) < most
@@ -207,9 +207,9 @@ def test_the_weights_gradient_sums_over_the_rows() -> None:
 
 @pytest.mark.parametrize(("experts", "imbalance"), [(8, 1.0), (64, 2.5), (16, 16.0), (1, 1.0)])
 def test_shares_add_up_and_the_largest_is_as_asked(experts: int, imbalance: float) -> None:
-    found = shares(experts, imbalance)
-    assert len(found) == experts and sum(found) == pytest.approx(1)
-    assert max(found) * experts == pytest.approx(imbalance, rel=0.01)
+    parts = shares(experts, imbalance)
+    assert len(parts) == experts and sum(parts) == pytest.approx(1)
+    assert max(parts) * experts == pytest.approx(imbalance, rel=0.01)
 
 
 def test_the_power_limit_slows_what_is_dense_and_spares_what_is_not() -> None:
@@ -274,33 +274,13 @@ def test_wider_never_costs_less_by_more_than_alignment_gives() -> None:
         )
 
 
-# ---- copies ----
-
-
-def test_copies_are_read_off_the_profile(made: DeviceProfile) -> None:
-    kernels = Kernels.of(hardware("h100"), made)
-    for row in made.copies:
-        assert kernels.elementwise(2.0 * row.size) == pytest.approx(row.time_us / 1e6, rel=1e-9)
-    largest = made.copies[-1]
-    assert kernels.elementwise(20.0 * largest.size) == pytest.approx(10 * largest.time_us / 1e6)
-    assert kernels.elementwise(10.0) == made.copies[0].time_us / 1e6
-
-
-def test_copies_without_a_profile_have_a_start_and_a_bandwidth() -> None:
-    figure = Kernels.of(hardware("h100")).elementwise_figure("copy", 3.036e9)
-    assert figure is not None
-    assert figure.value == pytest.approx(1e-3 + DEFAULTS.launch)
-    assert "3036 GB/s (achieved)" in figure.derivation
-
-
 # ---- what is unknown ----
 
 
 def test_a_cpu_has_no_times_and_says_why() -> None:
     kernels = Kernels.of(hardware("cpu"))
-    assert kernels.matmul(1024, 1024, 1024) is None and kernels.elementwise(1e9) is None
+    assert kernels.matmul(1024, 1024, 1024) is None
     assert kernels.matmul_figure("matmul", MatmulShape(8, 8, 8)) is None
-    assert kernels.elementwise_figure("copy", 1e9) is None
     assert "is a CPU" in kernels.why()
 
 
@@ -347,10 +327,10 @@ def test_a_figure_tells_its_tiles_and_its_source(h100: DeviceProfile) -> None:
 
 def test_answers_are_cached_by_all_that_matters(made: DeviceProfile) -> None:
     kernels = Kernels.of(hardware("h100"), made)
-    asked = {
+    questions = {
         kernels.matmul(8192, 2048, 4096), kernels.matmul(8192, 2048, 4096, experts=16),
         kernels.matmul(8192, 2048, 4096, experts=16, imbalance=2.0),
         kernels.matmul(8192, 2048, 4096, experts=16, layout="weights"), kernels.matmul(8192, 2048, 4096, precision="fp32"),
     }  # fmt: skip
-    assert len(asked) == 5
-    assert kernels.matmul(8192, 2048, 4096) in asked
+    assert len(questions) == 5
+    assert kernels.matmul(8192, 2048, 4096) in questions

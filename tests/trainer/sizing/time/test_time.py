@@ -130,10 +130,10 @@ def test_tensor_parallelism_halves_a_layers_work() -> None:
 
 
 def test_parts_add_up_and_are_not_negative() -> None:
-    found = time.parts(job(), rates())
-    assert found.step == pytest.approx(sum(vars(found).values()))
-    assert all(value >= 0 for value in vars(found).values())
-    assert found.tp > 0 and found.ep > 0 and found.bubble > 0 and found.dp > 0
+    parts = time.parts(job(), rates())
+    assert parts.step == pytest.approx(sum(vars(parts).values()))
+    assert all(value >= 0 for value in vars(parts).values())
+    assert parts.tp > 0 and parts.ep > 0 and parts.bubble > 0 and parts.dp > 0
 
 
 def test_one_device_does_nothing_but_compute() -> None:
@@ -212,7 +212,7 @@ def test_a_host_that_launches_slowly_is_what_a_small_model_waits_for() -> None:
 def test_both_times_count_where_neither_is_much_the_longer() -> None:
     # By hand: device 10 ms and host 10 ms make 10 * 2^(1/3.5) = 12.19 ms.
     stage = schedule.StageCost(0, 1, False, False)
-    layer = time._Layer(10e-3, 0, 0, 0, 0, 0, 0, 0, 10e-3)
+    layer = time.StepParts(matmul=10e-3, host=10e-3)
     pieces = time._Pieces(job(), None, layer, 0.0)
     assert sum(time._stage(pieces, stage, 0.0)) == pytest.approx(12.19e-3, rel=1e-3)
 
@@ -232,15 +232,15 @@ def test_a_network_that_is_unknown_has_no_time() -> None:
 
 def test_a_step_can_be_asked_where_it_comes_from() -> None:
     with_rates = rates()
-    found = step.step_time(job(), with_rates)
-    assert found is not None and found.low < found.value < found.high
-    names = [figure.name for figure in found.walk()]
+    whole = step.step_time(job(), with_rates)
+    assert whole is not None and whole.low < whole.value < whole.high
+    names = [figure.name for figure in whole.walk()]
     assert len(names) == len(set(names)) and "step.ep" in names
-    assert sum(part.value for part in found.parts) == pytest.approx(found.value)
-    assert all(figure.derivation for figure in found.walk())
-    speed = step.tokens_per_second(job(), found)
-    assert speed.value == pytest.approx(128 * 4096 / found.value) and speed.low < speed.value < speed.high
-    mfu = step.mfu(job(), with_rates.hardware, found)
+    assert sum(part.value for part in whole.parts) == pytest.approx(whole.value)
+    assert all(figure.derivation for figure in whole.walk())
+    speed = step.tokens_per_second(job(), whole)
+    assert speed.value == pytest.approx(128 * 4096 / whole.value) and speed.low < speed.value < speed.high
+    mfu = step.mfu(job(), with_rates.hardware, whole)
     assert mfu is not None and 20 < mfu.value < 60 and "causal" in " ".join(f.derivation for f in mfu.walk())
 
 

@@ -1,0 +1,25 @@
+"""The layout search without its bounds: what pruning is compared with."""
+
+from __future__ import annotations
+
+from configs.hardware import HardwareConfig
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.search import layouts, legal
+from trainer.sizing.search.legal import Task
+from trainer.sizing.time.rates import Rates
+
+
+def exhaustive(
+    task: Task, hardware: HardwareConfig, rates: Rates, keep: int = layouts.KEEP
+) -> layouts.SearchResult:
+    """The fastest set-ups that fit, `keep` different layouts of them, by pricing every legal one."""
+    ranked: dict[Layout, layouts.Candidate] = {}
+    count = 0
+    for layout in legal.layouts(task):
+        for job in legal.jobs(task, layout):
+            count += 1
+            made = layouts.candidate(job, hardware, rates)
+            if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
+                ranked[layout] = made
+    best = tuple(sorted(ranked.values(), key=lambda candidate: candidate.seconds)[:keep])
+    return layouts.SearchResult(best, count, 0, count)
