@@ -94,14 +94,14 @@ def compare(
         return own
     results = _rows(store)
     slow_ratio = results.metadata.settings["collectives"]["slow_ratio"]
-    found = against_limit(results, _hardware(results), slow_ratio) + among_peers(results, slow_ratio)
+    compared = against_limit(results, _hardware(results), slow_ratio) + among_peers(results, slow_ratio)
     if baseline is not None:
-        found += against_baseline(results, _rows(baseline), tolerance)
+        compared += against_baseline(results, _rows(baseline), tolerance)
     try:
-        store.keep("comparison", [finding.to_json() for finding in found])
+        store.keep("comparison", [finding.to_json() for finding in compared])
     except OSError as error:  # another's measurement may be read, and not written to
         warn(f"not kept for `report`: {store.folder} can't be written ({error.strerror})")
-    return own + found
+    return own + compared
 
 
 def _finding(tree: dict[str, Any]) -> BandwidthFinding:
@@ -166,5 +166,5 @@ def device(
     lines.append(f"profile: {path}")
     if known is None:
         return "\n".join(lines), True
-    found = kernels.agreement(known, profile)
-    return "\n".join([*lines, str(found)]), found.agrees
+    agreement = kernels.agreement(known, profile)
+    return "\n".join([*lines, str(agreement)]), agreement.agrees

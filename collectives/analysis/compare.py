@@ -28,7 +28,7 @@ def against_baseline(results: Results, baseline: Results, tolerance: float) -> l
     Raises:
         UserError: where the two share no case.
     """
-    before, found, compared = Baseline(baseline), [], 0
+    before, findings, compared = Baseline(baseline), [], 0
     for group in groups(results):
         for line in series(results.rows, group, variants=1 << 30)[0]:
             for placement in ("in_place", "out_of_place"):
@@ -48,7 +48,7 @@ def against_baseline(results: Results, baseline: Results, tolerance: float) -> l
                         "group": group,
                         "ratios": {str(s): round(r, 4) for s, r in slow.items()},
                     }
-                    found.append(
+                    findings.append(
                         BandwidthFinding(
                             FindingKind.BELOW_BASELINE, text, ratio=slow[worst], evidence=evidence
                         )
@@ -58,7 +58,7 @@ def against_baseline(results: Results, baseline: Results, tolerance: float) -> l
             "the two measurements share no operation, group, number of ranks, type and size; measure the same again, "
             "with the settings in metadata.json of the baseline"
         )
-    return found
+    return findings
 
 
 def against_limit(results: Results, hardware: HardwareConfig, slow_ratio: float) -> list[BandwidthFinding]:
@@ -67,7 +67,7 @@ def against_limit(results: Results, hardware: HardwareConfig, slow_ratio: float)
     Inside a node the reference is that of a group of the same number of devices: on a mesh, two have one link of seven.
     Across nodes it is one adapter's rate, which a sound fabric exceeds: how far, depends on algorithm and scale.
     """
-    found = []
+    findings = []
     for (op, group), rows in results.cases().items():
         partition = partition_of(results.metadata, group)
         inside = all(_on_one_node(results.metadata, ranks) for ranks in partition.groups)
@@ -80,10 +80,10 @@ def against_limit(results: Results, hardware: HardwareConfig, slow_ratio: float)
             what = f"links give a group of {partition.ranks}" if inside else "adapters make"
             text = f"{op} in group {group} reaches {max(rates):.3g} GB/s of busbw; {hardware.name}'s {what} {limit:.4g}"
             evidence = {"op": op, "group": group}
-            found.append(
+            findings.append(
                 BandwidthFinding(FindingKind.BELOW_LIMIT, text, ratio=max(rates) / limit, evidence=evidence)
             )
-    return found
+    return findings
 
 
 def among_peers(results: Results, slow_ratio: float) -> list[BandwidthFinding]:
@@ -92,7 +92,7 @@ def among_peers(results: Results, slow_ratio: float) -> list[BandwidthFinding]:
     for row in results.rows:
         for ranks, ratio in _group_ratios(results.metadata, row):
             ratios.setdefault((row.group, ranks), []).append(ratio)
-    found = []
+    findings = []
     for (group, ranks), values in ratios.items():
         if median(values) < slow_ratio:
             hosts = _hosts(results.metadata, ranks)
@@ -100,8 +100,8 @@ def among_peers(results: Results, slow_ratio: float) -> list[BandwidthFinding]:
                 f"ranks {', '.join(map(str, ranks))} on {', '.join(hosts)} run at {median(values):.2f} of the rate of the "
                 f"other groups of kind {group}"
             )
-            found.append(BandwidthFinding(FindingKind.SLOW_GROUP, text, hosts, ranks, median(values)))
-    return found
+            findings.append(BandwidthFinding(FindingKind.SLOW_GROUP, text, hosts, ranks, median(values)))
+    return findings
 
 
 def _group_ratios(metadata: Metadata, row: SweepRow) -> Iterator[tuple[tuple[int, ...], float]]:
@@ -120,15 +120,15 @@ def _group_ratios(metadata: Metadata, row: SweepRow) -> Iterator[tuple[tuple[int
 
 def pair_rates(results: Results) -> list[tuple[int, int, float]]:
     """Source, target and GB/s of each pair, where pairs were swept: of the largest size, both ways alike."""
-    found: dict[tuple[int, int], tuple[int, float]] = {}
+    largest: dict[tuple[int, int], tuple[int, float]] = {}
     for row in results.rows:
         if not row.group.startswith("pairs") or row.best is None:
             continue
         for pair in partition_of(results.metadata, row.group).groups:
             rate = row.size / fmean(fmean(row.best.rank_times_us[rank]) for rank in pair) / 1e3
             a, b = pair
-            found[a, b] = found[b, a] = max(found.get((a, b), (0, 0.0)), (row.size, rate))
-    return [(a, b, rate) for (a, b), (_, rate) in found.items()]
+            largest[a, b] = largest[b, a] = max(largest.get((a, b), (0, 0.0)), (row.size, rate))
+    return [(a, b, rate) for (a, b), (_, rate) in largest.items()]
 
 
 def partition_of(metadata: Metadata, kind: str) -> GroupPartition:

@@ -35,7 +35,7 @@ def profile(results: Results, name: str, hardware: str, confidence: float = 0.95
         UserError: where nothing can be fitted.
     """
     spans = nodes_spanned(results.metadata)
-    found, left_out = [], []
+    fitted, left_out = [], []
     for (op, group, ranks, groups, dtype, redop), rows in cases(results).items():
         if len({row.size for row in rows}) < FEWEST:
             left_out.append(
@@ -48,24 +48,24 @@ def profile(results: Results, name: str, hardware: str, confidence: float = 0.95
             segments=fit.segments, held_out_error=fit.held_out_error, line_error=fit.line_error,
             interval=fit.interval, confidence=confidence, outliers=fit.outliers,
         )  # fmt: skip
-        found.append(curve)
-    if not found:
+        fitted.append(curve)
+    if not fitted:
         raise UserError(
             f"the measurement has no operation with {FEWEST} sizes or more, which a fit takes; measure more of them, "
             "e.g. -b 8 -e 16M -f 2"
         )
     conditions = asdict(results.metadata) | {"left_out": left_out}
-    return FabricProfile(name=name, hardware=hardware, conditions=conditions, curves=tuple(found))
+    return FabricProfile(name=name, hardware=hardware, conditions=conditions, curves=tuple(fitted))
 
 
 def cases(results: Results) -> dict[tuple[str, str, int, int, str, str], list[SweepRow]]:
     """Rows by operation, group, its ranks, groups at once, type and reduction; without times or size they are none."""
-    found: dict[tuple[str, str, int, int, str, str], list[SweepRow]] = {}
+    by_case: dict[tuple[str, str, int, int, str, str], list[SweepRow]] = {}
     for row in results.rows:
-        rows = found.setdefault((row.op, row.group, row.ranks, row.groups, row.dtype, row.redop), [])
+        rows = by_case.setdefault((row.op, row.group, row.ranks, row.groups, row.dtype, row.redop), [])
         if row.size > 0 and row.best and row.best.time_us > 0:
             rows.append(row)
-    return found
+    return by_case
 
 
 def measured(rows: Sequence[SweepRow]) -> tuple[list[int], list[float], list[int]]:

@@ -185,7 +185,7 @@ def _lines(x: Array, y: Array, most: int, cap: float) -> list[tuple[_Line, ...]]
         chosen = of_lines.argmin(axis=1)
         line[first, first + _SHORTEST :] = chosen
         cost[first, first + _SHORTEST :] = of_lines[np.arange(len(chosen)), chosen]
-    best, borders, found = cost[0], [np.zeros(count + 1, int)], []
+    best, borders, fits = cost[0], [np.zeros(count + 1, int)], []
     for segments in range(1, min(most, count // _SHORTEST) + 1):
         if segments > 1:
             totals = best[:, None] + cost
@@ -199,8 +199,8 @@ def _lines(x: Array, y: Array, most: int, cap: float) -> list[tuple[_Line, ...]]
                 _Line(first, end, float(x[first]), float(x[end - 1]), float(alpha[i]), float(beta[i]))
             )
             end = first
-        found.append(tuple(reversed(lines)))
-    return found
+        fits.append(tuple(reversed(lines)))
+    return fits
 
 
 def _fits(x: Array, y: Array, most: int) -> list[tuple[_Line, ...]]:
@@ -261,13 +261,13 @@ def _spikes(y: Array, cap: float) -> NDArray[np.bool_]:
 def _alone(x: Array, y: Array, lines: tuple[_Line, ...], spikes: NDArray[np.bool_]) -> Array:
     """Log residuals of a single pass: of each size from its line without it, where the line has a size to spare."""
     cap, calm = _cap(y), np.flatnonzero(~spikes)
-    found = [math.log(y[i] / piecewise_us(lines, float(x[i]))) for i in np.flatnonzero(spikes)]
+    residuals = [math.log(y[i] / piecewise_us(lines, float(x[i]))) for i in np.flatnonzero(spikes)]
     for line in lines:
         part = calm[line.first : line.end]
         for i in part if len(part) > _SHORTEST else ():
             others = part[part != i]
-            found.append(math.log(y[i] / _lines(x[others], y[others], 1, cap)[0][0].time_us(x[i])))
-    return np.array(found)
+            residuals.append(math.log(y[i] / _lines(x[others], y[others], 1, cap)[0][0].time_us(x[i])))
+    return np.array(residuals)
 
 
 def _unseen(x: Array, log: Array, i: int, count: int) -> Array:
@@ -303,9 +303,9 @@ def _quantile(values: Array, level: float) -> float:
     """
     ordered, most = np.sort(values), len(values) / (len(values) + 1)
     rank = min(level, most) * (len(values) + 1)
-    found = max(0.0, float(np.interp(rank, np.arange(1, len(values) + 1), ordered)))
+    value = max(0.0, float(np.interp(rank, np.arange(1, len(values) + 1), ordered)))
     normal = NormalDist()
-    return found * max(1.0, normal.inv_cdf(level) / normal.inv_cdf(most))
+    return value * max(1.0, normal.inv_cdf(level) / normal.inv_cdf(most))
 
 
 def _segments(

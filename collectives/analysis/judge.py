@@ -36,6 +36,8 @@ class FindingKind(StrEnum):
     BELOW_BASELINE = "below_baseline"
     WRONG_DATA = "wrong_data"
     PROBE_FAILED = "probe_failed"
+    UNCAPTURED = "uncaptured"
+    """Launched one by one where a graph was to be replayed."""
 
 
 _ACTIONS = {
@@ -50,6 +52,7 @@ _ACTIONS = {
     FindingKind.BELOW_LIMIT: ("warning", "inspect"),
     FindingKind.BELOW_BASELINE: ("warning", "inspect"),
     FindingKind.PROBE_FAILED: ("warning", "inspect"),
+    FindingKind.UNCAPTURED: ("warning", "inspect"),
     FindingKind.COLD_START: ("info", "none"),
 }
 
@@ -109,16 +112,16 @@ def judge(probes: Probes, slow_ratio: float, hardware: HardwareConfig) -> list[B
     broken = _broken(probes)
     if broken:
         return broken
-    found = _slow_endpoints(probes.endpoints, slow_ratio)
-    left = _Left.of(probes, {rank for finding in found for rank in finding.ranks})
+    findings = _slow_endpoints(probes.endpoints, slow_ratio)
+    left = _Left.of(probes, {rank for finding in findings for rank in finding.ranks})
     if left.rows.size:
         # Of all paths: a blamed host's are slow, and don't reach the fastest third as long as most hosts are sound.
         sound = sound_times(probes, hardware, slow_ratio)
-        found += _slow_paths(left, sound, slow_ratio)
-        found += _flapping(left, sound)
-        found += _cold(left)
-        found += _below_limit(sound, hardware, slow_ratio)
-    return sorted(found, key=lambda finding: list(_ACTIONS).index(finding.kind))
+        findings += _slow_paths(left, sound, slow_ratio)
+        findings += _flapping(left, sound)
+        findings += _cold(left)
+        findings += _below_limit(sound, hardware, slow_ratio)
+    return sorted(findings, key=lambda finding: list(_ACTIONS).index(finding.kind))
 
 
 def suspects(probes: Probes, slow_ratio: float, hardware: HardwareConfig) -> set[Pair]:
@@ -161,11 +164,13 @@ class _Left:
 
 def _broken(probes: Probes) -> list[BandwidthFinding]:
     """Figures that no measurement can give: the instrument is at fault, and nothing else is judged."""
-    found = []
+    findings = []
     for endpoint in probes.endpoints:
         if not _sound((*endpoint.cpu_seconds, *endpoint.device_seconds)) or not endpoint.cpu_seconds:
             text = f"the probe of {endpoint.name} gave {list(endpoint.cpu_seconds)} s"
-            found.append(BandwidthFinding(FindingKind.PROBE_FAILED, text, (endpoint.host,), (endpoint.rank,)))
+            findings.append(
+                BandwidthFinding(FindingKind.PROBE_FAILED, text, (endpoint.host,), (endpoint.rank,))
+            )
     # All at once, since messages are millions: a time that isn't above zero and finite is missing in the count.
     good = ((probes.table.messages > 0) & np.isfinite(probes.table.messages)).sum(axis=(1, 2)).tolist()
     for d, right in zip(probes.directions, good, strict=True):
@@ -173,8 +178,8 @@ def _broken(probes: Probes) -> list[BandwidthFinding]:
         if not right or right < sum(lengths) or not all(lengths):
             text = f"messages from rank {d.source} to rank {d.target} gave no times that can be right"
             where = (tuple(probes.hosts[r] for r in d.pair), d.pair)
-            found.append(BandwidthFinding(FindingKind.PROBE_FAILED, text, *where))
-    return found
+            findings.append(BandwidthFinding(FindingKind.PROBE_FAILED, text, *where))
+    return findings
 
 
 def _sound(times: Sequence[float]) -> bool:
@@ -183,7 +188,7 @@ def _sound(times: Sequence[float]) -> bool:
 
 def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[BandwidthFinding]:
     """Hosts and devices that do the same work more slowly than the fastest half of their peers."""
-    found = []
+    findings = []
     kinds = (
         (FindingKind.SLOW_HOST, "interpreter", {e.rank: min(e.cpu_seconds) for e in endpoints}),
         (
@@ -204,8 +209,8 @@ def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[Ba
                     f"{endpoint.name} does the {work} probe in {seconds[endpoint.rank] * 1e3:.3g} ms, its peers in "
                     f"{usual * 1e3:.3g} ms"
                 )
-                found.append(BandwidthFinding(kind, text, (endpoint.host,), (endpoint.rank,), ratio))
-    return found
+                findings.append(BandwidthFinding(kind, text, (endpoint.host,), (endpoint.rank,), ratio))
+    return findings
 
 
 @dataclass
@@ -245,7 +250,7 @@ def _slow_paths(left: _Left, sound: SoundTimes, slow_ratio: float) -> list[Bandw
                 mine.all[way] = mine.all.get(way, 0) + 1
                 if pair in slow:
                     mine.slow.setdefault(way, []).append(slow[pair][1])
-    found: list[BandwidthFinding] = []
+    findings: list[BandwidthFinding] = []
     bad_ranks: dict[int, float] = {}
     for rank in sorted(ways):
         if bad := ways[rank].bad():
@@ -254,7 +259,7 @@ def _slow_paths(left: _Left, sound: SoundTimes, slow_ratio: float) -> list[Bandw
             bad_ranks[rank] = ratio if all(sound.kinds[kind].equal for _, kind in bad) else 0.0
             text = f"{hosts[rank]} rank {rank} is slow {' and '.join(names)}, to all peers: {ratio:.2f} of their rate"
             evidence = {"directions": names}
-            found.append(
+            findings.append(
                 BandwidthFinding(FindingKind.SLOW_NIC, text, (hosts[rank],), (rank,), ratio, evidence)
             )
     rest = {}
@@ -264,19 +269,19 @@ def _slow_paths(left: _Left, sound: SoundTimes, slow_ratio: float) -> list[Bandw
         own = [slow_ratio * bad_ranks[rank] for rank in pair if rank in bad_ranks]
         if not own or (sound.kinds[sound.of[row]].equal and all(ratio <= least for least in own)):
             rest[pair] = ratio
-    return found + _slow_pairs(hosts, rest)
+    return findings + _slow_pairs(hosts, rest)
 
 
 def _slow_pairs(hosts: Mapping[int, str], slow: Mapping[Pair, float]) -> list[BandwidthFinding]:
     """Links that are slow both ways, and directions that are slow alone."""
-    found = []
+    findings = []
     for a, b in sorted({(min(p), max(p)) for p in slow}):
         bad_ways = [p for p in ((a, b), (b, a)) if p in slow]
         ratio = min(slow[p] for p in bad_ways)
         where = (tuple(hosts[r] for r in (a, b)), (a, b), ratio)
         if len(bad_ways) == 2:
             text = f"{hosts[a]} and {hosts[b]} (ranks {a}, {b}) reach {ratio:.2f} of the rate of other pairs, both ways"
-            found.append(BandwidthFinding(FindingKind.SLOW_LINK, text, *where))
+            findings.append(BandwidthFinding(FindingKind.SLOW_LINK, text, *where))
         else:
             source, target = bad_ways[0]
             text = (
@@ -284,18 +289,18 @@ def _slow_pairs(hosts: Mapping[int, str], slow: Mapping[Pair, float]) -> list[Ba
                 "pairs; the way back is as fast as they are"
             )
             evidence = {"source": source, "target": target}
-            found.append(BandwidthFinding(FindingKind.ASYMMETRIC_PAIR, text, *where, evidence))
-    return found
+            findings.append(BandwidthFinding(FindingKind.ASYMMETRIC_PAIR, text, *where, evidence))
+    return findings
 
 
 def _below_limit(sound: SoundTimes, hardware: HardwareConfig, slow_ratio: float) -> list[BandwidthFinding]:
     """Kinds of path whose fastest are far slower than the hardware is made for."""
-    found = []
+    findings = []
     for kind, rate in zip(sound.kinds, sound.rates, strict=True):
         if kind.gbps and rate is not None and rate < slow_ratio * kind.gbps:
             text = f"the fastest {kind.name} reach {rate:.3g} GB/s of the {kind.gbps:.4g} that {hardware.name}'s reach"
-            found.append(BandwidthFinding(FindingKind.BELOW_LIMIT, text, ratio=rate / kind.gbps))
-    return found
+            findings.append(BandwidthFinding(FindingKind.BELOW_LIMIT, text, ratio=rate / kind.gbps))
+    return findings
 
 
 def _flapping(left: _Left, sound: SoundTimes) -> list[BandwidthFinding]:
@@ -368,7 +373,7 @@ def _cold(left: _Left) -> list[BandwidthFinding]:
     """Pairs whose first message takes far longer than the first messages of others."""
     table, hosts = left.probes.table, left.probes.hosts
     usual = float(np.median(table.first[left.rows]))
-    found = []
+    findings = []
     for row in left.rows[table.first[left.rows] > max(_COLD_FACTOR * usual, usual + _COLD_SECONDS)].tolist():
         (source, target), first = table.pair(row), float(table.first[row])
         text = (
@@ -376,5 +381,5 @@ def _cold(left: _Left) -> list[BandwidthFinding]:
             f"{first:.3g} s, that of others {usual:.3g} s"
         )
         where = ((hosts[source], hosts[target]), (source, target))
-        found.append(BandwidthFinding(FindingKind.COLD_START, text, *where, usual / first))
-    return found
+        findings.append(BandwidthFinding(FindingKind.COLD_START, text, *where, usual / first))
+    return findings

@@ -37,11 +37,11 @@ def sound_times(probes: Probes, hardware: HardwareConfig, slow_ratio: float) -> 
 
     Of two middle ones the slower: a single path that is faster than the others makes none of them slow.
     """
-    table, found = probes.table, path_kinds(probes, hardware)
+    table, paths = probes.table, path_kinds(probes, hardware)
     quick, limit, slow = (np.full(len(table.quick), np.inf) for _ in range(3))
     rates: list[float | None] = []
-    for number, kind in enumerate(found.kinds):
-        rows = np.flatnonzero(found.of == number)
+    for number, kind in enumerate(paths.kinds):
+        rows = np.flatnonzero(paths.of == number)
         if not len(rows):
             rates.append(None)
             continue
@@ -57,7 +57,7 @@ def sound_times(probes: Probes, hardware: HardwareConfig, slow_ratio: float) -> 
             quick[rows] = np.minimum(least, back(probes)[rows])
             limit[rows] = quick[rows] / slow_ratio
             slow[rows] = table.quick[rows] / slow_ratio
-    return SoundTimes(quick, limit, slow, found.kinds, found.of, tuple(rates))
+    return SoundTimes(quick, limit, slow, paths.kinds, paths.of, tuple(rates))
 
 
 def _median_high(values: Floats) -> float:

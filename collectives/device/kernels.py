@@ -184,16 +184,16 @@ def matmuls(gpu: bool) -> list[MatmulKernel]:
 def _layouts() -> list[MatmulKernel]:
     """Widths off by a little, and the passes of a layer."""
     off = [shape for by in _UNEVEN for shape in ((4096 + by, 4096), (4096, 4096 + by))]
-    found = []
+    matmuls = []
     for m in _LAYOUT_TOKENS:
-        found += [MatmulKernel(m, n, k) for n, k in off]
+        matmuls += [MatmulKernel(m, n, k) for n, k in off]
         for n, k in _LAYOUTS:
-            found += [
+            matmuls += [
                 MatmulKernel(m, n, k),
                 MatmulKernel(m, k, n, layout="inputs"),
                 MatmulKernel(n, k, m, layout="weights"),
             ]
-    return found
+    return matmuls
 
 
 def copies(gpu: bool, device_free: int, host_free: int) -> list[CopyKernel]:
@@ -203,11 +203,13 @@ def copies(gpu: bool, device_free: int, host_free: int) -> list[CopyKernel]:
     device.
     """
     most = min(4 << 30, device_free // 4) if gpu else min(16 << 20, host_free // 8)
-    found = [CopyKernel("device", size) for size in _sizes(64 << 10, most, 2 if gpu else 4)]
+    kernels = [CopyKernel("device", size) for size in _sizes(64 << 10, most, 2 if gpu else 4)]
     if gpu:
         host = _sizes(256 << 10, min(1 << 30, host_free // 8), 4)
-        found += [CopyKernel(kind, size) for kind in get_args(CopyKind) if kind != "device" for size in host]
-    return found
+        kernels += [
+            CopyKernel(kind, size) for kind in get_args(CopyKind) if kind != "device" for size in host
+        ]
+    return kernels
 
 
 def _sizes(least: int, most: int, factor: int) -> list[int]:
@@ -231,8 +233,8 @@ class Agreement:
     @property
     def deviations(self) -> dict[str, float]:
         """Relative difference, the same in both directions; ascending."""
-        found = {name: max(ratio, 1 / ratio) - 1 for name, ratio in self.ratios.items()}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        by_name = {name: max(ratio, 1 / ratio) - 1 for name, ratio in self.ratios.items()}
+        return dict(sorted(by_name.items(), key=lambda item: item[1]))
 
     @property
     def inside(self) -> int:
@@ -297,5 +299,5 @@ def table(profile: DeviceProfile) -> list[str]:
 
 
 def _rates(profile: DeviceProfile) -> dict[str, float]:
-    found = {label(one): one.tflops for one in profile.matmuls}
-    return found | {label(one): one.gbps for one in profile.copies}
+    matmuls = {label(one): one.tflops for one in profile.matmuls}
+    return matmuls | {label(one): one.gbps for one in profile.copies}

@@ -213,12 +213,12 @@ class _Record:
 
     def rates(self) -> list[MatmulRate | CopyRate]:
         """Results: the median over the rounds of each one's median."""
-        found = []
+        rates = []
         for case, rounds in self.times.items():
             if rounds:
                 times, middle = np.concatenate(rounds), np.median([np.median(one) for one in rounds])
-                found.append(case.rate(float(middle), float(times.std() / times.mean())))
-        return found
+                rates.append(case.rate(float(middle), float(times.std() / times.mean())))
+        return rates
 
 
 def measure(

@@ -73,8 +73,8 @@ def _colours(kind: str, nodes: Sequence[int], layout: Mapping[str, int]) -> list
     if kind in AXES:
         stride, size = _axis(kind, layout)
         return [rank // (stride * size) * stride + rank % stride for rank in ranks]
-    if found := _SPLIT.fullmatch(kind):
-        name, number = found[1].upper(), int(found[2], 0)
+    if split := _SPLIT.fullmatch(kind):
+        name, number = split[1].upper(), int(split[2], 0)
         name = _SIGNS.get(name, name)
         if name in ("MOD", "DIV") and number == 0:
             raise UserError(f"collectives.groups={kind} divides by zero; type e.g. {name}2")
@@ -125,10 +125,10 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
     `count - 1` rounds where the count is even, `count` where it is odd and one member rests in each.
     """
     seats: list[int | None] = [*range(count), *([None] if count % 2 else [])]
-    found = []
+    pairs = []
     for _ in range(len(seats) - 1):
         half = len(seats) // 2
         facing = zip(seats[:half], reversed(seats[half:]), strict=True)
-        found.append([(min(a, b), max(a, b)) for a, b in facing if a is not None and b is not None])
+        pairs.append([(min(a, b), max(a, b)) for a, b in facing if a is not None and b is not None])
         seats = [seats[0], seats[-1], *seats[1:-1]]
-    return found
+    return pairs

@@ -100,7 +100,7 @@ def counts(op: Operation, swept: Iterator[int], ranks: int, dtype: str) -> list[
     Raises:
         UserError: for a size that isn't whole elements.
     """
-    width, found = WIDTHS[dtype], []
+    width, elements = WIDTHS[dtype], []
     if op.name == "barrier":
         return [0]
     for size in swept:
@@ -110,9 +110,9 @@ def counts(op: Operation, swept: Iterator[int], ranks: int, dtype: str) -> list[
                 f"collectives.min_size (-b) and collectives.step_size (-i) to multiples of {width}"
             )
         count = count_of(op, size, ranks, width)
-        if count and count not in found:
-            found.append(count)
-    return found
+        if count and count not in elements:
+            elements.append(count)
+    return elements
 
 
 def spread_counts(ranks: int, count: int, spread: float, width: int) -> list[list[int]]:

@@ -29,9 +29,9 @@ def lateness_maps(material: Material) -> Iterator[Plot | Missing]:
         cases = {op: rows for (op, kind), rows in material.results.cases().items() if kind == group}
         partition = _groups_of(material.results, group)
         columns = {
-            op: found
+            op: late
             for op, rows in cases.items()
-            if op in SYNCHRONOUS and (found := lateness(rows, partition))
+            if op in SYNCHRONOUS and (late := lateness(rows, partition))
         }
         most = max((len(shares) for _, shares in columns.values()), default=0)
         if most < 2:

@@ -43,13 +43,13 @@ def _bandwidth(material: Material) -> Iterator[Plot | Missing]:
     drawn = False
     for group in groups(material.results):
         lines, left = series(material.results.rows, group)
-        found = {p: [one for one in lines if one.by_size(p, "bus_bw")] for p in _PLACEMENTS}
-        found = {placement: members for placement, members in found.items() if members}
-        if not found:
+        by_placement = {p: [one for one in lines if one.by_size(p, "bus_bw")] for p in _PLACEMENTS}
+        by_placement = {placement: members for placement, members in by_placement.items() if members}
+        if not by_placement:
             continue
         drawn = True
-        figure, panels = grid(len(found), columns=1, height=2.3)
-        for axes, (placement, members) in zip(panels, found.items(), strict=True):
+        figure, panels = grid(len(by_placement), columns=1, height=2.3)
+        for axes, (placement, members) in zip(panels, by_placement.items(), strict=True):
             axes.set_title(_PLACEMENTS[placement])
             for one in members:
                 points = one.by_size(placement, "bus_bw")
@@ -135,7 +135,7 @@ def _residuals(material: Material) -> Iterator[Plot | Missing]:
         yield Missing("Fit residuals", "no fit was given")
     for group in dict.fromkeys(fit.group for fit in material.fits):
         title = f"Fit residuals, group {group}"
-        found = []
+        measured = []
         for fit in (f for f in material.fits if f.group == group):
             rows = material.results.cases().get((fit.op, group), [])
             points = [
@@ -145,12 +145,14 @@ def _residuals(material: Material) -> Iterator[Plot | Missing]:
             ]
             within = [(size, time) for size, time in points if fit.sizes[0] <= size <= fit.sizes[-1]]
             if within:
-                found.append((fit, np.array(within, float)))
-        if not found:
+                measured.append((fit, np.array(within, float)))
+        if not measured:
             yield Missing(title, "no measured size lies within those of a fit")
             continue
-        figure, panels = grid(len(found), columns=1, height=1.8)
-        details = tuple(_residual_panel(*one) for one in zip(panels, *zip(*found, strict=True), strict=True))
+        figure, panels = grid(len(measured), columns=1, height=1.8)
+        details = tuple(
+            _residual_panel(*one) for one in zip(panels, *zip(*measured, strict=True), strict=True)
+        )
         log_sizes(panels)
         finish(figure, panels, title, "measured / fitted − 1 (%)", _SIZE)
         caption = "Points should lie around zero, within the band; where they bend away together, the fit lacks a segment."
@@ -189,13 +191,13 @@ def _against_baseline(material: Material) -> Iterator[Plot | Missing]:
     drawn = False
     for group in groups(material.results):
         lines, left = series(material.results.rows, group)
-        found = {p: [(one, r) for one in lines if (r := baseline.ratios(one, p))] for p in _PLACEMENTS}
-        found = {placement: members for placement, members in found.items() if members}
-        if not found:
+        by_placement = {p: [(one, r) for one in lines if (r := baseline.ratios(one, p))] for p in _PLACEMENTS}
+        by_placement = {placement: members for placement, members in by_placement.items() if members}
+        if not by_placement:
             continue
         drawn = True
-        figure, panels = grid(len(found), columns=1, height=2.3)
-        for axes, (placement, members) in zip(panels, found.items(), strict=True):
+        figure, panels = grid(len(by_placement), columns=1, height=2.3)
+        for axes, (placement, members) in zip(panels, by_placement.items(), strict=True):
             axes.set_title(_PLACEMENTS[placement])
             axes.axhline(1, color="black", lw=0.8)
             for one, ratios in members:

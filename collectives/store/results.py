@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -63,6 +63,8 @@ class Timing:
     """Calls that were launched in a row and waited for at the end; 0: each was waited for, as on CPUs."""
     graph: bool = False
     """The burst was a replayed graph, and not launched from Python."""
+    uncaptured: str = ""
+    """Why it was launched from Python where a graph was to be replayed: a rank couldn't capture it."""
     calls: int = 0
     """Calls that `time_us` is the mean of."""
 
@@ -145,10 +147,10 @@ class Results:
 
     def cases(self) -> dict[tuple[str, str], list[SweepRow]]:
         """Rows by operation and group, in the order they were measured."""
-        found: dict[tuple[str, str], list[SweepRow]] = {}
+        by_case: dict[tuple[str, str], list[SweepRow]] = {}
         for row in self.rows:
-            found.setdefault((row.op, row.group), []).append(row)
-        return found
+            by_case.setdefault((row.op, row.group), []).append(row)
+        return by_case
 
 
 class ResultStore:
@@ -264,10 +266,18 @@ def nccl_tests_json(metadata: Metadata, rows: Sequence[SweepRow], ended: str | N
             "bandwidth": sum(rates) / len(rates) if rates else 0.0,
             "okay": "unchecked",
         },
-        "errors": [row.note for row in rows if row.note],
+        "errors": [text for row in rows for text in _errors(row)],
         "end_time": ended,
         "megaray": asdict(metadata),
     }
+
+
+def _errors(row: SweepRow) -> Iterator[str]:
+    """Why a row has no times, or not those of a graph."""
+    if row.note:
+        yield row.note
+    for reason in dict.fromkeys(timing.uncaptured for timing in row.timings if timing.uncaptured):
+        yield f"{row.size} B {row.dtype} {row.redop}: not measured by graph: {reason}"
 
 
 def _result(row: SweepRow) -> dict[str, Any]:
@@ -316,8 +326,8 @@ def _per_iteration(ranks: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 _PLAIN = (
-    "time_us", "ci_us", "calls", "burst", "graph", "call_us", "p50_us", "p95_us", "p99_us", "min_us", "max_us", "cv",
-    "alg_bw", "bus_bw", "wire_bw", "warmup", "first_us", "wrong",
+    "time_us", "ci_us", "calls", "burst", "graph", "uncaptured", "call_us", "p50_us", "p95_us", "p99_us", "min_us",
+    "max_us", "cv", "alg_bw", "bus_bw", "wire_bw", "warmup", "first_us", "wrong",
 )  # fmt: skip
 
 

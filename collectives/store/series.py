@@ -26,13 +26,13 @@ class RowSeries:
 
     def by_size(self, placement: str, field: str) -> dict[int, float]:
         """A field of the timings by size, ascending: the median over the passes, of values above zero."""
-        found: dict[int, list[float]] = {}
+        values: dict[int, list[float]] = {}
         for row in self.rows:
             timing: Timing | None = getattr(row, placement)
             value = getattr(timing, field) if timing else 0.0
             if 0 < value < math.inf and row.size > 0:
-                found.setdefault(row.size, []).append(value)
-        return {size: statistics.median(found[size]) for size in sorted(found)}
+                values.setdefault(row.size, []).append(value)
+        return {size: statistics.median(values[size]) for size in sorted(values)}
 
 
 def groups(results: Results) -> list[str]:
@@ -42,13 +42,13 @@ def groups(results: Results) -> list[str]:
 
 def series(rows: Iterable[SweepRow], group: str, variants: int = VARIANTS) -> tuple[list[RowSeries], int]:
     """Lines of one kind of group, at most `LINES` with at most `variants` of an operation; and how many are left out."""
-    found: dict[str, dict[tuple[str, str, int], list[SweepRow]]] = {}
+    by_op: dict[str, dict[tuple[str, str, int], list[SweepRow]]] = {}
     for row in rows:
         if row.group == group and row.size > 0 and row.timings:
-            found.setdefault(row.op, {}).setdefault((row.dtype, row.redop, row.root), []).append(row)
+            by_op.setdefault(row.op, {}).setdefault((row.dtype, row.redop, row.root), []).append(row)
     lines = [
         RowSeries(op, place, _label(op, variant, len(kinds) > 1), tuple(members))
-        for op, kinds in found.items()
+        for op, kinds in by_op.items()
         for place, (variant, members) in enumerate(kinds.items())
     ]
     # Of each operation one, then of each the next.
@@ -97,14 +97,14 @@ class Baseline:
 
         Both are medians over the passes. Errors of the two means count as independent; NaN where one isn't known.
         """
-        found = {}
+        by_size = {}
         for size in sorted({row.size for row in line.rows}):
             now = [row for row in line.rows if row.size == size]
             rate, error = _rate(now, placement)
             before, uncertain = _rate(self._rows.get(_case(now[0]), ()), placement)
             if rate and before:
-                found[size] = (rate / before, rate / before * math.hypot(error, uncertain))
-        return found
+                by_size[size] = (rate / before, rate / before * math.hypot(error, uncertain))
+        return by_size
 
 
 def _case(row: SweepRow) -> tuple[Any, ...]:

@@ -55,6 +55,8 @@ class RowIndex:
 
     def rows(self, begins: list[int] | None = None) -> Iterator[SweepRow]:
         """The rows that begin there, or all, each read when its turn comes."""
+        if not self._begins:
+            return
         with self._path.open("rb") as file:
             for begin in self._begins.values() if begins is None else begins:
                 file.seek(begin)

@@ -48,7 +48,7 @@ def schedule(lanes: list[list[int]]) -> list[list[Meeting]]:
         [[Meeting(lane[i], lane[j]) for i, j in pairs] for pairs in rounds(len(lane))] for lane in lanes
     ]
     return [
-        [meeting for found in of_lane for meeting in found[number]]
+        [meeting for tournament in of_lane for meeting in tournament[number]]
         for number in range(max(map(len, of_lane)))
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from collectives.analysis.judge import BandwidthFinding, FindingKind
@@ -32,6 +32,7 @@ class Journal:
         """Rows with times, on rank 0."""
         self.first_note = ""
         """Why the first row without times has none."""
+        self._graphs = False
         self._rank, self._beat = rank, beat
         self._writes = rank.rank == 0
         self._lines = MetricWriter(rank.paths.metrics) if self._writes else None
@@ -44,8 +45,12 @@ class Journal:
             The rows that are done, without their times.
         """
         kept: list[SweepRow] = []
+        self._graphs = about.settings["collectives"]["timer"] == "graph"
         if self.store.metadata.exists():
-            kept = RowIndex(self.store, self.alive).heads
+            index = RowIndex(self.store, self.alive)
+            kept = index.heads
+            # They count for the exit code and in findings.json; the attempt that made the row wrote their lines.
+            self.findings = [finding for row in index.rows() for finding in _wrong_with(row, self._graphs)]
         else:
             self.store.begin(about)
         self.timed = len(kept)
@@ -74,14 +79,8 @@ class Journal:
         self.first_note = self.first_note or row.note
         if self.table:
             self.table.row(row)
-        wrong = sum(timing.wrong or 0 for timing in row.timings)
-        if wrong:
-            what = f"{wrong} elements are wrong in {row.op} of {row.size} bytes of {row.dtype}, group {row.group}"
-            self.finding(
-                BandwidthFinding(
-                    FindingKind.WRONG_DATA, what, evidence={"op": row.op, "size": row.size, "wrong": wrong}
-                )
-            )
+        for finding in _wrong_with(row, self._graphs):
+            self.finding(finding)
         self._measured({name: getattr(row, name) for name in _CASE}, _figures(row), row.note)
 
     def step(self, case: dict[str, Any], result: dict[str, Any], text: str) -> None:
@@ -109,7 +108,11 @@ class Journal:
             self._lines.write(FindingLine(time.time(), self._rank.attempt, finding.to_json()))
 
     def end(self) -> None:
-        """All is measured."""
+        """All is measured; nothing is written after it.
+
+        Raises:
+            OSError: where the disk doesn't take the last lines: without them nobody knows that the measurement is done.
+        """
         if not self._writes:
             return
         self.store.keep("findings", [finding.to_json() for finding in self.findings])
@@ -121,12 +124,31 @@ class Journal:
             self.table.line(f"# results: {self.store.folder} ({', '.join(files)})")
         assert self._lines is not None
         self._lines.write(EndedLine(time.time(), self._rank.attempt, self.finished, None, 0))
+        self._lines.close()
 
     def _measured(self, case: dict[str, Any], result: dict[str, Any], note: str) -> None:
         assert self._lines is not None
         self._lines.write(
             MeasuredLine(time.time(), self._rank.attempt, self.finished, self.cases, case, result, note)
         )
+
+
+def _wrong_with(row: SweepRow, graphs: bool) -> Iterator[BandwidthFinding]:
+    """What a row says by itself.
+
+    Args:
+        graphs: a graph was to be replayed (`-G`), so that a row of other launches isn't what was to be measured.
+    """
+    case = f"{row.op} of {row.size} bytes of {row.dtype}, group {row.group}"
+    wrong = sum(timing.wrong or 0 for timing in row.timings)
+    evidence = {"op": row.op, "size": row.size}
+    if wrong:
+        what = f"{wrong} elements are wrong in {case}"
+        yield BandwidthFinding(FindingKind.WRONG_DATA, what, evidence=evidence | {"wrong": wrong})
+    reason = next((timing.uncaptured for timing in row.timings if timing.uncaptured), "")
+    if graphs and reason:
+        what = f"not measured by graph (-G), since a rank couldn't capture {case}: {reason}"
+        yield BandwidthFinding(FindingKind.UNCAPTURED, what, evidence=evidence | {"reason": reason})
 
 
 _CASE = ("op", "group", "ranks", "groups", "size", "count", "dtype", "redop", "root", "sweep")
@@ -140,6 +162,8 @@ def _figures(row: SweepRow) -> dict[str, Any]:
     tree = {
         name: value
         for name, value in vars(best).items()
-        if not name.endswith("times_us") and (value is None or math.isfinite(value))
+        if not name.endswith("times_us")
+        and not isinstance(value, str)
+        and (value is None or math.isfinite(value))
     }
     return tree | {"cv": best.cv, "iterations": len(best.times_us)}

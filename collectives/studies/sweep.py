@@ -68,20 +68,20 @@ def series(settings: CollectivesConfig, nodes: list[int], layout: dict[str, int]
     Raises:
         UserError: for what can't be measured, before anything is.
     """
-    found, refusals = list[CaseSeries](), list[str]()
+    cases, refusals = list[CaseSeries](), list[str]()
     for sweep in range(settings.passes):
         for kind in settings.groups:
             for partition in partitions(kind, nodes, layout):
                 for name in settings.ops:
-                    found += _of_operation(settings, partition, OPERATIONS[name], sweep, refusals)
-    if not found and refusals:
+                    cases += _of_operation(settings, partition, OPERATIONS[name], sweep, refusals)
+    if not cases and refusals:
         raise UserError(refusals[0])
-    if not found:
+    if not cases:
         raise UserError(
             f"no size from {settings.min_size} to {settings.max_size} bytes has 16 bytes for each rank; raise "
             "collectives.max_size (-e)"
         )
-    return found
+    return cases
 
 
 def _of_operation(
@@ -97,14 +97,14 @@ def _of_operation(
     roots = [*range(partition.ranks)] if settings.every_root else [root]
     for dtype in settings.dtypes if op.name != "barrier" else ("int8",):
         swept = sizes(settings.min_size, settings.max_size, settings.step_factor, settings.step_size)
-        found = counts(op, swept, partition.ranks, dtype)
+        elements = counts(op, swept, partition.ranks, dtype)
         for redop in settings.reductions if op.reduces else ("none",):
             refusal = _refusal(redop, dtype, partition.ranks)
             if refusal:
                 refusals.append(refusal)
-            elif found:
+            elif elements:
                 for place in roots if op.rooted else [-1]:
-                    yield CaseSeries(op, partition, dtype, redop, place, found, sweep)
+                    yield CaseSeries(op, partition, dtype, redop, place, elements, sweep)
 
 
 def _refusal(redop: str, dtype: str, ranks: int) -> str:
@@ -188,7 +188,7 @@ class SweepRunner:
                 ) as error:  # torch's own out-of-memory errors are RuntimeErrors
                     first = (str(error).splitlines() or [type(error).__name__])[0]
                     refusal = f"rank {self._team.rank.rank}: {first}"
-        refusal = next((told for told in self._team.tree.all_gather(refusal) if told), "")
+        refusal = next((reason for reason in self._team.tree.all_gather(refusal) if reason), "")
         return (None, f"out of memory, {refusal}; larger sizes are left out") if refusal else (transfer, "")
 
     def _too_large(self, needed: int) -> str:

@@ -65,7 +65,7 @@ class MeasurementSetup:
         warm, pilot = self._warm_up(made, before)
         count = self.team.tree.broadcast_int(self._enough(pilot))
         bursts: NDArray[np.float64] | None = None
-        graph = False
+        graph, uncaptured = False, ""
         active = self.team.tree.gather(np.array([call is not None]))
         if (
             not self.clock.comparable
@@ -73,14 +73,25 @@ class MeasurementSetup:
             short = bool(len(pilot)) and float(np.median(pilot)) < _LAUNCH_HIDDEN_US
             wanted = self.settings.timer == "graph" or (self.settings.timer == "auto" and short)
             graph = bool(self.team.tree.broadcast_int(int(wanted and capturable)))
-            bursts, graph = self._bursts(call, group, count, graph)
+            burst = Burst(self.team.device, call, self._burst_size) if call is not None else None
+            if graph and (uncaptured := self._capture(burst)):
+                graph = False
+            bursts = self._bursts(burst, group, count)
             count = min(count, max(_SINGLE, self.settings.min_iterations))
         stamps = self._each(made, count, before)
         if first is None or stamps is None or active is None:
             return None
         slowest = float(self._slowest([first])[0])
         return Raw(
-            stamps, self.clock.comparable, slowest, warm, active[:, 0], bursts, self._burst_size, graph
+            stamps,
+            self.clock.comparable,
+            slowest,
+            warm,
+            active[:, 0],
+            bursts,
+            self._burst_size,
+            graph,
+            uncaptured,
         )
 
     def _batch(self, call: Call, count: int, before: Call | None, lead_in: int) -> Stamps | None:
@@ -137,13 +148,10 @@ class MeasurementSetup:
         return np.concatenate(gathered, axis=1) if gathered else None
 
     def _bursts(
-        self, call: Call | None, group: dist.ProcessGroup | None, count: int, graph: bool
-    ) -> tuple[NDArray[np.float64] | None, bool]:
-        """`count` calls in bursts: on rank 0 microseconds of a call [ranks, bursts], and whether a graph held them."""
+        self, burst: Burst | None, group: dist.ProcessGroup | None, count: int
+    ) -> NDArray[np.float64] | None:
+        """`count` calls in bursts: on rank 0 microseconds of a call [ranks, bursts]."""
         size, align = self._burst_size, self._barrier(group) or _nothing
-        burst = Burst(self.team.device, call, size) if call is not None else None
-        if graph and not self._captured(burst):
-            graph = False
         left, begun, mine = max(_FEWEST_BURSTS, count // size), time.monotonic(), list[float]()
         wanted = 1
         while wanted:
@@ -157,7 +165,7 @@ class MeasurementSetup:
             wanted = self.team.tree.broadcast_int(
                 0 if late else min(left, max(1, int(_BATCH_SECONDS / each)))
             )
-        return self.team.tree.gather(np.array(mine)), graph
+        return self.team.tree.gather(np.array(mine))
 
     def _barrier(self, group: dist.ProcessGroup | None) -> Call | None:
         """A wait for the ranks of a group, None without one; NCCL is given the device, which it guesses otherwise."""
@@ -168,8 +176,8 @@ class MeasurementSetup:
             return partial(dist.barrier, group=group, device_ids=[team.device.index])
         return partial(dist.barrier, group=group)
 
-    def _captured(self, burst: Burst | None) -> bool:
-        """Capture on every rank; False where one can't, so that all launch their calls one by one."""
+    def _capture(self, burst: Burst | None) -> str:
+        """Capture on every rank; why one can't, so that all launch their calls one by one, or empty."""
         failed = ""
         if burst is not None:
             try:
@@ -180,7 +188,7 @@ class MeasurementSetup:
         if failed and burst is not None:
             burst.forget()
             _LOG.warning("launched one by one, since a graph can't hold the call: %s", failed)
-        return not failed
+        return failed
 
     def _slowest(self, gathered: Sequence[Stamps]) -> Array:
         return iteration_times(np.concatenate(gathered, axis=1), self.clock.comparable)
@@ -203,6 +211,8 @@ class Raw:
     """Calls in a burst."""
     graph: bool = False
     """A burst was a replayed graph."""
+    uncaptured: str = ""
+    """Why none was, where one was to be."""
 
     def times(self) -> Array:
         """Microseconds of each call, of the slowest rank."""
@@ -250,6 +260,7 @@ class Raw:
             call_us=float(times.mean()),
             burst=self.burst_size if self.bursts is not None else 0,
             graph=self.graph,
+            uncaptured=self.uncaptured,
             calls=len(series) * (self.burst_size if self.bursts is not None else 1),
         )
 

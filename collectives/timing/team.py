@@ -52,10 +52,10 @@ def choose_device(config: RunConfig, rank: RankContext) -> torch.device:
         )
     is_rocm = torch.version.hip is not None
     if is_rocm != (config.hardware.kind == "rocm"):
-        found = "ROCm" if is_rocm else "CUDA"
+        build = "ROCm" if is_rocm else "CUDA"
         raise UserError(
             f"hardware={config.hardware.name} is a {config.hardware.kind} device, but this torch is built for "
-            f"{found}; choose another hardware preset"
+            f"{build}; choose another hardware preset"
         )
     if rank.local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -102,8 +102,8 @@ def choose_backend(config: RunConfig, device: torch.device) -> str:
     Raises:
         UserError: where torch isn't built with it, or it can't reach the device.
     """
-    asked = config.collectives.backend
-    name = ("gloo" if device.type == "cpu" else "nccl") if asked == "auto" else asked
+    wanted = config.collectives.backend
+    name = ("gloo" if device.type == "cpu" else "nccl") if wanted == "auto" else wanted
     built = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available, "mpi": dist.is_mpi_available}
     if not built[name]():
         have = ", ".join(other for other, available in built.items() if available())

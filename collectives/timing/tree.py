@@ -46,14 +46,14 @@ class TreeCarrier(Protocol):
 
 def levels(rank: int, world: int, width: int = WIDTH) -> list[TreeLevel]:
     """The groups of a rank, from its neighbours' up; those in which it is not the first end the list."""
-    found, stride, number = list[TreeLevel](), 1, 0
+    groups, stride, number = list[TreeLevel](), 1, 0
     while stride < world and rank % stride == 0:
         first = rank // (stride * width) * stride * width
         ranks = tuple(range(first, min(world, first + stride * width), stride))
         if len(ranks) > 1:
-            found.append(TreeLevel(number, ranks, tuple(min(stride, world - one) for one in ranks)))
+            groups.append(TreeLevel(number, ranks, tuple(min(stride, world - one) for one in ranks)))
         stride, number = stride * width, number + 1
-    return found
+    return groups
 
 
 class ControlTree:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from configs.compose import compose
 from configs.paths import RunPaths
 from configs.rank import RankContext
 from configs.schema import RunConfig
+from tests.forks import forks
 
 T = TypeVar("T")
 QUICK = (
@@ -43,11 +43,9 @@ def free_port() -> int:
 
 def together(world: int, root: Path, act: Callable[..., T], *arguments: Any) -> list[T]:
     """`act(rank, *arguments)` on `world` ranks at once: what each returned."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     port = free_port()
     ranks = [RankContext(r, world, r, world, "127.0.0.1", port, RunPaths(root), 1) for r in range(world)]
-    with ProcessPoolExecutor(world, mp_context=context) as pool:
+    with ProcessPoolExecutor(world, mp_context=forks()) as pool:
         return list(pool.map(partial(_one, act, arguments), ranks))
 
 

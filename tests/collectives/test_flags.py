@@ -88,7 +88,7 @@ def test_the_first_command_of_their_readme() -> None:
         ("-z 2", {"sync": "wait"}),
         ("-z 3", {"sync": "barrier"}),
         ("-G 0", {"timer": "auto"}),
-        ("-G 10", {"timer": "graph"}),
+        ("-G 10 hardware=h100", {"timer": "graph"}),
         ("-a 0", {"average": "rank0"}),
         ("-a 1", {"average": "mean"}),
         ("-a 2", {"average": "min"}),
@@ -154,6 +154,23 @@ def test_their_variables_for_groups(
         ("-J out.csv", "-J out.csv: only JSON is written"),
         ("-J out.json --ops all_reduce,broadcast", "-J out.json takes one operation"),
         ("-z 3 -G 1", "collectives.timer=graph (-G) excludes collectives.sync=barrier (-z)"),
+        (
+            "-G 1",
+            "collectives.timer=graph (-G) replays graphs of a GPU, which hardware=cpu doesn't have; name the devices",
+        ),
+        (
+            "-G 1 hardware=h100 --ops all_reduce,barrier",
+            "excludes collectives.ops=barrier, which waits on the host",
+        ),
+        (
+            "-G 1 hardware=h100 collectives=acceptance",
+            "excludes collectives.ops=barrier, which waits on the host",
+        ),
+        (
+            "-G 1 hardware=h100 collectives.backend=gloo",
+            "excludes collectives.backend=gloo, whose calls wait on the host",
+        ),
+        ("-G 1 hardware=h100 collectives=moe", "excludes collectives.study=moe, which replays no graphs"),
         ("-f 0", "collectives.step_factor"),
         ("-b 1.5X", "collectives.min_size"),
         ("-u -1", "collectives.unalign"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import errno
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,7 +138,7 @@ def test_a_resumed_journal_holds_no_times_in_memory(tmp_path: Path) -> None:
         journal = Journal(rank, lambda case, finished: beats.append((case, finished)))
         heads = journal.begin(metadata())
         assert [head.size for head in heads] == [8, 1 << 20] and not any(head.timings for head in heads)
-        assert (journal.timed, journal.first_note, len(beats)) == (2, "", 4)
+        assert (journal.timed, journal.first_note, len(beats)) == (2, "", 4 + 3)
         journal.row(row(size=32, **LOST))
         assert (journal.timed, journal.first_note) == (2, "out of memory")
         journal.row(row(size=64, in_place=replace(timing(1.0, 1, 1), wrong=3)))
@@ -147,6 +150,83 @@ def test_a_resumed_journal_holds_no_times_in_memory(tmp_path: Path) -> None:
     )
     measured = json.loads(rank.paths.metrics.read_text().splitlines()[-2])
     assert measured["case"]["size"] == 64 and "times_us" not in measured["result"]
+
+
+def test_the_last_line_waits_for_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it nobody knows that the measurement is done."""
+    rank = RankContext(0, 2, 0, 2, "127.0.0.1", 29500, RunPaths(tmp_path), 1)
+    kept(rank.run.measurement)
+    real, refused = os.write, list[bytes]()
+
+    def write(fd: int, text: bytes) -> int:
+        if b'"ended"' in text and not refused:
+            refused.append(bytes(text))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, text)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        journal = Journal(rank)
+        journal.begin(metadata())
+        monkeypatch.setattr(os, "write", write)
+        journal.end()
+    assert refused and json.loads(rank.paths.metrics.read_text().splitlines()[-1])["kind"] == "ended"
+
+
+def test_what_was_wrong_before_an_interruption_counts_at_the_end(tmp_path: Path) -> None:
+    """Else the exit code would depend on when the first part was stopped."""
+    rank = RankContext(0, 2, 0, 2, "127.0.0.1", 29500, RunPaths(tmp_path), 2)
+    store = kept(rank.run.measurement)
+    store.append(row(size=64, in_place=replace(timing(1.0, 1, 1), wrong=3)))
+    store.append(row(size=16, in_place=replace(timing(1.0, 1, 1), wrong=2)))
+    store.append(row(size=16))  # tried again, and right
+    with contextlib.redirect_stdout(io.StringIO()):
+        journal = Journal(rank)
+        journal.begin(metadata())
+        journal.end()
+    assert [one.evidence["size"] for one in journal.findings] == [64]
+    assert [one["kind"] for one in store.kept("findings")] == ["wrong_data"]
+    assert "finding" not in rank.paths.metrics.read_text(), "the attempt that made the row has said it"
+
+
+def test_a_measurement_that_was_interrupted_before_its_first_row_is_resumed(tmp_path: Path) -> None:
+    rank = RankContext(0, 2, 0, 2, "127.0.0.1", 29500, RunPaths(tmp_path), 2)
+    ResultStore(rank.run.measurement).begin(metadata())
+    with contextlib.redirect_stdout(io.StringIO()):
+        journal = Journal(rank)
+        assert journal.begin(metadata()) == [] and journal.findings == []
+
+
+@pytest.mark.parametrize("timer", ["graph", "auto"])
+def test_a_row_that_no_graph_held_says_so_where_one_was_to(timer: str, tmp_path: Path) -> None:
+    """The times stay, as those of single launches; with `-G` the command then ends with exit code 3."""
+    rank = RankContext(0, 2, 0, 2, "127.0.0.1", 29500, RunPaths(tmp_path), 1)
+    single = replace(timing(1.0, 1, 1), uncaptured="operation not permitted when stream is capturing")
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        journal = Journal(rank)
+        journal.begin(metadata(timer=timer))
+        journal.row(row(size=32, in_place=replace(timing(1.0, 1, 1), graph=True)))
+        journal.row(row(size=64, in_place=single))
+        journal.end()
+    text = (
+        "warning uncaptured: not measured by graph (-G), since a rank couldn't capture all_reduce of 64 bytes of float, "
+        "group world: operation not permitted when stream is capturing"
+    )
+    assert [str(one) for one in journal.findings] == ([text] if timer == "graph" else [])
+    assert (f"# {text}" in shown.getvalue().splitlines()) is (timer == "graph")
+    tree = json.loads((rank.run.measurement / "all_reduce.world.json").read_text())
+    assert tree["errors"] == [
+        "64 B float sum: not measured by graph: operation not permitted when stream is capturing"
+    ]
+    lines = [
+        line for line in (rank.run.measurement / "results.csv").read_text().splitlines() if line[0] != "#"
+    ]
+    cells = [
+        (one["size"], one["graph"], one["uncaptured"])
+        for one in csv.DictReader(lines)
+        if one["placement"] == "in_place"
+    ]
+    assert cells == [("32", "True", ""), ("64", "False", single.uncaptured)]
 
 
 def test_a_rank_has_few_sockets() -> None:

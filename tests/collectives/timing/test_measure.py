@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from collectives.ops.operations import OPERATIONS
 from collectives.studies.program import _is_lost, _keep_graphs_plain
 from collectives.timing import burst, clock, measure, team
 from collectives.timing.clock import EventClock, HostClock
@@ -133,7 +134,8 @@ def timed(
     """A case timed by this rank of two."""
     device, ticks = FakeDevice(monkeypatch, works), DrawnClock(micros)
     monkeypatch.setattr(measure.dist, "barrier", lambda **_: None)
-    settings = compose(["workload=collectives", *(f"collectives.{word}" for word in words)]).collectives
+    typed = ["workload=collectives", "hardware=h100", *(f"collectives.{word}" for word in words)]
+    settings = compose(typed).collectives
     setup = MeasurementSetup(cast(Any, TwoRanks(other)), cast(Any, ticks), settings, lambda: None)
     raw = setup.time(device.call, cast(Any, None), capturable)
     assert raw is not None and raw.bursts is not None
@@ -154,7 +156,7 @@ def test_a_graph_is_replayed_where_launches_would_show(
     micros: float, words: tuple[str, ...], capturable: bool, graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, device, ticks = timed(monkeypatch, micros, *words, capturable=capturable)
-    assert raw.graph is graph
+    assert (raw.graph, raw.uncaptured) == (graph, "")
     assert ("replay 20" in device.log) is graph
     assert float(raw.series().mean()) == (1.0 if graph else 5.0)
     calls = 1000 if micros == 50 else 200  # within a second
@@ -168,7 +170,11 @@ def test_where_one_rank_cannot_capture_all_launch_one_by_one(
     works: bool, other: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     raw, device, _ = timed(monkeypatch, 50.0, works=works, other=other)
-    assert raw.graph is False
+    reason = other or "operation not permitted when stream is capturing"
+    assert (raw.graph, raw.uncaptured) == (False, reason)
+    settings = compose(["workload=collectives"]).collectives
+    row = raw.timing(OPERATIONS["all_reduce"], 8, 2, settings, multicast=False)
+    assert (row.graph, row.uncaptured) == (False, reason)
     assert "since a graph can't hold the call: " in caplog.text
     assert device.log.count("replay 20") == works  # its own, before the other's answer
     assert float(raw.series().mean()) == 5.0
@@ -241,7 +247,7 @@ def test_graphs_move_as_plain_launches_do_unless_they_are_what_is_measured(
     timer: str, was: str | None, now: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {} if was is None else {"NCCL_GRAPH_REGISTER": was})
-    _keep_graphs_plain(compose(["workload=collectives", f"collectives.timer={timer}"]))
+    _keep_graphs_plain(compose(["workload=collectives", "hardware=h100", f"collectives.timer={timer}"]))
     assert os.environ.get("NCCL_GRAPH_REGISTER") == now
 
 
