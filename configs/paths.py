@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +14,41 @@ from configs.errors import UserError, nearest
 def default_home() -> Path:
     """`$MEGARAY_HOME`, or `~/.megaray`: the folder that holds the runs; shared by all nodes of a cluster.
 
+    Without symlinks and `..`, since controllers, agents and processes know a home by its path: spelled in two ways it
+    would be two homes in one folder.
+
     Raises:
         UserError: where neither is known.
     """
     try:
-        return Path(os.environ.get("MEGARAY_HOME") or Path.home() / ".megaray").expanduser().absolute()
+        named = Path(os.environ.get("MEGARAY_HOME") or Path.home() / ".megaray").expanduser()
     except RuntimeError:
         raise UserError(
             f"no home folder is known: HOME is not set and user id {os.getuid()} has no entry; set MEGARAY_HOME to "
             "a folder that you may write"
         ) from None
+    return Path(
+        os.path.realpath(named)
+    )  # `resolve` raises for a symlink to itself; what uses the path says so
 
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: whoever reads it finds the old text or the new one, whole.
 
+    Several processes and threads may write one file at once; the last one wins.
+
     Raises:
-        OSError: where it can't be written; the old file stays.
+        OSError: where it can't be written; the old file stays, and nothing of the new one.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    # Another writer's half must not become the file, so each has a name of its own; `tempfile` would make one that only its
+    # own account may read.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -262,8 +277,12 @@ class AttemptPaths:
 
     @property
     def evidence(self) -> Path:
-        """Folder of stacks and rings that were written before the ranks were stopped."""
+        """Folder of stacks and rings of living ranks, with a folder for each time that they were written."""
         return self.root / "evidence"
+
+    def evidence_of(self, request: str) -> Path:
+        """Folder of what one request for stacks has had written."""
+        return self.evidence / request
 
     @property
     def seen(self) -> Path:

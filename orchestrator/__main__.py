@@ -23,10 +23,10 @@ def shadowed() -> str:
         if spec is None:
             return f"the package '{name}' isn't beside {_CODE / 'orchestrator'}: install megaray anew"
         # A folder without an `__init__.py` is a package too, one without an origin.
-        found = spec.origin or next(iter(spec.submodule_search_locations or ()), "")
-        if Path(found).resolve() != _CODE / name / "__init__.py":
+        origin = spec.origin or next(iter(spec.submodule_search_locations or ()), "")
+        if Path(origin).resolve() != _CODE / name / "__init__.py":
             return (
-                f"{found} has the name of one of megaray's packages and would be taken for it: type `megaray` in place of "
+                f"{origin} has the name of one of megaray's packages and would be taken for it: type `megaray` in place of "
                 "`python -m orchestrator`, or type it in another folder"
             )
     return ""

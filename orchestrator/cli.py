@@ -127,8 +127,8 @@ def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
 
     if slots is not None:
         return Capacity.of_nodes([slots])
-    found = [node["slots"].get(resource, 0) for node in read_queue(home).get("nodes", [])]
-    return Capacity.of_nodes([n for n in found if n]) if any(found) else None
+    counts = [node["slots"].get(resource, 0) for node in read_queue(home).get("nodes", [])]
+    return Capacity.of_nodes([n for n in counts if n]) if any(counts) else None
 
 
 def _list(call: CommandCall) -> int:
@@ -140,10 +140,10 @@ def _list(call: CommandCall) -> int:
 
         screen.watch_list(call.home, sys.stdout, call.wants_json)
         return 0
-    found = reading.summaries(call.home)
-    call.say(console.run_list(found.rows, found.damage), [asdict(row) for row in found.rows])
+    listing = reading.summaries(call.home)
+    call.say(console.run_list(listing.rows, listing.damage), [asdict(row) for row in listing.rows])
     if call.wants_json:
-        for text in found.damage:
+        for text in listing.damage:
             print(f"megaray: damaged: {text}", file=sys.stderr)
     return 0
 
@@ -207,8 +207,8 @@ def _incidents(call: CommandCall) -> int:
     from orchestrator.commands import console
     from orchestrator.record import reading
 
-    found = reading.incidents(call.home.existing(call.options.run))
-    call.say(console.incidents(found), found)
+    rows = reading.incidents(call.home.existing(call.options.run))
+    call.say(console.incidents(rows), rows)
     return 0
 
 

@@ -35,9 +35,10 @@ class AgentActor:
         threading.Thread(target=self._reap, name="agent-reap", daemon=True).start()
 
     def _reap(self) -> None:
+        ended: set[family.ProcessRow] = set()
         while True:
             time.sleep(_REAP_SECONDS)
-            family.reap(self._agent.pids)
+            ended = family.reap(self._agent.pids, ended)
 
     def attend(self, order: AttemptOrder) -> AttemptReport:
         """As `NodeAgent.attend`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from configs.errors import UserError
 from configs.paths import HomePaths
@@ -32,6 +32,8 @@ _SHARE = 0.3
 _STUCK_SECONDS = 120.0
 """Time without a finished turn after which the process ends, so that Ray starts another."""
 _CALL_SECONDS = 60.0
+_KILL_SECONDS = 10.0
+"""Until Ray has ended this process."""
 
 log = logging.getLogger("megaray.controller")
 
@@ -55,7 +57,7 @@ class ControllerActor:
                     self._controller.turn()
             except Fenced as error:
                 log.error("ending: %s", error)
-                os._exit(0)  # a newer controller owns everything; nothing is flushed over it
+                self._end()
             except Exception:  # whatever it is, the next turn meets it again: supervision never ends by it
                 log.exception("a turn failed")
             self._turned = time.monotonic()
@@ -64,6 +66,17 @@ class ControllerActor:
             if rest > _TURN_SECONDS / 10:
                 time.sleep(min(rest, 5.0))
             self._runtime.wait(_TURN_SECONDS)
+
+    def _end(self) -> None:
+        """Leave everything to the newer controller; nothing is flushed over it.
+
+        Where that isn't this actor's next process, Ray mustn't start one: two actors would replace each other without end.
+        """
+        with contextlib.suppress(Exception):
+            if self._controller.epoch.by_another():
+                ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                time.sleep(_KILL_SECONDS)
+        os._exit(0)
 
     def _watch(self) -> None:
         """End the process where a turn hangs, such as in a file system that doesn't answer."""
@@ -86,6 +99,11 @@ class ControllerActor:
                     False,
                     f"the controller can't write: {error}; free some space and type the command again",
                 )
+            except Fenced:
+                return False, "the controller was just replaced by a newer one; type the command again"
+            except Exception as error:  # a defect: its traceback is for the log
+                log.exception("a call of '%s'", method)
+                return False, f"the controller can't do it: {type(error).__name__}: {_line(error)}"
 
     def ready(self) -> float:
         """Seconds since the newest finished turn; raises what the start raised."""
@@ -97,7 +115,8 @@ def _with_patience(home: HomePaths, runtime: RayRuntime) -> Controller:
     deadline = time.monotonic() + STALE + 2.0
     while True:
         try:
-            return Controller(home, runtime, clock.system, ray.get_runtime_context().gcs_address)
+            context = ray.get_runtime_context()
+            return Controller(home, runtime, clock.system, context.gcs_address, str(context.get_actor_id()))
         except UserError:
             if time.monotonic() > deadline:
                 raise
@@ -105,8 +124,13 @@ def _with_patience(home: HomePaths, runtime: RayRuntime) -> Controller:
 
 
 def _name(home: HomePaths) -> str:
-    """Name of the actor: one per home, so that two homes on one Ray don't meet in one controller."""
-    return f"controller-{hashlib.sha256(str(home.home).encode()).hexdigest()[:12]}"
+    """Name of the actor: one per home, however that is spelled, so that two homes don't meet in one controller."""
+    return f"controller-{hashlib.sha256(os.path.realpath(home.home).encode()).hexdigest()[:12]}"
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -145,7 +169,8 @@ class ControllerClient:
             cause = [line for line in str(error).splitlines() if "UserError" in line]
             if cause:
                 raise UserError(cause[-1].split("UserError:", 1)[-1].strip()) from None
-            raise
+            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise UserError(f"the controller could not start: {last[0].strip()}") from None
         return cls(actor)
 
     @classmethod
@@ -159,10 +184,13 @@ class ControllerClient:
         try:
             ok, answer = ray.get(self.actor.call.remote(method, *args), timeout=_CALL_SECONDS)
         except (GetTimeoutError, RayActorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"the controller did not answer ({first}); it is restarted by itself: type the command again in a moment"
+                f"the controller did not answer ({_line(error)}); it is restarted by itself: type the command again in a "
+                "moment"
             ) from None
+        except RayTaskError as error:  # such as an argument of another version
+            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise UserError(f"the controller can't do it: {last[0].strip()}") from None
         if not ok:
             raise UserError(answer)
         return answer
@@ -179,9 +207,9 @@ class ControllerClient:
         """Have the stacks of a run's ranks written; the folder that they come to."""
         return str(self._call("dump_stacks", run_id, by))
 
-    def resume(self, run_id: str, amended: Amended | None, config: str) -> None:
+    def resume(self, run_id: str, amended: Amended | None, config: str, by: str = "") -> None:
         """Queue a failed or cancelled run again, with what is `amended`, whose resolved configuration is `config`."""
-        self._call("resume", run_id, amended, config)
+        self._call("resume", run_id, amended, config, by)
 
     def mark_node(self, node: str, mark: str, reason: str, by: str) -> None:
         """Cordon, uncordon, drain, spare or unspare a node."""

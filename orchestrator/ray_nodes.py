@@ -1,17 +1,23 @@
-"""The nodes of the Ray cluster, looked at by a thread of its own, each with an agent that says whether it is fit."""
+"""The nodes of the Ray cluster and what others hold of them, looked at by a thread of its own.
+
+Each node has an agent that says whether it is fit.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group_table
 
 from orchestrator import ray_agent
 from orchestrator.agent.checks import Looked
+from orchestrator.decide.holdings import LOOKS, Holdings, unheld
 from orchestrator.decide.placement import Node
 
 log = logging.getLogger("megaray.runtime")
@@ -19,6 +25,11 @@ log = logging.getLogger("megaray.runtime")
 _REFRESH_SECONDS = 1.0
 _STALE_SECONDS = 60.0
 """Nodes that Ray hasn't reported for so long may not be there."""
+_LOOK_SHARE = 0.05
+"""Of the time that looks may take: on a large cluster they are made less often, up to `_LONGEST_REFRESH`."""
+_LONGEST_REFRESH = 10.0
+_SETTLING_SECONDS = 5.0
+"""Time in which a group that was let go still counts as ours."""
 _FIRST_SECONDS = 20.0
 _CHECK_SECONDS = 30.0
 _ANSWER_SECONDS = 20.0
@@ -31,12 +42,12 @@ _PEERS = 2
 class _Check:
     """What a node's agent said of it."""
 
-    asked: float
+    called: float
     call: Any = None
     looked: Looked | None = None
     """The newest answer."""
     since: float = 0.0
-    """When it was first asked."""
+    """When it was first called."""
 
 
 class RayNodes:
@@ -45,28 +56,56 @@ class RayNodes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._nodes: list[Node] = []
-        self._told: float | None = None
+        self._listed: float | None = None
+        """When Ray last gave the list."""
+        self._groups: frozenset[str] = frozenset()
+        """Names of the placement groups that there were at the newest look."""
+        self._holdings: list[Holdings] = []
+        """Of the newest looks, the newest first."""
+        self._let_go: dict[str, float] = {}
+        """Group -> when it was let go."""
+        self._mute = False
+        """It is in the log that Ray doesn't say who holds slots."""
         self._first = threading.Event()
         self._closed = threading.Event()
         self._checks: dict[str, _Check] = {}
         threading.Thread(target=self._work, name="ray-nodes", daemon=True).start()
         self._first.wait(_FIRST_SECONDS)
 
-    def nodes(self) -> list[Node]:
+    def nodes(self, own: Collection[str]) -> list[Node]:
         """Live nodes; a slot is one unit of Ray's `CPU` or `GPU`.
+
+        Args:
+            own: names of placement groups whose slots count as free.
 
         Raises:
             RuntimeError: where Ray hasn't reported them for long.
         """
         with self._lock:
-            if self._told is None or time.monotonic() - self._told > _STALE_SECONDS:
+            now = time.monotonic()
+            if self._listed is None or now - self._listed > _STALE_SECONDS:
                 raise RuntimeError("Ray doesn't tell of its nodes")
-            return [replace(node, barred=self._barred(node)) for node in self._nodes]
+            self._let_go = {name: at for name, at in self._let_go.items() if now - at < _SETTLING_SECONDS}
+            ours = {*own, *self._let_go}
+            return [
+                replace(node, barred=self._barred(node), free=unheld(node, self._holdings, ours))
+                for node in self._nodes
+            ]
+
+    def groups(self) -> frozenset[str]:
+        """Names of the placement groups that there were lately."""
+        with self._lock:
+            return self._groups
+
+    def let_go(self, group: str) -> None:
+        """Take down that a placement group is being removed."""
+        with self._lock:
+            self._let_go[group] = time.monotonic()
 
     def alive(self) -> frozenset[str] | None:
         """Ids of the live nodes; None where Ray hasn't reported them lately."""
         with self._lock:
-            if self._told is None or time.monotonic() - self._told > _STALE_SECONDS / 2:
+            if self._listed is None or time.monotonic() - self._listed > _STALE_SECONDS / 2:
                 return None
             return frozenset(node.node_id for node in self._nodes)
 
@@ -76,15 +115,32 @@ class RayNodes:
 
     def _work(self) -> None:
         while not self._closed.is_set():
+            began = time.monotonic()
             try:
-                found = [_node(row) for row in ray.nodes() if row["Alive"]]
+                live = [_node(row) for row in ray.nodes() if row["Alive"]]
+                seen = self._look_at_holdings()
                 with self._lock:
-                    self._nodes, self._told = found, time.monotonic()
+                    self._nodes, self._listed = live, time.monotonic()
+                    self._holdings = [seen, *self._holdings][:LOOKS] if seen else []
                 self._first.set()
-                self._look(found)
+                self._look(live)
             except Exception:  # the next look may go well; a list that gets too old is refused
                 log.exception("the list of nodes")
-            self._closed.wait(_REFRESH_SECONDS)
+            wait = (time.monotonic() - began) / _LOOK_SHARE
+            self._closed.wait(min(max(_REFRESH_SECONDS, wait), _LONGEST_REFRESH))
+
+    def _look_at_holdings(self) -> Holdings | None:
+        """Who holds slots now; None where Ray doesn't say, and placement meets it when slots aren't granted."""
+        try:
+            groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+            with self._lock:
+                self._groups = frozenset(group["name"] for group in groups)
+            return _holdings(groups)
+        except Exception as error:  # the nodes themselves are known
+            if not self._mute:
+                log.warning("what other users of Ray hold is not known: %s", error)
+            self._mute = True
+            return None
 
     # ---- checks ----
 
@@ -110,7 +166,7 @@ class RayNodes:
             if check is not None and check.call is not None:
                 self._collect(node, check, now)
             wait = _CHECK_SECONDS if check and check.looked and check.looked.done else 1.0
-            if check is None or (check.call is None and now - check.asked > wait):
+            if check is None or (check.call is None and now - check.called > wait):
                 self._ask(node, self._peers(nodes, index), now)
 
     def _peers(self, nodes: list[Node], index: int) -> tuple[str, ...]:
@@ -134,7 +190,7 @@ class RayNodes:
     def _collect(self, node: Node, check: _Check, now: float) -> None:
         ready, _ = ray.wait([check.call], timeout=0)
         if not ready:
-            if now - check.asked > _ANSWER_SECONDS:
+            if now - check.called > _ANSWER_SECONDS:
                 check.call = None
             return
         try:
@@ -144,6 +200,19 @@ class RayNodes:
             looked = check.looked
         with self._lock:
             check.call, check.looked = None, looked
+
+
+def _holdings(listed: list[dict[str, Any]]) -> Holdings:
+    # Loaded here: Ray marks it for developers and keeps it private. Its public calls give sums over all nodes alone.
+    from ray._private.state import available_resources_per_node
+
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for group in listed:
+        for index, node_id in group["bundles_to_node_id"].items():
+            held = groups.setdefault(node_id, {}).setdefault(group["name"], {})
+            for resource, amount in group["bundles"][index].items():
+                held[resource] = held.get(resource, 0.0) + amount
+    return Holdings(available_resources_per_node(), groups)
 
 
 def _node(row: dict[str, Any]) -> Node:

@@ -7,7 +7,10 @@ What asks Ray itself runs in threads that nobody waits for.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +33,9 @@ from orchestrator.decide.placement import Node
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.ray_nodes import RayNodes
 from orchestrator.record.events import NodeShare
+from orchestrator.sinks.starts import SinkStarts
+
+log = logging.getLogger("megaray.runtime")
 
 _PIN = 0.001
 """Of a node's own `node:<ip>` resource, which ties a bundle to the node that placement chose."""
@@ -44,21 +50,36 @@ class RayRuntime(Gangs):
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-calls")
         self._nodes = RayNodes()
+        self._sinks = SinkStarts()
         super().__init__(RayCarrier(self._pool, self._nodes))
 
-    def nodes(self) -> list[Node]:
+    def nodes(self, own: Collection[str]) -> list[Node]:
         """All live nodes, as they were reported lately; those whose check failed are barred.
+
+        Args:
+            own: reservations whose slots count as free; those that others hold don't.
 
         Raises:
             RuntimeError: where Ray hasn't reported them for long.
         """
-        return self._nodes.nodes()
+        return self._nodes.nodes(own)
+
+    def reservations(self) -> Collection[str]:
+        """Names of all placement groups, as they were listed lately."""
+        return self._nodes.groups()
 
     def ensure_sinks(self, run_root: str) -> None:
         """Start the run's W&B sink as a detached actor unless it is there; it ends by itself."""
+        if self._sinks.due(run_root, time.monotonic()):
+            self._pool.submit(self._start_sink, run_root)
+
+    def _start_sink(self, run_root: str) -> None:
         from orchestrator.ray_sinks import ensure_sink  # its actor class must not load with the runtime
 
-        self._pool.submit(ensure_sink, run_root)
+        try:
+            ensure_sink(run_root)
+        except Exception:  # looked for again, less and less often
+            log.exception("the sink of %s", run_root)
 
     def close(self) -> None:
         """End the threads; agents, ranks and slots stay as they are."""
@@ -146,7 +167,7 @@ class RayCarrier:
         for call in done:
             with contextlib.suppress(Exception):  # an agent that fails has seen nothing
                 if ray.get(call):
-                    return next(n.ip for n in self._nodes.nodes() if n.node_id == calls[call])
+                    return next(n.ip for n in self._nodes.nodes(()) if n.node_id == calls[call])
         return ""
 
     def hold(self, spec: GangSpec) -> Future[Devices | None]:
@@ -182,12 +203,12 @@ class RayCarrier:
         if len(done) < len(calls):
             return None
         try:
-            told = ray.get(calls)
+            answers = ray.get(calls)
         except Exception:  # asked anew the next time
             with self._lock:
                 self._holders.pop(spec.reservation, None)
             raise
-        return {share.node_id: devices for share, devices in zip(spec.shares, told, strict=True)}
+        return {share.node_id: devices for share, devices in zip(spec.shares, answers, strict=True)}
 
     def let_go(self, reservation: str) -> Future[bool]:
         """Remove a placement group; what sits in it ends with it."""
@@ -196,6 +217,7 @@ class RayCarrier:
     def _let_go(self, reservation: str) -> bool:
         with self._lock:
             self._holders.pop(reservation, None)
+        self._nodes.let_go(reservation)
         group = _group(reservation)
         if group is not None:
             remove_placement_group(group)

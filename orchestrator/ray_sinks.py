@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import ray
 from configs.compose import load
 from configs.paths import RunPaths
 from orchestrator.ray_cluster import NAMESPACE
+from orchestrator.sinks.mode import mode_of
+from orchestrator.sinks.starts import pump_to_the_end
 
-_PUMP_SECONDS = 1.0
 _NICENESS = 10
 """A sink yields the processor to the ranks."""
 
@@ -26,16 +26,14 @@ class SinkActor:
         self._run = RunPaths(Path(run_root))
 
     def work(self) -> None:
-        """Pump to the end, then leave."""
+        """Pump to the end, then leave, as after too many failures: an actor that idles would be taken for a working one."""
+        pump_to_the_end(self._make)
+        ray.actor.exit_actor()
+
+    def _make(self) -> Any:
         from orchestrator.sinks.wandb import WandbSink  # wandb loads in this actor's process only
 
-        sink = WandbSink(self._run, load(self._run.newest_config), endpoints=endpoints)
-        try:
-            while not sink.pump():
-                time.sleep(_PUMP_SECONDS)
-        finally:
-            sink.close()
-        ray.actor.exit_actor()
+        return WandbSink(self._run, load(self._run.newest_config), endpoints=endpoints)
 
 
 def endpoints() -> dict[str, str]:
@@ -48,7 +46,9 @@ def endpoints() -> dict[str, str]:
 
 
 def ensure_sink(run_root: str) -> None:
-    """Start the run's sink unless it is running."""
+    """Start the run's sink unless it is running, or none is wanted."""
+    if mode_of(load(RunPaths(Path(run_root)).newest_config)) == "disabled":
+        return
     options: dict[str, Any] = {
         "name": f"sink-{Path(run_root).name}",
         "namespace": NAMESPACE,

@@ -59,12 +59,12 @@ def judge_all(
         snapshot: the gang now.
         report: gets each detector that raised, in one line with the place.
     """
-    found: list[Verdict] = []
+    verdicts: list[Verdict] = []
     for detector in detectors:
         try:
-            found += detector.judge(snapshot)
+            verdicts += detector.judge(snapshot)
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
             report(f"detector {detector.name} failed in {where}: {type(error).__name__}: {error}")
-    return found
+    return verdicts

@@ -26,8 +26,8 @@ class Culprit:
 
 def held(living: Iterable[RankSeen], since: float) -> list[RankSeen]:
     """Ranks that can't get on, as of that time at least: stopped processes, the first one first."""
-    found = [rank for rank in living if rank.held_since is not None and rank.held_since <= since]
-    return sorted(found, key=lambda rank: (rank.held_since or 0.0, rank.rank))
+    stopped = [rank for rank in living if rank.held_since is not None and rank.held_since <= since]
+    return sorted(stopped, key=lambda rank: (rank.held_since or 0.0, rank.rank))
 
 
 def asleep(
@@ -109,8 +109,8 @@ def waited_for(seen: Mapping[int, RankSeen]) -> Culprit:
     if awake and len(awake) < len(seen):
         candidates = awake
     records = {rank: record for rank in candidates if (record := seen[rank].newest) is not None}
-    found = behind(records) if records else candidates
-    return Culprit(found, because)
+    ranks = behind(records) if records else candidates
+    return Culprit(ranks, because)
 
 
 def behind(records: Mapping[int, Record]) -> list[int]:
@@ -121,11 +121,11 @@ def behind(records: Mapping[int, Record]) -> list[int]:
     """
     places = {rank: _place(record) for rank, record in records.items()}
     least = min(places.values())
-    found = sorted(rank for rank, place in places.items() if place == least)
-    if all(records[r].phase is RankPhase.CHECKPOINT and records[r].mark is PhaseMark.BEGIN for r in found):
-        first = min(records[rank].time for rank in found)
-        found = [rank for rank in found if records[rank].time - first <= _SAME_MOMENT]
-    return found
+    last = sorted(rank for rank, place in places.items() if place == least)
+    if all(records[r].phase is RankPhase.CHECKPOINT and records[r].mark is PhaseMark.BEGIN for r in last):
+        first = min(records[rank].time for rank in last)
+        last = [rank for rank in last if records[rank].time - first <= _SAME_MOMENT]
+    return last
 
 
 def _place(record: Record) -> tuple[int, int]:

@@ -127,8 +127,8 @@ def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdi
         one = min(left, key=lambda r: (r.exit_time or first, r.rank))
         detail = f"rank {one.rank} ended with code 0 while its peers still worked: {why} lost it"
         return [_verdict(snapshot, one, VerdictKind.RANK_EXIT, detail)]
-    told = _how(dead[0])
-    detail = f"{told}; no rank died of a reason of its own: look at the network between their nodes"
+    how = _how(dead[0])
+    detail = f"{how}; no rank died of a reason of its own: look at the network between their nodes"
     verdict = _verdict(snapshot, dead[0], VerdictKind.RANK_EXIT, detail)
     return [verdict]
 
@@ -141,8 +141,8 @@ def _mistake(rank: RankSeen) -> str:
 
 
 def _how(rank: RankSeen) -> str:
-    told = rank.raised.error if rank.raised else rank.last_words
-    words = f": {told}" if told else ""
+    reason = rank.raised.error if rank.raised else rank.last_words
+    words = f": {reason}" if reason else ""
     code = rank.exit_code
     if code is None:
         return f"rank {rank.rank} has raised an error and doesn't end{words}"

@@ -93,8 +93,8 @@ def _start(snapshot: Snapshot) -> list[Verdict]:
     if missing:
         who, rank = f"{_ranks(missing)} made no record", missing[0]
     else:
-        found = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
-        who, rank = _behind_text(found, records), found.ranks[0]
+        blamed = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
+        who, rank = _behind_text(blamed, records), blamed.ranks[0]
     return [
         _verdict(snapshot, rank, VerdictKind.START_TIMEOUT, f"no step was finished in {waited:.0f} s: {who}")
     ]
@@ -109,12 +109,12 @@ def _late(snapshot: Snapshot) -> list[Verdict]:
     silence = snapshot.now - last
     if silence <= hang:
         return []
-    found = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
-    saving = all(_is_in(records[rank], RankPhase.CHECKPOINT) for rank in found.ranks)
+    blamed = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
+    saving = all(_is_in(records[rank], RankPhase.CHECKPOINT) for rank in blamed.ranks)
     if saving and silence <= hang * SAVE_FACTOR:
         return []
-    detail = f"no rank made a record for {silence:.0f} s: {_behind_text(found, records)}"
-    return [_verdict(snapshot, found.ranks[0], VerdictKind.HANG, detail, last)]
+    detail = f"no rank made a record for {silence:.0f} s: {_behind_text(blamed, records)}"
+    return [_verdict(snapshot, blamed.ranks[0], VerdictKind.HANG, detail, last)]
 
 
 def _records(snapshot: Snapshot) -> dict[int, Record]:
@@ -133,14 +133,14 @@ def _gets_on(records: Iterable[Record], now: float, timeouts: Timeouts) -> bool:
     return any(r.phase in _BEGINNING and r.mark is PhaseMark.BEGIN and now - r.time <= hang for r in records)
 
 
-def _behind_text(found: culprit.Culprit, records: Mapping[int, Record]) -> str:
+def _behind_text(blamed: culprit.Culprit, records: Mapping[int, Record]) -> str:
     """Who is behind and where."""
-    ranks, record = found.ranks, records[found.ranks[0]]
-    if found.ring:
-        return f"{_ranks(ranks)} wait for each other{found.because}"
+    ranks, record = blamed.ranks, records[blamed.ranks[0]]
+    if blamed.ring:
+        return f"{_ranks(ranks)} wait for each other{blamed.because}"
     if len(ranks) == len(records):
         return f"all ranks stand {_where(record)}"
-    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} behind, {_where(record)}{found.because}"
+    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} behind, {_where(record)}{blamed.because}"
 
 
 def _where(record: Record) -> str:

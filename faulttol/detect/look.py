@@ -82,7 +82,7 @@ class RankWatch:
         return self._closely(newest, raised, now)
 
     def _closely(self, newest: Record | None, raised: exits.Raised | None, now: float) -> RankSeen:
-        told = signs.read(self._files.signs)
+        sign = signs.read(self._files.signs)
         tree = processes.tree(self._pid)
         stopped = next((one for one in tree if one.state == "T"), None)
         self._held = None if stopped is None else self._held or now
@@ -90,15 +90,15 @@ class RankWatch:
         if stopped is not None:
             name = f"its process {stopped.pid} ({stopped.name}) is "
             held = f"{'' if stopped.pid == self._pid else 'held up: ' + name}stopped (state T)"
-        asleep = "" if held else self._asleep(newest, told, tree, now)
+        asleep = "" if held else self._asleep(newest, sign, tree, now)
         if asleep:
             held = f"asleep in {asleep}"
-        return self._seen(newest, raised, held, told, tree[0].state if tree else "", bool(asleep))
+        return self._seen(newest, raised, held, sign, tree[0].state if tree else "", bool(asleep))
 
     def _asleep(
         self,
         newest: Record | None,
-        told: signs.LastSign | None,
+        sign: signs.LastSign | None,
         tree: list[processes.SeenProcess],
         now: float,
     ) -> str:
@@ -107,8 +107,8 @@ class RankWatch:
         A thread that is runnable may be the one that works, on a machine where it gets no processor: then nothing is known
         now. Twice in a row, it does work.
         """
-        idle = processes.idle(tree, self._gang, told.thread if told is not None else 0)
-        if told is not None and told.remote and (newest is None or newest.phase not in _COMPUTE):
+        idle = processes.idle(tree, self._gang, sign.thread if sign is not None else 0)
+        if sign is not None and sign.remote and (newest is None or newest.phase not in _COMPUTE):
             idle = ""  # it may wait for an object store, whose address nobody here knows
         self._runs = self._runs + 1 if idle == processes.RUNNING else 0
         if not idle or self._runs > 1:
@@ -127,7 +127,7 @@ class RankWatch:
         newest: Record | None,
         raised: exits.Raised | None,
         held: str = "",
-        told: signs.LastSign | None = None,
+        sign: signs.LastSign | None = None,
         state: str = "",
         asleep: bool = False,
     ) -> RankSeen:
@@ -136,8 +136,8 @@ class RankWatch:
             self._pid,
             newest=newest,
             raised=raised,
-            groups=told.groups if told is not None else (),
-            waits=told.waits if told is not None else "",
+            groups=sign.groups if sign is not None else (),
+            waits=sign.waits if sign is not None else "",
             state="T" if self._held is not None else state,
             held_since=_steady(self._held),
             asleep_since=_steady(self._sleep.since) if asleep and self._sleep is not None else None,

@@ -19,10 +19,10 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
     if not (snapshot.unfit or snapshot.lost or snapshot.silent):
         return []
     first = {node: rank for rank, node in sorted(snapshot.nodes.items(), reverse=True)}
-    found = [
+    verdicts = [
         Verdict(VerdictKind.NODE_UNFIT, why, first.get(node), node) for node, why in snapshot.unfit.items()
     ]
-    found += [
+    verdicts += [
         Verdict(VerdictKind.AGENT_LOST, why, first.get(node), node) for node, why in snapshot.lost.items()
     ]
     limit = snapshot.timeouts.seconds("agent")
@@ -30,5 +30,5 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
         if seconds > limit and node not in snapshot.lost and node not in snapshot.unfit:
             detail = f"no answer from the node's agent for {seconds:.0f} s"
             since = snapshot.now - seconds
-            found.append(Verdict(VerdictKind.NODE_LOST, detail, first.get(node), node, since))
-    return found
+            verdicts.append(Verdict(VerdictKind.NODE_LOST, detail, first.get(node), node, since))
+    return verdicts

@@ -48,19 +48,19 @@ class SeenProcess:
 
 def state(pid: int) -> str:
     """State of a process; empty where it is gone."""
-    found = _process(pid)
-    return found.state if found is not None else ""
+    seen = _process(pid)
+    return seen.state if seen is not None else ""
 
 
 def tree(pid: int) -> list[SeenProcess]:
     """A process and all that it has started, itself first; empty where it is gone."""
-    found, ahead = [], [pid]
+    family, ahead = [], [pid]
     while ahead:
         one = _process(ahead.pop(0))
         if one is not None:
-            found.append(one)
+            family.append(one)
             ahead += _children(one.pid)
-    return found
+    return family
 
 
 RUNNING = "running"
@@ -98,12 +98,17 @@ def idle(processes: Sequence[SeenProcess], gang: frozenset[str], observer: int =
 
 def _process(pid: int) -> SeenProcess | None:
     try:
-        text = (_PROC / str(pid) / "stat").read_text()
+        text = _stat(_PROC / str(pid))
     except OSError:
         return None
     name, _, rest = text.partition("(")[2].rpartition(")")
     fields = rest.split()
     return SeenProcess(pid, name, fields[0], (int(fields[11]) + int(fields[12])) / _TICKS)
+
+
+def _stat(folder: Path) -> str:
+    """The kernel's line on a process. Its name may be any bytes, as one that was cut within a letter."""
+    return (folder / "stat").read_text(errors="replace")
 
 
 def _threads(pid: int) -> list[int]:
@@ -114,30 +119,30 @@ def _threads(pid: int) -> list[int]:
 
 
 def _children(pid: int) -> list[int]:
-    found: list[int] = []
+    children: list[int] = []
     try:
         for thread in _threads(pid):
-            found += map(int, (_PROC / str(pid) / "task" / str(thread) / "children").read_text().split())
+            children += map(int, (_PROC / str(pid) / "task" / str(thread) / "children").read_text().split())
     except FileNotFoundError:
         if not (_PROC / "self/task" / str(os.getpid()) / "children").exists():
             return _all_children(pid)  # a kernel without the list
     except OSError:
         pass
-    return found
+    return children
 
 
 def _all_children(pid: int) -> list[int]:
     """Children of a process, by a look at all processes."""
-    found = []
+    children = []
     for path in _PROC.iterdir():
         if path.name.isdigit():
             try:
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int(_stat(path).rpartition(")")[2].split()[1])
             except (OSError, IndexError, ValueError):
                 continue
             if parent == pid:
-                found.append(int(path.name))
-    return found
+                children.append(int(path.name))
+    return children
 
 
 def _call(pid: int, thread: int, calls: dict[int, str], reads: dict[int, str]) -> str:

@@ -109,8 +109,7 @@ class NodeAgent:
         elif order.want is Want.RELEASED:
             attempt.stop(0.0)
             attempt.free()
-        if order.collect and attempt.phase is AttemptPhase.RUNNING:
-            attempt.collect()
+        attempt.collect(order.collect)
         self._prune()
 
     def _answer(self, key: Key, attempt: Attempt, order: AttemptOrder) -> AttemptReport:
@@ -118,10 +117,10 @@ class NodeAgent:
         lines, offset = attempt.files.fetch(order.offset) if attempt.files else ((), order.offset)
         now = time.monotonic()
         with self._changed:
-            told = self._told.setdefault(key, _Told())
+            newest = self._told.setdefault(key, _Told())
             # The asker has what the newest answer held only if that answer reached it.
-            known = set(told.ranks) if order.serial == told.serial else set()
-            told.serial, told.ranks = told.serial + 1, ranks
+            known = set(newest.ranks) if order.serial == newest.serial else set()
+            newest.serial, newest.ranks = newest.serial + 1, ranks
             fresh = tuple(rank for rank in ranks if rank not in known)
             files = attempt.files
             return AttemptReport(
@@ -130,14 +129,14 @@ class NodeAgent:
                 started=None if attempt.started is None else now - attempt.started,
                 report=AgentReport(self._node_id, self._clock(), fresh, lines, offset),
                 news=attempt.news,
-                serial=told.serial,
+                serial=newest.serial,
                 master=attempt.master,
                 pids=attempt.pids,
                 missing=files.trouble.missing if files and files.trouble else "",
                 unfit=attempt.unfit,
                 slow=files.slow if files else 0.0,
                 facts=self._facts,
-                collected=attempt.evidence.done if attempt.evidence else order.collect,
+                collected=attempt.collected(order.collect),
             )
 
     def _age(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -10,8 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs.paths import RunPaths
@@ -40,9 +41,28 @@ _DEVICE_SECONDS = 60.0
 
 @dataclass
 class _Rank:
+    rank: int
     pid: int
     watch: RankWatch
     exit: Exit | None = None
+    seen: RankSeen | None = None
+    """By the newest look at it."""
+    trouble: str = ""
+    """Why looks at it fail."""
+
+    def look(self, last_words: str) -> RankSeen:
+        """The rank now; as it was last seen, where the look fails: its node must answer for the others all the same."""
+        ended = self.exit
+        known = (None, None, "") if ended is None else (ended.code, ended.time, last_words)
+        try:
+            self.seen = self.watch.look(*known)
+        except Exception as error:
+            if str(error) != self.trouble:
+                self.trouble = str(error)
+                log.exception("a look at rank %d", self.rank)
+            last = self.seen or RankSeen(self.rank, self.pid)
+            self.seen = replace(last, exit_code=known[0], exit_time=known[1], last_words=known[2])
+        return self.seen
 
 
 @dataclass
@@ -51,7 +71,7 @@ class _Stop:
 
     deadline: float
     """Monotonic time of SIGKILL."""
-    asked: float = field(default_factory=time.monotonic)
+    begun: float = field(default_factory=time.monotonic)
 
 
 class Attempt:
@@ -80,7 +100,7 @@ class Attempt:
         self.unfit = ""
         self.master = ""
         self.started: float | None = None
-        self.evidence: Evidence | None = None
+        self._evidence: dict[str, Evidence] = {}
         self.touched = time.monotonic()
         self.files: LogFiles | None = None
         self._spawner, self._standbys, self._changed = spawner, standbys, changed
@@ -129,8 +149,8 @@ class Attempt:
     def stop(self, grace: float) -> None:
         """End all processes: SIGTERM to the ranks, and after `grace` seconds SIGKILL to everything."""
         if self.phase in (AttemptPhase.STOPPING, AttemptPhase.STOPPED):
-            if self._stop is not None and self._stop.asked + grace < self._stop.deadline:
-                self._stop.deadline = self._stop.asked + grace
+            if self._stop is not None and self._stop.begun + grace < self._stop.deadline:
+                self._stop.deadline = self._stop.begun + grace
                 self._changed.notify_all()
             return
         if self._chronicle is not None:
@@ -139,11 +159,19 @@ class Attempt:
         self._move(AttemptPhase.STOPPING)
         threading.Thread(target=self._stop_all, name="agent-stop", daemon=True).start()
 
-    def collect(self) -> None:
-        """Write stacks and rings of the living ranks, once."""
-        if self.evidence is None:
-            living = {rank: one.pid for rank, one in self._ranks.items() if one.exit is None}
-            self.evidence = Evidence(self.run.attempt(self.number).evidence, living, self._rings, self.note)
+    def collect(self, requests: Collection[str]) -> None:
+        """Write stacks and rings of the living ranks, once for each request."""
+        if self.phase is not AttemptPhase.RUNNING:
+            return
+        living = {rank: one.pid for rank, one in self._ranks.items() if one.exit is None}
+        for request in set(requests).difference(self._evidence):
+            folder = self.run.attempt(self.number).evidence_of(request)
+            self._evidence[request] = Evidence(folder, living, self._rings, self.note)
+
+    def collected(self, requests: Collection[str]) -> tuple[str, ...]:
+        """Those that nothing more will be written for."""
+        begun = self._evidence
+        return tuple(one for one in requests if one not in begun or begun[one].done)
 
     def free(self) -> None:
         """Forget it once nothing of it is left."""
@@ -171,26 +199,24 @@ class Attempt:
     def seen(self) -> tuple[RankSeen, ...]:
         """All ranks as they are now; reads node memory, and is called without the lock."""
         with self._changed:
-            ranks = [(rank, one.watch, one.exit) for rank, one in sorted(self._ranks.items())]
+            ranks = [one for _, one in sorted(self._ranks.items())]
         words = self.files.last_words if self.files else {}
         with self._looking:  # a watch compares with its last look
-            seen = tuple(
-                watch.look() if ended is None else watch.look(ended.code, ended.time, words.get(rank, ""))
-                for rank, watch, ended in ranks
-            )
-        if (
-            self._launch is not None
-            and not self._kept
-            and self.phase is AttemptPhase.RUNNING
-            and _trains(seen)
-        ):
-            self._kept = True
-            try:
-                env = environment.common(self._launch, os.environ)
-                self._standbys.keep(str(self.run.root), self._launch, env)
-            except Exception:  # a convenience: nothing else may fail by it
-                log.exception("standbys for %s", self.run.run_id)
+            seen = tuple(one.look(words.get(one.rank, "")) for one in ranks)
+        if not self._kept and _trains(seen):
+            with self._changed:  # once its slots are given back, nothing may be kept for it any more
+                self._keep_standbys()
         return seen
+
+    def _keep_standbys(self) -> None:
+        launch = self._launch
+        if launch is None or self._kept or self.phase is not AttemptPhase.RUNNING:
+            return
+        self._kept = True
+        try:
+            self._standbys.keep(str(self.run.root), launch, environment.common(launch, os.environ))
+        except Exception:  # a convenience: nothing else may fail by it
+            log.exception("standbys for %s", self.run.run_id)
 
     def note(self) -> None:
         """There is news."""
@@ -211,11 +237,18 @@ class Attempt:
             if files is not None and self.phase is AttemptPhase.PREPARING and files.trouble:
                 self.unfit = files.trouble.unfit
             elif files is not None and self.phase is AttemptPhase.PREPARING and files.ready:
-                self.unfit = self._check() or self._make_rings()
+                self.unfit = self._checked() or self._make_rings()
                 if not self.unfit:
                     self.phase = AttemptPhase.READY
             self.news += 1
             self._changed.notify_all()
+
+    def _checked(self) -> str:
+        try:
+            return self._check()
+        except Exception:  # an instrument that breaks must not bar a node
+            log.exception("the look at this node for %s", self.run.run_id)
+            return ""
 
     def _make_rings(self) -> str:
         try:
@@ -243,7 +276,7 @@ class Attempt:
                 with self._changed:
                     early = self._early.pop(process.pid, None)
                     watch = RankWatch(RankFiles(self._rings, rank), process.pid, frozenset(launch.addresses))
-                    self._ranks[rank] = _Rank(process.pid, watch, early)
+                    self._ranks[rank] = _Rank(rank, process.pid, watch, early)
             self._standbys.rest(str(self.run.root))
             self._chronicle = Chronicle(
                 self.run.attempt(self.number),
@@ -283,33 +316,52 @@ class Attempt:
         threading.Timer(_LAST_WORDS_SECONDS, self.note).start()
 
     def _stop_all(self) -> None:
+        # Whatever fails, the end comes: the slots of an attempt that stops forever would never be free again.
+        for step in (self._end_ranks, self._kill, self._close_chronicle, self._await_devices):
+            try:
+                step()
+            except Exception as error:
+                log.exception("the stop of %s", self.run.run_id)
+                with self._changed:
+                    self.unfit = (
+                        self.unfit or f"the ranks' end isn't certain: {type(error).__name__}: {error}"
+                    )
+        with self._changed:
+            self._move(AttemptPhase.STOPPED)
+            if self._freed:
+                self.forget()
+
+    def _end_ranks(self) -> None:
+        """SIGTERM, and the time until SIGKILL."""
         stop = self._stop
         assert stop is not None, "the caller has said how"
         if self._starting is not None:
             self._starting.join()
         with self._changed:
-            leaders = {one.pid for one in self._ranks.values()}
-            if stop.deadline > time.monotonic():
-                # The ranks alone: their children must live for as long as a save needs them.
-                family.end((one.pid for one in self._ranks.values() if one.exit is None), signal.SIGTERM)
+            living = [one.pid for one in self._ranks.values() if one.exit is None]
+        if stop.deadline > time.monotonic():
+            # The ranks alone: their children must live for as long as a save needs them.
+            self._spawner.send(living, signal.SIGTERM)
+        with self._changed:
             while any(one.exit is None for one in self._ranks.values()):
                 left = stop.deadline - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
-        self._kill(leaders)
+
+    def _left(self) -> list[int]:
+        with self._changed:
+            ends = {one.pid: math.inf if one.exit is None else one.exit.time for one in self._ranks.values()}
+        return family.of_attempt(self._mark, ends)
+
+    def _close_chronicle(self) -> None:
         if self._chronicle is not None:
             self._chronicle.close(_CHRONICLE_SECONDS)
-        self._await_devices()
-        with self._changed:
-            if self._freed:
-                self.forget()
-            self._move(AttemptPhase.STOPPED)
 
-    def _kill(self, leaders: set[int]) -> None:
+    def _kill(self) -> None:
         """SIGKILL until nothing is left. What stays in the kernel is reported and waited for: its slot isn't free."""
         begun, wait = time.monotonic(), 0.005
-        while left := family.of_attempt(self._mark, leaders):
+        while left := self._left():
             family.end(left, signal.SIGKILL)
             time.sleep(wait)
             wait = min(1.0, wait * 2)

@@ -89,9 +89,9 @@ class NodeCheck:
             if self._closed:
                 return
             try:
-                found = [*host.quick(), host.timed("neighbours", lambda: host.neighbours(self._peers))]
-                found += self._thoroughly()
-                self._looked = Looked(True, Preflight(tuple(found)).why, self._beacon.port)
+                results = [*host.quick(), host.timed("neighbours", lambda: host.neighbours(self._peers))]
+                results += self._thoroughly()
+                self._looked = Looked(True, Preflight(tuple(results)).why, self._beacon.port)
             except Exception:  # an instrument that breaks must not bar a node
                 log.exception("the check of this node")
                 self._looked = Looked(True, "", self._beacon.port)
@@ -123,8 +123,9 @@ def full(peers: Sequence[str]) -> Preflight:
     ]
     try:
         done = subprocess.run(
-            words, env=env, capture_output=True, text=True, timeout=_FULL_SECONDS, stdin=subprocess.DEVNULL
-        )
+            words, env=env, capture_output=True, text=True, errors="replace", timeout=_FULL_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return _alone(CheckOutcome.BAD, f"didn't end in {_FULL_SECONDS:.0f} s")
     try:

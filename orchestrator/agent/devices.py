@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -54,7 +55,9 @@ def _run(*words: str) -> str | None:
     if shutil.which(words[0]) is None:
         return None
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=True)
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=True
+        )
     except (subprocess.SubprocessError, OSError):
         return None
     return done.stdout
@@ -64,14 +67,14 @@ def _nvidia(chosen: list[str]) -> DeviceUsage:
     text = _run("nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
     if text is None:
         return DeviceUsage(unknown="nvidia-smi isn't there or doesn't answer")
-    found = {}
-    for line in text.splitlines():
-        index, uuid, mib = (part.strip() for part in line.split(","))
+    used = {}
+    # A device that has a fault, or is cut into parts, has words in place of the number: [N/A], [GPU requires reset].
+    for index, uuid, mib in re.findall(r"^ *(\d+) *, *([^ ,]+) *, *(\d+)(?:\.\d*)? *$", text, re.M):
         for device in chosen:
             if device == index or (device and uuid.startswith(device)):
-                found[device] = int(float(mib)) << 20
-    missing = [device for device in chosen if device not in found]
-    return DeviceUsage(found, f"nvidia-smi doesn't list device {', '.join(missing)}" if missing else "")
+                used[device] = int(mib) << 20
+    missing = ", ".join(device for device in chosen if device not in used)
+    return DeviceUsage(used, f"nvidia-smi gives no memory in use of device {missing}" if missing else "")
 
 
 def _amd(chosen: list[str]) -> DeviceUsage:
@@ -79,14 +82,12 @@ def _amd(chosen: list[str]) -> DeviceUsage:
     if text is not None:
         try:
             cards = json.loads(text)
-            found = {
+            used = {
                 device: int(cards[f"card{device}"]["VRAM Total Used Memory (B)"])
                 for device in chosen
                 if f"card{device}" in cards
             }
-            return DeviceUsage(
-                found, "" if len(found) == len(chosen) else "rocm-smi doesn't list all devices"
-            )
+            return DeviceUsage(used, "" if len(used) == len(chosen) else "rocm-smi doesn't list all devices")
         except (ValueError, KeyError, TypeError):
             pass
     return _amd_files(chosen)
@@ -94,11 +95,11 @@ def _amd(chosen: list[str]) -> DeviceUsage:
 
 def _amd_files(chosen: list[str], root: Path = Path("/sys/class/drm")) -> DeviceUsage:
     """From the kernel's own files; cards in the order of their numbers, as HIP counts them."""
-    files = sorted(root.glob("card*/device/mem_info_vram_used"), key=lambda p: int(p.parts[-3][4:]))
     try:
-        found = {device: int(files[int(device)].read_text()) for device in chosen if int(device) < len(files)}
+        files = sorted(root.glob("card*/device/mem_info_vram_used"), key=lambda p: int(p.parts[-3][4:]))
+        used = {device: int(files[int(device)].read_text()) for device in chosen if int(device) < len(files)}
     except (OSError, ValueError):
-        found = {}
-    if len(found) == len(chosen):
-        return DeviceUsage(found)
-    return DeviceUsage(found, "neither rocm-smi nor the kernel's files tell of all devices")
+        used = {}
+    if len(used) == len(chosen):
+        return DeviceUsage(used)
+    return DeviceUsage(used, "neither rocm-smi nor the kernel's files tell of all devices")

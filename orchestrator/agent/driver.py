@@ -12,10 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, Protocol
 
-from configs.paths import RunPaths
 from faulttol import steady
 from orchestrator.agent.gang_state import Gang, Member
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, Launch, OrderSuperseded
@@ -110,13 +108,13 @@ class Gangs:
             # A thread that didn't turn, as in a machine that was suspended, can't call others silent.
             return gang.status(self._turned, self._wall()) if gang else GangStatus()
 
-    def collect(self, spec: GangSpec) -> None:
+    def collect(self, spec: GangSpec, request: str) -> None:
         """As `GangRuntime.collect`."""
         with self._lock:
             gang = self._gangs.get(spec.key)
-            if gang is None or gang.collecting is not None:
+            if gang is None or request in gang.collecting or request in gang.collected:
                 return
-            gang.collecting = time.monotonic()
+            gang.collecting[request] = time.monotonic()
             for member in gang.members:
                 member.call, member.retry_at = None, 0.0
             self._swept = 0.0
@@ -136,7 +134,8 @@ class Gangs:
 
     def _forget_earlier(self, spec: GangSpec) -> None:
         earlier = [key for key, gang in self._gangs.items()
-                   if key[0] == spec.run_root and key[1] < spec.attempt and (gang.stopped or gang.released)]  # fmt: skip
+                   if key[0] == spec.run_root and key[1] < spec.attempt
+                   and (gang.released or (gang.stopped and gang.want is Want.STOPPED))]  # fmt: skip
         ended = [key for key, gang in self._gangs.items() if gang.released]
         for key in {*earlier, *ended[: max(0, len(ended) - _ENDED_KEPT)]}:
             del self._gangs[key]
@@ -161,7 +160,7 @@ class Gangs:
             for gang in self._gangs.values():
                 for member in gang.members:
                     member.since += gap if member.since else 0.0
-                    member.asked += gap
+                    member.called += gap
                     member.answered = None if member.answered is None else member.answered + gap
         touched: dict[int, Gang] = {}
         while self._done:
@@ -213,13 +212,8 @@ class Gangs:
         gang.judge(now, self._carrier.alive())
         for member in gang.members:
             self._ask(gang, member, now)
-        if gang.collecting is not None and not gang.collected:
-            waiting = [
-                m for m in gang.members if not m.lost and m.answer is not None and not m.answer.collected
-            ]
-            if not waiting or now - gang.collecting > _COLLECT_SECONDS:
-                gang.collected = str(RunPaths(Path(gang.spec.run_root)).attempt(gang.spec.attempt).evidence)
-                self._news.set()
+        if gang.collect(now, _COLLECT_SECONDS):
+            self._news.set()
         if gang.stopped and not before:
             self._news.set()
         if gang.want is Want.RELEASED and all(m.lost or m.freed for m in gang.members):
@@ -249,6 +243,8 @@ class Gangs:
             self._news.set()
 
     def _let_go(self, gang: Gang, now: float) -> None:
+        if gang.holding is not None and not gang.holding.done():
+            return  # a call to hold the slots is under way, and would hold them after they were let go
         if gang.letting is not None and gang.letting.done():
             gang.released = bool(_result(gang.letting))
             gang.letting = None
@@ -268,7 +264,7 @@ class Gangs:
     def _ask(self, gang: Gang, member: Member, now: float) -> None:
         """Send the next order, where one is due."""
         if member.call is not None:
-            if now - member.asked < _ANSWER_SECONDS + gang.spec.heartbeat:
+            if now - member.called < _ANSWER_SECONDS + gang.spec.heartbeat:
                 return
             log.warning("node %s: no answer", member.share.ip)
             member.call = None
@@ -283,7 +279,7 @@ class Gangs:
         order = self._order(gang, member, go)
         make = gang.want is not Want.WATCHED
         member.since = member.since or now
-        member.asked = now
+        member.called = now
         member.call = call = self._carrier.attend(gang.spec, member.share, order, make)
         call.add_done_callback(lambda done: self._arrived(gang, member, done))
 
@@ -314,7 +310,7 @@ class Gangs:
             want=gang.want,
             launch=launch,
             grace=gang.grace,
-            collect=gang.collecting is not None,
+            collect=tuple(gang.collecting),
             news=answer.news if answer and not (go and launch) else -1,
             serial=answer.serial if answer else 0,
             offset=member.offset,

@@ -73,21 +73,21 @@ class Evidence:
 def stacks(pid: int) -> str:
     """Python stacks of all threads of a process, and what the kernel says that it does."""
     state = family.state_of(pid)
-    told = [f"process {pid}, state {state or 'gone'}, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
+    lines = [f"process {pid}, state {state or 'gone'}, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
     for name in ("wchan", "syscall"):
         try:
-            told.append(f"{name}: {Path(f'/proc/{pid}/{name}').read_text().strip()}")
+            lines.append(f"{name}: {Path(f'/proc/{pid}/{name}').read_text().strip()}")
         except OSError as error:
-            told.append(f"{name}: {error.strerror}")
+            lines.append(f"{name}: {error.strerror}")
     program = shutil.which("py-spy") or str(Path(sysconfig.get_path("scripts")) / "py-spy")
     words = [program, "dump", "--pid", str(pid)]
     # A process that is stopped can't be paused: py-spy would wait for it forever.
     words += ["--nonblocking"] if state in ("T", "t", "D") else []
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_DUMP_SECONDS)
-        told += ["", done.stdout, done.stderr]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=_DUMP_SECONDS)
+        lines += ["", done.stdout, done.stderr]
     except subprocess.TimeoutExpired:
-        told.append(f"py-spy: no answer in {_DUMP_SECONDS:.0f} s")
+        lines.append(f"py-spy: no answer in {_DUMP_SECONDS:.0f} s")
     except OSError as error:
-        told.append(f"py-spy: {error.strerror}; install it to have the Python stacks here")
-    return "\n".join(told)
+        lines.append(f"py-spy: {error.strerror}; install it to have the Python stacks here")
+    return "\n".join(lines)

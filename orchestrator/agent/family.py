@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from faulttol import steady
+
 _PROC = Path("/proc")
-_MARK = b"MEGARAY_MARK="
+_MARK = "MEGARAY_MARK="
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class ProcessRow:
     session: int
     state: str
     """The kernel's letter."""
+    begun: float
+    """Seconds since the machine's start, exact to a hundredth."""
 
 
 def table() -> dict[int, ProcessRow]:
@@ -36,37 +42,41 @@ def state_of(pid: int) -> str:
     return row.state if row else ""
 
 
-def of_attempt(mark: str, leaders: Collection[int]) -> list[int]:
+def of_attempt(mark: str, leaders: Mapping[int, float]) -> list[int]:
     """Ids of all living processes of an attempt.
 
     Args:
         mark: value of `MEGARAY_MARK` in their environment.
-        leaders: ids of the ranks, as far as this agent started them. Each leads a session of its own, which processes
-            belong to that have cleared their environment.
+        leaders: ids of the ranks, as far as this agent started them, and when each ended by `steady.now`; infinity: it
+            lives. Each leads a session of its own, which processes belong to that have cleared their environment. Once it
+            has ended, the kernel may give its id to another, so what began later isn't known by it.
     """
+    ahead = time.clock_gettime(time.CLOCK_BOOTTIME) - steady.now()
+    ended = {pid: at + ahead for pid, at in leaders.items()}
     rows = table()
-    found = {
+    members = {
         pid for pid, row in rows.items()
-        if pid in leaders or row.session in leaders or _is_marked(pid, mark)
+        if row.begun <= ended.get(row.session, -1.0) or _is_marked(pid, mark)
     }  # fmt: skip
-    found.discard(os.getpid())
+    members.discard(os.getpid())
     while True:  # those that have left session and environment behind are still somebody's children
-        more = {pid for pid, row in rows.items() if row.parent in found} - found
+        more = {pid for pid, row in rows.items() if row.parent in members} - members
         if not more:
-            return sorted(found)
-        found |= more
+            return sorted(members)
+        members |= more
 
 
 def marks() -> set[str]:
     """Marks of all attempts that have a living process on this node."""
-    found = set()
+    running = set()
     for pid in table():
         try:
             text = (_PROC / str(pid) / "environ").read_bytes()
         except OSError:
             continue
-        found |= {part[len(_MARK) :].decode() for part in text.split(b"\0") if part.startswith(_MARK)}
-    return found
+        words = text.decode(errors="replace").split("\0")
+        running |= {word.removeprefix(_MARK) for word in words if word.startswith(_MARK)}
+    return running
 
 
 def end(pids: Iterable[int], number: signal.Signals) -> None:
@@ -76,28 +86,38 @@ def end(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def reap(known: Collection[int]) -> None:
-    """Take leave of orphans that came to this process as their subreaper; `known` children have a watcher."""
+def reap(known: Collection[int], earlier: Collection[ProcessRow]) -> set[ProcessRow]:
+    """Take leave of orphans that came to this process as their subreaper.
+
+    Args:
+        known: children that have a watcher.
+        earlier: what the last call gave. Only what had ended by then is taken leave of: a child may have begun and ended
+            since `known` was asked for, and `subprocess` takes one that was reaped under it for one that succeeded.
+
+    Returns:
+        Children that have ended and were not taken leave of.
+    """
     me = os.getpid()
-    for entry in _PROC.iterdir():
-        if entry.name.isdigit():
-            row = _row(int(entry.name))
-            if row is not None and row.parent == me and row.state == "Z" and row.pid not in known:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(row.pid, os.WNOHANG)
+    rows = (_row(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
+    ended = {row for row in rows if row is not None and row.parent == me and row.state == "Z"}
+    orphans = {row for row in ended.intersection(earlier) if row.pid not in known}
+    for row in orphans:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(row.pid, os.WNOHANG)
+    return ended - orphans
 
 
 def _row(pid: int) -> ProcessRow | None:
     try:
-        text = (_PROC / str(pid) / "stat").read_text()
-    except (OSError, UnicodeDecodeError):
+        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
         return None
-    rest = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return ProcessRow(pid, int(rest[1]), int(rest[3]), rest[0])
+    rest = text.rpartition(")")[2].split()  # the name before it may hold anything, half a letter too
+    return ProcessRow(pid, int(rest[1]), int(rest[3]), rest[0], int(rest[19]) / _TICKS)
 
 
 def _is_marked(pid: int, mark: str) -> bool:
     try:
-        return _MARK + mark.encode() in (_PROC / str(pid) / "environ").read_bytes()
+        return (_MARK + mark).encode() in (_PROC / str(pid) / "environ").read_bytes()
     except OSError:
         return False

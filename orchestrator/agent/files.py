@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from configs.metrics import MetricLine, read_from
@@ -127,22 +128,28 @@ class LogFiles:
             self._wake.wait(_LINES_SECONDS)
             self._wake.clear()
             last = self._closed
-            try:
-                self._busy = time.monotonic()
-                self._tell_last_words()
-                if 0 in self._ranks:
-                    self._read_lines()
-                if time.monotonic() > rotate:
-                    for rank in self._ranks:
-                        rotated(self._paths.log(rank))
-                    rotate = time.monotonic() + _ROTATE_SECONDS
-            except (OSError, ValueError):
-                log.exception("files of %s", self._paths.root)
-                self._wake.wait(1.0)
-            finally:
-                self._busy = None
+            self._busy = time.monotonic()
+            acts: list[Callable[[], object]] = [self._tell_last_words]
+            if 0 in self._ranks:
+                acts.append(self._read_lines)
+            if self._busy > rotate:
+                rotate = self._busy + _ROTATE_SECONDS
+                acts += [partial(rotated, self._paths.log(rank)) for rank in self._ranks]
+            failed = [act for act in acts if not self._done(act)]
+            self._busy = None
             if last:
                 return
+            if failed:
+                self._wake.wait(1.0)
+
+    def _done(self, act: Callable[[], object]) -> bool:
+        """Whether it could be done; what fails keeps nothing else from it."""
+        try:
+            act()
+        except (OSError, ValueError):
+            log.exception("files of %s", self._paths.root)
+            return False
+        return True
 
     def _prepare(self) -> Trouble | None:
         until = time.monotonic() + _VISIBLE_SECONDS
@@ -178,11 +185,14 @@ class LogFiles:
 
     def _tell_last_words(self) -> None:
         with self._lock:
-            asked, self._asked = self._asked, []
-        for rank in asked:
-            self.last_words[rank] = last_line(self._paths.log(rank))
-        if asked:
+            ranks, self._asked = self._asked, []
+        for rank in ranks:
+            self._done(partial(self._read_last_words, rank))
+        if ranks:
             self._news()
+
+    def _read_last_words(self, rank: int) -> None:
+        self.last_words[rank] = last_line(self._paths.log(rank))
 
     def _read_lines(self) -> None:
         with self._lock:
@@ -215,24 +225,33 @@ def rotated(path: Path, limit: int = LOG_BYTES) -> bool:
     """Move what a log above `limit` bytes holds to `.1`, what was there to `.2`; whether it was.
 
     Its writer keeps the file open to append, so the text is copied and the file cut to nothing. What is written
-    between the two is lost: at most a few lines of 64 MiB.
+    between the two is lost: at most a few lines of 64 MiB. Where no space is left for the copy, all of it is lost.
+
+    Raises:
+        OSError: where the file can't be copied for another reason; what was there is as it was.
     """
     try:
         if path.stat().st_size <= limit:
             return False
     except FileNotFoundError:
         return False
-    for number in range(LOGS_KEPT, 1, -1):
-        older = path.with_name(f"{path.name}.{number - 1}")
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        shutil.copyfile(path, temporary)
+        with path.open("r+b") as file:
+            with temporary.open("ab") as out:  # what came while it was copied
+                file.seek(out.tell())
+                shutil.copyfileobj(file, out)
+            file.truncate(0)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("%s is cut without a copy: %s", path, error.strerror)
+        os.truncate(path, 0)  # its space is all that there is to be had
+        return True
+    for number in range(LOGS_KEPT, 0, -1):
+        older = path.with_name(f"{path.name}.{number - 1}") if number > 1 else temporary
         if older.exists():
             older.replace(path.with_name(f"{path.name}.{number}"))
-    copy = path.with_name(f"{path.name}.1")
-    temporary = path.with_name(f"{path.name}.tmp")
-    shutil.copyfile(path, temporary)
-    with path.open("r+b") as file:
-        with temporary.open("ab") as out:  # what came while it was copied
-            file.seek(out.tell())
-            shutil.copyfileobj(file, out)
-        file.truncate(0)
-    temporary.replace(copy)
     return True

@@ -28,9 +28,9 @@ class Member:
 
     share: NodeShare
     call: Future[AttemptReport] | None = None
-    asked: float = 0.0
+    called: float = 0.0
     since: float = 0.0
-    """When it was first asked; times here are monotonic seconds."""
+    """When it was first called; times here are monotonic seconds."""
     answered: float | None = None
     retry_at: float = 0.0
     failures: int = 0
@@ -95,9 +95,10 @@ class Gang:
     slots_due: float = 0.0
     """When the slots are asked about again."""
     released: bool = False
-    collecting: float | None = None
-    """Since when stacks are being written."""
-    collected: str = ""
+    collecting: dict[str, float] = field(default_factory=dict)
+    """Requests that stacks are being written for, and since when."""
+    collected: frozenset[str] = frozenset()
+    """Requests whose stacks are there."""
     witness: str | None = None
     """Address of a node outside the gang that sees what all its nodes miss; empty: none does; None: nobody was asked."""
     asking: Future[str] | None = None
@@ -114,6 +115,18 @@ class Gang:
                 member.unlose(want)
         self.want, self.grace = want, grace
         return True
+
+    def collect(self, now: float, limit: float) -> bool:
+        """Note which requests for stacks are done, or over their `limit` of seconds; whether one is."""
+        done = {
+            request for request, since in self.collecting.items()
+            if now - since > limit
+            or all(m.lost or m.answer is None or request in m.answer.collected for m in self.members)
+        }  # fmt: skip
+        self.collected |= done
+        for request in done:
+            del self.collecting[request]
+        return bool(done)
 
     @property
     def master(self) -> str:
@@ -180,16 +193,16 @@ class Gang:
         """Nodes whose versions aren't those of most, and what they are; under "" where there is no majority."""
         if len(self.members) < 2:
             return {}
-        told = {m.share.node_id: tuple(sorted(m.answer.facts.items())) for m in self.members if m.answer}
-        if not told:
+        versions = {m.share.node_id: tuple(sorted(m.answer.facts.items())) for m in self.members if m.answer}
+        if not versions:
             return {}
-        common, count = Counter(told.values()).most_common(1)[0]
+        common, count = Counter(versions.values()).most_common(1)[0]
         differing = {
             node: ", ".join(f"{name} {dict(facts).get(name, 'none')} (elsewhere {value})" for name, value in common
                             if dict(facts).get(name) != value)
-            for node, facts in told.items() if facts != common
+            for node, facts in versions.items() if facts != common
         }  # fmt: skip
-        if differing and count * 2 <= len(told):
+        if differing and count * 2 <= len(versions):
             node, text = next(iter(differing.items()))
             return {"": f"the gang's nodes differ: {text} on {node}; install the same everywhere"}
         return differing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 from orchestrator.control.gang import AgentReport, Want
+
+_TAIL = 20
+"""Characters of a run's id that name its folders in memory: its date, time and letters."""
+_RINGS = re.compile(r"-\d{3,}-.{1,8}-([0-9a-f]{32})$")
 
 
 class OrderSuperseded(RuntimeError):
@@ -67,8 +72,8 @@ class AttemptOrder:
     """For `STARTED`."""
     grace: float = 0.0
     """For `STOPPED`: seconds between SIGTERM and SIGKILL."""
-    collect: bool = False
-    """Stacks and rings are to be written."""
+    collect: tuple[str, ...] = ()
+    """Requests that stacks and rings are to be written for, each to a folder of this name."""
     news: int = -1
     """`AttemptReport.news` of the newest answer: the next one waits until there is something newer."""
     serial: int = 0
@@ -105,8 +110,8 @@ class AttemptReport:
     """Seconds that it has waited for shared storage."""
     facts: dict[str, str] = field(default_factory=dict)
     """Versions that must be alike in a gang."""
-    collected: bool = False
-    """Stacks and rings were written, or given up after their time."""
+    collected: tuple[str, ...] = ()
+    """Those of the order's requests whose stacks and rings were written, or given up after their time."""
 
 
 def mark(run_root: str, attempt: int, node_id: str) -> str:
@@ -122,7 +127,8 @@ def rings(run_root: str, attempt: int, node_id: str) -> Path:
 
     With the node's id, since containers and network namespaces may share one memory.
     """
-    return memory() / f"{Path(run_root).name}-{attempt:03d}-{node_id[:8]}-{mark(run_root, attempt, node_id)}"
+    tail = Path(run_root).name[-_TAIL:]
+    return memory() / f"{tail}-{attempt:03d}-{node_id[:8]}-{mark(run_root, attempt, node_id)}"
 
 
 def sweep(living: Callable[[], set[str]], older: float = 3600.0) -> None:
@@ -134,8 +140,11 @@ def sweep(living: Callable[[], set[str]], older: float = 3600.0) -> None:
     """
     marks = living()
     for folder in memory().glob("*-*"):
+        match = _RINGS.search(folder.name)
+        if match is None:  # a node's snapshots lie here too, under its name
+            continue
         try:
-            if folder.name.rpartition("-")[2] not in marks and time.time() - folder.stat().st_mtime > older:
+            if match[1] not in marks and time.time() - folder.stat().st_mtime > older:
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue

@@ -11,13 +11,15 @@ import logging
 import os
 import queue
 import select
+import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from faulttol import steady
+from orchestrator.agent import family
 
 log = logging.getLogger("megaray.agent")
 
@@ -88,6 +90,11 @@ class Spawner:
                     return True
         return False
 
+    def send(self, pids: Collection[int], number: signal.Signals) -> None:
+        """Send a signal to those that live: none is reaped meanwhile, so its id can't have become another's."""
+        with self._lock:
+            family.end([p.pid for p, _ in self._watched.values() if p.pid in pids], number)
+
     def pids(self) -> set[int]:
         """Processes that are watched now."""
         with self._lock:
@@ -138,7 +145,7 @@ class Spawner:
 def _wait(fd: int) -> int:
     """Exit code of a process that has ended."""
     with contextlib.suppress(ChildProcessError):
-        found = os.waitid(os.P_PIDFD, fd, os.WEXITED)
-        if found is not None:
-            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        ended = os.waitid(os.P_PIDFD, fd, os.WEXITED)
+        if ended is not None:
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
     return _UNKNOWN_EXIT

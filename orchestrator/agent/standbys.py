@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.agent import family
 from orchestrator.agent.environment import CHANGING
 from orchestrator.agent.orders import Launch
 from orchestrator.agent.spawner import Ended, Exit, Spawner
@@ -85,8 +84,8 @@ class Standbys:
 
     def keep(self, run: str, launch: Launch, env: Mapping[str, str]) -> None:
         """Have interpreters for the next attempt of a run whose ranks train; `env` is what its ranks share."""
-        told = env.get("MEGARAY_STANDBYS", "")
-        limit = int(told) if told.isdecimal() else len(launch.ranks)
+        setting = env.get("MEGARAY_STANDBYS", "")
+        limit = int(setting) if setting.isdecimal() else len(launch.ranks)
         if launch.program[:2] != ("-m", "trainer") or limit < 1:
             return  # what measures the node mustn't be disturbed, and is short
         with self._lock:
@@ -140,7 +139,7 @@ class Standbys:
             chosen.line.sendall(data[sent:])
             chosen.line.shutdown(socket.SHUT_WR)
         except OSError:  # it has died
-            family.end([chosen.process.pid], signal.SIGKILL)
+            self._spawner.send([chosen.process.pid], signal.SIGKILL)
             return False
         return True
 
@@ -157,7 +156,7 @@ class Standbys:
             self._needs.clear()
             waiting, self._waiting = self._waiting, []
         for one in waiting:
-            family.end([one.process.pid], signal.SIGKILL)
+            self._spawner.send([one.process.pid], signal.SIGKILL)
             one.line.close()
         self._wake.set()
 
@@ -177,8 +176,11 @@ class Standbys:
         with self._lock:
             self._needs = {run: n for run, n in self._needs.items() if n.until is None or n.until > now}
             needs = list(self._needs.values())
-            for one in self._waiting:
-                one.ready = one.ready or _has_told(one.line)
+            for one in list(self._waiting):
+                if one.process.returncode is not None:  # it ended before it was listed
+                    self._note_end(one)
+                else:
+                    one.ready = one.ready or _has_told(one.line)
             wanted: dict[_Kind, int] = {}
             for need in needs:  # runs on one node follow each other or stand side by side; each gets its own
                 wanted[need.kind] = wanted.get(need.kind, 0) + need.count
@@ -191,7 +193,7 @@ class Standbys:
             importing = any(not one.ready for one in self._waiting)
         for one in surplus:
             one.line.close()  # it ends by itself, or once it has imported
-            family.end([one.process.pid], signal.SIGKILL)
+            self._spawner.send([one.process.pid], signal.SIGKILL)
         if importing:
             return  # one after the other: the ranks need the processor
         for need in needs:
@@ -218,10 +220,13 @@ class Standbys:
         """One that nobody had taken has ended."""
         with self._lock:
             for one in [one for one in self._waiting if one.process.pid == pid]:
-                self._waiting.remove(one)
-                one.line.close()
-                if not one.ready:
-                    self._failed[one.kind] = self._failed.get(one.kind, 0) + 1
+                self._note_end(one)
+
+    def _note_end(self, one: _Standby) -> None:
+        self._waiting.remove(one)
+        one.line.close()
+        if not one.ready:
+            self._failed[one.kind] = self._failed.get(one.kind, 0) + 1
 
 
 def _has_told(line: socket.socket) -> bool:

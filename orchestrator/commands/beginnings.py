@@ -108,30 +108,30 @@ def find(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning]:
     """
     assert config.resume is not None, "asked only where it is set"
     root, step = _place(config.resume, home)
-    found = newest(root, step)
-    if found is None:
+    start = newest(root, step)
+    if start is None:
         what = f"step {step}" if step is not None else "checkpoint"
         raise UserError(
             f"resume='{config.resume}': no {what} is committed in {root}; name a run that has saved one, or its folder"
         )
-    told = f"resume='{config.resume}': step {found.step} of run {found.run}"
-    old = found.facts.get("fingerprint", {})
+    source = f"resume='{config.resume}': step {start.step} of run {start.run}"
+    old = start.facts.get("fingerprint", {})
     refused, _ = refusals(old, fingerprint(config, _data(config, old.get("data") or {})))
     if refused:
         raise UserError(
-            f"{told} isn't this run's to continue from: {'; '.join(refused[:_TOLD])}; {_advice(found, home)}"
+            f"{source} isn't this run's to continue from: {'; '.join(refused[:_TOLD])}; {_advice(start, home)}"
         )
-    if config.train.steps <= found.step:
+    if config.train.steps <= start.step:
         raise UserError(
-            f"{told} has trained all of train.steps={config.train.steps}; set train.steps above {found.step} to train on"
+            f"{source} has trained all of train.steps={config.train.steps}; set train.steps above {start.step} to train on"
         )
-    where = found.path if step is not None else root
-    return config.model_copy(update={"resume": where}), found
+    where = start.path if step is not None else root
+    return config.model_copy(update={"resume": where}), start
 
 
-def _advice(found: Beginning, home: HomePaths) -> str:
-    settings = home.run(found.run).newest_config
-    if found.run in home.run_ids() and settings.exists():
+def _advice(start: Beginning, home: HomePaths) -> str:
+    settings = home.run(start.run).newest_config
+    if start.run in home.run_ids() and settings.exists():
         return f"set it back, or take all settings of that run with --config {settings}"
     return "set it back"
 
@@ -164,31 +164,31 @@ def _data(config: RunConfig, old: dict[str, Any]) -> dict[str, Any]:
     return old | known | {"parts": parts if len(parts) == count else [{}] * count}
 
 
-def differences(config: RunConfig, found: Beginning, home: HomePaths) -> list[Change]:
+def differences(config: RunConfig, start: Beginning, home: HomePaths) -> list[Change]:
     """What a new run has otherwise than the one it begins from: field, value there, value here.
 
     By that run's configuration where this home has it, else by what its checkpoint says.
     """
-    there = home.run(found.run).newest_config
+    there = home.run(start.run).newest_config
     if there.exists():
         return [c for c in changes(load(there), config) if c[0] not in ("name", "resume", "checkpoint.path")]
     now = {axis: config.parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
     return [
-        (f"parallel.{axis}", str(found.layout.get(axis, 1)), str(size))
+        (f"parallel.{axis}", str(start.layout.get(axis, 1)), str(size))
         for axis, size in now.items()
-        if found.layout.get(axis, 1) != size
+        if start.layout.get(axis, 1) != size
     ]
 
 
-def owns(found: Beginning, run_id: str) -> bool:
+def owns(start: Beginning, run_id: str) -> bool:
     """Whether a checkpoint is the run's own."""
-    return tag(found.run) == tag(run_id)
+    return tag(start.run) == tag(run_id)
 
 
-def to_json(config: RunConfig, found: Beginning, home: HomePaths) -> dict[str, Any]:
-    """What is shown before a run starts that begins from `found`."""
+def to_json(config: RunConfig, start: Beginning, home: HomePaths) -> dict[str, Any]:
+    """What is shown before a run starts that begins from `start`."""
     return {
-        "run": found.run, "attempt": found.attempt, "step": found.step, "path": found.path,
-        "samples": found.facts.get("samples"), "tokens": found.facts.get("tokens"), "loss": found.facts.get("loss"),
-        "differences": [list(change) for change in differences(config, found, home)],
+        "run": start.run, "attempt": start.attempt, "step": start.step, "path": start.path,
+        "samples": start.facts.get("samples"), "tokens": start.facts.get("tokens"), "loss": start.facts.get("loss"),
+        "differences": [list(change) for change in differences(config, start, home)],
     }  # fmt: skip

@@ -137,17 +137,17 @@ def _rest(config: RunConfig, step: int) -> int:
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Every field by its dotted name."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
         for name, value in tree.items():
             if isinstance(value, dict) and value:
                 walk(value, f"{prefix}{name}.")
             else:
-                found[f"{prefix}{name}"] = value
+                fields[f"{prefix}{name}"] = value
 
     walk(config.model_dump(mode="json"), "")
-    return found
+    return fields
 
 
 def told(value: Any) -> str:

@@ -28,7 +28,8 @@ from orchestrator.record import reading
 from orchestrator.record.events import Submitted
 from orchestrator.record.reading import RunReader
 from trainer.data import prepare
-from trainer.sizing.search.planner import plan, trainable
+from trainer.sizing.search import runnable
+from trainer.sizing.search.planner import plan
 
 __all__ = [
     "cancel", "cordon", "down", "drain", "forward", "nodes", "resume", "serve", "spare", "submit", "uncordon", "unspare",
@@ -131,7 +132,7 @@ def _queue(controller: ControllerClient, paths: RunPaths, event: Submitted) -> N
 
 def _check_training(config: RunConfig) -> list[str]:
     """Refuse before the queue what every rank would refuse after it; what of the data is left out."""
-    refusal = trainable(config)
+    refusal = runnable.refusal(config)
     if refusal:
         raise UserError(refusal)
     notes = prepare.check(config.data, config.model.vocab)
@@ -169,9 +170,9 @@ def up(call: CommandCall) -> int:
     slots = call.options.slots if call.options.slots is not None else machine.processors()
     if slots < 1:
         raise UserError(f"--slots {slots}: a cluster needs at least one; leave it out for one per processor")
-    if found := cluster.local(call.home):
+    if running := cluster.local(call.home):
         raise UserError(
-            f"a local Ray with {found.slots} slots is up at {found.address}; `{PROGRAM} down` ends it"
+            f"a local Ray with {running.slots} slots is up at {running.address}; `{PROGRAM} down` ends it"
         )
     call.home.ensure()
     try:
@@ -201,8 +202,8 @@ def down(call: CommandCall) -> int:
                     {"cancelled": []},
                 )
                 return 0
-        told = f"; {damage}, and is removed" if damage else ""
-        raise UserError(f"no local Ray is up for {call.home.home}; nothing to take down{told}")
+        removal = f"; {damage}, and is removed" if damage else ""
+        raise UserError(f"no local Ray is up for {call.home.home}; nothing to take down{removal}")
     active = [row.run_id for row in reading.summaries(call.home).rows if not row.terminal]
     if active:
         call.note(f"active: {', '.join(active)}; each is cancelled and can be resumed from its checkpoint")
@@ -300,7 +301,7 @@ def resume(call: CommandCall) -> int:
         else:
             slots = max(resumption.slots, machine.processors())
             controller, _, _ = reach.started(call, slots, machine.gpus(), Timeouts())
-        controller.resume(run.run_id, resumption.event(), dump(resumption.config))
+        controller.resume(run.run_id, resumption.event(), dump(resumption.config), owner_of(None))
     finally:
         ray_cluster.disconnect()
     said = f"resuming {run.run_id} from {resumption.start}"

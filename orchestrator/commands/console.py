@@ -38,8 +38,8 @@ def source(tree: dict[str, Any]) -> str:
     counted = [f"{count(tree[name])} {name}" for name in ("samples", "tokens") if tree[name] is not None] + (
         [f"loss {tree['loss']:.4f}"] if tree["loss"] is not None else []
     )
-    told = f" ({', '.join(counted)})" if counted else ""
-    text = table([("resume", f"step {tree['step']} of {tree['run']}{told}: {short(tree['path'])}")])
+    counts = f" ({', '.join(counted)})" if counted else ""
+    text = table([("resume", f"step {tree['step']} of {tree['run']}{counts}: {short(tree['path'])}")])
     return text + ("\notherwise than there\n" + _changes(tree["differences"]) if tree["differences"] else "")
 
 
@@ -68,7 +68,7 @@ def _note(row: RunSummary) -> str:
     return row.waiting_for or (row.detail if row.state in (State.FAILED, State.RECOVERING) else "")
 
 
-def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
+def status(row: RunSummary, history: Sequence[dict[str, Any]]) -> str:
     """One run in full."""
     why = f" ({row.reason})" + (f": {row.detail}" if row.detail else "")
     rows = [
@@ -114,7 +114,7 @@ def status(row: RunSummary, found: Sequence[dict[str, Any]]) -> str:
         rows.append(("in memory", f"step {row.memory_step} (training held {row.memory_held or 0.0:.2f} s)"))
     if row.saves:
         rows.append(("saves", row.saves))
-    rows.append(("attempts", f"{row.attempt}, {plural(len(found), 'incident')}"))
+    rows.append(("attempts", f"{row.attempt}, {plural(len(history), 'incident')}"))
     if row.kept:
         rows.append(("stacks", row.kept))
     rows += [("damaged", text) for text in row.damage]
@@ -172,20 +172,20 @@ def nodes(queue: dict[str, Any]) -> str:
 
 def _marks(node: dict[str, Any]) -> str:
     """What keeps runs from a node, or makes it a later choice."""
-    told = [node["barred"]] if node.get("barred") else []
-    told += ["spare"] if node.get("spare") else []
-    told += [f"suspicion {node['suspicion']:.2g}"] if node.get("suspicion", 0.0) >= 0.05 else []
+    marks = [node["barred"]] if node.get("barred") else []
+    marks += ["spare"] if node.get("spare") else []
+    marks += [f"suspicion {node['suspicion']:.2g}"] if node.get("suspicion", 0.0) >= 0.05 else []
     labels = node.get("labels") or {}
-    told += [f"{name} {labels[name]}" for name in _PLACES if name in labels]
-    return ", ".join(told) or "-"
+    marks += [f"{name} {labels[name]}" for name in _PLACES if name in labels]
+    return ", ".join(marks) or "-"
 
 
-def incidents(found: Sequence[dict[str, Any]]) -> str:
+def incidents(listed: Sequence[dict[str, Any]]) -> str:
     """What broke, where, when, what it cost."""
-    if not found:
+    if not listed:
         return "no incidents"
     blocks = []
-    for one in found:
+    for one in listed:
         rank = "the gang" if one["rank"] is None else f"rank {one['rank']}"
         where = rank + (f" on {one['node']}" if one["node"] else "")
         predicted = one["predicted_steps"]

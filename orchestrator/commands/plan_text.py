@@ -49,15 +49,15 @@ def plan_table(plan: dict[str, Any]) -> str:
 def _engine(plan: dict[str, Any]) -> str:
     """What trains, and how."""
     again = "nothing recomputed" if plan["recompute"] == "none" else f"{plan['recompute']} recomputation"
-    told = [plan["engine"], plan["optimizer"], f"ZeRO {plan['zero']}", again]
+    words = [plan["engine"], plan["optimizer"], f"ZeRO {plan['zero']}", again]
     if plan["layout"]["pp"] > 1:
-        told.append(
+        words.append(
             f"schedule {plan['schedule']}"
             + (f", {plan['chunks']} chunks a rank" if plan["chunks"] > 1 else "")
         )
     if plan["layout"]["cp"] > 1:
-        told.append(f"context by {plan['context']}")
-    return ", ".join(told)
+        words.append(f"context by {plan['context']}")
+    return ", ".join(words)
 
 
 def step_time(predicted: dict[str, Any], tokens: int) -> str:

@@ -78,13 +78,13 @@ def choose(home: HomePaths, keep: int | None, older: float | None, now: float) -
         for place, (when, run) in enumerate(ended)
         if (keep is None or place >= keep) and (older is None or now - when > older * _DAY)
     }
-    found = _readers(home, old) | {name: why for name, run in old.items() if (why := _held(run, now))}
-    kept += [(name, why) for name, why in sorted(found.items())]
+    needed = _readers(home, old) | {name: why for name, run in old.items() if (why := _held(run, now))}
+    kept += [(name, why) for name, why in sorted(needed.items())]
     times = {run.run_id: when for when, run in ended}
     removed = [
         Removal(name, run.root, _bytes(run.root), f"ended {span(now - times[name])} ago")
         for name, run in sorted(old.items())
-        if name not in found
+        if name not in needed
     ]
     gone = {removal.name for removal in removed}
     return PruneSelection(removed + _leftovers(home, now) + _code(home, gone, now), kept)
@@ -107,20 +107,20 @@ def _readers(home: HomePaths, old: dict[str, RunPaths]) -> dict[str, str]:
 
     A run that stays because of one reader may itself begin from a third: so until nothing is added.
     """
-    found: dict[str, str] = {}
+    readers: dict[str, str] = {}
     sources = {run_id: _sources(home.run(run_id)) for run_id in home.run_ids()}
     while True:
-        staying = {run_id for run_id in sources if run_id not in old or run_id in found}
+        staying = {run_id for run_id in sources if run_id not in old or run_id in readers}
         fresh = {
             name: f"run {reader} {how}"
             for reader in sorted(staying)
             for place, how in sources[reader]
             for name, run in old.items()
-            if name not in found and name != reader and (place == "?" or _inside(place, run.root))
+            if name not in readers and name != reader and (place == "?" or _inside(place, run.root))
         }
         if not fresh:
-            return found
-        found |= fresh
+            return readers
+        readers |= fresh
 
 
 def _sources(run: RunPaths) -> list[tuple[str, str]]:
@@ -234,24 +234,24 @@ def prune(call: CommandCall) -> int:
         call.say("nothing to remove", tree)
         return 0
     call.note(table([(r.name, size(r.bytes), r.why) for r in choice.removed], right=(1,)))
-    told = f"{plural(len(choice.removed), 'folder')}, {size(freed)}"
-    if not _agreed(call, told):
-        call.say(f"nothing was removed; it would free {told}: --yes removes it", tree | {"removed": []})
+    amount = f"{plural(len(choice.removed), 'folder')}, {size(freed)}"
+    if not _agreed(call, amount):
+        call.say(f"nothing was removed; it would free {amount}: --yes removes it", tree | {"removed": []})
         return 1
     for removal in choice.removed:
         _remove(removal.folder)
-    call.say(f"removed {told}", tree)
+    call.say(f"removed {amount}", tree)
     return 0
 
 
-def _agreed(call: CommandCall, told: str) -> bool:
+def _agreed(call: CommandCall, amount: str) -> bool:
     """What is removed is gone, so only a person at a terminal or `--yes` agrees."""
     if call.options.yes:
         return True
     if call.wants_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     try:
-        return input(f"Remove {told}? [y/N] ").strip().lower() in ("y", "yes")
+        return input(f"Remove {amount}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         return False
 

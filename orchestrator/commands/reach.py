@@ -40,8 +40,8 @@ def target(call: CommandCall) -> ClusterTarget | None:
     """The cluster to use; None where a local one is to be started."""
     if call.address:
         return ClusterTarget(call.address)
-    found = cluster.local(call.home)
-    return ClusterTarget(found.address, found.token) if found else None
+    record = cluster.local(call.home)
+    return ClusterTarget(record.address, record.token) if record else None
 
 
 @contextmanager

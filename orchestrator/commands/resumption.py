@@ -34,7 +34,7 @@ class Resumption:
     """Resolved, of the run's last attempt."""
     config: RunConfig
     """That the run continues with; with auto fields open until it is `planned`."""
-    found: Beginning | None
+    beginning: Beginning | None
     """The newest checkpoint in storage."""
     gang: GangShape
     layout: dict[str, int]
@@ -53,13 +53,15 @@ class Resumption:
         old = load(run.config_of(view.amendments))
         changes.refuse(old, overrides, run.run_id)
         config = changes.amended(old, overrides, _chosen(run), submitted.gang.nodes) if overrides else old
-        found = _newest(run, old) if old.workload == "train" else None
-        return cls(run, view, tuple(overrides), old, config, found, submitted.gang, dict(submitted.layout))
+        beginning = _newest(run, old) if old.workload == "train" else None
+        return cls(
+            run, view, tuple(overrides), old, config, beginning, submitted.gang, dict(submitted.layout)
+        )
 
     @property
     def step(self) -> int:
         """Step that the run continues from."""
-        return self.found.step if self.found else 0
+        return self.beginning.step if self.beginning else 0
 
     @property
     def slots(self) -> int:
@@ -89,11 +91,15 @@ class Resumption:
         config = made.config
         if config.checkpoint.path != self.old.checkpoint.path:
             path = config.checkpoint.path or str(self.run.checkpoints)
-            if self.found is not None and (there := beginnings.newest(path)) is None:
+            if self.beginning is not None and (there := beginnings.newest(path)) is None:
                 config = config.model_copy(
-                    update={"resume": self.found.root}
+                    update={"resume": self.beginning.root}
                 )  # the state lies where it was saved
-            elif self.found is not None and there is not None and not beginnings.owns(there, self.run.run_id):
+            elif (
+                self.beginning is not None
+                and there is not None
+                and not beginnings.owns(there, self.run.run_id)
+            ):
                 beginnings.refuse_anothers(path)
         gang, layout = self.gang, self.layout
         if changes.layout_changed(self.old, config):
@@ -115,7 +121,7 @@ class Resumption:
 
     def to_json(self) -> dict[str, Any]:
         """What is shown before it starts."""
-        samples = self.found.samples if self.found else None
+        samples = self.beginning.samples if self.beginning else None
         return {
             "run": self.run.run_id,
             "from": self.start,
@@ -152,10 +158,10 @@ class Resumption:
 
 def _newest(run: RunPaths, config: RunConfig) -> Beginning | None:
     """The run's own newest checkpoint, else the one that it began from."""
-    found = beginnings.newest(config.checkpoint.path or str(run.checkpoints))
-    if found is None and config.resume is not None:
-        found = beginnings.newest(*named(config.resume))
-    return found
+    beginning = beginnings.newest(config.checkpoint.path or str(run.checkpoints))
+    if beginning is None and config.resume is not None:
+        beginning = beginnings.newest(*named(config.resume))
+    return beginning
 
 
 def _chosen(run: RunPaths) -> list[str]:

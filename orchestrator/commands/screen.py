@@ -160,15 +160,15 @@ def _head(picture: Picture) -> Iterator[Text]:
     shown = (row.state, f"bold {_STATES.get(state, 'cyan')}")
     yield Text.assemble((plain(row.run_id), "bold"), "  ", shown, plain(f": {why}" if why else ""))
     nodes = f" on {len(row.nodes)} nodes" if len(row.nodes) > 1 else ""
-    asked = f" of {row.asked_slots} asked for" if row.slots != row.asked_slots else ""
-    told = [
+    shortfall = f" of {row.asked_slots} asked for" if row.slots != row.asked_slots else ""
+    facts = [
         row.model,
         axes(row.layout),
-        f"{plural(row.slots, 'slot')}{asked}{nodes}",
+        f"{plural(row.slots, 'slot')}{shortfall}{nodes}",
         f"attempt {row.attempt}",
     ]
-    told += [plural(row.incidents, "incident"), *([row.owner] if row.owner else [])]
-    yield Text(plain(", ".join(told)), "bright_black")
+    facts += [plural(row.incidents, "incident"), *([row.owner] if row.owner else [])]
+    yield Text(plain(", ".join(facts)), "bright_black")
     notes = [picture.silent, f"parked: {row.parked}" if row.parked else "", row.saves]
     notes += [f"queued, position {row.position}: {row.waiting_for}"] if row.position is not None else []
     yield from (Text(plain(note), "yellow") for note in notes if note)
@@ -290,7 +290,7 @@ def watch(
                 queue = reading.read_queue(home)
                 picture.row = reader.summary(queue)
                 said = beat.line(queue.get("beat"), now())
-                picture.silent = picture.silent if said is None else said if beat.told else ""
+                picture.silent = picture.silent if said is None else said if beat.reported else ""
                 if now() - looked >= _RANKS_EVERY:
                     looked, picture.ranks = now(), ranks.read(picture.row.attempt)
                 columns, height = shutil.get_terminal_size()
@@ -316,31 +316,31 @@ def watch_list(
                 sleep(_LIST_EVERY)
     before = None
     while True:
-        found = reading.summaries(home)
-        rows = [asdict(row) for row in found.rows]
-        if (rows, found.damage) != before:
-            before = rows, found.damage
-            text = f"{clock(time.time())}\n{console.run_list(found.rows, found.damage)}\n"
+        listing = reading.summaries(home)
+        rows = [asdict(row) for row in listing.rows]
+        if (rows, listing.damage) != before:
+            before = rows, listing.damage
+            text = f"{clock(time.time())}\n{console.run_list(listing.rows, listing.damage)}\n"
             stream.write(json.dumps(rows, default=str) + "\n" if as_json else text)
             stream.flush()
         sleep(_LIST_EVERY)
 
 
-def _listed(found: reading.Listing, width: int, height: int) -> list[Text]:
+def _listed(listing: reading.Listing, width: int, height: int) -> list[Text]:
     """As many runs as there is room for: active ones first, then the newest that have ended; oldest on top."""
-    going = [row for row in found.rows if not row.terminal]
-    ended = [row for row in found.rows if row.terminal]
-    room = max(1, height - 2 - min(3, len(found.damage)))
+    going = [row for row in listing.rows if not row.terminal]
+    ended = [row for row in listing.rows if row.terminal]
+    room = max(1, height - 2 - min(3, len(listing.damage)))
     kept = (
         going[-room:]
         if len(going) >= room
         else ended[len(ended) - min(len(ended), room - len(going)) :] + going
     )
-    made = [Text(plain(line)) for line in console.run_list(kept, found.damage[:3]).splitlines()]
+    made = [Text(plain(line)) for line in console.run_list(kept, listing.damage[:3]).splitlines()]
     if made:
         made[0].stylize("bold")
-    if len(kept) < len(found.rows):
-        made.append(Text(f"{len(found.rows) - len(kept)} more; `list` shows all", "bright_black"))
+    if len(kept) < len(listing.rows):
+        made.append(Text(f"{len(listing.rows) - len(kept)} more; `list` shows all", "bright_black"))
     for line in made:
         line.truncate(width)
     return made[:height]

@@ -22,6 +22,7 @@ from configs.compose import dump
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
+from configs.section import NAME_CHARACTERS
 from orchestrator.commands.snapshot import CODE, snapshot
 from orchestrator.record.events import GangShape, Submitted
 from trainer.sizing.model.layout import Layout
@@ -94,7 +95,8 @@ def _subject(config: RunConfig) -> str:
 
 def new_run_id(config: RunConfig) -> str:
     """`<name>-<date>-<time>-<four letters>`, in UTC; sorts by time within a name."""
-    name = re.sub(r"[^a-z0-9_]+", "_", (config.name or _subject(config)).lower()).strip("_") or "run"
+    words = (config.name or _subject(config))[:NAME_CHARACTERS].lower()
+    name = re.sub(r"[^a-z0-9_]+", "_", words).strip("_") or "run"
     tail = "".join(secrets.choice(_ID_LETTERS) for _ in range(4))
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{tail}"
 

@@ -92,16 +92,16 @@ class Beat:
 
     seen: Any = None
     since: float = 0.0
-    told: bool = False
+    reported: bool = False
 
     def line(self, beat: Any, now: float) -> str | None:
         """What to say about it now; None for nothing. `now` in seconds, monotonic."""
         if beat != self.seen or self.since == 0.0:
-            back, self.seen, self.since, self.told = self.told, beat, now, False
+            back, self.seen, self.since, self.reported = self.reported, beat, now, False
             return "the controller is back" if back else None
-        if self.told or now - self.since < _SILENT_SECONDS:
+        if self.reported or now - self.since < _SILENT_SECONDS:
             return None
-        self.told = True
+        self.reported = True
         return f"no controller has turned for {_SILENT_SECONDS:.0f} s; ranks that run continue by themselves"
 
 
@@ -184,8 +184,8 @@ def told(item: Event | MetricLine) -> str | None:
             return f"{at} step {item.step} was not saved: {item.error}"
         case SaveFailedLine():
             return f"{at} the save of step {item.step} failed, {item.in_a_row} in a row: {item.error}"
-        case Event(payload=FabricFinding(finding=found)):
-            return f"{at} {found['severity']} {found['kind']}: {found['what']}"
+        case Event(payload=FabricFinding(finding=finding)):
+            return f"{at} {finding['severity']} {finding['kind']}: {finding['what']}"
         case EndedLine():
             return (
                 f"{at} measured {item.step} cases" if item.loss is None else f"{at} trained {item.step} steps"

@@ -13,7 +13,8 @@ import logging
 import os
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from configs.errors import UserError
@@ -21,15 +22,17 @@ from configs.paths import HomePaths, write_whole
 from orchestrator.control.epochs import Epoch, claim
 from orchestrator.control.gang import GangRuntime
 from orchestrator.control.nodes_control import NodesControl
+from orchestrator.control.orphans import Orphans
 from orchestrator.control.publish import Publisher
 from orchestrator.control.queueing import Queueing
-from orchestrator.control.run_control import RunControl
+from orchestrator.control.run_control import RunControl, cancelled_so, resumed_so
 from orchestrator.decide import backoff
 from orchestrator.record.clock import Clock, Now
 from orchestrator.record.events import Amended, StateMoved, Submitted
 from orchestrator.record.log import Fenced
 from orchestrator.record.run_log import RunLog, RunLogReader
 from orchestrator.record.states import Reason, State
+from orchestrator.record.view import RunView
 
 PARK_SECONDS = 2.0
 """Wait before a parked run is handled again; doubles with each error, up to `PARK_CAP`."""
@@ -50,17 +53,21 @@ class Controller:
         runtime: holds slots and runs ranks.
         clock: the present.
         cluster: names the Ray cluster.
+        actor: names this controller in it, through all its processes.
 
     Raises:
         UserError: where the controller of another cluster serves the same home.
     """
 
-    def __init__(self, home: HomePaths, runtime: GangRuntime, clock: Clock, cluster: str = "local") -> None:
+    def __init__(
+        self, home: HomePaths, runtime: GangRuntime, clock: Clock, cluster: str = "local", actor: str = ""
+    ) -> None:
         self._home, self._runtime, self._clock = home, runtime, clock
-        self.epoch: Epoch = claim(home, cluster)
+        self.epoch: Epoch = claim(home, cluster, actor=actor)
         self._runs: dict[str, RunControl] = {}
         self._queueing = Queueing(home, runtime)
         self._publisher = Publisher(home, self.epoch.number)
+        self._orphans = Orphans(home, runtime, self.epoch.number)
         self._nodes: NodesControl | None = None
         self._trouble: dict[str, str] = {}
         """What could not be done in the newest turn, by its part."""
@@ -81,9 +88,8 @@ class Controller:
         if run_id in self._runs or RunLogReader.of(self._home.run(run_id)).view.state is not None:
             return
         now = self._clock()
-        events = RunLog(self._home.run(run_id), self.epoch.number, now, self.epoch.check)
-        events.append([submitted, StateMoved(State.QUEUED, Reason.SUBMITTED)], now)
-        events.close()
+        with closing(RunLog(self._home.run(run_id), self.epoch.number, now, self.epoch.check)) as events:
+            events.append([submitted, StateMoved(State.QUEUED, Reason.SUBMITTED)], now)
         self._runs[run_id] = self._control(run_id, now)
         self.turn()
 
@@ -100,9 +106,11 @@ class Controller:
         """
         control = self._runs.get(run_id)
         if control is None:
-            state = self._state(run_id)
-            if state is not None and state.terminal:
-                raise UserError(f"run '{run_id}' is {state} already; nothing to cancel")
+            view = self._view(run_id)
+            if cancelled_so(view, by):  # said again, as after a lost answer, it is not a mistake
+                return f"run '{run_id}' is cancelled already"
+            if view.state is not None and view.state.terminal:
+                raise UserError(f"run '{run_id}' is {view.state} already; nothing to cancel")
             raise UserError(f"run '{run_id}' {self._why_not(run_id)}")
         again = control.view.state is State.CANCELLING
         control.cancel(Reason.CANCEL_ASKED, self._clock(), 0.0 if at_once else self._grace(control), by)
@@ -116,22 +124,25 @@ class Controller:
         except (OSError, UserError):
             return 0.0
 
-    def resume(self, run_id: str, amended: Amended | None = None, config: str = "") -> None:
+    def resume(self, run_id: str, amended: Amended | None = None, config: str = "", by: str = "") -> None:
         """Queue a failed or cancelled run again.
 
         Args:
             run_id: the run.
             amended: what it continues with otherwise than before.
             config: the resolved configuration then, as `configs.compose.dump` gives it; empty where it stays the same.
+            by: who asked, for the log.
 
         Raises:
             UserError: where it is active or has succeeded, was resumed by somebody else meanwhile, or can't be written.
         """
         if run_id in self._runs:
+            if resumed_so(self._home.run(run_id), amended, by):  # said again, as after a lost answer
+                return
             raise UserError(
                 f"run '{run_id}' is {self._runs[run_id].view.state}; only a failed or cancelled run resumes"
             )
-        state = self._state(run_id)
+        state = self._view(run_id).state
         if state is State.SUCCEEDED:
             raise UserError(
                 f"run '{run_id}' has succeeded: all its steps are done; "
@@ -140,21 +151,17 @@ class Controller:
         if state is None or not state.terminal:
             raise UserError(f"run '{run_id}' {self._why_not(run_id)}")
         now = self._clock()
-        control = self._control(run_id, now)
-        try:
+        with _or_closed(self._control(run_id, now)) as control:
             if amended is not None:
                 _write_config(control, amended, config)
-        except UserError:
-            control.close()
-            raise
+            control.resume(now, amended, by)
         self._runs[run_id] = control
         self._closed.discard(run_id)
-        control.resume(now, amended)
         self.turn()
 
-    def _state(self, run_id: str) -> State | None:
+    def _view(self, run_id: str) -> RunView:
         try:
-            return RunLogReader.of(self._home.existing(run_id)).view.state
+            return RunLogReader.of(self._home.existing(run_id)).view
         except OSError as error:
             raise UserError(f"run '{run_id}' can't be handled: {_told(error)}") from None
 
@@ -182,7 +189,7 @@ class Controller:
         control = self._runs.get(run_id)
         if control is None or not control.view.pids:
             raise UserError(f"run '{run_id}' has no ranks now; nothing to look into")
-        return control.dump_stacks(by)
+        return control.dump_stacks(by, self._clock())
 
     def shut_down(self) -> int:
         """Cancel everything because the cluster goes down; how many runs are still ending."""
@@ -209,13 +216,18 @@ class Controller:
             self._nodes = self._nodes or NodesControl(
                 self._home, self._runtime, self.epoch.number, now, self.epoch.check
             )
-            self._nodes.turn(now)
+            placed = (control.view.placed for control in self._runs.values())
+            self._nodes.turn(now, {attempt.group for attempt in placed if attempt is not None})
         barred = self._nodes.barred() if self._nodes else frozenset()
         for run_id, control in list(self._runs.items()):
             self._turn_run(run_id, control, now, barred)
         if self._nodes is not None:
             with self._apart("queue"):
-                self._queueing.turn(self._ready(now), self._runs, self._nodes, now)
+                apart = partial(self._apart_run, now)
+                self._queueing.turn(self._ready(now), self._runs, self._nodes, now, apart)
+        with self._apart("slots"):
+            held = {name: c.view.placed.group if c.view.placed else "" for name, c in self._runs.items()}
+            self._orphans.turn(dict.fromkeys(self._closed, "") | held, now)
         with self._apart("queue.json"):
             self._publisher.publish(
                 self._nodes, self._runs, self._queueing.held, self._parked(), self._damages(), now
@@ -298,10 +310,12 @@ class Controller:
         if state is not None and state.terminal:
             self._closed.add(run_id)
             return
-        control = self._control(run_id, now)
-        control.take_over(os.getpid(), now)
-        if state is None:  # a controller of an earlier version died between the two events of a submission
-            control.queue(now)
+        with _or_closed(self._control(run_id, now)) as control:
+            control.take_over(os.getpid(), now)
+            if (
+                state is None
+            ):  # a controller of an earlier version died between the two events of a submission
+                control.queue(now)
         self._runs[run_id] = control
 
     def _control(self, run_id: str, now: Now) -> RunControl:
@@ -331,6 +345,16 @@ class Controller:
                 log.error("%s", part, exc_info=error)
             self._trouble[part] = _told(error)
 
+    @contextmanager
+    def _apart_run(self, now: Now, run_id: str) -> Iterator[None]:
+        """Have an error at one run in the queue's part put off that run alone."""
+        try:
+            yield
+        except Fenced:
+            raise
+        except Exception as error:  # a file of this run, or a defect at it
+            self._put_off(run_id, error, now)
+
     def _parked(self) -> list[dict[str, str]]:
         return [
             {"run": name, "error": self._trouble[name], "evidence": str(self._home.run(name).parked)}
@@ -344,8 +368,18 @@ class Controller:
             texts += self._nodes.damage
         if self._queueing.trouble:
             texts.append(self._queueing.trouble)
-        parts = ("nodes", "queue", "queue.json")
+        parts = ("nodes", "queue", "slots", "queue.json")
         return texts + [f"{part}: {self._trouble[part]}" for part in parts if part in self._trouble]
+
+
+@contextmanager
+def _or_closed(control: RunControl) -> Iterator[RunControl]:
+    """Close a run whose first record can't be written: the next try opens it again."""
+    try:
+        yield control
+    except BaseException:
+        control.close(final=False)
+        raise
 
 
 def _write_config(control: RunControl, amended: Amended, config: str) -> None:

@@ -1,5 +1,6 @@
 """Controllers of one home, counted: each begins an epoch, and the newest owns logs, agents and queue.
 
+The first one's number is the time, since agents of a home that was removed and made anew remember its earlier numbers.
 The folder has one empty-handed file per epoch, made exclusively, so two controllers never get the same number, on NFS
 too. An older controller finds the next number taken before each thing that it writes, and ends.
 """
@@ -31,12 +32,22 @@ class Epoch:
 
     number: int
     folder: Path
+    actor: str = ""
+    """Names the controller among those of its cluster, through all its processes."""
 
     def check(self) -> None:
         """Raise `Fenced` where a newer controller has begun."""
         # One that slept for long may find the next number gone, but then its own went before.
         if (self.folder / _name(self.number + 1)).exists() or not (self.folder / _name(self.number)).exists():
             raise Fenced(f"controller {self.number} was replaced by a newer one")
+
+    def by_another(self) -> bool:
+        """Whether a controller other than this one's next process has followed it, as far as is known."""
+        try:
+            newest = json.loads((self.folder / _name(numbers(self.folder)[-1])).read_text())
+            return bool(newest["actor"] != self.actor)
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return False
 
     def beat(self) -> None:
         """Show that the controller lives; what the disk refuses is let pass."""
@@ -46,13 +57,16 @@ class Epoch:
             pass
 
 
-def claim(home: HomePaths, cluster: str, age: Callable[[Path], float] | None = None) -> Epoch:
+def claim(
+    home: HomePaths, cluster: str, age: Callable[[Path], float] | None = None, actor: str = ""
+) -> Epoch:
     """Begin the next epoch.
 
     Args:
         home: the home that is served.
         cluster: names the Ray cluster; a controller of the same one is replaced at once, since there is never a second.
         age: seconds since a file's last beat; for tests.
+        actor: as in `Epoch`.
 
     Raises:
         UserError: where the controller of another cluster serves the home and lives, or the folder can't be written.
@@ -63,18 +77,26 @@ def claim(home: HomePaths, cluster: str, age: Callable[[Path], float] | None = N
         while True:
             newest = max(numbers(folder), default=0)
             _refuse_living(folder, newest, cluster, home, age)
+            own = newest + 1 if newest else _first()
             try:
-                with (folder / _name(newest + 1)).open("x") as file:
+                with (folder / _name(own)).open("x") as file:
+                    host = socket.gethostname()
                     file.write(
-                        json.dumps({"cluster": cluster, "pid": os.getpid(), "host": socket.gethostname()})
+                        json.dumps({"cluster": cluster, "pid": os.getpid(), "host": host, "actor": actor})
                     )
             except FileExistsError:
                 continue
-            if numbers(folder)[-1] > newest + 1:
+            known = numbers(folder)
+            if known[-1] > own:
                 continue  # it was slow: the number was taken before, and its file is gone since
-            for old in numbers(folder)[:-_KEPT]:
+            if len(known) > 1 and own - 1 not in known:
+                (
+                    folder / _name(own)
+                ).unlink()  # two began the home at once, and the other one looks for the next number
+                continue
+            for old in known[:-_KEPT]:
                 (folder / _name(old)).unlink(missing_ok=True)
-            return Epoch(newest + 1, folder)
+            return Epoch(own, folder, actor)
     except OSError as error:
         raise UserError(
             f"MEGARAY_HOME={home.home} can't be written ({error.strerror}); set it to a folder that you may write"
@@ -105,6 +127,11 @@ def _refuse_living(
 
 def _age(path: Path) -> float:
     return time.time() - path.stat().st_mtime
+
+
+def _first() -> int:
+    """Number of a home's first controller."""
+    return int(time.time())
 
 
 def _name(number: int) -> str:

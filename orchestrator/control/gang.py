@@ -8,6 +8,7 @@ that they turn by hand. Every call returns at once: the controller's loop never 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
@@ -109,15 +110,22 @@ class GangStatus:
     """No rank is left on any node that can be reached, and the devices of the slots are free."""
     released: bool = False
     """The slots are free."""
-    collected: str = ""
-    """Folder of the stacks and records that `collect` asked for, once they are there; empty before."""
+    collected: frozenset[str] = frozenset()
+    """Requests of `collect` whose stacks and records are there, or were given up."""
 
 
 class GangRuntime(Protocol):
     """Holds slots, runs ranks, and carries messages to node agents."""
 
-    def nodes(self) -> list[Node]:
-        """All live nodes with the slots that they have; `free` equals `slots`."""
+    def nodes(self, own: Collection[str]) -> list[Node]:
+        """All live nodes; `free` is what no other user of Ray holds of their slots.
+
+        Args:
+            own: reservations of the runs that the controller knows; what they hold counts as free.
+        """
+
+    def reservations(self) -> Collection[str]:
+        """Names under which slots were held lately, by whomever."""
 
     def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
         """Say what should be with an attempt; begins whatever is missing, and may be said again at any time.
@@ -131,11 +139,16 @@ class GangRuntime(Protocol):
     def status(self, spec: GangSpec) -> GangStatus:
         """What has come in since the last call; also asks again."""
 
-    def collect(self, spec: GangSpec) -> None:
-        """Begin to write the stacks of all living ranks and their rings to the attempt's evidence folder."""
+    def collect(self, spec: GangSpec, request: str) -> None:
+        """Begin to write the stacks of all living ranks and their rings.
+
+        Args:
+            spec: the attempt.
+            request: names the folder among its evidence that they come to. The same one again writes nothing again.
+        """
 
     def wait(self, seconds: float) -> bool:
         """Return once something has come in that is worth a turn, or after `seconds`; False where nothing did."""
 
     def ensure_sinks(self, run_root: str) -> None:
-        """See to it that the run's log sinks are running."""
+        """See to it that the run's log sinks are running; said in each turn of a run that has ranks."""

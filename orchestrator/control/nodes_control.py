@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from configs.paths import HomePaths
 from faulttol.verdicts import Verdict, VerdictKind
@@ -45,21 +45,25 @@ class NodesControl:
         """Write events of nodes as one record."""
         self.view = cluster_log.apply(self.view, self._log.append(payloads, now))
 
-    def turn(self, now: Now) -> None:
+    def turn(self, now: Now, own: Collection[str]) -> None:
         """Look at the nodes, and put on record which joined, left, or were found unfit.
+
+        Args:
+            now: the present.
+            own: reservations of the runs; slots that others hold are not free.
 
         Raises:
             Exception: what Ray raises; the nodes that were known hold for `FRESH` seconds.
         """
         try:
-            found = self._runtime.nodes()
+            live = self._runtime.nodes(own)
             self._seen = now.mono
         except Exception:
             if now.mono - self._seen > FRESH:
                 self.nodes = []
             raise
-        self.write(deciding.observe(self.view, found, self.clock(now)), now)
-        self.nodes = deciding.marked(found, self.view, self.clock(now))
+        self.write(deciding.observe(self.view, live, self.clock(now)), now)
+        self.nodes = deciding.marked(live, self.view, self.clock(now))
 
     def barred(self) -> frozenset[str]:
         """Addresses of nodes that get no work now."""

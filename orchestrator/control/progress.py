@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from configs.metrics import (
     EndedLine,
+    EvaluatedLine,
     FindingLine,
     MeasuredLine,
     MetricLine,
@@ -43,6 +44,8 @@ class Progress:
     """When the detectors last looked, by the run's clock."""
     read: int = 0
     """Byte of the metric lines up to which they were taken in."""
+    wordless: float | None = None
+    """Since when all ranks are known to have ended with code 0 without a line that the run is done, by the run's clock."""
     snapshot: SavedLine | None = None
     """Newest snapshot in memory; the log has it once the attempt ends."""
 
@@ -89,6 +92,29 @@ def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Paylo
             moved: list[Payload] = [StateMoved(State.RUNNING, Reason.FIRST_STEP)] if first else []
             return moved, replace(known, step=max(known.step, line.step), step_seconds=seconds)
     return [], known
+
+
+def merged(earlier: AgentReport, later: AgentReport) -> AgentReport:
+    """Two reports of a node as one. A hundred of them take no more memory: what a newer line says better is left out."""
+    ranks = {rank.rank: rank for rank in (*earlier.ranks, *later.ranks)}
+    newest: dict[str, MetricLine] = {}
+    lines = earlier.lines + later.lines
+    for line in lines:
+        newest[_passing(line)] = line
+    kept = tuple(line for line in lines if not _passing(line) or newest[_passing(line)] is line)
+    return replace(later, ranks=tuple(ranks.values()), lines=kept, offset=max(earlier.offset, later.offset))
+
+
+def _passing(line: MetricLine) -> str:
+    """Of which kind a line is whose newest one alone matters here; empty where each one does."""
+    match line:
+        case StepLine() | MeasuredLine():
+            return "step"
+        case EvaluatedLine():
+            return "evaluated"
+        case SavedLine(tier="memory"):
+            return "snapshot"
+    return ""
 
 
 def settles(line: MetricLine) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,12 @@ from orchestrator.control.run_control import RunControl
 from orchestrator.decide import backoff, elastic, placement, queue, quotas, recovery
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Admit, Hold, Preempt, QueuePolicy, Running, WaitingRun
+from orchestrator.decide.queue import Admit, Answer, Hold, Preempt, QueuePolicy, Running, WaitingRun
 from orchestrator.record.clock import Now
 from orchestrator.record.states import Reason, State
 from trainer.sizing.search.planner import Capacity
 
+Apart = Callable[[str], AbstractContextManager[None]]
 UNGRANTED_SECONDS = 15.0
 """Wait after slots that Ray didn't grant; doubles with each placing in a row that failed so, up to `UNGRANTED_CAP`."""
 UNGRANTED_CAP = 600.0
@@ -37,24 +39,32 @@ class Queueing:
         self.trouble = ""
         """What is wrong with the quotas; empty where nothing is."""
         self._known: dict[str, int] = {}
-        self._choices: dict[str, elastic.ElasticChoice] = {}
-        """Smaller layout that each waiting run would take now."""
+        self._searches: dict[str, elastic.SmallerSearch] = {}
+        """For the smaller layout that each run which lost its place would take, a piece of it a turn."""
 
-    def turn(self, ready: set[str], runs: Mapping[str, RunControl], nodes: NodesControl, now: Now) -> None:
+    def turn(
+        self, ready: set[str], runs: Mapping[str, RunControl], nodes: NodesControl, now: Now, apart: Apart
+    ) -> None:
         """Admit, hold and preempt; move runs off nodes that drain; grow runs back.
 
-        Raises:
-            OSError: where a run's log doesn't take it; the next turn decides again.
+        Args:
+            ready: runs that may be looked at.
+            runs: all that have not ended.
+            nodes: of the cluster.
+            now: the present.
+            apart: takes what is raised at a run, so that the others are decided about.
         """
         running = [_running(name, control) for name, control in runs.items() if control.shares]
         held = [(r.gang.resource, r.shares) for r in running]
         free = placement.occupied(nodes.nodes, held)
         backing_off = {n for n, c in runs.items() if c.view.state is State.QUEUED and _backs_off(c, now)}
-        waiting = [
-            self._waiting(name, control, free, now)
-            for name, control in runs.items()
-            if control.view.state is State.QUEUED and name in ready and name not in backing_off
-        ]
+        queued = {name for name, control in runs.items() if control.view.state is State.QUEUED}
+        self._searches = {name: search for name, search in self._searches.items() if name in queued}
+        waiting: list[WaitingRun] = []
+        for name, control in runs.items():
+            if control.view.state is State.QUEUED and name in ready and name not in backing_off:
+                with apart(name):
+                    waiting.append(self._waiting(name, control, free, now))
         self.held = [
             {
                 "run": name,
@@ -65,37 +75,45 @@ class Queueing:
         ]
         policy = QueuePolicy(quotas=self._quotas())
         for answer in queue.decide(waiting, running, free, policy):
-            match answer:
-                case Admit():
-                    self._admit(runs[answer.run_id], answer, free, now)
-                case Hold():
-                    self.held.append(
-                        {"run": answer.run_id, "position": answer.position, "reason": answer.reason}
-                    )
-                case Preempt():
-                    _stop(runs[answer.run_id], Reason.PREEMPTED, answer.reason, now)
+            with apart(answer.run_id):
+                self._follow(answer, runs[answer.run_id], free, now)
         for name, reason in deciding.draining_runs(nodes.view, running):
-            _stop(runs[name], Reason.DRAINED, reason, now)
+            with apart(name):
+                _stop(runs[name], Reason.DRAINED, reason, now)
         for name in sorted(ready & set(runs)):
-            if _may_grow(runs[name], now) and elastic.regrow(
-                _whole(name, runs[name], now), running, waiting, free, policy
-            ):
-                _stop(runs[name], Reason.REGROWN, "the nodes that it asked for are back", now)
+            with apart(name):
+                if _may_grow(runs[name], now) and elastic.regrow(
+                    _whole(name, runs[name], now), running, waiting, free, policy
+                ):
+                    _stop(runs[name], Reason.REGROWN, "the nodes that it asked for are back", now)
+
+    def _follow(self, answer: Answer, control: RunControl, free: list[Node], now: Now) -> None:
+        match answer:
+            case Admit():
+                self._admit(control, answer, free, now)
+            case Hold():
+                self.held.append({"run": answer.run_id, "position": answer.position, "reason": answer.reason})
+            case Preempt():
+                _stop(control, Reason.PREEMPTED, answer.reason, now)
 
     def _waiting(self, name: str, control: RunControl, free: list[Node], now: Now) -> WaitingRun:
         """A run as it waits; one that lost its place may have a smaller layout once it has waited for long."""
         waiting = _whole(name, control, now)
-        self._choices.pop(name, None)
         after = control.config().resilience.shrink_after
         if not control.view.displaced or after is None or waiting.waited < after:
+            self._searches.pop(name, None)
             return waiting
         resource = waiting.gang.resource
         slots = [n.free.get(resource, 0) for n in free if not n.barred and n.free.get(resource, 0)]
-        choice = elastic.smaller(control.config(), Capacity.of_nodes(slots), waiting.gang) if slots else None
-        if choice is None:
+        if not slots:
             return waiting
-        self._choices[name] = choice
-        return replace(waiting, smaller=(choice.gang,))
+        question = control.config(), Capacity.of_nodes(slots), waiting.gang
+        search = self._searches.get(name)
+        # One that is under way is finished, whatever has changed: where slots come and go, none would ever be otherwise.
+        if search is None or (search.done and not search.answers(*question)):
+            search = self._searches[name] = elastic.SmallerSearch(*question)
+        search.work()
+        return replace(waiting, smaller=(search.choice.gang,)) if search.choice else waiting
 
     def _admit(self, control: RunControl, answer: Admit, nodes: list[Node], now: Now) -> None:
         config, layout = None, None
@@ -105,7 +123,8 @@ class Queueing:
         if used:
             detail += f"; spare {', '.join(used)} put to use"
         if answer.gang != control.view.asked.gang:
-            choice = self._choices[answer.run_id]
+            choice = self._searches[answer.run_id].choice
+            assert choice is not None, "the queue has its shape from it"
             config = control.run.attempt(control.view.attempt + 1).config
             config.parent.mkdir(parents=True, exist_ok=True)
             write_whole(config, dump(choice.config))
@@ -127,14 +146,14 @@ class Queueing:
 
 def _whole(name: str, control: RunControl, now: Now) -> WaitingRun:
     """A run as it would wait for all that it asked for."""
-    view, asked, clock = control.view, control.view.asked, control.clock(now)
+    view, submitted, clock = control.view, control.view.asked, control.clock(now)
     return WaitingRun(
         run_id=name,
-        priority=asked.priority,
+        priority=submitted.priority,
         queued_at=view.queued_at,
         waited=clock - view.waiting_clock,
-        gang=asked.gang,
-        owner=asked.owner,
+        gang=submitted.gang,
+        owner=submitted.owner,
         avoid=recovery.avoided(view, clock),
         recovering=view.by_fault,
     )

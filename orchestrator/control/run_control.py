@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from configs.compose import load
 from configs.paths import RunPaths
 from configs.schema import RunConfig
 from orchestrator.control.gang import AgentReport, GangRuntime, GangSpec, GangStatus, Want
-from orchestrator.control.progress import Progress
-from orchestrator.control.turn import Draft, Sight, Turn
+from orchestrator.control.progress import Progress, merged
+from orchestrator.control.turn import Draft, Sight, Turn, inspection
 from orchestrator.decide import recovery
 from orchestrator.record.clock import Now
 from orchestrator.record.events import (
@@ -34,6 +35,7 @@ from orchestrator.record.events import (
     StopBegan,
     Unparked,
 )
+from orchestrator.record.log import read
 from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
@@ -62,9 +64,9 @@ class RunControl:
         self._offset = now.wall - now.mono
         self._config: tuple[Path, RunConfig] | None = None
         self._progress = Progress()
-        self._inbox: list[AgentReport] = []
-        """Reports that no record holds yet."""
-        self._asked: dict[tuple[int, Want], float] = {}
+        self._inbox: dict[str, AgentReport] = {}
+        """What each node has reported that no record holds yet."""
+        self._waits: dict[tuple[int, Want], float] = {}
         """Since when this controller has asked for something that is waited for, by attempt and by the run's clock."""
         self._places: tuple[AttemptPlaced, dict[int, str]] | None = None
 
@@ -111,10 +113,11 @@ class RunControl:
         placed = self.view.placed
         return Path(placed.config) if placed and placed.config else self.run.config_of(self.view.amendments)
 
-    def close(self) -> None:
-        """Publish the folded view and close the log."""
+    def close(self, final: bool = True) -> None:
+        """Close the log, after publishing the folded view where `final` is set."""
         with contextlib.suppress(OSError):  # it is derived: readers fold the log themselves then
-            self._log.publish(final=True)
+            if final:
+                self._log.publish(final=True)
         self._log.close()
 
     def publish(self) -> None:
@@ -143,7 +146,7 @@ class RunControl:
             grace: seconds that its ranks get to save; 0 kills at once.
             by: who asked.
         """
-        detail = f"by {by}" if by else ""
+        detail = by_whom(by)
         draft = Draft(self._log, now, self.view)
         if self.view.state is None or not self.view.state.holds_slots:
             draft.add(*recovery.closing(draft.view, self.step, draft.clock, "the run was cancelled"))
@@ -165,9 +168,9 @@ class RunControl:
         if self.view.stopping is None and self.view.state in (State.STARTING, State.RUNNING):
             self._write(now, StopBegan(self.view.attempt, State.QUEUED, reason, detail, grace))
 
-    def resume(self, now: Now, amended: Amended | None = None) -> None:
+    def resume(self, now: Now, amended: Amended | None = None, by: str = "") -> None:
         """Queue a failed or cancelled run again, with what is `amended` from now on."""
-        moved = StateMoved(State.QUEUED, Reason.RESUME_ASKED)
+        moved = StateMoved(State.QUEUED, Reason.RESUME_ASKED, by_whom(by))
         self._write(now, *((amended, moved) if amended else (moved,)))
 
     def take_over(self, pid: int, now: Now) -> None:
@@ -179,11 +182,12 @@ class RunControl:
         times = self.view.parked.times + 1 if self.view.parked else 1
         self._write(now, Parked(error, str(self.run.parked), times))
 
-    def dump_stacks(self, by: str) -> str:
-        """Have the stacks of all ranks written; the folder that they come to."""
+    def dump_stacks(self, by: str, now: Now) -> str:
+        """Have the stacks of all ranks written as they are now; the folder that they come to."""
         log.info("run %s: stacks asked for by %s", self.run.run_id, by)
-        self._runtime.collect(self._spec(self.view))
-        return str(self.run.attempt(self.view.attempt).evidence)
+        request = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now.wall))
+        self._runtime.collect(self._spec(self.view), request)
+        return str(self.run.attempt(self.view.attempt).evidence_of(request))
 
     # ---- one turn ----
 
@@ -193,6 +197,9 @@ class RunControl:
         Args:
             now: the present.
             barred: addresses of nodes that get no work now.
+
+        Raises:
+            Exception: what its files or a defect raise; nothing is written then.
         """
         draft = Draft(self._log, now, self.view)
         if draft.view.parked is not None:
@@ -200,18 +207,19 @@ class RunControl:
         status, known, release = self._look(draft), self._progress, False
         if status is not None:
             sight = Sight(
-                self.run, self.config(), status, self._steady(now), self._nodes(), self._asked, barred
+                self.run, self.config(), status, self._steady(now), self._nodes(), self._waits, barred
             )
             turn = Turn(draft, sight, known)
             turn.decide()
             known, release = turn.known, turn.release
+        elif draft.view.state is State.QUEUED:
+            self.config()  # the queue reads it too, where an error would keep the others waiting
         elif draft.view.state is State.RECOVERING and draft.clock >= draft.view.retry_clock:
             draft.move(State.QUEUED, Reason.BACKOFF_OVER)
-        started = bool(draft.view.pids) and not self.view.pids
         self._log.append(draft.payloads, now)
         # The log has it now; what is below can be said again at any time.
-        self._progress, self._inbox = known, []
-        self._act(started, release, draft.clock)
+        self._progress, self._inbox = known, {}
+        self._act(release, draft.clock)
 
     def _look(self, draft: Draft) -> GangStatus | None:
         """What the gang tells; None where there is none."""
@@ -219,8 +227,10 @@ class RunControl:
         if view.placed is None or view.state is None or not view.state.holds_slots:
             return None
         status = self._runtime.status(self._spec(view))
-        self._inbox += [report.told_at(self._steady(draft.now)) for report in status.reports]
-        return replace(status, reports=tuple(self._inbox))
+        for report in status.reports:
+            report, earlier = report.told_at(self._steady(draft.now)), self._inbox.get(report.node_id)
+            self._inbox[report.node_id] = merged(earlier, report) if earlier else report
+        return replace(status, reports=tuple(self._inbox.values()))
 
     def _nodes(self) -> dict[int, str]:
         """Address of each rank's node; made once an attempt, since a gang may have ten thousand."""
@@ -232,26 +242,26 @@ class RunControl:
 
     # ---- acts ----
 
-    def _act(self, started: bool, release: bool, clock: float) -> None:
+    def _act(self, release: bool, clock: float) -> None:
         """Say what should be with the gang. Idempotent."""
         view = self.view
         if view.placed is None or view.state is None or not view.state.holds_slots:
             return
         spec = self._spec(view)
         if view.stopping is not None:
-            self._asked.setdefault((spec.attempt, Want.STOPPED), clock)
+            self._waits.setdefault((spec.attempt, Want.STOPPED), clock)
             self._runtime.ensure(spec, Want.STOPPED, view.stopping.grace)
             if release:
-                self._asked.setdefault((spec.attempt, Want.RELEASED), clock)
+                self._waits.setdefault((spec.attempt, Want.RELEASED), clock)
                 self._runtime.ensure(spec, Want.RELEASED)
         elif view.state is State.PLACING:
-            self._asked.setdefault((spec.attempt, Want.RESERVED), clock)
+            self._waits.setdefault((spec.attempt, Want.RESERVED), clock)
             self._runtime.ensure(spec, Want.RESERVED)
         elif view.state in (State.STARTING, State.RUNNING):
             self._runtime.ensure(spec, Want.WATCHED if view.pids else Want.STARTED)
             if view.decision is not None and view.decision.inspect:
-                self._runtime.collect(spec)
-        if started:
+                self._runtime.collect(spec, inspection(view))
+        if view.pids:
             self._runtime.ensure_sinks(str(self.run.root))
 
     def _spec(self, view: RunView) -> GangSpec:
@@ -286,10 +296,35 @@ class RunControl:
             config: its resolved configuration, where it isn't the run's.
             layout: its layout, where it isn't what was asked for.
         """
-        attempt, asked = self.view.attempt + 1, self.view.asked
-        smaller = None if gang == asked.gang else gang
+        attempt, submitted = self.view.attempt + 1, self.view.asked
+        smaller = None if gang == submitted.gang else gang
         group = f"{self.run.run_id}-a{attempt:03d}"
-        return AttemptPlaced(attempt, shares, group, smaller, layout, str(config or ""), asked.code)
+        return AttemptPlaced(attempt, shares, group, smaller, layout, str(config or ""), submitted.code)
+
+
+def by_whom(by: str) -> str:
+    """Detail of what a person asked for."""
+    return f"by {by}" if by else ""
+
+
+def cancelled_so(view: RunView, by: str) -> bool:
+    """Whether a run has ended because this person asked for it."""
+    return (view.state, view.reason, view.detail) == (State.CANCELLED, Reason.CANCEL_ASKED, by_whom(by))
+
+
+def resumed_so(run: RunPaths, amended: Amended | None, by: str) -> bool:
+    """Whether a run's newest resume was this one.
+
+    Raises:
+        OSError: where its log can't be read.
+    """
+    before, same = None, False
+    for event in read(run.events):
+        match event.payload:
+            case StateMoved(reason=Reason.RESUME_ASKED, detail=detail):
+                same = (before if isinstance(before, Amended) else None, detail) == (amended, by_whom(by))
+        before = event.payload
+    return same
 
 
 def program(workload: str, config: Path) -> tuple[str, ...]:

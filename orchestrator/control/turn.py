@@ -37,6 +37,8 @@ log = logging.getLogger("megaray.controller")
 
 _ANSWER_SECONDS = 40.0
 """Seconds past the grace after which a stop, or a release, that nobody has acknowledged is left to Ray."""
+_WORDLESS_SECONDS = 30.0
+"""Time for the last metric lines to come, through a shared file system too, after all ranks have ended with code 0."""
 _INSPECT_SECONDS = 12.0
 """Longest time that stacks are waited for before the ranks are stopped."""
 _ENDINGS = {
@@ -85,7 +87,7 @@ class Sight:
     """Now, by the clock that ranks' times are compared by."""
     nodes: Mapping[int, str]
     """Rank -> address of its node."""
-    asked: Mapping[tuple[int, Want], float]
+    waits: Mapping[tuple[int, Want], float]
     """Since when the controller has asked for something that is waited for, by attempt and by the run's clock."""
     barred: Collection[str]
     """Addresses of nodes that get no work now."""
@@ -97,10 +99,10 @@ class Turn:
     def __init__(self, draft: Draft, sight: Sight, known: Progress) -> None:
         self.draft, self.known = draft, known
         self.run, self.config, self.status = sight.run, sight.config, sight.status
-        self.steady, self.nodes, self.asked, self.barred = (
+        self.steady, self.nodes, self.waits, self.barred = (
             sight.steady,
             sight.nodes,
-            sight.asked,
+            sight.waits,
             sight.barred,
         )
         self.add, self.move, self.clock = draft.add, draft.move, draft.clock
@@ -158,8 +160,13 @@ class Turn:
             self.add(StopBegan(self.view.attempt, State.QUEUED, Reason.PLACEMENT_LOST, detail))
 
     def _decide_gang(self) -> None:
-        view, world = self.view, self.view.gang.ranks
-        if view.finished is not None and self.known.all_ended_well(world):
+        ended = self.known.all_ended_well(self.view.gang.ranks)
+        if ended and self.view.finished is None:
+            self._catch_up()  # nobody writes any more, and an agent may have passed on less than there is
+            since = self.clock if self.known.wordless is None else self.known.wordless
+            self.known = replace(self.known, wordless=since)
+        view = self.view
+        if ended and view.finished is not None:
             self.add(*recovery.closing(view, self.known.step, self.clock, "the run is complete"))
             self.add(StopBegan(view.attempt, State.SUCCEEDED, Reason.COMPLETE))
             return
@@ -174,13 +181,21 @@ class Turn:
         if not self.status.reports and self.clock - self.known.judged < heartbeat:
             return
         self.known = replace(self.known, judged=self.clock)
-        found = judge_all(self._snapshot(), _report(self.run.run_id))
-        fatal = [v for v in found if v.kind is not VerdictKind.CHECKPOINT_OVERDUE]
+        verdicts = judge_all(self._snapshot(), _report(self.run.run_id)) + self._wordless()
+        fatal = [v for v in verdicts if v.kind is not VerdictKind.CHECKPOINT_OVERDUE]
         if fatal:
             self._catch_up()
-        if found:
-            self._open(fatal or found)
+        if verdicts:
+            self._open(fatal or verdicts)
             self._begin_stop_after()
+
+    def _wordless(self) -> list[Verdict]:
+        """A verdict where all ranks have ended with code 0 for a while, and no line says that the run is done."""
+        if self.known.wordless is None or self.clock - self.known.wordless < _WORDLESS_SECONDS:
+            return []
+        attempt = self.run.attempt(self.view.attempt)
+        detail = f"all ranks ended with code 0 and none said in {attempt.metrics} that the run is done"
+        return [Verdict(VerdictKind.RANK_EXIT, detail, evidence=str(attempt.ranks))]
 
     def _snapshot(self) -> Snapshot:
         view = self.view
@@ -246,11 +261,13 @@ class Turn:
         view, decided = self.view, self.view.decision
         if decided is None:
             return
-        waited = self.clock - view.decided_clock
-        if decided.inspect and not self.status.collected and waited < _INSPECT_SECONDS:
+        waited, request = self.clock - view.decided_clock, inspection(view)
+        kept = request in self.status.collected
+        if decided.inspect and not kept and waited < _INSPECT_SECONDS:
             return
-        if self.status.collected:
-            self.add(EvidenceKept(view.attempt, len(view.incidents), self.status.collected))
+        if kept:
+            path = self.run.attempt(view.attempt).evidence_of(request)
+            self.add(EvidenceKept(view.attempt, len(view.incidents), str(path)))
         to = State.FAILED if decided.action == Action.FAIL else State.RECOVERING
         self.add(StopBegan(view.attempt, to, Reason(decided.reason), decided.detail))
 
@@ -262,15 +279,15 @@ class Turn:
         """
         try:
             path = self.run.attempt(self.view.attempt).metrics
-            while (found := read_from(path, self.known.read))[1] > self.known.read:
-                lines, offset = found
+            while (part := read_from(path, self.known.read))[1] > self.known.read:
+                lines, offset = part
                 for line in lines:
                     self._absorb(line)
                 self.known = replace(self.known, read=offset)
         except (OSError, ValueError):
             log.exception("run %s: metric lines of attempt %d", self.run.run_id, self.view.attempt)
-        told = max((c.step for c in (self.view.checkpoint, self.view.memory) if c is not None), default=-1)
-        if self.known.snapshot is not None and self.known.snapshot.step > told:
+        newest = max((c.step for c in (self.view.checkpoint, self.view.memory) if c is not None), default=-1)
+        if self.known.snapshot is not None and self.known.snapshot.step > newest:
             self.add(progress.committed(self.known.snapshot))
 
     # ---- the end of an attempt ----
@@ -304,7 +321,7 @@ class Turn:
 
     def _overdue(self, want: Want, seconds: float) -> bool:
         """Nobody has done it `seconds` after this controller has asked for it."""
-        since = self.asked.get((self.view.attempt, want))
+        since = self.waits.get((self.view.attempt, want))
         return since is not None and self.clock - since > seconds
 
     def _again(self) -> AttemptPlaced | None:
@@ -322,3 +339,8 @@ class Turn:
 
 def _report(run_id: str) -> Callable[[str], None]:
     return lambda text: log.error("run %s: %s", run_id, text)
+
+
+def inspection(view: RunView) -> str:
+    """Name of the request for the stacks of the newest incident."""
+    return f"incident-{len(view.incidents):03d}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from configs.compose import validated
@@ -22,14 +21,17 @@ from orchestrator.record.events import GangShape
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import auto, legal
-from trainer.sizing.search.layouts import search
+from trainer.sizing.search.layouts import Candidate, search
 from trainer.sizing.search.legal import Task
 from trainer.sizing.search.planner import Capacity, plan
+from trainer.sizing.time.rates import Rates
 
 TRIED = 4
 """Numbers of ranks whose layouts are compared, the most first."""
 WORTH = 0.5
 """Share of the slots that a layout must use to be looked for; below it something else is wrong."""
+_PASSED = 200
+"""Numbers of ranks without a legal layout that one piece of the search passes over."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +46,60 @@ class ElasticChoice:
     """Why this one, for a person."""
 
 
-def smaller(config: RunConfig, capacity: Capacity, asked: GangShape) -> ElasticChoice | None:
+def smaller(config: RunConfig, capacity: Capacity, whole: GangShape) -> ElasticChoice | None:
     """The planner's best layout of a run on the slots that are left; None where none is legal and fits.
 
     Model, data, token batch, engine and precision stay. The fastest by prediction wins; where no rates of the device are
     on record, the most ranks, in the layout that is next to the present one. The micro-batch only shrinks where nothing
-    fits with it. An answer is kept, so asking again costs nothing.
+    fits with it.
 
     Args:
         config: resolved, of what was asked for.
         capacity: slots of the nodes that the run may have.
-        asked: what was asked for; the answer has fewer ranks.
+        whole: what was asked for; the answer has fewer ranks.
     """
+    search = SmallerSearch(config, capacity, whole)
+    while not search.done:
+        search.work()
+    return search.choice
+
+
+class SmallerSearch:
+    """`smaller` in pieces of about a tenth of a second of CPU, which has the same arguments: a turn does one of them."""
+
+    def __init__(self, config: RunConfig, capacity: Capacity, whole: GangShape) -> None:
+        self._question = config, _descending(capacity), whole
+        self._pieces = _pieces(*self._question)
+        self.done = False
+        self.choice: ElasticChoice | None = None
+        """The answer, once it is done."""
+
+    def answers(self, config: RunConfig, capacity: Capacity, whole: GangShape) -> bool:
+        """Whether it looks for just that; the order of the nodes doesn't matter."""
+        return self._question == (config, _descending(capacity), whole)
+
+    def work(self) -> None:
+        """Do the next piece; nothing where it is done."""
+        try:
+            self.choice = self.choice or next(self._pieces)
+        except StopIteration:
+            self.done = True
+        self.done = self.done or self.choice is not None
+
+
+def _descending(capacity: Capacity) -> tuple[int, ...]:
+    return tuple(sorted(capacity.slots, reverse=True))
+
+
+def _pieces(config: RunConfig, slots: tuple[int, ...], whole: GangShape) -> Iterator[ElasticChoice | None]:
+    """None after each piece of work; the answer comes last, where there is one."""
     if config.workload != "train":
-        return None
-    return _smaller(config.model_dump_json(), tuple(sorted(capacity.slots, reverse=True)), asked)
-
-
-@lru_cache(maxsize=64)
-def _smaller(text: str, slots: tuple[int, ...], asked: GangShape) -> ElasticChoice | None:
-    config = RunConfig.model_validate_json(text)
+        return
     for micro_batch in (config.train.micro_batch, *_below(config.train.micro_batch)):
-        found = _best(config, micro_batch, slots, asked)
-        if found is not None:
-            return found
-    return None
+        for choice in _best(config, micro_batch, slots, whole):
+            yield choice
+            if choice is not None:
+                return
 
 
 def _below(micro_batch: int) -> list[int]:
@@ -76,26 +107,36 @@ def _below(micro_batch: int) -> list[int]:
 
 
 def _best(
-    config: RunConfig, micro_batch: int, slots: tuple[int, ...], asked: GangShape
-) -> ElasticChoice | None:
-    """The best layout with a micro-batch: the fastest of some numbers of ranks."""
-    free = _opened(config, micro_batch)
-    most = min(sum(slots), asked.ranks - 1)
-    best: tuple[float, ElasticChoice] | None = None
-    tried = 0
+    config: RunConfig, micro_batch: int, slots: tuple[int, ...], whole: GangShape
+) -> Iterator[ElasticChoice | None]:
+    """The best layout with a micro-batch, the fastest of some numbers of ranks, as `_pieces` yields it."""
+    free, hardware = _opened(config, micro_batch), config.hardware
+    rates: Rates | None = None
+    most = min(sum(slots), whole.ranks - 1)
+    ranked: list[Candidate] = []
+    tried = passed = 0
     for ranks in range(most, math.ceil(WORTH * most) - 1 if most > 1 else 0, -1):
         made = auto.task(free, ranks, max(slots))
         if next(legal.layouts(made), None) is None:
+            passed += 1
+            if passed % _PASSED == 0:
+                yield None
             continue
-        found = _on(config, free, made, slots, asked)
-        if found is None:
+        blind = auto.unknown(hardware, made.precision, made.ranks, made.node)
+        if blind:
+            yield _next_to(config, free, made, slots, whole, blind)
             continue
-        if best is None or found[0] < best[0]:
-            best = found
-        tried += 1
-        if tried == TRIED or math.isinf(found[0]):
-            break
-    return best[1] if best else None
+        rates = rates or auto.rates_of(hardware)
+        fitting = [
+            c for c in search(made, hardware, rates, auto.KEEP).ranked if _gang(c.job.layout, slots, whole)
+        ]
+        ranked += fitting
+        tried += bool(fitting)
+        yield None
+        if tried == TRIED:
+            yield from _fastest(config, free, ranked, slots, whole)
+            ranked, tried = [], 0  # the trainer refuses all of them
+    yield from _fastest(config, free, ranked, slots, whole)
 
 
 def _opened(config: RunConfig, micro_batch: int) -> RunConfig:
@@ -116,27 +157,33 @@ def _opened(config: RunConfig, micro_batch: int) -> RunConfig:
     )  # fmt: skip
 
 
-def _on(
-    config: RunConfig, free: RunConfig, made: Task, slots: tuple[int, ...], asked: GangShape
-) -> tuple[float, ElasticChoice] | None:
-    """Predicted seconds of a step, infinite where they aren't known, and the best layout of a number of ranks."""
-    hardware = config.hardware
-    blind = auto.unknown(hardware, made.precision, made.ranks, made.node)
-    of = f"of {sum(slots)} slots on {len(slots)} node{'s' * (len(slots) > 1)}"
-    if blind:
-        for layout in _nearest(config, made):
-            choice = _choice(config, free, layout, {}, slots, asked)
-            if choice is not None:
-                told = f"{made.ranks} {of}: next to the layout before; {blind}"
-                return math.inf, replace(choice, reason=told)
-        return None
-    found = search(made, hardware, auto.rates_of(hardware), auto.KEEP)
-    for candidate in found.ranked:
-        choice = _choice(config, free, candidate.job.layout, auto.settings(candidate.job), slots, asked)
+def _next_to(
+    config: RunConfig, free: RunConfig, made: Task, slots: tuple[int, ...], whole: GangShape, blind: str
+) -> ElasticChoice | None:
+    """The layout of a number of ranks that is next to the present one; `blind` says why no times are known."""
+    for layout in _nearest(config, made):
+        choice = _choice(config, free, layout, {}, slots, whole)
         if choice is not None:
-            told = f"{made.ranks} {of}: {candidate.label}, {candidate.seconds:.3g} s a step by prediction"
-            return candidate.seconds, replace(choice, reason=told)
+            reason = f"{made.ranks} {_of(slots)}: next to the layout before; {blind}"
+            return replace(choice, reason=reason)
     return None
+
+
+def _fastest(
+    config: RunConfig, free: RunConfig, ranked: Sequence[Candidate], slots: tuple[int, ...], whole: GangShape
+) -> Iterator[ElasticChoice | None]:
+    """The fastest of the candidates that the trainer doesn't refuse; only it is planned in full."""
+    for candidate in sorted(ranked, key=lambda c: c.seconds):
+        job = candidate.job
+        choice = _choice(config, free, job.layout, auto.settings(job), slots, whole)
+        if choice is not None:
+            reason = f"{candidate.label}, {candidate.seconds:.3g} s a step by prediction"
+            choice = replace(choice, reason=f"{job.layout.ranks} {_of(slots)}: {reason}")
+        yield choice
+
+
+def _of(slots: tuple[int, ...]) -> str:
+    return f"of {sum(slots)} slots on {len(slots)} node{'s' * (len(slots) > 1)}"
 
 
 def _nearest(config: RunConfig, made: Task) -> Iterator[Layout]:
@@ -155,14 +202,20 @@ def _nearest(config: RunConfig, made: Task) -> Iterator[Layout]:
             yield layout
 
 
+def _gang(layout: Layout, slots: tuple[int, ...], whole: GangShape) -> GangShape | None:
+    """The gang of a layout; None where its blocks don't fit."""
+    block = layout.inner if layout.inner <= max(slots) else 1
+    gang = GangShape(layout.ranks, block, None, whole.resource)
+    return gang if fits(gang, slots) else None
+
+
 def _choice(
     config: RunConfig, free: RunConfig, layout: Layout, settings: dict[str, Any],
-    slots: tuple[int, ...], asked: GangShape,
+    slots: tuple[int, ...], whole: GangShape,
 ) -> ElasticChoice | None:  # fmt: skip
     """The resolved configuration of a layout and its gang; None where the trainer refuses it, or its blocks don't fit."""
-    block = layout.inner if layout.inner <= max(slots) else 1
-    gang = GangShape(layout.ranks, block, None, asked.resource)
-    if not fits(gang, slots):
+    gang = _gang(layout, slots, whole)
+    if gang is None:
         return None
     parallel = (
         config.parallel.model_dump()

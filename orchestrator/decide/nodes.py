@@ -76,13 +76,13 @@ def observe(view: NodesView, nodes: Sequence[Node], clock: float) -> list[Payloa
     for node in nodes:
         if node.ip in news:
             news[node.ip].append(node)
-    found: list[Payload] = [NodeLeft(ip) for ip in sorted(left)]
+    payloads: list[Payload] = [NodeLeft(ip) for ip in sorted(left)]
     if not news:
-        return found
+        return payloads
     cordons = _Cordons(view, len({node.ip for node in nodes}))
     for ip, here in sorted(news.items()):
-        found += _news(known.get(ip) or NodeRecord(ip), here, clock, cordons)
-    return found
+        payloads += _news(known.get(ip) or NodeRecord(ip), here, clock, cordons)
+    return payloads
 
 
 def _as_known(node: Node, record: NodeRecord) -> bool:
@@ -98,20 +98,20 @@ def _as_known(node: Node, record: NodeRecord) -> bool:
 
 def _news(record: NodeRecord, here: Sequence[Node], clock: float, cordons: _Cordons) -> list[Payload]:
     """What to write about one address."""
-    found: list[Payload] = []
+    payloads: list[Payload] = []
     joined = _joined(record.ip, here)
     if not record.live or joined != NodeJoined(
         record.ip, record.hostname, record.node_ids, record.slots, record.labels
     ):
-        found.append(joined)
+        payloads.append(joined)
     error = next((node.barred for node in here if node.barred), "")
     # The words may hold figures that change at every look.
     if bool(error) != bool(record.check) or (error != record.check and clock - record.checked >= WINDOW):
-        found.append(NodeChecked(record.ip, error))
+        payloads.append(NodeChecked(record.ip, error))
     lately = sum(clock - at < WINDOW for at in record.left)
     if not record.live and lately >= FLAPS:
-        found += cordons.ask(record.ip, f"flapping: it left {lately} times in {WINDOW / 60:.0f} min")
-    return found
+        payloads += cordons.ask(record.ip, f"flapping: it left {lately} times in {WINDOW / 60:.0f} min")
+    return payloads
 
 
 def _joined(ip: str, here: Sequence[Node]) -> NodeJoined:
@@ -178,13 +178,13 @@ def suspect(
     record = view.nodes.get(ip or "")
     if record is None or not amount:
         return []
-    found: list[Payload] = [Suspected(record.ip, amount, run_id, kind, verdict.detail)]
+    payloads: list[Payload] = [Suspected(record.ip, amount, run_id, kind, verdict.detail)]
     own = [f for f in record.faults if f.amount >= 1.0 and clock - f.clock < WINDOW]
     if amount >= 1.0 and len(own) + 1 >= FLAPS:
         causes = ", ".join(dict.fromkeys([*(fault.cause for fault in own), kind]))
         reason = f"flapping: at fault {len(own) + 1} times in {WINDOW / 60:.0f} min ({causes})"
-        found += _Cordons(view).ask(record.ip, reason)
-    return found
+        payloads += _Cordons(view).ask(record.ip, reason)
+    return payloads
 
 
 def from_finding(view: NodesView, finding: dict[str, Any], run_id: str) -> list[Payload]:
@@ -197,14 +197,14 @@ def from_finding(view: NodesView, finding: dict[str, Any], run_id: str) -> list[
     """
     if finding.get("action") != "cordon":
         return []
-    cordons, found = _Cordons(view), list[Payload]()
+    cordons, payloads = _Cordons(view), list[Payload]()
     for ip in dict.fromkeys(finding.get("hosts", ())):
         record = view.nodes.get(ip)
         if record is None or any(f.run == run_id and f.cause == finding["kind"] for f in record.faults):
             continue
-        found.append(Suspected(ip, 1.0, run_id, str(finding["kind"]), str(finding["what"])))
-        found += cordons.ask(ip, f"{finding['kind']}: {finding['what']} ({run_id})")
-    return found
+        payloads.append(Suspected(ip, 1.0, run_id, str(finding["kind"]), str(finding["what"])))
+        payloads += cordons.ask(ip, f"{finding['kind']}: {finding['what']} ({run_id})")
+    return payloads
 
 
 class _Cordons:
@@ -227,15 +227,15 @@ class _Cordons:
 
 def draining_runs(view: NodesView, running: Iterable[Running]) -> list[tuple[str, str]]:
     """Runs that hold slots on nodes that drain, each with the reason to tell: they save, stop and queue again."""
-    found = []
+    moves = []
     for run in running:
         on = [
             r for share in run.shares if (r := view.nodes.get(share.ip)) is not None and r.drain is not None
         ]
         if on and not run.stopping:
-            told = "; ".join(f"{r.hostname or r.ip} ({r.drain.reason})" for r in on if r.drain)
-            found.append((run.run_id, f"draining {told}"))
-    return found
+            places = "; ".join(f"{r.hostname or r.ip} ({r.drain.reason})" for r in on if r.drain)
+            moves.append((run.run_id, f"draining {places}"))
+    return moves
 
 
 MARKS = ("cordon", "uncordon", "drain", "spare", "unspare")

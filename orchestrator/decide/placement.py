@@ -47,7 +47,7 @@ SERVES, SPARE, AVOIDED, CLOSED = 0, 1, 2, 4
 """What a node is to a run: better ones are used up first. A spare that is avoided is both, 3; a closed one isn't used."""
 
 
-def by_place(node: Node) -> tuple[Path, int, str]:
+def by_place(node: Node) -> tuple[Path, tuple[object, ...], str]:
     """Order of nodes by domain and address, so that neighbours in it are neighbours in the network."""
     return path(node.labels), address(node.ip), node.node_id
 
@@ -286,7 +286,7 @@ def occupied(nodes: Sequence[Node], held: Sequence[tuple[str, Sequence[NodeShare
     """The nodes with what is free once gangs hold their slots.
 
     Args:
-        nodes: all live ones; their `free` is what nobody holds yet.
+        nodes: all live ones; their `free` is what no other user of Ray holds.
         held: Ray resource and shares of each gang.
     """
     taken: dict[str, dict[str, int]] = {}

@@ -157,8 +157,8 @@ def decide(
         gang = pool.shape(run)
         reason = used.refusal(run, gang)
         if not reason:
-            reason, asked = pool.hold(run, gang, policy.patience)
-            stops += asked
+            reason, preempts = pool.hold(run, gang, policy.patience)
+            stops += preempts
         answers.append(Hold(run.run_id, position, reason))
     return [*answers, *stops]
 
@@ -309,12 +309,12 @@ class _Pool:
             for h in self._holders
             if h.priority < run.priority
         ]
-        found = victims(gang, coming, [holder for holder in lower if holder.held])
-        for holder in found:
+        chosen = victims(gang, coming, [holder for holder in lower if holder.held])
+        for holder in chosen:
             for index, count in holder.held.items():
                 self._soon[index] += count
         why = f"of priority {run.priority}, has waited {run.waited:.0f} s for slots"
-        return [Preempt(h.run_id, run.run_id, f"{run.run_id}, {why}") for h in found]
+        return [Preempt(h.run_id, run.run_id, f"{run.run_id}, {why}") for h in chosen]
 
     def _why(self, gang: GangShape, tiers: list[int]) -> str:
         free, slots = self._for("free", tiers), self._for("slots", tiers)
@@ -334,7 +334,7 @@ class _Pool:
             for n, tier, own in zip(self._row.nodes, tiers, self._slots, strict=True)
             if tier == CLOSED and own
         ]
-        told = [f"{len(some)} {'is' if len(some) == 1 else 'are'} {what}"
+        counts = [f"{len(some)} {'is' if len(some) == 1 else 'are'} {what}"
                 for what, some in (("barred", [n for n in nodes if n.barred]),
                                    ("kept as spares", [n for n in nodes if not n.barred])) if some]  # fmt: skip
-        return f" ({', '.join(told)})" if told else ""
+        return f" ({', '.join(counts)})" if counts else ""

@@ -35,13 +35,19 @@ def _path(*names: str) -> Path:
 def _natural(name: str) -> tuple[object, ...]:
     """Sorts `rack2` before `rack10`: numbers by value, and before words."""
     words = re.split(r"(\d+)", name)
-    return tuple((0, int(word), "") if word.isdigit() else (1, 0, word) for word in words if word)
+    return tuple((0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words if word)
 
 
 @lru_cache(maxsize=1 << 16)
-def address(ip: str) -> int:
-    """An address as a number; neighbours under one switch have neighbouring ones."""
-    return int(ip_address(ip))
+def address(name: str) -> tuple[object, ...]:
+    """Sorts addresses as numbers, since neighbours under one switch have neighbouring ones, and host names after them.
+
+    A Ray node that was started with `--node-ip-address=gpu-07` has that name for its address.
+    """
+    try:
+        return 0, int(ip_address(name))
+    except ValueError:
+        return 1, *_natural(name)
 
 
 def together(count: int, among: Sequence[int], paths: Sequence[Path], used: Collection[int]) -> list[int]:
@@ -94,7 +100,7 @@ def _gather(
 
 def _domains(among: Sequence[int], paths: Sequence[Path], depth: int) -> list[list[int]]:
     """The nodes by their domain at a level; depth 0: all of them."""
-    found: dict[Path, list[int]] = {}
+    domains: dict[Path, list[int]] = {}
     for index in among:
-        found.setdefault(paths[index][:depth], []).append(index)
-    return list(found.values())
+        domains.setdefault(paths[index][:depth], []).append(index)
+    return list(domains.values())

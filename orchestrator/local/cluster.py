@@ -168,8 +168,8 @@ def _why(log: Path) -> str:
     """The last line of Ray's log that tells of an error, for the message."""
     with contextlib.suppress(OSError):
         lines = [line.strip() for line in log.read_text(errors="replace")[-8192:].splitlines()]
-        told = [line for line in lines if "Error" in line or "error:" in line.lower()]
-        return f" ({told[-1][:200]})" if told else ""
+        errors = [line for line in lines if "Error" in line or "error:" in line.lower()]
+        return f" ({errors[-1][:200]})" if errors else ""
     return ""
 
 
@@ -185,7 +185,7 @@ def end(home: HomePaths, keeper: int = 0) -> bool:
     """
     record, _ = recorded(home)
     pid = keeper or (record.pid if record and record.alive else 0)
-    found = members(home)
+    pids = members(home)
     if pid and started(pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -200,10 +200,10 @@ def end(home: HomePaths, keeper: int = 0) -> bool:
         end_all(left, _STOP_SECONDS if not pid else 0.0)
     if record is not None:
         shutil.rmtree(record.temporary, ignore_errors=True)
-        found = found or [record.pid]
+        pids = pids or [record.pid]
     home.cluster.unlink(missing_ok=True)
     home.queue.unlink(missing_ok=True)
-    return bool(found)
+    return bool(pids)
 
 
 def _reap(pid: int) -> None:
@@ -216,16 +216,16 @@ def members(home: HomePaths) -> list[int]:
     """Processes that the local Ray of a home has started, with their descendants; never this one nor those above it."""
     mark = f"{MARK}={home.home}".encode()
     above = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    found: set[int] = set()
+    pids: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) not in above:
             with contextlib.suppress(OSError):
                 if mark in (entry / "environ").read_bytes().split(b"\0") and started(int(entry.name)):
-                    found.add(int(entry.name))
-    for pid in list(found):
+                    pids.add(int(entry.name))
+    for pid in list(pids):
         with contextlib.suppress(psutil.Error):
-            found.update(child.pid for child in psutil.Process(pid).children(recursive=True))
-    return sorted(found - above)
+            pids.update(child.pid for child in psutil.Process(pid).children(recursive=True))
+    return sorted(pids - above)
 
 
 def end_family(pid: int) -> None:

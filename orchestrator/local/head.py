@@ -14,19 +14,19 @@ from pathlib import Path
 from configs.paths import HomePaths
 from orchestrator.local.cluster import LocalCluster, boot, end_all, end_family, members
 from orchestrator.local.lock import started
-from orchestrator.local.settings import fits, free_ports, session_folder, token, token_file
+from orchestrator.local.settings import are_free, fits, free_ports, session_folder, token, token_file
 
 _START_SECONDS = 120.0
 _RAY_START = Path(__file__).parents[1] / "ray_head.py"
 
 
 class RayHead:
-    """Ray's own processes, as a child of the keeper; started again at the same ports."""
+    """Ray's own processes, as a child of the keeper; started again at the same ports, unless one was taken meanwhile."""
 
     def __init__(self, home: HomePaths, slots: int, gpus: int) -> None:
         self._home, self._slots, self._gpus = home, slots, gpus
         self.temporary = session_folder()
-        self._ports = free_ports(3)
+        self._ports: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._token = token_file()
 
@@ -37,7 +37,7 @@ class RayHead:
             RuntimeError: where it doesn't come up.
         """
         (self.temporary / "ray_current_cluster").unlink(missing_ok=True)
-        port, dashboard, agent = self._ports
+        port, dashboard, agent = self._ports = self._ports_now()
         command = [
             *(self._python(), "-P", str(_RAY_START), "start", "--head", "--block"),
             *(f"--num-cpus={self._slots}", f"--num-gpus={self._gpus}", f"--port={port}", f"--dashboard-port={dashboard}"),
@@ -68,6 +68,10 @@ class RayHead:
             address, url, pid, started(pid), boot(), socket.gethostname(), self._slots, self._gpus, str(self.temporary),
             self._token if mode == "token" else "",
         )  # fmt: skip
+
+    def _ports_now(self) -> list[int]:
+        """The ports of the last start where they are free, else others."""
+        return self._ports if self._ports and are_free(self._ports) else free_ports(3)
 
     @property
     def alive(self) -> bool:

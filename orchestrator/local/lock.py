@@ -116,7 +116,9 @@ def _me() -> dict[str, Any]:
 def started(pid: int) -> int:
     """When a process started, in the kernel's ticks since boot, which no clock that is set changes; 0: there is none."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(
+            errors="replace"
+        )  # the kernel may cut a name within a letter
     except OSError:
         return 0
     fields = text.rpartition(")")[2].split()

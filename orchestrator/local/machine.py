@@ -27,7 +27,7 @@ def processors() -> int:
 
 def _quotas() -> list[float]:
     """Processors that each control group around this process allows."""
-    found = []
+    quotas = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -35,10 +35,10 @@ def _quotas() -> list[float]:
     for line in lines:
         _, controllers, place = line.split(":", 2)
         if controllers == "":
-            found += _up(_CGROUPS, place, _quota_v2)
+            quotas += _up(_CGROUPS, place, _quota_v2)
         elif "cpu" in controllers.split(","):
-            found += _up(_CGROUPS / "cpu", place, _quota_v1)
-    return found
+            quotas += _up(_CGROUPS / "cpu", place, _quota_v1)
+    return quotas
 
 
 def _up(root: Path, place: str, quota: object) -> list[float]:
@@ -94,12 +94,12 @@ def _amd() -> int:
     return count
 
 
-def _visible(found: int, variables: tuple[str, ...]) -> int:
-    """Of `found` GPUs those that no variable hides."""
+def _visible(gpus: int, variables: tuple[str, ...]) -> int:
+    """Of `gpus` GPUs those that no variable hides."""
     for name in variables:
         if (given := os.environ.get(name)) is not None:
             listed = [word.strip() for word in given.split(",")]
             # The runtimes read up to the first entry that isn't one, such as -1.
             ends = next((i for i, word in enumerate(listed) if word in ("", "-1", "NoDevFiles")), len(listed))
-            found = min(found, ends)
-    return found
+            gpus = min(gpus, ends)
+    return gpus

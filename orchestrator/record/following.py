@@ -45,12 +45,12 @@ class Follower:
 
     def poll(self) -> list[Event | MetricLine]:
         """What is new, in order of time."""
-        found: list[Event | MetricLine] = list(self._events())
+        items: list[Event | MetricLine] = list(self._events())
         for attempt in self._run.attempt_numbers():
             lines, end = read_from(self._run.attempt(attempt).metrics, self.position.get(str(attempt), 0))
             self.position[str(attempt)] = end
-            found += lines
-        return sorted(found, key=lambda item: item.time)
+            items += lines
+        return sorted(items, key=lambda item: item.time)
 
     def _events(self) -> list[Event]:
         at = self.position

@@ -140,14 +140,14 @@ def _lost_from(story: Story, traces: Mapping[int, AttemptLines]) -> dict[int, in
     """By attempt, the step after which its steps were trained again by a later one."""
     begun = {n: own.resumed_step for n, own in story.attempts.items() if own.resumed_step is not None}
     begun |= {n: trace.begin for n, trace in traces.items() if trace.begin is not None}
-    found: dict[int, int] = {}
+    lost: dict[int, int] = {}
     least: int | None = None
     for number in sorted({*story.attempts, *traces}, reverse=True):
         if least is not None:
-            found[number] = least
+            lost[number] = least
         if number in begun:
             least = begun[number] if least is None else min(least, begun[number])
-    return found
+    return lost
 
 
 def _attempt(
@@ -191,11 +191,11 @@ class _Shift:
         self._knots = own.offsets or [(begin, 0.0)]
         self._skew = 0.0
         # The controller takes in a line within seconds; a larger difference is that of the hosts' clocks.
-        seen, told = (own.resumed, trace.resumed) if trace.resumed is not None else (own.first_step, None)
-        if told is None and len(trace.time):
-            seen, told = own.first_step, float(trace.time[0])
-        if seen is not None and told is not None and not -1.0 <= seen - told <= _LAG:
-            self._skew = seen - told
+        seen, dated = (own.resumed, trace.resumed) if trace.resumed is not None else (own.first_step, None)
+        if dated is None and len(trace.time):
+            seen, dated = own.first_step, float(trace.time[0])
+        if seen is not None and dated is not None and not -1.0 <= seen - dated <= _LAG:
+            self._skew = seen - dated
         self._until = until
 
     def __call__(self, times: Floats) -> Floats:

@@ -2,14 +2,16 @@
 
 What a turn of the controller decides is one record, so a controller that dies leaves all of a turn or none. Each record
 carries the epoch of its writer. A reader passes over records of an epoch below one that it has met, so a writer that was
-replaced and doesn't know it yet changes nothing, whatever it still writes. A record that can't be read is named and
-stepped over; a last line without its end was torn by a writer that died, and doesn't count.
+replaced and doesn't know it yet changes nothing, whatever it still writes. A record ends with a checksum, since one flipped
+digit of an epoch would have all that follows passed over. A record that can't be read, or whose checksum is wrong, is named
+and stepped over; a last line without its end was torn by a writer that died, and doesn't count.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,11 @@ from orchestrator.record.events import Event
 
 _NAMED = 80
 """Characters of a damaged line that are shown."""
+_UNSEALED = frozenset(("epoch", "time", "clock", "events"))
+"""What a record has without its seal; those of an earlier version have none."""
+_SEAL, _SEALED = b', "crc": "', b'"}\n'
+"""Around the checksum, eight hexadecimal digits: CRC-32 of the record as it would be without it, up to its brace."""
+_SEAL_BYTES = len(_SEAL) + 8 + len(_SEALED)
 _LONGEST_RECORD = 1 << 26
 """Bytes that are searched for the end of a record, where a part of a log is read."""
 
@@ -70,13 +77,13 @@ def read_from(
     except FileNotFoundError:
         return [], cursor
     whole = data[: data.rfind(b"\n") + 1]
-    found: list[Event] = []
+    collected: list[Event] = []
     seq, epoch, time, clock = cursor.seq, cursor.epoch, cursor.time, cursor.clock
     damage, offset = list(cursor.damage), cursor.offset
     for line in whole.splitlines(keepends=True):
         offset += len(line)
         try:
-            record = json.loads(line)
+            record = _record(line)
             written, at = int(record.get("epoch", 0)), float(record["time"])
             # Lines of an earlier version hold one event each, and no clock.
             ran = float(record.get("clock", clock + max(0.0, at - time) if time else 0.0))
@@ -90,9 +97,36 @@ def read_from(
             continue
         epoch, time, clock = written, at, ran
         for payload in payloads:
-            found.append(Event(seq, at, payload, ran))
+            collected.append(Event(seq, at, payload, ran))
             seq += 1
-    return found, Cursor(offset, seq, epoch, time, clock, tuple(damage))
+    return collected, Cursor(offset, seq, epoch, time, clock, tuple(damage))
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """A record's tree.
+
+    Raises:
+        ValueError, TypeError, AttributeError, RecursionError: where it isn't as it was written.
+    """
+    tail = line[-_SEAL_BYTES:]
+    sealed = tail.startswith(_SEAL) and tail.endswith(_SEALED)
+    if sealed and tail[len(_SEAL) : -len(_SEALED)] != _checksum(line[:-_SEAL_BYTES]):
+        raise ValueError("its checksum is wrong")
+    record: dict[str, Any] = json.loads(line.decode())
+    # A seal that is itself damaged doesn't make it a record of an earlier version.
+    if not sealed and "events" in record and not record.keys() <= _UNSEALED:
+        raise ValueError("its checksum can't be read")
+    return record
+
+
+def _seal(record: dict[str, Any]) -> bytes:
+    """A record as a line."""
+    text = json.dumps(record)[:-1].encode()
+    return text + _SEAL + _checksum(text) + _SEALED
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
 
 
 def _part(file: IO[bytes], limit: int) -> bytes:
@@ -148,10 +182,14 @@ class Log:
         self._base, self._origin = self.cursor.clock + gap, now.mono
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._end = self.cursor.offset
-        if os.fstat(self._fd).st_size > self._end:
-            os.ftruncate(
-                self._fd, self._end
-            )  # a torn last line, so that the next record starts one of its own
+        try:
+            if (
+                os.fstat(self._fd).st_size > self._end
+            ):  # a torn last line: the next record starts one of its own
+                os.ftruncate(self._fd, self._end)
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def clock(self, now: Now) -> float:
         """Seconds that the log has been written, by clocks that never step."""
@@ -170,7 +208,7 @@ class Log:
         clock = self.clock(now)
         trees = [{"kind": p.kind} | asdict(p) for p in payloads]
         record = {"epoch": self._epoch, "time": now.wall, "clock": clock, "events": trees}
-        self._write((json.dumps(record) + "\n").encode())
+        self._write(_seal(record))
         first = self.cursor.seq
         written = [Event(first + i, now.wall, payload, clock) for i, payload in enumerate(payloads)]
         end = first + len(written)

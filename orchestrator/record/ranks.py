@@ -49,17 +49,17 @@ class RankReader:
                 Looks(paths.seen),
                 AttemptSteps(paths.root),
             )
-        found: dict[int, RankActivity] = {}
+        activities: dict[int, RankActivity] = {}
         try:
             for look in self._looks.update():
-                found[look.rank] = RankActivity(look.rank, {}, _doing(look))
-            self._add_steps(self._steps, found)
+                activities[look.rank] = RankActivity(look.rank, {}, _doing(look))
+            self._add_steps(self._steps, activities)
         except (OSError, ValueError):
             pass  # storage that can't be read now is read again in a moment
-        return [found[rank] for rank in sorted(found)]
+        return [activities[rank] for rank in sorted(activities)]
 
     @staticmethod
-    def _add_steps(steps: AttemptSteps, found: dict[int, RankActivity]) -> None:
+    def _add_steps(steps: AttemptSteps, activities: dict[int, RankActivity]) -> None:
         if (known := steps.span) is None:
             return
         for name in PARTS:
@@ -68,7 +68,7 @@ class RankReader:
                 continue
             for rank, value in zip(window.ranks.tolist(), window.mean[:, -1].tolist(), strict=True):
                 if math.isfinite(value):
-                    found.setdefault(rank, RankActivity(rank, {})).seconds[name] = value
+                    activities.setdefault(rank, RankActivity(rank, {})).seconds[name] = value
 
     def close(self) -> None:
         """Close files."""

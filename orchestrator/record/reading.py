@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from configs.errors import UserError
-from configs.metrics import MeasuredLine, SavedLine, StepLine, last_step, parse_line
+from configs.metrics import MeasuredLine, MetricLine, SavedLine, StepLine, last_step, parse_line
 from configs.paths import HomePaths, RunPaths
 from faulttol.detect.overdue import failed
 from orchestrator.record.events import CheckpointCommitted, Submitted
@@ -211,7 +211,7 @@ def _summary(
         step=newest.step if newest else 0,
         steps=steps,
         measured=newest.text if isinstance(newest, MeasuredLine) else "",
-        findings=[found.finding for found in view.findings],
+        findings=[one.finding for one in view.findings],
         eta_seconds=left,
         loss=line.loss if line else None,
         tokens_per_second=line.tokens_per_second if line else None,
@@ -281,14 +281,22 @@ def _snapshot(run: RunPaths, view: RunView) -> SavedLine | CheckpointCommitted |
             rows = [row for row in file.read().splitlines()[1:-1] if b'"memory"' in row]
     except FileNotFoundError:
         return view.memory
-    lines = [line for row in rows if isinstance(line := parse_line(row), SavedLine) and line.tier == "memory"]
+    lines = [line for row in rows if isinstance(line := _line(row), SavedLine) and line.tier == "memory"]
     return lines[-1] if lines else view.memory
+
+
+def _line(row: bytes) -> MetricLine | None:
+    """A metric line; None where it is damaged."""
+    try:
+        return parse_line(row)
+    except ValueError:
+        return None
 
 
 def _basis(run: RunPaths) -> str:
     try:
         return str(json.loads(run.plan.read_text())["mfu_basis"])
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
 
 
@@ -298,10 +306,10 @@ def incidents(run: RunPaths) -> list[dict[str, Any]]:
 
 
 def _incidents(view: RunView) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for incident in view.incidents:
         outcome = asdict(incident.outcome) if incident.outcome else {}
-        found.append(
+        rows.append(
             asdict(incident.event)
             | {
                 "stops_nothing": incident.stops_nothing,
@@ -312,4 +320,4 @@ def _incidents(view: RunView) -> list[dict[str, Any]]:
                 "downtime_seconds": outcome.get("downtime_seconds"),
             }
         )
-    return found
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -114,12 +115,17 @@ class RunLog:
         tree = {"format": _FORMAT, "cursor": asdict(cursor)}
         # As the log is written: whatever the log takes, such as a loss that isn't finite, this takes too.
         text = f"{json.dumps(tree)}\n{json.dumps(asdict(self.view), default=sorted)}\n"
-        write_whole(self._run.view, text)
+        write_whole(self._run.view, text + _checksum(text.encode()))
         self._published = cursor.seq
 
     def close(self) -> None:
         """Close the file."""
         self._log.close()
+
+
+def _checksum(text: bytes) -> str:
+    """The last line of a published view: a flipped digit in it would hold for as long as the run is read."""
+    return f"{zlib.crc32(text):08x}\n"
 
 
 @cache
@@ -130,7 +136,10 @@ def _adapter() -> TypeAdapter[RunView]:
 def _published(run: RunPaths) -> RunLogReader | None:
     """The published view; None where there is none that fits the log."""
     try:
-        head, _, body = run.view.read_text().partition("\n")
+        whole = run.view.read_bytes()
+        if whole[-9:] != _checksum(whole[:-9]).encode():
+            return None
+        head, _, body = whole[:-9].decode().partition("\n")
         tree: dict[str, Any] = json.loads(head)
         if tree["format"] != _FORMAT:
             return None

@@ -97,7 +97,7 @@ class Looks:
             entries = [e for e in os.scandir(self._folder) if e.name.endswith(_SUFFIX)]
         except FileNotFoundError:
             entries = []
-        found = {}
+        current = {}
         for entry in entries:
             try:
                 stat = entry.stat()
@@ -105,9 +105,9 @@ class Looks:
                 continue
             mark = (stat.st_mtime_ns, stat.st_size)
             known = self._known.get(entry.name)
-            found[entry.name] = known if known and known[0] == mark else (mark, _read(Path(entry.path)))
-        self._known = found
-        return sorted((one for _, looks in found.values() for one in looks), key=lambda one: one.rank)
+            current[entry.name] = known if known and known[0] == mark else (mark, _read(Path(entry.path)))
+        self._known = current
+        return sorted((one for _, looks in current.values() for one in looks), key=lambda one: one.rank)
 
 
 def _read(path: Path) -> list[Look]:
@@ -126,5 +126,5 @@ def _read(path: Path) -> list[Look]:
         return []
 
 
-def _ranks(told: list[Any]) -> Sequence[int]:
-    return range(*told[1:]) if told[0] == "range" else tuple(told[1:])
+def _ranks(words: list[Any]) -> Sequence[int]:
+    return range(*words[1:]) if words[0] == "range" else tuple(words[1:])

@@ -158,15 +158,15 @@ class Story:
         self.periods.append(Period(event.clock, move.to, move.reason, self.newest_attempt))
 
     def _place(self, placed: AttemptPlaced, event: Event) -> None:
-        asked = self.submitted
-        gang = placed.gang or (asked.gang if asked else None)
+        submitted = self.submitted
+        gang = placed.gang or (submitted.gang if submitted else None)
         self.newest_attempt = placed.attempt
         self.attempts[placed.attempt] = AttemptStory(
             number=placed.attempt,
             placed=event.time,
             again=self._again,
             ranks=gang.ranks if gang else sum(len(share.ranks) for share in placed.shares),
-            layout=placed.layout or (asked.layout if asked else {}),
+            layout=placed.layout or (submitted.layout if submitted else {}),
             nodes=[
                 {"ip": s.ip, "hostname": s.hostname, "ranks": [s.ranks[0], s.ranks[-1]]}
                 for s in placed.shares
@@ -204,9 +204,9 @@ class Story:
         p = event.payload
         if isinstance(p, IncidentClosed):  # has no attempt of its own, and may come in any state
             self.closed[p.incident] = event.time, p
-        found = _mark_of(event)
-        if found is not None:
-            kind, step, text = found
+        mark = _mark_of(event)
+        if mark is not None:
+            kind, step, text = mark
             self.marks.append(
                 TimelineMark(event.time, kind, getattr(p, "attempt", self.newest_attempt), step, text)
             )

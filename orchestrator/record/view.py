@@ -295,10 +295,10 @@ def _amend(view: RunView, amended: Amended) -> RunView:
     if view.submitted is None:  # its line is damaged
         return replace(view, amendments=amended.number)
     names = ("gang", "steps", "max_restarts", "backoff_seconds", "layout", "wall_seconds")
-    asked = replace(view.submitted, **{name: getattr(amended, name) for name in names})
+    submitted = replace(view.submitted, **{name: getattr(amended, name) for name in names})
     if amended.code is not None:
-        asked = replace(asked, code=amended.code)
-    return replace(view, submitted=asked, amendments=amended.number)
+        submitted = replace(submitted, code=amended.code)
+    return replace(view, submitted=submitted, amendments=amended.number)
 
 
 def _apply_checkpoint(view: RunView, saved: CheckpointCommitted) -> RunView:

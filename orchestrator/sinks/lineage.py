@@ -75,17 +75,17 @@ def _checkpoint(path: str, step: int, used: bool, facts: dict[str, Any]) -> Arti
 
 def profiles(hardware: str) -> list[Artifact]:
     """Measured profiles that plans of this hardware take their rates from."""
-    found = []
+    artifacts = []
     for kind in ("fabric", "device"):
         path = profile.FOLDER / kind / f"{hardware}.yaml"
         if path.is_file():
             name = _named(f"profile-{kind}-{hardware}")
-            found.append(
+            artifacts.append(
                 Artifact(
                     name, "profile", {path.name: path.read_bytes()}, used=True, facts={"hardware": hardware}
                 )
             )
-    return found
+    return artifacts
 
 
 def measurement(run: RunPaths, hardware: str) -> list[Artifact]:

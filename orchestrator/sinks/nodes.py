@@ -37,17 +37,17 @@ Sample = dict[str, dict[str, float]]
 
 def parse(text: str) -> dict[str, float]:
     """A node's metrics of an exposition of Ray's; of several devices of a node their mean, sum or hottest."""
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for name, value in _LINE.findall(text):
         try:
             number = float(value)
         except ValueError:
             continue
         if math.isfinite(number):
-            found.setdefault(name.removeprefix("ray_node_"), []).append(number)
+            values.setdefault(name.removeprefix("ray_node_"), []).append(number)
     made: dict[str, float] = {}
     for name, take in _TAKEN.items():
-        value = take(found)
+        value = take(values)
         if value is not None:
             made[name] = value
     return made
@@ -56,7 +56,7 @@ def parse(text: str) -> dict[str, float]:
 def _one(
     name: str, scale: float = 1.0, of: Callable[[list[float]], float] = sum
 ) -> Callable[[Mapping[str, list[float]]], Any]:
-    return lambda found: of(found[name]) * scale if name in found else None
+    return lambda values: of(values[name]) * scale if name in values else None
 
 
 def _mean(values: list[float]) -> float:
@@ -64,8 +64,8 @@ def _mean(values: list[float]) -> float:
 
 
 def _share(used: str, total: str) -> Callable[[Mapping[str, list[float]]], Any]:
-    return lambda found: (
-        100 * sum(found[used]) / whole if used in found and (whole := sum(found.get(total, ()))) else None
+    return lambda values: (
+        100 * sum(values[used]) / whole if used in values and (whole := sum(values.get(total, ()))) else None
     )
 
 
@@ -132,20 +132,20 @@ class NodeSampler:
             OSError: where it can't be kept.
         """
         known = self._endpoints()
-        asked = [node for node in self._nodes() if node in known]
-        if not asked:
+        nodes = [node for node in self._nodes() if node in known]
+        if not nodes:
             return 0
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            answers = list(pool.map(lambda node: self.fetch(known[node]), asked))
-        told = {node: answer for node, answer in zip(asked, answers, strict=True) if answer}
-        if told and (not self._path.exists() or self._path.stat().st_size < _FILE):
-            line = json.dumps({"time": now, "nodes": told}) + "\n"
+            answers = list(pool.map(lambda node: self.fetch(known[node]), nodes))
+        answered = {node: answer for node, answer in zip(nodes, answers, strict=True) if answer}
+        if answered and (not self._path.exists() or self._path.stat().st_size < _FILE):
+            line = json.dumps({"time": now, "nodes": answered}) + "\n"
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(fd, line.encode())
             finally:
                 os.close(fd)
-        return len(asked)
+        return len(nodes)
 
 
 def read_from(path: Path, offset: int, limit: int = 1 << 20) -> tuple[list[tuple[float, Sample]], int]:

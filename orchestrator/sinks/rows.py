@@ -45,13 +45,13 @@ def histograms(line: StepLine, steps: int) -> dict[str, tuple[list[int], list[fl
     """
     if line.step % max(1, steps // HISTOGRAMS):
         return {}
-    found = {}
+    made = {}
     for layer, load in enumerate(line.expert_load):
         joined = -(-len(load) // MAX_BINS)
         bins = [sum(load[at : at + joined]) for at in range(0, len(load), joined)]
         edges = [float(min(i * joined, len(load))) for i in range(len(bins) + 1)]
-        found[f"experts/layer{layer:02d}/load"] = bins, edges
-    return found
+        made[f"experts/layer{layer:02d}/load"] = bins, edges
+    return made
 
 
 def save_row(line: SavedLine | SaveFailedLine) -> dict[str, Any]:

@@ -97,8 +97,8 @@ class Tables:
     def _page(self, view: str) -> str:
         """Link to the dashboard, where one serves this home; without its token."""
         try:
-            told = json.loads(HomePaths(self._run.root.parent.parent).dashboard.read_bytes())
-            parts = urlsplit(told["url"])
+            served = json.loads(HomePaths(self._run.root.parent.parent).dashboard.read_bytes())
+            parts = urlsplit(served["url"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
         return f"{parts.scheme}://{parts.netloc}/#/run/{quote(self._run.run_id)}/{view}"
@@ -107,8 +107,7 @@ class Tables:
         return columns, [[self._cell(row.get(name)) for name in columns] for row in rows]
 
     def _cell(self, value: Any) -> Any:
-        made = cell(value)
-        return self._redactor.text(made) if isinstance(made, str) else made
+        return cell(self._redactor.tree(value))
 
     def _maps(self) -> list[tuple[NDArray[np.uint8], str]]:
         """All layers, and each one's experts."""

@@ -27,7 +27,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from netrc import NetrcParseError, netrc
 from typing import Any
 
 import numpy as np
@@ -56,6 +55,7 @@ from orchestrator.record.reading import RunReader
 from orchestrator.record.view import RunView
 from orchestrator.sinks import lineage, nodes
 from orchestrator.sinks.lineage import Artifact
+from orchestrator.sinks.mode import mode_of
 from orchestrator.sinks.rows import cell, histograms, measured_row, rewind_row, row_of, save_row, series_name
 from orchestrator.sinks.tables import Tables
 from orchestrator.web.redact import Redactor
@@ -102,7 +102,10 @@ class WandbSink:
         self._log = logging.getLogger(f"megaray.wandb.{run.run_id}")
         self._log.addHandler(logging.FileHandler(run.wandb / "sink.log"))
         self._wandb: Any = None
-        self._failures = 0
+        self._failures = self._unkept = 0
+        """Failures of W&B in a row, and of the disk that the cursor is on."""
+        self._finished = False
+        """W&B has finished, and nothing has come since."""
         self._next_try = float("-inf")
         self._ended_at: float | None = None
         position = json.loads(self._cursor.read_text()) if self._cursor.exists() else {}
@@ -145,7 +148,8 @@ class WandbSink:
             if not self._pending:  # so that what waits is never more than one poll reads
                 self._pending.extend(self._follower.poll())
             ended = ended and not self._pending  # one poll reads a part of a long file
-            if self._wandb is None and (self._pending or ended):
+            self._finished = self._finished and not self._pending  # it was resumed
+            if self._wandb is None and (self._pending or (ended and not self._finished)):
                 self._wandb = self._start()
             while self._pending:
                 self._one(self._pending[0])
@@ -153,14 +157,13 @@ class WandbSink:
             if self._wandb is not None:
                 self._log_samples()
                 self._log_tables_now_and_then()
-            if ended:
+            if ended and not self._finished:
                 self._finish()
-            self._save_cursor(ended)
             self._failures = 0
         except Exception:  # W&B's errors are many, and none may matter
             return self._failed()
-        self._done = ended
-        return ended
+        self._done = self._keep(ended)
+        return self._done
 
     def _ended(self) -> bool:
         state = self._reader.update().state
@@ -183,6 +186,26 @@ class WandbSink:
                 self._pending.clear()
                 self._follower = Follower(self._run, self._surely_written())
             self._wandb = None
+        return self._given_up()
+
+    def _keep(self, ended: bool) -> bool:
+        """Write the cursor; whether there is nothing left to do. That a disk takes none isn't W&B's failure, after
+        which rows of the last minute would be logged again."""
+        try:
+            self._save_cursor(ended)
+        except OSError:
+            self._unkept += 1
+            if self._unkept == 1:
+                self._log.exception("the cursor can't be written; it is tried again")
+            if not ended:  # with the next rows
+                return False
+            self._next_try = self._clock() + backoff.wait(2.0, self._unkept, _LONGEST_WAIT)
+            return self._given_up()
+        self._unkept = 0
+        return ended
+
+    def _given_up(self) -> bool:
+        """Whether the run ended so long ago that nothing is tried any more."""
         over = self._ended_at is not None and self._clock() - self._ended_at > _AFTER_THE_END
         if over:
             self._log.error("given up; a new sink logs the run from its files from where this one stopped")
@@ -233,9 +256,13 @@ class WandbSink:
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = yaml.safe_load(dump(self._config))
         for name, path in (("plan", self._run.plan), ("source", self._run.source)):
-            if path.exists():
-                facts[name] = json.loads(path.read_text())
-        return facts
+            try:
+                facts[name] = json.loads(path.read_bytes())
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                self._log.warning("%s is left out: %s", path, error)
+        return dict(self._redactor.tree(facts))
 
     def _one(self, item: Event | MetricLine) -> None:
         match item:
@@ -245,16 +272,17 @@ class WandbSink:
                     name: wandb.Histogram(np_histogram=(np.asarray(bins), np.asarray(edges)))
                     for name, (bins, edges) in loads.items()
                 }
-                self._wandb.log(row_of(item) | shown)
+                self._wandb.log(row_of(item) | shown)  # numbers alone
             case EvaluatedLine():
                 self._wandb.log({"train/step": item.step, "validation/loss": item.loss})
             case SavedLine() | SaveFailedLine():
-                self._wandb.log(save_row(item))
+                self._wandb.log(self._redactor.tree(save_row(item)))
                 if isinstance(item, SavedLine):
                     self._log_pieces(lineage.saved(self._run, item))
             case ResumedLine():
                 self._wandb.config.update(
-                    {"mfu_basis": item.mfu_basis, "facts": item.facts}, allow_val_change=True
+                    self._redactor.tree({"mfu_basis": item.mfu_basis, "facts": item.facts}),
+                    allow_val_change=True,
                 )
                 self._log_pieces(lineage.resumed(item))
                 if item.attempt > 1:
@@ -277,10 +305,10 @@ class WandbSink:
     def _log_piece(self, piece: Artifact, logged: Any) -> None:
         """Log an artifact. One that can't be made is named in the log and left out, so that it holds up nothing."""
         try:
-            made = wandb.Artifact(piece.name, piece.kind, metadata=piece.facts)
+            made = wandb.Artifact(piece.name, piece.kind, metadata=self._redactor.tree(piece.facts))
             for name, data in piece.files.items():
                 with made.new_file(name, mode="wb") as file:
-                    file.write(self._clean(data) if piece.kind == "incident" else data)
+                    file.write(self._clean(data, piece.kind))
         except (OSError, ValueError, TypeError):
             self._log.exception("artifact %s is left out", piece.name)
             return
@@ -291,7 +319,9 @@ class WandbSink:
         else:
             self._use_later(made, logged)
 
-    def _clean(self, data: bytes) -> bytes:
+    def _clean(self, data: bytes, kind: str) -> bytes:
+        if b"\0" in data and kind != "incident":  # no text; a log that was cut may have such bytes too
+            return data
         return self._redactor.text(data.decode(errors="replace")).encode(errors="replace")
 
     def _use_later(self, made: Any, logged: Any) -> None:
@@ -323,20 +353,21 @@ class WandbSink:
     def _log_tables(self) -> None:
         self._news, self._tables_at = False, self._clock()
         try:
-            told = self._tables.told()
+            tables = self._tables.told()
         except Exception:  # of the run's own files, and not of W&B: the rows continue without
             self._log.exception("no tables this time")
             return
-        for name, (columns, rows) in told.tables.items():
+        for name, (columns, rows) in tables.tables.items():
             self._table(name, columns, rows)
-        images = [wandb.Image(pixels, caption=text) for pixels, text in told.pictures]
+        images = [wandb.Image(pixels, caption=text) for pixels, text in tables.pictures]
         if images:  # W&B shows those of one name at one size
             self._wandb.log({"experts/heat": images[0], "experts/heat_by_layer": images[1:]})
-        self._wandb.summary.update(told.figures)
+        self._wandb.summary.update(tables.figures)
 
     def _table(self, name: str, columns: list[str], rows: Iterable[list[Any]]) -> None:
+        cells = [[cell(self._redactor.tree(value)) for value in row] for row in rows]
         # A column may have numbers, text and nothing.
-        self._wandb.log({name: wandb.Table(columns=[*columns], data=list(rows), allow_mixed_types=True)})
+        self._wandb.log({name: wandb.Table(columns=[*columns], data=cells, allow_mixed_types=True)})
 
     def _mark_lost(self, attempt: int) -> None:
         """Log the steps that this attempt trains again, as lost, from the attempts that lost them."""
@@ -350,10 +381,7 @@ class WandbSink:
 
     def _finish(self) -> None:
         events = log.read(self._run.events)
-        rows = [
-            [e.seq, e.time, e.payload.kind, self._redactor.text(json.dumps(asdict(e.payload)))]
-            for e in events
-        ]
+        rows = [[e.seq, e.time, e.payload.kind, asdict(e.payload)] for e in events]
         self._table("events", ["seq", "time", "kind", "detail"], rows)
         self._log_tables()
         view = self._reader.view
@@ -367,7 +395,7 @@ class WandbSink:
             }
         )
         self._wandb.finish(exit_code=0 if view.finished else 1)
-        self._wandb = None
+        self._wandb, self._finished = None, True
 
     def _log_measurement(self, view: RunView) -> None:
         """Every case and every finding as a table, and bus bandwidth over size as a chart; nothing where a run trained."""
@@ -376,11 +404,11 @@ class WandbSink:
         if not lines:
             return
         columns = list(dict.fromkeys(key for line in lines for key in (*line.case, *line.result)))
-        data = [[cell((line.case | line.result).get(column)) for column in columns] for line in lines]
-        self._table("measurements", columns, data)
-        findings = [found.finding for found in view.findings]
+        rows = ([(line.case | line.result).get(column) for column in columns] for line in lines)
+        self._table("measurements", columns, rows)
+        findings = [event.finding for event in view.findings]
         names = ["severity", "kind", "what", "where", "ratio", "action"]
-        self._table("findings", names, ([cell(one[name]) for name in names] for one in findings))
+        self._table("findings", names, ([one[name] for name in names] for one in findings))
         self._wandb.summary["findings_total"] = len(findings)
         series: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
@@ -409,17 +437,3 @@ class WandbSink:
             self._written = deque([(float("-inf"), position)])
         tree: dict[str, Any] = position | {"done": done, "written": self._surely_written()}
         write_whole(self._cursor, json.dumps(tree))
-
-
-def mode_of(config: RunConfig) -> str:
-    """W&B's mode: `$WANDB_MODE`, else the configuration's, where `auto` is online if a key is found."""
-    asked = os.environ.get("WANDB_MODE") or config.tracking.wandb
-    if asked != "auto":
-        return asked
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    try:
-        known = netrc().authenticators("api.wandb.ai")
-    except (OSError, NetrcParseError):
-        known = None
-    return "online" if known else "offline"

@@ -35,7 +35,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class _Question:
-    asked: tuple[str, str, str, str]
+    key: tuple[str, str, str, str]
     """Action, target, reason and who."""
     until: float
 
@@ -56,11 +56,11 @@ class Actions:
         self._questions: dict[str, _Question] = {}
         self._busy = asyncio.Lock()
 
-    async def take(self, asked: Mapping[str, str], who: str, source: str) -> dict[str, Any]:
+    async def take(self, request: Mapping[str, str], who: str, source: str) -> dict[str, Any]:
         """Ask once more, or do it where it is confirmed.
 
         Args:
-            asked: `action`, `target`, `reason` and `confirm`, as the page sent them.
+            request: `action`, `target`, `reason` and `confirm`, as the page sent them.
             who: has asked.
             source: address that it came from.
 
@@ -71,13 +71,13 @@ class Actions:
             UserError: for what can't be asked.
             Refused: where the cluster didn't do it.
         """
-        action, target, reason = asked["action"], asked["target"], asked["reason"].strip()[:_REASON]
+        action, target, reason = request["action"], request["target"], request["reason"].strip()[:_REASON]
         if action not in ACTIONS:
             raise UserError(f"action='{action[:40]}' is none; use one of {', '.join(ACTIONS)}")
         target, question = self._question(action, target, reason)
         now, key = time.monotonic(), (action, target, reason, who)
         self._questions = {nonce: one for nonce, one in self._questions.items() if one.until > now}
-        nonce = asked["confirm"]
+        nonce = request["confirm"]
         if not nonce:
             if len(self._questions) >= _ASKED:
                 raise UserError(f"{_ASKED} actions wait to be confirmed; confirm some, or wait a minute")
@@ -85,7 +85,7 @@ class Actions:
             self._questions[nonce] = _Question(key, now + _CONFIRM)
             return {"confirm": nonce, "question": question}
         known = self._questions.pop(nonce, None)  # whatever comes of it, it counts once
-        if known is None or known.asked != key:
+        if known is None or known.key != key:
             raise UserError(f"this was not asked, or longer than {_CONFIRM:.0f} s ago; ask again")
         async with self._busy:
             ok, said = await self._do({"action": action, "target": target, "reason": reason, "by": who})
@@ -162,8 +162,8 @@ class Actions:
                 os.killpg(child.pid, 9)
             raise
         try:
-            told = json.loads(out.splitlines()[-1])
-            return bool(told["ok"]), self._redact.text(str(told["said"]))
+            reply = json.loads(out.splitlines()[-1])
+            return bool(reply["ok"]), self._redact.text(str(reply["said"]))
         except (ValueError, LookupError, TypeError):
             last = (err.decode(errors="replace").strip().splitlines() or [f"exit code {child.returncode}"])[
                 -1
@@ -171,7 +171,7 @@ class Actions:
             return False, self._redact.text(f"it could not be done: {last}")
 
     def _write(self, row: dict[str, Any]) -> None:
-        data = (json.dumps({"time": self._live.clock()} | row) + "\n").encode()
+        data = (json.dumps({"time": self._live.clock()} | self._redact.tree(row)) + "\n").encode()
         with contextlib.suppress(OSError):  # it was done all the same; a full disk mustn't tell otherwise
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
@@ -187,8 +187,8 @@ class Actions:
                 lines = file.read().splitlines()
         except OSError:
             return []
-        found = []
+        rows = []
         for line in lines[-_SHOWN:]:
-            with contextlib.suppress(ValueError):
-                found.append(dict(json.loads(line)))
-        return found[::-1]
+            with contextlib.suppress(ValueError, TypeError):
+                rows.append(dict(json.loads(line)))
+        return rows[::-1]

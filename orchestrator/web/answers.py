@@ -127,13 +127,13 @@ class Answers:
             "hardware",
         )
         with state.lock:
-            told = past.attempts(state)
+            attempts = past.attempts(state)
             row = home.row(state, full=True)
         return {
             "run": row,
             "plan": {name: plan[name] for name in kept if name in plan},
             "source": _tree(run),
-            "attempts": told,
+            "attempts": attempts,
             "links": list(_links(run)),
             "indexed": state.indexed,
         }
@@ -184,13 +184,13 @@ class Answers:
     # ---- ranks ----
 
     def _attempt(self, state: RunState, query: Query) -> AttemptStory:
-        story = past.told(state)
-        newest = max(story.attempts, default=0)
-        asked = whole(query, "attempt", newest, 0, 1_000_000)
-        if asked not in story.attempts:
-            there = ", ".join(map(str, list(story.attempts)[-8:])) or "none yet"
-            raise UserError(f"attempt={asked} is none of this run; it has {there}")
-        return story.attempts[asked]
+        with state.lock:
+            attempts = dict(past.told(state).attempts)
+        number = whole(query, "attempt", max(attempts, default=0), 0, 1_000_000)
+        if number not in attempts:
+            there = ", ".join(map(str, list(attempts)[-8:])) or "none yet"
+            raise UserError(f"attempt={number} is none of this run; it has {there}")
+        return attempts[number]
 
     def _rank(self, own: AttemptStory, query: Query) -> int:
         rank = whole(query, "rank", 0, 0, 10_000_000)
@@ -210,7 +210,7 @@ class Answers:
             steps = self._steps.setdefault(folder, AttemptSteps(Path(folder)))
             span = steps.span
             some = _between(query, own.ranks)
-            asked = HeatRequest(
+            request = HeatRequest(
                 field=query.get("field") or "compute",
                 first=whole(query, "from", span[0] if span else 0, 0, 1 << 40),
                 last=whole(query, "to", span[1] - 1 if span else 0, 0, 1 << 40) + 1,
@@ -220,13 +220,13 @@ class Answers:
                 # Of some ranks, none are joined; their peers are still all of their stage.
                 rows=own.ranks if some else whole(query, "rows", 256, 1, _ROWS),
             )
-            made = heat(steps, asked, own.layout)
+            made = heat(steps, request, own.layout)
             if some:
                 made = _only(made, some)
         values = made.mean if query.get("of") == "mean" else made.most
         edges = made.edges
         return {
-            "attempt": own.number, "field": asked.field, "mode": asked.mode, "unit": made.unit, "group": asked.group,
+            "attempt": own.number, "field": request.field, "mode": request.mode, "unit": made.unit, "group": request.group,
             "first": span[0] if span else None, "last": span[1] - 1 if span else None,
             "columns": np.stack([edges[:-1], edges[1:] - 1], axis=1).tolist() if len(edges) > 1 else [],
             "rows": [{"label": row.label, "ranks": _neighbours(row.ranks)} for row in made.rows],
@@ -237,11 +237,10 @@ class Answers:
     def layout(self, state: RunState, query: Query) -> dict[str, Any]:
         """Who is where, and who waits for whom."""
         own = self._attempt(state, query)
-        story = past.told(state)
+        with state.lock:
+            incidents = list(past.told(state).incidents.values())
         named = [
-            event.rank
-            for _, event in story.incidents.values()
-            if event.attempt == own.number and event.rank is not None
+            event.rank for _, event in incidents if event.attempt == own.number and event.rank is not None
         ]
         looks, now = state.looks(own.number), self._live.clock()
         key = (state.run.run_id, own.number, own.ended, tuple(named))
@@ -290,23 +289,23 @@ def _config(run: RunPaths) -> dict[str, Any]:
     """The resolved configuration as a plain tree; empty where it can't be read."""
     try:
         with _config_path(run).open("rb") as file:
-            found = yaml.load(file.read(_CONFIG), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return found if isinstance(found, dict) else {}
+            tree = yaml.load(file.read(_CONFIG), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return tree if isinstance(tree, dict) else {}
     except (OSError, yaml.YAMLError, ValueError):
         return {}
 
 
 def _setting(config: Mapping[str, Any], *names: str) -> Any:
-    found: Any = config
+    value: Any = config
     for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _tree(run: RunPaths) -> dict[str, Any]:
     try:
-        found = json.loads(run.source.read_bytes())
-        return found if isinstance(found, dict) else {}
+        tree = json.loads(run.source.read_bytes())
+        return tree if isinstance(tree, dict) else {}
     except (OSError, ValueError):
         return {}
 
@@ -331,10 +330,10 @@ def _between(query: Query, world: int) -> range:
     first, _, last = text.partition("-")
     if not first.isdecimal() or not (last or first).isdecimal() or len(text) > 20:
         raise UserError(f"ranks='{text[:40]}' must be A-B, such as 8-15")
-    found = range(int(first), int(last or first) + 1)
-    if not found or found[-1] >= world or len(found) > _ROWS:
+    ranks = range(int(first), int(last or first) + 1)
+    if not ranks or ranks[-1] >= world or len(ranks) > _ROWS:
         raise UserError(f"ranks={text}: name 1 to {_ROWS} neighbouring ranks of 0 to {world - 1}")
-    return found
+    return ranks
 
 
 def _only(made: Heat, ranks: range) -> Heat:

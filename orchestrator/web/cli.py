@@ -94,8 +94,8 @@ def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 1 << 16:  # the resolver would take the lower 16 bits
         raise UserError(f"--port {port} is out of range; type one between 0 and 65535")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return socket.create_server(found[0][4][:2], family=found[0][0])
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(addresses[0][4][:2], family=addresses[0][0])
     except OSError as error:
         named = isinstance(error, socket.gaierror) or not error.errno
         why = (error.strerror or str(error)) if named else os.strerror(error.errno or 0)

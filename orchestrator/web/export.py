@@ -78,20 +78,15 @@ def page(live: Live, run_id: str, folder: Path = STATIC) -> str:
     data = json.dumps(
         {"run": run_id, "exported": live.clock(), "answers": answers}, allow_nan=False, separators=(",", ":")
     )
-    # In a script element only these end it or begin a comment; JSON takes them escaped.
-    data = (
-        data.replace("<", "\\u003c")
-        .replace(">", "\\u003e")
-        .replace("&", "\\u0026")
-        .replace("\u2028", "\\u2028")
-    )
-    return joined(folder, data.replace("\u2029", "\\u2029"), run_id)
+    # In a script element only these end it or begin a comment; JSON takes them escaped, as it does all that isn't ASCII.
+    data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return joined(folder, data, run_id)
 
 
 def _answers(live: Live, run_id: str) -> dict[str, Any]:
     """What the page asks, by path."""
     state, answers, root = live.existing(run_id), Answers(live), f"/api/run/{run_id}"
-    found: dict[str, Any] = {
+    by_path: dict[str, Any] = {
         "/api/me": {"as_of": live.seen.as_of, "who": "", "home": "", "actions": [], "failed": ""},
         "/api/runs": {"as_of": live.seen.as_of, "runs": [views.row(state)], "left_out": 0, "damage": []},
     }
@@ -100,15 +95,15 @@ def _answers(live: Live, run_id: str) -> dict[str, Any]:
         if what in ("group", "log", "stack"):
             continue
         try:
-            found[path] = answers.answer(run_id, what, _QUERIES.get(what, {}))
+            by_path[path] = answers.answer(run_id, what, _QUERIES.get(what, {}))
         except (UserError, OSError) as error:
-            found[path] = {"error": str(error)}
+            by_path[path] = {"error": str(error)}
     for field in ("wait", "data", "save", "step"):
         key = f"{root}/heat?field={field}"
         try:
-            found[key] = answers.answer(run_id, "heat", {"field": field})
+            by_path[key] = answers.answer(run_id, "heat", {"field": field})
         except (UserError, OSError) as error:
-            found[key] = {"error": str(error)}
+            by_path[key] = {"error": str(error)}
     with state.lock:
         story = state.story
         named = (
@@ -123,9 +118,9 @@ def _answers(live: Live, run_id: str) -> dict[str, Any]:
                 answer = answers.answer(run_id, what, query | _QUERIES.get(what, {}))
             except (UserError, OSError):
                 continue
-            found[f"{root}/{what}?attempt={attempt}&rank={rank}"] = answer
-            found.setdefault(f"{root}/{what}", answer)
-    return found
+            by_path[f"{root}/{what}?attempt={attempt}&rank={rank}"] = answer
+            by_path.setdefault(f"{root}/{what}", answer)
+    return by_path
 
 
 def joined(folder: Path, data: str, title: str) -> str:

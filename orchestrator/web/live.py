@@ -55,8 +55,8 @@ class Seen:
     @property
     def beat(self) -> float | None:
         """When the controller published last."""
-        told = self.queue.get("beat", self.queue.get("time"))
-        return float(told) if isinstance(told, int | float) else None
+        beat = self.queue.get("beat", self.queue.get("time"))
+        return float(beat) if isinstance(beat, int | float) else None
 
 
 class Live:

@@ -147,7 +147,7 @@ class _Home(Collector):
             gauges[name] = CounterMetricFamily(name, text, labels=["run", *others])
         self._plain(gauges)
         now = self._live.clock()
-        shown = [s for s in reversed(self._live.seen.runs.values()) if _told(s, now)][:_RUNS]
+        shown = [s for s in reversed(self._live.seen.runs.values()) if _lingers(s.row, now)][:_RUNS]
         for state in shown:
             for name, labels, value in self._run(state, now):
                 if value is not None:
@@ -159,8 +159,9 @@ class _Home(Collector):
         seen = self._live.seen
         counts = dict.fromkeys(State, 0)
         for state in seen.runs.values():
-            if state.row is not None:
-                counts[State(state.row["state"])] += 1
+            row = state.row  # once: another thread reads it anew
+            if row is not None:
+                counts[State(row["state"])] += 1
         for known, count in counts.items():
             into["megaray_runs"].add_metric([str(known)], count)
         values: dict[str, Value] = {
@@ -199,7 +200,9 @@ class _Home(Collector):
                     into[name].add_metric([ip], float(value))
 
     def _run(self, state: RunState, now: float) -> Iterable[tuple[str, list[str], Value]]:
-        row = state.row or {}
+        row = state.row
+        if row is None:
+            return
         kind = "measure" if row.get("measured") else "train"
         yield "megaray_run_info", [row["model"], row["owner"], kind], 1
         for known in State:
@@ -216,8 +219,7 @@ class _Home(Collector):
             yield "megaray_run_expected_end_timestamp_seconds", [], now + float(row["eta_seconds"])
         yield "megaray_run_parked", [], int(bool(row.get("parked")))
         yield "megaray_run_findings", [], len(row.get("findings") or ())
-        overdue = bool(row.get("saves")) and (row.get("causes") or {}).get("checkpoint_overdue", 0) > 0
-        yield "megaray_run_checkpoint_overdue", [], int(overdue)
+        yield "megaray_run_checkpoint_overdue", [], int(bool(row.get("unsaved")))
         yield "megaray_run_checkpoint_step", ["store"], row.get("checkpoint_step")
         yield "megaray_run_checkpoint_step", ["memory"], row.get("memory_step")
         yield "megaray_run_attempts", [], row.get("attempt")
@@ -273,7 +275,7 @@ class _Home(Collector):
         if known is None or known[0] != at:
             try:
                 layers = loads(newest.line_bytes(newest.rows - 1))
-            except (OSError, ValueError, AttributeError):
+            except (OSError, ValueError, AttributeError, TypeError):
                 layers = []
             spread = [max(layer) * len(layer) / total for layer in layers if (total := sum(layer))]
             known = self._loads[key] = at, max(spread, default=math.nan)
@@ -313,6 +315,7 @@ def wandb_behind(run: RunPaths) -> int | None:
     return behind
 
 
-def _told(state: RunState, now: float) -> bool:
-    ended = state.row["ended_at"] if state.row else None
-    return state.row is not None and (ended is None or now - float(ended) < LINGER)
+def _lingers(row: Mapping[str, Any] | None, now: float) -> bool:
+    """Whether a run is still reported."""
+    ended = row["ended_at"] if row is not None else None
+    return row is not None and (ended is None or now - float(ended) < LINGER)

@@ -12,22 +12,39 @@ from typing import Any
 import numpy as np
 
 REDACTED = "[redacted]"
+_WORDS = r"(?:api[_-]?key|access[_-]?key|private[_-]?key|secret|passwd|password|passphrase|credential|authorization)"
 _NAMES = re.compile(
-    r"(?:^|[^a-z])(?:api_?key|access_?key|secret|passwd|password|passphrase|credential|private_?key|authorization|cookie)s?"
-    r"(?:$|[^a-z])|(?:^|_|-)(?:key|token|auth)$",
+    rf"(?:^|[^a-z])(?:{_WORDS}|cookie)s?(?:$|[^a-z])|(?:^|[_-])(?:key|auth|sig|signature)$|token$",
     re.IGNORECASE,
 )
 """Names of fields and variables that hold secrets."""
-_ASSIGNED = re.compile(
-    r"(?P<name>\b[A-Za-z0-9_.-]*(?:API_?KEY|ACCESS_?KEY|SECRET|_TOKEN(?![a-z])|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|"
-    r"PRIVATE_?KEY|AUTHORIZATION)[A-Za-z0-9_]*[\"']?\s*[:=]\s*)(?:Bearer\s+|Basic\s+)?"
-    r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;}]+)",
+_PIECE = re.compile(
+    r"(?<![a-z])(?:begin|bos|cls|each|end|eos|first|last|mask|next|pad|per|sep|start|unexpected|unk|unknown)[ _-]$",
     re.IGNORECASE,
 )
+"""Before `token` where that is a piece of a text."""
+_ASSIGN = r"[\w-]{0,40}\\*[\"']?\s*[:=]\s*"
+"""From the word in a name to its value. The quotes of a text within a text have backslashes."""
+_QUOTED = r"\\*\"[^\"\n]*\"|\\*'[^'\n]*'"
+_ASSIGNED = re.compile(
+    rf"(?P<header>\b(?:authorization|cookie)\\*[\"']?:\s*)(?:{_QUOTED}|[^\n\"']+)"
+    rf"|(?P<name>(?:{_WORDS}|-signature){_ASSIGN})(?:Bearer\s+|Basic\s+)?(?:{_QUOTED}|[^\s\"',;}}]+)"
+    r"|(?P<parameter>[?&](?:[\w.-]*[_-])?(?:sig|signature|key|auth)=)[^&\s\"'<>#]{6,}"
+    rf"|(?P<word>(?<!\S)(?:--(?!-)[\w-]*?(?:{_WORDS}[\w-]*|token)|login\s+\S+\s+password)[ \t]+)[^\s-]\S*",
+    re.IGNORECASE,
+)
+"""Headers to the end of their line, settings, parameters of addresses, and words of a command or of `.netrc`."""
+_TOKEN = re.compile(rf"(?P<name>token(?![a-z]){_ASSIGN})(?P<value>{_QUOTED}|[^\s\"',;&}}]+)", re.IGNORECASE)
+_PLAIN = re.compile(
+    r"(?:[-+]?\d{1,12}(?:[.,_]\d+)*(?:e[-+]?\d+)?(?:[kmgtp]?i?b?|[munµ]?s|%)(?:/s|/\d{1,12})?|[-+]?inf|nan|none|null|true|false|)"
+    r"[.:)\]]*|[<\[({$].*",
+    re.IGNORECASE,
+)
+"""Values of a `token` that are counts, times, marked pieces of a text, names of variables, or nothing."""
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_-]{18,}"
     r"|xox[abprs]-[A-Za-z0-9-]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{35}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}|wandb_v1_[A-Za-z0-9_]{20,})\b"
-    r"|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
+    r"|(?<=://)(?:[^\s/:@]+:[^\s/@]+|[^\s/:@]{16,})(?=@)"
     r"|\b[Bb]earer\s+[A-Za-z0-9._~+/-]{16,}=*"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     re.DOTALL,
@@ -55,7 +72,8 @@ class Redactor:
         """A text without secrets."""
         if self._known is not None:
             text = self._known.sub(REDACTED, text)
-        text = _ASSIGNED.sub(lambda m: m["name"] + REDACTED, text)
+        text = _ASSIGNED.sub(lambda m: str(m[m.lastgroup or 0]) + REDACTED, text)
+        text = _TOKEN.sub(_token, text)
         return _SHAPES.sub(REDACTED, text)
 
     def tree(self, tree: Any, name: str = "") -> Any:
@@ -89,7 +107,15 @@ class Redactor:
 
 def is_secret(name: str) -> bool:
     """Whether a field or a variable of this name holds a secret."""
-    return bool(_NAMES.search(name.rsplit(".", 1)[-1]))
+    last = name.rsplit(".", 1)[-1]
+    return bool(_NAMES.search(last)) and not _PIECE.search(last.lower().removesuffix("token"))
+
+
+def _token(match: re.Match[str]) -> str:
+    """A token without its value, unless that isn't a secret's."""
+    piece = _PIECE.search(match.string, max(0, match.start() - 16), match.start())
+    plain = _PLAIN.fullmatch(match["value"].strip("\\\"'"))
+    return match[0] if piece or plain else match["name"] + REDACTED
 
 
 def numbers(values: Any, digits: int = 6) -> list[Any]:
@@ -101,8 +127,8 @@ def numbers(values: Any, digits: int = 6) -> list[Any]:
         rounded = np.round(array * factor) / factor
     rounded = np.where(np.isfinite(rounded), rounded, array)  # factors of very small numbers overflow
     if np.isfinite(rounded).all():
-        found: list[Any] = rounded.tolist()
-        return found
+        plain: list[Any] = rounded.tolist()
+        return plain
     mixed = rounded.astype(object)
     mixed[~np.isfinite(rounded)] = None
     return list(mixed.tolist())

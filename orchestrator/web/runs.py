@@ -41,6 +41,7 @@ class RunState:
         self.version = ""
         self.story: Story | None = None
         self.columns: dict[int, Columns] = {}
+        """By attempt. Replaced and never changed, since rows are made of it while it is read."""
         self.looked_at = float("-inf")
         """When somebody asked for more than its row, by the monotonic clock."""
         self.loaded = False
@@ -57,7 +58,8 @@ class RunState:
     @property
     def terminal(self) -> bool:
         """It has ended; a run whose state isn't known has not."""
-        return bool(self.row and self.row["ended_at"] is not None)
+        row = self.row
+        return bool(row and row["ended_at"] is not None)
 
     @property
     def looked(self) -> bool:
@@ -87,6 +89,7 @@ class RunState:
                     summary = self._reader.summary(dict(queue))
                     self.row = asdict(summary) | {
                         "open_incidents": len(view.open_incidents),
+                        "unsaved": any(incident.stops_nothing for incident in view.open_incidents),
                         "causes": _causes(view.incidents),
                         "restarts": view.restarts,
                         "lost_steps": sum(i.outcome.lost_steps for i in view.incidents if i.outcome),
@@ -133,7 +136,10 @@ class RunState:
         done = True
         for number in numbers:
             with self.lock:
-                columns = self.columns.setdefault(number, Columns(self.run.attempt(number).metrics, share))
+                if number not in self.columns:
+                    fresh = Columns(self.run.attempt(number).metrics, share)
+                    self.columns = {**self.columns, number: fresh}
+                columns = self.columns[number]
             done = self._read(columns, deadline) and done
             done = self._refine(number, share, deadline) and done
         self._bound()
@@ -176,7 +182,7 @@ class RunState:
             return False
         with self.lock:
             if self._finer.pop(number, None) is finer:
-                self.columns[number] = finer
+                self.columns = {**self.columns, number: finer}
         return True
 
     def _bound(self) -> None:
@@ -223,10 +229,10 @@ class RunState:
             if made is not None and made[0] == self.version and (self.terminal or abs(now - made[1]) < 1.0):
                 return made[2]
             story = self.story or Story()
-            found = ledger(story, {n: c.trace() for n, c in self.columns.items()}, now)
+            fresh = ledger(story, {n: c.trace() for n, c in self.columns.items()}, now)
             if self.loaded:
-                self._ledger = (self.version, now, found)
-            return found
+                self._ledger = (self.version, now, fresh)
+            return fresh
 
     def looks(self, attempt: int) -> list[Look]:
         """What its ranks were last seen doing in an attempt.

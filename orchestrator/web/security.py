@@ -90,19 +90,19 @@ class AccessTokens:
 
     def who(self, given: str) -> str | None:
         """Whose token it is; None for nobody's. All are compared in full, so that time tells nothing."""
-        found = None
+        owner = None
         for token, name in self.names.items():
             if hmac.compare_digest(token.encode(), given.encode(errors="surrogateescape")):
-                found = name
-        return found
+                owner = name
+        return owner
 
     def who_by_cookie(self, given: str) -> str | None:
         """Whose cookie it is; None for nobody's."""
-        found = None
+        owner = None
         for token, name in self.names.items():
             if hmac.compare_digest(cookie_of(token).encode(), given.encode(errors="surrogateescape")):
-                found = name
-        return found
+                owner = name
+        return owner
 
 
 def cookie_of(token: str) -> str:

@@ -285,16 +285,16 @@ class Handlers:
                     before, now = await asyncio.wait_for(
                         queue.get(), max(0.1, beat + _BEAT - time.monotonic())
                     )
-                    told = _changed(before, now, only, self._live.alive())
+                    change = _changed(before, now, only, self._live.alive())
                     if (
-                        told["runs"]
-                        or told["gone"]
-                        or "queue" in told
-                        or "nodes" in told
-                        or alive != told["controller"]
+                        change["runs"]
+                        or change["gone"]
+                        or "queue" in change
+                        or "nodes" in change
+                        or alive != change["controller"]
                     ):
-                        alive = told["controller"]
-                        await _send(response, "changed", told)
+                        alive = change["controller"]
+                        await _send(response, "changed", change)
                 if time.monotonic() - beat >= _BEAT:
                     beat = time.monotonic()
                     age = None if self._live.seen.beat is None else self._live.clock() - self._live.seen.beat
@@ -321,16 +321,16 @@ class Handlers:
             return fail(403, "an action needs an Origin, as browsers send it, or the token in Authorization")
         try:
             tree = json.loads(await request.read())
-            asked = {name: str(tree.get(name) or "") for name in ("action", "target", "reason", "confirm")}
+            order = {name: str(tree.get(name) or "") for name in ("action", "target", "reason", "confirm")}
         except (ValueError, AttributeError):
             return fail(400, "the body is not a JSON object")
         try:
-            found = await self._shared.actions.take(asked, request[WHO], request.remote or "")
+            reply = await self._shared.actions.take(order, request[WHO], request.remote or "")
         except UserError as error:
-            return fail(400, str(error))
+            return fail(400, self._shared.redact.text(str(error)))
         except Refused as error:
             return fail(502, self._shared.redact.text(str(error)))
-        return web.json_response(found, status=409 if "confirm" in found else 200)
+        return web.json_response(reply, status=409 if "confirm" in reply else 200)
 
 
 def _changed(before: Seen, now: Seen, only: str, alive: bool) -> dict[str, Any]:
@@ -341,12 +341,12 @@ def _changed(before: Seen, now: Seen, only: str, alive: bool) -> dict[str, Any]:
         if before.versions.get(run_id) != version and only in ("", run_id)
     }
     gone = [run_id for run_id in before.versions if run_id not in now.versions and only in ("", run_id)]
-    told: dict[str, Any] = {"as_of": now.as_of, "runs": runs, "gone": gone, "controller": alive}
+    change: dict[str, Any] = {"as_of": now.as_of, "runs": runs, "gone": gone, "controller": alive}
     if before.queue_version != now.queue_version:
-        told["queue"] = now.queue_version
+        change["queue"] = now.queue_version
     if before.nodes_version != now.nodes_version:
-        told["nodes"] = now.nodes_version
-    return told
+        change["nodes"] = now.nodes_version
+    return change
 
 
 async def _send(response: web.StreamResponse, event: str, data: dict[str, Any]) -> None:

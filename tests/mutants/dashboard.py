@@ -39,14 +39,14 @@ MUTANTS = [
     Mutant(
         "steps that are trained again count twice as productive",
         _LEDGER,
-        "if least is not None:\n            found[number] = least",
-        "if least is None:\n            found[number] = 1 << 60",
+        "if least is not None:\n            lost[number] = least",
+        "if least is None:\n            lost[number] = 1 << 60",
         f"{_OF_LEDGER}a_fault_costs_detection_restart_and_what_was_trained_again",
     ),
     Mutant(
         "the clock of rank 0's host is taken for the controller's",
         _LEDGER,
-        "self._skew = seen - told",
+        "self._skew = seen - dated",
         "self._skew = 0.0",
         f"{_OF_LEDGER}a_host_whose_clock_is_off_by_an_hour",
     ),
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant(
         "a confirmation holds for any action",
         _ACTIONS,
-        "if known is None or known.asked != key:",
+        "if known is None or known.key != key:",
         "if known is None:",
         f"{_OF_ACTIONS}a_confirmation_holds_for_what_was_asked_alone",
     ),
@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "steps that were trained again are drawn as kept",
         "orchestrator/web/views/series.py",
-        "if least is not None:\n            found[number] = least",
-        "if least is None:\n            found[number] = 1 << 60",
+        "if least is not None:\n            lost[number] = least",
+        "if least is None:\n            lost[number] = 1 << 60",
         f"{_OF_API}series_keep_what_was_lost_apart",
     ),
 ]

@@ -121,8 +121,8 @@ MUTANTS = [
     Mutant(
         "documents of a sample aren't counted on",
         _SAMPLER,
-        "np.cumsum(ended, axis=1, out=found[:, 1:])",
-        "found[:, 1:] = ended",
+        "np.cumsum(ended, axis=1, out=ids[:, 1:])",
+        "ids[:, 1:] = ended",
         _DOCUMENTS,
     ),
     Mutant(

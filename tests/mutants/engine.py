@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant(
         "all routers are balanced by the first one's load",
         _COMMON,
-        "update_bias(load[layer - model.dense_layers], applied",
+        "update_bias(load[row[layer]], applied",
         "update_bias(load[0], applied",
         f"{_RUN}[adamw]",
     ),

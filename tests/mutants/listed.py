@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "checkpoint", "dashboard")
+AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "checkpoint", "control",
+         "dashboard")  # fmt: skip
 """Modules of this package, each with a list `MUTANTS`."""
 
 

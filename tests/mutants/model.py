@@ -21,11 +21,34 @@ _SEEN = f"{_TEST}a_token_sees_what_is_before_it_and_nothing_after"
 _BY_HAND = f"{_TEST}grouped_attention_by_hand"
 _LATENT_BY_HAND = f"{_TEST}latent_attention_by_hand"
 _MTP_BY_HAND = f"{_TEST}multi_token_prediction_by_hand[False]"
+_INTERLEAVED = "tests/trainer/model/test_interleaved.py::test_"
 _MIXTURE = "tests/trainer/model/test_router.py::test_the_mixture_by_hand"
 _STEP = "tests/trainer/test_reference.py::test_a_step_of_every_family"
 _START = "tests/trainer/model/test_initial.py::test_"
 
 MUTANTS = [
+    # Which layers have experts.
+    Mutant(
+        "MoE layers are counted from 0",
+        "configs/model.py",
+        "(layer + 1) % every == 0",
+        "layer % every == 0",
+        f"{_INTERLEAVED}layers_whose_number_from_1_is_a_multiple_have_experts[6-0-2-moe2]",
+    ),
+    Mutant(
+        "a router's state is expected behind a dense layer",
+        _DECODER,
+        "layer > min(model.moe_layers, default=model.layers)",
+        "layer > model.dense_layers",
+        f"{_INTERLEAVED}a_routers_state_crosses_a_boundary_only_behind_an_moe_layer",
+    ),
+    Mutant(
+        "only leading layers are dense to whoever cuts stages by cost",
+        "trainer/sizing/time/schedule.py",
+        "costs[layer in moe]",
+        "costs[layer >= moe[0]]",
+        f"{_INTERLEAVED}stages_that_are_cut_by_cost_know_which_layers_are_the_dear_ones",
+    ),
     # Attention.
     Mutant(
         "attention isn't causal",

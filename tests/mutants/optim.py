@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant(
         "a skipped step counts",
         _ADAMW,
-        "self.count.add_(1 - numbers.found)",
+        "self.count.add_(1 - numbers.skip)",
         "self.count.add_(1)",
         f"{_SKIP}[adamw-fp32]",
     ),
@@ -208,8 +208,8 @@ MUTANTS = [
     Mutant(
         "a stack has one trust ratio",
         _LAMB,
-        "found.append(first + flat)",
-        "found.append(first + 0 * flat)",
+        "numbers.append(first + flat)",
+        "numbers.append(first + 0 * flat)",
         f"{_MATHS}[lamb]",
     ),
     Mutant(

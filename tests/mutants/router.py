@@ -104,8 +104,8 @@ MUTANTS = [
     Mutant(
         "predictors' routers aren't among those averaged",
         _ROUTER,
-        "model.layers - model.dense_layers + model.mtp_layers\n",
-        "model.layers - model.dense_layers\n",
+        "len(model.router_layers)",
+        "len(model.moe_layers)",
         f"{_TEST}multi_token_predictions_routers_are_among_those_averaged",
     ),
     Mutant(

@@ -59,15 +59,15 @@ MUTANTS = [
     Mutant(
         "samples that were taken are taken again",
         _LOOP,
-        "self.progress.ahead = found.samples - samples_before(self.config.train, found.step)",
+        "self.progress.ahead = loaded.samples - samples_before(self.config.train, loaded.step)",
         "self.progress.ahead = 0",
         _ANOTHER,
     ),
     Mutant(
         "a resumed run begins at the first step",
         _LOOP,
-        "self.progress.step = self.progress.line_step = found.step",
-        "self.progress.line_step = found.step",
+        "self.progress.step = self.progress.line_step = loaded.step",
+        "self.progress.line_step = loaded.step",
         f"{_TEST}a_resumed_run_goes_on_as_it_was",
     ),
     Mutant(
@@ -87,8 +87,8 @@ MUTANTS = [
     Mutant(
         "losses are weighted by the full batch while it grows",
         _LOOP,
-        "self.engine.step(batches, samples_of(train, index), lr",
-        "self.engine.step(batches, train.global_batch, lr",
+        "batches, samples_of(train, index), lr",
+        "batches, train.global_batch, lr",
         f"{_TEST}losses_of_a_growing_batch_are_means",
     ),
     Mutant(

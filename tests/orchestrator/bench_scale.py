@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,8 +54,11 @@ class PickledRuntime:
     unpickling: float = 0.0
     """Processor seconds that went to what Ray does in the cluster too."""
 
-    def nodes(self) -> list[Node]:
+    def nodes(self, own: Collection[str]) -> list[Node]:
         return list(self.alive)
+
+    def reservations(self) -> Collection[str]:
+        return ()
 
     def wait(self, seconds: float) -> bool:
         self.clock.now += seconds
@@ -73,7 +77,7 @@ class PickledRuntime:
         if want is Want.RELEASED:
             self.reserved = False
 
-    def collect(self, spec: GangSpec) -> None: ...
+    def collect(self, spec: GangSpec, request: str) -> None: ...
 
     def ensure_sinks(self, run_root: str) -> None: ...
 

@@ -6,8 +6,8 @@ finds everything again as a new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, SaveFailedLine, StepLine
@@ -70,7 +70,9 @@ class World:
     sinks: set[str] = field(default_factory=set)
     starting: dict[tuple[str, int], int] = field(default_factory=dict)
     """How often each attempt's ranks were started: twice is a defect."""
-    evidence: set[tuple[str, int]] = field(default_factory=set)
+    evidence: set[tuple[str, int, str]] = field(default_factory=set)
+    others: dict[str, int] = field(default_factory=dict)
+    """Slots that other users of Ray hold, by node."""
 
     def clash(self) -> str:
         """Two living gangs on one node with more ranks than slots; empty where there is none."""
@@ -112,15 +114,29 @@ class FakeRuntime:
         self._read: dict[tuple[str, int], int] = {}
         """Lines of each attempt that this runtime has passed on."""
         self._gone: set[tuple[str, int]] = set()
-        self._collecting: dict[tuple[str, int], float] = {}
+        self._collected: dict[tuple[str, int], set[str]] = {}
 
     @property
     def clock(self) -> FakeClock:
         return self.world.clock
 
-    def nodes(self) -> list[Node]:
+    def nodes(self, own: Collection[str]) -> list[Node]:
         self.before("nodes")
-        return list(self.world.alive)
+        held = {name: spec for name, spec in self.world.held.items() if name not in own}
+        taken = dict(self.world.others)
+        for spec in held.values():
+            for share in spec.shares:
+                taken[share.node_id] = taken.get(share.node_id, 0) + len(share.ranks)
+        return [
+            replace(node, free={r: max(0, n - taken[node.node_id]) for r, n in node.slots.items()})
+            if taken.get(node.node_id)
+            else node
+            for node in self.world.alive
+        ]
+
+    def reservations(self) -> Collection[str]:
+        self.before("reservations")
+        return set(self.world.held)
 
     def wait(self, seconds: float) -> bool:
         self.clock.now += seconds
@@ -165,7 +181,9 @@ class FakeRuntime:
     def _free_for(self, spec: GangSpec) -> bool:
         """Ray grants no slot twice, whatever the controller believes."""
         held = [s for s in self.world.held.values() if s.reservation != spec.reservation]
-        slots = {node.node_id: node.slots[spec.resource] for node in self.world.alive}
+        slots = {
+            n.node_id: n.slots[spec.resource] - self.world.others.get(n.node_id, 0) for n in self.world.alive
+        }
         for share in [*spec.shares, *(share for other in held for share in other.shares)]:
             slots[share.node_id] = slots.get(share.node_id, 0) - len(share.ranks)
         return all(slots[share.node_id] >= 0 for share in spec.shares)
@@ -176,10 +194,10 @@ class FakeRuntime:
         resumed = world.saved.get(spec.run_root, 0)
         world.gangs[spec.key] = FakeGang(spec, resumed, self.clock.now)
 
-    def collect(self, spec: GangSpec) -> None:
+    def collect(self, spec: GangSpec, request: str) -> None:
         self.before("collect")
-        self._collecting.setdefault(spec.key, self.clock.now)
-        self.world.evidence.add(spec.key)
+        self._collected.setdefault(spec.key, set()).add(request)
+        self.world.evidence.add((*spec.key, request))
 
     def ensure_sinks(self, run_root: str) -> None:
         self.before("sinks")
@@ -207,9 +225,7 @@ class FakeRuntime:
             lost={s.node_id: "node died" for s in spec.shares if s.node_id not in alive},
             stopped=gang.ended is not None,
             released=not reserved,
-            collected=str(RunPaths(Path(spec.run_root)).attempt(spec.attempt).evidence)
-            if spec.key in self._collecting
-            else "",
+            collected=frozenset(self._collected.get(spec.key, ())),
         )
 
     def _reports(self, gang: FakeGang, alive: set[str]) -> list[AgentReport]:

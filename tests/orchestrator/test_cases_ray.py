@@ -158,3 +158,39 @@ def test_slots_are_the_processors_that_the_command_may_use(account: Account) -> 
     record = json.loads(account.run("up", "--json"))
     assert record["slots"] == 1 and time.monotonic() > began
     assert "is up at" in account.run("up", expect=2)
+
+
+_ANOTHER = """
+import sys
+import ray
+from orchestrator import ray_cluster
+ray_cluster.connect(sys.argv[1], sys.argv[2])
+holder = ray.remote(type("Holder", (), {"ready": lambda self: 1})).options(num_cpus=2).remote()
+assert ray.get(holder.ready.remote()) == 1
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_slots_that_another_user_of_ray_holds_are_waited_for(account: Account) -> None:
+    record = json.loads(account.run("up", "--slots", "3", "--json"))
+    words = [sys.executable, "-c", _ANOTHER, record["address"], record["token"]]
+    other = subprocess.Popen(
+        words, env=account._environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "holds\n"
+        account.until(
+            lambda: json.loads(account.run("nodes", "--json"))["nodes"][0]["free"]["CPU"] == 1,
+            "two of three slots aren't free",
+        )
+        run_id = account.submit(*SMOKE, "parallel.dp=2")
+        waiting = account.until(
+            lambda: json.loads(account.home.queue.read_text())["waiting"], "the run waits with its reason"
+        )
+        assert "needs 2 slots, 1 of 3 is free" in waiting[0]["reason"]
+        assert account.view(run_id).attempt == 0, "it was placed nowhere"
+    finally:
+        other.communicate()
+    assert account.finish(run_id).state is State.SUCCEEDED
+    assert account.view(run_id).attempt == 1

@@ -197,3 +197,16 @@ def test_orders_become_calls_of_the_controller() -> None:
     assert "/x/one/ann" in act(new, order | {"action": "dump_stacks"})
     with pytest.raises(UserError, match="earlier version"):
         act(old, order | {"action": "dump_stacks"})
+
+
+def test_what_is_typed_is_written_and_shown_without_secrets(client: Client) -> None:
+    secret = "Zx81kdmWq0abc123"
+    order = {"action": "cordon", "target": "10.0.0.1", "reason": f"tried --api-key={secret}"}
+    reply = client.post(order, 409)
+    client.post(order | {"confirm": reply["confirm"]}, 200)
+    path = client.shared.live.home.dashboard_actions
+    assert secret not in path.read_text() and "tried --api-key=[redacted]" in path.read_text()
+    assert secret not in client.post({"action": f"token={secret}", "target": "one"}, 400)["error"]
+    with path.open("a") as file:
+        file.write('7\n{"time": 17\n')
+    assert len(client.get("/api/actions")["actions"]) == 1, "damaged lines are stepped over"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +50,11 @@ def recovered(home: Any) -> MadeRun:
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     home = a_home(tmp_path_factory.mktemp("home"))
     run = recovered(home)
-    kept = run.run.attempt(1).evidence
+    earlier = run.run.attempt(1).evidence_of("20261126-120000")
+    earlier.mkdir(parents=True)
+    (earlier / "00001.stack.txt").write_text("asked for by a person, long before")
+    os.utime(earlier / "00001.stack.txt", (1.0, 1.0))
+    kept = run.run.attempt(1).evidence_of("incident-001")
     kept.mkdir()
     (kept / "00001.stack.txt").write_text("process 1001, state T\n\x1b[31mThread main\x1b[0m")
     (kept / "00001.ring.json").write_text(
@@ -186,6 +191,7 @@ def test_incidents_with_dossier_and_cost(client: Client) -> None:
     assert one["cost"]["detection"] == pytest.approx(2.0, abs=0.1)
     assert one["cost"]["lost"] == pytest.approx(6.4, abs=0.1)
     assert {f["what"] for f in one["dossier"]} == {"stack", "recorder"} and one["dossier"][0]["rank"] == 1
+    assert [f["name"] for f in one["dossier"]][-1] == "incident-001/00001.stack.txt"
     assert one["resolution"] == "trained on"
 
 

@@ -176,6 +176,14 @@ def test_joined_modules_run(page: Path) -> None:
     assert json.loads(done.stdout) == [8, "</script>", 2, "one"], done.stderr
 
 
+def test_a_style_or_a_script_of_the_page_does_not_end_its_element(page: Path) -> None:
+    (page / "page.css").write_text('a::after { content: "</style><b>" }')
+    (page / "base.js").write_text('export let base = "</script><b><!--";\n')
+    text = export.joined(page, "{}", "one")
+    assert text.count("</style>") == 1 and "<b>" not in [f"<{tag}>" for tag, _ in _Scripts(text).tags]
+    assert text.count("</script>") == 2 and "<!--" not in text, "the data and the page"
+
+
 @pytest.mark.parametrize(
     ("code", "says"),
     [

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.record.ledger import Ledger, ledger
+from orchestrator.record.ledger import AttemptLines, Ledger, _lost_from, _steps, ledger
 from orchestrator.record.partition import MEANINGS, Tape, TimePart
 from orchestrator.record.story import Story
+from orchestrator.web.views.series import lost_after
 from tests.web.made import MadeRun, a_home, ledger_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -212,3 +214,30 @@ def test_a_log_without_anything() -> None:
     assert made.wall == 5.0 or made.wall == 0.0
     assert made.ettr in (None, 0.0)
     assert set(MEANINGS) == set(TimePart)
+
+
+# ---- parts of it alone ----
+
+
+def test_steps_are_lost_from_the_earliest_step_that_any_later_attempt_began_at() -> None:
+    """The third attempt fell back to an older checkpoint than the second had begun at."""
+    begun = {1: 0, 2: 40, 3: 10, 4: 30}
+    own: Any = SimpleNamespace(attempts={n: SimpleNamespace(resumed_step=step) for n, step in begun.items()})
+    assert _lost_from(own, {}) == {3: 30, 2: 10, 1: 10}
+    state: Any = SimpleNamespace(
+        columns={n: SimpleNamespace(resumed=SimpleNamespace(step=step)) for n, step in begun.items()}
+    )
+    assert lost_after(state) == {3: 30, 2: 10, 1: 10}, "the curves show the same"
+
+
+def test_compilation_in_the_first_step_is_start_up() -> None:
+    time = np.array([10.0, 11.0, 12.0, 13.0, 14.0])
+    busy = np.array([9.0, 1.0, 1.0, 1.0, 1.0])
+    lines = AttemptLines(time, np.arange(1, 6), busy, begin=0)
+    none, tape = np.empty(0), Tape(0.0)
+    shift: Any = lambda clocks: clocks  # noqa: E731
+    _steps(tape, 1, lines, time, (none, none, none, none), TimePart.STARTUP, None, shift)
+    seconds = tape.cut().totals()
+    assert seconds[TimePart.STARTUP] == 8.5 and seconds[TimePart.PRODUCTIVE] == 5.5, (
+        "half more than usual, at most"
+    )

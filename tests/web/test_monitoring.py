@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.record.events import CheckpointCommitted, CheckpointFailed, IncidentClosed, IncidentOpened
 from orchestrator.web import metrics
 from tests.source_tree import ROOT
 from tests.web.made import MadeRun, a_home, queue_file
@@ -148,6 +149,26 @@ def test_metrics_of_a_run_with_a_fault(tmp_path: Path) -> None:
         if name.startswith("megaray_") and not name.startswith("megaray_dashboard_process")
     }
     assert exported - {name for name in exported if name.startswith("megaray_dashboard_")} <= metrics.names()
+
+
+def test_unsaved_is_what_an_open_incident_says(tmp_path: Path) -> None:
+    """A save that fails long after such an incident was closed is one failed save."""
+    home = a_home(tmp_path)
+    run = MadeRun(home, "one", now=time.time() - 60).submit().start().train(5)
+    opened = IncidentOpened(1, 1, "checkpoint_overdue", "3 saves failed", None, None, 5, "")
+    with serving(home) as client:
+        for payloads, overdue in (
+            ([CheckpointFailed(1, 5, "no space", 1)], 0),
+            ([opened], 1),
+            ([IncidentClosed(1, "saved", 0, 0.0), CheckpointCommitted(1, 5, "path", 1, 0.1)], 0),
+            ([CheckpointFailed(1, 6, "no space", 1)], 0),
+        ):
+            run.tell(*payloads)
+            client.fresh()
+            series = scraped(client)
+            assert of(series, "megaray_run_checkpoint_overdue", run="one") == overdue, payloads
+            assert of(series, "megaray_run_open_incidents", run="one") == overdue
+        assert of(series, "megaray_run_incidents_total", run="one", cause="checkpoint_overdue") == 1
 
 
 def test_labels_are_bounded_and_runs_that_ended_leave(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from configs.paths import HomePaths
-from orchestrator.web import live, server
+from orchestrator.web import export, live, server
 from orchestrator.web.columns import Columns, loads
 from tests.source_tree import ROOT
 from tests.web.made import MadeRun, a_home, queue_file
@@ -351,3 +351,46 @@ def _no_children() -> Iterator[None]:
 def test_the_client_of_the_tests_can_fail(home: HomePaths) -> None:
     with serving(home) as client, pytest.raises(AssertionError):
         Client(client.port, client.shared).get("/api/run/none")
+
+
+# ---- the page itself ----
+
+_BROWSER = """
+globalThis.document = { getElementById: () => null, hidden: false, addEventListener() {} };
+globalThis.fetch = async () => ({ json: async () => ({ ok: true }) });
+const waits = [], timers = [], sources = [];
+globalThis.setTimeout = (act, wait) => (waits.push(wait), timers.push(act));
+globalThis.EventSource = class {
+  constructor() { this.on = {}; sources.push(this); }
+  addEventListener(name, act) { this.on[name] = act; }
+  close() {}
+};
+"""
+_REFUSED = """
+(async () => {
+  const refuse = async () => { sources.at(-1).onerror(); await timers.pop()(); };
+  for (let i = 0; i < 7; i++) await refuse();
+  sources.at(-1).on.changed({ data: JSON.stringify({ as_of: 1, controller: true }) });
+  await refuse();
+  console.log(JSON.stringify([waits, sources.length]));
+})();
+"""
+
+
+def test_a_page_that_the_server_refuses_asks_ever_less_often(tmp_path: Path) -> None:
+    """Its cookie is gone, or too many listen: /healthz answers all the same."""
+    program = shutil.which("node") or shutil.which("nodejs")
+    if program is None:
+        pytest.skip("node isn't installed")
+    for name in ("api.js", "format.js"):
+        shutil.copy(server.STATIC / name, tmp_path)
+    (tmp_path / "page.js").write_text('import { listen } from "./api.js";\nlisten(() => {});\n')
+    text = export.bundle(tmp_path, ["page.js"])
+    done = subprocess.run(
+        [program, "-e", _BROWSER + text + _REFUSED], capture_output=True, text=True, timeout=30
+    )
+    waits, opened = json.loads(done.stdout or "[[], 0]")
+    assert opened == 9, done.stderr
+    assert waits == [500, 1000, 2000, 3000, 5000, 5000, 5000, 500], (
+        "from the beginning once an event has come"
+    )

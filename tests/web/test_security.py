@@ -54,6 +54,15 @@ def test_nothing_is_told_without_the_token(client: Client, path: str, sent: dict
     assert b"one" not in body.split(b"no token, or one")[0]
 
 
+@pytest.mark.parametrize("path", [*PATHS[1:], "/healthz/", "/healthzx", "/healthz/../api/runs"])
+@pytest.mark.parametrize("given", ["", "wrong", TOKEN])
+def test_a_token_in_a_link_counts_on_the_page_itself_alone(client: Client, path: str, given: str) -> None:
+    """And no other path is open because it begins as an open one does."""
+    other = Client(client.port, client.shared, token=None)
+    status, _, body = other.raw(f"{path}?token={given}")
+    assert status == 401 and b"dashboard.token" in body
+
+
 def test_an_action_needs_the_token_too(client: Client) -> None:
     other = Client(client.port, client.shared, token=None)
     assert "no token" in other.post({"action": "cancel", "target": "one"}, 401)["error"]
@@ -309,6 +318,33 @@ def test_secrets_are_taken_out_of_all_answers(tmp_path: Path, monkeypatch: pytes
         assert client.get("/api/run/one")["source"]["environment"]["HF_TOKEN"] == REDACTED
 
 
+VALUE = "Zx81kdmWq0abc123"
+SHOWN_BEFORE = (
+    f"x-api-key: {VALUE}", f"--wandb-api-key={VALUE}", f"--wandb-api-key {VALUE}", f"access-key: {VALUE}",
+    f"aws-secret-access-key: {VALUE}", f"PRIVATE-KEY={VALUE}", f"{{'api-key': '{VALUE}'}}",
+    f"http://10.0.0.1:8260/?token={VALUE}", f"https://host/x?a=1&token={VALUE}&b=2", f"token={VALUE}",
+    f"hf auth: token: {VALUE}", f"accessToken: '{VALUE}'", f"--token {VALUE}", f"X-Auth-Token: {VALUE}",
+    f"https://account.blob.host/c?sv=2022&sig={VALUE}%3D", f"https://s3/x?X-Amz-Signature={VALUE}&X-Amz-Date=2",
+    f"https://s3/x?X-Amz-Security-Token={VALUE}", f"https://host/x?key={VALUE}", f"https://{VALUE}@github.com/x",
+    f"Authorization: Token {VALUE}", f"authorization: AWS4-HMAC-SHA256 SignedHeaders=host, Signature={VALUE}",
+    f"Cookie: a=b; megaray_8260={VALUE}", f"machine api.wandb.ai login user password {VALUE}",
+    json.dumps({"error": json.dumps({"api_key": VALUE})}), json.dumps(json.dumps({"token": VALUE})),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SHOWN_BEFORE)
+def test_a_secret_is_hidden_however_its_name_is_written(text: str) -> None:
+    made = Redactor({}).text(f"rank 3 | {text}")
+    assert VALUE not in made and REDACTED in made and made.startswith("rank 3 | ")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["a-", "token-", "--a", "secret", "?a-", "://", " login", "token ", "-"])
+def test_a_long_line_is_read_once(text: str) -> None:
+    """Work that grew with the square of a line's length would take minutes here."""
+    assert REDACTED not in Redactor({}).text(text * 20_000)
+
+
 def test_what_is_no_secret_stays() -> None:
     for name in (
         "tokens",
@@ -319,6 +355,9 @@ def test_what_is_no_secret_stays() -> None:
         "token_count",
         "author",
         "special_tokens",
+        "end_token",
+        "data.eos_token",
+        "seconds_per_token",
     ):
         assert not is_secret(name), name
     for name in (
@@ -331,6 +370,11 @@ def test_what_is_no_secret_stays() -> None:
         "AWS_SECRET_ACCESS_KEY",
         "Authorization",
         "PRIVATE_KEY",
+        "access-key",
+        "x-api-key",
+        "accessToken",
+        "X-Amz-Signature",
+        "token",
     ):
         assert is_secret(name), name
     redact = Redactor({})
@@ -340,6 +384,14 @@ def test_what_is_no_secret_stays() -> None:
         "special_tokens=['<s>']",
         "rank 1: all_reduce(key=3)",
         "sha256 0123456789abcdef" * 2,
+        "51234 tokens/s | max_tokens=4096 max_token=4096 token_count: 7 | bytes per token: 12.5 kB",
+        "seconds/token=3.2us, loss per token = 1.2345678901234e-05 (token_id=50256) token: 12/100",
+        "end_token: <|endoftext|>",
+        "eos_token='</s>' pad_token=[PAD] token=nan token=$HF_TOKEN",
+        "Unexpected token: identifier; next token: hello",
+        "--tokenizer gpt2 --tokens 5 tokenizer=gpt2",
+        "no kernel with signature: aten::add(x); sort key: loss",
+        "?names=loss&axis=step",
     ):
         assert redact.text(text) == text
     assert redact.tree({"a": float("nan"), "b": (1, 2.5, True, None)}) == {

@@ -5,7 +5,7 @@ import { words } from "./format.js";
 const file = document.getElementById("megaray-export");
 const kept = file ? JSON.parse(file.textContent) : null;
 const PATIENCE = 15000;
-const BACK_OFF = [1000, 2000, 3000, 5000];
+const BACK_OFF = [500, 1000, 2000, 3000, 5000];
 
 /** The run of an exported file; null on a server. */
 export const exported = kept ? kept.run : null;
@@ -113,6 +113,7 @@ async function answered(answer) {
   throw new Problem(told.error ?? `status ${answer.status}`, answer.status, told);
 }
 
+// `tries` since an event came: a server that refuses this page (no cookie, too many pages) answers /healthz all the same.
 let source = null,
   tries = 0,
   timer = 0,
@@ -120,6 +121,10 @@ let source = null,
 
 function lost() {
   changed({ down: link.down ?? Date.now() });
+  again();
+}
+
+function again() {
   if (!timer) timer = setTimeout(look, BACK_OFF[Math.min(tries++, BACK_OFF.length - 1)]);
 }
 
@@ -132,7 +137,6 @@ async function look() {
     return lost();
   }
   const was = link.down !== null;
-  tries = 0;
   changed({ down: null });
   open();
   if (was) heard({ all: true });
@@ -145,6 +149,7 @@ function open() {
   source = new EventSource("/api/events");
   source.addEventListener("changed", (event) => {
     const told = JSON.parse(event.data);
+    tries = 0;
     changed({
       asOf: told.as_of,
       controller: told.controller,
@@ -160,7 +165,7 @@ function open() {
   source.onerror = () => {
     source?.close();
     source = null;
-    if (!timer && !document.hidden) timer = setTimeout(look, 500);
+    if (!document.hidden) again();
   };
 }
 

@@ -78,14 +78,14 @@ def _measured(state: RunState) -> dict[str, tuple[float, float, float]]:
         newest = max(
             state.columns.values(), key=lambda c: float(c.places["time"][c.rows - 1]) if c.rows else 0.0
         )
-    found = {}
+    figures = {}
     for name in ("step_seconds", "tokens_per_second", "mfu", "memory_bytes"):
         values = newest.column(name)[-_RECENT:].astype(np.float64)
         values = values[np.isfinite(values)]
         if len(values):
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
-            found[name] = float(middle), float(low), float(high)
-    return found
+            figures[name] = float(middle), float(low), float(high)
+    return figures
 
 
 def _figures(plan: Mapping[str, Any], measured: Mapping[str, tuple[float, float, float]]) -> Any:

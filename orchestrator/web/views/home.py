@@ -18,8 +18,8 @@ _FAULTS = 8
 def row(state: RunState, full: bool = False) -> dict[str, Any]:
     """A run's row."""
     known = dict(state.row or {})
-    newest = max((c for c in state.columns.values() if c.newest), key=lambda c: c.newest.time, default=None)  # type: ignore[union-attr]  # filtered
-    line = newest.newest if newest is not None else None
+    lines = [columns.newest for columns in state.columns.values()]
+    line = max((one for one in lines if one is not None), key=lambda one: one.time, default=None)
     known["findings"] = len(known.get("findings") or ())
     known |= {
         "kind": "measure" if known.get("measured") or not known.get("steps") else "train",
@@ -36,6 +36,7 @@ def row(state: RunState, full: bool = False) -> dict[str, Any]:
             "code",
             "folder",
             "causes",
+            "unsaved",
         ):
             known.pop(name, None)
     return known

@@ -105,10 +105,10 @@ def _waiting(
             entered.setdefault(key, {})[rank] = one.entered, one.left < one.entered
     axes = _by_ranks(layout, world)
     groups, waits = [], []
-    for (name, ranks), told in entered.items():
-        most = max(count for count, _ in told.values())
-        inside = [rank for rank, (count, within) in told.items() if within and count == most]
-        missing = [rank for rank in ranks if rank not in told or told[rank][0] < most]
+    for (name, ranks), calls in entered.items():
+        most = max(count for count, _ in calls.values())
+        inside = [rank for rank, (count, within) in calls.items() if within and count == most]
+        missing = [rank for rank in ranks if rank not in calls or calls[rank][0] < most]
         if not inside or not missing:
             continue
         axis = axes.get((len(ranks), ranks[0], ranks[-1]), "")
@@ -117,8 +117,8 @@ def _waiting(
         groups.append(
             {
                 "name": label, "axis": axis, "ranks": list(shown),
-                "entered": [told.get(r, (None, False))[0] for r in shown],
-                "inside": [told.get(r, (None, False))[1] for r in shown], "missing": missing[:_RANKS],
+                "entered": [calls.get(r, (None, False))[0] for r in shown],
+                "inside": [calls.get(r, (None, False))[1] for r in shown], "missing": missing[:_RANKS],
             }
         )  # fmt: skip
         call = next((seen[rank].waits for rank in inside if seen[rank].waits), "")
@@ -130,7 +130,7 @@ def _waiting(
 def _by_ranks(layout: Mapping[str, int], world: int) -> dict[tuple[int, int, int], str]:
     """Axis by size, first and last rank of its groups; the first of `AXES` where two have the same groups."""
     places = coordinates(layout, np.arange(world))
-    found: dict[tuple[int, int, int], str] = {}
+    axes: dict[tuple[int, int, int], str] = {}
     for axis in AXES:
         rest = [places[other] for other in _view(axis) if other != axis]
         keys: NDArray[np.int64] = np.zeros(world, dtype=np.int64)
@@ -140,10 +140,10 @@ def _by_ranks(layout: Mapping[str, int], world: int) -> dict[tuple[int, int, int
         last = {int(k): i for i, k in enumerate(keys)}
         for begin, count in zip(first, counts, strict=True):
             if count > 1:
-                found.setdefault((int(count), int(begin), last[int(keys[begin])]), axis)
+                axes.setdefault((int(count), int(begin), last[int(keys[begin])]), axis)
     if world > 1:
-        found.setdefault((world, 0, world - 1), "all")
-    return found
+        axes.setdefault((world, 0, world - 1), "all")
+    return axes
 
 
 def _said(waits: Sequence[Mapping[str, Any]], seen: Mapping[int, Look], culprits: Sequence[int]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,13 +77,19 @@ def log(
 
 
 def _backwards(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
-    """Lines before a byte, the last first, each with where it begins; a very long one in parts."""
+    """Lines before a byte, the last first, each with where it begins; a very long one in parts.
+
+    A log that has grown long is cut to nothing while it is read: what isn't there any more has no lines.
+    """
     with path.open("rb") as file:
-        tail, start, newest = b"", end, True
+        tail, start, newest = b"", min(end, os.fstat(file.fileno()).st_size), True
         while start > 0:
             begin = max(0, start - _BLOCK)
             file.seek(begin)
-            data = file.read(start - begin) + tail
+            block = file.read(start - begin)
+            if len(block) < start - begin:
+                return
+            data = block + tail
             rows, at = data.split(b"\n"), begin + len(data)
             if newest and not rows[-1]:  # `end` is right behind the end of a line
                 rows.pop()
@@ -117,14 +126,15 @@ def search_all(run: RunPaths, attempt: int, search: str, count: int) -> dict[str
         if time.monotonic() > deadline or len(lines) >= count:
             break
         looked += 1
-        found = []
-        for offset, row in _backwards(path, path.stat().st_size):
-            text = row.decode(errors="replace")
-            if wanted in text.casefold():
-                found.append({"rank": int(path.stem), "at": offset, "text": clean(text)})
-            if time.monotonic() > deadline or len(lines) + len(found) >= count:
-                break
-        lines += found[::-1]
+        matches = []
+        with contextlib.suppress(FileNotFoundError):  # its attempt was removed meanwhile
+            for offset, row in _backwards(path, sys.maxsize):
+                text = row.decode(errors="replace")
+                if wanted in text.casefold():
+                    matches.append({"rank": int(path.stem), "at": offset, "text": clean(text)})
+                if time.monotonic() > deadline or len(lines) + len(matches) >= count:
+                    break
+        lines += matches[::-1]
     return {
         "attempt": attempt, "rank": "all", "path": str(folder), "lines": lines[:count], "matches": len(lines),
         "looked": looked, "ranks": len(paths), "complete": looked == len(paths) and len(lines) < count,
@@ -133,10 +143,11 @@ def search_all(run: RunPaths, attempt: int, search: str, count: int) -> dict[str
 
 def stack(run: RunPaths, attempt: int, rank: int) -> dict[str, Any]:
     """A rank's stack and newest records, as they were kept before its end, or asked for."""
-    folder = run.attempt(attempt).evidence
-    path = folder / f"{rank:05d}.stack.txt"
+    evidence = run.attempt(attempt).evidence
+    path = evidence / f"{rank:05d}.stack.txt"
     text, when, note = "", None, ""
     try:
+        path = max(evidence.rglob(path.name), key=lambda p: p.stat().st_mtime, default=path)
         when = path.stat().st_mtime
         with path.open("rb") as file:
             text = file.read(_STACK).decode(errors="replace")
@@ -147,8 +158,8 @@ def stack(run: RunPaths, attempt: int, rank: int) -> dict[str, Any]:
         )
     records: list[dict[str, Any]] = []
     try:
-        told = json.loads((folder / f"{rank:05d}.ring.json").read_bytes())
-        records = [dict(one) for one in told[-_RECORDS:]]
+        ring = json.loads(path.with_name(f"{rank:05d}.ring.json").read_bytes())
+        records = [dict(one) for one in ring[-_RECORDS:]]
     except (OSError, ValueError, TypeError):
         pass
     return {

@@ -200,12 +200,17 @@ def dossier(run: RunPaths, attempt: int) -> list[dict[str, Any]]:
     """Files that were kept of an attempt before its ranks were stopped."""
     folder = run.attempt(attempt).evidence
     try:
-        names = sorted(path for path in folder.iterdir() if path.is_file())
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
     except OSError:
         return []
     return [
-        {"name": path.name, "bytes": _size(path), "rank": _rank(path.name), "what": _what(path.name)}
-        for path in names[:_DOSSIER]
+        {
+            "name": str(path.relative_to(folder)),
+            "bytes": _size(path),
+            "rank": _rank(path.name),
+            "what": _what(path.name),
+        }  # fmt: skip
+        for path in paths[:_DOSSIER]
     ]
 
 

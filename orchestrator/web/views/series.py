@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,13 @@ _VALIDATIONS = 4000
 
 def names_of(state: RunState) -> list[str]:
     """Names of all curves of a run."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for columns in state.columns.values():
-        found |= dict.fromkeys(columns.names)
-    first = [name for name in found if not name.startswith("phase.")]
+        names |= dict.fromkeys(columns.names)
+    first = [name for name in names if not name.startswith("phase.")]
     return (
-        [*first[:1], "tokens", *first[1:], *(name for name in found if name.startswith("phase."))]
-        if found
+        [*first[:1], "tokens", *first[1:], *(name for name in names if name.startswith("phase."))]
+        if names
         else []
     )
 
@@ -78,29 +79,29 @@ def series(
 
 def lost_after(state: RunState) -> dict[int, int]:
     """By attempt, the step after which a later attempt trained its steps again."""
-    found: dict[int, int] = {}
+    lost: dict[int, int] = {}
     least: int | None = None
     for number in sorted(state.columns, reverse=True):
         if least is not None:
-            found[number] = least
+            lost[number] = least
         resumed = state.columns[number].resumed
         if resumed is not None:
             least = resumed.step if least is None else min(least, resumed.step)
-    return found
+    return lost
 
 
 def _pieces(
     state: RunState, axis: str, begin: float, end: float
 ) -> list[tuple[int, Columns, bool, NDArray[np.int64]]]:
     """Attempt, its columns, whether lost, and the rows between `begin` and `end`."""
-    after, found = lost_after(state), []
+    after, pieces = lost_after(state), []
     for number in sorted(state.columns):
         columns = state.columns[number]
         step, place = columns.column("step"), columns.column(axis)
         rows = np.flatnonzero((place >= begin) & (place <= end))
         lost = step[rows] > after[number] if number in after else np.zeros(len(rows), dtype=bool)
-        found += [(number, columns, kind, rows[lost == kind]) for kind in (False, True)]
-    return [one for one in found if len(one[3])]
+        pieces += [(number, columns, kind, rows[lost == kind]) for kind in (False, True)]
+    return [one for one in pieces if len(one[3])]
 
 
 def _segment(columns: Columns, rows: NDArray[np.int64], names: list[str], points: int) -> dict[str, Any]:
@@ -149,16 +150,20 @@ class ExpertLoads:
     def __init__(self, kept: int = 512) -> None:
         self._kept = kept
         self._known: dict[tuple[str, int, int], NDArray[np.uint32]] = {}
+        self._lock = threading.Lock()
+        """Of `_known`: several runs may be looked at at once."""
 
     def _of(self, run: str, number: int, columns: Columns, row: int) -> NDArray[np.uint32]:
         key = (run, number, int(columns.places["at"][row]))
-        found = self._known.pop(key, None)
-        if found is None:
-            found = _matrix(columns.line_bytes(row))
+        with self._lock:
+            matrix = self._known.pop(key, None)
+        if matrix is None:
+            matrix = _matrix(columns.line_bytes(row))
+        with self._lock:
             while len(self._known) >= self._kept:
-                self._known.pop(next(iter(self._known)), None)
-        self._known[key] = found
-        return found
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = matrix
+        return matrix
 
     def map(self, state: RunState, layer: int | None, begin: float, end: float, count: int) -> dict[str, Any]:
         """Load over the mean, by layer (its largest) or by expert of one layer, over steps.
@@ -180,28 +185,33 @@ class ExpertLoads:
         sampled = len(chosen) > count
         if sampled:
             chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, count).astype(int))]
-        found: list[tuple[int, Columns, int, NDArray[np.uint32]]] = []
+        drawn: list[tuple[dict[str, Any], NDArray[np.uint32]]] = []
         for number, columns, row in chosen:
-            with state.lock:
+            with state.lock:  # rows are joined, and a file may be made anew, while others are read
                 if row < columns.rows:
+                    facts = {
+                        "step": int(columns.places["step"][row]), "attempt": number,
+                        "dropped": _whole(columns, "dropped", row),
+                        "balance_entropy": _whole(columns, "balance_entropy", row),
+                    }  # fmt: skip
                     matrix = self._of(state.run.run_id, number, columns, row)
                     if matrix.size:
-                        found.append((number, columns, row, matrix))
-        layers = max((len(m) for *_, m in found), default=0)
+                        drawn.append((facts, matrix))
+        layers = max((len(m) for *_, m in drawn), default=0)
         if layer is not None and layers and not 0 <= layer < layers:
             raise UserError(f"layer={layer} is none of this run's {layers} MoE layers, which count from 0")
-        values = [_column(matrix, layer, layers) for *_, matrix in found]
+        values = [_column(matrix, layer, layers) for *_, matrix in drawn]
         return {
             "layers": layers,
-            "experts": max((m.shape[1] for *_, m in found), default=0),
+            "experts": max((m.shape[1] for *_, m in drawn), default=0),
             "layer": "all" if layer is None else layer,
             "value": "max_over_mean" if layer is None else "load_over_mean",
-            "step": [int(c.places["step"][row]) for _, c, row, _ in found],
-            "attempt": [number for number, *_ in found],
+            "step": [facts["step"] for facts, _ in drawn],
+            "attempt": [facts["attempt"] for facts, _ in drawn],
             "values": numbers(np.array(values).T, 4) if values else [],
-            "tokens": [int(m.sum() // max(1, len(m))) for *_, m in found],
-            "dropped": [_whole(c, "dropped", row) for _, c, row, _ in found],
-            "balance_entropy": [_whole(c, "balance_entropy", row) for _, c, row, _ in found],
+            "tokens": [int(m.sum() // max(1, len(m))) for *_, m in drawn],
+            "dropped": [facts["dropped"] for facts, _ in drawn],
+            "balance_entropy": [facts["balance_entropy"] for facts, _ in drawn],
             "sampled": sampled,
         }
 
@@ -215,7 +225,7 @@ def _matrix(line: bytes) -> NDArray[np.uint32]:
     """Layers by experts; empty where the line has none."""
     try:
         rows = loads(line)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         rows = []
     width = max((len(row) for row in rows), default=0)
     made = np.zeros((len(rows), width), dtype=np.uint32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -136,8 +136,11 @@ class LocalRuntime(Gangs):
         self.cluster = cluster or LocalNodes(slots, count)
         super().__init__(LocalCarrier(self.cluster))
 
-    def nodes(self) -> list[Node]:
+    def nodes(self, own: Collection[str]) -> list[Node]:
         return self.cluster.nodes()
+
+    def reservations(self) -> Collection[str]:
+        return set(self.cluster.held)
 
     def ensure_sinks(self, run_root: str) -> None:
         pass

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.compose import compose
 from configs.metrics import EndedLine, MetricLine, MetricWriter
 from configs.paths import RunPaths
 from faulttol import steady
@@ -24,22 +25,14 @@ from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent import attempt as attempts
 from orchestrator.agent import family, files, orders
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, Launch, OrderSuperseded
+from orchestrator.agent.orders import AttemptPhase, OrderSuperseded
+from orchestrator.commands.submission import new_run_id
 from orchestrator.control.gang import GangSpec, GangStatus, Want
 from orchestrator.record.events import NodeShare
 from tests.orchestrator.agent.local_runtime import LocalRuntime, local_runtime, until
+from tests.orchestrator.agent.one_agent import SLEEP, alive, attend_until, order, started, text
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
-
-SLEEP = "import os, time; from configs.rank import die_with_parent; die_with_parent(os.environ); print('here', flush=True);"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunPaths:
-    run = RunPaths(tmp_path / "runs" / "a-run")
-    run.root.mkdir(parents=True)
-    run.config.write_text("x: 1\n")
-    return run
 
 
 @pytest.fixture
@@ -48,46 +41,15 @@ def runtime() -> Iterator[LocalRuntime]:
         yield made
 
 
-@pytest.fixture
-def agent() -> Iterator[NodeAgent]:
-    made = NodeAgent("node-of-tests")
-    yield made
-    made.close()
-
-
 def spec_of(runtime: LocalRuntime, run: RunPaths, body: str, attempt: int = 1, **other: object) -> GangSpec:
     """Two ranks on each node that do `body` and sleep."""
     shares = tuple(
         NodeShare(node.node_id, node.ip, node.hostname, (2 * i, 2 * i + 1))
-        for i, node in enumerate(runtime.nodes())
+        for i, node in enumerate(runtime.nodes(()))
     )
     program = ("-c", f"{SLEEP} {body}; time.sleep(600)")
     made = GangSpec("slots", str(run.root), attempt, shares, "CPU", 4, program, "", 1, heartbeat=0.2)
     return replace(made, **other)  # type: ignore[arg-type]
-
-
-def order(run: RunPaths, want: Want = Want.STARTED, body: str = "pass", **other: object) -> AttemptOrder:
-    """One rank on one node."""
-    launch = Launch(1, (0,), "127.0.0.1", ("127.0.0.1",), ("-c", f"{SLEEP} {body}; time.sleep(600)"), "")
-    return replace(AttemptOrder(1, str(run.root), 1, want, launch), **other)  # type: ignore[arg-type]
-
-
-def started(agent: NodeAgent, run: RunPaths, body: str = "pass") -> AttemptReport:
-    """Start it as a runtime would."""
-    answer = attend_until(agent, order(run, body=body), lambda a: a.phase is AttemptPhase.READY)
-    launch = replace(order(run, body=body).launch, master=answer.master)  # type: ignore[type-var]
-    return attend_until(agent, order(run, launch=launch), lambda a: a.phase is AttemptPhase.RUNNING)
-
-
-def attend_until(
-    agent: NodeAgent, what: AttemptOrder, holds: Callable[[AttemptReport], bool]
-) -> AttemptReport:
-    answer = agent.attend(what)
-    deadline = time.monotonic() + 30
-    while not holds(answer):
-        assert time.monotonic() < deadline, f"still {answer}"
-        answer = agent.attend(replace(what, news=answer.news, serial=answer.serial, wait=0.2))
-    return answer
 
 
 def start(runtime: LocalRuntime, spec: GangSpec) -> GangStatus:
@@ -106,15 +68,6 @@ def exits(runtime: LocalRuntime, spec: GangSpec) -> Callable[[], dict[int, RankS
         return found
 
     return look
-
-
-def text(run: RunPaths, rank: int, attempt: int = 1) -> str:
-    path = run.attempt(attempt).log(rank)
-    return path.read_text() if path.exists() else ""
-
-
-def alive(pid: int) -> bool:
-    return family.state_of(pid) not in ("", "Z", "X")
 
 
 # ---- a gang over two nodes ----
@@ -332,6 +285,75 @@ def test_memory_that_a_dead_agent_has_left_is_swept(
         rank.kill()
 
 
+@pytest.mark.parametrize("node", ["gpu-node-07", "a-001-b", f"pod-{'0' * 32}"])
+def test_snapshots_beside_it_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, node: str
+) -> None:
+    monkeypatch.setattr(orders, "memory", lambda: tmp_path)
+    snapshot = tmp_path / node / "a-run" / "step-0000000200"
+    snapshot.mkdir(parents=True)
+    orders.sweep(lambda: set(), older=-1.0)
+    assert snapshot.exists()
+
+
+@pytest.mark.parametrize("field", ["name", "model.name"])
+def test_folders_of_a_run_can_be_made_whatever_it_is_called(tmp_path: Path, field: str) -> None:
+    name = "x" * (64 if field == "name" else 240)
+    run_id = new_run_id(compose([f"{field}={name}"]))
+    (tmp_path / run_id).mkdir()
+    folder = tmp_path / orders.rings(f"/home/runs/{'x' * 100}{run_id}", 1, "f" * 56).name
+    folder.mkdir()
+    assert run_id.startswith("x" * 64 + "-") and folder.name.startswith(f"{run_id[-20:]}-001-ffffffff-")
+
+
+def test_a_rank_that_cannot_be_looked_at_silences_nobody(
+    agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = started(agent, run).pids[0]
+    until(lambda: "here" in text(run, 0), "its first words")
+    (before,) = agent.attend(order(run, Want.WATCHED)).report.ranks
+
+    def fail(*_: object) -> None:
+        raise ValueError("a file that nobody can read")
+
+    monkeypatch.setattr(attempts.RankWatch, "look", fail)
+    assert agent.attend(order(run, Want.WATCHED)).report.ranks == (before,)
+    os.kill(pid, signal.SIGKILL)
+    answer = attend_until(
+        agent, order(run, Want.WATCHED), lambda a: any(r.last_words for r in a.report.ranks)
+    )
+    (rank,) = answer.report.ranks
+    assert (rank.rank, rank.pid, rank.exit_code, rank.last_words) == (0, pid, -9, "here") and rank.exit_time
+
+
+def test_nothing_is_kept_for_an_attempt_whose_slots_are_given_back(
+    agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr(agent._standbys, "keep", lambda run, *_: kept.append(run))
+    started(agent, run)
+    (attempt,) = agent._attempts.values()
+
+    def release(_: object) -> bool:
+        with agent._changed:
+            attempt.stop(0.0)
+            attempt.free()
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempts, "_trains", release)
+        attempt.seen()
+    assert not kept
+    following = order(run, attempt=2)
+    answer = attend_until(agent, following, lambda a: a.phase is AttemptPhase.READY)
+    go = replace(following, launch=replace(following.launch, master=answer.master))  # type: ignore[type-var]
+    attend_until(agent, go, lambda a: a.phase is AttemptPhase.RUNNING)
+    monkeypatch.setattr(attempts, "_trains", lambda seen: True)
+    agent.attend(go)
+    agent.attend(go)
+    assert kept == [str(run.root)], "while its ranks train, once"
+
+
 def test_an_older_controller_is_refused_by_home(agent: NodeAgent, run: RunPaths, tmp_path: Path) -> None:
     agent.attend(order(run, Want.WATCHED, epoch=7))
     with pytest.raises(OrderSuperseded, match="epoch 6 was followed by 7"):
@@ -444,43 +466,3 @@ def test_metric_lines_come_once_and_again_for_whoever_is_new(agent: NodeAgent, r
         found, offset = [*found, *answer.report.lines], answer.report.offset
         time.sleep(0.01)
     assert found == lines
-
-
-def test_stacks_and_rings_are_kept_of_a_rank_that_is_stopped(agent: NodeAgent, run: RunPaths) -> None:
-    body = (
-        "from faulttol.recorder import Recorder, RankPhase; from pathlib import Path;"
-        "ring = Recorder(Path(os.environ['MEGARAY_RINGS']) / '00000.ring', 0); ring.begin(RankPhase.CHECKPOINT, 41);"
-        "lie_down = lambda: time.sleep(600); print('ready', flush=True); lie_down()"
-    )
-    answer = started(agent, run, body)
-    until(lambda: "ready" in text(run, 0), "its record")
-    os.kill(answer.pids[0], signal.SIGSTOP)
-    until(lambda: family.state_of(answer.pids[0]) == "T", "that it stands")
-    attend_until(agent, order(run, Want.WATCHED, collect=True), lambda a: a.collected)
-    folder = run.attempt(1).evidence
-    stack = (folder / "00000.stack.txt").read_text()
-    assert "state T" in stack and "<lambda>" in stack and "Thread" in stack
-    records = json.loads((folder / "00000.ring.json").read_text())
-    assert [(r["phase"], r["mark"], r["step"]) for r in records] == [("CHECKPOINT", "BEGIN", 41)]
-    assert alive(answer.pids[0]), "nothing is killed for it"
-
-
-def test_device_memory_is_waited_for_and_what_stays_is_told(
-    agent: NodeAgent, run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool, level = tmp_path / "bin" / "nvidia-smi", tmp_path / "level"
-    tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\nsed "s/^/0, GPU-aa, /" {level}\nsed "s/^/1, GPU-bb, /" {level}\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(attempts, "_DEVICE_SECONDS", 0.5)
-    level.write_text("100\n")
-    base = order(run).launch
-    assert base is not None
-    launch = replace(base, devices={"CUDA_VISIBLE_DEVICES": "0,GPU-bb"}, uses_devices=True)
-    answer = attend_until(agent, order(run, launch=launch), lambda a: a.phase is AttemptPhase.READY)
-    run_it = order(run, launch=replace(launch, master=answer.master))
-    attend_until(agent, run_it, lambda a: a.phase is AttemptPhase.RUNNING)
-    level.write_text("40000\n")
-    stopping = attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
-    assert "device 0 still holds 39.0 GiB" in stopping.unfit and "GPU-bb" in stopping.unfit

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from configs.paths import RunPaths
 from orchestrator.agent import files
+from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
 
@@ -42,3 +46,58 @@ def test_a_long_log_is_rotated_under_its_writer(tmp_path: Path) -> None:
         "nothing is lost while nobody writes"
     )
     assert files.rotated(path, limit=1) and not (tmp_path / "00000.log.3").exists()
+
+
+def _full(code: int, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of logs end after half."""
+
+    def fail(source: object, target: object) -> None:
+        if isinstance(target, Path):
+            target.write_text("half")
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.shutil, at, fail)
+
+
+@pytest.mark.parametrize("at", ["copyfile", "copyfileobj"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_copy_that_fails_costs_no_older_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, at: str
+) -> None:
+    path = tmp_path / "00000.log"
+    path.write_text("new " * 100)
+    (tmp_path / "00000.log.1").write_text("one")
+    (tmp_path / "00000.log.2").write_text("two")
+    _full(code, at, monkeypatch)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output"):
+            files.rotated(path, limit=10)
+    else:
+        assert files.rotated(path, limit=10) and not files.rotated(path, limit=10)
+    left = {one.name: one.read_text() for one in tmp_path.iterdir()}
+    kept = "new " * 100 if code == errno.EIO else ""
+    assert left == {"00000.log": kept, "00000.log.1": "one", "00000.log.2": "two"}
+
+
+def test_a_log_that_cannot_be_rotated_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rotated: list[str] = []
+
+    def rotate(path: Path) -> bool:
+        rotated.append(path.name)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "rotated", rotate)
+    monkeypatch.setattr(files, "_ROTATE_SECONDS", 0.0)
+    run = RunPaths(tmp_path / "a-run")
+    logs = files.LogFiles(run, 1, (2, 3), [], lambda: None)
+    until(lambda: len(rotated) >= 2, "a round")
+    assert [Path(name).stem for name in rotated[:2]] == ["00002", "00003"]
+    monkeypatch.setattr(files, "last_line", lambda path: 1 / len(path.read_text()) and "words")
+    run.attempt(1).log(2).unlink()
+    run.attempt(1).log(3).write_text("x")
+    logs.ask_last_words(2)
+    logs.ask_last_words(3)
+    until(lambda: logs.last_words == {3: "words"}, "the words of the one that can be read")
+    logs.close()

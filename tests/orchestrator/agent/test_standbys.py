@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.agent import family, standby
 from orchestrator.agent.orders import Launch, mark
-from orchestrator.agent.spawner import Exit, Spawner
+from orchestrator.agent.spawner import Ended, Exit, Spawner
 from orchestrator.agent.standbys import Standbys
 from tests.orchestrator.agent.local_runtime import until
 
@@ -60,7 +60,7 @@ def standbys(spawner: Spawner) -> Iterator[Standbys]:
     made = Standbys(spawner)
     yield made
     made.close()
-    family.end(family.of_attempt(mark(RUN, 3, "node"), ()), signal.SIGKILL)
+    family.end(family.of_attempt(mark(RUN, 3, "node"), {}), signal.SIGKILL)
 
 
 def take(
@@ -92,11 +92,11 @@ def test_one_becomes_a_rank_that_anybody_can_find_and_that_is_watched(
     assert seen["RANK"] == "1" and seen["FLAG"] == "1" and seen["MEGARAY_MARK"] == mark(RUN, 3, "node")
     assert os.getsid(pid) == pid
     until(
-        lambda: len(family.of_attempt(mark(RUN, 3, "node"), ())) == 2, "it and its child, by the mark alone"
+        lambda: len(family.of_attempt(mark(RUN, 3, "node"), {})) == 2, "it and its child, by the mark alone"
     )
-    assert family.of_attempt(mark(RUN, 4, "node"), ()) == [] == family.of_attempt(mark(RUN, 3, "another"), ())
+    assert family.of_attempt(mark(RUN, 4, "node"), {}) == [] == family.of_attempt(mark(RUN, 3, "another"), {})
     until(lambda: standbys.ready == 0, "no other stays while ranks start")
-    for one in family.of_attempt(mark(RUN, 3, "node"), ()):
+    for one in family.of_attempt(mark(RUN, 3, "node"), {}):
         os.kill(one, 9)
     assert ended.result(30).code == -9
 
@@ -164,6 +164,32 @@ def test_a_program_that_cannot_be_imported_is_left_alone(
     standbys._balance(0.0)
     assert not spawner.pids() and len(tries.read_text()) == 3
     assert take(standbys, launch, env, tmp_path / "log")[0] == 0
+
+
+def test_one_that_ends_before_it_is_listed_holds_no_other_up(launch: Launch, env: dict[str, str]) -> None:
+    class Process:
+        pid = 2**31 - 1
+        returncode = 1
+
+    class Eager:
+        """The thread that watches is faster than the one that waits for the start."""
+
+        made = 0
+
+        def start(self, words: object, env: object, ended: Ended, **_: object) -> Future[Process]:
+            self.made += 1
+            ended(Process.pid, Exit(1, 0.0))
+            future: Future[Process] = Future()
+            future.set_result(Process())
+            return future
+
+    eager = Eager()
+    standbys = Standbys(eager)  # type: ignore[arg-type]
+    standbys.keep(RUN, launch, env)
+    until(lambda: eager.made == 3 and not standbys._waiting, "three tries")
+    standbys._balance(0.0)
+    assert eager.made == 3
+    standbys.close()
 
 
 def test_they_can_be_fewer_or_off_and_end_when_nobody_needs_them(

@@ -209,16 +209,49 @@ def test_a_lost_node_moves_the_gang_to_others(tmp_path: Path) -> None:
 def test_cancel_then_resume(world: Sim, seconds: float) -> None:
     world.submit("a")
     world.turn(seconds)
-    assert "cancelling" in world.controller.cancel("a")
+    assert "cancelling" in world.controller.cancel("a", by="ann")
     world.turn(2)
     assert world.view("a").state is State.CANCELLED and not world.world.held
     with pytest.raises(UserError, match="cancelled already"):
-        world.controller.cancel("a")
+        world.controller.cancel("a", by="ben")
     world.controller.resume("a")
     world.turn(60)
     assert world.view("a").state is State.SUCCEEDED
     with pytest.raises(UserError, match="larger train.steps"):
         world.controller.resume("a")
+
+
+def test_calls_that_are_made_again_because_their_answer_was_lost_are_no_mistakes(tmp_path: Path) -> None:
+    """Ray makes a call again where the actor died in it, and it may have been done by then."""
+    world = Sim(tmp_path, nodes=2, slots=2, steps=400)
+    world.submit("a", ranks=4)
+    world.submit("b")  # waits
+    world.turn(5)
+    world.controller.cancel("b", by="ann")
+    world.replace_controller()
+    assert world.controller.cancel("b", by="ann") == "run 'b' is cancelled already"
+    for other in ("", "ben"):
+        with pytest.raises(UserError, match="cancelled already; nothing to cancel"):
+            world.controller.cancel("b", by=other)
+    world.controller.cancel("a", by="ann")
+    world.turn(2)
+    for change, by in ((None, "ann"), (amended(1, 2, 400), "ann")):
+        world.controller.resume("a", change, CONFIG if change else "", by)
+        before = len(world.events("a"))
+        world.replace_controller()
+        world.controller.resume("a", change, CONFIG if change else "", by)
+        world.turn(3)
+        assert world.view("a").state is State.RUNNING
+        world.controller.resume("a", change, CONFIG if change else "", by)
+        resumed = [
+            e for e in world.events("a")[before:] if getattr(e.payload, "reason", "") == Reason.RESUME_ASKED
+        ]
+        assert not resumed
+        for other, who in ((change, "ben"), (amended(1, 1, 400), "ann")):
+            with pytest.raises(UserError, match="only a failed or cancelled run resumes"):
+                world.controller.resume("a", other, CONFIG, who)
+        world.controller.cancel("a", by="ann")
+        world.turn(2)
 
 
 def test_two_cancels_at_once_and_one_that_is_in_a_hurry(world: Sim) -> None:

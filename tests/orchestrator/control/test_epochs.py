@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,12 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 @pytest.fixture
 def home(tmp_path: Path) -> HomePaths:
     return HomePaths(tmp_path / "home of mine")
+
+
+@pytest.fixture(autouse=True)
+def one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Homes whose first controller is number 1."""
+    monkeypatch.setattr(epochs, "_first", lambda: 1)
 
 
 def file_of(epoch: Epoch) -> Path:
@@ -50,8 +58,18 @@ def test_controllers_are_counted_and_the_newest_owns_the_home(home: HomePaths) -
 
 
 def test_a_controller_says_who_it_is(home: HomePaths) -> None:
-    told = json.loads(file_of(claim(home, "ray-a")).read_text())
-    assert told == {"cluster": "ray-a", "pid": os.getpid(), "host": socket.gethostname()}
+    record = json.loads(file_of(claim(home, "ray-a", actor="abc")).read_text())
+    assert record == {"cluster": "ray-a", "pid": os.getpid(), "host": socket.gethostname(), "actor": "abc"}
+
+
+def test_a_controller_knows_whether_its_own_next_process_has_replaced_it(home: HomePaths) -> None:
+    first = claim(home, "ray-a", actor="abc")
+    second = claim(home, "ray-a", actor="abc")
+    assert fenced(first) and not first.by_another() and not second.by_another()
+    third = claim(home, "ray-a", actor="def")
+    assert first.by_another() and second.by_another() and not third.by_another()
+    file_of(third).write_text("{")
+    assert not first.by_another(), "what isn't known ends nobody for good"
 
 
 def test_controllers_that_begin_at_once_get_numbers_of_their_own(home: HomePaths) -> None:
@@ -92,6 +110,33 @@ def test_one_that_sleeps_while_it_looks_gets_no_number_that_was_taken_before(
     late = claim(home, "ray-a")
     assert late.number == 41 and not fenced(late)
     assert all(fenced(epoch) for epoch in taken)
+
+
+def test_a_home_that_is_made_anew_continues_above_the_numbers_of_the_old_one(
+    home: HomePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Agents outlive the folder, and refuse whoever comes below the highest number that they have heard of."""
+    monkeypatch.undo()
+    before = int(time.time())
+    old = [claim(home, "ray-a") for _ in range(3)][-1]
+    assert before + 2 <= old.number <= int(time.time()) + 2
+    shutil.rmtree(home.home)
+    monkeypatch.setattr(epochs.time, "time", lambda: before + 60.0)
+    assert claim(home, "ray-a").number > old.number and fenced(old)
+
+
+def test_two_that_begin_a_home_at_once_with_numbers_apart_are_ordered(
+    home: HomePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else neither would find the number after its own taken."""
+    firsts, real = [9, 5], numbers
+    monkeypatch.setattr(epochs, "_first", firsts.pop)
+    one = claim(home, "ray-a")
+    stale: list[list[int]] = [[]]
+    monkeypatch.setattr(epochs, "numbers", lambda folder: stale.pop() if stale else real(folder))
+    other = claim(home, "ray-a")
+    assert (one.number, other.number, firsts) == (5, 6, [])
+    assert fenced(one) and not fenced(other) and numbers(home.epochs) == [5, 6]
 
 
 # ---- another cluster ----

@@ -50,6 +50,25 @@ def test_an_act_that_raises_for_a_while_delays_and_harms_nothing(world: Sim, act
     assert view.state is State.SUCCEEDED and not view.incidents and view.attempt == 1
 
 
+@pytest.mark.parametrize("how", ["raises", "kills"])
+def test_a_sink_that_was_not_begun_with_the_ranks_is_begun_later(world: Sim, how: str) -> None:
+    failed: list[str] = []
+
+    def before(name: str) -> None:
+        if name == "sinks" and not failed:
+            failed.append(name)
+            raise ConnectionError("the head doesn't answer") if how == "raises" else KeyboardInterrupt
+
+    world.runtime.before = before
+    world.submit("a")
+    try:
+        world.turn(10)
+    except KeyboardInterrupt:
+        world.replace_controller()
+    world.turn(20)
+    assert failed and world.world.sinks == {str(world.home.run("a").root)}
+
+
 def test_a_run_that_raises_is_parked_with_its_evidence_and_the_others_go_on(tmp_path: Path) -> None:
     world = Sim(tmp_path, nodes=2)
     world.submit("a")
@@ -208,6 +227,49 @@ def test_a_disk_that_is_full_for_a_while_loses_no_event(world: Sim, step: int) -
     assert saved == [10, 20, 30, 40], "what was read while the disk was full is taken in later"
 
 
+def test_logs_that_a_full_disk_keeps_closed_hold_no_files_open(world: Sim) -> None:
+    """Else a disk that is full for a day leaves the controller without file descriptors."""
+    for name in ("a", "b", "c"):
+        world.submit(name)
+    world.turn(2)
+    world.controller.cancel("c")
+    world.turn(1)
+    disk = FullDisk()
+    with mock.patch.object(logs.os, "write", disk):
+        disk.full = True
+        world.replace_controller()
+        world.turn(1)
+        files = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            world.turn(61, step=61.0)
+            for call in (
+                lambda: world.controller.submit("d", world_submitted(world)),
+                lambda: world.controller.resume("c"),
+            ):
+                with pytest.raises(OSError, match="No space left"):
+                    call()
+        assert len(os.listdir("/proc/self/fd")) == files
+        disk.full = False
+        world.turn(65)
+        world.controller.resume("c")
+        world.turn(200)
+    assert {world.view(name).state for name in "abc"} == {State.SUCCEEDED}
+
+
+def test_what_was_heard_while_the_disk_was_full_takes_no_more_memory_with_time(world: Sim) -> None:
+    world.world.steps = 100_000
+    world.submit("a")
+    world.turn(5)
+    disk, held = FullDisk(), list[int]()
+    disk.full = True
+    with mock.patch.object(logs.os, "write", disk):
+        for _ in range(3):
+            world.turn(1800, step=30.0)
+            waiting = world.controller._runs["a"]._inbox.values()
+            held.append(sum(len(one.ranks) for one in waiting))
+    assert held == [2, 2, 2]
+
+
 def test_queue_json_that_can_not_be_written_ends_nothing(world: Sim) -> None:
     with mock.patch.object(Path, "replace", side_effect=OSError(errno.ENOSPC, "No space left on device")):
         world.submit("a")
@@ -276,16 +338,21 @@ def test_the_first_fault_restarts_in_place_without_a_wait(world: Sim) -> None:
 def test_a_hang_keeps_the_stacks_before_anything_is_killed(world: Sim) -> None:
     world.submit("a")
     world.turn(15)
+    by_a_person = Path(world.controller.dump_stacks("a", "ann"))
+    world.turn(2)
     world.runtime.hung = {0: world.clock.now, 1: world.clock.now}
     order: list[str] = []
     ensure, collect = world.runtime.ensure, world.runtime.collect
     world.runtime.ensure = lambda spec, want, grace=0.0: (order.append(want), ensure(spec, want, grace))[1]  # type: ignore[method-assign]
-    world.runtime.collect = lambda spec: (order.append("collect"), collect(spec))[1]  # type: ignore[method-assign]
+    world.runtime.collect = lambda spec, request: (order.append("collect"), collect(spec, request))[1]  # type: ignore[method-assign]
     world.turn(40)
-    assert order.index("collect") < order.index("stopped")
+    assert order.index("collect") < order.index("stopped"), (
+        "what was written earlier says nothing of this hang"
+    )
     view = world.view("a")
     evidence = [e.payload for e in world.events("a") if e.payload.kind == "evidence"]
-    assert view.incidents[0].event.cause == "hang" and evidence[0].path.endswith("001/evidence")
+    assert view.incidents[0].event.cause == "hang" and evidence[0].path.endswith("001/evidence/incident-001")
+    assert by_a_person.parent == Path(evidence[0].path).parent != by_a_person
     world.runtime.hung = {}
     world.turn(60)
     assert world.view("a").state is State.SUCCEEDED
@@ -294,7 +361,7 @@ def test_a_hang_keeps_the_stacks_before_anything_is_killed(world: Sim) -> None:
 def test_stacks_that_never_come_hold_no_restart_up(world: Sim) -> None:
     world.submit("a")
     world.turn(15)
-    world.runtime.collect = lambda spec: None  # type: ignore[method-assign]
+    world.runtime.collect = lambda spec, request: None  # type: ignore[method-assign]
     world.runtime.hung = {0: world.clock.now, 1: world.clock.now}
     world.turn(50)
     assert world.view("a").attempt == 2 and not [e for e in world.events("a") if e.payload.kind == "evidence"]

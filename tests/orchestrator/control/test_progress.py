@@ -21,7 +21,7 @@ from configs.metrics import (
 from faulttol.detect.snapshot import RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.gang import AgentReport
-from orchestrator.control.progress import Progress, absorb, committed, settles
+from orchestrator.control.progress import Progress, absorb, committed, merged, settles
 from orchestrator.record.events import (
     AttemptResumed,
     CheckpointCommitted,
@@ -69,6 +69,31 @@ def test_the_newest_report_of_a_rank_holds_and_the_others_stay() -> None:
     assert [later.ranks[r].newest.step for r in (0, 1)] == [5, 4]  # type: ignore[union-attr]
     assert later.read == 90, "an agent without rank 0 has read nothing"
     assert later.reported([]) is later and len(known.ranks) == 2
+
+
+def test_reports_that_wait_are_merged_and_mean_the_same() -> None:
+    """A log that can't be written for hours mustn't fill the memory with what each turn has heard."""
+    waiting: AgentReport | None = None
+    reports = []
+    for step in range(1, 200):
+        lines: list[MetricLine] = [step_line(1, step, 9.0), EvaluatedLine(9.0, 1, step, 1.0, 1, 1.0)]
+        lines += [saved(step, "memory")] if step % 5 == 0 else []
+        lines += [saved(step)] if step % 50 == 0 else []
+        one = replace(report(rank(0, step), rank(1 + step % 3, step), offset=10 * step), lines=tuple(lines))
+        reports.append(one)
+        waiting = merged(waiting, one) if waiting else one
+    assert waiting is not None and len(waiting.ranks) == 4
+    assert len(waiting.lines) == 3 + 3, "the saves, and the newest of what is passed over by a newer one"
+    each, once = KNOWN.reported(reports), KNOWN.reported([waiting])
+    assert (each.ranks, each.read) == (once.ranks, once.read)
+    views = []
+    for heard in (reports, [waiting]):
+        view, known = STARTING, KNOWN.reported(heard)
+        for line in (line for one in heard for line in one.lines):
+            payloads, known = absorb(view, line, known)
+            view = then(view, payloads)
+        views.append((view, known))
+    assert views[0] == views[1] and views[0][0].state is State.RUNNING and views[0][1].step == 199
 
 
 def test_all_have_ended_well_where_each_of_them_has() -> None:

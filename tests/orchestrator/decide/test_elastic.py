@@ -7,16 +7,18 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose, dump, load
+from configs.errors import UserError
 from configs.schema import RunConfig
 from orchestrator.commands.submission import Submission
 from orchestrator.decide import elastic
-from orchestrator.decide.elastic import ElasticChoice, regrow, smaller
+from orchestrator.decide.elastic import ElasticChoice, SmallerSearch, regrow, smaller
 from orchestrator.decide.placement import Misfit, Node, fits, occupied, place
 from orchestrator.decide.queue import QueuePolicy, Running, WaitingRun
 from orchestrator.record.events import GangShape
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.decide.cluster_sim import ClusterSim, make_nodes
-from trainer.sizing.search.planner import Capacity, plan, trainable
+from trainer.sizing.search import runnable
+from trainer.sizing.search.planner import Capacity, RunPlan, plan
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]
 
@@ -37,7 +39,7 @@ def on(config: RunConfig, gang: GangShape, *slots: int) -> ElasticChoice:
 def check(config: RunConfig, choice: ElasticChoice, slots: tuple[int, ...]) -> None:
     """What holds for every choice."""
     new = choice.config
-    assert trainable(new) is None, "the trainer runs it"
+    assert runnable.refusal(new) is None, "the trainer runs it"
     assert choice.gang.ranks == new.parallel.size("pp") * (new.parallel.dp or 0) * new.parallel.size(
         "cp"
     ) * new.parallel.size("tp")
@@ -142,15 +144,68 @@ def test_a_batch_that_grows_divides_at_every_size() -> None:
     assert 32 % (choice.config.train.micro_batch * choice.layout["dp"]) == 0
 
 
-def test_a_measurement_waits_and_an_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_waits() -> None:
     config, gang = asked("workload=collectives", "parallel.dp=4", slots=[2, 2])
     assert smaller(config, Capacity.of_nodes([2]), gang) is None
-    config, gang = asked("experiment=demo", "parallel.dp=4", "train.global_batch=32", slots=[2, 2])
-    first = on(config, gang, 2, 1)
+
+
+def test_a_search_is_done_in_pieces_and_an_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "train.global_batch=768"]
+    config, gang = asked(*words, "train.micro_batch=24", "data.sequence=4096", slots=[4, 4])
+    question = config, Capacity.of_nodes([2, 4]), gang
+    search = SmallerSearch(*question)
+    pieces = 0
+    while not search.done:
+        assert search.choice is None, "nobody takes a choice that isn't the last word"
+        search.work()
+        pieces += 1
+    assert pieces > 2 and search.choice is not None and search.choice == smaller(*question)
     monkeypatch.setattr(elastic, "plan", None)  # whatever is worked out again fails
-    assert on(config, gang, 1, 2) is first, "the order of the nodes doesn't matter"
-    with pytest.raises(TypeError):
-        on(config, gang, 1)
+    before = search.choice
+    search.work()
+    assert search.done and search.choice is before
+    assert search.answers(config, Capacity.of_nodes([4, 2]), gang), "the order of the nodes doesn't matter"
+    assert not search.answers(config, Capacity.of_nodes([4, 1]), gang)
+    assert not search.answers(config, Capacity.of_nodes([4, 2]), replace(gang, ranks=7))
+    other = config.model_copy(update={"name": "other"})
+    assert not search.answers(other, Capacity.of_nodes([4, 2]), gang)
+
+
+def test_many_numbers_of_ranks_without_a_layout_are_passed_over_in_pieces() -> None:
+    words = ["experiment=demo", "parallel.dp=1024", "train.global_batch=1024", "train.micro_batch=1"]
+    config, gang = asked(*words, slots=[8] * 128)
+    search = SmallerSearch(config, Capacity.of_nodes([8] * 127), gang)
+    pieces = 0
+    while not search.done:
+        search.work()
+        pieces += 1
+    assert search.choice is not None and search.choice.gang.ranks < 1016 - elastic._PASSED and pieces > 1
+
+
+def test_what_the_trainer_refuses_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest of all that it takes, though it refuses the fastest, or the first numbers of ranks altogether."""
+    words = [
+        "model=olmoe_1b_7b",
+        "hardware=h100",
+        "parallel.dp=16",
+        "parallel.ep=8",
+        "train.global_batch=5040",
+    ]
+    config, gang = asked(*words, "train.micro_batch=1", "data.sequence=4096", slots=[8, 8])
+    real, allowed = elastic.plan, 16
+
+    def picky(config: RunConfig, capacity: Capacity, strict: bool) -> RunPlan:
+        made = real(config, capacity, strict=strict)
+        if made.ranks > allowed:
+            raise UserError("too many")
+        return made
+
+    monkeypatch.setattr(elastic, "plan", picky)
+    assert on(config, gang, 8, 7).gang.ranks > 13
+    allowed = 10
+    choice = on(config, gang, 8, 7)
+    assert choice.gang.ranks <= 10, "further numbers are tried"
+    check(config, choice, (8, 7))
 
 
 def test_the_choice_is_read_back_as_it_was_written(tmp_path: object) -> None:

@@ -50,6 +50,15 @@ def test_the_order_is_by_rail_rack_domain_and_address_and_numbers_count_as_such(
     assert ids(nodes) == ["n00005", "n00002", "n00004", "n00001", "n00000", "n00003"]
 
 
+def test_nodes_whose_address_is_a_host_name_are_ordered_and_placed() -> None:
+    """One that is started by its name mustn't stop the queue of all."""
+    names = ["gpu-10", "gpu-9", "10.0.0.10", "10.0.0.9", "fe80::1", "gpu-\u00b2", "\u00b2"]
+    nodes = [replace(node, ip=ip) for node, ip in zip(make_nodes(len(names), 1), names, strict=True)]
+    order = ["10.0.0.9", "10.0.0.10", "fe80::1", "gpu-9", "gpu-10", "gpu-\u00b2", "\u00b2"]
+    assert [node.ip for node in sorted(nodes, key=by_place)] == order
+    assert [node.ip for node in used(GangShape(len(names), 1), nodes)] == order
+
+
 def test_other_labels_change_nothing() -> None:
     nodes = cluster({"ray.io/node-id": "z"}, {"ray.io/node-id": "a"})
     assert ids(sorted(nodes, key=by_place)) == ["n00000", "n00001"]

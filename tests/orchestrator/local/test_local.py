@@ -21,6 +21,7 @@ from configs.paths import HomePaths
 from orchestrator.commands.calls import CommandCall
 from orchestrator.local import cluster, keeper, lock, machine, settings
 from orchestrator.local.cluster import LocalCluster
+from orchestrator.local.head import RayHead
 from orchestrator.local.keeper import Keeper, Watch
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -146,6 +147,20 @@ def test_the_lock_of_a_process_that_was_killed_is_free(
         pass
 
 
+def test_a_process_whose_name_is_cut_within_a_letter_has_a_start(tmp_path: Path) -> None:
+    program = tmp_path / ("x" * 14 + "é")  # the kernel keeps 15 bytes
+    program.symlink_to("/bin/sleep")
+    process = subprocess.Popen([program, "60"])
+    try:
+        deadline = time.monotonic() + 10
+        while b"xxx" not in Path(f"/proc/{process.pid}/comm").read_bytes():
+            assert time.monotonic() < deadline
+        assert lock.started(process.pid) > 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_live_lock_that_replaced_a_stale_one_is_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +255,22 @@ def test_the_session_folder_leaves_room_for_a_sockets_name(
         finally:
             folder.rmdir()
         assert not list(base.iterdir())
+
+
+def test_a_ray_that_is_started_again_takes_other_ports_where_one_was_taken_meanwhile(tmp_path: Path) -> None:
+    """Else all its starts fail, and it is given up."""
+    head = RayHead(HomePaths(tmp_path), 1, 0)
+    try:
+        head._ports = first = head._ports_now()
+        assert len(set(first)) == 3 and head._ports_now() == first, "clients find it where it was"
+        for host in ("127.0.0.1", ""):
+            with socket.socket() as other:
+                other.bind((host, first[1]))
+                other.listen()
+                assert head._ports_now() != first and first[1] not in head._ports_now()
+        assert head._ports_now() == first
+    finally:
+        head.end()
 
 
 def test_a_token_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ def write(path: Path, records: list[list[Payload]], epoch: int = 1, start: float
     for number, payloads in enumerate(records):
         log.append(payloads, at(start + number))
     return log
+
+
+def unsealed(path: Path) -> None:
+    """Make the log one of a version whose records had no checksum."""
+    records = [json.loads(line) for line in path.read_bytes().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "crc"}) + "\n" for r in records))
 
 
 def payloads(path: Path) -> list[Payload]:
@@ -153,6 +160,7 @@ def test_a_damaged_line_is_stepped_over_wherever_it_is(tmp_path: Path, damaged: 
 def test_a_record_with_one_damaged_event_does_not_count_at_all(tmp_path: Path) -> None:
     path = tmp_path / "log"
     write(path, TURNS).close()
+    unsealed(path)
     path.write_bytes(path.read_bytes().replace(b'"kind": "incident_opened"', b'"kind": "incident_apened"'))
     events, cursor = read_from(path)
     assert [e.payload for e in events] == LIFE[:12] and len(cursor.damage) == 1
@@ -173,6 +181,64 @@ def test_a_writer_goes_on_behind_damage_and_leaves_it_there(tmp_path: Path) -> N
     events, cursor = read_from(path, Cursor(len(lines[0]), 2, 1, WALL, 0.0, ("earlier",)))
     assert [e.payload for e in events] == TURNS[2] + TURNS[3]
     assert cursor.damage == ("earlier", *damage), "what was found before stays named"
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x02, 0x10, 0x20, 0x80])
+def test_a_record_with_a_flipped_bit_is_never_believed(tmp_path: Path, flip: int) -> None:
+    path = tmp_path / "log"
+    write(path, TURNS[:3], epoch=3).close()
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    for place in range(len(second)):
+        flipped = bytearray(second)
+        flipped[place] ^= flip
+        path.write_bytes(first + flipped + third)
+        events, cursor = read_from(path)
+        read_back = [event.payload for event in events]
+        # Without its end it is one line with the next one, which is lost with it.
+        assert read_back == TURNS[0] + (TURNS[2] if place < len(second) - 1 else []), f"byte {place}"
+        assert cursor.damage and cursor.epoch == 3
+
+
+@pytest.mark.parametrize("byte", [b" ", b"\t", b"\n", b"\r", b"9", b'"', b",", b"}", b"\x00"])
+def test_a_record_with_another_byte_anywhere_is_never_believed(tmp_path: Path, byte: bytes) -> None:
+    path = tmp_path / "log"
+    write(path, TURNS[:3]).close()
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    for place in range(len(second) - 1):
+        if second[place : place + 1] != byte:
+            path.write_bytes(first + second[:place] + byte + second[place + 1 :] + third)
+            events, cursor = read_from(path)
+            assert [e.payload for e in events] == TURNS[0] + TURNS[2], f"byte {place}"
+            assert cursor.damage
+
+
+def test_a_flipped_digit_of_an_epoch_fences_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    write(path, TURNS[:3], epoch=3).close()
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    raised = second.replace(b'"epoch": 3', b'"epoch": 7')
+    path.write_bytes(first + raised + third)
+    log = Log(path, 3, at(3))
+    log.append(TURNS[3], at(3))
+    log.close()
+    events, cursor = read_from(path)
+    assert [e.payload for e in events] == TURNS[0] + TURNS[2] + TURNS[3] and cursor.epoch == 3
+    (damage,) = cursor.damage
+    assert damage.startswith(f"{path} at byte {len(first)}: its checksum is wrong: ")
+
+
+def test_records_without_a_checksum_are_read_as_before_and_written_on_with_one(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    write(path, TURNS[:3], epoch=2).close()
+    whole = read_from(path)[0]
+    unsealed(path)
+    assert b"crc" not in path.read_bytes()
+    assert read_from(path)[0] == whole and not read_from(path)[1].damage
+    log = Log(path, 2, at(3))
+    log.append(TURNS[3], at(3))
+    log.close()
+    assert payloads(path) == sum(TURNS[:4], [])
+    assert [b'"crc"' in line for line in path.read_bytes().splitlines()] == [False] * 3 + [True]
 
 
 # ---- more than one writer ----

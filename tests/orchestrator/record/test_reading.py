@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import pytest
 
 from configs.compose import compose
 from configs.errors import UserError
-from configs.metrics import MetricWriter, ResumedLine, SavedLine, SaveFailedLine
-from configs.paths import HomePaths, RunPaths
+from configs.metrics import MetricWriter, SavedLine, SaveFailedLine
+from configs.paths import HomePaths
 from faulttol.verdicts import VerdictKind
 from orchestrator.cli import main
 from orchestrator.commands import console, text
@@ -33,92 +32,14 @@ from orchestrator.record.states import Reason, State
 from orchestrator.sinks import wandb as sinks
 from tests.orchestrator.fake_runtime import run_paths, step_line
 from tests.orchestrator.logs import Writer
+from tests.orchestrator.sinks.recorder import SinkRecorder, attempted, ended, pumped, recording, trained
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
-Row = tuple[int, int]
-
-
-class _Recorder:
-    """Stands where W&B's run does: keeps rows, and breaks at one of them if asked to."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
-        self.config: dict[str, Any] = {}
-        self.breaks_at = -1
-
-    def log(self, row: dict[str, Any]) -> None:
-        if len(self.rows) == self.breaks_at:
-            self.breaks_at = -1
-            raise RuntimeError("broken once")
-        self.rows.append(row)
-
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        pass
-
-    def finish(self, exit_code: int = 0) -> None:
-        pass
-
-    @property
-    def trained(self) -> list[Row]:
-        return [(row["train/attempt"], row["train/step"]) for row in self.rows if "train/loss" in row]
-
-    @property
-    def lost(self) -> list[Row]:
-        return [(row["train/attempt"], row["train/step"]) for row in self.rows if row.get("train/lost") == 1]
-
-
-class _Config(dict[str, Any]):
-    def update(self, *trees: Any, allow_val_change: bool = False, **more: Any) -> None:
-        super().update(*trees, **more)
-
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
-    recorder = _Recorder()
-    recorder.config = _Config()
-    monkeypatch.setattr(sinks.wandb, "init", lambda **_: recorder)
-    monkeypatch.setattr(sinks.wandb, "teardown", lambda: None)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    return recorder
-
-
-def trained(run: RunPaths, attempt: int, first: int, last: int) -> None:
-    """An attempt that continued from step `first` and wrote its lines up to `last`."""
-    writer = MetricWriter(run.attempt(attempt).metrics)
-    writer.write(ResumedLine(100.0 * attempt, attempt, first, None, "none"))
-    for step in range(first + 1, last + 1):
-        writer.write(step_line(attempt, step, 100.0 * attempt + step))
-    writer.close()
-
-
-def ended(run: RunPaths, to: State = State.CANCELLED) -> None:
-    """A log of one attempt that has ended."""
-    log = Writer(run)
-    log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
-    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
-    attempted(log, 1, to)
-    log.close()
-
-
-def attempted(log: Writer, number: int, to: State) -> None:
-    """The moves of an attempt, up to its end."""
-    log.append(StateMoved(State.PLACING, Reason.ADMITTED), 1.0)
-    log.append(AttemptPlaced(number, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
-    log.append(StateMoved(State.STARTING, Reason.PLACED), 1.0)
-    log.append(StateMoved(State.RUNNING, Reason.FIRST_STEP), 1.0)
-    if to is State.CANCELLED:
-        log.append(StateMoved(State.CANCELLING, Reason.CANCEL_ASKED), 2.0)
-    if to is not State.RUNNING:
-        log.append(StateMoved(to, Reason.COMPLETE), 3.0)
-
-
-def pumped(run: RunPaths) -> None:
-    """A sink of its own, to the end; a minute passes between two looks."""
-    minutes = itertools.count()
-    sink = sinks.WandbSink(run, compose(["experiment=smoke"]), lambda: 60.0 * next(minutes))
-    assert any(sink.pump() for _ in range(20))
+def recorder(monkeypatch: pytest.MonkeyPatch) -> SinkRecorder:
+    return recording(monkeypatch)
 
 
 def test_a_submission_that_is_being_written_does_not_break_the_list(tmp_path: Path) -> None:
@@ -156,7 +77,7 @@ def test_lost_steps_as_they_stood_at_each_attempt(tmp_path: Path) -> None:
     assert following.lost_steps(run) == {1: (11, 27), 2: (21, 24)}, "attempt 2 never trained steps 11 to 20"
 
 
-def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: _Recorder) -> None:
+def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: SinkRecorder) -> None:
     run = run_paths(tmp_path, "run")
     ended(run)
     trained(run, 1, 0, 10)
@@ -172,7 +93,7 @@ def test_a_resumed_run_is_logged_on(tmp_path: Path, recorder: _Recorder) -> None
 
 
 def test_a_backlog_longer_than_one_read_is_logged_whole(
-    tmp_path: Path, recorder: _Recorder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recorder: SinkRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Callable[..., Any] = following.read_from
     monkeypatch.setattr(following, "read_from", lambda path, offset: read(path, offset, 4096))
@@ -184,7 +105,7 @@ def test_a_backlog_longer_than_one_read_is_logged_whole(
     assert [step for _, step in recorder.trained] == list(range(1, 41))
 
 
-def test_a_failure_within_a_poll_repeats_no_row(tmp_path: Path, recorder: _Recorder) -> None:
+def test_a_failure_within_a_poll_repeats_no_row(tmp_path: Path, recorder: SinkRecorder) -> None:
     run = run_paths(tmp_path, "run")
     ended(run)
     trained(run, 1, 0, 20)
@@ -194,14 +115,14 @@ def test_a_failure_within_a_poll_repeats_no_row(tmp_path: Path, recorder: _Recor
 
 
 def test_a_wandb_that_fails_is_tried_for_as_long_as_the_run_goes_on(
-    tmp_path: Path, recorder: _Recorder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recorder: SinkRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_paths(tmp_path, "run")
     ended(run, State.RUNNING)
     trained(run, 1, 0, 10)
     broken, now, tries = [True], [0.0], [0]
 
-    def start(**_: object) -> _Recorder:
+    def start(**_: object) -> SinkRecorder:
         tries[0] += 1
         if broken[0]:
             raise RuntimeError("no service")
@@ -223,7 +144,7 @@ def test_a_wandb_that_fails_is_tried_for_as_long_as_the_run_goes_on(
 
 
 def test_a_wandb_that_stays_away_is_given_up_a_day_after_the_end(
-    tmp_path: Path, recorder: _Recorder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recorder: SinkRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_paths(tmp_path, "run")
     ended(run)
@@ -237,7 +158,9 @@ def test_a_wandb_that_stays_away_is_given_up_a_day_after_the_end(
     assert 24 * 3600 < now[0] < 25 * 3600 and "given up" in (run.wandb / "sink.log").read_text()
 
 
-def test_lost_steps_are_marked_once_past_attempts_without_a_step(tmp_path: Path, recorder: _Recorder) -> None:
+def test_lost_steps_are_marked_once_past_attempts_without_a_step(
+    tmp_path: Path, recorder: SinkRecorder
+) -> None:
     run = run_paths(tmp_path, "run")
     ended(run)
     trained(run, 1, 0, 27)
@@ -307,3 +230,25 @@ def test_saves_are_rows_of_their_own_in_wandb() -> None:
     assert snapshot == {"train/step": 20, "memory/held": 0.5, "memory/seconds": 2.5, "memory/bytes": 10}
     failed = sinks.save_row(SaveFailedLine(1.0, 1, 30, "full", 2))
     assert failed == {"train/step": 30, "checkpoint/failed": 2, "checkpoint/error": "full"}
+
+
+def test_a_damaged_line_or_plan_takes_no_run_from_the_list(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path)
+    run = home.run("a-20260101-000000-aaaa")
+    ended(run, State.RUNNING)
+    trained(run, 1, 0, 3)
+    writer = MetricWriter(run.attempt(1).metrics)
+    writer.write(SavedLine(3.0, 1, 2, "node", 9, 0.5, 0.125, "memory"))
+    writer.close()
+    with run.attempt(1).metrics.open("ab") as file:
+        file.write(
+            b'{"kind": "saved", "tier": "memory", "st\n{"kind": "none", "tier": "memory"}\n[7, "memory"]\n\xff"memory"\n'
+        )
+    run.plan.write_text("[1]")
+    writer = MetricWriter(run.attempt(1).metrics)
+    writer.write(step_line(1, 4, 4.0))
+    writer.close()
+    listing = reading.summaries(home)
+    assert listing.damage == []
+    (row,) = listing.rows
+    assert (row.step, row.memory_step, row.mfu_basis) == (4, 2, "unknown")

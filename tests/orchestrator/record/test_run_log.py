@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,11 @@ def test_text_that_is_no_utf_8_stops_nobody(run: RunPaths) -> None:
 # ---- views that don't fit ----
 
 
+def sealed(text: str) -> str:
+    """A view with its checksum, so that it isn't passed over for that."""
+    return f"{text}{zlib.crc32(text.encode()):08x}\n"
+
+
 def whole_and_view(run: RunPaths) -> tuple[RunLogReader, str]:
     log = write(run, LIFE[:20])
     log.publish(final=True)
@@ -386,14 +392,25 @@ def test_a_view_that_is_damaged_or_of_another_format_is_passed_over(
     run: RunPaths, change: Callable[[dict[str, Any], str], tuple[str, str]]
 ) -> None:
     whole, text = whole_and_view(run)
-    head, body = text.splitlines()
+    head, body, _ = text.splitlines()
+    assert sealed(f"{head}\n{body}\n") == text
     made = change(json.loads(head), body)
     assert made != (head, body)
-    run.view.write_text("\n".join(made) + "\n")
+    run.view.write_text(sealed("\n".join(made) + "\n"))
     assert published(run) is None and RunLogReader.of(run) == whole
     log = RunLog(run, 2, at(50))
     assert log.view == whole.view
     log.close()
+
+
+def test_a_view_with_a_flipped_bit_is_passed_over(run: RunPaths) -> None:
+    whole, text = whole_and_view(run)
+    for place in [*range(0, len(text), 7), *range(len(text) - 10, len(text))]:
+        flipped = bytearray(text.encode())
+        flipped[place] ^= 1
+        run.view.write_bytes(flipped)
+        assert published(run) is None, f"byte {place}"
+    assert RunLogReader.of(run) == whole
 
 
 def test_a_view_that_is_no_text_is_passed_over(run: RunPaths) -> None:

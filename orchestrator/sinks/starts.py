@@ -1,0 +1,86 @@
+"""When a sink is looked for again, and how one is pumped to its end. Neither Ray nor W&B."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.decide import backoff
+
+FIRST_SECONDS = 5.0
+"""Between the first two looks whether a run's sink is there; doubles up to `LONGEST_SECONDS`."""
+LONGEST_SECONDS = 300.0
+FORGOTTEN_SECONDS = 30.0
+"""A run that nobody has spoken of for so long is looked at at once: it may have been resumed meanwhile."""
+TRIES = 10
+"""Failures in a row after which a sink gives up; while its run has ranks, another is started then."""
+_PUMP_SECONDS = 1.0
+
+log = logging.getLogger("megaray.sinks")
+
+
+@dataclass
+class _Look:
+    spoken: float
+    due: float
+    times: int = 0
+
+
+class SinkStarts:
+    """The runs whose sinks were looked for, and when the next look at each is due."""
+
+    def __init__(self) -> None:
+        self._looks: dict[str, _Look] = {}
+
+    def due(self, run_root: str, now: float) -> bool:
+        """Whether to look for a run's sink now; counts as a look where it is.
+
+        Args:
+            run_root: of a run that has ranks; spoken of again and again.
+            now: monotonic seconds.
+        """
+        self._looks = {r: look for r, look in self._looks.items() if now - look.spoken < FORGOTTEN_SECONDS}
+        look = self._looks.setdefault(run_root, _Look(now, now))
+        look.spoken = now
+        if now < look.due:
+            return False
+        look.times += 1
+        look.due = now + backoff.wait(FIRST_SECONDS, look.times, LONGEST_SECONDS)
+        return True
+
+
+class Pumped(Protocol):
+    """A sink."""
+
+    def pump(self) -> bool:
+        """Log what is new; True at the end."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+def pump_to_the_end(make: Callable[[], Pumped], wait: Callable[[float], None] = time.sleep) -> None:
+    """Make a sink and pump it until it has logged all.
+
+    One that raises, as its files do on a full disk, is made anew after a while, ever more rarely and `TRIES` times in a row
+    at most; where it stopped is in its own cursor.
+    """
+    failures = 0
+    while failures < TRIES:
+        try:
+            sink = make()
+            try:
+                while not sink.pump():
+                    failures = 0
+                    wait(_PUMP_SECONDS)
+            finally:
+                sink.close()
+            return
+        except Exception:  # of whatever kind: nothing else looks after the sink
+            failures += 1
+            log.exception("a sink failed (%d in a row)", failures)
+            wait(backoff.wait(FIRST_SECONDS, failures, LONGEST_SECONDS))
+    log.error("a sink is given up after %d failures in a row", failures)

@@ -1,0 +1,98 @@
+"""Slots that are held and let go by calls that take their time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.agent.driver import AgentGone, Gangs
+from orchestrator.agent.orders import AttemptOrder, AttemptReport
+from orchestrator.control.gang import GangSpec, Want
+from orchestrator.record.events import NodeShare
+from tests.orchestrator.agent.local_runtime import until
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+
+
+class SlowCarrier:
+    """Ray as it is when it takes its time: a test says when a call about slots is done. No node has an agent."""
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+        self.holding: list[Future[Any]] = []
+        self.letting: list[Future[Any]] = []
+
+    def alive(self) -> frozenset[str]:
+        return frozenset()  # so that all nodes are lost, and no stop has to be waited for
+
+    def attend(
+        self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
+    ) -> Future[AttemptReport]:
+        gone: Future[AttemptReport] = Future()
+        gone.set_exception(AgentGone("the node is gone"))
+        return gone
+
+    def witness(self, spec: GangSpec, path: str) -> Future[str]:
+        return Future()
+
+    def hold(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
+        self.holding.append(Future())
+        return self.holding[-1]
+
+    def let_go(self, reservation: str) -> Future[bool]:
+        self.held.discard(reservation)
+        self.letting.append(Future())
+        return self.letting[-1]
+
+
+def spec(root: Path, attempt: int) -> GangSpec:
+    share = NodeShare("n0", "10.0.0.1", "host0", (0,))
+    return GangSpec(f"a-a{attempt:03d}", str(root), attempt, (share,), "CPU", 1, (), "", 1)
+
+
+@pytest.fixture
+def carrier() -> SlowCarrier:
+    return SlowCarrier()
+
+
+@pytest.fixture
+def gangs(carrier: SlowCarrier) -> Iterator[Gangs]:
+    gangs = Gangs(carrier)
+    yield gangs
+    gangs.close()
+
+
+def test_slots_are_let_go_after_the_call_that_holds_them(
+    gangs: Gangs, carrier: SlowCarrier, tmp_path: Path
+) -> None:
+    """The other way round the call would hold them for a run that has ended."""
+    one = spec(tmp_path, 1)
+    gangs.ensure(one, Want.RESERVED)
+    until(lambda: carrier.holding, "it is asked for slots")
+    gangs.ensure(one, Want.RELEASED)
+    turned = gangs._turned
+    until(lambda: gangs._turned > turned + 0.5, "a few turns pass")
+    assert not carrier.letting and not gangs.status(one).released
+    carrier.held.add(one.reservation)
+    carrier.holding[0].set_result(None)
+    until(lambda: carrier.letting, "they are let go")
+    carrier.letting[0].set_result(True)
+    until(lambda: gangs.status(one).released, "they are free")
+    assert not carrier.held and len(carrier.holding) == 1
+
+
+def test_slots_that_are_being_let_go_are_not_forgotten_for_the_next_attempt(
+    gangs: Gangs, carrier: SlowCarrier, tmp_path: Path
+) -> None:
+    one = spec(tmp_path, 1)
+    gangs.ensure(one, Want.RELEASED)
+    until(lambda: carrier.letting, "they are let go")
+    gangs.ensure(spec(tmp_path, 2), Want.RESERVED)
+    carrier.letting[0].set_result(False)  # Ray hasn't done it yet
+    until(lambda: len(carrier.letting) == 2, "it is asked again")
+    carrier.letting[1].set_result(True)
+    until(lambda: gangs.status(one).released, "they are free")

@@ -1,0 +1,126 @@
+"""Stops that meet what they shouldn't: an end is reported all the same, and names what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.paths import RunPaths
+from orchestrator.agent import attempt as attempts
+from orchestrator.agent import devices, family
+from orchestrator.agent.agent import NodeAgent
+from orchestrator.agent.orders import AttemptPhase
+from orchestrator.control.gang import Want
+from tests.orchestrator.agent.one_agent import attend_until, order, started
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+DEVICES = {"CUDA_VISIBLE_DEVICES": "0,GPU-bb"}
+Tool = Callable[[str], None]
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Sets what `nvidia-smi` says of the memory of two devices."""
+    program, level = tmp_path / "bin" / "nvidia-smi", tmp_path / "level"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nsed "s/^/0, GPU-aa, /" {level}\nsed "s/^/1, GPU-bb, /" {level}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return lambda text: level.write_bytes(text.encode("latin-1")) and None
+
+
+def on_devices(agent: NodeAgent, run: RunPaths) -> None:
+    """Start one rank that has both."""
+    base = order(run).launch
+    assert base is not None
+    launch = replace(base, devices=DEVICES, uses_devices=True)
+    answer = attend_until(agent, order(run, launch=launch), lambda a: a.phase is AttemptPhase.READY)
+    begin = order(run, launch=replace(launch, master=answer.master))
+    answer = attend_until(agent, begin, lambda a: a.phase is AttemptPhase.RUNNING or bool(a.unfit))
+    assert not answer.unfit
+
+
+def test_device_memory_is_waited_for_and_what_stays_is_told(
+    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_DEVICE_SECONDS", 0.5)
+    tool("100\n")
+    on_devices(agent, run)
+    tool("40000\n")
+    stopping = attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    assert "device 0 still holds 39.0 GiB" in stopping.unfit and "GPU-bb" in stopping.unfit
+
+
+@pytest.mark.parametrize(
+    "text", ["[N/A]", "[Unknown Error]", "[GPU requires reset]", "", "1, 2", "\xff", "7\nUnable to determine"]
+)
+def test_memory_that_the_tool_does_not_know_is_unknown_and_holds_nothing_up(tool: Tool, text: str) -> None:
+    tool(f"{text}\n")
+    usage = devices.used(DEVICES)
+    if text.startswith("7"):
+        assert usage.used == {"0": 7 << 20, "GPU-bb": 7 << 20} and not usage.unknown
+    else:
+        assert usage.used == {} and usage.unknown == "nvidia-smi gives no memory in use of device 0, GPU-bb"
+    assert devices.held(DEVICES, {}) == ""
+
+
+@pytest.mark.parametrize("texts", [("100", "[Unknown Error]"), ("[GPU requires reset]", "100")])
+def test_a_device_with_a_fault_neither_bars_a_start_nor_holds_a_stop_up(
+    agent: NodeAgent, run: RunPaths, tool: Tool, texts: tuple[str, str]
+) -> None:
+    tool(f"{texts[0]}\n")
+    on_devices(agent, run)
+    tool(f"{texts[1]}\n")
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+
+
+@pytest.mark.parametrize("step", ["_end_ranks", "_left", "_close_chronicle", "_await_devices"])
+def test_a_stop_ends_whatever_fails_in_it_and_says_what_did(
+    agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    pid = started(agent, run).pids[0]
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(attempts.Attempt, step, fail)
+    stopped = attend_until(agent, order(run, Want.RELEASED), lambda a: a.phase is AttemptPhase.STOPPED)
+    assert stopped.unfit == "the ranks' end isn't certain: OSError: [Errno 24] Too many open files"
+    assert (family.state_of(pid) == "") is (step != "_left"), "the other steps were taken"
+    family.end([pid], signal.SIGKILL)
+
+
+def test_a_rank_is_known_by_its_id_until_its_end_alone(
+    agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[Mapping[int, float]] = []
+    real = family.of_attempt
+
+    def look(mark: str, leaders: Mapping[int, float]) -> list[int]:
+        ends.append(leaders)
+        return real(mark, leaders)
+
+    monkeypatch.setattr(family, "of_attempt", look)
+    pid = started(agent, run).pids[0]
+    os.kill(pid, signal.SIGKILL)
+    answer = attend_until(
+        agent, order(run, Want.WATCHED), lambda a: any(one.exit_code == -9 for one in a.report.ranks)
+    )
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    ended = next(one.exit_time for one in answer.report.ranks)
+    assert ends and all(one == {pid: ended} for one in ends)
+
+
+def test_a_look_at_the_node_that_breaks_bars_nothing(run: RunPaths) -> None:
+    def check() -> str:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    agent = NodeAgent("node-of-tests", check=check)
+    attend_until(agent, order(run), lambda a: a.phase is AttemptPhase.READY)
+    agent.close()
