@@ -55,7 +55,7 @@ class CollectivesConfig(Section):
     """Library under torch.distributed; auto: nccl (RCCL under ROCm) on GPUs, gloo elsewhere."""
     timer: Literal["auto", "host", "events", "graph"] = "auto"
     """How calls are launched on a GPU: `graph`: replayed (`-G`); `events`: one by one; `host`: each waited for; auto: a
-    graph where Python's launch would show, else one by one. CPUs know `host` alone."""
+    graph where Python's launch would show, else one by one. CPUs know `host` alone, and refuse `graph`."""
     sync: Literal["loop", "wait", "barrier"] = "loop"
     """`loop`: back to back, as nccl-tests measures; `wait`: each is waited for (`-z 2`); `barrier`: a barrier, outside of
     the time, before each (`-z 3`)."""
@@ -116,17 +116,38 @@ class CollectivesConfig(Section):
                     f"collectives.{high}={getattr(self, high)} is below collectives.{low}={getattr(self, low)}; "
                     f"set collectives.{high} to at least {getattr(self, low)}"
                 )
-        if self.timer == "graph" and self.sync != "loop":
-            raise ValueError(
-                f"collectives.timer=graph (-G) excludes collectives.sync={self.sync} (-z): a graph can't wait between its "
-                "calls; leave one of them out"
-            )
+        self._check_graphs()
         if any(value < 1 for value in self.imbalances):
             raise ValueError(
                 f"collectives.imbalances={','.join(map(str, self.imbalances))} goes below 1, the even load; "
                 "type e.g. collectives.imbalances=1,1.5,2"
             )
         return self
+
+    def _check_graphs(self) -> None:
+        """Refuse what no graph holds where one is to be replayed: its times would be those of other launches."""
+        if self.timer != "graph":
+            return
+        if self.sync != "loop":
+            raise ValueError(
+                f"collectives.timer=graph (-G) excludes collectives.sync={self.sync} (-z): a graph can't wait between its "
+                "calls; leave one of them out"
+            )
+        if self.study != "sweep":
+            raise ValueError(
+                f"collectives.timer=graph (-G) excludes collectives.study={self.study}, which replays no graphs; leave one "
+                "of them out"
+            )
+        if self.backend in ("gloo", "mpi"):
+            raise ValueError(
+                f"collectives.timer=graph (-G) excludes collectives.backend={self.backend}, whose calls wait on the host; "
+                "leave one of them out"
+            )
+        if "barrier" in self.ops:
+            raise ValueError(
+                "collectives.timer=graph (-G) excludes collectives.ops=barrier, which waits on the host; leave it out of "
+                "--ops, or measure it without -G"
+            )
 
 
 class LibrarySetting(Section):

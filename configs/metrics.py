@@ -336,9 +336,9 @@ def last_step(path: Path, window: int = 1 << 17) -> StepLine | MeasuredLine | No
                 file.seek(begin)
                 data, start = file.read(start - begin) + data, begin
                 whole = data if not start else data.partition(b"\n")[2]
-                found = _newest(whole)
-                if found is not None or size - start > _LONGEST:
-                    return found
+                line = _newest(whole)
+                if line is not None or size - start > _LONGEST:
+                    return line
     except FileNotFoundError:
         pass
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -73,6 +74,16 @@ class YarnConfig(Section):
     """Turns within the original context below which a frequency is divided by `factor`."""
 
 
+def has_experts(layer: int, leading: int, every: int) -> bool:
+    """The rule of Llama 4 (`moe_layers`) and of Qwen (`decoder_sparse_step`), after so many leading dense layers."""
+    return layer >= leading and (layer + 1) % every == 0
+
+
+@lru_cache(maxsize=1024)
+def _moe_layers(layers: int, leading: int, every: int) -> tuple[int, ...]:
+    return tuple(layer for layer in range(layers) if has_experts(layer, leading, every))
+
+
 class ModelConfig(Section):
     """Shape of a decoder-only mixture-of-experts model."""
 
@@ -100,8 +111,11 @@ class ModelConfig(Section):
     """Inner width of the shared expert that sees every token; 0 for none."""
     dense_layers: NonNegative = 0
     """Leading layers with a dense SwiGLU instead of experts."""
+    moe_every: Positive = 1
+    """Period of the layers with experts after those: the ones whose number in the whole model, counted from 1, is a
+    multiple of it (Llama 4 Maverick: 2). The others are dense."""
     dense_width: NonNegative = 0
-    """Inner width of those dense layers."""
+    """Inner width of the dense layers."""
     gated: bool = True
     """MLPs and experts are SwiGLU (gate, up, down); false: two matrices and GELU."""
     attention: Literal["gqa", "mla", "cca"] = "gqa"
@@ -160,12 +174,6 @@ class ModelConfig(Section):
                 f"model.rope_fraction={self.rope_fraction} rotates {self.head_dim * self.rope_fraction:g} of "
                 f"model.head_dim={self.head_dim}; choose a fraction that gives an even number of 2 or more"
             )
-        if self.dense_layers > self.layers:
-            raise ValueError(
-                f"model.dense_layers={self.dense_layers} is more than model.layers={self.layers}"
-            )
-        if self.dense_layers and not self.dense_width:
-            raise ValueError("model.dense_width=0, but model.dense_layers asks for dense layers; set it")
         if self.attention == "mla" and not (self.kv_lora_rank and self.rope_head_dim):
             raise ValueError(
                 f"model.attention=mla with model.kv_lora_rank={self.kv_lora_rank} and "
@@ -185,8 +193,44 @@ class ModelConfig(Section):
                 f"model.rope_fraction={self.rope_fraction} has no meaning under model.attention=mla, which rotates "
                 "model.rope_head_dim; type model.rope_fraction=1"
             )
+        self._check_layers()
         self._check_groups()
         return self
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer has experts, counted from 0; those of multi-token prediction, which count on from the last
+        layer, all have."""
+        return layer >= self.layers or has_experts(layer, self.dense_layers, self.moe_every)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with experts, ascending; without multi-token prediction."""
+        return _moe_layers(self.layers, self.dense_layers, self.moe_every)
+
+    @property
+    def router_layers(self) -> tuple[int, ...]:
+        """Layers that have a router, ascending, those of multi-token prediction at the end: the rows of expert loads."""
+        return self.moe_layers + tuple(range(self.layers, self.layers + self.mtp_layers))
+
+    def _check_layers(self) -> None:
+        if self.dense_layers > self.layers:
+            raise ValueError(
+                f"model.dense_layers={self.dense_layers} is more than model.layers={self.layers}; "
+                f"set it to at most {self.layers}"
+            )
+        if self.moe_every > 1 and not self.moe_layers:
+            raise ValueError(
+                f"model.moe_every={self.moe_every} leaves no layer with experts: no multiple of it is above "
+                f"model.dense_layers={self.dense_layers} and at most model.layers={self.layers}; type model.moe_every=1"
+            )
+        dense = [str(layer) for layer in range(self.layers) if not self.is_moe(layer)]
+        if dense and not self.dense_width:
+            field = "dense_layers" if self.dense_layers else "moe_every"
+            shown = ", ".join(dense[:3]) + (", …" if len(dense) > 3 else "")
+            raise ValueError(
+                f"model.dense_width=0, but model.{field}={getattr(self, field)} makes layers dense ({shown}); "
+                "set model.dense_width"
+            )
 
     def _check_groups(self) -> None:
         router = self.router

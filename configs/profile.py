@@ -119,8 +119,8 @@ class FabricProfile(Section):
 
     def find(self, op: str, ranks: int, nodes: int) -> CollectiveCurve | None:
         """The curve of an operation for groups of `ranks` over `nodes`; None where that wasn't measured."""
-        found = (c for c in self.curves if (c.op, c.ranks, c.nodes) == (op, ranks, nodes))
-        return next(found, None)
+        curves = (c for c in self.curves if (c.op, c.ranks, c.nodes) == (op, ranks, nodes))
+        return next(curves, None)
 
 
 class MatmulRate(Section):

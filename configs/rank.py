@@ -124,13 +124,13 @@ def threads(env: Mapping[str, str]) -> int:
     Raises:
         UserError: where that isn't a number.
     """
-    told = env.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if told and not (told.isdecimal() and int(told)):
+    count = env.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if count and not (count.isdecimal() and int(count)):
         raise UserError(
             f"OMP_NUM_THREADS='{env['OMP_NUM_THREADS']}' doesn't begin with a number of threads; set it to one, such as 4, "
             "or unset it"
         )
-    return int(told or 1)
+    return int(count or 1)
 
 
 def die_with_parent(env: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from configs.hardware import HardwareConfig as HardwareConfig
 from configs.model import ModelConfig as ModelConfig
 from configs.model import RouterConfig as RouterConfig
 from configs.model import YarnConfig as YarnConfig
-from configs.section import NonNegative, Positive, Section
+from configs.section import Name, NonNegative, Positive, Section
 from configs.timeouts import Timeouts
 from configs.training import CheckpointConfig as CheckpointConfig
 from configs.training import DataConfig as DataConfig
@@ -102,7 +102,7 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """Everything that defines a run; saved resolved as `config.yaml` in the run's folder."""
 
-    name: str | None = None
+    name: Name | None = None
     """Prefix of the run id; None: the model's name."""
     resume: str | None = None
     """Where a new run begins: a run's id, or the folder or URL of checkpoints or of one step; only read. None: step 0."""
@@ -158,6 +158,15 @@ class RunConfig(Section):
                     f"train.micro_batch*parallel.dp={unit}; set it to a multiple of {unit}"
                 )
         self._check_ramp()
+        if (
+            self.workload == "collectives"
+            and self.collectives.timer == "graph"
+            and self.hardware.kind == "cpu"
+        ):
+            raise ValueError(
+                f"collectives.timer=graph (-G) replays graphs of a GPU, which hardware={self.hardware.name} doesn't have; "
+                "name the devices, e.g. hardware=h100, or leave -G out"
+            )
         if self.train.evaluate_every and not self.data.validation:
             raise ValueError(
                 f"train.evaluate_every={self.train.evaluate_every} needs documents that are held out of training; set "

@@ -10,6 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NAME_CHARACTERS = 64
+"""That a run id begins with at most: names of folders, which file systems bound at 255 bytes, are made of it."""
+Name = Annotated[str, Field(max_length=NAME_CHARACTERS)]
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

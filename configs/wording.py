@@ -97,8 +97,8 @@ def explain(error: ValidationError) -> str:
         details = [
             d for d in details if d["loc"][:2] != ("resilience", "timeouts") or d["loc"][2:] == ("patience",)
         ]
-    told = dict.fromkeys(_sentence(detail) for detail in details)
-    return "; also: ".join(told)
+    sentences = dict.fromkeys(_sentence(detail) for detail in details)
+    return "; also: ".join(sentences)
 
 
 def _path(detail: ErrorDetails) -> str:
@@ -128,6 +128,8 @@ def _sentence(detail: ErrorDetails) -> str:
     }
     if kind == "too_short":
         return f"{path} is empty; type e.g. {example(path)}"
+    if kind == "string_too_long":
+        return f"{path}={_shown(value)} has {len(value)} characters; type at most {context['max_length']}"
     if kind in bounds:
         key, words = bounds[kind]
         return f"{path}={_shown(value)} {words} {context[key]:g}; type e.g. {example(path)}"

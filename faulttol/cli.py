@@ -263,9 +263,9 @@ def _bytes(text: str) -> int:
 def _preflight(options: argparse.Namespace) -> int:
     from faulttol.preflight.run import preflight
 
-    found = preflight([peer for peer in options.peers.split(",") if peer], arithmetic=not options.quick)
-    print(json.dumps(found.to_json(), indent=1) if options.json else "\n".join(found.lines()), flush=True)
-    return int(bool(found.why))
+    outcome = preflight([peer for peer in options.peers.split(",") if peer], arithmetic=not options.quick)
+    print(json.dumps(outcome.to_json(), indent=1) if options.json else "\n".join(outcome.lines()), flush=True)
+    return int(bool(outcome.why))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -168,13 +168,13 @@ def read(path: Path, after: int = 0) -> list[Record]:
     if header is None:
         return []
     capacity, last = header
-    found = []
+    records = []
     for sequence in range(max(after, last - capacity) + 1, last + 1):
         at = _offset(sequence, capacity)
         record = _parse(data[at : at + _RECORD.size])
         if record is not None and record.sequence == sequence:
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def newest(path: Path) -> Record | None:

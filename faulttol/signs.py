@@ -138,7 +138,7 @@ def _groups(inside: Any) -> list[tuple[str, list[Any], int, int]]:
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return []
     world = dist.distributed_c10d._world
-    found = []
+    groups = []
     for group in list(world.pg_map):
         entered = _entered(group)
         if entered is None:
@@ -147,8 +147,8 @@ def _groups(inside: Any) -> list[tuple[str, list[Any], int, int]]:
         about = getattr(group, "group_desc", "")
         tag = str(group.group_name)[:8]
         name = f"{about} ({tag})" if about and about not in ("undefined", "default_pg") else f"group {tag}"
-        found.append((name, _compact(ranks), entered, entered - (group is inside and entered > 0)))
-    return found
+        groups.append((name, _compact(ranks), entered, entered - (group is inside and entered > 0)))
+    return groups
 
 
 def _entered(group: Any) -> int | None:

@@ -1,7 +1,8 @@
-"""Docstrings, comments, messages and documents avoid the words that CONTRIBUTING.md lists."""
+"""Docstrings, comments, messages and pages avoid the words that CONTRIBUTING.md lists, and variables the empty names."""
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -20,6 +21,12 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("depl
 _HEADING = "## Words to avoid"
 _CODE = re.compile(r"\{[^{}]*\}|`[^`\n]*`")
 """Names in a text: fields of an f-string, and what a document or docstring marks as code."""
+
+
+EMPTY_NAMES = frozenset({"found", "told", "asked"})
+"""Names that say nothing about what a variable holds."""
+KEPT_NAMES = {("orchestrator/record/events.py", "found")}
+"""Fields of a file's format: of `controller_started`, in logs that there are."""
 
 
 @cache
@@ -47,8 +54,8 @@ def complaints(where: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
         text = _CODE.sub("", line)
         for pattern, (_, advice) in avoided().items():
             # An argument that is called `told` is described in the docstring under its name.
-            if (found := re.search(pattern, text)) and not re.match(r"\s*\w+: ", text[found.start() :]):
-                yield f"{where}:{number}: {line.strip()}; instead of '{found.group()}' write {advice}"
+            if (match := re.search(pattern, text)) and not re.match(r"\s*\w+: ", text[match.start() :]):
+                yield f"{where}:{number}: {line.strip()}; instead of '{match.group()}' write {advice}"
 
 
 def test_the_packages_avoid_the_words() -> None:
@@ -85,3 +92,65 @@ def test_planted_words_are_found_where_people_read() -> None:
         "z = 'there is no GPU'\n"
     )
     assert [c.split(":")[1] for c in complaints("a.py", prose(source))] == ["1", "2", "3"]
+
+
+def empty_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of each variable, argument, field or alias that is called by an empty name."""
+    line = 0
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", line)
+        match node:
+            case (
+                ast.Name(id=name, ctx=ast.Store())
+                | ast.Attribute(attr=name, ctx=ast.Store())
+                | ast.arg(arg=name)
+            ):
+                pass
+            case (
+                ast.ExceptHandler(name=name)
+                | ast.MatchAs(name=name)
+                | ast.MatchStar(name=name)
+                | ast.alias(asname=name)
+            ):
+                pass
+            case ast.MatchMapping(rest=name):
+                pass
+            case _:
+                continue
+        if name in EMPTY_NAMES:
+            yield line, name
+
+
+def test_variables_are_named_by_their_contents() -> None:
+    seen = [(str(m.path), *one) for m in modules(folders=ROOMS) for one in empty_names(m.tree)]
+    assert [f"{path}:{line}: {name}" for path, line, name in seen if (path, name) not in KEPT_NAMES] == []
+    assert {(path, name) for path, _, name in seen} == KEPT_NAMES, "what is kept is there"
+
+
+def test_planted_names_are_seen_wherever_one_is_stored(tmp_path: Path) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "found = 1\n"
+        "first, (told, *asked) = rows\n"
+        "class Answer:\n"
+        "    found: int = 0\n"
+        "def give(told, *asked, found=None, **others): ...\n"
+        "for told in rows: ...\n"
+        "kept = [found for found in rows]\n"
+        "if asked := rows: ...\n"
+        "answer.found += 1\n"
+        "with rows as told: ...\n"
+        "lambda asked: 1\n"
+        "try: ...\n"
+        "except ValueError as found: ...\n"
+        "import rows as told\n"
+        "match rows:\n"
+        "    case [asked, *found] | {**told}: ...\n"
+        "# told, found and asked in prose are fine, and so is what another library calls so:\n"
+        "rows = answer.found + told(asked=1) + found['told']\n"
+        "def told() -> None: ...\n"
+        "founded = asks = untold = 1\n"
+    )
+    seen = sorted(empty_names(ast.parse(planted.read_text())))
+    assert [line for line, _ in seen] == [1, 2, 2, 4, 5, 5, 5, 6, 7, 8, 9, 10, 11, 13, 14, 16, 16, 16]
+    assert {name for _, name in seen} == EMPTY_NAMES

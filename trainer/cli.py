@@ -214,11 +214,11 @@ def _prepare(options: argparse.Namespace) -> int:
     from trainer.data import command
 
     try:
-        found = command.run(options.overrides, options.config, options.out, options.workers, sys.stderr)
+        prepared = command.run(options.overrides, options.config, options.out, options.workers, sys.stderr)
     except KeyboardInterrupt:
         print("megaray: stopped; the same command continues from here", file=sys.stderr)
         return 130
-    return _say([json.dumps(found, indent=1)] if options.json else command.lines(found))
+    return _say([json.dumps(prepared, indent=1)] if options.json else command.lines(prepared))
 
 
 def _forecast(options: argparse.Namespace) -> int:
@@ -276,19 +276,19 @@ def _answer(options: argparse.Namespace) -> int:
     names = _compared(options.compare)
     calls = [with_hardware(options.overrides, name) for name in names] if names else [options.overrides]
     answers = [answer(call, options.config, options.gpus, options.profile, options.suggest) for call in calls]
-    asked = _asked(options, answers[0])
+    more = _asked(options, answers[0])
     if options.json:
         made = [one.to_json() for one in answers]
-        for one in asked:
+        for one in more:
             made[0] |= one.data
         return _say([json.dumps(made if names else made[0], indent=1)])
     if options.explain is not None:
         figures = answers[0].figures() | {
-            f.name: f for one in asked for top in one.figures for f in top.walk()
+            f.name: f for one in more for top in one.figures for f in top.walk()
         }
         return _say(screen.explained(figures, options.explain))
     lines = list(screen.compared(answers) if names else screen.sized(answers[0]))
-    for one in asked:
+    for one in more:
         lines += ["", one.title, *(f"  {line}" for line in one.lines)]
     return _say([*lines, "", screen.HINT])
 
@@ -297,17 +297,17 @@ def _asked(options: argparse.Namespace, one: SizingAnswer) -> list[AnsweredQuest
     """Answers to what is asked besides."""
     from trainer.sizing.ask import asked
 
-    found = []
+    answers = []
     if (options.by is None) != (options.tokens is None):
         raise UserError("--by and --tokens go together; type e.g. --by friday --tokens 300B")
     if options.fit:
-        found.append(asked.to_fit(one))
+        answers.append(asked.to_fit(one))
     if options.by is not None:
-        found.append(asked.in_time(one, options.by, options.tokens, datetime.now().astimezone()))
+        answers.append(asked.in_time(one, options.by, options.tokens, datetime.now().astimezone()))
     if options.on is not None:
         _check_device("--on", options.on)
-        found.append(asked.elsewhere(one, options.on))
-    return found
+        answers.append(asked.elsewhere(one, options.on))
+    return answers
 
 
 def _check_device(flag: str, name: str) -> None:

@@ -100,8 +100,8 @@ class BatchFeed:
         masked = self._config.data.document_mask
         return tokens, documents(tokens, self._store.separator) if masked else None
 
-    def _batch(self, tokens: np.ndarray, found: np.ndarray | None) -> Batch:
-        return Batch(self._to_device(tokens), None if found is None else self._to_device(found))
+    def _batch(self, tokens: np.ndarray, documents: np.ndarray | None) -> Batch:
+        return Batch(self._to_device(tokens), None if documents is None else self._to_device(documents))
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

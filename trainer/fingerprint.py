@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import RunConfig
+from configs.schema import ModelConfig, RunConfig
 from faulttol.checkpoint.manifest import flat
 from trainer.data.store import differences
 
@@ -16,6 +16,12 @@ _FREE = {
 }  # fmt: skip
 _OPTIM_FIXED = ("kind", "moments")
 """Settings of the optimizer that say which slots its state has."""
+
+
+def _defaults() -> dict[str, Any]:
+    """The model's fields that have a default."""
+    nothing: dict[str, Any] = {}
+    return flat(ModelConfig.model_construct(**nothing).model_dump(mode="json"))
 
 
 def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -31,13 +37,16 @@ def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
 def refusals(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two fingerprints: what forbids to resume, and what only has to be said.
 
-    A field that one of them lacks was added by another version, whose default the other had; it doesn't count. Weights
-    that came from elsewhere have no data: no samples are consumed yet.
+    A field that an older checkpoint lacks was added by a later version and had its default: of the model that is compared,
+    of all else it doesn't count. Weights that came from elsewhere may have neither model nor data: no samples are consumed
+    yet.
     """
     refused: list[str] = []
     said: list[str] = []
     for section in ("model", "optim"):
         before, now = old.get(section, {}), new[section]
+        if section == "model" and before:
+            before = _defaults() | before
         for name in sorted(before.keys() & now.keys()):
             if before[name] != now[name]:
                 line = f"{section}.{name} was {before[name]} and is {now[name]}"

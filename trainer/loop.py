@@ -181,14 +181,14 @@ class _Job:
 
     def resume(self, startup: Startup) -> None:
         """Load the newest checkpoint that every rank can read."""
-        found = self.checkpoints.restore(self.engine)
+        loaded = self.checkpoints.restore(self.engine)
         path, notes = None, self.feed.notes
-        if found is not None:
-            self.progress.step = self.progress.line_step = found.step
-            self.progress.loss, path = found.loss, found.path
-            self.progress.ahead = found.samples - samples_before(self.config.train, found.step)
-            notes = [*notes, *found.notes]
-            self.facts["tier"] = found.tier
+        if loaded is not None:
+            self.progress.step = self.progress.line_step = loaded.step
+            self.progress.loss, path = loaded.loss, loaded.path
+            self.progress.ahead = loaded.samples - samples_before(self.config.train, loaded.step)
+            notes = [*notes, *loaded.notes]
+            self.facts["tier"] = loaded.tier
         self.saves.begin(self.progress.step)
         self.lines.note(notes)
         startup.end()
@@ -225,7 +225,7 @@ class _Job:
     def _tell_stopped(self) -> None:
         """Write that the ranks have stopped, and which of them were asked: the others only follow."""
         self.lines.stopped(self.progress.step, self.progress.unsaved is None)
-        if self.stop.asked:
+        if self.stop.signalled:
             exits.write(self.rank.files.raised, Stopped(f"SIGTERM at step {self.progress.step}"))
         else:
             exits.follow(self.rank.files.raised, f"a peer was asked to stop at step {self.progress.step}")
@@ -240,7 +240,9 @@ class _Job:
         with self.clock.phase("data"):
             batches = self.feed.batches()
         lr = learning_rate(self.config.optim, index, train.steps)
-        result = self.engine.step(batches, samples_of(train, index), lr, self._phase, lambda: self.stop.asked)
+        result = self.engine.step(
+            batches, samples_of(train, index), lr, self._phase, lambda: self.stop.signalled
+        )
         self.skipped[0] += result.skipped
         self.skipped[1] = (self.skipped[1] + result.skipped) * result.skipped
         progress.step = index + 1

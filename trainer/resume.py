@@ -108,24 +108,24 @@ class Checkpoints:
                 f"the checkpoint of step {newest.step} in {self._root} can't be resumed: {'; '.join(refused[:4])}; set "
                 "it back, or name another checkpoint.path to start afresh"
             )
-        found = loading.restore(tiers, list(_wanted(engine)), self._mesh, self._identity, self._signs.alive)
-        if found is None:
+        loaded = loading.restore(tiers, list(_wanted(engine)), self._mesh, self._identity, self._signs.alive)
+        if loaded is None:
             return None
         engine.loaded()
-        self._lineage = list(found.facts.get("lineage", []))
+        self._lineage = list(loaded.facts.get("lineage", []))
         if newest.run != self._identity.run:
-            self._lineage.append({"run": newest.run, "step": found.step, "path": found.path})
-        notes = [f"passed over a checkpoint: {why}" for why in found.passed]
-        notes += [f"changed since step {found.step}: {line}" for line in said]
-        samples, would = int(found.facts["samples"]), samples_before(self._config.train, found.step)
+            self._lineage.append({"run": newest.run, "step": loaded.step, "path": loaded.path})
+        notes = [f"passed over a checkpoint: {why}" for why in loaded.passed]
+        notes += [f"changed since step {loaded.step}: {line}" for line in said]
+        samples, would = int(loaded.facts["samples"]), samples_before(self._config.train, loaded.step)
         if samples != would:
             notes.append(
-                f"the batch changed: {samples} samples were consumed up to step {found.step}, where this "
+                f"the batch changed: {samples} samples were consumed up to step {loaded.step}, where this "
                 f"configuration would have taken {would}; it continues with sample {samples}"
             )
-        loss = found.facts.get("loss")  # weights that came from elsewhere have none
+        loss = loaded.facts.get("loss")  # weights that came from elsewhere have none
         loss = float("nan") if loss is None else float(loss)
-        return LoadedState(found.step, samples, loss, found.path, found.tier, notes)
+        return LoadedState(loaded.step, samples, loss, loaded.path, loaded.tier, notes)
 
     def _tiers(self, ends: ExitStack) -> list[loading.Tier]:
         """What may be begun from, while `ends` is open: memory, the store, and what `resume` names."""
@@ -144,8 +144,8 @@ class Checkpoints:
             _log.warning("snapshots in memory are passed over: %s", why)
             return []
         context = memory.tier(folder, self._mesh, self._identity, secret, self._rank.master_addr)
-        found = ends.enter_context(context)
-        return [found] if found is not None else []
+        tier = ends.enter_context(context)
+        return [tier] if tier is not None else []
 
     # ---- saves ----
 

@@ -43,9 +43,9 @@ class Startup:
 
 
 def _started(env: Mapping[str, str]) -> float:
-    told = env.get("MEGARAY_STARTED", "")
+    started = env.get("MEGARAY_STARTED", "")
     try:
-        return float(told) if told else steady.now() - _age()
+        return float(started) if started else steady.now() - _age()
     except ValueError:
         return steady.now()
 

@@ -27,7 +27,7 @@ class Stop:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
-        self.asked = False
+        self.signalled = False
         """This rank has got SIGTERM."""
 
     @contextmanager
@@ -43,10 +43,10 @@ class Stop:
             signal.signal(signal.SIGTERM, before)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
+        if self.signalled:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        self.asked = True
+        self.signalled = True
 
     def agreed(self, wishes: Tensor) -> bool:
         """Whether all ranks stop behind this step; the same answer on all of them.

@@ -11,6 +11,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.hugging_face.file import ConfigFile, Tree
+from configs.model import has_experts
 
 ARCHITECTURES = {
     "MixtralForCausalLM": "mixtral", "OlmoeForCausalLM": "olmoe", "Qwen2MoeForCausalLM": "qwen2_moe",
@@ -86,16 +87,42 @@ def _softmax(config: ConfigFile, top_k: int, coefficient: float, renormalize: bo
     }  # fmt: skip
 
 
-def _leading_dense(config: ConfigFile) -> Tree:
-    """`mlp_only_layers` and `decoder_sparse_step` of Qwen: only leading layers can be dense here."""
-    dense, step = config.get("mlp_only_layers", []), config.whole("decoder_sparse_step", default=1)
-    if step != 1 or dense != list(range(len(dense))):
-        raise UserError(
-            f"{config.where}: decoder_sparse_step={step}, mlp_only_layers={dense} makes other layers dense than the first; "
-            "only leading layers can be dense (model.dense_layers)"
-        )
-    width = config.whole("intermediate_size", default=0)
-    return {"dense_layers": len(dense), "dense_width": width if dense else 0}
+def _placed(config: ConfigFile, moe: list[int], width: str, settings: str, likely: tuple[int, int]) -> Tree:
+    """The fields that give experts to the layers `moe`, and to no others.
+
+    Args:
+        width: key of the dense layers' inner width.
+        settings: of the file, as a refusal names them.
+        likely: `dense_layers` and `moe_every`, tried first.
+
+    Raises:
+        UserError: where no leading dense layers and period give just these.
+    """
+    layers = config.whole("num_hidden_layers")
+    dense_width = config.whole(width, default=0 if len(moe) == layers else None)
+    if not moe:
+        return {"dense_layers": layers, "dense_width": dense_width}
+    period = moe[1] - moe[0] if len(moe) > 1 else moe[0] + 1
+    for leading, every in (likely, (moe[0], 1), (max(0, moe[0] - period + 1), period)):
+        if moe == [layer for layer in range(layers) if has_experts(layer, leading, every)]:
+            used = dense_width if len(moe) < layers else 0
+            return {"dense_layers": leading, "moe_every": every, "dense_width": used}
+    shown = ", ".join(map(str, moe[:6])) + (", …" if len(moe) > 6 else "")
+    raise UserError(
+        f"{config.where}: {settings} gives experts to layers {shown} of {layers}, counted from 0; known are leading dense "
+        "layers (model.dense_layers), and then experts in each layer whose number, counted from 1, is a multiple of "
+        "model.moe_every"
+    )
+
+
+def _qwen_places(config: ConfigFile) -> Tree:
+    """`mlp_only_layers` are dense, and so are those that `decoder_sparse_step` passes over."""
+    dense, step = config.numbers("mlp_only_layers") or [], config.period("decoder_sparse_step")
+    layers = range(config.whole("num_hidden_layers"))
+    moe = [layer for layer in layers if layer not in dense and has_experts(layer, 0, step)]
+    leading = next((layer for layer in layers if layer not in dense), len(layers))
+    settings = f"decoder_sparse_step={step} with mlp_only_layers={dense}"
+    return _placed(config, moe, "intermediate_size", settings, (leading, step))
 
 
 def _biases(config: ConfigFile, default: bool = False) -> None:
@@ -146,7 +173,7 @@ def _qwen2_moe(config: ConfigFile) -> Tree:
     config.differs("shared_expert_gate", "the shared expert's output is added whole")
     router = _softmax(config, own["top_k"], 0.001, bool(config.get("norm_topk_prob", False)))
     width = config.whole("moe_intermediate_size")
-    return own | _leading_dense(config) | {"expert_width": width, "shared_width": shared, "router": router}
+    return own | _qwen_places(config) | {"expert_width": width, "shared_width": shared, "router": router}
 
 
 def _qwen3_moe(config: ConfigFile) -> Tree:
@@ -155,17 +182,16 @@ def _qwen3_moe(config: ConfigFile) -> Tree:
     own = _experts(config)
     router = _softmax(config, own["top_k"], 0.001, bool(config.get("norm_topk_prob", False)))
     width = config.whole("moe_intermediate_size")
-    return own | _leading_dense(config) | {"expert_width": width, "qk_norm": "head", "router": router}
+    return own | _qwen_places(config) | {"expert_width": width, "qk_norm": "head", "router": router}
 
 
 def _latent(config: ConfigFile, dense: int) -> Tree:
-    """What DeepSeek-V2 and V3 share: latent attention, leading dense layers, shared experts."""
+    """What DeepSeek-V2 and V3 share: latent attention, leading dense layers, shared experts.
+
+    Their own code reads `moe_layer_freq`, and counts layers from 0; that of `transformers` doesn't read it.
+    """
     _biases(config)
     config.only("mlp_bias", False, None)
-    if config.whole("moe_layer_freq", default=1) != 1:
-        raise UserError(
-            f"{config.where}: moe_layer_freq={config.get('moe_layer_freq')} isn't known here, 1 is"
-        )
     plain, value = config.whole("qk_nope_head_dim", default=128), config.whole("v_head_dim", default=128)
     if value != plain:
         raise UserError(
@@ -173,12 +199,14 @@ def _latent(config: ConfigFile, dense: int) -> Tree:
             "and that of qk_nope_head_dim"
         )
     width = config.whole("moe_intermediate_size")
-    leading = config.whole("first_k_dense_replace", default=dense)
-    return {
+    leading, step = config.whole("first_k_dense_replace", default=dense), config.period("moe_layer_freq")
+    layers = range(config.whole("num_hidden_layers"))
+    moe = [layer for layer in layers if layer >= leading and layer % step == 0]
+    settings = f"first_k_dense_replace={leading} with moe_layer_freq={step}"
+    return _placed(config, moe, "intermediate_size", settings, (leading, 1)) | {
         "head_dim": plain, "experts": config.whole("n_routed_experts", "num_local_experts"),
         "top_k": config.whole("num_experts_per_tok"), "expert_width": width,
-        "shared_width": width * config.whole("n_shared_experts", default=0), "dense_layers": leading,
-        "dense_width": config.whole("intermediate_size") if leading else 0, "attention": "mla",
+        "shared_width": width * config.whole("n_shared_experts", default=0), "attention": "mla",
         "q_lora_rank": config.whole("q_lora_rank", default=0), "kv_lora_rank": config.whole("kv_lora_rank"),
         "rope_head_dim": config.whole("qk_rope_head_dim", default=64),
     }  # fmt: skip
@@ -228,25 +256,33 @@ def _gpt_oss(config: ConfigFile) -> Tree:
 
 def _llama4(config: ConfigFile) -> Tree:
     _biases(config)
-    step = config.whole("interleave_moe_layer_step", default=1)
-    if step != 1:
-        raise UserError(
-            f"{config.where}: interleave_moe_layer_step={step} puts experts into every {step}th layer; here every layer "
-            "after the first model.dense_layers has experts"
-        )
     config.differs("sigmoid weights on the experts' inputs", "on their outputs")
     if config.get("use_qk_norm", True):
         config.differs("use_qk_norm=True, a norm without weights after the rotation", "none")
-    if not all(config.get("no_rope_layers", [0])):
+    # An empty list, as the published files have it, stands for every fourth layer.
+    if not all(config.get("no_rope_layers") or [0]):
         config.differs("no_rope_layers", "rotary positions in every layer")
     if chunk := config.get("attention_chunk_size"):
         config.differs(f"attention_chunk_size={chunk}", "full attention")
     config.only("attn_temperature_tuning", False, None)
     config.only("router_jitter_noise", 0.0)
-    config.get("intermediate_size_mlp")  # of dense layers, of which there are none
     own, width = _experts(config), config.whole("intermediate_size")
     router = _softmax(config, own["top_k"], 0.001, False) | {"score": "sigmoid"}
-    return own | {"expert_width": width, "shared_width": width, "router": router}
+    return own | _llama4_places(config) | {"expert_width": width, "shared_width": width, "router": router}
+
+
+def _llama4_places(config: ConfigFile) -> Tree:
+    """`moe_layers` names them; where it is missing, every `interleave_moe_layer_step`-th layer has experts."""
+    step, named = config.period("interleave_moe_layer_step"), config.numbers("moe_layers")
+    layers = range(config.whole("num_hidden_layers"))
+    if named is None:
+        moe, settings = (
+            [layer for layer in layers if has_experts(layer, 0, step)],
+            f"interleave_moe_layer_step={step}",
+        )
+    else:
+        moe, settings = [layer for layer in layers if layer in named], f"moe_layers={named}"
+    return _placed(config, moe, "intermediate_size_mlp", settings, (0, step))
 
 
 def _phimoe(config: ConfigFile) -> Tree:

@@ -18,7 +18,7 @@ _WITHOUT_EFFECT = frozenset({
     "initial_context_length", "experts_per_token", "pretraining_tp", "ep_size", "max_window_layers", "layer_types",
     "rope_interleave", "qk_head_dim", "attn_implementation", "_attn_implementation", "experts_implementation",
     "_experts_implementation", "no_rope_layer_interval", "floor_scale", "attn_scale", "rope_ratio", "seq_aux",
-    "aux_loss_alpha", "moe_layers", "for_llm_compressor", "image_token_index", "boi_token_index",
+    "aux_loss_alpha", "for_llm_compressor", "image_token_index", "boi_token_index",
     "eoi_token_index", "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias",
     "projector_hidden_act", "spatial_merge_size",
 })  # fmt: skip
@@ -70,6 +70,24 @@ class ConfigFile:
         if default is None:
             raise UserError(f"{self.where} has no {names[0]}; add it")
         return default
+
+    def period(self, name: str) -> int:
+        """A whole number above 0, by default 1: every how manyth."""
+        value = self.whole(name, default=1)
+        if not value:
+            raise UserError(f"{self.where}: {name}=0 is not above 0; correct the file")
+        return value
+
+    def numbers(self, name: str) -> list[int] | None:
+        """A list of whole numbers; None where it is missing."""
+        value = self.get(name)
+        if value is not None and not (
+            isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+        ):
+            raise UserError(
+                f"{self.where}: {name}={value!r} is not a list of whole numbers; correct the file"
+            )
+        return value
 
     def number(self, name: str, default: float) -> float:
         """A number."""

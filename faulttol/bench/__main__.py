@@ -79,9 +79,9 @@ def _reshard(options: argparse.Namespace) -> int:
     from faulttol.bench import reshard
 
     spec = reshard.ReshardSpec(round(options.gib * _GIB), options.ranks, options.to, _folder(options))
-    found = reshard.measure(spec, _told)
-    print(json.dumps(reshard.plain_data(spec, found)) if options.json else reshard.report(spec, found))
-    return int(not all(bar.kept for bar in reshard.bars(found)))
+    result = reshard.measure(spec, _told)
+    print(json.dumps(reshard.plain_data(spec, result)) if options.json else reshard.report(spec, result))
+    return int(not all(bar.kept for bar in reshard.bars(result)))
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class BenchRank:
 
     def all(self, item: Any) -> list[Any]:
         """All ranks' items on all ranks, in rank order."""
-        found: list[Any] = self.broadcast(self.gather(item))
-        return found
+        items: list[Any] = self.broadcast(self.gather(item))
+        return items
 
 
 def run_ranks(world: int, act: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -105,9 +105,9 @@ def _one_thread_each(world: int) -> Iterator[None]:
 
 
 def _collect(pipes: Sequence[Connection]) -> list[Any]:
-    found: dict[int, Any] = {}
-    while len(found) < len(pipes):
-        for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in found]):
+    values: dict[int, Any] = {}
+    while len(values) < len(pipes):
+        for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in values]):
             rank = pipes.index(pipe)
             try:
                 went_well, value = pipes[rank].recv()
@@ -115,8 +115,8 @@ def _collect(pipes: Sequence[Connection]) -> list[Any]:
                 went_well, value = False, f"rank {rank} ended without a word"
             if not went_well:
                 raise RankFailed(value)
-            found[rank] = value
-    return [found[rank] for rank in range(len(pipes))]
+            values[rank] = value
+    return [values[rank] for rank in range(len(pipes))]
 
 
 def _serve(
@@ -143,6 +143,6 @@ def _joined(rank: int, world: int, folder: str, act: Callable[..., Any], argumen
         files.set("port", str(store.port))
     else:
         store = dist.TCPStore("127.0.0.1", int(files.get("port")), is_master=False, timeout=_PATIENCE)
-    found = act(BenchRank(rank, world, store), *arguments)
+    value = act(BenchRank(rank, world, store), *arguments)
     dist.barrier()  # rank 0 serves the store until all are done
-    return found
+    return value

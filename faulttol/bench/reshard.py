@@ -101,12 +101,12 @@ def _load_ours(place: BenchRank, spec: ReshardSpec, dim: int) -> Load:
     place.all(None)
     with _Memory() as memory:
         began = time.monotonic()
-        found = loading.restore(loading.stored(str(spec.root / "ours")), wanted, place, _identity(place))
+        restored = loading.restore(loading.stored(str(spec.root / "ours")), wanted, place, _identity(place))
         took = time.monotonic() - began
-    assert found is not None, "it was saved before"
+    assert restored is not None, "it was saved before"
     _check(shares, right)
     needed = sum(one.tensor.numel() * one.tensor.element_size() for one in shares)
-    rows = place.all((took, found.bytes, needed, memory.extra))
+    rows = place.all((took, restored.bytes, needed, memory.extra))
     return Load(
         "experts whole" if dim == 0 else "columns of each",
         max(row[0] for row in rows), sum(row[1] for row in rows), sum(row[2] for row in rows),
@@ -203,11 +203,11 @@ def _load_universal(place: BenchRank, spec: ReshardSpec) -> float:
 # ---- the whole ----
 
 
-def measure(spec: ReshardSpec, told: Callable[[str], None] = lambda _: None) -> ReshardResult:
+def measure(spec: ReshardSpec, progress: Callable[[str], None] = lambda _: None) -> ReshardResult:
     """Save once in each way, then load under another layout, one after the other.
 
     Args:
-        told: gets the name of each part when it begins.
+        progress: gets the name of each part when it begins.
 
     Raises:
         UserError: where the folder's disk hasn't the room.
@@ -220,26 +220,26 @@ def measure(spec: ReshardSpec, told: Callable[[str], None] = lambda _: None) -> 
         )
     with tempfile.TemporaryDirectory(prefix="megaray-bench-", dir=spec.root) as folder:
         here = replace(spec, root=Path(folder))
-        told("ours saves")
+        progress("ours saves")
         run_ranks(spec.ranks, _save_ours, here)
         loads, rates = [], []
         for dim in (0, -1):
-            told("plain read")
+            progress("plain read")
             _forget(here.root)
             count, seconds = run_ranks(spec.to, _read_plainly, here)[0]
             rates.append(count / seconds)
-            told(f"ours loads, cut along {dim}")
+            progress(f"ours loads, cut along {dim}")
             _forget(here.root)
             loads.append(run_ranks(spec.to, _load_ours, here, dim)[0])
         size = size_of(here.root / "ours")
         shutil.rmtree(here.root / "ours")
-        told("DeepSpeed saves")
+        progress("DeepSpeed saves")
         run_ranks(spec.ranks, _save_deepspeed, here)
         _forget(here.root)
-        told("ds_to_universal")
+        progress("ds_to_universal")
         convert = run_ranks(1, _convert, here)[0]
         _forget(here.root)
-        told("DeepSpeed loads")
+        progress("DeepSpeed loads")
         universal = run_ranks(spec.to, _load_universal, here)[0]
     return ReshardResult(loads, max(rates), size, convert, universal)
 
@@ -269,11 +269,11 @@ class ReshardBound:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-def bars(found: ReshardResult) -> list[ReshardBound]:
+def bars(result: ReshardResult) -> list[ReshardBound]:
     """What was measured, against its bounds."""
-    theirs = found.convert + found.universal
+    theirs = result.convert + result.universal
     kept = []
-    for one in found.loads:
+    for one in result.loads:
         kept.append(
             ReshardBound(
                 f"{one.name}: times faster than DeepSpeed", theirs / one.seconds, _TIMES_FASTER, True
@@ -286,34 +286,36 @@ def bars(found: ReshardResult) -> list[ReshardBound]:
     return kept
 
 
-def report(spec: ReshardSpec, found: ReshardResult) -> str:
+def report(spec: ReshardSpec, result: ReshardResult) -> str:
     """A table and the bars."""
     lines = [
         f"{spec.size / 2**30:.2f} GiB of fp32 masters and moments, saved by {spec.ranks} ranks, loaded by {spec.to}; "
         f"{len(os.sched_getaffinity(0))} cores; files out of the page cache"
     ]
-    for one in found.loads:
+    for one in result.loads:
         rate = one.needed / one.seconds / 1e9
         lines.append(
-            f"ours, {one.name:16} {one.seconds:8.2f} s {rate:6.2f} GB/s, {rate * 1e9 / found.ceiling:.2f} of the ceiling; "
+            f"ours, {one.name:16} {one.seconds:8.2f} s {rate:6.2f} GB/s, {rate * 1e9 / result.ceiling:.2f} of the ceiling; "
             f"{one.extra >> 20} MiB beside"
         )
     lines.append(
-        f"plain read             {found.bytes / found.ceiling:8.2f} s {found.ceiling / 1e9:6.2f} GB/s: the ceiling"
+        f"plain read             {result.bytes / result.ceiling:8.2f} s {result.ceiling / 1e9:6.2f} GB/s: the ceiling"
     )
-    lines.append(f"DeepSpeed              {found.convert:8.2f} s to convert, {found.universal:.2f} s to load")
-    for bar in bars(found):
+    lines.append(
+        f"DeepSpeed              {result.convert:8.2f} s to convert, {result.universal:.2f} s to load"
+    )
+    for bar in bars(result):
         word = "at least" if bar.at_least else "at most"
         lines.append(f"{'ok' if bar.kept else 'MISSED':6} {bar.what}: {bar.value:.2f} ({word} {bar.bound:g})")
     return "\n".join(lines)
 
 
-def plain_data(spec: ReshardSpec, found: ReshardResult) -> dict[str, Any]:
+def plain_data(spec: ReshardSpec, result: ReshardResult) -> dict[str, Any]:
     """The same as JSON."""
     return {
         "bytes": spec.size,
         "ranks": spec.ranks,
         "to": spec.to,
-        **asdict(found),
-        "bars": [asdict(bar) | {"kept": bar.kept} for bar in bars(found)],
+        **asdict(result),
+        "bars": [asdict(bar) | {"kept": bar.kept} for bar in bars(result)],
     }

@@ -179,12 +179,12 @@ class SaveMedians:
 
 
 def measure(
-    spec: SaveSpec, kinds: Sequence[str] = KINDS, told: Callable[[str], None] = lambda _: None
+    spec: SaveSpec, kinds: Sequence[str] = KINDS, progress: Callable[[str], None] = lambda _: None
 ) -> list[SaveMedians]:
     """All contestants, one after the other, each with processes of its own.
 
     Args:
-        told: gets the name of each when it begins.
+        progress: gets the name of each when it begins.
 
     Raises:
         UserError: where the folder's disk hasn't the room.
@@ -197,7 +197,7 @@ def measure(
         )
     rows = []
     for kind in kinds:
-        told(kind)
+        progress(kind)
         with tempfile.TemporaryDirectory(prefix="megaray-bench-", dir=spec.root) as folder:
             here = SaveSpec(spec.size, spec.ranks, spec.saves, spec.step, Path(folder))
             samples = run_ranks(spec.ranks, _measure, kind, here)[0]
@@ -238,17 +238,17 @@ def bars(rows: Sequence[SaveMedians]) -> list[RatioBound]:
     """What the measured contestants say of ours."""
     by = {row.name: row for row in rows}
     ours = by.get("ours")
-    found = []
+    ratios = []
     if ours is not None and "DeepSpeed" in by:
-        found.append(RatioBound("held, of DeepSpeed's", ours.held / by["DeepSpeed"].held, 0.1))
+        ratios.append(RatioBound("held, of DeepSpeed's", ours.held / by["DeepSpeed"].held, 0.1))
     rivals = [row for row in rows if row.name.startswith("DCP async")]
     if ours is not None and rivals:
         best = min(rivals, key=lambda row: row.held)
-        found.append(RatioBound(f"held, of {best.name}'s", ours.held / best.held, 0.7))
+        ratios.append(RatioBound(f"held, of {best.name}'s", ours.held / best.held, 0.7))
     for name, how in (("ours", "beside training"), ("ours waiting", "training waits")):
         if name in by:
-            found.append(RatioBound(f"durable, of plain writing, {how}", by[name].ratio, 1.2))
-    return found
+            ratios.append(RatioBound(f"durable, of plain writing, {how}", by[name].ratio, 1.2))
+    return ratios
 
 
 def report(spec: SaveSpec, rows: Sequence[SaveMedians]) -> str:

@@ -63,13 +63,13 @@ def share(params: dict[str, tuple[int, ...]], rank: int, world: int, dim: int = 
     """A rank's live state: every slot of its part of each parameter, with values that tell tensors apart."""
     import torch
 
-    found: list[Share] = []
+    shares: list[Share] = []
     for number, slot in enumerate(SLOTS):
         for name, box in boxes(params, rank, world, dim):
             tensor = torch.empty(box.shape, dtype=torch.float32)
-            tensor.fill_(float(number + 1) + len(found) % 97 / 128)
-            found.append(Share(f"{name}{slot}", tensor, box))
-    return found
+            tensor.fill_(float(number + 1) + len(shares) % 97 / 128)
+            shares.append(Share(f"{name}{slot}", tensor, box))
+    return shares
 
 
 def elements(params: dict[str, tuple[int, ...]]) -> int:

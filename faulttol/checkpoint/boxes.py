@@ -182,10 +182,10 @@ def tiled(whole: Any, start: Any, shape: Any) -> bool:
     edges = [np.unique(np.concatenate([start[:, d], end[:, d]])) for d in range(len(whole))]
     cells = prod(len(edge) for edge in edges)
     if cells > max(_CELLS, 16 * len(start)):
-        told = tuple(whole.tolist())
+        extent = tuple(whole.tolist())
         sizes = (end - start).tolist()
-        boxes = [Box(told, tuple(a), tuple(n)) for a, n in zip(start.tolist(), sizes, strict=True)]
-        return uncovered(Box.all_of(told), boxes) is None
+        boxes = [Box(extent, tuple(a), tuple(n)) for a, n in zip(start.tolist(), sizes, strict=True)]
+        return uncovered(Box.all_of(extent), boxes) is None
     corners = [
         (np.searchsorted(edge, start[:, d]), np.searchsorted(edge, end[:, d])) for d, edge in enumerate(edges)
     ]

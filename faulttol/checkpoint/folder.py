@@ -126,7 +126,7 @@ class Folder:
         self.commits.sort()
 
     def _sort(self, step: int, names: list[str]) -> None:
-        found: dict[CheckpointCommit, bool] = {}
+        has_manifest: dict[CheckpointCommit, bool] = {}
         for name in names:
             match = _FILE.fullmatch(name)
             if not match:
@@ -137,9 +137,9 @@ class Folder:
             elif match["use"]:
                 self.uses.setdefault(commit, []).append(match["use"])
             else:
-                found[commit] = found.get(commit, False) or match["manifest"] is not None
-        self.commits += [commit for commit, committed in found.items() if committed]
-        self.begun += [commit for commit, committed in found.items() if not committed]
+                has_manifest[commit] = has_manifest.get(commit, False) or match["manifest"] is not None
+        self.commits += [commit for commit, committed in has_manifest.items() if committed]
+        self.begun += [commit for commit, committed in has_manifest.items() if not committed]
         self.old += [step] if _OLD in names else []
 
     def refuse_others(self) -> None:
@@ -191,25 +191,25 @@ class Folder:
         """
         path = f"{self._store.url.rstrip('/')}/{commit.manifest}"
         try:
-            found = ManifestHead.parse(self._store.read(commit.manifest))
+            head = ManifestHead.parse(self._store.read(commit.manifest))
         except Incomplete as error:
             raise Incomplete(f"{path}: {error}") from None
         except OSError as error:
             raise Incomplete(f"{path} can't be read: {error}") from None
-        if (tag(found.run), found.attempt, found.step) != (commit.run, commit.attempt, commit.step):
+        if (tag(head.run), head.attempt, head.step) != (commit.run, commit.attempt, commit.step):
             raise Incomplete(
-                f"{path} is that of step {found.step}, attempt {found.attempt} of run {found.run}: "
+                f"{path} is that of step {head.step}, attempt {head.attempt} of run {head.run}: "
                 "files of two checkpoints are mixed"
             )
         folder = folder_of(commit.step)
-        needed = {commit.shard(rank, found.token) for rank in range(found.world)}
-        needed.add(commit.directory(found.token))
+        needed = {commit.shard(rank, head.token) for rank in range(head.world)}
+        needed.add(commit.directory(head.token))
         missing = sorted(needed - {f"{folder}/{name}" for name in self._files[folder]})
         if missing:
             raise Incomplete(
                 f"{self._store.url.rstrip('/')}/{missing[0]} is missing, of {len(missing)} files"
             )
-        return found
+        return head
 
     def manifest(self, commit: CheckpointCommit) -> Manifest:
         """The manifest of a commit with its whole directory.
@@ -231,13 +231,13 @@ class Folder:
 
     def used(self, commit: CheckpointCommit) -> list[float]:
         """When readers last renewed their marks of use, in seconds since 1970."""
-        found: list[float] = []
+        renewed: list[float] = []
         for word in self.uses.get(commit, ()):
             try:
-                found.append(float(self._store.read(f"{commit.prefix}use-{word}")))
+                renewed.append(float(self._store.read(f"{commit.prefix}use-{word}")))
             except (OSError, ValueError):  # gone, or its writer was killed
                 continue
-        return found
+        return renewed
 
     def names(self, commit: CheckpointCommit) -> list[str]:
         """Names of a commit's files in its folder, and of what was to become one."""
@@ -299,16 +299,16 @@ class Directory:
 
     def unmarked(self, marks: int, most: int) -> list[str]:
         """Names of tensors without a bit in `marks`, at most so many."""
-        found: list[str] = []
+        unmarked: list[str] = []
         first = 0
         for number, block in enumerate(self.head.tensors):
             full = (1 << block.count) - 1
-            if marks >> first & full != full and len(found) < most:
+            if marks >> first & full != full and len(unmarked) < most:
                 self.find([str(block.first)])
                 names = list(self._tensors[number])
-                found += [name for at, name in enumerate(names) if not marks >> (first + at) & 1]
+                unmarked += [name for at, name in enumerate(names) if not marks >> (first + at) & 1]
             first += block.count
-        return found[:most]
+        return unmarked[:most]
 
     def rows(self, ranks: Iterable[int]) -> dict[int, ShardFile]:
         """Files by rank.
@@ -320,11 +320,11 @@ class Directory:
         new = [number for number in self.head.blocks_of_files(wanted) if number not in self._files]
         for number, text in self._read(self.head.files, new, "files"):
             self._files[number] = files_of(text)
-        found: dict[int, ShardFile] = {}
+        files: dict[int, ShardFile] = {}
         for rank in wanted:
             (number,) = self.head.blocks_of_files([rank])
-            found[rank] = self._files[number][rank - int(self.head.files[number].first)]
-        return found
+            files[rank] = self._files[number][rank - int(self.head.files[number].first)]
+        return files
 
     def whole(self) -> Manifest:
         """Everything.

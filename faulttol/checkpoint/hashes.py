@@ -116,12 +116,12 @@ class CheckpointSource:
                 if rank in self._indexes:
                     self._indexes.move_to_end(rank)
                     return self._indexes[rank]
-            found = self._open(rank)
+            opened = self._open(rank)
             with self._lock:
-                self._indexes[rank] = found
+                self._indexes[rank] = opened
                 while len(self._indexes) > 1 and sum(one.size for one in self._indexes.values()) > _INDEXES:
                     self._indexes.popitem(last=False)
-        return found
+        return opened
 
     def _open(self, rank: int) -> _File:
         file, path = self.manifest.files[rank], self.commit.shard(rank, self.manifest.token)
@@ -130,12 +130,12 @@ class CheckpointSource:
             raise Incomplete(f"{self.url(path)}: its index differs from what was saved")
         index = ShardIndex.parse(text)
         base = file.bytes - file.index - index.bytes
-        found = _File(file.index)
+        opened = _File(file.index)
         for entry in index.entries:
             piece = Located(rank, path, entry, base + entry.offset, index.block)
-            found.pieces.append(piece)
-            found.by_name.setdefault(entry.name, []).append(piece)
-        return found
+            opened.pieces.append(piece)
+            opened.by_name.setdefault(entry.name, []).append(piece)
+        return opened
 
     def read(self, name: str, box: Box, pieces: Sequence[Located] | None = None) -> Any:
         """The values of a box, as a numpy array of its shape and of unsigned integers of the dtype's size.

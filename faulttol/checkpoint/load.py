@@ -13,7 +13,6 @@ from faulttol.checkpoint import sharing
 from faulttol.checkpoint.folder import CheckpointCommit, Directory, Folder, folder_of
 from faulttol.checkpoint.manifest import Identity as Identity
 from faulttol.checkpoint.manifest import Incomplete, SaveSuperseded, Tensor
-from faulttol.checkpoint.manifest import Manifest as Manifest
 from faulttol.checkpoint.manifest import ManifestHead as ManifestHead
 from faulttol.checkpoint.peers import Failure, Peers, on_first, together
 from faulttol.checkpoint.pieces import Wanted as Wanted
@@ -89,34 +88,10 @@ def newest(tiers: Sequence[Tier], peers: Peers) -> ManifestHead | None:
         return None
 
     first = peers.gather(None) is not None
-    found, failure = on_first(peers, first, find)
+    head, failure = on_first(peers, first, find)
     if failure is not None:
         raise _error(failure)
-    return found
-
-
-def read_manifest(root: str, step: int, peers: Peers) -> Manifest:
-    """The manifest of a step, of its newest attempt. Only rank 0 reads, all ranks call this together.
-
-    Raises:
-        UserError: on every rank, where the folder has checkpoints of format 1 or of several runs.
-        Incomplete: on every rank, where the step isn't committed, its manifest is damaged or a file is missing.
-    """
-    store = CheckpointStore(root)
-
-    def find() -> Manifest:
-        folder = Folder(store)
-        folder.refuse_others()
-        commits = [commit for commit in folder.commits if commit.step == step]
-        if not commits:
-            raise Incomplete(f"step {step} has no manifest in {root}")
-        return folder.manifest(commits[-1])
-
-    first = peers.gather(None) is not None
-    found, failure = on_first(peers, first, find)
-    if failure is not None or found is None:
-        raise _error(failure)
-    return found
+    return head
 
 
 def restore(
@@ -155,12 +130,12 @@ def restore(
     for one in candidates:
         tier = tiers[one.tier]
         with using(tier.store, one.commit) if first and tier.owner else nullcontext():
-            found = _load(tier.store, one.commit, wanted, peers, identity, alive)
-        if not isinstance(found, str):
-            head, size = found
+            loaded = _load(tier.store, one.commit, wanted, peers, identity, alive)
+        if not isinstance(loaded, str):
+            head, size = loaded
             path = f"{tier.store.url.rstrip('/')}/{folder_of(head.step)}"
             return Restored(head.step, head.facts, path, tuple(passed), size, tier.name)
-        passed.append(_passed(tiers, one, found))
+        passed.append(_passed(tiers, one, loaded))
     if passed:
         raise _none_readable(tiers, passed)
     return None
@@ -174,15 +149,15 @@ def _candidates(tiers: Sequence[Tier], identity: Identity | None) -> tuple[list[
     """
     passed: list[str] = []
     for owner in (True, False):
-        found: list[_Candidate] = []
+        candidates: list[_Candidate] = []
         for place, tier in enumerate(tiers):
             if tier.owner == owner:
                 try:
-                    found += [_Candidate(place, commit) for commit in _commits(tier, identity)]
+                    candidates += [_Candidate(place, commit) for commit in _commits(tier, identity)]
                 except OSError as error:
                     passed.append(f"{tier.name} {tier.store.url} can't be listed: {error}")
-        if found:
-            return sorted(found, key=lambda c: (-c.commit.attempt, -c.commit.step, c.tier)), passed
+        if candidates:
+            return sorted(candidates, key=lambda c: (-c.commit.attempt, -c.commit.step, c.tier)), passed
         if passed:  # what can't be listed may hold the run's own checkpoints
             return [], passed
     return [], passed
@@ -197,14 +172,14 @@ def _commits(tier: Tier, identity: Identity | None) -> list[CheckpointCommit]:
             folder.admit(identity)
         except SaveSuperseded as error:  # a restart wouldn't mend it
             raise UserError(str(error)) from None
-    found = [commit for commit in folder.commits if tier.step in (None, commit.step)]
-    if tier.step is not None and not found:
+    commits = [commit for commit in folder.commits if tier.step in (None, commit.step)]
+    if tier.step is not None and not commits:
         there = ", ".join(str(commit.step) for commit in folder.commits[-4:]) or "none"
         raise UserError(
             f"resume='{tier.store.url}/{folder_of(tier.step)}' isn't a committed checkpoint: the last steps there are "
             f"{there}; name one of them"
         )
-    return found
+    return commits
 
 
 def _load(
@@ -263,20 +238,20 @@ def _refuse_another(
     # A bit for a tensor: few bytes for thousands of names.
     answers = peers.gather((_differences(directory, tensors, wanted), directory.marks(tensors)))
 
-    def tell() -> tuple[list[str], int]:
+    def judge() -> tuple[list[str], int]:
         problems = list(dict.fromkeys(problem for rows, _ in answers or () for problem in rows))
-        marks = 0
+        count, marks = len(problems), 0
         for _, other in answers or ():
             marks |= other
         missing = head.count - marks.bit_count()
         names = directory.unmarked(marks, 3) if missing else []
-        told = [*problems, *(f"nothing here wants {name}" for name in names)]
-        return told[:3], len(problems) + missing
+        problems += [f"nothing here wants {name}" for name in names]
+        return problems[:3], count + missing
 
-    told, failure = on_first(peers, answers is not None, tell)
-    if failure is not None or told is None:
+    verdict, failure = on_first(peers, answers is not None, judge)
+    if failure is not None or verdict is None:
         return failure or (Incomplete, "rank 0 gave no answer")
-    problems, count = told
+    problems, count = verdict
     if problems:
         rest = f"; and {count - len(problems)} more" if count > len(problems) else ""
         raise UserError(
@@ -289,17 +264,17 @@ def _refuse_another(
 
 def _differences(directory: Directory, tensors: dict[str, Tensor], wanted: Sequence[Wanted]) -> list[str]:
     """Tensors that a rank wants and that the checkpoint hasn't, or has otherwise."""
-    found: list[str] = []
+    problems: list[str] = []
     for item in wanted:
         there = tensors.get(item.name)
         if there is None:
-            close = nearest(item.name, directory.known) if not found else ""
-            found.append(f"it has no {item.name}{close}")
+            close = nearest(item.name, directory.known) if not problems else ""
+            problems.append(f"it has no {item.name}{close}")
         elif (there.dtype, there.shape) != (item.dtype, item.box.whole):
-            found.append(
+            problems.append(
                 f"{item.name} is {there.dtype}{list(there.shape)} there, and {item.dtype}{list(item.box.whole)} here"
             )
-    return found
+    return problems
 
 
 def _passed(tiers: Sequence[Tier], one: _Candidate, why: str) -> str:

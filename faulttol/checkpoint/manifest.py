@@ -42,10 +42,10 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested facts or settings by dotted name."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return values
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Manifest:
 
 def _blocks(rows: Sequence[tuple[str | int, list[Any]]], texts: list[bytes]) -> tuple[DirectoryBlock, ...]:
     """Rows in blocks, each a line of JSON; the lines are added to `texts`."""
-    found: list[DirectoryBlock] = []
+    blocks: list[DirectoryBlock] = []
     offset, at = sum(map(len, texts)), 0
     lines = [json.dumps(row, separators=(",", ":")) for _, row in rows]
     while at < len(rows):
@@ -255,10 +255,10 @@ def _blocks(rows: Sequence[tuple[str | int, list[Any]]], texts: list[bytes]) -> 
             size += len(lines[end]) + 1
             end += 1
         text = f"[{','.join(lines[at:end])}]\n".encode()
-        found.append(DirectoryBlock(rows[at][0], end - at, offset, len(text), digest(text)))
+        blocks.append(DirectoryBlock(rows[at][0], end - at, offset, len(text), digest(text)))
         texts.append(text)
         offset, at = offset + len(text), end
-    return tuple(found)
+    return tuple(blocks)
 
 
 def tensors_of(text: bytes | bytearray | memoryview) -> dict[str, Tensor]:

@@ -111,8 +111,8 @@ def together(peers: Peers, act: Callable[[], T]) -> tuple[T | None, list[Failure
     """What `act` gave on this rank, and on all ranks the failures of all, each once, `UserError` first."""
     mine, failure = caught(act)
     answers = peers.gather(failure)
-    told = None
+    failed = None
     if answers is not None:
-        told = sorted(dict.fromkeys(filter(None, answers)), key=lambda f: f[0] is not UserError)
-    failures: list[Failure] = peers.broadcast(told)
+        failed = sorted(dict.fromkeys(filter(None, answers)), key=lambda f: f[0] is not UserError)
+    failures: list[Failure] = peers.broadcast(failed)
     return mine, failures

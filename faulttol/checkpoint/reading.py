@@ -102,12 +102,12 @@ class CheckpointReader:
             spans, rest = self._at_home(here)
             ranks = self.ranks(rest) if rest else []
             self._know(ranks)
-            found = list(pool.map(lambda rank: self.blocks(rank, rest), ranks))
-            boxes = _boxes(block for blocks in found for block in blocks)
+            by_rank = list(pool.map(lambda rank: self.blocks(rank, rest), ranks))
+            boxes = _boxes(block for blocks in by_rank for block in blocks)
             for name, items in rest.items():
                 for item in items:
                     self.check(item, boxes.get(name, ()))
-            for rank, blocks in zip(ranks, found, strict=True):
+            for rank, blocks in zip(ranks, by_rank, strict=True):
                 spans += [Span(self._files[rank].path, span) for span in stretches(blocks, _SPAN)]
             for _ in pool.map(self._take, spans):
                 pass
@@ -198,8 +198,8 @@ class CheckpointReader:
             index = ShardIndex.parse(text)
         except Incomplete:
             return "its index differs from what was saved"
-        told, mine = ((x.run, x.attempt, x.step) for x in (index, self._head))
-        if told == mine:
+        theirs, mine = ((x.run, x.attempt, x.step) for x in (index, self._head))
+        if theirs == mine:
             return f"its index differs from what was saved: it is rank {index.rank}'s of another save of this step"
         return (
             f"it is the file of step {index.step}, attempt {index.attempt} of run {index.run}, in a checkpoint of "
@@ -292,10 +292,10 @@ def fill(wanted: Iterable[Wanted], piece: Box, elements: tuple[int, int], data: 
 
 def _boxes(blocks: Iterable[WantedBlock]) -> dict[str, list[Box]]:
     """Boxes of the pieces that blocks belong to, by name."""
-    found: dict[str, list[Box]] = {}
+    boxes: dict[str, list[Box]] = {}
     for entry in {id(block.entry): block.entry for block in blocks}.values():
-        found.setdefault(entry.name, []).append(entry.box)
-    return found
+        boxes.setdefault(entry.name, []).append(entry.box)
+    return boxes
 
 
 def _reason(item: Wanted, boxes: Iterable[Box]) -> str | None:
@@ -305,8 +305,8 @@ def _reason(item: Wanted, boxes: Iterable[Box]) -> str | None:
 
 
 def _by_name(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:
-    found: dict[str, list[Wanted]] = {}
+    by_name: dict[str, list[Wanted]] = {}
     for item in wanted:
         if item.box.elements:
-            found.setdefault(item.name, []).append(item)
-    return found
+            by_name.setdefault(item.name, []).append(item)
+    return by_name

@@ -184,19 +184,19 @@ def pin(store: StoreLike, step: int, name: str) -> CheckpointCommit:
             f"a checkpoint can't be pinned as '{name}': type letters, digits, - and _, at most 64 of them"
         )
     folder = Folder(store)
-    found = [commit for commit in folder.commits if commit.step == step]
-    if not found:
+    commits = [commit for commit in folder.commits if commit.step == step]
+    if not commits:
         there = ", ".join(str(commit.step) for commit in folder.commits[-4:]) or "none"
         raise UserError(
             f"step {step} isn't a checkpoint of {store.url}: type one that is; the last are {there}"
         )
     for commit, names in folder.pins.items():
-        if name in names and commit != found[-1]:
+        if name in names and commit != commits[-1]:
             raise UserError(
                 f"the pin '{name}' holds step {commit.step} of {store.url}: unpin it there first, or type another name"
             )
-    store.write(f"{found[-1].prefix}pin-{name}", [b"\n"])
-    return found[-1]
+    store.write(f"{commits[-1].prefix}pin-{name}", [b"\n"])
+    return commits[-1]
 
 
 def unpin(store: StoreLike, step: int, name: str) -> None:
@@ -205,10 +205,10 @@ def unpin(store: StoreLike, step: int, name: str) -> None:
     Raises:
         UserError: where the step isn't pinned under it.
     """
-    found = [c for c, names in Folder(store).pins.items() if c.step == step and name in names]
-    if not found:
+    commits = [c for c, names in Folder(store).pins.items() if c.step == step and name in names]
+    if not commits:
         raise UserError(f"step {step} of {store.url} isn't pinned as '{name}': `inspect` tells the pins")
-    for commit in found:
+    for commit in commits:
         store.remove(f"{commit.prefix}pin-{name}")
 
 

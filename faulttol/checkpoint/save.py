@@ -113,8 +113,8 @@ def save(
         answers = peers.gather((written, failure))
     outcome: tuple[int | None, Failure | None] | None = None
     if answers is not None:
-        told = answers
-        outcome = caught(lambda: commit(store, step, token, identity, all_written(told), facts))
+        reports = answers
+        outcome = caught(lambda: commit(store, step, token, identity, all_written(reports), facts))
     size, failure = peers.broadcast(outcome)
     if failure is not None:
         if failure[0] is not Uncertain:
@@ -238,12 +238,12 @@ def _there(store: StoreLike, name: str, text: bytes, error: Exception) -> bool:
     Raises:
         Uncertain: where nobody knows: a store may still carry out a request whose answer was lost.
     """
-    found: bytes | None = None
+    stored: bytes | None = None
     with suppress(Exception):
-        found = store.read(name)
-    if found is None and not (isinstance(error, OSError) and error.errno in _REFUSED):
+        stored = store.read(name)
+    if stored is None and not (isinstance(error, OSError) and error.errno in _REFUSED):
         raise Uncertain(f"{name} may be written or not: {type(error).__name__}: {error}") from error
-    return found == text
+    return stored == text
 
 
 def discard(store: StoreLike, step: int, token: str, identity: Identity) -> None:

@@ -174,7 +174,7 @@ class ShardLayout:
             digests: by piece, those of its blocks one after the other.
         """
         who, rows = self.identity, zip(self.pieces, digests, strict=True)
-        entries = tuple(Entry(name, dtype, box, 0, found) for (name, dtype, box), found in rows)
+        entries = tuple(Entry(name, dtype, box, 0, digest) for (name, dtype, box), digest in rows)
         return ShardIndex(who.run, who.attempt, self.step, who.rank, BLOCK, entries).dump()
 
     def stream(self, values: Iterable[Iterable[memoryview]], index: list[bytes]) -> Iterator[memoryview]:
@@ -190,16 +190,16 @@ class ShardLayout:
         yield memoryview(self.header)
         digests = []
         for chunks, size, (name, _, box) in zip(values, self.sizes(), self.pieces, strict=True):
-            found, count = [], 0
+            blocks, count = [], 0
             for chunk in chunks:
                 for at in range(0, len(chunk), BLOCK):
                     block = chunk[at : at + BLOCK]
-                    found.append(block_digest(block))
+                    blocks.append(block_digest(block))
                     count += len(block)
                     yield block
             if count != size:
                 raise Incomplete(f"{name}{box} has {count} bytes, and {size} are its size")
-            digests.append("".join(found))
+            digests.append("".join(blocks))
         index.append(self.index(digests))
         yield memoryview(index[0])
 

@@ -72,18 +72,17 @@ def grouped(
         if item.box.elements:
             mine.setdefault(_key(item), []).append(item)
     answers = peers.gather(b"".join(mine))
-    told = peers.broadcast(_groups(answers) if answers is not None else None)
-    places, members = told
-    found: dict[int, dict[bytes, list[Wanted]]] = {}
+    places, members = peers.broadcast(_groups(answers) if answers is not None else None)
+    shared: dict[int, dict[bytes, list[Wanted]]] = {}
     alone: list[Wanted] = []
     for key, items in mine.items():
         if key in places:
-            found.setdefault(places[key], {})[key] = items
+            shared.setdefault(places[key], {})[key] = items
         else:
             alone += items
     groups = [
         SharingGroup(members[place], tuple(tuple(items[key]) for key in sorted(items)))
-        for place, items in sorted(found.items())
+        for place, items in sorted(shared.items())
     ]
     return alone, groups
 
@@ -164,7 +163,7 @@ def _found(reader: CheckpointReader, group: SharingGroup, identity: Identity, ho
         home: whether each rank looks into its own file alone.
     """
     names = {items[0].name for items in group.items}
-    files, found = reader.ranks(names), list[_Stretch]()
+    files, stretched = reader.ranks(names), list[_Stretch]()
     turns = [(identity.rank, 0, 1)] if home else _files(files, group.ranks, identity.rank)
     for rank, share_of, shares in turns:
         if rank not in files:
@@ -175,8 +174,8 @@ def _found(reader: CheckpointReader, group: SharingGroup, identity: Identity, ho
             for entry in {id(block.entry): block.entry for block in turn}.values():
                 mine = [block for block in turn if block.entry is entry]
                 for run in stretches(mine, STRETCH):
-                    found.append(_own(place, run, identity.rank, reader.path(rank)))
-    return found
+                    stretched.append(_own(place, run, identity.rank, reader.path(rank)))
+    return stretched
 
 
 def _files(files: Sequence[int], ranks: Sequence[int], me: int) -> Iterator[tuple[int, int, int]]:
@@ -212,8 +211,8 @@ def _stretch(group: SharingGroup, owner: int, row: list[Any]) -> _Stretch:
 def _check(reader: CheckpointReader, group: SharingGroup, all_of: Sequence[Sequence[_Stretch]]) -> None:
     """Every element must have exactly one source; all ranks of the group come to the same answer."""
     boxes: list[list[Box]] = [[] for _ in group.items]
-    for found in all_of:
-        for stretch in found:
+    for mine in all_of:
+        for stretch in mine:
             boxes[stretch.item] += stretch.piece.flat(stretch.first, stretch.last)
     for items, parts in zip(group.items, boxes, strict=True):
         reader.check(items[0], parts)
@@ -224,13 +223,13 @@ def _order(all_of: Sequence[Sequence[_Stretch]]) -> Iterator[list[_Stretch]]:
     now: list[_Stretch] = []
     size = 0
     for turn in range(max(map(len, all_of), default=0)):
-        for found in all_of:
-            if turn < len(found):
-                if now and size + found[turn].size > ROUND:
+        for mine in all_of:
+            if turn < len(mine):
+                if now and size + mine[turn].size > ROUND:
                     yield now
                     now, size = [], 0
-                now.append(found[turn])
-                size += found[turn].size
+                now.append(mine[turn])
+                size += mine[turn].size
     if now:
         yield now
 
@@ -301,8 +300,8 @@ def _told(peers: Peers, group: SharingGroup, identity: Identity, mine: bytes) ->
     sizes = {rank: memoryview(bytearray(8)) for rank in others}
     peers.exchange([(rank, size) for rank in others], list(sizes.items()))
     texts = {rank: memoryview(bytearray(int.from_bytes(sizes[rank], "little"))) for rank in others}
-    told = memoryview(bytearray(mine))
-    peers.exchange([(rank, told) for rank in others], list(texts.items()))
+    text = memoryview(bytearray(mine))
+    peers.exchange([(rank, text) for rank in others], list(texts.items()))
     return [mine if rank == identity.rank else bytes(texts[rank]) for rank in group.ranks]
 
 

@@ -134,9 +134,9 @@ class CheckpointStore:
         return self._same_size(path, size)
 
     def _same_size(self, path: str, size: int) -> int:
-        found = self._fs.info(path)["size"]
-        if found != size:
-            raise OSError(f"{path}: {size} bytes were written, {found} are there")
+        there = self._fs.info(path)["size"]
+        if there != size:
+            raise OSError(f"{path}: {size} bytes were written, {there} are there")
         return size
 
     def _create(self, path: str) -> IO[bytes]:
@@ -179,10 +179,10 @@ class CheckpointStore:
         """Names in a folder; none where it isn't there."""
         self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
+            paths = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def remove(self, name: str) -> None:
         """Remove a file or folder; it may be gone already."""
@@ -202,9 +202,9 @@ def check_writable(root: str) -> None:
         store.write(probe, [b"x"])
         store.remove(probe)
     except Exception as error:  # every file system has errors of its own
-        told = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"checkpoint.path='{root}' can't be written: {told[0]}; name a folder or URL that you may write"
+            f"checkpoint.path='{root}' can't be written: {lines[0]}; name a folder or URL that you may write"
         ) from None
 
 

@@ -89,11 +89,11 @@ def survey(pieces: Sequence[Sequence[Plain]]) -> dict[str, Tensor]:
         Incomplete: naming the tensor and the range or rank.
     """
     plans = [piece if isinstance(piece, FilePlan) else FilePlan(piece) for piece in pieces]
-    found = _Rows(plans)
+    rows = _Rows(plans)
     tensors: dict[str, Tensor] = {}
-    for key, line in enumerate(found.lines):
+    for key, line in enumerate(rows.lines):
         name, dtype, _ = line.rsplit("\t", 2)
-        ranks, whole, start, shape = found.boxes(key)
+        ranks, whole, start, shape = rows.boxes(key)
         alike = (whole == whole[0]).all()
         if name in tensors or not alike or not tiled(whole[0], start, shape):
             raise Incomplete(_why(name, plans))
@@ -131,8 +131,8 @@ class _Rows:
 
         rows = slice(self._edges[key], self._edges[key + 1])
         n = int(self._dims[key])
-        found = self._numbers[self._offsets[rows, None] + np.arange(3 * n)]
-        return self._ranks[rows], found[:, :n], found[:, n : 2 * n], found[:, 2 * n :]
+        numbers = self._numbers[self._offsets[rows, None] + np.arange(3 * n)]
+        return self._ranks[rows], numbers[:, :n], numbers[:, n : 2 * n], numbers[:, 2 * n :]
 
 
 def _why(name: str, plans: Sequence[FilePlan]) -> str:

@@ -50,16 +50,16 @@ def _bar(what: str) -> screen.ByteProgress:
     return screen.ByteProgress(sys.stderr, what)
 
 
-def _told(found: Estimate) -> CommandResult:
-    return CommandResult(asdict(found), screen.estimate(found))
+def _told(estimate: Estimate) -> CommandResult:
+    return CommandResult(asdict(estimate), screen.estimate(estimate))
 
 
 def inspect(options: argparse.Namespace) -> CommandResult:
     """`inspect PATH`."""
     from faulttol.commands import inspect as inspecting
 
-    found = inspecting.inspect(_named(options))
-    return CommandResult(found.to_json(), found.lines(options.tensors))
+    inspected = inspecting.inspect(_named(options))
+    return CommandResult(inspected.to_json(), inspected.lines(options.tensors))
 
 
 def verify(options: argparse.Namespace) -> CommandResult:
@@ -75,15 +75,15 @@ def verify(options: argparse.Namespace) -> CommandResult:
     if options.dry_run:
         heads = [folder.head(commit) for commit in commits]
         return _told(Estimate(sum(h.size for h in heads), 0, 0, THREADS * STRETCH))
-    found = []
+    verified = []
     for commit in commits:
         with _bar(f"verify step {commit.step}") as bar, retaining.using(store, commit):
-            found.append(verifying.verify(store, commit, bar))
-    lines = [line for one in found for line in one.lines()]
+            verified.append(verifying.verify(store, commit, bar))
+    lines = [line for one in verified for line in one.lines()]
     if len(there) > len(commits):
         lines.append(f"1 of {len(there)} checkpoints was looked at; --all takes them all")
-    whole = all(one.whole for one in found)
-    data = [one.to_json() for one in found]
+    whole = all(one.whole for one in verified)
+    data = [one.to_json() for one in verified]
     return CommandResult(data if options.all else data[0], lines, 0 if whole else 1)
 
 
@@ -93,8 +93,8 @@ def diff(options: argparse.Namespace) -> CommandResult:
 
     first, second = _source(places.find(options.path)), _source(places.find(options.other))
     with _bar("compare") as bar, _read(first), _read(second):
-        found = comparing.diff(first, second, bar)
-    return CommandResult(found.to_json(), found.lines(), 0 if found.same else 1)
+        difference = comparing.diff(first, second, bar)
+    return CommandResult(difference.to_json(), difference.lines(), 0 if difference.same else 1)
 
 
 def reshard(options: argparse.Namespace) -> CommandResult:
@@ -145,14 +145,14 @@ def prune(options: argparse.Namespace) -> CommandResult:
     broken = _broken(store, folder) if options.verify else []
     going = pruning.doomed(folder, retention, steps, broken)
     left_over = pruning.interrupted(folder) if options.interrupted else []
-    found = pruning.prune(store, going, left_over, dry=True)
+    pruned = pruning.prune(store, going, left_over, dry=True)
     if not options.dry_run and (going or left_over):
-        if not _agreed(options, found.lines(), pruning.question(found)):
+        if not _agreed(options, pruned.lines(), pruning.question(pruned)):
             return CommandResult({"removed": False}, ["nothing was removed"], 1)
-        found = pruning.prune(store, going, left_over, dry=False)
-    lines = found.lines()
+        pruned = pruning.prune(store, going, left_over, dry=False)
+    lines = pruned.lines()
     lines += [f"  step {c.step}, attempt {c.attempt} is damaged: `verify` tells where" for c in broken]
-    data = found.to_json() | {"damaged": [{"step": c.step, "attempt": c.attempt} for c in broken]}
+    data = pruned.to_json() | {"damaged": [{"step": c.step, "attempt": c.attempt} for c in broken]}
     return CommandResult(data, lines)
 
 
@@ -175,12 +175,12 @@ def _broken(store: CheckpointStore, folder: Folder) -> list[CheckpointCommit]:
     """Commits that are damaged inside."""
     from faulttol.commands import verify as verifying
 
-    found = []
+    damaged = []
     for commit in folder.commits:
         with _bar(f"verify step {commit.step}") as bar:
             if not verifying.verify(store, commit, bar).whole:
-                found.append(commit)
-    return found
+                damaged.append(commit)
+    return damaged
 
 
 def _agreed(options: argparse.Namespace, lines: Sequence[str], question: str) -> bool:

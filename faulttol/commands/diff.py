@@ -102,8 +102,8 @@ class Difference:
         lines += _section(
             "facts", table([(f"  {name}", str(a), str(b)) for name, (a, b) in self.facts.items()])
         )
-        told = f"{plural(self.equal, 'tensor')} bitwise equal"
-        return [*lines, f"{told}, {self.by_digest:,} of all by digests alone; {size(self.read)} read"]
+        alike = f"{plural(self.equal, 'tensor')} bitwise equal"
+        return [*lines, f"{alike}, {self.by_digest:,} of all by digests alone; {size(self.read)} read"]
 
 
 def _section(title: str, rows: list[str], head: int = 0) -> list[str]:
@@ -124,31 +124,31 @@ def diff(first: CheckpointSource, second: CheckpointSource, progress: Progress =
     Raises:
         Incomplete: where what is read is damaged.
     """
-    found = Difference(facts=_facts(first.manifest.facts, second.manifest.facts))
-    found.only_first = [name for name in first.tensors if name not in second.tensors]
-    found.only_second = [name for name in second.tensors if name not in first.tensors]
+    difference = Difference(facts=_facts(first.manifest.facts, second.manifest.facts))
+    difference.only_first = [name for name in first.tensors if name not in second.tensors]
+    difference.only_second = [name for name in second.tensors if name not in first.tensors]
     work: list[tuple[str, list[Box], list[_Pair]]] = []
     for name in first.tensors:
         if name not in second.tensors:
             continue
         one, other = (f"{t.dtype}{list(t.shape)}" for t in (first.tensors[name], second.tensors[name]))
         if one != other:
-            found.shapes[name] = one, other
+            difference.shapes[name] = one, other
             continue
         pairs = _suspects(first.pieces(name), second.pieces(name))
         if pairs is None:
             whole = Box.all_of(first.tensors[name].shape)
             work.append((name, list(parts_of(whole, STRETCH // _item(first, name))), []))
         else:
-            found.by_digest += not pairs
+            difference.by_digest += not pairs
             work.append((name, [], pairs))
     for change in _compare(first, second, work, progress):
         if change.differ:
-            found.values.append(change)
+            difference.values.append(change)
         else:
-            found.equal += 1
-    found.read = first.bytes + second.bytes
-    return found
+            difference.equal += 1
+    difference.read = first.bytes + second.bytes
+    return difference
 
 
 _Pair = tuple[Located, Located, int]

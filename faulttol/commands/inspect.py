@@ -90,12 +90,12 @@ class Inspected:
         dtypes: dict[str, int] = {}
         for one in self.tensors.values():
             dtypes[one["dtype"]] = dtypes.get(one["dtype"], 0) + 1
-        told = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
+        counts = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
         lines = ["", f"step {self.step} of attempt {self.attempt}"]
         rows = [
             (
                 "  tensors",
-                f"{plural(len(self.tensors), 'tensor')} ({told}), {elements:,} elements, {size(total)}",
+                f"{plural(len(self.tensors), 'tensor')} ({counts}), {elements:,} elements, {size(total)}",
             )
         ]
         facts = {name: value for name, value in self.facts.items() if name != "lineage"}
@@ -135,11 +135,11 @@ def inspect(place: CheckpointPlace) -> Inspected:
         row = CheckpointRow(commit.step, commit.attempt, commit.run)
         rows.append(row)
         try:
-            found = folder.head(commit)
+            head = folder.head(commit)
         except Incomplete as error:
             row.damage = str(error)
             continue
-        row.files, row.bytes, row.layout = found.world, found.size, found.layout
+        row.files, row.bytes, row.layout = head.world, head.size, head.layout
         row.kept = why.get(commit, [])
     try:
         manifest = folder.manifest(shown)
@@ -161,14 +161,14 @@ def inspect(place: CheckpointPlace) -> Inspected:
 
 def _tensors(manifest: Manifest | None) -> dict[str, dict[str, Any]]:
     """What the manifest tells of each tensor."""
-    found = {}
+    rows = {}
     for name, tensor in manifest.tensors.items() if manifest else ():
         elements = prod(tensor.shape)
-        found[name] = {
+        rows[name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "elements": elements,
             "bytes": elements * DTYPES[tensor.dtype][1],
             "files": sum(last - first + 1 for first, last in tensor.ranks),
         }
-    return found
+    return rows

@@ -40,13 +40,13 @@ class CheckpointPlace:
         Raises:
             UserError: where there are none.
         """
-        found = [
+        commits = [
             commit
             for commit in folder.commits
             if self.step in (None, commit.step) and self.attempt in (None, commit.attempt)
         ]
-        if found:
-            return found
+        if commits:
+            return commits
         if folder.old:
             folder.refuse_others()
         if self.step is None and self.attempt is None or not folder.commits:
@@ -69,9 +69,9 @@ class CheckpointPlace:
             UserError: where there is none, or the folder has several runs' or format 1.
         """
         folder = Folder(self.store) if folder is None else folder
-        found = self.commits(folder)
+        commits = self.commits(folder)
         folder.refuse_others()
-        return found[-1]
+        return commits[-1]
 
     def checkpoint_config(self) -> dict[str, Any]:
         """The section `checkpoint` of the run's configuration; empty where no run was named or it has none."""
@@ -145,6 +145,6 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        told = str(error).splitlines()[0]
-        raise UserError(f"{path} can't be read: {told}; name the folder of checkpoints itself") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} can't be read: {reason}; name the folder of checkpoints itself") from None
     return tree if isinstance(tree, dict) else {}

@@ -60,15 +60,15 @@ def kept(folder: Folder, retention: Retention | None) -> dict[CheckpointCommit, 
     """Why each commit stays: its pins, its readers, the retention; nothing for those that go at the next removal."""
     now = time.time()
     going = {one.commit for one in retaining.plan(folder, retention, now)} if retention else set()
-    found: dict[CheckpointCommit, list[str]] = {}
+    reasons: dict[CheckpointCommit, list[str]] = {}
     for commit in folder.commits:
         why = [f"pinned as {name}" for name in folder.pins.get(commit, ())]
         if any(now - renewed < retaining.USE_SECONDS for renewed in folder.used(commit)):
             why.append("being read")
         if retention and commit not in going and not why:
             why.append("by retention")
-        found[commit] = why
-    return found
+        reasons[commit] = why
+    return reasons
 
 
 def doomed(
@@ -92,7 +92,7 @@ def doomed(
                 "is to go"
             )
         return retaining.plan(folder, retention, time.time(), broken)
-    found: list[Doomed] = []
+    going: list[Doomed] = []
     for step in steps:
         commits = [commit for commit in folder.commits if commit.step == step]
         if not commits:
@@ -106,8 +106,8 @@ def doomed(
                 raise UserError(
                     f"--steps={step} is pinned as {name}: type --unpin {name} --step {step} first"
                 )
-            found.append(Doomed(commit, "named"))
-    return sorted(found, key=lambda one: one.commit)
+            going.append(Doomed(commit, "named"))
+    return sorted(going, key=lambda one: one.commit)
 
 
 def interrupted(folder: Folder) -> list[CheckpointCommit]:

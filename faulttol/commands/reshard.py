@@ -60,7 +60,7 @@ def parse_layout(text: str) -> dict[str, int]:
     Raises:
         UserError: for an unknown axis, a size that is not a whole number above 0, and experts that don't fit.
     """
-    found = dict.fromkeys(AXES, 1)
+    sizes = dict.fromkeys(AXES, 1)
     for word in text.replace(" ", ",").split(","):
         if not word:
             continue
@@ -74,14 +74,14 @@ def parse_layout(text: str) -> dict[str, int]:
             raise UserError(
                 f"--layout={text}: {axis}={number} is not a whole number above 0; type e.g. {axis}=2"
             )
-        found[axis] = int(number)
-    width = prod(found[axis] for axis in ("dp", "cp", "tp"))
-    if width % (found["ep"] * found["etp"]):
+        sizes[axis] = int(number)
+    width = prod(sizes[axis] for axis in ("dp", "cp", "tp"))
+    if width % (sizes["ep"] * sizes["etp"]):
         raise UserError(
-            f"--layout={text}: ep*etp={found['ep'] * found['etp']} doesn't divide dp*cp*tp={width}, the ranks of a "
-            f"pipeline stage; type e.g. dp={found['ep'] * found['etp']}"
+            f"--layout={text}: ep*etp={sizes['ep'] * sizes['etp']} doesn't divide dp*cp*tp={width}, the ranks of a "
+            f"pipeline stage; type e.g. dp={sizes['ep'] * sizes['etp']}"
         )
-    return found
+    return sizes
 
 
 def placed(tensors: dict[str, Tensor], layout: dict[str, int]) -> list[list[Plain]]:

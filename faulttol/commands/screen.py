@@ -49,13 +49,13 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
     return lines
 
 
-def estimate(found: Estimate) -> list[str]:
+def estimate(costs: Estimate) -> list[str]:
     """What a command would do, a line a number."""
     return [
-        f"would read    {size(found.bytes_read)}",
-        f"would write   {size(found.bytes_written)}",
-        f"would move    {size(found.bytes_moved)}",
-        f"peak memory   {size(found.peak_memory)}",
+        f"would read    {size(costs.bytes_read)}",
+        f"would write   {size(costs.bytes_written)}",
+        f"would move    {size(costs.bytes_moved)}",
+        f"peak memory   {size(costs.peak_memory)}",
     ]
 
 

@@ -72,26 +72,26 @@ class Verified:
 def verify(store: StoreLike, commit: CheckpointCommit, progress: Progress = quiet) -> Verified:
     """Read all of a checkpoint and compare it with its digests; damage is reported, and the rest read all the same."""
     began = time.monotonic()
-    found = Verified(store.url, commit.step, commit.attempt, commit.run)
+    verified = Verified(store.url, commit.step, commit.attempt, commit.run)
     try:
         source = CheckpointSource(store, commit)
     except Incomplete as error:
-        found.damage.append(str(error))
-        return found
-    found.files, found.tensors, found.bytes = (
+        verified.damage.append(str(error))
+        return verified
+    verified.files, verified.tensors, verified.bytes = (
         source.manifest.world,
         len(source.tensors),
         source.manifest.bytes,
     )
     with ThreadPoolExecutor(THREADS) as pool:
         opened = list(pool.map(lambda rank: _open(source, rank), range(source.manifest.world)))
-        found.damage += [text for _, damage in opened for text in damage]
+        verified.damage += [text for _, damage in opened for text in damage]
         if all(pieces is not None for pieces, _ in opened):
-            found.damage += coverage(source.tensors, [p for pieces, _ in opened for p in pieces or ()])
+            verified.damage += coverage(source.tensors, [p for pieces, _ in opened for p in pieces or ()])
         spans = [span for pieces, _ in opened for span in _spans(pieces or ())]
-        found.damage += _read(source, spans, pool, progress)
-    found.read, found.seconds = source.bytes, time.monotonic() - began
-    return found
+        verified.damage += _read(source, spans, pool, progress)
+    verified.read, verified.seconds = source.bytes, time.monotonic() - began
+    return verified
 
 
 def _open(source: CheckpointSource, rank: int) -> tuple[list[Located] | None, list[str]]:
@@ -127,7 +127,7 @@ def _header(source: CheckpointSource, rank: int, pieces: list[Located]) -> Itera
     expected[INDEX] = ["U8", [file.index], [end, end + file.index]]
     try:
         tree = json.loads(head[8:])
-        told = {
+        actual = {
             key: [row["dtype"], row["shape"], row["data_offsets"]]
             for key, row in tree.items()
             if key != "__metadata__"
@@ -137,8 +137,8 @@ def _header(source: CheckpointSource, rank: int, pieces: list[Located]) -> Itera
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         yield f"{source.url(path)}: the header is unreadable: {error}"
         return
-    for key in expected.keys() | told.keys():
-        if expected.get(key) != told.get(key):
+    for key in expected.keys() | actual.keys():
+        if expected.get(key) != actual.get(key):
             yield f"{source.url(path)}: the header tells {key} otherwise than the index"
 
 
@@ -153,8 +153,8 @@ def coverage(tensors: dict[str, Tensor], pieces: list[Located]) -> Iterator[str]
         mine = parts.get(name, [])
         for piece in mine:
             if (piece.entry.dtype, piece.entry.box.whole) != (tensor.dtype, tensor.shape):
-                told = f"{piece.entry.dtype}{list(piece.entry.box.whole)}"
-                yield f"{piece.path}: {name} is {told}, and {tensor.dtype}{list(tensor.shape)} in the manifest"
+                stored = f"{piece.entry.dtype}{list(piece.entry.box.whole)}"
+                yield f"{piece.path}: {name} is {stored}, and {tensor.dtype}{list(tensor.shape)} in the manifest"
         why = gap_in(Box.all_of(tensor.shape), [piece.entry.box for piece in mine])
         if why:
             yield f"{name}{why}"

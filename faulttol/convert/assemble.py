@@ -57,11 +57,11 @@ def imported(
     """
     moments = DTYPES_OF[fill[2]] if fill is not None else "float32"
     values = list(_values(foreign, placed, moments if masters else None))
-    told = list(notes)
+    remarks = list(notes)
     if fill is not None:
         made = _made_up(values, *fill)
         if made:
-            told.append(f"made up as zeros: {_summary(made)}")
+            remarks.append(f"made up as zeros: {_summary(made)}")
         values += made
     target = ConversionTarget(into.out, into.run, into.step, values)
     read = sum(one.elements * _item(foreign, one) for one in placed)
@@ -71,7 +71,7 @@ def imported(
         bytes_moved=sum(value.bytes for value in values),
         peak_memory=target.at_once * WORK + peak,
     )
-    return ConversionJob(cost, tuple(told), partial(target.run, foreign, into.facts, tuple(told)))
+    return ConversionJob(cost, tuple(remarks), partial(target.run, foreign, into.facts, tuple(remarks)))
 
 
 def _item(foreign: Foreign, placed: PlacedTensor) -> int:
@@ -92,10 +92,10 @@ def _values(foreign: Foreign, placed: Sequence[PlacedTensor], moments: str | Non
             f"{missing[0]} isn't there ({len(missing)} of {len(placed)} tensors are missing); complete the files"
         )
     for one in placed:
-        found = foreign.shape(one.foreign)
-        if found != one.shape:
+        shape = foreign.shape(one.foreign)
+        if shape != one.shape:
             raise UserError(
-                f"{one.foreign} is {list(found)}, and {list(one.shape)} is what {one.name}{one.box} takes; correct the "
+                f"{one.foreign} is {list(shape)}, and {list(one.shape)} is what {one.name}{one.box} takes; correct the "
                 "model's settings"
             )
         parts.setdefault(one.name, []).append(one)

@@ -237,16 +237,16 @@ class Chunks:
         at = 0
         for box in Box.all_of(self.shape(name)).flat(first, last):
             part = values[at : at + box.elements].reshape(box.shape)
-            found = 0
+            covered = 0
             for number, entry in enumerate(self._tensors[name].chunks):
                 chunk = Box(box.whole, tuple(entry.offsets), tuple(entry.sizes))
                 common = chunk.overlap(box) if chunk.valid else None
                 if common is not None:
                     part[common.inside(box)] = self._chunk(name, number)[common.inside(chunk)]
-                    found += common.elements
-            if found != box.elements:
+                    covered += common.elements
+            if covered != box.elements:
                 raise UserError(
-                    f"{self._path}: {found} of {box.elements} elements of {name}{box} have a source; complete the files"
+                    f"{self._path}: {covered} of {box.elements} elements of {name}{box} have a source; complete the files"
                 )
             at += box.elements
         return values

@@ -56,12 +56,12 @@ def model_of(source: CheckpointSource) -> ModelConfig:
     Raises:
         UserError: where they don't tell.
     """
-    told = source.manifest.facts.get("fingerprint", {}).get("model")
+    model = source.manifest.facts.get("fingerprint", {}).get("model")
     where = f"{source.store.url.rstrip('/')}/{source.commit.manifest}"
-    if not told:
+    if not model:
         raise UserError(f"{where} doesn't tell its model: name a checkpoint that training has saved")
     try:
-        return ModelConfig(**nested(told))
+        return ModelConfig(**nested(model))
     except ValueError as error:
         line = " ".join(str(error).split())
         raise UserError(
@@ -76,12 +76,12 @@ def fingerprint(
 
     No data and no seed: no sample was consumed. See `trainer.fingerprint`.
     """
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if model is not None:
-        found["model"] = flat(model.model_dump(mode="json"))
+        facts["model"] = flat(model.model_dump(mode="json"))
     if kind is not None:
-        found["optim"] = {"kind": kind, "moments": moments}
-    return found
+        facts["optim"] = {"kind": kind, "moments": moments}
+    return facts
 
 
 def facts(
@@ -124,7 +124,7 @@ def fresh(
 
 def balances(model: ModelConfig, there: set[str]) -> Iterator[Value]:
     """Routers' balancing biases before the first step, but for what is `there` already."""
-    blocks = [f"blocks.{layer}" for layer in range(model.dense_layers, model.layers)]
+    blocks = [f"blocks.{layer}" for layer in model.moe_layers]
     blocks += [f"mtp.{depth}.block" for depth in range(model.mtp_layers)]
     rule = model.router.bias_rule == "load_error"
     for block in blocks:

@@ -38,7 +38,7 @@ class _Names:
         table = (m.vocab, m.hidden)
         yield part("model.embed_tokens.weight", table, "embedding.weight", table)
         for layer in range(m.layers):
-            yield from self.block(f"blocks.{layer}", f"model.layers.{layer}", layer < m.dense_layers)
+            yield from self.block(f"blocks.{layer}", f"model.layers.{layer}", not m.is_moe(layer))
         yield from self.vector("model.norm.weight", "final_norm.weight", m.hidden)
         if not m.tie_embeddings:
             yield part("lm_head.weight", table, "head.weight", table)

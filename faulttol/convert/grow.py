@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 from configs.errors import UserError
+from configs.model import ModelConfig
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.hashes import CheckpointSource
@@ -37,8 +38,9 @@ def grow(
 ) -> ConversionJob:
     """A checkpoint of the same model with more layers, at the same step and sample.
 
-    Leading dense layers stay as they are; the others are stacked whole, so their number is multiplied. Embeddings, the last
-    norm, the head and multi-token prediction stay. Routers' balancing biases go with their layers.
+    Leading dense layers stay as they are; the others are stacked whole, so their number is multiplied; where dense layers
+    lie between those with experts, each copy has the kind of its layer. Embeddings, the last norm, the head and multi-token
+    prediction stay. Routers' balancing biases go with their layers.
 
     Args:
         run: that the new checkpoint belongs to.
@@ -58,6 +60,11 @@ def grow(
     source = opened(store, commit)
     model = model_of(source)
     fixed, unit = model.dense_layers, model.layers - model.dense_layers
+    if unit % model.moe_every:
+        raise UserError(
+            f"the model's {unit} layers after model.dense_layers={fixed} can't be stacked: that is not a multiple of "
+            f"model.moe_every={model.moe_every}, so dense layers would be copied to where experts belong; train a new model"
+        )
     if layers <= model.layers or not unit or (layers - fixed) % unit:
         fits = ", ".join(str(fixed + unit * times) for times in (2, 3, 4)) if unit else "none"
         raise UserError(
@@ -65,13 +72,13 @@ def grow(
             + (f" of which the first {fixed} are dense and stay" if fixed else "")
             + f"; type layers= one of {fits}, …"
         )
-    values, notes = _values(source, fixed, unit, layers, optimizer)
+    values, notes = _values(source, model, layers, optimizer)
     target = ConversionTarget(out, run, source.commit.step, values)
-    told = {
+    meaning = {
         "reset": "the optimizer's slots and its count of steps begin at zero",
         "copy": "each layer has the optimizer's slots of the layer that it is a copy of",
     }
-    notes = [told[optimizer], *notes]
+    notes = [meaning[optimizer], *notes]
     entry = {
         "how": "grow", "method": method, "run": source.manifest.run, "attempt": source.manifest.attempt,
         "step": source.commit.step, "from": store.url, "layers": [model.layers, layers], "optimizer": optimizer,
@@ -115,13 +122,14 @@ def _origins(name: str, fixed: int, unit: int, layers: int) -> Iterator[str]:
 
 
 def _values(
-    source: CheckpointSource, fixed: int, unit: int, layers: int, optimizer: Policy
+    source: CheckpointSource, model: ModelConfig, layers: int, optimizer: Policy
 ) -> tuple[list[Value], list[str]]:
+    fixed, unit = model.dense_layers, model.layers - model.dense_layers
     values: list[Value] = []
     for name, tensor in source.tensors.items():
         for new in _origins(name, fixed, unit, layers):
             values.append(_value(source, name, tensor, new, optimizer))
-    made = list(_first_layers(source, fixed, unit, layers))
+    made = list(_first_layers(source, model.moe_layers, unit, layers))
     notes = (
         [f"the first MoE layer has no {made[0].name.split('.', 2)[2]}, so its copies begin with ones"]
         if made
@@ -142,17 +150,17 @@ def _read(source: CheckpointSource, name: str, box: Box) -> Iterator[memoryview]
     return source.stretches(name, box)
 
 
-def _first_layers(source: CheckpointSource, fixed: int, unit: int, layers: int) -> Iterator[Value]:
+def _first_layers(source: CheckpointSource, moe: tuple[int, ...], unit: int, layers: int) -> Iterator[Value]:
     """What the copies of the first MoE layer have and it hasn't: the scale of the router's state from the layer before
     (ZAYA1), which begins at one, with slots of zero."""
-    if unit < 2:
+    if len(moe) < 2:
         return
-    first = {m[2] for name in source.tensors if (m := _BLOCK.fullmatch(name)) and int(m[1]) == fixed}
+    first = {m[2] for name in source.tensors if (m := _BLOCK.fullmatch(name)) and int(m[1]) == moe[0]}
     for name, tensor in source.tensors.items():
         match = _BLOCK.fullmatch(name)
-        if match is None or int(match[1]) != fixed + 1 or match[2] in first:
+        if match is None or int(match[1]) != moe[1] or match[2] in first:
             continue
-        for copy in range(fixed + unit, layers, unit):
+        for copy in range(moe[0] + unit, layers, unit):
             new = f"blocks.{copy}.{match[2]}"
             if "/" in new:
                 yield zeros(new, tensor.dtype, tensor.shape)

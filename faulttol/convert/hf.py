@@ -137,12 +137,12 @@ def _whole(source: CheckpointSource, listed: dict[str, PlacedTensor]) -> None:
     """Refuse a checkpoint that lacks a tensor of its model, or has it in another shape."""
     where = f"{source.store.url.rstrip('/')}/{source.commit.manifest}"
     for placed in listed.values():
-        found = source.tensors.get(placed.name)
-        if found is None:
+        tensor = source.tensors.get(placed.name)
+        if tensor is None:
             raise UserError(f"{where} has no {placed.name}, which its model has; name another checkpoint")
-        if found.shape != placed.box.whole:
+        if tensor.shape != placed.box.whole:
             raise UserError(
-                f"{where}: {placed.name} is {list(found.shape)} and its model has {list(placed.box.whole)}; name another "
+                f"{where}: {placed.name} is {list(tensor.shape)} and its model has {list(placed.box.whole)}; name another "
                 "checkpoint"
             )
 
@@ -158,14 +158,14 @@ def _left(source: CheckpointSource, listed: dict[str, PlacedTensor]) -> tuple[st
 
 def _remembered(source: CheckpointSource) -> dict[str, Any]:
     """What `config.json` had when the weights were imported, and the longest context that was trained on."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     data = source.manifest.facts.get("fingerprint", {}).get("data", {})
     for entry in source.manifest.facts.get("lineage", []):
-        found |= entry.get("config", {}) if isinstance(entry, dict) else {}
+        settings |= entry.get("config", {}) if isinstance(entry, dict) else {}
     sequence = data.get("sequence", 0) if isinstance(data, dict) else 0
-    if sequence > found.get("max_position_embeddings", 4096):
-        found["max_position_embeddings"] = sequence
-    return found
+    if sequence > settings.get("max_position_embeddings", 4096):
+        settings["max_position_embeddings"] = sequence
+    return settings
 
 
 # ---- import ----
@@ -207,11 +207,11 @@ def import_hf(
     hf_config.family_in(tree, where)
     files = SafetensorsFolder(path)
     name = str(tree.get("_name_or_path") or path.url.rstrip("/").rsplit("/", 1)[-1])
-    told = hf_config.model_in(tree, where, name, _predictions(tree, files))
-    model = told if model is None else _same(model, told, where)
+    described = hf_config.model_in(tree, where, name, _predictions(tree, files))
+    model = described if model is None else _same(model, described, where)
     interleaved = tree.get("rope_interleave") is not False
-    placed = families.tensors(told, interleaved)
-    extra = _unknown(files, placed, told, path.url)
+    placed = families.tensors(described, interleaved)
+    extra = _unknown(files, placed, described, path.url)
     lineage = {
         "how": "import", "format": "hugging face", "from": path.url,
         "config": {key: tree[key] for key in _KEPT if tree.get(key) is not None},
@@ -223,22 +223,22 @@ def import_hf(
 
 def _predictions(tree: dict[str, Any], files: SafetensorsFolder) -> int:
     """Layers of multi-token prediction that are in the files: some are published without."""
-    layers, found = tree.get("num_hidden_layers"), 0
+    layers, count = tree.get("num_hidden_layers"), 0
     if not isinstance(layers, int):
         return 0
     there = set(files.names())
-    while f"model.layers.{layers + found}.eh_proj.weight" in there:
-        found += 1
-    return found
+    while f"model.layers.{layers + count}.eh_proj.weight" in there:
+        count += 1
+    return count
 
 
-def _same(model: ModelConfig, told: ModelConfig, where: str) -> ModelConfig:
+def _same(model: ModelConfig, described: ModelConfig, where: str) -> ModelConfig:
     """The model that was asked for, which must compute what the files' does."""
-    asked, found = (flat(one.model_dump(mode="json")) for one in (model, told))
-    for name in asked:
-        if asked[name] != found[name] and name not in _LOOSE:
+    wanted, theirs = (flat(one.model_dump(mode="json")) for one in (model, described))
+    for name in wanted:
+        if wanted[name] != theirs[name] and name not in _LOOSE:
             raise UserError(
-                f"model.{name}={asked[name]} isn't that of {where}, {found[name]}; type model.{name}={found[name]}"
+                f"model.{name}={wanted[name]} isn't that of {where}, {theirs[name]}; type model.{name}={theirs[name]}"
             )
     return model
 

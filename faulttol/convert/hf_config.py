@@ -27,11 +27,12 @@ _SOFTMAX: dict[str, tuple[Any, ...]] = {
     "shared_width": (0,), "mtp_layers": (0,), "router.score": ("softmax",), "router.scale": (1.0,),
     "router.groups": (1,), "router.balance": ("aux", "none"),
 }  # fmt: skip
+_NO_DENSE: dict[str, tuple[Any, ...]] = {"dense_layers": (0,), "moe_every": (1,)}
 _HAS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "mixtral": _SOFTMAX | {"qk_norm": ("none",), "dense_layers": (0,), "router.renormalize": (True,)},
-    "olmoe": _SOFTMAX | {"qk_norm": ("projection",), "dense_layers": (0,), "window": (0,)},
+    "mixtral": _SOFTMAX | _NO_DENSE | {"qk_norm": ("none",), "router.renormalize": (True,)},
+    "olmoe": _SOFTMAX | _NO_DENSE | {"qk_norm": ("projection",), "window": (0,)},
     "qwen3_moe": _SOFTMAX | {"qk_norm": ("head",), "window": (0,)},
-    "deepseek_v3": {"router.score": ("sigmoid",), "window": (0,)},
+    "deepseek_v3": {"router.score": ("sigmoid",), "window": (0,), "moe_every": (1,)},
 }
 """By family: settings and the values that its files can express."""
 _POSITIONS = 4096
@@ -121,12 +122,12 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
     yarn = model.yarn
     if yarn.factor == 1:
         return {"rope_type": "default", "rope_theta": model.rope_theta}
-    found = {
+    settings = {
         "rope_type": "yarn", "rope_theta": model.rope_theta, "factor": yarn.factor,
         "original_max_position_embeddings": yarn.original, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow,
     }  # fmt: skip
     # DeepSeek scales scores, and so whole heads, by the square; the others cosine and sine.
-    return found | ({"mscale": 1.0, "mscale_all_dim": 1.0} if model.attention == "mla" else {})
+    return settings | ({"mscale": 1.0, "mscale_all_dim": 1.0} if model.attention == "mla" else {})
 
 
 def _own(model: ModelConfig, family: Family) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def _own(model: ModelConfig, family: Family) -> dict[str, Any]:
         return {
             "head_dim": model.head_dim, "moe_intermediate_size": model.expert_width, "num_experts": model.experts,
             "norm_topk_prob": divided, "intermediate_size": model.dense_width or model.expert_width,
-            "decoder_sparse_step": 1, "mlp_only_layers": list(range(model.dense_layers)),
+            "decoder_sparse_step": model.moe_every, "mlp_only_layers": list(range(model.dense_layers)),
             "use_sliding_window": False, "sliding_window": None,
         }  # fmt: skip
     return {
@@ -173,12 +174,12 @@ def family_in(tree: dict[str, Any], where: str) -> Family:
         UserError: where it is none that is known.
     """
     names = tree.get("architectures") or []
-    told = names[0] if isinstance(names, list) and names else tree.get("model_type")
+    declared = names[0] if isinstance(names, list) and names else tree.get("model_type")
     for architecture, family in ARCHITECTURES.items():
-        if told in (architecture, family):
+        if declared in (architecture, family):
             return family
     known = ", ".join(ARCHITECTURES)
-    raise UserError(f"{where}: architectures={told!r} isn't known here; the known ones are {known}")
+    raise UserError(f"{where}: architectures={declared!r} isn't known here; the known ones are {known}")
 
 
 def model_in(tree: dict[str, Any], where: str, name: str, predictions: int = 0) -> ModelConfig:
@@ -197,8 +198,8 @@ def model_in(tree: dict[str, Any], where: str, name: str, predictions: int = 0) 
         raise UserError(
             f"{where}: quantization_config is set, and quantised weights aren't read; convert them to bf16 first"
         )
-    found = read(tree, where, name, predictions)
-    for left in found.differences:
+    reading = read(tree, where, name, predictions)
+    for left in reading.differences:
         raise UserError(f"{where}: {left.setting} isn't known here, {left.here} is; it can't be imported")
-    family_of(found.model)
-    return found.model
+    family_of(reading.model)
+    return reading.model

@@ -98,7 +98,7 @@ def place(
     Raises:
         UserError: where no rule matches a name, or the parts of one of ours have different shapes.
     """
-    found: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
+    by_name: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
     left: list[str] = []
     for name in foreign.names() if names is None else names:
         parameter, _, slot = name.partition("/")
@@ -113,9 +113,9 @@ def place(
             raise UserError(
                 f"the place of {name} in {ours} is not a whole number ({error}); correct the map's at"
             ) from None
-        found.setdefault(ours, []).append((name, foreign.shape(name), at))
+        by_name.setdefault(ours, []).append((name, foreign.shape(name), at))
     placed: list[PlacedTensor] = []
-    for ours, parts in found.items():
+    for ours, parts in by_name.items():
         placed += _stacked(ours, parts)
     return placed, left
 

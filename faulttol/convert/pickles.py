@@ -80,8 +80,8 @@ def load(path: Path, trust: bool) -> Any:
             with torch.serialization.safe_globals([(kind, name) for name, kind in _KNOWN.items()]):
                 return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
-            told = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{path} can't be read: {told[0]}; copy it again") from None
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"{path} can't be read: {lines[0]}; copy it again") from None
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ class PickledTensors:
         Raises:
             UserError: where they are more or fewer than its elements.
         """
-        found, at = [], 0
+        pieces, at = [], 0
         for values in stretches:
-            found.append(_Stretch(at, values.detach().reshape(-1)))
+            pieces.append(_Stretch(at, values.detach().reshape(-1)))
             at += values.numel()
         if at != prod(shape):
             raise UserError(
                 f"{name} is {list(shape)}, and its stretches have {at} elements; complete the files"
             )
-        self._shapes[name], self._stretches[name] = shape, found
+        self._shapes[name], self._stretches[name] = shape, pieces
 
     def names(self) -> Sequence[str]:
         """Of all tensors."""
@@ -130,8 +130,8 @@ class PickledTensors:
 
     def dtype(self, name: str) -> str:
         """Of a tensor."""
-        found = self._stretches[name]
-        return str(found[0].values.dtype).removeprefix("torch.") if found else "float32"
+        pieces = self._stretches[name]
+        return str(pieces[0].values.dtype).removeprefix("torch.") if pieces else "float32"
 
     def read(self, name: str, first: int, last: int) -> Bits:
         """Elements `[first, last)`, as bits."""

@@ -48,17 +48,17 @@ class SafetensorsFolder:
         self._lock = threading.Lock()
         self._places: dict[str, _Place] = {}
         names = store.names()
-        found = sorted(name for name in names if name.endswith(".safetensors"))
+        files = sorted(name for name in names if name.endswith(".safetensors"))
         if INDEX in names:
-            found = self._indexed()
-            missing = sorted(set(found) - set(names))
+            files = self._indexed()
+            missing = sorted(set(files) - set(names))
             if missing:
                 raise UserError(
                     f"{self._path(missing[0])} is missing, which {INDEX} names; complete the folder"
                 )
-        if not found:
+        if not files:
             raise UserError(f"{store.url} holds no .safetensors files; name the folder of a model that does")
-        for file in found:
+        for file in files:
             self._header(file)
 
     def _indexed(self) -> list[str]:

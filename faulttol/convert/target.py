@@ -163,13 +163,13 @@ class ConversionTarget:
     @property
     def size(self) -> int:
         """Of all files, in bytes; headers and indexes included."""
-        found = 0
+        total = 0
         for rank, parts in enumerate(self._files):
             pieces = ordered(
                 TensorPiece(value.name, value.dtype, box, memoryview(b"")) for value, box in parts
             )
-            found += layout(self._step, self._identity(rank), pieces).size
-        return found
+            total += layout(self._step, self._identity(rank), pieces).size
+        return total
 
     @property
     def at_once(self) -> int:

@@ -58,6 +58,6 @@ def _single(values: Bits, given: str) -> NDArray[np.float32]:
 def _rounded(values: NDArray[np.uint32]) -> NDArray[np.uint16]:
     """fp32 as bf16."""
     half = ((values >> 16) & 1) + 0x7FFF
-    found = ((values + half) >> 16).astype(np.uint16)
-    found[(values & 0x7FFFFFFF) > 0x7F800000] = 0x7FC0  # not a number
-    return found
+    rounded = ((values + half) >> 16).astype(np.uint16)
+    rounded[(values & 0x7FFFFFFF) > 0x7F800000] = 0x7FC0  # not a number
+    return rounded

@@ -112,10 +112,12 @@ def _sharded(folder: Path, tensors: PickledTensors, trust: bool) -> int | None:
         for name in names
         if (match := _OPTIM.fullmatch(name)) and int(match[1]) == rank
     ]
-    told = {_sharing(state, group) for state in states for group in range(len(state["param_slice_mappings"]))}
-    if max(told, default=len(ranks)) != len(ranks):
+    worlds = {
+        _sharing(state, group) for state in states for group in range(len(state["param_slice_mappings"]))
+    }
+    if max(worlds, default=len(ranks)) != len(ranks):
         raise UserError(
-            f"{folder} has the optimizer state of {len(ranks)} ranks of {max(told)}; complete the files"
+            f"{folder} has the optimizer state of {len(ranks)} ranks of {max(worlds)}; complete the files"
         )
     module = load(folder / next(n for n in names if _MODEL.fullmatch(n)), trust)
     if module.get("ds_autoep_layers"):
@@ -172,12 +174,12 @@ def _sharing(state: Any, group: int) -> int:
 
 def _experts(folder: Path, names: Sequence[str], trust: bool) -> dict[str, Any]:
     """Weights of all experts, by names with their place in the layer."""
-    found: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
     places: dict[int, list[int]] = {}
     for name in names:
         match = _EXPERT_FILE.fullmatch(name)
         if match:
-            found |= load(folder / name, trust)
+            weights |= load(folder / name, trust)
             places.setdefault(int(match[1]), []).append(int(match[2]))
     for layer, there in places.items():
         missing = sorted(set(range(max(there) + 1)) - set(there))
@@ -185,7 +187,7 @@ def _experts(folder: Path, names: Sequence[str], trust: bool) -> dict[str, Any]:
             raise UserError(
                 f"{folder} has no file of expert {missing[0]} of MoE layer {layer}; complete the files"
             )
-    return found
+    return weights
 
 
 def _owners(states: Sequence[Any]) -> dict[str, tuple[int, int]]:
@@ -206,7 +208,7 @@ def _fragments(
     states: Sequence[Any], owners: dict[str, tuple[int, int]]
 ) -> dict[str, dict[str, list[torch.Tensor]]]:
     """By parameter and slot (none: the master), the stretches of all ranks in their order."""
-    found: dict[str, dict[str, list[torch.Tensor]]] = {}
+    stretches: dict[str, dict[str, list[torch.Tensor]]] = {}
     for rank, state in enumerate(states):
         base = state["base_optimizer_state"]
         slots = base["state"] if isinstance(base, dict) else dict(enumerate(base))
@@ -221,8 +223,8 @@ def _fragments(
                     name = f"{match[1]}{rank % size * count + int(match[2])}{match[3]}"
                 for slot, flat in flats.items():
                     part = flat[address.start : address.start + address.numel]
-                    found.setdefault(name, {}).setdefault(slot, []).append(part)
-    return found
+                    stretches.setdefault(name, {}).setdefault(slot, []).append(part)
+    return stretches
 
 
 def _same(folder: Path, name: str, tensors: PickledTensors, weights: torch.Tensor) -> None:
@@ -240,19 +242,19 @@ def _same(folder: Path, name: str, tensors: PickledTensors, weights: torch.Tenso
 
 def _steps(states: Sequence[Any]) -> int | None:
     """The count of steps that have moved the weights, which all ranks and groups have alike."""
-    found: set[int] = set()
+    steps: set[int] = set()
     for state in states:
         base = state["base_optimizer_state"]
         slots = list(base["state"].values()) if isinstance(base, dict) else base
-        found |= {int(slot["step"]) for slot in slots if "step" in slot}
+        steps |= {int(slot["step"]) for slot in slots if "step" in slot}
         if isinstance(base, dict):
-            found |= {int(group["step"]) for group in base["param_groups"] if "step" in group}
-        found |= {int(state[key]) for key in ("base_optimizer_state_step",) if key in state}
-    if len(found) > 1:
+            steps |= {int(group["step"]) for group in base["param_groups"] if "step" in group}
+        steps |= {int(state[key]) for key in ("base_optimizer_state_step",) if key in state}
+    if len(steps) > 1:
         raise UserError(
-            f"the ranks' optimizers count different steps ({sorted(found)}): files of two checkpoints are mixed"
+            f"the ranks' optimizers count different steps ({sorted(steps)}): files of two checkpoints are mixed"
         )
-    return found.pop() if found else None
+    return steps.pop() if steps else None
 
 
 # ---- universal folders ----

@@ -26,19 +26,19 @@ def devices() -> list[torch.device]:
 
 def checks() -> list[Check]:
     """Memory, exactness and rate of each device."""
-    found: list[Check] = []
+    looks: list[Check] = []
     rates: dict[str, float] = {}
     for device in devices():
         size = _SIZES[device.type]
-        found.append(timed(f"{device} memory", partial(memory, device)))
-        found.append(timed(f"{device} exactness", partial(exactness, device, size)))
+        looks.append(timed(f"{device} memory", partial(memory, device)))
+        looks.append(timed(f"{device} exactness", partial(exactness, device, size)))
 
         def look(device: torch.device = device, size: int = size) -> tuple[CheckOutcome, str]:
             rates[str(device)] = rate(device, size)
             return CheckOutcome.GOOD, f"{rates[str(device)] / 1e12:.2f} TFLOP/s, bf16, {size} x {size}"
 
-        found.append(timed(f"{device} matmul", look))
-    return [*found, timed("matmul rates", lambda: compared(rates))]
+        looks.append(timed(f"{device} matmul", look))
+    return [*looks, timed("matmul rates", lambda: compared(rates))]
 
 
 def memory(device: torch.device) -> tuple[CheckOutcome, str]:

@@ -61,13 +61,13 @@ def shared_memory(path: Path) -> tuple[CheckOutcome, str]:
 
 def versions() -> dict[str, str]:
     """Versions that must be alike on all nodes of a gang."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    installed = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("torch", "deepspeed"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+            installed[name] = "none"
+    return installed
 
 
 def told_versions() -> tuple[CheckOutcome, str]:

@@ -15,7 +15,7 @@ def preflight(peers: Sequence[str] = (), arithmetic: bool = True) -> Preflight:
         peers: `HOST:PORT` of neighbours' beacons.
         arithmetic: also at its devices with torch: some seconds.
     """
-    found = [
+    checks = [
         *host.quick(),
         host.timed("versions", host.told_versions),
         host.timed("device tool", host.device_tool),
@@ -25,5 +25,5 @@ def preflight(peers: Sequence[str] = (), arithmetic: bool = True) -> Preflight:
     if arithmetic:
         from faulttol.preflight import device  # torch loads here alone
 
-        found += device.checks()
-    return Preflight(tuple(found))
+        checks += device.checks()
+    return Preflight(tuple(checks))

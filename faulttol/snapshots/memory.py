@@ -65,13 +65,13 @@ def folder(node: str, run: str) -> Path:
         # Anyone may make folders in /dev/shm: in another's, files could be exchanged below us.
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
             raise UserError(f"checkpoint.memory_every needs {base}, which isn't this user's folder: {how}")
-        found = base / _word(node) / _word(run)
-        found.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = base / _word(node) / _word(run)
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"checkpoint.memory_every needs {base}, which can't be made: {error.strerror}: {how}"
         ) from None
-    return found
+    return place
 
 
 def _word(name: str) -> str:
@@ -99,8 +99,8 @@ def sweep(folder: Path, newest: CheckpointCommit) -> list[str]:
 def _drop_buffers(folder: Path, run: str, attempt: int) -> Iterator[str]:
     """Remove the names of memory that ranks of earlier attempts filled: what a snapshot needs of it has another name."""
     for path in folder.glob(".*"):
-        found = _attempt(path.name, run)
-        if found is not None and found < attempt:
+        earlier = _attempt(path.name, run)
+        if earlier is not None and earlier < attempt:
             path.unlink(missing_ok=True)
             yield path.name
 
@@ -137,8 +137,8 @@ def _last_write(folder: Path) -> float:
 
 def _attempt(name: str, run: str) -> int | None:
     """Which attempt of a run a file is of, finished or not; None where it is another run's."""
-    found = re.fullmatch(rf"\.?{re.escape(run)}\.a(\d{{4,}})\..+", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(rf"\.?{re.escape(run)}\.a(\d{{4,}})\..+", name)
+    return int(match[1]) if match else None
 
 
 def _files(folder: Path, run: str) -> Iterator[tuple[Path, str, CheckpointCommit]]:
@@ -263,12 +263,12 @@ def tier(
             if failure is not None:
                 _log.warning("snapshots in %s are left out: %s", folder, failure[1])
         answers = peers.gather(shown)
-        found, failure = on_first(
+        collected, failure = on_first(
             peers, identity.rank == 0, lambda: _collected(answers or [], secret, folder, identity)
         )
         if failure is not None:
             _log.warning("snapshots in memory are left out: %s", failure[1])
-        union = _union(found, secret, folder, identity.rank) if found else None
+        union = _union(collected, secret, folder, identity.rank) if collected else None
         if union is not None:
             ends.callback(_close, union)
         yield Tier(NAME, union) if union is not None else None
@@ -289,9 +289,9 @@ def _serving(folder: Path, peers: Peers) -> frozenset[int]:
     """The first rank of each node that has files."""
     answers = peers.gather(str(folder) if any(folder.glob("step-*/*")) else None)
     first: dict[str, int] = {}
-    for rank, told in enumerate(answers or ()):
-        if told is not None:
-            first.setdefault(told, rank)
+    for rank, where in enumerate(answers or ()):
+        if where is not None:
+            first.setdefault(where, rank)
     return frozenset(peers.broadcast(list(first.values())))
 
 
@@ -323,10 +323,10 @@ def _collected(
 
 def _whole(union: Union) -> Iterator[str]:
     """Prefixes of the snapshots that have their manifest and all files."""
-    found = Folder(union)
-    for commit in found.commits:
+    snapshots = Folder(union)
+    for commit in snapshots.commits:
         try:
-            found.head(commit)
+            snapshots.head(commit)
         except Incomplete as error:
             _log.warning("the snapshot of step %d in memory is left out: %s", commit.step, error)
         else:

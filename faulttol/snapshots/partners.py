@@ -32,13 +32,13 @@ def partners(nodes: Sequence[str], groups: Sequence[Hashable] | None = None) -> 
     if len(members) < 2:
         return [None] * len(nodes)
     teams = list(members.values())
-    found = [0] * len(nodes)
+    keepers = [0] * len(nodes)
     for team in _pairs(teams) if len({len(node) for node in teams}) == 1 else [teams]:
         for rank, keeper in _shifted(team):
-            found[rank] = keeper
+            keepers[rank] = keeper
     if groups is not None:
-        _exchange(found, nodes, groups, members)
-    return list(found)
+        _exchange(keepers, nodes, groups, members)
+    return list(keepers)
 
 
 def _pairs(nodes: list[list[int]]) -> Iterator[list[list[int]]]:
@@ -62,7 +62,7 @@ def _shifted(nodes: list[list[int]]) -> Iterator[tuple[int, int]]:
 
 
 def _exchange(
-    found: list[int], nodes: Sequence[str], groups: Sequence[Hashable], members: dict[str, list[int]]
+    keepers: list[int], nodes: Sequence[str], groups: Sequence[Hashable], members: dict[str, list[int]]
 ) -> None:
     """Let ranks whose keeper is of their own group exchange it with another rank's, which leaves the load as it is."""
 
@@ -71,15 +71,15 @@ def _exchange(
 
     world = len(nodes)
     sizes, both = Counter(groups), Counter(zip(nodes, groups, strict=True))
-    for rank, keeper in enumerate(found):
+    for rank, keeper in enumerate(keepers):
         node, group = nodes[rank], groups[rank]
         outside = world - len(members[node]) - sizes[group] + both[node, group]
         if groups[keeper] != group or not outside:
             continue
         far = ((rank + world // 2 + at) % world for at in range(world))
         for other in islice(chain(members[node], far), _TRIES):
-            if fits(rank, found[other]) and fits(other, found[rank]):
-                found[rank], found[other] = found[other], found[rank]
+            if fits(rank, keepers[other]) and fits(other, keepers[rank]):
+                keepers[rank], keepers[other] = keepers[other], keepers[rank]
                 break
 
 

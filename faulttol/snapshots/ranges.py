@@ -149,10 +149,10 @@ class Server:
             _check_name(name, empty=what == "names")
             if what == "range":
                 return self._send_range(client, name, request.get("range"))
-            body, told = b"", {}
+            body, written = b"", {}
             if what in ("write", "create"):
                 take = self._store.create if what == "create" else self._store.write
-                told["count"] = take(name, _frames(client))
+                written["count"] = take(name, _frames(client))
             elif what == "names":
                 body = json.dumps(self._store.names(name)).encode()
             elif what == "remove":
@@ -167,7 +167,7 @@ class Server:
                 _drain(client)
                 return False
             return True
-        _send_head(client, {"bytes": len(body), **told})
+        _send_head(client, {"bytes": len(body), **written})
         client.sendall(body)
         return True
 

@@ -191,17 +191,17 @@ class Buffers:
             Incomplete: where the host has no room for it.
         """
         at = next(n for n, buffer in enumerate(self._made) if buffer is None or buffer is not self._kept)
-        found = self._made[at]
-        if found is None or found.size < size or (self._folder is not None and found.size != size):
-            if found is not None:
-                found.close()
+        buffer = self._made[at]
+        if buffer is None or buffer.size < size or (self._folder is not None and buffer.size != size):
+            if buffer is not None:
+                buffer.close()
                 self._made[at] = None
             path = None if self._folder is None else self._folder / f".{self._word}.{at}"
-            found = Buffer(size, path)
+            buffer = Buffer(size, path)
             if self._device.type == "cuda":
-                found.pin(self._device)
-            self._made[at] = found
-        return found
+                buffer.pin(self._device)
+            self._made[at] = buffer
+        return buffer
 
     def prepare(self, size: int) -> None:
         """Get the memory before it is needed."""

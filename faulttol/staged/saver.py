@@ -323,8 +323,8 @@ class Saver:
     def _partner_of(self, memory: Memory, peers: Peers) -> int | None:
         """The rank whose node keeps the copy of this one's files."""
         nodes = peers.gather(str(memory.folder))
-        found = peers.broadcast(partners(nodes) if nodes is not None else None)
-        return found[self._identity.rank]
+        keepers = peers.broadcast(partners(nodes) if nodes is not None else None)
+        return keepers[self._identity.rank]
 
     def _lead(self, job: _Job) -> None:
         """Lead a save to its end, in a thread of its own."""

@@ -278,12 +278,12 @@ def _values(view: memoryview, layout: ShardLayout) -> Iterator[Iterator[memoryvi
 
 
 def _told(chunks: Iterator[memoryview], progress: Progress) -> Iterator[memoryview]:
-    done = told = 0
+    done = reported = 0
     for chunk in chunks:
         yield chunk
         done += len(chunk)
-        if done - told >= _TOLD:
-            told = done
+        if done - reported >= _TOLD:
+            reported = done
             progress(done)
 
 

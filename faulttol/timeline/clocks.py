@@ -58,9 +58,9 @@ def align(nodes: Sequence[str], ends: Sequence[End]) -> Alignment:
     place = {node: index for index, node in enumerate(nodes)}
     shared = 0
     for where in by_key.values():
-        found = sorted((place[node], sorted(times)[len(times) // 2]) for node, times in where.items())
-        shared += len(found) > 1
-        for (a, at_a), (b, at_b) in zip(found, found[1:], strict=False):
+        times_of = sorted((place[node], sorted(times)[len(times) // 2]) for node, times in where.items())
+        shared += len(times_of) > 1
+        for (a, at_a), (b, at_b) in zip(times_of, times_of[1:], strict=False):
             pairs[a, b].append(at_b - at_a)
     linked = _linked(len(nodes), pairs)
     offsets: NDArray[Any] = np.zeros(len(nodes))
@@ -89,9 +89,9 @@ def _linked(count: int, pairs: Mapping[tuple[int, int], object]) -> set[int]:
     for a, b in pairs:
         beside[a].add(b)
         beside[b].add(a)
-    found, open_ends = {0} if count else set(), [0] if count else []
+    linked, open_ends = {0} if count else set(), [0] if count else []
     while open_ends:
-        for other in beside[open_ends.pop()] - found:
-            found.add(other)
+        for other in beside[open_ends.pop()] - linked:
+            linked.add(other)
             open_ends.append(other)
-    return found
+    return linked

@@ -29,17 +29,17 @@ def run(options: argparse.Namespace) -> CommandResult:
     """
     paths = find(options.run)
     number = _attempt(paths, options.attempt)
-    found = activities(paths.attempt(number))
-    if not found:
+    recorded = activities(paths.attempt(number))
+    if not recorded:
         raise UserError(
             f"attempt {number} of {paths.run_id} has no records: nothing in {paths.attempt(number).root / 'steps'}, "
             "no rings and no evidence; name another with --attempt"
         )
     ranks = _span(options.ranks, "--ranks")
-    chosen = {rank: one for rank, one in found.items() if ranks is None or rank in ranks}
+    chosen = {rank: one for rank, one in recorded.items() if ranks is None or rank in ranks}
     if not chosen:
         raise UserError(
-            f"--ranks {options.ranks}: there are records of ranks {min(found)} to {max(found)}; name some of them"
+            f"--ranks {options.ranks}: there are records of ranks {min(recorded)} to {max(recorded)}; name some of them"
         )
     steps = _cut(chosen, _span(options.steps, "--steps"), options.steps)
     timeline = Timeline.of(chosen)
@@ -85,17 +85,17 @@ def find(typed: str) -> RunPaths:
     return home.existing(typed)
 
 
-def _attempt(paths: RunPaths, asked: int | None) -> int:
+def _attempt(paths: RunPaths, typed: int | None) -> int:
     there = paths.attempt_numbers()
     if not there:
         raise UserError(
             f"run '{paths.run_id}' has no attempt yet; `python -m orchestrator status {paths.run_id}` says why"
         )
-    if asked is not None and asked not in there:
+    if typed is not None and typed not in there:
         raise UserError(
-            f"--attempt {asked}: {paths.run_id} has attempts {', '.join(map(str, there[-8:]))}; name one of them"
+            f"--attempt {typed}: {paths.run_id} has attempts {', '.join(map(str, there[-8:]))}; name one of them"
         )
-    return there[-1] if asked is None else asked
+    return there[-1] if typed is None else typed
 
 
 def _span(typed: str | None, option: str) -> range | None:
@@ -111,21 +111,21 @@ def _span(typed: str | None, option: str) -> range | None:
     return range(int(first or 0), int(last) if last else 1 << 62)
 
 
-def _cut(found: Mapping[int, Activity], asked: range | None, typed: str | None) -> tuple[int, int]:
+def _cut(chosen: Mapping[int, Activity], span: range | None, typed: str | None) -> tuple[int, int]:
     """Keep the steps that were asked for; the first, and the one after the last."""
-    known = np.unique(np.concatenate([_begun(one)[0] for one in found.values()]))
+    known = np.unique(np.concatenate([_begun(one)[0] for one in chosen.values()]))
     if not len(known):  # it never came to a step: all there is
         return 0, 0
-    if asked is None:
+    if span is None:
         wanted = known[-_STEPS:]
     else:
-        wanted = known[(known >= asked.start) & (known < asked.stop)]
+        wanted = known[(known >= span.start) & (known < span.stop)]
         if not len(wanted):
             raise UserError(
                 f"--steps {typed}: steps {known[0]} to {known[-1]} are on record; name some of them"
             )
     first, last = int(wanted[0]), int(wanted[-1])
-    for one in found.values():
+    for one in chosen.values():
         steps, times = _begun(one)
         begin, end = np.searchsorted(steps, first, "left"), np.searchsorted(steps, last, "right")
         start = int(times[begin]) if begin < len(times) else 1 << 62

@@ -95,7 +95,7 @@ class Timeline:
 
     def overlap(self) -> dict[str, Overlap]:
         """By kind of call, over all ranks."""
-        found: dict[str, Overlap] = {}
+        overlaps: dict[str, Overlap] = {}
         for op in Op:
             calls = flight = waited = 0
             for one in self.ranks.values():
@@ -111,8 +111,8 @@ class Timeline:
                 waited += int((end - begin)[mine["flags"] & BATCHED == 0].sum())
                 calls += len(mine)
             if calls:
-                found[op.name.lower()] = Overlap(calls, flight / 1e9, waited / 1e9)
-        return found
+                overlaps[op.name.lower()] = Overlap(calls, flight / 1e9, waited / 1e9)
+        return overlaps
 
     # ---- events ----
 
@@ -257,10 +257,10 @@ class Timeline:
             ].tolist():
                 way = (one.rank, peer) if op == Op.SEND else (peer, one.rank)
                 ends.setdefault((group, count, *way), {})[Op(op)] = (one.rank, sequence)
-        found: dict[tuple[int, int], int] = {}
+        numbers: dict[tuple[int, int], int] = {}
         for number, both in enumerate((both for both in ends.values() if len(both) == 2), 1):
-            found |= dict.fromkeys(both.values(), number)
-        return found
+            numbers |= dict.fromkeys(both.values(), number)
+        return numbers
 
     @staticmethod
     def _group(one: Activity, number: int) -> str:
@@ -269,10 +269,10 @@ class Timeline:
 
 
 def _in(values: Any, ops: tuple[Op, ...]) -> Any:
-    found = values == ops[0]
+    matches = values == ops[0]
     for op in ops[1:]:
-        found = found | (values == op)
-    return found
+        matches = matches | (values == op)
+    return matches
 
 
 def _names(one: Activity) -> Iterator[Event]:

@@ -254,26 +254,26 @@ class StepFile:
 
     def _block_at(self, level: int) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
         """The block that is being filled."""
-        starts, found = self._empty(level)
+        starts, seconds = self._empty(level)
         number, inside = divmod(self._columns[level], BLOCK)
         if inside:
             data = os.pread(self._fd, self.shape.block(level), self.shape.offset(level, number))
             starts[:] = np.frombuffer(data[: 8 * BLOCK], np.int64)
-            found[:] = np.frombuffer(data[8 * BLOCK :], np.uint16).reshape(found.shape)
-        return starts, found
+            seconds[:] = np.frombuffer(data[8 * BLOCK :], np.uint16).reshape(seconds.shape)
+        return starts, seconds
 
     def _unfinished(self, level: int) -> list[tuple[int, NDArray[np.float64]]]:
         """Columns of a level that the one above doesn't have yet."""
-        found: list[tuple[int, NDArray[np.float64]]] = []
+        columns: list[tuple[int, NDArray[np.float64]]] = []
         if level + 1 == len(CAPACITIES):
-            return found
+            return columns
         for column in range(self._columns[level + 1] * FACTOR, self._columns[level]):
             number, inside = divmod(column, BLOCK)
             data = os.pread(self._fd, self.shape.block(level), self.shape.offset(level, number))
             starts = np.frombuffer(data[: 8 * BLOCK], np.int64)
             block = np.frombuffer(data[8 * BLOCK :], np.uint16).reshape(self._empty(level)[1].shape)
-            found.append((int(starts[inside]), codes.decode(block[..., inside]).astype(np.float64)))
-        return found
+            columns.append((int(starts[inside]), codes.decode(block[..., inside]).astype(np.float64)))
+        return columns
 
 
 def mean(parts: NDArray[Any]) -> NDArray[Any]:

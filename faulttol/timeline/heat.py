@@ -54,7 +54,7 @@ class HeatRow:
 class Heat:
     """The map. Where a row has several ranks, or a column several steps, `mean` is theirs and `most` the largest."""
 
-    asked: HeatRequest
+    request: HeatRequest
     edges: NDArray[np.int64]
     """[columns + 1]: column c holds the steps from edges[c] up to but without edges[c + 1]."""
     rows: tuple[HeatRow, ...]
@@ -68,41 +68,41 @@ class Heat:
     @property
     def unit(self) -> str:
         """`s`, or empty for a ratio."""
-        return "s" if self.asked.mode == "raw" else ""
+        return "s" if self.request.mode == "raw" else ""
 
 
-def heat(steps: AttemptSteps, asked: HeatRequest, layout: Mapping[str, int]) -> Heat:
+def heat(steps: AttemptSteps, request: HeatRequest, layout: Mapping[str, int]) -> Heat:
     """The map of one attempt.
 
     Args:
         steps: of the attempt.
-        asked: what is to be drawn.
+        request: what is to be drawn.
         layout: the attempt's sizes by axis (pp, dp, cp, ep, etp, tp); what is missing is 1.
 
     Raises:
-        UserError: where `asked` names what there isn't.
+        UserError: where `request` names what there isn't.
     """
     for name, known in (("field", STORED), ("mode", MODES), ("group", GROUPS)):
-        value = getattr(asked, name)
+        value = getattr(request, name)
         if value not in known:
             raise UserError(f"{name}={value!r} isn't one of {', '.join(known)}{nearest(value, known)}")
-    by_peers = asked.mode == "deviation"
-    wanted = None if by_peers else asked.ranks
-    window = steps.window(asked.field, asked.first, asked.last, asked.columns, wanted)
+    by_peers = request.mode == "deviation"
+    wanted = None if by_peers else request.ranks
+    window = steps.window(request.field, request.first, request.last, request.columns, wanted)
     means, mosts, ranks = window.mean, window.most, window.ranks
     places = coordinates(layout, ranks)
     if by_peers:
         means, mosts = deviation(means, places["pp"]), deviation(mosts, places["pp"])
-        if asked.ranks is not None:
-            chosen = (ranks >= asked.ranks.start) & (ranks < asked.ranks.stop)
+        if request.ranks is not None:
+            chosen = (ranks >= request.ranks.start) & (ranks < request.ranks.stop)
             means, mosts, ranks = means[chosen], mosts[chosen], ranks[chosen]
             places = coordinates(layout, ranks)
-    parts = _parts(steps, asked, ranks, places)
+    parts = _parts(steps, request, ranks, places)
     mean, most = joined(means, mosts, [index for _, index in parts])
     rows = tuple(HeatRow(label, tuple(ranks[index].tolist())) for label, index in parts)
     shown = most[~np.isnan(most)]
     low, high = np.percentile(shown, (1, 99)).tolist() if shown.size else (float("nan"), float("nan"))
-    return Heat(asked, window.edges, rows, mean, most, low, high)
+    return Heat(request, window.edges, rows, mean, most, low, high)
 
 
 def coordinates(layout: Mapping[str, int], ranks: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
@@ -130,15 +130,15 @@ def deviation(values: NDArray[np.float32], stages: NDArray[np.int64]) -> NDArray
     Ranks of one stage have the same work, so what one of them has beyond the others is its own. The median is that of
     at most 256 ranks, evenly spaced. Where it is 0, nothing is known.
     """
-    found = np.full_like(values, np.nan)
+    over = np.full_like(values, np.nan)
     for stage in np.unique(stages):
         mine = np.flatnonzero(stages == stage)
         usual = median(values[mine[:: -(-len(mine) // _PEERS)]])
         usual[~(usual > 0)] = np.nan
         for at in range(0, len(mine), _TOGETHER):
             some = mine[at : at + _TOGETHER]
-            found[some] = values[some] / usual - 1
-    return found
+            over[some] = values[some] / usual - 1
+    return over
 
 
 def median(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -181,14 +181,14 @@ def joined(
 
 
 def _parts(
-    steps: AttemptSteps, asked: HeatRequest, ranks: NDArray[np.int64], places: Mapping[str, Any]
+    steps: AttemptSteps, request: HeatRequest, ranks: NDArray[np.int64], places: Mapping[str, Any]
 ) -> list[tuple[str, NDArray[np.int64]]]:
     """Label of each row, and the places of its ranks in `ranks`."""
     everybody = np.arange(len(ranks))
-    if asked.group == "rank":
+    if request.group == "rank":
         parts = [(str(rank), everybody[i : i + 1]) for i, rank in enumerate(ranks.tolist())]
         labels = ("rank {}", "ranks {}–{}")
-    elif asked.group == "node":
+    elif request.group == "node":
         nodes = sorted(steps.nodes.items(), key=lambda item: min(item[1]))
         first = int(ranks[0]) if len(ranks) else 0
         there = range(first, int(ranks[-1]) + 1) if len(ranks) else range(0)
@@ -201,14 +201,16 @@ def _parts(
         ]
         labels = ("{}", "{} … {}")
     else:
-        along = places[asked.group]
-        parts = [(f"{asked.group} {place}", everybody[along == place]) for place in np.unique(along).tolist()]
+        along = places[request.group]
+        parts = [
+            (f"{request.group} {place}", everybody[along == place]) for place in np.unique(along).tolist()
+        ]
         labels = ("{}", "{} … {}")
-    if len(parts) <= asked.rows:
+    if len(parts) <= request.rows:
         return [(labels[0].format(name), own) for name, own in parts]
-    each = -(-len(parts) // max(1, asked.rows))
-    found = []
+    each = -(-len(parts) // max(1, request.rows))
+    bundled = []
     for at in range(0, len(parts), each):
         some = parts[at : at + each]
-        found.append((labels[1].format(some[0][0], some[-1][0]), np.concatenate([own for _, own in some])))
-    return found
+        bundled.append((labels[1].format(some[0][0], some[-1][0]), np.concatenate([own for _, own in some])))
+    return bundled

@@ -63,6 +63,6 @@ def _padded(values: NDArray[np.float32], lead: int, length: int) -> NDArray[np.f
     """Columns with unknown ones before and behind, up to a length."""
     if not lead and values.shape[1] == length:
         return values
-    found = np.full((len(values), length), np.nan, np.float32)
-    found[:, lead : lead + values.shape[1]] = values
-    return found
+    padded = np.full((len(values), length), np.nan, np.float32)
+    padded[:, lead : lead + values.shape[1]] = values
+    return padded

@@ -114,12 +114,12 @@ class AttemptSteps:
 
     def _list(self) -> None:
         try:
-            found = {entry.name for entry in os.scandir(self._folder) if entry.name.endswith(".steps")}
+            names = {entry.name for entry in os.scandir(self._folder) if entry.name.endswith(".steps")}
         except OSError:
-            found = set()
-        for name in self._files.keys() - found:
+            names = set()
+        for name in self._files.keys() - names:
             self._shut(self._files.pop(name))
-        for name in sorted(found - self._files.keys()):
+        for name in sorted(names - self._files.keys()):
             path = self._folder / name
             try:
                 fd = os.open(path, os.O_RDONLY)
@@ -279,24 +279,24 @@ class AttemptSteps:
         table = np.frombuffer(data, np.uint16).reshape(len(files), len(places), kinds, ranks, BLOCK)
         cut = slice(begin - numbers[0] * BLOCK, end - numbers[0] * BLOCK)
         rows = len(files) * ranks
-        found: list[NDArray[np.float32]] = []
+        decoded: list[NDArray[np.float32]] = []
         for kind in range(kinds):
             part = table[:, :, kind].transpose(0, 2, 1, 3).reshape(rows, -1)[:, cut]
-            found.append(codes.decode(part))
+            decoded.append(codes.decode(part))
         for index, one in enumerate(files):
             if one.commit.columns[level] < end:
-                for values in found:
+                for values in decoded:
                     values[
                         index * ranks : (index + 1) * ranks, max(0, one.commit.columns[level] - begin) :
                     ] = np.nan
-        return found[0], found[-1]
+        return decoded[0], decoded[-1]
 
 
 def _alike(files: list[_File]) -> list[list[_File]]:
     """Files by first step, ranks and length of the header: alike ones are read as one array."""
-    found: dict[tuple[int, int, int], list[_File]] = {}
+    by_shape: dict[tuple[int, int, int], list[_File]] = {}
     for one in files:
         if one.commit.number:
             key = (one.commit.first, len(one.shape.ranks), one.shape.slots)
-            found.setdefault(key, []).append(one)
-    return list(found.values())
+            by_shape.setdefault(key, []).append(one)
+    return list(by_shape.values())

@@ -78,14 +78,14 @@ def _rings(attempt: AttemptPaths) -> Iterator[Activity]:
         if not path.stem.isdigit():
             continue
         files = RankFiles(attempt.ranks, int(path.stem))
-        told = trace.read(trace.trace_of(files))
+        traced = trace.read(trace.trace_of(files))
         one = Activity(
             files.rank,
             "",
             rings.read(path),
-            told.records,
+            traced.records,
             trace.read_groups(trace.table_of(files)),
-            told.waiting,
+            traced.waiting,
         )
         one.shift(steady.OFFSET_NS)
         yield one
@@ -95,7 +95,7 @@ def _evidence(attempt: AttemptPaths) -> Iterator[Activity]:
     """Rings that were copied before the ranks were stopped."""
     if not attempt.evidence.is_dir():
         return
-    for path in sorted(attempt.evidence.glob("*.ring.json")):
+    for path in sorted(attempt.evidence.rglob("*.ring.json")):
         try:
             tree = json.loads(path.read_bytes())
             rows = np.zeros(len(tree), rings.ROW)

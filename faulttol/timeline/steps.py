@@ -73,22 +73,22 @@ class RankSteps:
         if len(fresh):
             self._sequence = int(fresh["sequence"][-1])
             self._rows = np.concatenate((self._rows, fresh))[-_TAIL:]
-        told = trace.read(self._traced, self._call)
-        self._is_traced |= told.there
-        self.waiting = told.waiting
-        if len(told.records):
-            self._call = int(told.records["sequence"][-1])
-            self._calls = np.concatenate((self._calls, told.records))[-_TAIL:]
-        if not len(fresh) and not told.pending:
+        traced = trace.read(self._traced, self._call)
+        self._is_traced |= traced.there
+        self.waiting = traced.waiting
+        if len(traced.records):
+            self._call = int(traced.records["sequence"][-1])
+            self._calls = np.concatenate((self._calls, traced.records))[-_TAIL:]
+        if not len(fresh) and not traced.pending:
             return None
-        return self._finished(told.pending)
+        return self._finished(traced.pending)
 
     def finish(self) -> Rows | None:
         """Steps that were finished since the last call, the last one too, after which no other begins."""
-        found = self.gather()
+        gathered = self.gather()
         rows = self._rows
-        if found is not None or not len(rows) or not (rows["mark"] == PhaseMark.STEP).any():
-            return found
+        if gathered is not None or not len(rows) or not (rows["mark"] == PhaseMark.STEP).any():
+            return gathered
         end = np.zeros(1, rings.ROW)
         end["sequence"], end["ns"] = rows["sequence"][-1] + 1, rows["ns"][-1]
         end["mark"], end["phase"], end["step"] = (
@@ -120,12 +120,12 @@ class RankSteps:
             return None
         numbers = rows["step"][begins]
         first, last = int(numbers[0]), int(numbers[-1])
-        found = self._seconds(rows[: begins[-1] + 1], begins)
+        spent = self._seconds(rows[: begins[-1] + 1], begins)
         places = numbers[:-1] - first
         seconds = np.full((len(FIELDS), last - first), np.nan)
         starts = np.interp(np.arange(first, last), numbers, rows["ns"][begins]).astype(np.int64)
         good = np.diff(numbers) == 1  # a jump: records between were overwritten
-        seconds[:, places[good]] = found[:, good]
+        seconds[:, places[good]] = spent[:, good]
         cut = rows["ns"][begins[-1]]
         mine, early = self._calls["began"] < cut, self._calls["began"] < rows["ns"][begins[0]]
         taken = Rows(first, starts, seconds, rows[begins[0] : begins[-1]], self._calls[mine & ~early])
@@ -152,9 +152,9 @@ class RankSteps:
         gaps = np.flatnonzero(np.diff(rows["sequence"]) != 1)
         lost[np.clip(np.searchsorted(begins, gaps, "right") - 1, 0, steps - 1)] = True
         compute = np.maximum(0.0, total - wait - parts[0] - parts[1] - parts[2])
-        found = np.stack((total, compute, wait, parts[0], parts[1]))
-        found[1:, lost] = np.nan
-        return found
+        seconds = np.stack((total, compute, wait, parts[0], parts[1]))
+        seconds[1:, lost] = np.nan
+        return seconds
 
     def _waits(self, edges: NDArray[np.int64], apart: NDArray[np.int64], steps: int) -> NDArray[np.float64]:
         """Seconds that each step waited for others, outside of the spans `apart`; NaN where that isn't known."""

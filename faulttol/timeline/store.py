@@ -102,13 +102,13 @@ class StepStore:
     def _gather(self, how: Callable[[RankSteps], Rows | None]) -> None:
         for row, one in enumerate(self._ranks):
             try:
-                found = how(one.steps)
+                fresh = how(one.steps)
             except Exception:
                 self._complain(f"the ring of rank {one.rank} can't be read")
                 continue
-            if found is not None and found.count:
-                self._keep(row, found)
-                self._pick(one, found)
+            if fresh is not None and fresh.count:
+                self._keep(row, fresh)
+                self._pick(one, fresh)
         done = [one.done for one in self._ranks if one.done >= 0]
         if done:
             everybody = min(done) if len(done) == len(self._ranks) else -1
@@ -146,19 +146,19 @@ class StepStore:
 
     # ---- steps ----
 
-    def _keep(self, row: int, found: Rows) -> None:
+    def _keep(self, row: int, fresh: Rows) -> None:
         """Put a rank's steps where they wait for the other ranks'."""
         if self._base < 0:
-            self._base = found.first
-        end = found.first + found.count
+            self._base = fresh.first
+        end = fresh.first + fresh.count
         self._ranks[row].done = end
         if end - self._base > _WIDTH:  # storage has taken nothing for long
             self._drop(end - self._base - _WIDTH)
-        skipped = max(0, self._base - found.first)
-        begin = found.first + skipped - self._base
-        if skipped < found.count:
-            self._seconds[:, row, begin : end - self._base] = found.seconds[:, skipped:]
-            self._starts[row, begin : end - self._base] = found.starts[skipped:]
+        skipped = max(0, self._base - fresh.first)
+        begin = fresh.first + skipped - self._base
+        if skipped < fresh.count:
+            self._seconds[:, row, begin : end - self._base] = fresh.seconds[:, skipped:]
+            self._starts[row, begin : end - self._base] = fresh.starts[skipped:]
 
     def _drop(self, count: int) -> None:
         """Forget the oldest steps."""
@@ -188,13 +188,13 @@ class StepStore:
 
     # ---- detail ----
 
-    def _pick(self, one: _Rank, found: Rows) -> None:
+    def _pick(self, one: _Rank, fresh: Rows) -> None:
         """Take the detail of the steps that are kept in detail: the same ones on all nodes, or every second of theirs."""
-        phases, calls = found.phases, found.calls
-        first, last = found.first, found.first + found.count - 1
+        phases, calls = fresh.phases, fresh.calls
+        first, last = fresh.first, fresh.first + fresh.count - 1
         if self._stride > 1:
-            edges = np.append(found.starts, np.iinfo(np.int64).max)
-            for index in range((-first) % self._stride, found.count, self._stride):
+            edges = np.append(fresh.starts, np.iinfo(np.int64).max)
+            for index in range((-first) % self._stride, fresh.count, self._stride):
                 own = phases[(phases["step"] == first + index) & (phases["mark"] != PhaseMark.STEP)]
                 began = calls[(calls["began"] >= edges[index]) & (calls["began"] < edges[index + 1])]
                 self._chunks.append(self._chunk(one, first + index, first + index, own, began))

@@ -74,6 +74,13 @@ def test_several_mistakes_are_told_at_once() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_name_is_as_long_as_a_folders_may_be() -> None:
+    assert compose([f"name={'x' * 64}"]).name == "x" * 64
+    with pytest.raises(UserError) as error:
+        compose([f"name={'x' * 65}"])
+    assert str(error.value).endswith(f"name='{'x' * 65}' has 65 characters; type at most 64")
+
+
 @pytest.mark.parametrize("key", ["tracking.api_key", "data.password", "tracking.token"])
 def test_secrets_are_refused_without_being_repeated(key: str) -> None:
     with pytest.raises(UserError) as error:

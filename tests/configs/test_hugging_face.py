@@ -31,6 +31,19 @@ LATENT: Tree = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 QWEN_MOE: Tree = {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 2}
+LLAMA4: Tree = {"num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 56}
+MAVERICK: Tree = {
+    "attention_bias": False, "attention_chunk_size": 8192, "attention_dropout": 0.0, "attn_scale": 0.1,
+    "attn_temperature_tuning": True, "floor_scale": 8192, "for_llm_compressor": False, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02, "interleave_moe_layer_step": 2,
+    "intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings": 1048576,
+    "model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40, "num_experts_per_tok": 1,
+    "num_hidden_layers": 48, "num_key_value_heads": 8, "num_local_experts": 128, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 500000.0, "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0, "tie_word_embeddings": False, "use_cache": True, "use_qk_norm": False,
+    "vocab_size": 202048,
+}  # fmt: skip
+"""Llama 4 Maverick's decoder: `text_config` of meta-llama/Llama-4-Maverick-17B-128E's file."""
 
 
 def _none(_: Tree) -> int:
@@ -63,11 +76,24 @@ FAMILIES: dict[str, tuple[str, Tree, Callable[[Tree], int]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}, _none),
     "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2}, _none),
     "qwen2_moe": ("Qwen2Moe", QWEN_MOE | {"shared_expert_intermediate_size": 72}, _qwen2_moe),
+    "qwen2_moe/sparse": (
+        "Qwen2Moe", QWEN_MOE | {"shared_expert_intermediate_size": 72, "decoder_sparse_step": 3, "num_hidden_layers": 7},
+        lambda c: _qkv(c) + 2 * c["hidden_size"],
+    ),
     "qwen3_moe": ("Qwen3Moe", QWEN_MOE | {"head_dim": 24, "mlp_only_layers": [0]}, _none),
+    "qwen3_moe/sparse": ("Qwen3Moe", QWEN_MOE | {"head_dim": 24, "decoder_sparse_step": 2}, _none),
+    "qwen3_moe/both": (
+        "Qwen3Moe", QWEN_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [1, 2], "num_hidden_layers": 6}, _none,
+    ),
+    "qwen3_moe/listed": ("Qwen3Moe", QWEN_MOE | {"mlp_only_layers": [0, 1, 3, 4], "num_hidden_layers": 6}, _none),
     "deepseek_v2": ("DeepseekV2", LATENT | {"q_lora_rank": None, "topk_method": "greedy"}, _none),
     "deepseek_v3": ("DeepseekV3", LATENT | {"q_lora_rank": 32, "n_group": 4, "topk_group": 2}, _none),
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}, _gpt_oss),
-    "llama4": ("Llama4", {"num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 16}, _none),
+    "llama4": ("Llama4", LLAMA4, _none),
+    "llama4/interleaved": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 3, "num_hidden_layers": 7}, _none),
+    "llama4/listed": ("Llama4", LLAMA4 | {"moe_layers": [3, 1]}, _none),
+    "llama4/dense": ("Llama4", LLAMA4 | {"moe_layers": []}, _none),
+    "llama4/maverick": ("Llama4", MAVERICK, _none),
     "phimoe": (
         "Phimoe", {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}, _phimoe,
     ),
@@ -76,7 +102,7 @@ FAMILIES: dict[str, tuple[str, Tree, Callable[[Tree], int]]] = {
     "qwen2": ("Qwen2", {}, _qkv),
     "qwen3": ("Qwen3", {"head_dim": 24}, _none),
 }  # fmt: skip
-"""`model_type` -> prefix of its classes, its own settings, and the parameters that are named as left out."""
+"""`model_type`, and what is special -> prefix of its classes, its own settings, parameters that are named as left out."""
 
 
 @pytest.mark.timeout(180)
@@ -101,7 +127,7 @@ def test_parameters_are_those_of_the_familys_own_code() -> None:
     )
     for (family, (_, own, extra)), line in zip(FAMILIES.items(), done.stdout.splitlines(), strict=True):
         theirs, written = json.loads(line)
-        typed = COMMON | own | {"model_type": family}
+        typed = COMMON | own | {"model_type": family.partition("/")[0]}
         for tree in (typed, written):  # a file as short as can be, and the one that `save_pretrained` writes
             found = read(tree, "config.json", "x", predictions=0)
             assert count(found.model).total + extra(COMMON | own) == theirs, family
@@ -112,6 +138,7 @@ def test_parameters_are_those_of_the_familys_own_code() -> None:
 
 
 PUBLISHED: list[tuple[str, Tree, float, float]] = [
+    ("Llama4ForCausalLM", MAVERICK, 400, 17),
     ("DeepseekV2ForCausalLM", {
         "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60,
         "num_attention_heads": 128, "n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6,
@@ -203,6 +230,38 @@ def test_a_model_of_text_and_images_is_read_as_its_text_model() -> None:
     assert str(found.differences[0]) == "vision_config (here: the text model alone)" and not found.unknown
 
 
+PLACES: list[tuple[Tree, tuple[int, int, int], tuple[int, ...]]] = [
+    (MAVERICK, (0, 2, 16384), tuple(range(1, 48, 2))),
+    (MAVERICK | {"moe_layers": [*range(1, 48, 2)], "interleave_moe_layer_step": 1}, (0, 2, 16384), tuple(range(1, 48, 2))),
+    (MAVERICK | {"interleave_moe_layer_step": 1}, (0, 1, 0), tuple(range(48))),
+    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "decoder_sparse_step": 2}, (0, 2, 96), (1, 3)),
+    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "decoder_sparse_step": 2, "mlp_only_layers": [0]}, (1, 2, 96), (1, 3)),
+    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "decoder_sparse_step": 2, "mlp_only_layers": [1]}, (3, 1, 96), (3,)),
+    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "mlp_only_layers": [2, 0]}, (0, 2, 96), (1, 3)),
+    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "mlp_only_layers": [1, 0]}, (2, 1, 96), (2, 3)),
+]  # fmt: skip
+"""Files, the fields that come of them (`dense_layers`, `moe_every`, `dense_width`), and the layers with experts."""
+
+
+@pytest.mark.parametrize(("tree", "fields", "moe"), PLACES)
+def test_dense_layers_lie_where_the_file_has_them(
+    tree: Tree, fields: tuple[int, int, int], moe: tuple[int, ...]
+) -> None:
+    model = read(tree, "config.json", "x").model
+    assert (model.dense_layers, model.moe_every, model.dense_width) == fields
+    assert model.moe_layers == moe
+
+
+def test_what_llama_4_maverick_has_besides_is_named() -> None:
+    left = [str(one) for one in read(MAVERICK, "config.json", "x").differences]
+    assert left == [
+        "sigmoid weights on the experts' inputs (here: on their outputs)",
+        "no_rope_layers (here: rotary positions in every layer)",
+        "attention_chunk_size=8192 (here: full attention)",
+        "attn_temperature_tuning=True (here: False or None)",
+    ]
+
+
 def test_layers_of_multi_token_prediction_are_those_of_the_file() -> None:
     tree = COMMON | LATENT | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1}
     assert read(tree, "config.json", "x").model.mtp_layers == 1
@@ -235,13 +294,28 @@ WRONG: list[tuple[Tree | str, str]] = [
         COMMON | LATENT | {"model_type": "deepseek_v3", "v_head_dim": 8},
         "v_head_dim=8 isn't known here, 16 is",
     ),
-    (COMMON | LATENT | {"model_type": "deepseek_v2", "moe_layer_freq": 2}, "moe_layer_freq=2"),
-    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
     (
-        COMMON | {"model_type": "llama4_text", "num_local_experts": 8, "interleave_moe_layer_step": 2},
-        "interleave_moe_layer_step=2 puts experts into every 2th layer",
+        COMMON | LATENT | {"model_type": "deepseek_v2", "moe_layer_freq": 2, "num_hidden_layers": 5},
+        "first_k_dense_replace=1 with moe_layer_freq=2 gives experts to layers 2, 4 of 5, counted from 0; known are",
     ),
-]
+    (
+        COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "mlp_only_layers": [2]},
+        "decoder_sparse_step=1 with mlp_only_layers=[2] gives experts to layers 0, 1, 3 of 4, counted from 0; known are",
+    ),
+    (
+        COMMON | LLAMA4 | {"model_type": "llama4_text", "moe_layers": [*range(9), 10], "num_hidden_layers": 12},
+        "gives experts to layers 0, 1, 2, 3, 4, 5, … of 12, counted from 0; known are leading dense layers",
+    ),
+    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0 is not above 0"),
+    (
+        COMMON | LLAMA4 | {"model_type": "llama4", "moe_layers": ["1"]},
+        "moe_layers=['1'] is not a list of whole numbers; correct the file",
+    ),
+    (
+        COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "decoder_sparse_step": 2, "intermediate_size": None},
+        "has no intermediate_size; add it",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("tree", "told"), WRONG, ids=lambda x: str(x)[:30])
@@ -272,8 +346,8 @@ def test_a_path_that_leads_nowhere_is_refused(typed: str, told: str) -> None:
 
 
 def test_the_nearest_field_is_one_of_the_section() -> None:
-    with pytest.raises(UserError, match=r"^unknown field 'model.moe_every'; model has model.name"):
-        compose(["model.moe_every=2"])
+    with pytest.raises(UserError, match=r"^unknown field 'model.unheard_of'; model has model.name"):
+        compose(["model.unheard_of=2"])
     with pytest.raises(UserError, match=r"did you mean 'model.layers'"):
         compose(["model.layer=2"])
 

@@ -184,7 +184,11 @@ def main() -> int:
     )
     parser.add_argument("--patience", type=float, default=30.0)
     options = parser.parse_args()
-    import trainer.loop  # noqa: F401  (before the first fork: ranks begin warm)
+    # Before the first fork, so that ranks begin warm: the compiler would be loaded at the first FSDP module.
+    import torch._dynamo  # noqa: F401
+
+    import trainer.engines.native
+    import trainer.loop  # noqa: F401
 
     right, slowest, false, wrong = 0, 0.0, 0, Counter[str]()
     chosen = [trial for trial in trials(options.count, options.seed) if _is_asked(trial.fault, options.only)]

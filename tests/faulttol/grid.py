@@ -95,6 +95,8 @@ TWICE: tuple[tuple[str, str, str, str], ...] = (
     ("olmoe", "tp=2 ep=2", "dp=2 zero=3", ""),
     ("zaya", "dp=4 ep=4", "cp=2 ep=2", ""),
     ("zaya", "pp=2", "cp=2 ep=2", ""),
+    ("maverick", "pp=2", "tp=2 ep=2", ""),
+    ("zaya-interleaved", "pp=2 schedule=zbv", "dp=2 ep=2", ""),
     ("dropping", "dp=2 ep=2", "tp=2", ""),
     # Two axes.
     ("mixtral", "dp=2 tp=2 ep=4 zero=2", "dp=2 tp=2 cp=2 ep=8 zero=3 recompute=full", ""),
@@ -132,13 +134,15 @@ TWICE: tuple[tuple[str, str, str, str], ...] = (
     ("olmoe", "dp=4 ep=4 zero=3", "dp=2 ep=2 zero=2 engine=deepspeed", ""),
     ("deepseek", "dp=4 ep=4 zero=2 engine=deepspeed", "dp=2 pp=2 ep=2", ""),
     ("zaya", "dp=2 ep=2 engine=deepspeed", "cp=2 tp=2 ep=4", ""),
+    ("maverick", "dp=2 engine=deepspeed", "dp=2 pp=2 ep=2", ""),
 )  # fmt: skip
 """Family, two layouts that go over into each other both ways, and settings of the optimizer."""
 
 QUICK = (
     "mixtral dp=2 zero=3 -> ", "mixtral dp=2 ep=2 kind=muon -> tp=2", "mixtral dp=2 engine=deepspeed -> tp=2",
     "olmoe dp=2 zero=3 -> tp=2 ep=2", "qwen3 cp=2 -> ep=2", "deepseek one rank -> tp=2", "zaya pp=2 -> cp=2",
-    "megascale pp=2 schedule=zbv -> ", "dropping tp=2 -> ",
+    "megascale pp=2 schedule=zbv -> ", "dropping tp=2 -> ", "maverick pp=2 -> tp=2 ep=2",
+    "zaya-interleaved pp=2 schedule=zbv -> dp=2 ep=2",
 )  # fmt: skip
 """What `--quick` runs, by the beginning of a pair's name."""
 

@@ -92,7 +92,7 @@ def _met(config: RunConfig, rank: int, world: int, store: Any) -> Iterator[Mesh]
     try:
         control = dist.group.WORLD
         assert control is not None and control.size() == world
-        yield assemble(config.parallel, rank, world, torch.device("cpu"), control, Applied())
+        yield assemble(config, rank, world, torch.device("cpu"), control, Applied())
     finally:
         if not stays:
             dist.destroy_process_group()

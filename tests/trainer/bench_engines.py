@@ -102,9 +102,7 @@ def measure(rank: RankContext, model: str, rounds: int, steps: int) -> list[tupl
         steppers: dict[str, Stepper] = {}
         for engine in ("native", "deepspeed"):
             config = config_of(model, engine, rank.world, layout)
-            mesh = assemble(
-                config.parallel, rank.rank, rank.world, first.device, first.control_group, first.network
-            )
+            mesh = assemble(config, rank.rank, rank.world, first.device, first.control_group, first.network)
             steppers[engine] = of_engine(make_engine(config, mesh), config)
         if rank.world == 1:
             steppers["plain"] = plain(config)

@@ -33,9 +33,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 2.5, "balance": "both", "bias_update_rate": 0.01,
         },
     },
+    "maverick": {
+        "moe_every": 2, "dense_width": 32, "top_k": 1, "shared_width": 16, "kv_heads": 2,
+        "router": {"score": "sigmoid", "balance": "both", "aux_coefficient": 0.02, "bias_update_rate": 0.01},
+    },
     "zaya": {
         "attention": "cca", "experts": 16, "top_k": 1, "rope_fraction": 0.5, "residual_scaling": True,
         "tie_embeddings": True,
+        "router": {"kind": "mlp", "hidden": 16, "bias_rule": "load_error", "bias_update_rate": 0.01},
+    },
+    "zaya-interleaved": {
+        "attention": "cca", "moe_every": 3, "dense_width": 32, "top_k": 1, "rope_fraction": 0.5, "layers": 6,
         "router": {"kind": "mlp", "hidden": 16, "bias_rule": "load_error", "bias_update_rate": 0.01},
     },
     "megascale": {"parallel_block": True, "window": 12, "gated": False, "tie_embeddings": True},

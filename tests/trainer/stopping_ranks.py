@@ -61,7 +61,11 @@ def _gang(
 
 def main() -> None:
     """Run all cases."""
-    import trainer.loop  # noqa: F401  (before the first fork: ranks begin warm)
+    # Before the first fork, so that ranks begin warm: the compiler would be loaded at the first FSDP module.
+    import torch._dynamo  # noqa: F401
+
+    import trainer.engines.native
+    import trainer.loop  # noqa: F401
 
     folder, answers = Path(sys.argv[1]), {}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ import torch.nn.functional as F
 
 from configs.compose import compose
 from configs.errors import UserError
+from configs.model import ModelConfig
 from tests.trainer.model.small_models import micro, shape, tokens
-from trainer.bench import kernels, routing, variants
-from trainer.bench.cases import BatchTokens, Options, config_of, flops_of
+from trainer.bench import baselines, command, hugging_face, kernels, routing, variants
+from trainer.bench.cases import BatchTokens, Options, config_of, flops_of, preset_of
 from trainer.bench.command import options_of
 from trainer.bench.masters import Masters
 from trainer.bench.measure import timed
@@ -69,6 +72,11 @@ def test_forced_routes(kind: str) -> None:
         assert loads[0] > 1.5 * loads[3] > 1.5 * loads[-1]
 
 
+def test_another_routing_is_refused() -> None:
+    with pytest.raises(ValueError, match="routing 'ziff' can't be forced; balanced and zipf can"):
+        routing.table_of("ziff", (2, 60, 3), 8, seed=1)
+
+
 def test_forcing_changes_where_tokens_go_and_what_is_counted() -> None:
     model = shape(router={"balance": "aux", "aux_coefficient": 0.02})
     built = build(model, 1)
@@ -95,6 +103,41 @@ def test_the_step_that_is_measured() -> None:
 def test_ranks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match=r"--gpus 3 doesn't divide by parallel.pp\*cp\*tp=2"):
         config_of(options("parallel.tp=2"), 3, on_gpu=False)
+
+
+@pytest.mark.parametrize("several", [None, "ep=1"])
+@pytest.mark.parametrize(("words", "why"), [
+    (("parallel.dp=2",), r"--gpus 4, but parallel.pp\*dp\*cp\*tp=2 ranks are laid out; type --gpus 2"),
+    (("parallel.tp=4", "model.vocab=254"), "parallel.tp=4 does not divide model"),
+])  # fmt: skip
+def test_a_layout_that_does_not_run_is_refused_before_ranks_start(
+    words: tuple[str, ...], why: str, several: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("ranks were started"))
+    with pytest.raises(UserError, match=why):
+        command.run(options(*words), 4, [], print, several)
+
+
+@pytest.mark.parametrize(("device", "preset"), [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100_pcie"), ("NVIDIA H200", "h200"), ("NVIDIA H800", "h800"),
+    ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B200", "b200"), ("NVIDIA GB200", "gb200"), ("NVIDIA GB300", "gb300"),
+    ("AMD Instinct MI300X", "mi300x"), ("AMD Instinct MI300X VF", "mi300x"), ("AMD Instinct MI250X/MI250", "mi250x"),
+    ("AMD Instinct MI325X", "mi325x"), ("AMD Instinct MI355X", "mi355x"),
+])  # fmt: skip
+def test_a_device_has_its_own_preset(device: str, preset: str) -> None:
+    assert preset_of(device) == preset
+
+
+@pytest.mark.parametrize("device", [
+    "NVIDIA L40S", "NVIDIA H20", "NVIDIA GH200 480GB", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA A100-SXM4-40GB",
+    "NVIDIA A100 80GB PCIe", "AMD Instinct MI300A", "AMD Instinct MI210", "AMD Radeon Graphics", "NVIDIA H100 96GB HBM3",
+])  # fmt: skip
+def test_a_device_without_a_preset_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And named where its figures are to be another's."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
+    with pytest.raises(UserError, match=f"the device '{device}' has no hardware preset; type hardware=NAME"):
+        config_of(options(), 1, on_gpu=True)
+    assert config_of(options("hardware=h100"), 1, on_gpu=True).hardware.name == "h100"
 
 
 def test_batches_differ_and_are_text() -> None:
@@ -132,9 +175,80 @@ def test_the_plain_decoder_is_ours_without_the_routers_losses() -> None:
     assert float(plain(given)) == pytest.approx(float(ours(inputs(batch), batch)), rel=1e-5)
 
 
-def test_the_plain_decoder_refuses_what_it_has_not() -> None:
-    with pytest.raises(UserError, match="--baselines plain has grouped-query attention"):
-        PlainDecoder(shape(shared_width=16))
+def _checked(baseline: str, model: ModelConfig, world: int = 1) -> None:
+    config = compose(["model=demo", "hardware=cpu"]).model_copy(update={"model": model})
+    baselines.check(baseline, config, world)
+
+
+_ROUTED = shape(qk_norm="head")
+_OTHERS: dict[str, dict[str, Any]] = {
+    "model.window=3": {"window": 3}, "model.yarn.factor=4": {"yarn": {"factor": 4.0}},
+    "model.mtp_layers=2": {"mtp_layers": 2},
+    "model.attention=mla": {"attention": "mla", "kv_lora_rank": 10, "rope_head_dim": 4, "qk_norm": "none"},
+    "model.attention=cca": {"attention": "cca", "qk_norm": "none"}, "model.rope_fraction=0.5": {"rope_fraction": 0.5},
+    "model.residual_scaling=true": {"residual_scaling": True}, "model.parallel_block=true": {"parallel_block": True},
+    "model.dense_layers=1": {"dense_layers": 1, "dense_width": 48}, "model.gated=false": {"gated": False},
+    "model.moe_every=2": {"moe_every": 2, "dense_width": 48}, "model.shared_width=16": {"shared_width": 16},
+    "model.router.score=sigmoid": {"router": {"score": "sigmoid"}}, "model.router.kind=mlp": {"router": {"kind": "mlp"}},
+    "model.router.scale=2.5": {"router": {"scale": 2.5}},
+    "model.router.groups=4": {"router": {"groups": 4, "top_groups": 2}},
+    "model.router.capacity_factor=1.0": {"router": {"capacity_factor": 1.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("baseline", ["plain", "hf"])
+@pytest.mark.parametrize("setting", _OTHERS)
+def test_a_baseline_that_would_be_another_model_is_refused(setting: str, baseline: str) -> None:
+    """By the name of what it lacks."""
+    _checked(baseline, _ROUTED)
+    changed = shape(**{"qk_norm": "head"} | _OTHERS[setting])
+    with pytest.raises(
+        UserError, match=rf"--baselines {baseline} would measure another model, .*{re.escape(setting)}"
+    ):
+        _checked(baseline, changed)
+
+
+@pytest.mark.parametrize(("baseline", "setting", "changes"), [
+    ("plain", "model.tie_embeddings=true", {"tie_embeddings": True}),
+    ("hf", "model.head_dim=16", {"qk_norm": "projection", "head_dim": 16}),
+    ("hf", "model.router.renormalize=false", {"router": {"renormalize": False}}), ("hf", "model.top_k=1", {"top_k": 1}),
+])  # fmt: skip
+def test_what_one_baseline_alone_lacks_is_refused(
+    baseline: str, setting: str, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=setting):
+        _checked(baseline, shape(**changes))
+    _checked("hf" if baseline == "plain" else "plain", shape(**changes))
+
+
+@pytest.mark.parametrize("changes", [
+    {"qk_norm": "projection", "router": {"renormalize": False}}, {"qk_norm": "projection", "tie_embeddings": True},
+    {"qk_norm": "head", "head_dim": 16, "top_k": 1}, {"qk_norm": "none", "head_dim": 16},
+], ids=str)  # fmt: skip
+def test_hugging_face_has_as_many_parameters_and_renormalizes_likewise(changes: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = shape(**changes)
+    _checked("hf", model)
+    theirs = hugging_face.build(model, CPU)
+    assert isinstance(theirs, transformers.PreTrainedModel)
+    ours = sum(parameter.numel() for parameter in build(model, 1).parameters())
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == ours
+    assert getattr(theirs.config, "norm_topk_prob", True) == baselines.renormalizes(model)
+
+
+def test_a_baseline_of_one_device_or_another_layout_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="--baselines hf runs on one device; leave it out with --gpus 2"):
+        _checked("hf", _ROUTED, world=2)
+    split = config_of(options("parallel.tp=2"), 2, on_gpu=False)
+    with pytest.raises(UserError, match="--baselines deepspeed: parallel.tp=2 with train.engine=deepspeed"):
+        baselines.check("deepspeed", split, 2)
+
+
+def test_one_weight_is_not_divided_by_itself() -> None:
+    """By the plain decoder neither, whose router would never learn."""
+    block = PlainDecoder(shape(top_k=1)).blocks[0]
+    x = torch.randn(5, 32)
+    assert not torch.autograd.grad(block.experts(x).sum(), block.router.weight)[0].eq(0).all()
 
 
 def test_masters_of_bf16_weights_move_as_fp32_ones() -> None:
@@ -204,6 +318,16 @@ def test_variants_are_overrides_on_top() -> None:
     ]  # fmt: skip
     assert [one.options.routing for one in found] == ["real", "zipf", "real"]
     assert [one.options.layers for one in found] == [2, 2, 3]
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ("ep=1 | routing=ziff", "routing=ziff doesn't exist .did you mean 'zipf'.*; use one of real"),
+    ("routing=", "routing= doesn't exist"), ("layers=x", "layers=x is not a whole number above 0; type e.g. layers=8"),
+    ("layers=0", "layers=0 is not"), ("layers", "layers= is not"),
+])  # fmt: skip
+def test_a_variant_that_does_not_exist_is_refused(text: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        variants.parse(text, options())
 
 
 def test_the_planner_sets_the_axes_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:

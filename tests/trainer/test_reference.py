@@ -71,10 +71,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "latent": {**_MLA, "router": _SIGMOID, "dense_layers": 1, "dense_width": 20, "shared_width": 8, "norm_eps": 1e-2},
     "latent-query-whole": {**_MLA, "q_lora_rank": 0, "window": 6},
     "latent-yarn": {**_MLA, "yarn": _YARN, "rope_theta": 100.0},
+    "interleaved": {"layers": 4, "moe_every": 2, "dense_width": 20, "shared_width": 8, "router": {"balance": "aux"}},
+    "interleaved-late": {
+        "layers": 5, "dense_layers": 2, "moe_every": 2, "dense_width": 20, "mtp_layers": 1,
+        "router": {"balance": "both", "aux_coefficient": 0.3, "losses_over_layers": "mean", "z_coefficient": 0.1},
+    },
     "mtp": {"mtp_layers": 2, "shared_width": 8, "router": {"score": "sigmoid"}},
     "mtp-tied": {"mtp_layers": 1, "tie_embeddings": True, "mtp_coefficient": 0.8},
     "zaya": {**_ZAYA, "tie_embeddings": True, "router": _MLP, "layers": 3},
     "zaya-parallel": {**_ZAYA, "parallel_block": True, "router": {**_MLP, "bias_rule": "sign"}},
+    "zaya-interleaved": {**_ZAYA, "layers": 7, "moe_every": 3, "dense_width": 20, "router": _MLP},
     "zaya-mtp": {**_ZAYA, "mtp_layers": 1, "dense_layers": 1, "dense_width": 20, "layers": 3, "router": _MLP},
 }  # fmt: skip
 """Differences from `_BASE`; every architecture option by itself or with those that it meets."""

@@ -40,7 +40,7 @@ class Trained:
         from trainer.parallel.mesh import assemble
 
         assert dist.group.WORLD is not None
-        mesh = assemble(config.parallel, 0, 1, torch.device("cpu"), dist.group.WORLD, Applied())
+        mesh = assemble(config, 0, 1, torch.device("cpu"), dist.group.WORLD, Applied())
         self.config, self.engine = config, NativeEngine(config, mesh)
         for piece in self.engine.state():
             if piece.name in state:
@@ -99,6 +99,8 @@ _RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adamw-full": ("mtp", {"kind": "adamw"}, {"recompute": "full"}),
     "adamw-selective": ("dropping", {"kind": "adamw"}, {"recompute": "selective"}),
     "adamw-full-zaya": ("zaya-mtp", {"kind": "adamw"}, {"recompute": "full"}),
+    "adamw-interleaved": ("interleaved-late", {"kind": "adamw"}, {"recompute": "full"}),
+    "muon-interleaved": ("zaya-interleaved", {"kind": "muon"}, {"recompute": "selective"}),
     "adamw-ramp": ("aux-mean-mtp", {"kind": "adamw", "schedule": "wsd"}, {"ramp_batch": 2, "ramp_steps": 3}),
     "adamw-transfer": ("tied", {"kind": "adamw", "base_width": 8, "schedule": "linear"}, {}),
     "muon": ("plain", {"kind": "muon"}, {}),

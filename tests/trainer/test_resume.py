@@ -104,6 +104,18 @@ def test_other_data_is_refused_and_an_older_checkpoint_taken() -> None:
     assert refusals(older, fingerprint(config, DATA)) == ([], [])
 
 
+def test_a_setting_that_an_older_checkpoint_lacks_had_its_default() -> None:
+    older = fingerprint(_config(), DATA)
+    del older["model"]["moe_every"], older["model"]["router.groups"], older["optim"]["moments"]
+    assert refusals(older, fingerprint(_config(), DATA)) == ([], [])
+    words = ("model.moe_every=2", "model.dense_width=16", "model.layers=2")
+    same = fingerprint(_config(*words[1:]), DATA)
+    del same["model"]["moe_every"]
+    refused, _ = refusals(same, fingerprint(_config(*words), DATA))
+    assert refused == ["model.moe_every was 1 and is 2"]
+    assert refusals(older | {"model": {}}, fingerprint(_config(*words), DATA)) == ([], [])
+
+
 # ---- the loop ----
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.compose import compose
+from configs.compose import choices, compose
 from configs.errors import UserError
 from configs.schema import RunConfig
+from trainer.bench.routing import FORCED
+from trainer.sizing.ask import catalogue
 from trainer.sizing.model.flops import train_flops_per_token
+from trainer.sizing.search.runnable import refusal
 
 BASELINES = ("plain", "hf", "deepspeed")
+ROUTINGS = ("real", *FORCED)
 _AHEAD = 32
 """Batches that a bench goes round in."""
 
@@ -36,7 +42,8 @@ class Options:
 
 def config_of(options: Options, world: int, on_gpu: bool) -> RunConfig:
     """The configuration of the measured step: four samples of 4096 tokens on each place unless said otherwise."""
-    hardware = _hardware() if on_gpu else "cpu"
+    named = any(word.startswith("hardware=") for word in options.overrides)
+    hardware = _hardware() if on_gpu and not named else "cpu"
     words = [f"model={options.model}", f"hardware={hardware}", "train.engine=native", "train.micro_batch=4",
              "data.sequence=4096", f"train.precision={'bf16' if on_gpu else 'fp32'}"]  # fmt: skip
     if options.layers is not None:
@@ -57,13 +64,50 @@ def config_of(options: Options, world: int, on_gpu: bool) -> RunConfig:
     return config
 
 
+def refuse(config: RunConfig, world: int) -> None:
+    """As a run is refused, before ranks are started.
+
+    Raises:
+        UserError: where the trainer doesn't run the configuration, or not on so many ranks.
+    """
+    why = refusal(config)
+    if why:
+        raise UserError(why)
+    ranks = math.prod(config.parallel.size(axis) for axis in ("pp", "dp", "cp", "tp"))
+    if ranks != world:
+        raise UserError(
+            f"--gpus {world}, but parallel.pp*dp*cp*tp={ranks} ranks are laid out; type --gpus {ranks}, or leave "
+            "parallel.dp out"
+        )
+
+
 def _hardware() -> str:
-    """The preset that names the device, or one of its kind."""
-    if torch.version.hip is not None:
-        return "mi300x"
-    name = torch.cuda.get_device_name().lower()
-    return next(
-        (known for known in ("h200", "h100", "h800", "a100", "b200", "b300") if known in name), "h100"
+    return preset_of(torch.cuda.get_device_name())
+
+
+_FORMS = frozenset({"pcie", "nvl"})
+"""Cards whose peaks, memory and links differ from those of the module of the same name."""
+
+
+def preset_of(device: str) -> str:
+    """The hardware preset of a device that calls itself so, as `NVIDIA H100 80GB HBM3` or `AMD Instinct MI300X`.
+
+    Raises:
+        UserError: where no preset is of this very device, by model, form and memory.
+    """
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    known = choices("hardware")
+    for name in sorted(known, key=len, reverse=True):
+        parts = name.split("_")
+        if not set(parts) <= set(words) or _FORMS & set(words) - set(parts):
+            continue
+        sizes = [float(word[:-2]) for word in words if re.fullmatch(r"\d+gb", word)]
+        memory = catalogue.device(name).memory_gib
+        if memory is None or all(abs(size / memory - 1) < 0.1 for size in sizes):
+            return name
+    raise UserError(
+        f"the device '{device}' has no hardware preset; type hardware=NAME, one of {', '.join(known)}, to be counted with "
+        "that one's peaks and memory"
     )
 
 

@@ -23,15 +23,15 @@ def rates(config: RunConfig) -> dict[str, float]:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
     one, other = noise(8192, 8192), noise(8192, 8192)
-    found = {"dense": 2 * 8192**3 / _seconds(lambda: one @ other) / 1e12}
+    reached = {"dense": 2 * 8192**3 / _seconds(lambda: one @ other) / 1e12}
     x, weight = noise(rows, model.hidden), noise(model.experts, 2 * model.expert_width, model.hidden)
     ends = torch.arange(1, model.experts + 1, device=device, dtype=torch.int32) * (rows // model.experts)
     seconds = _seconds(lambda: F.grouped_mm(x, weight.transpose(1, 2), offs=ends))
-    found["grouped"] = 4 * rows * model.hidden * model.expert_width / seconds / 1e12
+    reached["grouped"] = 4 * rows * model.hidden * model.expert_width / seconds / 1e12
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
-    found["copy"] = 2 * source.numel() / _seconds(lambda: to.copy_(source)) / 1e12
-    return found
+    reached["copy"] = 2 * source.numel() / _seconds(lambda: to.copy_(source)) / 1e12
+    return reached
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from configs.errors import UserError
 from configs.paths import default_home
 from configs.rank import RankContext
 from configs.schema import RunConfig
-from trainer.bench import ceiling, kernels, routing, variants
-from trainer.bench.cases import BatchTokens, Options, config_of, flops_of
+from trainer.bench import baselines, ceiling, kernels, routing, variants
+from trainer.bench.cases import BatchTokens, Options, config_of, flops_of, refuse
 from trainer.bench.masters import Masters
 from trainer.bench.measure import Mark, Times, timed
 from trainer.engines.base import Batch, Engine
@@ -32,34 +33,37 @@ Say = Callable[[str], None]
 
 
 def run(options: Options, gpus: int, arguments: list[str], say: Say, several: str | None = None) -> int:
-    """Measure on this rank, or start ranks that do.
+    """Measure on this rank, or start ranks that do, once all that is to be measured can be.
 
     Args:
         gpus: ranks; more than one starts them under torchrun.
         arguments: what was typed, for the ranks.
         say: takes lines on rank 0.
         several: variants to compare, as `trainer.bench.variants.parse` reads them.
+
+    Raises:
+        UserError: where a layout, a variant or a baseline doesn't run.
     """
-    if several is not None:
-        variants.refuse_baselines(options)
-    if gpus > 1 and "RANK" not in os.environ:
-        if torch.cuda.is_available() and gpus > torch.cuda.device_count():
-            raise UserError(
-                f"--gpus {gpus}, but this machine has {torch.cuda.device_count()}; type --gpus {torch.cuda.device_count()}"
-            )
+    starts = gpus > 1 and "RANK" not in os.environ
+    on_gpu = torch.cuda.is_available()
+    if starts and on_gpu and gpus > torch.cuda.device_count():
+        raise UserError(
+            f"--gpus {gpus}, but this machine has {torch.cuda.device_count()}; type --gpus {torch.cuda.device_count()}"
+        )
+    rank = RankContext.from_environment(os.environ, default_home() / "runs" / "bench")
+    cases = _cases(options, several, gpus if starts else rank.world, on_gpu)
+    if starts:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
         return subprocess.run([*command, "-m", "trainer", *arguments], check=False).returncode
-    on_gpu = torch.cuda.is_available()
-    rank = RankContext.from_environment(os.environ, default_home() / "runs" / "bench")
     if rank.world == 1:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    config = config_of(options, rank.world, on_gpu)
+    config = cases[0].config
     device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     mesh = join(config, rank, device)
     try:
-        lines = _measured(options, config, mesh) if several is None else _compared(several, options, mesh)
+        lines = _measured(options, config, mesh) if several is None else _compared(cases, mesh)
         for line in lines:
             if rank.rank == 0:
                 say(line)
@@ -68,10 +72,36 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
     return 0
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A configuration to be measured, under its name."""
+
+    title: str
+    options: Options
+    config: RunConfig
+
+
+def _cases(options: Options, several: str | None, world: int, on_gpu: bool) -> list[_Case]:
+    """The variants, or the one case where there are none; all can be measured, with their baselines."""
+    if several is None:
+        config = config_of(options, world, on_gpu)
+        refuse(config, world)
+        for baseline in options.baselines:
+            baselines.check(baseline, config, world)
+        return [_Case("", options, config)]
+    variants.refuse_baselines(options)
+    cases = []
+    for variant in variants.parse(several, options):
+        config, said = variants.chosen(variant.options, world, on_gpu)
+        title = f"{variant.text} ({said})" if said else variant.text
+        cases.append(_Case(title, variant.options, config))
+    return cases
+
+
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
@@ -88,14 +118,14 @@ def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
     flops = flops_of(config)
     yield f"FLOPs of a step: {flops / 1e12:.2f} T ({NUMERATOR})"
     native, result = _native(options, config, mesh)
-    yield from _told("megaray", native, flops, tokens, mesh.world, config)
+    yield from _shown("megaray", native, flops, tokens, mesh.world, config)
     if result is not None:
         yield from kernels.lines(result)
     if mesh.device.type == "cuda" and mesh.world == 1:
-        found = ceiling.rates(config)
+        ceilings = ceiling.rates(config)
         yield (
-            f"ceiling: dense matmul {found['dense']:.0f} TFLOP/s, grouped {found['grouped']:.0f}, copy "
-            f"{found['copy']:.2f} TB/s; all FLOPs at the grouped rate {flops / found['grouped'] / 1e9:.1f} ms"
+            f"ceiling: dense matmul {ceilings['dense']:.0f} TFLOP/s, grouped {ceilings['grouped']:.0f}, copy "
+            f"{ceilings['copy']:.2f} TB/s; all FLOPs at the grouped rate {flops / ceilings['grouped'] / 1e9:.1f} ms"
         )
     for baseline in options.baselines:
         _empty()
@@ -106,32 +136,30 @@ def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
         except Exception as error:  # another's program: what it can't do is a line of the table
             yield f"{baseline:10} failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
-        yield from _told(baseline, times, flops, tokens, mesh.world, config)
+        yield from _shown(baseline, times, flops, tokens, mesh.world, config)
         passes = times.part("forward", "backward") / native.part("forward", "backward")
         yield f"{baseline:10} / megaray: step {times.median / native.median:.2f}x, forward + backward {passes:.2f}x"
 
 
-def _compared(text: str, options: Options, mesh: Mesh) -> Any:
+def _compared(cases: list[_Case], mesh: Mesh) -> Any:
     """A table of variants, and the kernels of each."""
     on_gpu = mesh.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     yield f"{mesh.world} x {name}, torch {torch.__version__}; kernels: {reason()}"
     table = []
-    for number, variant in enumerate(variants.parse(text, options)):
-        config, said = variants.chosen(variant.options, mesh.world, on_gpu)
-        other = variants.other_mesh(mesh, config)
-        times, found = _native(variant.options, config, other, f"variant{number}")
-        title = f"{variant.text} ({said})" if said else variant.text
-        rows = list(variants.row(title, config, mesh.world, times, found))
+    for number, case in enumerate(cases):
+        other = variants.other_mesh(mesh, case.config)
+        times, profiled = _native(case.options, case.config, other, f"variant{number}")
+        rows = list(variants.row(case.title, case.config, mesh.world, times, profiled))
         table += rows
         yield from rows
-        if found is not None:
-            yield from kernels.lines(found)
+        if profiled is not None:
+            yield from kernels.lines(profiled)
         variants.leave()
     yield from table
 
 
-def _told(name: str, times: Times, flops: float, tokens: int, world: int, config: RunConfig) -> Any:
+def _shown(name: str, times: Times, flops: float, tokens: int, world: int, config: RunConfig) -> Any:
     low, high = times.spread
     passes = times.part("forward", "backward")
     each = flops / world / 1e9
@@ -190,18 +218,12 @@ def _step_of(engine: Engine, options: Options, config: RunConfig, mesh: Mesh) ->
 
 
 def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Times:
-    """Times of another's step.
-
-    Raises:
-        UserError: where it can't have the shape or the layout.
-    """
+    """Times of another's step, which `baselines.check` lets pass."""
     if name == "deepspeed":
         from trainer.engines.deepspeed import DeepSpeedEngine
 
         engine = DeepSpeedEngine(config, mesh)
         return timed(_step_of(engine, options, config, mesh), mesh.device, options.steps)
-    if mesh.world > 1:
-        raise UserError(f"--baselines {name} runs on one device; leave it out with --gpus {mesh.world}")
     samples = config.train.global_batch or 1
     drawn = BatchTokens(config, mesh.device, options.routing == "real", 0)
     if name == "plain":
@@ -229,7 +251,7 @@ def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Tim
 
 
 def options_of(
-    model: str, layers: int | None, routing_name: str, steps: int, baselines: str, timeline: Path | None,
+    model: str, layers: int | None, routing_name: str, steps: int, others: str, timeline: Path | None,
     overrides: list[str],
 ) -> Options:  # fmt: skip
     """What was typed, checked.
@@ -239,10 +261,10 @@ def options_of(
     """
     from trainer.bench.cases import BASELINES
 
-    asked = () if baselines == "none" else tuple(part for part in baselines.split(",") if part)
-    for one in asked:
+    chosen = () if others == "none" else tuple(part for part in others.split(",") if part)
+    for one in chosen:
         if one not in BASELINES:
             raise UserError(
                 f"--baselines {one}: no such baseline; use some of {', '.join(BASELINES)}, or none"
             )
-    return Options(tuple(overrides), model, layers, routing_name, steps, asked, timeline)
+    return Options(tuple(overrides), model, layers, routing_name, steps, chosen, timeline)

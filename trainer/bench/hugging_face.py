@@ -9,10 +9,11 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.model import ModelConfig
+from trainer.bench.baselines import renormalizes
 
 
 def build(model: ModelConfig, device: torch.device) -> nn.Module:
-    """A model with random weights in bf16 on a GPU, in fp32 on a CPU.
+    """A model with random weights in bf16 on a GPU, in fp32 on a CPU; of those that `trainer.bench.baselines` lets pass.
 
     Raises:
         UserError: where `transformers` isn't installed or has no such architecture.
@@ -37,13 +38,13 @@ def build(model: ModelConfig, device: torch.device) -> nn.Module:
     if model.qk_norm == "projection":
         config = transformers.OlmoeConfig(
             **shape, intermediate_size=model.expert_width, num_experts=model.experts,
-            norm_topk_prob=model.router.renormalize,
+            norm_topk_prob=renormalizes(model),
         )  # fmt: skip
         kind = transformers.OlmoeForCausalLM
     elif model.qk_norm == "head":
         config = transformers.Qwen3MoeConfig(
             **shape | {"head_dim": model.head_dim}, moe_intermediate_size=model.expert_width, num_experts=model.experts,
-            norm_topk_prob=model.router.renormalize,
+            norm_topk_prob=renormalizes(model),
         )  # fmt: skip
         kind = transformers.Qwen3MoeForCausalLM
     else:

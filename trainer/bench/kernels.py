@@ -47,10 +47,10 @@ class Profile:
 
     def parts(self) -> dict[str, float]:
         """Milliseconds by part, the largest first."""
-        found: dict[str, float] = {}
+        milliseconds: dict[str, float] = {}
         for kernel in self.kernels:
-            found[kernel.part] = found.get(kernel.part, 0.0) + kernel.milliseconds
-        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+            milliseconds[kernel.part] = milliseconds.get(kernel.part, 0.0) + kernel.milliseconds
+        return dict(sorted(milliseconds.items(), key=lambda pair: -pair[1]))
 
 
 def part_of(name: str) -> str:
@@ -71,15 +71,15 @@ def profile(step: Callable[[], object], trace: Path | None, together: Callable[[
 
     step()
     torch.cuda.synchronize()
-    with recorded(activities=[ProfilerActivity.CUDA]) as found:
+    with recorded(activities=[ProfilerActivity.CUDA]) as recording:
         together()
         step()
         torch.cuda.synchronize()
     if trace is not None:
-        found.export_chrome_trace(str(trace))
+        recording.export_chrome_trace(str(trace))
     spans = [
         (event.name, event.time_range.start, event.time_range.end)
-        for event in found.events()
+        for event in recording.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("nccl:", "FSDP::"))
     ]
@@ -112,17 +112,17 @@ def _union(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def lines(found: Profile, most: int = 24) -> list[str]:
+def lines(profiled: Profile, most: int = 24) -> list[str]:
     """The table as a person reads it."""
     text = [
-        f"one step on the device: {found.span:.1f} ms, nothing ran for {found.idle:.1f} ms, communication alone for "
-        f"{found.exposed:.1f} ms"
+        f"one step on the device: {profiled.span:.1f} ms, nothing ran for {profiled.idle:.1f} ms, communication alone for "
+        f"{profiled.exposed:.1f} ms"
     ]
-    text += [f"  {part:28}{milliseconds:9.2f} ms" for part, milliseconds in found.parts().items()]
+    text += [f"  {part:28}{milliseconds:9.2f} ms" for part, milliseconds in profiled.parts().items()]
     text.append("kernels that take longest:")
     text += [
         f"  {kernel.milliseconds:8.2f} ms {kernel.count:5}x  {kernel.part:26}{_short(kernel.name)}"
-        for kernel in found.kernels[:most]
+        for kernel in profiled.kernels[:most]
     ]
     return text
 

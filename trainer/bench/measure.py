@@ -87,10 +87,10 @@ def timed(step: Callable[[Mark], object], device: torch.device, steps: int, warm
         if device.type != "cuda":
             taken.append(watch.take())
     if device.type == "cuda":
-        found = watch.take()
+        every_mark = watch.take()
         times.memory = torch.cuda.max_memory_allocated()
         one: list[tuple[str, float]] = []
-        for name, milliseconds in found:
+        for name, milliseconds in every_mark:
             one.append((name, milliseconds))
             if name == "step":
                 taken.append(one)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.errors import UserError
 from configs.model import ModelConfig
+from trainer.bench.baselines import renormalizes
 
 
 class _Norm(nn.Module):
@@ -60,7 +60,7 @@ class _Block(nn.Module):
         weights, chosen = (
             F.linear(x.float(), self.router.weight.float()).softmax(-1).topk(self.model.top_k, -1)
         )
-        if self.model.router.renormalize:
+        if renormalizes(self.model):
             weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)
         ids = torch.arange(self.model.experts, device=x.device)
@@ -73,19 +73,10 @@ class _Block(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """The decoder with its loss.
-
-    Raises:
-        UserError: for a model that sixty lines don't have.
-    """
+    """The decoder with its loss, of models that `trainer.bench.baselines` lets pass."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        if model.attention != "gqa" or model.dense_layers or model.shared_width or not model.gated:
-            raise UserError(
-                f"--baselines plain has grouped-query attention and gated experts alone, and model={model.name} has more; "
-                "type --baselines none"
-            )
         self.model = model
         self.embedding = nn.Embedding(model.vocab, model.hidden)
         self.blocks = nn.ModuleList(_Block(model) for _ in range(model.layers))

@@ -12,6 +12,7 @@ from trainer.model.decoder import DecoderStage
 from trainer.model.router import Router, RouterChoice, count
 from trainer.model.seams import Micro, Samples
 
+FORCED = ("balanced", "zipf")
 EXPONENT = 1.0
 """Of Zipf's law: the load of the i-th expert is as 1/i."""
 
@@ -49,7 +50,12 @@ def table_of(routing: str, shape: tuple[int, ...], experts: int, seed: int) -> T
 
     `balanced`: every expert has the same load to within one. `zipf`: drawn without replacement by 1/rank, another order of
     the experts in each layer.
+
+    Raises:
+        ValueError: for another routing.
     """
+    if routing not in FORCED:
+        raise ValueError(f"routing '{routing}' can't be forced; {' and '.join(FORCED)} can")
     generator = torch.Generator().manual_seed(seed)
     tokens, top_k = shape[0] * shape[1], shape[2]
     order = torch.randperm(experts, generator=generator)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configs.errors import UserError
+from configs.errors import UserError, nearest
 from configs.schema import RunConfig
 from trainer.bench import kernels
-from trainer.bench.cases import Options, config_of, flops_of
+from trainer.bench.cases import ROUTINGS, Options, config_of, flops_of, refuse
 from trainer.bench.measure import Times
 from trainer.parallel.mesh import Mesh, assemble
 from trainer.sizing.memory import estimate
@@ -33,7 +33,11 @@ class Variant:
 
 def parse(text: str, options: Options) -> list[Variant]:
     """`ep=4 | tp=2 ep=4 | routing=zipf ep=4 | auto`: overrides on top of the others; a word without a dot is an axis of
-    `parallel`, but for `routing` and `layers`."""
+    `parallel`, but for `routing` and `layers`.
+
+    Raises:
+        UserError: for a value of these two that there isn't.
+    """
     return [_variant(one.strip(), options) for one in text.split("|")]
 
 
@@ -42,8 +46,17 @@ def _variant(text: str, options: Options) -> Variant:
     for word in text.split():
         name, _, value = word.partition("=")
         if name == "routing":
+            if value not in ROUTINGS:
+                raise UserError(
+                    f"--variants '{text}': routing={value} doesn't exist{nearest(value, ROUTINGS)}; use one of "
+                    f"{', '.join(ROUTINGS)}"
+                )
             options = replace(options, routing=value)
         elif name == "layers":
+            if not value.isdecimal() or int(value) < 1:
+                raise UserError(
+                    f"--variants '{text}': layers={value} is not a whole number above 0; type e.g. layers=8"
+                )
             options = replace(options, layers=int(value))
         elif word == AUTO:
             words.append("parallel=auto")
@@ -53,18 +66,30 @@ def _variant(text: str, options: Options) -> Variant:
 
 
 def chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
-    """The configuration of a variant, and what the planner said of it where it set the layout."""
+    """The configuration of a variant, and what the planner said of it where it set the layout.
+
+    Raises:
+        UserError: where the trainer doesn't run it, or not on so many ranks.
+    """
+    config, said = _chosen(options, world, on_gpu)
+    refuse(config, world)
+    return config, said
+
+
+def _chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
     if "parallel=auto" not in options.overrides:
         return config_of(options, world, on_gpu), ""
     rest = tuple(word for word in options.overrides if word != "parallel=auto")
     plain = config_of(replace(options, overrides=rest), world, on_gpu)
-    asked = plain.model_copy(update={"parallel": plain.parallel.model_copy(update=dict.fromkeys(AXES))})
-    found = auto.choose(asked, (world,))
-    settings = auto.settings(found.job) if found.job is not None else {}
+    without_layout = plain.model_copy(
+        update={"parallel": plain.parallel.model_copy(update=dict.fromkeys(AXES))}
+    )
+    choice = auto.choose(without_layout, (world,))
+    settings = auto.settings(choice.job) if choice.job is not None else {}
     words = [
         f"{section}.{name}={value}" for section, fields in settings.items() for name, value in fields.items()
     ]
-    words += [f"parallel.{axis}={size}" for axis, size in found.layout.to_json().items()]
+    words += [f"parallel.{axis}={size}" for axis, size in choice.layout.to_json().items()]
     kept = [word for word in words if word.partition("=")[0] not in {one.partition("=")[0] for one in rest}]
     return config_of(replace(options, overrides=(*rest, *kept)), world, on_gpu), " ".join(kept)
 
@@ -81,7 +106,7 @@ def forecast(config: RunConfig, world: int) -> tuple[float | None, float]:
 
 def other_mesh(mesh: Mesh, config: RunConfig) -> Mesh:
     """Groups of another layout over the same ranks."""
-    return assemble(config.parallel, mesh.rank, mesh.world, mesh.device, mesh.control_group, mesh.network)
+    return assemble(config, mesh.rank, mesh.world, mesh.device, mesh.control_group, mesh.network)
 
 
 def leave() -> None:
@@ -93,7 +118,7 @@ def leave() -> None:
 
 
 def row(
-    text: str, config: RunConfig, world: int, times: Times, found: kernels.Profile | None
+    text: str, config: RunConfig, world: int, times: Times, profiled: kernels.Profile | None
 ) -> Iterator[str]:
     """Lines of a variant."""
     each = flops_of(config) / world / 1e9
@@ -104,8 +129,9 @@ def row(
     )  # fmt: skip
     if times.memory:
         guess += f" and {size / 1e9:.1f} GB ({(size / times.memory - 1) * 100:+.1f} %)"
-    apart = "" if found is None else (
-        f", communication alone {found.exposed:.1f} ms ({found.exposed / found.span * 100:.1f} %), idle {found.idle:.1f} ms"
+    apart = "" if profiled is None else (
+        f", communication alone {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %), "
+        f"idle {profiled.idle:.1f} ms"
     )  # fmt: skip
     yield (
         f"{text:34} step {times.median:.1f} ms, forward + backward {times.part('forward', 'backward'):.1f}, optimizer "

@@ -138,8 +138,10 @@ def _row(line: bytes, place: str, fields: Fields) -> TextRow:
     try:
         tree = json.loads(line)
     except (ValueError, RecursionError) as error:
-        told = f"{error}" if isinstance(error, json.JSONDecodeError) else "not UTF-8 text, or nested too deep"
-        raise UserError(f"{place} is not JSON: {told}; each line must be one object") from None
+        reason = (
+            f"{error}" if isinstance(error, json.JSONDecodeError) else "not UTF-8 text, or nested too deep"
+        )
+        raise UserError(f"{place} is not JSON: {reason}; each line must be one object") from None
     if not isinstance(tree, dict):
         raise UserError(
             f"{place} has no text: the row is {_type(tree)}, not an object; each line must be one such as "
@@ -160,9 +162,9 @@ def _score(value: Any, place: str, field: str) -> float:
     """A number that can be ordered."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    told = "it is not finite" if isinstance(value, float) else f"it is {_type(value)}"
+    reason = "it is not finite" if isinstance(value, float) else f"it is {_type(value)}"
     raise UserError(
-        f"{place} has no score under data.score_field='{field}': {told}; each row needs a number there"
+        f"{place} has no score under data.score_field='{field}': {reason}; each row needs a number there"
     )
 
 
@@ -204,8 +206,8 @@ def _parquet(source: SourceFile, file: IO[bytes], fields: Fields) -> Iterator[Fi
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        names, asked = table.schema_arrow.names, [fields.text, *([fields.score] if fields.score else [])]
-        for setting, field in zip(("data.text_field", "data.score_field"), asked, strict=False):
+        names, columns = table.schema_arrow.names, [fields.text, *([fields.score] if fields.score else [])]
+        for setting, field in zip(("data.text_field", "data.score_field"), columns, strict=False):
             if field not in names:
                 raise _no_field(source.path, setting, field, names)
         _check_text(source.path, table.schema_arrow, fields.text)
@@ -213,16 +215,16 @@ def _parquet(source: SourceFile, file: IO[bytes], fields: Fields) -> Iterator[Fi
         texts: list[bytes | None] = []
         scores: list[Any] = []
         size = 0
-        for batch in table.iter_batches(batch_size=256, columns=asked):
+        for batch in table.iter_batches(batch_size=256, columns=columns):
             column = batch.column(batch.schema.get_field_index(fields.text))
             if pyarrow.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
-            told = (
+            of_batch = (
                 batch.column(batch.schema.get_field_index(fields.score)).to_pylist() if fields.score else []
             )
             for i, text in enumerate(column.cast(pyarrow.large_binary()).to_pylist()):
                 texts.append(text)
-                scores += told[i : i + 1]
+                scores += of_batch[i : i + 1]
                 size += len(text or b"")
                 if size >= BLOCK:
                     done = first + len(texts) - 1

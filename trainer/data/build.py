@@ -139,9 +139,9 @@ def _threshold(job: PrepareJob) -> tuple[float | None, list[str]]:
     """The score that rows must reach, and what to say of it; None where all are kept."""
     if job.fields.score is None or job.keep >= 1:
         return None, []
-    raw, told = (job.folder / name for name in _SCORES)
+    raw, settled = (job.folder / name for name in _SCORES)
     try:
-        known = json.loads(told.read_text())
+        known = json.loads(settled.read_text())
         if known["key"] == job.key:
             return known["threshold"], known["notes"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -149,19 +149,19 @@ def _threshold(job: PrepareJob) -> tuple[float | None, list[str]]:
     with raw.open("wb") as file:
         todo = tasks(job.sources, job.fields, SourcePosition())
         with contextlib.closing(in_order(Scorer(job.fields), todo, job.workers)) as results:
-            for mark, found in results:
-                file.write(found.astype("<f8").tobytes())
+            for mark, scored in results:
+                file.write(scored.astype("<f8").tobytes())
                 job.progress("scores", mark.read, job.total, 0)
-    found, kept, rows = scores.threshold(raw, job.keep)
+    lowest, kept, rows = scores.threshold(raw, job.keep)
     note = (
         f"data.keep_fraction={job.keep}: {kept} of {rows} rows kept, those with data.score_field='{job.fields.score}' "
-        f">= {found!r}, equal scores included"
+        f">= {lowest!r}, equal scores included"
     )
     CheckpointStore(str(job.folder)).write(
-        told.name, [json.dumps({"key": job.key, "threshold": found, "notes": [note]}).encode()]
+        settled.name, [json.dumps({"key": job.key, "threshold": lowest, "notes": [note]}).encode()]
     )
     raw.unlink()
-    return found, [note]
+    return lowest, [note]
 
 
 class _Parts:
@@ -235,17 +235,17 @@ class _Parts:
         job, names = self._job, [NAME + end for end in (".bin", ".idx", ".hash")]
         for file in self._files:
             os.fsync(file.fileno())
-        found = self.scan.close()
-        ends = np.memmap(self._ends, "<i8", "r") if found["documents"] else np.zeros(0, np.int64)
+        scanned = self.scan.close()
+        ends = np.memmap(self._ends, "<i8", "r") if scanned["documents"] else np.zeros(0, np.int64)
         indexed.write_index(self._index, self._kind, ends)
         with self._index.open("rb") as index:
             os.fsync(index.fileno())
         for name in names:
             (job.folder / f"{name}.part").replace(job.folder / name)
-        meta = found | {
+        meta = scanned | {
             "key": job.key, "dtype": self._kind.name, "sources": len(job.sources), "rows": self._counts["rows"],
             "separator": job.tokenizer.separator, "tokenizer": job.tokenizer.digest,
-            "notes": [*notes, *_told(self._counts)],
+            "notes": [*notes, *_shown(self._counts)],
         }  # fmt: skip
         CheckpointStore(str(job.folder)).write("meta.json", [json.dumps(meta, indent=1).encode()])
         for name in (*_PARTS, *_SCORES):
@@ -257,7 +257,7 @@ class _Parts:
             file.close()
 
 
-def _told(counts: Counter[str]) -> Iterator[str]:
+def _shown(counts: Counter[str]) -> Iterator[str]:
     """What was left out or mended, for the notes."""
     if counts["empty"]:
         yield f"{counts['empty']} of the texts are empty or null and were left out"

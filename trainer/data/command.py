@@ -119,20 +119,20 @@ def _summary(store: TokenStore, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(summary: dict[str, Any]) -> list[str]:
     """A summary for people."""
     said = []
-    for part in found["parts"]:
+    for part in summary["parts"]:
         path = part["path"] or "the standard library"
         said.append(
             f"{path}: {part['tokens']:,} tokens ({part['dtype']}) in {part['documents']:,} documents; {part['file']}"
         )
-    if found["held_out"]:
-        said.append(f"{found['held_out']:,} documents held out")
-    files = [part["file"] for part in found["parts"]]
+    if summary["held_out"]:
+        said.append(f"{summary['held_out']:,} documents held out")
+    files = [part["file"] for part in summary["parts"]]
     hint = (
         f"train on it: data.path={files[0]}"
         if len(files) == 1
         else "a run with the same data.mixture finds them"
     )
-    return [*said, *found["notes"], hint]
+    return [*said, *summary["notes"], hint]

@@ -59,7 +59,7 @@ class Mixture:
 
     def counts(self, position: int) -> list[int]:
         """Samples of each part among the first `position`."""
-        found = [0] * self._parts
+        counts = [0] * self._parts
         todo: list[tuple[_Node | int, int]] = [(self._root, position)]
         while todo:
             node, among = todo.pop()
@@ -67,5 +67,5 @@ class Mixture:
                 left = node.before(among)
                 todo += [(node.left, left), (node.right, among - left)]
             else:
-                found[node] = among
-        return found
+                counts[node] = among
+        return counts

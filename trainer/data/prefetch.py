@@ -26,7 +26,7 @@ class Prefetch(Generic[K, T]):
 
     def __init__(self, read: Callable[[K], T], keys: Iterable[K], ahead: int = 1) -> None:
         self._read, self._keys = read, keys
-        self._found: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+        self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
         self._room = threading.Semaphore(ahead)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
@@ -38,22 +38,22 @@ class Prefetch(Generic[K, T]):
                 self._room.acquire()
                 if self._stopped.is_set():
                     break
-                self._found.put((self._read(key), None))
-            self._found.put((None, StopIteration()))
+                self._results.put((self._read(key), None))
+            self._results.put((None, StopIteration()))
         except BaseException as error:  # raised again where the result is asked for
-            self._found.put((None, error))
+            self._results.put((None, error))
 
     def __iter__(self) -> Iterator[T]:
         """The results, in the order of the keys."""
         while True:
-            found, error = self._found.get()
+            result, error = self._results.get()
             if error is not None:
-                self._found.put((None, error))  # for whoever asks once more
+                self._results.put((None, error))  # for whoever asks once more
                 if isinstance(error, StopIteration):
                     return
                 raise error
             self._room.release()
-            yield cast("T", found)
+            yield cast("T", result)
 
     def close(self) -> None:
         """End the thread; a result that is being read is finished and dropped."""

@@ -44,7 +44,7 @@ class _Wanted:
         return "data.mixture" if self.data.mixture else "data.path"
 
     @property
-    def told(self) -> str:
+    def setting(self) -> str:
         """Its name in messages."""
         return "the standard library" if self.path is None else f"{self.field}='{self.path}'"
 
@@ -99,9 +99,9 @@ def _check_prepared(wanted: _Wanted, prefix: Path, vocab: int) -> None:
 def _check_text(wanted: _Wanted, vocab: int) -> list[str]:
     words = tokenizer.load(wanted.data.tokenizer, wanted.data.end_token)
     _refuse_small(wanted, words.size, vocab)
-    found = find(wanted.path, wanted.field)
+    files = find(wanted.path, wanted.field)
     needed, have = wanted.data.sequence + 1, 0
-    for i, source in enumerate(found.sources):
+    for i, source in enumerate(files.sources):
         if i >= _LOOKED_AT and have >= needed:
             break
         for block in blocks(source, wanted.fields):
@@ -112,7 +112,7 @@ def _check_text(wanted: _Wanted, vocab: int) -> list[str]:
             if have >= needed:
                 break
     _refuse_short(wanted, have)
-    return [*found.notes, *words.notes]
+    return [*files.notes, *words.notes]
 
 
 def prepare(
@@ -166,12 +166,12 @@ def _part(
     train, validation, held = Stream(index.tokens), None, 0
     if wanted.data.validation:
         share, hashes = wanted.data.validation, folder / f"{NAME}.hash"
-        train, validation, held = split(index.tokens, index.ends(), hashes, share, wanted.told)
+        train, validation, held = split(index.tokens, index.ends(), hashes, share, wanted.setting)
         for stream, side in ((train, "trained on"), (validation, "held out")):
             if len(stream) <= wanted.data.sequence:
                 raise UserError(
-                    f"data.validation={share}: the documents {side} of {wanted.told} are {len(stream)} tokens, less than "
-                    f"one sample of data.sequence={wanted.data.sequence}; change either"
+                    f"data.validation={share}: the documents {side} of {wanted.setting} are {len(stream)} tokens, less "
+                    f"than one sample of data.sequence={wanted.data.sequence}; change either"
                 )
     return PreparedPart(
         wanted.path, wanted.weight, folder, index.tokens, meta["documents"], meta["separator"], train, validation,
@@ -186,21 +186,21 @@ def _prepared(
     data, (workers, progress) = wanted.data, how
     words = tokenizer.load(data.tokenizer, data.end_token)
     _refuse_small(wanted, words.size, vocab)
-    found = find(wanted.path, wanted.field)
-    key = _key(wanted, words, found)
+    files = find(wanted.path, wanted.field)
+    key = _key(wanted, words, files)
     folder = out or cache / key
     with _lock(folder, "--out" if out else "data.cache"):
         meta = _known(folder, folder / NAME)
         if meta is not None and meta["key"] != key:
             raise UserError(f"--out {folder} holds another prepared corpus; name a new folder")
         if meta is None:
-            total = sum(source.size for source in found.sources)
+            total = sum(source.size for source in files.sources)
             if workers is None:  # bytes need no encoding, and a small corpus no company
                 workers = 1 if data.tokenizer == "bytes" or 0 < total < _SMALL else cores()
             keep = data.keep_fraction
-            build(PrepareJob(folder, key, found.sources, words, wanted.fields, keep, workers, progress))
+            build(PrepareJob(folder, key, files.sources, words, wanted.fields, keep, workers, progress))
     meta = json.loads((folder / "meta.json").read_text())
-    return folder, meta | {"notes": [*found.notes, *words.notes, *meta["notes"]]}
+    return folder, meta | {"notes": [*files.notes, *words.notes, *meta["notes"]]}
 
 
 def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
@@ -212,13 +212,15 @@ def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) ->
     if own is not None:
         if words is not None and words.digest != own["tokenizer"]:
             raise UserError(
-                f"data.tokenizer='{data.tokenizer}' is not the one that {wanted.told} was prepared with; leave it out, or "
-                "prepare the text again"
+                f"data.tokenizer='{data.tokenizer}' is not the one that {wanted.setting} was prepared with; leave it out, "
+                "or prepare the text again"
             )
         return prefix.parent, own
     stamps = [prefix.with_name(prefix.name + end).stat() for end in (".bin", ".idx")]
-    told = f"{_VERSION}/{prefix.resolve()}/" + "/".join(f"{one.st_size}/{one.st_mtime_ns}" for one in stamps)
-    folder = cache / hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
+    identity = f"{_VERSION}/{prefix.resolve()}/" + "/".join(
+        f"{one.st_size}/{one.st_mtime_ns}" for one in stamps
+    )
+    folder = cache / hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
     with _lock(folder):
         if not (folder / "meta.json").is_file():
             scan = Scan(folder / f"{NAME}.hash", index.tokens.dtype)
@@ -233,14 +235,16 @@ def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) ->
     if separator is None or separator != meta["closing"]:
         if data.document_mask:
             raise UserError(
-                f"{wanted.told}: not every document ends with the same id ({separator}), so nothing separates them; set "
+                f"{wanted.setting}: not every document ends with the same id ({separator}), so nothing separates them; set "
                 "data.end_token and data.tokenizer to what they end with, or data.document_mask=false, or make the "
                 "file again with --append-eod"
             )
         separator = None
-        notes.append(f"{wanted.told}: documents have no common end; attention crosses them")
+        notes.append(f"{wanted.setting}: documents have no common end; attention crosses them")
     elif words is None:
-        notes.append(f"{wanted.told}: every document ends with id {separator}, taken as what separates them")
+        notes.append(
+            f"{wanted.setting}: every document ends with id {separator}, taken as what separates them"
+        )
     digest = None if words is None else words.digest
     return folder, meta | {"separator": separator, "tokenizer": digest, "notes": notes}
 
@@ -261,17 +265,17 @@ def _known(folder: Path, prefix: Path) -> dict[str, Any] | None:
 def _refuse_scores(wanted: _Wanted) -> None:
     if wanted.data.score_field is not None:
         raise UserError(
-            f"data.score_field='{wanted.data.score_field}': {wanted.told} is prepared already and has no scores; prepare "
-            "the text with it, or leave it out"
+            f"data.score_field='{wanted.data.score_field}': {wanted.setting} is prepared already and has no scores; "
+            "prepare the text with it, or leave it out"
         )
 
 
 def _refuse_short(wanted: _Wanted, have: int) -> None:
     if have <= 1:
-        raise UserError(f"{wanted.told} is empty; type a path with text in it")
+        raise UserError(f"{wanted.setting} is empty; type a path with text in it")
     if have <= wanted.data.sequence:
         raise UserError(
-            f"data.sequence={wanted.data.sequence} is longer than the data ({have} tokens in {wanted.told}); "
+            f"data.sequence={wanted.data.sequence} is longer than the data ({have} tokens in {wanted.setting}); "
             f"set data.sequence to at most {have - 1}"
         )
 
@@ -287,22 +291,24 @@ def _refuse_small(wanted: _Wanted, size: int, vocab: int | None) -> None:
 def _refuse_unknown(wanted: _Wanted, largest: int, smallest: int, vocab: int | None) -> None:
     if vocab is not None and largest >= vocab:
         raise UserError(
-            f"model.vocab={vocab} is too small for {wanted.told}, which holds the id {largest}; set "
+            f"model.vocab={vocab} is too small for {wanted.setting}, which holds the id {largest}; set "
             f"model.vocab={largest + 1} or more"
         )
     if smallest < 0:
-        raise UserError(f"{wanted.told} holds the id {smallest}; tokens are 0 or above: make the file again")
+        raise UserError(
+            f"{wanted.setting} holds the id {smallest}; tokens are 0 or above: make the file again"
+        )
 
 
-def _key(wanted: _Wanted, words: tokenizer.Tokenizer, found: ResolvedPath) -> str:
+def _key(wanted: _Wanted, words: tokenizer.Tokenizer, files: ResolvedPath) -> str:
     """Of all that the tokens depend on."""
     data = wanted.data
-    told = hashlib.blake2b(digest_size=12)
+    digest = hashlib.blake2b(digest_size=12)
     settings = [_VERSION, words.digest, data.text_field, data.score_field, data.keep_fraction]
-    told.update(json.dumps(settings).encode())
-    for source in found.sources:
-        told.update(f"{source.path}\0{source.stamp}\0".encode())
-    return told.hexdigest()
+    digest.update(json.dumps(settings).encode())
+    for source in files.sources:
+        digest.update(f"{source.path}\0{source.stamp}\0".encode())
+    return digest.hexdigest()
 
 
 @contextmanager

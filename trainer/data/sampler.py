@@ -137,6 +137,6 @@ def documents(tokens: np.ndarray, separator: int | None) -> np.ndarray | None:
     ended = tokens[:, :-2] == separator
     if not ended.any():
         return None
-    found = np.zeros((len(tokens), tokens.shape[1] - 1), dtype=np.int32)
-    np.cumsum(ended, axis=1, out=found[:, 1:])
-    return found
+    ids = np.zeros((len(tokens), tokens.shape[1] - 1), dtype=np.int32)
+    np.cumsum(ended, axis=1, out=ids[:, 1:])
+    return ids

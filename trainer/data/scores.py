@@ -40,9 +40,9 @@ def threshold(path: Path, share: float) -> tuple[float, int, int]:
         digit = int(np.searchsorted(below, rank, side="right"))
         rank -= int(below[digit - 1]) if digit else 0
         prefix = prefix << _BITS | digit
-    found = _score(prefix)
-    kept = sum(int((scores[at : at + _ROWS] >= found).sum()) for at in range(0, rows, _ROWS))
-    return found, kept, rows
+    lowest = _score(prefix)
+    kept = sum(int((scores[at : at + _ROWS] >= lowest).sum()) for at in range(0, rows, _ROWS))
+    return lowest, kept, rows
 
 
 def _ordered(scores: np.ndarray) -> np.ndarray:

@@ -82,25 +82,25 @@ def find(path: str | None, field: str = "data.path") -> ResolvedPath:
     """
     if path is None:
         return ResolvedPath(_standard_library(), [])
-    told = f"{field}='{path}'"
+    setting = f"{field}='{path}'"
     try:
         fs, inner = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{told} can't be used: {error}; type a path or a URL") from None
+        raise UserError(f"{setting} can't be used: {error}; type a path or a URL") from None
     try:
-        files, folder = _listed(fs, inner, told)
+        files, folder = _listed(fs, inner, setting)
     except UserError:
         raise
     except Exception as error:  # every file system has errors of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{told} can't be read: {first}; type a file, folder, glob or URL") from None
+        raise UserError(f"{setting} can't be read: {first}; type a file, folder, glob or URL") from None
     sources = sorted((s for s in files if not _hidden(s.path, inner)), key=lambda s: s.path)
     if not sources:
-        raise UserError(f"{told} holds no files; type a path with text, jsonl or parquet in it")
-    return _one_kind(sources, inner, told) if folder else ResolvedPath(sources, [])
+        raise UserError(f"{setting} holds no files; type a path with text, jsonl or parquet in it")
+    return _one_kind(sources, inner, setting) if folder else ResolvedPath(sources, [])
 
 
-def _listed(fs: Any, path: str, told: str) -> tuple[list[SourceFile], bool]:
+def _listed(fs: Any, path: str, setting: str) -> tuple[list[SourceFile], bool]:
     """All files of a path, and whether it is a folder."""
     local = isinstance(fs, LocalFileSystem)
     if any(letter in path for letter in "*?[") and not (local and Path(path).exists()):
@@ -113,13 +113,13 @@ def _listed(fs: Any, path: str, told: str) -> tuple[list[SourceFile], bool]:
             return list(_walk(fs, path)), True
         return [_source(fs, i) for i in fs.find(path, detail=True).values() if i["type"] == "file"], True
     if not fs.exists(path):
-        raise UserError(f"{told} does not exist{_nearby(fs, path)}; type a file, folder, glob or URL")
+        raise UserError(f"{setting} does not exist{_nearby(fs, path)}; type a file, folder, glob or URL")
     return _files(fs, [path], local), False
 
 
 def _files(fs: Any, names: Iterable[str], local: bool) -> list[SourceFile]:
     if local:
-        return [found for name in names if (found := _local(fs, name))]
+        return [source for name in names if (source := _local(fs, name))]
     return [_source(fs, info) for info in map(fs.info, names) if info["type"] == "file"]
 
 
@@ -134,21 +134,21 @@ def _walk(fs: Any, folder: str) -> Iterator[SourceFile]:
             and not ((link := Path(here, name)).is_symlink() and real.is_relative_to(link.resolve()))
         )
         for name in names:
-            if not name.startswith(".") and (found := _local(fs, f"{here}/{name}")):
-                yield found
+            if not name.startswith(".") and (source := _local(fs, f"{here}/{name}")):
+                yield source
 
 
 def _local(fs: Any, path: str) -> SourceFile | None:
     """A file, or what a link leads to; None for what is neither, such as a folder."""
     try:
-        found = Path(path).stat()
+        status = Path(path).stat()
     except OSError:
         if Path(path).is_symlink():
             raise _broken(path) from None
         raise
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return None
-    return SourceFile(fs, path, f"{found.st_size}/{found.st_mtime}", found.st_size)
+    return SourceFile(fs, path, f"{status.st_size}/{status.st_mtime}", status.st_size)
 
 
 def _broken(path: str) -> UserError:
@@ -162,7 +162,7 @@ def _source(fs: Any, info: dict[str, Any]) -> SourceFile:
     return SourceFile(fs, info["name"], f"{info.get('size')}/{mark}", int(info.get("size") or 0))
 
 
-def _one_kind(sources: list[SourceFile], folder: str, told: str) -> ResolvedPath:
+def _one_kind(sources: list[SourceFile], folder: str, setting: str) -> ResolvedPath:
     """The files of a folder that are data, by kind."""
     kinds: dict[str, list[SourceFile]] = {"parquet": [], "jsonl": [], "text": []}
     beside: list[SourceFile] = []
@@ -189,14 +189,14 @@ def _one_kind(sources: list[SourceFile], folder: str, told: str) -> ResolvedPath
     if len(refused) == len(sources):
         raise refused[0]
     count = f"{len(binary)} binary file{'s' * (len(binary) > 1)}"
-    notes = [f"{told}: left out {count}: {_names(binary, folder)}"] if binary else []
+    notes = [f"{setting}: left out {count}: {_names(binary, folder)}"] if binary else []
     rows = [kind for kind in ("parquet", "jsonl") if kinds[kind]]
     if len(rows) > 1:
-        raise _mixed(told, kinds, "parquet", "jsonl")
+        raise _mixed(setting, kinds, "parquet", "jsonl")
     if rows:
         taken = kinds[rows[0]]
         if sum(s.size for s in kinds["text"]) > sum(s.size for s in taken):
-            raise _mixed(told, kinds, rows[0], "text")
+            raise _mixed(setting, kinds, rows[0], "text")
         left = kinds["text"] + beside + foreign
     else:
         if foreign:  # more text, for which a person has to do something
@@ -209,7 +209,7 @@ def _one_kind(sources: list[SourceFile], folder: str, told: str) -> ResolvedPath
     if not left:
         return ResolvedPath(sorted(taken, key=lambda s: s.path), notes)
     count = f"{len(taken)} {rows[0] if rows else 'text'} file{'s' * (len(taken) > 1)}"
-    notes = [f"{told}: took {count}, left out what lies beside: {_names(left, folder)}", *notes]
+    notes = [f"{setting}: took {count}, left out what lies beside: {_names(left, folder)}", *notes]
     return ResolvedPath(sorted(taken, key=lambda s: s.path), notes)
 
 
@@ -218,20 +218,20 @@ def _names(some: list[SourceFile], folder: str) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _mixed(told: str, kinds: dict[str, list[SourceFile]], one: str, other: str) -> UserError:
+def _mixed(setting: str, kinds: dict[str, list[SourceFile]], one: str, other: str) -> UserError:
     counts = " and ".join(
         f"{len(kinds[kind])} {kind} ({kinds[kind][0].path.rsplit('/', 1)[-1]})" for kind in (one, other)
     )
     end = kinds[one][0].path.rsplit("/", 1)[-1].partition(".")[2]
     return UserError(
-        f"{told} holds files of several kinds: {counts}; name one kind with a glob such as '**/*.{end}'"
+        f"{setting} holds files of several kinds: {counts}; name one kind with a glob such as '**/*.{end}'"
     )
 
 
 def _hidden(name: str, below: str) -> bool:
     """Whether a part of `name` that `below` doesn't spell out begins with a dot, as in `.git`."""
-    told = set(below.split("/"))
-    return any(part.startswith(".") and part not in told for part in name.split("/"))
+    spelled = set(below.split("/"))
+    return any(part.startswith(".") and part not in spelled for part in name.split("/"))
 
 
 def _nearby(fs: Any, path: str) -> str:
@@ -246,7 +246,7 @@ def _nearby(fs: Any, path: str) -> str:
 def _standard_library() -> list[SourceFile]:
     """The running Python's own source files, its tests among them, without installed packages."""
     fs = fsspec.filesystem("file")
-    found = []
+    sources = []
     for folder, below, names in os.walk(sysconfig.get_path("stdlib")):
         below[:] = [name for name in below if name not in ("site-packages", "dist-packages")]
         for name in names:
@@ -254,5 +254,5 @@ def _standard_library() -> list[SourceFile]:
                 path = f"{folder}/{name}"
                 size = Path(path).stat().st_size
                 # No times: hosts with the same Python have the same text, whenever it was installed.
-                found.append(SourceFile(fs, path, str(size), size))
-    return sorted(found, key=lambda source: source.path)
+                sources.append(SourceFile(fs, path, str(size), size))
+    return sorted(sources, key=lambda source: source.path)

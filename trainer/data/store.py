@@ -142,16 +142,18 @@ def _changes(
     then: Mapping[str, Any], now: Mapping[str, Any], field: str, before: list[Any], after: list[Any]
 ) -> list[str]:
     """Differences of one corpus."""
-    told = f"{field}='{now.get('path')}'" if now.get("path") else "the standard library"
+    corpus = f"{field}='{now.get('path')}'" if now.get("path") else "the standard library"
     lines = []
     for name, setting in (("tokenizer", "data.tokenizer"), ("separator", "data.end_token")):
         if then.get(name) != now.get(name):
-            lines.append(f"{setting}: {name} {then.get(name)} then, {now.get(name)} now, for {told}")
+            lines.append(f"{setting}: {name} {then.get(name)} then, {now.get(name)} now, for {corpus}")
     if then.get("digest") != now.get("digest") and not lines:
         was = "" if then.get("path") == now.get("path") else f" (then {field}='{then.get('path')}')"
         counts = "{tokens} tokens in {documents} documents"
-        lines.append(f"{told}{was}: {counts.format(**then)} then, {counts.format(**now)} now, other content")
+        lines.append(
+            f"{corpus}{was}: {counts.format(**then)} then, {counts.format(**now)} now, other content"
+        )
     shares = [one["weight"] / sum(p["weight"] for p in all_) for one, all_ in ((then, before), (now, after))]
     if abs(shares[0] - shares[1]) > 1e-12:
-        lines.append(f"data.mixture: share {shares[0]:.6g} then, {shares[1]:.6g} now, for {told}")
+        lines.append(f"data.mixture: share {shares[0]:.6g} then, {shares[1]:.6g} now, for {corpus}")
     return lines

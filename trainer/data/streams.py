@@ -38,18 +38,18 @@ class Stream:
         at %= len(self)
         run = int(np.searchsorted(self._first, at, side="right")) - 1
         start = int(self._starts[run]) + at - int(self._first[run])
-        found, left = [], count
+        pieces, left = [], count
         while left > 0:
             stop = min(int(self._stops[run]), start + left)
-            found.append(self.tokens[start:stop])
+            pieces.append(self.tokens[start:stop])
             left -= stop - start
             run = (run + 1) % len(self._starts)
             start = int(self._starts[run])
-        return np.concatenate(found) if len(found) > 1 else np.asarray(found[0])
+        return np.concatenate(pieces) if len(pieces) > 1 else np.asarray(pieces[0])
 
 
 def split(
-    tokens: np.ndarray, ends: np.ndarray, hashes: Path, share: float, told: str
+    tokens: np.ndarray, ends: np.ndarray, hashes: Path, share: float, corpus: str
 ) -> tuple[Stream, Stream, int]:
     """The stream to train on, the one held out, and how many documents are.
 
@@ -61,7 +61,7 @@ def split(
         ends: [documents] the token behind each document.
         hashes: file of 8 bytes a document.
         share: of the documents, above 0.
-        told: the data's name for messages.
+        corpus: the data's name for messages.
 
     Raises:
         UserError: where no document would be held out, or none be left.
@@ -76,7 +76,7 @@ def split(
         changes.append(at + np.flatnonzero(out != np.concatenate([before, out[:-1]])))
         before = out[-1:]
     if not held or held == len(ends):
-        raise _refusal(share, held, keys, told)
+        raise _refusal(share, held, keys, corpus)
     documents = np.concatenate(changes)
     last = int(ends[-1])
     edges = np.concatenate([[0], np.where(documents > 0, ends[documents - 1], 0), [last]])
@@ -85,8 +85,8 @@ def split(
     return train, out_, held
 
 
-def _refusal(share: float, held: int, keys: np.ndarray, told: str) -> UserError:
-    documents = f"{len(keys)} document{'s' * (len(keys) != 1)} of {told}"
+def _refusal(share: float, held: int, keys: np.ndarray, corpus: str) -> UserError:
+    documents = f"{len(keys)} document{'s' * (len(keys) != 1)} of {corpus}"
     if len(keys) < 2:
         return UserError(
             f"data.validation={share} can't split the {documents} (a text file is one); give more files, or rows"

@@ -73,13 +73,13 @@ class Bytes:
 
     def encode(self, texts: Sequence[bytes], counts: Counter[str]) -> list[np.ndarray]:
         """The bytes of each text; a zero byte, which jsonl can spell, is left out and counted."""
-        found = []
+        encoded = []
         for text in texts:
             if b"\0" in text:
                 counts["zeros"] += text.count(b"\0")
                 text = text.replace(b"\0", b"")
-            found.append(np.frombuffer(text, dtype=np.uint8))
-        return found
+            encoded.append(np.frombuffer(text, dtype=np.uint8))
+        return encoded
 
 
 class HuggingFace:
@@ -105,9 +105,9 @@ class HuggingFace:
             tree = json.loads(Path(name).read_bytes())
             self._switch_off(tree)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            told = error.strerror if isinstance(error, OSError) else "it isn't JSON with a model in it"
+            reason = error.strerror if isinstance(error, OSError) else "it isn't JSON with a model in it"
             raise UserError(
-                f"data.tokenizer='{name}' is not a tokenizer.json: {told}; type the path of one"
+                f"data.tokenizer='{name}' is not a tokenizer.json: {reason}; type the path of one"
             ) from None
         self._json = json.dumps(tree)
         self._open()
@@ -130,8 +130,8 @@ class HuggingFace:
         for where, key in ((tree, "truncation"), (tree, "padding"), (model, "dropout")):
             if where.get(key):
                 value = where[key]
-                told = value.get("max_length") or value.get("strategy") if isinstance(value, dict) else value
-                self.notes.append(f"data.tokenizer: {key} ({json.dumps(told)}) switched off while preparing")
+                shown = value.get("max_length") or value.get("strategy") if isinstance(value, dict) else value
+                self.notes.append(f"data.tokenizer: {key} ({json.dumps(shown)}) switched off while preparing")
                 where[key] = None
 
     def _open(self) -> None:
@@ -141,9 +141,9 @@ class HuggingFace:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
         except Exception as error:  # the package raises plain exceptions for a malformed file
-            told = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"data.tokenizer='{self._name}' is not a tokenizer.json: {told}; type the path of one"
+                f"data.tokenizer='{self._name}' is not a tokenizer.json: {reason}; type the path of one"
             ) from None
         self._tokenizer.encode_special_tokens = True
         self._batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
@@ -181,12 +181,14 @@ class HuggingFace:
             UserError: where a text gives a special token however it is split.
         """
         words = [self._decoded(text, counts) for text in texts]
-        found = [np.asarray(one.ids, dtype=np.int64) for one in self._batch(words, add_special_tokens=False)]
-        for i, ids in enumerate(found):
+        encoded = [
+            np.asarray(one.ids, dtype=np.int64) for one in self._batch(words, add_special_tokens=False)
+        ]
+        for i, ids in enumerate(encoded):
             if self._is_special[ids].any():
                 counts["special"] += 1
-                found[i] = self._apart(words[i])
-        return found
+                encoded[i] = self._apart(words[i])
+        return encoded
 
     @staticmethod
     def _decoded(text: bytes, counts: Counter[str]) -> str:
@@ -202,15 +204,15 @@ class HuggingFace:
         cuts = [0, *(hit.start() + 1 for hit in re.finditer(spelled, text)), len(text)]
         parts = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
         ids = [i for one in self._batch(parts, add_special_tokens=False) for i in one.ids]
-        found = np.asarray(ids, dtype=np.int64)
-        left = found[self._is_special[found]]
+        tokens = np.asarray(ids, dtype=np.int64)
+        left = tokens[self._is_special[tokens]]
         if len(left):
             raise UserError(
                 f"data.tokenizer='{self._name}' turns plain text into its special token "
                 f"'{self._tokenizer.id_to_token(int(left[0]))}'; choose another data.end_token, or a "
                 "tokenizer that keeps them apart"
             )
-        return found
+        return tokens
 
 
 def _package(name: str) -> Any:

@@ -122,8 +122,8 @@ class Encoder:
 
     def _encode(self, texts: list[tuple[bytes, bool]], output: _Output, begun: bool = False) -> None:
         if texts:
-            found = self.tokenizer.encode([text for text, _ in texts], output.counts)
-            for ids, (_, ends) in zip(found, texts, strict=True):
+            encoded = self.tokenizer.encode([text for text, _ in texts], output.counts)
+            for ids, (_, ends) in zip(encoded, texts, strict=True):
                 output.add(ids, ends, begun)
         texts.clear()
 

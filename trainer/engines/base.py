@@ -69,7 +69,7 @@ class Engine(Protocol):
         samples: int,
         lr: float,
         phase: Phases,
-        asked: Callable[[], bool] = never,
+        stopping: Callable[[], bool] = never,
     ) -> StepResult:
         """One optimizer step.
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
             batches: this place's micro-batches, in order.
             samples: of the step, over all places.
             lr: learning rate of the step.
-            asked: whether this rank was asked to stop by now; sent to all ranks with the norm.
+            stopping: whether this rank was asked to stop by now; sent to all ranks with the norm.
         """
 
     def evaluate(self, batches: Sequence[Batch], samples: int) -> Tensor:

@@ -35,21 +35,21 @@ def clipping(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def global_norm(
-    gradients: Sequence[Tensor], world: int, device: torch.device, asked: bool = False
+    gradients: Sequence[Tensor], world: int, device: torch.device, stopping: bool = False
 ) -> tuple[Tensor, Tensor]:
     """L2 norm of gradients that lie on the ranks in parts, each element once; fp32, equal on all ranks. And how many ranks
     were asked to stop, which travels with it.
 
     Args:
         gradients: this rank's parts.
-        asked: whether this rank was.
+        stopping: whether this rank was.
     """
     square = torch.zeros((), dtype=torch.float64, device=device)
     if gradients and usable(device):
         square = _squares(gradients)
     elif gradients:
         square = torch.stack(_norms(gradients)).square().sum()
-    sums = torch.stack([square, torch.full_like(square, float(asked))])
+    sums = torch.stack([square, torch.full_like(square, float(stopping))])
     if world > 1:
         dist.all_reduce(sums)
     return sums[0].sqrt().float(), sums[1]
@@ -93,19 +93,18 @@ def balance(
         numbers: steps that have moved the weights, this one among them; and 1 where this one moves nothing.
 
     Returns:
-        Token-expert pairs, [MoE layers, experts] int64.
+        Token-expert pairs, [MoE layers, experts] int64, in the order of `ModelConfig.router_layers`.
     """
     applied, skip = numbers
-    # Routers of multi-token prediction count on from the model's last layer.
-    layers = model.layers - model.dense_layers + model.mtp_layers
-    load = torch.zeros(layers, model.experts, dtype=torch.int64, device=skip.device)
+    row = {layer: place for place, layer in enumerate(model.router_layers)}
+    load = torch.zeros(len(row), model.experts, dtype=torch.int64, device=skip.device)
     for layer, count_E in tally.counts.items():
-        load[layer - model.dense_layers] = count_E
+        load[row[layer]] = count_E
     if world > 1 and load.numel():
         dist.all_reduce(load)
     for stage in stages:
         for layer, router in stage.routers().items():
-            router.update_bias(load[layer - model.dense_layers], applied, skip)
+            router.update_bias(load[row[layer]], applied, skip)
     return load
 
 

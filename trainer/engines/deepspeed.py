@@ -34,7 +34,7 @@ from trainer.model.seams import Tally
 from trainer.optim.common import rate_of
 from trainer.parallel import apply
 from trainer.parallel.context import places
-from trainer.parallel.mesh import Mesh
+from trainer.parallel.mesh import Mesh, patience
 from trainer.state import Box, Slice
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         samples: int,
         lr: float,
         phase: Phases,
-        asked: Callable[[], bool] = never,
+        stopping: Callable[[], bool] = never,
     ) -> StepResult:
         """One optimizer step (see `trainer.engines.base.Engine`)."""
         tally, shares = Tally(), []
@@ -123,19 +123,19 @@ class DeepSpeedEngine:
                 self._engine.backward(share, scale_wrt_gas=False)
             shares.append(share.detach())
         with phase("optimizer"):
-            norm = self._norm(asked())
+            norm = self._norm(stopping())
             factor, skip = common.clipping(norm[0], self.config.optim.clip)
             self._update(lr, factor, skip)
             world = self.mesh.world
             load = common.balance([self._stage], self.config.model, tally, (self._applied, skip), world)
         return common.result(torch.stack(shares).sum(), tally, norm, skip, load)
 
-    def _norm(self, asked: bool) -> tuple[Tensor, Tensor]:
+    def _norm(self, stopping: bool) -> tuple[Tensor, Tensor]:
         """Global norm: after the last backward pass each rank holds the reduced gradients of its own partitions alone. And
         the wishes to stop."""
         groups = self._zero.averaged_gradients.values()
         gradients = [gradient for group in groups for gradient in group if gradient.numel()]
-        return common.global_norm(gradients, self.mesh.world, self.mesh.device, asked)
+        return common.global_norm(gradients, self.mesh.world, self.mesh.device, stopping)
 
     def _update(self, lr: float, factor: Tensor, skip: Tensor) -> None:
         """Move the masters and gather the weights. torch's fused kernel clips, and moves nothing where `skip` is 1."""
@@ -262,10 +262,14 @@ def _wrap(stage: DecoderStage, adamw: torch.optim.AdamW, config: RunConfig, mesh
     # Of neighbouring ranks, like the mesh's: DeepSpeed reduces over these, tokens travel over the mesh's.
     groups._create_expert_and_data_parallel(mesh["ep"].size)
     settings = _settings(config, sum(parameter.numel() for parameter in stage.parameters()))
-    return Engine(
+    engine = Engine(
         args=None, model=stage, optimizer=adamw, dist_init_required=False, config=settings,
         config_class=DeepSpeedConfig(settings),
     )  # fmt: skip
+    # It makes its groups without a limit of ours.
+    for group in tuple(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(patience(config), group)
+    return engine
 
 
 def _settings(config: RunConfig, elements: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from trainer.optim.common import refresh
 from trainer.optim.slots import Cast, Slot, StagePeers
 from trainer.parallel import apply, pipeline
 from trainer.parallel.context import places
-from trainer.parallel.mesh import Mesh
+from trainer.parallel.mesh import Mesh, patience
 from trainer.parallel.resident import Resident
 from trainer.sizing.search.runnable import chunks_of
 from trainer.state import Box, Slice
@@ -107,7 +107,7 @@ class NativeEngine:
             return None
         if self.mesh.rank not in (first, last):
             return None
-        return dist.new_group([first, last], use_local_synchronization=True)
+        return dist.new_group([first, last], timeout=patience(self.config), use_local_synchronization=True)
 
     def _peers(self) -> StagePeers:
         stage = self.mesh["stage"]
@@ -126,14 +126,14 @@ class NativeEngine:
         samples: int,
         lr: float,
         phase: Phases,
-        asked: Callable[[], bool] = never,
+        stopping: Callable[[], bool] = never,
     ) -> StepResult:
         """One optimizer step (see `trainer.engines.base.Engine`)."""
         tally = Tally()
         micros = common.micros(batches, samples, self._positions, tally)
         loss = self._learn(micros, phase)
         with phase("optimizer"):
-            norm = self._gradients(asked())
+            norm = self._gradients(stopping())
             factor, skip = common.clipping(norm[0], self.config.optim.clip)
             self._optimizer.step(lr, factor, skip)
             numbers, world = (self._applied, skip), self.mesh.world
@@ -181,7 +181,7 @@ class NativeEngine:
         shares = [stage(inputs(m), m).detach() for m in micros]
         return torch.stack(shares).sum()
 
-    def _gradients(self, asked: bool) -> tuple[Tensor, Tensor]:
+    def _gradients(self, stopping: bool) -> tuple[Tensor, Tensor]:
         """Give the optimizer's slots their gradients; the global norm, and the wishes to stop."""
         alike: list[Tensor] = []
         for parameter, slot, same in zip(self._parameters, self._slots, self._alike, strict=True):
@@ -207,7 +207,7 @@ class NativeEngine:
             for slot, second in zip(self._slots, self._second, strict=True)
             if slot.replica == 0 and not second and slot.tensor.numel() and slot.gradient is not None
         ]
-        return common.global_norm(mine, self.mesh.world, self.mesh.device, asked)
+        return common.global_norm(mine, self.mesh.world, self.mesh.device, stopping)
 
     def _sum_copies(self) -> None:
         """Add up the gradients of the embedding's copies on the first and the last stage."""

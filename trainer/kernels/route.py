@@ -18,6 +18,9 @@ from trainer.kernels.choice import power
 
 _TOKENS = 16
 """Tokens of a program; it counts within one sample."""
+_LEAST = tl.constexpr(-3e38)
+"""In place of a NaN, which compares with nothing: a step whose logits aren't finite is skipped later, and until then its
+experts must be some that exist, and not the padding."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +61,29 @@ def _forward(
     left = score
     if BIASED:
         left = left + tl.load(bias + expert, mask=real, other=0.0)[None, :]
-    left = tl.where(real[None, :], left, float("-inf"))
+    left = tl.where(real[None, :], tl.where(left > _LEAST, left, _LEAST), float("-inf"))
     hits = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
     taken = tl.zeros([TOKENS], dtype=tl.float32)
     for k in tl.static_range(TOP):
         best = tl.argmax(left, axis=1)
-        found = expert[None, :] == best[:, None]
-        weight = tl.sum(tl.where(found, score, 0.0), axis=1)
+        hit = expert[None, :] == best[:, None]
+        weight = tl.sum(tl.where(hit, score, 0.0), axis=1)
         taken += weight
         tl.store(chosen + token * TOP + k, best.to(tl.int64), mask=inside)
         tl.store(weights + token * TOP + k, weight * scale, mask=inside)
-        hits += tl.where(found & inside[:, None], 1.0, 0.0)
-        left = tl.where(found, float("-inf"), left)
+        hits += tl.where(hit & inside[:, None], 1.0, 0.0)
+        left = tl.where(hit, float("-inf"), left)
     if RENORMALIZE:
         left = score
         if BIASED:
             left = left + tl.load(bias + expert, mask=real, other=0.0)[None, :]
-        left = tl.where(real[None, :], left, float("-inf"))
+        left = tl.where(real[None, :], tl.where(left > _LEAST, left, _LEAST), float("-inf"))
         for k in tl.static_range(TOP):
             best = tl.argmax(left, axis=1)
-            found = expert[None, :] == best[:, None]
-            weight = tl.sum(tl.where(found, score, 0.0), axis=1)
+            hit = expert[None, :] == best[:, None]
+            weight = tl.sum(tl.where(hit, score, 0.0), axis=1)
             tl.store(weights + token * TOP + k, weight / (taken + 1e-20) * scale, mask=inside)
-            left = tl.where(found, float("-inf"), left)
+            left = tl.where(hit, float("-inf"), left)
     number = sample * tl.num_programs(1) + block
     place = number.to(tl.int64) * EXPERTS + expert
     tl.store(counts + place, tl.sum(hits, axis=0).to(tl.int32), mask=real)
@@ -120,9 +123,9 @@ def _backward(
     for k in tl.static_range(TOP):
         best = tl.load(chosen + token * TOP + k, mask=inside, other=0)
         given = tl.load(weight_slope + token * TOP + k, mask=inside, other=0.0) * scale
-        found = expert[None, :].to(tl.int64) == best[:, None]
-        slope += tl.where(found, given[:, None], 0.0)
-        weight = tl.sum(tl.where(found, score, 0.0), axis=1)
+        hit = expert[None, :].to(tl.int64) == best[:, None]
+        slope += tl.where(hit, given[:, None], 0.0)
+        weight = tl.sum(tl.where(hit, score, 0.0), axis=1)
         taken += weight
         moved += given * weight
     if RENORMALIZE:

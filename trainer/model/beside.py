@@ -42,5 +42,5 @@ def beside(x: Tensor, layers: Sequence[nn.Linear], laters: Sequence[Later] = ())
     if not fused(x):
         return tuple(layer(x) for layer in layers)
     weights = [later.weight for later in laters] or [layer.weight for layer in layers]
-    found = _Beside.apply(laters, x.flatten(0, -2), *weights)
-    return tuple(out.view(*x.shape[:-1], -1) for out in found)
+    outputs = _Beside.apply(laters, x.flatten(0, -2), *weights)
+    return tuple(out.view(*x.shape[:-1], -1) for out in outputs)

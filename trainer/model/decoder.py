@@ -48,8 +48,8 @@ class DecoderStage(nn.Module):
         self.input_scaling = Scaling(model.hidden) if begins and model.residual_scaling else None
         self.blocks = nn.ModuleDict(
             {
-                str(i): DecoderBlock(model, i, i >= model.dense_layers, i > model.dense_layers)
-                for i in range(first, last)
+                str(layer): DecoderBlock(model, layer, model.is_moe(layer), _behind_a_router(model, layer))
+                for layer in range(first, last)
             }
         )
         self.final_norm = RMSNorm(model.hidden, model.norm_eps) if ends else None
@@ -129,8 +129,8 @@ class DecoderStage(nn.Module):
 
     def routers(self) -> dict[int, Router]:
         """Routers by layer of the whole model; those of multi-token prediction count on from the last layer."""
-        found = [module for module in self.modules() if isinstance(module, Router)]
-        return {router.layer: router for router in found}
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        return {router.layer: router for router in routers}
 
     def splits(self) -> dict[str, int | None]:
         """By name of every parameter but the experts': dim that tensor parallelism splits; None: each rank has all of it.
@@ -157,5 +157,10 @@ def inputs(micro: Micro) -> Tensor:
 
 def boundary_width(model: ModelConfig, layer: int) -> int:
     """Last dim of what the stage that ends before `layer` returns: D, or D + R between `mlp` routers."""
-    carries = model.router.kind == "mlp" and layer > model.dense_layers
+    carries = model.router.kind == "mlp" and _behind_a_router(model, layer)
     return model.hidden + (model.router.hidden if carries else 0)
+
+
+def _behind_a_router(model: ModelConfig, layer: int) -> bool:
+    """Whether an MoE layer comes before this one; its router's state passes the dense layers between."""
+    return layer > min(model.moe_layers, default=model.layers)

@@ -59,7 +59,7 @@ class Router(nn.Module):
         self.config, self.layer = model.router, layer
         self._biased = model.router.balance in ("bias", "both")
         self.top_k, self.experts = model.top_k, model.experts
-        routers = model.layers - model.dense_layers + model.mtp_layers
+        routers = len(model.router_layers)
         self.share = 1.0 / routers if model.router.losses_over_layers == "mean" else 1.0
         self._build(model)
         slots = ["bias", "bias_avg", "bias_avg_sq"] if self.config.bias_rule == "load_error" else ["bias"]

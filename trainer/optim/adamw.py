@@ -41,7 +41,7 @@ class Numbers:
     """Steps applied, this one counted."""
     divisor: Tensor
     """Of gradients: 1 over the clipping factor."""
-    found: Tensor
+    skip: Tensor
     """1 where nothing may move."""
 
 
@@ -96,13 +96,13 @@ class AdamW:
             for lists in self._batches(rows, gradients):
                 move(lists, self._optim, lr * rate.scale, rate.decay, numbers)
             refresh(row.slot for row in rows)
-        self.count.add_(1 - numbers.found)
+        self.count.add_(1 - numbers.skip)
 
     def _fast(self, numbers: Numbers) -> Tensor:
         """What the kernel reads from the device (see `trainer.kernels.adamw.move`)."""
         after = numbers.after.double()
         corrections = (1 / (1 - self._optim.beta1**after), (1 - self._optim.beta2**after).rsqrt())
-        return torch.stack([numbers.divisor.reciprocal(), numbers.found, *(x.float() for x in corrections)])
+        return torch.stack([numbers.divisor.reciprocal(), numbers.skip, *(x.float() for x in corrections)])
 
     def _move_large(self, rows: Sequence[_Row], lr: float, decay: float, numbers: Tensor) -> list[_Row]:
         """Move the large shards by the kernel; those that are left."""
@@ -171,7 +171,7 @@ def move(
     torch._fused_adamw_(
         values, gradients, wide_means, wide_squares, [], [numbers.after] * len(values),
         lr=lr, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=decay,
-        amsgrad=False, maximize=False, grad_scale=numbers.divisor, found_inf=numbers.found,
+        amsgrad=False, maximize=False, grad_scale=numbers.divisor, found_inf=numbers.skip,
     )  # fmt: skip
     if means[0].dtype != torch.float32:
         torch._foreach_copy_(means, wide_means)

@@ -141,10 +141,10 @@ def _numbers(box: Box, kind: str, first: int) -> list[int]:
     if kind == "embedding":
         return [first]
     spans = zip(box.start[:-2], box.shape[:-2], strict=True)
-    found = []
+    numbers = []
     for lead in product(*(range(start, start + length) for start, length in spans)):
         flat = 0
         for index, size in zip(lead, box.whole[:-2], strict=True):
             flat = flat * size + index
-        found.append(first + flat)
-    return found
+        numbers.append(first + flat)
+    return numbers

@@ -55,8 +55,8 @@ class _Shared:
         shifted = []
         for piece, spots in zip(pieces, own, strict=True):
             # A sample's first token has no token before it; its row is zeroed below.
-            found = (last_places == spots[0] - 1).to(x_BSD.dtype)
-            before = torch.einsum("brd,r->bd", everybody, found)
+            match = (last_places == spots[0] - 1).to(x_BSD.dtype)
+            before = torch.einsum("brd,r->bd", everybody, match)
             shifted.append(torch.cat([before[:, None], piece[:, :-1]], dim=1))
         return seams.zero_at_starts(torch.cat(shifted, dim=1), micro)
 

@@ -143,13 +143,18 @@ class Flight:
         return _Land.apply(result, self)
 
     def begin(self, x: Tensor, back: bool) -> Tensor:
-        """Start the collective without gradient."""
-        self._result, self._work = (self._back if back else self._start)(x.contiguous(), self._axis)
-        return self._result
+        """Start the collective without gradient; `end` gives its result where it goes back.
+
+        The result of the way there belongs to the graph, which holds this object: kept here, the two would hold each other,
+        for good where nothing lands, as when a forward pass is computed again and stopped before.
+        """
+        result, self._work = (self._back if back else self._start)(x.contiguous(), self._axis)
+        self._result = result if back else None
+        return result
 
     def end(self) -> Tensor | None:
-        """Have what follows wait for the collective; its result. None where it ended before, as it has when a forward pass
-        is computed again."""
+        """Have what follows wait for the collective; its result, where it went back. None where it ended before, as it has
+        when a forward pass is computed again."""
         if self._work is not None:
             self._work.wait()
         result, self._work, self._result = self._result, None, None
@@ -181,14 +186,20 @@ class _Land(torch.autograd.Function):
         return gradient, None
 
 
+def _alias(out: Tensor) -> Tensor:
+    """The same memory for the collective, which keeps the tensor that it gets: `out` becomes part of the graph (see
+    `Flight.begin`)."""
+    return out.detach()
+
+
 def _start_gather(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    return out, _gather_into(out, x, group=axis.process_group, async_op=True)
+    return out, _gather_into(_alias(out), x, group=axis.process_group, async_op=True)
 
 
 def _start_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    return out, _scatter_from(out, x, group=axis.process_group, async_op=True)
+    return out, _scatter_from(_alias(out), x, group=axis.process_group, async_op=True)
 
 
 def gathering(axis: Axis) -> Flight:

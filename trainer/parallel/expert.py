@@ -58,9 +58,9 @@ def take(x: Tensor, index_R: Tensor, back_XK: Tensor) -> Tensor:
 
 def inverse(order_R: Tensor, size: int) -> Tensor:
     """Where each of `size` numbers stands in `order_R`, -1 where it doesn't."""
-    found = torch.full((size,), -1, dtype=order_R.dtype, device=order_R.device)
-    found[order_R] = torch.arange(order_R.numel(), dtype=order_R.dtype, device=order_R.device)
-    return found
+    places = torch.full((size,), -1, dtype=order_R.dtype, device=order_R.device)
+    places[order_R] = torch.arange(order_R.numel(), dtype=order_R.dtype, device=order_R.device)
+    return places
 
 
 class ExpertParallel:

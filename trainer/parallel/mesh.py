@@ -135,13 +135,17 @@ def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     """Join the process group and build the mesh."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     network, _ = meet(config, rank, backend)
-    collective = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
-    control = dist.new_group(backend="gloo", timeout=collective, group_desc="control")
-    return assemble(config.parallel, rank.rank, rank.world, device, control, network)
+    control = dist.new_group(backend="gloo", timeout=patience(config), group_desc="control")
+    return assemble(config, rank.rank, rank.world, device, control, network)
+
+
+def patience(config: RunConfig) -> timedelta:
+    """What every group is made with: how long a collective may take, which torch has its own idea of for each group."""
+    return timedelta(seconds=config.resilience.timeouts.seconds("collective"))
 
 
 def assemble(
-    parallel: ParallelConfig,
+    config: RunConfig,
     rank: int,
     world: int,
     device: torch.device,
@@ -149,17 +153,23 @@ def assemble(
     network: Applied,
 ) -> Mesh:
     """The mesh of a rank whose process group exists already."""
-    axes = make_groups(dense_groups(parallel, rank), rank, world)
-    axes["ep_wide"] = _beside(axes["ep"], device)
-    layout = {axis: parallel.size(axis) for axis in AXES}
+    limit = patience(config)
+    axes = make_groups(dense_groups(config.parallel, rank), rank, world, limit)
+    axes["ep_wide"] = _beside(axes["ep"], device, limit)
+    layout = {axis: config.parallel.size(axis) for axis in AXES}
     return Mesh(rank, world, layout, device, axes, control, network)
 
 
-def make_groups(members: dict[str, tuple[int, ...]], rank: int, world: int) -> dict[str, Axis]:
+def make_groups(
+    members: dict[str, tuple[int, ...]], rank: int, world: int, limit: timedelta
+) -> dict[str, Axis]:
     """Communicators of the groups that `rank` is in, each made once, by its members alone.
 
     Nobody waits for ranks that aren't in the group: no barrier of all ranks, whose cost grows with the square of their
     number (MegaScale section 3.5). All ranks make groups in the same order and number, which torch's names rely on.
+
+    Args:
+        limit: how long a collective of theirs may take.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     axes = {}
@@ -169,21 +179,25 @@ def make_groups(members: dict[str, tuple[int, ...]], rank: int, world: int) -> d
             group = dist.group.WORLD
         elif len(ranks) > 1 or name in ("dp_cp", "edp"):  # FSDP wants a communicator for one rank too
             if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
+                made[ranks] = dist.new_group(
+                    list(ranks), timeout=limit, use_local_synchronization=True, group_desc=name
+                )
             group = made[ranks]
         axes[name] = Axis(group, ranks, ranks.index(rank))
     return axes
 
 
-def _beside(axis: Axis, device: torch.device) -> Axis:
+def _beside(axis: Axis, device: torch.device, limit: timedelta) -> Axis:
     """The same ranks with a communicator of their own on a GPU, where collectives of one communicator run one by one."""
     if axis.size == 1 or device.type != "cuda":
         return axis
     options = dist.ProcessGroupNCCL.Options()
     # Its kernels go in front of those that wait for a place on the device: all ranks wait for the slowest.
     options.is_high_priority_stream = True
+    options._timeout = limit  # torch warns where it differs from the other
     group = dist.new_group(
         list(axis.ranks),
+        timeout=limit,
         backend="nccl",
         pg_options=options,
         use_local_synchronization=True,

@@ -156,21 +156,21 @@ def read(run: RunPaths) -> StepHistory:
     Raises:
         UserError: where nothing was logged.
     """
-    found: dict[int, StepLine] = {}
+    by_step: dict[int, StepLine] = {}
     for number in run.attempt_numbers():
         for line in read_all(run.attempt(number).metrics):
             if isinstance(line, StepLine):
-                found = (
-                    {step: old for step, old in found.items() if step < line.step}
-                    if line.step in found
-                    else found
+                by_step = (
+                    {step: old for step, old in by_step.items() if step < line.step}
+                    if line.step in by_step
+                    else by_step
                 )
-                found[line.step] = line
-    if not found:
+                by_step[line.step] = line
+    if not by_step:
         raise UserError(
             f"{run.root} has no training steps on record; name the folder of a run that has trained"
         )
-    lines = [found[step] for step in sorted(found)]
+    lines = [by_step[step] for step in sorted(by_step)]
     columns = ([line.step for line in lines], [line.tokens for line in lines], [line.loss for line in lines])
     return StepHistory(*(np.array(column, dtype=float) for column in columns))
 

@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from configs.errors import UserError
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import Folder, folder_of, tag
-from faulttol.checkpoint.manifest import Incomplete, Manifest, ManifestHead, SaveSuperseded
+from faulttol.checkpoint.manifest import Incomplete, ManifestHead, SaveSuperseded
 from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.save import Retention, Saved, save
@@ -59,23 +60,29 @@ def test_a_manifest_tells_what_was_saved(tmp_path: Path) -> None:
         assert isinstance(found, ManifestHead)
         assert (found.run, found.attempt, found.step, found.world) == ("run-1", 1, 30, 2)
         assert found.layout == LAYOUT and found.facts == {"loss": 30 / 7}
-    for found in together(2, lambda rank, peers: loading.read_manifest(str(tmp_path), 30, peers)):
-        assert isinstance(found, Manifest)
-        assert {name: (t.dtype, t.shape, t.ranks) for name, t in found.tensors.items()} == {
-            "weight": ("uint8", (2000,), ((0, 1),)),
-            "bias": ("uint8", (10,), ((1, 1),)),
-            "own/0": ("uint8", (7,), ((0, 0),)),
-            "own/1": ("uint8", (7,), ((1, 1),)),
-        }
+    folder = Folder(CheckpointStore(str(tmp_path)))
+    manifest = folder.manifest(folder.commits[-1])
+    assert {name: (t.dtype, t.shape, t.ranks) for name, t in manifest.tensors.items()} == {
+        "weight": ("uint8", (2000,), ((0, 1),)),
+        "bias": ("uint8", (10,), ((1, 1),)),
+        "own/0": ("uint8", (7,), ((0, 0),)),
+        "own/1": ("uint8", (7,), ((1, 1),)),
+    }
 
 
 def test_a_step_is_read_by_its_number(tmp_path: Path) -> None:
     save_all(tmp_path, 1)
     save_all(tmp_path, 2)
-    for found in together(2, lambda rank, peers: loading.read_manifest(str(tmp_path), 1, peers)):
-        assert isinstance(found, Manifest) and found.step == 1
-    with pytest.raises(Incomplete, match="step 3 has no manifest"):
-        loading.read_manifest(str(tmp_path), 3, SoloPeers())
+
+    def only(step: int) -> list[loading.Tier]:
+        return [replace(tier, step=step) for tier in loading.stored(str(tmp_path))]
+
+    for head in together(2, lambda rank, peers: loading.newest(only(1), peers)):
+        assert isinstance(head, ManifestHead) and head.step == 1
+    for refusal in together(2, lambda rank, peers: loading.newest(only(3), peers)):
+        assert isinstance(refusal, UserError) and "step-0000000003' isn't a committed checkpoint" in str(
+            refusal
+        )
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:
@@ -363,7 +370,6 @@ def test_a_manifest_that_comes_late_replaces_nothing(tmp_path: Path, monkeypatch
     save_all(tmp_path, 15, attempt=1)
     found = _newest(tmp_path)
     assert found is not None and (found.attempt, found.step) == (2, 10)
-    assert loading.read_manifest(str(tmp_path), 10, SoloPeers()).attempt == 2
 
 
 def test_an_attempts_branch_that_was_left_is_retired(tmp_path: Path) -> None:

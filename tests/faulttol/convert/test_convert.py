@@ -196,7 +196,7 @@ WRONG = [
     ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantised weights aren't read"),
     ("qwen3", {"attention_bias": True}, "attention_bias=True isn't known here"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 isn't known here"),
-    ("qwen3", {"mlp_only_layers": [2]}, r"mlp_only_layers=\[2\] makes other layers dense"),
+    ("qwen3", {"mlp_only_layers": [2]}, r"mlp_only_layers=\[2\] gives experts to layers 0, 1"),
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
     (
         "qwen3",
@@ -376,7 +376,14 @@ def _state(model: ModelConfig) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["reset", "copy"])
 @pytest.mark.parametrize(
-    ("name", "fixed", "layers"), [("deepseek", 1, 7), ("zaya", 0, 8), ("megascale", 0, 12)]
+    ("name", "fixed", "layers"),
+    [
+        ("deepseek", 1, 7),
+        ("zaya", 0, 8),
+        ("megascale", 0, 12),
+        ("maverick", 0, 8),
+        ("zaya-interleaved", 0, 12),
+    ],
 )
 def test_layers_are_stacked(name: str, fixed: int, layers: int, optimizer: Any, tmp_path: Path) -> None:
     model = family(name)
@@ -434,6 +441,12 @@ def test_what_cannot_be_stacked_is_refused(tmp_path: Path) -> None:
         grow(store, out, "grown", 7, optimizer="keep")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="belongs to run run-1"):
         grow(store, store, "grown", 7)
+    odd = family("maverick").model_copy(update={"layers": 3})
+    commit(tmp_path / "odd", _state(odd), told(odd))
+    with pytest.raises(
+        UserError, match=r"^the model's 3 layers after .* is not a multiple of model.moe_every=2"
+    ):
+        grow(CheckpointStore(str(tmp_path / "odd")), out, "grown", 6)
     commit(tmp_path / "bare", {"w": torch.zeros(3)}, {})
     with pytest.raises(UserError, match="doesn't tell its model"):
         grow(CheckpointStore(str(tmp_path / "bare")), out, "grown", 7)

@@ -337,8 +337,8 @@ def test_rings_of_torchrun_and_evidence_are_drawn_too(
     one.started()
     for number in range(5):
         one.step(number)
-    evidence = run.attempt(1).evidence
-    evidence.mkdir()
+    evidence = run.attempt(1).evidence_of("incident-001")
+    evidence.mkdir(parents=True)
     records = [
         {
             "sequence": n + 1,

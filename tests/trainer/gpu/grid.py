@@ -75,7 +75,7 @@ def _losses(case: GridCase, steps: int, rank: int, store: Any) -> list[float]:
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=case.ranks)
     try:
         control = dist.new_group(backend="gloo")
-        mesh = assemble(config.parallel, rank, case.ranks, device, control, Applied())
+        mesh = assemble(config, rank, case.ranks, device, control, Applied())
         engine = NativeEngine(config, mesh)
         found = []
         for step in range(steps):

@@ -34,6 +34,28 @@ def stand_in() -> None:
     sys.modules["configs.model"] = configs
 
 
+class CaseModel(types.SimpleNamespace):
+    """A model's configuration by attribute, of which leading layers alone may be dense: no case has `moe_every`."""
+
+    layers: int
+    dense_layers: int
+    mtp_layers: int
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return layer >= self.dense_layers
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with experts."""
+        return tuple(range(self.dense_layers, self.layers))
+
+    @property
+    def router_layers(self) -> tuple[int, ...]:
+        """The same and those of multi-token prediction."""
+        return tuple(range(self.dense_layers, self.layers + self.mtp_layers))
+
+
 #: Fields that cases of earlier versions don't have, nor those of single parts.
 _MODEL: dict[str, Any] = {
     "layers": 1, "dense_layers": 0, "qk_norm": "none", "window": 0, "parallel_block": False, "residual_scaling": False,
@@ -46,7 +68,7 @@ _ROUTER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def as_config(tree: dict[str, Any]) -> types.SimpleNamespace:
+def as_config(tree: dict[str, Any]) -> CaseModel:
     """A model's configuration by attribute."""
     tree = _MODEL | tree
     norm = {True: "head", False: "none"}.get(tree["qk_norm"], tree["qk_norm"])
@@ -54,7 +76,7 @@ def as_config(tree: dict[str, Any]) -> types.SimpleNamespace:
         "router": types.SimpleNamespace(**(_ROUTER | tree["router"])),
         "yarn": types.SimpleNamespace(**tree["yarn"]),
     }
-    return types.SimpleNamespace(**(tree | parts | {"qk_norm": norm}))
+    return CaseModel(**(tree | parts | {"qk_norm": norm}))
 
 
 def small(case: dict[str, Any]) -> dict[str, Any]:

@@ -58,16 +58,19 @@ def olmoe() -> Family:
     return Family(ours, lambda: transformers.OlmoeForCausalLM(theirs))
 
 
-def qwen3() -> Family:
+def qwen3(layers: int = 2, step: int = 1, dense_layers: int = 0) -> Family:
+    """With experts in every `step`th layer, after so many dense ones."""
     ours = ModelConfig(
-        name="qwen3", layers=2, hidden=32, heads=4, kv_heads=2, head_dim=16, vocab=VOCAB, experts=8, top_k=2,
+        name="qwen3", layers=layers, hidden=32, heads=4, kv_heads=2, head_dim=16, vocab=VOCAB, experts=8, top_k=2,
         expert_width=24, qk_norm="head", rope_theta=1e6, norm_eps=1e-6, router=RouterConfig(balance="none"),
+        dense_layers=dense_layers, moe_every=step, dense_width=40,
     )  # fmt: skip
     theirs = transformers.Qwen3MoeConfig(
         **shape(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, decoder_sparse_step=step,
+            mlp_only_layers=list(range(dense_layers)), intermediate_size=40,
         )
     )  # fmt: skip
     return Family(ours, lambda: transformers.Qwen3MoeForCausalLM(theirs))
@@ -113,6 +116,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "mixtral": mixtral,
     "olmoe": olmoe,
     "qwen3": qwen3,
+    "qwen3-interleaved": lambda: qwen3(layers=6, step=2, dense_layers=2),
     "qwen3-yarn": qwen3_yarn,
     "deepseek-v3": deepseek,
     "deepseek-v3-yarn": lambda: deepseek(yarn=True),

@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "router": {"kind": "mlp", "hidden": 16, "renormalize": False},
     },
     "parallel": {"parallel_block": True, "dense_layers": 1, "dense_width": 48},
+    "interleaved": {"moe_every": 2, "dense_width": 48},
     "plain": {"gated": False, "shared_width": 16},
     "mtp": {"mtp_layers": 2},
 }  # fmt: skip

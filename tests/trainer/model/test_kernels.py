@@ -307,6 +307,20 @@ def test_routes(softmax: bool, renormalize: bool, biased: bool) -> None:
     assert off(torch.autograd.grad(total, logits)[0], torch.autograd.grad(exact, wide)[0]) < 1e-5
 
 
+@pytest.mark.parametrize("softmax", (True, False))
+def test_logits_that_are_not_finite_choose_experts_that_exist_each_once(softmax: bool) -> None:
+    """Such a step is skipped at its end; a choice outside of the experts would have read other memory before that."""
+    from trainer.kernels.route import RoutingRule, route
+
+    experts, top_k = 60, 4
+    logits = torch.randn(1, 32, experts, device=DEVICE)
+    logits[0, 3], logits[0, 5, 7], logits[0, 7, 2], logits[0, 9] = math.nan, math.nan, math.inf, -math.inf
+    for bias in (None, torch.full((experts,), math.nan, device=DEVICE)):
+        chosen, *_ = route(logits, bias, RoutingRule(top_k, softmax, True, 1.0))
+        assert int(chosen.min()) >= 0 and int(chosen.max()) < experts
+        assert all(len(set(row)) == top_k for row in chosen.reshape(-1, top_k).tolist())
+
+
 def test_router_logits_keep_fp32() -> None:
     from trainer.kernels.route import wide_linear
 

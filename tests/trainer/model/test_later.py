@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.model.later import WeightLater
+from trainer.model.beside import _Beside
+from trainer.model.later import Later, WeightLater
 from trainer.model.moe import Experts
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -52,13 +55,13 @@ class _Noted(torch.autograd.Function):
 def test_a_weight_comes_after_what_the_rows_lead_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a collective needs it: launch, weight, land in the forward pass; so the weight's matmul comes between the two."""
     seen: list[str] = []
-    inner = WeightLater.gradient
+    inner = WeightLater.product
 
-    def noted(self: WeightLater) -> Tensor:
+    def noted(*parts: Tensor) -> Tensor:
         seen.append("weight")
-        return inner(self)
+        return inner(*parts)
 
-    monkeypatch.setattr(WeightLater, "gradient", noted)
+    monkeypatch.setattr(WeightLater, "product", staticmethod(noted))
     x, weight, ends = _drawn()
     launched = _Noted.apply(x, "launch", seen)
     later = WeightLater(weight)
@@ -85,3 +88,22 @@ def test_experts_compute_the_same_later(gated: bool, monkeypatch: pytest.MonkeyP
         found[name] = (y, *slopes)
     for one, other in zip(found["later"], found["at once"], strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_weight_is_gone_with_its_graph(learns: bool) -> None:
+    """Without the garbage collector, which a run turns off between its pauses."""
+    x, weight, ends = _drawn()
+    gc.collect()
+    gc.disable()
+    try:
+        grouped, dense = WeightLater(weight), Later(weight[0])
+        alive = [weakref.ref(grouped), weakref.ref(dense)]
+        (y,) = _Beside.apply((dense,), x, dense.weight)
+        y = y.sum() + grouped.rows(x, ends).sum()
+        if learns:
+            y.backward()
+        del grouped, dense, y
+        assert [one() for one in alive] == [None, None]
+    finally:
+        gc.enable()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.compose import compose
 from configs.library_environment import Applied
 from configs.schema import ParallelConfig
 from tests.trainer import grid, stages
@@ -40,12 +41,12 @@ SEPARATOR, SAMPLES, WIDTH, VOCABULARY, EXPERTS = 0, 2, 6, 24, 8
 @contextmanager
 def met(rank: int, world: int, store: dist.Store, **layout: int) -> Iterator[Mesh]:
     """The ranks' process group and a mesh over it."""
-    patience = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     try:
         assert dist.group.WORLD is not None
         parallel = ParallelConfig(**{"dp": 1} | layout)  # type: ignore[arg-type]
-        yield assemble(parallel, rank, world, CPU, dist.group.WORLD, Applied())
+        config = compose(["model=demo", "hardware=cpu"]).model_copy(update={"parallel": parallel})
+        yield assemble(config, rank, world, CPU, dist.group.WORLD, Applied())
     finally:
         dist.destroy_process_group()
 

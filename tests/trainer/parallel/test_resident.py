@@ -76,9 +76,7 @@ def both(rank: RankContext) -> list[Any]:
     chosen, found = resident.alone, []
     for case in cases:
         config = config_of(case)
-        mesh = assemble(
-            config.parallel, rank.rank, rank.world, first.device, first.control_group, first.network
-        )
+        mesh = assemble(config, rank.rank, rank.world, first.device, first.control_group, first.network)
         ours, after, engine = steps(config, mesh)
         casts = [slot for slot in engine._slots if slot.cast is not None]
         resident_weights = len(casts)

@@ -8,6 +8,13 @@ from torch import Tensor
 from configs.model import ModelConfig
 
 
+def with_experts(model: ModelConfig) -> list[int]:
+    """Layers with experts: from layer `moe_every` - 1 on every `moe_every`-th, as `moe_layers` of Llama 4's configuration
+    counts them, but for the leading dense layers (`first_k_dense_replace` of DeepSeek)."""
+    step = model.moe_every
+    return [layer for layer in range(step - 1, model.layers, step) if layer not in range(model.dense_layers)]
+
+
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of everything that is learned by gradient."""
     D, V = model.hidden, model.vocab
@@ -15,7 +22,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     if model.residual_scaling:
         shapes |= {"input_scaling.scale": (D,), "input_scaling.bias": (D,)}
     for layer in range(model.layers):
-        shapes |= _block(model, f"blocks.{layer}.", layer, moe=layer >= model.dense_layers)
+        shapes |= _block(model, f"blocks.{layer}.", layer, moe=layer in with_experts(model))
     shapes["final_norm.weight"] = (D,)
     if not model.tie_embeddings:
         shapes["head.weight"] = (V, D)
@@ -124,7 +131,7 @@ def _mixture(model: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     for part in ("first", "second"):
         shapes |= {f"router.{part}.weight": (width, width), f"router.{part}.bias": (width,)}
     shapes["router.last.weight"] = (E, width)
-    if model.dense_layers < layer < model.layers:
+    if layer in with_experts(model)[1:]:  # the first, and multi-token prediction, have no router before them
         shapes["router.state_scale"] = (width,)
     return shapes
 
@@ -144,7 +151,7 @@ def kind(name: str, shape: tuple[int, ...]) -> str:
 
 def routers(model: ModelConfig) -> list[str]:
     """Names of all routers, in the order of the layers, those of multi-token prediction last."""
-    blocks = [f"blocks.{layer}" for layer in range(model.dense_layers, model.layers)]
+    blocks = [f"blocks.{layer}" for layer in with_experts(model)]
     return [
         f"{block}.feed.router"
         for block in blocks + [f"mtp.{depth}.block" for depth in range(model.mtp_layers)]

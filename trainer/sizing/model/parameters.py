@@ -69,7 +69,8 @@ class Parameters:
 def count(model: ModelConfig) -> Parameters:
     """Parameters of `model` by part."""
     blocks = model.layers + model.mtp_layers
-    kinds = ((False, model.dense_layers), (True, blocks - model.dense_layers))
+    moe_blocks = len(model.router_layers)
+    kinds = ((False, blocks - moe_blocks), (True, moe_blocks))
 
     def part(name: weights.Part) -> int:
         return sum(count * weights.total(model, moe, name) for moe, count in kinds if count)
@@ -93,13 +94,14 @@ def count(model: ModelConfig) -> Parameters:
         active_experts=active_experts,
         shared=shared,
         dense=dense,
-        norms=blocks * layer_norms(model) + (1 + 3 * model.mtp_layers) * model.hidden,
+        norms=sum(count * layer_norms(model, moe) for moe, count in kinds)
+        + (1 + 3 * model.mtp_layers) * model.hidden,
         matmul=attention + router + shared + dense + active_experts + (1 + model.mtp_layers) * table,
     )
 
 
-def layer_norms(model: ModelConfig) -> int:
-    """Weights of one layer's RMSNorms."""
+def layer_norms(model: ModelConfig, moe: bool) -> int:
+    """Weights of one layer's RMSNorms; an `mlp` router has one too."""
     weights = 2 * model.hidden
     if model.qk_norm == "head":
         weights += 2 * model.head_dim
@@ -107,6 +109,6 @@ def layer_norms(model: ModelConfig) -> int:
         weights += (model.heads + model.kv_heads) * model.head_dim
     if model.attention == "mla":
         weights += model.q_lora_rank + model.kv_lora_rank
-    if model.router.kind == "mlp" and model.layers > model.dense_layers:
+    if model.router.kind == "mlp" and moe:
         weights += model.router.hidden
     return weights

@@ -61,20 +61,20 @@ def rows(job: TrainingJob) -> float:
 @lru_cache(maxsize=50_000)
 def layer(job: TrainingJob, moe: bool) -> tuple[Matmul, ...]:
     """The matmuls of one layer, in the order of the forward pass."""
-    found: list[Matmul] = []
+    matmuls: list[Matmul] = []
     for one in weights.layer(job.model, moe):
         made = None if one.convolution else _matmul(job, one)
         if made is None or min(made.m, made.n, made.k) <= 0:
             continue
-        last = found[-1] if found else None
+        last = matmuls[-1] if matmuls else None
         fuses = job.software.fused_projections or one.part == "experts"
         if fuses and one.joined and last and last.name == one.joined:
-            found[-1] = replace(last, n=last.n + made.count * made.n)
+            matmuls[-1] = replace(last, n=last.n + made.count * made.n)
         elif fuses and one.joined:
-            found.append(replace(made, name=one.joined, n=made.count * made.n, count=1))
+            matmuls.append(replace(made, name=one.joined, n=made.count * made.n, count=1))
         else:
-            found.append(made)
-    return tuple(found)
+            matmuls.append(made)
+    return tuple(matmuls)
 
 
 def _matmul(job: TrainingJob, one: Matrix) -> Matmul:
@@ -106,7 +106,8 @@ def forward(job: TrainingJob) -> tuple[Matmul, ...]:
 
 def _forward(job: TrainingJob) -> Iterator[Matmul]:
     model = job.model
-    kinds = ((False, model.dense_layers), (True, model.layers - model.dense_layers))
+    with_experts = len(model.moe_layers)
+    kinds = ((False, model.layers - with_experts), (True, with_experts))
     listed: dict[Matmul, int] = {}
     for moe, count in kinds:
         for one in layer(job, moe) if count else ():

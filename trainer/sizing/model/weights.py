@@ -75,22 +75,22 @@ def layer(model: ModelConfig, moe: bool) -> tuple[Matrix, ...]:
 def _attention(model: ModelConfig) -> tuple[Matrix, ...]:
     hidden, head, joined = model.hidden, model.head_dim, "queries, keys, values"
     query, key = model.heads * head, model.kv_heads * head
-    found = [
+    inputs = [
         Matrix("queries", "head_dim", "attention", query, hidden, "out", finest=head, joined=joined),
         Matrix("keys; values", "head_dim", "attention", key, hidden, "out", 2, head, joined),
     ]
     if model.attention == "cca":  # arXiv 2510.04476: convolutions over the compressed queries and keys
         for taps in (_CCA_KERNEL, _CCA_KERNEL * head):
-            found.append(
+            inputs.append(
                 Matrix("convolution", "head_dim", "attention", query + key, taps, "out", convolution=True)
             )
-    return (*found, Matrix("attention output", "head_dim", "attention", hidden, query, "inner"))
+    return (*inputs, Matrix("attention output", "head_dim", "attention", hidden, query, "inner"))
 
 
 def _latent(model: ModelConfig) -> tuple[Matrix, ...]:
     """DeepSeek-V2/V3, arXiv 2412.19437 section 2.1.1. Down-projections run whole on each rank's part of the tokens."""
     hidden, head, rotary, rank = model.hidden, model.head_dim, model.rope_head_dim, model.q_lora_rank
-    found = [
+    compressions = [
         Matrix(
             "key/value compression",
             "kv_lora_rank",
@@ -101,10 +101,10 @@ def _latent(model: ModelConfig) -> tuple[Matrix, ...]:
         )
     ]
     if rank:
-        found.append(Matrix("query compression", "q_lora_rank", "attention", rank, hidden, "none"))
+        compressions.append(Matrix("query compression", "q_lora_rank", "attention", rank, hidden, "none"))
     wide = model.heads * (head + rotary)
     return (
-        *found,
+        *compressions,
         Matrix("queries", "head_dim", "attention", wide, rank or hidden, "out"),
         Matrix("keys and values", "head_dim", "attention", model.heads * 2 * head, model.kv_lora_rank, "out"),
         Matrix("attention output", "head_dim", "attention", hidden, model.heads * head, "inner"),
