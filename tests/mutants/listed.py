@@ -8,7 +8,7 @@ from importlib import import_module
 
 AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "checkpoint", "control",
          "dashboard")  # fmt: skip
-"""Modules of this package, each with a list `MUTANTS`."""
+"""Modules of `tests.mutants.areas`, each with a list `MUTANTS`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def mutants() -> list[Mutant]:
     """
     found: list[Mutant] = []
     for area in AREAS:
-        found += import_module(f"tests.mutants.{area}").MUTANTS
+        found += import_module(f"tests.mutants.areas.{area}").MUTANTS
     names = [mutant.name for mutant in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -48,7 +48,7 @@ def test_a_mutant_that_does_not_fit_is_told() -> None:
 
 @pytest.mark.unit
 def test_two_mutants_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.mutants import data
+    from tests.mutants.areas import data
 
     monkeypatch.setattr(data, "MUTANTS", [data.MUTANTS[0]] * 2)
     with pytest.raises(ValueError, match="two mutants are called"):
