@@ -17,7 +17,7 @@ from faulttol.convert.hf_config import config_of, family_of
 from tests.trainer.model.small_models import shape, stage
 from tests.trainer.reference.names import with_experts
 from tests.trainer.sizing.search.exhaustive import exhaustive
-from trainer.bench.plain import PlainDecoder
+from trainer.bench import baselines
 from trainer.engines.common import balance
 from trainer.model.decoder import DecoderStage, boundary_width
 from trainer.model.moe import MoELayer
@@ -352,10 +352,13 @@ def test_families_without_interleaved_layers_refuse_them_by_name(kind: dict[str,
 
 
 def test_the_plain_baseline_refuses_dense_layers() -> None:
-    for fields in ({"moe_every": 2}, {"dense_layers": 1}):
-        with pytest.raises(UserError, match="--baselines plain has .* gated experts in each layer alone"):
-            PlainDecoder(shape(**fields, dense_width=16))
-    assert PlainDecoder(shape(dense_width=16))  # of which there is no dense layer
+    words = ["model=demo", "hardware=cpu", "model.dense_width=16"]
+    for field in ("model.moe_every=2", "model.dense_layers=1"):
+        with pytest.raises(
+            UserError, match=f"--baselines plain would measure another model, without {field}"
+        ):
+            baselines.check("plain", compose([*words, field]), 1)
+    baselines.check("plain", compose(words), 1)  # of which there is no dense layer
 
 
 def test_the_search_prunes_nothing_that_is_best() -> None:
