@@ -20,10 +20,9 @@ demo: install
 	$(BIN)/python -m orchestrator submit experiment=demo --yes
 	@echo 'Ray is still up: `$(BIN)/python -m orchestrator down` ends it.'
 
-# Fast tests side by side, then the files of tests that start a few ranks, then those with a real Ray, which wait a lot.
+# Files of tests side by side, the long ones first; then those with a real Ray, which wait a lot.
 test: install
-	$(PYTEST) -q -n 2 -m 'unit or sim'
-	$(PYTEST) -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not unit and not sim and not cluster'
+	$(PYTEST) -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
 	$(PYTEST) -q -n 2 --dist loadfile -m cluster
 
 $(VENV)/.dev: $(VENV)/.installed

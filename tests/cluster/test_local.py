@@ -114,7 +114,7 @@ def test_a_killed_controller_is_not_noticed_by_the_ranks(shell: Shell, undisturb
 def test_a_controller_that_is_killed_again_and_again(shell: Shell) -> None:
     from tests.cluster.crashes import play  # it uses this module
 
-    assert play(shell, 4) == (4, "")
+    assert play(shell, 3) == (3, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
