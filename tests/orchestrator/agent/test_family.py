@@ -60,7 +60,8 @@ def test_a_process_whose_name_is_cut_within_a_letter_is_seen(begin: Begin) -> No
     assert child.stdout is not None and child.stdout.readline() == b"here\n"
     assert family.of_attempt("of no process", {child.pid: math.inf}) == [child.pid]
     assert [one.name for one in processes.tree(child.pid)] == ["préparation-a\N{REPLACEMENT CHARACTER}"]
-    assert processes.state(child.pid) == "S" and child.pid in processes._all_children(os.getpid())
+    until(lambda: processes.state(child.pid) == "S", "it sleeps")
+    assert child.pid in processes._all_children(os.getpid())
 
 
 def test_any_mark_can_be_read(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,4 +65,5 @@ def _alive(rank: int, world: int, store: Any, recompute: str) -> list[Counter[st
 def test_a_step_leaves_nothing(ranks: RankPool, recompute: str) -> None:
     for counts in ranks.run(2, _alive, recompute):
         assert [one["flights"] for one in counts] == [0] * STEPS
-        assert counts[1]["tensors"] == counts[2]["tensors"]
+        # One may come or go with a thread that is late; an exchange that stays alive brings a dozen a step.
+        assert abs(counts[2]["tensors"] - counts[1]["tensors"]) < 4
