@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.paths import RunPaths
-from configs.rank import RankContext
+from configs.rank import RankContext, free_port
 
 _GRACE = 5.0
 """Seconds in which the others notice that a rank ended and say so, before they are ended too."""
@@ -96,9 +95,7 @@ class LocalRanks:
     @classmethod
     def start(cls, run: RunPaths, world: int, program: list[str]) -> LocalRanks:
         """Start `world` ranks of `program`; rank 0 prints here, the others into their logs."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         paths = run.attempt(1)
         paths.ranks.mkdir(parents=True, exist_ok=True)
         processes = []

@@ -27,9 +27,8 @@ def default_home() -> Path:
             f"no home folder is known: HOME is not set and user id {os.getuid()} has no entry; set MEGARAY_HOME to "
             "a folder that you may write"
         ) from None
-    return Path(
-        os.path.realpath(named)
-    )  # `resolve` raises for a symlink to itself; what uses the path says so
+    # `resolve` raises for a symlink to itself; what uses the path says so.
+    return Path(os.path.realpath(named))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,12 +1,16 @@
-"""What a rank is given when it starts: the contract between a gang and the program it runs."""
+"""What a rank is given when it starts: the contract between a gang and the program it runs, and where ranks can meet."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import random
 import signal
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from configs.errors import UserError
@@ -14,6 +18,11 @@ from configs.paths import AttemptPaths, RunPaths
 
 #: Variables of `torchrun`'s contract that a gang sets in the same way.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOWEST = 20_000
+"""Below are ports that services are known by."""
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_USUAL = 32_768
+"""Where Linux begins to give ports to whoever asks for any."""
 
 
 @dataclass(frozen=True)
@@ -146,3 +155,45 @@ def die_with_parent(env: Mapping[str, str]) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != int(expected):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that nobody has, on whatever address of this machine; never the same twice in this process.
+
+    It is one that the kernel gives to nobody who asks for any port. One from there is taken by the next connection of
+    another process, and ranks load torch for seconds before rank 0 listens.
+
+    Raises:
+        OSError: where none is left.
+    """
+    below, numbers = _ports()
+    for _ in range(below):
+        port = _LOWEST + next(numbers) % below
+        if are_free([port]):
+            return port
+    raise OSError(f"no port from {_LOWEST} to {_LOWEST + below - 1} is free")
+
+
+def are_free(ports: Sequence[int]) -> bool:
+    """Whether nobody listens at any of these ports, on whatever address of this machine."""
+    for port in ports:
+        with socket.socket() as item:
+            # Connections that have ended don't count.
+            item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                item.bind(("", port))
+            except OSError:
+                return False
+    return True
+
+
+@cache
+def _ports() -> tuple[int, itertools.count[int]]:
+    """How many ports there are to choose from, and numbers that begin anywhere."""
+    try:
+        first = int(_RANGE.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = _USUAL
+    # Where the kernel gives away all from far below, there is no better choice than any.
+    below = first - _LOWEST if first > _LOWEST + 1000 else _USUAL - _LOWEST
+    return below, itertools.count(random.SystemRandom().randrange(below))

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faulttol.preflight.host import versions
+from faulttol.proc import ProcessRow
 from orchestrator.agent import family, orders
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.checks import Looked, NodeCheck, before_gang
@@ -35,7 +36,7 @@ class AgentActor:
         threading.Thread(target=self._reap, name="agent-reap", daemon=True).start()
 
     def _reap(self) -> None:
-        ended: set[family.ProcessRow] = set()
+        ended: set[ProcessRow] = set()
         while True:
             time.sleep(_REAP_SECONDS)
             ended = family.reap(self._agent.pids, ended)

@@ -128,9 +128,9 @@ def _name(home: HomePaths) -> str:
     return f"controller-{hashlib.sha256(os.path.realpath(home.home).encode()).hexdigest()[:12]}"
 
 
-def _line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _line(error: Exception, number: int = 0) -> str:
+    """A line of what an error says: the first, or with -1 the last, which is the cause in what Ray carries."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[number].strip()
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,7 @@ class ControllerClient:
             cause = [line for line in str(error).splitlines() if "UserError" in line]
             if cause:
                 raise UserError(cause[-1].split("UserError:", 1)[-1].strip()) from None
-            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise UserError(f"the controller could not start: {last[0].strip()}") from None
+            raise UserError(f"the controller could not start: {_line(error, -1)}") from None
         return cls(actor)
 
     @classmethod
@@ -189,8 +188,7 @@ class ControllerClient:
                 "moment"
             ) from None
         except RayTaskError as error:  # such as an argument of another version
-            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise UserError(f"the controller can't do it: {last[0].strip()}") from None
+            raise UserError(f"the controller can't do it: {_line(error, -1)}") from None
         if not ok:
             raise UserError(answer)
         return answer

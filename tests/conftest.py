@@ -1,13 +1,17 @@
-"""What all tests share: the network stays off for tests that need none of it, and of several files long ones come first."""
+"""What all tests share: the network stays off for tests that need none of it, nothing that one sets or writes reaches the
+next, and of several files long ones come first."""
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import configs
 
 _LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 
@@ -25,6 +29,35 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a test, or what it calls, sets in the environment ends with it: ranks of the next one would take it over."""
+    before = dict(os.environ)
+    yield
+    for name in {name for name, _ in before.items() ^ os.environ.items()} - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shipped_files_stay() -> Iterator[None]:
+    """No test writes into the presets and profiles that others read."""
+    folder = Path(configs.__file__).parent
+    before = contents(folder)
+    yield
+    changed = sorted({path for path, _ in before.items() ^ contents(folder).items()})
+    assert not changed, f"the tests wrote {', '.join(changed)}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of each YAML and JSON file under a folder."""
+    return {
+        str(path): path.read_bytes() for ending in ("yaml", "json") for path in folder.rglob(f"*.{ending}")
+    }
 
 
 def longest_first(items: list[pytest.Item], usual: float) -> None:

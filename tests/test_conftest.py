@@ -1,7 +1,8 @@
-"""The guard that keeps unit tests off the network, and the order of files."""
+"""The guards that keep tests off the network and out of each other's way, and the order of files."""
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import longest_first
+from tests.conftest import contents, longest_first
 
 pytestmark = pytest.mark.unit
 
@@ -37,3 +38,20 @@ def test_files_that_may_take_longest_come_first_and_stay_whole() -> None:
     ]  # fmt: skip
     longest_first(items, 120.0)
     assert [item.name for item in items] == ["3", "4", "6", "2", "5", "1"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_test_sets_in_the_environment_ends_with_it(number: int) -> None:
+    assert "MASTER_ADDR" not in os.environ and "PATH" in os.environ
+    os.environ["MASTER_ADDR"] = f"of test {number}"
+    del os.environ["PATH"]
+
+
+def test_files_that_a_test_writes_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "h100.yaml").write_text("a: 1")
+    (tmp_path / "module.py").write_text("")
+    before = contents(tmp_path)
+    assert [Path(path).name for path in before] == ["h100.yaml"]
+    (tmp_path / "device" / "h100.fit.json").write_text("{}")
+    assert {Path(path).name for path, _ in before.items() ^ contents(tmp_path).items()} == {"h100.fit.json"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.collectives.ranks import free_port
+from configs.rank import free_port
 from tests.forks import trainers
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]

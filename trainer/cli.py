@@ -20,6 +20,7 @@ from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, OneLineParser, Stopped
 from configs.paths import default_home
 from configs.rank import RankContext, die_with_parent
 from faulttol.recorder import RankPhase, Recorder
+from trainer.bench.options import ROUTINGS, options_of
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
@@ -150,7 +151,7 @@ def _add_bench(commands: argparse._SubParsersAction[OneLineParser]) -> None:
         "--layers", type=_positive, metavar="N", help="layers instead of the model's own number"
     )
     bench.add_argument(
-        "--routing", choices=("real", "balanced", "zipf"), default="real",
+        "--routing", choices=ROUTINGS, default="real",
         help="how tokens find experts: the router on real text, or forced",
     )  # fmt: skip
     bench.add_argument("--steps", type=_positive, default=20, metavar="N", help="timed steps; 20 by default")
@@ -168,7 +169,7 @@ def _add_bench(commands: argparse._SubParsersAction[OneLineParser]) -> None:
 def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
     from trainer.bench import command  # torch loads here alone
 
-    typed = command.options_of(
+    typed = options_of(
         options.model, options.layers, options.routing, options.steps, options.baselines, options.timeline,
         options.overrides,
     )  # fmt: skip

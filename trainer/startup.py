@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from faulttol import steady
+from faulttol import proc, steady
 from faulttol.recorder import RankPhase, Recorder
 
 
@@ -52,8 +51,5 @@ def _started(env: Mapping[str, str]) -> float:
 
 def _age() -> float:
     """Seconds since this process was made."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0.0
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    own = proc.row(os.getpid())
+    return 0.0 if own is None else max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - own.begun)

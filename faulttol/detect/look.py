@@ -9,9 +9,10 @@ import time
 from dataclasses import dataclass
 
 from configs.rank import RankFiles
-from faulttol import exits, recorder, signs, steady
+from faulttol import exits, proc, recorder, signs, steady
 from faulttol.detect import processes
 from faulttol.detect.snapshot import RankSeen
+from faulttol.proc import ProcessRow
 from faulttol.recorder import RankPhase, Record
 
 _SILENT = 3.0
@@ -75,7 +76,7 @@ class RankWatch:
         key = (newest.sequence, newest.time) if newest is not None else None
         if key != self._key:
             self._key, self._changed, self._sleep = key, now, None
-        state = processes.state(self._pid)
+        state = proc.state(self._pid)
         if now - self._changed < _SILENT:
             self._held = (self._held or now) if state == "T" else None
             return self._seen(newest, raised, held="stopped (state T)" if self._held is not None else "")
@@ -99,7 +100,7 @@ class RankWatch:
         self,
         newest: Record | None,
         sign: signs.LastSign | None,
-        tree: list[processes.SeenProcess],
+        tree: list[ProcessRow],
         now: float,
     ) -> str:
         """What it sleeps in, where it has slept since the look before; else empty.

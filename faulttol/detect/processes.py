@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-_TICKS = os.sysconf("SC_CLK_TCK")
-_PROC = Path("/proc")
+from faulttol import proc
+from faulttol.proc import PROC, ProcessRow
 
 _SLEEPS: dict[str, dict[int, str]] = {
     "x86_64": {
@@ -34,29 +32,11 @@ _CONNECTED = ("01", "02")
 """`ESTABLISHED` and `SYN_SENT` in `/proc/net/tcp`."""
 
 
-@dataclass(frozen=True)
-class SeenProcess:
-    """One process."""
-
-    pid: int
-    name: str
-    state: str
-    """`R` runs, `S` sleeps, `D` waits for a device, `T` is stopped, `t` is traced, `Z` has ended."""
-    cpu_seconds: float
-    """Of all its threads so far."""
-
-
-def state(pid: int) -> str:
-    """State of a process; empty where it is gone."""
-    seen = _process(pid)
-    return seen.state if seen is not None else ""
-
-
-def tree(pid: int) -> list[SeenProcess]:
+def tree(pid: int) -> list[ProcessRow]:
     """A process and all that it has started, itself first; empty where it is gone."""
     family, ahead = [], [pid]
     while ahead:
-        one = _process(ahead.pop(0))
+        one = proc.row(ahead.pop(0))
         if one is not None:
             family.append(one)
             ahead += _children(one.pid)
@@ -66,7 +46,7 @@ def tree(pid: int) -> list[SeenProcess]:
 RUNNING = "running"
 
 
-def idle(processes: Sequence[SeenProcess], gang: frozenset[str], observer: int = 0) -> str:
+def idle(processes: Sequence[ProcessRow], gang: frozenset[str], observer: int = 0) -> str:
     """The system call that the first process's main thread stands in, where no thread of all of them waits for a file, a
     device or a host outside the gang; `RUNNING` where one of them runs or would if it got a processor; else empty.
 
@@ -96,24 +76,9 @@ def idle(processes: Sequence[SeenProcess], gang: frozenset[str], observer: int =
     return "" if any(_elsewhere(process.pid, gang) for process in processes if process.state != "Z") else main
 
 
-def _process(pid: int) -> SeenProcess | None:
-    try:
-        text = _stat(_PROC / str(pid))
-    except OSError:
-        return None
-    name, _, rest = text.partition("(")[2].rpartition(")")
-    fields = rest.split()
-    return SeenProcess(pid, name, fields[0], (int(fields[11]) + int(fields[12])) / _TICKS)
-
-
-def _stat(folder: Path) -> str:
-    """The kernel's line on a process. Its name may be any bytes, as one that was cut within a letter."""
-    return (folder / "stat").read_text(errors="replace")
-
-
 def _threads(pid: int) -> list[int]:
     try:
-        return sorted(int(path.name) for path in (_PROC / str(pid) / "task").iterdir())
+        return sorted(int(path.name) for path in (PROC / str(pid) / "task").iterdir())
     except OSError:
         return []
 
@@ -122,9 +87,9 @@ def _children(pid: int) -> list[int]:
     children: list[int] = []
     try:
         for thread in _threads(pid):
-            children += map(int, (_PROC / str(pid) / "task" / str(thread) / "children").read_text().split())
+            children += map(int, (PROC / str(pid) / "task" / str(thread) / "children").read_text().split())
     except FileNotFoundError:
-        if not (_PROC / "self/task" / str(os.getpid()) / "children").exists():
+        if not (PROC / "self/task" / str(os.getpid()) / "children").exists():
             return _all_children(pid)  # a kernel without the list
     except OSError:
         pass
@@ -133,22 +98,13 @@ def _children(pid: int) -> list[int]:
 
 def _all_children(pid: int) -> list[int]:
     """Children of a process, by a look at all processes."""
-    children = []
-    for path in _PROC.iterdir():
-        if path.name.isdigit():
-            try:
-                parent = int(_stat(path).rpartition(")")[2].split()[1])
-            except (OSError, IndexError, ValueError):
-                continue
-            if parent == pid:
-                children.append(int(path.name))
-    return children
+    return [one.pid for one in proc.table().values() if one.parent == pid]
 
 
 def _call(pid: int, thread: int, calls: dict[int, str], reads: dict[int, str]) -> str:
     """Name of the system call that a thread sleeps in; empty where it does anything else."""
     try:
-        words = (_PROC / str(pid) / "task" / str(thread) / "syscall").read_text().split()
+        words = (PROC / str(pid) / "task" / str(thread) / "syscall").read_text().split()
     except OSError:
         return ""
     if words[:1] == ["running"]:
@@ -160,7 +116,7 @@ def _call(pid: int, thread: int, calls: dict[int, str], reads: dict[int, str]) -
         return calls[number]
     if number in reads:
         try:
-            target = str((_PROC / str(pid) / "fd" / str(int(words[1], 16))).readlink())
+            target = str((PROC / str(pid) / "fd" / str(int(words[1], 16))).readlink())
         except OSError:
             return ""
         return reads[number] if target.startswith(("pipe:", "socket:", "anon_inode:")) else ""
@@ -171,7 +127,7 @@ def _elsewhere(pid: int, gang: frozenset[str]) -> bool:
     """Whether a process holds a connection to a host outside the gang."""
     inodes = set()
     try:
-        for link in (_PROC / str(pid) / "fd").iterdir():
+        for link in (PROC / str(pid) / "fd").iterdir():
             target = str(link.readlink())
             if target.startswith("socket:["):
                 inodes.add(target[8:-1])
@@ -184,7 +140,7 @@ def _connected(pid: int, inodes: set[str]) -> Iterator[str]:
     """Remote addresses of connections, in a process's network, that are those of some sockets."""
     for file in ("tcp", "tcp6") if inodes else ():
         try:
-            rows = (_PROC / str(pid) / "net" / file).read_text().splitlines()[1:]
+            rows = (PROC / str(pid) / "net" / file).read_text().splitlines()[1:]
         except OSError:
             continue
         for row in rows:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from configs.paths import RunPaths
 from configs.rank import RankFiles
+from faulttol import proc
 from faulttol.detect.look import RankWatch
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent import devices, environment, family
@@ -366,7 +367,7 @@ class Attempt:
             time.sleep(wait)
             wait = min(1.0, wait * 2)
             if time.monotonic() - begun > _KILL_SECONDS and not self.unfit:
-                states = ", ".join(f"{pid} ({family.state_of(pid)})" for pid in left[:4])
+                states = ", ".join(f"{pid} ({proc.state(pid)})" for pid in left[:4])
                 with self._changed:
                     self.unfit = f"processes that SIGKILL doesn't end: {states}"
                     self.news += 1

@@ -14,8 +14,7 @@ from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 
-from faulttol import recorder
-from orchestrator.agent import family
+from faulttol import proc, recorder
 
 log = logging.getLogger("megaray.agent")
 
@@ -72,7 +71,7 @@ class Evidence:
 
 def stacks(pid: int) -> str:
     """Python stacks of all threads of a process, and what the kernel says that it does."""
-    state = family.state_of(pid)
+    state = proc.state(pid)
     lines = [f"process {pid}, state {state or 'gone'}, {time.strftime('%Y-%m-%d %H:%M:%S')}"]
     for name in ("wchan", "syscall"):
         try:

@@ -7,39 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
-from faulttol import steady
+from faulttol import proc, steady
+from faulttol.proc import ProcessRow
 
-_PROC = Path("/proc")
 _MARK = "MEGARAY_MARK="
-_TICKS = os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True)
-class ProcessRow:
-    """A row of the process table."""
-
-    pid: int
-    parent: int
-    session: int
-    state: str
-    """The kernel's letter."""
-    begun: float
-    """Seconds since the machine's start, exact to a hundredth."""
 
 
 def table() -> dict[int, ProcessRow]:
     """All processes of the node but zombies, by id."""
-    rows = (_row(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
-    return {row.pid: row for row in rows if row is not None and row.state not in "ZX"}
-
-
-def state_of(pid: int) -> str:
-    """The kernel's letter for a process; empty where there is none."""
-    row = _row(pid)
-    return row.state if row else ""
+    return {pid: row for pid, row in proc.table().items() if row.state not in "ZX"}
 
 
 def of_attempt(mark: str, leaders: Mapping[int, float]) -> list[int]:
@@ -71,7 +48,7 @@ def marks() -> set[str]:
     running = set()
     for pid in table():
         try:
-            text = (_PROC / str(pid) / "environ").read_bytes()
+            text = (proc.PROC / str(pid) / "environ").read_bytes()
         except OSError:
             continue
         words = text.decode(errors="replace").split("\0")
@@ -98,8 +75,7 @@ def reap(known: Collection[int], earlier: Collection[ProcessRow]) -> set[Process
         Children that have ended and were not taken leave of.
     """
     me = os.getpid()
-    rows = (_row(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
-    ended = {row for row in rows if row is not None and row.parent == me and row.state == "Z"}
+    ended = {row for row in proc.table().values() if row.parent == me and row.state == "Z"}
     orphans = {row for row in ended.intersection(earlier) if row.pid not in known}
     for row in orphans:
         with contextlib.suppress(ChildProcessError):
@@ -107,17 +83,8 @@ def reap(known: Collection[int], earlier: Collection[ProcessRow]) -> set[Process
     return ended - orphans
 
 
-def _row(pid: int) -> ProcessRow | None:
-    try:
-        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
-    rest = text.rpartition(")")[2].split()  # the name before it may hold anything, half a letter too
-    return ProcessRow(pid, int(rest[1]), int(rest[3]), rest[0], int(rest[19]) / _TICKS)
-
-
 def _is_marked(pid: int, mark: str) -> bool:
     try:
-        return (_MARK + mark).encode() in (_PROC / str(pid) / "environ").read_bytes()
+        return (_MARK + mark).encode() in (proc.PROC / str(pid) / "environ").read_bytes()
     except OSError:
         return False

@@ -312,9 +312,8 @@ class Controller:
             return
         with _or_closed(self._control(run_id, now)) as control:
             control.take_over(os.getpid(), now)
-            if (
-                state is None
-            ):  # a controller of an earlier version died between the two events of a submission
+            if state is None:
+                # A controller of an earlier version died between the two events of a submission.
                 control.queue(now)
         self._runs[run_id] = control
 

@@ -90,9 +90,8 @@ def claim(
             if known[-1] > own:
                 continue  # it was slow: the number was taken before, and its file is gone since
             if len(known) > 1 and own - 1 not in known:
-                (
-                    folder / _name(own)
-                ).unlink()  # two began the home at once, and the other one looks for the next number
+                # Two began the home at once, and the other one looks for the next number.
+                (folder / _name(own)).unlink()
                 continue
             for old in known[:-_KEPT]:
                 (folder / _name(old)).unlink(missing_ok=True)

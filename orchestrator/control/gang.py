@@ -34,12 +34,22 @@ class Want(StrEnum):
     """Nothing is left, the slots are free."""
 
 
+def reservation_of(run_id: str, attempt: int) -> str:
+    """Name under which an attempt's slots are held."""
+    return f"{run_id}-a{attempt:03d}"
+
+
+def run_of(reservation: str) -> str:
+    """Id of the run that a reservation's name is of; empty where it is of none."""
+    return reservation.rpartition("-a")[0]
+
+
 @dataclass(frozen=True)
 class GangSpec:
     """Everything that is needed to run one attempt's ranks: what the attempt owns."""
 
     reservation: str
-    """Name under which the slots are held; attempts that follow each other in place share it."""
+    """`reservation_of` its first attempt; those that follow in place share it."""
     run_root: str
     attempt: int
     shares: tuple[NodeShare, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from configs.paths import HomePaths, RunPaths
-from orchestrator.control.gang import GangRuntime, GangSpec, Want
+from orchestrator.control.gang import GangRuntime, GangSpec, Want, run_of
 from orchestrator.record.clock import Now
 from orchestrator.record.events import AttemptPlaced
 from orchestrator.record.log import read
@@ -46,18 +46,14 @@ class Orphans:
         self._specs = {name: spec for name, spec in self._specs.items() if name in left}
         for name in sorted(left):
             if name not in self._specs:
-                self._specs[name] = _spec(self._home.run(_run_of(name)), name, self._epoch)
+                self._specs[name] = _spec(self._home.run(run_of(name)), name, self._epoch)
             if (spec := self._specs[name]) is not None:
                 self._runtime.ensure(spec, Want.STOPPED)
                 self._runtime.ensure(spec, Want.RELEASED)
 
 
-def _run_of(name: str) -> str:
-    return name.rpartition("-a")[0]
-
-
 def _is_left(name: str, groups: Mapping[str, str]) -> bool:
-    return groups.get(_run_of(name), name) != name
+    return groups.get(run_of(name), name) != name
 
 
 def _spec(run: RunPaths, name: str, epoch: int) -> GangSpec | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from configs.compose import load
 from configs.paths import RunPaths
 from configs.schema import RunConfig
-from orchestrator.control.gang import AgentReport, GangRuntime, GangSpec, GangStatus, Want
+from orchestrator.control.gang import AgentReport, GangRuntime, GangSpec, GangStatus, Want, reservation_of
 from orchestrator.control.progress import Progress, merged
 from orchestrator.control.turn import Draft, Sight, Turn, inspection
 from orchestrator.decide import recovery
@@ -298,7 +298,7 @@ class RunControl:
         """
         attempt, submitted = self.view.attempt + 1, self.view.asked
         smaller = None if gang == submitted.gang else gang
-        group = f"{self.run.run_id}-a{attempt:03d}"
+        group = reservation_of(self.run.run_id, attempt)
         return AttemptPlaced(attempt, shares, group, smaller, layout, str(config or ""), submitted.code)
 
 

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 from configs.paths import HomePaths
+from configs.rank import are_free, free_port
 from orchestrator.local.cluster import LocalCluster, boot, end_all, end_family, members
 from orchestrator.local.lock import started
-from orchestrator.local.settings import are_free, fits, free_ports, session_folder, token, token_file
+from orchestrator.local.settings import fits, session_folder, token, token_file
 
 _START_SECONDS = 120.0
 _RAY_START = Path(__file__).parents[1] / "ray_head.py"
@@ -71,7 +72,7 @@ class RayHead:
 
     def _ports_now(self) -> list[int]:
         """The ports of the last start where they are free, else others."""
-        return self._ports if self._ports and are_free(self._ports) else free_ports(3)
+        return self._ports if self._ports and are_free(self._ports) else [free_port() for _ in range(3)]
 
     @property
     def alive(self) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from faulttol import proc
 
 _WAIT_SECONDS = 240.0
 _POLL_SECONDS = 0.1
@@ -115,14 +116,8 @@ def _me() -> dict[str, Any]:
 
 def started(pid: int) -> int:
     """When a process started, in the kernel's ticks since boot, which no clock that is set changes; 0: there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(
-            errors="replace"
-        )  # the kernel may cut a name within a letter
-    except OSError:
-        return 0
-    fields = text.rpartition(")")[2].split()
-    return 0 if fields[0] in ("Z", "X") else int(fields[19])
+    row = proc.row(pid)
+    return 0 if row is None or row.state in ("Z", "X") else row.ticks
 
 
 def alive(pid: int, ticks: int) -> bool:

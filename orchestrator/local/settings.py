@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from configs.timeouts import Timeouts
@@ -70,26 +68,3 @@ def token(file: str = "") -> str:
             with contextlib.suppress(OSError):
                 given = Path(path).read_text().strip()
     return given
-
-
-def are_free(ports: Sequence[int]) -> bool:
-    """Whether nobody listens at any of these ports, on whatever address of this machine."""
-    for port in ports:
-        with socket.socket() as item:
-            item.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # connections that have ended don't count
-            try:
-                item.bind(("", port))
-            except OSError:
-                return False
-    return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens at."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]

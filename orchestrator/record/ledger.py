@@ -140,13 +140,22 @@ def _lost_from(story: Story, traces: Mapping[int, AttemptLines]) -> dict[int, in
     """By attempt, the step after which its steps were trained again by a later one."""
     begun = {n: own.resumed_step for n, own in story.attempts.items() if own.resumed_step is not None}
     begun |= {n: trace.begin for n, trace in traces.items() if trace.begin is not None}
+    return lost_after({number: begun.get(number) for number in {*story.attempts, *traces}})
+
+
+def lost_after(begun: Mapping[int, int | None]) -> dict[int, int]:
+    """By attempt, the step after which its steps were trained again; those that lost none are left out.
+
+    Args:
+        begun: step that each attempt continued from; None where it has not come so far.
+    """
     lost: dict[int, int] = {}
     least: int | None = None
-    for number in sorted({*story.attempts, *traces}, reverse=True):
+    for number, step in sorted(begun.items(), reverse=True):
         if least is not None:
             lost[number] = least
-        if number in begun:
-            least = begun[number] if least is None else min(least, begun[number])
+        if step is not None:
+            least = step if least is None else min(least, step)
     return lost
 
 

@@ -110,7 +110,7 @@ def _record(line: bytes) -> dict[str, Any]:
     """
     tail = line[-_SEAL_BYTES:]
     sealed = tail.startswith(_SEAL) and tail.endswith(_SEALED)
-    if sealed and tail[len(_SEAL) : -len(_SEALED)] != _checksum(line[:-_SEAL_BYTES]):
+    if sealed and tail[len(_SEAL) : -len(_SEALED)] != checksum(line[:-_SEAL_BYTES]).encode():
         raise ValueError("its checksum is wrong")
     record: dict[str, Any] = json.loads(line.decode())
     # A seal that is itself damaged doesn't make it a record of an earlier version.
@@ -122,11 +122,12 @@ def _record(line: bytes) -> dict[str, Any]:
 def _seal(record: dict[str, Any]) -> bytes:
     """A record as a line."""
     text = json.dumps(record)[:-1].encode()
-    return text + _SEAL + _checksum(text) + _SEALED
+    return text + _SEAL + checksum(text).encode() + _SEALED
 
 
-def _checksum(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)
+def checksum(text: bytes) -> str:
+    """CRC-32 as eight hexadecimal digits."""
+    return f"{zlib.crc32(text):08x}"
 
 
 def _part(file: IO[bytes], limit: int) -> bytes:
@@ -183,9 +184,8 @@ class Log:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._end = self.cursor.offset
         try:
-            if (
-                os.fstat(self._fd).st_size > self._end
-            ):  # a torn last line: the next record starts one of its own
+            if os.fstat(self._fd).st_size > self._end:
+                # A torn last line: the next record starts one of its own.
                 os.ftruncate(self._fd, self._end)
         except OSError:
             os.close(self._fd)

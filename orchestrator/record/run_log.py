@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.paths import RunPaths, write_whole
 from orchestrator.record.clock import Now
 from orchestrator.record.events import Event, Payload
-from orchestrator.record.log import Cursor, Log, read_from
+from orchestrator.record.log import Cursor, Log, checksum, read_from
 from orchestrator.record.view import Incident, RunView, apply, fold
 
 _FORMAT = [1, *(field.name for kind in (RunView, Incident) for field in fields(kind))]
@@ -115,17 +114,13 @@ class RunLog:
         tree = {"format": _FORMAT, "cursor": asdict(cursor)}
         # As the log is written: whatever the log takes, such as a loss that isn't finite, this takes too.
         text = f"{json.dumps(tree)}\n{json.dumps(asdict(self.view), default=sorted)}\n"
-        write_whole(self._run.view, text + _checksum(text.encode()))
+        # A flipped digit in it would hold for as long as the run is read.
+        write_whole(self._run.view, f"{text}{checksum(text.encode())}\n")
         self._published = cursor.seq
 
     def close(self) -> None:
         """Close the file."""
         self._log.close()
-
-
-def _checksum(text: bytes) -> str:
-    """The last line of a published view: a flipped digit in it would hold for as long as the run is read."""
-    return f"{zlib.crc32(text):08x}\n"
 
 
 @cache
@@ -137,9 +132,10 @@ def _published(run: RunPaths) -> RunLogReader | None:
     """The published view; None where there is none that fits the log."""
     try:
         whole = run.view.read_bytes()
-        if whole[-9:] != _checksum(whole[:-9]).encode():
+        text, sum_line = whole[:-9], whole[-9:]
+        if sum_line != f"{checksum(text)}\n".encode():
             return None
-        head, _, body = whole[:-9].decode().partition("\n")
+        head, _, body = text.decode().partition("\n")
         tree: dict[str, Any] = json.loads(head)
         if tree["format"] != _FORMAT:
             return None

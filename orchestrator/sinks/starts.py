@@ -42,8 +42,11 @@ class SinkStarts:
             run_root: of a run that has ranks; spoken of again and again.
             now: monotonic seconds.
         """
-        self._looks = {r: look for r, look in self._looks.items() if now - look.spoken < FORGOTTEN_SECONDS}
-        look = self._looks.setdefault(run_root, _Look(now, now))
+        look = self._looks.get(run_root)
+        if look is None or now - look.spoken >= FORGOTTEN_SECONDS:
+            known = {r: one for r, one in self._looks.items() if now - one.spoken < FORGOTTEN_SECONDS}
+            look = _Look(now, now)
+            self._looks = known | {run_root: look}
         look.spoken = now
         if now < look.due:
             return False

@@ -8,10 +8,11 @@ Needs `pip install 'ray[train]'`. Each worker writes its process id to `RUN_FOLD
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
+
+from configs.rank import free_port
 
 
 def work(order: dict[str, Any]) -> None:
@@ -41,9 +42,7 @@ def run(config: str, folder: str, ranks: int, gpus: int) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ray.init(num_cpus=ranks + 1, num_gpus=gpus, include_dashboard=False, object_store_memory=100_000_000)
     order = {"config": config, "run": folder, "port": port, "threads": os.environ["OMP_NUM_THREADS"]}
     DataParallelTrainer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,7 +22,7 @@ from collectives.timing.measure import MeasurementSetup
 from collectives.timing.team import Team
 from configs.compose import compose
 from configs.paths import RunPaths
-from configs.rank import RankContext
+from configs.rank import RankContext, free_port
 from configs.schema import RunConfig
 from tests.forks import forks
 
@@ -33,12 +32,6 @@ QUICK = (
     "collectives.min_iterations=5", "collectives.max_iterations=5", "resilience.timeouts.patience=6",
 )  # fmt: skip
 """A measurement of which only the check matters; who waits for a rank that failed gives up after a minute."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def together(world: int, root: Path, act: Callable[..., T], *arguments: Any) -> list[T]:

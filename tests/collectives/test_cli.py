@@ -164,7 +164,8 @@ def refused(rank: Any, ports: list[int]) -> list[tuple[int, str]]:
 
 @pytest.mark.dist
 def test_ranks_refuse_what_cannot_be_measured(tmp_path: Path) -> None:
-    from tests.collectives.ranks import free_port, together  # loads torch
+    from configs.rank import free_port
+    from tests.collectives.ranks import together  # loads torch
 
     for found in together(2, tmp_path / "run", refused, [free_port() for _ in REFUSED]):
         for (code, err), (words, told) in zip(found, REFUSED, strict=True):
@@ -191,7 +192,8 @@ def measured_twice(rank: Any, folder: str, ports: list[int]) -> list[int]:
 @pytest.mark.dist
 def test_a_second_launch_without_a_folder_measures_into_one_of_its_own(tmp_path: Path) -> None:
     """It took the first one's for its own, measured nothing and returned 0."""
-    from tests.collectives.ranks import free_port, together
+    from configs.rank import free_port
+    from tests.collectives.ranks import together
 
     (tmp_path / "here").mkdir()
     ports = [free_port(), free_port()]
@@ -251,7 +253,7 @@ def wait_for_rows(process: subprocess.Popen[str], out: Path, count: int) -> None
 @pytest.mark.dist
 def test_a_mistake_that_ranks_find_is_told_once(tmp_path: Path) -> None:
     code, out, err = result(command(tmp_path / "run", "-b", "10", "-i", "4"))
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, ""), err
     assert "a size of 10 bytes is not whole elements of float" in one_line(err)
 
 

@@ -21,10 +21,10 @@ import torch
 import torch.multiprocessing as mp
 
 from configs.paths import RunPaths
-from configs.rank import RankContext, RankFiles
+from configs.rank import RankContext, RankFiles, free_port
 from configs.schema import RunConfig
 from faulttol.timeline.store import StepStore
-from tests.faulttol.timeline.traced_ranks import config_of, free_port
+from tests.faulttol.timeline.traced_ranks import config_of
 
 SHAPES = {
     "cpu": (

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from configs.rank import free_port
 from faulttol.preflight import device, host
 from faulttol.preflight.host import Beacon
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
@@ -31,12 +32,6 @@ def beacon() -> Iterator[Beacon]:
     made = Beacon()
     yield made
     made.close()
-
-
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_only_what_is_bad_bars_a_node() -> None:
@@ -94,7 +89,7 @@ def test_loopback_is_proved_and_a_torn_one_seen(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_node_that_reaches_none_of_several_is_cut_off(beacon: Beacon) -> None:
-    here, away, gone = f"127.0.0.1:{beacon.port}", f"127.0.0.1:{closed_port()}", "127.0.0.1:no"
+    here, away, gone = f"127.0.0.1:{beacon.port}", f"127.0.0.1:{free_port()}", "127.0.0.1:no"
     assert host.neighbours([]) == (CheckOutcome.GOOD, "no neighbours")
     assert host.neighbours([here, here])[0] is CheckOutcome.GOOD
     assert host.neighbours([here, away]) == (CheckOutcome.UNKNOWN, f"doesn't reach {away}")
@@ -176,7 +171,7 @@ def test_the_command_says_it_for_people_and_machines(beacon: Beacon) -> None:
         and "GOOD" in done.stdout
         and "matmul" not in done.stdout
     )
-    peers = f"127.0.0.1:{closed_port()},127.0.0.1:{closed_port()}"
+    peers = f"127.0.0.1:{free_port()},127.0.0.1:{free_port()}"
     bad = subprocess.run(
         [*words, "--json", "--peers", peers], capture_output=True, text=True, timeout=60, check=False
     )

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +17,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.paths import RunPaths
-from configs.rank import RankContext, RankFiles
+from configs.rank import RankContext, RankFiles, free_port
 from configs.schema import RunConfig
 from faulttol import steady
 from faulttol.detect import processes
@@ -192,7 +190,7 @@ class WatchedGang:
         paths = RunPaths(run).attempt(attempt)
         paths.ranks.mkdir(parents=True, exist_ok=True)
         self.paths = paths
-        port = _free_port()
+        port = free_port()
         self.pids: dict[int, int] = {}
         self.began = time.monotonic()
         for rank in range(world):
@@ -282,18 +280,6 @@ class WatchedGang:
                     _signal(victim.pid, signal.SIGKILL)
         while not self.all_ended():
             time.sleep(0.01)
-
-
-def _free_port() -> int:
-    """A free port below those that the kernel gives to whoever asks, so that nobody takes it before rank 0 listens."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ import torch.distributed as dist
 
 from configs.compose import compose
 from configs.library_environment import Applied
+from configs.rank import free_port
 from configs.schema import RunConfig
 from tests.forks import forks
 from tests.trainer.families import FAMILIES as FAMILIES
@@ -226,9 +226,7 @@ class _Pool:
     """Processes that work through a list of cases together, each taking part in those that need its rank."""
 
     def __init__(self, todo: list[GridCase], steps: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self._server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         context = forks()
         self.answers: Any = context.Queue()

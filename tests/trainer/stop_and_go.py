@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import os
 import random
-import socket
 import sys
 import tempfile
 from collections import defaultdict
@@ -20,7 +19,7 @@ from typing import Any
 
 from configs.compose import compose
 from configs.paths import RunPaths
-from configs.rank import RankContext
+from configs.rank import RankContext, free_port
 from configs.schema import RunConfig
 from tests.forks import forks
 
@@ -87,9 +86,7 @@ def _rank(
 
 
 def _attempt(dp: int, run: Path, attempt: int, config: RunConfig, death: int | None) -> list[int | None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = forks()
     ranks = [
         context.Process(target=_rank, args=(rank, dp, port, str(run), attempt, config, death))

@@ -16,10 +16,10 @@ from configs.errors import UserError
 from configs.model import ModelConfig
 from tests.trainer.model.small_models import micro, shape, tokens
 from trainer.bench import baselines, command, hugging_face, kernels, routing, variants
-from trainer.bench.cases import BatchTokens, Options, config_of, flops_of, preset_of
-from trainer.bench.command import options_of
+from trainer.bench.cases import BatchTokens, config_of, flops_of, preset_of
 from trainer.bench.masters import Masters
 from trainer.bench.measure import timed
+from trainer.bench.options import Options, options_of
 from trainer.bench.plain import PlainDecoder
 from trainer.cli import main
 from trainer.model.decoder import inputs
@@ -332,7 +332,7 @@ def test_a_variant_that_does_not_exist_is_refused(text: str, why: str) -> None:
 
 def test_the_planner_sets_the_axes_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its layout fills the ranks, and what else it settled is in the configuration."""
-    monkeypatch.setattr("trainer.bench.cases._hardware", lambda: "h100")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     asked = options("train.global_batch=16", model="qwen3_30b_a3b")
     config, said = variants.chosen(variants.parse("auto", asked)[0].options, 4, True)
     sizes = [config.parallel.size(axis) for axis in ("pp", "dp", "cp", "tp")]

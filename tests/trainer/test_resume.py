@@ -26,7 +26,7 @@ from configs.metrics import (
     read_from,
 )
 from configs.paths import RunPaths
-from configs.rank import RankContext
+from configs.rank import RankContext, free_port
 from configs.schema import CheckpointConfig, RunConfig
 from faulttol.checkpoint.interval import interval, mtbf
 from faulttol.checkpoint.load import newest, stored
@@ -35,7 +35,6 @@ from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.staged.saver import Saver
 from faulttol.staged.writer import Inline
-from tests.collectives.ranks import free_port
 from trainer import loop, resume
 from trainer.fingerprint import fingerprint, refusals
 from trainer.optim.schedule import learning_rate, samples_before

@@ -11,8 +11,7 @@ import pytest
 
 from configs.metrics import EndedLine, EvaluatedLine, MetricLine, ResumedLine, SavedLine, StepLine, read_from
 from configs.paths import RunPaths
-from configs.rank import RankContext
-from tests.collectives.ranks import free_port
+from configs.rank import RankContext, free_port
 from tests.forks import Ended, trainers
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,36 +13,19 @@ from torch import Tensor
 from configs.compose import choices, compose
 from configs.errors import UserError
 from configs.schema import RunConfig
-from trainer.bench.routing import FORCED
+from trainer.bench.options import Options
 from trainer.sizing.ask import catalogue
 from trainer.sizing.model.flops import train_flops_per_token
 from trainer.sizing.search.runnable import refusal
 
-BASELINES = ("plain", "hf", "deepspeed")
-ROUTINGS = ("real", *FORCED)
 _AHEAD = 32
 """Batches that a bench goes round in."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was typed."""
-
-    overrides: tuple[str, ...]
-    model: str
-    layers: int | None
-    routing: str
-    """How tokens find their experts: `real`, as the router has it on real text; `balanced`; `zipf`."""
-    steps: int
-    baselines: tuple[str, ...]
-    timeline: Path | None
-    """Where the trace of a step goes."""
 
 
 def config_of(options: Options, world: int, on_gpu: bool) -> RunConfig:
     """The configuration of the measured step: four samples of 4096 tokens on each place unless said otherwise."""
     named = any(word.startswith("hardware=") for word in options.overrides)
-    hardware = _hardware() if on_gpu and not named else "cpu"
+    hardware = preset_of(torch.cuda.get_device_name()) if on_gpu and not named else "cpu"
     words = [f"model={options.model}", f"hardware={hardware}", "train.engine=native", "train.micro_batch=4",
              "data.sequence=4096", f"train.precision={'bf16' if on_gpu else 'fp32'}"]  # fmt: skip
     if options.layers is not None:
@@ -79,10 +61,6 @@ def refuse(config: RunConfig, world: int) -> None:
             f"--gpus {world}, but parallel.pp*dp*cp*tp={ranks} ranks are laid out; type --gpus {ranks}, or leave "
             "parallel.dp out"
         )
-
-
-def _hardware() -> str:
-    return preset_of(torch.cuda.get_device_name())
 
 
 _FORMS = frozenset({"pcie", "nvl"})

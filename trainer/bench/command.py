@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +15,13 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.paths import default_home
-from configs.rank import RankContext
+from configs.rank import RankContext, free_port
 from configs.schema import RunConfig
 from trainer.bench import baselines, ceiling, kernels, routing, variants
-from trainer.bench.cases import BatchTokens, Options, config_of, flops_of, refuse
+from trainer.bench.cases import BatchTokens, config_of, flops_of, refuse
 from trainer.bench.masters import Masters
 from trainer.bench.measure import Mark, Times, timed
+from trainer.bench.options import Options
 from trainer.engines.base import Batch, Engine
 from trainer.engines.native import NativeEngine
 from trainer.kernels.choice import reason
@@ -56,7 +55,7 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
         return subprocess.run([*command, "-m", "trainer", *arguments], check=False).returncode
     if rank.world == 1:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     config = cases[0].config
     device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -96,12 +95,6 @@ def _cases(options: Options, several: str | None, world: int, on_gpu: bool) -> l
         title = f"{variant.text} ({said})" if said else variant.text
         cases.append(_Case(title, variant.options, config))
     return cases
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
@@ -248,23 +241,3 @@ def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Tim
         return theirs(input_ids=tokens, labels=tokens).loss
 
     return timed(lambda mark: trained.step(loss, mark), mesh.device, options.steps)
-
-
-def options_of(
-    model: str, layers: int | None, routing_name: str, steps: int, others: str, timeline: Path | None,
-    overrides: list[str],
-) -> Options:  # fmt: skip
-    """What was typed, checked.
-
-    Raises:
-        UserError: for a baseline that there isn't.
-    """
-    from trainer.bench.cases import BASELINES
-
-    chosen = () if others == "none" else tuple(part for part in others.split(",") if part)
-    for one in chosen:
-        if one not in BASELINES:
-            raise UserError(
-                f"--baselines {one}: no such baseline; use some of {', '.join(BASELINES)}, or none"
-            )
-    return Options(tuple(overrides), model, layers, routing_name, steps, chosen, timeline)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.bench.options import FORCED
 from trainer.model.decoder import DecoderStage
 from trainer.model.router import Router, RouterChoice, count
 from trainer.model.seams import Micro, Samples
 
-FORCED = ("balanced", "zipf")
 EXPONENT = 1.0
 """Of Zipf's law: the load of the i-th expert is as 1/i."""
 

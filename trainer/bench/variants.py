@@ -11,8 +11,9 @@ import torch
 from configs.errors import UserError, nearest
 from configs.schema import RunConfig
 from trainer.bench import kernels
-from trainer.bench.cases import ROUTINGS, Options, config_of, flops_of, refuse
+from trainer.bench.cases import config_of, flops_of, refuse
 from trainer.bench.measure import Times
+from trainer.bench.options import ROUTINGS, Options
 from trainer.parallel.mesh import Mesh, assemble
 from trainer.sizing.memory import estimate
 from trainer.sizing.model.layout import Layout

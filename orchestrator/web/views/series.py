@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError, nearest
+from orchestrator.record import ledger
 from orchestrator.web.columns import Columns, loads
 from orchestrator.web.redact import numbers
 from orchestrator.web.runs import RunState
@@ -79,15 +80,8 @@ def series(
 
 def lost_after(state: RunState) -> dict[int, int]:
     """By attempt, the step after which a later attempt trained its steps again."""
-    lost: dict[int, int] = {}
-    least: int | None = None
-    for number in sorted(state.columns, reverse=True):
-        if least is not None:
-            lost[number] = least
-        resumed = state.columns[number].resumed
-        if resumed is not None:
-            least = resumed.step if least is None else min(least, resumed.step)
-    return lost
+    resumed = {number: columns.resumed for number, columns in state.columns.items()}
+    return ledger.lost_after({number: line.step if line else None for number, line in resumed.items()})
 
 
 def _pieces(

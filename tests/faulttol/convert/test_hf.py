@@ -393,8 +393,7 @@ def test_an_imported_model_trains_on(name: str, kind: Any, tmp_path: Path) -> No
     from configs.compose import compose
     from configs.metrics import ResumedLine, StepLine, read_from
     from configs.paths import RunPaths
-    from configs.rank import RankContext
-    from tests.collectives.ranks import free_port
+    from configs.rank import RankContext, free_port
     from trainer import loop
     from trainer.data.prepare import prepare
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from configs.rank import RankFiles
-from faulttol import exits, steady
+from faulttol import exits, proc, steady
 from faulttol.detect import look, processes
 from faulttol.detect.look import RankWatch
 from faulttol.recorder import RankPhase, Recorder
@@ -86,7 +86,7 @@ def test_one_that_waits_for_a_file_is_not(begun: Callable[[str], subprocess.Pope
     child = begun(code)
     if code == _THREADS:
         _until(lambda: len(list(Path(f"/proc/{child.pid}/task").iterdir())) > 1)
-    _until(lambda: processes.state(child.pid) == "S" and _idle(child.pid) == "")
+    _until(lambda: proc.state(child.pid) == "S" and _idle(child.pid) == "")
     for _ in range(5):
         assert _idle(child.pid) == ""
         time.sleep(0.02)
@@ -141,7 +141,7 @@ def test_children_are_found_where_the_kernel_keeps_no_list(
 def test_what_is_gone_is_nothing() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    assert processes.tree(child.pid) == [] and processes.state(child.pid) == "" and _idle(child.pid) == ""
+    assert processes.tree(child.pid) == [] and proc.state(child.pid) == "" and _idle(child.pid) == ""
 
 
 def test_without_system_calls_nobody_is_idle(
@@ -182,13 +182,13 @@ def test_a_stopped_rank_is_seen_at_once(
     )
     assert seen.watch.look() == first, "nothing has changed"
     child.send_signal(signal.SIGSTOP)
-    _until(lambda: processes.state(child.pid) == "T")
+    _until(lambda: proc.state(child.pid) == "T")
     stopped = seen.watch.look()
     assert stopped.state == "T" and stopped.held == "stopped (state T)"
     assert stopped.held_since is not None and abs(stopped.held_since - steady.now()) < 5
     assert seen.watch.look() == stopped
     child.send_signal(signal.SIGCONT)
-    _until(lambda: processes.state(child.pid) == "S")
+    _until(lambda: proc.state(child.pid) == "S")
     assert seen.watch.look().held_since is None
 
 

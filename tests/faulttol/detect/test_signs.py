@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.rank import free_port
 from faulttol import signs
 from tests.forks import forks
 
@@ -41,9 +41,7 @@ def _rank(rank: int, port: int, folder: str, asked: Connection[object, object]) 
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_ranks_tell_what_they_have_entered_and_what_they_wait_in(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ends, ranks = [], []
     for rank in range(3):
         ours, theirs = forks().Pipe()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from configs.compose import compose
 from configs.paths import RunPaths
-from configs.rank import RankContext, RankFiles
+from configs.rank import RankContext, RankFiles, free_port
 from configs.schema import RunConfig
 from faulttol.timeline import command
 from faulttol.timeline.file import STORED
@@ -42,13 +41,6 @@ def config_of(folder: Path, steps: int, *words: str) -> RunConfig:
     return compose(
         [*WORDS, f"train.steps={steps}", f"data.path={text}", f"data.cache={folder / 'data'}", *words]
     )
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    with socket.socket() as end:
-        end.bind(("127.0.0.1", 0))
-        return int(end.getsockname()[1])
 
 
 def _slowed(step: int, seconds: float) -> None:

@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "steps that were trained again are drawn as kept",
         "orchestrator/web/views/series.py",
-        "if least is not None:\n            lost[number] = least",
-        "if least is None:\n            lost[number] = 1 << 60",
+        "return ledger.lost_after({number: line.step if line else None for number, line in resumed.items()})",
+        "return dict.fromkeys(resumed, 1 << 60)",
         f"{_OF_API}series_keep_what_was_lost_apart",
     ),
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from configs.paths import RunPaths
-from orchestrator.agent import family
+from faulttol import proc
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, Launch
 from orchestrator.control.gang import Want
@@ -45,4 +45,4 @@ def text(run: RunPaths, rank: int, attempt: int = 1) -> str:
 
 
 def alive(pid: int) -> bool:
-    return family.state_of(pid) not in ("", "Z", "X")
+    return proc.state(pid) not in ("", "Z", "X")

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from configs.paths import RunPaths
-from orchestrator.agent import family
+from faulttol import proc
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.control.gang import GangSpec, Want
 from orchestrator.record.events import NodeShare
@@ -28,7 +28,7 @@ def test_stacks_and_rings_are_kept_of_a_rank_that_is_stopped(agent: NodeAgent, r
     answer = started(agent, run, body)
     until(lambda: "ready" in text(run, 0), "its record")
     os.kill(answer.pids[0], signal.SIGSTOP)
-    until(lambda: family.state_of(answer.pids[0]) == "T", "that it stands")
+    until(lambda: proc.state(answer.pids[0]) == "T", "that it stands")
     attend_until(agent, order(run, Want.WATCHED, collect=("one",)), lambda a: a.collected == ("one",))
     folder = run.attempt(1).evidence / "one"
     stack = (folder / "00000.stack.txt").read_text()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from faulttol import steady
+from faulttol import proc, steady
 from faulttol.detect import processes
 from orchestrator.agent import family
 from tests.orchestrator.agent.local_runtime import until
@@ -60,7 +60,7 @@ def test_a_process_whose_name_is_cut_within_a_letter_is_seen(begin: Begin) -> No
     assert child.stdout is not None and child.stdout.readline() == b"here\n"
     assert family.of_attempt("of no process", {child.pid: math.inf}) == [child.pid]
     assert [one.name for one in processes.tree(child.pid)] == ["préparation-a\N{REPLACEMENT CHARACTER}"]
-    until(lambda: processes.state(child.pid) == "S", "it sleeps")
+    until(lambda: proc.state(child.pid) == "S", "it sleeps")
     assert child.pid in processes._all_children(os.getpid())
 
 

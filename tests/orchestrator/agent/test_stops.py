@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.paths import RunPaths
+from faulttol import proc
 from orchestrator.agent import attempt as attempts
 from orchestrator.agent import devices, family
 from orchestrator.agent.agent import NodeAgent
@@ -92,7 +93,7 @@ def test_a_stop_ends_whatever_fails_in_it_and_says_what_did(
     monkeypatch.setattr(attempts.Attempt, step, fail)
     stopped = attend_until(agent, order(run, Want.RELEASED), lambda a: a.phase is AttemptPhase.STOPPED)
     assert stopped.unfit == "the ranks' end isn't certain: OSError: [Errno 24] Too many open files"
-    assert (family.state_of(pid) == "") is (step != "_left"), "the other steps were taken"
+    assert (proc.state(pid) == "") is (step != "_left"), "the other steps were taken"
     family.end([pid], signal.SIGKILL)
 
 

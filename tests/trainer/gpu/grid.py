@@ -7,7 +7,6 @@ relative difference of a loss, and that of bf16 on one GPU, which no layout shou
 from __future__ import annotations
 
 import argparse
-import socket
 import sys
 import traceback
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from configs.library_environment import Applied
+from configs.rank import free_port
 from configs.schema import RunConfig
 from tests.trainer.families import SEQUENCE, Batch, batches
 from tests.trainer.grid import SAMPLES, GridCase, config_of
@@ -119,9 +119,7 @@ def main() -> int:
     rounded = [GridCase(family, {}, {"micro_batch": 2, "precision": "bf16"}) for family in families]
     spread = [GridCase(f, layout, {"micro_batch": 2, "precision": "bf16"}) for f, layout in layouts]
     todo = [*exact, *rounded, *(case for case in spread if case.ranks <= options.gpus)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
     answers: Any = context.Queue()

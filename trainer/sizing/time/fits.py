@@ -1,8 +1,8 @@
 """What was fitted to a device profile, kept beside it so that a plan needs no fit.
 
 `h100.fit.json` beside `h100.yaml` holds the `Tuning` and what it misses at each measured shape, under a digest of the
-shapes and of the starting point. Where there is none, or the digest differs, the fit is done, and kept if the profile is
-newer than what is there and its folder can be written.
+shapes and of the starting point. Where there is none, or the digest differs, the fit is done. It is kept where there was
+none of these measurements: a plan with a device of other figures (`hardware.memory_gbps=3000`) leaves the file alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,20 @@ VERSION = 1
 
 
 def fitted(
-    name: str, chip: Chip, start: Tuning, dense: Sequence[Measured], grouped: Sequence[Measured]
+    name: str,
+    chip: Chip,
+    start: Tuning,
+    dense: Sequence[Measured],
+    grouped: Sequence[Measured],
+    is_whole: Callable[[], bool],
 ) -> tuple[Tuning, list[float], list[float]]:
-    """A profile's tuning, and log of measured over predicted of each of its dense and grouped shapes."""
-    key = _digest(chip, start, [*dense, *grouped])
+    """A profile's tuning, and log of measured over predicted of each of its dense and grouped shapes.
+
+    Args:
+        is_whole: whether these are the measurements of the profile that lies under `name`, and not a part of them; asked
+            after a fit alone.
+    """
+    key = _digest([*dense, *grouped], chip, start)
     path = profile.FOLDER / "device" / f"{name}.fit.json"
     kept = _read(path)
     if kept.get("key") == key:
@@ -37,16 +47,32 @@ def fitted(
     tuning = fitting.fit(chip, fitting.dense(chip, start, dense), fitting.GROUPED, grouped)
     form = Form(chip, tuning)
     misses = [fitting.misses(form, rows) for rows in (dense, grouped)]
-    if _is_due(path):
-        made = {"key": key, "tuning": asdict(tuning), "dense": misses[0], "grouped": misses[1]}
+    measured = _digest([*dense, *grouped])
+    if kept.get("measured") != measured and is_whole():
+        made = {
+            "measured": measured,
+            "key": key,
+            "tuning": asdict(tuning),
+            "dense": misses[0],
+            "grouped": misses[1],
+        }
         with contextlib.suppress(OSError):  # a folder that can't be written costs the next plan the same fit
             write_whole(path, json.dumps(made) + "\n")
     return tuning, misses[0], misses[1]
 
 
-def _digest(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> str:
-    said = repr((VERSION, chip, start, [(asdict(shape), seconds) for shape, seconds in rows]))
-    return hashlib.sha256(said.encode()).hexdigest()
+def _digest(rows: Sequence[Measured], *more: Chip | Tuning) -> str:
+    """Of what a fit begins with, numbers to nine digits: processors differ in the last ones of `exp` and `log`."""
+    given = (VERSION, [(asdict(shape), seconds) for shape, seconds in rows], [asdict(one) for one in more])
+    return hashlib.sha256(repr(_rounded(given)).encode()).hexdigest()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _tuning(values: dict[str, Any]) -> Tuning:
@@ -62,12 +88,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}
-
-
-def _is_due(path: Path) -> bool:
-    """Whether a profile of that name is there and no later fit of it: others of its name are parts of it."""
-    measured = path.with_name(path.name.removesuffix(".fit.json") + ".yaml")
-    try:
-        return measured.stat().st_mtime > (path.stat().st_mtime if path.exists() else 0.0)
-    except OSError:
-        return False

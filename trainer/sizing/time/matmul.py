@@ -13,7 +13,7 @@ from functools import partial
 
 from configs.errors import UserError
 from configs.hardware import HardwareConfig
-from configs.profile import DeviceProfile, Operands
+from configs.profile import DeviceProfile, Operands, known
 from trainer.sizing.figures import Figure
 from trainer.sizing.time import fits, fitting
 from trainer.sizing.time.kernels import (
@@ -190,7 +190,14 @@ class Kernels:
         dense = [row for row in rows if row[0].experts == 1]
         grouped = [row for row in rows if row[0].experts > 1]
         name = self.profile.name if self.profile else ""
-        tuning, off, grouped_off = fits.fitted(name, chip, start.form.tuning, dense, grouped)
+        tuning, off, grouped_off = fits.fitted(
+            name,
+            chip,
+            start.form.tuning,
+            dense,
+            grouped,
+            lambda: known(DeviceProfile, name) == self.profile,
+        )
         basis = f"profile {name}, fitted to {len(dense)} dense and {len(grouped)} grouped shapes"
         return _Precision(
             Form(chip, tuning),

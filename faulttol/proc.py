@@ -1,0 +1,56 @@
+"""A process as the kernel's table has it (Linux, `/proc/PID/stat`; see proc(5))."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROC = Path("/proc")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class ProcessRow:
+    """One process."""
+
+    pid: int
+    name: str
+    state: str
+    """`R` runs, `S` sleeps, `D` waits for a device, `T` is stopped, `t` is traced, `Z` has ended."""
+    parent: int
+    session: int
+    ticks: int
+    """When it began, in the kernel's ticks since boot, which no clock that is set changes."""
+    cpu_seconds: float = field(compare=False)
+    """Of all its threads so far."""
+
+    @property
+    def begun(self) -> float:
+        """When it began, in seconds since boot, exact to a tick."""
+        return self.ticks / _TICKS
+
+
+def row(pid: int) -> ProcessRow | None:
+    """A process; None where it is gone."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name may hold anything: brackets, blanks, and half a letter, since the kernel cuts it at 15 bytes.
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    cpu = (int(fields[11]) + int(fields[12])) / _TICKS
+    return ProcessRow(pid, name, fields[0], int(fields[1]), int(fields[3]), int(fields[19]), cpu)
+
+
+def table() -> dict[int, ProcessRow]:
+    """All processes that can be seen, by id."""
+    rows = (row(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdigit())
+    return {one.pid: one for one in rows if one is not None}
+
+
+def state(pid: int) -> str:
+    """State of a process; empty where it is gone."""
+    one = row(pid)
+    return one.state if one is not None else ""

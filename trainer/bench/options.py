@@ -1,0 +1,46 @@
+"""What is typed to the bench. Loads no torch, so that the command line can say what there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+
+BASELINES = ("plain", "hf", "deepspeed")
+FORCED = ("balanced", "zipf")
+"""Routings that don't ask the router."""
+ROUTINGS = ("real", *FORCED)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was typed."""
+
+    overrides: tuple[str, ...]
+    model: str
+    layers: int | None
+    routing: str
+    """How tokens find their experts: `real`, as the router has it on real text; `balanced`; `zipf`."""
+    steps: int
+    baselines: tuple[str, ...]
+    timeline: Path | None
+    """Where the trace of a step goes."""
+
+
+def options_of(
+    model: str, layers: int | None, routing_name: str, steps: int, others: str, timeline: Path | None,
+    overrides: list[str],
+) -> Options:  # fmt: skip
+    """What was typed, checked.
+
+    Raises:
+        UserError: for a baseline that there isn't.
+    """
+    chosen = () if others == "none" else tuple(part for part in others.split(",") if part)
+    for one in chosen:
+        if one not in BASELINES:
+            raise UserError(
+                f"--baselines {one}: no such baseline; use some of {', '.join(BASELINES)}, or none"
+            )
+    return Options(tuple(overrides), model, layers, routing_name, steps, chosen, timeline)
