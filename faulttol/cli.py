@@ -9,8 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
+
+if TYPE_CHECKING:
+    from faulttol.commands.acts import CommandResult
 
 PROGRAM = "python -m faulttol"
 _PATH = "a run's id or folder, a folder or URL of checkpoints, or a step's folder in it"
@@ -32,18 +36,11 @@ def main(arguments: Sequence[str]) -> int:
             return _bench(options)
         if options.command == "preflight":
             return _preflight(options)
-        if options.command == "timeline":
-            from faulttol.timeline import command as timeline  # it loads numpy
-
-            answer = timeline.run(options)
-        else:
-            from faulttol.commands import acts
-
-            answer = acts.ACTS[options.command](options)
+        answer = _answer(options)
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
-    except Incomplete as error:
+    except (Incomplete, _NotReached) as error:
         print(f"megaray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -57,6 +54,29 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
     return int(answer.code)
+
+
+class _NotReached(Exception):
+    """A file or storage that the system refused."""
+
+
+def _answer(options: argparse.Namespace) -> CommandResult:
+    """What a command found or did.
+
+    Raises:
+        _NotReached: where the system refused a file: it is full, another user's, a folder's name, or doesn't answer.
+    """
+    try:
+        if options.command == "timeline":
+            from faulttol.timeline import command as timeline  # it loads numpy
+
+            return timeline.run(options)
+        from faulttol.commands import acts
+
+        return acts.ACTS[options.command](options)
+    except OSError as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise _NotReached(f"{options.command} has failed: {why}; mend that, or name another place") from None
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -10,12 +10,13 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from configs.errors import UserError
 
@@ -51,7 +52,8 @@ _BEHIND = 32 << 20
 
 
 class CheckpointStore:
-    """A folder or URL that checkpoints are kept under.
+    """A folder or URL that checkpoints are kept under. What its file system raises is an OSError, whatever its client
+    library calls it: callers read another copy or tell their peers where they meet one.
 
     Raises:
         UserError: where the URL's protocol isn't known or its package isn't installed.
@@ -91,13 +93,14 @@ class CheckpointStore:
         if self._local:
             return self._write_local(Path(path), chunks, new=True)
         data = b"".join(chunks)
-        try:
-            self._fs.pipe_file(path, data, mode="create")
-        except FileNotFoundError:  # a remote file system with real folders
-            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.pipe_file(path, data, mode="create")
-        self._fs.invalidate_cache()
-        return self._same_size(path, len(data))
+        with _os_errors(path):
+            try:
+                self._fs.pipe_file(path, data, mode="create")
+            except FileNotFoundError:  # a remote file system with real folders
+                self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                self._fs.pipe_file(path, data, mode="create")
+            self._fs.invalidate_cache()
+            return self._same_size(path, len(data))
 
     def _write_local(self, path: Path, chunks: Iterable[bytes | memoryview], new: bool = False) -> int:
         _make_folder(path.parent)
@@ -127,14 +130,37 @@ class CheckpointStore:
 
     def _put(self, path: str, chunks: Iterable[bytes | memoryview]) -> int:
         size = 0
-        with self._create(path) as file:
+        with _os_errors(path):
+            file = self._create(path)
+        try:
             for chunk in chunks:
-                size += file.write(chunk)
-        self._fs.invalidate_cache()
-        return self._same_size(path, size)
+                with _os_errors(path):
+                    size += file.write(chunk)
+            with _os_errors(path):
+                file.close()
+        except BaseException:
+            self._abandon(file, path)
+            raise
+        with _os_errors(path):
+            self._fs.invalidate_cache()
+            return self._same_size(path, size)
+
+    def _abandon(self, file: IO[bytes], path: str) -> None:
+        """Give up a file that isn't whole: its end, also that by the garbage collector, would put it under its name."""
+        with contextlib.suppress(Exception):  # the error that is being raised matters more
+            if isinstance(file, AbstractBufferedFile):
+                file.closed = True
+                file.discard()
+            else:
+                file.close()
+                self._fs.rm_file(path)
+
+    def _size(self, path: str) -> int:
+        with _os_errors(path):
+            return int(self._fs.info(path)["size"])
 
     def _same_size(self, path: str, size: int) -> int:
-        there = self._fs.info(path)["size"]
+        there = self._size(path)
         if there != size:
             raise OSError(f"{path}: {size} bytes were written, {there} are there")
         return size
@@ -152,7 +178,9 @@ class CheckpointStore:
         Raises:
             FileNotFoundError: where it isn't there.
         """
-        return bytes(self._fs.cat_file(f"{self._root}/{name}"))
+        path = f"{self._root}/{name}"
+        with _os_errors(path):
+            return bytes(self._fs.cat_file(path))
 
     def read_range(self, name: str, start: int, end: int) -> bytearray:
         """Bytes `[start, end)` of a file; fewer where it ends before. May be called by several threads at once.
@@ -162,7 +190,14 @@ class CheckpointStore:
         """
         path = f"{self._root}/{name}"
         if not self._local:
-            return bytearray(self._fs.cat_file(path, start=start, end=end))
+            try:
+                with _os_errors(path):
+                    return bytearray(self._fs.cat_file(path, start=start, end=end))
+            except OSError as error:
+                # S3 refuses a range that begins behind the end (416), as of a file that was cut short.
+                if error.errno != errno.EINVAL or self._size(path) > start:
+                    raise
+                return bytearray()
         data = bytearray(end - start)
         with Path(path).open("rb", buffering=0) as file:
             file.seek(start)
@@ -177,17 +212,31 @@ class CheckpointStore:
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder; none where it isn't there."""
-        self._fs.invalidate_cache()
+        path = f"{self._root}/{folder}".rstrip("/")
         try:
-            paths = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
+            with _os_errors(path):
+                self._fs.invalidate_cache()
+                paths = self._fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def remove(self, name: str) -> None:
         """Remove a file or folder; it may be gone already."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(f"{self._root}/{name}", recursive=True)
+        path = f"{self._root}/{name}"
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _os_errors(path):
+            self._fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def _os_errors(path: str) -> Iterator[None]:
+    """Errors that only a client library knows (`botocore`'s, `aiohttp`'s, …) as OSErrors."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from error
 
 
 def check_writable(root: str) -> None:

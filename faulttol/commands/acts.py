@@ -107,19 +107,21 @@ def reshard(options: argparse.Namespace) -> CommandResult:
     cutting.refuse_out(source, out)
     if options.dry_run:
         return _told(cutting.estimate(source, layout))
-    with _bar("reshard") as bar, _read(source):
-        done = cutting.reshard(source, out, layout, bar)
-    data, lines = done.to_json(), done.lines()
-    if options.check:
+    with _read(source):
+        with _bar("reshard") as bar:
+            done = cutting.reshard(source, out, layout, bar)
+        data, lines = done.to_json(), done.lines()
+        if not options.check:
+            return CommandResult(data, lines)
         with _bar("hash before") as bar:
             before = tensor_hashes(source.store, source.commit, bar)
-        with _bar("hash after") as bar:
-            after = tensor_hashes(out, source.commit, bar)
-        other = sorted(name for name in before if before[name] != after.get(name))
-        if other:
-            raise Incomplete(f"{done.path}: {len(other)} tensors have another hash than before: {other[0]}")
-        data["equal"] = len(before)
-        lines.append(f"the hashes of all {len(before)} tensors are equal")
+    with _bar("hash after") as bar:
+        after = tensor_hashes(out, source.commit, bar)
+    other = sorted(name for name in before if before[name] != after.get(name))
+    if other:
+        raise Incomplete(f"{done.path}: {len(other)} tensors have another hash than before: {other[0]}")
+    data["equal"] = len(before)
+    lines.append(f"the hashes of all {len(before)} tensors are equal")
     return CommandResult(data, lines)
 
 

@@ -22,7 +22,7 @@ from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.hashes import STRETCH, CheckpointSource, parts_of
 from faulttol.checkpoint.pieces import DTYPES
-from faulttol.checkpoint.store import StoreLike
+from faulttol.checkpoint.store import CheckpointStore, StoreLike
 from faulttol.convert.assemble import Into, imported
 from faulttol.convert.facts import Kind, Moments, facts, fingerprint, opened
 from faulttol.convert.job import (
@@ -177,7 +177,12 @@ def _planner(source: CheckpointSource, tell: ConversionProgress) -> Any:
 
 
 class Chunks:
-    """A checkpoint of DCP: `Foreign`. A chunk is read whole, and kept by the thread that read it until its next."""
+    """A checkpoint of DCP: `Foreign`.
+
+    Of a chunk that lies in its file as it is, what is asked for is read alone: where columns are spread over chunks, each
+    stretch of rows touches all of them. Else (compressed, or with strides) it is read whole, and kept by the thread that
+    read it until its next.
+    """
 
     def __init__(self, path: Path) -> None:
         from torch.distributed.checkpoint import FileSystemReader
@@ -196,21 +201,39 @@ class Chunks:
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
         }
+        self._refuse_torn()
         self.others = [name for name in entries if name not in self._tensors]
         """Entries that are not tensors, but pickles."""
         self.bytes = 0
         """Read so far."""
         self._lock, self._kept = threading.Lock(), threading.local()
         self._filler = _filler()
+        self._store = CheckpointStore(str(path))
+        self._flat: dict[tuple[str, int], int | None] = {}
+        """By tensor and number of a chunk, the byte of its file at which its values begin; None where it is read whole."""
+
+    def _refuse_torn(self) -> None:
+        """Refuse a folder whose files are fewer or shorter than its metadata tells, before anything is written."""
+        ends: dict[str, int] = {}
+        for stored in self._reader.storage_data.values():
+            end = ends.get(stored.relative_path, 0)
+            ends[stored.relative_path] = max(end, stored.offset + stored.length)
+        for name, end in ends.items():
+            file = self._path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                how = "is missing" if size is None else f"has {size} of at least {end} bytes"
+                raise UserError(f"{file} {how}; complete the files")
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest chunk."""
+        """Bytes of the largest chunk that is compressed, and so read whole."""
         return max(
             (
                 prod(chunk.sizes) * DTYPES[self.dtype(name)][1]
                 for name, entry in self._tensors.items()
-                for chunk in entry.chunks
+                for number, chunk in enumerate(entry.chunks)
+                if self._stored(name, number).transform_descriptors
             ),
             default=0,
         )
@@ -242,7 +265,7 @@ class Chunks:
                 chunk = Box(box.whole, tuple(entry.offsets), tuple(entry.sizes))
                 common = chunk.overlap(box) if chunk.valid else None
                 if common is not None:
-                    part[common.inside(box)] = self._chunk(name, number)[common.inside(chunk)]
+                    part[common.inside(box)] = self._part(name, number, chunk, common)
                     covered += common.elements
             if covered != box.elements:
                 raise UserError(
@@ -250,6 +273,76 @@ class Chunks:
                 )
             at += box.elements
         return values
+
+    def _stored(self, name: str, number: int) -> Any:
+        """Where a chunk lies: torch's `_StorageInfo`.
+
+        Raises:
+            UserError: where that isn't known.
+        """
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        offsets = self._tensors[name].chunks[number].offsets
+        stored = self._reader.storage_data.get(MetadataIndex(name, offsets, number))
+        if stored is None:
+            raise UserError(
+                f"{self._path}/.metadata names no file of {name} at {list(offsets)}; copy it again"
+            )
+        return stored
+
+    def _part(self, name: str, number: int, chunk: Box, common: Box) -> Bits:
+        """What a chunk has of `common`, which is without holes in it, as it is in the whole."""
+        key = (name, number)
+        if key not in self._flat:
+            self._flat[key] = self._begin(name, number, chunk)
+        begin = self._flat[key]
+        if begin is None:
+            return self._chunk(name, number)[common.inside(chunk)]
+        first = 0
+        for at, start, size in zip(common.start, chunk.start, chunk.shape, strict=True):
+            first = first * size + at - start
+        kind = bits_of(self.dtype(name))
+        begin += first * kind.itemsize
+        length = common.elements * kind.itemsize
+        file = str(self._stored(name, number).relative_path)
+        try:
+            data = self._store.read_range(file, begin, begin + length)
+        except OSError as error:
+            raise UserError(f"{self._path}: {name} can't be read: {error}; complete the files") from None
+        if len(data) < length:
+            raise UserError(f"{self._path / file} is truncated: it ends within {name}; complete the files")
+        with self._lock:
+            self.bytes += length
+        return np.frombuffer(data, kind).reshape(common.shape)
+
+    def _begin(self, name: str, number: int, chunk: Box) -> int | None:
+        """The byte of its file at which a chunk's values begin; None where they don't lie there as they are.
+
+        Raises:
+            UserError: where it can't be read.
+        """
+        import torch
+
+        stored = self._stored(name, number)
+        if stored.transform_descriptors:
+            return None
+        try:
+            with (self._path / stored.relative_path).open("rb") as file:
+                tensor = torch.load(
+                    self._reader._slice_file(file, stored), map_location="meta", weights_only=True
+                )
+        except Exception as error:
+            raise self._unreadable(name, error) from None
+        place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        alike = tensor.shape == chunk.shape and tensor.dtype is self._tensors[name].properties.dtype
+        if place is None or not alike or not tensor.is_contiguous():
+            return None
+        return int(stored.offset + place + tensor.storage_offset() * tensor.element_size())
+
+    def _unreadable(self, name: str, error: Exception) -> UserError:
+        return UserError(
+            f"{self._path}: {name} can't be read: {type(error).__name__}: {error}; complete the files"
+        )
 
     def _chunk(self, name: str, number: int) -> Bits:
         if getattr(self._kept, "key", None) != (name, number):
@@ -273,9 +366,7 @@ class Chunks:
         try:
             self._reader.read_data(LoadPlan([item]), self._filler(target)).wait()
         except Exception as error:
-            raise UserError(
-                f"{self._path}: {name} can't be read: {type(error).__name__}: {error}; complete the files"
-            ) from None
+            raise self._unreadable(name, error) from None
         with self._lock:
             self.bytes += target.numel() * target.element_size()
         flat = target.reshape(-1).view(torch.uint8).numpy() if target.numel() else np.empty(0, np.uint8)
@@ -338,7 +429,7 @@ def import_dcp(
     notes = [f"no tensors, left out: {', '.join(chunks.others[:3])}"] if chunks.others else []
     notes += [f"left out by the map of names: {len(left)} tensors"] if left else []
     number = step if step is not None else int(known.get("step", 0)) if fill is None else 0
-    peak = THREADS * 3 * chunks.largest  # as torch reads it, as it unpickles it, and as it is kept
+    peak = THREADS * 3 * chunks.largest  # as torch reads it, as it unpacks it, and as it is kept
     into = Into(out, run, number, small)
     return imported(chunks, placed, into, notes=notes, fill=fill, masters=fill is not None, peak=peak)
 

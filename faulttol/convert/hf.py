@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -114,7 +115,8 @@ def _export(
         out.write("config.json", [_json(config)])
     except BaseException:
         for name in (*names, INDEX, "config.json"):
-            out.remove(name)
+            with suppress(OSError):  # what is being raised says more, and the others go all the same
+                out.remove(name)
         raise
     return ConversionResult(out.url, len(listed), source.bytes - before, size, notes)
 

@@ -49,6 +49,10 @@ class SafetensorsFolder:
         self._places: dict[str, _Place] = {}
         names = store.names()
         files = sorted(name for name in names if name.endswith(".safetensors"))
+        if (
+            INDEX not in names and SINGLE in names
+        ):  # others beside it are the same under other names, or an adapter's
+            files = [SINGLE]
         if INDEX in names:
             files = self._indexed()
             missing = sorted(set(files) - set(names))
@@ -74,8 +78,13 @@ class SafetensorsFolder:
                 raise ValueError(f"a header of {size} bytes")
             tree = json.loads(self._store.read_range(file, 8, 8 + size))
             tree.pop("__metadata__", None)
+            end = 8 + size
             for name, entry in tree.items():
                 self._add(file, name, entry, 8 + size)
+                end = max(end, 8 + size + entry["data_offsets"][1])
+            # Now, and not when hours of others were written: a download that broke off has its header.
+            if len(self._store.read_range(file, end - 1, end)) != 1:
+                raise ValueError(f"it ends before byte {end}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self._path(file)} is not a file of safetensors, or is torn: {error}; copy it again"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,14 @@ def import_zero(
     """
     folder = _tagged(path, tag)
     tensors = PickledTensors()
-    step = (
-        _universal(folder, tensors, trust) if (folder / "zero").is_dir() else _sharded(folder, tensors, trust)
-    )
+    read = _universal if (folder / "zero").is_dir() else _sharded
+    try:
+        step = read(folder, tensors, trust)
+    except KeyError as error:
+        raise UserError(
+            f"{folder} has no {error.args[0]}, which DeepSpeed 0.19 writes; save with that version, or make a universal "
+            "folder of it"
+        ) from None
     if step is not None and rules is not KEEP and any(rule.to == COUNT for rule in rules):
         raise UserError(
             f"the map of names has a rule to {COUNT}, which is read from the optimizer; leave it out"
@@ -103,6 +109,11 @@ def _sharded(folder: Path, tensors: PickledTensors, trust: bool) -> int | None:
     names = sorted(entry.name for entry in folder.iterdir())
     _refuse_others(folder, names)
     ranks = sorted(int(match[1]) for name in names if (match := _OPTIM.fullmatch(name)))
+    twice = [rank for rank, other in pairwise(ranks) if rank == other]
+    if twice:
+        raise UserError(
+            f"{folder} has the optimizer state of rank {twice[0]} twice, as of two saves; remove one of them"
+        )
     if ranks != list(range(len(ranks))):
         missing = sorted(set(range(ranks[-1])) - set(ranks))
         raise UserError(f"{folder} has no optimizer state of rank {missing[0]}; complete the files")
@@ -123,6 +134,11 @@ def _sharded(folder: Path, tensors: PickledTensors, trust: bool) -> int | None:
     if module.get("ds_autoep_layers"):
         raise UserError(
             f"{folder} has experts of DeepSpeed's AutoEP, which aren't read; make a universal folder of it"
+        )
+    if module["module"] is None:
+        raise UserError(
+            f"{folder} is of a pipeline, whose layers have files of their own, which aren't read; make a universal folder "
+            "of it"
         )
     weights = dict(module["module"]) | _experts(folder, names, trust)
     owners = _owners(states)

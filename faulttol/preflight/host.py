@@ -23,6 +23,8 @@ LEAST_MEMORY = 512 << 20
 LEAST_SHARED = 16 << 20
 """Bytes of `/dev/shm`: a rank's ring takes 128 KiB, and a full one ends it by a signal."""
 _TOOL_SECONDS = 20.0
+_KILLED_SECONDS = 1.0
+"""That a tool which was killed is waited for."""
 _DIAL_SECONDS = 2.0
 _LOOPBACK_BYTES = 8 << 20
 _GREETING = b"megaray\n"
@@ -85,15 +87,24 @@ def device_tool(tool: str | None = None) -> tuple[CheckOutcome, str]:
     tool = tool or device_tool_name()
     if tool is None:
         return CheckOutcome.GOOD, "no devices, or no tool that tells of them"
+    process = subprocess.Popen(
+        [tool], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )  # fmt: skip
     try:
-        done = subprocess.run([tool], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False)
+        text, _ = process.communicate(timeout=_TOOL_SECONDS)
     except subprocess.TimeoutExpired:
+        # Not `subprocess.run`, which waits for its end: what stands in a driver that hangs doesn't end by a signal.
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_KILLED_SECONDS)
+        if process.stdout is not None:
+            process.stdout.close()
         return CheckOutcome.BAD, f"{tool} doesn't answer in {_TOOL_SECONDS:.0f} s: the driver hangs"
-    if done.returncode:
-        first = (done.stdout + done.stderr).strip().splitlines()
+    if process.returncode:
+        first = text.strip().splitlines()
         return (
             CheckOutcome.BAD,
-            f"{tool} fails with exit code {done.returncode}: {first[0] if first else 'no text'}",
+            f"{tool} fails with exit code {process.returncode}: {first[0] if first else 'no text'}",
         )
     return CheckOutcome.GOOD, f"{tool} answers"
 
@@ -152,6 +163,7 @@ class Beacon:
     """Answers neighbours that look whether this node can be reached."""
 
     def __init__(self) -> None:
+        self._closing = False
         self._server = socket.create_server(("", 0), backlog=64)
         self.port = int(self._server.getsockname()[1])
         threading.Thread(target=self._serve, name="beacon", daemon=True).start()
@@ -161,13 +173,19 @@ class Beacon:
             try:
                 line, _ = self._server.accept()
             except OSError:
-                return
+                if self._closing:
+                    return
+                time.sleep(
+                    0.1
+                )  # out of file descriptors for a moment: neighbours would take this node for cut off
+                continue
             with contextlib.suppress(OSError), line:
                 line.settimeout(_DIAL_SECONDS)
                 line.sendall(_GREETING)
 
     def close(self) -> None:
         """Answer no more."""
+        self._closing = True
         with contextlib.suppress(OSError):  # wakes the thread that waits in it
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()

@@ -82,6 +82,8 @@ class Server:
         self._lock = threading.Lock()
         self._closing = False
         self._open: dict[socket.socket, threading.Thread] = {}
+        self._idle: dict[socket.socket, None] = {}
+        """Connections between two requests, the longest idle first."""
         self._thread = threading.Thread(target=self._accept, name="ranges", daemon=True)
         self._thread.start()
 
@@ -98,10 +100,7 @@ class Server:
             thread.join()
 
     def _accept(self) -> None:
-        while True:
-            while not self._slots.acquire(timeout=0.5):
-                if self._closing:
-                    return
+        while self._slot():
             try:
                 client, _ = self._listener.accept()
             except OSError:
@@ -118,6 +117,29 @@ class Server:
                 self._open[client] = thread
             thread.start()
 
+    def _slot(self) -> bool:
+        """Wait for a slot; False at the end. Where a client waits for one, the connection that is idle longest makes room:
+        ranks keep theirs, so a thousand of them would shut each other out.
+        """
+        waits = select.poll()
+        waits.register(self._listener, select.POLLIN)
+        while not self._closing:
+            if self._slots.acquire(blocking=False):
+                return True
+            if waits.poll(500):
+                self._make_room()
+                if self._slots.acquire(timeout=0.5):
+                    return True
+        return False
+
+    def _make_room(self) -> None:
+        with self._lock:
+            if self._idle:
+                client = next(iter(self._idle))
+                del self._idle[client]
+                with contextlib.suppress(OSError):  # gone by itself
+                    client.shutdown(socket.SHUT_RDWR)
+
     def _serve(self, client: socket.socket) -> None:
         try:
             # A client that is gone, silent or talks nonsense ends its connection and nothing else.
@@ -126,10 +148,18 @@ class Server:
                 client.settimeout(_HELLO_SECONDS)
                 if self._admit(client):
                     client.settimeout(_IDLE_SECONDS)
-                    while self._answer(client, _take_head(client)):
-                        pass
+                    request = _take_head(
+                        client
+                    )  # not idle before: a new connection's first request isn't repeated
+                    while self._answer(client, request):
+                        with self._lock:
+                            self._idle[client] = None
+                        request = _take_head(client)
+                        with self._lock:
+                            self._idle.pop(client, None)
         finally:
             with self._lock:
+                self._idle.pop(client, None)
                 del self._open[client]
             self._slots.release()
 

@@ -39,7 +39,7 @@ class Buffer:
     """
 
     def __init__(self, size: int, path: Path | None = None) -> None:
-        self._named = path
+        self._named, self._fd = path, -1
         try:
             if path is None:
                 self._fd = os.memfd_create("megaray-checkpoint")
@@ -49,11 +49,12 @@ class Buffer:
                 self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             # Or the first copy would end the process by SIGBUS where memory is short.
             os.posix_fallocate(self._fd, 0, size)
+            self._map = mmap.mmap(self._fd, size)
         except OSError as error:
+            self._forget()
             raise Incomplete(
                 f"host memory for a copy of this rank's state, {size} bytes, can't be had: {error}"
             ) from None
-        self._map = mmap.mmap(self._fd, size)
         self.size = size
         self._pinned = False
 
@@ -103,9 +104,14 @@ class Buffer:
             torch.cuda.cudart().cudaHostUnregister(address)
         with suppress(BufferError):  # a view that somebody still holds; the pages go with it
             self._map.close()
-        os.close(self._fd)
-        if self._named is not None:
-            self._named.unlink(missing_ok=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Close the file and take its name away."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            if self._named is not None:
+                self._named.unlink(missing_ok=True)
 
 
 class StagedCopy:
@@ -199,7 +205,11 @@ class Buffers:
             path = None if self._folder is None else self._folder / f".{self._word}.{at}"
             buffer = Buffer(size, path)
             if self._device.type == "cuda":
-                buffer.pin(self._device)
+                try:
+                    buffer.pin(self._device)
+                except BaseException:
+                    buffer.close()  # or each save would take as much memory again
+                    raise
             self._made[at] = buffer
         return buffer
 

@@ -160,15 +160,19 @@ class StepFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.shape = StepFileShape(node, tuple(ranks))
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if shape_of(self._fd) != self.shape:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, self.shape.header, 0)
-        self._commit = read_commit(self._fd, self.shape)
-        self._columns = list(self._commit.columns)
-        self._blocks = [self._block_at(level) for level in range(len(CAPACITIES))]
-        self._below: list[list[tuple[int, NDArray[np.float64]]]] = [
-            self._unfinished(level) for level in range(len(CAPACITIES))
-        ]
+        try:
+            if shape_of(self._fd) != self.shape:
+                os.ftruncate(self._fd, 0)
+                self._put(self.shape.header, 0)
+            self._commit = read_commit(self._fd, self.shape)
+            self._columns = list(self._commit.columns)
+            self._blocks = [self._block_at(level) for level in range(len(CAPACITIES))]
+            self._below: list[list[tuple[int, NDArray[np.float64]]]] = [
+                self._unfinished(level) for level in range(len(CAPACITIES))
+            ]
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     @property
     def first(self) -> int | None:
@@ -189,7 +193,8 @@ class StepFile:
             seconds: [fields of `STORED`, ranks, steps].
 
         Raises:
-            OSError: where they can't be written.
+            OSError: where they can't be written. The file is then as it was committed last, and this object isn't: close
+                it, and open the file again.
         """
         follows = self.next
         while follows is not None and follows < first:
@@ -210,7 +215,13 @@ class StepFile:
         self._commit = ColumnCommit(number, time.time(), begin, tuple(self._columns))
         data = _COMMIT.pack(number, self._commit.time, begin, *self._columns)
         slot = data + zlib.crc32(data).to_bytes(4, "little")
-        os.pwrite(self._fd, slot, self.shape.slots + number % 2 * _SLOT)
+        self._put(slot, self.shape.slots + number % 2 * _SLOT)
+
+    def _put(self, data: bytes, at: int) -> None:
+        """Write all of it: a storage that gets full takes a part first, and says so at the next write."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], at + done)
 
     def close(self) -> None:
         """Close the file."""
@@ -225,7 +236,7 @@ class StepFile:
             block = self._blocks[level]
             block[0][inside : inside + count] = starts[done : done + count]
             block[1][..., inside : inside + count] = codes.encode(seconds[..., done : done + count])
-            os.pwrite(self._fd, block[0].tobytes() + block[1].tobytes(), self.shape.offset(level, number))
+            self._put(block[0].tobytes() + block[1].tobytes(), self.shape.offset(level, number))
             self._columns[level] += count
             done += count
             if inside + count == BLOCK:

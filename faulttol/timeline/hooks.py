@@ -7,6 +7,7 @@ read when the device has passed them. What is captured in a graph or compiled in
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import zlib
 from collections import deque
@@ -229,7 +230,9 @@ class Tracing:
                 "world" if about in ("undefined", "default_pg", "") else about, ranks
             )
             self._numbers[group] = number
-            write_groups(self._table, self._groups)
+            # Where the node's memory is full, groups lack their names until the next new one: training continues.
+            with contextlib.suppress(OSError):
+                write_groups(self._table, self._groups)
         return number
 
     def _about(self, group: Any, op: int, to_peer: bool, args: tuple[Any, ...]) -> CollectiveCall | None:

@@ -128,7 +128,10 @@ class AttemptSteps:
                     continue
                 self._shut_all()
                 fd = os.open(path, os.O_RDONLY)
-            shape = shape_of(fd)
+            try:
+                shape = shape_of(fd)
+            except OSError:
+                shape = None
             if shape is not None:
                 self._files[name] = _File(path, shape, fd)
             if shape is None or not self._keeps:
@@ -155,16 +158,26 @@ class AttemptSteps:
         self._files.clear()
 
     def _with(self, one: _File, act: Any) -> Any:
+        """What `act` gives of an open file; None where it can't be read."""
         if one.fd >= 0:
-            return act(one, one.fd)
+            try:
+                return act(one, one.fd)
+            except OSError:  # a handle that a file server doesn't know any more, after a restart of it
+                self._shut(one)
         try:
             fd = os.open(one.path, os.O_RDONLY)
         except OSError:
             return None
         try:
-            return act(one, fd)
-        finally:
+            answer = act(one, fd)
+        except OSError:
             os.close(fd)
+            return None
+        if self._keeps:
+            one.fd = fd
+        else:
+            os.close(fd)
+        return answer
 
     @staticmethod
     def _recommit(one: _File, fd: int) -> None:

@@ -140,9 +140,7 @@ class StepStore:
             if len(phases) or len(calls):
                 self._chunks.append(self._chunk(one, -1, -1, phases, calls))
         self.write(everything=True)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._shut()
 
     # ---- steps ----
 
@@ -181,10 +179,20 @@ class StepStore:
         first = np.where(known, starts, np.iinfo(np.int64).max).min(0)
         lag = np.where(known, (starts - first) / 1e9, np.nan)
         wall = np.where(known.any(0), first + steady.OFFSET_NS, 0)
-        self._file.append(
-            self._base, wall, np.concatenate((seconds, lag[None]))
-        )  # in the order of `file.STORED`
+        try:
+            self._file.append(
+                self._base, wall, np.concatenate((seconds, lag[None]))
+            )  # in the order of `file.STORED`
+        except BaseException:
+            # What it has in memory is ahead of the file, or the file's handle is stale: from the last commit anew.
+            self._shut()
+            raise
         self._drop(count)
+
+    def _shut(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
     # ---- detail ----
 

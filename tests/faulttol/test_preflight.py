@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -114,6 +115,36 @@ def test_a_tool_that_fails_or_hangs_is_a_lost_device(tmp_path: Path, monkeypatch
     assert host.device_tool(str(tool))[0] is CheckOutcome.BAD
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert host.device_tool() == (CheckOutcome.GOOD, "no devices, or no tool that tells of them")
+
+
+def test_a_tool_that_no_signal_ends_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that stands in the driver: a node whose check hung with it would never be barred."""
+    tool, pid = tmp_path / "nvidia-smi", tmp_path / "pid"
+    tool.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(host, "_TOOL_SECONDS", 0.3)
+    monkeypatch.setattr(host, "_KILLED_SECONDS", 0.1)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda self: None)
+    outcome, text = host.device_tool(str(tool))
+    assert outcome is CheckOutcome.BAD and "the driver hangs" in text
+    os.kill(int(pid.read_text()), 9)  # it is still there
+
+
+def test_a_beacon_outlives_a_moment_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, failed = socket.socket.accept, threading.Event()
+
+    def accept(self: socket.socket) -> object:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(24, "Too many open files")
+        return inner(self)
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    beacon = Beacon()
+    assert failed.wait(10) and host.neighbours([f"127.0.0.1:{beacon.port}"])[0] is CheckOutcome.GOOD
+    beacon.close()
 
 
 def test_arithmetic_is_proved_on_this_machine() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from faulttol.checkpoint import pieces, reading, shards, sharing
 from faulttol.checkpoint.boxes import Box
@@ -115,6 +116,28 @@ def test_what_is_passed_on_is_verified_first(
     found = restored(tmp_path, there)
     assert found.step == 1 and equal(there, parts)
     assert len(found.passed) == 1 and f"{path} differs from what was saved in weight[" in found.passed[0]
+
+
+def test_a_rank_that_an_object_store_fails_keeps_nobody_waiting(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client library raises kinds of its own; the rank still takes its turn in each of its groups."""
+    parts = _same(3)
+    for rank in (0, 1):  # of two groups: ranks 0 and 1 want a tensor that rank 2 doesn't
+        own = torch.ones(40, 3)
+        parts[rank].append(Slice("pair", own, Box.all_of((40, 3)), rank, 2))
+    save_layout(memory, 1, parts)
+    cat = MemoryFileSystem.cat_file
+
+    def fail(self: Any, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if ".r00000." in path and start is not None:
+            raise RuntimeError("EndpointConnectionError")
+        return cat(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+    answers = restore_layout(memory, blank(parts))
+    assert {type(answer) for answer in answers} == {Incomplete}, "and nobody's patience ends"
+    assert "can't be read: " in str(answers[2]) and "EndpointConnectionError" in str(answers[2])
 
 
 def test_a_load_of_what_all_want_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

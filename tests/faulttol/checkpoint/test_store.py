@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import threading
@@ -51,6 +52,64 @@ def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the tensor is gone"):
         store.write("a", chunks())
     assert store.read("a") == b"old" and store.names() == ["a"]
+
+
+@pytest.mark.parametrize("size", [4, 6 << 20])
+def test_an_upload_that_is_broken_off_leaves_the_old_object(s3: str, size: int) -> None:
+    """To close an object's file is to put it in place; large ones go up in parts, which are given up too."""
+
+    def chunks() -> Iterator[bytes]:
+        yield bytes(size)
+        raise RuntimeError("the tensor is gone")
+
+    store = CheckpointStore(s3)
+    store._fs.default_block_size = 5 << 20
+    store.write("a", [b"old"])
+    for name in ("a", "b"):
+        with pytest.raises(RuntimeError, match="the tensor is gone"):
+            store.write(name, chunks())
+        gc.collect()
+    assert store.read("a") == b"old" and store.names() == ["a"]
+    assert store._fs.call_s3("list_multipart_uploads", Bucket="runs").get("Uploads", []) == []
+
+
+def test_a_write_that_is_broken_off_leaves_nothing_where_names_come_first(memory: str) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise RuntimeError("the tensor is gone")
+
+    store = CheckpointStore(memory)
+    with pytest.raises(RuntimeError, match="the tensor is gone"):
+        store.write("a", chunks())
+    assert store.names() == []
+
+
+class _NoAnswer(Exception):
+    """As libraries of object stores raise it: of no kind that others know."""
+
+
+def test_errors_of_a_client_library_are_those_of_the_system(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(memory)
+    store.write("a", [b"x"])
+
+    def fail(*_: object, **__: object) -> None:
+        raise _NoAnswer("could not connect")
+
+    for name in ("cat_file", "ls", "rm", "open", "pipe_file"):
+        monkeypatch.setattr(store._fs, name, fail)
+    for act in (
+        lambda: store.read("a"),
+        lambda: store.read_range("a", 0, 1),
+        store.names,
+        lambda: store.remove("a"),
+        lambda: store.write("a", [b"y"]),
+        lambda: store.create("b", [b"y"]),
+    ):
+        with pytest.raises(OSError, match="_NoAnswer: could not connect") as met:
+            act()
+        assert met.value.errno == errno.EIO and isinstance(met.value.__cause__, _NoAnswer)
 
 
 def test_everything_is_synced_before_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +174,9 @@ def test_a_range_is_read_alone(tmp_path: Path, request: pytest.FixtureRequest, p
     store = CheckpointStore(root)
     store.write("a", [b"0123456789"])
     assert store.read_range("a", 2, 5) == bytearray(b"234") and store.read_range("a", 8, 12) == b"89"
+    assert store.read_range("a", 10, 12) == store.read_range("a", 20, 30) == b"", (
+        "as of a file that was cut short"
+    )
     with pytest.raises(FileNotFoundError):
         store.read_range("b", 0, 1)
 

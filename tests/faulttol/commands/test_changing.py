@@ -21,6 +21,7 @@ from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.manifest import Tensor
 from faulttol.checkpoint.pieces import BLOCK, DTYPES
 from faulttol.checkpoint.store import CheckpointStore
+from faulttol.commands import acts
 from faulttol.commands.numbers import numbers
 from faulttol.commands.reshard import AXES, parse_layout, placed
 from tests.faulttol.ranks import save_all
@@ -205,6 +206,26 @@ def test_placing_follows_the_layout() -> None:
     loads = [sum(box.elements for _, _, box in rows) for rows in files]
     assert max(loads) < 1.02 * min(loads)
     assert parse_layout("pp=2") == {**dict.fromkeys(AXES, 1), "pp": 2}
+
+
+def test_a_checkpoint_stays_until_it_was_compared(
+    tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run saves and removes meanwhile, and what `--check` reads once more must still be there."""
+    save_all(tmp_path / "run", 1)
+    hashes = acts.tensor_hashes
+
+    def later(store: CheckpointStore, commit: CheckpointCommit, bar: Any) -> dict[str, str]:
+        if store.url == str(tmp_path / "run"):
+            for step in (2, 3, 4):
+                save_all(tmp_path / "run", step, keep=1)
+        return hashes(store, commit, bar)
+
+    monkeypatch.setattr(acts, "tensor_hashes", later)
+    code, out, err = ask("reshard", tmp_path / "run", "--out", tmp_path / "out", "--files", 2, "--check")
+    assert (code, err) == (0, "") and "the hashes of all 4 tensors are equal" in out
+    save_all(tmp_path / "run", 5, keep=1)
+    assert [commit.step for commit in Folder(CheckpointStore(str(tmp_path / "run"))).commits] == [5]
 
 
 # ---- prune ----

@@ -361,3 +361,37 @@ def test_every_command_of_the_page_can_be_typed() -> None:
         cli.parse(shlex.split(words))
     with pytest.raises(UserError):
         cli.parse(["verify", "x", "--stepp", "3"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "reshard {root} --files 2 --out {root}/file/x",
+        "export {root} --to dcp --out {root}/file/x",
+        "import {root}/hf --from hf --out {root}/new",
+    ],
+)
+def test_what_the_system_refuses_is_one_line(ask: Ask, tmp_path: Path, words: str) -> None:
+    """No traceback for a place that is a file, full, or of another user."""
+    save_all(tmp_path, 7)
+    (tmp_path / "file").touch()
+    (tmp_path / "hf/config.json").mkdir(parents=True)
+    code, out, err = ask(*words.format(root=tmp_path).split())
+    (line,) = err.splitlines()
+    assert code == 1 and not out
+    assert re.fullmatch(
+        rf"megaray: \w+ has failed: \[Errno \d+\] .*'{tmp_path}/.*'; mend that, or name another place", line
+    )
+
+
+def test_an_object_store_that_does_not_answer_is_one_line(
+    ask: Ask, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("EndpointConnectionError:\nno answer")
+
+    monkeypatch.setattr(CheckpointStore(memory)._fs, "ls", fail)
+    code, out, err = ask("inspect", memory)
+    assert (code, out) == (1, "") and err.startswith(
+        "megaray: inspect has failed: [Errno 5] RuntimeError: EndpointConnectionError: no answer: "
+    )

@@ -11,11 +11,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from configs.errors import UserError
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.convert import dcp as converting
+from faulttol.convert import placed
 from faulttol.convert.dcp import export_dcp, import_dcp
 from faulttol.convert.names import load
 from tests.faulttol.convert.converted import commit, read, same, told, trained
@@ -153,9 +161,16 @@ def test_what_cannot_be_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="isn't an empty folder"):
         export_dcp(CheckpointStore(str(tmp_path / "run")), out)
     (file,) = out.glob("*.distcp")
+    torn = CheckpointStore(str(tmp_path / "torn"))
+    job = import_dcp(out, torn, "torn", trust=True)
     file.write_bytes(file.read_bytes()[:-2000])
-    with pytest.raises(UserError, match="can't be read"):
-        import_dcp(out, CheckpointStore(str(tmp_path / "torn")), "torn", trust=True).run()
+    with pytest.raises(UserError, match=rf"{file} has \d+ of at least \d+ bytes; complete the files"):
+        import_dcp(out, torn, "torn", trust=True)
+    with pytest.raises(UserError, match="can't be read"):  # it was whole when it was looked at
+        job.run()
+    file.rename(out / "elsewhere")
+    with pytest.raises(UserError, match=f"{file} is missing; complete the files"):
+        import_dcp(out, torn, "torn", trust=True)
     assert not list((tmp_path / "torn").glob("*/*manifest*"))
     (shard,) = (tmp_path / "run").glob("*/*r00001*.safetensors")
     data = bytearray(shard.read_bytes())
@@ -174,6 +189,59 @@ def test_chunks_that_miss_something_are_refused(tmp_path: Path) -> None:
     job = import_dcp(tmp_path / "theirs", CheckpointStore(str(tmp_path / "run")), "run", trust=True)
     with pytest.raises(UserError, match=r"12 of 14 elements of w\[0:7, 0:2\] have a source"):
         job.run()
+
+
+def by_columns(root: Path, whole: Tensor, count: int) -> None:
+    """A checkpoint of DCP whose one tensor `w` is spread by columns, as tensor parallelism does with a second matrix."""
+    width = whole.shape[1] // count
+    properties = TensorProperties(dtype=whole.dtype)
+
+    class Planner(dcp.DefaultSavePlanner):
+        def resolve_data(self, write_item: WriteItem) -> Tensor:
+            return whole.narrow(1, write_item.index.offset[1], width).contiguous()  # type: ignore[index]
+
+    boxes = [
+        ChunkStorageMetadata(torch.Size([0, at * width]), torch.Size([len(whole), width]))
+        for at in range(count)
+    ]
+    items = [
+        WriteItem(
+            MetadataIndex("w", box.offsets),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(box, properties, whole.shape),
+        )
+        for box in boxes
+    ]
+    writer = dcp.FileSystemWriter(root)
+    writer.set_up_storage_writer(True)
+    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(dcp.SavePlan(items))])
+    written = writer.write_data(plan, Planner()).value()
+    described = TensorStorageMetadata(properties, whole.shape, boxes)
+    writer.finish(dcp.Metadata(state_dict_metadata={"w": described}), [written])
+
+
+def test_columns_that_are_spread_over_chunks_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stretch of rows touches all chunks: read whole each time, a terabyte would be for one table of 4 GiB."""
+    whole = torch.randn(60, 24)
+    by_columns(tmp_path / "theirs", whole, 6)
+    monkeypatch.setattr(placed, "STRETCH", 24 * 4 * 5)
+    job = import_dcp(tmp_path / "theirs", CheckpointStore(str(tmp_path / "run")), "run", trust=True)
+    assert job.run().bytes_read == job.estimate.bytes_read == whole.nbytes
+    same(read(tmp_path / "run")[0], {"w": whole})
+    metadata = dcp.FileSystemReader(tmp_path / "theirs").read_metadata()
+    metadata.storage_data.popitem()
+    (tmp_path / "theirs/.metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"names no file of w at \[0, 20\]"):
+        import_dcp(tmp_path / "theirs", CheckpointStore(str(tmp_path / "other")), "run", trust=True)
+
+
+def test_chunks_with_strides_are_read_too(tmp_path: Path) -> None:
+    saved = {"w": torch.randn(7, 5).t(), "narrow": torch.randn(4, 6)[:, 1:3], "none": torch.zeros(0, 3)}
+    dcp.save(saved, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    import_dcp(tmp_path / "theirs", CheckpointStore(str(tmp_path / "run")), "run", trust=True).run()
+    same(read(tmp_path / "run")[0], saved)
 
 
 def test_facts_of_training_come_back(tmp_path: Path) -> None:

@@ -140,6 +140,25 @@ def _torn(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3000])
 
 
+def _twice(folder: Path) -> None:
+    """As where a run was saved again under another precision into the same tag."""
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copy(folder / name, folder / f"bf16_{name}")
+
+
+def _pipeline(folder: Path) -> None:
+    """A `PipelineModule` has its layers in files of their own, and no module beside them."""
+    path = folder / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(path, weights_only=False) | {"module": None}, path)
+
+
+def _older(folder: Path) -> None:
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    state = torch.load(path, weights_only=False)
+    del state["optimizer_state_dict"]["param_slice_mappings"]
+    torch.save(state, path)
+
+
 DAMAGE: dict[str, tuple[Any, str]] = {
     "a rank": (_drop("zero_pp_rank_1_mp_rank_00_optim_states.pt"), "no optimizer state of rank 1"),
     "the last rank": (_drop("zero_pp_rank_3_mp_rank_00_optim_states.pt"), "optimizer state of 3 ranks of 4"),
@@ -149,6 +168,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "the model": (_drop("mp_rank_00_model_states.pt"), "holds no mp_rank_00_model_states.pt"),
     "ranks that changed places": (_swap_ranks, "isn't that of the model's weights"),
+    "a rank's file twice": (_twice, r"optimizer state of rank 1 twice.*remove one of them"),
+    "a pipeline": (_pipeline, "is of a pipeline.*make a universal folder"),
+    "an older version": (_older, "has no param_slice_mappings, which DeepSpeed 0.19 writes"),
     "two steps": (_another_step, r"count different steps \(\[2, 3\]\)"),
     "a pickle": (_pickle, r"mp_rank_00_model_states.pt with pathlib.*is a pickle.*type --trust"),
     "a torn file": (_torn, "zero_pp_rank_0_mp_rank_00_optim_states.pt is not a file of torch.save"),

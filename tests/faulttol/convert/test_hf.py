@@ -274,6 +274,27 @@ def test_an_export_of_a_damaged_checkpoint_leaves_nothing(run: CheckpointStore, 
     ]
 
 
+def test_an_export_to_a_storage_that_breaks_says_why(
+    run: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't be removed any more hides neither the reason nor keeps the rest."""
+    out, removed = CheckpointStore(str(tmp_path / "out")), []
+
+    def full(name: str, chunks: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    def stale(name: str) -> None:
+        removed.append(name)
+        raise OSError(116, "Stale file handle")
+
+    job = export_hf(run, out, max_shard_bytes=20_000)
+    monkeypatch.setattr(out, "write", full)
+    monkeypatch.setattr(out, "remove", stale)
+    with pytest.raises(OSError, match="No space left"):
+        job.run()
+    assert len(removed) == 5 and removed[-1] == "config.json"
+
+
 @pytest.fixture
 def hub(run: CheckpointStore, tmp_path: Path) -> Path:
     """The published files of that Mixtral, in several."""
@@ -343,12 +364,29 @@ def test_files_that_are_not_the_model_are_refused(what: str, hub: Path, tmp_path
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_file_that_ends_early_commits_nothing(hub: Path, tmp_path: Path) -> None:
-    path = hub / "model-00003-of-00003.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
+@pytest.mark.parametrize("cut", [1, 3000])
+def test_a_file_that_ends_early_is_refused_before_anything_is_written(
+    hub: Path, tmp_path: Path, cut: int
+) -> None:
+    """A download that broke off; and where it is cut while it is read, nothing is committed."""
+    path, theirs = hub / "model-00003-of-00003.safetensors", CheckpointStore(str(hub))
+    ours = CheckpointStore(str(tmp_path / "ours"))
+    job = import_hf(theirs, ours, "ours")
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(UserError, match=r"00003.* or is torn: it ends before byte \d+; copy it again"):
+        import_hf(theirs, ours, "ours")
     with pytest.raises(UserError, match="00003.* is truncated: it ends within"):
-        import_hf(CheckpointStore(str(hub)), CheckpointStore(str(tmp_path / "ours")), "ours").run()
+        job.run()
     assert not list((tmp_path / "ours").glob("*/*"))
+
+
+def test_one_file_is_the_model_whatever_lies_beside_it(run: CheckpointStore, tmp_path: Path) -> None:
+    """As publishers lay their own format, or an adapter, beside `model.safetensors`."""
+    export_hf(run, CheckpointStore(str(tmp_path / "hub"))).run()
+    for name in ("consolidated", "adapter_model"):
+        save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "hub" / f"{name}.safetensors")
+    out = CheckpointStore(str(tmp_path / "ours"))
+    assert import_hf(CheckpointStore(str(tmp_path / "hub")), out, "ours").run().tensors > 20
 
 
 def test_training_may_go_on_with_what_the_files_leave_open(hub: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hmac
+import select
 import socket
 import threading
 import time
@@ -309,16 +310,38 @@ def test_a_node_that_says_nothing_is_no_answer() -> None:
             remote.read("a")
 
 
-def test_idle_connections_make_room_and_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("idle", [0.05, ranges._IDLE_SECONDS])
+def test_idle_connections_make_room_and_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle: float
+) -> None:
+    """At once: a restart waits for a node for less time than a connection may be idle."""
     monkeypatch.setattr(ranges, "_CONNECTIONS", 2)
-    monkeypatch.setattr(ranges, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(ranges, "_IDLE_SECONDS", idle)
     server = ranges.serve(tmp_path, SECRET)
     (tmp_path / "a").write_bytes(b"x")
-    clients = [RemoteStore(server.address, SECRET) for _ in range(5)]
+    clients = [RemoteStore(server.address, SECRET, 10.0) for _ in range(5)]
     for _ in range(2):
         for client in clients:
             assert client.read("a") == b"x"
     assert all(len(client._idle) == 1 for client in clients)
+    server.close()
+
+
+def test_a_connection_at_work_makes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "_CONNECTIONS", 1)
+    server = ranges.serve(tmp_path, SECRET)
+    first, second = (RemoteStore(server.address, SECRET, 20.0) for _ in range(2))
+    later = threading.Thread(target=second.write, args=("b", [b"y"]))
+
+    def chunks() -> Iterator[bytes]:
+        yield b"one"
+        later.start()
+        until(lambda: select.select([server._listener], [], [], 0)[0])
+        yield b"two"
+
+    assert first.write("a", chunks()) == 6
+    later.join()
+    assert (tmp_path / "a").read_bytes() == b"onetwo" and (tmp_path / "b").read_bytes() == b"y"
     server.close()
 
 

@@ -102,6 +102,56 @@ def test_appending_bit_by_bit_and_again_after_a_crash_gives_the_same_file(tmp_pa
     assert len(one) == len(other) and (np.abs(gaps) <= 1).all() and len(differing) < 300
 
 
+def test_a_file_that_cannot_be_begun_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node tries again every few seconds for as long as its storage is full."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            StepFile(tmp_path / "a.steps", "a", [0])
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_write_that_is_taken_in_part_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: inner(fd, data[:1000], at))
+    values = _fill(folder(tmp_path) / "a.steps", 700)
+    _expect(AttemptSteps(tmp_path).window("step", 0, 700, 700), values[0], 0)
+
+
+def test_a_stale_handle_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a restart of the file server: each descriptor that was open then answers ESTALE for good."""
+    values = _fill(folder(tmp_path) / "a.steps", 50)
+    attempt, inner = AttemptSteps(tmp_path), os.pread
+    _expect(attempt.window("step", 0, 50, 50), values[0], 0)
+    stale = {one.fd for one in attempt._files.values()}
+    held = [os.dup(fd) for fd in stale]  # so that the numbers below are others
+
+    def pread(fd: int, size: int, at: int) -> bytes:
+        if fd in stale:
+            raise OSError(116, "Stale file handle")
+        return inner(fd, size, at)
+
+    def close(fd: int) -> None:
+        held.append(fd)  # and stay so
+
+    monkeypatch.setattr(reader.os, "pread", pread)
+    monkeypatch.setattr(reader.os, "close", close)
+    for _ in range(2):
+        _expect(attempt.window("step", 0, 50, 50), values[0], 0)
+    assert not stale & {one.fd for one in attempt._files.values()} and attempt.span == (0, 50)
+    monkeypatch.undo()
+    for fd in held:
+        os.close(fd)
+    attempt.close()
+
+
 def test_a_file_has_a_bounded_size(tmp_path: Path) -> None:
     _fill(tmp_path / "a.steps", 30_000)
     size = (tmp_path / "a.steps").stat().st_size

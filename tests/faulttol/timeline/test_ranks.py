@@ -48,6 +48,26 @@ def alone() -> None:
         dist.destroy_process_group()
 
 
+def test_a_node_without_memory_for_names_trains_on(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracing = Tracing.start(RankFiles(tmp_path, 0))
+    try:
+        monkeypatch.setattr("faulttol.timeline.hooks.write_groups", full)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.all_reduce(torch.ones(3))
+        monkeypatch.undo()
+        dist.all_reduce(torch.ones(3), group=dist.new_group([0]))
+    finally:
+        tracing.stop()
+    files = RankFiles(tmp_path, 0)
+    assert len(trace.read(trace.trace_of(files)).records) >= 2
+    assert len(trace.read_groups(trace.table_of(files))) == 2, "the next group names both"
+
+
 def test_calls_are_traced_and_torch_is_left_as_it_was(tmp_path: Path, alone: None) -> None:
     from torch._C._distributed_c10d import ProcessGroup, Work
 

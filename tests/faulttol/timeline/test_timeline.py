@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,36 @@ def test_storage_that_takes_nothing_loses_nothing_for_a_while(
     store.close()
     assert AttemptSteps(tmp_path / "attempt").span == (0, 100)
     assert not np.isnan(AttemptSteps(tmp_path / "attempt").window("step", 0, 100, 100).mean).any()
+
+
+@pytest.mark.parametrize("failing", range(8))
+def test_a_write_that_failed_in_the_middle_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Each level knows its columns by their number alone: one that was lost would move all later ones."""
+    (one,) = gang(tmp_path / "rings", [0], monkeypatch)
+    store, inner, writes = _store(tmp_path, [0]), os.pwrite, 0
+
+    def pwrite(fd: int, data: bytes, at: int) -> int:
+        nonlocal writes
+        writes += 1
+        if writes in (20 + failing, 31 + failing):
+            raise OSError(28, "No space left on device")
+        return inner(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    before = set(os.listdir("/proc/self/fd"))
+    for number in range(600):
+        one.step(number, Did(compute=1 + number))
+        if number % 60 == 59:
+            store.gather()
+            store.write(everything=True)
+    store.close()
+    assert writes > 40 and set(os.listdir("/proc/self/fd")) == before
+    for columns in (600, 150, 37):
+        window = AttemptSteps(tmp_path / "attempt").window("compute", 0, 600, columns)
+        middle = (window.edges[:-1] + window.edges[1:] - 1) / 2
+        assert window.mean[0] == pytest.approx((1 + middle) / 1e3, rel=PRECISION)
 
 
 def test_more_than_memory_holds_is_dropped_oldest_first(
