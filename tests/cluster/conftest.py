@@ -22,11 +22,14 @@ from orchestrator.record.events import Event
 from orchestrator.record.log import read
 from orchestrator.record.partition import TimePart
 from orchestrator.record.reading import summary
+from orchestrator.record.states import State
 from orchestrator.record.view import RunView, fold
 from tests.web.made import ledger_of
 
 PATIENCE = 150.0
 """Seconds after which a wait in these tests is a failure; they end long before."""
+STEPS = 90
+RUN = ("experiment=smoke", "parallel.dp=2", "parallel.ep=2", f"train.steps={STEPS}", "checkpoint.every=20")
 
 
 @dataclass
@@ -155,6 +158,17 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+def losses(shell: Shell, run_id: str) -> dict[int, float]:
+    """The loss of each step; where a step was trained twice, both must have been equal."""
+    by_step: dict[int, float] = {}
+    run = shell.home.run(run_id)
+    for attempt in run.attempt_numbers():
+        for line in read_from(run.attempt(attempt).metrics, 0)[0]:
+            if isinstance(line, StepLine):
+                assert by_step.setdefault(line.step, line.loss) == line.loss, f"step {line.step} differs"
+    return by_step
+
+
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     """A home with a space in its path and a local Ray of two slots, taken down afterwards."""
@@ -169,3 +183,11 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         )  # fmt: skip
         for pid in processes_with(str(shell.home.home)):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shell: Shell) -> str:
+    """A run that nobody touched; the others must equal it bit for bit."""
+    run_id = shell.submit(*RUN)
+    assert shell.finish(run_id).state is State.SUCCEEDED
+    return run_id

@@ -20,8 +20,7 @@ from pathlib import Path
 from configs.paths import HomePaths
 from orchestrator.record.events import ControllerStarted
 from orchestrator.record.states import State
-from tests.cluster.conftest import Shell, alive
-from tests.cluster.test_local import losses
+from tests.cluster.conftest import Shell, alive, losses
 from tests.orchestrator.crashpoints import once
 
 RUN = ("experiment=smoke", "parallel.dp=2", "parallel.ep=2", "checkpoint.every=10")

@@ -18,9 +18,8 @@ from configs.timeouts import Timeouts
 from orchestrator.record.events import AttemptPlaced, StateMoved
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
-from tests.cluster.conftest import Shell
+from tests.cluster.conftest import Shell, losses
 from tests.cluster.hosts import UNGUARDED, Hosts, unavailable
-from tests.cluster.test_local import losses
 
 pytestmark = [
     pytest.mark.cluster,

@@ -12,9 +12,8 @@ from collectives.store.results import ResultStore
 from configs.paths import HomePaths
 from orchestrator.record.states import State
 from tests.cluster.bench_gang import torchrun
-from tests.cluster.conftest import Shell
+from tests.cluster.conftest import Shell, losses
 from tests.cluster.hosts import UNGUARDED, Hosts, unavailable
-from tests.cluster.test_local import losses
 
 pytestmark = [
     pytest.mark.cluster,
