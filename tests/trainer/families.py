@@ -51,10 +51,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Differences from one small decoder. `zaya` leaves experts without tokens, `dropping` drops."""
 
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "deepseek-tied": FAMILIES["deepseek"] | {"tie_embeddings": True},
+    "deepseek-twice": FAMILIES["deepseek"] | {"mtp_layers": 2},
+}  # fmt: skip
+"""Families whose weights meet in another way, for some layouts alone."""
+
 
 def family(name: str) -> ModelConfig:
-    """The small model of a family."""
-    tree = _BASE | FAMILIES[name]
+    """The small model of a family, or of a variation."""
+    tree = _BASE | (FAMILIES | VARIATIONS)[name]
     router = RouterConfig(**tree.pop("router", {}))
     yarn = YarnConfig(**tree.pop("yarn", {}))
     return ModelConfig(name=name, router=router, yarn=yarn, **tree)

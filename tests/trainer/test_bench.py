@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,43 @@ def test_forcing_changes_where_tokens_go_and_what_is_counted() -> None:
         assert counts.max() - counts.min() <= 1
     assert len(batch.tally.losses) == model.layers
     assert all(router.linear.weight.grad.abs().sum() > 0 for router in built.routers().values())
+
+
+@pytest.mark.parametrize("kind", ["balanced", "zipf"])
+def test_another_s_tokens_go_where_ours_go(kind: str) -> None:
+    """Or a baseline beside `--routing zipf` would have other experts' loads, and another time."""
+    pytest.importorskip("transformers")
+    model = shape(qk_norm="head", router={"balance": "none"})
+    ours = build(model, 1)
+    routing.force(ours, kind)
+    batch = micro(tokens())
+    ours(inputs(batch), batch)
+    wanted = [batch.tally.counts[layer].tolist() for layer in range(model.layers)]
+    given = batch.tokens_BS
+    config = compose(["model=demo", "hardware=cpu"])
+    config = config.model_copy(update={
+        "model": model, "train": config.train.model_copy(update={"global_batch": len(given)}),
+        "data": config.data.model_copy(update={"sequence": given.shape[1] - 1}),
+    })  # fmt: skip
+    plain, theirs = PlainDecoder(model), hugging_face.build(model, CPU)
+    for made, routers, call in (
+        (plain, plain.routers(), lambda: plain(given)),
+        (theirs, hugging_face.routers(theirs, model), lambda: theirs(input_ids=given[:, :-1], labels=given[:, :-1]).loss),
+    ):  # fmt: skip
+        command._force_theirs(routers, replace(options(), routing=kind), config)
+        loads: list[list[int]] = []
+
+        def counted(_router: Any, _given: Any, made: Any, loads: list[list[int]] = loads) -> None:
+            loads.append(torch.bincount(made[-1].flatten(), minlength=model.experts).tolist())
+
+        hooks = [router.register_forward_hook(counted) for router in routers]
+        call().backward()
+        for hook in hooks:
+            hook.remove()
+        assert loads == wanted, type(made).__name__
+        assert all(router.weight.grad.abs().sum() > 0 for router in routers)
+    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    assert float(compiled(given)) == pytest.approx(float(plain(given)))
 
 
 def test_the_step_that_is_measured() -> None:

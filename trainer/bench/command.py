@@ -6,12 +6,13 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from configs.errors import UserError
 from configs.paths import default_home
@@ -210,15 +211,24 @@ def _step_of(engine: Engine, options: Options, config: RunConfig, mesh: Mesh) ->
     return step
 
 
+def _force_theirs(routers: Sequence[nn.Module], options: Options, config: RunConfig) -> None:
+    """Have a baseline's tokens go where ours go: left to its own router, its experts would have other loads."""
+    shape = (config.train.global_batch or 1, config.data.sequence)
+    routing.force_theirs(routers, options.routing, shape, config.model.experts, config.model.top_k)
+
+
 def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Times:
     """Times of another's step, which `baselines.check` lets pass."""
+    forced = options.routing != "real"
     if name == "deepspeed":
         from trainer.engines.deepspeed import DeepSpeedEngine
 
         engine = DeepSpeedEngine(config, mesh)
+        if forced:
+            routing.force(engine._stage, options.routing)
         return timed(_step_of(engine, options, config, mesh), mesh.device, options.steps)
     samples = config.train.global_batch or 1
-    drawn = BatchTokens(config, mesh.device, options.routing == "real", 0)
+    drawn = BatchTokens(config, mesh.device, not forced, 0)
     if name == "plain":
         from trainer.bench.plain import PlainDecoder
 
@@ -226,14 +236,18 @@ def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Tim
         with mesh.device:
             plain = PlainDecoder(config.model)
         plain = plain.to(torch.bfloat16) if cuda else plain
+        if forced:
+            _force_theirs(plain.routers(), options, config)
         trained = Masters(plain, config.optim)
         loss_of: Any = torch.compile(plain) if cuda else plain
         return timed(
             lambda mark: trained.step(lambda: loss_of(drawn.draw(samples)), mark), mesh.device, options.steps
         )
-    from trainer.bench.hugging_face import build
+    from trainer.bench import hugging_face
 
-    theirs = build(config.model, mesh.device)
+    theirs = hugging_face.build(config.model, mesh.device)
+    if forced:
+        _force_theirs(hugging_face.routers(theirs, config.model), options, config)
     trained = Masters(theirs, config.optim)
 
     def loss() -> Any:

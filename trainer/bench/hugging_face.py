@@ -62,3 +62,18 @@ def build(model: ModelConfig, device: torch.device) -> nn.Module:
     finally:
         torch.set_default_dtype(before)
     return made.train()
+
+
+def routers(theirs: nn.Module, model: ModelConfig) -> list[nn.Module]:
+    """The routers of `build`'s model by layer, for `trainer.bench.routing`.
+
+    Raises:
+        UserError: where this release of `transformers` has others.
+    """
+    gates = [module for module in theirs.modules() if type(module).__name__.endswith("TopKRouter")]
+    if len(gates) != model.layers:
+        raise UserError(
+            f"--baselines hf: {len(gates)} routers that can be forced in {model.layers} layers of this release of "
+            "transformers; type --routing real, or leave hf out"
+        )
+    return gates

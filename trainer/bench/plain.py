@@ -23,6 +23,16 @@ class _Norm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
+class _Router(nn.Module):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.model, self.weight = model, nn.Linear(model.hidden, model.experts, bias=False).weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, chosen = F.linear(x.float(), self.weight.float()).softmax(-1).topk(self.model.top_k, -1)
+        return weights / weights.sum(-1, keepdim=True) if renormalizes(self.model) else weights, chosen
+
+
 class _Block(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -37,7 +47,7 @@ class _Block(nn.Module):
         widths = {"projection": (q, k), "head": (model.head_dim, model.head_dim)}.get(model.qk_norm or "", ())
         self.norms = nn.ModuleList(_Norm(width, model.norm_eps) for width in widths)
         self.out = nn.Linear(q, d, bias=False)
-        self.router = nn.Linear(d, model.experts, bias=False)
+        self.router = _Router(model)
         self.up = nn.Parameter(torch.randn(model.experts, 2 * model.expert_width, d) * 0.02)
         self.down = nn.Parameter(torch.randn(model.experts, d, model.expert_width) * 0.02)
 
@@ -57,11 +67,7 @@ class _Block(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def experts(self, x: Tensor) -> Tensor:
-        weights, chosen = (
-            F.linear(x.float(), self.router.weight.float()).softmax(-1).topk(self.model.top_k, -1)
-        )
-        if renormalizes(self.model):
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = self.router(x)
         order = chosen.flatten().argsort(stable=True)
         ids = torch.arange(self.model.experts, device=x.device)
         ends = (chosen.flatten().unsqueeze(-1) == ids).sum(0).cumsum(0)
@@ -82,6 +88,10 @@ class PlainDecoder(nn.Module):
         self.blocks = nn.ModuleList(_Block(model) for _ in range(model.layers))
         self.norm = _Norm(model.hidden, model.norm_eps)
         self.head = nn.Linear(model.hidden, model.vocab, bias=False)
+
+    def routers(self) -> list[nn.Module]:
+        """By layer, for `trainer.bench.routing`."""
+        return [module for module in self.modules() if isinstance(module, _Router)]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of [B, S + 1] tokens."""

@@ -1,12 +1,14 @@
-"""Forced routing: routers do all their work, and then tokens go where the bench wants them."""
+"""Forced routing: routers do all their work, and then tokens go where the bench wants them, in our model and in others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.bench.options import FORCED
 from trainer.model.decoder import DecoderStage
@@ -43,6 +45,24 @@ class _Forced:
         if choice.loss is not None:
             micro.tally.add(micro.tally.losses, choice.loss)
         return replace(choice, chosen_BSK=chosen)
+
+
+def force_theirs(
+    routers: Sequence[nn.Module], routing: str, shape: tuple[int, int], experts: int, top_k: int
+) -> None:
+    """The same for routers of another's model, in the order of its layers, whose call ends with the experts of each token,
+    [..., K].
+
+    Args:
+        shape: samples and tokens of a sample.
+    """
+    for layer, router in enumerate(routers):
+        table = table_of(routing, (*shape, top_k), experts, layer).flatten(0, 1)
+        router.register_forward_hook(partial(_replaced, table.to(next(router.parameters()).device)))
+
+
+def _replaced(table: Tensor, _router: nn.Module, _given: Any, made: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*made[:-1], table)
 
 
 def table_of(routing: str, shape: tuple[int, ...], experts: int, seed: int) -> Tensor:

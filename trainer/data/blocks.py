@@ -99,11 +99,11 @@ def rows(block: FileBlock, fields: Fields) -> Iterator[TextRow]:
 
 
 def _pieces(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]:
-    """Of a text file, cut where a line ends or else a word, so that a tokenizer sees whole words."""
+    """Of a text file, cut where a line ends or else a word, so that a tokenizer sees whole words; never in a character."""
     number, part = 1, file.read(BLOCK).removeprefix(_MARK)
     while following := file.read(BLOCK):
         _refuse_zeros(path, part)
-        cut = part.rfind(b"\n") + 1 or part.rfind(b" ") or _letter(part)
+        cut = part.rfind(b"\n") + 1 or max(0, part.rfind(b" ")) or _letter(part)
         yield FileBlock(path, "text", part[:cut], number, False, stored.tell())
         number, part = number + 1, part[cut:] + following
     _refuse_zeros(path, part)

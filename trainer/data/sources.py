@@ -24,6 +24,12 @@ _ABOUT = re.compile(
 """Files about the data, as they lie beside it in dataset folders; their kind is text."""
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """Files that libraries keep beside the data; their kind would be rows."""
+_MARKS = (
+    "mtime", "ETag", "LastModified", "etag", "last_modified", "Last-Modified", "updated", "modificationTime", "modify",
+    "blob_id", "sha", "checksum", "Content-MD5", "Digest", "created",
+)  # fmt: skip
+"""What file systems of fsspec call what changes with a file's content; the first that is there counts. S3, Google's and
+Azure's, plain HTTP, Hadoop's, FTP, Hugging Face's, GitHub's, lakeFS, memory."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def _broken(path: str) -> UserError:
 
 
 def _source(fs: Any, info: dict[str, Any]) -> SourceFile:
-    mark = info.get("mtime") or info.get("ETag") or info.get("LastModified") or ""
+    mark = next((info[name] for name in _MARKS if info.get(name)), "")
     return SourceFile(fs, info["name"], f"{info.get('size')}/{mark}", int(info.get("size") or 0))
 
 

@@ -139,9 +139,9 @@ class NativeEngine:
             numbers, world = (self._applied, skip), self.mesh.world
             load = common.balance(self._stages, self.config.model, tally, numbers, world)
             for parameter, slot in zip(self._parameters, self._slots, strict=True):
+                # The slot's tensor is another than the parameter: what it kept would stay while the next ones are made.
                 parameter.grad = None
-                if slot.cast is not None:
-                    slot.cast.gradient = None
+                slot.forget()
         return common.result(loss, tally, norm, skip, load)
 
     def _learn(self, micros: Sequence[Micro], phase: Phases) -> Tensor:

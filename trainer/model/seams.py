@@ -9,8 +9,8 @@ width, V vocabulary, T = B*S tokens, K experts per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,14 +45,23 @@ class Tally:
         if not self.muted:
             to.append(value.detach())
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Around a forward pass that is computed a second time."""
-        before, self.muted = self.muted, True
-        try:
-            yield
-        finally:
-            self.muted = before
+    def again(self) -> AbstractContextManager[None]:
+        """Around a forward pass that is computed again; may be entered as often as it is: schedules that split the backward
+        pass compute it for the activations and once more for the weights."""
+        return _Muting(self)
+
+
+class _Muting(AbstractContextManager[None]):
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self._tally.muted)
+        self._tally.muted = True
+
+    def __exit__(self, *_: object) -> None:
+        self._tally.muted = self._before.pop()
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ class Slot:
         """As the engine left it."""
         return self.tensor.grad if self.cast is None else self.cast.gradient
 
+    def forget(self) -> None:
+        """Let the gradient go."""
+        self.tensor.grad = None
+        if self.cast is not None:
+            self.cast.gradient = None
+
 
 @dataclass(frozen=True)
 class StagePeers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
+    _ComputationType,
 )
 
 from configs.schema import ModelConfig, ParallelConfig
@@ -57,8 +59,50 @@ class _Chunk(nn.Module):
         return out.view(1) if out.ndim == 0 else out
 
 
+class _Undivided(PipelineStage):
+    """A stage whose weights' gradients are worked out with those of its input, where a schedule wants them apart.
+
+    torch goes back to a weight from all places at which it meets the input's way. Where one of them lies behind another, it
+    goes a second time through what is between, which is gone by then.
+    """
+
+    def backward_maybe_with_nosync(
+        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        """As torch calls it: `full`, or first `input` and later `weight`."""
+        if backward_type == "weight":
+            return (), None
+        if backward_type == "input":
+            (loss,) = bwd_kwargs["stage_output"]  # the last stage alone predicts
+            bwd_kwargs = bwd_kwargs | {"stage_output": loss}
+        gradients, _ = super().backward_maybe_with_nosync("full", bwd_kwargs, last_backward)
+        return gradients, None
+
+
+def in_series(stage: DecoderStage) -> bool:
+    """Whether a weight is used once more behind itself: several depths of prediction embed tokens, and a tied table is the
+    head too."""
+    return len(stage.mtp) + (stage.config.tie_embeddings and len(stage.mtp) > 0) > 1
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A schedule for so many micro-batches of so many samples, with its stages."""
+
+    sizes: tuple[int, int]
+    schedule: Any
+    parts: list[PipelineStage]
+
+    def forget(self) -> None:
+        """Give back what its micro-batches were received into: the objects hold each other, while collection is off."""
+        for part in self.parts:
+            part.args_recv_info.clear()
+            part.grad_recv_info.clear()
+
+
 class Pipeline:
-    """This rank's stages and the schedules that run them, one for each number of micro-batches."""
+    """This rank's stages and the schedules that run them: one to learn and one to evaluate, each for the number of
+    micro-batches that it last had. It has memory for what all of them receive, and a batch that grew never shrinks."""
 
     def __init__(
         self, stages: Sequence[DecoderStage], mesh: Mesh, model: ModelConfig, parallel: ParallelConfig
@@ -66,7 +110,8 @@ class Pipeline:
         self._stages, self._mesh, self._model, self._parallel = stages, mesh, model, parallel
         self._micros: list[Micro] = []
         self._chunks = [_Chunk(stage, self._micros) for stage in stages]
-        self._schedules: dict[tuple[Any, ...], Any] = {}
+        self._schedules: dict[bool, _Known] = {}
+        """By whether they learn."""
 
     def run(self, micros: Sequence[Micro], dtype: torch.dtype, learn: bool) -> Tensor:
         """All micro-batches forward, and backward where `learn`; this rank's share of the loss."""
@@ -85,21 +130,28 @@ class Pipeline:
         return torch.stack([loss.detach() for loss in losses]).sum()
 
     def _schedule(self, micros: Sequence[Micro], dtype: torch.dtype, learn: bool) -> Any:
-        samples = micros[0].tokens_BS.shape[0]
-        key = (len(micros), samples, learn)
-        if key not in self._schedules:
-            shape = (samples, micros[0].positions_S.numel())
-            parts: list[Any] = [self._part(chunk, shape, dtype) for chunk in self._chunks]
-            options: dict[str, Any] = {
-                "n_microbatches": len(micros), "loss_fn": _as_loss, "scale_grads": False,
-            }  # fmt: skip
-            if self._parallel.schedule == "1f1b":
-                self._schedules[key] = Schedule1F1B(parts[0], **options)
-            elif self._parallel.schedule == "interleaved":
-                self._schedules[key] = ScheduleInterleaved1F1B(parts, **options)
-            else:
-                self._schedules[key] = ScheduleZBVZeroBubble(parts, **options)
-        return self._schedules[key]
+        sizes = (len(micros), micros[0].tokens_BS.shape[0])
+        known = self._schedules.get(learn)
+        if known is not None and known.sizes == sizes:
+            return known.schedule
+        if known is not None:
+            known.forget()
+        shape = (sizes[1], micros[0].positions_S.numel())
+        parts: list[Any] = [self._part(chunk, shape, dtype) for chunk in self._chunks]
+        options: dict[str, Any] = {
+            "n_microbatches": len(micros), "loss_fn": _as_loss, "scale_grads": False,
+        }  # fmt: skip
+        schedule: Any
+        if self._parallel.schedule == "1f1b":
+            schedule = Schedule1F1B(parts[0], **options)
+        elif self._parallel.schedule == "interleaved":
+            schedule = ScheduleInterleaved1F1B(parts, **options)
+        else:
+            schedule = ScheduleZBVZeroBubble(parts, **options)
+            if not learn:
+                _forward_alone(schedule)
+        self._schedules[learn] = _Known(sizes, schedule, parts)
+        return schedule
 
     def _part(self, chunk: _Chunk, shape: tuple[int, int], dtype: torch.dtype) -> PipelineStage:
         """A stage with the shapes of what goes in and out, so that torch needn't run it to find out."""
@@ -117,7 +169,8 @@ class Pipeline:
             )
 
         first = torch.empty(samples, tokens, dtype=torch.int64, device="meta")
-        return PipelineStage(
+        kind = _Undivided if in_series(stage) else PipelineStage
+        return kind(
             chunk,
             stage_index=stages_of(self._parallel, self._mesh["pp"].index)[self._chunks.index(chunk)],
             num_stages=self._mesh["pp"].size * chunks_of(self._parallel),
@@ -130,6 +183,14 @@ class Pipeline:
             ),
             group=self._mesh["pp"].process_group,
         )
+
+
+def _forward_alone(schedule: ScheduleZBVZeroBubble) -> None:
+    """Leave the backward passes out. torch goes through them to evaluate too, and where two stages of a V lie on one rank,
+    it misses the gradients that one would hand to the other."""
+    kept = (_ComputationType.FORWARD, _ComputationType.SEND_F, _ComputationType.RECV_F)
+    for rank, order in schedule.pipeline_order_with_comms.items():
+        schedule.pipeline_order_with_comms[rank] = [one for one in order if one.computation_type in kept]
 
 
 def _as_loss(output: Tensor, _target: Tensor) -> Tensor:

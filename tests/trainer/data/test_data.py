@@ -127,6 +127,19 @@ def test_a_long_file_is_read_in_parts_and_gives_the_same(
     assert prepared(tmp_path / "a.txt", tmp_path).tokens.tobytes() == text + b"\0"
 
 
+@pytest.mark.parametrize("start", ["", " "], ids=["no space", "one in front"])
+def test_a_text_without_a_space_is_cut_between_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    text = start + "漢字かなé𝄞" * 90
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    (source,) = sources.find(str(tmp_path / "a.txt")).sources
+    parts = list(blocks.blocks(source, blocks.Fields("text", None)))
+    assert len(parts) > 10 and all(part.data for part in parts)
+    assert "".join(part.data.decode() for part in parts) == text
+
+
 # ---- the cache ----
 
 
@@ -150,6 +163,31 @@ def test_a_changed_file_is_prepared_again(tmp_path: Path) -> None:
     os.utime(path, (1, 1))
     second = prepared(path, tmp_path)
     assert second.folder != first.folder and second.tokens.tobytes() == b"jello world\0"
+
+
+def test_a_changed_file_of_as_many_bytes_is_prepared_again_behind_a_url(tmp_path: Path) -> None:
+    found = []
+    for text in (b"hello world", b"jello world"):
+        with fsspec.open("memory://corpus/a.txt", "wb") as file:
+            file.write(text)
+        found += [
+            prepared(url, tmp_path).tokens.tobytes() for url in ("memory://corpus/a.txt", "memory://corpus")
+        ]
+    fsspec.filesystem("memory").store.clear()
+    assert found == [b"hello world\0"] * 2 + [b"jello world\0"] * 2
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"mtime": 1.5}, {"ETag": "x"}, {"LastModified": "x"}, {"etag": "x"}, {"last_modified": "x"},
+        {"Last-Modified": "x"}, {"modificationTime": 3}, {"modify": "x"}, {"blob_id": "x"}, {"sha": "x"},
+    ],
+    ids=lambda mark: next(iter(mark)),
+)  # fmt: skip
+def test_what_a_file_system_says_of_a_change_is_in_the_stamp(mark: dict[str, Any]) -> None:
+    info = {"name": "a", "size": 9, "type": "file"}
+    assert sources._source(None, info | mark).stamp != sources._source(None, info).stamp
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.pipelining import PipelineStage
 
 from configs.compose import compose
 from configs.schema import RunConfig
@@ -67,3 +68,61 @@ def test_a_step_leaves_nothing(ranks: RankPool, recompute: str) -> None:
         assert [one["flights"] for one in counts] == [0] * STEPS
         # One may come or go with a thread that is late; an exchange that stays alive brings a dozen a step.
         assert abs(counts[2]["tensors"] - counts[1]["tensors"]) < 4
+
+
+def _kept(rank: int, world: int, store: Any, layout: dict[str, Any], precision: str) -> int:
+    """Bytes of gradients that are left when a step is over."""
+    words = [f"parallel.{name}={size}" for name, size in layout.items()]
+    config = compose(
+        ["model=demo", "hardware=cpu", "train.engine=native", "train.micro_batch=1", f"train.global_batch={SAMPLES}",
+         "data.sequence=32", f"train.precision={precision}", "model.layers=2", *words]
+    )  # fmt: skip
+    with seam_checks.met(rank, world, store, **layout) as mesh:
+        engine = NativeEngine(config, mesh)
+        before = {
+            id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.grad is not None
+        }
+        given = batches(0, SAMPLES, 1, engine.place.index, engine.place.size)
+        engine.step(given, SAMPLES, 1e-4, lambda _phase: nullcontext())
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and id(one) not in before]
+        held = [one.grad for one in tensors if one.grad is not None]
+        held += [slot.cast.gradient for slot in engine._slots if slot.cast and slot.cast.gradient is not None]
+        return sum(one.numel() * one.element_size() for one in held)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"dp": 2, "zero": 2}, {"tp": 2}, {"pp": 2}], ids=str)
+def test_a_step_leaves_no_gradient(ranks: RankPool, layout: dict[str, Any], precision: str) -> None:
+    """Kept, they would stand beside the next step's: four more bytes for each parameter of a rank."""
+    assert ranks.run(2, _kept, layout, precision) == [0, 0]
+
+
+def _received(rank: int, world: int, store: Any, schedule: str) -> list[int]:
+    """Places for received activations that are alive as the batch grows by two micro-batches a step."""
+    words = [f"parallel.schedule={schedule}", *["parallel.chunks=2"] * (schedule == "interleaved")]
+    config = compose(
+        ["model=demo", "hardware=cpu", "train.engine=native", "train.micro_batch=1", "train.global_batch=8",
+         "data.sequence=32", "train.precision=fp32", "model.layers=4", "parallel.dp=1", "parallel.pp=2", *words]
+    )  # fmt: skip
+    counts = []
+    with seam_checks.met(rank, world, store, pp=2) as mesh:
+        engine = NativeEngine(config, mesh)
+        gc.collect()
+        gc.disable()
+        try:
+            for samples in (2, 4, 6, 8):
+                given = batches(0, samples, 1, 0, 1)
+                engine.evaluate(given[:2], 2)
+                engine.step(given, samples, 1e-4, lambda _phase: nullcontext())
+                stages = [one for one in gc.get_objects() if isinstance(one, PipelineStage)]
+                counts.append(sum(len(one.args_recv_info) for one in stages))
+        finally:
+            gc.enable()
+    return counts
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
+def test_a_batch_that_grows_leaves_no_memory_of_smaller_ones(ranks: RankPool, schedule: str) -> None:
+    chunks = 1 if schedule == "1f1b" else 2
+    for counts in ranks.run(2, _received, schedule):
+        assert counts == [chunks * (samples + 2) for samples in (2, 4, 6, 8)], "two are evaluated"

@@ -123,6 +123,11 @@ CASES = {
     "pp": _case("zaya", 4, pp=2),
     "pp-mtp": _case("deepseek", 4, pp=2),
     "pp-zbv-tied": _case("megascale", 4, pp=2, schedule="zbv"),
+    "pp-zbv-mtp-tied": _case("deepseek-tied", 4, pp=2, schedule="zbv"),
+    "pp-zbv-mtp-twice": _case("deepseek-twice", 4, "full", pp=2, schedule="zbv"),
+    "pp-zbv-full": _case("megascale", 4, "full", pp=2, schedule="zbv"),
+    "pp-zbv-selective": _case("deepseek", 4, "selective", pp=2, schedule="zbv"),
+    "pp-interleaved-full": _case("qwen3", 4, "full", pp=2, schedule="interleaved", chunks=2),
     "dp-pp": _case("qwen3", 4, dp=2, pp=2, zero=1),
     "pp-interleaved": _case("qwen3", 4, pp=2, schedule="interleaved", chunks=2),
 }
@@ -152,8 +157,15 @@ def test_a_step_under_every_axis(ranks: RankPool, alone: Callable[[grid.GridCase
     assert math.isfinite(found[0][-1][0]) and all(step[1] > 1e-3 for step in found[0])
 
 
-@pytest.mark.parametrize("layout", [{}, {"dp": 2}, {"pp": 2}, {"cp": 2}], ids=["one", "dp", "pp", "cp"])
-def test_evaluation_is_the_loss_and_moves_nothing(ranks: RankPool, layout: dict[str, int]) -> None:
+_EVALUATED: dict[str, dict[str, Any]] = {
+    "one": {}, "dp": {"dp": 2}, "zero3": {"dp": 2, "zero": 3}, "pp": {"pp": 2}, "cp": {"cp": 2}, "tp": {"tp": 2},
+    "interleaved": {"pp": 2, "schedule": "interleaved", "chunks": 2}, "zbv": {"pp": 2, "schedule": "zbv"},
+    "zbv-dp": {"pp": 2, "dp": 2, "schedule": "zbv"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", _EVALUATED.values(), ids=_EVALUATED)
+def test_evaluation_is_the_loss_and_moves_nothing(ranks: RankPool, layout: dict[str, Any]) -> None:
     case = _case("deepseek", 4, **layout)
     found = ranks.run(case.ranks, seam_checks.evaluate, case)
     for before, learned, after, moved in found:
