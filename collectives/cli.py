@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -144,14 +145,13 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if ranks is not None:
         refuse_both(os.environ, ranks)
     by = launched(os.environ) if ranks is None else None
-    folder = options.out or Path(f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = (options.out or Path(f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
     if by is None:
-        code = _run_here(config, ranks, folder.absolute())
-        return _copied(RunPaths(folder.absolute()), typed.copy, code)
+        world = _world(config, ranks)
+        folder = folder if options.out else _made(folder)
+        return _copied(RunPaths(folder), typed.copy, _run_here(config, world, folder))
     os.environ.update(by.variables)
-    rank = RankContext.from_environment(
-        os.environ, _unused(folder.absolute()) if options.out is None else folder.absolute()
-    )
+    rank = RankContext.from_environment(os.environ, _unused(folder) if options.out is None else folder)
     from collectives.studies.program import (
         main as measure,
     )  # loads torch, after the parent's death is arranged for
@@ -188,6 +188,21 @@ def _unused(folder: Path) -> Path:
     return folder
 
 
+def _made(folder: Path) -> Path:
+    """The folder, or one beside it, which this command made: another one may begin at the same moment."""
+    while True:
+        folder = _unused(folder)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{folder} can't be written ({error.strerror}); name a folder with --out"
+            ) from None
+        return folder
+
+
 def _copied(run: RunPaths, target: Path | None, code: int) -> int:
     """Write the copy of the operation's JSON that `-J` names, where all was measured."""
     if target is None or code not in (0, FINDINGS_EXIT):
@@ -204,11 +219,16 @@ def _copied(run: RunPaths, target: Path | None, code: int) -> int:
     return code
 
 
-def _run_here(config: RunConfig, ranks: int | None, folder: Path) -> int:
-    """Start ranks on this machine and wait for them."""
+def _world(config: RunConfig, ranks: int | None) -> int:
+    """Ranks to start here, as typed, or one for each device."""
     world = ranks if ranks is not None else _devices(config)
     if world < 2:
         raise UserError(f"--ranks={world}: a collective needs at least two ranks; type at least --ranks 2")
+    return world
+
+
+def _run_here(config: RunConfig, world: int, folder: Path) -> int:
+    """Start ranks on this machine and wait for them."""
     run = RunPaths(folder)
     store = ResultStore(run.measurement)
     _refuse_other(store, config, world, folder)
@@ -220,9 +240,12 @@ def _run_here(config: RunConfig, ranks: int | None, folder: Path) -> int:
     except OSError as error:
         raise UserError(f"--out={folder} can't be written ({error.strerror}); name another folder") from None
     with resolved:
-        resolved.write(dump(config))
-        resolved.flush()
-        started = LocalRanks.start(run, world, ["-m", "collectives", "run", "--config", resolved.name])
+        try:
+            resolved.write(dump(config))
+            resolved.flush()
+            started = LocalRanks.start(run, world, ["-m", "collectives", "run", "--config", resolved.name])
+        except OSError as error:
+            raise UserError(f"no ranks were started ({error}); name another folder with --out") from None
         try:
             code, trouble = started.wait(fine=(0, FINDINGS_EXIT))
         except KeyboardInterrupt:
@@ -249,6 +272,8 @@ def _refuse_other(store: ResultStore, config: RunConfig, world: int, folder: Pat
         differs = f"ranks={about.settings['ranks']}"
     if differs:
         raise other_measurement(store.folder, differs)
+    with contextlib.suppress(OSError):  # what can't be written is reported by whoever writes
+        store.hold().close()
 
 
 def _keep(store: ResultStore) -> str:

@@ -96,7 +96,7 @@ def compare(
     slow_ratio = results.metadata.settings["collectives"]["slow_ratio"]
     compared = against_limit(results, _hardware(results), slow_ratio) + among_peers(results, slow_ratio)
     if baseline is not None:
-        compared += against_baseline(results, _rows(baseline), tolerance)
+        compared += against_baseline(results, _rows(baseline), tolerance, warn)
     try:
         store.keep("comparison", [finding.to_json() for finding in compared])
     except OSError as error:  # another's measurement may be read, and not written to

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.rank import PARENT
 from configs.timeouts import FACTORS
 
 FLAGS = (
@@ -19,8 +20,8 @@ FLAGS = (
     ("-g", "ngpus", "COUNT", "ranks to start here: one for each GPU, as --ranks"),
     ("-b", "minbytes", "BYTES", "smallest size, e.g. 8, 1.5M, 1G"),
     ("-e", "maxbytes", "BYTES", "largest size"),
-    ("-i", "stepbytes", "BYTES", "bytes from one size to the next, instead of -f"),
-    ("-f", "stepfactor", "FACTOR", "factor from one size to the next"),
+    ("-i", "stepbytes", "BYTES", "bytes from one size to the next, without -f or with -f 1"),
+    ("-f", "stepfactor", "FACTOR", "factor from one size to the next; above 1 it counts, whatever -i"),
     (
         "-n",
         "iters",
@@ -135,7 +136,9 @@ def read(options: argparse.Namespace, env: Mapping[str, str]) -> Typed:
         typed.environment["NCCL_CTA_POLICY"] = values["cta_policy"]
     if "nthreads" in values or "ngpus" in values:
         typed.ranks = int(values.get("nthreads", 1)) * int(values.get("ngpus", 1))
-    typed.overrides += _split(env)
+    # What is typed counts before what the shell has exported; a rank that is started here has it in its configuration.
+    if not any(word.startswith("collectives.groups=") for word in options.overrides) and PARENT not in env:
+        typed.overrides += _split(env)
     typed.copy = _copy(values.get("output_file"), options.ops)
     return typed
 
@@ -171,7 +174,9 @@ def _check(values: Mapping[str, str]) -> None:
 
 
 def _sizes(values: Mapping[str, str]) -> list[str]:
-    fields = {"minbytes": "min_size", "maxbytes": "max_size", "stepbytes": "step_size"}
+    fields = {"minbytes": "min_size", "maxbytes": "max_size"}
+    if values.get("stepfactor", "1") == "1":
+        fields["stepbytes"] = "step_size"
     return [f"collectives.{fields[name]}={_bytes(values[name])}" for name in fields if name in values]
 
 
@@ -188,7 +193,8 @@ def _at_least(name: str, text: str) -> list[str]:
 
 
 _SET = {
-    "stepfactor": lambda text: [] if text == "1" else [f"step_factor={text}"],
+    # As there, a factor above 1 counts, whatever the step.
+    "stepfactor": lambda text: [] if text == "1" else [f"step_factor={text}", "step_size=null"],
     "iters": lambda text: _at_least("iterations", text),
     "warmup_iters": lambda text: (
         ["min_warmup=0", "max_warmup=0"] if text == "0" else _at_least("warmup", text)

@@ -9,27 +9,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import USER_ERROR_EXIT, UserError
 from configs.paths import RunPaths
-from configs.rank import RankContext, free_port
+from configs.rank import PARENT, RankContext, free_port
 
 _GRACE = 5.0
 """Seconds in which the others notice that a rank ended and say so, before they are ended too."""
+_LEAVING = 60.0
+"""Seconds that a rank has to end which has said why it does: to give a GPU back may take that long on a busy machine."""
 _ERROR = re.compile(r"megaray: |[\w.]*(Error|Exception|Interrupt): ")
+_ECHO = re.compile(r"lost its peers|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
+"""What a rank says whose peer has ended: not why that one did."""
 _LAUNCHERS = (
     (
         "Open MPI",
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ),
-    ("srun", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")),
     ("MPICH", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
+    ("srun", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")),
 )  # fmt: skip
 """Rank, world, local rank and local world as launchers set them. Slurm's are those of a step: a batch script has a rank
-and a number of tasks too, though nobody started it as one of several."""
+and a number of tasks too, though nobody started it as one of several. It comes last, since inside Slurm each mpirun
+starts its daemons by srun, and the ranks inherit a daemon's place; srun with PMI sets MPICH's rank without a local one."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,8 @@ def launched(env: Mapping[str, str]) -> Launched | None:
     """
     if "RANK" in env:
         return Launched("torchrun" if "TORCHELASTIC_RUN_ID" in env else "", {})
-    for name, names in _LAUNCHERS:
-        if names[0] not in env or int(env.get(names[1], "1")) < 2:
-            continue
+    several = [one for one in _LAUNCHERS if one[1][0] in env and int(env.get(one[1][1], "1")) > 1]
+    for name, names in sorted(several, key=lambda one: one[1][2] not in env)[:1]:
         missing = [variable for variable in (names[2], "MASTER_ADDR", "MASTER_PORT") if variable not in env]
         if missing:
             raise UserError(
@@ -101,11 +105,7 @@ class LocalRanks:
         processes = []
         for rank in range(world):
             context = RankContext(rank, world, rank, world, "127.0.0.1", port, run, 1)
-            env = (
-                os.environ
-                | context.environment()
-                | {"MEGARAY_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-            )
+            env = os.environ | context.environment() | {PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
             env.setdefault("OMP_NUM_THREADS", "1")
             with paths.log(rank).open("wb") as log:
                 process = subprocess.Popen(
@@ -129,30 +129,39 @@ class LocalRanks:
         while None in codes and all(code is None or code in fine for code in codes):
             time.sleep(0.05)
             codes = [process.poll() for process in self.processes]
-        first = next((rank for rank, code in enumerate(codes) if code is not None and code not in fine), None)
-        if first is None:
+        if all(code in fine for code in codes):
             return max(code or 0 for code in codes), ""
-        deadline = time.monotonic() + _GRACE
-        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
-            time.sleep(0.05)
-        return self._verdict(first)
+        self._until_ended(range(len(codes)), _GRACE)
+        # A rank that needs longer says why it ends before it has, and its exit code is the verdict.
+        self._until_ended(
+            [rank for rank in range(len(codes)) if self._words(rank).startswith("megaray: ")], _LEAVING
+        )
+        return self._verdict(fine)
 
-    def _verdict(self, first: int) -> tuple[int, str]:
-        """Who is to blame: a rank that a signal ended, one that refuses its input, or the first that gave up."""
-        codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
+    def _until_ended(self, ranks: Sequence[int], seconds: float) -> None:
+        """Wait for these ranks."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(self.processes[rank].poll() is None for rank in ranks):
+            time.sleep(0.05)
+
+    def _words(self, rank: int) -> str:
+        return _last_words(self.run.attempt(1).log(rank))
+
+    def _verdict(self, fine: tuple[int, ...]) -> tuple[int, str]:
+        """Exit code and words of the rank to blame; those that run now are ended, and to blame for nothing."""
+        codes = {
+            rank: code for rank, process in enumerate(self.processes) if (code := process.poll()) is not None
+        }
         self.end()
-        killed = [rank for rank, code in codes.items() if code is not None and code < 0]
-        if killed:
-            number = -(codes[killed[0]] or 0)
-            return 1, f"rank {killed[0]} was ended by {signal.Signals(number).name}"
-        refused = [rank for rank, code in codes.items() if code == 2]
-        rank = refused[0] if refused else first
-        log = self.run.attempt(1).log(rank)
-        words = _last_words(log)
+        wrong = {rank: code for rank, code in codes.items() if code not in fine}
+        rank = min(wrong, key=lambda rank: (_cause(wrong[rank], self._words(rank)), rank))
+        if wrong[rank] < 0:
+            return 1, f"rank {rank} was ended by {signal.Signals(-wrong[rank]).name}"
+        words = self._words(rank)
         if words.startswith("megaray: "):
-            return codes[rank] or 1, words.removeprefix("megaray: ")
-        what = words or f"it ended with exit code {codes[rank]}"
-        return codes[rank] or 1, f"rank {rank}: {what} (all of it is in {log})"
+            return wrong[rank], words.removeprefix("megaray: ")
+        what = words or f"it ended with exit code {wrong[rank]}"
+        return wrong[rank], f"rank {rank}: {what} (all of it is in {self.run.attempt(1).log(rank)})"
 
     def end(self) -> None:
         """End what still runs, by process id."""
@@ -161,6 +170,15 @@ class LocalRanks:
                 os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
+
+
+def _cause(code: int, words: str) -> int:
+    """How near a rank's end is to the cause, 0 the nearest: others end since it did, some by an abort of a library."""
+    if code == USER_ERROR_EXIT:
+        return 0
+    if code < 0:
+        return 3 if code == -signal.SIGABRT else 1
+    return 4 if _ECHO.search(words) else 2
 
 
 def _last_words(log: Path) -> str:

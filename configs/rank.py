@@ -18,6 +18,8 @@ from configs.paths import AttemptPaths, RunPaths
 
 #: Variables of `torchrun`'s contract that a gang sets in the same way.
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PARENT = "MEGARAY_PARENT"
+"""Variable with the process that started this one as a rank, and whose end ends it."""
 _LOWEST = 20_000
 """Below are ports that services are known by."""
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -148,7 +150,7 @@ def die_with_parent(env: Mapping[str, str]) -> None:
     A gang passes its own id in `MEGARAY_PARENT`; without it, as under torchrun, nothing happens. A parent
     that ended before the call is noticed by the changed parent id.
     """
-    expected = env.get("MEGARAY_PARENT")
+    expected = env.get(PARENT)
     if expected is None:
         return
     pr_set_pdeathsig = 1

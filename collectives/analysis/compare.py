@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import isfinite
 from statistics import fmean, median
 from typing import Any
 
@@ -10,7 +11,7 @@ from collectives.analysis.judge import BandwidthFinding, FindingKind
 from collectives.analysis.paths import group_limit
 from collectives.ops.groups import GroupPartition, partitions
 from collectives.store.results import Metadata, Results, SweepRow
-from collectives.store.series import Baseline, groups, series
+from collectives.store.series import Baseline, every_series, groups
 from configs.errors import UserError
 from configs.schema import HardwareConfig
 
@@ -22,17 +23,27 @@ _SATURATED_SECONDS, _SATURATED_SECONDS_PER_RANK = 1e-3, 1e-4
 _ON_EVERY_LINK = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
-def against_baseline(results: Results, baseline: Results, tolerance: float) -> list[BandwidthFinding]:
+def against_baseline(
+    results: Results, baseline: Results, tolerance: float, warn: Callable[[str], None] = lambda _: None
+) -> list[BandwidthFinding]:
     """Operations whose bus bandwidth fell by more than `tolerance`, beyond both confidence intervals.
 
+    Args:
+        results: what is judged.
+        baseline: the earlier measurement.
+        tolerance: share by which a rate may fall, in (0, 1).
+        warn: called with a line about sizes that can't be judged: nobody knows an interval of theirs.
+
     Raises:
-        UserError: where the two share no case.
+        UserError: where the two share no case, or none whose intervals are known.
     """
-    before, findings, compared = Baseline(baseline), [], 0
+    before, findings, shared, compared = Baseline(baseline), [], 0, 0
     for group in groups(results):
-        for line in series(results.rows, group, variants=1 << 30)[0]:
+        for line in every_series(results.rows, group):
             for placement in ("in_place", "out_of_place"):
-                ratios = before.ratios(line, placement)
+                every = before.ratios(line, placement)
+                ratios = {size: (ratio, width) for size, (ratio, width) in every.items() if isfinite(width)}
+                shared += len(every)
                 compared += len(ratios)
                 slow = {
                     size: ratio for size, (ratio, width) in ratios.items() if ratio + width < 1 - tolerance
@@ -53,10 +64,19 @@ def against_baseline(results: Results, baseline: Results, tolerance: float) -> l
                             FindingKind.BELOW_BASELINE, text, ratio=slow[worst], evidence=evidence
                         )
                     )
-    if not compared:
+    if not shared:
         raise UserError(
             "the two measurements share no operation, group, number of ranks, type and size; measure the same again, "
             "with the settings in metadata.json of the baseline"
+        )
+    if not compared:
+        raise UserError(
+            "none of the sizes that both measured has a confidence interval, which takes five calls or bursts: measure "
+            "again with more of them, e.g. -n 20 collectives.max_iterations=1000"
+        )
+    if compared < shared:
+        warn(
+            f"{shared - compared} of {shared} times have fewer than the five calls that intervals take, and aren't judged"
         )
     return findings
 

@@ -23,6 +23,8 @@ MOVED_ONLY = ("f8e4m3", "f8e5m2")
 _LARGEST = {torch.int8: 127, torch.uint8: 255, torch.half: 2048, torch.bfloat16: 256}
 """Up to which every whole number is exact; other types hold far more than is used."""
 _PERIOD = 65_521
+_COMPARED = 256
+"""Periods that are compared at once: 16 MiB of truth values."""
 _VALUES = 113
 _FACTORS = 6
 """Ranks whose factor is 2 at one place of a product, at most: 2^6 is exact in every type."""
@@ -82,5 +84,7 @@ def mismatches(buffer: Tensor, tile: Tensor) -> int:
     if len(buffer) <= len(expected):
         return int((buffer != expected[: len(buffer)]).sum())
     whole = len(buffer) // _PERIOD * _PERIOD
-    wrong = (buffer[:whole].view(-1, _PERIOD) != expected).sum()
+    # In parts: what is compared takes a byte an element, which of types of one byte is the buffer's memory once more.
+    parts = buffer[:whole].view(-1, _PERIOD).split(_COMPARED)
+    wrong = sum((part != expected).sum() for part in parts)
     return int(wrong + (buffer[whole:] != expected[: len(buffer) - whole]).sum())

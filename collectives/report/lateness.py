@@ -90,6 +90,7 @@ def lateness(rows: Sequence[SweepRow], partition: Sequence[Sequence[int]]) -> tu
 
 def _groups_of(results: Results, kind: str) -> Sequence[Sequence[int]]:
     """The ranks of each group of a kind."""
-    if all(row.groups == 1 for row in results.rows if row.group == kind):
-        return (range(results.metadata.settings["ranks"]),)
+    ranks = results.metadata.settings["ranks"]
+    if all(row.ranks == ranks for row in results.rows if row.group == kind):
+        return (range(ranks),)
     return partition_of(results.metadata, kind).groups

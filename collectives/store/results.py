@@ -7,17 +7,21 @@ comes. From it `stream.write` makes nccl-tests' JSON (schema version 3, one file
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, BinaryIO
 
+from configs.errors import UserError
 from configs.paths import write_whole
 
 _CHUNK = 1 << 20
+_TRIES, _TRY_SECONDS = 5, 0.1
 JSON_VERSION = 3
 """Of nccl-tests' schema (`src/util.cu`, release 2.19)."""
 
@@ -190,7 +194,8 @@ class ResultStore:
         if not self.rows.exists():
             return []
         data = self.rows.read_bytes()
-        rows = [row_of(json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        rows = [row_at(self.rows, number, line) for number, line in enumerate(lines, start=1)]
         return list({row.key: row for row in rows}.values())
 
     def read(self) -> Results:
@@ -207,10 +212,42 @@ class ResultStore:
 
         Raises:
             FileNotFoundError: where the folder holds none.
+            UserError: where the file isn't what was written.
         """
-        tree = json.loads(self.metadata.read_text())
-        ended = tree.pop("ended", None)
-        return Metadata(**tree), ended
+        try:
+            tree = json.loads(self.metadata.read_text())
+            ended = tree.pop("ended", None)
+            return Metadata(**tree), ended
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.metadata} is damaged ({error}); put a copy of it there, or measure into another folder"
+            ) from None
+
+    def hold(self) -> BinaryIO:
+        """Keep other writers out of the folder, as long as what is returned is open and this process lives.
+
+        Raises:
+            UserError: where another process measures into it.
+            OSError: where the folder can't be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.rows.open("ab")
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not left:
+                    file.close()
+                    raise UserError(
+                        f"another command measures into {self.folder} now; wait for its end, or name another folder with "
+                        "--out"
+                    ) from None
+                time.sleep(_TRY_SECONDS)  # a command that only looks holds it for a moment, too
+            except OSError:
+                break  # a file system without locks
+            else:
+                break
+        return file
 
     def end(self, ended: str) -> None:
         """Mark the measurement as whole."""
@@ -349,6 +386,21 @@ def write_csv(path: Path, rows: Iterable[SweepRow], metadata: Metadata) -> None:
             if not row.timings:
                 out.writerow(base)
     temporary.replace(path)
+
+
+def row_at(path: Path, number: int, line: bytes) -> SweepRow:
+    """The row of a line.
+
+    Raises:
+        UserError: where it isn't what `ResultStore.append` wrote.
+    """
+    try:
+        return row_of(json.loads(line))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"line {number} of {path} is damaged ({type(error).__name__}: {error}); remove the line, and its case is "
+            "measured anew where the measurement isn't finished"
+        ) from None
 
 
 def row_of(tree: dict[str, Any]) -> SweepRow:

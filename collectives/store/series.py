@@ -42,18 +42,23 @@ def groups(results: Results) -> list[str]:
 
 def series(rows: Iterable[SweepRow], group: str, variants: int = VARIANTS) -> tuple[list[RowSeries], int]:
     """Lines of one kind of group, at most `LINES` with at most `variants` of an operation; and how many are left out."""
+    lines = every_series(rows, group)
+    # Of each operation one, then of each the next.
+    kept = sorted((line for line in lines if line.place < variants), key=lambda line: line.place)[:LINES]
+    return [line for line in lines if line in kept], len(lines) - len(kept)
+
+
+def every_series(rows: Iterable[SweepRow], group: str) -> list[RowSeries]:
+    """All lines of one kind of group, however many a panel could tell apart."""
     by_op: dict[str, dict[tuple[str, str, int], list[SweepRow]]] = {}
     for row in rows:
         if row.group == group and row.size > 0 and row.timings:
             by_op.setdefault(row.op, {}).setdefault((row.dtype, row.redop, row.root), []).append(row)
-    lines = [
+    return [
         RowSeries(op, place, _label(op, variant, len(kinds) > 1), tuple(members))
         for op, kinds in by_op.items()
         for place, (variant, members) in enumerate(kinds.items())
     ]
-    # Of each operation one, then of each the next.
-    kept = sorted((line for line in lines if line.place < variants), key=lambda line: line.place)[:LINES]
-    return [line for line in lines if line in kept], len(lines) - len(kept)
 
 
 def _label(op: str, variant: tuple[str, str, int], several: bool) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from collectives.store.results import ResultStore, SweepRow, nccl_tests_json, row_of, write_csv
+from collectives.store.results import ResultStore, SweepRow, nccl_tests_json, row_at, row_of, write_csv
 from configs.paths import write_whole
 
 Alive = Callable[[], None]
@@ -46,11 +46,11 @@ class RowIndex:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):  # still being written, or torn
                     return
                 self._alive()
-                yield begin, row_of(json.loads(line))
+                yield begin, row_at(self._path, number, line)
                 begin += len(line)
 
     def rows(self, begins: list[int] | None = None) -> Iterator[SweepRow]:
@@ -64,13 +64,21 @@ class RowIndex:
                 yield row_of(json.loads(file.readline()))
 
 
-def write(store: ResultStore, alive: Alive) -> list[Path]:
-    """Make nccl-tests' JSON of each operation and group, and the CSV of all rows; their paths."""
-    about, ended = store.read_metadata()
+def write(store: ResultStore, alive: Alive, ended: str | None = None) -> list[Path]:
+    """Make nccl-tests' JSON of each operation and group, and the CSV of all rows; their paths.
+
+    Args:
+        store: a measurement whose rows nobody appends to meanwhile.
+        alive: called for each row.
+        ended: when the measurement was whole, of one that isn't marked as such yet.
+    """
+    about, marked = store.read_metadata()
     index, made = RowIndex(store, alive), list[Path]()
     for (op, group), begins in index.cases.items():
-        made.append(store.folder / f"{op}.{group}.json")
-        write_whole(made[-1], json.dumps(nccl_tests_json(about, list(index.rows(begins)), ended)))
+        made.append(
+            store.folder / f"{op}.{group.replace('/', 'DIV')}.json"
+        )  # nccl-tests' sign for DIV, as in /2
+        write_whole(made[-1], json.dumps(nccl_tests_json(about, list(index.rows(begins)), ended or marked)))
     if index.cases:
         made.append(store.folder / "results.csv")
         write_csv(made[-1], index.rows(), about)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from collectives.analysis.judge import BandwidthFinding, FindingKind
 from collectives.report.table import ResultTable
@@ -35,7 +35,8 @@ class Journal:
         self._graphs = False
         self._rank, self._beat = rank, beat
         self._writes = rank.rank == 0
-        self._lines = MetricWriter(rank.paths.metrics) if self._writes else None
+        self._lines: MetricWriter | None = None
+        self._held: BinaryIO | None = None
         self.table = ResultTable(sys.stdout) if self._writes else None
 
     def begin(self, about: Metadata) -> list[SweepRow]:
@@ -43,7 +44,14 @@ class Journal:
 
         Returns:
             The rows that are done, without their times.
+
+        Raises:
+            UserError: where another command measures into the folder.
+            OSError: where the folder can't be written.
         """
+        if self._writes and self._rank.attempt == 1:  # of a run's attempts the controller lets one write
+            self._held = self.store.hold()
+        self._lines = MetricWriter(self._rank.paths.metrics) if self._writes else None
         kept: list[SweepRow] = []
         self._graphs = about.settings["collectives"]["timer"] == "graph"
         if self.store.metadata.exists():
@@ -116,8 +124,10 @@ class Journal:
         if not self._writes:
             return
         self.store.keep("findings", [finding.to_json() for finding in self.findings])
-        self.store.end(metadata.utc())
-        stream.write(self.store, self.alive)
+        # A measurement that is marked as whole isn't continued: its files have to be there.
+        ended = metadata.utc()
+        stream.write(self.store, self.alive, ended)
+        self.store.end(ended)
         if self.table:
             self.table.end()
             files = sorted(path.name for path in self.store.folder.iterdir())
@@ -125,6 +135,8 @@ class Journal:
         assert self._lines is not None
         self._lines.write(EndedLine(time.time(), self._rank.attempt, self.finished, None, 0))
         self._lines.close()
+        if self._held:
+            self._held.close()
 
     def _measured(self, case: dict[str, Any], result: dict[str, Any], note: str) -> None:
         assert self._lines is not None

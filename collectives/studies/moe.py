@@ -88,8 +88,8 @@ class Moe:
     ) -> None:
         self._bench, self._team, self._journal = bench, bench.team, journal
         self._settings, self._model = bench.settings, config.model
-        partition = partitions("ep" if layout["ep"] > 1 else "world", self._team.nodes, layout)[0]
-        self._ranks = partition.ranks
+        self._partition = partitions("ep" if layout["ep"] > 1 else "world", self._team.nodes, layout)[0]
+        self._ranks = self._partition.ranks
         if config.model.experts % self._ranks:
             raise UserError(
                 f"model.experts={config.model.experts} does not divide over the {self._ranks} ranks of an expert group; "
@@ -103,7 +103,7 @@ class Moe:
             )
         self._points = [value for value in self._settings.imbalances if value <= self._ranks]
         self._named = list(self._routings())
-        self._seat = self._team.seat(partition)
+        self._seat = self._team.seat(self._partition)
 
     @property
     def cases(self) -> int:
@@ -152,7 +152,7 @@ class Moe:
                 MoeTraffic(routing.cut(loads, self._settings.chunks), seat, weights) for loads in steps
             ]
         dispatch = self._mean([e.dispatch for e in whole])
-        experts = self._mean([e.compute for e in whole])
+        experts = self._mean([e.compute for e in whole], alone=True)
         sequential = self._mean([e.layer for e in whole])
         overlapped = self._mean([e.layer for e in chunked])
         if dispatch is None or experts is None or sequential is None or overlapped is None:
@@ -171,13 +171,19 @@ class Moe:
             matrix=tuple(map(tuple, matrices[0].tolist())),
         )
 
-    def _mean(self, calls: Sequence[Callable[[], object]]) -> float | None:
-        """Mean time in us of calls that are gone through in turn; None on ranks other than 0."""
+    def _mean(self, calls: Sequence[Callable[[], object]], *, alone: bool = False) -> float | None:
+        """Mean time in us of calls that are gone through in turn; None on ranks other than 0.
+
+        A call that exchanges something lasts as long for every rank. Where ranks work `alone`, the layer waits in each step
+        for the slowest one: the mean over the ranks would be the same whatever the imbalance.
+        """
         turn = iter(range(1 << 62))
         call = (lambda: calls[next(turn) % len(calls)]()) if calls else None
         group = self._seat.group if self._seat is not None else None
         raw = self._bench.time(call, group, capturable=False)  # the next call is another step's
-        return None if raw is None else float(raw.series().mean())
+        if raw is None:
+            return None
+        return raw.slowest(self._partition.groups) if alone else float(raw.series().mean())
 
 
 class RandomExperts:

@@ -224,7 +224,7 @@ class SweepRunner:
     def _check(self, one: CaseSeries, transfer: Transfer | None, raw: Raw | None) -> int | None:
         if one.op.name == "barrier":
             known = raw is not None and raw.comparable and self._team.one_machine
-            return raw.left_early() if known and raw is not None else None
+            return raw.left_early(one.partition.groups) if known and raw is not None else None
         times = range(self._settings.check)
         return self._team.tree.total(sum(transfer.check() for _ in times) if transfer is not None else 0)
 

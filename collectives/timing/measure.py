@@ -264,9 +264,15 @@ class Raw:
             calls=len(series) * (self.burst_size if self.bursts is not None else 1),
         )
 
-    def left_early(self) -> int:
-        """Of a barrier: how often a rank left before the last one entered."""
-        return int((self.stamps[:, :, 1] < self.stamps[:, :, 0].max(axis=0)).sum())
+    def slowest(self, groups: Sequence[Sequence[int]]) -> float:
+        """Mean microseconds of a call by the slowest rank of its group, of ranks that don't wait for each other in it."""
+        own = np.diff(self.stamps, axis=2)[:, :, 0] / 1e3
+        return float(np.mean([own[list(ranks)].max(axis=0).mean() for ranks in groups]))
+
+    def left_early(self, groups: Sequence[Sequence[int]]) -> int:
+        """Of a barrier of each group: how often a rank left before the last one of its group entered."""
+        own = [self.stamps[list(ranks)] for ranks in groups]
+        return sum(int((one[:, :, 1] < one[:, :, 0].max(axis=0)).sum()) for one in own)
 
 
 def _nothing() -> None:

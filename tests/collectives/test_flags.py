@@ -73,6 +73,8 @@ def test_the_first_command_of_their_readme() -> None:
         ("-f 1", {"step_size": 1 << 20}),
         ("-f 1 -i 64", {"step_size": 64, "step_factor": 2}),
         ("-f 3", {"step_factor": 3, "step_size": None}),
+        ("-f 3 -i 1M", {"step_factor": 3, "step_size": None}),
+        ("-f 3 collectives.step_size=4K", {"step_factor": 3, "step_size": None}),
         ("-n 1", {"min_iterations": 1, "max_iterations": 1000}),
         ("-n 5000 -w 500", {"min_iterations": 5000, "max_iterations": 5000, "min_warmup": 500, "max_warmup": 500}),
         ("-w 0", {"min_warmup": 0, "max_warmup": 0}),
@@ -130,6 +132,16 @@ def test_their_variables_for_groups(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert configured("-b 8").groups == groups
+
+
+def test_groups_that_are_typed_count_before_their_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a shell still had from another day took the place of what was typed."""
+    monkeypatch.setenv("NCCL_TESTS_SPLIT", "MOD 2")
+    assert configured("collectives.groups=world").groups == ("world",)
+    monkeypatch.setenv("MEGARAY_PARENT", "1")
+    assert configured("-b 8").groups == ("world",), (
+        "a rank that is started here has its groups from the command"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,49 @@ def test_one_size_of_many_may_be_slower_by_chance() -> None:
     now = results()
     odd = replace(now.rows[3], in_place=timing("all_reduce", SIZES[3], 8, 1000))
     assert against_baseline(replace(now, rows=(*now.rows[:3], odd, *now.rows[4:])), results(), 0.1) == []
+
+
+def test_every_line_is_compared_and_not_only_those_that_a_plot_draws() -> None:
+    """Of more than twelve types and reductions, the others were passed over: whatever happened to them was no finding."""
+    kinds = [
+        (dtype, redop)
+        for dtype in ("half", "bfloat16", "float", "double")
+        for redop in ("sum", "prod", "max", "min")
+    ]
+    before, slow = results(), results(1.3)
+    every = [
+        replace(row, dtype=dtype, redop=redop)
+        for dtype, redop in kinds
+        for row in (slow if (dtype, redop) == kinds[-1] else before).rows
+    ]
+    usual = [replace(row, dtype=dtype, redop=redop) for dtype, redop in kinds for row in before.rows]
+    (finding,) = against_baseline(replace(before, rows=tuple(every)), replace(before, rows=tuple(usual)), 0.1)
+    assert finding.what.startswith("all_reduce double min in group world, in place: slower")
+
+
+def without_intervals(measured: Results, sizes: list[int]) -> Results:
+    """Of fewer than five calls each."""
+    rows = [
+        replace(row, in_place=replace(row.in_place, ci_us=math.inf))
+        if row.size in sizes and row.in_place
+        else row
+        for row in measured.rows
+    ]
+    return replace(measured, rows=tuple(rows))
+
+
+def test_what_has_no_interval_is_not_passed_over_in_silence() -> None:
+    """Times of fewer than five calls have none: three times as slow, they were "nothing slower than it should be"."""
+    with pytest.raises(
+        UserError, match="none of the sizes .* has a confidence interval, which takes five calls"
+    ):
+        against_baseline(without_intervals(results(3.0), SIZES), results(), 0.1)
+    lines = list[str]()
+    (finding,) = against_baseline(without_intervals(results(3.0), SIZES[-2:]), results(), 0.1, lines.append)
+    assert len(finding.evidence["ratios"]) == len(SIZES) - 2
+    assert lines == [
+        f"2 of {len(SIZES)} times have fewer than the five calls that intervals take, and aren't judged"
+    ]
 
 
 def test_what_has_nothing_in_common_is_refused() -> None:

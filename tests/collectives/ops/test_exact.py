@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from collectives.ops.exact import TYPES, fill, mismatches, reduced, sent
 from collectives.ops.operations import WIDTHS
@@ -83,3 +86,26 @@ def test_every_wrong_element_is_counted_once(length: int, name: str) -> None:
     if length and name != "int8":
         buffer[0] = float("nan")
         assert mismatches(buffer, tile) == len(places)
+
+
+class LargestResult(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation made anew."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it."""
+        made = func(*args, **kwargs or {})
+        given = [one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)]
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+            self.bytes = max(self.bytes, made.nbytes)
+        return made
+
+
+def test_a_check_takes_little_memory_beside_the_buffer() -> None:
+    """Of one byte each, the elements' truth values were as much as the buffer: the largest size that fitted ended in it."""
+    buffer = torch.zeros(PERIOD * 1000 + 5, dtype=torch.uint8)
+    buffer[[0, PERIOD * 700, -1]] = 1
+    with LargestResult() as largest:
+        assert mismatches(buffer, torch.zeros(PERIOD, dtype=torch.uint8)) == 3
+    assert largest.bytes <= buffer.nbytes / 3

@@ -297,6 +297,18 @@ def test_the_late_rank_is_the_guilty_one_not_those_that_wait_for_it():
     assert lateness([row("barrier", 0, 5.0, in_place=None, out_of_place=None)], [range(RANKS)]) is None
 
 
+def test_a_rank_that_was_idle_is_not_late():
+    """Of three ranks one is in no pair: its empty calls were the shortest, and so it seemed to keep the others waiting."""
+    meta = metadata(("node-a", "node-a", "node-a"))
+    meta = replace(meta, settings=meta.settings | {"ranks": 3})
+    pair = timing(64, 50.0, 1.0)
+    idle = replace(pair, rank_times_us=((0.1,) * 20, *pair.rank_times_us[:2]))
+    rows = (row("all_reduce", 64, 50.0, group="pairs1", ranks=2, in_place=idle),)
+    (plot,) = [p for p in draw(Material(Results(meta, rows))) if p.title.startswith("Lateness")]
+    shares = plot.figure.axes[0].images[0].get_array()[:, 0]
+    assert shares.mask.tolist() == [True, False, False] and shares[1:].tolist() == pytest.approx([0, 0])
+
+
 def test_the_darkest_cell_of_the_map_of_ranks_is_the_late_rank():
     rows = [row(op, 64, 50.0, in_place=timing(64, 50.0, 1.5, late=1)) for op in ("all_reduce", "broadcast")]
     (plot,) = [p for p in draw(Material(Results(metadata(), tuple(rows)))) if p.title.startswith("Lateness")]

@@ -169,6 +169,7 @@ def test_flags_beside_a_configuration_file_count(tmp_path: Path, monkeypatch: py
     )
     seen: list[Any] = []
     monkeypatch.setattr(cli, "_run_here", lambda config, ranks, folder: seen.append((config, ranks)) or 0)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     assert (
         cli.main(

@@ -218,6 +218,18 @@ def test_an_idle_rank_does_not_wait_at_barriers_of_the_others(tmp_path: Path) ->
     assert all(timing.wrong == 0 for row in rows for timing in row.timings)
 
 
+def sweep_of_barriers(rank: RankContext) -> list[SweepRow]:
+    config = quick("collectives.ops=barrier", "collectives.groups=pairs")
+    return measure(Team.meet(config, rank), config, ONE, rank.run.root)
+
+
+@pytest.mark.timeout(90)
+def test_a_barrier_of_some_ranks_is_not_wrong(tmp_path: Path) -> None:
+    """What the idle rank and other groups did meanwhile was counted as leaving early, a critical finding."""
+    rows = together(3, tmp_path, sweep_of_barriers)[0]
+    assert [[timing.wrong for timing in row.timings] for row in rows] == [[0]] * 3
+
+
 # ---- a real run, through nccl-tests' own reader where it is there ----
 
 

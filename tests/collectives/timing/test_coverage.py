@@ -162,6 +162,14 @@ def test_idle_ranks_do_not_make_a_case_faster() -> None:
     assert Raw(stamps, True, 1.0, 0, np.array([True, False])).series().mean() == 10.0
 
 
+def test_a_barrier_is_left_early_within_its_group_alone() -> None:
+    """Groups that run at once don't wait for each other, and an idle rank for nobody: each of them was counted as wrong."""
+    ahead, behind, idle = [[0, 10], [10, 20]], [[50, 60], [60, 70]], [[0, 1], [1, 2]]
+    raw = Raw(np.array([ahead, behind, ahead, behind, idle], dtype=np.int64), True, 1.0, 0, np.ones(5, bool))
+    assert raw.left_early([(0, 2), (1, 3)]) == 0
+    assert raw.left_early([(0, 1)]) == 2
+
+
 def test_a_row_of_many_ranks_keeps_their_last_calls_alone() -> None:
     stamps = np.zeros((1024, 200, 2), dtype=np.int64)
     stamps[:, :, 1] = np.arange(200) * 1000
