@@ -19,17 +19,32 @@ ARCHITECTURES = {
     "GptOssForCausalLM": "gpt_oss", "Llama4ForConditionalGeneration": "llama4", "Llama4ForCausalLM": "llama4",
     "PhimoeForCausalLM": "phimoe", "PhiMoEForCausalLM": "phimoe", "MistralForCausalLM": "mistral",
     "Mistral3ForConditionalGeneration": "mistral", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3ForCausalLM": "qwen3", "Glm4MoeForCausalLM": "glm4_moe", "GraniteMoeForCausalLM": "granitemoe",
 }  # fmt: skip
 """Class that a file names under `architectures` -> its `model_type`."""
 ALIASES = {"llama4_text": "llama4", "mistral3": "mistral"}
 
-_EPS = {"mixtral": 1e-5, "olmoe": 1e-5, "gpt_oss": 1e-5, "llama4": 1e-5, "phimoe": 1e-5}
-_THETA = {"mixtral": 1e6, "phimoe": 1e6, "llama4": 5e5, "gpt_oss": 1.5e5}
-"""Defaults of the families' own classes, where they aren't 1e-6 and 1e4."""
+_LATENT = {"q_lora_rank": 1536}
+DEFAULTS: dict[str, Tree] = {
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "olmoe": {"rms_norm_eps": 1e-5},
+    "qwen2_moe": {"num_key_value_heads": 16},
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "deepseek_v2": _LATENT | {"n_shared_experts": 2},
+    "deepseek_v3": _LATENT | {"n_shared_experts": 1, "n_group": 8, "topk_group": 4},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "rms_norm_eps": 1e-5, "rope_theta": 1.5e5},
+    "llama4": {"num_key_value_heads": 8, "head_dim": 128, "attention_chunk_size": 8192, "attn_temperature_tuning": True,
+               "rms_norm_eps": 1e-5, "rope_theta": 5e5},
+    "phimoe": {"num_key_value_heads": 8, "router_jitter_noise": 0.01, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "glm4_moe": {"num_key_value_heads": 8, "n_shared_experts": 1, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5},
+}  # fmt: skip
+"""What the families' own classes have for keys that a file leaves out, where it isn't what most of them have."""
 
 
-def common(config: ConfigFile, family: str, name: str) -> Tree:
+def common(config: ConfigFile, name: str) -> Tree:
     """The fields that all families spell alike.
 
     Raises:
@@ -39,24 +54,34 @@ def common(config: ConfigFile, family: str, name: str) -> Tree:
     if config.get("quantization_config"):
         config.differs("quantization_config", "weights in `train.precision`")
     heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
-    theta, yarn = _rope(config, family)
+    theta, yarn = _rope(config)
     return {
         "name": name, "layers": config.whole("num_hidden_layers"), "hidden": hidden, "heads": heads,
         "kv_heads": config.whole("num_key_value_heads", default=heads), "vocab": config.whole("vocab_size"),
         "head_dim": config.whole("head_dim", default=hidden // max(heads, 1)), "rope_theta": theta, "yarn": yarn,
-        "norm_eps": config.number("rms_norm_eps", _EPS.get(family, 1e-6)),
+        "norm_eps": config.number("rms_norm_eps", 1e-6),
         "init_std": config.number("initializer_range", 0.02),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     }  # fmt: skip
 
 
-def _rope(config: ConfigFile, family: str) -> tuple[float, Tree]:
+_ROPE = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+"""Keys of `rope_parameters` that any kind of them has."""
+
+
+def _rope(config: ConfigFile) -> tuple[float, Tree]:
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    theta = new.get("rope_theta") or config.number("rope_theta", _THETA.get(family, 1e4))
+    theta = new.get("rope_theta") or config.number("rope_theta", 1e4)
     config.get("rope_theta")
     scaling = new or old
+    if "partial_rotary_factor" in scaling and "partial_rotary_factor" not in config.defaults:
+        config.differs(f"partial_rotary_factor={scaling['partial_rotary_factor']}", "whole heads are rotated")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind in ("default", None):
+        if more := {key: value for key, value in scaling.items() if key not in _ROPE}:
+            config.differs(
+                f"rope_parameters: {', '.join(f'{k}={v}' for k, v in more.items())}", "the default"
+            )
         return float(theta), {}
     same = scaling.get("mscale", 1.0) == scaling.get("mscale_all_dim", 1.0) == 1.0
     plain = kind == "yarn" and scaling.get("attention_factor") is None and scaling.get("truncate", True)
@@ -198,17 +223,23 @@ def _latent(config: ConfigFile, dense: int) -> Tree:
             f"{config.where}: v_head_dim={value} isn't known here, {plain} is: model.head_dim is both the width of values "
             "and that of qk_nope_head_dim"
         )
+    return _shared_experts(config, dense) | {
+        "head_dim": plain, "attention": "mla",
+        "q_lora_rank": config.whole("q_lora_rank", default=0), "kv_lora_rank": config.whole("kv_lora_rank"),
+        "rope_head_dim": config.whole("qk_rope_head_dim", default=64),
+    }  # fmt: skip
+
+
+def _shared_experts(config: ConfigFile, dense: int) -> Tree:
+    """Leading dense layers, then routed and shared experts of one width."""
     width = config.whole("moe_intermediate_size")
     leading, step = config.whole("first_k_dense_replace", default=dense), config.period("moe_layer_freq")
     layers = range(config.whole("num_hidden_layers"))
     moe = [layer for layer in layers if layer >= leading and layer % step == 0]
     settings = f"first_k_dense_replace={leading} with moe_layer_freq={step}"
     return _placed(config, moe, "intermediate_size", settings, (leading, 1)) | {
-        "head_dim": plain, "experts": config.whole("n_routed_experts", "num_local_experts"),
-        "top_k": config.whole("num_experts_per_tok"), "expert_width": width,
-        "shared_width": width * config.whole("n_shared_experts", default=0), "attention": "mla",
-        "q_lora_rank": config.whole("q_lora_rank", default=0), "kv_lora_rank": config.whole("kv_lora_rank"),
-        "rope_head_dim": config.whole("qk_rope_head_dim", default=64),
+        "experts": config.whole("n_routed_experts", "num_local_experts"), "expert_width": width,
+        "top_k": config.whole("num_experts_per_tok"), "shared_width": width * config.whole("n_shared_experts", default=0),
     }  # fmt: skip
 
 
@@ -227,16 +258,44 @@ def _deepseek_v2(config: ConfigFile) -> Tree:
     return _latent(config, 0) | {"router": router}
 
 
-def _deepseek_v3(config: ConfigFile) -> Tree:
+def _sigmoid(config: ConfigFile, scale: float) -> Tree:
+    """DeepSeek-V3's router: sigmoid scores, balanced by a bias, in groups."""
     config.only("scoring_func", "sigmoid")
     config.only("topk_method", "noaux_tc")
-    router = {
+    return {
         "score": "sigmoid", "groups": config.whole("n_group", default=1),
-        "top_groups": config.whole("topk_group", default=1), "scale": config.number("routed_scaling_factor", 2.5),
+        "top_groups": config.whole("topk_group", default=1), "scale": config.number("routed_scaling_factor", scale),
         "balance": "both", "aux_coefficient": 1e-4,
         "renormalize": bool(config.get("norm_topk_prob", True)), "bias_update_rate": 1e-3,
     }  # fmt: skip
-    return _latent(config, 3) | {"router": router}
+
+
+def _deepseek_v3(config: ConfigFile) -> Tree:
+    return _latent(config, 3) | {"router": _sigmoid(config, 2.5)}
+
+
+def _glm4_moe(config: ConfigFile) -> Tree:
+    _biases(config)
+    rotated = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    fraction = rotated or config.number("partial_rotary_factor", 1.0)
+    return _shared_experts(config, 1) | {
+        "qk_norm": "head" if config.get("use_qk_norm", False) else "none", "rope_fraction": fraction,
+        "router": _sigmoid(config, 1.0),
+    }  # fmt: skip
+
+
+def _granitemoe(config: ConfigFile) -> Tree:
+    _biases(config)
+    heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
+    usual = (hidden // max(heads, 1)) ** -0.5
+    factor = config.number("attention_multiplier", 1.0)
+    if abs(factor - usual) > 1e-9:
+        config.differs(f"attention_multiplier={factor}", f"{usual:.6g}, one over the root of a head's width")
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        config.only(name, 1.0)
+    own = _experts(config)
+    router = _softmax(config, own["top_k"], 0.001, True)
+    return own | {"expert_width": config.whole("intermediate_size"), "router": router}
 
 
 def _gpt_oss(config: ConfigFile) -> Tree:
@@ -335,5 +394,5 @@ def _qwen3(config: ConfigFile) -> Tree:
 READERS: dict[str, Callable[[ConfigFile], Tree]] = {
     "mixtral": _mixtral, "olmoe": _olmoe, "qwen2_moe": _qwen2_moe, "qwen3_moe": _qwen3_moe, "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3, "gpt_oss": _gpt_oss, "llama4": _llama4, "phimoe": _phimoe, "mistral": _mistral,
-    "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3,
+    "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "glm4_moe": _glm4_moe, "granitemoe": _granitemoe,
 }  # fmt: skip

@@ -52,11 +52,13 @@ class ConfigFile:
         else:
             self.tree = tree
         self._read: set[str] = set()
+        self.defaults: Tree = {}
+        """What the family's own class has for a key that isn't there."""
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value; null counts as missing."""
+        """A value, or the family's own where the key is missing; `default` where that is null or there is none."""
         self._read.add(name)
-        value = self.tree.get(name)
+        value = self.tree.get(name, self.defaults.get(name))
         return default if value is None else value
 
     def whole(self, *names: str, default: int | None = None) -> int:

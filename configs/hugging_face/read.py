@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from configs.errors import UserError, nearest
-from configs.hugging_face.families import ALIASES, ARCHITECTURES, READERS, common
+from configs.hugging_face.families import ALIASES, ARCHITECTURES, DEFAULTS, READERS, common
 from configs.hugging_face.file import ConfigFile, LeftOut, Tree
 from configs.model import ModelConfig
 
@@ -103,7 +103,8 @@ def read(tree: Tree, where: str, name: str, predictions: int | None = None) -> R
     """
     config = ConfigFile(tree, where)
     family = _family(config)
-    fields = common(config, family, name)
+    config.defaults = DEFAULTS.get(family, {})
+    fields = common(config, name)
     own = READERS[family](config)
     config.only("attention_dropout", 0.0)
     depth = config.whole("num_nextn_predict_layers", default=0)

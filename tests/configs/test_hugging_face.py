@@ -31,6 +31,10 @@ LATENT: Tree = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 QWEN_MOE: Tree = {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 2}
+GLM: Tree = {
+    "moe_intermediate_size": 40, "n_routed_experts": 8, "num_experts_per_tok": 2, "head_dim": 16,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
 LLAMA4: Tree = {"num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 56}
 MAVERICK: Tree = {
     "attention_bias": False, "attention_chunk_size": 8192, "attention_dropout": 0.0, "attn_scale": 0.1,
@@ -98,6 +102,9 @@ FAMILIES: dict[str, tuple[str, Tree, Callable[[Tree], int]]] = {
         "Phimoe", {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}, _phimoe,
     ),
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 32}, _none),
+    "glm4_moe": ("Glm4Moe", GLM, _none),
+    "glm4_moe/norm": ("Glm4Moe", GLM | {"use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2}, _qkv),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 8, "num_experts_per_tok": 2}, _none),
     "llama": ("Llama", {"head_dim": 16, "tie_word_embeddings": True}, _none),
     "qwen2": ("Qwen2", {}, _qkv),
     "qwen3": ("Qwen3", {"head_dim": 24}, _none),
@@ -155,6 +162,18 @@ PUBLISHED: list[tuple[str, Tree, float, float]] = [
         "num_key_value_heads": 8, "num_local_experts": 16, "num_experts_per_tok": 2, "vocab_size": 32064,
         "attention_bias": True, "lm_head_bias": True,
     }, 41.9, 6.6),
+    ("Glm4MoeForCausalLM", {
+        "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 46,
+        "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "n_routed_experts": 128,
+        "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "vocab_size": 151552,
+        "attention_bias": True, "partial_rotary_factor": 0.5, "use_qk_norm": False,
+    }, 106.8, 12.0),
+    ("GraniteMoeForCausalLM", {
+        "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8, "vocab_size": 49155,
+        "tie_word_embeddings": True, "embedding_multiplier": 12.0, "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.22, "logits_scaling": 6.0,
+    }, 3.3, 0.88),
     ("LlamaForCausalLM", {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0,
@@ -168,8 +187,9 @@ PUBLISHED: list[tuple[str, Tree, float, float]] = [
 def test_published_sizes(architecture: str, tree: Tree, total: float, active: float) -> None:
     found = count(read(tree | {"architectures": [architecture]}, "config.json", "x").model)
     assert found.total / 1e9 == pytest.approx(total, rel=0.01)
-    # Papers leave out the embedding (GPT-OSS) or count it (the others): one of the two it is.
-    counts = (found.active / 1e9, (found.active - found.embedding) / 1e9)
+    # Papers leave out the embedding (GPT-OSS), the output projection too (GLM-4.5), or count both: one of the three it is.
+    sizes = (found.active, found.active - found.embedding, found.active_without_embeddings)
+    counts = [size / 1e9 for size in sizes]
     assert min(abs(one / active - 1) for one in counts) < 0.03, counts
 
 
@@ -277,6 +297,59 @@ def test_size_and_plan_name_what_was_left_out(tmp_path: Path) -> None:
     shown = " ".join(word for text in sized(answer(["hardware=h100"], file)) for word in text.split())
     assert line in shown
     assert plan(compose(["model=demo"]), None).notes == ()
+
+
+MISSING: list[tuple[str, Tree, str, dict[str, Any]]] = [
+    ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}, "num_key_value_heads", {"kv_heads": 8}),
+    ("qwen3_moe", QWEN_MOE, "num_key_value_heads", {"kv_heads": 4}),
+    ("qwen3", {}, "head_dim", {"head_dim": 128}),
+    ("gpt_oss", {"num_local_experts": 8, "num_experts_per_tok": 2}, "head_dim", {"head_dim": 64}),
+    ("mistral", {}, "sliding_window", {"window": 4096}),
+    ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}, "num_key_value_heads", {"kv_heads": 16}),
+    ("deepseek_v2", LATENT, "q_lora_rank", {"q_lora_rank": 1536}),
+    ("deepseek_v2", LATENT | {"q_lora_rank": None}, "", {"q_lora_rank": 0}),
+    ("deepseek_v3", LATENT | {"q_lora_rank": 32}, "n_shared_experts", {"shared_width": 40}),
+]  # fmt: skip
+"""`model_type`, settings, the key that is missing, and what the family's own class then has."""
+
+
+@pytest.mark.parametrize(("family", "own", "missing", "fields"), MISSING)
+def test_a_missing_key_is_what_the_familys_class_has(
+    family: str, own: Tree, missing: str, fields: dict[str, Any]
+) -> None:
+    tree = COMMON | {"num_attention_heads": 16, "num_key_value_heads": 16} | own | {"model_type": family}
+    tree.pop(missing, None)
+    model = read(tree, "config.json", "x").model
+    assert {name: getattr(model, name) for name in fields} == fields
+
+
+def test_what_a_familys_class_has_without_being_asked_is_named() -> None:
+    tree = COMMON | {"num_local_experts": 8, "num_experts_per_tok": 2}
+    gpt, phi = (
+        [str(one) for one in read(tree | {"model_type": kind}, "config.json", "x").differences]
+        for kind in ("gpt_oss", "phimoe")
+    )
+    assert "sliding_window=128 in every second layer (here: full attention in all)" in gpt
+    assert "router_jitter_noise=0.01 (here: 0.0)" in phi
+    four = read(COMMON | LLAMA4 | {"model_type": "llama4"}, "config.json", "x").differences
+    assert {"attention_chunk_size=8192", "attn_temperature_tuning=True"} <= {one.setting for one in four}
+
+
+def test_settings_of_the_rotation_that_are_not_known_are_named() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 2]}
+    tree = OLMOE | {"rope_parameters": rope}
+    left = [str(one) for one in read(tree, "config.json", "x").differences]
+    assert left == [
+        "partial_rotary_factor=0.5 (here: whole heads are rotated)",
+        "rope_parameters: mrope_section=[1, 2] (here: the default)",
+    ]
+    for place in (
+        {"rope_parameters": rope | {"partial_rotary_factor": 0.25}},
+        {"partial_rotary_factor": 0.25},
+        {},
+    ):
+        glm = read(COMMON | GLM | place | {"model_type": "glm4_moe"}, "config.json", "x")
+        assert glm.model.rope_fraction == (0.25 if place else 0.5)
 
 
 WRONG: list[tuple[Tree | str, str]] = [

@@ -7,7 +7,7 @@ forecast isn't fitted to either. All are as simple as they look.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
@@ -29,8 +29,15 @@ def halves(rows: int) -> tuple[list[int], list[int]]:
 
 
 def predict(name: str, cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
-    """A baseline's seconds for all cases, its numbers from those at `fit`."""
-    return _BY_NAME[name](cases, fit)
+    """A baseline's seconds for all cases, its numbers from those at `fit`.
+
+    The two that have one number scale their forecast by the median of measured over predicted.
+    """
+    if name == "log-linear":
+        return _log_linear(cases, fit)
+    raw = [(at_peak if name == "constant MFU" else _roofline)(case) for case in cases]
+    scale = median(measured / raw[i] for i, measured in zip(fit, _measured(cases, fit), strict=True))
+    return [scale * value for value in raw]
 
 
 def at_peak(case: StudyCase) -> float:
@@ -46,16 +53,6 @@ def stretch(case: StudyCase) -> float:
 
 def _measured(cases: Sequence[StudyCase], at: Sequence[int]) -> list[float]:
     return [cases[i].seconds or math.nan for i in at]
-
-
-def _scaled(raw: Sequence[float], cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
-    """`raw` times the median of measured over raw."""
-    scale = median([m / raw[i] for i, m in zip(fit, _measured(cases, fit), strict=True)])
-    return [scale * value for value in raw]
-
-
-def _constant_mfu(cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
-    return _scaled([at_peak(case) for case in cases], cases, fit)
 
 
 def _features(case: StudyCase) -> list[float]:
@@ -75,12 +72,8 @@ def _log_linear(cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
     return [float(value) for value in np.exp(table @ weights)]
 
 
-def _naive_roofline(cases: Sequence[StudyCase], fit: Sequence[int]) -> list[float]:
-    """FLOPs at 60 % of the peak with a bubble, ring formulas at fixed rates, 0.8 ms of host a layer and micro-batch."""
-    return _scaled([_roofline(case) for case in cases], cases, fit)
-
-
 def _roofline(case: StudyCase) -> float:
+    """FLOPs at 60 % of the peak with a bubble, ring formulas at fixed rates, 0.8 ms of host a layer and micro-batch."""
     job, layout = case.job, case.job.layout
     m, layers = job.micro_batches, job.model.layers / layout.pp
     activations = 2.0 * job.tokens * job.model.hidden
@@ -90,13 +83,6 @@ def _roofline(case: StudyCase) -> float:
     replicas = layout.dp * layout.cp
     data = 2 * (replicas - 1) / replicas * weights * 4 / 45e9
     return at_peak(case) / 0.6 * stretch(case) + tensor + data + 0.8e-3 * layers * m
-
-
-_BY_NAME: dict[str, Callable[[Sequence[StudyCase], Sequence[int]], list[float]]] = {
-    "constant MFU": _constant_mfu,
-    "log-linear": _log_linear,
-    "naive roofline": _naive_roofline,
-}
 
 
 def closed_form(case: StudyCase) -> float:

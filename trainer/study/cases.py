@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from configs.errors import UserError
+from trainer.sizing.model import flops
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.rates import Rates
 
@@ -24,10 +27,6 @@ class StudyCase:
     """Which row, for people: line and name."""
     job: TrainingJob
     rates: Rates
-    peak: float
-    """Peak of one device in FLOP/s at the run's precision."""
-    flops_per_token: float
-    """Model FLOPs by the source's convention."""
     seconds: float | None = None
     """Measured step."""
     fits: bool | None = None
@@ -49,6 +48,16 @@ class StudyCase:
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.job.global_batch * self.job.sequence
+
+    @property
+    def peak(self) -> float:
+        """Peak of one device in FLOP/s at the run's precision; NaN where it is unknown."""
+        return flops.peak(self.rates.hardware, self.job.precision) or math.nan
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Model FLOPs with the whole attention matrix, as the tables' sources count them."""
+        return flops.train_flops_per_token(self.job.model, self.job.sequence, full_attention=True)
 
 
 @dataclass

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from configs.schema import ModelConfig
 from trainer.sizing.model import flops
 from trainer.study import models, nanotron, published, vtrain
 from trainer.study.cases import Row, has_columns, number, whole
@@ -39,12 +38,8 @@ class TableFinding:
 def findings(rows: Sequence[Row]) -> list[TableFinding]:
     """What doesn't fit in a table, by the rules for its kind."""
     if has_columns(rows, nanotron.COLUMNS):
-        return [
-            *_each(rows, _nanotron_row),
-            *_in_tokens(rows),
-            *_nanotron_flops(rows),
-            *_before_and_after(rows),
-        ]
+        of_rows = _each(rows, _nanotron_row)
+        return [*of_rows, *_in_tokens(rows), *_nanotron_flops(rows), *_before_and_after(rows)]
     if has_columns(rows, vtrain.COLUMNS):
         return list(_each(rows, _vtrain_row))
     if has_columns(rows, published.COLUMNS):
@@ -90,14 +85,9 @@ def _nanotron_row(row: Row, where: str) -> Iterator[TableFinding]:
     if batch and samples and batch != samples * (number(row, "seq_len") or 1):
         yield from _differs("batch", where, batch, samples, 0.0, "samples")
     named = row.get("name", "")
-    for mark, column in (
-        ("_dp", "dp"),
-        ("_tp", "tp"),
-        ("_pp", "pp"),
-        ("_mbs", "mbs"),
-        ("_acc", "batch_accum"),
-    ):
-        printed = re.match(r"[\d.]+", named.partition(mark)[2])
+    for column in ("dp", "tp", "pp", "mbs", "batch_accum"):
+        mark = "acc" if column == "batch_accum" else column
+        printed = re.match(r"[\d.]+", named.partition(f"_{mark}")[2])
         value = number(row, column)
         if printed and value is not None and float(printed[0]) != value:
             yield TableFinding("name", where, f"is named {named}, but has {column}={value:g}")
@@ -124,15 +114,8 @@ def _in_tokens(rows: Sequence[Row]) -> Iterator[TableFinding]:
 
 def _nanotron_flops(rows: Sequence[Row]) -> Iterator[TableFinding]:
     keys = (
-        "hidden_size",
-        "num_layers",
-        "interm_dim",
-        "vocab_size",
-        "num_kv_heads",
-        "num_heads",
-        "seq_len",
-        "num_params",
-    )
+        "hidden_size", "num_layers", "interm_dim", "vocab_size", "num_kv_heads", "num_heads", "seq_len", "num_params",
+    )  # fmt: skip
     yield from _constant_flops(
         rows, lambda row: tuple(row[key] for key in keys), lambda row: _over(row, "mTFLOPs", "tok/s/gpu", 1.0),
         lambda row: f"job {row['job_id']}",
@@ -142,17 +125,8 @@ def _nanotron_flops(rows: Sequence[Row]) -> Iterator[TableFinding]:
 def _before_and_after(rows: Sequence[Row]) -> Iterator[TableFinding]:
     """The same set-up measured before and after the pipeline fix."""
     keys = (
-        "num_params",
-        "nodes",
-        "dp",
-        "pp",
-        "tp",
-        "mbs",
-        "batch_accum",
-        "zero_stage",
-        "num_kv_heads",
-        "seq_len",
-    )
+        "num_params", "nodes", "dp", "pp", "tp", "mbs", "batch_accum", "zero_stage", "num_kv_heads", "seq_len",
+    )  # fmt: skip
     speeds: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         speed = number(row, "tok/s/gpu")
@@ -242,7 +216,7 @@ def _utilisation(row: Row, where: str) -> Iterator[TableFinding]:
         return
     peak = (machine.hardware.peak_tflops.get("bf16") or 0) * 1e12
     said = mfu / 100 * seconds * gpus * peak / (batch * sequence)
-    counts = [_flops(shaped, int(sequence), full) for full in (True, False)]
+    counts = [flops.train_flops_per_token(shaped, int(sequence), full) for full in (True, False)]
     nearest = min(counts, key=lambda count: abs(said / count - 1))
     if abs(said / nearest - 1) > UTILISATION:
         yield TableFinding(
@@ -254,19 +228,11 @@ def _utilisation(row: Row, where: str) -> Iterator[TableFinding]:
 _OWN_MFU = ("megascale", "megascale_moe", "korthikanti")
 
 
-def _flops(model: ModelConfig, sequence: int, full: bool) -> float:
-    return flops.train_flops_per_token(model, sequence, full_attention=full)
-
-
 def _published_flops(rows: Sequence[Row]) -> Iterator[TableFinding]:
     """TFLOP/s over tokens/s must be constant for a model and sequence, whatever it runs on."""
-    dense = [
-        row
-        for row in rows
-        if number(row, "tflops_per_gpu") and "RECOMPUTE" not in (row["notes"] or "").upper()
-    ]
+    once = [row for row in rows if "RECOMPUTE" not in (row["notes"] or "").upper()]
     yield from _constant_flops(
-        dense,
+        once,
         lambda row: (row["block"], row["model"], row["seq"], row["vocab"]),
         lambda row: _over(row, "tflops_per_gpu", "tokens_per_s", number(row, "gpus") or 0.0),
         lambda row: f"{row['source']} on {row['gpus']} {row['gpu_type']} {row['precision']}",

@@ -21,12 +21,8 @@ MODELS = {
     "1T": (128, 25600, 160, 64, 1, 1, 512),
 }
 SOFTWARE = replace(
-    vtrain.SOFTWARE,
-    name="megatron-lm 2022, fp32 gradients",
-    gradient_bytes=4,
-    reduce_bytes=4,
-    fused_accumulation=True,
-)
+    vtrain.SOFTWARE, name="megatron-lm 2022, fp32 gradients", gradient_bytes=4, reduce_bytes=4, fused_accumulation=True
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,38 +44,26 @@ def lines(rows: Sequence[Row]) -> list[TableFigure]:
     for line, row in enumerate(rows, start=2):
         if row["model"] not in MODELS:
             continue
-        tensor, selective = _job(row["model"], "none", False), _job(row["model"], "selective", True)
+        tensor, selective = _used(row["model"], "none", False), _used(row["model"], "selective", True)
         made = (
-            ("states", "par_opt_GiB", _states(tensor)),
-            ("activations, tensor parallelism", "act_none_GiB", _activations(tensor)),
-            (
-                "activations, sequence parallelism, selective recomputation",
-                "act_seqsel_GiB",
-                _activations(selective),
-            ),
+            ("states", tensor.weights + tensor.gradients + tensor.optimizer),
+            ("activations, tensor parallelism", tensor.activations),
+            ("activations, sequence parallelism, selective recomputation", selective.activations),
         )
-        for what, column, predicted in made:
+        for (what, predicted), column in zip(made, COLUMNS[1:], strict=True):
             printed = number(row, column)
             if printed:
-                out.append(TableFigure(row["model"], what, printed, predicted, line))
+                out.append(TableFigure(row["model"], what, printed, predicted / memory.GIB, line))
     return out
 
 
-def _job(name: str, recompute: Recompute, sequence: bool) -> TrainingJob:
+def _used(name: str, recompute: Recompute, sequence: bool) -> memory.MemoryUsage:
+    """Memory of a model's fullest rank."""
     layers, hidden, heads, pp, interleave, micro, batch = MODELS[name]
     software: Software = replace(SOFTWARE, sequence_parallel=sequence)
-    return TrainingJob(
+    job = TrainingJob(
         model=vtrain.gpt(layers, hidden, heads, 51200), layout=Layout(pp=pp, dp=1, cp=1, ep=1, etp=1, tp=8),
         sequence=2048, micro_batch=micro, global_batch=batch, recompute=recompute, interleave=interleave,
         software=software,
     )  # fmt: skip
-
-
-def _states(job: TrainingJob) -> float:
-    _, used = memory.worst(job, "cuda")
-    return (used.weights + used.gradients + used.optimizer) / memory.GIB
-
-
-def _activations(job: TrainingJob) -> float:
-    _, used = memory.worst(job, "cuda")
-    return used.activations / memory.GIB
+    return memory.worst(job, "cuda")[1]

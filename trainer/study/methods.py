@@ -24,17 +24,8 @@ from trainer.study import models, published
 from trainer.study.cases import Row, number, whole
 
 TABLE = "mpf"
-METHODS = {
-    "FSDP": "FSDP",
-    "FSDP+EP": "FSDP+EP",
-    "FSDP_EP": "FSDP+EP",
-    "TP+EP+DP": "TP+EP+DP",
-    "TP_EP_DP": "TP+EP+DP",
-    "MCore": "MCore",
-    "MCore+Folding": "MCore+Folding",
-    "Folding": "MCore+Folding",
-}
-"""Methods by the last word of a row's source."""
+METHODS = ("FSDP", "FSDP+EP", "TP+EP+DP", "MCore", "MCore+Folding")
+"""The last word of a row's source; table 4 writes `_` for `+`, and its last one as `Folding`."""
 #: Tensor- and expert-parallel size of the methods' rows for Mixtral-8x22B (tables 1 and 3).
 PRINTED = {"FSDP": {"tp": 8, "ep": 1}, "FSDP+EP": {"tp": 2, "ep": 8}}
 ROOM = 0.9
@@ -57,13 +48,13 @@ class PaperRun:
     batch: int
     mfu: float | None
     """Measured, in percent; None: out of memory."""
-    job: TrainingJob | None
-    """The best layout that fits; None: none does."""
-    seconds: float | None
-    predicted: float | None
-    """MFU in percent."""
-    line: int = 0
+    line: int
     """Of the table's file."""
+    job: TrainingJob | None = None
+    """The best layout that fits; None: none does."""
+    seconds: float | None = None
+    predicted: float | None = None
+    """MFU in percent."""
 
     @property
     def setting(self) -> tuple[str, int, int, int]:
@@ -87,10 +78,11 @@ def runs(rows: Sequence[Row]) -> tuple[list[PaperRun], dict[str, list[int]]]:
 
 
 def _run(row: Row, line: int) -> PaperRun | str:
-    method = METHODS.get(row["source"].split()[-1])
+    method = row["source"].split()[-1].replace("_", "+")
+    method = METHODS[-1] if method == "Folding" else method
     shaped, machine = models.model(row), published.rates(row["gpu_type"])
     gpus, sequence = whole(row, "gpus"), whole(row, "seq")
-    if method is None or not gpus or not sequence:
+    if method not in METHODS or not gpus or not sequence:
         return "method, number of devices or sequence not on record"
     if isinstance(shaped, str) or isinstance(machine, str):
         return shaped if isinstance(shaped, str) else str(machine)
@@ -102,13 +94,15 @@ def _run(row: Row, line: int) -> PaperRun | str:
     task = _Task(method, gpus, sequence, batch, printed)
     fastest = _best(task, shaped, machine)
     key = f"line {line} {row['source'].removeprefix('MoE Parallel Folding ')}, {row['model']} on {gpus}"
+    run = PaperRun(key, method, row["model"], gpus, sequence, batch, measured, line)
     if fastest is None:
-        return PaperRun(key, method, row["model"], gpus, sequence, batch, measured, None, None, None, line)
+        return run
     job, seconds = fastest
     per_token = flops.train_flops_per_token(shaped, sequence)
-    peak = flops.peak(machine.hardware, "bf16") or float("nan")
-    mfu = 100 * batch * sequence * per_token / (seconds * gpus * peak)
-    return PaperRun(key, method, row["model"], gpus, sequence, batch, measured, job, seconds, mfu, line)
+    peak = flops.peak(machine.hardware, "bf16") or math.nan
+    return replace(
+        run, job=job, seconds=seconds, predicted=100 * batch * sequence * per_token / (seconds * gpus * peak)
+    )
 
 
 @dataclass(frozen=True)

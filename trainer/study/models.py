@@ -88,7 +88,7 @@ KNOWN: dict[str, Shape] = {
                     **_MLA),
     "Llama4-Scout": _moe(48, 5120, 40, 8, 202048, (16, 1, 8192), shared_width=8192, head_dim=128),
     "Llama4-Maverick": _moe(48, 5120, 40, 8, 202048, (128, 1, 8192), shared_width=8192, head_dim=128,
-                            dense_layers=24, dense_width=16384),  # every other layer is dense
+                            moe_every=2, dense_width=16384),
     "DBRX": _moe(40, 6144, 48, 8, 100352, (16, 4, 10752)),
     "Grok-1": _moe(64, 6144, 48, 8, 131072, (8, 2, 32768)),
     "Phi-3.5-MoE": _moe(32, 4096, 32, 8, 32064, (16, 2, 6400)),
@@ -147,19 +147,8 @@ def model(row: Row) -> ModelConfig | str:
 
 
 PRESETS = (
-    "gb300",
-    "gb200",
-    "b300",
-    "b200",
-    "h200",
-    "h800",
-    "h100",
-    "a100",
-    "mi355x",
-    "mi325x",
-    "mi300x",
-    "mi250x",
-)
+    "gb300", "gb200", "b300", "b200", "h200", "h800", "h100", "a100", "mi355x", "mi325x", "mi300x", "mi250x",
+)  # fmt: skip
 """Of the catalogue, the longer names first."""
 UNITS = 148
 """Compute units of a B200, which its relatives are taken to have where the catalogue doesn't say."""

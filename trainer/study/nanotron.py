@@ -14,7 +14,7 @@ from dataclasses import replace
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
-from trainer.sizing.model import flops, frameworks
+from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time.fabric import HOP, STEP, Fabric, from_catalogue
@@ -23,16 +23,8 @@ from trainer.study.cases import Cases, Row, StudyCase, number, whole
 
 TABLE = "hf_nanotron_sweep"
 COLUMNS = (
-    "job_id",
-    "nodes",
-    "mbs",
-    "batch_accum",
-    "tok/s/gpu",
-    "after_pp_fix",
-    "zero_stage",
-    "interm_dim",
-    "status",
-)
+    "job_id", "nodes", "mbs", "batch_accum", "tok/s/gpu", "after_pp_fix", "zero_stage", "interm_dim", "status",
+)  # fmt: skip
 CALIBRATION_EVERY = 11
 """Every so many of the rows that succeeded after the pipeline fix, by job id, the first among them."""
 OVERHEADS = Overheads(
@@ -156,8 +148,6 @@ def cases(rows: Sequence[Row]) -> Cases:
                 line=line,
                 job=made,
                 rates=Rates(hardware, fabric(row, hardware), overheads=OVERHEADS, sustained=SUSTAINED),
-                peak=flops.peak(hardware, "bf16") or math.nan,
-                flops_per_token=flops.train_flops_per_token(made.model, made.sequence, full_attention=True),
                 seconds=seconds,
                 fits=ran,
                 reserved=_bytes(row, "Mem Res (GB)") if ran else None,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from trainer.study.score import MODEL, MethodScore, RankingScore, TimeScore
+from trainer.study.score import MethodScore, RankingScore, TimeScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _GREY, _RED = "#2b6cb0", "#a0aec0", "#c53030"
+_BLUE, _GREY = "#2b6cb0", "#a0aec0"
 
 
 def times(score: TimeScore) -> bytes:
@@ -28,13 +28,8 @@ def times(score: TimeScore) -> bytes:
         axes.plot(ends, ends, color="black", linewidth=0.8)
         axes.plot(ends, [1.2 * e for e in ends], color=_GREY, linewidth=0.6, linestyle="--", label="20 % off")
         axes.plot(ends, [e / 1.2 for e in ends], color=_GREY, linewidth=0.6, linestyle="--")
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="measured step, s",
-            ylabel="predicted step, s",
-            title=score.table,
-        )
+        axes.set(xscale="log", yscale="log", xlabel="measured step, s", ylabel="predicted step, s")
+        axes.set_title(score.table)
         axes.legend(fontsize=7)
 
     return _png(draw)
@@ -43,42 +38,14 @@ def times(score: TimeScore) -> bytes:
 def errors(scores: Sequence[TimeScore]) -> bytes:
     """MAPE of the forecast and of the baselines, by table."""
 
-    def draw(axes: Axes) -> None:
-        tables = [score for score in scores if score.errors]
-        names = list(tables[0].errors)
-        for i, name in enumerate(names):
-            at = [j + (i - len(names) / 2) * 0.2 for j in range(len(tables))]
-            heights = [100 * score.errors[name].mean for score in tables]
-            axes.bar(
-                at,
-                heights,
-                width=0.18,
-                label=name,
-                color=_BLUE if name == MODEL else None,
-                alpha=1 if i == 0 else 0.6,
-            )
-        axes.set_xticks(range(len(tables)), [score.table for score in tables], fontsize=7)
-        axes.set(ylabel="MAPE, %", title="step time: forecast and baselines")
-        axes.legend(fontsize=7)
-
-    return _png(draw)
+    means = {s.table: {name: one.mean for name, one in s.errors.items()} for s in scores if s.errors}
+    return _bars(means, "MAPE, %", "step time: forecast and baselines")
 
 
 def choices(groups: Sequence[RankingScore]) -> bytes:
     """Regret by group."""
 
-    def draw(axes: Axes) -> None:
-        names = list(groups[0].regret)
-        for i, name in enumerate(names):
-            at = [j + (i - len(names) / 2) * 0.25 for j in range(len(groups))]
-            axes.bar(
-                at, [100 * c.regret[name] for c in groups], width=0.23, label=name, alpha=1 if i == 0 else 0.6
-            )
-        axes.set_xticks(range(len(groups)), [c.group for c in groups], rotation=45, ha="right", fontsize=7)
-        axes.set(ylabel="speed lost, %", title="regret of the chosen layout")
-        axes.legend(fontsize=7)
-
-    return _png(draw)
+    return _bars({one.group: one.regret for one in groups}, "speed lost, %", "regret of the chosen layout")
 
 
 def methods(score: MethodScore) -> bytes:
@@ -90,6 +57,23 @@ def methods(score: MethodScore) -> bytes:
             axes.scatter([r.mfu or 0 for r in rows], [r.predicted or 0 for r in rows], s=14, label=name)
         axes.plot([0, 60], [0, 60], color="black", linewidth=0.8)
         axes.set(xlabel="measured MFU, %", ylabel="predicted MFU, %", title="MoE Parallel Folding")
+        axes.legend(fontsize=7)
+
+    return _png(draw)
+
+
+def _bars(heights: Mapping[str, Mapping[str, float]], unit: str, title: str) -> bytes:
+    """Shares in percent, a bar of each forecaster in each group; the forecast's own is the first and stands out."""
+
+    def draw(axes: Axes) -> None:
+        names = list(next(iter(heights.values())))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            at = [j + (i - (len(names) - 1) / 2) * width for j in range(len(heights))]
+            values = [100 * group[name] for group in heights.values()]
+            axes.bar(at, values, width=0.9 * width, label=name, alpha=1 if i == 0 else 0.6)
+        axes.set_xticks(range(len(heights)), list(heights), rotation=45, ha="right", fontsize=7)
+        axes.set(ylabel=unit, title=title)
         axes.legend(fontsize=7)
 
     return _png(draw)

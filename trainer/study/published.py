@@ -65,7 +65,7 @@ TORCH = Software(
     overlap_dp=True,
     overlap_gather=True,
     fresh_gradients=True,
-    gathered_context=True,
+    context="gather",
     sources=("arXiv 2410.06511",),
 )
 #: llm-foundry under Composer: torch's first FSDP, eager layers, gradients reduced in bf16; FlashAttention 1 in Triton,
@@ -241,7 +241,7 @@ def _korthikanti(row: Row, _shaped: ModelConfig) -> Run:
 def _llama3(_row: Row, _shaped: ModelConfig) -> Run:
     """The Llama 3 herd, section 3.3: interleaved stages of one layer (126 of 128 places), keys and values gathered; its
     attention is older than kernels made for Hopper."""
-    return Run(replace(MEGATRON_CORE, tuned_attention=False, gathered_context=True), interleave=8)
+    return Run(replace(MEGATRON_CORE, tuned_attention=False, context="gather"), interleave=8)
 
 
 def _torchtitan(row: Row, _shaped: ModelConfig) -> Run:
@@ -345,35 +345,25 @@ def _case(row: Row, line: int) -> StudyCase | str:
     job = run if isinstance(run, str) else laid_out(row, shaped, machine.hardware, run)
     if isinstance(job, str):
         return job
-    peak = flops.peak(machine.hardware, job.precision)
     why = machine.kernels.why(job.precision)
-    if peak is None or why:
+    if flops.peak(machine.hardware, job.precision) is None or why:
         return why or f"{machine.hardware.name} has no {job.precision} peak on record"
-    per_token = flops.train_flops_per_token(job.model, job.sequence, full_attention=True)
-    seconds = _seconds(row, job, per_token, peak)
-    if seconds is None:
-        return "neither step time nor tokens a second nor MFU printed"
-    return StudyCase(
-        table=row["block"],
-        key=f"line {line} {row['source']}, {row['model']} on {row['gpus']}",
-        job=job,
-        rates=machine,
-        peak=peak,
-        flops_per_token=per_token,
-        seconds=seconds,
-        line=line,
+    key = f"line {line} {row['source']}, {row['model']} on {row['gpus']}"
+    case = StudyCase(table=row["block"], key=key, job=job, rates=machine, line=line)
+    seconds = _seconds(row, case)
+    return (
+        replace(case, seconds=seconds) if seconds else "neither step time nor tokens a second nor MFU printed"
     )
 
 
-def _seconds(row: Row, job: TrainingJob, per_token: float, peak: float) -> float | None:
+def _seconds(row: Row, case: StudyCase) -> float | None:
     """The measured step: printed, or from tokens a second, MFU or FLOP/s, in this order."""
     seconds, speed, mfu, tera = (
         number(row, column) for column in ("iter_time_s", "tokens_per_s", "mfu", "tflops_per_gpu")
     )
-    tokens = job.global_batch * job.sequence
     if seconds is not None:
         return seconds
     if speed:
-        return tokens / speed
-    rate = mfu / 100 * peak if mfu else tera * 1e12 if tera else None
-    return tokens * per_token / (rate * job.layout.ranks) if rate else None
+        return case.tokens / speed
+    rate = mfu / 100 * case.peak if mfu else tera * 1e12 if tera else None
+    return case.tokens * case.flops_per_token / (rate * case.job.layout.ranks) if rate else None

@@ -71,8 +71,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _markdown(study: Study, pictures: list[str]) -> Iterator[str]:
     yield from ("# Forecast against published runs", "", f"Tables: {', '.join(study.files)}.", "")
     yield from ("## Targets", "")
-    rows = [[t.what, _number(t.value, t.unit), f"{'≤' if t.at_most else '≥'} {_number(t.bound, t.unit)}",
-             "met" if t.met else "missed"] for t in study.targets]  # fmt: skip
+    rows = [[t.what, t.show(t.value), f"{'≤' if t.at_most else '≥'} {t.show(t.bound)}", "met" if t.met else "missed"]
+            for t in study.targets]  # fmt: skip
     yield from _table(("what", "found", "target", ""), rows)
     yield from _calibration()
     yield from _rows(study)
@@ -85,10 +85,6 @@ def _markdown(study: Study, pictures: list[str]) -> Iterator[str]:
         yield from ("## Plots", "")
         for name in pictures:
             yield from (f"![{name}]({name}.png)", "")
-
-
-def _number(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "%" else f"{value:.3f}"
 
 
 _CALIBRATION = f"""No number is fitted to a single row, and rows that set one aren't scored. Set from end-to-end runs;

@@ -15,17 +15,10 @@ from trainer.sizing.time.fabric import RankGroup
 from trainer.study import metrics, published
 from trainer.study.cases import Row, number, whole
 
-SWEEP_COLUMNS, BASELINE_COLUMNS = (
-    ("size_bytes", "h100x8_nccl_us"),
-    ("system", "op", "kernel", "size_bytes", "time_us"),
-)
+SWEEP_COLUMNS = ("size_bytes", "h100x8_nccl_us")
+BASELINE_COLUMNS = ("system", "op", "kernel", "size_bytes", "time_us")
 _DEVICES = {"h100x8_nccl_us": "h100", "mi300x8_rccl_us": "mi300x", "mi300x8_rccl_graph_us": "mi300x"}
-_OPS = {
-    "allreduce": "all_reduce",
-    "allgather": "all_gather",
-    "reducescatter": "reduce_scatter",
-    "alltoall": "all_to_all",
-}
+_OPS = {op.replace("_", ""): op for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")}
 _LARGE = 2**20
 """Bytes from which on MSCCL++ moves what NCCL moves; below, it has kernels that NCCL lacks."""
 

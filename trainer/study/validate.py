@@ -77,13 +77,12 @@ class ErrorTarget:
         return self.value <= self.bound if self.at_most else self.value >= self.bound
 
     def __str__(self) -> str:
-        sign, show = (
-            ("<=" if self.at_most else ">="),
-            (lambda v: f"{v:.1%}" if self.unit == "%" else f"{v:.3f}"),
-        )
-        return (
-            f"{self.what}: {show(self.value)} ({'met' if self.met else 'missed'}: {sign} {show(self.bound)})"
-        )
+        verdict, sign = "met" if self.met else "missed", "<=" if self.at_most else ">="
+        return f"{self.what}: {self.show(self.value)} ({verdict}: {sign} {self.show(self.bound)})"
+
+    def show(self, value: float) -> str:
+        """A value as a person reads it."""
+        return f"{value:.1%}" if self.unit == "%" else f"{value:.3f}"
 
 
 def validate(data: Path | None, runs: Path | None) -> Study:
@@ -227,21 +226,12 @@ def as_data(study: Study) -> dict[str, Any]:
           for one in study.collectives),
     ]  # fmt: skip
     if study.methods:
-        scored = study.methods
+        scored, lines = study.methods, [run.line for run in study.methods.runs]
         blocks.append(
-            _block(
-                "mpf",
-                [run.line for run in scored.runs],
-                scored.skipped,
-                scored.mfu,
-                0,
-                pairs=scored.pairs,
-                right=scored.right,
-            )
+            _block(methods.TABLE, lines, scored.skipped, scored.mfu, pairs=scored.pairs, right=scored.right)
         )
     if study.table:
-        lines = sorted({line.line for line in study.table})
-        blocks.append(_block("korthikanti_memory", lines, {}, None, 0))
+        blocks.append(_block(memory_table.TABLE, sorted({line.line for line in study.table}), {}, None))
     return {
         "files": study.files,
         "rows": sum(block["rows"] for block in blocks),
@@ -259,7 +249,7 @@ def _block(
     predicted: Sequence[int],
     skipped: Mapping[str, Sequence[int]],
     errors: Errors | None,
-    calibrated: int,
+    calibrated: int = 0,
     **more: float,
 ) -> dict[str, Any]:
     missing = sum(len(lines) for lines in skipped.values())

@@ -6,14 +6,12 @@ full recomputation on many nodes (its 3.6 B row takes what Narayanan et al. 2021
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.schema import ModelConfig
-from trainer.sizing.model import flops
 from trainer.sizing.model.job import Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time.fabric import from_catalogue
@@ -98,8 +96,6 @@ def cases(rows: Sequence[Row]) -> Cases:
                 line=line,
                 job=job,
                 rates=rates,
-                peak=flops.peak(device, "bf16") or math.nan,
-                flops_per_token=flops.train_flops_per_token(job.model, sequence, full_attention=True),
                 seconds=milliseconds / 1e3,
                 group=f"{hidden} wide, {layers} layers, {whole(row, '# GPUs')} GPUs, batch {batch}",
                 label=f"tp={tp} pp={pp} dp={dp} mbs={micro}",

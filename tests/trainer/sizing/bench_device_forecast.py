@@ -74,7 +74,7 @@ def matmul_report(kernels: Kernels, cases: Sequence[Case], measured: dict[str, A
         if (timed := measured.get(str(index))) is None:
             continue
         figure = kernels.matmul_figure("matmul", shape_of(case))
-        assert figure is not None, kernels.reasons
+        assert figure is not None, kernels.why()
         rows.append((case, figure, timed["seconds"]))
     kinds: dict[str, Callable[[Case], bool]] = {
         "dense": lambda c: c["experts"] == 1,

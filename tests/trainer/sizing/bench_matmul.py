@@ -41,7 +41,7 @@ def predictions(
     for row in left_out:
         shape = shape_of(row)
         figure = kernels.matmul_figure("matmul", shape, _PRECISIONS[row.dtype])
-        assert figure is not None, kernels.reasons
+        assert figure is not None, kernels.why()
         measured = row.time_us / 1e6
         seconds.append((figure.value / measured, figure.low / measured, figure.high / measured))
     return seconds
@@ -158,7 +158,9 @@ def main(arguments: list[str]) -> int:
     whole = Kernels.of(hardware, profile)
     whole.matmul(4096, 4096, 4096)
     fit = time.process_time() - begun
-    model = whole._precisions["bf16"].form
+    timed = whole._precision("bf16")
+    assert timed is not None
+    model = timed.form
     print(
         f"profile {profile.name} of {profile.hardware}: {len(profile.matmuls)} matmuls; fitted in {fit * 1e3:.0f} ms"
     )

@@ -447,6 +447,12 @@ def _table(path: Path, head: list[str], *lines: list[str]) -> Path:
     return path
 
 
+def test_every_second_layer_of_llama_4_maverick_has_experts() -> None:
+    """Not the last 24, which would give the last pipeline stages all of the experts."""
+    shaped = models.model(row_of(model="Llama4-Maverick"))
+    assert not isinstance(shaped, str) and shaped.moe_layers == tuple(range(1, 48, 2))
+
+
 def test_mistakes_are_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

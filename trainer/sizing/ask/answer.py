@@ -17,7 +17,7 @@ from configs.schema import RunConfig
 from trainer.sizing.ask import catalogue
 from trainer.sizing.figures import Figure, exact
 from trainer.sizing.lint.check import lint
-from trainer.sizing.lint.findings import LintFinding
+from trainer.sizing.lint.rules import LintFinding
 from trainer.sizing.lint.suggest import Suggestion, suggest
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import flops, parameters

@@ -153,7 +153,11 @@ def _steps() -> dict[str, Step]:
         ),
         "micro_batch=1": lambda j: replace(j, micro_batch=1) if j.micro_batch > 2 else None,
         "zero": lambda j: replace(j, zero=j.zero + 1) if j.zero < (1 if j.layout.pp > 1 else 3) else None,
-        "selective": lambda j: None if j.software.flash_attention else replace(j, recompute="selective"),
+        "selective": lambda j: (
+            replace(j, recompute="selective")
+            if j.recompute == "none" and legal.selective_saves(j.software)
+            else None
+        ),
         "full": lambda j: replace(j, recompute="full") if j.recompute != "full" else None,
         "interleave": lambda j: replace(j, interleave=1) if j.interleave > 1 else None,
         "ep": lambda j: _axis(j, "ep", 2),
@@ -184,14 +188,17 @@ def _changed(job: TrainingJob, steps: Sequence[Step]) -> TrainingJob | None:
 
 
 def _differing(before: TrainingJob, after: TrainingJob) -> tuple[str, ...]:
-    """What differs, as it would be set."""
-    axes = [
-        f"{axis}={size}"
-        for axis, size in after.layout.to_json().items()
-        if size != getattr(before.layout, axis)
-    ]
-    fields = ("micro_batch", "zero", "recompute", "interleave")
-    return (*axes, *(f"{f}={getattr(after, f)}" for f in fields if getattr(after, f) != getattr(before, f)))
+    """What differs, as it is typed."""
+    old, new = _typed(before), _typed(after)
+    return tuple(f"{field}={value}" for field, value in new.items() if value != old[field])
+
+
+def _typed(job: TrainingJob) -> dict[str, object]:
+    """The fields of the configuration that make a job what it is."""
+    settings = auto.settings(job)
+    parallel = job.layout.to_json() | settings["parallel"]
+    train = {"micro_batch": job.micro_batch} | settings["train"]
+    return {f"parallel.{k}": v for k, v in parallel.items()} | {f"train.{k}": v for k, v in train.items()}
 
 
 # ---- how many devices ----

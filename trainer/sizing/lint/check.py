@@ -8,29 +8,31 @@ a rule costs, it is None.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from trainer.sizing.lint import layout as lint_layout
-from trainer.sizing.lint import shape as lint_shape
-from trainer.sizing.lint.findings import CHECKS, Fits, LintFinding, View
-from trainer.sizing.lint.rules import rules
+from trainer.sizing.lint import layout, shape
+from trainer.sizing.lint.rules import Fits, LintFinding, View, rules
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Prices
 
 _WORSE = 0.5
 """Where following a rule would cost more than this percentage, it isn't advised."""
-_REGISTERED = (lint_layout, lint_shape)
-"""Modules whose checks are in the register by having been imported."""
+
+
+def check_of(name: str) -> Callable[[View], Iterator[LintFinding]]:
+    """The function of this name that looks for a broken rule."""
+    check: Callable[[View], Iterator[LintFinding]] = getattr(shape if hasattr(shape, name) else layout, name)
+    return check
 
 
 def lint(job: TrainingJob, prices: Prices, fits: Fits = lambda _: None) -> list[LintFinding]:
     """All findings, the worst first, those of unknown cost last."""
-    view = View(job, prices, fits)
     findings = [
         finding
         for rule in rules()
         if rule.applies(prices.hardware) and rule.check != "none"
-        for finding in CHECKS[rule.check](rule, view)
+        for finding in check_of(rule.check)(View(rule, job, prices, fits))
         if finding.cost is None or finding.cost > -_WORSE
     ]
     findings = [f if f.cost is None else replace(f, cost=max(0.0, f.cost)) for f in findings]

@@ -1,4 +1,4 @@
-"""Lint checks of how a model is spread: groups, links, stages, recomputation, batch."""
+"""Lint checks of how a model is spread: groups, links, stages, recomputation, batch. `configs/lint.yaml` names them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from trainer.sizing.lint.findings import LintFinding, View, batched, check
-from trainer.sizing.lint.rules import LintRule, balance_width
+from trainer.sizing.lint.rules import LintFinding, View, balance_width
 from trainer.sizing.model.job import TrainingJob
+from trainer.sizing.search import runnable
+from trainer.sizing.search.legal import selective_saves
+from trainer.sizing.time import operators
+from trainer.sizing.time.estimate import gathers_experts
+from trainer.sizing.time.rates import Rates
 
 _BYTES = 2
+_UNKNOWN = (None, "a bandwidth is unknown")
 
 
 def _ms(seconds: float) -> str:
@@ -50,81 +55,83 @@ def _expert_seconds(job: TrainingJob, copies: float, gbps: float) -> float:
     return 4 * layers * _BYTES * job.tokens * job.model.hidden * copies * (n - 1) / n / (gbps * 1e9)
 
 
-@check
-def expert_width(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def _splits(view: View, tp: int) -> bool:
+    """Whether the trainer runs the model at another tp, on as many ranks where they divide, and it may fit there."""
+    job, layout = view.job, view.job.layout
+    other = replace(layout, tp=tp, dp=max(1, layout.dp * layout.tp // tp))
+    return tp in runnable.tensor_sizes(job.model) and view.fits(replace(job, layout=other)) is not False
+
+
+def expert_width(view: View) -> Iterator[LintFinding]:
     """Experts too narrow for compute to hide the exchange of tokens."""
-    job, hardware = view.job, view.prices.hardware
-    peak = hardware.peak_tflops.get(job.precision)
+    job, width = view.job, view.job.model.expert_width
+    peak = view.prices.hardware.peak_tflops.get(job.precision)
     gbps = _gbps(view, job.layout.ep * job.layout.tp) if job.layout.ep > 1 else None
     if peak is None or gbps is None or not job.model.moe_layers:
         return
     need = balance_width(peak, gbps)
-    ratio = job.model.expert_width / need
+    ratio = width / need
     if ratio >= 1:
         return
-    now = view.prices.of(job)
-    basis = f"R = 3/2 x {job.model.expert_width} x {gbps:g} GB/s / {peak:g} TFLOP/s = {ratio:.2f}"
-    cost = None
+    now, cost = view.prices.of(job), None
+    basis = f"R = 3/2 x {width} x {gbps:g} GB/s / {peak:g} TFLOP/s = {ratio:.2f}"
     if now is not None:
         experts = sum(seconds for name, seconds in now.matmuls.items() if name.startswith("experts'"))
         exposed = experts * (1 / ratio - 1)
         cost = 100 * exposed / (now.seconds + exposed)
         basis += f": the exchange takes {_ms(exposed)} longer than the experts' {_ms(experts)}"
-    width = math.ceil(need / 64) * 64
-    yield LintFinding(
-        rule, "model.expert_width", str(job.model.expert_width), f"expert_width={width}", cost, basis
-    )
+    yield view.finding("model.expert_width", width, f"expert_width={math.ceil(need / 64) * 64}", cost, basis)
 
 
-@check
-def dispatch(rule: LintRule, view: View) -> Iterator[LintFinding]:
-    """More copies of a token than there are ranks."""
-    job, ep = view.job, view.job.layout.ep
-    if ep < 2 or job.model.top_k <= ep:
+def dispatch(view: View) -> Iterator[LintFinding]:
+    """More copies of a token than there are ranks, where the software sends them all."""
+    job, ep, top_k = view.job, view.job.layout.ep, view.job.model.top_k
+    if ep < 2 or top_k <= ep or gathers_experts(job):
         return
     gbps = _gbps(view, ep * job.layout.tp)
     cost, basis = None, "the bandwidth of the group is unknown"
     if gbps is not None:
-        sent, gathered = _expert_seconds(job, job.model.top_k, gbps), _expert_seconds(job, ep, gbps)
+        sent, gathered = _expert_seconds(job, top_k, gbps), _expert_seconds(job, ep, gbps)
         cost = _exposed(view, sent, gathered)
-        basis = f"{job.model.top_k} copies of each token take {_ms(sent)}, one for each rank {_ms(gathered)}"
-    yield LintFinding(
-        rule, "model.top_k", f"{job.model.top_k} at ep={ep}", "all-gather and reduce-scatter", cost, basis
-    )
+        basis = f"{top_k} copies of each token take {_ms(sent)}, one for each rank {_ms(gathered)}"
+    better = "parallel.etp=1" if job.software.gathered_experts else "train.engine=native"
+    yield view.finding("model.top_k", f"{top_k} at ep={ep}", f"{better}: it gathers and sums", cost, basis)
 
 
-@check
-def mesh_group(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def mesh_group(view: View) -> Iterator[LintFinding]:
     """Tensor-parallel groups of a mesh that leave most of a node's links idle."""
-    hardware, job, tp = view.prices.hardware, view.job, view.job.layout.tp
-    whole = _reach(view)
+    hardware, job, tp, whole = view.prices.hardware, view.job, view.job.layout.tp, _reach(view)
     if hardware.link.shape != "mesh" or whole is None or tp in (1, whole) or tp > whole:
         return
     some, every = hardware.group_gbps(tp), hardware.group_gbps(whole)
-    if some is None or every is None:
+    sizes = [str(size) for size in (1, whole) if _splits(view, size)]
+    if some is None or every is None or not sizes:
         return
     now, then = _tensor_seconds(job, tp, some), _tensor_seconds(job, tp, every)
     links = f"{tp - 1} of {whole - 1} links: {some:g} of {every:g} GB/s"
     basis = f"{links}; the exchange takes {_ms(now)}, not {_ms(then)}"
-    yield LintFinding(
-        rule, "parallel.tp", str(tp), f"parallel.tp=1 or {whole}", _exposed(view, now, then), basis
+    yield view.finding(
+        "parallel.tp", tp, f"parallel.tp={' or '.join(sizes)}", _exposed(view, now, then), basis
     )
 
 
-@check
-def tensor_size(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def tensor_size(view: View) -> Iterator[LintFinding]:
     """Tensor parallelism beyond the fast links, or more of it than memory asks for."""
-    hardware, job, tp = view.prices.hardware, view.job, view.job.layout.tp
-    reach, network = _reach(view), hardware.inter_node_gbps
+    hardware, job, tp, reach = view.prices.hardware, view.job, view.job.layout.tp, _reach(view)
     if tp == 1 or reach is None:
         return
     if tp > reach:
-        links = hardware.group_gbps(reach)
-        cost, basis = None, "a bandwidth is unknown"
-        if network is not None and links is not None:
-            cost = _exposed(view, _tensor_seconds(job, tp, network), _tensor_seconds(job, reach, links))
+        network, links = hardware.inter_node_gbps, hardware.group_gbps(reach)
+        inside = max(
+            (size for size in runnable.tensor_sizes(job.model) if size <= reach and _splits(view, size)),
+            default=0,
+        )
+        cost, basis = _UNKNOWN
+        if network is not None and links is not None and inside:
+            cost = _exposed(view, _tensor_seconds(job, tp, network), _tensor_seconds(job, inside, links))
             basis = f"the network has {network:g} GB/s, the links {links:g}"
-        yield LintFinding(rule, "parallel.tp", str(tp), f"parallel.tp={reach}", cost, basis)
+        if inside:
+            yield view.finding("parallel.tp", tp, f"parallel.tp={inside}", cost, basis)
         return
     smaller = replace(job, layout=replace(job.layout, tp=tp // 2, dp=job.layout.dp * 2))
     rate = hardware.group_gbps(tp)
@@ -138,28 +145,24 @@ def tensor_size(rule: LintRule, view: View) -> Iterator[LintFinding]:
     cost = _exposed(view, now, then)
     if cost is not None and cost > 0:
         basis = f"tp={tp // 2} fits too; the exchange takes {_ms(now)}, then {_ms(then)} for as many samples"
-        yield LintFinding(rule, "parallel.tp", str(tp), f"parallel.tp={tp // 2}", cost, basis)
+        yield view.finding("parallel.tp", tp, f"parallel.tp={tp // 2}", cost, basis)
 
 
-@check
-def heads_over_tensor(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def heads_over_tensor(view: View) -> Iterator[LintFinding]:
     """Heads that don't divide."""
-    job, tp = view.job, view.job.layout.tp
-    now = view.prices.of(job)
+    job, tp, now = view.job, view.job.layout.tp, view.prices.of(view.job)
     for field in ("heads", "kv_heads"):
         have = getattr(job.model, field)
         if have % tp == 0:
             continue
-        most = -(-have // tp)
-        cost = None
+        most, cost = -(-have // tp), None
         if now is not None and field == "heads":
             cost = 100 * now.attention / now.seconds * (1 - have / (most * tp))
         basis = f"the fullest rank has {most} of {have} {field.replace('_', ' ')}, the mean {have / tp:.3g}"
-        yield LintFinding(rule, f"model.{field}", f"{have} at tp={tp}", f"{field}={most * tp}", cost, basis)
+        yield view.finding(f"model.{field}", f"{have} at tp={tp}", f"{field}={most * tp}", cost, basis)
 
 
-@check
-def expert_before_tensor(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def expert_before_tensor(view: View) -> Iterator[LintFinding]:
     """Experts that are cut while whole ones could be spread."""
     job, layout = view.job, view.job.layout
     if layout.etp == 1 or job.model.experts % (layout.ep * layout.etp):
@@ -167,93 +170,90 @@ def expert_before_tensor(rule: LintRule, view: View) -> Iterator[LintFinding]:
     better = replace(job, layout=replace(layout, ep=layout.ep * layout.etp, etp=1))
     cost, how = view.cost(better)
     value = f"parallel.ep={better.layout.ep} etp=1"
-    yield LintFinding(rule, "parallel.etp", str(layout.etp), value, cost, f"matmuls alone: {how}")
+    yield view.finding("parallel.etp", layout.etp, value, cost, f"matmuls alone: {how}")
 
 
-@check
-def expert_inside_node(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def expert_inside_node(view: View) -> Iterator[LintFinding]:
     """Expert groups that go over the network."""
-    job, hardware, reach = view.job, view.prices.hardware, _reach(view)
-    span = job.layout.ep * max(job.layout.tp, job.layout.etp)
-    if reach is None or job.layout.ep == 1 or span <= reach:
+    job, hardware, ep, reach = view.job, view.prices.hardware, view.job.layout.ep, _reach(view)
+    wide = max(job.layout.tp, job.layout.etp)
+    if reach is None or ep == 1 or ep * wide <= reach:
+        return
+    inside = max(size for size in runnable.divisors(job.model.experts) if size <= max(1, reach // wide))
+    if view.fits(replace(job, layout=replace(job.layout, ep=inside))) is False:
         return
     links, network = hardware.group_gbps(reach), hardware.inter_node_gbps
-    cost, basis = None, "a bandwidth is unknown"
+    cost, basis = _UNKNOWN
     if links is not None and network is not None:
-        copies = min(job.model.top_k, job.layout.ep)
+        copies = min(job.model.top_k, ep)
         across, within = _expert_seconds(job, copies, network), _expert_seconds(job, copies, links)
         cost = _exposed(view, across, within)
         basis = f"tokens take {_ms(across)} over the network at {network:g} GB/s, {_ms(within)} at {links:g}"
-    inside = max(1, reach // max(job.layout.tp, job.layout.etp))
-    yield LintFinding(rule, "parallel.ep", str(job.layout.ep), f"parallel.ep={inside}", cost, basis)
+    yield view.finding("parallel.ep", ep, f"parallel.ep={inside}", cost, basis)
 
 
-@check
-def depth_over_stages(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def depth_over_stages(view: View) -> Iterator[LintFinding]:
     """Stages of unequal depth."""
-    job, pp = view.job, view.job.layout.pp
-    chunks = pp * job.interleave
+    job, pp, layers = view.job, view.job.layout.pp, view.job.model.layers
+    chunks, now, cost, head = pp * job.interleave, view.prices.of(job), None, 0.0
     if pp == 1:
         return
-    layers = job.model.layers
-    now = view.prices.of(job)
-    head = layer = 0.0
+    deepest, uneven = -(-layers // chunks) * job.interleave, layers % chunks != 0
     if now is not None:
         head = now.matmuls["output projection"]
         layer = (now.seconds - head) / layers
-    deepest = -(-layers // chunks) * job.interleave
-    uneven = layers % chunks != 0
-    ideal, slowest = (layers * layer + head) / pp, deepest * layer + head
-    cost = 100 * (1 - ideal / slowest) if now is not None else None
+        cost = 100 * (1 - (layers * layer + head) / pp / (deepest * layer + head))
     if not uneven and (cost is None or cost < 2):
         return
     basis = f"the fullest stage has {deepest} of {layers} layers and the output projection ({_ms(head)})"
     near = max(chunks, round(layers / chunks) * chunks)
     better = f"layers={near}" if uneven else "fewer layers in the first and last stage"
-    yield LintFinding(rule, "model.layers", f"{layers} over {chunks}", better, cost, basis)
+    yield view.finding("model.layers", f"{layers} over {chunks}", better, cost, basis)
 
 
-@check
-def recompute(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def recompute(view: View) -> Iterator[LintFinding]:
     """Whole layers computed twice."""
-    job = view.job
+    job, now = view.job, view.prices.of(view.job)
     if job.recompute != "full":
         return
-    now = view.prices.of(job)
+    milder = [replace(job, recompute="none")]
+    milder += [replace(job, recompute="selective")] * selective_saves(job.software)
+    fitting = [one for one in milder if view.fits(one)]
+    better = fitting[0] if fitting else milder[-1]
+    if not fitting and view.fits(better) is False:
+        return
     cost, basis = None, view.prices.why_not(job.precision)
     if now is not None:
-        again, core = now.seconds / 3, now.attention / 3.5
-        cost = 100 * (again - core) / (now.seconds + again)
-        basis = f"a forward pass more takes {_ms(again)}, the attention core alone {_ms(core)}"
-    yield LintFinding(rule, "recompute", "full", "recompute=selective, if it fits", cost, basis)
+        again, less = (_again(one, view.prices.rates) for one in (job, better))
+        cost = 100 * (again - less) / (now.seconds + again)
+        basis = f"what is computed again takes {_ms(again)}, then {_ms(less)}"
+    condition = "" if fitting else ", if it fits"
+    yield view.finding("train.recompute", "full", f"recompute={better.recompute}{condition}", cost, basis)
 
 
-@check
-def micro_batch(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def _again(job: TrainingJob, rates: Rates) -> float:
+    """Seconds that a micro-batch takes to compute again what isn't kept, over all layers, without exchange."""
+    seconds, with_experts = 0.0, len(job.model.moe_layers)
+    for count, moe in ((job.model.layers - with_experts, False), (with_experts, True)):
+        if count:
+            seconds += count * operators.again(job, operators.layer(job, rates, moe)[0])
+    return seconds
+
+
+def micro_batch(view: View) -> Iterator[LintFinding]:
     """A micro-batch that could be larger."""
-    job = view.job
-    larger = batched(job, 2)
-    fits = view.fits(larger)
-    cost, how = view.cost(larger)
-    if fits is False or cost is None or cost < 1.0:
+    larger = view.larger(2)
+    cost, how = view.cost(larger) if larger else (None, "")
+    if larger is None or cost is None or cost < 1.0:
         return
-    condition = "" if fits else ", if it fits"
-    yield LintFinding(
-        rule,
-        "train.micro_batch",
-        str(job.micro_batch),
-        f"micro_batch={larger.micro_batch}{condition}",
-        cost,
-        how,
-    )
+    better = f"micro_batch={larger.micro_batch}{'' if view.fits(larger) else ', if it fits'}"
+    yield view.finding("train.micro_batch", view.job.micro_batch, better, cost, how)
 
 
-@check
-def context_size(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def context_size(view: View) -> Iterator[LintFinding]:
     """Context parallelism of short samples."""
     job = view.job
-    if job.layout.cp > 1 and job.sequence < rule.numbers["tokens"]:
+    if job.layout.cp > 1 and job.sequence < view.rule.numbers["tokens"]:
+        value = f"{job.layout.cp} at {job.sequence} tokens"
         basis = "what it costs depends on what the exchange is hidden behind"
-        yield LintFinding(
-            rule, "parallel.cp", f"{job.layout.cp} at {job.sequence} tokens", "parallel.cp=1", None, basis
-        )
+        yield view.finding("parallel.cp", value, "parallel.cp=1", None, basis)

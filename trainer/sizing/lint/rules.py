@@ -1,7 +1,9 @@
-"""The lint's rules as data (`configs/lint.yaml`), and the efficiencies that they rest on."""
+"""The lint's rules as data (`configs/lint.yaml`), what a check looks at, and the efficiencies that rules rest on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -10,6 +12,9 @@ import yaml
 
 from configs.hardware import HardwareConfig
 from configs.section import Section
+from trainer.sizing.figures import Figure
+from trainer.sizing.model.job import TrainingJob
+from trainer.sizing.time.price import Prices
 
 FILE = Path(__file__).resolve().parents[3] / "configs" / "lint.yaml"
 
@@ -44,6 +49,95 @@ class LintRule(Section):
 def rules() -> tuple[LintRule, ...]:
     """All rules, in the order of the file."""
     return tuple(LintRule.model_validate(rule) for rule in yaml.safe_load(FILE.read_text()))
+
+
+@dataclass(frozen=True)
+class LintFinding:
+    """One broken rule."""
+
+    rule: LintRule
+    field: str
+    """What breaks it: a field of the configuration, or a matmul."""
+    value: str
+    better: str
+    """What to set instead."""
+    cost: float | None
+    """Percent of the micro-batch's time; None where unknown."""
+    basis: str
+    """How the cost came about, or why it is unknown."""
+
+    @property
+    def figure(self) -> Figure | None:
+        """The cost with its derivation."""
+        if self.cost is None:
+            return None
+        name = f"lint.{self.rule.name}.{self.field.rpartition('.')[2].replace(' ', '_')}"
+        how = f"{self.basis}; {self.rule.reason} ({self.rule.source})"
+        return Figure(name, self.cost, "%", self.cost * 0.5, self.cost * 1.5, how)
+
+
+Fits = Callable[[TrainingJob], bool | None]
+"""Whether a job fits into the device's memory; None where that is unknown."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What the check of one rule looks at."""
+
+    rule: LintRule
+    job: TrainingJob
+    prices: Prices
+    fits: Fits
+
+    def finding(self, field: str, value: object, better: str, cost: float | None, basis: str) -> LintFinding:
+        """A finding of this rule."""
+        return LintFinding(self.rule, field, str(value), better, cost, basis)
+
+    def cost(self, better: TrainingJob, padding: bool = False) -> tuple[float | None, str]:
+        """Percent of the time that `better` saves at equal work, and how; of equal tokens where it only pads."""
+        now, then = self.prices.of(self.job), self.prices.of(better)
+        if now is None or then is None:
+            return None, self.prices.why_not(self.job.precision)
+        if padding:
+            a, b, of = now.seconds / now.tokens, then.seconds / then.tokens, "a token"
+        else:
+            a, b, of = now.seconds / now.flops, then.seconds / then.flops, "a FLOP"
+        times = f"micro-batch {now.seconds * 1e3:.4g} ms now, {then.seconds * 1e3:.4g} ms then"
+        return 100 * (1 - b / a), f"{times}: {1 - b / a:.2%} less time {of}"
+
+    def of_total(self, seconds: float) -> float | None:
+        """Percent that `seconds` are of the micro-batch's time."""
+        now = self.prices.of(self.job)
+        return None if now is None else 100 * seconds / now.seconds
+
+    def larger(self, factor: int) -> TrainingJob | None:
+        """The job with micro-batches `factor` times as large, or by what part of it still fits; None where none does."""
+        while factor > 1:
+            job = batched(self.job, factor)
+            if self.fits(job) is not False:
+                return job
+            factor //= 2
+        return None
+
+    def best(self, jobs: Sequence[TrainingJob], padding: bool = False) -> TrainingJob:
+        """The job that saves most; the first where nothing is known."""
+        return max(jobs, key=lambda job: self.cost(job, padding)[0] or 0.0)
+
+
+def changed(job: TrainingJob, **fields: object) -> TrainingJob:
+    """The job with other fields of its model."""
+    return replace(job, model=job.model.model_copy(update=fields))
+
+
+def batched(job: TrainingJob, factor: int) -> TrainingJob:
+    """The job with larger micro-batches, and as many of them."""
+    return replace(job, micro_batch=job.micro_batch * factor, global_batch=job.global_batch * factor)
+
+
+def around(value: int, multiple: int) -> list[int]:
+    """The multiples below and above."""
+    low = value // multiple * multiple
+    return [v for v in (low, low + multiple) if v > 0]
 
 
 REFERENCE_TILE = {"cuda": (128, 256), "rocm": (256, 256)}

@@ -1,4 +1,5 @@
-"""Lint checks of a model's own dims: alignment, vocabulary, heads, widths, tiles and waves, rows."""
+"""Lint checks of a model's own dims: alignment, vocabulary, heads, widths, tiles and waves, rows. `configs/lint.yaml`
+names them."""
 
 from __future__ import annotations
 
@@ -6,8 +7,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from trainer.sizing.lint.findings import LintFinding, View, around, batched, changed, check
-from trainer.sizing.lint.rules import REFERENCE_TILE, LintRule, tile_count, wave_efficiency
+from trainer.sizing.lint.rules import (
+    REFERENCE_TILE,
+    LintFinding,
+    View,
+    around,
+    changed,
+    tile_count,
+    wave_efficiency,
+)  # fmt: skip
 from trainer.sizing.model import shapes
 from trainer.sizing.model.job import TrainingJob
 
@@ -18,21 +26,15 @@ _NOTABLE = 0.01
 """Share of the time from which a matmul is worth a word."""
 
 
-def _finding(
-    rule: LintRule, view: View, field: str, better: TrainingJob, padding: bool = False
-) -> LintFinding:
+def _finding(view: View, field: str, better: TrainingJob, padding: bool = False) -> LintFinding:
     """A finding about one field of the model, with the better job's value."""
-    cost, how = view.cost(better, padding)
-    value = getattr(better.model, field)
-    return LintFinding(
-        rule, f"model.{field}", str(getattr(view.job.model, field)), f"{field}={value}", cost, how
-    )
+    value, new = getattr(view.job.model, field), getattr(better.model, field)
+    return view.finding(f"model.{field}", value, f"{field}={new}", *view.cost(better, padding))
 
 
-@check
-def alignment(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def alignment(view: View) -> Iterator[LintFinding]:
     """Widths, per rank, that aren't multiples; those that break the finer rule are left to it."""
-    model, layout, multiple = view.job.model, view.job.layout, rule.numbers["multiple"]
+    model, layout, multiple = view.job.model, view.job.layout, view.rule.numbers["multiple"]
     finest = multiple == 8
     cuts = {"expert_width": layout.etp, "dense_width": layout.tp, "shared_width": layout.tp, "hidden": 1}
     if not finest:
@@ -46,23 +48,20 @@ def alignment(rule: LintRule, view: View) -> Iterator[LintFinding]:
         if not finest and value % (8 * cut):
             continue
         better = view.best([changed(view.job, **{field: v}) for v in around(value, max(64, multiple) * cut)])
-        finding = _finding(rule, view, field, better)
+        finding = _finding(view, field, better)
         if finest and field == "expert_width" and view.prices.hardware.kind == "cuda":
-            finding = replace(
-                finding,
-                basis=f"{finding.basis}; torch's grouped matmul refuses rows that aren't 16 bytes apart",
-            )
+            refuses = "torch's grouped matmul refuses rows that aren't 16 bytes apart"
+            finding = replace(finding, basis=f"{finding.basis}; {refuses}")
         yield finding
 
 
-@check
-def vocabulary(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def vocabulary(view: View) -> Iterator[LintFinding]:
     """A vocabulary that isn't padded."""
     tp, vocab = view.job.layout.tp, view.job.model.vocab
-    multiple = rule.numbers["with_tp"] * tp if tp > 1 else rule.numbers["multiple"]
+    multiple = view.rule.numbers["with_tp"] * tp if tp > 1 else view.rule.numbers["multiple"]
     if vocab % multiple:
         better = changed(view.job, vocab=-(-vocab // multiple) * multiple)
-        yield _finding(rule, view, "vocab", better, padding=True)
+        yield _finding(view, "vocab", better, padding=True)
 
 
 def other_heads(job: TrainingJob, width: int) -> TrainingJob | None:
@@ -81,66 +80,57 @@ def other_heads(job: TrainingJob, width: int) -> TrainingJob | None:
     return None
 
 
-@check
-def head_size(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def head_size(view: View) -> Iterator[LintFinding]:
     """Heads that kernels pad, or that are narrow."""
-    model, preferred = view.job.model, rule.numbers["preferred"]
-    if model.head_dim % rule.numbers["multiple"] == 0 and model.head_dim >= preferred:
+    model, preferred = view.job.model, view.rule.numbers["preferred"]
+    if model.head_dim % view.rule.numbers["multiple"] == 0 and model.head_dim >= preferred:
         return
-    widths = {preferred} if model.head_dim % rule.numbers["multiple"] == 0 else {64, 128}
+    widths = {preferred} if model.head_dim % view.rule.numbers["multiple"] == 0 else {64, 128}
     jobs = [job for width in sorted(widths) if (job := other_heads(view.job, width))]
     if model.attention == "mla" or not jobs:
         return
     better = view.best(jobs)
     cost, how = view.cost(better)
-    if model.head_dim % rule.numbers["multiple"] == 0 and (cost or 0) < LEAST:
+    if model.head_dim % view.rule.numbers["multiple"] == 0 and (cost or 0) < LEAST:
         return
-    new = better.model
-    yield LintFinding(
-        rule, "model.head_dim", str(model.head_dim),
-        f"head_dim={new.head_dim} heads={new.heads} kv_heads={new.kv_heads}", cost, how,
-    )  # fmt: skip
+    new = f"head_dim={better.model.head_dim} heads={better.model.heads} kv_heads={better.model.kv_heads}"
+    yield view.finding("model.head_dim", model.head_dim, new, cost, how)
 
 
-@check
-def width_search(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def width_search(view: View) -> Iterator[LintFinding]:
     """Widths that others near are better than."""
     model = view.job.model
     for field in WIDTHS:
         value = getattr(model, field)
-        step, within = rule.numbers["step"], rule.numbers["within_percent"] / 100
+        step, within = view.rule.numbers["step"], view.rule.numbers["within_percent"] / 100
         if not value or (field == "expert_width" and not model.moe_layers):
             continue
         first = math.ceil(value * (1 - within) / step) * step
         near = [v for v in range(first, math.floor(value * (1 + within)) + 1, step) if v != value]
         if value % step or not near or (field == "dense_width" and len(model.moe_layers) == model.layers):
             continue
-        finding = _finding(rule, view, field, view.best([changed(view.job, **{field: v}) for v in near]))
+        finding = _finding(view, field, view.best([changed(view.job, **{field: v}) for v in near]))
         if finding.cost is not None and finding.cost >= 0.5:
             yield finding
 
 
-@check
-def power_of_two(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def power_of_two(view: View) -> Iterator[LintFinding]:
     """A hidden width or a number of tokens without a large power of two in it."""
     job = view.job
-    hidden, unit = job.model.hidden, rule.numbers["hidden"] * job.layout.tp
+    hidden, unit = job.model.hidden, view.rule.numbers["hidden"] * job.layout.tp
     if hidden % unit and hidden % 8 == 0:
         better = view.best([changed(job, hidden=v) for v in around(hidden, unit)])
-        yield _finding(rule, view, "hidden", better)
-    unit = rule.numbers["tokens"]
+        yield _finding(view, "hidden", better)
+    unit = view.rule.numbers["tokens"]
     if job.tokens % unit:
         sizes = [s for s in around(job.sequence, unit) if abs(s - job.sequence) <= 0.15 * job.sequence]
         if sizes:
             better = view.best([replace(job, sequence=s) for s in sizes])
-            cost, how = view.cost(better)
-            yield LintFinding(
-                rule, "data.sequence", str(job.sequence), f"data.sequence={better.sequence}", cost, how
-            )
+            new = f"data.sequence={better.sequence}"
+            yield view.finding("data.sequence", job.sequence, new, *view.cost(better))
 
 
-@check
-def waves(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def waves(view: View) -> Iterator[LintFinding]:
     """Matmuls whose last wave is mostly empty, where a width near by is better."""
     hardware, job = view.prices.hardware, view.job
     units, total = hardware.compute_units, view.prices.of(view.job)
@@ -149,7 +139,7 @@ def waves(rule: LintRule, view: View) -> Iterator[LintFinding]:
     tile = REFERENCE_TILE[hardware.kind]
     for one in shapes.forward(job):
         fill = wave_efficiency(one.m, one.n, tile, units, one.experts)
-        if 100 * fill >= rule.numbers["full_percent"]:
+        if 100 * fill >= view.rule.numbers["full_percent"]:
             continue
         now = total.matmuls[one.name]
         widths = [n for n in range(64, 2 * one.n, 64) if 0.85 * one.n <= n <= 1.15 * one.n and n != one.n]
@@ -164,11 +154,10 @@ def waves(rule: LintRule, view: View) -> Iterator[LintFinding]:
             f"{one.name}: {count} tiles of {tile[0]} x {tile[1]} fill {fill:.1%} of their waves on {units} units; "
             f"{best[1]} columns would take {saved * 1e3:.3g} ms less for the same work"
         )
-        yield LintFinding(rule, one.name, f"{one.m} x {one.n}", f"{best[1]} columns", cost, basis)
+        yield view.finding(one.name, f"{one.m} x {one.n}", f"{best[1]} columns", cost, basis)
 
 
-@check
-def dies(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def dies(view: View) -> Iterator[LintFinding]:
     """Launches that one die gets more of than others; waves stay as many, so that this is the most it can cost."""
     hardware, total = view.prices.hardware, view.prices.of(view.job)
     if not hardware.dies or hardware.dies < 2 or total is None:
@@ -179,63 +168,56 @@ def dies(rule: LintRule, view: View) -> Iterator[LintFinding]:
         most = -(-count // hardware.dies)
         cost = view.of_total(total.matmuls[one.name] * (1 - count / (most * hardware.dies)))
         if cost is not None and cost >= LEAST:
-            basis = f"{count} tiles over {hardware.dies} dies: the fullest has {most}, the mean {count / hardware.dies:.4g}"
-            better = f"{most * hardware.dies} tiles"
-            yield LintFinding(
-                rule,
-                one.name,
-                f"{count} tiles",
-                better,
-                cost,
-                f"{basis}; at most, where dies are what bounds it",
+            basis = (
+                f"{count} tiles over {hardware.dies} dies: the fullest has {most}, the mean {count / hardware.dies:.4g}; "
+                "at most, where dies are what bounds it"
             )
+            yield view.finding(one.name, f"{count} tiles", f"{most * hardware.dies} tiles", cost, basis)
 
 
-@check
-def stride(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def stride(view: View) -> Iterator[LintFinding]:
     """Inner widths whose rows begin at the same memory channel."""
-    elements = rule.numbers["bytes"] // 2
+    elements = view.rule.numbers["bytes"] // 2
     inner = sorted({one.k for one in shapes.forward(view.job) if one.k % elements == 0})
     if inner:
-        pad = rule.numbers["pad"]
+        pad = view.rule.numbers["pad"]
         widths = ", ".join(map(str, inner[:3])) + (", ..." if len(inner) > 3 else "")
         better = f"leading dim k+{pad}, as {inner[0] + pad}"
-        yield LintFinding(rule, "inner dims", widths, better, None, "nobody published what it costs by shape")
+        yield view.finding("inner dims", widths, better, None, "nobody published what it costs by shape")
 
 
-@check
-def matmul_work(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def matmul_work(view: View) -> Iterator[LintFinding]:
     """Matmuls with less work than the device needs."""
-    job, need, total = view.job, rule.numbers["gflop"] * 1e9, view.prices.of(view.job)
+    job, need, total = view.job, view.rule.numbers["gflop"] * 1e9, view.prices.of(view.job)
     small = [one for one in shapes.forward(job) if one.flops < need]
     if total is not None:  # the router and the like are small and cost nothing
         small = [one for one in small if total.matmuls[one.name] > _NOTABLE * total.seconds]
     if not small:
         return
     least = min(small, key=lambda one: one.flops)
+    better = view.larger(math.ceil(need / least.flops))
+    if better is None:
+        return
     saved, cost = 0.0, None
     if total is not None:
         for one in small:
-            times = math.ceil(need / one.flops)
+            times = min(math.ceil(need / one.flops), better.micro_batch // job.micro_batch)
             larger = view.prices.matmul(replace(one, m=one.m * times), job)
             saved += total.matmuls[one.name] - larger / times if larger else 0.0
         cost = view.of_total(saved)
-    basis = f"{len(small)} matmuls below {need / 1e9:.0f} GFLOP; at as much they would take {saved * 1e3:.3g} ms less"
-    better = f"micro_batch={job.micro_batch * math.ceil(need / least.flops)}"
-    yield LintFinding(rule, least.name, f"{least.flops / 1e9:.3g} GFLOP", better, cost, basis)
+    basis = f"{len(small)} matmuls below {need / 1e9:.0f} GFLOP; with more rows they would take {saved * 1e3:.3g} ms less"
+    value = f"{least.flops / 1e9:.3g} GFLOP"
+    yield view.finding(least.name, value, f"micro_batch={better.micro_batch}", cost, basis)
 
 
-@check
-def rows_per_expert(rule: LintRule, view: View) -> Iterator[LintFinding]:
+def rows_per_expert(view: View) -> Iterator[LintFinding]:
     """Experts with few rows."""
     job, model = view.job, view.job.model
     if not model.moe_layers or model.experts == 1:
         return
     rows = job.tokens * model.top_k * job.layout.ep / model.experts
-    if rows < rule.numbers["rows"]:
-        factor = math.ceil(rule.numbers["rows"] / rows)
-        better = batched(job, factor)
-        cost, how = view.cost(better)
-        yield LintFinding(
-            rule, "rows of an expert", f"{rows:.0f}", f"micro_batch={better.micro_batch}", cost, how
-        )
+    if rows < view.rule.numbers["rows"]:
+        better = view.larger(math.ceil(view.rule.numbers["rows"] / rows))
+        if better is not None:
+            new = f"micro_batch={better.micro_batch}"
+            yield view.finding("rows of an expert", f"{rows:.0f}", new, *view.cost(better))

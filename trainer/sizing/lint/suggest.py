@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from configs.schema import ModelConfig
 from trainer.sizing.figures import Figure
-from trainer.sizing.lint.findings import changed
+from trainer.sizing.lint.rules import changed
 from trainer.sizing.lint.shape import other_heads
 from trainer.sizing.model import parameters
 from trainer.sizing.model.job import TrainingJob

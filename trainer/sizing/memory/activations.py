@@ -47,6 +47,13 @@ def context_width(job: TrainingJob) -> float:
     return 2 * key_value_width(job)
 
 
+def query_widths(job: TrainingJob) -> tuple[float, float]:
+    """Width of the queries on one rank, and of what attention makes of them."""
+    model, heads = job.model, job.model.heads / job.layout.tp
+    rotary = model.rope_head_dim if model.attention == "mla" else 0
+    return heads * (model.head_dim + rotary), heads * model.head_dim
+
+
 def boundary(job: TrainingJob) -> float:
     """A layer's input: all that full recomputation keeps."""
     return job.tokens * job.model.hidden * width(job.precision) / sequence_split(job)
@@ -84,8 +91,8 @@ def _attention(job: TrainingJob) -> float:
     norm = job.software.retention.norm_bytes
     rowwise = _FP32 * model.heads / tp if job.software.flash_attention else 0.0
     seen = (
-        job.layout.cp if job.software.gathered_context else 1
-    )  # keys and values that are kept, by those that are made
+        job.layout.cp if job.software.context == "gather" else 1
+    )  # keys and values that are kept, by those made
     if model.attention == "mla":
         heads = model.heads / tp
         expanded = heads * (2 * model.head_dim + model.rope_head_dim) * (1 + seen)
@@ -137,9 +144,9 @@ def _keeps_input(job: TrainingJob) -> bool:
 def surplus(job: TrainingJob) -> float:
     """More bytes that an MoE layer keeps on the rank with the most rows."""
     again = job.recompute == "selective" and job.software.selective == "feed_forward"
-    if job.recompute == "full" or again or job.imbalance <= 1.0:
+    if job.recompute == "full" or again or job.fullest <= 1.0:
         return 0.0
-    return (job.imbalance - 1.0) * layer(job, True)["mlp"]
+    return (job.fullest - 1.0) * layer(job, True)["mlp"]
 
 
 def in_flight(job: TrainingJob, stage: int) -> float:

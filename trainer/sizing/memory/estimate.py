@@ -141,14 +141,16 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
 def _routing(job: TrainingJob) -> float:
     """Rows that are sent and received, for one layer at a time."""
     each = activations.rows(job) * job.model.hidden * activations.width(job.precision)
-    return 2 * each * job.imbalance if job.layout.ep * job.layout.etp > 1 else each
+    return 2 * each * job.fullest if job.layout.ep * job.layout.etp > 1 else each
 
 
 def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> tuple[float, float]:
     """Whole-sequence buffers at work, and those that may be outstanding beyond them."""
     layout, software, element = job.layout, job.software, activations.width(job.precision)
     buffers = 0.0
-    if layout.cp > 1:
+    if layout.cp > 1 and software.context == "ulysses":
+        buffers += element * job.tokens * (activations.query_widths(job)[0] + activations.context_width(job))
+    elif layout.cp > 1:
         buffers += element * job.tokens * layout.cp * activations.context_width(job)
     if layout.tp == 1 or not software.sequence_parallel:
         return buffers, 0.0

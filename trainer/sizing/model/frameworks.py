@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from configs.schema import EngineName, OptimConfig
 from trainer.sizing.model.job import FrameworkMemory, Software
@@ -14,6 +15,7 @@ def own(
     engine: EngineName | None = None,
     optim: OptimConfig | None = None,
     precision: str = "bf16",
+    context: Literal["gather", "ulysses"] = "gather",
 ) -> Software:
     """This trainer under an engine (None: native) and an optimizer (None: AdamW).
 
@@ -24,6 +26,7 @@ def own(
     moments, of_matrices = moment_bytes(optim)
     kernels = kind != "cpu" and precision == "bf16"
     made = Software(
+        context=context,
         selective="feed_forward",
         eager=not kernels,
         kernels=kernels,
@@ -50,7 +53,6 @@ def _native(made: Software) -> Software:
         overlap_dp=True,
         overlap_gather=True,
         gathered_experts=True,
-        gathered_context=True,
         own_master=True,
         streamed=True,
         retention=replace(made.retention, staging=0.0, reduced_layers=2, update=(0, 4)),

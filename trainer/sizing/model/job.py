@@ -75,11 +75,10 @@ class Software:
     node_dispatch: bool = False
     """A token goes once to each node that has experts of its choice, in eight bits under fp8, and is passed on inside it
     (DeepEP)."""
-    gathered_context: bool = False
-    """Context-parallel ranks gather all keys and values before attention, with nothing beside it, and keep them for the
-    backward pass; otherwise these go round a ring behind attention, again in the backward pass."""
-    latent_context: bool = False
-    """Latent attention under context parallelism gathers the latents, not every head's keys and values."""
+    context: Literal["ring", "gather", "ulysses"] = "ring"
+    """How context-parallel ranks attend to the whole sample. `ring`: keys and values go round behind attention, again in
+    the backward pass; `gather`: all of them are gathered before it, with nothing beside, and kept; `ulysses`: heads are
+    exchanged for tokens, of queries, keys, values and results, with nothing beside (arXiv 2309.14509)."""
     joined_block: bool = False
     """A parallel block enters and leaves tensor parallelism once for attention and MLP together."""
     gradient_bytes: int = 4
@@ -156,7 +155,7 @@ class TrainingJob:
     zero_bubble: bool = False
     """The two chunks of a rank lie in a V, and weight gradients fill the bubble (ZB-V, arXiv 2401.10241)."""
     imbalance: float = 1.0
-    """Rows of the most loaded expert rank over the mean."""
+    """Rows of the most loaded expert rank over the mean, where ranks have different experts (`fullest`)."""
     folded: bool = True
     """Expert groups divide all ranks of a stage, tensor-parallel ones among them; false: out of dp and cp only,
     as before MoE Parallel Folding (arXiv 2504.14960), so that neighbours in one are tp * cp ranks apart."""
@@ -168,6 +167,11 @@ class TrainingJob:
     def micro_batches(self) -> int:
         """Forward passes of a step on one rank."""
         return self.global_batch // (self.micro_batch * self.layout.dp)
+
+    @property
+    def fullest(self) -> float:
+        """Rows of the fullest rank over the mean: ranks that have all experts get a row for each token and choice."""
+        return self.imbalance if self.layout.ep > 1 else 1.0
 
     @property
     def tokens(self) -> int:

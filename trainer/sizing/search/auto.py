@@ -86,13 +86,15 @@ def task(config: RunConfig, ranks: int, node: int) -> Task:
     return Task(
         config.model, ranks, config.data.sequence, train.global_batch or train.micro_batch * ranks, precision, node,
         frameworks.own(
-            kind=config.hardware.kind, engine=train.engine, optim=config.optim, precision=precision
+            kind=config.hardware.kind, engine=train.engine, optim=config.optim, precision=precision,
+            context=parallel.context,
         ),
         (PLAIN if deepspeed else {}) | axes, train.micro_batch,
         recompute=(train.recompute,) if is_set(train, "recompute") else ("none", "selective", "full"),
         zero=(parallel.zero,) if is_set(parallel, "zero") else ((1, 2) if deepspeed else (1, 2, 3)),
         schedules=(parallel.schedule,) if is_set(parallel, "schedule") else ("1f1b", "interleaved"),
-        chunks=parallel.chunks if is_set(parallel, "chunks") else None, context=parallel.context,
+        chunks=parallel.chunks if is_set(parallel, "chunks") else None, ramp_batch=train.ramp_batch,
+        evaluated=train.evaluate_samples if train.evaluate_every else None,
     )  # fmt: skip
 
 
@@ -145,6 +147,9 @@ def choose(config: RunConfig, slots: Sequence[int]) -> Chosen:
     blind = bool(unknown(config.hardware, precision_of(config), 1, 1))
     made = most_ranks(config, slots, blind)
     if made is None:
+        why = runnable.refusal(config)  # what is set is refused by itself, open axes being 1
+        if why is not None:
+            raise UserError(why)
         raise UserError(
             f"no layout of up to {sum(slots)} ranks has train.global_batch={config.train.global_batch} and what is set of "
             f"parallel.*; set train.global_batch to a multiple of train.micro_batch={config.train.micro_batch} times dp"
@@ -165,16 +170,22 @@ def _chosen(config: RunConfig, result: SearchResult) -> Chosen:
     best = result.best
     assert best is not None, "a search without a result is refused before"
     layout = best.job.layout
-    open_ = [axis for axis in ("dp", *config.parallel.open) if getattr(config.parallel, axis) is None]
-    choices, first = [], True
-    for axis in open_:
-        size = getattr(layout, axis)
-        why = _other(axis, size, result.ranked)
-        choices.append(AutoValue(f"parallel.{axis}", str(size), f"{reason(result)}; {why}" if first else why))
-        first = False
+    whys = [_other(axis, getattr(layout, axis), result.ranked) for axis in _open(config)]
+    whys[:1] = [f"{reason(result)}; {why}" for why in whys[:1]]
+    choices = [_axis(layout, axis, why) for axis, why in zip(_open(config), whys, strict=True)]
     choices += _settings(config, best)
     notes = [f"runner-up {compare(best, result.ranked[1])}"] if len(result.ranked) > 1 else []
     return Chosen(layout, tuple(choices), tuple(notes), best.job)
+
+
+def _open(config: RunConfig) -> list[str]:
+    """Axes that the search sets, dp first."""
+    return [axis for axis in ("dp", *config.parallel.open) if getattr(config.parallel, axis) is None]
+
+
+def _axis(layout: Layout, axis: str, why: str) -> AutoValue:
+    """The choice of an axis."""
+    return AutoValue(f"parallel.{axis}", str(getattr(layout, axis)), why)
 
 
 def settings(job: TrainingJob) -> dict[str, dict[str, Any]]:
@@ -241,16 +252,8 @@ def _without_rates(config: RunConfig, made: Task, why: str) -> Chosen:
     text = f"step time unknown, {why}: the least exchange" + (
         " that fits" if known else "; its memory is unknown too"
     )
-    open_ = [axis for axis in ("dp", *config.parallel.open) if getattr(config.parallel, axis) is None]
-    choices = []
-    for axis in open_:
-        size = getattr(layout, axis)
-        choices.append(
-            AutoValue(
-                f"parallel.{axis}", str(size), text if axis != "dp" else f"the slots, {made.ranks} in all"
-            )
-        )
-    return Chosen(layout, tuple(choices))
+    slots = f"the slots, {made.ranks} in all"
+    return Chosen(layout, tuple(_axis(layout, a, slots if a == "dp" else text) for a in _open(config)))
 
 
 def _job(config: RunConfig, made: Task, layout: Layout) -> TrainingJob:

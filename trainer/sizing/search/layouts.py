@@ -23,6 +23,7 @@ from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import schedule
 from trainer.sizing.time.rates import Rates
+from trainer.sizing.time.step import PARTS
 
 KEEP = 3
 """Different layouts that are kept: the best and its runners-up."""
@@ -191,41 +192,14 @@ def _states(task: Task, layout: Layout) -> tuple[Callable[[int], float], int]:
 
 def compare(best: Candidate, other: Candidate) -> str:
     """What the runner-up lacks: the parts of its step that are larger, largest first."""
-    mine, theirs = vars(best.parts), vars(other.parts)
-    more = sorted(((theirs[name] - mine[name], name) for name in mine), reverse=True)
-    gap = other.seconds - best.seconds
+    start, gap = f"{other.label}: {_seconds(other.seconds)}", other.seconds - best.seconds
     if gap < 0.001 * best.seconds:
-        return f"{other.label}: {_seconds(other.seconds)}, as fast"
-    larger = [
-        f"{_WORDS[name]} {_seconds(extra)} more" for extra, name in more if extra > 0.02 * max(gap, 1e-9)
-    ][:3]
-    less = [
-        f"{_WORDS[name]} {_seconds(-extra)} less"
-        for extra, name in more[::-1]
-        if extra < -0.1 * max(gap, 1e-9)
-    ]
-    return f"{other.label}: {_seconds(other.seconds)}, {gap / best.seconds:.1%} slower: " + ", ".join(
-        larger + less[:1]
-    )
-
-
-_WORDS = {
-    "matmul": "matmuls",
-    "attention": "attention",
-    "memory": "memory-bound kernels",
-    "head": "output projection and loss",
-    "recompute": "recomputation",
-    "tp": "tensor-parallel exchange",
-    "ep": "expert exchange",
-    "cp": "context exchange",
-    "weights": "gathering weights",
-    "host": "host",
-    "p2p": "transfers between stages",
-    "bubble": "pipeline bubble",
-    "dp": "gradient reduction",
-    "optimizer": "optimizer",
-    "fixed": "fixed costs",
-}
+        return f"{start}, as fast"
+    mine, theirs = vars(best.parts), vars(other.parts)
+    extra = sorted(((theirs[name] - mine[name], name) for name in mine), reverse=True)
+    larger = [f"{PARTS[name][1]} {_seconds(by)} more" for by, name in extra if by > 0.02 * gap]
+    less = [f"{PARTS[name][1]} {_seconds(-by)} less" for by, name in extra[::-1] if by < -0.1 * gap]
+    return f"{start}, {gap / best.seconds:.1%} slower: " + ", ".join(larger[:3] + less[:1])
 
 
 def _seconds(value: float) -> str:

@@ -8,6 +8,7 @@ samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -51,8 +52,10 @@ class Task:
     """Pipeline schedules to choose from; `zbv` comes alone."""
     chunks: int | None = None
     """Model chunks on each pipeline rank under `interleaved`; None: searched."""
-    context: str = "gather"
-    """How context parallelism is done, as `parallel.context` says."""
+    ramp_batch: int | None = None
+    """Samples that a growing batch begins with, and grows by; it is divided like the whole one."""
+    evaluated: int | None = None
+    """Samples of an evaluation, which are rounded up to whole passes."""
     imbalance: float | None = None
     """None: `IMBALANCE` for a mixture of experts."""
 
@@ -64,66 +67,67 @@ class Task:
         return IMBALANCE if self.model.experts > 1 else 1.0
 
 
-def tensor_sizes(model: ModelConfig, node: int) -> list[int]:
-    """Sizes of tp that the trainer runs and that stay in a node."""
-    return [tp for tp in runnable.tensor_sizes(model) if tp <= node]
-
-
-def context_sizes(task: Task, tp: int) -> list[int]:
-    """Sizes of cp that the trainer runs and that leave each rank enough tokens."""
-    sizes = runnable.context_sizes(task.model, task.sequence, task.context, tp)
-    return [cp for cp in sizes if cp == 1 or task.sequence // cp >= TOKENS_PER_RANK]
+def enough_tokens(sequence: int, cp: int) -> bool:
+    """Whether context parallelism leaves each rank enough of a sample to be worth a thought."""
+    return cp == 1 or sequence // cp >= TOKENS_PER_RANK
 
 
 def layouts(task: Task) -> Iterator[Layout]:
     """All legal layouts of the task's ranks, with what is set."""
-    model, fixed = task.model, task.fixed
+    model, fixed, sequence = task.model, task.fixed, task.sequence
     moe = model.experts > 1
 
-    def allowed(axis: str, sizes: list[int]) -> list[int]:
-        return [fixed[axis]] if axis in fixed else sizes
+    def allowed(axis: str, runs: list[int], worth: list[int] | None = None) -> list[int]:
+        """Of the sizes that the trainer runs the one that is set, or those that are worth a thought."""
+        sizes = [fixed[axis]] if axis in fixed else runs if worth is None else worth
+        return [size for size in sizes if size in runs]
 
-    for tp in allowed("tp", tensor_sizes(model, task.node)):
-        for cp in allowed("cp", context_sizes(task, tp)):
+    tensors = runnable.tensor_sizes(model)
+    for tp in allowed("tp", tensors, [tp for tp in tensors if tp <= task.node]):
+        contexts = runnable.context_sizes(model, sequence, task.software.context, tp)
+        for cp in allowed("cp", contexts, [cp for cp in contexts if enough_tokens(sequence, cp)]):
             if task.ranks % (tp * cp):
                 continue
-            for pp in allowed("pp", [d for d in divisors(task.ranks // (tp * cp)) if d <= model.layers]):
-                dp, rest = divmod(task.ranks, tp * cp * pp)
-                if rest or pp > model.layers or fixed.get("dp", dp) != dp:
+            for pp in allowed("pp", divisors(task.ranks // (tp * cp))):
+                dp = task.ranks // (tp * cp * pp)
+                if pp > model.layers or fixed.get("dp", dp) != dp:
                     continue
                 if not _schedulable(task, Layout(pp, dp, cp, 1, 1, tp)):
                     continue
                 for ep in allowed("ep", divisors(model.experts) if moe else [1]):
-                    if model.experts % ep:
-                        continue
-                    for etp in allowed("etp", [1, tp] if moe and tp > 1 else [1]):
-                        if (dp * cp * tp) % (ep * etp) == 0 and model.expert_width % etp == 0:
+                    for etp in allowed(
+                        "etp", divisors(model.expert_width), [1, tp] if moe and tp > 1 else [1]
+                    ):
+                        if (dp * cp * tp) % (ep * etp) == 0:
                             yield Layout(pp, dp, cp, ep, etp, tp)
 
 
 def _schedulable(task: Task, layout: Layout) -> bool:
     """Whether the batch divides over the replicas, and gives their pipelines what some schedule needs."""
-    if task.global_batch % (layout.dp * (task.micro_batch or 1)):
+    if math.gcd(task.global_batch, task.ramp_batch or 0) % (layout.dp * (task.micro_batch or 1)):
         return False
     return any(interleaves(task, layout, size) for size in micro_batches(task, layout))
 
 
 def micro_batches(task: Task, layout: Layout) -> list[int]:
     """Samples of a forward pass that divide a replica's share of the batch."""
-    share = task.global_batch // layout.dp
+    share = math.gcd(task.global_batch, task.ramp_batch or 0) // layout.dp
     sizes = MICRO_BATCHES if task.micro_batch is None else (task.micro_batch,)
     return [size for size in sizes if share % size == 0]
 
 
 def interleaves(task: Task, layout: Layout, micro_batch: int) -> list[int]:
     """Model chunks of each rank, one for each schedule that is legal. Where it is searched, all chunks are of one size."""
-    pp, layers, count = layout.pp, task.model.layers, task.global_batch // (layout.dp * micro_batch)
+    pp, layers, unit = layout.pp, task.model.layers, layout.dp * micro_batch
+    counts = [
+        -(-samples // unit) for samples in (task.global_batch, task.ramp_batch, task.evaluated) if samples
+    ]
     if pp == 1:
         return [1] if "1f1b" in task.schedules else []
     if task.schedules == ("zbv",):
         return [2] if 2 * pp <= layers else []
-    chunks = [1] if "1f1b" in task.schedules and count >= pp else []
-    if "interleaved" in task.schedules and count % pp == 0 and count:
+    chunks = [1] if "1f1b" in task.schedules and min(counts) >= pp else []
+    if "interleaved" in task.schedules and not any(count % pp for count in counts):
         if task.chunks is None:
             chunks += [v for v in INTERLEAVE if layers % (pp * v) == 0]
         elif task.chunks > 1 and pp * task.chunks <= layers:
@@ -141,11 +145,15 @@ def zeros(task: Task, layout: Layout) -> tuple[int, ...]:
 
 
 def recomputes(task: Task) -> tuple[Recompute, ...]:
-    """Recomputation worth trying: fused attention keeps no scores that selective recomputation could drop."""
+    """Recomputation worth trying."""
     if len(task.recompute) == 1:
         return task.recompute
-    nothing = task.software.selective == "attention" and task.software.flash_attention
-    return tuple(r for r in task.recompute if r != "selective" or not nothing)
+    return tuple(r for r in task.recompute if r != "selective" or selective_saves(task.software))
+
+
+def selective_saves(software: Software) -> bool:
+    """Whether selective recomputation saves memory: fused attention keeps no scores that it could drop."""
+    return software.selective != "attention" or not software.flash_attention
 
 
 def jobs(task: Task, layout: Layout) -> Iterator[TrainingJob]:
@@ -170,11 +178,12 @@ def job(
 def is_legal(made: TrainingJob) -> bool:
     """Whether a job keeps the rules of divisibility, and what is hopeless is not in it."""
     layout, model = made.layout, made.model
-    task = Task(model, layout.ranks, made.sequence, made.global_batch)
     stage, chunks = layout.dp * layout.cp * layout.tp, made.interleave
     return (
-        layout.tp in tensor_sizes(model, made.node)
-        and layout.cp in context_sizes(task, layout.tp)
+        layout.tp in runnable.tensor_sizes(model)
+        and layout.tp <= made.node
+        and layout.cp in runnable.context_sizes(model, made.sequence, made.software.context, layout.tp)
+        and enough_tokens(made.sequence, layout.cp)
         and layout.pp * chunks <= model.layers
         and (model.experts % layout.ep == 0 if model.experts > 1 else layout.ep == 1)
         and stage % (layout.ep * layout.etp) == 0

@@ -140,7 +140,9 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     warnings: list[str] = []
     training = config.workload == "train"
     notes = list(left_out(config.model)) if training else []
-    _refuse(config, strict and training)
+    # With open axes the search keeps the rules, with chunks and batches that aren't set yet.
+    if not config.parallel.open:
+        _refuse(config, strict and training)
     config, job = _closed(config, capacity, choices, notes)
     dp = _data_parallel(config, capacity, choices)
     parallel = config.parallel
@@ -275,12 +277,13 @@ def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[A
 
 
 def _divides(config: RunConfig, dp: int) -> bool:
-    """Whether the batch divides over so many replicas, and gives their pipelines what they need."""
-    batch, micro_batch = config.train.global_batch, config.train.micro_batch
-    if batch is None:
-        return True
-    count, rest = divmod(batch, micro_batch * dp)
-    return rest == 0 and runnable.schedulable(config.parallel, count)
+    """Whether all batches divide over so many replicas, and give their pipelines what they need."""
+    train = config.train
+    laid = config.model_copy(update={"parallel": config.parallel.model_copy(update={"dp": dp})})
+    whole = all(
+        (batch or 0) % (train.micro_batch * dp) == 0 for batch in (train.global_batch, train.ramp_batch)
+    )
+    return whole and runnable.unfilled(laid) is None
 
 
 def _spread(

@@ -89,28 +89,18 @@ def _deepspeed(config: RunConfig) -> str | None:
     if config.train.engine != "deepspeed":
         return None
     parallel, optim = config.parallel, config.optim
-    for axis in ("pp", "cp", "tp", "etp"):
-        size = parallel.size(axis)
-        if size != 1:
-            return (
-                f"parallel.{axis}={size} with train.engine=deepspeed, which runs dp and ep alone; "
-                f"set train.engine=native, or parallel.{axis}=1"
-            )
-    if parallel.zero == 3:
-        return (
-            "parallel.zero=3 with train.engine=deepspeed, which refuses expert layers under it; "
-            "set train.engine=native, or parallel.zero=2"
-        )
-    if optim.kind != "adamw":
-        return (
-            f"optim.kind={optim.kind} with train.engine=deepspeed, which has adamw; "
-            "set train.engine=native, or optim.kind=adamw"
-        )
-    if optim.moments != "fp32":
-        return (
-            f"optim.moments={optim.moments} with train.engine=deepspeed, which keeps them in fp32; "
-            "set train.engine=native, or optim.moments=fp32"
-        )
+    limits: list[tuple[str, object, tuple[object, ...], str]] = [
+        (f"parallel.{axis}", parallel.size(axis), (1,), "runs dp and ep alone") for axis in ("pp", "cp", "tp", "etp")
+    ]  # fmt: skip
+    limits += [
+        ("parallel.zero", parallel.zero, (1, 2), "refuses expert layers under it"),
+        ("optim.kind", optim.kind, ("adamw",), "has adamw"),
+        ("optim.moments", optim.moments, ("fp32",), "keeps them in fp32"),
+    ]
+    for field, value, runs, why in limits:
+        if value not in runs:
+            mend = f"set train.engine=native, or {field}={runs[-1]}"
+            return f"{field}={value} with train.engine=deepspeed, which {why}; {mend}"
     return None
 
 
@@ -177,22 +167,12 @@ def _schedule(config: RunConfig) -> str | None:
             f"parallel.schedule={schedule} with parallel.pp=1, which is not a pipeline; "
             "set parallel.pp=2 or more, or parallel.schedule=1f1b"
         )
-    if schedule == "interleaved" and chunks == 1:
-        return (
-            "parallel.chunks=1 with parallel.schedule=interleaved, which goes through several on each rank; "
-            "set parallel.chunks=2"
-        )
-    if schedule == "1f1b" and chunks > 1:
-        return (
-            f"parallel.chunks={chunks} with parallel.schedule=1f1b, which has one on each rank; "
-            "set parallel.chunks=1, or parallel.schedule=interleaved"
-        )
-    if schedule == "zbv" and chunks > 2:
-        return (
-            f"parallel.chunks={chunks} with parallel.schedule=zbv, whose V has two on each rank; "
-            "set parallel.chunks=2"
-        )
-    return None
+    wrong, why, mend = {
+        "interleaved": (chunks == 1, "which goes through several on each rank", "set parallel.chunks=2"),
+        "1f1b": (chunks > 1, "which has one on each rank", "set parallel.chunks=1, or parallel.schedule=interleaved"),
+        "zbv": (chunks > 2, "whose V has two on each rank", "set parallel.chunks=2"),
+    }[schedule]  # fmt: skip
+    return f"parallel.chunks={chunks} with parallel.schedule={schedule}, {why}; {mend}" if wrong else None
 
 
 def _stages(config: RunConfig) -> str | None:
@@ -211,7 +191,8 @@ def _stages(config: RunConfig) -> str | None:
     return f"{start}; set parallel.pp={layers}"
 
 
-def _filled(config: RunConfig) -> str | None:
+def unfilled(config: RunConfig) -> str | None:
+    """Why a batch doesn't give pipelines the micro-batches that they need; None where all do, or dp is open."""
     parallel, train = config.parallel, config.train
     pp, dp = parallel.size("pp"), parallel.dp
     if dp is None:
@@ -245,7 +226,7 @@ def _predicted(config: RunConfig) -> str | None:
 
 
 RULES: tuple[Callable[[RunConfig], str | None], ...] = (
-    _deepspeed, _tensor, _expert, _context, _schedule, _stages, _filled, _predicted,
+    _deepspeed, _tensor, _expert, _context, _schedule, _stages, unfilled, _predicted,
 )  # fmt: skip
 
 

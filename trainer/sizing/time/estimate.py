@@ -86,14 +86,12 @@ def _layer(job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: boo
     ep = _experts(job, rates, where) if moe else 0.0
     if software.overlap_ep:
         ep -= min(HIDDEN * ep, 0.5 * (forward.compute + backward.compute))
-    cp = _context(job, rates, where["cp"], (forward.attention, backward.attention))
-    again, tp_again, ep_again, extra = 0.0, 0.0, 0.0, 0.0
+    cp, cp_back = _context(job, rates, where["cp"], (forward.attention, backward.attention))
+    again, tp_again, ep_again, cp_again, extra = operators.again(job, forward), 0.0, 0.0, 0.0, 0.0
     if job.recompute == "full":
-        again, tp_again, ep_again, extra = forward.compute, tp, ep, 1.0
+        tp_again, ep_again, cp_again, extra = tp, ep, cp, 1.0
     elif job.recompute == "selective" and software.selective == "feed_forward":
-        again, tp_again, ep_again, extra = forward.feed, of_feed, ep, 0.5
-    elif job.recompute == "selective":
-        again = forward.attention + forward.scores
+        tp_again, ep_again, extra = of_feed, ep, 0.5
     weights = _gather_weights(
         job, rates, where, moe, forward.compute + _other_links(where, tp, ep),
         backward.compute + again + _other_links(where, tp + tp_again, ep + ep_again),
@@ -105,10 +103,10 @@ def _layer(job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: boo
         matmul=forward.matmul + backward.matmul,
         attention=forward.attention + backward.attention,
         memory=forward.memory + backward.memory + forward.scores + backward.scores,
-        recompute=again + tp_again + ep_again,
+        recompute=again + tp_again + ep_again + cp_again,
         tp=2 * tp,
         ep=2 * ep,
-        cp=cp,
+        cp=cp + cp_back,
         weights=weights,
         host=host,
     )
@@ -168,7 +166,7 @@ def _experts(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> flo
         everybody = mine * layout.ep
         return sum(fabric.seconds(op, everybody, where["ep"]) for op in ("all_gather", "reduce_scatter"))
     pairs = mine * job.model.top_k
-    seconds = _dispatch(job, fabric, pairs * job.imbalance, where["ep"])
+    seconds = _dispatch(job, fabric, pairs * job.fullest, where["ep"])
     if layout.etp > 1:
         together = pairs * layout.etp
         seconds += sum(fabric.seconds(op, together, where["etp"]) for op in ("all_gather", "reduce_scatter"))
@@ -192,23 +190,28 @@ def _dispatch(job: TrainingJob, fabric: Fabric, pairs: float, group: RankGroup) 
     )  # fmt: skip
 
 
-def _context(job: TrainingJob, rates: Rates, group: RankGroup, attention: tuple[float, float]) -> float:
+def _context(
+    job: TrainingJob, rates: Rates, group: RankGroup, attention: tuple[float, float]
+) -> tuple[float, float]:
     """Exposed seconds of a layer's exchange of keys and values, there and back, beside attention of so many seconds."""
     if group.ranks == 1:
-        return 0.0
-    size, fabric = context_bytes(job), rates.fabric
+        return 0.0, 0.0
+    fabric, token = rates.fabric, float(_wide(job) * job.tokens)
+    if job.software.context == "ulysses":
+        query, result = activations.query_widths(job)
+        sent = (token * width for width in (query, activations.context_width(job), result))
+        exchange = sum(fabric.seconds("all_to_all", size, group) for size in sent)
+        return exchange, exchange
+    size = context_bytes(job)
     once = fabric.seconds("all_gather", size, group)
-    if job.software.gathered_context:
-        return once + fabric.seconds("reduce_scatter", size, group)
-    return max(0.0, once - HIDDEN * attention[0]) + max(0.0, 2 * once - HIDDEN * attention[1])
+    if job.software.context == "gather":
+        return once, fabric.seconds("reduce_scatter", size, group)
+    return max(0.0, once - HIDDEN * attention[0]), max(0.0, 2 * once - HIDDEN * attention[1])
 
 
 def context_bytes(job: TrainingJob) -> float:
     """Bytes of all keys and values that context-parallel ranks gather for a layer, on one tensor-parallel rank."""
-    model, width = job.model, activations.context_width(job)
-    if model.attention == "mla" and job.software.latent_context:
-        width = model.kv_lora_rank + model.rope_head_dim
-    return _wide(job) * job.tokens * job.layout.cp * width
+    return _wide(job) * job.tokens * job.layout.cp * activations.context_width(job)
 
 
 def _other_links(where: dict[str, RankGroup], tp: float, ep: float) -> float:
@@ -257,7 +260,7 @@ def _pieces(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> _Pie
     layout, model = job.layout, job.model
     key = (
         id(model), id(job.software), layout.tp, layout.cp, layout.ep, layout.etp, job.sequence, job.micro_batch,
-        job.precision, job.recompute, job.imbalance, job.folded, job.node, layout.ranks > job.node,
+        job.precision, job.recompute, job.fullest, job.folded, job.node, layout.ranks > job.node,
         layout.dp if job.zero >= 3 else 0, job.software.own_master and (states.resident(job), job.micro_batches == 1),
     )  # fmt: skip
     pieces = rates.known.get(key)

@@ -87,9 +87,8 @@ class Kernels:
 
     hardware: HardwareConfig
     profile: DeviceProfile | None = None
-    reasons: dict[str, str] = field(default_factory=dict)
-    """Why there is no time, by precision."""
-    _precisions: dict[str, _Precision] = field(default_factory=dict, repr=False)
+    _precisions: dict[str, _Precision | str] = field(default_factory=dict, repr=False)
+    """How each is timed, or why it isn't."""
     _cache: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -136,7 +135,8 @@ class Kernels:
 
     def why(self, precision: str = "bf16") -> str:
         """Why matmuls of a precision have no time; empty where they have one."""
-        return "" if self._precision(precision) else self.reasons[precision]
+        timed = self._timed(precision)
+        return timed if isinstance(timed, str) else ""
 
     # ---- figures ----
 
@@ -154,13 +154,13 @@ class Kernels:
     # ---- models ----
 
     def _precision(self, precision: str) -> _Precision | None:
-        if precision not in self._precisions and precision not in self.reasons:
-            timed = self._make(precision)
-            if isinstance(timed, str):
-                self.reasons[precision] = timed
-            else:
-                self._precisions[precision] = timed
-        return self._precisions.get(precision)
+        timed = self._timed(precision)
+        return None if isinstance(timed, str) else timed
+
+    def _timed(self, precision: str) -> _Precision | str:
+        if precision not in self._precisions:
+            self._precisions[precision] = self._make(precision)
+        return self._precisions[precision]
 
     def _make(self, precision: str) -> _Precision | str:
         """How a precision is timed, or why it isn't."""
@@ -176,12 +176,11 @@ class Kernels:
         return self._catalogue(chip, precision)
 
     def _fitted(self, chip: Chip, precision: str, rows: list[fitting.Measured]) -> _Precision | str:
-        start = self._catalogue(chip, precision)
+        start, name = self._catalogue(chip, precision), self.profile.name if self.profile else ""
         if precision != "bf16":  # few shapes: all but the rate is bf16's
             base = self._precision("bf16")
             if base is not None:
                 tuning = fitting.fit(chip, base.form.tuning, ("rate",), rows)
-                name = self.profile.name if self.profile else ""
                 form, basis = Form(chip, tuning), f"profile {name}, {len(rows)} shapes of {precision}"
                 missed = fitting.missed(rows, fitting.misses(form, rows))
                 return _Precision(form, basis, missed, None, _INTERVALS["achieved"])
@@ -189,23 +188,12 @@ class Kernels:
             return start
         dense = [row for row in rows if row[0].experts == 1]
         grouped = [row for row in rows if row[0].experts > 1]
-        name = self.profile.name if self.profile else ""
         tuning, off, grouped_off = fits.fitted(
-            name,
-            chip,
-            start.form.tuning,
-            dense,
-            grouped,
-            lambda: known(DeviceProfile, name) == self.profile,
+            name, chip, start.form.tuning, dense, grouped, lambda: known(DeviceProfile, name) == self.profile
         )
         basis = f"profile {name}, fitted to {len(dense)} dense and {len(grouped)} grouped shapes"
-        return _Precision(
-            Form(chip, tuning),
-            basis,
-            fitting.missed(dense, off),
-            fitting.missed(grouped, grouped_off),
-            start.interval,
-        )
+        misses = fitting.missed(dense, off), fitting.missed(grouped, grouped_off)
+        return _Precision(Form(chip, tuning), basis, *misses, start.interval)
 
     def _catalogue(self, chip: Chip, precision: str) -> _Precision | str:
         hardware, bandwidth = self.hardware, _bandwidth(self.hardware)

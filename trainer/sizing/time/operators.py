@@ -21,6 +21,8 @@ FLASH2 = {"ampere": (0.70, 0.61)}
 FLASH2_ELSEWHERE = (0.44, 0.38)
 #: Width of a head from which that rate is reached; the rate goes with the root of it below.
 FLASH_HEAD = 128
+#: Head widths that attention kernels are built for (FlashAttention 2; cuDNN has 64, 128 and 256): others are padded.
+HEADS = (32, 64, 96, 128, 192, 256)
 #: Share of the memory's achieved rate that small elementwise kernels reach.
 ELEMENTWISE = 0.7
 
@@ -120,12 +122,18 @@ def orthogonal_flops(model: ModelConfig, moe: bool, steps: int) -> float:
     return steps * total
 
 
+def padded_head(head_dim: int) -> int:
+    """The width that an attention kernel computes for a head."""
+    return next((width for width in HEADS if width >= head_dim), head_dim)
+
+
 def core(job: TrainingJob, rates: Rates, backward: bool) -> tuple[float, float]:
     """Seconds of the attention core's matmuls and of its memory traffic on one rank, one pass of one micro-batch."""
     model, tp, cp = job.model, job.layout.tp, job.layout.cp
     heads, b, s = model.heads / tp, job.micro_batch, job.sequence
-    head = model.head_dim + (model.rope_head_dim if model.attention == "mla" else 0)
-    pair_flops = 2.0 * (head + model.head_dim) * b * heads * s * s / cp
+    value = padded_head(model.head_dim) if job.software.flash_attention else model.head_dim
+    head = value + (model.rope_head_dim if model.attention == "mla" else 0)
+    pair_flops = 2.0 * (head + value) * b * heads * s * s / cp
     if job.software.flash_attention:
         seen = flops.keys_seen(model, s) / s if job.software.causal_flops else 1.0
         work = pair_flops * seen * (2.5 if backward else 1.0)
@@ -175,7 +183,7 @@ def _seconds(job: TrainingJob, rates: Rates, one: Matmul, backward: bool) -> flo
     """Seconds of all calls of a matmul in one pass; NaN where unknown."""
     if one.experts > 1 or one.part == "experts":
         # How many rows an expert gets changes with every batch: no kernel is chosen by an odd number of them.
-        one = replace(one, m=max(1, round(shapes.rows(job) * job.imbalance / 128)) * 128)
+        one = replace(one, m=max(1, round(shapes.rows(job) * job.fullest / 128)) * 128)
     seconds = one.once(rates.kernels, job.precision, backward)
     return math.nan if seconds is None else one.count * seconds / rates.kept
 
@@ -186,11 +194,20 @@ def _accumulated(job: TrainingJob, weights: float, routed: bool) -> float:
     return 0.0 if job.software.fused_accumulation or alone else job.software.gradient_bytes * 2.5 * weights
 
 
+def again(job: TrainingJob, forward: Pass) -> float:
+    """Seconds of a layer's forward pass that the backward pass computes again, without exchange."""
+    if job.recompute == "full":
+        return forward.compute
+    if job.recompute == "none":
+        return 0.0
+    return forward.feed if job.software.selective == "feed_forward" else forward.attention + forward.scores
+
+
 @lru_cache(maxsize=50_000)
 def layer(job: TrainingJob, rates: Rates, moe: bool) -> tuple[Pass, Pass]:
     """Forward and backward pass of a micro-batch over one layer on one rank, without communication or recomputation."""
     model, layout, tokens, matmuls = job.model, job.layout, job.tokens, shapes.layer(job, moe)
-    rows = shapes.rows(job) * job.imbalance if moe else 0.0
+    rows = shapes.rows(job) * job.fullest if moe else 0.0
     widths: list[tuple[float, float]] = [(model.dense_width / layout.tp, tokens)]
     if moe:
         widths = [(model.expert_width / layout.etp, rows), (model.shared_width / layout.tp, tokens)]

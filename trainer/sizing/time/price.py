@@ -7,7 +7,7 @@ Matmuls are priced by `trainer.sizing.time.matmul`, the attention core and what 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile
@@ -19,14 +19,6 @@ from trainer.sizing.time.estimate import together
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.kernels import MatmulShape
 from trainer.sizing.time.rates import Rates
-
-HEADS = (32, 64, 96, 128, 192, 256)
-"""Head widths that attention kernels are built for (FlashAttention 2; cuDNN has 64, 128 and 256): others are padded."""
-
-
-def padded_head(head_dim: int) -> int:
-    """The width that an attention kernel computes for a head."""
-    return next((width for width in HEADS if width >= head_dim), head_dim)
 
 
 @dataclass(frozen=True)
@@ -97,14 +89,7 @@ class Prices:
     def _rest(self, job: TrainingJob) -> tuple[float, float]:
         """Seconds of the attention core, and of what only moves memory."""
         model = job.model
-        # The width that is padded says which kernel it is, and only then how wide that computes.
-        tuned = job.software.tuned_attention and model.head_dim % 8 == 0
-        wide = replace(
-            job,
-            model=model.model_copy(update={"head_dim": padded_head(model.head_dim)}),
-            software=replace(job.software, tuned_attention=tuned),
-        )
-        core = sum(operators.core(wide, self.rates, backward)[0] for backward in (False, True))
+        core = sum(operators.core(job, self.rates, backward)[0] for backward in (False, True))
         memory = sum(one.memory for one in operators.head(job, self.rates))
         with_experts = len(model.moe_layers)
         for moe, count in ((False, model.layers - with_experts), (True, with_experts)):
@@ -130,7 +115,7 @@ class Prices:
                 Figure(f"time.{_slug(one.name)}", seconds, "s", seconds * low, seconds * high, how,
                        (forward,) if forward else ())
             )  # fmt: skip
-        head = padded_head(job.model.head_dim)
+        head = operators.padded_head(job.model.head_dim)
         how = f"attention core of {job.model.layers} layers, {job.model.heads} heads computed {head} wide, both passes"
         parts.append(_loose("time.attention", price.attention, how, 0.35))
         how = "bytes of norms, residuals, activation functions, routing and loss over the memory bandwidth reached"

@@ -13,43 +13,32 @@ from trainer.sizing.time import schedule
 from trainer.sizing.time.estimate import StepParts
 from trainer.sizing.time.rates import Rates
 
-#: Relative uncertainty of each part, and of all of them together, so that nine of ten published runs that calibrated
-#: nothing lie inside (`python -m trainer validate`).
-SPREAD = {
-    "matmul": 0.12,
-    "attention": 0.30,
-    "memory": 0.30,
-    "head": 0.20,
-    "recompute": 0.15,
-    "tp": 0.35,
-    "ep": 0.50,
-    "cp": 0.50,
-    "weights": 0.40,
-    "host": 0.30,
-    "p2p": 0.50,
-    "bubble": 0.20,
-    "dp": 0.50,
-    "optimizer": 0.40,
-    "fixed": 0.50,
-}
+#: Of each part of a step: its relative uncertainty, what a comparison calls it, and what is in it. The uncertainties, and
+#: that of all together, are such that nine of ten published runs that calibrated nothing lie inside
+#: (`python -m trainer validate`).
+PARTS: dict[str, tuple[float, str, str]] = {
+    "matmul": (0.12, "matmuls",
+               "matmuls of the slowest stage's layers over all micro-batches, there and back; rates: {kernels}"),
+    "attention": (0.30, "attention", "attention core of those layers"),
+    "memory": (0.30, "memory-bound kernels",
+               "norms, residuals, activation functions and routing of those layers, by bytes over memory bandwidth"),
+    "head": (0.20, "output projection and loss", "output projection and loss"),
+    "recompute": (0.15, "recomputation", "what the backward pass computes again ({recompute})"),
+    "tp": (0.35, "tensor-parallel exchange", "exposed tensor-parallel collectives; {fabric}"),
+    "ep": (0.50, "expert exchange", "dispatch to experts and combination; {fabric}"),
+    "cp": (0.50, "context exchange", "exchange of keys and values that attention doesn't hide; {fabric}"),
+    "weights": (0.40, "gathering weights",
+                "gathers and scatters of weights under ZeRO-3 that computing doesn't hide; {fabric}"),
+    "host": (0.30, "host", "what launching takes longer than computing; host overheads: {host}"),
+    "p2p": (0.50, "transfers between stages", "messages between stages; {fabric}"),
+    "bubble": (0.20, "pipeline bubble",
+               "first and last micro-batches on their way through {pp} stages, {interleave} chunks each"),
+    "dp": (0.50, "gradient reduction",
+           "gradients reduced and weights gathered over {dp} replicas, as far as nothing hides it; {fabric}"),
+    "optimizer": (0.40, "optimizer", "the optimizer's traffic over memory bandwidth"),
+    "fixed": (0.50, "fixed costs", "the rest of a step: data, clipping, logging"),
+}  # fmt: skip
 TOGETHER = 0.20
-_SAYS = {
-    "matmul": "matmuls of the slowest stage's layers over all micro-batches, there and back; rates: {kernels}",
-    "attention": "attention core of those layers",
-    "memory": "norms, residuals, activation functions and routing of those layers, by bytes over memory bandwidth",
-    "head": "output projection and loss",
-    "recompute": "what the backward pass computes again ({recompute})",
-    "tp": "exposed tensor-parallel collectives; {fabric}",
-    "ep": "dispatch to experts and combination; {fabric}",
-    "cp": "exchange of keys and values that attention doesn't hide; {fabric}",
-    "weights": "gathers and scatters of weights under ZeRO-3 that computing doesn't hide; {fabric}",
-    "host": "what launching takes longer than computing; host overheads: {host}",
-    "p2p": "messages between stages; {fabric}",
-    "bubble": "first and last micro-batches on their way through {pp} stages, {interleave} chunks each",
-    "dp": "gradients reduced and weights gathered over {dp} replicas, as far as nothing hides it; {fabric}",
-    "optimizer": "the optimizer's traffic over memory bandwidth",
-    "fixed": "the rest of a step: data, clipping, logging",
-}
 
 
 def step_time(job: TrainingJob, rates: Rates) -> Figure | None:
@@ -64,17 +53,15 @@ def figure(job: TrainingJob, rates: Rates, parts: StepParts) -> Figure:
     made = []
     for name, value in vars(parts).items():
         if value > 0:
-            off = SPREAD[name] * value
-            made.append(
-                Figure(f"step.{name}", value, "s", max(0.0, value - off), value + off, _how(name, job, rates))
-            )
+            off, how = PARTS[name][0] * value, _how(name, job, rates)
+            made.append(Figure(f"step.{name}", value, "s", max(0.0, value - off), value + off, how))
     how = f"sum of its parts: {job.micro_batches} micro-batches of {job.micro_batch} on {_stages(job)}"
     return Figure("step", parts.step, "s", low, high, how, tuple(made))
 
 
 def interval(parts: StepParts) -> tuple[float, float]:
     """Least and most seconds: independent parts by the root of their squares, and what they have in common, as ratios."""
-    own = math.sqrt(sum((SPREAD[name] * value) ** 2 for name, value in vars(parts).items()))
+    own = math.sqrt(sum((PARTS[name][0] * value) ** 2 for name, value in vars(parts).items()))
     ratio = 1 + math.hypot(own / parts.step, TOGETHER)
     return parts.step / ratio, parts.step * ratio
 
@@ -91,16 +78,9 @@ def why_unknown(job: TrainingJob, rates: Rates) -> str:
 def tokens_per_second(job: TrainingJob, step: Figure) -> Figure:
     """Tokens a second of the whole job."""
     tokens = job.global_batch * job.sequence
+    value, low, high = tokens / step.value, tokens / step.high, tokens / step.low
     how = f"{job.global_batch} samples x {job.sequence} tokens / step"
-    return Figure(
-        "tokens_per_second",
-        tokens / step.value,
-        "tokens/s",
-        tokens / step.high,
-        tokens / step.low,
-        how,
-        (step,),
-    )
+    return Figure("tokens_per_second", value, "tokens/s", low, high, how, (step,))
 
 
 def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | None:
@@ -116,17 +96,13 @@ def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | No
 
 
 def _stages(job: TrainingJob) -> str:
-    cut = schedule.of(job)
-    return (
-        f"{len(cut)} stages of {', '.join(str(stage.layers) for stage in cut)} layers"
-        if len(cut) > 1
-        else "one stage"
-    )
+    layers = [str(stage.layers) for stage in schedule.of(job)]
+    return f"{len(layers)} stages of {', '.join(layers)} layers" if len(layers) > 1 else "one stage"
 
 
 def _how(name: str, job: TrainingJob, rates: Rates) -> str:
     source = f"profile {rates.device.name}" if rates.device else f"catalogue of {rates.hardware.name}"
-    return _SAYS[name].format(
+    return PARTS[name][2].format(
         kernels=f"{source}, {rates.kept:.0%} of a short benchmark's",
         recompute=job.recompute,
         fabric=rates.fabric.source,

@@ -119,3 +119,23 @@ def test_another_device() -> None:
     assert "mi300x: " in text and "does not fit" in text and "times as fast" in text
     unknown = questions.other(mixtral(64), task(), here, compose(["hardware=cpu"]).hardware)
     assert isinstance(unknown.there.step, str) and "unknown: cpu" in "\n".join(unknown.text())
+
+
+def test_selective_recomputation_is_among_the_changes() -> None:
+    """This trainer's makes MLP and experts again, which saves memory with fused attention too."""
+    h100, made = compose(["hardware=h100"]).hardware, mixtral(64)
+    selective = replace(made, recompute="selective")
+    saves = memory.worst(made, "cuda")[1].needed - memory.worst(selective, "cuda")[1].needed
+    changes = {change.names: change for change in questions.fit(made, h100).changes}
+    assert changes["train.recompute=selective",].saves == pytest.approx(saves) and saves > 0
+    older = replace(made, software=replace(made.software, selective="attention"))
+    names = {name for change in questions.fit(older, h100).changes for name in change.names}
+    assert "train.recompute=selective" not in names
+
+
+def test_changes_are_what_is_typed() -> None:
+    chunked = replace(mixtral(8), layout=Layout(2, 8, 1, 8, 1, 1), interleave=4)
+    changes = questions.fit(chunked, compose(["hardware=h100"]).hardware).changes
+    typed = [name for change in changes for name in change.names]
+    assert "parallel.schedule=1f1b" in typed and "parallel.chunks=1" in typed
+    compose(["model=mixtral_8x7b", *typed])

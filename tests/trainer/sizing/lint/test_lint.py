@@ -10,13 +10,25 @@ import pytest
 from configs.compose import compose
 from trainer.sizing.ask import catalogue
 from trainer.sizing.ask.answer import job_of
-from trainer.sizing.lint.check import lint
-from trainer.sizing.lint.findings import CHECKS, LintFinding, batched, changed
-from trainer.sizing.lint.rules import balance_width, rules, tile_count, wave_efficiency
+from trainer.sizing.lint import layout, shape
+from trainer.sizing.lint.check import check_of, lint
+from trainer.sizing.lint.rules import (
+    LintFinding,
+    balance_width,
+    batched,
+    changed,
+    rules,
+    tile_count,
+    wave_efficiency,
+)  # fmt: skip
 from trainer.sizing.lint.shape import other_heads
 from trainer.sizing.model import parameters, shapes
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Prices, padded_head
+from trainer.sizing.time import estimate as time
+from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.operators import padded_head
+from trainer.sizing.time.price import Prices
+from trainer.sizing.time.rates import OWN, Rates
 
 pytestmark = pytest.mark.unit
 
@@ -90,9 +102,14 @@ def test_published_expert_widths(peak: float, gbps: float, width: int) -> None:
 
 
 def test_every_rule_has_a_check_and_every_check_a_rule() -> None:
-    lint(job("h100"), PRICES["h100"])  # registers all
     named = {rule.check for rule in rules()} - {"none"}
-    assert named == set(CHECKS)
+    checks = {
+        name
+        for module in (shape, layout)
+        for name, one in vars(module).items()
+        if callable(one) and getattr(one, "__annotations__", {}).get("return") == "Iterator[LintFinding]"
+    }
+    assert named == checks and all(check_of(name) for name in named)
     assert len({rule.name for rule in rules()}) == len(rules())
     assert all(rule.reason and rule.source for rule in rules())
 
@@ -112,7 +129,8 @@ BROKEN = [
     ("rows_per_expert", "h100", ["train.micro_batch=1", "data.sequence=1024"], "micro_batch=4", (5, 90)),
     ("expert_width", "h100", ["parallel.ep=8"], "expert_width=1472", (1, 30)),
     ("expert_width", "mi300x", ["parallel.ep=8"], "expert_width=1984", (5, 60)),
-    ("dispatch", "h100", ["parallel.ep=4"], "all-gather", (0.5, 60)),
+    ("dispatch", "h100", ["parallel.ep=4", "train.engine=deepspeed"], "train.engine=native", (0.5, 60)),
+    ("dispatch", "h100", ["parallel.ep=4", "parallel.tp=2", "parallel.etp=2", "parallel.dp=4"], "parallel.etp=1", (1, 60)),
     ("mesh_group", "mi300x", ["parallel.tp=2"], "parallel.tp=1 or 8", (5, 60)),
     ("tensor_size", "h100", ["parallel.tp=16"], "parallel.tp=8", (5, 90)),
     ("heads_over_tensor", "h100", ["model.heads=12", "model.kv_heads=12", "parallel.tp=8"], "heads=16", (0.1, 30)),
@@ -278,3 +296,68 @@ def test_layouts_share_the_matmuls() -> None:
 def test_larger_micro_batches_are_as_many() -> None:
     one = job("h100")
     assert batched(one, 4).micro_batches == one.micro_batches and batched(one, 4).tokens == 4 * one.tokens
+
+
+def test_what_the_trainer_does_by_itself_is_not_advised() -> None:
+    """With no more ranks than experts of a token it gathers tokens and sums results instead of sending copies."""
+    assert "dispatch" not in found("h100", "parallel.ep=4")
+
+
+def test_advice_is_a_layout_that_the_trainer_runs() -> None:
+    """qwen3_30b_a3b has four key heads, which eight ranks don't divide; nor do 72 linked devices divide 64 experts."""
+    assert found("mi300x", "parallel.tp=2", model="qwen3_30b_a3b")["mesh_group"].better == "parallel.tp=1"
+    wide = job("h100", "parallel.tp=16", "model.heads=48", "model.kv_heads=48")
+    (finding,) = [f for f in lint(wide, PRICES["h100"]) if f.rule.name == "tensor_size"]
+    assert finding.better == "parallel.tp=8"
+    odd = job("h100", "parallel.ep=32", "model.experts=96", "parallel.tp=2")
+    (finding,) = [f for f in lint(odd, PRICES["h100"]) if f.rule.name == "expert_inside_node"]
+    assert finding.better == "parallel.ep=4"
+    rack = job("h100", "parallel.ep=24", "model.experts=72", "model.top_k=8")
+    h100 = catalogue.device("h100")
+    device = h100.model_copy(update={"link": h100.link.model_copy(update={"reach": 10})})
+    (finding,) = [f for f in lint(rack, Prices(device)) if f.rule.name == "expert_inside_node"]
+    assert finding.better == "parallel.ep=9"
+
+
+@pytest.mark.parametrize(
+    ("rule", "hardware", "words"),
+    [
+        ("rows_per_expert", "h100", ["train.micro_batch=1", "data.sequence=1024"]),
+        ("matmul_work", "mi300x", ["train.micro_batch=1"]),
+        ("micro_batch", "h100", ["train.micro_batch=1", "data.sequence=1024"]),
+        ("expert_inside_node", "h100", ["parallel.ep=32"]),
+        ("tensor_size", "h100", ["parallel.tp=16"]),
+        ("mesh_group", "mi300x", ["parallel.tp=2"]),
+    ],
+)
+def test_what_does_not_fit_is_not_advised(rule: str, hardware: str, words: list[str]) -> None:
+    small = job(hardware, *words)
+    assert rule in {f.rule.name for f in lint(small, PRICES[hardware])}
+    assert rule not in {f.rule.name for f in lint(small, PRICES[hardware], lambda one: one == small)}
+
+
+def test_as_many_rows_as_fit_are_advised() -> None:
+    small = job("h100", "train.micro_batch=1", "data.sequence=1024")
+    findings = lint(small, PRICES["h100"], lambda one: one.micro_batch <= 2)
+    assert {f.better for f in findings if f.rule.name in ("rows_per_expert", "micro_batch")} == {
+        "micro_batch=2"
+    }
+
+
+def test_the_mildest_recomputation_that_fits_is_advised() -> None:
+    """This trainer's selective recomputation makes MLP and experts again, not attention, which a forecast counts so."""
+    whole = replace(job("h100"), recompute="full")
+
+    def advised(fits: set[str]) -> LintFinding | None:
+        findings = lint(whole, PRICES["h100"], lambda one: one.recompute in fits)
+        return next((f for f in findings if f.rule.name == "recompute"), None)
+
+    none, some = advised({"none", "selective", "full"}), advised({"selective", "full"})
+    assert none and some and advised({"full"}) is None
+    assert (none.better, some.better) == ("recompute=none", "recompute=selective")
+    rates = Rates(catalogue.device("h100"), from_catalogue(catalogue.device("h100")), overheads=OWN)
+    again = {r: time.parts(replace(whole, recompute=r), rates).recompute for r in ("full", "selective")}
+    now = PRICES["h100"].of(whole)
+    assert now is not None and some.cost == pytest.approx(
+        100 * (again["full"] - again["selective"]) / (now.seconds + again["full"])
+    )

@@ -287,3 +287,31 @@ def test_what_fits_only_just_is_warned_of() -> None:
     sizes = (4096, 20480, 21504, 22528, 23552, 24576)
     warnings = [planned(*words, f"data.sequence={size}").warnings for size in sizes]
     assert warnings[0] == () and any("may not fit" in text for texts in warnings for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("words", "dp"),
+    [
+        (["train.global_batch=256", "train.ramp_batch=8", "train.ramp_steps=10", "train.micro_batch=1"], 8),
+        (["train.global_batch=256", "train.ramp_batch=16", "train.ramp_steps=9", "parallel.pp=2"], 1),
+        # Of eight samples on each of 8 replicas a pipeline of two stages gets one micro-batch, and takes two or more.
+        (["train.global_batch=64", "train.evaluate_every=5", "train.evaluate_samples=8", "data.validation=0.1",
+          "parallel.pp=2", "train.micro_batch=1"], 4),
+    ],
+)  # fmt: skip
+def test_data_parallel_ranks_divide_every_batch(words: list[str], dp: int) -> None:
+    made = plan(compose(["model=olmoe_1b_7b", "hardware=h100", *words]), Capacity((8, 8)), strict=True)
+    assert made.layout["dp"] == dp
+
+
+def test_chunks_that_the_search_sets_are_no_reason_to_refuse() -> None:
+    config = compose(["model=olmoe_1b_7b", "hardware=h100", "parallel=auto", "parallel.schedule=interleaved"])
+    made = plan(config, Capacity((8, 8)), strict=True)
+    assert made.layout["pp"] > 1 and made.config.parallel.chunks > 1
+
+
+def test_an_axis_that_is_refused_by_itself_is_named_though_others_are_open() -> None:
+    config = compose(["model=olmoe_1b_7b", "hardware=h100", "parallel=auto", "parallel.tp=3"])
+    for strict in (False, True):
+        with pytest.raises(UserError, match=r"^parallel\.tp=3 does not divide model\.heads=16"):
+            plan(config, Capacity((6, 6)), strict=strict)

@@ -16,6 +16,7 @@ from trainer.sizing.search import auto, legal, runnable
 from trainer.sizing.search import layouts as search
 from trainer.sizing.search.auto import rates_of
 from trainer.sizing.search.legal import Task
+from trainer.sizing.time.step import PARTS
 
 pytestmark = pytest.mark.unit
 
@@ -88,7 +89,7 @@ def test_a_pipeline_needs_a_micro_batch_for_each_stage() -> None:
 
 def test_whatever_is_searched_the_trainer_runs() -> None:
     for model, ranks in (("deepseek_v3", 64), ("zaya1_base", 16), ("qwen3_30b_a3b", 48)):
-        made = task(model, ranks, 192, context="ulysses")
+        made = task(model, ranks, 192, software=Software(context="ulysses"))
         config = compose([f"model={model}", "data.sequence=4096", "train.engine=native"])
         jobs = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
         assert jobs
@@ -148,6 +149,32 @@ def test_the_runner_up_is_told_by_its_larger_term() -> None:
     other = next(c for c in result.ranked if c.seconds > 1.01 * best.seconds)
     comparison = search.compare(best, other)
     more = max(vars(best.parts), key=lambda name: getattr(other.parts, name) - getattr(best.parts, name))
-    assert other.label in comparison and "slower" in comparison and search._WORDS[more] in comparison
+    assert other.label in comparison and "slower" in comparison and PARTS[more][1] in comparison
     assert search.compare(best, best).endswith("as fast")
     assert f"{result.legal} legal set-ups" in search.reason(result)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        # qwen3_30b_a3b has four key heads, so that Ulysses over four ranks leaves none for tp.
+        ["model=qwen3_30b_a3b", "parallel.cp=4", "parallel.context=ulysses", "data.sequence=16384", "train.micro_batch=1"],
+        ["model=olmoe_1b_7b", "parallel.tp=2", "parallel.cp=3", "data.sequence=12288", "train.micro_batch=1"],
+        ["model=olmoe_1b_7b", "train.global_batch=256", "train.ramp_batch=16", "train.ramp_steps=2"],
+        ["model=olmoe_1b_7b", "train.evaluate_every=5", "train.evaluate_samples=8", "data.validation=0.1"],
+    ],
+)  # fmt: skip
+def test_every_layout_of_the_search_is_one_that_the_trainer_runs(words: list[str]) -> None:
+    config = compose([*words, "hardware=h100", "parallel=auto"])
+    tried = 0
+    for ranks in (8, 12, 16, 24):
+        made = auto.task(config, ranks, 8)
+        for layout in legal.layouts(made):
+            for job in legal.jobs(made, layout):
+                settings = auto.settings(job)
+                tree = config.model_dump()
+                tree["parallel"] |= layout.to_json() | settings["parallel"]
+                tree["train"] |= {"global_batch": job.global_batch}
+                assert runnable.refusal(validated(tree)) is None, (layout, settings)
+                tried += 1
+    assert tried

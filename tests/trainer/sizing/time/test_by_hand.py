@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from typing import Literal
 
 import pytest
 
@@ -12,6 +13,7 @@ from configs.compose import compose, validated
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from trainer.sizing.memory import activations, states
+from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import flops, frameworks, parameters, shapes
 from trainer.sizing.model.job import Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
@@ -231,22 +233,50 @@ def test_latent_attention_copies_its_down_projections_under_tp() -> None:
 
 def test_latent_attention_under_cp_gathers_what_the_trainer_gathers() -> None:
     made = job(preset("deepseek_v3"), Layout(1, 1, 8, 1, 1, 1), sequence=32768)
-    # 128 heads of a key of 128 + 64 and a value of 128, bf16; or one latent of 512 + 64.
+    # 128 heads of a key of 128 + 64 and a value of 128, bf16.
     assert time.context_bytes(made) == 32768 * 2 * 128 * (128 + 64 + 128)
-    latents = replace(made, software=Software(latent_context=True, gathered_context=True))
-    assert time.context_bytes(latents) == 32768 * 2 * 576
+    gathered = replace(made, software=Software(context="gather"))
     # 61 layers, 4 micro-batches; gathered once, and gradients scattered once, with nothing beside.
-    by_hand = 61 * 4 * 2 * ring(32768 * 2 * 576, 8)
-    assert time.parts(latents, h100()).cp == pytest.approx(by_hand)
+    by_hand = 61 * 4 * 2 * ring(32768 * 2 * 128 * (128 + 64 + 128), 8)
+    assert time.parts(gathered, h100()).cp == pytest.approx(by_hand)
     # All heads' keys and values that were gathered are kept, eight times those of the rank's own tokens.
-    ours = replace(made, software=frameworks.own())
-    more = (
-        activations.layer(ours, False)["attention"]
-        - activations.layer(replace(ours, software=replace(ours.software, gathered_context=False)), False)[
-            "attention"
-        ]
+    ours, other = (
+        activations.layer(replace(made, software=frameworks.own(context=context)), False)["attention"]
+        for context in ("gather", "ulysses")
     )
-    assert more == 4096 * 7 * 2 * 128 * (128 + 64 + 128)
+    assert ours - other == 4096 * 7 * 2 * 128 * (128 + 64 + 128)
+
+
+def test_ulysses_exchanges_heads_for_tokens_and_gathers_nothing() -> None:
+    gathered, ours = (
+        replace(job(preset("olmoe_1b_7b"), Layout(1, 1, 4, 1, 1, 1), sequence=32768), software=frameworks.own(context=c))
+        for c in ("gather", "ulysses")
+    )  # fmt: skip
+    # Queries, keys and values together, then results, of 8192 tokens and 16 heads of 128, there and back; 16 layers, 4
+    # micro-batches.
+    each = 8192 * 16 * 128 * 2
+    group = time.groups(ours)["cp"]
+    sent = [h100().fabric.seconds("all_to_all", size, group) for size in (each, 2 * each, each)]
+    assert time.parts(ours, h100()).cp == pytest.approx(16 * 4 * 2 * sum(sent))
+    # Of what the others have, neither a buffer nor a copy that is kept.
+    usage, theirs = (memory.worst(one, "cuda")[1] for one in (ours, gathered))
+    assert theirs.exchange - usage.exchange == pytest.approx(4 * 2 * each - 3 * each)
+    assert theirs.activations - usage.activations == pytest.approx(16 * 3 * 2 * each)
+
+
+@pytest.mark.parametrize("context", ["gather", "ulysses"])
+def test_layers_that_are_computed_again_exchange_their_context_again(
+    context: Literal["gather", "ulysses"],
+) -> None:
+    made = replace(
+        job(preset("mixtral_8x7b"), Layout(1, 1, 4, 1, 1, 1), sequence=32768),
+        software=frameworks.own(context=context),
+    )
+    forward = sum(operators.layer(made, h100(), moe)[0].compute for moe in (True,)) * 32 * 4
+    none, full = (time.parts(replace(made, recompute=recompute), h100()) for recompute in ("none", "full"))
+    # 32 layers and 4 micro-batches; without ep, tp and ZeRO-3 the context is all that is exchanged, half of it forward.
+    assert none.recompute == 0 and none.cp == full.cp > 0
+    assert full.recompute == pytest.approx(forward + none.cp / 2)
 
 
 def test_a_sliding_window_leaves_less_attention() -> None:

@@ -6,14 +6,20 @@ from dataclasses import replace
 
 import pytest
 
+from configs.compose import compose
 from configs.schema import ModelConfig
 from trainer.sizing.ask import catalogue
+from trainer.sizing.ask.answer import job_of
+from trainer.sizing.memory import activations
+from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.operators import EAGER
+from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Rates
 
 pytestmark = pytest.mark.unit
@@ -107,3 +113,36 @@ def test_an_odd_width_costs_its_gradients_by_their_layout() -> None:
         sum(one.matmul for one in operators.layer(j, rates(), False)) for j in (even, tokens, width)
     )
     assert less < base and more > 2 * base
+
+
+def test_a_step_pads_heads_as_the_price_of_a_shape_does() -> None:
+    """Heads of 80 are computed 96 wide: as long as heads of 96, wherever attention is asked for."""
+    h100 = catalogue.device("h100")
+    rates, prices = Rates(h100, from_catalogue(h100)), Prices(h100)
+    one = job_of(
+        compose(["model=olmoe_1b_7b", "hardware=h100", "data.sequence=4096", "train.micro_batch=1"])
+    )[0]
+    jobs = [replace(one, model=one.model.model_copy(update={"head_dim": width})) for width in (80, 96)]
+    steps = [time.parts(made, rates).attention for made in jobs]
+    assert steps[0] == pytest.approx(steps[1])
+    for made, seconds in zip(jobs, steps, strict=True):
+        price = prices.of(made)
+        assert price is not None and price.attention == pytest.approx(seconds)
+
+
+def test_a_rank_that_has_all_experts_gets_as_many_rows_as_there_are() -> None:
+    h100 = catalogue.device("h100")
+    rates = Rates(h100, from_catalogue(h100))
+    words = [
+        "model=olmoe_1b_7b",
+        "hardware=h100",
+        "data.sequence=4096",
+        "train.micro_batch=1",
+        "parallel.dp=8",
+    ]
+    for ep, uneven in ((1, False), (8, True)):
+        one = job_of(compose([*words, f"parallel.ep={ep}"]))[0]
+        even = replace(one, imbalance=1.0)
+        assert one.imbalance > 1 and (activations.surplus(one) > 0) is uneven
+        assert (time.parts(one, rates).matmul > time.parts(even, rates).matmul) is uneven
+        assert (memory.worst(one, "cuda")[1].needed > memory.worst(even, "cuda")[1].needed) is uneven
