@@ -228,7 +228,7 @@ def _check_key(path: str, value: str) -> None:
             f"{path} looks like a secret, and configurations are saved and shared; "
             "set it in the environment instead: export WANDB_API_KEY=..."
         )
-    raise UserError(wording.unknown(path))
+    raise UserError(wording.unknown(path, groups()))
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

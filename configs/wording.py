@@ -6,7 +6,7 @@ Every sentence names the field, the value, why it is refused and what to type in
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -59,11 +59,12 @@ def example(path: str) -> str:
     return f"{path}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def unknown(path: str) -> str:
-    """That no such field exists, with the nearest one that does."""
+def unknown(path: str, groups: Sequence[str] = ()) -> str:
+    """That no such field exists, with the nearest one that does; `groups` of presets are typed as sections are."""
     names = list(_schema())
     section, _, field = path.rpartition(".")
     siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == section]
+    siblings += [] if section else groups
     # The section's own name says nothing about the field: 'model.moe_every' isn't near 'model.router'.
     close = nearest(field, siblings).replace("'", f"'{section}." if section else "'", 1)
     if not close and not section:

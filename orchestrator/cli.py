@@ -7,6 +7,7 @@ torch nor ray nor deepspeed; the others load `orchestrator.commands.cluster_comm
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -99,6 +100,23 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is None and error.errno not in _STORAGE:
+            raise  # no storage's fault, so one of ours
+        print(f"megaray: {_storage(error)}", file=sys.stderr)
+        return USER_ERROR_EXIT
+
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def _storage(error: OSError) -> str:
+    """What a file that can't be read or written means for whoever has typed a command."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return (
+        f"{where}{error.strerror}; look at its owner, its permissions and the room on its disk (MEGARAY_HOME is "
+        f"{default_home()}), then type the command again"
+    )
 
 
 def _cluster(name: str, call: CommandCall) -> int:
@@ -133,6 +151,7 @@ def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
 
 def _list(call: CommandCall) -> int:
     from orchestrator.commands import console
+    from orchestrator.commands.text import clean
     from orchestrator.record import reading
 
     if call.options.watch:
@@ -141,10 +160,10 @@ def _list(call: CommandCall) -> int:
         screen.watch_list(call.home, sys.stdout, call.wants_json)
         return 0
     listing = reading.summaries(call.home)
-    call.say(console.run_list(listing.rows, listing.damage), [asdict(row) for row in listing.rows])
+    call.report(console.run_list(listing.rows, listing.damage), [asdict(row) for row in listing.rows])
     if call.wants_json:
         for text in listing.damage:
-            print(f"megaray: damaged: {text}", file=sys.stderr)
+            print(f"megaray: damaged: {clean(text)}", file=sys.stderr)
     return 0
 
 
@@ -155,7 +174,7 @@ def _status(call: CommandCall) -> int:
     reader = reading.RunReader(call.home.existing(call.options.run))
     row = reader.summary(reading.read_queue(call.home))
     incidents = reader.incidents()
-    call.say(console.status(row, incidents), asdict(row) | {"incidents": incidents})
+    call.report(console.status(row, incidents), asdict(row) | {"incidents": incidents})
     return 0
 
 
@@ -165,13 +184,15 @@ def _watch(call: CommandCall) -> int:
 
 def _logs(call: CommandCall) -> int:
     from orchestrator.commands import watching
+    from orchestrator.commands.text import redacted
 
     run = call.home.existing(call.options.run)
     rank, attempts = call.options.rank, run.attempt_numbers()
-    attempt = call.options.attempt or (attempts[-1] if attempts else 0)
+    newest = attempts[-1] if attempts else 1
+    attempt = newest if call.options.attempt is None else call.options.attempt
     if attempt not in attempts:
         raise UserError(
-            f"run '{run.run_id}' has no attempt {attempt or 1}; it has "
+            f"run '{run.run_id}' has no attempt {attempt}; it has "
             f"{', '.join(map(str, attempts)) or 'none yet'}"
         )
     path = run.attempt(attempt).log(rank)
@@ -181,7 +202,7 @@ def _logs(call: CommandCall) -> int:
         )
     if call.wants_json:
         print(json.dumps({"run": run.run_id, "attempt": attempt, "rank": rank, "path": str(path),
-                          "text": path.read_text(errors="replace")}))  # fmt: skip
+                          "text": redacted(path.read_text(errors="replace"))}))  # fmt: skip
         return 0
     try:
         watching.show_log(path, sys.stdout, run if call.options.follow else None)
@@ -208,7 +229,7 @@ def _incidents(call: CommandCall) -> int:
     from orchestrator.record import reading
 
     rows = reading.incidents(call.home.existing(call.options.run))
-    call.say(console.incidents(rows), rows)
+    call.report(console.incidents(rows), rows)
     return 0
 
 

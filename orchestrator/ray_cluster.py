@@ -32,6 +32,10 @@ _FORMS = "type HOST:PORT of a Ray head (6379 by default) or http://HOST:8265 of 
 _TOKEN = "put the cluster's token into RAY_AUTH_TOKEN, or its file into RAY_AUTH_TOKEN_PATH"
 
 
+class Unreachable(UserError):
+    """No Ray head answers at an address."""
+
+
 def found(address: str) -> str:
     """`auto` as Ray's own tools take it: the newest Ray of this machine; any other address as it is.
 
@@ -94,7 +98,7 @@ def dial(address: str, token: str) -> bool:
     try:
         socket.create_connection((host, port), timeout=_DIAL_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise UserError(f"--address '{address}': nobody answers there ({error}); {_FORMS}") from None
+        raise Unreachable(f"--address '{address}': nobody answers there ({error}); {_FORMS}") from None
     if _accepts(address, ""):
         return False
     if not token:
@@ -116,7 +120,7 @@ def _accepts(address: str, token: str) -> bool:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False
             if error.code() is not grpc.StatusCode.UNIMPLEMENTED:  # another version of Ray; it says so itself
-                raise UserError(
+                raise Unreachable(
                     f"--address '{address}': what answers there is no Ray head ({error.code().name.lower()}); {_FORMS}"
                 ) from None
     return True

@@ -57,6 +57,12 @@ class CommandCall:
         elif tree is not None:
             _print(json.dumps(tree, default=str))
 
+    def report(self, text: str, tree: Any) -> None:
+        """Print what runs have written: `text`, or under `--json` only `tree`, without secrets and with finite numbers."""
+        from orchestrator.commands.text import shareable  # its patterns take a while to load
+
+        self.say(text, shareable(tree) if self.wants_json else None)
+
     def note(self, text: str) -> None:
         """Print `text` for a person; nothing under `--json`."""
         if not self.wants_json:
@@ -92,7 +98,7 @@ def watch(call: CommandCall, run_id: str) -> int:
               f"`{PROGRAM} cancel {run_id}` ends it.", file=sys.stderr)  # fmt: skip
         return 130
     row = reading.summary(run, reading.read_queue(call.home))
-    call.say(console.final_summary(row, run), asdict(row))
+    call.report(console.final_summary(row, run), asdict(row))
     return 0 if state is State.SUCCEEDED else 1
 
 

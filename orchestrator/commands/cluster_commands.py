@@ -159,7 +159,7 @@ def _started_for(call: CommandCall, submission: Submission) -> tuple[ControllerC
     controller, record, mine = reach.started(call, slots, machine.gpus(), made.config.resilience.timeouts)
     if not mine:
         config = submission.config
-        given = reach.capacity(config, reach.ClusterTarget(record.address, record.token))
+        given = reach.capacity(config, reach.ClusterTarget.of(record))
         submission = replace(submission, plan=plan(config, given, strict=True))
         call.note(f"another command has just started Ray at {record.address}; the run is planned for that")
     return controller, submission
@@ -183,8 +183,8 @@ def up(call: CommandCall) -> int:
         call.note("another command has just started it")
     gpus = f" and {record.gpus} GPUs" if record.gpus else ""
     call.say(
-        f"local Ray is up at {record.address} with {record.slots} slots{gpus}; dashboard {record.dashboard}\n"
-        f"next: {PROGRAM} submit, {PROGRAM} down",
+        f"local Ray is up at {record.address} with {record.slots} slots{gpus}; Ray's own dashboard {record.dashboard}\n"
+        f"next: {PROGRAM} submit, {PROGRAM} dashboard, {PROGRAM} down",
         asdict(record),
     )
     return 0
@@ -204,7 +204,7 @@ def down(call: CommandCall) -> int:
                 return 0
         removal = f"; {damage}, and is removed" if damage else ""
         raise UserError(f"no local Ray is up for {call.home.home}; nothing to take down{removal}")
-    active = [row.run_id for row in reading.summaries(call.home).rows if not row.terminal]
+    active = _active(call)
     if active:
         call.note(f"active: {', '.join(active)}; each is cancelled and can be resumed from its checkpoint")
     if active and not _agreed(call):
@@ -214,16 +214,27 @@ def down(call: CommandCall) -> int:
         try:
             _cancel_all(call, record)
         except UserError as error:
-            call.note(f"its runs can't be cancelled ({error}); it is ended with them")
+            call.note(f"its runs can't be cancelled: {error}")
         finally:
             ray_cluster.disconnect()
         cluster.end(call.home)
-    call.say("the local Ray is down", {"cancelled": active})
+    left = _active(call)
+    if left:
+        names = ", ".join(left)
+        call.note(
+            f"not cancelled: {names}; its ranks have ended with Ray, and the next `{PROGRAM} up` continues it"
+        )
+    call.say("the local Ray is down", {"cancelled": [run for run in active if run not in left], "left": left})
     return 0
 
 
+def _active(call: CommandCall) -> list[str]:
+    """Runs of the home that haven't ended."""
+    return [row.run_id for row in reading.summaries(call.home).rows if not row.terminal]
+
+
 def _cancel_all(call: CommandCall, record: cluster.LocalCluster) -> None:
-    ray_cluster.connect(record.address, record.token)
+    reach.ClusterTarget.of(record).connect()
     controller = ControllerClient.existing(call.home)
     deadline = time.monotonic() + _DOWN_SECONDS
     while controller and controller.shut_down() and time.monotonic() < deadline:
@@ -258,7 +269,7 @@ def cancel(call: CommandCall) -> int:
                 f"run '{run.run_id}' is still {row.state}; `{PROGRAM} status {run.run_id}` shows when it ends"
             )
         time.sleep(0.2)
-    call.say(f"{run.run_id} is {row.state}; {row.next_step} continues it", asdict(row))
+    call.report(f"{run.run_id} is {row.state}; {row.next_step} continues it", asdict(row))
     return 0
 
 
@@ -266,7 +277,7 @@ def _refuse_ended(call: CommandCall, run_id: str) -> None:
     """Say that a run has ended before looking for a cluster, which may be down by then."""
     row = reading.summary(call.home.run(run_id), {})
     if row.terminal:
-        raise UserError(f"run '{run_id}' is {row.state} already; nothing to cancel")
+        raise UserError(f"run '{run_id}' has ended already ({row.state}); nothing to cancel")
 
 
 def resume(call: CommandCall) -> int:

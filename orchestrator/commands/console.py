@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.paths import RunPaths
 from orchestrator import PROGRAM
-from orchestrator.commands.text import clock, count, indented, plural, short, span, table
+from orchestrator.commands.text import clean, clock, count, indented, plural, short, span, table
 from orchestrator.record.reading import RunSummary
 from orchestrator.record.states import State
 
@@ -17,7 +17,7 @@ _PLACES = ("rail", "rack", "nvlink")
 
 def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = ()) -> str:
     """The table of `list`, and below it what can't be read."""
-    broken = "".join(f"\ndamaged: {text}" for text in damage)
+    broken = "".join(f"\ndamaged: {clean(text)}" for text in damage)
     if not rows:
         return f"no runs yet; `{PROGRAM} submit` starts one{broken}"
     head = ("RUN", "STATE", "OWNER", "PRIO", "SLOTS", "STEP", "LOSS", "TOK/S", "ETA", "INCIDENTS", "NOTE")
@@ -74,7 +74,7 @@ def status(row: RunSummary, history: Sequence[dict[str, Any]]) -> str:
     rows = [
         ("run", row.run_id),
         ("state", row.state + why),
-        ("model", f"{row.model}, {_axes(row.layout)}, {row.slots} slots, priority {row.priority}"),
+        ("model", f"{row.model}, {_axes(row.layout)}, {plural(row.slots, 'slot')}, priority {row.priority}"),
         (
             "submitted",
             f"{clock(row.submitted_at)}, started {clock(row.started_at)}, ended {clock(row.ended_at)}",
@@ -194,7 +194,9 @@ def incidents(listed: Sequence[dict[str, Any]]) -> str:
         if one["stops_nothing"]:
             cost = "none: training continues"
         elif one["downtime_seconds"] is not None:
-            again = f"{one['lost_steps']} steps trained again" + (f" ({expected})" if expected else "")
+            again = f"{plural(one['lost_steps'], 'step')} trained again" + (
+                f" ({expected})" if expected else ""
+            )
             cost = f"{again}, {one['downtime_seconds']:.1f} s without training"
         rows = [
             ("what", f"{one['cause']}: {one['detail']}"),

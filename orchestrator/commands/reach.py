@@ -26,6 +26,13 @@ class ClusterTarget:
     address: str
     token: str = ""
     """File of its token, where it is the local one."""
+    local: bool = False
+    """`up` or `submit` started it on this machine, and its keeper is alive."""
+
+    @classmethod
+    def of(cls, record: LocalCluster) -> ClusterTarget:
+        """The local one of a record."""
+        return cls(record.address, record.token, local=True)
 
     def connect(self) -> None:
         """Connect this process to it.
@@ -33,7 +40,15 @@ class ClusterTarget:
         Raises:
             UserError: where nobody answers.
         """
-        ray_cluster.connect(self.address, self.token)
+        try:
+            ray_cluster.connect(self.address, self.token)
+        except ray_cluster.Unreachable:
+            if not self.local:
+                raise
+            raise UserError(  # nobody has typed an address
+                f"the local Ray at {self.address} doesn't answer; its keeper is starting it again: type the command "
+                f"again in a minute, or `{PROGRAM} down` and `{PROGRAM} up`"
+            ) from None
 
 
 def target(call: CommandCall) -> ClusterTarget | None:
@@ -41,7 +56,7 @@ def target(call: CommandCall) -> ClusterTarget | None:
     if call.address:
         return ClusterTarget(call.address)
     record = cluster.local(call.home)
-    return ClusterTarget(record.address, record.token) if record else None
+    return ClusterTarget.of(record) if record else None
 
 
 @contextmanager
@@ -86,7 +101,7 @@ def started(
             call.note("starting a local Ray …")
             record = cluster.up(call.home, slots, gpus, timeouts)
         try:
-            ray_cluster.connect(record.address, record.token)
+            ClusterTarget.of(record).connect()
             made = ControllerClient.connect(call.home)
         except BaseException:
             ray_cluster.disconnect()

@@ -32,7 +32,7 @@ from configs.metrics import (
 from configs.paths import HomePaths, RunPaths
 from faulttol.commands.screen import axes
 from orchestrator.commands import console, watching
-from orchestrator.commands.text import clock, count, plural, size, span
+from orchestrator.commands.text import clean, clock, count, plural, shareable, size, span
 from orchestrator.record import reading
 from orchestrator.record.events import Event, StateMoved
 from orchestrator.record.following import Follower
@@ -99,14 +99,9 @@ class Picture:
                 case Event(payload=StateMoved() as move):
                     self.ended = move.to if move.to.terminal else None
             if (text := watching.told(item)) is not None and not isinstance(item, EndedLine):
-                self.happened.append(plain(text))
+                self.happened.append(text)
         if len(self.losses) > 2 * _LOSSES:
             self.losses = self.losses[::2]
-
-
-def plain(text: str) -> str:
-    """Text in one line that moves nothing on a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 # ---- lines of the picture ----
@@ -158,7 +153,7 @@ def _head(picture: Picture) -> Iterator[Text]:
     state = State(row.state)
     why = row.stopping or (row.detail if state is not State.RUNNING else "")
     shown = (row.state, f"bold {_STATES.get(state, 'cyan')}")
-    yield Text.assemble((plain(row.run_id), "bold"), "  ", shown, plain(f": {why}" if why else ""))
+    yield Text.assemble((clean(row.run_id), "bold"), "  ", shown, clean(f": {why}" if why else ""))
     nodes = f" on {len(row.nodes)} nodes" if len(row.nodes) > 1 else ""
     shortfall = f" of {row.asked_slots} asked for" if row.slots != row.asked_slots else ""
     facts = [
@@ -168,10 +163,10 @@ def _head(picture: Picture) -> Iterator[Text]:
         f"attempt {row.attempt}",
     ]
     facts += [plural(row.incidents, "incident"), *([row.owner] if row.owner else [])]
-    yield Text(plain(", ".join(facts)), "bright_black")
+    yield Text(clean(", ".join(facts)), "bright_black")
     notes = [picture.silent, f"parked: {row.parked}" if row.parked else "", row.saves]
     notes += [f"queued, position {row.position}: {row.waiting_for}"] if row.position is not None else []
-    yield from (Text(plain(note), "yellow") for note in notes if note)
+    yield from (Text(clean(note), "yellow") for note in notes if note)
 
 
 def _progress(picture: Picture, width: int, rich: bool) -> Iterator[Text]:
@@ -185,7 +180,7 @@ def _progress(picture: Picture, width: int, rich: bool) -> Iterator[Text]:
     room = max(8, width - len(text))
     yield bar([(share, full, "green"), (1 - share, empty, "bright_black")], room, 1.0).append(text)
     if isinstance(line, MeasuredLine):
-        yield Text(plain(line.text))
+        yield Text(clean(line.text))
         return
     left = (steps - line.step) * line.step_seconds
     parts = [f"{count(line.tokens_per_second)} tok/s", f"{line.step_seconds:.3g} s/step", f"eta {span(left)}"]
@@ -226,7 +221,7 @@ def _ranks(picture: Picture, width: int, most: int, rich: bool) -> Iterator[Text
         if recorded:
             parts = [(one.seconds.get(name, 0.0), letters[name], _COLOUR[name]) for name in PARTS]
             line.append_text(bar(parts, room, whole)).append(f" {one.total:.3g} s")
-        yield line.append(f"  {plain(one.doing)}", "bright_black")
+        yield line.append(f"  {clean(one.doing)}", "bright_black")
 
 
 # ---- what is read ----
@@ -321,7 +316,7 @@ def watch_list(
         if (rows, listing.damage) != before:
             before = rows, listing.damage
             text = f"{clock(time.time())}\n{console.run_list(listing.rows, listing.damage)}\n"
-            stream.write(json.dumps(rows, default=str) + "\n" if as_json else text)
+            stream.write(json.dumps(shareable(rows), default=str) + "\n" if as_json else text)
             stream.flush()
         sleep(_LIST_EVERY)
 
@@ -336,7 +331,7 @@ def _listed(listing: reading.Listing, width: int, height: int) -> list[Text]:
         if len(going) >= room
         else ended[len(ended) - min(len(ended), room - len(going)) :] + going
     )
-    made = [Text(plain(line)) for line in console.run_list(kept, listing.damage[:3]).splitlines()]
+    made = [Text(clean(line)) for line in console.run_list(kept, listing.damage[:3]).splitlines()]
     if made:
         made[0].stylize("bold")
     if len(kept) < len(listing.rows):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from faulttol.commands import screen
+from orchestrator.web.redact import Redactor
 
 
 def count(number: float) -> str:
@@ -37,8 +40,33 @@ def clock(seconds: float | None) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell; the columns in `right` are flush right."""
-    return "\n".join(screen.table(rows, right))
+    """Columns as wide as their widest cell, a line a row, without secrets; the columns in `right` are flush right."""
+    return "\n".join(screen.table([[clean(cell) for cell in row] for row in rows], right))
+
+
+@cache
+def _redactor() -> Redactor:
+    return Redactor()
+
+
+def plain(text: str) -> str:
+    """Text in one line that moves nothing on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def clean(text: str) -> str:
+    """What a run has written, for a person: in one line, and without what looks like a secret."""
+    return plain(_redactor().text(text))
+
+
+def redacted(text: str) -> str:
+    """Lines of a log without what looks like a secret."""
+    return _redactor().text(text)
+
+
+def shareable(tree: Any) -> Any:
+    """What a run has written, for a program: without what looks like a secret; numbers that aren't finite are None."""
+    return _redactor().tree(tree)
 
 
 def indented(text: str) -> str:

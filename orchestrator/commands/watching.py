@@ -22,7 +22,7 @@ from configs.metrics import (
 )
 from configs.paths import HomePaths, RunPaths
 from orchestrator.commands.console import progress, took
-from orchestrator.commands.text import size
+from orchestrator.commands.text import clean, plural, redacted, size
 from orchestrator.record import reading
 from orchestrator.record.events import (
     AttemptPlaced,
@@ -43,6 +43,8 @@ from orchestrator.record.states import State
 _POLL_SECONDS = 0.5
 _SILENT_SECONDS = 30.0
 """Without a sign of a controller before it is reported."""
+_PIECE = 1 << 20
+"""Bytes of a log that are read at once."""
 _PLAIN_EVERY = 10.0
 """Seconds between progress lines where they can't be rewritten in place."""
 
@@ -135,19 +137,24 @@ def watch(
             line.above(text)
         row = reader.summary(queue)
         if row.position is not None:
-            line.update(f"queued, position {row.position}: {row.waiting_for}")
+            line.update(clean(f"queued, position {row.position}: {row.waiting_for}"))
         sleep(_POLL_SECONDS)
 
 
 def _newest(line: StepLine | MeasuredLine, steps: int) -> str:
     if isinstance(line, MeasuredLine):
-        return line.text
+        return clean(line.text)
     eta = (steps - line.step) * line.step_seconds
     return progress(line.step, steps, line.loss, line.tokens_per_second, line.step_seconds, line.mfu, eta)
 
 
 def told(item: Event | MetricLine) -> str | None:
-    """A line for what is worth one; None for the rest."""
+    """A line for what is worth one, without secrets; None for the rest."""
+    text = _line(item)
+    return None if text is None else clean(text)
+
+
+def _line(item: Event | MetricLine) -> str | None:
     at = time.strftime("%H:%M:%S", time.localtime(item.time))
     match item:
         case Event(payload=StateMoved() as move):
@@ -172,7 +179,7 @@ def told(item: Event | MetricLine) -> str | None:
         case Event(payload=AttemptPlaced(attempt=attempt, gang=gang)) if gang is not None:
             return f"{at} attempt {attempt} runs on {gang.ranks} slots, fewer than asked for"
         case Event(payload=IncidentClosed() as closed):
-            again = f", {closed.lost_steps} steps again" if closed.lost_steps else ""
+            again = f", {plural(closed.lost_steps, 'step')} again" if closed.lost_steps else ""
             return f"{at} incident {closed.incident} is over: {closed.resolution}{again}"
         case ResumedLine(step=step) if step:
             return f"{at} resumed from step {step}"
@@ -194,18 +201,22 @@ def told(item: Event | MetricLine) -> str | None:
 
 
 def show_log(path: Path, stream: TextIO, follow: RunPaths | None) -> None:
-    """Print a log; with `follow`, continue until that run has ended.
+    """Print a log without what looks like a secret; with `follow`, continue until that run has ended.
 
-    A log that has grown long is copied aside and cut off; what follows is read from its new beginning.
+    A log that has grown long is copied aside and cut off; what follows is read from its new beginning. Whole lines are
+    printed, since a secret may come in two pieces; the rest of the last one at the end.
     """
     reader = reading.RunReader(follow) if follow is not None else None
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder, rest = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
     with path.open("rb") as file:
         while True:
             ended = reader is None or reader.summary({}).terminal
             if path.stat().st_size < file.tell():
                 file.seek(0)
-            stream.write(decoder.decode(file.read()))
+            while piece := file.read(_PIECE):
+                lines, newline, rest = (rest + decoder.decode(piece)).rpartition("\n")
+                stream.write(redacted(lines + newline))
+            stream.write(redacted(rest) if ended else "")
             stream.flush()
             if ended:
                 return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import accumulate
+
 from configs.metrics import MetricLine, ResumedLine, StepLine, read_all, read_from
 from configs.paths import RunPaths
 from orchestrator.record import log
@@ -32,6 +35,11 @@ def lost_steps(run: RunPaths, through: int | None = None) -> dict[int, tuple[int
     return lost
 
 
+def _times(items: list[Event | MetricLine]) -> Iterable[float]:
+    """Their times, none before an earlier item's: a clock that was set back mustn't move an end before its beginning."""
+    return accumulate((item.time for item in items), max)
+
+
 class Follower:
     """Reads a run's events and metric lines as they come, each once.
 
@@ -44,13 +52,14 @@ class Follower:
         """Bytes read by file: `events`, and attempts by number; and `seq` and `epoch` of the newest event."""
 
     def poll(self) -> list[Event | MetricLine]:
-        """What is new, in order of time."""
-        items: list[Event | MetricLine] = list(self._events())
+        """What is new, in order of time; of one file always in the order in which it was written."""
+        files: list[list[Event | MetricLine]] = [list(self._events())]
         for attempt in self._run.attempt_numbers():
             lines, end = read_from(self._run.attempt(attempt).metrics, self.position.get(str(attempt), 0))
             self.position[str(attempt)] = end
-            items += lines
-        return sorted(items, key=lambda item: item.time)
+            files.append(list(lines))
+        placed = [pair for items in files for pair in zip(_times(items), items, strict=True)]
+        return [item for _, item in sorted(placed, key=lambda pair: pair[0])]
 
     def _events(self) -> list[Event]:
         at = self.position

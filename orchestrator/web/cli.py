@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from configs.paths import HomePaths
 from orchestrator.commands.calls import CommandCall
 from orchestrator.web import export, server
 from orchestrator.web.security import LOOPBACK, AccessTokens
+
+USUAL_PORT = 8260
+_ANSWER_SECONDS = 5.0
 
 
 def run(call: CommandCall) -> int:
@@ -47,10 +52,39 @@ def run(call: CommandCall) -> int:
     tokens = None if options.no_token else AccessTokens.of(call.home.dashboard_tokens)
     gc.set_threshold(10_000)  # a server lives long; the command line turned collection down
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="megaray: %(name)s: %(message)s")
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         asyncio.run(serve(call, options.host, options.port, tokens, options.allow_host))
+    except KeyboardInterrupt:
+        pass
+    except PortInUse:
+        if (served := running(call.home, options.port)) is None:
+            raise
+        call.say(f"the dashboard of {call.home.home} is up already: {served['url']}", served)
     _leave()
     return 0
+
+
+class PortInUse(UserError):
+    """Something else listens at the port."""
+
+
+def running(home: HomePaths, port: int) -> dict[str, Any] | None:
+    """`url` and `port` of a dashboard of this home that answers, such as the one beside a local Ray, at a port in use.
+
+    None where there is none, or where another port than its own and the usual one was typed.
+    """
+    try:
+        served = json.loads(home.dashboard.read_bytes())
+        url, own = str(served["url"]), int(served["port"])
+        base, _, token = url.partition("/?token=")
+        request = urllib.request.Request(f"{base}/api/me", headers={"Authorization": f"Bearer {token}"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+        if not token or port not in (own, USUAL_PORT):
+            return None
+        opener.open(request, timeout=_ANSWER_SECONDS).close()  # only a server of this home takes its token
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return {"url": url, "port": own}
 
 
 def _leave() -> None:
@@ -99,7 +133,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         named = isinstance(error, socket.gaierror) or not error.errno
         why = (error.strerror or str(error)) if named else os.strerror(error.errno or 0)
-        raise UserError(
+        kind = PortInUse if error.errno == errno.EADDRINUSE else UserError
+        raise kind(
             f"--host {host} --port {port}: {why}; choose another port, or end what listens there"
         ) from None
 

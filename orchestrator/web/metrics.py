@@ -21,6 +21,7 @@ from configs.paths import RunPaths
 from orchestrator.record.states import State
 from orchestrator.web.columns import Columns, loads
 from orchestrator.web.live import Live
+from orchestrator.web.redact import Redactor
 from orchestrator.web.runs import RunState
 
 LINGER = 300.0
@@ -118,11 +119,12 @@ class Exporter:
 
     Args:
         live: the home.
+        redact: takes secrets out of labels that people have typed, which Prometheus keeps for long.
     """
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: Live, redact: Redactor) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Home(live))
+        self._registry.register(_Home(live, redact))
         ProcessCollector(namespace="megaray_dashboard", registry=self._registry)
 
     def text(self, accept: str) -> tuple[bytes, str]:
@@ -132,8 +134,8 @@ class Exporter:
 
 
 class _Home(Collector):
-    def __init__(self, live: Live) -> None:
-        self._live = live
+    def __init__(self, live: Live, redact: Redactor) -> None:
+        self._live, self._redact = live, redact
         self._loads: dict[str, tuple[int, float]] = {}
 
     def collect(self) -> Iterable[Metric]:
@@ -204,7 +206,7 @@ class _Home(Collector):
         if row is None:
             return
         kind = "measure" if row.get("measured") else "train"
-        yield "megaray_run_info", [row["model"], row["owner"], kind], 1
+        yield "megaray_run_info", [*map(self._redact.text, (row["model"], row["owner"])), kind], 1
         for known in State:
             yield "megaray_run_state", [str(known)], int(known == row["state"])
         plain = {

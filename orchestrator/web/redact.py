@@ -9,8 +9,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import numpy as np
-
 REDACTED = "[redacted]"
 _WORDS = r"(?:api[_-]?key|access[_-]?key|private[_-]?key|secret|passwd|password|passphrase|credential|authorization)"
 _NAMES = re.compile(
@@ -120,6 +118,8 @@ def _token(match: re.Match[str]) -> str:
 
 def numbers(values: Any, digits: int = 6) -> list[Any]:
     """An array of numbers as nested lists, with so many significant digits; None for what isn't finite."""
+    import numpy as np  # commands take secrets out too, and do without
+
     array = np.asarray(values, dtype=np.float64)
     with np.errstate(all="ignore"):
         size = np.floor(np.log10(np.abs(np.where(array == 0, 1.0, array))))

@@ -147,7 +147,7 @@ class Handlers:
     def __init__(self, shared: Dashboard) -> None:
         self._shared = shared
         self._live = shared.live
-        self._exporter = metrics.Exporter(shared.live)
+        self._exporter = metrics.Exporter(shared.live, shared.redact)
 
     async def life(self, _: web.Application) -> Any:
         """Read from the start of the server to its end."""

@@ -103,6 +103,17 @@ def of(found: dict[str, list[tuple[dict[str, str], float]]], name: str, **labels
     return fitting[0] if fitting else None
 
 
+def test_labels_that_people_type_hold_no_secrets(tmp_path: Path) -> None:
+    home = a_home(tmp_path)
+    run = MadeRun(home, "one", now=time.time() - 10)
+    run.model = run.owner = "password=hunter2hunter2"
+    run.submit()
+    queue_file(home, time.time())
+    with serving(home) as client:
+        labels, _ = scraped(client)["megaray_run_info"][0]
+    assert labels["model"] == labels["owner"] == "password=[redacted]"
+
+
 def test_metrics_of_a_run_with_a_fault(tmp_path: Path) -> None:
     home = a_home(tmp_path)
     begin = time.time() - 100

@@ -26,7 +26,8 @@ from configs.paths import HomePaths
 from faulttol.detect.snapshot import RankSeen
 from faulttol.timeline.file import STORED, StepFile, folder
 from orchestrator.commands import screen
-from orchestrator.commands.screen import Picture, bar, begin, lines, plain, spark
+from orchestrator.commands.screen import Picture, bar, begin, lines, spark
+from orchestrator.commands.text import plain
 from orchestrator.record import reading, seen
 from orchestrator.record.following import Follower
 from orchestrator.record.ranks import RankActivity, RankReader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from configs.paths import HomePaths
 from orchestrator.cli import main
+from orchestrator.local import cluster
+from orchestrator.local.cluster import LocalCluster
 from orchestrator.record.events import GangShape, StateMoved, Submitted
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.logs import Writer
@@ -37,6 +40,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HomePaths:
     return HomePaths(tmp_path / "the home")
 
 
+RECORD = LocalCluster("127.0.0.1:1", "http://127.0.0.1:2", 1, 1, "", "", 2, 0, "/tmp")
+"""Of a local Ray whose keeper is alive, and whose head is not."""
+
+
 def ended(home: HomePaths, run_id: str, to: State) -> None:
     run = home.run(run_id)
     log = Writer(run)
@@ -53,6 +60,7 @@ def ended(home: HomePaths, run_id: str, to: State) -> None:
 
 SUBMIT = {
     "a key that doesn't exist": (["train.stpes=3"], ["train.stpes", "train.steps"]),
+    "a group that doesn't exist": (["experimnt=demo"], ["experimnt", "'experiment'"]),
     "a section that doesn't exist": (["trian.steps=3"], ["trian", "train"]),
     "a preset that doesn't exist": (["model=dmeo"], ["dmeo", "demo"]),
     "a device that doesn't exist": (["hardware=h1000"], ["h1000", "h100"]),
@@ -127,6 +135,8 @@ OTHERS = {
     "cancel of a finished run": (["cancel", "run-a-b-c"], ["succeeded"]),
     "cancel without a cluster": (["cancel", "run-a-b-d"], ["up"]),
     "resume of a waiting run": (["resume", "run-a-b-d"], ["queued"]),
+    "logs of an attempt before the first": (["logs", "rux", "--attempt", "0"], ["no attempt 0", "it has 1"]),
+    "a pruning age that isn't one": (["prune", "--older", "nan"], ["--older"]),
     "logs of a run without attempts": (["logs", "run-a-b-c"], ["attempt"]),
     "nodes without a cluster": (["nodes"], ["up"]),
     "down without a cluster": (["down"], ["nothing to take down"]),
@@ -150,6 +160,8 @@ def test_submit(name: str, home: HomePaths, capsys: pytest.CaptureFixture[str]) 
 def test_others(name: str, home: HomePaths, capsys: pytest.CaptureFixture[str]) -> None:
     ended(home, "run-a-b-c", State.SUCCEEDED)
     ended(home, "run-a-b-d", State.QUEUED)
+    ended(home, "rux-a-b-e", State.SUCCEEDED)
+    home.run("rux-a-b-e").attempt(1).log(0).parent.mkdir(parents=True)
     words, told = OTHERS[name]
     assert main(words) == 2
     said_once(capsys, told)
@@ -176,3 +188,63 @@ def said_once(capsys: pytest.CaptureFixture[str], told: list[str]) -> None:
     assert lines[0].startswith("megaray: ")
     for word in told:
         assert word in lines[0], f"'{word}' is not in: {lines[0]}"
+
+
+@pytest.mark.parametrize(
+    "words", [["nodes"], ["cancel", "run-a-b-d"], ["submit", "--yes", "experiment=smoke"]]
+)
+def test_a_local_ray_that_is_being_started_again_is_no_mistyped_address(
+    words: list[str],
+    home: HomePaths,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended(home, "run-a-b-d", State.QUEUED)
+    monkeypatch.setattr(cluster, "local", lambda home: RECORD)
+    assert main(words) == 2
+    said_once(capsys, ["the local Ray at 127.0.0.1:1 doesn't answer", "again in a minute", "down"])
+
+
+def test_down_names_the_runs_that_it_could_not_cancel(
+    home: HomePaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended(home, "run-a-b-d", State.QUEUED)
+    monkeypatch.setattr(cluster, "local", lambda home: RECORD)
+    monkeypatch.setattr(cluster, "end", lambda home: True)
+    assert main(["down", "--yes"]) == 0
+    out = capsys.readouterr().out
+    assert "not cancelled: run-a-b-d" in out and "up` continues it" in out
+    assert main(["down", "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"cancelled": [], "left": ["run-a-b-d"]}
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "incidents", "logs"])
+def test_a_file_that_cannot_be_read_is_named_in_one_line(
+    command: str, home: HomePaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as the log of a run of another account; a folder in its place is unreadable to root too."""
+    ended(home, "run-a-b-c", State.SUCCEEDED)
+    run = home.run("run-a-b-c")
+    path = run.attempt(1).log(0) if command == "logs" else run.events
+    path.unlink(missing_ok=True)
+    path.mkdir(parents=True)
+    assert main([command, "run-a-b-c"]) == 2
+    said_once(capsys, [str(path), "Is a directory", "permissions"])
+
+
+def test_a_full_disk_is_said_in_one_line(
+    home: HomePaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("orchestrator.record.reading.summaries", full)
+    assert main(["list"]) == 2
+    said_once(capsys, ["No space left on device", str(home.home)])
+
+    def ours(*_: object) -> None:
+        raise OSError("a mistake of ours")
+
+    monkeypatch.setattr("orchestrator.record.reading.summaries", ours)
+    with pytest.raises(OSError, match="a mistake of ours"):
+        main(["list"])

@@ -18,6 +18,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.paths import HomePaths
+from orchestrator import cli
 from orchestrator.commands.calls import CommandCall
 from orchestrator.local import cluster, keeper, lock, machine, settings
 from orchestrator.local.cluster import LocalCluster
@@ -363,3 +364,30 @@ def test_a_dashboard_whose_usual_port_is_in_use_takes_another(tmp_path: Path) ->
                 page.turn(time.monotonic())
                 time.sleep(0.05)
             assert json.loads(home.dashboard.read_text())["port"] not in (0, 8260)
+
+
+def test_a_dashboard_that_is_up_already_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the quick start types it, after a submission whose local Ray has begun one."""
+    home = HomePaths(tmp_path / "home")
+    home.ensure()
+    monkeypatch.setenv("MEGARAY_HOME", str(home.home))
+    with contextlib.closing(keeper.DashboardProcess(home, tmp_path / "ray.log")) as page:
+        deadline = time.monotonic() + 50
+        while not home.dashboard.exists():
+            assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
+            page.turn(time.monotonic())
+            time.sleep(0.05)
+        served = json.loads(home.dashboard.read_text())
+        assert cli.main(["dashboard", "--port", str(served["port"])]) == 0
+        assert served["url"] in capsys.readouterr().out
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            assert cli.main(["dashboard", "--port", str(other.getsockname()[1])]) == 2, (
+                "another port was typed"
+            )
+        home.dashboard.write_text(
+            json.dumps(served | {"url": f"http://127.0.0.1:{served['port']}/?token=another"})
+        )
+        assert cli.main(["dashboard", "--port", str(served["port"])]) == 2, "that of another home"
+    assert capsys.readouterr().err.count("choose another port") == 2
