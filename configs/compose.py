@@ -26,9 +26,8 @@ Tree = dict[str, Any]
 
 _SECRET = re.compile(r"(key|token|secret|password)s?$", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
-_LOADER = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # the C parser is ten times as fast, where it is built
+# The C parser is ten times as fast, where it is built.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def choices(group: str) -> list[str]:

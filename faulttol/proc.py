@@ -1,13 +1,18 @@
-"""A process as the kernel's table has it (Linux, `/proc/PID/stat`; see proc(5))."""
+"""A process as the kernel's table has it (Linux, `/proc/PID/stat`; see proc(5)), and one that may hang in a driver."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
+_KILLED_SECONDS = 1.0
+"""That a program which was killed is waited for."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +59,30 @@ def state(pid: int) -> str:
     """State of a process; empty where it is gone."""
     one = row(pid)
     return one.state if one is not None else ""
+
+
+def answer(
+    words: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What a program prints, as `subprocess.run` gives it, which would wait forever for the end of one that stands in a
+    driver that hangs: no signal ends it.
+
+    Raises:
+        subprocess.TimeoutExpired: where it hasn't ended after so many seconds.
+        OSError: where it can't be started.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        words, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace"
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_KILLED_SECONDS)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -130,6 +130,16 @@ def leftovers(tree: Sequence[Module]) -> Iterator[str]:
                 yield f"{module.path}:{line}: {text.strip()}; do it or open an issue"
 
 
+def behind_brackets(tree: Sequence[Module]) -> Iterator[str]:
+    """Comments behind a bracket on a line of its own: the formatter moves them there, away from what they are about."""
+    for module in tree:
+        rows = module.text.splitlines()
+        for line, text in comments(module):
+            alone = re.match(r"\s*[)\]}][^#\"']*#", rows[line - 1])
+            if alone and not re.match(r"#\s*(fmt|type|noqa)\b", text):
+                yield f"{module.path}:{line}: put the comment above what it is about"
+
+
 def twice_named(tree: Sequence[Module]) -> Iterator[str]:
     """Public classes whose name another module has too, so that a search for it would find both."""
     places: dict[str, list[str]] = {}
@@ -153,7 +163,7 @@ def crowded(tree: Sequence[Module]) -> Iterator[str]:
 Rule = Callable[[Sequence[Module]], Iterator[str]]
 RULES: list[Rule] = [
     long_files, long_functions, wide_functions, unannotated, undescribed, globals_, ignores, leftovers,
-    twice_named, crowded,
+    behind_brackets, twice_named, crowded,
 ]  # fmt: skip
 
 
@@ -172,6 +182,7 @@ BAD = {
     "globals_": {"trainer/a.py": "def f():\n    global x\n"},
     "ignores": {"trainer/a.py": "x = 1  # type: ignore\n" + "y = 1  # type: ignore[misc]  # why\n" * IGNORES},
     "leftovers": {"trainer/a.py": 'x = "TODO in a text is not a note"  # TODO: later\n'},
+    "behind_brackets": {"trainer/a.py": "x = f(\n    1\n)  # why\ny = f(\n    1\n)  # fmt: skip\n"},
     "twice_named": {
         "trainer/a.py": "class Row: ...\nclass _Own: ...\n",
         "trainer/b.py": "class _Own: ...\ndef f():\n    class Row: ...\n",
@@ -181,7 +192,7 @@ BAD = {
 }
 FAULTS = {
     "long_files": 2, "long_functions": 1, "wide_functions": 1, "unannotated": 2, "undescribed": 4,
-    "globals_": 1, "ignores": 2, "leftovers": 1, "twice_named": 1, "crowded": 1,
+    "globals_": 1, "ignores": 2, "leftovers": 1, "behind_brackets": 1, "twice_named": 1, "crowded": 1,
 }  # fmt: skip
 
 

@@ -211,9 +211,8 @@ class _Job:
                 try:
                     self._step(self.progress.step)
                 except BaseException as error:
-                    exits.write(
-                        self.rank.files.raised, error
-                    )  # before the threads of the data are waited for
+                    # Before the threads of the data are waited for.
+                    exits.write(self.rank.files.raised, error)
                     raise
         self._finish_saves()
         if self.stopping:

@@ -75,9 +75,8 @@ def write(store: ResultStore, alive: Alive, ended: str | None = None) -> list[Pa
     about, marked = store.read_metadata()
     index, made = RowIndex(store, alive), list[Path]()
     for (op, group), begins in index.cases.items():
-        made.append(
-            store.folder / f"{op}.{group.replace('/', 'DIV')}.json"
-        )  # nccl-tests' sign for DIV, as in /2
+        # "DIV" is nccl-tests' own word for it, as in /2.
+        made.append(store.folder / f"{op}.{group.replace('/', 'DIV')}.json")
         write_whole(made[-1], json.dumps(nccl_tests_json(about, list(index.rows(begins)), ended or marked)))
     if index.cases:
         made.append(store.folder / "results.csv")

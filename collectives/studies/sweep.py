@@ -182,10 +182,11 @@ class SweepRunner:
             if not refusal:
                 try:
                     transfer = Transfer(case, seat)
+                # Torch's own out-of-memory errors are RuntimeErrors.
                 except (
                     MemoryError,
                     RuntimeError,
-                ) as error:  # torch's own out-of-memory errors are RuntimeErrors
+                ) as error:
                     first = (str(error).splitlines() or [type(error).__name__])[0]
                     refusal = f"rank {self._team.rank.rank}: {first}"
         refusal = next((reason for reason in self._team.tree.all_gather(refusal) if reason), "")

@@ -67,9 +67,8 @@ class MeasurementSetup:
         bursts: NDArray[np.float64] | None = None
         graph, uncaptured = False, ""
         active = self.team.tree.gather(np.array([call is not None]))
-        if (
-            not self.clock.comparable
-        ):  # on GPUs calls are launched ahead, so that a call alone isn't its share of many
+        # On GPUs calls are launched ahead, so that a call alone isn't its share of many.
+        if not self.clock.comparable:
             short = bool(len(pilot)) and float(np.median(pilot)) < _LAUNCH_HIDDEN_US
             wanted = self.settings.timer == "graph" or (self.settings.timer == "auto" and short)
             graph = bool(self.team.tree.broadcast_int(int(wanted and capturable)))

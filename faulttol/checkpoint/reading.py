@@ -229,9 +229,8 @@ class CheckpointReader:
     def _take(self, span: Span) -> None:
         """Read a span and fill what wants its blocks."""
         data, start = self.verified(span), span.blocks[0].offset
-        for _, run in groupby(
-            span.blocks, key=lambda block: id(block.entry)
-        ):  # of one piece, all follow each other
+        # Of one piece, all follow each other.
+        for _, run in groupby(span.blocks, key=lambda block: id(block.entry)):
             blocks = list(run)
             last = blocks[-1].first + blocks[-1].length // blocks[-1].entry.item
             at = blocks[0].offset - start

@@ -121,9 +121,8 @@ def find(typed: str, step: int | None = None, attempt: int | None = None) -> Che
 
 def _run(typed: str) -> RunPaths:
     home = HomePaths(default_home())
-    if (
-        typed and "/" not in typed and home.run(typed).checkpoints.is_dir()
-    ):  # a run under torchrun has no event log
+    # A run under torchrun has no event log.
+    if typed and "/" not in typed and home.run(typed).checkpoints.is_dir():
         return home.run(typed)
     if "/" in typed or not home.run_ids():
         raise UserError(

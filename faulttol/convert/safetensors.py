@@ -49,9 +49,8 @@ class SafetensorsFolder:
         self._places: dict[str, _Place] = {}
         names = store.names()
         files = sorted(name for name in names if name.endswith(".safetensors"))
-        if (
-            INDEX not in names and SINGLE in names
-        ):  # others beside it are the same under other names, or an adapter's
+        # Others beside it are the same under other names, or an adapter's.
+        if INDEX not in names and SINGLE in names:
             files = [SINGLE]
         if INDEX in names:
             files = self._indexed()

@@ -44,9 +44,8 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
     dead.sort(key=lambda r: (_died(r, snapshot.now), r.rank))
     mistaken = [r for r in dead if r.exit_code == USER_ERROR_EXIT]
     if mistaken:
-        first = min(
-            mistaken, key=_blames_peer
-        )  # of those that were only informed of it, none where one wasn't
+        # Of those that were only informed of it, none where one wasn't.
+        first = min(mistaken, key=_blames_peer)
         if _blames_peer(first) and _may_still_be_told(snapshot, dead[0]):
             return []
         return [_verdict(snapshot, first, VerdictKind.USER_ERROR, _mistake(first))]

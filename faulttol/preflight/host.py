@@ -17,14 +17,13 @@ from pathlib import Path
 import psutil
 
 from faulttol.preflight.result import Check, CheckOutcome
+from faulttol.proc import answer
 
 LEAST_MEMORY = 512 << 20
 """Bytes of host memory without which a rank can't even start."""
 LEAST_SHARED = 16 << 20
 """Bytes of `/dev/shm`: a rank's ring takes 128 KiB, and a full one ends it by a signal."""
 _TOOL_SECONDS = 20.0
-_KILLED_SECONDS = 1.0
-"""That a tool which was killed is waited for."""
 _DIAL_SECONDS = 2.0
 _LOOPBACK_BYTES = 8 << 20
 _GREETING = b"megaray\n"
@@ -87,24 +86,15 @@ def device_tool(tool: str | None = None) -> tuple[CheckOutcome, str]:
     tool = tool or device_tool_name()
     if tool is None:
         return CheckOutcome.GOOD, "no devices, or no tool that tells of them"
-    process = subprocess.Popen(
-        [tool], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )  # fmt: skip
     try:
-        text, _ = process.communicate(timeout=_TOOL_SECONDS)
+        done = answer([tool], _TOOL_SECONDS)
     except subprocess.TimeoutExpired:
-        # Not `subprocess.run`, which waits for its end: what stands in a driver that hangs doesn't end by a signal.
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_KILLED_SECONDS)
-        if process.stdout is not None:
-            process.stdout.close()
         return CheckOutcome.BAD, f"{tool} doesn't answer in {_TOOL_SECONDS:.0f} s: the driver hangs"
-    if process.returncode:
-        first = text.strip().splitlines()
+    if done.returncode:
+        first = (done.stdout + done.stderr).strip().splitlines()
         return (
             CheckOutcome.BAD,
-            f"{tool} fails with exit code {process.returncode}: {first[0] if first else 'no text'}",
+            f"{tool} fails with exit code {done.returncode}: {first[0] if first else 'no text'}",
         )
     return CheckOutcome.GOOD, f"{tool} answers"
 
@@ -175,9 +165,8 @@ class Beacon:
             except OSError:
                 if self._closing:
                     return
-                time.sleep(
-                    0.1
-                )  # out of file descriptors for a moment: neighbours would take this node for cut off
+                # Out of file descriptors for a moment: neighbours would take this node for cut off.
+                time.sleep(0.1)
                 continue
             with contextlib.suppress(OSError), line:
                 line.settimeout(_DIAL_SECONDS)

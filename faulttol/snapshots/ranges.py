@@ -148,9 +148,8 @@ class Server:
                 client.settimeout(_HELLO_SECONDS)
                 if self._admit(client):
                     client.settimeout(_IDLE_SECONDS)
-                    request = _take_head(
-                        client
-                    )  # not idle before: a new connection's first request isn't repeated
+                    # Not idle before: a new connection's first request isn't repeated.
+                    request = _take_head(client)
                     while self._answer(client, request):
                         with self._lock:
                             self._idle[client] = None

@@ -266,9 +266,8 @@ def _opened(path: str, layout: ShardLayout) -> Iterator[memoryview]:
         yield view
     finally:
         view.release()
-        with suppress(
-            BufferError
-        ):  # a write that failed has parts of it in its traceback; the memory goes with them
+        # A write that failed has parts of it in its traceback; the memory goes with them.
+        with suppress(BufferError):
             buffer.close()
 
 
@@ -387,10 +386,11 @@ class WriterProcess:
 
 def main(fd: int) -> None:
     """The writer process: orders come in on a socket, one after the other, until it is closed."""
+    # For the rank, which may want to save first, and ends this process.
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
-    ):  # for the rank, which may want to save first, and ends this process
+    ):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(os.environ)
     work, connection = OrderWorker(), Connection(fd)

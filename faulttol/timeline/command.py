@@ -78,9 +78,8 @@ def find(typed: str) -> RunPaths:
     if path.is_dir() and (path / "attempts").is_dir():
         return RunPaths(path.resolve())
     home = HomePaths(default_home())
-    if (
-        typed and "/" not in typed and home.run(typed).attempts.is_dir()
-    ):  # one under torchrun has no event log
+    # One under torchrun has no event log.
+    if typed and "/" not in typed and home.run(typed).attempts.is_dir():
         return home.run(typed)
     return home.existing(typed)
 

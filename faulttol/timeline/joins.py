@@ -25,9 +25,8 @@ class Total:
         self, means: NDArray[np.float32], mosts: NDArray[np.float32], steps: NDArray[np.int64], size: int
     ) -> None:
         """Take columns [rows, columns] that begin at `steps`, ascending, and hold `size` steps each."""
-        width = int(
-            self._edges[1] - self._edges[0]
-        )  # a multiple of `size`, as are the distances of steps and edges
+        # A multiple of `size`, as are the distances of steps and edges.
+        width = int(self._edges[1] - self._edges[0])
         first, inside = divmod(int(steps[0] - self._edges[0]), width)
         joins, lead = width // size, inside // size
         count = -(-(lead + len(steps)) // joins)

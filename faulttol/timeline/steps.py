@@ -67,9 +67,8 @@ class RankSteps:
 
     def gather(self) -> Rows | None:
         """Steps that were finished since the last call; None where there are none. Reads the node's memory alone."""
-        fresh = rings.read(
-            self._ring, self._sequence
-        )  # first: each wait before its last record is traced by now
+        # First: each wait before its last record is traced by now.
+        fresh = rings.read(self._ring, self._sequence)
         if len(fresh):
             self._sequence = int(fresh["sequence"][-1])
             self._rows = np.concatenate((self._rows, fresh))[-_TAIL:]

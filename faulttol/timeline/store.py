@@ -180,9 +180,8 @@ class StepStore:
         lag = np.where(known, (starts - first) / 1e9, np.nan)
         wall = np.where(known.any(0), first + steady.OFFSET_NS, 0)
         try:
-            self._file.append(
-                self._base, wall, np.concatenate((seconds, lag[None]))
-            )  # in the order of `file.STORED`
+            # In the order of `file.STORED`.
+            self._file.append(self._base, wall, np.concatenate((seconds, lag[None])))
         except BaseException:
             # What it has in memory is ahead of the file, or the file's handle is stale: from the last commit anew.
             self._shut()

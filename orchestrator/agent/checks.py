@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from faulttol.preflight import host
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
+from faulttol.proc import answer
 from orchestrator.agent.environment import DEVICES
 
 log = logging.getLogger("megaray.agent")
@@ -109,23 +110,13 @@ class NodeCheck:
 
 def full(peers: Sequence[str]) -> Preflight:
     """All checks, in a process of its own that a driver may hang."""
-    env = {
-        name: value for name, value in os.environ.items() if name not in DEVICES
-    }  # Ray hides them from an agent
+    # Ray hides them from an agent.
+    env = {name: value for name, value in os.environ.items() if name not in DEVICES}
     env |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONSAFEPATH": "1"}
-    words = [
-        sys.executable,
-        "-m",
-        "faulttol",
-        "preflight",
-        "--json",
-        *([f"--peers={','.join(peers)}"] if peers else []),
-    ]
+    words = [sys.executable, "-m", "faulttol", "preflight", "--json"]
+    words += [f"--peers={','.join(peers)}"] if peers else []
     try:
-        done = subprocess.run(
-            words, env=env, capture_output=True, text=True, errors="replace", timeout=_FULL_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = answer(words, _FULL_SECONDS, env)
     except subprocess.TimeoutExpired:
         return _alone(CheckOutcome.BAD, f"didn't end in {_FULL_SECONDS:.0f} s")
     try:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from faulttol.proc import answer
+
 TOLERANCE = 512 << 20
 """Bytes that a device may hold more than before: drivers keep contexts for a moment, monitors come and go."""
 _SECONDS = 10.0
@@ -55,12 +57,10 @@ def _run(*words: str) -> str | None:
     if shutil.which(words[0]) is None:
         return None
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=True
-        )
-    except (subprocess.SubprocessError, OSError):
+        done = answer(words, _SECONDS)
+    except (subprocess.TimeoutExpired, OSError):
         return None
-    return done.stdout
+    return None if done.returncode else done.stdout
 
 
 def _nvidia(chosen: list[str]) -> DeviceUsage:

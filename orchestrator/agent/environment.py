@@ -44,9 +44,8 @@ def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     env["MEGARAY_PARENT"] = str(os.getpid())
     env["MEGARAY_NODE"] = launch.ip  # host names of containers change from start to start
     env["LOCAL_WORLD_SIZE"] = str(len(launch.ranks))
-    env["OMP_NUM_THREADS"] = str(
-        max(1, machine.processors() // len(launch.ranks))
-    )  # Ray's own value is for the actor
+    # Ray's own value is for the actor.
+    env["OMP_NUM_THREADS"] = str(max(1, machine.processors() // len(launch.ranks)))
     env |= launch.devices | launch.environment
     if len(set(launch.addresses)) > 1 and "GLOO_SOCKET_IFNAME" not in env:
         # Gloo asks the host name for its address, which on many hosts answers with loopback.
@@ -87,6 +86,5 @@ def interface_of(ip: str) -> str:
 
 
 def _is(ip: str, address: str) -> bool:
-    return ip == address or (
-        ip.startswith("127.") and address.startswith("127.")
-    )  # all of it is one interface's
+    # All of it is one interface's.
+    return ip == address or (ip.startswith("127.") and address.startswith("127."))

@@ -15,6 +15,7 @@ from json import dumps
 from pathlib import Path
 
 from faulttol import proc, recorder
+from faulttol.proc import answer
 
 log = logging.getLogger("megaray.agent")
 
@@ -83,7 +84,7 @@ def stacks(pid: int) -> str:
     # A process that is stopped can't be paused: py-spy would wait for it forever.
     words += ["--nonblocking"] if state in ("T", "t", "D") else []
     try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=_DUMP_SECONDS)
+        done = answer(words, _DUMP_SECONDS)
         lines += ["", done.stdout, done.stderr]
     except subprocess.TimeoutExpired:
         lines.append(f"py-spy: no answer in {_DUMP_SECONDS:.0f} s")

@@ -37,9 +37,8 @@ def main(program: Sequence[str]) -> None:
     _yield(_LOW)
     with socket.socket(fileno=os.dup(0)) as line:
         _import(program)
-        with contextlib.suppress(
-            OSError
-        ):  # it was taken meanwhile: the order is there, and nobody listens any more
+        # It was taken meanwhile: the order is there, and nobody listens any more.
+        with contextlib.suppress(OSError):
             line.sendall(READY)
         data, descriptors, _, _ = socket.recv_fds(line, 1 << 16, 1)
         if not data:  # nobody needs it any more

@@ -128,9 +128,8 @@ class Standbys:
 
     def _order(self, chosen: _Standby, env: dict[str, str], words: tuple[str, ...], output: int) -> bool:
         data = json.dumps({"env": env, "words": words}).encode()
-        with contextlib.suppress(
-            OSError
-        ):  # it yields the processor until it has imported, and a rank must not
+        # It yields the processor until it has imported, and a rank must not.
+        with contextlib.suppress(OSError):
             Path(f"/proc/{chosen.process.pid}/autogroup").write_text("0")
         try:
             chosen.line.setblocking(True)

@@ -261,9 +261,8 @@ def cancel(call: CommandCall) -> int:
     call.note(said)
     began, reader = time.monotonic(), RunReader(run)
     while not (row := reader.summary({})).terminal:
-        grace = (
-            reader.view.stopping.grace if reader.view.stopping else 0.0
-        )  # its ranks finish their step and save
+        # Its ranks finish their step and save.
+        grace = reader.view.stopping.grace if reader.view.stopping else 0.0
         if time.monotonic() - began > grace + _CANCEL_SECONDS:
             raise UserError(
                 f"run '{run.run_id}' is still {row.state}; `{PROGRAM} status {run.run_id}` shows when it ends"

@@ -63,9 +63,8 @@ def choose(home: HomePaths, keep: int | None, older: float | None, now: float) -
     """
     if keep is None and older is None:
         older = _OLDER_DAYS
-    if (keep is not None and keep < 0) or (
-        older is not None and not older >= 0
-    ):  # nan is a number to a parser
+    # NaN is a number to a parser.
+    if (keep is not None and keep < 0) or (older is not None and not older >= 0):
         raise UserError("--keep and --older can't be negative or nan; type a number of runs, or of days")
     ended, kept = list[tuple[float, RunPaths]](), list[tuple[str, str]]()
     for run in map(home.run, home.run_ids()):

@@ -92,9 +92,8 @@ class Resumption:
         if config.checkpoint.path != self.old.checkpoint.path:
             path = config.checkpoint.path or str(self.run.checkpoints)
             if self.beginning is not None and (there := beginnings.newest(path)) is None:
-                config = config.model_copy(
-                    update={"resume": self.beginning.root}
-                )  # the state lies where it was saved
+                # The state lies where it was saved.
+                config = config.model_copy(update={"resume": self.beginning.root})
             elif (
                 self.beginning is not None
                 and there is not None

@@ -255,9 +255,8 @@ def main(arguments: list[str]) -> int:
     _, home, slots, gpus = arguments
 
     def ready(record: LocalCluster) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # whoever typed the command may be gone; Ray stays, and `down` knows it
+        # Whoever typed the command may be gone; Ray stays, and `down` knows it.
+        with contextlib.suppress(OSError):
             sys.stdout.write(json.dumps(asdict(record)) + "\n")
             sys.stdout.close()
 

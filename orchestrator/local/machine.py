@@ -9,6 +9,8 @@ import re
 import subprocess
 from pathlib import Path
 
+from faulttol.proc import answer
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _KFD = Path("/sys/class/kfd/kfd/topology/nodes")
 _ASK_SECONDS = 20.0
@@ -78,7 +80,7 @@ def _nvidia() -> int:
     """NVIDIA's GPUs, as its own tool counts them, else by their device files."""
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_SECONDS, check=False)
+        done = answer(command, _ASK_SECONDS)
         if done.returncode == 0:
             return sum(line.strip().isdigit() for line in done.stdout.splitlines())
     return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").glob("nvidia*"))

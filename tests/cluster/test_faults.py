@@ -124,9 +124,8 @@ def test_a_link_that_is_slow_once_starts_cold(launcher: Launcher, tmp_path: Path
         begun = network.sent_bytes(0, 2)
         launcher.start(folder, *STUDY)
         deadline = time.monotonic() + 60
-        while (
-            network.sent_bytes(0, 2) - begun < 1 << 19
-        ):  # half of the first message; all before is a few KiB
+        # Half of the first message; all before is a few KiB.
+        while network.sent_bytes(0, 2) - begun < 1 << 19:
             assert time.monotonic() < deadline, "no message came to the slow link"
             time.sleep(0.02)
         network.slow_direction(0, 2, NIC)

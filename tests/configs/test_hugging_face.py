@@ -65,9 +65,8 @@ def _qwen2_moe(c: Tree) -> int:
 
 def _gpt_oss(c: Tree) -> int:
     experts, width, inner = c["num_local_experts"], c["hidden_size"], c["intermediate_size"]
-    of_layer = (
-        c["num_attention_heads"] + width + experts + experts * (2 * inner + width)
-    )  # sinks, output, router, experts
+    # Sinks, output, router, experts.
+    of_layer = c["num_attention_heads"] + width + experts + experts * (2 * inner + width)
     return _qkv(c) + c["num_hidden_layers"] * of_layer
 
 

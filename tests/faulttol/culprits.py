@@ -76,9 +76,8 @@ def trials(count: int, seed: int) -> list[CulpritTrial]:
             if where == "writing" and act not in ("kill", "segv", "abort", "exit", "leave"):
                 where = "save"  # an error in the thread of a save is that save's, and training continues
             if act == "term" or (act in ("raise", "memory") and where == "reading"):
-                where = draw.choice(
-                    ("step", "middle", "data")
-                )  # an unreadable file is passed over by all ranks
+                # An unreadable file is passed over by all ranks.
+                where = draw.choice(("step", "middle", "data"))
         layout = draw.randrange(len(LAYOUTS))
         found.append(CulpritTrial(layout, RankFault(rank, act, where, step), draw.randrange(2)))
     return found

@@ -119,9 +119,8 @@ class ReadOnly(KillPlace):
 
     def harm(self, noise: random.Random) -> None:
         deadline = time.monotonic() + 5.0
-        while _mount(
-            "-o", "remount,ro", str(Path(self.root).parent)
-        ):  # refused while a file is open for writing
+        # Refused while a file is open for writing.
+        while _mount("-o", "remount,ro", str(Path(self.root).parent)):
             if time.monotonic() > deadline:
                 self.counts["never turned read-only"] += 1
                 return

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from configs.rank import free_port
+from faulttol import proc
 from faulttol.preflight import device, host
 from faulttol.preflight.host import Beacon
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
@@ -125,7 +126,7 @@ def test_a_tool_that_no_signal_ends_is_not_waited_for(
     tool.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")
     tool.chmod(0o755)
     monkeypatch.setattr(host, "_TOOL_SECONDS", 0.3)
-    monkeypatch.setattr(host, "_KILLED_SECONDS", 0.1)
+    monkeypatch.setattr(proc, "_KILLED_SECONDS", 0.1)
     monkeypatch.setattr(subprocess.Popen, "kill", lambda self: None)
     outcome, text = host.device_tool(str(tool))
     assert outcome is CheckOutcome.BAD and "the driver hangs" in text
@@ -249,15 +250,23 @@ def test_it_can_be_off_and_a_wrong_mode_is_auto() -> None:
     wrong.close()
 
 
-def test_a_full_look_is_made_in_a_process_that_may_die_or_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.sys, "executable", "/bin/false")
-    assert checks.full(()).checks[0].outcome is CheckOutcome.UNKNOWN, "it could not look"
+def test_a_full_look_is_made_in_a_process_that_may_die_or_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    monkeypatch.setattr(checks.sys, "executable", str(program))
+    monkeypatch.setattr(checks, "_FULL_SECONDS", 0.5)
+    for script, why in (("exec sleep 60", "didn't end in 0 s"), ("kill -BUS $$", "was ended by signal 7")):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        assert why in checks.full(()).why
+    program.write_text("#!/bin/sh\necho no preflight here >&2; exit 1\n")
+    (check,) = checks.full(()).checks
+    assert check.outcome is CheckOutcome.UNKNOWN and check.text == "no preflight here", "it could not look"
 
-    def hang(*_: object, **__: object) -> None:
-        raise subprocess.TimeoutExpired("x", 1)
 
-    monkeypatch.setattr(checks.subprocess, "run", hang)
-    assert "didn't end in 150 s" in checks.full(()).why
-    died = SimpleNamespace(returncode=-7, stdout="", stderr="")
-    monkeypatch.setattr(checks.subprocess, "run", lambda *_, **__: died)
-    assert checks.full(()).why == "preflight: was ended by signal 7"
+def test_an_answer_is_what_a_program_prints_and_how_it_ends() -> None:
+    done = proc.answer(["/bin/sh", "-c", "echo out; echo err $WORD >&2; exit 3"], 10, {"WORD": "aside"})
+    assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err aside\n", 3)
+    with pytest.raises(OSError):
+        proc.answer(["/nowhere"], 1)

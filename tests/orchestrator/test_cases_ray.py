@@ -93,9 +93,8 @@ def test_two_submits_at_once_of_an_account_with_a_token_a_long_folder_and_a_spac
         row["run_id"] for row in json.loads(account.run("list", "--address", record.dashboard, "--json"))
     } == {*runs}
     assert json.loads(account.run("nodes", "--address", record.address, "--json"))["nodes"]
-    account.env["HOME"] = str(
-        tmp_path
-    )  # where no token lies: the record says where the one is that it was started with
+    # Where no token lies: the record says where the one is that it was started with.
+    account.env["HOME"] = str(tmp_path)
     account.run("down", "--yes")
     assert not cluster.members(account.home) and not Path(record.temporary).exists()
     assert not account.home.cluster.exists()

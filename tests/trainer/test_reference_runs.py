@@ -149,9 +149,8 @@ def test_fifty_steps_end_where_the_reference_does(name: str, alone: None) -> Non
     optim = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=5)
     config = config_of(model, optim, {"global_batch": 2, "micro_batch": 1, "steps": steps})
     few, state = tokens(4, seed=8), random_state(model)
-    samples = few.repeat(
-        steps * 2 // len(few), 1
-    )  # the same few samples again and again, so that there is much to learn
+    # The same few samples again and again, so that there is much to learn.
+    samples = few.repeat(steps * 2 // len(few), 1)
     lines, _ = Reference(model, optim, config.train, SEPARATOR).run(steps, state, samples.tolist(), set())
     found = Trained(config, state).run(steps, samples, None)
     assert lines[-1].loss < lines[0].loss - 0.5, "it must have learned something to be compared"

@@ -165,9 +165,8 @@ def move(
     values, gradients, means, squares = lists
     if not values:
         return
-    wide_means, wide_squares = (
-        [m.float() for m in column] for column in (means, squares)
-    )  # fp32 ones as they are
+    # fp32 ones as they are.
+    wide_means, wide_squares = ([m.float() for m in column] for column in (means, squares))
     torch._fused_adamw_(
         values, gradients, wide_means, wide_squares, [], [numbers.after] * len(values),
         lr=lr, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=decay,

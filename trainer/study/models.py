@@ -166,9 +166,8 @@ def device(name: str) -> HardwareConfig | str:
     changes: dict[str, Any] = {}
     if catalogued == "a100" and "40" in name:  # HBM2 of 1,555 GB/s, by NVIDIA's datasheet
         changes = {"memory_gib": 40.0, "memory_gbps": 1555.0, "memory_achieved_gbps": None}
-    if (
-        catalogued == "h100" and "96" in name
-    ):  # HBM2e, as torchtitan's paper describes its devices (arXiv 2410.06511)
+    # HBM2e, as torchtitan's paper describes its devices (arXiv 2410.06511)
+    if catalogued == "h100" and "96" in name:
         changes = {"memory_gib": 94.0, "memory_gbps": 2400.0, "memory_achieved_gbps": None}
     if catalogued.startswith(("b", "gb")) and hardware.compute_units is None:
         changes["compute_units"] = UNITS

@@ -22,9 +22,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     """Of a store that outlives the ranks."""
     monkeypatch.setenv(SHARED, "True")
     server = dist.TCPStore("127.0.0.1", 0, None, True, timeout=LONG, wait_for_workers=False)
-    monkeypatch.setattr(
-        threading.current_thread(), "store", server, raising=False
-    )  # kept until the test ends
+    # Kept until the test ends.
+    monkeypatch.setattr(threading.current_thread(), "store", server, raising=False)
     return server.port
 
 

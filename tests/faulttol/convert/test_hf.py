@@ -112,9 +112,8 @@ def test_bf16_is_rounded_as_torch_rounds_and_biases_stay(tmp_path: Path) -> None
     expected = unstacked(weights(theirs))
     same(found, {k: t if "correction_bias" in k else t.bfloat16() for k, t in expected.items()})
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.offset_keys()[:2] == sorted(
-            k for k in expected if "correction_bias" in k
-        )  # so all are aligned
+        # So all are aligned.
+        assert file.offset_keys()[:2] == sorted(k for k in expected if "correction_bias" in k)
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["config.json", "model.safetensors"]
     assert loaded(tmp_path / "out").dtype == torch.bfloat16
 

@@ -64,9 +64,8 @@ def main() -> None:
         answers = nodes.run(now, **job, attempt=2, evict=True, tiers=["memory", "store"] * (times + 1))
     assert all(one["right"] for told in answers for one in told), "every byte is as it was saved"
     assert all(one["tier"] == ("memory", "store")[at % 2] for told in answers for at, one in enumerate(told))
-    slowest = [
-        max(told[at]["seconds"] for told in answers) for at in range(2, 2 * times + 2)
-    ]  # the first warms up
+    # The first warms up.
+    slowest = [max(told[at]["seconds"] for told in answers) for at in range(2, 2 * times + 2)]
     found = {tier: statistics.median(slowest[at::2]) for at, tier in enumerate(("memory", "store"))}
     for tier, seconds in found.items():
         print(_line(f"restored from {tier}", seconds, mib * _NODES))

@@ -102,9 +102,8 @@ class _Log:
 def run_rank(rank: int, order: Order) -> None:
     """Load, then save again and again."""
     log = _Log(f"{order.log}.{rank}")
-    os.dup2(
-        os.open(f"{order.log}.{rank}.errors", os.O_WRONLY | os.O_CREAT), 2
-    )  # what is injected is complained of
+    # What is injected is complained of.
+    os.dup2(os.open(f"{order.log}.{rank}.errors", os.O_WRONLY | os.O_CREAT), 2)
     try:
         use(order.variables)
         torch.set_num_threads(1)

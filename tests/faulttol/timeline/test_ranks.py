@@ -168,9 +168,8 @@ def test_messages_between_stages_are_joined(tmp_path: Path) -> None:
     assert problems(tree) == []
     events = tree["traceEvents"]
     sends = [e for e in events if e.get("cat") == "send"]
-    assert (
-        len(sends) == 2 * 3 * 8 == len([e for e in events if e["ph"] == "f"])
-    )  # 8 micro-batches there and back
+    # 8 micro-batches there and back.
+    assert len(sends) == 2 * 3 * 8 == len([e for e in events if e["ph"] == "f"])
     ends = {e["id"]: e for e in events if e["ph"] == "f"}
     for start in (e for e in events if e["ph"] == "s"):
         assert ends[start["id"]]["pid"] != start["pid"]

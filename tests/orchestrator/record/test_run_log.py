@@ -186,9 +186,8 @@ def test_a_view_comes_back_as_it_was_wherever_in_a_life_it_is_published(run: Run
         assert reader is not None, payload
         assert reader.view == log.view == view_of(*LIFE[: number + 1])
         assert reader.cursor == read_from(run.events)[1]
-        for name, value in vars(
-            log.view
-        ).items():  # equality takes a list for no tuple, but a text for a state
+        # Equality takes a list for no tuple, but a text for a state.
+        for name, value in vars(log.view).items():
             assert type(getattr(reader.view, name)) is type(value), name
     log.close()
 

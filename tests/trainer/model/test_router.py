@@ -301,9 +301,8 @@ def test_the_exchange_has_the_gradients_of_a_plain_sum(top_k: int) -> None:
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     x = torch.randn(7, 8, dtype=torch.float64, generator=generator, requires_grad=True)
-    chosen = torch.stack(
-        [torch.randperm(4, generator=generator)[:top_k] for _ in range(7)]
-    )  # expert 4: no tokens
+    # Expert 4: no tokens.
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:top_k] for _ in range(7)])
     weights = torch.rand(7, top_k, dtype=torch.float64, generator=generator, requires_grad=True)
     y, _ = LocalExchange().run(x, chosen, weights, 5, experts)
     rows = [torch.zeros(7, 8, dtype=torch.float64)]

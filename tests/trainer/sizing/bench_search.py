@@ -65,9 +65,8 @@ def main() -> None:
         seconds, quick = cpu(
             lambda task=task, hardware=hardware, rates=rates: search.search(task, hardware, rates)
         )
-        all_seconds, count = priced(
-            replace(task, imbalance=task.uneven + 1e-9), device
-        )  # nothing cached by the search
+        # Nothing cached by the search.
+        all_seconds, count = priced(replace(task, imbalance=task.uneven + 1e-9), device)
         name = f"{model} {device} x{ranks}, {sequence} tokens"
         best = quick.best.label if quick.best else quick.reason
         write(

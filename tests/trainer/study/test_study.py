@@ -290,9 +290,8 @@ def test_five_methods_of_moe_parallelism_are_ranked_as_measured() -> None:
     study = validate(None, EXTRACTS / "published.csv")
     assert study.methods is not None and study.methods.pairs == 10 and study.methods.right == 10
     searched = {run.method: run for run in study.methods.runs}
-    assert (
-        searched["TP+EP+DP"].job is not None and searched["TP+EP+DP"].job.layout.tp == 4
-    )  # as the paper prints
+    # As the paper prints.
+    assert searched["TP+EP+DP"].job is not None and searched["TP+EP+DP"].job.layout.tp == 4
     folded = searched["MCore+Folding"]
     assert folded.predicted == pytest.approx(49.3, rel=0.1)
 

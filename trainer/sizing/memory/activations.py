@@ -90,9 +90,8 @@ def _attention(job: TrainingJob) -> float:
     model, tp, element = job.model, job.layout.tp, width(job.precision)
     norm = job.software.retention.norm_bytes
     rowwise = _FP32 * model.heads / tp if job.software.flash_attention else 0.0
-    seen = (
-        job.layout.cp if job.software.context == "gather" else 1
-    )  # keys and values that are kept, by those made
+    # Keys and values that are kept, by those made.
+    seen = job.layout.cp if job.software.context == "gather" else 1
     if model.attention == "mla":
         heads = model.heads / tp
         expanded = heads * (2 * model.head_dim + model.rope_head_dim) * (1 + seen)

@@ -108,9 +108,8 @@ def test_more_changes_have_to_earn_it() -> None:
     saved = [one.saves for one in suggestions]
     assert len(suggestions) > 1 and saved == sorted(saved, reverse=True)
     assert [one.fields for one in suggestions] == sorted({one.fields for one in suggestions}, reverse=True)
-    assert max(len(one.changes) for one in suggestions) > max(
-        one.fields for one in suggestions
-    )  # heads are one
+    # Heads are one.
+    assert max(len(one.changes) for one in suggestions) > max(one.fields for one in suggestions)
 
 
 def test_an_unknown_device_has_none() -> None:

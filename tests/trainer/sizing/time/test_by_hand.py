@@ -203,9 +203,8 @@ def test_routed_experts_are_no_tensor_parallel_region(shared: int, regions: int)
 
 def test_experts_cut_by_etp_gather_rows_once() -> None:
     made = job(preset("qwen3_30b_a3b"), Layout(1, 2, 1, 2, 4, 4), software=Software())
-    rows = (
-        2.0 * 4096 * 2048 * 8 * 4 / 4
-    )  # tokens of four ranks, eight experts each, a quarter of the tokens on each rank
+    # Tokens of four ranks, eight experts each, a quarter of the tokens on each rank.
+    rows = 2.0 * 4096 * 2048 * 8 * 4 / 4
     pairs = rows / 4
     wire = pairs / 2
     # Two all-to-alls of two ranks, and what etp gathers and scatters, each pass; 48 layers, 4 micro-batches.
@@ -310,9 +309,8 @@ def test_folding_is_one_rule_for_time_states_search_and_schema() -> None:
         task = legal.Task(model, layout.ranks, 8192, made.global_batch, fixed=layout.to_json())
         assert (layout in set(legal.layouts(task))) == fits, layout
         seen[fits] += 1
-        if (
-            fits
-        ):  # every rank of the stage holds a share, and replicas of it are what gradients are reduced over
+        # Every rank of the stage holds a share, and replicas of it are what gradients are reduced over.
+        if fits:
             replicas = states.replicas(layout)[1]
             assert replicas * ep * etp == layout.ranks
             assert states.layer(model, layout, True).routed * ep * etp == pytest.approx(held)
