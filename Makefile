@@ -22,7 +22,7 @@ demo: install
 
 # Files of tests side by side, the long ones first; then those with a real Ray, which wait a lot.
 test: install
-	$(PYTEST) -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
+	$(PYTEST) -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not cluster'
 	$(PYTEST) -q -n 3 --dist loadfile --no-loadscope-reorder -m cluster
 
 $(VENV)/.dev: $(VENV)/.installed

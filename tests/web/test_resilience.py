@@ -92,13 +92,14 @@ def test_a_dashboard_that_was_killed_comes_back_as_it_was(home: HomePaths) -> No
             "GET", "/api/events", headers={"Authorization": f"Bearer {told['url'].partition('token=')[2]}"}
         )
         assert listener.getresponse().readline(), "a page listens while it ends"
-        other = subprocess.run(
-            [sys.executable, "-c", _SERVE, str(home.home), str(told["port"])],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        same, other = (
+            subprocess.run(
+                [sys.executable, "-c", _SERVE, str(folder), str(told["port"])],
+                cwd=ROOT, capture_output=True, text=True, timeout=60,
+            )
+            for folder in (home.home, home.home.with_name("another"))
+        )  # fmt: skip
+        assert same.returncode == 0 and f"is up already: {told['url']}" in same.stdout
         assert "Address already in use; choose another port" in other.stderr
         child.send_signal(signal.SIGTERM)
         assert child.wait(20) == 0, "it ends though pages listen"

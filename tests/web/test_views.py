@@ -153,7 +153,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_a_metric(
     columns = columns_of(tmp_path, [step_row(1), step_row(2, norm=norm, loss=loss)])
     state: Any = SimpleNamespace(columns={1: columns}, run=SimpleNamespace(run_id="a"))
     nobody: Any = None
-    values = {name: value for name, _, value in _Home(nobody)._lines(state)}
+    values = {name: value for name, _, value in _Home(nobody, Redactor())._lines(state)}
     assert values["megaray_run_loss_finite"] == finite
     assert values["megaray_run_expert_load_max_over_mean_ratio"] == 1.5
 
@@ -265,7 +265,7 @@ def test_free_slots_of_a_node_are_what_no_run_holds() -> None:
     kept: dict[str, Any] = {
         name: GaugeMetricFamily(name, "", labels=["node", *more]) for name, (_, more) in NODE_GAUGES.items()
     }
-    _Home(live)._nodes(kept)
+    _Home(live, Redactor())._nodes(kept)
     for name, count in (("megaray_node_slots", 4.0), ("megaray_node_free_slots", 1.0)):
         values = {sample.labels["resource"]: sample.value for sample in kept[name].samples}
         assert values == {"CPU": 8.0, "GPU": count}
