@@ -20,10 +20,11 @@ demo: install
 	$(BIN)/python -m orchestrator submit experiment=demo --yes
 	@echo 'Ray is still up: `$(BIN)/python -m orchestrator down` ends it.'
 
-# Files of tests side by side, the long ones first; then those with a real Ray, which wait a lot.
+# Files of tests side by side, the long ones first; then those with a real Ray, which lie in three places.
+RAY_TESTS := tests/cluster tests/orchestrator/test_cases_ray.py tests/test_namespaces.py
 test: install
-	$(PYTEST) -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not cluster'
-	$(PYTEST) -q -n 3 --dist loadfile --no-loadscope-reorder -m cluster
+	$(PYTEST) -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
+	$(PYTEST) -q -n 2 --dist loadfile -m cluster $(RAY_TESTS)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[dev]'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import contents, longest_first
+from tests.source_tree import ROOT
 
 pytestmark = pytest.mark.unit
 
@@ -55,3 +57,15 @@ def test_files_that_a_test_writes_are_seen(tmp_path: Path) -> None:
     assert [Path(path).name for path in before] == ["h100.yaml"]
     (tmp_path / "device" / "h100.fit.json").write_text("{}")
     assert {Path(path).name for path, _ in before.items() ^ contents(tmp_path).items()} == {"h100.fit.json"}
+
+
+def test_make_test_finds_every_test_with_a_real_ray() -> None:
+    """It collects the folders that it names, and not all tests a second time."""
+    named = re.findall(r"^RAY_TESTS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
+    marked = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"pytest\.mark\.cluster\b", path.read_text()) and path.name != "test_conftest.py"
+    ]
+    assert len(marked) > 5
+    assert not [path for path in marked if not path.startswith(tuple(named))]

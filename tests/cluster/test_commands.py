@@ -65,7 +65,7 @@ def test_cancel_leaves_no_process_and_resume_continues(shell: Shell, undisturbed
     assert shell.view(run_id).checkpoint.step >= 25, "it has saved"  # type: ignore[union-attr]
     assert not [pid for pid in pids if alive(pid)]
     shell.until(lambda: not processes_with(run_id), "nothing of the run is left")
-    assert "cancelled already" in shell.run("cancel", run_id, expect=2)
+    assert "has ended already (cancelled)" in shell.run("cancel", run_id, expect=2)
     shell.run("resume", run_id, "--detach")
     view = shell.finish(run_id)
     assert view.state is State.SUCCEEDED and view.checkpoint is not None

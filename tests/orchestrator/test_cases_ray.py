@@ -20,7 +20,7 @@ from orchestrator.record.states import State
 from tests.cluster.conftest import Shell
 from tests.source_tree import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(450)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 SMOKE = ("experiment=smoke", "train.steps=20", "checkpoint.every=10")
 
