@@ -153,9 +153,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     os.environ.update(by.variables)
     rank = RankContext.from_environment(os.environ, _unused(folder) if options.out is None else folder)
     # Loads torch, after the parent's death is arranged for.
-    from collectives.studies.program import (
-        main as measure,
-    )
+    from collectives.studies.program import main as measure
 
     named = options.out is not None or "MEGARAY_RUN" in os.environ
     findings = measure(config, rank, arguments=tuple(arguments), named=named)

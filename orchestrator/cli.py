@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
 from configs.paths import HomePaths, default_home
-from orchestrator import PROGRAM
+from orchestrator import DASHBOARD_PORT, PROGRAM
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
 
 _OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
@@ -291,7 +291,10 @@ _OPTIONS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
     ],
     "dashboard": [
         (("--host",), {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
-        (("--port",), {"type": int, "default": 8260, "help": "port (default 8260; 0: any)"}),
+        (
+            ("--port",),
+            {"type": int, "default": DASHBOARD_PORT, "help": f"port (default {DASHBOARD_PORT}; 0: any)"},
+        ),
         (
             ("--allow-host",),
             {

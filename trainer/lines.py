@@ -19,7 +19,7 @@ from configs.metrics import (
     StepLine,
     StoppedLine,
 )
-from configs.rank import RankContext
+from configs.rank import PARENT, RankContext
 from configs.schema import RunConfig
 from faulttol.staged.saver import SaveOutcome
 from trainer.sizing.model import flops
@@ -49,7 +49,7 @@ class Lines:
     def stepped(self, line: StepLine) -> None:
         """A step's numbers."""
         self._write(line)
-        if self._writer is not None and "MEGARAY_PARENT" not in os.environ:
+        if self._writer is not None and PARENT not in os.environ:
             rate, seconds = line.tokens_per_second, line.step_seconds
             sys.stdout.write(
                 f"step {line.step}/{self._config.train.steps} | loss {line.loss:.4f} | {rate:,.0f} tok/s | "

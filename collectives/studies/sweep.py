@@ -183,10 +183,7 @@ class SweepRunner:
                 try:
                     transfer = Transfer(case, seat)
                 # Torch's own out-of-memory errors are RuntimeErrors.
-                except (
-                    MemoryError,
-                    RuntimeError,
-                ) as error:
+                except (MemoryError, RuntimeError) as error:
                     first = (str(error).splitlines() or [type(error).__name__])[0]
                     refusal = f"rank {self._team.rank.rank}: {first}"
         refusal = next((reason for reason in self._team.tree.all_gather(refusal) if reason), "")

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.rank import die_with_parent
+from configs.rank import PARENT, die_with_parent
 from faulttol.checkpoint.peers import exchange
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run_ranks(world: int, act: Callable[..., Any], *arguments: Any) -> list[Any]
 def _one_thread_each(world: int) -> Iterator[None]:
     """The variables that ranks are started with: libraries make no more threads than there are cores."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // world))
-    wanted = {"OMP_NUM_THREADS": threads, "MEGARAY_PARENT": str(os.getpid())}
+    wanted = {"OMP_NUM_THREADS": threads, PARENT: str(os.getpid())}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from configs.rank import die_with_parent
+from configs.rank import PARENT, die_with_parent
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import CheckpointCommit, tag
 from faulttol.checkpoint.manifest import Identity, Incomplete, ShardFile
@@ -328,7 +328,7 @@ class WriterProcess:
         ours, theirs = socket.socketpair()
         places = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
-            "MEGARAY_PARENT": str(os.getpid()),
+            PARENT: str(os.getpid()),
             "PYTHONPATH": os.pathsep.join(places),
         }
         command = f"from faulttol.staged.writer import main; main({theirs.fileno()})"
@@ -387,10 +387,7 @@ class WriterProcess:
 def main(fd: int) -> None:
     """The writer process: orders come in on a socket, one after the other, until it is closed."""
     # For the rank, which may want to save first, and ends this process.
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(os.environ)
     work, connection = OrderWorker(), Connection(fd)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from configs.paths import RunPaths
-from configs.rank import RankContext
+from configs.rank import PARENT, RankContext
 from faulttol import steady
 from orchestrator.agent.orders import AttemptOrder, Launch
 from orchestrator.local import machine
@@ -41,7 +41,7 @@ def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join([*path, *(p for p in sys.path if p and p not in path)])
     env["PYTHONUNBUFFERED"] = "1"
     env["PYTHONSAFEPATH"] = "1"  # `-m` would put the working directory first
-    env["MEGARAY_PARENT"] = str(os.getpid())
+    env[PARENT] = str(os.getpid())
     env["MEGARAY_NODE"] = launch.ip  # host names of containers change from start to start
     env["LOCAL_WORLD_SIZE"] = str(len(launch.ranks))
     # Ray's own value is for the actor.

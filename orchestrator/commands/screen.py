@@ -331,7 +331,7 @@ def _listed(listing: reading.Listing, width: int, height: int) -> list[Text]:
         if len(going) >= room
         else ended[len(ended) - min(len(ended), room - len(going)) :] + going
     )
-    made = [Text(clean(line)) for line in console.run_list(kept, listing.damage[:3]).splitlines()]
+    made = [Text(line) for line in console.run_list(kept, listing.damage[:3]).splitlines()]
     if made:
         made[0].stylize("bold")
     if len(kept) < len(listing.rows):

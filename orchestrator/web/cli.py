@@ -21,11 +21,11 @@ from aiohttp import web
 
 from configs.errors import UserError
 from configs.paths import HomePaths
+from orchestrator import DASHBOARD_PORT
 from orchestrator.commands.calls import CommandCall
 from orchestrator.web import export, server
 from orchestrator.web.security import LOOPBACK, AccessTokens
 
-USUAL_PORT = 8260
 _ANSWER_SECONDS = 5.0
 
 
@@ -79,7 +79,7 @@ def running(home: HomePaths, port: int) -> dict[str, Any] | None:
         base, _, token = url.partition("/?token=")
         request = urllib.request.Request(f"{base}/api/me", headers={"Authorization": f"Bearer {token}"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
-        if not token or port not in (own, USUAL_PORT):
+        if not token or port not in (own, DASHBOARD_PORT):
             return None
         opener.open(request, timeout=_ANSWER_SECONDS).close()  # only a server of this home takes its token
     except (OSError, ValueError, LookupError, TypeError):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import UserError
-from configs.rank import die_with_parent
+from configs.rank import PARENT, die_with_parent
 from trainer.data.blocks import Fields, FileBlock, blocks, rows
 from trainer.data.sources import SourceFile
 from trainer.data.tokenizer import Tokenizer
@@ -171,7 +171,7 @@ class _Held:
 
 
 def _begin(parent: int, work: Callable[[list[FileBlock]], Any]) -> None:
-    die_with_parent({"MEGARAY_PARENT": str(parent)})
+    die_with_parent({PARENT: str(parent)})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _Held.work = work
 

@@ -350,6 +350,14 @@ def test_a_record_is_written_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cluster.json"]
 
 
+def until_served(page: keeper.DashboardProcess, home: HomePaths, log: Path) -> None:
+    deadline = time.monotonic() + 50
+    while not home.dashboard.exists():
+        assert time.monotonic() < deadline, log.read_text()
+        page.turn(time.monotonic())
+        time.sleep(0.05)
+
+
 def test_a_dashboard_whose_usual_port_is_in_use_takes_another(tmp_path: Path) -> None:
     home = HomePaths(tmp_path / "home")
     home.ensure()
@@ -358,11 +366,7 @@ def test_a_dashboard_whose_usual_port_is_in_use_takes_another(tmp_path: Path) ->
             taken.bind(("127.0.0.1", 8260))
             taken.listen()
         with contextlib.closing(keeper.DashboardProcess(home, tmp_path / "ray.log")) as page:
-            deadline = time.monotonic() + 50
-            while not home.dashboard.exists():
-                assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
-                page.turn(time.monotonic())
-                time.sleep(0.05)
+            until_served(page, home, tmp_path / "ray.log")
             assert json.loads(home.dashboard.read_text())["port"] not in (0, 8260)
 
 
@@ -374,11 +378,7 @@ def test_a_dashboard_that_is_up_already_is_no_mistake(
     home.ensure()
     monkeypatch.setenv("MEGARAY_HOME", str(home.home))
     with contextlib.closing(keeper.DashboardProcess(home, tmp_path / "ray.log")) as page:
-        deadline = time.monotonic() + 50
-        while not home.dashboard.exists():
-            assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
-            page.turn(time.monotonic())
-            time.sleep(0.05)
+        until_served(page, home, tmp_path / "ray.log")
         served = json.loads(home.dashboard.read_text())
         assert cli.main(["dashboard", "--port", str(served["port"])]) == 0
         assert served["url"] in capsys.readouterr().out
