@@ -28,6 +28,9 @@ class Burst:
         self.size = size
         self._device, self._call = device, call
         self._graph: torch.cuda.CUDAGraph | None = None
+        # As nccl-tests has it. On the default stream a replay waits at each kernel for all other streams: 6 us a call of 8
+        # bytes and 24 us of 32 MiB on two H200 (torch 2.11).
+        self._stream = torch.cuda.Stream(device)
 
     def capture(self) -> None:
         """Capture the burst, so that `run` replays it.
@@ -42,7 +45,8 @@ class Burst:
             for _ in range(self.size):
                 self._call()
         self._graph = graph
-        graph.replay()  # the first replay uploads the graph
+        with torch.cuda.stream(self._stream):
+            graph.replay()  # the first replay uploads the graph
         torch.cuda.synchronize(self._device)
 
     def forget(self) -> None:
@@ -57,11 +61,12 @@ class Burst:
         torch.cuda.synchronize(self._device)
         align()
         begun = time.perf_counter_ns()
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            call = self._call
-            for _ in range(self.size):
-                call()
+        with torch.cuda.stream(self._stream):
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                call = self._call
+                for _ in range(self.size):
+                    call()
         torch.cuda.synchronize(self._device)
         return (time.perf_counter_ns() - begun) / self.size / 1e3

@@ -28,6 +28,7 @@ _LOW, _NORMAL = "5", "0"
 the same at any pace, and a rank that fails before they are done waits for the rest of them."""
 _MODULES = ("trainer.loop",)
 _ENGINES = {"native": "trainer.engines.native", "deepspeed": "trainer.engines.deepspeed"}
+_AXES = {"pp": "trainer.parallel.pipeline", "cp": "torch.nn.attention.bias"}
 
 
 def main(program: Sequence[str]) -> None:
@@ -59,7 +60,7 @@ def _import(program: Sequence[str]) -> None:
 
 
 def _engine(program: Sequence[str]) -> list[str]:
-    """Module of the engine that the configuration among the words names."""
+    """Modules that the configuration among the words makes a rank load: its engine's, and what its axes need."""
     if "--config" not in program[:-1]:
         return []
     from configs.compose import load
@@ -68,7 +69,9 @@ def _engine(program: Sequence[str]) -> list[str]:
         config = load(Path(program[program.index("--config") + 1]))
     except Exception:  # the rank itself will say what is wrong with it
         return []
-    return [_ENGINES[str(config.train.engine)]] if str(config.train.engine) in _ENGINES else []
+    parallel = config.parallel
+    axes = [module for axis, module in _AXES.items() if (getattr(parallel, axis) or 1) > 1]
+    return [*([_ENGINES[str(config.train.engine)]] if str(config.train.engine) in _ENGINES else []), *axes]
 
 
 def _become(env: dict[str, str], words: Sequence[str], log: int) -> None:

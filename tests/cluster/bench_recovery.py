@@ -11,7 +11,6 @@ it, from the placing (for the baselines: from the command) to the first step, an
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -53,7 +52,7 @@ class Recovery:
     start: float
     """From the placing, or the command, to the first step."""
     start_parts: dict[str, float]
-    """What ranks say of it."""
+    """What it went to: the time before the ranks' program, what they say of theirs, and the first step."""
     step: float
     """Median of a step, by the clock between two lines without a save between them."""
 
@@ -127,6 +126,11 @@ class RecoveryContestant(ABC):
         """When its ranks could be started, seconds since the epoch."""
         return self._begun
 
+    def last_words(self, folder: Path) -> str:
+        """The end of what its process wrote, where it is one of this benchmark's."""
+        log = folder / "log"
+        return log.read_text(errors="replace")[-1000:] if log.exists() else ""
+
     def measure(self, warm: float) -> Recovery:
         """Train for a while, kill, and wait for the next step."""
         begun = time.time()
@@ -137,7 +141,11 @@ class RecoveryContestant(ABC):
         )
         first = self.lines().look()
         resumed = next(line for line in first if isinstance(line, ResumedLine))
-        started = next(line.time for line in first if isinstance(line, StepLine)) - self.placed()
+        placed, stepped_at = self.placed(), next(line.time for line in first if isinstance(line, StepLine))
+        started = stepped_at - placed
+        own = dict(resumed.facts.get("start_seconds") or {})
+        before = {"until the ranks run": resumed.time - placed - sum(map(float, own.values()))}
+        own = before | own | {"first step": stepped_at - resumed.time}
         time.sleep(max(0.0, warm - (time.time() - begun)))
         step = step_seconds(self.lines().look())
         killed = time.time()
@@ -163,7 +171,7 @@ class RecoveryContestant(ABC):
         inside = start.facts.get("start_seconds")
         if isinstance(inside, dict):
             parts |= {f"  of it {name}": float(seconds) for name, seconds in inside.items()}
-        return Recovery(found[1] - killed, parts, started, resumed.facts.get("start_seconds") or {}, step)
+        return Recovery(found[1] - killed, parts, started, own, step)
 
 
 def step_seconds(lines: Sequence[MetricLine]) -> float:
@@ -298,8 +306,12 @@ def launched(
     )
 
     def end() -> None:
-        leader = psutil.Process(process.pid)
-        for one in [*leader.children(recursive=True), leader]:
+        try:
+            leader = psutil.Process(process.pid)
+            alive = [*leader.children(recursive=True), leader]
+        except psutil.NoSuchProcess:
+            alive = []
+        for one in alive:
             try:
                 one.kill()
             except psutil.NoSuchProcess:
@@ -307,12 +319,6 @@ def launched(
         process.wait()
 
     ends.callback(end)
-
-    def tell(kind: object, *_: object) -> None:
-        if kind is not None:
-            print((folder / "log").read_text(errors="replace")[-1000:], file=sys.stderr)
-
-    ends.push(tell)
     return process
 
 
@@ -340,7 +346,7 @@ def report(found: dict[str, list[Recovery]]) -> None:
             f"    first start {median(one.start for one in each):.2f} s, a step {median(one.step for one in each):.4f} s"
         )
         for part, seconds in each[0].start_parts.items():
-            print(f"      of the start {part:<13} {seconds:6.3f} s")
+            print(f"      of the start {part:<19} {seconds:6.3f} s")
     for name, each in found.items():
         if name != "megaray" and "megaray" in found:
             own = found["megaray"]
@@ -376,6 +382,7 @@ def main(arguments: list[str]) -> None:
     )
     words = [*model, *RUN, f"parallel.dp={ranks}", *options.overrides]
     found: dict[str, list[Recovery]] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         config = resolved(Path(folder), words, ranks)
         for number in range(options.repeats):
@@ -388,18 +395,32 @@ def main(arguments: list[str]) -> None:
                         one: RecoveryContestant = ends.enter_context(megaray(place, words, ranks))
                     elif name == "torchrun":
                         one = Torchrun(place, config, ranks, ends)
-                    elif importlib.util.find_spec("pandas") is None:
-                        print("Ray Train is left out: pip install 'ray[train]'")
+                    elif why := cannot_import("ray.train"):
+                        print(f"Ray Train is left out: {why}; pip install 'ray[train]'", flush=True)
                         continue
                     else:
                         one = RayTrain(place, config, ranks, options.gpus, ends)
-                    found.setdefault(one.name, []).append(one.measure(options.warm))
+                    try:
+                        found.setdefault(one.name, []).append(one.measure(options.warm))
+                    except RuntimeError as reason:
+                        # What the others gave took minutes of GPUs; it isn't lost with this one.
+                        print(f"{one.name}: {reason}\n{one.last_words(place)}", file=sys.stderr, flush=True)
+                        failed.append(one.name)
+                        continue
                     print(f"{one.name}: {found[one.name][-1].total:.2f} s", flush=True)
-    report(found)
-    if options.json:
-        options.json.write_text(
-            json.dumps({n: [vars(one) for one in each] for n, each in found.items()}, indent=1)
-        )
+                if options.json:
+                    options.json.write_text(
+                        json.dumps({n: [vars(one) for one in each] for n, each in found.items()}, indent=1)
+                    )
+    report({name: each for name, each in found.items() if each})
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
+
+
+def cannot_import(module: str) -> str:
+    """Why a program of this interpreter can't import it, in a line; empty where it can."""
+    tried = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    return "" if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def resolved(folder: Path, words: Sequence[str], ranks: int) -> Path:

@@ -26,6 +26,9 @@ def work(order: dict[str, Any]) -> None:
 
     context, root = ray.train.get_context(), Path(order["run"])
     number = context.get_world_rank()
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        # Ray shows a worker its own GPU alone; the program picks its own of all, as under torchrun.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(context.get_local_world_size())))
     (root / f"pid-{number}").write_text(str(os.getpid()))
     os.environ["OMP_NUM_THREADS"] = order["threads"]
     rank = RankContext(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainer.bench.cases import BatchTokens, config_of, flops_of, refuse
 from trainer.bench.masters import Masters
 from trainer.bench.measure import Mark, Times, timed
 from trainer.bench.options import Options
+from trainer.bench.serial import serial
 from trainer.engines.base import Batch, Engine
 from trainer.engines.native import NativeEngine
 from trainer.kernels.choice import reason
@@ -181,22 +183,21 @@ def _native(
         for stage in engine._stages:
             routing.force(stage, options.routing)
     step = _step_of(engine, options, config, mesh)
-    times = timed(step, mesh.device, options.steps)
-    if mesh.device.type != "cuda":
-        return times, None
+    with nullcontext() if options.overlap else serial(mesh.device):
+        times = timed(step, mesh.device, options.steps)
+        if mesh.device.type != "cuda":
+            return times, None
+        trace = None
+        if options.timeline is not None:
+            options.timeline.mkdir(parents=True, exist_ok=True)
+            trace = options.timeline / f"{name}.{mesh.rank}.json"
+        return times, kernels.profile(
+            lambda: step(_no_mark), trace, lambda: dist.barrier(group=mesh.control_group)
+        )
 
-    def plain_mark(_name: str) -> Any:
-        from contextlib import nullcontext
 
-        return nullcontext()
-
-    trace = None
-    if options.timeline is not None:
-        options.timeline.mkdir(parents=True, exist_ok=True)
-        trace = options.timeline / f"{name}.{mesh.rank}.json"
-    return times, kernels.profile(
-        lambda: step(plain_mark), trace, lambda: dist.barrier(group=mesh.control_group)
-    )
+def _no_mark(_name: str) -> Any:
+    return nullcontext()
 
 
 def _step_of(engine: Engine, options: Options, config: RunConfig, mesh: Mesh) -> Callable[[Mark], object]:

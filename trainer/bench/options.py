@@ -26,6 +26,8 @@ class Options:
     baselines: tuple[str, ...]
     timeline: Path | None
     """Where the trace of a step goes."""
+    overlap: bool = True
+    """Whether communication may run beside computation."""
 
 
 def options_of(

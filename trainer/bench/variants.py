@@ -34,10 +34,10 @@ class Variant:
 
 def parse(text: str, options: Options) -> list[Variant]:
     """`ep=4 | tp=2 ep=4 | routing=zipf ep=4 | auto`: overrides on top of the others; a word without a dot is an axis of
-    `parallel`, but for `routing` and `layers`.
+    `parallel`, but for `routing`, `layers`, and `overlap`, which is `on` or `off`.
 
     Raises:
-        UserError: for a value of these two that there isn't.
+        UserError: for a value of these three that there isn't.
     """
     return [_variant(one.strip(), options) for one in text.split("|")]
 
@@ -53,6 +53,12 @@ def _variant(text: str, options: Options) -> Variant:
                     f"{', '.join(ROUTINGS)}"
                 )
             options = replace(options, routing=value)
+        elif name == "overlap":
+            if value not in ("on", "off"):
+                raise UserError(
+                    f"--variants '{text}': overlap={value} doesn't exist; type overlap=on or overlap=off"
+                )
+            options = replace(options, overlap=value == "on")
         elif name == "layers":
             if not value.isdecimal() or int(value) < 1:
                 raise UserError(

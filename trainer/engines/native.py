@@ -7,6 +7,7 @@ weights that matmuls use are cast while they are gathered.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,12 +23,16 @@ from trainer.model.seams import Micro, Tally
 from trainer.optim.build import build
 from trainer.optim.common import refresh
 from trainer.optim.slots import Cast, Slot, StagePeers
-from trainer.parallel import apply, pipeline
+from trainer.parallel import apply
 from trainer.parallel.context import places
 from trainer.parallel.mesh import Mesh, patience
 from trainer.parallel.resident import Resident
+from trainer.parallel.stages import cut, reduce_now, stages_of
 from trainer.sizing.search.runnable import chunks_of
 from trainer.state import Box, Slice
+
+if TYPE_CHECKING:
+    from trainer.parallel.pipeline import Pipeline
 
 
 class NativeEngine:
@@ -42,8 +47,8 @@ class NativeEngine:
         self._residents: list[Resident] = []
         """By stage."""
         parallel, model = config.parallel, config.model
-        ends = pipeline.cut(model.layers, mesh["pp"].size * chunks_of(parallel))
-        for index in pipeline.stages_of(parallel, mesh["pp"].index):
+        ends = cut(model.layers, mesh["pp"].size * chunks_of(parallel))
+        for index in stages_of(parallel, mesh["pp"].index):
             with torch.device("meta"):
                 stage = DecoderStage(model, *ends[index])
             self._cuts.append(apply.parallelize(stage, mesh, config))
@@ -51,9 +56,11 @@ class NativeEngine:
             masters = apply.materialize(stage, self._cuts[-1], config, mesh, whole)
             self._residents.append(Resident(stage, masters))
             self._stages.append(stage)
-        self._pipeline = (
-            pipeline.Pipeline(self._stages, mesh, model, parallel) if mesh["pp"].size > 1 else None
-        )
+        self._pipeline: Pipeline | None = None
+        if mesh["pp"].size > 1:
+            from trainer.parallel.pipeline import Pipeline  # slow to import
+
+            self._pipeline = Pipeline(self._stages, mesh, model, parallel)
         self._alike: list[bool] = []
         """By slot: whether tp ranks have the same and see other tokens."""
         self._second: list[bool] = []
@@ -155,7 +162,7 @@ class NativeEngine:
                 loss = self._pipeline.run(micros, self._dtype, learn=True)
             if not each:
                 for stage in self._stages:
-                    pipeline.reduce_now(stage)
+                    reduce_now(stage)
             return loss
         (stage,) = self._stages
         self._residents[0].begin(len(micros))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from trainer.model import seams
 from trainer.model.seams import Micro
@@ -96,6 +95,9 @@ def two_pieces(
         k_BGSH: keys of all ranks, rank after rank; so are the values.
         place: index of the rank, and ranks.
     """
+    # It loads torch's compiler, most of a second that ranks without context parallelism needn't spend.
+    from torch.nn.attention.bias import causal_lower_right
+
     index, size = place
     keys, values = (_in_order(x, size) for x in (k_BGSH, v_BGSH))
     piece = q_BNSH.shape[2] // 2

@@ -15,17 +15,25 @@ from torch import Tensor
 from trainer.parallel.mesh import Axis
 
 # torch 2.13 has new names for these two, and warns of the old ones, the only ones that 2.11 has.
-_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_scatter_from = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 _Start = Callable[[Tensor, Axis], tuple[Tensor, dist.Work]]
+
+
+def _gather_into(out: Tensor, x: Tensor, axis: Axis, later: bool = False) -> Any:
+    return getattr(dist, _GATHER)(out, x, group=axis.process_group, async_op=later)
+
+
+def _scatter_from(out: Tensor, x: Tensor, axis: Axis, later: bool = False) -> Any:
+    return getattr(dist, _SCATTER)(out, x, group=axis.process_group, async_op=later)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """The ranks' parts side by side along `dim`, without gradient."""
     parts = x.new_empty((axis.size, *x.shape))
     # Flat: gloo checks the first dims of both, and 0-d or empty tensors have none.
-    _gather_into(parts.flatten(), x.contiguous().flatten(), group=axis.process_group)
+    _gather_into(parts.flatten(), x.contiguous().flatten(), axis)
     return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -33,7 +41,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the ranks' sum, without gradient."""
     parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
-    _scatter_from(out.flatten(), parts.flatten(), group=axis.process_group)
+    _scatter_from(out.flatten(), parts.flatten(), axis)
     return out
 
 
@@ -194,12 +202,12 @@ def _alias(out: Tensor) -> Tensor:
 
 def _start_gather(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
     out = x.new_empty((axis.size * x.shape[0], *x.shape[1:]))
-    return out, _gather_into(_alias(out), x, group=axis.process_group, async_op=True)
+    return out, _gather_into(_alias(out), x, axis, later=True)
 
 
 def _start_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    return out, _scatter_from(_alias(out), x, group=axis.process_group, async_op=True)
+    return out, _scatter_from(_alias(out), x, axis, later=True)
 
 
 def gathering(axis: Axis) -> Flight:

@@ -1,4 +1,7 @@
-"""Pipelines over `torch.distributed.pipelining`: the layers of a rank, and a step's micro-batches through them."""
+"""Pipelines over `torch.distributed.pipelining`: a step's micro-batches through the stages of a rank.
+
+Imported where there is a pipeline alone: torch's module costs each start of a rank most of a second.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
@@ -20,26 +22,9 @@ from torch.distributed.pipelining.schedules import (
 from configs.schema import ModelConfig, ParallelConfig
 from trainer.model.decoder import DecoderStage, boundary_width, inputs
 from trainer.model.seams import Micro
-from trainer.parallel.apply import sharded
 from trainer.parallel.mesh import Mesh
+from trainer.parallel.stages import stages_of
 from trainer.sizing.search.runnable import chunks_of
-
-
-def cut(layers: int, parts: int) -> list[tuple[int, int]]:
-    """First and last layer (exclusive) of each of `parts` stages; the last ones, beside the head, are the shorter ones."""
-    each, more = divmod(layers, parts)
-    ends = [0]
-    for part in range(parts):
-        ends.append(ends[-1] + each + (part < more))
-    return list(zip(ends, ends[1:], strict=False))
-
-
-def stages_of(parallel: ParallelConfig, index: int) -> list[int]:
-    """Stages that a pipeline rank has, ascending: round robin, or a V under `zbv`."""
-    pp, chunks = parallel.size("pp"), chunks_of(parallel)
-    if parallel.schedule == "zbv":
-        return [index, 2 * pp - 1 - index]
-    return [index + turn * pp for turn in range(chunks)]
 
 
 class _Chunk(nn.Module):
@@ -195,21 +180,3 @@ def _forward_alone(schedule: ScheduleZBVZeroBubble) -> None:
 
 def _as_loss(output: Tensor, _target: Tensor) -> Tensor:
     return output.sum()
-
-
-def reduce_now(stage: DecoderStage) -> None:
-    """Reduce the gradients that a sharded stage has gathered without reducing, as torch's own schedules do it."""
-    if not isinstance(stage, FSDPModule):
-        return
-    for module in sharded(stage):
-        module.set_is_last_backward(True)
-        module.set_reshard_after_backward(True, recurse=False)
-        module.set_requires_gradient_sync(True, recurse=False)
-    shard: Any = fully_shard  # its type hides the attributes that it adds
-    state = shard.state(stage)
-    for part in state._state_ctx.all_states:
-        groups = getattr(part, "_fsdp_param_groups", None)
-        for group in [part._fsdp_param_group] if groups is None else groups:
-            if group is not None:
-                group.post_backward()
-    state._root_post_backward_final_callback()

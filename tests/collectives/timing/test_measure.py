@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,12 +31,18 @@ class FakeDevice:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capturable: bool = True) -> None:
         self.log: list[str] = []
         self.ns, self.capturing = 0, False
+        self.streams: list[str] = []
+        self.aside: list[bool] = []
+        """Of each call: whether it was launched on the burst's own stream."""
         device = self
 
         class Graph:
             size = 0
 
             def replay(self) -> None:
+                assert device.streams == ["its own"], (
+                    "on the default stream each kernel waits for all other streams"
+                )
                 device.log.append(f"replay {self.size}")
                 device.ns += 1000 * self.size
 
@@ -54,6 +61,14 @@ class FakeDevice:
                 self.graph.size = len(device.log) - self.before
                 del device.log[self.before :]
 
+        @contextmanager
+        def stream(one: str) -> Iterator[None]:
+            device.streams.append(one)
+            yield
+            device.streams.remove(one)
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: "its own")
+        monkeypatch.setattr(torch.cuda, "stream", stream)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _: self.log.append("wait"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
@@ -62,6 +77,7 @@ class FakeDevice:
 
     def call(self) -> None:
         self.log.append("call")
+        self.aside.append(self.streams == ["its own"])
         if not self.capturing:
             self.ns += 5000
 
@@ -70,7 +86,7 @@ def test_a_burst_is_launched_in_a_row_and_waited_for_once(monkeypatch: pytest.Mo
     device = FakeDevice(monkeypatch)
     one = burst.Burst(torch.device("cuda"), device.call, 3)
     assert one.run(lambda: device.log.append("align")) == 5.0
-    assert device.log == ["wait", "align", "call", "call", "call", "wait"]
+    assert device.log == ["wait", "align", "call", "call", "call", "wait"] and all(device.aside)
 
 
 def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

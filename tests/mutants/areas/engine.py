@@ -185,7 +185,7 @@ MUTANTS = [
     Mutant(
         "a pipeline's gradients aren't reduced",
         _NATIVE,
-        "                    pipeline.reduce_now(stage)",
+        "                    reduce_now(stage)",
         "                    pass",
         f"{_AXIS}[dp-pp]",
     ),

@@ -11,6 +11,7 @@ _DECODER = "trainer/model/decoder.py"
 _MESH = "trainer/parallel/mesh.py"
 _NORM = "trainer/model/norm.py"
 _PIPELINE = "trainer/parallel/pipeline.py"
+_STAGES = "trainer/parallel/stages.py"
 _TENSOR = "trainer/parallel/tensor.py"
 
 _TEST = "tests/trainer/parallel/test_parallel.py::test_"
@@ -238,14 +239,14 @@ MUTANTS = [
     ),
     Mutant(
         "the V's second stages lie in a row",
-        _PIPELINE,
+        _STAGES,
         "return [index, 2 * pp - 1 - index]",
         "return [index, pp + index]",
         f"{_MESHED}layers_are_cut_evenly_and_stages_dealt_out",
     ),
     Mutant(
         "the last stage gets the layers that are over",
-        _PIPELINE,
+        _STAGES,
         "each + (part < more)",
         "each + (part >= parts - more)",
         f"{_MESHED}layers_are_cut_evenly_and_stages_dealt_out",

@@ -22,7 +22,7 @@ from trainer.engines.common import balance
 from trainer.model.decoder import DecoderStage, boundary_width
 from trainer.model.moe import MoELayer
 from trainer.model.seams import Tally
-from trainer.parallel.pipeline import cut
+from trainer.parallel.stages import cut
 from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.check import lint
 from trainer.sizing.lint.layout import _expert_seconds

@@ -22,7 +22,7 @@ from tests.forks import forks
 from tests.trainer.parallel.rank_pool import RankPool
 from trainer.loop import make_engine
 from trainer.parallel.mesh import assemble, dense_groups, make_groups, patience
-from trainer.parallel.pipeline import cut, stages_of
+from trainer.parallel.stages import cut, stages_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
