@@ -15,7 +15,10 @@ PARTS = (
     ("experts' matmuls", r"cutlass.*(Group|group)|_grouped|GroupProblem|ck_grouped"),
     ("matmuls", r"nvjet|gemm|cutlass|cublas|Cijk|splitK|gemv"),
     ("optimizer and norm", r"^_move|^_squared|adam|multi_tensor|foreach|lerp"),
-    ("norms, rotation, activation", r"^_norm|^_turn|^_forward$|^_backward$|silu|gelu|norm|Norm"),
+    (
+        "norms, rotation, activation",
+        r"^_norm|^_turn|^_sum|^_pairs|^_values|^_enter|^_bend|^_forward$|^_backward$|silu|gelu|norm|Norm",
+    ),
     ("rows to experts and back", r"^_spread|^_collect|^_weighted_back|gather|index|scatter|[sS]ort|Radix"),
     ("loss", r"^_entropy|[sS]oft[mM]ax|nll_loss"),
     ("copies", r"copy|Memcpy|cat|fill|Memset|chunk"),

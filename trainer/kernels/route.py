@@ -217,7 +217,7 @@ class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        return _product(x_TD, weight_ED.t())
+        return product(x_TD, weight_ED.t())
 
     @staticmethod
     def backward(ctx: Any, slope_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,13 +225,13 @@ class _Wide(torch.autograd.Function):
         high_TE = slope_TE.to(x_TD.dtype)
         both = torch.cat((high_TE, (slope_TE - high_TE).to(x_TD.dtype)), dim=1)
         x_slope = torch.mm(both, torch.cat((weight_ED, weight_ED)))
-        parts = _product(both.t(), x_TD)
+        parts = product(both.t(), x_TD)
         weight_slope = parts[: weight_ED.shape[0]] + parts[weight_ED.shape[0] :]
         return x_slope, weight_slope.to(weight_ED.dtype)
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    """fp32 product of two bf16 matrices."""
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """fp32 product of two bf16 matrices, [A, B] and [B, C] to [A, C]."""
     if one.is_cuda and torch.version.hip is None:
         return torch.mm(one, other, out_dtype=torch.float32)
     return torch.mm(one.float(), other.float())

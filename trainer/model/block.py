@@ -45,6 +45,11 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The residual stream `x` with a layer's output `y` added."""
+        if fused(x):
+            from trainer.kernels.residual import scaled_sum
+
+            stream, output = self.stream, self.output
+            return scaled_sum(x, y, (stream.scale, stream.bias), (output.scale, output.bias))
         return self.stream(x) + self.output(y)
 
 
@@ -107,7 +112,11 @@ class DecoderBlock(nn.Module):
             fed_BSD, state_BSR = self.feed_forward(h_BSD, state_BSR, micro)
             return _add(self.attention_residual, x_BSD, y_BSD + fed_BSD), state_BSR, None
         x_BSD = _add(self.attention_residual, x_BSD, y_BSD)
-        y_BSD, state_BSR = self.feed_forward(x_BSD, state_BSR, micro)
+        if "feed_forward" in vars(self):
+            y_BSD, state_BSR = self.feed_forward(x_BSD, state_BSR, micro)
+        else:
+            x_BSD, h_BSD = self.feed_norm.beside(x_BSD)
+            y_BSD, state_BSR = self._fed(h_BSD, state_BSR, micro)
         return _add(self.feed_residual, x_BSD, y_BSD), state_BSR, None
 
     def feed_forward(

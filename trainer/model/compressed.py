@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
+from trainer.kernels.choice import fused
 from trainer.model.norm import wide
 from trainer.model.rotary import Turns
 from trainer.model.seams import Attend, Micro, SoloSeams, TensorSeam
@@ -58,6 +59,8 @@ class CompressedAttention(nn.Module):
         self.query_mix, self.key_mix = Taps(query, model.head_dim), Taps(key, model.head_dim)
         self.key_scale = nn.Parameter(torch.ones(model.kv_heads))
         self.output = nn.Linear(query, model.hidden, bias=False)
+        self.apart = False
+        """As in `RMSNorm`."""
         self.tensors: TensorSeam = SoloSeams()
         self.core: Attend = SoloSeams()
 
@@ -68,10 +71,44 @@ class CompressedAttention(nn.Module):
     def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         x_BSD = self.tensors.enter(x_BSD)
+        mixed = self._fused if fused(x_BSD) and not self.apart else self._mixed
+        out_BNSH = self.core.attend(*mixed(x_BSD, micro, turns), micro, self.window, None)
+        return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))
+
+    def _here(self, keys: int) -> int:
+        """Channels of this rank's values that are of the token itself, of `keys`."""
+        return min(max(self.current - self.tensors.index * keys, 0), keys)
+
+    def _fused(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention takes, by kernels."""
+        from trainer.kernels.compressed import Before, CompressedRule, compressed
+
+        layers = self.query, self.key, self.value
+        joined_BSW = F.linear(x_BSD, torch.cat([layer.weight for layer in layers]))
+        queries, keys = self.query.weight.shape[0], self.key.weight.shape[0]
+        if self.core.whole:
+            before = Before(micro.starts_BS.view(torch.uint8))
+        else:
+            one_BSW = self.core.previous(joined_BSW, micro)
+            before = Before(None, one_BSW, self.core.previous(one_BSW[..., : queries + keys], micro))
+        convs, mixes = (self.query_conv, self.key_conv), (self.query_mix, self.key_mix)
+        parameters = [
+            torch.cat([getattr(taps, name) for taps in pair])
+            for pair in (convs, mixes)
+            for name in ("weight", "bias")
+        ]
+        rule = CompressedRule(
+            turns.cos_SP, turns.sin_SP, queries // self.head_dim, keys // self.head_dim, self.head_dim,
+            self._here(keys),
+        )  # fmt: skip
+        return compressed(joined_BSW, before, (*parameters, self.key_scale), rule)
+
+    def _mixed(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by torch's operators."""
         q, k, v = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
         queries, keys = q.shape[-1], k.shape[-1]
         joined = torch.cat((q, k), dim=-1)
-        here = min(max(self.current - self.tensors.index * keys, 0), keys)
+        here = self._here(keys)
         before = self.core.previous(torch.cat((joined, v[..., here:]), dim=-1), micro)
         v = torch.cat((v[..., :here], before[..., queries + keys :]), dim=-1)
         mixed = self._convolve(joined, before[..., : queries + keys], micro)
@@ -82,9 +119,7 @@ class CompressedAttention(nn.Module):
         k = mixed[..., queries:] + mean_BSGMH.mean(dim=3).flatten(2)
         q_BNSH, k_BGSH = self._normed(q), self._normed(k) * wide(self.key_scale)[:, None, None]
         q_BNSH, k_BGSH = (turns.rotate(x).to(v.dtype) for x in (q_BNSH, k_BGSH))
-        v_BGSH = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        out_BNSH = self.core.attend(q_BNSH, k_BGSH, v_BGSH, micro, self.window, None)
-        return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))
+        return q_BNSH, k_BGSH, v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _convolve(self, x_BSC: Tensor, before_BSC: Tensor, micro: Micro) -> Tensor:
         """Both convolutions over the channels of queries and keys."""

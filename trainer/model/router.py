@@ -219,6 +219,8 @@ class MLPRouter(Router):
         if carried:
             self.state_scale = nn.Parameter(torch.ones(model.router.hidden))
         self.carried = carried
+        self.apart = False
+        """As in `RMSNorm`."""
 
     def _build(self, model: ModelConfig) -> None:
         width = model.router.hidden
@@ -230,12 +232,24 @@ class MLPRouter(Router):
 
     def logits(self, x_BSD: Tensor, state_BSR: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, S, E] in fp32, and the state for the next layer."""
+        if fused(x_BSD) and self.compress.weight.dtype == x_BSD.dtype and not self.apart:
+            return self._by_kernels(x_BSD, state_BSR)
         own_BSR = _linear(self.compress, wide(x_BSD))
         if self.carried and state_BSR is not None:
             own_BSR = own_BSR + wide(state_BSR) * wide(self.state_scale)
         handed_BSR = own_BSR.to(x_BSD.dtype)
         inner_BSR = F.gelu(_linear(self.first, self.norm(own_BSR)))
         return _linear(self.last, F.gelu(_linear(self.second, inner_BSR))), handed_BSR
+
+    def _by_kernels(self, x_BSD: Tensor, state_BSR: Tensor | None) -> tuple[Tensor, Tensor]:
+        from trainer.kernels.mlp import RouterWeights, mlp_logits
+
+        carries = self.carried and state_BSR is not None
+        weights = RouterWeights(
+            self.compress.weight, self.compress.bias, self.state_scale if carries else None, self.norm.weight,
+            self.first.weight, self.first.bias, self.second.weight, self.second.bias, self.last.weight,
+        )  # fmt: skip
+        return mlp_logits(x_BSD, state_BSR if carries else None, weights, self.norm.eps)
 
 
 def make_router(model: ModelConfig, layer: int, carried: bool) -> Router:

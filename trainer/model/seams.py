@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +84,15 @@ class Micro:
         """Tokens of a whole sample that have a loss."""
         return self.tokens_BS.shape[1] - 1
 
+    @cached_property
+    def starts_BS(self) -> Tensor:
+        """Which of this rank's tokens are the first of their sample or document."""
+        starts_BS = (self.positions_S == 0).repeat(self.tokens_BS.shape[0], 1)
+        if self.documents_BS is None:
+            return starts_BS
+        before = F.pad(self.documents_BS, (1, 0), value=-1)[:, :-1]
+        return starts_BS | (self.documents_BS != before).index_select(1, self.positions_S)
+
 
 class _Attach(torch.autograd.Function):
     @staticmethod
@@ -122,6 +132,9 @@ class TensorSeam(Protocol):
 
 class Attend(Protocol):
     """Attention over whole samples, of which this rank may have only some tokens (context parallelism)."""
+
+    whole: bool
+    """Whether it has them all, in their order."""
 
     def attend(
         self, q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, micro: Micro, window: int, scale: float | None
@@ -204,6 +217,7 @@ class SoloSeams:
 
     size = 1
     index = 0
+    whole = True
 
     def enter(self, x_BSD: Tensor) -> Tensor:
         """The same."""
@@ -263,11 +277,7 @@ class SoloSeams:
 
 def zero_at_starts(x_BSD: Tensor, micro: Micro) -> Tensor:
     """Zeros where a token is the first of its sample or document."""
-    starts_BS = (micro.positions_S == 0).expand(x_BSD.shape[0], -1)
-    if micro.documents_BS is not None:
-        before = F.pad(micro.documents_BS, (1, 0), value=-1)[:, :-1]
-        starts_BS = starts_BS | (micro.documents_BS != before).index_select(1, micro.positions_S)
-    return x_BSD.masked_fill(starts_BS.unsqueeze(-1), 0.0)
+    return x_BSD.masked_fill(micro.starts_BS.unsqueeze(-1), 0.0)
 
 
 def queue_places(chosen_BSK: Tensor, experts: int) -> Tensor:

@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import RunConfig
 from trainer.model.attention import Attention
 from trainer.model.block import DecoderBlock
+from trainer.model.compressed import CompressedAttention
 from trainer.model.decoder import DecoderStage
 from trainer.model.initial import initial
 from trainer.model.moe import Experts
 from trainer.model.norm import RMSNorm
+from trainer.model.router import MLPRouter
 from trainer.model.seams import Micro
 from trainer.parallel import resident
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
@@ -79,7 +81,7 @@ def keep_apart(stage: nn.Module) -> None:
     results of the node that meets it (`torch.distributed.pipelining._backward.stage_backward_weight`).
     """
     for module in stage.modules():
-        if isinstance(module, RMSNorm | Attention):
+        if isinstance(module, RMSNorm | Attention | CompressedAttention | MLPRouter):
             module.apart = True
 
 

@@ -31,6 +31,8 @@ def places(sequence: int, method: str, size: int, index: int, device: torch.devi
 class _Shared:
     """What both methods know of the other ranks' tokens."""
 
+    whole = False
+
     def __init__(self, axis: Axis, method: str) -> None:
         self._axis, self._method = axis, method
         self._places: dict[tuple[int, torch.device], Tensor] = {}

@@ -331,7 +331,7 @@ MUTANTS = [
     Mutant(
         "the convolution reaches into the document before",
         _SEAMS,
-        "(micro.documents_BS != before).index_select",
+        "(self.documents_BS != before).index_select",
         "(before < -1).index_select",
         f"{_STEP}[zaya-documents]",
     ),

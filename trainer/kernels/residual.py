@@ -1,0 +1,117 @@
+"""A scaled residual sum: one pass each way, in fp32 inside.
+
+Shape letters: R rows, W width of a row, P parts of a sum over rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.choice import power, programs
+
+_ROWS = 16
+"""Rows of a tile: the vectors are read once for all of them."""
+
+
+@triton.jit
+def _sum(
+    x: tl.tensor, y: tl.tensor, x_scale: tl.tensor, x_bias: tl.tensor, y_scale: tl.tensor, y_bias: tl.tensor,
+    out: tl.tensor, rows: tl.tensor, width: tl.tensor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < width
+    mask = (row < rows)[:, None] & within[None, :]
+    place = row[:, None] * width + column[None, :]
+    one = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    two = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+    s1 = tl.load(x_scale + column, mask=within, other=0.0).to(tl.float32)[None, :]
+    b1 = tl.load(x_bias + column, mask=within, other=0.0).to(tl.float32)[None, :]
+    s2 = tl.load(y_scale + column, mask=within, other=0.0).to(tl.float32)[None, :]
+    b2 = tl.load(y_bias + column, mask=within, other=0.0).to(tl.float32)[None, :]
+    value = (one + b1) * s1 + (two + b2) * s2
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_back(
+    x: tl.tensor, y: tl.tensor, x_scale: tl.tensor, x_bias: tl.tensor, y_scale: tl.tensor, y_bias: tl.tensor,
+    given: tl.tensor, x_slope: tl.tensor, y_slope: tl.tensor, parts: tl.tensor, rows: tl.tensor, width: tl.tensor,
+    EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < width
+    s1 = tl.load(x_scale + column, mask=within, other=0.0).to(tl.float32)
+    b1 = tl.load(x_bias + column, mask=within, other=0.0).to(tl.float32)
+    s2 = tl.load(y_scale + column, mask=within, other=0.0).to(tl.float32)
+    b2 = tl.load(y_bias + column, mask=within, other=0.0).to(tl.float32)
+    slopes = tl.zeros([COLUMNS], dtype=tl.float32)
+    first = tl.zeros([COLUMNS], dtype=tl.float32)
+    second = tl.zeros([COLUMNS], dtype=tl.float32)
+    for turn in range(EACH):
+        row = (tl.program_id(0).to(tl.int64) * EACH + turn) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & within[None, :]
+        place = row[:, None] * width + column[None, :]
+        slope = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
+        one = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        two = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+        slopes += tl.sum(slope, axis=0)
+        first += tl.sum(slope * (one + b1[None, :]), axis=0)
+        second += tl.sum(slope * (two + b2[None, :]), axis=0)
+        tl.store(x_slope + place, (slope * s1[None, :]).to(x_slope.dtype.element_ty), mask=mask)
+        tl.store(y_slope + place, (slope * s2[None, :]).to(y_slope.dtype.element_ty), mask=mask)
+    to = parts + tl.program_id(0) * 4 * width + column
+    tl.store(to, first, mask=within)
+    tl.store(to + width, slopes * s1, mask=within)
+    tl.store(to + 2 * width, second, mask=within)
+    tl.store(to + 3 * width, slopes * s2, mask=within)
+
+
+class _ScaledSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, *vectors: Tensor) -> Tensor:
+        x, y = x.contiguous(), y.contiguous()
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        rows, columns = x.numel() // width, power(width, 256)
+        if rows:
+            _sum[(triton.cdiv(rows, _ROWS), triton.cdiv(width, columns))](
+                x, y, *vectors, out, rows, width, ROWS=_ROWS, COLUMNS=columns, num_warps=8
+            )
+        ctx.save_for_backward(x, y, *vectors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, ...]:
+        x, y, *vectors = ctx.saved_tensors
+        slope = slope.contiguous()
+        width = x.shape[-1]
+        rows, columns = x.numel() // width, power(width, 256)
+        across = triton.cdiv(width, columns)
+        blocks = max(1, triton.cdiv(rows, _ROWS))
+        turns = triton.cdiv(blocks, max(1, programs(x.device, 8) // across))
+        count = triton.cdiv(blocks, turns)
+        x_slope, y_slope = torch.empty_like(x), torch.empty_like(y)
+        parts_P4W = torch.empty(count, 4, width, dtype=torch.float32, device=x.device)
+        _sum_back[(count, across)](
+            x, y, *vectors, slope, x_slope, y_slope, parts_P4W, rows, width,
+            EACH=turns, ROWS=_ROWS, COLUMNS=columns, num_warps=8,
+        )  # fmt: skip
+        sums = parts_P4W.sum(dim=0).to(vectors[0].dtype)
+        return x_slope, y_slope, *sums.unbind()
+
+
+def scaled_sum(x: Tensor, y: Tensor, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """(x + bias) * scale of `x`, and the same of `y`, summed; same shape and dtype as `x`.
+
+    Args:
+        one: scale and bias of `x`, [W] each.
+        other: those of `y`.
+    """
+    return _ScaledSum.apply(x, y, *one, *other)
