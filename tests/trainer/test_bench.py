@@ -19,7 +19,7 @@ from tests.trainer.model.small_models import micro, shape, tokens
 from trainer.bench import baselines, command, hugging_face, kernels, routing, variants
 from trainer.bench.cases import BatchTokens, config_of, flops_of, preset_of
 from trainer.bench.masters import Masters
-from trainer.bench.measure import timed
+from trainer.bench.measure import Times, timed
 from trainer.bench.options import Options, options_of
 from trainer.bench.plain import PlainDecoder
 from trainer.cli import main
@@ -44,6 +44,19 @@ def test_idle_and_exposed_times_of_a_timeline() -> None:
     assert found.parts() == {"matmuls": 1.5, "communication": 1.0, "copies": 0.5}
     assert found.kernels[0].count == 2
     assert "nothing ran for 0.5 ms, communication alone for 0.5 ms" in kernels.lines(found)[0]
+
+
+def test_a_bound_on_exposed_communication_is_that_of_the_timed_step() -> None:
+    """Of a recorded step of 3 ms something computed for 2: a step that took 2.5 without a recorder was exposed or idle for
+    half a millisecond at most, however long the recorded one was."""
+    profiled = kernels.of_spans(
+        [("nvjet_x", 0, 1000), ("ncclDevKernel_SendRecv", 500, 1500), ("Memcpy DtoD", 2000, 2500), ("_norm", 2400, 3000)]
+    )  # fmt: skip
+    assert profiled.computing == 2.0 and profiled.uncovered(2.5) == 0.5 and profiled.uncovered(1.9) == 0.0
+    config = config_of(options("data.sequence=64", "train.micro_batch=2"), 1, on_gpu=False)
+    (line,) = variants.row("a", config, 1, Times([2.5]), profiled)
+    assert "communication alone 0.5 ms (16.7 %), idle 0.5 ms" in line
+    assert "at most 0.5 ms (20.0 %) of communication exposed or idle" in line
 
 
 def test_nothing_on_the_device_is_an_empty_profile() -> None:

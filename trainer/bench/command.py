@@ -146,7 +146,7 @@ def _compared(cases: list[_Case], mesh: Mesh) -> Any:
     for number, case in enumerate(cases):
         other = variants.other_mesh(mesh, case.config)
         times, profiled = _native(case.options, case.config, other, f"variant{number}")
-        rows = list(variants.row(case.title, case.config, mesh.world, times, profiled))
+        rows = list(variants.row(case.title, case.config, mesh.world, times, profiled, case.options.routing))
         table += rows
         yield from rows
         if profiled is not None:

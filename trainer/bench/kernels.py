@@ -48,6 +48,16 @@ class Profile:
     exposed: float
     """Milliseconds of it in which communication alone ran."""
 
+    @property
+    def computing(self) -> float:
+        """Milliseconds of it in which something else than communication ran."""
+        return self.span - self.idle - self.exposed
+
+    def uncovered(self, step: float) -> float:
+        """Milliseconds of a timed step of `step` in which at most communication ran: a bound that recording doesn't move,
+        since it makes steps longer by what lies between kernels, and kernels themselves hardly."""
+        return max(0.0, step - self.computing)
+
     def parts(self) -> dict[str, float]:
         """Milliseconds by part, the largest first."""
         milliseconds: dict[str, float] = {}

@@ -101,10 +101,16 @@ def _chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]
     return config_of(replace(options, overrides=(*rest, *kept)), world, on_gpu), " ".join(kept)
 
 
-def forecast(config: RunConfig, world: int) -> tuple[float | None, float]:
-    """Seconds of a step, None where no rates are known, and bytes of the fullest rank's tensors."""
+def forecast(config: RunConfig, world: int, routing: str = "real") -> tuple[float | None, float]:
+    """Seconds of a step, None where no rates are known, and bytes of the fullest rank's tensors.
+
+    Args:
+        routing: under `balanced` all ranks have the same rows; else as unlike ones as a plan expects.
+    """
     layout = Layout(**{axis: config.parallel.size(axis) for axis in AXES})
     job = auto.job_of(config, layout, world)
+    if routing == "balanced":
+        job = replace(job, imbalance=1.0)
     step = auto.predicted(job, config.hardware)
     return None if isinstance(step, str) else step.value, estimate.worst(job, config.hardware.kind)[
         1
@@ -125,12 +131,17 @@ def leave() -> None:
 
 
 def row(
-    text: str, config: RunConfig, world: int, times: Times, profiled: kernels.Profile | None
+    text: str,
+    config: RunConfig,
+    world: int,
+    times: Times,
+    profiled: kernels.Profile | None,
+    routing: str = "real",
 ) -> Iterator[str]:
     """Lines of a variant."""
     each = flops_of(config) / world / 1e9
     tokens = (config.train.global_batch or 1) * config.data.sequence / world
-    seconds, size = forecast(config, world)
+    seconds, size = forecast(config, world, routing)
     guess = "no forecast" if seconds is None else (
         f"forecast {seconds * 1e3:.1f} ms ({(seconds * 1e3 / times.median - 1) * 100:+.1f} %)"
     )  # fmt: skip
@@ -138,7 +149,8 @@ def row(
         guess += f" and {size / 1e9:.1f} GB ({(size / times.memory - 1) * 100:+.1f} %)"
     apart = "" if profiled is None else (
         f", communication alone {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %), "
-        f"idle {profiled.idle:.1f} ms"
+        f"idle {profiled.idle:.1f} ms, at most {profiled.uncovered(times.median):.1f} ms "
+        f"({profiled.uncovered(times.median) / times.median * 100:.1f} %) of communication exposed or idle"
     )  # fmt: skip
     yield (
         f"{text:34} step {times.median:.1f} ms, forward + backward {times.part('forward', 'backward'):.1f}, optimizer "

@@ -43,8 +43,9 @@ def _sum(
 def _sum_back(
     x: tl.tensor, y: tl.tensor, x_scale: tl.tensor, x_bias: tl.tensor, y_scale: tl.tensor, y_bias: tl.tensor,
     given: tl.tensor, x_slope: tl.tensor, y_slope: tl.tensor, parts: tl.tensor, rows: tl.tensor, width: tl.tensor,
-    EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EACH: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
+    # Row by row: sums over a tile's rows would have the warps wait for each other in every turn.
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < width
     s1 = tl.load(x_scale + column, mask=within, other=0.0).to(tl.float32)
@@ -55,17 +56,17 @@ def _sum_back(
     first = tl.zeros([COLUMNS], dtype=tl.float32)
     second = tl.zeros([COLUMNS], dtype=tl.float32)
     for turn in range(EACH):
-        row = (tl.program_id(0).to(tl.int64) * EACH + turn) * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & within[None, :]
-        place = row[:, None] * width + column[None, :]
+        row = tl.program_id(0).to(tl.int64) * EACH + turn
+        mask = within & (row < rows)
+        place = row * width + column
         slope = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
         one = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         two = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
-        slopes += tl.sum(slope, axis=0)
-        first += tl.sum(slope * (one + b1[None, :]), axis=0)
-        second += tl.sum(slope * (two + b2[None, :]), axis=0)
-        tl.store(x_slope + place, (slope * s1[None, :]).to(x_slope.dtype.element_ty), mask=mask)
-        tl.store(y_slope + place, (slope * s2[None, :]).to(y_slope.dtype.element_ty), mask=mask)
+        slopes += slope
+        first += slope * (one + b1)
+        second += slope * (two + b2)
+        tl.store(x_slope + place, (slope * s1).to(x_slope.dtype.element_ty), mask=mask)
+        tl.store(y_slope + place, (slope * s2).to(y_slope.dtype.element_ty), mask=mask)
     to = parts + tl.program_id(0) * 4 * width + column
     tl.store(to, first, mask=within)
     tl.store(to + width, slopes * s1, mask=within)
@@ -92,16 +93,15 @@ class _ScaledSum(torch.autograd.Function):
         x, y, *vectors = ctx.saved_tensors
         slope = slope.contiguous()
         width = x.shape[-1]
-        rows, columns = x.numel() // width, power(width, 256)
+        rows, columns = x.numel() // width, power(width, 2048)
         across = triton.cdiv(width, columns)
-        blocks = max(1, triton.cdiv(rows, _ROWS))
-        turns = triton.cdiv(blocks, max(1, programs(x.device, 8) // across))
-        count = triton.cdiv(blocks, turns)
+        turns = max(1, triton.cdiv(rows, max(1, programs(x.device) // across)))
+        count = max(1, triton.cdiv(rows, turns))
         x_slope, y_slope = torch.empty_like(x), torch.empty_like(y)
         parts_P4W = torch.empty(count, 4, width, dtype=torch.float32, device=x.device)
         _sum_back[(count, across)](
             x, y, *vectors, slope, x_slope, y_slope, parts_P4W, rows, width,
-            EACH=turns, ROWS=_ROWS, COLUMNS=columns, num_warps=8,
+            EACH=turns, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
         sums = parts_P4W.sum(dim=0).to(vectors[0].dtype)
         return x_slope, y_slope, *sums.unbind()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import RunConfig
 from trainer.model.attention import Attention
-from trainer.model.block import DecoderBlock
+from trainer.model.block import DecoderBlock, Residual
 from trainer.model.compressed import CompressedAttention
 from trainer.model.decoder import DecoderStage
 from trainer.model.initial import initial
@@ -81,7 +81,7 @@ def keep_apart(stage: nn.Module) -> None:
     results of the node that meets it (`torch.distributed.pipelining._backward.stage_backward_weight`).
     """
     for module in stage.modules():
-        if isinstance(module, RMSNorm | Attention | CompressedAttention | MLPRouter):
+        if isinstance(module, RMSNorm | Attention | CompressedAttention | MLPRouter | Residual):
             module.apart = True
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainer.sizing.time import estimate as time
-from trainer.sizing.time import fabric, operators, rates
+from trainer.sizing.time import fabric, rates, traffic
 from trainer.study import methods, nanotron, plots, published, score, vtrain
 from trainer.study.metrics import Errors
 from trainer.study.validate import Study, as_data
@@ -103,7 +103,7 @@ they were found with the whole tables in view, and the named rows alone give the
 
 Chosen once for all sources with their tables in view, and so not blind: how host and device times combine
 ({time.TOGETHER:g}), the share of an overlapped collective that is hidden ({time.HIDDEN:g}), the rate of small elementwise
-kernels ({operators.ELEMENTWISE:g}), and what an all-to-all keeps of its rate with every doubling of the nodes
+kernels ({traffic.ELEMENTWISE:g}), and what an all-to-all keeps of its rate with every doubling of the nodes
 ({fabric.ALL_TO_ALL_KEEPS:g}). For MoE Parallel Folding also the rules of its search (one sample a micro-batch, no full
 recomputation, {methods.ROOM:.0%} of the memory, FSDP in bf16), its batch in table 5 and its causal MFU, because its paper
 doesn't say. nanotron's bytes of an optimizer step were settled while the regret was in view (it fell from 6.1 to 4.2 %),
@@ -111,7 +111,7 @@ and which rows calibrate was changed once, from the first 40 to every eleventh, 
 many nodes. The blocks of NVIDIA, Meta, torchtitan, Kempner, DeepSeek and llm-foundry were in view when it was decided what
 their software does (`trainer.study.published`): that torchtitan's power limit costs
 {1 - published.LIMITED / rates.SUSTAINED_ELSEWHERE:.0%}, that llm-foundry's attention is FlashAttention 1, that casts for
-fp8 move {operators.FP8_CAST:g} bytes an element, how often rows are read on their way to experts, and how wide intervals
+fp8 move {traffic.FP8_CAST:g} bytes an element, how often rows are read on their way to experts, and how wide intervals
 are. These values were chosen with the rows in view, from several that were tried, so their errors and the intervals'
 coverage are in-sample: only rows that nobody has seen can confirm them.
 

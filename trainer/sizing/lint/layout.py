@@ -11,7 +11,6 @@ from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.search import runnable
 from trainer.sizing.search.legal import selective_saves
 from trainer.sizing.time import operators
-from trainer.sizing.time.estimate import gathers_experts
 from trainer.sizing.time.rates import Rates
 
 _BYTES = 2
@@ -86,7 +85,7 @@ def expert_width(view: View) -> Iterator[LintFinding]:
 def dispatch(view: View) -> Iterator[LintFinding]:
     """More copies of a token than there are ranks, where the software sends them all."""
     job, ep, top_k = view.job, view.job.layout.ep, view.job.model.top_k
-    if ep < 2 or top_k <= ep or gathers_experts(job):
+    if ep < 2 or top_k <= ep or job.gathers_experts:
         return
     gbps = _gbps(view, ep * job.layout.tp)
     cost, basis = None, "the bandwidth of the group is unknown"

@@ -65,9 +65,15 @@ def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
     model, layout, retention = job.model, job.layout, job.software.retention
     element, split, tokens = width(job.precision), sequence_split(job), job.tokens
     shared = tokens * model.hidden / split
-    normed = 2 if not moe or model.shared_width or not retention.fp32_router else 1
+    fp32_router = _fp32_router(job)
+    # Inputs of attention and of the MLP or shared expert, and those of the routed experts.
+    regions = 1 if moe and not model.shared_width else 2
+    routed = moe and not model.shared_width and not fp32_router
+    inputs = regions * (tokens * model.hidden if retention.gathered_inputs else shared) + routed * shared
+    residuals = 1 if model.parallel_block else 2
     parts = {
-        "norms": shared * (2 * retention.norm_bytes + normed * element),
+        "norms": shared * 2 * retention.norm_bytes + inputs * element,
+        "residuals": shared * element * retention.scaled * residuals if model.residual_scaling else 0.0,
         "attention": tokens * _attention(job),
         "scores": tokens * _scores(job),
         "dropout": 2.0 * shared if job.software.dropout else 0.0,
@@ -76,13 +82,27 @@ def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
     if not moe:
         parts["mlp"] = tokens * inner * model.dense_width / layout.tp
         return parts
-    kept = (1 + retention.expert_outputs) * element * model.hidden + inner * model.expert_width / layout.etp
+    # Where pairs travel, their results are weighted where they come back to.
+    travel = retention.gathered_inputs and layout.ep * layout.etp > 1 and not job.gathers_experts
+    kept = (
+        1 + (retention.expert_outputs or travel)
+    ) * element * model.hidden + inner * model.expert_width / layout.etp
     # Scores; of each choice the expert, the order there and back, and the weight before and after scaling.
     per_token = _FP32 * model.experts + 36 * model.top_k
-    parts["router"] = tokens / split * per_token + shared * _FP32 * retention.fp32_router
+    if model.router.kind == "mlp":
+        per_token += _FP32 * retention.router_vectors * model.router.hidden
+    parts["router"] = tokens / split * per_token + shared * _FP32 * fp32_router
     parts["mlp"] = rows(job) * kept
     parts["shared"] = tokens * inner * model.shared_width / layout.tp
     return parts
+
+
+def _fp32_router(job: TrainingJob) -> bool:
+    """Whether the router keeps an fp32 copy of its input."""
+    retention, mlp = job.software.retention, job.model.router.kind == "mlp"
+    return retention.fp32_router or (
+        retention.router_vectors > 0 and mlp and job.software.mlp_router == "fp32"
+    )
 
 
 def _attention(job: TrainingJob) -> float:
@@ -96,14 +116,25 @@ def _attention(job: TrainingJob) -> float:
         heads = model.heads / tp
         expanded = heads * (2 * model.head_dim + model.rope_head_dim) * (1 + seen)
         compressed = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
-        return element * expanded + (element + norm) * compressed / sequence_split(job) + rowwise
+        return (
+            element * expanded + (element + norm) * compressed / sequence_split(job) + rowwise + _pieces(job)
+        )
     query, key = model.heads * model.head_dim / tp, key_value_width(job)
     kept = element * 2 * (query + key * seen)
     if model.qk_norm != "none":
         kept += norm * (query + key)
-    if model.attention == "cca":  # inputs of its two convolutions
-        kept += 2 * element * (query + key)
+    kept += _pieces(job)
+    if model.attention == "cca":  # inputs of its two convolutions, and of what norms their results
+        each, more = job.software.retention.convolved
+        kept += element / 2 * (each * (query + key) + more * key)
     return kept + rowwise
+
+
+def _pieces(job: TrainingJob) -> float:
+    """Bytes per token of what attention makes of a sample's two pieces, beside what they are joined to
+    (`trainer.parallel.context.two_pieces`)."""
+    apart = job.layout.cp > 1 and job.software.context == "gather" and job.software.retention.gathered_inputs
+    return width(job.precision) * query_widths(job)[1] if apart else 0.0
 
 
 def _scores(job: TrainingJob) -> float:
@@ -137,7 +168,7 @@ def dropped(job: TrainingJob, moe: bool) -> float:
 
 def _keeps_input(job: TrainingJob) -> bool:
     """Whether an MoE layer keeps its normed input in the working precision, beside the router's copy."""
-    return bool(job.model.shared_width) or not job.software.retention.fp32_router
+    return bool(job.model.shared_width) or not _fp32_router(job)
 
 
 def surplus(job: TrainingJob) -> float:
@@ -170,9 +201,12 @@ def at_once(pp: int, after: int, chunks: int, micro_batches: int) -> float:
 
 def working(job: TrainingJob, moe: bool) -> float:
     """Bytes for a while during a layer's backward pass: a gradient of all that it keeps, and what is made again."""
-    whole = sum(layer(job, moe).values())
-    again = whole if job.recompute == "full" else dropped(job, moe)
-    return whole + again
+    return sum(layer(job, moe).values()) + again(job, moe)
+
+
+def again(job: TrainingJob, moe: bool) -> float:
+    """Bytes that a layer's backward pass makes again."""
+    return sum(layer(job, moe).values()) if job.recompute == "full" else dropped(job, moe)
 
 
 def head(job: TrainingJob) -> float:
@@ -188,5 +222,8 @@ def head(job: TrainingJob) -> float:
 
 def logits(job: TrainingJob) -> float:
     """Bytes of logits and their copies at the fullest moment of the loss; split over tp."""
-    each = 2 * width(job.precision) if job.software.fused_loss else job.software.retention.logit_bytes
+    retention = job.software.retention
+    each = 2 * width(job.precision) if job.software.fused_loss else retention.logit_bytes
+    if job.layout.tp > 1 and retention.split_logit_bytes is not None:
+        each = retention.split_logit_bytes
     return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / job.layout.tp

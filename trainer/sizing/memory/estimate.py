@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from configs.hardware import HardwareConfig
 from trainer.sizing.figures import Figure
-from trainer.sizing.memory import activations, states
+from trainer.sizing.memory import activations, states, unwinding
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import schedule
 
@@ -91,8 +91,10 @@ class MemoryUsage:
 
 def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> MemoryUsage:
     """Bytes of stage number `stage`, which holds `what`, on a device driven by `kind`."""
-    held, retention = states.states(job, what), job.software.retention
     in_flight = activations.in_flight(job, stage)
+    if job.software.retention.unwound:
+        return _unwound(job, kind, what, in_flight)
+    held, retention = states.states(job, what), job.software.retention
     once = sum(count * activations.kept(job, moe) for count, moe in what.kinds)
     once += activations.head(job) if what.head else 0.0
     surplus = what.moe * activations.surplus(job) if what.moe else 0.0
@@ -135,6 +137,34 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
         least_slack=SLACK[0] * moving,
         most_slack=SLACK[2] * moving + holes,
         most_waiting=waiting,
+    )
+
+
+def _unwound(job: TrainingJob, kind: str, what: schedule.StageCost, in_flight: float) -> MemoryUsage:
+    """`usage` of this trainer's native engine, whose gradients and activations aren't there at once."""
+    held, moment = states.states(job, what), unwinding.fullest(job, what, in_flight)
+    updates = moment.activations == 0.0
+    exchange, _ = _exchange(job, what, in_flight)
+    travels = what.moe and job.layout.ep * job.layout.etp > 1 and not job.gathers_experts
+    routing = _routing(job) if travels and not updates else 0.0
+    moving = moment.activations + moment.imbalance + moment.transient + routing
+    return MemoryUsage(
+        weights=unwinding.lasting(job, what) + moment.gathered,
+        gradients=moment.gradients,
+        optimizer=held.optimizer,
+        buckets=held.gathered,
+        activations=moment.activations,
+        imbalance=moment.imbalance,
+        routing=routing,
+        moment=moment.name,
+        transient=moment.transient,
+        exchange=0.0 if updates else exchange,
+        slack=SLACK[1] * moving,
+        waiting=0.0,
+        framework=framework(job, kind),
+        least_slack=SLACK[0] * moving,
+        most_slack=SLACK[2] * moving,
+        most_waiting=0.0,
     )
 
 

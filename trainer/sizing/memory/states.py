@@ -106,16 +106,15 @@ def states(job: TrainingJob, stage: schedule.StageCost) -> States:
     shard = mine.plain / over[0] + mine.routed / over[1]
     shared, each = max(over) > 1, gradient_bytes(job)
     split = over if gradients_split(job) else (1, 1)
-    gathered = reducing = 0.0
+    gathered = 0.0
     if shared:
         largest = max(layer(job.model, job.layout, moe).all for _, moe in stage.kinds or ((0, False),))
         gathered = 2 * element * largest * (zero >= 3)
-        reducing = software.retention.reduced_layers * software.reduce_bytes * largest
     return States(
         weights=element * (shard if zero >= 3 else mine.all),
         gradients=each[0] * mine.plain / split[0] + each[1] * mine.routed / split[1],
         optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
-        buckets=software.retention.replica_buckets * (mine.all if shared else 0.0) + reducing,
+        buckets=software.retention.replica_buckets * (mine.all if shared else 0.0),
         gathered=gathered,
     )
 
@@ -143,11 +142,13 @@ def _optimizer(job: TrainingJob, mine: Held, over: tuple[int, int]) -> float:
 
 
 def update(job: TrainingJob, stage: schedule.StageCost) -> float:
-    """Bytes for a while during the optimizer step, under ZeRO."""
-    if job.zero == 0:
-        return 0.0
-    mine, over = held(job, stage), replicas(job.layout)
-    if max(over) == 1:
-        return 0.0
-    whole, own = job.software.retention.update
-    return whole * mine.all + own * (mine.plain / over[0] + mine.routed / over[1])
+    """Bytes for a while during the optimizer step: what it works in, and flat copies under ZeRO."""
+    retention, over = job.software.retention, replicas(job.layout)
+    mine, working = held(job, stage), retention.scratch
+    matrices = (mine.plain - mine.other, mine.routed)
+    for count, each in zip(matrices, gradient_bytes(job), strict=True):
+        working += retention.copied_gradients * count * (each == 2)  # those that come in 16 bits
+    if job.zero == 0 or max(over) == 1:
+        return working
+    whole, own = retention.update
+    return working + whole * mine.all + own * (mine.plain / over[0] + mine.routed / over[1])

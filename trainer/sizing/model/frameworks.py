@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from configs.schema import EngineName, OptimConfig
 from trainer.sizing.model.job import FrameworkMemory, Software
@@ -35,16 +35,35 @@ def own(
         matrix_moments_bytes=of_matrices,
         orthogonal_steps=optim.orthogonal_steps if optim.kind == "muon" else 0,
         fresh_gradients=True,
-        retention=KERNELS if kernels else FrameworkMemory(norm_bytes=8 if kind == "cpu" else 4),
+        mlp_router=None if kernels else "fp32",
+        square_pieces=True,
+        retention=replace(
+            KERNELS if kernels else FrameworkMemory(norm_bytes=8 if kind == "cpu" else 4),
+            gathered_inputs=True,
+            **(ZAYA_KERNELS if kernels else ZAYA_EAGER),
+        ),
     )
     return _deepspeed(made) if engine == "deepspeed" else _native(made)
 
 
 #: What `trainer.kernels` keep: of a norm the sum in bf16; of an expert its rows, gate and up, and their weighted product;
-#: of the loss the logits, which become their gradient.
+#: of the loss the logits, which become their gradient; where the vocabulary is split, fp32 logits, what is left of them
+#: over the largest, its exponent and the softmax (`trainer.parallel.tensor`).
 KERNELS = FrameworkMemory(
-    norm_bytes=2, fused_activation=True, fp32_router=False, expert_outputs=False, logit_bytes=2
+    norm_bytes=2,
+    fused_activation=True,
+    fp32_router=False,
+    expert_outputs=False,
+    logit_bytes=2,
+    split_logit_bytes=16,
 )
+#: What ZAYA1's parts keep by torch's own operators, counted with `saved_tensors_hooks`: of compressed attention the inputs
+#: of both convolutions, the second one's twice, and fp32 inputs of the norms, of keys behind them too; of a scaled residual
+#: both sums with the biases; of the router's MLP eight fp32 vectors.
+ZAYA_EAGER: dict[str, Any] = {"convolved": (12, 5), "scaled": 2, "router_vectors": 8}
+#: The same of `trainer.kernels`: of compressed attention the projections, the pairs of the second convolution and its
+#: result; of a scaled residual the layer's output (the norm keeps the other part); of the router's MLP three vectors.
+ZAYA_KERNELS: dict[str, Any] = {"convolved": (8, 2), "scaled": 1, "router_vectors": 3}
 
 
 def _native(made: Software) -> Software:
@@ -55,9 +74,24 @@ def _native(made: Software) -> Software:
         gathered_experts=True,
         own_master=True,
         streamed=True,
-        retention=replace(made.retention, staging=0.0, reduced_layers=2, update=(0, 4)),
+        exposed_ends=True,
+        counts_rows=True,
+        retention=replace(
+            made.retention,
+            staging=0.0,
+            update=(0, 4),
+            whole_buffers=0,
+            unwound=True,
+            copied_gradients=4 if made.orthogonal_steps else 0,
+            scratch=MUON_SCRATCH if made.orthogonal_steps else 0.0,
+        ),
         sources=("torch/distributed/fsdp/_fully_shard of torch 2.13", "trainer/engines/native.py"),
     )
+
+
+#: Muon's bucket of 2^26 elements in bf16: sent, put together, normed in fp32 and in bf16, and results on their way back
+#: (`trainer.optim.muon`).
+MUON_SCRATCH = 10.0 * (1 << 26)
 
 
 def _deepspeed(made: Software) -> Software:

@@ -32,13 +32,30 @@ class FrameworkMemory:
     """Bytes of a weight in reduction buckets that stay where there are replicas (torch's DistributedDataParallel)."""
     staging: float = 1e9
     """Bytes of a reduction buffer of fixed size during the backward pass (DeepSpeed: 5e8 elements of 2 bytes)."""
-    reduced_layers: int = 0
-    """Layers whose gradients are in reduction buffers at a time (FSDP2: the one at work and the one on the wire)."""
     update: tuple[int, int] = (0, 6)
     """Bytes for each weight, and for each weight of the own shard, that the optimizer step takes for a while under
     ZeRO (this trainer: the shard's gradient, flattened, in both precisions)."""
     late_moments: bool = False
     """Moments are made after the first backward pass, out of its freed memory, and break up its largest blocks."""
+    gathered_inputs: bool = False
+    """What is gathered for a tensor-parallel region, and the pieces that attention under `context=gather` makes beside what
+    they are joined to, are kept (Megatron gathers again in the backward pass)."""
+    unwound: bool = False
+    """Gradients are made by the step's last backward pass while it frees activations, and gone after the update; weights
+    that other ranks share are given back behind it (`trainer.sizing.memory.unwinding`)."""
+    copied_gradients: int = 0
+    """Bytes of a matrix's gradient that the optimizer copies for all matrices at once, where it comes in 16 bits (Muon)."""
+    scratch: float = 0.0
+    """Bytes that the optimizer works in (Muon's bucket)."""
+    split_logit_bytes: int | None = None
+    """`logit_bytes` where the vocabulary is split over tp; None: the same."""
+    convolved: tuple[int, int] = (4, 0)
+    """Bytes of a channel of queries and keys that compressed attention keeps before its core, and more of a key's."""
+    scaled: int = 0
+    """Tensors of the hidden state's size that a scaled residual keeps."""
+    router_vectors: int = 0
+    """fp32 vectors of its width that an `mlp` router keeps, where its matmuls are in fp32 beside a copy of its input; 0: as
+    a linear one."""
     whole_buffers: int = 2
     """Buffers of a micro-batch that isn't split over tp, kept for gathering under sequence parallelism."""
     deferred_frees: bool = False
@@ -89,6 +106,14 @@ class Software:
     """Bytes of the optimizer's own copy of a weight; 0 where there is none."""
     own_master: bool = False
     """Weights in fp32 that a rank shares with nobody are their own master (FSDP2 isn't used then)."""
+    exposed_ends: bool = False
+    """Of what is overlapped, the reduction that begins last and the gather that is needed first run beside nothing."""
+    counts_rows: bool = False
+    """Under ep the host waits in each MoE layer for the number of rows, and so never runs far ahead of the device."""
+    mlp_router: Literal["fp32"] | None = None
+    """Precision of the matmuls of an `mlp` router; None: as all others."""
+    square_pieces: bool = False
+    """Under `context=gather` attention's two pieces aren't square, and tuned kernels take no others."""
     streamed: bool = False
     """Gradients of a step's only micro-batch are reduced as they are made, so that no whole gradient stays."""
     moments_bytes: int = 8
@@ -167,6 +192,12 @@ class TrainingJob:
     def micro_batches(self) -> int:
         """Forward passes of a step on one rank."""
         return self.global_batch // (self.micro_batch * self.layout.dp)
+
+    @property
+    def gathers_experts(self) -> bool:
+        """Whether tokens are gathered and summed over ep instead of sent to each of their experts: fewer bytes."""
+        layout = self.layout
+        return self.software.gathered_experts and layout.etp == 1 and 1 < layout.ep <= self.model.top_k
 
     @property
     def fullest(self) -> float:

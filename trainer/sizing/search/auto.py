@@ -23,7 +23,7 @@ from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import step
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.rates import OWN, Rates
+from trainer.sizing.time.rates import OWN, OWN_SUSTAINED, Rates
 
 PLAIN = {"tp": 1, "pp": 1, "cp": 1, "etp": 1}
 """A layout of dp and ep alone: what DeepSpeed runs, and all that is chosen where no time can be predicted."""
@@ -53,7 +53,10 @@ class Chosen:
 def rates_of(hardware: HardwareConfig) -> Rates:
     """Rates from the device's and the fabric's measured profiles where there are some, else from the catalogue."""
     fabric = from_catalogue(hardware, profile.known(FabricProfile, hardware.name))
-    return Rates(hardware, fabric, profile.known(DeviceProfile, hardware.name), OWN)
+    device = profile.known(DeviceProfile, hardware.name)
+    family = hardware.architecture or ""
+    matmuls, attention = OWN_SUSTAINED.get(family, (None, None)) if device is None else (None, None)
+    return Rates(hardware, fabric, device, OWN, matmuls, attention)
 
 
 def unknown(hardware: HardwareConfig, precision: str, ranks: int, node: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from trainer.sizing.memory import activations, states
 from trainer.sizing.model import shapes
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time import operators, schedule
+from trainer.sizing.time import operators, schedule, traffic
 from trainer.sizing.time.fabric import Fabric, RankGroup, place
 from trainer.sizing.time.rates import Rates
 
@@ -22,6 +22,11 @@ HIDDEN = 0.5
 #: How a device's and its host's times make up a micro-batch's: the norm of the two, between their sum (1) and the longer
 #: one (infinite), because each waits for the other now and then where neither is much the longer.
 TOGETHER = 3.5
+#: The same where the host waits for the device in each layer, and is hardly ahead of it behind that.
+WAITING = 2.0
+#: Collectives and other launches of a layer's attention in two pieces, there and back: keys and values gathered and put in
+#: order, two calls of the core with three kernels each way back, slices and sums (`trainer.parallel.context`).
+PIECES = (4, 40)
 #: Share of a micro-batch's time, there and back, behind which gradients can be reduced; half of it is left for weights,
 #: which are gathered before the forward pass only.
 BEHIND = 0.6
@@ -97,8 +102,13 @@ def _layer(job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: boo
         backward.compute + again + _other_links(where, tp + tp_again, ep + ep_again),
     )  # fmt: skip
     host = (3 + extra) * rates.overheads.pass_kernels * rates.overheads.launch
+    # Triton's launches go through Python, those of torch's operators mostly not.
+    each = rates.overheads.launch if software.kernels else rates.overheads.plain
+    host += each * sum(traffic.zaya(job, moe, backward)[1] for backward in (False, True))
     if job.layout.tp > 1:
         host += _tensor_host(job, rates, where["tp"], moe)
+    if job.software.square_pieces and job.layout.cp > 1 and job.software.context == "gather":
+        host += PIECES[0] * rates.overheads.tp_call + PIECES[1] * rates.overheads.plain
     return StepParts(
         matmul=forward.matmul + backward.matmul,
         attention=forward.attention + backward.attention,
@@ -152,17 +162,11 @@ def _tensor_host(job: TrainingJob, rates: Rates, group: RankGroup, moe: bool) ->
     return calls * call
 
 
-def gathers_experts(job: TrainingJob) -> bool:
-    """Whether tokens are gathered and summed over ep instead of sent to each of their experts: fewer bytes."""
-    layout = job.layout
-    return job.software.gathered_experts and layout.etp == 1 and 1 < layout.ep <= job.model.top_k
-
-
 def _experts(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> float:
     """Seconds of tokens' way to their experts and back, in one pass."""
     layout, fabric = job.layout, rates.fabric
     mine = float(_wide(job) * job.tokens * job.model.hidden) / layout.tp
-    if gathers_experts(job):
+    if job.gathers_experts:
         everybody = mine * layout.ep
         return sum(fabric.seconds(op, everybody, where["ep"]) for op in ("all_gather", "reduce_scatter"))
     pairs = mine * job.model.top_k
@@ -223,6 +227,11 @@ def _other_links(where: dict[str, RankGroup], tp: float, ep: float) -> float:
     return sum(time for time, axis in ((tp, "tp"), (ep, "ep")) if (where[axis].nodes > 1) != across)
 
 
+def _share_of_layers(job: TrainingJob) -> float:
+    """A layer's share of its stage's layers."""
+    return job.layout.pp / job.model.layers
+
+
 def _gather_weights(
     job: TrainingJob, rates: Rates, where: dict[str, RankGroup], moe: bool, forward: float, backward: float
 ) -> float:
@@ -237,7 +246,8 @@ def _gather_weights(
         scatter += rates.fabric.seconds("reduce_scatter", job.software.reduce_bytes * count, group)
     if not job.software.overlap_dp:
         return 2 * gather + scatter
-    return max(0.0, gather - forward) + max(0.0, gather + scatter - backward)
+    ends = _share_of_layers(job) if job.software.exposed_ends else 0.0
+    return max(ends * gather, gather - forward) + max(ends * (gather + scatter), gather + scatter - backward)
 
 
 @dataclass(frozen=True)
@@ -261,7 +271,8 @@ def _pieces(job: TrainingJob, rates: Rates, where: dict[str, RankGroup]) -> _Pie
     key = (
         id(model), id(job.software), layout.tp, layout.cp, layout.ep, layout.etp, job.sequence, job.micro_batch,
         job.precision, job.recompute, job.fullest, job.folded, job.node, layout.ranks > job.node,
-        layout.dp if job.zero >= 3 else 0, job.software.own_master and (states.resident(job), job.micro_batches == 1),
+        (layout.dp, layout.pp) if job.zero >= 3 else 0,
+        job.software.own_master and (states.resident(job), job.micro_batches > 1 or layout.pp > 1),
     )  # fmt: skip
     pieces = rates.known.get(key)
     if not isinstance(pieces, _Pieces):
@@ -327,12 +338,13 @@ def _stage(pieces: _Pieces, stage: schedule.StageCost, message: float) -> tuple[
     for count, layer in pieces.of(stage):
         device += count * (layer.step - layer.host)
         host += count * layer.host
-    return device, together(device, host) - device
+    waits = pieces.job.software.counts_rows and pieces.job.layout.ep > 1 and pieces.routed is not None
+    return device, together(device, host, WAITING if waits else TOGETHER) - device
 
 
-def together(device: float, host: float) -> float:
+def together(device: float, host: float, norm: float = TOGETHER) -> float:
     """Seconds of a device and of the host that feeds it: a little over the longer."""
-    joined: float = (device**TOGETHER + host**TOGETHER) ** (1 / TOGETHER)
+    joined: float = (device**norm + host**norm) ** (1 / norm)
     return joined
 
 
@@ -353,11 +365,12 @@ def _update(
             # Gradients of which no rank keeps more than a shard are reduced after every micro-batch.
             each = job.micro_batches if job.zero == 2 and not job.zero_bubble else 1
             reduce, gather = reduce + each * one, gather + two
+    ends = 1 / max(1, stage.layers) if software.exposed_ends else 0.0
     if software.overlap_dp:
         behind = job.micro_batches if job.zero == 2 and not job.zero_bubble else 1
-        reduce = max(0.0, reduce - behind * BEHIND * time)
+        reduce = max(reduce * ends, reduce - behind * BEHIND * time)
     if software.overlap_gather:
-        gather = max(0.0, gather - BEHIND * time / 2)
+        gather = max(gather * ends, gather - BEHIND * time / 2)
     exchange = reduce + gather + _tied(job, rates, stage)
     return exchange, _updated(job, rates, mine) + _orthogonal(job, rates, where, stage, local)
 
@@ -397,11 +410,18 @@ def _updated(job: TrainingJob, rates: Rates, mine: states.Held) -> float:
     over = states.replicas(job.layout) if job.zero else (1, 1)
     resident, software, moved = states.resident(job), job.software, 0.0
     whole = (mine.plain, mine.routed)
+    copies = software.own_master and software.kernels and (job.micro_batches > 1 or job.layout.pp > 1)
     for count, split, kept, gradient in zip(whole, over, resident, states.gradient_bytes(job), strict=True):
         each = rates.overheads.update_bytes
         each = update_bytes(job, gradient, software.own_master and not kept) if each is None else each
         cleared = 0.0 if software.fresh_gradients else software.gradient_bytes
         moved += each * count / split + cleared * count / (split if states.gradients_split(job) else 1)
+        if copies and not kept:  # of one micro-batch they are among what its layers take
+            moved += traffic.copies(job) * count
+    if software.orthogonal_steps:
+        matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
+        once, each_step = traffic.MUON
+        moved += (once + each_step * software.orthogonal_steps) / traffic.ELEMENTWISE * matrices
     return moved / operators.stream(rates)
 
 

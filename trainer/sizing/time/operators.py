@@ -12,6 +12,7 @@ from trainer.sizing.model import flops, shapes, weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.shapes import Matmul
 from trainer.sizing.time.rates import Rates
+from trainer.sizing.time.traffic import EAGER, ELEMENTWISE, FP8_CAST, KERNELS, copied, copies, zaya
 
 #: Rate of fused attention over that of the best matmul, forward and backward, causal at 4k with heads of 128. Kernels
 #: made for the generation: cuDNN on Hopper, 553 and 422 of 794 TFLOP/s. FlashAttention 2, by what it was written for
@@ -23,51 +24,6 @@ FLASH2_ELSEWHERE = (0.44, 0.38)
 FLASH_HEAD = 128
 #: Head widths that attention kernels are built for (FlashAttention 2; cuDNN has 64, 128 and 256): others are padded.
 HEADS = (32, 64, 96, 128, 192, 256)
-#: Share of the memory's achieved rate that small elementwise kernels reach.
-ELEMENTWISE = 0.7
-
-
-#: Bytes of an element that is cast for matmuls in fp8: read in 16 bits, written in 8, once as it is and once transposed, of
-#: a matmul's input on the way forward and of its output's gradient on the way back.
-FP8_CAST = 4.0
-
-
-@dataclass(frozen=True)
-class ElementwiseTraffic:
-    """Bytes of an element that one pass of `Software.eager` moves, at `ELEMENTWISE` of the memory's rate.
-
-    Kernels counted in `trainer.model`, and set to what its parts alone took on H100 with torch 2.11 (three sizes each,
-    tests/trainer/gpu/operators.py), where those took 18 to 20 and 30 to 33 for norms, 28 to 29 and 27 to 28 for
-    positions, 12 to 13 and 23 to 24 for the activation function.
-    """
-
-    norm: float
-    positions: float
-    activation: float
-    residual: float
-    """Of the sum, and, backward, of adding up the gradients of its branches."""
-    router: float
-    """Of its input, in fp32."""
-    row: float
-    """Of putting rows in order and back."""
-    weighted: float
-    """Of a token's weighted sum, whatever top-k is: what dispatching takes beyond its rows and 0.25 ms of the host."""
-
-
-EAGER = (
-    ElementwiseTraffic(norm=20, positions=28, activation=13, residual=6, router=10, row=10, weighted=42),
-    ElementwiseTraffic(norm=32, positions=28, activation=24, residual=6, router=20, row=11.5, weighted=157),
-)
-
-
-KERNELS = (
-    ElementwiseTraffic(norm=4, positions=4, activation=6, residual=4, router=4, row=4.5, weighted=6),
-    ElementwiseTraffic(norm=6, positions=6, activation=12, residual=10, router=8, row=4.5, weighted=12),
-)
-"""The same of `trainer.kernels`, counted in their source, at the rate of a long copy. A norm adds the residual on its way,
-and turns queries and keys on theirs, so that it moves nothing by itself there. On H100 the parts of a step took 6.3 ms
-(norms, rotation, activation) and 4.9 (rows), where this gives 6.2 and 4.8; 3.6 ms of sums and small things aren't in it
-(docs/speed.md)."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +55,13 @@ def bandwidth(rates: Rates, job: TrainingJob | None = None) -> float:
     return stream(rates) * (1.0 if job and job.software.kernels else ELEMENTWISE)
 
 
-def flop_rate(rates: Rates, precision: str) -> float:
-    """FLOP/s of the best large matmul in a long run; NaN where unknown."""
+def flop_rate(rates: Rates, precision: str, attention: bool = False) -> float:
+    """FLOP/s of the best large matmul in a long run, or what fused attention's rate is a share of; NaN where unknown."""
     hardware = rates.hardware
     achieved = hardware.achieved_tflops.get(precision)
     if achieved is None:
         achieved = hardware.peak_tflops.get(precision, math.nan) * 0.75
-    return achieved * 1e12 * rates.kept
+    return achieved * 1e12 * (rates.attention_kept if attention else rates.kept)
 
 
 def orthogonal_flops(model: ModelConfig, moe: bool, steps: int) -> float:
@@ -140,9 +96,11 @@ def core(job: TrainingJob, rates: Rates, backward: bool) -> tuple[float, float]:
         fit = min(1.0, (head / FLASH_HEAD) ** 0.5)
         flash2 = FLASH2.get(rates.hardware.architecture or "", FLASH2_ELSEWHERE)
         tuned = job.software.tuned_attention and model.head_dim % 8 == 0  # cuDNN takes no others
+        if job.software.square_pieces and cp > 1 and job.software.context == "gather":
+            tuned = False
         share = (TUNED if tuned else flash2)[backward] * job.software.attention_share
         precision = "bf16" if job.precision == "fp8" else job.precision  # attention stays in 16 bits
-        return work / (flop_rate(rates, precision) * share * fit), 0.0
+        return work / (flop_rate(rates, precision, attention=True) * share * fit), 0.0
     # The score matrix goes through memory: written by its matmul, masked and normalised, dropped out, read again.
     scores = b * heads * s * s / cp
     seconds = (
@@ -184,14 +142,24 @@ def _seconds(job: TrainingJob, rates: Rates, one: Matmul, backward: bool) -> flo
     if one.experts > 1 or one.part == "experts":
         # How many rows an expert gets changes with every batch: no kernel is chosen by an odd number of them.
         one = replace(one, m=max(1, round(shapes.rows(job) * job.fullest / 128)) * 128)
-    seconds = one.once(rates.kernels, job.precision, backward)
+    precision = job.precision
+    if one.part == "router" and job.model.router.kind == "mlp" and job.software.mlp_router:
+        precision = job.software.mlp_router
+    seconds = one.once(rates.kernels, precision, backward)
     return math.nan if seconds is None else one.count * seconds / rates.kept
 
 
 def _accumulated(job: TrainingJob, weights: float, routed: bool) -> float:
     """Bytes that adding a micro-batch's gradients of so many weights to the step's takes, where a kernel does that."""
-    alone = states.resident(job)[routed] and job.micro_batches == 1
-    return 0.0 if job.software.fused_accumulation or alone else job.software.gradient_bytes * 2.5 * weights
+    software, several = job.software, job.micro_batches > 1 or job.layout.pp > 1
+    if software.fused_accumulation:
+        return 0.0
+    added = software.gradient_bytes * 2.5 * weights
+    if not (software.own_master and software.kernels):
+        return 0.0 if states.resident(job)[routed] and job.micro_batches == 1 else added
+    if several:  # by torch's own kernel
+        return added / ELEMENTWISE
+    return 0.0 if states.resident(job)[routed] else copies(job) * weights
 
 
 def again(job: TrainingJob, forward: Pass) -> float:
@@ -219,7 +187,7 @@ def layer(job: TrainingJob, rates: Rates, moe: bool) -> tuple[Pass, Pass]:
         attention, kept = core(job, rates, backward)
         per_token, per_width = moved_per_token(job, backward)
         fed = sum(w * r * per_width for w, r in widths) + (_permuted(job, rows, backward) if moe else 0.0)
-        moved = tokens * per_token + fed
+        moved = tokens * (per_token + zaya(job, moe, backward)[0] + copied(job, moe, backward)) + fed
         if job.precision == "fp8":
             moved += FP8_CAST * sum(one.m * (one.n if backward else one.k) for one in matmuls)
         if backward:
@@ -237,7 +205,8 @@ def _permuted(job: TrainingJob, rows: float, backward: bool) -> float:
     beside them; once more each way where what arrives from other ranks has to be sorted by local expert.
     """
     passes = 8.0 if job.software.compiled else 10.0
-    sorted_again = 4.0 if job.layout.ep > 1 and job.model.experts > job.layout.ep else 0.0
+    again = job.layout.ep > 1 and job.model.experts > job.layout.ep and not job.gathers_experts
+    sorted_again = 4.0 if again else 0.0
     if job.software.eager or job.software.kernels:
         one = (KERNELS if job.software.kernels else EAGER)[backward]
         tokens = job.tokens / job.layout.tp
@@ -255,9 +224,10 @@ def head(job: TrainingJob, rates: Rates) -> tuple[Pass, Pass]:
     # Logits written; copied to fp32, maximum, exponent, sum; gradient in fp32, cast back. One kernel: read twice, written
     # once.
     passes = (6.0, 8.0) if job.software.fused_loss else (22.0, 14.0)
-    if job.software.kernels:
+    fused = job.software.kernels and job.layout.tp == 1
+    if fused:
         passes = (4.0, 2.0)
     rate = bandwidth(rates, job)
-    logits = tokens * columns / rate
+    logits = tokens * columns / (rate if fused else bandwidth(rates))
     accumulate = _accumulated(job, columns * one.k, False) / rate
     return Pass(forward, 0.0, logits * passes[0]), Pass(backward, 0.0, logits * passes[1] + accumulate)

@@ -16,6 +16,11 @@ from trainer.sizing.time.matmul import Kernels
 #: 24.12 series with Megatron. MI300X: 0.66, on the two first rows of Primus's schedules. Others are taken to be like H100.
 SUSTAINED = {"ampere": 0.95, "cdna3": 0.66}
 SUSTAINED_ELSEWHERE = 0.80
+#: The same of this trainer's steps, whose long matmuls have others between them, and of its attention, which stays below
+#: the power limit. On H200 four steps (OLMoE, ZAYA1, Qwen3 on 2 GPUs, Mixtral; tests/trainer/sizing/measured/own.json) give
+#: 0.97, 0.96, 0.95 and 0.88 for matmuls, the less the more of the step they are. cuDNN's attention ran at 545 to 588
+#: TFLOP/s forward and 424 to 536 backward there, where its maker's benchmark has 553 and 422.
+OWN_SUSTAINED = {"hopper": (0.92, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,22 @@ class Overheads:
     """Seconds of host time of handing a micro-batch to the next stage, or its gradient back."""
     update_bytes: float | None = None
     """Bytes that the optimizer step moves for a weight; None: counted (`trainer.sizing.time.estimate.update_bytes`)."""
+    plain: float = 10e-6
+    """`launch` of torch's own operators, beside a framework's; `launch` itself counts what is around them in Python too."""
     step: float = 10e-3
     """Seconds of a step that nothing else accounts for: data, clipping, logging."""
     source: str = "usual for eager PyTorch; none of it measured"
 
 
-#: This trainer's: of a step of 101.4 ms on H100, forward, backward and optimizer leave 0.8 (docs/speed.md); data and the
-#: log come on top in a run.
+#: This trainer's: of a step of 101.4 ms on H100, forward, backward and optimizer leave 0.8 (docs/speed.md), and on H200 0.4
+#: to 0.7; data and the log come on top in a run. A kernel behind an autograd function in Python takes 52 us of the host:
+#: with ep=2 nothing ran for 5.7 ms of a step with four waits of the host, behind each of which it launches about 27 kernels
+#: before the experts' matmuls run (4 layers of Qwen3 on 2 H200). So does a collective behind one.
 OWN = Overheads(
-    step=2e-3, source="usual for PyTorch; between steps as this trainer's bench measured on an H100"
+    launch=52e-6,
+    tp_call=52e-6,
+    step=1e-3,
+    source="launches and what is between steps as this trainer's bench measured on H200 and H100",
 )
 
 
@@ -57,6 +69,9 @@ class Rates:
     overheads: Overheads = field(default_factory=Overheads)
     sustained: float | None = None
     """Rate of matmuls in training over that of a short benchmark; None: 1 with a profile, else by generation."""
+
+    attention_sustained: float | None = None
+    """The same of fused attention; None: as matmuls."""
 
     @cached_property
     def known(self) -> dict[tuple[object, ...], object]:
@@ -76,3 +91,8 @@ class Rates:
         if self.device is not None:
             return 1.0
         return SUSTAINED.get(self.hardware.architecture or "", SUSTAINED_ELSEWHERE)
+
+    @property
+    def attention_kept(self) -> float:
+        """`attention_sustained`, or what takes its place."""
+        return self.kept if self.attention_sustained is None else self.attention_sustained

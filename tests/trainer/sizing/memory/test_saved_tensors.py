@@ -12,7 +12,7 @@ from tests.trainer.model.small_models import micro
 from trainer.model.decoder import inputs
 from trainer.model.initial import build
 from trainer.sizing.memory import activations
-from trainer.sizing.model import frameworks
+from trainer.sizing.model import frameworks, weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 
@@ -29,12 +29,20 @@ SAMPLES, TOKENS = 2, 256
         {"dense_layers": 2, "dense_width": 512},
         {"dense_layers": 4, "dense_width": 512, "experts": 1, "top_k": 1},
         {"top_k": 4, "experts": 16, "expert_width": 96},
+        {"residual_scaling": True},
+        {
+            "attention": "cca",
+            "qk_norm": "none",
+            "residual_scaling": True,
+            "router": {"kind": "mlp", "hidden": 64},
+        },
     ],
 )
 def test_the_decoder_keeps_what_is_counted(shape: dict[str, Any]) -> None:
     preset = compose(["model=demo"]).model
     wide = {"hidden": 256, "heads": 8, "kv_heads": 4, "expert_width": 128, "vocab": 512}
-    model = preset.model_copy(update=wide | shape)
+    router = preset.router.model_copy(update=shape.get("router", {}))
+    model = preset.model_copy(update=wide | shape | {"router": router})
     torch.manual_seed(0)
     decoder = build(model, 1).to(torch.bfloat16)
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())}
@@ -54,6 +62,11 @@ def test_the_decoder_keeps_what_is_counted(shape: dict[str, Any]) -> None:
     # On a CPU attention's output is copied for the matmul after it.
     copied = model.layers * tokens * model.heads * model.head_dim * 2
     log_probabilities = tokens * model.vocab * 4
+    if model.residual_scaling:  # embeddings with their bias, which are scaled too
+        copied += tokens * model.hidden * 2
+    if model.attention == "cca":  # weights: the taps of queries and keys joined, the router's in fp32
+        taps = (model.heads + model.kv_heads) * model.head_dim * 2 * model.head_dim
+        copied += model.layers * (2 * taps + 4 * weights.total(model, True, "router"))
     software = frameworks.own(kind="cpu")
     job = TrainingJob(model, Layout(1, 1, 1, 1, 1, 1), TOKENS, SAMPLES, SAMPLES, "bf16", software=software)
     counted = sum(activations.kept(job, layer >= model.dense_layers) for layer in range(model.layers))

@@ -16,7 +16,7 @@ from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
-from trainer.sizing.time import operators
+from trainer.sizing.time import operators, traffic
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.operators import EAGER
 from trainer.sizing.time.price import Prices
@@ -72,7 +72,7 @@ def test_kernels_of_one_pass_take_what_a_step_was_measured_to_take() -> None:
     """An H100's step of OLMoE's layers, four of them, 16,384 tokens, in docs/speed.md: milliseconds there and back."""
     tokens, hidden, width, layers, top_k = 16384, 2048, 1024, 4, 8
     per_byte = 1e3 / operators.stream(rates())
-    one, two = operators.KERNELS
+    one, two = traffic.KERNELS
     between = 2 * hidden * sum(k.norm + k.residual for k in (one, two)) + 2 * hidden * (
         one.positions + two.positions
     )

@@ -1,0 +1,105 @@
+"""The native engine's fullest moment, against sums by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from configs.compose import compose
+from trainer.sizing.memory import activations, estimate, states, unwinding
+from trainer.sizing.model import frameworks
+from trainer.sizing.model.job import TrainingJob
+from trainer.sizing.model.layout import Layout
+from trainer.sizing.time import schedule
+
+pytestmark = pytest.mark.unit
+
+ALONE = Layout(1, 1, 1, 1, 1, 1)
+TOKENS, WIDTH = 16384, 2048
+
+
+def job(
+    model: str = "olmoe_1b_7b", layout: Layout = ALONE, micro_batches: int = 1, **changed: object
+) -> TrainingJob:
+    shape = compose([f"model={model}", "model.layers=4"]).model
+    made = TrainingJob(
+        shape, layout, 4096, 4, 4 * layout.dp * micro_batches, zero=1, software=frameworks.own()
+    )
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+def moments(made: TrainingJob) -> list[unwinding.Moment]:
+    (only,) = schedule.of(made)
+    return list(unwinding.moments(made, only, 1.0))
+
+
+def test_at_the_loss_there_are_all_activations_and_no_gradients_but_the_projections() -> None:
+    made = job()
+    loss = moments(made)[0]
+    kept = 4 * activations.kept(made, True) + activations.head(made)
+    # Logits in bf16, which become their gradient; the projection's; its input scaled, and the slope, twice.
+    beside = 2 * TOKENS * 50304 + 2 * 50304 * WIDTH + 3 * 2 * TOKENS * WIDTH
+    assert (loss.name, loss.gradients, loss.gathered) == ("the loss", 0, 0)
+    assert (loss.activations, loss.transient) == pytest.approx((kept, beside))
+    assert max(moments(made), key=lambda moment: moment.all) == loss
+
+
+def test_gradients_of_one_micro_batch_grow_as_activations_are_freed() -> None:
+    made = job()
+    (only,) = schedule.of(made)
+    passed = moments(made)
+    assert [m.gradients for m in passed] == sorted(m.gradients for m in passed)
+    assert [m.activations for m in passed] == sorted((m.activations for m in passed), reverse=True)
+    update = passed[-1]
+    assert update.name == "the update" and update.activations == 0
+    assert update.gradients == 2 * states.held(made, only).all  # bf16, as the matmuls left them
+    several = moments(replace(made, global_batch=8))
+    assert {m.gradients for m in several} == {4 * states.held(made, only).all}
+
+
+def test_wide_experts_make_their_backward_pass_the_fullest_moment() -> None:
+    """Slopes of both halves of gate and up, of what `down` takes, and `down`'s weights, less what it read."""
+    made = job("mixtral_8x7b")
+    fullest = unwinding.fullest(made, schedule.of(made)[0], 1.0)
+    rows, width, hidden = TOKENS * 2, 14336, 4096
+    inner, down = 2 * rows * width, 2 * 8 * width * hidden
+    assert fullest.name == "a layer's backward pass"
+    assert fullest.transient == pytest.approx(2 * inner + down + 2 * 2 * TOKENS * hidden)
+
+
+def test_shared_weights_are_given_back_and_reduced_one_layer_at_a_time() -> None:
+    made = job("qwen3_30b_a3b", Layout(1, 2, 1, 1, 1, 1))
+    (only,) = schedule.of(made)
+    whole, one = states.held(made, only), states.layer(made.model, made.layout, True)
+    passed = moments(made)
+    assert passed[0].gathered == 2 * whole.all and unwinding.lasting(made, only) == 0
+    reduced = next(m for m in passed if m.name == "the reduction of gradients")
+    assert reduced.gathered == 2 * (whole.all - one.routed)
+    # In 16 bits as made, in fp32 as sent, and this rank's half of the sum.
+    parts = activations.layer(made, True)
+    left = sum(parts.values()) - sum(parts[name] for name in ("router", "mlp", "shared"))
+    assert reduced.transient == pytest.approx(left + 2 * 2 * TOKENS * WIDTH + (2 + 4 + 2) * one.routed)
+    apart = job("qwen3_30b_a3b", Layout(1, 2, 1, 2, 1, 1))
+    assert not any(m.gathered for m in moments(apart)[-1:])
+    assert unwinding.lasting(apart, only) == 2 * states.held(apart, only).routed
+
+
+def test_muons_copies_of_gradients_are_the_update_s() -> None:
+    optim = compose(["optim.kind=muon"]).optim
+    made = job("mixtral_8x7b", software=frameworks.own(optim=optim))
+    (only,) = schedule.of(made)
+    mine = states.held(made, only)
+    assert states.update(made, only) == 4 * (mine.all - mine.other) + frameworks.MUON_SCRATCH
+    # Those of several micro-batches are fp32 already.
+    assert states.update(replace(made, global_batch=8), only) == frameworks.MUON_SCRATCH
+    assert estimate.usage(made, "cuda", 0, only).moment == "the update"
+
+
+def test_pairs_that_travel_keep_their_results_and_tokens_that_are_gathered_do_not() -> None:
+    travels, gathers = (job("olmoe_1b_7b", Layout(1, ep, 1, ep, 1, 1)) for ep in (16, 8))
+    rows = TOKENS * 8
+    more = activations.layer(travels, True)["mlp"] - activations.layer(gathers, True)["mlp"]
+    assert more == 2 * rows * WIDTH
+    megatron = replace(travels, software=replace(travels.software, retention=frameworks.MEGATRON))
+    assert activations.layer(megatron, True)["mlp"] == activations.layer(gathers, True)["mlp"]
