@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PYTEST := WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Compiled modules are kept, also where the environment says otherwise: tests start hundreds of interpreters.
+PYTEST := PYTHONDONTWRITEBYTECODE= WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test check mutants long bench docs install clean
 
@@ -24,7 +25,7 @@ demo: install
 RAY_TESTS := tests/cluster tests/orchestrator/test_cases_ray.py tests/test_namespaces.py
 test: install
 	$(PYTEST) -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
-	$(PYTEST) -q -n 2 --dist loadfile -m cluster $(RAY_TESTS)
+	$(PYTEST) -q -n 2 --dist loadfile --no-loadscope-reorder -m cluster $(RAY_TESTS)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[dev]'
@@ -49,7 +50,8 @@ long: mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faulttol.culprits --count 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.orchestrator.crashpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cluster.crashes
-	MEGARAY_LONG=1 $(PYTEST) -q tests/cluster/test_four_hosts.py
+	MEGARAY_LONG=1 $(PYTEST) -q -m long
+	MEGARAY_LONG=1 $(PYTEST) -q tests/trainer/engines/test_engines.py
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench

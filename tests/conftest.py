@@ -3,6 +3,7 @@ next, and of several files long ones come first."""
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def descriptors() -> set[str]:
+    """Numbers of this process's open files.
+
+    What earlier tests have left may be closed at any time, so a test asks whether it has left more than there was (`<=`).
+    """
+    return set(os.listdir("/proc/self/fd"))
+
+
 def longest_first(items: list[pytest.Item], usual: float) -> None:
     """Sort files by the longest time limit among their tests, so that no long file begins when all others are done.
 
@@ -74,8 +83,24 @@ def longest_first(items: list[pytest.Item], usual: float) -> None:
     items.sort(key=lambda item: -limits[item.path])
 
 
+def pytest_configure() -> None:
+    """Thousands of tests and all that they import are made to stay: looking for garbage among them is for nothing."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on there is garbage, and what was collected isn't searched for it each time."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`--dist loadfile --no-loadscope-reorder` hands files to the workers in this order; by itself in that of names."""
+    """What is long is left to `make long`. `--dist loadfile --no-loadscope-reorder` hands files to the workers in this
+    order; by itself in that of names."""
+    if not os.environ.get("MEGARAY_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="`make long` runs it"))
     if hasattr(config, "workerinput"):
         longest_first(items, float(config.getini("timeout")))
 

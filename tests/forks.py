@@ -18,12 +18,15 @@ from typing import Any
 
 _LOADED = [
     "torch._dynamo", "torch.distributed.pipelining", "trainer.loop", "trainer.engines.native", "collectives.studies.sweep",
-    "tests.trainer.parallel.seam_checks",
+    "tests.trainer.parallel.seam_checks", "tests.preloaded",
 ]  # fmt: skip
 """Without what touches a GPU when it is loaded: forked processes couldn't use it any more. torch's compiler would be loaded
 by every rank, for seconds, at its first FSDP module."""
 _METHOD = multiprocessing.get_start_method(allow_none=True) or "forkserver"
 """What the program has set, or a fork server. Asked here since `multiprocessing` sets one itself at its first process."""
+
+LAST_WORDS = 10.0
+"""Seconds that the others get once one has failed, as under torchrun."""
 
 
 def forks() -> Any:
@@ -48,8 +51,8 @@ def trainers(
 ) -> list[Ended]:
     """`python -m trainer WORDS`, once for each set of variables, all at once; those that run when time is up are killed.
 
-    Each is as a fresh process but for what it has loaded. Where one ends with another code than 0, the others get ten
-    seconds more, as under torchrun.
+    Each is as a fresh process but for what it has loaded. Where one ends with another code than 0, the others get
+    `LAST_WORDS` more.
     """
     context, ranks = forks(), []
     with tempfile.TemporaryDirectory() as name:
@@ -64,7 +67,7 @@ def trainers(
         end, failed = time.monotonic() + seconds, False
         while any(rank.exitcode is None for rank in ranks) and time.monotonic() < end:
             if not failed and any(rank.exitcode for rank in ranks):
-                end, failed = min(end, time.monotonic() + 10.0), True
+                end, failed = min(end, time.monotonic() + LAST_WORDS), True
             next((rank for rank in ranks if rank.exitcode is None), ranks[0]).join(0.05)
         for rank in ranks:
             rank.kill()

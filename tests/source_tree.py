@@ -95,7 +95,10 @@ def _for_types(test: ast.expr) -> bool:
 def modules(root: Path = ROOT, folders: tuple[str, ...] = ROOMS) -> tuple[Module, ...]:
     """All files of Python under `folders`, sorted; each is read and parsed once for all rules."""
     found = (path for folder in folders for path in (root / folder).rglob("*.py"))
-    return tuple(Module(root, path.relative_to(root)) for path in sorted(found))
+    return tuple(_module(root, path.relative_to(root)) for path in sorted(found))
+
+
+_module = cache(Module)
 
 
 def write_tree(root: Path, files: dict[str, str], folders: tuple[str, ...] = ROOMS) -> tuple[Module, ...]:

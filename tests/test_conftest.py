@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import contents, longest_first
+from tests.cluster.conftest import end_since
+from tests.conftest import contents, longest_first, pytest_collection_modifyitems
 from tests.source_tree import ROOT
 
 pytestmark = pytest.mark.unit
@@ -40,6 +41,34 @@ def test_files_that_may_take_longest_come_first_and_stay_whole() -> None:
     ]  # fmt: skip
     longest_first(items, 120.0)
     assert [item.name for item in items] == ["3", "4", "6", "2", "5", "1"]
+
+
+@pytest.mark.parametrize(("variable", "skipped"), [("", ["long"]), ("1", [])])
+def test_what_is_long_is_left_to_make_long(
+    variable: str, skipped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(name: str) -> Any:
+        marks: list[Any] = []
+        item = SimpleNamespace(name=name, get_closest_marker=lambda kind: kind == name or None, marks=marks)
+        item.add_marker = marks.append
+        return item
+
+    monkeypatch.setenv("MEGARAY_LONG", variable)
+    items = [made("long"), made("unit")]
+    pytest_collection_modifyitems(SimpleNamespace(), items)  # type: ignore[arg-type]
+    assert [item.name for item in items if item.marks] == skipped
+
+
+def test_a_run_that_a_failed_test_has_left_is_ended_and_no_other() -> None:
+    said: list[tuple[str, ...]] = []
+    shell: Any = SimpleNamespace(
+        home=SimpleNamespace(run_ids=lambda: ["shared", "ended", "refused", "left"]),
+        view=lambda run: SimpleNamespace(submitted=None if run == "refused" else 1.0),
+        ended=lambda run: run == "ended",
+        run=lambda *words: said.append(words),
+    )
+    end_since(shell, {"shared"})
+    assert said == [("cancel", "left", "--now")]
 
 
 @pytest.mark.parametrize("number", [1, 2])

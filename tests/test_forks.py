@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.rank import free_port
+from tests import forks
 from tests.forks import trainers
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -21,8 +22,11 @@ def test_a_program_that_refuses_ends_with_its_code_and_its_line(tmp_path: Path) 
     assert not done.stdout and dict(os.environ) == before
 
 
-def test_one_that_waits_for_a_rank_that_has_failed_is_killed(tmp_path: Path) -> None:
+def test_one_that_waits_for_a_rank_that_has_failed_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 1 has an environment that nothing can be started with, so rank 0 waits for it at their meeting."""
+    monkeypatch.setattr(forks, "LAST_WORDS", 2.0)
     both = {
         "MEGARAY_HOME": str(tmp_path),
         "MEGARAY_RUN": str(tmp_path / "run"),

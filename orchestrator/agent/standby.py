@@ -26,7 +26,8 @@ READY = b"r"
 _LOW, _NORMAL = "5", "0"
 """Of an autogroup: a quarter of a processor beside a busy rank, so that it is ready after some ten seconds. Imports cost
 the same at any pace, and a rank that fails before they are done waits for the rest of them."""
-_MODULES = ("trainer.loop",)
+_MODULES = ("trainer.loop", "torch._dynamo")
+"""What every rank loads: the compiler at its first FSDP module."""
 _ENGINES = {"native": "trainer.engines.native", "deepspeed": "trainer.engines.deepspeed"}
 _AXES = {"pp": "trainer.parallel.pipeline", "cp": "torch.nn.attention.bias"}
 

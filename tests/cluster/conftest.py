@@ -22,7 +22,6 @@ from orchestrator.record.events import Event
 from orchestrator.record.log import read
 from orchestrator.record.partition import TimePart
 from orchestrator.record.reading import summary
-from orchestrator.record.states import State
 from orchestrator.record.view import RunView, fold
 from tests.web.made import ledger_of
 
@@ -77,6 +76,10 @@ class Shell:
     def view(self, run_id: str) -> RunView:
         return fold(self.events(run_id))
 
+    def ended(self, run_id: str) -> bool:
+        state = self.view(run_id).state
+        return state is not None and state.terminal
+
     def step(self, run_id: str) -> int:
         if self.view(run_id).submitted is None:  # the controller hasn't written it yet
             return 0
@@ -105,7 +108,7 @@ class Shell:
 
     def finish(self, run_id: str) -> RunView:
         """Wait for the run's end."""
-        self.until(lambda: (s := self.view(run_id).state) and s.terminal, f"{run_id} ended")
+        self.until(lambda: self.ended(run_id), f"{run_id} ended")
         check_ledger(self.home.run(run_id))
         return self.view(run_id)
 
@@ -185,9 +188,20 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(shell: Shell) -> str:
-    """A run that nobody touched; the others must equal it bit for bit."""
-    run_id = shell.submit(*RUN)
-    assert shell.finish(run_id).state is State.SUCCEEDED
-    return run_id
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A run that a test has submitted and not seen to its end, because it failed, takes no slot from the next test."""
+    if "shell" not in request.fixturenames:
+        yield
+        return
+    shell: Shell = request.getfixturevalue("shell")
+    before = {*shell.home.run_ids()}
+    yield
+    end_since(shell, before)
+
+
+def end_since(shell: Shell, before: set[str]) -> None:
+    """Cancel the runs of a home that weren't there before and haven't ended."""
+    for run_id in sorted({*shell.home.run_ids()} - before):
+        if shell.view(run_id).submitted is not None and not shell.ended(run_id):
+            shell.run("cancel", run_id, "--now")

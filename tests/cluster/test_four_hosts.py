@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(500),
     pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-"),
-    pytest.mark.skipif(not os.environ.get("MEGARAY_LONG"), reason="minutes each; `make long` runs them"),
+    pytest.mark.long,
 ]
 
 RUN = ("experiment=smoke", "parallel.ep=1", "train.global_batch=4", "train.micro_batch=1", "checkpoint.every=20",
@@ -57,15 +57,6 @@ def shell(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
     finally:
         os.killpg(keeper.pid, signal.SIGTERM)
         keeper.wait(30)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(shell: Shell) -> Iterator[None]:
-    """A test that fails leaves no run behind for the next."""
-    yield
-    for row in json.loads(shell.run("list", "--json")):
-        if row["state"] not in ("succeeded", "failed", "cancelled"):
-            shell.run("cancel", row["run_id"], "--now")
 
 
 def on(view: RunView) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 
 from collectives.store.results import ResultStore
 from configs.paths import HomePaths
+from configs.timeouts import Timeouts
 from orchestrator.record.states import State
 from tests.cluster.bench_gang import torchrun
 from tests.cluster.conftest import Shell, losses
@@ -26,7 +27,7 @@ RUN = ("experiment=smoke", "parallel.ep=2", "checkpoint.every=20", "resilience.t
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    with Hosts(count=3, slots=2) as made:
+    with Hosts(count=3, slots=2, patience=Timeouts(patience=12)) as made:
         yield made
 
 

@@ -426,7 +426,7 @@ def main() -> int:
     """Parse the command line, with mounts of this process alone where they can be had; 1 where anything was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.faulttol.kills", description=__doc__)
     parser.add_argument("--times", type=int, default=None, help="kills (200)")
-    parser.add_argument("--quick", action="store_true", help="12 kills of a small state")
+    parser.add_argument("--quick", action="store_true", help="8 kills of a small state")
     parser.add_argument("--only", default=None, help="one place: disk, s3, full, read-only")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--verbose", action="store_true", help="a line for each kill")
@@ -435,7 +435,7 @@ def main() -> int:
     if _MOUNTED not in os.environ and unshare and os.geteuid() == 0:
         words = [unshare, "--mount", "--propagation", "private", sys.executable, "-m", "tests.faulttol.kills"]
         os.execve(unshare, [*words, *sys.argv[1:]], {**os.environ, _MOUNTED: "1"})
-    times = options.times or (12 if options.quick else 200)
+    times = options.times or (8 if options.quick else 200)
     wrong = run(times, options.quick, options.seed, options.verbose, options.only)
     print(f"{times} kills, {wrong} wrong")
     return int(wrong > 0)

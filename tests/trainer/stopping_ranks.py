@@ -64,6 +64,7 @@ def main() -> None:
     # Before the first fork, so that ranks begin warm: the compiler would be loaded at the first FSDP module.
     import torch._dynamo  # noqa: F401
 
+    import tests.preloaded  # noqa: F401
     import trainer.engines.native
     import trainer.loop  # noqa: F401
 

@@ -142,7 +142,7 @@ def _assert_line(step: int, found: dict[str, Any], expected: ReferenceLine) -> N
         assert found["norm"] == pytest.approx(expected.norm, rel=2e-4), step
 
 
-@pytest.mark.parametrize("name", ["plain", "zaya"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("zaya", marks=pytest.mark.long)])
 def test_fifty_steps_end_where_the_reference_does(name: str, alone: None) -> None:
     """In fp32 a token between two experts may fall otherwise after many steps; the loss stays within 0.02 all the same."""
     model, steps = family(name), 50

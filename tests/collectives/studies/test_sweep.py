@@ -73,7 +73,7 @@ def check_every_case(rank: RankContext) -> tuple[int, list[str]]:
     return len(cases), [str(case) for case in cases if Transfer(case, seat).check()]
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.long)])
 def test_no_element_of_any_case_is_wrong(world: int, tmp_path: Path) -> None:
     for checked, wrong in together(world, tmp_path, check_every_case):
         assert checked > 400
