@@ -26,9 +26,11 @@ READY = b"r"
 _LOW, _NORMAL = "5", "0"
 """Of an autogroup: a quarter of a processor beside a busy rank, so that it is ready after some ten seconds. Imports cost
 the same at any pace, and a rank that fails before they are done waits for the rest of them."""
-_MODULES = ("trainer.loop", "torch._dynamo")
-"""What every rank loads: the compiler at its first FSDP module."""
-_ENGINES = {"native": "trainer.engines.native", "deepspeed": "trainer.engines.deepspeed"}
+_MODULES = ("trainer.loop",)
+_ENGINES = {
+    "native": ("trainer.engines.native", "torch._dynamo"),  # the compiler comes with the first FSDP module
+    "deepspeed": ("trainer.engines.deepspeed",),
+}
 _AXES = {"pp": "trainer.parallel.pipeline", "cp": "torch.nn.attention.bias"}
 
 
@@ -72,7 +74,7 @@ def _engine(program: Sequence[str]) -> list[str]:
         return []
     parallel = config.parallel
     axes = [module for axis, module in _AXES.items() if (getattr(parallel, axis) or 1) > 1]
-    return [*([_ENGINES[str(config.train.engine)]] if str(config.train.engine) in _ENGINES else []), *axes]
+    return [*_ENGINES.get(str(config.train.engine), ()), *axes]
 
 
 def _become(env: dict[str, str], words: Sequence[str], log: int) -> None:

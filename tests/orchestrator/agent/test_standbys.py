@@ -207,12 +207,18 @@ def test_they_can_be_fewer_or_off_and_end_when_nobody_needs_them(
     until(lambda: not spawner.pids(), "its end")
 
 
-def test_the_engine_of_the_configuration_is_imported_too(tmp_path: Path) -> None:
+def test_what_the_configuration_needs_is_imported_too(tmp_path: Path) -> None:
     from configs.compose import compose, dump
 
     path = tmp_path / "config.yaml"
     path.write_text(dump(compose(["experiment=smoke", "train.engine=deepspeed"])))
     assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == ["trainer.engines.deepspeed"]
+    path.write_text(
+        dump(compose(["experiment=smoke", "train.engine=native", "parallel.pp=2", "parallel.cp=2"]))
+    )
+    assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == [
+        "trainer.engines.native", "torch._dynamo", "trainer.parallel.pipeline", "torch.nn.attention.bias",
+    ]  # fmt: skip
     path.write_text("no: configuration")
     assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == []
     assert standby._engine(("-m", "trainer", "run")) == []
