@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,6 +68,13 @@ def descriptors() -> set[str]:
     What earlier tests have left may be closed at any time, so a test asks whether it has left more than there was (`<=`).
     """
     return set(os.listdir("/proc/self/fd"))
+
+
+def readable(file: int | socket.socket, seconds: float) -> bool:
+    """Wait until there is something to read. `select` doesn't take descriptors above 1,023, which a worker may have."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(1e3 * seconds))
 
 
 def longest_first(items: list[pytest.Item], usual: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hmac
-import select
 import socket
 import threading
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from faulttol.snapshots import ranges
 from faulttol.snapshots.ranges import RemoteStore, Server
+from tests.conftest import readable
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 SECRET = b"of this attempt"
@@ -336,7 +336,7 @@ def test_a_connection_at_work_makes_no_room(tmp_path: Path, monkeypatch: pytest.
     def chunks() -> Iterator[bytes]:
         yield b"one"
         later.start()
-        until(lambda: select.select([server._listener], [], [], 0)[0])
+        until(lambda: readable(server._listener, 0))
         yield b"two"
 
     assert first.write("a", chunks()) == 6

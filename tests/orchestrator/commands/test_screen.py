@@ -6,7 +6,6 @@ import io
 import os
 import pty
 import re
-import select
 import signal
 import struct
 import subprocess
@@ -31,6 +30,7 @@ from orchestrator.commands.text import plain
 from orchestrator.record import reading, seen
 from orchestrator.record.following import Follower
 from orchestrator.record.ranks import RankActivity, RankReader
+from tests.conftest import readable
 from tests.orchestrator.fake_runtime import step_line
 from tests.source_tree import ROOT
 from tests.web.made import MadeRun, a_home, queue_file
@@ -273,7 +273,7 @@ class Terminal:
         return self.data
 
     def _read(self, wait: float) -> bool:
-        if not select.select([self._own], [], [], wait)[0]:
+        if not readable(self._own, wait):
             return True
         try:
             data = os.read(self._own, 1 << 16)
