@@ -31,6 +31,8 @@ _STOP_SECONDS = 3.0
 _GONE_SECONDS = 10.0
 """Until processes that were killed are gone."""
 _KEEPER_SECONDS = 30.0
+_STARTS = 2
+"""Tries of a start that Ray's own deadline ends."""
 _CODE = Path(__file__).parents[2]
 
 
@@ -129,6 +131,18 @@ def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalClust
         str(gpus),
     ]
     environment = os.environ | health_environment(timeouts) | {MARK: str(home.home)}
+    for _ in range(_STARTS):
+        written = home.ray_log.stat().st_size if home.ray_log.exists() else 0
+        record = _kept(home, command, environment)
+        if record is not None:
+            return record
+        if not _too_slow(home.ray_log, written):
+            break
+    raise UserError(f"Ray did not start{_why(home.ray_log)}; see {home.ray_log}")
+
+
+def _kept(home: HomePaths, command: list[str], environment: dict[str, str]) -> LocalCluster | None:
+    """Start the keeper, which starts Ray; its record once Ray is up. None, and no process, where it doesn't come up."""
     with home.ray_log.open("ab") as log:
         keeper = subprocess.Popen(
             command, env=environment, cwd=_CODE, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
@@ -146,8 +160,15 @@ def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalClust
         keeper.stdout.close()
     if record is None:
         end(home, keeper.pid)
-        raise UserError(f"Ray did not start{_why(home.ray_log)}; see {home.ray_log}")
     return record
+
+
+def _too_slow(log: Path, written: int) -> bool:
+    """Whether a start ended since Ray waits 30 s for its own processes, which a busy machine may not run in that time."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(written)
+        return b"timed out during startup" in file.read()
+    return False
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.paths import HomePaths
+from configs.timeouts import Timeouts
 from orchestrator import cli
 from orchestrator.commands.calls import CommandCall
 from orchestrator.local import cluster, keeper, lock, machine, settings
@@ -391,3 +392,31 @@ def test_a_dashboard_that_is_up_already_is_no_mistake(
         )
         assert cli.main(["dashboard", "--port", str(served["port"])]) == 2, "that of another home"
     assert capsys.readouterr().err.count("choose another port") == 2
+
+
+SLOW = "Exception: The current node timed out during startup. This could happen because"
+
+
+@pytest.mark.parametrize(("said", "tries"), [
+    ([SLOW, None], 2), ([SLOW, SLOW, None], 2), (["ValueError: port 1 is in use", None], 1), ([None], 1),
+])  # fmt: skip
+def test_a_start_that_was_too_slow_is_tried_once_more(
+    said: list[str | None], tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives its own processes 30 s, which a busy machine may not run in that time."""
+    home, made = HomePaths(tmp_path / "home"), list[int]()
+
+    def kept(*_: object) -> LocalCluster | None:
+        made.append(1)
+        text = said[len(made) - 1]
+        with home.ray_log.open("a") as log:
+            log.write(f"{text}\n" if text else "up\n")
+        return None if text else RECORD
+
+    monkeypatch.setattr(cluster, "_kept", kept)
+    if said[tries - 1] is None:
+        assert cluster.up(home, 2, 0, Timeouts()) is RECORD
+    else:
+        with pytest.raises(UserError, match="Ray did not start"):
+            cluster.up(home, 2, 0, Timeouts())
+    assert len(made) == tries
