@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.trainer.model.small_models import KINDS, micro, routed, shape, tokens
 from tests.trainer.model.test_kernels import BF16, CLOSE, DEVICE, check, interpreter, noise, off
 from trainer.kernels import choice
+from trainer.model.block import Residual
 from trainer.model.compressed import CompressedAttention
 from trainer.model.decoder import inputs as inputs_of
 from trainer.model.initial import build
@@ -136,6 +137,14 @@ def test_a_head_of_zeros_has_a_gradient() -> None:
     assert q.eq(0).all() and k.eq(0).all()
     (slope,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), x)
     assert slope.isfinite().all()
+
+
+def test_a_residual_takes_the_kernel_unless_nodes_are_kept_apart() -> None:
+    residual = Residual(32).to(DEVICE).to(BF16)
+    for apart in (False, True):
+        residual.apart = apart
+        out = residual(noise(2, 32).requires_grad_(), noise(2, 32))
+        assert out.grad_fn is not None and ("ScaledSum" in out.grad_fn.name()) is not apart
 
 
 def test_kernels_take_over_where_activations_are_bf16() -> None:
