@@ -56,6 +56,19 @@ def programs(device: torch.device, each: int = 4) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * each
 
 
+def loop(rows: int, tile: int, device: torch.device, each: int = 4, across: int = 1) -> tuple[int, int]:
+    """Programs of a pass that loops over tiles of rows, and turns of each.
+
+    Args:
+        tile: rows of a tile.
+        each: programs of a multiprocessor, as in `programs`.
+        across: programs side by side that share a tile's columns.
+    """
+    blocks = max(1, -(-rows // tile))
+    turns = -(-blocks // max(1, programs(device, each) // across))
+    return -(-blocks // turns), turns
+
+
 def power(width: int, most: int) -> int:
     """The power of two that covers `width`, at most `most`."""
     return min(1 << max(width - 1, 1).bit_length(), most)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power, programs
+from trainer.kernels.choice import loop, power
 
 _EPS = tl.constexpr(1.1920928955078125e-07)
 """The least length of a head: fp32's epsilon."""
@@ -167,15 +167,12 @@ def _whole(
 
 
 @triton.jit
-def _turn(
-    x: tl.tensor, y: tl.tensor, bias: tl.tensor, scale: tl.tensor, cos: tl.tensor, sin: tl.tensor, queries: tl.tensor,
-    keys: tl.tensor, rows: tl.tensor, stride: tl.tensor, sequence: tl.tensor, root: tl.tensor,
-    groups: tl.constexpr, members: tl.constexpr, head: tl.constexpr, pairs: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(1)
-    half: tl.constexpr = head // 2
+def _halves(
+    cos: tl.tensor, sin: tl.tensor, row: tl.tensor, rows: tl.tensor, sequence: tl.tensor,
+    half: tl.constexpr, pairs: tl.constexpr, COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Columns of both elements of a head's pairs, which of them there are, without rows and with, and their angles' cosines
+    and sines."""
     pair = tl.arange(0, COLUMNS)
     within = pair < half
     # Both elements of a pair that is turned; of what isn't, any two.
@@ -186,6 +183,19 @@ def _turn(
     angle = (row % sequence)[:, None] * pairs + pair[None, :]
     c = tl.load(cos + angle, mask=turned, other=1.0)
     s = tl.load(sin + angle, mask=turned, other=0.0)
+    return low, high, within, mask, c, s
+
+
+@triton.jit
+def _turn(
+    x: tl.tensor, y: tl.tensor, bias: tl.tensor, scale: tl.tensor, cos: tl.tensor, sin: tl.tensor, queries: tl.tensor,
+    keys: tl.tensor, rows: tl.tensor, stride: tl.tensor, sequence: tl.tensor, root: tl.tensor,
+    groups: tl.constexpr, members: tl.constexpr, head: tl.constexpr, pairs: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    low, high, within, mask, c, s = _halves(cos, sin, row, rows, sequence, head // 2, pairs, COLUMNS)
     key = groups * members + group
     place = x + row[:, None] * stride
     k1 = tl.load(place + (key * head + low)[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -244,16 +254,7 @@ def _turn_back(
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
-    half: tl.constexpr = head // 2
-    pair = tl.arange(0, COLUMNS)
-    within = pair < half
-    low = tl.where(pair < pairs, pair, pair + pairs)
-    high = tl.where(pair < pairs, pair + pairs, pair + half)
-    mask = (row < rows)[:, None] & within[None, :]
-    turned = mask & (pair < pairs)[None, :]
-    angle = (row % sequence)[:, None] * pairs + pair[None, :]
-    c = tl.load(cos + angle, mask=turned, other=1.0)
-    s = tl.load(sin + angle, mask=turned, other=0.0)
+    low, high, within, mask, c, s = _halves(cos, sin, row, rows, sequence, head // 2, pairs, COLUMNS)
     key = groups * members + group
     place = x + row[:, None] * stride
     k1 = tl.load(place + (key * head + low)[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -417,9 +418,9 @@ class _Compressed(torch.autograd.Function):
         mix_slope = torch.bmm(pair_AT2H.transpose(1, 2), y_slope)
         columns = power(width, 256)
         across = triton.cdiv(width, columns)
-        turns = triton.cdiv(blocks, max(1, programs(joined.device, 8) // across))
-        parts = torch.empty(triton.cdiv(blocks, turns), 3, width, dtype=torch.float32, device=joined.device)
-        _pairs_back[(parts.shape[0], across)](
+        count, turns = loop(rows, _ROWS, joined.device, 8, across)
+        parts = torch.empty(count, 3, width, dtype=torch.float32, device=joined.device)
+        _pairs_back[(count, across)](
             joined, *before, starts, taps, pair_slope, x_slope, *to_past, parts, rows, stride,
             width=width, head=head, LOCAL=local, EACH=turns, ROWS=_ROWS, COLUMNS=columns, num_warps=8,
         )  # fmt: skip

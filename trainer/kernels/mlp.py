@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power, programs
+from trainer.kernels.choice import loop, power
 from trainer.kernels.route import product
 
 _ROWS = 8
@@ -156,13 +156,6 @@ class RouterWeights:
     last_ER: Tensor
 
 
-def _turns(rows: int, device: torch.device) -> tuple[int, int]:
-    """Programs of a backward pass, and turns of each."""
-    blocks = triton.cdiv(rows, _ROWS)
-    turns = triton.cdiv(blocks, programs(device, 8))
-    return triton.cdiv(blocks, turns), turns
-
-
 def _slope(given_TA: Tensor, x_TR: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a weight [A, R] from two pieces of each side."""
     out, width = weight.shape
@@ -206,7 +199,7 @@ class _Logits(torch.autograd.Function):
         of, (rows, width) = RouterWeights(*weights), own_TR.shape
         experts = of.last_ER.shape[0]
         slope_TE = own_TR.new_zeros(rows, experts) if slope_BSE is None else slope_BSE.reshape(rows, experts)
-        count, turns = _turns(rows, x_TD.device)
+        count, turns = loop(rows, _ROWS, x_TD.device, 8)
         tile = {"width": width, "EACH": turns, "ROWS": _ROWS, "COLUMNS": power(width, 1 << 20)}
         high_TE = slope_TE.to(x_TD.dtype)
         given = torch.cat((high_TE, (slope_TE - high_TE).to(x_TD.dtype)), dim=1)

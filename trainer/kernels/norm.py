@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power, programs
+from trainer.kernels.choice import loop, power
 
 
 @triton.jit
@@ -161,13 +161,6 @@ def _tile(columns: int) -> tuple[int, int]:
     return each, max(4, min(16, each * columns // 512))
 
 
-def _loop(rows: int, each: int, device: torch.device) -> tuple[int, int]:
-    """Programs of a backward pass, and turns of each."""
-    blocks = max(1, triton.cdiv(rows, each))
-    turns = triton.cdiv(blocks, programs(device))
-    return triton.cdiv(blocks, turns), turns
-
-
 class _Norm(torch.autograd.Function):
     """The norm of x, or of x + y; and x or the sum, which is passed on beside it."""
 
@@ -202,7 +195,7 @@ class _Norm(torch.autograd.Function):
         rows = total.numel() // width
         columns = power(width, 1 << 20)
         each, warps = _tile(columns)
-        count, turns = _loop(rows, each, slope.device)
+        count, turns = loop(rows, each, slope.device)
         parts = torch.zeros(count, width, dtype=torch.float32, device=slope.device)
         x_slope = torch.empty_like(slope)
         if rows:
@@ -244,7 +237,7 @@ class _NormTurn(torch.autograd.Function):
         x_slope = torch.empty_like(slope)
         columns = power(width // 2, 1 << 20)
         each, warps = _tile(2 * columns)
-        count, turns = _loop(rows, each, slope.device)
+        count, turns = loop(rows, each, slope.device)
         parts = torch.zeros(count if norm else 0, width, dtype=torch.float32, device=slope.device)
         if rows:
             _turn_back[(count,)](

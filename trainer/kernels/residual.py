@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power, programs
+from trainer.kernels.choice import loop, power
 
 _ROWS = 16
 """Rows of a tile: the vectors are read once for all of them."""
@@ -95,8 +95,7 @@ class _ScaledSum(torch.autograd.Function):
         width = x.shape[-1]
         rows, columns = x.numel() // width, power(width, 2048)
         across = triton.cdiv(width, columns)
-        turns = max(1, triton.cdiv(rows, max(1, programs(x.device) // across)))
-        count = max(1, triton.cdiv(rows, turns))
+        count, turns = loop(rows, 1, x.device, across=across)
         x_slope, y_slope = torch.empty_like(x), torch.empty_like(y)
         parts_P4W = torch.empty(count, 4, width, dtype=torch.float32, device=x.device)
         _sum_back[(count, across)](

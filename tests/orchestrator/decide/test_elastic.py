@@ -21,6 +21,7 @@ from trainer.sizing.search import runnable
 from trainer.sizing.search.planner import Capacity, RunPlan, plan
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]
+OLMOE = ("model=olmoe_1b_7b", "hardware=h100", "parallel.dp=8", "parallel.ep=8", "train.global_batch=1536")
 
 
 def asked(*overrides: str, slots: list[int]) -> tuple[RunConfig, GangShape]:
@@ -96,14 +97,7 @@ def test_what_does_not_fit_is_recomputed_or_split_and_none_is_said_where_nothing
 
 
 def test_the_micro_batch_shrinks_where_nothing_fits_with_it() -> None:
-    words = [
-        "model=olmoe_1b_7b",
-        "hardware=h100",
-        "parallel.dp=8",
-        "parallel.ep=8",
-        "train.global_batch=1536",
-    ]
-    config, gang = asked(*words, "train.micro_batch=48", "data.sequence=4096", slots=[8])
+    config, gang = asked(*OLMOE, "train.micro_batch=48", "data.sequence=4096", slots=[8])
     assert [on(config, gang, slots).config.train.micro_batch for slots in (4, 3)] == [48, 24]
 
 
@@ -156,14 +150,7 @@ def test_a_measurement_waits() -> None:
 
 
 def test_a_search_is_done_in_pieces_and_an_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [
-        "model=olmoe_1b_7b",
-        "hardware=h100",
-        "parallel.dp=8",
-        "parallel.ep=8",
-        "train.global_batch=1536",
-    ]
-    config, gang = asked(*words, "train.micro_batch=24", "data.sequence=4096", slots=[4, 4])
+    config, gang = asked(*OLMOE, "train.micro_batch=24", "data.sequence=4096", slots=[4, 4])
     question = config, Capacity.of_nodes([2, 4]), gang
     search = SmallerSearch(*question)
     pieces = 0

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.trainer.model.small_models import KINDS, micro, routed, shape, tokens
-from tests.trainer.model.test_kernels import BF16, CLOSE, DEVICE, check, interpreter, noise, off
-from trainer.kernels import choice
+from tests.trainer.model.test_kernels import (
+    BF16,
+    CLOSE,
+    DEVICE,
+    check,
+    interpreter,
+    noise,
+    off,
+    tallies_as_in_fp64,
+)
 from trainer.model.block import Residual
 from trainer.model.compressed import CompressedAttention
-from trainer.model.decoder import inputs as inputs_of
 from trainer.model.initial import build
 from trainer.model.rotary import Rotary
 from trainer.model.router import MLPRouter
@@ -214,24 +221,7 @@ def test_a_state_that_is_not_read_has_no_gradient() -> None:
 @pytest.mark.parametrize(("name", "seed"), [("zaya", 5), ("cca", 3)])
 def test_a_model_trains_as_in_fp64(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, choices and all gradients, to what bf16 leaves of them."""
-    given, results = tokens().to(DEVICE), {}
-    for way in ("kernels", "exact"):
-        monkeypatch.setenv(choice.VARIABLE, "torch" if way == "exact" else "")
-        choice.why_not.cache_clear()
-        # Weights for which each token's best two experts are far from each other, so that bf16 sends none another way.
-        built = build(shape(**KINDS[name]), seed, DEVICE).to(BF16)
-        for router in built.routers().values():
-            router.bias.data = router.bias.float()
-        built = built.double() if way == "exact" else built
-        batch = _on_device(micro(given))
-        loss = built(inputs_of(batch), batch)
-        loss.backward()
-        slopes = torch.cat([parameter.grad.double().flatten() for parameter in built.parameters()])
-        results[way] = loss, slopes, batch.tally
-    assert abs(float(results["kernels"][0] - results["exact"][0])) < 0.02
-    assert off(results["kernels"][1], results["exact"][1]) < 0.06
-    for layer, counts in results["exact"][2].counts.items():
-        assert counts.equal(results["kernels"][2].counts[layer])
+    tallies_as_in_fp64(shape(**KINDS[name]), seed, monkeypatch)
 
 
 def test_a_backward_pass_in_two_halves() -> None:
