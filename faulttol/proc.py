@@ -11,6 +11,8 @@ from pathlib import Path
 
 PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
+_EXITING = 0x4
+"""`PF_EXITING` of the kernel's flags: the thread has begun to end, and nothing stops that."""
 _KILLED_SECONDS = 1.0
 """That a program which was killed is waited for."""
 
@@ -36,15 +38,23 @@ class ProcessRow:
         return self.ticks / _TICKS
 
 
-def row(pid: int) -> ProcessRow | None:
-    """A process; None where it is gone."""
+def _stat(pid: int) -> tuple[str, list[str]] | None:
+    """A process's name, and the fields of its `stat` from its state (the third) on; None where it is gone."""
     try:
         text = (PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return None
     # The name may hold anything: brackets, blanks, and half a letter, since the kernel cuts it at 15 bytes.
     name, _, rest = text.partition("(")[2].rpartition(")")
-    fields = rest.split()
+    return name, rest.split()
+
+
+def row(pid: int) -> ProcessRow | None:
+    """A process; None where it is gone."""
+    stat = _stat(pid)
+    if stat is None:
+        return None
+    name, fields = stat
     cpu = (int(fields[11]) + int(fields[12])) / _TICKS
     return ProcessRow(pid, name, fields[0], int(fields[1]), int(fields[3]), int(fields[19]), cpu)
 
@@ -59,6 +69,19 @@ def state(pid: int) -> str:
     """State of a process; empty where it is gone."""
     one = row(pid)
     return one.state if one is not None else ""
+
+
+def ending(pid: int) -> int:
+    """Exit code of a process that fails and has begun to end, negative for a signal; 0 otherwise.
+
+    The kernel reports the end to its parent once it has given up all that it holds: 3 s for 6 GB on a small machine, and
+    with tens of GB on a device the driver's seconds too. A success isn't seen early: that a process is ending shows a
+    moment before its exit code does.
+    """
+    stat = _stat(pid)
+    if stat is None or len(stat[1]) < 50 or not int(stat[1][6]) & _EXITING:
+        return 0
+    return os.waitstatus_to_exitcode(int(stat[1][49]))
 
 
 def answer(

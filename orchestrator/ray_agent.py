@@ -30,7 +30,7 @@ class AgentActor:
 
     def __init__(self, node_id: str) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._agent = NodeAgent(node_id, versions(), before_gang)
+        self._agent = NodeAgent(node_id, versions(), before_gang, devices=_devices(node_id))
         self._check = NodeCheck()
         threading.Thread(target=orders.sweep, args=(family.marks,), name="agent-sweep", daemon=True).start()
         threading.Thread(target=self._reap, name="agent-reap", daemon=True).start()
@@ -52,6 +52,12 @@ class AgentActor:
     def check(self, peers: tuple[str, ...]) -> Looked:
         """As `NodeCheck.look`."""
         return self._check.look(peers, not self._agent.pids)
+
+
+def _devices(node_id: str) -> int:
+    """GPUs that Ray counts on a node."""
+    rows = [row for row in ray.nodes() if row["NodeID"] == node_id]
+    return int(rows[0]["Resources"].get("GPU", 0)) if rows else 0
 
 
 def name_of(node_id: str) -> str:

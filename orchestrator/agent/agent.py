@@ -16,6 +16,7 @@ from pathlib import Path
 
 from faulttol import steady
 from faulttol.detect.snapshot import RankSeen
+from orchestrator.agent import environment
 from orchestrator.agent.attempt import Attempt
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, OrderSuperseded
 from orchestrator.agent.spawner import Spawner
@@ -44,6 +45,7 @@ class NodeAgent:
         facts: versions that must be alike on all nodes of a gang.
         check: why the node can't take ranks now; asked before each gang.
         clock: seconds since the epoch.
+        devices: of the node; so many interpreters wait for the ranks of its first gang. A node of cores has none to spare.
     """
 
     def __init__(
@@ -52,12 +54,15 @@ class NodeAgent:
         facts: dict[str, str] | None = None,
         check: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = steady.now,
+        devices: int = 0,
     ) -> None:
         self._node_id, self._facts, self._check, self._clock = node_id, facts or {}, check, clock
         self._born = time.monotonic()
         self._changed = threading.Condition(threading.RLock())
         self._spawner = Spawner()
         self._standbys = Standbys(self._spawner)
+        if devices:
+            self._standbys.expect(devices, environment.of_any_gang(devices))
         self._attempts: dict[Key, Attempt] = {}
         self._told: dict[Key, _Told] = {}
         self._epochs: dict[str, int] = {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
+import stat
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +28,8 @@ DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
 
 CHANGING = (*OWN, *DEVICES)
 """Variables that an interpreter may be given after it has imported its program."""
+LATE = ("GLOO_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "MEGARAY_NODE", "PYTHONPATH")
+"""What it may be given besides after it has imported libraries alone."""
 
 
 def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
@@ -39,6 +44,7 @@ def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     path = [launch.code] if launch.code else []
     # What this process imports from (a laptop's working directory too), its ranks import from.
     env["PYTHONPATH"] = os.pathsep.join([*path, *(p for p in sys.path if p and p not in path)])
+    env |= _bytecode(env)
     env["PYTHONUNBUFFERED"] = "1"
     env["PYTHONSAFEPATH"] = "1"  # `-m` would put the working directory first
     env[PARENT] = str(os.getpid())
@@ -51,6 +57,12 @@ def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
         # Gloo asks the host name for its address, which on many hosts answers with loopback.
         env["GLOO_SOCKET_IFNAME"] = interface_of(launch.ip)
     return env
+
+
+def of_any_gang(ranks: int) -> dict[str, str]:
+    """As `common`, of a gang that nobody knows yet and that takes all devices of this node."""
+    gang = Launch(ranks, tuple(range(ranks)), "", (), (), "", uses_devices=True)
+    return common(gang, os.environ)
 
 
 def of_rank(order: AttemptOrder, launch: Launch, local_rank: int, rings: Path, mark: str) -> dict[str, str]:
@@ -83,6 +95,29 @@ def interface_of(ip: str) -> str:
         if any(a.family == socket.AF_INET and _is(ip, a.address) for a in addresses):
             return name
     raise RuntimeError(f"no network interface of this node has address {ip}")
+
+
+def _bytecode(env: Mapping[str, str]) -> dict[str, str]:
+    """Where ranks keep compiled modules, if torch came without any and Python may not write them beside its sources.
+
+    A rank imports some two thousand modules. Images made with `PYTHONDONTWRITEBYTECODE` have each rank of each attempt
+    compile them all, which takes longer than everything else in a start.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None or "PYTHONPYCACHEPREFIX" in env:
+        return {}
+    beside = not env.get("PYTHONDONTWRITEBYTECODE") and os.access(Path(spec.origin).parent, os.W_OK)
+    if beside or Path(importlib.util.cache_from_source(spec.origin)).exists():
+        return {}
+    folder = Path(tempfile.gettempdir()) / f"megaray-bytecode-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        own = folder.lstat()
+    except OSError:
+        return {}
+    if own.st_uid != os.getuid() or not stat.S_ISDIR(own.st_mode) or own.st_mode & 0o022:
+        return {}  # another user could give it modules of his own
+    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def _is(ip: str, address: str) -> bool:

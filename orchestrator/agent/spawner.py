@@ -1,4 +1,4 @@
-"""Starts processes from one thread, and sees their end the moment the kernel reports it.
+"""Starts processes from one thread, and sees their end the moment it begins.
 
 The kernel kills a rank when the *thread* that started it ends (`configs.rank.die_with_parent`), so one thread that lives
 as long as the agent starts them all. It touches no file but the interpreter: what it is given is open already.
@@ -18,13 +18,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from faulttol import steady
+from faulttol import proc, steady
 from orchestrator.agent import family
 
 log = logging.getLogger("megaray.agent")
 
 _UNKNOWN_EXIT = 255
 """Exit code of a child that somebody else has waited for."""
+_LOOK_SECONDS, _IDLE_SECONDS = 0.1, 1.0
+"""Between two looks at whether a process is ending, where there is one and where there is none."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,19 @@ class Exit:
     code: int
     """Negative for a signal."""
     time: float
-    """When the kernel reported it, in seconds since the epoch."""
+    """When it was seen, in seconds since the epoch."""
 
 
 Ended = Callable[[int, Exit], None]
-"""Called with a process id, on the watching thread; must return at once."""
+"""Called with a process id, on the watching thread; must return at once. The process may still be giving up its memory."""
+
+
+@dataclass
+class _Watched:
+    process: subprocess.Popen[bytes]
+    ended: Ended
+    reported: bool = False
+    """Its end is known already; what is left is to take leave of it."""
 
 
 class Spawner:
@@ -46,7 +56,7 @@ class Spawner:
 
     def __init__(self) -> None:
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._watched: dict[int, tuple[subprocess.Popen[bytes], Ended]] = {}
+        self._watched: dict[int, _Watched] = {}
         """By the file descriptor of the process."""
         self._lock = threading.Lock()
         self._poll = select.epoll()
@@ -84,21 +94,22 @@ class Spawner:
     def hand_over(self, pid: int, ended: Ended) -> bool:
         """Have another informed of a process's end; False where it has ended already."""
         with self._lock:
-            for fd, (process, _) in self._watched.items():
-                if process.pid == pid:
-                    self._watched[fd] = (process, ended)
+            for one in self._watched.values():
+                if one.process.pid == pid and not one.reported:
+                    one.ended = ended
                     return True
         return False
 
     def send(self, pids: Collection[int], number: signal.Signals) -> None:
         """Send a signal to those that live: none is reaped meanwhile, so its id can't have become another's."""
         with self._lock:
-            family.end([p.pid for p, _ in self._watched.values() if p.pid in pids], number)
+            watched = [one.process.pid for one in self._watched.values()]
+            family.end([pid for pid in watched if pid in pids], number)
 
     def pids(self) -> set[int]:
         """Processes that are watched now."""
         with self._lock:
-            return {process.pid for process, _ in self._watched.values()}
+            return {one.process.pid for one in self._watched.values()}
 
     def _spawn_forever(self) -> None:
         while True:
@@ -123,23 +134,42 @@ class Spawner:
                 start_new_session=True,
             )
             fd = os.pidfd_open(process.pid)
-            self._watched[fd] = (process, ended)
+            self._watched[fd] = _Watched(process, ended)
             self._poll.register(fd, select.EPOLLIN)
         return process
 
     def _watch_forever(self) -> None:
         while True:
-            for fd, _ in self._poll.poll():
+            for fd, _ in self._poll.poll(_LOOK_SECONDS if self._watched else _IDLE_SECONDS):
                 at = steady.now()
                 with self._lock:
-                    process, ended = self._watched.pop(fd)
-                    process.returncode = code = _wait(fd)
+                    one = self._watched.pop(fd)
+                    one.process.returncode = code = _wait(fd)
                 self._poll.unregister(fd)
                 os.close(fd)
-                try:
-                    ended(process.pid, Exit(code, at))
-                except Exception:  # one listener's defect must not hide other exits
-                    log.exception("the end of process %d", process.pid)
+                if not one.reported:
+                    _report(one, Exit(code, at))
+            self._look()
+
+    def _look(self) -> None:
+        """Report processes that fail and are still giving up what they hold: with a device's memory it takes seconds."""
+        with self._lock:
+            ending = [
+                (one, code)
+                for one in self._watched.values()
+                if not one.reported and (code := proc.ending(one.process.pid))
+            ]
+            for one, _ in ending:
+                one.reported = True
+        for one, code in ending:
+            _report(one, Exit(code, steady.now()))
+
+
+def _report(one: _Watched, end: Exit) -> None:
+    try:
+        one.ended(one.process.pid, end)
+    except Exception:  # one listener's defect must not hide other exits
+        log.exception("the end of process %d", one.process.pid)
 
 
 def _wait(fd: int) -> int:

@@ -1,6 +1,6 @@
-"""An interpreter that has imported a rank's program and waits to become one.
+"""An interpreter that has imported a rank's program, or without one its libraries alone, and waits to become one.
 
-    python -m orchestrator.agent.standby PROGRAM…
+    python -m orchestrator.agent.standby [PROGRAM…]
 
 It reads its order from the socket that is its standard input: the environment and the words as JSON, with the log's file
 descriptor. Then it is that rank, as if it had been started anew, less the seconds that imports take.
@@ -17,7 +17,7 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs.rank import die_with_parent
@@ -31,6 +31,12 @@ _ENGINES = {
     "native": ("trainer.engines.native", "torch._dynamo"),  # the compiler comes with the first FSDP module
     "deepspeed": ("trainer.engines.deepspeed",),
 }
+LIBRARIES = (
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "numpy", "hydra", "pydantic", "yaml",
+    "fsspec", "psutil", "xxhash",
+)  # fmt: skip
+"""What all programs need, of which torch takes nearly all the time."""
+_OURS = ("collectives", "configs", "faulttol", "orchestrator", "trainer")
 _AXES = {"pp": "trainer.parallel.pipeline", "cp": "torch.nn.attention.bias"}
 
 
@@ -52,11 +58,13 @@ def main(program: Sequence[str]) -> None:
     order = json.loads(data)
     _yield(_NORMAL)
     _put(mark, order["env"].get("MEGARAY_MARK", ""))
+    if not program:
+        _turn_to(order["env"])
     _become(order["env"], order["words"], descriptors[0])
 
 
 def _import(program: Sequence[str]) -> None:
-    for name in (*_MODULES, *_engine(program)):
+    for name in (*_MODULES, *_engine(program)) if program else LIBRARIES:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the rank collects before its first step, and need not walk through all modules for it
@@ -75,6 +83,16 @@ def _engine(program: Sequence[str]) -> list[str]:
     parallel = config.parallel
     axes = [module for axis, module in _AXES.items() if (getattr(parallel, axis) or 1) > 1]
     return [*_ENGINES.get(str(config.train.engine), ()), *axes]
+
+
+def _turn_to(env: Mapping[str, str]) -> None:
+    """Import from where a rank does: what is of this project comes anew, from the run's own code."""
+    old, new = (source.get("PYTHONPATH", "").split(os.pathsep) for source in (os.environ, env))
+    paths = [path for path in new if path]
+    sys.path[:] = paths + [path for path in sys.path if path not in old and path not in paths]
+    for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 def _become(env: dict[str, str], words: Sequence[str], log: int) -> None:

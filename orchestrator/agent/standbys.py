@@ -18,9 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.agent.environment import CHANGING
+from orchestrator.agent.environment import CHANGING, LATE
 from orchestrator.agent.orders import Launch
 from orchestrator.agent.spawner import Ended, Exit, Spawner
+from orchestrator.local import machine
 
 log = logging.getLogger("megaray.agent")
 
@@ -32,6 +33,9 @@ _TRIES = 3
 _LEAST_MEMORY = 2 << 30
 """Bytes of the node's memory that stay free."""
 _NO_MARK = "0" * 32
+_PROGRAM = ("-m", "trainer")
+"""What is worth waiting for: other programs measure the node, which mustn't be disturbed, and are short."""
+_IDLE = "idle node"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class _Kind:
     """What an interpreter has imported, and under which environment."""
 
     module: str
+    """Empty: libraries alone, which serve any program."""
     code: str
     env: tuple[tuple[str, str], ...]
 
@@ -47,6 +52,16 @@ class _Kind:
         return cls(
             launch.program[1], launch.code, tuple(sorted((k, v) for k, v in env.items() if k not in CHANGING))
         )
+
+    def fits(self, other: _Kind) -> bool:
+        """Whether an interpreter of this kind can become a rank of `other`."""
+        if self.module:
+            return self == other
+        return other.module == _PROGRAM[1] and _early(self.env) == _early(other.env)
+
+
+def _early(env: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    return {name: value for name, value in env if name not in LATE}
 
 
 @dataclass
@@ -67,7 +82,7 @@ class _Need:
 
 
 class Standbys:
-    """Keeps as many as the gangs of this node have ranks here, and no more.
+    """Keeps as many as the gangs of this node have ranks here, and no more; where no gang is, those that `expect` asks for.
 
     They hold host memory, no device's. `MEGARAY_STANDBYS=0` in the environment of the agent or of a run turns them off.
     """
@@ -77,30 +92,42 @@ class Standbys:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._needs: dict[str, _Need] = {}
+        self._idle: _Need | None = None
+        """What is kept while no gang is here."""
+        self._starting: set[str] = set()
+        """Runs whose ranks have started and don't train yet."""
         self._waiting: list[_Standby] = []
         self._failed: dict[_Kind, int] = {}
         self._closed = False
         threading.Thread(target=self._work, name="agent-standbys", daemon=True).start()
 
+    def expect(self, ranks: int, env: Mapping[str, str]) -> None:
+        """Have interpreters with the libraries for the first ranks of whichever run comes; `env` is what ranks share."""
+        count = min(_limit(env, ranks), ranks)
+        with self._lock:
+            kind = _Kind("", "", tuple(sorted((k, v) for k, v in env.items() if k not in CHANGING)))
+            self._idle = _Need(kind, (), count) if count > 0 else None
+        self._wake.set()
+
     def keep(self, run: str, launch: Launch, env: Mapping[str, str]) -> None:
         """Have interpreters for the next attempt of a run whose ranks train; `env` is what its ranks share."""
-        setting = env.get("MEGARAY_STANDBYS", "")
-        limit = int(setting) if setting.isdecimal() else len(launch.ranks)
-        if launch.program[:2] != ("-m", "trainer") or limit < 1:
-            return  # what measures the node mustn't be disturbed, and is short
+        count = min(_limit(env, len(launch.ranks)), len(launch.ranks))
         with self._lock:
-            count = min(limit, len(launch.ranks))
-            self._needs[run] = _Need(_Kind.of(launch, env), launch.program, count)
+            self._starting.discard(run)
+            if launch.program[:2] == _PROGRAM and count > 0:
+                self._needs[run] = _Need(_Kind.of(launch, env), launch.program, count)
         self._wake.set()
 
     def rest(self, run: str) -> None:
         """Make no new ones until the run asks again: its ranks are starting, and need the processor."""
         with self._lock:
+            self._starting.add(run)
             self._needs.pop(run, None)
 
     def drop(self, run: str) -> None:
         """The run gives its slots back; its next attempt may follow all the same."""
         with self._lock:
+            self._starting.discard(run)
             need = self._needs.get(run)
             if need is not None and need.until is None:
                 need.until = time.monotonic() + _LINGER_SECONDS
@@ -115,10 +142,10 @@ class Standbys:
         kind = _Kind.of(launch, env)
         while True:
             with self._lock:
-                fitting = [one for one in self._waiting if one.kind == kind]
+                fitting = [one for one in self._waiting if one.kind.fits(kind)]
                 if not fitting:
                     return None
-                chosen = max(fitting, key=lambda one: one.ready)
+                chosen = max(fitting, key=lambda one: (one.ready, one.kind == kind))
                 self._waiting.remove(chosen)
             with contextlib.closing(chosen.line):
                 if self._order(chosen, {**env, **own}, launch.program, output) and self._spawner.hand_over(
@@ -153,6 +180,7 @@ class Standbys:
         self._closed = True
         with self._lock:
             self._needs.clear()
+            self._idle = None
             waiting, self._waiting = self._waiting, []
         for one in waiting:
             self._spawner.send([one.process.pid], signal.SIGKILL)
@@ -163,7 +191,7 @@ class Standbys:
 
     def _work(self) -> None:
         while not self._closed:
-            busy = bool(self._needs or self._waiting)
+            busy = bool(self._needs or self._waiting or self._idle)
             self._wake.wait(_TICK_SECONDS if busy else None)
             self._wake.clear()
             try:
@@ -174,7 +202,8 @@ class Standbys:
     def _balance(self, now: float) -> None:
         with self._lock:
             self._needs = {run: n for run, n in self._needs.items() if n.until is None or n.until > now}
-            needs = list(self._needs.values())
+            idle = self._idle if not (self._needs or self._starting) else None
+            needs = [idle] if idle is not None else list(self._needs.values())
             for one in list(self._waiting):
                 if one.process.returncode is not None:  # it ended before it was listed
                     self._note_end(one)
@@ -189,12 +218,12 @@ class Standbys:
                 if wanted[one.kind] < 0:
                     self._waiting.remove(one)
                     surplus.append(one)
-            importing = any(not one.ready for one in self._waiting)
+            importing = sum(not one.ready for one in self._waiting)
         for one in surplus:
             one.line.close()  # it ends by itself, or once it has imported
             self._spawner.send([one.process.pid], signal.SIGKILL)
-        if importing:
-            return  # one after the other: the ranks need the processor
+        if importing >= (1 if idle is None else max(1, machine.processors() // 4)):
+            return  # one after the other where ranks need the processor
         for need in needs:
             if (
                 need.until is None
@@ -208,7 +237,7 @@ class Standbys:
     def _start(self, need: _Need) -> None:
         mine, its = socket.socketpair()
         env = dict(need.kind.env) | {"MEGARAY_MARK": _NO_MARK}
-        words = [sys.executable, "-m", "orchestrator.agent.standby", *need.program]
+        words = [sys.executable, "-m", "orchestrator.agent.standby", *need.program]  # no program: libraries
         with contextlib.closing(its):
             process = self._spawner.start(words, env, self._ended, stdin=its.fileno()).result()
         os.set_blocking(mine.fileno(), False)
@@ -226,6 +255,11 @@ class Standbys:
         one.line.close()
         if not one.ready:
             self._failed[one.kind] = self._failed.get(one.kind, 0) + 1
+
+
+def _limit(env: Mapping[str, str], most: int) -> int:
+    setting = env.get("MEGARAY_STANDBYS", "")
+    return int(setting) if setting.isdecimal() else most
 
 
 def _has_told(line: socket.socket) -> bool:

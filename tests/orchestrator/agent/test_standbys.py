@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -13,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from configs.paths import RunPaths
 from orchestrator.agent import family, standby
+from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.orders import Launch, mark
 from orchestrator.agent.spawner import Ended, Exit, Spawner
 from orchestrator.agent.standbys import Standbys
 from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+ROOT = Path(__file__).resolve().parents[3]
 RUN = f"/home/of/runs/a-run-{os.getpid()}"
 
 
@@ -33,7 +37,7 @@ def launch(tmp_path: Path) -> Launch:
     (package / "__main__.py").write_text(
         "import json, os, sys, time\n"
         "warm = 'trainer.loop' in sys.modules\n"
-        "print(json.dumps([warm, sys.argv[1:], dict(os.environ)]), flush=True)\n"
+        "print(json.dumps([warm, sys.argv[1:], dict(os.environ), sys.path, sorted(sys.modules)]), flush=True)\n"
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
         "    time.sleep(600)\n"
@@ -87,7 +91,7 @@ def test_one_becomes_a_rank_that_anybody_can_find_and_that_is_watched(
     standbys.rest(RUN)
     assert pid
     until(lambda: (tmp_path / "log").read_text(), "its first words")
-    warm, words, seen = json.loads((tmp_path / "log").read_text())
+    warm, words, seen, *_ = json.loads((tmp_path / "log").read_text())
     assert warm and words == ["run", "a word"], "it has imported before, and is called as typed"
     assert seen["RANK"] == "1" and seen["FLAG"] == "1" and seen["MEGARAY_MARK"] == mark(RUN, 3, "node")
     assert os.getsid(pid) == pid
@@ -205,6 +209,85 @@ def test_they_can_be_fewer_or_off_and_end_when_nobody_needs_them(
     monkeypatch.setattr("orchestrator.agent.standbys._LINGER_SECONDS", 0.0)
     standbys.drop(RUN)
     until(lambda: not spawner.pids(), "its end")
+
+
+def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
+    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+) -> None:
+    idle = env | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "LOCAL_WORLD_SIZE": "8"}
+    standbys.expect(2, idle)
+    until(lambda: standbys.ready == 2, "two for two devices")
+    assert not take(standbys, launch, env | {"OMP_NUM_THREADS": "7"}, tmp_path / "log")[0], "read too early"
+    assert not take(standbys, replace(launch, program=("-m", "faulttol", "run")), env, tmp_path / "log")[0]
+    assert take(standbys, launch, env | {"LOCAL_WORLD_SIZE": "2"}, tmp_path / "log", RANK="1")[0]
+    until(lambda: (tmp_path / "log").read_text(), "its first words")
+    warm, words, seen, path, modules = json.loads((tmp_path / "log").read_text())
+    assert not warm and words == ["run", "a word"] and (seen["RANK"], seen["LOCAL_WORLD_SIZE"]) == ("1", "2")
+    assert path[0] == launch.code and path.count(launch.code) == 1, "its run's own code, before the node's"
+    assert "torch._dynamo" in modules and "trainer" in modules
+    assert not {"configs.rank", "orchestrator.agent", "trainer.loop"}.intersection(modules), "the node's own"
+
+
+def test_libraries_give_way_to_a_gang_and_come_back_after_it(
+    standbys: Standbys, spawner: Spawner, launch: Launch, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kinds() -> set[str]:
+        return {one.kind.module for one in list(standbys._waiting)}
+
+    monkeypatch.setattr("orchestrator.agent.standbys._LINGER_SECONDS", 0.0)
+    standbys.expect(1, env)
+    until(lambda: kinds() == {""}, "the node's own")
+    standbys.rest(RUN)
+    until(lambda: not spawner.pids(), "room for ranks that start")
+    standbys.keep(RUN, launch, env)
+    until(lambda: kinds() == {"trainer"}, "its program")
+    standbys.drop(RUN)
+    until(lambda: kinds() == {""}, "the node's own again")
+    standbys.expect(1, env | {"MEGARAY_STANDBYS": "0"})
+    until(lambda: not spawner.pids(), "none where none are wanted")
+
+
+def test_a_gang_that_never_trains_bars_no_other(standbys: Standbys, env: dict[str, str]) -> None:
+    standbys.expect(1, env)
+    standbys.rest(RUN)
+    standbys.drop(RUN)
+    until(lambda: standbys._waiting, "the node's own")
+
+
+def test_an_agent_of_devices_has_interpreters_waiting(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: list[tuple[int, str, bool]] = []
+    monkeypatch.setattr(
+        Standbys, "expect",
+        lambda _, ranks, env: expected.append((ranks, env["LOCAL_WORLD_SIZE"], "CUDA_VISIBLE_DEVICES" in env)),
+    )  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    NodeAgent("cores").close()
+    NodeAgent("gpus", devices=4).close()
+    assert expected == [(4, "4", False)]
+
+
+def test_libraries_are_all_that_a_rank_takes_from_others() -> None:
+    """What comes after them is ours, or takes no time."""
+    code = (
+        "import importlib, sys; from orchestrator.agent import standby\n"
+        "for name in standby.LIBRARIES: importlib.import_module(name)\n"
+        "before = set(sys.modules); import trainer.loop, trainer.engines.native\n"
+        "ours = {p for p in {name.split('.')[0] for name in sys.modules} if p in standby._OURS}\n"
+        "later = [name for name in set(sys.modules) - before if name.split('.')[0] in ('torch', 'triton', 'scipy')]\n"
+        "print(sorted(ours), later)"
+    )
+    words = [sys.executable, "-c", code]
+    told = subprocess.run(
+        words, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert told.stdout.split() == [
+        "['collectives',",
+        "'configs',",
+        "'faulttol',",
+        "'orchestrator',",
+        "'trainer']",
+        "[]",
+    ]
 
 
 def test_what_the_configuration_needs_is_imported_too(tmp_path: Path) -> None:
