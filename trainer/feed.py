@@ -13,9 +13,10 @@ import torch
 from configs.schema import RunConfig
 from trainer.data.prefetch import Prefetch
 from trainer.data.prepare import prepare
-from trainer.data.sampler import TokenSampler, documents
+from trainer.data.sampler import TokenSampler, bounds, documents
 from trainer.data.store import TokenStore, fingerprint
 from trainer.engines.base import Batch, DataPlace
+from trainer.model.seams import Stretches
 from trainer.optim.schedule import samples_before, samples_of
 
 _Arrays = list[tuple[np.ndarray, np.ndarray | None]]
@@ -28,7 +29,7 @@ class BatchFeed:
         self._config, self._store = config, store
         self._sampler = store.sampler(config.data, config.train.seed)
         self._held = store.evaluation(config.data)
-        self._place, self._device, self._ahead = DataPlace(0, 1), torch.device("cpu"), 0
+        self._place, self._device, self._beyond = DataPlace(0, 1), torch.device("cpu"), 0
         self._coming: Iterator[_Arrays] = iter(())
 
     @classmethod
@@ -61,15 +62,23 @@ class BatchFeed:
         return list(self._store.notes)
 
     @contextmanager
-    def started(self, step: int, ahead: int, place: DataPlace, device: torch.device) -> Iterator[None]:
-        """Read batches from the step with index `step` on, one step ahead.
+    def started(
+        self, step: int, beyond: int, place: DataPlace, device: torch.device, ahead: bool = True
+    ) -> Iterator[None]:
+        """Read batches from the step with index `step` on.
 
         Args:
-            ahead: samples consumed beyond what the configuration takes up to a step.
+            beyond: samples consumed beyond what the configuration takes up to a step.
             place: this rank's on the data-parallel axis.
+            ahead: read a step's batches while the step before it is computed.
         """
-        self._place, self._device, self._ahead = place, device, ahead
-        with Prefetch(self._read, range(step, self._config.train.steps)) as coming:
+        self._place, self._device, self._beyond = place, device, beyond
+        steps = range(step, self._config.train.steps)
+        if not ahead:
+            self._coming = map(self._read, steps)
+            yield
+            return
+        with Prefetch(self._read, steps) as coming:
             self._coming = iter(coming)
             yield
 
@@ -89,7 +98,7 @@ class BatchFeed:
 
     def _read(self, step: int) -> _Arrays:
         train = self._config.train
-        first = samples_before(train, step) + self._ahead
+        first = samples_before(train, step) + self._beyond
         passes = samples_of(train, step) // (train.micro_batch * self._place.size)
         return [self._arrays(self._sampler, first, micro) for micro in range(passes)]
 
@@ -101,7 +110,11 @@ class BatchFeed:
         return tokens, documents(tokens, self._store.separator) if masked else None
 
     def _batch(self, tokens: np.ndarray, documents: np.ndarray | None) -> Batch:
-        return Batch(self._to_device(tokens), None if documents is None else self._to_device(documents))
+        if documents is None:
+            return Batch(self._to_device(tokens), None)
+        ends = bounds(documents)
+        stretches = Stretches(self._to_device(ends), int(np.diff(ends).max()))
+        return Batch(self._to_device(tokens), self._to_device(documents), stretches)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

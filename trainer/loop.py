@@ -31,7 +31,7 @@ from trainer.feed import BatchFeed
 from trainer.lines import Lines
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import learning_rate, samples_before, samples_of
-from trainer.parallel.mesh import Mesh, join
+from trainer.parallel.mesh import Connecting, Mesh, join
 from trainer.saves import Measured, SaveSchedule
 from trainer.sizing.search.runnable import refusal
 from trainer.startup import Startup
@@ -84,8 +84,13 @@ def _main(config: RunConfig, rank: RankContext, recorder: Recorder) -> None:
     feed = BatchFeed.prepare(config, default_home() / "data")
     startup.enter(RankPhase.RENDEZVOUS)
     mesh = join(config, rank, device)
+    connecting = _connect(config, mesh)
     startup.enter(RankPhase.BUILD)
     job = _Job(config, rank, mesh, feed, recorder)
+    job.checkpoints.prepare(job.engine)
+    startup.enter(RankPhase.RENDEZVOUS)
+    connecting.wait()
+    job.facts["communicators"] = connecting.seconds
     startup.enter(RankPhase.LOAD)
     job.resume(startup)
     with job.stop.heeded():
@@ -129,6 +134,15 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     from trainer.engines.native import NativeEngine
 
     return NativeEngine(config, mesh)
+
+
+def _connect(config: RunConfig, mesh: Mesh) -> Connecting:
+    """Begin to make communicators; DeepSpeed has groups of its own."""
+    if config.train.engine == "deepspeed":
+        return Connecting(mesh, ())
+    from trainer.parallel.apply import axes_in_use  # slow to import
+
+    return Connecting(mesh, axes_in_use(mesh, config.model.top_k))
 
 
 @dataclass
@@ -201,7 +215,6 @@ class _Job:
         if self.progress.step >= train.steps:
             done = f"step {self.progress.step} of {train.steps} is done"
             self.lines.note([f"nothing is left to train: {done}; raise train.steps to continue"])
-        self.checkpoints.prepare(self.engine)
         gc.collect()
         gc.freeze()
         gc.disable()

@@ -190,16 +190,18 @@ class Saver:
     # ---- what training calls ----
 
     def prepare(self, pieces: Iterable[TensorPiece]) -> None:
-        """Get the memory for saves of such pieces, beside what follows: the first save then doesn't wait for it."""
+        """Get memory and writer for saves of such pieces, beside what follows: the first save then waits for neither."""
         if not self._policy.background and self._memory is None:
             return
         size = layout(0, self._identity, ordered(pieces)).size
         with suppress(Exception):  # the save will meet it again, and tell it
-            self._ready()
+            self._writer.ready()
         self._preparing = threading.Thread(target=self._prepared, args=(size,), daemon=True)
         self._preparing.start()
 
     def _prepared(self, size: int) -> None:
+        with suppress(Exception):
+            self._serve()
         with suppress(Exception):
             self._buffers.prepare(size)
 
@@ -231,13 +233,13 @@ class Saver:
         self._count += 1
         job = _Job(step, f"{self._nonce}{self._count:04x}", facts, began, tiers)
         try:
+            self._prepared_by_now()
             self._ready()
             kept = ordered(pieces)
             job.layout = layout(step, self._identity, kept)
             if not self._policy.background and list(tiers) == ["store"]:
                 job.live = kept  # training waits, so a copy would only cost memory and time
             else:
-                self._prepared_by_now()
                 job.buffer = self._buffers.take(job.layout.size)
                 job.copy = StagedCopy(job.buffer, job.layout, kept, self._device)
         except Exception as error:
@@ -313,6 +315,9 @@ class Saver:
     def _ready(self) -> None:
         """The writer runs, and serves its node's snapshots where there are any."""
         self._writer.ready()
+        self._serve()
+
+    def _serve(self) -> None:
         pid = self.writer_pid or 0
         if self._memory is not None and self._served != pid:
             order = Serve(str(self._memory.folder), self._secret, self._memory.towards)

@@ -66,8 +66,17 @@ def main(program: Sequence[str]) -> None:
 def _import(program: Sequence[str]) -> None:
     for name in (*_MODULES, *_engine(program)) if program else LIBRARIES:
         importlib.import_module(name)
+    _warm()
     gc.collect()
     gc.freeze()  # the rank collects before its first step, and need not walk through all modules for it
+
+
+def _warm() -> None:
+    """Begin what the first step would wait for."""
+    with contextlib.suppress(Exception):
+        from triton.runtime.cache import triton_key
+
+        triton_key()  # half a second of hashing, kept by Triton
 
 
 def _engine(program: Sequence[str]) -> list[str]:

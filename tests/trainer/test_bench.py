@@ -24,6 +24,7 @@ from trainer.bench.measure import Times, timed
 from trainer.bench.options import Options, options_of
 from trainer.bench.plain import PlainDecoder
 from trainer.cli import main
+from trainer.feed import BatchFeed
 from trainer.model.decoder import inputs
 from trainer.model.initial import build
 
@@ -365,7 +366,8 @@ def test_the_command_prints_ours_and_the_baseline(capsys: pytest.CaptureFixture[
 def test_variants_are_overrides_on_top() -> None:
     """A word without a dot is an axis, but for the bench's own."""
     found = variants.parse(
-        "ep=2 | routing=zipf tp=2 | layers=3 optim.kind=muon overlap=off", options("train.micro_batch=2")
+        "ep=2 | routing=zipf tp=2 | layers=3 optim.kind=muon overlap=off feed=inline",
+        options("train.micro_batch=2"),
     )
     assert [one.options.overrides for one in found] == [
         ("train.micro_batch=2", "parallel.ep=2"), ("train.micro_batch=2", "parallel.tp=2"),
@@ -374,12 +376,14 @@ def test_variants_are_overrides_on_top() -> None:
     assert [one.options.routing for one in found] == ["real", "zipf", "real"]
     assert [one.options.layers for one in found] == [2, 2, 3]
     assert [one.options.overlap for one in found] == [True, True, False]
+    assert [one.options.feed for one in found] == ["device", "device", "inline"]
 
 
 @pytest.mark.parametrize(("text", "why"), [
     ("ep=1 | routing=ziff", "routing=ziff doesn't exist .did you mean 'zipf'.*; use one of real"),
     ("routing=", "routing= doesn't exist"), ("layers=x", "layers=x is not a whole number above 0; type e.g. layers=8"),
     ("layers=0", "layers=0 is not"), ("layers", "layers= is not"),
+    ("feed=outline", "feed=outline doesn't exist .did you mean 'inline'"),
     ("overlap=of", "overlap=of doesn't exist; type overlap=on or overlap=off"),
 ])  # fmt: skip
 def test_a_variant_that_does_not_exist_is_refused(text: str, why: str) -> None:
@@ -402,11 +406,15 @@ def test_a_table_of_variants_has_a_line_each(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone: list[object] = []
+    read: list[bool] = []
+    started = BatchFeed.started
+    monkeypatch.setattr(BatchFeed, "started", lambda *a, **k: read.append(k["ahead"]) or started(*a, **k))
     monkeypatch.setattr("trainer.bench.command.serial", lambda device: alone.append(device) or nullcontext())
     words = ["bench", "--model", "demo", "--baselines", "none", "--steps", "1", "--layers", "2"]
-    table = "zero=1 | optim.kind=muon overlap=off"
+    table = "feed=ahead | feed=inline | optim.kind=muon overlap=off"
     assert main([*words, "--variants", table, "data.sequence=16", "model.vocab=256"]) == 0
-    assert alone == [torch.device("cpu")]
+    assert alone == [torch.device("cpu")] and read == [True, False]
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("optim.kind=muon ") for line in lines) == 2 and "no forecast" in lines[-1]
+    assert sum(line.startswith(("feed=ahead ", "feed=inline ")) for line in lines) == 4
     assert main(["bench", "--model", "demo", "--variants", "zero=1"]) != 0

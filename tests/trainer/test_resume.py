@@ -188,7 +188,7 @@ def test_another_batch_goes_on_behind_the_samples_that_were_taken(train: Train, 
     batch = loop.BatchFeed._read
 
     def noted(self: Any, step: int) -> Any:
-        taken.append(samples_before(self._config.train, step) + self._ahead)
+        taken.append(samples_before(self._config.train, step) + self._beyond)
         return batch(self, step)
 
     with mock.patch.object(loop.BatchFeed, "_read", noted):

@@ -6,8 +6,8 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from trainer.bench.options import Options
 from trainer.bench.serial import serial
 from trainer.engines.base import Batch, Engine
 from trainer.engines.native import NativeEngine
+from trainer.feed import BatchFeed
 from trainer.kernels.choice import reason
 from trainer.parallel.mesh import Mesh, join
 from trainer.sizing.model.flops import NUMERATOR, peak
@@ -182,8 +183,8 @@ def _native(
     if options.routing != "real":
         for stage in engine._stages:
             routing.force(stage, options.routing)
-    step = _step_of(engine, options, config, mesh)
-    with nullcontext() if options.overlap else serial(mesh.device):
+    overlap = nullcontext() if options.overlap else serial(mesh.device)
+    with _step_of(engine, options, config, mesh) as step, overlap:
         times = timed(step, mesh.device, options.steps)
         if mesh.device.type != "cuda":
             return times, None
@@ -200,16 +201,29 @@ def _no_mark(_name: str) -> Any:
     return nullcontext()
 
 
-def _step_of(engine: Engine, options: Options, config: RunConfig, mesh: Mesh) -> Callable[[Mark], object]:
+@contextmanager
+def _step_of(
+    engine: Engine, options: Options, config: RunConfig, mesh: Mesh
+) -> Iterator[Callable[[Mark], object]]:
     """A step of an engine on new tokens each time."""
+    samples = config.train.global_batch or 1
+    with _batches(engine, options, config, mesh) as batches:
+        yield lambda mark: engine.step(batches(), samples, config.optim.lr, mark)
+
+
+@contextmanager
+def _batches(
+    engine: Engine, options: Options, config: RunConfig, mesh: Mesh
+) -> Iterator[Callable[[], list[Batch]]]:
+    if options.feed != "device":
+        feed = BatchFeed.prepare(config, default_home() / "data")
+        with feed.started(0, 0, engine.place, mesh.device, ahead=options.feed == "ahead"):
+            yield feed.batches
+        return
     samples, micro = config.train.global_batch or 1, config.train.micro_batch
     drawn = BatchTokens(config, mesh.device, options.routing == "real", engine.place.index)
-
-    def step(mark: Mark) -> object:
-        batches = [Batch(drawn.draw(micro), None) for _ in range(samples // micro // engine.place.size)]
-        return engine.step(batches, samples, config.optim.lr, mark)
-
-    return step
+    count = samples // micro // engine.place.size
+    yield lambda: [Batch(drawn.draw(micro), None) for _ in range(count)]
 
 
 def _force_theirs(routers: Sequence[nn.Module], options: Options, config: RunConfig) -> None:
@@ -227,7 +241,8 @@ def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Tim
         engine = DeepSpeedEngine(config, mesh)
         if forced:
             routing.force(engine._stage, options.routing)
-        return timed(_step_of(engine, options, config, mesh), mesh.device, options.steps)
+        with _step_of(engine, options, config, mesh) as step:
+            return timed(step, mesh.device, options.steps)
     samples = config.train.global_batch or 1
     drawn = BatchTokens(config, mesh.device, not forced, 0)
     if name == "plain":

@@ -11,6 +11,7 @@ BASELINES = ("plain", "hf", "deepspeed")
 FORCED = ("balanced", "zipf")
 """Routings that don't ask the router."""
 ROUTINGS = ("real", *FORCED)
+FEEDS = ("device", "ahead", "inline")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Options:
     """Where the trace of a step goes."""
     overlap: bool = True
     """Whether communication may run beside computation."""
+    feed: str = "device"
+    """Where tokens come from: `device`, which has them already; `ahead`, a run's feed, which reads a step ahead; `inline`,
+    the same within the step."""
 
 
 def options_of(

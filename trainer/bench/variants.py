@@ -13,13 +13,14 @@ from configs.schema import RunConfig
 from trainer.bench import kernels
 from trainer.bench.cases import config_of, flops_of, refuse
 from trainer.bench.measure import Times
-from trainer.bench.options import ROUTINGS, Options
+from trainer.bench.options import FEEDS, ROUTINGS, Options
 from trainer.parallel.mesh import Mesh, assemble
 from trainer.sizing.memory import estimate
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import auto
 from trainer.sizing.search.legal import AXES
 
+_CHOICES = {"routing": ROUTINGS, "feed": FEEDS}
 AUTO = "auto"
 """A variant whose open axes the planner sets."""
 
@@ -34,10 +35,10 @@ class Variant:
 
 def parse(text: str, options: Options) -> list[Variant]:
     """`ep=4 | tp=2 ep=4 | routing=zipf ep=4 | auto`: overrides on top of the others; a word without a dot is an axis of
-    `parallel`, but for `routing`, `layers`, and `overlap`, which is `on` or `off`.
+    `parallel`, but for `routing`, `layers`, `feed`, and `overlap`, which is `on` or `off`.
 
     Raises:
-        UserError: for a value of these three that there isn't.
+        UserError: for a value of these four that there isn't.
     """
     return [_variant(one.strip(), options) for one in text.split("|")]
 
@@ -46,13 +47,13 @@ def _variant(text: str, options: Options) -> Variant:
     words: list[str] = []
     for word in text.split():
         name, _, value = word.partition("=")
-        if name == "routing":
-            if value not in ROUTINGS:
+        if name in _CHOICES:
+            if value not in _CHOICES[name]:
                 raise UserError(
-                    f"--variants '{text}': routing={value} doesn't exist{nearest(value, ROUTINGS)}; use one of "
-                    f"{', '.join(ROUTINGS)}"
+                    f"--variants '{text}': {word} doesn't exist{nearest(value, _CHOICES[name])}; use one of "
+                    f"{', '.join(_CHOICES[name])}"
                 )
-            options = replace(options, routing=value)
+            options = replace(options, routing=value) if name == "routing" else replace(options, feed=value)
         elif name == "overlap":
             if value not in ("on", "off"):
                 raise UserError(

@@ -140,3 +140,10 @@ def documents(tokens: np.ndarray, separator: int | None) -> np.ndarray | None:
     ids = np.zeros((len(tokens), tokens.shape[1] - 1), dtype=np.int32)
     np.cumsum(ended, axis=1, out=ids[:, 1:])
     return ids
+
+
+def bounds(documents_BS: np.ndarray) -> np.ndarray:
+    """Where documents begin, with the samples one after the other, and behind the last: [documents + 1] int32, from 0."""
+    first_BS = np.ones(documents_BS.shape, dtype=bool)
+    np.not_equal(documents_BS[:, 1:], documents_BS[:, :-1], out=first_BS[:, 1:])
+    return np.append(np.flatnonzero(first_BS), documents_BS.size).astype(np.int32)

@@ -21,7 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def micros(batches: Sequence[Batch], samples: int, positions_S: Tensor, tally: Tally) -> list[Micro]:
     """A step's micro-batches as the model takes them, each sample's losses weighted by 1 / `samples`."""
-    return [Micro(b.tokens_BS, positions_S, b.documents_BS, 1.0 / samples, tally) for b in batches]
+    weight = 1.0 / samples
+    return [Micro(b.tokens_BS, positions_S, b.documents_BS, weight, tally, b.stretches) for b in batches]
 
 
 def clipping(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:

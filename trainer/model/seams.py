@@ -22,6 +22,16 @@ from torch import Tensor
 from trainer.kernels.choice import fused
 
 
+@dataclass(frozen=True)
+class Stretches:
+    """Where documents lie, with the samples of a micro-batch one after the other."""
+
+    bounds: Tensor
+    """Place of the first token of each, and behind the last, [documents + 1] int32 on the device."""
+    longest: int
+    """Tokens of the longest."""
+
+
 @dataclass
 class Tally:
     """What routers count in a step, by layer. Counting stops while a forward pass is computed again."""
@@ -78,6 +88,8 @@ class Micro:
     loss_weight: float
     """Weight of one sample's losses: 1 / samples of the step."""
     tally: Tally
+    stretches: Stretches | None = None
+    """The same documents as `documents_BS`, for attention that needs no mask; None where they aren't known on the host."""
 
     @property
     def sequence(self) -> int:
@@ -239,10 +251,7 @@ class SoloSeams:
         self, q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, micro: Micro, window: int, scale: float | None
     ) -> Tensor:
         """Attention over the samples."""
-        positions = micro.positions_S
-        return masked_attention(
-            q_BNSH, k_BGSH, v_BGSH, positions, positions, micro.documents_BS, window, scale
-        )
+        return attention(q_BNSH, k_BGSH, v_BGSH, micro.positions_S, micro, window, scale)
 
     def previous(self, x_BSD: Tensor, micro: Micro) -> Tensor:
         """The token before."""
@@ -298,6 +307,26 @@ def queue_places(chosen_BSK: Tensor, experts: int) -> Tensor:
     return place_BR.view_as(chosen_BSK)
 
 
+def attention(
+    q_BNSH: Tensor,
+    k_BGSH: Tensor,
+    v_BGSH: Tensor,
+    positions: Tensor,
+    micro: Micro,
+    window: int,
+    scale: float | None,
+) -> Tensor:
+    """Attention over whole samples, without a mask in memory where the device can.
+
+    Args:
+        positions: places of queries and keys in the sample, ascending, [sequence].
+        window: as in `masked_attention`.
+    """
+    if micro.stretches is not None and _flashes(q_BNSH, v_BGSH):
+        return _flash(q_BNSH, k_BGSH, v_BGSH, window, scale, micro.stretches)
+    return masked_attention(q_BNSH, k_BGSH, v_BGSH, positions, positions, micro.documents_BS, window, scale)
+
+
 def masked_attention(
     q_BNSH: Tensor,
     k_BGSH: Tensor,
@@ -321,8 +350,8 @@ def masked_attention(
         return F.scaled_dot_product_attention(
             q_BNSH, k_BGSH, v_BGSH, is_causal=True, enable_gqa=gqa, scale=scale
         )
-    if documents_BS is None and q_positions is k_positions and _slides(q_BNSH, v_BGSH):
-        return _sliding(q_BNSH, k_BGSH, v_BGSH, window, scale)
+    if documents_BS is None and q_positions is k_positions and _flashes(q_BNSH, v_BGSH):
+        return _flash(q_BNSH, k_BGSH, v_BGSH, window, scale, None)
     distance = q_positions[:, None] - k_positions[None, :]
     mask = distance >= 0
     if window:
@@ -337,18 +366,32 @@ def masked_attention(
     )
 
 
-def _slides(q_BNSH: Tensor, v_BGSH: Tensor) -> bool:
-    """Whether torch's flash attention has windows for these. With a mask instead, grouped queries have no fused kernel."""
+def _flashes(q_BNSH: Tensor, v_BGSH: Tensor) -> bool:
+    """Whether torch's flash attention takes these. With a mask instead, grouped queries have no fused kernel."""
     width = q_BNSH.shape[-1]
     takes = width == v_BGSH.shape[-1] and width % 8 == 0 and width <= 256
     return takes and q_BNSH.is_cuda and torch.version.hip is None and fused(q_BNSH)
 
 
-def _sliding(q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, window: int, scale: float | None) -> Tensor:
-    """Causal attention within a window, over whole samples; `scaled_dot_product_attention` has no argument for it."""
+def _flash(
+    q_BNSH: Tensor,
+    k_BGSH: Tensor,
+    v_BGSH: Tensor,
+    window: int,
+    scale: float | None,
+    stretches: Stretches | None,
+) -> Tensor:
+    """Causal attention within a window and within documents, over whole samples.
+
+    `scaled_dot_product_attention` has arguments for neither, and `torch.nn.attention.varlen` none for whole samples.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_BNSH, k_BGSH, v_BGSH))
+    bounds, longest = None, q.shape[1]
+    if stretches is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        bounds, longest = stretches.bounds, stretches.longest
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False,
-        scale=scale, window_size_left=window - 1, window_size_right=0,
+        q, k, v, bounds, bounds, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=window - 1 if window else None, window_size_right=0 if window else None,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out.view(q_BNSH.shape[0], -1, *out.shape[-2:]).transpose(1, 2)

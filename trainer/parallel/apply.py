@@ -110,11 +110,21 @@ def _place_seams(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> None:
                 setattr(module, name, seam)
 
 
+def axes_in_use(mesh: Mesh, top_k: int) -> tuple[str, ...]:
+    """Groups whose communicators the native engine's first step needs; a pipeline's sends have theirs by pairs of ranks."""
+    wide = ("ep_wide",) if _gathers(mesh, top_k) else ()
+    return ("stage", "dp_cp", "edp", "ep", *wide, "etp", "tp", "cp")
+
+
+def _gathers(mesh: Mesh, top_k: int) -> bool:
+    """Whether tokens are gathered for the experts, and not sent to them."""
+    return mesh["etp"].size == 1 and fewer_bytes(top_k, mesh["ep"].size)
+
+
 def _exchange(mesh: Mesh, top_k: int) -> ExpertParallel | GatheredExperts:
-    ep, etp = mesh["ep"], mesh["etp"]
-    if etp.size == 1 and fewer_bytes(top_k, ep.size):
-        return GatheredExperts(ep, mesh["ep_wide"])
-    return ExpertParallel(ep, etp)
+    if _gathers(mesh, top_k):
+        return GatheredExperts(mesh["ep"], mesh["ep_wide"])
+    return ExpertParallel(mesh["ep"], mesh["etp"])
 
 
 def _part(box: Box, dim: int, axis: Axis) -> Box:

@@ -137,7 +137,7 @@ class UlyssesContext(_Shared):
         """Attention of this rank's heads over the whole sample, given back as all heads of this rank's tokens."""
         whole = self.all_places(micro)
         q, k, v = (self._to_heads(x) for x in (q_BNSH, k_BGSH, v_BGSH))
-        out = seams.masked_attention(q, k, v, whole, whole, micro.documents_BS, window, scale)
+        out = seams.attention(q, k, v, whole, micro, window, scale)
         return self._to_tokens(out)
 
     def _to_heads(self, x_BNsH: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ node, and ep may be larger than dp (parallel folding, arXiv 2504.14960).
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -129,6 +131,50 @@ class Mesh:
         host = numbers.detach().to("cpu", copy=True)
         dist.all_reduce(host, op=op, group=self.control_group)
         return host
+
+
+class Connecting:
+    """Makes the devices' communicators in a thread while the model is built: each takes a second or more, and torch would
+    make it within the first step.
+
+    Args:
+        mesh: of this rank.
+        axes: names of those that the first step uses, in the same order on all ranks. What isn't used would take device
+            memory all the same.
+    """
+
+    def __init__(self, mesh: Mesh, axes: Sequence[str]) -> None:
+        self.seconds: dict[str, float] = {}
+        """By the first axis that uses it."""
+        self._error: BaseException | None = None
+        groups: dict[dist.ProcessGroup, str] = {}
+        for name in axes:
+            axis = mesh[name]
+            if axis.group is not None and axis.size > 1 and mesh.device.type == "cuda":
+                groups.setdefault(axis.group, name)
+        self._thread = threading.Thread(
+            target=self._work, args=(groups, mesh.device), name="connect", daemon=True
+        )
+        self._thread.start()
+
+    def _work(self, groups: dict[dist.ProcessGroup, str], device: torch.device) -> None:
+        try:
+            for group, name in groups.items():
+                began = time.monotonic()
+                group._get_backend(device).eager_connect_single_device(device)
+                self.seconds[name] = round(time.monotonic() - began, 3)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Return once all are made.
+
+        Raises:
+            dist.DistError: where one can't be made.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,3 +48,24 @@ def test_memory_that_is_not_there_leaves_no_file_behind(
         with pytest.raises(Incomplete, match="65536 bytes, can't be had: .*No space left"):
             buffers.take(1 << 16)
     assert descriptors() <= before and list(tmp_path.iterdir()) == []
+
+
+def test_pages_are_there_before_the_driver_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, resident = 8 << 20, list[int]()
+
+    def lock(address: int, *_: object) -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        next(line for line in lines if line.startswith(f"{address:x}-"))
+        resident.append(int(next(line for line in lines if line.startswith("Rss:")).split()[1]) << 10)
+        return 0
+
+    monkeypatch.setattr(
+        torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lock, cudaHostUnregister=lambda _: 0)
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    buffer = Buffer(size, tmp_path / "buffer")
+    buffer.pin(torch.device("cuda", 0))
+    buffer.close()
+    assert resident == [size]

@@ -178,7 +178,7 @@ MUTANTS = [
     Mutant(
         "samples that were taken before are fed again",
         _FEED,
-        "samples_before(train, step) + self._ahead",
+        "samples_before(train, step) + self._beyond",
         "samples_before(train, step)",
         f"{_PLACES}[1-0-5]",
     ),
@@ -195,6 +195,20 @@ MUTANTS = [
         "masked = self._config.data.document_mask",
         "masked = False",
         f"{_FED}documents_are_told_where_they_are_masked[True]",
+    ),
+    Mutant(
+        "documents of two samples are one",
+        _SAMPLER,
+        "first_BS = np.ones(",
+        "first_BS = np.zeros(",
+        f"{_FED}where_documents_lie_is_known_on_the_host",
+    ),
+    Mutant(
+        "what is read within the step is read ahead",
+        _FEED,
+        "        if not ahead:\n",
+        "        if False:\n",
+        f"{_FED}batches_read_within_the_step_are_those_that_are_read_ahead",
     ),
     Mutant(
         "validation is on what is trained on",

@@ -17,15 +17,15 @@ MUTANTS = [
     Mutant(
         "losses are weighted by micro-batches",
         _COMMON,
-        "b.documents_BS, 1.0 / samples, tally)",
-        "b.documents_BS, 1.0 / len(batches), tally)",
+        "weight = 1.0 / samples",
+        "weight = 1.0 / len(batches)",
         f"{_RUN}[adamw]",
     ),
     Mutant(
         "document masks don't reach the model",
         _COMMON,
-        "b.documents_BS, 1.0 / samples, tally)",
-        "None, 1.0 / samples, tally)",
+        "b.documents_BS, weight, tally",
+        "None, weight, tally",
         f"{_RUN}[adamw]",
     ),
     Mutant(

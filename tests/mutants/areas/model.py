@@ -430,6 +430,20 @@ MUTANTS = [
         f"{_START}deviations_and_constants",
     ),
     Mutant(
+        "documents are as long as samples to flash attention",
+        _SEAMS,
+        "bounds, longest = stretches.bounds, stretches.longest",
+        "bounds, longest = stretches.bounds, longest - 1",
+        f"{_TEST}documents_known_on_the_host_need_no_mask[None-3]",
+    ),
+    Mutant(
+        "documents known on the host have a mask",
+        _SEAMS,
+        "if micro.stretches is not None and _flashes(q_BNSH, v_BGSH):",
+        "if False:",
+        f"{_TEST}documents_known_on_the_host_need_no_mask[None-0]",
+    ),
+    Mutant(
         "the head counts as a matrix",
         _INITIAL,
         'if name in ("embedding.weight", "head.weight"):',

@@ -55,6 +55,20 @@ def env(launch: Launch) -> dict[str, str]:
 
 
 @pytest.fixture
+def idle(env: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Of a node without a gang; what stands for torch takes no time to import."""
+    for name in standby.LIBRARIES:
+        if name.startswith("torch"):
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                package = tmp_path.joinpath("libraries", *parts[:depth])
+                package.mkdir(parents=True, exist_ok=True)
+                (package / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path / "libraries"), *(p for p in sys.path if p)])
+    return env | {"PYTHONPATH": path, "LOCAL_WORLD_SIZE": "8"}
+
+
+@pytest.fixture
 def spawner() -> Spawner:
     return Spawner()
 
@@ -212,9 +226,8 @@ def test_they_can_be_fewer_or_off_and_end_when_nobody_needs_them(
 
 
 def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
-    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+    standbys: Standbys, launch: Launch, env: dict[str, str], idle: dict[str, str], tmp_path: Path
 ) -> None:
-    idle = env | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "LOCAL_WORLD_SIZE": "8"}
     standbys.expect(2, idle)
     until(lambda: standbys.ready == 2, "two for two devices")
     assert not take(standbys, launch, env | {"OMP_NUM_THREADS": "7"}, tmp_path / "log")[0], "read too early"
@@ -224,18 +237,20 @@ def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
     warm, words, seen, path, modules = json.loads((tmp_path / "log").read_text())
     assert not warm and words == ["run", "a word"] and (seen["RANK"], seen["LOCAL_WORLD_SIZE"]) == ("1", "2")
     assert path[0] == launch.code and path.count(launch.code) == 1, "its run's own code, before the node's"
+    assert str(tmp_path / "libraries") not in path
     assert "torch._dynamo" in modules and "trainer" in modules
     assert not {"configs.rank", "orchestrator.agent", "trainer.loop"}.intersection(modules), "the node's own"
 
 
 def test_libraries_give_way_to_a_gang_and_come_back_after_it(
-    standbys: Standbys, spawner: Spawner, launch: Launch, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    standbys: Standbys, spawner: Spawner, launch: Launch, env: dict[str, str], idle: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     def kinds() -> set[str]:
         return {one.kind.module for one in list(standbys._waiting)}
 
     monkeypatch.setattr("orchestrator.agent.standbys._LINGER_SECONDS", 0.0)
-    standbys.expect(1, env)
+    standbys.expect(1, idle)
     until(lambda: kinds() == {""}, "the node's own")
     standbys.rest(RUN)
     until(lambda: not spawner.pids(), "room for ranks that start")
@@ -243,12 +258,12 @@ def test_libraries_give_way_to_a_gang_and_come_back_after_it(
     until(lambda: kinds() == {"trainer"}, "its program")
     standbys.drop(RUN)
     until(lambda: kinds() == {""}, "the node's own again")
-    standbys.expect(1, env | {"MEGARAY_STANDBYS": "0"})
+    standbys.expect(1, idle | {"MEGARAY_STANDBYS": "0"})
     until(lambda: not spawner.pids(), "none where none are wanted")
 
 
-def test_a_gang_that_never_trains_bars_no_other(standbys: Standbys, env: dict[str, str]) -> None:
-    standbys.expect(1, env)
+def test_a_gang_that_never_trains_bars_no_other(standbys: Standbys, idle: dict[str, str]) -> None:
+    standbys.expect(1, idle)
     standbys.rest(RUN)
     standbys.drop(RUN)
     until(lambda: standbys._waiting, "the node's own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,25 @@ def test_every_place_gets_its_samples_of_each_step(text: Path, begin: int, ahead
                 assert _rows(feed.batches()) == wanted, (step, index)
 
 
+def test_where_documents_lie_is_known_on_the_host(text: Path) -> None:
+    """Counted token by token."""
+    _, feed = _feed(text)
+    seen = 0
+    with feed.started(0, 0, DataPlace(0, 1), CPU):
+        for batch in feed.batches():
+            if batch.documents_BS is None:
+                assert batch.stretches is None
+                continue
+            lengths: list[int] = []
+            for row in batch.documents_BS.tolist():
+                lengths += [len(list(same)) for _, same in groupby(row)]
+            assert batch.stretches is not None and batch.stretches.longest == max(lengths)
+            assert batch.stretches.bounds.tolist() == list(accumulate(lengths, initial=0))
+            assert batch.stretches.bounds.dtype == torch.int32
+            seen += len(lengths) > len(batch.documents_BS)
+    assert seen
+
+
 def test_another_seed_gives_another_order(text: Path) -> None:
     orders = []
     for seed in (1, 1 + (1 << 40)):
@@ -65,6 +85,19 @@ def test_another_seed_gives_another_order(text: Path) -> None:
         with feed.started(0, 0, DataPlace(0, 1), CPU):
             orders.append(_rows(feed.batches()))
     assert orders[0] != orders[1]
+
+
+def test_batches_read_within_the_step_are_those_that_are_read_ahead(text: Path) -> None:
+    """Nothing is read before it is asked for."""
+    _, feed = _feed(text)
+    with feed.started(1, 0, DataPlace(0, 1), CPU):
+        wanted = [_rows(feed.batches()) for _ in range(3)]
+    read, asked = feed._read, []
+    feed._read = lambda step: asked.append(step) or read(step)  # type: ignore[method-assign, func-returns-value]
+    with feed.started(1, 0, DataPlace(0, 1), CPU, ahead=False):
+        for step in range(3):
+            assert asked == list(range(1, step + 1))
+            assert _rows(feed.batches()) == wanted[step]
 
 
 @pytest.mark.parametrize("masked", [False, True])

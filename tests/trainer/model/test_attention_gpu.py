@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.model.seams import masked_attention
+from trainer.model.seams import Micro, Stretches, Tally, attention, masked_attention
 from trainer.parallel.context import places, two_pieces
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
@@ -42,6 +42,30 @@ def test_a_window_slides_without_a_mask(window: int) -> None:
     for one, other in zip(torch.autograd.grad((found * slope).sum(), narrow), theirs, strict=True):
         # A window of one token leaves no slope of queries and keys.
         assert _off(one, other) < LIMIT if other.norm() > 1e-3 else one.float().norm() < 0.2
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_documents_have_their_own_attention_without_a_mask(window: int) -> None:
+    """Lengths of one token, of a tile, and beyond it."""
+    *given, slope = _drawn()
+    at = torch.arange(SEQUENCE, device=GPU)
+    documents = torch.zeros(2, SEQUENCE, dtype=torch.int32, device=GPU)
+    for row, starts in ((0, (1, 129, 130)), (1, (300,))):
+        for start in starts:
+            documents[row, start:] += 1
+    bounds = torch.tensor([0, 1, 129, 130, 512, 812, 1024], dtype=torch.int32, device=GPU)
+    wide = [x.clone().requires_grad_() for x in given]
+    batch = Micro(
+        torch.zeros(2, SEQUENCE + 1, device=GPU), at, documents, 1.0, Tally(), Stretches(bounds, 382)
+    )
+    expected = masked_attention(*wide, at, at, documents, window, None)
+    theirs = torch.autograd.grad((expected * slope).sum(), wide)
+    narrow = [x.bfloat16().requires_grad_() for x in given]
+    q, k, v = narrow
+    found = attention(q, k, v, at, batch, window, None)
+    assert _off(found, expected) < LIMIT
+    for one, other in zip(torch.autograd.grad((found * slope).sum(), narrow), theirs, strict=True):
+        assert _off(one, other) < LIMIT
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from configs.model import YarnConfig
 from tests.trainer.model.small_models import KINDS, gradients, logits, micro, shape, stage, tokens
+from trainer.model import seams
 from trainer.model.attention import Attention
 from trainer.model.block import landed
 from trainer.model.decoder import DecoderStage, boundary_width, inputs
@@ -319,3 +324,40 @@ def test_bf16_is_close_to_fp32(kind: str) -> None:
     exact = built(inputs(batch), batch)
     low = built.to(torch.bfloat16)(inputs(batch), batch)
     assert low.dtype == torch.float32 and abs(low - exact) < 0.1 * exact
+
+
+def _documents_one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *rest: Any, **how: Any
+) -> tuple[Tensor]:
+    """What `aten::_flash_attention_forward` says that it does, [T, heads, width], a document and a query at a time."""
+    longest = int(bounds.diff().max())
+    assert rest[0] is bounds and rest[1:] == (longest, longest, 0.0, True, False)
+    left, group = how["window_size_left"], q.shape[1] // k.shape[1]
+    assert how["window_size_right"] == (None if left is None else 0)
+    out = torch.zeros_like(q)
+    for begin, end in pairwise(bounds.tolist()):
+        for place in range(begin, end):
+            first = begin if left is None else max(begin, place - left)
+            for head in range(q.shape[1]):
+                keys, values = (x[first : place + 1, head // group] for x in (k, v))
+                scale = how["scale"] or q.shape[-1] ** -0.5
+                out[place, head] = (keys @ q[place, head] * scale).softmax(0) @ values
+    return (out,)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_documents_known_on_the_host_need_no_mask(
+    window: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 8, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    batch = micro(tokens(2, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0] * 8]))
+    wanted = seams.attention(q, k, v, batch.positions_S, batch, window, scale)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", _documents_one_by_one)
+    known = replace(batch, stretches=seams.Stretches(torch.tensor([0, 3, 7, 8, 16], dtype=torch.int32), 8))
+    torch.testing.assert_close(seams.attention(q, k, v, batch.positions_S, known, window, scale), wanted)
+    monkeypatch.setattr(seams, "_flashes", lambda *_: True)
+    found = seams.attention(q, k, v, batch.positions_S, known, window, scale)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.equal(found, wanted), "the other way was taken"

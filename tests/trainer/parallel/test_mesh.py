@@ -21,7 +21,8 @@ from configs.schema import ParallelConfig
 from tests.forks import forks
 from tests.trainer.parallel.rank_pool import RankPool
 from trainer.loop import make_engine
-from trainer.parallel.mesh import assemble, dense_groups, make_groups, patience
+from trainer.parallel.apply import axes_in_use
+from trainer.parallel.mesh import Axis, Connecting, Mesh, assemble, dense_groups, make_groups, patience
 from trainer.parallel.stages import cut, stages_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -195,3 +196,54 @@ def test_no_group_is_made_without_a_limit() -> None:
                 calls[file.name, node.lineno] = {keyword.arg for keyword in node.keywords}
     assert len(calls) >= 4
     assert [place for place, keywords in calls.items() if "timeout" not in keywords] == []
+
+
+class _Group:
+    """A process group whose communicator is made, or can't be."""
+
+    def __init__(self, made: list[_Group], error: Exception | None = None) -> None:
+        self._made, self._error = made, error
+
+    def _get_backend(self, device: torch.device) -> _Group:
+        assert device == torch.device("cuda", 1)
+        return self
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        assert device == torch.device("cuda", 1)
+        if self._error is not None:
+            raise self._error
+        self._made.append(self)
+
+
+def _of_two(groups: dict[str, Any], device: torch.device) -> Mesh:
+    axes = {name: Axis(group, (0, 1), 1) for name, group in groups.items()}
+    axes["tp"] = Axis(None, (1,), 0)
+    axes["edp"] = Axis(_Group([], RuntimeError("one rank needs none")), (1,), 0)  # type: ignore[arg-type]
+    return Mesh(1, 2, {}, device, axes, None, Applied())  # type: ignore[arg-type]
+
+
+def test_communicators_are_made_once_each_in_the_order_of_axes() -> None:
+    made: list[_Group] = []
+    world, wide, unused = _Group(made), _Group(made), _Group(made)
+    mesh = _of_two({"stage": world, "dp": unused, "ep": world, "ep_wide": wide}, torch.device("cuda", 1))
+    connecting = Connecting(mesh, ("stage", "edp", "ep", "ep_wide", "tp"))
+    connecting.wait()
+    assert made == [world, wide] and list(connecting.seconds) == ["stage", "ep_wide"]
+    nothing = Connecting(_of_two({"stage": world}, torch.device("cpu")), ("stage",))
+    nothing.wait()
+    assert len(made) == 2 and not nothing.seconds, "gloo has no communicators to make"
+
+
+def test_a_communicator_that_cannot_be_made_ends_the_start() -> None:
+    made: list[_Group] = []
+    broken, after = _Group(made, dist.DistBackendError("unhandled system error")), _Group(made)
+    connecting = Connecting(_of_two({"stage": broken, "ep": after}, torch.device("cuda", 1)), ("stage", "ep"))
+    with pytest.raises(dist.DistBackendError, match="unhandled system error"):
+        connecting.wait()
+    assert not made
+
+
+def test_the_first_step_uses_the_tokens_own_communicator_only_where_they_are_gathered() -> None:
+    mesh = _of_two({"ep": _Group([])}, torch.device("cpu"))
+    mesh.axes["etp"] = Axis(None, (1,), 0)
+    assert "ep_wide" in axes_in_use(mesh, 2) and "ep_wide" not in axes_in_use(mesh, 1)
