@@ -35,7 +35,6 @@ _LEAST_MEMORY = 2 << 30
 _NO_MARK = "0" * 32
 _PROGRAM = ("-m", "trainer")
 """What is worth waiting for: other programs measure the node, which mustn't be disturbed, and are short."""
-_IDLE = "idle node"
 
 
 @dataclass(frozen=True)
@@ -222,15 +221,15 @@ class Standbys:
         for one in surplus:
             one.line.close()  # it ends by itself, or once it has imported
             self._spawner.send([one.process.pid], signal.SIGKILL)
-        if importing >= (1 if idle is None else max(1, machine.processors() // 4)):
-            return  # one after the other where ranks need the processor
         for need in needs:
             if (
                 need.until is None
                 and wanted.get(need.kind, 0) > 0
                 and self._failed.get(need.kind, 0) < _TRIES
             ):
-                if psutil.virtual_memory().available > _LEAST_MEMORY:
+                # One after the other where ranks need the processor.
+                most = 1 if idle is None else max(1, machine.processors() // 4)
+                if importing < most and psutil.virtual_memory().available > _LEAST_MEMORY:
                     self._start(need)
                 return
 
