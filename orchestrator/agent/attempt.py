@@ -36,6 +36,8 @@ _KILL_SECONDS = 60.0
 """A process that SIGKILL hasn't ended after this is reported as the node's fault."""
 _CHRONICLE_SECONDS = 1.0
 """Longest time that a stop waits for what is written for people."""
+_BASE_SECONDS = 5.0
+"""Age of what is known of the devices' memory before ranks start."""
 _DEVICE_SECONDS = 60.0
 """Likewise device memory that isn't free."""
 
@@ -264,7 +266,8 @@ class Attempt:
         logs = files.take_logs()
         try:
             if launch.uses_devices:
-                self._used = devices.used(launch.devices).used
+                # The attempt before it on these slots has just looked.
+                self._used = devices.used(launch.devices, _BASE_SECONDS).used
             env = environment.common(launch, os.environ)
             for local_rank, rank in enumerate(launch.ranks):
                 if self._stop is not None:
@@ -378,11 +381,15 @@ class Attempt:
         launch = self._launch
         if launch is None or not launch.uses_devices or self.started is None:
             return
-        until, wait = time.monotonic() + _DEVICE_SECONDS, 0.05
-        unknown = devices.used(launch.devices).unknown
-        if unknown:
-            log.warning("%s: whether the devices' memory is free is unknown: %s", self.run.run_id, unknown)
-        while held := devices.held(launch.devices, self._used):
+        until, wait, said = time.monotonic() + _DEVICE_SECONDS, 0.05, ""
+        while True:
+            now = devices.used(launch.devices)
+            if now.unknown and now.unknown != said:
+                said = now.unknown
+                log.warning("%s: whether the devices' memory is free is unknown: %s", self.run.run_id, said)
+            held = devices.held(now, self._used)
+            if not held:
+                return
             if time.monotonic() > until:
                 with self._changed:
                     self.unfit = held

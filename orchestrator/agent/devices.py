@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +30,25 @@ class DeviceUsage:
     """Why it is unknown; empty where it is known."""
 
 
-def used(variables: Mapping[str, str]) -> DeviceUsage:
-    """Memory in use on the devices that `variables` name, such as `{"CUDA_VISIBLE_DEVICES": "0,1"}`."""
+_newest: dict[frozenset[tuple[str, str]], tuple[float, DeviceUsage]] = {}
+"""By variables: when they were last asked about, and the answer."""
+
+
+def used(variables: Mapping[str, str], age: float = 0.0) -> DeviceUsage:
+    """Memory in use on the devices that `variables` name, such as `{"CUDA_VISIBLE_DEVICES": "0,1"}`.
+
+    Args:
+        age: seconds that the answer may be old: the tools take up to a second.
+    """
+    key = frozenset(variables.items())
+    at, usage = _newest.get(key, (-math.inf, DeviceUsage()))
+    if time.monotonic() - at > age:
+        at, usage = time.monotonic(), _asked(variables)
+        _newest[key] = at, usage
+    return usage
+
+
+def _asked(variables: Mapping[str, str]) -> DeviceUsage:
     for names, tool in ((_NVIDIA, _nvidia), (_AMD, _amd)):
         chosen = next((variables[name] for name in names if variables.get(name)), "")
         if chosen:
@@ -37,9 +56,8 @@ def used(variables: Mapping[str, str]) -> DeviceUsage:
     return DeviceUsage(unknown="no variable says which devices the ranks had")
 
 
-def held(variables: Mapping[str, str], before: Mapping[str, int]) -> str:
+def held(now: DeviceUsage, before: Mapping[str, int]) -> str:
     """Which devices hold more than `before` and `TOLERANCE`, as a sentence; empty where none does, or none can be asked."""
-    now = used(variables)
     over = {
         device: count - before.get(device, 0) for device, count in now.used.items()
         if count - before.get(device, 0) > TOLERANCE
