@@ -16,10 +16,10 @@ _OF_BYTECODE = "tests/orchestrator/agent/test_environment.py::test_"
 
 MUTANTS = [
     Mutant(
-        "a living process counts as ending",
+        "the kernel's word for an end counts as an exit code",
         _PROC,
-        "not int(stat[1][6]) & _EXITING",
-        "False",
+        "os.waitstatus_to_exitcode(int(stat[1][49]))",
+        "int(stat[1][49])",
         f"{_OF_ENDS}the_kernel_says_how_a_process_that_nobody_has_waited_for_ends[import sys; sys.exit(3)-0-3]",
     ),
     Mutant(

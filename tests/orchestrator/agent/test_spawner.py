@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -33,6 +34,19 @@ def test_the_kernel_says_how_a_process_that_nobody_has_waited_for_ends(
         until(lambda: proc.state(process.pid) == "Z", "its end")
         assert proc.ending(process.pid) == told
     assert proc.ending(process.pid) == 0, "it is gone"
+
+
+def test_a_process_that_a_debugger_holds_is_not_ending() -> None:
+    """The kernel keeps the signal that holds it in the place of its exit code."""
+    libc, attach, detach = ctypes.CDLL(None, use_errno=True), 16, 17
+    with subprocess.Popen(["sleep", "600"]) as process:
+        if libc.ptrace(attach, process.pid, None, None):
+            process.kill()
+            pytest.skip(f"no process may be traced here: {os.strerror(ctypes.get_errno())}")
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert proc.state(process.pid) == "t" and proc.ending(process.pid) == 0
+        libc.ptrace(detach, process.pid, None, None)
+        process.kill()
 
 
 class LatePoll:
