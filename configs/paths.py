@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError, nearest
+
+
+def own_folder(path: Path) -> bool:
+    """Make a folder for this user alone where anyone may make some, as in `/tmp`; False where one is there that is another
+    user's, who could exchange files in it, or that is no folder.
+
+    Raises:
+        OSError: where it can't be made.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = path.lstat()
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
 
 
 def default_home() -> Path:

@@ -19,7 +19,8 @@ from trainer.engines.base import Batch, DataPlace
 from trainer.model.seams import Stretches
 from trainer.optim.schedule import samples_before, samples_of
 
-_Arrays = list[tuple[np.ndarray, np.ndarray | None]]
+_Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+"""Of a micro-batch: tokens, documents, and their bounds."""
 
 
 class BatchFeed:
@@ -30,7 +31,7 @@ class BatchFeed:
         self._sampler = store.sampler(config.data, config.train.seed)
         self._held = store.evaluation(config.data)
         self._place, self._device, self._beyond = DataPlace(0, 1), torch.device("cpu"), 0
-        self._coming: Iterator[_Arrays] = iter(())
+        self._coming: Iterator[list[_Arrays]] = iter(())
 
     @classmethod
     def prepare(cls, config: RunConfig, cache: Path) -> BatchFeed:
@@ -96,23 +97,23 @@ class BatchFeed:
         arrays = [self._arrays(self._held, 0, micro) for micro in range(passes)]
         return [self._batch(*one) for one in arrays], passes * unit
 
-    def _read(self, step: int) -> _Arrays:
+    def _read(self, step: int) -> list[_Arrays]:
         train = self._config.train
         first = samples_before(train, step) + self._beyond
         passes = samples_of(train, step) // (train.micro_batch * self._place.size)
         return [self._arrays(self._sampler, first, micro) for micro in range(passes)]
 
-    def _arrays(self, sampler: TokenSampler, first: int, micro: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _arrays(self, sampler: TokenSampler, first: int, micro: int) -> _Arrays:
         tokens = sampler.batch(
             first, micro, self._config.train.micro_batch, self._place.index, self._place.size
         )
         masked = self._config.data.document_mask
-        return tokens, documents(tokens, self._store.separator) if masked else None
+        of = documents(tokens, self._store.separator) if masked else None
+        return tokens, of, None if of is None else bounds(of)
 
-    def _batch(self, tokens: np.ndarray, documents: np.ndarray | None) -> Batch:
-        if documents is None:
+    def _batch(self, tokens: np.ndarray, documents: np.ndarray | None, ends: np.ndarray | None) -> Batch:
+        if documents is None or ends is None:
             return Batch(self._to_device(tokens), None)
-        ends = bounds(documents)
         stretches = Stretches(self._to_device(ends), int(np.diff(ends).max()))
         return Batch(self._to_device(tokens), self._to_device(documents), stretches)
 

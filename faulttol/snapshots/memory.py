@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.paths import own_folder
 from faulttol.checkpoint.folder import CheckpointCommit, Folder, tag
 from faulttol.checkpoint.load import Tier
 from faulttol.checkpoint.manifest import Identity, Incomplete
@@ -60,10 +60,7 @@ def folder(node: str, run: str) -> Path:
     base = Path(named or f"/dev/shm/megaray-{os.getuid()}")
     how = "type checkpoint.memory_every=null, or set MEGARAY_MEMORY to a folder of your own on a tmpfs"
     try:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = base.lstat()
-        # Anyone may make folders in /dev/shm: in another's, files could be exchanged below us.
-        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+        if not own_folder(base):
             raise UserError(f"checkpoint.memory_every needs {base}, which isn't this user's folder: {how}")
         place = base / _word(node) / _word(run)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -36,10 +36,10 @@ _KILL_SECONDS = 60.0
 """A process that SIGKILL hasn't ended after this is reported as the node's fault."""
 _CHRONICLE_SECONDS = 1.0
 """Longest time that a stop waits for what is written for people."""
-_BASE_SECONDS = 5.0
-"""Age of what is known of the devices' memory before ranks start."""
 _DEVICE_SECONDS = 60.0
 """Likewise device memory that isn't free."""
+_BASE_SECONDS = 5.0
+"""Age of what is known of the devices' memory before ranks start."""
 
 
 @dataclass

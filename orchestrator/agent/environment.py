@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
-import stat
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from configs.paths import RunPaths
+from configs.paths import RunPaths, own_folder
 from configs.rank import PARENT, RankContext
 from faulttol import steady
 from orchestrator.agent.orders import AttemptOrder, Launch
@@ -111,12 +110,12 @@ def _bytecode(env: Mapping[str, str]) -> dict[str, str]:
         return {}
     folder = Path(tempfile.gettempdir()) / f"megaray-bytecode-{os.getuid()}"
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        own = folder.lstat()
+        # In another user's there could be modules of his own.
+        mine = own_folder(folder) and not folder.lstat().st_mode & 0o022
     except OSError:
         return {}
-    if own.st_uid != os.getuid() or not stat.S_ISDIR(own.st_mode) or own.st_mode & 0o022:
-        return {}  # another user could give it modules of his own
+    if not mine:
+        return {}
     return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
 
 

@@ -103,8 +103,8 @@ class Spawner:
     def send(self, pids: Collection[int], number: signal.Signals) -> None:
         """Send a signal to those that live: none is reaped meanwhile, so its id can't have become another's."""
         with self._lock:
-            watched = [one.process.pid for one in self._watched.values()]
-            family.end([pid for pid in watched if pid in pids], number)
+            watched = {one.process.pid for one in self._watched.values()}
+            family.end(watched.intersection(pids), number)
 
     def pids(self) -> set[int]:
         """Processes that are watched now."""

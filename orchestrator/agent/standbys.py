@@ -48,15 +48,17 @@ class _Kind:
 
     @classmethod
     def of(cls, launch: Launch, env: Mapping[str, str]) -> _Kind:
-        return cls(
-            launch.program[1], launch.code, tuple(sorted((k, v) for k, v in env.items() if k not in CHANGING))
-        )
+        return cls(launch.program[1], launch.code, _kept(env))
 
     def fits(self, other: _Kind) -> bool:
         """Whether an interpreter of this kind can become a rank of `other`."""
         if self.module:
             return self == other
         return other.module == _PROGRAM[1] and _early(self.env) == _early(other.env)
+
+
+def _kept(env: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in env.items() if name not in CHANGING))
 
 
 def _early(env: tuple[tuple[str, str], ...]) -> dict[str, str]:
@@ -102,15 +104,14 @@ class Standbys:
 
     def expect(self, ranks: int, env: Mapping[str, str]) -> None:
         """Have interpreters with the libraries for the first ranks of whichever run comes; `env` is what ranks share."""
-        count = min(_limit(env, ranks), ranks)
+        count = _count(env, ranks)
         with self._lock:
-            kind = _Kind("", "", tuple(sorted((k, v) for k, v in env.items() if k not in CHANGING)))
-            self._idle = _Need(kind, (), count) if count > 0 else None
+            self._idle = _Need(_Kind("", "", _kept(env)), (), count) if count > 0 else None
         self._wake.set()
 
     def keep(self, run: str, launch: Launch, env: Mapping[str, str]) -> None:
         """Have interpreters for the next attempt of a run whose ranks train; `env` is what its ranks share."""
-        count = min(_limit(env, len(launch.ranks)), len(launch.ranks))
+        count = _count(env, len(launch.ranks))
         with self._lock:
             self._starting.discard(run)
             if launch.program[:2] == _PROGRAM and count > 0:
@@ -256,9 +257,9 @@ class Standbys:
             self._failed[one.kind] = self._failed.get(one.kind, 0) + 1
 
 
-def _limit(env: Mapping[str, str], most: int) -> int:
+def _count(env: Mapping[str, str], ranks: int) -> int:
     setting = env.get("MEGARAY_STANDBYS", "")
-    return int(setting) if setting.isdecimal() else most
+    return min(int(setting), ranks) if setting.isdecimal() else ranks
 
 
 def _has_told(line: socket.socket) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -53,7 +54,8 @@ def _variant(text: str, options: Options) -> Variant:
                     f"--variants '{text}': {word} doesn't exist{nearest(value, _CHOICES[name])}; use one of "
                     f"{', '.join(_CHOICES[name])}"
                 )
-            options = replace(options, routing=value) if name == "routing" else replace(options, feed=value)
+            change: dict[str, Any] = {name: value}
+            options = replace(options, **change)
         elif name == "overlap":
             if value not in ("on", "off"):
                 raise UserError(

@@ -53,7 +53,7 @@ MUTANTS = [
     Mutant(
         "others' folders give compiled modules",
         _ENVIRONMENT,
-        "or own.st_mode & 0o022",
+        " and not folder.lstat().st_mode & 0o022",
         "",
         f"{_OF_BYTECODE}a_folder_that_others_can_write_to_gives_no_modules",
     ),
