@@ -13,8 +13,9 @@ from configs.errors import UserError, nearest
 
 
 def own_folder(path: Path) -> bool:
-    """Make a folder for this user alone where anyone may make some, as in `/tmp`; False where one is there that is another
-    user's, who could exchange files in it, or that is no folder.
+    """Make a folder for this user alone where anyone may make some, as in `/tmp`.
+
+    False where a link or another user's folder has the name: files could be exchanged below it.
 
     Raises:
         OSError: where it can't be made.
