@@ -11,7 +11,7 @@ from itertools import groupby
 from faulttol.checkpoint.boxes import Box, uncovered
 from faulttol.checkpoint.folder import CheckpointCommit, Directory, tag
 from faulttol.checkpoint.manifest import Incomplete, Manifest, ManifestHead, ShardFile, digest
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted, landing
 from faulttol.checkpoint.shards import Entry, ShardIndex, block_digest
 from faulttol.checkpoint.store import StoreLike
 
@@ -41,6 +41,16 @@ class Span:
 
     path: str
     blocks: tuple[WantedBlock, ...]
+
+    @property
+    def start(self) -> int:
+        """First byte in the file."""
+        return self.blocks[0].offset
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.blocks[-1].offset + self.blocks[-1].length - self.start
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class CheckpointReader:
         self._all = list(wanted)
         self._wanted = _by_name(wanted)
         self._lock = threading.Lock()
+        self._memory = threading.local()
         self.bytes = 0
         """Read so far, indexes included."""
 
@@ -206,15 +217,19 @@ class CheckpointReader:
             f"step {mine[2]}, attempt {mine[1]} of run {mine[0]}"
         )
 
-    def verified(self, span: Span) -> memoryview:
+    def verified(self, span: Span, into: memoryview | None = None) -> memoryview:
         """The bytes of a span, every block compared with its digest.
+
+        Args:
+            into: memory of at least that size; None: they get their own.
 
         Raises:
             Incomplete: naming file, tensor and range of the first block that differs.
         """
-        start, end = span.blocks[0].offset, span.blocks[-1].offset + span.blocks[-1].length
+        start, size = span.start, span.size
         what = f"{span.blocks[0].entry.name}{span.blocks[0].entry.box}"
-        data = memoryview(self._read(span.path, start, end, what))
+        data = memoryview(bytearray(size)) if into is None else into[:size]
+        self._read_into(span.path, start, data, what)
         for block in span.blocks:
             at = block.offset - start
             if block_digest(data[at : at + block.length]) != block.entry.digest(block.number):
@@ -228,7 +243,7 @@ class CheckpointReader:
 
     def _take(self, span: Span) -> None:
         """Read a span and fill what wants its blocks."""
-        data, start = self.verified(span), span.blocks[0].offset
+        data, start = self.verified(span, self._landing(span.size)), span.start
         # Of one piece, all follow each other.
         for _, run in groupby(span.blocks, key=lambda block: id(block.entry)):
             blocks = list(run)
@@ -236,17 +251,30 @@ class CheckpointReader:
             at = blocks[0].offset - start
             fill(blocks[0].wanted, blocks[0].entry.box, (blocks[0].first, last), data[at:])
 
+    def _landing(self, size: int) -> memoryview:
+        """This thread's, used again for each span: memory that is new each time is cleared and mapped each time."""
+        memory: memoryview | None = getattr(self._memory, "landing", None)
+        if memory is None or len(memory) < size:
+            memory = self._memory.landing = landing(size, any(w.on_device for w in self._all))
+        return memory
+
     def _read(self, path: str, start: int, end: int, what: str) -> bytearray:
+        data = bytearray(end - start)
+        with memoryview(data) as view:
+            self._read_into(path, start, view, what)
+        return data
+
+    def _read_into(self, path: str, start: int, into: memoryview, what: str) -> None:
         try:
-            data = self._store.read_range(path, start, end)
+            count = self._store.read_into(path, start, into)
         except OSError as error:
             raise Incomplete(f"{self._path(path)} can't be read: {error}") from None
         with self._lock:
-            self.bytes += len(data)
+            self.bytes += count
             self._alive()
-        if len(data) != end - start:
+        if count != len(into):
+            end = start + len(into)
             raise Incomplete(f"{self._path(path)} is truncated: it ends before byte {end}, where {what} ends")
-        return data
 
     def _path(self, name: str) -> str:
         return f"{self._store.url.rstrip('/')}/{name}"

@@ -40,11 +40,20 @@ class StoreLike(Protocol):
     def read_range(self, name: str, start: int, end: int) -> bytearray:
         """Bytes `[start, end)` of a file, fewer where it ends before; by several threads at once."""
 
+    def read_into(self, name: str, start: int, into: memoryview) -> int:
+        """Fill memory with the bytes of a file from `start` on; how many there were."""
+
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; none where it isn't there."""
 
     def remove(self, name: str) -> None:
         """Remove a file or folder; it may be gone already."""
+
+
+def taken(into: memoryview, data: bytearray) -> int:
+    """What `StoreLike.read_into` gives, of a store whose client has memory of its own."""
+    into[: len(data)] = data
+    return len(data)
 
 
 _BEHIND = 32 << 20
@@ -199,16 +208,27 @@ class CheckpointStore:
                     raise
                 return bytearray()
         data = bytearray(end - start)
-        with Path(path).open("rb", buffering=0) as file:
+        with memoryview(data) as view:
+            count = self.read_into(name, start, view)
+        return data[:count] if count < len(data) else data
+
+    def read_into(self, name: str, start: int, into: memoryview) -> int:
+        """Fill memory with the bytes of a file from `start` on; how many there were. Likewise.
+
+        Raises:
+            FileNotFoundError: where the file isn't there.
+        """
+        if not self._local:
+            return taken(into, self.read_range(name, start, start + len(into)))
+        count = 0
+        with Path(f"{self._root}/{name}").open("rb", buffering=0) as file:
             file.seek(start)
-            view, count = memoryview(data), 0
-            while count < len(data):
-                got = file.readinto(view[count:])
+            while count < len(into):
+                got = file.readinto(into[count:])
                 if not got:
                     break
                 count += got
-        view.release()
-        return data[:count] if count < len(data) else data
+        return count
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder; none where it isn't there."""

@@ -214,6 +214,10 @@ class Copies:
         """Bytes `[start, end)` of a file of this node."""
         return self._own.read_range(name, start, end)
 
+    def read_into(self, name: str, start: int, into: memoryview) -> int:
+        """Fill memory with the bytes of a file of this node from `start` on; how many there were."""
+        return self._own.read_into(name, start, into)
+
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder of this node."""
         return self._own.names(folder)

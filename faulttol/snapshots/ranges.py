@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from faulttol.checkpoint.store import CheckpointStore
+from faulttol.checkpoint.store import CheckpointStore, taken
 
 _NONCE = 32
 """Bytes of a number made up for one connection, and of a proof."""
@@ -259,6 +259,10 @@ class RemoteStore:
             FileNotFoundError: where it isn't there.
         """
         return self._ask({"do": "range", "name": name, "range": [start, end]})
+
+    def read_into(self, name: str, start: int, into: memoryview) -> int:
+        """Fill memory with the bytes of a file from `start` on; how many there were. Raises as `read_range` does."""
+        return taken(into, self.read_range(name, start, start + len(into)))
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; none where it isn't there."""

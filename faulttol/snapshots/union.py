@@ -52,6 +52,10 @@ class Union:
         """Bytes `[start, end)` of a file; fewer where it ends before. Raises as `read` does."""
         return self._tried(name, lambda holder: holder.read_range(name, start, end))
 
+    def read_into(self, name: str, start: int, into: memoryview) -> int:
+        """Fill memory with the bytes of a file from `start` on; how many there were. Raises as `read` does."""
+        return self._tried(name, lambda holder: holder.read_into(name, start, into))
+
     def _tried(self, name: str, act: Callable[[StoreLike], T]) -> T:
         failure = FileNotFoundError(errno.ENOENT, "no node has it", f"{self.url}/{name}")
         problem: OSError = failure

@@ -24,6 +24,7 @@ from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted, owned
 from faulttol.checkpoint.reading import CheckpointReader
 from faulttol.checkpoint.shards import Entry, ShardIndex
 from faulttol.checkpoint.sharing import _groups, _key
+from faulttol.checkpoint.store import taken
 from faulttol.checkpoint.survey import FilePlan, Surveys
 
 PP, TP, EP = 16, 8, 64
@@ -138,6 +139,9 @@ class ManifestShelf:
     def read_range(self, name: str, start: int, end: int) -> bytearray:
         offset, data = self.files[name]
         return bytearray(data[start - offset : end - offset])
+
+    def read_into(self, name: str, start: int, into: memoryview) -> int:
+        return taken(into, self.read_range(name, start, start + len(into)))
 
     def names(self, folder: str = "") -> list[str]:
         if not folder:

@@ -189,15 +189,15 @@ def test_what_cannot_be_read_is_named(root: Path) -> None:
 
 
 def test_one_rank_that_cannot_read_takes_all_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, bad = CheckpointStore.read_range, set()
+    read, bad = CheckpointStore.read_into, set()
 
-    def fail(self: CheckpointStore, name: str, start: int, end: int) -> bytearray:
+    def fail(self: CheckpointStore, name: str, start: int, into: memoryview) -> int:
         if folder_of(20) in name and not bad:
             bad.add(name)
             raise OSError(errno.EIO, "Input/output error")
-        return read(self, name, start, end)
+        return read(self, name, start, into)
 
-    monkeypatch.setattr(CheckpointStore, "read_range", fail)
+    monkeypatch.setattr(CheckpointStore, "read_into", fail)
     assert "Input/output error" in _load(root, 10) and len(bad) == 1
 
 

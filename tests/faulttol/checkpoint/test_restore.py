@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -19,7 +20,7 @@ from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import folder_of
 from faulttol.checkpoint.load import Restored, restore, stored
 from faulttol.checkpoint.peers import SoloPeers
-from faulttol.checkpoint.pieces import BLOCK, Wanted
+from faulttol.checkpoint.pieces import BLOCK, Wanted, landing
 from faulttol.checkpoint.save import Saved
 from tests.faulttol.checkpoint.counting import CountedBytes
 from tests.faulttol.ranks import identity, save_all
@@ -270,3 +271,33 @@ def test_a_saver_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) 
         left = [p for p in tmp_path.rglob("*") if p.is_file()]
         assert len(left) < 13, "leftovers of earlier saves are removed"
     assert committed > 0
+
+
+def test_spans_of_any_length_are_read_into_the_same_memory() -> None:
+    """New memory for each is cleared, mapped and taken back for each."""
+    reader = reading.CheckpointReader.__new__(reading.CheckpointReader)
+    reader._memory, reader._all = threading.local(), []
+    first = reader._landing(64)
+    assert reader._landing(32) is first and len(reader._landing(128)) == 128
+    others: list[memoryview] = []
+    thread = threading.Thread(target=lambda: others.append(reader._landing(64)))
+    thread.start()
+    thread.join()
+    others[0][:4] = b"mine"
+    assert bytes(reader._landing(64)[:4]) == bytes(4), "each thread has its own"
+
+
+def test_what_goes_to_a_device_is_read_into_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    empty = torch.empty
+
+    def make(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        asked.append(pin_memory)
+        if len(asked) > 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", make)
+    memory = [landing(64, on_device) for on_device in (True, True, False)]
+    assert asked == [True, True], "other memory serves where none can be locked"
+    assert all(isinstance(one, memoryview) and len(one) == 64 and not one.readonly for one in memory)

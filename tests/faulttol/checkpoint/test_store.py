@@ -177,8 +177,12 @@ def test_a_range_is_read_alone(tmp_path: Path, request: pytest.FixtureRequest, p
     assert store.read_range("a", 10, 12) == store.read_range("a", 20, 30) == b"", (
         "as of a file that was cut short"
     )
-    with pytest.raises(FileNotFoundError):
-        store.read_range("b", 0, 1)
+    memory = bytearray(b"......")
+    assert [store.read_into("a", at, memoryview(memory)[2:5]) for at in (1, 8, 30)] == [3, 2, 0]
+    assert memory == b"..893."
+    for act in (lambda: store.read_range("b", 0, 1), lambda: store.read_into("b", 0, memoryview(memory))):
+        with pytest.raises(FileNotFoundError):
+            act()
 
 
 # ---- files that may be made once ----

@@ -202,6 +202,7 @@ class _Place:
     dtype: str
     box: Box
     values: bytearray
+    on_device: bool = False
 
     def fill(self, given: memoryview, source: Box) -> None:
         """Take over what this and `source` share, along the one dim."""

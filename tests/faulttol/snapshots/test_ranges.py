@@ -65,6 +65,8 @@ def test_a_range_is_read_alone(server: Server) -> None:
     assert remote.read_range("a", len(data) - 3, len(data) + 9) == data[-3:]
     assert remote.read_range("a", len(data) + 1, len(data) + 9) == b""
     assert remote.read_range("a", 9, 9) == b"" == remote.read_range("a", 9, 3)
+    memory = bytearray(9)
+    assert remote.read_into("a", len(data) - 3, memoryview(memory)[4:]) == 3 and memory[4:7] == data[-3:]
     with pytest.raises(FileNotFoundError, match=f"{remote.url}/b"):
         remote.read_range("b", 0, 1)
     with pytest.raises(OSError, match="Is a directory"):
