@@ -8,10 +8,12 @@ Host Memory"; HIP's is the same call); on a CPU in a thread beside the forward p
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +26,13 @@ if TYPE_CHECKING:
     import torch
 
 
-_MADV_POPULATE_WRITE = 23
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_ROOM = 1 << 20
+"""Bytes that memory without a name is rounded up to, and more: the file of a later step has a longer number in its head."""
+_PIECE = 8 << 20
+"""Bytes of pages that are asked for at once."""
+_THREADS = 4
+"""That ask for pages."""
 _PORTABLE = 1
 """`cudaHostRegisterPortable`, and HIP's flag of that name: the pages are locked for every device."""
 
@@ -35,12 +43,13 @@ class Buffer:
     Args:
         size: bytes.
         path: file on a memory file system, which outlives this process; None: memory without a name, which doesn't.
+        mapped: all pages are mapped at once, as a driver that locks them wants it.
 
     Raises:
         Incomplete: where the host has no room for it.
     """
 
-    def __init__(self, size: int, path: Path | None = None) -> None:
+    def __init__(self, size: int, path: Path | None = None, mapped: bool = False) -> None:
         self._named, self._fd = path, -1
         try:
             if path is None:
@@ -49,9 +58,11 @@ class Buffer:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)  # its memory may be a snapshot's by now, under another name
                 self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            # Or the first copy would end the process by SIGBUS where memory is short.
-            os.posix_fallocate(self._fd, 0, size)
+            os.ftruncate(self._fd, size)
             self._map = mmap.mmap(self._fd, size)
+            # Or the first copy would end the process by SIGBUS where memory is short.
+            if not mapped or not _populate(_address(self._map), size):
+                os.posix_fallocate(self._fd, 0, size)
         except OSError as error:
             self._forget()
             raise Incomplete(
@@ -90,8 +101,7 @@ class Buffer:
         """
         import torch
 
-        address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
-        _populate(address, self.size)
+        address = _address(self._map)
         with torch.cuda.device(device):
             code = torch.cuda.cudart().cudaHostRegister(address, self.size, _PORTABLE)
         if int(code):
@@ -103,8 +113,7 @@ class Buffer:
         import torch
 
         if self._pinned:
-            address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
-            torch.cuda.cudart().cudaHostUnregister(address)
+            torch.cuda.cudart().cudaHostUnregister(_address(self._map))
         with suppress(BufferError):  # a view that somebody still holds; the pages go with it
             self._map.close()
         self._forget()
@@ -117,12 +126,40 @@ class Buffer:
                 self._named.unlink(missing_ok=True)
 
 
-def _populate(address: int, size: int) -> None:
-    """Have the kernel give all pages now. The driver would ask for them one by one, and no kernel starts meanwhile.
+def _address(memory: mmap.mmap) -> int:
+    import torch
 
-    Where the kernel doesn't know the advice (before Linux 5.14), the driver asks all the same.
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+def _populate(address: int, size: int) -> bool:
+    """Have the kernel map all pages now. The driver would ask for them one by one, and no kernel starts meanwhile.
+
+    In pieces: within one call no other thread of the process can map or unmap memory, which reads, communicators and new
+    threads do, and 6 GB take two seconds. Large pages are asked for, which are given, locked and taken back several times
+    faster; whether there are any is the node's setting (`deploy/README.md`).
+
+    Returns:
+        False where the kernel doesn't know the advice (before Linux 5.14).
+
+    Raises:
+        OSError: where it hasn't the memory.
     """
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_HUGEPAGE)  # refused where it knows none
+
+    def ask(at: int) -> int:
+        count = min(_PIECE, size - at)
+        failed = madvise(ctypes.c_void_p(address + at), ctypes.c_size_t(count), _MADV_POPULATE_WRITE)
+        return ctypes.get_errno() if failed else 0
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        errors = set(pool.map(ask, range(0, size, _PIECE))) - {0}
+    if errors - {errno.EINVAL}:
+        # The kernel says EFAULT where a write would have ended the process.
+        code = errno.ENOSPC if errno.EFAULT in errors else max(errors)
+        raise OSError(code, os.strerror(code))
+    return not errors
 
 
 class StagedCopy:
@@ -214,7 +251,9 @@ class Buffers:
                 buffer.close()
                 self._made[at] = None
             path = None if self._folder is None else self._folder / f".{self._word}.{at}"
-            buffer = Buffer(size, path)
+            if path is None:
+                size = (size // _ROOM + 2) * _ROOM
+            buffer = Buffer(size, path, mapped=self._device.type == "cuda")
             if self._device.type == "cuda":
                 try:
                     buffer.pin(self._device)

@@ -191,8 +191,8 @@ class Saver:
 
     def prepare(self, pieces: Iterable[TensorPiece]) -> None:
         """Get memory and writer for saves of such pieces, beside what follows: the first save then waits for neither."""
-        if not self._policy.background and self._memory is None:
-            return
+        if (not self._policy.background and self._memory is None) or self._count:
+            return  # a save that has begun gets them itself
         size = layout(0, self._identity, ordered(pieces)).size
         with suppress(Exception):  # the save will meet it again, and tell it
             self._writer.ready()

@@ -27,7 +27,7 @@ from faulttol.checkpoint.save import owned  # noqa: E402
 from faulttol.checkpoint.shards import ALIGNMENT, ordered  # noqa: E402
 from faulttol.checkpoint.shards import layout as plan_of  # noqa: E402
 from faulttol.checkpoint.store import CheckpointStore  # noqa: E402
-from faulttol.staged.buffers import Buffer, StagedCopy  # noqa: E402
+from faulttol.staged.buffers import Buffer, Buffers, StagedCopy  # noqa: E402
 from faulttol.staged.saver import Memory, SaveOutcome, SavePolicy, Saver, Signs  # noqa: E402
 from faulttol.staged.writer import Inline, SweepSnapshots, WriterProcess  # noqa: E402
 from tests.faulttol.ranks import ThreadPeers, identity, save_all, together  # noqa: E402
@@ -300,6 +300,24 @@ def test_a_writer_that_is_killed_fails_one_save(tmp_path: Path) -> None:
     ((_, (first, second)),) = _with_savers(1, train, tmp_path)
     assert "the writer process" in str(first.error) and "SIGKILL" in str(first.error)
     assert second.error is None
+
+
+def test_nothing_is_prepared_beside_a_save_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads would fill one buffer."""
+    live, prepared = layout(state(4), 1, 0, "rows")[0], list[int]()
+    monkeypatch.setattr(Buffers, "prepare", lambda _, size: prepared.append(size))
+
+    def train(_: int, saver: Saver) -> list[SaveOutcome]:
+        saver.stage(1, owned(live), {})
+        saver.prepare(owned(live))
+        saver.finish()
+        return saver.poll()
+
+    assert [outcome.error for outcome in _with_savers(1, train, tmp_path)[0]] == [None] and not prepared
+    _with_savers(1, lambda _, saver: saver.prepare(owned(live)), tmp_path / "other")
+    assert len(prepared) == 1
 
 
 def test_a_writer_ends_with_its_rank(tmp_path: Path) -> None:
