@@ -20,6 +20,8 @@ from configs.paths import AttemptPaths, RunPaths
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PARENT = "MEGARAY_PARENT"
 """Variable with the process that started this one as a rank, and whose end ends it."""
+GATE = "MEGARAY_GATE"
+"""Variable with a file that appears once nothing is left of the attempt before, whose device memory this one takes."""
 _LOWEST = 20_000
 """Below are ports that services are known by."""
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")

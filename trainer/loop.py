@@ -26,12 +26,14 @@ from faulttol.signs import SignWriter, is_remote
 from faulttol.staged.saver import SaveOutcome, Signs
 from faulttol.timeline.hooks import Tracing
 from trainer import resume as resuming
+from trainer import warming
 from trainer.engines.base import Engine, StepResult
 from trainer.feed import BatchFeed
+from trainer.handover import await_memory, with_room
 from trainer.lines import Lines
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import learning_rate, samples_before, samples_of
-from trainer.parallel.mesh import Connecting, Mesh, join
+from trainer.parallel.mesh import Mesh, join
 from trainer.saves import Measured, SaveSchedule
 from trainer.sizing.search.runnable import refusal
 from trainer.startup import Startup
@@ -76,7 +78,7 @@ def main(config: RunConfig, rank: RankContext, recorder: Recorder | None = None)
 def _main(config: RunConfig, rank: RankContext, recorder: Recorder) -> None:
     startup = Startup(recorder)
     _refuse(config, rank)
-    device = choose_device(config, rank)
+    device = with_room(lambda: choose_device(config, rank))
     torch.set_num_threads(threads(os.environ))
     if config.train.deterministic:
         _be_deterministic()
@@ -84,13 +86,13 @@ def _main(config: RunConfig, rank: RankContext, recorder: Recorder) -> None:
     feed = BatchFeed.prepare(config, default_home() / "data")
     startup.enter(RankPhase.RENDEZVOUS)
     mesh = join(config, rank, device)
-    connecting = _connect(config, mesh)
+    waited = await_memory(rank, device)
+    _connect(config, mesh)
+    warming.begin(config, device)
     startup.enter(RankPhase.BUILD)
     job = _Job(config, rank, mesh, feed, recorder)
-    job.checkpoints.prepare(job.engine)
-    startup.enter(RankPhase.RENDEZVOUS)
-    connecting.wait()
-    job.facts["communicators"] = connecting.seconds
+    if waited:
+        job.facts["waited_for_memory"] = round(waited, 3)
     startup.enter(RankPhase.LOAD)
     job.resume(startup)
     with job.stop.heeded():
@@ -136,13 +138,13 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     return NativeEngine(config, mesh)
 
 
-def _connect(config: RunConfig, mesh: Mesh) -> Connecting:
+def _connect(config: RunConfig, mesh: Mesh) -> None:
     """Begin to make communicators; DeepSpeed has groups of its own."""
-    if config.train.engine == "deepspeed":
-        return Connecting(mesh, ())
-    from trainer.parallel.apply import axes_in_use  # slow to import
+    if config.train.engine != "deepspeed":
+        from trainer.parallel.apply import axes_in_use  # slow to import
 
-    return Connecting(mesh, axes_in_use(mesh, config.model.top_k))
+        names = axes_in_use(mesh, config.model.top_k)
+        mesh.connecting.begin({name: mesh[name] for name in names}, mesh.device)
 
 
 @dataclass
@@ -196,6 +198,9 @@ class _Job:
     def resume(self, startup: Startup) -> None:
         """Load the newest checkpoint that every rank can read."""
         loaded = self.checkpoints.restore(self.engine)
+        startup.enter(RankPhase.RENDEZVOUS)
+        self.mesh.connecting.wait()
+        self.facts["communicators"] = self.mesh.connecting.seconds
         path, notes = None, self.feed.notes
         if loaded is not None:
             self.progress.step = self.progress.line_step = loaded.step
@@ -219,10 +224,15 @@ class _Job:
         gc.freeze()
         gc.disable()
         self.progress.line_time = time.perf_counter()
+        prepared = False
         with self.feed.started(self.progress.step, self.progress.ahead, self.engine.place, self.mesh.device):
             while self.progress.step < train.steps and not self.stopping:
                 try:
                     self._step(self.progress.step)
+                    if not prepared:
+                        # Not beside the load or the first step, which map memory and load kernels: these wait for it.
+                        self.checkpoints.prepare(self.engine)
+                        prepared = True
                 except BaseException as error:
                     # Before the threads of the data are waited for.
                     exits.write(self.rank.files.raised, error)

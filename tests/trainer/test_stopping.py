@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import pytest
 import torch
 
 from configs.errors import STOPPED_EXIT
-from configs.metrics import SavedLine, StepLine, StoppedLine, last_step, read_all
+from configs.metrics import MetricWriter, SavedLine, StepLine, StoppedLine, last_step, read_all
 from configs.paths import RunPaths
+from configs.rank import GATE, RankContext
 from faulttol.recorder import RankPhase, Recorder, read
 from faulttol.verdicts import VerdictKind
 from tests.trainer.stopping_ranks import CASES, STEP
+from trainer import handover
 from trainer.startup import Startup
 from trainer.stopping import Stop
 
@@ -161,3 +165,92 @@ def test_the_phases_of_a_start_are_recorded_and_add_up(tmp_path: Path) -> None:
     own = Startup(recorder, {})
     own.end()
     assert own.seconds["imports"] > 0.1, "since this process was made"
+
+
+# ---- device memory that the attempt before still holds ----
+
+GIB = 1 << 30
+
+
+class _Following:
+    """Attempt 2 of a run whose attempt 1 had 10 GiB of a device at its peak, and that device."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run, self.gate = RunPaths(folder), folder / "gate"
+        self.rank = RankContext(0, 1, 0, 1, "127.0.0.1", 1, self.run, 2)
+        self.looks: list[float] = []
+        """GiB that are free, look by look; the last one stays."""
+        self.at: dict[int, Callable[[], object]] = {}
+        """What happens before a look."""
+        self._count = 0
+        line = StepLine(
+            0.0, 1, 5, 2.0, 0.0, 0.0, 1.0, 1, 1.0, 1.0, {}, None, [], 1.0, dropped=0, memory_bytes=10 * GIB
+        )
+        writer = MetricWriter(self.run.attempt(1).metrics)
+        writer.write(line)
+        writer.close()
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self._free(), 80 * GIB))
+
+    def _free(self) -> int:
+        self._count += 1
+        self.at.get(self._count, lambda: None)()
+        return int(self.looks[min(self._count, len(self.looks)) - 1] * GIB)
+
+    def wait(self) -> int:
+        """Looks until it goes on."""
+        handover.await_memory(self.rank, torch.device("cuda"), {GATE: str(self.gate)})
+        return self._count
+
+
+@pytest.fixture
+def following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Following:
+    monkeypatch.setattr(handover, "_HELD_SECONDS", 0.3)
+    return _Following(tmp_path, monkeypatch)
+
+
+@pytest.mark.unit
+def test_an_attempt_goes_on_beside_the_last_one_where_there_is_room_for_both(following: _Following) -> None:
+    following.looks = [9.0, 14.4, 14.6]
+    assert following.wait() == 3, "a quarter and 2 GiB more than it had allocated"
+
+
+@pytest.mark.unit
+def test_where_there_is_not_it_waits_for_the_end_of_the_last_one(following: _Following) -> None:
+    following.looks, following.at = [3.0, 3.0, 3.0, 9.9, 10.1], {3: following.gate.touch}
+    assert following.wait() == 5, "for its memory too, which a driver gives up a moment later"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_with_another_layout_room_says_nothing(following: _Following, attempt: int) -> None:
+    following.run.attempt(attempt).root.mkdir(parents=True, exist_ok=True)
+    following.run.attempt(attempt).config.write_text("x: 1\n")
+    following.looks, following.at = [70.0], {4: following.gate.touch}
+    assert following.wait() == 4
+
+
+@pytest.mark.unit
+def test_memory_that_nobody_of_the_run_holds_is_an_error(following: _Following) -> None:
+    following.looks, following.at = [3.0], {1: following.gate.touch}
+    with pytest.raises(
+        handover.DeviceMemoryHeld, match=r"cuda has 3.0 of 80.0 GiB free, and attempt 1 took 10.0"
+    ):
+        following.wait()
+
+
+@pytest.mark.unit
+def test_a_context_that_finds_no_room_is_made_again_after_the_end_of_the_last_one(tmp_path: Path) -> None:
+    gate, calls = tmp_path / "gate", list[bool]()
+
+    def make(words: str = "CUDA error: out of memory") -> str:
+        calls.append(gate.exists())
+        if len(calls) == 1:
+            threading.Timer(0.1, gate.touch).start()
+            raise RuntimeError(words)
+        return "made"
+
+    assert handover.with_room(make, {GATE: str(gate)}) == "made" and calls == [False, True]
+    for words, env in (("out of memory", {}), ("no kernel image", {GATE: str(gate)})):
+        calls.clear()
+        with pytest.raises(RuntimeError, match=words):
+            handover.with_room(lambda words=words: make(words), env)  # type: ignore[misc]

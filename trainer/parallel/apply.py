@@ -264,6 +264,7 @@ def materialize(
                 continue
             local, box = local_part(parameter, cuts[name], mesh)
             local.copy_(initial(name, box, config.model, config.train.seed, mesh.device))
+    mesh.connecting.wait(mesh["dp_cp"], mesh["edp"])
     for module in sharded(stage):
         # FSDP pads odd shards when it is first used; from then on the storage stays where it is.
         module.unshard()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
 from typing import Any
@@ -24,6 +24,9 @@ from configs.rank import RankContext
 from configs.schema import ParallelConfig, RunConfig
 from faulttol.checkpoint.peers import exchange
 from trainer.sizing.search.legal import AXES
+
+_FIRST_BYTES = 1 << 20
+"""Of a rank in a communicator's first use: few ones would go another way than training's do."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,75 @@ def dense_groups(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ..
     }
 
 
+class Connecting:
+    """Makes the devices' communicators in a thread while the model is built and loaded: each takes a second or more, and
+    torch would make it within the first collective.
+
+    That must wait for it: two threads of a rank that ask for one group's communicator make two, and ranks that take them in
+    different orders wait for each other forever.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        """By the first axis that uses it."""
+        self._error: BaseException | None = None
+        self._made: dict[dist.ProcessGroup, threading.Event] = {}
+
+    def begin(self, axes: dict[str, Axis], device: torch.device) -> None:
+        """Begin to make those of some axes.
+
+        Args:
+            axes: those that the first step uses, in the same order on all ranks. What isn't used would take device memory
+                all the same.
+            device: of this rank; one that isn't a GPU needs none.
+        """
+        groups: dict[dist.ProcessGroup, str] = {}
+        for name, axis in axes.items():
+            if axis.group is not None and axis.size > 1 and device.type == "cuda":
+                groups.setdefault(axis.group, name)
+        self._made = {group: threading.Event() for group in groups}
+        threading.Thread(target=self._work, args=(groups, device), name="connect", daemon=True).start()
+
+    def _work(self, groups: dict[dist.ProcessGroup, str], device: torch.device) -> None:
+        try:
+            for group, name in groups.items():
+                began = time.monotonic()
+                backend = group._get_backend(device)
+                backend.eager_connect_single_device(device)
+                _use(backend, group.size(), device)
+                self.seconds[name] = round(time.monotonic() - began, 3)
+                self._made[group].set()
+        except BaseException as error:
+            self._error = error
+        finally:
+            for made in self._made.values():
+                made.set()
+
+    def wait(self, *axes: Axis) -> None:
+        """Return once the communicators of `axes` are made, without any once all are that were begun; called before each
+        collective that may be the first of its group.
+
+        Raises:
+            dist.DistError: where one can't be made.
+        """
+        for group in [axis.group for axis in axes] or list(self._made):
+            if group in self._made:
+                self._made[group].wait()
+        if self._error is not None:
+            raise self._error
+
+
+def _use(backend: Any, size: int, device: torch.device) -> None:
+    """Use a communicator once: only then does NCCL connect the ranks, which takes as long as to make it.
+
+    Past torch's own functions, since nobody is to take this for one of training's collectives; and on a stream of its own,
+    since the build and the load continue.
+    """
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        own = torch.zeros(_FIRST_BYTES, dtype=torch.uint8, device=device)
+        backend._allgather_base(own.new_empty(size * _FIRST_BYTES), own).wait()
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Groups of one rank. Every rank must build its mesh at the same point of its program."""
@@ -98,6 +170,7 @@ class Mesh:
     """All ranks over gloo, for objects and small numbers on the host."""
     network: Applied
     """What became of the network preset's variables."""
+    connecting: Connecting = field(default_factory=Connecting)
 
     def __getitem__(self, name: str) -> Axis:
         """The group along an axis."""
@@ -131,50 +204,6 @@ class Mesh:
         host = numbers.detach().to("cpu", copy=True)
         dist.all_reduce(host, op=op, group=self.control_group)
         return host
-
-
-class Connecting:
-    """Makes the devices' communicators in a thread while the model is built: each takes a second or more, and torch would
-    make it within the first step.
-
-    Args:
-        mesh: of this rank.
-        axes: names of those that the first step uses, in the same order on all ranks. What isn't used would take device
-            memory all the same.
-    """
-
-    def __init__(self, mesh: Mesh, axes: Sequence[str]) -> None:
-        self.seconds: dict[str, float] = {}
-        """By the first axis that uses it."""
-        self._error: BaseException | None = None
-        groups: dict[dist.ProcessGroup, str] = {}
-        for name in axes:
-            axis = mesh[name]
-            if axis.group is not None and axis.size > 1 and mesh.device.type == "cuda":
-                groups.setdefault(axis.group, name)
-        self._thread = threading.Thread(
-            target=self._work, args=(groups, mesh.device), name="connect", daemon=True
-        )
-        self._thread.start()
-
-    def _work(self, groups: dict[dist.ProcessGroup, str], device: torch.device) -> None:
-        try:
-            for group, name in groups.items():
-                began = time.monotonic()
-                group._get_backend(device).eager_connect_single_device(device)
-                self.seconds[name] = round(time.monotonic() - began, 3)
-        except BaseException as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Return once all are made.
-
-        Raises:
-            dist.DistError: where one can't be made.
-        """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
 
 
 def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
+import threading
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,8 @@ from configs.schema import ParallelConfig
 from tests.forks import forks
 from tests.trainer.parallel.rank_pool import RankPool
 from trainer.loop import make_engine
+from trainer.parallel import apply
+from trainer.parallel import mesh as meshes
 from trainer.parallel.apply import axes_in_use
 from trainer.parallel.mesh import Axis, Connecting, Mesh, assemble, dense_groups, make_groups, patience
 from trainer.parallel.stages import cut, stages_of
@@ -214,6 +219,20 @@ class _Group:
             raise self._error
         self._made.append(self)
 
+    def size(self) -> int:
+        return 2
+
+
+class _Slow(_Group):
+    """One whose communicator takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.may, self.done = threading.Event(), threading.Event()
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        assert device == torch.device("cuda", 1) and self.may.wait(30.0)
+
 
 def _of_two(groups: dict[str, Any], device: torch.device) -> Mesh:
     axes = {name: Axis(group, (0, 1), 1) for name, group in groups.items()}
@@ -222,14 +241,35 @@ def _of_two(groups: dict[str, Any], device: torch.device) -> Mesh:
     return Mesh(1, 2, {}, device, axes, None, Applied())  # type: ignore[arg-type]
 
 
-def test_communicators_are_made_once_each_in_the_order_of_axes() -> None:
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
+    """Communicators that were used once, and their ranks; one that waits says that it was."""
+    uses: list[tuple[Any, int]] = []
+
+    def use(group: _Group, size: int, device: torch.device) -> None:
+        assert device == torch.device("cuda", 1)
+        uses.append((group, size))
+        if isinstance(group, _Slow):
+            group.done.set()
+
+    monkeypatch.setattr(meshes, "_use", use)
+    return uses
+
+
+def test_communicators_are_made_once_each_in_the_order_of_axes(used: list[tuple[Any, int]]) -> None:
     made: list[_Group] = []
     world, wide, unused = _Group(made), _Group(made), _Group(made)
     mesh = _of_two({"stage": world, "dp": unused, "ep": world, "ep_wide": wide}, torch.device("cuda", 1))
-    connecting = Connecting(mesh, ("stage", "edp", "ep", "ep_wide", "tp"))
-    connecting.wait()
-    assert made == [world, wide] and list(connecting.seconds) == ["stage", "ep_wide"]
-    nothing = Connecting(_of_two({"stage": world}, torch.device("cpu")), ("stage",))
+    mesh.connecting.wait()
+    assert not made, "nothing was begun"
+    names = ("stage", "edp", "ep", "ep_wide", "tp")
+    mesh.connecting.begin({name: mesh[name] for name in names}, mesh.device)
+    mesh.connecting.wait()
+    mesh.connecting.wait()
+    assert made == [world, wide] and list(mesh.connecting.seconds) == ["stage", "ep_wide"]
+    assert used == [(world, 2), (wide, 2)], "only then are the ranks connected"
+    nothing = Connecting()
+    nothing.begin({"stage": mesh["stage"]}, torch.device("cpu"))
     nothing.wait()
     assert len(made) == 2 and not nothing.seconds, "gloo has no communicators to make"
 
@@ -237,9 +277,11 @@ def test_communicators_are_made_once_each_in_the_order_of_axes() -> None:
 def test_a_communicator_that_cannot_be_made_ends_the_start() -> None:
     made: list[_Group] = []
     broken, after = _Group(made, dist.DistBackendError("unhandled system error")), _Group(made)
-    connecting = Connecting(_of_two({"stage": broken, "ep": after}, torch.device("cuda", 1)), ("stage", "ep"))
-    with pytest.raises(dist.DistBackendError, match="unhandled system error"):
-        connecting.wait()
+    mesh = _of_two({"stage": broken, "ep": after}, torch.device("cuda", 1))
+    mesh.connecting.begin({"stage": mesh["stage"], "ep": mesh["ep"]}, mesh.device)
+    for _ in range(2):
+        with pytest.raises(dist.DistBackendError, match="unhandled system error"):
+            mesh.connecting.wait()
     assert not made
 
 
@@ -247,3 +289,21 @@ def test_the_first_step_uses_the_tokens_own_communicator_only_where_they_are_gat
     mesh = _of_two({"ep": _Group([])}, torch.device("cpu"))
     mesh.axes["etp"] = Axis(None, (1,), 0)
     assert "ep_wide" in axes_in_use(mesh, 2) and "ep_wide" not in axes_in_use(mesh, 1)
+
+
+@pytest.mark.usefixtures("used")
+def test_no_collective_of_the_build_comes_before_its_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that ask for the communicator of one group make two, and the ranks hang."""
+    world, other, seen = _Slow(), _Slow(), list[bool]()
+    mesh = _of_two({"dp_cp": world, "ep_wide": other}, torch.device("cuda", 1))
+    mesh.connecting.begin({name: mesh[name] for name in ("dp_cp", "ep_wide")}, mesh.device)
+    module = SimpleNamespace(
+        unshard=lambda: seen.append(world.done.is_set()), reshard=lambda: seen.append(world.done.is_set())
+    )
+    monkeypatch.setattr(apply, "sharded", lambda _: [module])
+    threading.Timer(0.2, world.may.set).start()
+    apply.materialize(torch.nn.Module(), {}, None, replace(mesh, device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert seen == [True, True] and not other.done.is_set(), "it waits for no other"
+    other.may.set()
+    mesh.connecting.wait()
+    assert other.done.is_set()
