@@ -38,10 +38,10 @@ class ProcessRow:
         return self.ticks / _TICKS
 
 
-def _stat(pid: int) -> tuple[str, list[str]] | None:
-    """A process's name, and the fields of its `stat` from its state (the third) on; None where it is gone."""
+def _stat(place: Path) -> tuple[str, list[str]] | None:
+    """A process's or thread's name, and the fields of its `stat` from its state (the third) on; None where it is gone."""
     try:
-        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+        text = (place / "stat").read_text(errors="replace")
     except OSError:
         return None
     # The name may hold anything: brackets, blanks, and half a letter, since the kernel cuts it at 15 bytes.
@@ -51,7 +51,7 @@ def _stat(pid: int) -> tuple[str, list[str]] | None:
 
 def row(pid: int) -> ProcessRow | None:
     """A process; None where it is gone."""
-    stat = _stat(pid)
+    stat = _stat(PROC / str(pid))
     if stat is None:
         return None
     name, fields = stat
@@ -78,10 +78,20 @@ def ending(pid: int) -> int:
     with tens of GB on a device the driver's seconds too. A success isn't seen early: that a process is ending shows a
     moment before its exit code does.
     """
-    stat = _stat(pid)
+    stat = _stat(PROC / str(pid))
     if stat is None or len(stat[1]) < 50 or not int(stat[1][6]) & _EXITING:
         return 0
     return os.waitstatus_to_exitcode(int(stat[1][49]))
+
+
+def runs(pid: int) -> bool:
+    """Whether a thread of a process may still run its program: not once each has begun to end, or the process is gone."""
+    try:
+        threads = list((PROC / str(pid) / "task").iterdir())
+    except OSError:
+        return False
+    stats = (_stat(thread) for thread in threads)
+    return any(stat is not None and not int(stat[1][6]) & _EXITING for stat in stats)
 
 
 def answer(

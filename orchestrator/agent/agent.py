@@ -108,7 +108,7 @@ class NodeAgent:
         if order.want is Want.STARTED and order.launch is not None:
             attempt.prepare(order.launch, self._check)
             if order.launch.master:
-                attempt.start(order.launch)
+                attempt.start(order.launch, self._ending(order))
         elif order.want is Want.STOPPED:
             attempt.stop(order.grace)
         elif order.want is Want.RELEASED:
@@ -116,6 +116,15 @@ class NodeAgent:
             attempt.free()
         attempt.collect(order.collect)
         self._prune()
+
+    def _ending(self, order: AttemptOrder) -> list[Attempt]:
+        """Attempts of the same run that something is left of here."""
+        left = (AttemptPhase.STOPPING, AttemptPhase.ENDING)
+        return [
+            one
+            for (root, number), one in self._attempts.items()
+            if root == order.run_root and number < order.attempt and one.phase in left
+        ]
 
     def _answer(self, key: Key, attempt: Attempt, order: AttemptOrder) -> AttemptReport:
         ranks = attempt.seen()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configs.paths import RunPaths
-from configs.rank import RankFiles
+from configs.rank import GATE, RankFiles
 from faulttol import proc
 from faulttol.detect.look import RankWatch
 from faulttol.detect.snapshot import RankSeen
@@ -32,12 +33,8 @@ log = logging.getLogger("megaray.agent")
 
 _LAST_WORDS_SECONDS = 0.5
 """An exit is reported without the last line of its log where that takes longer."""
-_KILL_SECONDS = 60.0
-"""A process that SIGKILL hasn't ended after this is reported as the node's fault."""
 _CHRONICLE_SECONDS = 1.0
 """Longest time that a stop waits for what is written for people."""
-_DEVICE_SECONDS = 60.0
-"""Likewise device memory that isn't free."""
 _BASE_SECONDS = 5.0
 """Age of what is known of the devices' memory before ranks start."""
 
@@ -116,6 +113,14 @@ class Attempt:
         self._port: socket.socket | None = None
         self._used: dict[str, int] = {}
         """Bytes in use on each device before the ranks started."""
+        self._gate: Path | None = None
+        """A file that the ranks wait for, while the attempt before still gives up the devices' memory."""
+        self._gone = False
+        """No process is left, not even in the kernel."""
+        self._stuck = ""
+        """Why that takes so long."""
+        self._followed = False
+        """The next attempt has these devices."""
         self._early: dict[int, Exit] = {}
         """Ends of processes that came before it was noted which rank they were."""
         self._check: Callable[[], str] = str
@@ -141,17 +146,23 @@ class Attempt:
         self._port.bind(("", 0))
         self.master = f"{launch.ip}:{self._port.getsockname()[1]}"
 
-    def start(self, launch: Launch) -> None:
-        """Start the ranks with the rendezvous that `launch` tells; once only."""
+    def start(self, launch: Launch, ending: Sequence[Attempt] = ()) -> None:
+        """Start the ranks with the rendezvous that `launch` tells; once only.
+
+        Args:
+            ending: attempts of this run that still hold memory of the devices. The ranks load and meet meanwhile.
+        """
         if self.phase is not AttemptPhase.READY or self.started is not None:
             return
         self._launch, self.started = launch, time.monotonic()
+        if ending and launch.uses_devices:
+            self._follow(ending)
         self._starting = threading.Thread(target=self._start, args=(launch,), name="agent-start", daemon=True)
         self._starting.start()
 
     def stop(self, grace: float) -> None:
         """End all processes: SIGTERM to the ranks, and after `grace` seconds SIGKILL to everything."""
-        if self.phase in (AttemptPhase.STOPPING, AttemptPhase.STOPPED):
+        if self.phase in (AttemptPhase.STOPPING, AttemptPhase.ENDING, AttemptPhase.STOPPED):
             if self._stop is not None and self._stop.begun + grace < self._stop.deadline:
                 self._stop.deadline = self._stop.begun + grace
                 self._changed.notify_all()
@@ -265,7 +276,7 @@ class Attempt:
         assert files is not None, "it was prepared"
         logs = files.take_logs()
         try:
-            if launch.uses_devices:
+            if launch.uses_devices and self._gate is None:
                 # The attempt before it on these slots has just looked.
                 self._used = devices.used(launch.devices, _BASE_SECONDS).used
             env = environment.common(launch, os.environ)
@@ -273,6 +284,8 @@ class Attempt:
                 if self._stop is not None:
                     return
                 own = environment.of_rank(self._order, launch, local_rank, self._rings, self._mark)
+                if self._gate is not None:
+                    own[GATE] = str(self._gate)
                 process = self._standbys.take(launch, env, own, logs[rank], self._ended)
                 if process is None:
                     words = [sys.executable, *launch.program]
@@ -296,9 +309,7 @@ class Attempt:
         except Exception as error:  # reported as the node's fault: nothing else can be wrong here
             log.exception("the ranks of %s can't start", self.run.run_id)
             with self._changed:
-                self.unfit = f"the ranks can't start: {type(error).__name__}: {error}"
-                self.news += 1
-                self._changed.notify_all()
+                self._report_unfit(f"the ranks can't start: {type(error).__name__}: {error}")
         finally:
             for fd in logs.values():
                 os.close(fd)
@@ -321,7 +332,14 @@ class Attempt:
 
     def _stop_all(self) -> None:
         # Whatever fails, the end comes: the slots of an attempt that stops forever would never be free again.
-        for step in (self._end_ranks, self._kill, self._close_chronicle, self._await_devices):
+        for step in (
+            self._end_ranks,
+            self._kill,
+            self._close_chronicle,
+            self._tell_ending,
+            self._await_end,
+            self._await_devices,
+        ):
             try:
                 step()
             except Exception as error:
@@ -363,39 +381,62 @@ class Attempt:
             self._chronicle.close(_CHRONICLE_SECONDS)
 
     def _kill(self) -> None:
-        """SIGKILL until nothing is left. What stays in the kernel is reported and waited for: its slot isn't free."""
-        begun, wait = time.monotonic(), 0.005
-        while left := self._left():
-            family.end(left, signal.SIGKILL)
-            time.sleep(wait)
-            wait = min(1.0, wait * 2)
-            if time.monotonic() - begun > _KILL_SECONDS and not self.unfit:
-                states = ", ".join(f"{pid} ({proc.state(pid)})" for pid in left[:4])
-                with self._changed:
-                    self.unfit = f"processes that SIGKILL doesn't end: {states}"
-                    self.news += 1
-                    self._changed.notify_all()
+        """SIGKILL until nothing runs any more."""
+        family.until_none(
+            lambda: [pid for pid in self._left() if proc.runs(pid)], self._unending, signal.SIGKILL
+        )
+
+    def _tell_ending(self) -> None:
+        with self._changed:
+            self._move(AttemptPhase.ENDING)
+
+    def _await_end(self) -> None:
+        """Wait until nothing is left: its slots aren't free before."""
+        family.until_none(self._left, self._unending)
+        with self._changed:
+            self._gone = True
+            self._changed.notify_all()
+
+    def _unending(self, states: str) -> None:
+        with self._changed:
+            self._stuck = f"processes that SIGKILL doesn't end: {states}"
+            if not self.unfit:
+                self._report_unfit(self._stuck)
+            self._changed.notify_all()
+
+    def _report_unfit(self, why: str) -> None:
+        self.unfit = why
+        self.news += 1
+        self._changed.notify_all()
 
     def _await_devices(self) -> None:
         """Wait until the devices' memory is as free as it was before the ranks started, within bounds."""
         launch = self._launch
-        if launch is None or not launch.uses_devices or self.started is None:
-            return
-        until, wait, said = time.monotonic() + _DEVICE_SECONDS, 0.05, ""
-        while True:
-            now = devices.used(launch.devices)
-            if now.unknown and now.unknown != said:
-                said = now.unknown
-                log.warning("%s: whether the devices' memory is free is unknown: %s", self.run.run_id, said)
-            held = devices.held(now, self._used)
-            if not held:
-                return
-            if time.monotonic() > until:
-                with self._changed:
-                    self.unfit = held
-                return
-            time.sleep(wait)
-            wait = min(2.0, wait * 2)
+        if launch is not None and launch.uses_devices and self.started is not None:
+            held = devices.until_free(launch.devices, self._used, lambda: self._followed)
+            with self._changed:
+                self.unfit = held or self.unfit
+
+    # ---- the attempt before, on the same devices ----
+
+    def _follow(self, ending: Sequence[Attempt]) -> None:
+        self._gate = self._rings / "gate"
+        for one in ending:
+            self._used |= one._used
+            one._followed = True  # what these ranks hold from now on isn't that one's
+        threading.Thread(target=self._open_gate, args=(ending,), name="agent-gate", daemon=True).start()
+
+    def _open_gate(self, ending: Sequence[Attempt]) -> None:
+        gate = self._gate
+        assert gate is not None, "it was chosen before this thread began"
+        with self._changed:
+            while any(not (one._gone or one.phase is AttemptPhase.STOPPED) for one in ending):
+                stuck = next((one._stuck for one in ending if one._stuck), "")
+                if stuck and not self.unfit:
+                    self._report_unfit(stuck)
+                self._changed.wait()
+        with contextlib.suppress(OSError):  # the attempt is over already, and its folder gone
+            gate.touch()
 
 
 def _trains(seen: Sequence[RankSeen]) -> bool:

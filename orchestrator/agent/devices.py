@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from faulttol.proc import answer
 
+log = logging.getLogger("megaray.agent")
+
 TOLERANCE = 512 << 20
 """Bytes that a device may hold more than before: drivers keep contexts for a moment, monitors come and go."""
+WAIT_SECONDS = 60.0
+"""After which memory that isn't free is the node's fault."""
 _SECONDS = 10.0
 _NVIDIA, _AMD = ("CUDA_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
@@ -54,6 +59,27 @@ def _asked(variables: Mapping[str, str]) -> DeviceUsage:
         if chosen:
             return tool(chosen.split(","))
     return DeviceUsage(unknown="no variable says which devices the ranks had")
+
+
+def until_free(variables: Mapping[str, str], before: Mapping[str, int], over: Callable[[], bool]) -> str:
+    """Wait until the devices hold no more than `before` and `TOLERANCE`, for at most a minute; what they hold then, as a
+    sentence, empty where they are free.
+
+    Args:
+        over: whether nobody needs to know any more.
+    """
+    until, wait, said = time.monotonic() + WAIT_SECONDS, 0.05, ""
+    while not over():
+        now = used(variables)
+        if now.unknown and now.unknown != said:
+            said = now.unknown
+            log.warning("whether the memory of %s is free is unknown: %s", dict(variables), said)
+        sentence = held(now, before)
+        if not sentence or time.monotonic() > until:
+            return sentence
+        time.sleep(wait)
+        wait = min(2.0, wait * 2)
+    return ""
 
 
 def held(now: DeviceUsage, before: Mapping[str, int]) -> str:

@@ -13,20 +13,21 @@ from pathlib import Path
 import psutil
 
 from configs.paths import RunPaths, own_folder
-from configs.rank import PARENT, RankContext
+from configs.rank import GATE, PARENT, RankContext
 from faulttol import steady
 from orchestrator.agent.orders import AttemptOrder, Launch
 from orchestrator.local import machine
 
 OWN = (
     "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MEGARAY_ATTEMPT", "MEGARAY_MARK", "MEGARAY_RINGS", "MEGARAY_RUN",
-    "MEGARAY_STARTED", "WORLD_SIZE",
+    "MEGARAY_STARTED", "WORLD_SIZE", GATE,
 )  # fmt: skip
 """Variables that differ between ranks and attempts, and that no library reads while it is being imported."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 CHANGING = (*OWN, *DEVICES)
-"""Variables that an interpreter may be given after it has imported its program."""
+"""Variables that an interpreter may be given after it has imported libraries. One that has imported its program has opened
+the devices' driver too, which reads `DEVICES` once."""
 LATE = ("GLOO_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "MEGARAY_NODE", "PYTHONPATH")
 """What it may be given besides after it has imported libraries alone."""
 

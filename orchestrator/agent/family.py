@@ -6,12 +6,15 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from faulttol import proc, steady
 from faulttol.proc import ProcessRow
 
 _MARK = "MEGARAY_MARK="
+KILL_SECONDS = 60.0
+"""A process that SIGKILL hasn't ended after this is the node's fault."""
+_LOOK_SECONDS = 0.2
 
 
 def table() -> dict[int, ProcessRow]:
@@ -61,6 +64,25 @@ def end(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
+
+
+def until_none(
+    pids: Callable[[], list[int]], unending: Callable[[str], None], number: signal.Signals | None = None
+) -> None:
+    """Wait until there is none of these processes, with a signal to each at each look. What stays in the kernel is waited
+    for.
+
+    Args:
+        unending: called at each look after a minute with the first of them and their states.
+    """
+    begun, wait = time.monotonic(), 0.005
+    while left := pids():
+        if number is not None:
+            end(left, number)
+        time.sleep(wait)
+        wait = min(_LOOK_SECONDS, wait * 2)
+        if time.monotonic() - begun > KILL_SECONDS:
+            unending(", ".join(f"{pid} ({proc.state(pid)})" for pid in left[:4]))
 
 
 def reap(known: Collection[int], earlier: Collection[ProcessRow]) -> set[ProcessRow]:

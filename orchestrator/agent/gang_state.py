@@ -148,9 +148,9 @@ class Gang:
 
     @property
     def stopped(self) -> bool:
-        """Every node has confirmed, or can't be asked."""
+        """Nothing of it runs on any node that can be asked: the next attempt of its run may start."""
         return self.want in (Want.STOPPED, Want.RELEASED) and all(
-            m.lost or m.phase is AttemptPhase.STOPPED for m in self.members
+            m.lost or m.phase in (AttemptPhase.ENDING, AttemptPhase.STOPPED) for m in self.members
         )
 
     def judge(self, now: float, alive: frozenset[str] | None) -> None:
@@ -284,5 +284,5 @@ def _heard_since(member: Member, wanted: float) -> bool:
     return (
         member.answered is not None
         and member.answered > wanted
-        and member.phase in (AttemptPhase.STOPPING, AttemptPhase.STOPPED)
+        and member.phase in (AttemptPhase.STOPPING, AttemptPhase.ENDING, AttemptPhase.STOPPED)
     )

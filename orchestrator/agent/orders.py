@@ -35,6 +35,8 @@ class AttemptPhase(StrEnum):
     RUNNING = "running"
     """They were started; each may have ended since."""
     STOPPING = "stopping"
+    ENDING = "ending"
+    """No process of it runs any program any more; the kernel and the drivers take back what they held, for seconds."""
     STOPPED = "stopped"
     """No process of it is left."""
 

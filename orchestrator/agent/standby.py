@@ -19,8 +19,12 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.rank import die_with_parent
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
 
 READY = b"r"
 _LOW, _NORMAL = "5", "0"
@@ -67,6 +71,10 @@ def _import(program: Sequence[str]) -> None:
     for name in (*_MODULES, *_engine(program)) if program else LIBRARIES:
         importlib.import_module(name)
     _warm()
+    if _on_devices(program):
+        import torch
+
+        torch.cuda.is_available()  # opens the driver, which takes a second once nobody else has it open, and no context
     gc.collect()
     gc.freeze()  # the rank collects before its first step, and need not walk through all modules for it
 
@@ -79,19 +87,36 @@ def _warm() -> None:
         triton_key()  # half a second of hashing, kept by Triton
 
 
-def _engine(program: Sequence[str]) -> list[str]:
-    """Modules that the configuration among the words makes a rank load: its engine's, and what its axes need."""
+def _config(program: Sequence[str]) -> RunConfig | None:
+    """The configuration among the words; None where there is none that can be read."""
     if "--config" not in program[:-1]:
-        return []
+        return None
     from configs.compose import load
 
     try:
-        config = load(Path(program[program.index("--config") + 1]))
+        return load(Path(program[program.index("--config") + 1]))
     except Exception:  # the rank itself will say what is wrong with it
+        return None
+
+
+def _on_devices(program: Sequence[str]) -> bool:
+    config = _config(program)
+    return config is not None and config.hardware.kind != "cpu"
+
+
+def _engine(program: Sequence[str]) -> list[str]:
+    """Modules that the configuration among the words makes a rank load: its engine's, what its axes need, and kernels."""
+    config = _config(program)
+    if config is None:
         return []
     parallel = config.parallel
     axes = [module for axis, module in _AXES.items() if (getattr(parallel, axis) or 1) > 1]
-    return [*_ENGINES.get(str(config.train.engine), ()), *axes]
+    kernels = []
+    if config.hardware.kind != "cpu" and config.train.engine == "native":
+        from trainer.warming import modules
+
+        kernels = modules(config.model)
+    return [*_ENGINES.get(str(config.train.engine), ()), *axes, *kernels]
 
 
 def _turn_to(env: Mapping[str, str]) -> None:

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from orchestrator.agent.environment import CHANGING, LATE
+from orchestrator.agent.environment import CHANGING, DEVICES, LATE, OWN
 from orchestrator.agent.orders import Launch
 from orchestrator.agent.spawner import Ended, Exit, Spawner
 from orchestrator.local import machine
@@ -48,7 +48,7 @@ class _Kind:
 
     @classmethod
     def of(cls, launch: Launch, env: Mapping[str, str]) -> _Kind:
-        return cls(launch.program[1], launch.code, _kept(env))
+        return cls(launch.program[1], launch.code, _kept(env, OWN))
 
     def fits(self, other: _Kind) -> bool:
         """Whether an interpreter of this kind can become a rank of `other`."""
@@ -57,12 +57,12 @@ class _Kind:
         return other.module == _PROGRAM[1] and _early(self.env) == _early(other.env)
 
 
-def _kept(env: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, value) for name, value in env.items() if name not in CHANGING))
+def _kept(env: Mapping[str, str], less: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in env.items() if name not in less))
 
 
 def _early(env: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    return {name: value for name, value in env if name not in LATE}
+    return {name: value for name, value in env if name not in (*LATE, *DEVICES)}
 
 
 @dataclass
@@ -85,7 +85,8 @@ class _Need:
 class Standbys:
     """Keeps as many as the gangs of this node have ranks here, and no more; where no gang is, those that `expect` asks for.
 
-    They hold host memory, no device's. `MEGARAY_STANDBYS=0` in the environment of the agent or of a run turns them off.
+    They hold host memory, no device's; those of a program that trains on devices have opened the driver.
+    `MEGARAY_STANDBYS=0` in the environment of the agent or of a run turns them off.
     """
 
     def __init__(self, spawner: Spawner) -> None:
@@ -106,7 +107,8 @@ class Standbys:
         """Have interpreters with the libraries for the first ranks of whichever run comes; `env` is what ranks share."""
         count = _count(env, ranks)
         with self._lock:
-            self._idle = _Need(_Kind("", "", _kept(env)), (), count) if count > 0 else None
+            kind = _Kind("", "", _kept(env, CHANGING))
+            self._idle = _Need(kind, (), count) if count > 0 else None
         self._wake.set()
 
     def keep(self, run: str, launch: Launch, env: Mapping[str, str]) -> None:
@@ -228,8 +230,8 @@ class Standbys:
                 and wanted.get(need.kind, 0) > 0
                 and self._failed.get(need.kind, 0) < _TRIES
             ):
-                # One after the other where ranks need the processor.
-                most = 1 if idle is None else max(1, machine.processors() // 4)
+                # Ranks need the processor: beside them few at once, on a small node one after the other.
+                most = max(1, machine.processors() // (16 if idle is None else 4))
                 if importing < most and psutil.virtual_memory().available > _LEAST_MEMORY:
                     self._start(need)
                 return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.mutants.listed import Mutant
 
+_ATTEMPT = "orchestrator/agent/attempt.py"
+_DRIVER = "orchestrator/agent/driver.py"
 _ENVIRONMENT = "orchestrator/agent/environment.py"
 _SPAWNER = "orchestrator/agent/spawner.py"
 _STANDBY = "orchestrator/agent/standby.py"
@@ -12,6 +14,8 @@ _PROC = "faulttol/proc.py"
 
 _OF_ENDS = "tests/orchestrator/agent/test_spawner.py::test_"
 _OF_STANDBYS = "tests/orchestrator/agent/test_standbys.py::test_"
+_OF_STOPS = "tests/orchestrator/agent/test_stops.py::test_"
+_OF_SLOTS = "tests/orchestrator/agent/test_slots.py::test_"
 _OF_BYTECODE = "tests/orchestrator/agent/test_environment.py::test_"
 
 MUTANTS = [
@@ -56,5 +60,54 @@ MUTANTS = [
         " and not folder.lstat().st_mode & 0o022",
         "",
         f"{_OF_BYTECODE}a_folder_that_others_can_write_to_gives_no_modules",
+    ),
+    Mutant(
+        "the ranks of the next attempt wait for nothing",
+        _ATTEMPT,
+        "                    own[GATE] = str(self._gate)\n",
+        "                    pass\n",
+        f"{_OF_STOPS}the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_held",
+    ),
+    Mutant(
+        "memory that the next attempt holds is the last one's fault",
+        _ATTEMPT,
+        "            one._followed = True",
+        "            one._followed = False",
+        f"{_OF_STOPS}the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_held",
+    ),
+    Mutant(
+        "what never ends is nobody's fault for the next attempt",
+        _ATTEMPT,
+        "                    self._report_unfit(stuck)\n",
+        "                    pass\n",
+        f"{_OF_STOPS}what_never_ends_is_the_fault_of_the_node_for_the_next_attempt_too",
+    ),
+    Mutant(
+        "a run on cores waits for devices",
+        _ATTEMPT,
+        "        if ending and launch.uses_devices:\n",
+        "        if ending:\n",
+        f"{_OF_STOPS}a_run_on_cores_waits_for_no_device",
+    ),
+    Mutant(
+        "slots are let go while the kernel takes back what their ranks held",
+        _DRIVER,
+        "gang.want is Want.RELEASED and member.phase is AttemptPhase.STOPPED:",
+        "gang.want is Want.RELEASED and member.phase is not AttemptPhase.STOPPING:",
+        f"{_OF_SLOTS}the_next_attempt_need_not_wait_for_the_kernel_and_another_run_must",
+    ),
+    Mutant(
+        "an interpreter that has opened the driver is taken for other devices",
+        _STANDBYS,
+        "_kept(env, OWN))",
+        "_kept(env, CHANGING))",
+        f"{_OF_STANDBYS}one_is_taken_only_for_the_same_program_code_and_environment",
+    ),
+    Mutant(
+        "a process that a debugger holds runs no more",
+        _PROC,
+        "    return any(stat is not None and not int(stat[1][6]) & _EXITING for stat in stats)",
+        "    return any(stat is not None and int(stat[1][6]) & _EXITING for stat in stats)",
+        f"{_OF_ENDS}a_process_that_a_debugger_holds_is_not_ending",
     ),
 ]

@@ -10,6 +10,8 @@ _RESUME = "trainer/resume.py"
 _SAVER = "faulttol/staged/saver.py"
 _BUFFERS = "faulttol/staged/buffers.py"
 _WRITER = "faulttol/staged/writer.py"
+_READING = "faulttol/checkpoint/reading.py"
+_HANDOVER = "trainer/handover.py"
 _SHARDS = "faulttol/checkpoint/shards.py"
 
 _RUN = "tests/trainer/test_resume.py::test_"
@@ -19,6 +21,8 @@ _MEMORY = f"{_RUN}the_newest_snapshot_in_memory_is_what_the_next_attempt_begins_
 _FAILED = f"{_RUN}failed_saves_are_told_and_counted_and_training_goes_on"
 _OTHER = f"{_RUN}a_run_begins_where_another_stands_and_only_reads_it"
 _YOUNG = f"{_RUN}the_interval_follows_what_saves_cost_and_how_often_the_run_fails"
+_PAGES = "tests/faulttol/staged/test_buffers.py::test_"
+_NEXT = "tests/trainer/test_stopping.py::test_"
 _BUSY = f"{_SAVED}a_save_while_one_is_being_written"
 
 MUTANTS = [
@@ -210,5 +214,68 @@ MUTANTS = [
         "root, step = named(self._config.resume)",
         "root, step = named(self._config.resume)[0], None",
         f"{_RUN}one_step_of_another_run_is_where_a_run_begins",
+    ),
+    Mutant(
+        "only the first pages are mapped",
+        _BUFFERS,
+        "range(0, size, _PIECE)",
+        "range(0, 1, _PIECE)",
+        f"{_PAGES}pages_are_there_before_the_driver_asks_for_them",
+    ),
+    Mutant(
+        "memory that isn't there ends the process later",
+        _BUFFERS,
+        "    if errors - {errno.EINVAL}:\n",
+        "    if False:\n",
+        f"{_PAGES}memory_that_the_kernel_cannot_map_is_an_error_and_no_signal",
+    ),
+    Mutant(
+        "each further digit of a step takes new memory",
+        _BUFFERS,
+        "size = (size // _ROOM + 2) * _ROOM",
+        "size = size + 0",
+        f"{_PAGES}the_file_of_a_later_step_has_room_in_the_same_memory",
+    ),
+    Mutant(
+        "memory is prepared beside a save",
+        _SAVER,
+        " or self._count:\n",
+        ":\n",
+        f"{_SAVED}nothing_is_prepared_beside_a_save_that_has_begun",
+    ),
+    Mutant(
+        "memory that spans are read into is too short for a longer one",
+        _READING,
+        "if memory is None or len(memory) < size:",
+        "if memory is None:",
+        "tests/faulttol/checkpoint/test_restore.py::test_spans_of_any_length_are_read_into_the_same_memory",
+    ),
+    Mutant(
+        "an attempt takes what the last one had, and no more, for room",
+        _HANDOVER,
+        "free >= _MORE * took + _SPARE:",
+        "free >= took:",
+        f"{_NEXT}an_attempt_goes_on_beside_the_last_one_where_there_is_room_for_both",
+    ),
+    Mutant(
+        "an open gate is all that is looked at",
+        _HANDOVER,
+        "if opened is not None and (took is None or free >= took):",
+        "if opened is not None:",
+        f"{_NEXT}where_there_is_not_it_waits_for_the_end_of_the_last_one",
+    ),
+    Mutant(
+        "another layout's memory counts",
+        _HANDOVER,
+        "if before.config.exists() or rank.paths.config.exists():",
+        "if False:",
+        f"{_NEXT}with_another_layout_room_says_nothing[1]",
+    ),
+    Mutant(
+        "a context is made again at once",
+        _HANDOVER,
+        "    while not Path(gate).exists():\n        time.sleep(_LOOK_SECONDS)\n",
+        "",
+        f"{_NEXT}a_context_that_finds_no_room_is_made_again_after_the_end_of_the_last_one",
     ),
 ]

@@ -6,11 +6,16 @@ from tests.mutants.listed import Mutant
 
 _COMMON = "trainer/engines/common.py"
 _NATIVE = "trainer/engines/native.py"
+_MESH = "trainer/parallel/mesh.py"
+_APPLY = "trainer/parallel/apply.py"
+_WARMING = "trainer/warming.py"
 _RESIDENT = "trainer/parallel/resident.py"
 
 _RUN = "tests/trainer/test_reference_runs.py::test_a_run"
 _AXIS = "tests/trainer/parallel/test_parallel.py::test_a_step_under_every_axis"
 _BESIDE = "tests/trainer/parallel/test_resident.py::test_weights_beside_their_masters_train_as_under_fsdp[1]"
+_GROUPS = "tests/trainer/parallel/test_mesh.py::test_"
+_WARM = "tests/trainer/engines/test_warming.py::test_"
 _CLIPPING = "tests/trainer/engines/test_common.py::test_clipping_by_hand"
 
 MUTANTS = [
@@ -244,5 +249,40 @@ MUTANTS = [
         'mesh["cp"].size, mesh["cp"].index, mesh.device\n',
         'mesh["cp"].size, 0, mesh.device\n',
         f"{_AXIS}[cp]",
+    ),
+    Mutant(
+        "the build's collectives don't wait for their communicators",
+        _APPLY,
+        '    mesh.connecting.wait(mesh["dp_cp"], mesh["edp"])\n',
+        "",
+        f"{_GROUPS}no_collective_of_the_build_comes_before_its_communicator",
+    ),
+    Mutant(
+        "the build waits for every communicator",
+        _APPLY,
+        'mesh.connecting.wait(mesh["dp_cp"], mesh["edp"])',
+        "mesh.connecting.wait()",
+        f"{_GROUPS}no_collective_of_the_build_comes_before_its_communicator",
+    ),
+    Mutant(
+        "communicators are made and not used",
+        _MESH,
+        "                _use(backend, group.size(), device)\n",
+        "",
+        f"{_GROUPS}communicators_are_made_once_each_in_the_order_of_axes",
+    ),
+    Mutant(
+        "a communicator that can't be made is waited for forever",
+        _MESH,
+        "            for made in self._made.values():\n                made.set()\n",
+        "            pass\n",
+        f"{_GROUPS}a_communicator_that_cannot_be_made_ends_the_start",
+    ),
+    Mutant(
+        "libraries are asked for what they can't do",
+        _WARMING,
+        "F.grouped_mm(x, weights, offs",
+        "F.grouped_mm(x, weights.transpose(1, 2), offs",
+        f"{_WARM}what_libraries_are_asked_for_can_be_had[_grouped]",
     ),
 ]

@@ -21,11 +21,12 @@ def order(run: RunPaths, want: Want = Want.STARTED, body: str = "pass", **other:
     return replace(AttemptOrder(1, str(run.root), 1, want, launch), **other)  # type: ignore[arg-type]
 
 
-def started(agent: NodeAgent, run: RunPaths, body: str = "pass") -> AttemptReport:
+def started(agent: NodeAgent, run: RunPaths, body: str = "pass", attempt: int = 1) -> AttemptReport:
     """Start it as a runtime would."""
-    answer = attend_until(agent, order(run, body=body), lambda a: a.phase is AttemptPhase.READY)
-    launch = replace(order(run, body=body).launch, master=answer.master)  # type: ignore[type-var]
-    return attend_until(agent, order(run, launch=launch), lambda a: a.phase is AttemptPhase.RUNNING)
+    asked = order(run, body=body, attempt=attempt)
+    answer = attend_until(agent, asked, lambda a: a.phase is AttemptPhase.READY)
+    launch = replace(asked.launch, master=answer.master)  # type: ignore[type-var]
+    return attend_until(agent, replace(asked, launch=launch), lambda a: a.phase is AttemptPhase.RUNNING)
 
 
 def attend_until(

@@ -108,6 +108,9 @@ def test_a_stop_waits_for_every_node_that_can_be_reached() -> None:
     slow.members[0].take(answer(AttemptPhase.STOPPING), now=21.0, wall=1000.0)
     slow.judge(500.0, ALIVE)
     assert not slow.stopped, "it answers: something there doesn't end"
+    slow.members[0].take(answer(AttemptPhase.ENDING), now=501.0, wall=1000.0)
+    slow.judge(900.0, ALIVE)
+    assert slow.stopped and not slow.members[0].lost, "what is left is the kernel's"
 
 
 def test_wants_go_one_way() -> None:

@@ -85,7 +85,8 @@ def test_a_log_that_cannot_be_rotated_keeps_no_other_from_it(
     rotated: list[str] = []
 
     def rotate(path: Path) -> bool:
-        rotated.append(path.name)
+        if path.is_relative_to(tmp_path):  # an agent of a test before may still look after its own
+            rotated.append(path.name)
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(files, "rotated", rotate)

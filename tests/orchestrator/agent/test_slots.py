@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from orchestrator.agent.driver import AgentGone, Gangs
-from orchestrator.agent.orders import AttemptOrder, AttemptReport
-from orchestrator.control.gang import GangSpec, Want
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport
+from orchestrator.control.gang import AgentReport, GangSpec, Want
 from orchestrator.record.events import NodeShare
 from tests.orchestrator.agent.local_runtime import until
 
@@ -49,6 +50,27 @@ class SlowCarrier:
         return self.letting[-1]
 
 
+class AnsweringCarrier(SlowCarrier):
+    """Its node has an agent, which says where an attempt is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = AttemptPhase.ENDING
+        self.wanted: list[Want] = []
+
+    def alive(self) -> frozenset[str]:
+        return frozenset({"n0"})
+
+    def attend(
+        self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
+    ) -> Future[AttemptReport]:
+        self.wanted.append(order.want)
+        answer: Future[AttemptReport] = Future()
+        report = AttemptReport(self.phase, 1.0, None, AgentReport("n0", 0.0, ()), len(self.wanted), 0)
+        threading.Timer(0.02, answer.set_result, (report,)).start()
+        return answer
+
+
 def spec(root: Path, attempt: int) -> GangSpec:
     share = NodeShare("n0", "10.0.0.1", "host0", (0,))
     return GangSpec(f"a-a{attempt:03d}", str(root), attempt, (share,), "CPU", 1, (), "", 1)
@@ -83,6 +105,22 @@ def test_slots_are_let_go_after_the_call_that_holds_them(
     carrier.letting[0].set_result(True)
     until(lambda: gangs.status(one).released, "they are free")
     assert not carrier.held and len(carrier.holding) == 1
+
+
+def test_the_next_attempt_need_not_wait_for_the_kernel_and_another_run_must(tmp_path: Path) -> None:
+    """Another run's ranks know nothing of memory that is being taken back."""
+    carrier = AnsweringCarrier()
+    gangs, one = Gangs(carrier), spec(tmp_path, 1)
+    gangs.ensure(one, Want.STOPPED)
+    until(lambda: gangs.status(one).stopped, "that nothing runs any more")
+    gangs.ensure(one, Want.RELEASED)
+    until(lambda: carrier.wanted.count(Want.RELEASED) > 5, "answers")
+    assert not carrier.letting, "its slots aren't free"
+    carrier.phase = AttemptPhase.STOPPED
+    until(lambda: carrier.letting, "they are let go")
+    carrier.letting[0].set_result(True)
+    until(lambda: gangs.status(one).released, "they are free")
+    gangs.close()
 
 
 def test_slots_that_are_being_let_go_are_not_forgotten_for_the_next_attempt(

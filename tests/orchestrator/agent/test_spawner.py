@@ -45,6 +45,7 @@ def test_a_process_that_a_debugger_holds_is_not_ending() -> None:
             pytest.skip(f"no process may be traced here: {os.strerror(ctypes.get_errno())}")
         os.waitpid(process.pid, os.WUNTRACED)
         assert proc.state(process.pid) == "t" and proc.ending(process.pid) == 0
+        assert proc.runs(process.pid)
         libc.ptrace(detach, process.pid, None, None)
         process.kill()
 

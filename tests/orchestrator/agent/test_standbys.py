@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -129,11 +130,10 @@ def test_one_is_taken_only_for_the_same_program_code_and_environment(
         (replace(launch, program=("-m", "faulttol", "run")), env),
         (launch, env | {"FLAG": "2"}),
         (launch, env | {"OMP_NUM_THREADS": "7"}),
+        (launch, env | {"CUDA_VISIBLE_DEVICES": "3"}),  # the driver has read it
     ):
         assert not take(standbys, other, under, tmp_path / "log")[0]
-    assert take(standbys, launch, env | {"CUDA_VISIBLE_DEVICES": "3"}, tmp_path / "log")[0], (
-        "devices come later"
-    )
+    assert take(standbys, launch, env, tmp_path / "log")[0]
 
 
 def test_one_that_still_imports_is_taken_and_gets_the_processor(
@@ -232,7 +232,8 @@ def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
     until(lambda: standbys.ready == 2, "two for two devices")
     assert not take(standbys, launch, env | {"OMP_NUM_THREADS": "7"}, tmp_path / "log")[0], "read too early"
     assert not take(standbys, replace(launch, program=("-m", "faulttol", "run")), env, tmp_path / "log")[0]
-    assert take(standbys, launch, env | {"LOCAL_WORLD_SIZE": "2"}, tmp_path / "log", RANK="1")[0]
+    late = {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}
+    assert take(standbys, launch, env | late, tmp_path / "log", RANK="1")[0]
     until(lambda: (tmp_path / "log").read_text(), "its first words")
     warm, words, seen, path, modules = json.loads((tmp_path / "log").read_text())
     assert not warm and words == ["run", "a word"] and (seen["RANK"], seen["LOCAL_WORLD_SIZE"]) == ("1", "2")
@@ -317,6 +318,15 @@ def test_what_the_configuration_needs_is_imported_too(tmp_path: Path) -> None:
     assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == [
         "trainer.engines.native", "torch._dynamo", "trainer.parallel.pipeline", "torch.nn.attention.bias",
     ]  # fmt: skip
+    path.write_text(dump(compose(["hardware=h100", "model=zaya1_base", "train.engine=native"])))
+    kernels = [
+        name for name in standby._engine(("-m", "trainer", "run", "--config", str(path))) if "kernels" in name
+    ]
+    assert "trainer.kernels.rows" in kernels and "trainer.kernels.compressed" in kernels
+    assert all(importlib.util.find_spec(name) for name in kernels)
+    assert standby._on_devices(("-m", "trainer", "run", "--config", str(path)))
+    path.write_text(dump(compose(["experiment=smoke"])))
+    assert not standby._on_devices(("-m", "trainer", "run", "--config", str(path)))
     path.write_text("no: configuration")
     assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == []
     assert standby._engine(("-m", "trainer", "run")) == []

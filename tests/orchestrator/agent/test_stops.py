@@ -16,10 +16,10 @@ from faulttol import proc
 from orchestrator.agent import attempt as attempts
 from orchestrator.agent import devices, family
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.orders import AttemptPhase
+from orchestrator.agent.orders import AttemptPhase, AttemptReport
 from orchestrator.control.gang import Want
 from tests.orchestrator.agent.local_runtime import until
-from tests.orchestrator.agent.one_agent import attend_until, order, started
+from tests.orchestrator.agent.one_agent import alive, attend_until, order, started, text
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 DEVICES = {"CUDA_VISIBLE_DEVICES": "0,GPU-bb"}
@@ -40,9 +40,9 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     return lambda text: level.write_bytes(text.encode("latin-1")) and None
 
 
-def on_devices(agent: NodeAgent, run: RunPaths, attempt: int = 1) -> None:
+def on_devices(agent: NodeAgent, run: RunPaths, attempt: int = 1, body: str = "pass") -> AttemptReport:
     """Start one rank that has both."""
-    base = order(run).launch
+    base = order(run, body=body).launch
     assert base is not None
     launch = replace(base, devices=DEVICES, uses_devices=True)
     asked = order(run, launch=launch, attempt=attempt)
@@ -50,12 +50,13 @@ def on_devices(agent: NodeAgent, run: RunPaths, attempt: int = 1) -> None:
     begin = replace(asked, launch=replace(launch, master=answer.master))
     answer = attend_until(agent, begin, lambda a: a.phase is AttemptPhase.RUNNING or bool(a.unfit))
     assert not answer.unfit
+    return answer
 
 
 def test_device_memory_is_waited_for_and_what_stays_is_told(
     agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "_DEVICE_SECONDS", 0.5)
+    monkeypatch.setattr(devices, "WAIT_SECONDS", 0.5)
     tool("100\n")
     on_devices(agent, run)
     tool("40000\n")
@@ -74,13 +75,68 @@ def test_the_tool_is_asked_once_between_two_attempts(
     assert (tmp_path / "calls").read_text() == "\n" * 2, "before the first, and for its end"
 
 
+GATE = "print(os.environ.get('MEGARAY_GATE', 'none'), flush=True)"
+
+
+def test_the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_held(
+    agent: NodeAgent, run: RunPaths, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank with tens of GB on a device has begun to end seconds before its memory is free."""
+    tool("100\n")
+    ending = on_devices(agent, run, body=GATE).pids[0]
+    until(lambda: text(run, 0).split() == ["here", "none"], "that nothing is waited for at first")
+    # So it isn't killed either, and stays as it is.
+    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    tool("40000\n")
+    on_devices(agent, run, attempt=2, body=GATE)
+    until(lambda: len(text(run, 0, attempt=2).split()) == 2, "that it says what it waits for")
+    gate = Path(text(run, 0, attempt=2).split()[1])
+    assert gate.parent.is_dir() and not gate.exists() and alive(ending)
+    assert agent.attend(order(run, Want.STOPPED)).phase is AttemptPhase.ENDING, "its slots aren't free yet"
+    os.kill(ending, signal.SIGKILL)
+    until(gate.exists, "that the ranks may take the memory")
+    last = attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    assert not last.unfit, "what the next attempt holds isn't its own"
+    assert (tmp_path / "calls").read_text() == "\n", "before the first, and no more"
+    tool("100\n")
+    last = attend_until(agent, order(run, Want.STOPPED, attempt=2), lambda a: a.phase is AttemptPhase.STOPPED)
+    assert not last.unfit, "it is compared with what was in use before the first"
+
+
+def test_what_never_ends_is_the_fault_of_the_node_for_the_next_attempt_too(
+    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool("100\n")
+    ending = on_devices(agent, run).pids[0]
+    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    monkeypatch.setattr(family, "KILL_SECONDS", 1.0)
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    on_devices(agent, run, attempt=2)
+    following = attend_until(agent, order(run, Want.WATCHED, attempt=2), lambda a: bool(a.unfit))
+    assert following.unfit.startswith(f"processes that SIGKILL doesn't end: {ending} (")
+    os.kill(ending, signal.SIGKILL)
+
+
+def test_a_run_on_cores_waits_for_no_device(
+    agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = started(agent, run).pids[0]
+    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    started(agent, run, body=GATE, attempt=2)
+    until(lambda: text(run, 0, attempt=2).split() == ["here", "none"], "that it says so")
+    os.kill(ending, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
-    "text", ["[N/A]", "[Unknown Error]", "[GPU requires reset]", "", "1, 2", "\xff", "7\nUnable to determine"]
+    "words",
+    ["[N/A]", "[Unknown Error]", "[GPU requires reset]", "", "1, 2", "\xff", "7\nUnable to determine"],
 )
-def test_memory_that_the_tool_does_not_know_is_unknown_and_holds_nothing_up(tool: Tool, text: str) -> None:
-    tool(f"{text}\n")
+def test_memory_that_the_tool_does_not_know_is_unknown_and_holds_nothing_up(tool: Tool, words: str) -> None:
+    tool(f"{words}\n")
     usage = devices.used(DEVICES)
-    if text.startswith("7"):
+    if words.startswith("7"):
         assert usage.used == {"0": 7 << 20, "GPU-bb": 7 << 20} and not usage.unknown
     else:
         assert usage.used == {} and usage.unknown == "nvidia-smi gives no memory in use of device 0, GPU-bb"
