@@ -276,6 +276,8 @@ class Attempt:
         assert files is not None, "it was prepared"
         logs = files.take_logs()
         try:
+            if self._gate is not None and not launch.trains:
+                self._await_gate(self._gate)  # as the trainer does itself
             if launch.uses_devices and self._gate is None:
                 # The attempt before it on these slots has just looked.
                 self._used = devices.used(launch.devices, _BASE_SECONDS).used
@@ -426,6 +428,11 @@ class Attempt:
             one._followed = True  # what these ranks hold from now on isn't that one's
         threading.Thread(target=self._open_gate, args=(ending,), name="agent-gate", daemon=True).start()
 
+    def _await_gate(self, gate: Path) -> None:
+        with self._changed:
+            while self._stop is None and not gate.exists():
+                self._changed.wait()
+
     def _open_gate(self, ending: Sequence[Attempt]) -> None:
         gate = self._gate
         assert gate is not None, "it was chosen before this thread began"
@@ -437,6 +444,8 @@ class Attempt:
                 self._changed.wait()
         with contextlib.suppress(OSError):  # the attempt is over already, and its folder gone
             gate.touch()
+        with self._changed:
+            self._changed.notify_all()
 
 
 def _trains(seen: Sequence[RankSeen]) -> bool:

@@ -61,6 +61,11 @@ class Launch:
     master: str = ""
     """Address and port of the rendezvous; empty: get ready, and wait for it."""
 
+    @property
+    def trains(self) -> bool:
+        """Its program is the trainer. Others measure the node, which mustn't be disturbed, and are short."""
+        return self.program[:2] == ("-m", "trainer")
+
 
 @dataclass(frozen=True)
 class AttemptOrder:

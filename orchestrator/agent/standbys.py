@@ -33,8 +33,6 @@ _TRIES = 3
 _LEAST_MEMORY = 2 << 30
 """Bytes of the node's memory that stay free."""
 _NO_MARK = "0" * 32
-_PROGRAM = ("-m", "trainer")
-"""What is worth waiting for: other programs measure the node, which mustn't be disturbed, and are short."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class _Kind:
         """Whether an interpreter of this kind can become a rank of `other`."""
         if self.module:
             return self == other
-        return other.module == _PROGRAM[1] and _early(self.env) == _early(other.env)
+        return other.module == "trainer" and _early(self.env) == _early(other.env)
 
 
 def _kept(env: Mapping[str, str], less: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -116,7 +114,7 @@ class Standbys:
         count = _count(env, len(launch.ranks))
         with self._lock:
             self._starting.discard(run)
-            if launch.program[:2] == _PROGRAM and count > 0:
+            if launch.trains and count > 0:
                 self._needs[run] = _Need(_Kind.of(launch, env), launch.program, count)
         self._wake.set()
 

@@ -90,6 +90,13 @@ MUTANTS = [
         f"{_OF_STOPS}a_run_on_cores_waits_for_no_device",
     ),
     Mutant(
+        "a program that knows of no gate starts at once",
+        _ATTEMPT,
+        "                self._await_gate(self._gate)",
+        "                pass",
+        f"{_OF_STOPS}a_program_that_knows_of_no_gate_starts_once_the_last_one_is_gone",
+    ),
+    Mutant(
         "slots are let go while the kernel takes back what their ranks held",
         _DRIVER,
         "gang.want is Want.RELEASED and member.phase is AttemptPhase.STOPPED:",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from faulttol import proc
 from orchestrator.agent import attempt as attempts
 from orchestrator.agent import devices, family
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.orders import AttemptPhase, AttemptReport
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport
 from orchestrator.control.gang import Want
 from tests.orchestrator.agent.local_runtime import until
-from tests.orchestrator.agent.one_agent import alive, attend_until, order, started, text
+from tests.orchestrator.agent.one_agent import SLEEP, alive, attend_until, order, started, text
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 DEVICES = {"CUDA_VISIBLE_DEVICES": "0,GPU-bb"}
@@ -41,16 +42,27 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
 
 
 def on_devices(agent: NodeAgent, run: RunPaths, attempt: int = 1, body: str = "pass") -> AttemptReport:
-    """Start one rank that has both."""
+    """Start one rank that has both, of a program that is called as the trainer is."""
+    begin = ready_on_devices(agent, run, attempt, body)
+    code = run.root / "code"
+    (code / "trainer").mkdir(parents=True, exist_ok=True)
+    (code / "trainer" / "__init__.py").touch()
+    (code / "trainer" / "__main__.py").write_text(f"{SLEEP} {body}; time.sleep(600)")
+    assert begin.launch is not None
+    begin = replace(begin, launch=replace(begin.launch, program=("-m", "trainer"), code=str(code)))
+    answer = attend_until(agent, begin, lambda a: a.phase is AttemptPhase.RUNNING or bool(a.unfit))
+    assert not answer.unfit
+    return answer
+
+
+def ready_on_devices(agent: NodeAgent, run: RunPaths, attempt: int, body: str = "pass") -> AttemptOrder:
+    """The order that starts one rank of another program there."""
     base = order(run, body=body).launch
     assert base is not None
     launch = replace(base, devices=DEVICES, uses_devices=True)
     asked = order(run, launch=launch, attempt=attempt)
     answer = attend_until(agent, asked, lambda a: a.phase is AttemptPhase.READY)
-    begin = replace(asked, launch=replace(launch, master=answer.master))
-    answer = attend_until(agent, begin, lambda a: a.phase is AttemptPhase.RUNNING or bool(a.unfit))
-    assert not answer.unfit
-    return answer
+    return replace(asked, launch=replace(launch, master=answer.master))
 
 
 def test_device_memory_is_waited_for_and_what_stays_is_told(
@@ -102,6 +114,37 @@ def test_the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_h
     tool("100\n")
     last = attend_until(agent, order(run, Want.STOPPED, attempt=2), lambda a: a.phase is AttemptPhase.STOPPED)
     assert not last.unfit, "it is compared with what was in use before the first"
+
+
+def test_a_program_that_knows_of_no_gate_starts_once_the_last_one_is_gone(
+    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool("100\n")
+    ending = on_devices(agent, run).pids[0]
+    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    begin = ready_on_devices(agent, run, attempt=2)
+    agent.attend(begin)
+    time.sleep(0.5)  # it would have started by then
+    assert agent.attend(begin).phase is AttemptPhase.READY and not text(run, 0, attempt=2)
+    os.kill(ending, signal.SIGKILL)
+    attend_until(agent, begin, lambda a: a.phase is AttemptPhase.RUNNING)
+    last = order(run, Want.STOPPED, attempt=2)
+    attend_until(agent, last, lambda a: a.phase is AttemptPhase.STOPPED)
+
+
+def test_a_start_that_waits_for_the_last_one_can_be_stopped(
+    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool("100\n")
+    ending = on_devices(agent, run).pids[0]
+    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    agent.attend(ready_on_devices(agent, run, attempt=2))
+    last = order(run, Want.STOPPED, attempt=2)
+    attend_until(agent, last, lambda a: a.phase is AttemptPhase.STOPPED)
+    assert not text(run, 0, attempt=2)
+    os.kill(ending, signal.SIGKILL)
 
 
 def test_what_never_ends_is_the_fault_of_the_node_for_the_next_attempt_too(
