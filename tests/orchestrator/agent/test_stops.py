@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,17 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     return lambda text: level.write_bytes(text.encode("latin-1")) and None
+
+
+@pytest.fixture
+def hold(agent: NodeAgent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Has a process look as one that runs no more and that the kernel hasn't taken everything back from."""
+    held: set[int] = set()
+    real = proc.runs
+    # So it isn't killed either, and stays as it is.
+    monkeypatch.setattr(proc, "runs", lambda pid: pid not in held and real(pid))
+    yield held.add
+    family.end(held, signal.SIGKILL)
 
 
 def on_devices(agent: NodeAgent, run: RunPaths, attempt: int = 1, body: str = "pass") -> AttemptReport:
@@ -91,14 +102,13 @@ GATE = "print(os.environ.get('MEGARAY_GATE', 'none'), flush=True)"
 
 
 def test_the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_held(
-    agent: NodeAgent, run: RunPaths, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent: NodeAgent, run: RunPaths, tool: Tool, tmp_path: Path, hold: Callable[[int], None]
 ) -> None:
     """A rank with tens of GB on a device has begun to end seconds before its memory is free."""
     tool("100\n")
     ending = on_devices(agent, run, body=GATE).pids[0]
     until(lambda: text(run, 0).split() == ["here", "none"], "that nothing is waited for at first")
-    # So it isn't killed either, and stays as it is.
-    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    hold(ending)
     attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     tool("40000\n")
     on_devices(agent, run, attempt=2, body=GATE)
@@ -117,11 +127,11 @@ def test_the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_h
 
 
 def test_a_program_that_knows_of_no_gate_starts_once_the_last_one_is_gone(
-    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
+    agent: NodeAgent, run: RunPaths, tool: Tool, hold: Callable[[int], None]
 ) -> None:
     tool("100\n")
     ending = on_devices(agent, run).pids[0]
-    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    hold(ending)
     attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     begin = ready_on_devices(agent, run, attempt=2)
     agent.attend(begin)
@@ -134,42 +144,39 @@ def test_a_program_that_knows_of_no_gate_starts_once_the_last_one_is_gone(
 
 
 def test_a_start_that_waits_for_the_last_one_can_be_stopped(
-    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
+    agent: NodeAgent, run: RunPaths, tool: Tool, hold: Callable[[int], None]
 ) -> None:
     tool("100\n")
     ending = on_devices(agent, run).pids[0]
-    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    hold(ending)
     attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     agent.attend(ready_on_devices(agent, run, attempt=2))
     last = order(run, Want.STOPPED, attempt=2)
     attend_until(agent, last, lambda a: a.phase is AttemptPhase.STOPPED)
     assert not text(run, 0, attempt=2)
-    os.kill(ending, signal.SIGKILL)
 
 
 def test_what_never_ends_is_the_fault_of_the_node_for_the_next_attempt_too(
-    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch
+    agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch, hold: Callable[[int], None]
 ) -> None:
     tool("100\n")
     ending = on_devices(agent, run).pids[0]
-    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    hold(ending)
     monkeypatch.setattr(family, "KILL_SECONDS", 1.0)
     attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     on_devices(agent, run, attempt=2)
     following = attend_until(agent, order(run, Want.WATCHED, attempt=2), lambda a: bool(a.unfit))
     assert following.unfit.startswith(f"processes that SIGKILL doesn't end: {ending} (")
-    os.kill(ending, signal.SIGKILL)
 
 
 def test_a_run_on_cores_waits_for_no_device(
-    agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+    agent: NodeAgent, run: RunPaths, hold: Callable[[int], None]
 ) -> None:
     ending = started(agent, run).pids[0]
-    monkeypatch.setattr(proc, "runs", lambda pid: pid != ending)
+    hold(ending)
     attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     started(agent, run, body=GATE, attempt=2)
     until(lambda: text(run, 0, attempt=2).split() == ["here", "none"], "that it says so")
-    os.kill(ending, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
