@@ -94,7 +94,7 @@ def _chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]
     without_layout = plain.model_copy(
         update={"parallel": plain.parallel.model_copy(update=dict.fromkeys(AXES))}
     )
-    choice = auto.choose(without_layout, (world,))
+    choice = auto.choose(without_layout, (world,), _imbalance(options.routing))
     settings = auto.settings(choice.job) if choice.job is not None else {}
     words = [
         f"{section}.{name}={value}" for section, fields in settings.items() for name, value in fields.items()
@@ -102,6 +102,11 @@ def _chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]
     words += [f"parallel.{axis}={size}" for axis, size in choice.layout.to_json().items()]
     kept = [word for word in words if word.partition("=")[0] not in {one.partition("=")[0] for one in rest}]
     return config_of(replace(options, overrides=(*rest, *kept)), world, on_gpu), " ".join(kept)
+
+
+def _imbalance(routing: str) -> float | None:
+    """What a plan is given for it; None: what it expects."""
+    return 1.0 if routing == "balanced" else None
 
 
 def forecast(config: RunConfig, world: int, routing: str = "real") -> tuple[float | None, float]:
@@ -112,8 +117,9 @@ def forecast(config: RunConfig, world: int, routing: str = "real") -> tuple[floa
     """
     layout = Layout(**{axis: config.parallel.size(axis) for axis in AXES})
     job = auto.job_of(config, layout, world)
-    if routing == "balanced":
-        job = replace(job, imbalance=1.0)
+    imbalance = _imbalance(routing)
+    if imbalance is not None:
+        job = replace(job, imbalance=imbalance)
     step = auto.predicted(job, config.hardware)
     return None if isinstance(step, str) else step.value, estimate.worst(job, config.hardware.kind)[
         1

@@ -140,8 +140,11 @@ def closed(config: RunConfig, ranks: int | None) -> Layout:
     return Layout(*(parallel.size(axis) for axis in legal.AXES))
 
 
-def choose(config: RunConfig, slots: Sequence[int]) -> Chosen:
+def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = None) -> Chosen:
     """Set the open axes.
+
+    Args:
+        imbalance: rows of the most loaded expert rank over the mean; None: as a plan expects of real text.
 
     Raises:
         UserError: where no layout is legal, or none fits the device's memory.
@@ -161,7 +164,7 @@ def choose(config: RunConfig, slots: Sequence[int]) -> Chosen:
     if why:
         return _without_rates(config, made, why)
     rates = rates_of(config.hardware)
-    result = search(made, config.hardware, rates, KEEP)
+    result = search(replace(made, imbalance=imbalance), config.hardware, rates, KEEP)
     if result.best is None:
         raise UserError(
             f"parallel=auto: {result.reason}; lower train.micro_batch or data.sequence, or give it more slots"
