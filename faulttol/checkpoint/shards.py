@@ -35,6 +35,8 @@ def block_digest(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+_DIGITS = 20
+"""Characters that an index has for its step."""
 _HEX = len(block_digest(b""))
 
 
@@ -79,10 +81,13 @@ class ShardIndex:
     """In the order of the file: without holes, and the index behind the last."""
 
     def dump(self) -> bytes:
-        """As JSON, whose length the digests' values don't change."""
+        """As JSON with blanks behind it: neither the digests' values nor the step change its length, so memory that was got
+        for one file serves the next.
+        """
         head = {k: getattr(self, k) for k in ("run", "attempt", "step", "rank", "block")}
         rows = [(e.name, e.dtype, e.box.whole, e.box.start, e.box.shape, e.digests) for e in self.entries]
-        return json.dumps({"format": FORMAT, **head, "pieces": rows}, separators=(",", ":")).encode()
+        text = json.dumps({"format": FORMAT, **head, "pieces": rows}, separators=(",", ":")).encode()
+        return text + b" " * (_DIGITS - len(str(self.step)))
 
     @classmethod
     def parse(cls, text: bytes | bytearray) -> ShardIndex:

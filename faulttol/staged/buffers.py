@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
-_ROOM = 1 << 20
-"""Bytes that memory without a name is rounded up to, and more: the file of a later step has a longer number in its head."""
 _PIECE = 8 << 20
 """Bytes of pages that are asked for at once."""
 _THREADS = 4
@@ -251,8 +249,6 @@ class Buffers:
                 buffer.close()
                 self._made[at] = None
             path = None if self._folder is None else self._folder / f".{self._word}.{at}"
-            if path is None:
-                size = (size // _ROOM + 2) * _ROOM
             buffer = Buffer(size, path, mapped=self._device.type == "cuda")
             if self._device.type == "cuda":
                 try:

@@ -231,6 +231,17 @@ def _whole(folder: Path, step: int) -> None:
     assert not isinstance(found, Exception) and found is not None and found.step == step
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_file_of_a_later_step_fits_into_the_same_memory(tmp_path: Path, folder: bool) -> None:
+    """To get memory anew takes seconds, and a step's number grows."""
+    pieces = ordered(owned(layout(state(4), 1, 1, "rows")[0]))
+    sizes = [plan_of(step, identity(0, 1), pieces).size for step in (0, 9, 10, 123_456_789)]
+    buffers = Buffers(CPU, tmp_path if folder else None, "w")
+    first = buffers.take(sizes[0])
+    assert all(buffers.take(size) is first for size in sizes)
+    buffers.close()
+
+
 def test_values_lie_at_pages(tmp_path: Path) -> None:
     plan = plan_of(123456, identity(0, 1), ordered(owned(layout(state(4), 1, 1, "rows")[0])))
     assert len(plan.header) % ALIGNMENT == 0 and plan.offsets[0] == len(plan.header)

@@ -231,10 +231,10 @@ MUTANTS = [
     ),
     Mutant(
         "each further digit of a step takes new memory",
-        _BUFFERS,
-        "size = (size // _ROOM + 2) * _ROOM",
-        "size = size + 0",
-        f"{_PAGES}the_file_of_a_later_step_has_room_in_the_same_memory",
+        _SHARDS,
+        "_DIGITS - len(str(self.step))",
+        "_DIGITS",
+        f"{_SAVED}the_file_of_a_later_step_fits_into_the_same_memory[False]",
     ),
     Mutant(
         "memory is prepared beside a save",
