@@ -60,8 +60,9 @@ class Shell:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command and leave it running."""
         return subprocess.Popen(
-            [*self.prefix, sys.executable, "-m", "orchestrator", *words], env=self._environment(), text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            [*self.prefix, sys.executable, "-m", "orchestrator", *words],
+            env=self._environment() | {"PYTHONUNBUFFERED": "1"}, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             # A terminal's foreground job heeds Ctrl-C, also where this test runs in a shell's background.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip

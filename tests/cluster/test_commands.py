@@ -54,13 +54,12 @@ def test_a_terminal_that_is_killed_and_a_cancel_leave_no_process_and_resume_cont
     assert code == -signal.SIGKILL
     shell.until(lambda: shell.step(run_id) >= 25, "step 25")
     pids = shell.view(run_id).pids.values()
-    with shell.held(run_id):  # the run must not end before the commands have started
+    with shell.held(run_id):  # the run must not end before both commands have been answered
         began = time.time()
         terminals = [shell.start("cancel", run_id) for _ in range(2)]
-        shell.until(
-            lambda: any(isinstance(e.payload, StopBegan) for e in shell.events(run_id)), "it is stopping"
-        )
-    said = [terminal.communicate(timeout=60)[0] for terminal in terminals]
+        answers = [terminal.stdout.readline() for terminal in terminals if terminal.stdout is not None]
+        assert any(isinstance(e.payload, StopBegan) for e in shell.events(run_id)), answers
+    said = [a + t.communicate(timeout=60)[0] for a, t in zip(answers, terminals, strict=True)]
     assert [terminal.returncode for terminal in terminals] == [0, 0], said
     assert sum("already" in text for text in said) == 1, "one of them is told that the other came first"
     assert shell.view(run_id).moved_at - began < 20, "a save, and all is free"
