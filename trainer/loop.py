@@ -224,15 +224,14 @@ class _Job:
         gc.freeze()
         gc.disable()
         self.progress.line_time = time.perf_counter()
-        prepared = False
+        first = self.progress.step + 1
         with self.feed.started(self.progress.step, self.progress.ahead, self.engine.place, self.mesh.device):
             while self.progress.step < train.steps and not self.stopping:
                 try:
                     self._step(self.progress.step)
-                    if not prepared:
+                    if self.progress.step == first:
                         # Not beside the load or the first step, which map memory and load kernels: these wait for it.
                         self.checkpoints.prepare(self.engine)
-                        prepared = True
                 except BaseException as error:
                     # Before the threads of the data are waited for.
                     exits.write(self.rank.files.raised, error)

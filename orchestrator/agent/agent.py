@@ -119,12 +119,12 @@ class NodeAgent:
 
     def _ending(self, order: AttemptOrder) -> list[Attempt]:
         """Attempts of the same run that something is left of here."""
-        left = (AttemptPhase.STOPPING, AttemptPhase.ENDING)
-        return [
+        earlier = [
             one
             for (root, number), one in self._attempts.items()
-            if root == order.run_root and number < order.attempt and one.phase in left
+            if root == order.run_root and number < order.attempt
         ]
+        return [one for one in earlier if one.phase.is_past_stop and one.phase is not AttemptPhase.STOPPED]
 
     def _answer(self, key: Key, attempt: Attempt, order: AttemptOrder) -> AttemptReport:
         ranks = attempt.seen()

@@ -162,7 +162,7 @@ class Attempt:
 
     def stop(self, grace: float) -> None:
         """End all processes: SIGTERM to the ranks, and after `grace` seconds SIGKILL to everything."""
-        if self.phase in (AttemptPhase.STOPPING, AttemptPhase.ENDING, AttemptPhase.STOPPED):
+        if self.phase.is_past_stop:
             if self._stop is not None and self._stop.begun + grace < self._stop.deadline:
                 self._stop.deadline = self._stop.begun + grace
                 self._changed.notify_all()

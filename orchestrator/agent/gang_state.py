@@ -281,8 +281,4 @@ class Gang:
 
 
 def _heard_since(member: Member, wanted: float) -> bool:
-    return (
-        member.answered is not None
-        and member.answered > wanted
-        and member.phase in (AttemptPhase.STOPPING, AttemptPhase.ENDING, AttemptPhase.STOPPED)
-    )
+    return member.answered is not None and member.answered > wanted and member.phase.is_past_stop

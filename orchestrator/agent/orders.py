@@ -40,6 +40,11 @@ class AttemptPhase(StrEnum):
     STOPPED = "stopped"
     """No process of it is left."""
 
+    @property
+    def is_past_stop(self) -> bool:
+        """Its end has begun."""
+        return self in (AttemptPhase.STOPPING, AttemptPhase.ENDING, AttemptPhase.STOPPED)
+
 
 @dataclass(frozen=True)
 class Launch:

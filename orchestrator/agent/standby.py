@@ -68,10 +68,11 @@ def main(program: Sequence[str]) -> None:
 
 
 def _import(program: Sequence[str]) -> None:
-    for name in (*_MODULES, *_engine(program)) if program else LIBRARIES:
+    config = _config(program)
+    for name in (*_MODULES, *_engine(config)) if program else LIBRARIES:
         importlib.import_module(name)
     _warm()
-    if _on_devices(program):
+    if _on_devices(config):
         import torch
 
         torch.cuda.is_available()  # opens the driver, which takes a second once nobody else has it open, and no context
@@ -99,20 +100,18 @@ def _config(program: Sequence[str]) -> RunConfig | None:
         return None
 
 
-def _on_devices(program: Sequence[str]) -> bool:
-    config = _config(program)
+def _on_devices(config: RunConfig | None) -> bool:
     return config is not None and config.hardware.kind != "cpu"
 
 
-def _engine(program: Sequence[str]) -> list[str]:
-    """Modules that the configuration among the words makes a rank load: its engine's, what its axes need, and kernels."""
-    config = _config(program)
+def _engine(config: RunConfig | None) -> list[str]:
+    """Modules that a configuration makes a rank load: its engine's, what its axes need, and kernels."""
     if config is None:
         return []
     parallel = config.parallel
     axes = [module for axis, module in _AXES.items() if (getattr(parallel, axis) or 1) > 1]
     kernels = []
-    if config.hardware.kind != "cpu" and config.train.engine == "native":
+    if _on_devices(config) and config.train.engine == "native":
         from trainer.warming import modules
 
         kernels = modules(config.model)

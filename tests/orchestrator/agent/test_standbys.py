@@ -310,23 +310,22 @@ def test_what_the_configuration_needs_is_imported_too(tmp_path: Path) -> None:
     from configs.compose import compose, dump
 
     path = tmp_path / "config.yaml"
+    words = ("-m", "trainer", "run", "--config", str(path))
     path.write_text(dump(compose(["experiment=smoke", "train.engine=deepspeed"])))
-    assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == ["trainer.engines.deepspeed"]
+    assert standby._engine(standby._config(words)) == ["trainer.engines.deepspeed"]
     path.write_text(
         dump(compose(["experiment=smoke", "train.engine=native", "parallel.pp=2", "parallel.cp=2"]))
     )
-    assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == [
+    assert standby._engine(standby._config(words)) == [
         "trainer.engines.native", "torch._dynamo", "trainer.parallel.pipeline", "torch.nn.attention.bias",
     ]  # fmt: skip
     path.write_text(dump(compose(["hardware=h100", "model=zaya1_base", "train.engine=native"])))
-    kernels = [
-        name for name in standby._engine(("-m", "trainer", "run", "--config", str(path))) if "kernels" in name
-    ]
+    kernels = [name for name in standby._engine(standby._config(words)) if "kernels" in name]
     assert "trainer.kernels.rows" in kernels and "trainer.kernels.compressed" in kernels
     assert all(importlib.util.find_spec(name) for name in kernels)
-    assert standby._on_devices(("-m", "trainer", "run", "--config", str(path)))
+    assert standby._on_devices(standby._config(words))
     path.write_text(dump(compose(["experiment=smoke"])))
-    assert not standby._on_devices(("-m", "trainer", "run", "--config", str(path)))
+    assert not standby._on_devices(standby._config(words))
     path.write_text("no: configuration")
-    assert standby._engine(("-m", "trainer", "run", "--config", str(path))) == []
-    assert standby._engine(("-m", "trainer", "run")) == []
+    assert standby._engine(standby._config(words)) == []
+    assert standby._engine(standby._config(words[:3])) == []

@@ -98,6 +98,14 @@ def test_the_tool_is_asked_once_between_two_attempts(
     assert (tmp_path / "calls").read_text() == "\n" * 2, "before the first, and for its end"
 
 
+def ending_rank(agent: NodeAgent, run: RunPaths, hold: Callable[[int], None]) -> int:
+    """One rank of an attempt on devices that runs no more and isn't gone."""
+    pid = on_devices(agent, run).pids[0]
+    hold(pid)
+    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    return pid
+
+
 GATE = "print(os.environ.get('MEGARAY_GATE', 'none'), flush=True)"
 
 
@@ -130,9 +138,7 @@ def test_a_program_that_knows_of_no_gate_starts_once_the_last_one_is_gone(
     agent: NodeAgent, run: RunPaths, tool: Tool, hold: Callable[[int], None]
 ) -> None:
     tool("100\n")
-    ending = on_devices(agent, run).pids[0]
-    hold(ending)
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    ending = ending_rank(agent, run, hold)
     begin = ready_on_devices(agent, run, attempt=2)
     agent.attend(begin)
     time.sleep(0.5)  # it would have started by then
@@ -147,9 +153,7 @@ def test_a_start_that_waits_for_the_last_one_can_be_stopped(
     agent: NodeAgent, run: RunPaths, tool: Tool, hold: Callable[[int], None]
 ) -> None:
     tool("100\n")
-    ending = on_devices(agent, run).pids[0]
-    hold(ending)
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    ending_rank(agent, run, hold)
     agent.attend(ready_on_devices(agent, run, attempt=2))
     last = order(run, Want.STOPPED, attempt=2)
     attend_until(agent, last, lambda a: a.phase is AttemptPhase.STOPPED)
@@ -160,10 +164,8 @@ def test_what_never_ends_is_the_fault_of_the_node_for_the_next_attempt_too(
     agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch, hold: Callable[[int], None]
 ) -> None:
     tool("100\n")
-    ending = on_devices(agent, run).pids[0]
-    hold(ending)
     monkeypatch.setattr(family, "KILL_SECONDS", 1.0)
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    ending = ending_rank(agent, run, hold)
     on_devices(agent, run, attempt=2)
     following = attend_until(agent, order(run, Want.WATCHED, attempt=2), lambda a: bool(a.unfit))
     assert following.unfit.startswith(f"processes that SIGKILL doesn't end: {ending} (")
