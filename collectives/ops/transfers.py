@@ -1,23 +1,32 @@
 """One collective with its buffers: the call, what to put in, and what must come out.
 
-Only `torch.distributed` is used, so that what is measured is what training runs. It reduces and broadcasts in
-place only: out of place, what is sent is copied to where it is received before anything is timed.
+Collectives are `torch.distributed`'s, so that what is measured is what training runs, but for those to which torch adds
+something of its own (`collectives.ops.library`). It reduces and broadcasts in place only: out of place, what is sent is
+copied to where it is received before anything is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from collectives.ops.exact import fill, mismatches, reduced, sent
+from collectives.ops.library import Communicator, Message
 from collectives.ops.operations import OPERATIONS, spread_counts
 
 COPIED = ("all_reduce", "broadcast", "reduce")
 """Operations that torch.distributed has in place alone."""
+MESSAGES = ("all_to_allv", "gather", "scatter", "sendrecv")
+"""Operations that are groups of sends and receives."""
+BY_LIBRARY = (*MESSAGES, "broadcast")
+"""Operations for which the library is called itself, where that can be."""
+_TURNS = 128
+"""Most calls in a row that each have memory of their own."""
 _REDOPS = {
     "sum": dist.ReduceOp.SUM, "prod": dist.ReduceOp.PRODUCT, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN,
     "avg": dist.ReduceOp.AVG, "band": dist.ReduceOp.BAND, "bor": dist.ReduceOp.BOR, "bxor": dist.ReduceOp.BXOR,
@@ -37,6 +46,8 @@ class Seat:
     index: int
     """Place of this rank among them."""
     device: torch.device
+    communicator: Communicator | None = None
+    """The library's own, where messages go through it (see `collectives.ops.library`)."""
 
     @property
     def size(self) -> int:
@@ -66,37 +77,53 @@ class TransferCase:
 class Transfer:
     """Buffers of one rank for one case, and the call on them. Making one allocates.
 
+    Args:
+        room: bytes that each buffer may take beyond its own, so that calls in a row move other memory: what is in a cache
+            already moves faster. Source: `startColl` in nccl-tests' `src/common.cu`, which goes through `maxbytes`.
+
     Raises:
         RuntimeError, MemoryError: where the memory isn't to be had.
     """
 
-    def __init__(self, case: TransferCase, seat: Seat) -> None:
+    def __init__(self, case: TransferCase, seat: Seat, room: int = 0) -> None:
         self._case, self._seat = case, seat
-        n, me, count = seat.size, seat.index, case.count
-        sends, receives = self._lengths()
-        self.is_root = case.root in (-1, me)
-        self._receive = self._zeros(receives)
-        if not case.in_place:
-            self._send = self._zeros(sends)
-        elif case.op in ("all_gather", "gather") and receives == n * count:
-            self._send = self._receive[me * count : (me + 1) * count]
-        elif case.op in ("reduce_scatter", "scatter"):
-            self._send = self._zeros(sends)
-            if sends:
-                self._receive = self._send[me * count : (me + 1) * count]
-        elif case.op == "gather":
-            self._send = self._zeros(sends)
-        else:
-            self._send = self._receive
-        self.call: Callable[[], object] = getattr(self, f"_{case.op}")()
+        self.is_root = case.root in (-1, seat.index)
+        each = max(self._lengths())
+        turns = max(1, min(_TURNS, room // (each * case.dtype.itemsize))) if each else 1
+        receive = self._zeros(turns * each)
+        send = receive if case.in_place else self._zeros(turns * each)
+        buffers = [self._buffers(send[turn * each :], receive[turn * each :]) for turn in range(turns)]
+        self._send, self._receive = buffers[0]
+        self._by_library = case.op in BY_LIBRARY and seat.communicator is not None
+        make = self._of_library if self._by_library else getattr(self, f"_{case.op}")
+        self._calls: list[Callable[[], object]] = [make(*one) for one in buffers]
+        self._turns = cycle(self._calls)
+
+    def call(self) -> None:
+        """Queue or make one call, on the memory whose turn it is."""
+        next(self._turns)()
 
     def _zeros(self, count: int) -> Tensor:
         case = self._case
         return torch.zeros(count + case.unalign, dtype=case.dtype, device=self._seat.device)[case.unalign :]
 
+    def _buffers(self, send: Tensor, receive: Tensor) -> tuple[Tensor, Tensor]:
+        """What is sent and what is received, of memory that begins with them; in place, one is a part of the other."""
+        case, count, me = self._case, self._case.count, self._seat.index
+        sends, receives = self._lengths()
+        whole = receive[: max(sends, receives)]
+        mine = slice(me * count, (me + 1) * count)
+        if not case.in_place:
+            return send[:sends], receive[:receives]
+        if case.op in ("all_gather", "gather") and receives > count:
+            return whole[mine], whole
+        if case.op in ("reduce_scatter", "scatter") and sends:
+            return whole, whole[mine]
+        return whole[:sends], whole[:receives]
+
     @staticmethod
     def bytes_needed(case: TransferCase, ranks: int, width: int) -> int:
-        """Most that one rank allocates for a case."""
+        """Most that one rank allocates for a case, without room."""
         whole = (case.count + case.unalign) * width * (ranks if OPERATIONS[case.op].parts else 1)
         return whole if case.in_place else 2 * whole
 
@@ -126,53 +153,73 @@ class Transfer:
 
     # ---- the calls ----
 
-    def _all_reduce(self) -> Callable[[], object]:
-        receive, group, op = self._receive, self._seat.group, _REDOPS[self._case.redop]
+    def _of_library(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        assert self._seat.communicator is not None, "chosen where there is one"
+        if self._case.op == "broadcast":
+            return self._seat.communicator.broadcast(send, receive, self._case.root)
+        return self._seat.communicator.exchange(*self.messages(send, receive))
+
+    def messages(self, send: Tensor, receive: Tensor) -> tuple[list[Message], list[Message]]:
+        """What this rank sends and receives, of an operation that is made of messages.
+
+        `sendrecv` is a ring: each rank sends to the next and receives from the one before.
+        """
+        n, me, root = self._seat.size, self._seat.index, self._case.root
+        match self._case.op:
+            case "sendrecv":
+                return [((me + 1) % n, send)], [((me - 1) % n, receive)]
+            case "gather":
+                return [(root, send)], list(enumerate(receive.chunk(n))) if self.is_root else []
+            case "scatter":
+                return list(enumerate(send.chunk(n))) if self.is_root else [], [(root, receive)]
+        sends, receives = self._splits()
+        return list(enumerate(send.split(sends))), list(enumerate(receive.split(receives)))
+
+    def _all_reduce(self, _send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group, op = self._seat.group, _REDOPS[self._case.redop]
         return lambda: dist.all_reduce(receive, op=op, group=group)
 
-    def _reduce(self) -> Callable[[], object]:
-        receive, group, op = self._receive, self._seat.group, _REDOPS[self._case.redop]
+    def _reduce(self, _send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group, op = self._seat.group, _REDOPS[self._case.redop]
         root = self._seat.ranks[self._case.root]
         return lambda: dist.reduce(receive, root, op=op, group=group)
 
-    def _broadcast(self) -> Callable[[], object]:
-        receive, group, root = self._receive, self._seat.group, self._seat.ranks[self._case.root]
+    def _broadcast(self, _send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group, root = self._seat.group, self._seat.ranks[self._case.root]
         return lambda: dist.broadcast(receive, root, group=group)
 
-    def _all_gather(self) -> Callable[[], object]:
-        send, receive, group = self._send, self._receive, self._seat.group
+    def _all_gather(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group = self._seat.group
         return lambda: _all_gather(receive, send, group=group)
 
-    def _reduce_scatter(self) -> Callable[[], object]:
-        send, receive, group, op = self._send, self._receive, self._seat.group, _REDOPS[self._case.redop]
+    def _reduce_scatter(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group, op = self._seat.group, _REDOPS[self._case.redop]
         return lambda: _reduce_scatter(receive, send, op=op, group=group)
 
-    def _gather(self) -> Callable[[], object]:
-        send, group, root = self._send, self._seat.group, self._seat.ranks[self._case.root]
-        parts = list(self._receive.chunk(self._seat.size)) if self.is_root else None
+    def _gather(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group, root = self._seat.group, self._seat.ranks[self._case.root]
+        parts = list(receive.chunk(self._seat.size)) if self.is_root else None
         return lambda: dist.gather(send, parts, root, group=group)
 
-    def _scatter(self) -> Callable[[], object]:
-        receive, group, root = self._receive, self._seat.group, self._seat.ranks[self._case.root]
-        parts = list(self._send.chunk(self._seat.size)) if self.is_root else None
+    def _scatter(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group, root = self._seat.group, self._seat.ranks[self._case.root]
+        parts = list(send.chunk(self._seat.size)) if self.is_root else None
         return lambda: dist.scatter(receive, parts, root, group=group)
 
-    def _all_to_all(self) -> Callable[[], object]:
-        send, receive, group = self._send, self._receive, self._seat.group
+    def _all_to_all(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group = self._seat.group
         return lambda: dist.all_to_all_single(receive, send, group=group)
 
-    def _all_to_allv(self) -> Callable[[], object]:
-        send, receive, group = self._send, self._receive, self._seat.group
+    def _all_to_allv(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        group = self._seat.group
         sends, receives = self._splits()
         return lambda: dist.all_to_all_single(receive, send, receives, sends, group=group)
 
-    def _sendrecv(self) -> Callable[[], object]:
-        """Each rank sends to the next of a ring and receives from the one before."""
-        seat = self._seat
-        after, before = seat.ranks[(seat.index + 1) % seat.size], seat.ranks[seat.index - 1]
+    def _sendrecv(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
+        seat, (((after, _),), ((before, _),)) = self._seat, self.messages(send, receive)
         steps = [
-            dist.P2POp(dist.isend, self._send, after, seat.group),
-            dist.P2POp(dist.irecv, self._receive, before, seat.group),
+            dist.P2POp(dist.isend, send, seat.ranks[after], seat.group),
+            dist.P2POp(dist.irecv, receive, seat.ranks[before], seat.group),
         ]
 
         def exchange() -> None:
@@ -181,7 +228,7 @@ class Transfer:
 
         return exchange
 
-    def _barrier(self) -> Callable[[], object]:
+    def _barrier(self, _send: Tensor, _receive: Tensor) -> Callable[[], object]:
         group = self._seat.group
         return lambda: dist.barrier(group=group)
 
@@ -190,17 +237,18 @@ class Transfer:
     def check(self) -> int:
         """Fill the buffers, call once, and count the elements of this rank that are wrong."""
         if self._case.op == "barrier":
-            self.call()
+            self._calls[0]()
             return 0
         self._receive.fill_(1)  # no expected value is all ones, so what isn't written is seen
         self._prepare()
         if (
             self._case.op in COPIED
+            and not self._by_library
             and not self._case.in_place
             and (self.is_root or self._case.op != "broadcast")
         ):
             self._receive.copy_(self._send)
-        self.call()
+        self._calls[0]()
         if self._seat.device.type == "cuda":
             torch.cuda.synchronize(self._seat.device)
         return self._count_wrong()

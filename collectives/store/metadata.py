@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from collectives.ops import library
 from collectives.ops.groups import GroupPartition
+from collectives.ops.transfers import BY_LIBRARY
 from collectives.store.results import Metadata
 from collectives.store.resume import settings_of
 from collectives.timing.clock import Clock
@@ -64,15 +66,17 @@ def collect(
         },
         method={
             "clock": clock.name,
-            "time": f"calls in a row over their number, by each rank's host clock; of ranks: {config.collectives.average}. "
-            "in bursts of `burst` (0: each waited for), replayed as a graph (as nccl-tests -G) or launched from Python",
+            "time": f"calls in a row over their number, by each rank's own clock; of ranks: {config.collectives.average}. "
+            "On GPUs by the device's clock, in bursts of `burst` (0: each waited for), replayed as a graph (nccl-tests -G) "
+            "or launched from Python",
             "single_calls": "call_us, p50_us to stdev_us: each call alone, as long as its slowest rank takes",
             "interval": f"half-width at {config.collectives.confidence:.0%} by batch means, of a number of calls that was "
             "decided before they were timed",
             "algbw": "size / mean time, 10^9 bytes a second",
             "busbw": "algbw times nccl-tests' factor of the operation",
             "check": "every element against its exact value, in a call that isn't timed",
-            "out_of_place": "of all_reduce, broadcast and reduce: the in-place call on a copy made before the timing",
+            "calls": f"of {', '.join(BY_LIBRARY)}: {library.through(team.backend)}; of others: torch.distributed's",
+            "out_of_place": "by torch.distributed's all_reduce, broadcast and reduce: the in-place call on an earlier copy",
         },
         started=utc(),
     )  # fmt: skip

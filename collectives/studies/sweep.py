@@ -178,10 +178,13 @@ class SweepRunner:
         """The buffers, or why not all ranks have them."""
         transfer, refusal = None, ""
         if seat is not None:
-            refusal = self._too_large(Transfer.bytes_needed(case, seat.size, case.dtype.itemsize))
+            needed, usable = Transfer.bytes_needed(case, seat.size, case.dtype.itemsize), self._usable()
+            refusal = self._too_large(needed, usable)
             if not refusal:
+                # Of two buffers each may take half. A CPU's benchmarks, OSU's among them, use the same memory again.
+                room = min(self._settings.max_size, usable // 2) if seat.device.type == "cuda" else 0
                 try:
-                    transfer = Transfer(case, seat)
+                    transfer = Transfer(case, seat, room)
                 # Torch's own out-of-memory errors are RuntimeErrors.
                 except (MemoryError, RuntimeError) as error:
                     first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -189,20 +192,23 @@ class SweepRunner:
         refusal = next((reason for reason in self._team.tree.all_gather(refusal) if reason), "")
         return (None, f"out of memory, {refusal}; larger sizes are left out") if refusal else (transfer, "")
 
-    def _too_large(self, needed: int) -> str:
-        """Why the buffers won't fit; a CPU's allocation never fails, it kills a process later."""
+    def _usable(self) -> int:
+        """Bytes of free memory that the buffers of a case may take."""
         rank, device = self._team.rank, self._team.device
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            here = sum(
-                member["machine"] == self._team.members[rank.rank]["machine"] for member in self._team.members
-            )
-            free = psutil.virtual_memory().available // here
-        if needed <= free * _MEMORY_SHARE:
+            return int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE)
+        here = sum(
+            member["machine"] == self._team.members[rank.rank]["machine"] for member in self._team.members
+        )
+        return int(psutil.virtual_memory().available // here * _MEMORY_SHARE)
+
+    def _too_large(self, needed: int, usable: int) -> str:
+        """Why the buffers won't fit; a CPU's allocation never fails, it kills a process later."""
+        if needed <= usable:
             return ""
-        return f"rank {rank.rank}: {needed / 2**30:.3g} GiB of buffers, {free / 2**30:.3g} GiB free for it"
+        free = usable / _MEMORY_SHARE
+        return f"rank {self._team.rank.rank}: {needed / 2**30:.3g} GiB of buffers, {free / 2**30:.3g} GiB free for it"
 
     def _timed(
         self, one: CaseSeries, size: int, transfer: Transfer | None, seat: Seat | None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
@@ -150,7 +151,7 @@ class MeasurementSetup:
         self, burst: Burst | None, group: dist.ProcessGroup | None, count: int
     ) -> NDArray[np.float64] | None:
         """`count` calls in bursts: on rank 0 microseconds of a call [ranks, bursts]."""
-        size, align = self._burst_size, self._barrier(group) or _nothing
+        size, align = self._burst_size, self._meeting(group)
         left, begun, mine = max(_FEWEST_BURSTS, count // size), time.monotonic(), list[float]()
         wanted = 1
         while wanted:
@@ -174,6 +175,12 @@ class MeasurementSetup:
         if team.device.type == "cuda" and team.backend == "nccl":
             return partial(dist.barrier, group=group, device_ids=[team.device.index])
         return partial(dist.barrier, group=group)
+
+    def _meeting(self, group: dist.ProcessGroup | None) -> Call:
+        """What ends on the ranks of a group at once, without a wait on the host as a barrier has it."""
+        if group is None:
+            return _nothing
+        return partial(dist.all_reduce, torch.zeros(1, device=self.team.device), group=group)
 
     def _capture(self, burst: Burst | None) -> str:
         """Capture on every rank; why one can't, so that all launch their calls one by one, or empty."""

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from collectives.ops.groups import GroupPartition
+from collectives.ops.library import communicator
 from collectives.ops.transfers import Seat
 from collectives.timing.clock import machine_id
 from collectives.timing.meeting import fresh
@@ -181,7 +182,7 @@ class Team:
         return len({member["machine"] for member in self.members}) == 1
 
     def seat(self, partition: GroupPartition) -> Seat | None:
-        """This rank's place in its group; None where it is idle. Makes the groups the first time."""
+        """This rank's place in its group; None where it is idle. Makes the groups the first time, so all ranks call it."""
         if partition.groups not in self._groups:
             mine = None
             for ranks in partition.groups:
@@ -198,7 +199,7 @@ class Team:
         if group is None:
             return None
         ranks = next(ranks for ranks in partition.groups if self.rank.rank in ranks)
-        return Seat(group, ranks, ranks.index(self.rank.rank), self.device)
+        return Seat(group, ranks, ranks.index(self.rank.rank), self.device, communicator(group, self.device))
 
 
 def _self(rank: RankContext, device: torch.device) -> dict[str, Any]:

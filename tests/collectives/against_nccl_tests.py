@@ -3,7 +3,9 @@
     python -m tests.collectives.against_nccl_tests --source NCCL_TESTS_SOURCES [--ops all_reduce,all_gather] [--gpus 4]
 
 nccl-tests' programs come from `--binaries` (or `NCCL_TESTS`), or are built from `--source` (or `NCCL_TESTS_SOURCE`) with
-nvcc, against the NCCL that torch uses. They run a thread for each GPU, since without MPI they have no processes.
+nvcc, against the NCCL that torch uses. With `--mpi` (or an `mpiexec` on PATH, as `pip install mpich` puts there) they run a
+process for each GPU, as this suite does. Without, they run a thread for each, which launch one after the other: small calls
+of a graph then take up to 1 us longer on four GPUs.
 
 Each operation is timed by nccl-tests with launches one by one, by nccl-tests with a replayed graph (`-G 1`), and by this
 suite, which replays a graph where Python's launches would show. A row is compared with the run of nccl-tests that
@@ -167,7 +169,21 @@ def nccl_home(into: Path) -> Path:
     )
 
 
-def build(source: Path, folder: Path) -> tuple[Path, dict[str, str]]:
+def mpi_home(named: Path | None) -> Path | None:
+    """The folder of an MPI: the named one, or that of the `mpiexec` on PATH; None where there is none.
+
+    Raises:
+        UserError: where the named one has no `bin/mpiexec`.
+    """
+    if named is not None:
+        if not (named / "bin" / "mpiexec").exists():
+            raise UserError(f"--mpi={named} has no bin/mpiexec; name the folder that MPI is installed in")
+        return named
+    known = shutil.which("mpiexec")
+    return Path(known).resolve().parents[1] if known else None
+
+
+def build(source: Path, folder: Path, mpi: Path | None) -> tuple[Path, dict[str, str]]:
     """Build nccl-tests for this machine's GPUs; the folder of the programs, and the variables that they need.
 
     Raises:
@@ -187,11 +203,12 @@ def build(source: Path, folder: Path) -> tuple[Path, dict[str, str]]:
     words = [
         "make", "-C", str(source), f"-j{os.cpu_count() or 4}", f"BUILDDIR={folder / 'build'}", f"CUDA_HOME={cuda}",
         f"NCCL_HOME={nccl}", f"NVCC_GENCODE=-gencode=arch=compute_{arch},code=sm_{arch}",
+        *(("MPI=1", f"MPI_HOME={mpi}") if mpi else ()),
     ]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"nccl-tests can't be built: {' '.join((done.stderr or done.stdout).split())[-600:]}")
-    return folder / "build", libraries(nccl / "lib", cuda / "lib64")
+    return folder / "build", libraries(nccl / "lib", cuda / "lib64", *([mpi / "lib"] if mpi else []))
 
 
 def libraries(*folders: Path) -> dict[str, str]:
@@ -200,18 +217,35 @@ def libraries(*folders: Path) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": ":".join([*map(str, folders), *([before] if before else [])])}
 
 
-def theirs(
-    program: Path, gpus: int, sizes: Sequence[str], graph: bool, env: dict[str, str]
-) -> dict[Case, float]:
-    """One program of nccl-tests, a thread for each GPU.
+@dataclass(frozen=True)
+class Theirs:
+    """nccl-tests' programs, and how they are started."""
+
+    binaries: Path
+    env: dict[str, str]
+    mpi: Path | None
+    """Starts a process for each GPU; None: they run threads."""
+
+    def words(self, op: str, gpus: int) -> list[str]:
+        """What starts an operation's program."""
+        program = str(self.binaries / PROGRAMS[op])
+        if self.mpi is None:
+            return [program, "-t", str(gpus), "-g", "1"]
+        return [str(self.mpi / "bin" / "mpiexec"), "-n", str(gpus), program, "-t", "1", "-g", "1"]
+
+
+def theirs(by: Theirs, op: str, gpus: int, sizes: Sequence[str], graph: bool) -> dict[Case, float]:
+    """One program of nccl-tests.
 
     Raises:
         UserError: where it is missing or fails, with its last words.
     """
+    program = by.binaries / PROGRAMS[op]
     if not program.exists():
         raise UserError(f"{program} is missing; name the folder with nccl-tests' programs as --binaries")
-    words = [str(program), "-t", str(gpus), "-g", "1", *sizes, "-w", "5", "-c", "0", "-G", str(int(graph))]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | env, timeout=SECONDS)
+    words = [*by.words(op, gpus), *sizes, "-w", "5", "-c", "0", "-G", str(int(graph))]
+    env = os.environ | by.env | _SAME
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=SECONDS)
     found = parsed(done.stdout)
     if done.returncode or not found:
         last = " ".join((done.stderr or done.stdout).split())[-300:]
@@ -240,7 +274,7 @@ def ours(op: str, gpus: int, sizes: Sequence[str], hardware: str, env: dict[str,
         return ResultStore(RunPaths(Path(folder)).measurement).finished()
 
 
-def compared(op: str, binaries: Path, options: argparse.Namespace, env: dict[str, str]) -> list[Line]:
+def compared(op: str, by: Theirs, options: argparse.Namespace) -> list[Line]:
     """One operation by all three, in turn, in each round the other way round."""
     sizes = ["-b", options.b, "-e", options.e, "-f", str(options.f), "-n", str(options.n)]
     plain, graph, mine = (
@@ -254,7 +288,7 @@ def compared(op: str, binaries: Path, options: argparse.Namespace, env: dict[str
                 mine.append(ours_by_case(ours(op, options.gpus, sizes, options.hardware, _SAME)))
             else:
                 side = graph if who == "graph" else plain
-                side.append(theirs(binaries / PROGRAMS[op], options.gpus, sizes, who == "graph", env | _SAME))
+                side.append(theirs(by, op, options.gpus, sizes, who == "graph"))
     return lines_of(op, plain, graph, mine)
 
 
@@ -273,6 +307,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source", type=Path, default=os.environ.get("NCCL_TESTS_SOURCE"), help="nccl-tests' sources"
     )
+    parser.add_argument("--mpi", type=Path, help="folder of an MPI, for a process on each GPU")
     parser.add_argument("--ops", default=",".join(PROGRAMS), help="operations, with commas")
     parser.add_argument("--gpus", type=int, help="default: all of this machine")
     parser.add_argument("--hardware", default="h100", help="preset of the GPUs")
@@ -307,12 +342,18 @@ def run(options: argparse.Namespace) -> list[Line]:
         )
     lines: list[Line] = []
     with tempfile.TemporaryDirectory() as folder:
+        mpi = mpi_home(options.mpi)
         binaries, env = (
-            (options.binaries, libraries()) if options.binaries else build(options.source, Path(folder))
+            (options.binaries, libraries(*([mpi / "lib"] if mpi else [])))
+            if options.binaries
+            else build(options.source, Path(folder), mpi)
+        )
+        print(
+            f"nccl-tests: {f'a process for each GPU, by {mpi}' if mpi else 'threads of one process, without MPI'}"
         )
         print(HEAD)
         for op in ops:
-            found = compared(op, Path(binaries), options, env)
+            found = compared(op, Theirs(Path(binaries), env, mpi), options)
             print("\n".join(map(str, found)), flush=True)
             lines += found
     return lines

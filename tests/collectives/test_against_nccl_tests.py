@@ -137,6 +137,7 @@ def test_all_three_measure_in_turn_and_the_table_ends_with_the_count(
         return measured(10.0, 40.0, True)
 
     monkeypatch.setattr(against, "ours", ours)
+    monkeypatch.setattr(against.shutil, "which", lambda _: None)
     words = [
         "--binaries",
         str(binaries),
@@ -151,7 +152,8 @@ def test_all_three_measure_in_turn_and_the_table_ends_with_the_count(
     ]
     assert against.main(words) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == against.HEAD and len(out) == 1 + 6 + 3
+    assert out[0] == "nccl-tests: threads of one process, without MPI"
+    assert out[1] == against.HEAD and len(out) == 2 + 6 + 3
     assert out[-1] == "6 of 6 within"
     calls = [line.removeprefix(f"{binaries}/") for line in (binaries / "calls").read_text().splitlines()]
     usual = "-t 4 -g 1 -b 8 -e 1G -f 2 -n 50 -w 5 -c 0"
@@ -164,9 +166,38 @@ def test_all_three_measure_in_turn_and_the_table_ends_with_the_count(
     assert capsys.readouterr().out.splitlines()[-1] == "2 of 3 within"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_with_mpi_each_gpu_has_a_process(
+    named: bool, binaries: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(against, "ours", lambda *_: measured(10.0, 40.0, True))
+    starter = binaries / "bin" / "mpiexec"
+    starter.parent.mkdir()
+    starter.write_text(
+        f'#!/bin/sh\necho "mpiexec $1 $2 $LD_LIBRARY_PATH" >> {binaries}/calls; shift 2; exec "$@"\n'
+    )
+    starter.chmod(starter.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(against.shutil, "which", lambda _: None if named else str(starter))
+    words = [
+        "--binaries",
+        str(binaries),
+        "--ops",
+        "all_reduce",
+        "--gpus",
+        "4",
+        *(["--mpi", str(binaries)] * named),
+    ]
+    assert against.main(words) == 0
+    assert f"nccl-tests: a process for each GPU, by {binaries}" in capsys.readouterr().out
+    first, second = (binaries / "calls").read_text().splitlines()[:2]
+    assert first.startswith(f"mpiexec -n 4 {binaries}/lib")
+    assert second.startswith(f"{binaries}/all_reduce_perf -t 1 -g 1 -b 8")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--binaries", ".", "--gpus", "2", "--mpi", "nowhere"], "--mpi=nowhere has no bin/mpiexec; name the folder"),
         (["--ops", "all_reduce"], "nothing to compare with; name nccl-tests' sources as --source"),
         (["--ops", "barrier"], "--ops=barrier has no program in nccl-tests; use some of all_reduce,"),
         (["--binaries", ".", "--gpus", "1"], "--gpus=1: a collective needs at least two GPUs"),
@@ -191,7 +222,7 @@ def test_a_program_that_fails_says_its_last_words(binaries: Path) -> None:
     with pytest.raises(
         against.UserError, match="failed with exit code 3: no CUDA-capable device is detected"
     ):
-        against.theirs(binaries / "all_reduce_perf", 2, [], False, {})
+        against.theirs(against.Theirs(binaries, {}, None), "all_reduce", 2, [], False)
 
 
 def test_the_build_links_the_nccl_that_torch_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

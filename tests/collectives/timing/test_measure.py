@@ -72,8 +72,28 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _: self.log.append("wait"))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
-        for module in (burst, clock):
-            monkeypatch.setattr(module.time, "perf_counter_ns", lambda: self.ns)
+        monkeypatch.setattr(clock.time, "perf_counter_ns", lambda: self.ns)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.pause)
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                assert device.streams == ["its own"]
+                self.ns = device.ns
+
+            def elapsed_time(self, end: Any) -> float:
+                assert device.log[-1] == "wait"
+                return (end.ns - self.ns) / 1e6
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def pause(self, cycles: int) -> None:
+        """Longer than hosts differ, even at 2 GHz, and nothing that a person would wait for."""
+        assert 1e6 < cycles < 1e7
+        self.log.append("pause")
+        self.ns += 1_300_000
 
     def call(self) -> None:
         self.log.append("call")
@@ -86,7 +106,7 @@ def test_a_burst_is_launched_in_a_row_and_waited_for_once(monkeypatch: pytest.Mo
     device = FakeDevice(monkeypatch)
     one = burst.Burst(torch.device("cuda"), device.call, 3)
     assert one.run(lambda: device.log.append("align")) == 5.0
-    assert device.log == ["wait", "align", "call", "call", "call", "wait"] and all(device.aside)
+    assert device.log == ["wait", "align", "pause", "call", "call", "call", "wait"] and all(device.aside)
 
 
 def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +116,7 @@ def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.log == ["wait", "replay 3", "wait"]  # the first replay, of which nothing is timed
     device.log.clear()
     assert one.run(lambda: None) == 1.0
-    assert device.log == ["wait", "replay 3", "wait"]
+    assert device.log == ["wait", "pause", "replay 3", "wait"]
     one.forget()
     assert one.run(lambda: None) == 5.0
 
@@ -226,6 +246,20 @@ def test_a_barrier_names_the_device_to_nccl_alone(monkeypatch: pytest.MonkeyPatc
         barrier()
         assert setup._barrier(None) is None, "an idle rank has nobody to wait for"
     assert seen == [{"group": "nccl's group", "device_ids": [1]}, {"group": "gloo's group"}]
+
+
+def test_ranks_of_a_burst_meet_on_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier waits on the host, from which ranks come back one after the other."""
+    seen: list[tuple[int, Any]] = []
+    monkeypatch.setattr(measure.dist, "all_reduce", lambda one, group: seen.append((one.numel(), group)))
+    team = TwoRanks()
+    monkeypatch.setattr(team, "device", torch.device("cpu"), raising=False)
+    setup = MeasurementSetup(
+        cast(Any, team), cast(Any, None), compose(["workload=collectives"]).collectives, lambda: None
+    )
+    setup._meeting(cast(Any, "a group"))()
+    setup._meeting(None)()
+    assert seen == [(1, "a group")]
 
 
 def test_no_warm_up_means_none(monkeypatch: pytest.MonkeyPatch) -> None:

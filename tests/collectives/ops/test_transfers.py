@@ -1,0 +1,170 @@
+"""Operations that are made of messages: what each rank sends lands where the operation says, and nowhere else."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from collectives.ops import library
+from collectives.ops.operations import OPERATIONS
+from collectives.ops.transfers import MESSAGES, Seat, Transfer, TransferCase, matrix_of
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
+
+CPU = torch.device("cpu")
+
+
+def ranks_of(op: str, ranks: int, root: int, in_place: bool) -> list[Transfer]:
+    """The transfers of all ranks of a group whose places aren't their global ranks, filled with what they are to send."""
+    matrix = matrix_of(op, 12, torch.float, ranks, 1.0)
+    case = TransferCase(op, 12, torch.float, "none", root, in_place, matrix)
+    places = tuple(range(100, 100 + ranks))
+    group = cast(dist.ProcessGroup, None)  # nothing is called
+    every = [Transfer(case, Seat(group, places, index, CPU)) for index in range(ranks)]
+    for one in every:
+        one._receive.fill_(1)
+        one._prepare()
+    return every
+
+
+def forms(*ops: str) -> list[tuple[str, bool]]:
+    """Operations that have buffers, out of place and in place where they can be."""
+    both = [(op, in_place) for op in ops for in_place in (False, True) if op != "barrier"]
+    return [(op, in_place) for op, in_place in both if OPERATIONS[op].in_place or not in_place]
+
+
+@pytest.mark.parametrize(("ranks", "root"), [(2, 0), (2, 1), (5, 3)])
+@pytest.mark.parametrize(("op", "in_place"), forms(*MESSAGES))
+def test_each_message_has_its_receiver_and_all_that_arrives_is_right(
+    op: str, in_place: bool, ranks: int, root: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Torch's wants a process group when it is made.
+    monkeypatch.setattr(Transfer, "_sendrecv", lambda *_: None)
+    every = ranks_of(op, ranks, root if op in ("gather", "scatter") else -1, in_place)
+    sent: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for source, one in enumerate(every):
+        for peer, part in one.messages(one._send, one._receive)[0]:
+            sent[source, peer].append(part.clone())
+    for target, one in enumerate(every):
+        for peer, part in one.messages(one._send, one._receive)[1]:
+            part.copy_(sent[peer, target].pop(0))  # of another length it fails
+    assert not any(sent.values())
+    assert [one._count_wrong() for one in every if one.is_root or op != "gather"] == [0] * (
+        1 if op == "gather" else ranks
+    )
+
+
+@pytest.mark.parametrize(("op", "in_place"), forms(*OPERATIONS))
+def test_calls_in_a_row_move_memory_of_their_own(
+    op: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nccl-tests': at 2 MiB and 8 MiB what is in the cache already takes 5 to 18 % less time."""
+    turns: list[tuple[Tensor, Tensor]] = []
+    called: list[int] = []
+
+    def make(_self: Transfer, send: Tensor, receive: Tensor) -> Any:
+        turns.append((send, receive))
+        return partial(called.append, len(turns) - 1)
+
+    monkeypatch.setattr(Transfer, f"_{op}", make)
+    group = cast(dist.ProcessGroup, None)
+    case = TransferCase(op, 12, torch.float, "none", 0, in_place, matrix_of(op, 12, torch.float, 4, 1.0), 3)
+    one = Transfer(case, Seat(group, (0, 1, 2, 3), 1, CPU), room=1000)
+    each = max(len(turns[0][0]), len(turns[0][1]))
+    assert len(turns) == 1000 // (4 * each) > 1
+    for number, (send, receive) in enumerate(turns):
+        for buffer, first in zip((send, receive), turns[0], strict=True):
+            assert len(buffer) == len(first)
+            assert not len(buffer) or buffer.data_ptr() - first.data_ptr() == 4 * each * number
+        shared = send.untyped_storage().data_ptr() == receive.untyped_storage().data_ptr()
+        assert shared == in_place
+    for _ in range(2 * len(turns)):
+        one.call()
+    assert called == [*range(len(turns))] * 2
+    turns.clear()
+    assert Transfer(case, Seat(group, (0, 1, 2, 3), 1, CPU)) and len(turns) == 1
+    turns.clear()
+    assert Transfer(case, Seat(group, (0, 1, 2, 3), 1, CPU), room=1 << 20) and len(turns) == 128
+
+
+class CalledLibrary:
+    """Stands where a library would, and keeps what it is called with."""
+
+    def __init__(self, refused: str = "") -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._refused = refused
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append((name, *(getattr(one, "value", one) for one in arguments)))
+            return 5 if name == self._refused else 0
+
+        return call
+
+    def ncclGetErrorString(self, result: int) -> bytes:
+        return f"invalid usage {result}".encode()
+
+
+def queued(recorder: CalledLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        cuda_stream = 77
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream)
+    send, receive = torch.zeros(6, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16)
+    queue = library.Communicator(cast(ctypes.CDLL, recorder), 99).exchange(
+        [(1, send[2:]), (2, send[:0])], [(0, receive), (3, receive[:0])]
+    )
+    assert not recorder.calls
+    queue()
+    assert recorder.calls == [
+        ("ncclGroupStart",),
+        ("ncclSend", send.data_ptr() + 4, 8, 1, 1, 99, 77),
+        ("ncclRecv", receive.data_ptr(), 16, 1, 0, 99, 77),
+        ("ncclGroupEnd",),
+    ]
+
+
+def test_messages_are_queued_as_one_group_of_bytes_without_the_empty_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queued(CalledLibrary(), monkeypatch)
+
+
+@pytest.mark.parametrize("refused", ["ncclGroupStart", "ncclSend", "ncclRecv", "ncclGroupEnd"])
+def test_a_refusal_is_an_error_with_its_reason(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="NCCL refused what a benchmark queued: invalid usage 5"):
+        queued(CalledLibrary(refused), monkeypatch)
+
+
+def test_a_broadcast_has_a_buffer_to_send_from_and_one_to_receive_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        cuda_stream = 77
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream)
+    recorder = CalledLibrary()
+    group = cast(dist.ProcessGroup, None)
+    seat = Seat(group, (4, 5, 6), 1, CPU, library.Communicator(cast(ctypes.CDLL, recorder), 99))
+    for in_place in (False, True):
+        one = Transfer(TransferCase("broadcast", 12, torch.float, "none", 2, in_place), seat)
+        one.call()
+        sent, received = one._send.data_ptr(), one._receive.data_ptr()
+        assert recorder.calls.pop() == ("ncclBroadcast", sent, received, 48, 1, 2, 99, 77)
+        assert (sent == received) == in_place
+        one._send.fill_(5)
+        one.check()  # nothing is moved here, so that nothing may have been copied
+        assert in_place or not (one._receive == 5).any()
+        recorder.calls.clear()
+
+
+def test_without_a_gpu_messages_go_through_torch() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert library.loaded() is None
+    assert library.through("nccl") == library.through("gloo") == "torch.distributed"
