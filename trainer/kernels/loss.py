@@ -16,6 +16,37 @@ from trainer.kernels.choice import power
 
 
 @triton.jit
+def _sums(start_of_row: tl.tensor, width: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    """Log of the sum of a row's exponentials."""
+    top = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        value = tl.load(start_of_row + column, mask=column < width, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, value)
+        # Columns that have seen nothing yet have no top to be measured from.
+        seen = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - seen) + tl.exp(value - seen)
+        top = higher
+    peak = tl.max(top, axis=0)
+    return peak + tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
+
+
+@triton.jit
+def _descend(
+    start_of_row: tl.tensor, whole: tl.tensor, target: tl.tensor, counts: tl.tensor,
+    width: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    """A row's logits become the slopes of its loss."""
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        value = tl.load(start_of_row + column, mask=column < width, other=0.0).to(tl.float32)
+        slope = tl.exp(value - whole) - tl.where(column == target, 1.0, 0.0)
+        slope = tl.where(counts, slope, 0.0)
+        tl.store(start_of_row + column, slope.to(start_of_row.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
 def _entropy(
     logits: tl.tensor,
     targets: tl.tensor,
@@ -29,29 +60,61 @@ def _entropy(
     target = tl.load(targets + row)
     # Read before anything is overwritten: the barrier below keeps other threads' writes behind it.
     own = tl.load(start_of_row + tl.maximum(target, 0)).to(tl.float32)
-    top = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([COLUMNS], dtype=tl.float32)
-    for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        value = tl.load(start_of_row + column, mask=column < width, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, value)
-        # Columns that have seen nothing yet have no top to be measured from.
-        seen = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - seen) + tl.exp(value - seen)
-        top = higher
-    peak = tl.max(top, axis=0)
-    total_sum = tl.sum(total * tl.exp(top - peak), axis=0)
-    whole = peak + tl.log(total_sum)
+    whole = _sums(start_of_row, width, COLUMNS)
     counts = target >= 0
     tl.store(losses + row, tl.where(counts, whole - own, 0.0))
     if LEARN:
         tl.debug_barrier()
-        for start in range(0, width, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            value = tl.load(start_of_row + column, mask=column < width, other=0.0).to(tl.float32)
-            slope = tl.exp(value - whole) - tl.where(column == target, 1.0, 0.0)
-            slope = tl.where(counts, slope, 0.0)
-            tl.store(start_of_row + column, slope.to(logits.dtype.element_ty), mask=column < width)
+        _descend(start_of_row, whole, target, counts, width, COLUMNS)
+
+
+@triton.jit
+def _entropy_part(
+    logits: tl.tensor, targets: tl.tensor, first: tl.tensor, sums: tl.tensor, owns: tl.tensor,
+    width: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    start_of_row = logits + row * width
+    target = tl.load(targets + row) - first
+    mine = (target >= 0) & (target < width)
+    own = tl.load(start_of_row + tl.where(mine, target, 0)).to(tl.float32)
+    tl.store(owns + row, tl.where(mine, own, 0.0))
+    tl.store(sums + row, _sums(start_of_row, width, COLUMNS))
+
+
+@triton.jit
+def _entropy_slope(
+    logits: tl.tensor, targets: tl.tensor, first: tl.tensor, wholes: tl.tensor,
+    width: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target, whole = tl.load(targets + row), tl.load(wholes + row)
+    _descend(logits + row * width, whole, target - first, target >= 0, width, COLUMNS)
+
+
+def part(logits_Tv: Tensor, targets_T: Tensor, first: int) -> Tensor:
+    """Of columns that begin at `first` of a vocabulary: the log of the sum of their exponentials, and the target's logit,
+    or 0 where it is in other columns; [2, T] in fp32."""
+    tokens, width = logits_Tv.shape
+    found_2T = torch.empty(2, tokens, dtype=torch.float32, device=logits_Tv.device)
+    if tokens:
+        _entropy_part[(tokens,)](
+            logits_Tv, targets_T, first, *found_2T, width=width, COLUMNS=power(width, 4096), num_warps=8
+        )
+    return found_2T
+
+
+def descend(logits_Tv: Tensor, targets_T: Tensor, first: int, whole_T: Tensor) -> None:
+    """Overwrite those columns' logits by the slopes of each token's loss.
+
+    Args:
+        whole_T: the log of the sum of the exponentials of all columns.
+    """
+    tokens, width = logits_Tv.shape
+    if tokens:
+        _entropy_slope[(tokens,)](
+            logits_Tv, targets_T, first, whole_T, width=width, COLUMNS=power(width, 4096), num_warps=8
+        )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

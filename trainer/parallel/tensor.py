@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.kernels.choice import fused
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
 
@@ -61,11 +62,46 @@ class VocabularyParallel:
 
     def loss(self, x_BsD: Tensor, weight_vD: Tensor, targets_BS: Tensor) -> Tensor:
         """This rank's share of the cross-entropies' sum: that of its part of the tokens, so that shares add up."""
-        logits_Tv = F.linear(exchange.gather(x_BsD, self._axis, 1), weight_vD).float().flatten(0, 1)
+        x_BSD = exchange.gather(x_BsD, self._axis, 1)
+        if fused(x_BSD):
+            learn = torch.is_grad_enabled() and (x_BSD.requires_grad or weight_vD.requires_grad)
+            return _LinearCrossEntropy.apply(x_BSD, weight_vD, targets_BS.contiguous(), self._axis, learn)
+        logits_Tv = F.linear(x_BSD, weight_vD).float().flatten(0, 1)
         losses_T = _CrossEntropy.apply(logits_Tv, targets_BS.flatten(), self._axis)
         mine = torch.zeros_like(targets_BS, dtype=torch.bool)
         mine.chunk(self._axis.size, 1)[self._axis.index].fill_(True)
         return (losses_T * (mine & (targets_BS >= 0)).flatten()).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The same by kernels, which turn logits in bf16 into their slopes: no other copy of them is made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSD: Tensor, weight_vD: Tensor, targets_BS: Tensor, axis: Axis, learn: bool
+    ) -> Tensor:
+        from trainer.kernels import loss as kernels
+
+        targets_T, first = targets_BS.flatten(), axis.index * weight_vD.shape[0]
+        logits_Tv = torch.mm(x_BSD.flatten(0, 1), weight_vD.t())
+        parts_n2T = exchange.all_gather(kernels.part(logits_Tv, targets_T, first).unsqueeze(0), axis, 0)
+        whole_T, own_T = parts_n2T[:, 0].logsumexp(dim=0), parts_n2T[:, 1].sum(dim=0)
+        if learn:
+            kernels.descend(logits_Tv, targets_T, first, whole_T)
+            ctx.save_for_backward(x_BSD, weight_vD, logits_Tv)
+            ctx.axis = axis
+        losses_BS = torch.where(targets_T >= 0, whole_T - own_T, 0.0).view_as(targets_BS)
+        return losses_BS.chunk(axis.size, 1)[axis.index].sum()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x_BSD, weight_vD, slope_Tv = ctx.saved_tensors
+        # A token's loss is in the share of one rank, and each has a part of its logits.
+        slopes_n = exchange.all_gather(slope.reshape(1), ctx.axis, 0)
+        scale_BS1 = slopes_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size).view(1, -1, 1)
+        weight_slope_vD = torch.mm(slope_Tv.t(), (x_BSD * scale_BS1).to(x_BSD.dtype).flatten(0, 1))
+        x_slope_BSD = torch.mm(slope_Tv, weight_vD).view_as(x_BSD) * scale_BS1
+        return x_slope_BSD.to(x_BSD.dtype), weight_slope_vD, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.model import ModelConfig
+from tests.interpreter import import_interpreted
 from tests.trainer.model.small_models import micro, shape, tokens
 from trainer.kernels import choice
 from trainer.model.decoder import inputs
@@ -18,10 +20,8 @@ from trainer.model.initial import build
 from trainer.model.seams import Tally
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with pytest.MonkeyPatch.context() as patch:
-    if DEVICE == "cpu":  # Triton's own functions are made to be interpreted when it is imported
-        patch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton.language", reason="kernels need triton; on a CPU it interprets them")
+if find_spec("triton") is None or (DEVICE == "cpu" and not import_interpreted()):
+    pytest.skip("kernels need triton; on a CPU it interprets them", allow_module_level=True)
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
 BF16 = torch.bfloat16
@@ -280,6 +280,33 @@ def test_cross_entropy(vocabulary: int) -> None:
             )
             < 1e-5
         )
+
+
+@pytest.mark.parametrize("vocabulary", (300, 5000))
+def test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes(vocabulary: int) -> None:
+    """Three parts, the last with logits far above the others; targets in each, at the edges of one, and one that doesn't
+    count."""
+    from trainer.kernels.loss import descend, part
+
+    logits = noise(9, 3 * vocabulary)
+    logits[:, 2 * vocabulary + 7] *= 9
+    targets = torch.tensor(
+        [0, vocabulary - 1, vocabulary, -1, 2 * vocabulary - 1, 2 * vocabulary, 3 * vocabulary - 1, 5, 2 * vocabulary + 7],
+        device=DEVICE,
+    )  # fmt: skip
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none", ignore_index=-1)
+    expected.sum().backward()
+    pieces = [one.contiguous() for one in logits.chunk(3, dim=1)]
+    firsts = [0, vocabulary, 2 * vocabulary]
+    parts = torch.stack([part(one, targets, first) for one, first in zip(pieces, firsts, strict=True)])
+    whole, own = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+    assert off(torch.where(targets >= 0, whole - own, 0.0), expected) < 1e-5
+    for one, first in zip(pieces, firsts, strict=True):
+        descend(one, targets, first, whole)
+    assert wide.grad is not None and off(torch.cat(pieces, 1), wide.grad) < CLOSE
+    assert not torch.cat(pieces, 1)[3].any()
+    assert part(logits[:0], targets[:0], 0).shape == (2, 0)
 
 
 @pytest.mark.parametrize("softmax", (True, False))

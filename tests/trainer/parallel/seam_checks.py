@@ -147,6 +147,35 @@ def vocabulary(rank: int, world: int, store: dist.Store) -> Pairs:
     )
 
 
+def vocabulary_by_kernels(rank: int, world: int, folder: str) -> Pairs:
+    """The loss of bf16 numbers by kernels, beside torch's cross-entropy of the same ones in fp64. Each rank weighs its
+    share by its own number, so that a token's slope has to be that of the rank whose share it is in."""
+    sequence = 3 * world
+    tokens = micro(sequence, False, torch.arange(sequence)).tokens_BS
+    targets = tokens[:, 1:].clone()
+    targets[0, 1], targets[1, sequence - 1] = -1, -1
+    table, x = (t.bfloat16() for t in (_draw(1, VOCABULARY, WIDTH), _draw(2, SAMPLES, sequence, WIDTH)))
+    table[-3:] *= 9
+    wide = _leaves((table.double(), x.double()))
+    logits = (wide[1] @ wide[0].t()).flatten(0, 1)
+    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
+    parts = [part.sum() for part in losses.chunk(world, 1)]
+    slopes = _learn(torch.stack([(i + 1) * part for i, part in enumerate(parts)]).sum(), *wide)
+    with met(rank, world, dist.FileStore(f"{folder}/store", world), tp=world) as mesh:
+        seam = VocabularyParallel(mesh["tp"])
+        leaves = _leaves((table.chunk(world)[rank], x.chunk(world, 1)[rank]))
+        loss = seam.loss(leaves[1], leaves[0], targets)
+        found = _learn((rank + 1) * loss, *leaves)
+        with torch.no_grad():
+            again = seam.loss(leaves[1], leaves[0], targets)
+    own = [slopes[0].chunk(world)[rank], slopes[1].chunk(world, 1)[rank]]
+    return _pairs(
+        "loss untrained table tokens",
+        (t.double() for t in (loss, again, *found)),
+        (parts[rank], parts[rank], *own),
+    )
+
+
 # ---- context parallelism ----
 
 

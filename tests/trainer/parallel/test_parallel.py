@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 
 from tests.trainer import grid
 from tests.trainer.parallel import seam_checks
-from tests.trainer.parallel.rank_pool import PooledRankFailed, RankPool
+from tests.trainer.parallel.rank_pool import PATIENCE, PooledRankFailed, RankPool
 from trainer.parallel.context import places
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -54,6 +57,18 @@ def test_tensor_parallel_layers(ranks: RankPool, world: int) -> None:
 @both
 def test_a_vocabulary_that_is_split(ranks: RankPool, world: int) -> None:
     check(ranks, world, seam_checks.vocabulary, shares="loss")
+
+
+def test_the_loss_of_a_split_vocabulary_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="kernels need triton; on a CPU it interprets them")
+    # Triton's own functions are made to be interpreted when it is imported, which ranks of the pool have done.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        every = [pool.submit(seam_checks.vocabulary_by_kernels, rank, 2, str(tmp_path)) for rank in range(2)]
+        for name, (one, other) in (pair for ranks in every for pair in ranks.result(PATIENCE).items()):
+            assert one.shape == other.shape
+            off = np.linalg.norm(one - other) / np.linalg.norm(other)
+            assert off < 1e-2, (name, off)
 
 
 @both
