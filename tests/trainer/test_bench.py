@@ -56,9 +56,31 @@ def test_a_bound_on_exposed_communication_is_that_of_the_timed_step() -> None:
     )  # fmt: skip
     assert profiled.computing == 2.0 and profiled.uncovered(2.5) == 0.5 and profiled.uncovered(1.9) == 0.0
     config = config_of(options("data.sequence=64", "train.micro_batch=2"), 1, on_gpu=False)
-    (line,) = variants.row("a", config, 1, Times([2.5]), profiled)
+    (line,) = variants.row("a", config, 1, variants.Outcome(Times([2.5]), profiled))
     assert "communication alone 0.5 ms (16.7 %), idle 0.5 ms" in line
     assert "at most 0.5 ms (20.0 %) of communication exposed or idle" in line
+
+
+def test_the_fullest_rank_is_that_of_each_layer() -> None:
+    """Two layers of four experts on two ranks: 6 of 8 rows on the first, 5 of 8 on the second."""
+    load = torch.tensor([[4, 2, 1, 1], [2, 1, 0, 5]])
+    assert routing.fullest(load, 2) == pytest.approx((6 / 4 + 5 / 4) / 2)
+    assert routing.fullest(load, 4) == pytest.approx((4 / 2 + 5 / 2) / 2)
+    assert routing.fullest(load, 1) == 1.0
+
+
+def test_a_row_has_a_forecast_for_the_rows_that_were_measured_too() -> None:
+    config = config_of(
+        options("hardware=h200", "parallel.ep=2", "train.precision=bf16", "data.sequence=1024"),
+        2,
+        on_gpu=True,
+    )
+    (line,) = variants.row("a", config, 2, variants.Outcome(Times([2.5]), None, 1.87))
+    assert "; the fullest rank had 1.87 times its share of rows, forecast " in line and line.endswith(
+        " for that"
+    )
+    (even,) = variants.row("a", config, 2, variants.Outcome(Times([2.5]), None, 1.0), "balanced")
+    assert "fullest" not in even
 
 
 def test_nothing_on_the_device_is_an_empty_profile() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from trainer.bench.masters import Masters
 from trainer.bench.measure import Mark, Times, timed
 from trainer.bench.options import Options
 from trainer.bench.serial import serial
-from trainer.engines.base import Batch, Engine
+from trainer.engines.base import Batch, Engine, StepResult
 from trainer.engines.native import NativeEngine
 from trainer.feed import BatchFeed
 from trainer.kernels.choice import reason
@@ -114,10 +115,11 @@ def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
     yield f"kernels: {reason()}"
     flops = flops_of(config)
     yield f"FLOPs of a step: {flops / 1e12:.2f} T ({NUMERATOR})"
-    native, result = _native(options, config, mesh)
+    measured = _native(options, config, mesh)
+    native = measured.times
     yield from _shown("megaray", native, flops, tokens, mesh.world, config)
-    if result is not None:
-        yield from kernels.lines(result)
+    if measured.profile is not None:
+        yield from kernels.lines(measured.profile)
     if mesh.device.type == "cuda" and mesh.world == 1:
         ceilings = ceiling.rates(config)
         yield (
@@ -146,12 +148,12 @@ def _compared(cases: list[_Case], mesh: Mesh) -> Any:
     table = []
     for number, case in enumerate(cases):
         other = variants.other_mesh(mesh, case.config)
-        times, profiled = _native(case.options, case.config, other, f"variant{number}")
-        rows = list(variants.row(case.title, case.config, mesh.world, times, profiled, case.options.routing))
+        measured = _native(case.options, case.config, other, f"variant{number}")
+        rows = list(variants.row(case.title, case.config, mesh.world, measured, case.options.routing))
         table += rows
         yield from rows
-        if profiled is not None:
-            yield from kernels.lines(profiled)
+        if measured.profile is not None:
+            yield from kernels.lines(measured.profile)
         variants.leave()
     yield from table
 
@@ -176,9 +178,7 @@ def _empty() -> None:
         torch.cuda.empty_cache()
 
 
-def _native(
-    options: Options, config: RunConfig, mesh: Mesh, name: str = "megaray"
-) -> tuple[Times, kernels.Profile | None]:
+def _native(options: Options, config: RunConfig, mesh: Mesh, name: str = "megaray") -> variants.Outcome:
     engine = NativeEngine(config, mesh)
     if options.routing != "real":
         for stage in engine._stages:
@@ -186,15 +186,15 @@ def _native(
     overlap = nullcontext() if options.overlap else serial(mesh.device)
     with _step_of(engine, options, config, mesh) as step, overlap:
         times = timed(step, mesh.device, options.steps)
+        fullest = routing.fullest(step(_no_mark).load, mesh["ep"].size) if mesh["ep"].size > 1 else None
         if mesh.device.type != "cuda":
-            return times, None
+            return variants.Outcome(times, None, fullest)
         trace = None
         if options.timeline is not None:
             options.timeline.mkdir(parents=True, exist_ok=True)
             trace = options.timeline / f"{name}.{mesh.rank}.json"
-        return times, kernels.profile(
-            lambda: step(_no_mark), trace, lambda: dist.barrier(group=mesh.control_group)
-        )
+        together = partial(dist.barrier, group=mesh.control_group)
+        return variants.Outcome(times, kernels.profile(lambda: step(_no_mark), trace, together), fullest)
 
 
 def _no_mark(_name: str) -> Any:
@@ -204,7 +204,7 @@ def _no_mark(_name: str) -> Any:
 @contextmanager
 def _step_of(
     engine: Engine, options: Options, config: RunConfig, mesh: Mesh
-) -> Iterator[Callable[[Mark], object]]:
+) -> Iterator[Callable[[Mark], StepResult]]:
     """A step of an engine on new tokens each time."""
     samples = config.train.global_batch or 1
     with _batches(engine, options, config, mesh) as batches:

@@ -47,6 +47,16 @@ class _Forced:
         return replace(choice, chosen_BSK=chosen)
 
 
+def fullest(load: Tensor, ep: int) -> float:
+    """Rows of the fullest of `ep` ranks over their mean, averaged over layers, each of which waits for its fullest rank.
+
+    Args:
+        load: token-expert pairs, [MoE layers, experts], as a step returns them; each rank of ep has equally many experts.
+    """
+    rows = load.double().unflatten(1, (ep, -1)).sum(dim=2)
+    return float((rows.amax(dim=1) / rows.mean(dim=1)).mean())
+
+
 def force_theirs(
     routers: Sequence[nn.Module], routing: str, shape: tuple[int, int], experts: int, top_k: int
 ) -> None:

@@ -34,6 +34,17 @@ class Variant:
     options: Options
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured of a configuration."""
+
+    times: Times
+    profile: kernels.Profile | None = None
+    """None on a CPU."""
+    fullest: float | None = None
+    """Rows of the fullest rank of ep over the mean (`trainer.bench.routing.fullest`); None without ep."""
+
+
 def parse(text: str, options: Options) -> list[Variant]:
     """`ep=4 | tp=2 ep=4 | routing=zipf ep=4 | auto`: overrides on top of the others; a word without a dot is an axis of
     `parallel`, but for `routing`, `layers`, `feed`, and `overlap`, which is `on` or `off`.
@@ -94,7 +105,7 @@ def _chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]
     without_layout = plain.model_copy(
         update={"parallel": plain.parallel.model_copy(update=dict.fromkeys(AXES))}
     )
-    choice = auto.choose(without_layout, (world,), _imbalance(options.routing))
+    choice = auto.choose(without_layout, (world,), imbalance_of(options.routing))
     settings = auto.settings(choice.job) if choice.job is not None else {}
     words = [
         f"{section}.{name}={value}" for section, fields in settings.items() for name, value in fields.items()
@@ -104,20 +115,19 @@ def _chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]
     return config_of(replace(options, overrides=(*rest, *kept)), world, on_gpu), " ".join(kept)
 
 
-def _imbalance(routing: str) -> float | None:
-    """What a plan is given for it; None: what it expects."""
+def imbalance_of(routing: str) -> float | None:
+    """Rows of the fullest rank over the mean, where they are known before anything is routed; None: as a plan expects."""
     return 1.0 if routing == "balanced" else None
 
 
-def forecast(config: RunConfig, world: int, routing: str = "real") -> tuple[float | None, float]:
+def forecast(config: RunConfig, world: int, imbalance: float | None = None) -> tuple[float | None, float]:
     """Seconds of a step, None where no rates are known, and bytes of the fullest rank's tensors.
 
     Args:
-        routing: under `balanced` all ranks have the same rows; else as unlike ones as a plan expects.
+        imbalance: rows of the fullest rank of ep over the mean; None: as a plan expects of real text.
     """
     layout = Layout(**{axis: config.parallel.size(axis) for axis in AXES})
     job = auto.job_of(config, layout, world)
-    imbalance = _imbalance(routing)
     if imbalance is not None:
         job = replace(job, imbalance=imbalance)
     step = auto.predicted(job, config.hardware)
@@ -139,23 +149,15 @@ def leave() -> None:
         torch.cuda.empty_cache()
 
 
-def row(
-    text: str,
-    config: RunConfig,
-    world: int,
-    times: Times,
-    profiled: kernels.Profile | None,
-    routing: str = "real",
-) -> Iterator[str]:
-    """Lines of a variant."""
+def row(text: str, config: RunConfig, world: int, measured: Outcome, routing: str = "real") -> Iterator[str]:
+    """Lines of a variant, with the forecast of a plan, and that for the rows which the fullest rank really had."""
+    times, profiled = measured.times, measured.profile
     each = flops_of(config) / world / 1e9
     tokens = (config.train.global_batch or 1) * config.data.sequence / world
-    seconds, size = forecast(config, world, routing)
-    guess = "no forecast" if seconds is None else (
-        f"forecast {seconds * 1e3:.1f} ms ({(seconds * 1e3 / times.median - 1) * 100:+.1f} %)"
-    )  # fmt: skip
-    if times.memory:
-        guess += f" and {size / 1e9:.1f} GB ({(size / times.memory - 1) * 100:+.1f} %)"
+    guess = _beside(forecast(config, world, imbalance_of(routing)), times)
+    if measured.fullest is not None and routing != "balanced":
+        again = _beside(forecast(config, world, measured.fullest), times)
+        guess += f"; the fullest rank had {measured.fullest:.2f} times its share of rows, {again} for that"
     apart = "" if profiled is None else (
         f", communication alone {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %), "
         f"idle {profiled.idle:.1f} ms, at most {profiled.uncovered(times.median):.1f} ms "
@@ -165,6 +167,17 @@ def row(
         f"{text:34} step {times.median:.1f} ms, forward + backward {times.part('forward', 'backward'):.1f}, optimizer "
         f"{times.part('optimizer'):.1f}; {tokens / times.median * 1e3:.0f} tokens/s and {each / times.median:.0f} TFLOP/s "
         f"per device, {times.memory / 1e9:.1f} GB{apart}; {guess}"
+    )
+
+
+def _beside(made: tuple[float | None, float], times: Times) -> str:
+    """A forecast, and how far it is off."""
+    seconds, size = made
+    text = "no forecast" if seconds is None else (
+        f"forecast {seconds * 1e3:.1f} ms ({(seconds * 1e3 / times.median - 1) * 100:+.1f} %)"
+    )  # fmt: skip
+    return text + (
+        f" and {size / 1e9:.1f} GB ({(size / times.memory - 1) * 100:+.1f} %)" if times.memory else ""
     )
 
 

@@ -44,7 +44,8 @@ def config(row: dict[str, Any], variant: str | None = None) -> RunConfig:
 
 def errors(row: dict[str, Any]) -> tuple[float, float]:
     """Of a row's step and memory, forecast over measured less one."""
-    seconds, size = variants.forecast(config(row), row["gpus"], row["routing"])
+    imbalance = row.get("fullest", variants.imbalance_of(row["routing"]))
+    seconds, size = variants.forecast(config(row), row["gpus"], imbalance)
     assert seconds is not None
     return seconds * 1e3 / row["step_ms"] - 1, size / 1e9 / row["memory_gb"] - 1
 
@@ -82,7 +83,7 @@ def test_the_planner_chooses_what_is_fastest() -> None:
 
 def test_a_balanced_route_is_forecast_as_one() -> None:
     row = next(one for one in ROWS if one["routing"] == "balanced" and one["variant"] == "ep=2")
-    even, uneven = (variants.forecast(config(row), 2, routing) for routing in ("balanced", "real"))
+    even, uneven = (variants.forecast(config(row), 2, imbalance) for imbalance in (1.0, None))
     assert even[0] is not None and uneven[0] is not None and even[0] < uneven[0] and even[1] < uneven[1]
     assert auto.job_of(config(row), auto.Layout(1, 2, 1, 2, 1, 1), 2).imbalance > 1
 
