@@ -203,14 +203,17 @@ def test_stages_hold_what_the_trainers_stages_hold(name: str, pp: int) -> None:
 
 
 def test_stages_that_are_cut_by_cost_know_which_layers_are_the_dear_ones() -> None:
-    costs = (1.0, 100.0, 0.0)  # of a dense layer, an MoE layer, the head
-    between, leading = (
-        shape(layers=8, dense_width=16, **kind).moe_layers for kind in ({"moe_every": 2}, {"dense_layers": 4})
-    )
-    for moe, layers in ((between, (4, 4)), (leading, (6, 2))):
-        cuts = schedule._stages(8, moe, 2, costs, 0)
+    # An MoE layer costs 2731 times a dense one, and more than all dense ones and the head together: that of the middle is
+    # the first stage's last but for the dense one behind it, by which the head's share is made up.
+    for kind, layers, moe in (
+        ({"moe_every": 2}, (5, 3), [2, 2]),
+        ({"moe_every": 4}, (5, 3), [1, 1]),
+        ({"dense_layers": 4}, (6, 2), [2, 2]),
+    ):
+        model = shape(layers=8, dense_width=16, expert_width=1 << 16, **kind)
+        cuts = schedule.stages(model, 2, balanced=True)
         assert tuple(one.layers for one in cuts) == layers
-        assert [one.moe for one in cuts] == [2, 2]
+        assert [one.moe for one in cuts] == moe
 
 
 @every_shape

@@ -203,7 +203,7 @@ def main(arguments: list[str]) -> int:
     measured, cases = json.loads(options.measured.read_text()), json.loads(options.cases.read_text())
     profile = load(DeviceProfile, options.profile)
     hardware: HardwareConfig = compose([f"hardware={profile.hardware}"]).hardware
-    kernels = Kernels.of(hardware, profile)
+    kernels = Kernels(hardware, profile)
     machine = measured["machine"]
     print(
         f"{machine.get('device', 'CPU')}, torch {machine['torch']}; profile {profile.name}: {len(profile.matmuls)} matmuls"

@@ -36,7 +36,7 @@ def predictions(
     left_out: Sequence[MatmulRate],
 ) -> list[tuple[float, float, float]]:
     """Predicted over measured time, and the interval's ends over it."""
-    kernels = Kernels.of(hardware, profile.model_copy(update={"matmuls": tuple(kept)}))
+    kernels = Kernels(hardware, profile.model_copy(update={"matmuls": tuple(kept)}))
     seconds = []
     for row in left_out:
         shape = shape_of(row)
@@ -155,11 +155,11 @@ def main(arguments: list[str]) -> int:
     profile = load(DeviceProfile, options.profile)
     hardware = compose([f"hardware={profile.hardware}"]).hardware
     begun = time.process_time()
-    whole = Kernels.of(hardware, profile)
+    whole = Kernels(hardware, profile)
     whole.matmul(4096, 4096, 4096)
     fit = time.process_time() - begun
-    timed = whole._precision("bf16")
-    assert timed is not None
+    timed = whole.model("bf16")
+    assert not isinstance(timed, str)
     model = timed.form
     print(
         f"profile {profile.name} of {profile.hardware}: {len(profile.matmuls)} matmuls; fitted in {fit * 1e3:.0f} ms"

@@ -45,18 +45,14 @@ TREE_HOP = 28e-6
 SEND = (20e-6, 0.80)
 SEND_INSIDE = (10e-6, 0.75)
 
-_PASSES = {"all_reduce": 2.0}
-
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Ranks that communicate, and how they lie."""
+    """Ranks that communicate, and how they lie: over `nodes`, evenly; `sharing` groups like it share a node's adapters."""
 
     ranks: int
     nodes: int = 1
-    """Nodes that the group spans, evenly."""
     sharing: int = 1
-    """Groups of its kind on each of its nodes: they share the node's adapters."""
 
     @property
     def local(self) -> int:
@@ -74,7 +70,6 @@ def place(size: int, stride: int, node: int) -> RankGroup:
 class Fabric:
     """Rates of the links. Without a rate there is no time: NaN."""
 
-    name: str
     inside: tuple[tuple[int, float], ...]
     """Ranks of a group inside a node, and GB/s of the links of each of them in one direction, ascending in ranks."""
     network: float | None
@@ -84,9 +79,8 @@ class Fabric:
     multicast: bool = False
     """The switch reduces and copies by itself."""
     step: float = STEP
-    """Seconds that a ring over nodes takes for one more rank."""
+    """Seconds that a ring over nodes takes for one more rank, and `hop` on top of that for one more node."""
     hop: float = HOP
-    """Seconds on top of that for one more node."""
     rounds: float = 2.0
     """Times that an all-reduce goes through the ring's steps."""
     tree_hop: float = TREE_HOP
@@ -106,11 +100,10 @@ class Fabric:
         n = group.ranks
         if n <= 1 or size <= 0:
             return 0.0
-        if self.profile is not None:
-            curve = self.profile.find(op, n, group.nodes)
-            if curve is not None:
-                return curve.time_us(size) / 1e6
-        wire = size * _PASSES.get(op, 1.0) * (n - 1) / n  # bytes through each rank's links
+        curve = self.profile.find(op, n, group.nodes) if self.profile else None
+        if curve is not None:
+            return curve.time_us(size) / 1e6
+        wire = size * (2.0 if op == "all_reduce" else 1.0) * (n - 1) / n  # bytes through each rank's links
         if group.nodes == 1:
             return self._inside(op, wire, n)
         adapters = (self.network or math.nan) * NETWORK * 1e9 / group.sharing
@@ -129,9 +122,7 @@ class Fabric:
         if group.nodes == 1:
             return 0.0
         ring = self._ring(op, group, self.step, self.hop)
-        if op != "all_reduce":
-            return ring
-        return min(ring, self.tree_hop * math.ceil(math.log2(group.nodes)))
+        return min(ring, self.tree_hop * math.ceil(math.log2(group.nodes))) if op == "all_reduce" else ring
 
     def _ring(self, op: str, group: RankGroup, step: float, hop: float) -> float:
         """Seconds that a ring's steps take, at `step` a rank and `hop` more a node."""
@@ -140,11 +131,9 @@ class Fabric:
 
     def send(self, size: float, across: bool, sharing: int = 1) -> float:
         """Seconds of a message from rank to rank, `sharing` ranks of a node sending at once."""
-        if across:
-            start, share = SEND
-            return start + size / (share * 1e9 * (self.network or math.nan) / max(1, sharing))
-        start, share = SEND_INSIDE
-        return start + size / (share * 1e9 * self.link(2))
+        start, share = SEND if across else SEND_INSIDE
+        gbps, by = (self.network or math.nan, max(1, sharing)) if across else (self.link(2), 1)
+        return start + size / (share * 1e9 * gbps / by)
 
     def _inside(self, op: str, wire: float, ranks: int) -> float:
         rate = self.link(ranks) * 1e9
@@ -165,18 +154,16 @@ class Fabric:
 
 def from_catalogue(hardware: HardwareConfig, profile: FabricProfile | None = None) -> Fabric:
     """The fabric of usual nodes of this device and its adapters; `profile` answers for the groups that it has."""
-    node = hardware.devices_per_node or 1
+    node, link, nic = hardware.devices_per_node or 1, hardware.link, hardware.nic
     sizes = sorted({n for n in (2, 4, 8, 16, 32, 64) if n <= node} | {max(2, node)})
-    inside = tuple((n, hardware.group_gbps(n) or math.nan) for n in sizes)
-    adapters = hardware.nic.per_node * (hardware.nic.gbps or 0.0) or (hardware.inter_node_gbps or 0.0) * node
+    adapters = nic.per_node * (nic.gbps or 0.0) or (hardware.inter_node_gbps or 0.0) * node
+    measured = f"profile {profile.name}, else the catalogue's links of {hardware.name}" if profile else ""
     return Fabric(
-        name=hardware.name,
-        inside=inside,
+        inside=tuple((n, hardware.group_gbps(n) or math.nan) for n in sizes),
         network=adapters or None,
-        mesh=hardware.link.shape == "mesh",
-        multicast=hardware.link.shape == "switch" and hardware.architecture in MULTICAST_IN,
+        mesh=link.shape == "mesh",
+        multicast=link.shape == "switch" and hardware.architecture in MULTICAST_IN,
         low_latency=LOW_LATENCY if hardware.kind == "cuda" else None,
         profile=profile,
-        source=f"profile {profile.name}, else the catalogue's links of {hardware.name}" if profile
-        else f"catalogue: links and adapters of {hardware.name}",
-    )  # fmt: skip
+        source=measured or f"catalogue: links and adapters of {hardware.name}",
+    )

@@ -1,20 +1,31 @@
-"""Finds a device's `Tuning` in its measured matmuls: robust least squares of log time.
+"""Finds a device's `Tuning` in its measured matmuls, keeps it beside the profile, and says what the formula misses.
 
-The tiles are chosen anew at each step; the derivatives are taken with the choice held. `trainer.sizing.time.fits` keeps
-what was found, since a plan must not wait for it.
+The fit is robust least squares of log time. A plan must not wait for it: `h100.fit.json` beside `h100.yaml` holds the
+`Tuning` and what it misses at each measured shape, under a digest of the shapes and of the starting point. Where there is
+none, or the digest differs, the fit is done. It is kept where there was none of these measurements: a plan with a device
+of other figures (`hardware.memory_gbps=3000`) leaves the file alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import product
+from pathlib import Path
+from typing import Any
 
+from configs import profile
+from configs.paths import write_whole
 from trainer.sizing.time.kernels import LEVELS, Chip, Form, KernelKind, KernelPlan, MatmulShape, Tuning
 
+VERSION = 1
+"""Of the formula and of the fit: to be raised where either changes."""
 Measured = tuple[MatmulShape, float]
 """A shape and its seconds."""
 
@@ -38,14 +49,73 @@ _FIRM = 1e-4
 
 UNMEASURED = (0.75, 1.4)
 """Measured over predicted where too little was measured to say."""
-_REACH = 1.0
-"""Octaves over which what the formula misses is alike."""
 _FAR, _FAR_SQUARED = 2.5, 6.25
-"""Reaches from which on shapes say nothing about each other."""
+"""Octaves from which on shapes say nothing about each other."""
 _SHRINK = 0.6
 """Weight, in shapes, of missing nothing."""
 _CONFIDENCE = 0.95
 _FEWEST = 8
+
+
+# ---- what is kept ----
+
+
+def kept_or_fitted(
+    name: str,
+    chip: Chip,
+    start: Tuning,
+    dense_rows: Sequence[Measured],
+    grouped_rows: Sequence[Measured],
+    is_whole: Callable[[], bool],
+) -> tuple[Tuning, list[float], list[float]]:
+    """A profile's tuning, and log of measured over predicted of each of its dense and grouped shapes.
+
+    Args:
+        is_whole: whether these are the measurements of the profile that lies under `name`, and not a part of them; asked
+            after a fit alone.
+    """
+    rows = [*dense_rows, *grouped_rows]
+    key, path = _digest(rows, chip, start), profile.FOLDER / "device" / f"{name}.fit.json"
+    kept = _read(path)
+    if kept.get("key") == key:
+        values: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in kept["tuning"].items()
+        }
+        return Tuning(**values), kept["dense"], kept["grouped"]
+    tuning = fit(chip, dense(chip, start, dense_rows), GROUPED, grouped_rows)
+    form = Form(chip, tuning)
+    logs = {"dense": misses(form, dense_rows), "grouped": misses(form, grouped_rows)}
+    measured = _digest(rows)
+    if kept.get("measured") != measured and is_whole():
+        made = {"measured": measured, "key": key, "tuning": asdict(tuning), **logs}
+        with contextlib.suppress(OSError):  # a folder that can't be written costs the next plan the same fit
+            write_whole(path, json.dumps(made) + "\n")
+    return tuning, logs["dense"], logs["grouped"]
+
+
+def _digest(rows: Sequence[Measured], *more: Chip | Tuning) -> str:
+    """Of what a fit begins with, numbers to nine digits: processors differ in the last ones of `exp` and `log`."""
+    given = (VERSION, [(asdict(shape), seconds) for shape, seconds in rows], [asdict(one) for one in more])
+    return hashlib.sha256(repr(_rounded(given)).encode()).hexdigest()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+# ---- the fit ----
 
 
 def dense(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
@@ -68,26 +138,18 @@ def _factors(
 
     A level that wasn't measured is as slow as `start` says, but between what was measured of its neighbours.
     """
-    known: dict[int, float] = {}
+    known = {LEVELS: 0.0}
     for own in range(LEVELS):
-        alone = [
-            x
-            for key, measured in ratios.items()
-            if key[dim] == own and key[1 - dim] >= LEVELS
-            for x in measured
-        ]
-        both = [
-            math.sqrt(max(x, 1.0)) for key, measured in ratios.items() if key == (own, own) for x in measured
-        ]
-        if alone or both:
-            known[own] = math.log(max(1.0, _median(alone or both)))
-    known[LEVELS] = 0.0
+        alone = ratios.get((own, LEVELS) if dim == 0 else (LEVELS, own))
+        values = sorted(alone or (math.sqrt(max(x, 1.0)) for x in ratios.get((own, own), ())))
+        if values:
+            known[own] = math.log(max(1.0, values[len(values) // 2]))
     factors = []
     for own in range(LEVELS):
         above = known[min(at for at in known if at >= own)]
-        below = [known[at] for at in known if at <= own]
+        below = [at for at in known if at <= own]
         # What is farther off than all that was measured is at least as slow as that.
-        slowest = max(below[-1], above) if below else math.inf
+        slowest = max(known[max(below)], above) if below else math.inf
         factors.append(math.exp(min(max(math.log(start[own]), above), slowest)))
     return tuple(factors)
 
@@ -102,14 +164,11 @@ def solve_rate(chip: Chip, start: Tuning, shape: MatmulShape, seconds: float) ->
     return replace(start, rate=math.exp(low))
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
 def fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured]) -> Tuning:
     """Fit the parameters of these names, by robust least squares of log time in logs of the parameters.
 
-    They are drawn to `start` by `_FIRM`, and are `start`'s where there are fewer shapes than names.
+    They are drawn to `start` by `_FIRM`, and are `start`'s where there are fewer shapes than names. Tiles are chosen anew
+    at each step; the derivatives are taken with the choice held.
     """
     if len(rows) < len(names):
         return start
@@ -144,29 +203,37 @@ def fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured
     return tuned(solution.x)
 
 
-class _Point(NamedTuple):
-    """A measured shape in reaches, and the log of measured over predicted."""
-
-    inner: float
-    rows: float
-    columns: float
-    experts: float
-    imbalance: float
-    miss: float
-
+# ---- what the formula misses ----
 
 Place = tuple[tuple[KernelKind, str], tuple[float, float, float, float, float]]
-"""The kernels that a shape may use, and where it lies among those of them."""
+"""The kernels that a shape may use, and where it lies among those of them, in octaves."""
+
+
+def place(shape: MatmulShape) -> Place:
+    """Where a shape lies: inner width, rows, columns, experts, which count half, and imbalance."""
+    sizes = (shape.k / shape.experts, shape.m) if shape.inner else (shape.k, shape.m / shape.experts)
+    inner, rows, columns, experts, imbalance = map(
+        math.log2, (*sizes, shape.n, shape.experts, shape.imbalance)
+    )
+    layout = "" if shape.kind == KernelKind.ALIGNED else shape.layout
+    return (shape.kind, layout), (inner, rows, columns, experts / 2, imbalance)
+
+
+def misses(form: Form, rows: Sequence[Measured]) -> list[float]:
+    """Log of measured over predicted of each of some shapes."""
+    return [math.log(seconds / form.choose(shape).seconds) for shape, seconds in rows]
 
 
 class Misses:
-    """What the formula misses, smoothed over neighbouring shapes."""
+    """What the formula misses (`misses`) of the shapes that it was fitted to, smoothed over neighbouring shapes."""
 
-    def __init__(self, points: Sequence[tuple[Place, float]]) -> None:
-        groups: dict[tuple[KernelKind, str], list[_Point]] = {}
-        for (kind, where), miss in points:
-            groups.setdefault(kind, []).append(_Point(*where, miss))
-        self._groups = {kind: sorted(group) for kind, group in groups.items()}
+    def __init__(self, rows: Sequence[Measured], logs: Sequence[float]) -> None:
+        self._groups: dict[tuple[KernelKind, str], list[tuple[Any, float]]] = {}
+        for (shape, _), log in zip(rows, logs, strict=True):
+            kind, where = place(shape)
+            self._groups.setdefault(kind, []).append((where, log))
+        for group in self._groups.values():
+            group.sort()
 
     def has(self, kind: KernelKind) -> bool:
         """Whether shapes of a kind are among them."""
@@ -177,18 +244,17 @@ class Misses:
         near, total = self._near(place)
         return total / (near + _SHRINK)
 
-    def _near(self, place: Place, but: _Point | None = None) -> tuple[float, float]:
-        """Weight of the shapes nearby, and their misses by weight; `but` leaves one out, and those as wide."""
+    def _near(self, place: Place, others: bool = False) -> tuple[float, float]:
+        """Weight of the shapes nearby, and their misses by weight; `others` leaves out those that differ in rows alone."""
         kind, (inner, rows, columns, experts, imbalance) = place
         points = self._groups.get(kind, [])
         weight = total = 0.0
-        first, last = bisect_left(points, (inner - _FAR,)), bisect_left(points, (inner + _FAR,))
-        for point in points[first:last]:
-            k, m, n, e, i, miss = point
+        first, last = (bisect_left(points, ((inner + far,),)) for far in (-_FAR, _FAR))
+        for (k, m, n, e, i), miss in points[first:last]:
             distance = (k - inner) ** 2 + (m - rows) ** 2 + (n - columns) ** 2
             if distance < _FAR_SQUARED:
                 distance += (e - experts) ** 2 + (i - imbalance) ** 2
-                if distance < _FAR_SQUARED and not (but and (k, n) == (but.inner, but.columns)):
+                if distance < _FAR_SQUARED and not (others and (k, n) == (inner, columns)):
                     near = math.exp(-distance / 2)
                     weight += near
                     total += near * miss
@@ -200,27 +266,21 @@ class Misses:
         Near measured shapes as for those that were left out with all that differ in rows alone, far from them as the
         formula alone fits those of its kind.
         """
-        aligned = place[0][0] == KernelKind.ALIGNED
-        return self._intervals[aligned, self._near(place)[0] > _SHRINK]
+        return self._intervals[place[0][0] == KernelKind.ALIGNED, self._near(place)[0] > _SHRINK]
 
     @cached_property
     def _intervals(self) -> dict[tuple[bool, bool], tuple[float, float]]:
         """By whether rows are aligned, and whether shapes like it were measured."""
-        intervals = {}
-        for aligned in (False, True):
-            points = [
-                ((kind, point[:5]), point)
-                for kind, group in self._groups.items()
-                if (kind[0] == KernelKind.ALIGNED) == aligned
-                for point in group
-            ]
-            near = []
-            for where, point in points:
-                weight, total = self._near(where, but=point)
-                near.append(point.miss - total / (weight + _SHRINK))
-            intervals[aligned, True] = _edges(near)
-            intervals[aligned, False] = _edges([point.miss for _, point in points])
-        return intervals
+        left: dict[tuple[bool, bool], list[float]] = {
+            key: [] for key in product((False, True), (False, True))
+        }
+        for kind, group in self._groups.items():
+            aligned = kind[0] == KernelKind.ALIGNED
+            for where, miss in group:
+                weight, total = self._near((kind, where), others=True)
+                left[aligned, True].append(miss - total / (weight + _SHRINK))
+                left[aligned, False].append(miss)
+        return {key: _edges(logs) for key, logs in left.items()}
 
 
 def _edges(logs: Sequence[float]) -> tuple[float, float]:
@@ -231,28 +291,3 @@ def _edges(logs: Sequence[float]) -> tuple[float, float]:
     edge = (1 - _CONFIDENCE) / 2 * (len(left) - 1)
     low, high = left[math.floor(edge)], left[math.ceil(len(left) - 1 - edge)]
     return math.exp(min(low, 0.0)), math.exp(max(high, 0.0))
-
-
-def place(shape: MatmulShape) -> Place:
-    """Where a shape lies, in reaches; the experts count half."""
-    rows = shape.m if shape.inner else shape.m / shape.experts
-    inner = shape.k / shape.experts if shape.inner else shape.k
-    where = (
-        math.log2(inner) / _REACH,
-        math.log2(rows) / _REACH,
-        math.log2(shape.n) / _REACH,
-        math.log2(shape.experts) / (2 * _REACH),
-        math.log2(shape.imbalance) / _REACH,
-    )
-    return (shape.kind, "" if shape.kind == KernelKind.ALIGNED else shape.layout), where
-
-
-def misses(form: Form, rows: Sequence[Measured]) -> list[float]:
-    """Log of measured over predicted of each of some shapes."""
-    return [math.log(seconds / form.choose(shape).seconds) for shape, seconds in rows]
-
-
-def missed(rows: Sequence[Measured], logs: Sequence[float]) -> Misses | None:
-    """What a fitted formula misses of the shapes that it was fitted to, by `misses`; None without any."""
-    points = [(place(shape), log) for (shape, _), log in zip(rows, logs, strict=True)]
-    return Misses(points) if points else None

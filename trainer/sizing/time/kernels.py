@@ -18,7 +18,6 @@ rate and ramp, and a larger `feed`, since loads are what limits them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -61,14 +60,14 @@ SLOW_TILES: tuple[Tile, ...] = ((64, 64), (64, 128), (128, 64), (128, 128), (128
 
 
 class KernelKind(IntEnum):
-    """Which kernels a shape may use."""
+    """Which kernels a shape may use, by where rows begin."""
 
     ALIGNED = 0
-    """All rows begin at multiples of 16 bytes."""
+    """All at multiples of 16 bytes."""
     EVEN = 1
     """Of 4 bytes."""
     ODD = 2
-    """Some operand's rows begin at odd elements, but not the result's."""
+    """Some operand's at odd elements, but not the result's."""
     ODD_RESULT = 3
 
 
@@ -78,9 +77,8 @@ class Grouped:
 
     tile: Tile
     small: Tile
-    """Where an expert has few rows, or the output few columns."""
+    """Where an expert has up to `few` rows, or the output as few columns."""
     few: int
-    """Up to so many."""
     cluster: int
     """Tiles along an expert's rows that are launched together: their number is rounded up to it."""
 
@@ -94,72 +92,61 @@ GROUPED: dict[str, Grouped] = {
 
 @dataclass(frozen=True)
 class Chip:
-    """What of a device the tiling depends on."""
+    """What of a device the tiling depends on: compute units, tiles to choose from, and those of a grouped matmul."""
 
     units: int
-    """Compute units."""
     tiles: tuple[Tile, ...]
     grouped: Grouped | None
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A device's numbers; times in seconds, rates in FLOP/s and bytes/s."""
+    """A device's numbers; times in seconds, rates in FLOP/s and bytes/s.
+
+    `rate` is of all units in the inner loop of the best tile; `launch` from the end of one kernel to the first work of the
+    next; `ramp` and `feed` are in elements; `split` is the passes over the partial results, in 8 bytes an element, that one
+    more part costs; `power` the share of `rate` above which the power limit lowers the clock. `inner` and `outer` are
+    factors on the arithmetic where rows of the operands and of the result begin at multiples of 16, 32, 64 bytes and no
+    more. Kernels for other rows have a rate over `rate` in their 128 x 128 tile, a `feed`, and one ramp for all. The
+    grouped kernel's rate and ramp are over the dense one's; a call and each `expert` of it take so many seconds on top.
+    """
 
     rate: float
-    """Of all units in the inner loop of the best tile."""
     launch: float
-    """From the end of one kernel to the first work of the next."""
     ramp: float
-    """Elements of the inner dimension that a tile's begin and end are worth."""
     feed: float
-    """Elements: what the operands' way to the units costs, times 1/a + 1/b of the tile."""
     bandwidth: float
-    """Of device memory."""
     split: float
-    """Passes over the partial results, in 8 bytes an element, that one more part costs."""
     power: float
-    """Share of `rate` above which the power limit lowers the clock."""
     inner: tuple[float, ...] = (1.0,) * LEVELS
-    """Factor on the arithmetic where rows of the operands begin at multiples of 16, 32, 64 bytes and no more."""
     outer: tuple[float, ...] = (1.0,) * LEVELS
-    """The same for rows of the result."""
     even: float = 0.5
-    """Rate of the kernels for 4 bytes, in their 128 x 128 tile, over `rate`."""
     even_feed: float = 100.0
     odd: float = 0.2
-    """The same for odd elements."""
     odd_feed: float = 200.0
     odd_result: float = 0.15
-    """The same where the result's rows are the odd ones."""
     slow_ramp: float = 200.0
-    """Ramp of all three."""
     grouped_rate: float = 1.0
-    """Rate of the grouped kernel over the dense one's."""
     grouped_launch: float = 4e-6
-    """What a grouped call costs more than a dense one, in seconds."""
     grouped_ramp: float = 1.0
-    """Ramp of the grouped kernel over the dense one's."""
     expert: float = 1e-7
-    """Seconds for each expert of a grouped call."""
 
 
 @dataclass(frozen=True)
 class MatmulShape:
-    """[m, k] times [k, n]; `experts` of them where it is grouped."""
+    """[m, k] times [k, n], or `experts` of them in one grouped call.
+
+    m is of all experts together, or, in the pass of the weights' gradient (`layout`), where experts differ in the inner
+    dimension, k is. `imbalance` is the fullest expert's rows over the mean; `bytes` are of an operand's element.
+    """
 
     m: int
-    """Rows: of all experts together, or, where the inner dimension is the ragged one, of each result."""
     n: int
     k: int
-    """Inner width: of each, or, where it is the ragged one, of all experts together."""
     experts: int = 1
     imbalance: float = 1.0
-    """The fullest expert's rows over the mean."""
     layout: Operands = "forward"
-    """Which pass of a linear layer it is; in the weights' one the experts differ in the inner dimension."""
     bytes: float = 2.0
-    """Of an operand's element."""
 
     @property
     def inner(self) -> bool:
@@ -198,33 +185,33 @@ class MatmulShape:
     @property
     def moved(self) -> float:
         """Bytes of operands and result, each once; results have at least 2 bytes."""
-        weights = 1 if self.inner else self.experts
-        results = self.experts if self.inner else 1
+        weights, results = (1, self.experts) if self.inner else (self.experts, 1)
         operands = self.m * self.k + weights * self.k * self.n
         return self.bytes * operands + max(self.bytes, 2.0) * results * self.m * self.n
 
 
+def level(size: int) -> int:
+    """Doublings of 16 that divide a number of bytes, 0 to `LEVELS`."""
+    return max(0, min((size & -size).bit_length() - 5, LEVELS))
+
+
 class KernelPlan(NamedTuple):
-    """How a library runs a shape."""
+    """How a library runs a shape: tiles, those of all parts and experts, in waves; parts of the inner dimension."""
 
     tile: Tile
     blocks: int
-    """Tiles, those of all parts and experts."""
     waves: int
     parts: int
-    """Parts that the inner dimension is split into."""
 
 
 class KernelTime(NamedTuple):
-    """How the time of a shape comes about; all in seconds."""
+    """How the time of a shape comes about: seconds, of the waves (`arithmetic`) and of the roofline (`memory`)."""
 
     seconds: float
     plan: KernelPlan
     launch: float
     arithmetic: float
-    """Of the waves."""
     memory: float
-    """Of the roofline."""
     slowing: float
     """Factor of the power limit."""
 
@@ -244,6 +231,12 @@ def shares(experts: int, imbalance: float) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
+def _cost(tile: Tile, feed: float, scale: float) -> float:
+    """Seconds of an element of the inner dimension in one tile."""
+    a, b = tile
+    return 2.0 * a * b * (1 + feed * (1 / a + 1 / b)) * scale
+
+
 class Form:
     """The formula with a device's numbers in it."""
 
@@ -251,14 +244,14 @@ class Form:
         self.chip, self.tuning = chip, tuning
         best = min(1 + tuning.feed * (1 / a + 1 / b) for a, b in chip.tiles)
         self._scale = chip.units / (tuning.rate * best)
-        self._costs = {KernelKind.ALIGNED: _costs(chip.tiles, tuning.feed, self._scale)}
+        self._costs = {KernelKind.ALIGNED: {t: _cost(t, tuning.feed, self._scale) for t in chip.tiles}}
         for kind, share, feed in (
             (KernelKind.EVEN, tuning.even, tuning.even_feed),
             (KernelKind.ODD, tuning.odd, tuning.odd_feed),
             (KernelKind.ODD_RESULT, tuning.odd_result, tuning.odd_feed),
         ):
             scale = chip.units / (tuning.rate * share * (1 + feed / 64))
-            self._costs[kind] = _costs(SLOW_TILES, feed, scale)
+            self._costs[kind] = {tile: _cost(tile, feed, scale) for tile in SLOW_TILES}
 
     def choose(self, shape: MatmulShape) -> KernelTime:
         """The time of a shape, run as the library is thought to."""
@@ -271,23 +264,21 @@ class Form:
         rule = self.chip.grouped
         if rule is None:
             plans = [self._tiled(shape, tile, 1) for tile in self.chip.tiles]
-            return min(plans, key=lambda plan: self._waiting(shape, plan))
+            return min(plans, key=lambda plan: self._waves(shape, plan))
         rows = shape.m if shape.inner else shape.m / shape.experts
         return self._tiled(shape, rule.small if min(rows, shape.n) <= rule.few else rule.tile, rule.cluster)
 
     def time(self, shape: MatmulShape, plan: KernelPlan) -> KernelTime:
         """The time of a shape that is run so."""
         tuning = self.tuning
-        launch = tuning.launch
-        arithmetic = self._waiting(shape, plan)
+        launch, arithmetic = tuning.launch, self._waves(shape, plan)
         if shape.experts > 1:
             launch += tuning.grouped_launch + tuning.expert * shape.experts
-        if shape.experts == 1 and shape.kind == KernelKind.ALIGNED:
-            inner, outer = shape.levels
-            arithmetic *= tuning.inner[inner] if inner < LEVELS else 1.0
-            arithmetic *= tuning.outer[outer] if outer < LEVELS else 1.0
+        elif shape.kind == KernelKind.ALIGNED:
+            for factors, off in zip((tuning.inner, tuning.outer), shape.levels, strict=True):
+                arithmetic *= factors[off] if off < LEVELS else 1.0
         memory = shape.moved / tuning.bandwidth
-        high, low = (arithmetic, memory) if arithmetic > memory else (memory, arithmetic)
+        low, high = sorted((arithmetic, memory))
         busy = high * (1 + (low / high) ** _SOFTNESS) ** (1 / _SOFTNESS)
         share = shape.flops / ((launch + busy) * tuning.rate * tuning.power)
         slowing = 1.0
@@ -296,23 +287,22 @@ class Form:
         return KernelTime(launch + busy * slowing, plan, launch, arithmetic, memory, slowing)
 
     def _dense(self, shape: MatmulShape) -> KernelPlan:
-        m, n, k, ramp = shape.m, shape.n, shape.k, self._ramp(shape)
-        units, part_cost = self.chip.units, self._part_cost(shape)
-        most = _MOST_SPLIT_WAVES * units
-        least, best = math.inf, (0, 0, 0, 0, 1)
-        for (a, b), cost in self._costs[shape.kind].items():
-            tiles = -(-m // a) * -(-n // b)
+        """The tile and the parts with the least `_waves`, which stands here in a loop that a search can wait for."""
+        m, n, k, (ramp, part_cost), units = shape.m, shape.n, shape.k, self._once(shape), self.chip.units
+        least, best = math.inf, ((0, 0), 0, 0, 1)
+        for tile, cost in self._costs[shape.kind].items():
+            tiles = -(-m // tile[0]) * -(-n // tile[1])
             for parts in SPLITS:
                 blocks = tiles * parts
-                if parts > 1 and (blocks > most or k < parts * _SHORTEST_SPLIT):
+                if parts > 1 and (blocks > _MOST_SPLIT_WAVES * units or k < parts * _SHORTEST_SPLIT):
                     break
                 waves = -(-blocks // units)
                 seconds = waves * (k / parts + ramp) * cost
                 if parts > 1:
                     seconds += part_cost * parts
                 if seconds < least:
-                    least, best = seconds, (a, b, blocks, waves, parts)
-        return KernelPlan(best[:2], *best[2:])
+                    least, best = seconds, (tile, blocks, waves, parts)
+        return KernelPlan(*best)
 
     def _tiled(self, shape: MatmulShape, tile: Tile, cluster: int) -> KernelPlan:
         """A grouped call in tiles of one size."""
@@ -327,13 +317,13 @@ class Form:
         blocks = rounded * cluster * columns
         return KernelPlan(tile, blocks, -(-blocks // self.chip.units), 1)
 
-    def _waiting(self, shape: MatmulShape, plan: KernelPlan) -> float:
+    def _waves(self, shape: MatmulShape, plan: KernelPlan) -> float:
         """Seconds of the waves."""
-        tile, _, waves, parts = plan
-        tuning = self.tuning
+        (tile, _, waves, parts), tuning = plan, self.tuning
         if shape.experts == 1:
-            seconds = waves * (shape.k / parts + self._ramp(shape)) * self._costs[shape.kind][tile]
-            return seconds + self._part_cost(shape) * parts if parts > 1 else seconds
+            ramp, part_cost = self._once(shape)
+            seconds = waves * (shape.k / parts + ramp) * self._costs[shape.kind][tile]
+            return seconds + part_cost * parts if parts > 1 else seconds
         cost = _cost(tile, tuning.feed, self._scale) / tuning.grouped_rate
         ramp = tuning.ramp * tuning.grouped_ramp
         if not shape.inner:
@@ -342,24 +332,7 @@ class Form:
         mean = shape.k / shape.experts
         return (waves * (mean + ramp) + mean * (shape.imbalance - 1)) * cost
 
-    def _part_cost(self, shape: MatmulShape) -> float:
-        """Seconds of passing over one part's results."""
-        return self.tuning.split * 8.0 * shape.m * shape.n / self.tuning.bandwidth
-
-    def _ramp(self, shape: MatmulShape) -> float:
-        return self.tuning.ramp if shape.kind == KernelKind.ALIGNED else self.tuning.slow_ramp
-
-
-def _cost(tile: Tile, feed: float, scale: float) -> float:
-    """Seconds of an element of the inner dimension in one tile."""
-    a, b = tile
-    return 2.0 * a * b * (1 + feed * (1 / a + 1 / b)) * scale
-
-
-def _costs(tiles: Iterable[Tile], feed: float, scale: float) -> dict[Tile, float]:
-    return {tile: _cost(tile, feed, scale) for tile in tiles}
-
-
-def level(size: int) -> int:
-    """Doublings of 16 that divide a number of bytes, 0 to `LEVELS`."""
-    return max(0, min((size & -size).bit_length() - 5, LEVELS))
+    def _once(self, shape: MatmulShape) -> tuple[float, float]:
+        """Ramp of a dense shape's tiles, and seconds of passing over the results of one part."""
+        ramp = self.tuning.ramp if shape.kind == KernelKind.ALIGNED else self.tuning.slow_ramp
+        return ramp, self.tuning.split * 8.0 * shape.m * shape.n / self.tuning.bandwidth

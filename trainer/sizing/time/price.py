@@ -53,12 +53,11 @@ class Prices:
     def __init__(self, hardware: HardwareConfig, profile: DeviceProfile | None = None) -> None:
         self.hardware = hardware
         self.rates = Rates(hardware, from_catalogue(hardware), profile)
-        self.kernels = self.rates.kernels
         self._known: dict[TrainingJob, Price | None] = {}
 
     def why_not(self, precision: str) -> str:
         """Why there are no prices; empty where there are."""
-        return self.kernels.why(precision)
+        return self.rates.kernels.why(precision)
 
     def of(self, job: TrainingJob) -> Price | None:
         """The price of a micro-batch over all layers, one tensor-parallel rank's share; None where rates are unknown."""
@@ -67,71 +66,60 @@ class Prices:
         return self._known[job]
 
     def _price(self, job: TrainingJob) -> Price | None:
+        model, rates, over = job.model, self.rates, self.rates.overheads
         matmuls: dict[str, float] = {}
         for one in shapes.forward(job):
             seconds = self.matmul(one, job)
             if seconds is None:
                 return None
             matmuls[one.name] = matmuls.get(one.name, 0.0) + seconds
-        attention, memory = self._rest(job)
-        if math.isnan(attention + memory):
-            return None
-        per_token = flops.train_flops_per_token(job.model, job.sequence)
-        over = self.rates.overheads
-        launches = 3 * over.pass_kernels * over.launch * job.model.layers
-        return Price(matmuls, attention, memory, launches, per_token * job.tokens / job.layout.tp, job.tokens)
-
-    def matmul(self, one: shapes.Matmul, job: TrainingJob) -> float | None:
-        """Seconds of all calls of a matmul with their gradients, at the rate that a long run keeps; None where unknown."""
-        seconds = one.seconds(self.kernels, job.precision, job.imbalance)
-        return None if seconds is None else seconds / self.rates.kept
-
-    def _rest(self, job: TrainingJob) -> tuple[float, float]:
-        """Seconds of the attention core, and of what only moves memory."""
-        model = job.model
-        core = sum(operators.core(job, self.rates, backward)[0] for backward in (False, True))
-        memory = sum(one.memory for one in operators.head(job, self.rates))
+        attention = sum(operators.core(job, rates, backward)[0] for backward in (False, True)) * model.layers
+        memory = sum(one.memory for one in operators.head(job, rates))
         with_experts = len(model.moe_layers)
         for moe, count in ((False, model.layers - with_experts), (True, with_experts)):
             if count:
-                memory += count * sum(one.memory for one in operators.layer(job, self.rates, moe))
-        return core * model.layers, memory
+                memory += count * sum(one.memory for one in operators.layer(job, rates, moe))
+        if math.isnan(attention + memory):
+            return None
+        launches = 3 * over.pass_kernels * over.launch * model.layers
+        work = flops.train_flops_per_token(model, job.sequence) * job.tokens / job.layout.tp
+        return Price(matmuls, attention, memory, launches, work, job.tokens)
+
+    def matmul(self, one: shapes.Matmul, job: TrainingJob) -> float | None:
+        """Seconds of all calls of a matmul with their gradients, at the rate that a long run keeps; None where unknown."""
+        seconds = one.seconds(self.rates.kernels, job.precision, job.imbalance)
+        return None if seconds is None else seconds / self.rates.kept
 
     def figure(self, job: TrainingJob) -> Figure | None:
         """The price with its derivation; None where rates are unknown."""
-        price = self.of(job)
+        price, over, kept = self.of(job), self.rates.overheads, self.rates.kept
         if price is None:
             return None
         parts = []
+        slower = f", at {kept:.0%} of a short benchmark's rate" if kept < 1 else ""
         for one in shapes.forward(job):
-            shape = MatmulShape(one.m, one.n, one.k, one.experts)
-            forward = self.kernels.matmul_figure(f"time.{_slug(one.name)}.forward", shape, job.precision)
-            seconds = self.matmul(one, job) or 0.0
-            low, high = (forward.low / forward.value, forward.high / forward.value) if forward else (0.7, 1.4)
-            how = f"{one.count} calls of [{one.m}, {one.k}] x [{one.k}, {one.n}], each with its two gradients"
-            if self.rates.kept < 1:
-                how += f", at {self.rates.kept:.0%} of a short benchmark's rate"
-            parts.append(
-                Figure(f"time.{_slug(one.name)}", seconds, "s", seconds * low, seconds * high, how,
-                       (forward,) if forward else ())
-            )  # fmt: skip
+            name, shape = f"time.{_slug(one.name)}", MatmulShape(one.m, one.n, one.k, one.experts)
+            forward = self.rates.kernels.matmul_figure(f"{name}.forward", shape, job.precision)
+            seconds = self.matmul(one, job)
+            assert forward is not None and seconds is not None, "it has a price"
+            low, high = seconds * (forward.low / forward.value), seconds * (forward.high / forward.value)
+            how = f"{one.count} calls of [{one.m}, {one.k}] x [{one.k}, {one.n}], each with its two gradients{slower}"
+            parts.append(Figure(name, seconds, "s", low, high, how, (forward,)))
         head = operators.padded_head(job.model.head_dim)
-        how = f"attention core of {job.model.layers} layers, {job.model.heads} heads computed {head} wide, both passes"
-        parts.append(_loose("time.attention", price.attention, how, 0.35))
-        how = "bytes of norms, residuals, activation functions, routing and loss over the memory bandwidth reached"
-        parts.append(_loose("time.memory", price.memory, how, 0.35))
-        over = self.rates.overheads
         kernels = f"{3 * over.pass_kernels} kernels a layer at {over.launch * 1e6:g} us, {price.launches * 1e3:.3g} ms"
-        how = f"what launching ({kernels}) adds to the device's {price.device * 1e3:.4g} ms; {over.source}"
-        parts.append(_loose("time.host", price.seconds - price.device, how, 0.5))
-        return Figure(
-            "time.micro_batch", price.seconds, "s", sum(p.low for p in parts), sum(p.high for p in parts),
-            "sum of its operators, forward and backward, all layers, without communication", tuple(parts),
-        )  # fmt: skip
-
-
-def _loose(name: str, seconds: float, how: str, spread: float) -> Figure:
-    return Figure(name, seconds, "s", seconds * (1 - spread), seconds * (1 + spread), how)
+        for name, seconds, spread, how in (
+            ("attention", price.attention, 0.35, f"attention core of {job.model.layers} layers, {job.model.heads} heads "
+             f"computed {head} wide, both passes"),
+            ("memory", price.memory, 0.35, "bytes of norms, residuals, activation functions, routing and loss over the "
+             "memory bandwidth reached"),
+            ("host", price.seconds - price.device, 0.5, f"what launching ({kernels}) adds to the device's "
+             f"{price.device * 1e3:.4g} ms; {over.source}"),
+        ):  # fmt: skip
+            low, high = seconds * (1 - spread), seconds * (1 + spread)
+            parts.append(Figure(f"time.{name}", seconds, "s", low, high, how))
+        how = "sum of its operators, forward and backward, all layers, without communication"
+        low, high = sum(part.low for part in parts), sum(part.high for part in parts)
+        return Figure("time.micro_batch", price.seconds, "s", low, high, how, tuple(parts))
 
 
 def _slug(name: str) -> str:

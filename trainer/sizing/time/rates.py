@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile
 from trainer.sizing.time.fabric import Fabric
-from trainer.sizing.time.matmul import Kernels
+from trainer.sizing.time.matmul import Kernels, copy_rate
 
 #: Rate of a training step's matmuls over that of a short benchmark of the same shape (heat, power limit, neighbours on
 #: the memory bus), where the device itself wasn't profiled. A100: 0.95; the first 20 rows of vTrain's single-node table
@@ -21,6 +23,8 @@ SUSTAINED_ELSEWHERE = 0.80
 #: 0.97, 0.96, 0.95 and 0.88 for matmuls, the less the more of the step they are. cuDNN's attention ran at 545 to 588
 #: TFLOP/s forward and 424 to 536 backward there, where its maker's benchmark has 553 and 422.
 OWN_SUSTAINED = {"hopper": (0.92, 1.0)}
+#: Share of its peak that a large matmul reaches where none is on record.
+_OF_PEAK = 0.75
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class Overheads:
     """What the host takes to keep a device busy. The only numbers in a forecast that come from runs of a framework."""
 
     launch: float = 10e-6
-    """Seconds of host time of a kernel, from one launch to the next."""
+    """Seconds of host time of a kernel, from one launch to the next, with what is around it in Python."""
+    plain: float = 10e-6
+    """`launch` of torch's own operators, beside a framework's."""
     pass_kernels: int = 50
     """Kernels of a layer's forward pass; its backward pass has twice as many."""
     tp_call: float = 30e-6
@@ -38,9 +44,7 @@ class Overheads:
     p2p_call: float = 50e-6
     """Seconds of host time of handing a micro-batch to the next stage, or its gradient back."""
     update_bytes: float | None = None
-    """Bytes that the optimizer step moves for a weight; None: counted (`trainer.sizing.time.estimate.update_bytes`)."""
-    plain: float = 10e-6
-    """`launch` of torch's own operators, beside a framework's; `launch` itself counts what is around them in Python too."""
+    """Bytes that the optimizer step moves for a weight; None: counted (`trainer.sizing.time.traffic.update_bytes`)."""
     step: float = 10e-3
     """Seconds of a step that nothing else accounts for: data, clipping, logging."""
     source: str = "usual for eager PyTorch; none of it measured"
@@ -60,7 +64,7 @@ OWN = Overheads(
 
 @dataclass(frozen=True, eq=False)
 class Rates:
-    """Rates of one kind of device in one kind of cluster."""
+    """Rates of one kind of device in one kind of cluster; NaN where unknown."""
 
     hardware: HardwareConfig
     fabric: Fabric
@@ -69,19 +73,18 @@ class Rates:
     overheads: Overheads = field(default_factory=Overheads)
     sustained: float | None = None
     """Rate of matmuls in training over that of a short benchmark; None: 1 with a profile, else by generation."""
-
     attention_sustained: float | None = None
     """The same of fused attention; None: as matmuls."""
 
     @cached_property
-    def known(self) -> dict[tuple[object, ...], object]:
+    def known(self) -> dict[Any, Any]:
         """What `trainer.sizing.time.estimate` has worked out with these rates and may meet again."""
         return {}
 
     @cached_property
     def kernels(self) -> Kernels:
-        """Times of matmuls and copies."""
-        return Kernels.of(self.hardware, self.device)
+        """Times of matmuls."""
+        return Kernels(self.hardware, self.device)
 
     @cached_property
     def kept(self) -> float:
@@ -92,7 +95,15 @@ class Rates:
             return 1.0
         return SUSTAINED.get(self.hardware.architecture or "", SUSTAINED_ELSEWHERE)
 
-    @property
-    def attention_kept(self) -> float:
-        """`attention_sustained`, or what takes its place."""
-        return self.kept if self.attention_sustained is None else self.attention_sustained
+    @cached_property
+    def stream(self) -> float:
+        """Bytes a second of memory that long copies reach."""
+        return copy_rate(self.hardware)
+
+    def flops(self, precision: str, attention: bool = False) -> float:
+        """FLOP/s of the best large matmul in a long run, or what fused attention's rate is a share of."""
+        achieved = self.hardware.achieved_tflops.get(precision)
+        if achieved is None:
+            achieved = self.hardware.peak_tflops.get(precision, math.nan) * _OF_PEAK
+        apart = self.attention_sustained if attention else None
+        return achieved * 1e12 * (self.kept if apart is None else apart)

@@ -13,10 +13,9 @@ from trainer.sizing.model.job import TrainingJob
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a pipeline stage holds."""
+    """What a pipeline stage holds: layers with a dense MLP and with experts, and the ends of the model."""
 
     dense: int
-    """Layers with a dense MLP."""
     moe: int
     embedding: bool
     head: bool
@@ -37,6 +36,7 @@ def of(job: TrainingJob) -> tuple[StageCost, ...]:
     return stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
 
 
+@lru_cache(maxsize=4096)
 def stages(
     model: ModelConfig, pp: int, balanced: bool = False, folded: bool = False
 ) -> tuple[StageCost, ...]:
@@ -47,39 +47,19 @@ def stages(
     no other place explains the times of the published sweep (after its pipeline fix) where fewer stages get layers.
     Blocks of multi-token prediction stand beside the projection. `folded`: twice as many, joined in a V.
     """
-    cut = _stages(
-        model.layers,
-        model.moe_layers,
-        pp * (1 + folded),
-        _costs(model) if balanced else None,
-        model.mtp_layers,
-    )
-    return tuple(_joined(cut[i], cut[-1 - i]) for i in range(pp)) if folded else cut
-
-
-def _joined(one: StageCost, two: StageCost) -> StageCost:
-    return StageCost(
-        one.dense + two.dense, one.moe + two.moe, one.embedding or two.embedding, one.head or two.head
-    )
-
-
-def _costs(model: ModelConfig) -> tuple[float, float, float]:
-    """Cost of a dense layer, an MoE layer and the output projection, in weights that a token is multiplied with."""
-    return weights.active(model, False), weights.active(model, True), float(model.vocab * model.hidden)
-
-
-@lru_cache(maxsize=4096)
-def _stages(
-    layers: int, moe: tuple[int, ...], pp: int, costs: tuple[float, float, float] | None, extra_moe: int
-) -> tuple[StageCost, ...]:
-    if costs is None:
-        base, extra = divmod(layers, pp)
-        cuts = [base + (i < extra) for i in range(pp)]
-    else:
-        blocks = [costs[layer in moe] for layer in range(layers)] + [costs[2]]
-        total, passed, at = sum(blocks), 0.0, 0
-        cuts = [0] * pp
-        for cost in blocks[:layers]:
+    if folded:
+        cut = stages(model, 2 * pp, balanced)
+        return tuple(
+            StageCost(a.dense + b.dense, a.moe + b.moe, a.embedding or b.embedding, a.head or b.head)
+            for a, b in zip(cut[:pp], cut[: pp - 1 : -1], strict=True)
+        )
+    moe, (base, extra) = model.moe_layers, divmod(model.layers, pp)
+    cuts = [base + (i < extra) for i in range(pp)]
+    if balanced:  # in weights that a token is multiplied with
+        costs = weights.active(model, False), weights.active(model, True)
+        blocks = [costs[layer in moe] for layer in range(model.layers)]
+        total, passed, at, cuts = sum(blocks) + float(model.vocab * model.hidden), 0.0, 0, [0] * pp
+        for cost in blocks:
             passed += cost
             cuts[at] += 1
             # The block that fills a stage is its last one.
@@ -87,9 +67,8 @@ def _stages(
                 at += 1
     out, first = [], 0
     for i, count in enumerate(cuts):
-        routed = sum(first <= layer < first + count for layer in moe)
-        last = i == pp - 1
-        out.append(StageCost(count - routed, routed + extra_moe * last, i == 0, last))
+        routed, last = sum(first <= layer < first + count for layer in moe), i == pp - 1
+        out.append(StageCost(count - routed, routed + model.mtp_layers * last, i == 0, last))
         first += count
     return tuple(out)
 

@@ -49,14 +49,28 @@ def step_time(job: TrainingJob, rates: Rates) -> Figure | None:
 
 def figure(job: TrainingJob, rates: Rates, parts: StepParts) -> Figure:
     """The figure of a step whose parts are known."""
-    low, high = interval(parts)
+    words = {
+        "kernels": f"{f'profile {rates.device.name}' if rates.device else f'catalogue of {rates.hardware.name}'}, "
+        f"{rates.kept:.0%} of a short benchmark's",
+        "recompute": job.recompute,
+        "fabric": rates.fabric.source,
+        "host": rates.overheads.source,
+        "pp": job.layout.pp,
+        "interleave": job.interleave,
+        "dp": job.layout.dp * job.layout.cp,
+    }
     made = []
     for name, value in vars(parts).items():
         if value > 0:
-            off, how = PARTS[name][0] * value, _how(name, job, rates)
-            made.append(Figure(f"step.{name}", value, "s", max(0.0, value - off), value + off, how))
-    how = f"sum of its parts: {job.micro_batches} micro-batches of {job.micro_batch} on {_stages(job)}"
-    return Figure("step", parts.step, "s", low, high, how, tuple(made))
+            share, _, how = PARTS[name]
+            off = share * value
+            made.append(
+                Figure(f"step.{name}", value, "s", max(0.0, value - off), value + off, how.format(**words))
+            )
+    layers = [str(stage.layers) for stage in schedule.of(job)]
+    cut = f"{len(layers)} stages of {', '.join(layers)} layers" if len(layers) > 1 else "one stage"
+    how = f"sum of its parts: {job.micro_batches} micro-batches of {job.micro_batch} on {cut}"
+    return Figure("step", parts.step, "s", *interval(parts), how, tuple(made))
 
 
 def interval(parts: StepParts) -> tuple[float, float]:
@@ -78,36 +92,18 @@ def why_unknown(job: TrainingJob, rates: Rates) -> str:
 def tokens_per_second(job: TrainingJob, step: Figure) -> Figure:
     """Tokens a second of the whole job."""
     tokens = job.global_batch * job.sequence
-    value, low, high = tokens / step.value, tokens / step.high, tokens / step.low
     how = f"{job.global_batch} samples x {job.sequence} tokens / step"
+    value, low, high = tokens / step.value, tokens / step.high, tokens / step.low
     return Figure("tokens_per_second", value, "tokens/s", low, high, how, (step,))
 
 
 def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | None:
     """Model FLOP/s over the peak in percent, by this project's convention; None where the peak is unknown."""
-    peak = flops.peak(hardware, job.precision)
+    peak, tokens = flops.peak(hardware, job.precision), job.global_batch * job.sequence
     if peak is None:
         return None
-    work = job.global_batch * job.sequence * flops.train_flops_per_token(job.model, job.sequence)
-    done = exact("flops.step", work, "FLOP", f"{flops.NUMERATOR}; {job.global_batch * job.sequence} tokens")
+    work = tokens * flops.train_flops_per_token(job.model, job.sequence)
+    done = exact("flops.step", work, "FLOP", f"{flops.NUMERATOR}; {tokens} tokens")
     scale = 100 * work / (job.layout.ranks * peak)
     how = f"flops.step / (step x {job.layout.ranks} devices x {peak / 1e12:g} TFLOP/s {job.precision})"
     return Figure("mfu", scale / step.value, "%", scale / step.high, scale / step.low, how, (done, step))
-
-
-def _stages(job: TrainingJob) -> str:
-    layers = [str(stage.layers) for stage in schedule.of(job)]
-    return f"{len(layers)} stages of {', '.join(layers)} layers" if len(layers) > 1 else "one stage"
-
-
-def _how(name: str, job: TrainingJob, rates: Rates) -> str:
-    source = f"profile {rates.device.name}" if rates.device else f"catalogue of {rates.hardware.name}"
-    return PARTS[name][2].format(
-        kernels=f"{source}, {rates.kept:.0%} of a short benchmark's",
-        recompute=job.recompute,
-        fabric=rates.fabric.source,
-        host=rates.overheads.source,
-        pp=job.layout.pp,
-        interleave=job.interleave,
-        dp=job.layout.dp * job.layout.cp,
-    )

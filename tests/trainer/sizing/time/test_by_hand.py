@@ -19,7 +19,7 @@ from trainer.sizing.model.job import Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal
 from trainer.sizing.time import estimate as time
-from trainer.sizing.time import operators
+from trainer.sizing.time import operators, traffic
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.rates import Rates
 
@@ -346,17 +346,17 @@ def test_bytes_of_an_optimizer_step_counted_one_by_one() -> None:
     alone = job(model, Layout(1, 1, 1, 1, 1, 1), global_batch=1, zero=0, software=frameworks.own())
     shared = replace(alone, layout=Layout(1, 4, 1, 1, 1, 1), global_batch=4, zero=1)
     # fp32 master, two moments: read and written; bf16 gradient read twice; bf16 weight written.
-    assert states.gradient_bytes(alone) == (2, 2) and time.update_bytes(alone, 2, cast=False) == 30
+    assert states.gradient_bytes(alone) == (2, 2) and traffic.update_bytes(alone, 2, cast=False) == 30
     # fp32 gradients of FSDP2, and its cast of the shard: 4 read, 2 written.
-    assert states.gradient_bytes(shared) == (4, 4) and time.update_bytes(shared, 4, cast=True) == 38
+    assert states.gradient_bytes(shared) == (4, 4) and traffic.update_bytes(shared, 4, cast=True) == 38
     assert states.gradient_bytes(replace(alone, global_batch=4)) == (4, 4)
     experts_alone = replace(shared, layout=Layout(1, 4, 1, 4, 1, 1))
     assert states.resident(experts_alone) == (False, True) and states.gradient_bytes(experts_alone) == (4, 2)
     assert states.resident(replace(experts_alone, layout=Layout(2, 4, 1, 4, 1, 1))) == (False, False)
     muon = replace(alone, software=replace(alone.software, matrix_moments_bytes=4))
-    assert time.update_bytes(muon, 2, cast=False) == 22
+    assert traffic.update_bytes(muon, 2, cast=False) == 22
     megatron = replace(alone, software=Software(gradient_bytes=4))
-    assert time.update_bytes(megatron, 4, cast=False) == 34
+    assert traffic.update_bytes(megatron, 4, cast=False) == 34
 
 
 def test_the_optimizer_of_a_measured_step() -> None:

@@ -63,7 +63,7 @@ def made() -> DeviceProfile:
 
 
 def test_the_catalogue_alone_gives_published_h100_rates() -> None:
-    kernels = Kernels.of(hardware("h100"))
+    kernels = Kernels(hardware("h100"))
     ratios = []
     for m, n, k, tflops in XLA_H100:
         figure = kernels.matmul_figure("matmul", MatmulShape(m, n, k))
@@ -77,7 +77,7 @@ def test_the_catalogue_alone_gives_published_h100_rates() -> None:
 @pytest.mark.parametrize("name", [n for n in choices("hardware") if n != "cpu"])
 def test_the_best_matmul_on_record_is_what_sets_the_rate(name: str) -> None:
     device = hardware(name)
-    kernels = Kernels.of(device)
+    kernels = Kernels(device)
     for precision, tflops in device.achieved_tflops.items():
         shape = device.achieved_shapes.get(precision, (8192, 8192, 8192))
         seconds = kernels.matmul(*shape, precision=precision)
@@ -105,7 +105,7 @@ def test_shapes_held_out_of_the_h100_profile_are_predicted(h100: DeviceProfile) 
 
 
 def test_a_device_that_follows_other_formulas_is_predicted_too(made: DeviceProfile) -> None:
-    kernels = Kernels.of(hardware("h100"), made)
+    kernels = Kernels(hardware("h100"), made)
     errors = []
     for row in synthetic.fresh(100, seed=7):
         figure = kernels.matmul_figure("matmul", MatmulShape(row.m, row.n, row.k))
@@ -116,7 +116,7 @@ def test_a_device_that_follows_other_formulas_is_predicted_too(made: DeviceProfi
 
 def test_unaligned_widths_are_as_slow_as_measured(made: DeviceProfile, h100: DeviceProfile) -> None:
     for profile in (made, h100):
-        kernels = Kernels.of(hardware("h100"), profile)
+        kernels = Kernels(hardware("h100"), profile)
         rows = [r for r in profile.matmuls if shape_of(r).kind != KernelKind.ALIGNED and r.m >= 1024]
         assert {row.layout for row in rows} == {"forward", "inputs", "weights"}
         for row in rows:
@@ -125,14 +125,14 @@ def test_unaligned_widths_are_as_slow_as_measured(made: DeviceProfile, h100: Dev
 
 
 def test_a_precision_with_few_shapes_takes_its_rate_from_them(made: DeviceProfile) -> None:
-    kernels = Kernels.of(hardware("h100"), made)
+    kernels = Kernels(hardware("h100"), made)
     bf16, fp32 = kernels.matmul(8192, 4096, 4096), kernels.matmul(8192, 4096, 4096, precision="fp32")
     assert bf16 and fp32
     assert fp32 / bf16 == pytest.approx(synthetic.RATE / synthetic.FLOAT_RATE, rel=0.1)
 
 
 def test_fp8_that_no_profile_has_comes_from_the_catalogue(h100: DeviceProfile) -> None:
-    kernels = Kernels.of(hardware("h100"), h100)
+    kernels = Kernels(hardware("h100"), h100)
     figure = kernels.matmul_figure("matmul", MatmulShape(8192, 8192, 8192), "fp8")
     assert figure is not None and "catalogue: 1402.6 TFLOP/s fp8" in figure.derivation
     assert figure.high / figure.low > 1.5
@@ -256,7 +256,7 @@ def test_kernels_go_by_where_rows_begin(shape: MatmulShape, kind: KernelKind) ->
 
 def test_each_step_of_misalignment_costs_more_and_is_known_less(h100: DeviceProfile) -> None:
     for profile in (None, h100):
-        kernels = Kernels.of(hardware("h100"), profile)
+        kernels = Kernels(hardware("h100"), profile)
         figures = [kernels.matmul_figure("matmul", MatmulShape(8192, n, 4096)) for n in (4096, 4098, 4097)]
         times = [figure.value for figure in figures if figure]
         assert len(times) == 3 and times[1] > 2 * times[0] and times[2] > 2 * times[1]
@@ -278,7 +278,7 @@ def test_wider_never_costs_less_by_more_than_alignment_gives() -> None:
 
 
 def test_a_cpu_has_no_times_and_says_why() -> None:
-    kernels = Kernels.of(hardware("cpu"))
+    kernels = Kernels(hardware("cpu"))
     assert kernels.matmul(1024, 1024, 1024) is None
     assert kernels.matmul_figure("matmul", MatmulShape(8, 8, 8)) is None
     assert "is a CPU" in kernels.why()
@@ -294,25 +294,25 @@ def test_a_cpu_has_no_times_and_says_why() -> None:
     ],
 )
 def test_what_a_device_lacks_is_named(change: dict[str, object], reason: str) -> None:
-    kernels = Kernels.of(hardware("h100").model_copy(update=change))
+    kernels = Kernels(hardware("h100").model_copy(update=change))
     assert kernels.matmul(1024, 1024, 1024) is None
     assert reason in kernels.why()
 
 
 def test_an_unknown_precision_is_named() -> None:
-    assert "precision int4 is none of bf16, fp16, fp32, fp8" in Kernels.of(hardware("h100")).why("int4")
+    assert "precision int4 is none of bf16, fp16, fp32, fp8" in Kernels(hardware("h100")).why("int4")
 
 
 def test_another_device_s_profile_is_refused(made: DeviceProfile) -> None:
     with pytest.raises(UserError, match="profile synthetic is of hardware=h100, not of mi300x"):
-        Kernels.of(hardware("mi300x"), made)
+        Kernels(hardware("mi300x"), made)
 
 
 # ---- figures ----
 
 
 def test_a_figure_tells_its_tiles_and_its_source(h100: DeviceProfile) -> None:
-    kernels = Kernels.of(hardware("h100"), h100)
+    kernels = Kernels(hardware("h100"), h100)
     figure = kernels.matmul_figure("matmul", MatmulShape(8192, 4096, 4096))
     assert figure is not None
     assert figure.low < figure.value < figure.high
@@ -326,7 +326,7 @@ def test_a_figure_tells_its_tiles_and_its_source(h100: DeviceProfile) -> None:
 
 
 def test_answers_are_cached_by_all_that_matters(made: DeviceProfile) -> None:
-    kernels = Kernels.of(hardware("h100"), made)
+    kernels = Kernels(hardware("h100"), made)
     questions = {
         kernels.matmul(8192, 2048, 4096), kernels.matmul(8192, 2048, 4096, experts=16),
         kernels.matmul(8192, 2048, 4096, experts=16, imbalance=2.0),

@@ -18,7 +18,6 @@ from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators, traffic
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.operators import EAGER
 from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Rates
 
@@ -60,7 +59,7 @@ def test_bytes_of_eager_operators_take_what_was_measured(
     per_byte = 1e3 / operators.bandwidth(rates())
     for name, times in measured.items():
         for backward, milliseconds in enumerate(times):
-            one = EAGER[backward]
+            one = traffic.EAGER[backward]
             if name == "dispatch":
                 predicted = tokens * width * (top_k * one.row + one.weighted) * per_byte + HOST[backward]
             else:
@@ -71,7 +70,7 @@ def test_bytes_of_eager_operators_take_what_was_measured(
 def test_kernels_of_one_pass_take_what_a_step_was_measured_to_take() -> None:
     """An H100's step of OLMoE's layers, four of them, 16,384 tokens, in docs/speed.md: milliseconds there and back."""
     tokens, hidden, width, layers, top_k = 16384, 2048, 1024, 4, 8
-    per_byte = 1e3 / operators.stream(rates())
+    per_byte = 1e3 / rates().stream
     one, two = traffic.KERNELS
     between = 2 * hidden * sum(k.norm + k.residual for k in (one, two)) + 2 * hidden * (
         one.positions + two.positions
@@ -82,8 +81,8 @@ def test_kernels_of_one_pass_take_what_a_step_was_measured_to_take() -> None:
     assert layers * tokens * rows * per_byte == pytest.approx(4.9, rel=0.15)
     job_ = replace(job(qk_norm="projection"), software=frameworks.own())  # type: ignore[arg-type]
     for backward in (False, True):
-        moved, _ = operators.moved_per_token(job_, backward)
-        assert moved < 0.4 * operators.moved_per_token(job(qk_norm="projection"), backward)[0]  # type: ignore[arg-type]
+        moved, _ = traffic.moved_per_token(job_, backward)
+        assert moved < 0.4 * traffic.moved_per_token(job(qk_norm="projection"), backward)[0]  # type: ignore[arg-type]
 
 
 def test_eager_work_moves_more_than_fused() -> None:
@@ -101,7 +100,7 @@ def test_heads_that_are_not_multiples_of_8_leave_the_tuned_kernel_and_are_copied
     even, odd = job(head_dim=104), job(head_dim=100)
     for backward in (False, True):
         assert operators.core(odd, rates(), backward)[0] > 1.2 * operators.core(even, rates(), backward)[0]
-        assert operators.moved_per_token(odd, backward)[0] > operators.moved_per_token(even, backward)[0]
+        assert traffic.moved_per_token(odd, backward)[0] > traffic.moved_per_token(even, backward)[0]
 
 
 def test_an_odd_width_costs_its_gradients_by_their_layout() -> None:

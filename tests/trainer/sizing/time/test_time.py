@@ -213,8 +213,9 @@ def test_both_times_count_where_neither_is_much_the_longer() -> None:
     # By hand: device 10 ms and host 10 ms make 10 * 2^(1/3.5) = 12.19 ms.
     stage = schedule.StageCost(0, 1, False, False)
     layer = time.StepParts(matmul=10e-3, host=10e-3)
-    pieces = time._Pieces(job(), None, layer, 0.0)
-    assert sum(time._stage(pieces, stage, 0.0)) == pytest.approx(12.19e-3, rel=1e-3)
+    costs = time._Costs(job(), rates())
+    costs.layers, costs.head, costs.message = {True: layer}, 0.0, 0.0
+    assert sum(costs.stage(stage)) == pytest.approx(12.19e-3, rel=1e-3)
 
 
 def test_an_unknown_device_has_no_time_and_says_why() -> None:

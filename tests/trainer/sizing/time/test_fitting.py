@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs import profile
-from trainer.sizing.time import fits, fitting
+from trainer.sizing.time import fitting
 from trainer.sizing.time.kernels import GROUPED, TILES, Chip, Form, MatmulShape, Tuning
 from trainer.sizing.time.matmul import DEFAULTS
 
@@ -46,7 +46,7 @@ def fitted(
     name: str = "lab",
     is_whole: Callable[[], bool] = lambda: True,
 ) -> tuple[Tuning, list[float], list[float]]:
-    return fits.fitted(name, CHIP, start, dense, [], is_whole)
+    return fitting.kept_or_fitted(name, CHIP, start, dense, [], is_whole)
 
 
 def test_a_known_rate_is_found_again(folder: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written_costs_the_next_plan_the_same_fit(
     def full(_path: Path, _text: str) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(fits, "write_whole", full)
+    monkeypatch.setattr(fitting, "write_whole", full)
     assert fitted(rows(6.5e14))[0].rate > 0
     assert [path.name for path in folder.iterdir()] == ["lab.yaml"]
 
