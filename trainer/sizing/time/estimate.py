@@ -61,7 +61,26 @@ class StepParts:
 
 def parts(job: TrainingJob, rates: Rates) -> StepParts:
     """Seconds of a step, by what they go to; NaN where a rate that is needed is unknown."""
-    return _Costs(job, rates).step()
+    costs, m, cut = _Costs(job, rates), job.micro_batches, schedule.of(job)
+    # Stages that hold the same take the same.
+    taken = {stage: costs.stage(stage) for stage in set(cut)}
+    slowest = max(taken, key=lambda stage: sum(taken[stage]))
+    _, bubble = schedule.span([sum(taken[stage]) for stage in cut], m, job.interleave, job.zero_bubble)
+    updates = [costs.update(stage, sum(seconds)) for stage, seconds in taken.items()]
+    sums = dict.fromkeys(vars(StepParts()), 0.0)
+    for count, moe in slowest.kinds:
+        for name, seconds in vars(costs.layers[moe]).items():
+            sums[name] += count * m * seconds
+    return replace(
+        StepParts(**sums),
+        host=m * taken[slowest][1],
+        head=m * costs.head if slowest.head else 0.0,
+        p2p=m * costs.message,
+        bubble=bubble,
+        dp=max(0.0, *(exchange for exchange, _ in updates)),
+        optimizer=max(0.0, *(update for _, update in updates)),
+        fixed=rates.overheads.step,
+    )
 
 
 def groups(job: TrainingJob) -> dict[str, RankGroup]:
@@ -89,15 +108,13 @@ def regions(job: TrainingJob, moe: bool) -> tuple[int, ...]:
     model = job.model
     latents = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
     into = latents + (0 if model.q_lora_rank else model.hidden) if model.attention == "mla" else model.hidden
-    if model.parallel_block and job.software.joined_block and not moe:
-        return (into,)
-    return (into, model.hidden) if not moe or model.shared_width else (into,)
+    alone = not model.shared_width if moe else model.parallel_block and job.software.joined_block
+    return (into,) if alone else (into, model.hidden)
 
 
 def context_bytes(job: TrainingJob) -> float:
     """Bytes of all keys and values that context-parallel ranks gather for a layer, on one tensor-parallel rank."""
-    element = activations.width(job.precision)
-    return element * job.tokens * job.layout.cp * activations.context_width(job)
+    return activations.width(job.precision) * job.tokens * job.layout.cp * activations.context_width(job)
 
 
 def together(device: float, host: float, norm: float = TOGETHER) -> float:
@@ -126,39 +143,11 @@ class _Costs:
             job.software.own_master and (states.resident(job), job.micro_batches > 1 or layout.pp > 1),
         )  # fmt: skip
         if key not in self.rates.known:
-            there = {False: len(model.moe_layers) < model.layers, True: bool(model.router_layers)}
-            layers = {moe: self._layer(moe) for moe in there if there[moe]}
+            layers = {moe: self._layer(moe) for _, moe in schedule.stages(model, 1)[0].kinds}
             head = sum(one.compute for one in operators.head(job, self.rates))
-            # With the job, so that what the key names stays what it is.
-            self.rates.known[key] = job, layers, head
-        _, layers, head = self.rates.known[key]
+            self.rates.known[key] = layers, head, job  # the job, so that what the key names stays what it is
+        layers, head, _ = self.rates.known[key]
         return layers, head
-
-    def step(self) -> StepParts:
-        """Seconds of the step."""
-        job, m, cut = self.job, self.job.micro_batches, schedule.of(self.job)
-        # Stages that hold the same take the same.
-        taken = {stage: self.stage(stage) for stage in set(cut)}
-        slowest = max(taken, key=lambda stage: sum(taken[stage]))
-        _, bubble = schedule.span([sum(taken[stage]) for stage in cut], m, job.interleave, job.zero_bubble)
-        dp, optimizer = 0.0, 0.0
-        for stage, (device, waited) in taken.items():
-            exchange, update = self._update(stage, device + waited)
-            dp, optimizer = max(dp, exchange), max(optimizer, update)
-        sums = dict.fromkeys(vars(StepParts()), 0.0)
-        for count, moe in slowest.kinds:
-            for name, seconds in vars(self.layers[moe]).items():
-                sums[name] += count * m * seconds
-        return replace(
-            StepParts(**sums),
-            host=m * taken[slowest][1],
-            head=m * self.head if slowest.head else 0.0,
-            p2p=m * self.message,
-            bubble=bubble,
-            dp=dp,
-            optimizer=optimizer,
-            fixed=self.rates.overheads.step,
-        )
 
     def stage(self, stage: StageCost) -> tuple[float, float]:
         """Seconds that a micro-batch takes a stage's device, and those that it waits for its host on top."""
@@ -169,8 +158,6 @@ class _Costs:
             host += count * layer.host
         waits = self.job.software.counts_rows and self.job.layout.ep > 1 and True in self.layers
         return device, together(device, host, WAITING if waits else TOGETHER) - device
-
-    # ---- a layer ----
 
     def _layer(self, moe: bool) -> StepParts:
         """A micro-batch in one layer of the kind that `moe` says, there and back."""
@@ -255,34 +242,28 @@ class _Costs:
         reached = nodes * (1 - (1 - 1 / nodes) ** top_k)  # nodes that a token's choices lie on, chosen evenly
         if router.groups > 1:
             reached = min(reached, router.top_groups * max(1.0, nodes / router.groups))
-        inside, seconds = RankGroup(group.local), 0.0
-        for share in (0.5 if job.precision == "fp8" else 1.0, 1.0):
-            across = self._wire("all_to_all", share * pairs * reached / top_k, "ep")
-            seconds += max(across, self.rates.fabric.seconds("all_to_all", share * pairs, inside))
-        return seconds
+        seconds, inside = self.rates.fabric.seconds, RankGroup(group.local)
+        return sum(
+            max(seconds("all_to_all", sent * reached / top_k, group), seconds("all_to_all", sent, inside))
+            for sent in ((0.5 if job.precision == "fp8" else 1.0) * pairs, pairs)
+        )
 
     def _context(self, attention: float, attention_back: float) -> tuple[float, float]:
         """Exposed seconds of a layer's exchange of keys and values, there and back, beside attention of so many seconds."""
-        job, how = self.job, self.job.software.context
-        if job.layout.cp == 1:
-            return 0.0, 0.0
-        if how == "ulysses":
+        job, size = self.job, context_bytes(self.job)
+        if job.software.context == "ulysses":
             query, result = activations.query_widths(job)
-            token = float(self.element * job.tokens)
-            widths = (query, activations.context_width(job), result)
+            token, widths = self.element * job.tokens, (query, activations.context_width(job), result)
             exchange = sum(self._wire("all_to_all", token * width, "cp") for width in widths)
             return exchange, exchange
-        size = context_bytes(job)
         once = self._wire("all_gather", size, "cp")
-        if how == "gather":
+        if job.software.context == "gather":
             return once, self._wire("reduce_scatter", size, "cp")
         return max(0.0, once - HIDDEN * attention), max(0.0, 2 * once - HIDDEN * attention_back)
 
     def _other_links(self, tp: float, ep: float) -> float:
-        """Seconds of a layer's exchanges on other links than its weights, which can be gathered meanwhile.
-
-        What crosses nodes shares the adapters with weights that cross nodes: the second waits for the first.
-        """
+        """Seconds of a layer's exchanges on other links than its weights, which can be gathered meanwhile: weights that
+        cross nodes share the adapters with what crosses nodes, and wait for it."""
         across = self.where["dp"].nodes > 1
         return sum(time for time, axis in ((tp, "tp"), (ep, "ep")) if (self.where[axis].nodes > 1) != across)
 
@@ -301,8 +282,6 @@ class _Costs:
         both = gather + scatter
         return max(ends * gather, gather - forward) + max(ends * both, both - backward)
 
-    # ---- a stage ----
-
     def _message(self) -> float:
         """Seconds of a micro-batch's messages from stage to stage, there and back, that are exposed."""
         job, layout, software = self.job, self.job.layout, self.job.software
@@ -310,15 +289,12 @@ class _Costs:
             return 0.0
         split = layout.tp if software.sequence_parallel or software.split_messages else 1
         size = self.element * job.tokens * job.model.hidden / split
-        sharing = min(job.node, layout.tp * layout.cp * layout.dp)
-        send = self.rates.fabric.send(size, self.where["pp"].nodes > 1, sharing)
+        send = self.rates.fabric.send(size, self.where["pp"].nodes > 1, self.where["pp"].sharing)
         return 2 * (send + self.rates.overheads.p2p_call) * job.interleave
 
-    def _update(self, stage: StageCost, time: float) -> tuple[float, float]:
-        """Seconds of a stage's gradients and weights on the wire that nothing hides, and of its optimizer's traffic.
-
-        `time`: seconds of a micro-batch in the stage.
-        """
+    def update(self, stage: StageCost, time: float) -> tuple[float, float]:
+        """Seconds of a stage's gradients and weights on the wire that nothing hides, and of its optimizer, where a
+        micro-batch takes it `time`."""
         job, software, mine = self.job, self.job.software, states.held(self.job, stage)
         # Gradients of which no rank keeps more than a shard are reduced after every micro-batch.
         times = job.micro_batches if job.zero == 2 and not job.zero_bubble else 1
@@ -355,11 +331,9 @@ class _Costs:
         job, model, layout = self.job, self.job.model, self.job.layout
         if stage.head == stage.embedding or not (model.tie_embeddings or model.mtp_layers):
             return 0.0
-        replicas = layout.dp * layout.cp
         sharded = job.zero >= 2 or (job.zero == 1 and job.software.streamed)
-        table = model.vocab * model.hidden / layout.tp / (replicas if sharded else 1)
-        across = layout.ranks > job.node
-        ends = RankGroup(2, 2, min(replicas * layout.tp, job.node)) if across else RankGroup(2)
+        table = model.vocab * model.hidden / layout.tp / (layout.dp * layout.cp if sharded else 1)
+        ends = RankGroup(2, 2, self.where["pp"].sharing) if layout.ranks > job.node else RankGroup(2)
         return self.rates.fabric.seconds("all_reduce", job.software.reduce_bytes * table, ends)
 
     def _orthogonal(self, stage: StageCost, local: float) -> float:
@@ -368,5 +342,5 @@ class _Costs:
         if not steps:
             return 0.0
         work = sum(count * operators.orthogonal_flops(job.model, moe, steps) for count, moe in stage.kinds)
-        alone = work / (layout.dp * layout.cp * layout.tp) / self.rates.flops(job.precision)
+        alone = work / (layout.ranks // layout.pp) / self.rates.flops(job.precision)
         return alone + 2 * self._wire("all_to_all", self.element * local, "dp")

@@ -16,7 +16,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,6 @@ _CONFIDENCE = 0.95
 _FEWEST = 8
 
 
-# ---- what is kept ----
-
-
 def kept_or_fitted(
     name: str,
     chip: Chip,
@@ -78,9 +74,8 @@ def kept_or_fitted(
     key, path = _digest(rows, chip, start), profile.FOLDER / "device" / f"{name}.fit.json"
     kept = _read(path)
     if kept.get("key") == key:
-        values: dict[str, Any] = {
-            n: tuple(v) if isinstance(v, list) else v for n, v in kept["tuning"].items()
-        }
+        pairs = kept["tuning"].items()
+        values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in pairs}
         return Tuning(**values), kept["dense"], kept["grouped"]
     tuning = fit(chip, dense(chip, start, dense_rows), GROUPED, grouped_rows)
     form = Form(chip, tuning)
@@ -113,9 +108,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}
-
-
-# ---- the fit ----
 
 
 def dense(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
@@ -203,8 +195,6 @@ def fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured
     return tuned(solution.x)
 
 
-# ---- what the formula misses ----
-
 Place = tuple[tuple[KernelKind, str], tuple[float, float, float, float, float]]
 """The kernels that a shape may use, and where it lies among those of them, in octaves."""
 
@@ -212,11 +202,10 @@ Place = tuple[tuple[KernelKind, str], tuple[float, float, float, float, float]]
 def place(shape: MatmulShape) -> Place:
     """Where a shape lies: inner width, rows, columns, experts, which count half, and imbalance."""
     sizes = (shape.k / shape.experts, shape.m) if shape.inner else (shape.k, shape.m / shape.experts)
-    inner, rows, columns, experts, imbalance = map(
-        math.log2, (*sizes, shape.n, shape.experts, shape.imbalance)
-    )
+    inner, rows = map(math.log2, sizes)
+    columns, experts, imbalance = math.log2(shape.n), math.log2(shape.experts) / 2, math.log2(shape.imbalance)
     layout = "" if shape.kind == KernelKind.ALIGNED else shape.layout
-    return (shape.kind, layout), (inner, rows, columns, experts / 2, imbalance)
+    return (shape.kind, layout), (inner, rows, columns, experts, imbalance)
 
 
 def misses(form: Form, rows: Sequence[Measured]) -> list[float]:
@@ -266,20 +255,19 @@ class Misses:
         Near measured shapes as for those that were left out with all that differ in rows alone, far from them as the
         formula alone fits those of its kind.
         """
-        return self._intervals[place[0][0] == KernelKind.ALIGNED, self._near(place)[0] > _SHRINK]
+        key = place[0][0] == KernelKind.ALIGNED, self._near(place)[0] > _SHRINK
+        return self._intervals.get(key, UNMEASURED)
 
     @cached_property
     def _intervals(self) -> dict[tuple[bool, bool], tuple[float, float]]:
         """By whether rows are aligned, and whether shapes like it were measured."""
-        left: dict[tuple[bool, bool], list[float]] = {
-            key: [] for key in product((False, True), (False, True))
-        }
+        left: dict[tuple[bool, bool], list[float]] = {}
         for kind, group in self._groups.items():
             aligned = kind[0] == KernelKind.ALIGNED
             for where, miss in group:
                 weight, total = self._near((kind, where), others=True)
-                left[aligned, True].append(miss - total / (weight + _SHRINK))
-                left[aligned, False].append(miss)
+                left.setdefault((aligned, True), []).append(miss - total / (weight + _SHRINK))
+                left.setdefault((aligned, False), []).append(miss)
         return {key: _edges(logs) for key, logs in left.items()}
 
 

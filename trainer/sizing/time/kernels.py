@@ -18,9 +18,10 @@ rate and ramp, and a larger `feed`, since loads are what limits them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 from configs.profile import Operands
@@ -160,7 +161,7 @@ class MatmulShape:
             return self.k, self.n
         return (self.k if self.layout == "inputs" else self.m) | self.n, self.n
 
-    @property
+    @cached_property
     def kind(self) -> KernelKind:
         """Which kernels it may use."""
         operands, result = self.rows
@@ -259,14 +260,16 @@ class Form:
 
     def plan(self, shape: MatmulShape) -> KernelPlan:
         """What the library is thought to choose: by the grouped kernel's rule, otherwise the least arithmetic time."""
+        rule, tiles = self.chip.grouped, self.chip.tiles
         if shape.experts == 1:
-            return self._dense(shape)
-        rule = self.chip.grouped
-        if rule is None:
-            plans = [self._tiled(shape, tile, 1) for tile in self.chip.tiles]
-            return min(plans, key=lambda plan: self._waves(shape, plan))
-        rows = shape.m if shape.inner else shape.m / shape.experts
-        return self._tiled(shape, rule.small if min(rows, shape.n) <= rule.few else rule.tile, rule.cluster)
+            plans = self._splits(shape)
+        elif rule is None:
+            plans = (self._tiled(shape, tile, 1) for tile in tiles)
+        else:
+            rows = shape.m if shape.inner else shape.m / shape.experts
+            tile = rule.small if min(rows, shape.n) <= rule.few else rule.tile
+            return self._tiled(shape, tile, rule.cluster)
+        return min(plans, key=partial(self._waves, shape))
 
     def time(self, shape: MatmulShape, plan: KernelPlan) -> KernelTime:
         """The time of a shape that is run so."""
@@ -286,23 +289,16 @@ class Form:
             slowing = (1 + share**_POWER_SOFTNESS) ** (1 / (_POWER_SOFTNESS * _CUBE))
         return KernelTime(launch + busy * slowing, plan, launch, arithmetic, memory, slowing)
 
-    def _dense(self, shape: MatmulShape) -> KernelPlan:
-        """The tile and the parts with the least `_waves`, which stands here in a loop that a search can wait for."""
-        m, n, k, (ramp, part_cost), units = shape.m, shape.n, shape.k, self._once(shape), self.chip.units
-        least, best = math.inf, ((0, 0), 0, 0, 1)
-        for tile, cost in self._costs[shape.kind].items():
-            tiles = -(-m // tile[0]) * -(-n // tile[1])
+    def _splits(self, shape: MatmulShape) -> Iterator[KernelPlan]:
+        """A dense matmul in each tile, its inner dimension in one part or more."""
+        units = self.chip.units
+        for tile in self._costs[shape.kind]:
+            tiles = -(-shape.m // tile[0]) * -(-shape.n // tile[1])
             for parts in SPLITS:
                 blocks = tiles * parts
-                if parts > 1 and (blocks > _MOST_SPLIT_WAVES * units or k < parts * _SHORTEST_SPLIT):
+                if parts > 1 and (blocks > _MOST_SPLIT_WAVES * units or shape.k < parts * _SHORTEST_SPLIT):
                     break
-                waves = -(-blocks // units)
-                seconds = waves * (k / parts + ramp) * cost
-                if parts > 1:
-                    seconds += part_cost * parts
-                if seconds < least:
-                    least, best = seconds, (tile, blocks, waves, parts)
-        return KernelPlan(*best)
+                yield KernelPlan(tile, blocks, -(-blocks // units), parts)
 
     def _tiled(self, shape: MatmulShape, tile: Tile, cluster: int) -> KernelPlan:
         """A grouped call in tiles of one size."""
@@ -321,9 +317,11 @@ class Form:
         """Seconds of the waves."""
         (tile, _, waves, parts), tuning = plan, self.tuning
         if shape.experts == 1:
-            ramp, part_cost = self._once(shape)
+            ramp = tuning.ramp if shape.kind == KernelKind.ALIGNED else tuning.slow_ramp
             seconds = waves * (shape.k / parts + ramp) * self._costs[shape.kind][tile]
-            return seconds + part_cost * parts if parts > 1 else seconds
+            if parts > 1:  # what passing over the results of each takes
+                seconds += tuning.split * 8.0 * shape.m * shape.n / tuning.bandwidth * parts
+            return seconds
         cost = _cost(tile, tuning.feed, self._scale) / tuning.grouped_rate
         ramp = tuning.ramp * tuning.grouped_ramp
         if not shape.inner:
@@ -331,8 +329,3 @@ class Form:
         # Tiles of all experts share the waves, so that only the last one shows the fullest expert's depth.
         mean = shape.k / shape.experts
         return (waves * (mean + ramp) + mean * (shape.imbalance - 1)) * cost
-
-    def _once(self, shape: MatmulShape) -> tuple[float, float]:
-        """Ramp of a dense shape's tiles, and seconds of passing over the results of one part."""
-        ramp = self.tuning.ramp if shape.kind == KernelKind.ALIGNED else self.tuning.slow_ramp
-        return ramp, self.tuning.split * 8.0 * shape.m * shape.n / self.tuning.bandwidth

@@ -61,22 +61,19 @@ class _Model:
     form: Form
     basis: str
     """What the rate is from."""
+    misses: dict[bool, fitting.Misses]
+    """Of dense matmuls and of grouped ones."""
     interval: tuple[float, float] = fitting.UNMEASURED
-    """Measured over predicted where nothing was measured."""
-    dense: fitting.Misses | None = None
-    grouped: fitting.Misses | None = None
-
-    def misses(self, shape: MatmulShape) -> fitting.Misses | None:
-        return self.dense if shape.experts == 1 else self.grouped
+    """Measured over predicted where there are none."""
 
     def seconds(self, shape: MatmulShape) -> tuple[float, KernelTime]:
         """Seconds, and what the formula alone gives."""
-        choice, misses = self.form.choose(shape), self.misses(shape)
+        choice, misses = self.form.choose(shape), self.misses.get(shape.experts > 1)
         return choice.seconds * (math.exp(misses.at(fitting.place(shape))) if misses else 1.0), choice
 
     def between(self, shape: MatmulShape) -> tuple[float, float]:
         """Ratios of measured over predicted; wider where the ragged dimension is one that no profile has."""
-        misses = self.misses(shape)
+        misses = self.misses.get(shape.experts > 1)
         low, high = misses.between(fitting.place(shape)) if misses else self.interval
         if shape.kind != KernelKind.ALIGNED and not (misses and misses.has(shape.kind)):
             low, high = min(low, _SLOW[0]), max(high, _SLOW[1])
@@ -107,11 +104,7 @@ class Kernels:
     """Times of matmuls on one kind of device; answers are cached by shape."""
 
     def __init__(self, hardware: HardwareConfig, profile: DeviceProfile | None = None) -> None:
-        """The times of `hardware`, from `profile` where there is one.
-
-        Raises:
-            UserError: where the profile is of another device.
-        """
+        """The times of `hardware`, from `profile` where there is one; UserError where that is of another device."""
         if profile is not None and profile.hardware != hardware.name:
             raise UserError(
                 f"profile {profile.name} is of hardware={profile.hardware}, not of {hardware.name}; name a profile of "
@@ -125,11 +118,7 @@ class Kernels:
         self, m: int, n: int, k: int, experts: int = 1, precision: str = "bf16", imbalance: float = 1.0,
         layout: Operands = "forward",
     ) -> float | None:  # fmt: skip
-        """Seconds of [m, k] times [k, n], the arguments as in `MatmulShape`; None where unknown, and `why` says why.
-
-        Args:
-            precision: of the operands: `bf16`, `fp16`, `fp32` or `fp8`.
-        """
+        """Seconds of [m, k] times [k, n], as in `MatmulShape`, of bf16, fp16, fp32 or fp8 operands; None where unknown."""
         key = (m, n, k, experts, precision, imbalance, layout)
         seconds = self._cache.get(key)
         if seconds is None:
@@ -179,16 +168,17 @@ class Kernels:
             # Few shapes: all but the rate is bf16's.
             form = Form(chip, fitting.fit(chip, base.form.tuning, ("rate",), rows))
             basis = f"profile {profile.name}, {len(rows)} shapes of {precision}"
-            return _Model(form, basis, dense=fitting.Misses(rows, fitting.misses(form, rows)))
+            return _Model(form, basis, {False: fitting.Misses(rows, fitting.misses(form, rows))})
         start = self._catalogue(chip, precision)
         dense, grouped = ([row for row in rows if (row[0].experts > 1) is many] for many in (False, True))
         tuning, *logs = fitting.kept_or_fitted(
             profile.name, chip, start.form.tuning, dense, grouped,
-            lambda: known(DeviceProfile, profile.name) == profile,
+            is_whole=lambda: known(DeviceProfile, profile.name) == profile,
         )  # fmt: skip
         basis = f"profile {profile.name}, fitted to {len(dense)} dense and {len(grouped)} grouped shapes"
-        off = [fitting.Misses(*one) if one[0] else None for one in zip((dense, grouped), logs, strict=True)]
-        return _Model(Form(chip, tuning), basis, start.interval, *off)
+        parts = zip((False, True), (dense, grouped), logs, strict=True)
+        misses = {many: fitting.Misses(part, log) for many, part, log in parts if part}
+        return _Model(Form(chip, tuning), basis, misses, start.interval)
 
     def _catalogue(self, chip: Chip, precision: str) -> _Model:
         hardware, bandwidth = self.hardware, copy_rate(self.hardware)
@@ -208,7 +198,7 @@ class Kernels:
         shape = MatmulShape(m, n, k, bytes=_BYTES[precision])
         start = replace(DEFAULTS, rate=best * 1e12, bandwidth=bandwidth)
         tuning = fitting.solve_rate(chip, start, shape, shape.flops / (best * 1e12))
-        return _Model(Form(chip, tuning), basis, interval)
+        return _Model(Form(chip, tuning), basis, {}, interval)
 
 
 def _chip(hardware: HardwareConfig) -> Chip:

@@ -79,7 +79,7 @@ def core(job: TrainingJob, rates: Rates, backward: bool) -> tuple[float, float]:
     pair_flops = 2.0 * (head + value) * b * heads * s * s / cp
     if software.flash_attention:
         seen = flops.keys_seen(model, s) / s if software.causal_flops else 1.0
-        # cuDNN takes no others.
+        # cuDNN takes neither other heads nor pieces.
         tuned = software.tuned_attention and model.head_dim % 8 == 0 and not in_pieces(job)
         share = TUNED if tuned else FLASH2.get(rates.hardware.architecture or "", FLASH2_ELSEWHERE)
         precision = "bf16" if job.precision == "fp8" else job.precision  # attention stays in 16 bits

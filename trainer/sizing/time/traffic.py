@@ -21,29 +21,27 @@ FP8_CAST = 4.0
 
 @dataclass(frozen=True)
 class ElementwiseTraffic:
-    """Bytes of an element that the parts of a layer move in one pass, and the launches of those that ZAYA1 alone has."""
+    """Bytes of an element that the parts of a layer move in one pass.
+
+    `residual` is of the sum, and, backward, of adding up the gradients of its branches; `router` of its input, in fp32;
+    `row` of putting rows in order and back; `weighted` of a token's weighted sum, whatever top-k is: what dispatching takes
+    beyond its rows and 0.25 ms of the host. ZAYA1's are `channel` of compressed attention's queries and keys (convolutions,
+    means, norms, rotation), `scaled` of a scaled residual, `mlp` of the width of the router's MLP and `mlp_input` of its
+    input's copy, both in fp32, and `launches` of the three, the last two without those that any layer has.
+    """
 
     norm: float
     positions: float
     activation: float
     residual: float
-    """Of the sum, and, backward, of adding up the gradients of its branches."""
     router: float
-    """Of its input, in fp32."""
     row: float
-    """Of putting rows in order and back."""
     weighted: float
-    """Of a token's weighted sum, whatever top-k is: what dispatching takes beyond its rows and 0.25 ms of the host."""
     channel: float
-    """Of compressed attention's queries and keys: convolutions, means, norms, rotation."""
     scaled: float
-    """Of a scaled residual."""
     mlp: float
-    """Of the width of the router's MLP, in fp32."""
     mlp_input: float
-    """Of its input's copy in fp32."""
     launches: tuple[int, int, int]
-    """Of compressed attention, a scaled residual and the router's MLP, the last two without those that any layer has."""
 
 
 #: Forward and backward by torch's operators, counted in `trainer.model`. The first seven are set to what the parts alone
