@@ -201,8 +201,7 @@ Place = tuple[tuple[KernelKind, str], tuple[float, float, float, float, float]]
 
 def place(shape: MatmulShape) -> Place:
     """Where a shape lies: inner width, rows, columns, experts, which count half, and imbalance."""
-    sizes = (shape.k / shape.experts, shape.m) if shape.inner else (shape.k, shape.m / shape.experts)
-    inner, rows = map(math.log2, sizes)
+    rows, inner = map(math.log2, shape.each)
     columns, experts, imbalance = math.log2(shape.n), math.log2(shape.experts) / 2, math.log2(shape.imbalance)
     layout = "" if shape.kind == KernelKind.ALIGNED else shape.layout
     return (shape.kind, layout), (inner, rows, columns, experts, imbalance)

@@ -18,10 +18,10 @@ rate and ramp, and a larger `feed`, since loads are what limits them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from configs.profile import Operands
@@ -155,6 +155,11 @@ class MatmulShape:
         return self.layout == "weights" and self.experts > 1
 
     @property
+    def each(self) -> tuple[float, float]:
+        """Rows and inner width of an expert's matmul, on average."""
+        return (self.m, self.k / self.experts) if self.inner else (self.m / self.experts, self.k)
+
+    @property
     def rows(self) -> tuple[int, int]:
         """Elements from one row to the next: of the operands, their bits joined, and of the result."""
         if self.layout == "forward":
@@ -260,21 +265,17 @@ class Form:
 
     def plan(self, shape: MatmulShape) -> KernelPlan:
         """What the library is thought to choose: by the grouped kernel's rule, otherwise the least arithmetic time."""
-        rule, tiles = self.chip.grouped, self.chip.tiles
-        if shape.experts == 1:
-            plans = self._splits(shape)
-        elif rule is None:
-            plans = (self._tiled(shape, tile, 1) for tile in tiles)
-        else:
-            rows = shape.m if shape.inner else shape.m / shape.experts
-            tile = rule.small if min(rows, shape.n) <= rule.few else rule.tile
-            return self._tiled(shape, tile, rule.cluster)
-        return min(plans, key=partial(self._waves, shape))
+        rule = self.chip.grouped
+        if shape.experts > 1 and rule is not None:
+            small = min(shape.each[0], shape.n) <= rule.few
+            return self._tiled(shape, rule.small if small else rule.tile, rule.cluster)
+        tiled = (self._tiled(shape, tile, 1) for tile in self.chip.tiles)
+        return min(self._splits(shape) if shape.experts == 1 else tiled, key=self._waves(shape))
 
     def time(self, shape: MatmulShape, plan: KernelPlan) -> KernelTime:
         """The time of a shape that is run so."""
         tuning = self.tuning
-        launch, arithmetic = tuning.launch, self._waves(shape, plan)
+        launch, arithmetic = tuning.launch, self._waves(shape)(plan)
         if shape.experts > 1:
             launch += tuning.grouped_launch + tuning.expert * shape.experts
         elif shape.kind == KernelKind.ALIGNED:
@@ -291,41 +292,48 @@ class Form:
 
     def _splits(self, shape: MatmulShape) -> Iterator[KernelPlan]:
         """A dense matmul in each tile, its inner dimension in one part or more."""
-        units = self.chip.units
+        m, n, units = shape.m, shape.n, self.chip.units
+        splits = [parts for parts in SPLITS if parts == 1 or shape.k >= parts * _SHORTEST_SPLIT]
         for tile in self._costs[shape.kind]:
-            tiles = -(-shape.m // tile[0]) * -(-shape.n // tile[1])
-            for parts in SPLITS:
+            tiles = -(-m // tile[0]) * -(-n // tile[1])
+            for parts in splits:
                 blocks = tiles * parts
-                if parts > 1 and (blocks > _MOST_SPLIT_WAVES * units or shape.k < parts * _SHORTEST_SPLIT):
+                if parts > 1 and blocks > _MOST_SPLIT_WAVES * units:
                     break
                 yield KernelPlan(tile, blocks, -(-blocks // units), parts)
 
     def _tiled(self, shape: MatmulShape, tile: Tile, cluster: int) -> KernelPlan:
-        """A grouped call in tiles of one size."""
         step, columns = tile[0] * cluster, -(-shape.n // tile[1])
-        if shape.inner:
-            rounded = shape.experts * -(-shape.m // step)
-        elif shape.imbalance <= 1:
-            rounded = shape.experts * -(-shape.m // (step * shape.experts))
+        if shape.inner or shape.imbalance <= 1:
+            rounded = shape.experts * -(-shape.m // (step if shape.inner else step * shape.experts))
         else:
             parts = shares(shape.experts, shape.imbalance)
             rounded = sum(math.ceil(shape.m * part / step - _ROUNDING) for part in parts)
         blocks = rounded * cluster * columns
         return KernelPlan(tile, blocks, -(-blocks // self.chip.units), 1)
 
-    def _waves(self, shape: MatmulShape, plan: KernelPlan) -> float:
-        """Seconds of the waves."""
-        (tile, _, waves, parts), tuning = plan, self.tuning
+    def _waves(self, shape: MatmulShape) -> Callable[[KernelPlan], float]:
+        """Seconds of a plan's waves."""
+        tuning, k = self.tuning, shape.k
         if shape.experts == 1:
             ramp = tuning.ramp if shape.kind == KernelKind.ALIGNED else tuning.slow_ramp
-            seconds = waves * (shape.k / parts + ramp) * self._costs[shape.kind][tile]
-            if parts > 1:  # what passing over the results of each takes
-                seconds += tuning.split * 8.0 * shape.m * shape.n / tuning.bandwidth * parts
-            return seconds
-        cost = _cost(tile, tuning.feed, self._scale) / tuning.grouped_rate
-        ramp = tuning.ramp * tuning.grouped_ramp
-        if not shape.inner:
-            return waves * (shape.k + ramp) * cost
+            costs, passed_over = (
+                self._costs[shape.kind],
+                tuning.split * 8.0 * shape.m * shape.n / tuning.bandwidth,
+            )
+
+            def dense(plan: KernelPlan) -> float:
+                tile, _, waves, parts = plan
+                seconds = waves * (k / parts + ramp) * costs[tile]
+                return seconds + passed_over * parts if parts > 1 else seconds
+
+            return dense
         # Tiles of all experts share the waves, so that only the last one shows the fullest expert's depth.
-        mean = shape.k / shape.experts
-        return (waves * (mean + ramp) + mean * (shape.imbalance - 1)) * cost
+        ramp, mean = tuning.ramp * tuning.grouped_ramp, shape.each[1]
+        deeper = mean * (shape.imbalance - 1) if shape.inner else 0.0
+
+        def grouped(plan: KernelPlan) -> float:
+            cost = _cost(plan.tile, tuning.feed, self._scale) / tuning.grouped_rate
+            return (plan.waves * (mean + ramp) + deeper) * cost
+
+        return grouped
