@@ -23,8 +23,7 @@ from configs import profile
 from configs.paths import write_whole
 from trainer.sizing.time.kernels import LEVELS, Chip, Form, KernelKind, KernelPlan, MatmulShape, Tuning
 
-VERSION = 1
-"""Of the formula and of the fit: to be raised where either changes."""
+VERSION = 1  # of the formula and of the fit: to be raised where either changes
 Measured = tuple[MatmulShape, float]
 """A shape and its seconds."""
 
@@ -38,20 +37,14 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "grouped_rate": (0.2, 1.2), "grouped_launch": (1e-8, 1e-3), "grouped_ramp": (0.2, 20.0), "expert": (1e-9, 1e-4),
 }  # fmt: skip
 """What a parameter may be: beyond it, the data say nothing about it."""
-_GOOD_ENOUGH = 1e-3
-"""Relative gain of a step below which the search ends."""
+_GOOD_ENOUGH = 1e-3  # relative gain of a step below which the search ends
 _STEP = 0.02
-_OUTLIER = 0.06
-"""Log error from which on a shape counts linearly and no longer by its square."""
-_FIRM = 1e-4
-"""Weight of the starting point, in shapes: it decides where the data don't."""
+_OUTLIER = 0.06  # log error from which on a shape counts linearly and no longer by its square
+_FIRM = 1e-4  # weight of the starting point, in shapes: it decides where the data don't
 
-UNMEASURED = (0.75, 1.4)
-"""Measured over predicted where too little was measured to say."""
-_FAR, _FAR_SQUARED = 2.5, 6.25
-"""Octaves from which on shapes say nothing about each other."""
-_SHRINK = 0.6
-"""Weight, in shapes, of missing nothing."""
+UNMEASURED = (0.75, 1.4)  # measured over predicted where too little was measured to say
+_FAR, _FAR_SQUARED = 2.5, 6.25  # octaves from which on shapes say nothing about each other
+_SHRINK = 0.6  # weight, in shapes, of missing nothing
 _CONFIDENCE = 0.95
 _FEWEST = 8
 

@@ -44,18 +44,14 @@ TILES: dict[str, tuple[Tile, ...]] = {
     ),
 }  # fmt: skip
 """Output tiles that cuBLAS and hipBLASLt choose among, by the names of their kernels."""
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Parts that the inner dimension may be split into."""
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # parts that the inner dimension may be split into
 _SHORTEST_SPLIT = 128
 _MOST_SPLIT_WAVES = 2
-_SOFTNESS = 3.5
-"""Exponent of the soft maximum of arithmetic and memory time."""
+_SOFTNESS = 3.5  # exponent of the soft maximum of arithmetic and memory time
 _POWER_SOFTNESS = 12.0
 _CUBE = 3.0
-_ROUNDING = 1e-9
-"""Of a row: sums of shares are off by less."""
-LEVELS = 3
-"""Of alignment from 16 bytes on: 16, 32, 64; at 128 nothing more is gained."""
+_ROUNDING = 1e-9  # of a row: sums of shares are off by less
+LEVELS = 3  # of alignment from 16 bytes on: 16, 32, 64; at 128 nothing more is gained
 SLOW_TILES: tuple[Tile, ...] = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
 """Of the kernels for rows that aren't 16 bytes apart."""
 

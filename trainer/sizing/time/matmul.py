@@ -32,13 +32,11 @@ DEFAULTS = Tuning(
 pass between kernels; `inner`, `outer`, `even` to `slow_ramp` and grouped: the H100 profile's of 2026-11 with torch 2.11
 (a library of 2024 lost less: a SwiGLU of 10922 took 1.46 times as long as one of 10944, arXiv 2401.14489). `rate` and
 `bandwidth` are the device's."""
-_ACHIEVED_BANDWIDTH = 0.85
-"""Of the peak: H100 91 %, MI300X 82 % (Zyphra et al. 2025)."""
+_ACHIEVED_BANDWIDTH = 0.85  # of the peak: H100 91 %, MI300X 82 % (Zyphra et al. 2025)
 _ACHIEVED_RATE = {"cuda": 0.79, "rocm": 0.6}
 """Best matmul over the peak where none is on record: the median of the catalogue's devices of that kind."""
 _BIG = (8192, 8192, 8192)
-_FROM_PEAK = (0.6, 1.7)
-"""Measured over predicted where the rate is from the peak."""
+_FROM_PEAK = (0.6, 1.7)  # measured over predicted where the rate is from the peak
 _SLOW = (0.4, 1.6)
 """The same where rows aren't 16 bytes apart and no such shape was measured: another device or library may lose less."""
 
