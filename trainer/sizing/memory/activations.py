@@ -16,35 +16,12 @@ from trainer.sizing.model.shapes import rows
 _FP32 = 4
 
 
-def width(precision: str) -> int:
-    """Bytes of an activation or weight element."""
-    return _FP32 if precision == "fp32" else 2
-
-
-def sequence_split(job: TrainingJob) -> int:
-    """Ranks that share what is neither split over heads nor over widths."""
-    return job.layout.tp if job.software.sequence_parallel else 1
-
-
-def copies(job: TrainingJob) -> int:
-    """Elements kept per unit of an MLP's inner width: gate, up, activation and product; or input and result."""
-    if not job.model.gated:
-        return 2
-    return 3 if job.software.retention.fused_activation else 4
-
-
-def key_value_width(job: TrainingJob) -> float:
-    """Keys' width, and values', on one rank; ranks beyond the heads hold copies."""
-    model = job.model
-    return model.kv_heads * model.head_dim / min(job.layout.tp, model.kv_heads)
-
-
 def context_width(job: TrainingJob) -> float:
     """Keys' and values' width together on one rank, as attention takes them: latent attention has a key for each head."""
-    model = job.model
+    model, tp = job.model, job.layout.tp
     if model.attention == "mla":
-        return model.heads / job.layout.tp * (2 * model.head_dim + model.rope_head_dim)
-    return 2 * key_value_width(job)
+        return model.heads / tp * (2 * model.head_dim + model.rope_head_dim)
+    return 2 * model.kv_heads * model.head_dim / min(tp, model.kv_heads)  # ranks beyond the heads hold copies
 
 
 def query_widths(job: TrainingJob) -> tuple[float, float]:
@@ -56,45 +33,52 @@ def query_widths(job: TrainingJob) -> tuple[float, float]:
 
 def boundary(job: TrainingJob) -> float:
     """A layer's input: all that full recomputation keeps."""
-    return job.tokens * job.model.hidden * width(job.precision) / sequence_split(job)
+    return job.tokens * job.model.hidden * job.element / job.split
 
 
 @lru_cache(maxsize=100_000)
 def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
     """Bytes that a layer keeps by part, without recomputation."""
-    model, layout, retention = job.model, job.layout, job.software.retention
-    element, split, tokens = width(job.precision), sequence_split(job), job.tokens
-    shared = tokens * model.hidden / split
+    model, layout, software, retention = job.model, job.layout, job.software, job.software.retention
+    element, tokens, tp = job.element, job.tokens, job.layout.tp
+    shared = tokens * model.hidden / job.split
     fp32_router = _fp32_router(job)
     # Inputs of attention and of the MLP or shared expert, and those of the routed experts.
     regions = 1 if moe and not model.shared_width else 2
     routed = moe and not model.shared_width and not fp32_router
     inputs = regions * (tokens * model.hidden if retention.gathered_inputs else shared) + routed * shared
     residuals = 1 if model.parallel_block else 2
+    # Of an element of a score matrix the softmax, and with dropout the mask and the result.
+    score = 0 if software.flash_attention else element + software.dropout * (1 + element)
     parts = {
         "norms": shared * 2 * retention.norm_bytes + inputs * element,
         "residuals": shared * element * retention.scaled * residuals if model.residual_scaling else 0.0,
         "attention": tokens * _attention(job),
-        "scores": tokens * _scores(job),
-        "dropout": 2.0 * shared if job.software.dropout else 0.0,
+        "scores": tokens * (score * model.heads / tp * job.sequence),
+        "dropout": 2.0 * shared if software.dropout else 0.0,
     }
-    inner = copies(job) * element
+    # Of a unit of an MLP's inner width: gate, up, activation and product; or input and result.
+    inner = element * (4 - retention.fused_activation if model.gated else 2)
     if not moe:
-        parts["mlp"] = tokens * inner * model.dense_width / layout.tp
-        return parts
+        return parts | {"mlp": tokens * inner * model.dense_width / tp}
     # Where pairs travel, their results are weighted where they come back to.
     travel = retention.gathered_inputs and layout.ep * layout.etp > 1 and not job.gathers_experts
-    kept = (
-        1 + (retention.expert_outputs or travel)
-    ) * element * model.hidden + inner * model.expert_width / layout.etp
+    ends = 1 + (retention.expert_outputs or travel)
     # Scores; of each choice the expert, the order there and back, and the weight before and after scaling.
     per_token = _FP32 * model.experts + 36 * model.top_k
     if model.router.kind == "mlp":
         per_token += _FP32 * retention.router_vectors * model.router.hidden
-    parts["router"] = tokens / split * per_token + shared * _FP32 * fp32_router
-    parts["mlp"] = rows(job) * kept
-    parts["shared"] = tokens * inner * model.shared_width / layout.tp
-    return parts
+    return parts | {
+        "router": tokens / job.split * per_token + shared * _FP32 * fp32_router,
+        "mlp": rows(job) * (ends * element * model.hidden + inner * model.expert_width / layout.etp),
+        "shared": tokens * inner * model.shared_width / tp,
+    }
+
+
+def fed(job: TrainingJob, moe: bool) -> float:
+    """Bytes that a layer's MLP or router and experts keep."""
+    parts = layer(job, moe)
+    return sum(parts.get(name, 0.0) for name in ("router", "mlp", "shared"))
 
 
 def _fp32_router(job: TrainingJob) -> bool:
@@ -107,123 +91,84 @@ def _fp32_router(job: TrainingJob) -> bool:
 
 def _attention(job: TrainingJob) -> float:
     """Bytes per token of queries, keys, values, output, and of what makes them."""
-    model, tp, element = job.model, job.layout.tp, width(job.precision)
-    norm = job.software.retention.norm_bytes
-    rowwise = _FP32 * model.heads / tp if job.software.flash_attention else 0.0
-    # Keys and values that are kept, by those made.
-    seen = job.layout.cp if job.software.context == "gather" else 1
+    model, tp, element, software = job.model, job.layout.tp, job.element, job.software
+    norm, gathers = software.retention.norm_bytes, software.context == "gather"
+    rowwise = _FP32 * model.heads / tp if software.flash_attention else 0.0
+    seen = job.layout.cp if gathers else 1  # keys and values that are kept, by those made
+    query, result = query_widths(job)
+    # What attention makes of a sample's two pieces, beside what they are joined to (`trainer.parallel.context.two_pieces`).
+    apart = job.layout.cp > 1 and gathers and software.retention.gathered_inputs
+    pieces = element * result if apart else 0.0
     if model.attention == "mla":
-        heads = model.heads / tp
-        expanded = heads * (2 * model.head_dim + model.rope_head_dim) * (1 + seen)
         compressed = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
-        return (
-            element * expanded + (element + norm) * compressed / sequence_split(job) + rowwise + _pieces(job)
-        )
-    query, key = model.heads * model.head_dim / tp, key_value_width(job)
-    kept = element * 2 * (query + key * seen)
+        expanded = context_width(job) * (1 + seen)
+        return element * expanded + (element + norm) * compressed / job.split + rowwise + pieces
+    key = context_width(job) / 2
+    kept = element * 2 * (query + key * seen) + pieces
     if model.qk_norm != "none":
         kept += norm * (query + key)
-    kept += _pieces(job)
     if model.attention == "cca":  # inputs of its two convolutions, and of what norms their results
-        each, more = job.software.retention.convolved
+        each, more = software.retention.convolved
         kept += element / 2 * (each * (query + key) + more * key)
     return kept + rowwise
-
-
-def _pieces(job: TrainingJob) -> float:
-    """Bytes per token of what attention makes of a sample's two pieces, beside what they are joined to
-    (`trainer.parallel.context.two_pieces`)."""
-    apart = job.layout.cp > 1 and job.software.context == "gather" and job.software.retention.gathered_inputs
-    return width(job.precision) * query_widths(job)[1] if apart else 0.0
-
-
-def _scores(job: TrainingJob) -> float:
-    """Bytes per token of a score matrix that is kept: its softmax, and with dropout the mask and the result."""
-    if job.software.flash_attention:
-        return 0.0
-    element = width(job.precision)
-    each = element + (1 + element if job.software.dropout else 0)
-    return each * job.model.heads / job.layout.tp * job.sequence
 
 
 @lru_cache(maxsize=100_000)
 def kept(job: TrainingJob, moe: bool) -> float:
     """Bytes that a layer keeps under the job's recomputation and even routing."""
+    return boundary(job) if job.recompute == "full" else sum(layer(job, moe).values()) - again(job, moe)
+
+
+def again(job: TrainingJob, moe: bool) -> float:
+    """Bytes that a layer's backward pass makes again: all; attention scores, or all that MLP and experts make; nothing."""
     if job.recompute == "full":
-        return boundary(job)
-    return sum(layer(job, moe).values()) - dropped(job, moe)
-
-
-def dropped(job: TrainingJob, moe: bool) -> float:
-    """Bytes that selective recomputation doesn't keep: attention scores, or all that MLP and experts make."""
-    if job.recompute != "selective":
+        return sum(layer(job, moe).values())
+    if job.recompute == "none":
         return 0.0
-    parts = layer(job, moe)
     if job.software.selective == "attention":
-        return parts["scores"]
+        return layer(job, moe)["scores"]
     # The part's own input stays, which an MLP keeps too; experts alone may have only an fp32 copy of it.
-    kept_anyway = boundary(job) if moe and not _keeps_input(job) else 0.0
-    return sum(parts.get(name, 0.0) for name in ("router", "mlp", "shared")) - kept_anyway
-
-
-def _keeps_input(job: TrainingJob) -> bool:
-    """Whether an MoE layer keeps its normed input in the working precision, beside the router's copy."""
-    return bool(job.model.shared_width) or not _fp32_router(job)
+    fp32_alone = moe and not job.model.shared_width and _fp32_router(job)
+    return fed(job, moe) - (boundary(job) if fp32_alone else 0.0)
 
 
 def surplus(job: TrainingJob) -> float:
     """More bytes that an MoE layer keeps on the rank with the most rows."""
-    again = job.recompute == "selective" and job.software.selective == "feed_forward"
-    if job.recompute == "full" or again or job.fullest <= 1.0:
+    made_again = job.recompute == "selective" and job.software.selective == "feed_forward"
+    if job.recompute == "full" or made_again or job.fullest <= 1.0:
         return 0.0
     return (job.fullest - 1.0) * layer(job, True)["mlp"]
 
 
 def in_flight(job: TrainingJob, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once, in units of its own layers.
-
-    1F1B: as many as there are stages from here on. Interleaved, in chunks of 1/v of the layers: the warm-up of
-    Narayanan et al. 2021 plus one, which on the first stage is the factor 1 + (p-1)/(p*v) of Korthikanti et al. In a V all
-    ranks hold what 1F1B's first stage does (Qi et al. 2024).
-    """
-    if job.zero_bubble:
+    """Micro-batches whose activations a stage holds at once, in units of its own layers."""
+    if job.zero_bubble:  # in a V all ranks hold what 1F1B's first stage does (Qi et al. 2024)
         return float(min(job.layout.pp, job.micro_batches))
     return at_once(job.layout.pp, job.layout.pp - stage, job.interleave, job.micro_batches)
 
 
 def at_once(pp: int, after: int, chunks: int, micro_batches: int) -> float:
-    """Micro-batches in flight on a stage that is the first of `after` of `pp` stages, each of `chunks` chunks."""
+    """Micro-batches in flight on a stage that is the first of `after` of `pp` stages, each of `chunks` chunks.
+
+    1F1B: as many as there are stages from here on. Interleaved, in chunks of 1/v of the layers: the warm-up of Narayanan
+    et al. 2021 plus one, which on the first stage is the factor 1 + (p-1)/(p*v) of Korthikanti et al.
+    """
     if chunks == 1 or pp == 1:
         return float(min(after, micro_batches))
     warm_up = 2 * (after - 1) + (chunks - 1) * pp + 1
     return min(micro_batches * chunks, warm_up) / chunks
 
 
-def working(job: TrainingJob, moe: bool) -> float:
-    """Bytes for a while during a layer's backward pass: a gradient of all that it keeps, and what is made again."""
-    return sum(layer(job, moe).values()) + again(job, moe)
-
-
-def again(job: TrainingJob, moe: bool) -> float:
-    """Bytes that a layer's backward pass makes again."""
-    return sum(layer(job, moe).values()) if job.recompute == "full" else dropped(job, moe)
-
-
 def head(job: TrainingJob) -> float:
     """Bytes that the last norm and the output projection keep, at each depth of multi-token prediction too."""
-    return (
-        job.tokens
-        * (1 + job.model.mtp_layers)
-        * job.model.hidden
-        / sequence_split(job)
-        * (job.software.retention.norm_bytes + width(job.precision))
-    )
+    tokens = job.tokens * (1 + job.model.mtp_layers)
+    return tokens * job.model.hidden / job.split * (job.software.retention.norm_bytes + job.element)
 
 
 def logits(job: TrainingJob) -> float:
     """Bytes of logits and their copies at the fullest moment of the loss; split over tp."""
-    retention = job.software.retention
-    each = 2 * width(job.precision) if job.software.fused_loss else retention.logit_bytes
-    if job.layout.tp > 1 and retention.split_logit_bytes is not None:
+    retention, tp = job.software.retention, job.layout.tp
+    each = 2 * job.element if job.software.fused_loss else retention.logit_bytes
+    if tp > 1 and retention.split_logit_bytes is not None:
         each = retention.split_logit_bytes
-    return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / job.layout.tp
+    return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / tp

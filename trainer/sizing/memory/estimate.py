@@ -7,11 +7,12 @@ fits where all of it, but for waiting buffers, which an allocator under pressure
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import activations, states, unwinding
+from trainer.sizing.memory.unwinding import UPDATE, Moment
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import schedule
 
@@ -91,45 +92,36 @@ class MemoryUsage:
 
 def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> MemoryUsage:
     """Bytes of stage number `stage`, which holds `what`, on a device driven by `kind`."""
-    in_flight = activations.in_flight(job, stage)
-    if job.software.retention.unwound:
-        return _unwound(job, kind, what, in_flight)
-    held, retention = states.states(job, what), job.software.retention
-    once = sum(count * activations.kept(job, moe) for count, moe in what.kinds)
-    once += activations.head(job) if what.head else 0.0
-    surplus = what.moe * activations.surplus(job) if what.moe else 0.0
-    working = max((activations.working(job, moe) for _, moe in what.kinds), default=0.0)
-    late = retention.late_gradients * states.held(job, what).all
-    moments = {
-        "the loss": in_flight * once + (activations.logits(job) if what.head else 0.0),
-        "a layer's backward pass": in_flight * once + working,
-        "the end of a backward pass": max(0.0, in_flight - 1) * once + late + working,
-    }
-    moment = max(moments, key=lambda name: moments[name])
-    fullest = moments[moment]
-    kept = in_flight * once if moment != "the end of a backward pass" else max(0.0, in_flight - 1) * once
+    retention, layout = job.software.retention, job.layout
+    held, in_flight = states.states(job, what), activations.in_flight(job, stage)
+    exchange, waiting = _exchange(job, what, in_flight)
     # On a host, pages of a buffer that nothing is written to take no memory.
     staging = retention.staging if kind != "cpu" else 0.0
-    routing = _routing(job) if what.moe else 0.0
-    exchange, waiting = _exchange(job, what, in_flight)
-    behind = retention.host_slow and job.layout.ranks > job.node and job.layout.pp <= 2
-    extra = surplus * in_flight
-    update = states.update(job, what)
-    if update > fullest + staging + routing + exchange + extra:
-        moment, kept, fullest = "the update", 0.0, update
-        staging = routing = exchange = extra = 0.0
-    moving = fullest + extra + routing
+    spread = layout.ep * layout.etp > 1
+    routing = 0.0  # rows that are sent and received, for one layer at a time
+    if what.moe and not (retention.unwound and (job.gathers_experts or not spread)):
+        routing = activations.rows(job) * job.model.hidden * job.element * (2 * job.fullest if spread else 1)
+    if retention.unwound:
+        moment = unwinding.fullest(job, what, in_flight)
+        weights, updates = unwinding.lasting(job, what) + moment.gathered, moment.activations == 0.0
+    else:
+        moment = _standing(job, what, in_flight, held.gradients, staging + routing + exchange)
+        weights, updates = held.weights, moment.name == UPDATE
+    if updates:
+        staging = routing = exchange = 0.0
+    moving = moment.activations + moment.transient + moment.imbalance + routing
+    behind = retention.host_slow and layout.ranks > job.node and layout.pp <= 2
     holes = _holes(job, what, held.optimizer)
     return MemoryUsage(
-        weights=held.weights,
-        gradients=held.gradients,
+        weights=weights,
+        gradients=moment.gradients,
         optimizer=held.optimizer,
         buckets=held.buckets + held.gathered + staging,
-        activations=kept,
-        imbalance=extra,
+        activations=moment.activations,
+        imbalance=moment.imbalance,
         routing=routing,
-        moment=moment,
-        transient=fullest - kept,
+        moment=moment.name,
+        transient=moment.transient,
         exchange=exchange,
         slack=SLACK[1] * moving + holes,
         waiting=0.0 if behind else waiting / 2,
@@ -140,51 +132,44 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
     )
 
 
-def _unwound(job: TrainingJob, kind: str, what: schedule.StageCost, in_flight: float) -> MemoryUsage:
-    """`usage` of this trainer's native engine, whose gradients and activations aren't there at once."""
-    held, moment = states.states(job, what), unwinding.fullest(job, what, in_flight)
-    updates = moment.activations == 0.0
-    exchange, _ = _exchange(job, what, in_flight)
-    travels = what.moe and job.layout.ep * job.layout.etp > 1 and not job.gathers_experts
-    routing = _routing(job) if travels and not updates else 0.0
-    moving = moment.activations + moment.imbalance + moment.transient + routing
-    return MemoryUsage(
-        weights=unwinding.lasting(job, what) + moment.gathered,
-        gradients=moment.gradients,
-        optimizer=held.optimizer,
-        buckets=held.gathered,
-        activations=moment.activations,
-        imbalance=moment.imbalance,
-        routing=routing,
-        moment=moment.name,
-        transient=moment.transient,
-        exchange=0.0 if updates else exchange,
-        slack=SLACK[1] * moving,
-        waiting=0.0,
-        framework=framework(job, kind),
-        least_slack=SLACK[0] * moving,
-        most_slack=SLACK[2] * moving,
-        most_waiting=0.0,
+def _standing(
+    job: TrainingJob, what: schedule.StageCost, in_flight: float, gradients: float, beside: float
+) -> Moment:
+    """The fullest moment where gradients stay; `beside`: bytes that are there at each moment but the update."""
+    once = sum(count * activations.kept(job, moe) for count, moe in what.kinds)
+    once += activations.head(job) if what.head else 0.0
+    extra = in_flight * what.moe * activations.surplus(job) if what.moe else 0.0
+    # Of a layer's backward pass: a gradient of all that it keeps, and what is made again.
+    working = [
+        sum(activations.layer(job, moe).values()) + activations.again(job, moe) for _, moe in what.kinds
+    ]
+    most, late = max(working, default=0.0), job.software.retention.late_gradients * states.held(job, what).all
+    fullest = max(
+        Moment("the loss", gradients, in_flight * once, extra, activations.logits(job) if what.head else 0.0),
+        Moment("a layer's backward pass", gradients, in_flight * once, extra, most),
+        Moment("the end of a backward pass", gradients, max(0.0, in_flight - 1) * once, extra, late + most),
+        key=lambda moment: moment.all,
     )
-
-
-def _routing(job: TrainingJob) -> float:
-    """Rows that are sent and received, for one layer at a time."""
-    each = activations.rows(job) * job.model.hidden * activations.width(job.precision)
-    return 2 * each * job.fullest if job.layout.ep * job.layout.etp > 1 else each
+    update = Moment(UPDATE, gradients, 0.0, 0.0, states.update(job, what))
+    return update if update.all > fullest.all + beside else fullest
 
 
 def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> tuple[float, float]:
     """Whole-sequence buffers at work, and those that may be outstanding beyond them."""
-    layout, software, element = job.layout, job.software, activations.width(job.precision)
+    layout, software, retention, token = (
+        job.layout,
+        job.software,
+        job.software.retention,
+        job.element * job.tokens,
+    )
     buffers = 0.0
     if layout.cp > 1 and software.context == "ulysses":
-        buffers += element * job.tokens * (activations.query_widths(job)[0] + activations.context_width(job))
+        buffers += token * (activations.query_widths(job)[0] + activations.context_width(job))
     elif layout.cp > 1:
-        buffers += element * job.tokens * layout.cp * activations.context_width(job)
-    if layout.tp == 1 or not software.sequence_parallel:
+        buffers += token * layout.cp * activations.context_width(job)
+    if job.split == 1:
         return buffers, 0.0
-    retention, whole = software.retention, element * job.tokens * job.model.hidden
+    whole = token * job.model.hidden
     buffers += whole * retention.whole_buffers
     if not retention.deferred_frees:
         return buffers + 2 * whole, 0.0
@@ -198,10 +183,10 @@ def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> 
 
 def _holes(job: TrainingJob, stage: schedule.StageCost, optimizer: float) -> float:
     """The largest blocks of the first backward pass, copies of the logits, broken up by moments that are made after it."""
-    software = job.software
-    if not (software.retention.late_moments and stage.head):
+    if not (job.software.retention.late_moments and stage.head):
         return 0.0
-    share = software.moments_bytes / max(1, software.moments_bytes + software.master_bytes)
+    moments = job.software.moments_bytes
+    share = moments / max(1, moments + states.MASTER)
     return min(4.0 * job.tokens * job.model.vocab / job.layout.tp, share * optimizer)
 
 
@@ -260,50 +245,43 @@ def summary(used: MemoryUsage) -> dict[str, float]:
     }
 
 
-_HOW = {
-    "weights": "bytes of an element x weights of the stage on one rank",
-    "gradients": "bytes of an accumulated gradient x weights",
-    "optimizer": "master weights and moments, split over replicas under ZeRO",
-    "buckets": "reduction buckets and staging of the framework, layers gathered under ZeRO-3",
-    "activations": "what layers keep of each micro-batch in flight",
-    "imbalance": "rows beyond the mean on the fullest expert rank",
-    "routing": "rows sent to experts and received, one layer at a time",
-    "transient": "what the fullest moment takes for a while",
-    "exchange": "buffers of the whole sequence for tensor and context parallelism",
-    "slack": "allocator's holes: a share of what comes and goes",
-    "waiting": "buffers that wait for the device: half of what a host that runs ahead can have outstanding",
-    "framework": "driver, context and communicators",
-}
-
-
 def _figure(name: str, stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> Figure:
+    """A stage's memory, made from its parts."""
+    spread = {
+        "slack": (used.least_slack, used.most_slack),
+        "waiting": (0.0, used.most_waiting),
+        "framework": (0.6 * used.framework, 1.8 * used.framework),
+    }
     parts = []
-    spread = {"slack": (used.least_slack, used.most_slack), "waiting": (0.0, used.most_waiting)}
-    spread["framework"] = (0.6 * used.framework, 1.8 * used.framework)
-    for field in fields(MemoryUsage):
-        if field.name in _HOW:
-            value = getattr(used, field.name)
-            low, high = spread.get(field.name, (value, value))
-            parts.append(
-                Figure(f"{name}.{field.name}", value, "bytes", low, high, _how(field.name, stage, used, job))
-            )
+    for part, how in _derivations(stage, used, job).items():
+        value = getattr(used, part)
+        low, high = spread.get(part, (value, value))
+        parts.append(Figure(f"{name}.{part}", value, "bytes", low, high, how))
     low, high = sum(part.low for part in parts), sum(part.high for part in parts)
-    return Figure(
-        name, used.total, "bytes", low, high, f"sum of its parts; fullest at {used.moment}", tuple(parts)
+    how = f"sum of its parts; fullest at {used.moment}"
+    return Figure(name, used.total, "bytes", low, high, how, tuple(parts))
+
+
+def _derivations(stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> dict[str, str]:
+    """How each part of a stage's memory came about."""
+    mine, software, over = states.held(job, stage), job.software, states.replicas(job.layout)
+    held = f"B x ({mine.plain:,.0f} weights + {mine.routed:,.0f} of routed experts), ZeRO stage {job.zero}"
+    layers = (
+        f"{stage.dense} dense and {stage.moe} MoE layers x {job.tokens} tokens, recompute={job.recompute}"
     )
-
-
-def _how(part: str, stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> str:
-    mine, software = states.held(job, stage), job.software
-    held = f"{mine.plain:,.0f} weights + {mine.routed:,.0f} of routed experts"
-    over = states.replicas(job.layout)
-    counted = {
-        "weights": f"{activations.width(job.precision)} B x ({held}), ZeRO stage {job.zero}",
-        "gradients": f"{software.gradient_bytes} B x ({held}), ZeRO stage {job.zero}",
-        "optimizer": f"{software.master_bytes}+{software.moments_bytes} B x ({held}), ZeRO stage {job.zero} over "
-        f"{over[0]} replicas, of experts {over[1]}",
-        "activations": f"{stage.dense} dense and {stage.moe} MoE layers x {job.tokens} tokens, recompute={job.recompute}",
-        "transient": used.moment,
-        "slack": f"{SLACK[1]:.0%} of what comes and goes within a step ({SLACK[0]:.0%} to {SLACK[2]:.0%})",
-    }.get(part)
-    return _HOW[part] + (f": {counted}" if counted else "")
+    return {
+        "weights": f"bytes of an element x weights of the stage on one rank: {job.element} {held}",
+        "gradients": f"bytes of an accumulated gradient x weights: {software.gradient_bytes} {held}",
+        "optimizer": "master weights and moments, split over replicas under ZeRO: "
+        f"{states.MASTER}+{software.moments_bytes} {held} over {over[0]} replicas, of experts {over[1]}",
+        "buckets": "reduction buckets and staging of the framework, layers gathered under ZeRO-3",
+        "activations": f"what layers keep of each micro-batch in flight: {layers}",
+        "imbalance": "rows beyond the mean on the fullest expert rank",
+        "routing": "rows sent to experts and received, one layer at a time",
+        "transient": f"what the fullest moment takes for a while: {used.moment}",
+        "exchange": "buffers of the whole sequence for tensor and context parallelism",
+        "slack": f"allocator's holes: a share of what comes and goes: {SLACK[1]:.0%} of what comes and goes within a step "
+        f"({SLACK[0]:.0%} to {SLACK[2]:.0%})",
+        "waiting": "buffers that wait for the device: half of what a host that runs ahead can have outstanding",
+        "framework": "driver, context and communicators",
+    }

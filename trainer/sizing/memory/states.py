@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from configs.schema import ModelConfig
-from trainer.sizing.memory.activations import width
-from trainer.sizing.model import parameters, weights
+from trainer.sizing.model import weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import schedule
+
+#: Bytes of the optimizer's own copy of a weight.
+MASTER = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Held:
     def all(self) -> float:
         """All of them."""
         return self.plain + self.routed
+
+    def shard(self, over: tuple[int, int]) -> float:
+        """Of all, what a rank has where so many share the plain ones, and the experts."""
+        return self.plain / over[0] + self.routed / over[1]
 
 
 @dataclass(frozen=True)
@@ -68,18 +74,22 @@ def resident(job: TrainingJob) -> tuple[bool, bool]:
 
 def gradient_bytes(job: TrainingJob) -> tuple[int, int]:
     """Bytes of a gradient at the end of the backward pass, of plain weights and of experts."""
-    plain, routed = (job.micro_batches == 1 and kept for kept in resident(job))
-    whole = job.software.gradient_bytes
-    return 2 if plain else whole, 2 if routed else whole
+    plain, routed = (
+        2 if job.micro_batches == 1 and kept else job.software.gradient_bytes for kept in resident(job)
+    )
+    return plain, routed
 
 
 @lru_cache(maxsize=65_536)
 def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
     """Weights of one layer on one rank."""
-    matrices, norms = weights.layer(model, moe), parameters.layer_norms(model, moe)
-    plain = sum(one.local(layout) for one in matrices if one.part != "experts")
-    routed = sum(one.local(layout) for one in matrices if one.part == "experts")
-    return Held(plain + norms, routed, norms)
+    plain = routed = norms = 0.0
+    for one in weights.layer(model, moe):
+        mine = one.local(layout)
+        plain += mine * (one.part != "experts")
+        routed += mine * (one.part == "experts")
+        norms += mine * (one.part == "norms")
+    return Held(plain, routed, norms)
 
 
 def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
@@ -88,8 +98,8 @@ def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
     tables = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
     if stage.head and not stage.embedding and model.mtp_layers and not model.tie_embeddings:
         tables += 1  # multi-token prediction looks tokens up beside the head
-    other = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
-    plain, routed = other, 0.0
+    plain = other = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
+    routed = 0.0
     for count, moe in stage.kinds:
         one = layer(model, layout, moe)
         plain += count * one.plain
@@ -100,21 +110,18 @@ def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
 
 def states(job: TrainingJob, stage: schedule.StageCost) -> States:
     """Bytes of a stage under the job's ZeRO stage."""
-    software, zero, mine = job.software, job.zero, held(job, stage)
-    element = width(job.precision)
-    over = replicas(job.layout)
-    shard = mine.plain / over[0] + mine.routed / over[1]
+    zero, mine, over, element = job.zero, held(job, stage), replicas(job.layout), job.element
     shared, each = max(over) > 1, gradient_bytes(job)
     split = over if gradients_split(job) else (1, 1)
     gathered = 0.0
-    if shared:
+    if shared and zero >= 3:
         largest = max(layer(job.model, job.layout, moe).all for _, moe in stage.kinds or ((0, False),))
-        gathered = 2 * element * largest * (zero >= 3)
+        gathered = 2 * element * largest
     return States(
-        weights=element * (shard if zero >= 3 else mine.all),
+        weights=element * (mine.shard(over) if zero >= 3 else mine.all),
         gradients=each[0] * mine.plain / split[0] + each[1] * mine.routed / split[1],
         optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
-        buckets=software.retention.replica_buckets * (mine.all if shared else 0.0),
+        buckets=job.software.retention.replica_buckets * (mine.all if shared else 0.0),
         gathered=gathered,
     )
 
@@ -123,32 +130,27 @@ def gradients_split(job: TrainingJob) -> bool:
     """Whether no rank keeps more of the gradients than its shard between micro-batches."""
     if job.zero_bubble:  # weight gradients are made out of order, and reduced when all are there
         return False
-    return job.zero >= 2 or (
-        job.zero == 1 and job.software.streamed and job.micro_batches == 1 and job.layout.pp == 1
-    )
+    streamed = job.software.streamed and job.micro_batches == 1 and job.layout.pp == 1
+    return job.zero >= 2 or (job.zero == 1 and streamed)
 
 
 def _optimizer(job: TrainingJob, mine: Held, over: tuple[int, int]) -> float:
     """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
     software = job.software
-    master = software.master_bytes
-    if software.own_master and job.precision == "fp32" and max(replicas(job.layout)) == 1:
-        master = 0
-    other = mine.other / over[0]
-    matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
-    moments = software.moments_bytes
+    own = software.own_master and job.precision == "fp32" and max(replicas(job.layout)) == 1
+    master, moments = 0 if own else MASTER, software.moments_bytes
     of_matrices = moments if software.matrix_moments_bytes is None else software.matrix_moments_bytes
-    return (master + moments) * other + (master + of_matrices) * matrices
+    matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
+    return (master + moments) * (mine.other / over[0]) + (master + of_matrices) * matrices
 
 
 def update(job: TrainingJob, stage: schedule.StageCost) -> float:
     """Bytes for a while during the optimizer step: what it works in, and flat copies under ZeRO."""
-    retention, over = job.software.retention, replicas(job.layout)
-    mine, working = held(job, stage), retention.scratch
-    matrices = (mine.plain - mine.other, mine.routed)
-    for count, each in zip(matrices, gradient_bytes(job), strict=True):
+    retention, over, mine = job.software.retention, replicas(job.layout), held(job, stage)
+    working = retention.scratch
+    for count, each in zip((mine.plain - mine.other, mine.routed), gradient_bytes(job), strict=True):
         working += retention.copied_gradients * count * (each == 2)  # those that come in 16 bits
     if job.zero == 0 or max(over) == 1:
         return working
     whole, own = retention.update
-    return working + whole * mine.all + own * (mine.plain / over[0] + mine.routed / over[1])
+    return working + whole * mine.all + own * mine.shard(over)

@@ -26,6 +26,8 @@ class FrameworkMemory:
     """Expert outputs are kept until the gradient of the routing weights; false: weighted before the last matmul."""
     logit_bytes: int = 12
     """Bytes of a logit and its copies at the fullest moment of the loss."""
+    split_logit_bytes: int | None = None
+    """`logit_bytes` where the vocabulary is split over tp; None: the same."""
     late_gradients: int = 0
     """Bytes of a weight's gradient that the backward pass leaves until its end, beside the accumulated one."""
     replica_buckets: int = 0
@@ -33,13 +35,13 @@ class FrameworkMemory:
     staging: float = 1e9
     """Bytes of a reduction buffer of fixed size during the backward pass (DeepSpeed: 5e8 elements of 2 bytes)."""
     update: tuple[int, int] = (0, 6)
-    """Bytes for each weight, and for each weight of the own shard, that the optimizer step takes for a while under
-    ZeRO (this trainer: the shard's gradient, flattened, in both precisions)."""
+    """Bytes that the optimizer step takes for a while under ZeRO, for each weight, and for each of the own shard (this
+    trainer: the shard's gradient, flattened, in both precisions)."""
     late_moments: bool = False
     """Moments are made after the first backward pass, out of its freed memory, and break up its largest blocks."""
     gathered_inputs: bool = False
-    """What is gathered for a tensor-parallel region, and the pieces that attention under `context=gather` makes beside what
-    they are joined to, are kept (Megatron gathers again in the backward pass)."""
+    """What is gathered for a tensor-parallel region, and attention's two pieces under `context=gather` beside what they are
+    joined to, are kept (Megatron gathers again in the backward pass)."""
     unwound: bool = False
     """Gradients are made by the step's last backward pass while it frees activations, and gone after the update; weights
     that other ranks share are given back behind it (`trainer.sizing.memory.unwinding`)."""
@@ -47,25 +49,21 @@ class FrameworkMemory:
     """Bytes of a matrix's gradient that the optimizer copies for all matrices at once, where it comes in 16 bits (Muon)."""
     scratch: float = 0.0
     """Bytes that the optimizer works in (Muon's bucket)."""
-    split_logit_bytes: int | None = None
-    """`logit_bytes` where the vocabulary is split over tp; None: the same."""
     convolved: tuple[int, int] = (4, 0)
     """Bytes of a channel of queries and keys that compressed attention keeps before its core, and more of a key's."""
     scaled: int = 0
     """Tensors of the hidden state's size that a scaled residual keeps."""
     router_vectors: int = 0
-    """fp32 vectors of its width that an `mlp` router keeps, where its matmuls are in fp32 beside a copy of its input; 0: as
-    a linear one."""
+    """fp32 vectors of its width that an `mlp` router keeps, with matmuls in fp32 beside a copy of its input; 0: none."""
     whole_buffers: int = 2
     """Buffers of a micro-batch that isn't split over tp, kept for gathering under sequence parallelism."""
     deferred_frees: bool = False
-    """A tensor handed to a collective isn't reused before the device is done with it (torch's record_stream), so that a
-    host which runs ahead piles them up."""
+    """What is handed to a collective isn't reused before the device is done with it (torch's record_stream): a host that
+    runs ahead piles it up."""
     host_waits: bool = False
     """The host waits for the device at each transfer between stages and never runs ahead."""
     host_slow: bool = False
-    """In jobs of several nodes the host takes longer than the device, and gets ahead of it only while the device waits
-    for other stages."""
+    """On several nodes the host takes longer than the device, and is ahead only while that waits for other stages."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ class Software:
     """Bytes of an accumulated gradient element."""
     reduce_bytes: int = 4
     """Bytes of a gradient element on the wire."""
-    master_bytes: int = 4
-    """Bytes of the optimizer's own copy of a weight; 0 where there is none."""
     own_master: bool = False
     """Weights in fp32 that a rank shares with nobody are their own master (FSDP2 isn't used then)."""
     exposed_ends: bool = False
@@ -129,8 +125,8 @@ class Software:
     compiled: bool = False
     """Elementwise work between the matmuls is fused."""
     eager: bool = False
-    """All of it is torch's own kernels, one for each operation, norms and the router in fp32, and experts' results are
-    weighted by a batched matmul for each token, as in `trainer.model`."""
+    """All is torch's own kernels, one for each operation, norms and the router in fp32, and experts' results are weighted
+    by a batched matmul for each token, as in `trainer.model`."""
     kernels: bool = False
     """In bf16 on a GPU one kernel each does what `eager` takes several for: norm and residual sum, rotation, activation,
     rows to experts and back, loss, optimizer (`trainer.kernels`)."""
@@ -208,3 +204,13 @@ class TrainingJob:
     def tokens(self) -> int:
         """Tokens of one micro-batch on one context-parallel rank."""
         return self.micro_batch * self.sequence // self.layout.cp
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation or weight; frameworks differ in whether they keep those in eight bits."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def split(self) -> int:
+        """Ranks that share what is neither split over heads nor over widths."""
+        return self.layout.tp if self.software.sequence_parallel else 1

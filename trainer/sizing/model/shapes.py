@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from trainer.sizing.model import weights
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.model.weights import Matrix
 from trainer.sizing.time.matmul import Kernels
 
 
@@ -24,7 +23,7 @@ class Matmul:
     n: int
     k: int
     count: int
-    """How often: in a layer, or over all layers."""
+    """How often, one after the other: in a layer, or over all layers."""
     experts: int = 1
     """Matmuls of one grouped call."""
     part: weights.Part | None = None
@@ -37,8 +36,8 @@ class Matmul:
 
     def seconds(self, kernels: Kernels, precision: str, imbalance: float = 1.0) -> float | None:
         """Of all calls with their gradients; None where the device's rates are unknown."""
-        passes = [self.once(kernels, precision, backward, imbalance) for backward in (False, True)]
-        return None if None in passes else self.count * sum(one or 0.0 for one in passes)
+        forward, backward = (self.once(kernels, precision, back, imbalance) for back in (False, True))
+        return None if forward is None or backward is None else self.count * (forward + backward)
 
     def once(self, kernels: Kernels, precision: str, backward: bool, imbalance: float = 1.0) -> float | None:
         """Of one call forward, or of both its gradients; None where the device's rates are unknown."""
@@ -63,55 +62,43 @@ def layer(job: TrainingJob, moe: bool) -> tuple[Matmul, ...]:
     """The matmuls of one layer, in the order of the forward pass."""
     matmuls: list[Matmul] = []
     for one in weights.layer(job.model, moe):
-        made = None if one.convolution else _matmul(job, one)
-        if made is None or min(made.m, made.n, made.k) <= 0:
+        routed, made = one.part == "experts", _matmul(job, one)
+        if one.convolution or min(made.m, made.n, made.k) <= 0:
             continue
-        last = matmuls[-1] if matmuls else None
-        fuses = job.software.fused_projections or one.part == "experts"
-        if fuses and one.joined and last and last.name == one.joined:
-            matmuls[-1] = replace(last, n=last.n + made.count * made.n)
-        elif fuses and one.joined:
-            matmuls.append(replace(made, name=one.joined, n=made.count * made.n, count=1))
-        else:
-            matmuls.append(made)
+        if one.joined and (routed or job.software.fused_projections):
+            made = replace(made, name=one.joined, n=made.count * made.n, count=1)
+            if matmuls and matmuls[-1].name == one.joined:
+                last = matmuls.pop()
+                made = replace(last, n=last.n + made.n)
+        matmuls.append(made)
     return tuple(matmuls)
 
 
-def _matmul(job: TrainingJob, one: Matrix) -> Matmul:
-    """A matrix on one rank, with the rows that go through it; `count` is of what a rank does one after the other."""
-    layout, model = job.layout, job.model
+def _matmul(job: TrainingJob, one: weights.Matrix) -> Matmul:
+    """A matrix on one rank, with the rows that go through it."""
+    layout, experts = job.layout, job.model.experts
     if one.part == "experts":
         n, k = one.cut(layout.etp)
-        local = max(1, model.experts // layout.ep)
+        each = one.count // experts
         return Matmul(
-            one.name, one.field, round(rows(job)), n, k, one.count // model.experts, local, one.part
+            one.name, one.field, round(rows(job)), n, k, each, max(1, experts // layout.ep), one.part
         )
     n, k = one.cut(layout.tp)
-    tokens = job.tokens // (layout.tp if one.split == "none" and job.software.sequence_parallel else 1)
+    tokens = job.tokens // (job.split if one.split == "none" else 1)
     return Matmul(one.name, one.field, tokens, n, k, one.count, part=one.part)
 
 
 def head(job: TrainingJob) -> Matmul:
     """The output projection, over the tokens of all depths of multi-token prediction."""
-    tokens = job.tokens * (1 + job.model.mtp_layers)
-    return Matmul(
-        "output projection", "vocab", tokens, -(-job.model.vocab // job.layout.tp), job.model.hidden, 1
-    )
+    model, tokens = job.model, job.tokens * (1 + job.model.mtp_layers)
+    return Matmul("output projection", "vocab", tokens, -(-model.vocab // job.layout.tp), model.hidden, 1)
 
 
 def forward(job: TrainingJob) -> tuple[Matmul, ...]:
     """All matmuls of a micro-batch's forward pass on the ranks that share it, over all layers."""
-    return tuple(_forward(job))
-
-
-def _forward(job: TrainingJob) -> Iterator[Matmul]:
-    model = job.model
-    with_experts = len(model.moe_layers)
-    kinds = ((False, model.layers - with_experts), (True, with_experts))
-    listed: dict[Matmul, int] = {}
-    for moe, count in kinds:
-        for one in layer(job, moe) if count else ():
-            listed[one] = listed.get(one, 0) + count
-    for one, count in listed.items():
-        yield replace(one, count=one.count * count)
-    yield replace(head(job), m=job.tokens)
+    listed = Counter[Matmul]()
+    for count, moe in weights.kinds(job.model):
+        for one in layer(job, moe):
+            listed[one] += count
+    counted = (replace(one, count=one.count * count) for one, count in listed.items())
+    return *counted, replace(head(job), m=job.tokens)

@@ -1,4 +1,4 @@
-"""The weight matrices of a model's layers, listed once.
+"""The weights of a model's layers, listed once.
 
 Parameters, bytes on a rank, matmuls, Muon's work and the cost of a stage all follow from this table, so that they can't
 disagree about what a layer holds or how it is split.
@@ -13,12 +13,9 @@ from typing import Literal
 from configs.schema import ModelConfig
 from trainer.sizing.model.layout import Layout
 
-Part = Literal["attention", "router", "experts", "shared", "dense"]
+Part = Literal["attention", "router", "experts", "shared", "dense", "norms"]
 Split = Literal["out", "inner", "none"]
 """The dim of a matrix that tensor parallelism divides (experts: expert-tensor parallelism); `none`: ranks hold copies."""
-
-#: ZAYA1's two causal convolutions over queries and keys: one per channel, then one per head; widths 2 and 2.
-_CCA_KERNEL = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Matrix:
     joined: str = ""
     """Matrices of one name here have the same input, and may be one matmul."""
     convolution: bool = False
-    """Not a matmul."""
+    """Not a matmul; norms aren't one either."""
 
     @property
     def weights(self) -> int:
@@ -64,76 +61,78 @@ class Matrix:
 
 @lru_cache(maxsize=4096)
 def layer(model: ModelConfig, moe: bool) -> tuple[Matrix, ...]:
-    """All matrices of a layer, in the order of the forward pass."""
-    attention = _latent(model) if model.attention == "mla" else _attention(model)
-    if not moe:
-        return attention + _mlp(model, "dense", "dense MLP", "dense_width")
-    shared = _mlp(model, "shared", "shared expert", "shared_width")
-    return attention + _router(model) + _mlp(model, "experts", "experts", "expert_width") + shared
+    """All weights of a layer, in the order of the forward pass, its norms at the end."""
+    rows = _attention(model)
+    if moe:
+        rows += _router(model) + _mlp(model, "experts", "experts'", model.expert_width, model.experts)
+        rows += _mlp(model, "shared", "shared expert's", model.shared_width)
+    else:
+        rows += _mlp(model, "dense", "dense MLP's", model.dense_width)
+    return *rows, _norms(model, moe)
 
 
-def _attention(model: ModelConfig) -> tuple[Matrix, ...]:
-    hidden, head, joined = model.hidden, model.head_dim, "queries, keys, values"
-    query, key = model.heads * head, model.kv_heads * head
-    inputs = [
-        Matrix("queries", "head_dim", "attention", query, hidden, "out", finest=head, joined=joined),
+def _attention(model: ModelConfig) -> list[Matrix]:
+    hidden, head = model.hidden, model.head_dim
+    query, key, joined = model.heads * head, model.kv_heads * head, "queries, keys, values"
+    output = Matrix("attention output", "head_dim", "attention", hidden, query, "inner")
+    if model.attention == "mla":
+        # DeepSeek-V2/V3, arXiv 2412.19437 section 2.1.1. Down-projections run whole on each rank's part of the tokens.
+        rotary, rank, latent = model.rope_head_dim, model.q_lora_rank, model.kv_lora_rank
+        rows = [Matrix("key/value compression", "kv_lora_rank", "attention", latent + rotary, hidden, "none")]
+        if rank:
+            rows += [Matrix("query compression", "q_lora_rank", "attention", rank, hidden, "none")]
+        wide = query + model.heads * rotary
+        return [
+            *rows,
+            Matrix("queries", "head_dim", "attention", wide, rank or hidden, "out"),
+            Matrix("keys and values", "head_dim", "attention", 2 * query, latent, "out"),
+            output,
+        ]
+    rows = [
+        Matrix("queries", "head_dim", "attention", query, hidden, "out", 1, head, joined),
         Matrix("keys; values", "head_dim", "attention", key, hidden, "out", 2, head, joined),
     ]
-    if model.attention == "cca":  # arXiv 2510.04476: convolutions over the compressed queries and keys
-        for taps in (_CCA_KERNEL, _CCA_KERNEL * head):
-            inputs.append(
-                Matrix("convolution", "head_dim", "attention", query + key, taps, "out", convolution=True)
-            )
-    return (*inputs, Matrix("attention output", "head_dim", "attention", hidden, query, "inner"))
+    # arXiv 2510.04476: two causal convolutions of width 2, by channel, then by head.
+    for taps in (2, 2 * head) if model.attention == "cca" else ():
+        name, both = "convolution", query + key
+        rows.append(Matrix(name, "head_dim", "attention", both, taps, "out", convolution=True))
+    return [*rows, output]
 
 
-def _latent(model: ModelConfig) -> tuple[Matrix, ...]:
-    """DeepSeek-V2/V3, arXiv 2412.19437 section 2.1.1. Down-projections run whole on each rank's part of the tokens."""
-    hidden, head, rotary, rank = model.hidden, model.head_dim, model.rope_head_dim, model.q_lora_rank
-    compressions = [
-        Matrix(
-            "key/value compression",
-            "kv_lora_rank",
-            "attention",
-            model.kv_lora_rank + rotary,
-            hidden,
-            "none",
-        )
-    ]
-    if rank:
-        compressions.append(Matrix("query compression", "q_lora_rank", "attention", rank, hidden, "none"))
-    wide = model.heads * (head + rotary)
-    return (
-        *compressions,
-        Matrix("queries", "head_dim", "attention", wide, rank or hidden, "out"),
-        Matrix("keys and values", "head_dim", "attention", model.heads * 2 * head, model.kv_lora_rank, "out"),
-        Matrix("attention output", "head_dim", "attention", hidden, model.heads * head, "inner"),
-    )
-
-
-def _router(model: ModelConfig) -> tuple[Matrix, ...]:
+def _router(model: ModelConfig) -> list[Matrix]:
     """`mlp` is ZAYA1's down-projection and three-layer MLP."""
+    hidden, width = model.hidden, model.router.hidden
     if model.router.kind == "linear":
-        return (Matrix("router", "experts", "router", model.experts, model.hidden, "none"),)
-    width = model.router.hidden
-    return (
-        Matrix("router", "experts", "router", width, model.hidden, "none"),
+        return [Matrix("router", "experts", "router", model.experts, hidden, "none")]
+    return [
+        Matrix("router", "experts", "router", width, hidden, "none"),
         Matrix("router's MLP", "experts", "router", width, width, "none", 2),
         Matrix("router's scores", "experts", "router", model.experts, width, "none"),
-    )
+    ]
 
 
-def _mlp(model: ModelConfig, part: Part, owner: str, field: str) -> tuple[Matrix, ...]:
-    width, experts = getattr(model, field), model.experts if part == "experts" else 1
+def _mlp(model: ModelConfig, part: Part, owner: str, width: int, experts: int = 1) -> list[Matrix]:
     if not width:
-        return ()
-    owner += "'" if owner.endswith("s") else "'s"
+        return []
+    field = "expert_width" if part == "experts" else f"{part}_width"
     up = f"{owner} gate and up" if model.gated else f"{owner} up"
-    count = experts * (2 if model.gated else 1)
-    return (
-        Matrix(up, field, part, width, model.hidden, "out", count, joined=up),
+    return [
+        Matrix(up, field, part, width, model.hidden, "out", experts * (1 + model.gated), joined=up),
         Matrix(f"{owner} down", field, part, model.hidden, width, "inner", experts),
-    )
+    ]
+
+
+def _norms(model: ModelConfig, moe: bool) -> Matrix:
+    """All RMSNorms of a layer; an `mlp` router has one too."""
+    size = 2 * model.hidden
+    if model.qk_norm != "none":
+        heads = 2 if model.qk_norm == "head" else model.heads + model.kv_heads
+        size += heads * model.head_dim
+    if model.attention == "mla":
+        size += model.q_lora_rank + model.kv_lora_rank
+    if model.router.kind == "mlp" and moe:
+        size += model.router.hidden
+    return Matrix("norms", "hidden", "norms", size, 1, "none", convolution=True)
 
 
 def total(model: ModelConfig, moe: bool, part: Part) -> int:
@@ -143,5 +142,11 @@ def total(model: ModelConfig, moe: bool, part: Part) -> int:
 
 def active(model: ModelConfig, moe: bool) -> float:
     """Matrix weights that one token meets in a layer."""
-    share = {"experts": model.top_k / model.experts}
+    share = {"experts": model.top_k / model.experts, "norms": 0}
     return sum(one.weights * share.get(one.part, 1.0) for one in layer(model, moe))
+
+
+def kinds(model: ModelConfig) -> list[tuple[int, bool]]:
+    """How many layers of each kind a model has, and whether they have experts."""
+    moe = len(model.moe_layers)
+    return [(count, routed) for count, routed in ((model.layers - moe, False), (moe, True)) if count]
