@@ -29,11 +29,10 @@ def check_of(name: str) -> Callable[[View], Iterator[LintFinding]]:
 def lint(job: TrainingJob, prices: Prices, fits: Fits = lambda _: None) -> list[LintFinding]:
     """All findings, the worst first, those of unknown cost last."""
     findings = [
-        finding
+        finding if finding.cost is None else replace(finding, cost=max(0.0, finding.cost))
         for rule in rules()
         if rule.applies(prices.hardware) and rule.check != "none"
         for finding in check_of(rule.check)(View(rule, job, prices, fits))
         if finding.cost is None or finding.cost > -_WORSE
     ]
-    findings = [f if f.cost is None else replace(f, cost=max(0.0, f.cost)) for f in findings]
-    return sorted(findings, key=lambda f: -math.inf if f.cost is None else f.cost, reverse=True)
+    return sorted(findings, key=lambda one: -math.inf if one.cost is None else one.cost, reverse=True)

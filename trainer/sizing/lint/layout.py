@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from trainer.sizing.lint.rules import LintFinding, View, balance_width
+from trainer.sizing.model import weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.search import runnable
 from trainer.sizing.search.legal import selective_saves
@@ -14,7 +15,6 @@ from trainer.sizing.time import operators
 from trainer.sizing.time.rates import Rates
 
 _BYTES = 2
-_UNKNOWN = (None, "a bandwidth is unknown")
 
 
 def _ms(seconds: float) -> str:
@@ -23,21 +23,19 @@ def _ms(seconds: float) -> str:
 
 def _reach(view: View) -> int | None:
     """Devices that fast links join."""
-    hardware = view.prices.hardware
-    return hardware.link.reach or hardware.devices_per_node
+    return view.hardware.link.reach or view.hardware.devices_per_node
 
 
 def _gbps(view: View, ranks: int) -> float | None:
     """Bandwidth of each rank of a group of neighbours: of links where they reach, of the network beyond."""
     reach = _reach(view)
-    if reach is not None and ranks <= reach:
-        return view.prices.hardware.group_gbps(ranks)
-    return view.prices.hardware.inter_node_gbps
+    linked = reach is not None and ranks <= reach
+    return view.hardware.group_gbps(ranks) if linked else view.hardware.inter_node_gbps
 
 
 def _exposed(view: View, seconds: float, fewer: float) -> float | None:
     """Percent of compute and exchange together that is saved where the exchange takes `fewer` seconds."""
-    now = view.prices.of(view.job)
+    now = view.now
     return None if now is None else 100 * (seconds - fewer) / (now.seconds + seconds)
 
 
@@ -49,8 +47,7 @@ def _tensor_seconds(job: TrainingJob, tp: int, gbps: float) -> float:
 
 def _expert_seconds(job: TrainingJob, copies: float, gbps: float) -> float:
     """Exchange of expert parallelism: tokens out and back, forward and backward, `copies` of each."""
-    n = job.layout.ep
-    layers = len(job.model.moe_layers)
+    n, layers = job.layout.ep, len(job.model.moe_layers)
     return 4 * layers * _BYTES * job.tokens * job.model.hidden * copies * (n - 1) / n / (gbps * 1e9)
 
 
@@ -63,8 +60,8 @@ def _splits(view: View, tp: int) -> bool:
 
 def expert_width(view: View) -> Iterator[LintFinding]:
     """Experts too narrow for compute to hide the exchange of tokens."""
-    job, width = view.job, view.job.model.expert_width
-    peak = view.prices.hardware.peak_tflops.get(job.precision)
+    job, width, now, cost = view.job, view.job.model.expert_width, view.now, None
+    peak = view.hardware.peak_tflops.get(job.precision)
     gbps = _gbps(view, job.layout.ep * job.layout.tp) if job.layout.ep > 1 else None
     if peak is None or gbps is None or not job.model.moe_layers:
         return
@@ -72,7 +69,6 @@ def expert_width(view: View) -> Iterator[LintFinding]:
     ratio = width / need
     if ratio >= 1:
         return
-    now, cost = view.prices.of(job), None
     basis = f"R = 3/2 x {width} x {gbps:g} GB/s / {peak:g} TFLOP/s = {ratio:.2f}"
     if now is not None:
         experts = sum(seconds for name, seconds in now.matmuls.items() if name.startswith("experts'"))
@@ -99,7 +95,7 @@ def dispatch(view: View) -> Iterator[LintFinding]:
 
 def mesh_group(view: View) -> Iterator[LintFinding]:
     """Tensor-parallel groups of a mesh that leave most of a node's links idle."""
-    hardware, job, tp, whole = view.prices.hardware, view.job, view.job.layout.tp, _reach(view)
+    hardware, job, tp, whole = view.hardware, view.job, view.job.layout.tp, _reach(view)
     if hardware.link.shape != "mesh" or whole is None or tp in (1, whole) or tp > whole:
         return
     some, every = hardware.group_gbps(tp), hardware.group_gbps(whole)
@@ -108,48 +104,52 @@ def mesh_group(view: View) -> Iterator[LintFinding]:
         return
     now, then = _tensor_seconds(job, tp, some), _tensor_seconds(job, tp, every)
     links = f"{tp - 1} of {whole - 1} links: {some:g} of {every:g} GB/s"
-    basis = f"{links}; the exchange takes {_ms(now)}, not {_ms(then)}"
-    yield view.finding(
-        "parallel.tp", tp, f"parallel.tp={' or '.join(sizes)}", _exposed(view, now, then), basis
-    )
+    basis, better = f"{links}; the exchange takes {_ms(now)}, not {_ms(then)}", " or ".join(sizes)
+    yield view.finding("parallel.tp", tp, f"parallel.tp={better}", _exposed(view, now, then), basis)
 
 
 def tensor_size(view: View) -> Iterator[LintFinding]:
     """Tensor parallelism beyond the fast links, or more of it than memory asks for."""
-    hardware, job, tp, reach = view.prices.hardware, view.job, view.job.layout.tp, _reach(view)
-    if tp == 1 or reach is None:
-        return
-    if tp > reach:
-        network, links = hardware.inter_node_gbps, hardware.group_gbps(reach)
-        inside = max(
-            (size for size in runnable.tensor_sizes(job.model) if size <= reach and _splits(view, size)),
-            default=0,
-        )
-        cost, basis = _UNKNOWN
-        if network is not None and links is not None and inside:
-            cost = _exposed(view, _tensor_seconds(job, tp, network), _tensor_seconds(job, inside, links))
-            basis = f"the network has {network:g} GB/s, the links {links:g}"
-        if inside:
-            yield view.finding("parallel.tp", tp, f"parallel.tp={inside}", cost, basis)
-        return
-    smaller = replace(job, layout=replace(job.layout, tp=tp // 2, dp=job.layout.dp * 2))
-    rate = hardware.group_gbps(tp)
-    if tp % 2 or rate is None or not view.fits(smaller):
-        return
-    half = hardware.group_gbps(tp // 2) if tp > 2 else rate
-    if half is None:
-        return
-    now = _tensor_seconds(job, tp, rate)
-    then = _tensor_seconds(smaller, tp // 2, half) / 2 if tp > 2 else 0.0
+    reach = _reach(view)
+    if view.job.layout.tp > 1 and reach is not None:
+        finding = _beyond_links(view, reach) if view.job.layout.tp > reach else _halved(view)
+        if finding:
+            yield finding
+
+
+def _beyond_links(view: View, reach: int) -> LintFinding | None:
+    """The largest tensor-parallel size that links join and that may fit."""
+    job, tp = view.job, view.job.layout.tp
+    network, links = view.hardware.inter_node_gbps, view.hardware.group_gbps(reach)
+    sizes = [size for size in runnable.tensor_sizes(job.model) if size <= reach and _splits(view, size)]
+    if not sizes:
+        return None
+    inside, cost, basis = max(sizes), None, "a bandwidth is unknown"
+    if network is not None and links is not None:
+        cost = _exposed(view, _tensor_seconds(job, tp, network), _tensor_seconds(job, inside, links))
+        basis = f"the network has {network:g} GB/s, the links {links:g}"
+    return view.finding("parallel.tp", tp, f"parallel.tp={inside}", cost, basis)
+
+
+def _halved(view: View) -> LintFinding | None:
+    """Half of the tensor-parallel size, where it fits."""
+    job, tp, half = view.job, view.job.layout.tp, view.job.layout.tp // 2
+    smaller = replace(job, layout=replace(job.layout, tp=half, dp=job.layout.dp * 2))
+    rate = view.hardware.group_gbps(tp)
+    fewer = view.hardware.group_gbps(half) if half > 1 else rate
+    if tp % 2 or rate is None or fewer is None or not view.fits(smaller):
+        return None
+    now, then = _tensor_seconds(job, tp, rate), _tensor_seconds(smaller, half, fewer) / 2
     cost = _exposed(view, now, then)
-    if cost is not None and cost > 0:
-        basis = f"tp={tp // 2} fits too; the exchange takes {_ms(now)}, then {_ms(then)} for as many samples"
-        yield view.finding("parallel.tp", tp, f"parallel.tp={tp // 2}", cost, basis)
+    if cost is None or cost <= 0:
+        return None
+    basis = f"tp={half} fits too; the exchange takes {_ms(now)}, then {_ms(then)} for as many samples"
+    return view.finding("parallel.tp", tp, f"parallel.tp={half}", cost, basis)
 
 
 def heads_over_tensor(view: View) -> Iterator[LintFinding]:
     """Heads that don't divide."""
-    job, tp, now = view.job, view.job.layout.tp, view.prices.of(view.job)
+    job, tp, now = view.job, view.job.layout.tp, view.now
     for field in ("heads", "kv_heads"):
         have = getattr(job.model, field)
         if have % tp == 0:
@@ -163,26 +163,24 @@ def heads_over_tensor(view: View) -> Iterator[LintFinding]:
 
 def expert_before_tensor(view: View) -> Iterator[LintFinding]:
     """Experts that are cut while whole ones could be spread."""
-    job, layout = view.job, view.job.layout
-    if layout.etp == 1 or job.model.experts % (layout.ep * layout.etp):
-        return
-    better = replace(job, layout=replace(layout, ep=layout.ep * layout.etp, etp=1))
-    cost, how = view.cost(better)
-    value = f"parallel.ep={better.layout.ep} etp=1"
-    yield view.finding("parallel.etp", layout.etp, value, cost, f"matmuls alone: {how}")
+    job, layout, groups = view.job, view.job.layout, view.job.layout.ep * view.job.layout.etp
+    if layout.etp > 1 and job.model.experts % groups == 0:
+        cost, how = view.cost(replace(job, layout=replace(layout, ep=groups, etp=1)))
+        value = f"parallel.ep={groups} etp=1"
+        yield view.finding("parallel.etp", layout.etp, value, cost, f"matmuls alone: {how}")
 
 
 def expert_inside_node(view: View) -> Iterator[LintFinding]:
     """Expert groups that go over the network."""
-    job, hardware, ep, reach = view.job, view.prices.hardware, view.job.layout.ep, _reach(view)
+    job, ep, reach = view.job, view.job.layout.ep, _reach(view)
     wide = max(job.layout.tp, job.layout.etp)
     if reach is None or ep == 1 or ep * wide <= reach:
         return
     inside = max(size for size in runnable.divisors(job.model.experts) if size <= max(1, reach // wide))
     if view.fits(replace(job, layout=replace(job.layout, ep=inside))) is False:
         return
-    links, network = hardware.group_gbps(reach), hardware.inter_node_gbps
-    cost, basis = _UNKNOWN
+    links, network = view.hardware.group_gbps(reach), view.hardware.inter_node_gbps
+    cost, basis = None, "a bandwidth is unknown"
     if links is not None and network is not None:
         copies = min(job.model.top_k, ep)
         across, within = _expert_seconds(job, copies, network), _expert_seconds(job, copies, links)
@@ -193,33 +191,30 @@ def expert_inside_node(view: View) -> Iterator[LintFinding]:
 
 def depth_over_stages(view: View) -> Iterator[LintFinding]:
     """Stages of unequal depth."""
-    job, pp, layers = view.job, view.job.layout.pp, view.job.model.layers
-    chunks, now, cost, head = pp * job.interleave, view.prices.of(job), None, 0.0
-    if pp == 1:
-        return
+    job, pp, layers, now = view.job, view.job.layout.pp, view.job.model.layers, view.now
+    chunks, cost, head = pp * job.interleave, None, 0.0
     deepest, uneven = -(-layers // chunks) * job.interleave, layers % chunks != 0
     if now is not None:
         head = now.matmuls["output projection"]
         layer = (now.seconds - head) / layers
         cost = 100 * (1 - (layers * layer + head) / pp / (deepest * layer + head))
-    if not uneven and (cost is None or cost < 2):
-        return
-    basis = f"the fullest stage has {deepest} of {layers} layers and the output projection ({_ms(head)})"
-    near = max(chunks, round(layers / chunks) * chunks)
-    better = f"layers={near}" if uneven else "fewer layers in the first and last stage"
-    yield view.finding("model.layers", f"{layers} over {chunks}", better, cost, basis)
+    if pp > 1 and (uneven or (cost is not None and cost >= 2)):
+        basis = f"the fullest stage has {deepest} of {layers} layers and the output projection ({_ms(head)})"
+        near = max(chunks, round(layers / chunks) * chunks)
+        better = f"layers={near}" if uneven else "fewer layers in the first and last stage"
+        yield view.finding("model.layers", f"{layers} over {chunks}", better, cost, basis)
 
 
 def recompute(view: View) -> Iterator[LintFinding]:
     """Whole layers computed twice."""
-    job, now = view.job, view.prices.of(view.job)
+    job, now = view.job, view.now
     if job.recompute != "full":
         return
     milder = [replace(job, recompute="none")]
     milder += [replace(job, recompute="selective")] * selective_saves(job.software)
     fitting = [one for one in milder if view.fits(one)]
-    better = fitting[0] if fitting else milder[-1]
-    if not fitting and view.fits(better) is False:
+    better = (fitting[:1] or milder[-1:])[0]
+    if view.fits(better) is False:
         return
     cost, basis = None, view.prices.why_not(job.precision)
     if now is not None:
@@ -232,21 +227,17 @@ def recompute(view: View) -> Iterator[LintFinding]:
 
 def _again(job: TrainingJob, rates: Rates) -> float:
     """Seconds that a micro-batch takes to compute again what isn't kept, over all layers, without exchange."""
-    seconds, with_experts = 0.0, len(job.model.moe_layers)
-    for count, moe in ((job.model.layers - with_experts, False), (with_experts, True)):
-        if count:
-            seconds += count * operators.again(job, operators.layer(job, rates, moe)[0])
-    return seconds
+    kinds = weights.kinds(job.model)
+    return sum(count * operators.again(job, operators.layer(job, rates, moe)[0]) for count, moe in kinds)
 
 
 def micro_batch(view: View) -> Iterator[LintFinding]:
     """A micro-batch that could be larger."""
     larger = view.larger(2)
     cost, how = view.cost(larger) if larger else (None, "")
-    if larger is None or cost is None or cost < 1.0:
-        return
-    better = f"micro_batch={larger.micro_batch}{'' if view.fits(larger) else ', if it fits'}"
-    yield view.finding("train.micro_batch", view.job.micro_batch, better, cost, how)
+    if larger and cost is not None and cost >= 1.0:
+        better = f"micro_batch={larger.micro_batch}{'' if view.fits(larger) else ', if it fits'}"
+        yield view.finding("train.micro_batch", view.job.micro_batch, better, cost, how)
 
 
 def context_size(view: View) -> Iterator[LintFinding]:

@@ -14,9 +14,11 @@ from configs.hardware import HardwareConfig
 from configs.section import Section
 from trainer.sizing.figures import Figure
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Prices
+from trainer.sizing.time.price import Price, Prices
 
 FILE = Path(__file__).resolve().parents[3] / "configs" / "lint.yaml"
+Fits = Callable[[TrainingJob], bool | None]
+"""Whether a job fits into the device's memory; None where that is unknown."""
 
 
 class LintRule(Section):
@@ -26,9 +28,7 @@ class LintRule(Section):
     rule: str
     """What it asks for."""
     reason: str
-    """Why."""
     source: str
-    """Who says so."""
     kinds: tuple[Literal["cuda", "rocm"], ...] = ("cuda", "rocm")
     """Devices that it is for."""
     architectures: tuple[str, ...] = ()
@@ -40,9 +40,8 @@ class LintRule(Section):
 
     def applies(self, hardware: HardwareConfig) -> bool:
         """Whether the rule is for this device."""
-        if hardware.kind not in self.kinds:
-            return False
-        return not self.architectures or hardware.architecture in self.architectures
+        ours = not self.architectures or hardware.architecture in self.architectures
+        return hardware.kind in self.kinds and ours
 
 
 @cache
@@ -76,10 +75,6 @@ class LintFinding:
         return Figure(name, self.cost, "%", self.cost * 0.5, self.cost * 1.5, how)
 
 
-Fits = Callable[[TrainingJob], bool | None]
-"""Whether a job fits into the device's memory; None where that is unknown."""
-
-
 @dataclass(frozen=True)
 class View:
     """What the check of one rule looks at."""
@@ -89,13 +84,23 @@ class View:
     prices: Prices
     fits: Fits
 
+    @property
+    def hardware(self) -> HardwareConfig:
+        """The device."""
+        return self.prices.hardware
+
+    @property
+    def now(self) -> Price | None:
+        """The job's price; None where the device's rates are unknown."""
+        return self.prices.of(self.job)
+
     def finding(self, field: str, value: object, better: str, cost: float | None, basis: str) -> LintFinding:
         """A finding of this rule."""
         return LintFinding(self.rule, field, str(value), better, cost, basis)
 
     def cost(self, better: TrainingJob, padding: bool = False) -> tuple[float | None, str]:
         """Percent of the time that `better` saves at equal work, and how; of equal tokens where it only pads."""
-        now, then = self.prices.of(self.job), self.prices.of(better)
+        now, then = self.now, self.prices.of(better)
         if now is None or then is None:
             return None, self.prices.why_not(self.job.precision)
         if padding:
@@ -104,11 +109,6 @@ class View:
             a, b, of = now.seconds / now.flops, then.seconds / then.flops, "a FLOP"
         times = f"micro-batch {now.seconds * 1e3:.4g} ms now, {then.seconds * 1e3:.4g} ms then"
         return 100 * (1 - b / a), f"{times}: {1 - b / a:.2%} less time {of}"
-
-    def of_total(self, seconds: float) -> float | None:
-        """Percent that `seconds` are of the micro-batch's time."""
-        now = self.prices.of(self.job)
-        return None if now is None else 100 * seconds / now.seconds
 
     def larger(self, factor: int) -> TrainingJob | None:
         """The job with micro-batches `factor` times as large, or by what part of it still fits; None where none does."""
@@ -119,9 +119,9 @@ class View:
             factor //= 2
         return None
 
-    def best(self, jobs: Sequence[TrainingJob], padding: bool = False) -> TrainingJob:
+    def best(self, jobs: Sequence[TrainingJob]) -> TrainingJob:
         """The job that saves most; the first where nothing is known."""
-        return max(jobs, key=lambda job: self.cost(job, padding)[0] or 0.0)
+        return max(jobs, key=lambda job: self.cost(job)[0] or 0.0)
 
 
 def changed(job: TrainingJob, **fields: object) -> TrainingJob:
@@ -132,12 +132,6 @@ def changed(job: TrainingJob, **fields: object) -> TrainingJob:
 def batched(job: TrainingJob, factor: int) -> TrainingJob:
     """The job with larger micro-batches, and as many of them."""
     return replace(job, micro_batch=job.micro_batch * factor, global_batch=job.global_batch * factor)
-
-
-def around(value: int, multiple: int) -> list[int]:
-    """The multiples below and above."""
-    low = value // multiple * multiple
-    return [v for v in (low, low + multiple) if v > 0]
 
 
 REFERENCE_TILE = {"cuda": (128, 256), "rocm": (256, 256)}

@@ -113,23 +113,12 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
     behind = retention.host_slow and layout.ranks > job.node and layout.pp <= 2
     holes = _holes(job, what, held.optimizer)
     return MemoryUsage(
-        weights=weights,
-        gradients=moment.gradients,
-        optimizer=held.optimizer,
-        buckets=held.buckets + held.gathered + staging,
-        activations=moment.activations,
-        imbalance=moment.imbalance,
-        routing=routing,
-        moment=moment.name,
-        transient=moment.transient,
-        exchange=exchange,
-        slack=SLACK[1] * moving + holes,
-        waiting=0.0 if behind else waiting / 2,
-        framework=framework(job, kind),
-        least_slack=SLACK[0] * moving,
-        most_slack=SLACK[2] * moving + holes,
-        most_waiting=waiting,
-    )
+        weights=weights, gradients=moment.gradients, optimizer=held.optimizer, buckets=held.buckets + staging,
+        activations=moment.activations, imbalance=moment.imbalance, routing=routing,
+        moment=moment.name, transient=moment.transient, exchange=exchange, framework=framework(job, kind),
+        slack=SLACK[1] * moving + holes, least_slack=SLACK[0] * moving, most_slack=SLACK[2] * moving + holes,
+        waiting=0.0 if behind else waiting / 2, most_waiting=waiting,
+    )  # fmt: skip
 
 
 def _standing(
@@ -222,9 +211,7 @@ def fits(job: TrainingJob, hardware: HardwareConfig) -> bool | None:
 def peak(job: TrainingJob, hardware: HardwareConfig) -> Figure:
     """The fullest rank's memory with its interval, made from a figure for each stage, each made from its parts."""
     at, _ = worst(job, hardware.kind)
-    made = []
-    for index, stage in enumerate(schedule.of(job)):
-        made.append(_figure(f"memory.stage{index}", stage, usage(job, hardware.kind, index, stage), job))
+    made = [_figure(job, hardware.kind, index, stage) for index, stage in enumerate(schedule.of(job))]
     top, have = made[at], capacity(hardware)
     against = "the device's memory is unknown" if have is None else f"the device has {have / GIB:g} GiB"
     how = f"stage {at} of {len(made)} is the fullest; {against}"
@@ -245,14 +232,14 @@ def summary(used: MemoryUsage) -> dict[str, float]:
     }
 
 
-def _figure(name: str, stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> Figure:
+def _figure(job: TrainingJob, kind: str, index: int, stage: schedule.StageCost) -> Figure:
     """A stage's memory, made from its parts."""
+    name, used, parts = f"memory.stage{index}", usage(job, kind, index, stage), []
     spread = {
         "slack": (used.least_slack, used.most_slack),
         "waiting": (0.0, used.most_waiting),
         "framework": (0.6 * used.framework, 1.8 * used.framework),
     }
-    parts = []
     for part, how in _derivations(stage, used, job).items():
         value = getattr(used, part)
         low, high = spread.get(part, (value, value))

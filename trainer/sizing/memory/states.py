@@ -48,14 +48,12 @@ class States:
     gradients: float
     optimizer: float
     buckets: float
-    """Reduction buckets that stay."""
-    gathered: float
-    """Layers that ZeRO-3 has gathered: the one at work and the next."""
+    """Reduction buckets that stay, and layers that ZeRO-3 has gathered: the one at work and the next."""
 
     @property
     def all(self) -> float:
         """Their sum."""
-        return self.weights + self.gradients + self.optimizer + self.buckets + self.gathered
+        return self.weights + self.gradients + self.optimizer + self.buckets
 
 
 def replicas(layout: Layout) -> tuple[int, int]:
@@ -113,16 +111,15 @@ def states(job: TrainingJob, stage: schedule.StageCost) -> States:
     zero, mine, over, element = job.zero, held(job, stage), replicas(job.layout), job.element
     shared, each = max(over) > 1, gradient_bytes(job)
     split = over if gradients_split(job) else (1, 1)
-    gathered = 0.0
+    buckets = job.software.retention.replica_buckets * mine.all if shared else 0.0
     if shared and zero >= 3:
         largest = max(layer(job.model, job.layout, moe).all for _, moe in stage.kinds or ((0, False),))
-        gathered = 2 * element * largest
+        buckets += 2 * element * largest
     return States(
         weights=element * (mine.shard(over) if zero >= 3 else mine.all),
         gradients=each[0] * mine.plain / split[0] + each[1] * mine.routed / split[1],
         optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
-        buckets=job.software.retention.replica_buckets * (mine.all if shared else 0.0),
-        gathered=gathered,
+        buckets=buckets,
     )
 
 

@@ -53,27 +53,14 @@ def own(
         kept = kept | {"staging": 4.0 * (1 << 27)}  # in fp32, as `trainer.engines.deepspeed` asks for
         sources = "deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19", "trainer/engines/deepspeed.py"
     return Software(
-        context=context,
-        selective="feed_forward",
-        eager=not kernels,
-        kernels=kernels,
+        context=context, selective="feed_forward", eager=not kernels, kernels=kernels, fresh_gradients=True,
         tuned_attention=kind == "cuda",  # torch takes cuDNN's on Hopper and later
-        moments_bytes=2 * moment,
-        matrix_moments_bytes=moment if optim.kind == "muon" else 2 * moment,
-        orthogonal_steps=steps,
-        fresh_gradients=True,
-        mlp_router=None if kernels else "fp32",
-        square_pieces=True,
-        overlap_dp=native,
-        overlap_gather=native,
-        gathered_experts=native,
-        own_master=native,
-        streamed=native,
-        exposed_ends=native,
-        counts_rows=native,
-        retention=FrameworkMemory(gathered_inputs=True, update=(0, 4), **kept),
-        sources=sources,
-    )
+        moments_bytes=2 * moment, matrix_moments_bytes=moment if optim.kind == "muon" else 2 * moment,
+        orthogonal_steps=steps, mlp_router=None if kernels else "fp32", square_pieces=True,
+        retention=FrameworkMemory(gathered_inputs=True, update=(0, 4), **kept), sources=sources,
+        overlap_dp=native, overlap_gather=native, gathered_experts=native, own_master=native, streamed=native,
+        exposed_ends=native, counts_rows=native,
+    )  # fmt: skip
 
 
 def nanotron(before_fix: bool = False) -> Software:
@@ -82,13 +69,10 @@ def nanotron(before_fix: bool = False) -> Software:
     `before_fix`: before its pipeline waited for transfers without stopping the host.
     """
     return Software(
-        name="nanotron",
-        overlap_dp=True,
-        balanced_stages=True,
-        fused_projections=True,
+        name="nanotron", overlap_dp=True, balanced_stages=True, fused_projections=True,
         retention=replace(NANOTRON, host_waits=before_fix, host_slow=not before_fix),
         sources=("github.com/huggingface/nanotron: models/llama.py, nn/attention, optim/, parallel/",),
-    )
+    )  # fmt: skip
 
 
 #: In the order of the fields: Triton norms keep their sixteen-bit input; the loss subtracts the maximum into a second fp32

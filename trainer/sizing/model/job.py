@@ -58,8 +58,7 @@ class FrameworkMemory:
     whole_buffers: int = 2
     """Buffers of a micro-batch that isn't split over tp, kept for gathering under sequence parallelism."""
     deferred_frees: bool = False
-    """What is handed to a collective isn't reused before the device is done with it (torch's record_stream): a host that
-    runs ahead piles it up."""
+    """What a collective has is not reused before it is done (torch's record_stream): a host that runs ahead piles it up."""
     host_waits: bool = False
     """The host waits for the device at each transfer between stages and never runs ahead."""
     host_slow: bool = False
@@ -88,8 +87,7 @@ class Software:
     """Where a token goes to at least as many experts as an expert group has ranks, tokens are gathered over the group and
     the ranks' sums scattered, instead of sending each token to each of its experts."""
     node_dispatch: bool = False
-    """A token goes once to each node that has experts of its choice, in eight bits under fp8, and is passed on inside it
-    (DeepEP)."""
+    """A token goes once to each node of its experts, in eight bits under fp8, and is passed on inside it (DeepEP)."""
     context: Literal["ring", "gather", "ulysses"] = "ring"
     """How context-parallel ranks attend to the whole sample. `ring`: keys and values go round behind attention, again in
     the backward pass; `gather`: all of them are gathered before it, with nothing beside, and kept; `ulysses`: heads are
@@ -143,8 +141,7 @@ class Software:
     dropout: bool = False
     """Dropout after attention and MLP, and on attention scores where they are kept."""
     split_messages: bool = False
-    """A tensor-parallel rank sends its share of a micro-batch to the next stage, which gathers it (always so where
-    activations are split over the sequence)."""
+    """A tp rank sends its share of a micro-batch to the next stage, which gathers it (as under sequence parallelism)."""
     balanced_stages: bool = False
     """Stages are cut by the cost of their blocks, output projection included; otherwise by their number of layers."""
     bucket_bytes: int = 0

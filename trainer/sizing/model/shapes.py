@@ -1,4 +1,4 @@
-"""The matmuls of a model on one rank, each with the field of the configuration that sets its size."""
+"""The matmuls of a model on one rank."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ class Matmul:
     """[m, k] times [k, n] in the forward pass of a micro-batch, and its two gradients."""
 
     name: str
-    field: str
-    """The field of the model that sets its width."""
     m: int
     n: int
     k: int
@@ -80,18 +78,16 @@ def _matmul(job: TrainingJob, one: weights.Matrix) -> Matmul:
     if one.part == "experts":
         n, k = one.cut(layout.etp)
         each = one.count // experts
-        return Matmul(
-            one.name, one.field, round(rows(job)), n, k, each, max(1, experts // layout.ep), one.part
-        )
+        return Matmul(one.name, round(rows(job)), n, k, each, max(1, experts // layout.ep), one.part)
     n, k = one.cut(layout.tp)
     tokens = job.tokens // (job.split if one.split == "none" else 1)
-    return Matmul(one.name, one.field, tokens, n, k, one.count, part=one.part)
+    return Matmul(one.name, tokens, n, k, one.count, part=one.part)
 
 
 def head(job: TrainingJob) -> Matmul:
     """The output projection, over the tokens of all depths of multi-token prediction."""
     model, tokens = job.model, job.tokens * (1 + job.model.mtp_layers)
-    return Matmul("output projection", "vocab", tokens, -(-model.vocab // job.layout.tp), model.hidden, 1)
+    return Matmul("output projection", tokens, -(-model.vocab // job.layout.tp), model.hidden, 1)
 
 
 def forward(job: TrainingJob) -> tuple[Matmul, ...]:

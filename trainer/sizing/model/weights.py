@@ -23,8 +23,6 @@ class Matrix:
     """A weight [out, inner]: [rows, inner] times it gives [rows, out]."""
 
     name: str
-    field: str
-    """The field of the model that sets its size."""
     part: Part
     out: int
     inner: int
@@ -74,65 +72,57 @@ def layer(model: ModelConfig, moe: bool) -> tuple[Matrix, ...]:
 def _attention(model: ModelConfig) -> list[Matrix]:
     hidden, head = model.hidden, model.head_dim
     query, key, joined = model.heads * head, model.kv_heads * head, "queries, keys, values"
-    output = Matrix("attention output", "head_dim", "attention", hidden, query, "inner")
+    output = Matrix("attention output", "attention", hidden, query, "inner")
     if model.attention == "mla":
         # DeepSeek-V2/V3, arXiv 2412.19437 section 2.1.1. Down-projections run whole on each rank's part of the tokens.
         rotary, rank, latent = model.rope_head_dim, model.q_lora_rank, model.kv_lora_rank
-        rows = [Matrix("key/value compression", "kv_lora_rank", "attention", latent + rotary, hidden, "none")]
-        if rank:
-            rows += [Matrix("query compression", "q_lora_rank", "attention", rank, hidden, "none")]
-        wide = query + model.heads * rotary
         return [
-            *rows,
-            Matrix("queries", "head_dim", "attention", wide, rank or hidden, "out"),
-            Matrix("keys and values", "head_dim", "attention", 2 * query, latent, "out"),
+            Matrix("key/value compression", "attention", latent + rotary, hidden, "none"),
+            *[Matrix("query compression", "attention", rank, hidden, "none")] * (rank > 0),
+            Matrix("queries", "attention", query + model.heads * rotary, rank or hidden, "out"),
+            Matrix("keys and values", "attention", 2 * query, latent, "out"),
             output,
         ]
-    rows = [
-        Matrix("queries", "head_dim", "attention", query, hidden, "out", 1, head, joined),
-        Matrix("keys; values", "head_dim", "attention", key, hidden, "out", 2, head, joined),
-    ]
     # arXiv 2510.04476: two causal convolutions of width 2, by channel, then by head.
-    for taps in (2, 2 * head) if model.attention == "cca" else ():
-        name, both = "convolution", query + key
-        rows.append(Matrix(name, "head_dim", "attention", both, taps, "out", convolution=True))
-    return [*rows, output]
+    taps = (2, 2 * head) if model.attention == "cca" else ()
+    return [
+        Matrix("queries", "attention", query, hidden, "out", 1, head, joined),
+        Matrix("keys; values", "attention", key, hidden, "out", 2, head, joined),
+        *(Matrix("convolution", "attention", query + key, size, "out", convolution=True) for size in taps),
+        output,
+    ]
 
 
 def _router(model: ModelConfig) -> list[Matrix]:
     """`mlp` is ZAYA1's down-projection and three-layer MLP."""
     hidden, width = model.hidden, model.router.hidden
     if model.router.kind == "linear":
-        return [Matrix("router", "experts", "router", model.experts, hidden, "none")]
+        return [Matrix("router", "router", model.experts, hidden, "none")]
     return [
-        Matrix("router", "experts", "router", width, hidden, "none"),
-        Matrix("router's MLP", "experts", "router", width, width, "none", 2),
-        Matrix("router's scores", "experts", "router", model.experts, width, "none"),
+        Matrix("router", "router", width, hidden, "none"),
+        Matrix("router's MLP", "router", width, width, "none", 2),
+        Matrix("router's scores", "router", model.experts, width, "none"),
     ]
 
 
 def _mlp(model: ModelConfig, part: Part, owner: str, width: int, experts: int = 1) -> list[Matrix]:
-    if not width:
-        return []
-    field = "expert_width" if part == "experts" else f"{part}_width"
     up = f"{owner} gate and up" if model.gated else f"{owner} up"
-    return [
-        Matrix(up, field, part, width, model.hidden, "out", experts * (1 + model.gated), joined=up),
-        Matrix(f"{owner} down", field, part, model.hidden, width, "inner", experts),
+    both = [
+        Matrix(up, part, width, model.hidden, "out", experts * (1 + model.gated), joined=up),
+        Matrix(f"{owner} down", part, model.hidden, width, "inner", experts),
     ]
+    return both if width else []
 
 
 def _norms(model: ModelConfig, moe: bool) -> Matrix:
     """All RMSNorms of a layer; an `mlp` router has one too."""
-    size = 2 * model.hidden
-    if model.qk_norm != "none":
-        heads = 2 if model.qk_norm == "head" else model.heads + model.kv_heads
-        size += heads * model.head_dim
+    heads = {"none": 0, "head": 2, "projection": model.heads + model.kv_heads}[model.qk_norm]
+    size = 2 * model.hidden + heads * model.head_dim
     if model.attention == "mla":
         size += model.q_lora_rank + model.kv_lora_rank
     if model.router.kind == "mlp" and moe:
         size += model.router.hidden
-    return Matrix("norms", "hidden", "norms", size, 1, "none", convolution=True)
+    return Matrix("norms", "norms", size, 1, "none", convolution=True)
 
 
 def total(model: ModelConfig, moe: bool, part: Part) -> int:
