@@ -63,11 +63,6 @@ class Suggestion:
     seconds: tuple[float, float]
     """Micro-batch now and then."""
 
-    @property
-    def rank(self) -> float:
-        """Percent saved at equal work: a smaller model is no better for being smaller."""
-        return self.saves + 100 * (self.active - 1)
-
     def figure(self, index: int) -> Figure:
         """The saving with its derivation."""
         now, then = (f"{seconds * 1e3:.4g} ms" for seconds in self.seconds)
@@ -92,10 +87,15 @@ def suggest(job: TrainingJob, prices: Prices) -> list[Suggestion]:
 
 
 def _ladder(suggestions: Iterable[Suggestion]) -> list[Suggestion]:
-    """For each number of changes the best, where it beats that of fewer; best first."""
+    """For each number of changes the best at equal work, where it beats that of fewer; best first.
+
+    A smaller model is no better for being smaller.
+    """
     by_count: dict[int, Suggestion] = {}
     for one in suggestions:
-        by_count[one.fields] = max(by_count.get(one.fields, one), one, key=lambda s: s.rank)
+        by_count[one.fields] = max(
+            by_count.get(one.fields, one), one, key=lambda s: s.saves + 100 * (s.active - 1)
+        )
     kept: list[Suggestion] = []
     before, saved = 0, 0.0
     for count, one in sorted(by_count.items()):

@@ -39,6 +39,10 @@ class Held:
         """Of all, what a rank has where so many share the plain ones, and the experts."""
         return self.plain / over[0] + self.routed / over[1]
 
+    def times(self, each: tuple[float, float]) -> float:
+        """Bytes of all at so many for a plain weight, and for one of the experts."""
+        return each[0] * self.plain + each[1] * self.routed
+
 
 @dataclass(frozen=True)
 class States:
@@ -70,12 +74,29 @@ def resident(job: TrainingJob) -> tuple[bool, bool]:
     return kept and plain == 1, kept
 
 
+def alone(job: TrainingJob) -> bool:
+    """Whether a rank shares no weight, and all are in fp32."""
+    return job.precision == "fp32" and max(replicas(job.layout)) == 1
+
+
 def gradient_bytes(job: TrainingJob) -> tuple[int, int]:
     """Bytes of a gradient at the end of the backward pass, of plain weights and of experts."""
-    plain, routed = (
-        2 if job.micro_batches == 1 and kept else job.software.gradient_bytes for kept in resident(job)
-    )
+    whole = job.software.gradient_bytes
+    plain, routed = (2 if job.micro_batches == 1 and kept else whole for kept in resident(job))
     return plain, routed
+
+
+def gradients_split(job: TrainingJob) -> bool:
+    """Whether no rank keeps more of the gradients than its shard between micro-batches."""
+    if job.zero_bubble:  # weight gradients are made out of order, and reduced when all are there
+        return False
+    return job.zero >= 2 or (job.zero == 1 and job.software.streamed and not job.accumulates)
+
+
+def finished(job: TrainingJob) -> tuple[float, float]:
+    """Bytes of a gradient that a rank keeps at the end of the backward pass, by plain weight and by weight of an expert."""
+    each, over = gradient_bytes(job), replicas(job.layout) if gradients_split(job) else (1, 1)
+    return each[0] / over[0], each[1] / over[1]
 
 
 @lru_cache(maxsize=65_536)
@@ -109,33 +130,23 @@ def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
 def states(job: TrainingJob, stage: schedule.StageCost) -> States:
     """Bytes of a stage under the job's ZeRO stage."""
     zero, mine, over, element = job.zero, held(job, stage), replicas(job.layout), job.element
-    shared, each = max(over) > 1, gradient_bytes(job)
-    split = over if gradients_split(job) else (1, 1)
+    shared = max(over) > 1
     buckets = job.software.retention.replica_buckets * mine.all if shared else 0.0
     if shared and zero >= 3:
         largest = max(layer(job.model, job.layout, moe).all for _, moe in stage.kinds or ((0, False),))
         buckets += 2 * element * largest
     return States(
         weights=element * (mine.shard(over) if zero >= 3 else mine.all),
-        gradients=each[0] * mine.plain / split[0] + each[1] * mine.routed / split[1],
+        gradients=mine.times(finished(job)),
         optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
         buckets=buckets,
     )
 
 
-def gradients_split(job: TrainingJob) -> bool:
-    """Whether no rank keeps more of the gradients than its shard between micro-batches."""
-    if job.zero_bubble:  # weight gradients are made out of order, and reduced when all are there
-        return False
-    streamed = job.software.streamed and job.micro_batches == 1 and job.layout.pp == 1
-    return job.zero >= 2 or (job.zero == 1 and streamed)
-
-
 def _optimizer(job: TrainingJob, mine: Held, over: tuple[int, int]) -> float:
     """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
     software = job.software
-    own = software.own_master and job.precision == "fp32" and max(replicas(job.layout)) == 1
-    master, moments = 0 if own else MASTER, software.moments_bytes
+    master, moments = 0 if software.own_master and alone(job) else MASTER, software.moments_bytes
     of_matrices = moments if software.matrix_moments_bytes is None else software.matrix_moments_bytes
     matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
     return (master + moments) * (mine.other / over[0]) + (master + of_matrices) * matrices

@@ -1,14 +1,10 @@
 """The fullest moment of this trainer's step, in bytes: its last backward pass makes gradients while it frees activations.
 
 Gradients are new tensors of each backward pass and gone after the update. So where a step has one micro-batch, none is
-there while all activations are, and the peak lies where the sum of both is largest:
-
-- at the loss, with the logits and the gradient of the output projection beside them;
-- in a layer's MLP or experts, whose gradients of rows stand beside what they keep;
-- behind a layer's experts that other ranks share: FSDP2 has their gradients in 16 bits and a copy in fp32, which it reduces
-  (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, `post_backward`), and has given the gathered weights back;
-- in a layer's attention;
-- in the update, with all gradients and what the optimizer works in.
+there while all activations are, and the peak lies where the sum of both is largest: at the loss, with the logits and the
+output projection's gradient; in a layer's MLP or experts, whose gradients of rows stand beside what they keep; behind
+experts that other ranks share, whose gradients FSDP2 has in 16 bits and in an fp32 copy, with the gathered weights given
+back (`post_backward` of torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py); in attention; or in the update.
 
 Where a step has several micro-batches, sums of gradients are kept from the first one on, and each layer's in 16 bits come
 beside them.
@@ -18,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from trainer.sizing.memory import activations, states
 from trainer.sizing.model import weights
@@ -47,50 +44,40 @@ class Moment:
         return self.gathered + self.gradients + self.activations + self.imbalance + self.transient
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """How a rank holds its weights of one kind, plain ones or experts, in bytes of a weight."""
 
-    made: int
-    """The weight, or its gradient as a matmul makes it."""
-    finished: float
-    """Its gradient at the end."""
-    reduced: float
-    """While FSDP reduces its gradient: as it was made, the copy, and what becomes of it."""
-    gathered: int
-    """While it stays gathered, until the step's last backward pass has used it."""
     wrapped: bool
     """Whether FSDP casts and gathers them, and takes their gradients."""
+    gathered: float
+    """While they stay gathered, until the step's last backward pass has used them."""
+    added: float
+    """Of gradients that are new with a layer's backward pass; 0 where sums of earlier micro-batches are there."""
+    reduced: float
+    """While FSDP reduces their gradients: as they were made, the copy, and what becomes of it."""
 
 
-def _kinds(job: TrainingJob) -> tuple[_Kind, _Kind]:
+def _kinds(job: TrainingJob) -> list[_Kind]:
     """Plain weights, and experts."""
-    made, several = job.element, _several(job)
-    alone = job.precision == "fp32" and max(states.replicas(job.layout)) == 1
-    split = job.zero >= (2 if several else 1) and not job.zero_bubble
     kinds = []
-    for over, resident in zip(states.replicas(job.layout), states.resident(job), strict=True):
-        wrapped = not resident and not alone
-        finished = 4 / (over if split else 1) if several or wrapped else made
-        reduced = made + (4 if _returned(job) and over > 1 else 0) + (0 if several else finished)
-        kinds.append(_Kind(made, finished, reduced * wrapped, made * (wrapped and job.zero < 3), wrapped))
-    return kinds[0], kinds[1]
+    each = zip(states.replicas(job.layout), states.resident(job), states.finished(job), strict=True)
+    for over, resident, finished in each:
+        wrapped, added = not (resident or states.alone(job)), 0.0 if job.accumulates else finished
+        copied = 4 if _gives_back(job) and over > 1 else 0
+        reduced = job.element + copied + added if wrapped else 0.0
+        kinds.append(_Kind(wrapped, job.element if wrapped and job.zero < 3 else 0, added, reduced))
+    return kinds
 
 
-def _several(job: TrainingJob) -> bool:
-    """Whether gradients of several micro-batches are added up."""
-    return job.micro_batches > 1 or job.layout.pp > 1
-
-
-def _returned(job: TrainingJob) -> bool:
+def _gives_back(job: TrainingJob) -> bool:
     """Whether the backward pass reduces gradients of wrapped weights, and gives those back."""
     return job.layout.pp == 1 or (job.zero >= 2 and not job.zero_bubble)
 
 
 def lasting(job: TrainingJob, stage: schedule.StageCost) -> float:
     """Bytes of weights that stay over all steps: FSDP's shards are the optimizer's masters."""
-    mine, (plain, routed) = states.held(job, stage), _kinds(job)
-    return plain.made * mine.plain * (not plain.wrapped) + routed.made * mine.routed * (not routed.wrapped)
+    plain, routed = _kinds(job)
+    return job.element * states.held(job, stage).times((not plain.wrapped, not routed.wrapped))
 
 
 def fullest(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> Moment:
@@ -100,7 +87,7 @@ def fullest(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> Mo
 
 def moments(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> Iterator[Moment]:
     """Moments of a stage's last backward pass, in their order, and the update."""
-    (plain, routed), several, returned = _kinds(job), _several(job), _returned(job)
+    (plain, routed), gives_back = _kinds(job), _gives_back(job)
     mine, slope = states.held(job, stage), 2 * activations.boundary(job)
     # Layers as they go backward: those with experts lie behind the others.
     layers = [moe for count, moe in reversed(stage.kinds) for _ in range(count)]
@@ -109,9 +96,8 @@ def moments(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> It
     head = activations.head(job) if stage.head else 0.0
     left, extra = sum(kept[moe] for moe in layers) + head, sum(more[moe] for moe in layers)
     others, other_extra = (in_flight - 1) * left, (in_flight - 1) * extra
-    gathered = plain.gathered * mine.plain + routed.gathered * mine.routed
-    finished = plain.finished * mine.plain + routed.finished * mine.routed
-    done = finished if several else 0.0
+    gathered, finished = mine.times((plain.gathered, routed.gathered)), mine.times(states.finished(job))
+    done = finished if job.accumulates else 0.0
 
     def moment(name: str, transient: float) -> Moment:
         return Moment(name, done, others + left, other_extra + extra, transient, gathered)
@@ -120,9 +106,9 @@ def moments(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> It
         table = job.model.vocab * job.model.hidden / job.layout.tp
         beside = activations.logits(job)
         if job.layout.tp == 1 and job.software.kernels:
-            beside += plain.made * table + 3 * activations.boundary(job)
+            beside += job.element * table + 3 * activations.boundary(job)
         yield moment("the loss", beside)
-        done += 0.0 if several else plain.finished * table
+        done += plain.added * table
         left -= head
     for moe in layers:
         each = states.layer(job.model, job.layout, moe)
@@ -131,13 +117,13 @@ def moments(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> It
         left, extra = left - kept[moe], extra - more[moe]
         rest = kept[moe] + again - activations.fed(job, moe) + slope
         if moe:
-            gathered -= routed.gathered * each.routed * returned
+            gathered -= routed.gathered * each.routed * gives_back
             yield moment("the reduction of gradients", rest + routed.reduced * each.routed)
-            done += 0.0 if several else routed.finished * each.routed
+            done += routed.added * each.routed
         attention = activations.layer(job, moe)["attention"]
         yield moment("a layer's backward pass", rest + attention + plain.reduced * each.plain)
-        gathered -= plain.gathered * each.plain * returned
-        done += 0.0 if several else plain.finished * each.plain
+        gathered -= plain.gathered * each.plain * gives_back
+        done += plain.added * each.plain
     yield Moment(UPDATE, finished, 0.0, 0.0, states.update(job, stage))
 
 
@@ -149,7 +135,7 @@ def _feed(job: TrainingJob, moe: bool, kind: _Kind) -> float:
     """
     model, element = job.model, job.element
     part = "experts" if moe else "dense"
-    matrices = [kind.made * one.local(job.layout) for one in weights.layer(model, moe) if one.part == part]
+    matrices = [element * one.local(job.layout) for one in weights.layer(model, moe) if one.part == part]
     if not job.software.kernels or not matrices:
         return activations.fed(job, moe)
     up, down = matrices
@@ -157,7 +143,7 @@ def _feed(job: TrainingJob, moe: bool, kind: _Kind) -> float:
     count = rows(job) * job.fullest if moe else job.tokens
     x, inner, pair = element * count * model.hidden, element * count * width, 1 + model.gated
     # Of several micro-batches a gradient is added to the sum as soon as it is made, but for those that FSDP takes together.
-    stays = down if kind.wrapped or not _several(job) else 0.0
+    stays = down if kind.wrapped or not job.accumulates else 0.0
     if moe and job.gathers_experts and not kind.wrapped:  # weights' gradients come after those of the rows
         tokens = element * job.tokens * job.layout.ep / job.layout.tp * model.hidden
         return max(x + (1 + pair) * inner, 2 * x + tokens, x + down, stays + up - inner)

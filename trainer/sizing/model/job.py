@@ -187,6 +187,11 @@ class TrainingJob:
         return self.global_batch // (self.micro_batch * self.layout.dp)
 
     @property
+    def accumulates(self) -> bool:
+        """Whether gradients of several micro-batches are added up."""
+        return self.micro_batches > 1 or self.layout.pp > 1
+
+    @property
     def gathers_experts(self) -> bool:
         """Whether tokens are gathered and summed over ep instead of sent to each of their experts: fewer bytes."""
         layout = self.layout
