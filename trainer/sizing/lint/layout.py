@@ -26,17 +26,31 @@ def _reach(view: View) -> int | None:
     return view.hardware.link.reach or view.hardware.devices_per_node
 
 
-def _gbps(view: View, ranks: int) -> float | None:
-    """Bandwidth of each rank of a group of neighbours: of links where they reach, of the network beyond."""
-    reach = _reach(view)
-    linked = reach is not None and ranks <= reach
-    return view.hardware.group_gbps(ranks) if linked else view.hardware.inter_node_gbps
+def _gbps(view: View, ranks: int, network: bool = False) -> float:
+    """Bandwidth of each rank of a group of neighbours: of links where they reach, of the network beyond; NaN: unknown."""
+    reach, hardware = _reach(view), view.hardware
+    linked = not network and reach is not None and ranks <= reach
+    known = hardware.group_gbps(ranks) if linked else hardware.inter_node_gbps
+    return math.nan if known is None else known
 
 
-def _exposed(view: View, seconds: float, fewer: float) -> float | None:
-    """Percent of compute and exchange together that is saved where the exchange takes `fewer` seconds."""
-    now = view.now
-    return None if now is None else 100 * (seconds - fewer) / (now.seconds + seconds)
+def _exchange(
+    view: View,
+    change: tuple[str, object, str],
+    seconds: tuple[float, float],
+    basis: str,
+    unknown: str = "a bandwidth",
+) -> LintFinding:
+    """A finding about a field, its value and a better one, with which an exchange takes the second of both times.
+
+    It costs percent of compute and exchange together.
+    """
+    (now, then), price, cost = seconds, view.now, None
+    if math.isnan(now + then):
+        basis = f"{unknown} is unknown"
+    elif price is not None:
+        cost = 100 * (now - then) / (price.seconds + now)
+    return view.finding(*change, cost, basis)
 
 
 def _tensor_seconds(job: TrainingJob, tp: int, gbps: float) -> float:
@@ -62,8 +76,8 @@ def expert_width(view: View) -> Iterator[LintFinding]:
     """Experts too narrow for compute to hide the exchange of tokens."""
     job, width, now, cost = view.job, view.job.model.expert_width, view.now, None
     peak = view.hardware.peak_tflops.get(job.precision)
-    gbps = _gbps(view, job.layout.ep * job.layout.tp) if job.layout.ep > 1 else None
-    if peak is None or gbps is None or not job.model.moe_layers:
+    gbps = _gbps(view, job.layout.ep * job.layout.tp) if job.layout.ep > 1 else math.nan
+    if peak is None or math.isnan(gbps) or not job.model.moe_layers:
         return
     need = balance_width(peak, gbps)
     ratio = width / need
@@ -84,67 +98,49 @@ def dispatch(view: View) -> Iterator[LintFinding]:
     if ep < 2 or top_k <= ep or job.gathers_experts:
         return
     gbps = _gbps(view, ep * job.layout.tp)
-    cost, basis = None, "the bandwidth of the group is unknown"
-    if gbps is not None:
-        sent, gathered = _expert_seconds(job, top_k, gbps), _expert_seconds(job, ep, gbps)
-        cost = _exposed(view, sent, gathered)
-        basis = f"{top_k} copies of each token take {_ms(sent)}, one for each rank {_ms(gathered)}"
+    sent, gathered = _expert_seconds(job, top_k, gbps), _expert_seconds(job, ep, gbps)
+    basis = f"{top_k} copies of each token take {_ms(sent)}, one for each rank {_ms(gathered)}"
     better = "parallel.etp=1" if job.software.gathered_experts else "train.engine=native"
-    yield view.finding("model.top_k", f"{top_k} at ep={ep}", f"{better}: it gathers and sums", cost, basis)
+    change = "model.top_k", f"{top_k} at ep={ep}", f"{better}: it gathers and sums"
+    yield _exchange(view, change, (sent, gathered), basis, "the bandwidth of the group")
 
 
 def mesh_group(view: View) -> Iterator[LintFinding]:
     """Tensor-parallel groups of a mesh that leave most of a node's links idle."""
-    hardware, job, tp, whole = view.hardware, view.job, view.job.layout.tp, _reach(view)
-    if hardware.link.shape != "mesh" or whole is None or tp in (1, whole) or tp > whole:
+    job, tp, whole = view.job, view.job.layout.tp, _reach(view)
+    if view.hardware.link.shape != "mesh" or whole is None or tp in (1, whole) or tp > whole:
         return
-    some, every = hardware.group_gbps(tp), hardware.group_gbps(whole)
+    some, every = _gbps(view, tp), _gbps(view, whole)
     sizes = [str(size) for size in (1, whole) if _splits(view, size)]
-    if some is None or every is None or not sizes:
-        return
-    now, then = _tensor_seconds(job, tp, some), _tensor_seconds(job, tp, every)
-    links = f"{tp - 1} of {whole - 1} links: {some:g} of {every:g} GB/s"
-    basis, better = f"{links}; the exchange takes {_ms(now)}, not {_ms(then)}", " or ".join(sizes)
-    yield view.finding("parallel.tp", tp, f"parallel.tp={better}", _exposed(view, now, then), basis)
+    if sizes and not math.isnan(some + every):
+        now, then = _tensor_seconds(job, tp, some), _tensor_seconds(job, tp, every)
+        links = f"{tp - 1} of {whole - 1} links: {some:g} of {every:g} GB/s"
+        change = "parallel.tp", tp, f"parallel.tp={' or '.join(sizes)}"
+        yield _exchange(view, change, (now, then), f"{links}; the exchange takes {_ms(now)}, not {_ms(then)}")
 
 
 def tensor_size(view: View) -> Iterator[LintFinding]:
     """Tensor parallelism beyond the fast links, or more of it than memory asks for."""
-    reach = _reach(view)
-    if view.job.layout.tp > 1 and reach is not None:
-        finding = _beyond_links(view, reach) if view.job.layout.tp > reach else _halved(view)
-        if finding:
-            yield finding
-
-
-def _beyond_links(view: View, reach: int) -> LintFinding | None:
-    """The largest tensor-parallel size that links join and that may fit."""
-    job, tp = view.job, view.job.layout.tp
-    network, links = view.hardware.inter_node_gbps, view.hardware.group_gbps(reach)
-    sizes = [size for size in runnable.tensor_sizes(job.model) if size <= reach and _splits(view, size)]
-    if not sizes:
-        return None
-    inside, cost, basis = max(sizes), None, "a bandwidth is unknown"
-    if network is not None and links is not None:
-        cost = _exposed(view, _tensor_seconds(job, tp, network), _tensor_seconds(job, inside, links))
-        basis = f"the network has {network:g} GB/s, the links {links:g}"
-    return view.finding("parallel.tp", tp, f"parallel.tp={inside}", cost, basis)
-
-
-def _halved(view: View) -> LintFinding | None:
-    """Half of the tensor-parallel size, where it fits."""
-    job, tp, half = view.job, view.job.layout.tp, view.job.layout.tp // 2
+    job, tp, reach = view.job, view.job.layout.tp, _reach(view)
+    if tp == 1 or reach is None:
+        return
+    if tp > reach:
+        sizes = [n for n in runnable.tensor_sizes(job.model) if n <= reach and _splits(view, n)]
+        if sizes:
+            inside, network, links = max(sizes), _gbps(view, tp), _gbps(view, reach)
+            seconds = _tensor_seconds(job, tp, network), _tensor_seconds(job, inside, links)
+            basis = f"the network has {network:g} GB/s, the links {links:g}"
+            yield _exchange(view, ("parallel.tp", tp, f"parallel.tp={inside}"), seconds, basis)
+        return
+    half, rate = tp // 2, _gbps(view, tp)
+    fewer = _gbps(view, half) if half > 1 else rate
     smaller = replace(job, layout=replace(job.layout, tp=half, dp=job.layout.dp * 2))
-    rate = view.hardware.group_gbps(tp)
-    fewer = view.hardware.group_gbps(half) if half > 1 else rate
-    if tp % 2 or rate is None or fewer is None or not view.fits(smaller):
-        return None
-    now, then = _tensor_seconds(job, tp, rate), _tensor_seconds(smaller, half, fewer) / 2
-    cost = _exposed(view, now, then)
-    if cost is None or cost <= 0:
-        return None
-    basis = f"tp={half} fits too; the exchange takes {_ms(now)}, then {_ms(then)} for as many samples"
-    return view.finding("parallel.tp", tp, f"parallel.tp={half}", cost, basis)
+    if tp % 2 == 0 and not math.isnan(rate + fewer) and view.fits(smaller):
+        now, then = _tensor_seconds(job, tp, rate), _tensor_seconds(smaller, half, fewer) / 2
+        basis = f"tp={half} fits too; the exchange takes {_ms(now)}, then {_ms(then)} for as many samples"
+        finding = _exchange(view, ("parallel.tp", tp, f"parallel.tp={half}"), (now, then), basis)
+        if finding.cost is not None and finding.cost > 0:
+            yield finding
 
 
 def heads_over_tensor(view: View) -> Iterator[LintFinding]:
@@ -179,14 +175,10 @@ def expert_inside_node(view: View) -> Iterator[LintFinding]:
     inside = max(size for size in runnable.divisors(job.model.experts) if size <= max(1, reach // wide))
     if view.fits(replace(job, layout=replace(job.layout, ep=inside))) is False:
         return
-    links, network = view.hardware.group_gbps(reach), view.hardware.inter_node_gbps
-    cost, basis = None, "a bandwidth is unknown"
-    if links is not None and network is not None:
-        copies = min(job.model.top_k, ep)
-        across, within = _expert_seconds(job, copies, network), _expert_seconds(job, copies, links)
-        cost = _exposed(view, across, within)
-        basis = f"tokens take {_ms(across)} over the network at {network:g} GB/s, {_ms(within)} at {links:g}"
-    yield view.finding("parallel.ep", ep, f"parallel.ep={inside}", cost, basis)
+    links, network, copies = _gbps(view, reach), _gbps(view, reach, network=True), min(job.model.top_k, ep)
+    across, within = _expert_seconds(job, copies, network), _expert_seconds(job, copies, links)
+    basis = f"tokens take {_ms(across)} over the network at {network:g} GB/s, {_ms(within)} at {links:g}"
+    yield _exchange(view, ("parallel.ep", ep, f"parallel.ep={inside}"), (across, within), basis)
 
 
 def depth_over_stages(view: View) -> Iterator[LintFinding]:
