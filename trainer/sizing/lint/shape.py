@@ -33,9 +33,9 @@ def _finding(view: View, field: str, values: Iterable[int], padding: bool = Fals
 def _widths(job: TrainingJob) -> dict[str, int]:
     """Inner widths that layers of the model have, and on how many ranks each is cut."""
     model, layout, moe = job.model, job.layout, len(job.model.moe_layers)
-    used = {"expert_width": moe > 0, "dense_width": moe < model.layers, "shared_width": True}
-    cuts = {"expert_width": layout.etp, "dense_width": layout.tp, "shared_width": layout.tp}
-    return {field: cut for field, cut in cuts.items() if used[field] and getattr(model, field)}
+    experts, dense = layout.etp * (moe > 0), layout.tp * (moe < model.layers)
+    cuts = {"expert_width": experts, "dense_width": dense, "shared_width": layout.tp}
+    return {field: cut for field, cut in cuts.items() if cut and getattr(model, field)}
 
 
 def alignment(view: View) -> Iterator[LintFinding]:

@@ -83,10 +83,9 @@ def fed(job: TrainingJob, moe: bool) -> float:
 
 def _fp32_router(job: TrainingJob) -> bool:
     """Whether the router keeps an fp32 copy of its input."""
-    retention, mlp = job.software.retention, job.model.router.kind == "mlp"
-    return retention.fp32_router or (
-        retention.router_vectors > 0 and mlp and job.software.mlp_router == "fp32"
-    )
+    retention = job.software.retention
+    mlp = job.model.router.kind == "mlp" and job.software.mlp_router == "fp32"
+    return retention.fp32_router or (mlp and retention.router_vectors > 0)
 
 
 def _attention(job: TrainingJob) -> float:

@@ -103,11 +103,12 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
         routing = activations.rows(job) * job.model.hidden * job.element * (2 * job.fullest if spread else 1)
     if retention.unwound:
         moment = unwinding.fullest(job, what, in_flight)
-        weights, updates = unwinding.lasting(job, what) + moment.gathered, moment.activations == 0.0
+        # No exchange is counted without activations: in the update, and where the only layer of a stage is reduced.
+        weights, alone = unwinding.lasting(job, what) + moment.gathered, moment.activations == 0.0
     else:
         moment = _standing(job, what, in_flight, held.gradients, staging + routing + exchange)
-        weights, updates = held.weights, moment.name == UPDATE
-    if updates:
+        weights, alone = held.weights, moment.name == UPDATE
+    if alone:
         staging = routing = exchange = 0.0
     moving = moment.activations + moment.transient + moment.imbalance + routing
     behind = retention.host_slow and layout.ranks > job.node and layout.pp <= 2
@@ -129,10 +130,8 @@ def _standing(
     once += activations.head(job) if what.head else 0.0
     extra = in_flight * what.moe * activations.surplus(job) if what.moe else 0.0
     # Of a layer's backward pass: a gradient of all that it keeps, and what is made again.
-    working = [
-        sum(activations.layer(job, moe).values()) + activations.again(job, moe) for _, moe in what.kinds
-    ]
-    most, late = max(working, default=0.0), job.software.retention.late_gradients * states.held(job, what).all
+    each = [sum(activations.layer(job, moe).values()) + activations.again(job, moe) for _, moe in what.kinds]
+    most, late = max(each, default=0.0), job.software.retention.late_gradients * states.held(job, what).all
     fullest = max(
         Moment("the loss", gradients, in_flight * once, extra, activations.logits(job) if what.head else 0.0),
         Moment("a layer's backward pass", gradients, in_flight * once, extra, most),
@@ -145,14 +144,8 @@ def _standing(
 
 def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> tuple[float, float]:
     """Whole-sequence buffers at work, and those that may be outstanding beyond them."""
-    layout, software, retention, token = (
-        job.layout,
-        job.software,
-        job.software.retention,
-        job.element * job.tokens,
-    )
-    buffers = 0.0
-    if layout.cp > 1 and software.context == "ulysses":
+    layout, retention, token, buffers = job.layout, job.software.retention, job.element * job.tokens, 0.0
+    if layout.cp > 1 and job.software.context == "ulysses":
         buffers += token * (activations.query_widths(job)[0] + activations.context_width(job))
     elif layout.cp > 1:
         buffers += token * layout.cp * activations.context_width(job)
