@@ -25,7 +25,7 @@ from trainer.bench.options import ROUTINGS, options_of
 if TYPE_CHECKING:
     from configs.schema import RunConfig
     from trainer.sizing.ask.answer import SizingAnswer
-    from trainer.sizing.ask.asked import AnsweredQuestion
+    from trainer.sizing.ask.questions import AnsweredQuestion
 
 PROGRAM = "python -m trainer"
 _COMMANDS = ("run", "prepare", "size", "bench", "forecast", "validate")
@@ -281,7 +281,7 @@ def _answer(options: argparse.Namespace) -> int:
     if options.json:
         made = [one.to_json() for one in answers]
         for one in more:
-            made[0] |= one.data
+            made[0] |= one.to_json()
         return _say([json.dumps(made if names else made[0], indent=1)])
     if options.explain is not None:
         figures = answers[0].figures() | {
@@ -290,24 +290,27 @@ def _answer(options: argparse.Namespace) -> int:
         return _say(screen.explained(figures, options.explain))
     lines = list(screen.compared(answers) if names else screen.sized(answers[0]))
     for one in more:
-        lines += ["", one.title, *(f"  {line}" for line in one.lines)]
+        lines += ["", one.title, *(f"  {line}" for line in one.text())]
     return _say([*lines, "", screen.HINT])
 
 
 def _asked(options: argparse.Namespace, one: SizingAnswer) -> list[AnsweredQuestion]:
     """Answers to what is asked besides."""
-    from trainer.sizing.ask import asked
+    from trainer.sizing.ask import catalogue, questions
+    from trainer.sizing.ask.fit import fit
 
-    answers = []
+    hardware = one.prices.hardware
+    answers: list[AnsweredQuestion] = []
     if (options.by is None) != (options.tokens is None):
         raise UserError("--by and --tokens go together; type e.g. --by friday --tokens 300B")
     if options.fit:
-        answers.append(asked.to_fit(one))
+        answers.append(fit(one.job, hardware))
     if options.by is not None:
-        answers.append(asked.in_time(one, options.by, options.tokens, datetime.now().astimezone()))
+        answers.append(questions.in_time(one, options.by, options.tokens, datetime.now().astimezone()))
     if options.on is not None:
         _check_device("--on", options.on)
-        answers.append(asked.elsewhere(one, options.on))
+        there = catalogue.device(options.on)
+        answers.append(questions.other(one.job, questions.task(one), hardware, there))
     return answers
 
 

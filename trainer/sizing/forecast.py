@@ -2,11 +2,10 @@
 
 L(t) = floor + scale * t^-exponent, with t the tokens trained on, fitted after the warm-up to means over blocks of steps,
 robustly (Huber). The band is a moving-block bootstrap of the residuals, since neighbouring losses are alike, plus the
-noise of the mean that is forecast. The decay of the learning rate is not a term of its own: while it lowers the noise it
-also slows progress, and on this trainer's cosine both nearly cancel. On six runs of the demo's kind, forecast at 40 % and
-60 % of their steps, the law in tokens missed the end by 0.09 and 0.06 nats on average, one in tokens weighted by the
-learning rate by 0.17 and 0.13, and that one with a term for the learning rate by 0.15 and 0.09. A schedule that falls
-late and fast would be forecast too high.
+noise of the mean that is forecast. The decay of the learning rate isn't a term: it lowers the noise and slows progress,
+which nearly cancel on this trainer's cosine. On six runs of the demo's kind, forecast at 40 % and 60 % of their steps, this
+law missed the end by 0.09 and 0.06 nats on average, one in tokens weighted by the learning rate by 0.17 and 0.13, and that
+one with a term for the learning rate by 0.15 and 0.09. A schedule that falls late and fast would be forecast too high.
 """
 
 from __future__ import annotations
@@ -58,21 +57,21 @@ class StepHistory:
 
     def until(self, step: float) -> StepHistory:
         """The part up to a step."""
-        keep = self.steps <= step
-        return StepHistory(self.steps[keep], self.tokens[keep], self.loss[keep])
+        return self._where(self.steps <= step)
 
     def after(self, step: float) -> StepHistory:
         """The part after a step."""
-        keep = self.steps > step
+        return self._where(self.steps > step)
+
+    def _where(self, keep: NDArray[np.bool_]) -> StepHistory:
         return StepHistory(self.steps[keep], self.tokens[keep], self.loss[keep])
 
 
 @dataclass(frozen=True)
 class Laws:
-    """The fitted law and those of the bootstrap."""
+    """The fitted law, first in each array, and those of the bootstrap."""
 
     floor: Array
-    """The fit's first, then the bootstrap's; so are the others."""
     scale: Array
     exponent: Array
     unit: float
@@ -82,23 +81,20 @@ class Laws:
 
     def at(self, tokens: Array) -> Array:
         """Loss by law, [laws, tokens]."""
-        return (
-            self.floor[:, None]
-            + self.scale[:, None] * (tokens / self.unit)[None, :] ** -self.exponent[:, None]
-        )
+        powers = (tokens / self.unit)[None, :] ** -self.exponent[:, None]
+        return self.floor[:, None] + self.scale[:, None] * powers
 
     def mean(self, tokens: Array) -> tuple[float, float]:
         """Forecast of the mean loss over steps that end at `tokens`, and its standard deviation."""
-        means = self.at(tokens).mean(axis=1)
-        spread = float(means[1:].std()) if len(means) > 1 else 0.0
-        return float(means[0]), math.hypot(spread, self.noise / math.sqrt(len(tokens)))
+        fitted, *drawn = self.at(tokens).mean(axis=1)
+        spread = float(np.std(drawn)) if drawn else 0.0
+        return float(fitted), math.hypot(spread, self.noise / math.sqrt(len(tokens)))
 
     def interval(self, tokens: Array, confidence: float) -> tuple[float, float]:
         """Interval of that mean: the bootstrap's quantiles, each draw with noise of its own."""
         means = self.at(tokens).mean(axis=1)
-        rng = np.random.default_rng(1)
-        drawn = means[1:] + rng.normal(0.0, self.noise / math.sqrt(len(tokens)), len(means) - 1)
-        low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+        noise = np.random.default_rng(1).normal(0.0, self.noise / math.sqrt(len(tokens)), len(means) - 1)
+        low, high = np.quantile(means[1:] + noise, [(1 - confidence) / 2, (1 + confidence) / 2])
         return min(float(low), float(means[0])), max(float(high), float(means[0]))
 
 
@@ -134,20 +130,14 @@ class Forecast:
     @cached_property
     def final(self) -> Figure:
         """Mean loss over the last `END` of the run."""
-        tokens = self._tokens(self.end * (1 - END), self.end)
-        value, _ = self.laws.mean(tokens)
-        low, high = self.laws.interval(tokens, CONFIDENCE)
-        laws = self.laws
+        per_step, laws = self.history.tokens[-1] / self.history.steps[-1], self.laws
+        tokens = np.arange(math.floor(self.end * (1 - END)) + 1, self.end + 1) * per_step
         how = (
             f"{laws.floor[0]:.4g} + {laws.scale[0]:.4g} * (tokens / {laws.unit:.4g})^-{laws.exponent[0]:.3g}, mean over "
             f"the last {END:.0%} of {self.end} steps; fitted to steps {self.begin} to {int(self.history.steps[-1])}; "
             f"{CONFIDENCE:.0%} interval from {_DRAWS} draws of blocks of residuals"
         )
-        return Figure("loss.final", value, "nats", low, high, how)
-
-    def _tokens(self, first: float, last: float) -> Array:
-        per_step = self.history.tokens[-1] / self.history.steps[-1]
-        return np.arange(math.floor(first) + 1, math.floor(last) + 1) * per_step
+        return Figure("loss.final", laws.mean(tokens)[0], "nats", *laws.interval(tokens, CONFIDENCE), how)
 
 
 def read(run: RunPaths) -> StepHistory:
@@ -160,19 +150,15 @@ def read(run: RunPaths) -> StepHistory:
     for number in run.attempt_numbers():
         for line in read_all(run.attempt(number).metrics):
             if isinstance(line, StepLine):
-                by_step = (
-                    {step: old for step, old in by_step.items() if step < line.step}
-                    if line.step in by_step
-                    else by_step
-                )
+                if line.step in by_step:
+                    by_step = {step: old for step, old in by_step.items() if step < line.step}
                 by_step[line.step] = line
     if not by_step:
         raise UserError(
             f"{run.root} has no training steps on record; name the folder of a run that has trained"
         )
-    lines = [by_step[step] for step in sorted(by_step)]
-    columns = ([line.step for line in lines], [line.tokens for line in lines], [line.loss for line in lines])
-    return StepHistory(*(np.array(column, dtype=float) for column in columns))
+    rows = [(line.step, line.tokens, line.loss) for _, line in sorted(by_step.items())]
+    return StepHistory(*np.array(rows, dtype=float).T)
 
 
 def fit(history: StepHistory, warmup: int, draws: int = _DRAWS) -> Laws:
@@ -183,29 +169,26 @@ def fit(history: StepHistory, warmup: int, draws: int = _DRAWS) -> Laws:
     """
     begin = first_step(history, warmup)
     part = history.after(begin - 1)
-    finite = np.isfinite(part.loss)
-    tokens, loss = part.tokens[finite], part.loss[finite]
-    size = max(1, len(loss) // BLOCKS)
-    count = len(loss) // size
-    if len(loss) < FEWEST_STEPS or count < FEWEST_BLOCKS:
+    part = part._where(np.isfinite(part.loss))
+    size = max(1, len(part.loss) // BLOCKS)
+    count = len(part.loss) // size
+    if len(part.loss) < FEWEST_STEPS or count < FEWEST_BLOCKS:
         raise UserError(
-            f"{len(loss)} steps are logged after step {begin - 1}, the warm-up and the first of it; a forecast needs "
+            f"{len(part.loss)} steps are logged after step {begin - 1}, the warm-up and the first of it; a forecast needs "
             f"{FEWEST_STEPS}: wait for more"
         )
-    x = tokens[-count * size :].reshape(count, size).mean(axis=1)
-    y = loss[-count * size :].reshape(count, size).mean(axis=1)
+    x, y = (values[-count * size :].reshape(count, size).mean(axis=1) for values in (part.tokens, part.loss))
     unit = float(x[0])
     first = _solve(x / unit, y[None, :])
     fitted = first[0][0] + first[1][0] * (x / unit) ** -first[2][0]
-    residual = y - fitted
     # Two degrees of freedom and a half: the exponent is half bound by the grid's ends.
-    residual = residual * math.sqrt(count / max(1.0, count - 2.5))
+    residual = (y - fitted) * math.sqrt(count / max(1.0, count - 2.5))
     rng = np.random.default_rng(0)
     starts = rng.integers(0, count - _ADJACENT + 1, (draws, -(-count // _ADJACENT)))
     picked = (starts[:, :, None] + np.arange(_ADJACENT)).reshape(draws, -1)[:, :count]
-    drawn = _solve(x / unit, fitted[None, :] + residual[picked])
-    parts = [np.concatenate([one, more]) for one, more in zip(first, drawn, strict=True)]
-    return Laws(parts[0], parts[1], parts[2], unit, float(residual.std()) * math.sqrt(size))
+    drawn = _solve(x / unit, fitted + residual[picked])
+    floor, scale, exponent = (np.concatenate(pair) for pair in zip(first, drawn, strict=True))
+    return Laws(floor, scale, exponent, unit, float(residual.std()) * math.sqrt(size))
 
 
 def first_step(history: StepHistory, warmup: int) -> int:
@@ -216,22 +199,19 @@ def first_step(history: StepHistory, warmup: int) -> int:
 def _solve(x: Array, series: Array) -> tuple[Array, Array, Array]:
     """Floor, scale and exponent of each of `series` [n, points], all not negative, by least Huber loss over a grid."""
     powers = x[None, :] ** -_EXPONENTS[:, None]
-    weights = np.ones((len(series), len(_EXPONENTS), len(x)))
-    y = series[:, None, :]
+    weights, y = np.ones((len(series), len(_EXPONENTS), len(x))), series[:, None, :]
     for _ in range(_ROUNDS):
         total = weights.sum(axis=2)
         mean_p, mean_y = (weights * powers).sum(axis=2) / total, (weights * y).sum(axis=2) / total
-        cross = (weights * (powers - mean_p[..., None]) * (y - mean_y[..., None])).sum(axis=2)
-        scale = np.maximum(cross / (weights * (powers - mean_p[..., None]) ** 2).sum(axis=2), 0.0)
+        off_p, off_y = powers - mean_p[..., None], y - mean_y[..., None]
+        scale = np.maximum((weights * off_p * off_y).sum(axis=2) / (weights * off_p**2).sum(axis=2), 0.0)
         floor = mean_y - scale * mean_p
         scale = np.where(floor < 0, mean_y / mean_p, scale)
         floor = np.maximum(floor, 0.0)
         off = y - floor[..., None] - scale[..., None] * powers
         spread = 1.48 * np.median(np.abs(off), axis=2, keepdims=True) + 1e-12
         weights = 1.0 / np.maximum(1.0, np.abs(off) / (_HUBER * spread))
-    loss = (weights * off**2).sum(axis=2)
-    best = loss.argmin(axis=1)
-    rows = np.arange(len(series))
+    best, rows = (weights * off**2).sum(axis=2).argmin(axis=1), np.arange(len(series))
     return floor[rows, best], scale[rows, best], _EXPONENTS[best]
 
 
@@ -250,26 +230,21 @@ def watch(history: StepHistory, warmup: int, end: int) -> Alarm | None:
     A window outside the band isn't learned from until the next one is inside again. A loss that isn't a number alarms
     at once.
     """
-    window = max(_FEWEST_WINDOW, round(end * _WINDOW))
-    last = int(history.steps[-1])
+    window, last = max(_FEWEST_WINDOW, round(end * _WINDOW)), int(history.steps[-1])
     at = max(warmup + 2 * FEWEST_STEPS, 4 * window)
     first: Alarm | None = None
     while at + window <= last or (at < last and not np.isfinite(history.loss).all()):
         part = history.after(at).until(at + window)
         if not np.isfinite(part.loss).all():
             bad = int(part.steps[~np.isfinite(part.loss)][0])
-            return Alarm(bad, float("nan"), float(history.until(at).loss[-1]), float("nan"))
+            return Alarm(bad, math.nan, float(history.until(at).loss[-1]), math.nan)
         if first is None:
             laws = fit(history.until(at), warmup, _FEW_DRAWS)
         expected, deviation = laws.mean(part.tokens)
-        limit = expected + _ALARM * deviation
-        mean = float(part.loss.mean())
-        if mean <= limit:
-            first = None
-        elif first is not None:
+        limit, mean = expected + _ALARM * deviation, float(part.loss.mean())
+        if mean > limit and first is not None:
             return first
-        else:
-            first = Alarm(int(part.steps[0]), mean, expected, limit)
+        first = Alarm(int(part.steps[0]), mean, expected, limit) if mean > limit else None
         at += window
     return None
 
@@ -286,22 +261,23 @@ def report(folder: Path, steps: int | None = None, warmup: int | None = None) ->
         UserError: where the folder isn't a run's, or has too little in it.
     """
     run = RunPaths(folder)
-    if (steps is None or warmup is None) and not run.config.exists():
-        raise UserError(f"{run.config} is not there; type --steps N --warmup N, or name the folder of a run")
     if steps is None or warmup is None:
+        if not run.config.exists():
+            raise UserError(
+                f"{run.config} is not there; type --steps N --warmup N, or name the folder of a run"
+            )
         config = load(run.config)
         steps = config.train.steps if steps is None else steps
         warmup = config.optim.warmup_steps if warmup is None else warmup
     history = read(run)
-    made = forecast(history, warmup, steps)
-    alarm = watch(history, warmup, steps)
-    final, laws, now = made.final, made.laws, int(history.steps[-1])
-    recent = history.after(now - max(1, round(steps * END)))
+    made, alarm = forecast(history, warmup, steps), watch(history, warmup, steps)
+    final, now = made.final, int(history.steps[-1])
+    recent = history.after(now - max(1, round(steps * END))).loss
     return [
-        f"{folder.name}: step {now} of {steps} ({now / steps:.0%}), loss {recent.loss.mean():.4f} over the last "
-        f"{len(recent.loss)} steps",
+        f"{folder.name}: step {now} of {steps} ({now / steps:.0%}), loss {recent.mean():.4f} over the last "
+        f"{len(recent)} steps",
         f"forecast for the end: {final.value:.4f}, {CONFIDENCE:.0%} between {final.low:.4f} and {final.high:.4f} nats",
         f"  law: {final.derivation}",
-        f"  a step scatters by {laws.noise:.3g} around it",
+        f"  a step scatters by {made.laws.noise:.3g} around it",
         f"ALARM: {alarm}" if alarm else "no alarm: the loss is within its band",
     ]

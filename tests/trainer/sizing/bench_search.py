@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 
 from configs.compose import compose
-from tests.trainer.sizing.search.exhaustive import exhaustive
+from tests.trainer.sizing.search.exhaustive import exhaustive, set_ups
 from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import Software
 from trainer.sizing.search import layouts as search
@@ -46,7 +46,7 @@ def priced(task: Task, name: str) -> tuple[float, int]:
     """CPU seconds of pricing all legal set-ups, from a sample; and how many there are."""
     hardware = compose([f"hardware={name}"]).hardware
     rates = rates_of(hardware)
-    everything = [(layout, job) for layout in legal.layouts(task) for job in legal.jobs(task, layout)]
+    everything = [(layout, job) for layout in legal.layouts(task) for job in set_ups(task, layout)]
     sample = random.Random(0).sample(everything, min(SAMPLE, len(everything)))
     start = time.process_time()
     for _, job in sample:

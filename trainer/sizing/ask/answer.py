@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +24,12 @@ from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import auto, runnable
 from trainer.sizing.time import step
-from trainer.sizing.time.price import Price, Prices
+from trainer.sizing.time.price import Prices
 
 ASSUMED = {"data.sequence": "4096", "train.micro_batch": "4"}
 """What pre-training usually has, where nothing else is typed: the demo's values would say little about a large model."""
+RECORDED = {"memory_gib": "GiB", "memory_gbps": "GB/s", "intra_node_gbps": "GB/s", "inter_node_gbps": "GB/s"}
+"""What the prices and the fit rest on, with its unit."""
 CATALOGUE = "catalogue"
 """Asks for published rates where a measured profile is there."""
 CONVENTION = (
@@ -65,31 +66,29 @@ def job_of(config: RunConfig, gpus: int | None = None) -> tuple[TrainingJob, tup
     Raises:
         UserError: where the GPUs don't divide into the layout, or no layout fits.
     """
-    p, hardware = config.parallel, config.hardware
-    node = hardware.devices_per_node or gpus or 1
+    p, train = config.parallel, config.train
+    node = config.hardware.devices_per_node or gpus or 1
     if p.open and gpus:
         full, rest = divmod(gpus, node)
         chosen = auto.choose(config, (node,) * full + ((rest,) if rest else ()))
         why = [f"{c.field}={c.value}: {c.reason}" for c in chosen.choices]
         return chosen.job or auto.job_of(config, chosen.layout, node), (*why, *chosen.notes)
-    sizes = {"pp": p.pp or 1, "cp": p.cp or 1, "ep": p.ep or 1, "etp": p.etp or 1, "tp": p.tp or 1}
-    others = sizes["tp"] * sizes["pp"] * sizes["cp"]
+    sizes = {axis: p.size(axis) for axis in ("pp", "cp", "ep", "etp", "tp")}
+    inner, groups = sizes["cp"] * sizes["tp"], sizes["ep"] * sizes["etp"]
+    others = sizes["pp"] * inner
     if gpus is not None and gpus % others:
         near = max(1, gpus // others) * others
         raise UserError(f"--gpus {gpus} is not a multiple of tp*pp*cp={others}; type --gpus {near}")
-    groups, inner = sizes["ep"] * sizes["etp"], sizes["cp"] * sizes["tp"]
-    dp = p.dp or (gpus // others if gpus else groups // math.gcd(groups, inner))
+    dp = p.dp or (gpus // others if gpus else runnable.least_dp(p))
     if gpus is not None and dp * others != gpus:
         raise UserError(f"--gpus {gpus} is not dp*tp*pp*cp={dp * others}; leave out --gpus or parallel.dp")
     if (dp * inner) % groups:
         raise UserError(
             f"parallel.ep*etp={groups} does not divide dp*cp*tp={dp * inner}; type another --gpus or parallel.ep"
         )
-    if config.train.global_batch is None and sizes["pp"] > 1:
-        # One micro-batch would leave all stages but one idle.
-        batch = config.train.micro_batch * dp * runnable.FILLING * sizes["pp"]
-        config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
-    return auto.job_of(config, Layout(dp=dp, **sizes), node), ()
+    # With a pipeline, one micro-batch would leave all stages but one idle.
+    batch = train.global_batch or train.micro_batch * dp * runnable.filling(sizes["pp"])
+    return auto.job_of(config, Layout(dp=dp, **sizes), node, batch), ()
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,8 @@ class SizingAnswer:
         return memory.fits(job, self.prices.hardware)
 
     @cached_property
-    def price(self) -> Price | None:
-        """Of a micro-batch; None where the device's rates are unknown."""
-        return self.prices.of(self.job)
-
-    @cached_property
     def why_not(self) -> str:
-        """Why there is no price."""
+        """Why a micro-batch has no price; empty where it has one."""
         return self.prices.why_not(self.job.precision)
 
     @property
@@ -125,9 +119,8 @@ class SizingAnswer:
         profile = self.prices.rates.device
         if profile is None:
             return "catalogue (published peaks and best matmuls)"
-        return f"profile {profile.name}, measured on {profile.conditions.get('device', 'a device')} " + str(
-            profile.conditions.get("started", "")
-        )
+        device, started = profile.conditions.get("device", "a device"), profile.conditions.get("started", "")
+        return f"profile {profile.name}, measured on {device} {started}"
 
     @cached_property
     def findings(self) -> list[LintFinding]:
@@ -142,44 +135,42 @@ class SizingAnswer:
     @cached_property
     def counts(self) -> dict[str, Figure]:
         """Parameters by part, and FLOPs of a token."""
-        figures = {}
-        for name, value in parameters.count(self.job.model).to_json().items():
-            figures[name] = exact(f"parameters.{name}", value, "1", f"{_counted(name)}; {CONVENTION}")
-        per_token = flops.train_flops_per_token(self.job.model, self.job.sequence)
-        how = f"{flops.NUMERATOR}, at {self.job.sequence} tokens a sample"
-        figures["flops_per_token"] = exact("flops.token", per_token, "FLOP", how)
-        return figures
+        job = self.job
+        figures = {
+            name: exact(f"parameters.{name}", value, "1", f"{_counted(name)}; {CONVENTION}")
+            for name, value in parameters.count(job.model).to_json().items()
+        }
+        how = f"{flops.NUMERATOR}, at {job.sequence} tokens a sample"
+        per_token = flops.train_flops_per_token(job.model, job.sequence)
+        return figures | {"flops_per_token": exact("flops.token", per_token, "FLOP", how)}
 
     @cached_property
     def speed(self) -> dict[str, Figure]:
         """Time of a micro-batch, rate and MFU; empty where rates are unknown."""
-        time = self.prices.figure(self.job)
-        if time is None or self.price is None:
+        price, time = self.prices.of(self.job), self.prices.figure(self.job)
+        if time is None or price is None:
             return {}
-        work = exact("flops.micro_batch", self.price.flops, "FLOP", f"flops.token x {self.price.tokens} tokens / tp",
-                     (self.counts["flops_per_token"],))  # fmt: skip
+        how = f"flops.token x {price.tokens} tokens / tp"
+        work = exact("flops.micro_batch", price.flops, "FLOP", how, (self.counts["flops_per_token"],))
         rate = _over("speed.rate", work, time, 1e-12, "TFLOP/s", "model FLOPs over the micro-batch's time")
-        figures = {"time": time, "rate": rate}
-        hardware = self.prices.hardware
-        peak = hardware.peak_tflops.get(self.job.precision)
-        if peak is not None:
-            source = catalogue.provenance(hardware, f"peak_tflops.{self.job.precision}")
-            top = exact(f"hardware.peak_tflops.{self.job.precision}", peak, "TFLOP/s", source)
-            how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
-            figures["mfu"] = _over("speed.mfu", rate, top, 100, "%", how)
-        return figures
+        field = f"peak_tflops.{self.job.precision}"
+        peak = self.prices.hardware.peak_tflops.get(self.job.precision)
+        if peak is None:
+            return {"time": time, "rate": rate}
+        how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
+        mfu = _over("speed.mfu", rate, self._recorded(field, peak, "TFLOP/s"), 100, "%", how)
+        return {"time": time, "rate": rate, "mfu": mfu}
 
     @cached_property
     def step(self) -> dict[str, Figure]:
         """Time of a whole step, throughput and MFU; empty where a rate is unknown, and `step_unknown` says which."""
-        if self.step_unknown:
-            return {}
-        whole = step.step_time(self.job, self.prices.rates)
+        whole = None if self.step_unknown else step.step_time(self.job, self.prices.rates)
         if whole is None:
             return {}
-        figures = {"step": whole, "rate": step.tokens_per_second(self.job, whole)}
         mfu = step.mfu(self.job, self.prices.hardware, whole)
-        return figures | ({"mfu": mfu} if mfu else {})
+        return {"step": whole, "rate": step.tokens_per_second(self.job, whole)} | (
+            {"mfu": mfu} if mfu else {}
+        )
 
     @cached_property
     def step_unknown(self) -> str:
@@ -196,24 +187,32 @@ class SizingAnswer:
         tops = [*self.counts.values(), *self.speed.values(), *self.step.values(), self.memory]
         tops += [f for finding in self.findings if (f := finding.figure)]
         tops += [one.figure(i) for i, one in enumerate(self.suggestions, 1)]
-        tops += _hardware_figures(self.prices)
+        hardware = self.prices.hardware
+        fields = {name: (getattr(hardware, name), unit) for name, unit in RECORDED.items()}
+        fields |= {f"achieved_tflops.{p}": (rate, "TFLOP/s") for p, rate in hardware.achieved_tflops.items()}
+        tops += [self._recorded(name, *value) for name, value in fields.items() if value[0] is not None]
         return {figure.name: figure for top in tops for figure in top.walk()}
+
+    def _recorded(self, field: str, value: float, unit: str) -> Figure:
+        """A number of the catalogue."""
+        return exact(f"hardware.{field}", value, unit, catalogue.provenance(self.prices.hardware, field))
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
         job = self.job
         return {
-            "model": job.model.name,
-            "hardware": self.prices.hardware.name,
-            "layout": job.layout.to_json(),
-            "sequence": job.sequence,
-            "micro_batch": job.micro_batch,
-            "precision": job.precision,
-            "assumed": list(self.assumed),
-            "rates": self.basis,
-            "unpriced": self.why_not or None,
-            "figures": {name: _plain(figure) for name, figure in self.figures().items()},
-            "lint": [_finding(finding) for finding in self.findings],
+            "model": job.model.name, "hardware": self.prices.hardware.name, "layout": job.layout.to_json(),
+            "sequence": job.sequence, "micro_batch": job.micro_batch, "precision": job.precision,
+            "assumed": list(self.assumed), "rates": self.basis, "unpriced": self.why_not or None,
+            "figures": {
+                name: {"value": one.value, "unit": one.unit, "low": one.low, "high": one.high}
+                for name, one in self.figures().items()
+            },
+            "lint": [
+                {"rule": f.rule.name, "field": f.field, "value": f.value, "better": f.better, "cost_percent": f.cost,
+                 "basis": f.basis, "reason": f.rule.reason, "source": f.rule.source}
+                for f in self.findings
+            ],
             "suggestions": [
                 {"changes": list(s.changes), "saves_percent": s.saves, "total": s.total, "active": s.active,
                  "granularity": s.granularity}
@@ -229,26 +228,21 @@ def answer(
     rates: str | None = None,
     wanted: bool = False,
 ) -> SizingAnswer:
-    """The answer for what was typed; `rates` as in `measured`.
+    """The answer for what was typed. `rates` names a profile, or `catalogue` for none; None: the device's own, if there is.
 
     Raises:
         UserError: for anything wrong or missing in it.
     """
     config, assumed = configured(overrides, file, gpus)
-    profile = measured(config.hardware.name, rates)
+    profile = (
+        None
+        if rates == CATALOGUE
+        else load(DeviceProfile, rates)
+        if rates
+        else known(DeviceProfile, config.hardware.name)
+    )
     job, why = job_of(config, gpus)
     return SizingAnswer(config, job, Prices(config.hardware, profile), assumed, why, wanted)
-
-
-def measured(hardware: str, rates: str | None) -> DeviceProfile | None:
-    """The profile to take rates from: the one named, `catalogue` for none, or by default the device's own if there is one.
-
-    Raises:
-        UserError: where the one named isn't there.
-    """
-    if rates == CATALOGUE:
-        return None
-    return load(DeviceProfile, rates) if rates else known(DeviceProfile, hardware)
 
 
 def _counted(name: str) -> str:
@@ -264,38 +258,6 @@ def _over(name: str, top: Figure, bottom: Figure, factor: float, unit: str, how:
     """A ratio, times a factor."""
     value, low, high = top.value / bottom.value, top.low / bottom.high, top.high / bottom.low
     return Figure(name, value * factor, unit, low * factor, high * factor, how, (top, bottom))
-
-
-def _hardware_figures(prices: Prices) -> list[Figure]:
-    """What the prices and the fit rest on, from the catalogue."""
-    hardware = prices.hardware
-    values = [
-        ("memory_gib", hardware.memory_gib, "GiB"),
-        ("memory_gbps", hardware.memory_gbps, "GB/s"),
-        ("intra_node_gbps", hardware.intra_node_gbps, "GB/s"),
-        ("inter_node_gbps", hardware.inter_node_gbps, "GB/s"),
-        *(
-            (f"achieved_tflops.{precision}", rate, "TFLOP/s")
-            for precision, rate in hardware.achieved_tflops.items()
-        ),
-    ]
-    return [
-        exact(f"hardware.{name}", value, unit, catalogue.provenance(hardware, name))
-        for name, value, unit in values
-        if value is not None
-    ]
-
-
-def _plain(figure: Figure) -> dict[str, Any]:
-    return {"value": figure.value, "unit": figure.unit, "low": figure.low, "high": figure.high}
-
-
-def _finding(finding: LintFinding) -> dict[str, Any]:
-    rule = finding.rule
-    return {
-        "rule": rule.name, "field": finding.field, "value": finding.value, "better": finding.better,
-        "cost_percent": finding.cost, "basis": finding.basis, "reason": rule.reason, "source": rule.source,
-    }  # fmt: skip
 
 
 def with_hardware(overrides: Sequence[str], name: str) -> list[str]:

@@ -9,13 +9,11 @@ next bound is above what was found. So nothing that is legal is passed over.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from configs.hardware import HardwareConfig
 from trainer.sizing.memory import activations, states
 from trainer.sizing.memory import estimate as memory
-from trainer.sizing.memory.estimate import MemoryUsage
 from trainer.sizing.model.job import Recompute, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal
@@ -36,9 +34,7 @@ class Candidate:
     job: TrainingJob
     seconds: float
     parts: time.StepParts
-    memory: MemoryUsage
-    stage: int
-    """Its fullest stage."""
+    memory: memory.MemoryUsage
 
     @property
     def label(self) -> str:
@@ -59,7 +55,7 @@ class SearchResult:
     priced: int
     """Set-ups whose memory and time were worked out in full."""
     reason: str = ""
-    """Why there is none; empty where there is."""
+    """Why the best was chosen, or why there is none."""
 
     @property
     def best(self) -> Candidate | None:
@@ -78,8 +74,7 @@ def label(job: TrainingJob) -> str:
 
 def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> SearchResult:
     """The fastest set-ups that fit, `keep` different layouts of them."""
-    bounds = _Bounds(task, hardware, rates)
-    open_, count, without_room = bounds.all()
+    open_, count, without_room = _Bounds(task, hardware, rates).all()
     ranked: dict[Layout, Candidate] = {}
     priced = 0
     for bound, layout, choice in open_:
@@ -93,27 +88,27 @@ def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP)
         if made and (layout not in ranked or made.seconds < ranked[layout].seconds):
             ranked[layout] = made
     best = tuple(sorted(ranked.values(), key=lambda c: c.seconds)[:keep])
-    return SearchResult(best, count, without_room, priced, "" if best else _why_none(task, hardware, count))
+    if best:
+        reason = f"{_seconds(best[0].seconds)} a step, the fastest of {count} legal set-ups that fits"
+        reason += f" ({best[0].memory.needed / memory.GIB:.0f} GiB)"
+    elif count:
+        have = f"{hardware.memory_gib:g} GiB of {hardware.name}"
+        reason = f"none of {count} legal set-ups of {task.ranks} ranks fits {have}"
+    else:
+        reason = (
+            f"no legal layout of {task.ranks} ranks: global_batch={task.global_batch} must be a multiple of dp, "
+            f"dp*cp*tp of ep*etp, and each pipeline stage needs a micro-batch and a layer"
+        )
+    return SearchResult(best, count, without_room, priced, reason)
 
 
 def candidate(job: TrainingJob, hardware: HardwareConfig, rates: Rates) -> Candidate | None:
     """A set-up with its memory and time; None where it doesn't fit, or a rate is unknown."""
-    stage, used = memory.worst(job, hardware.kind)
-    have = memory.capacity(hardware)
+    used, have = memory.worst(job, hardware.kind)[1], memory.capacity(hardware)
     if have is not None and used.needed > have:
         return None
     parts = time.parts(job, rates)
-    return None if math.isnan(parts.step) else Candidate(job, parts.step, parts, used, stage)
-
-
-def _why_none(task: Task, hardware: HardwareConfig, count: int) -> str:
-    if not count:
-        return (
-            f"no legal layout of {task.ranks} ranks: global_batch={task.global_batch} must be a multiple of dp, "
-            f"dp*cp*tp of ep*etp, and each pipeline stage needs a micro-batch and a layer"
-        )
-    have = hardware.memory_gib
-    return f"none of {count} legal set-ups of {task.ranks} ranks fits {have:g} GiB of {hardware.name}"
+    return None if math.isnan(parts.step) else Candidate(job, parts.step, parts, used)
 
 
 Choice = tuple[int, int, int, Recompute]
@@ -124,35 +119,40 @@ class _Bounds:
     """Least seconds and least memory of set-ups, from few evaluations."""
 
     def __init__(self, task: Task, hardware: HardwareConfig, rates: Rates) -> None:
-        self.task, self.hardware, self.rates = task, hardware, rates
+        self.task, self.rates = task, rates
         self.room = memory.capacity(hardware) or math.inf
         self._once: dict[tuple[int, ...], tuple[float, dict[Recompute, float]]] = {}
 
     def all(self) -> tuple[list[tuple[float, Layout, Choice]], int, int]:
         """Set-ups that may fit, by their least seconds; how many are legal; how many don't fit."""
-        out: list[tuple[float, Layout, Choice]] = []
-        count = without_room = 0
-        recomputes = legal.recomputes(self.task)
-        folded = self.task.schedules == ("zbv",)
-        for layout in legal.layouts(self.task):
-            least, layers = _states(self.task, layout)
-            for micro_batch in legal.micro_batches(self.task, layout):
+        task, out = self.task, list[tuple[float, Layout, Choice]]()
+        count = 0
+        recomputes, folded = legal.recomputes(task), task.schedules == ("zbv",)
+        for layout in legal.layouts(task):
+            pp, zeros = layout.pp, legal.zeros(task, layout)
+            first = schedule.stages(task.model, pp, task.software.balanced_stages, folded)[0]
+            least: dict[int, float] = {}
+            for micro_batch in legal.micro_batches(task, layout.dp):
                 seconds, kept = self._layers(layout, micro_batch)
-                steps = self.task.global_batch // (layout.dp * micro_batch)
-                for interleave in legal.interleaves(self.task, layout, micro_batch):
-                    bubble = 0.0 if folded else seconds * (1 - 1 / layout.pp) / interleave
-                    bound = steps * seconds / layout.pp + bubble
-                    chunks = 1 if folded else interleave
-                    held = activations.at_once(layout.pp, layout.pp, chunks, steps) * layers
-                    for zero in legal.zeros(self.task, layout):
-                        for recompute in recomputes:
-                            count += 1
-                            if least(zero) + held * kept[recompute] * (1 + memory.SLACK[1]) > self.room:
-                                without_room += 1
-                            else:
-                                out.append((bound, layout, (micro_batch, interleave, zero, recompute)))
+                unit = layout.dp * micro_batch
+                steps = task.global_batch // unit
+                for interleave in legal.interleaves(task, pp, unit):
+                    least = least or {
+                        zero: states.states(legal.job(task, layout, 1, 1, zero, "none"), first).all
+                        for zero in zeros
+                    }
+                    bubble = 0.0 if folded else seconds * (1 - 1 / pp) / interleave
+                    bound = steps * seconds / pp + bubble
+                    held = activations.at_once(pp, pp, 1 if folded else interleave, steps) * first.layers
+                    count += len(zeros) * len(recomputes)
+                    out += (
+                        (bound, layout, (micro_batch, interleave, zero, recompute))
+                        for zero in zeros
+                        for recompute in recomputes
+                        if least[zero] + held * kept[recompute] * (1 + memory.SLACK[1]) <= self.room
+                    )
         out.sort(key=lambda entry: entry[0])
-        return out, count, without_room
+        return out, count, count - len(out)
 
     def _layers(self, layout: Layout, micro_batch: int) -> tuple[float, dict[Recompute, float]]:
         """Seconds of one micro-batch through all layers and the loss, and bytes that its leanest layer keeps."""
@@ -160,34 +160,18 @@ class _Bounds:
         if key not in self._once:
             alone = replace(layout, pp=1, dp=layout.ep)
             task = replace(self.task, global_batch=micro_batch * layout.ep)
-            job = legal.job(task, alone, micro_batch, 1, 0, "none")
-            parts = time.parts(job, self.rates)
+            parts = time.parts(legal.job(task, alone, micro_batch, 1, 0, "none"), self.rates)
             seconds = (
                 parts.matmul + parts.attention + parts.memory + parts.head + parts.tp + parts.ep + parts.cp
             )
-            model, with_experts = task.model, len(task.model.moe_layers)
-            kinds = [moe for moe, n in ((False, model.layers - with_experts), (True, with_experts)) if n]
+            moe_layers = len(task.model.moe_layers)
+            kinds = [moe for moe, n in ((False, task.model.layers - moe_layers), (True, moe_layers)) if n]
             kept = {
                 r: min(activations.kept(legal.job(task, alone, micro_batch, 1, 0, r), moe) for moe in kinds)
-                for r in self.task.recompute
+                for r in task.recompute
             }
             self._once[key] = seconds, kept
         return self._once[key]
-
-
-def _states(task: Task, layout: Layout) -> tuple[Callable[[int], float], int]:
-    """Bytes of states of the first stage by ZeRO stage, and its layers."""
-    folded = task.schedules == ("zbv",)
-    first = schedule.stages(task.model, layout.pp, task.software.balanced_stages, folded)[0]
-    known: dict[int, float] = {}
-
-    def least(zero: int) -> float:
-        if zero not in known:
-            job = legal.job(task, layout, 1, 1, zero, "none")
-            known[zero] = states.states(job, first).all
-        return known[zero]
-
-    return least, first.layers
 
 
 def compare(best: Candidate, other: Candidate) -> str:
@@ -204,12 +188,3 @@ def compare(best: Candidate, other: Candidate) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def reason(result: SearchResult) -> str:
-    """Why the best was chosen, in one line."""
-    best = result.best
-    if best is None:
-        return result.reason
-    text = f"{_seconds(best.seconds)} a step, the fastest of {result.legal} legal set-ups that fits"
-    return f"{text} ({best.memory.needed / memory.GIB:.0f} GiB)"

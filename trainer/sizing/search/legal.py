@@ -9,7 +9,7 @@ samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,9 +26,8 @@ INTERLEAVE = (2, 3, 4, 6, 8)
 #: Rows of the fullest expert rank over the mean, with balancing: dropless training is 8 to 20 % slower than with forced
 #: balance (Megatron-Core MoE at 128k and 16k tokens, 2026), which is a little less than its rows are uneven.
 IMBALANCE = 1.15
-Axes = tuple[str, ...]
 Schedule = Literal["1f1b", "interleaved", "zbv"]
-AXES: Axes = ("pp", "dp", "cp", "ep", "etp", "tp")
+AXES = ("pp", "dp", "cp", "ep", "etp", "tp")
 
 
 @dataclass(frozen=True)
@@ -75,63 +74,58 @@ def enough_tokens(sequence: int, cp: int) -> bool:
 def layouts(task: Task) -> Iterator[Layout]:
     """All legal layouts of the task's ranks, with what is set."""
     model, fixed, sequence = task.model, task.fixed, task.sequence
-    moe = model.experts > 1
+    moe, dp_set = model.experts > 1, fixed.get("dp")
+    experts = divisors(model.experts) if moe else [1]
+    widths = divisors(model.expert_width)
 
-    def allowed(axis: str, runs: list[int], worth: list[int] | None = None) -> list[int]:
+    def allowed(axis: str, runs: list[int], worth: Callable[[int], bool] = bool) -> list[int]:
         """Of the sizes that the trainer runs the one that is set, or those that are worth a thought."""
-        sizes = [fixed[axis]] if axis in fixed else runs if worth is None else worth
-        return [size for size in sizes if size in runs]
+        if axis in fixed:
+            return [fixed[axis]] if fixed[axis] in runs else []
+        return [size for size in runs if worth(size)]
 
-    tensors = runnable.tensor_sizes(model)
-    for tp in allowed("tp", tensors, [tp for tp in tensors if tp <= task.node]):
+    for tp in allowed("tp", runnable.tensor_sizes(model), lambda tp: tp <= task.node):
         contexts = runnable.context_sizes(model, sequence, task.software.context, tp)
-        for cp in allowed("cp", contexts, [cp for cp in contexts if enough_tokens(sequence, cp)]):
+        etps = allowed("etp", widths, ((1, tp) if moe else (1,)).__contains__)
+        for cp in allowed("cp", contexts, lambda cp: enough_tokens(sequence, cp)):
             if task.ranks % (tp * cp):
                 continue
             for pp in allowed("pp", divisors(task.ranks // (tp * cp))):
                 dp = task.ranks // (tp * cp * pp)
-                if pp > model.layers or fixed.get("dp", dp) != dp:
+                if pp > model.layers or dp != (dp_set or dp):
                     continue
-                if not _schedulable(task, Layout(pp, dp, cp, 1, 1, tp)):
+                if not any(interleaves(task, pp, dp * size) for size in micro_batches(task, dp)):
                     continue
-                for ep in allowed("ep", divisors(model.experts) if moe else [1]):
-                    for etp in allowed(
-                        "etp", divisors(model.expert_width), [1, tp] if moe and tp > 1 else [1]
-                    ):
+                for ep in allowed("ep", experts):
+                    for etp in etps:
                         if (dp * cp * tp) % (ep * etp) == 0:
                             yield Layout(pp, dp, cp, ep, etp, tp)
 
 
-def _schedulable(task: Task, layout: Layout) -> bool:
-    """Whether the batch divides over the replicas, and gives their pipelines what some schedule needs."""
-    if math.gcd(task.global_batch, task.ramp_batch or 0) % (layout.dp * (task.micro_batch or 1)):
-        return False
-    return any(interleaves(task, layout, size) for size in micro_batches(task, layout))
-
-
-def micro_batches(task: Task, layout: Layout) -> list[int]:
-    """Samples of a forward pass that divide a replica's share of the batch."""
-    share = math.gcd(task.global_batch, task.ramp_batch or 0) // layout.dp
+def micro_batches(task: Task, dp: int) -> list[int]:
+    """Samples of a forward pass that divide a replica's share of the batch; none where it has no whole one."""
+    share, rest = divmod(math.gcd(task.global_batch, task.ramp_batch or 0), dp)
     sizes = MICRO_BATCHES if task.micro_batch is None else (task.micro_batch,)
-    return [size for size in sizes if share % size == 0]
+    return [size for size in sizes if rest == 0 == share % size]
 
 
-def interleaves(task: Task, layout: Layout, micro_batch: int) -> list[int]:
-    """Model chunks of each rank, one for each schedule that is legal. Where it is searched, all chunks are of one size."""
-    pp, layers, unit = layout.pp, task.model.layers, layout.dp * micro_batch
-    counts = [
-        -(-samples // unit) for samples in (task.global_batch, task.ramp_batch, task.evaluated) if samples
-    ]
+def interleaves(task: Task, pp: int, unit: int) -> list[int]:
+    """Model chunks of each rank, one for each schedule that is legal, where `unit` samples are one pass of all pipelines.
+
+    Where it is searched, all chunks are of one size.
+    """
+    layers, batches = task.model.layers, (task.global_batch, task.ramp_batch, task.evaluated)
+    counts = [-(-samples // unit) for samples in batches if samples]
     if pp == 1:
         return [1] if "1f1b" in task.schedules else []
     if task.schedules == ("zbv",):
         return [2] if 2 * pp <= layers else []
-    chunks = [1] if "1f1b" in task.schedules and min(counts) >= pp else []
-    if "interleaved" in task.schedules and not any(count % pp for count in counts):
-        if task.chunks is None:
-            chunks += [v for v in INTERLEAVE if layers % (pp * v) == 0]
-        elif task.chunks > 1 and pp * task.chunks <= layers:
-            chunks.append(task.chunks)
+    runs = [s for s in task.schedules if all(runnable.schedulable(s, pp, count) for count in counts)]
+    chunks = [1] if "1f1b" in runs else []
+    if "interleaved" in runs and task.chunks is None:
+        chunks += [v for v in INTERLEAVE if layers % (pp * v) == 0]
+    elif "interleaved" in runs and task.chunks and task.chunks > 1 and pp * task.chunks <= layers:
+        chunks.append(task.chunks)
     return chunks
 
 
@@ -146,23 +140,14 @@ def zeros(task: Task, layout: Layout) -> tuple[int, ...]:
 
 def recomputes(task: Task) -> tuple[Recompute, ...]:
     """Recomputation worth trying."""
-    if len(task.recompute) == 1:
+    if len(task.recompute) == 1 or selective_saves(task.software):
         return task.recompute
-    return tuple(r for r in task.recompute if r != "selective" or selective_saves(task.software))
+    return tuple(r for r in task.recompute if r != "selective")
 
 
 def selective_saves(software: Software) -> bool:
     """Whether selective recomputation saves memory: fused attention keeps no scores that it could drop."""
     return software.selective != "attention" or not software.flash_attention
-
-
-def jobs(task: Task, layout: Layout) -> Iterator[TrainingJob]:
-    """All set-ups of a layout."""
-    for micro_batch in micro_batches(task, layout):
-        for interleave in interleaves(task, layout, micro_batch):
-            for zero in zeros(task, layout):
-                for recompute in recomputes(task):
-                    yield job(task, layout, micro_batch, interleave, zero, recompute)
 
 
 def job(
@@ -175,20 +160,23 @@ def job(
     )  # fmt: skip
 
 
+def schedule_of(made: TrainingJob) -> Schedule:
+    """The pipeline schedule that a job's chunks are run by."""
+    return "zbv" if made.zero_bubble else "interleaved" if made.interleave > 1 else "1f1b"
+
+
 def is_legal(made: TrainingJob) -> bool:
     """Whether a job keeps the rules of divisibility, and what is hopeless is not in it."""
     layout, model = made.layout, made.model
-    stage, chunks = layout.dp * layout.cp * layout.tp, made.interleave
     return (
         layout.tp in runnable.tensor_sizes(model)
         and layout.tp <= made.node
         and layout.cp in runnable.context_sizes(model, made.sequence, made.software.context, layout.tp)
         and enough_tokens(made.sequence, layout.cp)
-        and layout.pp * chunks <= model.layers
+        and layout.pp * made.interleave <= model.layers
         and (model.experts % layout.ep == 0 if model.experts > 1 else layout.ep == 1)
-        and stage % (layout.ep * layout.etp) == 0
+        and (layout.dp * layout.cp * layout.tp) % (layout.ep * layout.etp) == 0
         and model.expert_width % layout.etp == 0
         and made.global_batch % (made.micro_batch * layout.dp) == 0
-        and (layout.pp == 1 or made.zero_bubble or made.micro_batches >= layout.pp)
-        and (chunks == 1 or made.zero_bubble or made.micro_batches % layout.pp == 0)
+        and runnable.schedulable(schedule_of(made), layout.pp, made.micro_batches)
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from configs.compose import validated
@@ -17,8 +16,9 @@ from trainer.sizing.memory.estimate import GIB
 from trainer.sizing.model import flops, parameters
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout, spreads
-from trainer.sizing.search import auto, defaults, runnable
+from trainer.sizing.search import auto, runnable
 from trainer.sizing.search.auto import AutoValue
+from trainer.sizing.search.legal import AXES
 
 
 @dataclass(frozen=True)
@@ -71,56 +71,41 @@ class RunPlan:
     """Over all steps."""
     flops_per_token: float
     mfu_basis: str
-    choices: tuple[AutoValue, ...] = ()
-    warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    choices: tuple[AutoValue, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As a plain tree, without the configuration, which is saved beside it."""
-        tree = {key: value for key, value in vars(self).items() if key not in ("config", "choices")}
-        config = self.config
+        config, parallel, train = self.config, self.config.parallel, self.config.train
+        tree = {name: value for name, value in vars(self).items() if name not in ("config", "choices")}
         return tree | {
-            "model": config.model.name,
-            "hardware": config.hardware.name,
-            "device": _device(config.hardware),
-            "cluster": config.cluster.name,
-            "steps": config.train.steps,
-            "choices": [asdict(choice) for choice in self.choices],
-            "data": config.data.path or "source files of Python's standard library",
-            "precision": config.train.precision,
-            "engine": config.train.engine,
-            "optimizer": config.optim.kind,
-            "zero": config.parallel.zero,
-            "schedule": config.parallel.schedule,
-            "chunks": runnable.chunks_of(config.parallel),
-            "context": config.parallel.context,
-            "recompute": config.train.recompute,
+            "model": config.model.name, "hardware": config.hardware.name, "device": _device(config.hardware),
+            "cluster": config.cluster.name, "steps": train.steps, "choices": [asdict(choice) for choice in self.choices],
+            "data": config.data.path or "source files of Python's standard library", "precision": train.precision,
+            "engine": train.engine, "optimizer": config.optim.kind, "zero": parallel.zero, "schedule": parallel.schedule,
+            "chunks": runnable.chunks_of(parallel), "context": parallel.context, "recompute": train.recompute,
             "measures": _measures(config) if config.workload == "collectives" else "",
-        }
+        }  # fmt: skip
 
 
 def _measures(config: RunConfig) -> str:
     """What a measurement goes through."""
-    settings = config.collectives
-    if settings.study != "sweep":
-        return {
-            "moe": "expert-parallel traffic under routing",
-            "faults": "hosts, links and pairs that are slow",
-        }[settings.study]
-    return (
-        f"{', '.join(settings.ops)} over {', '.join(settings.groups)}, {settings.min_size} to {settings.max_size} bytes of "
-        f"{', '.join(settings.dtypes)}"
-    )
+    made = config.collectives
+    groups, sizes = ", ".join(made.groups), f"{made.min_size} to {made.max_size} bytes"
+    return {
+        "moe": "expert-parallel traffic under routing",
+        "faults": "hosts, links and pairs that are slow",
+        "sweep": f"{', '.join(made.ops)} over {groups}, {sizes} of {', '.join(made.dtypes)}",
+    }[made.study]
 
 
 def _device(hardware: HardwareConfig) -> str:
     """What is on record of a device, and where from."""
     known = [
-        ("memory", hardware.memory_gib, "GiB"),
-        ("memory bandwidth", hardware.memory_gbps, "GB/s"),
-        ("links in a node", hardware.intra_node_gbps, "GB/s"),
-        ("network", hardware.inter_node_gbps, "GB/s"),
-    ]
+        ("memory", hardware.memory_gib, "GiB"), ("memory bandwidth", hardware.memory_gbps, "GB/s"),
+        ("links in a node", hardware.intra_node_gbps, "GB/s"), ("network", hardware.inter_node_gbps, "GB/s"),
+    ]  # fmt: skip
     numbers = [f"{name} {value:g} {unit}" for name, value, unit in known if value is not None]
     return f"{', '.join(numbers) or 'nothing on record'} ({hardware.source})"
 
@@ -136,103 +121,214 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     Raises:
         UserError: for more ranks than slots, a layout that doesn't fit, or open axes that no layout fills in.
     """
-    choices: list[AutoValue] = []
-    warnings: list[str] = []
     training = config.workload == "train"
-    notes = list(left_out(config.model)) if training else []
     # With open axes the search keeps the rules, with chunks and batches that aren't set yet.
-    if not config.parallel.open:
-        _refuse(config, strict and training)
-    config, job = _closed(config, capacity, choices, notes)
-    dp = _data_parallel(config, capacity, choices)
-    parallel = config.parallel
-    layout = Layout(
-        *(dp if axis == "dp" else parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp"))
-    )
-    nodes, each = _spread(config, layout, capacity, choices, warnings)
-    of_training: list[AutoValue] = []
-    trained, model = defaults.training(config, dp, of_training), defaults.balancing(config, of_training)
-    choices += of_training if training else []
-    # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
-    even = nodes * each == layout.ranks
-    spread = {"nodes": nodes, "slots_per_node": each} if even else {}
-    resolved = validated(
-        config.model_dump()
-        | {
-            "parallel": parallel.model_dump() | {"dp": dp},
-            "cluster": config.cluster.model_dump() | spread,
-            "train": config.train.model_dump() | trained,
-            "model": model,
-        }
-    )
-    if not training and layout.ranks < 2:
-        raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
-    size, step_time = (
-        _sized(resolved, job or auto.job_of(resolved, layout, each), warnings) if training else ({}, {})
-    )
-    refusal = _refuse(resolved, strict and training) if training else None
-    warnings += [wasteful] if training and (wasteful := runnable.advice(resolved)) else []
-    tokens_per_step = trained["global_batch"] * config.data.sequence if training else 0
-    return RunPlan(
-        config=resolved,
-        layout=layout.to_json(),
-        ranks=layout.ranks,
-        nodes=nodes,
-        slots_per_node=each,
-        parameters=parameters.count(config.model).to_json(),
-        memory=size,
-        step_time=step_time,
-        tokens_per_step=tokens_per_step,
-        tokens=tokens_per_step * config.train.steps,
-        flops_per_token=flops.train_flops_per_token(config.model, config.data.sequence),
-        mfu_basis=flops.basis(config.hardware, trained["precision"]),
-        choices=tuple(choices),
-        warnings=tuple(warnings),
-        notes=(*notes, refusal) if refusal else tuple(notes),
-    )
-
-
-def _refuse(config: RunConfig, strict: bool) -> str | None:
-    """Why the trainer doesn't run it; raised where `strict`."""
-    refusal = runnable.refusal(config)
-    if refusal and strict:
+    if strict and training and not config.parallel.open and (refusal := runnable.refusal(config)):
         raise UserError(refusal)
-    return refusal
+    draft = _Draft(config, capacity)
+    job = draft.close()
+    layout = Layout(
+        *(draft.data_parallel() if axis == "dp" else draft.config.parallel.size(axis) for axis in AXES)
+    )
+    nodes, each = draft.spread(layout)
+    # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
+    spread = {"nodes": nodes, "slots_per_node": each} if nodes * each == layout.ranks else {}
+    train, router = draft.train(layout.dp), draft.router()
+    resolved = draft.resolved(
+        {"parallel": {"dp": layout.dp}, "cluster": spread, "train": train, "model": router}
+    )
+    size: dict[str, int] = {}
+    step_time: dict[str, Any] = {}
+    if training:
+        size, step_time = _sized(resolved, job or auto.job_of(resolved, layout, each), draft.warnings)
+        if refusal := runnable.refusal(resolved):
+            if strict:
+                raise UserError(refusal)
+            draft.notes.append(refusal)
+        if wasteful := runnable.advice(resolved):
+            draft.warnings.append(wasteful)
+    elif layout.ranks < 2:
+        raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
+    tokens = train["global_batch"] * config.data.sequence if training else 0
+    return RunPlan(
+        resolved, layout.to_json(), layout.ranks, nodes, each, parameters.count(config.model).to_json(), size, step_time,
+        tokens, tokens * config.train.steps, flops.train_flops_per_token(config.model, config.data.sequence),
+        flops.basis(config.hardware, train["precision"]), tuple(draft.warnings), tuple(draft.notes), tuple(draft.choices),
+    )  # fmt: skip
 
 
-def _closed(
-    config: RunConfig, capacity: Capacity | None, choices: list[AutoValue], notes: list[str]
-) -> tuple[RunConfig, TrainingJob | None]:
-    """The configuration with its open axes set, and the job that the search found; as it is where none is open."""
-    if not config.parallel.open:
-        return config, None
-    if config.workload != "train":
-        for axis in config.parallel.open:
-            choices.append(AutoValue(f"parallel.{axis}", "1", "a measurement needs no other axis than dp"))
-        closed = dict.fromkeys(config.parallel.open, 1)
-        return config.model_copy(update={"parallel": config.parallel.model_copy(update=closed)}), None
-    chosen = auto.choose(config, _slots(config, capacity))
-    choices += chosen.choices
-    notes += chosen.notes
-    job, train = chosen.job, config.train
-    settings = auto.settings(job) if job else {"parallel": {}, "train": {}}
-    if job and train.global_batch is None:
-        settings["train"]["global_batch"] = job.global_batch
-        reason = f"train.micro_batch={train.micro_batch} for each of {job.layout.ranks} ranks, however they are laid out"
-        choices.append(AutoValue("train.global_batch", str(job.global_batch), reason))
-    update = {
-        "parallel": config.parallel.model_copy(update=chosen.layout.to_json() | settings["parallel"]),
-        "train": train.model_copy(update=settings["train"]),
-    }
-    return config.model_copy(update=update), job
+class _Draft:
+    """A configuration on its way to a plan: each step fills in what is open, and notes what it chose and why."""
+
+    def __init__(self, config: RunConfig, capacity: Capacity | None) -> None:
+        self.config, self.capacity, self.training = config, capacity, config.workload == "train"
+        self.choices: list[AutoValue] = []
+        self.warnings: list[str] = []
+        self.notes = list(left_out(config.model)) if self.training else []
+
+    def choose(self, field: str, value: object, reason: str) -> None:
+        """Note a choice."""
+        self.choices.append(AutoValue(field, str(value), reason))
+
+    def close(self) -> TrainingJob | None:
+        """Set the open axes; the job that the search found for them, None where nothing was open or no time is known."""
+        config, parallel, train, cluster = (
+            self.config,
+            self.config.parallel,
+            self.config.train,
+            self.config.cluster,
+        )
+        if not parallel.open:
+            return None
+        if not self.training:
+            for axis in parallel.open:
+                self.choose(f"parallel.{axis}", 1, "a measurement needs no other axis than dp")
+            self.config = _with(config, parallel=dict.fromkeys(parallel.open, 1))
+            return None
+        each = cluster.slots_per_node or config.hardware.devices_per_node or 1
+        slots = self.capacity.slots if self.capacity else (each,) * (cluster.nodes or 1)
+        chosen = auto.choose(config, slots)
+        self.choices += chosen.choices
+        self.notes += chosen.notes
+        job = chosen.job
+        settings: dict[str, dict[str, Any]] = {"parallel": {}, "train": {}}
+        if job:
+            settings = auto.settings(job)
+            if train.global_batch is None:
+                settings["train"]["global_batch"] = job.global_batch
+                reason = f"train.micro_batch={train.micro_batch} for each of {job.layout.ranks} ranks, however they are "
+                self.choose("train.global_batch", job.global_batch, f"{reason}laid out")
+        sizes = chosen.layout.to_json()
+        self.config = _with(config, parallel=sizes | settings["parallel"], train=settings["train"])
+        return job
+
+    def data_parallel(self) -> int:
+        """Size of dp: as set, else the most that the slots hold and the batches divide over."""
+        config, parallel, train, capacity = (
+            self.config,
+            self.config.parallel,
+            self.config.train,
+            self.capacity,
+        )
+        if parallel.dp is not None:
+            return parallel.dp
+        unit = runnable.least_dp(parallel)
+        others = parallel.size("pp") * parallel.size("cp") * parallel.size("tp")
+        dp, reason = unit, f"smallest dp compatible with parallel.ep={parallel.size('ep')}"
+        if capacity is not None:
+            nodes, each = config.cluster.nodes or 1, config.cluster.slots_per_node or 1
+            batches = (train.global_batch or 0, train.ramp_batch or 0)
+
+            def divides(dp: int) -> bool:
+                """Whether all batches divide over so many replicas, and give their pipelines what they need."""
+                whole = all(batch % (train.micro_batch * dp) == 0 for batch in batches)
+                return whole and runnable.unfilled(_with(config, parallel={"dp": dp})) is None
+
+            most = sum(auto.within(config, capacity.slots)) // others // unit * unit
+            even = (n for n in range(most, unit, -unit) if n * others % nodes == 0 == n * others % each)
+            dp = next((n for n in range(next(even, unit), unit, -unit) if divides(n)), unit)
+            if dp > unit:
+                reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
+        elif not self.training and unit * others == 1:
+            dp, reason = 2, "the least that has somebody to measure with"
+        self.choose("parallel.dp", dp, reason)
+        return dp
+
+    def spread(self, layout: Layout) -> tuple[int, int]:
+        """Nodes, and ranks on each."""
+        ranks, cluster, capacity = layout.ranks, self.config.cluster, self.capacity
+        nodes, each = cluster.nodes, cluster.slots_per_node
+        if nodes and each and nodes * each != ranks:
+            raise UserError(
+                f"cluster.nodes={nodes} x cluster.slots_per_node={each} are {nodes * each} slots, but the layout has "
+                f"{ranks} ranks; leave one of the two out"
+            )
+        limits = {f"cluster.{name}": n for name, n in (("nodes", nodes), ("slots_per_node", each)) if n}
+        for name, n in limits.items():
+            if ranks % n:
+                raise UserError(f"{name}={n} does not divide the layout's {ranks} ranks; choose a divisor")
+        if capacity is None:
+            width = min(self.config.hardware.devices_per_node or ranks, ranks)
+            capacity = Capacity((width,) * -(-ranks // width))
+        elif ranks > capacity.total:
+            raise UserError(
+                f"the layout needs {ranks} slots, and the cluster has {capacity.total} ({capacity}); lower "
+                f"parallel.dp, or start more: python -m orchestrator down, then up --slots {ranks}"
+            )
+        slots = capacity.slots
+        fitting = [(n, per) for n, per in spreads(ranks, slots) if nodes in (None, n) and each in (None, per)]
+        if limits and not fitting:
+            name, n = next(iter(limits.items()))
+            raise UserError(
+                f"{name}={n} does not fit the cluster ({capacity}) with {ranks} ranks; leave it out"
+            )
+        inside = [(n, per) for n, per in fitting if per % layout.inner == 0]
+        if not inside and layout.inner > 1 and ranks > max(slots):
+            self.warnings.append(
+                f"groups of {layout.inner} neighbouring ranks (ep*etp, tp) cross nodes: their traffic takes the network"
+            )
+        n, per = (inside or fitting or [(len(slots), max(slots))])[0]
+        if not limits:
+            spread = f"{per} ranks on each" if n > 1 else f"one node holds all {ranks} ranks"
+            self.choose("cluster.nodes", n, f"as few as hold the gang: {spread}")
+        return n, per
+
+    def train(self, dp: int) -> dict[str, Any]:
+        """The auto fields of `train`.
+
+        Raises:
+            UserError: where the batch isn't a multiple of what all replicas take at once.
+        """
+        train, pp, device = self.config.train, self.config.parallel.size("pp"), self.config.hardware.name
+        unit, count = train.micro_batch * dp, runnable.filling(pp)
+        if train.global_batch is not None and train.global_batch % unit:
+            raise UserError(
+                f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch*dp={unit}; "
+                f"set it to a multiple of {unit}"
+            )
+        how = f"{count} each for {pp} pipeline stages" if pp > 1 else "no accumulation"
+        precision = auto.precision_of(self.config)
+        peak = "a bf16 peak; master weights stay fp32" if precision == "bf16" else "no bf16 peak on record"
+        values: dict[str, Any] = {}
+        for field, value, reason in (
+            ("global_batch", unit * count, f"train.micro_batch={train.micro_batch} on {dp} data-parallel ranks, {how}"),
+            ("precision", precision, f"{device} has {peak}"),
+            ("engine", "native",
+             "it runs every layout; deepspeed, of dp and ep at ZeRO 1 and 2 alone, is used where it is asked for"),
+        ):  # fmt: skip
+            values[field] = getattr(train, field)
+            if values[field] is None:
+                values[field] = value
+                if self.training:
+                    self.choose(f"train.{field}", value, reason)
+        return values
+
+    def router(self) -> dict[str, Any]:
+        """The model's router, with its automatic bias step."""
+        experts, router = self.config.model.experts, self.config.model.router
+        if router.balance not in ("bias", "both") or router.bias_update_rate is not None:
+            return {}
+        rate = router.bias_rate(experts)
+        reason = f"0.2 % of the mean softmax score, 1/{experts}"
+        if router.bias_rule == "load_error":
+            reason = "a step of AdamW on the load error, as ZAYA1"
+        elif router.score == "sigmoid":
+            reason = "0.2 % of a sigmoid score's mean of a half, as DeepSeek-V3"
+        if self.training:
+            self.choose("model.router.bias_update_rate", f"{rate:g}", reason)
+        return {"router": router.model_dump() | {"bias_update_rate": rate}}
+
+    def resolved(self, sections: dict[str, dict[str, Any]]) -> RunConfig:
+        """The configuration with these values, validated again."""
+        tree = self.config.model_dump()
+        return validated(tree | {name: tree[name] | values for name, values in sections.items()})
 
 
-def _slots(config: RunConfig, capacity: Capacity | None) -> tuple[int, ...]:
-    """Slots to lay out on: the cluster's, or what the run asks for, or one node."""
-    if capacity is not None:
-        return capacity.slots
-    cluster, width = config.cluster, config.hardware.devices_per_node or 1
-    return (cluster.slots_per_node or width,) * (cluster.nodes or 1)
+def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The configuration with other values of some sections' fields."""
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    )
 
 
 def _sized(config: RunConfig, job: TrainingJob, warnings: list[str]) -> tuple[dict[str, int], dict[str, Any]]:
@@ -240,120 +336,20 @@ def _sized(config: RunConfig, job: TrainingJob, warnings: list[str]) -> tuple[di
     stage, used = memory.worst(job, config.hardware.kind)
     size = {name: round(value) for name, value in memory.summary(used).items() if round(value)}
     where = f" on stage {stage}" if job.layout.pp > 1 else ""
-    _warn_memory(config, size, used, where, warnings)
+    needed, most, have = used.needed / GIB, used.at_most / GIB, config.hardware.memory_gib
+    if have is not None and needed > have:
+        largest = max(size, key=lambda name: size[name])
+        warnings.append(
+            f"estimated {needed:.1f} GiB per rank{where}, {config.hardware.name} has {have:g}: {largest} takes "
+            f"{size[largest] / GIB:.1f} GiB; raise parallel.ep, dp, tp or zero, set train.recompute=full, or lower "
+            "train.micro_batch; parallel=auto searches"
+        )
+    elif have is not None and most > have:
+        warnings.append(
+            f"it may not fit: {needed:.1f} GiB per rank{where} are expected and up to {most:.1f} possible, "
+            f"{config.hardware.name} has {have:g}; lower train.micro_batch to be sure"
+        )
     made = auto.predicted(job, config.hardware)
     if isinstance(made, Figure):
         return size, {"seconds": made.value, "low": made.low, "high": made.high}
     return size, {"unknown": made}
-
-
-def _data_parallel(config: RunConfig, capacity: Capacity | None, choices: list[AutoValue]) -> int:
-    parallel = config.parallel
-    if parallel.dp is not None:
-        return parallel.dp
-    ep, experts = parallel.size("ep"), parallel.size("ep") * parallel.size("etp")
-    inner = parallel.size("cp") * parallel.size("tp")
-    unit = experts // math.gcd(experts, inner)  # the least dp with dp * cp * tp a multiple of ep * etp
-    others = parallel.size("pp") * inner
-    if capacity is None and config.workload == "collectives" and unit * others == 1:
-        choices.append(AutoValue("parallel.dp", "2", "the least that has somebody to measure with"))
-        return 2
-    if capacity is None:
-        choices.append(AutoValue("parallel.dp", str(unit), f"smallest dp compatible with parallel.ep={ep}"))
-        return unit
-    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
-    within = sorted((min(have, each or have) for have in capacity.slots), reverse=True)[:nodes]
-    dp = max(unit, sum(within) // others // unit * unit)
-    while dp > unit and ((nodes and dp * others % nodes) or (each and dp * others % each)):
-        dp -= unit
-    while dp > unit and not _divides(config, dp):
-        dp -= unit
-    if dp == unit:
-        reason = f"smallest dp compatible with parallel.ep={ep}"
-    else:
-        reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
-    choices.append(AutoValue("parallel.dp", str(dp), reason))
-    return dp
-
-
-def _divides(config: RunConfig, dp: int) -> bool:
-    """Whether all batches divide over so many replicas, and give their pipelines what they need."""
-    train = config.train
-    laid = config.model_copy(update={"parallel": config.parallel.model_copy(update={"dp": dp})})
-    whole = all(
-        (batch or 0) % (train.micro_batch * dp) == 0 for batch in (train.global_batch, train.ramp_batch)
-    )
-    return whole and runnable.unfilled(laid) is None
-
-
-def _spread(
-    config: RunConfig,
-    layout: Layout,
-    capacity: Capacity | None,
-    choices: list[AutoValue],
-    warnings: list[str],
-) -> tuple[int, int]:
-    """Nodes, and ranks on each."""
-    ranks = layout.ranks
-    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
-    if nodes and each and nodes * each != ranks:
-        raise UserError(
-            f"cluster.nodes={nodes} x cluster.slots_per_node={each} are {nodes * each} slots, but the layout has "
-            f"{ranks} ranks; leave one of the two out"
-        )
-    if (nodes and ranks % nodes) or (each and ranks % each):
-        name, value = ("nodes", nodes) if nodes and ranks % nodes else ("slots_per_node", each)
-        raise UserError(
-            f"cluster.{name}={value} does not divide the layout's {ranks} ranks; choose a divisor"
-        )
-    if capacity is None:
-        width = config.hardware.devices_per_node or ranks
-        slots = (min(width, ranks),) * -(-ranks // min(width, ranks))
-    else:
-        slots = capacity.slots
-        if ranks > capacity.total:
-            raise UserError(
-                f"the layout needs {ranks} slots, and the cluster has {capacity.total} ({capacity}); lower "
-                f"parallel.dp, or start more: python -m orchestrator down, then up --slots {ranks}"
-            )
-    fitting = [
-        pair
-        for pair in spreads(ranks, slots)
-        if (not nodes or pair[0] == nodes) and (not each or pair[1] == each)
-    ]
-    if (nodes or each) and not fitting:
-        setting = f"cluster.nodes={nodes}" if nodes else f"cluster.slots_per_node={each}"
-        raise UserError(
-            f"{setting} does not fit the cluster ({Capacity(slots)}) with {ranks} ranks; leave it out"
-        )
-    inside = [pair for pair in fitting if pair[1] % layout.inner == 0]
-    if not inside and layout.inner > 1 and ranks > max(slots):
-        warnings.append(
-            f"groups of {layout.inner} neighbouring ranks (ep*etp, tp) cross nodes: their traffic takes the network"
-        )
-    best = (inside or fitting or [(len(slots), max(slots))])[0]
-    if not nodes and not each:
-        spread = f"{best[1]} ranks on each" if best[0] > 1 else f"one node holds all {ranks} ranks"
-        choices.append(AutoValue("cluster.nodes", str(best[0]), f"as few as hold the gang: {spread}"))
-    return best
-
-
-def _warn_memory(
-    config: RunConfig, size: dict[str, int], used: memory.MemoryUsage, where: str, warnings: list[str]
-) -> None:
-    have = config.hardware.memory_gib
-    if have is None:
-        return
-    needed, most = used.needed / GIB, used.at_most / GIB
-    device = f"{config.hardware.name} has {have:g}"
-    if needed > have:
-        largest = max(size, key=lambda name: size[name])
-        warnings.append(
-            f"estimated {needed:.1f} GiB per rank{where}, {device}: {largest} takes {size[largest] / GIB:.1f} GiB; raise "
-            "parallel.ep, dp, tp or zero, set train.recompute=full, or lower train.micro_batch; parallel=auto searches"
-        )
-    elif most > have:
-        warnings.append(
-            f"it may not fit: {needed:.1f} GiB per rank{where} are expected and up to {most:.1f} possible, {device}; "
-            "lower train.micro_batch to be sure"
-        )

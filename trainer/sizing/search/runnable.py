@@ -1,8 +1,7 @@
 """What the trainer runs: the rules that a layout, an engine and a kind of model keep, each refused in one line.
 
-The sizes that keep the rules are functions of plain numbers. The layout search takes its sizes from them, and a refusal
-the nearest one to type, so neither says what the other doesn't. What the schema refuses by itself (experts over ep,
-expert groups over a stage's ranks, the batch over dp) isn't said again. Pure.
+The sizes that keep the rules are functions of plain numbers: the layout search takes its sizes from them, and a refusal the
+nearest one to type. What the schema refuses (experts over ep, expert groups over a stage, the batch over dp) isn't here.
 """
 
 from __future__ import annotations
@@ -32,16 +31,23 @@ def chunks_of(parallel: ParallelConfig) -> int:
     return {"1f1b": 1, "interleaved": parallel.chunks, "zbv": 2}[parallel.schedule]
 
 
+def filling(pp: int) -> int:
+    """Micro-batches of a pipeline where the global batch is open."""
+    return FILLING * pp if pp > 1 else 1
+
+
+def least_dp(parallel: ParallelConfig) -> int:
+    """The least dp whose dp * cp * tp ranks are whole expert groups of ep * etp."""
+    groups = (parallel.ep or 1) * (parallel.etp or 1)
+    return groups // math.gcd(groups, (parallel.cp or 1) * (parallel.tp or 1))
+
+
 def split_by_tp(model: ModelConfig) -> dict[str, int]:
     """What tensor parallelism splits, by its field."""
-    sizes = {"model.heads": model.heads}
-    if model.attention != "mla":
-        sizes["model.kv_heads"] = model.kv_heads
-    if len(model.moe_layers) < model.layers:
-        sizes["model.dense_width"] = model.dense_width
-    if model.shared_width:
-        sizes["model.shared_width"] = model.shared_width
-    return sizes | {"model.vocab": model.vocab}
+    sizes = {"heads": model.heads, "kv_heads": 0 if model.attention == "mla" else model.kv_heads}
+    sizes |= {"dense_width": model.dense_width if len(model.moe_layers) < model.layers else 0}
+    sizes |= {"shared_width": model.shared_width, "vocab": model.vocab}
+    return {f"model.{field}": size for field, size in sizes.items() if size}
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
@@ -62,24 +68,22 @@ def context_sizes(model: ModelConfig, sequence: int, context: str, tp: int) -> l
     return [cp for cp in sizes if cp == 1 or sequence % (2 * cp) == 0]
 
 
-def micro_batches(config: RunConfig, samples: int | None) -> int | None:
-    """Micro-batches that each pipeline gets of so many samples; None where that is open, or the schema refuses it."""
-    dp = config.parallel.dp
-    if samples is None or dp is None:
-        return None
-    count, rest = divmod(samples, config.train.micro_batch * dp)
-    return None if rest else count
-
-
-def schedulable(parallel: ParallelConfig, count: int) -> bool:
+def schedulable(schedule: str, pp: int, count: int) -> bool:
     """Whether a pipeline can be run with `count` micro-batches: one for each stage, or whole rounds where interleaved.
 
     That is what the schedules of `torch.distributed.pipelining` ask for; `zbv` fills up what is missing.
     """
-    pp = parallel.size("pp")
-    if pp == 1 or parallel.schedule == "zbv":
+    if pp == 1 or schedule == "zbv":
         return True
-    return count > 0 and count % pp == 0 if parallel.schedule == "interleaved" else count >= pp
+    return count >= pp and (schedule == "1f1b" or count % pp == 0)
+
+
+def micro_batches(config: RunConfig, samples: int | None) -> int | None:
+    """Micro-batches that each pipeline gets of so many samples; None where that is open, or the schema refuses it."""
+    if samples is None or config.parallel.dp is None:
+        return None
+    count, rest = divmod(samples, config.train.micro_batch * config.parallel.dp)
+    return None if rest else count
 
 
 # ---- refusals ----
@@ -90,13 +94,11 @@ def _deepspeed(config: RunConfig) -> str | None:
         return None
     parallel, optim = config.parallel, config.optim
     limits: list[tuple[str, object, tuple[object, ...], str]] = [
-        (f"parallel.{axis}", parallel.size(axis), (1,), "runs dp and ep alone") for axis in ("pp", "cp", "tp", "etp")
-    ]  # fmt: skip
-    limits += [
+        *((f"parallel.{axis}", parallel.size(axis), (1,), "runs dp and ep alone") for axis in ("pp", "cp", "tp", "etp")),
         ("parallel.zero", parallel.zero, (1, 2), "refuses expert layers under it"),
         ("optim.kind", optim.kind, ("adamw",), "has adamw"),
         ("optim.moments", optim.moments, ("fp32",), "keeps them in fp32"),
-    ]
+    ]  # fmt: skip
     for field, value, runs, why in limits:
         if value not in runs:
             mend = f"set train.engine=native, or {field}={runs[-1]}"
@@ -109,60 +111,49 @@ def _tensor(config: RunConfig) -> str | None:
     for field, size in split_by_tp(model).items():
         if size % tp:
             why = ", and cca convolves whole key heads" if model.attention == "cca" and "kv" in field else ""
-            return (
-                f"parallel.tp={tp} does not divide {field}={size}, which it splits{why}; "
-                f"set parallel.tp={nearest(tp, tensor_sizes(model))}"
-            )
+            mend = f"set parallel.tp={nearest(tp, tensor_sizes(model))}"
+            return f"parallel.tp={tp} does not divide {field}={size}, which it splits{why}; {mend}"
     return None
 
 
 def _expert(config: RunConfig) -> str | None:
-    model, parallel = config.model, config.parallel
-    etp = parallel.size("etp")
-    if model.expert_width % etp == 0:
+    width, parallel, etp = config.model.expert_width, config.parallel, config.parallel.size("etp")
+    if width % etp == 0:
         return None
-    legal = divisors(model.expert_width)
+    legal = divisors(width)
     if None not in (parallel.dp, parallel.cp, parallel.tp):
         stage = parallel.size("dp") * parallel.size("cp") * parallel.size("tp")
         legal = [size for size in legal if stage % (parallel.size("ep") * size) == 0] or [1]
-    return (
-        f"parallel.etp={etp} does not divide model.expert_width={model.expert_width}, which it splits; "
-        f"set parallel.etp={nearest(etp, legal)}"
-    )
+    mend = f"set parallel.etp={nearest(etp, legal)}"
+    return f"parallel.etp={etp} does not divide model.expert_width={width}, which it splits; {mend}"
 
 
 def _context(config: RunConfig) -> str | None:
     model, parallel, sequence = config.model, config.parallel, config.data.sequence
-    cp, tp = parallel.size("cp"), parallel.size("tp")
+    cp, tp, ulysses = parallel.size("cp"), parallel.size("tp"), parallel.context == "ulysses"
     legal = context_sizes(model, sequence, parallel.context, tp)
     if cp in legal:
         return None
-    unit = cp * tp * (2 if parallel.context == "gather" and cp > 1 else 1)
-    longer = -(-sequence // unit) * unit
-    if parallel.context == "ulysses" and heads_of(model) % (tp * cp):
-        field = "heads" if model.attention == "mla" or model.heads % (tp * cp) else "kv_heads"
-        size = model.heads if field == "heads" else model.kv_heads
-        start = f"parallel.cp={cp} with parallel.context=ulysses gives each rank 1/{tp * cp} of model.{field}={size}"
-        mend = (
-            f"set parallel.cp={nearest(cp, legal)}"
-            if legal and nearest(cp, legal) > 1
-            else "set parallel.context=gather"
+    near, ranks, halves = (nearest(cp, legal) if legal else None), tp * cp, 2 if cp > 1 and not ulysses else 1
+    if ulysses and heads_of(model) % ranks:
+        field = "heads" if model.attention == "mla" or model.heads % ranks else "kv_heads"
+        mend = f"parallel.cp={near}" if near and near > 1 else "parallel.context=gather"
+        return (
+            f"parallel.cp={cp} with parallel.context=ulysses gives each rank 1/{ranks} of model.{field}="
+            f"{getattr(model, field)}, which tp*cp={ranks} does not divide; set {mend}"
         )
-        return f"{start}, which tp*cp={tp * cp} does not divide; {mend}"
-    if sequence % cp or (parallel.context == "gather" and cp > 1 and sequence % (2 * cp)):
-        pieces = f"2*{cp} equal pieces" if parallel.context == "gather" else f"{cp} equal pieces"
+    if sequence % (cp * halves):
+        pieces = f"{'' if ulysses else '2*'}{cp} equal pieces"
         start = f"parallel.cp={cp} cuts samples into {pieces}, and data.sequence={sequence} is not a multiple of that"
     else:
         start = f"parallel.tp={tp} splits the data.sequence/cp={sequence // cp} tokens of a rank and does not divide them"
-    return f"{start}; set data.sequence={longer}" + (
-        f", or parallel.cp={nearest(cp, legal)}" if legal else ""
-    )
+    longer = -(-sequence // (ranks * halves)) * ranks * halves
+    return f"{start}; set data.sequence={longer}" + (f", or parallel.cp={near}" if near else "")
 
 
 def _schedule(config: RunConfig) -> str | None:
-    parallel = config.parallel
-    schedule, chunks = parallel.schedule, parallel.chunks
-    if schedule != "1f1b" and parallel.pp == 1:
+    schedule, chunks = config.parallel.schedule, config.parallel.chunks
+    if schedule != "1f1b" and config.parallel.pp == 1:
         return (
             f"parallel.schedule={schedule} with parallel.pp=1, which is not a pipeline; "
             "set parallel.pp=2 or more, or parallel.schedule=1f1b"
@@ -180,49 +171,48 @@ def _stages(config: RunConfig) -> str | None:
     pp, chunks = parallel.size("pp"), chunks_of(parallel)
     if pp * chunks <= layers:
         return None
-    setting = f"parallel.pp={pp}" + (f" times {chunks} chunks" if chunks > 1 else "")
-    start = f"{setting} needs {pp * chunks} layers or more, model.layers={layers}"
+    mend = f"parallel.pp={layers}"
     if parallel.schedule == "interleaved" and layers // pp > 1:
-        return f"{start}; set parallel.chunks={layers // pp}"
-    if layers // chunks > 1:
-        return f"{start}; set parallel.pp={layers // chunks}"
-    if chunks > 1:
-        return f"{start}; set parallel.schedule=1f1b"
-    return f"{start}; set parallel.pp={layers}"
+        mend = f"parallel.chunks={layers // pp}"
+    elif chunks > 1:
+        mend = f"parallel.pp={layers // chunks}" if layers // chunks > 1 else "parallel.schedule=1f1b"
+    setting = f"parallel.pp={pp}" + (f" times {chunks} chunks" if chunks > 1 else "")
+    return f"{setting} needs {pp * chunks} layers or more, model.layers={layers}; set {mend}"
 
 
 def unfilled(config: RunConfig) -> str | None:
     """Why a batch doesn't give pipelines the micro-batches that they need; None where all do, or dp is open."""
     parallel, train = config.parallel, config.train
-    pp, dp = parallel.size("pp"), parallel.dp
-    if dp is None:
-        return None
-    unit = train.micro_batch * dp
+    pp, unit = parallel.size("pp"), train.micro_batch * (parallel.dp or 1)
     checked = -(-train.evaluate_samples // unit) * unit if train.evaluate_every else None
-    for field, samples in (
-        ("global_batch", train.global_batch), ("ramp_batch", train.ramp_batch), ("evaluate_samples", checked),
-    ):  # fmt: skip
+    batches = {
+        "global_batch": train.global_batch,
+        "ramp_batch": train.ramp_batch,
+        "evaluate_samples": checked,
+    }
+    for field, samples in batches.items():
         count = micro_batches(config, samples)
-        rounds = parallel.schedule == "interleaved"
-        if count is not None and not schedulable(parallel, count):
-            least = nearest(count, [pp * n for n in range(1, count // pp + 2)]) if rounds else pp
-            takes = f"takes multiples of parallel.pp={pp}" if rounds else f"takes parallel.pp={pp} or more"
-            return (
-                f"train.{field}={getattr(train, field)} gives each pipeline {count} of train.micro_batch="
-                f"{train.micro_batch} samples, and parallel.schedule={parallel.schedule} {takes}; "
-                f"set train.{field}={least * unit}"
+        if count is None or schedulable(parallel.schedule, pp, count):
+            continue
+        takes, least = f"parallel.pp={pp} or more", pp
+        if parallel.schedule == "interleaved":
+            takes, least = (
+                f"multiples of parallel.pp={pp}",
+                nearest(count, [pp * n for n in range(1, count // pp + 2)]),
             )
+        return (
+            f"train.{field}={getattr(train, field)} gives each pipeline {count} of train.micro_batch={train.micro_batch} "
+            f"samples, and parallel.schedule={parallel.schedule} takes {takes}; set train.{field}={least * unit}"
+        )
     return None
 
 
 def _predicted(config: RunConfig) -> str | None:
     depth, sequence = config.model.mtp_layers, config.data.sequence
-    if depth < sequence:
-        return None
-    return (
-        f"model.mtp_layers={depth} predicts further than data.sequence={sequence} reaches; "
-        f"set model.mtp_layers={sequence - 1} or less"
-    )
+    mend = f"set model.mtp_layers={sequence - 1} or less"
+    if depth >= sequence:
+        return f"model.mtp_layers={depth} predicts further than data.sequence={sequence} reaches; {mend}"
+    return None
 
 
 RULES: tuple[Callable[[RunConfig], str | None], ...] = (
@@ -237,11 +227,10 @@ def refusal(config: RunConfig) -> str | None:
 
 def advice(config: RunConfig) -> str | None:
     """What runs but wastes much; None where nothing does."""
-    parallel = config.parallel
-    pp, count = parallel.size("pp"), micro_batches(config, config.train.global_batch)
-    if pp == 1 or parallel.dp is None or count is None or count >= 2 * pp:
+    pp, count = config.parallel.size("pp"), micro_batches(config, config.train.global_batch)
+    if pp == 1 or count is None or count >= 2 * pp:
         return None
-    more = FILLING * pp * config.train.micro_batch * parallel.dp
+    more = filling(pp) * config.train.micro_batch * config.parallel.size("dp")
     return (
         f"{count} micro-batches for parallel.pp={pp} stages leave each idle for much of a step; "
         f"set train.global_batch={more}, or a smaller train.micro_batch"

@@ -10,6 +10,7 @@ import pytest
 from configs.compose import compose
 from configs.errors import UserError
 from trainer.sizing.ask import questions
+from trainer.sizing.ask.fit import fit
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import TrainingJob
@@ -37,7 +38,7 @@ def task(ranks: int = 64) -> Task:
 
 def test_changes_that_fit_come_first_and_do_fit() -> None:
     h100 = compose(["hardware=h100"]).hardware
-    answer = questions.fit(mixtral(64), h100)
+    answer = fit(mixtral(64), h100)
     assert not answer.fits and answer.changes[0].fits
     assert [change.fits for change in answer.changes] == sorted(
         (c.fits for c in answer.changes), reverse=True
@@ -54,12 +55,12 @@ def test_changes_that_fit_come_first_and_do_fit() -> None:
 
 
 def test_a_job_that_fits_needs_no_change() -> None:
-    answer = questions.fit(mixtral(64, 1), compose(["hardware=mi355x"]).hardware)
+    answer = fit(mixtral(64, 1), compose(["hardware=mi355x"]).hardware)
     assert answer.fits and answer.changes == () and answer.text()[0].startswith("fits")
 
 
 def test_where_no_change_is_enough_the_ranks_are_told() -> None:
-    answer = questions.fit(mixtral(8), compose(["hardware=h100"]).hardware)
+    answer = fit(mixtral(8), compose(["hardware=h100"]).hardware)
     assert answer.other and answer.other.layout.ranks in (8, 16, 32, 64)
     assert memory.worst(answer.other, "cuda")[1].needed <= memory.capacity(
         compose(["hardware=h100"]).hardware
@@ -70,7 +71,7 @@ def test_where_no_change_is_enough_the_ranks_are_told() -> None:
 
 def test_without_a_size_nothing_can_be_said() -> None:
     with pytest.raises(UserError, match="hardware=cpu has no memory on record"):
-        questions.fit(mixtral(8), compose(["hardware=cpu"]).hardware)
+        fit(mixtral(8), compose(["hardware=cpu"]).hardware)
 
 
 def test_the_fewest_devices_in_time() -> None:
@@ -126,16 +127,16 @@ def test_selective_recomputation_is_among_the_changes() -> None:
     h100, made = compose(["hardware=h100"]).hardware, mixtral(64)
     selective = replace(made, recompute="selective")
     saves = memory.worst(made, "cuda")[1].needed - memory.worst(selective, "cuda")[1].needed
-    changes = {change.names: change for change in questions.fit(made, h100).changes}
+    changes = {change.names: change for change in fit(made, h100).changes}
     assert changes["train.recompute=selective",].saves == pytest.approx(saves) and saves > 0
     older = replace(made, software=replace(made.software, selective="attention"))
-    names = {name for change in questions.fit(older, h100).changes for name in change.names}
+    names = {name for change in fit(older, h100).changes for name in change.names}
     assert "train.recompute=selective" not in names
 
 
 def test_changes_are_what_is_typed() -> None:
     chunked = replace(mixtral(8), layout=Layout(2, 8, 1, 8, 1, 1), interleave=4)
-    changes = questions.fit(chunked, compose(["hardware=h100"]).hardware).changes
+    changes = fit(chunked, compose(["hardware=h100"]).hardware).changes
     typed = [name for change in changes for name in change.names]
     assert "parallel.schedule=1f1b" in typed and "parallel.chunks=1" in typed
     compose(["model=mixtral_8x7b", *typed])

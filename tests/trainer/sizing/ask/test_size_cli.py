@@ -11,7 +11,7 @@ import pytest
 
 from configs.errors import USER_ERROR_EXIT, UserError
 from trainer import cli
-from trainer.sizing.ask import asked, screen
+from trainer.sizing.ask import questions, screen
 from trainer.sizing.ask.answer import CATALOGUE, answer
 
 pytestmark = pytest.mark.unit
@@ -113,7 +113,7 @@ def test_the_planners_questions(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_numbers_of_tokens() -> None:
-    assert [asked.amount(text) for text in ("300B", "1.5T", "3e11", "5m")] == [3e11, 1.5e12, 3e11, 5e6]
+    assert [questions.amount(text) for text in ("300B", "1.5T", "3e11", "5m")] == [3e11, 1.5e12, 3e11, 5e6]
 
 
 def test_the_hardware_table_and_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +174,7 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_deadline_that_has_passed_is_refused() -> None:
     with pytest.raises(UserError, match="has passed"):
-        asked.in_time(answer(OLMOE), "2026-01-01", "1T", NOW)
+        questions.in_time(answer(OLMOE), "2026-01-01", "1T", NOW)
 
 
 def test_sizing_loads_nothing_heavy() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose, validated
-from tests.trainer.sizing.search.exhaustive import exhaustive
+from tests.trainer.sizing.search.exhaustive import exhaustive, set_ups
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import Software
@@ -50,7 +50,7 @@ def test_pruning_loses_nothing(
 
 def test_every_candidate_keeps_the_rules() -> None:
     made = task("deepseek_v3", 256, 1024)
-    jobs = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
+    jobs = [job for layout in legal.layouts(made) for job in set_ups(made, layout)]
     assert len(jobs) > 1000 and all(legal.is_legal(job) for job in jobs)
     assert all(job.layout.ranks == 256 for job in jobs)
     assert all(job.micro_batches % job.layout.pp == 0 for job in jobs if job.interleave > 1)
@@ -91,7 +91,7 @@ def test_whatever_is_searched_the_trainer_runs() -> None:
     for model, ranks in (("deepseek_v3", 64), ("zaya1_base", 16), ("qwen3_30b_a3b", 48)):
         made = task(model, ranks, 192, software=Software(context="ulysses"))
         config = compose([f"model={model}", "data.sequence=4096", "train.engine=native"])
-        jobs = [job for layout in legal.layouts(made) for job in legal.jobs(made, layout)]
+        jobs = [job for layout in legal.layouts(made) for job in set_ups(made, layout)]
         assert jobs
         for job in jobs[:: max(1, len(jobs) // 400)]:
             values = auto.settings(job)
@@ -108,11 +108,11 @@ def test_whatever_is_searched_the_trainer_runs() -> None:
 
 def test_schedules_and_stages_that_are_set_are_the_only_ones() -> None:
     v = task("qwen3_30b_a3b", 16, 64, schedules=("zbv",), zero=(3,), recompute=("full",))
-    jobs = [job for layout in legal.layouts(v) for job in legal.jobs(v, layout)]
+    jobs = [job for layout in legal.layouts(v) for job in set_ups(v, layout)]
     assert jobs and all(job.zero_bubble and job.interleave == 2 and job.layout.pp > 1 for job in jobs)
     assert {job.zero for job in jobs} <= {0, 3} and {job.recompute for job in jobs} == {"full"}
     uneven = task("olmoe_1b_7b", 12, 48, schedules=("interleaved",), chunks=4, fixed={"pp": 3})
-    jobs = [job for layout in legal.layouts(uneven) for job in legal.jobs(uneven, layout)]
+    jobs = [job for layout in legal.layouts(uneven) for job in set_ups(uneven, layout)]
     assert jobs and {job.interleave for job in jobs} == {4}, "16 layers over 12 stages"
 
 
@@ -151,7 +151,7 @@ def test_the_runner_up_is_told_by_its_larger_term() -> None:
     more = max(vars(best.parts), key=lambda name: getattr(other.parts, name) - getattr(best.parts, name))
     assert other.label in comparison and "slower" in comparison and PARTS[more][1] in comparison
     assert search.compare(best, best).endswith("as fast")
-    assert f"{result.legal} legal set-ups" in search.reason(result)
+    assert f"{result.legal} legal set-ups" in result.reason
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_every_layout_of_the_search_is_one_that_the_trainer_runs(words: list[str
     for ranks in (8, 12, 16, 24):
         made = auto.task(config, ranks, 8)
         for layout in legal.layouts(made):
-            for job in legal.jobs(made, layout):
+            for job in set_ups(made, layout):
                 settings = auto.settings(job)
                 tree = config.model_dump()
                 tree["parallel"] |= layout.to_json() | settings["parallel"]
