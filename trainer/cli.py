@@ -272,10 +272,11 @@ def _size(options: argparse.Namespace) -> int:
 
 def _answer(options: argparse.Namespace) -> int:
     from trainer.sizing.ask import screen
-    from trainer.sizing.ask.answer import answer, with_hardware
+    from trainer.sizing.ask.answer import answer
 
     names = _compared(options.compare)
-    calls = [with_hardware(options.overrides, name) for name in names] if names else [options.overrides]
+    rest = [word for word in options.overrides if word.partition("=")[0] != "hardware"]
+    calls = [[*rest, f"hardware={name}"] for name in names] or [options.overrides]
     answers = [answer(call, options.config, options.gpus, options.profile, options.suggest) for call in calls]
     more = _asked(options, answers[0])
     if options.json:

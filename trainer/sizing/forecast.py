@@ -26,25 +26,16 @@ from trainer.sizing.figures import Figure
 
 Array = NDArray[np.float64]
 
-BLOCKS = 50
-"""Means that the law is fitted to, at most."""
-FEWEST_STEPS, FEWEST_BLOCKS = 40, 12
-"""Steps after the warm-up, and blocks of them, that a forecast needs."""
+BLOCKS = 50  # means that the law is fitted to, at most
+FEWEST_STEPS, FEWEST_BLOCKS = 40, 12  # after the warm-up, that a forecast needs
 CONFIDENCE = 0.9
-END = 0.05
-"""Share of the run's last steps whose mean is the final loss."""
+END = 0.05  # share of the run's last steps whose mean is the final loss
 _EXPONENTS = np.linspace(0.05, 1.5, 30)
-_DRAWS, _FEW_DRAWS = 200, 40
-"""Of the bootstrap: for an interval, and for a standard deviation."""
-_ADJACENT = 3
-"""Blocks that the bootstrap draws together."""
-_HUBER = 1.5
-_ROUNDS = 5
-_ALARM = 3.5
-"""Standard deviations above the forecast that alarm, in two windows in a row."""
-_WINDOW = 1 / 40
-"""Of the whole run, that one look at the loss takes in."""
-_FEWEST_WINDOW = 10
+_DRAWS, _FEW_DRAWS = 200, 40  # of the bootstrap: for an interval, and for a standard deviation
+_ADJACENT = 3  # blocks that the bootstrap draws together
+_HUBER, _ROUNDS = 1.5, 5
+_ALARM = 3.5  # standard deviations above the forecast that alarm, in two windows in a row
+_WINDOW, _FEWEST_WINDOW = 1 / 40, 10  # of the whole run, and steps, that one look at the loss takes in
 
 
 @dataclass(frozen=True)
@@ -250,12 +241,7 @@ def watch(history: StepHistory, warmup: int, end: int) -> Alarm | None:
 
 
 def report(folder: Path, steps: int | None = None, warmup: int | None = None) -> list[str]:
-    """A run's forecast as lines for a terminal.
-
-    Args:
-        folder: the run's.
-        steps: last step; None: as the run's configuration says.
-        warmup: steps of warm-up; None: the same.
+    """A run's forecast as lines for a terminal; its last step and steps of warm-up as its configuration says where None.
 
     Raises:
         UserError: where the folder isn't a run's, or has too little in it.

@@ -73,22 +73,21 @@ def job_of(config: RunConfig, gpus: int | None = None) -> tuple[TrainingJob, tup
         chosen = auto.choose(config, (node,) * full + ((rest,) if rest else ()))
         why = [f"{c.field}={c.value}: {c.reason}" for c in chosen.choices]
         return chosen.job or auto.job_of(config, chosen.layout, node), (*why, *chosen.notes)
-    sizes = {axis: p.size(axis) for axis in ("pp", "cp", "ep", "etp", "tp")}
-    inner, groups = sizes["cp"] * sizes["tp"], sizes["ep"] * sizes["etp"]
-    others = sizes["pp"] * inner
+    pp, cp, ep, etp, tp = (p.size(axis) for axis in ("pp", "cp", "ep", "etp", "tp"))
+    others, groups = tp * pp * cp, ep * etp
     if gpus is not None and gpus % others:
         near = max(1, gpus // others) * others
         raise UserError(f"--gpus {gpus} is not a multiple of tp*pp*cp={others}; type --gpus {near}")
     dp = p.dp or (gpus // others if gpus else runnable.least_dp(p))
     if gpus is not None and dp * others != gpus:
         raise UserError(f"--gpus {gpus} is not dp*tp*pp*cp={dp * others}; leave out --gpus or parallel.dp")
-    if (dp * inner) % groups:
+    if (stage := dp * cp * tp) % groups:
         raise UserError(
-            f"parallel.ep*etp={groups} does not divide dp*cp*tp={dp * inner}; type another --gpus or parallel.ep"
+            f"parallel.ep*etp={groups} does not divide dp*cp*tp={stage}; type another --gpus or parallel.ep"
         )
     # With a pipeline, one micro-batch would leave all stages but one idle.
-    batch = train.global_batch or train.micro_batch * dp * runnable.filling(sizes["pp"])
-    return auto.job_of(config, Layout(dp=dp, **sizes), node, batch), ()
+    batch = train.global_batch or train.micro_batch * dp * runnable.filling(pp)
+    return auto.job_of(config, Layout(pp, dp, cp, ep, etp, tp), node, batch), ()
 
 
 @dataclass(frozen=True)
@@ -153,13 +152,12 @@ class SizingAnswer:
         how = f"flops.token x {price.tokens} tokens / tp"
         work = exact("flops.micro_batch", price.flops, "FLOP", how, (self.counts["flops_per_token"],))
         rate = _over("speed.rate", work, time, 1e-12, "TFLOP/s", "model FLOPs over the micro-batch's time")
-        field = f"peak_tflops.{self.job.precision}"
-        peak = self.prices.hardware.peak_tflops.get(self.job.precision)
-        if peak is None:
-            return {"time": time, "rate": rate}
-        how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
-        mfu = _over("speed.mfu", rate, self._recorded(field, peak, "TFLOP/s"), 100, "%", how)
-        return {"time": time, "rate": rate, "mfu": mfu}
+        figures = {"time": time, "rate": rate}
+        if peak := self.prices.hardware.peak_tflops.get(self.job.precision):
+            top = self._recorded(f"peak_tflops.{self.job.precision}", peak, "TFLOP/s")
+            how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
+            figures["mfu"] = _over("speed.mfu", rate, top, 100, "%", how)
+        return figures
 
     @cached_property
     def step(self) -> dict[str, Figure]:
@@ -167,10 +165,9 @@ class SizingAnswer:
         whole = None if self.step_unknown else step.step_time(self.job, self.prices.rates)
         if whole is None:
             return {}
+        figures = {"step": whole, "rate": step.tokens_per_second(self.job, whole)}
         mfu = step.mfu(self.job, self.prices.hardware, whole)
-        return {"step": whole, "rate": step.tokens_per_second(self.job, whole)} | (
-            {"mfu": mfu} if mfu else {}
-        )
+        return figures | {"mfu": mfu} if mfu else figures
 
     @cached_property
     def step_unknown(self) -> str:
@@ -234,13 +231,9 @@ def answer(
         UserError: for anything wrong or missing in it.
     """
     config, assumed = configured(overrides, file, gpus)
-    profile = (
-        None
-        if rates == CATALOGUE
-        else load(DeviceProfile, rates)
-        if rates
-        else known(DeviceProfile, config.hardware.name)
-    )
+    profile = None if rates else known(DeviceProfile, config.hardware.name)
+    if rates and rates != CATALOGUE:
+        profile = load(DeviceProfile, rates)
     job, why = job_of(config, gpus)
     return SizingAnswer(config, job, Prices(config.hardware, profile), assumed, why, wanted)
 
@@ -258,8 +251,3 @@ def _over(name: str, top: Figure, bottom: Figure, factor: float, unit: str, how:
     """A ratio, times a factor."""
     value, low, high = top.value / bottom.value, top.low / bottom.high, top.high / bottom.low
     return Figure(name, value * factor, unit, low * factor, high * factor, how, (top, bottom))
-
-
-def with_hardware(overrides: Sequence[str], name: str) -> list[str]:
-    """The same with another device."""
-    return [*(o for o in overrides if o.partition("=")[0] != "hardware"), f"hardware={name}"]

@@ -145,20 +145,11 @@ def _axis(axis: str, factor: int = 2) -> Step:
     return grow
 
 
-def _less(job: TrainingJob) -> dict[str, Any] | None:
-    """Less recomputation than all."""
-    return (
-        {"recompute": "selective"}
-        if job.recompute == "none" and legal.selective_saves(job.software)
-        else None
-    )
-
-
 _STEPS: tuple[Step, ...] = (
     lambda j: {"micro_batch": j.micro_batch // 2} if j.micro_batch % 2 == 0 else None,
     lambda j: {"micro_batch": 1} if j.micro_batch > 2 else None,
     lambda j: {"zero": j.zero + 1} if j.zero < (1 if j.layout.pp > 1 else 3) else None,
-    _less,
+    lambda j: {"recompute": "selective"} if j.recompute == "none" and legal.selective_saves(j.software) else None,
     lambda j: {"recompute": "full"} if j.recompute != "full" else None,
     lambda j: {"interleave": 1} if j.interleave > 1 else None,
     _axis("ep"), _axis("ep", 4), _axis("tp"), _axis("pp"), _axis("cp"),

@@ -15,6 +15,13 @@ from trainer.sizing.lint.rules import LintFinding, rules
 from trainer.sizing.memory.estimate import GIB
 
 WIDTH = 110
+_SCALES = {
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
+    "bytes": ((GIB, "GiB"),),
+    "1": ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1, "")),
+    "FLOP": ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")),
+}
+"""Units that are scaled, with what they are called then; the last is for what is smaller, too."""
 HINT = "`--explain NAME` shows where a number comes from, `--explain` all names."
 
 
@@ -42,22 +49,12 @@ def amount(figure: Figure) -> str:
 
 def in_unit(value: float, unit: str) -> str:
     """A value in its unit, with three or four digits."""
-    if unit == "s":
-        size, scale, name = abs(value), 1e-6, "us"
-        if size >= 1e-3:
-            scale, name = (1.0, "s") if size >= 1 else (1e-3, "ms")
-        return f"{value / scale:.4g} {name}"
-    if unit == "bytes":
-        return f"{value / GIB:.4g} GiB"
     if unit == "%":
         return f"{value:.1f} %"
-    if unit in ("1", "FLOP"):
-        word = unit.removeprefix("1")
-        for name, scale in (("P", 1e15), ("T", 1e12), ("B" if unit == "1" else "G", 1e9), ("M", 1e6)):
-            if abs(value) >= scale:
-                return f"{value / scale:.4g} {name}{word}"
-        return f"{value:,.6g} {word}".rstrip()
-    return f"{value:.4g} {unit}"
+    scales = _SCALES.get(unit, ((1.0, unit),))
+    scale, name = next((pair for pair in scales if abs(value) >= pair[0]), scales[-1])
+    digits = ",.6g" if name in ("", "FLOP") else ".4g"
+    return f"{value / scale:{digits}} {name}".rstrip()
 
 
 def interval(figure: Figure) -> str:

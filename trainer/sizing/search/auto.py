@@ -118,36 +118,29 @@ def job_of(config: RunConfig, layout: Layout, node: int, batch: int | None = Non
 
     `batch` is a step's samples; None: as configured, or one micro-batch for each replica.
     """
-    parallel, train, pipeline = config.parallel, config.train, layout.pp > 1
-    made = task(config, layout.ranks, node)
-    made = replace(
-        made,
-        schedules=(parallel.schedule if pipeline else "1f1b",),
-        global_batch=batch or train.global_batch or train.micro_batch * layout.dp,
-    )
+    parallel, train = config.parallel, config.train
+    batch = batch or train.global_batch or train.micro_batch * layout.dp
+    schedule, chunks = (parallel.schedule, runnable.chunks_of(parallel)) if layout.pp > 1 else ("1f1b", 1)
+    made = replace(task(config, layout.ranks, node), schedules=(schedule,), global_batch=batch)
     zero = parallel.zero if max(states.replicas(layout)) > 1 else 0
-    chunks = runnable.chunks_of(parallel) if pipeline else 1
     return legal.job(made, layout, train.micro_batch, chunks, zero, train.recompute)
 
 
-def within(config: RunConfig, slots: Sequence[int]) -> list[int]:
-    """Slots of each node that the run may take, the most first, within the nodes and slots on each that it asks for."""
-    each = config.cluster.slots_per_node
-    return sorted((min(have, each or have) for have in slots), reverse=True)[: config.cluster.nodes]
+def within(config: RunConfig, slots: Sequence[int]) -> tuple[int, int]:
+    """Slots that a run may take with the nodes and slots on each that it asks for, and what its ranks are a multiple of."""
+    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
+    taken = sorted((min(have, each or have) for have in slots), reverse=True)[:nodes]
+    return sum(taken), math.lcm(nodes or 1, each or 1)
 
 
 def most_ranks(config: RunConfig, slots: Sequence[int], fixed: Mapping[str, int]) -> Task | None:
-    """The task with the most ranks within `slots` that has a legal layout, open axes being as `fixed`; None without any.
-
-    A number of nodes, or of slots on each, that the run asks for is kept to.
-    """
-    nodes, each = config.cluster.nodes or 1, config.cluster.slots_per_node or 1
-    for ranks in range(sum(within(config, slots)), 0, -1):
-        if ranks % nodes == 0 == ranks % each:
-            made = task(config, ranks, max(slots))
-            made = replace(made, fixed={**fixed, **made.fixed})
-            if next(legal.layouts(made), None) is not None:
-                return made
+    """The task with the most ranks within `slots` that has a legal layout, open axes being as `fixed`; None without any."""
+    total, unit = within(config, slots)
+    for ranks in range(total // unit * unit, 0, -unit):
+        made = task(config, ranks, max(slots))
+        made = replace(made, fixed={**fixed, **made.fixed})
+        if next(legal.layouts(made), None) is not None:
+            return made
     return None
 
 
@@ -226,27 +219,27 @@ def settings(job: TrainingJob) -> dict[str, dict[str, Any]]:
 def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
     """Choices of ZeRO stage, schedule and recomputation, each with what the next milder one would do."""
     job, less = best.job, {"none": None, "selective": "none", "full": "selective"}[best.job.recompute]
+    one_chunk = ("schedule=1f1b", {"interleave": 1}) if job.interleave > 1 else None
     milder: dict[str, tuple[str, dict[str, Any]] | None] = {
         "zero": (f"zero={job.zero - 1}", {"zero": job.zero - 1}) if job.zero > 1 else None,
-        "schedule": ("schedule=1f1b", {"interleave": 1}) if job.interleave > 1 else None,
+        "schedule": one_chunk, "chunks": one_chunk,
         "recompute": (f"recompute={less}", {"recompute": less}) if less else None,
-    }
+    }  # fmt: skip
+    idle = {"schedule": job.layout.pp == 1, "chunks": job.interleave == 1}
     choices = []
     for section, values in settings(job).items():
         for field, value in values.items():
-            idle = (field == "schedule" and job.layout.pp == 1) or (field == "chunks" and job.interleave == 1)
-            if idle or field in getattr(config, section).model_fields_set:
-                continue
-            other = milder["schedule" if field == "chunks" else field]
-            why = _instead(config, best, *other) if other else "the mildest, and it fits"
-            choices.append(AutoValue(f"{section}.{field}", str(value), why))
+            if not idle.get(field) and field not in getattr(config, section).model_fields_set:
+                other = milder[field]
+                why = _instead(config.hardware, best, *other) if other else "the mildest, and it fits"
+                choices.append(AutoValue(f"{section}.{field}", str(value), why))
     return choices
 
 
-def _instead(config: RunConfig, best: Candidate, name: str, changes: Mapping[str, Any]) -> str:
+def _instead(hardware: HardwareConfig, best: Candidate, name: str, changes: Mapping[str, Any]) -> str:
     """What a milder setting would do: not fit, or take longer."""
-    hardware, other = config.hardware, replace(best.job, **changes)
-    used, have = memory.worst(other, hardware.kind)[1].needed, memory.capacity(hardware)
-    if have is not None and used > have:
-        return f"{name} needs {used / memory.GIB:.0f} GiB, {hardware.name} has {hardware.memory_gib:g}"
+    other = replace(best.job, **changes)
+    if memory.fits(other, hardware) is False:
+        needed = memory.worst(other, hardware.kind)[1].needed / memory.GIB
+        return f"{name} needs {needed:.0f} GiB, {hardware.name} has {hardware.memory_gib:g}"
     return f"{name} takes {time.parts(other, rates_of(hardware)).step / best.seconds - 1:.1%} more time"

@@ -1,15 +1,14 @@
 """Which layouts and batches are legal for a model on a number of ranks, and which of them are worth a thought.
 
-The rules are those of `trainer.sizing.search.runnable`, experts over ep, expert groups over a stage's ranks and the
-batch over its replicas. What only costs time is left to the forecast. Hopeless on any device and left out: tensor
-parallelism beyond a node, context parallelism that leaves a rank fewer than 2,048 tokens, micro-batches of more than 16
-samples.
+The rules are those of `runnable`, experts over ep, expert groups over a stage's ranks and the batch over its replicas. What
+only costs time is left to the forecast. Hopeless on any device and left out: tensor parallelism beyond a node, context
+parallelism that leaves a rank fewer than 2,048 tokens, micro-batches of more than 16 samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,9 +60,8 @@ class Task:
     @property
     def uneven(self) -> float:
         """Rows of the most loaded expert rank over the mean."""
-        if self.imbalance is not None:
-            return self.imbalance
-        return IMBALANCE if self.model.experts > 1 else 1.0
+        usual = IMBALANCE if self.model.experts > 1 else 1.0
+        return usual if self.imbalance is None else self.imbalance
 
 
 def enough_tokens(sequence: int, cp: int) -> bool:
@@ -74,25 +72,24 @@ def enough_tokens(sequence: int, cp: int) -> bool:
 def layouts(task: Task) -> Iterator[Layout]:
     """All legal layouts of the task's ranks, with what is set."""
     model, fixed, sequence = task.model, task.fixed, task.sequence
-    moe, dp_set = model.experts > 1, fixed.get("dp")
+    moe = model.experts > 1
     experts = divisors(model.experts) if moe else [1]
-    widths = divisors(model.expert_width)
 
-    def allowed(axis: str, runs: list[int], worth: Callable[[int], bool] = bool) -> list[int]:
+    def allowed(axis: str, runs: list[int], worth: list[int] | None = None) -> list[int]:
         """Of the sizes that the trainer runs the one that is set, or those that are worth a thought."""
-        if axis in fixed:
-            return [fixed[axis]] if fixed[axis] in runs else []
-        return [size for size in runs if worth(size)]
+        sizes = [fixed[axis]] if axis in fixed else runs if worth is None else worth
+        return [size for size in sizes if size in runs]
 
-    for tp in allowed("tp", runnable.tensor_sizes(model), lambda tp: tp <= task.node):
+    tensors = runnable.tensor_sizes(model)
+    for tp in allowed("tp", tensors, [tp for tp in tensors if tp <= task.node]):
         contexts = runnable.context_sizes(model, sequence, task.software.context, tp)
-        etps = allowed("etp", widths, ((1, tp) if moe else (1,)).__contains__)
-        for cp in allowed("cp", contexts, lambda cp: enough_tokens(sequence, cp)):
+        etps = allowed("etp", divisors(model.expert_width), [1, tp] if moe and tp > 1 else [1])
+        for cp in allowed("cp", contexts, [cp for cp in contexts if enough_tokens(sequence, cp)]):
             if task.ranks % (tp * cp):
                 continue
             for pp in allowed("pp", divisors(task.ranks // (tp * cp))):
                 dp = task.ranks // (tp * cp * pp)
-                if pp > model.layers or dp != (dp_set or dp):
+                if pp > model.layers or fixed.get("dp", dp) != dp:
                     continue
                 if not any(interleaves(task, pp, dp * size) for size in micro_batches(task, dp)):
                     continue
@@ -103,10 +100,10 @@ def layouts(task: Task) -> Iterator[Layout]:
 
 
 def micro_batches(task: Task, dp: int) -> list[int]:
-    """Samples of a forward pass that divide a replica's share of the batch; none where it has no whole one."""
-    share, rest = divmod(math.gcd(task.global_batch, task.ramp_batch or 0), dp)
+    """Samples of a forward pass in which `dp` replicas can go through the batch."""
+    batch = math.gcd(task.global_batch, task.ramp_batch or 0)
     sizes = MICRO_BATCHES if task.micro_batch is None else (task.micro_batch,)
-    return [size for size in sizes if rest == 0 == share % size]
+    return [size for size in sizes if batch % (dp * size) == 0]
 
 
 def interleaves(task: Task, pp: int, unit: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,31 +58,39 @@ class RunPlan:
     config: RunConfig
     """Without auto fields."""
     layout: dict[str, int]
-    ranks: int
     nodes: int
     slots_per_node: int
-    parameters: dict[str, int]
-    """By part, with `total` and `active`."""
     memory: dict[str, int]
     """Estimated bytes of the fullest rank, by component."""
     step_time: dict[str, Any]
     """Predicted seconds of a step: `seconds`, `low`, `high`; or `unknown`, with the reason."""
-    tokens_per_step: int
-    tokens: int
-    """Over all steps."""
-    flops_per_token: float
-    mfu_basis: str
+    choices: tuple[AutoValue, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
-    choices: tuple[AutoValue, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the gang."""
+        return Layout(**self.layout).ranks
 
     def to_json(self) -> dict[str, Any]:
         """As a plain tree, without the configuration, which is saved beside it."""
-        config, parallel, train = self.config, self.config.parallel, self.config.train
-        tree = {name: value for name, value in vars(self).items() if name not in ("config", "choices")}
-        return tree | {
-            "model": config.model.name, "hardware": config.hardware.name, "device": _device(config.hardware),
-            "cluster": config.cluster.name, "steps": train.steps, "choices": [asdict(choice) for choice in self.choices],
+        config, model, parallel, train = (
+            self.config,
+            self.config.model,
+            self.config.parallel,
+            self.config.train,
+        )
+        tokens = (train.global_batch or 0) * config.data.sequence if config.workload == "train" else 0
+        return {
+            "layout": self.layout, "ranks": self.ranks, "nodes": self.nodes, "slots_per_node": self.slots_per_node,
+            "parameters": parameters.count(model).to_json(), "memory": self.memory, "step_time": self.step_time,
+            "tokens_per_step": tokens, "tokens": tokens * train.steps,
+            "flops_per_token": flops.train_flops_per_token(model, config.data.sequence),
+            "mfu_basis": flops.basis(config.hardware, auto.precision_of(config)),
+            "warnings": self.warnings, "notes": self.notes, "model": model.name, "hardware": config.hardware.name,
+            "device": _device(config.hardware), "cluster": config.cluster.name, "steps": train.steps,
+            "choices": [asdict(choice) for choice in self.choices],
             "data": config.data.path or "source files of Python's standard library", "precision": train.precision,
             "engine": train.engine, "optimizer": config.optim.kind, "zero": parallel.zero, "schedule": parallel.schedule,
             "chunks": runnable.chunks_of(parallel), "context": parallel.context, "recompute": train.recompute,
@@ -126,19 +135,15 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     if strict and training and not config.parallel.open and (refusal := runnable.refusal(config)):
         raise UserError(refusal)
     draft = _Draft(config, capacity)
-    job = draft.close()
-    layout = Layout(
-        *(draft.data_parallel() if axis == "dp" else draft.config.parallel.size(axis) for axis in AXES)
-    )
+    job, dp = draft.close(), draft.data_parallel()
+    layout = Layout(**{axis: dp if axis == "dp" else draft.config.parallel.size(axis) for axis in AXES})
     nodes, each = draft.spread(layout)
     # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
     spread = {"nodes": nodes, "slots_per_node": each} if nodes * each == layout.ranks else {}
-    train, router = draft.train(layout.dp), draft.router()
-    resolved = draft.resolved(
-        {"parallel": {"dp": layout.dp}, "cluster": spread, "train": train, "model": router}
-    )
-    size: dict[str, int] = {}
-    step_time: dict[str, Any] = {}
+    filled = {"parallel": {"dp": dp}, "cluster": spread, "train": draft.train(dp), "model": draft.router()}
+    tree = draft.config.model_dump()
+    resolved = validated(tree | {section: tree[section] | values for section, values in filled.items()})
+    size, step_time = dict[str, int](), dict[str, Any]()
     if training:
         size, step_time = _sized(resolved, job or auto.job_of(resolved, layout, each), draft.warnings)
         if refusal := runnable.refusal(resolved):
@@ -149,12 +154,8 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
             draft.warnings.append(wasteful)
     elif layout.ranks < 2:
         raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
-    tokens = train["global_batch"] * config.data.sequence if training else 0
-    return RunPlan(
-        resolved, layout.to_json(), layout.ranks, nodes, each, parameters.count(config.model).to_json(), size, step_time,
-        tokens, tokens * config.train.steps, flops.train_flops_per_token(config.model, config.data.sequence),
-        flops.basis(config.hardware, train["precision"]), tuple(draft.warnings), tuple(draft.notes), tuple(draft.choices),
-    )  # fmt: skip
+    said = tuple(draft.choices), tuple(draft.warnings), tuple(draft.notes)
+    return RunPlan(resolved, layout.to_json(), nodes, each, size, step_time, *said)
 
 
 class _Draft:
@@ -216,16 +217,15 @@ class _Draft:
         others = parallel.size("pp") * parallel.size("cp") * parallel.size("tp")
         dp, reason = unit, f"smallest dp compatible with parallel.ep={parallel.size('ep')}"
         if capacity is not None:
-            nodes, each = config.cluster.nodes or 1, config.cluster.slots_per_node or 1
-            batches = (train.global_batch or 0, train.ramp_batch or 0)
+            total, whole = auto.within(config, capacity.slots)
+            batch = math.gcd(train.global_batch or 0, train.ramp_batch or 0)
 
             def divides(dp: int) -> bool:
                 """Whether all batches divide over so many replicas, and give their pipelines what they need."""
-                whole = all(batch % (train.micro_batch * dp) == 0 for batch in batches)
-                return whole and runnable.unfilled(_with(config, parallel={"dp": dp})) is None
+                filled = runnable.unfilled(_with(config, parallel={"dp": dp})) is None
+                return filled and batch % (train.micro_batch * dp) == 0
 
-            most = sum(auto.within(config, capacity.slots)) // others // unit * unit
-            even = (n for n in range(most, unit, -unit) if n * others % nodes == 0 == n * others % each)
+            even = (n for n in range(total // others // unit * unit, unit, -unit) if n * others % whole == 0)
             dp = next((n for n in range(next(even, unit), unit, -unit) if divides(n)), unit)
             if dp > unit:
                 reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
@@ -317,11 +317,6 @@ class _Draft:
         if self.training:
             self.choose("model.router.bias_update_rate", f"{rate:g}", reason)
         return {"router": router.model_dump() | {"bias_update_rate": rate}}
-
-    def resolved(self, sections: dict[str, dict[str, Any]]) -> RunConfig:
-        """The configuration with these values, validated again."""
-        tree = self.config.model_dump()
-        return validated(tree | {name: tree[name] | values for name, values in sections.items()})
 
 
 def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
