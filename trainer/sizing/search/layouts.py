@@ -125,22 +125,18 @@ class _Bounds:
 
     def all(self) -> tuple[list[tuple[float, Layout, Choice]], int, int]:
         """Set-ups that may fit, by their least seconds; how many are legal; how many don't fit."""
-        task, out = self.task, list[tuple[float, Layout, Choice]]()
-        count = 0
+        task, out, count = self.task, list[tuple[float, Layout, Choice]](), 0
         recomputes, folded = legal.recomputes(task), task.schedules == ("zbv",)
         for layout in legal.layouts(task):
             pp, zeros = layout.pp, legal.zeros(task, layout)
             first = schedule.stages(task.model, pp, task.software.balanced_stages, folded)[0]
-            least: dict[int, float] = {}
+            alone = {zero: legal.job(task, layout, 1, 1, zero, "none") for zero in zeros}
+            least = {zero: states.states(job, first).all for zero, job in alone.items()}
             for micro_batch in legal.micro_batches(task, layout.dp):
                 seconds, kept = self._layers(layout, micro_batch)
                 unit = layout.dp * micro_batch
                 steps = task.global_batch // unit
                 for interleave in legal.interleaves(task, pp, unit):
-                    least = least or {
-                        zero: states.states(legal.job(task, layout, 1, 1, zero, "none"), first).all
-                        for zero in zeros
-                    }
                     bubble = 0.0 if folded else seconds * (1 - 1 / pp) / interleave
                     bound = steps * seconds / pp + bubble
                     held = activations.at_once(pp, pp, 1 if folded else interleave, steps) * first.layers
