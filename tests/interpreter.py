@@ -24,7 +24,7 @@ def import_interpreted() -> bool:
                 # What is compiled itself isn't loaded twice.
                 if not name.startswith("triton._C"):
                     del sys.modules[name]
-            import triton.language  # noqa: F811
+            import triton.language  # noqa: F401, F811
     except ImportError:
         return False
     finally:
