@@ -114,7 +114,7 @@ def regions(job: TrainingJob, moe: bool) -> tuple[int, ...]:
 
 def context_bytes(job: TrainingJob) -> float:
     """Bytes of all keys and values that context-parallel ranks gather for a layer, on one tensor-parallel rank."""
-    return activations.width(job.precision) * job.tokens * job.layout.cp * activations.context_width(job)
+    return job.element * job.tokens * job.layout.cp * activations.context_width(job)
 
 
 def together(device: float, host: float, norm: float = TOGETHER) -> float:
@@ -128,7 +128,7 @@ class _Costs:
 
     def __init__(self, job: TrainingJob, rates: Rates) -> None:
         self.job, self.rates, self.where = job, rates, groups(job)
-        self.element = activations.width(job.precision)
+        self.element = job.element
         self.layers, self.head = self._known()
         self.message = self._message()
 

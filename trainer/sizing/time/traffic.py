@@ -100,7 +100,7 @@ def own(job: TrainingJob, backward: bool) -> ElementwiseTraffic | None:
 def moved_per_token(job: TrainingJob, backward: bool) -> tuple[float, float]:
     """Bytes per token of norms, residuals and positions, and of the activation function per unit of MLP width."""
     model, software, one = job.model, job.software, own(job, backward)
-    split = activations.sequence_split(job)
+    split = job.split
     query = model.heads * model.head_dim / job.layout.tp
     branches = 1 if model.parallel_block else 2
     if one:
@@ -143,7 +143,7 @@ def zaya(job: TrainingJob, moe: bool, backward: bool) -> tuple[float, int]:
     model, one, moved, launches = job.model, own(job, backward), 0.0, 0
     if one is None:
         return moved, launches
-    split = activations.sequence_split(job)
+    split = job.split
     if model.attention == "cca":
         moved += one.channel * (model.heads + model.kv_heads) * model.head_dim / job.layout.tp
         launches += one.launches[0]
