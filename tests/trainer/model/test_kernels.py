@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.model import ModelConfig
-from tests.interpreter import import_interpreted
+from tests.trainer.model.interpreter import import_interpreted
 from tests.trainer.model.small_models import micro, shape, tokens
 from trainer.kernels import choice
 from trainer.model.decoder import inputs
