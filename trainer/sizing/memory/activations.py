@@ -166,8 +166,5 @@ def head(job: TrainingJob) -> float:
 
 def logits(job: TrainingJob) -> float:
     """Bytes of logits and their copies at the fullest moment of the loss; split over tp."""
-    retention, tp = job.software.retention, job.layout.tp
-    each = 2 * job.element if job.software.fused_loss else retention.logit_bytes
-    if tp > 1 and retention.split_logit_bytes is not None:
-        each = retention.split_logit_bytes
-    return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / tp
+    each = 2 * job.element if job.software.fused_loss else job.software.retention.logit_bytes
+    return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / job.layout.tp

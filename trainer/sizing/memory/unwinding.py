@@ -105,8 +105,11 @@ def moments(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> It
     if stage.head:
         table = job.model.vocab * job.model.hidden / job.layout.tp
         beside = activations.logits(job)
-        if job.layout.tp == 1 and job.software.kernels:
-            beside += job.element * table + 3 * activations.boundary(job)
+        if job.software.kernels:
+            # What goes into the projection whole, scaled, and its gradient twice; on one rank the first is counted as kept.
+            beside += (
+                job.element * table + (3 if job.layout.tp == 1 else 4) * activations.boundary(job) * job.split
+            )
         yield moment("the loss", beside)
         done += plain.added * table
         left -= head

@@ -9,13 +9,12 @@ from configs.schema import EngineName, OptimConfig
 from trainer.sizing.model.job import FrameworkMemory, Software
 
 #: What `trainer.kernels` keep: of a norm the sum in bf16; of an expert its rows, gate and up, and their weighted product;
-#: of the loss the logits, which become their gradient; where the vocabulary is split, fp32 logits, what is left of them
-#: over the largest, its exponent and the softmax (`trainer.parallel.tensor`). Of ZAYA1's parts: of compressed attention the
-#: projections, the pairs of the second convolution and its result; of a scaled residual the layer's output (the norm keeps
-#: the other part); of the router's MLP three vectors.
+#: of the loss the logits, which become their gradient. Of ZAYA1's parts: of compressed attention the projections, the pairs
+#: of the second convolution and its result; of a scaled residual the layer's output (the norm keeps the other part); of
+#: the router's MLP three vectors.
 KERNELS: dict[str, Any] = {
     "norm_bytes": 2, "fused_activation": True, "fp32_router": False, "expert_outputs": False, "logit_bytes": 2,
-    "split_logit_bytes": 16, "convolved": (8, 2), "scaled": 1, "router_vectors": 3,
+    "convolved": (8, 2), "scaled": 1, "router_vectors": 3,
 }  # fmt: skip
 #: What ZAYA1's parts keep by torch's own operators, counted with `saved_tensors_hooks`: of compressed attention the inputs
 #: of both convolutions, the second one's twice, and fp32 inputs of the norms, of keys behind them too; of a scaled residual

@@ -26,8 +26,6 @@ class FrameworkMemory:
     """Expert outputs are kept until the gradient of the routing weights; false: weighted before the last matmul."""
     logit_bytes: int = 12
     """Bytes of a logit and its copies at the fullest moment of the loss."""
-    split_logit_bytes: int | None = None
-    """`logit_bytes` where the vocabulary is split over tp; None: the same."""
     late_gradients: int = 0
     """Bytes of a weight's gradient that the backward pass leaves until its end, beside the accumulated one."""
     replica_buckets: int = 0

@@ -148,7 +148,7 @@ def head(job: TrainingJob, rates: Rates) -> tuple[Pass, Pass]:
     passes, logits = (22.0, 14.0), one.m * one.n / bandwidth(rates)
     if job.software.fused_loss:
         passes = (6.0, 8.0)
-    if job.software.kernels and job.layout.tp == 1:  # by one kernel: read twice, written once
+    if job.software.kernels:  # read twice, written once
         passes, logits = (4.0, 2.0), one.m * one.n / rate
     accumulate = traffic.accumulated(job, one.n * one.k, False) / rate
     forward, backward = (_seconds(job, rates, one, back) for back in (False, True))
