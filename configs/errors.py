@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 #: Exit code of every command and rank that ends by a `UserError`; recovery never retries it.
 USER_ERROR_EXIT = 2
@@ -37,3 +38,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or an empty string where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def from_json(text: str | bytes | bytearray) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: where it isn't valid, or nested more deeply than Python reads, which `json` has another error for.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configs.errors import from_json
+
 _log = logging.getLogger("megaray.metrics")
 _LONGEST = 1 << 26
 """Bytes without an end of line that are still taken for one line."""
@@ -275,7 +277,7 @@ def parse_line(text: str | bytes) -> MetricLine:
     Raises:
         ValueError: where it isn't one.
     """
-    tree = json.loads(text)
+    tree = from_json(text)
     try:
         return _KINDS[tree.pop("kind")](**tree)
     except (KeyError, TypeError, AttributeError) as error:

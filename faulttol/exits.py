@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import TypeVar
 
+from configs.errors import from_json
 from faulttol import steady
 from faulttol.detect.snapshot import Raised
 
@@ -117,7 +118,7 @@ def _write(path: Path, error: str, blames: bool) -> None:
 def read(path: Path) -> Raised | None:
     """What a rank wrote; None where it wrote nothing."""
     try:
-        tree = json.loads(path.read_bytes())
+        tree = from_json(path.read_bytes())
         return Raised(steady.of(int(tree["time_ns"])), str(tree["error"]), bool(tree["blames_peer"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from configs.errors import from_json
 from faulttol.detect.snapshot import GroupSeen
 
 INTERVAL = 1.0
@@ -95,7 +96,7 @@ class SignWriter:
 def read(path: Path) -> LastSign | None:
     """What a rank reported last; None where it hasn't reported anything."""
     try:
-        tree = json.loads(path.read_bytes())
+        tree = from_json(path.read_bytes())
         groups = tuple(
             GroupSeen(name, range(*ranks[1:]) if ranks[0] == "range" else tuple(ranks[1:]), entered, left)
             for name, ranks, entered, left in tree["groups"]

@@ -112,8 +112,17 @@ def prints(tree: Sequence[Module]) -> Iterator[str]:
                 yield f"{module.at(node)}: print; return the text, log it, or make it an event"
 
 
+def json_by_hand(tree: Sequence[Module]) -> Iterator[str]:
+    """JSON read in another way than `configs.errors.from_json`: what is nested deeply would end the program."""
+    for module in tree:
+        for node in ast.walk(module.tree):
+            by_hand = isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load")
+            if by_hand and module.name != "configs.errors":
+                yield f"{module.at(node)}: {ast.unparse(node)}; use configs.errors.from_json"
+
+
 Rule = Callable[[Sequence[Module]], Iterator[str]]
-RULES: list[Rule] = [wrong_way, out_of_home, cycles, heavy_reach, prints]
+RULES: list[Rule] = [wrong_way, out_of_home, cycles, heavy_reach, prints, json_by_hand]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -144,8 +153,12 @@ BAD = {
         "configs/shapes.py": "",
     },
     "prints": {"orchestrator/decide/queue.py": "def f():\n    print('admitted')\n"},
+    "json_by_hand": {
+        "trainer/a.py": "import json\nx = json.loads('1')\nwith open('f') as file:\n    y = json.load(file)\n",
+        "configs/errors.py": "import json\nx = json.loads('1')\n",
+    },
 }
-FAULTS = {"wrong_way": 2, "out_of_home": 3, "cycles": 1, "heavy_reach": 1, "prints": 1}
+FAULTS = {"wrong_way": 2, "out_of_home": 3, "cycles": 1, "heavy_reach": 1, "prints": 1, "json_by_hand": 2}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

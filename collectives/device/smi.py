@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from configs.errors import from_json
+
 _NVIDIA = (
     "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu",
 )  # fmt: skip
@@ -75,6 +77,6 @@ def parse(tool: str, text: str) -> dict[str, Any]:
         values = [value.strip() for value in text.strip().split(",")]
         return dict(zip(_NVIDIA, values, strict=True)) if len(values) == len(_NVIDIA) else {}
     try:
-        return {"amd-smi": json.loads(text)}
+        return {"amd-smi": from_json(text)}
     except json.JSONDecodeError:
         return {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, BinaryIO
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import write_whole
 
 _CHUNK = 1 << 20
@@ -215,7 +215,7 @@ class ResultStore:
             UserError: where the file isn't what was written.
         """
         try:
-            tree = json.loads(self.metadata.read_text())
+            tree = from_json(self.metadata.read_text())
             ended = tree.pop("ended", None)
             return Metadata(**tree), ended
         except (ValueError, TypeError, AttributeError) as error:
@@ -251,7 +251,7 @@ class ResultStore:
 
     def end(self, ended: str) -> None:
         """Mark the measurement as whole."""
-        tree = json.loads(self.metadata.read_text())
+        tree = from_json(self.metadata.read_text())
         write_whole(self.metadata, json.dumps(tree | {"ended": ended}, indent=1))
 
     def keep(self, name: str, tree: Any) -> None:
@@ -261,7 +261,7 @@ class ResultStore:
     def kept(self, name: str) -> Any:
         """What `keep` wrote; None where it didn't."""
         path = self.folder / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return from_json(path.read_text()) if path.exists() else None
 
 
 def nccl_tests_json(metadata: Metadata, rows: Sequence[SweepRow], ended: str | None) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def row_at(path: Path, number: int, line: bytes) -> SweepRow:
         UserError: where it isn't what `ResultStore.append` wrote.
     """
     try:
-        return row_of(json.loads(line))
+        return row_of(from_json(line))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"line {number} of {path} is damaged ({type(error).__name__}: {error}); remove the line, and its case is "

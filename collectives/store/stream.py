@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collectives.store.results import ResultStore, SweepRow, nccl_tests_json, row_at, row_of, write_csv
+from configs.errors import from_json
 from configs.paths import write_whole
 
 Alive = Callable[[], None]
@@ -61,7 +62,7 @@ class RowIndex:
             for begin in self._begins.values() if begins is None else begins:
                 file.seek(begin)
                 self._alive()
-                yield row_of(json.loads(file.readline()))
+                yield row_of(from_json(file.readline()))
 
 
 def write(store: ResultStore, alive: Alive, ended: str | None = None) -> list[Path]:

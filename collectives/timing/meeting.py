@@ -16,6 +16,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from configs.errors import from_json
+
 SHARED = "TORCHELASTIC_USE_AGENT_STORE"
 """Set to `True` by torchrun where its own store is the ranks' too."""
 POLL = 0.02
@@ -47,7 +49,7 @@ def fresh(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.
         offer = common.get("offer").decode()
         if not common.check([f"{offer}/closed"]):
             common.set(f"{offer}/{rank}", mine)
-        elif mine in json.loads(common.get(f"{offer}/closed")):
+        elif mine in from_json(common.get(f"{offer}/closed")):
             return dist.PrefixStore(offer, common)
         time.sleep(POLL)
     raise dist.DistStoreError(f"no offer of rank 0 within {timeout.total_seconds():.0f} s")

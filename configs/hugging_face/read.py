@@ -6,14 +6,13 @@ refuses it.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, from_json, nearest
 from configs.hugging_face.families import ALIASES, ARCHITECTURES, DEFAULTS, READERS, common
 from configs.hugging_face.file import ConfigFile, LeftOut, Tree
 from configs.model import ModelConfig
@@ -49,7 +48,7 @@ def looks_like_one(tree: Tree) -> bool:
 def is_model_file(path: Path) -> bool:
     """Whether `path` is the `config.json` of a model; false too where it can't be read as JSON."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(tree, dict) and looks_like_one(tree)
@@ -72,7 +71,7 @@ def model_section(path: Path) -> Tree:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"model={path}: {error.strerror}; name a preset or a config.json") from None
     except ValueError as error:

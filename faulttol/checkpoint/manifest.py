@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from configs.errors import from_json
 from faulttol.checkpoint.boxes import Box
 
 FORMAT = 2
@@ -132,7 +133,7 @@ class ManifestHead:
         tree = {"format": FORMAT, **asdict(self)}
         for part in ("tensors", "files"):
             tree[part] = [list(block.values()) for block in tree[part]]
-        tree = json.loads(json.dumps(tree))  # keys are words from here on, as they will be read
+        tree = from_json(json.dumps(tree))  # keys are words from here on, as they will be read
         return json.dumps({"digest": digest(_canonical(tree)), **tree}, separators=(",", ":")).encode()
 
     @classmethod
@@ -143,7 +144,7 @@ class ManifestHead:
             Incomplete: where it is torn, changed or of a format that isn't known.
         """
         try:
-            tree = json.loads(text)
+            tree = from_json(text)
             if tree["format"] != FORMAT:
                 raise Incomplete(
                     f"its manifest is of format {tree['format']}, and this version reads {FORMAT}"
@@ -265,13 +266,13 @@ def tensors_of(text: bytes | bytearray | memoryview) -> dict[str, Tensor]:
     """What a block of the directory tells of tensors; its digest was compared."""
     return {
         name: Tensor(dtype, tuple(shape), tuple((first, last) for first, last in ranks))
-        for name, dtype, shape, ranks in json.loads(bytes(text))
+        for name, dtype, shape, ranks in from_json(bytes(text))
     }
 
 
 def files_of(text: bytes | bytearray | memoryview) -> list[ShardFile]:
     """What a block of the directory tells of files; its digest was compared."""
-    return [ShardFile(*row) for row in json.loads(bytes(text))]
+    return [ShardFile(*row) for row in from_json(bytes(text))]
 
 
 def _canonical(tree: dict[str, Any]) -> bytes:

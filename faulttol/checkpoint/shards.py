@@ -15,6 +15,7 @@ from itertools import accumulate
 
 import xxhash
 
+from configs.errors import from_json
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.manifest import FORMAT, Identity, Incomplete, Plain, ShardFile, digest
 from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece, check_dtype
@@ -97,7 +98,7 @@ class ShardIndex:
             Incomplete: where it isn't one.
         """
         try:
-            tree = json.loads(text)
+            tree = from_json(text)
             if tree.pop("format") != FORMAT:
                 raise Incomplete(f"its index isn't of format {FORMAT}")
             entries, offset = [], 0

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from configs.errors import from_json
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.manifest import Identity, Incomplete
 from faulttol.checkpoint.peers import Peers
@@ -138,7 +139,7 @@ def share(
                 problem = error
         rows = None if failed or problem else [_row(stretch) for stretch in own]
         answers = _told(peers, group, identity, zlib.compress(json.dumps(rows).encode(), 1))
-        lists = [json.loads(zlib.decompress(answer)) for answer in answers]
+        lists = [from_json(zlib.decompress(answer)) for answer in answers]
         if problem is not None:
             raise problem
         if any(rows is None for rows in lists):

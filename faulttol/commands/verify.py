@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
+from configs.errors import from_json
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.hashes import (
@@ -126,7 +126,7 @@ def _header(source: CheckpointSource, rank: int, pieces: list[Located]) -> Itera
     end = sum(piece.entry.bytes for piece in pieces)
     expected[INDEX] = ["U8", [file.index], [end, end + file.index]]
     try:
-        tree = json.loads(head[8:])
+        tree = from_json(head[8:])
         actual = {
             key: [row["dtype"], row["shape"], row["data_offsets"]]
             for key, row in tree.items()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.model import ModelConfig
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import CheckpointCommit
@@ -438,7 +438,7 @@ def _noted(path: Path) -> dict[str, Any]:
     if not (path / FACTS).is_file():
         return {}
     try:
-        tree = json.loads((path / FACTS).read_text())
+        tree = from_json((path / FACTS).read_text())
     except ValueError as error:
         raise UserError(f"{path / FACTS} is not a JSON: {error}; remove it to continue without") from None
     return tree if isinstance(tree, dict) else {}

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.model import ModelConfig
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.hashes import CheckpointSource
@@ -199,7 +199,7 @@ def import_hf(
     """
     where = f"{path.url.rstrip('/')}/config.json"
     try:
-        tree = json.loads(path.read("config.json"))
+        tree = from_json(path.read("config.json"))
         if not isinstance(tree, dict):
             raise ValueError("no object")
     except FileNotFoundError:

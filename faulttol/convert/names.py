@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from faulttol.checkpoint.boxes import Box
 from faulttol.convert.placed import Foreign, PlacedTensor
 
@@ -48,7 +48,7 @@ def load(path: Path) -> tuple[NameRule, ...]:
         UserError: where it isn't one, naming the rule.
     """
     try:
-        tree = json.loads(path.read_text())
+        tree = from_json(path.read_text())
         rules = tree["rules"]
         if not isinstance(rules, list):
             raise TypeError("rules is not a list")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.values import Bits, bits_of
@@ -66,7 +66,7 @@ class SafetensorsFolder:
 
     def _indexed(self) -> list[str]:
         try:
-            return sorted(set(json.loads(self._store.read(INDEX))["weight_map"].values()))
+            return sorted(set(from_json(self._store.read(INDEX))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self._path(INDEX)} is not an index of safetensors; copy it again") from None
 
@@ -75,7 +75,7 @@ class SafetensorsFolder:
             size = int.from_bytes(self._store.read_range(file, 0, 8), "little")
             if size > _LONGEST:
                 raise ValueError(f"a header of {size} bytes")
-            tree = json.loads(self._store.read_range(file, 8, 8 + size))
+            tree = from_json(self._store.read_range(file, 8, 8 + size))
             tree.pop("__metadata__", None)
             end = 8 + size
             for name, entry in tree.items():

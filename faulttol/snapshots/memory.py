@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import own_folder
 from faulttol.checkpoint.folder import CheckpointCommit, Folder, tag
 from faulttol.checkpoint.load import Tier
@@ -339,7 +339,7 @@ def _packed(tree: dict[str, object]) -> bytes:
 
 
 def _union(packed: bytes, secret: bytes, folder: Path, rank: int) -> Union:
-    tree = json.loads(zlib.decompress(packed))
+    tree = from_json(zlib.decompress(packed))
     own = tree["folders"].index(str(folder)) if str(folder) in tree["folders"] else None
     holders: list[StoreLike] = [
         CheckpointStore(str(folder)) if at == own else RemoteStore(address, secret, _ANSWER_SECONDS)

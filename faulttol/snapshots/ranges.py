@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.errors import from_json
 from faulttol.checkpoint.store import CheckpointStore, taken
 
 _NONCE = 32
@@ -266,7 +267,7 @@ class RemoteStore:
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; none where it isn't there."""
-        return [str(name) for name in json.loads(self._ask({"do": "names", "name": folder}))]
+        return [str(name) for name in from_json(self._ask({"do": "names", "name": folder}))]
 
     def remove(self, name: str) -> None:
         """Remove a file or folder; it may be gone already."""
@@ -435,7 +436,7 @@ def _take_head(link: socket.socket) -> dict[str, Any]:
     length = _LENGTH.unpack(_take(link, _LENGTH.size))[0]
     if length > _HEAD:
         raise ValueError(f"a head of {length} bytes")
-    tree = json.loads(_take(link, length))
+    tree = from_json(_take(link, length))
     if not isinstance(tree, dict):
         raise ValueError("a head that is not an object")
     return tree

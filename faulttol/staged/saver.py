@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import CheckpointCommit, folder_of, tag
 from faulttol.checkpoint.manifest import Identity, Incomplete, SaveSuperseded, ShardFile, Uncertain
@@ -429,7 +429,7 @@ class Saver:
         try:
             if not self._first:
                 self._control.set(f"{key}{rank}", json.dumps(receipt))
-                answer = json.loads(self._control.get(f"{key}end"))
+                answer = from_json(self._control.get(f"{key}end"))
             else:
                 answer = self._collect(job, tier, receipt)
                 self._control.set(f"{key}end", json.dumps(answer))
@@ -445,7 +445,7 @@ class Saver:
         try:
             receipts = [receipt]
             for rank in range(1, self._identity.world):
-                receipts.append(json.loads(self._control.get(f"{job.token}/{tier}/{rank}")))
+                receipts.append(from_json(self._control.get(f"{job.token}/{tier}/{rank}")))
                 self._control.delete_key(f"{job.token}/{tier}/{rank}")
             held = max(float(one["held"]) for one in receipts)
             return {"bytes": self._commit(job, tier, receipts), "held": held}

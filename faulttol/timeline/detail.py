@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import from_json
 from faulttol.timeline import rings, trace
 from faulttol.timeline.trace import RECORD, OngoingWait, TracedGroup
 
@@ -119,7 +120,7 @@ def read(path: Path) -> Iterator[Chunk]:
 
 def _unpack(body: bytes) -> Chunk:
     head, _, data = zlib.decompress(body).partition(b"\n")
-    tree = json.loads(head)
+    tree = from_json(head)
     tables, at = [], 0
     for kind, count in zip((rings.ROW, RECORD), tree["records"], strict=True):
         rows = np.zeros(count, kind)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import from_json
 from configs.paths import AttemptPaths
 from faulttol.timeline import codes
 from faulttol.timeline.steps import FIELDS
@@ -107,7 +108,7 @@ def shape_of(fd: int) -> StepFileShape | None:
     if not data.startswith(_MAGIC):
         return None
     try:
-        tree = json.loads(data[len(_MAGIC) :].partition(b"\0")[0])
+        tree = from_json(data[len(_MAGIC) :].partition(b"\0")[0])
         shape = StepFileShape(str(tree["node"]), tuple(int(rank) for rank in tree["ranks"]))
     except (ValueError, KeyError, TypeError):
         return None

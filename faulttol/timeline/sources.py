@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import from_json
 from configs.paths import AttemptPaths
 from configs.rank import RankFiles
 from faulttol import steady
@@ -97,7 +97,7 @@ def _evidence(attempt: AttemptPaths) -> Iterator[Activity]:
         return
     for path in sorted(attempt.evidence.rglob("*.ring.json")):
         try:
-            tree = json.loads(path.read_bytes())
+            tree = from_json(path.read_bytes())
             rows = np.zeros(len(tree), rings.ROW)
             for row, one in zip(rows, tree, strict=True):
                 row["sequence"], row["ns"], row["step"] = (

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import from_json
 from configs.paths import write_whole
 from configs.rank import RankFiles
 from faulttol.recorder import mapped
@@ -288,7 +289,7 @@ def write_groups(path: Path, groups: dict[int, TracedGroup]) -> None:
 def read_groups(path: Path) -> dict[int, TracedGroup]:
     """The groups of a rank; none where it hasn't reported any."""
     try:
-        return groups_of(json.loads(path.read_bytes()))
+        return groups_of(from_json(path.read_bytes()))
     except (OSError, ValueError):
         return {}
 

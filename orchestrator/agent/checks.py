@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -12,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from configs.errors import from_json
 from faulttol.preflight import host
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
 from faulttol.proc import answer
@@ -120,7 +120,7 @@ def full(peers: Sequence[str]) -> Preflight:
     except subprocess.TimeoutExpired:
         return _alone(CheckOutcome.BAD, f"didn't end in {_FULL_SECONDS:.0f} s")
     try:
-        return Preflight.from_json(json.loads(done.stdout))
+        return Preflight.from_json(from_json(done.stdout))
     except ValueError:
         if done.returncode < 0:
             return _alone(CheckOutcome.BAD, f"was ended by signal {-done.returncode}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -13,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from configs.errors import from_json
 from faulttol.proc import answer
 
 log = logging.getLogger("megaray.agent")
@@ -125,7 +125,7 @@ def _amd(chosen: list[str]) -> DeviceUsage:
     text = _run("rocm-smi", "--showmeminfo", "vram", "--json")
     if text is not None:
         try:
-            cards = json.loads(text)
+            cards = from_json(text)
             used = {
                 device: int(cards[f"card{device}"]["VRAM Total Used Memory (B)"])
                 for device in chosen

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import json
 import os
 import runpy
 import socket
@@ -21,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.errors import from_json
 from configs.rank import die_with_parent
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(program: Sequence[str]) -> None:
             os._exit(0)
         while part := line.recv(1 << 16):
             data += part
-    order = json.loads(data)
+    order = from_json(data)
     _yield(_NORMAL)
     _put(mark, order["env"].get("MEGARAY_MARK", ""))
     if not program:

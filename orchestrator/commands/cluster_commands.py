@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from dataclasses import asdict, replace
 
 from configs.compose import compose, dump
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import RunPaths
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
@@ -72,7 +71,7 @@ def forward(call: CommandCall) -> int:
 
 def _is_json(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict | list)
+        return isinstance(from_json(line), dict | list)
     except ValueError:
         return False
 

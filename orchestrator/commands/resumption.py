@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.compose import load
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import RunPaths
 from configs.schema import RunConfig
 from faulttol.checkpoint.folder import named
@@ -172,7 +171,7 @@ def _chosen(run: RunPaths) -> list[str]:
         for override in event.payload.overrides
     }
     try:
-        choices = json.loads(run.plan.read_text())["choices"]
+        choices = from_json(run.plan.read_text())["choices"]
     except (OSError, ValueError, KeyError):
         return []
     return [choice["field"] for choice in choices if choice["field"] not in typed]

@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import Any
 
 from configs.compose import dump
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
 from configs.section import NAME_CHARACTERS
@@ -188,7 +188,7 @@ def _packed(state: dict[str, Any]) -> str:
 
 
 def _unpacked(text: str) -> dict[str, Any]:
-    return dict(json.loads(zlib.decompress(base64.b64decode(text)))) if text else {}
+    return dict(from_json(zlib.decompress(base64.b64decode(text)))) if text else {}
 
 
 def _git(*arguments: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import HomePaths
 from orchestrator.record.log import Fenced
 
@@ -44,7 +44,7 @@ class Epoch:
     def by_another(self) -> bool:
         """Whether a controller other than this one's next process has followed it, as far as is known."""
         try:
-            newest = json.loads((self.folder / _name(numbers(self.folder)[-1])).read_text())
+            newest = from_json((self.folder / _name(numbers(self.folder)[-1])).read_text())
             return bool(newest["actor"] != self.actor)
         except (OSError, ValueError, KeyError, IndexError, TypeError):
             return False
@@ -112,7 +112,7 @@ def _refuse_living(
 ) -> None:
     path = folder / _name(newest)
     try:
-        holder: dict[str, Any] = json.loads(path.read_text())
+        holder: dict[str, Any] = from_json(path.read_text())
         beat = age(path)
     except (FileNotFoundError, ValueError):
         return  # nobody, or one that died while it began

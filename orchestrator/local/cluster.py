@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import HomePaths, write_whole
 from configs.timeouts import Timeouts
 from orchestrator import PROGRAM
@@ -74,7 +74,7 @@ def boot() -> str:
 def recorded(home: HomePaths) -> tuple[LocalCluster | None, str]:
     """The record, and why it can't be read; neither where there is none."""
     try:
-        tree = json.loads(home.cluster.read_text())
+        tree = from_json(home.cluster.read_text())
         return LocalCluster(**tree), ""
     except FileNotFoundError:
         return None, ""
@@ -151,7 +151,7 @@ def _kept(home: HomePaths, command: list[str], environment: dict[str, str]) -> L
     assert keeper.stdout is not None
     try:
         said = keeper.stdout.readline()
-        record = LocalCluster(**json.loads(said)) if said.strip() else None
+        record = LocalCluster(**from_json(said)) if said.strip() else None
     except BaseException:
         with uninterrupted():
             end(home, keeper.pid)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import USER_ERROR_EXIT
+from configs.errors import USER_ERROR_EXIT, from_json
 from configs.paths import HomePaths
 from orchestrator.decide import backoff
 from orchestrator.local.cluster import LocalCluster, write
@@ -107,7 +107,7 @@ class Keeper:
 
     def _beat(self) -> Any:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            view = json.loads(self._home.queue.read_text())
+            view = from_json(self._home.queue.read_text())
             return view.get("epoch"), view.get("controller_pid"), view.get("beat")
         return None
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from faulttol import proc
 
 _WAIT_SECONDS = 240.0
@@ -100,7 +100,7 @@ def _drop_stale(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(from_json(path.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
 

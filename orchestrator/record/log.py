@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from configs.errors import from_json
 from orchestrator.record import events
 from orchestrator.record.clock import Now
 from orchestrator.record.events import Event
@@ -89,7 +90,7 @@ def read_from(
             ran = float(record.get("clock", clock + max(0.0, at - time) if time else 0.0))
             trees = record["events"] if "events" in record else [_of_old(record)]
             payloads = [decode(tree) for tree in trees]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             shown = line[:_NAMED].decode(errors="replace").rstrip()
             damage.append(f"{path} at byte {offset - len(line)}: {error}: {shown}")
             continue
@@ -106,13 +107,13 @@ def _record(line: bytes) -> dict[str, Any]:
     """A record's tree.
 
     Raises:
-        ValueError, TypeError, AttributeError, RecursionError: where it isn't as it was written.
+        ValueError, TypeError, AttributeError: where it isn't as it was written.
     """
     tail = line[-_SEAL_BYTES:]
     sealed = tail.startswith(_SEAL) and tail.endswith(_SEALED)
     if sealed and tail[len(_SEAL) : -len(_SEALED)] != checksum(line[:-_SEAL_BYTES]).encode():
         raise ValueError("its checksum is wrong")
-    record: dict[str, Any] = json.loads(line.decode())
+    record: dict[str, Any] = from_json(line.decode())
     # A seal that is itself damaged doesn't make it a record of an earlier version.
     if not sealed and "events" in record and not record.keys() <= _UNSEALED:
         raise ValueError("its checksum can't be read")
@@ -238,7 +239,7 @@ class Log:
         data = os.pread(self._fd, max(0, size - self._end), self._end)
         for line in data.splitlines(keepends=True):
             try:
-                stale = int(json.loads(line)["epoch"]) < self._epoch
+                stale = int(from_json(line)["epoch"]) < self._epoch
             except (ValueError, KeyError, TypeError):
                 stale = not line.endswith(b"\n")  # its writer died, or is cut off here
             if not stale:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.metrics import MeasuredLine, MetricLine, SavedLine, StepLine, last_step, parse_line
 from configs.paths import HomePaths, RunPaths
 from faulttol.detect.overdue import failed
@@ -106,7 +105,7 @@ class Listing:
 def read_queue(home: HomePaths) -> dict[str, Any]:
     """The controller's published view; empty where there is none."""
     try:
-        return dict(json.loads(home.queue.read_text()))
+        return dict(from_json(home.queue.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -295,7 +294,7 @@ def _line(row: bytes) -> MetricLine | None:
 
 def _basis(run: RunPaths) -> str:
     try:
-        return str(json.loads(run.plan.read_text())["mfu_basis"])
+        return str(from_json(run.plan.read_text())["mfu_basis"])
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from configs.errors import from_json
 from configs.paths import RunPaths, write_whole
 from orchestrator.record.clock import Now
 from orchestrator.record.events import Event, Payload
@@ -136,7 +137,7 @@ def _published(run: RunPaths) -> RunLogReader | None:
         if sum_line != f"{checksum(text)}\n".encode():
             return None
         head, _, body = text.decode().partition("\n")
-        tree: dict[str, Any] = json.loads(head)
+        tree: dict[str, Any] = from_json(head)
         if tree["format"] != _FORMAT:
             return None
         cursor = Cursor(**tree["cursor"] | {"damage": tuple(tree["cursor"]["damage"])})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.errors import from_json
 from configs.paths import write_whole
 from faulttol.detect.snapshot import GroupSeen, RankSeen
 
@@ -112,7 +113,7 @@ class Looks:
 
 def _read(path: Path) -> list[Look]:
     try:
-        tree = json.loads(path.read_bytes())
+        tree = from_json(path.read_bytes())
         node, time = str(tree["node"]), float(tree["time"])
         return [
             Look(

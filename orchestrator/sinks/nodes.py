@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from configs.errors import from_json
+
 EVERY = 15.0
 """Seconds between two samples; of many nodes longer."""
 SERIES = 64
@@ -165,7 +167,7 @@ def read_from(path: Path, offset: int, limit: int = 1 << 20) -> tuple[list[tuple
 def _samples(lines: Iterable[bytes]) -> Iterable[tuple[float, Sample]]:
     for line in lines:
         try:
-            tree = json.loads(line)
+            tree = from_json(line)
             yield float(tree["time"]), {str(node): dict(values) for node, values in tree["nodes"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import from_json
 from configs.paths import HomePaths, RunPaths
 from orchestrator.sinks import lineage
 from orchestrator.sinks.rows import cell
@@ -97,7 +97,7 @@ class Tables:
     def _page(self, view: str) -> str:
         """Link to the dashboard, where one serves this home; without its token."""
         try:
-            served = json.loads(HomePaths(self._run.root.parent.parent).dashboard.read_bytes())
+            served = from_json(HomePaths(self._run.root.parent.parent).dashboard.read_bytes())
             parts = urlsplit(served["url"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""

@@ -34,6 +34,7 @@ import wandb
 import yaml
 
 from configs.compose import dump
+from configs.errors import from_json
 from configs.metrics import (
     EndedLine,
     EvaluatedLine,
@@ -108,7 +109,7 @@ class WandbSink:
         """W&B has finished, and nothing has come since."""
         self._next_try = float("-inf")
         self._ended_at: float | None = None
-        position = json.loads(self._cursor.read_text()) if self._cursor.exists() else {}
+        position = from_json(self._cursor.read_text()) if self._cursor.exists() else {}
         # A run that ended and was resumed has events past those that were logged.
         ended = bool(position.pop("done", False))
         self._done = ended and run.events.stat().st_size <= position.get("events", 0)
@@ -257,7 +258,7 @@ class WandbSink:
         facts: dict[str, Any] = yaml.safe_load(dump(self._config))
         for name, path in (("plan", self._run.plan), ("source", self._run.source)):
             try:
-                facts[name] = json.loads(path.read_bytes())
+                facts[name] = from_json(path.read_bytes())
             except FileNotFoundError:
                 continue
             except ValueError as error:

@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import HomePaths, default_home
 from orchestrator.commands import reach
 from orchestrator.commands.calls import CommandCall
@@ -40,7 +40,7 @@ def act(controller: Any, order: dict[str, str]) -> str:
 
 def main() -> int:
     """One order."""
-    order: dict[str, str] = json.loads(sys.stdin.readline())
+    order: dict[str, str] = from_json(sys.stdin.readline())
     options = argparse.Namespace(address=None, json=True)
     call = CommandCall(options, HomePaths(default_home()), ())
     try:

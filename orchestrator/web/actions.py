@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from orchestrator.web.live import Live
 from orchestrator.web.redact import Redactor
 
@@ -162,7 +162,7 @@ class Actions:
                 os.killpg(child.pid, 9)
             raise
         try:
-            reply = json.loads(out.splitlines()[-1])
+            reply = from_json(out.splitlines()[-1])
             return bool(reply["ok"]), self._redact.text(str(reply["said"]))
         except (ValueError, LookupError, TypeError):
             last = (err.decode(errors="replace").strip().splitlines() or [f"exit code {child.returncode}"])[
@@ -190,5 +190,5 @@ class Actions:
         rows = []
         for line in lines[-_SHOWN:]:
             with contextlib.suppress(ValueError, TypeError):
-                rows.append(dict(json.loads(line)))
+                rows.append(dict(from_json(line)))
         return rows[::-1]

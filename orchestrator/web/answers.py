@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import RunPaths
 from faulttol.timeline.heat import Heat, HeatRequest, heat
 from faulttol.timeline.reader import AttemptSteps
@@ -304,7 +303,7 @@ def _setting(config: Mapping[str, Any], *names: str) -> Any:
 
 def _tree(run: RunPaths) -> dict[str, Any]:
     try:
-        tree = json.loads(run.source.read_bytes())
+        tree = from_json(run.source.read_bytes())
         return tree if isinstance(tree, dict) else {}
     except (OSError, ValueError):
         return {}

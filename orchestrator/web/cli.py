@@ -19,7 +19,7 @@ from typing import Any
 
 from aiohttp import web
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import HomePaths
 from orchestrator import DASHBOARD_PORT
 from orchestrator.commands.calls import CommandCall
@@ -74,7 +74,7 @@ def running(home: HomePaths, port: int) -> dict[str, Any] | None:
     None where there is none, or where another port than its own and the usual one was typed.
     """
     try:
-        served = json.loads(home.dashboard.read_bytes())
+        served = from_json(home.dashboard.read_bytes())
         url, own = str(served["url"]), int(served["port"])
         base, _, token = url.partition("/?token=")
         request = urllib.request.Request(f"{base}/api/me", headers={"Authorization": f"Bearer {token}"})

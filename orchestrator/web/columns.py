@@ -8,7 +8,6 @@ stay, so that spikes are still seen.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import from_json
 from configs.metrics import (
     EndedLine,
     EvaluatedLine,
@@ -305,6 +305,6 @@ def loads(row: bytes) -> list[list[int]]:
     begin = row.find(_LOADS)
     after = row.find(_AFTER, begin) if begin > 0 else -1
     if after < 0:
-        return list(json.loads(row).get("expert_load", [])) if row else []
+        return list(from_json(row).get("expert_load", [])) if row else []
     text = row[begin + len(_LOADS) - 1 : after].rstrip(b", ")
-    return [list(map(int, layer)) for layer in json.loads(text)]
+    return [list(map(int, layer)) for layer in from_json(text)]

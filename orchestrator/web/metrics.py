@@ -6,7 +6,6 @@ phases, parts, causes and states, which are few. Nothing has a label per expert,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from configs.errors import from_json
 from configs.paths import RunPaths
 from orchestrator.record.states import State
 from orchestrator.web.columns import Columns, loads
@@ -304,7 +304,7 @@ def stalled_after(columns: Columns) -> float:
 def wandb_behind(run: RunPaths) -> int | None:
     """Bytes that the W&B sink hasn't logged; None where there is no sink."""
     try:
-        position = json.loads((run.wandb / "cursor.json").read_bytes())
+        position = from_json((run.wandb / "cursor.json").read_bytes())
     except (OSError, ValueError):
         return None
     behind = 0

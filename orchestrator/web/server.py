@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import HomePaths
 from orchestrator.web import metrics, security
 from orchestrator.web.actions import ACTIONS, Actions, Refused
@@ -320,7 +320,7 @@ class Handlers:
         if "Origin" not in request.headers and not bearer and self._shared.guard.tokens is not None:
             return fail(403, "an action needs an Origin, as browsers send it, or the token in Authorization")
         try:
-            tree = json.loads(await request.read())
+            tree = from_json(await request.read())
             order = {name: str(tree.get(name) or "") for name in ("action", "target", "reason", "confirm")}
         except (ValueError, AttributeError):
             return fail(400, "the body is not a JSON object")

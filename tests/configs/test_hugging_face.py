@@ -357,6 +357,7 @@ WRONG: list[tuple[Tree | str, str]] = [
     ({}, "architecture None is not supported"),
     ("[1]", "holds a list; a config.json holds an object"),
     ("{", "not valid JSON"),
+    ("[" * 50_000 + "]" * 50_000, "not valid JSON: nested too deeply"),
     (OLMOE | {"num_experts": None}, "has no num_local_experts; add it"),
     (OLMOE | {"hidden_size": "64"}, "hidden_size='64' is not a whole number"),
     (OLMOE | {"rms_norm_eps": "x"}, "rms_norm_eps='x' is not a number"),

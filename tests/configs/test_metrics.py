@@ -79,7 +79,15 @@ def test_a_torn_line_in_the_middle_is_stepped_over_and_named(
 
 
 @pytest.mark.parametrize(
-    "row", [b"[]", b"7", b'{"kind": "later"}', b'{"kind": "ended", "new": 1}', b"\x00\xff\x00"]
+    "row",
+    [
+        b"[]",
+        b"7",
+        b'{"kind": "later"}',
+        b'{"kind": "ended", "new": 1}',
+        b"\x00\xff\x00",
+        b"[" * 50_000 + b"]" * 50_000,
+    ],
 )
 def test_a_line_of_another_version_is_stepped_over(tmp_path: Path, row: bytes) -> None:
     path = tmp_path / "m"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, from_json, nearest
 from trainer.data import content
 from trainer.data.sources import SourceFile
 
@@ -136,11 +135,9 @@ def _lines(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]
 
 def _row(line: bytes, place: str, fields: Fields) -> TextRow:
     try:
-        tree = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = (
-            f"{error}" if isinstance(error, json.JSONDecodeError) else "not UTF-8 text, or nested too deep"
-        )
+        tree = from_json(line)
+    except ValueError as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
         raise UserError(f"{place} is not JSON: {reason}; each line must be one object") from None
     if not isinstance(tree, dict):
         raise UserError(

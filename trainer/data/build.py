@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from faulttol.checkpoint.store import CheckpointStore
 from trainer.data import indexed, scores
 from trainer.data.blocks import Fields
@@ -141,7 +141,7 @@ def _threshold(job: PrepareJob) -> tuple[float | None, list[str]]:
         return None, []
     raw, settled = (job.folder / name for name in _SCORES)
     try:
-        known = json.loads(settled.read_text())
+        known = from_json(settled.read_text())
         if known["key"] == job.key:
             return known["threshold"], known["notes"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -184,10 +184,10 @@ class _Parts:
         good: list[str] = []
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             head, *lines = self._journal.read_text().splitlines()
-            if json.loads(head)["key"] == self._job.key:
+            if from_json(head)["key"] == self._job.key:
                 with self._ids.open("rb") as ids, self._ends.open("rb") as ends:
                     for line in lines:
-                        entry = json.loads(line)
+                        entry = from_json(line)
                         made = TaskResult(
                             np.frombuffer(ids.read(entry["tokens"] * self._kind.itemsize), self._kind),
                             np.frombuffer(ends.read(entry["documents"] * 8), "<i8") - self.scan.tokens,

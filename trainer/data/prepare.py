@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.schema import DataConfig
 from trainer.data import indexed, tokenizer
 from trainer.data.blocks import Fields, blocks, rows
@@ -199,7 +199,7 @@ def _prepared(
                 workers = 1 if data.tokenizer == "bytes" or 0 < total < _SMALL else cores()
             keep = data.keep_fraction
             build(PrepareJob(folder, key, files.sources, words, wanted.fields, keep, workers, progress))
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = from_json((folder / "meta.json").read_text())
     return folder, meta | {"notes": [*files.notes, *words.notes, *meta["notes"]]}
 
 
@@ -229,7 +229,7 @@ def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) ->
             from faulttol.checkpoint.store import CheckpointStore
 
             CheckpointStore(str(folder)).write("meta.json", [json.dumps(scan.close()).encode()])
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = from_json((folder / "meta.json").read_text())
     notes = [] if words is None else list(words.notes)
     separator = meta["closing"] if words is None else words.separator
     if separator is None or separator != meta["closing"]:
@@ -252,7 +252,7 @@ def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) ->
 def _known(folder: Path, prefix: Path) -> dict[str, Any] | None:
     """What `meta.json` says of a token file beside it; None where they don't fit."""
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        meta: dict[str, Any] = from_json((folder / "meta.json").read_text())
         index = indexed.read(prefix)
         hashes = (folder / f"{NAME}.hash").stat().st_size
         sizes = (len(index.tokens), index.documents, index.tokens.dtype.name, hashes)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, from_json, nearest
 
 ZERO = 0
 """Token between documents under `data.tokenizer=bytes`; no text holds a zero byte."""
@@ -102,7 +102,7 @@ class HuggingFace:
         self.notes: list[str] = []
         _package(name)
         try:
-            tree = json.loads(Path(name).read_bytes())
+            tree = from_json(Path(name).read_bytes())
             self._switch_off(tree)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it isn't JSON with a model in it"
@@ -229,7 +229,7 @@ def _package(name: str) -> Any:
 def _declared(path: Path) -> str | None:
     """The end-of-text token in a `tokenizer_config.json`, where there is one."""
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        token = from_json(path.read_bytes()).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return None
     text = token.get("content") if isinstance(token, dict) else token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from orchestrator.record.partition import TimePart
 from orchestrator.web.redact import numbers
 from orchestrator.web.runs import RunState
@@ -29,7 +28,7 @@ _FRESH = 20.0
 def plan_of(path: Path) -> dict[str, Any]:
     """A run's plan; empty where there is none that can be read."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(from_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return {}
 

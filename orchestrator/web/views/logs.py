@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, from_json
 from configs.paths import RunPaths
 
 _BLOCK = 1 << 18
@@ -158,7 +157,7 @@ def stack(run: RunPaths, attempt: int, rank: int) -> dict[str, Any]:
         )
     records: list[dict[str, Any]] = []
     try:
-        ring = json.loads(path.with_name(f"{rank:05d}.ring.json").read_bytes())
+        ring = from_json(path.with_name(f"{rank:05d}.ring.json").read_bytes())
         records = [dict(one) for one in ring[-_RECORDS:]]
     except (OSError, ValueError, TypeError):
         pass

@@ -186,6 +186,7 @@ REFUSED = [
     ("a.jsonl", b'{"text": "x"}\n{"texts": "y"}\n', r"a.jsonl:2 has no text .*\(did you mean 'texts'\?\)"),
     ("a.json", b'{\n "text": "x"\n}\n', "a.json:1 is not JSON: .*each line must be one object"),
     ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1 is not JSON: not UTF-8"),
+    ("a.jsonl", b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "a.jsonl:1 is not JSON: nested too deeply; each line"),
 ]  # fmt: skip
 
 

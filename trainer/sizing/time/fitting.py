@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import profile
+from configs.errors import from_json
 from configs.paths import write_whole
 from trainer.sizing.time.kernels import LEVELS, Chip, Form, KernelKind, KernelPlan, MatmulShape, Tuning
 
@@ -97,7 +98,7 @@ def _rounded(value: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}
