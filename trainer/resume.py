@@ -209,6 +209,8 @@ def _demoted(rank: RankContext) -> str | None:
                 begun = line
             elif isinstance(line, SavedLine):
                 newer = newer or begun is None or line.step > begun.step
+            if newer and begun is not None:
+                break  # a day's steps may follow, and nobody trains before this is known
         if begun is not None and begun.path is not None:
             history.append((str(begun.facts.get("tier", "store")), begun.step, newer))
     return memory.demoted(history)

@@ -440,6 +440,24 @@ def test_memory_that_led_to_the_same_end_twice_is_passed_over(
 # ---- when a save is due ----
 
 
+def test_what_became_of_an_attempt_is_known_from_its_first_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day's steps behind them would be read for seconds, by the one rank that all others wait for."""
+    begun = ResumedLine(0.0, 1, 40, "memory", "none", {"tier": "memory"})
+    saves = [SavedLine(0.0, 1, step, "p", 1, 0.1) for step in (40, 50)]
+
+    def lines(_path: Path) -> Iterator[MetricLine]:
+        yield from (begun, *saves)
+        raise AssertionError("read on")
+
+    seen: list[Any] = []
+    monkeypatch.setattr(resume, "read_all", lines)
+    monkeypatch.setattr(resume.memory, "demoted", seen.append)
+    resume._demoted(RankContext(0, 1, 0, 1, "127.0.0.1", 1, RunPaths(tmp_path), 3))
+    assert seen == [[("memory", 40, True)] * 2]
+
+
 def _schedule(tmp_path: Path, attempt: int = 1, **changes: Any) -> SaveSchedule:
     rank = RankContext(0, 1, 0, 1, "127.0.0.1", 0, RunPaths(tmp_path / "run"), attempt)
     return SaveSchedule(
