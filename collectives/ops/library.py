@@ -108,8 +108,3 @@ def communicator(group: dist.ProcessGroup, device: torch.device) -> Communicator
     if not handle_of():
         dist.all_reduce(torch.zeros(1, device=device), group=group)
     return Communicator(library, handle_of())
-
-
-def through(backend: str) -> str:
-    """Whose calls move data, for a measurement's record."""
-    return "the library's own calls" if backend == "nccl" and loaded() else "torch.distributed"

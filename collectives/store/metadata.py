@@ -75,7 +75,9 @@ def collect(
             "algbw": "size / mean time, 10^9 bytes a second",
             "busbw": "algbw times nccl-tests' factor of the operation",
             "check": "every element against its exact value, in a call that isn't timed",
-            "calls": f"of {', '.join(BY_LIBRARY)}: {library.through(team.backend)}; of others: torch.distributed's",
+            "calls": f"torch.distributed's, but for {', '.join(BY_LIBRARY)} the library's own"
+            if team.backend == "nccl" and library.loaded()
+            else "torch.distributed's",
             "out_of_place": "by torch.distributed's all_reduce, broadcast and reduce: the in-place call on an earlier copy",
         },
         started=utc(),

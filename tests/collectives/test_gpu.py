@@ -68,4 +68,4 @@ def test_what_the_library_moves_itself_arrives_right() -> None:
         assert {row.op for row in rows} == set(BY_LIBRARY)
         assert all(timing.wrong == 0 for row in rows for timing in row.timings)
         assert any(timing.graph for row in rows for timing in row.timings)
-        assert "broadcast: the library's own" in store.read_metadata()[0].method["calls"]
+        assert "broadcast the library's own" in store.read_metadata()[0].method["calls"]
