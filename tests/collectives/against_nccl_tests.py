@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def ours_by_case(rows: Iterable[SweepRow]) -> dict[Case, tuple[float, bool]]:
         for placement in ("out_of_place", "in_place")
         if (timing := getattr(row, placement)) is not None
     }
+
+
+def ranks_of(text: str) -> set[int]:
+    """Ranks that met in what a program printed. Processes of one built without MPI are each their own rank 0."""
+    return {int(one) for one in re.findall(r"^#\s+Rank\s+(\d+)\b", text, re.MULTILINE)}
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,7 @@ def theirs(by: Theirs, op: str, gpus: int, sizes: Sequence[str], graph: bool) ->
     """One program of nccl-tests.
 
     Raises:
-        UserError: where it is missing or fails, with its last words.
+        UserError: where it is missing, fails, with its last words, or measures fewer GPUs.
     """
     program = by.binaries / PROGRAMS[op]
     if not program.exists():
@@ -250,6 +256,11 @@ def theirs(by: Theirs, op: str, gpus: int, sizes: Sequence[str], graph: bool) ->
     if done.returncode or not found:
         last = " ".join((done.stderr or done.stdout).split())[-300:]
         raise UserError(f"{' '.join(words)} failed with exit code {done.returncode}: {last}")
+    if (ranks := ranks_of(done.stdout)) and len(ranks) < gpus:
+        raise UserError(
+            f"{program} measured {len(ranks)} of {gpus} GPUs, as programs do that are built without MPI; build them with "
+            "MPI=1, or take mpiexec off PATH"
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ RECORDED = """\
 # nThread 4 nGpus 1 minBytes 8 maxBytes 1048576 step: 131072(factor) warmup iters: 5 iters: 100 agg iters: 1 validation: 0 graph: {graph} unalign: 0
 #
 # Using devices
-#  Rank  0 Group  0 Pid   4711 on     node-a device  0 [0000:07:00] NVIDIA H100 80GB HBM3
+{ranks}
 #
 #                                                              out-of-place                       in-place
 #       size         count      type   redop    root     time   algbw   busbw  #wrong     time   algbw   busbw  #wrong
@@ -36,8 +37,12 @@ RECORDED = """\
 """Heads and widths as release 2.19.6 prints them."""
 
 
-def recorded(graph: bool) -> str:
-    return RECORDED.format(graph=int(graph), small="  10.00" if graph else "  20.00")
+RANK = "#  Rank {:2} Group  0 Pid   4711 on     node-a device {:2} [0000:07:00] NVIDIA H100 80GB HBM3"
+
+
+def recorded(graph: bool, ranks: int = 4) -> str:
+    listed = "\n".join(RANK.format(rank, rank) for rank in range(ranks))
+    return RECORDED.format(graph=int(graph), small="  10.00" if graph else "  20.00", ranks=listed)
 
 
 def test_rows_are_read_and_nothing_else() -> None:
@@ -223,6 +228,60 @@ def test_a_program_that_fails_says_its_last_words(binaries: Path) -> None:
         against.UserError, match="failed with exit code 3: no CUDA-capable device is detected"
     ):
         against.theirs(against.Theirs(binaries, {}, None), "all_reduce", 2, [], False)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_programs_that_measure_fewer_gpus_are_refused(ranks: int, tmp_path: Path) -> None:
+    """Without MPI in them, each process that mpiexec starts measures itself alone: a copy on one GPU was compared."""
+    program = tmp_path / "all_reduce_perf"
+    program.write_text(f"#!/bin/sh\ncat <<X\n{recorded(False, ranks) * 2}X\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    with pytest.raises(
+        against.UserError,
+        match=f"all_reduce_perf measured {ranks} of 4 GPUs, .* without MPI; build them with MPI=1, or take mpiexec off",
+    ):
+        against.theirs(against.Theirs(tmp_path, {}, None), "all_reduce", 4, [], False)
+    assert against.theirs(against.Theirs(tmp_path, {}, None), "all_reduce", ranks, [], False)
+
+
+@pytest.mark.parametrize("before", [None, "/opt/lib"])
+@pytest.mark.parametrize("mpi", [None, Path("/opt/mpi")])
+def test_programs_are_built_with_the_mpi_that_starts_them(
+    mpi: Path | None, before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And find its libraries, torch's NCCL among them, before others of the same names."""
+    import torch
+
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "common.cu").write_text("")
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("")
+    typed: list[list[str]] = []
+
+    def make(words: list[str], **_: Any) -> Any:
+        typed.append(words)
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(against.shutil, "which", lambda _: str(nvcc))
+    monkeypatch.setattr(against.subprocess, "run", make)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(against, "nccl_home", lambda into: into)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    if before is not None:
+        monkeypatch.setenv("LD_LIBRARY_PATH", before)
+    binaries, env = against.build(tmp_path, tmp_path / "made", mpi)
+    assert binaries == tmp_path / "made" / "build"
+    (words,) = typed
+    assert f"NCCL_HOME={tmp_path}/made/nccl" in words and f"CUDA_HOME={tmp_path}/cuda" in words
+    assert "NVCC_GENCODE=-gencode=arch=compute_90,code=sm_90" in words
+    assert [word for word in words if word.startswith("MPI")] == (
+        ["MPI=1", "MPI_HOME=/opt/mpi"] if mpi else []
+    )
+    assert env["LD_LIBRARY_PATH"].split(":") == [
+        f"{tmp_path}/made/nccl/lib", f"{tmp_path}/cuda/lib64", *(["/opt/mpi/lib"] if mpi else []),
+        *([before] if before else []),
+    ]  # fmt: skip
 
 
 def test_the_build_links_the_nccl_that_torch_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
