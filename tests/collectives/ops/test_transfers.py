@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 import pytest
@@ -54,11 +55,29 @@ def test_each_message_has_its_receiver_and_all_that_arrives_is_right(
             sent[source, peer].append(part.clone())
     for target, one in enumerate(every):
         for peer, part in one.messages(one._send, one._receive)[1]:
-            part.copy_(sent[peer, target].pop(0))  # of another length it fails
+            assert sent[peer, target], f"rank {peer} sends nothing to {target}"
+            message = sent[peer, target].pop(0)
+            assert len(message) == len(part)
+            part.copy_(message)
     assert not any(sent.values())
     assert [one._count_wrong() for one in every if one.is_root or op != "gather"] == [0] * (
         1 if op == "gather" else ranks
     )
+
+
+@pytest.mark.parametrize("op", ["all_gather", "gather", "reduce_scatter", "scatter"])
+def test_in_place_a_ranks_own_part_lies_at_its_place_in_the_whole(op: str) -> None:
+    """Elsewhere NCCL would copy it, onto memory that others write."""
+    group = cast(dist.ProcessGroup, None)
+    seat = Seat(group, (100, 101, 102), 2, CPU)
+    for root in (2, 1) if OPERATIONS[op].rooted else (-1,):
+        one = Transfer(TransferCase(op, 12, torch.float, "sum", root, True), seat)
+        whole, own = (one._receive, one._send) if "gather" in op else (one._send, one._receive)
+        if not one.is_root:  # it has its own part alone
+            assert (len(whole), len(own)) == (0, 12)
+        else:
+            assert (len(whole), len(own)) == (36, 12)
+            assert own.data_ptr() - whole.data_ptr() == 2 * 12 * 4
 
 
 @pytest.mark.parametrize(("op", "in_place"), forms(*OPERATIONS))
@@ -150,17 +169,30 @@ def test_a_broadcast_has_a_buffer_to_send_from_and_one_to_receive_in(monkeypatch
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream)
     recorder = CalledLibrary()
     group = cast(dist.ProcessGroup, None)
-    seat = Seat(group, (4, 5, 6), 1, CPU, library.Communicator(cast(ctypes.CDLL, recorder), 99))
-    for in_place in (False, True):
+    for index, in_place in product((1, 2), (False, True)):  # the second is the root
+        seat = Seat(group, (4, 5, 6), index, CPU, library.Communicator(cast(ctypes.CDLL, recorder), 99))
         one = Transfer(TransferCase("broadcast", 12, torch.float, "none", 2, in_place), seat)
         one.call()
         sent, received = one._send.data_ptr(), one._receive.data_ptr()
         assert recorder.calls.pop() == ("ncclBroadcast", sent, received, 48, 1, 2, 99, 77)
         assert (sent == received) == in_place
-        one._send.fill_(5)
-        one.check()  # nothing is moved here, so that nothing may have been copied
-        assert in_place or not (one._receive == 5).any()
+        wrong = one.check()  # nothing is moved here, so that nothing may have been copied
+        assert wrong == (0 if in_place and one.is_root else 12)
         recorder.calls.clear()
+
+
+def test_what_an_earlier_call_left_there_is_wrong_where_a_call_moves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    works = [True]
+    monkeypatch.setattr(
+        Transfer, "_all_gather", lambda _, send, receive: lambda: receive.copy_(send) if works else None
+    )
+    case = TransferCase("all_gather", 12, torch.float, "none", -1, False)
+    one = Transfer(case, Seat(cast(dist.ProcessGroup, None), (0,), 0, CPU))
+    assert one.check() == 0
+    works.clear()
+    assert one.check() == 12
 
 
 def test_without_a_gpu_messages_go_through_torch() -> None:

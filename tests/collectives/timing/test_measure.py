@@ -250,16 +250,27 @@ def test_a_barrier_names_the_device_to_nccl_alone(monkeypatch: pytest.MonkeyPatc
 
 def test_ranks_of_a_burst_meet_on_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A barrier waits on the host, from which ranks come back one after the other."""
-    seen: list[tuple[int, Any]] = []
-    monkeypatch.setattr(measure.dist, "all_reduce", lambda one, group: seen.append((one.numel(), group)))
+    seen: list[tuple[int, str, Any]] = []
+    monkeypatch.setattr(
+        measure.dist, "all_reduce", lambda one, group: seen.append((one.numel(), one.device.type, group))
+    )
+    monkeypatch.setattr(measure.dist, "barrier", lambda **_: seen.append((0, "host", None)))
     team = TwoRanks()
-    monkeypatch.setattr(team, "device", torch.device("cpu"), raising=False)
+    monkeypatch.setattr(team, "device", torch.device("meta"), raising=False)
     setup = MeasurementSetup(
         cast(Any, team), cast(Any, None), compose(["workload=collectives"]).collectives, lambda: None
     )
-    setup._meeting(cast(Any, "a group"))()
     setup._meeting(None)()
-    assert seen == [(1, "a group")]
+    assert not seen
+
+    class Met:
+        def run(self, align: Callable[[], object]) -> float:
+            align()
+            return 2.0
+
+    bursts = setup._bursts(cast(Any, Met()), cast(Any, "a group"), 100)
+    assert bursts is not None and bursts.tolist() == [[2.0] * 5] * 2
+    assert seen == [(1, "meta", "a group")] * 5
 
 
 def test_no_warm_up_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
