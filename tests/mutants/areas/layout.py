@@ -13,10 +13,15 @@ _NORM = "trainer/model/norm.py"
 _PIPELINE = "trainer/parallel/pipeline.py"
 _STAGES = "trainer/parallel/stages.py"
 _TENSOR = "trainer/parallel/tensor.py"
+_LOSS = "trainer/kernels/loss.py"
 
 _TEST = "tests/trainer/parallel/test_parallel.py::test_"
 _LAYERS = f"{_TEST}tensor_parallel_layers[2]"
 _VOCABULARY = f"{_TEST}a_vocabulary_that_is_split[2]"
+_KERNELS = f"{_TEST}the_loss_of_a_split_vocabulary_by_kernels"
+_PARTS = (
+    "tests/trainer/model/test_kernels.py::test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes[5000]"
+)
 _ATTENTION = f"{_TEST}attention_over_split_samples"
 _BEFORE = f"{_TEST}the_token_before_may_be_anothers"
 _QUEUES = f"{_TEST}queues_and_totals_of_split_samples"
@@ -293,5 +298,83 @@ MUTANTS = [
         '"edp": sparse(range(edp), [e], [f])',
         '"edp": sparse([x], [e], [f])',
         f"{_MESHED}groups_are_those_of_the_coordinates",
+    ),
+    # The loss by kernels, of a whole vocabulary and of a split one.
+    Mutant(
+        "targets behind the first columns that are read have another's logit",
+        _LOSS,
+        "start_of_row + tl.maximum(target, 0)",
+        "start_of_row + tl.minimum(tl.maximum(target, 0), COLUMNS - 1)",
+        "tests/trainer/model/test_kernels.py::test_cross_entropy[5000]",
+    ),
+    Mutant(
+        "a part takes targets of the parts behind it for its own",
+        _LOSS,
+        "mine = (target >= 0) & (target < width)",
+        "mine = (target >= 0) & (target <= width)",
+        _PARTS,
+    ),
+    Mutant(
+        "a part has targets as the whole numbers them",
+        _LOSS,
+        "target = tl.load(targets + row) - first\n",
+        "target = tl.load(targets + row)\n",
+        _PARTS,
+    ),
+    Mutant(
+        "tokens with targets in parts before it have no slope",
+        _LOSS,
+        "whole, target - first, target >= 0, width",
+        "whole, target - first, target >= first, width",
+        _PARTS,
+    ),
+    Mutant(
+        "sums of columns keep their old top",
+        _LOSS,
+        "total = total * tl.exp(top - seen) + tl.exp(value - seen)",
+        "total = total + tl.exp(value - seen)",
+        _PARTS,
+    ),
+    Mutant(
+        "kernels take a part's logit of the target for that of the whole",
+        _TENSOR,
+        "parts_n2T[:, 1].sum(dim=0)",
+        "parts_n2T[axis.index, 1]",
+        _KERNELS,
+    ),
+    Mutant(
+        "slopes of others' shares are those of this rank's",
+        _TENSOR,
+        "slopes_n = exchange.all_gather(slope.reshape(1), ctx.axis, 0)",
+        "slopes_n = slope.reshape(1).repeat(ctx.axis.size)",
+        _KERNELS,
+    ),
+    Mutant(
+        "shares' slopes go to every second token",
+        _TENSOR,
+        "slopes_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size)",
+        "slopes_n.repeat(x_BSD.shape[1] // ctx.axis.size)",
+        _KERNELS,
+    ),
+    Mutant(
+        "tokens that don't count have a loss by kernels",
+        _TENSOR,
+        "losses_BS = torch.where(targets_T >= 0, whole_T - own_T, 0.0)",
+        "losses_BS = (whole_T - own_T)",
+        _KERNELS,
+    ),
+    Mutant(
+        "slopes are worked out where nobody learns",
+        _TENSOR,
+        "        if learn:\n            kernels.descend",
+        "        if True:\n            kernels.descend",
+        _KERNELS,
+    ),
+    Mutant(
+        "a split vocabulary never takes the kernels",
+        _TENSOR,
+        "        if fused(x_BSD):",
+        "        if False:",
+        _KERNELS,
     ),
 ]

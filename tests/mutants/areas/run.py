@@ -1,4 +1,4 @@
-"""Defects of the loop and of resuming."""
+"""Defects of the loop, of resuming, and of the bench."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from tests.mutants.listed import Mutant
 _LOOP = "trainer/loop.py"
 _RESUME = "trainer/resume.py"
 _FINGERPRINT = "trainer/fingerprint.py"
+_ROUTING = "trainer/bench/routing.py"
+_VARIANTS = "trainer/bench/variants.py"
+_COMMAND = "trainer/bench/command.py"
 
 _TEST = "tests/trainer/test_resume.py::test_"
 _REFUSED = f"{_TEST}what_would_train_on_as_another_run_is_refused"
 _ANOTHER = f"{_TEST}another_batch_goes_on_behind_the_samples_that_were_taken"
+_BENCH = "tests/trainer/bench/test_variants.py::test_"
+_FULLEST = f"{_BENCH}the_fullest_rank_is_that_of_each_layer"
+_ROW = f"{_BENCH}a_row_has_a_forecast_for_the_rows_that_were_measured_too"
 _RATES = f"{_TEST}every_step_has_its_rate_and_its_samples"
 
 MUTANTS = [
@@ -104,5 +110,62 @@ MUTANTS = [
         "(self.skipped[1] + result.skipped) * result.skipped",
         "(self.skipped[1] + result.skipped) * 0",
         f"{_TEST}skipped_steps_are_counted_and_too_many_in_a_row_end_the_run",
+    ),
+    # The bench.
+    Mutant(
+        "a rank's experts are every second one",
+        _ROUTING,
+        "unflatten(1, (ep, -1)).sum(dim=2)",
+        "unflatten(1, (-1, ep)).sum(dim=1)",
+        _FULLEST,
+    ),
+    Mutant(
+        "one rank is the fullest of all layers",
+        _ROUTING,
+        "(rows.amax(dim=1) / rows.mean(dim=1)).mean()",
+        "rows.sum(dim=0).amax() / rows.sum(dim=0).mean()",
+        _FULLEST,
+    ),
+    Mutant(
+        "large layers count more for the fullest rank",
+        _ROUTING,
+        "(rows.amax(dim=1) / rows.mean(dim=1)).mean()",
+        "rows.amax(dim=1).sum() / rows.mean(dim=1).sum()",
+        _FULLEST,
+    ),
+    Mutant(
+        "the forecast for measured rows is that of a plan",
+        _VARIANTS,
+        "forecast(config, world, measured.fullest)",
+        "forecast(config, world)",
+        _ROW,
+    ),
+    Mutant(
+        "balanced rows are forecast as a plan expects them",
+        _VARIANTS,
+        "forecast(config, world, imbalance_of(routing))",
+        "forecast(config, world)",
+        _ROW,
+    ),
+    Mutant(
+        "a forecast takes all rows for even ones",
+        _VARIANTS,
+        "job = replace(job, imbalance=imbalance)",
+        "job = replace(job, imbalance=1.0)",
+        f"{_BENCH}a_forecast_is_for_the_rows_of_the_fullest_rank",
+    ),
+    Mutant(
+        "without split experts a rank is the fullest",
+        _COMMAND,
+        'if mesh["ep"].size > 1 else None',
+        "if True else None",
+        f"{_BENCH}the_rows_of_the_fullest_rank_are_those_of_a_step[1-None]",
+    ),
+    Mutant(
+        "variants are shown as of real text",
+        _COMMAND,
+        "measured, case.options.routing))",
+        "measured))",
+        f"{_BENCH}each_variant_is_shown_with_its_own_routing",
     ),
 ]

@@ -263,7 +263,7 @@ def test_cross_entropy(vocabulary: int) -> None:
     from trainer.kernels.loss import linear_cross_entropy
 
     targets = torch.randint(vocabulary, (9,), device=DEVICE)
-    targets[2], targets[5] = -1, 0
+    targets[2], targets[5], targets[7] = -1, 0, vocabulary - 1
     leaves = [noise(9, 32), (noise(vocabulary, 32).float() * 0.3).to(BF16)]
     check(
         lambda x, w: linear_cross_entropy(x, w, targets) * 0.25,

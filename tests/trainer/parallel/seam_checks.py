@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -150,6 +151,8 @@ def vocabulary(rank: int, world: int, store: dist.Store) -> Pairs:
 def vocabulary_by_kernels(rank: int, world: int, folder: str) -> Pairs:
     """The loss of bf16 numbers by kernels, beside torch's cross-entropy of the same ones in fp64. Each rank weighs its
     share by its own number, so that a token's slope has to be that of the rank whose share it is in."""
+    from trainer.kernels import loss as kernels  # triton isn't everywhere
+
     sequence = 3 * world
     tokens = micro(sequence, False, torch.arange(sequence)).tokens_BS
     targets = tokens[:, 1:].clone()
@@ -163,16 +166,24 @@ def vocabulary_by_kernels(rank: int, world: int, folder: str) -> Pairs:
     slopes = _learn(torch.stack([(i + 1) * part for i, part in enumerate(parts)]).sum(), *wide)
     with met(rank, world, dist.FileStore(f"{folder}/store", world), tp=world) as mesh:
         seam = VocabularyParallel(mesh["tp"])
-        leaves = _leaves((table.chunk(world)[rank], x.chunk(world, 1)[rank]))
-        loss = seam.loss(leaves[1], leaves[0], targets)
+        leaves, alone = _leaves((table.chunk(world)[rank], x.chunk(world, 1)[rank])), list[Tensor]()
+        with mock.patch.object(kernels, "part", wraps=kernels.part) as part:
+            loss = seam.loss(leaves[1], leaves[0], targets)
+        assert part.called, "this is about the kernels"
         found = _learn((rank + 1) * loss, *leaves)
-        with torch.no_grad():
+        none = seam.loss(leaves[1], leaves[0], torch.full_like(targets, -1))
+        assert not none.item() and not any(slope.any() for slope in _learn(none, *leaves))
+        for one in range(2):  # where the other one doesn't learn
+            kept = [leaf if i == one else leaf.detach() for i, leaf in enumerate(leaves)]
+            alone += _learn((rank + 1) * seam.loss(kept[1], kept[0], targets), leaves[one])
+        with torch.no_grad(), mock.patch.object(kernels, "descend") as descend:
             again = seam.loss(leaves[1], leaves[0], targets)
+            assert not descend.called, "logits that nobody learns from were written"
     own = [slopes[0].chunk(world)[rank], slopes[1].chunk(world, 1)[rank]]
     return _pairs(
-        "loss untrained table tokens",
-        (t.double() for t in (loss, again, *found)),
-        (parts[rank], parts[rank], *own),
+        "loss untrained table tokens lone-table lone-tokens",
+        (t.double() for t in (loss, again, *found, *alone)),
+        (parts[rank], parts[rank], *own, *own),
     )
 
 
