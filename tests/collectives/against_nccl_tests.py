@@ -240,18 +240,31 @@ class Theirs:
         return [str(self.mpi / "bin" / "mpiexec"), "-n", str(gpus), program, "-t", "1", "-g", "1"]
 
 
+def ended(words: Sequence[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A program that has ended, with these variables beside those of this process.
+
+    Raises:
+        UserError: where it doesn't end.
+    """
+    try:
+        return subprocess.run(
+            words, capture_output=True, text=True, env=os.environ | env, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{' '.join(words)} didn't end within {SECONDS} s") from None
+
+
 def theirs(by: Theirs, op: str, gpus: int, sizes: Sequence[str], graph: bool) -> dict[Case, float]:
     """One program of nccl-tests.
 
     Raises:
-        UserError: where it is missing, fails, with its last words, or measures fewer GPUs.
+        UserError: where it is missing, doesn't end, fails, with its last words, or measures fewer GPUs.
     """
     program = by.binaries / PROGRAMS[op]
     if not program.exists():
         raise UserError(f"{program} is missing; name the folder with nccl-tests' programs as --binaries")
     words = [*by.words(op, gpus), *sizes, "-w", "5", "-c", "0", "-G", str(int(graph))]
-    env = os.environ | by.env | _SAME
-    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=SECONDS)
+    done = ended(words, by.env | _SAME)
     found = parsed(done.stdout)
     if done.returncode or not found:
         last = " ".join((done.stderr or done.stdout).split())[-300:]
@@ -271,14 +284,14 @@ def ours(op: str, gpus: int, sizes: Sequence[str], hardware: str, env: dict[str,
     """This suite's rows of one operation.
 
     Raises:
-        UserError: where the measurement fails, with its last words.
+        UserError: where the measurement doesn't end, or fails, with its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
         words = [
             *(sys.executable, "-m", "collectives", "run", "--ranks", str(gpus), "--ops", op, *sizes, "-c", "0"),
             *("--out", folder, f"hardware={hardware}", "collectives.max_iterations=500", "collectives.seconds_per_size=1"),
         ]  # fmt: skip
-        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | env, timeout=SECONDS)
+        done = ended(words, env)
         if done.returncode:
             last = " ".join((done.stderr or done.stdout).split())[-300:]
             raise UserError(f"{' '.join(words)} failed with exit code {done.returncode}: {last}")

@@ -230,6 +230,19 @@ def test_a_program_that_fails_says_its_last_words(binaries: Path) -> None:
         against.theirs(against.Theirs(binaries, {}, None), "all_reduce", 2, [], False)
 
 
+def test_a_program_that_does_not_end_is_said_in_one_line(
+    binaries: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a traceback, after five minutes."""
+    (binaries / "all_reduce_perf").write_text("#!/bin/sh\nexec sleep 30\n")
+    monkeypatch.setattr(against, "SECONDS", 0.2)
+    monkeypatch.setattr(against.shutil, "which", lambda _: None)
+    assert against.main(["--binaries", str(binaries), "--ops", "all_reduce", "--gpus", "2"]) == 2
+    err = capsys.readouterr().err
+    assert f"{binaries}/all_reduce_perf -t 2" in err and err.endswith("didn't end within 0.2 s\n")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_programs_that_measure_fewer_gpus_are_refused(ranks: int, tmp_path: Path) -> None:
     """Without MPI in them, each process that mpiexec starts measures itself alone: a copy on one GPU was compared."""
