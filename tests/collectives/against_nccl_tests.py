@@ -186,7 +186,7 @@ def mpi_home(named: Path | None) -> Path | None:
             raise UserError(f"--mpi={named} has no bin/mpiexec; name the folder that MPI is installed in")
         return named
     known = shutil.which("mpiexec")
-    return Path(known).resolve().parents[1] if known else None
+    return Path(known).absolute().parents[1] if known else None
 
 
 def build(source: Path, folder: Path, mpi: Path | None) -> tuple[Path, dict[str, str]]:
