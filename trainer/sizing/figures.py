@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,3 +41,13 @@ class Figure:
 def exact(name: str, value: float, unit: str, how: Derivation, parts: tuple[Figure, ...] = ()) -> Figure:
     """A figure without uncertainty: arithmetic on what was configured."""
     return Figure(name, value, unit, value, value, how, parts)
+
+
+def longest(*values: float) -> float:
+    """The largest; NaN where one of them is unknown, which `max` keeps only where it comes first."""
+    return math.nan if math.isnan(sum(values)) else max(values)
+
+
+def shortest(*values: float) -> float:
+    """The smallest; NaN where one of them is unknown."""
+    return math.nan if math.isnan(sum(values)) else min(values)

@@ -19,7 +19,7 @@ from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal
 from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
-from trainer.sizing.time import schedule
+from trainer.sizing.time import schedule, step
 from trainer.sizing.time.rates import Rates
 from trainer.sizing.time.step import PARTS
 
@@ -91,6 +91,8 @@ def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP)
     if best:
         reason = f"{_seconds(best[0].seconds)} a step, the fastest of {count} legal set-ups that fits"
         reason += f" ({best[0].memory.needed / memory.GIB:.0f} GiB)"
+    elif open_ and (why := step.why_unknown(legal.job(task, open_[0][1], *open_[0][2]), rates)):
+        reason = why
     elif count:
         have = f"{hardware.memory_gib:g} GiB of {hardware.name}"
         reason = f"none of {count} legal set-ups of {task.ranks} ranks fits {have}"
@@ -139,6 +141,7 @@ class _Bounds:
                 for interleave in legal.interleaves(task, pp, unit):
                     bubble = 0.0 if folded else seconds * (1 - 1 / pp) / interleave
                     bound = steps * seconds / pp + bubble
+                    bound = math.inf if math.isnan(bound) else bound  # without a time they come last
                     held = activations.at_once(pp, pp, 1 if folded else interleave, steps) * first.layers
                     count += len(zeros) * len(recomputes)
                     out += (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trainer.sizing.figures import longest, shortest
 from trainer.sizing.memory import activations, states
 from trainer.sizing.model import shapes
 from trainer.sizing.model.job import TrainingJob
@@ -77,8 +78,8 @@ def parts(job: TrainingJob, rates: Rates) -> StepParts:
         head=m * costs.head if slowest.head else 0.0,
         p2p=m * costs.message,
         bubble=bubble,
-        dp=max(0.0, *(exchange for exchange, _ in updates)),
-        optimizer=max(0.0, *(update for _, update in updates)),
+        dp=longest(*(exchange for exchange, _ in updates)),
+        optimizer=longest(*(update for _, update in updates)),
         fixed=rates.overheads.step,
     )
 
@@ -128,7 +129,6 @@ class _Costs:
 
     def __init__(self, job: TrainingJob, rates: Rates) -> None:
         self.job, self.rates, self.where = job, rates, groups(job)
-        self.element = job.element
         self.layers, self.head = self._known()
         self.message = self._message()
 
@@ -166,7 +166,7 @@ class _Costs:
         tp, of_feed = self._tensor(moe)
         ep = self._experts() if moe else 0.0
         if software.overlap_ep:
-            ep -= min(HIDDEN * ep, 0.5 * (forward.compute + backward.compute))
+            ep -= shortest(HIDDEN * ep, 0.5 * (forward.compute + backward.compute))
         cp, cp_back = self._context(forward.attention, backward.attention)
         again, tp_again, ep_again, cp_again, extra = operators.again(job, forward), 0.0, 0.0, 0.0, 0.0
         if job.recompute == "full":
@@ -213,7 +213,7 @@ class _Costs:
 
     def _tensor(self, moe: bool) -> tuple[float, float]:
         """Exposed (not overlapped) seconds of a layer's tensor-parallel collectives in one pass: all, and the MLP's."""
-        job, token = self.job, float(self.element * self.job.tokens)
+        job, token = self.job, float(self.job.element * self.job.tokens)
         left, exposed = token * job.model.hidden, (1 - HIDDEN) if job.software.overlap_tp else 1.0
         if job.software.sequence_parallel:
             each = [exposed * self._gather_scatter("tp", token * width, left) for width in regions(job, moe)]
@@ -224,7 +224,7 @@ class _Costs:
     def _experts(self) -> float:
         """Seconds of tokens' way to their experts and back, in one pass."""
         job, layout = self.job, self.job.layout
-        mine = float(self.element * job.tokens * job.model.hidden) / layout.tp
+        mine = float(job.element * job.tokens * job.model.hidden) / layout.tp
         if job.gathers_experts:
             return self._gather_scatter("ep", mine * layout.ep, mine * layout.ep)
         pairs = mine * job.model.top_k
@@ -244,7 +244,7 @@ class _Costs:
             reached = min(reached, router.top_groups * max(1.0, nodes / router.groups))
         seconds, inside = self.rates.fabric.seconds, RankGroup(group.local)
         return sum(
-            max(seconds("all_to_all", sent * reached / top_k, group), seconds("all_to_all", sent, inside))
+            longest(seconds("all_to_all", sent * reached / top_k, group), seconds("all_to_all", sent, inside))
             for sent in ((0.5 if job.precision == "fp8" else 1.0) * pairs, pairs)
         )
 
@@ -253,13 +253,13 @@ class _Costs:
         job, size = self.job, context_bytes(self.job)
         if job.software.context == "ulysses":
             query, result = activations.query_widths(job)
-            token, widths = self.element * job.tokens, (query, activations.context_width(job), result)
+            token, widths = job.element * job.tokens, (query, activations.context_width(job), result)
             exchange = sum(self._wire("all_to_all", token * width, "cp") for width in widths)
             return exchange, exchange
         once = self._wire("all_gather", size, "cp")
         if job.software.context == "gather":
             return once, self._wire("reduce_scatter", size, "cp")
-        return max(0.0, once - HIDDEN * attention), max(0.0, 2 * once - HIDDEN * attention_back)
+        return longest(0.0, once - HIDDEN * attention), longest(0.0, 2 * once - HIDDEN * attention_back)
 
     def _other_links(self, tp: float, ep: float) -> float:
         """Seconds of a layer's exchanges on other links than its weights, which can be gathered meanwhile: weights that
@@ -274,13 +274,13 @@ class _Costs:
         mine = states.layer(job.model, job.layout, moe)
         gather = scatter = 0.0
         for count, axis in ((mine.plain, "dp"), (mine.routed, "edp")):
-            gather += self._wire("all_gather", self.element * count, axis)
+            gather += self._wire("all_gather", job.element * count, axis)
             scatter += self._wire("reduce_scatter", software.reduce_bytes * count, axis)
         if not software.overlap_dp:
             return 2 * gather + scatter
         ends = job.layout.pp / job.model.layers if software.exposed_ends else 0.0
         both = gather + scatter
-        return max(ends * gather, gather - forward) + max(ends * both, both - backward)
+        return longest(ends * gather, gather - forward) + longest(ends * both, both - backward)
 
     def _message(self) -> float:
         """Seconds of a micro-batch's messages from stage to stage, there and back, that are exposed."""
@@ -288,7 +288,7 @@ class _Costs:
         if layout.pp == 1 or software.overlap_pp:
             return 0.0
         split = layout.tp if software.sequence_parallel or software.split_messages else 1
-        size = self.element * job.tokens * job.model.hidden / split
+        size = job.element * job.tokens * job.model.hidden / split
         send = self.rates.fabric.send(size, self.where["pp"].nodes > 1, self.where["pp"].sharing)
         return 2 * (send + self.rates.overheads.p2p_call) * job.interleave
 
@@ -305,12 +305,12 @@ class _Costs:
             if job.zero < 3:
                 op = "reduce_scatter" if job.zero else "all_reduce"
                 reduce += times * (pieces * self._wire(op, software.reduce_bytes * count / pieces, axis))
-                gather += self._wire("all_gather", self.element * count, axis) if job.zero else 0.0
+                gather += self._wire("all_gather", job.element * count, axis) if job.zero else 0.0
         ends = 1 / max(1, stage.layers) if software.exposed_ends else 0.0
         if software.overlap_dp:
-            reduce = max(reduce * ends, reduce - times * BEHIND * time)
+            reduce = longest(reduce * ends, reduce - times * BEHIND * time)
         if software.overlap_gather:
-            gather = max(gather * ends, gather - BEHIND * time / 2)
+            gather = longest(gather * ends, gather - BEHIND * time / 2)
         moved = traffic.updated(job, mine, self.rates.overheads.update_bytes)
         return reduce + gather + self._tied(stage), moved / self.rates.stream + self._orthogonal(stage, local)
 
@@ -319,7 +319,7 @@ class _Costs:
         if not self.job.software.bucket_bytes:
             return max(1, stage.layers)
         matmuls = reversed(shapes.layer(self.job, stage.dense == 0))
-        cap = self.job.software.bucket_bytes // self.element
+        cap = self.job.software.bucket_bytes // self.job.element
         return schedule.buckets(tuple(float(one.n * one.k) for one in matmuls), stage.layers, cap) + 1
 
     def _tied(self, stage: StageCost) -> float:
@@ -343,4 +343,4 @@ class _Costs:
             return 0.0
         work = sum(count * operators.orthogonal_flops(job.model, moe, steps) for count, moe in stage.kinds)
         alone = work / (layout.ranks // layout.pp) / self.rates.flops(job.precision)
-        return alone + 2 * self._wire("all_to_all", self.element * local, "dp")
+        return alone + 2 * self._wire("all_to_all", job.element * local, "dp")

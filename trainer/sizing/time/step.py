@@ -82,10 +82,11 @@ def interval(parts: StepParts) -> tuple[float, float]:
 
 def why_unknown(job: TrainingJob, rates: Rates) -> str:
     """Why there is no time, in one line; empty where there is one."""
-    if not math.isnan(time.parts(job, rates).step):
+    unknown = [PARTS[name][1] for name, value in vars(time.parts(job, rates)).items() if math.isnan(value)]
+    if not unknown:
         return ""
     return rates.kernels.why(job.precision) or (
-        f"no time: {rates.hardware.name} has no link or network bandwidth on record for this layout"
+        f"{rates.hardware.name} has no link or network bandwidth on record for this layout's {', '.join(unknown)}"
     )
 
 

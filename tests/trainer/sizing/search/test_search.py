@@ -178,3 +178,10 @@ def test_every_layout_of_the_search_is_one_that_the_trainer_runs(words: list[str
                 assert runnable.refusal(validated(tree)) is None, (layout, settings)
                 tried += 1
     assert tried
+
+
+def test_a_search_without_a_network_says_what_is_unknown() -> None:
+    rates = rates_of(compose(["hardware=h100"]).hardware)
+    cut_off = replace(rates, fabric=replace(rates.fabric, network=None, profile=None))
+    result = search.search(task("olmoe_1b_7b", 16, 64), rates.hardware, cut_off)
+    assert result.best is None and result.reason.startswith("h100 has no link or network bandwidth")

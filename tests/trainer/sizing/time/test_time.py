@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -229,6 +231,33 @@ def test_a_network_that_is_unknown_has_no_time() -> None:
     cut_off = replace(known, fabric=replace(known.fabric, network=None))
     assert step.step_time(job(), cut_off) is None
     assert "bandwidth" in step.why_unknown(job(), cut_off)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changed", "part"),
+    [
+        (Layout(1, 16, 1, 1, 1, 1), {}, "dp"),
+        (Layout(1, 16, 1, 1, 1, 1), {"zero": 3, "software": Software(overlap_dp=True)}, "weights"),
+        (Layout(1, 1, 16, 1, 1, 1), {}, "cp"),
+        (Layout(1, 16, 1, 16, 1, 1), {"software": Software(overlap_ep=True, node_dispatch=True)}, "ep"),
+    ],
+)
+def test_a_part_that_waits_for_an_unknown_network_is_unknown_and_named(
+    layout: Layout, changed: dict[str, Any], part: str
+) -> None:
+    known, made = rates(), job(layout, model=compose(["model=demo", "model.experts=16"]).model, **changed)
+    cut_off = replace(known, fabric=replace(known.fabric, network=None))
+    assert not math.isnan(getattr(time.parts(made, known), part))
+    assert math.isnan(getattr(time.parts(made, cut_off), part))
+    assert step.PARTS[part][1] in step.why_unknown(made, cut_off)
+
+
+def test_links_that_are_unknown_leave_an_exchange_over_nodes_unknown() -> None:
+    known, layout = rates(), Layout(1, 16, 1, 16, 1, 1)
+    no_links = replace(known, fabric=replace(known.fabric, inside=()))
+    for software in (Software(), Software(node_dispatch=True)):
+        made = job(layout, model=compose(["model=demo", "model.experts=16"]).model, software=software)
+        assert math.isnan(time.parts(made, no_links).ep) and math.isnan(time.parts(made, no_links).dp)
 
 
 def test_a_step_can_be_asked_where_it_comes_from() -> None:
