@@ -103,12 +103,11 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
         routing = activations.rows(job) * job.model.hidden * job.element * (2 * job.fullest if spread else 1)
     if retention.unwound:
         moment = unwinding.fullest(job, what, in_flight)
-        # No exchange is counted without activations: in the update, and where the only layer of a stage is reduced.
-        weights, alone = unwinding.lasting(job, what) + moment.gathered, moment.activations == 0.0
+        weights = unwinding.lasting(job, what) + moment.gathered
     else:
         moment = _standing(job, what, in_flight, held.gradients, staging + routing + exchange)
-        weights, alone = held.weights, moment.name == UPDATE
-    if alone:
+        weights = held.weights
+    if moment.name == UPDATE:  # nothing is exchanged
         staging = routing = exchange = 0.0
     moving = moment.activations + moment.transient + moment.imbalance + routing
     behind = retention.host_slow and layout.ranks > job.node and layout.pp <= 2

@@ -103,3 +103,19 @@ def test_pairs_that_travel_keep_their_results_and_tokens_that_are_gathered_do_no
     assert more == 2 * rows * WIDTH
     megatron = replace(travels, software=replace(travels.software, retention=frameworks.MEGATRON))
     assert activations.layer(megatron, True)["mlp"] == activations.layer(gathers, True)["mlp"]
+
+
+def test_the_only_layers_reduction_has_buffers_beside_it_and_the_update_has_none() -> None:
+    """Experts cut over two ranks, so that tokens travel, and keys and values gathered over two."""
+    shape = compose(["model=mixtral_8x7b", "model.layers=1"]).model
+    made = replace(job(layout=Layout(1, 4, 2, 1, 2, 2), micro_batch=1, global_batch=4), model=shape)
+    (only,) = schedule.of(made)
+    used = estimate.usage(made, "cuda", 0, only)
+    assert used.moment == "the reduction of gradients" and used.activations == 0
+    # In bf16: rows sent and received, two of each of 2048 tokens; all keys and values of half the heads, and two tensors
+    # of hidden states.
+    assert used.routing == 2 * 2 * (2 * 2048) * shape.hidden
+    assert used.exchange == 2 * 4096 * (2 * 8 * 128 / 2) + 2 * 2 * 2048 * shape.hidden
+    few = replace(made, layout=Layout(1, 2, 1, 2, 1, 1), sequence=64, global_batch=2)
+    update = estimate.usage(few, "cuda", 0, only)
+    assert (update.moment, update.routing, update.exchange) == ("the update", 0, 0)
