@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -32,10 +33,17 @@ class Layout:
         return asdict(self)
 
 
-def spreads(ranks: int, slots: tuple[int, ...]) -> list[tuple[int, int]]:
-    """All `(nodes, ranks on each)` that place `ranks` evenly on nodes with these slots, fewest nodes first."""
+def spreads(
+    ranks: int, slots: Sequence[int], nodes: int | None = None, each: int | None = None
+) -> list[tuple[int, int]]:
+    """All `(nodes, ranks on each)` that place `ranks` evenly on nodes with these slots, fewest nodes first; with `nodes`
+    and `each` only those of so many."""
+    counts = [nodes or ranks // (each or 1)] if nodes or each else range(1, min(len(slots), ranks) + 1)
     return [
-        (nodes, ranks // nodes)
-        for nodes in range(1, min(len(slots), ranks) + 1)
-        if ranks % nodes == 0 and sum(have >= ranks // nodes for have in slots) >= nodes
+        (n, ranks // n)
+        for n in counts
+        if n
+        and ranks % n == 0
+        and each in (None, ranks // n)
+        and sum(have >= ranks // n for have in slots) >= n
     ]

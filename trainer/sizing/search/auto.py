@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from trainer.sizing.memory import estimate as memory
 from trainer.sizing.memory import states
 from trainer.sizing.model import flops, frameworks
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.model.layout import Layout
+from trainer.sizing.model.layout import Layout, spreads
 from trainer.sizing.search import legal, runnable
 from trainer.sizing.search.layouts import Candidate, compare, search
 from trainer.sizing.search.legal import Task
@@ -126,17 +126,17 @@ def job_of(config: RunConfig, layout: Layout, node: int, batch: int | None = Non
     return legal.job(made, layout, train.micro_batch, chunks, zero, train.recompute)
 
 
-def within(config: RunConfig, slots: Sequence[int]) -> tuple[int, int]:
-    """Slots that a run may take with the nodes and slots on each that it asks for, and what its ranks are a multiple of."""
+def sizes(config: RunConfig, slots: Sequence[int], unit: int = 1) -> Iterator[int]:
+    """Ranks that slots hold, most first, in multiples of `unit`, on the nodes and slots of each that the run asks for."""
     nodes, each = config.cluster.nodes, config.cluster.slots_per_node
-    taken = sorted((min(have, each or have) for have in slots), reverse=True)[:nodes]
-    return sum(taken), math.lcm(nodes or 1, each or 1)
+    for ranks in range(sum(slots) // unit * unit, 0, -unit):
+        if not (nodes or each) or spreads(ranks, slots, nodes, each):
+            yield ranks
 
 
 def most_ranks(config: RunConfig, slots: Sequence[int], fixed: Mapping[str, int]) -> Task | None:
     """The task with the most ranks within `slots` that has a legal layout, open axes being as `fixed`; None without any."""
-    total, unit = within(config, slots)
-    for ranks in range(total // unit * unit, 0, -unit):
+    for ranks in sizes(config, slots):
         made = task(config, ranks, max(slots))
         made = replace(made, fixed={**fixed, **made.fixed})
         if next(legal.layouts(made), None) is not None:

@@ -205,19 +205,14 @@ class _Draft:
 
     def data_parallel(self) -> int:
         """Size of dp: as set, else the most that the slots hold and the batches divide over."""
-        config, parallel, train, capacity = (
-            self.config,
-            self.config.parallel,
-            self.config.train,
-            self.capacity,
-        )
+        config, capacity = self.config, self.capacity
+        parallel, train, cluster = config.parallel, config.train, config.cluster
         if parallel.dp is not None:
             return parallel.dp
         unit = runnable.least_dp(parallel)
         others = parallel.size("pp") * parallel.size("cp") * parallel.size("tp")
         dp, reason = unit, f"smallest dp compatible with parallel.ep={parallel.size('ep')}"
         if capacity is not None:
-            total, whole = auto.within(config, capacity.slots)
             batch = math.gcd(train.global_batch or 0, train.ramp_batch or 0)
 
             def divides(dp: int) -> bool:
@@ -225,8 +220,10 @@ class _Draft:
                 filled = runnable.unfilled(_with(config, parallel={"dp": dp})) is None
                 return filled and batch % (train.micro_batch * dp) == 0
 
-            even = (n for n in range(total // others // unit * unit, unit, -unit) if n * others % whole == 0)
-            dp = next((n for n in range(next(even, unit), unit, -unit) if divides(n)), unit)
+            # Where no batch divides over the nodes that were asked for, it is the batch that is refused.
+            held = [ranks // others for ranks in auto.sizes(config, capacity.slots, unit * others)]
+            otherwise = held[0] if held and (cluster.nodes or cluster.slots_per_node) else unit
+            dp = next((n for n in held if divides(n)), otherwise)
             if dp > unit:
                 reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
         elif not self.training and unit * others == 1:
@@ -256,7 +253,7 @@ class _Draft:
                 f"parallel.dp, or start more: python -m orchestrator down, then up --slots {ranks}"
             )
         slots = capacity.slots
-        fitting = [(n, per) for n, per in spreads(ranks, slots) if nodes in (None, n) and each in (None, per)]
+        fitting = spreads(ranks, slots, nodes, each)
         if limits and not fitting:
             name, n = next(iter(limits.items()))
             raise UserError(

@@ -152,6 +152,30 @@ def test_dp_keeps_to_the_nodes_that_were_asked_for() -> None:
     assert planned("cluster.slots_per_node=3", slots=[4]).layout["dp"] == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "slots", "dp"),
+    [
+        (["cluster.nodes=2", "train.global_batch=18", "train.micro_batch=1"], [8, 8], 6),  # not 9
+        (["cluster.nodes=3", "train.global_batch=30", "train.micro_batch=1", "parallel.tp=2"], [8, 8, 8], 6),
+        (["cluster.slots_per_node=2", "train.global_batch=12", "train.micro_batch=1"], [3, 3, 3, 3, 2], 6),
+        (["cluster.nodes=2"], [8, 4], 8),
+    ],
+)
+def test_dp_that_divides_the_batch_still_lies_evenly_on_the_nodes(
+    words: list[str], slots: list[int], dp: int
+) -> None:
+    made = planned(*words, slots=slots)
+    assert made.layout["dp"] == dp and made.nodes * made.slots_per_node == made.ranks
+    assert planned("parallel=auto", *words, slots=slots).ranks == made.ranks
+
+
+def test_a_batch_that_no_dp_on_the_nodes_divides_is_what_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^train\.global_batch=9 is not a multiple of train\.micro_batch\*dp=16"
+    ):
+        planned("cluster.nodes=2", "train.global_batch=9", "train.micro_batch=1", slots=[8, 8])
+
+
 def test_an_uneven_gang_is_left_to_placement_and_can_be_planned_again() -> None:
     made = planned("parallel.dp=5", slots=[3, 3])
     assert made.config.cluster.slots_per_node is None
