@@ -24,7 +24,6 @@ from trainer.sizing.search import auto, legal
 from trainer.sizing.search.layouts import Candidate, search
 from trainer.sizing.search.legal import Task
 from trainer.sizing.search.planner import Capacity, plan
-from trainer.sizing.time.rates import Rates
 
 TRIED = 4
 """Numbers of ranks whose layouts are compared, the most first."""
@@ -111,7 +110,7 @@ def _best(
 ) -> Iterator[ElasticChoice | None]:
     """The best layout with a micro-batch, the fastest of some numbers of ranks, as `_pieces` yields it."""
     free, hardware = _opened(config, micro_batch), config.hardware
-    rates: Rates | None = None
+    rates = auto.rates_of(hardware)
     most = min(sum(slots), whole.ranks - 1)
     ranked: list[Candidate] = []
     tried = passed = 0
@@ -122,11 +121,9 @@ def _best(
             if passed % _PASSED == 0:
                 yield None
             continue
-        blind = auto.unknown(hardware, made.precision, made.ranks, made.node)
-        if blind:
+        if blind := rates.unknown(made.precision, made.ranks, made.node):
             yield _next_to(config, free, made, slots, whole, blind)
             continue
-        rates = rates or auto.rates_of(hardware)
         fitting = [
             c for c in search(made, hardware, rates, auto.KEEP).ranked if _gang(c.job.layout, slots, whole)
         ]

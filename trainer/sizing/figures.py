@@ -31,6 +31,15 @@ class Figure:
         """The formula with its numbers."""
         return self.how if isinstance(self.how, str) else self.how()
 
+    def over(
+        self, bottom: Figure, name: str, unit: str, how: Derivation, factor: float = 1.0,
+        parts: tuple[Figure, ...] | None = None,
+    ) -> Figure:  # fmt: skip
+        """The ratio of this figure and another, times a factor; `parts` where it isn't to be explained by both."""
+        value, low, high = self.value / bottom.value, self.low / bottom.high, self.high / bottom.low
+        made_from = (self, bottom) if parts is None else parts
+        return Figure(name, value * factor, unit, low * factor, high * factor, how, made_from)
+
     def walk(self) -> Iterator[Figure]:
         """This figure, and all that it is made from."""
         yield self
@@ -41,6 +50,11 @@ class Figure:
 def exact(name: str, value: float, unit: str, how: Derivation, parts: tuple[Figure, ...] = ()) -> Figure:
     """A figure without uncertainty: arithmetic on what was configured."""
     return Figure(name, value, unit, value, value, how, parts)
+
+
+def about(name: str, value: float, unit: str, share: float, how: Derivation) -> Figure:
+    """A figure that is sure to within a share of its value."""
+    return Figure(name, value, unit, value * (1 - share), value * (1 + share), how)
 
 
 def longest(*values: float) -> float:

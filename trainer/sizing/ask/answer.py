@@ -110,7 +110,7 @@ class SizingAnswer:
     @cached_property
     def why_not(self) -> str:
         """Why a micro-batch has no price; empty where it has one."""
-        return self.prices.why_not(self.job.precision)
+        return self.prices.rates.kernels.why(self.job.precision)
 
     @property
     def basis(self) -> str:
@@ -151,12 +151,12 @@ class SizingAnswer:
             return {}
         how = f"flops.token x {price.tokens} tokens / tp"
         work = exact("flops.micro_batch", price.flops, "FLOP", how, (self.counts["flops_per_token"],))
-        rate = _over("speed.rate", work, time, 1e-12, "TFLOP/s", "model FLOPs over the micro-batch's time")
+        rate = work.over(time, "speed.rate", "TFLOP/s", "model FLOPs over the micro-batch's time", 1e-12)
         figures = {"time": time, "rate": rate}
         if peak := self.prices.hardware.peak_tflops.get(self.job.precision):
             top = self._recorded(f"peak_tflops.{self.job.precision}", peak, "TFLOP/s")
             how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
-            figures["mfu"] = _over("speed.mfu", rate, top, 100, "%", how)
+            figures["mfu"] = rate.over(top, "speed.mfu", "%", how, 100)
         return figures
 
     @cached_property
@@ -245,9 +245,3 @@ def _counted(name: str) -> str:
         "total_without_embeddings": "all but embedding table and output projection",
         "active_without_embeddings": "weights of the layers that one token meets",
     }.get(name, f"weights of the part '{name}', all layers")
-
-
-def _over(name: str, top: Figure, bottom: Figure, factor: float, unit: str, how: str) -> Figure:
-    """A ratio, times a factor."""
-    value, low, high = top.value / bottom.value, top.low / bottom.high, top.high / bottom.low
-    return Figure(name, value * factor, unit, low * factor, high * factor, how, (top, bottom))

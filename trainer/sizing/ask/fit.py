@@ -18,6 +18,7 @@ from trainer.sizing.search import auto, legal
 from trainer.sizing.search.layouts import label, search
 from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
+from trainer.sizing.time.rates import Rates
 
 SHOWN = 6
 Step = Callable[[TrainingJob], dict[str, Any] | None]
@@ -100,9 +101,9 @@ def fit(job: TrainingJob, hardware: HardwareConfig) -> MemoryFit:
     stage, used = memory.worst(job, hardware.kind)
     if used.needed <= have:
         return MemoryFit(used.needed, have, stage)
-    blind = auto.unknown(hardware, job.precision, job.layout.ranks, job.node)
-    rates = None if blind else auto.rates_of(hardware)
-    before = time.parts(job, rates).step if rates else math.nan
+    rates = auto.rates_of(hardware)
+    blind = rates.unknown(job.precision, job.layout.ranks, job.node)
+    before = math.nan if blind else time.parts(job, rates).step
     changes: list[JobChange] = []
     for many in (1, 2, 3):
         for steps in combinations(_STEPS, many):
@@ -111,25 +112,24 @@ def fit(job: TrainingJob, hardware: HardwareConfig) -> MemoryFit:
                 continue
             saves = used.needed - (then := memory.worst(made, hardware.kind)[1].needed)
             if saves > 0 and (then <= have or many == 1):
-                cost = time.parts(made, rates).step / before - 1 if rates else None
+                cost = None if blind else time.parts(made, rates).step / before - 1
                 changes.append(JobChange(differing(job, made), made, saves, cost, then <= have))
         if sum(change.fits for change in changes) >= 2:
             break
     order = sorted(changes, key=lambda c: (not c.fits, c.cost or 0.0 if c.fits else -c.saves))
     once = list({change.names: change for change in reversed(order)}.values())[::-1]
-    instead = None if any(change.fits for change in changes) else _more_ranks(job, hardware)
+    instead = None if any(change.fits for change in changes) else _more_ranks(job, rates)
     return MemoryFit(used.needed, have, stage, tuple(once[:SHOWN]), instead)
 
 
-def _more_ranks(job: TrainingJob, hardware: HardwareConfig) -> TrainingJob | None:
+def _more_ranks(job: TrainingJob, rates: Rates) -> TrainingJob | None:
     """The fastest set-up that fits, on the job's ranks or the fewest doublings of them."""
-    if auto.unknown(hardware, job.precision, 2 * job.node, job.node):
+    if rates.unknown(job.precision, 2 * job.node, job.node):
         return None
-    rates = auto.rates_of(hardware)
     for doubling in range(8):
         ranks = job.layout.ranks << doubling
         task = Task(job.model, ranks, job.sequence, job.global_batch, job.precision, job.node, job.software)
-        if (best := search(task, hardware, rates, keep=1).best) is not None:
+        if (best := search(task, rates.hardware, rates, keep=1).best) is not None:
             return best.job
     return None
 

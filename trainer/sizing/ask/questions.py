@@ -111,10 +111,9 @@ def enough(task: Task, hardware: HardwareConfig, tokens: float, seconds: float) 
     if seconds <= 0:
         raise UserError("the deadline has passed; type a later one")
     node = hardware.devices_per_node or 1
-    why = auto.unknown(hardware, task.precision, 2 * node, node)
-    if why:
-        raise UserError(f"how long it takes is unknown: {why}; type hardware= with a device that has rates")
     rates = auto.rates_of(hardware)
+    if why := rates.unknown(task.precision, 2 * node, node):
+        raise UserError(f"how long it takes is unknown: {why}; type hardware= with a device that has rates")
     steps = math.ceil(tokens / (task.global_batch * task.sequence))
     # In whole nodes, by a third or a half more, as far as the batch divides.
     sizes = sorted(node * n << k for n in (1, 3) for k in range(15))
@@ -262,10 +261,10 @@ def _side(job: TrainingJob, task: Task, hardware: HardwareConfig) -> Side:
     node = hardware.devices_per_node or job.node
     moved = replace(job, node=node, imbalance=task.uneven)
     needed, fits = memory.worst(moved, hardware.kind)[1].needed, memory.fits(moved, hardware)
-    why = auto.unknown(hardware, job.precision, job.layout.ranks, node)
-    if why:
+    rates = auto.rates_of(hardware)
+    if why := rates.unknown(job.precision, job.layout.ranks, node):
         return Side(hardware.name, needed, fits, f"unknown: {why}", None)
-    best = search(replace(task, node=node), hardware, auto.rates_of(hardware), keep=1).best
+    best = search(replace(task, node=node), hardware, rates, keep=1).best
     return Side(hardware.name, needed, fits, auto.predicted(moved, hardware), best)
 
 

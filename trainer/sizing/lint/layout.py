@@ -208,7 +208,7 @@ def recompute(view: View) -> Iterator[LintFinding]:
     better = (fitting[:1] or milder[-1:])[0]
     if view.fits(better) is False:
         return
-    cost, basis = None, view.prices.why_not(job.precision)
+    cost, basis = None, view.prices.rates.kernels.why(job.precision)
     if now is not None:
         again, less = (_again(one, view.prices.rates) for one in (job, better))
         cost = 100 * (again - less) / (now.seconds + again)

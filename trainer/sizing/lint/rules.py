@@ -12,7 +12,7 @@ import yaml
 
 from configs.hardware import HardwareConfig
 from configs.section import Section
-from trainer.sizing.figures import Figure
+from trainer.sizing.figures import Figure, about
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time.price import Price, Prices
 
@@ -72,7 +72,7 @@ class LintFinding:
             return None
         name = f"lint.{self.rule.name}.{self.field.rpartition('.')[2].replace(' ', '_')}"
         how = f"{self.basis}; {self.rule.reason} ({self.rule.source})"
-        return Figure(name, self.cost, "%", self.cost * 0.5, self.cost * 1.5, how)
+        return about(name, self.cost, "%", 0.5, how)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class View:
         """Percent of the time that `better` saves at equal work, and how; of equal tokens where it only pads."""
         now, then = self.now, self.prices.of(better)
         if now is None or then is None:
-            return None, self.prices.why_not(self.job.precision)
+            return None, self.prices.rates.kernels.why(self.job.precision)
         if padding:
             a, b, of = now.seconds / now.tokens, then.seconds / then.tokens, "a token"
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.model.shapes import rows
+from trainer.sizing.model.shapes import regions, rows
 
 _FP32 = 4
 
@@ -22,6 +22,11 @@ def context_width(job: TrainingJob) -> float:
     if model.attention == "mla":
         return model.heads / tp * (2 * model.head_dim + model.rope_head_dim)
     return 2 * model.kv_heads * model.head_dim / min(tp, model.kv_heads)  # ranks beyond the heads hold copies
+
+
+def context_bytes(job: TrainingJob) -> float:
+    """Bytes of a layer's keys and values that context-parallel ranks gather or pass round, on one tensor-parallel rank."""
+    return job.element * job.tokens * job.layout.cp * context_width(job)
 
 
 def query_widths(job: TrainingJob) -> tuple[float, float]:
@@ -44,9 +49,11 @@ def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
     shared = tokens * model.hidden / job.split
     fp32_router = _fp32_router(job)
     # Inputs of attention and of the MLP or shared expert, and those of the routed experts.
-    regions = 1 if moe and not model.shared_width else 2
     routed = moe and not model.shared_width and not fp32_router
-    inputs = regions * (tokens * model.hidden if retention.gathered_inputs else shared) + routed * shared
+    inputs = (
+        len(regions(job, moe)) * (tokens * model.hidden if retention.gathered_inputs else shared)
+        + routed * shared
+    )
     residuals = 1 if model.parallel_block else 2
     # Of an element of a score matrix the softmax, and with dropout the mask and the result.
     score = 0 if software.flash_attention else element + software.dropout * (1 + element)
@@ -91,13 +98,12 @@ def _fp32_router(job: TrainingJob) -> bool:
 def _attention(job: TrainingJob) -> float:
     """Bytes per token of queries, keys, values, output, and of what makes them."""
     model, tp, element, software = job.model, job.layout.tp, job.element, job.software
-    norm, gathers = software.retention.norm_bytes, software.context == "gather"
+    norm = software.retention.norm_bytes
     rowwise = _FP32 * model.heads / tp if software.flash_attention else 0.0
-    seen = job.layout.cp if gathers else 1  # keys and values that are kept, by those made
+    seen = job.layout.cp if job.gathers_context else 1  # keys and values that are kept, by those made
     query, result = query_widths(job)
     # What attention makes of a sample's two pieces, beside what they are joined to (`trainer.parallel.context.two_pieces`).
-    apart = job.layout.cp > 1 and gathers and software.retention.gathered_inputs
-    pieces = element * result if apart else 0.0
+    pieces = element * result * (job.gathers_context and software.retention.gathered_inputs)
     if model.attention == "mla":
         compressed = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
         expanded = context_width(job) * (1 + seen)

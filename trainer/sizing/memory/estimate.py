@@ -147,7 +147,7 @@ def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> 
     if layout.cp > 1 and job.software.context == "ulysses":
         buffers += token * (activations.query_widths(job)[0] + activations.context_width(job))
     elif layout.cp > 1:
-        buffers += token * layout.cp * activations.context_width(job)
+        buffers += activations.context_bytes(job)
     if job.split == 1:
         return buffers, 0.0
     whole = token * job.model.hidden
@@ -166,8 +166,8 @@ def _holes(job: TrainingJob, stage: schedule.StageCost, optimizer: float) -> flo
     """The largest blocks of the first backward pass, copies of the logits, broken up by moments that are made after it."""
     if not (job.software.retention.late_moments and stage.head):
         return 0.0
-    moments = job.software.moments_bytes
-    share = moments / max(1, moments + states.MASTER)
+    moments = job.software.moments[0]
+    share = moments / (moments + states.MASTER)
     return min(4.0 * job.tokens * job.model.vocab / job.layout.tp, share * optimizer)
 
 
@@ -252,7 +252,7 @@ def _derivations(stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob)
         "weights": f"bytes of an element x weights of the stage on one rank: {job.element} {held}",
         "gradients": f"bytes of an accumulated gradient x weights: {software.gradient_bytes} {held}",
         "optimizer": "master weights and moments, split over replicas under ZeRO: "
-        f"{states.MASTER}+{software.moments_bytes} {held} over {over[0]} replicas, of experts {over[1]}",
+        f"{states.MASTER}+{software.moments[0]} {held} over {over[0]} replicas, of experts {over[1]}",
         "buckets": "reduction buckets and staging of the framework, layers gathered under ZeRO-3",
         "activations": f"what layers keep of each micro-batch in flight: {layers}",
         "imbalance": "rows beyond the mean on the fullest expert rank",

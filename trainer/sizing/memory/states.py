@@ -39,6 +39,10 @@ class Held:
         """Of all, what a rank has where so many share the plain ones, and the experts."""
         return self.plain / over[0] + self.routed / over[1]
 
+    def matrices(self, over: tuple[int, int]) -> float:
+        """The same of matrices between layers."""
+        return (self.plain - self.other) / over[0] + self.routed / over[1]
+
     def times(self, each: tuple[float, float]) -> float:
         """Bytes of all at so many for a plain weight, and for one of the experts."""
         return each[0] * self.plain + each[1] * self.routed
@@ -145,11 +149,9 @@ def states(job: TrainingJob, stage: schedule.StageCost) -> States:
 
 def _optimizer(job: TrainingJob, mine: Held, over: tuple[int, int]) -> float:
     """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
-    software = job.software
-    master, moments = 0 if software.own_master and alone(job) else MASTER, software.moments_bytes
-    of_matrices = moments if software.matrix_moments_bytes is None else software.matrix_moments_bytes
-    matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
-    return (master + moments) * (mine.other / over[0]) + (master + of_matrices) * matrices
+    master = 0 if job.software.own_master and alone(job) else MASTER
+    vector, matrix = (master + moments for moments in job.software.moments)
+    return vector * (mine.other / over[0]) + matrix * mine.matrices(over)
 
 
 def update(job: TrainingJob, stage: schedule.StageCost) -> float:

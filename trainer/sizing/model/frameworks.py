@@ -54,7 +54,7 @@ def own(
     return Software(
         context=context, selective="feed_forward", eager=not kernels, kernels=kernels, fresh_gradients=True,
         tuned_attention=kind == "cuda",  # torch takes cuDNN's on Hopper and later
-        moments_bytes=2 * moment, matrix_moments_bytes=moment if optim.kind == "muon" else 2 * moment,
+        moments=(2 * moment, moment if optim.kind == "muon" else 2 * moment),
         orthogonal_steps=steps, mlp_router=None if kernels else "fp32", square_pieces=True,
         retention=FrameworkMemory(gathered_inputs=True, update=(0, 4), **kept), sources=sources,
         overlap_dp=native, overlap_gather=native, gathered_experts=native, own_master=native, streamed=native,

@@ -108,10 +108,8 @@ class Software:
     """Under `context=gather` attention's two pieces aren't square, and tuned kernels take no others."""
     streamed: bool = False
     """Gradients of a step's only micro-batch are reduced as they are made, so that no whole gradient stays."""
-    moments_bytes: int = 8
-    """Bytes of the optimizer's moments for one weight."""
-    matrix_moments_bytes: int | None = None
-    """The same for a weight of a matrix, where the optimizer treats them apart (Muon); None: the same."""
+    moments: tuple[int, int] = (8, 8)
+    """Bytes of the optimizer's moments for one weight, and for one of a matrix between layers (Muon has fewer there)."""
     orthogonal_steps: int = 0
     """Newton-Schulz iterations on each matrix in each step, shared out over a stage's ranks (Muon)."""
     attention_share: float = 1.0
@@ -194,6 +192,11 @@ class TrainingJob:
         """Whether tokens are gathered and summed over ep instead of sent to each of their experts: fewer bytes."""
         layout = self.layout
         return self.software.gathered_experts and layout.etp == 1 and 1 < layout.ep <= self.model.top_k
+
+    @property
+    def gathers_context(self) -> bool:
+        """Whether keys and values of all context-parallel ranks are gathered before attention."""
+        return self.layout.cp > 1 and self.software.context == "gather"
 
     @property
     def fullest(self) -> float:

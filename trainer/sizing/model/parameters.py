@@ -46,9 +46,8 @@ class Parameters:
 
 def count(model: ModelConfig) -> Parameters:
     """Parameters of `model` by part."""
-    depths, routed = model.mtp_layers, len(model.router_layers)
-    parts = Counter[str]()
-    for moe, blocks in ((False, model.layers + depths - routed), (True, routed)):
+    depths, parts = model.mtp_layers, Counter[str]()
+    for blocks, moe in (*weights.kinds(model), (depths, True)):
         for one in weights.layer(model, moe) if blocks else ():
             parts[one.part] += blocks * one.weights
     # In front of each block of multi-token prediction a hidden state and a token are normed and joined.

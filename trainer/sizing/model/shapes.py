@@ -84,6 +84,19 @@ def _matmul(job: TrainingJob, one: weights.Matrix) -> Matmul:
     return Matmul(one.name, tokens, n, k, one.count, part=one.part)
 
 
+def regions(job: TrainingJob, moe: bool) -> tuple[int, ...]:
+    """Widths of what enters a layer's tensor-parallel regions: attention, and the MLP or shared expert.
+
+    Routed experts aren't one: their tokens come by the dispatch as they lie between layers, and expert-tensor parallelism
+    gathers for itself. Latent attention enters its latents (`trainer.model.latent`), and x too without compressed queries.
+    """
+    model = job.model
+    latents = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
+    into = latents + (0 if model.q_lora_rank else model.hidden) if model.attention == "mla" else model.hidden
+    alone = not model.shared_width if moe else model.parallel_block and job.software.joined_block
+    return (into,) if alone else (into, model.hidden)
+
+
 def head(job: TrainingJob) -> Matmul:
     """The output projection, over the tokens of all depths of multi-token prediction."""
     model, tokens = job.model, job.tokens * (1 + job.model.mtp_layers)

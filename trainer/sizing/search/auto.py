@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,25 +60,11 @@ def rates_of(hardware: HardwareConfig) -> Rates:
     return Rates(hardware, fabric, device, OWN, matmuls, attention)
 
 
-def unknown(hardware: HardwareConfig, precision: str, ranks: int, node: int) -> str:
-    """What must be on record for a prediction of time and isn't; empty where all is."""
-    needed = {
-        f"{precision} rate": hardware.peak_tflops.get(precision) or hardware.achieved_tflops.get(precision),
-        "memory bandwidth": hardware.memory_gbps,
-        "links in a node": hardware.intra_node_gbps if ranks > 1 else math.inf,
-        "network": hardware.inter_node_gbps if ranks > node else math.inf,
-    }
-    missing = ", ".join(name for name, value in needed.items() if value is None)
-    return f"{hardware.name} has no {missing} on record" if missing else ""
-
-
 def predicted(job: TrainingJob, hardware: HardwareConfig) -> Figure | str:
     """Seconds of a job's step on a device of the catalogue, or why there are none."""
-    why = unknown(hardware, job.precision, job.layout.ranks, job.node)
-    if why:
-        return why
     rates = rates_of(hardware)
-    return step.step_time(job, rates) or step.why_unknown(job, rates)
+    why = rates.unknown(job.precision, job.layout.ranks, job.node)
+    return why or step.step_time(job, rates) or step.why_unknown(job, rates)
 
 
 def precision_of(config: RunConfig) -> str:
@@ -154,8 +139,8 @@ def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = No
         UserError: where no layout is legal, or none fits the device's memory.
     """
     # Without rates other axes can't be weighed against dp and ep.
-    blind = unknown(config.hardware, precision_of(config), 1, 1)
-    made = most_ranks(config, slots, PLAIN if blind else {})
+    rates = rates_of(config.hardware)
+    made = most_ranks(config, slots, PLAIN if rates.unknown(precision_of(config)) else {})
     if made is None:
         # What is set is refused by itself, open axes being 1.
         raise UserError(
@@ -164,10 +149,9 @@ def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = No
             f"of parallel.*; set train.global_batch to a multiple of train.micro_batch={config.train.micro_batch} times dp"
         )
     axes = [axis for axis in ("dp", *config.parallel.open) if getattr(config.parallel, axis) is None]
-    why = unknown(config.hardware, made.precision, made.ranks, made.node)
-    if why:
+    if why := rates.unknown(made.precision, made.ranks, made.node):
         return _without_rates(config, made, axes, why)
-    result = search(replace(made, imbalance=imbalance), config.hardware, rates_of(config.hardware), KEEP)
+    result = search(replace(made, imbalance=imbalance), config.hardware, rates, KEEP)
     best, ranked = result.best, result.ranked
     if best is None:
         raise UserError(

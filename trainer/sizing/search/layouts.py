@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from configs.hardware import HardwareConfig
 from trainer.sizing.memory import activations, states
 from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model import weights
 from trainer.sizing.model.job import Recompute, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import legal
@@ -163,8 +164,7 @@ class _Bounds:
             seconds = (
                 parts.matmul + parts.attention + parts.memory + parts.head + parts.tp + parts.ep + parts.cp
             )
-            moe_layers = len(task.model.moe_layers)
-            kinds = [moe for moe, n in ((False, task.model.layers - moe_layers), (True, moe_layers)) if n]
+            kinds = [moe for _, moe in weights.kinds(task.model)]
             kept = {
                 r: min(activations.kept(legal.job(task, alone, micro_batch, 1, 0, r), moe) for moe in kinds)
                 for r in task.recompute

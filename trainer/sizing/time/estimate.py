@@ -100,24 +100,6 @@ def groups(job: TrainingJob) -> dict[str, RankGroup]:
     }
 
 
-def regions(job: TrainingJob, moe: bool) -> tuple[int, ...]:
-    """Widths of what enters a layer's tensor-parallel regions: attention, and the MLP or shared expert.
-
-    Routed experts aren't one: their tokens come by the dispatch as they lie between layers, and expert-tensor parallelism
-    gathers for itself. Latent attention enters its latents (`trainer.model.latent`), and x too without compressed queries.
-    """
-    model = job.model
-    latents = model.q_lora_rank + model.kv_lora_rank + model.rope_head_dim
-    into = latents + (0 if model.q_lora_rank else model.hidden) if model.attention == "mla" else model.hidden
-    alone = not model.shared_width if moe else model.parallel_block and job.software.joined_block
-    return (into,) if alone else (into, model.hidden)
-
-
-def context_bytes(job: TrainingJob) -> float:
-    """Bytes of all keys and values that context-parallel ranks gather for a layer, on one tensor-parallel rank."""
-    return job.element * job.tokens * job.layout.cp * activations.context_width(job)
-
-
 def together(device: float, host: float, norm: float = TOGETHER) -> float:
     """Seconds of a device and of the host that feeds it: a little over the longer."""
     joined: float = (device**norm + host**norm) ** (1 / norm)
@@ -140,7 +122,7 @@ class _Costs:
             id(model), id(job.software), layout.tp, layout.cp, layout.ep, layout.etp, job.sequence, job.micro_batch,
             job.precision, job.recompute, job.fullest, job.folded, job.node, layout.ranks > job.node,
             (layout.dp, layout.pp) if job.zero >= 3 else 0,
-            job.software.own_master and (states.resident(job), job.micro_batches > 1 or layout.pp > 1),
+            job.software.own_master and (states.resident(job), job.accumulates),
         )  # fmt: skip
         if key not in self.rates.known:
             layers = {moe: self._layer(moe) for _, moe in schedule.stages(model, 1)[0].kinds}
@@ -199,7 +181,7 @@ class _Costs:
             if job.layout.ranks > job.node:
                 latency = self.rates.fabric.latency("all_gather", self.where["tp"])
                 call += over.tp_rank_call * job.layout.tp + latency
-            host += len(regions(job, moe)) * (4 if software.sequence_parallel else 2) * call
+            host += len(shapes.regions(job, moe)) * (4 if software.sequence_parallel else 2) * call
         if operators.in_pieces(job):
             host += PIECES[0] * over.tp_call + PIECES[1] * over.plain
         return host
@@ -216,9 +198,12 @@ class _Costs:
         job, token = self.job, float(self.job.element * self.job.tokens)
         left, exposed = token * job.model.hidden, (1 - HIDDEN) if job.software.overlap_tp else 1.0
         if job.software.sequence_parallel:
-            each = [exposed * self._gather_scatter("tp", token * width, left) for width in regions(job, moe)]
+            each = [
+                exposed * self._gather_scatter("tp", token * width, left)
+                for width in shapes.regions(job, moe)
+            ]
         else:
-            each = [exposed * self._wire("all_reduce", left, "tp")] * len(regions(job, moe))
+            each = [exposed * self._wire("all_reduce", left, "tp")] * len(shapes.regions(job, moe))
         return sum(each), sum(each[1:])
 
     def _experts(self) -> float:
@@ -250,7 +235,7 @@ class _Costs:
 
     def _context(self, attention: float, attention_back: float) -> tuple[float, float]:
         """Exposed seconds of a layer's exchange of keys and values, there and back, beside attention of so many seconds."""
-        job, size = self.job, context_bytes(self.job)
+        job, size = self.job, activations.context_bytes(self.job)
         if job.software.context == "ulysses":
             query, result = activations.query_widths(job)
             token, widths = job.element * job.tokens, (query, activations.context_width(job), result)
@@ -287,7 +272,7 @@ class _Costs:
         job, layout, software = self.job, self.job.layout, self.job.software
         if layout.pp == 1 or software.overlap_pp:
             return 0.0
-        split = layout.tp if software.sequence_parallel or software.split_messages else 1
+        split = layout.tp if software.split_messages else job.split
         size = job.element * job.tokens * job.model.hidden / split
         send = self.rates.fabric.send(size, self.where["pp"].nodes > 1, self.where["pp"].sharing)
         return 2 * (send + self.rates.overheads.p2p_call) * job.interleave

@@ -67,7 +67,7 @@ def padded_head(head_dim: int) -> int:
 
 def in_pieces(job: TrainingJob) -> bool:
     """Whether attention runs in two pieces that aren't square (`trainer.parallel.context`)."""
-    return job.software.square_pieces and job.layout.cp > 1 and job.software.context == "gather"
+    return job.software.square_pieces and job.gathers_context
 
 
 def core(job: TrainingJob, rates: Rates, backward: bool) -> tuple[float, float]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile
-from trainer.sizing.figures import Figure
-from trainer.sizing.model import flops, shapes
+from trainer.sizing.figures import Figure, about
+from trainer.sizing.model import flops, shapes, weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import operators
 from trainer.sizing.time.estimate import together
@@ -55,10 +55,6 @@ class Prices:
         self.rates = Rates(hardware, from_catalogue(hardware), profile)
         self._known: dict[TrainingJob, Price | None] = {}
 
-    def why_not(self, precision: str) -> str:
-        """Why there are no prices; empty where there are."""
-        return self.rates.kernels.why(precision)
-
     def of(self, job: TrainingJob) -> Price | None:
         """The price of a micro-batch over all layers, one tensor-parallel rank's share; None where rates are unknown."""
         if job not in self._known:
@@ -75,10 +71,8 @@ class Prices:
             matmuls[one.name] = matmuls.get(one.name, 0.0) + seconds
         attention = sum(operators.core(job, rates, backward)[0] for backward in (False, True)) * model.layers
         memory = sum(one.memory for one in operators.head(job, rates))
-        with_experts = len(model.moe_layers)
-        for moe, count in ((False, model.layers - with_experts), (True, with_experts)):
-            if count:
-                memory += count * sum(one.memory for one in operators.layer(job, rates, moe))
+        for count, moe in weights.kinds(model):
+            memory += count * sum(one.memory for one in operators.layer(job, rates, moe))
         if math.isnan(attention + memory):
             return None
         launches = 3 * over.pass_kernels * over.launch * model.layers
@@ -115,8 +109,7 @@ class Prices:
             ("host", price.seconds - price.device, 0.5, f"what launching ({kernels}) adds to the device's "
              f"{price.device * 1e3:.4g} ms; {over.source}"),
         ):  # fmt: skip
-            low, high = seconds * (1 - spread), seconds * (1 + spread)
-            parts.append(Figure(f"time.{name}", seconds, "s", low, high, how))
+            parts.append(about(f"time.{name}", seconds, "s", spread, how))
         how = "sum of its operators, forward and backward, all layers, without communication"
         low, high = sum(part.low for part in parts), sum(part.high for part in parts)
         return Figure("time.micro_batch", price.seconds, "s", low, high, how, tuple(parts))

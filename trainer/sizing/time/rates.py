@@ -81,6 +81,19 @@ class Rates:
         """What `trainer.sizing.time.estimate` has worked out with these rates and may meet again."""
         return {}
 
+    def unknown(self, precision: str, ranks: int = 1, node: int = 1) -> str:
+        """What must be on record for a time on `ranks` ranks, `node` of them on each node, and isn't; empty: nothing."""
+        hardware = self.hardware
+        needed = {
+            f"{precision} rate": hardware.peak_tflops.get(precision)
+            or hardware.achieved_tflops.get(precision),
+            "memory bandwidth": hardware.memory_gbps,
+            "links in a node": hardware.intra_node_gbps if ranks > 1 else math.inf,
+            "network": hardware.inter_node_gbps if ranks > node else math.inf,
+        }
+        missing = ", ".join(name for name, value in needed.items() if value is None)
+        return f"{hardware.name} has no {missing} on record" if missing else self.kernels.why(precision)
+
     @cached_property
     def kernels(self) -> Kernels:
         """Times of matmuls."""

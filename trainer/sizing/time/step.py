@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from configs.hardware import HardwareConfig
-from trainer.sizing.figures import Figure, exact
+from trainer.sizing.figures import Figure, about, exact
 from trainer.sizing.model import flops
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import estimate as time
@@ -63,10 +63,7 @@ def figure(job: TrainingJob, rates: Rates, parts: StepParts) -> Figure:
     for name, value in vars(parts).items():
         if value > 0:
             share, _, how = PARTS[name]
-            off = share * value
-            made.append(
-                Figure(f"step.{name}", value, "s", max(0.0, value - off), value + off, how.format(**words))
-            )
+            made.append(about(f"step.{name}", value, "s", share, how.format(**words)))
     layers = [str(stage.layers) for stage in schedule.of(job)]
     cut = f"{len(layers)} stages of {', '.join(layers)} layers" if len(layers) > 1 else "one stage"
     how = f"sum of its parts: {job.micro_batches} micro-batches of {job.micro_batch} on {cut}"
@@ -85,7 +82,7 @@ def why_unknown(job: TrainingJob, rates: Rates) -> str:
     unknown = [PARTS[name][1] for name, value in vars(time.parts(job, rates)).items() if math.isnan(value)]
     if not unknown:
         return ""
-    return rates.kernels.why(job.precision) or (
+    return rates.unknown(job.precision, job.layout.ranks, job.node) or (
         f"{rates.hardware.name} has no link or network bandwidth on record for this layout's {', '.join(unknown)}"
     )
 
@@ -94,8 +91,7 @@ def tokens_per_second(job: TrainingJob, step: Figure) -> Figure:
     """Tokens a second of the whole job."""
     tokens = job.global_batch * job.sequence
     how = f"{job.global_batch} samples x {job.sequence} tokens / step"
-    value, low, high = tokens / step.value, tokens / step.high, tokens / step.low
-    return Figure("tokens_per_second", value, "tokens/s", low, high, how, (step,))
+    return exact("tokens", tokens, "1", how).over(step, "tokens_per_second", "tokens/s", how, parts=(step,))
 
 
 def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | None:
@@ -105,6 +101,5 @@ def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | No
         return None
     work = tokens * flops.train_flops_per_token(job.model, job.sequence)
     done = exact("flops.step", work, "FLOP", f"{flops.NUMERATOR}; {tokens} tokens")
-    scale = 100 * work / (job.layout.ranks * peak)
     how = f"flops.step / (step x {job.layout.ranks} devices x {peak / 1e12:g} TFLOP/s {job.precision})"
-    return Figure("mfu", scale / step.value, "%", scale / step.high, scale / step.low, how, (done, step))
+    return done.over(step, "mfu", "%", how, 100 / (job.layout.ranks * peak))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.sizing.memory import activations, states
+from trainer.sizing.model import shapes
 from trainer.sizing.model.job import TrainingJob
 
 #: Share of the memory's achieved rate that small elementwise kernels reach.
@@ -99,8 +100,7 @@ def own(job: TrainingJob, backward: bool) -> ElementwiseTraffic | None:
 
 def moved_per_token(job: TrainingJob, backward: bool) -> tuple[float, float]:
     """Bytes per token of norms, residuals and positions, and of the activation function per unit of MLP width."""
-    model, software, one = job.model, job.software, own(job, backward)
-    split = job.split
+    model, software, split, one = job.model, job.software, job.split, own(job, backward)
     query = model.heads * model.head_dim / job.layout.tp
     branches = 1 if model.parallel_block else 2
     if one:
@@ -143,16 +143,15 @@ def zaya(job: TrainingJob, moe: bool, backward: bool) -> tuple[float, int]:
     model, one, moved, launches = job.model, own(job, backward), 0.0, 0
     if one is None:
         return moved, launches
-    split = job.split
     if model.attention == "cca":
         moved += one.channel * (model.heads + model.kv_heads) * model.head_dim / job.layout.tp
         launches += one.launches[0]
     if model.residual_scaling:
         residuals = 1 if model.parallel_block else 2
-        moved += residuals * one.scaled * model.hidden / split
+        moved += residuals * one.scaled * model.hidden / job.split
         launches += residuals * one.launches[1]
     if moe and model.router.kind == "mlp":
-        moved += (one.mlp * model.router.hidden + one.mlp_input * model.hidden) / split
+        moved += (one.mlp * model.router.hidden + one.mlp_input * model.hidden) / job.split
         launches += one.launches[2]
     return moved, launches
 
@@ -167,16 +166,10 @@ def copied(job: TrainingJob, moe: bool, backward: bool) -> float:
     region, piece, gathered = SEAMS[backward]
     seams = 0.0
     if layout.tp > 1:
-        regions = 1 + (not moe or model.shared_width > 0)
-        seams += region * regions * model.hidden
-    if layout.cp > 1 and job.software.context == "gather":
+        seams += region * len(shapes.regions(job, moe)) * model.hidden
+    if job.gathers_context:
         seams += piece * query + gathered * layout.cp * context
     return CORE[backward] * (query + context + result) + seams / ELEMENTWISE
-
-
-def _several(job: TrainingJob) -> bool:
-    """Whether a weight's gradient is added up over several backward passes of a step."""
-    return job.micro_batches > 1 or job.layout.pp > 1
 
 
 def accumulated(job: TrainingJob, weights: float, routed: bool) -> float:
@@ -187,7 +180,7 @@ def accumulated(job: TrainingJob, weights: float, routed: bool) -> float:
     added = software.gradient_bytes * 2.5 * weights
     if not (software.own_master and software.kernels):
         return 0.0 if resident and job.micro_batches == 1 else added
-    if _several(job):  # by torch's own kernel
+    if job.accumulates:  # by torch's own kernel
         return added / ELEMENTWISE
     return 0.0 if resident else _fsdp_copies(job) * weights
 
@@ -203,9 +196,8 @@ def update_bytes(job: TrainingJob, gradient: int, cast: bool) -> float:
     Masters and moments are read and written, the gradient is read for its norm and for the step, and the weights that
     matmuls use are written; `cast`: by a kernel of their own, from the masters, as FSDP2 does while it gathers.
     """
-    moments, of_matrices = job.software.moments_bytes, job.software.matrix_moments_bytes
     working = 0 if job.precision == "fp32" else 6 if cast else 2
-    return 8 + 2 * (moments if of_matrices is None else of_matrices) + 2 * gradient + working
+    return 8 + 2 * job.software.moments[1] + 2 * gradient + working
 
 
 def updated(job: TrainingJob, mine: states.Held, counted: float | None) -> float:
@@ -216,7 +208,7 @@ def updated(job: TrainingJob, mine: states.Held, counted: float | None) -> float
     over = states.replicas(job.layout) if job.zero else (1, 1)
     resident, software, moved = states.resident(job), job.software, 0.0
     whole = (mine.plain, mine.routed)
-    copies = software.own_master and software.kernels and _several(job)
+    copies = software.own_master and software.kernels and job.accumulates
     for count, split, kept, gradient in zip(whole, over, resident, states.gradient_bytes(job), strict=True):
         own_cast = software.own_master and not kept
         each = update_bytes(job, gradient, own_cast) if counted is None else counted
@@ -225,7 +217,6 @@ def updated(job: TrainingJob, mine: states.Held, counted: float | None) -> float
         if copies and not kept:  # of one micro-batch they are among what its layers take
             moved += _fsdp_copies(job) * count
     if software.orthogonal_steps:
-        matrices = (mine.plain - mine.other) / over[0] + mine.routed / over[1]
         once, each_step = MUON
-        moved += (once + each_step * software.orthogonal_steps) / ELEMENTWISE * matrices
+        moved += (once + each_step * software.orthogonal_steps) / ELEMENTWISE * mine.matrices(over)
     return moved

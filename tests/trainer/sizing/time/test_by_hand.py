@@ -227,13 +227,13 @@ def test_latent_attention_copies_its_down_projections_under_tp() -> None:
     assert small["query compression"].m == 4096 / 8 and small["query compression"].n == 1536
     assert small["queries"].m == 4096 and small["queries"].n == 128 * 192 / 8
     # Latents are entered, not x: 1536 + 512 + 64 wide; what leaves is 7168 wide, as at the MLP.
-    assert time.regions(made, False) == (2112, 7168)
+    assert shapes.regions(made, False) == (2112, 7168)
 
 
 def test_latent_attention_under_cp_gathers_what_the_trainer_gathers() -> None:
     made = job(preset("deepseek_v3"), Layout(1, 1, 8, 1, 1, 1), sequence=32768)
     # 128 heads of a key of 128 + 64 and a value of 128, bf16.
-    assert time.context_bytes(made) == 32768 * 2 * 128 * (128 + 64 + 128)
+    assert activations.context_bytes(made) == 32768 * 2 * 128 * (128 + 64 + 128)
     gathered = replace(made, software=Software(context="gather"))
     # 61 layers, 4 micro-batches; gathered once, and gradients scattered once, with nothing beside.
     by_hand = 61 * 4 * 2 * ring(32768 * 2 * 128 * (128 + 64 + 128), 8)
@@ -353,7 +353,7 @@ def test_bytes_of_an_optimizer_step_counted_one_by_one() -> None:
     experts_alone = replace(shared, layout=Layout(1, 4, 1, 4, 1, 1))
     assert states.resident(experts_alone) == (False, True) and states.gradient_bytes(experts_alone) == (4, 2)
     assert states.resident(replace(experts_alone, layout=Layout(2, 4, 1, 4, 1, 1))) == (False, False)
-    muon = replace(alone, software=replace(alone.software, matrix_moments_bytes=4))
+    muon = replace(alone, software=replace(alone.software, moments=(8, 4)))
     assert traffic.update_bytes(muon, 2, cast=False) == 22
     megatron = replace(alone, software=Software(gradient_bytes=4))
     assert traffic.update_bytes(megatron, 4, cast=False) == 34

@@ -170,7 +170,7 @@ def test_one_device_does_nothing_but_compute() -> None:
         ),
         ({"recompute": "selective", "software": Software(selective="feed_forward")}, {}, "recompute"),
         ({"software": Software(orthogonal_steps=5)}, {}, "optimizer"),
-        ({}, {"software": Software(moments_bytes=4)}, "optimizer"),
+        ({}, {"software": Software(moments=(4, 4))}, "optimizer"),
     ],
 )
 def test_each_choice_moves_its_part(slow: dict[str, object], fast: dict[str, object], part: str) -> None:
