@@ -132,8 +132,8 @@ def waves(view: View) -> Iterator[LintFinding]:
         if 100 * fill >= view.rule.numbers["full_percent"]:
             continue
         widths = [n for n in range(64, 2 * one.n, 64) if 0.85 * one.n <= n <= 1.15 * one.n and n != one.n]
-        timed = [(view.prices.matmul(replace(one, n=n), job), n) for n in widths]
-        best = min(((s / n, n) for s, n in timed if s is not None), default=(math.inf, one.n))
+        timed = ((view.prices.matmul(replace(one, n=n), job) / n, n) for n in widths)
+        best = min(timed, default=(math.inf, one.n))
         saved = total.matmuls[one.name] - best[0] * one.n
         cost = 100 * saved / total.seconds
         if cost >= 0.3:
@@ -188,8 +188,7 @@ def matmul_work(view: View) -> Iterator[LintFinding]:
     if total is not None:
         for one in small:
             times = min(math.ceil(need / one.flops), better.micro_batch // job.micro_batch)
-            larger = view.prices.matmul(replace(one, m=one.m * times), job)
-            saved += total.matmuls[one.name] - larger / times if larger else 0.0
+            saved += total.matmuls[one.name] - view.prices.matmul(replace(one, m=one.m * times), job) / times
         cost = 100 * saved / total.seconds
     basis = f"{len(small)} matmuls below {need / 1e9:.0f} GFLOP; with more rows they would take {saved * 1e3:.3g} ms less"
     value = f"{least.flops / 1e9:.3g} GFLOP"

@@ -50,10 +50,8 @@ def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
     fp32_router = _fp32_router(job)
     # Inputs of attention and of the MLP or shared expert, and those of the routed experts.
     routed = moe and not model.shared_width and not fp32_router
-    inputs = (
-        len(regions(job, moe)) * (tokens * model.hidden if retention.gathered_inputs else shared)
-        + routed * shared
-    )
+    each = tokens * model.hidden if retention.gathered_inputs else shared
+    inputs = len(regions(job, moe)) * each + routed * shared
     residuals = 1 if model.parallel_block else 2
     # Of an element of a score matrix the softmax, and with dropout the mask and the result.
     score = 0 if software.flash_attention else element + software.dropout * (1 + element)

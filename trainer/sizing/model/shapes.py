@@ -32,13 +32,8 @@ class Matmul:
         """Of one forward call."""
         return 2.0 * self.m * self.n * self.k
 
-    def seconds(self, kernels: Kernels, precision: str, imbalance: float = 1.0) -> float | None:
-        """Of all calls with their gradients; None where the device's rates are unknown."""
-        forward, backward = (self.once(kernels, precision, back, imbalance) for back in (False, True))
-        return None if forward is None or backward is None else self.count * (forward + backward)
-
-    def once(self, kernels: Kernels, precision: str, backward: bool, imbalance: float = 1.0) -> float | None:
-        """Of one call forward, or of both its gradients; None where the device's rates are unknown."""
+    def once(self, kernels: Kernels, precision: str, backward: bool, imbalance: float = 1.0) -> float:
+        """Seconds of one call forward, or of both its gradients; NaN where the device's rates are unknown."""
         m, n, k = self.m, self.n, self.k
         grouped: dict[str, Any] = {"precision": precision}
         if self.experts > 1:
@@ -46,8 +41,7 @@ class Matmul:
         if not backward:
             return kernels.matmul(m, n, k, **grouped)
         inputs = kernels.matmul(m, k, n, layout="inputs", **grouped)
-        of_weights = kernels.matmul(n, k, m, layout="weights", **grouped)
-        return None if inputs is None or of_weights is None else inputs + of_weights
+        return inputs + kernels.matmul(n, k, m, layout="weights", **grouped)
 
 
 def rows(job: TrainingJob) -> float:

@@ -75,12 +75,8 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """As a plain tree, without the configuration, which is saved beside it."""
-        config, model, parallel, train = (
-            self.config,
-            self.config.model,
-            self.config.parallel,
-            self.config.train,
-        )
+        config, model = self.config, self.config.model
+        parallel, train = config.parallel, config.train
         tokens = (train.global_batch or 0) * config.data.sequence if config.workload == "train" else 0
         return {
             "layout": self.layout, "ranks": self.ranks, "nodes": self.nodes, "slots_per_node": self.slots_per_node,
@@ -173,12 +169,8 @@ class _Draft:
 
     def close(self) -> TrainingJob | None:
         """Set the open axes; the job that the search found for them, None where nothing was open or no time is known."""
-        config, parallel, train, cluster = (
-            self.config,
-            self.config.parallel,
-            self.config.train,
-            self.config.cluster,
-        )
+        config, cluster = self.config, self.config.cluster
+        parallel, train = config.parallel, config.train
         if not parallel.open:
             return None
         if not self.training:

@@ -196,10 +196,8 @@ def unfilled(config: RunConfig) -> str | None:
             continue
         takes, least = f"parallel.pp={pp} or more", pp
         if parallel.schedule == "interleaved":
-            takes, least = (
-                f"multiples of parallel.pp={pp}",
-                nearest(count, [pp * n for n in range(1, count // pp + 2)]),
-            )
+            takes = f"multiples of parallel.pp={pp}"
+            least = nearest(count, [pp * n for n in range(1, count // pp + 2)])
         return (
             f"train.{field}={getattr(train, field)} gives each pipeline {count} of train.micro_batch={train.micro_batch} "
             f"samples, and parallel.schedule={parallel.schedule} takes {takes}; set train.{field}={least * unit}"

@@ -313,10 +313,8 @@ class Form:
         tuning, k = self.tuning, shape.k
         if shape.experts == 1:
             ramp = tuning.ramp if shape.kind == KernelKind.ALIGNED else tuning.slow_ramp
-            costs, passed_over = (
-                self._costs[shape.kind],
-                tuning.split * 8.0 * shape.m * shape.n / tuning.bandwidth,
-            )
+            costs = self._costs[shape.kind]
+            passed_over = tuning.split * 8.0 * shape.m * shape.n / tuning.bandwidth
 
             def dense(plan: KernelPlan) -> float:
                 tile, _, waves, parts = plan

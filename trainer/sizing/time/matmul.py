@@ -2,7 +2,7 @@
 
 With a profile the numbers of `trainer.sizing.time.kernels` are fitted to its matmuls, and what they miss is corrected by
 what they miss at shapes nearby. Without one the best matmul on record sets the rate, and the rest is as stated in
-`DEFAULTS`. A device that lacks what is needed gives None, and `why` says why.
+`DEFAULTS`. A device that lacks what is needed gives NaN, and `why` says why.
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ class Kernels:
     def matmul(
         self, m: int, n: int, k: int, experts: int = 1, precision: str = "bf16", imbalance: float = 1.0,
         layout: Operands = "forward",
-    ) -> float | None:  # fmt: skip
-        """Seconds of [m, k] times [k, n], as in `MatmulShape`, of bf16, fp16, fp32 or fp8 operands; None where unknown."""
+    ) -> float:  # fmt: skip
+        """Seconds of [m, k] times [k, n], as in `MatmulShape`, of bf16, fp16, fp32 or fp8 operands; NaN where unknown."""
         key = (m, n, k, experts, precision, imbalance, layout)
         seconds = self._cache.get(key)
         if seconds is None:
             model = self.model(precision)
             if isinstance(model, str):
-                return None
+                return math.nan
             shape = MatmulShape(m, n, k, experts, imbalance, layout, _BYTES[precision])
             seconds = self._cache[key] = model.seconds(shape)[0]
         return seconds

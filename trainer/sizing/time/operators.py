@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from configs.schema import ModelConfig
@@ -101,8 +100,7 @@ def _seconds(job: TrainingJob, rates: Rates, one: shapes.Matmul, backward: bool)
     precision = job.precision
     if one.part == "router" and job.model.router.kind == "mlp" and job.software.mlp_router:
         precision = job.software.mlp_router
-    seconds = one.once(rates.kernels, precision, backward)
-    return math.nan if seconds is None else one.count * seconds / rates.kept
+    return one.count * one.once(rates.kernels, precision, backward) / rates.kept
 
 
 def again(job: TrainingJob, forward: Pass) -> float:

@@ -65,24 +65,22 @@ class Prices:
         model, rates, over = job.model, self.rates, self.rates.overheads
         matmuls: dict[str, float] = {}
         for one in shapes.forward(job):
-            seconds = self.matmul(one, job)
-            if seconds is None:
-                return None
-            matmuls[one.name] = matmuls.get(one.name, 0.0) + seconds
+            matmuls[one.name] = matmuls.get(one.name, 0.0) + self.matmul(one, job)
         attention = sum(operators.core(job, rates, backward)[0] for backward in (False, True)) * model.layers
         memory = sum(one.memory for one in operators.head(job, rates))
         for count, moe in weights.kinds(model):
             memory += count * sum(one.memory for one in operators.layer(job, rates, moe))
-        if math.isnan(attention + memory):
+        if math.isnan(attention + memory + sum(matmuls.values())):
             return None
         launches = 3 * over.pass_kernels * over.launch * model.layers
         work = flops.train_flops_per_token(model, job.sequence) * job.tokens / job.layout.tp
         return Price(matmuls, attention, memory, launches, work, job.tokens)
 
-    def matmul(self, one: shapes.Matmul, job: TrainingJob) -> float | None:
-        """Seconds of all calls of a matmul with their gradients, at the rate that a long run keeps; None where unknown."""
-        seconds = one.seconds(self.rates.kernels, job.precision, job.imbalance)
-        return None if seconds is None else seconds / self.rates.kept
+    def matmul(self, one: shapes.Matmul, job: TrainingJob) -> float:
+        """Seconds of all calls of a matmul with their gradients, at the rate that a long run keeps; NaN where unknown."""
+        kernels = self.rates.kernels
+        both = sum(one.once(kernels, job.precision, back, job.imbalance) for back in (False, True))
+        return one.count * both / self.rates.kept
 
     def figure(self, job: TrainingJob) -> Figure | None:
         """The price with its derivation; None where rates are unknown."""
@@ -95,7 +93,7 @@ class Prices:
             name, shape = f"time.{_slug(one.name)}", MatmulShape(one.m, one.n, one.k, one.experts)
             forward = self.rates.kernels.matmul_figure(f"{name}.forward", shape, job.precision)
             seconds = self.matmul(one, job)
-            assert forward is not None and seconds is not None, "it has a price"
+            assert forward is not None, "it has a price"
             low, high = seconds * (forward.low / forward.value), seconds * (forward.high / forward.value)
             how = f"{one.count} calls of [{one.m}, {one.k}] x [{one.k}, {one.n}], each with its two gradients{slower}"
             parts.append(Figure(name, seconds, "s", low, high, how, (forward,)))
