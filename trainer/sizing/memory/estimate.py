@@ -99,9 +99,9 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
     staging = retention.staging if kind != "cpu" else 0.0
     spread = layout.ep * layout.etp > 1
     routing = 0.0  # rows that are sent and received, for one layer at a time
-    if what.moe and not (retention.unwound and (job.gathers_experts or not spread)):
+    if what.moe and not (job.software.fsdp and (job.gathers_experts or not spread)):
         routing = activations.rows(job) * job.model.hidden * job.element * (2 * job.fullest if spread else 1)
-    if retention.unwound:
+    if job.software.fsdp:
         moment = unwinding.fullest(job, what, in_flight)
         weights = unwinding.lasting(job, what) + moment.gathered
     else:

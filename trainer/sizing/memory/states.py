@@ -74,7 +74,7 @@ def resident(job: TrainingJob) -> tuple[bool, bool]:
     """Whether plain weights, and experts, stay in bf16 beside their masters, outside of FSDP: no other rank has them
     (`trainer.parallel.resident`)."""
     plain, routed = replicas(job.layout)
-    kept = job.software.own_master and job.precision == "bf16" and job.layout.pp == 1 and routed == 1
+    kept = job.software.fsdp and job.precision == "bf16" and job.layout.pp == 1 and routed == 1
     return kept and plain == 1, kept
 
 
@@ -94,7 +94,7 @@ def gradients_split(job: TrainingJob) -> bool:
     """Whether no rank keeps more of the gradients than its shard between micro-batches."""
     if job.zero_bubble:  # weight gradients are made out of order, and reduced when all are there
         return False
-    return job.zero >= 2 or (job.zero == 1 and job.software.streamed and not job.accumulates)
+    return job.zero >= 2 or (job.zero == 1 and job.software.fsdp and not job.accumulates)
 
 
 def finished(job: TrainingJob) -> tuple[float, float]:
@@ -149,7 +149,7 @@ def states(job: TrainingJob, stage: schedule.StageCost) -> States:
 
 def _optimizer(job: TrainingJob, mine: Held, over: tuple[int, int]) -> float:
     """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
-    master = 0 if job.software.own_master and alone(job) else MASTER
+    master = 0 if job.software.fsdp and alone(job) else MASTER
     vector, matrix = (master + moments for moments in job.software.moments)
     return vector * (mine.other / over[0]) + matrix * mine.matrices(over)
 

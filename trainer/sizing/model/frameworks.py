@@ -46,7 +46,7 @@ def own(
     kept = KERNELS if kernels else EAGER | {"norm_bytes": 8 if kind == "cpu" else 4}
     if native:
         muon = {"copied_gradients": 4, "scratch": MUON_SCRATCH} if steps else {}
-        kept = kept | {"staging": 0.0, "whole_buffers": 0, "unwound": True} | muon
+        kept = kept | {"staging": 0.0, "whole_buffers": 0} | muon
         sources = "torch/distributed/fsdp/_fully_shard of torch 2.13", "trainer/engines/native.py"
     else:
         kept = kept | {"staging": 4.0 * (1 << 27)}  # in fp32, as `trainer.engines.deepspeed` asks for
@@ -57,8 +57,7 @@ def own(
         moments=(2 * moment, moment if optim.kind == "muon" else 2 * moment),
         orthogonal_steps=steps, mlp_router=None if kernels else "fp32", square_pieces=True,
         retention=FrameworkMemory(gathered_inputs=True, update=(0, 4), **kept), sources=sources,
-        overlap_dp=native, overlap_gather=native, gathered_experts=native, own_master=native, streamed=native,
-        exposed_ends=native, counts_rows=native,
+        overlap_dp=native, overlap_gather=native, gathered_experts=native, fsdp=native, counts_rows=native,
     )  # fmt: skip
 
 

@@ -40,9 +40,6 @@ class FrameworkMemory:
     gathered_inputs: bool = False
     """What is gathered for a tensor-parallel region, and attention's two pieces under `context=gather` beside what they are
     joined to, are kept (Megatron gathers again in the backward pass)."""
-    unwound: bool = False
-    """Gradients are made by the step's last backward pass while it frees activations, and gone after the update; weights
-    that other ranks share are given back behind it (`trainer.sizing.memory.unwinding`)."""
     copied_gradients: int = 0
     """Bytes of a matrix's gradient that the optimizer copies for all matrices at once, where it comes in 16 bits (Muon)."""
     scratch: float = 0.0
@@ -96,18 +93,17 @@ class Software:
     """Bytes of an accumulated gradient element."""
     reduce_bytes: int = 4
     """Bytes of a gradient element on the wire."""
-    own_master: bool = False
-    """Weights in fp32 that a rank shares with nobody are their own master (FSDP2 isn't used then)."""
-    exposed_ends: bool = False
-    """Of what is overlapped, the reduction that begins last and the gather that is needed first run beside nothing."""
+    fsdp: bool = False
+    """FSDP2, as the native engine uses it: fp32 weights that a rank shares with nobody are their own master. Gradients are
+    made by the step's last backward pass while it frees activations, reduced as they are made where it is the only one,
+    and gone after the update (`trainer.sizing.memory.unwinding`). Of what is overlapped, the reduction that begins last and
+    the gather that is needed first run beside nothing."""
     counts_rows: bool = False
     """Under ep the host waits in each MoE layer for the number of rows, and so never runs far ahead of the device."""
     mlp_router: Literal["fp32"] | None = None
     """Precision of the matmuls of an `mlp` router; None: as all others."""
     square_pieces: bool = False
     """Under `context=gather` attention's two pieces aren't square, and tuned kernels take no others."""
-    streamed: bool = False
-    """Gradients of a step's only micro-batch are reduced as they are made, so that no whole gradient stays."""
     moments: tuple[int, int] = (8, 8)
     """Bytes of the optimizer's moments for one weight, and for one of a matrix between layers (Muon has fewer there)."""
     orthogonal_steps: int = 0

@@ -66,7 +66,7 @@ def parts(job: TrainingJob, rates: Rates) -> StepParts:
     # Stages that hold the same take the same.
     taken = {stage: costs.stage(stage) for stage in set(cut)}
     slowest = max(taken, key=lambda stage: sum(taken[stage]))
-    _, bubble = schedule.span([sum(taken[stage]) for stage in cut], m, job.interleave, job.zero_bubble)
+    bubble = schedule.bubble([sum(taken[stage]) for stage in cut], job.interleave, job.zero_bubble)
     updates = [costs.update(stage, sum(seconds)) for stage, seconds in taken.items()]
     sums = dict.fromkeys(vars(StepParts()), 0.0)
     for count, moe in slowest.kinds:
@@ -122,7 +122,7 @@ class _Costs:
             id(model), id(job.software), layout.tp, layout.cp, layout.ep, layout.etp, job.sequence, job.micro_batch,
             job.precision, job.recompute, job.fullest, job.folded, job.node, layout.ranks > job.node,
             (layout.dp, layout.pp) if job.zero >= 3 else 0,
-            job.software.own_master and (states.resident(job), job.accumulates),
+            job.software.fsdp and (states.resident(job), job.accumulates),
         )  # fmt: skip
         if key not in self.rates.known:
             layers = {moe: self._layer(moe) for _, moe in schedule.stages(model, 1)[0].kinds}
@@ -263,7 +263,7 @@ class _Costs:
             scatter += self._wire("reduce_scatter", software.reduce_bytes * count, axis)
         if not software.overlap_dp:
             return 2 * gather + scatter
-        ends = job.layout.pp / job.model.layers if software.exposed_ends else 0.0
+        ends = job.layout.pp / job.model.layers if software.fsdp else 0.0
         both = gather + scatter
         return longest(ends * gather, gather - forward) + longest(ends * both, both - backward)
 
@@ -291,7 +291,7 @@ class _Costs:
                 op = "reduce_scatter" if job.zero else "all_reduce"
                 reduce += times * (pieces * self._wire(op, software.reduce_bytes * count / pieces, axis))
                 gather += self._wire("all_gather", job.element * count, axis) if job.zero else 0.0
-        ends = 1 / max(1, stage.layers) if software.exposed_ends else 0.0
+        ends = 1 / max(1, stage.layers) if software.fsdp else 0.0
         if software.overlap_dp:
             reduce = longest(reduce * ends, reduce - times * BEHIND * time)
         if software.overlap_gather:
@@ -316,7 +316,7 @@ class _Costs:
         job, model, layout = self.job, self.job.model, self.job.layout
         if stage.head == stage.embedding or not (model.tie_embeddings or model.mtp_layers):
             return 0.0
-        sharded = job.zero >= 2 or (job.zero == 1 and job.software.streamed)
+        sharded = job.zero >= 2 or (job.zero == 1 and job.software.fsdp)
         table = model.vocab * model.hidden / layout.tp / (layout.dp * layout.cp if sharded else 1)
         ends = RankGroup(2, 2, self.where["pp"].sharing) if layout.ranks > job.node else RankGroup(2)
         return self.rates.fabric.seconds("all_reduce", job.software.reduce_bytes * table, ends)

@@ -73,18 +73,14 @@ def stages(
     return tuple(out)
 
 
-def span(
-    seconds: Sequence[float], micro_batches: int, interleave: int = 1, zero_bubble: bool = False
-) -> tuple[float, float]:
-    """Seconds of 1F1B over stages that take `seconds` for a micro-batch there and back, and those that are bubble.
+def bubble(seconds: Sequence[float], interleave: int = 1, zero_bubble: bool = False) -> float:
+    """Seconds that 1F1B leaves a stage idle, where stages take `seconds` for a micro-batch there and back.
 
     The slowest stage works through all micro-batches; before and after, one micro-batch passes the others
     (Narayanan et al. 2021, arXiv 2104.04473, section 2.2; interleaved: cut by the number of chunks). Where weight gradients
     fill the bubble, a third of it is left (Qi et al. 2024, arXiv 2401.10241, table 2, equal passes).
     """
-    slowest = max(seconds)
-    bubble = (sum(seconds) - slowest) / interleave / (3 if zero_bubble else 1)
-    return micro_batches * slowest + bubble, bubble
+    return (sum(seconds) - max(seconds)) / interleave / (3 if zero_bubble else 1)
 
 
 @lru_cache(maxsize=4096)

@@ -178,7 +178,7 @@ def accumulated(job: TrainingJob, weights: float, routed: bool) -> float:
     if software.fused_accumulation:
         return 0.0
     added = software.gradient_bytes * 2.5 * weights
-    if not (software.own_master and software.kernels):
+    if not (software.fsdp and software.kernels):
         return 0.0 if resident and job.micro_batches == 1 else added
     if job.accumulates:  # by torch's own kernel
         return added / ELEMENTWISE
@@ -208,9 +208,9 @@ def updated(job: TrainingJob, mine: states.Held, counted: float | None) -> float
     over = states.replicas(job.layout) if job.zero else (1, 1)
     resident, software, moved = states.resident(job), job.software, 0.0
     whole = (mine.plain, mine.routed)
-    copies = software.own_master and software.kernels and job.accumulates
+    copies = software.fsdp and software.kernels and job.accumulates
     for count, split, kept, gradient in zip(whole, over, resident, states.gradient_bytes(job), strict=True):
-        own_cast = software.own_master and not kept
+        own_cast = software.fsdp and not kept
         each = update_bytes(job, gradient, own_cast) if counted is None else counted
         cleared = 0.0 if software.fresh_gradients else software.gradient_bytes
         moved += each * count / split + cleared * count / (split if states.gradients_split(job) else 1)

@@ -159,7 +159,7 @@ def test_shards_of_a_tied_table_are_added_up_where_gradients_are_shards(
     zero: int, streamed: bool, shards: int
 ) -> None:
     model = preset("olmoe_1b_7b")
-    made = job(model, Layout(2, 4, 1, 1, 1, 1), zero=zero, software=Software(streamed=streamed))
+    made = job(model, Layout(2, 4, 1, 1, 1, 1), zero=zero, software=Software(fsdp=streamed))
     apart, tied = (
         time.parts(replace(made, model=model.model_copy(update={"tie_embeddings": tie})), h100()).dp
         for tie in (False, True)

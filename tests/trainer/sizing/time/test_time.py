@@ -65,13 +65,12 @@ def test_megascales_table_2_within_a_tenth_of_a_point(gpus: int, tokens: float, 
 
 
 def test_equal_stages_give_the_bubble_of_1f1b() -> None:
-    whole, bubble = schedule.span([2.0] * 8, 16)
-    assert whole == 2.0 * (16 + 7) and bubble == 2.0 * 7
-    assert schedule.span([2.0] * 8, 16, interleave=7) == (2.0 * 16 + 2.0, 2.0)
+    assert schedule.bubble([2.0] * 8) == 2.0 * 7
+    assert schedule.bubble([2.0] * 8, interleave=7) == 2.0
 
 
-def test_the_slowest_stage_sets_the_pace() -> None:
-    assert schedule.span([1.0, 3.0, 2.0], 10) == (33.0, 3.0)
+def test_the_bubble_is_what_all_stages_but_the_slowest_take() -> None:
+    assert schedule.bubble([1.0, 3.0, 2.0]) == 3.0
 
 
 def test_stages_are_even_or_balanced_by_cost() -> None:
