@@ -159,12 +159,12 @@ def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = No
         )
     whys = [_other(axis, ranked) for axis in axes]
     whys[0] = f"{result.reason}; {whys[0]}"
-    choices = (*_sizes(best.job.layout, dict(zip(axes, whys, strict=True))), *_settings(config, best))
+    choices = (*_axes(best.job.layout, dict(zip(axes, whys, strict=True))), *_settings(config, best))
     notes = (f"runner-up {compare(best, ranked[1])}",) if len(ranked) > 1 else ()
     return Chosen(best.job.layout, choices, notes, best.job)
 
 
-def _sizes(layout: Layout, whys: Mapping[str, str]) -> list[AutoValue]:
+def _axes(layout: Layout, whys: Mapping[str, str]) -> list[AutoValue]:
     """The choices of axes."""
     return [AutoValue(f"parallel.{axis}", str(getattr(layout, axis)), why) for axis, why in whys.items()]
 
@@ -177,7 +177,7 @@ def _without_rates(config: RunConfig, made: Task, axes: Sequence[str], why: str)
     least = " that fits" if config.hardware.memory_gib is not None else "; its memory is unknown too"
     text = f"step time unknown, {why}: the least exchange{least}"
     whys = {axis: f"the slots, {made.ranks} in all" if axis == "dp" else text for axis in axes}
-    return Chosen(layout, tuple(_sizes(layout, whys)))
+    return Chosen(layout, tuple(_axes(layout, whys)))
 
 
 def _other(axis: str, ranked: Sequence[Candidate]) -> str:
