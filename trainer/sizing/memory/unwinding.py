@@ -113,21 +113,41 @@ def moments(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> It
         yield moment("the loss", beside)
         done += plain.added * table
         left -= head
+    backward = {moe: _Backward.of(job, moe, routed if moe else plain, slope) for moe in set(layers)}
     for moe in layers:
-        each = states.layer(job.model, job.layout, moe)
-        again = activations.again(job, moe)
-        yield moment("a layer's backward pass", slope + again + _feed(job, moe, routed if moe else plain))
+        one = backward[moe]
+        yield moment("a layer's backward pass", one.feed)
         left, extra = left - kept[moe], extra - more[moe]
-        rest = kept[moe] + again - activations.fed(job, moe) + slope
         if moe:
-            gathered -= routed.gathered * each.routed * gives_back
-            yield moment("the reduction of gradients", rest + routed.reduced * each.routed)
-            done += routed.added * each.routed
-        attention = activations.layer(job, moe)["attention"]
-        yield moment("a layer's backward pass", rest + attention + plain.reduced * each.plain)
-        gathered -= plain.gathered * each.plain * gives_back
-        done += plain.added * each.plain
+            gathered -= routed.gathered * one.held.routed * gives_back
+            yield moment("the reduction of gradients", one.rest + routed.reduced * one.held.routed)
+            done += routed.added * one.held.routed
+        yield moment("a layer's backward pass", one.rest + one.attention + plain.reduced * one.held.plain)
+        gathered -= plain.gathered * one.held.plain * gives_back
+        done += plain.added * one.held.plain
     yield Moment(UPDATE, finished, 0.0, 0.0, states.update(job, stage))
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """A layer that goes backward, alike in all of its kind."""
+
+    held: states.Held
+    feed: float
+    """Bytes beside what the layers keep while its MLP or experts go backward."""
+    rest: float
+    """Those behind them, of what the layer keeps and makes again."""
+    attention: float
+    """Those that attention keeps, once more as they go backward."""
+
+    @classmethod
+    def of(cls, job: TrainingJob, moe: bool, kind: _Kind, slope: float) -> _Backward:
+        again = activations.again(job, moe)
+        return cls(
+            states.layer(job.model, job.layout, moe), slope + again + _feed(job, moe, kind),
+            activations.kept(job, moe) + again - activations.fed(job, moe) + slope,
+            activations.layer(job, moe)["attention"],
+        )  # fmt: skip
 
 
 def _feed(job: TrainingJob, moe: bool, kind: _Kind) -> float:
