@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -48,7 +48,13 @@ class _Address(_Inert):
     start: int
 
 
-_KNOWN: dict[str, type] = {
+def _member(kind: Any, name: str) -> _Inert:
+    """Stands for `getattr`, by which Python before 3.11.4 pickles members of an enumeration; looks nothing up."""
+    return _Inert(kind, name)
+
+
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "builtins.getattr": _member,
     "deepspeed.utils.tensor_fragment.fragment_address": _Address,
     "deepspeed.runtime.zero.config.ZeroStageEnum": _Inert,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Inert,

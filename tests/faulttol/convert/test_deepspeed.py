@@ -14,6 +14,7 @@ import torch
 
 from configs.errors import UserError
 from faulttol.checkpoint.store import CheckpointStore
+from faulttol.convert import pickles
 from faulttol.convert.names import load
 from faulttol.convert.zero import import_zero
 from tests.faulttol.convert import deepspeed_ranks as ranks
@@ -186,6 +187,28 @@ def test_what_is_not_whole_is_refused(what: str, checkpoint: Made, tmp_path: Pat
         import_zero(tmp_path / "theirs", CheckpointStore(str(tmp_path / "ours")), "ours")
     if what == "a pickle":
         import_zero(tmp_path / "theirs", CheckpointStore(str(tmp_path / "ours")), "ours", trust=True)
+
+
+class _ByName:
+    """Pickled as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self._given = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self._given
+
+
+def test_a_member_that_is_pickled_by_its_name_is_not_looked_up(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    path = tmp_path / "a.pt"
+    torch.save({"zero_stage": _ByName(ZeroStageEnum, "gradients")}, path)
+    (found,) = pickles.load(path, trust=False).values()
+    assert type(found) is pickles._Inert and found.given[1] == "gradients"
+    torch.save({"x": _ByName(Path, "home")}, path)
+    with pytest.raises(UserError, match=r"a.pt with pathlib.Path is a pickle.*type --trust"):
+        pickles.load(path, trust=False)
 
 
 def test_other_kinds_of_folders_are_told(checkpoint: Made, tmp_path: Path) -> None:
