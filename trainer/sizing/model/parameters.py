@@ -47,8 +47,8 @@ class Parameters:
 def count(model: ModelConfig) -> Parameters:
     """Parameters of `model` by part."""
     depths, parts = model.mtp_layers, Counter[str]()
-    for blocks, moe in (*weights.kinds(model), (depths, True)):
-        for one in weights.layer(model, moe) if blocks else ():
+    for blocks, moe in weights.kinds(model):
+        for one in weights.layer(model, moe):
             parts[one.part] += blocks * one.weights
     # In front of each block of multi-token prediction a hidden state and a token are normed and joined.
     parts["attention"] += depths * 2 * model.hidden**2

@@ -104,4 +104,5 @@ def forward(job: TrainingJob) -> tuple[Matmul, ...]:
         for one in layer(job, moe):
             listed[one] += count
     counted = (replace(one, count=one.count * count) for one, count in listed.items())
-    return *counted, replace(head(job), m=job.tokens)
+    # The projection is called once for each depth.
+    return *counted, replace(head(job), m=job.tokens, count=1 + job.model.mtp_layers)

@@ -137,6 +137,6 @@ def active(model: ModelConfig, moe: bool) -> float:
 
 
 def kinds(model: ModelConfig) -> list[tuple[int, bool]]:
-    """How many layers of each kind a model has, and whether they have experts."""
-    moe = len(model.moe_layers)
-    return [(count, routed) for count, routed in ((model.layers - moe, False), (moe, True)) if count]
+    """How many layers of each kind a model has, further predictions' among them, and whether they have experts."""
+    both = (model.layers - len(model.moe_layers), False), (len(model.router_layers), True)
+    return [(count, routed) for count, routed in both if count]

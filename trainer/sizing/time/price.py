@@ -64,15 +64,16 @@ class Prices:
     def _price(self, job: TrainingJob) -> Price | None:
         model, rates, over = job.model, self.rates, self.rates.overheads
         matmuls: dict[str, float] = {}
+        layers = model.layers + model.mtp_layers
         for one in shapes.forward(job):
             matmuls[one.name] = matmuls.get(one.name, 0.0) + self.matmul(one, job)
-        attention = sum(operators.core(job, rates, backward)[0] for backward in (False, True)) * model.layers
+        attention = sum(operators.core(job, rates, backward)[0] for backward in (False, True)) * layers
         memory = sum(one.memory for one in operators.head(job, rates))
         for count, moe in weights.kinds(model):
             memory += count * sum(one.memory for one in operators.layer(job, rates, moe))
         if math.isnan(attention + memory + sum(matmuls.values())):
             return None
-        launches = 3 * over.pass_kernels * over.launch * model.layers
+        launches = 3 * over.pass_kernels * over.launch * layers
         work = flops.train_flops_per_token(model, job.sequence) * job.tokens / job.layout.tp
         return Price(matmuls, attention, memory, launches, work, job.tokens)
 
@@ -99,8 +100,9 @@ class Prices:
             parts.append(Figure(name, seconds, "s", low, high, how, (forward,)))
         head = operators.padded_head(job.model.head_dim)
         kernels = f"{3 * over.pass_kernels} kernels a layer at {over.launch * 1e6:g} us, {price.launches * 1e3:.3g} ms"
+        layers = job.model.layers + job.model.mtp_layers
         for name, seconds, spread, how in (
-            ("attention", price.attention, 0.35, f"attention core of {job.model.layers} layers, {job.model.heads} heads "
+            ("attention", price.attention, 0.35, f"attention core of {layers} layers, {job.model.heads} heads "
              f"computed {head} wide, both passes"),
             ("memory", price.memory, 0.35, "bytes of norms, residuals, activation functions, routing and loss over the "
              "memory bandwidth reached"),

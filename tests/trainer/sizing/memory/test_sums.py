@@ -1,0 +1,224 @@
+"""Bytes by hand of what few set-ups have: pairs that travel, copies of heads, a V's micro-batches, further predictions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from configs.compose import compose
+from configs.schema import ModelConfig
+from trainer.sizing.memory import activations, states, unwinding
+from trainer.sizing.memory import estimate as memory
+from trainer.sizing.model import flops, frameworks, parameters, shapes
+from trainer.sizing.model.job import FrameworkMemory, Software, TrainingJob
+from trainer.sizing.model.layout import Layout, spreads
+from trainer.sizing.time import schedule
+
+pytestmark = pytest.mark.unit
+
+ONE = Layout(1, 1, 1, 1, 1, 1)
+OWN = frameworks.own()
+
+
+def preset(name: str = "olmoe_1b_7b", **changed: object) -> ModelConfig:
+    return compose([f"model={name}"]).model.model_copy(update=changed)
+
+
+def job(layout: Layout = ONE, model: ModelConfig | None = None, **changed: object) -> TrainingJob:
+    made = TrainingJob(model or preset(), layout, 4096, 1, 4 * layout.dp, zero=1, software=OWN)
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+# ---- activations ----
+
+
+def test_results_of_experts_cut_over_ranks_are_kept_where_they_come_back_to() -> None:
+    rows, hidden, width = 4096 * 8, 2048, 1024
+    # Rows in bf16, gate and up, and their weighted product; of experts cut in two, the results as well, and half a width.
+    whole = activations.layer(job(), True)["mlp"]
+    assert whole == rows * 2 * (hidden + 3 * width)
+    cut = activations.layer(job(Layout(1, 2, 1, 1, 2, 1)), True)["mlp"]
+    assert cut == 2 * rows * 2 * (2 * hidden + 3 * width / 2)
+
+
+def test_ranks_beyond_the_key_heads_hold_a_head_each() -> None:
+    model = preset("qwen3_30b_a3b")  # 4 heads of keys and values, 128 wide
+    widths = [activations.context_width(job(Layout(1, 1, 1, 1, 1, tp), model)) for tp in (1, 2, 4, 8, 16)]
+    assert widths == [1024, 512, 256, 256, 256]
+    # So do their weights: queries and output divided by 8, a whole head of keys and of values, norms and router whole.
+    mine = states.layer(model, Layout(1, 1, 1, 1, 1, 8), True)
+    assert mine.plain == 2 * 2048 * 32 * 128 / 8 + 2 * 2048 * 128 + 128 * 2048 + 2 * 2048 + 2 * 128
+
+
+def test_micro_batches_that_there_are_not_are_not_held() -> None:
+    made = job(Layout(8, 1, 1, 1, 1, 1), global_batch=2)
+    assert activations.in_flight(replace(made, zero_bubble=True, interleave=2), 0) == 2
+    assert activations.in_flight(replace(made, zero_bubble=True, interleave=2, global_batch=64), 7) == 8
+    # Two micro-batches in three chunks each are six of a third of the layers.
+    assert activations.at_once(8, 8, 3, 2) == 2.0
+    # Warm-up of Narayanan et al. 2021: 2 (p - 1) + (v - 1) p chunks, and the one at work.
+    assert activations.at_once(4, 4, 2, 64) == (2 * 3 + 1 * 4 + 1) / 2
+
+
+def test_each_further_prediction_has_logits_and_a_norm_of_its_own() -> None:
+    plain, deeper = (job(model=preset(mtp_layers=depth)) for depth in (0, 2))
+    assert activations.logits(plain) == 2 * 4096 * 50304
+    assert activations.logits(deeper) == 3 * activations.logits(plain)
+    # The norm's input and the projection's, in bf16.
+    assert activations.head(plain) == 4096 * 2048 * (2 + 2)
+    assert activations.head(deeper) == 3 * activations.head(plain)
+
+
+# ---- weights and states ----
+
+
+def test_weights_in_fp32_are_their_own_masters_and_stay_nowhere_else() -> None:
+    assert states.resident(job()) == (True, True)
+    assert states.resident(job(precision="fp32")) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("tied", "depth", "tables"), [(True, 1, 1), (False, 1, 2), (False, 0, 1), (True, 0, 1)]
+)
+def test_a_last_stage_has_a_table_to_look_up_where_it_predicts_further(
+    tied: bool, depth: int, tables: int
+) -> None:
+    made = job(Layout(2, 1, 1, 1, 1, 1), preset(tie_embeddings=tied, mtp_layers=depth))
+    held = states.held(made, schedule.of(made)[1])
+    assert (
+        held.plain - (8 + depth) * states.layer(made.model, made.layout, True).plain
+        == tables * 50304 * 2048 + 2048
+    )
+
+
+def test_zero_3_holds_the_layer_at_work_and_the_next() -> None:
+    made = job(Layout(1, 8, 1, 1, 1, 1), zero=3, software=Software(retention=FrameworkMemory(staging=0.0)))
+    layer = (
+        4 * 2048**2 + 64 * 2048 + 64 * 3 * 2048 * 1024 + 2 * 2048 + 2 * 2048
+        # Norms of queries and keys are 2048 wide, as those of the layer.
+    )
+    assert states.states(made, schedule.of(made)[0]).buckets == 2 * 2 * layer
+
+
+def test_a_flat_copy_is_of_all_weights_and_a_flat_gradient_of_the_own_shard() -> None:
+    retention = FrameworkMemory(update=(2, 5))
+    made = job(Layout(1, 8, 1, 8, 1, 1), software=Software(retention=retention))
+    (only,) = schedule.of(made)
+    held = states.held(made, only)
+    # Plain weights have eight replicas, experts one.
+    assert states.update(made, only) == 2 * held.all + 5 * (held.plain / 8 + held.routed)
+
+
+# ---- the fullest moment ----
+
+
+def test_at_the_loss_all_other_micro_batches_are_whole() -> None:
+    made = job(Layout(1, 8, 1, 8, 1, 1), imbalance=1.5)
+    (only,) = schedule.of(made)
+    one, three = (next(iter(unwinding.moments(made, only, held))) for held in (1.0, 3.0))
+    assert three.activations == 3 * one.activations > 0
+    assert three.imbalance == 3 * one.imbalance == 3 * 16 * activations.surplus(made) > 0
+
+
+def test_the_projections_input_is_whole_on_each_tensor_parallel_rank() -> None:
+    made = job(Layout(1, 1, 1, 1, 1, 2))
+    loss = next(iter(unwinding.moments(made, schedule.of(made)[0], 1.0)))
+    # Logits and the projection's gradient, halves; its input gathered and scaled, and the slope, twice.
+    assert loss.transient == 4096 * 50304 * 2 / 2 + 50304 * 2048 * 2 / 2 + 4 * 4096 * 2048 * 2
+
+
+def test_layers_with_experts_go_backward_first() -> None:
+    made = job(model=preset(dense_layers=1, dense_width=8192, layers=3))
+    names = [moment.name for moment in unwinding.moments(made, schedule.of(made)[0], 1.0)]
+    layer, experts = "a layer's backward pass", "the reduction of gradients"
+    assert names == ["the loss", *[layer, experts, layer] * 2, layer, layer, unwinding.UPDATE]
+
+
+def test_a_v_gives_back_no_gathered_weights_before_all_gradients_are_made() -> None:
+    made = job(Layout(2, 4, 1, 1, 1, 1), zero=2, interleave=2)
+    folded = replace(made, zero_bubble=True)
+    last = []
+    for one in (made, folded):
+        gathered = [moment.gathered for moment in unwinding.moments(one, schedule.of(one)[0], 1.0)]
+        last.append((gathered[0] > 0, gathered[-2] / gathered[0]))
+    assert last[0][0] and last[1] == (True, 1.0) and last[0][1] < 0.3
+
+
+def test_gradients_that_nobody_shares_have_no_copy_to_be_reduced() -> None:
+    for ranks, reduced in ((1, 2), (2, 2 + 4)):  # in bf16 as they are made, and FSDP2's fp32 copy
+        plain, routed = unwinding._kinds(job(Layout(2, ranks, 1, 1, 1, 1), zero=2))
+        assert plain.reduced == routed.reduced == reduced
+
+
+def test_rows_of_one_rank_have_no_second_buffer() -> None:
+    software = Software(retention=FrameworkMemory(staging=0.0))
+    made = job(Layout(1, 8, 1, 8, 1, 1), software=software, imbalance=1.5)
+    rows = 4096 * 8 * 2048 * 2
+    apart, alone = (replace(made, layout=layout) for layout in (made.layout, Layout(1, 8, 1, 1, 1, 1)))
+    sizes = [memory.usage(one, "cuda", 0, schedule.of(one)[0]).routing for one in (apart, alone)]
+    assert sizes == [2 * 1.5 * rows, rows]
+
+
+# ---- shapes ----
+
+
+def test_further_predictions_have_two_norms_before_a_joined_input_and_one_behind() -> None:
+    plain, deeper = (parameters.count(preset(mtp_layers=depth)) for depth in (0, 1))
+    layer = 4 * 2048**2 + 64 * 2048 + 64 * 3 * 2048 * 1024 + 2 * 2048 + 2 * 2048
+    assert deeper.total - plain.total == layer + 2 * 2048**2 + 3 * 2048
+    # A token meets eight experts of the block, and the projection once more.
+    matmul = 4 * 2048**2 + 64 * 2048 + 8 * 3 * 2048 * 1024 + 2 * 2048**2 + 50304 * 2048
+    assert deeper.matmul - plain.matmul == matmul
+    work = [flops.train_flops_per_token(preset(mtp_layers=depth), 4096) for depth in (0, 1)]
+    assert work[1] - work[0] == 6 * matmul + 3 * 4 * 2048 * 4097 / 2
+
+
+def test_a_router_with_an_mlp_has_a_norm_where_there_are_experts() -> None:
+    model = preset("zaya1_base")
+    moe, dense = (
+        next(
+            one.out
+            for one in shapes.weights.layer(model.model_copy(update={"dense_width": 64}), kind)
+            if one.part == "norms"
+        )
+        for kind in (True, False)
+    )
+    assert moe - dense == model.router.hidden
+
+
+def test_what_ranks_hold_whole_works_on_their_part_of_the_tokens() -> None:
+    made = job(Layout(1, 1, 1, 1, 1, 8))
+    by_name = {one.name: one for one in shapes.layer(made, True)}
+    assert by_name["router"].m == 4096 / 8 and by_name["attention output"].m == 4096
+    # 50304 / 8 = 6288; 50305 words are one more on each rank.
+    assert shapes.head(made).n == 6288
+    assert shapes.head(job(made.layout, preset(vocab=50305))).n == 6289
+
+
+def test_regions_of_a_parallel_block_are_one_where_the_software_joins_them() -> None:
+    model = preset(parallel_block=True, dense_layers=16, dense_width=8192)
+    assert shapes.regions(job(model=model), False) == (2048, 2048)
+    assert shapes.regions(job(model=model, software=Software(joined_block=True)), False) == (2048,)
+    # Latent attention without compressed queries enters x beside its latents: 512 + 64 and the hidden size.
+    latent = preset("deepseek_v3", q_lora_rank=0)
+    assert shapes.regions(job(model=latent), True)[0] == 512 + 64 + 7168
+
+
+def test_inner_ranks_are_whole_groups_of_both_kinds() -> None:
+    assert Layout(1, 4, 1, 2, 3, 4).inner == 12
+    assert spreads(8, (4, 4)) == [(2, 4)]
+
+
+# ---- stages ----
+
+
+def test_a_v_of_balanced_stages_is_cut_as_twice_as_many() -> None:
+    model = preset("olmoe_1b_7b", vocab=200_000)
+    for balanced in (False, True):
+        cut = [stage.layers for stage in schedule.stages(model, 4, balanced)]
+        folded = [stage.layers for stage in schedule.stages(model, 2, balanced, folded=True)]
+        assert folded == [cut[0] + cut[3], cut[1] + cut[2]]
+    assert (
+        len({tuple(s.layers for s in schedule.stages(model, 2, b, folded=True)) for b in (False, True)}) == 2
+    )
