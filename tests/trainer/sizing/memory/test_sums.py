@@ -51,6 +51,11 @@ def test_ranks_beyond_the_key_heads_hold_a_head_each() -> None:
     assert mine.plain == 2 * 2048 * 32 * 128 / 8 + 2 * 2048 * 128 + 128 * 2048 + 2 * 2048 + 2 * 128
 
 
+def test_a_routers_choices_are_those_of_a_ranks_part_of_the_tokens() -> None:
+    # fp32 scores of 64 experts; 36 bytes of each of eight choices.
+    assert activations.layer(job(Layout(1, 1, 1, 1, 1, 4)), True)["router"] == 4096 / 4 * (4 * 64 + 36 * 8)
+
+
 def test_micro_batches_that_there_are_not_are_not_held() -> None:
     made = job(Layout(8, 1, 1, 1, 1, 1), global_batch=2)
     assert activations.in_flight(replace(made, zero_bubble=True, interleave=2), 0) == 2

@@ -12,12 +12,12 @@ import pytest
 from configs.compose import compose
 from configs.schema import ModelConfig, OptimConfig
 from trainer.sizing.memory import states
-from trainer.sizing.model import flops, frameworks
+from trainer.sizing.model import flops, frameworks, shapes
 from trainer.sizing.model.job import Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators, schedule, step
-from trainer.sizing.time.fabric import RankGroup, from_catalogue
+from trainer.sizing.time.fabric import Fabric, RankGroup, from_catalogue
 from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Overheads, Rates
 
@@ -301,6 +301,39 @@ def test_what_is_unknown_is_named_where_it_is_needed() -> None:
     hardware = compose(["hardware=h100"]).hardware
     bare = hardware.model_copy(update={"peak_tflops": {}, "achieved_tflops": {}})
     assert Rates(bare, from_catalogue(bare)).unknown("bf16") == "h100 has no bf16 rate on record"
+    bare = bare.model_copy(update={"memory_gbps": None})
+    assert (
+        Rates(bare, from_catalogue(bare)).unknown("bf16")
+        == "h100 has no bf16 rate, memory bandwidth on record"
+    )
+    rates = h100()
+    gradients = step.figure(made := job(Layout(1, 4, 2, 1, 1, 1)), rates, time.parts(made, rates)).parts
+    assert "over 8 replicas" in next(part.derivation for part in gradients if part.name == "step.dp")
+
+
+def test_links_of_a_mesh_start_sooner_and_reach_less() -> None:
+    mesh, switch = (Fabric(inside=((8, 100.0),), network=None, mesh=is_mesh) for is_mesh in (True, False))
+    wire = 1e9 * 7 / 8
+    assert mesh.seconds("all_gather", 1e9, RankGroup(8)) == pytest.approx(58e-6 + wire / (0.71 * 100 * GBPS))
+    assert switch.seconds("all_gather", 1e9, RankGroup(8)) == pytest.approx(
+        66e-6 + wire / (0.80 * 100 * GBPS)
+    )
+
+
+def test_what_is_computed_again_of_a_dense_layer_has_its_matmuls() -> None:
+    made = job(
+        Layout(1, 1, 1, 1, 1, 1), model=preset().model_copy(update={"dense_layers": 16, "dense_width": 8192})
+    )
+    rates = h100()
+    forward, _ = operators.layer(made, rates, False)
+    mine = sum(
+        operators._seconds(made, rates, one, False)
+        for one in shapes.layer(made, False)
+        if one.part == "dense"
+    )
+    # The rest of it is the activation function: 10 bytes of a unit of its width, as torch's own operators move them.
+    moved = 10.0 * 4096 * 8192 / operators.bandwidth(rates)
+    assert forward.feed == pytest.approx(mine + moved)
 
 
 def test_attention_of_context_parallel_ranks_is_their_share_in_16_bits() -> None:
@@ -317,7 +350,7 @@ def test_attention_of_context_parallel_ranks_is_their_share_in_16_bits() -> None
 
 def test_the_fp8_casts_of_a_matmul_are_of_its_input_and_of_its_outputs_gradient() -> None:
     """4 bytes of each: read in 16 bits, written in eight, once as it is and once transposed."""
-    model = ModelConfig(name="x", layers=1, hidden=1024, heads=8, kv_heads=8, head_dim=128, vocab=32000, experts=1,
+    model = ModelConfig(name="x", layers=1, hidden=1024, heads=8, kv_heads=8, head_dim=64, vocab=32000, experts=1,
                         top_k=1, expert_width=4096, dense_layers=1, dense_width=4096, gated=False)  # fmt: skip
     made, rates = job(Layout(1, 1, 1, 1, 1, 1), model=model), h100()
     there, back = (
@@ -326,7 +359,15 @@ def test_the_fp8_casts_of_a_matmul_are_of_its_input_and_of_its_outputs_gradient(
             *(operators.layer(replace(made, precision=p), rates, False) for p in ("fp8", "bf16")), strict=True
         )
     )
-    # Queries, keys (twice), output: 1024 in, 1024 out; up 1024 to 4096, down 4096 to 1024. Keys and values are listed once.
-    inputs, outputs = 3 * 1024 + 1024 + 4096, 3 * 1024 + 4096 + 1024
+    # Queries and keys from 1024 to 512, keys and values listed once, output back; up from 1024 to 4096, down back.
+    inputs, outputs = 2 * 1024 + 512 + 1024 + 4096, 2 * 512 + 1024 + 4096 + 1024
     assert there == pytest.approx(4 * 4096 * inputs / operators.bandwidth(rates))
     assert back == pytest.approx(4 * 4096 * outputs / operators.bandwidth(rates))
+
+
+def test_latent_attention_has_wider_keys_than_values() -> None:
+    rates = h100()
+    # 128 heads: 2 FLOPs for each of 192 channels of a key and 128 of a value, of the 2048.5 keys that a query sees.
+    work = 2 * (192 + 128) * 128 * 4096 * 2048.5
+    seconds, _ = operators.core(job(Layout(1, 1, 1, 1, 1, 1), model=preset("deepseek_v3")), rates, False)
+    assert seconds == pytest.approx(work / (0.44 * rates.flops("bf16")))
