@@ -238,7 +238,8 @@ class _Draft:
                 raise UserError(f"{name}={n} does not divide the layout's {ranks} ranks; choose a divisor")
         if capacity is None:
             width = min(self.config.hardware.devices_per_node or ranks, ranks)
-            capacity = Capacity((width,) * -(-ranks // width))
+            least = nodes or (ranks // each if each else 1)
+            capacity = Capacity((width,) * max(least, -(-ranks // width)))
         elif ranks > capacity.total:
             raise UserError(
                 f"the layout needs {ranks} slots, and the cluster has {capacity.total} ({capacity}); lower "
