@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "fabric", "checkpoint", "control",
-         "agent", "dashboard", "sizing")  # fmt: skip
+         "agent", "dashboard", "sizing", "planning")  # fmt: skip
 """Modules of `tests.mutants.areas`, each with a list `MUTANTS`."""
 
 

@@ -1,0 +1,151 @@
+"""Defects of what is worked out before a run: legal layouts, the search's bounds, plans, lint and answers to questions."""
+
+from __future__ import annotations
+
+from tests.mutants.listed import Mutant
+
+_AUTO = "trainer/sizing/search/auto.py"
+_LAYOUTS = "trainer/sizing/search/layouts.py"
+_LEGAL = "trainer/sizing/search/legal.py"
+_PLANNER = "trainer/sizing/search/planner.py"
+_RUNNABLE = "trainer/sizing/search/runnable.py"
+_FIT = "trainer/sizing/ask/fit.py"
+_QUESTIONS = "trainer/sizing/ask/questions.py"
+_LINT_OF_LAYOUTS = "trainer/sizing/lint/layout.py"
+_LINT_OF_SHAPES = "trainer/sizing/lint/shape.py"
+_SUGGEST = "trainer/sizing/lint/suggest.py"
+
+_OF_RULES = "tests/trainer/sizing/search/test_rules_by_hand.py::test_"
+_OF_PLANS = "tests/trainer/sizing/search/test_plans_by_hand.py::test_"
+_OF_ANSWERS = "tests/trainer/sizing/ask/test_answers_by_hand.py::test_"
+_OF_LAYOUTS = "tests/trainer/sizing/lint/test_layout_by_hand.py::test_"
+_OF_SHAPES = "tests/trainer/sizing/lint/test_shape_by_hand.py::test_"
+
+MUTANTS = [
+    Mutant(
+        "the search remembers bounds without the cut of experts",
+        _LAYOUTS,
+        "key = (layout.tp, layout.cp, layout.ep, layout.etp, micro_batch)",
+        "key = (layout.tp, layout.cp, layout.ep, micro_batch)",
+        f"{_OF_RULES}a_bound_does_not_depend_on_what_was_asked_before",
+    ),
+    Mutant(
+        "a bound takes a pipeline's bubble for one of whole stages",
+        _LAYOUTS,
+        "seconds * (1 - 1 / pp) / interleave",
+        "seconds * (1 - 1 / pp)",
+        f"{_OF_RULES}bounds_are_bounds[mixtral_8x7b]",
+    ),
+    Mutant(
+        "experts are never cut with the rest",
+        _LEGAL,
+        "[1, tp] if moe and tp > 1 else [1]",
+        "[1]",
+        f"{_OF_RULES}all_layouts_of_sixteen_ranks[fixed0-8]",
+    ),
+    Mutant(
+        "expert groups are not spread over context ranks",
+        _LEGAL,
+        "if (dp * cp * tp) % (ep * etp) == 0:",
+        "if (dp * tp) % (ep * etp) == 0:",
+        f"{_OF_RULES}all_layouts_of_sixteen_ranks[fixed0-8]",
+    ),
+    Mutant(
+        "an evaluation's last pass is not counted",
+        _LEGAL,
+        "counts = [-(-samples // unit) for",
+        "counts = [samples // unit for",
+        f"{_OF_RULES}chunks_of_sixteen_layers",
+    ),
+    Mutant(
+        "replicas are those of the experts alone",
+        _LEGAL,
+        "if max(states.replicas(layout)) == 1:",
+        "if min(states.replicas(layout)) == 1:",
+        f"{_OF_RULES}stages_of_zero",
+    ),
+    Mutant(
+        "samples of an evaluation that never is count",
+        _AUTO,
+        "evaluated=train.evaluate_samples if train.evaluate_every else None",
+        "evaluated=train.evaluate_samples",
+        f"{_OF_PLANS}the_search_divides_the_batches_that_there_will_be",
+    ),
+    Mutant(
+        "the usual axes go before those that are set",
+        _AUTO,
+        "fixed={**fixed, **made.fixed}",
+        "fixed={**made.fixed, **fixed}",
+        f"{_OF_PLANS}what_is_set_goes_before_what_is_usual",
+    ),
+    Mutant(
+        "nodes hold whole tensor groups and broken expert groups",
+        _PLANNER,
+        "if per % layout.inner == 0]",
+        "if per % layout.tp == 0]",
+        f"{_OF_PLANS}nodes_hold_whole_groups_where_they_can",
+    ),
+    Mutant(
+        "the least dp forgets that expert groups lie over tensor ranks",
+        _RUNNABLE,
+        "math.gcd(groups, (parallel.cp or 1) * (parallel.tp or 1))",
+        "math.gcd(groups, (parallel.cp or 1))",
+        f"{_OF_PLANS}the_least_dp_makes_whole_expert_groups",
+    ),
+    Mutant(
+        "more experts' ranks are taken out of dp",
+        _FIT,
+        'out = 1 if axis == "ep" else factor',
+        "out = factor",
+        f"{_OF_ANSWERS}what_changes_cost_and_save",
+    ),
+    Mutant(
+        "a begun step is none",
+        _QUESTIONS,
+        "math.ceil(tokens / (task.global_batch",
+        "math.floor(tokens / (task.global_batch",
+        f"{_OF_ANSWERS}a_begun_step_is_a_whole_one",
+    ),
+    Mutant(
+        "another device has this one's nodes",
+        _QUESTIONS,
+        "search(replace(task, node=node), hardware",
+        "search(task, hardware",
+        f"{_OF_ANSWERS}the_other_device_has_its_own_nodes_and_the_expected_load",
+    ),
+    Mutant(
+        "lint counts half of what tensor parallelism exchanges",
+        _LINT_OF_LAYOUTS,
+        "return 8 * job.model.layers * size",
+        "return 4 * job.model.layers * size",
+        f"{_OF_LAYOUTS}tensor_parallelism_beyond_a_node",
+    ),
+    Mutant(
+        "lint sends tokens to experts in dense layers",
+        _LINT_OF_LAYOUTS,
+        "n, layers = job.layout.ep, len(job.model.moe_layers)",
+        "n, layers = job.layout.ep, job.model.layers",
+        f"{_OF_LAYOUTS}experts_over_the_network[4]",
+    ),
+    Mutant(
+        "lint takes an unknown bandwidth for none",
+        _LINT_OF_LAYOUTS,
+        "return math.nan if known is None else known",
+        "return 0.001 if known is None else known",
+        f"{_OF_LAYOUTS}an_unknown_network_has_no_cost",
+    ),
+    Mutant(
+        "an expert has the rows of one rank alone",
+        _LINT_OF_SHAPES,
+        "job.tokens * model.top_k * job.layout.ep / model.experts",
+        "job.tokens * model.top_k / model.experts",
+        f"{_OF_SHAPES}an_experts_rows_come_from_all_ranks_of_its_group[2-256-2]",
+    ),
+    Mutant(
+        "a smaller model is better for being smaller",
+        _SUGGEST,
+        "s.saves + 100 * (s.active - 1)",
+        "s.saves - 100 * (s.active - 1)",
+        f"{_OF_SHAPES}a_smaller_model_is_no_better_for_being_smaller",
+    ),
+]
