@@ -180,10 +180,10 @@ def test_operations_are_those_of_the_layers_there_are(name: str) -> None:
 def test_matmuls_are_those_of_the_layers_there_are(name: str) -> None:
     model = shape(**SHAPES[name])
     named = {one.name: one.count for one in shapes.forward(job(model))}
-    dense, moe = model.layers - len(model.moe_layers), len(model.moe_layers)
+    dense, moe = model.layers - len(model.moe_layers), len(model.router_layers)
     assert named.get("dense MLP's down", 0) == dense
     assert named.get("experts' down", 0) == named.get("router", 0) == moe
-    assert named["attention output"] == model.layers
+    assert named["attention output"] == model.layers + model.mtp_layers
 
 
 @every_shape
