@@ -1,7 +1,7 @@
 """One collective with its buffers: the call, what to put in, and what must come out.
 
 Collectives are `torch.distributed`'s, so that what is measured is what training runs, but for those to which torch adds
-something of its own (`collectives.ops.library`). It reduces and broadcasts in place only: out of place, what is sent is
+something of its own (`collectives.ops.nccl`). It reduces and broadcasts in place only: out of place, what is sent is
 copied to where it is received before anything is timed.
 """
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from collectives.ops.exact import fill, mismatches, reduced, sent
-from collectives.ops.library import Communicator, Message
+from collectives.ops.nccl import Communicator, Message
 from collectives.ops.operations import OPERATIONS, spread_counts
 
 COPIED = ("all_reduce", "broadcast", "reduce")
@@ -47,7 +47,7 @@ class Seat:
     """Place of this rank among them."""
     device: torch.device
     communicator: Communicator | None = None
-    """The library's own, where messages go through it (see `collectives.ops.library`)."""
+    """The library's own, where messages go through it (see `collectives.ops.nccl`)."""
 
     @property
     def size(self) -> int:
@@ -78,8 +78,9 @@ class Transfer:
     """Buffers of one rank for one case, and the call on them. Making one allocates.
 
     Args:
-        room: bytes that each buffer may take beyond its own, so that calls in a row move other memory: what is in a cache
-            already moves faster. Source: `startColl` in nccl-tests' `src/common.cu`, which goes through `maxbytes`.
+        room: bytes that each buffer may take where they are more than its own, so that calls in a row move other
+            memory: what is in a cache already moves faster. Source: `startColl` in nccl-tests' `src/common.cu`, which
+            goes through `maxbytes`.
 
     Raises:
         RuntimeError, MemoryError: where the memory isn't to be had.

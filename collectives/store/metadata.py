@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from collectives.ops import library
+from collectives.ops import nccl
 from collectives.ops.groups import GroupPartition
 from collectives.ops.transfers import BY_LIBRARY
 from collectives.store.results import Metadata
@@ -76,7 +76,7 @@ def collect(
             "busbw": "algbw times nccl-tests' factor of the operation",
             "check": "every element against its exact value, in a call that isn't timed",
             "calls": f"torch.distributed's, but for {', '.join(BY_LIBRARY)} the library's own"
-            if team.backend == "nccl" and library.loaded()
+            if team.backend == "nccl" and nccl.loaded()
             else "torch.distributed's",
             "out_of_place": "by torch.distributed's all_reduce, broadcast and reduce: the in-place call on an earlier copy",
         },

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from collectives.ops.groups import GroupPartition
-from collectives.ops.library import communicator
+from collectives.ops.nccl import communicator
 from collectives.ops.transfers import Seat
 from collectives.timing.clock import machine_id
 from collectives.timing.meeting import fresh

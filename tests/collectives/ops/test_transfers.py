@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collectives.ops import library
+from collectives.ops import nccl
 from collectives.ops.operations import OPERATIONS
 from collectives.ops.transfers import MESSAGES, Seat, Transfer, TransferCase, matrix_of
 
@@ -137,7 +137,7 @@ def queued(recorder: CalledLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream)
     send, receive = torch.zeros(6, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16)
-    queue = library.Communicator(cast(ctypes.CDLL, recorder), 99).exchange(
+    queue = nccl.Communicator(cast(ctypes.CDLL, recorder), 99).exchange(
         [(1, send[2:]), (2, send[:0])], [(0, receive), (3, receive[:0])]
     )
     assert not recorder.calls
@@ -170,7 +170,7 @@ def test_a_broadcast_has_a_buffer_to_send_from_and_one_to_receive_in(monkeypatch
     recorder = CalledLibrary()
     group = cast(dist.ProcessGroup, None)
     for index, in_place in product((1, 2), (False, True)):  # the second is the root
-        seat = Seat(group, (4, 5, 6), index, CPU, library.Communicator(cast(ctypes.CDLL, recorder), 99))
+        seat = Seat(group, (4, 5, 6), index, CPU, nccl.Communicator(cast(ctypes.CDLL, recorder), 99))
         one = Transfer(TransferCase("broadcast", 12, torch.float, "none", 2, in_place), seat)
         one.call()
         sent, received = one._send.data_ptr(), one._receive.data_ptr()
@@ -198,4 +198,4 @@ def test_what_an_earlier_call_left_there_is_wrong_where_a_call_moves_nothing(
 def test_without_a_gpu_messages_go_through_torch() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert library.loaded() is None
+    assert nccl.loaded() is None

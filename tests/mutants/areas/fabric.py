@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.listed import Mutant
 
-_LIBRARY = "collectives/ops/library.py"
+_NCCL = "collectives/ops/nccl.py"
 _TRANSFERS = "collectives/ops/transfers.py"
 _BURST = "collectives/timing/burst.py"
 _MEASURE = "collectives/timing/measure.py"
@@ -12,7 +12,7 @@ _SWEEP = "collectives/studies/sweep.py"
 _NCCL_TESTS = "tests/collectives/against_nccl_tests.py"
 
 _OPS = "tests/collectives/ops/test_transfers.py::test_"
-_OWN = "tests/collectives/ops/test_library.py::test_"
+_OWN = "tests/collectives/ops/test_nccl.py::test_"
 _TIMED = "tests/collectives/timing/test_measure.py::test_"
 _ROOM = "tests/collectives/studies/test_room.py::test_"
 _BESIDE = "tests/collectives/test_against_nccl_tests.py::test_"
@@ -33,49 +33,49 @@ MUTANTS = [
     # The library's own calls.
     Mutant(
         "messages without elements are queued",
-        _LIBRARY,
+        _NCCL,
         "            if part.numel()\n",
         "",
         _QUEUED,
     ),
     Mutant(
         "bytes of a message are its elements",
-        _LIBRARY,
+        _NCCL,
         "return ctypes.c_size_t(part.nbytes)",
         "return ctypes.c_size_t(part.numel())",
         _QUEUED,
     ),
     Mutant(
         "only the end of a group is asked for a refusal",
-        _LIBRARY,
+        _NCCL,
         "        if any(results):",
         "        if results[-1]:",
         f"{_OPS}a_refusal_is_an_error_with_its_reason[ncclSend]",
     ),
     Mutant(
         "NCCL's plug-in for networks is taken for the library",
-        _LIBRARY,
+        _NCCL,
         'startswith(("libnccl.so", "librccl.so"))',
         'startswith(("libnccl", "librccl"))',
         _LOADED,
     ),
     Mutant(
         "RCCL isn't known by its name",
-        _LIBRARY,
+        _NCCL,
         'startswith(("libnccl.so", "librccl.so"))',
         'startswith("libnccl.so")',
         _LOADED,
     ),
     Mutant(
         "a communicator that doesn't exist yet isn't made",
-        _LIBRARY,
+        _NCCL,
         "    if not handle_of():\n",
         "    if False:\n",
         f"{_OWN}a_communicator_that_does_not_exist_yet_is_made_once",
     ),
     Mutant(
         "gloo's groups are taken for NCCL's",
-        _LIBRARY,
+        _NCCL,
         'if device.type == "cuda" and dist.get_backend(group) == "nccl" else None',
         'if device.type == "cuda" else None',
         f"{_OWN}groups_of_other_backends_and_devices_go_through_torch",
@@ -90,8 +90,8 @@ MUTANTS = [
     Mutant(
         "a record says that gloo's data is moved by NCCL",
         "collectives/store/metadata.py",
-        'if team.backend == "nccl" and library.loaded()',
-        "if library.loaded()",
+        'if team.backend == "nccl" and nccl.loaded()',
+        "if nccl.loaded()",
         f"{_OWN}a_record_says_whose_calls_moved_data",
     ),
     # Messages and buffers.

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from collectives.ops import library
+from collectives.ops import nccl
 from collectives.ops.groups import GroupPartition
 from collectives.store import metadata
 from collectives.timing import team
@@ -48,14 +48,14 @@ def maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool
         def load() -> None:
             path.write_text(OTHERS + ROW.format(name) * bool(name))
 
-        monkeypatch.setattr(library, "_MAPS", path)
+        monkeypatch.setattr(nccl, "_MAPS", path)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda.nccl, "version", load)
         monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-        kept = SimpleNamespace(**{library._HANDLE: 1} if keeps else {})
+        kept = SimpleNamespace(**{nccl._HANDLE: 1} if keeps else {})
         monkeypatch.setattr(dist, "ProcessGroupNCCL", kept, raising=False)
         monkeypatch.setattr(ctypes, "CDLL", OpenedLibrary)
-        return cast(Any, library.loaded).__wrapped__()
+        return cast(Any, nccl.loaded).__wrapped__()
 
     return found
 
@@ -76,8 +76,8 @@ def test_no_list_of_what_is_loaded_means_no_library(
     maps: Callable[[str, bool], OpenedLibrary | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     maps("/usr/lib/libnccl.so.2", True)
-    monkeypatch.setattr(library, "_MAPS", tmp_path / "nowhere")
-    assert cast(Any, library.loaded).__wrapped__() is None
+    monkeypatch.setattr(nccl, "_MAPS", tmp_path / "nowhere")
+    assert cast(Any, nccl.loaded).__wrapped__() is None
 
 
 class LazyGroup:
@@ -88,7 +88,7 @@ class LazyGroup:
 
     def _get_backend(self, device: torch.device) -> Any:
         assert device == GPU
-        return SimpleNamespace(**{library._HANDLE: lambda: self.handle})
+        return SimpleNamespace(**{nccl._HANDLE: lambda: self.handle})
 
     def reduce(self, one: torch.Tensor) -> None:
         self.handle = 4711
@@ -99,7 +99,7 @@ class LazyGroup:
 def opened(monkeypatch: pytest.MonkeyPatch) -> OpenedLibrary:
     """A library that was found."""
     one = OpenedLibrary("libnccl.so.2")
-    monkeypatch.setattr(library, "loaded", lambda: one)
+    monkeypatch.setattr(nccl, "loaded", lambda: one)
     monkeypatch.setattr(dist, "get_backend", lambda group: group.backend)
     monkeypatch.setattr(dist, "all_reduce", lambda one, group: group.reduce(one))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(device=device))
@@ -109,16 +109,16 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> OpenedLibrary:
 def test_a_communicator_that_does_not_exist_yet_is_made_once(opened: OpenedLibrary) -> None:
     group = LazyGroup("nccl")
     for _ in range(2):
-        assert library.communicator(cast(Any, group), GPU) == library.Communicator(cast(Any, opened), 4711)
+        assert nccl.communicator(cast(Any, group), GPU) == nccl.Communicator(cast(Any, opened), 4711)
     assert group.reduced == [GPU]
 
 
 @pytest.mark.usefixtures("opened")
 def test_groups_of_other_backends_and_devices_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert library.communicator(cast(Any, LazyGroup("gloo")), GPU) is None
-    assert library.communicator(cast(Any, LazyGroup("nccl")), torch.device("cpu")) is None
-    monkeypatch.setattr(library, "loaded", lambda: None)
-    assert library.communicator(cast(Any, LazyGroup("nccl")), GPU) is None
+    assert nccl.communicator(cast(Any, LazyGroup("gloo")), GPU) is None
+    assert nccl.communicator(cast(Any, LazyGroup("nccl")), torch.device("cpu")) is None
+    monkeypatch.setattr(nccl, "loaded", lambda: None)
+    assert nccl.communicator(cast(Any, LazyGroup("nccl")), GPU) is None
 
 
 def test_a_seat_has_its_groups_communicator_and_an_idle_rank_asks_for_none(
@@ -162,5 +162,5 @@ def test_a_record_says_whose_calls_moved_data(monkeypatch: pytest.MonkeyPatch) -
     of_torch = "torch.distributed's"
     own = f"{of_torch}, but for all_to_allv, gather, scatter, sendrecv, broadcast the library's own"
     assert (calls("nccl"), calls("gloo")) == (own, of_torch)
-    monkeypatch.setattr(library, "loaded", lambda: None)
+    monkeypatch.setattr(nccl, "loaded", lambda: None)
     assert calls("nccl") == of_torch

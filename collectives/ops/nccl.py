@@ -31,7 +31,7 @@ Message = tuple[int, Tensor]
 class Communicator:
     """A group's communicator, and the library that it belongs to."""
 
-    library: ctypes.CDLL
+    calls: ctypes.CDLL
     handle: int
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], object]:
@@ -40,14 +40,13 @@ class Communicator:
         Raises:
             RuntimeError: by the call, where the library refuses it.
         """
-        library = self.library
         steps = [
             (function, (_at(part), _length(part), _BYTES, peer))
-            for function, messages in ((library.ncclSend, sends), (library.ncclRecv, receives))
+            for function, messages in ((self.calls.ncclSend, sends), (self.calls.ncclRecv, receives))
             for peer, part in messages
             if part.numel()
         ]
-        return partial(self._queue, steps, (library.ncclGroupStart, library.ncclGroupEnd))
+        return partial(self._queue, steps, (self.calls.ncclGroupStart, self.calls.ncclGroupEnd))
 
     def broadcast(self, send: Tensor, receive: Tensor, root: int) -> Callable[[], object]:
         """A call that has `receive` of all ranks be what the root has in `send`.
@@ -57,7 +56,7 @@ class Communicator:
         """
         return partial(
             self._queue,
-            [(self.library.ncclBroadcast, (_at(send), _at(receive), _length(receive), _BYTES, root))],
+            [(self.calls.ncclBroadcast, (_at(send), _at(receive), _length(receive), _BYTES, root))],
         )
 
     def _queue(self, steps: list[tuple[Any, tuple[Any, ...]]], group: tuple[Any, Any] | None = None) -> None:
@@ -67,7 +66,7 @@ class Communicator:
         results += [function(*arguments, comm, stream) for function, arguments in steps]
         results += [group[1]()] if group else []
         if any(results):
-            reason = self.library.ncclGetErrorString(max(results)).decode()
+            reason = self.calls.ncclGetErrorString(max(results)).decode()
             raise RuntimeError(f"NCCL refused what a benchmark queued: {reason}")
 
 
