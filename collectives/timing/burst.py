@@ -11,8 +11,8 @@ import torch
 
 from collectives.timing.clock import Call
 
-_PAUSE = 2_000_000
-"""Cycles of the device: 1 to 1.3 ms."""
+_PAUSE = 4_000_000
+"""Cycles of the device: 2 to 2.6 ms."""
 
 
 class Burst:
@@ -53,8 +53,9 @@ class Burst:
         """Launch the calls one by one, since another rank couldn't capture them."""
         self._graph = None
 
-    def run(self, align: Call) -> float:
-        """Microseconds of a call: one burst between two readings of the device's clock, over its calls.
+    def run(self, align: Call) -> tuple[float, bool]:
+        """Microseconds of a call, one burst between two readings of the device's clock over its calls; and whether this
+        rank's host was late, so that its device waited for the first call, and others for it.
 
         Args:
             align: queues something on the current stream that ends on all ranks at once, such as a small all-reduce.
@@ -63,17 +64,21 @@ class Burst:
         torch.cuda.synchronize(self._device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
-            align()
             # Ranks' hosts reach this point a tenth of a millisecond apart, and more where others use them too: 2 to 60 %
-            # of a hundred small calls. Devices that have met wait until each host has queued what follows.
+            # of a hundred small calls. Devices pause until each host has queued what follows, and meet after that, since
+            # the same number of cycles takes them times that differ by as much as their clocks.
             torch.cuda._sleep(_PAUSE)
+            align()
             begin.record()
             if self._graph is not None:
                 self._graph.replay()
+                late = begin.query()
             else:
                 call = self._call
-                for _ in range(self.size):
+                call()
+                late = begin.query()
+                for _ in range(self.size - 1):
                     call()
             end.record()
         torch.cuda.synchronize(self._device)
-        return begin.elapsed_time(end) * 1e3 / self.size
+        return begin.elapsed_time(end) * 1e3 / self.size, late

@@ -150,22 +150,32 @@ class MeasurementSetup:
     def _bursts(
         self, burst: Burst | None, group: dist.ProcessGroup | None, count: int
     ) -> NDArray[np.float64] | None:
-        """`count` calls in bursts: on rank 0 microseconds of a call [ranks, bursts]."""
+        """`count` calls in bursts: on rank 0 microseconds of a call [ranks, bursts].
+
+        A burst for which a rank's host came late is made again, up to as many times as there are bursts.
+        """
         size, align = self._burst_size, self._meeting(group)
-        left, begun, mine = max(_FEWEST_BURSTS, count // size), time.monotonic(), list[float]()
-        wanted = 1
+        least, begun, made = max(_FEWEST_BURSTS, count // size), time.monotonic(), 0
+        in_time, late, wanted = list[Array](), list[Array](), 1
         while wanted:
             self.beat()
-            for _ in range(wanted):
-                mine.append(burst.run(align) if burst is not None else 0.0)
-            left -= wanted
-            spent = time.monotonic() - begun
-            late = spent > _OVERTIME * self.settings.seconds_per_size and len(mine) >= _FEWEST_BURSTS
-            each = max(spent / len(mine), 1e-9)
-            wanted = self.team.tree.broadcast_int(
-                0 if late else min(left, max(1, int(_BATCH_SECONDS / each)))
-            )
-        return self.team.tree.gather(np.array(mine))
+            runs = [burst.run(align) if burst is not None else (0.0, False) for _ in range(wanted)]
+            made += wanted
+            after, gathered = 0, self.team.tree.gather(np.array(runs))
+            if gathered is not None:
+                for one in gathered.swapaxes(0, 1):
+                    (late if one[:, 1].any() else in_time).append(one[:, 0])
+                spent = time.monotonic() - begun
+                over = spent > _OVERTIME * self.settings.seconds_per_size and made >= _FEWEST_BURSTS
+                batch = max(1, int(_BATCH_SECONDS * made / max(spent, 1e-9)))
+                after = 0 if over else min(least - len(in_time), 2 * least - made, batch)
+            wanted = self.team.tree.broadcast_int(after)
+        if gathered is None:
+            return None
+        if len(in_time) >= _FEWEST_BURSTS:
+            return np.stack(in_time, axis=1)
+        _LOG.warning("hosts came late to %d of %d bursts, whose times hold the wait", len(late), made)
+        return np.stack(in_time + late, axis=1)
 
     def _barrier(self, group: dist.ProcessGroup | None) -> Call | None:
         """A wait for the ranks of a group, None without one; NCCL is given the device, which it guesses otherwise."""

@@ -30,7 +30,7 @@ class FakeDevice:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capturable: bool = True) -> None:
         self.log: list[str] = []
-        self.ns, self.capturing = 0, False
+        self.ns, self.capturing, self.late = 0, False, False
         self.streams: list[str] = []
         self.aside: list[bool] = []
         """Of each call: whether it was launched on the burst's own stream."""
@@ -83,6 +83,10 @@ class FakeDevice:
                 assert device.streams == ["its own"]
                 self.ns = device.ns
 
+            def query(self) -> bool:
+                device.log.append("reached?")
+                return device.late
+
             def elapsed_time(self, end: Any) -> float:
                 assert device.log[-1] == "wait"
                 return (end.ns - self.ns) / 1e6
@@ -105,8 +109,12 @@ class FakeDevice:
 def test_a_burst_is_launched_in_a_row_and_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice(monkeypatch)
     one = burst.Burst(torch.device("cuda"), device.call, 3)
-    assert one.run(lambda: device.log.append("align")) == 5.0
-    assert device.log == ["wait", "align", "pause", "call", "call", "call", "wait"] and all(device.aside)
+    assert one.run(lambda: device.log.append("align")) == (5.0, False)
+    assert device.log == ["wait", "pause", "align", "call", "reached?", "call", "call", "wait"] and all(
+        device.aside
+    )
+    device.late = True
+    assert one.run(lambda: None) == (5.0, True)
 
 
 def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +123,12 @@ def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     one.capture()
     assert device.log == ["wait", "replay 3", "wait"]  # the first replay, of which nothing is timed
     device.log.clear()
-    assert one.run(lambda: None) == 1.0
-    assert device.log == ["wait", "pause", "replay 3", "wait"]
+    assert one.run(lambda: None) == (1.0, False)
+    assert device.log == ["wait", "pause", "replay 3", "reached?", "wait"]
+    device.late = True
+    assert one.run(lambda: None) == (1.0, True)
     one.forget()
-    assert one.run(lambda: None) == 5.0
+    assert one.run(lambda: None)[0] == 5.0
 
 
 class TwoRanks:
@@ -264,13 +274,55 @@ def test_ranks_of_a_burst_meet_on_their_devices(monkeypatch: pytest.MonkeyPatch)
     assert not seen
 
     class Met:
-        def run(self, align: Callable[[], object]) -> float:
+        def run(self, align: Callable[[], object]) -> tuple[float, bool]:
             align()
-            return 2.0
+            return 2.0, False
 
     bursts = setup._bursts(cast(Any, Met()), cast(Any, "a group"), 100)
     assert bursts is not None and bursts.tolist() == [[2.0] * 5] * 2
     assert seen == [(1, "meta", "a group")] * 5
+
+
+class LateHosts:
+    """Bursts of 1, 2, 3 … us a call; `late` tells to which hosts come late."""
+
+    def __init__(self, late: Callable[[int], bool]) -> None:
+        self.made, self.late = 0, late
+
+    def run(self, _align: Callable[[], object]) -> tuple[float, bool]:
+        self.made += 1
+        return float(self.made), self.late(self.made)
+
+
+@pytest.mark.parametrize(
+    ("late", "kept", "made"),
+    [
+        (lambda _: False, [1, 2, 3, 4, 5], 5),
+        (lambda number: number in (1, 3), [2, 4, 5, 6, 7], 7),
+        (lambda number: number > 5, [1, 2, 3, 4, 5], 5),
+        (lambda number: number % 2 == 1, [2, 4, 6, 8, 10], 10),
+        # On a host that is never in time all count, and no more are made than twice as many.
+        (lambda number: number > 2, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 10),
+    ],
+)
+def test_a_burst_to_which_a_host_came_late_is_made_again(
+    late: Callable[[int], bool], kept: list[int], made: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    class OtherIsLate(TwoRanks):
+        """The other rank takes twice as long, and it alone has the late host."""
+
+        def gather(self, array: np.ndarray) -> np.ndarray:
+            return np.stack([array * [1.0, 0.0], array * [2.0, 1.0]])
+
+    hosts, beats = LateHosts(late), list[int]()
+    settings = compose(["workload=collectives"]).collectives
+    setup = MeasurementSetup(
+        cast(Any, OtherIsLate()), cast(Any, None), settings, lambda: beats.append(hosts.made)
+    )
+    bursts = setup._bursts(cast(Any, hosts), None, 100)
+    assert bursts is not None and bursts.tolist() == [kept, [2 * one for one in kept]]
+    assert hosts.made == made and beats[:2] == [0, 1]
+    assert ("hosts came late to 8 of 10 bursts" in caplog.text) == (made == len(kept) == 10)
 
 
 def test_no_warm_up_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
