@@ -12,6 +12,7 @@ from configs.model import ModelConfig
 from trainer.engines.base import Batch, StepResult
 from trainer.kernels.choice import usable
 from trainer.model.decoder import DecoderStage
+from trainer.model.router import move_biases
 from trainer.model.seams import Micro, Tally
 from trainer.state import Box, Slice
 
@@ -98,14 +99,19 @@ def balance(
     """
     applied, skip = numbers
     row = {layer: place for place, layer in enumerate(model.router_layers)}
-    load = torch.zeros(len(row), model.experts, dtype=torch.int64, device=skip.device)
-    for layer, count_E in tally.counts.items():
-        load[row[layer]] = count_E
-    if world > 1 and load.numel():
+    none = torch.zeros(model.experts, dtype=torch.int64, device=skip.device)
+    load = (
+        torch.stack([tally.counts.get(layer, none) for layer in row])
+        if row
+        else none.new_zeros(0, model.experts)
+    )
+    if world > 1 and row:
         dist.all_reduce(load)
-    for stage in stages:
-        for layer, router in stage.routers().items():
-            router.update_bias(load[row[layer]], applied, skip)
+    routers = {layer: router for stage in stages for layer, router in stage.routers().items()}
+    if routers:
+        move_biases(
+            list(routers.values()), torch.stack([load[row[layer]] for layer in routers]), applied, skip
+        )
     return load
 
 

@@ -54,7 +54,8 @@ class NativeEngine:
             self._cuts.append(apply.parallelize(stage, mesh, config))
             whole = apply.shard(stage, mesh, config)
             masters = apply.materialize(stage, self._cuts[-1], config, mesh, whole)
-            self._residents.append(Resident(stage, masters))
+            dense = [name for name in masters if not self._cuts[-1][name].sparse]
+            self._residents.append(Resident(stage, masters, dense, mesh["dp_cp"]))
             self._stages.append(stage)
         self._pipeline: Pipeline | None = None
         if mesh["pp"].size > 1:
@@ -82,14 +83,16 @@ class NativeEngine:
         Where the embedding has a copy beside the head on this very rank, the copies are replicas of each other.
         """
         parameters, slots = [], []
-        tp, both = self.mesh["tp"], self.config.parallel.schedule == "zbv"
+        tp, data, both = self.mesh["tp"], self.mesh["dp_cp"], self.config.parallel.schedule == "zbv"
         for stage, cuts, resident in zip(self._stages, self._cuts, self._residents, strict=True):
             for name, parameter in stage.named_parameters():
                 local, box = apply.local_part(parameter, cuts[name], self.mesh)
                 cast = None
+                index, size = (tp.index, tp.size) if cuts[name].alike else (0, 1)
                 if name in resident.masters:
                     local, cast = resident.masters[name], Cast(resident.weight(name))
-                index, size = (tp.index, tp.size) if cuts[name].alike else (0, 1)
+                    if not cuts[name].sparse:
+                        index, size = index + size * data.index, size * data.size
                 if both and self._is_copied(name):
                     index, size = index + size * (stage.first != 0), 2 * size
                 slots.append(Slot(name, local, box, kind(name), index, size, cast))
@@ -190,11 +193,12 @@ class NativeEngine:
 
     def _gradients(self, stopping: bool) -> tuple[Tensor, Tensor]:
         """Give the optimizer's slots their gradients; the global norm, and the wishes to stop."""
+        taken = self._residents[0].take()
         alike: list[Tensor] = []
         for parameter, slot, same in zip(self._parameters, self._slots, self._alike, strict=True):
             summed = same and self.mesh["tp"].size > 1
             if slot.cast is not None:
-                gradient = self._residents[0].take(slot.name)
+                gradient = taken[slot.name]
                 if gradient is None or summed:
                     gradient = torch.zeros_like(slot.tensor) if gradient is None else gradient.float()
                 slot.cast.gradient = gradient

@@ -18,6 +18,8 @@ from trainer.kernels.rows import of_pairs
 
 _CELLS = 8192
 """Pairs of a program times experts."""
+_SHARERS = 4
+"""Programs that share the rows of one source and expert."""
 
 
 @triton.jit
@@ -34,9 +36,28 @@ def _tally(
 
 
 @triton.jit
+def _regroup(
+    incoming: tl.tensor, order: tl.tensor, back: tl.tensor,
+    BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    mine, each = tl.program_id(0), tl.arange(0, WIDE)
+    rows = tl.load(incoming + each, mask=each < BLOCKS, other=0).to(tl.int32)
+    size = tl.sum(tl.where(each == mine, rows, 0), axis=0)
+    begin = tl.sum(tl.where(each < mine, rows, 0), axis=0)
+    # Blocks in the other order: by expert, then by source.
+    turned, here = (each % EXPERTS) * BLOCKS + each, (mine % EXPERTS) * BLOCKS + mine
+    to = tl.sum(tl.where(turned < here, rows, 0), axis=0)
+    for start in range(tl.program_id(1) * ROWS, size, tl.num_programs(1) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = row < size
+        tl.store(order + to + row, begin + row, mask=inside)
+        tl.store(back + begin + row, to + row, mask=inside)
+
+
+@triton.jit
 def _put(
-    chosen: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, tokens: tl.tensor, sorted: tl.tensor,
-    back: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
+    chosen: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, tokens: tl.tensor, numbers: tl.tensor,
+    sorted: tl.tensor, back: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
     TOP: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -52,6 +73,7 @@ def _put(
     row = tl.sum(hits * (tl.cumsum(hits, axis=0) - 1 + start[None, :]), axis=1)
     tl.store(back + pair, tl.where(here, row, -1), mask=inside)
     tl.store(tokens + row, pair // TOP, mask=here)
+    tl.store(numbers + row, pair, mask=here)
     tl.store(sorted + row, tl.load(weights + pair, mask=here, other=0.0), mask=here)
 
 
@@ -66,6 +88,8 @@ class Places:
     """Rows of each expert, int64."""
     token_P: Tensor
     """Token of each row, int32."""
+    pair_P: Tensor
+    """Pair of each row, int32."""
     back_TK: Tensor
     """Row of each pair, int32; -1 where its expert isn't among these."""
     weight_P: Tensor
@@ -90,14 +114,28 @@ def places(
     _tally[(blocks,)](chosen_TK, counts, pairs, first, blocks, **shape)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     made = torch.zeros if all_written else torch.empty
-    token_P = made(pairs, dtype=torch.int32, device=device)
+    token_P, pair_P = (made(pairs, dtype=torch.int32, device=device) for _ in range(2))
     weight_P = made(pairs, dtype=weights_TK.dtype, device=device)
     back_TK = torch.empty(chosen_TK.shape, dtype=torch.int32, device=device)
     _put[(blocks,)](
-        chosen_TK, weights_TK, ends, counts, token_P, weight_P, back_TK, pairs, first, blocks,
+        chosen_TK, weights_TK, ends, counts, token_P, pair_P, weight_P, back_TK, pairs, first, blocks,
         TOP=chosen_TK.shape[1], **shape,
     )  # fmt: skip
-    return Places(ends[-1], counts.sum(dim=1), token_P, back_TK, weight_P)
+    return Places(ends[-1], counts.sum(dim=1), token_P, pair_P, back_TK, weight_P)
+
+
+def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Order of rows by expert, then source, of rows that lie by source, then expert; and its inverse; both [total] int32.
+
+    Args:
+        incoming_NL: rows of each source and expert.
+        total: their sum, so that nothing waits for the device.
+    """
+    blocks, experts = incoming_NL.numel(), incoming_NL.shape[1]
+    order_R, back_R = torch.empty(2, total, dtype=torch.int32, device=incoming_NL.device)
+    shape = {"BLOCKS": blocks, "EXPERTS": experts, "WIDE": power(blocks, 1 << 20), "ROWS": 1024}
+    _regroup[(blocks, _SHARERS)](incoming_NL.contiguous(), order_R, back_R, **shape)
+    return order_R, back_R
 
 
 class _Weights(torch.autograd.Function):

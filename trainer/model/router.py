@@ -6,6 +6,7 @@ Shape letters: B samples, S tokens of a sample on this rank, D model width, R ro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,8 @@ class Router(nn.Module):
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = model.router, layer
-        self._biased = model.router.balance in ("bias", "both")
+        self.biased = model.router.balance in ("bias", "both")
+        """Whether the bias counts, and moves."""
         self.top_k, self.experts = model.top_k, model.experts
         routers = len(model.router_layers)
         self.share = 1.0 / routers if model.router.losses_over_layers == "mean" else 1.0
@@ -107,7 +109,7 @@ class Router(nn.Module):
         rule = RoutingRule(
             self.top_k, config.score == "softmax", config.renormalize and self.top_k > 1, config.scale
         )
-        bias_E = self.bias if self._biased else None
+        bias_E = self.bias if self.biased else None
         chosen_BSK, weights_BSK, count_BE, share_BE, square = route(logits_BSE, bias_E, rule)
         micro.tally.count(self.layer, count_BE.sum(dim=0))
         loss = self._weighted(share_BE, square, count_BE, micro, samples)
@@ -117,7 +119,7 @@ class Router(nn.Module):
 
     def choose(self, scores_BSE: Tensor) -> Tensor:
         """The top k experts by score and bias within the best groups, [..., K], best first."""
-        choice_BSE = scores_BSE + self.bias if self._biased else scores_BSE
+        choice_BSE = scores_BSE + self.bias if self.biased else scores_BSE
         groups = self.config.groups
         if groups > 1:
             in_groups = choice_BSE.unflatten(-1, (groups, -1))
@@ -171,37 +173,48 @@ class Router(nn.Module):
         micro.tally.add(micro.tally.losses, loss)
         return loss
 
-    @torch.no_grad()
-    def update_bias(self, load_E: Tensor, applied: int | Tensor, skip: Tensor | None = None) -> None:
-        """After a step, raise the bias of experts with less than their share and lower that of the others.
 
-        `sign`: bias += rate * sign(mean(load) - load). `load_error`: AdamW (betas 0.9 and 0.999, eps 1e-8, no decay) with
-        the gradient load/sum(load) - 1/E and lr = rate.
+@torch.no_grad()
+def move_biases(
+    routers: Sequence[Router], load_LE: Tensor, applied: int | Tensor, skip: Tensor | None = None
+) -> None:
+    """After a step, raise the biases of experts with less than their share and lower those of the others.
 
-        Args:
-            load_E: pairs of each expert over the whole step.
-            applied: steps that have moved the weights, this one among them.
-            skip: 1 on the device where nothing may move, 0 elsewhere; None for 0.
-        """
-        if not self._biased:
-            return
-        load_E = load_E.to(self.bias.dtype)
-        rate = self.config.bias_rate(self.experts)
-        if self.config.bias_rule == "sign":
-            self._move("bias", self.bias + rate * torch.sign(load_E.mean() - load_E), skip)
-            return
-        error_E = load_E / load_E.sum() - 1.0 / self.experts
+    All routers' in one go: their own launches, two dozen for each, took 0.5 ms of the host each.
+
+    `sign`: bias += rate * sign(mean(load) - load). `load_error`: AdamW (betas 0.9 and 0.999, eps 1e-8, no decay) with
+    the gradient load/sum(load) - 1/E and lr = rate.
+
+    Args:
+        load_LE: pairs of each expert over the whole step, by router.
+        applied: steps that have moved the weights, this one among them.
+        skip: 1 on the device where nothing may move, 0 elsewhere; None for 0.
+    """
+    if not routers or not routers[0].biased:
+        return
+    config, experts = routers[0].config, routers[0].experts
+    rate = config.bias_rate(experts)
+
+    def now(name: str) -> Tensor:
+        return torch.stack([getattr(router, name) for router in routers])
+
+    bias_LE = now("bias")
+    load_LE = load_LE.to(bias_LE.dtype)
+    if config.bias_rule == "sign":
+        to = {"bias": bias_LE + rate * torch.sign(load_LE.mean(dim=1, keepdim=True) - load_LE)}
+    else:
+        error_LE = load_LE / load_LE.sum(dim=1, keepdim=True) - 1.0 / experts
         first, second = _BETAS
-        avg_E = first * self.bias_avg + (1 - first) * error_E
-        avg_sq_E = second * self.bias_avg_sq + (1 - second) * error_E.square()
-        spread_E = (avg_sq_E / (1 - second**applied)).sqrt() + _EPS
-        self._move("bias", self.bias - rate * (avg_E / (1 - first**applied)) / spread_E, skip)
-        self._move("bias_avg", avg_E, skip)
-        self._move("bias_avg_sq", avg_sq_E, skip)
-
-    def _move(self, name: str, to: Tensor, skip: Tensor | None) -> None:
-        buffer = getattr(self, name)
-        buffer.copy_(to if skip is None else torch.where(skip > 0, buffer, to))
+        avg_LE = first * now("bias_avg") + (1 - first) * error_LE
+        avg_sq_LE = second * now("bias_avg_sq") + (1 - second) * error_LE.square()
+        spread_LE = (avg_sq_LE / (1 - second**applied)).sqrt() + _EPS
+        to = {
+            "bias": bias_LE - rate * (avg_LE / (1 - first**applied)) / spread_LE,
+            "bias_avg": avg_LE, "bias_avg_sq": avg_sq_LE,
+        }  # fmt: skip
+    for name, moved_LE in to.items():
+        kept_LE = moved_LE if skip is None else torch.where(skip > 0, now(name), moved_LE)
+        torch._foreach_copy_([getattr(router, name) for router in routers], list(kept_LE))
 
 
 class MLPRouter(Router):

@@ -176,7 +176,7 @@ def shard(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> set[str]:
         Names of the parameters that are left whole, in bf16 (see `trainer.parallel.resident`).
     """
     bf16 = config.train.precision == "bf16"
-    whole = resident.alone(stage, mesh, config)
+    whole = resident.whole(stage, mesh, config)
     left = resident.reserve(stage, whole)
     if mesh["dp_cp"].size == mesh["edp"].size == 1 and (whole or not bf16):
         return whole
@@ -188,9 +188,12 @@ def shard(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> set[str]:
     place = partial(_expert_shard, ranks=mesh["edp"].size)
     for blocks in _units(stage, mesh["pp"].size > 1):
         experts: list[nn.Module] = [
-            module for block in blocks for module in block.modules() if isinstance(module, Experts)
+            module
+            for block in blocks
+            for module in block.modules()
+            if isinstance(module, Experts) and not left.issuperset(module.parameters())
         ]
-        if experts and not whole:
+        if experts:
             fully_shard(
                 experts,
                 mesh=sparse,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.choice import fused
-from trainer.model.exchange import sort_by_expert, weigh
+from trainer.model.exchange import weigh
 from trainer.model.seams import Owed, paid
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
@@ -135,24 +135,23 @@ class ExpertParallel:
         self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
     ) -> Tensor:
         """Rows are copied while their numbers travel; the host waits for those once, before it sizes the exchange."""
-        from trainer.kernels import rows
+        from trainer.kernels import places, rows
 
-        order_R, back_R, count_E = sort_by_expert(chosen_TK, experts)
-        back_TK = back_R.view(chosen_TK.shape).masked_fill(chosen_TK < 0, -1)
-        both = self._counts(count_E)
-        x_RD = rows.spread(x_TD, order_R // chosen_TK.shape[1], back_TK)
+        # Rows beyond those of experts, of dropped pairs, are copies of token 0: none is sent, and no token asks for them.
+        at = places.places(chosen_TK, weights_TK, 0, experts, all_written=True)
+        both = self._counts(at.counts_L)
+        x_RD = rows.spread(x_TD, at.token_P, at.back_TK)
         incoming_NL, (sends, receives) = both.wait()
-        # Dropped pairs come last: nothing of them is sent, and no token asks for them.
-        x_RD, order_R = x_RD[: sum(sends)], order_R[: sum(sends)]
+        x_RD = x_RD[: sum(sends)]
         if self._ep.size == 1:
             y_RD = compute(x_RD, incoming_NL.sum(dim=0))
         else:
             x_RD = exchange.swap(x_RD, sends, receives, self._ep)
-            by_expert_R, back = by_expert(incoming_NL, sum(receives))
-            x_RD = rows.spread(x_RD, by_expert_R, back.unsqueeze(1))
-            y_RD = rows.spread(compute(x_RD, incoming_NL.sum(dim=0)), back, by_expert_R.unsqueeze(1))
+            by_expert_R, back_R = places.by_expert(incoming_NL, sum(receives))
+            x_RD = rows.spread(x_RD, by_expert_R, back_R.unsqueeze(1))
+            y_RD = rows.spread(compute(x_RD, incoming_NL.sum(dim=0)), back_R, by_expert_R.unsqueeze(1))
             y_RD = exchange.swap(y_RD, receives, sends, self._ep)
-        return rows.weigh(y_RD, weights_TK, back_TK, order_R)
+        return rows.weigh(y_RD, weights_TK, at.back_TK, at.pair_P[: sum(sends)])
 
     def _counts(self, count_E: Tensor) -> _Counts:
         """Tell the ranks of ep how many rows they will get, and start to bring both numbers to the host."""
@@ -193,20 +192,3 @@ class Number:
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()
-
-
-def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Order of rows by expert, then source, of rows that lie by source, then expert; and its inverse; both [total].
-
-    Args:
-        total: sum of `incoming_NL`, so that nothing waits for the device.
-    """
-    ends_NL = incoming_NL.flatten().cumsum(0).view_as(incoming_NL)
-    turned_LN = incoming_NL.t().contiguous()
-    places_LN = turned_LN.flatten().cumsum(0).view_as(turned_LN) - turned_LN
-    # What a block's rows move by, from where it begins among the sources to where among the experts.
-    moves = places_LN.t() - (ends_NL - incoming_NL)
-    moves_R = moves.flatten().repeat_interleave(incoming_NL.flatten(), output_size=total)
-    back_R = torch.arange(total, device=moves.device) + moves_R
-    order_R = torch.empty_like(back_R).scatter_(0, back_R, torch.arange(total, device=moves.device))
-    return order_R, back_R

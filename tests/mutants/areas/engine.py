@@ -13,7 +13,13 @@ _RESIDENT = "trainer/parallel/resident.py"
 
 _RUN = "tests/trainer/test_reference_runs.py::test_a_run"
 _AXIS = "tests/trainer/parallel/test_parallel.py::test_a_step_under_every_axis"
-_BESIDE = "tests/trainer/parallel/test_resident.py::test_weights_beside_their_masters_train_as_under_fsdp[1]"
+
+
+def _beside(ranks: int) -> str:
+    return f"tests/trainer/parallel/test_resident.py::test_weights_beside_their_masters_train_as_under_fsdp[{ranks}]"
+
+
+_BESIDE = _beside(1)
 _GROUPS = "tests/trainer/parallel/test_mesh.py::test_"
 _WARM = "tests/trainer/engines/test_warming.py::test_"
 _CLIPPING = "tests/trainer/engines/test_common.py::test_clipping_by_hand"
@@ -85,22 +91,22 @@ MUTANTS = [
     Mutant(
         "the load is one rank's",
         _COMMON,
-        "if world > 1 and load.numel():",
-        "if world > 99 and load.numel():",
+        "if world > 1 and row:",
+        "if world > 99 and row:",
         f"{_AXIS}[dp-zero2]",
     ),
     Mutant(
         "all routers are balanced by the first one's load",
         _COMMON,
-        "update_bias(load[row[layer]], applied",
-        "update_bias(load[0], applied",
+        "[load[row[layer]] for layer in routers]",
+        "[load[0] for layer in routers]",
         f"{_RUN}[adamw]",
     ),
     Mutant(
         "a skipped step moves the router's bias",
         _COMMON,
-        "applied, skip)\n    return load",
-        "applied)\n    return load",
+        "for layer in routers]), applied, skip)",
+        "for layer in routers]), applied)",
         f"{_RUN}[adamw]",
     ),
     Mutant(
@@ -137,6 +143,27 @@ MUTANTS = [
         "self._sums[name] = gradient.float()",
         "self._sums[name] = gradient.clone()",
         _BESIDE,
+    ),
+    Mutant(
+        "small weights learn from one rank's tokens",
+        _RESIDENT,
+        "            if self._axis.size > 1:\n",
+        "            if self._axis.size > 9:\n",
+        _beside(2),
+    ),
+    Mutant(
+        "small gradients go to other weights",
+        _RESIDENT,
+        "zip(self._small, sums, mine, strict=True)",
+        "zip(self._small, sums[::-1], mine, strict=True) if one.numel() == p.numel()",
+        _beside(1),
+    ),
+    Mutant(
+        "small weights count in the norm once for each rank",
+        _NATIVE,
+        "index, size = index + size * data.index, size * data.size",
+        "pass",
+        _beside(2),
     ),
     Mutant(
         "weights stay behind LAMB's masters",

@@ -11,6 +11,11 @@ _COLLECTIVES = "trainer/parallel/exchange.py"
 _SUM = "tests/trainer/model/test_router.py::test_the_exchange_has_the_gradients_of_a_plain_sum[3]"
 _DROPPED = "tests/trainer/model/test_router.py::test_dropped_rows_are_gone_both_ways_whatever_the_experts_leave_there"
 _SPLIT = "tests/trainer/parallel/test_parallel.py::test_experts_that_are_split"
+_PLACES = "trainer/kernels/places.py"
+_BY_KERNELS = "tests/trainer/parallel/test_parallel.py::test_seams_by_kernels[experts_by_kernels-more1-1e-06]"
+_REGROUPED = (
+    "tests/trainer/model/test_kernels.py::test_rows_that_came_by_source_are_put_in_the_order_of_experts[3-5]"
+)
 
 MUTANTS = [
     # On one rank.
@@ -147,5 +152,41 @@ MUTANTS = [
         "return all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None",
         "return (all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis) if ctx.sends else gradient), None, None, None",
         "tests/trainer/parallel/test_parallel.py::test_attention_over_split_samples[False-0-ulysses-2]",
+    ),
+    # By kernels.
+    Mutant(
+        "rows are weighed by other pairs' weights",
+        _EXPERT,
+        "at.pair_P[: sum(sends)]",
+        "at.token_P[: sum(sends)]",
+        _BY_KERNELS,
+    ),
+    Mutant(
+        "rows go back in the order that they came in",
+        _EXPERT,
+        "incoming_NL.sum(dim=0)), back_R, by_expert_R.unsqueeze(1))",
+        "incoming_NL.sum(dim=0)), by_expert_R, back_R.unsqueeze(1))",
+        _BY_KERNELS,
+    ),
+    Mutant(
+        "rows stay in the order of sources",
+        _PLACES,
+        "(each % EXPERTS) * BLOCKS + each, (mine % EXPERTS) * BLOCKS + mine",
+        "each, mine",
+        _REGROUPED,
+    ),
+    Mutant(
+        "only so many rows of a block as programs take at once",
+        _PLACES,
+        "ROWS, size, tl.num_programs(1) * ROWS):",
+        "ROWS, tl.minimum(size, tl.num_programs(1) * ROWS), tl.num_programs(1) * ROWS):",
+        _REGROUPED,
+    ),
+    Mutant(
+        "a row doesn't know its pair",
+        _PLACES,
+        "tl.store(numbers + row, pair, mask=here)",
+        "tl.store(numbers + row, pair // TOP, mask=here)",
+        "tests/trainer/model/test_kernels.py::test_pairs_are_sorted_by_expert[37-3-0-5]",
     ),
 ]

@@ -18,7 +18,7 @@ _LOSS = "trainer/kernels/loss.py"
 _TEST = "tests/trainer/parallel/test_parallel.py::test_"
 _LAYERS = f"{_TEST}tensor_parallel_layers[2]"
 _VOCABULARY = f"{_TEST}a_vocabulary_that_is_split[2]"
-_KERNELS = f"{_TEST}the_loss_of_a_split_vocabulary_by_kernels"
+_KERNELS = f"{_TEST}seams_by_kernels[vocabulary_by_kernels-more0-0.01]"
 _PARTS = (
     "tests/trainer/model/test_kernels.py::test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes[5000]"
 )

@@ -127,6 +127,7 @@ def test_pairs_are_sorted_by_expert(first: int, experts: int, tokens: int, top_k
         assert total == len(order)
         assert at.counts_L.equal(local.bincount(minlength=experts + 1)[:experts])
         assert at.token_P[:total].equal((order // top_k).to(torch.int32))
+        assert at.pair_P[:total].equal(order.to(torch.int32))
         back = torch.full((tokens * top_k,), -1, dtype=torch.int32, device=DEVICE)
         back[order] = torch.arange(total, dtype=torch.int32, device=DEVICE)
         assert at.back_TK.flatten().equal(back)
@@ -137,6 +138,23 @@ def test_pairs_are_sorted_by_expert(first: int, experts: int, tokens: int, top_k
         expected[order] = slope
         (found,) = torch.autograd.grad(mine, weights, slope)
         assert found.flatten().equal(expected)
+
+
+@pytest.mark.parametrize(("sources", "experts"), [(2, 3), (1, 4), (4, 1), (3, 5)])
+def test_rows_that_came_by_source_are_put_in_the_order_of_experts(sources: int, experts: int) -> None:
+    """Against a stable sort of each row's expert; blocks of no row, and of more than the programs take at once."""
+    from trainer.kernels.places import by_expert
+
+    incoming = torch.randint(0, 40, (sources, experts), device=DEVICE)
+    incoming[-1, 0] = 0
+    incoming[0, -1] = 9000
+    total = int(incoming.sum())
+    labels = torch.arange(experts, device=DEVICE).repeat(sources).repeat_interleave(incoming.flatten())
+    order, back = by_expert(incoming, total)
+    assert order.equal(labels.argsort(stable=True).to(torch.int32))
+    assert back[order.long()].equal(torch.arange(total, dtype=torch.int32, device=DEVICE))
+    none, nowhere = by_expert(torch.zeros_like(incoming), 0)
+    assert len(none) == len(nowhere) == 0
 
 
 def test_rows_without_an_expert_are_those_of_the_first_token() -> None:

@@ -28,9 +28,8 @@ from trainer.model.exchange import LocalExchange
 from trainer.model.moe import Experts
 from trainer.model.norm import RMSNorm, SplitNorm
 from trainer.model.seams import Micro, SoloSeams, Tally
+from trainer.parallel import expert, gathered
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext, places
-from trainer.parallel.expert import ExpertParallel
-from trainer.parallel.gathered import GatheredExperts
 from trainer.parallel.mesh import Mesh, assemble
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 
@@ -244,7 +243,9 @@ def samples(rank: int, world: int, store: dist.Store, method: str, cp: int) -> P
 # ---- experts ----
 
 
-def experts(rank: int, world: int, store: dist.Store, ep: int, etp: int, gathered: bool) -> Pairs:
+def experts(
+    rank: int, world: int, store: dist.Store, ep: int, etp: int, all_tokens: bool, kernels: bool = False
+) -> Pairs:
     """Tokens of all ranks through experts that are split: uneven load, one expert without tokens, dropped pairs."""
     each, top_k, inner = 7, 3, 4
     draw = torch.Generator().manual_seed(4)
@@ -261,17 +262,21 @@ def experts(rank: int, world: int, store: dist.Store, ep: int, etp: int, gathere
     y, _ = LocalExchange(drops=True).run(x, chosen, weights, EXPERTS, _expert_layer(parameters))
     expected = _learn((y * weight).sum(), x, weights, *parameters)
     mine = slice(rank * each, (rank + 1) * each)
-    with met(rank, world, store, dp=world // etp if ep >= etp else 1, tp=etp, ep=ep, etp=etp) as mesh:
+    fast = torch.float32 if kernels else torch.float64
+    layout = {"dp": world // etp if ep >= etp else 1, "tp": etp, "ep": ep, "etp": etp}
+    by = [mock.patch.object(module, "fused", lambda _: kernels) for module in (expert, gathered)]
+    with met(rank, world, store, **layout) as mesh, by[0], by[1]:
 
         def cut(gate_up: Tensor, down: Tensor) -> list[Tensor]:
             some = slice(mesh["ep"].index * (EXPERTS // ep), (mesh["ep"].index + 1) * (EXPERTS // ep))
             widths = slice(mesh["etp"].index * (inner // etp), (mesh["etp"].index + 1) * (inner // etp))
             return [gate_up[some, :, widths], down[some, :, widths]]
 
-        x, weights, *parameters = _leaves((*(t[mine] for t in whole), *cut(tables[0], tables[1])))
-        seam: Any = ExpertParallel(mesh["ep"], mesh["etp"])
-        if gathered:
-            seam = GatheredExperts(mesh["ep"], mesh["ep_wide"])
+        own = [t.to(fast) for t in (*(t[mine] for t in whole), *cut(tables[0], tables[1]))]
+        x, weights, *parameters = _leaves(own)
+        seam: Any = expert.ExpertParallel(mesh["ep"], mesh["etp"])
+        if all_tokens:
+            seam = gathered.GatheredExperts(mesh["ep"], mesh["ep_wide"])
         owed, end = seam.run(seam.begin(x), chosen[mine], weights, EXPERTS, _expert_layer(parameters))
         found = end(owed)
         slopes = _learn((found * weight[mine]).sum(), x, weights, *parameters)
@@ -279,10 +284,15 @@ def experts(rank: int, world: int, store: dist.Store, ep: int, etp: int, gathere
     return _pairs("output tokens weights gate_up down", (found, *slopes), (y[mine], *own))
 
 
+def experts_by_kernels(rank: int, world: int, folder: str, all_tokens: bool) -> Pairs:
+    """The same with the GPU's kernels, in fp32."""
+    return experts(rank, world, dist.FileStore(f"{folder}/store", world), world, 1, all_tokens, kernels=True)
+
+
 def _expert_layer(parameters: list[Tensor]) -> Callable[..., Tensor]:
     gate_up, down = parameters
     held, _, inner, width = gate_up.shape
-    layer = Experts(width, inner, held, gated=True).double()
+    layer = Experts(width, inner, held, gated=True).to(down.dtype)
     named = {"gate_up": gate_up, "down": down}
     return lambda rows, *rest: torch.func.functional_call(layer, named, (rows, *rest))
 

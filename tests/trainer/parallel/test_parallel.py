@@ -59,16 +59,30 @@ def test_a_vocabulary_that_is_split(ranks: RankPool, world: int) -> None:
     check(ranks, world, seam_checks.vocabulary, shares="loss")
 
 
-def test_the_loss_of_a_split_vocabulary_by_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seam", "more", "most"),
+    [
+        (seam_checks.vocabulary_by_kernels, (), 1e-2),
+        (seam_checks.experts_by_kernels, (False,), 1e-6),
+        (seam_checks.experts_by_kernels, (True,), 1e-6),
+    ],
+)
+def test_seams_by_kernels(
+    seam: Callable[..., Any],
+    more: tuple[bool, ...],
+    most: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("triton", reason="kernels need triton; on a CPU it interprets them")
     # Triton's own functions are made to be interpreted when it is imported, which ranks of the pool have done.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        every = [pool.submit(seam_checks.vocabulary_by_kernels, rank, 2, str(tmp_path)) for rank in range(2)]
+        every = [pool.submit(seam, rank, 2, str(tmp_path), *more) for rank in range(2)]
         for name, (one, other) in (pair for ranks in every for pair in ranks.result(PATIENCE).items()):
             assert one.shape == other.shape
             off = np.linalg.norm(one - other) / np.linalg.norm(other)
-            assert off < 1e-2, (name, off)
+            assert off < most, (name, off)
 
 
 @both
