@@ -8,6 +8,7 @@ import os
 import select
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def descriptors() -> set[str]:
     What earlier tests have left may be closed at any time, so a test asks whether it has left more than there was (`<=`).
     """
     return set(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def must_not_raise(error: type[Exception], rule: str) -> Iterator[None]:
+    """Have an error of the code under test fail an assertion that says which rule it breaks. `tests.mutants` counts no
+    other error, as a patch may only have broken the code."""
+    try:
+        yield
+    except error as raised:
+        raise AssertionError(f"{rule}; it raised {type(raised).__name__}: {raised}") from raised
 
 
 def readable(file: int | socket.socket, seconds: float) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import end_since
-from tests.conftest import contents, longest_first, pytest_collection_modifyitems
+from tests.conftest import contents, longest_first, must_not_raise, pytest_collection_modifyitems
 from tests.source_tree import ROOT
 
 pytestmark = pytest.mark.unit
@@ -28,6 +28,18 @@ def test_a_unit_test_reaches_this_machine() -> None:
         server.bind(("127.0.0.1", 0))
         server.listen()
         client.connect(server.getsockname())
+
+
+def test_only_an_error_that_must_not_be_raised_fails_an_assertion() -> None:
+    with must_not_raise(KeyError, "a rule"):
+        pass
+    with (
+        pytest.raises(AssertionError, match="^a rule; it raised KeyError: 'a'$"),
+        must_not_raise(KeyError, "a rule"),
+    ):
+        raise KeyError("a")
+    with pytest.raises(ValueError, match="^another$"), must_not_raise(KeyError, "a rule"):
+        raise ValueError("another")
 
 
 def test_files_that_may_take_longest_come_first_and_stay_whole() -> None:

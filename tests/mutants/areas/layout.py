@@ -148,6 +148,13 @@ MUTANTS = [
         _CONTEXT,
         "self._axis.size, i, key[1]) for i in range(self._axis.size)]",
         "self._axis.size, i, key[1]) for i in reversed(range(self._axis.size))]",
+        f"{_ATTENTION}[True-0-gather-2]",
+    ),
+    Mutant(
+        "pieces of the far end aren't put back in the order of the sample",
+        _CONTEXT,
+        "*reversed(pieces[1::2])",
+        "*pieces[1::2]",
         f"{_ATTENTION}[False-0-gather-2]",
     ),
     Mutant(

@@ -188,7 +188,8 @@ class Driver:
 
 
 def until(what: Callable[[], object], why: str, seconds: float = 60.0) -> None:
-    """Wait for something to hold."""
+    """Wait for something to hold. The bound is half of the time limit of the tests that wait so: one that waits in vain
+    says for what."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, f"still not: {why}"

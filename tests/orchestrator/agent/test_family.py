@@ -16,7 +16,7 @@ from faulttol.detect import processes
 from orchestrator.agent import family
 from tests.orchestrator.agent.local_runtime import until
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 NAMELESS = (
     "import ctypes, time; ctypes.CDLL(None).prctl(15, b'pr\\xc3\\xa9paration-a\\xc3'); "
     "print('here', flush=True); time.sleep(600)"

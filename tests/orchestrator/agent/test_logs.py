@@ -14,7 +14,7 @@ from configs.paths import RunPaths
 from orchestrator.agent import files
 from tests.orchestrator.agent.local_runtime import until
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 
 def test_a_long_log_is_rotated_under_its_writer(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from orchestrator.control.gang import AgentReport, GangSpec, Want
 from orchestrator.record.events import NodeShare
 from tests.orchestrator.agent.local_runtime import until
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 
 class SlowCarrier:
@@ -110,17 +111,18 @@ def test_slots_are_let_go_after_the_call_that_holds_them(
 def test_the_next_attempt_need_not_wait_for_the_kernel_and_another_run_must(tmp_path: Path) -> None:
     """Another run's ranks know nothing of memory that is being taken back."""
     carrier = AnsweringCarrier()
-    gangs, one = Gangs(carrier), spec(tmp_path, 1)
-    gangs.ensure(one, Want.STOPPED)
-    until(lambda: gangs.status(one).stopped, "that nothing runs any more")
-    gangs.ensure(one, Want.RELEASED)
-    until(lambda: carrier.wanted.count(Want.RELEASED) > 5, "answers")
-    assert not carrier.letting, "its slots aren't free"
-    carrier.phase = AttemptPhase.STOPPED
-    until(lambda: carrier.letting, "they are let go")
-    carrier.letting[0].set_result(True)
-    until(lambda: gangs.status(one).released, "they are free")
-    gangs.close()
+    one = spec(tmp_path, 1)
+    with closing(Gangs(carrier)) as gangs:
+        gangs.ensure(one, Want.STOPPED)
+        until(lambda: gangs.status(one).stopped, "that nothing runs any more")
+        gangs.ensure(one, Want.RELEASED)
+        # Once its slots are let go, no more answers are asked for.
+        until(lambda: carrier.letting or carrier.wanted.count(Want.RELEASED) > 5, "answers")
+        assert not carrier.letting, "its slots aren't free"
+        carrier.phase = AttemptPhase.STOPPED
+        until(lambda: carrier.letting, "they are let go")
+        carrier.letting[0].set_result(True)
+        until(lambda: gangs.status(one).released, "they are free")
 
 
 def test_slots_that_are_being_let_go_are_not_forgotten_for_the_next_attempt(

@@ -18,7 +18,7 @@ from orchestrator.control.controller import PARK_SECONDS
 from orchestrator.record import log as logs
 from orchestrator.record.events import AttemptPlaced, Decided, Parked, StateMoved, Unparked
 from orchestrator.record.states import Reason, State
-from tests.conftest import descriptors
+from tests.conftest import descriptors, must_not_raise
 from tests.orchestrator.control.test_controller import CONFIG, Sim
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(120)]
@@ -163,9 +163,10 @@ def test_a_log_that_can_not_be_opened_is_tried_again(world: Sim) -> None:
     hidden = path.with_name("hidden")
     path.rename(hidden)
     path.mkdir()
-    world.replace_controller()
-    world.submit("b", ranks=1)
-    world.turn(2)
+    with must_not_raise(IsADirectoryError, "a run that can't be opened stops no other"):
+        world.replace_controller()
+        world.submit("b", ranks=1)
+        world.turn(2)
     assert world.published()["parked"][0]["run"] == "a"
     assert "IsADirectoryError" in world.published()["parked"][0]["error"]
     with pytest.raises(UserError, match="can't be handled: IsADirectoryError"):
@@ -347,9 +348,8 @@ def test_a_hang_keeps_the_stacks_before_anything_is_killed(world: Sim) -> None:
     world.runtime.ensure = lambda spec, want, grace=0.0: (order.append(want), ensure(spec, want, grace))[1]  # type: ignore[method-assign]
     world.runtime.collect = lambda spec, request: (order.append("collect"), collect(spec, request))[1]  # type: ignore[method-assign]
     world.turn(40)
-    assert order.index("collect") < order.index("stopped"), (
-        "what was written earlier says nothing of this hang"
-    )
+    first = [act for act in dict.fromkeys(order) if act in ("collect", "stopped")]
+    assert first == ["collect", "stopped"], "what was written earlier says nothing of this hang"
     view = world.view("a")
     evidence = [e.payload for e in world.events("a") if e.payload.kind == "evidence"]
     assert view.incidents[0].event.cause == "hang" and evidence[0].path.endswith("001/evidence/incident-001")

@@ -30,6 +30,7 @@ from orchestrator.record.cluster_log import (
 )
 from orchestrator.record.events import ControllerStarted, Event, GangShape, NodeShare, StopBegan
 from orchestrator.record.states import Reason, State
+from tests.conftest import must_not_raise
 from tests.orchestrator.decide.cluster_sim import ClusterSim, make_nodes
 
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(60)]
@@ -311,9 +312,9 @@ def test_marks_are_acted_on_and_taken_back() -> None:
     history = MemoryLog(nodes)
     assert history.mark("host0", "cordon", "a fan") == [Cordoned("10.0.0.1", "a fan", "ann")]
     assert history.barred(nodes, 1.0) == ["cordoned: a fan", ""]
-    assert history.mark("host0", "cordon", " a \n fan") == [Cordoned("10.0.0.1", "a fan", "ann")], (
-        "said again"
-    )
+    with must_not_raise(UserError, "the same word of the same person, said again, is not a mistake"):
+        again = history.mark("host0", "cordon", " a \n fan")
+    assert again == [Cordoned("10.0.0.1", "a fan", "ann")]
     assert history.mark("10.0.0.1", "drain", "smoke") == [Draining("10.0.0.1", "smoke", "ann")]
     assert history.barred(nodes, 1.0) == ["draining: smoke", ""]
     history.suspect(2.0)

@@ -138,7 +138,8 @@ def test_a_damaged_line_is_named_and_stepped_over(tmp_path: Path, line: bytes) -
     events, cursor = read_from(path)
     assert [e.payload for e in events] == TURNS[0] + TURNS[2]
     assert [e.seq for e in events] == [0, 1, 2]
-    (named,) = cursor.damage
+    assert len(cursor.damage) == 1, "the damaged line is named, once"
+    named = cursor.damage[0]
     assert named.startswith(f"{path} at byte {len(lines[0])}: ") and len(named) < 400
     assert named.endswith(line[:80].decode(errors="replace").rstrip())
 
