@@ -22,6 +22,8 @@ from torch import Tensor
 _MAPS = Path("/proc/self/maps")
 _BYTES = 1
 """`ncclUint8`, the same in RCCL. Source: `ncclDataType_t` in nccl.h."""
+_IN_PROGRESS = 7
+"""What a call on a nonblocking communicator gives until the library has queued it. Source: `ncclResult_t` in nccl.h."""
 _HANDLE = "_comm_ptr"
 Message = tuple[int, Tensor]
 """Place of the other rank in the group, and a contiguous part of a buffer."""
@@ -65,6 +67,10 @@ class Communicator:
         results = [group[0]()] if group else []
         results += [function(*arguments, comm, stream) for function, arguments in steps]
         results += [group[1]()] if group else []
+        state = ctypes.c_int(_IN_PROGRESS if _IN_PROGRESS in results else 0)
+        while state.value == _IN_PROGRESS:
+            self.calls.ncclCommGetAsyncError(comm, ctypes.byref(state))
+        results = [state.value, *(result for result in results if result != _IN_PROGRESS)]
         if any(results):
             reason = self.calls.ncclGetErrorString(max(results)).decode()
             raise RuntimeError(f"NCCL refused what a benchmark queued: {reason}")

@@ -3,8 +3,8 @@
 For each ordered pair A -> B a small model trains some steps under A and is saved. Under B it is loaded over junk and saved
 again, then continues; under A that second checkpoint is loaded and continues too. The whole live state (parameters,
 optimizer slots, router biases, the count of steps), put together from all ranks, must have the same hashes under A, B and
-A; ten losses under B must be those of the run under A that never stopped, to 1e-5 (2e-2 in bf16); under A again they must be
-bit for bit.
+A; ten losses under B must be those of the run under A that never stopped, to 1e-5 (2e-2 in bf16); under A again they must
+be bit for bit.
 """
 
 from __future__ import annotations

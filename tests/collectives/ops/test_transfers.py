@@ -16,6 +16,7 @@ from torch import Tensor
 from collectives.ops import nccl
 from collectives.ops.operations import OPERATIONS
 from collectives.ops.transfers import MESSAGES, Seat, Transfer, TransferCase, matrix_of
+from tests.conftest import must_not_raise
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
 
@@ -160,6 +161,33 @@ def test_messages_are_queued_as_one_group_of_bytes_without_the_empty_ones(
 def test_a_refusal_is_an_error_with_its_reason(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="NCCL refused what a benchmark queued: invalid usage 5"):
         queued(CalledLibrary(refused), monkeypatch)
+
+
+class SlowLibrary(CalledLibrary):
+    """Of a nonblocking communicator: it is asked twice until it has queued a group."""
+
+    def __init__(self, ends: int) -> None:
+        super().__init__()
+        self.asked, self._ends = 0, ends
+
+    def ncclGroupEnd(self) -> int:
+        self.calls.append(("ncclGroupEnd",))
+        return 7
+
+    def ncclCommGetAsyncError(self, comm: Any, state: Any) -> int:
+        assert comm.value == 99
+        self.asked += 1
+        state._obj.value = 7 if self.asked < 3 else self._ends
+        return 0
+
+
+def test_a_communicator_that_does_not_block_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowLibrary(0)
+    with must_not_raise(RuntimeError, "what is in progress isn't refused"):
+        queued(slow, monkeypatch)
+    assert slow.asked == 3
+    with pytest.raises(RuntimeError, match="invalid usage 5"):
+        queued(SlowLibrary(5), monkeypatch)
 
 
 def test_a_broadcast_has_a_buffer_to_send_from_and_one_to_receive_in(monkeypatch: pytest.MonkeyPatch) -> None:

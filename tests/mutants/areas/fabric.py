@@ -53,6 +53,13 @@ MUTANTS = [
         f"{_OPS}a_refusal_is_an_error_with_its_reason[ncclSend]",
     ),
     Mutant(
+        "what is in progress is taken for a refusal",
+        _NCCL,
+        "while state.value == _IN_PROGRESS:",
+        "if state.value == _IN_PROGRESS:",
+        f"{_OPS}a_communicator_that_does_not_block_is_waited_for",
+    ),
+    Mutant(
         "NCCL's plug-in for networks is taken for the library",
         _NCCL,
         'startswith(("libnccl.so", "librccl.so"))',
