@@ -12,7 +12,7 @@ from trainer.kernels.choice import programs
 
 _BLOCK = 2048
 _SQUARES = 4096
-LEAST = 1 << 16
+LEAST = 1 << 17
 """Elements from which on a tensor is worth a launch of its own."""
 
 
