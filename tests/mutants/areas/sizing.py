@@ -12,8 +12,13 @@ _WEIGHTS = "trainer/sizing/model/weights.py"
 _SHAPES = "trainer/sizing/model/shapes.py"
 _PRICE = "trainer/sizing/time/price.py"
 
+_OPERATORS = "trainer/sizing/time/operators.py"
+_TRAFFIC = "trainer/sizing/time/traffic.py"
+_FLOPS = "trainer/sizing/model/flops.py"
+
 _AXES = "tests/trainer/sizing/time/test_axes.py::test_"
 _SUMS = "tests/trainer/sizing/memory/test_sums.py::test_"
+_STAGES = "tests/trainer/sizing/time/test_stages_by_hand.py::test_"
 
 MUTANTS = [
     Mutant(
@@ -183,5 +188,117 @@ MUTANTS = [
         "-(-model.vocab // job.layout.tp)",
         "model.vocab // job.layout.tp",
         f"{_SUMS}what_ranks_hold_whole_works_on_their_part_of_the_tokens",
+    ),
+    Mutant(
+        "a shared expert's weights are cut by experts' tensor parallelism",
+        _WEIGHTS,
+        "max(self.finest / whole, 1 / layout.tp)",
+        'max(self.finest / whole, 1 / (layout.etp if self.part == "shared" else layout.tp))',
+        f"{_SUMS}a_shared_expert_is_cut_by_tensor_parallelism_and_a_routed_one_by_its_own",
+    ),
+    Mutant(
+        "a shared expert's matmuls are cut by experts' tensor parallelism",
+        _SHAPES,
+        "n, k = one.cut(layout.tp)",
+        'n, k = one.cut(layout.etp if one.part == "shared" else layout.tp)',
+        f"{_SUMS}a_shared_expert_is_cut_by_tensor_parallelism_and_a_routed_one_by_its_own",
+    ),
+    Mutant(
+        "cut experts are fewer experts",
+        _SHAPES,
+        "max(1, experts // layout.ep)",
+        "max(1, experts // (layout.ep * layout.etp))",
+        f"{_SUMS}a_rank_of_an_expert_group_has_its_share_of_the_experts_in_one_call",
+    ),
+    Mutant(
+        "latent attention's values are as wide as its keys",
+        _FLOPS,
+        "2 * model.heads * (head_dim + model.head_dim)",
+        "2 * model.heads * 2 * head_dim",
+        f"{_SUMS}latent_attention_works_on_wide_keys_and_narrow_values",
+    ),
+    Mutant(
+        "an input's gradient has its output's shape",
+        _SHAPES,
+        'kernels.matmul(m, k, n, layout="inputs"',
+        'kernels.matmul(m, n, k, layout="inputs"',
+        f"{_SUMS}both_gradients_of_a_matmul_have_the_shapes_of_what_they_are_of",
+    ),
+    Mutant(
+        "the slowest stage is the one with the slowest device",
+        _TIME,
+        "key=lambda stage: sum(taken[stage])",
+        "key=lambda stage: taken[stage][0]",
+        f"{_STAGES}the_slowest_stage_is_the_one_that_host_and_device_together_take_longest_for",
+    ),
+    Mutant(
+        "stages wait for each other's devices alone",
+        _TIME,
+        "[sum(taken[stage]) for stage in cut]",
+        "[taken[stage][0] for stage in cut]",
+        f"{_STAGES}the_slowest_stage_is_the_one_that_host_and_device_together_take_longest_for",
+    ),
+    Mutant(
+        "a stage without experts waits for their rows",
+        _TIME,
+        "self.job.layout.ep > 1 and stage.moe > 0",
+        "self.job.layout.ep > 1",
+        f"{_STAGES}a_stage_without_experts_does_not_wait_for_their_rows",
+    ),
+    Mutant(
+        "gradients are reduced behind the device alone",
+        _TIME,
+        "costs.update(stage, sum(seconds))",
+        "costs.update(stage, seconds[0])",
+        f"{_STAGES}gradients_are_reduced_behind_the_host_too",
+    ),
+    Mutant(
+        "keys go round a ring once on the way back",
+        _TIME,
+        "2 * once - HIDDEN * attention_back",
+        "once - HIDDEN * attention_back",
+        f"{_STAGES}keys_go_round_a_ring_once_there_and_twice_back_behind_half_of_attention",
+    ),
+    Mutant(
+        "the optimizer is the first stage's",
+        _TIME,
+        "optimizer=longest(*(update for _, update in updates))",
+        "optimizer=updates[0][1]",
+        f"{_STAGES}the_optimizer_is_the_fullest_stages",
+    ),
+    Mutant(
+        "the projection's gradient isn't added to the step's",
+        _OPERATORS,
+        "logits * passes[1] + accumulate)",
+        "logits * passes[1])",
+        f"{_STAGES}the_projections_gradient_is_added_to_the_steps",
+    ),
+    Mutant(
+        "the projection is an expert",
+        _OPERATORS,
+        "traffic.accumulated(job, one.n * one.k, False)",
+        "traffic.accumulated(job, one.n * one.k, True)",
+        f"{_STAGES}fsdp_copies_what_others_share_and_not_what_a_rank_has_alone",
+    ),
+    Mutant(
+        "ZeRO-1 clears a shard of the gradients",
+        _TRAFFIC,
+        "(split if states.gradients_split(job) else 1)",
+        "split",
+        f"{_STAGES}gradients_are_cleared_where_they_are_kept",
+    ),
+    Mutant(
+        "gradients are scattered without ZeRO",
+        _TIME,
+        '"reduce_scatter" if job.zero else "all_reduce"',
+        '"reduce_scatter"',
+        f"{_STAGES}without_zero_gradients_are_summed_and_nothing_is_gathered",
+    ),
+    Mutant(
+        "Muon exchanges whole weights",
+        _TIME,
+        "local += count / (self.where[axis].ranks if job.zero else 1)",
+        "local += count",
+        f"{_STAGES}muon_sends_each_rank_its_shards_matrices_and_gets_results_back",
     ),
 ]

@@ -138,7 +138,7 @@ class _Costs:
             layer = self.layers[moe]
             device += count * (layer.step - layer.host)
             host += count * layer.host
-        waits = self.job.software.counts_rows and self.job.layout.ep > 1 and True in self.layers
+        waits = self.job.software.counts_rows and self.job.layout.ep > 1 and stage.moe > 0
         return device, together(device, host, WAITING if waits else TOGETHER) - device
 
     def _layer(self, moe: bool) -> StepParts:

@@ -179,6 +179,71 @@ def test_further_predictions_have_two_norms_before_a_joined_input_and_one_behind
     assert work[1] - work[0] == 6 * matmul + 3 * 4 * 2048 * 4097 / 2
 
 
+def test_a_shared_expert_is_cut_by_tensor_parallelism_and_a_routed_one_by_its_own() -> None:
+    """Four tensor-parallel ranks, experts in two: a quarter of the shared expert's width, half of a routed one's."""
+    model, layout = preset(shared_width=4096), Layout(1, 2, 1, 1, 2, 4)
+    held = states.layer(model, layout, True)
+    # Attention in quarters; router, and norms of the layer and of 16 + 16 heads, whole; three matrices of each expert.
+    assert held.plain == 4 * 2048**2 / 4 + 64 * 2048 + 2 * 2048 + 32 * 128 + 3 * 2048 * 4096 / 4
+    assert held.routed == 64 * 3 * 2048 * 1024 / 2
+    made = job(layout, model)
+    by_name = {one.name: (one.m, one.n, one.k, one.count, one.experts) for one in shapes.layer(made, True)}
+    assert by_name["shared expert's gate and up"] == (4096, 4096 / 4, 2048, 2, 1)
+    assert by_name["shared expert's down"] == (4096, 2048, 4096 / 4, 1, 1)
+    # Two ranks share the rows of their 1024 tokens each, eight experts a token; gate and up are one matmul of 2 x 512.
+    rows = 2 * 1024 * 8
+    assert by_name["experts' gate and up"] == (rows, 2 * 512, 2048, 1, 64)
+    assert by_name["experts' down"] == (rows, 2048, 512, 1, 64)
+    # Kept in bf16: gate, up and their product, of a quarter of the width.
+    assert activations.layer(made, True)["shared"] == 4096 * 3 * 2 * 4096 / 4
+
+
+def test_a_rank_of_an_expert_group_has_its_share_of_the_experts_in_one_call() -> None:
+    """64 experts over two ranks, each cut in four: 32 in one grouped call, whatever they are cut into."""
+    by_name = {one.name: one for one in shapes.layer(job(Layout(1, 2, 1, 2, 4, 4)), True)}
+    assert by_name["experts' down"].experts == 32 and by_name["experts' down"].k == 1024 / 4
+
+
+def test_normed_projections_have_a_weight_for_each_channel_of_queries_and_of_keys() -> None:
+    model = preset(kv_heads=4)  # 16 heads of queries, each 128 wide
+    (norms,) = (one.out for one in shapes.weights.layer(model, True) if one.part == "norms")
+    assert norms == 2 * 2048 + (16 + 4) * 128
+
+
+def test_latent_attention_works_on_wide_keys_and_narrow_values() -> None:
+    """Twice as long samples have 2048 keys more for a query, at 2 FLOPs for each of 192 + 128 channels of 128 heads."""
+    model = preset("deepseek_v3")
+    short, long = (flops.train_flops_per_token(model, length) for length in (4096, 8192))
+    assert long - short == 3 * (61 + model.mtp_layers) * 2 * 128 * (192 + 128) * 2048
+
+
+def test_both_gradients_of_a_matmul_have_the_shapes_of_what_they_are_of() -> None:
+    """Of [m, k] x [k, n]: the input's gradient [m, k] sums over n, the weight's [n, k] over the m rows."""
+    asked: list[tuple[object, ...]] = []
+
+    class Noted:
+        def matmul(self, rows: int, columns: int, inner: int, layout: str = "forward", **_: object) -> float:
+            asked.append((layout, rows, columns, inner))
+            return 1.0
+
+    one = shapes.Matmul("x", 3, 5, 7, 1)
+    for backward in (False, True):
+        one.once(Noted(), "bf16", backward)  # type: ignore[arg-type]  # it has all that is called
+    assert asked == [("forward", 3, 5, 7), ("inputs", 3, 7, 5), ("weights", 5, 7, 3)]
+
+
+def test_projections_of_one_input_are_one_matmul_where_the_software_joins_them() -> None:
+    model = preset(kv_heads=4, dense_layers=16, dense_width=8192)
+    apart, joined = (
+        [(one.name, one.n, one.count) for one in shapes.layer(job(model=model, software=software), False)]
+        for software in (OWN, Software(fused_projections=True))
+    )
+    # 16 heads of queries and 4 of keys and of values, 128 wide.
+    assert apart[:2] == [("queries", 2048, 1), ("keys; values", 512, 2)]
+    assert joined[0] == ("queries, keys, values", 2048 + 2 * 512, 1)
+    assert ("dense MLP's gate and up", 8192, 2) in apart and ("dense MLP's gate and up", 16384, 1) in joined
+
+
 def test_a_router_with_an_mlp_has_a_norm_where_there_are_experts() -> None:
     model = preset("zaya1_base")
     moe, dense = (
