@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "lint counts half of what tensor parallelism exchanges",
         _LINT_OF_LAYOUTS,
-        "return 8 * job.model.layers * size",
-        "return 4 * job.model.layers * size",
+        "return 2 * widths * _BYTES",
+        "return widths * _BYTES",
         f"{_OF_LAYOUTS}tensor_parallelism_beyond_a_node",
     ),
     Mutant(
@@ -137,8 +137,8 @@ MUTANTS = [
     Mutant(
         "an expert has the rows of one rank alone",
         _LINT_OF_SHAPES,
-        "job.tokens * model.top_k * job.layout.ep / model.experts",
-        "job.tokens * model.top_k / model.experts",
+        "shapes.rows(job) * job.layout.ep / model.experts",
+        "shapes.rows(job) / model.experts",
         f"{_OF_SHAPES}an_experts_rows_come_from_all_ranks_of_its_group[2-256-2]",
     ),
     Mutant(
@@ -147,5 +147,40 @@ MUTANTS = [
         "s.saves + 100 * (s.active - 1)",
         "s.saves - 100 * (s.active - 1)",
         f"{_OF_SHAPES}a_smaller_model_is_no_better_for_being_smaller",
+    ),
+    Mutant(
+        "expert groups lie beside tensor-parallel ranks",
+        _LINT_OF_LAYOUTS,
+        "return job.layout.etp if job.folded else job.layout.tp * job.layout.cp",
+        "return job.layout.tp",
+        f"{_OF_LAYOUTS}an_expert_group_lies_over_tensor_parallel_ranks",
+    ),
+    Mutant(
+        "each tensor-parallel rank sends all tokens",
+        _LINT_OF_LAYOUTS,
+        "tokens = job.tokens * job.layout.etp / job.layout.tp",
+        "tokens = job.tokens * job.layout.etp",
+        f"{_OF_LAYOUTS}an_expert_group_lies_over_tensor_parallel_ranks",
+    ),
+    Mutant(
+        "twelve experts are spread over eight ranks",
+        _LINT_OF_LAYOUTS,
+        "job.model.experts % groups == 0",
+        "job.model.experts % layout.ep == 0",
+        f"{_OF_LAYOUTS}whole_experts_take_the_place_of_cut_ones_where_there_are_enough",
+    ),
+    Mutant(
+        "another tensor size leaves dp as it is",
+        _LINT_OF_LAYOUTS,
+        "max(1, layout.dp * layout.tp // tp)",
+        "layout.dp",
+        f"{_OF_LAYOUTS}another_tensor_size_is_weighed_on_as_many_ranks",
+    ),
+    Mutant(
+        "an expert has the rows of whole micro-batches",
+        _LINT_OF_SHAPES,
+        "rows = shapes.rows(job) * job.layout.ep / model.experts",
+        "rows = job.tokens * model.top_k * job.layout.ep / model.experts",
+        f"{_OF_SHAPES}rows_come_from_the_part_of_the_tokens_that_ranks_have",
     ),
 ]

@@ -301,4 +301,11 @@ MUTANTS = [
         "local += count",
         f"{_STAGES}muon_sends_each_rank_its_shards_matrices_and_gets_results_back",
     ),
+    Mutant(
+        "ranks with parts of the same experts send their own tokens alone",
+        _TIME,
+        "self._dispatch(shared * job.model.top_k * job.fullest)",
+        "self._dispatch(mine * job.model.top_k * job.fullest)",
+        f"{_STAGES}ranks_with_parts_of_the_same_experts_share_tokens_and_not_pairs",
+    ),
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from trainer.sizing.lint.rules import LintFinding, View, balance_width
-from trainer.sizing.model import weights
+from trainer.sizing.model import shapes, weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.search import runnable
 from trainer.sizing.search.legal import selective_saves
@@ -54,15 +54,25 @@ def _exchange(
 
 
 def _tensor_seconds(job: TrainingJob, tp: int, gbps: float) -> float:
-    """Exchange of tensor parallelism in a micro-batch: 4 gathers and 4 reductions a layer, forward and backward."""
-    size = _BYTES * job.tokens * job.model.hidden * (tp - 1) / tp
-    return 8 * job.model.layers * size / (gbps * 1e9)
+    """Exchange of tensor parallelism in a micro-batch: what enters a layer's regions is gathered and what leaves them
+    reduced, forward and backward. Routed experts aren't one (`trainer.sizing.model.shapes.regions`)."""
+    kinds = weights.kinds(job.model)
+    widths = sum(n * (width + job.model.hidden) for n, moe in kinds for width in shapes.regions(job, moe))
+    return 2 * widths * _BYTES * job.tokens * (tp - 1) / tp / (gbps * 1e9)
 
 
 def _expert_seconds(job: TrainingJob, copies: float, gbps: float) -> float:
-    """Exchange of expert parallelism: tokens out and back, forward and backward, `copies` of each."""
+    """Exchange of expert parallelism: a rank's tokens out and back, forward and backward, `copies` of each.
+
+    Tensor-parallel ranks have a part of them each, and ranks with parts of the same experts all of theirs."""
     n, layers = job.layout.ep, len(job.model.moe_layers)
-    return 4 * layers * _BYTES * job.tokens * job.model.hidden * copies * (n - 1) / n / (gbps * 1e9)
+    tokens = job.tokens * job.layout.etp / job.layout.tp
+    return 4 * layers * _BYTES * tokens * job.model.hidden * copies * (n - 1) / n / (gbps * 1e9)
+
+
+def _apart(job: TrainingJob) -> int:
+    """Ranks from one of an expert group to the next, by their numbers (`trainer.sizing.time.estimate.groups`)."""
+    return job.layout.etp if job.folded else job.layout.tp * job.layout.cp
 
 
 def _splits(view: View, tp: int) -> bool:
@@ -76,7 +86,7 @@ def expert_width(view: View) -> Iterator[LintFinding]:
     """Experts too narrow for compute to hide the exchange of tokens."""
     job, width, now, cost = view.job, view.job.model.expert_width, view.now, None
     peak = view.hardware.peak_tflops.get(job.precision)
-    gbps = _gbps(view, job.layout.ep * job.layout.tp) if job.layout.ep > 1 else math.nan
+    gbps = _gbps(view, job.layout.ep * _apart(job)) if job.layout.ep > 1 else math.nan
     if peak is None or math.isnan(gbps) or not job.model.moe_layers:
         return
     need = balance_width(peak, gbps)
@@ -97,8 +107,8 @@ def dispatch(view: View) -> Iterator[LintFinding]:
     job, ep, top_k = view.job, view.job.layout.ep, view.job.model.top_k
     if ep < 2 or top_k <= ep or job.gathers_experts:
         return
-    gbps = _gbps(view, ep * job.layout.tp)
-    sent, gathered = _expert_seconds(job, top_k, gbps), _expert_seconds(job, ep, gbps)
+    gbps, whole = _gbps(view, ep * _apart(job)), replace(job, layout=replace(job.layout, etp=1))
+    sent, gathered = _expert_seconds(job, top_k, gbps), _expert_seconds(whole, ep, gbps)
     basis = f"{top_k} copies of each token take {_ms(sent)}, one for each rank {_ms(gathered)}"
     better = "parallel.etp=1" if job.software.gathered_experts else "train.engine=native"
     change = "model.top_k", f"{top_k} at ep={ep}", f"{better}: it gathers and sums"
@@ -169,13 +179,14 @@ def expert_before_tensor(view: View) -> Iterator[LintFinding]:
 def expert_inside_node(view: View) -> Iterator[LintFinding]:
     """Expert groups that go over the network."""
     job, ep, reach = view.job, view.job.layout.ep, _reach(view)
-    wide = max(job.layout.tp, job.layout.etp)
+    wide = _apart(job)
     if reach is None or ep == 1 or ep * wide <= reach:
         return
     inside = max(size for size in runnable.divisors(job.model.experts) if size <= max(1, reach // wide))
     if view.fits(replace(job, layout=replace(job.layout, ep=inside))) is False:
         return
-    links, network, copies = _gbps(view, reach), _gbps(view, reach, network=True), min(job.model.top_k, ep)
+    links, network = _gbps(view, reach), _gbps(view, reach, network=True)
+    copies = ep if job.gathers_experts else job.model.top_k
     across, within = _expert_seconds(job, copies, network), _expert_seconds(job, copies, links)
     basis = f"tokens take {_ms(across)} over the network at {network:g} GB/s, {_ms(within)} at {links:g}"
     yield _exchange(view, ("parallel.ep", ep, f"parallel.ep={inside}"), (across, within), basis)

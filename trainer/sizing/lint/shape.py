@@ -200,7 +200,7 @@ def rows_per_expert(view: View) -> Iterator[LintFinding]:
     job, model, need = view.job, view.job.model, view.rule.numbers["rows"]
     if not model.moe_layers or model.experts == 1:
         return
-    rows = job.tokens * model.top_k * job.layout.ep / model.experts
+    rows = shapes.rows(job) * job.layout.ep / model.experts
     better = view.larger(math.ceil(need / rows))
     if better is not None:
         new = f"micro_batch={better.micro_batch}"

@@ -57,7 +57,8 @@ def own(
         moments=(2 * moment, moment if optim.kind == "muon" else 2 * moment),
         orthogonal_steps=steps, mlp_router=None if kernels else "fp32", square_pieces=True,
         retention=FrameworkMemory(gathered_inputs=True, update=(0, 4), **kept), sources=sources,
-        overlap_dp=native, overlap_gather=native, gathered_experts=native, fsdp=native, counts_rows=native,
+        overlap_dp=native, overlap_gather=native, gathered_experts=native, shared_tokens=native, fsdp=native,
+        counts_rows=native,
     )  # fmt: skip
 
 

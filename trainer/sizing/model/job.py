@@ -81,6 +81,9 @@ class Software:
     gathered_experts: bool = False
     """Where a token goes to at least as many experts as an expert group has ranks, tokens are gathered over the group and
     the ranks' sums scattered, instead of sending each token to each of its experts."""
+    shared_tokens: bool = False
+    """Ranks with parts of the same experts (etp) share their tokens first, and each sends all of them to its experts
+    (`trainer.parallel.expert`); otherwise each sends its own, and pairs are shared as they arrive (Megatron)."""
     node_dispatch: bool = False
     """A token goes once to each node of its experts, in eight bits under fp8, and is passed on inside it (DeepEP)."""
     context: Literal["ring", "gather", "ulysses"] = "ring"

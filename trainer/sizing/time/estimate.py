@@ -212,6 +212,10 @@ class _Costs:
         mine = float(job.element * job.tokens * job.model.hidden) / layout.tp
         if job.gathers_experts:
             return self._gather_scatter("ep", mine * layout.ep, mine * layout.ep)
+        if job.software.shared_tokens:
+            shared = mine * layout.etp
+            seconds = self._dispatch(shared * job.model.top_k * job.fullest)
+            return seconds + self._gather_scatter("etp", shared, shared)
         pairs = mine * job.model.top_k
         seconds = self._dispatch(pairs * job.fullest)
         if layout.etp > 1:

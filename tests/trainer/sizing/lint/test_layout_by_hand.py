@@ -6,6 +6,7 @@ micro-batch is 16384 x 2048 x 2 bytes = 64 MiB. H100 has 450 GB/s inside a node 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -52,16 +53,19 @@ def ms(seconds: float) -> str:
 
 
 def test_tensor_parallelism_beyond_a_node() -> None:
-    """Eight exchanges a layer, of which a rank has its own part already."""
-    now = 8 * 16 * HIDDEN * 15 / 16 / 50e9
-    then = 8 * 16 * HIDDEN * 7 / 8 / 450e9
-    made = job("parallel.tp=16")
-    assert found("tensor_size", made).cost == costs(now, then, made)
+    """Four exchanges a layer, of which a rank has its own part already: attention's input is gathered and its output
+    reduced, there and back. Routed experts take a rank's part of the tokens; an MLP or a shared expert adds four."""
+    mlp = ["model.dense_layers=16", "model.dense_width=8192"]
+    for exchanges, words in ((4, []), (8, mlp), (8, ["model.shared_width=1024"])):
+        now = exchanges * 16 * HIDDEN * 15 / 16 / 50e9
+        then = exchanges * 16 * HIDDEN * 7 / 8 / 450e9
+        made = job("parallel.tp=16", *words)
+        assert found("tensor_size", made).cost == costs(now, then, made)
 
 
 def test_half_the_tensor_parallelism_exchanges_for_half_the_samples_of_a_replica() -> None:
     made = job("parallel.tp=4", "model.vocab=51200")
-    now, then = 8 * 16 * HIDDEN * 3 / 4 / 450e9, 8 * 16 * HIDDEN * 1 / 2 / 450e9 / 2
+    now, then = 4 * 16 * HIDDEN * 3 / 4 / 450e9, 4 * 16 * HIDDEN * 1 / 2 / 450e9 / 2
     finding = found("tensor_size", made, fits=lambda _: True)
     assert f"takes {ms(now)}, then {ms(then)} for as many samples" in finding.basis
     assert finding.cost == costs(now, then, made)
@@ -70,7 +74,7 @@ def test_half_the_tensor_parallelism_exchanges_for_half_the_samples_of_a_replica
 def test_a_mesh_joins_two_of_eight_by_one_link_of_seven() -> None:
     prices = Prices(catalogue.device("mi300x"))
     made = job("parallel.tp=2", hardware="mi300x")
-    now = 8 * 16 * HIDDEN / 2 / 64e9
+    now = 4 * 16 * HIDDEN / 2 / 64e9
     assert found("mesh_group", made, prices).cost == costs(now, now / 7, made, prices)
 
 
@@ -86,11 +90,31 @@ def test_experts_over_the_network(dense: int) -> None:
 
 
 def test_a_group_of_fewer_ranks_than_a_token_has_experts_gets_one_copy_for_each_rank() -> None:
-    made = job("parallel.ep=4", "parallel.etp=4", "parallel.dp=16")
-    seconds = 4 * 16 * 4 * HIDDEN * 3 / 4
-    finding = found("expert_inside_node", made)
+    """A token of 32 experts goes to sixteen ranks."""
+    seconds = 4 * 16 * 16 * HIDDEN * 15 / 16
+    finding = found("expert_inside_node", job("parallel.ep=16", "model.top_k=32"))
+    assert finding.better == "parallel.ep=8" and f"{ms(seconds / 50e9)} over the network" in finding.basis
+
+
+def test_ranks_with_parts_of_the_same_experts_send_each_others_tokens() -> None:
+    """Four of them share their tokens, and each sends eight copies of all."""
+    seconds = 4 * 16 * 8 * 4 * HIDDEN * 3 / 4
+    finding = found("expert_inside_node", job("parallel.ep=4", "parallel.etp=4", "parallel.dp=16"))
     assert finding.better == "parallel.ep=2", "16 ranks are two nodes, and two groups of four are one"
     assert f"{ms(seconds / 50e9)} over the network" in finding.basis
+
+
+def test_an_expert_group_lies_over_tensor_parallel_ranks() -> None:
+    """With tp=8, ep=8 is the eight ranks of a node. Of ep=32, on four, each rank sends an eighth of the tokens."""
+    inside, across = (job("parallel.tp=8", f"parallel.ep={ep}", "parallel.dp=8") for ep in (8, 32))
+    assert "expert_inside_node" not in {f.rule.name for f in lint(inside, H100)}
+    seconds = 4 * 16 * 8 * HIDDEN / 8 * 31 / 32
+    finding = found("expert_inside_node", across)
+    assert finding.better == "parallel.ep=8" and f"{ms(seconds / 50e9)} over the network" in finding.basis
+    # What hides the exchange is the links of these eight: R is that of tp=1 (below).
+    assert "450 GB/s" in found("expert_width", inside).basis
+    # Out of dp alone, neighbours in a group are eight ranks apart, each on a node of its own.
+    assert found("expert_inside_node", replace(inside, folded=False)).better == "parallel.ep=1"
 
 
 def test_copies_for_as_many_ranks_as_experts_are_no_waste() -> None:
@@ -132,6 +156,29 @@ def test_heads_that_tensor_parallelism_does_not_divide() -> None:
     made = job("model.heads=12", "model.kv_heads=12", "parallel.tp=8")
     (cost,) = [f.cost for f in lint(made, H100) if f.field == "model.heads"]
     assert cost == pytest.approx(25 * price(made).attention / price(made).seconds)
+    (basis,) = [f.basis for f in lint(made, H100) if f.field == "model.heads"]
+    assert basis == "the fullest rank has 2 of 12 heads, the mean 1.5"
+
+
+def test_whole_experts_take_the_place_of_cut_ones_where_there_are_enough() -> None:
+    """Eight groups hold 64 experts, eight each; 12 experts on four ranks can't be spread over eight."""
+    words = ["parallel.ep=4", "parallel.etp=2", "parallel.dp=8"]
+    assert found("expert_before_tensor", job(*words)).better == "parallel.ep=8 etp=1"
+    few = job("model.experts=12", "model.top_k=4", *words)
+    assert "expert_before_tensor" not in {f.rule.name for f in lint(few, H100)}
+
+
+def test_another_tensor_size_is_weighed_on_as_many_ranks() -> None:
+    """dp=2 and tp=16 are 32 ranks, of which tp=8 leaves dp=4."""
+    asked = set[tuple[int, int]]()
+
+    def fits(one: TrainingJob) -> bool:
+        asked.add((one.layout.tp, one.layout.ranks))
+        return one.layout.tp < 8
+
+    made = job("parallel.tp=16", "parallel.dp=2")
+    assert found("tensor_size", made, fits=fits).better == "parallel.tp=4"
+    assert {(tp, 32) for tp in (1, 2, 4, 8)} <= asked
 
 
 def test_experts_too_narrow_for_their_exchange() -> None:

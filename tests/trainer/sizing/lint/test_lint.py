@@ -311,7 +311,7 @@ def test_advice_is_a_layout_that_the_trainer_runs() -> None:
     assert finding.better == "parallel.tp=8"
     odd = job("h100", "parallel.ep=32", "model.experts=96", "parallel.tp=2")
     (finding,) = [f for f in lint(odd, PRICES["h100"]) if f.rule.name == "expert_inside_node"]
-    assert finding.better == "parallel.ep=4"
+    assert finding.better == "parallel.ep=8", "tensor-parallel ranks are in an expert group, not beside it"
     rack = job("h100", "parallel.ep=24", "model.experts=72", "model.top_k=8")
     h100 = catalogue.device("h100")
     device = h100.model_copy(update={"link": h100.link.model_copy(update={"reach": 10})})

@@ -91,6 +91,15 @@ def test_an_experts_rows_come_from_all_ranks_of_its_group(ep: int, rows: int, la
     assert said == ([(f"{rows}", f"micro_batch={larger}")] if larger else [])
 
 
+def test_rows_come_from_the_part_of_the_tokens_that_ranks_have() -> None:
+    """Four tensor-parallel ranks with 256 of the 1024 tokens each send 128 rows together; two that cut experts in halves
+    share their 1024 each, and send 256."""
+    words = ["train.micro_batch=1", "data.sequence=1024"]
+    cut = {"128": ["parallel.ep=4", "parallel.tp=4"], "256": ["parallel.etp=2", "parallel.dp=2"]}
+    for rows, layout in cut.items():
+        assert only(found("rows_per_expert", *words, *layout)).value == rows
+
+
 @pytest.mark.parametrize(("hardware", "width"), [("h100", 3200), ("h100", 2752), ("mi300x", 3200)])
 def test_the_best_width_within_four_percent_is_found(hardware: str, width: int) -> None:
     """Every multiple of 64 is tried here."""

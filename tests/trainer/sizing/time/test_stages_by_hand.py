@@ -127,6 +127,20 @@ def test_keys_go_round_a_ring_once_there_and_twice_back_behind_half_of_attention
     assert time.parts(made, rates()).cp == pytest.approx(16 * 4 * sum(exposed))
 
 
+def test_ranks_with_parts_of_the_same_experts_share_tokens_and_not_pairs() -> None:
+    """As `trainer.parallel.expert` runs it: four ranks gather their quarters of 4096 tokens, each sends eight copies of all
+    to the two ranks of its group and back, and sums are scattered. Megatron's gather eight copies of a quarter."""
+    made = job(Layout(1, 2, 1, 2, 4, 4), software=OWN)
+    tokens = 2.0 * 4096 * 2048
+    once = 2 * ring(8 * tokens, 2) + 2 * ring(tokens, 4)
+    assert time.parts(made, rates()).ep == pytest.approx(16 * 4 * 2 * once)
+    other = 2 * ring(8 * tokens / 4, 2) + 2 * ring(8 * tokens, 4)
+    assert time.parts(replace(made, software=PLAIN), rates()).ep == pytest.approx(16 * 4 * 2 * other)
+    # Where the fullest rank has half as many again, pairs take longer, and tokens don't.
+    uneven = 2 * ring(1.5 * 8 * tokens, 2) + 2 * ring(tokens, 4)
+    assert time.parts(replace(made, imbalance=1.5), rates()).ep == pytest.approx(16 * 4 * 2 * uneven)
+
+
 # ---- gradients and the optimizer ----
 
 
