@@ -9,6 +9,7 @@ _LAYOUTS = "trainer/sizing/search/layouts.py"
 _LEGAL = "trainer/sizing/search/legal.py"
 _PLANNER = "trainer/sizing/search/planner.py"
 _RUNNABLE = "trainer/sizing/search/runnable.py"
+_ANSWER = "trainer/sizing/ask/answer.py"
 _FIT = "trainer/sizing/ask/fit.py"
 _QUESTIONS = "trainer/sizing/ask/questions.py"
 _LINT_OF_LAYOUTS = "trainer/sizing/lint/layout.py"
@@ -182,5 +183,89 @@ MUTANTS = [
         "rows = shapes.rows(job) * job.layout.ep / model.experts",
         "rows = job.tokens * model.top_k * job.layout.ep / model.experts",
         f"{_OF_SHAPES}rows_come_from_the_part_of_the_tokens_that_ranks_have",
+    ),
+    Mutant(
+        "a runner-up lacks what the best one has more of",
+        _LAYOUTS,
+        "theirs[name] - mine[name], name",
+        "mine[name] - theirs[name], name",
+        f"{_OF_RULES}a_runner_up_is_said_to_lack_its_largest_parts_and_to_gain_its_largest",
+    ),
+    Mutant(
+        "a runner-up's gains are not said",
+        _LAYOUTS,
+        "larger[:3] + less[:1]",
+        "larger[:3]",
+        f"{_OF_RULES}a_runner_up_is_said_to_lack_its_largest_parts_and_to_gain_its_largest",
+    ),
+    Mutant(
+        "a runner-up's least gain is said",
+        _LAYOUTS,
+        "for by, name in extra[::-1] if by < -0.1 * gap",
+        "for by, name in extra if by < -0.1 * gap",
+        f"{_OF_RULES}a_runner_up_is_said_to_lack_its_largest_parts_and_to_gain_its_largest",
+    ),
+    Mutant(
+        "a runner-up is slower by a share of its own time",
+        _LAYOUTS,
+        "{gap / best.seconds:.1%} slower",
+        "{gap / other.seconds:.1%} slower",
+        f"{_OF_RULES}a_runner_up_is_said_to_lack_its_largest_parts_and_to_gain_its_largest",
+    ),
+    Mutant(
+        "the least memory has the most slack",
+        _LAYOUTS,
+        "held * kept[recompute] * (1 + memory.SLACK[1])",
+        "held * kept[recompute] * (1 + memory.SLACK[2])",
+        f"{_OF_RULES}what_has_just_enough_room_is_not_left_out",
+    ),
+    Mutant(
+        "the least memory is that of the fullest layers",
+        _LAYOUTS,
+        "r: min(activations.kept",
+        "r: max(activations.kept",
+        f"{_OF_RULES}what_has_just_enough_room_is_not_left_out",
+    ),
+    Mutant(
+        "experts are cut in parts of several widths",
+        _LEGAL,
+        "and model.expert_width % layout.etp == 0",
+        "and layout.etp >= 1",
+        f"{_OF_RULES}experts_are_cut_in_parts_of_one_width",
+    ),
+    Mutant(
+        "replicas are of dp alone",
+        _AUTO,
+        "parallel.zero if max(states.replicas(layout)) > 1 else 0",
+        "parallel.zero if layout.dp > 1 else 0",
+        f"{_OF_PLANS}replicas_are_of_context_ranks_and_of_experts_too",
+    ),
+    Mutant(
+        "a device that is nearly full may not fit",
+        _PLANNER,
+        "elif have is not None and most > have",
+        "elif have is not None and needed > 0.9 * have",
+        f"{_OF_PLANS}what_may_not_fit_is_what_the_most_slack_makes_too_large",
+    ),
+    Mutant(
+        "no more devices than samples are looked at",
+        _QUESTIONS,
+        "min(16_384, task.global_batch * 64)",
+        "min(16_384, task.global_batch)",
+        f"{_OF_ANSWERS}more_devices_than_samples_share_one",
+    ),
+    Mutant(
+        "another device has room for even routing",
+        _QUESTIONS,
+        "memory.fits(moved, hardware)",
+        "memory.fits(job, hardware)",
+        f"{_OF_ANSWERS}a_job_fits_there_with_the_expected_load",
+    ),
+    Mutant(
+        "nought GPUs are advised",
+        _ANSWER,
+        "max(1, gpus // others) * others",
+        "gpus // others * others",
+        f"{_OF_ANSWERS}fewer_gpus_than_a_layout_takes_are_refused_with_as_many_as_it_takes",
     ),
 ]

@@ -7,6 +7,7 @@ from tests.mutants.listed import Mutant
 _TIME = "trainer/sizing/time/estimate.py"
 _ACTIVATIONS = "trainer/sizing/memory/activations.py"
 _STATES = "trainer/sizing/memory/states.py"
+_MEMORY = "trainer/sizing/memory/estimate.py"
 _UNWINDING = "trainer/sizing/memory/unwinding.py"
 _WEIGHTS = "trainer/sizing/model/weights.py"
 _SHAPES = "trainer/sizing/model/shapes.py"
@@ -18,6 +19,7 @@ _FLOPS = "trainer/sizing/model/flops.py"
 
 _AXES = "tests/trainer/sizing/time/test_axes.py::test_"
 _SUMS = "tests/trainer/sizing/memory/test_sums.py::test_"
+_MOMENTS = "tests/trainer/sizing/memory/test_unwinding.py::test_"
 _STAGES = "tests/trainer/sizing/time/test_stages_by_hand.py::test_"
 
 MUTANTS = [
@@ -307,5 +309,47 @@ MUTANTS = [
         "self._dispatch(shared * job.model.top_k * job.fullest)",
         "self._dispatch(mine * job.model.top_k * job.fullest)",
         f"{_STAGES}ranks_with_parts_of_the_same_experts_share_tokens_and_not_pairs",
+    ),
+    Mutant(
+        "context-parallel ranks reduce over no communicator",
+        _MEMORY,
+        "layout.dp * layout.cp, layout.tp, layout.ep",
+        "layout.dp, layout.tp, layout.ep",
+        f"{_SUMS}a_communicator_is_for_each_axis_of_several_ranks_and_for_all",
+    ),
+    Mutant(
+        "the fullest rank's rows are of one micro-batch",
+        _MEMORY,
+        "extra = in_flight * what.moe * activations.surplus(job)",
+        "extra = what.moe * activations.surplus(job)",
+        f"{_SUMS}the_fullest_ranks_rows_are_kept_of_each_micro_batch_in_flight",
+    ),
+    Mutant(
+        "buffers that wait keep a job from fitting",
+        _MEMORY,
+        ".needed <= have",
+        ".total <= have",
+        f"{_SUMS}buffers_that_wait_keep_no_job_from_fitting_and_the_most_slack_is_in_the_most",
+    ),
+    Mutant(
+        "latents are kept of all tokens",
+        _ACTIVATIONS,
+        "(element + norm) * compressed / job.split",
+        "(element + norm) * compressed",
+        f"{_SUMS}latents_are_kept_of_a_tensor_parallel_ranks_part_of_the_tokens",
+    ),
+    Mutant(
+        "an expert's backward pass is cut by tensor parallelism",
+        _UNWINDING,
+        "width = model.expert_width / job.layout.etp if moe",
+        "width = model.expert_width / job.layout.tp if moe",
+        f"{_MOMENTS}an_experts_backward_pass_is_of_its_own_rows_and_width",
+    ),
+    Mutant(
+        "an expert's backward pass is of the mean rank",
+        _UNWINDING,
+        "count = rows(job) * job.fullest if moe",
+        "count = rows(job) if moe",
+        f"{_MOMENTS}an_experts_backward_pass_is_of_its_own_rows_and_width",
     ),
 ]

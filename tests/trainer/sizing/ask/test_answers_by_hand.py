@@ -9,6 +9,7 @@ from datetime import datetime
 import pytest
 
 from configs.compose import compose
+from configs.errors import UserError
 from configs.hardware import HardwareConfig
 from trainer.sizing.ask import catalogue, questions, screen
 from trainer.sizing.ask.answer import CATALOGUE, answer, job_of
@@ -80,6 +81,18 @@ def test_speed_is_model_flops_over_time() -> None:
     assert (network.value, network.unit) == (50.0, "GB/s")
 
 
+def test_a_tensor_parallel_rank_does_its_share_of_a_micro_batch() -> None:
+    figures = answer([*OLMOE, "parallel.tp=2"], rates=CATALOGUE).figures()
+    work = figures["flops.token"].value * 16384 / 2
+    assert figures["flops.micro_batch"].value == work
+    assert figures["speed.rate"].value == pytest.approx(work / figures["time.micro_batch"].value / 1e12)
+
+
+def test_fewer_gpus_than_a_layout_takes_are_refused_with_as_many_as_it_takes() -> None:
+    with pytest.raises(UserError, match=r"--gpus 3 is not a multiple of tp\*pp\*cp=8; type --gpus 8"):
+        job_of(compose([*OLMOE, "parallel.tp=8"]), 3)
+
+
 # ---- what must change to fit ----
 
 
@@ -143,6 +156,12 @@ def test_the_fewest_devices_are_those_of_trying_each_number() -> None:
     assert none.most == 384 and "not on up to 384 devices" in none.text()[0]
 
 
+def test_more_devices_than_samples_share_one() -> None:
+    """Eight samples go through eight replicas, or stages, at once; eight tensor- and two context-parallel ranks, of 2048 of
+    4096 tokens, share each."""
+    assert questions.enough(task(global_batch=8), device("h100"), 1e15, DAY).most == 8 * 8 * 2
+
+
 def test_the_interval_of_the_number_is_that_of_the_time() -> None:
     """Just in time by the expected time is too late by the slow end, which more devices make up for."""
     before = questions.enough(task(), device("h100"), 2e11, 15 * DAY)
@@ -176,6 +195,14 @@ def test_the_other_device_has_its_own_nodes_and_the_expected_load() -> None:
         assert side.needed == memory.worst(moved, "cuda")[1].needed
     times = both.here.best.seconds / both.there.best.seconds
     assert f"h200 at its best is {times:.2f} times as fast as h100" in both.text()[-1]
+
+
+def test_a_job_fits_there_with_the_expected_load() -> None:
+    """There is room for even routing, and not for 1.15 times the mean."""
+    made = mixtral(Layout(1, 64, 1, 8, 1, 1))
+    even, full = (memory.worst(replace(made, imbalance=i), "cuda")[1].needed for i in (1.0, 1.15))
+    small = device("h200").model_copy(update={"memory_gib": (even + full) / 2 / 2**30})
+    assert memory.fits(made, small) and not questions.other(made, task(), device("h100"), small).there.fits
 
 
 # ---- tables ----

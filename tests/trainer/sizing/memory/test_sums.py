@@ -115,6 +115,47 @@ def test_a_flat_copy_is_of_all_weights_and_a_flat_gradient_of_the_own_shard() ->
     assert states.update(made, only) == 2 * held.all + 5 * (held.plain / 8 + held.routed)
 
 
+# ---- a device ----
+
+
+def test_a_communicator_is_for_each_axis_of_several_ranks_and_for_all() -> None:
+    """Driver and context take 0.85 GiB, a communicator 0.3: context-parallel ranks reduce gradients over one."""
+    gib = 2**30
+    counts = {ONE: 0, Layout(1, 1, 2, 1, 1, 1): 2, Layout(1, 2, 2, 1, 1, 1): 2, Layout(2, 2, 1, 2, 2, 2): 6}
+    for layout, count in counts.items():
+        assert memory.framework(job(layout), "cuda") == pytest.approx((0.35 + 0.5 + 0.3 * count) * gib)
+
+
+def test_buffers_that_wait_keep_no_job_from_fitting_and_the_most_slack_is_in_the_most() -> None:
+    """An allocator gets waiting buffers back; its holes are 18 % of what comes and goes, 40 at most."""
+    llama = preset(dense_layers=16, dense_width=8192)
+    made = job(Layout(1, 2, 1, 1, 1, 4), llama, software=frameworks.nanotron())
+    _, used = memory.worst(made, "cuda")
+    assert used.waiting > 0 and used.total == pytest.approx(used.needed + used.waiting)
+    device = compose(["hardware=h100"]).hardware
+    for room, fits in ((used.needed + used.waiting / 2, True), (used.needed * 0.999, False)):
+        sized = device.model_copy(update={"memory_gib": room / 2**30})
+        assert memory.fits(made, sized) is fits
+    _, ours = memory.worst(job(Layout(1, 8, 1, 8, 1, 1)), "cuda")
+    assert ours.at_most - ours.needed == pytest.approx((0.40 - 0.18) / 0.18 * ours.slack) and ours.slack > 0
+
+
+def test_the_fullest_ranks_rows_are_kept_of_each_micro_batch_in_flight() -> None:
+    """Four micro-batches in flight on the first of four stages, four layers each, half as many rows again. Each row keeps
+    itself and its result, gate, up, activation and product, in bf16."""
+    software = Software(retention=FrameworkMemory(staging=0.0))
+    made = job(Layout(4, 8, 1, 8, 1, 1), software=software, imbalance=1.5, global_batch=64)
+    used = memory.usage(made, "cuda", 0, schedule.of(made)[0])
+    assert used.imbalance == 4 * 4 * 0.5 * (4096 * 8) * 2 * (2 * 2048 + 4 * 1024)
+
+
+def test_latents_are_kept_of_a_tensor_parallel_ranks_part_of_the_tokens() -> None:
+    """16 of 128 heads: queries and keys of 192, values and results of 128, in bf16, and an fp32 number. Latents of 1536,
+    512 and 64 enter a norm and a matmul, in bf16, of an eighth of the tokens."""
+    kept = activations.layer(job(Layout(1, 1, 1, 1, 1, 8), preset("deepseek_v3")), False)["attention"]
+    assert kept == 4096 * (16 * (2 * (192 + 192 + 128 + 128) + 4) + (2 + 2) * (1536 + 512 + 64) / 8)
+
+
 # ---- the fullest moment ----
 
 

@@ -68,6 +68,28 @@ def test_wide_experts_make_their_backward_pass_the_fullest_moment() -> None:
     assert fullest.transient == pytest.approx(2 * inner + down + 2 * 2 * TOKENS * hidden)
 
 
+@pytest.mark.parametrize(
+    ("layout", "shared", "experts", "cut", "rows"),
+    [
+        # Two ranks have halves of all eight experts, and share their tokens, of two choices each.
+        (Layout(1, 2, 1, 1, 2, 1), 0, 8, 2, 2 * 2 * TOKENS),
+        # Eight ranks have an expert each, and the fullest half as many rows again.
+        (Layout(1, 8, 1, 8, 1, 1), 0, 1, 1, 1.5 * 2 * TOKENS),
+        # A shared expert goes backward by itself.
+        (ALONE, 4096, 8, 1, 2 * TOKENS),
+    ],
+)
+def test_an_experts_backward_pass_is_of_its_own_rows_and_width(
+    layout: Layout, shared: int, experts: int, cut: int, rows: float
+) -> None:
+    """Slopes of gate and up, `down`'s weights, and the layer's input with its slope, in bf16."""
+    made = job("mixtral_8x7b", layout, imbalance=1.5)
+    made = replace(made, model=made.model.model_copy(update={"shared_width": shared}))
+    moment = next(m for m in moments(made) if m.name == "a layer's backward pass")
+    inner, down = 2 * rows * 14336 / cut, 2 * experts * 14336 * 4096 / cut
+    assert moment.transient == pytest.approx(2 * inner + down + 2 * 2 * TOKENS * 4096)
+
+
 def test_shared_weights_are_given_back_and_reduced_one_layer_at_a_time() -> None:
     made = job("qwen3_30b_a3b", Layout(1, 2, 1, 1, 1, 1))
     (only,) = schedule.of(made)

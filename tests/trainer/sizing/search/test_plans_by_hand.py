@@ -156,6 +156,31 @@ def test_more_memory_than_there_is_names_stage_and_largest_part() -> None:
     assert made.warnings[0].startswith(f"{start}{made.memory[largest] / 2**30:.1f} GiB")
 
 
+def test_what_may_not_fit_is_what_the_most_slack_makes_too_large() -> None:
+    """Between what is expected and the most; a device with room for the most is not warned of."""
+    words = ["parallel.dp=8", "parallel.ep=8", "train.global_batch=32"]
+    job = auto.job_of(planned(*words).config, Layout(1, 8, 1, 8, 1, 1), 8)
+    used = memory.worst(job, "cuda")[1]
+    said = []
+    for room in (
+        0.9 * used.needed + 0.1 * used.at_most,
+        0.1 * used.needed + 0.9 * used.at_most,
+        1.01 * used.at_most,
+    ):
+        said.append(planned(*words, f"hardware.memory_gib={room / 2**30:.4f}").warnings)
+    most = f"up to {used.at_most / 2**30:.1f} possible"
+    assert [len(warnings) for warnings in said] == [1, 1, 0]
+    assert all(w[0].startswith("it may not fit") and most in w[0] for w in said[:2])
+
+
+def test_replicas_are_of_context_ranks_and_of_experts_too() -> None:
+    """With dp=1, two context-parallel ranks have the same weights, and four tensor-parallel ones the same experts."""
+    config = compose([*OLMOE, "parallel.zero=2"])
+    zero = [auto.job_of(config, layout, 8).zero for layout in
+            (Layout(1, 1, 2, 1, 1, 1), Layout(1, 1, 1, 1, 1, 4), Layout(1, 1, 1, 4, 1, 4))]  # fmt: skip
+    assert zero == [2, 2, 0]
+
+
 # ---- what the trainer runs ----
 
 
@@ -198,6 +223,7 @@ def test_ulysses_shares_heads_out_over_tensor_and_context_ranks() -> None:
     assert runnable.nearest(3, [2, 4]) == 2
     shared = deepseek.model_copy(update={"kv_heads": 1})
     assert runnable.heads_of(shared) == 128
+    assert runnable.tensor_sizes(shared) == runnable.tensor_sizes(deepseek) != [1]
 
 
 def test_a_width_that_no_layer_has_is_not_split() -> None:

@@ -65,6 +65,25 @@ def test_bounds_are_bounds(made: Task) -> None:
             assert not memory.fits(job, h100), layouts.label(job)
 
 
+@pytest.mark.parametrize("dense", [{}, {"dense_layers": 1, "dense_width": 65536}])
+def test_what_has_just_enough_room_is_not_left_out(dense: dict[str, int]) -> None:
+    """One set-up is legal, with so many tokens that activations are nearly all. In a quarter of the room it is left out."""
+    h100, base = compose(["hardware=h100"]).hardware, task(8, 128, imbalance=1.0)
+    only = {"pp": 1, "cp": 1, "ep": 8, "etp": 1, "tp": 1}
+    model = base.model.model_copy(update={"vocab": 1024} | dense)
+    made = replace(base, model=model, micro_batch=16, recompute=("none",), zero=(1,), fixed=only)
+    job = legal.job(made, Layout(1, 8, 1, 8, 1, 1), 16, 1, 1, "none")
+    needed = memory.worst(job, "cuda")[1].needed
+    counts = []
+    for room in (1.0001 * needed, 0.9999 * needed, 0.25 * needed):
+        sized = h100.model_copy(update={"memory_gib": room / 2**30})
+        result = layouts.search(made, sized, auto.rates_of(h100))
+        counts.append(
+            (result.legal, result.without_room, result.priced, result.best and result.best.job == job)
+        )
+    assert counts == [(1, 0, 1, True), (1, 0, 1, None), (1, 1, 0, None)]
+
+
 def test_a_bound_does_not_depend_on_what_was_asked_before() -> None:
     """Dense layers and experts of another cut take another time."""
     h100 = compose(["hardware=h100"]).hardware
@@ -106,6 +125,8 @@ def test_chunks_of_sixteen_layers() -> None:
     assert legal.interleaves(task(evaluated=6), 2, 4) == [1, 2, 4, 8]
     assert legal.interleaves(task(evaluated=4), 2, 4) == []
     assert legal.interleaves(task(batch=60), 2, 4) == [1]  # 15 micro-batches are no whole rounds
+    assert legal.interleaves(task(schedules=("interleaved",), chunks=8), 2, 4) == [8]
+    assert legal.interleaves(task(schedules=("interleaved",), chunks=9), 2, 4) == []
     assert legal.interleaves(task(schedules=("zbv",)), 8, 4) == [2]
     assert legal.interleaves(task(schedules=("zbv",)), 16, 4) == []
 
@@ -135,3 +156,60 @@ def test_a_micro_batch_that_does_not_divide_a_replicas_share_is_not_legal() -> N
     share = legal.job(task(), Layout(1, 16, 1, 1, 1, 1), 4, 1, 1, "none")
     assert legal.is_legal(share) and not legal.is_legal(replace(share, micro_batch=3))
     assert not legal.is_legal(replace(share, micro_batch=8))
+
+
+def test_experts_are_cut_in_parts_of_one_width() -> None:
+    """1024 is four times 256, and no three times anything."""
+    made = legal.job(task(48, 48), Layout(1, 48, 1, 1, 4, 1), 1, 1, 1, "none")
+    assert legal.is_legal(made)
+    assert not legal.is_legal(replace(made, layout=replace(made.layout, etp=3)))
+
+
+# ---- what a runner-up lacks ----
+
+
+def candidate(**parts: float) -> layouts.Candidate:
+    """A set-up of sixteen ranks whose step has these parts."""
+    made = legal.job(task(), Layout(1, 16, 1, 8, 1, 1), 1, 1, 1, "none")
+    whole = time.StepParts(**parts)
+    return layouts.Candidate(made, whole.step, whole, memory.worst(made, "cuda")[1])
+
+
+BEST = {"matmul": 1.0, "tp": 0.5, "ep": 0.2, "bubble": 0.1, "optimizer": 0.2}
+"""Seconds of a step of 2 s."""
+SAID = "dp=16 ep=8 (micro_batch=1, zero=1): "
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # A quarter of 2 s more: the three largest losses of four, and the larger gain of two.
+        (
+            {"matmul": 1.3, "tp": 0.1, "ep": 0.6, "bubble": 0.3, "dp": 0.1, "optimizer": 0.1},
+            "2.5 s, 25.0% slower: expert exchange 400 ms more, matmuls 300 ms more, pipeline bubble 200 ms more, "
+            "tensor-parallel exchange 400 ms less",
+        ),
+        # Of 100 ms a fiftieth is 2: transfers are more than that, reductions less. A gain of less than 10 ms isn't named.
+        (
+            {"tp": 0.6, "p2p": 0.004, "dp": 0.001, "optimizer": 0.195},
+            "2.1 s, 5.0% slower: tensor-parallel exchange 100 ms more, transfers between stages 4 ms more",
+        ),
+        # A gain of two tenths of it is.
+        (
+            {"tp": 0.62, "optimizer": 0.18},
+            "2.1 s, 5.0% slower: tensor-parallel exchange 120 ms more, optimizer 20 ms less",
+        ),
+        ({"tp": 0.51}, "2.01 s, 0.5% slower: tensor-parallel exchange 10 ms more"),
+        ({"tp": 0.501}, "2 s, as fast"),  # a two-thousandth
+    ],
+)
+def test_a_runner_up_is_said_to_lack_its_largest_parts_and_to_gain_its_largest(
+    changes: dict[str, float], said: str
+) -> None:
+    assert layouts.compare(candidate(**BEST), candidate(**(BEST | changes))) == SAID + said
+
+
+def test_seconds_are_said_in_a_unit_that_fits() -> None:
+    fast = candidate(matmul=0.9)
+    assert layouts.compare(fast, candidate(matmul=1.8)) == f"{SAID}1.8 s, 100.0% slower: matmuls 900 ms more"
+    assert layouts.compare(fast, candidate(matmul=0.95)) == f"{SAID}950 ms, 5.6% slower: matmuls 50 ms more"
