@@ -7,6 +7,7 @@ from tests.mutants.listed import Mutant
 _TIME = "trainer/sizing/time/estimate.py"
 _ACTIVATIONS = "trainer/sizing/memory/activations.py"
 _STATES = "trainer/sizing/memory/states.py"
+_FABRIC = "trainer/sizing/time/fabric.py"
 _MEMORY = "trainer/sizing/memory/estimate.py"
 _UNWINDING = "trainer/sizing/memory/unwinding.py"
 _WEIGHTS = "trainer/sizing/model/weights.py"
@@ -351,5 +352,47 @@ MUTANTS = [
         "count = rows(job) * job.fullest if moe",
         "count = rows(job) if moe",
         f"{_MOMENTS}an_experts_backward_pass_is_of_its_own_rows_and_width",
+    ),
+    Mutant(
+        "experts' gradients are split over replicas of the rest",
+        _STATES,
+        "each[1] / over[1]\n",
+        "each[1] / over[0]\n",
+        f"{_STAGES}each_kind_of_gradient_is_split_over_its_own_replicas",
+    ),
+    Mutant(
+        "each stage has the final norm",
+        _STATES,
+        "+ stage.head * model.hidden",
+        "+ model.hidden",
+        f"{_STAGES}each_kind_of_gradient_is_split_over_its_own_replicas",
+    ),
+    Mutant(
+        "each rank sends through all adapters of its node",
+        _FABRIC,
+        "max(1, sharing)",
+        "1",
+        f"{_STAGES}a_nodes_ranks_share_its_adapters_where_they_send_at_once",
+    ),
+    Mutant(
+        "rows are sorted again where nothing was exchanged",
+        _TRAFFIC,
+        "job.layout.ep > 1 and job.model.experts > job.layout.ep and not",
+        "job.model.experts > job.layout.ep and not",
+        f"{_STAGES}rows_are_sorted_again_where_they_come_for_several_experts",
+    ),
+    Mutant(
+        "one rank gathers for tensor parallelism",
+        _TRAFFIC,
+        "if layout.tp > 1:\n        seams",
+        "if layout.tp >= 1:\n        seams",
+        f"{_STAGES}seams_copy_where_there_are_some",
+    ),
+    Mutant(
+        "a price moves what one layer does",
+        _PRICE,
+        "memory += count * sum(",
+        "memory += sum(",
+        f"{_STAGES}a_price_has_the_memory_traffic_of_each_layer",
     ),
 ]

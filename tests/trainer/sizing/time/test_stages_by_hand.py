@@ -16,6 +16,7 @@ from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators, schedule, traffic
 from trainer.sizing.time.fabric import from_catalogue
+from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Overheads, Rates
 
 pytestmark = pytest.mark.unit
@@ -216,3 +217,71 @@ def test_scores_that_are_made_again_go_through_memory_again() -> None:
     made = job(recompute="selective", software=Software(flash_attention=False, selective="attention"))
     multiplied, scores = operators.core(made, rates(), False)
     assert scores > 0 and time.parts(made, rates()).recompute == pytest.approx(16 * 4 * (multiplied + scores))
+
+
+def test_deepspeed_reduces_behind_nothing() -> None:
+    made = job(Layout(1, 8, 1, 1, 1, 1), software=frameworks.own(engine="deepspeed"))
+    seconds = 0.0
+    for count in (16 * (ATTENTION + NORMS + ROUTER) + 2 * TABLE + 2048, 16 * EXPERTS):
+        seconds += 16 * ring(4.0 * count / 16, 8) + ring(2.0 * count, 8)
+    assert time.parts(made, rates()).dp == pytest.approx(seconds)
+
+
+def test_each_kind_of_gradient_is_split_over_its_own_replicas() -> None:
+    """Eight ranks have the same plain weights, two the same experts; the final norm lies beside the projection."""
+    assert states.finished(job(Layout(1, 8, 1, 4, 1, 1), zero=2)) == (4 / 8, 4 / 2)
+    halves = job(Layout(2, 1, 1, 1, 1, 1))
+    plain = [states.held(halves, stage).plain for stage in schedule.of(halves)]
+    assert plain == [8 * (ATTENTION + NORMS + ROUTER) + TABLE + more for more in (0, 2048)]
+
+
+# ---- messages and copies ----
+
+
+def test_a_nodes_ranks_share_its_adapters_where_they_send_at_once() -> None:
+    """Eight ranks of a stage, one node, send an eighth of a micro-batch each through adapters of 8 x 50 GB/s."""
+    send = 20e-6 + 2.0 * 4096 * 2048 / 8 / (0.80 * 400e9 / 8)
+    assert time.parts(job(Layout(2, 1, 1, 1, 1, 8)), rates()).p2p == pytest.approx(4 * 2 * (send + 50e-6))
+
+
+def test_a_full_node_needs_no_network() -> None:
+    hardware = compose(["hardware=h100"]).hardware.model_copy(update={"inter_node_gbps": None})
+    alone = Rates(hardware, from_catalogue(hardware))
+    assert alone.unknown("bf16", 8, 8) == "" and "network" in alone.unknown("bf16", 9, 8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "times"), [(ONE, 10), (Layout(1, 8, 1, 8, 1, 1), 14), (Layout(1, 64, 1, 64, 1, 1), 10)]
+)
+def test_rows_are_sorted_again_where_they_come_for_several_experts(layout: Layout, times: int) -> None:
+    """Ten times over in bf16, and twice more each way behind an exchange, unless a rank has one expert alone."""
+    assert traffic.permuted(job(layout), 100.0, False) == times * 100 * 2 * 2048
+
+
+@pytest.mark.parametrize(("tp", "seams"), [(1, 0), (2, 1)])
+def test_seams_copy_where_there_are_some(tp: int, seams: int) -> None:
+    """Six bytes of queries, keys, values and results; of attention's region eight of x, at 0.7 of the rate."""
+    made = job(Layout(1, 1, 1, 1, 1, tp), software=OWN)
+    moved = 6 * 4 * 2048 / tp + seams * 8 * 2048 / 0.7
+    assert traffic.copied(made, True, False) == pytest.approx(moved)
+
+
+def test_a_parallel_block_has_one_norm_and_one_sum() -> None:
+    """Four bytes each of an element; rotation takes four of queries and of keys."""
+    both, one = (
+        traffic.moved_per_token(job(model=preset(parallel_block=block), software=OWN), False)[0]
+        for block in (False, True)
+    )
+    rotated = 4 * 2 * 2048
+    assert (both, one) == (2 * 8 * 2048 + rotated, 8 * 2048 + rotated)
+
+
+def test_a_price_has_the_memory_traffic_of_each_layer() -> None:
+    prices = Prices(compose(["hardware=h100"]).hardware)
+    moved = []
+    for layers in (8, 16):
+        made = job(model=preset(layers=layers))
+        price = prices.of(made)
+        assert price
+        moved.append(price.memory - sum(one.memory for one in operators.head(made, prices.rates)))
+    assert moved[1] == pytest.approx(2 * moved[0]) and moved[0] > 0
