@@ -268,4 +268,18 @@ MUTANTS = [
         "gpus // others * others",
         f"{_OF_ANSWERS}fewer_gpus_than_a_layout_takes_are_refused_with_as_many_as_it_takes",
     ),
+    Mutant(
+        "another number of devices keeps this one's layout",
+        _QUESTIONS,
+        "return replace(made, fixed={}, global_batch",
+        "return replace(made, global_batch",
+        f"{_OF_ANSWERS}other_numbers_of_devices_have_other_layouts",
+    ),
+    Mutant(
+        "nothing is milder than ZeRO-2",
+        _AUTO,
+        "if job.zero > 1 else None",
+        "if job.zero > 2 else None",
+        f"{_OF_PLANS}choices_say_what_the_next_stage_and_the_next_size_would_do",
+    ),
 ]

@@ -133,6 +133,13 @@ def test_the_fewest_doublings_of_ranks_are_told() -> None:
 # ---- how many devices, and another device ----
 
 
+def test_other_numbers_of_devices_have_other_layouts() -> None:
+    """What is typed of the layout is the job's; the question is how the same batch runs best elsewhere."""
+    sized = answer([*OLMOE, "parallel.ep=8"], gpus=16, rates=CATALOGUE)
+    open_ = questions.task(sized)
+    assert (open_.fixed, open_.ranks, open_.global_batch) == ({}, 16, 4 * 16)
+
+
 def test_a_begun_step_is_a_whole_one() -> None:
     """A step is 1024 x 4096 tokens; ten of them and a token take eleven."""
     made = questions.enough(task(), device("h100"), 10 * 1024 * 4096 + 1, DAY)

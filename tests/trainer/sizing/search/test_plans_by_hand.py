@@ -95,6 +95,26 @@ def test_a_milder_setting_is_said_to_take_what_it_takes() -> None:
     assert said == f"more needs {needed:.0f} GiB, h100 has 80"
 
 
+def test_choices_say_what_the_next_stage_and_the_next_size_would_do() -> None:
+    """Of ZeRO-2 the milder one is ZeRO-1; a job that has nothing to split is typed as that, the least there is."""
+    config = compose([*OLMOE, "parallel=auto", "train.global_batch=64"])
+    best = auto.search(auto.task(config, 8, 8), config.hardware, auto.rates_of(config.hardware)).best
+    assert best
+    second = replace(best, job=replace(best.job, zero=2))
+    (zero,) = [choice for choice in auto._settings(config, second) if choice.field == "parallel.zero"]
+    assert zero.value == "2" and zero.reason == auto._instead(config.hardware, second, "zero=1", {"zero": 1})
+    assert auto.settings(replace(best.job, zero=0))["parallel"]["zero"] == 1
+    # A tenth more than a second, all of it in matmuls.
+    fast, slow = (
+        replace(
+            best, job=replace(best.job, layout=layout), seconds=seconds, parts=time.StepParts(matmul=seconds)
+        )
+        for layout, seconds in ((Layout(1, 8, 1, 8, 1, 1), 1.0), (Layout(1, 4, 1, 8, 1, 2), 1.1))
+    )
+    said = "the best with tp=2 takes 1.1 s, 10.0% slower: matmuls 100 ms more"
+    assert auto._other("tp", [fast, slow]) == said
+
+
 def test_the_expected_load_of_experts_is_what_is_asked_for() -> None:
     config = compose([*OLMOE, "parallel=auto"])
     chosen = [auto.choose(config, (8,), imbalance).job for imbalance in (None, 2.0)]
