@@ -100,18 +100,14 @@ def balance(
     applied, skip = numbers
     row = {layer: place for place, layer in enumerate(model.router_layers)}
     none = torch.zeros(model.experts, dtype=torch.int64, device=skip.device)
-    load = (
-        torch.stack([tally.counts.get(layer, none) for layer in row])
-        if row
-        else none.new_zeros(0, model.experts)
-    )
+    counts = [tally.counts.get(layer, none) for layer in row]
+    load = torch.stack(counts) if row else none.new_zeros(0, model.experts)
     if world > 1 and row:
         dist.all_reduce(load)
     routers = {layer: router for stage in stages for layer, router in stage.routers().items()}
     if routers:
-        move_biases(
-            list(routers.values()), torch.stack([load[row[layer]] for layer in routers]), applied, skip
-        )
+        of_each = [load[row[layer]] for layer in routers]
+        move_biases(list(routers.values()), torch.stack(of_each), applied, skip)
     return load
 
 

@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant(
         "a skipped step moves the router's bias",
         _COMMON,
-        "for layer in routers]), applied, skip)",
-        "for layer in routers]), applied)",
+        "torch.stack(of_each), applied, skip)",
+        "torch.stack(of_each), applied)",
         f"{_RUN}[adamw]",
     ),
     Mutant(
