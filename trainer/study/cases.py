@@ -85,7 +85,9 @@ def read(path: Path) -> list[Row]:
             rows: list[Row] = list(csv.DictReader(file))
     except FileNotFoundError:
         raise UserError(f"{path} is not there; give an existing CSV file") from None
-    except (IsADirectoryError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; give an existing CSV file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file ({error}); give a table with a header line") from None
     if not rows:
         raise UserError(f"{path} has no rows; give a table with a header line and at least one row")

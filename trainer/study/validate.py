@@ -126,8 +126,9 @@ def _add(study: Study, name: str, rows: Sequence[Row]) -> None:
     elif cases.has_columns(rows, memory_table.COLUMNS):
         study.table = memory_table.lines(rows)
     else:
+        columns = [word for word in rows[0] if word]  # cells behind the last of them have none
         raise UserError(
-            f"--runs: {name} has the columns {', '.join(list(rows[0])[:6])}, …, which no known table has; known are "
+            f"--runs: {name} has the columns {', '.join(columns[:6])}, …, which no known table has; known are "
             f"{', '.join(TABLES)}"
         )
     study.files.append(name)

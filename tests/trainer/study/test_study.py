@@ -458,11 +458,14 @@ def test_mistakes_are_told_in_one_line(
     monkeypatch.setenv("MEGARAY_DATA", str(tmp_path / "nowhere"))
     unknown = _table(tmp_path / "unknown.csv", ["a", "b"], ["1", "2"])
     empty = _table(tmp_path / "empty.csv", ["a", "b"])
+    prose = _table(tmp_path / "prose.txt", ["It costs"], ["time", " memory", " and patience."])
     messages = {
         (): "is not a folder",
         ("--data", str(tmp_path)): "has none of",
         ("--runs", str(tmp_path / "none.csv")): "is not there",
-        ("--runs", str(tmp_path)): "is not a CSV file",
+        ("--runs", str(tmp_path)): "can't be read: Is a directory",
+        ("--runs", str(empty / "x.csv")): "can't be read: Not a directory",
+        ("--runs", str(prose)): "has the columns It costs, …, which no known table has",
         ("--runs", str(unknown)): "which no known table has",
         ("--runs", str(empty)): "has no rows",
         ("--runs", str(unknown), "--out", str(empty)): "is a file; name a folder",
