@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.errors import USER_ERROR_EXIT, UserError
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError
 
 _GIB = 1 << 30
 _RANKS = (1, 2, 4, 8)
@@ -17,8 +17,8 @@ _RANKS = (1, 2, 4, 8)
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; exit code 1 where a bar is missed, 2 for a user's mistake."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return _save(options) if options.bench == "save" else _reshard(options)
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m faulttol bench", description=__doc__)
+    parser = OneLineParser(prog="python -m faulttol bench", description=__doc__)
     commands = parser.add_subparsers(dest="bench", required=True)
     save = commands.add_parser("save", help="seconds that training is held, and until a save is durable")
     save.add_argument("--gib", type=float, default=4.0, help="of fp32 masters and moments over all ranks (4)")

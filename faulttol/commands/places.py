@@ -92,6 +92,10 @@ def find(typed: str, step: int | None = None, attempt: int | None = None) -> Che
     Raises:
         UserError: where it is none of these, or names two steps.
     """
+    if not typed.strip():  # an unset variable of a shell, and not the folder that one stands in
+        raise UserError(
+            "PATH is empty; name a run's id, a folder or URL of checkpoints, or the folder of a step"
+        )
     base, _, last = typed.rstrip("/").rpartition("/")
     named = _STEP.fullmatch(last)
     if named:

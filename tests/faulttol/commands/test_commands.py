@@ -282,11 +282,28 @@ def test_verify_wants_every_element_once(root: Path) -> None:
         ("import x --out y", "the following arguments are required: --from"),
         ("grow x --out y", "the following arguments are required: --layers"),
         ("diff x", "the following arguments are required: SECOND"),
+        ("bench load", "argument bench: invalid choice: 'load'"),
+        ("bench save --ranks 3", "argument --ranks: invalid choice: 3"),
     ],
 )
 def test_a_wrong_word_is_told_in_one_line(ask: Ask, words: str, why: str) -> None:
     code, out, err = ask(*words.split())
     assert (code, out, err.count("\n")) == (USER_ERROR_EXIT, "", 1) and why in err, err
+
+
+@pytest.mark.parametrize("words", [("inspect",), ("verify",), ("prune", "--yes"), ("export", "--out", "y")])
+def test_an_empty_path_is_not_the_folder_that_one_stands_in(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """`prune "$RUN"` in a shell without RUN."""
+    save_all(tmp_path, 7)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ask(words[0], "", *words[1:])
+    assert (code, out, err.count("\n")) == (
+        USER_ERROR_EXIT,
+        "",
+        1,
+    ) and "PATH is empty; name a run's id" in err
 
 
 def test_sizes_are_typed_with_units() -> None:
