@@ -25,6 +25,7 @@ from configs.rank import RankContext, die_with_parent
 from configs.schema import RunConfig
 
 PROGRAM = "python -m collectives"
+_COMMANDS = ("run", "fit", "compare", "report", "device")
 _PROGRESS_SECONDS = 10.0
 """Between two lines of progress into a file."""
 FINDINGS_EXIT = 3
@@ -61,6 +62,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UserError: for a word that is neither.
     """
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in _COMMANDS:
+        raise UserError(
+            f"'{first}' is not a command{nearest(first, _COMMANDS)}; use one of {', '.join(_COMMANDS)}"
+        )
     options, rest = _parser().parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):
@@ -128,7 +134,7 @@ def _add_reading(commands: argparse._SubParsersAction[OneLineParser]) -> None:
 
 def overrides(options: argparse.Namespace) -> list[str]:
     """What was typed after `run` as fields of the configuration, nccl-tests' flags among them."""
-    ops = [f"collectives.ops={options.ops}"] if options.ops else []
+    ops = [f"collectives.ops={options.ops}"] if options.ops is not None else []
     return ["workload=collectives", *options.overrides, *ops, *flags.read(options, os.environ).overrides]
 
 

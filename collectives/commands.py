@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,11 @@ def fit(store: ResultStore, name: str | None, confidence: float) -> str:
 
     if not 0.5 < confidence < 1:
         raise UserError(f"--confidence={confidence} is out of range; type one between 0.5 and 1, e.g. 0.95")
+    paths = [_kept_as("fabric", name)] if name is not None else []
     results = _rows(store)
     profile = curves.profile(
         results, name or store.folder.parent.name, results.metadata.system["hardware"], confidence
     )
-    paths = [profiles.FOLDER / "fabric" / f"{name}.yaml"] if name else []
     _save(profile, paths)
     beside = store.folder / "fabric.yaml"
     try:
@@ -73,6 +74,19 @@ def fit(store: ResultStore, name: str | None, confidence: float) -> str:
             else [f"# not kept: {beside} can't be written ({error.strerror}); --name keeps it elsewhere"]
         )
     return "\n".join([*curves.table(profile), *kept, *(f"profile: {path}" for path in paths)])
+
+
+def _kept_as(kind: str, name: str) -> Path:
+    """Where a profile with the name is kept, and looked for.
+
+    Raises:
+        UserError: for a name with which it would lie elsewhere.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(
+            f"--name='{name}' can't name a profile; type letters, digits, ., - and _, e.g. --name lab"
+        )
+    return profiles.FOLDER / kind / f"{name}.yaml"
 
 
 def _save(profile: FabricProfile | DeviceProfile, paths: list[Path]) -> None:
@@ -157,11 +171,11 @@ def device(
     from collectives.timing.team import choose_device
     from configs.rank import RankContext
 
+    path = _kept_as("device", name) if name is not None else Path("device.yaml").absolute()
     known = profiles.load(DeviceProfile, against) if against else None
     rank = RankContext.from_environment({}, Path.cwd())
     profile = measuring.measure(config, choose_device(config, rank), seconds, progress)
     lines = kernels.table(profile)
-    path = profiles.FOLDER / "device" / f"{name}.yaml" if name else Path("device.yaml").absolute()
     _save(profile.model_copy(update={"name": name or "device"}), [path])
     lines.append(f"profile: {path}")
     if known is None:

@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
-from collectives import cli
+from collectives import cli, commands
 from collectives.launch import Launched, launched
 from collectives.store.results import ResultStore, SweepRow
+from configs.compose import compose
 from configs.errors import UserError
 
 pytestmark = pytest.mark.timeout(120)
@@ -45,6 +46,7 @@ def one_line(text: str) -> str:
     ("words", "told"),
     [
         (("--ops", "allreduce"), "collectives.ops"),
+        (("--ops", ""), "collectives.ops= has no value"),
         (("--ops", "all_reduce", "-d", "float8"), "collectives.dtypes"),
         (("-o", "mean"), "collectives.reductions"),
         (("-b", "1M", "-e", "1K"), "collectives.max_size=1024 is below collectives.min_size=1048576"),
@@ -75,6 +77,32 @@ def test_a_mistake_is_told_in_one_line(
     assert told in one_line(err)
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("judge", "sweep"), "'judge' is not a command; use one of run, fit, compare, report, device"),
+        (("reprt", "sweep"), "'reprt' is not a command (did you mean 'report'?)"),
+    ],
+)
+def test_a_misspelt_command_is_named(
+    words: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(list(words)) == 2
+    assert reason in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", ["", "a/b", "../h100", ".hidden", "two words", "é"])
+def test_a_profile_has_a_name_by_which_it_is_found(name: str, tmp_path: Path) -> None:
+    """Refused before anything is measured or fitted."""
+    reason = re.escape(f"--name='{name}' can't name a profile; type letters")
+    with pytest.raises(UserError, match=reason):
+        commands.device(compose(["hardware=cpu"]), name, 1.0, None, print)
+    with pytest.raises(UserError, match=reason):
+        commands.fit(ResultStore(tmp_path), name, 0.95)
 
 
 @pytest.mark.unit
