@@ -171,9 +171,11 @@ def _composed(chosen: dict[str, str | Tree]) -> Tree:
 
 def _choice(group: str, name: str) -> str | Tree:
     """A preset's name, or the section that a model's `config.json` gives."""
-    if group == "model" and is_path(name):
+    if group == "model" and name and is_path(name):
         return model_section(Path(name).expanduser())
     known = choices(group)
+    if not name:
+        raise UserError(f"{group}= has no value; use one of {', '.join(known)}, or leave it out")
     if name not in known:
         more = ", or the path of a Hugging Face config.json" if group == "model" else ""
         raise UserError(

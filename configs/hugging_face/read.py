@@ -73,7 +73,7 @@ def model_section(path: Path) -> Tree:
     try:
         tree = from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"model={path}: {error.strerror}; name a preset or a config.json") from None
+        raise UserError(f"model={file}: {error.strerror}; name a preset or a config.json") from None
     except ValueError as error:
         raise UserError(
             f"model={path}: not valid JSON: {error}; name a config.json of Hugging Face"
