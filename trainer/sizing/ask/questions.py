@@ -161,11 +161,11 @@ def deadline(text: str, now: datetime) -> datetime:
         when = datetime.fromisoformat(word).replace(tzinfo=now.tzinfo)
     except ValueError:
         raise UserError(
-            f"'{text}' is not a date; type 2026-12-24, a weekday, or a number of days as 10d"
+            f"--by {text} is not a date; type 2026-12-24, a weekday, or a number of days as 10d"
         ) from None
     when = when if "t" in word or ":" in word else when.replace(hour=23, minute=59, second=59)
     if when <= now:
-        raise UserError(f"'{text}' has passed; type a later date")
+        raise UserError(f"--by {text} has passed; type a later date")
     return when
 
 

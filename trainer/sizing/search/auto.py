@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -129,6 +130,25 @@ def most_ranks(config: RunConfig, slots: Sequence[int], fixed: Mapping[str, int]
     return None
 
 
+def _no_layout(config: RunConfig, slots: int) -> str:
+    """Why none of the sizes that the slots hold has a layout, though each setting is right by itself."""
+    parallel, train = config.parallel, config.train
+    typed = [axis for axis in ("pp", "dp", "cp", "tp") if getattr(parallel, axis) not in (None, 1)]
+    ranks = math.prod(parallel.size(axis) for axis in typed)
+    if ranks > slots:
+        what = " ".join(f"parallel.{axis}={parallel.size(axis)}" for axis in typed)
+        return f"{what} takes {ranks} ranks, and there are {slots} slots; lower it, or give it more slots"
+    if train.global_batch is None:
+        return (
+            f"no layout of up to {slots} ranks has what is set of parallel.* and cluster.*; "
+            "leave one of them out, and it is chosen"
+        )
+    return (
+        f"no layout of up to {slots} ranks has train.global_batch={train.global_batch} and what is set "
+        f"of parallel.*; set train.global_batch to a multiple of train.micro_batch={train.micro_batch} times dp"
+    )
+
+
 def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = None) -> Chosen:
     """Set the open axes.
 
@@ -143,11 +163,7 @@ def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = No
     made = most_ranks(config, slots, PLAIN if rates.unknown(precision_of(config)) else {})
     if made is None:
         # What is set is refused by itself, open axes being 1.
-        raise UserError(
-            runnable.refusal(config)
-            or f"no layout of up to {sum(slots)} ranks has train.global_batch={config.train.global_batch} and what is set "
-            f"of parallel.*; set train.global_batch to a multiple of train.micro_batch={config.train.micro_batch} times dp"
-        )
+        raise UserError(runnable.refusal(config) or _no_layout(config, sum(slots)))
     axes = [axis for axis in ("dp", *config.parallel.open) if getattr(config.parallel, axis) is None]
     if why := rates.unknown(made.precision, made.ranks, made.node):
         return _without_rates(config, made, axes, why)

@@ -37,7 +37,9 @@ class Capacity:
             UserError: for a node without slots.
         """
         if not slots or min(slots) < 1:
-            raise UserError(f"slots={','.join(map(str, slots))}: a node needs at least one slot")
+            raise UserError(
+                f"slots={','.join(map(str, slots))}: a node needs at least one slot; type e.g. --slots 8"
+            )
         return cls(tuple(slots))
 
     @property

@@ -105,7 +105,9 @@ def test_dates(text: str, day: int) -> None:
     assert questions.deadline(text, NOW).day == day
 
 
-@pytest.mark.parametrize(("text", "reason"), [("soon", "is not a date"), ("2026-11-01", "has passed")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("soon", "--by soon is not a date"), ("2026-11-01", "--by 2026-11-01 has passed")]
+)
 def test_wrong_dates(text: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         questions.deadline(text, NOW)

@@ -149,7 +149,7 @@ REFUSED = {
     "an unknown profile": ([*OLMOE, "--profile", "nope"], "profile nope is not there"),
     "a profile of another device": ([*OLMOE, "--profile", "h100"], "is of hardware=h100"),
     "a date without tokens": ([*OLMOE, "--by", "friday"], "--by and --tokens go together"),
-    "no date": ([*OLMOE, "--by", "soon", "--tokens", "1T"], "'soon' is not a date"),
+    "no date": ([*OLMOE, "--by", "soon", "--tokens", "1T"], "--by soon is not a date"),
     "no tokens": ([*OLMOE, "--by", "friday", "--tokens", "many"], "--tokens many is not a number of tokens"),
     "an unknown device to be on": ([*OLMOE, "--on", "h101"], "--on h101: no such device"),
     "a device without memory": (["model=demo", "hardware=cpu", "--fit"], "has no memory on record"),

@@ -299,6 +299,12 @@ def test_auto_that_finds_nothing_is_refused() -> None:
         planned(*words, slots=[8])
     with pytest.raises(UserError, match="train.global_batch=7"):
         planned("parallel=auto", "train.global_batch=7", "train.micro_batch=8", slots=[2])
+    with pytest.raises(UserError, match=r"parallel.dp=3 takes 3 ranks, and there are 2 slots; lower it"):
+        planned("parallel=auto", "parallel.dp=3", slots=[2])
+    with pytest.raises(UserError, match=r"what is set of parallel.\* and cluster.\*; leave one of them out"):
+        planned("parallel=auto", "cluster.nodes=3", slots=[2])
+    with pytest.raises(UserError, match="slots=0: a node needs at least one slot; type e.g. --slots 8"):
+        Capacity.of_nodes([0])
 
 
 def test_a_measurement_leaves_open_axes_at_one() -> None:
