@@ -32,7 +32,8 @@ _COMMANDS = ("run", "prepare", "size", "bench", "forecast", "validate")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command; exit code 0 done, 2 a user's mistake, 143 stopped by SIGTERM with its state saved, 1 anything else."""
+    """Run a command; exit code 0 done, 2 a user's mistake, 130 interrupted, 143 stopped by SIGTERM with its state
+    saved, 1 anything else."""
     try:
         options = parse(arguments)
         if options.command == "prepare":
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str]) -> int:
     except Stopped as stopped:
         print(f"megaray: {stopped}", file=sys.stderr)
         return STOPPED_EXIT
+    except KeyboardInterrupt:
+        print("megaray: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
         return 0

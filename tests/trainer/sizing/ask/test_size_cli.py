@@ -185,3 +185,28 @@ def test_sizing_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == "0 []"
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        ("_size", ["size", *OLMOE]),
+        ("_bench", ["bench"]),
+        ("_validate", ["validate"]),
+        ("_forecast", ["forecast", "x"]),
+        ("_run", ["run"]),
+    ],
+)
+def test_ctrl_c_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, act: str, words: list[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, act, interrupted)
+    try:
+        code = cli.main(words)
+    except KeyboardInterrupt:  # it would end all tests
+        pytest.fail("Ctrl-C gets past the command line")
+    assert code == 130
+    assert capsys.readouterr() == ("", "megaray: interrupted\n")
