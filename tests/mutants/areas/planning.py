@@ -151,9 +151,9 @@ MUTANTS = [
     ),
     Mutant(
         "expert groups lie beside tensor-parallel ranks",
-        _LINT_OF_LAYOUTS,
-        "return job.layout.etp if job.folded else job.layout.tp * job.layout.cp",
-        "return job.layout.tp",
+        "trainer/sizing/model/job.py",
+        "return self.layout.etp if self.folded else self.layout.tp * self.layout.cp",
+        "return self.layout.tp",
         f"{_OF_LAYOUTS}an_expert_group_lies_over_tensor_parallel_ranks",
     ),
     Mutant(

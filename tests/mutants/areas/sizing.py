@@ -61,9 +61,9 @@ MUTANTS = [
     ),
     Mutant(
         "unfolded experts' neighbours are tp ranks apart",
-        _TIME,
-        "else layout.tp * layout.cp\n",
-        "else layout.tp\n",
+        "trainer/sizing/model/job.py",
+        "else self.layout.tp * self.layout.cp\n",
+        "else self.layout.tp\n",
         f"{_AXES}groups_lie_on_the_nodes_that_their_ranks_are_on",
     ),
     Mutant(

@@ -70,11 +70,6 @@ def _expert_seconds(job: TrainingJob, copies: float, gbps: float) -> float:
     return 4 * layers * _BYTES * tokens * job.model.hidden * copies * (n - 1) / n / (gbps * 1e9)
 
 
-def _apart(job: TrainingJob) -> int:
-    """Ranks from one of an expert group to the next, by their numbers (`trainer.sizing.time.estimate.groups`)."""
-    return job.layout.etp if job.folded else job.layout.tp * job.layout.cp
-
-
 def _splits(view: View, tp: int) -> bool:
     """Whether the trainer runs the model at another tp, on as many ranks where they divide, and it may fit there."""
     job, layout = view.job, view.job.layout
@@ -86,7 +81,7 @@ def expert_width(view: View) -> Iterator[LintFinding]:
     """Experts too narrow for compute to hide the exchange of tokens."""
     job, width, now, cost = view.job, view.job.model.expert_width, view.now, None
     peak = view.hardware.peak_tflops.get(job.precision)
-    gbps = _gbps(view, job.layout.ep * _apart(job)) if job.layout.ep > 1 else math.nan
+    gbps = _gbps(view, job.layout.ep * job.expert_stride) if job.layout.ep > 1 else math.nan
     if peak is None or math.isnan(gbps) or not job.model.moe_layers:
         return
     need = balance_width(peak, gbps)
@@ -107,7 +102,7 @@ def dispatch(view: View) -> Iterator[LintFinding]:
     job, ep, top_k = view.job, view.job.layout.ep, view.job.model.top_k
     if ep < 2 or top_k <= ep or job.gathers_experts:
         return
-    gbps, whole = _gbps(view, ep * _apart(job)), replace(job, layout=replace(job.layout, etp=1))
+    gbps, whole = _gbps(view, ep * job.expert_stride), replace(job, layout=replace(job.layout, etp=1))
     sent, gathered = _expert_seconds(job, top_k, gbps), _expert_seconds(whole, ep, gbps)
     basis = f"{top_k} copies of each token take {_ms(sent)}, one for each rank {_ms(gathered)}"
     better = "parallel.etp=1" if job.software.gathered_experts else "train.engine=native"
@@ -179,7 +174,7 @@ def expert_before_tensor(view: View) -> Iterator[LintFinding]:
 def expert_inside_node(view: View) -> Iterator[LintFinding]:
     """Expert groups that go over the network."""
     job, ep, reach = view.job, view.job.layout.ep, _reach(view)
-    wide = _apart(job)
+    wide = job.expert_stride
     if reach is None or ep == 1 or ep * wide <= reach:
         return
     inside = max(size for size in runnable.divisors(job.model.experts) if size <= max(1, reach // wide))

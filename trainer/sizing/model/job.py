@@ -177,6 +177,11 @@ class TrainingJob:
     software: Software = field(default_factory=Software)
 
     @property
+    def expert_stride(self) -> int:
+        """Ranks from one of an expert group to the next, by their numbers."""
+        return self.layout.etp if self.folded else self.layout.tp * self.layout.cp
+
+    @property
     def micro_batches(self) -> int:
         """Forward passes of a step on one rank."""
         return self.global_batch // (self.micro_batch * self.layout.dp)

@@ -88,14 +88,13 @@ def groups(job: TrainingJob) -> dict[str, RankGroup]:
     """How each axis's groups lie: tp innermost, then cp, dp, pp; etp, ep and the experts' replicas in the same order."""
     layout, node = job.layout, job.node
     replicas, of_experts = states.replicas(layout)
-    stride = layout.etp if job.folded else layout.tp * layout.cp
     return {
         "tp": place(layout.tp, 1, node),
         "cp": place(layout.cp, layout.tp, node),
         "dp": place(replicas, layout.tp, node),
         "etp": place(layout.etp, 1, node),
-        "ep": place(layout.ep, stride, node),
-        "edp": place(of_experts, layout.ep * stride, node),
+        "ep": place(layout.ep, job.expert_stride, node),
+        "edp": place(of_experts, layout.ep * job.expert_stride, node),
         "pp": place(layout.pp, layout.tp * replicas, node),
     }
 
