@@ -25,6 +25,7 @@ from trainer.optim.common import refresh
 from trainer.optim.slots import Cast, Slot, StagePeers
 from trainer.parallel import apply
 from trainer.parallel.context import places
+from trainer.parallel.exchange import sums
 from trainer.parallel.mesh import Mesh, patience
 from trainer.parallel.resident import Resident
 from trainer.parallel.stages import cut, reduce_now, stages_of
@@ -194,31 +195,23 @@ class NativeEngine:
     def _gradients(self, stopping: bool) -> tuple[Tensor, Tensor]:
         """Give the optimizer's slots their gradients; the global norm, and the wishes to stop."""
         taken = self._residents[0].take()
-        alike: list[Tensor] = []
-        for parameter, slot, same in zip(self._parameters, self._slots, self._alike, strict=True):
-            summed = same and self.mesh["tp"].size > 1
-            if slot.cast is not None:
-                gradient = taken[slot.name]
-                if gradient is None or summed:
-                    gradient = torch.zeros_like(slot.tensor) if gradient is None else gradient.float()
-                slot.cast.gradient = gradient
-            else:
-                gradient = parameter.grad
-                if gradient is None:
-                    gradient = torch.zeros_like(slot.tensor)
-                gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                slot.tensor.grad = gradient
-            if summed:
-                alike.append(gradient)
-        if alike:
-            _sum_together(alike, self.mesh["tp"].process_group)
+        for parameter, slot in zip(self._parameters, self._slots, strict=True):
+            gradient = parameter.grad if slot.cast is None else taken[slot.name]
+            if gradient is None:
+                gradient = torch.zeros_like(slot.tensor)
+            slot.receive(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+        if self.mesh["tp"].size > 1:
+            alike = [slot for slot, same in zip(self._slots, self._alike, strict=True) if same]
+            mine = [slot.gradient for slot in alike if slot.gradient is not None]
+            for slot, total in zip(alike, sums(mine, self.mesh["tp"]), strict=True):
+                slot.receive(total)
         self._sum_copies()
-        mine = [
+        counted = [
             slot.gradient
             for slot, second in zip(self._slots, self._second, strict=True)
             if slot.replica == 0 and not second and slot.tensor.numel() and slot.gradient is not None
         ]
-        return common.global_norm(mine, self.mesh.world, self.mesh.device, stopping)
+        return common.global_norm(counted, self.mesh.world, self.mesh.device, stopping)
 
     def _sum_copies(self) -> None:
         """Add up the gradients of the embedding's copies on the first and the last stage."""
@@ -269,11 +262,3 @@ def _reduce_in_backward(stage: DecoderStage, reduce: bool, give_back: bool) -> N
         module.set_requires_gradient_sync(reduce, recurse=False)
         module.set_is_last_backward(reduce)
         module.set_reshard_after_backward(give_back, recurse=False)
-
-
-def _sum_together(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum tensors over a group in one collective, in place."""
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=group)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -49,6 +49,13 @@ class Slot:
         """As the engine left it."""
         return self.tensor.grad if self.cast is None else self.cast.gradient
 
+    def receive(self, gradient: Tensor) -> None:
+        """Take the step's gradient."""
+        if self.cast is None:
+            self.tensor.grad = gradient
+        else:
+            self.cast.gradient = gradient
+
     def forget(self) -> None:
         """Let the gradient go."""
         self.tensor.grad = None

@@ -5,7 +5,7 @@ Shape letters: n ranks of the group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,20 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     total = x.contiguous().clone()
     dist.all_reduce(total, group=axis.process_group)
     return total
+
+
+def sums(parts: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+    """The ranks' sums of several tensors in fp32, each of its part's shape, without gradient.
+
+    By one cast and one collective: hundreds of small launches take longer than what they do.
+    """
+    if not parts:
+        return []
+    total = torch.cat([part.flatten() for part in parts]).float()
+    if axis.size > 1:
+        dist.all_reduce(total, group=axis.process_group)
+    split = total.split([part.numel() for part in parts])
+    return [one.view_as(part) for one, part in zip(split, parts, strict=True)]
 
 
 def all_to_all(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:

@@ -14,11 +14,11 @@ from functools import partial
 from weakref import ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
 from trainer.model.decoder import DecoderStage
+from trainer.parallel.exchange import sums
 from trainer.parallel.mesh import Axis, Mesh
 
 _SMALL = 1 << 16
@@ -102,16 +102,9 @@ class Resident:
         for name, parameter in self._parameters.items():
             taken[name] = self._sums.pop(name, parameter.grad)
             parameter.grad = None
-        if self._small:
-            mine = [(taken[name], self._parameters[name]) for name in self._small]
-            parts = [(torch.zeros_like(p) if g is None else g).flatten() for g, p in mine]
-            # One cast and one collective for all: hundreds of small launches take longer than what they do.
-            total = torch.cat(parts).float()
-            if self._axis.size > 1:
-                dist.all_reduce(total, group=self._axis.process_group)
-            sums = total.split([part.numel() for part in parts])
-            taken.update((n, one.view_as(p)) for n, one, (_, p) in zip(self._small, sums, mine, strict=True))
-        return taken
+        mine = [(taken[name], self._parameters[name]) for name in self._small]
+        parts = [torch.zeros_like(weight) if gradient is None else gradient for gradient, weight in mine]
+        return taken | dict(zip(self._small, sums(parts, self._axis), strict=True))
 
 
 def _add(resident: ref[Resident], name: str, parameter: Tensor) -> None:

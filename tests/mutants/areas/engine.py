@@ -146,16 +146,16 @@ MUTANTS = [
     ),
     Mutant(
         "small weights learn from one rank's tokens",
-        _RESIDENT,
-        "            if self._axis.size > 1:\n",
-        "            if self._axis.size > 9:\n",
+        "trainer/parallel/exchange.py",
+        "    if axis.size > 1:\n",
+        "    if axis.size > 9:\n",
         _beside(2),
     ),
     Mutant(
-        "small gradients go to other weights",
+        "small gradients count twice",
         _RESIDENT,
-        "zip(self._small, sums, mine, strict=True)",
-        "zip(self._small, sums[::-1], mine, strict=True) if one.numel() == p.numel()",
+        "sums(parts, self._axis)",
+        "[2 * one for one in sums(parts, self._axis)]",
         _beside(1),
     ),
     Mutant(
@@ -224,15 +224,15 @@ MUTANTS = [
     Mutant(
         "what tp ranks have alike has one rank's gradient",
         _NATIVE,
-        '            _sum_together(alike, self.mesh["tp"].process_group)',
-        "            pass",
+        "                slot.receive(total)\n",
+        "                pass\n",
         f"{_AXIS}[tp-tied]",
     ),
     Mutant(
         "gradients of tp ranks are mixed up",
-        _NATIVE,
-        "gradient.copy_(part.view_as(gradient))",
-        "gradient.copy_(part.flip(0).view_as(gradient))",
+        "trainer/parallel/exchange.py",
+        "one.view_as(part) for one",
+        "one.flip(0).view_as(part) for one",
         f"{_AXIS}[tp-tied]",
     ),
     Mutant(
