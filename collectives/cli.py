@@ -19,7 +19,7 @@ from collectives.store import stream
 from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
-from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, check_command, nearest
 from configs.paths import RunPaths
 from configs.rank import RankContext, die_with_parent
 from configs.schema import RunConfig
@@ -62,11 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UserError: for a word that is neither.
     """
-    first = next((word for word in arguments if not word.startswith("-")), None)
-    if first is not None and first not in _COMMANDS:
-        raise UserError(
-            f"'{first}' is not a command{nearest(first, _COMMANDS)}; use one of {', '.join(_COMMANDS)}"
-        )
+    check_command(arguments, _COMMANDS)
     options, rest = _parser().parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 #: Exit code of every command and rank that ends by a `UserError`; recovery never retries it.
@@ -38,6 +38,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or an empty string where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def check_command(arguments: Sequence[str], known: Iterable[str]) -> None:
+    """See that the first word is one of a program's commands.
+
+    Raises:
+        UserError: it isn't.
+    """
+    names = list(known)
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in names:
+        raise UserError(f"'{first}' is not a command{nearest(first, names)}; use one of {', '.join(names)}")
 
 
 def from_json(text: str | bytes | bytearray) -> Any:

@@ -72,6 +72,11 @@ class ParallelConfig(Section):
         """Ranks along an axis; 1 where it is open."""
         return getattr(self, axis) or 1
 
+    @property
+    def ranks(self) -> int:
+        """Of the layout, open axes being 1."""
+        return math.prod(self.size(axis) for axis in ("pp", "dp", "cp", "tp"))
+
 
 class ResilienceConfig(Section):
     """What happens when something breaks."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, check_command, nearest
 
 if TYPE_CHECKING:
     from faulttol.commands.acts import CommandResult
@@ -88,9 +88,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if arguments[:1] == ["bench"]:  # it has a parser of its own
         return argparse.Namespace(command="bench", rest=list(arguments[1:]))
     parser, made = _parser()
-    first = next((word for word in arguments if not word.startswith("-")), None)
-    if first is not None and first not in made:
-        raise UserError(f"'{first}' is not a command{nearest(first, made)}; use one of {', '.join(made)}")
+    check_command(arguments, made)
     options, rest = parser.parse_known_args(list(arguments))
     if hasattr(options, "overrides"):  # may stand behind options
         options.overrides += [word for word in rest if "=" in word and not word.startswith("-")]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, check_command, nearest
 from configs.paths import HomePaths, default_home
 from orchestrator import DASHBOARD_PORT, PROGRAM
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
@@ -67,10 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         UserError: in one line, naming the nearest command or option.
     """
     parser = build_parser()
-    names = [command.name for command in COMMANDS]
-    first = next((word for word in arguments if not word.startswith("-")), None)
-    if first is not None and first not in names:
-        raise UserError(f"'{first}' is not a command{nearest(first, names)}; use one of {', '.join(names)}")
+    check_command(arguments, (command.name for command in COMMANDS))
     options, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import traceback
@@ -16,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.compose import choices, compose, load
-from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, OneLineParser, Stopped, UserError, nearest
+from configs.errors import (
+    STOPPED_EXIT,
+    USER_ERROR_EXIT,
+    OneLineParser,
+    Stopped,
+    UserError,
+    check_command,
+    nearest,
+)
 from configs.paths import default_home
 from configs.rank import RankContext, die_with_parent
 from faulttol.recorder import RankPhase, Recorder
@@ -197,11 +204,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: for a word that is not a command, option or configuration.
     """
-    first = next((word for word in arguments if not word.startswith("-")), None)
-    if first is not None and first not in _COMMANDS:
-        raise UserError(
-            f"'{first}' is not a command{nearest(first, _COMMANDS)}; use one of {', '.join(_COMMANDS)}"
-        )
+    check_command(arguments, _COMMANDS)
     options, rest = _parser().parse_known_args(list(arguments))
     for word in rest:
         if word.startswith("-"):
@@ -372,7 +375,7 @@ def _refuse(config: RunConfig, world: int) -> None:
     why = refusal(config)
     if why:
         raise UserError(why)
-    ranks = math.prod(config.parallel.size(axis) for axis in ("pp", "dp", "cp", "tp"))
+    ranks = config.parallel.ranks
     if world < ranks or (config.parallel.dp is not None and world != ranks and not config.parallel.open):
         raise UserError(
             f"parallel.pp*dp*cp*tp={ranks} ranks are laid out, but {world} {'was' if world == 1 else 'were'} started; "

@@ -106,8 +106,7 @@ def _refuse(config: RunConfig, rank: RankContext) -> None:
     why = refusal(config)
     if why:
         raise UserError(why)
-    parallel = config.parallel
-    ranks = parallel.size("pp") * parallel.size("dp") * parallel.size("cp") * parallel.size("tp")
+    parallel, ranks = config.parallel, config.parallel.ranks
     if ranks != rank.world:
         raise UserError(
             f"parallel.pp*dp*cp*tp={ranks} ranks are laid out, but {rank.world} were started; set parallel.dp="

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sysconfig
 from pathlib import Path
@@ -55,7 +54,7 @@ def refuse(config: RunConfig, world: int) -> None:
     why = refusal(config)
     if why:
         raise UserError(why)
-    ranks = math.prod(config.parallel.size(axis) for axis in ("pp", "dp", "cp", "tp"))
+    ranks = config.parallel.ranks
     if ranks != world:
         raise UserError(
             f"--gpus {world}, but parallel.pp*dp*cp*tp={ranks} ranks are laid out; type --gpus {ranks}, or leave "

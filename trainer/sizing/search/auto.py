@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,11 +132,10 @@ def most_ranks(config: RunConfig, slots: Sequence[int], fixed: Mapping[str, int]
 def _no_layout(config: RunConfig, slots: int) -> str:
     """Why none of the sizes that the slots hold has a layout, though each setting is right by itself."""
     parallel, train = config.parallel, config.train
-    typed = [axis for axis in ("pp", "dp", "cp", "tp") if getattr(parallel, axis) not in (None, 1)]
-    ranks = math.prod(parallel.size(axis) for axis in typed)
-    if ranks > slots:
-        what = " ".join(f"parallel.{axis}={parallel.size(axis)}" for axis in typed)
-        return f"{what} takes {ranks} ranks, and there are {slots} slots; lower it, or give it more slots"
+    if parallel.ranks > slots:
+        sizes_of = ((axis, parallel.size(axis)) for axis in ("pp", "dp", "cp", "tp"))
+        what = " ".join(f"parallel.{axis}={size}" for axis, size in sizes_of if size > 1)
+        return f"{what} takes {parallel.ranks} ranks, and there are {slots} slots; lower it, or give it more slots"
     if train.global_batch is None:
         return (
             f"no layout of up to {slots} ranks has what is set of parallel.* and cluster.*; "
