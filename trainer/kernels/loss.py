@@ -16,17 +16,27 @@ from trainer.kernels.choice import power
 
 
 @triton.jit
+def _tile(start_of_row: tl.tensor, start: tl.tensor, width: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    column = start + tl.arange(0, COLUMNS)
+    return tl.load(start_of_row + column, mask=column < width, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
 def _sums(start_of_row: tl.tensor, width: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
     """Log of the sum of a row's exponentials."""
     top = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
-    for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        value = tl.load(start_of_row + column, mask=column < width, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, value)
+    # Four tiles a turn: the sum so far is measured from a new top once for all of them, which takes an exponential too.
+    for start in range(0, width, 4 * COLUMNS):
+        one = _tile(start_of_row, start, width, COLUMNS)
+        two = _tile(start_of_row, start + COLUMNS, width, COLUMNS)
+        three = _tile(start_of_row, start + 2 * COLUMNS, width, COLUMNS)
+        four = _tile(start_of_row, start + 3 * COLUMNS, width, COLUMNS)
+        higher = tl.maximum(top, tl.maximum(tl.maximum(one, two), tl.maximum(three, four)))
         # Columns that have seen nothing yet have no top to be measured from.
         seen = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - seen) + tl.exp(value - seen)
+        total = total * tl.exp(top - seen) + tl.exp(one - seen) + tl.exp(two - seen)
+        total += tl.exp(three - seen) + tl.exp(four - seen)
         top = higher
     peak = tl.max(top, axis=0)
     return peak + tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
@@ -92,15 +102,33 @@ def _entropy_slope(
     _descend(logits + row * width, whole, target - first, target >= 0, width, COLUMNS)
 
 
+@triton.jit
+def _scaled(
+    x: tl.tensor, scale: tl.tensor, out: tl.tensor, rows: tl.tensor, width: tl.tensor, stride: tl.tensor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * width + column[None, :]
+    times = tl.load(scale + row * stride, mask=row < rows, other=0.0)[:, None]
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * times
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+
+
+def _shape(width: int) -> dict[str, int]:
+    """Columns of a tile, and warps: 16 bytes of bf16 for each thread."""
+    columns = power(width, 4096)
+    return {"width": width, "COLUMNS": columns, "num_warps": max(1, columns // 256)}
+
+
 def part(logits_Tv: Tensor, targets_T: Tensor, first: int) -> Tensor:
     """Of columns that begin at `first` of a vocabulary: the log of the sum of their exponentials, and the target's logit,
     or 0 where it is in other columns; [2, T] in fp32."""
     tokens, width = logits_Tv.shape
     found_2T = torch.empty(2, tokens, dtype=torch.float32, device=logits_Tv.device)
     if tokens:
-        _entropy_part[(tokens,)](
-            logits_Tv, targets_T, first, *found_2T, width=width, COLUMNS=power(width, 4096), num_warps=8
-        )
+        _entropy_part[(tokens,)](logits_Tv, targets_T, first, *found_2T, **_shape(width))
     return found_2T
 
 
@@ -112,9 +140,39 @@ def descend(logits_Tv: Tensor, targets_T: Tensor, first: int, whole_T: Tensor) -
     """
     tokens, width = logits_Tv.shape
     if tokens:
-        _entropy_slope[(tokens,)](
-            logits_Tv, targets_T, first, whole_T, width=width, COLUMNS=power(width, 4096), num_warps=8
+        _entropy_slope[(tokens,)](logits_Tv, targets_T, first, whole_T, **_shape(width))
+
+
+def slopes(x_TD: Tensor, weight_VD: Tensor, slope_TV: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes of x and of the weight, in their dtypes.
+
+    Args:
+        slope_TV: of each token's own loss for its logits.
+        scale: that of the result for the tokens' losses, fp32: one number for all, or [T].
+    """
+    weight_slope_VD = torch.mm(slope_TV.t(), _times(x_TD, scale))
+    return _times(torch.mm(slope_TV, weight_VD), scale), weight_slope_VD
+
+
+def _times(x_TD: Tensor, scale: Tensor) -> Tensor:
+    """Each token times its number, or all times one. torch would round a number on the device to bf16 first, and such a
+    product isn't vectorized."""
+    out, (tokens, width) = torch.empty_like(x_TD), x_TD.shape
+    columns = power(width, 2048)
+    each = max(1, 2048 // columns)
+    if tokens:
+        grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
+        _scaled[grid](
+            x_TD,
+            scale.float().contiguous(),
+            out,
+            tokens,
+            width,
+            int(scale.numel() > 1),
+            ROWS=each,
+            COLUMNS=columns,
         )
+    return out
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -124,15 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, width = logits_TV.shape
         losses_T = torch.empty(tokens, dtype=torch.float32, device=x_TD.device)
         if tokens:
-            _entropy[(tokens,)](
-                logits_TV,
-                targets_T,
-                losses_T,
-                width=width,
-                LEARN=learn,
-                COLUMNS=power(width, 4096),
-                num_warps=8,
-            )
+            _entropy[(tokens,)](logits_TV, targets_T, losses_T, LEARN=learn, **_shape(width))
         if learn:
             ctx.save_for_backward(x_TD, weight_VD, logits_TV)
         return losses_T.sum()
@@ -140,8 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_TD, weight_VD, slope_TV = ctx.saved_tensors
-        weight_slope_VD = torch.mm(slope_TV.t(), (x_TD * slope).to(x_TD.dtype))
-        return (torch.mm(slope_TV, weight_VD) * slope).to(x_TD.dtype), weight_slope_VD, None, None
+        return *slopes(x_TD, weight_VD, slope_TV, slope), None, None
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ def _regroup(
 
 @triton.jit
 def _put(
-    chosen: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, tokens: tl.tensor, numbers: tl.tensor,
-    sorted: tl.tensor, back: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
-    TOP: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+    chosen: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, numbers: tl.tensor, sorted: tl.tensor,
+    back: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
+    EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < pairs
@@ -72,7 +72,6 @@ def _put(
     # Of the same expert's pairs before it, those in this block, itself counted, and those in blocks before.
     row = tl.sum(hits * (tl.cumsum(hits, axis=0) - 1 + start[None, :]), axis=1)
     tl.store(back + pair, tl.where(here, row, -1), mask=inside)
-    tl.store(tokens + row, pair // TOP, mask=here)
     tl.store(numbers + row, pair, mask=here)
     tl.store(sorted + row, tl.load(weights + pair, mask=here, other=0.0), mask=here)
 
@@ -86,8 +85,6 @@ class Places:
     """Rows, a number on the device."""
     counts_L: Tensor
     """Rows of each expert, int64."""
-    token_P: Tensor
-    """Token of each row, int32."""
     pair_P: Tensor
     """Pair of each row, int32."""
     back_TK: Tensor
@@ -96,14 +93,8 @@ class Places:
     """Weight of each row, without gradient."""
 
 
-def places(
-    chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int, all_written: bool = False
-) -> Places:
-    """Rows of `experts` experts from `first` on; other choices, such as -1, have none.
-
-    Args:
-        all_written: have entries beyond `total` be those of token 0 with weight 0.
-    """
+def places(chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int) -> Places:
+    """Rows of `experts` experts from `first` on; other choices, such as -1, have none."""
     chosen_TK, weights_TK = chosen_TK.contiguous(), weights_TK.detach().contiguous()
     pairs, device = chosen_TK.numel(), chosen_TK.device
     wide = power(experts, 1 << 20)
@@ -113,15 +104,13 @@ def places(
     shape = {"EXPERTS": experts, "WIDE": wide, "PAIRS": each}
     _tally[(blocks,)](chosen_TK, counts, pairs, first, blocks, **shape)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    made = torch.zeros if all_written else torch.empty
-    token_P, pair_P = (made(pairs, dtype=torch.int32, device=device) for _ in range(2))
-    weight_P = made(pairs, dtype=weights_TK.dtype, device=device)
+    pair_P = torch.empty(pairs, dtype=torch.int32, device=device)
+    weight_P = torch.empty(pairs, dtype=weights_TK.dtype, device=device)
     back_TK = torch.empty(chosen_TK.shape, dtype=torch.int32, device=device)
     _put[(blocks,)](
-        chosen_TK, weights_TK, ends, counts, token_P, pair_P, weight_P, back_TK, pairs, first, blocks,
-        TOP=chosen_TK.shape[1], **shape,
-    )  # fmt: skip
-    return Places(ends[-1], counts.sum(dim=1), token_P, pair_P, back_TK, weight_P)
+        chosen_TK, weights_TK, ends, counts, pair_P, weight_P, back_TK, pairs, first, blocks, **shape
+    )
+    return Places(ends[-1], counts.sum(dim=1), pair_P, back_TK, weight_P)
 
 
 def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:

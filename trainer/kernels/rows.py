@@ -1,6 +1,6 @@
 """Rows of tokens to the places of their experts, and back as sums: one pass over memory each way.
 
-Both are deterministic: what adds up is gathered, never scattered.
+Both are deterministic: what adds up is gathered; only copies are scattered, each to a row of its own.
 
 Shape letters: T tokens, K experts per token, R rows, D model width.
 """
@@ -19,22 +19,18 @@ from trainer.kernels.choice import power
 
 @triton.jit
 def _spread(
-    x: tl.tensor,
-    index: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    width: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    x: tl.tensor, back: tl.tensor, out: tl.tensor, tokens: tl.tensor, width: tl.tensor,
+    TOP: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+) -> None:  # fmt: skip
+    # By token and not by row: each is read once, where its rows' programs would read it K times, mostly from memory.
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    source = tl.load(index + row, mask=row < rows, other=-1).to(tl.int64)
-    within = (column < width)[None, :]
-    value = tl.load(
-        x + source[:, None] * width + column[None, :], mask=(source >= 0)[:, None] & within, other=0.0
-    )
-    tl.store(out + row[:, None] * width + column[None, :], value, mask=(row < rows)[:, None] & within)
+    inside, within = token < tokens, (column < width)[None, :]
+    place = x + token[:, None] * width + column[None, :]
+    value = tl.load(place, mask=inside[:, None] & within, other=0.0)
+    for k in tl.static_range(TOP):
+        row = tl.load(back + token * TOP + k, mask=inside, other=-1).to(tl.int64)
+        tl.store(out + row[:, None] * width + column[None, :], value, mask=(row >= 0)[:, None] & within)
 
 
 @triton.jit
@@ -80,14 +76,14 @@ def _weighted_back(
     tl.store(weight_slope + row, total, mask=inside)
 
 
-def _spread_rows(x_TD: Tensor, index_R: Tensor) -> Tensor:
-    rows, width = index_R.shape[0], x_TD.shape[1]
+def _spread_rows(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
+    (tokens, top), width = back_TK.shape, x_TD.shape[1]
     out = x_TD.new_empty(rows, width)
-    columns = power(width, 512)
+    columns = power(width, 2048)
     each = max(1, 2048 // columns)
-    if rows:
-        grid = (triton.cdiv(rows, each), triton.cdiv(width, columns))
-        _spread[grid](x_TD, index_R, out, rows, width, ROWS=each, COLUMNS=columns)
+    if tokens:
+        grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
+        _spread[grid](x_TD, back_TK, out, tokens, width, TOP=top, TOKENS=each, COLUMNS=columns)
     return out
 
 
@@ -108,9 +104,9 @@ def _collect_rows(y_RD: Tensor, back_TK: Tensor, weights_TK: Tensor | None) -> T
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, index_R: Tensor, back_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(back_TK)
-        return _spread_rows(x_TD.contiguous(), index_R)
+        return _spread_rows(x_TD.contiguous(), back_TK, rows)
 
     @staticmethod
     def backward(ctx: Any, slope_RD: Tensor) -> tuple[Tensor, None, None]:
@@ -120,14 +116,15 @@ class _Spread(torch.autograd.Function):
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, back_TK: Tensor, index_R: Tensor) -> Tensor:
-        ctx.save_for_backward(index_R)
+    def forward(ctx: Any, y_RD: Tensor, back_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(back_TK)
+        ctx.rows = y_RD.shape[0]
         return _collect_rows(y_RD.contiguous(), back_TK, None)
 
     @staticmethod
-    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor, None, None]:
-        (index_R,) = ctx.saved_tensors
-        return _spread_rows(slope_TD.contiguous(), index_R), None, None
+    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor, None]:
+        (back_TK,) = ctx.saved_tensors
+        return _spread_rows(slope_TD.contiguous(), back_TK, ctx.rows), None
 
 
 class _Weigh(torch.autograd.Function):
@@ -161,18 +158,19 @@ def of_pairs(x_R: Tensor, back_TK: Tensor) -> Tensor:
     return found_TK.masked_fill(back_TK < 0, 0.0)
 
 
-def spread(x_TD: Tensor, index_R: Tensor, back_TK: Tensor) -> Tensor:
-    """Row r is `x_TD[index_R[r]]`, zeros for -1; [R, D].
+def spread(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
+    """Row `back_TK[t, k]` is `x_TD[t]`, [R, D]. Rows that none names hold anything.
 
     Args:
-        back_TK: rows that each token went to, -1 for none.
+        back_TK: rows that each token goes to, -1 for none; no row stands twice.
+        rows: R.
     """
-    return _Spread.apply(x_TD, index_R, back_TK)
+    return _Spread.apply(x_TD, back_TK, rows)
 
 
-def collect(y_RD: Tensor, back_TK: Tensor, index_R: Tensor) -> Tensor:
-    """The sum of each token's rows, [T, D], added in fp32; the other way of `spread`."""
-    return _Collect.apply(y_RD, back_TK, index_R)
+def collect(y_RD: Tensor, back_TK: Tensor) -> Tensor:
+    """The sum of each token's rows, [T, D], added in fp32; the other way of `spread`, for gradients too."""
+    return _Collect.apply(y_RD, back_TK)
 
 
 def weigh(y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:

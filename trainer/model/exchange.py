@@ -141,11 +141,11 @@ class LocalExchange:
         experts: int,
         compute: Callable[..., Tensor],
     ) -> Tensor:
-        """The same by kernels. The experts weigh their rows inside, so that what comes back is only added up; what a
-        grouped matmul leaves in rows of no expert is never read."""
+        """The same by kernels. The experts weigh their rows inside, so that what comes back is only added up; what is in
+        rows of no expert, there and back, is never read."""
         from trainer.kernels import places, rows
 
-        at = places.places(chosen_TK, weights_TK, 0, experts, all_written=self.drops)
+        at = places.places(chosen_TK, weights_TK, 0, experts)
         weights_R = places.row_weights(weights_TK, at, chosen_TK.numel())
-        x_RD = rows.spread(x_TD, at.token_P, at.back_TK)
-        return rows.collect(compute(x_RD, at.counts_L, weights_R), at.back_TK, at.token_P)
+        x_RD = rows.spread(x_TD, at.back_TK, chosen_TK.numel())
+        return rows.collect(compute(x_RD, at.counts_L, weights_R), at.back_TK)

@@ -137,19 +137,21 @@ class ExpertParallel:
         """Rows are copied while their numbers travel; the host waits for those once, before it sizes the exchange."""
         from trainer.kernels import places, rows
 
-        # Rows beyond those of experts, of dropped pairs, are copies of token 0: none is sent, and no token asks for them.
-        at = places.places(chosen_TK, weights_TK, 0, experts, all_written=True)
+        # Rows beyond those of experts, of dropped pairs, hold anything: none is sent, and no token asks for them.
+        at = places.places(chosen_TK, weights_TK, 0, experts)
         both = self._counts(at.counts_L)
-        x_RD = rows.spread(x_TD, at.token_P, at.back_TK)
+        x_RD = rows.spread(x_TD, at.back_TK, chosen_TK.numel())
         incoming_NL, (sends, receives) = both.wait()
-        x_RD = x_RD[: sum(sends)]
+        if sum(sends) < len(x_RD):  # the slice of all has a gradient that is copied
+            x_RD = x_RD[: sum(sends)]
         if self._ep.size == 1:
             y_RD = compute(x_RD, incoming_NL.sum(dim=0))
         else:
             x_RD = exchange.swap(x_RD, sends, receives, self._ep)
             by_expert_R, back_R = places.by_expert(incoming_NL, sum(receives))
-            x_RD = rows.spread(x_RD, by_expert_R, back_R.unsqueeze(1))
-            y_RD = rows.spread(compute(x_RD, incoming_NL.sum(dim=0)), back_R, by_expert_R.unsqueeze(1))
+            x_RD = rows.spread(x_RD, back_R.unsqueeze(1), sum(receives))
+            y_RD = compute(x_RD, incoming_NL.sum(dim=0))
+            y_RD = rows.spread(y_RD, by_expert_R.unsqueeze(1), sum(receives))
             y_RD = exchange.swap(y_RD, receives, sends, self._ep)
         return rows.weigh(y_RD, weights_TK, at.back_TK, at.pair_P[: sum(sends)])
 

@@ -95,10 +95,10 @@ class GatheredExperts:
 
         at = places.places(chosen_NK, weights_NK, *which)
         count = Number(at.total).wait()
-        weights_R, token_R = places.row_weights(weights_NK, at, count), at.token_P[:count]
+        weights_R = places.row_weights(weights_NK, at, count)
         x_ND = begun.flight.land(begun.x_ND)
-        y_RD = compute(rows.spread(x_ND, token_R, at.back_TK), at.counts_L, weights_R)
-        return rows.collect(y_RD, at.back_TK, token_R)
+        y_RD = compute(rows.spread(x_ND, at.back_TK, count), at.counts_L, weights_R)
+        return rows.collect(y_RD, at.back_TK)
 
 
 class _Share(torch.autograd.Function):

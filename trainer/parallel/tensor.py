@@ -95,13 +95,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        from trainer.kernels import loss as kernels
+
         x_BSD, weight_vD, slope_Tv = ctx.saved_tensors
         # A token's loss is in the share of one rank, and each has a part of its logits.
         slopes_n = exchange.all_gather(slope.reshape(1), ctx.axis, 0)
-        scale_BS1 = slopes_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size).view(1, -1, 1)
-        weight_slope_vD = torch.mm(slope_Tv.t(), (x_BSD * scale_BS1).to(x_BSD.dtype).flatten(0, 1))
-        x_slope_BSD = torch.mm(slope_Tv, weight_vD).view_as(x_BSD) * scale_BS1
-        return x_slope_BSD.to(x_BSD.dtype), weight_slope_vD, None, None, None
+        scale_T = slopes_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size).repeat(x_BSD.shape[0])
+        x_slope_TD, weight_slope_vD = kernels.slopes(x_BSD.flatten(0, 1), weight_vD, slope_Tv, scale_T)
+        return x_slope_TD.view_as(x_BSD), weight_slope_vD, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):

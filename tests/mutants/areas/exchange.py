@@ -12,6 +12,8 @@ _SUM = "tests/trainer/model/test_router.py::test_the_exchange_has_the_gradients_
 _DROPPED = "tests/trainer/model/test_router.py::test_dropped_rows_are_gone_both_ways_whatever_the_experts_leave_there"
 _SPLIT = "tests/trainer/parallel/test_parallel.py::test_experts_that_are_split"
 _PLACES = "trainer/kernels/places.py"
+_ROWS = "trainer/kernels/rows.py"
+_SPREAD = "tests/trainer/model/test_kernels.py::test_rows_are_spread_collected_and_weighed"
 _BY_KERNELS = "tests/trainer/parallel/test_parallel.py::test_seams_by_kernels[experts_by_kernels-more1-1e-06]"
 _REGROUPED = (
     "tests/trainer/model/test_kernels.py::test_rows_that_came_by_source_are_put_in_the_order_of_experts[3-5]"
@@ -158,15 +160,36 @@ MUTANTS = [
         "rows are weighed by other pairs' weights",
         _EXPERT,
         "at.pair_P[: sum(sends)]",
-        "at.token_P[: sum(sends)]",
+        "at.back_TK.flatten()[: sum(sends)]",
         _BY_KERNELS,
     ),
     Mutant(
         "rows go back in the order that they came in",
         _EXPERT,
-        "incoming_NL.sum(dim=0)), back_R, by_expert_R.unsqueeze(1))",
-        "incoming_NL.sum(dim=0)), by_expert_R, back_R.unsqueeze(1))",
+        "rows.spread(y_RD, by_expert_R.unsqueeze(1), sum(receives))",
+        "rows.spread(y_RD, back_R.unsqueeze(1), sum(receives))",
         _BY_KERNELS,
+    ),
+    Mutant(
+        "a token's last copy isn't written",
+        _ROWS,
+        "for k in tl.static_range(TOP):\n        row = ",
+        "for k in tl.static_range(TOP - 1):\n        row = ",
+        f"{_SPREAD}[1040-3]",
+    ),
+    Mutant(
+        "pairs without a row are written before the first",
+        _ROWS,
+        "value, mask=(row >= 0)[:, None] & within)",
+        "value, mask=within)",
+        "tests/trainer/model/test_kernels.py::test_spreading_leaves_rows_that_none_names_alone",
+    ),
+    Mutant(
+        "only the first columns of a wide row are copied",
+        _ROWS,
+        "grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))\n        _spread[grid]",
+        "grid = (triton.cdiv(tokens, each), 1)\n        _spread[grid]",
+        f"{_SPREAD}[3000-3]",
     ),
     Mutant(
         "rows stay in the order of sources",

@@ -19,9 +19,7 @@ _TEST = "tests/trainer/parallel/test_parallel.py::test_"
 _LAYERS = f"{_TEST}tensor_parallel_layers[2]"
 _VOCABULARY = f"{_TEST}a_vocabulary_that_is_split[2]"
 _KERNELS = f"{_TEST}seams_by_kernels[vocabulary_by_kernels-more0-0.01]"
-_PARTS = (
-    "tests/trainer/model/test_kernels.py::test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes[5000]"
-)
+_PARTS = "tests/trainer/model/test_kernels.py::test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes[20000]"
 _ATTENTION = f"{_TEST}attention_over_split_samples"
 _BEFORE = f"{_TEST}the_token_before_may_be_anothers"
 _QUEUES = f"{_TEST}queues_and_totals_of_split_samples"
@@ -338,9 +336,37 @@ MUTANTS = [
     Mutant(
         "sums of columns keep their old top",
         _LOSS,
-        "total = total * tl.exp(top - seen) + tl.exp(value - seen)",
-        "total = total + tl.exp(value - seen)",
+        "total = total * tl.exp(top - seen) + tl.exp(one - seen)",
+        "total = total + tl.exp(one - seen)",
         _PARTS,
+    ),
+    Mutant(
+        "a turn begins one tile after the last",
+        _LOSS,
+        "range(0, width, 4 * COLUMNS)",
+        "range(0, width, COLUMNS)",
+        _PARTS,
+    ),
+    Mutant(
+        "one tile of a turn isn't summed",
+        _LOSS,
+        "total += tl.exp(three - seen) + tl.exp(four - seen)",
+        "total += tl.exp(three - seen)",
+        _PARTS,
+    ),
+    Mutant(
+        "all tokens' slopes have the first one's scale",
+        _LOSS,
+        "int(scale.numel() > 1)",
+        "0",
+        _KERNELS,
+    ),
+    Mutant(
+        "slopes of what goes into the head aren't scaled",
+        _LOSS,
+        "_times(torch.mm(slope_TV, weight_VD), scale)",
+        "torch.mm(slope_TV, weight_VD)",
+        "tests/trainer/model/test_kernels.py::test_cross_entropy[5000]",
     ),
     Mutant(
         "kernels take a part's logit of the target for that of the whole",

@@ -82,23 +82,22 @@ class RoutedPairs:
         self.kept_TK1 = (self.chosen_TK >= 0).unsqueeze(-1)
         self.back_TK = self.plain_TK.masked_fill(self.chosen_TK < 0, -1)
         self.kept_R1 = (flat_R[self.order_R] >= 0).unsqueeze(-1)
-        self.index_R = self.order_R // top_k
 
 
 @pytest.mark.parametrize("top_k", (1, 3))
-@pytest.mark.parametrize("width", (80, 1040))
+@pytest.mark.parametrize("width", (80, 1040, 3000))
 def test_rows_are_spread_collected_and_weighed(top_k: int, width: int) -> None:
     from trainer.kernels import rows
 
     at = RoutedPairs(top_k)
     count = at.tokens * top_k
     check(
-        lambda x: rows.spread(x, at.index_R, at.back_TK) * at.kept_R1,
-        lambda x: x[at.index_R] * at.kept_R1,
+        lambda x: rows.spread(x, at.back_TK, count).masked_fill(~at.kept_R1, 0.0),
+        lambda x: x[at.order_R // top_k] * at.kept_R1,
         [noise(at.tokens, width)],
     )
     check(
-        lambda y: rows.collect(y * at.kept_R1, at.back_TK, at.index_R),
+        lambda y: rows.collect(y.masked_fill(~at.kept_R1, 0.0), at.back_TK),
         lambda y: (y[at.plain_TK] * at.kept_TK1).sum(1),
         [noise(count, width)],
     )
@@ -126,7 +125,6 @@ def test_pairs_are_sorted_by_expert(first: int, experts: int, tokens: int, top_k
         total = int(at.total)
         assert total == len(order)
         assert at.counts_L.equal(local.bincount(minlength=experts + 1)[:experts])
-        assert at.token_P[:total].equal((order // top_k).to(torch.int32))
         assert at.pair_P[:total].equal(order.to(torch.int32))
         back = torch.full((tokens * top_k,), -1, dtype=torch.int32, device=DEVICE)
         back[order] = torch.arange(total, dtype=torch.int32, device=DEVICE)
@@ -157,34 +155,26 @@ def test_rows_that_came_by_source_are_put_in_the_order_of_experts(sources: int, 
     assert len(none) == len(nowhere) == 0
 
 
-def test_rows_without_an_expert_are_those_of_the_first_token() -> None:
-    from trainer.kernels.places import places
-
-    chosen = torch.tensor([[1, -1], [-1, 0], [0, 1]], device=DEVICE)
-    at = places(chosen, torch.ones(3, 2, device=DEVICE), 0, 2, all_written=True)
-    assert at.token_P.tolist() == [1, 2, 0, 2, 0, 0] and at.weight_P.tolist() == [1, 1, 1, 1, 0, 0]
-
-
 def test_rows_of_no_expert_may_hold_anything() -> None:
     from trainer.kernels import rows
 
     at = RoutedPairs(3)
     y = noise(at.tokens * 3, 48).masked_fill(~at.kept_R1, math.nan).requires_grad_()
     w = torch.rand(at.tokens, 3, device=DEVICE, requires_grad=True)
-    for out in (rows.collect(y, at.back_TK, at.index_R), rows.weigh(y, w, at.back_TK, at.order_R)):
+    for out in (rows.collect(y, at.back_TK), rows.weigh(y, w, at.back_TK, at.order_R)):
         assert out.isfinite().all()
     (slope,) = torch.autograd.grad(rows.weigh(y, w, at.back_TK, at.order_R).sum(), w)
     assert slope.isfinite().all() and (slope[at.chosen_TK < 0] == 0).all()
 
 
-def test_a_source_of_minus_one_gives_zeros() -> None:
+def test_spreading_leaves_rows_that_none_names_alone() -> None:
+    """A write for a pair without a row would land before the first."""
     from trainer.kernels import rows
 
-    index = torch.tensor([1, -1, 0], device=DEVICE)
-    back = torch.tensor([[2], [0]], device=DEVICE)
-    x = noise(2, 40)
-    found = rows.spread(x, index, back)
-    assert found[1].eq(0).all() and found[0].equal(x[1]) and found[2].equal(x[0])
+    memory, x = torch.full((4, 40), 7.0, device=DEVICE, dtype=BF16), noise(2, 40)
+    back = torch.tensor([[2, -1], [-1, 0]], device=DEVICE, dtype=torch.int32)
+    rows._spread[(1, 1)](x, back, memory[1:], 2, 40, TOP=2, TOKENS=4, COLUMNS=64)
+    assert memory[3].equal(x[0]) and memory[1].equal(x[1]) and memory[2].eq(7).all() and memory[0].eq(7).all()
 
 
 @pytest.mark.parametrize("width", (48, 1500))
@@ -287,6 +277,7 @@ def test_cross_entropy(vocabulary: int) -> None:
         lambda x, w: linear_cross_entropy(x, w, targets) * 0.25,
         lambda x, w: F.cross_entropy(x @ w.t(), targets, reduction="sum", ignore_index=-1) * 0.25,
         leaves,
+        limit=1e-2,  # slopes are rounded twice
     )
     with torch.no_grad():
         assert (
@@ -300,7 +291,20 @@ def test_cross_entropy(vocabulary: int) -> None:
         )
 
 
-@pytest.mark.parametrize("vocabulary", (300, 5000))
+def test_a_losss_slope_is_not_rounded() -> None:
+    """torch would take 1/3 as bf16 has it, 0.2 % off, for all gradients alike; so does the interpreter with results."""
+    from trainer.kernels.loss import linear_cross_entropy
+
+    x, w = noise(64, 32).requires_grad_(), noise(300, 32).requires_grad_()
+    targets = torch.randint(300, (64,), device=DEVICE)
+    once = torch.autograd.grad(linear_cross_entropy(x, w, targets), (x, w))
+    third = torch.autograd.grad(linear_cross_entropy(x, w, targets) / 3, (x, w))
+    for one, other in zip(once, third, strict=True):
+        ratio = (one.double() * other.double()).sum() / one.double().square().sum()
+        assert abs(float(ratio) * 3 - 1) < (4e-4 if DEVICE == "cuda" else 4e-3)
+
+
+@pytest.mark.parametrize("vocabulary", (300, 20000))
 def test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes(vocabulary: int) -> None:
     """Three parts, the last with logits far above the others; targets in each, at the edges of one, and one that doesn't
     count."""
