@@ -83,41 +83,52 @@ def ranks_of(text: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Line:
-    """One case by all three."""
+    """One case by all three, microseconds by round."""
 
     op: str
     size: int
     placement: str
-    plain: float
-    """Microseconds by nccl-tests, launches one by one."""
-    graph: float
-    """Microseconds by nccl-tests, a replayed graph."""
-    ours: float
+    plain: tuple[float, ...]
+    """By nccl-tests, launches one by one."""
+    graph: tuple[float, ...]
+    """By nccl-tests, a replayed graph."""
+    ours: tuple[float, ...]
     replayed: bool
     """Whether this suite replayed a graph."""
 
     @property
+    def theirs(self) -> tuple[float, ...]:
+        """By nccl-tests, launching as this suite did."""
+        return self.graph if self.replayed else self.plain
+
+    @property
     def ratio(self) -> float:
-        """This suite's time over that of nccl-tests launching likewise."""
-        return self.ours / (self.graph if self.replayed else self.plain)
+        """This suite's median over that of nccl-tests launching likewise."""
+        return median(self.ours) / median(self.theirs)
 
     @property
     def inside(self) -> bool:
         """Within what is allowed for the size."""
         return abs(self.ratio - 1) <= WITHIN[self.size >= LARGE]
 
+    @property
+    def overlap(self) -> bool:
+        """Whether some round of either side lies between the other's, so that a difference may be chance."""
+        return min(self.ours) <= max(self.theirs) and min(self.theirs) <= max(self.ours)
+
     def __str__(self) -> str:
         launch = "graph" if self.replayed else "plain"
+        rounds = [f"{min(side):.2f}-{max(side):.2f}" for side in (self.theirs, self.ours)]
         return (
-            f"{self.op:<14} {self.size:>11} {self.placement:<12} {self.plain:>10.2f} {self.graph:>10.2f} "
-            f"{self.ours:>10.2f} {launch:<6} {self.ratio:>7.3f} "
-            f"{self.ours / self.plain:>8.3f}{'' if self.inside else '  <-'}"
+            f"{self.op:<14} {self.size:>11} {self.placement:<12} {median(self.plain):>10.2f} {median(self.graph):>10.2f} "
+            f"{median(self.ours):>10.2f} {launch:<6} {self.ratio:>7.3f} {median(self.ours) / median(self.plain):>8.3f} "
+            f"{rounds[0]:>19} {rounds[1]:>19}{'' if self.inside else '  <-'}"
         )
 
 
 HEAD = (
     f"{'operation':<14} {'bytes':>11} {'placement':<12} {'plain us':>10} {'graph us':>10} {'ours us':>10} {'as':<6} "
-    f"{'ratio':>7} {'to plain':>8}"
+    f"{'ratio':>7} {'to plain':>8} {'their rounds':>19} {'our rounds':>19}"
 )
 
 
@@ -127,31 +138,35 @@ def lines_of(
     graph: Sequence[dict[Case, float]],
     ours: Sequence[dict[Case, tuple[float, bool]]],
 ) -> list[Line]:
-    """Cases that all three have, each the median of its rounds; what only one side has is left out."""
+    """Cases that all three have; what only one side has is left out."""
     cases = [case for case in ours[0] if all(case in one for side in (plain, graph, ours) for one in side)]
     return [
         Line(
-            op, size, placement,
-            median(one[size, placement] for one in plain), median(one[size, placement] for one in graph),
-            median(one[size, placement][0] for one in ours), ours[-1][size, placement][1],
+            op, *case, tuple(one[case] for one in plain), tuple(one[case] for one in graph),
+            tuple(one[case][0] for one in ours), ours[-1][case][1],
         )
-        for size, placement in cases
+        for case in cases
     ]  # fmt: skip
 
 
 def summary(lines: Sequence[Line]) -> list[str]:
-    """Two lines on either side of the bound, and the last: `N of M within`."""
+    """Two lines on either side of the bound, and the last: `N of M within`, and how many of the others may be chance."""
     told = []
     for large, name in ((False, "below 1 MiB"), (True, "from 1 MiB")):
         part = [line for line in lines if (line.size >= LARGE) == large]
         if part:
             worst = max(part, key=lambda line: abs(line.ratio - 1))
+            to_plain = median(median(line.ours) / median(line.plain) for line in part)
             told.append(
                 f"{name}: {sum(line.inside for line in part)} of {len(part)} within {WITHIN[large]:.0%}; median ratio "
                 f"{median(line.ratio for line in part):.3f}, worst {worst.ratio:.3f} ({worst.op}, {worst.size} bytes, "
-                f"{worst.placement}); against plain launches median {median(line.ours / line.plain for line in part):.3f}"
+                f"{worst.placement}); against plain launches median {to_plain:.3f}"
             )
-    return [*told, f"{sum(line.inside for line in lines)} of {len(lines)} within"]
+    outside = [line for line in lines if not line.inside]
+    last = f"{len(lines) - len(outside)} of {len(lines)} within"
+    if outside:
+        last += f"; of the other {len(outside)}, both sides' rounds overlap in {sum(line.overlap for line in outside)}"
+    return [*told, last]
 
 
 # ---- nccl-tests ----

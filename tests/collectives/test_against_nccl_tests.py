@@ -86,7 +86,7 @@ def test_a_row_is_compared_with_the_run_that_launches_likewise() -> None:
      (1 << 20, 102.0, True), (1 << 20, 104.0, False), (1 << 30, 98.0, True), (1 << 30, 96.0, False)],
 )  # fmt: skip
 def test_what_is_within(size: int, ours: float, inside: bool) -> None:
-    assert against.Line("reduce", size, "in_place", 1.0, 100.0, ours, True).inside is inside
+    assert against.Line("reduce", size, "in_place", (1.0,), (100.0,), (ours,), True).inside is inside
 
 
 def test_the_median_of_the_rounds_counts() -> None:
@@ -95,14 +95,28 @@ def test_the_median_of_the_rounds_counts() -> None:
         {(8, "in_place"): (value, True)} for value in (7.0, 5.0, 6.0)
     ]
     (line,) = against.lines_of("gather", sides, sides, mine)
-    assert (line.plain, line.graph, line.ours) == (3.0, 3.0, 6.0)
+    assert line.ratio == 2.0 and line.ours == (7.0, 5.0, 6.0)
+    assert str(line).split()[3:6] == ["3.00", "3.00", "6.00"] and str(line).split()[-3:-1] == [
+        "1.00-100.00",
+        "5.00-7.00",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "overlap"),
+    [((10.0, 12.0), (12.0, 13.0), True), ((12.0, 13.0), (10.0, 12.0), True), ((10.0, 14.0), (11.0, 12.0), True),
+     ((10.0, 12.0), (12.1, 13.0), False), ((12.1, 13.0), (10.0, 12.0), False)],
+)  # fmt: skip
+def test_rounds_that_overlap(theirs: tuple[float, ...], ours: tuple[float, ...], overlap: bool) -> None:
+    assert against.Line("reduce", 8, "in_place", (1.0,), theirs, ours, True).overlap is overlap
+    assert against.Line("reduce", 8, "in_place", theirs, (1.0,), ours, False).overlap is overlap
 
 
 def test_the_last_line_counts_all_and_the_others_each_side_of_the_bound() -> None:
     lines = [
-        against.Line("reduce", 8, "in_place", 20.0, 10.0, 10.0, True),
-        against.Line("reduce", 64, "in_place", 20.0, 10.0, 15.0, True),
-        against.Line("reduce", 1 << 20, "in_place", 40.0, 40.0, 40.0, False),
+        against.Line("reduce", 8, "in_place", (20.0,), (10.0,), (10.0,), True),
+        against.Line("reduce", 64, "in_place", (20.0,), (10.0,), (15.0,), True),
+        against.Line("reduce", 1 << 20, "in_place", (40.0,), (40.0,), (40.0,), False),
     ]
     below, above, last = against.summary(lines)
     assert below.startswith(
@@ -110,7 +124,8 @@ def test_the_last_line_counts_all_and_the_others_each_side_of_the_bound() -> Non
     )
     assert below.endswith("against plain launches median 0.625")
     assert above.startswith("from 1 MiB: 1 of 1 within 3%")
-    assert last == "2 of 3 within"
+    assert last == "2 of 3 within; of the other 1, both sides' rounds overlap in 0"
+    assert against.summary([lines[0], lines[2]])[-1] == "2 of 2 within"
     assert str(lines[1]).endswith("<-") and not str(lines[0]).endswith("<-")
 
 
@@ -172,7 +187,10 @@ def test_all_three_measure_in_turn_and_the_table_ends_with_the_count(
 
     monkeypatch.setattr(against, "ours", lambda *_: measured(12.0, 40.0, True))
     assert against.main([*words, "--ops", "all_reduce"]) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == "2 of 3 within"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "2 of 3 within; of the other 1, both sides' rounds overlap in 0"
+    )
 
 
 @pytest.mark.parametrize("named", [True, False])
