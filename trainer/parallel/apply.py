@@ -29,6 +29,7 @@ from trainer.model.norm import RMSNorm
 from trainer.model.router import MLPRouter
 from trainer.model.seams import Micro
 from trainer.parallel import resident
+from trainer.parallel.accumulate import add_late
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
 from trainer.parallel.expert import ExpertParallel
 from trainer.parallel.gathered import GatheredExperts, fewer_bytes
@@ -210,6 +211,7 @@ def shard(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> set[str]:
         module.set_gradient_divide_factor(1.0)
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
+        add_late(module)
     return whole
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs.schema import RunConfig
 from trainer.model.decoder import DecoderStage
+from trainer.parallel.accumulate import added
 from trainer.parallel.exchange import sums
 from trainer.parallel.mesh import Axis, Mesh
 
@@ -55,7 +56,7 @@ def reserve(stage: DecoderStage, names: set[str]) -> set[nn.Parameter]:
 
 
 class Resident:
-    """Their masters, and the sums of their gradients over micro-batches, in fp32 where there are several.
+    """Their masters, and the sums of their gradients over micro-batches, in fp32 from the second one on.
 
     Args:
         masters: by name, fp32.
@@ -85,11 +86,9 @@ class Resident:
         gradient = parameter.grad
         if not self._several or gradient is None:
             return
-        if name in self._sums:
-            self._sums[name].add_(gradient)
-        else:
-            self._sums[name] = gradient.float()
         parameter.grad = None
+        earlier = self._sums.get(name)
+        self._sums[name] = gradient if earlier is None else added(earlier, gradient)
 
     def weight(self, name: str) -> Tensor:
         """What matmuls use."""
@@ -100,8 +99,9 @@ class Resident:
         them too; of others bf16 of one micro-batch, fp32 of several."""
         taken: dict[str, Tensor | None] = {}
         for name, parameter in self._parameters.items():
-            taken[name] = self._sums.pop(name, parameter.grad)
-            parameter.grad = None
+            taken[name], parameter.grad = parameter.grad, None
+            if name in self._sums:  # in bf16 still where one micro-batch alone used it
+                taken[name] = self._sums.pop(name).float()
         mine = [(taken[name], self._parameters[name]) for name in self._small]
         parts = [torch.zeros_like(weight) if gradient is None else gradient for gradient, weight in mine]
         return taken | dict(zip(self._small, sums(parts, self._axis), strict=True))

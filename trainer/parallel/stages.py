@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from configs.schema import ParallelConfig
 from trainer.model.decoder import DecoderStage
+from trainer.parallel.accumulate import groups
 from trainer.parallel.apply import sharded
 from trainer.sizing.search.runnable import chunks_of
 
@@ -40,8 +41,6 @@ def reduce_now(stage: DecoderStage) -> None:
     shard: Any = fully_shard  # its type hides the attributes that it adds
     state = shard.state(stage)
     for part in state._state_ctx.all_states:
-        groups = getattr(part, "_fsdp_param_groups", None)
-        for group in [part._fsdp_param_group] if groups is None else groups:
-            if group is not None:
-                group.post_backward()
+        for group in groups(part):
+            group.post_backward()
     state._root_post_backward_final_callback()

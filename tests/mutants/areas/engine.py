@@ -10,6 +10,7 @@ _MESH = "trainer/parallel/mesh.py"
 _APPLY = "trainer/parallel/apply.py"
 _WARMING = "trainer/warming.py"
 _RESIDENT = "trainer/parallel/resident.py"
+_ACCUMULATE = "trainer/parallel/accumulate.py"
 
 _RUN = "tests/trainer/test_reference_runs.py::test_a_run"
 _AXIS = "tests/trainer/parallel/test_parallel.py::test_a_step_under_every_axis"
@@ -20,6 +21,7 @@ def _beside(ranks: int) -> str:
 
 
 _BESIDE = _beside(1)
+_ADDED = "tests/trainer/parallel/test_accumulate.py::test_"
 _GROUPS = "tests/trainer/parallel/test_mesh.py::test_"
 _WARM = "tests/trainer/engines/test_warming.py::test_"
 _CLIPPING = "tests/trainer/engines/test_common.py::test_clipping_by_hand"
@@ -133,16 +135,72 @@ MUTANTS = [
     Mutant(
         "a micro-batch's gradient is lost",
         _RESIDENT,
-        "self._sums[name].add_(gradient)",
-        "pass",
-        _BESIDE,
+        "gradient if earlier is None else added(earlier, gradient)",
+        "gradient",
+        f"{_ADDED}sums_are_the_librarys_and_the_first_gradient_waits_in_bf16[1]",
     ),
     Mutant(
         "gradients add up in bf16",
+        _ACCUMULATE,
+        "return earlier.float().add_(gradient)",
+        "return earlier.add_(gradient)",
+        f"{_ADDED}sums_are_the_librarys_and_the_first_gradient_waits_in_bf16[1]",
+    ),
+    Mutant(
+        "the first gradient is cast before the second is there",
         _RESIDENT,
-        "self._sums[name] = gradient.float()",
-        "self._sums[name] = gradient.clone()",
-        _BESIDE,
+        "gradient if earlier is None else",
+        "gradient.float() if earlier is None else",
+        f"{_ADDED}the_first_gradient_isnt_moved_and_each_later_one_in_one_pass",
+    ),
+    Mutant(
+        "a lone gradient of several micro-batches stays bf16",
+        _RESIDENT,
+        "self._sums.pop(name).float()",
+        "self._sums.pop(name)",
+        f"{_ADDED}what_one_micro_batch_of_several_used_is_taken_in_fp32",
+    ),
+    Mutant(
+        "FSDP casts the first gradient before the second is there",
+        _APPLY,
+        "        add_late(module)\n",
+        "",
+        f"{_ADDED}sums_are_the_librarys_and_the_first_gradient_waits_in_bf16[2]",
+    ),
+    Mutant(
+        "FSDP reduces gradients of two dtypes",
+        _ACCUMULATE,
+        "earlier.float() if gradient is None else",
+        "earlier if gradient is None else",
+        f"{_ADDED}a_weight_that_later_micro_batches_leave_out_is_reduced_with_the_others[1]",
+    ),
+    Mutant(
+        "FSDP adds a gradient twice",
+        _ACCUMULATE,
+        "earlier.float() if gradient is None else added(earlier, gradient)\n        self._unsharded_param.grad = None",
+        "earlier.float() if gradient is None else added(earlier, gradient)",
+        f"{_ADDED}sums_are_the_librarys_and_the_first_gradient_waits_in_bf16[2]",
+    ),
+    Mutant(
+        "an unknown FSDP's methods are replaced",
+        _ACCUMULATE,
+        "if not issubclass(own, _Late) and all(hasattr",
+        "if not issubclass(own, _Late) and any(hasattr",
+        f"{_ADDED}a_torch_whose_fsdp_has_other_names_keeps_its_own_way",
+    ),
+    Mutant(
+        "sums are a kernel's of tensors that lie otherwise",
+        _ACCUMULATE,
+        " and earlier.is_contiguous() and gradient.is_contiguous()",
+        "",
+        f"{_ADDED}the_kernels_sum_is_fp32s",
+    ),
+    Mutant(
+        "a kernel adds a gradient to itself",
+        "trainer/kernels/accumulate.py",
+        "other = tl.load(gradient + at",
+        "other = tl.load(earlier + at",
+        f"{_ADDED}the_kernels_sum_is_fp32s",
     ),
     Mutant(
         "small weights learn from one rank's tokens",
