@@ -58,6 +58,35 @@ def test_a_bound_on_exposed_communication_is_that_of_the_timed_step() -> None:
     assert "at most 0.5 ms (20.0 %) of communication exposed or idle" in line
 
 
+def test_what_a_collective_takes_longer_than_where_it_is_shortest_is_waiting() -> None:
+    """Microseconds: one that moves for 400 behind 600 of waiting, of which a matmul covers 300; one that moves beside the
+    end of another's waiting; and one that no rank waits for."""
+    spans = [
+        ("nvjet_x", 0, 300), ("ncclDevKernel_AllGather", 0, 1000), ("ncclDevKernel_ReduceScatter", 700, 900),
+        ("ncclDevKernel_AllReduce", 1200, 1300),
+    ]  # fmt: skip
+    other = [400.0, 200.0, 150.0]
+    assert [took for *_, took in kernels.calls(spans)] == [1000, 900, 1300]
+    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], other]) == pytest.approx(0.3)
+    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], [1000.0, 50.0, 100.0]]) == 0.0
+    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], [400.0, 50.0, 100.0]]) == pytest.approx(0.3)
+    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], other[:2]]) is None
+    assert kernels.waiting([], [[], []]) == 0.0
+
+
+def test_waiting_is_printed_where_it_is_known() -> None:
+    spans = [("nvjet_x", 0, 1000), ("ncclDevKernel_SendRecv", 500, 1500)]
+    found = kernels.of_spans(spans)
+    assert "waiting" not in kernels.lines(found)[0] + kernels.of_waiting(replace(found, waiting=0.0))
+    late = replace(found, waiting=0.4)
+    assert kernels.lines(late)[0].endswith(
+        "communication alone for 0.5 ms, 0.4 of them waiting for ranks that came later"
+    )
+    config = config_of(options("data.sequence=64", "train.micro_batch=2"), 1, on_gpu=False)
+    (line,) = variants.row("a", config, 1, variants.Outcome(Times([2.5]), late))
+    assert "0.5 ms (33.3 %), 0.4 of them waiting for ranks that came later, idle 0.0 ms" in line
+
+
 def test_nothing_on_the_device_is_an_empty_profile() -> None:
     assert kernels.of_spans([]).span == 0.0
 

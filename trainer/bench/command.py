@@ -194,7 +194,15 @@ def _native(options: Options, config: RunConfig, mesh: Mesh, name: str = "megara
             options.timeline.mkdir(parents=True, exist_ok=True)
             trace = options.timeline / f"{name}.{mesh.rank}.json"
         together = partial(dist.barrier, group=mesh.control_group)
-        return variants.Outcome(times, kernels.profile(lambda: step(_no_mark), trace, together), fullest)
+        profiled = kernels.profile(lambda: step(_no_mark), trace, together, partial(_of_all, mesh))
+        return variants.Outcome(times, profiled, fullest)
+
+
+def _of_all(mesh: Mesh, mine: list[float]) -> list[list[float]]:
+    """What each rank gives, by rank."""
+    by_rank: list[list[float]] = [[] for _ in range(mesh.world)]
+    dist.all_gather_object(by_rank, mine, group=mesh.control_group)
+    return by_rank
 
 
 def _no_mark(_name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,10 @@ PARTS = (
     ("copies", r"copy|Memcpy|cat|fill|Memset|chunk"),
 )
 """Name of a part, and what its kernels' names contain; the first that fits."""
+
+
+Span = tuple[str, float, float]
+"""Name of a kernel or copy, its start and its end in microseconds."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Profile:
     """Milliseconds of it in which nothing ran."""
     exposed: float
     """Milliseconds of it in which communication alone ran."""
+    waiting: float | None = None
+    """Milliseconds of `exposed` in which this rank waited for others; None where that isn't known."""
 
     @property
     def computing(self) -> float:
@@ -71,13 +77,19 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, name)), "elementwise")
 
 
-def profile(step: Callable[[], object], trace: Path | None, together: Callable[[], object]) -> Profile:
+def profile(
+    step: Callable[[], object],
+    trace: Path | None,
+    together: Callable[[], object],
+    of_all: Callable[[list[float]], list[list[float]]],
+) -> Profile:
     """Record one step on a GPU; `trace` gets its timeline, for chrome://tracing or Perfetto.
 
     The device alone is recorded: what the host does takes longer where it is recorded too, and the device waits for it.
 
     Args:
         together: has the ranks wait for each other, so that none waits on its device for another that records already.
+        of_all: what each rank gives it, by rank.
     """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recorded
@@ -96,10 +108,35 @@ def profile(step: Callable[[], object], trace: Path | None, together: Callable[[
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("nccl:", "FSDP::"))
     ]
-    return of_spans(spans)
+    took = [end - start for _, start, end in calls(spans)]
+    return replace(of_spans(spans), waiting=waiting(spans, of_all(took)))
 
 
-def of_spans(spans: Sequence[tuple[str, float, float]]) -> Profile:
+def calls(spans: Sequence[Span]) -> list[Span]:
+    """The communication kernels, in the order of their starts."""
+    return sorted((one for one in spans if part_of(one[0]) == "communication"), key=lambda one: one[1:])
+
+
+def waiting(spans: Sequence[Span], of_all: Sequence[Sequence[float]]) -> float | None:
+    """Milliseconds of a rank's exposed communication that went to waiting for ranks which came later.
+
+    The last rank to come waits for nobody: what a kernel took where it was shortest is what moving the data takes, and what
+    it takes longer elsewhere lies before that.
+
+    Args:
+        of_all: microseconds of each communication kernel, by rank. Where ranks have other numbers of them, as the stages of
+            a pipeline do, nobody knows which belong together: None.
+    """
+    mine = calls(spans)
+    if any(len(one) != len(mine) for one in of_all):
+        return None
+    shortest = [min(same) for same in zip(*of_all, strict=True)]
+    others = [(start, end) for name, start, end in spans if part_of(name) != "communication"]
+    moving = [(end - least, end) for (_, _, end), least in zip(mine, shortest, strict=True)]
+    return (_union((start, end) for _, start, end in spans) - _union([*others, *moving])) / 1e3
+
+
+def of_spans(spans: Sequence[Span]) -> Profile:
     """A profile from names, starts and ends in microseconds."""
     counted: dict[str, tuple[int, float]] = {}
     for name, start, end in spans:
@@ -129,7 +166,7 @@ def lines(profiled: Profile, most: int = 24) -> list[str]:
     """The table as a person reads it."""
     text = [
         f"one step on the device: {profiled.span:.1f} ms, nothing ran for {profiled.idle:.1f} ms, communication alone for "
-        f"{profiled.exposed:.1f} ms"
+        f"{profiled.exposed:.1f} ms{of_waiting(profiled)}"
     ]
     text += [f"  {part:28}{milliseconds:9.2f} ms" for part, milliseconds in profiled.parts().items()]
     text.append("kernels that take longest:")
@@ -138,6 +175,13 @@ def lines(profiled: Profile, most: int = 24) -> list[str]:
         for kernel in profiled.kernels[:most]
     ]
     return text
+
+
+def of_waiting(profiled: Profile) -> str:
+    """How much of the exposed communication was waiting, where there was any and it is known."""
+    if not profiled.waiting or profiled.waiting < 0.05:
+        return ""
+    return f", {profiled.waiting:.1f} of them waiting for ranks that came later"
 
 
 def _short(name: str) -> str:

@@ -159,8 +159,8 @@ def row(text: str, config: RunConfig, world: int, measured: Outcome, routing: st
         again = _beside(forecast(config, world, measured.fullest), times)
         guess += f"; the fullest rank had {measured.fullest:.2f} times its share of rows, {again} for that"
     apart = "" if profiled is None else (
-        f", communication alone {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %), "
-        f"idle {profiled.idle:.1f} ms, at most {profiled.uncovered(times.median):.1f} ms "
+        f", communication alone {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %)"
+        f"{kernels.of_waiting(profiled)}, idle {profiled.idle:.1f} ms, at most {profiled.uncovered(times.median):.1f} ms "
         f"({profiled.uncovered(times.median) / times.median * 100:.1f} %) of communication exposed or idle"
     )  # fmt: skip
     yield (

@@ -15,6 +15,9 @@ _TEST = "tests/trainer/test_resume.py::test_"
 _REFUSED = f"{_TEST}what_would_train_on_as_another_run_is_refused"
 _ANOTHER = f"{_TEST}another_batch_goes_on_behind_the_samples_that_were_taken"
 _BENCH = "tests/trainer/bench/test_variants.py::test_"
+_WAITING = (
+    "tests/trainer/test_bench.py::test_what_a_collective_takes_longer_than_where_it_is_shortest_is_waiting"
+)
 _FULLEST = f"{_BENCH}the_fullest_rank_is_that_of_each_layer"
 _ROW = f"{_BENCH}a_row_has_a_forecast_for_the_rows_that_were_measured_too"
 _RATES = f"{_TEST}every_step_has_its_rate_and_its_samples"
@@ -112,6 +115,27 @@ MUTANTS = [
         f"{_TEST}skipped_steps_are_counted_and_too_many_in_a_row_end_the_run",
     ),
     # The bench.
+    Mutant(
+        "ranks wait at the end of a collective",
+        "trainer/bench/kernels.py",
+        "moving = [(end - least, end) for (_, _, end), least",
+        "moving = [(start, start + least) for (_, start, _), least",
+        _WAITING,
+    ),
+    Mutant(
+        "what waits under computation counts too",
+        "trainer/bench/kernels.py",
+        "_union([*others, *moving])",
+        "_union(moving)",
+        _WAITING,
+    ),
+    Mutant(
+        "ranks with other collectives wait for nothing",
+        "trainer/bench/kernels.py",
+        "for one in of_all):\n        return None",
+        "for one in of_all):\n        return 0.0",
+        _WAITING,
+    ),
     Mutant(
         "a rank's experts are every second one",
         _ROUTING,
