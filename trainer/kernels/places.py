@@ -37,7 +37,7 @@ def _tally(
 
 @triton.jit
 def _regroup(
-    incoming: tl.tensor, order: tl.tensor, back: tl.tensor,
+    incoming: tl.tensor, order: tl.tensor, back: tl.tensor, stops: tl.tensor,
     BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     mine, each = tl.program_id(0), tl.arange(0, WIDE)
@@ -47,6 +47,8 @@ def _regroup(
     # Blocks in the other order: by expert, then by source.
     turned, here = (each % EXPERTS) * BLOCKS + each, (mine % EXPERTS) * BLOCKS + mine
     to = tl.sum(tl.where(turned < here, rows, 0), axis=0)
+    # An expert's rows from the last source are its last.
+    tl.store(stops + mine % EXPERTS, to + size, mask=mine >= BLOCKS - EXPERTS)
     for start in range(tl.program_id(1) * ROWS, size, tl.num_programs(1) * ROWS):
         row = start + tl.arange(0, ROWS)
         inside = row < size
@@ -57,7 +59,7 @@ def _regroup(
 @triton.jit
 def _put(
     chosen: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, numbers: tl.tensor, sorted: tl.tensor,
-    back: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
+    back: tl.tensor, stops: tl.tensor, sizes: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -68,6 +70,11 @@ def _put(
     hits = (key[:, None] == expert[None, :]).to(tl.int32)
     place = expert * blocks + tl.program_id(0)
     real = expert < EXPERTS
+    if tl.program_id(0) == 0:
+        stop = tl.load(ends + expert * blocks + blocks - 1, mask=real, other=0)
+        begin = tl.load(ends + expert * blocks - 1, mask=real & (expert > 0), other=0)
+        tl.store(stops + expert, stop, mask=real)
+        tl.store(sizes + expert, (stop - begin).to(tl.int64), mask=real)
     start = tl.load(ends + place, mask=real, other=0) - tl.load(counts + place, mask=real, other=0)
     # Of the same expert's pairs before it, those in this block, itself counted, and those in blocks before.
     row = tl.sum(hits * (tl.cumsum(hits, axis=0) - 1 + start[None, :]), axis=1)
@@ -85,6 +92,8 @@ class Places:
     """Rows, a number on the device."""
     counts_L: Tensor
     """Rows of each expert, int64."""
+    ends_L: Tensor
+    """Where each expert's rows end, int32."""
     pair_P: Tensor
     """Pair of each row, int32."""
     back_TK: Tensor
@@ -107,14 +116,17 @@ def places(chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int) -> P
     pair_P = torch.empty(pairs, dtype=torch.int32, device=device)
     weight_P = torch.empty(pairs, dtype=weights_TK.dtype, device=device)
     back_TK = torch.empty(chosen_TK.shape, dtype=torch.int32, device=device)
+    ends_L = torch.empty(experts, dtype=torch.int32, device=device)
+    counts_L = torch.empty(experts, dtype=torch.int64, device=device)
     _put[(blocks,)](
-        chosen_TK, weights_TK, ends, counts, pair_P, weight_P, back_TK, pairs, first, blocks, **shape
-    )
-    return Places(ends[-1], counts.sum(dim=1), pair_P, back_TK, weight_P)
+        chosen_TK, weights_TK, ends, counts, pair_P, weight_P, back_TK, ends_L, counts_L, pairs, first, blocks, **shape
+    )  # fmt: skip
+    return Places(ends[-1], counts_L, ends_L, pair_P, back_TK, weight_P)
 
 
-def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Order of rows by expert, then source, of rows that lie by source, then expert; and its inverse; both [total] int32.
+def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of rows by expert, then source, of rows that lie by source, then expert; its inverse; both [total] int32. And
+    where each expert's rows end, [L] int32.
 
     Args:
         incoming_NL: rows of each source and expert.
@@ -122,9 +134,10 @@ def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """
     blocks, experts = incoming_NL.numel(), incoming_NL.shape[1]
     order_R, back_R = torch.empty(2, total, dtype=torch.int32, device=incoming_NL.device)
+    ends_L = torch.empty(experts, dtype=torch.int32, device=incoming_NL.device)
     shape = {"BLOCKS": blocks, "EXPERTS": experts, "WIDE": power(blocks, 1 << 20), "ROWS": 1024}
-    _regroup[(blocks, _SHARERS)](incoming_NL.contiguous(), order_R, back_R, **shape)
-    return order_R, back_R
+    _regroup[(blocks, _SHARERS)](incoming_NL.contiguous(), order_R, back_R, ends_L, **shape)
+    return order_R, back_R, ends_L
 
 
 class _Weights(torch.autograd.Function):

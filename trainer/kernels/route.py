@@ -32,6 +32,8 @@ class RoutingRule:
     """Scores are a softmax; else a sigmoid."""
     renormalize: bool
     scale: float
+    sums: bool = True
+    """Whether what the losses need is summed up."""
 
 
 @triton.jit
@@ -39,7 +41,7 @@ def _forward(
     logits: tl.tensor, bias: tl.tensor, chosen: tl.tensor, weights: tl.tensor, counts: tl.tensor,
     shares: tl.tensor, squares: tl.tensor, sequence: tl.tensor, scale: tl.tensor,
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BIASED: tl.constexpr, TOKENS: tl.constexpr,
+    BIASED: tl.constexpr, SUMS: tl.constexpr, TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
     sample, block = tl.program_id(0), tl.program_id(1)
     at = block * TOKENS + tl.arange(0, TOKENS)
@@ -57,7 +59,6 @@ def _forward(
         score = raised / total[:, None]
     else:
         score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
-    share = score / tl.sum(score, axis=1)[:, None]
     left = score
     if BIASED:
         left = left + tl.load(bias + expert, mask=real, other=0.0)[None, :]
@@ -86,10 +87,12 @@ def _forward(
             left = tl.where(hit, float("-inf"), left)
     number = sample * tl.num_programs(1) + block
     place = number.to(tl.int64) * EXPERTS + expert
-    tl.store(counts + place, tl.sum(hits, axis=0).to(tl.int32), mask=real)
-    tl.store(shares + place, tl.sum(tl.where(inside[:, None], share, 0.0), axis=0), mask=real)
-    lse = top + tl.log(total)
-    tl.store(squares + number, tl.sum(tl.where(inside, lse * lse, 0.0), axis=0))
+    tl.store(counts + place, tl.sum(hits, axis=0).to(tl.int64), mask=real)
+    if SUMS:
+        share = score / tl.sum(score, axis=1)[:, None]
+        tl.store(shares + place, tl.sum(tl.where(inside[:, None], share, 0.0), axis=0), mask=real)
+        lse = top + tl.log(total)
+        tl.store(squares + number, tl.sum(tl.where(inside, lse * lse, 0.0), axis=0))
 
 
 @triton.jit
@@ -97,7 +100,7 @@ def _backward(
     logits: tl.tensor, chosen: tl.tensor, weight_slope: tl.tensor, share_slope: tl.tensor, square_slope: tl.tensor,
     out: tl.tensor, sequence: tl.tensor, scale: tl.tensor,
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    SUMS: tl.constexpr, TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
     sample, block = tl.program_id(0), tl.program_id(1)
     at = block * TOKENS + tl.arange(0, TOKENS)
@@ -136,15 +139,17 @@ def _backward(
             within += tl.where(expert[None, :].to(tl.int64) == best[:, None], 1.0, 0.0)
         whole = taken + 1e-20
         slope = (slope - within * (moved / whole)[:, None]) / whole[:, None]
-    even = tl.load(share_slope + sample * EXPERTS + expert, mask=real, other=0.0)[None, :]
-    everything = tl.sum(score, axis=1)[:, None]
-    slope += (even - tl.sum(even * score, axis=1)[:, None] / everything) / everything
+    if SUMS:
+        even = tl.load(share_slope + sample * EXPERTS + expert, mask=real, other=0.0)[None, :]
+        everything = tl.sum(score, axis=1)[:, None]
+        slope += (even - tl.sum(even * score, axis=1)[:, None] / everything) / everything
     if SOFTMAX:  # noqa: SIM108
         result = score * (slope - tl.sum(score * slope, axis=1)[:, None])
     else:
         result = slope * score * (1.0 - score)
-    lse = top + tl.log(total)
-    result += likely * (2.0 * tl.load(square_slope) * lse)[:, None]
+    if SUMS:
+        lse = top + tl.log(total)
+        result += likely * (2.0 * tl.load(square_slope) * lse)[:, None]
     tl.store(out + place, result, mask=mask)
 
 
@@ -152,26 +157,28 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits_BSE: Tensor, bias_E: Tensor | None, rule: RoutingRule
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         logits_BSE = logits_BSE.contiguous()
         samples, sequence, experts = logits_BSE.shape
         blocks, device = triton.cdiv(sequence, _TOKENS), logits_BSE.device
         chosen_BSK = torch.empty(samples, sequence, rule.top_k, dtype=torch.int64, device=device)
         weights_BSK = torch.empty(samples, sequence, rule.top_k, dtype=torch.float32, device=device)
-        counts = torch.empty(samples, blocks, experts, dtype=torch.int32, device=device)
-        shares = torch.empty(samples, blocks, experts, dtype=torch.float32, device=device)
-        squares = torch.empty(samples, blocks, dtype=torch.float32, device=device)
+        count_BPE = torch.empty(samples, blocks, experts, dtype=torch.int64, device=device)
+        shares = squares = logits_BSE
+        if rule.sums:
+            shares = torch.empty(samples, blocks, experts, dtype=torch.float32, device=device)
+            squares = torch.empty(samples, blocks, dtype=torch.float32, device=device)
         _forward[(samples, blocks)](
-            logits_BSE, logits_BSE if bias_E is None else bias_E, chosen_BSK, weights_BSK, counts, shares, squares,
+            logits_BSE, logits_BSE if bias_E is None else bias_E, chosen_BSK, weights_BSK, count_BPE, shares, squares,
             sequence, rule.scale,
             EXPERTS=experts, WIDE=power(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
-            RENORMALIZE=rule.renormalize, BIASED=bias_E is not None, TOKENS=_TOKENS,
+            RENORMALIZE=rule.renormalize, BIASED=bias_E is not None, SUMS=rule.sums, TOKENS=_TOKENS,
         )  # fmt: skip
         ctx.save_for_backward(logits_BSE, chosen_BSK)
         ctx.rule = rule
-        count_BE = counts.sum(dim=1, dtype=torch.int64)
-        ctx.mark_non_differentiable(chosen_BSK, count_BE)
-        return chosen_BSK, weights_BSK, count_BE, shares.sum(dim=1), squares.sum()
+        ctx.mark_non_differentiable(chosen_BSK, count_BPE)
+        sums = (shares.sum(dim=1), squares.sum()) if rule.sums else (None, None)
+        return chosen_BSK, weights_BSK, count_BPE, *sums
 
     @staticmethod
     def backward(
@@ -179,26 +186,28 @@ class _Route(torch.autograd.Function):
         _chosen: Any,
         weight_slope_BSK: Tensor,
         _count: Any,
-        share_slope_BE: Tensor,
-        square_slope: Tensor,
+        share_slope_BE: Tensor | None,
+        square_slope: Tensor | None,
     ) -> tuple[Tensor, None, None]:
         logits_BSE, chosen_BSK = ctx.saved_tensors
         samples, sequence, experts = logits_BSE.shape
         rule, out = ctx.rule, torch.empty_like(logits_BSE)
         _backward[(samples, triton.cdiv(sequence, _TOKENS))](
-            logits_BSE, chosen_BSK, weight_slope_BSK.contiguous(), share_slope_BE.contiguous(), square_slope, out,
-            sequence, rule.scale,
+            logits_BSE, chosen_BSK, weight_slope_BSK.contiguous(),
+            logits_BSE if share_slope_BE is None else share_slope_BE.contiguous(),
+            logits_BSE if square_slope is None else square_slope, out, sequence, rule.scale,
             EXPERTS=experts, WIDE=power(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
-            RENORMALIZE=rule.renormalize, TOKENS=_TOKENS,
+            RENORMALIZE=rule.renormalize, SUMS=rule.sums, TOKENS=_TOKENS,
         )  # fmt: skip
         return out, None, None
 
 
 def route(
     logits_BSE: Tensor, bias_E: Tensor | None, rule: RoutingRule
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Chosen experts [B, S, K] int64, best first; their weights [B, S, K]; choices [B, E] int64; sums over each sample's
-    tokens of scores over their sum [B, E]; and the sum over all tokens of logsumexp(logits)^2. All in fp32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Chosen experts [B, S, K] int64, best first; their weights [B, S, K]; choices of each of P stretches of a sample's
+    tokens [B, P, E] int64; and with `rule.sums` sums over each sample's tokens of scores over their sum [B, E], and the sum
+    over all tokens of logsumexp(logits)^2. All in fp32.
 
     Args:
         logits_BSE: fp32.

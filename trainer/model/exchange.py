@@ -63,22 +63,22 @@ def inverse(order_R: Tensor) -> Tensor:
 
 
 def sort_by_expert(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of the pairs by expert, that order's inverse, both [R], and pairs of each expert, [E] int64.
+    """Order of the pairs by expert, that order's inverse, both [R], and where each expert's pairs end, [E] int32.
 
     Pairs of one expert stay in the order of the tokens; those of no expert (-1) come last. Nothing waits for the device.
     """
     chosen_R = chosen_TK.flatten()
-    order_R, counts_E = sort_keys(torch.where(chosen_R < 0, experts, chosen_R), experts)
-    return order_R, inverse(order_R), counts_E
+    order_R, ends_E = sort_keys(torch.where(chosen_R < 0, experts, chosen_R), experts)
+    return order_R, inverse(order_R), ends_E
 
 
 def sort_keys(keys_R: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The stable order of keys in 0 to `most`, and how often each but `most` occurs, [most] int64."""
+    """The stable order of keys in 0 to `most`, and where those of each but `most` end, [most] int32."""
     # A radix sort goes over the keys once for each byte.
     dtype = torch.uint8 if most < 256 else torch.int16 if most < 1 << 15 else torch.int32
     sorted_R, order_R = keys_R.to(dtype).sort(stable=True)
-    bounds = torch.arange(most + 1, device=keys_R.device, dtype=dtype)
-    return order_R, torch.searchsorted(sorted_R, bounds).diff()
+    bounds = torch.arange(most, device=keys_R.device, dtype=dtype)
+    return order_R, torch.searchsorted(sorted_R, bounds, right=True, out_int32=True)
 
 
 def weigh(y_RD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -125,12 +125,12 @@ class LocalExchange:
         experts: int,
         compute: Callable[..., Tensor],
     ) -> Tensor:
-        order_R, back_R, counts_E = sort_by_expert(chosen_TK, experts)
+        order_R, back_R, ends_E = sort_by_expert(chosen_TK, experts)
         x_RD = spread(x_TD, order_R, back_R, chosen_TK.shape[1])
         if not self.drops:
-            return weigh(permute(compute(x_RD, counts_E), back_R, order_R), weights_TK)
+            return weigh(permute(compute(x_RD, ends_E), back_R, order_R), weights_TK)
         nowhere_R1 = (chosen_TK.flatten().index_select(0, order_R) < 0).unsqueeze(1)
-        y_RD = compute(x_RD.masked_fill(nowhere_R1, 0.0), counts_E).masked_fill(nowhere_R1, 0.0)
+        y_RD = compute(x_RD.masked_fill(nowhere_R1, 0.0), ends_E).masked_fill(nowhere_R1, 0.0)
         return weigh(permute(y_RD, back_R, order_R), weights_TK)
 
     def _fused(
@@ -148,4 +148,4 @@ class LocalExchange:
         at = places.places(chosen_TK, weights_TK, 0, experts)
         weights_R = places.row_weights(weights_TK, at, chosen_TK.numel())
         x_RD = rows.spread(x_TD, at.back_TK, chosen_TK.numel())
-        return rows.collect(compute(x_RD, at.counts_L, weights_R), at.back_TK)
+        return rows.collect(compute(x_RD, at.ends_L, weights_R), at.back_TK)

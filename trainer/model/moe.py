@@ -73,19 +73,19 @@ class Experts(nn.Module):
         """Dims of each parameter that expert parallelism and expert-tensor parallelism split."""
         return {"gate_up": (0, 2), "down": (0, 2)} if self.gated else {"up": (0, 1), "down": (0, 2)}
 
-    def forward(self, x_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    def forward(self, x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
         """Rows in, rows out, each times its weight where there are any.
 
         Args:
-            counts_L: rows of each local expert, [L] int64 on the device: the first `counts_L[0]` rows go through expert 0,
-                and so on. Rows beyond their sum give rows of any value.
+            ends_L: where each local expert's rows end, [L] int32 on the device: the first `ends_L[0]` rows go through
+                expert 0, those from there to `ends_L[1]` through expert 1, and so on. Rows beyond the last end give rows
+                of any value.
         """
         into = self.gate_up.flatten(1, 2) if self.gated else self.up
         if _grouped(x_RD, into, self.down):
-            ends_L = counts_L.cumsum(0, dtype=torch.int32)
             inner = self._inner(F.grouped_mm(x_RD, into.transpose(1, 2), offs=ends_L), weights_R)
             return F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends_L)
-        y_RD = self._by_expert(x_RD, into, counts_L)
+        y_RD = self._by_expert(x_RD, into, ends_L)
         return y_RD if weights_R is None else y_RD * weights_R.unsqueeze(-1).to(y_RD.dtype)
 
     def later(self) -> Callable[..., Tensor]:
@@ -96,18 +96,18 @@ class Experts(nn.Module):
         into = WeightLater(self.gate_up.flatten(1, 2) if self.gated else self.up)
         down = WeightLater(self.down)
 
-        def through(x_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
+        def through(x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
             if not _grouped(x_RD, into.weight, down.weight):
-                return self(x_RD, counts_L, weights_R)
-            ends_L = counts_L.cumsum(0, dtype=torch.int32)
+                return self(x_RD, ends_L, weights_R)
             return down.rows(self._inner(into.rows(x_RD, ends_L), weights_R), ends_L)
 
         return through
 
-    def _by_expert(self, x_RD: Tensor, into: Tensor, counts_L: Tensor) -> Tensor:
-        """One expert after the other, which waits for the counts."""
-        counts = counts_L.tolist()
-        rest = x_RD.shape[0] - sum(counts)
+    def _by_expert(self, x_RD: Tensor, into: Tensor, ends_L: Tensor) -> Tensor:
+        """One expert after the other, which waits for their ends."""
+        ends = ends_L.tolist()
+        counts = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+        rest = x_RD.shape[0] - ends[-1]
         *parts, beyond = x_RD.split((*counts, rest))
         weights = zip(parts, into.unbind(), self.down.unbind(), strict=True)
         out = [F.linear(self._activate(F.linear(rows, first)), second) for rows, first, second in weights]

@@ -107,12 +107,13 @@ class Router(nn.Module):
 
         config = self.config
         rule = RoutingRule(
-            self.top_k, config.score == "softmax", config.renormalize and self.top_k > 1, config.scale
-        )
+            self.top_k, config.score == "softmax", config.renormalize and self.top_k > 1, config.scale,
+            sums=self._balances or bool(config.z_coefficient),
+        )  # fmt: skip
         bias_E = self.bias if self.biased else None
-        chosen_BSK, weights_BSK, count_BE, share_BE, square = route(logits_BSE, bias_E, rule)
-        micro.tally.count(self.layer, count_BE.sum(dim=0))
-        loss = self._weighted(share_BE, square, count_BE, micro, samples)
+        chosen_BSK, weights_BSK, count_BPE, share_BE, square = route(logits_BSE, bias_E, rule)
+        micro.tally.count(self.layer, count_BPE.sum(dim=(0, 1)))
+        loss = self._weighted(share_BE, square, count_BPE.sum(dim=1), micro, samples) if rule.sums else None
         if config.capacity_factor is not None:
             chosen_BSK = self._drop(chosen_BSK, micro, samples)
         return RouterChoice(chosen_BSK, weights_BSK, loss, state_BSR)

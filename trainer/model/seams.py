@@ -204,8 +204,8 @@ class ExpertExchange(Protocol):
     ) -> Owed:
         """Weighted sum of each token's expert outputs, [T, D], still owed.
 
-        `compute` takes rows sorted by local expert, [R, D], and rows of each local expert, [L] int64 on the device, to
-        rows; with a third argument, [R], to rows times these weights. A choice of -1 goes to no expert.
+        `compute` takes rows sorted by local expert, [R, D], and where each local expert's rows end, [L] int32 on the
+        device, to rows; with a third argument, [R], to rows times these weights. A choice of -1 goes to no expert.
         """
 
 

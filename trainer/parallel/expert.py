@@ -101,13 +101,8 @@ class ExpertParallel:
         # Dropped pairs (-1) sort behind all experts and are cut off.
         sort_R = torch.where(flat_R < 0, experts, flat_R).argsort(stable=True)
         count_E = torch.bincount(flat_R + 1, minlength=experts + 1)[1:]
-        if self._ep.size == 1:
-            incoming_NL = count_E.view(1, -1)
-            sends = receives = [int(count_E.sum())]
-        else:
-            incoming_NL = exchange.all_to_all(count_E, None, None, self._ep).view(self._ep.size, -1)
-            both = torch.stack([count_E.view(self._ep.size, -1).sum(dim=1), incoming_NL.sum(dim=1)]).tolist()
-            sends, receives = both
+        incoming_NL = self._incoming(count_E)
+        sends, receives = (one.sum(dim=1).tolist() for one in (count_E.view(self._ep.size, -1), incoming_NL))
         order_R = sort_R[: sum(sends)]
         place_TK = inverse(order_R, flat_R.numel()).view(tokens, top_k)
         x_RD = take(x_TD, order_R // top_k, place_TK)
@@ -118,15 +113,15 @@ class ExpertParallel:
         self, x_RD: Tensor, incoming_NL: Tensor, sends: list[int], receives: list[int], compute: Compute
     ) -> Tensor:
         """Rows to their experts and back."""
-        counts_L = incoming_NL.sum(dim=0)
+        ends_L = incoming_NL.sum(dim=0).cumsum(0, dtype=torch.int32)
         if self._ep.size == 1:
-            return compute(x_RD, counts_L)
+            return compute(x_RD, ends_L)
         x_RD = exchange.swap(x_RD, sends, receives, self._ep)
         # Rows arrive by source rank, then expert; the experts want them by expert, then source rank.
         local_R = torch.arange(incoming_NL.shape[1], device=x_RD.device).repeat(self._ep.size)
         by_expert_R = local_R.repeat_interleave(incoming_NL.flatten()).argsort(stable=True)
         back_R = inverse(by_expert_R, by_expert_R.numel())
-        y_RD = compute(take(x_RD, by_expert_R, back_R.unsqueeze(1)), counts_L)
+        y_RD = compute(take(x_RD, by_expert_R, back_R.unsqueeze(1)), ends_L)
         return exchange.swap(take(y_RD, back_R, by_expert_R.unsqueeze(1)), receives, sends, self._ep)
 
     # ---- the same by kernels ----
@@ -139,58 +134,46 @@ class ExpertParallel:
 
         # Rows beyond those of experts, of dropped pairs, hold anything: none is sent, and no token asks for them.
         at = places.places(chosen_TK, weights_TK, 0, experts)
-        both = self._counts(at.counts_L)
+        # The host adds up what it gets: each sum on the device would be one more launch before its wait.
+        incoming_NL = self._incoming(at.counts_L)
+        counted = HostCopy(at.counts_L.view(self._ep.size, -1), incoming_NL)
         x_RD = rows.spread(x_TD, at.back_TK, chosen_TK.numel())
-        incoming_NL, (sends, receives) = both.wait()
+        sends, receives = ([sum(counts) for counts in by_rank] for by_rank in counted.wait())
         if sum(sends) < len(x_RD):  # the slice of all has a gradient that is copied
             x_RD = x_RD[: sum(sends)]
         if self._ep.size == 1:
-            y_RD = compute(x_RD, incoming_NL.sum(dim=0))
+            y_RD = compute(x_RD, at.ends_L)
         else:
             x_RD = exchange.swap(x_RD, sends, receives, self._ep)
-            by_expert_R, back_R = places.by_expert(incoming_NL, sum(receives))
+            by_expert_R, back_R, ends_L = places.by_expert(incoming_NL, sum(receives))
             x_RD = rows.spread(x_RD, back_R.unsqueeze(1), sum(receives))
-            y_RD = compute(x_RD, incoming_NL.sum(dim=0))
+            y_RD = compute(x_RD, ends_L)
             y_RD = rows.spread(y_RD, by_expert_R.unsqueeze(1), sum(receives))
             y_RD = exchange.swap(y_RD, receives, sends, self._ep)
         return rows.weigh(y_RD, weights_TK, at.back_TK, at.pair_P[: sum(sends)])
 
-    def _counts(self, count_E: Tensor) -> _Counts:
-        """Tell the ranks of ep how many rows they will get, and start to bring both numbers to the host."""
+    def _incoming(self, count_E: Tensor) -> Tensor:
+        """Rows that each rank of ep sends to each of this rank's experts, [N, L], from those that this one sends to all."""
         if self._ep.size == 1:
-            incoming_NL = count_E.view(1, -1)
-        else:
-            incoming_NL = exchange.all_to_all(count_E, None, None, self._ep).view(self._ep.size, -1)
-        both = torch.stack([count_E.view(self._ep.size, -1).sum(dim=1), incoming_NL.sum(dim=1)])
-        return _Counts(incoming_NL, both)
+            return count_E.view(1, -1)
+        return exchange.all_to_all(count_E, None, None, self._ep).view(self._ep.size, -1)
 
 
-class _Counts:
-    """Numbers of rows on their way to the host."""
-
-    def __init__(self, incoming_NL: Tensor, both: Tensor) -> None:
-        self._incoming_NL, self._both = incoming_NL, Number(both)
-
-    def wait(self) -> tuple[Tensor, tuple[list[int], list[int]]]:
-        """Rows of each source and local expert, [N, L]; rows to and from each rank."""
-        sends, receives = self._both.wait()
-        return self._incoming_NL, (sends, receives)
-
-
-class Number:
+class HostCopy:
     """Numbers on their way to the host, while it queues more work."""
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, *numbers: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._host = numbers
-        if numbers.is_cuda:
-            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._host.copy_(numbers, non_blocking=True)
+        self._host = list(numbers)
+        if numbers[0].is_cuda:
+            self._host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in numbers]
+            for host, device in zip(self._host, numbers, strict=True):
+                host.copy_(device, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def wait(self) -> Any:
-        """They, as Python has them."""
+    def wait(self) -> list[Any]:
+        """Each as Python has it."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host.tolist()
+        return [host.tolist() for host in self._host]

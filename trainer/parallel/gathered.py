@@ -21,7 +21,7 @@ from trainer.model.exchange import sort_keys
 from trainer.model.seams import Owed
 from trainer.parallel import exchange
 from trainer.parallel.exchange import Flight
-from trainer.parallel.expert import Compute, Number, inverse, take
+from trainer.parallel.expert import Compute, HostCopy, inverse, take
 from trainer.parallel.mesh import Axis
 
 
@@ -76,14 +76,14 @@ class GatheredExperts:
     ) -> Tensor:
         first, local = which
         local_P = chosen_NK.flatten() - first
-        order_P, counts_L = sort_keys(torch.where((local_P >= 0) & (local_P < local), local_P, local), local)
-        total = counts_L.sum()
+        order_P, ends_L = sort_keys(torch.where((local_P >= 0) & (local_P < local), local_P, local), local)
+        total = ends_L[-1]
         back_P = inverse(order_P, order_P.numel())
         back_NK = back_P.masked_fill(back_P >= total, -1).view(chosen_NK.shape)
         order_R = order_P[: int(total)]
         weights_R = take(weights_NK.view(-1, 1), order_R, back_NK.view(-1, 1)).squeeze(1)
         x_ND = begun.flight.land(begun.x_ND)
-        y_RD = compute(take(x_ND, order_R // chosen_NK.shape[1], back_NK), counts_L, weights_R)
+        y_RD = compute(take(x_ND, order_R // chosen_NK.shape[1], back_NK), ends_L, weights_R)
         y_PD = take(y_RD, back_NK.flatten(), order_R.unsqueeze(1))
         return y_PD.unflatten(0, chosen_NK.shape).sum(dim=1)
 
@@ -94,10 +94,10 @@ class GatheredExperts:
         from trainer.kernels import places, rows
 
         at = places.places(chosen_NK, weights_NK, *which)
-        count = Number(at.total).wait()
+        (count,) = HostCopy(at.total).wait()
         weights_R = places.row_weights(weights_NK, at, count)
         x_ND = begun.flight.land(begun.x_ND)
-        y_RD = compute(rows.spread(x_ND, at.back_TK, count), at.counts_L, weights_R)
+        y_RD = compute(rows.spread(x_ND, at.back_TK, count), at.ends_L, weights_R)
         return rows.collect(y_RD, at.back_TK)
 
 

@@ -28,6 +28,13 @@ _CLIPPING = "tests/trainer/engines/test_common.py::test_clipping_by_hand"
 
 MUTANTS = [
     Mutant(
+        "experts that FSDP leaves alone fill its units",
+        _APPLY,
+        "for parameter in block.parameters() if parameter not in left)",
+        "for parameter in block.parameters())",
+        "tests/trainer/parallel/test_resident.py::test_blocks_share_a_collective_by_what_fsdp_has_of_them[True-False-2]",
+    ),
+    Mutant(
         "losses are weighted by micro-batches",
         _COMMON,
         "weight = 1.0 / samples",

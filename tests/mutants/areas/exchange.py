@@ -38,8 +38,8 @@ MUTANTS = [
     Mutant(
         "rows come back to other pairs",
         _LOCAL,
-        "weigh(permute(compute(x_RD, counts_E), back_R, order_R), weights_TK)",
-        "weigh(permute(compute(x_RD, counts_E), order_R, back_R), weights_TK)",
+        "weigh(permute(compute(x_RD, ends_E), back_R, order_R), weights_TK)",
+        "weigh(permute(compute(x_RD, ends_E), order_R, back_R), weights_TK)",
         _SUM,
     ),
     Mutant(
@@ -66,15 +66,15 @@ MUTANTS = [
     Mutant(
         "rows of no expert go in as they are",
         _LOCAL,
-        "compute(x_RD.masked_fill(nowhere_R1, 0.0), counts_E)",
-        "compute(x_RD, counts_E)",
+        "compute(x_RD.masked_fill(nowhere_R1, 0.0), ends_E)",
+        "compute(x_RD, ends_E)",
         _DROPPED,
     ),
     Mutant(
         "rows of no expert come back as they are",
         _LOCAL,
-        "counts_E).masked_fill(nowhere_R1, 0.0)\n",
-        "counts_E)\n",
+        "ends_E).masked_fill(nowhere_R1, 0.0)\n",
+        "ends_E)\n",
         _DROPPED,
     ),
     Mutant(
@@ -87,8 +87,8 @@ MUTANTS = [
     Mutant(
         "an expert gets its neighbour's rows",
         _LOCAL,
-        "torch.searchsorted(sorted_R, bounds).diff()",
-        "torch.searchsorted(sorted_R, bounds).diff().roll(1)",
+        "bounds, right=True, out_int32=True)",
+        "bounds, right=False, out_int32=True)",
         _SUM,
     ),
     # Over ranks.
@@ -190,6 +190,27 @@ MUTANTS = [
         "grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))\n        _spread[grid]",
         "grid = (triton.cdiv(tokens, each), 1)\n        _spread[grid]",
         f"{_SPREAD}[3000-3]",
+    ),
+    Mutant(
+        "an expert's rows end with those of its first source",
+        _PLACES,
+        "mask=mine >= BLOCKS - EXPERTS)",
+        "mask=mine < EXPERTS)",
+        _REGROUPED,
+    ),
+    Mutant(
+        "ends of rows are those before each expert",
+        _PLACES,
+        "tl.store(stops + expert, stop, mask=real)",
+        "tl.store(stops + expert, begin, mask=real)",
+        "tests/trainer/model/test_kernels.py::test_pairs_are_sorted_by_expert[37-3-0-5]",
+    ),
+    Mutant(
+        "counts of rows are their ends",
+        _PLACES,
+        "(stop - begin).to(tl.int64)",
+        "stop.to(tl.int64)",
+        "tests/trainer/model/test_kernels.py::test_pairs_are_sorted_by_expert[37-3-0-5]",
     ),
     Mutant(
         "rows stay in the order of sources",

@@ -17,6 +17,20 @@ _DEEP = f"{_TEST}the_deep_router_by_hand"
 
 MUTANTS = [
     Mutant(
+        "a router without losses takes its logits for their slopes",
+        "trainer/kernels/route.py",
+        "SUMS=rule.sums, TOKENS=_TOKENS,\n        )  # fmt: skip\n        return out",
+        "SUMS=True, TOKENS=_TOKENS,\n        )  # fmt: skip\n        return out",
+        "tests/trainer/model/test_route_kernels.py::test_a_router_without_losses_sums_nothing_up[True-True]",
+    ),
+    Mutant(
+        "a router with a z-loss alone sums nothing up",
+        "trainer/model/router.py",
+        "sums=self._balances or bool(config.z_coefficient)",
+        "sums=self._balances",
+        "tests/trainer/model/test_kernels.py::test_a_model_trains_as_in_fp64[changes3]",
+    ),
+    Mutant(
         "weights aren't renormalised",
         _ROUTER,
         "if self.config.renormalize and self.top_k > 1:",

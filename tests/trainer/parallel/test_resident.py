@@ -18,7 +18,9 @@ from configs.schema import RunConfig
 from tests.collectives.ranks import together
 from tests.trainer.families import batches, family
 from trainer.engines.native import NativeEngine
-from trainer.parallel import resident
+from trainer.model.decoder import DecoderStage
+from trainer.model.moe import Experts
+from trainer.parallel import apply, resident
 from trainer.parallel.mesh import Mesh, assemble, join
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -117,3 +119,18 @@ def test_weights_beside_their_masters_train_as_under_fsdp(world: int, tmp_path: 
             assert casts > 0 and behind == 0, case
             assert ours == theirs, case
             assert not differ, (case, differ)
+
+
+@pytest.mark.parametrize(
+    ("left", "alone", "expected"), [(True, False, 2), (False, False, 4), (True, True, 4)]
+)
+def test_blocks_share_a_collective_by_what_fsdp_has_of_them(left: bool, alone: bool, expected: int) -> None:
+    """Blocks of 6.0 M elements beside experts of 201 M: two make a unit where each rank has its experts for itself."""
+    model = compose(["model=zaya1_base", "hardware=cpu"]).model.model_copy(update={"layers": 4})
+    with torch.device("meta"):
+        stage = DecoderStage(model, 0, 4)
+    experts = {p for module in stage.modules() if isinstance(module, Experts) for p in module.parameters()}
+    units = apply._units(stage, alone, experts if left else set())
+    assert len(units) == expected and [block for unit in units for block in unit] == list(
+        stage.blocks.values()
+    )
