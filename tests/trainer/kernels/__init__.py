@@ -1,0 +1,1 @@
+"""What machines without a GPU can show of the kernels beside their results."""
