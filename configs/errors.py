@@ -34,6 +34,14 @@ class Stopped(Exception):
     """A rank was asked to stop by SIGTERM and has done so; it exits with `STOPPED_EXIT`."""
 
 
+class ReplicasDiffer(Exception):
+    """Ranks that must hold equal state don't, and nothing says whose is wrong."""
+
+
+class WrongReplica(ReplicasDiffer):
+    """A rank's copy of the state isn't what it must be; its host is at fault."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or an empty string where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

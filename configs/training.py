@@ -177,5 +177,8 @@ class CheckpointConfig(Section):
     memory_every: Positive | None = None
     """Steps between snapshots in the memory of the ranks' nodes and of other nodes, which the next attempt reads before
     storage; None: none."""
+    compare: bool = True
+    """Whether ranks that hold copies of the same state compare them before each save; where they differ, the attempt ends
+    and nothing is saved. false: for a gang of unlike devices, whose copies part by rounding."""
     max_failed: Positive = 3
     """Failed saves in a row that open an incident; training continues."""

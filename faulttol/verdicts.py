@@ -16,6 +16,9 @@ class VerdictKind(StrEnum):
     AGENT_LOST = "agent_lost"
     NODE_UNFIT = "node_unfit"
     """The node could not start ranks: a mount, an I/O error, its memory. The run is sound."""
+    REPLICAS_DIFFER = "replicas_differ"
+    """Copies of the state that must be equal aren't: a device computed wrongly, or memory flipped a bit. It names a
+    node where it is known whose copy is wrong."""
     RANK_EXIT = "rank_exit"
     HANG = "hang"
     START_TIMEOUT = "start_timeout"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from collectives.timing.team import choose_device
-from configs.errors import Stopped, UserError
+from configs.errors import ReplicasDiffer, Stopped, UserError
 from configs.metrics import StepLine
 from configs.paths import default_home
 from configs.rank import RankContext, threads
@@ -33,6 +33,7 @@ from trainer.handover import await_memory, with_room
 from trainer.lines import Lines
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import learning_rate, samples_before, samples_of
+from trainer.parallel import replicas
 from trainer.parallel.mesh import Mesh, join
 from trainer.saves import Measured, SaveSchedule
 from trainer.sizing.search.runnable import refusal
@@ -354,7 +355,23 @@ class _Job:
         progress = self.progress
         with self._away(), self.clock.phase("checkpoint"):
             samples = self._samples(progress.step)
+            if self.config.checkpoint.compare:
+                self._compare()
             self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
+
+    def _compare(self) -> None:
+        """See that what several ranks have is equal, so that no attempt resumes from a copy that went wrong.
+
+        Raises:
+            ReplicasDiffer: where it isn't. A save that is still being written was found equal, and ends first.
+        """
+        try:
+            replicas.compare(self.engine.state(), self.mesh, self.progress.step)
+        except ReplicasDiffer:
+            self.checkpoints.finish()
+            for outcome in self.checkpoints.ended():
+                self._tell_save(outcome)
+            raise
 
     def _finish_saves(self) -> None:
         """Wait for the save of the last step, which is tried again: nothing else is left of the run.

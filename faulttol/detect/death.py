@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 
-from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT
+from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, ReplicasDiffer, WrongReplica
 from faulttol.detect.snapshot import RankSeen, Snapshot
 from faulttol.exits import words_blame_peer
 from faulttol.verdicts import Verdict, VerdictKind
@@ -32,9 +33,11 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
 
     1. A user's mistake on any rank explains all: the others wait for that rank or die of it. Where all ranks learned of
        it, the one that met it is named.
-    2. The earliest death of a rank's own reason is the cause: a signal, an error that blames no peer, any exit code
+    2. Where ranks have found that their copies of the state differ, those that hold a wrong one are named with their
+       nodes; no rank and no node where nobody knows which is wrong.
+    3. The earliest death of a rank's own reason is the cause: a signal, an error that blames no peer, any exit code
        without an error. Those within `_SAME_MOMENT` of it are named too.
-    3. Where every dead rank blames a peer, the peer's own end may not have been reported yet. So nobody is named while a
+    4. Where every dead rank blames a peer, the peer's own end may not have been reported yet. So nobody is named while a
        rank lives, or a node is silent, up to a bound; past it the living rank that is stopped is the cause, or the rank
        that ended with code 0 before them, else the network between them is.
     """
@@ -50,6 +53,9 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
             return []
         return [_verdict(snapshot, first, VerdictKind.USER_ERROR, _mistake(first))]
     own = [r for r in dead if not _blames_peer(r)]
+    drifted = _drifted(snapshot, own)
+    if drifted:
+        return drifted
     sure = [r for r in own if not _may_be_a_watchdog(r)]
     if sure:
         own = sure
@@ -104,6 +110,20 @@ def _may_still_be_told(snapshot: Snapshot, first: RankSeen) -> bool:
         return True
     silent = any(seconds > _HEARTBEATS * beat for seconds in snapshot.silent.values())
     return silent and waited < bound + snapshot.timeouts.seconds("agent")
+
+
+def _drifted(snapshot: Snapshot, own: Sequence[RankSeen]) -> list[Verdict]:
+    """What ranks say of copies that differ; an accused node bears the blame, so without proof none is named."""
+    words: dict[str, list[tuple[RankSeen, str]]] = {}
+    for rank in own:
+        name, _, text = rank.raised.error.partition(": ") if rank.raised else ("", "", "")
+        words.setdefault(name, []).append((rank, text))
+    kind = VerdictKind.REPLICAS_DIFFER
+    wrong = words.get(WrongReplica.__name__, [])
+    if wrong:
+        return [_verdict(snapshot, rank, kind, text) for rank, text in wrong[:_MOST]]
+    unsure = words.get(ReplicasDiffer.__name__, [])
+    return [replace(_verdict(snapshot, rank, kind, text), rank=None, node=None) for rank, text in unsure[:1]]
 
 
 def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdict]:

@@ -46,7 +46,12 @@ _ENDINGS = {
     State.CANCELLED: "the run was cancelled",
     State.FAILED: "the run failed",
 }
-_IN_PLACE = (VerdictKind.RANK_EXIT, VerdictKind.HANG, VerdictKind.START_TIMEOUT)
+_IN_PLACE = (
+    VerdictKind.REPLICAS_DIFFER,
+    VerdictKind.RANK_EXIT,
+    VerdictKind.HANG,
+    VerdictKind.START_TIMEOUT,
+)
 """Faults after which the same nodes may serve again."""
 
 

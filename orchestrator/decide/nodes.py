@@ -45,7 +45,7 @@ SHARE = 0.1
 or what judged them, that is broken. One it may always."""
 
 AMOUNTS = {
-    "node_lost": 1.0, "agent_lost": 1.0, "node_unfit": 1.0,
+    "node_lost": 1.0, "agent_lost": 1.0, "node_unfit": 1.0, "replicas_differ": 1.0,
     "hang": 0.5, "start_timeout": 0.5, "rank_exit": 0.25,
 }  # fmt: skip
 """How far a kind of verdict points to the node that it names. What a rank does is mostly its program's."""

@@ -23,14 +23,20 @@ _REASONS = {
     VerdictKind.NODE_LOST: Reason.NODE_LOST,
     VerdictKind.AGENT_LOST: Reason.NODE_LOST,
     VerdictKind.NODE_UNFIT: Reason.NODE_UNFIT,
+    VerdictKind.REPLICAS_DIFFER: Reason.REPLICAS_DIFFER,
     VerdictKind.RANK_EXIT: Reason.RANK_DIED,
     VerdictKind.HANG: Reason.RANKS_HUNG,
     VerdictKind.START_TIMEOUT: Reason.START_TIMEOUT,
     VerdictKind.CHECKPOINT_OVERDUE: Reason.SAVES_FAILING,
 }
 _SEVERITY = {kind: place for place, kind in enumerate(VerdictKind)}
-NODE_FAULTS = (VerdictKind.NODE_LOST, VerdictKind.AGENT_LOST, VerdictKind.NODE_UNFIT)
-"""What is the node's fault, whatever ran on it."""
+NODE_FAULTS = (
+    VerdictKind.NODE_LOST,
+    VerdictKind.AGENT_LOST,
+    VerdictKind.NODE_UNFIT,
+    VerdictKind.REPLICAS_DIFFER,
+)
+"""What is the node's fault, whatever ran on it, where a node is named."""
 _SILENT_FAULTS = (VerdictKind.HANG, VerdictKind.START_TIMEOUT)
 """Faults whose ranks still live, so that their stacks tell why."""
 

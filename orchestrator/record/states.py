@@ -88,6 +88,7 @@ class Reason(StrEnum):
     RANKS_HUNG = "ranks_hung"
     NODE_LOST = "node_lost"
     NODE_UNFIT = "node_unfit"
+    REPLICAS_DIFFER = "replicas_differ"
     START_TIMEOUT = "start_timeout"
     CLUSTER_LOST = "cluster_lost"
     USER_ERROR = "user_error"
@@ -126,6 +127,7 @@ _RETRIED = frozenset(
         Reason.RANKS_HUNG,
         Reason.NODE_LOST,
         Reason.NODE_UNFIT,
+        Reason.REPLICAS_DIFFER,
         Reason.START_TIMEOUT,
         Reason.CLUSTER_LOST,
         Reason.PLACEMENT_LOST,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, SaveFailedLine, StepLine
 from configs.paths import RunPaths
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import Raised, RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
 from orchestrator.decide.placement import Node
@@ -47,6 +47,8 @@ class FakeGang:
     """All that it wrote."""
     deaths: dict[int, int] = field(default_factory=dict)
     """Exit code by rank."""
+    errors: dict[int, Raised] = field(default_factory=dict)
+    """By rank, what it wrote before it ended."""
     told: int = -1
     finished: bool = False
     failed: int = 0
@@ -150,6 +152,13 @@ class FakeRuntime:
         """A rank of a run's living gang ends."""
         self.gang(run).deaths[rank] = code
 
+    def raise_all(self, run: str, error: str, own: Collection[int]) -> None:
+        """All ranks of a run's living gang end by an error, which is that of some of them."""
+        gang, now = self.gang(run), self.clock().wall
+        for rank in range(gang.spec.world):
+            gang.errors[rank] = Raised(now, error, rank not in own)
+            gang.deaths[rank] = 1
+
     def gang(self, run: str) -> FakeGang:
         """The newest gang of a run, by the end of its folder."""
         found = [gang for (root, _), gang in self.world.gangs.items() if root.endswith(f"/{run}")]
@@ -250,7 +259,7 @@ class FakeRuntime:
         )
         code = gang.deaths.get(rank, 0 if done else None)
         ended = None if code is None else self.clock().wall + self.skew
-        return RankSeen(rank, 100 + rank, code, ended, record)
+        return RankSeen(rank, 100 + rank, code, ended, record, raised=gang.errors.get(rank))
 
     def _train(self, gang: FakeGang) -> None:
         """Write the lines of the steps since the last look."""

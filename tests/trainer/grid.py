@@ -29,6 +29,7 @@ from tests.forks import forks
 from tests.trainer.families import FAMILIES as FAMILIES
 from tests.trainer.families import SEQUENCE, batches, family
 from trainer.parallel.mesh import assemble
+from trainer.parallel.replicas import compare
 
 STEPS, QUICK_STEPS, SAMPLES = 20, 4, 16
 TOLERANCE = 1e-5
@@ -201,6 +202,7 @@ def train(
             found.append(
                 (float(shares[0] + shares[2]), float(result.grad_norm), result.load.tolist(), int(shares[1]))
             )
+        compare(engine.state(), mesh, steps)  # which no layout may make differ
         return found
     finally:
         dist.destroy_process_group()

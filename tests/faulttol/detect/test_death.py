@@ -248,6 +248,39 @@ def test_an_error_that_all_raise_is_that_of_the_rank_that_met_it() -> None:
     assert not exits.blames_peer(ValueError("mine alone"))
 
 
+WRONG = "WrongReplica: w of rank 1 on b isn't as the other ranks have it"
+DIFFER = "ReplicasDiffer: w isn't the same on rank 0 on a, rank 1 on b, and no majority says which is right"
+
+
+def ended(rank: int, error: str, own: bool, time: float = 100.0) -> RankSeen:
+    return died(rank, 1, time + 0.2, raised=Raised(time, error, not own))
+
+
+def test_the_rank_whose_copy_is_wrong_is_named_with_its_node() -> None:
+    (verdict,) = _judge(ended(0, WRONG, False, 99.0), ended(1, WRONG, True), ended(2, WRONG, False))
+    assert verdict.kind is VerdictKind.REPLICAS_DIFFER
+    assert (verdict.rank, verdict.node, verdict.time) == (1, "10.0.0.1", 100.0)
+    assert verdict.detail == "w of rank 1 on b isn't as the other ranks have it"
+    assert verdict.evidence == "logs/00001.log"
+    both = _judge(ended(0, WRONG, True), ended(1, WRONG, False), ended(2, WRONG, True))
+    assert [v.rank for v in both] == [0, 2]
+    other = died(2, 1, 100.1, raised=Raised(100.0, "ValueError: in the clean-up", False))
+    assert [v.rank for v in _judge(ended(1, WRONG, True), other)] == [1], (
+        "what else broke then is a consequence"
+    )
+
+
+def test_a_wrong_copy_is_waited_for_while_only_its_peers_have_ended() -> None:
+    assert _judge(ended(0, WRONG, False), died(1, None), ended(2, WRONG, False), now=100.5) == []
+
+
+def test_copies_that_differ_name_no_node_where_nobody_knows_which_is_wrong() -> None:
+    for ranks in ([ended(0, DIFFER, True)], [ended(1, DIFFER, True), ended(0, DIFFER, True, 100.1)]):
+        (verdict,) = _judge(*ranks, world=2)
+        assert (verdict.kind, verdict.rank, verdict.node) == (VerdictKind.REPLICAS_DIFFER, None, None)
+        assert verdict.detail == DIFFER.partition(": ")[2] and verdict.evidence
+
+
 def _raise(error: Exception) -> None:
     raise error
 

@@ -13,6 +13,7 @@ _WRITER = "faulttol/staged/writer.py"
 _READING = "faulttol/checkpoint/reading.py"
 _HANDOVER = "trainer/handover.py"
 _SHARDS = "faulttol/checkpoint/shards.py"
+_REPLICAS = "trainer/parallel/replicas.py"
 
 _RUN = "tests/trainer/test_resume.py::test_"
 _SAVED = "tests/faulttol/staged/test_saver.py::test_"
@@ -23,6 +24,7 @@ _OTHER = f"{_RUN}a_run_begins_where_another_stands_and_only_reads_it"
 _YOUNG = f"{_RUN}the_interval_follows_what_saves_cost_and_how_often_the_run_fails"
 _PAGES = "tests/faulttol/staged/test_buffers.py::test_"
 _NEXT = "tests/trainer/test_stopping.py::test_"
+_DRIFT = "tests/trainer/parallel/test_replicas.py::test_"
 _BUSY = f"{_SAVED}a_save_while_one_is_being_written"
 
 MUTANTS = [
@@ -156,8 +158,12 @@ MUTANTS = [
     Mutant(
         "the last save isn't waited for",
         _LOOP,
-        "            self.checkpoints.finish()\n",
-        "            pass\n",
+        """            with self.clock.phase("checkpoint"):
+                self.checkpoints.finish()
+""",
+        """            with self.clock.phase("checkpoint"):
+                pass
+""",
         f"{_RUN}saves_are_told_when_they_are_durable",
     ),
     Mutant(
@@ -277,5 +283,64 @@ MUTANTS = [
         "    while not Path(gate).exists():\n        time.sleep(_LOOK_SECONDS)\n",
         "",
         f"{_NEXT}a_context_that_finds_no_room_is_made_again_after_the_end_of_the_last_one",
+    ),
+    Mutant(
+        "copies of moments aren't compared",
+        _REPLICAS,
+        "if part.replicas > 1 and part.tensor.numel()]",
+        'if part.replicas > 1 and "/" not in part.name and part.tensor.numel()]',
+        f"{_DRIFT}the_rank_with_a_flipped_bit_is_named[2]",
+    ),
+    Mutant(
+        "a checksum doesn't see where a value lies",
+        _REPLICAS,
+        "(torch.cat(list(flats)).long() * weights)",
+        "(torch.cat(list(flats)).long() * weights.clamp(max=1))",
+        f"{_DRIFT}bits_are_summed_and_not_numbers",
+    ),
+    Mutant(
+        "half of the copies are a majority",
+        _REPLICAS,
+        "if 2 * len(most) > len(everybody):",
+        "if 2 * len(most) >= len(everybody):",
+        f"{_DRIFT}a_strict_majority_names_the_others",
+    ),
+    Mutant(
+        "all ranks say that a wrong copy is theirs",
+        _REPLICAS,
+        "raise error if mesh.rank in drift.suspects else exits.heard(error)",
+        "raise error",
+        f"{_DRIFT}the_rank_with_a_flipped_bit_is_named[4]",
+    ),
+    Mutant(
+        "copies are compared once the save is on its way",
+        _LOOP,
+        """            if self.config.checkpoint.compare:
+                self._compare()
+            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
+""",
+        """            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
+            if self.config.checkpoint.compare:
+                self._compare()
+""",
+        f"{_DRIFT}a_save_of_copies_that_differ_ends_the_attempt_and_is_not_resumed_from",
+    ),
+    Mutant(
+        "a host is accused without a majority",
+        "faulttol/detect/death.py",
+        "replace(_verdict(snapshot, rank, kind, text), rank=None, node=None) for",
+        "_verdict(snapshot, rank, kind, text) for",
+        "tests/faulttol/detect/test_death.py::test_"
+        "copies_that_differ_name_no_node_where_nobody_knows_which_is_wrong",
+    ),
+    Mutant(
+        "the host of a wrong copy is kept",
+        "orchestrator/decide/recovery.py",
+        """    VerdictKind.NODE_UNFIT,
+    VerdictKind.REPLICAS_DIFFER,
+""",
+        """    VerdictKind.NODE_UNFIT,
+""",
+        "tests/orchestrator/control/test_turns.py::test_a_wrong_copy_of_the_state_evicts_its_host",
     ),
 ]

@@ -17,7 +17,7 @@ from orchestrator.control.gang import GangSpec, GangStatus, Want
 from orchestrator.control.orphans import EVERY_SECONDS
 from orchestrator.decide.queue import QueuePolicy
 from orchestrator.record import log as logs
-from orchestrator.record.events import AttemptPlaced, ControllerStarted, StopBegan
+from orchestrator.record.events import AttemptPlaced, ControllerStarted, Decided, StopBegan
 from orchestrator.record.states import Reason, State
 from tests.conftest import must_not_raise
 from tests.orchestrator.control.test_controller import CONFIG, Sim
@@ -177,6 +177,41 @@ def test_a_fault_on_a_cordoned_node_moves_the_run(tmp_path: Path) -> None:
     world.turn(10)
     after = world.view("a").placed
     assert after is not None and after.attempt == 2 and after.shares[0].ip != placed.shares[0].ip
+
+
+def test_a_wrong_copy_of_the_state_evicts_its_host(tmp_path: Path) -> None:
+    world = Sim(tmp_path, nodes=4, slots=1, steps=400)
+    world.submit("a", ranks=3)
+    world.turn(15)
+    before = world.view("a").placed
+    assert before is not None
+    host = next(share for share in before.shares if 1 in share.ranks)
+    world.runtime.raise_all("a", "WrongReplica: the state behind step 12 is wrong", [1])
+    world.turn(15)
+    view = world.view("a")
+    (incident,) = view.incidents
+    assert (incident.event.cause, incident.event.rank, incident.event.node) == ("replicas_differ", 1, host.ip)
+    assert incident.event.detail == "the state behind step 12 is wrong"
+    assert [decision.action for decision in kinds(world, "a", Decided)] == ["evict"]
+    assert view.attempt == 2 and view.resumed_step == 10, "the newest checkpoint is from before"
+    assert view.placed is not None and host.ip not in [share.ip for share in view.placed.shares]
+    suspicions = {row["ip"]: row["suspicion"] for row in world.published()["nodes"]}
+    assert [ip for ip, suspicion in suspicions.items() if suspicion] == [host.ip]
+
+
+def test_copies_that_differ_without_a_majority_accuse_no_host(tmp_path: Path) -> None:
+    world = Sim(tmp_path, nodes=4, slots=1, steps=400)
+    world.submit("a", ranks=2)
+    world.turn(15)
+    before = world.view("a").placed
+    world.runtime.raise_all("a", "ReplicasDiffer: the state behind step 12 is wrong", [0, 1])
+    world.turn(15)
+    view = world.view("a")
+    (incident,) = view.incidents
+    assert (incident.event.cause, incident.event.rank, incident.event.node) == ("replicas_differ", None, None)
+    assert [decision.action for decision in kinds(world, "a", Decided)] == ["restart"]
+    assert view.attempt == 2 and view.resumed_step == 10
+    assert before is not None and view.placed is not None and view.placed.shares == before.shares
 
 
 def test_a_fault_in_a_smaller_layout_looks_for_the_whole_of_it(tmp_path: Path) -> None:

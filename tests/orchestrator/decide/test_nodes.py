@@ -203,8 +203,8 @@ def test_departures_long_ago_are_forgotten() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "amount"),
-    [("node_lost", 1.0), ("agent_lost", 1.0), ("node_unfit", 1.0), ("hang", 0.5), ("start_timeout", 0.5),
-     ("rank_exit", 0.2), ("user_error", 0.0), ("cluster_lost", 0.0), ("checkpoint_overdue", 0.0)],
+    [("node_lost", 1.0), ("agent_lost", 1.0), ("node_unfit", 1.0), ("replicas_differ", 1.0), ("hang", 0.5),
+     ("start_timeout", 0.5), ("rank_exit", 0.2), ("user_error", 0.0), ("cluster_lost", 0.0), ("checkpoint_overdue", 0.0)],
 )  # fmt: skip
 def test_a_verdict_makes_its_node_suspect_by_its_kind(kind: str, amount: float) -> None:
     nodes = make_nodes(2, 8)

@@ -126,7 +126,8 @@ def test_of_one_kind_the_earliest_then_the_lowest_rank_in_any_order() -> None:
 
 @pytest.mark.parametrize("kind", list(VerdictKind)[1:-1])  # neither a user's mistake nor a warning
 def test_a_node_is_evicted_for_a_fault_of_its_own(kind: VerdictKind) -> None:
-    own = kind in (VerdictKind.NODE_LOST, VerdictKind.AGENT_LOST, VerdictKind.NODE_UNFIT)
+    faults = ("node_lost", "agent_lost", "node_unfit", "replicas_differ")
+    own = kind in faults
     assert own == (kind in NODE_FAULTS)
     decision = decided(view(), verdict(kind, 0, 1.0, "10.0.0.1"))
     assert decision.action == (Action.EVICT if own else Action.RESTART)
