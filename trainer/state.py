@@ -25,3 +25,5 @@ class Slice:
     replica: int = 0
     """Which of `replicas` equal copies this is, on as many ranks."""
     replicas: int = 1
+    exact: int = 0
+    """How many replicas in a row, from a multiple of it, have equal bits; others may part from them by rounding. 0: all."""

@@ -67,6 +67,8 @@ class NativeEngine:
         """By slot: whether tp ranks have the same and see other tokens."""
         self._second: list[bool] = []
         """By slot: whether it is the embedding's copy beside the head."""
+        self._exact: list[int] = []
+        """By slot: `Slice.exact`."""
         self._parameters, self._slots = self._make_slots()
         self._ends = self._end_group()
         precision = config.train.precision or "fp32"
@@ -88,16 +90,19 @@ class NativeEngine:
         for stage, cuts, resident in zip(self._stages, self._cuts, self._residents, strict=True):
             for name, parameter in stage.named_parameters():
                 local, box = apply.local_part(parameter, cuts[name], self.mesh)
-                cast = None
+                cast, exact = None, 0
                 index, size = (tp.index, tp.size) if cuts[name].alike else (0, 1)
                 if name in resident.masters:
                     local, cast = resident.masters[name], Cast(resident.weight(name))
                     if not cuts[name].sparse:
+                        # Each group of tp sums for itself, and three numbers or more in an order of its own.
+                        exact = size if size > 2 else 0
                         index, size = index + size * data.index, size * data.size
                 if both and self._is_copied(name):
                     index, size = index + size * (stage.first != 0), 2 * size
                 slots.append(Slot(name, local, box, kind(name), index, size, cast))
                 parameters.append(parameter)
+                self._exact.append(exact)
                 self._alike.append(cuts[name].alike)
                 self._second.append(self._is_copied(name) and stage.first != 0)
         return parameters, slots
@@ -246,7 +251,7 @@ class NativeEngine:
         index, size = slot.replica, slot.replicas
         if copied and self.config.parallel.schedule != "zbv":
             index, size = index + size * self._second[number], 2 * size
-        return Slice(name, tensor, slot.box, index, size)
+        return Slice(name, tensor, slot.box, index, size, self._exact[number])
 
     def loaded(self) -> None:
         """Drop weights that were gathered or cast before the state was overwritten."""

@@ -45,7 +45,7 @@ class HeldCopy(NamedTuple):
     """What a rank tells of one copy."""
 
     part: str
-    """Name and box."""
+    """Name and box, and which replicas where not all have equal bits."""
     replica: int
     replicas: int
     sum: int
@@ -165,7 +165,9 @@ def _copies(parts: Iterable[Slice]) -> Iterator[HeldCopy]:
     shared = [part for part in parts if part.replicas > 1 and part.tensor.numel()]
     sums = checksums([part.tensor for part in shared])
     for part, total in zip(shared, sums, strict=True):
-        yield HeldCopy(f"{part.name}{part.box}", part.replica, part.replicas, total)
+        group, replica = divmod(part.replica, part.exact or part.replicas)
+        name = f"{part.name}{part.box}" + (f" in group {group}" if part.exact else "")
+        yield HeldCopy(name, replica, part.exact or part.replicas, total)
 
 
 @torch.no_grad()

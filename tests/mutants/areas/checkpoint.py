@@ -24,6 +24,7 @@ _OTHER = f"{_RUN}a_run_begins_where_another_stands_and_only_reads_it"
 _YOUNG = f"{_RUN}the_interval_follows_what_saves_cost_and_how_often_the_run_fails"
 _PAGES = "tests/faulttol/staged/test_buffers.py::test_"
 _NEXT = "tests/trainer/test_stopping.py::test_"
+_SUMS = "tests/trainer/parallel/test_checksums.py::test_"
 _DRIFT = "tests/trainer/parallel/test_replicas.py::test_"
 _BUSY = f"{_SAVED}a_save_while_one_is_being_written"
 
@@ -296,14 +297,21 @@ MUTANTS = [
         _REPLICAS,
         "(torch.cat(list(flats)).long() * weights)",
         "(torch.cat(list(flats)).long() * weights.clamp(max=1))",
-        f"{_DRIFT}bits_are_summed_and_not_numbers",
+        f"{_SUMS}bits_are_summed_and_not_numbers",
     ),
     Mutant(
         "half of the copies are a majority",
         _REPLICAS,
         "if 2 * len(most) > len(everybody):",
         "if 2 * len(most) >= len(everybody):",
-        f"{_DRIFT}a_strict_majority_names_the_others",
+        f"{_SUMS}a_strict_majority_names_the_others",
+    ),
+    Mutant(
+        "groups of tp that sum apart are compared with each other",
+        "trainer/engines/native.py",
+        "exact = size if size > 2 else 0",
+        "exact = 0",
+        f"{_DRIFT}groups_that_sum_apart_may_differ_in_a_last_bit",
     ),
     Mutant(
         "all ranks say that a wrong copy is theirs",

@@ -19,6 +19,7 @@ from configs.schema import RunConfig
 from tests.trainer.families import SEQUENCE, batches, family
 from trainer.engines.base import Engine
 from trainer.parallel.mesh import Mesh, assemble, join
+from trainer.parallel.replicas import compare
 from trainer.state import Slice
 
 SAMPLES, FEWER = 16, 8
@@ -126,6 +127,7 @@ def _train(run: EngineRun, config: RunConfig, engine: Engine, mesh: Mesh) -> Eng
             keep(engine, run.save, mesh.rank)
     held = batches(1000, SAMPLES, 2, engine.place.index, engine.place.size)
     evaluated = _total(engine.evaluate(held, SAMPLES))
+    compare(engine.state(), mesh, run.end)
     return EngineRankResult(steps, evaluated, poisoned, [part.name for part in engine.state()])
 
 

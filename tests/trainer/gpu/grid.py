@@ -22,6 +22,7 @@ from configs.schema import RunConfig
 from tests.trainer.families import SEQUENCE, Batch, batches
 from tests.trainer.grid import SAMPLES, GridCase, config_of
 from trainer.parallel.mesh import assemble
+from trainer.parallel.replicas import compare
 
 TOLERANCE = 0.06
 """Relative difference of a loss in bf16 from fp32 over the first ten steps, in which losses halve: bf16 has 8 bits of
@@ -88,6 +89,7 @@ def _losses(case: GridCase, steps: int, rank: int, store: Any) -> list[float]:
             share = result.loss.double().reshape(1)
             dist.all_reduce(share)
             found.append(float(share))
+        compare(engine.state(), mesh, steps)
         return found
     finally:
         dist.destroy_process_group()

@@ -33,6 +33,20 @@ def test_a_gpu_learns_in_bf16_and_has_an_mfu(hardware: str, tmp_path: Path) -> N
     assert lines[-1].memory_bytes > 0 and lines[-1].phase_seconds["backward"] > 0
 
 
+def test_a_gpu_sums_the_bits_of_a_state_as_a_cpu_does(hardware: str) -> None:
+    import torch
+
+    from trainer.parallel.replicas import checksums
+
+    made = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(n, generator=made) for n in (1, 3000, (1 << 21) + 5, 64)]
+    tensors += [tensors[1].bfloat16(), torch.tensor(7), torch.tensor([float("nan"), float("-inf"), -0.0])]
+    expected = checksums(tensors)
+    assert checksums([tensor.cuda() for tensor in tensors]) == expected
+    # Some of a state may lie on the host.
+    assert checksums([tensors[0], *(tensor.cuda() for tensor in tensors[1:])]) == expected
+
+
 def test_a_gpu_resumes_the_same_run(hardware: str, tmp_path: Path) -> None:
     words = (f"hardware={hardware}", "train.micro_batch=8")
     whole = {line.step: line.loss for line in steps(train(tmp_path / "home", tmp_path / "run", 1, *words))}
