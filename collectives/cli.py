@@ -137,11 +137,11 @@ def overrides(options: argparse.Namespace) -> list[str]:
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     die_with_parent(os.environ)
     typed, words = flags.read(options, os.environ), overrides(options)
-    if options.config:
-        config = load(options.config)
-        config = amend(config, words[1:]) if words[1:] else config
-    else:
-        config = compose(words)
+    saved = load(options.config) if options.config else None
+    try:
+        config = compose(words) if saved is None else amend(saved, words[1:]) if words[1:] else saved
+    except UserError as error:
+        raise UserError(flags.as_typed(str(error), options)) from None
     os.environ.update(typed.environment)
     ranks = _ranks(options.ranks, typed.ranks)
     if ranks is not None:
@@ -336,15 +336,18 @@ def _device(options: argparse.Namespace, _: list[str]) -> int:
 
     def progress(text: str) -> None:
         nonlocal last
+        if last == -math.inf:  # only now: what can't be measured has been refused by then
+            print(
+                f"# measuring for about {options.seconds:g} s; Ctrl-C keeps what is measured so far",
+                file=sys.stderr,
+            )
         if sys.stderr.isatty():
+            last = time.monotonic()
             print(f"\r{text:<100.100}", end="", file=sys.stderr)
         elif time.monotonic() - last >= _PROGRESS_SECONDS:
             last = time.monotonic()
             print(f"# {text}", file=sys.stderr)
 
-    print(
-        f"# measuring for about {options.seconds:g} s; Ctrl-C keeps what is measured so far", file=sys.stderr
-    )
     text, agrees = commands.device(config, options.name, options.seconds, options.against, progress)
     print(text)
     return 0 if agrees else FINDINGS_EXIT

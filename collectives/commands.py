@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,17 @@ def _kept_as(kind: str, name: str) -> Path:
     return profiles.FOLDER / kind / f"{name}.yaml"
 
 
+def _refuse_unwritable(path: Path) -> None:
+    """Before minutes of measuring, whose outcome couldn't be kept."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if there.is_dir() == (there != path) and os.access(there, os.W_OK):
+        return
+    why = "it is a folder" if there == path and path.is_dir() else f"{there} isn't writable"
+    raise UserError(
+        f"the profile can't be written to {path}: {why}; change to a folder that you may write, or use another --name"
+    )
+
+
 def _save(profile: FabricProfile | DeviceProfile, paths: list[Path]) -> None:
     for path in paths:
         try:
@@ -173,6 +185,7 @@ def device(
 
     path = _kept_as("device", name) if name is not None else Path("device.yaml").absolute()
     known = profiles.load(DeviceProfile, against) if against else None
+    _refuse_unwritable(path)
     rank = RankContext.from_environment({}, Path.cwd())
     profile = measuring.measure(config, choose_device(config, rank), seconds, progress)
     lines = kernels.table(profile)

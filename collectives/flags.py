@@ -69,6 +69,14 @@ FLAGS = (
     ("-K", "per_iter_skip", "0", "samples to leave out; here the warm-up lasts until times are steady"),
 )
 """Letter, long name, what it takes, and what it does here."""
+_LETTERS = {name: f"{letter} ({name})" for letter, name, _, _ in FLAGS}
+_PASSED_ON = {
+    "minbytes": ("min_size",), "maxbytes": ("max_size",), "stepbytes": ("step_size",), "stepfactor": ("step_factor",),
+    "iters": ("min_iterations", "max_iterations"), "warmup_iters": ("min_warmup", "max_warmup"),
+    "run_cycles": ("passes",), "check": ("check",), "op": ("reductions",), "datatype": ("dtypes",), "root": ("root",),
+    "unalign": ("unalign",), "ops": ("ops",),
+}  # fmt: skip
+"""Fields whose values are those of a flag as typed."""
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _TYPES = "int8,uint8,int32,int64,half,bfloat16,float,double,f8e4m3,f8e5m2"
@@ -143,15 +151,28 @@ def read(options: argparse.Namespace, env: Mapping[str, str]) -> Typed:
     return typed
 
 
+def as_typed(message: str, options: argparse.Namespace) -> str:
+    """A complaint about the configuration with the flags that were typed in place of the fields that they set."""
+    for name, fields in _PASSED_ON.items():
+        if getattr(options, name) is not None:
+            for each in fields:
+                message = re.sub(rf"(?<=e\.g\. )collectives\.{each}=", f"{_short(name)} ", message)
+                message = re.sub(rf"\bcollectives\.{each}\b", _LETTERS.get(name, f"--{name}"), message)
+    return message
+
+
+def _short(name: str) -> str:
+    return _LETTERS[name].partition(" ")[0] if name in _LETTERS else f"--{name}"
+
+
 def _check(values: Mapping[str, str]) -> None:
-    letters = {name: f"{letter} ({name})" for letter, name, _, _ in FLAGS}
     for name, value in values.items():
         if name in _REFUSED and value != _REFUSED[name][0]:
-            raise UserError(f"{letters[name]}={value}: {_REFUSED[name][1]}")
+            raise UserError(f"{_LETTERS[name]}={value}: {_REFUSED[name][1]}")
         if name in _CHOICES and value not in _CHOICES[name]:
-            raise UserError(f"{letters[name]}={value}: type one of {', '.join(_CHOICES[name])}")
+            raise UserError(f"{_LETTERS[name]}={value}: type one of {', '.join(_CHOICES[name])}")
         if name in _COUNTS and not value.isdecimal():
-            raise UserError(f"{letters[name]}={value}: type a whole number, such as 1")
+            raise UserError(f"{_LETTERS[name]}={value}: type a whole number, such as 1")
     if values.get("blocking") == "1":
         raise UserError(
             "-z 1 has the barrier inside the time; type -z 3, which leaves it out, or -z 2 without one"

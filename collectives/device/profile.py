@@ -245,6 +245,7 @@ def measure(
     largest = max((one.size for one in moved if one.kind != "device"), default=0)
     bench = DeviceBench(device, config.collectives.seed, largest)
     record, smi = _Record({case: [] for case in cases}), {}
+    progress("warming up")
     try:
         smi["before"] = _heat(bench, seconds)
         _rounds(bench, record, begun + seconds, config.collectives.seed, progress)

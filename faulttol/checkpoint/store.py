@@ -64,16 +64,20 @@ class CheckpointStore:
     """A folder or URL that checkpoints are kept under. What its file system raises is an OSError, whatever its client
     library calls it: callers read another copy or tell their peers where they meet one.
 
+    Args:
+        root: the folder or URL.
+        field: what it was typed as.
+
     Raises:
         UserError: where the URL's protocol isn't known or its package isn't installed.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, field: str = "checkpoint.path") -> None:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(root)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"checkpoint.path='{root}' can't be used: {error}; type a folder or a URL such as s3://bucket/path"
+                f"{field}='{root}' can't be used: {error}; type a folder or a URL such as s3://bucket/path"
             ) from None
         self._local = isinstance(self._fs, LocalFileSystem)
         self.url = root

@@ -103,7 +103,8 @@ def reshard(options: argparse.Namespace) -> CommandResult:
 
     text = f"dp={options.files}" if options.files else options.layout
     layout = cutting.parse_layout(text)
-    source, out = _source(_named(options)), CheckpointStore(options.out)
+    out = places.output(options.out)
+    source = _source(_named(options))
     cutting.refuse_out(source, out)
     if options.dry_run:
         return _told(cutting.estimate(source, layout))

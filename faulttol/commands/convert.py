@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.store import CheckpointStore
-from faulttol.commands import screen
+from faulttol.commands import places, screen
 from faulttol.convert.job import ConversionJob, Estimate
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 def export(options: argparse.Namespace, store: CheckpointStore, commit: CheckpointCommit) -> ConversionJob:
     """Of `export PATH`."""
+    out = places.output(options.out)
     if options.to == "dcp":
         from faulttol.convert.dcp import export_dcp
 
         return export_dcp(store, Path(options.out), commit)
     from faulttol.convert.hf import export_hf
 
-    return export_hf(store, CheckpointStore(options.out), commit, options.dtype, options.shard_size)
+    return export_hf(store, out, commit, options.dtype, options.shard_size)
 
 
 def import_(options: argparse.Namespace) -> ConversionJob:
@@ -37,7 +38,7 @@ def import_(options: argparse.Namespace) -> ConversionJob:
         UserError: where a map of names goes with a format whose names are known, and as the format's import does.
     """
     model, kind, moments = _goes_on(options.overrides)
-    out = CheckpointStore(options.out)
+    out = places.output(options.out)
     if options.form == "hf":
         from faulttol.convert.hf import import_hf
 
@@ -45,7 +46,7 @@ def import_(options: argparse.Namespace) -> ConversionJob:
             raise UserError(
                 f"--names={options.names} is for dcp and deepspeed; the names of hf are known: leave it out"
             )
-        return import_hf(CheckpointStore(options.path), out, options.run, kind, moments, model)
+        return import_hf(CheckpointStore(options.path, "PATH"), out, options.run, kind, moments, model)
     from faulttol.convert import names
 
     rules = names.load(options.names) if options.names else names.KEEP
@@ -68,7 +69,7 @@ def grow(options: argparse.Namespace, store: CheckpointStore, commit: Checkpoint
 
     run = options.run or f"{commit.run}-{options.layers}-layers"
     return growing(
-        store, CheckpointStore(options.out), run, options.layers, commit, options.method, options.optimizer
+        store, places.output(options.out), run, options.layers, commit, options.method, options.optimizer
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class CheckpointPlace:
     @property
     def store(self) -> CheckpointStore:
         """Where the files lie."""
-        return CheckpointStore(self.root)
+        return CheckpointStore(self.root, "PATH" if self.run is None else "checkpoint.path")
 
     def commits(self, folder: Folder) -> list[CheckpointCommit]:
         """Commits of the step and attempt that were named, or all; oldest first.
@@ -121,6 +122,30 @@ def find(typed: str, step: int | None = None, attempt: int | None = None) -> Che
         )
     run = _run(typed)
     return CheckpointPlace(typed, _checkpoints(run), step, attempt, run)
+
+
+def output(typed: str) -> CheckpointStore:
+    """The folder or URL that `--out` names; nothing is made there.
+
+    Raises:
+        UserError: where it can't become a folder, before anything is read for it.
+    """
+    if not typed.strip():
+        raise UserError("--out is empty; name a folder, or a URL such as s3://bucket/path")
+    store = CheckpointStore(typed, "--out")
+    if "://" in typed:
+        return store
+    path = Path(typed).absolute()
+    try:
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--out={typed}: {error.strerror}; name another folder") from None
+    if not there.is_dir():
+        where = "" if there == path else f"{there} "
+        raise UserError(f"--out={typed}: {where}is a file; name a folder, or one that isn't there yet")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out={typed}: {there} can't be written; name a folder that you may write")
+    return store
 
 
 def _run(typed: str) -> RunPaths:

@@ -83,7 +83,7 @@ def export_dcp(store: StoreLike, out: Path, commit: CheckpointCommit | None = No
 
 def _refuse_full(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} isn't an empty folder; name one that is, or that isn't there yet")
+        raise UserError(f"--out={out} isn't an empty folder; name one that is, or that isn't there yet")
 
 
 def _export(

@@ -71,7 +71,7 @@ def export_hf(
         raise UserError(f"max_shard_bytes={max_shard_bytes} is below 1; type e.g. {5 << 30}")
     there = sorted(name for name in out.names() if name.endswith((".safetensors", ".json")))
     if there:
-        raise UserError(f"out={out.url} holds a model already ({there[0]}); name an empty folder")
+        raise UserError(f"--out={out.url} holds a model already ({there[0]}); name an empty folder")
     source = opened(store, commit)
     model = model_of(source)
     listed = {placed.foreign: placed for placed in families.tensors(model)}

@@ -45,16 +45,16 @@ def one_line(text: str) -> str:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--ops", "allreduce"), "collectives.ops"),
-        (("--ops", ""), "collectives.ops= has no value"),
-        (("--ops", "all_reduce", "-d", "float8"), "collectives.dtypes"),
-        (("-o", "mean"), "collectives.reductions"),
-        (("-b", "1M", "-e", "1K"), "collectives.max_size=1024 is below collectives.min_size=1048576"),
-        (("-b", "lots"), "collectives.min_size"),
-        (("-b", "0"), "collectives.min_size"),
-        (("-f", "0"), "collectives.step_factor"),
-        (("-n", "0"), "collectives.min_iterations"),
-        (("-r", "-1"), "collectives.root"),
+        (("--ops", "allreduce"), "--ops='allreduce' is not one of"),
+        (("--ops", ""), "--ops= has no value"),
+        (("--ops", "all_reduce", "-d", "float8"), "-d (datatype)='float8'"),
+        (("-o", "mean"), "-o (op)='mean'"),
+        (("-b", "1M", "-e", "1K"), "-e (maxbytes)=1024 is below -b (minbytes)=1048576"),
+        (("-b", "lots"), "-b (minbytes)='lots'"),
+        (("-b", "0"), "-b (minbytes)=0"),
+        (("-f", "0"), "-f (stepfactor)=0"),
+        (("-n", "0"), "-n (iters)=0"),
+        (("-r", "-1"), "-r (root)=-1"),
         (("collectives.bakend=gloo",), "collectives.bakend"),
         (("collectives.backend=ucc",), "collectives.backend"),
         (("--rank", "2"), "'--rank' is not an option of `run` (did you mean '--ranks'?)"),
@@ -103,6 +103,30 @@ def test_a_profile_has_a_name_by_which_it_is_found(name: str, tmp_path: Path) ->
         commands.device(compose(["hardware=cpu"]), name, 1.0, None, print)
     with pytest.raises(UserError, match=reason):
         commands.fit(ResultStore(tmp_path), name, 0.95)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("hardware=h100",), "hardware=h100 needs a GPU"),
+        (("hardware=cpu", "--seconds", "-1"), "--seconds=-1 must be above 0"),
+        (("hardware=cpu", "--against", "nope"), "nope"),
+        (("hardware=cpu",), "device.yaml: it is a folder; change to a folder"),
+    ],
+)
+def test_a_device_that_cannot_be_measured_is_refused_first(
+    words: tuple[str, ...],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one line, not behind one that says how long it takes, nor after those minutes."""
+    (tmp_path / ("device.yaml" if "a folder" in reason else "other")).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["device", *words]) == 2
+    assert reason in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.unit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -143,6 +144,30 @@ def test_reshard_keeps_every_bit(root: Path, tmp_path: Path, ask: Ask, how: str)
     parts = layout(tensors(), 4, 8, "rows")
     there = blank(parts)
     assert all(isinstance(a, Restored) for a in restore_layout(out, there)) and equal(there, parts)
+
+
+@pytest.mark.parametrize(
+    "words", ["reshard --files 2", "export", "export --to dcp", "grow --layers 4", "import --from hf"]
+)
+def test_an_out_that_cannot_be_a_folder_is_a_mistake_of_what_was_typed(
+    words: str, root: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "shut").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shut" and allowed(path, mode))
+    for out, why in (
+        ("", "--out is empty; name a folder"),
+        (tmp_path / "file", "is a file; name a folder"),
+        (tmp_path / "file" / "below", f"{tmp_path / 'file'} is a file"),
+        (tmp_path / "shut" / "below", f"{tmp_path / 'shut'} can't be written"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        ("nope://x", "--out='nope://x' can't be used"),
+    ):
+        command, *rest = words.split()
+        code, text, err = ask(command, root, "--out", out, *rest)
+        assert (code, text, err.count("\n")) == (USER_ERROR_EXIT, "", 1) and why in err, err
+    assert files(tmp_path / "shut") == {}
 
 
 def test_reshard_refuses_and_leaves_nothing(root: Path, tmp_path: Path, ask: Ask) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -91,7 +93,7 @@ def test_a_path_that_names_nothing_is_refused(home: Path, tmp_path: Path, ask: A
         (tmp_path / "nothing", "neither a folder nor a run"),
         (tmp_path / "file", "is a file"),
         (tmp_path / "empty", "no checkpoint is committed"),
-        ("nope://x", "checkpoint.path='nope://x' can't be used"),
+        ("nope://x", "PATH='nope://x' can't be used"),
     ):
         code, out, err = ask("inspect", typed)
         assert (code, out, err.count("\n")) == (USER_ERROR_EXIT, "", 1) and why in err, err
@@ -383,16 +385,22 @@ def test_every_command_of_the_page_can_be_typed() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "reshard {root} --files 2 --out {root}/file/x",
-        "export {root} --to dcp --out {root}/file/x",
+        "reshard {root} --files 2 --out {root}/new",
+        "export {root} --to dcp --out {root}/new",
         "import {root}/hf --from hf --out {root}/new",
     ],
 )
-def test_what_the_system_refuses_is_one_line(ask: Ask, tmp_path: Path, words: str) -> None:
-    """No traceback for a place that is a file, full, or of another user."""
+def test_what_the_system_refuses_is_one_line(
+    ask: Ask, tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No traceback for a disk that is full, or a folder in a file's place."""
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
     save_all(tmp_path, 7)
-    (tmp_path / "file").touch()
     (tmp_path / "hf/config.json").mkdir(parents=True)
+    monkeypatch.setattr(Path, "mkdir", full)
     code, out, err = ask(*words.format(root=tmp_path).split())
     (line,) = err.splitlines()
     assert code == 1 and not out
