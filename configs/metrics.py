@@ -130,6 +130,11 @@ class ResumedLine:
     facts: dict[str, Any] = field(default_factory=dict)
     """Versions, device name, threads, corpus size."""
 
+    @property
+    def passed(self) -> str:
+        """Why newer checkpoints were passed over; empty where the newest was loaded."""
+        return "; ".join(map(str, self.facts.get("passed", ())))
+
 
 @dataclass(frozen=True)
 class MeasuredLine:

@@ -208,6 +208,8 @@ class _Job:
             self.progress.ahead = loaded.samples - samples_before(self.config.train, loaded.step)
             notes = [*notes, *loaded.notes]
             self.facts["tier"] = loaded.tier
+            if loaded.passed:
+                self.facts["passed"] = list(loaded.passed)
         self.saves.begin(self.progress.step)
         self.lines.note(notes)
         startup.end()

@@ -48,8 +48,10 @@ class LoadedState:
     path: str
     tier: str
     """Where it lay: `store`, `memory` or `another run`."""
+    passed: tuple[str, ...]
+    """Why newer checkpoints were passed over."""
     notes: list[str]
-    """Newer checkpoints that were passed over, and settings that changed, a line each."""
+    """That, and settings that changed, a line each."""
 
 
 class Checkpoints:
@@ -125,7 +127,7 @@ class Checkpoints:
             )
         loss = loaded.facts.get("loss")  # weights that came from elsewhere have none
         loss = float("nan") if loss is None else float(loss)
-        return LoadedState(loaded.step, samples, loss, loaded.path, loaded.tier, notes)
+        return LoadedState(loaded.step, samples, loss, loaded.path, loaded.tier, tuple(loaded.passed), notes)
 
     def _tiers(self, ends: ExitStack) -> list[loading.Tier]:
         """What may be begun from, while `ends` is open: memory, the store, and what `resume` names."""

@@ -267,7 +267,7 @@ def cancel(call: CommandCall) -> int:
                 f"run '{run.run_id}' is still {row.state}; `{PROGRAM} status {run.run_id}` shows when it ends"
             )
         time.sleep(0.2)
-    call.report(f"{run.run_id} is {row.state}; {row.next_step} continues it", asdict(row))
+    call.report(f"{run.run_id} is {row.state}; {console.continuing(row)}", asdict(row))
     return 0
 
 

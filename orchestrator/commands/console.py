@@ -54,6 +54,15 @@ def _changes(rows: Sequence[Sequence[str]]) -> str:
     return indented(table([(name, before, "->", now) for name, before, now in rows]))
 
 
+def continuing(row: RunSummary) -> str:
+    """What continues a run that was stopped, from where, and why not from its last step."""
+    if row.checkpoint_step is None:
+        begins = f"{row.next_step} begins it again, since it has no checkpoint"
+    else:
+        begins = f"{row.next_step} continues it from step {row.checkpoint_step}"
+    return f"{begins}: {row.saves}" if row.failed_saves else begins
+
+
 def _note(row: RunSummary) -> str:
     if row.parked:
         return f"parked: {row.parked}"

@@ -182,7 +182,8 @@ def _line(item: Event | MetricLine) -> str | None:
             again = f", {plural(closed.lost_steps, 'step')} again" if closed.lost_steps else ""
             return f"{at} incident {closed.incident} is over: {closed.resolution}{again}"
         case ResumedLine(step=step) if step:
-            return f"{at} resumed from step {step}"
+            passed = f"; passed over {item.passed}" if item.passed else ""
+            return f"{at} resumed from step {step}{passed}"
         case EvaluatedLine():
             return f"{at} step {item.step}: loss {item.loss:.4f} on {item.samples} held-out samples"
         case SavedLine(tier="store"):

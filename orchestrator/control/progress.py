@@ -74,7 +74,7 @@ def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Paylo
     attempt = view.attempt
     match line:
         case ResumedLine() if view.resumed_step is None:
-            return [AttemptResumed(attempt, line.step, line.path)], known
+            return [AttemptResumed(attempt, line.step, line.path, line.passed)], known
         case SavedLine(tier="store") if view.checkpoint is None or _newer(line, view.checkpoint):
             return [committed(line)], known
         case SavedLine(tier="memory") if known.snapshot is None or line.step > known.snapshot.step:

@@ -334,7 +334,15 @@ class _Pool:
             for n, tier, own in zip(self._row.nodes, tiers, self._slots, strict=True)
             if tier == CLOSED and own
         ]
-        counts = [f"{len(some)} {'is' if len(some) == 1 else 'are'} {what}"
-                for what, some in (("barred", [n for n in nodes if n.barred]),
-                                   ("kept as spares", [n for n in nodes if not n.barred])) if some]  # fmt: skip
-        return f" ({', '.join(counts)})" if counts else ""
+        barred, spares = [n for n in nodes if n.barred], [n for n in nodes if not n.barred]
+        said = []
+        if barred:  # one by its name and reason: who waits looks for what to mend, or for how long it lasts
+            which = f"{barred[0].ip}: {barred[0].barred}"
+            said.append(
+                f"1 is barred, {which}" if len(barred) == 1 else f"{len(barred)} are barred, such as {which}"
+            )
+        if spares:
+            said.insert(
+                0, "1 is kept as a spare" if len(spares) == 1 else f"{len(spares)} are kept as spares"
+            )
+        return f" ({', '.join(said)})" if said else ""

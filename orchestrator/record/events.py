@@ -105,6 +105,8 @@ class AttemptResumed:
     attempt: int
     step: int
     path: str | None
+    passed: str = ""
+    """Why newer checkpoints were passed over; empty where it begins with the newest."""
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,8 @@ def _trouble(view: RunView) -> str:
     """What is wrong with a run's saves."""
     if view.failing and view.failed is not None:
         return f"{failed(view.failing)} since step {view.saved_step or 0}: {view.failed.error}"
+    if view.passed:
+        return f"resumed from step {view.resumed_step or 0}; passed over {view.passed}"
     return next((i.event.detail for i in view.open_incidents if i.stops_nothing), "")
 
 

@@ -235,7 +235,11 @@ def _mark_of(event: Event) -> tuple[str, int | None, str] | None:
         case CheckpointFailed() as p:
             return "save_failed", p.step, p.error
         case AttemptResumed() as p:
-            return "resumed", p.step, f"continues from step {p.step}"
+            return (
+                "resumed",
+                p.step,
+                f"continues from step {p.step}" + (f"; passed over {p.passed}" if p.passed else ""),
+            )
         case IncidentOpened() as p:
             return "incident", p.step, p.detail
         case IncidentClosed() as p:

@@ -100,6 +100,8 @@ class RunView:
     """Newest snapshot in the memory of nodes that was reported."""
     saved_step: int | None = None
     """Step of the current attempt's newest commit in storage, or that it began at; None until its ranks say so."""
+    passed: str = ""
+    """Why the current attempt passed over newer checkpoints, until it has a newer one itself."""
     interval: int = 0
     """Steps between the attempt's newest commit in storage and the one before; 0 before its first."""
     failed: CheckpointFailed | None = None
@@ -198,7 +200,7 @@ def apply(view: RunView, event: Event, strict: bool = True) -> RunView:
             return _apply_move(view, p, event, strict)
         case AttemptPlaced():
             return replace(
-                view, attempt=p.attempt, placed=p, pids={}, resumed_step=None, saved_step=None, interval=0,
+                view, attempt=p.attempt, placed=p, pids={}, resumed_step=None, saved_step=None, passed="", interval=0,
                 decision=None, finished=None, stopping=None, evidence="",
             )  # fmt: skip
         case RanksStarted():
@@ -210,7 +212,7 @@ def apply(view: RunView, event: Event, strict: bool = True) -> RunView:
                 else i
                 for i in view.incidents
             )
-            return replace(view, resumed_step=p.step, saved_step=p.step, incidents=incidents)
+            return replace(view, resumed_step=p.step, saved_step=p.step, passed=p.passed, incidents=incidents)
         case Amended():
             return _amend(view, p)
         case CheckpointCommitted():
@@ -316,6 +318,7 @@ def _apply_checkpoint(view: RunView, saved: CheckpointCommitted) -> RunView:
         checkpoint=saved,
         saved_step=saved.step,
         interval=max(0, saved.step - (view.saved_step or 0)),
+        passed="",
         failing=0,
         restarts=0 if newer else view.restarts,
         incidents=incidents,

@@ -353,6 +353,14 @@ def test_a_run_begins_where_another_stands_and_only_reads_it(train: Train, tmp_p
     assert [line.step for line in _of(again, ResumedLine)] == [6], "its own checkpoints come first"
 
 
+def test_a_damaged_checkpoint_is_named_by_what_begins_with_an_older_one(train: Train, tmp_path: Path) -> None:
+    train("train.steps=4", "checkpoint.every=2", "checkpoint.keep=9")
+    (path,) = (tmp_path / "run" / "checkpoints" / "step-0000000004").glob("*.r00000.*")
+    path.write_bytes(path.read_bytes()[:-9])
+    (resumed,) = _of(train("train.steps=6", attempt=2), ResumedLine)
+    assert resumed.step == 2 and path.name in resumed.passed and resumed.passed.startswith("step 4: ")
+
+
 def test_one_step_of_another_run_is_where_a_run_begins(train: Train, tmp_path: Path) -> None:
     train("train.steps=6", "checkpoint.every=2", "checkpoint.keep=9", folder="one")
     path = tmp_path / "one" / "checkpoints" / "step-0000000002"

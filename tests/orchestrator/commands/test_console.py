@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.compose import compose, dump
-from configs.metrics import MetricLine, MetricWriter, SavedLine, SaveFailedLine
+from configs.metrics import MetricLine, MetricWriter, ResumedLine, SavedLine, SaveFailedLine
 from configs.paths import HomePaths
 from orchestrator.cli import main
 from orchestrator.commands import console, text, watching
@@ -158,6 +158,10 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     [
         (SavedLine(0.0, 1, 20, "p", 2048, 2.5, 0.25), "saved step 20 (2 KiB in 2.50 s, training held 0.25 s)"),
         (SavedLine(0.0, 1, 20, "p", 2048, 2.5, 0.25, "memory"), None),
+        (ResumedLine(0.0, 1, 0, None, ""), None),
+        (ResumedLine(0.0, 1, 80, "p", ""), "resumed from step 80"),
+        (ResumedLine(0.0, 1, 80, "p", "", {"passed": ["step 88: x differs"]}),
+         "resumed from step 80; passed over step 88: x differs"),
         (SaveFailedLine(0.0, 1, 30, "full", 2), "the save of step 30 failed, 2 in a row: full"),
         (SaveFailedLine(0.0, 1, 30, "busy", 0), "step 30 was not saved: busy"),
         (Event(1, 0.0, Decided(1, "warn", "saves_failing", 0, 3, 0.0, "3 saves failed")), "warning: 3 saves failed"),

@@ -125,6 +125,9 @@ def test_all_are_beyond_a_step_where_each_of_them_is() -> None:
 def test_an_attempt_begins_once() -> None:
     line = ResumedLine(1.0, 1, 10, "p/10", "")
     assert absorb(STARTING, line, KNOWN) == ([AttemptResumed(1, 10, "p/10")], KNOWN)
+    why = ["step 30: a differs from what was saved", "step 20: b is missing"]
+    older = replace(line, facts={"passed": why})
+    assert absorb(STARTING, older, KNOWN)[0] == [AttemptResumed(1, 10, "p/10", "; ".join(why))]
     begun = then(STARTING, [AttemptResumed(1, 0, None)])
     assert absorb(begun, line, KNOWN) == ([], KNOWN), "step 0 is a step too"
     following = view_of(*LIFE[: LIFE.index(MENDED) - 2])

@@ -416,7 +416,8 @@ def test_a_cordoned_node_keeps_what_it_runs_and_gets_nothing_new() -> None:
     sim.go(until=299.0)
     assert sim.runs["a"].state is State.SUCCEEDED and len(sim.runs["a"].placements()) == 1
     assert [used for _, used in sim.runs["b"].placements()] == [{"n00001"}]
-    assert sim.holds["c"].reason == "needs 16 slots, the cluster has 8: waits for more nodes (1 is barred)"
+    why = "1 is barred, 10.0.0.1: cordoned: a fan"
+    assert sim.holds["c"].reason == f"needs 16 slots, the cluster has 8: waits for more nodes ({why})"
     sim.go()
     assert sim.runs["c"].state is State.SUCCEEDED
 

@@ -263,12 +263,14 @@ def test_only_a_run_that_recovers_gets_a_spare_and_the_others_are_told() -> None
     both = [replace(run("a", 16, block=8), recovering=True), run("b", 16, 1.0, block=8)]
     assert admitted(decide_all(both[:1], [], nodes, QueuePolicy())) == ["a"]
     told = held(decide_all(both[1:], [], nodes, QueuePolicy()))["b"][1]
-    assert told == "needs 16 slots, the cluster has 8: waits for more nodes (1 is kept as spares)"
+    assert told == "needs 16 slots, the cluster has 8: waits for more nodes (1 is kept as a spare)"
     nodes[0] = replace(nodes[0], barred="cordoned: a fan")
     told = held(decide_all(both[1:], [], nodes, QueuePolicy()))["b"][1]
-    assert (
-        told == "needs 16 slots, the cluster has 0: waits for more nodes (1 is barred, 1 is kept as spares)"
-    )
+    why = f"1 is kept as a spare, 1 is barred, {nodes[0].ip}: cordoned: a fan"
+    assert told == f"needs 16 slots, the cluster has 0: waits for more nodes ({why})"
+    nodes[1] = replace(nodes[0], ip="10.9.9.9")
+    told = held(decide_all(both[1:], [], nodes, QueuePolicy()))["b"][1]
+    assert told.endswith(f"(2 are barred, such as {nodes[0].ip}: cordoned: a fan)")
 
 
 def test_a_reservation_keeps_off_what_the_run_avoids_where_it_can() -> None:

@@ -221,6 +221,45 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     assert "9 steps trained again (7.05 steps predicted), 4.0 s without training" in told
 
 
+def test_what_continues_a_stopped_run_says_from_where_and_what_was_not_saved(tmp_path: Path) -> None:
+    """A run that is cancelled while its storage is full is not at its last step when it resumes."""
+    home = HomePaths(tmp_path)
+    run = home.run("a-20260101-000000-aaaa")
+    resume = f"python -m orchestrator resume {run.run_id}"
+    log = Writer(run)
+    log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    log.append(StateMoved(State.CANCELLED, Reason.CANCEL_ASKED), 1.0)
+    (row,) = reading.summaries(home).rows
+    assert console.continuing(row) == f"{resume} begins it again, since it has no checkpoint"
+    log.append(CheckpointCommitted(1, 40, "folder/step", 9, 12.5, 0.25), 2.0)
+    (row,) = reading.summaries(home).rows
+    assert console.continuing(row) == f"{resume} continues it from step 40"
+    log.append(CheckpointFailed(1, 98, "No space left", 1), 3.0)
+    log.close()
+    (row,) = reading.summaries(home).rows
+    why = "1 save failed since step 40: No space left"
+    assert console.continuing(row) == f"{resume} continues it from step 40: {why}"
+
+
+def test_a_checkpoint_that_was_passed_over_is_shown_until_there_is_a_newer_one(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path)
+    log = Writer(home.run("a-20260101-000000-aaaa"))
+    log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    log.append(StateMoved(State.PLACING, Reason.ADMITTED), 1.0)
+    log.append(AttemptPlaced(1, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
+    log.append(StateMoved(State.STARTING, Reason.PLACED), 1.0)
+    log.append(AttemptResumed(1, 80, "folder/80", "step 88: a file differs"), 1.0)
+    (row,) = reading.summaries(home).rows
+    assert row.saves == "resumed from step 80; passed over step 88: a file differs"
+    assert row.saves in console.status(row, []) and row.saves in console.run_list([row])
+    log.append(CheckpointCommitted(1, 100, "folder/step", 9, 12.5, 0.25), 2.0)
+    log.close()
+    (row,) = reading.summaries(home).rows
+    assert row.saves == ""
+
+
 def test_saves_are_rows_of_their_own_in_wandb() -> None:
     stored = SavedLine(1.0, 1, 20, "p", 10, 2.5, 0.5)
     assert sinks.save_row(stored) == {
