@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from collectives.cli import main
+from configs.errors import starting
+
+with starting():
+    from collectives.cli import main
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
-from collections.abc import Iterable, Sequence
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 #: Exit code of every command and rank that ends by a `UserError`; recovery never retries it.
@@ -13,6 +19,9 @@ USER_ERROR_EXIT = 2
 
 #: Exit code of a rank that was asked to stop by SIGTERM and has saved its state: 128 + 15, as shells have it.
 STOPPED_EXIT = 143
+
+#: Exit code of a command that Ctrl-C ended: 128 + 2.
+INTERRUPTED_EXIT = 130
 
 
 class UserError(Exception):
@@ -40,6 +49,32 @@ class ReplicasDiffer(Exception):
 
 class WrongReplica(ReplicasDiffer):
     """A rank's copy of the state isn't what it must be; its host is at fault."""
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the imports of a `__main__`, which take up to seconds.
+
+    Ctrl-C there is one line and `INTERRUPTED_EXIT`, as it is later: nothing has begun by then. What the encoding of the
+    output lacks, such as the bytes of a file's name that isn't text, is escaped as in `stderr`.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Ignored in a shell's background, and another's business where it has its own handler.
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    sys.stderr.write("megaray: interrupted\n")
+    sys.stderr.flush()
+    os._exit(INTERRUPTED_EXIT)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -95,7 +95,7 @@ class RankContext:
             run_root: the run's folder where `MEGARAY_RUN` isn't set, as under torchrun.
 
         Raises:
-            UserError: where some of the variables are set and others aren't.
+            UserError: where some of the variables are set and others aren't, or one isn't the number that it should be.
         """
         missing = [name for name in TORCHRUN_VARIABLES if name not in env]
         if missing and len(missing) < len(TORCHRUN_VARIABLES) and "RANK" in env:
@@ -104,15 +104,17 @@ class RankContext:
                 "torchrun or `python -m orchestrator submit`"
             )
         alone = "RANK" not in env
+        world = 1 if alone else _number(env, "WORLD_SIZE", 1)
+        local_world = 1 if alone else _number(env, "LOCAL_WORLD_SIZE", 1, world)
         return cls(
-            rank=0 if alone else int(env["RANK"]),
-            world=1 if alone else int(env["WORLD_SIZE"]),
-            local_rank=0 if alone else int(env["LOCAL_RANK"]),
-            local_world=1 if alone else int(env["LOCAL_WORLD_SIZE"]),
+            rank=0 if alone else _number(env, "RANK", 0, world - 1),
+            world=world,
+            local_rank=0 if alone else _number(env, "LOCAL_RANK", 0, local_world - 1),
+            local_world=local_world,
             master_addr="127.0.0.1" if alone else env["MASTER_ADDR"],
-            master_port=0 if alone else int(env["MASTER_PORT"]),
+            master_port=0 if alone else _number(env, "MASTER_PORT", 0, 65_535),
             run=RunPaths(Path(env.get("MEGARAY_RUN") or run_root)),
-            attempt=int(env.get("MEGARAY_ATTEMPT", "1")),
+            attempt=_number(env, "MEGARAY_ATTEMPT", 1) if env.get("MEGARAY_ATTEMPT") else 1,
             rings=Path(env["MEGARAY_RINGS"]) if env.get("MEGARAY_RINGS") else None,
         )
 
@@ -129,6 +131,22 @@ class RankContext:
             "MEGARAY_RUN": str(self.run.root),
             "MEGARAY_ATTEMPT": str(self.attempt),
         }
+
+
+def _number(env: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
+    """A variable's number.
+
+    Raises:
+        UserError: where it isn't one, or is out of its range.
+    """
+    text = env[name].strip()
+    if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
+        return int(text)
+    between = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise UserError(
+        f"{name}='{env[name]}' is not a whole number {between}; torchrun and `python -m orchestrator submit` set it, or "
+        "unset RANK and MEGARAY_ATTEMPT for one rank alone"
+    )
 
 
 def threads(env: Mapping[str, str]) -> int:

@@ -3,7 +3,10 @@
 import os
 import sys
 
-from faulttol.cli import main
+from configs.errors import starting
+
+with starting():
+    from faulttol.cli import main
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])

@@ -38,8 +38,10 @@ def run() -> int:
         sys.stderr.write(f"megaray: {why}\n")
         return _MISTAKE
     # Loaded here, once it is known whose packages these are.
-    from orchestrator.cli import main
+    from configs.errors import starting
 
+    with starting():
+        from orchestrator.cli import main
     return main(sys.argv[1:])
 
 

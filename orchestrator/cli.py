@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout = None  # `| head` has left; nothing more can be written
         return 0
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print("megaray: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
         if error.filename is None and error.errno not in _STORAGE:

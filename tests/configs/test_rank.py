@@ -24,6 +24,27 @@ def test_a_context_comes_back_from_the_environment(rings: Path | None) -> None:
     assert ("MEGARAY_RINGS" in context.environment()) is (rings is not None)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "between"),
+    [
+        ("RANK", "abc", "from 0 to 3"),
+        ("RANK", "4", "from 0 to 3"),
+        ("RANK", "²", "from 0 to 3"),
+        ("WORLD_SIZE", "0", "of at least 1"),
+        ("LOCAL_RANK", "-1", "from 0 to 1"),
+        ("LOCAL_WORLD_SIZE", "5", "from 1 to 4"),
+        ("MASTER_PORT", "99999999", "from 0 to 65535"),
+        ("MEGARAY_ATTEMPT", "two", "of at least 1"),
+    ],
+)
+def test_a_variable_that_is_no_number_of_a_rank_is_named(name: str, value: str, between: str) -> None:
+    env = RankContext(1, 4, 1, 2, "127.0.0.1", 29500, RunPaths(Path("/x")), 3).environment()
+    with pytest.raises(UserError, match=f"{name}='{value}' is not a whole number {between}; torchrun"):
+        RankContext.from_environment(env | {name: value}, Path("/y"))
+    if name == "MEGARAY_ATTEMPT":
+        assert RankContext.from_environment(env | {name: ""}, Path("/y")).attempt == 1
+
+
 def test_what_a_rank_writes_for_its_observers_is_in_the_nodes_memory_where_one_watches() -> None:
     assert _context(Path("/dev/shm/a")).files == RankFiles(Path("/dev/shm/a"), 3)
     own = _context(None)

@@ -1,0 +1,83 @@
+"""How the four programs start: Ctrl-C while their modules load, and outputs that can't take every character."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.errors import INTERRUPTED_EXIT, starting
+from tests.faulttol.ranks import save_all
+from tests.source_tree import ROOT
+
+pytestmark = pytest.mark.timeout(60)
+
+_STRUCK = """
+import os, runpy, signal, sys
+
+class Strike:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1] + ".cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Strike())
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+"""Starts a program, with Ctrl-C at the first of its imports that takes long."""
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("program", ["collectives", "faulttol", "orchestrator", "trainer"])
+def test_ctrl_c_while_a_program_loads_is_one_line(program: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _STRUCK, program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (INTERRUPTED_EXIT, "", "megaray: interrupted\n")
+
+
+@pytest.mark.unit
+def test_what_handles_ctrl_c_otherwise_is_left_alone() -> None:
+    """Such as a shell's background, where it is ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.SIG_IGN, lambda *_: None):
+            signal.signal(signal.SIGINT, handler)
+            with starting():
+                assert signal.getsignal(signal.SIGINT) is handler
+            assert signal.getsignal(signal.SIGINT) is handler
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with starting():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["faulttol", "inspect", "{root}/\udcff"],
+        ["orchestrator", "plan", "experiment=smoke"],
+        ["trainer", "size", "model=demo", "hardware=cpu"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_an_output_cannot_show_is_escaped(words: list[str], tmp_path: Path) -> None:
+    """A file's name of other bytes than text, in a terminal of another encoding."""
+    (tmp_path / "\udcff").mkdir()
+    save_all(tmp_path / "\udcff", 3, run="run-1")
+    ended = subprocess.run(
+        [sys.executable, "-m", *(word.format(root=tmp_path) for word in words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "MEGARAY_HOME": str(tmp_path)},
+    )
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+    assert ended.stdout.isascii() and ("\\udcff" in ended.stdout) is (words[0] == "faulttol")
