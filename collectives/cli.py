@@ -19,7 +19,7 @@ from collectives.store import stream
 from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
-from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, check_command, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, OutputLost, UserError, check_command, nearest
 from configs.paths import RunPaths
 from configs.rank import RankContext, die_with_parent
 from configs.schema import RunConfig
@@ -40,6 +40,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except OutputLost as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:

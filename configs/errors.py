@@ -31,6 +31,32 @@ class UserError(Exception):
     """
 
 
+class OutputLost(Exception):
+    """What a command prints can't be written where it goes, such as to a file on a full disk; exit code 1."""
+
+
+class _Output(io.TextIOWrapper):
+    """A standard output that tells its own failures from those of the files that a command reads and writes."""
+
+    def write(self, text: str, /) -> int:
+        with _own_failures():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _own_failures():
+            super().flush()
+
+
+@contextmanager
+def _own_failures() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputLost(f"the output can't be written: {error.strerror}; send it elsewhere") from None
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports a mistake in what was typed as a `UserError`, in one line and without the usage."""
 
@@ -58,8 +84,13 @@ def starting() -> Iterator[None]:
     Ctrl-C there is one line and `INTERRUPTED_EXIT`, as it is later: nothing has begun by then. What the encoding of the
     output lacks, such as the bytes of a file's name that isn't text, is escaped as in `stderr`.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        sys.stdout = _Output(
+            sys.stdout.buffer,
+            sys.stdout.encoding,
+            "backslashreplace",
+            line_buffering=sys.stdout.line_buffering,
+        )
     # Ignored in a shell's background, and another's business where it has its own handler.
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -69,6 +100,22 @@ def starting() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without the interpreter's teardown: communication libraries have threads that can hang in it."""
+    try:
+        if sys.stdout is not None:  # closed by who started us
+            sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # the reader of our output has seen enough
+    except OutputLost as error:
+        if not code:  # or it has been reported
+            code = 1
+            sys.stderr.write(f"megaray: {error}\n")
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

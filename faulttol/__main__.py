@@ -1,16 +1,11 @@
 """`python -m faulttol`: the command line."""
 
-import os
 import sys
 
-from configs.errors import starting
+from configs.errors import leave, starting
 
 with starting():
     from faulttol.cli import main
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Without the interpreter's teardown: communication libraries have threads that can hang in it.
-    os._exit(code)
+    leave(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, check_command, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, OutputLost, UserError, check_command, nearest
 
 if TYPE_CHECKING:
     from faulttol.commands.acts import CommandResult
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
-    except (Incomplete, _NotReached) as error:
+    except (Incomplete, _NotReached, OutputLost) as error:
         print(f"megaray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -53,6 +53,9 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(answer.data, indent=1) if options.json else "\n".join(answer.lines), flush=True)
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
+    except OutputLost as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return 1
     return int(answer.code)
 
 

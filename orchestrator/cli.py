@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, check_command, nearest
+from configs.errors import USER_ERROR_EXIT, OneLineParser, OutputLost, UserError, check_command, nearest
 from configs.paths import HomePaths, default_home
 from orchestrator import DASHBOARD_PORT, PROGRAM
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
@@ -91,6 +91,10 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except OutputLost as error:
+        sys.stdout = None  # its end would fail once more
+        print(f"megaray: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         sys.stdout = None  # `| head` has left; nothing more can be written
         return 0

@@ -19,6 +19,7 @@ from configs.errors import (
     STOPPED_EXIT,
     USER_ERROR_EXIT,
     OneLineParser,
+    OutputLost,
     Stopped,
     UserError,
     check_command,
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except OutputLost as error:
+        print(f"megaray: {error}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print(f"megaray: {stopped}", file=sys.stderr)
         return STOPPED_EXIT

@@ -81,3 +81,29 @@ def test_what_an_output_cannot_show_is_escaped(words: list[str], tmp_path: Path)
     )
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
     assert ended.stdout.isascii() and ("\\udcff" in ended.stdout) is (words[0] == "faulttol")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("target", "code", "said"), [(">&-", 0, ""), ("> /dev/full", 1, "No space left on device")]
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "trainer size model=demo hardware=cpu",
+        "orchestrator plan experiment=smoke",
+        "faulttol preflight --quick",
+        "faulttol inspect /nothing",
+        "collectives compare /nothing",
+    ],
+)
+def test_an_output_that_is_closed_or_full_is_no_traceback(
+    words: str, target: str, code: int, said: str
+) -> None:
+    if words.endswith("/nothing"):  # what is reported first stays the reason
+        code, said = 2, "/nothing"
+    command = f"{sys.executable} -m {words} {target}"
+    ended = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == code and said in ended.stderr and ended.stderr.count("\n") == bool(said), (
+        ended.stderr
+    )
