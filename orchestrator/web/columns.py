@@ -207,8 +207,9 @@ class Columns:
             return
         width = len(SCALARS) + len(self.phases)
         fresh = np.full((len(values), width), np.nan, dtype=np.float32)
-        for i, row in enumerate(values):
-            fresh[i, : len(row)] = row
+        with np.errstate(over="ignore"):  # a loss that has diverged is infinite here
+            for i, row in enumerate(values):
+                fresh[i, : len(row)] = row
         if self.values.shape[1] < width:
             wider = np.full((len(self.values), width), np.nan, dtype=np.float32)
             wider[:, : self.values.shape[1]] = self.values

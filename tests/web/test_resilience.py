@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,15 @@ def test_memory_is_bounded_and_spikes_stay(tmp_path: Path) -> None:
     assert columns.column("step")[-1] == 20_000
     assert columns.bytes < 500_000
     assert loads(columns.line_bytes(columns.rows - 1)) == [[16] * 4] * 2
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_loss_beyond_the_columns_numbers_is_infinite_and_no_warning(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    long_metrics(path, 1)
+    path.write_text(re.sub(r'"loss": [^,]+', '"loss": 1e300', path.read_text()))
+    columns = Columns(path)
+    assert columns.update() and columns.column("loss").tolist() == [float("inf")]
 
 
 def test_a_line_of_megabytes_is_read(tmp_path: Path) -> None:

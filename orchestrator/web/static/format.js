@@ -69,6 +69,7 @@ export function when(time, now = Date.now() / 1000) {
   if (!known(time)) return MISSING;
   const at = new Date(time * 1000),
     today = new Date(now * 1000);
+  if (Number.isNaN(at.getTime())) return MISSING; // later than a date can be
   const pad = (value) => String(value).padStart(2, "0");
   const clock = `${pad(at.getHours())}:${pad(at.getMinutes())}:${pad(at.getSeconds())}`;
   if (at.toDateString() === today.toDateString()) return clock;

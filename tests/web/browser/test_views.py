@@ -412,6 +412,16 @@ def test_all_is_reached_by_tab(page: BrowserPage) -> None:
         assert left == []
 
 
+def test_a_moment_that_no_date_can_be_is_left_out(page: BrowserPage) -> None:
+    """Such as the end of a run whose steps take years."""
+    shown = page.driver.execute_async_script(
+        "const done = arguments[1]; import('/static/format.js').then((m) => done(arguments[0].map((t) => m.when(t, 0))))",
+        [0, 1e11, 1e24],
+    )
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", shown[0]) and shown[1].startswith("5138-")
+    assert "NaN" not in shown[2] and len(shown[2]) == 1
+
+
 def test_theme_is_the_readers_choice(page: BrowserPage) -> None:
     page.go("nodes")
     back = "return getComputedStyle(document.body).backgroundColor"
