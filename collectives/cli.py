@@ -19,7 +19,14 @@ from collectives.store import stream
 from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
-from configs.errors import USER_ERROR_EXIT, OneLineParser, OutputLost, UserError, check_command, nearest
+from configs.errors import (
+    USER_ERROR_EXIT,
+    OneLineParser,
+    OutputLost,
+    UserError,
+    check_command,
+    unknown,
+)
 from configs.paths import RunPaths
 from configs.rank import RankContext, die_with_parent
 from configs.schema import RunConfig
@@ -66,27 +73,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         UserError: for a word that is neither.
     """
     check_command(arguments, _COMMANDS)
-    options, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):
-            known = [
-                "--ranks",
-                "--out",
-                "--ops",
-                "--config",
-                *(word for flag, name, *_ in flags.FLAGS for word in (flag, f"--{name}")),
-            ]
-            raise UserError(
-                f"'{word}' is not an option of `{options.name}`{nearest(word, known)}; `{PROGRAM} {options.name} --help` "
-                "shows them"
-            )
+            raise unknown(word, parser, options.verb)
         options.overrides.append(word)
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="name", required=True)
+    commands = parser.add_subparsers(dest="verb", required=True)
     run = commands.add_parser(
         "run", help="measure: ranks are started here, or by torchrun, srun or mpirun", allow_abbrev=False
     )

@@ -130,6 +130,22 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def unknown(word: str, parser: argparse.ArgumentParser, command: str) -> UserError:
+    """What is said of a word behind a command that takes no such word, with the nearest option.
+
+    Args:
+        parser: the program's, of which `command` is a subparser.
+    """
+    commands = next(one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    shows = f"`{parser.prog} {command} --help` shows what can be typed"
+    if not word.startswith("-"):
+        return UserError(f"`{command}` doesn't take the word '{word}'; {shows}")
+    known = [flag for action in commands.choices[command]._actions for flag in action.option_strings]
+    return UserError(
+        f"'{word}' is not an option of `{command}`{nearest(word.partition('=')[0], known)}; {shows}"
+    )
+
+
 def check_command(arguments: Sequence[str], known: Iterable[str]) -> None:
     """See that the first word is one of a program's commands.
 

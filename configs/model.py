@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from configs.section import AsWords, Fraction, NonNegative, Positive, Section
 
+MOST_PARTS = 100_000
+"""Of layers, and of experts in one: estimates go through them, and none has been built of a hundredth."""
+
 
 def _norm_kind(value: Any) -> Any:
     """`true` and `false`, which files of earlier versions hold, as the kinds they meant."""
@@ -89,7 +92,7 @@ class ModelConfig(Section):
 
     name: str
     """Preset name, shown in tables and used in run ids."""
-    layers: Positive
+    layers: Annotated[int, Field(gt=0, le=MOST_PARTS)]
     """Transformer blocks."""
     hidden: Positive
     """Model width."""
@@ -101,7 +104,7 @@ class ModelConfig(Section):
     """Width of one head."""
     vocab: Positive
     """Rows of the embedding table."""
-    experts: Positive
+    experts: Annotated[int, Field(gt=0, le=MOST_PARTS)]
     """Routed experts per MoE layer."""
     top_k: Positive
     """Experts that each token goes to."""

@@ -17,7 +17,7 @@ from configs.hardware import HardwareConfig as HardwareConfig
 from configs.model import ModelConfig as ModelConfig
 from configs.model import RouterConfig as RouterConfig
 from configs.model import YarnConfig as YarnConfig
-from configs.section import Name, NonNegative, Positive, Section
+from configs.section import Devices, Name, NonNegative, Positive, Section
 from configs.timeouts import Timeouts
 from configs.training import CheckpointConfig as CheckpointConfig
 from configs.training import DataConfig as DataConfig
@@ -32,7 +32,7 @@ class ClusterConfig(Section):
 
     name: str = "local"
     """Preset name."""
-    nodes: Positive | None = None
+    nodes: Devices | None = None
     """Nodes of the gang; auto: as few as hold all ranks."""
     slots_per_node: Positive | None = None
     """Ranks on each node; auto: the ranks spread evenly over `nodes`."""
@@ -42,17 +42,17 @@ class ParallelConfig(Section):
     """The layout: ranks = pp * dp * cp * tp, and ep * etp divides dp * cp * tp: expert groups divide a stage's
     ranks. An axis of null is open: the planner's search sets it by memory and predicted step time."""
 
-    dp: Positive | None = None
+    dp: Devices | None = None
     """Data-parallel size; auto: ep, or all slots of the cluster where it is larger and divides."""
-    ep: Positive | None = 1
+    ep: Devices | None = 1
     """Expert-parallel size: each rank of an ep group holds experts/ep experts of every MoE layer; auto: searched."""
-    tp: Positive | None = 1
+    tp: Devices | None = 1
     """Tensor-parallel size; auto: searched."""
-    pp: Positive | None = 1
+    pp: Devices | None = 1
     """Pipeline stages; auto: searched."""
-    cp: Positive | None = 1
+    cp: Devices | None = 1
     """Context-parallel size; auto: searched."""
-    etp: Positive | None = 1
+    etp: Devices | None = 1
     """Tensor-parallel size inside an expert; auto: searched."""
     zero: Literal[1, 2, 3] = 1
     """What is split over dp * cp: 1 the optimizer's state, 2 gradients too, 3 weights too (gathered for each use)."""

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+MOST_DEVICES = 10_000_000
+Devices = Annotated[int, Field(gt=0, le=MOST_DEVICES)]
+"""Ranks, nodes and the like: lists as long are made of them."""
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME_CHARACTERS = 64

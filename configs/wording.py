@@ -133,7 +133,8 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"{path}={_shown(value)} has {len(value)} characters; type at most {context['max_length']}"
     if kind in bounds:
         key, words = bounds[kind]
-        return f"{path}={_shown(value)} {words} {context[key]:g}; type e.g. {example(path)}"
+        bound = context[key] if isinstance(context[key], int) else f"{context[key]:g}"
+        return f"{path}={_shown(value)} {words} {bound}; type e.g. {example(path)}"
     if is_section(path):
         return f"{path}={_shown(value)} is not a section; it has {fields(path)}"
     return wrong_type(path, value)

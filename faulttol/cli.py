@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import USER_ERROR_EXIT, OneLineParser, OutputLost, UserError, check_command, nearest
+from configs.errors import (
+    USER_ERROR_EXIT,
+    OneLineParser,
+    OutputLost,
+    UserError,
+    check_command,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from faulttol.commands.acts import CommandResult
@@ -97,12 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
         rest = [word for word in rest if word not in options.overrides]
     if rest:
-        known = [flag for action in made[options.command]._actions for flag in action.option_strings]
-        kind = "an option" if rest[0].startswith("-") else "a word that it takes"
-        raise UserError(
-            f"'{rest[0]}' is not {kind}{nearest(rest[0].partition('=')[0], known)}; "
-            f"`{PROGRAM} {options.command} --help` shows what can be typed"
-        )
+        raise unknown(rest[0], parser, options.command)
     return options
 
 

@@ -15,7 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import USER_ERROR_EXIT, OneLineParser, OutputLost, UserError, check_command, nearest
+from configs.errors import (
+    USER_ERROR_EXIT,
+    OneLineParser,
+    OutputLost,
+    UserError,
+    check_command,
+    unknown,
+)
 from configs.paths import HomePaths, default_home
 from orchestrator import DASHBOARD_PORT, PROGRAM
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
@@ -71,11 +78,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):
-            known = [flag for flags, _ in _OPTIONS.get(options.command, []) for flag in flags]
-            raise UserError(
-                f"'{word}' is not an option of `{options.command}`{nearest(word, [*known, '--json', '--address'])}; "
-                f"`{PROGRAM} {options.command} --help` shows them"
-            )
+            raise unknown(word, parser, options.command)
         options.overrides.append(word)
     return options
 

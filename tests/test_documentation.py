@@ -46,10 +46,10 @@ def try_command(program: str, words: str) -> None:
     """
     if program == "collectives":
         measuring = collectives.cli.parse(shlex.split(words))
-        if measuring.name == "run":
+        if measuring.verb == "run":
             compose(collectives.cli.overrides(measuring))
-        elif measuring.name == "device":
-            compose(measuring.overrides)
+        elif measuring.verb == "device":
+            compose([word for word in measuring.overrides if "<" not in word])  # a name to fill in
         return
     if program == "trainer":
         sizing = trainer.cli.parse(shlex.split(words))

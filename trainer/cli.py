@@ -24,9 +24,11 @@ from configs.errors import (
     UserError,
     check_command,
     nearest,
+    unknown,
 )
 from configs.paths import default_home
 from configs.rank import RankContext, die_with_parent
+from configs.section import MOST_DEVICES
 from faulttol.recorder import RankPhase, Recorder
 from trainer.bench.options import ROUTINGS, options_of
 
@@ -197,6 +199,8 @@ def _positive(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
+    if value > MOST_DEVICES:
+        raise argparse.ArgumentTypeError(f"'{text}' is above {MOST_DEVICES}; type e.g. 8")
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0; type e.g. 8")
     return value
@@ -209,10 +213,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         UserError: for a word that is not a command, option or configuration.
     """
     check_command(arguments, _COMMANDS)
-    options, rest = _parser().parse_known_args(list(arguments))
+    parser = _parser()
+    options, rest = parser.parse_known_args(list(arguments))
     for word in rest:
         if word.startswith("-"):
-            raise UserError(f"'{word}' is not an option; `{PROGRAM} {options.command} --help` shows them")
+            raise unknown(word, parser, options.command)
         options.overrides.append(word)
     for name in ("explain", "hardware_table"):  # an override after a flag whose value may be left out
         value = getattr(options, name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import INTERRUPTED_EXIT, starting
+from configs.errors import INTERRUPTED_EXIT, UserError, starting
 from tests.faulttol.ranks import save_all
 from tests.source_tree import ROOT
 
@@ -107,3 +108,23 @@ def test_an_output_that_is_closed_or_full_is_no_traceback(
     assert ended.returncode == code and said in ended.stderr and ended.stderr.count("\n") == bool(said), (
         ended.stderr
     )
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("program", "words", "said"),
+    [
+        ("orchestrator", "list run-1", "`list` doesn't take the word 'run-1'"),
+        ("orchestrator", "status --jsn x", "'--jsn' is not an option of `status` (did you mean '--json'?)"),
+        ("collectives", "fit one two", "`fit` doesn't take the word 'two'"),
+        ("collectives", "fit one --nme=x", "'--nme=x' is not an option of `fit` (did you mean '--name'?)"),
+        ("faulttol", "verify one two", "`verify` doesn't take the word 'two'"),
+        ("trainer", "size --sugest", "'--sugest' is not an option of `size` (did you mean '--suggest'?)"),
+    ],
+)
+def test_a_word_too_many_is_named_alike_by_all_programs(program: str, words: str, said: str) -> None:
+    cli = importlib.import_module(f"{program}.cli")
+    with pytest.raises(UserError) as refused:
+        cli.parse(words.split())
+    shows = f"`python -m {program} {words.split()[0]} --help` shows what can be typed"
+    assert str(refused.value) == f"{said}; {shows}"

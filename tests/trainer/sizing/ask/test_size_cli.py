@@ -133,6 +133,23 @@ REFUSED = {
     "an unknown field": ([*OLMOE, "model.hiden=3"], "did you mean 'model.hidden'?"),
     "a field out of range": ([*OLMOE, "model.layers=0"], "model.layers=0 must be above 0"),
     "no number of gpus": ([*OLMOE, "--gpus", "x"], "'x' is not a whole number above 0"),
+    "gpus beyond memory": ([*OLMOE, "--gpus", "99999999999"], "'99999999999' is above 10000000"),
+    "ranks beyond memory": (
+        [*OLMOE, "parallel.dp=99999999999"],
+        "parallel.dp=99999999999 must be at most 10000000",
+    ),
+    "nodes beyond memory": (
+        [*OLMOE, "cluster.nodes=99999999999"],
+        "cluster.nodes=99999999999 must be at most",
+    ),
+    "layers without end": (
+        [*OLMOE, "model.layers=99999999999"],
+        "model.layers=99999999999 must be at most 100000",
+    ),
+    "experts without end": (
+        [*OLMOE, "model.experts=99999999999"],
+        "model.experts=99999999999 must be at most 100000",
+    ),
     "gpus that don't divide": ([*OLMOE, "--gpus", "3", "parallel.tp=2"], "type --gpus 2"),
     "gpus and a layout of others": (
         [*OLMOE, "--gpus", "8", "parallel.dp=4"],
