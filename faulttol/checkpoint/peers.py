@@ -97,6 +97,23 @@ def caught(act: Callable[[], T]) -> tuple[T | None, Failure | None]:
         return None, failure_of(error)
 
 
+def by_rank(failed: Sequence[tuple[int, str]]) -> str:
+    """What ranks failed by, each reason once with its first rank and how many have it too; three reasons at most.
+
+    Args:
+        failed: rank and reason; a full disk gives every rank the same.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, text in failed:
+        ranks.setdefault(text, []).append(rank)
+    said = []
+    for text, having in list(ranks.items())[:3]:
+        others = f" and {len(having) - 1} more" if len(having) > 1 else ""
+        said.append(f"rank {having[0]}{others}: {text}")
+    left = len(ranks) - len(said)
+    return "; ".join(said) + (f"; and {left} other reasons" if left > 1 else "; and another" if left else "")
+
+
 def on_first(peers: Peers, first: bool, act: Callable[[], T]) -> tuple[T | None, Failure | None]:
     """What `act` gave on rank 0, on all ranks.
 

@@ -16,7 +16,7 @@ from faulttol.checkpoint import retention as retention_of
 from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of, tag
 from faulttol.checkpoint.manifest import Identity as Identity
 from faulttol.checkpoint.manifest import Incomplete, Manifest, Plain, ShardFile, Uncertain
-from faulttol.checkpoint.peers import Failure, Peers, caught, on_first
+from faulttol.checkpoint.peers import Failure, Peers, by_rank, caught, on_first
 from faulttol.checkpoint.pieces import TensorPiece as TensorPiece
 from faulttol.checkpoint.pieces import owned as owned
 from faulttol.checkpoint.retention import Retention as Retention
@@ -169,13 +169,11 @@ def all_written(answers: Sequence[tuple[Written | None, Failure | None]]) -> lis
     """What all ranks have written, by rank.
 
     Raises:
-        Incomplete: where one failed, naming the first three.
+        Incomplete: where one failed, naming the first three reasons.
     """
-    failed = [
-        f"rank {rank}: {failure[1]}" for rank, (_, failure) in enumerate(answers) if failure is not None
-    ]
+    failed = [(rank, failure[1]) for rank, (_, failure) in enumerate(answers) if failure is not None]
     if failed:
-        raise Incomplete("; ".join(failed[:3]))
+        raise Incomplete(by_rank(failed))
     return [answer for answer, _ in answers if answer is not None]
 
 

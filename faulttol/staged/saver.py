@@ -22,7 +22,7 @@ from configs.errors import UserError, from_json
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import CheckpointCommit, folder_of, tag
 from faulttol.checkpoint.manifest import Identity, Incomplete, SaveSuperseded, ShardFile, Uncertain
-from faulttol.checkpoint.peers import Peers, failure_of
+from faulttol.checkpoint.peers import Peers, by_rank, failure_of
 from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.shards import ShardLayout, layout, ordered
@@ -465,7 +465,7 @@ class Saver:
             severe = next(
                 (kind for _, (kind, _) in failed if kind != Incomplete.__name__), Incomplete.__name__
             )
-            raise _KINDS[severe]("; ".join(f"rank {rank}: {text}" for rank, (_, text) in failed[:3]))
+            raise _KINDS[severe](by_rank([(rank, text) for rank, (_, text) in failed]))
         plans = [str(one["plan"]) for one in receipts]
         for rank, plan in enumerate(plans):
             if plan not in self._plans:

@@ -17,7 +17,7 @@ from faulttol.checkpoint import load as loading
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import Folder, folder_of, tag
 from faulttol.checkpoint.manifest import Incomplete, ManifestHead, SaveSuperseded
-from faulttol.checkpoint.peers import SoloPeers
+from faulttol.checkpoint.peers import SoloPeers, by_rank
 from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.save import Retention, Saved, save
 from faulttol.checkpoint.store import CheckpointStore
@@ -386,3 +386,17 @@ def test_an_attempts_branch_that_was_left_is_retired(tmp_path: Path) -> None:
 def test_the_module_has_no_torch() -> None:
     code = f"import sys, {saving.__name__}, {loading.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"),
+    [
+        ([(3, "a")], "rank 3: a"),
+        ([(rank, "disk full") for rank in range(512)], "rank 0 and 511 more: disk full"),
+        ([(0, "a"), (1, "b"), (2, "a")], "rank 0 and 1 more: a; rank 1: b"),
+        ([(0, "a"), (1, "b"), (2, "c"), (3, "d")], "rank 0: a; rank 1: b; rank 2: c; and another"),
+        ([(rank, str(rank)) for rank in range(9)], "rank 0: 0; rank 1: 1; rank 2: 2; and 6 other reasons"),
+    ],
+)
+def test_ranks_that_fail_alike_are_one_reason(failed: list[tuple[int, str]], said: str) -> None:
+    assert by_rank(failed) == said
