@@ -277,7 +277,7 @@ def interrupt_after(lines: int) -> Callable[[str], None]:
 @pytest.mark.dist
 def test_an_interrupt_keeps_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, SMALL, MatmulKernel(32, 32, 32), CopyKernel("device", 1 << 16))
-    profile = measure(config_of(), CPU, 0.05, interrupt_after(2))
+    profile = measure(config_of(), CPU, 0.05, interrupt_after(3))  # the first says that it warms up
     assert len(profile.matmuls) + len(profile.copies) == 2
     assert profile.conditions["stopped"] == "interrupted" and profile.conditions["rounds"] == 0
 
