@@ -177,8 +177,9 @@ class CheckpointConfig(Section):
     memory_every: Positive | None = None
     """Steps between snapshots in the memory of the ranks' nodes and of other nodes, which the next attempt reads before
     storage; None: none."""
-    compare: bool = True
-    """Whether ranks that hold copies of the same state compare them before each save; where they differ, the attempt ends
-    and nothing is saved. false: for a gang of unlike devices, whose copies part by rounding."""
+    compare: Literal["none", "warn", "stop"] = "warn"
+    """What happens before a save where ranks' copies of the same state differ: `warn` says so in rank 0's log and saves,
+    `stop` ends the attempt without saving and has the host of a wrong copy evicted, `none` doesn't compare. Unlike devices
+    round differently, and so may ranks of a library whose sums of three numbers and more aren't equal on all ranks."""
     max_failed: Positive = 3
     """Failed saves in a row that open an incident; training continues."""

@@ -357,7 +357,7 @@ class _Job:
         progress = self.progress
         with self._away(), self.clock.phase("checkpoint"):
             samples = self._samples(progress.step)
-            if self.config.checkpoint.compare:
+            if self.config.checkpoint.compare != "none":
                 self._compare()
             self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
 
@@ -365,11 +365,17 @@ class _Job:
         """See that what several ranks have is equal, so that no attempt resumes from a copy that went wrong.
 
         Raises:
-            ReplicasDiffer: where it isn't. A save that is still being written was found equal, and ends first.
+            ReplicasDiffer: where it isn't, under `checkpoint.compare=stop`. A save that is still being written was found
+                equal, and ends first.
         """
         try:
             replicas.compare(self.engine.state(), self.mesh, self.progress.step)
-        except ReplicasDiffer:
+        except ReplicasDiffer as error:
+            if self.config.checkpoint.compare == "warn":
+                self.lines.note(
+                    [f"{error}; it is saved all the same (checkpoint.compare=stop ends the attempt)"]
+                )
+                return
             self.checkpoints.finish()
             for outcome in self.checkpoints.ended():
                 self._tell_save(outcome)

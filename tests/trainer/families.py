@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import torch
 
+from configs.errors import ReplicasDiffer
 from configs.schema import ModelConfig, RouterConfig, YarnConfig
-from trainer.engines.base import Batch
+from trainer.engines.base import Batch, Engine
+from trainer.parallel.mesh import Mesh
+from trainer.parallel.replicas import compare
 
 SEQUENCE = 32
 VOCAB = 64
@@ -86,3 +91,13 @@ def batches(step: int, samples: int, micro_batch: int, index: int, size: int) ->
         ends = (tokens[:, :-1] == SEPARATOR).long()
         made.append(Batch(tokens, (ends.cumsum(1) - ends).to(torch.int32)))
     return made
+
+
+def drift(engine: Engine, mesh: Mesh, step: int) -> float:
+    """0, or infinite where ranks' copies of the state differ, as no layout may make them: no comparison holds then."""
+    try:
+        compare(engine.state(), mesh, step)
+    except ReplicasDiffer as error:
+        print(error, file=sys.stderr)
+        return math.inf
+    return 0.0

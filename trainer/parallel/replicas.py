@@ -151,7 +151,7 @@ def judge(held: Sequence[tuple[RankPlace, Sequence[HeldCopy]]], step: int) -> Dr
     hosts = {held[rank][0].node for rank in suspects}
     where = ", ".join(f"rank {rank} on {held[rank][0].name}" for rank in suspects[:_NAMED])
     where += f" and {len(suspects) - _NAMED} more" if len(suspects) > _NAMED else ""
-    text = f"the state behind step {step} is wrong and wasn't saved: {what} "
+    text = f"the state behind step {step} is wrong: {what} "
     if wrong:
         text += f"of {where} isn't as the other ranks have it; test that device and its memory"
     elif len(hosts) == 1:

@@ -323,15 +323,22 @@ MUTANTS = [
     Mutant(
         "copies are compared once the save is on its way",
         _LOOP,
-        """            if self.config.checkpoint.compare:
+        """            if self.config.checkpoint.compare != "none":
                 self._compare()
             self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
 """,
         """            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
-            if self.config.checkpoint.compare:
+            if self.config.checkpoint.compare != "none":
                 self._compare()
 """,
         f"{_DRIFT}a_save_of_copies_that_differ_ends_the_attempt_and_is_not_resumed_from",
+    ),
+    Mutant(
+        "copies that differ end an attempt that was to be warned",
+        _LOOP,
+        'if self.config.checkpoint.compare == "warn":',
+        'if self.config.checkpoint.compare == "stop":',
+        f"{_DRIFT}a_warning_names_the_copies_and_the_run_goes_on",
     ),
     Mutant(
         "a host is accused without a majority",

@@ -16,10 +16,9 @@ from torch import Tensor
 from configs.compose import compose
 from configs.rank import RankContext
 from configs.schema import RunConfig
-from tests.trainer.families import SEQUENCE, batches, family
+from tests.trainer.families import SEQUENCE, batches, drift, family
 from trainer.engines.base import Engine
 from trainer.parallel.mesh import Mesh, assemble, join
-from trainer.parallel.replicas import compare
 from trainer.state import Slice
 
 SAMPLES, FEWER = 16, 8
@@ -126,8 +125,7 @@ def _train(run: EngineRun, config: RunConfig, engine: Engine, mesh: Mesh) -> Eng
         if run.save is not None and index + 1 == run.save_at:
             keep(engine, run.save, mesh.rank)
     held = batches(1000, SAMPLES, 2, engine.place.index, engine.place.size)
-    evaluated = _total(engine.evaluate(held, SAMPLES))
-    compare(engine.state(), mesh, run.end)
+    evaluated = _total(engine.evaluate(held, SAMPLES)) + drift(engine, mesh, run.end)
     return EngineRankResult(steps, evaluated, poisoned, [part.name for part in engine.state()])
 
 

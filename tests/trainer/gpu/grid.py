@@ -7,6 +7,7 @@ relative difference of a loss, and that of bf16 on one GPU, which no layout shou
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import traceback
 from contextlib import nullcontext
@@ -144,7 +145,8 @@ def main() -> int:
                 known[case.family] = result
                 print(f"fp32     1 rank   {case.family}: {result[0]:.4f} to {result[-1]:.4f}")
                 continue
-            error = max(abs(a - b) / b for a, b in zip(result, known[case.family], strict=True))
+            errors = [abs(a - b) / b for a, b in zip(result, known[case.family], strict=True)]
+            error = math.inf if any(map(math.isnan, errors)) else max(errors)  # max() passes over NaNs
             worst, count = max(worst, error), count + (case not in rounded)
             print(f"{error:8.1e} {case.ranks} ranks  {case.name}", flush=True)
     finally:

@@ -28,6 +28,9 @@ def test_the_grid_sees_a_difference() -> None:
     assert grid.difference([(1.00002, 2.0, [[3, 5]], 0)], [line]) > grid.TOLERANCE
     assert grid.difference([(1.0, 2.0, [[5, 3]], 0)], [line]) == float("inf")
     assert grid.difference([(1.0, 2.0, [[3, 5]], 1)], [line]) == float("inf")
+    for odd in (float("nan"), float("inf")):
+        assert grid.difference([line, (odd, 2.0, [[3, 5]], 0)], [line, line]) == float("inf")
+        assert grid.difference([(1.0, odd, [[3, 5]], 0)], [line]) == float("inf")
 
 
 def test_a_stopped_run_sees_the_same_samples(tmp_path: Path) -> None:
