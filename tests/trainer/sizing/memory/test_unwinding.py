@@ -54,8 +54,32 @@ def test_gradients_of_one_micro_batch_grow_as_activations_are_freed() -> None:
     update = passed[-1]
     assert update.name == "the update" and update.activations == 0
     assert update.gradients == 2 * states.held(made, only).all  # bf16, as the matmuls left them
-    several = moments(replace(made, global_batch=8))
-    assert {m.gradients for m in several} == {4 * states.held(made, only).all}
+    three = moments(replace(made, global_batch=12))
+    assert {m.gradients for m in three} == {4 * states.held(made, only).all}
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero"),
+    [
+        (ALONE, 1),
+        (Layout(1, 2, 1, 2, 1, 1), 1),
+        (Layout(1, 2, 1, 1, 1, 1), 1),
+        # What FSDP reduces in each backward pass is a shard of the sum in fp32 by then; experts are nobody else's.
+        (Layout(1, 4, 1, 4, 1, 1), 2),
+    ],
+)
+def test_the_first_of_two_micro_batches_gradients_waits_in_16_bits(layout: Layout, zero: int) -> None:
+    two = job("qwen3_30b_a3b", layout, 2, zero=zero)
+    (only,) = schedule.of(two)
+    held, passed = states.held(two, only), moments(two)
+    begin = 2 * held.all if zero == 1 else held.plain * 4 / 4 + held.routed * 2
+    assert passed[0].gradients == pytest.approx(begin)
+    # The projection's is added up first, to 4 bytes.
+    table = two.model.vocab * two.model.hidden
+    assert passed[1].gradients - begin == pytest.approx(2 * table if zero == 1 else 0)
+    end = 4 * held.all if zero == 1 else held.plain * 4 / 4 + held.routed * 4
+    assert passed[-1].gradients == pytest.approx(end)
+    assert moments(replace(two, precision="fp32"))[0].gradients == pytest.approx(end)
 
 
 def test_wide_experts_make_their_backward_pass_the_fullest_moment() -> None:
