@@ -230,7 +230,7 @@ MUTANTS = [
         "a row doesn't know its pair",
         _PLACES,
         "tl.store(numbers + row, pair, mask=here)",
-        "tl.store(numbers + row, pair // TOP, mask=here)",
+        "tl.store(numbers + row, pair // 3, mask=here)",
         "tests/trainer/model/test_kernels.py::test_pairs_are_sorted_by_expert[37-3-0-5]",
     ),
 ]
