@@ -20,6 +20,8 @@ pytestmark = pytest.mark.timeout(60)
 _STRUCK = """
 import os, runpy, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in a shell's background it is ignored
+
 class Strike:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1] + ".cli":
