@@ -20,11 +20,13 @@ from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
 from configs.errors import (
+    INTERRUPTED_EXIT,
     USER_ERROR_EXIT,
     OneLineParser,
     OutputLost,
     UserError,
     check_command,
+    said,
     unknown,
 )
 from configs.paths import RunPaths
@@ -44,17 +46,13 @@ def main(arguments: list[str]) -> int:
     try:
         options = parse(arguments)
         return int(options.command(options, arguments))
-    except UserError as error:
-        print(f"megaray: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except OutputLost as error:
-        print(f"megaray: {error}", file=sys.stderr)
-        return 1
+    except (UserError, OutputLost) as error:
+        return said(error)
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED_EXIT
     except Exception as error:
         from collectives.studies.program import NothingMeasuredError  # loads torch
         from collectives.timing.team import FabricLost
@@ -252,7 +250,7 @@ def _run_here(config: RunConfig, world: int, folder: Path) -> int:
             code, trouble = started.wait(fine=(0, FINDINGS_EXIT))
         except KeyboardInterrupt:
             started.end()
-            code, trouble = 130, "interrupted"
+            code, trouble = INTERRUPTED_EXIT, "interrupted"
     if trouble:
         kept = "" if code == USER_ERROR_EXIT else _keep(store)
         print(f"megaray: {'; '.join(filter(None, [trouble, kept]))}", file=sys.stderr)

@@ -124,6 +124,12 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
     os._exit(INTERRUPTED_EXIT)
 
 
+def said(error: UserError | OutputLost) -> int:
+    """Print the error's line; the exit code that it has."""
+    sys.stderr.write(f"megaray: {error}\n")
+    return USER_ERROR_EXIT if isinstance(error, UserError) else 1
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or an empty string where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

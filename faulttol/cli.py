@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import (
-    USER_ERROR_EXIT,
+    INTERRUPTED_EXIT,
     OneLineParser,
     OutputLost,
     UserError,
     check_command,
+    said,
     unknown,
 )
 
@@ -44,15 +45,14 @@ def main(arguments: Sequence[str]) -> int:
         if options.command == "preflight":
             return _preflight(options)
         answer = _answer(options)
-    except UserError as error:
-        print(f"megaray: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except (Incomplete, _NotReached, OutputLost) as error:
+    except (UserError, OutputLost) as error:
+        return said(error)
+    except (Incomplete, _NotReached) as error:
         print(f"megaray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED_EXIT
     except Exception:
         traceback.print_exc()
         return 1
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
     except OutputLost as error:
-        print(f"megaray: {error}", file=sys.stderr)
-        return 1
+        return said(error)
     return int(answer.code)
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import (
+    INTERRUPTED_EXIT,
     USER_ERROR_EXIT,
     OneLineParser,
     OutputLost,
     UserError,
     check_command,
+    said,
     unknown,
 )
 from configs.paths import HomePaths, default_home
@@ -92,18 +94,16 @@ def main(arguments: Sequence[str]) -> int:
             return _cluster("forward", call)
         return next(c for c in COMMANDS if c.name == options.command).run(call)
     except UserError as error:
-        print(f"megaray: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
+        return said(error)
     except OutputLost as error:
         sys.stdout = None  # its end would fail once more
-        print(f"megaray: {error}", file=sys.stderr)
-        return 1
+        return said(error)
     except BrokenPipeError:
         sys.stdout = None  # `| head` has left; nothing more can be written
         return 0
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED_EXIT
     except OSError as error:
         if error.filename is None and error.errno not in _STORAGE:
             raise  # no storage's fault, so one of ours
@@ -211,7 +211,7 @@ def _logs(call: CommandCall) -> int:
     try:
         watching.show_log(path, sys.stdout, run if call.options.follow else None)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED_EXIT
     return 0
 
 

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 
 from configs.compose import choices, compose, load
 from configs.errors import (
+    INTERRUPTED_EXIT,
     STOPPED_EXIT,
-    USER_ERROR_EXIT,
     OneLineParser,
     OutputLost,
     Stopped,
     UserError,
     check_command,
     nearest,
+    said,
     unknown,
 )
 from configs.paths import default_home
@@ -55,18 +56,14 @@ def main(arguments: Sequence[str]) -> int:
         if options.command == "bench":
             return _bench(options, list(arguments))
         return _run(options.config, options.overrides) if options.command == "run" else _size(options)
-    except UserError as error:
-        print(f"megaray: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except OutputLost as error:
-        print(f"megaray: {error}", file=sys.stderr)
-        return 1
+    except (UserError, OutputLost) as error:
+        return said(error)
     except Stopped as stopped:
         print(f"megaray: {stopped}", file=sys.stderr)
         return STOPPED_EXIT
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED_EXIT
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
         return 0
@@ -234,7 +231,7 @@ def _prepare(options: argparse.Namespace) -> int:
         prepared = command.run(options.overrides, options.config, options.out, options.workers, sys.stderr)
     except KeyboardInterrupt:
         print("megaray: stopped; the same command continues from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED_EXIT
     return _say([json.dumps(prepared, indent=1)] if options.json else command.lines(prepared))
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import INTERRUPTED_EXIT
 from configs.paths import HomePaths
 from orchestrator import PROGRAM
 from orchestrator.record.states import State
@@ -96,7 +97,7 @@ def watch(call: CommandCall, run_id: str) -> int:
     except KeyboardInterrupt:
         print(f"\ndetached; {run_id} continues. `{PROGRAM} watch {run_id}` comes back to it, "
               f"`{PROGRAM} cancel {run_id}` ends it.", file=sys.stderr)  # fmt: skip
-        return 130
+        return INTERRUPTED_EXIT
     row = reading.summary(run, reading.read_queue(call.home))
     call.report(console.final_summary(row, run), asdict(row))
     return 0 if state is State.SUCCEEDED else 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.model import ModelConfig
 from trainer.engines.base import Batch, StepResult
-from trainer.kernels.choice import usable
+from trainer.kernels.choice import LEAST, usable
 from trainer.model.decoder import DecoderStage
 from trainer.model.router import move_biases
 from trainer.model.seams import Micro, Tally
@@ -72,7 +72,7 @@ def _squares(gradients: Sequence[Tensor]) -> Tensor:
     large: list[Tensor] = []
     small: list[Tensor] = []
     for gradient in gradients:
-        (large if gradient.numel() >= adamw.LEAST and gradient.is_contiguous() else small).append(gradient)
+        (large if gradient.numel() >= LEAST and gradient.is_contiguous() else small).append(gradient)
     parts = [adamw.squares(large)] if large else []
     if small:
         norms = torch._foreach_norm(small, 2, torch.float32)

@@ -8,8 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 2048
-LEAST = 1 << 17
-"""Elements from which on a tensor is worth a launch of its own: Triton's costs the host more than torch's."""
 
 
 @triton.jit

@@ -12,8 +12,6 @@ from trainer.kernels.choice import programs
 
 _BLOCK = 2048
 _SQUARES = 4096
-LEAST = 1 << 17
-"""Elements from which on a tensor is worth a launch of its own."""
 
 
 @triton.jit

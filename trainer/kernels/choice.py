@@ -16,6 +16,10 @@ VARIABLE = "MEGARAY_KERNELS"
 """`torch` in this environment variable keeps Triton's kernels off."""
 
 
+LEAST = 1 << 17
+"""Elements from which on a tensor is worth a launch of its own: Triton's costs the host more than torch's."""
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels on the host, as tests have it (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.training import OptimConfig
-from trainer.kernels.choice import usable
+from trainer.kernels.choice import LEAST, usable
 from trainer.optim.common import (
     Rate,
     check,
@@ -111,7 +111,7 @@ class AdamW:
         optim, left = self._optim, []
         for row in rows:
             slot = row.slot
-            if slot.tensor.numel() < kernel.LEAST:
+            if slot.tensor.numel() < LEAST:
                 left.append(row)
                 continue
             grad = slot.gradient

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from trainer.kernels.choice import fused
+from trainer.kernels.choice import LEAST, fused
 
 
 def added(earlier: Tensor, gradient: Tensor) -> Tensor:
@@ -24,11 +24,11 @@ def added(earlier: Tensor, gradient: Tensor) -> Tensor:
         earlier: of the micro-batches so far: fp32, or bf16 of one.
         gradient: of one more, bf16.
     """
-    if fused(gradient) and earlier.is_contiguous() and gradient.is_contiguous():
+    contiguous = earlier.is_contiguous() and gradient.is_contiguous()
+    if fused(gradient) and contiguous and gradient.numel() >= LEAST:
         from trainer.kernels import accumulate
 
-        if gradient.numel() >= accumulate.LEAST:
-            return accumulate.add(earlier, gradient)
+        return accumulate.add(earlier, gradient)
     return earlier.float().add_(gradient)
 
 

@@ -198,8 +198,8 @@ MUTANTS = [
     Mutant(
         "sums are a kernel's of tensors that lie otherwise",
         _ACCUMULATE,
-        " and earlier.is_contiguous() and gradient.is_contiguous()",
-        "",
+        "fused(gradient) and contiguous and",
+        "fused(gradient) and",
         f"{_ADDED}the_kernels_sum_is_fp32s",
     ),
     Mutant(

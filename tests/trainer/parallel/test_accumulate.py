@@ -236,7 +236,7 @@ def test_the_first_gradient_isnt_moved_and_each_later_one_in_one_pass(kernels: N
     """In bytes of an element: none; 2 and 2 read and 4 written; 4 and 2 read and 4 written."""
     from trainer.kernels import accumulate as kernel
 
-    weight = nn.Parameter(torch.zeros(kernel.LEAST + 5, dtype=BF16, device=DEVICE))
+    weight = nn.Parameter(torch.zeros(choice.LEAST + 5, dtype=BF16, device=DEVICE))
     module = nn.ParameterDict({"weight": weight})
     masters = {"weight": weight.detach().float()}
     sums = resident.Resident(module, masters, [], SimpleNamespace(size=1))  # type: ignore[arg-type]
@@ -276,8 +276,6 @@ def test_what_one_micro_batch_of_several_used_is_taken_in_fp32() -> None:
 
 def test_the_kernels_sum_is_fp32s(kernels: None) -> None:
     """To the last bit, subnormal numbers and infinities too, whatever the length; strides that differ are torch's."""
-    from trainer.kernels import accumulate as kernel
-
     for elements in (1, 2047, 4101):
         one = torch.randn(elements, device=DEVICE).to(BF16)
         other = (
@@ -289,12 +287,12 @@ def test_the_kernels_sum_is_fp32s(kernels: None) -> None:
             one[:4] = torch.tensor([small, -0.0, torch.inf, 2e38])
             other[:4] = torch.tensor([-2 * small, -0.0, 1.0, 1e38])
         expected = one.float() + other.float()
-        with mock.patch.object(kernel, "LEAST", 1):
+        with mock.patch.object(accumulate, "LEAST", 1):
             sum_ = accumulate.added(one, other)
         assert sum_.dtype == torch.float32 and sum_.equal(expected)
         assert sum_.signbit().equal(expected.signbit())
         again = accumulate.added(sum_, one)
         assert again is sum_ and again.equal(expected + one.float())
     one, other = (torch.randn(shape, device=DEVICE).to(BF16) for shape in ((40, 30), (30, 40)))
-    with mock.patch.object(kernel, "LEAST", 1):
+    with mock.patch.object(accumulate, "LEAST", 1):
         assert accumulate.added(one.t(), other).equal(one.t().float() + other.float())
