@@ -60,6 +60,10 @@ class ParallelConfig(Section):
     """Pipeline schedule: one forward one backward; several model chunks on each rank; or zero bubble, with two in a V."""
     chunks: Positive = 1
     """Model chunks on each pipeline rank under `interleaved`; `zbv` always has 2."""
+    lend_rows: Positive | None = None
+    """Rows of an expert in a micro-batch from which on a rank of ep whose experts have more rows than others' lends it to
+    one of those: weights go there, their gradient comes back. Inside a node, where tokens are gathered (1 < ep <= top_k,
+    etp 1) and the schedule isn't `zbv`; e.g. 2048. null: never."""
     context: Literal["gather", "ulysses"] = "gather"
     """Context parallelism: keys and values are gathered (as ZAYA1), or heads are exchanged for tokens (Ulysses)."""
 

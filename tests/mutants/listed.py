@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "fabric", "checkpoint", "control",
-         "agent", "dashboard", "sizing", "planning")  # fmt: skip
+AREAS = ("model", "router", "exchange", "layout", "engine", "optim", "data", "run", "fabric", "checkpoint",
+         "control", "agent", "dashboard", "sizing", "planning")  # fmt: skip
 """Modules of `tests.mutants.areas`, each with a list `MUTANTS`."""
 
 

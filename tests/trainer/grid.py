@@ -142,14 +142,28 @@ def cases() -> list[GridCase]:
     add("zaya", dp=2, pp=2, ep=2, optim="muon")
     add("olmoe", dp=2, tp=2, pp=2, ep=4, optim="lamb")
     add("megascale", dp=4, tp=2, optim="lamb", zero=3)
-    return made
+    return [*made, *LENT]
+
+
+LENT = [
+    GridCase(family, layout | {"lend_rows": 1}, {"micro_batch": 2} | train)
+    for family, layout, train in (
+        ("olmoe", {"dp": 2, "ep": 2}, {}),
+        ("olmoe", {"dp": 4, "ep": 4}, {"micro_batch": 1}),
+        ("deepseek", {"dp": 4, "ep": 2, "zero": 3}, {}),
+        ("qwen3", {"dp": 2, "tp": 2, "ep": 4}, {"recompute": "full"}),
+        ("dropping", {"dp": 4, "ep": 4}, {"recompute": "selective"}),
+        ("qwen3", {"pp": 2, "dp": 2, "ep": 2, "schedule": "interleaved", "chunks": 2}, {}),
+    )
+]
+"""Hot experts are lent, in one micro-batch and in several."""
 
 
 QUICK = (
     "mixtral dp=2 zero=3", "qwen3 pp=2 schedule=zbv", "mixtral tp=2 ep=2", "deepseek cp=2 micro",
     "zaya dp=2 cp=2 ep=4", "olmoe dp=2 tp=2 ep=2 etp=2", "qwen3 dp=2 pp=2 zero=2", "dropping dp=2 tp=2 ep=4",
     "megascale tp=2 micro", "maverick dp=2 ep=2", "maverick pp=2 micro", "zaya-interleaved pp=2",
-    "zaya dp=2 pp=2 ep=2 micro_batch=2 kind=muon",
+    "zaya dp=2 pp=2 ep=2 micro_batch=2 kind=muon", "olmoe dp=4 ep=4 lend_rows=1",
 )  # fmt: skip
 """What `--quick` runs, by the beginning of a case's name: every axis, family and ZeRO stage, up to four ranks."""
 
@@ -312,7 +326,7 @@ def difference(one: list[Any], other: list[Any], ties: float = 0.0) -> float:
 def main() -> int:
     """Run the grid; exit code 1 where a layout differs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="thirteen layouts up to four ranks, four steps")
+    parser.add_argument("--quick", action="store_true", help="fourteen layouts up to four ranks, four steps")
     parser.add_argument("--only", help="cases whose name holds this text")
     options = parser.parse_args()
     todo = quick() if options.quick else cases()

@@ -49,6 +49,7 @@ class _Forced:
 
 def fullest(load: Tensor, ep: int) -> float:
     """Rows of the fullest of `ep` ranks over their mean, averaged over layers, each of which waits for its fullest rank.
+    What is lent counts where it is at home.
 
     Args:
         load: token-expert pairs, [MoE layers, experts], as a step returns them; each rank of ep has equally many experts.

@@ -138,7 +138,7 @@ def forecast(config: RunConfig, world: int, imbalance: float | None = None) -> t
 
 def other_mesh(mesh: Mesh, config: RunConfig) -> Mesh:
     """Groups of another layout over the same ranks."""
-    return assemble(config, mesh.rank, mesh.world, mesh.device, mesh.control_group, mesh.network)
+    return assemble(config, mesh.rank, mesh.world, mesh.device, mesh.control_group, mesh.network, mesh.node)
 
 
 def leave() -> None:

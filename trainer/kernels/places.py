@@ -18,21 +18,48 @@ from trainer.kernels.rows import of_pairs
 
 _CELLS = 8192
 """Pairs of a program times experts."""
+_COUNTERS = 128
+"""Programs that count the pairs of all experts."""
 _SHARERS = 4
 """Programs that share the rows of one source and expert."""
 
 
 @triton.jit
+def _key(
+    chosen: tl.tensor, slots: tl.tensor, pair: tl.tensor, pairs: tl.tensor, first: tl.tensor,
+    SLOTS: tl.constexpr, TOP: tl.constexpr, STRIDE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    place = pair // TOP * STRIDE + pair % TOP
+    choice = tl.load(chosen + place, mask=pair < pairs, other=-1).to(tl.int32)
+    if SLOTS:
+        return tl.load(slots + choice, mask=choice >= 0, other=-1)
+    return tl.where(pair < pairs, choice - first, -1)
+
+
+@triton.jit
 def _tally(
-    chosen: tl.tensor, counts: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
-    EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+    chosen: tl.tensor, slots: tl.tensor, counts: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
+    SLOTS: tl.constexpr, TOP: tl.constexpr, STRIDE: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    key = tl.load(chosen + pair, mask=pair < pairs, other=-1).to(tl.int32) - first
-    key = tl.where(pair < pairs, key, -1)
+    key = _key(chosen, slots, pair, pairs, first, SLOTS, TOP, STRIDE)
     expert = tl.arange(0, WIDE)
     here = (key[:, None] == expert[None, :]).to(tl.int32)
     tl.store(counts + expert * blocks + tl.program_id(0), tl.sum(here, axis=0), mask=expert < EXPERTS)
+
+
+@triton.jit
+def _count(
+    chosen: tl.tensor, counts: tl.tensor, pairs: tl.tensor,
+    TOP: tl.constexpr, STRIDE: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+) -> None:  # fmt: skip
+    expert = tl.arange(0, WIDE)
+    total = tl.zeros([WIDE], dtype=tl.int32)
+    for start in range(tl.program_id(0) * PAIRS, pairs, tl.num_programs(0) * PAIRS):
+        key = _key(chosen, chosen, start + tl.arange(0, PAIRS), pairs, 0, False, TOP, STRIDE)
+        total += tl.sum((key[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + tl.program_id(0) * EXPERTS + expert, total, mask=expert < EXPERTS)
 
 
 @triton.jit
@@ -58,13 +85,14 @@ def _regroup(
 
 @triton.jit
 def _put(
-    chosen: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, numbers: tl.tensor, sorted: tl.tensor,
-    back: tl.tensor, stops: tl.tensor, sizes: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
-    EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+    chosen: tl.tensor, slots: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, numbers: tl.tensor,
+    sorted: tl.tensor, back: tl.tensor, stops: tl.tensor, sizes: tl.tensor, pairs: tl.tensor, first: tl.tensor,
+    blocks: tl.tensor, SLOTS: tl.constexpr, TOP: tl.constexpr, STRIDE: tl.constexpr, EXPERTS: tl.constexpr,
+    WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < pairs
-    key = tl.load(chosen + pair, mask=inside, other=-1).to(tl.int32) - first
+    key = _key(chosen, slots, pair, pairs, first, SLOTS, TOP, STRIDE)
     here = inside & (key >= 0) & (key < EXPERTS)
     expert = tl.arange(0, WIDE)
     hits = (key[:, None] == expert[None, :]).to(tl.int32)
@@ -80,7 +108,8 @@ def _put(
     row = tl.sum(hits * (tl.cumsum(hits, axis=0) - 1 + start[None, :]), axis=1)
     tl.store(back + pair, tl.where(here, row, -1), mask=inside)
     tl.store(numbers + row, pair, mask=here)
-    tl.store(sorted + row, tl.load(weights + pair, mask=here, other=0.0), mask=here)
+    weight = tl.load(weights + pair // TOP * STRIDE + pair % TOP, mask=here, other=0.0)
+    tl.store(sorted + row, weight, mask=here)
 
 
 @dataclass(frozen=True)
@@ -102,16 +131,21 @@ class Places:
     """Weight of each row, without gradient."""
 
 
-def places(chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int) -> Places:
-    """Rows of `experts` experts from `first` on; other choices, such as -1, have none."""
-    chosen_TK, weights_TK = chosen_TK.contiguous(), weights_TK.detach().contiguous()
+def places(
+    chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int, slots_E: Tensor | None = None
+) -> Places:
+    """Rows of `experts` experts from `first` on; other choices, such as -1, have none.
+
+    Args:
+        slots_E: by expert its place among those of the rows, int32; instead of `first`, where they aren't neighbours.
+    """
+    weights_TK = weights_TK.detach()
+    if not (chosen_TK.stride() == weights_TK.stride() and chosen_TK.stride(1) == 1):
+        chosen_TK, weights_TK = chosen_TK.contiguous(), weights_TK.contiguous()
     pairs, device = chosen_TK.numel(), chosen_TK.device
-    wide = power(experts, 1 << 20)
-    each = max(16, _CELLS // wide)
-    blocks = max(1, triton.cdiv(pairs, each))
-    counts = torch.empty(experts, blocks, dtype=torch.int32, device=device)
-    shape = {"EXPERTS": experts, "WIDE": wide, "PAIRS": each}
-    _tally[(blocks,)](chosen_TK, counts, pairs, first, blocks, **shape)
+    counts, shape = _tallied(chosen_TK, first, experts, slots_E)
+    slots = chosen_TK if slots_E is None else slots_E
+    blocks = counts.shape[1]
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     pair_P = torch.empty(pairs, dtype=torch.int32, device=device)
     weight_P = torch.empty(pairs, dtype=weights_TK.dtype, device=device)
@@ -119,9 +153,42 @@ def places(chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int) -> P
     ends_L = torch.empty(experts, dtype=torch.int32, device=device)
     counts_L = torch.empty(experts, dtype=torch.int64, device=device)
     _put[(blocks,)](
-        chosen_TK, weights_TK, ends, counts, pair_P, weight_P, back_TK, ends_L, counts_L, pairs, first, blocks, **shape
+        chosen_TK, slots, weights_TK, ends, counts, pair_P, weight_P, back_TK, ends_L, counts_L, pairs, first, blocks,
+        **shape,
     )  # fmt: skip
     return Places(ends[-1], counts_L, ends_L, pair_P, back_TK, weight_P)
+
+
+def counts(chosen_TK: Tensor, experts: int) -> Tensor:
+    """Pairs of each expert in stretches of the pairs, [stretches, E] int32."""
+    assert chosen_TK.stride(1) == 1, chosen_TK.stride()
+    wide = power(experts, 1 << 20)
+    each = max(16, _CELLS // wide)
+    parts = min(_COUNTERS, max(1, triton.cdiv(chosen_TK.numel(), each)))
+    counts_PE = torch.empty(parts, experts, dtype=torch.int32, device=chosen_TK.device)
+    _count[(parts,)](
+        chosen_TK, counts_PE, chosen_TK.numel(),
+        TOP=chosen_TK.shape[1], STRIDE=chosen_TK.stride(0), EXPERTS=experts, WIDE=wide, PAIRS=each,
+    )  # fmt: skip
+    return counts_PE
+
+
+def _tallied(
+    chosen_TK: Tensor, first: int, experts: int, slots_E: Tensor | None = None
+) -> tuple[Tensor, dict[str, int]]:
+    """Pairs of each expert in each program's stretch of pairs, [E, stretches] int32, and the programs' shape."""
+    pairs = chosen_TK.numel()
+    wide = power(experts, 1 << 20)
+    each = max(16, _CELLS // wide)
+    blocks = max(1, triton.cdiv(pairs, each))
+    counts = torch.empty(experts, blocks, dtype=torch.int32, device=chosen_TK.device)
+    shape = {
+        "SLOTS": slots_E is not None, "TOP": chosen_TK.shape[1], "STRIDE": chosen_TK.stride(0), "EXPERTS": experts,
+        "WIDE": wide, "PAIRS": each,
+    }  # fmt: skip
+    slots = chosen_TK if slots_E is None else slots_E
+    _tally[(blocks,)](chosen_TK, slots, counts, pairs, first, blocks, **shape)
+    return counts, shape
 
 
 def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:

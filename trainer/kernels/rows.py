@@ -7,6 +7,7 @@ Shape letters: T tokens, K experts per token, R rows, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ def _spread(
 
 @triton.jit
 def _collect(
-    y: tl.tensor, back: tl.tensor, weights: tl.tensor, out: tl.tensor, tokens: tl.tensor, width: tl.tensor,
-    TOP: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    y: tl.tensor, more: tl.tensor, back: tl.tensor, weights: tl.tensor, out: tl.tensor, tokens: tl.tensor,
+    width: tl.tensor, first: tl.tensor,
+    TOP: tl.constexpr, WEIGHTED: tl.constexpr, MORE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -44,8 +46,15 @@ def _collect(
     total = tl.zeros([TOKENS, COLUMNS], dtype=tl.float32)
     for k in tl.static_range(TOP):
         source = tl.load(back + token * TOP + k, mask=inside, other=-1).to(tl.int64)
-        mask = (source >= 0)[:, None] & within
-        part = tl.load(y + source[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        place = source[:, None] * width + column[None, :]
+        here = source >= 0
+        if MORE:
+            here = here & (source < first)
+        part = tl.load(y + place, mask=here[:, None] & within, other=0.0).to(tl.float32)
+        if MORE:
+            there = (source >= first)[:, None] & within
+            place = (source - first)[:, None] * width + column[None, :]
+            part += tl.load(more + place, mask=there, other=0.0).to(tl.float32)
         if WEIGHTED:
             part = part * tl.load(weights + token * TOP + k, mask=inside, other=0.0).to(tl.float32)[:, None]
         total += part
@@ -87,7 +96,8 @@ def _spread_rows(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
     return out
 
 
-def _collect_rows(y_RD: Tensor, back_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+def _collect_rows(parts: Sequence[Tensor], back_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    y_RD, more_RD = parts[0].contiguous(), parts[-1].contiguous()
     (tokens, top), width = back_TK.shape, y_RD.shape[1]
     out = y_RD.new_empty(tokens, width)
     columns = power(width, 1024)
@@ -96,35 +106,35 @@ def _collect_rows(y_RD: Tensor, back_TK: Tensor, weights_TK: Tensor | None) -> T
         grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
         given = back_TK if weights_TK is None else weights_TK
         _collect[grid](
-            y_RD, back_TK, given, out, tokens, width,
-            TOP=top, WEIGHTED=weights_TK is not None, TOKENS=each, COLUMNS=columns,
+            y_RD, more_RD, back_TK, given, out, tokens, width, len(y_RD),
+            TOP=top, WEIGHTED=weights_TK is not None, MORE=len(parts) > 1, TOKENS=each, COLUMNS=columns,
         )  # fmt: skip
     return out
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, back_TK: Tensor, *rows: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(back_TK)
-        return _spread_rows(x_TD.contiguous(), back_TK, rows)
+        return _spread_rows(x_TD.contiguous(), back_TK, sum(rows)).split(rows)
 
     @staticmethod
-    def backward(ctx: Any, slope_RD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         (back_TK,) = ctx.saved_tensors
-        return _collect_rows(slope_RD.contiguous(), back_TK, None), None, None
+        return _collect_rows(slopes, back_TK), None, *(None for _ in slopes)
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, back_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, back_TK: Tensor, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(back_TK)
-        ctx.rows = y_RD.shape[0]
-        return _collect_rows(y_RD.contiguous(), back_TK, None)
+        ctx.rows = [len(part) for part in parts]
+        return _collect_rows(parts, back_TK)
 
     @staticmethod
-    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor | None, ...]:
         (back_TK,) = ctx.saved_tensors
-        return _spread_rows(slope_TD.contiguous(), back_TK, ctx.rows), None
+        return None, *_spread_rows(slope_TD.contiguous(), back_TK, sum(ctx.rows)).split(ctx.rows)
 
 
 class _Weigh(torch.autograd.Function):
@@ -132,7 +142,7 @@ class _Weigh(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:
         y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
         ctx.save_for_backward(y_RD, weights_TK, back_TK, pair_R)
-        return _collect_rows(y_RD, back_TK, weights_TK)
+        return _collect_rows((y_RD,), back_TK, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -165,12 +175,21 @@ def spread(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
         back_TK: rows that each token goes to, -1 for none; no row stands twice.
         rows: R.
     """
-    return _Spread.apply(x_TD, back_TK, rows)
+    return spread_apart(x_TD, back_TK, rows)[0]
 
 
-def collect(y_RD: Tensor, back_TK: Tensor) -> Tensor:
-    """The sum of each token's rows, [T, D], added in fp32; the other way of `spread`, for gradients too."""
-    return _Collect.apply(y_RD, back_TK)
+def spread_apart(x_TD: Tensor, back_TK: Tensor, *rows: int) -> tuple[Tensor, ...]:
+    """`spread` whose rows are one or two tensors with gradients of their own, one behind the other."""
+    return _Spread.apply(x_TD, back_TK, *rows)
+
+
+def collect(back_TK: Tensor, *parts: Tensor) -> Tensor:
+    """The sum of each token's rows, [T, D], added in fp32; the other way of `spread_apart`, for gradients too.
+
+    Args:
+        parts: rows, [R, D], or two tensors of them, one behind the other.
+    """
+    return _Collect.apply(back_TK, *parts)
 
 
 def weigh(y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:

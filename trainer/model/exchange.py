@@ -148,4 +148,4 @@ class LocalExchange:
         at = places.places(chosen_TK, weights_TK, 0, experts)
         weights_R = places.row_weights(weights_TK, at, chosen_TK.numel())
         x_RD = rows.spread(x_TD, at.back_TK, chosen_TK.numel())
-        return rows.collect(compute(x_RD, at.ends_L, weights_R), at.back_TK)
+        return rows.collect(at.back_TK, compute(x_RD, at.ends_L, weights_R))

@@ -7,6 +7,7 @@ held by this rank, K experts per token, R rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from configs.model import ModelConfig
 from trainer.kernels.choice import fused
 from trainer.model.exchange import LocalExchange
-from trainer.model.later import WeightLater
+from trainer.model.later import Returns, WeightLater, stretches, takes
 from trainer.model.router import Router, make_router
-from trainer.model.seams import ExpertExchange, Micro, Owed, Samples, SoloSeams, TensorSeam, attach
+from trainer.model.seams import ExpertExchange, Guests, Micro, Owed, Samples, SoloSeams, TensorSeam, attach
 
 
 class FeedForward(nn.Module):
@@ -73,45 +74,68 @@ class Experts(nn.Module):
         """Dims of each parameter that expert parallelism and expert-tensor parallelism split."""
         return {"gate_up": (0, 2), "down": (0, 2)} if self.gated else {"up": (0, 1), "down": (0, 2)}
 
-    def forward(self, x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None, guests: Guests | None = None
+    ) -> Any:
         """Rows in, rows out, each times its weight where there are any.
 
         Args:
             ends_L: where each local expert's rows end, [L] int32 on the device: the first `ends_L[0]` rows go through
                 expert 0, those from there to `ends_L[1]` through expert 1, and so on. Rows beyond the last end give rows
                 of any value.
+            guests: rows of borrowed experts, which come out as a second tensor; a rank that only lends has none of them.
         """
+        if guests is not None:
+            return self._weights_later()(x_RD, ends_L, weights_R, guests)
         into = self.gate_up.flatten(1, 2) if self.gated else self.up
-        if _grouped(x_RD, into, self.down):
+        if takes(x_RD, into, self.down):
             inner = self._inner(F.grouped_mm(x_RD, into.transpose(1, 2), offs=ends_L), weights_R)
             return F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends_L)
         y_RD = self._by_expert(x_RD, into, ends_L)
         return y_RD if weights_R is None else y_RD * weights_R.unsqueeze(-1).to(y_RD.dtype)
 
-    def later(self) -> Callable[..., Tensor]:
+    def later(self) -> Callable[..., Any]:
         """What computes the same as a call, but leaves its weights' gradients to the time when the backward pass comes to
         what was computed before this call of `later`: collectives that begin in between run beside them."""
         if isinstance(self, FSDPModule):  # which wants its own calls before and after
             return self
+        return self._weights_later()
+
+    def _weights_later(self) -> Callable[..., Any]:
         into = WeightLater(self.gate_up.flatten(1, 2) if self.gated else self.up)
         down = WeightLater(self.down)
+        returns = Returns((into, down))
 
-        def through(x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
-            if not _grouped(x_RD, into.weight, down.weight):
-                return self(x_RD, ends_L, weights_R)
-            return down.rows(self._inner(into.rows(x_RD, ends_L), weights_R), ends_L)
+        def both(x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None, *weights: WeightLater) -> Tensor:
+            first, second = weights
+            return second.rows(self._inner(first.rows(x_RD, ends_L), weights_R), ends_L)
+
+        def through(
+            x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None, guests: Guests | None = None
+        ) -> Any:
+            if guests is None:
+                if not takes(x_RD, into.weight, down.weight):
+                    return self(x_RD, ends_L, weights_R)
+                return both(x_RD, ends_L, weights_R, into, down)
+            lending = guests.lending
+            borrowed = lending.begin((into.weight, down.weight))
+            theirs = [WeightLater(weight) for weight in borrowed if len(weight)]
+            returns.expect(theirs, lending.give_back, lending.wait)
+            y_RD = both(returns.along(x_RD), ends_L, weights_R, into, down)
+            lending.send()
+            lending.wait()
+            if not theirs:
+                return y_RD, torch.empty_like(guests.x_RD)
+            return y_RD, both(returns.along(guests.x_RD), guests.ends_B, guests.weights_R, *theirs)
 
         return through
 
     def _by_expert(self, x_RD: Tensor, into: Tensor, ends_L: Tensor) -> Tensor:
         """One expert after the other, which waits for their ends."""
-        ends = ends_L.tolist()
-        counts = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
-        rest = x_RD.shape[0] - ends[-1]
-        *parts, beyond = x_RD.split((*counts, rest))
+        *parts, beyond = stretches(x_RD, ends_L)
         weights = zip(parts, into.unbind(), self.down.unbind(), strict=True)
         out = [F.linear(self._activate(F.linear(rows, first)), second) for rows, first, second in weights]
-        return torch.cat(out if not rest else (*out, torch.zeros_like(beyond)))
+        return torch.cat(out if not len(beyond) else (*out, torch.zeros_like(beyond)))
 
     def _inner(self, both: Tensor, weights_R: Tensor | None) -> Tensor:
         """What goes into `down`, in which a row's weight may stand since all after it is linear."""
@@ -127,12 +151,6 @@ class Experts(nn.Module):
             return F.gelu(inner)
         gate, up = inner.chunk(2, dim=-1)
         return F.silu(gate) * up
-
-
-def _grouped(x_RD: Tensor, into: Tensor, down: Tensor) -> bool:
-    """Whether torch's grouped matmul takes these: bf16 on a GPU, rows of whole 16 bytes."""
-    aligned = into.shape[-1] % 8 == 0 and into.shape[-2] % 8 == 0 and down.shape[-1] % 8 == 0
-    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
 
 
 class MoELayer(nn.Module):

@@ -9,7 +9,7 @@ width, V vocabulary, T = B*S tokens, K experts per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.kernels.choice import fused
+from trainer.model.later import Room
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,33 @@ Owed = tuple[Tensor, Callable[[Tensor], Tensor]]
 """A tensor that may still be under way, and what makes the result of it: apart, so that FSDP sees the tensor."""
 
 
+class ExpertLending(Protocol):
+    """Experts' weights on their way to other ranks, and their gradients back."""
+
+    def begin(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Take the lent ones of all local experts' weights, [L, ...] each, for `send`; borrowed ones, [B, ...] each."""
+
+    def send(self) -> None:
+        """Start their way, beside all that was queued since `begin`."""
+
+    def give_back(self, slopes: Sequence[Tensor], rooms: Sequence[Room]) -> None:
+        """Start the way back of borrowed weights' gradients; `rooms` make room for those of lent ones."""
+
+    def wait(self) -> None:
+        """Have what follows on the device wait for them."""
+
+
+@dataclass(frozen=True)
+class Guests:
+    """Rows of experts that this rank borrows for a micro-batch."""
+
+    x_RD: Tensor
+    ends_B: Tensor
+    """Where each borrowed expert's rows end, [B] int32 on the device."""
+    weights_R: Tensor
+    lending: ExpertLending
+
+
 class ExpertExchange(Protocol):
     """The way of tokens to the ranks that hold their experts, and back.
 
@@ -205,7 +233,8 @@ class ExpertExchange(Protocol):
         """Weighted sum of each token's expert outputs, [T, D], still owed.
 
         `compute` takes rows sorted by local expert, [R, D], and where each local expert's rows end, [L] int32 on the
-        device, to rows; with a third argument, [R], to rows times these weights. A choice of -1 goes to no expert.
+        device, to rows; with a third argument, [R], to rows times these weights; with `Guests` as a fourth, to their rows
+        too. A choice of -1 goes to no expert.
         """
 
 

@@ -5,6 +5,7 @@ All but sharding happens on the meta device, so no rank ever holds more than its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from trainer.parallel.accumulate import add_late
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
 from trainer.parallel.expert import ExpertParallel
 from trainer.parallel.gathered import GatheredExperts, fewer_bytes
+from trainer.parallel.lending import Terms
 from trainer.parallel.mesh import Axis, Mesh
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 from trainer.state import Box
@@ -104,7 +106,7 @@ def _place_seams(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> None:
     if mesh["sample"].size > 1:
         seams["samples"] = SharedSamples(mesh["sample"], method, cp.size, tp.size)
     if mesh["ep"].size * mesh["etp"].size > 1:
-        seams["exchange"] = _exchange(mesh, config.model.top_k)
+        seams["exchange"] = _exchange(mesh, config)
     for module in stage.modules():
         for name, seam in seams.items():
             if name in vars(module):
@@ -122,10 +124,15 @@ def _gathers(mesh: Mesh, top_k: int) -> bool:
     return mesh["etp"].size == 1 and fewer_bytes(top_k, mesh["ep"].size)
 
 
-def _exchange(mesh: Mesh, top_k: int) -> ExpertParallel | GatheredExperts:
-    if _gathers(mesh, top_k):
-        return GatheredExperts(mesh["ep"], mesh["ep_wide"])
-    return ExpertParallel(mesh["ep"], mesh["etp"])
+def _exchange(mesh: Mesh, config: RunConfig) -> ExpertParallel | GatheredExperts:
+    if not _gathers(mesh, config.model.top_k):
+        return ExpertParallel(mesh["ep"], mesh["etp"])
+    least = config.parallel.lend_rows
+    # Groups begin at multiples of their size, so that neighbours of a common divisor share a node. Torch's schedules that
+    # split the backward pass come by weights' gradients in an order of their own, which may differ between ranks.
+    lends = least is not None and config.parallel.schedule != "zbv"
+    terms = Terms(math.gcd(mesh["ep"].size, mesh.node), least) if lends and least else None
+    return GatheredExperts(mesh["ep"], mesh["ep_wide"], terms)
 
 
 def _part(box: Box, dim: int, axis: Axis) -> Box:

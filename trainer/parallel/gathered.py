@@ -10,19 +10,24 @@ this rank's experts, D model width, L experts held by this rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trainer.kernels.choice import fused
 from trainer.model.exchange import sort_keys
-from trainer.model.seams import Owed
+from trainer.model.seams import Guests, Owed
 from trainer.parallel import exchange
 from trainer.parallel.exchange import Flight
 from trainer.parallel.expert import Compute, HostCopy, inverse, take
+from trainer.parallel.lending import Lending, Loan, Terms, plan
 from trainer.parallel.mesh import Axis
+
+if TYPE_CHECKING:
+    from trainer.kernels.places import Places
 
 
 def fewer_bytes(top_k: int, ranks: int) -> bool:
@@ -43,14 +48,15 @@ class GatheredExperts:
     """`trainer.model.seams.ExpertExchange` over ep, whose ranks hold equal, consecutive parts of the experts.
 
     Args:
-        ep: for the numbers of choices.
+        ep: for the numbers of choices, and for weights of experts that are lent.
         wide: the same ranks, for tokens, which may travel while the numbers do.
+        terms: on which experts are lent; None: never.
     """
 
     overlaps = True
 
-    def __init__(self, ep: Axis, wide: Axis) -> None:
-        self._ep, self._wide = ep, wide
+    def __init__(self, ep: Axis, wide: Axis, terms: Terms | None = None) -> None:
+        self._ep, self._wide, self._terms = ep, wide, terms
 
     def begin(self, x_TD: Tensor) -> _Begun:
         """Send the tokens, for which nothing need be known."""
@@ -62,43 +68,91 @@ class GatheredExperts:
     ) -> Owed:
         """This rank's experts over all tokens; the host waits once, for the number of rows."""
         local = experts // self._ep.size
-        first = self._ep.index * local
         weights_NK, chosen_NK = _Share.apply(weights_TK, chosen_TK, self._ep)
-        if fused(begun.x_ND):
-            y_ND = self._fused(begun, chosen_NK, weights_NK, (first, local), compute)
-        else:
-            y_ND = self._plain(begun, chosen_NK, weights_NK, (first, local), compute)
+        way = self._fused if fused(begun.x_ND) else self._plain
+        y_ND = way(begun, chosen_NK, weights_NK, (experts, self._ep.index * local, local), compute)
         flight = exchange.scattering(self._wide)
         return flight.launch(y_ND), flight.land
 
+    def _part(self, loans: Sequence[Loan], first: int) -> Lending | None:
+        """This rank's part of the micro-batch's loans, where it has one."""
+        lending = Lending(loans, self._ep, first)
+        return lending if lending.lent or lending.borrowed else None
+
     def _plain(
-        self, begun: _Begun, chosen_NK: Tensor, weights_NK: Tensor, which: tuple[int, int], compute: Compute
+        self,
+        begun: _Begun,
+        chosen_NK: Tensor,
+        weights_NK: Tensor,
+        which: tuple[int, int, int],
+        compute: Compute,
     ) -> Tensor:
-        first, local = which
-        local_P = chosen_NK.flatten() - first
-        order_P, ends_L = sort_keys(torch.where((local_P >= 0) & (local_P < local), local_P, local), local)
-        total = ends_L[-1]
+        experts, first, local = which
+        counts = torch.bincount(chosen_NK.flatten() + 1, minlength=experts + 1)[1:].tolist()
+        lending = None if self._terms is None else self._part(plan(counts, self._ep.size, self._terms), first)
+        keys_NK, slots = chosen_NK - first, local
+        if lending is not None:
+            keys_NK, slots = lending.keys(chosen_NK, experts, local), local + len(lending.borrowed)
+        keys_P = keys_NK.flatten()
+        order_P, ends_S = sort_keys(torch.where((keys_P >= 0) & (keys_P < slots), keys_P, slots), slots)
+        own, total = int(ends_S[local - 1]), int(ends_S[-1])
         back_P = inverse(order_P, order_P.numel())
         back_NK = back_P.masked_fill(back_P >= total, -1).view(chosen_NK.shape)
-        order_R = order_P[: int(total)]
-        weights_R = take(weights_NK.view(-1, 1), order_R, back_NK.view(-1, 1)).squeeze(1)
-        x_ND = begun.flight.land(begun.x_ND)
-        y_RD = compute(take(x_ND, order_R // chosen_NK.shape[1], back_NK), ends_L, weights_R)
+        order_R = order_P[:total]
+        weights_R = take(weights_NK.reshape(-1, 1), order_R, back_NK.view(-1, 1)).squeeze(1)
+        x_RD = take(begun.flight.land(begun.x_ND), order_R // chosen_NK.shape[1], back_NK)
+        if lending is None:
+            y_RD = compute(x_RD, ends_S, weights_R)
+        else:
+            guests = Guests(x_RD[own:], ends_S[local:] - own, weights_R[own:], lending)
+            y_RD = torch.cat([*compute(x_RD[:own], ends_S[:local], weights_R[:own], guests)])
         y_PD = take(y_RD, back_NK.flatten(), order_R.unsqueeze(1))
         return y_PD.unflatten(0, chosen_NK.shape).sum(dim=1)
 
     def _fused(
-        self, begun: _Begun, chosen_NK: Tensor, weights_NK: Tensor, which: tuple[int, int], compute: Compute
+        self,
+        begun: _Begun,
+        chosen_NK: Tensor,
+        weights_NK: Tensor,
+        which: tuple[int, int, int],
+        compute: Compute,
     ) -> Tensor:
         """The same by kernels, which are queued before the host waits."""
         from trainer.kernels import places, rows
 
-        at = places.places(chosen_NK, weights_NK, *which)
-        (count,) = HostCopy(at.total).wait()
-        weights_R = places.row_weights(weights_NK, at, count)
+        experts, first, local = which
+        if self._terms is None:
+            at = places.places(chosen_NK, weights_NK, first, local)
+            own, others, lending = *HostCopy(at.total).wait(), 0, None
+        else:
+            at, (own, others), lending = self._places_lent(chosen_NK, weights_NK, which, self._terms)
+        weights_R = places.row_weights(weights_NK, at, own + others)
         x_ND = begun.flight.land(begun.x_ND)
-        y_RD = compute(rows.spread(x_ND, at.back_TK, count), at.ends_L, weights_R)
-        return rows.collect(y_RD, at.back_TK)
+        ends_L = at.ends_L[:local]
+        if lending is None:
+            return rows.collect(at.back_TK, compute(rows.spread(x_ND, at.back_TK, own), ends_L, weights_R))
+        weights_R, others_R = weights_R.split((own, others))
+        x_RD, others_RD = rows.spread_apart(x_ND, at.back_TK, own, others)
+        ends_B = at.ends_L[local : local + len(lending.borrowed)] - own
+        guests = Guests(others_RD, ends_B, others_R, lending)
+        return rows.collect(at.back_TK, *compute(x_RD, ends_L, weights_R, guests))
+
+    def _places_lent(
+        self, chosen_NK: Tensor, weights_NK: Tensor, which: tuple[int, int, int], terms: Terms
+    ) -> tuple[Places, tuple[int, int], Lending | None]:
+        """Places of rows of own and borrowed experts, how many rows each have, and the loans."""
+        from trainer.kernels import lending, places
+
+        experts, first, local = which
+        counts_PE = places.counts(chosen_NK, experts)
+        slots_E, planned = lending.plan(
+            counts_PE, self._ep.size, self._ep.index, terms.node, terms.least, terms.most, terms.percent
+        )
+        coming = HostCopy(planned)
+        at = places.places(chosen_NK, weights_NK, 0, local + terms.most, slots_E)
+        ((number, own, others, *pairs),) = coming.wait()
+        loans = [Loan(pairs[i], pairs[i] // local, pairs[i + 1]) for i in range(0, 2 * number, 2)]
+        return at, (own, others), self._part(loans, first)
 
 
 class _Share(torch.autograd.Function):
@@ -110,9 +164,8 @@ class _Share(torch.autograd.Function):
         numbers = torch.int32 if weights_TK.element_size() == 4 else torch.int64
         both = torch.cat((weights_TK.contiguous().view(numbers), chosen_TK.to(numbers)), dim=1)
         weights_NK, chosen_NK = exchange.all_gather(both, axis, 0).chunk(2, dim=1)
-        chosen_NK = chosen_NK.contiguous()
         ctx.mark_non_differentiable(chosen_NK)
-        return weights_NK.contiguous().view(weights_TK.dtype), chosen_NK
+        return weights_NK.view(weights_TK.dtype), chosen_NK
 
     @staticmethod
     def backward(ctx: Any, slope_NK: Tensor, _chosen: Any) -> tuple[Tensor, None, None]:

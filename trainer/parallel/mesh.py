@@ -170,6 +170,8 @@ class Mesh:
     """All ranks over gloo, for objects and small numbers on the host."""
     network: Applied
     """What became of the network preset's variables."""
+    node: int = 1
+    """Neighbouring ranks that share a node."""
     connecting: Connecting = field(default_factory=Connecting)
 
     def __getitem__(self, name: str) -> Axis:
@@ -211,7 +213,10 @@ def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     network, _ = meet(config, rank, backend)
     control = dist.new_group(backend="gloo", timeout=patience(config), group_desc="control")
-    return assemble(config, rank.rank, rank.world, device, control, network)
+    # Of rank 0 for all: ranks that thought otherwise would lend otherwise.
+    node = torch.tensor([rank.local_world])
+    dist.broadcast(node, 0, group=control)
+    return assemble(config, rank.rank, rank.world, device, control, network, int(node))
 
 
 def patience(config: RunConfig) -> timedelta:
@@ -226,13 +231,18 @@ def assemble(
     device: torch.device,
     control: dist.ProcessGroup,
     network: Applied,
+    node: int | None = None,
 ) -> Mesh:
-    """The mesh of a rank whose process group exists already."""
+    """The mesh of a rank whose process group exists already.
+
+    Args:
+        node: neighbouring ranks that share a node; None: all do.
+    """
     limit = patience(config)
     axes = make_groups(dense_groups(config.parallel, rank), rank, world, limit)
     axes["ep_wide"] = _beside(axes["ep"], device, limit)
     layout = {axis: config.parallel.size(axis) for axis in AXES}
-    return Mesh(rank, world, layout, device, axes, control, network)
+    return Mesh(rank, world, layout, device, axes, control, network, node or world)
 
 
 def make_groups(

@@ -19,7 +19,95 @@ _REGROUPED = (
     "tests/trainer/model/test_kernels.py::test_rows_that_came_by_source_are_put_in_the_order_of_experts[3-5]"
 )
 
+_GATHERED = "trainer/parallel/gathered.py"
+_LENDING = "trainer/parallel/lending.py"
+_PLANNER = "trainer/kernels/lending.py"
+_LATER = "trainer/model/later.py"
+_LENT = "tests/trainer/parallel/test_parallel.py::test_hot_experts_that_are_lent[4-4]"
+_LENT_BY_KERNELS = (
+    "tests/trainer/parallel/test_parallel.py::test_seams_by_kernels[experts_by_kernels-more3-1e-06]"
+)
+_PLANS = "tests/trainer/parallel/test_lending.py::test_"
+
 MUTANTS = [
+    # Hot experts that are lent.
+    Mutant(
+        "gradients of lent experts stay away",
+        _LATER,
+        "            made[number] = part\n",
+        "            pass\n",
+        _LENT,
+    ),
+    Mutant(
+        "a lender computes what it lent too",
+        _LENDING,
+        "            slots[loan.expert] = -1\n",
+        "            pass\n",
+        _LENT,
+    ),
+    Mutant(
+        "the wrong expert's weights are lent",
+        _LENDING,
+        "(loan.borrower, weight[loan.expert - self.first].detach())",
+        "(loan.borrower, weight[loan.expert - self.first - 1].detach())",
+        _LENT,
+    ),
+    Mutant(
+        "a gradient comes home to another expert",
+        _LENDING,
+        "(loan.borrower, room(loan.expert - self.first))",
+        "(loan.borrower, room(loan.expert - self.first - 1))",
+        _LENT,
+    ),
+    Mutant(
+        "borrowed rows are weighed as own ones",
+        _GATHERED,
+        "weights_R[own:], lending)",
+        "weights_R[: len(weights_R) - own], lending)",
+        _LENT,
+    ),
+    Mutant(
+        "borrowed rows are looked for among own ones",
+        _ROWS,
+        "place = (source - first)[:, None] * width",
+        "place = source[:, None] * width",
+        _LENT_BY_KERNELS,
+    ),
+    Mutant(
+        "experts of few rows are lent",
+        _LENDING,
+        "if counts[expert] >= terms.least",
+        "if counts[expert] >= 0",
+        f"{_PLANS}an_expert_of_few_rows_stays",
+    ),
+    Mutant(
+        "experts are lent to other nodes",
+        _LENDING,
+        "members = range(first, min(first + terms.node, ranks))",
+        "members = range(ranks)",
+        f"{_PLANS}nobody_lends_beyond_a_node",
+    ),
+    Mutant(
+        "the largest expert is lent, whatever the difference",
+        _LENDING,
+        "key=lambda expert: abs(2 * counts[expert] - apart)",
+        "key=lambda expert: -counts[expert]",
+        f"{_PLANS}what_comes_closest_to_half_the_difference_is_lent",
+    ),
+    Mutant(
+        "the kernel lends on although the load would only move",
+        _PLANNER,
+        "going = (uneven & (moved < most - fewest)).to(tl.int32)",
+        "going = (uneven & (moved <= most - fewest)).to(tl.int32)",
+        f"{_PLANS}the_kernel_plans_the_same",
+    ),
+    Mutant(
+        "the kernel tells the host of own rows that are lent",
+        _PLANNER,
+        "tl.where((slot >= 0) & (slot < LOCAL), rows_E, 0)",
+        "tl.where(owner == mine, rows_E, 0)",
+        f"{_PLANS}the_kernel_plans_the_same",
+    ),
     # On one rank.
     Mutant(
         "rows are of other tokens",

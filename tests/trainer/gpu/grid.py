@@ -60,6 +60,9 @@ LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("zaya", {"dp": 2, "tp": 2, "ep": 4}),
     ("megascale", {"tp": 2, "cp": 2}),
     ("dropping", {"dp": 4, "ep": 4}),
+    ("olmoe", {"dp": 2, "ep": 2, "lend_rows": 1}),
+    ("olmoe", {"dp": 4, "ep": 4, "lend_rows": 1}),
+    ("mixtral", {"dp": 4, "ep": 2, "zero": 3, "lend_rows": 1}),
 )
 
 

@@ -135,7 +135,7 @@ def model(name: str, *words: str) -> None:
 
 def apart() -> None:
     """What only other layouts, optimizers and evaluation launch."""
-    from trainer.kernels import accumulate, activation, adamw, loss, places, rows
+    from trainer.kernels import accumulate, activation, adamw, lending, loss, places, rows
     from trainer.kernels.route import RoutingRule, route
 
     for gradient in (BF16, torch.float32):
@@ -160,7 +160,13 @@ def apart() -> None:
     gate, up = torch.zeros(2, 16, 14336, dtype=BF16, requires_grad=True)
     activation.gated(gate, up).sum().backward()
     places.by_expert(torch.zeros(4, 16, dtype=torch.int64), 0)
+    for experts, ranks in ((8, 2), (128, 4), (512, 64)):
+        lending.plan(places.counts(torch.zeros(8, 2, dtype=torch.int64), experts), ranks, 1, 2, 2048, 8, 104)
     back = torch.zeros(8, 2, dtype=torch.int32)
+    for chosen in (back, back.long()):
+        places.places(chosen, torch.zeros(8, 2), 0, 40, torch.zeros(128, dtype=torch.int32))
+    x = torch.zeros(8, 2048, dtype=BF16, requires_grad=True)
+    rows.collect(back, *rows.spread_apart(x, back, 8, 8)).sum().backward()
     weights = torch.zeros(8, 2, requires_grad=True)
     rows.weigh(torch.zeros(16, 2048, dtype=BF16), weights, back, back.flatten()).sum().backward()
     for softmax in (True, False):
@@ -187,7 +193,7 @@ def kernels() -> set[str]:
 
 CALLED = {
     "compressed._halves", "compressed._normed_back", "compressed._whole", "loss._descend", "loss._sums", "loss._tile",
-    "mlp._split",
+    "mlp._split", "places._key",
 }  # fmt: skip
 """Functions of other kernels."""
 

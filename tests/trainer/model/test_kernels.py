@@ -97,7 +97,7 @@ def test_rows_are_spread_collected_and_weighed(top_k: int, width: int) -> None:
         [noise(at.tokens, width)],
     )
     check(
-        lambda y: rows.collect(y.masked_fill(~at.kept_R1, 0.0), at.back_TK),
+        lambda y: rows.collect(at.back_TK, y.masked_fill(~at.kept_R1, 0.0)),
         lambda y: (y[at.plain_TK] * at.kept_TK1).sum(1),
         [noise(count, width)],
     )
@@ -163,7 +163,7 @@ def test_rows_of_no_expert_may_hold_anything() -> None:
     at = RoutedPairs(3)
     y = noise(at.tokens * 3, 48).masked_fill(~at.kept_R1, math.nan).requires_grad_()
     w = torch.rand(at.tokens, 3, device=DEVICE, requires_grad=True)
-    for out in (rows.collect(y, at.back_TK), rows.weigh(y, w, at.back_TK, at.order_R)):
+    for out in (rows.collect(at.back_TK, y), rows.weigh(y, w, at.back_TK, at.order_R)):
         assert out.isfinite().all()
     (slope,) = torch.autograd.grad(rows.weigh(y, w, at.back_TK, at.order_R).sum(), w)
     assert slope.isfinite().all() and (slope[at.chosen_TK < 0] == 0).all()

@@ -30,6 +30,7 @@ from trainer.model.norm import RMSNorm, SplitNorm
 from trainer.model.seams import Micro, SoloSeams, Tally
 from trainer.parallel import expert, gathered
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext, places
+from trainer.parallel.lending import Terms
 from trainer.parallel.mesh import Mesh, assemble
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 
@@ -244,7 +245,14 @@ def samples(rank: int, world: int, store: dist.Store, method: str, cp: int) -> P
 
 
 def experts(
-    rank: int, world: int, store: dist.Store, ep: int, etp: int, all_tokens: bool, kernels: bool = False
+    rank: int,
+    world: int,
+    store: dist.Store,
+    ep: int,
+    etp: int,
+    all_tokens: bool,
+    kernels: bool = False,
+    lent: bool = False,
 ) -> Pairs:
     """Tokens of all ranks through experts that are split: uneven load, one expert without tokens, dropped pairs."""
     each, top_k, inner = 7, 3, 4
@@ -276,17 +284,20 @@ def experts(
         x, weights, *parameters = _leaves(own)
         seam: Any = expert.ExpertParallel(mesh["ep"], mesh["etp"])
         if all_tokens:
-            seam = gathered.GatheredExperts(mesh["ep"], mesh["ep_wide"])
-        owed, end = seam.run(seam.begin(x), chosen[mine], weights, EXPERTS, _expert_layer(parameters))
+            seam = gathered.GatheredExperts(mesh["ep"], mesh["ep_wide"], Terms(ep, 1) if lent else None)
+        with mock.patch.object(gathered, "Lending", side_effect=gathered.Lending) as lending:
+            owed, end = seam.run(seam.begin(x), chosen[mine], weights, EXPERTS, _expert_layer(parameters))
+        assert bool(lent and lending.call_args.args[0]) == lent
         found = end(owed)
         slopes = _learn((found * weight[mine]).sum(), x, weights, *parameters)
         own = [expected[0][mine], expected[1][mine], *cut(expected[2], expected[3])]
     return _pairs("output tokens weights gate_up down", (found, *slopes), (y[mine], *own))
 
 
-def experts_by_kernels(rank: int, world: int, folder: str, all_tokens: bool) -> Pairs:
+def experts_by_kernels(rank: int, world: int, folder: str, all_tokens: bool, lent: bool = False) -> Pairs:
     """The same with the GPU's kernels, in fp32."""
-    return experts(rank, world, dist.FileStore(f"{folder}/store", world), world, 1, all_tokens, kernels=True)
+    store = dist.FileStore(f"{folder}/store", world)
+    return experts(rank, world, store, world, 1, all_tokens, kernels=True, lent=lent)
 
 
 def _expert_layer(parameters: list[Tensor]) -> Callable[..., Tensor]:

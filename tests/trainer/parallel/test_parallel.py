@@ -65,6 +65,7 @@ def test_a_vocabulary_that_is_split(ranks: RankPool, world: int) -> None:
         (seam_checks.vocabulary_by_kernels, (), 1e-2),
         (seam_checks.experts_by_kernels, (False,), 1e-6),
         (seam_checks.experts_by_kernels, (True,), 1e-6),
+        (seam_checks.experts_by_kernels, (True, True), 1e-6),
     ],
 )
 def test_seams_by_kernels(
@@ -115,6 +116,11 @@ def test_experts_that_are_split(ranks: RankPool, world: int, ep: int, etp: int) 
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 4)])
 def test_experts_that_see_all_tokens(ranks: RankPool, world: int, ep: int) -> None:
     check(ranks, world, seam_checks.experts, ep, 1, True)
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 4)])
+def test_hot_experts_that_are_lent(ranks: RankPool, world: int, ep: int) -> None:
+    check(ranks, world, seam_checks.experts, ep, 1, True, False, True)
 
 
 # ---- who has what ----

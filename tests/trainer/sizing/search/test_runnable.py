@@ -109,6 +109,21 @@ REFUSED = {
         ["parallel.chunks=3", "parallel.schedule=zbv"],
         "parallel.chunks=2",
     ),
+    "lending under a V": (
+        ["parallel.pp=2", "parallel.schedule=zbv", "parallel.ep=2", "parallel.lend_rows=64"],
+        ["parallel.lend_rows=64", "parallel.schedule=zbv"],
+        "parallel.lend_rows=null",
+    ),
+    "lending parts of experts": (
+        ["parallel.tp=2", "parallel.etp=2", "parallel.lend_rows=64"],
+        ["parallel.lend_rows=64", "parallel.etp=2"],
+        "parallel.etp=1",
+    ),
+    "lending where tokens aren't gathered": (
+        ["parallel.dp=4", "parallel.ep=4", "model.top_k=2", "parallel.lend_rows=64"],
+        ["parallel.lend_rows=64", "parallel.ep=4", "model.top_k=2"],
+        "parallel.ep=2",
+    ),
     "a schedule without a pipeline": (
         ["parallel.schedule=zbv"],
         ["parallel.schedule=zbv", "parallel.pp=1"],
