@@ -57,6 +57,13 @@ def test_a_row_has_a_forecast_for_the_rows_that_were_measured_too() -> None:
         " for that"
     )
     assert re.findall(r"forecast ([0-9.]+) ms", line) == [milliseconds[None], milliseconds[1.87]]
+    (lent,) = variants.row(
+        "a",
+        on_two_ranks("parallel.ep=2", "parallel.lend_rows=9"),
+        2,
+        variants.Outcome(Times([2.5]), None, 1.87),
+    )
+    assert lent.endswith("; the fullest rank had 1.87 times its share of rows, before it lent some")
     (even,) = variants.row("a", config, 2, variants.Outcome(Times([2.5]), None, 1.0), "balanced")
     assert "fullest" not in even
     assert re.findall(r"forecast ([0-9.]+) ms", even) == [milliseconds[1.0]]

@@ -69,7 +69,7 @@ def test_errors_lie_on_both_sides_and_few_rows_calibrate() -> None:
     assert abs(sum(step for step, _ in made) / len(made)) <= 0.04
     assert abs(sum(memory for _, memory in made) / len(made)) <= 0.02
     assert sum(row["calibrates"] for row in ROWS) == 4
-    assert sum("missed" in row for row in ROWS) <= 3 < len(ROWS) / 8
+    assert sum("missed" in row for row in ROWS) <= 1
 
 
 def test_the_planner_chooses_what_is_fastest() -> None:
