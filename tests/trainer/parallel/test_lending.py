@@ -109,7 +109,7 @@ def test_the_kernel_plans_the_same() -> None:
     from trainer.kernels import lending, places
 
     draw, lent = random.Random(1), 0
-    for _ in range(40):
+    for _ in range(20 if DEVICE == "cuda" else 40):  # each shape is compiled
         counts, ranks, terms = _drawn(draw)
         local, expected = len(counts) // ranks, plan(counts, ranks, terms)
         lent += len(expected)
@@ -125,7 +125,7 @@ def test_the_kernel_plans_the_same() -> None:
             assert slots.tolist() == part.keys(torch.arange(len(counts)), len(counts), local).tolist()
             borrowed = sum(counts[loan.expert] for loan in part.borrowed)
             assert (own, others) == (rows(counts, ranks, expected)[rank] - borrowed, borrowed)
-    assert lent > 30
+    assert lent > 10
     both = torch.randint(-1, 40, (5000, 6), device=DEVICE)
     counted = places.counts(both[:, 3:], 40).sum(dim=0)
     assert counted.tolist() == torch.bincount(both[:, 3:].flatten() + 1, minlength=41)[1:].tolist()
