@@ -130,8 +130,9 @@ def _exchange(mesh: Mesh, config: RunConfig) -> ExpertParallel | GatheredExperts
     least = config.parallel.lend_rows
     # Groups begin at multiples of their size, so that neighbours of a common divisor share a node. Torch's schedules that
     # split the backward pass come by weights' gradients in an order of their own, which may differ between ranks.
-    lends = least is not None and config.parallel.schedule != "zbv"
-    terms = Terms(math.gcd(mesh["ep"].size, mesh.node), least) if lends and least else None
+    node = math.gcd(mesh["ep"].size, mesh.node)
+    lends = node > 1 and config.parallel.schedule != "zbv"
+    terms = Terms(node, least) if least is not None and lends else None
     return GatheredExperts(mesh["ep"], mesh["ep_wide"], terms)
 
 

@@ -19,6 +19,7 @@ from tests.trainer.parallel import seam_checks
 from tests.trainer.parallel.rank_pool import RankPool
 from trainer.engines.native import NativeEngine
 from trainer.parallel.exchange import Flight
+from trainer.parallel.lending import Lending
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 SAMPLES, STEPS = 4, 3
@@ -31,18 +32,19 @@ def ranks() -> Iterator[RankPool]:
     pool.end()
 
 
-def _config(recompute: str) -> RunConfig:
+def _config(recompute: str, lend: str) -> RunConfig:
     """Tokens are gathered; recomputation stops in the shared expert, where the exchange has begun and not ended."""
     return compose(
         ["model=demo", "hardware=cpu", "train.engine=native", "train.micro_batch=1", f"train.global_batch={SAMPLES}",
          "data.sequence=32", "train.precision=fp32", "model.layers=2", "model.top_k=2", "model.shared_width=16",
-         "model.router.balance=bias", "parallel.dp=2", "parallel.ep=2", f"train.recompute={recompute}"]
+         "model.router.balance=bias", "parallel.dp=2", "parallel.ep=2", f"train.recompute={recompute}",
+         f"parallel.lend_rows={lend}"]
     )  # fmt: skip
 
 
-def _alive(rank: int, world: int, store: Any, recompute: str) -> list[Counter[str]]:
+def _alive(rank: int, world: int, store: Any, recompute: str, lend: str) -> list[Counter[str]]:
     """Flights and tensors after each step."""
-    config, counts = _config(recompute), []
+    config, counts = _config(recompute, lend), []
     with seam_checks.met(rank, world, store, dp=2, ep=2) as mesh:
         engine = NativeEngine(config, mesh)
         gc.collect()
@@ -54,7 +56,7 @@ def _alive(rank: int, world: int, store: Any, recompute: str) -> list[Counter[st
                 del given
                 kinds = [type(one) for one in gc.get_objects()]
                 counts.append(Counter({
-                    "flights": sum(kind is Flight for kind in kinds),
+                    "flights": sum(kind in (Flight, Lending) for kind in kinds),
                     "tensors": sum(issubclass(kind, torch.Tensor) for kind in kinds),
                 }))  # fmt: skip
         finally:
@@ -62,9 +64,10 @@ def _alive(rank: int, world: int, store: Any, recompute: str) -> list[Counter[st
     return counts
 
 
+@pytest.mark.parametrize("lend", ["null", "1"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_step_leaves_nothing(ranks: RankPool, recompute: str) -> None:
-    for counts in ranks.run(2, _alive, recompute):
+def test_a_step_leaves_nothing(ranks: RankPool, recompute: str, lend: str) -> None:
+    for counts in ranks.run(2, _alive, recompute, lend):
         assert [one["flights"] for one in counts] == [0] * STEPS
         # One may come or go with a thread that is late; an exchange that stays alive brings a dozen a step.
         assert abs(counts[2]["tensors"] - counts[1]["tensors"]) < 4
