@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,9 @@ from trainer.sizing.model.layout import Layout
 
 Recompute = Literal["none", "selective", "full"]
 """What the backward pass computes again: nothing, `Software.selective`, every layer."""
+LENT = 1.05
+"""Rows of the fullest rank over the mean once hot experts are lent (`trainer.parallel.lending`), from 1.04 on:
+what whole experts leave."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Software:
     gathered_experts: bool = False
     """Where a token goes to at least as many experts as an expert group has ranks, tokens are gathered over the group and
     the ranks' sums scattered, instead of sending each token to each of its experts."""
+    lent_experts: bool = False
+    """Where tokens are gathered inside a node, a rank whose experts got more rows lends some to ranks that got fewer."""
     shared_tokens: bool = False
     """Ranks with parts of the same experts (etp) share their tokens first, and each sends all of them to its experts
     (`trainer.parallel.expert`); otherwise each sends its own, and pairs are shared as they arrive (Megatron)."""
@@ -205,7 +211,9 @@ class TrainingJob:
     @property
     def fullest(self) -> float:
         """Rows of the fullest rank over the mean: ranks that have all experts get a row for each token and choice."""
-        return self.imbalance if self.layout.ep > 1 else 1.0
+        lends = self.gathers_experts and self.software.lent_experts and not self.zero_bubble
+        most = LENT if lends and self.layout.ep <= self.node else math.inf
+        return min(self.imbalance, most) if self.layout.ep > 1 else 1.0
 
     @property
     def tokens(self) -> int:

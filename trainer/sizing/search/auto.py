@@ -88,7 +88,7 @@ def task(config: RunConfig, ranks: int, node: int) -> Task:
         config.model, ranks, config.data.sequence, train.global_batch or train.micro_batch * ranks, precision, node,
         frameworks.own(
             kind=config.hardware.kind, engine=train.engine, optim=config.optim, precision=precision,
-            context=parallel.context,
+            context=parallel.context, lends=parallel.lend_rows is not None,
         ),
         (PLAIN if deepspeed else {}) | axes, train.micro_batch,
         recompute=either(train, "recompute", "none", "selective", "full"),

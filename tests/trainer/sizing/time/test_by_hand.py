@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -322,6 +322,24 @@ def test_folding_is_one_rule_for_time_states_search_and_schema() -> None:
 
 
 # ---- experts by gathering ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "fullest"),
+    [
+        ({}, 1.05),
+        ({"imbalance": 1.02}, 1.02),
+        ({"layout": Layout(1, 16, 1, 16, 1, 1)}, 1.4),
+        ({"zero_bubble": True}, 1.4),
+        ({"node": 4}, 1.4),
+        ({"software": frameworks.own()}, 1.4),
+        ({"layout": Layout(1, 8, 1, 1, 1, 1)}, 1.0),
+    ],
+)
+def test_lent_experts_leave_ranks_alike(changes: dict[str, Any], fullest: float) -> None:
+    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.own(lends=True))
+    assert replace(made, imbalance=1.4, node=8).fullest == 1.05
+    assert replace(made, **({"imbalance": 1.4, "node": 8} | changes)).fullest == fullest
 
 
 @pytest.mark.parametrize(("ep", "gathers"), [(2, True), (8, True), (16, False)])
