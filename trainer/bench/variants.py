@@ -157,8 +157,10 @@ def row(text: str, config: RunConfig, world: int, measured: Outcome, routing: st
     guess = _beside(forecast(config, world, imbalance_of(routing)), times)
     if measured.fullest is not None and routing != "balanced":
         guess += f"; the fullest rank had {measured.fullest:.2f} times its share of rows, "
-        again = _beside(forecast(config, world, measured.fullest), times)
-        guess += f"{again} for that" if config.parallel.lend_rows is None else "before it lent some"
+        if config.parallel.lend_rows is None:
+            guess += f"{_beside(forecast(config, world, measured.fullest), times)} for that"
+        else:
+            guess += "before it lent some"
     apart = "" if profiled is None else (
         f", communication alone {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %)"
         f"{kernels.of_waiting(profiled)}, idle {profiled.idle:.1f} ms, at most {profiled.uncovered(times.median):.1f} ms "

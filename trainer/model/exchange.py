@@ -96,7 +96,7 @@ class LocalExchange:
             matmul leaves them as they were in memory.
     """
 
-    overlaps = False
+    overlaps = lends = False
 
     def __init__(self, drops: bool = False) -> None:
         self.drops = drops

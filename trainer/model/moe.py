@@ -86,7 +86,7 @@ class Experts(nn.Module):
             guests: rows of borrowed experts, which come out as a second tensor; a rank that only lends has none of them.
         """
         if guests is not None:
-            return self._weights_later()(x_RD, ends_L, weights_R, guests)
+            return self._weights_later(lends=True)(x_RD, ends_L, weights_R, guests)
         into = self.gate_up.flatten(1, 2) if self.gated else self.up
         if takes(x_RD, into, self.down):
             inner = self._inner(F.grouped_mm(x_RD, into.transpose(1, 2), offs=ends_L), weights_R)
@@ -94,17 +94,21 @@ class Experts(nn.Module):
         y_RD = self._by_expert(x_RD, into, ends_L)
         return y_RD if weights_R is None else y_RD * weights_R.unsqueeze(-1).to(y_RD.dtype)
 
-    def later(self) -> Callable[..., Any]:
+    def later(self, lends: bool = False) -> Callable[..., Any]:
         """What computes the same as a call, but leaves its weights' gradients to the time when the backward pass comes to
-        what was computed before this call of `later`: collectives that begin in between run beside them."""
+        what was computed before this call of `later`: collectives that begin in between run beside them.
+
+        Args:
+            lends: whether there may be guests.
+        """
         if isinstance(self, FSDPModule):  # which wants its own calls before and after
             return self
-        return self._weights_later()
+        return self._weights_later(lends)
 
-    def _weights_later(self) -> Callable[..., Any]:
+    def _weights_later(self, lends: bool) -> Callable[..., Any]:
         into = WeightLater(self.gate_up.flatten(1, 2) if self.gated else self.up)
         down = WeightLater(self.down)
-        returns = Returns((into, down))
+        returns = Returns((into, down)) if lends else None
 
         def both(x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None, *weights: WeightLater) -> Tensor:
             first, second = weights
@@ -117,6 +121,7 @@ class Experts(nn.Module):
                 if not takes(x_RD, into.weight, down.weight):
                     return self(x_RD, ends_L, weights_R)
                 return both(x_RD, ends_L, weights_R, into, down)
+            assert returns is not None, "nobody said that there may be guests"
             lending = guests.lending
             borrowed = lending.begin((into.weight, down.weight))
             theirs = [WeightLater(weight) for weight in borrowed if len(weight)]
@@ -190,7 +195,7 @@ class MoELayer(nn.Module):
         What is computed before that call runs beside the exchange, here and in the backward pass.
         """
         begun = self.exchange.begin(x_BSD.flatten(0, 1))
-        experts = self.experts.later() if self.exchange.overlaps else self.experts
+        experts = self.experts.later(self.exchange.lends) if self.exchange.overlaps else self.experts
         choice = self.router(x_BSD, state_BSR, micro, self.samples)
         chosen_TK, weights_TK = choice.chosen_BSK.flatten(0, 1), choice.weights_BSK.flatten(0, 1)
         y_TD, end = self.exchange.run(begun, chosen_TK, weights_TK, self.num_experts, experts)

@@ -218,6 +218,8 @@ class ExpertExchange(Protocol):
 
     overlaps: bool
     """Whether there is."""
+    lends: bool
+    """Whether `compute` may get `Guests`."""
 
     def begin(self, x_TD: Tensor) -> Any:
         """Start what needs no router; `run` takes what this gives."""

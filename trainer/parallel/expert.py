@@ -71,7 +71,7 @@ class ExpertParallel:
     back is summed and split.
     """
 
-    overlaps = False
+    overlaps = lends = False
 
     def __init__(self, ep: Axis, etp: Axis) -> None:
         self._ep, self._etp = ep, etp

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,17 @@ class _Begun:
     x_ND: Tensor
 
 
+class _Routed(NamedTuple):
+    """What routers of all ranks chose, and which experts are this rank's."""
+
+    chosen_NK: Tensor
+    weights_NK: Tensor
+    experts: int
+    """Of the layer."""
+    first: int
+    local: int
+
+
 class GatheredExperts:
     """`trainer.model.seams.ExpertExchange` over ep, whose ranks hold equal, consecutive parts of the experts.
 
@@ -57,6 +68,7 @@ class GatheredExperts:
 
     def __init__(self, ep: Axis, wide: Axis, terms: Terms | None = None) -> None:
         self._ep, self._wide, self._terms = ep, wide, terms
+        self.lends = terms is not None
 
     def begin(self, x_TD: Tensor) -> _Begun:
         """Send the tokens, for which nothing need be known."""
@@ -70,7 +82,8 @@ class GatheredExperts:
         local = experts // self._ep.size
         weights_NK, chosen_NK = _Share.apply(weights_TK, chosen_TK, self._ep)
         way = self._fused if fused(begun.x_ND) else self._plain
-        y_ND = way(begun, chosen_NK, weights_NK, (experts, self._ep.index * local, local), compute)
+        routed = _Routed(chosen_NK, weights_NK, experts, self._ep.index * local, local)
+        y_ND = way(begun, routed, compute)
         flight = exchange.scattering(self._wide)
         return flight.launch(y_ND), flight.land
 
@@ -79,17 +92,12 @@ class GatheredExperts:
         lending = Lending(loans, self._ep, first)
         return lending if lending.lent or lending.borrowed else None
 
-    def _plain(
-        self,
-        begun: _Begun,
-        chosen_NK: Tensor,
-        weights_NK: Tensor,
-        which: tuple[int, int, int],
-        compute: Compute,
-    ) -> Tensor:
-        experts, first, local = which
-        counts = torch.bincount(chosen_NK.flatten() + 1, minlength=experts + 1)[1:].tolist()
-        lending = None if self._terms is None else self._part(plan(counts, self._ep.size, self._terms), first)
+    def _plain(self, begun: _Begun, routed: _Routed, compute: Compute) -> Tensor:
+        chosen_NK, weights_NK, experts, first, local = routed
+        lending = None
+        if self._terms is not None:
+            counts = torch.bincount(chosen_NK.flatten() + 1, minlength=experts + 1)[1:].tolist()
+            lending = self._part(plan(counts, self._ep.size, self._terms), first)
         keys_NK, slots = chosen_NK - first, local
         if lending is not None:
             keys_NK, slots = lending.keys(chosen_NK, experts, local), local + len(lending.borrowed)
@@ -109,23 +117,16 @@ class GatheredExperts:
         y_PD = take(y_RD, back_NK.flatten(), order_R.unsqueeze(1))
         return y_PD.unflatten(0, chosen_NK.shape).sum(dim=1)
 
-    def _fused(
-        self,
-        begun: _Begun,
-        chosen_NK: Tensor,
-        weights_NK: Tensor,
-        which: tuple[int, int, int],
-        compute: Compute,
-    ) -> Tensor:
+    def _fused(self, begun: _Begun, routed: _Routed, compute: Compute) -> Tensor:
         """The same by kernels, which are queued before the host waits."""
         from trainer.kernels import places, rows
 
-        experts, first, local = which
+        chosen_NK, weights_NK, _, first, local = routed
         if self._terms is None:
             at = places.places(chosen_NK, weights_NK, first, local)
             own, others, lending = *HostCopy(at.total).wait(), 0, None
         else:
-            at, (own, others), lending = self._places_lent(chosen_NK, weights_NK, which, self._terms)
+            at, (own, others), lending = self._places_lent(routed, self._terms)
         weights_R = places.row_weights(weights_NK, at, own + others)
         x_ND = begun.flight.land(begun.x_ND)
         ends_L = at.ends_L[:local]
@@ -137,13 +138,11 @@ class GatheredExperts:
         guests = Guests(others_RD, ends_B, others_R, lending)
         return rows.collect(at.back_TK, *compute(x_RD, ends_L, weights_R, guests))
 
-    def _places_lent(
-        self, chosen_NK: Tensor, weights_NK: Tensor, which: tuple[int, int, int], terms: Terms
-    ) -> tuple[Places, tuple[int, int], Lending | None]:
+    def _places_lent(self, routed: _Routed, terms: Terms) -> tuple[Places, tuple[int, int], Lending | None]:
         """Places of rows of own and borrowed experts, how many rows each have, and the loans."""
         from trainer.kernels import lending, places
 
-        experts, first, local = which
+        chosen_NK, weights_NK, experts, first, local = routed
         counts_PE = places.counts(chosen_NK, experts)
         slots_E, planned = lending.plan(
             counts_PE, self._ep.size, self._ep.index, terms.node, terms.least, terms.most, terms.percent

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -120,12 +120,12 @@ class Lending:
     _into: list[tuple[int, Tensor]] = field(default_factory=list)
     _ready: torch.cuda.Event | None = None
 
-    @property
+    @cached_property
     def lent(self) -> list[Loan]:
         """Of this rank's experts."""
         return [loan for loan in self.loans if loan.owner == self.axis.index]
 
-    @property
+    @cached_property
     def borrowed(self) -> list[Loan]:
         """By this rank."""
         return [loan for loan in self.loans if loan.borrower == self.axis.index]

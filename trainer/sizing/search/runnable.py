@@ -170,18 +170,17 @@ def _lending(config: RunConfig) -> str | None:
     """A smaller ep, even 1, is what a run that lost nodes has left: it lends nothing then."""
     parallel, top_k = config.parallel, config.model.top_k
     ep, etp = parallel.size("ep"), parallel.size("etp")
-    why, mend = "", ""
+    if parallel.lend_rows is None:
+        return None
     if parallel.schedule == "zbv":
-        why, mend = (
-            "parallel.schedule=zbv, which works gradients out in an order of its own",
-            "parallel.schedule=1f1b",
-        )
+        why = "parallel.schedule=zbv, which works gradients out in an order of its own"
+        mend = "parallel.schedule=1f1b"
     elif etp > 1:
         why, mend = f"parallel.etp={etp}, where a rank has a part of each expert", "parallel.etp=1"
     elif ep > top_k:
         why = f"parallel.ep={ep} above model.top_k={top_k}, where tokens travel to their experts' ranks alone"
         mend = f"parallel.ep={max(size for size in divisors(config.model.experts) if size <= top_k)}"
-    if parallel.lend_rows is None or not why:
+    else:
         return None
     return f"parallel.lend_rows={parallel.lend_rows} with {why}; set parallel.lend_rows=null, or {mend}"
 
