@@ -63,7 +63,7 @@ class ParallelConfig(Section):
     lend_rows: Positive | None = None
     """Rows of an expert in a micro-batch from which on a rank of ep whose experts have more rows than others' lends it to
     one of those: weights go there, their gradient comes back. Inside a node, where tokens are gathered (1 < ep <= top_k,
-    etp 1) and the schedule isn't `zbv`; e.g. 2048. null: never."""
+    etp 1) and the schedule isn't `zbv`; e.g. 2048. null: never; where it isn't set, auto axes may set it."""
     context: Literal["gather", "ulysses"] = "gather"
     """Context parallelism: keys and values are gathered (as ZAYA1), or heads are exchanged for tokens (Ulysses)."""
 

@@ -24,6 +24,34 @@ _OF_SHAPES = "tests/trainer/sizing/lint/test_shape_by_hand.py::test_"
 
 MUTANTS = [
     Mutant(
+        "a plan lends between two ranks",
+        _LEGAL,
+        "and layout.ep >= LENDERS",
+        "and layout.ep > 1",
+        f"{_OF_PLANS}hot_experts_are_lent_where_that_is_worth_it[words1-2-None]",
+    ),
+    Mutant(
+        "a plan lends what the user wants at home",
+        _AUTO,
+        'if "lend_rows" not in config.parallel.model_fields_set and (',
+        "if (",
+        f"{_OF_PLANS}hot_experts_are_lent_where_that_is_worth_it[words3-4-None]",
+    ),
+    Mutant(
+        "a plan lends without gain",
+        _AUTO,
+        "if job.lends else {}",
+        "if job.software.lent_rows else {}",
+        f"{_OF_PLANS}hot_experts_are_lent_where_that_is_worth_it[words8-4-None]",
+    ),
+    Mutant(
+        "rows worth lending are those of a forward pass",
+        _AUTO,
+        "/ (6 * numbers)",
+        "/ (2 * numbers)",
+        f"{_OF_PLANS}rows_worth_lending_take_as_long_as_their_experts_way",
+    ),
+    Mutant(
         "the search remembers bounds without the cut of experts",
         _LAYOUTS,
         "key = (layout.tp, layout.cp, layout.ep, layout.etp, micro_batch)",

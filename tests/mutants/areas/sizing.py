@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.listed import Mutant
 
+_JOB = "trainer/sizing/model/job.py"
 _TIME = "trainer/sizing/time/estimate.py"
 _ACTIVATIONS = "trainer/sizing/memory/activations.py"
 _STATES = "trainer/sizing/memory/states.py"
@@ -19,11 +20,54 @@ _TRAFFIC = "trainer/sizing/time/traffic.py"
 _FLOPS = "trainer/sizing/model/flops.py"
 
 _AXES = "tests/trainer/sizing/time/test_axes.py::test_"
+_BY_HAND = "tests/trainer/sizing/time/test_by_hand.py::test_"
 _SUMS = "tests/trainer/sizing/memory/test_sums.py::test_"
 _MOMENTS = "tests/trainer/sizing/memory/test_unwinding.py::test_"
 _STAGES = "tests/trainer/sizing/time/test_stages_by_hand.py::test_"
 
 MUTANTS = [
+    Mutant(
+        "lent experts are taken for experts at home",
+        _TIME,
+        "job.lends, (layout.dp, layout.pp)",
+        "(layout.dp, layout.pp)",
+        f"{_AXES}no_set_up_is_taken_for_another",
+    ),
+    Mutant(
+        "what is exchanged behind computation costs nothing",
+        _TIME,
+        "return exposed + slower + self._tied(stage),",
+        "return exposed + self._tied(stage),",
+        f"{_BY_HAND}what_is_exchanged_behind_computation_slows_that_down",
+    ),
+    Mutant(
+        "layers' exchange behind computation costs nothing",
+        _TIME,
+        "return exposed + self.rates.overheads.contention * (gather + both - exposed)",
+        "return exposed",
+        f"{_BY_HAND}what_is_exchanged_behind_computation_slows_that_down",
+    ),
+    Mutant(
+        "tables are exchanged by nobody under ZeRO-3",
+        _TIME,
+        "(states.tables(job, stage), 0.0)",
+        "(0.0, 0.0)",
+        f"{_BY_HAND}zero_3_exchanges_tables_for_every_micro_batch",
+    ),
+    Mutant(
+        "tables are gathered once a step under ZeRO-3",
+        _TIME,
+        "(times if job.zero == 3 else 1) * self._wire",
+        "self._wire",
+        f"{_BY_HAND}zero_3_exchanges_tables_for_every_micro_batch",
+    ),
+    Mutant(
+        "experts of any size are lent",
+        _JOB,
+        "return hot >= software.lent_rows and",
+        "return",
+        f"{_BY_HAND}lent_experts_leave_ranks_alike",
+    ),
     Mutant(
         "folded experts are taken for unfolded ones",
         _TIME,
@@ -118,8 +162,8 @@ MUTANTS = [
     Mutant(
         "a V's gradients are reduced with each micro-batch",
         _TIME,
-        "times = job.micro_batches if job.zero == 2 and not job.zero_bubble else 1",
-        "times = job.micro_batches if job.zero == 2 else 1",
+        "times = job.micro_batches if job.zero >= 2 and not job.zero_bubble else 1",
+        "times = job.micro_batches if job.zero >= 2 else 1",
         f"{_AXES}gradients_made_out_of_order_are_reduced_once_a_step",
     ),
     Mutant(
@@ -300,8 +344,8 @@ MUTANTS = [
     Mutant(
         "Muon exchanges whole weights",
         _TIME,
-        "local += count / (self.where[axis].ranks if job.zero else 1)",
-        "local += count",
+        'mine.shard((self.where["dp"].ranks, self.where["edp"].ranks) if job.zero else (1, 1))',
+        "mine.all",
         f"{_STAGES}muon_sends_each_rank_its_shards_matrices_and_gets_results_back",
     ),
     Mutant(

@@ -115,13 +115,19 @@ def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
     return Held(plain, routed, norms)
 
 
-def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
-    """Weights of a stage on one rank; a tied table is held by both its stages."""
-    model, layout = job.model, job.layout
-    tables = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
+def tables(job: TrainingJob, stage: schedule.StageCost) -> float:
+    """Weights of a stage outside of its layers, on one rank; a tied table is held by both its stages."""
+    model = job.model
+    count = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
     if stage.head and not stage.embedding and model.mtp_layers and not model.tie_embeddings:
-        tables += 1  # multi-token prediction looks tokens up beside the head
-    plain = other = tables * model.vocab * model.hidden / layout.tp + stage.head * model.hidden
+        count += 1  # multi-token prediction looks tokens up beside the head
+    return count * model.vocab * model.hidden / job.layout.tp + stage.head * model.hidden
+
+
+def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
+    """Weights of a stage on one rank."""
+    model, layout = job.model, job.layout
+    plain = other = tables(job, stage)
     routed = 0.0
     for count, moe in stage.kinds:
         one = layer(model, layout, moe)

@@ -32,9 +32,10 @@ def own(
     optim: OptimConfig | None = None,
     precision: str = "bf16",
     context: Literal["gather", "ulysses"] = "gather",
-    lends: bool = False,
+    lent_rows: int = 0,
 ) -> Software:
-    """This trainer under an engine (None: native) and an optimizer (None: AdamW), which lends hot experts or doesn't.
+    """This trainer under an engine (None: native) and an optimizer (None: AdamW), which lends experts of so many rows
+    (0: none).
 
     Both engines accumulate and reduce gradients in fp32; FSDP2 reduces them while other layers go backward, DeepSpeed in
     buckets after the backward pass. Its own kernels run in bf16 on GPUs (`trainer.kernels.choice`), torch's operators
@@ -58,7 +59,7 @@ def own(
         moments=(2 * moment, moment if optim.kind == "muon" else 2 * moment),
         orthogonal_steps=steps, mlp_router=None if kernels else "fp32", square_pieces=True,
         retention=FrameworkMemory(gathered_inputs=True, update=(0, 4), **kept), sources=sources,
-        overlap_dp=native, overlap_gather=native, gathered_experts=native, lent_experts=lends, shared_tokens=native,
+        overlap_dp=native, overlap_gather=native, gathered_experts=native, lent_rows=lent_rows, shared_tokens=native,
         fsdp=native, counts_rows=native,
     )  # fmt: skip
 

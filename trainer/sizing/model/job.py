@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,8 +84,9 @@ class Software:
     gathered_experts: bool = False
     """Where a token goes to at least as many experts as an expert group has ranks, tokens are gathered over the group and
     the ranks' sums scattered, instead of sending each token to each of its experts."""
-    lent_experts: bool = False
-    """Where tokens are gathered inside a node, a rank whose experts got more rows lends some to ranks that got fewer."""
+    lent_rows: int = 0
+    """Where tokens are gathered inside a node, a rank whose experts got more rows lends those of at least so many to ranks
+    that got fewer; 0: never."""
     shared_tokens: bool = False
     """Ranks with parts of the same experts (etp) share their tokens first, and each sends all of them to its experts
     (`trainer.parallel.expert`); otherwise each sends its own, and pairs are shared as they arrive (Megatron)."""
@@ -204,6 +204,15 @@ class TrainingJob:
         return self.software.gathered_experts and layout.etp == 1 and 1 < layout.ep <= self.model.top_k
 
     @property
+    def lends(self) -> bool:
+        """Whether hot experts are lent: those of the fullest rank, which have more rows than others, are worth it."""
+        software, layout = self.software, self.layout
+        if not (software.lent_rows and self.gathers_experts and layout.ep <= self.node) or self.zero_bubble:
+            return False
+        hot = self.tokens * layout.ep / layout.tp * self.model.top_k / self.model.experts * self.imbalance
+        return hot >= software.lent_rows and self.imbalance > LENT
+
+    @property
     def gathers_context(self) -> bool:
         """Whether keys and values of all context-parallel ranks are gathered before attention."""
         return self.layout.cp > 1 and self.software.context == "gather"
@@ -211,9 +220,9 @@ class TrainingJob:
     @property
     def fullest(self) -> float:
         """Rows of the fullest rank over the mean: ranks that have all experts get a row for each token and choice."""
-        lends = self.gathers_experts and self.software.lent_experts and not self.zero_bubble
-        most = LENT if lends and self.layout.ep <= self.node else math.inf
-        return min(self.imbalance, most) if self.layout.ep > 1 else 1.0
+        if self.layout.ep == 1:
+            return 1.0
+        return LENT if self.lends else self.imbalance
 
     @property
     def tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from configs.section import Section
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.memory import states
-from trainer.sizing.model import flops, frameworks
+from trainer.sizing.model import flops, frameworks, weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout, spreads
 from trainer.sizing.search import legal, runnable
@@ -48,7 +49,7 @@ class Chosen:
     choices: tuple[AutoValue, ...]
     notes: tuple[str, ...] = ()
     job: TrainingJob | None = None
-    """With its batch, ZeRO stage, recomputation and schedule; None where no time is known."""
+    """With its batch, ZeRO stage, recomputation, schedule and lending; None where no time is known."""
 
 
 def rates_of(hardware: HardwareConfig) -> Rates:
@@ -88,7 +89,7 @@ def task(config: RunConfig, ranks: int, node: int) -> Task:
         config.model, ranks, config.data.sequence, train.global_batch or train.micro_batch * ranks, precision, node,
         frameworks.own(
             kind=config.hardware.kind, engine=train.engine, optim=config.optim, precision=precision,
-            context=parallel.context, lends=parallel.lend_rows is not None,
+            context=parallel.context, lent_rows=parallel.lend_rows or 0,
         ),
         (PLAIN if deepspeed else {}) | axes, train.micro_batch,
         recompute=either(train, "recompute", "none", "selective", "full"),
@@ -165,7 +166,10 @@ def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = No
     axes = [axis for axis in ("dp", *config.parallel.open) if getattr(config.parallel, axis) is None]
     if why := rates.unknown(made.precision, made.ranks, made.node):
         return _without_rates(config, made, axes, why)
-    result = search(replace(made, imbalance=imbalance), config.hardware, rates, KEEP)
+    made = replace(made, imbalance=imbalance)
+    if "lend_rows" not in config.parallel.model_fields_set and (least := rows_to_lend(config, rates)):
+        made = replace(made, lending=replace(made.software, lent_rows=least))
+    result = search(made, config.hardware, rates, KEEP)
     best, ranked = result.best, result.ranked
     if best is None:
         raise UserError(
@@ -205,22 +209,36 @@ def _other(axis: str, ranked: Sequence[Candidate]) -> str:
     return f"the best with {axis}={getattr(other.job.layout, axis)} takes {lacks}"
 
 
+def rows_to_lend(config: RunConfig, rates: Rates) -> int:
+    """Rows of an expert whose matmuls take as long as its weights' way to another rank of the node and their gradients' way
+    back, as a power of two; 0 where nothing is lent, or no rate is known."""
+    model, precision = config.model, precision_of(config)
+    if config.train.engine == "deepspeed" or model.experts < 2:
+        return 0
+    numbers = weights.total(model, True, "experts") / model.experts
+    way = rates.fabric.send((4 if precision == "fp32" else 2) * numbers, across=False)
+    rows = 2 * way * rates.flops(precision) / (6 * numbers)
+    return 0 if math.isnan(rows) else 1 << round(math.log2(max(1.0, rows)))
+
+
 def settings(job: TrainingJob) -> dict[str, dict[str, Any]]:
-    """What the configuration says for a job's ZeRO stage, schedule, chunks and recomputation, by section."""
+    """What the configuration says for a job's ZeRO stage, schedule, chunks, lending and recomputation, by section."""
     chunks = 1 if job.zero_bubble else job.interleave
+    lends = {"lend_rows": job.software.lent_rows} if job.lends else {}
     return {
-        "parallel": {"zero": job.zero or 1, "schedule": legal.schedule_of(job), "chunks": chunks},
+        "parallel": {"zero": job.zero or 1, "schedule": legal.schedule_of(job), "chunks": chunks, **lends},
         "train": {"recompute": job.recompute},
     }
 
 
 def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
-    """Choices of ZeRO stage, schedule and recomputation, each with what the next milder one would do."""
+    """Choices of ZeRO stage, schedule, lending and recomputation, each with what the next milder one would do."""
     job, less = best.job, {"none": None, "selective": "none", "full": "selective"}[best.job.recompute]
     one_chunk = ("schedule=1f1b", {"interleave": 1}) if job.interleave > 1 else None
     milder: dict[str, tuple[str, dict[str, Any]] | None] = {
         "zero": (f"zero={job.zero - 1}", {"zero": job.zero - 1}) if job.zero > 1 else None,
         "schedule": one_chunk, "chunks": one_chunk,
+        "lend_rows": ("lend_rows=null", {"software": replace(job.software, lent_rows=0)}),
         "recompute": (f"recompute={less}", {"recompute": less}) if less else None,
     }  # fmt: skip
     idle = {"schedule": job.layout.pp == 1, "chunks": job.interleave == 1}

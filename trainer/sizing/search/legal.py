@@ -25,6 +25,10 @@ INTERLEAVE = (2, 3, 4, 6, 8)
 #: Rows of the fullest expert rank over the mean, with balancing: dropless training is 8 to 20 % slower than with forced
 #: balance (Megatron-Core MoE at 128k and 16k tokens, 2026), which is a little less than its rows are uneven.
 IMBALANCE = 1.15
+#: Ranks of ep from which on hot experts are lent where that is to be chosen: the fullest of more ranks is fuller. Of two it
+#: had 1.2 times its share, and lending lost 0.6 and 1.8 % on hosts that launch slowly; of four it had 1.5 to 1.8 times its
+#: share, and lending won 7 to 11 % (docs/speed.md).
+LENDERS = 3
 Schedule = Literal["1f1b", "interleaved", "zbv"]
 AXES = ("pp", "dp", "cp", "ep", "etp", "tp")
 
@@ -56,6 +60,8 @@ class Task:
     """Samples of an evaluation, which are rounded up to whole passes."""
     imbalance: float | None = None
     """None: `IMBALANCE` for a mixture of experts."""
+    lending: Software | None = None
+    """The same software, lending hot experts, where that is to be chosen."""
 
     @property
     def uneven(self) -> float:
@@ -151,9 +157,10 @@ def job(
     task: Task, layout: Layout, micro_batch: int, interleave: int, zero: int, recompute: Recompute
 ) -> TrainingJob:
     """One set-up of the task."""
+    software = task.lending if task.lending and layout.ep >= LENDERS else task.software
     return TrainingJob(
         task.model, layout, task.sequence, micro_batch, task.global_batch, task.precision, zero, recompute, interleave,
-        task.schedules == ("zbv",), imbalance=task.uneven, node=task.node, software=task.software,
+        task.schedules == ("zbv",), imbalance=task.uneven, node=task.node, software=software,
     )  # fmt: skip
 
 

@@ -29,6 +29,9 @@ WAITING = 2.0
 #: Collectives and other launches of a layer's attention in two pieces, there and back: keys and values gathered and put in
 #: order, two calls of the core with three kernels each way back, slices and sums (`trainer.parallel.context`).
 PIECES = (4, 40)
+#: Launches that lending a layer's hot experts adds there and back: counting choices, planning, three of the borrower's own
+#: for each pass over its guests and two more for their weights' gradients, messages, copies into the lender's gradients.
+LENDING = 15
 #: Share of a micro-batch's time, there and back, behind which gradients can be reduced; half of it is left for weights,
 #: which are gathered before the forward pass only.
 BEHIND = 0.6
@@ -120,7 +123,7 @@ class _Costs:
         key = (
             id(model), id(job.software), layout.tp, layout.cp, layout.ep, layout.etp, job.sequence, job.micro_batch,
             job.precision, job.recompute, job.fullest, job.folded, job.node, layout.ranks > job.node,
-            (layout.dp, layout.pp) if job.zero >= 3 else 0,
+            job.lends, (layout.dp, layout.pp) if job.zero >= 3 else 0,
             job.software.fsdp and (states.resident(job), job.accumulates),
         )  # fmt: skip
         if key not in self.rates.known:
@@ -181,6 +184,8 @@ class _Costs:
                 latency = self.rates.fabric.latency("all_gather", self.where["tp"])
                 call += over.tp_rank_call * job.layout.tp + latency
             host += len(shapes.regions(job, moe)) * (4 if software.sequence_parallel else 2) * call
+        if moe and job.lends:
+            host += LENDING * over.launch
         if operators.in_pieces(job):
             host += PIECES[0] * over.tp_call + PIECES[1] * over.plain
         return host
@@ -268,7 +273,8 @@ class _Costs:
             return 2 * gather + scatter
         ends = job.layout.pp / job.model.layers if software.fsdp else 0.0
         both = gather + scatter
-        return longest(ends * gather, gather - forward) + longest(ends * both, both - backward)
+        exposed = longest(ends * gather, gather - forward) + longest(ends * both, both - backward)
+        return exposed + self.rates.overheads.contention * (gather + both - exposed)
 
     def _message(self) -> float:
         """Seconds of a micro-batch's messages from stage to stage, there and back, that are exposed."""
@@ -285,22 +291,30 @@ class _Costs:
         micro-batch takes it `time`."""
         job, software, mine = self.job, self.job.software, states.held(self.job, stage)
         # Gradients of which no rank keeps more than a shard are reduced after every micro-batch.
-        times = job.micro_batches if job.zero == 2 and not job.zero_bubble else 1
-        pieces = self._buckets(stage)
-        reduce = gather = local = 0.0
-        for count, axis in ((mine.plain, "dp"), (mine.routed, "edp")):
-            local += count / (self.where[axis].ranks if job.zero else 1)
-            if job.zero < 3:
-                op = "reduce_scatter" if job.zero else "all_reduce"
-                reduce += times * (pieces * self._wire(op, software.reduce_bytes * count / pieces, axis))
-                gather += self._wire("all_gather", job.element * count, axis) if job.zero else 0.0
-        ends = 1 / max(1, stage.layers) if software.fsdp else 0.0
+        times = job.micro_batches if job.zero >= 2 and not job.zero_bubble else 1
+        # Under ZeRO-3 layers exchange theirs as they come (`_weights`), and tables are left.
+        plain, routed = (mine.plain, mine.routed) if job.zero < 3 else (states.tables(job, stage), 0.0)
+        pieces = self._buckets(stage) if job.zero < 3 else 1
+        reduce = gather = 0.0
+        for count, axis in ((plain, "dp"), (routed, "edp")):
+            op = "reduce_scatter" if job.zero else "all_reduce"
+            reduce += times * (pieces * self._wire(op, software.reduce_bytes * count / pieces, axis))
+            if job.zero:
+                gather += (times if job.zero == 3 else 1) * self._wire(
+                    "all_gather", job.element * count, axis
+                )
+        ends, hidden = 1 / max(1, stage.layers) if software.fsdp else 0.0, reduce + gather
         if software.overlap_dp:
             reduce = longest(reduce * ends, reduce - times * BEHIND * time)
         if software.overlap_gather:
             gather = longest(gather * ends, gather - BEHIND * time / 2)
+        exposed = reduce + gather
+        slower = self.rates.overheads.contention * (hidden - exposed)
         moved = traffic.updated(job, mine, self.rates.overheads.update_bytes)
-        return reduce + gather + self._tied(stage), moved / self.rates.stream + self._orthogonal(stage, local)
+        local = mine.shard((self.where["dp"].ranks, self.where["edp"].ranks) if job.zero else (1, 1))
+        return exposed + slower + self._tied(stage), moved / self.rates.stream + self._orthogonal(
+            stage, local
+        )
 
     def _buckets(self, stage: StageCost) -> int:
         """Calls that a stage's gradients are reduced in."""

@@ -45,6 +45,9 @@ class Overheads:
     """Seconds of host time of handing a micro-batch to the next stage, or its gradient back."""
     update_bytes: float | None = None
     """Bytes that the optimizer step moves for a weight; None: counted (`trainer.sizing.time.traffic.update_bytes`)."""
+    contention: float = 0.0
+    """Seconds that computation loses for each second of a collective of weights or gradients behind it, which takes compute
+    units and memory's bandwidth."""
     step: float = 10e-3
     """Seconds of a step that nothing else accounts for: data, clipping, logging."""
     source: str = "usual for eager PyTorch; none of it measured"
@@ -53,10 +56,12 @@ class Overheads:
 #: This trainer's: of a step of 101.4 ms on H100, forward, backward and optimizer leave 0.8 (docs/speed.md), and on H200 0.4
 #: to 0.7; data and the log come on top in a run. A kernel behind an autograd function in Python takes 52 us of the host:
 #: with ep=2 nothing ran for 5.7 ms of a step with four waits of the host, behind each of which it launches about 27 kernels
-#: before the experts' matmuls run (4 layers of Qwen3 on 2 H200). So does a collective behind one.
+#: before the experts' matmuls run (4 layers of Qwen3 on 2 H200). So does a collective behind one. Contention is what that
+#: model at dp=2 takes beyond the rest; NCCL has about as large a part of the compute units while it runs.
 OWN = Overheads(
     launch=52e-6,
     tp_call=52e-6,
+    contention=0.17,
     step=1e-3,
     source="launches and what is between steps as this trainer's bench measured on H200 and H100",
 )

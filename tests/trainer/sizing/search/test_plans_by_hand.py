@@ -258,3 +258,51 @@ def test_the_cut_of_experts_that_is_advised_leaves_whole_groups() -> None:
     """Six ranks in two halves: an expert's cut divides three, and a width of 1024 takes no three."""
     refused = runnable.refusal(compose([*OLMOE, "parallel.dp=6", "parallel.ep=2", "parallel.etp=3"]))
     assert refused and refused.endswith("set parallel.etp=1")
+
+
+LENT = ["model=qwen3_30b_a3b", "model.layers=8", "model.vocab=25600", "train.global_batch=16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "slots", "lends"),
+    [
+        ([], 4, 2048),
+        ([], 2, None),  # where two share the rows, lending has lost
+        (["parallel.lend_rows=512"], 4, 512),
+        (["parallel.lend_rows=null"], 4, None),
+        (["hardware=a100"], 4, 1024),
+        (["parallel.ep=1"], 4, None),
+        (["parallel.schedule=zbv", "parallel.pp=2", "parallel.ep=4", "parallel.dp=4"], 8, None),
+        (["train.engine=deepspeed", "parallel.ep=4"], 4, None),
+        # A hot expert of 128 has 1.15 times 64 rows.
+        (["data.sequence=256", "train.micro_batch=1", "train.global_batch=4"], 4, None),
+    ],
+)
+def test_hot_experts_are_lent_where_that_is_worth_it(words: list[str], slots: int, lends: int | None) -> None:
+    config = compose(
+        ["hardware=h200", *LENT, "data.sequence=4096", "train.micro_batch=4", "parallel=auto", *words]
+    )
+    made = plan(config, Capacity((slots,)), strict=True)
+    assert made.config.parallel.lend_rows == lends
+    said = [choice for choice in made.choices if choice.field == "parallel.lend_rows"]
+    assert bool(said) == (lends is not None and "lend_rows" not in " ".join(words))
+    if said:
+        assert said[0].value == str(lends) and said[0].reason.startswith("lend_rows=null takes ")
+        apart = auto.predicted(
+            auto.job_of(made.config.model_copy(update={"parallel": made.config.parallel.model_copy(
+                update={"lend_rows": None})}), Layout(**made.layout), slots), config.hardware,
+        )  # fmt: skip
+        assert not isinstance(apart, str)
+        more = apart.value / made.step_time["seconds"] - 1
+        assert more > 0 and said[0].reason == f"lend_rows=null takes {more:.1%} more time"
+
+
+def test_rows_worth_lending_take_as_long_as_their_experts_way() -> None:
+    """Forward and backward take six FLOPs for a weight and row; weights go there in 16 bits, and gradients back."""
+    config = compose(["model=qwen3_30b_a3b", "hardware=h200"])
+    rates = auto.rates_of(config.hardware)
+    weights = 3 * 2048 * 768
+    way = 2 * (10e-6 + 2 * weights / (0.75 * 450e9))
+    rows = way / (6 * weights / rates.flops("bf16"))
+    assert 1900 < rows < 2050 and auto.rows_to_lend(config, rates) == 2048
+    assert auto.rows_to_lend(compose(["model=qwen3_30b_a3b"]), auto.rates_of(compose([]).hardware)) == 0

@@ -24,7 +24,7 @@ from trainer.sizing.time.rates import Overheads, Rates
 pytestmark = pytest.mark.unit
 
 GBPS = 1e9
-PLAIN, OWN = Software(), frameworks.own()
+PLAIN, OWN, LENDING = Software(), frameworks.own(), frameworks.own(lent_rows=64)
 
 
 @lru_cache
@@ -76,8 +76,13 @@ SPLIT, OVER_NODES = Layout(1, 4, 1, 8, 1, 2), Layout(1, 4, 2, 8, 1, 2)
             job(Layout(1, 2, 1, 1, 1, 1), software=OWN, global_batch=2),
             job(Layout(1, 2, 1, 1, 1, 1), software=OWN, global_batch=8),
         ),
+        # The fullest rank has 1.05 times its share, of itself or once experts are lent.
+        *(
+            (job(Layout(1, 8, 1, 8, 1, 1), software=LENDING, imbalance=1.05),
+             job(Layout(1, 8, 1, 8, 1, 1), software=LENDING, imbalance=rows)) for rows in (1.06, 2.0)
+        ),
     ],
-)
+)  # fmt: skip
 def test_no_set_up_is_taken_for_another(first: TrainingJob, second: TrainingJob) -> None:
     for one, other in ((first, second), (second, first)):
         shared = h100()

@@ -179,6 +179,33 @@ def test_updated_weights_are_gathered_behind_the_forward_pass_alone() -> None:
     assert hidden < ring(2.0 * held, 8)
 
 
+def test_what_is_exchanged_behind_computation_slows_that_down() -> None:
+    """By a share of what is hidden: of all weights, or layer by layer under ZeRO-3."""
+    software = Software(overlap_dp=True, overlap_gather=True, fsdp=True)
+    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 1, 1, 1), software=software, global_batch=8)
+    none = h100()
+    some = replace(none, overheads=replace(none.overheads, contention=0.2))
+    routed = 16 * 64 * 3 * 2048 * 1024
+    both, held = time.parts(made, none), (parameters.count(made.model).total - routed, routed)
+    hidden = sum(16 * ring(4.0 * count / 16, 8) + ring(2.0 * count, 8) for count in held) - both.dp
+    assert time.parts(made, some).dp - both.dp == pytest.approx(0.2 * hidden)
+    whole, layered = replace(made, zero=3), time.parts(replace(made, zero=3), none)
+    layer = states.layer(made.model, made.layout, True)
+    moved = 2 * ring(2.0 * layer.plain, 8) + 2 * ring(2.0 * layer.routed, 8)
+    moved += ring(4.0 * layer.plain, 8) + ring(4.0 * layer.routed, 8)
+    slower = time.parts(whole, some).weights - layered.weights
+    assert slower == pytest.approx(0.2 * (16 * moved - layered.weights), rel=1e-6)
+
+
+def test_zero_3_exchanges_tables_for_every_micro_batch() -> None:
+    """Layers' weights are exchanged by the layers; those of the tables are left."""
+    model = preset("olmoe_1b_7b")
+    made = job(model, Layout(1, 8, 1, 1, 1, 1), software=Software(), zero=3)
+    tables = 2 * model.vocab * model.hidden + model.hidden
+    by_hand = ring(4.0 * tables, 8) + ring(2.0 * tables, 8)
+    assert time.parts(made, h100()).dp == pytest.approx(4 * by_hand, rel=1e-9)
+
+
 def test_a_micro_batch_is_sent_on_and_its_gradient_back_for_each_chunk() -> None:
     made = job(preset("olmoe_1b_7b"), Layout(2, 1, 1, 1, 1, 1), software=Software(), zero=0)
     send = 10e-6 + 2.0 * 4096 * 2048 / (0.75 * 450 * GBPS)
@@ -334,12 +361,25 @@ def test_folding_is_one_rule_for_time_states_search_and_schema() -> None:
         ({"node": 4}, 1.4),
         ({"software": frameworks.own()}, 1.4),
         ({"layout": Layout(1, 8, 1, 1, 1, 1)}, 1.0),
+        # Of 8 * 4096 tokens an expert of 64 has 4096 choices of 8, and 1.4 times that where it is hot: 5734.4.
+        ({"software": frameworks.own(lent_rows=5734)}, 1.05),
+        ({"software": frameworks.own(lent_rows=5735)}, 1.4),
     ],
 )
 def test_lent_experts_leave_ranks_alike(changes: dict[str, Any], fullest: float) -> None:
-    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.own(lends=True))
+    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.own(lent_rows=2048))
     assert replace(made, imbalance=1.4, node=8).fullest == 1.05
     assert replace(made, **({"imbalance": 1.4, "node": 8} | changes)).fullest == fullest
+
+
+def test_lending_takes_the_host_launches() -> None:
+    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.own(), imbalance=1.05)
+    lent = replace(made, software=frameworks.own(lent_rows=64), imbalance=1.4)
+    assert made.fullest == lent.fullest and not made.lends and lent.lends
+    rates = h100()
+    one, other = (time._Costs(each, rates).layers[True] for each in (made, lent))
+    assert other.host - one.host == pytest.approx(15 * rates.overheads.launch)
+    assert replace(other, host=one.host) == one
 
 
 @pytest.mark.parametrize(("ep", "gathers"), [(2, True), (8, True), (16, False)])
