@@ -18,6 +18,8 @@ from trainer.state import Box, Slice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtype of the weights that matmuls use, by `train.precision`."""
+_PIECE = 1 << 16
+"""Elements of a gradient that a CPU has in fp64 at a time."""
 
 
 def micros(batches: Sequence[Batch], samples: int, positions_S: Tensor, tally: Tally) -> list[Micro]:
@@ -49,20 +51,25 @@ def global_norm(
     square = torch.zeros((), dtype=torch.float64, device=device)
     if gradients and usable(device):
         square = _squares(gradients)
+    elif gradients and device.type == "cpu":
+        square = _squares_on_cpu(gradients)
     elif gradients:
-        square = torch.stack(_norms(gradients)).square().sum()
+        square = torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
     sums = torch.stack([square, torch.full_like(square, float(stopping))])
     if world > 1:
         dist.all_reduce(sums)
     return sums[0].sqrt().float(), sums[1]
 
 
-def _norms(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Norms in fp64. A CPU adds a tensor's squares up one after the other, so there in fp64 too: in fp32 those of 8 million
-    elements are off by 2e-4; a GPU adds them as a tree."""
-    if gradients[0].device.type == "cpu":
-        return [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    return [norm.double() for norm in torch._foreach_norm(list(gradients))]
+def _squares_on_cpu(gradients: Sequence[Tensor]) -> Tensor:
+    """The square of the norm in fp64. A CPU adds squares up one after the other: in fp32 those of 8 million elements are
+    off by 2e-4. In pieces that stay in its cache: a whole copy in fp64 takes four times as long."""
+    wide, parts = gradients[0].new_empty(_PIECE, dtype=torch.float64), list[Tensor]()
+    for gradient in gradients:
+        for piece in gradient.flatten().split(_PIECE):
+            near = wide[: len(piece)].copy_(piece)
+            parts.append(torch.dot(near, near))
+    return torch.stack(parts).sum()
 
 
 def _squares(gradients: Sequence[Tensor]) -> Tensor:

@@ -84,10 +84,17 @@ MUTANTS = [
         _CLIPPING,
     ),
     Mutant(
-        "the norm is a sum of norms",
+        "the norm is the square of a sum",
         _COMMON,
-        "torch.stack(_norms(gradients)).square().sum()",
-        "torch.stack(_norms(gradients)).sum().square()",
+        "parts.append(torch.dot(near, near))",
+        "parts.append(near.sum())",
+        "tests/trainer/engines/test_common.py::test_the_norm_by_hand",
+    ),
+    Mutant(
+        "the norm is of first pieces",
+        _COMMON,
+        "gradient.flatten().split(_PIECE)",
+        "gradient.flatten().split(_PIECE)[:1]",
         "tests/trainer/engines/test_common.py::test_the_norm_by_hand",
     ),
     Mutant(

@@ -26,9 +26,19 @@ def test_clipping_by_hand() -> None:
 
 
 def test_the_norm_by_hand() -> None:
-    parts = [torch.randn(5, 3), torch.randn(7), torch.zeros(2)]
+    parts = [
+        torch.randn(5, 3),
+        torch.randn(7),
+        torch.zeros(2),
+        torch.randn(1024),
+        torch.randn(70, 30),
+        torch.randn(9, 300).t(),
+    ]
     whole = torch.cat([part.flatten() for part in parts]).double().norm().item()
     norm, wishes = global_norm(parts, 1, torch.device("cpu"))
     assert wishes.item() == 0 and global_norm(parts, 1, torch.device("cpu"), stopping=True)[1].item() == 1
     assert norm.item() == pytest.approx(whole, rel=1e-6)
+    large = torch.randn(8_000_001)  # squares in fp32, one after the other, are off by 2e-4
+    exact = large.double().norm().item()
+    assert global_norm([large], 1, torch.device("cpu"))[0].item() == pytest.approx(exact, rel=1e-7)
     assert global_norm([], 1, torch.device("cpu"))[0].item() == 0
