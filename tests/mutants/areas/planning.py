@@ -45,6 +45,20 @@ MUTANTS = [
         f"{_OF_PLANS}hot_experts_are_lent_where_that_is_worth_it[words8-4-None]",
     ),
     Mutant(
+        "a plan speaks of lending to who has said no",
+        _AUTO,
+        "if decided or job.software.lent_rows",
+        "if job.software.lent_rows",
+        f"{_OF_PLANS}a_plan_says_what_lending_would_gain[words2-4-False]",
+    ),
+    Mutant(
+        "a plan speaks of lending where nothing is hot enough",
+        _AUTO,
+        "if less < _WORTH else",
+        "if less < -1 else",
+        f"{_OF_PLANS}a_plan_says_what_lending_would_gain[words5-4-False]",
+    ),
+    Mutant(
         "rows worth lending are those of a forward pass",
         _AUTO,
         "/ (6 * numbers)",

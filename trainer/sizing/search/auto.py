@@ -30,6 +30,8 @@ from trainer.sizing.time.rates import OWN, OWN_SUSTAINED, Rates
 PLAIN = {"tp": 1, "pp": 1, "cp": 1, "etp": 1}
 """A layout of dp and ep alone: what DeepSpeed runs, and all that is chosen where no time can be predicted."""
 KEEP = 12
+_WORTH = 0.01
+"""Share of a step that is worth a note."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,21 @@ def rows_to_lend(config: RunConfig, rates: Rates) -> int:
     way = rates.fabric.send((4 if precision == "fp32" else 2) * numbers, across=False)
     rows = 2 * way * rates.flops(precision) / (6 * numbers)
     return 0 if math.isnan(rows) else 1 << round(math.log2(max(1.0, rows)))
+
+
+def lending(config: RunConfig, job: TrainingJob) -> str:
+    """What lending hot experts would gain a job, where nobody has set it and it is worth it; empty elsewhere."""
+    rates, decided = rates_of(config.hardware), "lend_rows" in config.parallel.model_fields_set
+    if decided or job.software.lent_rows or job.layout.ep < legal.LENDERS:
+        return ""
+    lent = replace(job, software=replace(job.software, lent_rows=rows_to_lend(config, rates)))
+    if rates.unknown(job.precision, job.layout.ranks, job.node):
+        return ""
+    less = 1 - time.parts(lent, rates).step / time.parts(job, rates).step
+    return "" if less < _WORTH else (
+        f"parallel.lend_rows={lent.software.lent_rows} would take {less:.1%} less time where the fullest rank has "
+        f"{job.imbalance:g} times its share of rows, and more so where it has more; parallel=auto takes it"
+    )  # fmt: skip
 
 
 def settings(job: TrainingJob) -> dict[str, dict[str, Any]]:

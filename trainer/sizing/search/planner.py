@@ -143,7 +143,9 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     resolved = validated(tree | {section: tree[section] | values for section, values in filled.items()})
     size, step_time = dict[str, int](), dict[str, Any]()
     if training:
-        size, step_time = _sized(resolved, job or auto.job_of(resolved, layout, each), draft.warnings)
+        job = job or auto.job_of(resolved, layout, each)
+        size, step_time = _sized(resolved, job, draft.warnings)
+        draft.notes += [note] if (note := auto.lending(config, job)) else []
         if refusal := runnable.refusal(resolved):
             if strict:
                 raise UserError(refusal)

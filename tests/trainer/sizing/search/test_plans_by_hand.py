@@ -306,3 +306,33 @@ def test_rows_worth_lending_take_as_long_as_their_experts_way() -> None:
     rows = way / (6 * weights / rates.flops("bf16"))
     assert 1900 < rows < 2050 and auto.rows_to_lend(config, rates) == 2048
     assert auto.rows_to_lend(compose(["model=qwen3_30b_a3b"]), auto.rates_of(compose([]).hardware)) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "slots", "noted"),
+    [
+        (["parallel.ep=4"], 4, True),
+        (["parallel.ep=2"], 2, False),
+        (["parallel.ep=4", "parallel.lend_rows=null"], 4, False),
+        (["parallel.ep=4", "parallel.lend_rows=64"], 4, False),
+        (["parallel.ep=4", "hardware=cpu"], 4, False),
+        (["parallel.ep=4", "data.sequence=256"], 4, False),  # hot experts have 588 rows
+        (["parallel=auto"], 4, False),
+    ],
+)
+def test_a_plan_says_what_lending_would_gain(words: list[str], slots: int, noted: bool) -> None:
+    config = compose(["hardware=h200", *LENT, "data.sequence=4096", "train.micro_batch=4", *words])
+    made = plan(config, Capacity((slots,)))
+    said = [note for note in made.notes if "lend_rows" in note]
+    assert bool(said) == noted
+    if noted:
+        layout, rates = Layout(**made.layout), auto.rates_of(config.hardware)
+        lends = made.config.model_copy(
+            update={"parallel": made.config.parallel.model_copy(update={"lend_rows": 2048})}
+        )
+        apart, lent = (
+            time.parts(auto.job_of(one, layout, slots), rates).step for one in (made.config, lends)
+        )
+        assert lent < apart and said[0].startswith(
+            f"parallel.lend_rows=2048 would take {1 - lent / apart:.1%} less time where the fullest rank has 1.15 times"
+        )
