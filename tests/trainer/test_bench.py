@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from configs.compose import compose
 from configs.errors import UserError
 from configs.model import ModelConfig
+from configs.rank import RankContext
+from tests.collectives.ranks import together
 from tests.trainer.model.small_models import micro, shape, tokens
 from trainer.bench import baselines, command, hugging_face, kernels, routing, variants
 from trainer.bench.cases import BatchTokens, config_of, flops_of, preset_of
@@ -24,6 +26,7 @@ from trainer.bench.plain import PlainDecoder
 from trainer.cli import main
 from trainer.model.decoder import inputs
 from trainer.model.initial import build
+from trainer.parallel.mesh import join
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
@@ -66,12 +69,39 @@ def test_what_a_collective_takes_longer_than_where_it_is_shortest_is_waiting() -
         ("ncclDevKernel_AllReduce", 1200, 1300),
     ]  # fmt: skip
     other = [400.0, 200.0, 150.0]
-    assert [took for *_, took in kernels.calls(spans)] == [1000, 900, 1300]
-    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], other]) == pytest.approx(0.3)
-    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], [1000.0, 50.0, 100.0]]) == 0.0
-    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], [400.0, 50.0, 100.0]]) == pytest.approx(0.3)
-    assert kernels.waiting(spans, [[1000.0, 200.0, 100.0], other[:2]]) is None
-    assert kernels.waiting([], [[], []]) == 0.0
+    mine, messages = kernels.calls(spans)
+    assert [took for *_, took in mine] == [1000, 900, 1300] and not messages
+
+    def waiting(*by_rank: list[float]) -> float | None:
+        return kernels.waiting(spans, [(one, []) for one in by_rank])
+
+    assert waiting([1000.0, 200.0, 100.0], other) == pytest.approx(0.3)
+    assert waiting([1000.0, 200.0, 100.0], [1000.0, 50.0, 100.0]) == 0.0
+    assert waiting([1000.0, 200.0, 100.0], [400.0, 50.0, 100.0]) == pytest.approx(0.3)
+    assert waiting([1000.0, 200.0, 100.0], other[:2]) is None
+    assert kernels.waiting([], [([], []), ([], [])]) == 0.0
+
+
+def test_messages_wait_where_all_ranks_send_as_many() -> None:
+    """Ranks that lend experts send what others don't: nobody knows which messages belong together, but collectives do."""
+    spans = [("ncclDevKernel_AllGather", 0, 1000), ("ncclDevKernel_SendRecv", 2000, 2600)]
+    mine = [1000.0], [600.0]
+    assert kernels.waiting(spans, [mine, ([400.0], [100.0])]) == pytest.approx(1.1)
+    assert kernels.waiting(spans, [mine, ([400.0], [])]) == pytest.approx(0.6)
+    assert kernels.waiting(spans, [mine, ([], [100.0])]) is None
+
+
+def _of_stage(rank: RankContext) -> list[kernels.Took]:
+    config = compose(
+        ["model=demo", "hardware=cpu", "parallel.pp=2", "parallel.dp=2", "train.global_batch=64"]
+    )
+    mesh = join(config, rank, CPU)
+    return command._of_all(mesh, ([float(rank.rank)], []))
+
+
+def test_ranks_of_one_stage_wait_for_each_other(tmp_path: Path) -> None:
+    stages = together(4, tmp_path, _of_stage)
+    assert [[took[0] for took, _ in one] for one in stages] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
 def test_waiting_is_printed_where_it_is_known() -> None:

@@ -198,11 +198,12 @@ def _native(options: Options, config: RunConfig, mesh: Mesh, name: str = "megara
         return variants.Outcome(times, profiled, fullest)
 
 
-def _of_all(mesh: Mesh, mine: list[float]) -> list[list[float]]:
-    """What each rank gives, by rank."""
-    by_rank: list[list[float]] = [[] for _ in range(mesh.world)]
+def _of_all(mesh: Mesh, mine: kernels.Took) -> list[kernels.Took]:
+    """What each rank of this one's pipeline stage gives, by rank: other stages meet in groups of their own."""
+    by_rank: list[kernels.Took] = [([], []) for _ in range(mesh.world)]
     dist.all_gather_object(by_rank, mine, group=mesh.control_group)
-    return by_rank
+    stage, width = mesh["pp"].index, mesh.world // mesh["pp"].size
+    return by_rank[stage * width : (stage + 1) * width]
 
 
 def _no_mark(_name: str) -> Any:

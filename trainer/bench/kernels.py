@@ -28,6 +28,8 @@ PARTS = (
 
 Span = tuple[str, float, float]
 """Name of a kernel or copy, its start and its end in microseconds."""
+Took = tuple[list[float], list[float]]
+"""Microseconds of a rank's collectives, and of its messages."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def profile(
     step: Callable[[], object],
     trace: Path | None,
     together: Callable[[], object],
-    of_all: Callable[[list[float]], list[list[float]]],
+    of_all: Callable[[Took], list[Took]],
 ) -> Profile:
     """Record one step on a GPU; `trace` gets its timeline, for chrome://tracing or Perfetto.
 
@@ -108,32 +110,42 @@ def profile(
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("nccl:", "FSDP::"))
     ]
-    took = [end - start for _, start, end in calls(spans)]
-    return replace(of_spans(spans), waiting=waiting(spans, of_all(took)))
+    collectives, messages = ([end - start for _, start, end in part] for part in calls(spans))
+    return replace(of_spans(spans), waiting=waiting(spans, of_all((collectives, messages))))
 
 
-def calls(spans: Sequence[Span]) -> list[Span]:
-    """The communication kernels, in the order of their starts."""
-    return sorted((one for one in spans if part_of(one[0]) == "communication"), key=lambda one: one[1:])
+def calls(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """Kernels of collectives and of messages between two ranks, each in the order of their starts."""
+    ours = sorted((one for one in spans if part_of(one[0]) == "communication"), key=lambda one: one[1:])
+    return [one for one in ours if "SendRecv" not in one[0]], [one for one in ours if "SendRecv" in one[0]]
 
 
-def waiting(spans: Sequence[Span], of_all: Sequence[Sequence[float]]) -> float | None:
+def waiting(spans: Sequence[Span], of_all: Sequence[Took]) -> float | None:
     """Milliseconds of a rank's exposed communication that went to waiting for ranks which came later.
 
     The last rank to come waits for nobody: what a kernel took where it was shortest is what moving the data takes, and what
-    it takes longer elsewhere lies before that.
+    it takes longer elsewhere lies before that. Where ranks send other numbers of messages, as those that lend experts do,
+    a message is all moving.
 
     Args:
-        of_all: microseconds of each communication kernel, by rank. Where ranks have other numbers of them, as the stages of
-            a pipeline do, nobody knows which belong together: None.
+        of_all: by rank. Where ranks have other numbers of collectives nobody knows which belong together: None.
     """
-    mine = calls(spans)
-    if any(len(one) != len(mine) for one in of_all):
+    collectives, messages = calls(spans)
+    moving = _moving(collectives, [theirs for theirs, _ in of_all])
+    if moving is None:
         return None
-    shortest = [min(same) for same in zip(*of_all, strict=True)]
+    sent = _moving(messages, [theirs for _, theirs in of_all])
+    moving += [(start, end) for _, start, end in messages] if sent is None else sent
     others = [(start, end) for name, start, end in spans if part_of(name) != "communication"]
-    moving = [(end - least, end) for (_, _, end), least in zip(mine, shortest, strict=True)]
     return (_union((start, end) for _, start, end in spans) - _union([*others, *moving])) / 1e3
+
+
+def _moving(mine: Sequence[Span], by_rank: Sequence[Sequence[float]]) -> list[tuple[float, float]] | None:
+    """When a rank's kernels moved data, None where others have another number of them."""
+    if any(len(theirs) != len(mine) for theirs in by_rank):
+        return None
+    shortest = [min(same) for same in zip(*by_rank, strict=True)]
+    return [(end - least, end) for (_, _, end), least in zip(mine, shortest, strict=True)]
 
 
 def of_spans(spans: Sequence[Span]) -> Profile:

@@ -118,8 +118,8 @@ MUTANTS = [
     Mutant(
         "ranks wait at the end of a collective",
         "trainer/bench/kernels.py",
-        "moving = [(end - least, end) for (_, _, end), least",
-        "moving = [(start, start + least) for (_, start, _), least",
+        "return [(end - least, end) for (_, _, end), least",
+        "return [(start, start + least) for (_, start, _), least",
         _WAITING,
     ),
     Mutant(
@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "ranks with other collectives wait for nothing",
         "trainer/bench/kernels.py",
-        "for one in of_all):\n        return None",
-        "for one in of_all):\n        return 0.0",
+        "if moving is None:\n        return None",
+        "if moving is None:\n        return 0.0",
         _WAITING,
     ),
     Mutant(
