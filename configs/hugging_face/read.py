@@ -127,8 +127,8 @@ def _family(config: ConfigFile) -> str:
     first = names[0] if isinstance(names, list) and names else None
     for candidate in (kind, ARCHITECTURES.get(str(first))):
         candidate = ALIASES.get(str(candidate), candidate)
-        if candidate in READERS:
-            return str(candidate)
+        if isinstance(candidate, str) and candidate in READERS:  # a file may hold anything
+            return candidate
     typed = first or kind
     raise UserError(
         f"{config.where}: architecture {typed!r} is not supported{nearest(str(typed), ARCHITECTURES)}; write its shape as "

@@ -355,6 +355,8 @@ WRONG: list[tuple[Tree | str, str]] = [
     ({"model_type": "gemma3"}, "architecture 'gemma3' is not supported; write its shape as YAML"),
     ({"architectures": ["MixtralForCausal"]}, "did you mean 'MixtralForCausalLM'"),
     ({}, "architecture None is not supported"),
+    ({"model_type": ["mixtral"]}, "architecture ['mixtral'] is not supported"),
+    ({"model_type": {"text": "mixtral"}}, "architecture {'text': 'mixtral'} is not supported"),
     ("[1]", "holds a list; a config.json holds an object"),
     ("{", "not valid JSON"),
     ("[" * 50_000 + "]" * 50_000, "not valid JSON: nested too deeply"),
