@@ -14,12 +14,13 @@ import traceback
 from pathlib import Path
 
 from collectives import flags
-from collectives.launch import LocalRanks, launched, refuse_both
+from collectives.launch import FREE_IT, LocalRanks, launched, refuse_both
 from collectives.store import stream
 from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
 from configs.errors import (
+    DISK_ERRORS,
     INTERRUPTED_EXIT,
     USER_ERROR_EXIT,
     OneLineParser,
@@ -54,6 +55,10 @@ def main(arguments: list[str]) -> int:
         print("megaray: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = error.filename or "a file of the measurement"
+            print(f"megaray: {where} can't be read or written ({error.strerror}); {FREE_IT}", file=sys.stderr)
+            return 1
         from collectives.studies.program import NothingMeasuredError  # loads torch
         from collectives.timing.team import FabricLost
 
@@ -281,8 +286,12 @@ def _keep(store: ResultStore) -> str:
     rows = [row for row in store.finished() if row.timings] if store.metadata.exists() else []
     if not rows:
         return ""
-    stream.write(store, lambda: None)
-    return f"{len(rows)} rows are kept in {store.folder}, and the same command with this --out continues after them"
+    kept = f"{len(rows)} rows are kept in {store.folder}"
+    try:
+        stream.write(store, lambda: None)
+    except OSError as error:  # as on a full disk; the rows are in the journal
+        kept += f", without tables ({error.strerror})"
+    return f"{kept}, and the same command with this --out continues after them"
 
 
 def _devices(config: RunConfig) -> int:

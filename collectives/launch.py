@@ -24,6 +24,8 @@ _LEAVING = 60.0
 _ERROR = re.compile(r"megaray: |[\w.]*(Error|Exception|Interrupt): ")
 _ECHO = re.compile(r"lost its peers|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 """What a rank says whose peer has ended: not why that one did."""
+FREE_IT = "free or mend that disk and type the same command again, or name another folder with --out"
+"""What to do where a measurement's folder takes nothing more."""
 _LAUNCHERS = (
     (
         "Open MPI",
@@ -160,8 +162,10 @@ class LocalRanks:
         words = self._words(rank)
         if words.startswith("megaray: "):
             return wrong[rank], words.removeprefix("megaray: ")
-        what = words or f"it ended with exit code {wrong[rank]}"
-        return wrong[rank], f"rank {rank}: {what} (all of it is in {self.run.attempt(1).log(rank)})"
+        what, log = words or f"it ended with exit code {wrong[rank]}", self.run.attempt(1).log(rank)
+        if refusal := _refusal(log.parent):  # so that the log has less than the rank said
+            return wrong[rank], f"rank {rank}: {what}; {refusal}"
+        return wrong[rank], f"rank {rank}: {what} (all of it is in {log})"
 
     def end(self) -> None:
         """End what still runs, by process id."""
@@ -179,6 +183,19 @@ def _cause(code: int, words: str) -> int:
     if code < 0:
         return 3 if code == -signal.SIGABRT else 1
     return 4 if _ECHO.search(words) else 2
+
+
+def _refusal(folder: Path) -> str:
+    """Why nothing can be written there, as on a full disk, and what to do; empty where something can."""
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(1 << 16))
+    except OSError as error:
+        return f"{folder} takes nothing more ({error.strerror}); {FREE_IT}"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return ""
 
 
 def _last_words(log: Path) -> str:

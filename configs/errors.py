@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
 import json
 import os
@@ -22,6 +23,9 @@ STOPPED_EXIT = 143
 
 #: Exit code of a command that Ctrl-C ended: 128 + 2.
 INTERRUPTED_EXIT = 130
+
+#: Errors of a disk rather than of a program: full, over its quota, read-only, broken, away.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class UserError(Exception):

@@ -7,7 +7,6 @@ torch nor ray nor deepspeed; the others load `orchestrator.commands.cluster_comm
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import (
+    DISK_ERRORS,
     INTERRUPTED_EXIT,
     USER_ERROR_EXIT,
     OneLineParser,
@@ -105,13 +105,10 @@ def main(arguments: Sequence[str]) -> int:
         print("megaray: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
     except OSError as error:
-        if error.filename is None and error.errno not in _STORAGE:
+        if error.filename is None and error.errno not in DISK_ERRORS:
             raise  # no storage's fault, so one of ours
         print(f"megaray: {_storage(error)}", file=sys.stderr)
         return USER_ERROR_EXIT
-
-
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def _storage(error: OSError) -> str:

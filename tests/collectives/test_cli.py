@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,11 +15,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 
-from collectives import cli, commands
+from collectives import cli, commands, launch
 from collectives.launch import Launched, launched
 from collectives.store.results import ResultStore, SweepRow
 from configs.compose import compose
@@ -344,6 +346,28 @@ def test_a_size_that_does_not_fit_ends_its_operation_alone(tmp_path: Path) -> No
 
 
 @pytest.mark.dist
+@pytest.mark.unit
+@pytest.mark.parametrize("filename", ["out/results.csv", None])
+def test_a_full_disk_is_one_line_and_hides_not_why_ranks_ended(
+    filename: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", filename)
+
+    monkeypatch.setattr(commands, "find", full)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    told = one_line(capsys.readouterr().err)
+    assert (filename or "a file of the measurement") in told and "No space left on device" in told
+    assert launch.FREE_IT in told
+    store = mock.Mock(folder=tmp_path)
+    store.finished.return_value = [mock.Mock(timings=[1])] * 3
+    monkeypatch.setattr(cli.stream, "write", full)
+    assert cli._keep(store) == (
+        f"3 rows are kept in {tmp_path}, without tables (No space left on device), and the same command with this --out "
+        "continues after them"
+    )
+
+
 def test_a_killed_rank_and_an_interruption_lose_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("-b", "1K", "-e", "16K", "-i", "1K", "-w", "0", "-n", "120", "collectives.max_warmup=0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def test_a_rank_that_the_system_killed_is_named(tmp_path: Path) -> None:
         f"rank 1 was ended by {signal.SIGKILL.name}",
     )
     assert verdict(tmp_path, "sys.exit(3)", "sys.exit(0)") == (3, "")
+
+
+def test_a_disk_that_is_full_is_named_where_it_has_swallowed_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdict was an exit code and the path of an empty log."""
+
+    def full(_path: Path, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, words = verdict(tmp_path, "sys.exit(1)", "sys.exit(0)")
+    folder = tmp_path / "attempts" / "001" / "ranks"
+    assert code == 1
+    assert words == (
+        f"rank 0: it ended with exit code 1; {folder} takes nothing more (No space left on device); {launch.FREE_IT}"
+    )
+    monkeypatch.undo()
+    assert verdict(tmp_path, "sys.exit(1)", "sys.exit(0)")[1].endswith(
+        f"(all of it is in {folder}/00000.log)"
+    )
+    assert not list(folder.glob(".*")), "nothing of it is left"
 
 
 @pytest.mark.unit
