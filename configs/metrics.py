@@ -99,6 +99,8 @@ class SavedLine:
     """`store`, or `memory` for a snapshot in the memory of nodes."""
     due: int | None = None
     """Step at which the next one is due; None where that is `checkpoint.every` steps later."""
+    differs: str = ""
+    """Which ranks' copies of the state weren't equal, and were saved under `checkpoint.compare=warn`; empty for none."""
 
 
 @dataclass(frozen=True)

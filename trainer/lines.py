@@ -61,12 +61,12 @@ class Lines:
         """The loss on held-out documents."""
         self._write(EvaluatedLine(time.time(), self._rank.attempt, step, loss, samples, seconds))
 
-    def saved(self, outcome: SaveOutcome, due: int | None) -> None:
-        """A save was committed; the next is due at a step."""
+    def saved(self, outcome: SaveOutcome, due: int | None, differs: str) -> None:
+        """A save was committed, though copies of the state may differ; the next is due at a step."""
         self._write(
             SavedLine(
                 time.time(), self._rank.attempt, outcome.step, outcome.path, outcome.bytes, outcome.seconds,
-                outcome.held, outcome.tier, due,
+                outcome.held, outcome.tier, due, differs,
             )
         )  # fmt: skip
 

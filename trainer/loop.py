@@ -189,6 +189,8 @@ class _Job:
             "network": {"name": config.network.name} | asdict(mesh.network),
         } | feed.facts
         self.progress = _Progress()
+        self.differing: dict[int, str] = {}
+        """By step, what differed in a state that was staged all the same."""
         self.stop = Stop(mesh.device)
         self.stopping = False
         """All ranks have agreed to stop before the last step."""
@@ -372,6 +374,7 @@ class _Job:
             replicas.compare(self.engine.state(), self.mesh, self.progress.step)
         except ReplicasDiffer as error:
             if self.config.checkpoint.compare == "warn":
+                self.differing[self.progress.step] = str(error)
                 self.lines.note(
                     [f"{error}; it is saved all the same (checkpoint.compare=stop ends the attempt)"]
                 )
@@ -414,7 +417,9 @@ class _Job:
             raise error
         self.saves.ended(outcome)
         if error is None:
-            self.lines.saved(outcome, self.saves.next_due)
+            # A save ends behind later steps, perhaps behind the next comparison, and once for each tier.
+            self.differing = {step: why for step, why in self.differing.items() if step >= outcome.step}
+            self.lines.saved(outcome, self.saves.next_due, self.differing.get(outcome.step, ""))
         else:
             counted = outcome.tier == "store" and not outcome.skipped
             self.lines.failed(outcome, self.saves.failed_in_a_row if counted else 0)

@@ -187,7 +187,8 @@ def _line(item: Event | MetricLine) -> str | None:
         case EvaluatedLine():
             return f"{at} step {item.step}: loss {item.loss:.4f} on {item.samples} held-out samples"
         case SavedLine(tier="store"):
-            return f"{at} saved step {item.step} ({size(item.bytes)} {took(item.seconds, item.held)})"
+            though = f", though {item.differs}" if item.differs else ""
+            return f"{at} saved step {item.step} ({size(item.bytes)} {took(item.seconds, item.held)}){though}"
         case SaveFailedLine(in_a_row=0):
             return f"{at} step {item.step} was not saved: {item.error}"
         case SaveFailedLine():

@@ -125,7 +125,15 @@ def settles(line: MetricLine) -> bool:
 def committed(line: SavedLine) -> CheckpointCommitted:
     """The event of a committed save."""
     return CheckpointCommitted(
-        line.attempt, line.step, line.path, line.bytes, line.seconds, line.held, line.tier, line.due
+        line.attempt,
+        line.step,
+        line.path,
+        line.bytes,
+        line.seconds,
+        line.held,
+        line.tier,
+        line.due,
+        line.differs,
     )
 
 

@@ -148,6 +148,8 @@ class CheckpointCommitted:
     """`store`, or `memory`: of snapshots in memory only the newest of an attempt is reported, when the attempt ends."""
     due: int | None = None
     """Step at which the next one is due; None where that is `checkpoint.every` steps later."""
+    differs: str = ""
+    """Which ranks' copies of the state weren't equal, and were saved all the same; empty for none."""
 
 
 @dataclass(frozen=True)

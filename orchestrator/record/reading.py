@@ -269,7 +269,8 @@ def _trouble(view: RunView) -> str:
         return f"{failed(view.failing)} since step {view.saved_step or 0}: {view.failed.error}"
     if view.passed:
         return f"resumed from step {view.resumed_step or 0}; passed over {view.passed}"
-    return next((i.event.detail for i in view.open_incidents if i.stops_nothing), "")
+    opened = next((i.event.detail for i in view.open_incidents if i.stops_nothing), "")
+    return opened or (view.checkpoint.differs if view.checkpoint is not None else "")
 
 
 def _snapshot(run: RunPaths, view: RunView) -> SavedLine | CheckpointCommitted | None:

@@ -264,7 +264,9 @@ export const checkpoints = {
                       ? h("span", { class: "bad" }, `failed: ${one.error}`)
                       : one.lost
                         ? h("span", { class: "warn" }, "of steps trained again")
-                        : "committed",
+                        : one.differs
+                          ? h("span", { class: "bad" }, `committed, though ${one.differs}`)
+                          : "committed",
                 },
                 { title: "Path", cell: (one) => (one.path ? h("code", null, one.path) : MISSING) },
               ],

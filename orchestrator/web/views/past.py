@@ -144,6 +144,7 @@ def checkpoints(state: RunState, every: int | None) -> dict[str, Any]:
                     "seconds": line.seconds if isinstance(line, SavedLine) else None,
                     "held": line.held if isinstance(line, SavedLine) else None,
                     "due": line.due if isinstance(line, SavedLine) else None,
+                    "differs": line.differs if isinstance(line, SavedLine) else "",
                     "error": line.error if isinstance(line, SaveFailedLine) else None,
                     "lost": good and later is not None and line.step > later,
                 }

@@ -157,6 +157,8 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     ("item", "told"),
     [
         (SavedLine(0.0, 1, 20, "p", 2048, 2.5, 0.25), "saved step 20 (2 KiB in 2.50 s, training held 0.25 s)"),
+        (SavedLine(0.0, 1, 20, "p", 2048, 2.5, 0.25, differs="x isn't the same on rank 0, rank 1"),
+         "saved step 20 (2 KiB in 2.50 s, training held 0.25 s), though x isn't the same on rank 0, rank 1"),
         (SavedLine(0.0, 1, 20, "p", 2048, 2.5, 0.25, "memory"), None),
         (ResumedLine(0.0, 1, 0, None, ""), None),
         (ResumedLine(0.0, 1, 80, "p", ""), "resumed from step 80"),

@@ -166,6 +166,7 @@ def test_a_commit_in_storage_is_told_once() -> None:
     events, known = absorb(TRAINING, line, KNOWN)
     assert events == [CheckpointCommitted(1, 10, "p/10", 4096, 2.5, 0.25, "store", 30)] == [committed(line)]
     assert known is KNOWN
+    assert committed(replace(line, differs="x isn't the same")).differs == "x isn't the same"
     view = then(TRAINING, events)
     assert absorb(view, line, KNOWN)[0] == [] == absorb(view, saved(9), KNOWN)[0]
     assert len(absorb(view, saved(11), KNOWN)[0]) == 1

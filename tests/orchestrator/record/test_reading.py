@@ -260,6 +260,22 @@ def test_a_checkpoint_that_was_passed_over_is_shown_until_there_is_a_newer_one(t
     assert row.saves == ""
 
 
+def test_copies_that_differed_are_shown_until_a_save_whose_copies_are_equal(tmp_path: Path) -> None:
+    """Under `checkpoint.compare=warn` a run ended well by all that was shown, with a wrong copy in its checkpoint."""
+    home = HomePaths(tmp_path)
+    log = Writer(home.run("a-20260101-000000-aaaa"))
+    log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    log.append(CheckpointCommitted(1, 20, "folder/step", 9, 0.5, differs="x isn't the same on rank 1"), 2.0)
+    (row,) = reading.summaries(home).rows
+    assert row.saves == "x isn't the same on rank 1"
+    assert row.saves in console.status(row, []) and row.saves in console.run_list([row])
+    log.append(CheckpointCommitted(1, 40, "folder/step", 9, 0.5), 2.0)
+    log.close()
+    (row,) = reading.summaries(home).rows
+    assert row.saves == ""
+
+
 def test_saves_are_rows_of_their_own_in_wandb() -> None:
     stored = SavedLine(1.0, 1, 20, "p", 10, 2.5, 0.5)
     assert sinks.save_row(stored) == {

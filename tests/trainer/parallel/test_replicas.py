@@ -363,6 +363,8 @@ def test_two_copies_accuse_no_node_and_a_gang_of_unlike_devices_may_go_without(t
 def test_a_warning_names_the_copies_and_the_run_goes_on(tmp_path: Path) -> None:
     ended, lines = attempt(tmp_path, 2, 1, 1)
     assert ended == ["", ""] and saved(lines)[:2] == [2, 4]
+    differs = {line.step: line.differs for line in lines if isinstance(line, SavedLine)}
+    assert differs[2] == "" and differs[4].startswith("the state behind step 4 is wrong: "), differs
     warned = (tmp_path / "run" / "notes").read_text().splitlines()
     assert warned and warned[0].startswith("the state behind step 4 is wrong: ")
     assert warned[0].endswith("; it is saved all the same (checkpoint.compare=stop ends the attempt)")
