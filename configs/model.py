@@ -143,7 +143,7 @@ class ModelConfig(Section):
     """Share of a head's width that is rotated, its first part (ZAYA1: 0.5)."""
     yarn: YarnConfig = YarnConfig()
     """Stretching of the rotary frequencies."""
-    mtp_layers: NonNegative = 0
+    mtp_layers: Annotated[int, Field(ge=0, le=MOST_PARTS)] = 0
     """Multi-token prediction: extra blocks that predict the tokens after the next (DeepSeek-V3 section 2.2)."""
     mtp_coefficient: Annotated[float, Field(ge=0)] = 0.3
     """Weight of their mean loss."""

@@ -56,7 +56,7 @@ def common(config: ConfigFile, name: str) -> Tree:
     heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
     theta, yarn = _rope(config)
     return {
-        "name": name, "layers": config.whole("num_hidden_layers"), "hidden": hidden, "heads": heads,
+        "name": name, "layers": config.layers(), "hidden": hidden, "heads": heads,
         "kv_heads": config.whole("num_key_value_heads", default=heads), "vocab": config.whole("vocab_size"),
         "head_dim": config.whole("head_dim", default=hidden // max(heads, 1)), "rope_theta": theta, "yarn": yarn,
         "norm_eps": config.number("rms_norm_eps", 1e-6),
@@ -70,10 +70,11 @@ _ROPE = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
 def _rope(config: ConfigFile) -> tuple[float, Tree]:
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    theta = new.get("rope_theta") or config.number("rope_theta", 1e4)
+    new, old = config.part("rope_parameters"), config.part("rope_scaling")
+    theta = new.number("rope_theta", 0.0) or config.number("rope_theta", 1e4)
     config.get("rope_theta")
-    scaling = new or old
+    rope = new if new.tree else old
+    scaling = rope.tree
     if "partial_rotary_factor" in scaling and "partial_rotary_factor" not in config.defaults:
         config.differs(f"partial_rotary_factor={scaling['partial_rotary_factor']}", "whole heads are rotated")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -82,20 +83,20 @@ def _rope(config: ConfigFile) -> tuple[float, Tree]:
             config.differs(
                 f"rope_parameters: {', '.join(f'{k}={v}' for k, v in more.items())}", "the default"
             )
-        return float(theta), {}
+        return theta, {}
     same = scaling.get("mscale", 1.0) == scaling.get("mscale_all_dim", 1.0) == 1.0
     plain = kind == "yarn" and scaling.get("attention_factor") is None and scaling.get("truncate", True)
     if not plain or not same:
         shown = ", ".join(f"{k}={v}" for k, v in scaling.items() if not isinstance(v, list))
         config.differs(f"rope_parameters: {shown}", "the default or plain yarn")
     if kind != "yarn":
-        return float(theta), {}
-    return float(theta), {
-        "factor": scaling["factor"],
-        "original": scaling.get("original_max_position_embeddings")
+        return theta, {}
+    return theta, {
+        "factor": rope.number("factor"),
+        "original": rope.whole("original_max_position_embeddings", default=0)
         or config.whole("max_position_embeddings"),
-        "beta_fast": scaling.get("beta_fast") or 32.0,
-        "beta_slow": scaling.get("beta_slow") or 1.0,
+        "beta_fast": rope.number("beta_fast", 0.0) or 32.0,
+        "beta_slow": rope.number("beta_slow", 0.0) or 1.0,
     }
 
 
@@ -123,7 +124,7 @@ def _placed(config: ConfigFile, moe: list[int], width: str, settings: str, likel
     Raises:
         UserError: where no leading dense layers and period give just these.
     """
-    layers = config.whole("num_hidden_layers")
+    layers = config.layers()
     dense_width = config.whole(width, default=0 if len(moe) == layers else None)
     if not moe:
         return {"dense_layers": layers, "dense_width": dense_width}
@@ -143,7 +144,7 @@ def _placed(config: ConfigFile, moe: list[int], width: str, settings: str, likel
 def _qwen_places(config: ConfigFile) -> Tree:
     """`mlp_only_layers` are dense, and so are those that `decoder_sparse_step` passes over."""
     dense, step = config.numbers("mlp_only_layers") or [], config.period("decoder_sparse_step")
-    layers = range(config.whole("num_hidden_layers"))
+    layers = range(config.layers())
     moe = [layer for layer in layers if layer not in dense and has_experts(layer, 0, step)]
     leading = next((layer for layer in layers if layer not in dense), len(layers))
     settings = f"decoder_sparse_step={step} with mlp_only_layers={dense}"
@@ -234,7 +235,7 @@ def _shared_experts(config: ConfigFile, dense: int) -> Tree:
     """Leading dense layers, then routed and shared experts of one width."""
     width = config.whole("moe_intermediate_size")
     leading, step = config.whole("first_k_dense_replace", default=dense), config.period("moe_layer_freq")
-    layers = range(config.whole("num_hidden_layers"))
+    layers = range(config.layers())
     moe = [layer for layer in layers if layer >= leading and layer % step == 0]
     settings = f"first_k_dense_replace={leading} with moe_layer_freq={step}"
     return _placed(config, moe, "intermediate_size", settings, (leading, 1)) | {
@@ -276,7 +277,7 @@ def _deepseek_v3(config: ConfigFile) -> Tree:
 
 def _glm4_moe(config: ConfigFile) -> Tree:
     _biases(config)
-    rotated = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    rotated = config.part("rope_parameters").number("partial_rotary_factor", 0.0)
     fraction = rotated or config.number("partial_rotary_factor", 1.0)
     return _shared_experts(config, 1) | {
         "qk_norm": "head" if config.get("use_qk_norm", False) else "none", "rope_fraction": fraction,
@@ -319,7 +320,7 @@ def _llama4(config: ConfigFile) -> Tree:
     if config.get("use_qk_norm", True):
         config.differs("use_qk_norm=True, a norm without weights after the rotation", "none")
     # An empty list, as the published files have it, stands for every fourth layer.
-    if not all(config.get("no_rope_layers") or [0]):
+    if not all(config.numbers("no_rope_layers") or [0]):
         config.differs("no_rope_layers", "rotary positions in every layer")
     if chunk := config.get("attention_chunk_size"):
         config.differs(f"attention_chunk_size={chunk}", "full attention")
@@ -333,7 +334,7 @@ def _llama4(config: ConfigFile) -> Tree:
 def _llama4_places(config: ConfigFile) -> Tree:
     """`moe_layers` names them; where it is missing, every `interleave_moe_layer_step`-th layer has experts."""
     step, named = config.period("interleave_moe_layer_step"), config.numbers("moe_layers")
-    layers = range(config.whole("num_hidden_layers"))
+    layers = range(config.layers())
     if named is None:
         moe, settings = (
             [layer for layer in layers if has_experts(layer, 0, step)],
@@ -361,7 +362,7 @@ def _phimoe(config: ConfigFile) -> Tree:
 
 def _dense(config: ConfigFile, **more: Any) -> Tree:
     """A model without experts: every layer is one of the leading dense ones."""
-    layers, width = config.whole("num_hidden_layers"), config.whole("intermediate_size")
+    layers, width = config.layers(), config.whole("intermediate_size")
     return {
         "experts": 1, "top_k": 1, "expert_width": width, "dense_layers": layers, "dense_width": width,
         "router": {"balance": "none"}, **more,

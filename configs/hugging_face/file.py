@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
+from configs.model import MOST_PARTS
 
 Tree = dict[str, Any]
 
@@ -73,6 +74,22 @@ class ConfigFile:
             raise UserError(f"{self.where} has no {names[0]}; add it")
         return default
 
+    def layers(self) -> int:
+        """The number of layers, which are gone through one by one."""
+        value = self.whole("num_hidden_layers")
+        if value > MOST_PARTS:
+            raise UserError(
+                f"{self.where}: num_hidden_layers={value} is above {MOST_PARTS}; correct the file"
+            )
+        return value
+
+    def part(self, name: str) -> ConfigFile:
+        """What lies below a key, as a file of its own; empty where the key is missing."""
+        value = self.get(name) or {}
+        if not isinstance(value, dict):
+            raise UserError(f"{self.where}: {name}={value!r} is not an object; correct the file")
+        return ConfigFile(value, f"{self.where}: {name}")
+
     def period(self, name: str) -> int:
         """A whole number above 0, by default 1: every how manyth."""
         value = self.whole(name, default=1)
@@ -91,9 +108,11 @@ class ConfigFile:
             )
         return value
 
-    def number(self, name: str, default: float) -> float:
-        """A number."""
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number; it has to be there where there is no default."""
         value = self.get(name, default)
+        if value is None:
+            raise UserError(f"{self.where} has no {name}; add it")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{self.where}: {name}={value!r} is not a number; correct the file")
         return float(value)

@@ -365,6 +365,16 @@ WRONG: list[tuple[Tree | str, str]] = [
     (OLMOE | {"rms_norm_eps": "x"}, "rms_norm_eps='x' is not a number"),
     (OLMOE | {"num_key_value_heads": 3}, "model.heads=4 is not a multiple of model.kv_heads=3"),
     (OLMOE | {"num_experts_per_tok": 0}, "top_k"),
+    # Layers are gone through one by one: a slip of the finger took all of a machine's memory.
+    (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "num_hidden_layers": 4_800_000_000},
+     "num_hidden_layers=4800000000 is above 100000; correct the file"),
+    (OLMOE | {"num_nextn_predict_layers": 4_800_000_000}, "model.mtp_layers=4800000000: input should be less than"),
+    (OLMOE | {"rope_scaling": "linear"}, "rope_scaling='linear' is not an object; correct the file"),
+    (OLMOE | {"rope_parameters": [1]}, "rope_parameters=[1] is not an object"),
+    (OLMOE | {"rope_scaling": {"type": "yarn"}}, "rope_scaling has no factor; add it"),
+    (OLMOE | {"rope_scaling": {"type": "yarn", "factor": "2"}}, "rope_scaling: factor='2' is not a number"),
+    (OLMOE | {"rope_parameters": {"rope_theta": "1e6"}}, "rope_parameters: rope_theta='1e6' is not a number"),
+    (COMMON | LLAMA4 | {"model_type": "llama4", "no_rope_layers": 4}, "no_rope_layers=4 is not a list of whole numbers"),
     (
         COMMON | LATENT | {"model_type": "deepseek_v3", "v_head_dim": 8},
         "v_head_dim=8 isn't known here, 16 is",
