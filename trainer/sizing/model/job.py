@@ -207,7 +207,8 @@ class TrainingJob:
     def lends(self) -> bool:
         """Whether hot experts are lent: those of the fullest rank, which have more rows than others, are worth it."""
         software, layout = self.software, self.layout
-        if not (software.lent_rows and self.gathers_experts and layout.ep <= self.node) or self.zero_bubble:
+        inside = min(self.node, layout.ranks) % layout.ep == 0  # no expert group lies in two nodes
+        if not (software.lent_rows and self.gathers_experts and inside) or self.zero_bubble:
             return False
         hot = self.tokens * layout.ep / layout.tp * self.model.top_k / self.model.experts * self.imbalance
         return hot >= software.lent_rows and self.imbalance > LENT

@@ -152,6 +152,8 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
             draft.notes.append(refusal)
         if wasteful := runnable.advice(resolved):
             draft.warnings.append(wasteful)
+        if idle := runnable.never_lends(resolved, each):
+            draft.warnings.append(idle)
     elif layout.ranks < 2:
         raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
     said = tuple(draft.choices), tuple(draft.warnings), tuple(draft.notes)

@@ -242,6 +242,31 @@ def refusal(config: RunConfig) -> str | None:
     return next((why for rule in RULES if (why := rule(config))), None)
 
 
+def never_lends(config: RunConfig, node: int) -> str | None:
+    """Why `lend_rows` has no effect in a run that isn't refused; None where it has one, or isn't set.
+
+    Args:
+        node: ranks of each node.
+    """
+    parallel, train = config.parallel, config.train
+    least, ep = parallel.lend_rows, parallel.size("ep")
+    if least is None:
+        return None
+    split = parallel.size("cp") * parallel.size("tp")
+    rows = train.micro_batch * config.data.sequence * ep // split  # an expert gets a token once
+    if ep == 1:
+        why, mend = "parallel.ep=1, where each rank has all experts", "parallel.ep=2 or more"
+    elif math.gcd(ep, node) == 1:
+        why = f"parallel.ep={ep} and {node} ranks on a node, where no two of an expert group are sure to share one"
+        mend = f"cluster.slots_per_node to a multiple of {ep}"
+    elif least > rows:
+        why = f"at most {rows} tokens for an expert in a micro-batch"
+        mend = f"parallel.lend_rows={max(1, rows // 8)}"
+    else:
+        return None
+    return f"parallel.lend_rows={least} lends nothing with {why}; set {mend}, or parallel.lend_rows=null"
+
+
 def advice(config: RunConfig) -> str | None:
     """What runs but wastes much; None where nothing does."""
     pp, count = config.parallel.size("pp"), micro_batches(config, config.train.global_batch)

@@ -226,6 +226,37 @@ def test_a_short_pipeline_is_advised_a_batch_for_all_its_replicas() -> None:
     assert [runnable.filling(pp) for pp in (1, 2, 4)] == [1, 8, 16]
 
 
+@pytest.mark.parametrize(
+    ("words", "node", "told"),
+    [
+        (["parallel.ep=4"], 8, None),
+        (["parallel.ep=4"], 6, None),  # in pairs
+        (["parallel.ep=1"], 8, "with parallel.ep=1, "),
+        (["parallel.ep=8"], 1, "with parallel.ep=8 and 1 ranks on a node, "),
+        (["parallel.ep=4"], 3, "with parallel.ep=4 and 3 ranks on a node, "),
+        (["parallel.ep=4", "parallel.lend_rows=4096"], 8, None),
+        (["parallel.ep=4", "parallel.lend_rows=4097"], 8, "at most 4096 tokens for an expert in a micro-batch; set "
+                                                          "parallel.lend_rows=512, or"),
+        (["parallel.ep=4", "parallel.cp=2", "parallel.lend_rows=4096"], 8, "at most 2048 tokens"),
+        (["parallel.ep=1", "parallel.lend_rows=null"], 8, None),
+    ],
+)  # fmt: skip
+def test_a_plan_says_where_lent_experts_have_no_effect(words: list[str], node: int, told: str | None) -> None:
+    """A run of them is the same as without, and nothing else of it would say so."""
+    batch = ["train.micro_batch=4", "data.sequence=256", "parallel.lend_rows=2048"]
+    config = compose([*OLMOE, *batch, *words])
+    said = runnable.never_lends(config, node)
+    assert said is None if told is None else said is not None and told in said
+    assert runnable.refusal(config) is None
+
+
+def test_the_plan_has_the_line_on_lent_experts() -> None:
+    words = [*OLMOE, "parallel.ep=8", "parallel.lend_rows=2048"]
+    (line,) = plan(compose([*words, "cluster.slots_per_node=1"]), None).warnings
+    assert line.startswith("parallel.lend_rows=2048 lends nothing with parallel.ep=8 and 1 ranks on a node")
+    assert plan(compose(words), None).warnings == ()
+
+
 def test_schedules_take_a_micro_batch_for_each_stage_or_whole_rounds() -> None:
     takes = {
         name: [n for n in range(1, 10) if runnable.schedulable(name, 3, n)]

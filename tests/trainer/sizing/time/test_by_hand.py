@@ -359,6 +359,9 @@ def test_folding_is_one_rule_for_time_states_search_and_schema() -> None:
         ({"layout": Layout(1, 16, 1, 16, 1, 1)}, 1.4),
         ({"zero_bubble": True}, 1.4),
         ({"node": 4}, 1.4),
+        ({"layout": Layout(1, 24, 1, 8, 1, 1), "node": 12}, 1.4),  # every second group lies in two nodes
+        ({"layout": Layout(1, 24, 1, 8, 1, 1), "node": 24}, 1.05),
+        ({"node": 12}, 1.05),  # the only group has a node of its own
         ({"software": frameworks.own()}, 1.4),
         ({"layout": Layout(1, 8, 1, 1, 1, 1)}, 1.0),
         # Of 8 * 4096 tokens an expert of 64 has 4096 choices of 8, and 1.4 times that where it is hot: 5734.4.
