@@ -93,6 +93,8 @@ def mapped(path: Path, size: int) -> mmap.mmap:
     try:
         os.posix_fallocate(fd, 0, size)
         return mmap.mmap(fd, size)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the call knows no name
     finally:
         os.close(fd)
 

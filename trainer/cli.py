@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from configs.compose import choices, compose, load
 from configs.errors import (
+    DISK_ERRORS,
     INTERRUPTED_EXIT,
     STOPPED_EXIT,
     OneLineParser,
@@ -67,9 +68,25 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
         return 0
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if words := _of_storage(error):
+            print(f"megaray: {words}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1
+
+
+def _of_storage(error: Exception) -> str:
+    """What a disk that is full or broken means for whoever started this; empty for any other error."""
+    from faulttol.checkpoint.manifest import Incomplete  # has been loaded where it is raised
+
+    if isinstance(error, Incomplete):
+        what = str(error)
+    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        what = f"{error.filename or 'a file'} can't be read or written ({error.strerror})"
+    else:
+        return ""
+    return f"{what}; mend that, then type the same command again: a run continues from its last checkpoint"
 
 
 def _parser() -> OneLineParser:

@@ -75,6 +75,13 @@ class Lines:
         self._write(
             SaveFailedLine(time.time(), self._rank.attempt, outcome.step, str(outcome.error), in_a_row)
         )
+        if PARENT not in os.environ:  # else `watch` says so
+            what = (
+                f"the save of step {outcome.step} failed, {in_a_row} in a row"
+                if in_a_row
+                else (f"step {outcome.step} was not saved")
+            )
+            self.note([f"{what}: {outcome.error}"])
 
     def ended(self, step: int, loss: float, tokens: int) -> None:
         """All steps are done."""
