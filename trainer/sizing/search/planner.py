@@ -247,9 +247,14 @@ class _Draft:
             least = nodes or (ranks // each if each else 1)
             capacity = Capacity((width,) * max(least, -(-ranks // width)))
         elif ranks > capacity.total:
+            # dp as small as its expert groups allow can't be lowered: then the widest other axis can.
+            axis = max((a for a in AXES if a != "dp"), key=lambda a: getattr(layout, a))
+            if layout.dp > runnable.least_dp(self.config.parallel):
+                axis = "dp"
             raise UserError(
-                f"the layout needs {ranks} slots, and the cluster has {capacity.total} ({capacity}); lower "
-                f"parallel.dp, or start more: python -m orchestrator down, then up --slots {ranks}"
+                f"the layout needs {ranks} slots, and the cluster has {capacity.total} ({capacity}); "
+                f"lower parallel.{axis}={getattr(layout, axis)}, or start more: python -m orchestrator down, then up "
+                f"--slots {ranks}"
             )
         slots = capacity.slots
         fitting = spreads(ranks, slots, nodes, each)

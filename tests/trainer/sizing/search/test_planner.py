@@ -68,7 +68,14 @@ def test_expert_groups_that_cross_nodes_are_warned_of() -> None:
 @pytest.mark.parametrize(
     ("words", "slots", "reason"),
     [
-        (["parallel.dp=8"], [2], "needs 8 slots, and the cluster has 2 (1 node x 2)"),
+        (["parallel.dp=8"], [2], "needs 8 slots, and the cluster has 2 (1 node x 2); lower parallel.dp=8,"),
+        (
+            ["parallel.dp=8", "parallel.ep=4"],
+            [2],
+            "needs 8 slots, and the cluster has 2 (1 node x 2); lower parallel.dp=8,",
+        ),
+        (["parallel.ep=4"], [3], "needs 4 slots, and the cluster has 3 (1 node x 3); lower parallel.ep=4,"),
+        (["parallel.tp=2", "parallel.ep=2", "parallel.pp=4"], [3], "lower parallel.pp=4,"),
         (["parallel.dp=8"], [4, 2], "has 6 (2 nodes, 2 to 4 each)"),
         (["parallel.dp=4", "cluster.nodes=2", "cluster.slots_per_node=4"], None, "leave one of the two out"),
         (["parallel.dp=4", "cluster.nodes=3"], None, "does not divide"),
