@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 Derivation = str | Callable[[], str]
@@ -31,14 +31,10 @@ class Figure:
         """The formula with its numbers."""
         return self.how if isinstance(self.how, str) else self.how()
 
-    def over(
-        self, bottom: Figure, name: str, unit: str, how: Derivation, factor: float = 1.0,
-        parts: tuple[Figure, ...] | None = None,
-    ) -> Figure:  # fmt: skip
-        """The ratio of this figure and another, times a factor; `parts` where it isn't to be explained by both."""
+    def over(self, bottom: Figure, name: str, unit: str, how: Derivation, factor: float = 1.0) -> Figure:
+        """The ratio of this figure and another, times a factor."""
         value, low, high = self.value / bottom.value, self.low / bottom.high, self.high / bottom.low
-        made_from = (self, bottom) if parts is None else parts
-        return Figure(name, value * factor, unit, low * factor, high * factor, how, made_from)
+        return Figure(name, value * factor, unit, low * factor, high * factor, how, (self, bottom))
 
     def walk(self) -> Iterator[Figure]:
         """This figure, and all that it is made from."""
@@ -55,6 +51,12 @@ def exact(name: str, value: float, unit: str, how: Derivation, parts: tuple[Figu
 def about(name: str, value: float, unit: str, share: float, how: Derivation) -> Figure:
     """A figure that is sure to within a share of its value."""
     return Figure(name, value, unit, value * (1 - share), value * (1 + share), how)
+
+
+def summed(name: str, value: float, unit: str, how: Derivation, parts: Sequence[Figure]) -> Figure:
+    """A figure that its parts add up to, and its interval theirs: all may be off the same way."""
+    low, high = sum(part.low for part in parts), sum(part.high for part in parts)
+    return Figure(name, value, unit, low, high, how, tuple(parts))
 
 
 def longest(*values: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
-from trainer.sizing.figures import Figure
+from trainer.sizing.figures import Figure, summed
 from trainer.sizing.memory import activations, states, unwinding
 from trainer.sizing.memory.unwinding import UPDATE, Moment
 from trainer.sizing.model.job import TrainingJob
@@ -236,9 +236,7 @@ def _figure(job: TrainingJob, kind: str, index: int, stage: schedule.StageCost) 
         value = getattr(used, part)
         low, high = spread.get(part, (value, value))
         parts.append(Figure(f"{name}.{part}", value, "bytes", low, high, how))
-    low, high = sum(part.low for part in parts), sum(part.high for part in parts)
-    how = f"sum of its parts; fullest at {used.moment}"
-    return Figure(name, used.total, "bytes", low, high, how, tuple(parts))
+    return summed(name, used.total, "bytes", f"sum of its parts; fullest at {used.moment}", parts)
 
 
 def _derivations(stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> dict[str, str]:

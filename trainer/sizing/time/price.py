@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile
-from trainer.sizing.figures import Figure, about
+from trainer.sizing.figures import Figure, about, summed
 from trainer.sizing.model import flops, shapes, weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import operators
@@ -111,8 +111,7 @@ class Prices:
         ):  # fmt: skip
             parts.append(about(f"time.{name}", seconds, "s", spread, how))
         how = "sum of its operators, forward and backward, all layers, without communication"
-        low, high = sum(part.low for part in parts), sum(part.high for part in parts)
-        return Figure("time.micro_batch", price.seconds, "s", low, high, how, tuple(parts))
+        return summed("time.micro_batch", price.seconds, "s", how, parts)
 
 
 def _slug(name: str) -> str:

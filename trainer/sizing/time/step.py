@@ -90,8 +90,9 @@ def why_unknown(job: TrainingJob, rates: Rates) -> str:
 def tokens_per_second(job: TrainingJob, step: Figure) -> Figure:
     """Tokens a second of the whole job."""
     tokens = job.global_batch * job.sequence
+    low, high = tokens / step.high, tokens / step.low
     how = f"{job.global_batch} samples x {job.sequence} tokens / step"
-    return exact("tokens", tokens, "1", how).over(step, "tokens_per_second", "tokens/s", how, parts=(step,))
+    return Figure("tokens_per_second", tokens / step.value, "tokens/s", low, high, how, (step,))
 
 
 def mfu(job: TrainingJob, hardware: HardwareConfig, step: Figure) -> Figure | None:
