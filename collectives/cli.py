@@ -286,7 +286,8 @@ def _keep(store: ResultStore) -> str:
     rows = [row for row in store.finished() if row.timings] if store.metadata.exists() else []
     if not rows:
         return ""
-    kept = f"{len(rows)} rows are kept in {store.folder}"
+    count = "1 row is" if len(rows) == 1 else f"{len(rows)} rows are"
+    kept = f"{count} kept in {store.folder}"
     try:
         stream.write(store, lambda: None)
     except OSError as error:  # as on a full disk; the rows are in the journal

@@ -132,6 +132,12 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     # With open axes the search keeps the rules, with chunks and batches that aren't set yet.
     if strict and training and not config.parallel.open and (refusal := runnable.refusal(config)):
         raise UserError(refusal)
+    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
+    if capacity is not None and nodes and each and nodes * each > capacity.total:
+        raise UserError(
+            f"cluster.nodes={nodes} x cluster.slots_per_node={each} are {nodes * each} slots, and the cluster has "
+            f"{capacity.total} ({capacity}); lower one of the two, or start more"
+        )
     draft = _Draft(config, capacity)
     job, dp = draft.close(), draft.data_parallel()
     layout = Layout(**{axis: dp if axis == "dp" else draft.config.parallel.size(axis) for axis in AXES})
@@ -158,6 +164,14 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
         raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
     said = tuple(draft.choices), tuple(draft.warnings), tuple(draft.notes)
     return RunPlan(resolved, layout.to_json(), nodes, each, size, step_time, *said)
+
+
+def _asked(config: RunConfig) -> Capacity | None:
+    """The slots that a run asks for by itself, where no cluster is up; None where it asks for none."""
+    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
+    if not (nodes or each):
+        return None
+    return Capacity((each or config.hardware.devices_per_node or 1,) * (nodes or 1))
 
 
 class _Draft:
@@ -203,7 +217,7 @@ class _Draft:
 
     def data_parallel(self) -> int:
         """Size of dp: as set, else the most that the slots hold and the batches divide over."""
-        config, capacity = self.config, self.capacity
+        config, capacity = self.config, self.capacity or _asked(self.config)
         parallel, train, cluster = config.parallel, config.train, config.cluster
         if parallel.dp is not None:
             return parallel.dp

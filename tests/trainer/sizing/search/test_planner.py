@@ -81,6 +81,12 @@ def test_expert_groups_that_cross_nodes_are_warned_of() -> None:
         (["parallel.dp=4", "cluster.nodes=3"], None, "does not divide"),
         (["parallel.dp=4", "cluster.nodes=4"], [2, 2], "cluster.nodes=4 does not fit"),
         (["train.global_batch=7", "parallel.ep=2"], [2], "train.global_batch=7"),
+        (
+            ["cluster.nodes=3", "cluster.slots_per_node=5"],
+            [8],
+            "are 15 slots, and the cluster has 8 (1 node x 8)",
+        ),
+        (["parallel=auto", "cluster.nodes=3", "cluster.slots_per_node=5"], [8], "are 15 slots"),
     ],
 )
 def test_refusals(words: list[str], slots: list[int] | None, reason: str) -> None:
@@ -94,6 +100,23 @@ def test_every_preset_that_is_planned_trains(model: str) -> None:
     assert runnable.refusal(compose([f"model={model}"])) is None
     made = plan(compose([f"model={model}", "hardware=mi355x"]), Capacity.of_nodes([8]), strict=True)
     assert made.ranks == 8 and made.config.train.engine == "native"
+
+
+@pytest.mark.parametrize(
+    ("words", "dp"),
+    [
+        (["cluster.nodes=5"], 5),
+        (["cluster.nodes=2", "cluster.slots_per_node=2"], 4),
+        (["hardware=h100", "cluster.nodes=2"], 16),
+        (["hardware=h100", "cluster.nodes=2", "parallel.dp=8"], 8),
+        (["cluster.nodes=2", "parallel.dp=8"], 8),
+        (["workload=collectives", "cluster.nodes=3"], 3),
+        ([], 1),
+    ],
+)
+def test_without_a_cluster_a_run_fills_the_slots_that_it_asks_for(words: list[str], dp: int) -> None:
+    made = planned(*words, slots=None)
+    assert made.layout["dp"] == dp and made.nodes * made.slots_per_node == dp
 
 
 def test_what_the_trainer_does_not_run_can_be_planned_and_is_noted() -> None:
