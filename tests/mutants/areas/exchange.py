@@ -23,7 +23,7 @@ _GATHERED = "trainer/parallel/gathered.py"
 _LENDING = "trainer/parallel/lending.py"
 _PLANNER = "trainer/kernels/lending.py"
 _LATER = "trainer/model/later.py"
-_LENT = "tests/trainer/parallel/test_parallel.py::test_hot_experts_that_are_lent[4-4]"
+_LENT = "tests/trainer/parallel/test_parallel.py::test_hot_experts_that_are_lent[4-1]"
 _LENT_BY_KERNELS = (
     "tests/trainer/parallel/test_parallel.py::test_seams_by_kernels[experts_by_kernels-more3-1e-06]"
 )
@@ -31,6 +31,13 @@ _PLANS = "tests/trainer/parallel/test_lending.py::test_"
 
 MUTANTS = [
     # Hot experts that are lent.
+    Mutant(
+        "an expert that is borrowed alone learns nothing",
+        _LATER,
+        "return torch.mm(slope_RF.t(), x_RD).unsqueeze(0)",
+        "return 0 * torch.mm(slope_RF.t(), x_RD).unsqueeze(0)",
+        _LENT,
+    ),
     Mutant(
         "gradients of lent experts stay away",
         _LATER,

@@ -5,6 +5,7 @@ Every check returns pairs by name: what this rank found, and its part of what on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -252,12 +253,16 @@ def experts(
     etp: int,
     all_tokens: bool,
     kernels: bool = False,
-    lent: bool = False,
+    lent: int = 0,
 ) -> Pairs:
-    """Tokens of all ranks through experts that are split: uneven load, one expert without tokens, dropped pairs."""
+    """Tokens of all ranks through experts that are split: uneven load, one expert without tokens, dropped pairs.
+
+    Args:
+        lent: experts that one rank borrows, 0 to 2: the more, the more the last ones are chosen.
+    """
     each, top_k, inner = 7, 3, 4
     draw = torch.Generator().manual_seed(4)
-    pull = torch.linspace(0, 0.6, EXPERTS)
+    pull = torch.linspace(0, 1.5 if lent == 2 else 0.6, EXPERTS)
     scores = torch.rand(world * each, EXPERTS, generator=draw) + pull
     scores[:, 2] = -1.0
     chosen = scores.topk(top_k).indices
@@ -287,14 +292,15 @@ def experts(
             seam = gathered.GatheredExperts(mesh["ep"], mesh["ep_wide"], Terms(ep, 1) if lent else None)
         with mock.patch.object(gathered, "Lending", side_effect=gathered.Lending) as lending:
             owed, end = seam.run(seam.begin(x), chosen[mine], weights, EXPERTS, _expert_layer(parameters))
-        assert bool(lent and lending.call_args.args[0]) == lent
+        loans = lending.call_args.args[0] if lent else ()
+        assert max(Counter(loan.borrower for loan in loans).values(), default=0) == lent
         found = end(owed)
         slopes = _learn((found * weight[mine]).sum(), x, weights, *parameters)
         own = [expected[0][mine], expected[1][mine], *cut(expected[2], expected[3])]
     return _pairs("output tokens weights gate_up down", (found, *slopes), (y[mine], *own))
 
 
-def experts_by_kernels(rank: int, world: int, folder: str, all_tokens: bool, lent: bool = False) -> Pairs:
+def experts_by_kernels(rank: int, world: int, folder: str, all_tokens: bool, lent: int = 0) -> Pairs:
     """The same with the GPU's kernels, in fp32."""
     store = dist.FileStore(f"{folder}/store", world)
     return experts(rank, world, store, world, 1, all_tokens, kernels=True, lent=lent)

@@ -65,12 +65,12 @@ def test_a_vocabulary_that_is_split(ranks: RankPool, world: int) -> None:
         (seam_checks.vocabulary_by_kernels, (), 1e-2),
         (seam_checks.experts_by_kernels, (False,), 1e-6),
         (seam_checks.experts_by_kernels, (True,), 1e-6),
-        (seam_checks.experts_by_kernels, (True, True), 1e-6),
+        (seam_checks.experts_by_kernels, (True, 1), 1e-6),
     ],
 )
 def test_seams_by_kernels(
     seam: Callable[..., Any],
-    more: tuple[bool, ...],
+    more: tuple[int, ...],
     most: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -118,9 +118,9 @@ def test_experts_that_see_all_tokens(ranks: RankPool, world: int, ep: int) -> No
     check(ranks, world, seam_checks.experts, ep, 1, True)
 
 
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 4)])
-def test_hot_experts_that_are_lent(ranks: RankPool, world: int, ep: int) -> None:
-    check(ranks, world, seam_checks.experts, ep, 1, True, False, True)
+@pytest.mark.parametrize(("world", "borrowed"), [(2, 1), (2, 2), (4, 1)])
+def test_hot_experts_that_are_lent(ranks: RankPool, world: int, borrowed: int) -> None:
+    check(ranks, world, seam_checks.experts, world, 1, True, False, borrowed)
 
 
 # ---- who has what ----
