@@ -66,6 +66,14 @@ MUTANTS = [
         f"{_OF_PLANS}rows_worth_lending_take_as_long_as_their_experts_way",
     ),
     Mutant(
+        "the search's bound is of more ranks than a layout has",
+        _LAYOUTS,
+        "dp = runnable.whole_groups(layout.ep * layout.etp, layout.cp * layout.tp)",
+        "dp = layout.ep",
+        "tests/trainer/sizing/search/test_search.py::"
+        "test_pruning_loses_no_group_that_lends_on_a_node_with_slots_to_spare",
+    ),
+    Mutant(
         "the search remembers bounds without the cut of experts",
         _LAYOUTS,
         "key = (layout.tp, layout.cp, layout.ep, layout.etp, micro_batch)",
@@ -131,8 +139,8 @@ MUTANTS = [
     Mutant(
         "the least dp forgets that expert groups lie over tensor ranks",
         _RUNNABLE,
-        "math.gcd(groups, (parallel.cp or 1) * (parallel.tp or 1))",
-        "math.gcd(groups, (parallel.cp or 1))",
+        "(parallel.etp or 1), (parallel.cp or 1) * (parallel.tp or 1))",
+        "(parallel.etp or 1), (parallel.cp or 1))",
         f"{_OF_PLANS}the_least_dp_makes_whole_expert_groups",
     ),
     Mutant(

@@ -17,7 +17,7 @@ from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import weights
 from trainer.sizing.model.job import Recompute, TrainingJob
 from trainer.sizing.model.layout import Layout
-from trainer.sizing.search import legal
+from trainer.sizing.search import legal, runnable
 from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import schedule, step
@@ -158,8 +158,10 @@ class _Bounds:
         """Seconds of one micro-batch through all layers and the loss, and bytes that its leanest layer keeps."""
         key = (layout.tp, layout.cp, layout.ep, layout.etp, micro_batch)
         if key not in self._once:
-            alone = replace(layout, pp=1, dp=layout.ep)
-            task = replace(self.task, global_batch=micro_batch * layout.ep)
+            # The fewest ranks that it has: expert groups that lie inside nodes among more do so here, and lend no less.
+            dp = runnable.whole_groups(layout.ep * layout.etp, layout.cp * layout.tp)
+            alone = replace(layout, pp=1, dp=dp)
+            task = replace(self.task, global_batch=micro_batch * dp)
             parts = time.parts(legal.job(task, alone, micro_batch, 1, 0, "none"), self.rates)
             seconds = (
                 parts.matmul + parts.attention + parts.memory + parts.head + parts.tp + parts.ep + parts.cp

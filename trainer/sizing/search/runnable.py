@@ -38,8 +38,12 @@ def filling(pp: int) -> int:
 
 def least_dp(parallel: ParallelConfig) -> int:
     """The least dp whose dp * cp * tp ranks are whole expert groups of ep * etp."""
-    groups = (parallel.ep or 1) * (parallel.etp or 1)
-    return groups // math.gcd(groups, (parallel.cp or 1) * (parallel.tp or 1))
+    return whole_groups((parallel.ep or 1) * (parallel.etp or 1), (parallel.cp or 1) * (parallel.tp or 1))
+
+
+def whole_groups(group: int, replica: int) -> int:
+    """The fewest replicas of so many ranks that are whole expert groups of so many."""
+    return group // math.gcd(group, replica)
 
 
 def split_by_tp(model: ModelConfig) -> dict[str, int]:

@@ -48,6 +48,17 @@ def test_pruning_loses_nothing(
     assert quick.legal == whole.legal and quick.priced < whole.priced
 
 
+def test_pruning_loses_no_group_that_lends_on_a_node_with_slots_to_spare() -> None:
+    """Four ranks on a node of six are one expert group of four, which lends; among 16 ranks some would cross nodes."""
+    words = ["model=qwen3_30b_a3b", "hardware=h200", "parallel=auto", "parallel.tp=2", "model.layers=2"]
+    config = compose([*words, "data.sequence=4096", "train.micro_batch=4"])
+    rates, made = rates_of(config.hardware), replace(auto.task(config, 4, 6), imbalance=3.0)
+    made = replace(made, lending=replace(made.software, lent_rows=16))
+    quick, whole = (find(made, config.hardware, rates, 1) for find in (search.search, exhaustive))
+    assert [c.job for c in quick.ranked] == [c.job for c in whole.ranked]
+    assert quick.best and quick.best.job.lends and quick.best.job.layout == Layout(1, 2, 1, 4, 1, 2)
+
+
 def test_every_candidate_keeps_the_rules() -> None:
     made = task("deepseek_v3", 256, 1024)
     jobs = [job for layout in legal.layouts(made) for job in set_ups(made, layout)]
