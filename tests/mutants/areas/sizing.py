@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "tables are gathered once a step under ZeRO-3",
         _TIME,
-        "(times if job.zero == 3 else 1) * self._wire",
-        "self._wire",
+        "gathers = times if job.zero == 3 else 1",
+        "gathers = 1",
         f"{_BY_HAND}zero_3_exchanges_tables_for_every_micro_batch",
     ),
     Mutant(

@@ -292,29 +292,27 @@ class _Costs:
         job, software, mine = self.job, self.job.software, states.held(self.job, stage)
         # Gradients of which no rank keeps more than a shard are reduced after every micro-batch.
         times = job.micro_batches if job.zero >= 2 and not job.zero_bubble else 1
-        # Under ZeRO-3 layers exchange theirs as they come (`_weights`), and tables are left.
+        # Under ZeRO-3 layers exchange theirs as they come (`_weights`), and tables are left, gathered as often.
         plain, routed = (mine.plain, mine.routed) if job.zero < 3 else (states.tables(job, stage), 0.0)
+        gathers = times if job.zero == 3 else 1
         pieces = self._buckets(stage) if job.zero < 3 else 1
         reduce = gather = 0.0
         for count, axis in ((plain, "dp"), (routed, "edp")):
             op = "reduce_scatter" if job.zero else "all_reduce"
             reduce += times * (pieces * self._wire(op, software.reduce_bytes * count / pieces, axis))
             if job.zero:
-                gather += (times if job.zero == 3 else 1) * self._wire(
-                    "all_gather", job.element * count, axis
-                )
+                gather += gathers * self._wire("all_gather", job.element * count, axis)
         ends, hidden = 1 / max(1, stage.layers) if software.fsdp else 0.0, reduce + gather
         if software.overlap_dp:
             reduce = longest(reduce * ends, reduce - times * BEHIND * time)
         if software.overlap_gather:
-            gather = longest(gather * ends, gather - BEHIND * time / 2)
+            gather = longest(gather * ends, gather - gathers * BEHIND * time / 2)
         exposed = reduce + gather
         slower = self.rates.overheads.contention * (hidden - exposed)
         moved = traffic.updated(job, mine, self.rates.overheads.update_bytes)
         local = mine.shard((self.where["dp"].ranks, self.where["edp"].ranks) if job.zero else (1, 1))
-        return exposed + slower + self._tied(stage), moved / self.rates.stream + self._orthogonal(
-            stage, local
-        )
+        optimizer = moved / self.rates.stream + self._orthogonal(stage, local)
+        return exposed + slower + self._tied(stage), optimizer
 
     def _buckets(self, stage: StageCost) -> int:
         """Calls that a stage's gradients are reduced in."""
