@@ -68,6 +68,7 @@ RUN_GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "megaray_run_checkpoint_write_seconds": ("Seconds from the call to the commit", ()),
     "megaray_run_checkpoint_due_step": ("Step at which the next checkpoint is due", ()),
     "megaray_run_checkpoint_failed_saves": ("Saves that failed since the last commit", ()),
+    "megaray_run_checkpoint_copies_differ": ("1 where ranks had other copies of what the newest one saved", ()),
     "megaray_run_checkpoint_overdue": ("1 while an incident says that the state isn't saved", ()),
     "megaray_run_open_incidents": ("Incidents that aren't resolved", ()),
     "megaray_run_parked": ("1 while the controller leaves the run alone after an error of its own", ()),
@@ -247,6 +248,7 @@ class _Home(Collector):
             yield "megaray_run_checkpoint_held_seconds", [], last.held
             yield "megaray_run_checkpoint_write_seconds", [], last.seconds
             yield "megaray_run_checkpoint_due_step", [], last.due
+            yield "megaray_run_checkpoint_copies_differ", [], int(bool(last.differs))
         if not with_lines:
             return
         newest = with_lines[-1]

@@ -278,6 +278,8 @@ INCIDENTS = Board(
                                                      ("megaray_node_departures > 0", "{{node}} departures")]),
             Panel("Loss is finite", [("megaray_run_loss_finite", "{{run}}")], shape="states",
                   words={"0": ("not finite", "red"), "1": ("finite", "green")}),
+            Panel("Copies of the state", [("megaray_run_checkpoint_copies_differ", "{{run}}")], shape="states",
+                  words={"0": ("equal", "green"), "1": ("differ", "red")}),
         ]),
     ],
 )  # fmt: skip

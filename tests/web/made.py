@@ -170,18 +170,23 @@ class MadeRun:
         }  # fmt: skip
         return StepLine(**values | more)
 
-    def save(self, held: float = 0.5, seconds: float = 0.5, tier: str = "store") -> MadeRun:
+    def save(
+        self, held: float = 0.5, seconds: float = 0.5, tier: str = "store", differs: str = ""
+    ) -> MadeRun:
         """A save that holds training for a while and is committed `seconds` after its call."""
         self.spend("checkpoint", held)
         self.saved = self.step
         path = f"{self.run.checkpoints}/{self.step}"
         self.line(
             SavedLine(
-                self.rank_time - held + seconds, self.attempt, self.step, path, 4096, seconds, held, tier
+                self.rank_time - held + seconds, self.attempt, self.step, path, 4096, seconds, held, tier,
+                differs=differs,
             )
-        )
+        )  # fmt: skip
         if tier == "store":
-            self.tell(CheckpointCommitted(self.attempt, self.step, path, 4096, seconds, held, tier))
+            self.tell(
+                CheckpointCommitted(self.attempt, self.step, path, 4096, seconds, held, tier, differs=differs)
+            )
         return self
 
     def save_failed(self, error: str = "rank 0: no space") -> MadeRun:

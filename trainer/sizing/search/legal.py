@@ -26,7 +26,7 @@ INTERLEAVE = (2, 3, 4, 6, 8)
 #: balance (Megatron-Core MoE at 128k and 16k tokens, 2026), which is a little less than its rows are uneven.
 IMBALANCE = 1.15
 #: Ranks of ep from which on hot experts are lent where that is to be chosen: the fullest of more ranks is fuller. Of two it
-#: had 1.2 times its share, and lending lost 0.6 and 1.8 % on hosts that launch slowly; of four it had 1.5 to 1.8 times its
+#: had 1.2 times its share, and lending lost 0.6 to 12 % on hosts that launch slowly; of four it had 1.5 to 1.8 times its
 #: share, and lending won 7 to 11 % (docs/speed.md).
 LENDERS = 3
 Schedule = Literal["1f1b", "interleaved", "zbv"]
