@@ -60,7 +60,10 @@ def save_row(line: SavedLine | SaveFailedLine) -> dict[str, Any]:
         return {"train/step": line.step, "checkpoint/failed": line.in_a_row, "checkpoint/error": line.error}
     family = "checkpoint" if line.tier == "store" else line.tier
     row = {"train/step": line.step, f"{family}/held": line.held, f"{family}/seconds": line.seconds}
-    return row | {f"{family}/bytes": line.bytes} | ({"checkpoint/failed": 0} if line.tier == "store" else {})
+    row |= {f"{family}/bytes": line.bytes}
+    if line.tier == "store":
+        row |= {"checkpoint/failed": 0, "checkpoint/copies_differ": int(bool(line.differs))}
+    return row
 
 
 def rewind_row(line: ResumedLine) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Columns:
         """Without its expert loads."""
         self.measured: MeasuredLine | None = None
         self.saves: deque[SavedLine | SaveFailedLine] = deque(maxlen=_KEPT_SAVES)
-        self.saves_seen = self.commits = 0
+        self.saves_seen = self.commits = self.differing = 0
         self.saved: SavedLine | None = None
         """The newest commit in storage."""
         self.held: list[tuple[float, float]] = []
@@ -183,6 +183,7 @@ class Columns:
                 self.saves_seen += 1
                 if isinstance(line, SavedLine) and line.tier == "store":
                     self.saved, self.commits = line, self.commits + 1
+                    self.differing += bool(line.differs)
                 if isinstance(line, SavedLine) and line.held > 0:
                     self.held.append((line.time - line.seconds, line.held))
             case EvaluatedLine():

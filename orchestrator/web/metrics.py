@@ -68,7 +68,7 @@ RUN_GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "megaray_run_checkpoint_write_seconds": ("Seconds from the call to the commit", ()),
     "megaray_run_checkpoint_due_step": ("Step at which the next checkpoint is due", ()),
     "megaray_run_checkpoint_failed_saves": ("Saves that failed since the last commit", ()),
-    "megaray_run_checkpoint_copies_differ": ("1 where ranks had other copies of what the newest one saved", ()),
+    "megaray_run_checkpoint_copies_differ": ("1 where ranks' copies of the state in the newest checkpoint differed", ()),
     "megaray_run_checkpoint_overdue": ("1 while an incident says that the state isn't saved", ()),
     "megaray_run_open_incidents": ("Incidents that aren't resolved", ()),
     "megaray_run_parked": ("1 while the controller leaves the run alone after an error of its own", ()),
@@ -85,6 +85,7 @@ RUN_COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "megaray_run_incidents": ("Incidents by cause", ("cause",)),
     "megaray_run_lost_steps": ("Steps trained again after incidents", ()),
     "megaray_run_checkpoints": ("Checkpoints committed in storage", ()),
+    "megaray_run_checkpoints_differing": ("Those of them in which ranks' copies of the state differed", ()),
 }  # fmt: skip
 NODE_GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "megaray_node_up": ("1 while Ray lists the node, else 0", ()),
@@ -223,6 +224,7 @@ class _Home(Collector):
         yield "megaray_run_parked", [], int(bool(row.get("parked")))
         yield "megaray_run_findings", [], len(row.get("findings") or ())
         yield "megaray_run_checkpoint_overdue", [], int(bool(row.get("unsaved")))
+        yield "megaray_run_checkpoint_copies_differ", [], int(bool(row.get("differs")))
         yield "megaray_run_checkpoint_step", ["store"], row.get("checkpoint_step")
         yield "megaray_run_checkpoint_step", ["memory"], row.get("memory_step")
         yield "megaray_run_attempts", [], row.get("attempt")
@@ -241,6 +243,7 @@ class _Home(Collector):
         yield "megaray_run_trained_steps", [], sum(c.steps_done for c in state.columns.values())
         saves = [c for c in state.columns.values() if c.saved is not None]
         yield "megaray_run_checkpoints", [], sum(c.commits for c in state.columns.values())
+        yield "megaray_run_checkpoints_differing", [], sum(c.differing for c in state.columns.values())
         if saves:
             last = saves[-1].saved
             assert last is not None, "just looked"

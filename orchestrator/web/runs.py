@@ -90,6 +90,7 @@ class RunState:
                     self.row = asdict(summary) | {
                         "open_incidents": len(view.open_incidents),
                         "unsaved": any(incident.stops_nothing for incident in view.open_incidents),
+                        "differs": view.checkpoint.differs if view.checkpoint else "",
                         "causes": _causes(view.incidents),
                         "restarts": view.restarts,
                         "lost_steps": sum(i.outcome.lost_steps for i in view.incidents if i.outcome),

@@ -190,7 +190,8 @@ RUN = Board(
             Panel("What a save costs", [(f"megaray_run_checkpoint_held_seconds{{{ONE}}}", "training stood still"),
                                         (f"megaray_run_checkpoint_write_seconds{{{ONE}}}", "call to commit")], "s"),
             Panel("Saves", [(f"increase(megaray_run_checkpoints_total{{{ONE}}}[1h])", "committed in an hour"),
-                            (f"megaray_run_checkpoint_failed_saves{{{ONE}}}", "failed in a row")]),
+                            (f"megaray_run_checkpoint_failed_saves{{{ONE}}}", "failed in a row"),
+                            (f"megaray_run_checkpoints_differing_total{{{ONE}}}", "whose copies differed")]),
         ]),
         ("Elsewhere", [
             Panel("Slots", [(f"megaray_run_slots{{{ONE}}}", "of the attempt"), (f"megaray_run_asked_slots{{{ONE}}}",

@@ -179,7 +179,14 @@ class MadeRun:
         path = f"{self.run.checkpoints}/{self.step}"
         self.line(
             SavedLine(
-                self.rank_time - held + seconds, self.attempt, self.step, path, 4096, seconds, held, tier,
+                self.rank_time - held + seconds,
+                self.attempt,
+                self.step,
+                path,
+                4096,
+                seconds,
+                held,
+                tier,
                 differs=differs,
             )
         )  # fmt: skip

@@ -195,6 +195,19 @@ def test_unsaved_is_what_an_open_incident_says(tmp_path: Path) -> None:
         assert of(series, "megaray_run_incidents_total", run="one", cause="checkpoint_overdue") == 1
 
 
+def test_copies_that_differed_are_seen_until_a_checkpoint_has_equal_ones(tmp_path: Path) -> None:
+    home = a_home(tmp_path)
+    run = MadeRun(home, "one", now=time.time() - 60).submit().start().train(5)
+    with serving(home) as client:
+        for text, newest, ever in (("", 0, 0), ("x isn't the same on rank 1", 1, 1), ("", 0, 1)):
+            run.train(1).save(differs=text)
+            client.until("/api/run/one", lambda tree: tree["run"]["checkpoint_step"] == run.step)
+            client.fresh()
+            series = scraped(client)
+            assert of(series, "megaray_run_checkpoint_copies_differ", run="one") == newest
+            assert of(series, "megaray_run_checkpoints_differing_total", run="one") == ever
+
+
 def test_labels_are_bounded_and_runs_that_ended_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

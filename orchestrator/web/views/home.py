@@ -37,6 +37,7 @@ def row(state: RunState, full: bool = False) -> dict[str, Any]:
             "folder",
             "causes",
             "unsaved",
+            "differs",
         ):
             known.pop(name, None)
     return known

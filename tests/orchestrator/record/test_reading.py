@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,9 @@ def test_saves_are_rows_of_their_own_in_wandb() -> None:
     stored = SavedLine(1.0, 1, 20, "p", 10, 2.5, 0.5)
     assert sinks.save_row(stored) == {
         "train/step": 20, "checkpoint/held": 0.5, "checkpoint/seconds": 2.5, "checkpoint/bytes": 10, "checkpoint/failed": 0,
+        "checkpoint/copies_differ": 0,
     }  # fmt: skip
+    assert sinks.save_row(replace(stored, differs="x isn't the same"))["checkpoint/copies_differ"] == 1
     snapshot = sinks.save_row(SavedLine(1.0, 1, 20, "p", 10, 2.5, 0.5, "memory"))
     assert snapshot == {"train/step": 20, "memory/held": 0.5, "memory/seconds": 2.5, "memory/bytes": 10}
     failed = sinks.save_row(SaveFailedLine(1.0, 1, 30, "full", 2))
