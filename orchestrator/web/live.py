@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from orchestrator.record.log import Cursor
 from orchestrator.record.reading import read_queue
 from orchestrator.web.runs import RunState
 
+LINGER = 300.0
+"""Seconds for which a run that has ended is still reported to Prometheus, with its lines."""
 BEAT = 20.0
 """Seconds without the controller's beat after which it counts as silent; it beats every 5 s."""
 _TURN = 1.0
@@ -140,7 +142,7 @@ class Live:
         self._publish(now, queue)
         deadline = time.monotonic() + _READING
         for state in sorted(self._runs.values(), key=lambda s: -s.looked_at):
-            if state.row is None or (state.terminal and not state.looked):
+            if state.row is None or not (state.looked or lingers(state.row, now)):
                 if state.columns:
                     state.forget()
                 continue
@@ -198,7 +200,7 @@ class Live:
         for state in loaded:
             if sum(one.bytes for one in loaded) <= _BYTES:
                 break
-            if state.terminal and not state.looked:
+            if state.terminal and not state.looked and not lingers(state.row, self.clock()):
                 state.forget()
             elif not state.looked or state is not loaded[-1]:
                 state.coarsen()
@@ -245,3 +247,9 @@ class Live:
         """Whether the controller beats."""
         beat = self.seen.beat
         return beat is not None and self.clock() - beat < BEAT
+
+
+def lingers(row: Mapping[str, Any] | None, now: float) -> bool:
+    """Whether a run is still reported to Prometheus, with how it ended."""
+    ended = row["ended_at"] if row is not None else None
+    return row is not None and (ended is None or now - float(ended) < LINGER)

@@ -20,12 +20,10 @@ from configs.errors import from_json
 from configs.paths import RunPaths
 from orchestrator.record.states import State
 from orchestrator.web.columns import Columns, loads
-from orchestrator.web.live import Live
+from orchestrator.web.live import Live, lingers
 from orchestrator.web.redact import Redactor
 from orchestrator.web.runs import RunState
 
-LINGER = 300.0
-"""Seconds for which a run that has ended is still reported."""
 _RUNS = 500
 """Runs that are reported in full, at most; the newest."""
 _NODES = 4096
@@ -151,7 +149,7 @@ class _Home(Collector):
             gauges[name] = CounterMetricFamily(name, text, labels=["run", *others])
         self._plain(gauges)
         now = self._live.clock()
-        shown = [s for s in reversed(self._live.seen.runs.values()) if _lingers(s.row, now)][:_RUNS]
+        shown = [s for s in reversed(self._live.seen.runs.values()) if lingers(s.row, now)][:_RUNS]
         for state in shown:
             for name, labels, value in self._run(state, now):
                 if value is not None:
@@ -233,9 +231,10 @@ class _Home(Collector):
             yield "megaray_run_incidents", [cause], count
         yield "megaray_run_wandb_behind_bytes", [], wandb_behind(state.run)
         with state.lock:
-            if state.columns:
-                yield from self._lines(state)
-            if state.story is not None and state.loaded:
+            if not state.loaded:  # a count of half the lines would look like a counter that began anew
+                return
+            yield from self._lines(state)
+            if state.story is not None:
                 yield from _ledger(state, now)
 
     def _lines(self, state: RunState) -> Iterable[tuple[str, list[str], Value]]:
@@ -320,9 +319,3 @@ def wandb_behind(run: RunPaths) -> int | None:
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return behind
-
-
-def _lingers(row: Mapping[str, Any] | None, now: float) -> bool:
-    """Whether a run is still reported."""
-    ended = row["ended_at"] if row is not None else None
-    return row is not None and (ended is None or now - float(ended) < LINGER)

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from orchestrator.record.events import CheckpointCommitted, CheckpointFailed, IncidentClosed, IncidentOpened
-from orchestrator.web import metrics
+from orchestrator.web import live, metrics
+from orchestrator.web.redact import Redactor
 from tests.source_tree import ROOT
 from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import TOKEN, Client, serving
@@ -208,6 +209,23 @@ def test_copies_that_differed_are_seen_until_a_checkpoint_has_equal_ones(tmp_pat
             assert of(series, "megaray_run_checkpoints_differing_total", run="one") == ever
 
 
+def test_nothing_is_counted_before_all_lines_are_read(tmp_path: Path) -> None:
+    """Prometheus takes a counter that is smaller than before for one that began anew, and adds all of it again."""
+    home = a_home(tmp_path)
+    MadeRun(home, "one", now=time.time() - 400).submit().start().train(300).save()
+    with serving(home) as client:
+        client.until("/api/run/one", lambda tree: tree["indexed"] == 1.0)
+        assert of(scraped(client), "megaray_run_trained_steps_total", run="one") == 300
+    reader = live.Live(home)
+    reader.turn()
+    # As a reader that has just begun leaves it where the files are long.
+    reader.seen.runs["one"].loaded = False
+    families = {family.name: family for family in metrics._Home(reader, Redactor()).collect()}
+    for name in ("megaray_run_trained_steps", "megaray_run_checkpoints", "megaray_run_loss_nats"):
+        assert not families[name].samples, name
+    assert families["megaray_run_step"].samples
+
+
 def test_labels_are_bounded_and_runs_that_ended_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +248,10 @@ def test_labels_are_bounded_and_runs_that_ended_leave(
         assert sum(1 for series in found.values() for labels, _ in series if labels.get("run") == "wide") < 90
         assert of(found, "megaray_controller_up") == 0, "its beat is a minute old"
         assert of(found, "megaray_run_state", run="fresh", state="succeeded") == 1
-        monkeypatch.setattr(metrics, "LINGER", 1.0)
+        assert of(found, "megaray_run_loss_nats", run="fresh") is not None, "its last lines too"
+        assert of(found, "megaray_run_checkpoints_total", run="fresh") == 1
+        assert of(found, "megaray_run_trained_steps_total", run="fresh") == 5
+        monkeypatch.setattr(live, "LINGER", 1.0)
         run.finish()
         time.sleep(0.01)
         client.until("/api/runs", lambda tree: all(row["ended_at"] for row in tree["runs"]))

@@ -12,7 +12,6 @@ _SERVER = "orchestrator/web/server.py"
 _COLUMNS = "orchestrator/web/columns.py"
 _ACTIONS = "orchestrator/web/actions.py"
 _EXPORT = "orchestrator/web/export.py"
-_METRICS = "orchestrator/web/metrics.py"
 _REDACT = "orchestrator/web/redact.py"
 
 _OF_LEDGER = "tests/web/test_ledger.py::test_"
@@ -143,7 +142,7 @@ MUTANTS = [
     ),
     Mutant(
         "runs that ended stay in the metrics",
-        _METRICS,
+        "orchestrator/web/live.py",
         "now - float(ended) < LINGER",
         "now - float(ended) >= 0",
         "tests/web/test_monitoring.py::test_labels_are_bounded_and_runs_that_ended_leave",
