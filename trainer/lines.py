@@ -76,11 +76,9 @@ class Lines:
             SaveFailedLine(time.time(), self._rank.attempt, outcome.step, str(outcome.error), in_a_row)
         )
         if PARENT not in os.environ:  # else `watch` says so
-            what = (
-                f"the save of step {outcome.step} failed, {in_a_row} in a row"
-                if in_a_row
-                else (f"step {outcome.step} was not saved")
-            )
+            what = f"step {outcome.step} was not saved"
+            if in_a_row:
+                what = f"the save of step {outcome.step} failed, {in_a_row} in a row"
             self.note([f"{what}: {outcome.error}"])
 
     def ended(self, step: int, loss: float, tokens: int) -> None:

@@ -20,7 +20,7 @@ from orchestrator.decide.queue import Admit, QueuePolicy, Running, WaitingRun
 from orchestrator.record.events import GangShape
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model.layout import Layout
-from trainer.sizing.search import auto, legal
+from trainer.sizing.search import auto, legal, runnable
 from trainer.sizing.search.layouts import Candidate, search
 from trainer.sizing.search.legal import Task
 from trainer.sizing.search.planner import Capacity, plan
@@ -116,6 +116,8 @@ def _best(
     tried = passed = 0
     for ranks in range(most, math.ceil(WORTH * most) - 1 if most > 1 else 0, -1):
         made = auto.task(free, ranks, max(slots))
+        if config.parallel.lend_rows is not None:
+            made = replace(made, lending=replace(made.software, lent_rows=config.parallel.lend_rows))
         if next(legal.layouts(made), None) is None:
             passed += 1
             if passed % _PASSED == 0:
@@ -219,6 +221,8 @@ def _choice(
         | (_plain(layout) if not settings else settings["parallel"])
         | layout.to_json()
     )
+    if not runnable.may_lend(config.model, layout.ep, layout.etp):
+        parallel["lend_rows"] = None
     train = free.train.model_dump() | settings.get("train", {"recompute": config.train.recompute})
     tree = config.model_dump() | {
         "parallel": parallel, "train": train, "cluster": free.cluster.model_dump(),

@@ -250,7 +250,6 @@ class _Home(Collector):
             yield "megaray_run_checkpoint_held_seconds", [], last.held
             yield "megaray_run_checkpoint_write_seconds", [], last.seconds
             yield "megaray_run_checkpoint_due_step", [], last.due
-            yield "megaray_run_checkpoint_copies_differ", [], int(bool(last.differs))
         if not with_lines:
             return
         newest = with_lines[-1]

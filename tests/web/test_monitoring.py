@@ -163,19 +163,6 @@ def test_metrics_of_a_run_with_a_fault(tmp_path: Path) -> None:
     assert exported - {name for name in exported if name.startswith("megaray_dashboard_")} <= metrics.names()
 
 
-@pytest.mark.parametrize("differs", ["", "x isn't the same on rank 0, rank 1"])
-def test_copies_that_differ_are_a_series(tmp_path: Path, differs: str) -> None:
-    home = a_home(tmp_path)
-    MadeRun(home, "one", now=time.time() - 60).submit().start(1, 3).train(10).save().train(5).save(
-        differs=differs
-    )
-    queue_file(home, time.time())
-    with serving(home) as client:
-        client.get("/api/run/one")
-        client.until("/api/run/one", lambda tree: tree["indexed"] == 1.0)
-        assert of(scraped(client), "megaray_run_checkpoint_copies_differ", run="one") == int(bool(differs))
-
-
 def test_unsaved_is_what_an_open_incident_says(tmp_path: Path) -> None:
     """A save that fails long after such an incident was closed is one failed save."""
     home = a_home(tmp_path)

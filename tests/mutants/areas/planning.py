@@ -59,6 +59,20 @@ MUTANTS = [
         f"{_OF_PLANS}a_plan_says_what_lending_would_gain[words5-4-False]",
     ),
     Mutant(
+        "layouts that can't lend are chosen for who wants to lend",
+        _LEGAL,
+        "lends = not task.software.lent_rows or runnable",
+        "lends = True or runnable",
+        f"{_OF_PLANS}who_wants_to_lend_gets_a_layout_that_lends[16-words1]",
+    ),
+    Mutant(
+        "a smaller layout keeps a wish to lend that it refuses",
+        "orchestrator/decide/elastic.py",
+        "if not runnable.may_lend(",
+        "if False and not runnable.may_lend(",
+        "tests/orchestrator/decide/test_elastic.py::test_a_smaller_layout_lends_where_it_can",
+    ),
+    Mutant(
         "rows worth lending are those of a forward pass",
         _AUTO,
         "/ (6 * numbers)",
@@ -97,8 +111,8 @@ MUTANTS = [
     Mutant(
         "expert groups are not spread over context ranks",
         _LEGAL,
-        "if (dp * cp * tp) % (ep * etp) == 0:",
-        "if (dp * tp) % (ep * etp) == 0:",
+        "if (dp * cp * tp) % (ep * etp) == 0 and lends:",
+        "if (dp * tp) % (ep * etp) == 0 and lends:",
         f"{_OF_RULES}all_layouts_of_sixteen_ranks[fixed0-8]",
     ),
     Mutant(

@@ -17,6 +17,7 @@ from orchestrator.decide.queue import QueuePolicy, Running, WaitingRun
 from orchestrator.record.events import GangShape
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.decide.cluster_sim import ClusterSim, make_nodes
+from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import runnable
 from trainer.sizing.search.planner import Capacity, RunPlan, plan
 
@@ -65,6 +66,25 @@ def test_a_gang_on_cpus_goes_on_with_what_is_left(tmp_path: object) -> None:
     assert two.reason.startswith("4 of 4 slots on 2 nodes: next to the layout before; cpu has no ")
     assert three.gang.ranks > 4, "more than half is used where some axis divides"
     assert two.config.train.global_batch == 64 and two.config.train.micro_batch == 8
+
+
+def test_a_smaller_layout_lends_where_it_can() -> None:
+    """Of OLMoE's experts a token goes to 8: what a plan chose for a layout must not stop a run from getting another."""
+    config, gang = asked(
+        *OLMOE, "parallel.lend_rows=64", "train.micro_batch=1", "data.sequence=4096", slots=[8]
+    )
+    small = on(config, gang, 4)
+    check(config, small, (4,))
+    assert small.config.parallel.lend_rows == 64
+    free = elastic._opened(config, 1)
+    kept = {"zero": 1, "schedule": "1f1b", "chunks": 1}
+    for layout, lends in (
+        (Layout(1, 4, 1, 4, 1, 1), 64),
+        (Layout(1, 16, 1, 16, 1, 1), None),
+        (Layout(1, 4, 1, 2, 2, 2), None),
+    ):
+        choice = elastic._choice(config, free, layout, {"parallel": kept}, (16,), gang)
+        assert choice is not None and choice.config.parallel.lend_rows == lends
 
 
 def test_the_fastest_layout_wins_where_times_are_known() -> None:

@@ -101,7 +101,8 @@ def layouts(task: Task) -> Iterator[Layout]:
                     continue
                 for ep in allowed("ep", experts):
                     for etp in etps:
-                        if (dp * cp * tp) % (ep * etp) == 0:
+                        lends = not task.software.lent_rows or runnable.may_lend(model, ep, etp)
+                        if (dp * cp * tp) % (ep * etp) == 0 and lends:
                             yield Layout(pp, dp, cp, ep, etp, tp)
 
 

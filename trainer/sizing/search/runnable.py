@@ -170,22 +170,25 @@ def _schedule(config: RunConfig) -> str | None:
     return f"parallel.chunks={chunks} with parallel.schedule={schedule}, {why}; {mend}" if wrong else None
 
 
+def may_lend(model: ModelConfig, ep: int, etp: int) -> bool:
+    """Whether the trainer takes `lend_rows` where experts lie so: whole ones, to whose ranks all tokens are gathered. One
+    rank has nobody to lend to, and may be what a run that lost nodes has left."""
+    return etp == 1 and ep <= max(1, model.top_k)
+
+
 def _lending(config: RunConfig) -> str | None:
-    """A smaller ep, even 1, is what a run that lost nodes has left: it lends nothing then."""
     parallel, top_k = config.parallel, config.model.top_k
     ep, etp = parallel.size("ep"), parallel.size("etp")
-    if parallel.lend_rows is None:
+    if parallel.lend_rows is None or (parallel.schedule != "zbv" and may_lend(config.model, ep, etp)):
         return None
     if parallel.schedule == "zbv":
         why = "parallel.schedule=zbv, which works gradients out in an order of its own"
         mend = "parallel.schedule=1f1b"
     elif etp > 1:
         why, mend = f"parallel.etp={etp}, where a rank has a part of each expert", "parallel.etp=1"
-    elif ep > top_k:
+    else:
         why = f"parallel.ep={ep} above model.top_k={top_k}, where tokens travel to their experts' ranks alone"
         mend = f"parallel.ep={max(size for size in divisors(config.model.experts) if size <= top_k)}"
-    else:
-        return None
     return f"parallel.lend_rows={parallel.lend_rows} with {why}; set parallel.lend_rows=null, or {mend}"
 
 
