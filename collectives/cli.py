@@ -20,13 +20,13 @@ from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
 from configs.errors import (
-    DISK_ERRORS,
     INTERRUPTED_EXIT,
     USER_ERROR_EXIT,
     OneLineParser,
     OutputLost,
     UserError,
     check_command,
+    disk_trouble,
     said,
     unknown,
 )
@@ -55,9 +55,8 @@ def main(arguments: list[str]) -> int:
         print("megaray: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            where = error.filename or "a file of the measurement"
-            print(f"megaray: {where} can't be read or written ({error.strerror}); {FREE_IT}", file=sys.stderr)
+        if refused := disk_trouble(error, "a file of the measurement"):
+            print(f"megaray: {refused}; {FREE_IT}", file=sys.stderr)
             return 1
         from collectives.studies.program import NothingMeasuredError  # loads torch
         from collectives.timing.team import FabricLost

@@ -28,6 +28,17 @@ INTERRUPTED_EXIT = 130
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
+def disk_trouble(error: BaseException, otherwise: str) -> str:
+    """What a disk that is full or broken refused; empty where the error is another.
+
+    Args:
+        otherwise: what to call a file whose name the error doesn't have.
+    """
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        return ""
+    return f"{error.filename or otherwise} can't be read or written ({error.strerror})"
+
+
 class UserError(Exception):
     """A mistake of the user's, reported in one line: the field, the value, why, and what to type instead.
 

@@ -116,6 +116,14 @@ class SaveFailedLine:
     in_a_row: int
     """Saves that failed since the last commit, this one included; 0 where it was only left out."""
 
+    @property
+    def words(self) -> str:
+        """What happened, for whoever reads the run's output."""
+        what = f"step {self.step} was not saved"
+        if self.in_a_row:
+            what = f"the save of step {self.step} failed, {self.in_a_row} in a row"
+        return f"{what}: {self.error}"
+
 
 @dataclass(frozen=True)
 class ResumedLine:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from configs.compose import choices, compose, load
 from configs.errors import (
-    DISK_ERRORS,
     INTERRUPTED_EXIT,
     STOPPED_EXIT,
     OneLineParser,
@@ -24,6 +23,7 @@ from configs.errors import (
     Stopped,
     UserError,
     check_command,
+    disk_trouble,
     nearest,
     said,
     unknown,
@@ -80,11 +80,8 @@ def _of_storage(error: Exception) -> str:
     """What a disk that is full or broken means for whoever started this; empty for any other error."""
     from faulttol.checkpoint.manifest import Incomplete  # has been loaded where it is raised
 
-    if isinstance(error, Incomplete):
-        what = str(error)
-    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        what = f"{error.filename or 'a file'} can't be read or written ({error.strerror})"
-    else:
+    what = str(error) if isinstance(error, Incomplete) else disk_trouble(error, "a file")
+    if not what:
         return ""
     return f"{what}; mend that, then type the same command again: a run continues from its last checkpoint"
 

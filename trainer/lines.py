@@ -72,14 +72,10 @@ class Lines:
 
     def failed(self, outcome: SaveOutcome, in_a_row: int) -> None:
         """A save wasn't committed."""
-        self._write(
-            SaveFailedLine(time.time(), self._rank.attempt, outcome.step, str(outcome.error), in_a_row)
-        )
+        line = SaveFailedLine(time.time(), self._rank.attempt, outcome.step, str(outcome.error), in_a_row)
+        self._write(line)
         if PARENT not in os.environ:  # else `watch` says so
-            what = f"step {outcome.step} was not saved"
-            if in_a_row:
-                what = f"the save of step {outcome.step} failed, {in_a_row} in a row"
-            self.note([f"{what}: {outcome.error}"])
+            self.note([line.words])
 
     def ended(self, step: int, loss: float, tokens: int) -> None:
         """All steps are done."""

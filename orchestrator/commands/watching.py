@@ -189,10 +189,8 @@ def _line(item: Event | MetricLine) -> str | None:
         case SavedLine(tier="store"):
             though = f", though {item.differs}" if item.differs else ""
             return f"{at} saved step {item.step} ({size(item.bytes)} {took(item.seconds, item.held)}){though}"
-        case SaveFailedLine(in_a_row=0):
-            return f"{at} step {item.step} was not saved: {item.error}"
         case SaveFailedLine():
-            return f"{at} the save of step {item.step} failed, {item.in_a_row} in a row: {item.error}"
+            return f"{at} {item.words}"
         case Event(payload=FabricFinding(finding=finding)):
             return f"{at} {finding['severity']} {finding['kind']}: {finding['what']}"
         case EndedLine():

@@ -117,7 +117,7 @@ def _best(
     for ranks in range(most, math.ceil(WORTH * most) - 1 if most > 1 else 0, -1):
         made = auto.task(free, ranks, max(slots))
         if config.parallel.lend_rows is not None:
-            made = replace(made, lending=replace(made.software, lent_rows=config.parallel.lend_rows))
+            made = made.lending_from(config.parallel.lend_rows)
         if next(legal.layouts(made), None) is None:
             passed += 1
             if passed % _PASSED == 0:

@@ -345,7 +345,6 @@ def test_a_size_that_does_not_fit_ends_its_operation_alone(tmp_path: Path) -> No
     assert tree["errors"] == [found[2].note]
 
 
-@pytest.mark.dist
 @pytest.mark.unit
 @pytest.mark.parametrize("filename", ["out/results.csv", None])
 def test_a_full_disk_is_one_line_and_hides_not_why_ranks_ended(
@@ -368,6 +367,7 @@ def test_a_full_disk_is_one_line_and_hides_not_why_ranks_ended(
     )
 
 
+@pytest.mark.dist
 def test_a_killed_rank_and_an_interruption_lose_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("-b", "1K", "-e", "16K", "-i", "1K", "-w", "0", "-n", "120", "collectives.max_warmup=0",

@@ -189,7 +189,7 @@ class MadeRun:
                 tier,
                 differs=differs,
             )
-        )  # fmt: skip
+        )
         if tier == "store":
             self.tell(
                 CheckpointCommitted(self.attempt, self.step, path, 4096, seconds, held, tier, differs=differs)

@@ -170,7 +170,7 @@ def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = No
         return _without_rates(config, made, axes, why)
     made = replace(made, imbalance=imbalance)
     if "lend_rows" not in config.parallel.model_fields_set and (least := rows_to_lend(config, rates)):
-        made = replace(made, lending=replace(made.software, lent_rows=least))
+        made = made.lending_from(least)
     result = search(made, config.hardware, rates, KEEP)
     best, ranked = result.best, result.ranked
     if best is None:
@@ -225,9 +225,10 @@ def rows_to_lend(config: RunConfig, rates: Rates) -> int:
 
 def lending(config: RunConfig, job: TrainingJob) -> str:
     """What lending hot experts would gain a job, where nobody has set it and it is worth it; empty elsewhere."""
-    rates, decided = rates_of(config.hardware), "lend_rows" in config.parallel.model_fields_set
+    decided = "lend_rows" in config.parallel.model_fields_set
     if decided or job.software.lent_rows or job.layout.ep < legal.LENDERS:
         return ""
+    rates = rates_of(config.hardware)
     lent = replace(job, software=replace(job.software, lent_rows=rows_to_lend(config, rates)))
     if rates.unknown(job.precision, job.layout.ranks, job.node):
         return ""

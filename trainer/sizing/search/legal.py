@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from configs.schema import ModelConfig
@@ -62,6 +62,10 @@ class Task:
     """None: `IMBALANCE` for a mixture of experts."""
     lending: Software | None = None
     """The same software, lending hot experts, where that is to be chosen."""
+
+    def lending_from(self, rows: int) -> Task:
+        """The same, where hot experts of so many rows may be lent."""
+        return replace(self, lending=replace(self.software, lent_rows=rows))
 
     @property
     def uneven(self) -> float:

@@ -166,12 +166,11 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     return RunPlan(resolved, layout.to_json(), nodes, each, size, step_time, *said)
 
 
-def _asked(config: RunConfig) -> Capacity | None:
-    """The slots that a run asks for by itself, where no cluster is up; None where it asks for none."""
-    nodes, each = config.cluster.nodes, config.cluster.slots_per_node
-    if not (nodes or each):
-        return None
-    return Capacity((each or config.hardware.devices_per_node or 1,) * (nodes or 1))
+def _asked(config: RunConfig) -> Capacity:
+    """The slots that a run asks for by itself, where no cluster is up: on one node of its hardware, unless it says more."""
+    cluster = config.cluster
+    each = cluster.slots_per_node or config.hardware.devices_per_node or 1
+    return Capacity((each,) * (cluster.nodes or 1))
 
 
 class _Draft:
@@ -189,7 +188,7 @@ class _Draft:
 
     def close(self) -> TrainingJob | None:
         """Set the open axes; the job that the search found for them, None where nothing was open or no time is known."""
-        config, cluster = self.config, self.config.cluster
+        config = self.config
         parallel, train = config.parallel, config.train
         if not parallel.open:
             return None
@@ -198,9 +197,7 @@ class _Draft:
                 self.choose(f"parallel.{axis}", 1, "a measurement needs no other axis than dp")
             self.config = _with(config, parallel=dict.fromkeys(parallel.open, 1))
             return None
-        each = cluster.slots_per_node or config.hardware.devices_per_node or 1
-        slots = self.capacity.slots if self.capacity else (each,) * (cluster.nodes or 1)
-        chosen = auto.choose(config, slots)
+        chosen = auto.choose(config, (self.capacity or _asked(config)).slots)
         self.choices += chosen.choices
         self.notes += chosen.notes
         job = chosen.job
@@ -217,10 +214,12 @@ class _Draft:
 
     def data_parallel(self) -> int:
         """Size of dp: as set, else the most that the slots hold and the batches divide over."""
-        config, capacity = self.config, self.capacity or _asked(self.config)
+        config, capacity = self.config, self.capacity
         parallel, train, cluster = config.parallel, config.train, config.cluster
         if parallel.dp is not None:
             return parallel.dp
+        if capacity is None and (cluster.nodes or cluster.slots_per_node):
+            capacity = _asked(config)
         unit = runnable.least_dp(parallel)
         others = parallel.size("pp") * parallel.size("cp") * parallel.size("tp")
         dp, reason = unit, f"smallest dp compatible with parallel.ep={parallel.size('ep')}"
