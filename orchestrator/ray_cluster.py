@@ -1,35 +1,26 @@
-"""A Ray cluster from the outside: find it, connect to it, and reach one by its dashboard's URL."""
+"""A Ray cluster from the outside: find it and connect to it."""
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
-import shlex
 import socket
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray.job_submission import JobStatus, JobSubmissionClient
 
 from configs.errors import UserError
 from orchestrator.local import settings
 
 NAMESPACE = "megaray"
 """Ray namespace of everything detached."""
-_DIAL_SECONDS = 5.0
-_EXCLUDED = [".git", ".venv", "**/__pycache__", "wandb", "outputs", ".*_cache"]
+DIAL_SECONDS = 5.0
 _CODE = Path(__file__).parents[1]
 _FORMS = "type HOST:PORT of a Ray head (6379 by default) or http://HOST:8265 of its dashboard"
-_TOKEN = "put the cluster's token into RAY_AUTH_TOKEN, or its file into RAY_AUTH_TOKEN_PATH"
+WANTS_TOKEN = "put the cluster's token into RAY_AUTH_TOKEN, or its file into RAY_AUTH_TOKEN_PATH"
 
 
 class Unreachable(UserError):
@@ -96,15 +87,19 @@ def dial(address: str, token: str) -> bool:
     """
     host, port = check_form(address)
     try:
-        socket.create_connection((host, port), timeout=_DIAL_SECONDS).close()
+        socket.create_connection((host, port), timeout=DIAL_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise Unreachable(f"--address '{address}': nobody answers there ({error}); {_FORMS}") from None
     if _accepts(address, ""):
         return False
     if not token:
-        raise UserError(f"--address '{address}': this Ray wants a token, and none is known here; {_TOKEN}")
+        raise UserError(
+            f"--address '{address}': this Ray wants a token, and none is known here; {WANTS_TOKEN}"
+        )
     if not _accepts(address, token):
-        raise UserError(f"--address '{address}': this Ray refuses the token that is known here; {_TOKEN}")
+        raise UserError(
+            f"--address '{address}': this Ray refuses the token that is known here; {WANTS_TOKEN}"
+        )
     return True
 
 
@@ -115,7 +110,7 @@ def _accepts(address: str, token: str) -> bool:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            ask(b"", timeout=_DIAL_SECONDS, metadata=shown)
+            ask(b"", timeout=DIAL_SECONDS, metadata=shown)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False
@@ -177,85 +172,3 @@ def runtime_environment() -> dict[str, Any]:
     """The working directory that this job was submitted with; empty where there is none."""
     env = dict(ray.get_runtime_context().runtime_env)
     return {"working_dir": env["working_dir"]} if env.get("working_dir") else {}
-
-
-_CHATTER = (" -- Runtime env is setting up.", "Running entrypoint for job ")
-"""What Ray itself puts into a job's log."""
-
-
-def _submit_job(client: JobSubmissionClient, entrypoint: str, environment: dict[str, Any]) -> str:
-    """Submit a job. A cluster that has just come up answers before its agents do, so that is asked again for a while."""
-    for wait in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
-        try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
-        except RuntimeError as error:
-            if "No available agent" not in str(error):
-                raise
-            time.sleep(wait)
-    return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
-
-
-def _client(url: str, token_file: str) -> JobSubmissionClient:
-    """A client of a dashboard, past any proxy where it is this machine's own, and with a token where it wants one."""
-    host = urlsplit(url).hostname or ""
-    if _is_loopback(host):
-        for name in ("no_proxy", "NO_PROXY"):
-            os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
-    headers: dict[str, Any] = {}
-    try:
-        urllib.request.urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=_DIAL_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            if not (token := settings.token(token_file)):
-                raise UserError(
-                    f"--address '{url}': this Ray wants a token, and none is known here; {_TOKEN}"
-                ) from None
-            headers = {"Authorization": f"Bearer {token}"}
-    except (OSError, ValueError):
-        pass  # the client says it
-    return JobSubmissionClient(url, headers=headers)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def forward(
-    url: str, arguments: Sequence[str], code: Path, variables: dict[str, str], write: Callable[[str], object]
-) -> int:
-    """Run the same command on the head of a cluster that only its dashboard URL is known of.
-
-    The code in `code` travels as Ray's working directory, and `variables` with it. What the command prints goes
-    to `write`, and its exit code is returned. Ctrl-C leaves the command running.
-
-    Raises:
-        UserError: where nobody answers at the URL.
-    """
-    for name in ("ray._private", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    entrypoint = " ".join(["python", "-m", "orchestrator", *map(shlex.quote, arguments)])
-    environment = {"working_dir": str(code), "excludes": _EXCLUDED, "env_vars": variables}
-    try:
-        client = _client(url, "")
-        job = _submit_job(client, entrypoint, environment)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"--address '{url}': no Ray dashboard answers there ({first})") from None
-    shown = 0
-    while True:
-        status = client.get_job_status(job)
-        text = client.get_job_logs(job)
-        # Whole lines only, but for the last text of a job that has ended.
-        end = len(text) if status.is_terminal() else text.rfind("\n") + 1
-        fresh = text[shown:end].splitlines(keepends=True)
-        write("".join(line for line in fresh if not any(mark in line for mark in _CHATTER)))
-        shown = max(shown, end)
-        if status.is_terminal():
-            info = client.get_job_info(job)
-            if status is JobStatus.SUCCEEDED:
-                return 0
-            return info.driver_exit_code if info.driver_exit_code else 1
-        time.sleep(0.5)

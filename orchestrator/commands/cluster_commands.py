@@ -13,7 +13,7 @@ from configs.paths import RunPaths
 from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
-from orchestrator import PROGRAM, ray_cluster
+from orchestrator import PROGRAM, ray_cluster, ray_jobs
 from orchestrator.commands import beginnings, console, reach
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
 from orchestrator.commands.node_commands import cordon, drain, spare, uncordon, unspare
@@ -66,7 +66,7 @@ def forward(call: CommandCall) -> int:
             out.write(line)
             out.flush()
 
-    return ray_cluster.forward(call.address, words, CODE, travelling_source(), write)
+    return ray_jobs.forward(call.address, words, CODE, travelling_source(), write)
 
 
 def _is_json(line: str) -> bool:

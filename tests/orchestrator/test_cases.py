@@ -173,19 +173,6 @@ def test_addresses(typed: str, parts: tuple[str, int]) -> None:
     assert ray_cluster.check_form(typed) == parts
 
 
-def test_only_the_loopback_goes_past_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(ray_cluster, "JobSubmissionClient", lambda url, headers: asked.append(url))
-    monkeypatch.setattr(
-        ray_cluster.urllib.request, "urlopen", lambda *_, **__: SimpleNamespace(close=lambda: None)
-    )
-    for host in ("127.0.0.1", "localhost", "10.1.2.3"):
-        monkeypatch.setenv("no_proxy", "example.org")
-        ray_cluster._client(f"http://{host}:8265", "")
-        assert (host in os.environ["no_proxy"].split(",")) is (host != "10.1.2.3")
-        assert "example.org" in os.environ["no_proxy"]
-
-
 @pytest.mark.parametrize(
     ("wants", "known", "told"),
     [("", "", None), ("", "mine", None), ("mine", "mine", None), ("mine", "", "wants a token, and none is known here"),
