@@ -281,6 +281,7 @@ class _Device:
 
     def __init__(self, trace: TraceWriter) -> None:
         self._cuda = torch.cuda
+        self._index = torch.cuda.current_device()
         self._trace = trace
         self._free: list[Any] = []
         self._open: deque[tuple[list[CollectiveCall], int, int, int, Any, Any]] = deque()
@@ -298,7 +299,8 @@ class _Device:
             event = self._free.pop()
         except IndexError:
             event = self._cuda.Event(enable_timing=True)
-        event.record()
+        # The stream by its device: without one, torch asks at every wait whether there is any.
+        event.record(self._cuda.current_stream(self._index))
         return event
 
     def wait(self, calls: list[CollectiveCall], began: int, ended: int, lane: int, event: Any) -> bool:

@@ -170,7 +170,8 @@ class HostCopy:
             for host, device in zip(self._host, numbers, strict=True):
                 host.copy_(device, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # The stream by its device: without one, torch asks each time whether there is any.
+            self._event.record(torch.cuda.current_stream(numbers[0].device))
 
     def wait(self) -> list[Any]:
         """Each as Python has it."""

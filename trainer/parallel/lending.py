@@ -161,7 +161,7 @@ class Lending:
         ]
         if weights[0].is_cuda:
             self._ready = torch.cuda.Event()
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(weights[0].device))
         return theirs
 
     def send(self) -> None:
