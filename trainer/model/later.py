@@ -89,20 +89,14 @@ class Later:
 class WeightLater(Later):
     """A weight [L, F, D] of grouped matmuls."""
 
-    def rows(self, x_RD: Tensor, ends_L: Tensor | None) -> Tensor:
-        """Each row times the transposed weight of its expert, [R, F]; once.
-
-        Args:
-            ends_L: where each expert's rows end; None: all are of the only expert, for which a plain matmul takes a quarter
-                to a half less time than a grouped one.
-        """
+    def rows(self, x_RD: Tensor, ends_L: Tensor) -> Tensor:
+        """Each row times the transposed weight of its expert, [R, F]; once."""
         return _Rows.apply(x_RD, self.weight, ends_L, self.owing)
 
     @staticmethod
     def product(slope_RF: Tensor, x_RD: Tensor, ends_L: Tensor | None) -> Tensor:
         """[L, F, D]."""
-        if ends_L is None:
-            return torch.mm(slope_RF.t(), x_RD).unsqueeze(0)
+        assert ends_L is not None, "rows of experts come with their ends"
         if takes(x_RD, slope_RF):
             return F.grouped_mm(slope_RF.t(), x_RD, offs=ends_L)
         *slopes, _ = stretches(slope_RF, ends_L)
@@ -207,7 +201,7 @@ class _Weight(torch.autograd.Function):
 class _Rows(torch.autograd.Function):
     # Holds no `Later`: what a rank borrowed, and computes again, would stay in memory with its `weight`.
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weight: Tensor, ends_L: Tensor | None, owing: _Owing) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, weight: Tensor, ends_L: Tensor, owing: _Owing) -> Tensor:
         ctx.save_for_backward(x_RD, weight, ends_L)
         ctx.owing = owing
         return _grouped(x_RD, weight.transpose(1, 2), ends_L)
@@ -220,10 +214,13 @@ class _Rows(torch.autograd.Function):
         return _grouped(slope_RF, weight, ends_L), _nothing(weight), None, None
 
 
-def _grouped(x_RD: Tensor, weight: Tensor, ends_L: Tensor | None) -> Tensor:
-    """Rows times the matrix of their expert, [R, F], of `weight` [L, D, F]."""
-    if ends_L is None:
-        return torch.mm(x_RD, weight[0])
+def _grouped(x_RD: Tensor, weight: Tensor, ends_L: Tensor) -> Tensor:
+    """Rows times the matrix of their expert, [R, F], of `weight` [L, D, F].
+
+    Of a single expert too, whose plain matmul would take the device a quarter less: the number of rows is another one each
+    time, and for each new shape cuBLAS looks for a kernel, which takes the host far longer than the device gains
+    (`python -m tests.trainer.gpu.shapes`).
+    """
     if takes(x_RD, weight):
         return F.grouped_mm(x_RD, weight, offs=ends_L)
     *parts, beyond = stretches(x_RD, ends_L)

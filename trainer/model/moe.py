@@ -110,9 +110,7 @@ class Experts(nn.Module):
         down = WeightLater(self.down)
         returns = Returns((into, down)) if lends else None
 
-        def both(
-            x_RD: Tensor, ends_L: Tensor | None, weights_R: Tensor | None, *weights: WeightLater
-        ) -> Tensor:
+        def both(x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None, *weights: WeightLater) -> Tensor:
             first, second = weights
             return second.rows(self._inner(first.rows(x_RD, ends_L), weights_R), ends_L)
 
@@ -133,8 +131,7 @@ class Experts(nn.Module):
             lending.wait()
             if not theirs:
                 return y_RD, torch.empty_like(guests.x_RD)
-            ends_B = None if len(guests.ends_B) == 1 else guests.ends_B
-            return y_RD, both(returns.along(guests.x_RD), ends_B, guests.weights_R, *theirs)
+            return y_RD, both(returns.along(guests.x_RD), guests.ends_B, guests.weights_R, *theirs)
 
         return through
 

@@ -32,13 +32,6 @@ _PLANS = "tests/trainer/parallel/test_lending.py::test_"
 MUTANTS = [
     # Hot experts that are lent.
     Mutant(
-        "an expert that is borrowed alone learns nothing",
-        _LATER,
-        "return torch.mm(slope_RF.t(), x_RD).unsqueeze(0)",
-        "return 0 * torch.mm(slope_RF.t(), x_RD).unsqueeze(0)",
-        _LENT,
-    ),
-    Mutant(
         "gradients of lent experts stay away",
         _LATER,
         "            made[number] = part\n",

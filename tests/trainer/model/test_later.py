@@ -41,21 +41,6 @@ def test_gradients_are_those_of_autograd(grouped: bool, monkeypatch: pytest.Monk
         assert one.equal(other) if grouped else torch.allclose(one, other, rtol=1e-2, atol=1e-2)
 
 
-def test_one_expert_takes_all_rows_without_ends() -> None:
-    """In fp32, whose sums are as exact as autograd's; and with those of one expert that has all rows."""
-    torch.manual_seed(0)
-    x, weight = (torch.randn(*size, device=DEVICE, requires_grad=True) for size in ((64, 32), (1, 16, 32)))
-    slope, ends = torch.randn(64, 16, device=DEVICE), torch.tensor([64], dtype=torch.int32, device=DEVICE)
-    expected = x @ weight[0].t()
-    for given in (None, ends):
-        found = WeightLater(weight).rows(x, given)
-        pairs = (found, *torch.autograd.grad(found, (x, weight), slope))
-        for one, other in zip(
-            pairs, (expected, *torch.autograd.grad(expected, (x, weight), slope, True)), strict=True
-        ):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
 class _Noted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, seen: list[str]) -> Tensor:
