@@ -118,40 +118,48 @@ class GatheredExperts:
         return y_PD.unflatten(0, chosen_NK.shape).sum(dim=1)
 
     def _fused(self, begun: _Begun, routed: _Routed, compute: Compute) -> Tensor:
-        """The same by kernels, which are queued before the host waits."""
+        """The same by kernels, which are queued before the host waits. From then until rows are spread the device is idle:
+        what can comes before or after that."""
         from trainer.kernels import places, rows
 
         chosen_NK, weights_NK, _, first, local = routed
         if self._terms is None:
             at = places.places(chosen_NK, weights_NK, first, local)
-            own, others, lending = *HostCopy(at.total).wait(), 0, None
+            coming = HostCopy(at.total)
         else:
-            at, (own, others), lending = self._places_lent(routed, self._terms)
-        weights_R = places.row_weights(weights_NK, at, own + others)
+            at, coming = self._places_lent(routed, self._terms)
         x_ND = begun.flight.land(begun.x_ND)
+        (numbers,) = coming.wait()
+        own, others, loans = (numbers, 0, []) if self._terms is None else _unpacked(numbers, local)
+        spread = rows.spread_apart(x_ND, at.back_TK, *((own, others) if loans else (own,)))
+        weights_R = places.row_weights(weights_NK, at, own + others)
         ends_L = at.ends_L[:local]
+        lending = self._part(loans, first)
         if lending is None:
-            return rows.collect(at.back_TK, compute(rows.spread(x_ND, at.back_TK, own), ends_L, weights_R))
+            return rows.collect(at.back_TK, compute(spread[0], ends_L, weights_R))
+        x_RD, others_RD = spread
         weights_R, others_R = weights_R.split((own, others))
-        x_RD, others_RD = rows.spread_apart(x_ND, at.back_TK, own, others)
         ends_B = at.ends_L[local : local + len(lending.borrowed)] - own
         guests = Guests(others_RD, ends_B, others_R, lending)
         return rows.collect(at.back_TK, *compute(x_RD, ends_L, weights_R, guests))
 
-    def _places_lent(self, routed: _Routed, terms: Terms) -> tuple[Places, tuple[int, int], Lending | None]:
-        """Places of rows of own and borrowed experts, how many rows each have, and the loans."""
+    def _places_lent(self, routed: _Routed, terms: Terms) -> tuple[Places, HostCopy]:
+        """Places of rows of own and borrowed experts, and the loans that are on their way to the host."""
         from trainer.kernels import lending, places
 
-        chosen_NK, weights_NK, experts, first, local = routed
+        chosen_NK, weights_NK, experts, _, local = routed
         counts_PE = places.counts(chosen_NK, experts)
         slots_E, planned = lending.plan(
             counts_PE, self._ep.size, self._ep.index, terms.node, terms.least, terms.most, terms.percent
         )
         coming = HostCopy(planned)
-        at = places.places(chosen_NK, weights_NK, 0, local + terms.most, slots_E)
-        ((number, own, others, *pairs),) = coming.wait()
-        loans = [Loan(pairs[i], pairs[i] // local, pairs[i + 1]) for i in range(0, 2 * number, 2)]
-        return at, (own, others), self._part(loans, first)
+        return places.places(chosen_NK, weights_NK, 0, local + terms.most, slots_E), coming
+
+
+def _unpacked(planned: Sequence[int], local: int) -> tuple[int, int, list[Loan]]:
+    """Rows of a rank's own experts and of those that it borrows, and all ranks' loans."""
+    number, own, others, *pairs = planned
+    return own, others, [Loan(pairs[i], pairs[i] // local, pairs[i + 1]) for i in range(0, 2 * number, 2)]
 
 
 class _Share(torch.autograd.Function):
