@@ -85,11 +85,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(dest="verb", required=True)
-    run = commands.add_parser(
-        "run", help="measure: ranks are started here, or by torchrun, srun or mpirun", allow_abbrev=False
-    )
+    run = commands.add_parser("run", help="measure: ranks are started here, or by torchrun, srun or mpirun")
     _add_overrides(run)
     run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a measurement")
     run.add_argument("--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or 2")

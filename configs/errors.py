@@ -73,7 +73,13 @@ def _own_failures() -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in what was typed as a `UserError`, in one line and without the usage."""
+    """Reports a mistake in what was typed as a `UserError`, in one line and without the usage.
+
+    Options are typed whole: a beginning that is unique today needn't be tomorrow.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **({"allow_abbrev": False} | options))
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError`."""

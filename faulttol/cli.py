@@ -109,14 +109,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """The parser, and those of the commands by name."""
-    parser = OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog=PROGRAM, description=__doc__)
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser
     )
     made: dict[str, OneLineParser] = {}
 
     def add(name: str, text: str, json: bool = True) -> OneLineParser:
-        made[name] = commands.add_parser(name, help=text, description=f"{text}.", allow_abbrev=False)
+        made[name] = commands.add_parser(name, help=text, description=f"{text}.")
         if json:
             made[name].add_argument("--json", action="store_true", help="print JSON and nothing else")
         return made[name]

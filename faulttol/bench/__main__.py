@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError
+from configs.errors import USER_ERROR_EXIT, OneLineParser, UserError, unknown
 
 _GIB = 1 << 30
 _RANKS = (1, 2, 4, 8)
@@ -18,7 +18,10 @@ _RANKS = (1, 2, 4, 8)
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; exit code 1 where a bar is missed, 2 for a user's mistake."""
     try:
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        options, more = parser.parse_known_args(arguments)
+        if more:
+            raise unknown(more[0], parser, options.bench)
         return _save(options) if options.bench == "save" else _reshard(options)
     except UserError as error:
         print(f"megaray: {error}", file=sys.stderr)

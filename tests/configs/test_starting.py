@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import INTERRUPTED_EXIT, UserError, starting
+from faulttol.bench import __main__ as bench
 from tests.faulttol.ranks import save_all
 from tests.source_tree import ROOT
 
@@ -122,6 +123,11 @@ def test_an_output_that_is_closed_or_full_is_no_traceback(
         ("collectives", "fit one --nme=x", "'--nme=x' is not an option of `fit` (did you mean '--name'?)"),
         ("faulttol", "verify one two", "`verify` doesn't take the word 'two'"),
         ("trainer", "size --sugest", "'--sugest' is not an option of `size` (did you mean '--suggest'?)"),
+        # A beginning is not an option either.
+        ("orchestrator", "plan --slot 4", "'--slot' is not an option of `plan` (did you mean '--slots'?)"),
+        ("collectives", "run --iter 4", "'--iter' is not an option of `run` (did you mean '--iters'?)"),
+        ("faulttol", "verify x --al", "'--al' is not an option of `verify` (did you mean '--all'?)"),
+        ("trainer", "bench --layer 4", "'--layer' is not an option of `bench` (did you mean '--layers'?)"),
     ],
 )
 def test_a_word_too_many_is_named_alike_by_all_programs(program: str, words: str, said: str) -> None:
@@ -130,3 +136,9 @@ def test_a_word_too_many_is_named_alike_by_all_programs(program: str, words: str
         cli.parse(words.split())
     shows = f"`python -m {program} {words.split()[0]} --help` shows what can be typed"
     assert str(refused.value) == f"{said}; {shows}"
+
+
+@pytest.mark.unit
+def test_a_wrong_option_of_the_bench_of_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["save", "--gi", "1"]) == 2
+    assert "'--gi' is not an option of `save` (did you mean '--gib'?)" in capsys.readouterr().err
