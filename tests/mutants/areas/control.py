@@ -21,6 +21,7 @@ _PROGRESS = "orchestrator/control/progress.py"
 _NODES_CONTROL = "orchestrator/control/nodes_control.py"
 _PUBLISH = "orchestrator/control/publish.py"
 _HOLDINGS = "orchestrator/decide/holdings.py"
+_JOBS = "orchestrator/ray_jobs.py"
 
 _OF_TURNS = "tests/orchestrator/control/test_turns.py::test_"
 _OF_LOG = "tests/orchestrator/record/test_log.py::test_"
@@ -36,6 +37,7 @@ _OF_PLACEMENT = "tests/orchestrator/decide/test_placement.py::test_"
 _OF_QUEUEING = "tests/orchestrator/control/test_queueing.py::test_"
 _OF_PROGRESS = "tests/orchestrator/control/test_progress.py::test_"
 _OF_HOLDINGS = "tests/orchestrator/decide/test_holdings.py::test_"
+_OF_JOBS = "tests/orchestrator/test_ray_jobs.py::test_"
 
 MUTANTS = [
     Mutant(
@@ -408,5 +410,48 @@ MUTANTS = [
         "if to is State.QUEUED and complete:",
         "if False:",
         f"{_OF_TURNS}a_run_that_completes_while_it_is_made_to_stop_has_succeeded",
+    ),
+    # A command that is carried to a dashboard.
+    Mutant(
+        "what git ignores travels",
+        _JOBS,
+        '*(f"/{_literal(path)}" for path in ignored)]',
+        "]",
+        f"{_OF_JOBS}what_git_ignores_by_any_list_stays_at_home",
+    ),
+    Mutant(
+        "a name with a star leaves out others",
+        _JOBS,
+        'return re.sub(r"([\\\\*?\\[\\] ])", r"\\\\\\1", path)',
+        "return path",
+        f"{_OF_JOBS}what_git_ignores_by_any_list_stays_at_home",
+    ),
+    Mutant(
+        "code that is too large is no dashboard",
+        _JOBS,
+        '_TOO_LARGE = ("status code 413", ',
+        '_TOO_LARGE = ("status code 414", ',
+        f"{_OF_JOBS}code_that_is_too_large_is_named_with_its_largest_folders",
+    ),
+    Mutant(
+        "a failed command ends well",
+        _JOBS,
+        "driver_exit_code or 1",
+        "driver_exit_code or 0",
+        f"{_OF_JOBS}a_command_that_fails_there_fails_here_with_its_code",
+    ),
+    Mutant(
+        "a dashboard is given up at once",
+        _JOBS,
+        "if time.monotonic() - answered < _SILENCE_SECONDS:",
+        "if False:",
+        f"{_OF_JOBS}a_dashboard_that_stops_answering_is_waited_for_and_then_said_in_one_line",
+    ),
+    Mutant(
+        "a full disk is a dashboard that is silent",
+        _JOBS,
+        "if isinstance(error, OSError) and error.errno in DISK_ERRORS:",
+        "if False:",
+        f"{_OF_JOBS}a_disk_that_is_full_here_is_no_dashboard_that_is_silent",
     ),
 ]
