@@ -233,7 +233,7 @@ class Parked:
     evidence: str
     """Path of the traceback."""
     times: int
-    """Errors since the run was last handled without one."""
+    """Errors, each unlike the one before, since the run was last handled without one."""
 
 
 @dataclass(frozen=True)

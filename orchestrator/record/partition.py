@@ -67,11 +67,7 @@ class Tape:
         self.end = float(ends[-1])
 
     def cut(self) -> TimePartition:
-        """All of it."""
-        if not self._pieces:
-            return TimePartition(
-                np.array([self.begin]), np.empty(0, dtype=np.int8), np.empty(0, dtype=np.int32)
-            )
+        """All of it, of which there must be some."""
         ends, parts, attempts = (np.concatenate(column) for column in zip(*self._pieces, strict=True))
         return TimePartition(np.concatenate([[self.begin], ends]), parts, attempts)
 

@@ -88,7 +88,6 @@ class RunView:
     """Seconds that attempts before this one held their ranks."""
     parked: Parked | None = None
     """The controller's newest error at it; None while it is handled."""
-    parked_clock: float = 0.0
     attempt: int = 0
     placed: AttemptPlaced | None = None
     pids: dict[str, int] = field(default_factory=dict)
@@ -231,7 +230,7 @@ def apply(view: RunView, event: Event, strict: bool = True) -> RunView:
         case EvidenceKept():
             return replace(view, evidence=p.path)
         case Parked():
-            return replace(view, parked=p, parked_clock=clock)
+            return replace(view, parked=p)
         case Unparked():
             return replace(view, parked=None)
         case IncidentOpened():

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.record.events import VerdictFound
 from orchestrator.record.ledger import AttemptLines, Ledger, _lost_from, _steps, ledger
 from orchestrator.record.partition import MEANINGS, Tape, TimePart
 from orchestrator.record.story import Story
 from orchestrator.web.views.series import lost_after
+from tests.orchestrator.record.life import LIFE, events_of
 from tests.web.made import MadeRun, a_home, ledger_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -80,6 +82,15 @@ def test_a_fault_costs_detection_restart_and_what_was_trained_again(tmp_path: Pa
     assert cost["restart"] == pytest.approx(1 + 2 + 1 + 6)
 
 
+@pytest.mark.parametrize(("kind", "rank"), [("hang", 1), ("rank_exit", 0)])
+def test_a_fault_happened_when_the_verdict_of_its_incident_says_not_another(
+    tmp_path: Path, kind: str, rank: int
+) -> None:
+    run = MadeRun(a_home(tmp_path)).submit().start().train(10)
+    run.tell(VerdictFound(1, {"kind": kind, "rank": rank, "time": run.rank_time - 8}))
+    check(run.fault(detect=4).start(1, 6, step=0, part="restart").train(20).finish(), 1e-4)
+
+
 def test_preemption_idle_time_and_a_resume(tmp_path: Path) -> None:
     run = MadeRun(a_home(tmp_path)).submit().start().train(8).save().preempt(2).wait(30)
     run.start(1, 4, step=8, part="restart").train(5).save().cancel(1).idle(500)
@@ -87,6 +98,9 @@ def test_preemption_idle_time_and_a_resume(tmp_path: Path) -> None:
     made = check(run, 1e-4)
     assert made.seconds[TimePart.IDLE] == pytest.approx(500)
     assert made.seconds[TimePart.STARTUP] == pytest.approx(1 + 4 + 1 + 3)
+    useful, waiting = made.seconds[TimePart.PRODUCTIVE], made.seconds[TimePart.WAITING]
+    assert made.ettr == pytest.approx(useful / (made.wall - 500))
+    assert waiting > 30 and made.ettr_held == pytest.approx(useful / (made.wall - 500 - waiting))
 
 
 def test_a_save_that_goes_on_in_the_background_counts_what_it_held(tmp_path: Path) -> None:
@@ -211,9 +225,17 @@ def test_spans_cover_all_and_stay_few(tmp_path: Path) -> None:
 
 def test_a_log_without_anything() -> None:
     made = ledger(Story(), {}, 5.0)
-    assert made.wall == 5.0 or made.wall == 0.0
-    assert made.ettr in (None, 0.0)
+    assert (made.wall, made.ettr, made.ettr_held) == (0.0, None, None)
     assert set(MEANINGS) == set(TimePart)
+
+
+def test_an_attempt_on_fewer_nodes_has_its_own_ranks_and_layout() -> None:
+    story = Story()
+    story.take(events_of(*LIFE))
+    assert [(one.ranks, one.layout) for one in story.attempts.values()] == [
+        (4, {"dp": 4, "ep": 2}),
+        (2, {"dp": 2}),
+    ]
 
 
 # ---- parts of it alone ----

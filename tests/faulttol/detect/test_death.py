@@ -155,6 +155,12 @@ def test_a_stopped_rank_that_its_peers_gave_up_is_the_cause() -> None:
     assert verdict.detail == "rank 2 is stopped (state T): rank 0 and 1 more gave it up"
 
 
+def test_a_rank_that_gave_a_peer_up_and_is_stuck_in_its_end_is_not_the_cause() -> None:
+    stuck = died(2, None, raised=Raised(90.0, GLOO, True), held_since=95.0, held="stopped (state T)")
+    (verdict,) = _judge(lost_peer(0), lost_peer(1), stuck)
+    assert verdict.kind is not VerdictKind.HANG and "look at the network" in verdict.detail
+
+
 def test_a_rank_that_left_with_code_0_is_the_cause() -> None:
     (verdict,) = _judge(lost_peer(0, 100.2), died(1, 0, 100.0), lost_peer(2, 100.1))
     assert verdict.rank == 1 and verdict.kind is VerdictKind.RANK_EXIT

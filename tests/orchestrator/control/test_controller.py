@@ -105,6 +105,17 @@ def test_a_killed_rank_costs_steps_and_the_run_goes_on(world: Sim) -> None:
     assert incident.outcome.downtime_seconds > 0
 
 
+@pytest.mark.parametrize("seconds", [18.0, 18.5])
+def test_a_death_is_answered_in_the_turn_that_hears_of_it(world: Sim, seconds: float) -> None:
+    """Without news, ranks are judged once in a heartbeat of a second, which is every other turn here."""
+    assert "patience: 30.0" in CONFIG, "of which a heartbeat is the thirtieth part"
+    world.submit("a")
+    world.turn(seconds)
+    world.runtime.kill_rank("a", 1)
+    world.turn(0.5)
+    assert world.view("a").stopping is not None and world.view("a").incidents
+
+
 def test_a_crash_loop_fails_with_its_reason(world: Sim) -> None:
     world.world.every = 1000
     world.submit("a", restarts=2)

@@ -101,17 +101,21 @@ def test_the_waits_of_a_parked_run_double_and_its_log_holds_the_error_once(world
     world.submit("a")
     world.turn(2)
     tries: list[float] = []
+    defect = "a defect"
 
     def before(act: str) -> None:
         if act == "status":
             tries.append(world.clock.now)
-            raise ZeroDivisionError("a defect")
+            raise ZeroDivisionError(defect)
 
     world.runtime.before = before
     world.turn(200)
     gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
     assert gaps == [2, 4, 8, 16, 32, 60, 60]
-    assert [p.error for p in kinds(world, "a", Parked)] == ["ZeroDivisionError: a defect"]
+    defect = "another"
+    world.turn(60)
+    errors = [(p.error, p.times) for p in kinds(world, "a", Parked)]
+    assert errors == [("ZeroDivisionError: a defect", 1), ("ZeroDivisionError: another", 2)]
     assert not kinds(world, "a", Unparked)
 
 

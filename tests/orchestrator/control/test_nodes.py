@@ -74,6 +74,8 @@ def test_a_spare_is_kept_for_those_who_lost_a_node(tmp_path: Path) -> None:
     world.turn(10)
     view = world.view("a")
     assert view.placed is not None and view.placed.shares[0].ip == spare.ip and view.state is State.RUNNING
+    details = [moved.detail for moved in kinds(world, "a", StateMoved) if moved.reason is Reason.ADMITTED]
+    assert details == [f"2 on {held.shares[0].ip}", f"2 on {spare.ip}; spare {spare.ip} put to use"]
 
 
 # ---- users ----

@@ -48,6 +48,9 @@ def test_the_order_is_by_rail_rack_domain_and_address_and_numbers_count_as_such(
     ]  # fmt: skip
     nodes = sorted(cluster(*labels), key=by_place)
     assert ids(nodes) == ["n00005", "n00002", "n00004", "n00001", "n00000", "n00003"]
+    assert ids(sorted(racks("a", "10", "9"), key=by_place)) == ["n00002", "n00001", "n00000"], (
+        "words come last"
+    )
 
 
 def test_nodes_whose_address_is_a_host_name_are_ordered_and_placed() -> None:

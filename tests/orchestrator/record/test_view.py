@@ -272,7 +272,7 @@ def test_evidence_and_decision_are_of_the_current_attempt() -> None:
 
 def test_a_parked_run_is_so_until_it_is_handled() -> None:
     view = view_of(*through(PARKED))
-    assert view.parked == PARKED and view.parked_clock == LIFE.index(PARKED) and view.state is State.RUNNING
+    assert view.parked == PARKED and view.state is State.RUNNING
     worse = Parked("OSError: full", "e", 3)
     assert view_of(*through(PARKED), worse).parked == worse
     assert view_of(*through(PARKED), Unparked()).parked is None

@@ -238,6 +238,8 @@ def test_a_short_pipeline_is_advised_a_batch_for_all_its_replicas() -> None:
         (["parallel.ep=4", "parallel.lend_rows=4097"], 8, "at most 4096 tokens for an expert in a micro-batch; set "
                                                           "parallel.lend_rows=512, or"),
         (["parallel.ep=4", "parallel.cp=2", "parallel.lend_rows=4096"], 8, "at most 2048 tokens"),
+        (["parallel.ep=4", "train.micro_batch=1", "data.sequence=1"], 8, "at most 4 tokens for an expert in a "
+                                                                         "micro-batch; set parallel.lend_rows=1, or"),
         (["parallel.ep=1", "parallel.lend_rows=null"], 8, None),
     ],
 )  # fmt: skip
