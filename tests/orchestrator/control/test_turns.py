@@ -361,3 +361,6 @@ def test_a_part_of_the_turn_that_raises_stops_no_other(world: Sim, error: Except
         world.turn(10)
     assert world.controller._runs["a"].step >= step + 9, "runs are looked after without the list of nodes"
     assert f"nodes: {type(error).__name__}: {error}" in world.published()["damage"]
+    world.runtime.before = lambda act: None
+    world.turn(3)
+    assert world.published()["damage"] == [], "what works again isn't damaged"

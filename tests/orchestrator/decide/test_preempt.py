@@ -96,6 +96,8 @@ def test_after_its_patience_a_run_stops_what_it_needs_of_a_lower_priority() -> N
     assert not stops(decide_all([urgent], alike, nodes, QueuePolicy(PATIENCE))), "never of its own priority"
     fixed = [replace(r, preemptible=False) for r in running[:1]] + running[1:]
     assert [s[0] for s in stops(decide_all([urgent], fixed, nodes, QueuePolicy(PATIENCE)))] == ["middle"]
+    other = [replace(r, gang=replace(r.gang, resource="TPU")) for r in running]
+    assert not stops(decide_all([urgent], other, nodes, QueuePolicy(PATIENCE))), "nor of another resource"
     more = replace(urgent, gang=GangShape(32, 8))
     assert not stops(decide_all([more], running, nodes, QueuePolicy(PATIENCE))), (
         "nobody, where that wouldn't do"
