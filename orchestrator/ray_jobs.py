@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,65 @@ _SILENCE_SECONDS = 30.0
 """That a dashboard may stop answering for while a command is followed."""
 
 
+@dataclass(frozen=True)
+class TravellingCode:
+    """A folder that becomes Ray's working directory on a cluster, without what git ignores there."""
+
+    folder: Path
+    packages: Sequence[str]
+    """All that travels where they were installed among others' packages."""
+
+    def excluded(self) -> list[str]:
+        """Patterns of what stays here, as of a `.gitignore`."""
+        return [*_EXCLUDED, *(f"/{_literal(path)}" for path in self._left())]
+
+    def _left(self) -> list[str]:
+        """Paths below the folder that stay here: of a checkout those that git ignores, by whatever file says so.
+
+        Ray itself leaves out what `.gitignore` names, and knows nothing of `.git/info/exclude` or the user's own list.
+        """
+        if not (self.folder / "pyproject.toml").exists():
+            return [path.name for path in self.folder.iterdir() if path.name not in self.packages]
+        if not (self.folder / ".git").exists():
+            return []
+        ask = ["git", "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory"]
+        try:
+            done = subprocess.run(
+                ask, cwd=self.folder, capture_output=True, text=True, timeout=30, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return []
+        return [path for path in done.stdout.split("\0") if path] if done.returncode == 0 else []
+
+    def too_large(self) -> str:
+        """What is large in it, and what to do about it."""
+        out = {self.folder / path.rstrip("/") for path in self._left()}
+        sizes: Counter[str] = Counter()
+        for folder, folders, names in os.walk(self.folder):
+            here = Path(folder)
+            folders[:] = [n for n in folders if here / n not in out and not _is_excluded(n)]
+            for name in names:
+                path = here / name
+                if path not in out and not _is_excluded(name) and path.is_file():
+                    sizes[path.relative_to(self.folder).parts[0]] += path.stat().st_size
+        largest = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.most_common(_LARGEST))
+        return (
+            f"the code is more than that dashboard takes: {self.folder} holds {sizes.total() / 1e6:.0f} MB ({largest}); "
+            "move data out of that folder, or name it in .gitignore"
+        )
+
+
 def forward(
-    url: str, arguments: Sequence[str], code: Path, variables: dict[str, str], write: Callable[[str], object]
+    url: str,
+    arguments: Sequence[str],
+    code: TravellingCode,
+    variables: dict[str, str],
+    write: Callable[[str], object],
 ) -> int:
     """Run the same command on the head of a cluster that only its dashboard URL is known of.
 
-    The code in `code` travels as Ray's working directory, without what git ignores there, and `variables` with it. What
-    the command prints goes to `write`, and its exit code is returned. Ctrl-C leaves the command running.
+    The code travels, and `variables` with it. What the command prints goes to `write`, and its exit code is returned.
+    Ctrl-C leaves the command running.
 
     Raises:
         UserError: where nobody answers at the URL, the code is too large for it, or it stops answering.
@@ -50,9 +103,7 @@ def forward(
     for name in ("ray._private", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     entrypoint = " ".join(["python", "-m", "orchestrator", *map(shlex.quote, arguments)])
-    ignored = _ignored(code)
-    excluded = [*_EXCLUDED, *(f"/{_literal(path)}" for path in ignored)]
-    environment = {"working_dir": str(code), "excludes": excluded, "env_vars": variables}
+    environment = {"working_dir": str(code.folder), "excludes": code.excluded(), "env_vars": variables}
     try:
         client = _client(url)
         job = _submit_job(client, entrypoint, environment)
@@ -62,7 +113,7 @@ def forward(
             raise
         first = str(error).strip().splitlines()[0]
         if any(mark in first for mark in _TOO_LARGE):
-            raise UserError(f"--address '{url}': {_too_large(code, ignored)}") from None
+            raise UserError(f"--address '{url}': {code.too_large()}") from None
         raise UserError(f"--address '{url}': no Ray dashboard answers there ({first})") from None
     return _followed(client, job, url, write)
 
@@ -72,7 +123,7 @@ def _followed(client: JobSubmissionClient, job: str, url: str, write: Callable[[
     shown, answered = 0, time.monotonic()
     while True:
         try:
-            status = client.get_job_status(job)
+            info = client.get_job_info(job)
             text = client.get_job_logs(job)
         except (OSError, RuntimeError) as error:
             if time.monotonic() - answered < _SILENCE_SECONDS:
@@ -85,51 +136,18 @@ def _followed(client: JobSubmissionClient, job: str, url: str, write: Callable[[
             ) from None
         answered = time.monotonic()
         # Whole lines only, but for the last text of a job that has ended.
-        end = len(text) if status.is_terminal() else text.rfind("\n") + 1
+        end = len(text) if info.status.is_terminal() else text.rfind("\n") + 1
         fresh = text[shown:end].splitlines(keepends=True)
         write("".join(line for line in fresh if not any(mark in line for mark in _CHATTER)))
         shown = max(shown, end)
-        if status.is_terminal():
-            if status is JobStatus.SUCCEEDED:
-                return 0
-            return client.get_job_info(job).driver_exit_code or 1
+        if info.status.is_terminal():
+            return 0 if info.status is JobStatus.SUCCEEDED else info.driver_exit_code or 1
         time.sleep(_POLL_SECONDS)
-
-
-def _ignored(code: Path) -> list[str]:
-    """Paths below `code` that git ignores, by whatever file says so; none where there is no git or no repository.
-
-    Ray itself leaves out what `.gitignore` names, and knows nothing of `.git/info/exclude` or the user's own list.
-    """
-    ask = ["git", "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory"]
-    try:
-        done = subprocess.run(ask, cwd=code, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [path for path in done.stdout.split("\0") if path] if done.returncode == 0 else []
 
 
 def _literal(path: str) -> str:
     """A path as a pattern of git's that means this path alone."""
     return re.sub(r"([\\*?\[\] ])", r"\\\1", path)
-
-
-def _too_large(code: Path, ignored: Sequence[str]) -> str:
-    """What is too large in a folder whose files travel, and what to do about it."""
-    out = {code / path.rstrip("/") for path in ignored}
-    sizes: Counter[str] = Counter()
-    for folder, folders, names in os.walk(code):
-        here = Path(folder)
-        folders[:] = [n for n in folders if here / n not in out and not _is_excluded(n)]
-        for name in names:
-            path = here / name
-            if path not in out and not _is_excluded(name) and path.is_file():
-                sizes[path.relative_to(code).parts[0]] += path.stat().st_size
-    largest = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.most_common(_LARGEST))
-    return (
-        f"the code is more than that dashboard takes: {code} holds {sizes.total() / 1e6:.0f} MB ({largest}); move data "
-        "out of that folder, or name it in .gitignore"
-    )
 
 
 def _is_excluded(name: str) -> bool:

@@ -18,7 +18,7 @@ from orchestrator.commands import beginnings, console, reach
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
 from orchestrator.commands.node_commands import cordon, drain, spare, uncordon, unspare
 from orchestrator.commands.resumption import Resumption
-from orchestrator.commands.snapshot import CODE, snapshot
+from orchestrator.commands.snapshot import CODE, PACKAGES, snapshot
 from orchestrator.commands.submission import Submission, code_state, owner_of, travelling_source, write_run
 from orchestrator.local import cluster, keeper, machine
 from orchestrator.local.lock import held
@@ -66,7 +66,8 @@ def forward(call: CommandCall) -> int:
             out.write(line)
             out.flush()
 
-    return ray_jobs.forward(call.address, words, CODE, travelling_source(), write)
+    code = ray_jobs.TravellingCode(CODE, PACKAGES)
+    return ray_jobs.forward(call.address, words, code, travelling_source(), write)
 
 
 def _is_json(line: str) -> bool:

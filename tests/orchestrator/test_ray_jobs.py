@@ -21,6 +21,7 @@ from ray.dashboard.modules.version import CURRENT_VERSION
 
 from configs.errors import UserError
 from orchestrator import ray_jobs
+from orchestrator.ray_jobs import TravellingCode
 
 JOB = {"type": "SUBMISSION", "submission_id": "job", "entrypoint": "python", "status": JobStatus.SUCCEEDED}
 
@@ -103,7 +104,7 @@ def dashboard() -> Iterator[RayDashboard]:
 
 
 @pytest.fixture
-def code(tmp_path: Path) -> Path:
+def code(tmp_path: Path) -> TravellingCode:
     """A repository whose every kind of list ignores something."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     for name in (
@@ -120,10 +121,11 @@ def code(tmp_path: Path) -> Path:
         path.write_bytes(os.urandom(50_000))
     (tmp_path / ".gitignore").write_text("/data/\n")
     (tmp_path / ".git/info/exclude").write_text("/a \\[1]\\*/\n/tmp\n")
-    return tmp_path
+    (tmp_path / "pyproject.toml").touch()
+    return TravellingCode(tmp_path, ("trainer",))
 
 
-def code_or_line(dashboard: RayDashboard, code: Path) -> int | str:
+def code_or_line(dashboard: RayDashboard, code: TravellingCode) -> int | str:
     """The exit code of a command that is carried there, or what is said instead."""
     try:
         return ray_jobs.forward(dashboard.url, ["submit"], code, {}, lambda _: None)
@@ -131,11 +133,11 @@ def code_or_line(dashboard: RayDashboard, code: Path) -> int | str:
         return str(error)
 
 
-def test_what_git_ignores_by_any_list_stays_at_home(dashboard: RayDashboard, code: Path) -> None:
+def test_what_git_ignores_by_any_list_stays_at_home(dashboard: RayDashboard, code: TravellingCode) -> None:
     lines: list[str] = []
     assert ray_jobs.forward(dashboard.url, ["submit", "a b"], code, {"X": "1"}, lines.append) == 0
     travelled = {name for name in dashboard.files if not name.endswith("/")}
-    assert travelled == {"trainer/run.py", "kept 1/x", ".gitignore"}
+    assert travelled == {"trainer/run.py", "kept 1/x", ".gitignore", "pyproject.toml"}
     (job,) = dashboard.jobs
     assert job["entrypoint"] == "python -m orchestrator submit 'a b'"
     assert job["runtime_env"]["env_vars"] == {"X": "1"} and job["runtime_env"]["working_dir"].startswith(
@@ -145,21 +147,21 @@ def test_what_git_ignores_by_any_list_stays_at_home(dashboard: RayDashboard, cod
 
 
 def test_code_that_is_too_large_is_named_with_its_largest_folders(
-    dashboard: RayDashboard, code: Path
+    dashboard: RayDashboard, code: TravellingCode
 ) -> None:
     dashboard.limit = 80_000
     for name, size in (("trainer/more", 30_000), ("weights.bin", 2_000_000), ("kept 1/y", 850_000)):
-        (code / name).write_bytes(os.urandom(size))
+        (code.folder / name).write_bytes(os.urandom(size))
     with pytest.raises(UserError) as told:
         ray_jobs.forward(dashboard.url, ["submit"], code, {}, print)
-    assert f"{code} holds 3 MB (weights.bin 2 MB, kept 1 1 MB, trainer 0 MB)" in str(told.value)
+    assert f"{code.folder} holds 3 MB (weights.bin 2 MB, kept 1 1 MB, trainer 0 MB)" in str(told.value)
     assert ".gitignore" in str(told.value) and "answers" not in str(told.value)
     assert not dashboard.jobs
 
 
 @pytest.mark.parametrize(("ended", "code_of_it"), [(3, 3), (None, 1)])
 def test_a_command_that_fails_there_fails_here_with_its_code(
-    dashboard: RayDashboard, code: Path, ended: int | None, code_of_it: int
+    dashboard: RayDashboard, code: TravellingCode, ended: int | None, code_of_it: int
 ) -> None:
     running, failed = JOB | {"status": JobStatus.RUNNING}, JOB | {"status": JobStatus.FAILED}
     dashboard.details = [running, failed | {"driver_exit_code": ended}]
@@ -167,7 +169,7 @@ def test_a_command_that_fails_there_fails_here_with_its_code(
 
 
 def test_a_dashboard_that_stops_answering_is_waited_for_and_then_said_in_one_line(
-    dashboard: RayDashboard, code: Path, monkeypatch: pytest.MonkeyPatch
+    dashboard: RayDashboard, code: TravellingCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_jobs, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(ray_jobs, "_SILENCE_SECONDS", 0.1)
@@ -180,7 +182,7 @@ def test_a_dashboard_that_stops_answering_is_waited_for_and_then_said_in_one_lin
     assert code_or_line(dashboard, code) == 0
 
 
-def test_no_dashboard_at_the_url_and_one_that_is_down(dashboard: RayDashboard, code: Path) -> None:
+def test_no_dashboard_at_the_url_and_one_that_is_down(dashboard: RayDashboard, code: TravellingCode) -> None:
     dashboard.silent = True
     for url, why in (("http://127.0.0.1:9", "onnect"), (dashboard.url, "503")):
         with pytest.raises(UserError, match=rf"'{url}': no Ray dashboard answers there \(.*{why}"):
@@ -188,7 +190,7 @@ def test_no_dashboard_at_the_url_and_one_that_is_down(dashboard: RayDashboard, c
 
 
 def test_a_disk_that_is_full_here_is_no_dashboard_that_is_silent(
-    dashboard: RayDashboard, code: Path, monkeypatch: pytest.MonkeyPatch
+    dashboard: RayDashboard, code: TravellingCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/tmp/package.zip")
@@ -199,10 +201,20 @@ def test_a_disk_that_is_full_here_is_no_dashboard_that_is_silent(
     assert isinstance(told.value, OSError), "the command's end names the disk"
 
 
-def test_code_outside_of_a_repository_travels_whole(dashboard: RayDashboard, tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text("")
-    assert ray_jobs.forward(dashboard.url, ["list"], tmp_path, {}, lambda _: None) == 0
-    assert dashboard.files == {"run.py"}
+@pytest.mark.parametrize("checkout", [True, False])
+def test_code_outside_of_a_repository_travels_whole_and_installed_code_without_its_neighbours(
+    dashboard: RayDashboard, tmp_path: Path, checkout: bool
+) -> None:
+    for name in ("trainer/run.py", "torch/run.py", "mine.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if checkout:
+        (tmp_path / "pyproject.toml").touch()
+    code = TravellingCode(tmp_path, ("trainer", "orchestrator"))
+    assert ray_jobs.forward(dashboard.url, ["list"], code, {}, lambda _: None) == 0
+    files = {name for name in dashboard.files if not name.endswith("/")}
+    whole = {"trainer/run.py", "torch/run.py", "mine.py", "pyproject.toml"}
+    assert files == (whole if checkout else {"trainer/run.py"})
 
 
 def test_only_the_loopback_goes_past_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
