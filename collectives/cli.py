@@ -58,6 +58,10 @@ def main(arguments: list[str]) -> int:
         if refused := disk_trouble(error, "a file of the measurement"):
             print(f"megaray: {refused}; {FREE_IT}", file=sys.stderr)
             return 1
+        if isinstance(error, OSError) and error.filename is not None:
+            why = f"{error.filename} can't be read or written ({error.strerror})"
+            print(f"megaray: {why}; look at what lies there and who owns it", file=sys.stderr)
+            return USER_ERROR_EXIT
         from collectives.studies.program import NothingMeasuredError  # loads torch
         from collectives.timing.team import FabricLost
 

@@ -115,7 +115,7 @@ def compare(
     """Findings of a measurement: its own first, then those of a sweep against baseline, limit and peers."""
     if not 0 < tolerance < 1:
         raise UserError(f"--tolerance={tolerance} is out of range; type one between 0 and 1, e.g. 0.1")
-    own = [_finding(tree) for tree in store.kept("findings") or ()]
+    own = _findings(store, "findings")
     if store.read_metadata()[0].settings["collectives"]["study"] != "sweep":
         return own
     results = _rows(store)
@@ -128,6 +128,11 @@ def compare(
     except OSError as error:  # another's measurement may be read, and not written to
         warn(f"not kept for `report`: {store.folder} can't be written ({error.strerror})")
     return own + compared
+
+
+def _findings(store: ResultStore, name: str) -> list[BandwidthFinding]:
+    with store.readable(name):
+        return [_finding(tree) for tree in store.kept(name) or ()]
 
 
 def _finding(tree: dict[str, Any]) -> BandwidthFinding:
@@ -149,18 +154,21 @@ def report(store: ResultStore, baseline: ResultStore | None) -> list[Path]:
     pairs = pair_rates(results)
     probes = store.kept("probes")
     if probes:
-        directions = [
-            Direction(**{**d, "passes": tuple(map(tuple, d["passes"]))}) for d in probes["directions"]
-        ]
-        endpoints = [Endpoint(**endpoint) for endpoint in probes["endpoints"]]
-        pairs = Probes(probes["size"], tuple(endpoints), tuple(directions)).rates()
-    layers = [layer for layer in store.kept("moe") or () if layer["routing"].startswith("curve ")]
-    even = min(layers, key=lambda layer: layer["imbalance"])["sequential_us"] if layers else 1.0
+        with store.readable("probes"):
+            directions = [
+                Direction(**{**d, "passes": tuple(map(tuple, d["passes"]))}) for d in probes["directions"]
+            ]
+            endpoints = [Endpoint(**endpoint) for endpoint in probes["endpoints"]]
+            pairs = Probes(probes["size"], tuple(endpoints), tuple(directions)).rates()
+    with store.readable("moe"):
+        layers = [layer for layer in store.kept("moe") or () if layer["routing"].startswith("curve ")]
+        even = min(layers, key=lambda layer: layer["imbalance"])["sequential_us"] if layers else 1.0
+    findings = _findings(store, "findings") + _findings(store, "comparison")
     try:
         return reporting.write(
             store,
             fits=fits,
-            findings=[*(store.kept("findings") or ()), *(store.kept("comparison") or ())],
+            findings=[finding.to_json() for finding in findings],
             baseline=baseline.read() if baseline else None,
             pairs=pairs,
             curves=[

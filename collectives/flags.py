@@ -9,6 +9,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from configs.errors import UserError
@@ -204,7 +205,7 @@ def _sizes(values: Mapping[str, str]) -> list[str]:
 def _bytes(text: str) -> str:
     """`1.5M` as `1572864`; what isn't a size stays, so that the field's own check says what is wrong."""
     match = _SIZE.fullmatch(text.strip())
-    return str(int(float(match[1]) * _UNITS[match[2].upper()])) if match else text
+    return str(int(Decimal(match[1]) * _UNITS[match[2].upper()])) if match else text
 
 
 def _at_least(name: str, text: str) -> list[str]:

@@ -32,7 +32,7 @@ class CollectivesConfig(Section):
     """Smallest size in bytes (nccl-tests `-b`)."""
     max_size: Bytes = 32 << 20
     """Largest size in bytes (`-e`)."""
-    step_factor: Annotated[int, Field(ge=2)] = 2
+    step_factor: Annotated[Positive, Field(ge=2)] = 2
     """Factor from one size to the next (`-f`)."""
     step_size: Bytes | None = None
     """Bytes from one size to the next (`-i`); instead of the factor."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
 MOST_DEVICES = 10_000_000
+MOST_WHOLE = (1 << 63) - 1
+"""Of any whole number: tensors and files count in 64 bits, and larger ones have no quotient as a float."""
+Positive = Annotated[int, Field(gt=0, le=MOST_WHOLE)]
 Devices = Annotated[int, Field(gt=0, le=MOST_DEVICES)]
 """Ranks, nodes and the like: lists as long are made of them."""
-NonNegative = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[int, Field(ge=0, le=MOST_WHOLE)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME_CHARACTERS = 64
 """That a run id begins with at most: names of folders, which file systems bound at 255 bytes, are made of it."""
@@ -25,7 +28,7 @@ def _bytes(value: Any) -> Any:
     if isinstance(value, str):
         parts = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT])(?:I?B)?", value.strip().upper(), re.ASCII)
         if parts:
-            return int(float(parts[1]) * _UNITS[parts[2]])
+            return int(Decimal(parts[1]) * _UNITS[parts[2]])  # a float would be infinite for many digits
     return value
 
 
@@ -36,7 +39,7 @@ def _words(value: Any) -> Any:
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0, le=MOST_WHOLE)]
 """A size, as a number or with K, M, G or T."""
 AsWords = BeforeValidator(_words)
 """Marks a tuple that is typed with commas."""

@@ -16,6 +16,9 @@ from pydantic_core import ErrorDetails
 from configs.errors import nearest
 from configs.schema import RunConfig
 
+_LONGEST = 100
+"""Characters of a value in a message; of a longer one the rest is left out."""
+
 
 def known(path: str) -> bool:
     """Whether `path` names a field, a section, or a key of a field that is a mapping."""
@@ -143,7 +146,9 @@ def _sentence(detail: ErrorDetails) -> str:
 def _shown(value: object) -> str:
     if value is None:
         return "null"
-    return f"'{value}'" if isinstance(value, str) and not _is_number(value) else str(value)
+    text = str(value)
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return f"'{short}'" if isinstance(value, str) and not _is_number(text) else short
 
 
 def _is_number(text: str) -> bool:

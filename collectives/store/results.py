@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -22,6 +23,8 @@ from configs.paths import write_whole
 
 _CHUNK = 1 << 20
 _TRIES, _TRY_SECONDS = 5, 0.1
+_NEEDED = ("collectives", "ranks", "layout")
+"""Settings that every reader asks metadata for."""
 JSON_VERSION = 3
 """Of nccl-tests' schema (`src/util.cu`, release 2.19)."""
 
@@ -217,7 +220,12 @@ class ResultStore:
         try:
             tree = from_json(self.metadata.read_text())
             ended = tree.pop("ended", None)
-            return Metadata(**tree), ended
+            about = Metadata(**tree)
+            if missing := [key for key in _NEEDED if key not in about.settings]:
+                raise TypeError(f"its settings have no {', '.join(missing)}")
+            if not isinstance(about.system, dict):
+                raise TypeError(f"system={about.system} is not an object")
+            return about, ended
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.metadata} is damaged ({error}); put a copy of it there, or measure into another folder"
@@ -261,7 +269,25 @@ class ResultStore:
     def kept(self, name: str) -> Any:
         """What `keep` wrote; None where it didn't."""
         path = self.folder / f"{name}.json"
-        return from_json(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        with self.readable(name):
+            return from_json(path.read_text())
+
+    @contextmanager
+    def readable(self, name: str) -> Iterator[None]:
+        """Around what reads the tree of `name`.json.
+
+        Raises:
+            UserError: where it isn't what was written.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"{self.folder / name}.json is damaged ({type(error).__name__}: {error}); put a copy of it there, or move "
+                "it away to read what else was measured"
+            ) from None
 
 
 def nccl_tests_json(metadata: Metadata, rows: Sequence[SweepRow], ended: str | None) -> dict[str, Any]:
@@ -412,7 +438,18 @@ def row_of(tree: dict[str, Any]) -> SweepRow:
             timing["rank_times_us"] = tuple(map(tuple, timing["rank_times_us"]))
             timing["times_us"] = tuple(timing["times_us"])
             tree[placement] = Timing(**{name: value for name, value in timing.items() if name in names})
-    return SweepRow(**tree)
+            _refuse_words(tree[placement])
+    row = SweepRow(**tree)
+    _refuse_words(row)
+    return row
+
+
+def _refuse_words(part: SweepRow | Timing) -> None:
+    """Refuse what isn't a number where one must be: it would fail far from the line that holds it."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if field.type in ("int", "float") and not isinstance(value, int | float):
+            raise TypeError(f"{field.name}={value!r} is not a number")
 
 
 def _drop_torn_line(fd: int) -> None:

@@ -288,7 +288,7 @@ def _glm4_moe(config: ConfigFile) -> Tree:
 def _granitemoe(config: ConfigFile) -> Tree:
     _biases(config)
     heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
-    usual = (hidden // max(heads, 1)) ** -0.5
+    usual = max(hidden // max(heads, 1), 1) ** -0.5  # no width is refused with the model
     factor = config.number("attention_multiplier", 1.0)
     if abs(factor - usual) > 1e-9:
         config.differs(f"attention_multiplier={factor}", f"{usual:.6g}, one over the root of a head's width")

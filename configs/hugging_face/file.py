@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
 from configs.model import MOST_PARTS
+from configs.section import MOST_WHOLE
 
 Tree = dict[str, Any]
 
@@ -69,6 +71,7 @@ class ConfigFile:
             if value is not None:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                     raise UserError(f"{self.where}: {name}={value!r} is not a whole number; correct the file")
+                self._bounded(name, value)
                 return value
         if default is None:
             raise UserError(f"{self.where} has no {names[0]}; add it")
@@ -115,7 +118,17 @@ class ConfigFile:
             raise UserError(f"{self.where} has no {name}; add it")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{self.where}: {name}={value!r} is not a number; correct the file")
+        self._bounded(name, value)
         return float(value)
+
+    def _bounded(self, name: str, value: float) -> None:
+        """Refuse a whole number that has no float, and what is infinite or not a number."""
+        if not (isinstance(value, float) or abs(value) <= MOST_WHOLE) or not math.isfinite(value):
+            text = str(value)
+            short = text if len(text) <= 40 else f"{text[:37]}..."
+            raise UserError(
+                f"{self.where}: {name}={short} is out of range; correct the file: type a number up to {MOST_WHOLE}"
+            )
 
     def only(self, name: str, *allowed: Any, here: str = "") -> None:
         """Note a setting that differs from what this model computes; a missing one is as good as the first."""

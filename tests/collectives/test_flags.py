@@ -104,6 +104,11 @@ def test_what_a_flag_sets(words: str, fields: dict[str, object]) -> None:
     assert configured(words) == usual.model_copy(update=fields)
 
 
+def test_a_size_of_many_digits_is_refused_and_no_infinity() -> None:
+    with pytest.raises(UserError, match=r"max_size=10\d+\.\.\. must be at most \d+; type e.g."):
+        configured(f"-b 8 -e 1{'0' * 400}G")
+
+
 def test_ranks_timeouts_and_variables_of_flags() -> None:
     assert typed("-t 2 -g 4").ranks == 8
     assert typed("-b 8").ranks is None

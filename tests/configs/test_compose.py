@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from configs import wording
 from configs.compose import choices, compose, dump, groups, load
 from configs.errors import UserError
 from configs.section import Bytes
@@ -112,3 +113,18 @@ def test_a_run_that_was_saved_with_one_source_of_its_device_can_be_resumed(tmp_p
 )
 def test_sizes_are_read_as_nccl_tests_reads_them(text: str, size: int) -> None:
     assert TypeAdapter(Bytes).validate_python(text) == size
+
+
+def test_no_whole_number_is_too_large_to_compute_with() -> None:
+    """`train.steps=1000…` of 401 digits was a traceback of the first division."""
+    counted, long = 0, f"1{'0' * 400}"
+    for path, annotation in wording._schema().items():
+        if wording.wrong_type(path, "x").startswith(
+            f"{path}='x' is not a whole number"
+        ) and int in wording._kinds(annotation):
+            counted += 1
+            with pytest.raises(UserError, match=rf"{path}=10+\.\.\. must be at most \d+; type e.g. {path}="):
+                compose([f"{path}={long}"])
+    assert counted > 50
+    with pytest.raises(UserError, match=r"collectives.max_size='10+\.\.\.' must be at most"):
+        compose([f"collectives.max_size={long}T"])

@@ -31,6 +31,7 @@ LATENT: Tree = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 QWEN_MOE: Tree = {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 2}
+GRANITE: Tree = {"model_type": "granitemoe", "num_local_experts": 8, "num_experts_per_tok": 2}
 GLM: Tree = {
     "moe_intermediate_size": 40, "n_routed_experts": 8, "num_experts_per_tok": 2, "head_dim": 16,
     "first_k_dense_replace": 1,
@@ -400,6 +401,12 @@ WRONG: list[tuple[Tree | str, str]] = [
         COMMON | QWEN_MOE | {"model_type": "qwen3_moe", "decoder_sparse_step": 2, "intermediate_size": None},
         "has no intermediate_size; add it",
     ),
+    *(
+        (COMMON | QWEN_MOE | {"model_type": "qwen3_moe", name: value}, f"{name}={str(value)[:30]}")
+        for name in ("rms_norm_eps", "head_dim", "num_experts_per_tok", "hidden_size", "rope_theta")
+        for value in (10**400, -(10**400))
+    ),
+    (COMMON | GRANITE | {"hidden_size": 0}, "model.hidden=0"),
 ]  # fmt: skip
 
 

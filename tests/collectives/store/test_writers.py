@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,16 @@ def test_a_split_with_a_slash_has_a_file(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"system": {}}'])
+LESS: dict[str, Any] = {"software": {}, "method": {}, "started": ""}
+METADATA = [
+    "", "{", "[]", '{"system": {}}',
+    json.dumps(LESS | {"system": {"hardware": "cpu"}, "settings": {"ranks": 2, "layout": {}}}),
+    json.dumps(LESS | {"system": None, "settings": {"collectives": {}, "ranks": 2, "layout": {}}}),
+    json.dumps(LESS | {"system": {"hardware": "cpu"}, "settings": []}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", METADATA)
 def test_damaged_metadata_are_named(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = begun(tmp_path)
     store.metadata.write_text(damage)
@@ -125,8 +135,13 @@ def test_damaged_metadata_are_named(damage: str, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    "damage", ["\0\0\0", "{}", "[1]", '{"op": "all_reduce", "in_place": 3, "out_of_place": null}']
-)
+    "damage",
+    [
+        "\0\0\0", "{}", "[1]", '{"op": "all_reduce", "in_place": 3, "out_of_place": null}',
+        json.dumps(asdict(row(size=32)) | {"size": "32"}),
+        json.dumps(asdict(row(size=32))).replace('"time_us": ', '"time_us": null, "x": '),
+    ],
+)  # fmt: skip
 def test_a_damaged_row_is_named(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = begun(tmp_path)
     with store.rows.open("a") as file:
@@ -138,6 +153,29 @@ def test_a_damaged_row_is_named(damage: str, tmp_path: Path, capsys: pytest.Capt
         assert re.fullmatch(rf"megaray: line 2 of {store.rows} is damaged \(.*\n", err), err
     with pytest.raises(UserError, match=f"line 2 of {store.rows} is damaged"):
         stream.write(store, lambda: None)
+
+
+@pytest.mark.parametrize("name", ["findings", "comparison", "probes", "moe"])
+@pytest.mark.parametrize("damage", ["", '[{"kind', '{"a": 1}', '[{"kind": "unheard_of"}]'])
+def test_damaged_outcomes_of_a_study_are_named(
+    name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = begun(tmp_path)
+    store.append(row(size=16))
+    (store.folder / f"{name}.json").write_text(damage)
+    for command in ("report", *(["compare"] if name == "findings" else [])):
+        assert cli.main([command, str(tmp_path)]) == 2
+        err = capsys.readouterr().err
+        assert re.fullmatch(rf"megaray: {store.folder}/{name}.json is damaged \(.*\n", err), err
+
+
+def test_a_folder_in_a_files_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = begun(tmp_path)
+    store.rows.unlink(missing_ok=True)
+    store.rows.mkdir()
+    for command in ("compare", "fit", "report"):
+        assert cli.main([command, str(tmp_path)]) == 2
+        assert capsys.readouterr().err.startswith(f"megaray: {store.rows} can't be read or written (Is a dir")
 
 
 def test_two_starts_of_one_moment_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from configs.compose import validated
 from configs.errors import UserError
 from configs.hugging_face.read import left_out
 from configs.schema import HardwareConfig, RunConfig
+from configs.section import MOST_DEVICES
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.memory.estimate import GIB
@@ -40,6 +41,8 @@ class Capacity:
             raise UserError(
                 f"slots={','.join(map(str, slots))}: a node needs at least one slot; type e.g. --slots 8"
             )
+        if max(slots) > MOST_DEVICES:
+            raise UserError(f"slots={max(slots)} is above {MOST_DEVICES}; type e.g. --slots 8")
         return cls(tuple(slots))
 
     @property

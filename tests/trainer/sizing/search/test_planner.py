@@ -87,6 +87,7 @@ def test_expert_groups_that_cross_nodes_are_warned_of() -> None:
             "are 15 slots, and the cluster has 8 (1 node x 8)",
         ),
         (["parallel=auto", "cluster.nodes=3", "cluster.slots_per_node=5"], [8], "are 15 slots"),
+        ([], [10**11], "slots=100000000000 is above 10000000; type e.g. --slots 8"),
     ],
 )
 def test_refusals(words: list[str], slots: list[int] | None, reason: str) -> None:
