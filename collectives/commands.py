@@ -10,10 +10,12 @@ from typing import Any
 
 from collectives.analysis.compare import against_baseline, against_limit, among_peers, pair_rates
 from collectives.analysis.judge import BandwidthFinding, FindingKind
-from collectives.store.results import Results, ResultStore
+from collectives.store.results import Metadata, Results, ResultStore
+from collectives.store.resume import settings_of
 from configs import profile as profiles
 from configs.compose import compose
 from configs.errors import UserError
+from configs.fabric import CollectivesConfig
 from configs.paths import HomePaths, RunPaths, default_home
 from configs.profile import DeviceProfile, FabricProfile
 from configs.schema import HardwareConfig, RunConfig
@@ -45,7 +47,17 @@ def _rows(store: ResultStore) -> Results:
         raise UserError(
             f"{store.folder} has no rows with times; this command reads sweeps (collectives.study=sweep)"
         )
+    if missing := [name for name in ("hardware", "hosts") if name not in results.metadata.system]:
+        raise UserError(
+            f"{store.metadata} is damaged (its system has no {', '.join(missing)}); put a copy of it there, or measure "
+            "into another folder"
+        )
     return results
+
+
+def _settings(about: Metadata) -> dict[str, Any]:
+    """The measurement's own settings; what an earlier version didn't know has its default."""
+    return settings_of(CollectivesConfig()) | about.settings["collectives"]
 
 
 def _hardware(results: Results) -> HardwareConfig:
@@ -116,10 +128,10 @@ def compare(
     if not 0 < tolerance < 1:
         raise UserError(f"--tolerance={tolerance} is out of range; type one between 0 and 1, e.g. 0.1")
     own = _findings(store, "findings")
-    if store.read_metadata()[0].settings["collectives"]["study"] != "sweep":
+    if _settings(store.read_metadata()[0])["study"] != "sweep":
         return own
     results = _rows(store)
-    slow_ratio = results.metadata.settings["collectives"]["slow_ratio"]
+    slow_ratio = _settings(results.metadata)["slow_ratio"]
     compared = against_limit(results, _hardware(results), slow_ratio) + among_peers(results, slow_ratio)
     if baseline is not None:
         compared += against_baseline(results, _rows(baseline), tolerance, warn)

@@ -169,6 +169,29 @@ def test_damaged_outcomes_of_a_study_are_named(
         assert re.fullmatch(rf"megaray: {store.folder}/{name}.json is damaged \(.*\n", err), err
 
 
+def test_a_measurement_of_an_earlier_version_is_read_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = begun(tmp_path)
+    store.append(row(size=16))
+    whole = json.loads(store.metadata.read_text())
+    whole["system"] |= {"hardware": "cpu", "hosts": whole["system"].get("hosts", [])}
+    older = {
+        name: value
+        for name, value in whole["settings"]["collectives"].items()
+        if name not in ("study", "slow_ratio")
+    }
+    store.metadata.write_text(json.dumps(whole | {"settings": whole["settings"] | {"collectives": older}}))
+    assert cli.main(["compare", str(tmp_path)]) in (0, 3), capsys.readouterr().err
+    capsys.readouterr()
+    for key in ("hardware", "hosts"):
+        system = {name: value for name, value in whole["system"].items() if name != key}
+        store.metadata.write_text(json.dumps(whole | {"system": system}))
+        for command in ("compare", "fit"):
+            assert cli.main([command, str(tmp_path)]) == 2
+            assert f"metadata.json is damaged (its system has no {key}); put" in capsys.readouterr().err
+
+
 def test_a_folder_in_a_files_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = begun(tmp_path)
     store.rows.unlink(missing_ok=True)
