@@ -37,6 +37,8 @@ from configs.schema import RunConfig
 PROGRAM = "python -m collectives"
 _COMMANDS = ("run", "fit", "compare", "report", "device")
 _PROGRESS_SECONDS = 10.0
+_MOST_HERE = 1024
+"""Ranks that are started on one machine; each is a process with its own torch."""
 """Between two lines of progress into a file."""
 FINDINGS_EXIT = 3
 """Exit code where all was measured and something was found slow or wrong."""
@@ -230,6 +232,11 @@ def _world(config: RunConfig, ranks: int | None) -> int:
     world = ranks if ranks is not None else _devices(config)
     if world < 2:
         raise UserError(f"--ranks={world}: a collective needs at least two ranks; type at least --ranks 2")
+    if world > _MOST_HERE:
+        raise UserError(
+            f"--ranks={world} is above {_MOST_HERE}, the most that are started on one machine; start more by torchrun, "
+            "srun or mpirun"
+        )
     return world
 
 

@@ -439,6 +439,8 @@ def row_of(tree: dict[str, Any]) -> SweepRow:
             timing["times_us"] = tuple(timing["times_us"])
             tree[placement] = Timing(**{name: value for name, value in timing.items() if name in names})
             _refuse_words(tree[placement])
+            if not tree[placement].time_us > 0:
+                raise ValueError(f"time_us={tree[placement].time_us} is not above 0")
     row = SweepRow(**tree)
     _refuse_words(row)
     return row

@@ -61,6 +61,10 @@ def one_line(text: str) -> str:
         (("collectives.backend=ucc",), "collectives.backend"),
         (("--rank", "2"), "'--rank' is not an option of `run` (did you mean '--ranks'?)"),
         (("--ranks", "1"), "--ranks=1: a collective needs at least two ranks; type at least --ranks 2"),
+        (
+            ("--ranks", "100000"),
+            "--ranks=100000 is above 1024, the most that are started on one machine; start more",
+        ),
         (("--ranks", "0"), "--ranks=0: a collective needs at least two ranks"),
         (("--ranks", "abc"), "--ranks: invalid int value: 'abc'; `python -m collectives run --help`"),
     ],

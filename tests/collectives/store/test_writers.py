@@ -140,6 +140,7 @@ def test_damaged_metadata_are_named(damage: str, tmp_path: Path, capsys: pytest.
         "\0\0\0", "{}", "[1]", '{"op": "all_reduce", "in_place": 3, "out_of_place": null}',
         json.dumps(asdict(row(size=32)) | {"size": "32"}),
         json.dumps(asdict(row(size=32))).replace('"time_us": ', '"time_us": null, "x": '),
+        json.dumps(asdict(row(size=32))).replace('"time_us": ', '"time_us": 0.0, "x": '),
     ],
 )  # fmt: skip
 def test_a_damaged_row_is_named(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
