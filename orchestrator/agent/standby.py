@@ -50,21 +50,39 @@ def main(program: Sequence[str]) -> None:
     mark = _address(b"MEGARAY_MARK")
     _yield(_LOW)
     with socket.socket(fileno=os.dup(0)) as line:
-        _import(program)
-        # It was taken meanwhile: the order is there, and nobody listens any more.
-        with contextlib.suppress(OSError):
-            line.sendall(READY)
-        data, descriptors, _, _ = socket.recv_fds(line, 1 << 16, 1)
+        failed = False
+        try:
+            _import(program)
+        except Exception:
+            # Who has taken it meanwhile gets a rank all the same: that imports anew, and its log says what is wrong.
+            failed = True
+            line.shutdown(socket.SHUT_RD)
+        else:
+            # It was taken meanwhile: the order is there, and nobody listens any more.
+            with contextlib.suppress(OSError):
+                line.sendall(READY)
+        data, log = _ordered(line)
         if not data:  # nobody needs it any more
-            os._exit(0)
-        while part := line.recv(1 << 16):
-            data += part
+            os._exit(int(failed))
     order = from_json(data)
     _yield(_NORMAL)
     _put(mark, order["env"].get("MEGARAY_MARK", ""))
     if not program:
         _turn_to(order["env"])
-    _become(order["env"], order["words"], descriptors[0])
+    _become(order["env"], order["words"], log)
+
+
+def _ordered(line: socket.socket) -> tuple[bytes, int]:
+    """The order and the log's file descriptor; no bytes where none comes.
+
+    Where an agent closes its end before it has read `READY`, this end fails after all that was sent, and doesn't just end.
+    """
+    data, descriptors = b"", list[int]()
+    with contextlib.suppress(ConnectionResetError):
+        data, descriptors, _, _ = socket.recv_fds(line, 1 << 16, 1)
+        while part := line.recv(1 << 16):
+            data += part
+    return data, descriptors[0] if descriptors else -1
 
 
 def _import(program: Sequence[str]) -> None:

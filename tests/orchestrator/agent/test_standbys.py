@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,6 +154,44 @@ def test_one_that_still_imports_is_taken_and_gets_the_processor(
         until(lambda: group.read_text().endswith("nice 0\n"), "that it yields no more")
     go.touch()
     until(lambda: (tmp_path / "log").read_text(), "its first words")
+
+
+def test_one_that_is_taken_before_anybody_has_read_that_it_is_ready_becomes_a_rank(
+    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left unread in a socket that closes is an error on its other end, which must not end a rank in silence."""
+    monkeypatch.setattr("orchestrator.agent.standbys._has_told", lambda line: False)
+    standbys.keep(RUN, launch, env)
+    until(lambda: standbys._waiting, "one that imports")
+    (one,) = standbys._waiting
+
+    def told() -> bool:
+        try:
+            return one.line.recv(1, socket.MSG_PEEK) == standby.READY
+        except BlockingIOError:
+            return False
+
+    until(told, "that it is ready")
+    pid, ended = take(standbys, launch, env, tmp_path / "log")
+    until(lambda: (tmp_path / "log").read_text() or ended.done(), "its first words")
+    assert pid and not ended.done()
+
+
+def test_one_whose_imports_fail_after_it_was_taken_says_why_in_the_log_of_its_rank(
+    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    package = Path(launch.code) / "trainer"
+    (package / "loop.py").write_text(
+        f"import os, time\nwhile not os.path.exists({str(go)!r}):\n    time.sleep(0.01)\nraise RuntimeError('no driver')\n"
+    )
+    (package / "__main__.py").write_text("import trainer.loop\n")
+    standbys.keep(RUN, launch, env)
+    until(lambda: standbys._waiting, "one that imports")
+    pid, ended = take(standbys, launch, env, tmp_path / "log")
+    go.touch()
+    assert pid and ended.result(30).code == 1
+    assert "RuntimeError: no driver" in (tmp_path / "log").read_text()
 
 
 def test_one_that_has_died_is_passed_over_and_replaced(
