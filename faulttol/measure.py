@@ -23,7 +23,7 @@ def main(config: RunConfig, rank: RankContext) -> None:
         if finished:
             recorder.step(case)
         else:
-            recorder.begin(RankPhase.COLLECTIVE, case)
+            recorder.begin(RankPhase.COLLECTIVE, case + 1)
 
     measure(config, rank, beat)
     recorder.close()

@@ -79,6 +79,12 @@ class Record:
     mark: PhaseMark
     phase: RankPhase
     step: int
+    """The step that it belongs to, from 1 as metric lines have it; 0 before the first."""
+
+    @property
+    def finished(self) -> int:
+        """Steps that are finished for sure."""
+        return self.step if self.mark is PhaseMark.STEP else max(0, self.step - 1)
 
 
 def mapped(path: Path, size: int) -> mmap.mmap:
@@ -120,7 +126,7 @@ class Recorder:
         self._next = 1
 
     def begin(self, phase: RankPhase, step: int) -> None:
-        """`phase` of `step` begins."""
+        """`phase` of `step` begins. Steps count from 1, as metric lines have them; 0 is the start."""
         self._write(phase << 8 | step << _STEP_SHIFT)
 
     def end(self, phase: RankPhase, step: int) -> None:

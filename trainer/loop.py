@@ -174,8 +174,8 @@ class _Job:
         self.clock = PhaseClock(recorder, mesh.device)
         signs = Signs(
             alive=recorder.touch,
-            waiting=lambda: recorder.begin(RankPhase.COLLECTIVE, self.progress.step),
-            working=lambda: recorder.begin(RankPhase.CHECKPOINT, self.progress.step),
+            waiting=lambda: recorder.begin(RankPhase.COLLECTIVE, self.clock.step),
+            working=lambda: recorder.begin(RankPhase.CHECKPOINT, self.clock.step),
         )
         self.checkpoints = resuming.Checkpoints(config, rank, mesh, feed.fingerprint, signs)
         self.saves = SaveSchedule(config.checkpoint, rank)
@@ -261,7 +261,7 @@ class _Job:
 
     def _step(self, index: int) -> None:
         train, progress = self.config.train, self.progress
-        self.clock.step = index
+        self.clock.step = index + 1
         with self.clock.phase("data"):
             batches = self.feed.batches()
         lr = learning_rate(self.config.optim, index, train.steps)

@@ -26,7 +26,7 @@ class PhaseClock:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.step = 0
-        """Step that the next records belong to."""
+        """Step that the next records belong to, from 1; 0 before the first."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

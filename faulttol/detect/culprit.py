@@ -129,11 +129,8 @@ def behind(records: Mapping[int, Record]) -> list[int]:
 
 
 def _place(record: Record) -> tuple[int, int]:
-    """Where a rank is: index of the step it is in, and its records so far.
-
-    `step` n says that n steps are finished; what follows it, such as a save, belongs to the same step's end.
-    """
-    return record.step - (record.mark is PhaseMark.STEP), record.sequence
+    """Where a rank is: its step, and its records so far. A save that follows the end of a step belongs to that step."""
+    return record.step, record.sequence
 
 
 def _edges(seen: Iterable[RankSeen]) -> dict[int, set[int]]:

@@ -146,7 +146,8 @@ def _behind_text(blamed: culprit.Culprit, records: Mapping[int, Record]) -> str:
 def _where(record: Record) -> str:
     if record.mark is PhaseMark.STEP:
         return f"after the end of step {record.step}"
-    return f"{'in' if record.mark is PhaseMark.BEGIN else 'after'} {record.phase.name.lower()} of step {record.step}"
+    of = f" of step {record.step}" if record.step else ""  # a start has none, whichever step it begins at
+    return f"{'in' if record.mark is PhaseMark.BEGIN else 'after'} {record.phase.name.lower()}{of}"
 
 
 def _ranks(ranks: list[int]) -> str:

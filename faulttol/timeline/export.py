@@ -17,6 +17,7 @@ import numpy as np
 from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.timeline.clocks import BLOCKED_NS, Alignment, End, align
 from faulttol.timeline.sources import Activity
+from faulttol.timeline.steps import BEFORE
 from faulttol.timeline.trace import BATCHED, MEETING, Op, WaitLane
 
 _STEPS, _PHASES, _WAITS, _AUTOGRAD, _BESIDE, _SENDS, _DEVICE = range(1, 8)
@@ -179,6 +180,8 @@ class Timeline:
                 began = None
             if mark == PhaseMark.BEGIN:
                 began = (phase, ns, which)
+                if phase in BEFORE:
+                    step = None  # what is read of the data at the start belongs to no step
                 if phase is RankPhase.DATA and (step is None or step[0] != which):
                     if step is not None:  # where not all steps are on record, it ends with its last one
                         span = (step[1], ns if which == step[0] + 1 else before)

@@ -16,7 +16,8 @@ from faulttol.timeline.trace import BATCHED, RECORD, OngoingWait, WaitLane
 FIELDS = ("step", "compute", "wait", "data", "save")
 """Seconds of a step: from its begin to the next one's; what the rank did itself; what it waited for in collectives, sends
 and receives; for its batch; and what training stood still for saves."""
-_BEFORE = (RankPhase.START, RankPhase.IMPORTS, RankPhase.RENDEZVOUS, RankPhase.BUILD, RankPhase.LOAD)
+BEFORE = (RankPhase.START, RankPhase.IMPORTS, RankPhase.RENDEZVOUS, RankPhase.BUILD, RankPhase.LOAD)
+"""Phases of a start."""
 _APART = tuple(RankPhase[name] for name in ("EVALUATE",) if name in RankPhase.__members__)
 """Phases that are not part of a step's work."""
 _LATE_NS = 5_000_000_000
@@ -30,7 +31,7 @@ class Rows:
     """Steps that were finished since the last look."""
 
     first: int
-    """Number of the first, as the ring counts them: from 0."""
+    """Number of the first, as metric lines count them: from 1."""
     starts: NDArray[np.int64]
     """[steps] in ns of the node's monotonic clock."""
     seconds: NDArray[np.float64]
@@ -93,7 +94,7 @@ class RankSteps:
         end["mark"], end["phase"], end["step"] = (
             PhaseMark.BEGIN,
             RankPhase.DATA,
-            rows["step"][rows["mark"] == PhaseMark.STEP][-1],
+            rows["step"][rows["mark"] == PhaseMark.STEP][-1] + 1,
         )
         self._rows = np.concatenate((rows, end))
         last = self._finished(0)
@@ -106,7 +107,7 @@ class RankSteps:
 
     def _finished(self, pending: int) -> Rows | None:
         rows = self._rows
-        starting = np.flatnonzero((rows["mark"] == PhaseMark.BEGIN) & np.isin(rows["phase"], _BEFORE))
+        starting = np.flatnonzero((rows["mark"] == PhaseMark.BEGIN) & np.isin(rows["phase"], BEFORE))
         if len(starting):
             rows = self._rows = rows[starting[-1] :]
         begins = np.flatnonzero((rows["mark"] == PhaseMark.BEGIN) & (rows["phase"] == RankPhase.DATA))

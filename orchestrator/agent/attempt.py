@@ -450,7 +450,7 @@ class Attempt:
 
 def _trains(seen: Sequence[RankSeen]) -> bool:
     """All ranks are past their start, so that other work on the node delays nothing that is waited for."""
-    return bool(seen) and all(one.newest is not None and one.newest.step > 0 for one in seen)
+    return bool(seen) and all(one.newest is not None and one.newest.finished > 0 for one in seen)
 
 
 def _configuration(launch: Launch, run: RunPaths) -> Path:

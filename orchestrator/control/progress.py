@@ -65,7 +65,7 @@ class Progress:
     def all_beyond(self, step: int, world: int) -> bool:
         """Every rank has finished a step after `step`, whose metric line may come much later (`train.log_every`)."""
         return len(self.ranks) == world and all(
-            rank.newest is not None and rank.newest.step > step for rank in self.ranks.values()
+            rank.newest is not None and rank.newest.finished > step for rank in self.ranks.values()
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from configs.compose import compose, dump
 from configs.metrics import ResumedLine, SavedLine, StepLine, StoppedLine, read_all
 from faulttol import exits
+from faulttol.recorder import read
 from tests.faulttol.watched import RankFault, WatchedGang
 from trainer.sizing.search.planner import Capacity, plan
 
@@ -54,6 +55,10 @@ def _gang(
                 (line.step, line.facts["start_seconds"]) for line in lines if isinstance(line, ResumedLine)
             ],
             "blames": [one.blames_peer if one is not None else None for one in told],
+            "records": [
+                [(r.mark.name, r.phase.name, r.step) for r in read(rings / str(attempt) / f"{rank:05d}.ring")]
+                for rank in range(world)
+            ],
         }
     finally:
         gang.kill()

@@ -64,6 +64,24 @@ def test_one_rank_is_asked_and_all_stop_at_the_same_step(
 
 @pytest.mark.dist
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_records_of_a_step_have_its_number_in_the_metric_lines(
+    outcomes: dict[str, list[dict[str, Any]]], case: str
+) -> None:
+    """Or an incident would name another step than `status`, and the ranks' view another than the loss beside it."""
+    for attempt in outcomes[case]:
+        for records in attempt["records"]:
+            steps = [step for mark, _, step in records if mark == "STEP"]
+            assert steps == attempt["steps"]
+            begun = [step for mark, phase, step in records if mark == "BEGIN" and phase == "FORWARD"]
+            assert list(dict.fromkeys(begun)) == steps
+            ended = records[[mark for mark, *_ in records].index("STEP") :]
+            assert {step for _, phase, step in ended if phase == "CHECKPOINT"} <= set(steps)
+            assert {step for mark, phase, step in records if phase == "LOAD"} == {0}, "a start is of no step"
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
 def test_a_start_says_where_its_seconds_went(outcomes: dict[str, list[dict[str, Any]]]) -> None:
     for _, second in outcomes.values():
         seconds = second["resumed"][0][1]

@@ -119,9 +119,9 @@ def test_a_rank_without_a_record_after_the_first_step_is_no_alarm() -> None:
 
 
 def test_the_end_of_a_step_is_before_the_save_that_follows_it() -> None:
-    """`step(8)` closes step index 7, and the save after it is recorded under index 7 too."""
+    """`step(8)` closes step 8, and the save after it is recorded under step 8 too."""
     stuck = _record(21, 8, 100.0, mark=PhaseMark.STEP)
-    saving = _record(22, 7, 100.0, RankPhase.CHECKPOINT)
+    saving = _record(22, 8, 100.0, RankPhase.CHECKPOINT)
     (verdict,) = _judge({0: saving, 1: stuck}, now=131.0)
     assert verdict.rank == 1 and "after the end of step 8" in verdict.detail
 
@@ -219,7 +219,7 @@ def test_a_load_that_gets_on_may_take_longer_than_a_start() -> None:
 def test_a_start_that_all_entered_names_where_they_stand() -> None:
     newest: dict[int, Record | None] = {0: _record(4, 0, 2.0), 1: _record(1, 0, 2.0, RankPhase.START)}
     (verdict,) = _judge(newest, now=191.0, stepped=False)
-    assert verdict.rank == 1 and "rank 1 is behind, in start of step 0" in verdict.detail
+    assert verdict.rank == 1 and "rank 1 is behind, in start" in verdict.detail
 
 
 # ---- saves ----

@@ -111,7 +111,7 @@ class MadeRank:
         self.waits(did.wait, flags=BATCHED)
         self.ring.end(RankPhase.FORWARD, number)
         self.phase(RankPhase.OPTIMIZER, number, did.compute - did.compute // 2)
-        self.ring.step(number + 1)
+        self.ring.step(number)
         if did.save:
             self.ring.begin(RankPhase.CHECKPOINT, number)
             self.waits(did.save // 2)

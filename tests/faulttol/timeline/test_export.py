@@ -279,6 +279,17 @@ def test_sends_are_joined_to_their_receives(tmp_path: Path, monkeypatch: pytest.
     assert ways.count((0, 1)) == 12 and ways.count((1, 0)) == 3
 
 
+def test_what_is_read_at_the_start_is_of_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(tmp_path)
+    (one,) = gang(tmp_path / "rings", [0], monkeypatch)
+    one.started()
+    for number in (1, 2, 3):
+        one.step(number)
+    _close([StepStore(run.attempt(1).root, "n", [0], tmp_path / "rings")])
+    drawn = {e["name"] for e in _drawn(run) if e.get("cat") == "step"}
+    assert drawn == {"step 1", "step 2", "step 3"}
+
+
 def test_what_never_ended_is_drawn_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _run(tmp_path)
     first, second = gang(tmp_path / "rings", [0, 1], monkeypatch)

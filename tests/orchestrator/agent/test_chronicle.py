@@ -41,8 +41,8 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
     until(lambda: len(seen.Looks(attempt.seen).update()) == 2)
     for step in range(1, 30):
         for recorder in recorders:
-            recorder.begin(RankPhase.FORWARD, step - 1)
-            recorder.end(RankPhase.FORWARD, step - 1)
+            recorder.begin(RankPhase.FORWARD, step)
+            recorder.end(RankPhase.FORWARD, step)
             recorder.step(step)
     chronicle.hold()
     state[0] = "T"

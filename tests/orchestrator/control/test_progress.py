@@ -110,10 +110,10 @@ def test_all_have_ended_well_where_each_of_them_has() -> None:
 
 def test_all_are_beyond_a_step_where_each_of_them_is() -> None:
     for ranks, beyond in (
-        ([rank(0, 11), rank(1, 12)], True),
-        ([rank(0, 11), rank(1, 10)], False),
-        ([rank(0, 11), rank(1)], False),
-        ([rank(0, 11)], False),
+        ([rank(0, 12), rank(1, 13)], True),
+        ([rank(0, 12), rank(1, 11)], False),  # in the forward pass of step 11
+        ([rank(0, 12), rank(1)], False),
+        ([rank(0, 12)], False),
         ([], False),
     ):
         assert KNOWN.reported([report(*ranks)]).all_beyond(10, 2) is beyond
