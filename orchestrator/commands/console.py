@@ -12,6 +12,7 @@ from orchestrator.record.reading import RunSummary
 from orchestrator.record.states import State
 
 _PLACES = ("rail", "rack", "nvlink")
+_SAVES_FAIL = "mend the storage that `saves` names, such as its free space; the next save that is due tries again by itself"
 """Labels of a node that placement uses."""
 
 
@@ -130,6 +131,8 @@ def status(row: RunSummary, history: Sequence[dict[str, Any]]) -> str:
     rows.append(("folder", row.folder))
     if row.next_step:
         rows.append(("next", row.next_step))
+    elif row.failed_saves and not row.terminal:
+        rows.append(("next", _SAVES_FAIL))
     return table(rows)
 
 
@@ -207,13 +210,18 @@ def incidents(listed: Sequence[dict[str, Any]]) -> str:
                 f" ({expected})" if expected else ""
             )
             cost = f"{again}, {one['downtime_seconds']:.1f} s without training"
+            unnoticed = one["unnoticed_seconds"]
+            cost += f", {unnoticed:.1f} s of them until it was found" if unnoticed >= 0.1 else ""
+        # An attempt that ends in its start hasn't said which step it would begin at.
+        after = f"after step {one['step']}" if one["step"] else "before its first step"
         rows = [
             ("what", f"{one['cause']}: {one['detail']}"),
-            ("where", f"{where}, attempt {one['attempt']}, after step {one['step']}"),
+            ("where", f"{where}, attempt {one['attempt']}, {after}"),
             ("when", clock(one["opened"])),
             ("cost", cost),
             ("outcome", one["resolution"]),
             ("evidence", one["evidence"]),
+            *([("stacks", one["stacks"])] if one["stacks"] else []),
         ]
         blocks.append(f"incident {one['incident']}\n" + indented(table(rows)))
     return "\n".join(blocks)

@@ -40,6 +40,8 @@ class Progress:
     step: int = 0
     """Newest finished one that a line reported."""
     step_seconds: float = 0.0
+    line_time: float = 0.0
+    """When rank 0 wrote that line, in seconds since the epoch."""
     judged: float = float("-inf")
     """When the detectors last looked, by the run's clock."""
     read: int = 0
@@ -61,6 +63,11 @@ class Progress:
     def all_ended_well(self, world: int) -> bool:
         """Every rank has ended with exit code 0."""
         return len(self.ranks) == world and all(rank.exit_code == 0 for rank in self.ranks.values())
+
+    @property
+    def last_sign(self) -> float:
+        """When a rank last showed that it works, in seconds since the epoch; 0 where none has."""
+        return max([self.line_time, *(r.newest.time for r in self.ranks.values() if r.newest is not None)])
 
     def all_beyond(self, step: int, world: int) -> bool:
         """Every rank has finished a step after `step`, whose metric line may come much later (`train.log_every`)."""
@@ -90,7 +97,9 @@ def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Paylo
             seconds = line.step_seconds if isinstance(line, StepLine) else known.step_seconds
             first = view.state is State.STARTING
             moved: list[Payload] = [StateMoved(State.RUNNING, Reason.FIRST_STEP)] if first else []
-            return moved, replace(known, step=max(known.step, line.step), step_seconds=seconds)
+            newest = max(known.line_time, line.time)
+            step = max(known.step, line.step)
+            return moved, replace(known, step=step, step_seconds=seconds, line_time=newest)
     return [], known
 
 

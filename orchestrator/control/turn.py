@@ -259,7 +259,13 @@ class Turn:
             step=max(self.known.step, view.resumed_step or 0),
             evidence=str(cause.evidence or self.run.attempt(view.attempt).ranks),
             predicted_steps=None if decision.action is Action.WARN else predicted,
+            unnoticed_seconds=0.0 if decision.action is Action.WARN else self._unnoticed(cause),
         )
+
+    def _unnoticed(self, cause: Verdict) -> float:
+        """Seconds since the fault, or since the last sign of a rank where nobody saw it; clocks of nodes may differ."""
+        began = self.known.last_sign if cause.time is None else cause.time
+        return min(max(0.0, self.steady - began), self.clock - self.view.attempt_clock) if began else 0.0
 
     def _begin_stop_after(self) -> None:
         """Stop the ranks as decided, once the stacks are there where they were asked for."""

@@ -158,5 +158,6 @@ def closing(view: RunView, step: int, clock: float, ended: str = "") -> list[Inc
         lost = 0 if resumed is None else max(0, last - resumed)
         until = clock if incident.training_clock is None else incident.training_clock
         resolution = ended or f"attempt {view.attempt} resumed from step {view.resumed_step or 0}"
-        closed.append(IncidentClosed(incident.number, resolution, lost, until - incident.opened_clock))
+        down = until - incident.opened_clock + incident.event.unnoticed_seconds
+        closed.append(IncidentClosed(incident.number, resolution, lost, down))
     return closed

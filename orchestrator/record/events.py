@@ -260,6 +260,8 @@ class IncidentOpened:
     """Path to look at."""
     predicted_steps: float | None = None
     """Steps that such a fault costs on average, by the interval of saves; None where it stops nothing."""
+    unnoticed_seconds: float = 0.0
+    """From the fault, or the last sign of a rank before it, until it was found; 0 where training continues."""
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,10 @@ def _newest_line(run: RunPaths, view: RunView) -> StepLine | MeasuredLine | None
 def _trouble(view: RunView) -> str:
     """What is wrong with a run's saves."""
     if view.failing and view.failed is not None:
-        return f"{failed(view.failing)} since step {view.saved_step or 0}: {view.failed.error}"
+        newest = view.checkpoint.step if view.checkpoint is not None else 0
+        # Until the ranks of a next attempt say where they begin, what is known is what was saved last.
+        since = newest if view.saved_step is None else view.saved_step
+        return f"{failed(view.failing)} since step {since}: {view.failed.error}"
     if view.passed:
         return f"resumed from step {view.resumed_step or 0}; passed over {view.passed}"
     opened = next((i.event.detail for i in view.open_incidents if i.stops_nothing), "")
@@ -317,6 +320,7 @@ def _incidents(view: RunView) -> list[dict[str, Any]]:
                 "stops_nothing": incident.stops_nothing,
                 "opened": incident.opened,
                 "closed": incident.closed,
+                "stacks": incident.stacks,
                 "resolution": outcome.get("resolution", "open"),
                 "lost_steps": outcome.get("lost_steps"),
                 "downtime_seconds": outcome.get("downtime_seconds"),

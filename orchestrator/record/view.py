@@ -54,6 +54,8 @@ class Incident:
     """When an attempt after it had finished its first step."""
     saved_step: int | None = None
     """Step of the newest commit in storage since it opened."""
+    stacks: str = ""
+    """Folder of the stacks and rings that were kept for it."""
 
     @property
     def stops_nothing(self) -> bool:
@@ -228,7 +230,10 @@ def apply(view: RunView, event: Event, strict: bool = True) -> RunView:
         case StopBegan():
             return replace(view, stopping=p, stopping_clock=clock)
         case EvidenceKept():
-            return replace(view, evidence=p.path)
+            kept = tuple(
+                replace(one, stacks=p.path) if one.number == p.incident else one for one in view.incidents
+            )
+            return replace(view, evidence=p.path, incidents=kept)
         case Parked():
             return replace(view, parked=p)
         case Unparked():

@@ -341,6 +341,25 @@ def test_the_first_fault_restarts_in_place_without_a_wait(world: Sim) -> None:
     assert (second.group, second.shares) == (first.group, first.shares), "the slots stay held"
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_downtime_begins_with_the_fault_and_not_when_it_is_found(world: Sim, lost: bool) -> None:
+    """A hang has a time; of nodes that are lost nobody knows more than when their ranks last showed that they worked."""
+    world.submit("a")
+    world.turn(15)
+    stood = world.clock.now
+    if lost:
+        for node in list(world.world.alive):
+            world.runtime.lose_node(node.node_id)
+    else:
+        world.runtime.hung = {0: stood, 1: stood}
+    for _ in range(40):
+        world.turn(1)
+        if world.view("a").incidents:
+            break
+    (incident,) = world.view("a").incidents
+    assert incident.event.unnoticed_seconds == pytest.approx(world.clock.now - stood, abs=1.5)
+
+
 def test_a_hang_keeps_the_stacks_before_anything_is_killed(world: Sim) -> None:
     world.submit("a")
     world.turn(15)

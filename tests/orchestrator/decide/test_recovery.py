@@ -225,9 +225,10 @@ class Life:
         self.now += seconds
         self.add(ev.StateMoved(State.RUNNING, Reason.FIRST_STEP))
 
-    def fault(self, step: int) -> None:
+    def fault(self, step: int, unnoticed: float = 0.0) -> None:
         number = len(self.view.incidents) + 1
-        self.add(ev.IncidentOpened(number, self.attempt, "rank_exit", "", 0, None, step, ""))
+        opened = ev.IncidentOpened(number, self.attempt, "rank_exit", "", 0, None, step, "", None, unnoticed)
+        self.add(opened)
         self.add(ev.StateMoved(State.RECOVERING, Reason.RANK_DIED))
         self.add(ev.StateMoved(State.QUEUED, Reason.BACKOFF_OVER))
 
@@ -236,14 +237,14 @@ def test_an_incident_lasts_until_the_lost_steps_are_trained_again() -> None:
     life = Life()
     life.start(0)
     life.now += 18
-    life.fault(step=18)
+    life.fault(step=18, unnoticed=2.5)
     assert closing(life.view, 18, life.now) == [], "no attempt has followed yet"
     life.start(10, seconds=7.0)
     for step in range(11, 19):
         assert closing(life.view, step, life.now) == []
     life.now += 8
     (closed,) = closing(life.view, 19, life.now)
-    assert closed == ev.IncidentClosed(1, "attempt 2 resumed from step 10", 8, 7.0)
+    assert closed == ev.IncidentClosed(1, "attempt 2 resumed from step 10", 8, 9.5)
     life.add(closed)
     assert closing(life.view, 20, life.now) == [], "it is closed once"
 

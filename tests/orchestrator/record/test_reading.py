@@ -22,6 +22,7 @@ from orchestrator.record.events import (
     AttemptResumed,
     CheckpointCommitted,
     CheckpointFailed,
+    EvidenceKept,
     GangShape,
     IncidentClosed,
     IncidentOpened,
@@ -203,7 +204,8 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
         log.append(CheckpointFailed(1, 200 + 10 * number, "No space left", number), 3.0)
     cause = VerdictKind.CHECKPOINT_OVERDUE
     log.append(IncidentOpened(1, 1, cause, "3 saves failed", None, None, 230, "ranks"), 3.0)
-    log.append(IncidentOpened(2, 1, "rank_exit", "killed", 0, "10.0.0.1", 231, "ranks", 7.05), 3.0)
+    log.append(IncidentOpened(2, 1, "rank_exit", "killed", 0, "10.0.0.1", 231, "ranks", 7.05, 1.25), 3.0)
+    log.append(EvidenceKept(1, 2, "attempts/001/evidence/incident-002"), 3.0)
     log.append(IncidentClosed(2, "mended", 9, 4.0), 4.0)
     log.close()
     writer = MetricWriter(run.attempt(1).metrics)
@@ -215,11 +217,41 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     assert row.saves == "3 saves failed since step 200: No space left" and row.failed_saves == 3
     for told in (console.run_list([row]), console.status(row, []), console.final_summary(row, run)):
         assert row.saves in told
+    assert "the next save that is due tries again by itself" in console.status(row, [])
     assert (row.memory_step, row.memory_held) == (230, 0.125)
     assert "step 230 (training held 0.12 s)" in console.status(row, [])
     told = console.incidents(reading.incidents(run))
     assert "none: training continues" in told
-    assert "9 steps trained again (7.05 steps predicted), 4.0 s without training" in told
+    assert (
+        "9 steps trained again (7.05 steps predicted), 4.0 s without training, 1.2 s of them until it was found"
+        in told
+    )
+    assert told.count("after step 230") == 1 and "before its first step" not in told
+    (unbegun,) = reading.incidents(run)[:1]
+    assert "attempt 1, before its first step" in console.incidents([unbegun | {"step": 0}])
+    assert told.count("  stacks    attempts/001/evidence/incident-002") == 1, "of the incident that has some"
+
+
+def test_what_was_saved_last_is_known_before_the_next_attempt_says_where_it_begins(tmp_path: Path) -> None:
+    home = HomePaths(tmp_path)
+    run = home.run("smoke-1")
+    run.root.mkdir(parents=True)
+    log = Writer(run)
+    log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    for attempt in (1, 2):
+        log.append(StateMoved(State.PLACING, Reason.ADMITTED), 1.0)
+        log.append(AttemptPlaced(attempt, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
+        log.append(StateMoved(State.STARTING, Reason.PLACED), 1.0)
+        if attempt == 1:
+            log.append(AttemptResumed(1, 0, None), 1.0)
+            log.append(CheckpointCommitted(1, 20, "folder/step", 9, 12.5, 0.25), 2.0)
+            log.append(CheckpointFailed(1, 40, "No space left", 1), 3.0)
+            log.append(StateMoved(State.RECOVERING, Reason.RANK_DIED), 4.0)
+            log.append(StateMoved(State.QUEUED, Reason.BACKOFF_OVER), 4.0)
+    log.close()
+    (row,) = reading.summaries(home).rows
+    assert row.saves == "1 save failed since step 20: No space left"
 
 
 def test_what_continues_a_stopped_run_says_from_where_and_what_was_not_saved(tmp_path: Path) -> None:
