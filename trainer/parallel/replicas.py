@@ -166,7 +166,8 @@ def _copies(parts: Iterable[Slice]) -> Iterator[HeldCopy]:
     sums = checksums([part.tensor for part in shared])
     for part, total in zip(shared, sums, strict=True):
         group, replica = divmod(part.replica, part.exact or part.replicas)
-        name = f"{part.name}{part.box}" + (f" in group {group}" if part.exact else "")
+        box = part.box if part.tensor.ndim else ""  # a count has no box that says anything
+        name = f"{part.name}{box}" + (f" in group {group}" if part.exact else "")
         yield HeldCopy(name, replica, part.exact or part.replicas, total)
 
 

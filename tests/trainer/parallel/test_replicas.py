@@ -233,6 +233,7 @@ def test_the_rank_with_a_flipped_bit_is_named(outcome: list[list[CaseSeen]]) -> 
             for number, (seen, holders, name) in enumerate(rank.wrong[ending] for rank in ranks):
                 assert seen.traffic == Traffic([8 * 256], ["gather", "broadcast"])
                 assert name in seen.text and len(holders) >= 2, (case, ending)
+                assert "[]" not in seen.text, "a count has no box that says anything"
                 many = len(holders) > 2
                 majorities += many
                 assert seen.kind == ("WrongReplica" if many else "ReplicasDiffer"), (case, seen)
