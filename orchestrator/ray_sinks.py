@@ -12,7 +12,7 @@ from configs.compose import load
 from configs.paths import RunPaths
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.sinks.mode import mode_of
-from orchestrator.sinks.starts import pump_to_the_end
+from orchestrator.sinks.starts import pump_to_the_end, temporary_files
 
 _NICENESS = 10
 """A sink yields the processor to the ranks."""
@@ -27,7 +27,8 @@ class SinkActor:
 
     def work(self) -> None:
         """Pump to the end, then leave, as after too many failures: an actor that idles would be taken for a working one."""
-        pump_to_the_end(self._make)
+        with temporary_files(str(self._run.root)):
+            pump_to_the_end(self._make)
         ray.actor.exit_actor()
 
     def _make(self) -> Any:

@@ -1,11 +1,17 @@
-"""When a sink is looked for again, and how one is pumped to its end. Neither Ray nor W&B."""
+"""When a sink is looked for again, where it keeps temporary files, how it is pumped to its end. Neither Ray nor W&B."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from orchestrator.decide import backoff
@@ -63,6 +69,35 @@ class Pumped(Protocol):
 
     def close(self) -> None:
         """End it."""
+
+
+@contextmanager
+def temporary_files(run_root: str) -> Iterator[None]:
+    """Have this process and its children keep temporary files in a folder of the run on this node, which is removed after.
+
+    A sink that is killed removes nothing, and W&B keeps pictures and a socket there; the run's next sink finds it by
+    its name, empties it and removes it. Its path is short, as a socket's must be, and on the node, where one can be.
+    """
+    before = os.environ.get("TMPDIR"), tempfile.tempdir
+    name = f"megaray-sink-{hashlib.sha256(run_root.encode()).hexdigest()[:12]}"
+    folder = Path(tempfile.gettempdir()) / name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:  # another's, or no room: then where all have theirs
+        log.warning("temporary files aren't kept in %s: %s", folder, error)
+        yield
+        return
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before[1]
+        if before[0] is None:
+            os.environ.pop("TMPDIR", None)
+        else:
+            os.environ["TMPDIR"] = before[0]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pump_to_the_end(make: Callable[[], Pumped], wait: Callable[[float], None] = time.sleep) -> None:

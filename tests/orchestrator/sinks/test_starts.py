@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 
-from orchestrator.sinks.starts import FORGOTTEN_SECONDS, LONGEST_SECONDS, TRIES, SinkStarts, pump_to_the_end
+from orchestrator.sinks.starts import (
+    FORGOTTEN_SECONDS,
+    LONGEST_SECONDS,
+    TRIES,
+    SinkStarts,
+    pump_to_the_end,
+    temporary_files,
+)
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -40,6 +51,38 @@ def test_a_run_that_comes_back_is_looked_at_at_once() -> None:
         starts.due("a", float(now))
     assert not starts.due("a", 100.0)
     assert starts.due("a", 100.0 + FORGOTTEN_SECONDS)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TMPDIR", raising=False)
+    return tmp_path
+
+
+def test_what_a_killed_sink_left_goes_when_the_run_has_another(temporary: Path) -> None:
+    with temporary_files("/home/runs/a"):
+        (folder,) = temporary.iterdir()
+        assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(folder), "of its children too"
+        assert len(folder.name) < 30, "a socket's path is short"
+    assert not list(temporary.iterdir()) and "TMPDIR" not in os.environ and tempfile.tempdir == str(temporary)
+    folder.mkdir()
+    (folder / "picture.png").touch()  # it was killed
+    with temporary_files("/home/runs/b"):
+        assert len(list(temporary.iterdir())) == 2, "each run has its own"
+    with temporary_files("/home/runs/a"):
+        assert list(temporary.iterdir()) == [folder] and not list(folder.iterdir())
+    assert not list(temporary.iterdir())
+
+
+def test_a_folder_that_is_anothers_is_left_alone(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.sinks.starts.shutil.rmtree", lambda *_, **__: None)
+    with temporary_files("/home/runs/a"):
+        (folder,) = temporary.iterdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        with temporary_files("/home/runs/a"):
+            assert tempfile.gettempdir() == str(temporary)
+    assert folder.exists()
 
 
 def test_a_sink_that_raises_is_made_anew_and_closed() -> None:
