@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,8 +162,11 @@ def _list(call: CommandCall) -> int:
         screen.watch_list(call.home, sys.stdout, call.wants_json)
         return 0
     listing = reading.summaries(call.home)
-    call.report(console.run_list(listing.rows, listing.damage), [asdict(row) for row in listing.rows])
+    text = console.run_list(listing.rows, listing.damage, listing.silent)
+    call.report(text, [asdict(row) for row in listing.rows])
     if call.wants_json:
+        if listing.silent:
+            print(f"megaray: {listing.silent}", file=sys.stderr)
         for text in listing.damage:
             print(f"megaray: damaged: {clean(text)}", file=sys.stderr)
     return 0
@@ -173,9 +177,12 @@ def _status(call: CommandCall) -> int:
     from orchestrator.record import reading
 
     reader = reading.RunReader(call.home.existing(call.options.run))
-    row = reader.summary(reading.read_queue(call.home))
-    incidents = reader.incidents()
-    call.report(console.status(row, incidents), asdict(row) | {"incidents": incidents})
+    queue = reading.read_queue(call.home)
+    row, incidents = reader.summary(queue), reader.incidents()
+    silent = "" if row.terminal else reading.silence(queue, time.time())
+    call.report(
+        console.status(row, incidents, silent), asdict(row) | {"incidents": incidents, "silent": silent}
+    )
     return 0
 
 

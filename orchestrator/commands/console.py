@@ -12,13 +12,13 @@ from orchestrator.record.reading import RunSummary
 from orchestrator.record.states import State
 
 _PLACES = ("rail", "rack", "nvlink")
-_SAVES_FAIL = "mend the storage that `saves` names, such as its free space; the next save that is due tries again by itself"
 """Labels of a node that placement uses."""
+_SAVES_FAIL = "mend the storage that `saves` names, such as its free space; the next save that is due tries again by itself"
 
 
-def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = ()) -> str:
-    """The table of `list`, and below it what can't be read."""
-    broken = "".join(f"\ndamaged: {clean(text)}" for text in damage)
+def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = (), silent: str = "") -> str:
+    """The table of `list`, and below it what can't be read and whether no controller turns."""
+    broken = "".join(f"\ndamaged: {clean(text)}" for text in damage) + (f"\n{silent}" if silent else "")
     if not rows:
         return f"no runs yet; `{PROGRAM} submit` starts one{broken}"
     head = ("RUN", "STATE", "OWNER", "PRIO", "SLOTS", "STEP", "LOSS", "TOK/S", "ETA", "INCIDENTS", "NOTE")
@@ -78,12 +78,13 @@ def _note(row: RunSummary) -> str:
     return row.waiting_for or (row.detail if row.state in (State.FAILED, State.RECOVERING) else "")
 
 
-def status(row: RunSummary, history: Sequence[dict[str, Any]]) -> str:
-    """One run in full."""
+def status(row: RunSummary, history: Sequence[dict[str, Any]], silent: str = "") -> str:
+    """One run in full; `silent` says that no controller turns."""
     why = f" ({row.reason})" + (f": {row.detail}" if row.detail else "")
     rows = [
         ("run", row.run_id),
         ("state", row.state + why),
+        *([("controller", silent)] if silent else []),
         ("model", f"{row.model}, {_axes(row.layout)}, {plural(row.slots, 'slot')}, priority {row.priority}"),
         (
             "submitted",

@@ -313,9 +313,10 @@ def watch_list(
     while True:
         listing = reading.summaries(home)
         rows = [asdict(row) for row in listing.rows]
-        if (rows, listing.damage) != before:
-            before = rows, listing.damage
-            text = f"{clock(time.time())}\n{console.run_list(listing.rows, listing.damage)}\n"
+        if (rows, listing.damage, bool(listing.silent)) != before:
+            before = rows, listing.damage, bool(listing.silent)
+            shown = console.run_list(listing.rows, listing.damage, listing.silent)
+            text = f"{clock(time.time())}\n{shown}\n"
             stream.write(json.dumps(shareable(rows), default=str) + "\n" if as_json else text)
             stream.flush()
         sleep(_LIST_EVERY)
@@ -325,13 +326,13 @@ def _listed(listing: reading.Listing, width: int, height: int) -> list[Text]:
     """As many runs as there is room for: active ones first, then the newest that have ended; oldest on top."""
     going = [row for row in listing.rows if not row.terminal]
     ended = [row for row in listing.rows if row.terminal]
-    room = max(1, height - 2 - min(3, len(listing.damage)))
+    room = max(1, height - 2 - min(3, len(listing.damage)) - bool(listing.silent))
     kept = (
         going[-room:]
         if len(going) >= room
         else ended[len(ended) - min(len(ended), room - len(going)) :] + going
     )
-    made = [Text(line) for line in console.run_list(kept, listing.damage[:3]).splitlines()]
+    made = [Text(line) for line in console.run_list(kept, listing.damage[:3], listing.silent).splitlines()]
     if made:
         made[0].stylize("bold")
     if len(kept) < len(listing.rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from configs.errors import UserError, from_json
 from configs.metrics import MeasuredLine, MetricLine, SavedLine, StepLine, last_step, parse_line
 from configs.paths import HomePaths, RunPaths
 from faulttol.detect.overdue import failed
+from orchestrator import PROGRAM
 from orchestrator.record.events import CheckpointCommitted, Submitted
 from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.states import Reason, State
@@ -100,6 +102,15 @@ class Listing:
     """Oldest first."""
     damage: list[str]
     """What can't be read, a line each; everything else is reported all the same."""
+    silent: str = ""
+    """`silence`, where a run hasn't ended."""
+
+
+BEAT = 20.0
+"""Seconds without the controller's beat after which it counts as silent; it beats every 5 s."""
+COMES_BACK = (
+    f"Ranks train on without it, and it comes back by itself; `{PROGRAM} up` starts it where nothing does"
+)
 
 
 def read_queue(home: HomePaths) -> dict[str, Any]:
@@ -124,7 +135,27 @@ def summaries(home: HomePaths) -> Listing:
         except Exception as error:  # whatever it is, it is this run's, and is reported as such
             first = (str(error).splitlines() or [""])[0]
             damage.append(f"run {run.run_id}: {type(error).__name__}: {first}; its files are in {run.root}")
-    return Listing(rows, list(dict.fromkeys(damage)))
+    going = any(not row.terminal for row in rows)
+    return Listing(rows, list(dict.fromkeys(damage)), silence(queue, time.time()) if going else "")
+
+
+def beat_of(queue: dict[str, Any]) -> float | None:
+    """When a controller published last, in seconds since the epoch; None where none has."""
+    beat = queue.get("beat", queue.get("time"))
+    return float(beat) if isinstance(beat, int | float) else None
+
+
+def silence(queue: dict[str, Any], now: float) -> str:
+    """That no controller turns, so that nobody takes what is shown for news; empty where one does.
+
+    Args:
+        queue: what a controller published.
+        now: seconds since the epoch.
+    """
+    beat = beat_of(queue)
+    if beat is None or now - beat < BEAT:
+        return ""
+    return f"no controller has turned for {now - beat:.0f} s: what is shown of states may be from then. {COMES_BACK}"
 
 
 class RunReader:

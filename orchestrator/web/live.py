@@ -19,13 +19,11 @@ from configs.paths import HomePaths
 from orchestrator.record import cluster_log, log
 from orchestrator.record.cluster_log import NodesView
 from orchestrator.record.log import Cursor
-from orchestrator.record.reading import read_queue
+from orchestrator.record.reading import BEAT, beat_of, read_queue
 from orchestrator.web.runs import RunState
 
 LINGER = 300.0
 """Seconds for which a run that has ended is still reported to Prometheus, with its lines."""
-BEAT = 20.0
-"""Seconds without the controller's beat after which it counts as silent; it beats every 5 s."""
 _TURN = 1.0
 _IDLE_SHARE = 4.0
 """Rest after a turn, in times of what it took, so that many runs on slow storage aren't read all the time."""
@@ -57,8 +55,7 @@ class Seen:
     @property
     def beat(self) -> float | None:
         """When the controller published last."""
-        beat = self.queue.get("beat", self.queue.get("time"))
-        return float(beat) if isinstance(beat, int | float) else None
+        return beat_of(self.queue)
 
 
 class Live:

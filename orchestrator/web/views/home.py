@@ -8,7 +8,8 @@ from typing import Any
 
 from orchestrator import PROGRAM
 from orchestrator.record.cluster_log import NodeRecord
-from orchestrator.web.live import BEAT, Seen
+from orchestrator.record.reading import BEAT, COMES_BACK
+from orchestrator.web.live import Seen
 from orchestrator.web.runs import RunState
 
 _DAMAGE = 200
@@ -67,8 +68,8 @@ def controller(seen: Seen, now: float) -> dict[str, Any]:
         said = "the controller answers"
     else:
         said = (
-            f"the controller has been silent for {age:.0f} s: what is shown of the queue and the nodes is from then. Ranks "
-            f"train on without it, and it comes back by itself; `{PROGRAM} up` starts it where nothing does"
+            f"the controller has been silent for {age:.0f} s: what is shown of the queue and the nodes is from then. "
+            f"{COMES_BACK}"
         )
     queue = seen.queue
     return {

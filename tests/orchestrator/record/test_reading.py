@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +233,30 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     (unbegun,) = reading.incidents(run)[:1]
     assert "attempt 1, before its first step" in console.incidents([unbegun | {"step": 0}])
     assert told.count("  stacks    attempts/001/evidence/incident-002") == 1, "of the incident that has some"
+
+
+def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_path: Path) -> None:
+    """Or `status` shows a run that runs, with the seconds to its end, of a cluster that has been gone for hours."""
+    home = HomePaths(tmp_path)
+    run = home.run("smoke-1")
+    run.root.mkdir(parents=True)
+    log = Writer(run)
+    log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
+    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    assert reading.summaries(home).silent == "", "nobody knows of a controller"
+    home.queue.write_text(json.dumps({"time": time.time() - 5.0}))
+    assert reading.summaries(home).silent == "", "it beats every 5 s"
+    home.queue.write_text(json.dumps({"time": 1.0, "beat": time.time() - 45.0}))
+    listing = reading.summaries(home)
+    assert re.search(
+        r"no controller has turned for 4[5-9] s: .* up` starts it where nothing does$", listing.silent
+    )
+    assert console.run_list(listing.rows, [], listing.silent).endswith(listing.silent)
+    assert f"controller  {listing.silent}" in console.status(listing.rows[0], [], listing.silent)
+    assert "no controller" not in console.status(listing.rows[0], [])
+    log.append(StateMoved(State.CANCELLED, Reason.CANCEL_ASKED), 1.0)
+    log.close()
+    assert reading.summaries(home).silent == "", "of runs that have ended nothing is old"
 
 
 def test_what_was_saved_last_is_known_before_the_next_attempt_says_where_it_begins(tmp_path: Path) -> None:
