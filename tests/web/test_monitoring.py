@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 FOLDER = ROOT / "deploy" / "monitoring"
 _WORDS = {
-    "time", "rate", "sum", "by", "on", "and", "or", "ignoring", "group_left", "quantile_over_time", "max_over_time",
-    "min_over_time", "abs", "clamp_min", "without", "up", "unless", "job", "run", "part", "resource", "state",
+    "time", "rate", "sum", "by", "on", "and", "or", "ignoring", "group_left", "quantile_over_time", "increase",
+    "abs", "clamp_min", "without", "up", "unless", "job", "run", "part", "resource", "state",
     "node", "m", "h",
 }  # fmt: skip
 
