@@ -71,14 +71,19 @@ class BrowserPage:
         return self.driver.find_element("css selector", selector)
 
     def button(self, text: str) -> Any:
-        """The button with a text."""
-        found = [
-            b
-            for b in self.driver.find_elements("css selector", "button")
-            if b.text == text and b.is_displayed()
-        ]
-        assert found, f"there is no button '{text}'"
-        return found[0]
+        """The button with a text, once it is there."""
+        return self.until(lambda: self._button(text), why=f"there is no button '{text}'")
+
+    def _button(self, text: str) -> Any:
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        try:
+            for button in self.driver.find_elements("css selector", "button"):
+                if button.text == text and button.is_displayed():
+                    return button
+        except StaleElementReferenceException:
+            pass  # the page was drawn anew meanwhile
+        return None
 
     def rows(self, label: str) -> list[list[str]]:
         """Texts of the cells of a table."""
