@@ -191,6 +191,8 @@ class _Job:
         self.progress = _Progress()
         self.differing: dict[int, str] = {}
         """By step, what differed in a state that was staged all the same."""
+        self.agreed: int | None = None
+        """The newest step in the store whose copies were equal; None where there is none."""
         self.stop = Stop(mesh.device)
         self.stopping = False
         """All ranks have agreed to stop before the last step."""
@@ -210,6 +212,7 @@ class _Job:
             self.progress.ahead = loaded.samples - samples_before(self.config.train, loaded.step)
             notes = [*notes, *loaded.notes]
             self.facts["tier"] = loaded.tier
+            self.agreed = loaded.step  # whatever it holds, all ranks have got it alike
             if loaded.passed:
                 self.facts["passed"] = list(loaded.passed)
         self.saves.begin(self.progress.step)
@@ -359,12 +362,12 @@ class _Job:
         progress = self.progress
         with self._away(), self.clock.phase("checkpoint"):
             samples = self._samples(progress.step)
-            if self.config.checkpoint.compare != "none":
-                self._compare()
-            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
+            agree = self.config.checkpoint.compare == "none" or self._compare()
+            agreed = None if agree else self.agreed
+            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers, agreed)
 
-    def _compare(self) -> None:
-        """See that what several ranks have is equal, so that no attempt resumes from a copy that went wrong.
+    def _compare(self) -> bool:
+        """Whether what several ranks have is equal, so that no attempt resumes from a copy that went wrong.
 
         Raises:
             ReplicasDiffer: where it isn't, under `checkpoint.compare=stop`. A save that is still being written was found
@@ -373,16 +376,18 @@ class _Job:
         try:
             replicas.compare(self.engine.state(), self.mesh, self.progress.step)
         except ReplicasDiffer as error:
-            if self.config.checkpoint.compare == "warn":
-                self.differing[self.progress.step] = str(error)
-                self.lines.note(
-                    [f"{error}; it is saved all the same (checkpoint.compare=stop ends the attempt)"]
-                )
-                return
-            self.checkpoints.finish()
+            self.checkpoints.finish()  # so that the newest step in the store is known
             for outcome in self.checkpoints.ended():
                 self._tell_save(outcome)
-            raise
+            if self.config.checkpoint.compare != "warn":
+                raise
+            kept = "" if self.agreed is None else f"; step {self.agreed} is pinned as agreed-{self.agreed}"
+            self.differing[self.progress.step] = f"{error}{kept}"
+            self.lines.note(
+                [f"{error}; it is saved all the same (checkpoint.compare=stop ends the attempt){kept}"]
+            )
+            return False
+        return True
 
     def _finish_saves(self) -> None:
         """Wait for the save of the last step, which is tried again: nothing else is left of the run.
@@ -419,7 +424,10 @@ class _Job:
         if error is None:
             # A save ends behind later steps, perhaps behind the next comparison, and once for each tier.
             self.differing = {step: why for step, why in self.differing.items() if step >= outcome.step}
-            self.lines.saved(outcome, self.saves.next_due, self.differing.get(outcome.step, ""))
+            differs = self.differing.get(outcome.step, "")
+            self.lines.saved(outcome, self.saves.next_due, differs)
+            if outcome.tier == "store" and not differs:
+                self.agreed = outcome.step
         else:
             counted = outcome.tier == "store" and not outcome.skipped
             self.lines.failed(outcome, self.saves.failed_in_a_row if counted else 0)

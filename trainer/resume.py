@@ -155,12 +155,21 @@ class Checkpoints:
         """Get memory for saves while training begins."""
         self._saver.prepare(_pieces(engine))
 
-    def stage(self, engine: Engine, step: int, samples: int, loss: float, tiers: Sequence[str]) -> None:
+    def stage(
+        self,
+        engine: Engine,
+        step: int,
+        samples: int,
+        loss: float,
+        tiers: Sequence[str],
+        agreed: int | None = None,
+    ) -> None:
         """Begin to save; `settle` comes before anything that is saved changes.
 
         Args:
             samples: consumed up to this step.
             tiers: `memory`, `store` or both.
+            agreed: where copies of the state differ, the newest saved step in which they didn't; it is pinned.
         """
         facts = {
             "fingerprint": self._fingerprint,
@@ -168,6 +177,7 @@ class Checkpoints:
             "tokens": samples * self._config.data.sequence,
             "loss": loss,
             "lineage": self._lineage,
+            "agreed": agreed,
         }
         self._saver.stage(step, _pieces(engine), facts, tiers)
 

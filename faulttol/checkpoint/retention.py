@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -197,6 +197,13 @@ def pin(store: StoreLike, step: int, name: str) -> CheckpointCommit:
             )
     store.write(f"{commits[-1].prefix}pin-{name}", [b"\n"])
     return commits[-1]
+
+
+def pin_agreed(store: StoreLike, step: int) -> None:
+    """Keep the newest step whose copies agreed as `agreed-STEP`, where copies differ now: later saves have the fault, and
+    would push it out. Nothing where the step isn't there."""
+    with suppress(UserError):
+        pin(store, step, f"agreed-{step}")
 
 
 def unpin(store: StoreLike, step: int, name: str) -> None:

@@ -121,7 +121,7 @@ def save(
             discard(store, step, token, identity)
         raise _failed(root, step, failure)
     if first:
-        retire(store, step, token, identity, retention)
+        retire(store, step, token, identity, retention, facts)
     return Saved(f"{root.rstrip('/')}/{folder_of(step)}", step, int(size or 0), time.monotonic() - began)
 
 
@@ -266,12 +266,19 @@ def discard(store: StoreLike, step: int, token: str, identity: Identity) -> None
             _log.warning("could not remove what earlier attempts left in %s: %s", store.url, error)
 
 
-def retire(store: StoreLike, step: int, token: str, identity: Identity, retention: Retention) -> None:
+def retire(
+    store: StoreLike, step: int, token: str, identity: Identity, retention: Retention, facts: dict[str, Any]
+) -> None:
     """Remove the run's checkpoints that needn't be kept, after `step` was committed; rank 0 alone.
 
     Never raises: the new checkpoint is committed, so training continues.
+
+    Args:
+        facts: of that step; `agreed` is the step before it that is pinned first, since copies of the state differ now.
     """
     try:
+        if facts.get("agreed") is not None:
+            retention_of.pin_agreed(store, facts["agreed"])
         retention_of.retire(store, identity, retention, _commit(step, identity), token)
     except Exception as error:
         _log.warning("could not remove old checkpoints in %s: %s", store.url, error)

@@ -202,7 +202,7 @@ class OrderWorker:
         size = saving.commit(store, order.step, order.token, order.identity, written, order.facts)
         progress(0)
         if order.root is not None:
-            saving.retire(store, order.step, order.token, order.identity, order.retention)
+            saving.retire(store, order.step, order.token, order.identity, order.retention, order.facts)
         return size
 
 

@@ -323,9 +323,9 @@ MUTANTS = [
     Mutant(
         "copies are compared once the save is on its way",
         _LOOP,
-        """            if self.config.checkpoint.compare != "none":
-                self._compare()
-            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
+        """            agree = self.config.checkpoint.compare == "none" or self._compare()
+            agreed = None if agree else self.agreed
+            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers, agreed)
 """,
         """            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
             if self.config.checkpoint.compare != "none":
@@ -336,8 +336,8 @@ MUTANTS = [
     Mutant(
         "copies that differ end an attempt that was to be warned",
         _LOOP,
-        'if self.config.checkpoint.compare == "warn":',
-        'if self.config.checkpoint.compare == "stop":',
+        'if self.config.checkpoint.compare != "warn":',
+        'if self.config.checkpoint.compare != "stop":',
         f"{_DRIFT}a_warning_names_the_copies_and_the_run_goes_on",
     ),
     Mutant(
@@ -357,5 +357,19 @@ MUTANTS = [
         """    VerdictKind.NODE_UNFIT,
 """,
         "tests/orchestrator/control/test_turns.py::test_a_wrong_copy_of_the_state_evicts_its_host",
+    ),
+    Mutant(
+        "the last step whose copies agreed is pushed out",
+        "faulttol/checkpoint/save.py",
+        'if facts.get("agreed") is not None:',
+        "if False:",
+        f"{_DRIFT}a_warning_names_the_copies_and_the_run_goes_on",
+    ),
+    Mutant(
+        "a step whose copies differ is taken for one that agreed",
+        "trainer/loop.py",
+        'if outcome.tier == "store" and not differs:',
+        'if outcome.tier == "store":',
+        f"{_DRIFT}a_warning_names_the_copies_and_the_run_goes_on",
     ),
 ]

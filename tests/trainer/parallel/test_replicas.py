@@ -20,6 +20,8 @@ from configs.metrics import EndedLine, ResumedLine, SavedLine, read_all
 from configs.rank import RankContext
 from configs.schema import RunConfig
 from faulttol import exits
+from faulttol.checkpoint import retention
+from faulttol.checkpoint.store import CheckpointStore
 from faulttol.detect import death
 from faulttol.detect.snapshot import RankSeen
 from faulttol.verdicts import VerdictKind
@@ -368,4 +370,9 @@ def test_a_warning_names_the_copies_and_the_run_goes_on(tmp_path: Path) -> None:
     assert differs[2] == "" and differs[4].startswith("the state behind step 4 is wrong: "), differs
     warned = (tmp_path / "run" / "notes").read_text().splitlines()
     assert warned and warned[0].startswith("the state behind step 4 is wrong: ")
-    assert warned[0].endswith("; it is saved all the same (checkpoint.compare=stop ends the attempt)")
+    assert "; it is saved all the same (checkpoint.compare=stop ends the attempt)" in warned[0]
+    assert warned[0].endswith("; step 2 is pinned as agreed-2")
+    pins = retention.pins(CheckpointStore(str(tmp_path / "run" / "checkpoints")))
+    assert {commit.step: names for commit, names in pins.items()} == {2: ["agreed-2"]}, (
+        "later saves don't push it out"
+    )
