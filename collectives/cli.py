@@ -22,11 +22,13 @@ from configs.compose import amend, compose, dump, load
 from configs.errors import (
     INTERRUPTED_EXIT,
     USER_ERROR_EXIT,
+    EndedBySignal,
     OneLineParser,
     OutputLost,
     UserError,
     check_command,
     disk_trouble,
+    ended_by_signals,
     said,
     unknown,
 )
@@ -37,9 +39,10 @@ from configs.schema import RunConfig
 PROGRAM = "python -m collectives"
 _COMMANDS = ("run", "fit", "compare", "report", "device")
 _PROGRESS_SECONDS = 10.0
+"""Between two lines of progress into a file."""
 _MOST_HERE = 1024
 """Ranks that are started on one machine; each is a process with its own torch."""
-"""Between two lines of progress into a file."""
+_NO_READER = "whoever read the output has ended, as `| head` does; send it to a file, such as `> table.txt`"
 FINDINGS_EXIT = 3
 """Exit code where all was measured and something was found slow or wrong."""
 
@@ -52,7 +55,13 @@ def main(arguments: list[str]) -> int:
     except (UserError, OutputLost) as error:
         return said(error)
     except BrokenPipeError:
+        # The others have printed all that was wanted; this one has stopped early.
+        if arguments[:1] == ["run"]:
+            print(f"megaray: {_NO_READER}", file=sys.stderr)
         return 1
+    except EndedBySignal as ended:
+        print(f"megaray: {ended}", file=sys.stderr)
+        return ended.code
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
@@ -252,7 +261,7 @@ def _run_here(config: RunConfig, world: int, folder: Path) -> int:
         resolved = tempfile.NamedTemporaryFile("w", suffix=".yaml")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"--out={folder} can't be written ({error.strerror}); name another folder") from None
-    with resolved:
+    with resolved, ended_by_signals():
         try:
             resolved.write(dump(config))
             resolved.flush()
@@ -264,6 +273,9 @@ def _run_here(config: RunConfig, world: int, folder: Path) -> int:
         except KeyboardInterrupt:
             started.end()
             code, trouble = INTERRUPTED_EXIT, "interrupted"
+        except EndedBySignal as ended:
+            started.end()
+            code, trouble = ended.code, str(ended)
     if trouble:
         kept = "" if code == USER_ERROR_EXIT else _keep(store)
         print(f"megaray: {'; '.join(filter(None, [trouble, kept]))}", file=sys.stderr)

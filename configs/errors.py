@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -80,14 +81,47 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **({"allow_abbrev": False} | options))
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError`."""
         raise UserError(f"{message}; `{self.prog} --help` shows what can be typed")
 
 
+def _path(text: str) -> Path:
+    """An empty name, as of a variable of the shell that isn't set, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a name; type one, or . for the current folder")
+    return Path(text)
+
+
 class Stopped(Exception):
     """A rank was asked to stop by SIGTERM and has done so; it exits with `STOPPED_EXIT`."""
+
+
+class EndedBySignal(Exception):
+    """A command was asked to end by a signal; it tidies up and exits with `code`, as shells have it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raise `EndedBySignal` on SIGTERM and SIGHUP, which leave no time to say what is kept; `nohup` stays as it is."""
+    taken = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    for one in taken:
+        signal.signal(one, _end)
+    try:
+        yield
+    finally:
+        for one in taken:
+            signal.signal(one, signal.SIG_DFL)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise EndedBySignal(number)
 
 
 class ReplicasDiffer(Exception):

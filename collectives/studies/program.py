@@ -124,6 +124,8 @@ def _begin(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str
             kept = journal.begin(about)
         except UserError as error:
             refusal = str(error)
+        except BrokenPipeError:  # of the table's head, whose reader has ended: not the folder's
+            raise
         except OSError as error:
             refusal = f"can't write {journal.store.folder} ({error.strerror}); name another folder"
     refusal, keys = team.tree.broadcast_object((refusal, [row.key for row in kept]))

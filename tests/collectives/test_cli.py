@@ -428,3 +428,61 @@ def test_a_killed_rank_and_an_interruption_lose_nothing(tmp_path: Path) -> None:
     assert (code, told) == (2, "")
     assert f"--out={out} holds a finished measurement; name another folder, or remove it" in one_line(err)
     assert rows(out) == whole
+
+
+def one_collective(tmp_path: Path) -> tuple[Path, list[str]]:
+    sizes = [f"collectives.{name}" for name in ("min_size=1K", "max_size=64K", "step_size=1K")]
+    return tmp_path / "out", ["collectives.ops=all_reduce", *sizes, "collectives.min_iterations=50"]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_a_signal_ends_says_what_is_kept_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    out, words = one_collective(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    process = command(out, *words, TMPDIR=str(tmp_path / "tmp"))
+    wait_for_rows(process, out, 2)
+    ranks = list(living_ranks(process))
+    os.kill(process.pid, number)
+    code, _, err = result(process)
+    assert code == 128 + number
+    assert one_line(err).startswith(
+        f"megaray: ended by {number.name}; {len(rows(out))} rows are kept in {out}/measurement"
+    )
+    assert (out / "measurement" / "results.csv").exists()
+    assert len(ranks) == 2 and not any(rank.is_running() for rank in ranks)
+    assert not list((tmp_path / "tmp").glob("*.yaml"))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_reader_of_the_table_that_ends_is_named_and_the_rows_are_kept(tmp_path: Path, count: int) -> None:
+    """With its first line it blamed the folder, and later a rank's log."""
+    out, words = one_collective(tmp_path)
+    process = command(out, *words)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    wait_for_rows(process, out, count)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert one_line(err).startswith(
+        "megaray: whoever read the output has ended, as `| head` does; send it to a file"
+    )
+    assert len(rows(out)) >= count and ("kept in" in err) == bool(rows(out))
+
+
+@pytest.mark.unit
+def test_an_empty_name_of_a_folder_is_not_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "--ranks", "2", "--out", "", "hardware=cpu"]) == 2
+    assert "argument --out: '' is not a name; type one, or . for the current folder" in one_line(
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())

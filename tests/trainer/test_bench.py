@@ -396,10 +396,22 @@ def test_times_are_summed_by_part() -> None:
 
 
 def test_an_unknown_baseline_is_refused() -> None:
-    with pytest.raises(
-        UserError, match="--baselines megatron: no such baseline; use some of plain, hf, deepspeed"
+    for others, why in (
+        ("plain,megatron", "megatron: no such baseline; use some of plain, hf, deepspeed, or none"),
+        ("", "'': no such baseline; use some of"),
+        ("plain,none", "none: none stands alone"),
+        ("hf,plain,hf", "hf,plain,hf names hf twice; type it once"),
     ):
-        options_of("demo", None, "real", 1, "plain,megatron", None, [])
+        with pytest.raises(UserError, match=f"--baselines {why}"):
+            options_of("demo", None, "real", 1, others, None, [])
+
+
+def test_a_timeline_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        UserError, match=r"--timeline .* records a GPU's kernels, and torch sees no GPU; leave it out"
+    ):
+        command.run(replace(options(), timeline=tmp_path), 1, [], print)
 
 
 def test_the_command_prints_ours_and_the_baseline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -114,3 +114,12 @@ def test_a_save_that_failed_is_said_where_nobody_watches(
     assert [(line.step, line.in_a_row) for line in kept] == [(10, 2), (15, 0)]
     told = "the save of step 10 failed, 2 in a row: the disk is full\nstep 15 was not saved: busy\n"
     assert capsys.readouterr().err == ("" if parent else told)
+
+
+def test_a_run_says_which_setting_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone(monkeypatch, tmp_path)
+    monkeypatch.setattr("trainer.loop.main", lambda *_: None)
+    assert main(["run", "experiment=smoke", "parallel.lend_rows=64"]) == 0
+    assert "note: parallel.lend_rows=64 lends nothing with parallel.ep=1" in capsys.readouterr().err

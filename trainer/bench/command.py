@@ -32,6 +32,7 @@ from trainer.feed import BatchFeed
 from trainer.kernels.choice import reason
 from trainer.parallel.mesh import Mesh, join
 from trainer.sizing.model.flops import NUMERATOR, peak
+from trainer.sizing.search.runnable import never_lends
 
 Say = Callable[[str], None]
 
@@ -50,6 +51,10 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
     """
     starts = gpus > 1 and "RANK" not in os.environ
     on_gpu = torch.cuda.is_available()
+    if options.timeline is not None and not on_gpu:
+        raise UserError(
+            f"--timeline {options.timeline} records a GPU's kernels, and torch sees no GPU; leave it out"
+        )
     if starts and on_gpu and gpus > torch.cuda.device_count():
         raise UserError(
             f"--gpus {gpus}, but this machine has {torch.cuda.device_count()}; type --gpus {torch.cuda.device_count()}"
@@ -113,6 +118,7 @@ def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
         f"{tokens} tokens a step, layout {mesh.layout}, routing {options.routing}"
     )
     yield f"kernels: {reason()}"
+    yield from _idle(config, mesh)
     flops = flops_of(config)
     yield f"FLOPs of a step: {flops / 1e12:.2f} T ({NUMERATOR})"
     measured = _native(options, config, mesh)
@@ -150,12 +156,19 @@ def _compared(cases: list[_Case], mesh: Mesh) -> Any:
         other = variants.other_mesh(mesh, case.config)
         measured = _native(case.options, case.config, other, f"variant{number}")
         rows = list(variants.row(case.title, case.config, mesh.world, measured, case.options.routing))
+        rows += _idle(case.config, mesh)
         table += rows
         yield from rows
         if measured.profile is not None:
             yield from kernels.lines(measured.profile)
         variants.leave()
     yield from table
+
+
+def _idle(config: RunConfig, mesh: Mesh) -> list[str]:
+    """What was set and does nothing here."""
+    why = never_lends(config, mesh.node)
+    return [f"note: {why}"] if why else []
 
 
 def _shown(name: str, times: Times, flops: float, tokens: int, world: int, config: RunConfig) -> Any:

@@ -41,12 +41,15 @@ def options_of(
     """What was typed, checked.
 
     Raises:
-        UserError: for a baseline that there isn't.
+        UserError: for a baseline that there isn't, none at all, or one that is there twice.
     """
-    chosen = () if others == "none" else tuple(part for part in others.split(",") if part)
+    chosen = () if others == "none" else tuple(part.strip() for part in others.split(","))
     for one in chosen:
         if one not in BASELINES:
+            why = "none stands alone" if one == "none" else "no such baseline"
             raise UserError(
-                f"--baselines {one}: no such baseline; use some of {', '.join(BASELINES)}, or none"
+                f"--baselines {one or repr(one)}: {why}; use some of {', '.join(BASELINES)}, or none"
             )
+    if twice := [one for one in BASELINES if chosen.count(one) > 1]:
+        raise UserError(f"--baselines {others} names {twice[0]} twice; type it once")
     return Options(tuple(overrides), model, layers, routing_name, steps, chosen, timeline)

@@ -81,6 +81,8 @@ def _variant(text: str, options: Options) -> Variant:
             options = replace(options, layers=int(value))
         elif word == AUTO:
             words.append("parallel=auto")
+        elif not value:
+            raise UserError(f"--variants '{text}': {word} has no value; type e.g. {name}=2")
         else:
             words.append(word if "." in name or name in ("model", "optim") else f"parallel.{word}")
     return Variant(text or "as it is", replace(options, overrides=(*options.overrides, *words)))

@@ -101,7 +101,7 @@ def test_each_variant_is_shown_with_its_own_routing(monkeypatch: pytest.MonkeyPa
         command._Case(kind, replace(options(), routing=kind), on_two_ranks("parallel.ep=2"))
         for kind in ("balanced", "zipf")
     ]
-    head, *table = command._compared(cases, cast(Any, SimpleNamespace(device=CPU, world=2)))
+    head, *table = command._compared(cases, cast(Any, SimpleNamespace(device=CPU, world=2, node=2)))
     assert head.startswith("2 x CPU") and len(table) == 4
     assert ["fullest" in line for line in table] == [line.startswith("zipf") for line in table]
 
@@ -174,3 +174,16 @@ def test_a_table_of_variants_has_a_line_each(
     assert sum(line.startswith("optim.kind=muon ") for line in lines) == 2 and "no forecast" in lines[-1]
     assert sum(line.startswith(("feed=ahead ", "feed=inline ")) for line in lines) == 4
     assert main(["bench", "--model", "demo", "--variants", "zero=1"]) != 0
+
+
+def test_a_word_without_a_value_names_the_variant() -> None:
+    with pytest.raises(UserError, match="--variants 'tp=2 ep': ep has no value; type e.g. ep=2"):
+        variants.parse("auto | tp=2 ep", options())
+
+
+def test_rows_that_are_never_lent_are_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "demo", "--layers", "1", "--steps", "1", "--baselines", "none", "data.sequence=16"]
+    assert main(["bench", *words, "hardware=cpu", "parallel.lend_rows=64"]) == 0
+    assert "note: parallel.lend_rows=64 lends nothing with parallel.ep=1" in capsys.readouterr().out
+    assert main(["bench", *words, "hardware=cpu", "--variants", "lend_rows=64 | zero=1"]) == 0
+    assert capsys.readouterr().out.count("note: parallel.lend_rows=64 lends nothing") == 2

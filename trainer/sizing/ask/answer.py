@@ -108,6 +108,17 @@ class SizingAnswer:
         return memory.fits(job, self.prices.hardware)
 
     @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Why the trainer doesn't run what is sized, and which setting does nothing in it."""
+        parallel = self.config.parallel.model_copy(update=self.job.layout.to_json())
+        config = self.config.model_copy(update={"parallel": parallel})
+        # With open axes the search keeps the rules, with chunks and batches that aren't set in the configuration.
+        refused = None if self.chosen else runnable.refusal(config)
+        node = min(self.config.hardware.devices_per_node or parallel.ranks, parallel.ranks)
+        idle = None if refused else runnable.never_lends(config, node)
+        return tuple(filter(None, (refused and f"the trainer doesn't run this: {refused}", idle)))
+
+    @cached_property
     def why_not(self) -> str:
         """Why a micro-batch has no price; empty where it has one."""
         return self.prices.rates.kernels.why(self.job.precision)
@@ -201,6 +212,7 @@ class SizingAnswer:
             "model": job.model.name, "hardware": self.prices.hardware.name, "layout": job.layout.to_json(),
             "sequence": job.sequence, "micro_batch": job.micro_batch, "precision": job.precision,
             "assumed": list(self.assumed), "rates": self.basis, "unpriced": self.why_not or None,
+            "notes": list(self.notes),
             "figures": {
                 name: {"value": one.value, "unit": one.unit, "low": one.low, "high": one.high}
                 for name, one in self.figures().items()

@@ -74,6 +74,8 @@ def sized(answer: SizingAnswer) -> Iterator[str]:
     for line in left_out(job.model):
         yield from _wrapped(line, 2, 2)
     yield f"  rates: {answer.basis}"
+    for note in answer.notes:
+        yield from _wrapped(f"note: {note}", 2, 2)
     yield from _counts(answer)
     yield from _costs(answer)
     yield from _lint(answer)

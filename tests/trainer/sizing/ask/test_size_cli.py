@@ -227,3 +227,30 @@ def test_ctrl_c_is_one_line(
         pytest.fail("Ctrl-C gets past the command line")
     assert code == 130
     assert capsys.readouterr() == ("", "megaray: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("parallel.schedule=zbv parallel.pp=2", "the trainer doesn't run this: parallel.lend_rows=64 with parallel."),
+        ("parallel.etp=2", "the trainer doesn't run this: parallel.lend_rows=64 with parallel.etp=2"),
+        ("parallel.ep=1", "parallel.lend_rows=64 lends nothing with parallel.ep=1"),
+        ("parallel.lend_rows=99999999", "parallel.lend_rows=99999999 lends nothing with at most 32768 tokens"),
+        ("parallel.tp=2", ""),
+    ],
+)  # fmt: skip
+def test_a_layout_that_the_trainer_refuses_or_a_setting_without_effect_is_said(
+    capsys: pytest.CaptureFixture[str], words: str, note: str
+) -> None:
+    call = [
+        "model=demo",
+        "hardware=h100",
+        "--gpus",
+        "4",
+        "parallel.ep=2",
+        "parallel.lend_rows=64",
+        *words.split(),
+    ]
+    notes = json.loads(typed(capsys, *call, "--json"))["notes"]
+    assert [one[: len(note)] for one in notes] == ([note] if note else [])
+    assert ("  note: " in typed(capsys, *call)) == bool(note)
