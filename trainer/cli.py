@@ -377,13 +377,14 @@ def _run(file: Path | None, overrides: list[str]) -> int:
         from trainer.sizing.search.planner import Capacity, plan  # a resolved configuration needs no plan
 
         config = plan(config, Capacity.of_nodes([world])).config
-    from trainer.sizing.search.runnable import never_lends
-
     rank = RankContext.from_environment(os.environ, default_home() / "runs" / _folder(config))
     if rank.rank == 0:
         print(f"run folder: {rank.run.root}", file=sys.stderr)
-        if idle := never_lends(config, rank.local_world):
-            print(f"note: {idle}", file=sys.stderr)
+        if config.parallel.lend_rows is not None:
+            from trainer.sizing.search.runnable import never_lends  # what most ranks needn't wait for
+
+            if idle := never_lends(config, rank.local_world):
+                print(f"note: {idle}", file=sys.stderr)
     recorder = Recorder(rank.files.ring, rank.rank)
     recorder.begin(RankPhase.IMPORTS, 0)
     from trainer.loop import main as train  # torch loads after the parent's death is arranged for
