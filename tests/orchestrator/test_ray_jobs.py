@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,8 @@ class RayDashboard:
         self.details: list[dict[str, Any]] = [JOB]
         """Of the job, one after the other; the last stays."""
         self.silent = self.silent_after_a_job = False
+        self.refusals: list[str] = []
+        """Of jobs, one after the other, before one is taken."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -83,7 +86,11 @@ class RayDashboard:
                 self.answer(200, "")
 
             def do_POST(self) -> None:
-                dashboard.jobs.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if dashboard.refusals:
+                    self.answer(500, dashboard.refusals.pop(0))
+                    return
+                dashboard.jobs.append(job)
                 self.answer(200, {"job_id": "job", "submission_id": "job"})
 
         return Handler
@@ -180,6 +187,21 @@ def test_a_dashboard_that_stops_answering_is_waited_for_and_then_said_in_one_lin
     dashboard.jobs.clear()
     threading.Timer(0.2, setattr, (dashboard, "silent_after_a_job", False)).start()
     assert code_or_line(dashboard, code) == 0
+
+
+def test_a_cluster_that_comes_up_is_asked_again_for_half_a_minute(
+    dashboard: RayDashboard, code: TravellingCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(ray_jobs, "time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
+    dashboard.refusals = ["No available agent to submit job, please try again later."] * 6
+    assert code_or_line(dashboard, code) == 0 and len(dashboard.jobs) == 1
+    assert waits == sorted(waits) and len(waits) == 6 and 20 < sum(waits) < 60
+    dashboard.refusals = ["No available agent"] * 9
+    assert "No available agent" in str(code_or_line(dashboard, code)) and len(dashboard.refusals) == 2
+    waits.clear()
+    dashboard.refusals = ["the entrypoint is wrong"]
+    assert "the entrypoint is wrong" in str(code_or_line(dashboard, code)) and not waits
 
 
 def test_no_dashboard_at_the_url_and_one_that_is_down(dashboard: RayDashboard, code: TravellingCode) -> None:

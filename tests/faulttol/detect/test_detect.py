@@ -199,6 +199,14 @@ def test_before_the_first_step_the_start_timeout_holds() -> None:
     assert verdict.detail == "no step was finished in 181 s: ranks 1, 2 made no record"
 
 
+def test_of_several_ranks_behind_before_the_first_step_the_first_is_named() -> None:
+    newest: dict[int, Record | None] = {
+        0: _record(5, 1, 9.0), 1: _record(2, 1, 8.0), 2: _record(2, 1, 8.0), 3: _record(5, 1, 9.0)
+    }  # fmt: skip
+    (verdict,) = _judge(newest, now=191.0, stepped=False)
+    assert verdict.rank == 1 and "ranks 1, 2 are behind" in verdict.detail
+
+
 def test_preparing_data_may_take_longer_than_a_start() -> None:
     preparing: dict[int, Record | None] = {rank: _record(1, 0, 1.0, RankPhase.DATA) for rank in range(2)}
     assert _judge(preparing, now=180.0 * hang.PREPARE_FACTOR, stepped=False) == []

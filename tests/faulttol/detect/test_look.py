@@ -72,6 +72,11 @@ def _idle(pid: int) -> str:
         (_PIPE, "read"),
         ("threading.Event().wait()", "futex"),
         ("import select; select.poll().poll()", "poll"),
+        ("import select; select.select([sys.stdin], [], [])", "pselect6"),
+        ("import select; select.epoll().poll()", "epoll_wait"),
+        ("import signal; signal.pause()", "pause"),
+        ("import signal; signal.sigwait([signal.SIGUSR1])", "rt_sigtimedwait"),
+        ("import socket; socket.create_server(('127.0.0.1', 0)).accept()", "accept4"),
     ],
 )
 def test_a_process_that_waits_for_nothing_outside_is_idle(

@@ -278,6 +278,7 @@ def test_the_limit_of_a_runs_time_counts_all_of_its_attempts(world: Sim) -> None
     world.turn(8)
     view = world.view("a")
     assert (view.state, view.reason) == (State.CANCELLED, Reason.WALL_TIME)
+    assert view.detail == "its ranks have run for 0.00833333 h"
 
 
 def test_a_controller_that_takes_a_run_over_begins_its_epoch_in_the_runs_log(world: Sim) -> None:

@@ -68,6 +68,15 @@ def test_a_gang_on_cpus_goes_on_with_what_is_left(tmp_path: object) -> None:
     assert two.config.train.global_batch == 64 and two.config.train.micro_batch == 8
 
 
+def test_without_times_the_fewest_axes_change() -> None:
+    """With two of eight slots gone, giving up ep alone changes more than a third stage and half of ep, but one axis."""
+    config, gang = asked(
+        "experiment=demo", "parallel.dp=4", "parallel.ep=4", "parallel.pp=2", "train.global_batch=192", slots=[2] * 4
+    )  # fmt: skip
+    six = on(config, gang, 2, 2, 2)
+    assert {axis: six.layout[axis] for axis in ("pp", "dp", "ep")} == {"pp": 2, "dp": 3, "ep": 1}
+
+
 def test_a_smaller_layout_lends_where_it_can() -> None:
     """Of OLMoE's experts a token goes to 8: what a plan chose for a layout must not stop a run from getting another."""
     config, gang = asked(

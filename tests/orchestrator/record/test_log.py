@@ -63,6 +63,19 @@ def test_a_reader_that_goes_on_reads_each_event_once(tmp_path: Path) -> None:
     assert found == read(tmp_path / "log")
 
 
+@pytest.mark.parametrize("limit", [1, 100, 10_000])
+def test_a_log_is_read_in_parts_that_hold_a_record_each(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "log"
+    write(path, TURNS).close()
+    cursor, collected, parts = Cursor(), list[Payload](), 0
+    while cursor.offset < path.stat().st_size:
+        events, cursor = read_from(path, cursor, limit=limit)
+        assert events and parts < len(TURNS), "each part has a whole record, however long that is"
+        collected += [event.payload for event in events]
+        parts += 1
+    assert collected == LIFE and cursor == read_from(path)[1] and (parts == 1) == (limit == 10_000)
+
+
 def test_a_new_writer_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
     for number, payload in enumerate(LIFE):
         log = Log(tmp_path / "log", number, at(number))

@@ -31,6 +31,7 @@ from orchestrator.record.events import (
     IncidentOpened,
     NodeShare,
     StateMoved,
+    StopBegan,
     Submitted,
 )
 from orchestrator.record.states import Reason, State
@@ -300,6 +301,25 @@ def test_what_continues_a_stopped_run_says_from_where_and_what_was_not_saved(tmp
     (row,) = reading.summaries(home).rows
     why = "1 save failed since step 40: No space left"
     assert console.continuing(row) == f"{resume} continues it from step 40: {why}"
+
+
+@pytest.mark.parametrize(("detail", "shown"), [("", ""), ("ann asked for it", ": ann asked for it")])
+def test_a_run_whose_ranks_end_says_what_it_becomes_and_why(tmp_path: Path, detail: str, shown: str) -> None:
+    home = HomePaths(tmp_path)
+    run = home.run("a-20260101-000000-aaaa")
+    ended(run, State.RUNNING)
+    (row,) = reading.summaries(home).rows
+    assert (row.stopping, row.next_step) == ("", "")
+    log = Writer(run)
+    log.append(StateMoved(State.CANCELLING, Reason.CANCEL_ASKED), 2.0)
+    log.append(StopBegan(1, State.CANCELLED, Reason.CANCEL_ASKED, detail, 30.0), 2.0)
+    log.close()
+    (row,) = reading.summaries(home).rows
+    assert (
+        row.stopping == f"cancelled (cancel_asked){shown}"
+        and f"ending: {row.stopping}" in console.run_list([row])
+    )
+    assert row.next_step == "", "what resumes it isn't taken yet"
 
 
 def test_a_checkpoint_that_was_passed_over_is_shown_until_there_is_a_newer_one(tmp_path: Path) -> None:

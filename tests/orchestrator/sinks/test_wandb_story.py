@@ -46,6 +46,8 @@ ray_node_gram_used{ip="10.0.0.1",GpuIndex="1"} 3072.0
 ray_node_gpu_temperature_celsius{GpuIndex="0"} 60
 ray_node_gpu_temperature_celsius{GpuIndex="1"} 71
 ray_node_network_send_speed{ip="10.0.0.1"} 2500000.0
+ray_node_network_receive_speed{ip="10.0.0.1"} 7500000.0
+ray_node_disk_io_write_speed{ip="10.0.0.1"} 500000.0
 ray_node_disk_io_read_speed{ip="10.0.0.1"} NaN
 ray_component_cpu_percentage{Component="raylet"} 1.0
 """
@@ -266,8 +268,9 @@ def test_tables_that_can_not_be_made_hold_up_nothing(made: MadeRun, monkeypatch:
 def test_metrics_of_rays_nodes() -> None:
     assert nodes.parse(RAY) == {
         "cpu_percent": 87.5, "memory_percent": 25.0, "gpu_percent": 80.0, "gpu_memory_gib": 4.0, "gpu_celsius": 71.0,
-        "sent_mb_per_second": 2.5,
+        "sent_mb_per_second": 2.5, "received_mb_per_second": 7.5, "written_mb_per_second": 0.5,
     }  # fmt: skip
+    assert nodes.parse("ray_node_disk_io_read_speed 2e6\n") == {"read_mb_per_second": 2.0}
     assert nodes.parse("") == {} and nodes.parse("ray_node_cpu_utilization what\n") == {}
     assert nodes.fetch("http://127.0.0.1:1/metrics") == {} and nodes.fetch("nonsense") == {}
 

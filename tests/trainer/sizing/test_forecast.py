@@ -112,6 +112,19 @@ def test_a_loss_that_is_no_number_alarms_at_its_step() -> None:
     assert alarm is not None and alarm.step == 600
 
 
+def test_an_alarm_comes_with_the_last_step_that_it_needs() -> None:
+    """The second window outside, whole; a loss that isn't a number needs none."""
+    history = lawful(1, steps=400)
+    history.loss[150:] += 2.0
+    alarm = watch(history, 20, 400)
+    assert alarm is not None
+    whole = alarm.step - 1 + 2 * 10  # a window is a fortieth of the run
+    assert watch(history.until(whole), 20, 400) == alarm and watch(history.until(whole - 1), 20, 400) is None
+    history.loss[150:] = float("nan")
+    broken = watch(history.until(151), 20, 400)
+    assert broken is not None and broken.step == 151
+
+
 def test_one_spike_that_passes_does_not_alarm() -> None:
     history = lawful(1)
     history.loss[600:606] += 2.0

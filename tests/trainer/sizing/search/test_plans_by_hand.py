@@ -341,6 +341,17 @@ def test_rows_worth_lending_take_as_long_as_their_experts_way() -> None:
     assert auto.rows_to_lend(compose(["model=qwen3_30b_a3b"]), auto.rates_of(compose([]).hardware)) == 0
 
 
+@pytest.mark.parametrize(("rows", "power"), [(1500, 2048), (1400, 1024), (0.6, 1), (0.1, 1)])
+def test_rows_worth_lending_are_the_next_power_of_two_and_one_at_least(rows: float, power: int) -> None:
+    """As a device would have it that multiplies a number of rows in the time of the way."""
+    config = compose(["model=qwen3_30b_a3b", "hardware=h200"])
+    rates = auto.rates_of(config.hardware)
+    way = 2 * (10e-6 + 2 * 3 * 2048 * 768 / (0.75 * 450e9))
+    flops = rows * 6 * 3 * 2048 * 768 / way
+    slower = replace(rates, sustained=rates.kept * flops / rates.flops("bf16"))
+    assert slower.flops("bf16") == pytest.approx(flops) and auto.rows_to_lend(config, slower) == power
+
+
 @pytest.mark.parametrize(
     ("words", "slots", "noted"),
     [
