@@ -246,7 +246,7 @@ class Controller:
         except Exception as error:  # one run's defect or file must not stop the others
             self._park(run_id, control, error, now)
         if self._nodes is not None and control.view is not before:
-            with self._apart("nodes"):
+            with self._apart("faults of nodes"):  # where this works, the list of nodes may still fail
                 self._nodes.note(run_id, before, control.view, now)
         with self._apart(f"view of {run_id}"):  # derived: the next turn publishes it
             control.publish()

@@ -157,7 +157,14 @@ def test_code_that_is_too_large_is_named_with_its_largest_folders(
     dashboard: RayDashboard, code: TravellingCode
 ) -> None:
     dashboard.limit = 80_000
-    for name, size in (("trainer/more", 30_000), ("weights.bin", 2_000_000), ("kept 1/y", 850_000)):
+    with (code.folder / ".gitignore").open("a") as file:
+        file.write("/large.log\n")
+    for name, size in (
+        ("large.log", 3_000_000),
+        ("trainer/more", 30_000),
+        ("weights.bin", 2_000_000),
+        ("kept 1/y", 850_000),
+    ):
         (code.folder / name).write_bytes(os.urandom(size))
     with pytest.raises(UserError) as told:
         ray_jobs.forward(dashboard.url, ["submit"], code, {}, print)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.record.events import VerdictFound
+from orchestrator.record.events import StateMoved, VerdictFound
 from orchestrator.record.ledger import AttemptLines, Ledger, _lost_from, _steps, ledger
 from orchestrator.record.partition import MEANINGS, Tape, TimePart
+from orchestrator.record.states import Reason, State
 from orchestrator.record.story import Story
 from orchestrator.web.views.series import lost_after
 from tests.orchestrator.record.life import LIFE, events_of
@@ -236,6 +237,12 @@ def test_an_attempt_on_fewer_nodes_has_its_own_ranks_and_layout() -> None:
         (4, {"dp": 4, "ep": 2}),
         (2, {"dp": 2}),
     ]
+
+
+def test_a_run_that_is_cancelled_while_it_waits_has_that_on_its_timeline() -> None:
+    story = Story()
+    story.take(events_of(*LIFE[:2], StateMoved(State.CANCELLED, Reason.CANCEL_ASKED, "by ann")))
+    assert [(mark.kind, mark.text) for mark in story.marks][-1] == ("cancel", "by ann")
 
 
 # ---- parts of it alone ----

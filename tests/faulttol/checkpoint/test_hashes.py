@@ -62,6 +62,20 @@ def test_only_some_tensors_are_read(tmp_path: Path) -> None:
     assert found == {"b": hashlib.sha256(bits(tensors["b"])).hexdigest()}
 
 
+def test_a_piece_behind_others_in_its_file_is_verified_by_its_own_bytes(tmp_path: Path) -> None:
+    _save(tmp_path, {"a": torch.ones(4 * BLOCK), "b": torch.arange(2 * BLOCK)}, 1, "rows")
+    source = CheckpointSource(*_newest(tmp_path))
+    (piece,) = source.pieces("b")
+    assert piece.offset > 0
+    source.check([(piece, 0, 1), (piece, 1, 2)])
+    with open(tmp_path / piece.path, "r+b") as file:
+        file.seek(piece.offset + BLOCK)
+        file.write(b"\xff")
+    source.check([(piece, 0, 1)])
+    with pytest.raises(Incomplete, match=rf"in b.*bytes {piece.offset + piece.block} to"):
+        source.check([(piece, 0, 1), (piece, 1, 2)])
+
+
 def test_a_changed_element_changes_its_tensors_hash_alone(tmp_path: Path) -> None:
     tensors = state(5)
     _save(tmp_path, tensors, 3, "boxes")

@@ -360,7 +360,7 @@ MUTANTS = [
         _NODES_CONTROL,
         "                self.nodes = []\n",
         "                pass\n",
-        f"{_OF_FAULTS}nodes_that_ray_does_not_tell_of_for_long_get_no_work",
+        "tests/orchestrator/control/test_nodes.py::test_nodes_that_ray_does_not_tell_of_for_long_get_no_work",
     ),
     Mutant(
         "queue.json has no beat",

@@ -16,7 +16,7 @@ import pytest
 from configs.errors import UserError
 from orchestrator.control.controller import PARK_SECONDS
 from orchestrator.record import log as logs
-from orchestrator.record.events import AttemptPlaced, Decided, Parked, StateMoved, Unparked
+from orchestrator.record.events import AttemptPlaced, ControllerStarted, Decided, Parked, StateMoved, Unparked
 from orchestrator.record.states import Reason, State
 from tests.conftest import descriptors, must_not_raise
 from tests.orchestrator.control.test_controller import CONFIG, Sim
@@ -179,6 +179,26 @@ def test_a_log_that_can_not_be_opened_is_tried_again(world: Sim) -> None:
     hidden.rename(path)
     world.turn(120)
     assert world.view("a").state is State.SUCCEEDED
+
+
+def test_a_run_that_is_resumed_before_it_is_opened_again_is_taken_over_once(world: Sim) -> None:
+    world.submit("a")
+    world.turn(5)
+    world.controller.cancel("a", at_once=True)
+    world.turn(5)
+    path = world.home.run("a").events
+    hidden = path.with_name("hidden")
+    path.rename(hidden)
+    path.mkdir()
+    with must_not_raise(IsADirectoryError, "a run that can't be opened stops no other"):
+        world.replace_controller()
+        world.turn(1)
+    path.rmdir()
+    hidden.rename(path)
+    world.controller.resume("a")
+    started = len(kinds(world, "a", ControllerStarted))
+    world.turn(20)
+    assert world.view("a").state is State.RUNNING and len(kinds(world, "a", ControllerStarted)) == started
 
 
 @pytest.mark.parametrize("text", ["- 5\n", "alice: many\n", "\xff", "{"])
@@ -480,18 +500,3 @@ def test_two_homes_have_two_controllers(tmp_path: Path) -> None:
     first.turn(60)
     second.turn(60)
     assert first.view("a").state is second.view("a").state is State.SUCCEEDED
-
-
-def test_nodes_that_ray_does_not_tell_of_for_long_get_no_work(world: Sim) -> None:
-    world.turn(1)
-    world.runtime.before = lambda act: (
-        (_ for _ in ()).throw(ConnectionError("gone")) if act == "nodes" else None
-    )
-    world.turn(60)
-    world.submit("a")
-    world.turn(5)
-    assert world.view("a").state is State.QUEUED
-    assert any("ConnectionError" in text for text in world.published()["damage"])
-    world.runtime.before = lambda act: None
-    world.turn(3)
-    assert world.view("a").state is State.RUNNING

@@ -43,6 +43,25 @@ def test_a_cordoned_node_gets_no_work_and_its_run_goes_on(tmp_path: Path) -> Non
     assert world.view("b").state is State.RUNNING
 
 
+def test_nodes_that_ray_does_not_tell_of_for_long_get_no_work(world: Sim) -> None:
+    world.turn(1)
+    world.runtime.before = lambda act: (
+        (_ for _ in ()).throw(ConnectionError("gone")) if act == "nodes" else None
+    )
+    world.turn(25)
+    world.submit("short", ranks=1)
+    world.turn(1)
+    assert world.view("short").placed is not None, "those of half a minute ago are still there"
+    world.turn(35)
+    world.submit("a")
+    world.turn(5)
+    assert world.view("a").state is State.QUEUED
+    assert any("ConnectionError" in text for text in world.published()["damage"])
+    world.runtime.before = lambda act: None
+    world.turn(3)
+    assert world.view("a").state is State.RUNNING
+
+
 def test_a_drained_node_is_left_with_a_save(tmp_path: Path) -> None:
     world = Sim(tmp_path, nodes=2)
     world.submit("a")

@@ -85,6 +85,7 @@ def test_slots_that_others_hold_are_not_placed_on(tmp_path: Path) -> None:
     (waiting,) = world.published()["waiting"]
     assert "needs 2 slots, 1 of 6 is free" in waiting["reason"]
     assert [node["free"]["CPU"] for node in world.published()["nodes"]] == [0, 1, 0]
+    assert [node["runs"] for node in world.published()["nodes"]] == [[], [], ["a"]]
     world.world.others = {"n00000": 1}
     world.turn(10)
     assert world.view("b").state is State.RUNNING and not world.view("b").ungranted

@@ -81,6 +81,14 @@ def test_a_known_law_is_found_and_its_band_covers() -> None:
     assert abs(float(np.mean(misses))) < 0.02
 
 
+def test_the_forecast_is_the_laws_mean_over_the_last_twentieth() -> None:
+    made = forecast(lawful(3).until(500), 20, 1000)
+    laws = made.laws
+    end = np.arange(951, 1001) * 512
+    mean = (laws.floor[0] + laws.scale[0] * (end / laws.unit) ** -laws.exponent[0]).mean()
+    assert made.final.value == pytest.approx(mean, rel=1e-12)
+
+
 def test_the_band_narrows_as_the_run_goes_on() -> None:
     history = lawful(3)
     widths = [(f := forecast(history.until(share), 20, 1000).final).high - f.low for share in (200, 400, 800)]

@@ -350,6 +350,7 @@ def test_rows_worth_lending_are_the_next_power_of_two_and_one_at_least(rows: flo
     flops = rows * 6 * 3 * 2048 * 768 / way
     slower = replace(rates, sustained=rates.kept * flops / rates.flops("bf16"))
     assert slower.flops("bf16") == pytest.approx(flops) and auto.rows_to_lend(config, slower) == power
+    assert auto.rows_to_lend(compose(["hardware=h200", "train.engine=deepspeed"]), slower) == 0
 
 
 @pytest.mark.parametrize(
