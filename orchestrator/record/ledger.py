@@ -163,7 +163,7 @@ def _attempt(
     tape: Tape, own: AttemptStory, trace: AttemptLines, until: float, lost: int | None, goes_on: bool
 ) -> None:
     """An attempt, from the start of its ranks until it left its nodes, or now."""
-    shift = _Shift(own, trace, tape.end, until)
+    shift = _Shift(own, trace, until)
     decided = own.decided_clock if own.decided_clock is not None and own.decided_clock <= until else None
     steps_end = until if decided is None else decided
     times = np.minimum(shift(trace.time), steps_end)
@@ -196,8 +196,8 @@ def _fault_clock(own: AttemptStory, shift: _Shift, last: float, decided: float |
 class _Shift:
     """Maps times of rank 0's host to the run's clock."""
 
-    def __init__(self, own: AttemptStory, trace: AttemptLines, begin: float, until: float) -> None:
-        self._knots = own.offsets or [(begin, 0.0)]
+    def __init__(self, own: AttemptStory, trace: AttemptLines, until: float) -> None:
+        self._knots = own.offsets
         self._skew = 0.0
         # The controller takes in a line within seconds; a larger difference is that of the hosts' clocks.
         seen, dated = (own.resumed, trace.resumed) if trace.resumed is not None else (own.first_step, None)

@@ -77,7 +77,7 @@ class AttemptStory:
     """When what ended it happened, in seconds since the epoch, by the clock of the node that saw it."""
     stop_clock: float | None = None
     offsets: list[tuple[float, float]] = field(default_factory=list)
-    """Clock, and wall time minus clock, where that began to hold."""
+    """Clock, and wall time minus clock, where that began to hold; the first is of the placing."""
 
 
 @dataclass(frozen=True)
