@@ -194,8 +194,8 @@ def _solve(x: Array, series: Array) -> tuple[Array, Array, Array]:
     for _ in range(_ROUNDS):
         total = weights.sum(axis=2)
         mean_p, mean_y = (weights * powers).sum(axis=2) / total, (weights * y).sum(axis=2) / total
-        off_p = powers - mean_p[..., None]
-        scale = np.maximum((weights * off_p * y).sum(axis=2) / (weights * off_p**2).sum(axis=2), 0.0)
+        off_p, off_y = powers - mean_p[..., None], y - mean_y[..., None]
+        scale = np.maximum((weights * off_p * off_y).sum(axis=2) / (weights * off_p**2).sum(axis=2), 0.0)
         floor = mean_y - scale * mean_p
         scale = np.where(floor < 0, mean_y / mean_p, scale)
         floor = np.maximum(floor, 0.0)

@@ -479,9 +479,6 @@ def test_a_run_that_may_not_shrink_waits(tmp_path: Path) -> None:
     assert world.view("a").state is State.QUEUED
 
 
-# ---- two homes, and what a cancel leaves ----
-
-
 def test_cancel_leaves_no_incident_open(world: Sim) -> None:
     world.submit("a", restarts=9)
     world.turn(15)
