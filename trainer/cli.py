@@ -18,6 +18,7 @@ from configs.compose import choices, compose, load
 from configs.errors import (
     INTERRUPTED_EXIT,
     STOPPED_EXIT,
+    EndedBySignal,
     OneLineParser,
     OutputLost,
     Stopped,
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     except Stopped as stopped:
         print(f"megaray: {stopped}", file=sys.stderr)
         return STOPPED_EXIT
+    except EndedBySignal as ended:
+        print(f"megaray: {ended}", file=sys.stderr)
+        return ended.code
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT

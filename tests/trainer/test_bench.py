@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 
 from configs.compose import compose
-from configs.errors import UserError
+from configs.errors import EndedBySignal, UserError
 from configs.model import ModelConfig
 from configs.rank import RankContext
 from tests.collectives.ranks import together
@@ -225,9 +232,37 @@ def test_ranks_that_do_not_divide_are_refused() -> None:
 def test_a_layout_that_does_not_run_is_refused_before_ranks_start(
     words: tuple[str, ...], why: str, several: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("ranks were started"))
     with pytest.raises(UserError, match=why):
         command.run(options(*words), 4, [], print, several)
+
+
+_LAUNCHER = """
+import pathlib, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path(sys.argv[1]).write_text(str(rank.pid))
+time.sleep(60)
+"""
+
+
+def test_a_bench_that_is_asked_to_end_leaves_no_rank_of_a_launcher_that_forgets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_GRACE_SECONDS", 0.3)
+    told = tmp_path / "pid"
+
+    def end() -> None:
+        while not (told.exists() and told.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end).start()
+    with pytest.raises(EndedBySignal) as ended:
+        command.until_its_end([sys.executable, "-c", _LAUNCHER, str(told)])
+    assert ended.value.code == 143
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(told.read_text())).wait(5)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(("device", "preset"), [

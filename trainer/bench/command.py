@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from configs.errors import UserError
+from configs.errors import UserError, ended_by_signals
 from configs.paths import default_home
 from configs.rank import RankContext, free_port
 from configs.schema import RunConfig
@@ -35,6 +36,8 @@ from trainer.sizing.model.flops import NUMERATOR, peak
 from trainer.sizing.search.runnable import never_lends
 
 Say = Callable[[str], None]
+_GRACE_SECONDS = 5.0
+"""Until what started ranks, and these, have ended on SIGTERM."""
 
 
 def run(options: Options, gpus: int, arguments: list[str], say: Say, several: str | None = None) -> int:
@@ -63,7 +66,7 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
     cases = _cases(options, several, gpus if starts else rank.world, on_gpu)
     if starts:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-        return subprocess.run([*command, "-m", "trainer", *arguments], check=False).returncode
+        return until_its_end([*command, "-m", "trainer", *arguments])
     if rank.world == 1:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     config = cases[0].config
@@ -79,6 +82,23 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
     finally:
         dist.destroy_process_group()
     return 0
+
+
+def until_its_end(launcher: list[str]) -> int:
+    """The exit code of a launcher of ranks, which are ended with it where this process is asked to end."""
+    with ended_by_signals():
+        started = subprocess.Popen(launcher)
+        try:
+            return started.wait()
+        except BaseException:
+            # torchrun ends the ranks that it knows of, and not those that it is just starting.
+            family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+            started.terminate()
+            _, left = psutil.wait_procs(family, _GRACE_SECONDS)
+            for one in left:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            raise
 
 
 @dataclass(frozen=True)
