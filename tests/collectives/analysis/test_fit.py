@@ -141,7 +141,8 @@ def row(op: str, size: int, time: float, group: str = "world", number: int = 0) 
 
 def results(rows: list[SweepRow]) -> Results:
     hosts = [{"hostname": "same", "ranks": [0, 1]}, {"hostname": "same", "ranks": [2, 3]}]
-    settings = {"collectives": {"groups": ["world", "node", "across", "pairs", "tp"]}, "layout": {"tp": 2}}
+    groups = ["world", "node", "across", "pairs", "tp"]
+    settings = {"collectives": {"groups": groups}, "ranks": 4, "layout": {"tp": 2}}
     return Results(Metadata({"hosts": hosts}, {}, settings, {}, "2026-01-02 03:04:05"), tuple(rows))
 
 
