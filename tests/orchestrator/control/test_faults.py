@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -160,23 +162,29 @@ def test_a_damaged_line_of_a_living_run_is_named_and_stepped_over(world: Sim) ->
     assert world.view("a").state is State.SUCCEEDED
 
 
-def test_a_log_that_can_not_be_opened_is_tried_again(world: Sim) -> None:
-    world.submit("a")
-    world.turn(5)
-    path = world.home.run("a").events
-    hidden = path.with_name("hidden")
-    path.rename(hidden)
+@contextmanager
+def closed_log(world: Sim, run: str) -> Iterator[None]:
+    """Another controller takes over meanwhile, for whom a run's log can't be opened."""
+    path = world.home.run(run).events
+    hidden = path.rename(path.with_name("hidden"))
     path.mkdir()
     with must_not_raise(IsADirectoryError, "a run that can't be opened stops no other"):
         world.replace_controller()
-        world.submit("b", ranks=1)
-        world.turn(2)
-    assert world.published()["parked"][0]["run"] == "a"
-    assert "IsADirectoryError" in world.published()["parked"][0]["error"]
-    with pytest.raises(UserError, match="can't be handled: IsADirectoryError"):
-        world.controller.cancel("a")
+        yield
     path.rmdir()
     hidden.rename(path)
+
+
+def test_a_log_that_can_not_be_opened_is_tried_again(world: Sim) -> None:
+    world.submit("a")
+    world.turn(5)
+    with closed_log(world, "a"):
+        world.submit("b", ranks=1)
+        world.turn(2)
+        assert world.published()["parked"][0]["run"] == "a"
+        assert "IsADirectoryError" in world.published()["parked"][0]["error"]
+        with pytest.raises(UserError, match="can't be handled: IsADirectoryError"):
+            world.controller.cancel("a")
     world.turn(120)
     assert world.view("a").state is State.SUCCEEDED
 
@@ -186,15 +194,8 @@ def test_a_run_that_is_resumed_before_it_is_opened_again_is_taken_over_once(worl
     world.turn(5)
     world.controller.cancel("a", at_once=True)
     world.turn(5)
-    path = world.home.run("a").events
-    hidden = path.with_name("hidden")
-    path.rename(hidden)
-    path.mkdir()
-    with must_not_raise(IsADirectoryError, "a run that can't be opened stops no other"):
-        world.replace_controller()
+    with closed_log(world, "a"):
         world.turn(1)
-    path.rmdir()
-    hidden.rename(path)
     world.controller.resume("a")
     started = len(kinds(world, "a", ControllerStarted))
     world.turn(20)

@@ -15,7 +15,7 @@ import pytest
 from configs.compose import compose
 from configs.errors import UserError
 from configs.metrics import MetricWriter, SavedLine, SaveFailedLine
-from configs.paths import HomePaths
+from configs.paths import HomePaths, RunPaths
 from faulttol.verdicts import VerdictKind
 from orchestrator.cli import main
 from orchestrator.commands import console, text
@@ -236,14 +236,20 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     assert told.count("  stacks    attempts/001/evidence/incident-002") == 1, "of the incident that has some"
 
 
-def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_path: Path) -> None:
-    """Or `status` shows a run that runs, with the seconds to its end, of a cluster that has been gone for hours."""
-    home = HomePaths(tmp_path)
+def queued(folder: Path) -> tuple[HomePaths, RunPaths, Writer]:
+    """A home with one run that waits."""
+    home = HomePaths(folder)
     run = home.run("smoke-1")
     run.root.mkdir(parents=True)
     log = Writer(run)
     log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    return home, run, log
+
+
+def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_path: Path) -> None:
+    """Or `status` shows a run that runs, with the seconds to its end, of a cluster that has been gone for hours."""
+    home, _, log = queued(tmp_path)
     assert reading.summaries(home).silent == "", "nobody knows of a controller"
     home.queue.write_text(json.dumps({"time": time.time() - 5.0}))
     assert reading.summaries(home).silent == "", "it beats every 5 s"
@@ -261,12 +267,7 @@ def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_pa
 
 
 def test_what_was_saved_last_is_known_before_the_next_attempt_says_where_it_begins(tmp_path: Path) -> None:
-    home = HomePaths(tmp_path)
-    run = home.run("smoke-1")
-    run.root.mkdir(parents=True)
-    log = Writer(run)
-    log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
-    log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
+    home, run, log = queued(tmp_path)
     for attempt in (1, 2):
         log.append(StateMoved(State.PLACING, Reason.ADMITTED), 1.0)
         log.append(AttemptPlaced(attempt, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
