@@ -53,7 +53,7 @@ def test_nodes_that_ray_does_not_tell_of_for_long_get_no_work(world: Sim) -> Non
     world.turn(1)
     assert world.view("short").placed is not None, "those of half a minute ago are still there"
     world.turn(35)
-    world.submit("a")
+    world.submit("a", ranks=1)  # for which there would be room beside the other
     world.turn(5)
     assert world.view("a").state is State.QUEUED
     assert any("ConnectionError" in text for text in world.published()["damage"])
