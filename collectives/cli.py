@@ -29,6 +29,7 @@ from configs.errors import (
     check_command,
     disk_trouble,
     ended_by_signals,
+    refused,
     said,
     unknown,
 )
@@ -52,25 +53,22 @@ def main(arguments: list[str]) -> int:
     try:
         options = parse(arguments)
         return int(options.command(options, arguments))
-    except (UserError, OutputLost) as error:
+    except (UserError, OutputLost, EndedBySignal) as error:
         return said(error)
     except BrokenPipeError:
         # The others have printed all that was wanted; this one has stopped early.
         if arguments[:1] == ["run"]:
             print(f"megaray: {_NO_READER}", file=sys.stderr)
         return 1
-    except EndedBySignal as ended:
-        print(f"megaray: {ended}", file=sys.stderr)
-        return ended.code
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
     except Exception as error:
-        if refused := disk_trouble(error, "a file of the measurement"):
-            print(f"megaray: {refused}; {FREE_IT}", file=sys.stderr)
+        if trouble := disk_trouble(error, "a file of the measurement"):
+            print(f"megaray: {trouble}; {FREE_IT}", file=sys.stderr)
             return 1
         if isinstance(error, OSError) and error.filename is not None:
-            why = f"{error.filename} can't be read or written ({error.strerror})"
+            why = refused(error, "a file")
             print(f"megaray: {why}; look at what lies there and who owns it", file=sys.stderr)
             return USER_ERROR_EXIT
         from collectives.studies.program import NothingMeasuredError  # loads torch

@@ -35,8 +35,15 @@ def disk_trouble(error: BaseException, otherwise: str) -> str:
     Args:
         otherwise: what to call a file whose name the error doesn't have.
     """
-    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
-        return ""
+    return refused(error, otherwise) if isinstance(error, OSError) and error.errno in DISK_ERRORS else ""
+
+
+def refused(error: OSError, otherwise: str) -> str:
+    """What the system wouldn't read or write, and why.
+
+    Args:
+        otherwise: what to call a file whose name the error doesn't have.
+    """
     return f"{error.filename or otherwise} can't be read or written ({error.strerror})"
 
 
@@ -179,10 +186,18 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
     os._exit(INTERRUPTED_EXIT)
 
 
-def said(error: UserError | OutputLost) -> int:
+def said(error: UserError | OutputLost | EndedBySignal) -> int:
     """Print the error's line; the exit code that it has."""
     sys.stderr.write(f"megaray: {error}\n")
+    if isinstance(error, EndedBySignal):
+        return error.code
     return USER_ERROR_EXIT if isinstance(error, UserError) else 1
+
+
+def shortened(value: object, longest: int) -> str:
+    """A value as text of at most so many characters, for a message."""
+    text = str(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

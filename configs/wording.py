@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from configs.errors import nearest
+from configs.errors import nearest, shortened
 from configs.schema import RunConfig
 
 _LONGEST = 100
@@ -146,9 +146,8 @@ def _sentence(detail: ErrorDetails) -> str:
 def _shown(value: object) -> str:
     if value is None:
         return "null"
-    text = str(value)
-    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    return f"'{short}'" if isinstance(value, str) and not _is_number(text) else short
+    short = shortened(value, _LONGEST)
+    return f"'{short}'" if isinstance(value, str) and not _is_number(value) else short
 
 
 def _is_number(text: str) -> bool:

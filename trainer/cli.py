@@ -58,14 +58,11 @@ def main(arguments: Sequence[str]) -> int:
         if options.command == "bench":
             return _bench(options, list(arguments))
         return _run(options.config, options.overrides) if options.command == "run" else _size(options)
-    except (UserError, OutputLost) as error:
+    except (UserError, OutputLost, EndedBySignal) as error:
         return said(error)
     except Stopped as stopped:
         print(f"megaray: {stopped}", file=sys.stderr)
         return STOPPED_EXIT
-    except EndedBySignal as ended:
-        print(f"megaray: {ended}", file=sys.stderr)
-        return ended.code
     except KeyboardInterrupt:
         print("megaray: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT

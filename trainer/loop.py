@@ -284,8 +284,7 @@ class _Job:
             self._evaluate()
         if tiers:
             self._save(tiers)
-        for outcome in self.checkpoints.ended():
-            self._tell_save(outcome)
+        self._tell_saves()
         if progress.step % _COLLECT_EVERY == 0:
             gc.collect()
 
@@ -377,8 +376,7 @@ class _Job:
             replicas.compare(self.engine.state(), self.mesh, self.progress.step)
         except ReplicasDiffer as error:
             self.checkpoints.finish()  # so that the newest step in the store is known
-            for outcome in self.checkpoints.ended():
-                self._tell_save(outcome)
+            self._tell_saves()
             if self.config.checkpoint.compare != "warn":
                 raise
             kept = "" if self.agreed is None else f"; step {self.agreed} is pinned as agreed-{self.agreed}"
@@ -398,8 +396,7 @@ class _Job:
         for wait in (*_WAITS, None):
             with self.clock.phase("checkpoint"):
                 self.checkpoints.finish()
-            for outcome in self.checkpoints.ended():
-                self._tell_save(outcome)
+            self._tell_saves()
             if self.progress.unsaved is None:
                 return
             if wait is None:
@@ -408,6 +405,11 @@ class _Job:
                 raise self.progress.unsaved
             time.sleep(wait)
             self._save(["store"])
+
+    def _tell_saves(self) -> None:
+        """`_tell_save` of those that ended since the last call."""
+        for outcome in self.checkpoints.ended():
+            self._tell_save(outcome)
 
     def _tell_save(self, outcome: SaveOutcome) -> None:
         """Write how a save ended. Training continues where it failed: its state is sound, and the last checkpoint stands.

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, shortened
 from configs.model import MOST_PARTS
 from configs.section import MOST_WHOLE
 
@@ -124,10 +124,9 @@ class ConfigFile:
     def _bounded(self, name: str, value: float) -> None:
         """Refuse a whole number that has no float, and what is infinite or not a number."""
         if not (isinstance(value, float) or abs(value) <= MOST_WHOLE) or not math.isfinite(value):
-            text = str(value)
-            short = text if len(text) <= 40 else f"{text[:37]}..."
             raise UserError(
-                f"{self.where}: {name}={short} is out of range; correct the file: type a number up to {MOST_WHOLE}"
+                f"{self.where}: {name}={shortened(value, 40)} is out of range; correct the file: type a number up to "
+                f"{MOST_WHOLE}"
             )
 
     def only(self, name: str, *allowed: Any, here: str = "") -> None:

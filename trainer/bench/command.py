@@ -92,7 +92,8 @@ def until_its_end(launcher: list[str]) -> int:
             return started.wait()
         except BaseException:
             # torchrun ends the ranks that it knows of, and not those that it is just starting.
-            family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+            launching = psutil.Process(started.pid)
+            family = [launching, *launching.children(recursive=True)]
             started.terminate()
             _, left = psutil.wait_procs(family, _GRACE_SECONDS)
             for one in left:
