@@ -16,7 +16,7 @@ from trainer.data.prepare import prepare
 from trainer.data.sampler import TokenSampler, bounds, documents
 from trainer.data.store import TokenStore, fingerprint
 from trainer.engines.base import Batch, DataPlace
-from trainer.model.seams import Stretches
+from trainer.model.seams import PackedDocuments
 from trainer.optim.schedule import samples_before, samples_of
 
 _Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
@@ -114,8 +114,8 @@ class BatchFeed:
     def _batch(self, tokens: np.ndarray, documents: np.ndarray | None, ends: np.ndarray | None) -> Batch:
         if documents is None or ends is None:
             return Batch(self._to_device(tokens), None)
-        stretches = Stretches(self._to_device(ends), int(np.diff(ends).max()))
-        return Batch(self._to_device(tokens), self._to_device(documents), stretches)
+        packed = PackedDocuments(self._to_device(ends), int(np.diff(ends).max()))
+        return Batch(self._to_device(tokens), self._to_device(documents), packed)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -144,7 +144,7 @@ def _connect(config: RunConfig, mesh: Mesh) -> None:
         from trainer.parallel.apply import axes_in_use  # slow to import
 
         names = axes_in_use(mesh, config.model.top_k)
-        mesh.connecting.begin({name: mesh[name] for name in names}, mesh.device)
+        mesh.communicators.begin({name: mesh[name] for name in names}, mesh.device)
 
 
 @dataclass
@@ -203,8 +203,8 @@ class _Job:
         """Load the newest checkpoint that every rank can read."""
         loaded = self.checkpoints.restore(self.engine)
         startup.enter(RankPhase.RENDEZVOUS)
-        self.mesh.connecting.wait()
-        self.facts["communicators"] = self.mesh.connecting.seconds
+        self.mesh.communicators.wait()
+        self.facts["communicators"] = self.mesh.communicators.seconds
         path, notes = None, self.feed.notes
         if loaded is not None:
             self.progress.step = self.progress.line_step = loaded.step

@@ -18,7 +18,7 @@ from configs.schema import RunConfig
 from trainer.engines.common import DTYPES
 from trainer.kernels.choice import usable
 
-_KERNELS = ("accumulate", "activation", "adamw", "loss", "norm", "places", "route", "rows")
+_KERNELS = ("accumulate", "activation", "adamw", "loss", "norm", "route", "rows", "sorting")
 _OF_ATTENTION = {"cca": ("compressed", "mlp", "residual")}
 _ROWS = 128
 """Of what libraries' kernels are called with."""

@@ -26,7 +26,7 @@ from tests.trainer.engines.ranks import make_engine
 from trainer.engines.base import Batch, Engine
 from trainer.model.decoder import inputs
 from trainer.model.initial import build, kind
-from trainer.model.seams import Micro, Tally
+from trainer.model.seams import MicroBatch, Tally
 from trainer.parallel.mesh import assemble, join
 
 Stepper = Callable[[], None]
@@ -72,7 +72,7 @@ def plain(config: RunConfig) -> Stepper:
     def step() -> None:
         tally = Tally()
         for batch in batches:
-            micro = Micro(batch.tokens_BS, positions_S, None, 1.0 / samples, tally)
+            micro = MicroBatch(batch.tokens_BS, positions_S, None, 1.0 / samples, tally)
             stage(inputs(micro), micro).backward()
         torch.nn.utils.clip_grad_norm_(stage.parameters(), optim.clip, foreach=True)
         adamw.step()

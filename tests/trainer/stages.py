@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.model import ModelConfig
 from trainer.model.decoder import DecoderStage, inputs
-from trainer.model.seams import Micro, Tally
+from trainer.model.seams import MicroBatch, Tally
 
 
 def whole(model: ModelConfig, state: dict[str, Tensor]) -> DecoderStage:
@@ -42,10 +42,10 @@ def exact() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def micro(tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | None = None) -> Micro:
+def micro(tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | None = None) -> MicroBatch:
     """The samples as one micro-batch of a step of `samples`, as many by default."""
     places_S = torch.arange(tokens_BS.shape[1] - 1)
-    return Micro(tokens_BS, places_S, documents_BS, 1 / (samples or len(tokens_BS)), Tally())
+    return MicroBatch(tokens_BS, places_S, documents_BS, 1 / (samples or len(tokens_BS)), Tally())
 
 
 def logits(stage: DecoderStage, tokens_BS: Tensor) -> Tensor:

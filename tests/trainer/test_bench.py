@@ -130,11 +130,9 @@ def test_nothing_on_the_device_is_an_empty_profile() -> None:
 
 @pytest.mark.parametrize(("name", "part"), [
     ("void cutlass::device_kernel<enable_3x_kernel_for_sm90<cutlass::gemm::GroupProblemShape>>", "experts' matmuls"),
-    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"), ("_move", "optimizer and norm"),
-    ("_collect", "rows to experts and back"), ("_entropy", "loss"), ("_turn_back", "norms, rotation, activation"),
-    ("_sum_back", "norms, rotation, activation"), ("_pairs", "norms, rotation, activation"),
-    ("_values_back", "norms, rotation, activation"), ("_enter_back", "norms, rotation, activation"),
-    ("_bend", "norms, rotation, activation"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"), ("_adamw", "optimizer and norm"),
+    ("_combine", "rows to experts and back"), ("_entropy", "loss"), ("_norm_rotate_back", "norms, rotation, activation"),
+    ("_route_back", "router"), ("_count_pairs", "rows to experts and back"), ("_cca_pairs", "norms, rotation, activation"),
     ("vectorized_elementwise_kernel<4, CUDAFunctor_add>", "elementwise"),
 ])  # fmt: skip
 def test_kernels_have_their_part(name: str, part: str) -> None:

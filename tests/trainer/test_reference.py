@@ -265,10 +265,10 @@ def test_update_rule(name: str) -> None:
     for step, rate in enumerate((1e-2, 3e-2, 2e-2, 1e-2)):
         skipped = step == 2
         for slot in slots:
-            slope = torch.randn(slot.tensor.shape, generator=draw)
-            slot.tensor.grad = slope * (math.inf if skipped else 1.0)
+            grad = torch.randn(slot.tensor.shape, generator=draw)
+            slot.tensor.grad = grad * (math.inf if skipped else 1.0)
             if not skipped:
-                update(optim, state, slot.name, slope.double() * 0.7, rate, count + 1, 16)
+                update(optim, state, slot.name, grad.double() * 0.7, rate, count + 1, 16)
         count += not skipped
         optimizer.step(rate, torch.tensor(0.7), torch.tensor(float(skipped)))
     for slot in slots:

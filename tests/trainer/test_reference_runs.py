@@ -59,7 +59,7 @@ class Trained:
             taken += size
             batches = [Batch(part, documents(part)) for part in parts]
             hooks = [
-                parameter.register_hook(lambda slope: slope * math.inf)
+                parameter.register_hook(lambda grad: grad * math.inf)
                 for stage in self.engine._stages
                 for parameter in stage.parameters()
                 if step == spoiled

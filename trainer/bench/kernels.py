@@ -14,13 +14,14 @@ PARTS = (
     ("attention", r"sdpa|flash|fmha|attention"),
     ("experts' matmuls", r"cutlass.*(Group|group)|_grouped|GroupProblem|ck_grouped"),
     ("matmuls", r"nvjet|gemm|cutlass|cublas|Cijk|splitK|gemv"),
-    ("optimizer and norm", r"^_move|^_squared|adam|multi_tensor|foreach|lerp"),
+    ("optimizer and norm", r"^_adamw|^_squared_norm|^_add_gradients|adam|multi_tensor|foreach|lerp"),
+    ("router", r"^_route|^_plan_loans"),
+    ("norms, rotation, activation", r"^_norm|^_scaled_sum|^_cca|^_swiglu|silu|gelu|norm|Norm"),
     (
-        "norms, rotation, activation",
-        r"^_norm|^_turn|^_sum|^_pairs|^_values|^_enter|^_bend|^_forward$|^_backward$|silu|gelu|norm|Norm",
+        "rows to experts and back",
+        r"^_dispatch|^_combine|^_weighted_back|_pairs$|^_regroup_rows|gather|index|scatter|[sS]ort|Radix",
     ),
-    ("rows to experts and back", r"^_spread|^_collect|^_weighted_back|gather|index|scatter|[sS]ort|Radix"),
-    ("loss", r"^_entropy|[sS]oft[mM]ax|nll_loss"),
+    ("loss", r"^_entropy|^_scale_rows|[sS]oft[mM]ax|nll_loss"),
     ("copies", r"copy|Memcpy|cat|fill|Memset|chunk"),
 )
 """Name of a part, and what its kernels' names contain; the first that fits."""
@@ -183,7 +184,7 @@ def lines(profiled: Profile, most: int = 24) -> list[str]:
     text += [f"  {part:28}{milliseconds:9.2f} ms" for part, milliseconds in profiled.parts().items()]
     text.append("kernels that take longest:")
     text += [
-        f"  {kernel.milliseconds:8.2f} ms {kernel.count:5}x  {kernel.part:26}{_short(kernel.name)}"
+        f"  {kernel.milliseconds:8.2f} ms {kernel.count:5}x  {kernel.part:28}{_short(kernel.name)}"
         for kernel in profiled.kernels[:most]
     ]
     return text

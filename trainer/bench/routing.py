@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.bench.options import FORCED
 from trainer.model.decoder import DecoderStage
 from trainer.model.router import Router, RouterChoice, count
-from trainer.model.seams import Micro, Samples
+from trainer.model.seams import MicroBatch, SampleSeam
 
 EXPONENT = 1.0
 """Of Zipf's law: the load of the i-th expert is as 1/i."""
@@ -31,7 +31,7 @@ class _Forced:
         self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def __call__(
-        self, x: Tensor, state: Tensor | None, micro: Micro, samples: Samples, *rest: Any
+        self, x: Tensor, state: Tensor | None, micro: MicroBatch, samples: SampleSeam, *rest: Any
     ) -> RouterChoice:
         muted, micro.tally.muted = micro.tally.muted, True
         choice = self._choose(x, state, micro, samples, *rest)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trainer.model.seams import Stretches
+from trainer.model.seams import PackedDocuments
 from trainer.state import Slice
 
 Phases = Callable[[str], AbstractContextManager[None]]
@@ -29,8 +29,8 @@ class Batch:
     """[micro_batch, sequence + 1] int64: the last token is only a target, the first only an input."""
     documents_BS: Tensor | None
     """Document of each input, [micro_batch, sequence]; None where every sample is one document or masks are off."""
-    stretches: Stretches | None = None
-    """Where these documents lie, as `Micro` has it."""
+    packed: PackedDocuments | None = None
+    """Where these documents lie, as `MicroBatch` has it."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from configs.model import ModelConfig
 from trainer.engines.base import Batch, StepResult
 from trainer.kernels.choice import LEAST, usable
 from trainer.model.decoder import DecoderStage
-from trainer.model.router import move_biases
-from trainer.model.seams import Micro, Tally
+from trainer.model.router import update_biases
+from trainer.model.seams import MicroBatch, Tally
 from trainer.state import Box, Slice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,10 +22,10 @@ _PIECE = 1 << 16
 """Elements of a gradient that a CPU has in fp64 at a time."""
 
 
-def micros(batches: Sequence[Batch], samples: int, positions_S: Tensor, tally: Tally) -> list[Micro]:
+def micros(batches: Sequence[Batch], samples: int, positions_S: Tensor, tally: Tally) -> list[MicroBatch]:
     """A step's micro-batches as the model takes them, each sample's losses weighted by 1 / `samples`."""
     weight = 1.0 / samples
-    return [Micro(b.tokens_BS, positions_S, b.documents_BS, weight, tally, b.stretches) for b in batches]
+    return [MicroBatch(b.tokens_BS, positions_S, b.documents_BS, weight, tally, b.packed) for b in batches]
 
 
 def clipping(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def balance(
     routers = {layer: router for stage in stages for layer, router in stage.routers().items()}
     if routers:
         of_each = [load[row[layer]] for layer in routers]
-        move_biases(list(routers.values()), torch.stack(of_each), applied, skip)
+        update_biases(list(routers.values()), torch.stack(of_each), applied, skip)
     return load
 
 

@@ -33,8 +33,8 @@ from trainer.model.initial import initial, kind
 from trainer.model.seams import Tally
 from trainer.optim.common import rate_of
 from trainer.parallel import apply
-from trainer.parallel.context import places
-from trainer.parallel.mesh import Mesh, patience
+from trainer.parallel.context import token_positions
+from trainer.parallel.mesh import Mesh, collective_timeout
 from trainer.state import Box, Slice
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +66,7 @@ class DeepSpeedEngine:
         self._zero: Any = self._engine.optimizer
         self._parts = list(self._cut_partitions({name: cut.box for name, cut in cuts.items()}))
         self._make_values()
-        self._positions_S = places(config.data.sequence, "gather", 1, 0, mesh.device)
+        self._positions_S = token_positions(config.data.sequence, "gather", 1, 0, mesh.device)
 
     def _cut_partitions(self, boxes: dict[str, Box]) -> Iterator[_Part]:
         """What this rank's flat partitions hold, in order. `boxes`: what the rank has of each parameter before ZeRO."""
@@ -185,7 +185,7 @@ class DeepSpeedEngine:
 # ---- what DeepSpeed is given ----
 
 
-def _make_stage(config: RunConfig, mesh: Mesh) -> tuple[DecoderStage, dict[str, apply.Cut]]:
+def _make_stage(config: RunConfig, mesh: Mesh) -> tuple[DecoderStage, dict[str, apply.Partition]]:
     """The model on the device with values still to come, experts marked as DeepSpeed wants them; and what is cut how."""
     with torch.device("meta"):
         stage = DecoderStage(config.model, 0, config.model.layers)
@@ -268,7 +268,7 @@ def _wrap(stage: DecoderStage, adamw: torch.optim.AdamW, config: RunConfig, mesh
     )  # fmt: skip
     # It makes its groups without a limit of ours.
     for group in tuple(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(patience(config), group)
+        dist.distributed_c10d._set_pg_timeout(collective_timeout(config), group)
     return engine
 
 

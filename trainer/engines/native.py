@@ -19,16 +19,16 @@ from trainer.engines import common
 from trainer.engines.base import Batch, DataPlace, Phases, StepResult, never
 from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import kind
-from trainer.model.seams import Micro, Tally
+from trainer.model.seams import MicroBatch, Tally
 from trainer.optim.build import build
 from trainer.optim.common import refresh
 from trainer.optim.slots import Cast, Slot, StagePeers
 from trainer.parallel import apply
-from trainer.parallel.context import places
-from trainer.parallel.exchange import sums
-from trainer.parallel.mesh import Mesh, patience
+from trainer.parallel.context import token_positions
+from trainer.parallel.exchange import all_reduce_packed
+from trainer.parallel.mesh import Mesh, collective_timeout
 from trainer.parallel.resident import Resident
-from trainer.parallel.stages import cut, reduce_now, stages_of
+from trainer.parallel.stages import reduce_now, split_layers, stages_of
 from trainer.sizing.search.runnable import chunks_of
 from trainer.state import Box, Slice
 
@@ -44,18 +44,18 @@ class NativeEngine:
         self.place = DataPlace(mesh["dp"].index, mesh["dp"].size)
         self._dtype = common.DTYPES[str(config.train.precision)]
         self._stages: list[DecoderStage] = []
-        self._cuts: list[dict[str, apply.Cut]] = []
+        self._partitions: list[dict[str, apply.Partition]] = []
         self._residents: list[Resident] = []
         """By stage."""
         parallel, model = config.parallel, config.model
-        ends = cut(model.layers, mesh["pp"].size * chunks_of(parallel))
+        ends = split_layers(model.layers, mesh["pp"].size * chunks_of(parallel))
         for index in stages_of(parallel, mesh["pp"].index):
             with torch.device("meta"):
                 stage = DecoderStage(model, *ends[index])
-            self._cuts.append(apply.parallelize(stage, mesh, config))
+            self._partitions.append(apply.parallelize(stage, mesh, config))
             whole = apply.shard(stage, mesh, config)
-            masters = apply.materialize(stage, self._cuts[-1], config, mesh, whole)
-            dense = [name for name in masters if not self._cuts[-1][name].sparse]
+            masters = apply.materialize(stage, self._partitions[-1], config, mesh, whole)
+            dense = [name for name in masters if not self._partitions[-1][name].sparse]
             self._residents.append(Resident(stage, masters, dense, mesh["dp_cp"]))
             self._stages.append(stage)
         self._pipeline: Pipeline | None = None
@@ -74,7 +74,7 @@ class NativeEngine:
         precision = config.train.precision or "fp32"
         self._optimizer = build(config.optim, model.hidden, self._slots, self._peers(), precision)
         self._applied = next(t for name, t, _ in self._optimizer.state() if name == "optimizer/step")
-        self._positions = places(
+        self._positions = token_positions(
             config.data.sequence, parallel.context, mesh["cp"].size, mesh["cp"].index, mesh.device
         )
 
@@ -87,14 +87,14 @@ class NativeEngine:
         """
         parameters, slots = [], []
         tp, data, both = self.mesh["tp"], self.mesh["dp_cp"], self.config.parallel.schedule == "zbv"
-        for stage, cuts, resident in zip(self._stages, self._cuts, self._residents, strict=True):
+        for stage, partitions, resident in zip(self._stages, self._partitions, self._residents, strict=True):
             for name, parameter in stage.named_parameters():
-                local, box = apply.local_part(parameter, cuts[name], self.mesh)
+                local, box = apply.local_part(parameter, partitions[name], self.mesh)
                 cast, exact = None, 0
-                index, size = (tp.index, tp.size) if cuts[name].alike else (0, 1)
+                index, size = (tp.index, tp.size) if partitions[name].alike else (0, 1)
                 if name in resident.masters:
                     local, cast = resident.masters[name], Cast(resident.weight(name))
-                    if not cuts[name].sparse:
+                    if not partitions[name].sparse:
                         # Each group of tp sums for itself, and three numbers or more in an order of its own.
                         exact = size if size > 2 else 0
                         index, size = index + size * data.index, size * data.size
@@ -103,7 +103,7 @@ class NativeEngine:
                 slots.append(Slot(name, local, box, kind(name), index, size, cast))
                 parameters.append(parameter)
                 self._exact.append(exact)
-                self._alike.append(cuts[name].alike)
+                self._alike.append(partitions[name].alike)
                 self._second.append(self._is_copied(name) and stage.first != 0)
         return parameters, slots
 
@@ -123,7 +123,9 @@ class NativeEngine:
             return None
         if self.mesh.rank not in (first, last):
             return None
-        return dist.new_group([first, last], timeout=patience(self.config), use_local_synchronization=True)
+        return dist.new_group(
+            [first, last], timeout=collective_timeout(self.config), use_local_synchronization=True
+        )
 
     def _peers(self) -> StagePeers:
         stage = self.mesh["stage"]
@@ -160,7 +162,7 @@ class NativeEngine:
                 slot.forget()
         return common.result(loss, tally, norm, skip, load)
 
-    def _learn(self, micros: Sequence[Micro], phase: Phases) -> Tensor:
+    def _learn(self, micros: Sequence[MicroBatch], phase: Phases) -> Tensor:
         """Forward and backward; this rank's share of the loss. Gradients end up reduced, in the parameters' `grad`."""
         each = self.config.parallel.zero >= 2
         if self._pipeline is not None:
@@ -208,7 +210,7 @@ class NativeEngine:
         if self.mesh["tp"].size > 1:
             alike = [slot for slot, same in zip(self._slots, self._alike, strict=True) if same]
             mine = [slot.gradient for slot in alike if slot.gradient is not None]
-            for slot, total in zip(alike, sums(mine, self.mesh["tp"]), strict=True):
+            for slot, total in zip(alike, all_reduce_packed(mine, self.mesh["tp"]), strict=True):
                 slot.receive(total)
         self._sum_copies()
         counted = [

@@ -11,7 +11,7 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _add(
+def _add_gradients(
     out: tl.tensor, earlier: tl.tensor, gradient: tl.tensor, elements: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -25,5 +25,7 @@ def add(earlier: Tensor, gradient: Tensor) -> Tensor:
     """The sum of two contiguous tensors in fp32: `earlier` itself where that is fp32, else a new one."""
     out = earlier if earlier.dtype == torch.float32 else torch.empty_like(earlier, dtype=torch.float32)
     elements = out.numel()
-    _add[(triton.cdiv(elements, _BLOCK),)](out, earlier, gradient, elements, BLOCK=_BLOCK, num_warps=8)
+    _add_gradients[(triton.cdiv(elements, _BLOCK),)](
+        out, earlier, gradient, elements, BLOCK=_BLOCK, num_warps=8
+    )
     return out

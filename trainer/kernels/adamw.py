@@ -15,8 +15,8 @@ _SQUARES = 4096
 
 
 @triton.jit
-def _move(
-    master: tl.tensor, slope: tl.tensor, mean: tl.tensor, square: tl.tensor, cast: tl.tensor, numbers: tl.tensor,
+def _adamw(
+    master: tl.tensor, grad: tl.tensor, mean: tl.tensor, square: tl.tensor, cast: tl.tensor, numbers: tl.tensor,
     elements: tl.tensor,
     lr: tl.tensor, decay: tl.tensor, beta1: tl.tensor, beta2: tl.tensor, eps: tl.tensor,
     CAST: tl.constexpr, BLOCK: tl.constexpr,
@@ -26,7 +26,7 @@ def _move(
     if skip == 0.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
-        g = tl.load(slope + at, mask=inside, other=0.0).to(tl.float32) * factor
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * factor
         w = tl.load(master + at, mask=inside, other=0.0)
         m = tl.load(mean + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(square + at, mask=inside, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def _move(
 
 
 @triton.jit
-def _squared(
+def _squared_norm(
     x: tl.tensor, out: tl.tensor, elements: tl.tensor, EACH: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -53,7 +53,7 @@ def _squared(
     tl.store(out + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def move(
+def update(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     numbers: Tensor,
     rates: tuple[float, float],
@@ -68,10 +68,10 @@ def move(
         rates: learning rate, weight decay.
         rule: beta1, beta2, eps.
     """
-    master, slope, mean, square, cast = tensors
+    master, grad, mean, square, cast = tensors
     elements = master.numel()
-    _move[(triton.cdiv(elements, _BLOCK),)](
-        master, slope, mean, square, master if cast is None else cast, numbers, elements, *rates, *rule,
+    _adamw[(triton.cdiv(elements, _BLOCK),)](
+        master, grad, mean, square, master if cast is None else cast, numbers, elements, *rates, *rule,
         CAST=cast is not None, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
 
@@ -84,5 +84,5 @@ def squares(tensors: list[Tensor]) -> Tensor:
     counts = [triton.cdiv(count, each) for count, each in zip(blocks, turns, strict=True)]
     parts = torch.empty(sum(counts), dtype=torch.float32, device=tensors[0].device)
     for tensor, part, each in zip(tensors, parts.split(counts), turns, strict=True):
-        _squared[(part.numel(),)](tensor, part, tensor.numel(), EACH=each, BLOCK=_SQUARES, num_warps=8)
+        _squared_norm[(part.numel(),)](tensor, part, tensor.numel(), EACH=each, BLOCK=_SQUARES, num_warps=8)
     return parts.sum(dtype=torch.float64)

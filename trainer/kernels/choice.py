@@ -40,7 +40,7 @@ def reason() -> str:
     return f"torch's operators, since {why_not()}" if why_not() else "Triton's kernels"
 
 
-def fused(x: Tensor) -> bool:
+def use_kernels(x: Tensor) -> bool:
     """Whether kernels take over what is done to `x`: activations in bf16 on a GPU.
 
     In fp32 and fp64, where a run is compared with a reference, torch's operators stay.
@@ -73,6 +73,6 @@ def loop(rows: int, tile: int, device: torch.device, each: int = 4, across: int 
     return -(-blocks // turns), turns
 
 
-def power(width: int, most: int) -> int:
+def next_power_of_2(width: int, most: int) -> int:
     """The power of two that covers `width`, at most `most`."""
     return min(1 << max(width - 1, 1).bit_length(), most)

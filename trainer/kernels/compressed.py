@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import loop, power
+from trainer.kernels.choice import loop, next_power_of_2
 
 _EPS = tl.constexpr(1.1920928955078125e-07)
 """The least length of a head: fp32's epsilon."""
 
 
 @triton.jit
-def _pairs(
+def _cca_pairs(
     x: tl.tensor, before: tl.tensor, earlier: tl.tensor, starts: tl.tensor, taps: tl.tensor, bias: tl.tensor,
     out: tl.tensor, rows: tl.tensor, stride: tl.tensor,
     width: tl.constexpr, head: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -52,9 +52,9 @@ def _pairs(
 
 
 @triton.jit
-def _pairs_back(
+def _cca_pairs_back(
     x: tl.tensor, before: tl.tensor, earlier: tl.tensor, starts: tl.tensor, taps: tl.tensor, given: tl.tensor,
-    x_slope: tl.tensor, before_slope: tl.tensor, earlier_slope: tl.tensor, parts: tl.tensor, rows: tl.tensor,
+    x_grad: tl.tensor, before_grad: tl.tensor, earlier_grad: tl.tensor, parts: tl.tensor, rows: tl.tensor,
     stride: tl.tensor,
     width: tl.constexpr, head: tl.constexpr, LOCAL: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -75,7 +75,7 @@ def _pairs_back(
         d1 = tl.load(given + source + head, mask=mask, other=0.0).to(tl.float32)
         here = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         # The sums above this kernel's own: what means have left there.
-        slope = tl.load(x_slope + place, mask=mask, other=0.0).to(tl.float32) + d1 * t1
+        grad = tl.load(x_grad + place, mask=mask, other=0.0).to(tl.float32) + d1 * t1
         if LOCAL:
             one = tl.load(starts + row, mask=row < rows, other=1) == 0
             two = one & (tl.load(starts + (row - 1), mask=(row < rows) & (row > 0), other=1) == 0)
@@ -88,15 +88,15 @@ def _pairs_back(
             e0 = tl.load(at, mask=mask & one[:, None], other=0.0).to(tl.float32)
             e1 = tl.load(at + head, mask=mask & one[:, None], other=0.0).to(tl.float32)
             f0 = tl.load(at + 2 * head, mask=mask & two[:, None], other=0.0).to(tl.float32)
-            slope += e1 * t0 + e0 * t1 + f0 * t0
+            grad += e1 * t0 + e0 * t1 + f0 * t0
         else:
             last = tl.load(before + place, mask=mask, other=0.0).to(tl.float32)
             narrow = row[:, None] * width + column[None, :]
             second = tl.load(earlier + narrow, mask=mask, other=0.0).to(tl.float32)
             to_last = d1 * t0 + d0 * t1
-            tl.store(before_slope + place, to_last.to(before_slope.dtype.element_ty), mask=mask)
-            tl.store(earlier_slope + narrow, (d0 * t0).to(earlier_slope.dtype.element_ty), mask=mask)
-        tl.store(x_slope + place, slope.to(x_slope.dtype.element_ty), mask=mask)
+            tl.store(before_grad + place, to_last.to(before_grad.dtype.element_ty), mask=mask)
+            tl.store(earlier_grad + narrow, (d0 * t0).to(earlier_grad.dtype.element_ty), mask=mask)
+        tl.store(x_grad + place, grad.to(x_grad.dtype.element_ty), mask=mask)
         low += tl.sum(d1 * last + d0 * second, axis=0)
         high += tl.sum(d1 * here + d0 * last, axis=0)
         plain += tl.sum(d0 + d1, axis=0)
@@ -107,7 +107,7 @@ def _pairs_back(
 
 
 @triton.jit
-def _values(
+def _cca_values(
     x: tl.tensor, before: tl.tensor, starts: tl.tensor, out: tl.tensor, rows: tl.tensor, stride: tl.tensor,
     offset: tl.tensor, current: tl.tensor, width: tl.tensor,
     LOCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -128,8 +128,8 @@ def _values(
 
 
 @triton.jit
-def _values_back(
-    given: tl.tensor, starts: tl.tensor, x_slope: tl.tensor, before_slope: tl.tensor, rows: tl.tensor,
+def _cca_values_back(
+    given: tl.tensor, starts: tl.tensor, x_grad: tl.tensor, before_grad: tl.tensor, rows: tl.tensor,
     stride: tl.tensor, offset: tl.tensor, current: tl.tensor, width: tl.tensor, sequence: tl.tensor,
     by_sample: tl.tensor, by_head: tl.tensor, by_token: tl.tensor,
     head: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -145,12 +145,12 @@ def _values_back(
         goes = tl.load(starts + (row + 1), mask=row + 1 < rows, other=1) == 0
         # The next token is of the same sample wherever this one is seen.
         source = source + tl.where(late, by_token, 0)
-        slope = tl.load(given + source, mask=mask & (goes[:, None] | ~late), other=0.0)
+        grad = tl.load(given + source, mask=mask & (goes[:, None] | ~late), other=0.0)
     else:
-        slope = tl.load(given + source, mask=mask & ~late, other=0.0)
+        grad = tl.load(given + source, mask=mask & ~late, other=0.0)
         passed = tl.load(given + source, mask=mask & late, other=0.0)
-        tl.store(before_slope + place, passed, mask=mask)
-    tl.store(x_slope + place, slope, mask=mask)
+        tl.store(before_grad + place, passed, mask=mask)
+    tl.store(x_grad + place, grad, mask=mask)
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def _halves(
 
 
 @triton.jit
-def _turn(
+def _cca_rotate(
     x: tl.tensor, y: tl.tensor, bias: tl.tensor, scale: tl.tensor, cos: tl.tensor, sin: tl.tensor, queries: tl.tensor,
     keys: tl.tensor, rows: tl.tensor, stride: tl.tensor, sequence: tl.tensor, root: tl.tensor,
     groups: tl.constexpr, members: tl.constexpr, head: tl.constexpr, pairs: tl.constexpr, ROWS: tl.constexpr,
@@ -231,7 +231,7 @@ def _turn(
 def _normed_back(
     v1: tl.tensor, v2: tl.tensor, d1: tl.tensor, d2: tl.tensor, root: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Slopes of both parts of a head before its norm, and what its scale has of each row."""
+    """Gradients of both parts of a head before its norm, and what its scale has of each row."""
     length = tl.sqrt(tl.sum(v1 * v1 + v2 * v2, axis=1))
     spread = root / tl.maximum(length, _EPS)
     dot = tl.sum(d1 * v1 + d2 * v2, axis=1) * spread
@@ -243,9 +243,9 @@ def _normed_back(
 
 
 @triton.jit
-def _turn_back(
+def _cca_rotate_back(
     x: tl.tensor, y: tl.tensor, bias: tl.tensor, scale: tl.tensor, cos: tl.tensor, sin: tl.tensor,
-    query_given: tl.tensor, key_given: tl.tensor, y_slope: tl.tensor, x_slope: tl.tensor, bias_parts: tl.tensor,
+    query_given: tl.tensor, key_given: tl.tensor, y_grad: tl.tensor, x_grad: tl.tensor, bias_parts: tl.tensor,
     scale_parts: tl.tensor, rows: tl.tensor, stride: tl.tensor, sequence: tl.tensor, root: tl.tensor,
     query_sample: tl.tensor, query_head: tl.tensor, query_token: tl.tensor, key_sample: tl.tensor,
     key_head: tl.tensor, key_token: tl.tensor,
@@ -265,7 +265,7 @@ def _turn_back(
         own = group * members + member
         sum1 += tl.load(place + (own * head + low)[None, :], mask=mask, other=0.0).to(tl.float32)
         sum2 += tl.load(place + (own * head + high)[None, :], mask=mask, other=0.0).to(tl.float32)
-    # The key first: its slope is a part of each query's.
+    # The key first: its gradient is a part of each query's.
     v1 = _whole(y, bias, key, row, rows, low, mask, within, (sum1 / members + k1) * 0.5, head)
     v2 = _whole(y, bias, key, row, rows, high, mask, within, (sum2 / members + k2) * 0.5, head)
     at = key_given + (row // sequence * key_sample + row % sequence * key_token + group * key_head)[:, None]
@@ -276,15 +276,15 @@ def _turn_back(
     tl.store(scale_parts + tl.program_id(0) * groups + group, tl.sum(dot, axis=0))
     a1 = a1 * times
     a2 = a2 * times
-    to = y_slope + (key * rows + row)[:, None] * head
-    tl.store(to + low[None, :], a1.to(y_slope.dtype.element_ty), mask=mask)
-    tl.store(to + high[None, :], a2.to(y_slope.dtype.element_ty), mask=mask)
+    to = y_grad + (key * rows + row)[:, None] * head
+    tl.store(to + low[None, :], a1.to(y_grad.dtype.element_ty), mask=mask)
+    tl.store(to + high[None, :], a2.to(y_grad.dtype.element_ty), mask=mask)
     part = bias_parts + tl.program_id(0) * (groups * members + groups) * head
     tl.store(part + key * head + low, tl.sum(a1, axis=0), mask=within)
     tl.store(part + key * head + high, tl.sum(a2, axis=0), mask=within)
     sum1 = a1
     sum2 = a2
-    result = x_slope + row[:, None] * stride
+    result = x_grad + row[:, None] * stride
     for member in range(members):
         own = group * members + member
         q1 = tl.load(place + (own * head + low)[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -298,20 +298,20 @@ def _turn_back(
         g1 = tl.load(at + low[None, :], mask=mask, other=0.0).to(tl.float32)
         g2 = tl.load(at + high[None, :], mask=mask, other=0.0).to(tl.float32)
         e1, e2, dot = _normed_back(v1, v2, g1 * c + g2 * s, g2 * c - g1 * s, root)
-        to = y_slope + (own * rows + row)[:, None] * head
-        tl.store(to + low[None, :], e1.to(y_slope.dtype.element_ty), mask=mask)
-        tl.store(to + high[None, :], e2.to(y_slope.dtype.element_ty), mask=mask)
+        to = y_grad + (own * rows + row)[:, None] * head
+        tl.store(to + low[None, :], e1.to(y_grad.dtype.element_ty), mask=mask)
+        tl.store(to + high[None, :], e2.to(y_grad.dtype.element_ty), mask=mask)
         tl.store(part + own * head + low, tl.sum(e1, axis=0), mask=within)
         tl.store(part + own * head + high, tl.sum(e2, axis=0), mask=within)
         sum1 = sum1 + e1
         sum2 = sum2 + e2
         e1 = (e1 + a1 / members) * 0.5
         e2 = (e2 + a2 / members) * 0.5
-        tl.store(result + (own * head + low)[None, :], e1.to(x_slope.dtype.element_ty), mask=mask)
-        tl.store(result + (own * head + high)[None, :], e2.to(x_slope.dtype.element_ty), mask=mask)
+        tl.store(result + (own * head + low)[None, :], e1.to(x_grad.dtype.element_ty), mask=mask)
+        tl.store(result + (own * head + high)[None, :], e2.to(x_grad.dtype.element_ty), mask=mask)
     to = result + (key * head)
-    tl.store(to + low[None, :], (sum1 * 0.5).to(x_slope.dtype.element_ty), mask=mask)
-    tl.store(to + high[None, :], (sum2 * 0.5).to(x_slope.dtype.element_ty), mask=mask)
+    tl.store(to + low[None, :], (sum1 * 0.5).to(x_grad.dtype.element_ty), mask=mask)
+    tl.store(to + high[None, :], (sum2 * 0.5).to(x_grad.dtype.element_ty), mask=mask)
 
 
 _ROWS = 16
@@ -358,15 +358,15 @@ class _Compressed(torch.autograd.Function):
         starts = joined if starts_BS is None else starts_BS
         before = joined if one is None else one, joined if two is None else two
         blocks = triton.cdiv(rows, _ROWS)
-        columns = power(width, 256)
+        columns = next_power_of_2(width, 256)
         pair_AT2H = joined.new_empty(every, rows, 2 * head)
-        _pairs[(blocks, triton.cdiv(width, columns))](
+        _cca_pairs[(blocks, triton.cdiv(width, columns))](
             joined, *before, starts, taps, bias, pair_AT2H, rows, stride,
             width=width, head=head, LOCAL=local, ROWS=_ROWS, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
-        columns = power(groups * head, 256)
+        columns = next_power_of_2(groups * head, 256)
         v_BSGH = joined.new_empty(samples, sequence, groups, head)
-        _values[(blocks, triton.cdiv(groups * head, columns))](
+        _cca_values[(blocks, triton.cdiv(groups * head, columns))](
             joined, before[0], starts, v_BSGH, rows, stride, width, rule.current, groups * head,
             LOCAL=local, ROWS=_ROWS, COLUMNS=columns,
         )  # fmt: skip
@@ -375,59 +375,59 @@ class _Compressed(torch.autograd.Function):
         y_ATH = torch.bmm(pair_AT2H, mix_A2HO.to(joined.dtype))
         q_BSNH = joined.new_empty(samples, sequence, heads, head)
         k_BSGH = joined.new_empty(samples, sequence, groups, head)
-        _turn[(blocks, groups)](
+        _cca_rotate[(blocks, groups)](
             joined, y_ATH, mix_bias, scale, rule.cos_SP, rule.sin_SP, q_BSNH, k_BSGH, rows, stride, sequence,
             head**0.5,
             groups=groups, members=heads // groups, head=head, pairs=rule.cos_SP.shape[1], ROWS=_ROWS,
-            COLUMNS=power(head // 2, 1 << 20),
+            COLUMNS=next_power_of_2(head // 2, 1 << 20),
         )  # fmt: skip
         ctx.save_for_backward(*tensors, starts_BS, pair_AT2H, mix_A2HO, y_ATH)
         ctx.rule = rule
         return q_BSNH.transpose(1, 2), k_BSGH.transpose(1, 2), v_BSGH.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         joined, one, two, taps, bias, mix, mix_bias, scale, starts_BS, pair_AT2H, mix_A2HO, y_ATH = (
             ctx.saved_tensors
         )
         rule = ctx.rule
-        q_slope, k_slope, v_slope = (x if x.stride(-1) == 1 else x.contiguous() for x in slopes)
+        q_grad, k_grad, v_grad = (x if x.stride(-1) == 1 else x.contiguous() for x in grads)
         sequence, stride = joined.shape[1:]
         rows, groups, head = joined.shape[0] * sequence, rule.groups, rule.head
         every, local = rule.heads + groups, starts_BS is not None
         width, blocks = every * head, triton.cdiv(rows, _ROWS)
         starts = joined if starts_BS is None else starts_BS
         before = joined if one is None else one, joined if two is None else two
-        x_slope, y_slope = torch.empty_like(joined), torch.empty_like(y_ATH)
+        x_grad, y_grad = torch.empty_like(joined), torch.empty_like(y_ATH)
         past = tuple(None if x is None else torch.empty_like(x) for x in (one, two))
-        to_past = tuple(x_slope if x is None else x for x in past)
+        to_past = tuple(x_grad if x is None else x for x in past)
         bias_parts = torch.empty(blocks, width, dtype=torch.float32, device=joined.device)
         scale_parts = torch.empty(blocks, groups, dtype=torch.float32, device=joined.device)
-        _turn_back[(blocks, groups)](
-            joined, y_ATH, mix_bias, scale, rule.cos_SP, rule.sin_SP, q_slope, k_slope, y_slope, x_slope, bias_parts,
-            scale_parts, rows, stride, sequence, head**0.5, *q_slope.stride()[:3], *k_slope.stride()[:3],
+        _cca_rotate_back[(blocks, groups)](
+            joined, y_ATH, mix_bias, scale, rule.cos_SP, rule.sin_SP, q_grad, k_grad, y_grad, x_grad, bias_parts,
+            scale_parts, rows, stride, sequence, head**0.5, *q_grad.stride()[:3], *k_grad.stride()[:3],
             groups=groups, members=rule.heads // groups, head=head, pairs=rule.cos_SP.shape[1], ROWS=_ROWS,
-            COLUMNS=power(head // 2, 1 << 20),
+            COLUMNS=next_power_of_2(head // 2, 1 << 20),
         )  # fmt: skip
-        columns = power(groups * head, 256)
-        _values_back[(blocks, triton.cdiv(groups * head, columns))](
-            v_slope, starts, x_slope, to_past[0], rows, stride, width, rule.current, groups * head, sequence,
-            *v_slope.stride()[:3], head=head, LOCAL=local, ROWS=_ROWS, COLUMNS=columns,
+        columns = next_power_of_2(groups * head, 256)
+        _cca_values_back[(blocks, triton.cdiv(groups * head, columns))](
+            v_grad, starts, x_grad, to_past[0], rows, stride, width, rule.current, groups * head, sequence,
+            *v_grad.stride()[:3], head=head, LOCAL=local, ROWS=_ROWS, COLUMNS=columns,
         )  # fmt: skip
-        pair_slope = torch.bmm(y_slope, mix_A2HO.to(joined.dtype).transpose(1, 2))
-        mix_slope = torch.bmm(pair_AT2H.transpose(1, 2), y_slope)
-        columns = power(width, 256)
+        pair_grad = torch.bmm(y_grad, mix_A2HO.to(joined.dtype).transpose(1, 2))
+        mix_grad = torch.bmm(pair_AT2H.transpose(1, 2), y_grad)
+        columns = next_power_of_2(width, 256)
         across = triton.cdiv(width, columns)
         count, turns = loop(rows, _ROWS, joined.device, 8, across)
         parts = torch.empty(count, 3, width, dtype=torch.float32, device=joined.device)
-        _pairs_back[(count, across)](
-            joined, *before, starts, taps, pair_slope, x_slope, *to_past, parts, rows, stride,
+        _cca_pairs_back[(count, across)](
+            joined, *before, starts, taps, pair_grad, x_grad, *to_past, parts, rows, stride,
             width=width, head=head, LOCAL=local, EACH=turns, ROWS=_ROWS, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
         sums = parts.sum(dim=0)
         return (
-            None, None, x_slope, *past, sums[:2].t().to(taps.dtype).contiguous(), sums[2].to(bias.dtype),
-            mix_slope.view(every, 2, head, head).permute(0, 3, 2, 1).reshape(mix.shape).to(mix.dtype),
+            None, None, x_grad, *past, sums[:2].t().to(taps.dtype).contiguous(), sums[2].to(bias.dtype),
+            mix_grad.view(every, 2, head, head).permute(0, 3, 2, 1).reshape(mix.shape).to(mix.dtype),
             bias_parts.sum(dim=0).to(mix_bias.dtype), scale_parts.sum(dim=0).to(scale.dtype),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power
+from trainer.kernels.choice import next_power_of_2
 
 HEAD = 3
 """Numbers before the loans in what `plan` tells: how many there are, rows of own experts that stay, rows that come."""
@@ -18,7 +18,7 @@ _HUGE = tl.constexpr(1 << 62)
 
 
 @triton.jit
-def _plan(
+def _plan_loans(
     counts: tl.tensor, slots: tl.tensor, planned: tl.tensor, parts: tl.tensor,
     mine: tl.tensor, least: tl.tensor, percent: tl.tensor,
     EXPERTS: tl.constexpr, LOCAL: tl.constexpr, RANKS: tl.constexpr, NODE: tl.constexpr, MOST: tl.constexpr,
@@ -88,9 +88,9 @@ def plan(
     (parts, experts), device = counts_PE.shape, counts_PE.device
     slots = torch.empty(experts, dtype=torch.int32, device=device)
     planned = torch.empty(HEAD + 2 * min(experts, ranks * most), dtype=torch.int64, device=device)
-    _plan[(1,)](
+    _plan_loans[(1,)](
         counts_PE, slots, planned, parts, rank, least, percent,
-        EXPERTS=experts, LOCAL=experts // ranks, RANKS=ranks, NODE=node, MOST=most, WIDE=power(experts, 1 << 20),
-        RANKS_WIDE=power(ranks, 1 << 20), PARTS=16, HEAD=HEAD, num_warps=1 if experts <= 256 else 4,
+        EXPERTS=experts, LOCAL=experts // ranks, RANKS=ranks, NODE=node, MOST=most, WIDE=next_power_of_2(experts, 1 << 20),
+        RANKS_WIDE=next_power_of_2(ranks, 1 << 20), PARTS=16, HEAD=HEAD, num_warps=1 if experts <= 256 else 4,
     )  # fmt: skip
     return slots, planned

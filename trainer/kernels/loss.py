@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power
+from trainer.kernels.choice import next_power_of_2
 
 
 @triton.jit
@@ -43,17 +43,17 @@ def _sums(start_of_row: tl.tensor, width: tl.constexpr, COLUMNS: tl.constexpr) -
 
 
 @triton.jit
-def _descend(
+def _to_grads(
     start_of_row: tl.tensor, whole: tl.tensor, target: tl.tensor, counts: tl.tensor,
     width: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A row's logits become the slopes of its loss."""
+    """A row's logits become the gradients of its loss."""
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         value = tl.load(start_of_row + column, mask=column < width, other=0.0).to(tl.float32)
-        slope = tl.exp(value - whole) - tl.where(column == target, 1.0, 0.0)
-        slope = tl.where(counts, slope, 0.0)
-        tl.store(start_of_row + column, slope.to(start_of_row.dtype.element_ty), mask=column < width)
+        grad = tl.exp(value - whole) - tl.where(column == target, 1.0, 0.0)
+        grad = tl.where(counts, grad, 0.0)
+        tl.store(start_of_row + column, grad.to(start_of_row.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _entropy(
     tl.store(losses + row, tl.where(counts, whole - own, 0.0))
     if LEARN:
         tl.debug_barrier()
-        _descend(start_of_row, whole, target, counts, width, COLUMNS)
+        _to_grads(start_of_row, whole, target, counts, width, COLUMNS)
 
 
 @triton.jit
@@ -93,17 +93,17 @@ def _entropy_part(
 
 
 @triton.jit
-def _entropy_slope(
+def _entropy_grad(
     logits: tl.tensor, targets: tl.tensor, first: tl.tensor, wholes: tl.tensor,
     width: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target, whole = tl.load(targets + row), tl.load(wholes + row)
-    _descend(logits + row * width, whole, target - first, target >= 0, width, COLUMNS)
+    _to_grads(logits + row * width, whole, target - first, target >= 0, width, COLUMNS)
 
 
 @triton.jit
-def _scaled(
+def _scale_rows(
     x: tl.tensor, scale: tl.tensor, out: tl.tensor, rows: tl.tensor, width: tl.tensor, stride: tl.tensor,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -118,11 +118,11 @@ def _scaled(
 
 def _shape(width: int) -> dict[str, int]:
     """Columns of a tile, and warps: 16 bytes of bf16 for each thread."""
-    columns = power(width, 4096)
+    columns = next_power_of_2(width, 4096)
     return {"width": width, "COLUMNS": columns, "num_warps": max(1, columns // 256)}
 
 
-def part(logits_Tv: Tensor, targets_T: Tensor, first: int) -> Tensor:
+def partial_logsumexp(logits_Tv: Tensor, targets_T: Tensor, first: int) -> Tensor:
     """Of columns that begin at `first` of a vocabulary: the log of the sum of their exponentials, and the target's logit,
     or 0 where it is in other columns; [2, T] in fp32."""
     tokens, width = logits_Tv.shape
@@ -132,37 +132,37 @@ def part(logits_Tv: Tensor, targets_T: Tensor, first: int) -> Tensor:
     return found_2T
 
 
-def descend(logits_Tv: Tensor, targets_T: Tensor, first: int, whole_T: Tensor) -> None:
-    """Overwrite those columns' logits by the slopes of each token's loss.
+def logits_to_grads(logits_Tv: Tensor, targets_T: Tensor, first: int, whole_T: Tensor) -> None:
+    """Overwrite those columns' logits by the gradients of each token's loss.
 
     Args:
         whole_T: the log of the sum of the exponentials of all columns.
     """
     tokens, width = logits_Tv.shape
     if tokens:
-        _entropy_slope[(tokens,)](logits_Tv, targets_T, first, whole_T, **_shape(width))
+        _entropy_grad[(tokens,)](logits_Tv, targets_T, first, whole_T, **_shape(width))
 
 
-def slopes(x_TD: Tensor, weight_VD: Tensor, slope_TV: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes of x and of the weight, in their dtypes.
+def linear_grads(x_TD: Tensor, weight_VD: Tensor, grad_TV: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight, in their dtypes.
 
     Args:
-        slope_TV: of each token's own loss for its logits.
+        grad_TV: of each token's own loss for its logits.
         scale: that of the result for the tokens' losses, fp32: one number for all, or [T].
     """
-    weight_slope_VD = torch.mm(slope_TV.t(), _times(x_TD, scale))
-    return _times(torch.mm(slope_TV, weight_VD), scale), weight_slope_VD
+    weight_grad_VD = torch.mm(grad_TV.t(), _times(x_TD, scale))
+    return _times(torch.mm(grad_TV, weight_VD), scale), weight_grad_VD
 
 
 def _times(x_TD: Tensor, scale: Tensor) -> Tensor:
     """Each token times its number, or all times one. torch would round a number on the device to bf16 first, and such a
     product isn't vectorized."""
     out, (tokens, width) = torch.empty_like(x_TD), x_TD.shape
-    columns = power(width, 2048)
+    columns = next_power_of_2(width, 2048)
     each = max(1, 2048 // columns)
     if tokens:
         grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
-        _scaled[grid](
+        _scale_rows[grid](
             x_TD,
             scale.float().contiguous(),
             out,
@@ -188,9 +188,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses_T.sum()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_TD, weight_VD, slope_TV = ctx.saved_tensors
-        return *slopes(x_TD, weight_VD, slope_TV, slope), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_TD, weight_VD, grad_TV = ctx.saved_tensors
+        return *linear_grads(x_TD, weight_VD, grad_TV, grad), None, None
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A number of fp32 is the sum of three numbers of bf16 to its last bit. Side by side they meet a bf16 weight three times over,
 and the matmul adds up in fp32: what fp32 operands give, up to the order of the sum, at several times their speed. In the
-backward pass two numbers serve: 2^-17 of a slope is lost, as in `trainer.kernels.route`.
+backward pass two numbers serve: 2^-17 of a gradient is lost, as in `trainer.kernels.route`.
 
 Shape letters: T tokens, D model width, R router width, E experts, P parts of a sum over tokens.
 """
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import loop, power
+from trainer.kernels.choice import loop, next_power_of_2
 from trainer.kernels.route import product
 
 _ROWS = 8
@@ -41,7 +41,7 @@ def _split(
 
 
 @triton.jit
-def _enter(
+def _router_state(
     raw: tl.tensor, bias: tl.tensor, state: tl.tensor, scale: tl.tensor, weight: tl.tensor, handed: tl.tensor,
     spread: tl.tensor, out: tl.tensor, rows: tl.tensor, eps: tl.tensor,
     width: tl.constexpr, CARRIED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -66,9 +66,9 @@ def _enter(
 
 
 @triton.jit
-def _enter_back(
+def _router_state_back(
     own: tl.tensor, state: tl.tensor, scale: tl.tensor, weight: tl.tensor, spread: tl.tensor, given: tl.tensor,
-    passed: tl.tensor, slope: tl.tensor, state_slope: tl.tensor, normed: tl.tensor, parts: tl.tensor, rows: tl.tensor,
+    passed: tl.tensor, grad: tl.tensor, state_grad: tl.tensor, normed: tl.tensor, parts: tl.tensor, rows: tl.tensor,
     width: tl.constexpr, CARRIED: tl.constexpr, PASS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -94,8 +94,8 @@ def _enter_back(
         if CARRIED:
             times = tl.load(scale + column, mask=within, other=0.0).to(tl.float32)[None, :]
             of_scale += tl.sum(d * tl.load(state + place, mask=mask, other=0.0).to(tl.float32), axis=0)
-            tl.store(state_slope + place, (d * times).to(state_slope.dtype.element_ty), mask=mask)
-        _split(d, slope, row, column, mask, width, 2)
+            tl.store(state_grad + place, (d * times).to(state_grad.dtype.element_ty), mask=mask)
+        _split(d, grad, row, column, mask, width, 2)
         _split(value * w, normed, row, column, mask, width, 2)
     to = parts + tl.program_id(0) * 3 * width + column
     tl.store(to, of_weight, mask=within)
@@ -104,7 +104,7 @@ def _enter_back(
 
 
 @triton.jit
-def _bend(
+def _router_gelu(
     x: tl.tensor, bias: tl.tensor, out: tl.tensor, rows: tl.tensor,
     width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -119,8 +119,8 @@ def _bend(
 
 
 @triton.jit
-def _bend_back(
-    x: tl.tensor, bias: tl.tensor, given: tl.tensor, slope: tl.tensor, bent: tl.tensor, parts: tl.tensor, rows: tl.tensor,
+def _router_gelu_back(
+    x: tl.tensor, bias: tl.tensor, given: tl.tensor, grad: tl.tensor, bent: tl.tensor, parts: tl.tensor, rows: tl.tensor,
     width: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     column = tl.arange(0, COLUMNS)
@@ -136,7 +136,7 @@ def _bend_back(
         bell = tl.exp(-0.5 * value * value) * 0.3989422804014327
         d = tl.load(given + place, mask=mask, other=0.0) * (share + value * bell)
         total += tl.sum(d, axis=0)
-        _split(d, slope, row, column, mask, width, 2)
+        _split(d, grad, row, column, mask, width, 2)
         _split(value * share, bent, row, column, mask, width, 2)
     tl.store(parts + tl.program_id(0) * width + column, total, mask=within)
 
@@ -156,7 +156,7 @@ class RouterWeights:
     last_ER: Tensor
 
 
-def _slope(given_TA: Tensor, x_TR: Tensor, weight: Tensor) -> Tensor:
+def _grad(given_TA: Tensor, x_TR: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a weight [A, R] from two pieces of each side."""
     out, width = weight.shape
     return product(given_TA.t(), x_TR).view(2, out, 2, width).sum(dim=(0, 2)).to(weight.dtype)
@@ -176,17 +176,17 @@ class _Logits(torch.autograd.Function):
         pieces = x_TD.new_empty(rows, 3 * width)
         grid, tile = (
             (triton.cdiv(rows, _ROWS),),
-            {"width": width, "ROWS": _ROWS, "COLUMNS": power(width, 1 << 20)},
+            {"width": width, "ROWS": _ROWS, "COLUMNS": next_power_of_2(width, 1 << 20)},
         )
         carried = state_TR is not None and of.state_scale_R is not None
-        _enter[grid](
+        _router_state[grid](
             own_TR, of.compress_R, state_TR if carried else own_TR, of.state_scale_R if carried else own_TR, of.norm_R,
             handed_BSR, spread_T, pieces, rows, eps, CARRIED=carried, **tile,
         )  # fmt: skip
         first_TR = product(pieces, of.first_RR.repeat(1, 3).t())
-        _bend[grid](first_TR, of.first_R, pieces, rows, **tile)
+        _router_gelu[grid](first_TR, of.first_R, pieces, rows, **tile)
         second_TR = product(pieces, of.second_RR.repeat(1, 3).t())
-        _bend[grid](second_TR, of.second_R, pieces, rows, **tile)
+        _router_gelu[grid](second_TR, of.second_R, pieces, rows, **tile)
         ctx.save_for_backward(x_TD, state_TR, *weights, own_TR, spread_T, first_TR, second_TR)
         ctx.carried, ctx.shape = carried, x_BSD.shape
         ctx.set_materialize_grads(False)
@@ -194,40 +194,40 @@ class _Logits(torch.autograd.Function):
         return logits_TE.view(*x_BSD.shape[:-1], -1), handed_BSR
 
     @staticmethod
-    def backward(ctx: Any, slope_BSE: Tensor | None, passed_BSR: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_BSE: Tensor | None, passed_BSR: Tensor | None) -> tuple[Any, ...]:
         x_TD, state_TR, *weights, own_TR, spread_T, first_TR, second_TR = ctx.saved_tensors
         of, (rows, width) = RouterWeights(*weights), own_TR.shape
         experts = of.last_ER.shape[0]
-        slope_TE = own_TR.new_zeros(rows, experts) if slope_BSE is None else slope_BSE.reshape(rows, experts)
+        grad_TE = own_TR.new_zeros(rows, experts) if grad_BSE is None else grad_BSE.reshape(rows, experts)
         count, turns = loop(rows, _ROWS, x_TD.device, 8)
-        tile = {"width": width, "EACH": turns, "ROWS": _ROWS, "COLUMNS": power(width, 1 << 20)}
-        high_TE = slope_TE.to(x_TD.dtype)
-        given = torch.cat((high_TE, (slope_TE - high_TE).to(x_TD.dtype)), dim=1)
-        sums, slopes = [], []
+        tile = {"width": width, "EACH": turns, "ROWS": _ROWS, "COLUMNS": next_power_of_2(width, 1 << 20)}
+        high_TE = grad_TE.to(x_TD.dtype)
+        given = torch.cat((high_TE, (grad_TE - high_TE).to(x_TD.dtype)), dim=1)
+        sums, grads = [], []
         layers = (second_TR, of.second_R, of.last_ER), (first_TR, of.first_R, of.second_RR)
         for inner_TR, bias_R, weight in layers:
             back_TR = product(given, weight.repeat(2, 1))
             bent, parts = x_TD.new_empty(rows, 2 * width), own_TR.new_empty(count, width)
             to = torch.empty_like(bent)
-            _bend_back[(count,)](inner_TR, bias_R, back_TR, to, bent, parts, rows, **tile)
-            slopes.append(_slope(given, bent, weight))
+            _router_gelu_back[(count,)](inner_TR, bias_R, back_TR, to, bent, parts, rows, **tile)
+            grads.append(_grad(given, bent, weight))
             sums.append(parts.sum(dim=0).to(bias_R.dtype))
             given = to
         back_TR = product(given, of.first_RR.repeat(2, 1))
         normed, parts = x_TD.new_empty(rows, 2 * width), own_TR.new_empty(count, 3, width)
-        to, state_slope = torch.empty_like(normed), torch.empty_like(state_TR) if ctx.carried else None
-        _enter_back[(count,)](
+        to, state_grad = torch.empty_like(normed), torch.empty_like(state_TR) if ctx.carried else None
+        _router_state_back[(count,)](
             own_TR, state_TR if ctx.carried else own_TR, of.state_scale_R if ctx.carried else own_TR, of.norm_R,
             spread_T, back_TR, own_TR if passed_BSR is None else passed_BSR.contiguous(), to,
-            own_TR if state_slope is None else state_slope, normed, parts, rows,
+            own_TR if state_grad is None else state_grad, normed, parts, rows,
             CARRIED=ctx.carried, PASS=passed_BSR is not None, **tile,
         )  # fmt: skip
         norm, bias, scale = parts.sum(dim=0).to(of.norm_R.dtype)
-        x_slope = torch.mm(to, of.compress_RD.repeat(2, 1)).view(ctx.shape)
+        x_grad = torch.mm(to, of.compress_RD.repeat(2, 1)).view(ctx.shape)
         compress = product(to.t(), x_TD).view(2, width, -1).sum(dim=0).to(of.compress_RD.dtype)
         return (
-            None, x_slope, state_slope, compress, bias, scale if ctx.carried else None, norm,
-            _slope(given, normed, of.first_RR), sums[1], slopes[1], sums[0], slopes[0],
+            None, x_grad, state_grad, compress, bias, scale if ctx.carried else None, norm,
+            _grad(given, normed, of.first_RR), sums[1], grads[1], sums[0], grads[0],
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import loop, power
+from trainer.kernels.choice import loop, next_power_of_2
 
 
 @triton.jit
@@ -43,8 +43,8 @@ def _norm(
 
 @triton.jit
 def _norm_back(
-    x: tl.tensor, weight: tl.tensor, scale: tl.tensor, given: tl.tensor, passed: tl.tensor, x_slope: tl.tensor,
-    weight_slope: tl.tensor, rows: tl.tensor, width: tl.tensor,
+    x: tl.tensor, weight: tl.tensor, scale: tl.tensor, given: tl.tensor, passed: tl.tensor, x_grad: tl.tensor,
+    weight_grad: tl.tensor, rows: tl.tensor, width: tl.tensor,
     PASS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     column = tl.arange(0, COLUMNS)
@@ -55,20 +55,20 @@ def _norm_back(
         row = (tl.program_id(0).to(tl.int64) * EACH + turn) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & within[None, :]
         place = row[:, None] * width + column[None, :]
-        slope = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
         spread = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * spread
-        total += tl.sum(slope * value, axis=0)
-        slope = slope * w[None, :]
-        slope = (slope - value * (tl.sum(slope * value, axis=1) / width)[:, None]) * spread
+        total += tl.sum(grad * value, axis=0)
+        grad = grad * w[None, :]
+        grad = (grad - value * (tl.sum(grad * value, axis=1) / width)[:, None]) * spread
         if PASS:
-            slope += tl.load(passed + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(x_slope + place, slope.to(x_slope.dtype.element_ty), mask=mask)
-    tl.store(weight_slope + tl.program_id(0) * width + column, total, mask=within)
+            grad += tl.load(passed + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(x_grad + place, grad.to(x_grad.dtype.element_ty), mask=mask)
+    tl.store(weight_grad + tl.program_id(0) * width + column, total, mask=within)
 
 
 @triton.jit
-def _turn(
+def _norm_rotate(
     x: tl.tensor, weight: tl.tensor, cos: tl.tensor, sin: tl.tensor, out: tl.tensor, scale: tl.tensor, rows: tl.tensor,
     eps: tl.tensor, per_token: tl.tensor, sequence: tl.tensor,
     width: tl.constexpr, head: tl.constexpr, pairs: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
@@ -100,9 +100,9 @@ def _turn(
 
 
 @triton.jit
-def _turn_back(
+def _norm_rotate_back(
     x: tl.tensor, weight: tl.tensor, cos: tl.tensor, sin: tl.tensor, scale: tl.tensor, given: tl.tensor,
-    x_slope: tl.tensor, weight_slope: tl.tensor, rows: tl.tensor, per_token: tl.tensor, sequence: tl.tensor,
+    x_grad: tl.tensor, weight_grad: tl.tensor, rows: tl.tensor, per_token: tl.tensor, sequence: tl.tensor,
     width: tl.constexpr, head: tl.constexpr, pairs: tl.constexpr, EACH: tl.constexpr, NORM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -135,11 +135,11 @@ def _turn_back(
             d1, d2 = d1 * w1, d2 * w2
             mean = (tl.sum(d1 * v1 + d2 * v2, axis=1) / width)[:, None]
             d1, d2 = (d1 - v1 * mean) * spread, (d2 - v2 * mean) * spread
-        tl.store(x_slope + place, d1.to(x_slope.dtype.element_ty), mask=mask)
-        tl.store(x_slope + place + half, d2.to(x_slope.dtype.element_ty), mask=mask)
+        tl.store(x_grad + place, d1.to(x_grad.dtype.element_ty), mask=mask)
+        tl.store(x_grad + place + half, d2.to(x_grad.dtype.element_ty), mask=mask)
     if NORM:
-        tl.store(weight_slope + tl.program_id(0) * width + column, low, mask=within)
-        tl.store(weight_slope + tl.program_id(0) * width + column + half, high, mask=within)
+        tl.store(weight_grad + tl.program_id(0) * width + column, low, mask=within)
+        tl.store(weight_grad + tl.program_id(0) * width + column + half, high, mask=within)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class _Norm(torch.autograd.Function):
         rows = x.numel() // width
         out, scale_R = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
         total = x if y is None else torch.empty_like(x)
-        columns = power(width, 1 << 20)
+        columns = next_power_of_2(width, 1 << 20)
         each, warps = _tile(columns)
         if rows:
             _norm[(triton.cdiv(rows, each),)](
@@ -185,76 +185,77 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, slope: Tensor | None, passed: Tensor | None
+        ctx: Any, grad: Tensor | None, passed: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         total, weight_W, scale_R = ctx.saved_tensors
-        if slope is None:
+        if grad is None:
             return passed, passed if ctx.added else None, None, None
-        slope = slope.contiguous()
+        grad = grad.contiguous()
         width = total.shape[-1]
         rows = total.numel() // width
-        columns = power(width, 1 << 20)
+        columns = next_power_of_2(width, 1 << 20)
         each, warps = _tile(columns)
-        count, turns = loop(rows, each, slope.device)
-        parts = torch.zeros(count, width, dtype=torch.float32, device=slope.device)
-        x_slope = torch.empty_like(slope)
+        count, turns = loop(rows, each, grad.device)
+        parts = torch.zeros(count, width, dtype=torch.float32, device=grad.device)
+        x_grad = torch.empty_like(grad)
         if rows:
             _norm_back[(count,)](
-                total, weight_W, scale_R, slope, slope if passed is None else passed.contiguous(), x_slope, parts, rows,
+                total, weight_W, scale_R, grad, grad if passed is None else passed.contiguous(), x_grad, parts, rows,
                 width, PASS=passed is not None, EACH=turns, ROWS=each, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
-        weight_slope = parts.sum(dim=0).to(weight_W.dtype)
-        return x_slope, x_slope if ctx.added else None, weight_slope, None
+        weight_grad = parts.sum(dim=0).to(weight_W.dtype)
+        return x_grad, x_grad if ctx.added else None, weight_grad, None
 
 
-class _NormTurn(torch.autograd.Function):
+class _NormRotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_W: Tensor | None, eps: float, turn: Rotation) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_W: Tensor | None, eps: float, rotation: Rotation) -> Tensor:
         x = x.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
         norm = weight_W is not None
         out = torch.empty_like(x)
         scale_R = torch.empty(rows if norm else 0, dtype=torch.float32, device=x.device)
-        columns = power(width // 2, 1 << 20)
+        columns = next_power_of_2(width // 2, 1 << 20)
         each, warps = _tile(2 * columns)
         if rows:
-            _turn[(triton.cdiv(rows, each),)](
-                x, x if weight_W is None else weight_W, turn.cos_SP, turn.sin_SP, out, scale_R, rows, eps,
-                turn.per_token, turn.cos_SP.shape[0], width=width, head=turn.head, pairs=turn.cos_SP.shape[1],
+            _norm_rotate[(triton.cdiv(rows, each),)](
+                x, x if weight_W is None else weight_W, rotation.cos_SP, rotation.sin_SP, out, scale_R, rows, eps,
+                rotation.per_token, rotation.cos_SP.shape[0], width=width, head=rotation.head,
+                pairs=rotation.cos_SP.shape[1],
                 NORM=norm, ROWS=each, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
         ctx.save_for_backward(x if norm else None, weight_W, scale_R)
-        ctx.turn, ctx.shape = turn, (rows, width)
+        ctx.rotation, ctx.shape = rotation, (rows, width)
         return out
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight_W, scale_R = ctx.saved_tensors
-        (rows, width), turn = ctx.shape, ctx.turn
-        slope = slope.contiguous()
+        (rows, width), rotation = ctx.shape, ctx.rotation
+        grad = grad.contiguous()
         norm = weight_W is not None
-        x_slope = torch.empty_like(slope)
-        columns = power(width // 2, 1 << 20)
+        x_grad = torch.empty_like(grad)
+        columns = next_power_of_2(width // 2, 1 << 20)
         each, warps = _tile(2 * columns)
-        count, turns = loop(rows, each, slope.device)
-        parts = torch.zeros(count if norm else 0, width, dtype=torch.float32, device=slope.device)
+        count, turns = loop(rows, each, grad.device)
+        parts = torch.zeros(count if norm else 0, width, dtype=torch.float32, device=grad.device)
         if rows:
-            _turn_back[(count,)](
-                slope if x is None else x, weight_W if norm else slope, turn.cos_SP, turn.sin_SP, scale_R, slope,
-                x_slope, parts, rows, turn.per_token, turn.cos_SP.shape[0], width=width, head=turn.head,
-                pairs=turn.cos_SP.shape[1], EACH=turns, NORM=norm, ROWS=each, COLUMNS=columns, num_warps=warps,
+            _norm_rotate_back[(count,)](
+                grad if x is None else x, weight_W if norm else grad, rotation.cos_SP, rotation.sin_SP, scale_R, grad,
+                x_grad, parts, rows, rotation.per_token, rotation.cos_SP.shape[0], width=width, head=rotation.head,
+                pairs=rotation.cos_SP.shape[1], EACH=turns, NORM=norm, ROWS=each, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
-        return x_slope, parts.sum(dim=0).to(weight_W.dtype) if norm else None, None, None
+        return x_grad, parts.sum(dim=0).to(weight_W.dtype) if norm else None, None, None
 
 
-def norm_turn(x: Tensor, weight_W: Tensor | None, eps: float, turn: Rotation | None) -> Tensor:
+def norm_rotary(x: Tensor, weight_W: Tensor | None, eps: float, rotation: Rotation | None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim, then turned; without a weight turned alone, and the other way
     round. Same shape and dtype as `x`."""
-    if turn is None:
+    if rotation is None:
         assert weight_W is not None, "neither normed nor turned"
         return _Norm.apply(x, None, weight_W, eps)[0]
-    return _NormTurn.apply(x, weight_W, eps, turn)
+    return _NormRotary.apply(x, weight_W, eps, rotation)
 
 
 def add_norm(x: Tensor, y: Tensor | None, weight_W: Tensor, eps: float) -> tuple[Tensor, Tensor]:

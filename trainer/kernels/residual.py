@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import loop, power
+from trainer.kernels.choice import loop, next_power_of_2
 
 _ROWS = 16
 """Rows of a tile: the vectors are read once for all of them."""
 
 
 @triton.jit
-def _sum(
+def _scaled_sum(
     x: tl.tensor, y: tl.tensor, x_scale: tl.tensor, x_bias: tl.tensor, y_scale: tl.tensor, y_bias: tl.tensor,
     out: tl.tensor, rows: tl.tensor, width: tl.tensor,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -40,9 +40,9 @@ def _sum(
 
 
 @triton.jit
-def _sum_back(
+def _scaled_sum_back(
     x: tl.tensor, y: tl.tensor, x_scale: tl.tensor, x_bias: tl.tensor, y_scale: tl.tensor, y_bias: tl.tensor,
-    given: tl.tensor, x_slope: tl.tensor, y_slope: tl.tensor, parts: tl.tensor, rows: tl.tensor, width: tl.tensor,
+    given: tl.tensor, x_grad: tl.tensor, y_grad: tl.tensor, parts: tl.tensor, rows: tl.tensor, width: tl.tensor,
     EACH: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     # Row by row: sums over a tile's rows would have the warps wait for each other in every turn.
@@ -52,26 +52,26 @@ def _sum_back(
     b1 = tl.load(x_bias + column, mask=within, other=0.0).to(tl.float32)
     s2 = tl.load(y_scale + column, mask=within, other=0.0).to(tl.float32)
     b2 = tl.load(y_bias + column, mask=within, other=0.0).to(tl.float32)
-    slopes = tl.zeros([COLUMNS], dtype=tl.float32)
+    grads = tl.zeros([COLUMNS], dtype=tl.float32)
     first = tl.zeros([COLUMNS], dtype=tl.float32)
     second = tl.zeros([COLUMNS], dtype=tl.float32)
     for turn in range(EACH):
         row = tl.program_id(0).to(tl.int64) * EACH + turn
         mask = within & (row < rows)
         place = row * width + column
-        slope = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
         one = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         two = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
-        slopes += slope
-        first += slope * (one + b1)
-        second += slope * (two + b2)
-        tl.store(x_slope + place, (slope * s1).to(x_slope.dtype.element_ty), mask=mask)
-        tl.store(y_slope + place, (slope * s2).to(y_slope.dtype.element_ty), mask=mask)
+        grads += grad
+        first += grad * (one + b1)
+        second += grad * (two + b2)
+        tl.store(x_grad + place, (grad * s1).to(x_grad.dtype.element_ty), mask=mask)
+        tl.store(y_grad + place, (grad * s2).to(y_grad.dtype.element_ty), mask=mask)
     to = parts + tl.program_id(0) * 4 * width + column
     tl.store(to, first, mask=within)
-    tl.store(to + width, slopes * s1, mask=within)
+    tl.store(to + width, grads * s1, mask=within)
     tl.store(to + 2 * width, second, mask=within)
-    tl.store(to + 3 * width, slopes * s2, mask=within)
+    tl.store(to + 3 * width, grads * s2, mask=within)
 
 
 class _ScaledSum(torch.autograd.Function):
@@ -80,30 +80,30 @@ class _ScaledSum(torch.autograd.Function):
         x, y = x.contiguous(), y.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
-        rows, columns = x.numel() // width, power(width, 256)
+        rows, columns = x.numel() // width, next_power_of_2(width, 256)
         if rows:
-            _sum[(triton.cdiv(rows, _ROWS), triton.cdiv(width, columns))](
+            _scaled_sum[(triton.cdiv(rows, _ROWS), triton.cdiv(width, columns))](
                 x, y, *vectors, out, rows, width, ROWS=_ROWS, COLUMNS=columns, num_warps=8
             )
         ctx.save_for_backward(x, y, *vectors)
         return out
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, y, *vectors = ctx.saved_tensors
-        slope = slope.contiguous()
+        grad = grad.contiguous()
         width = x.shape[-1]
-        rows, columns = x.numel() // width, power(width, 2048)
+        rows, columns = x.numel() // width, next_power_of_2(width, 2048)
         across = triton.cdiv(width, columns)
         count, turns = loop(rows, 1, x.device, across=across)
-        x_slope, y_slope = torch.empty_like(x), torch.empty_like(y)
+        x_grad, y_grad = torch.empty_like(x), torch.empty_like(y)
         parts_P4W = torch.empty(count, 4, width, dtype=torch.float32, device=x.device)
-        _sum_back[(count, across)](
-            x, y, *vectors, slope, x_slope, y_slope, parts_P4W, rows, width,
+        _scaled_sum_back[(count, across)](
+            x, y, *vectors, grad, x_grad, y_grad, parts_P4W, rows, width,
             EACH=turns, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
         sums = parts_P4W.sum(dim=0).to(vectors[0].dtype)
-        return x_slope, y_slope, *sums.unbind()
+        return x_grad, y_grad, *sums.unbind()
 
 
 def scaled_sum(x: Tensor, y: Tensor, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power
+from trainer.kernels.choice import next_power_of_2
 
 _TOKENS = 16
 """Tokens of a program; it counts within one sample."""
@@ -37,7 +37,7 @@ class RoutingRule:
 
 
 @triton.jit
-def _forward(
+def _route(
     logits: tl.tensor, bias: tl.tensor, chosen: tl.tensor, weights: tl.tensor, counts: tl.tensor,
     shares: tl.tensor, squares: tl.tensor, sequence: tl.tensor, scale: tl.tensor,
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr,
@@ -96,8 +96,8 @@ def _forward(
 
 
 @triton.jit
-def _backward(
-    logits: tl.tensor, chosen: tl.tensor, weight_slope: tl.tensor, share_slope: tl.tensor, square_slope: tl.tensor,
+def _route_back(
+    logits: tl.tensor, chosen: tl.tensor, weight_grad: tl.tensor, share_grad: tl.tensor, square_grad: tl.tensor,
     out: tl.tensor, sequence: tl.tensor, scale: tl.tensor,
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr,
     SUMS: tl.constexpr, TOKENS: tl.constexpr,
@@ -120,14 +120,14 @@ def _backward(
         score = likely
     else:
         score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
-    slope = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
+    grad = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
     taken = tl.zeros([TOKENS], dtype=tl.float32)
     moved = tl.zeros([TOKENS], dtype=tl.float32)
     for k in tl.static_range(TOP):
         best = tl.load(chosen + token * TOP + k, mask=inside, other=0)
-        given = tl.load(weight_slope + token * TOP + k, mask=inside, other=0.0) * scale
+        given = tl.load(weight_grad + token * TOP + k, mask=inside, other=0.0) * scale
         hit = expert[None, :].to(tl.int64) == best[:, None]
-        slope += tl.where(hit, given[:, None], 0.0)
+        grad += tl.where(hit, given[:, None], 0.0)
         weight = tl.sum(tl.where(hit, score, 0.0), axis=1)
         taken += weight
         moved += given * weight
@@ -138,18 +138,18 @@ def _backward(
             best = tl.load(chosen + token * TOP + k, mask=inside, other=0)
             within += tl.where(expert[None, :].to(tl.int64) == best[:, None], 1.0, 0.0)
         whole = taken + 1e-20
-        slope = (slope - within * (moved / whole)[:, None]) / whole[:, None]
+        grad = (grad - within * (moved / whole)[:, None]) / whole[:, None]
     if SUMS:
-        even = tl.load(share_slope + sample * EXPERTS + expert, mask=real, other=0.0)[None, :]
+        even = tl.load(share_grad + sample * EXPERTS + expert, mask=real, other=0.0)[None, :]
         everything = tl.sum(score, axis=1)[:, None]
-        slope += (even - tl.sum(even * score, axis=1)[:, None] / everything) / everything
+        grad += (even - tl.sum(even * score, axis=1)[:, None] / everything) / everything
     if SOFTMAX:  # noqa: SIM108
-        result = score * (slope - tl.sum(score * slope, axis=1)[:, None])
+        result = score * (grad - tl.sum(score * grad, axis=1)[:, None])
     else:
-        result = slope * score * (1.0 - score)
+        result = grad * score * (1.0 - score)
     if SUMS:
         lse = top + tl.log(total)
-        result += likely * (2.0 * tl.load(square_slope) * lse)[:, None]
+        result += likely * (2.0 * tl.load(square_grad) * lse)[:, None]
     tl.store(out + place, result, mask=mask)
 
 
@@ -168,10 +168,10 @@ class _Route(torch.autograd.Function):
         if rule.sums:
             shares = torch.empty(samples, blocks, experts, dtype=torch.float32, device=device)
             squares = torch.empty(samples, blocks, dtype=torch.float32, device=device)
-        _forward[(samples, blocks)](
+        _route[(samples, blocks)](
             logits_BSE, logits_BSE if bias_E is None else bias_E, chosen_BSK, weights_BSK, count_BPE, shares, squares,
             sequence, rule.scale,
-            EXPERTS=experts, WIDE=power(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
+            EXPERTS=experts, WIDE=next_power_of_2(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
             RENORMALIZE=rule.renormalize, BIASED=bias_E is not None, SUMS=rule.sums, TOKENS=_TOKENS,
         )  # fmt: skip
         ctx.save_for_backward(logits_BSE, chosen_BSK)
@@ -184,19 +184,19 @@ class _Route(torch.autograd.Function):
     def backward(
         ctx: Any,
         _chosen: Any,
-        weight_slope_BSK: Tensor,
+        weight_grad_BSK: Tensor,
         _count: Any,
-        share_slope_BE: Tensor | None,
-        square_slope: Tensor | None,
+        share_grad_BE: Tensor | None,
+        square_grad: Tensor | None,
     ) -> tuple[Tensor, None, None]:
         logits_BSE, chosen_BSK = ctx.saved_tensors
         samples, sequence, experts = logits_BSE.shape
         rule, out = ctx.rule, torch.empty_like(logits_BSE)
-        _backward[(samples, triton.cdiv(sequence, _TOKENS))](
-            logits_BSE, chosen_BSK, weight_slope_BSK.contiguous(),
-            logits_BSE if share_slope_BE is None else share_slope_BE.contiguous(),
-            logits_BSE if square_slope is None else square_slope, out, sequence, rule.scale,
-            EXPERTS=experts, WIDE=power(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
+        _route_back[(samples, triton.cdiv(sequence, _TOKENS))](
+            logits_BSE, chosen_BSK, weight_grad_BSK.contiguous(),
+            logits_BSE if share_grad_BE is None else share_grad_BE.contiguous(),
+            logits_BSE if square_grad is None else square_grad, out, sequence, rule.scale,
+            EXPERTS=experts, WIDE=next_power_of_2(experts, 1 << 20), TOP=rule.top_k, SOFTMAX=rule.softmax,
             RENORMALIZE=rule.renormalize, SUMS=rule.sums, TOKENS=_TOKENS,
         )  # fmt: skip
         return out, None, None
@@ -220,7 +220,7 @@ class _Wide(torch.autograd.Function):
     """A matmul of bf16 values whose sums stay fp32.
 
     A product of two bf16 numbers is exact in fp32, so the forward pass is that of fp32 operands up to the order of the
-    sum. The slope, which is fp32, is taken apart in two bf16 numbers of 8 bits each: 2^-17 of it is lost.
+    sum. The gradient, which is fp32, is taken apart in two bf16 numbers of 8 bits each: 2^-17 of it is lost.
     """
 
     @staticmethod
@@ -229,14 +229,14 @@ class _Wide(torch.autograd.Function):
         return product(x_TD, weight_ED.t())
 
     @staticmethod
-    def backward(ctx: Any, slope_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
-        high_TE = slope_TE.to(x_TD.dtype)
-        both = torch.cat((high_TE, (slope_TE - high_TE).to(x_TD.dtype)), dim=1)
-        x_slope = torch.mm(both, torch.cat((weight_ED, weight_ED)))
+        high_TE = grad_TE.to(x_TD.dtype)
+        both = torch.cat((high_TE, (grad_TE - high_TE).to(x_TD.dtype)), dim=1)
+        x_grad = torch.mm(both, torch.cat((weight_ED, weight_ED)))
         parts = product(both.t(), x_TD)
-        weight_slope = parts[: weight_ED.shape[0]] + parts[weight_ED.shape[0] :]
-        return x_slope, weight_slope.to(weight_ED.dtype)
+        weight_grad = parts[: weight_ED.shape[0]] + parts[weight_ED.shape[0] :]
+        return x_grad, weight_grad.to(weight_ED.dtype)
 
 
 def product(one: Tensor, other: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     return torch.mm(one.float(), other.float())
 
 
-def wide_linear(x_BSD: Tensor, weight_ED: Tensor) -> Tensor:
+def fp32_linear(x_BSD: Tensor, weight_ED: Tensor) -> Tensor:
     """`F.linear` of bf16 values in fp32, [B, S, E]."""
     if x_BSD.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
         return F.linear(x_BSD.float(), weight_ED.float())

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power
+from trainer.kernels.choice import next_power_of_2
 
 
 @triton.jit
-def _spread(
+def _dispatch(
     x: tl.tensor, back: tl.tensor, out: tl.tensor, tokens: tl.tensor, width: tl.tensor,
     TOP: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -35,7 +35,7 @@ def _spread(
 
 
 @triton.jit
-def _collect(
+def _combine(
     y: tl.tensor, more: tl.tensor, back: tl.tensor, weights: tl.tensor, out: tl.tensor, tokens: tl.tensor,
     width: tl.tensor, first: tl.tensor,
     TOP: tl.constexpr, WEIGHTED: tl.constexpr, MORE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -64,8 +64,8 @@ def _collect(
 
 @triton.jit
 def _weighted_back(
-    y: tl.tensor, given: tl.tensor, pair: tl.tensor, weights: tl.tensor, y_slope: tl.tensor,
-    weight_slope: tl.tensor, rows: tl.tensor,
+    y: tl.tensor, given: tl.tensor, pair: tl.tensor, weights: tl.tensor, y_grad: tl.tensor,
+    weight_grad: tl.tensor, rows: tl.tensor,
     width: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -77,90 +77,90 @@ def _weighted_back(
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < width)[None, :]
-        slope = tl.load(given + token[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(given + token[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
         place = row[:, None] * width + column[None, :]
         value = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(value * slope, axis=1)
-        tl.store(y_slope + place, (slope * weight[:, None]).to(y_slope.dtype.element_ty), mask=mask)
-    tl.store(weight_slope + row, total, mask=inside)
+        total += tl.sum(value * grad, axis=1)
+        tl.store(y_grad + place, (grad * weight[:, None]).to(y_grad.dtype.element_ty), mask=mask)
+    tl.store(weight_grad + row, total, mask=inside)
 
 
-def _spread_rows(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
+def _dispatch_rows(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
     (tokens, top), width = back_TK.shape, x_TD.shape[1]
     out = x_TD.new_empty(rows, width)
-    columns = power(width, 2048)
+    columns = next_power_of_2(width, 2048)
     each = max(1, 2048 // columns)
     if tokens:
         grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
-        _spread[grid](x_TD, back_TK, out, tokens, width, TOP=top, TOKENS=each, COLUMNS=columns)
+        _dispatch[grid](x_TD, back_TK, out, tokens, width, TOP=top, TOKENS=each, COLUMNS=columns)
     return out
 
 
-def _collect_rows(parts: Sequence[Tensor], back_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+def _combine_rows(parts: Sequence[Tensor], back_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
     y_RD, more_RD = parts[0].contiguous(), parts[-1].contiguous()
     (tokens, top), width = back_TK.shape, y_RD.shape[1]
     out = y_RD.new_empty(tokens, width)
-    columns = power(width, 1024)
+    columns = next_power_of_2(width, 1024)
     each = max(1, 2048 // columns)
     if tokens:
         grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
         given = back_TK if weights_TK is None else weights_TK
-        _collect[grid](
+        _combine[grid](
             y_RD, more_RD, back_TK, given, out, tokens, width, len(y_RD),
             TOP=top, WEIGHTED=weights_TK is not None, MORE=len(parts) > 1, TOKENS=each, COLUMNS=columns,
         )  # fmt: skip
     return out
 
 
-class _Spread(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, back_TK: Tensor, *rows: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(back_TK)
-        return _spread_rows(x_TD.contiguous(), back_TK, sum(rows)).split(rows)
+        return _dispatch_rows(x_TD.contiguous(), back_TK, sum(rows)).split(rows)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (back_TK,) = ctx.saved_tensors
-        return _collect_rows(slopes, back_TK), None, *(None for _ in slopes)
+        return _combine_rows(grads, back_TK), None, *(None for _ in grads)
 
 
-class _Collect(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, back_TK: Tensor, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(back_TK)
         ctx.rows = [len(part) for part in parts]
-        return _collect_rows(parts, back_TK)
+        return _combine_rows(parts, back_TK)
 
     @staticmethod
-    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         (back_TK,) = ctx.saved_tensors
-        return None, *_spread_rows(slope_TD.contiguous(), back_TK, sum(ctx.rows)).split(ctx.rows)
+        return None, *_dispatch_rows(grad_TD.contiguous(), back_TK, sum(ctx.rows)).split(ctx.rows)
 
 
-class _Weigh(torch.autograd.Function):
+class _CombineWeighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:
         y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
         ctx.save_for_backward(y_RD, weights_TK, back_TK, pair_R)
-        return _collect_rows((y_RD,), back_TK, weights_TK)
+        return _combine_rows((y_RD,), back_TK, weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, slope_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_RD, weights_TK, back_TK, pair_R = ctx.saved_tensors
         rows, width = y_RD.shape
-        y_slope_RD = torch.empty_like(y_RD)
-        slope_R = torch.empty(rows, dtype=torch.float32, device=y_RD.device)
-        columns = power(width, 1024)
+        y_grad_RD = torch.empty_like(y_RD)
+        grad_R = torch.empty(rows, dtype=torch.float32, device=y_RD.device)
+        columns = next_power_of_2(width, 1024)
         each = max(1, 2048 // columns)
         if rows:
             _weighted_back[(triton.cdiv(rows, each),)](
-                y_RD, slope_TD.contiguous(), pair_R, weights_TK, y_slope_RD, slope_R, rows,
+                y_RD, grad_TD.contiguous(), pair_R, weights_TK, y_grad_RD, grad_R, rows,
                 width=width, TOP=back_TK.shape[1], ROWS=each, COLUMNS=columns,
             )  # fmt: skip
-        return y_slope_RD, of_pairs(slope_R, back_TK).to(weights_TK.dtype), None, None
+        return y_grad_RD, pairs_from_rows(grad_R, back_TK).to(weights_TK.dtype), None, None
 
 
-def of_pairs(x_R: Tensor, back_TK: Tensor) -> Tensor:
+def pairs_from_rows(x_R: Tensor, back_TK: Tensor) -> Tensor:
     """A number of each row as one of each pair, [T, K]; 0 where `back_TK` is -1."""
     if not x_R.numel():
         return x_R.new_zeros(back_TK.shape)
@@ -168,34 +168,34 @@ def of_pairs(x_R: Tensor, back_TK: Tensor) -> Tensor:
     return found_TK.masked_fill(back_TK < 0, 0.0)
 
 
-def spread(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
+def dispatch(x_TD: Tensor, back_TK: Tensor, rows: int) -> Tensor:
     """Row `back_TK[t, k]` is `x_TD[t]`, [R, D]. Rows that none names hold anything.
 
     Args:
         back_TK: rows that each token goes to, -1 for none; no row stands twice.
         rows: R.
     """
-    return spread_apart(x_TD, back_TK, rows)[0]
+    return dispatch_split(x_TD, back_TK, rows)[0]
 
 
-def spread_apart(x_TD: Tensor, back_TK: Tensor, *rows: int) -> tuple[Tensor, ...]:
-    """`spread` whose rows are one or two tensors with gradients of their own, one behind the other."""
-    return _Spread.apply(x_TD, back_TK, *rows)
+def dispatch_split(x_TD: Tensor, back_TK: Tensor, *rows: int) -> tuple[Tensor, ...]:
+    """`dispatch` whose rows are one or two tensors with gradients of their own, one behind the other."""
+    return _Dispatch.apply(x_TD, back_TK, *rows)
 
 
-def collect(back_TK: Tensor, *parts: Tensor) -> Tensor:
-    """The sum of each token's rows, [T, D], added in fp32; the other way of `spread_apart`, for gradients too.
+def combine(back_TK: Tensor, *parts: Tensor) -> Tensor:
+    """The sum of each token's rows, [T, D], added in fp32; the other way of `dispatch_split`, for gradients too.
 
     Args:
         parts: rows, [R, D], or two tensors of them, one behind the other.
     """
-    return _Collect.apply(back_TK, *parts)
+    return _Combine.apply(back_TK, *parts)
 
 
-def weigh(y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:
+def combine_weighted(y_RD: Tensor, weights_TK: Tensor, back_TK: Tensor, pair_R: Tensor) -> Tensor:
     """The weighted sum of each token's rows, [T, D], added in fp32.
 
     Args:
         pair_R: number t*K + k of the pair that a row belongs to.
     """
-    return _Weigh.apply(y_RD, weights_TK, back_TK, pair_R)
+    return _CombineWeighted.apply(y_RD, weights_TK, back_TK, pair_R)

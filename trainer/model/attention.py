@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.kernels.choice import fused
-from trainer.model.beside import beside
-from trainer.model.later import Later
+from trainer.kernels.choice import use_kernels
+from trainer.model.deferred import DeferredWeight
+from trainer.model.joint_linear import joint_linear
 from trainer.model.norm import RMSNorm, SplitNorm
-from trainer.model.rotary import Turns
-from trainer.model.seams import Attend, Micro, SoloSeams, TensorSeam
+from trainer.model.rotary import RotaryAngles
+from trainer.model.seams import AttentionSeam, MicroBatch, SoloSeams, TensorSeam
 
 
 def heads(x_BSD: Tensor, width: int) -> Tensor:
@@ -49,27 +49,34 @@ class Attention(nn.Module):
         elif self.norm == "projection":
             self.query_norm = SplitNorm(query, model.norm_eps)
             self.key_norm = SplitNorm(key, model.norm_eps)
-        self.apart = False
+        self.single_output = False
         """As in `RMSNorm`."""
         self.tensors: TensorSeam = SoloSeams()
-        self.core: Attend = SoloSeams()
+        self.core: AttentionSeam = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""
         return {"query.weight": 0, "key.weight": 0, "value.weight": 0, "output.weight": 1}
 
-    def later(self) -> list[Later]:
-        """The weights of query, key and value, for `forward`, with their gradients worked out where this was called."""
-        return [] if self.apart else [Later(layer.weight) for layer in (self.query, self.key, self.value)]
+    def deferred_weights(self) -> list[DeferredWeight]:
+        """The weights of query, key and value, for `forward`, with their gradients deferred to where this was called."""
+        layers = () if self.single_output else (self.query, self.key, self.value)
+        return [DeferredWeight(layer.weight) for layer in layers]
 
-    def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns, laters: Sequence[Later] = ()) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, micro: MicroBatch, angles: RotaryAngles, deferred: Sequence[DeferredWeight] = ()
+    ) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         x_BSD = self.tensors.enter(x_BSD)
         layers = (self.query, self.key, self.value)
-        q, k, v = [layer(x_BSD) for layer in layers] if self.apart else beside(x_BSD, layers, laters)
+        if self.single_output:
+            q, k, v = (layer(x_BSD) for layer in layers)
+        else:
+            q, k, v = joint_linear(x_BSD, layers, deferred)
         v_BGSH = heads(v, self.head_dim)
-        if fused(q) and 2 * turns.cos_SP.shape[-1] == self.head_dim:
-            q_BNSH, k_BGSH = self._turned(q, "query_norm", turns), self._turned(k, "key_norm", turns)
+        if use_kernels(q) and 2 * angles.cos_SP.shape[-1] == self.head_dim:
+            q_BNSH = self._norm_rotary(q, "query_norm", angles)
+            k_BGSH = self._norm_rotary(k, "key_norm", angles)
             out_BNSH = self.core.attend(q_BNSH, k_BGSH, v_BGSH, micro, window=self.window, scale=None)
             return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))
         if self.norm == "projection":
@@ -77,13 +84,13 @@ class Attention(nn.Module):
         q_BNSH, k_BGSH = heads(q, self.head_dim), heads(k, self.head_dim)
         if self.norm == "head":
             q_BNSH, k_BGSH = self.query_norm(q_BNSH), self.key_norm(k_BGSH)
-        q_BNSH, k_BGSH = turns.rotate(q_BNSH), turns.rotate(k_BGSH)
+        q_BNSH, k_BGSH = angles.rotate(q_BNSH), angles.rotate(k_BGSH)
         out_BNSH = self.core.attend(q_BNSH, k_BGSH, v_BGSH, micro, self.window, None)
         return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))
 
-    def _turned(self, x_BSC: Tensor, norm: str, turns: Turns) -> Tensor:
+    def _norm_rotary(self, x_BSC: Tensor, norm: str, angles: RotaryAngles) -> Tensor:
         """Norm and rotation in one pass, [B, heads, S, H]."""
-        from trainer.kernels.norm import Rotation, norm_turn
+        from trainer.kernels.norm import Rotation, norm_rotary
 
         layer: RMSNorm | None = getattr(self, norm, None)
         per_token, weight, eps = 1, None, 0.0
@@ -94,5 +101,5 @@ class Attention(nn.Module):
             if self.norm == "head":
                 per_token = x_BSC.shape[-1] // self.head_dim
         rows = x_BSC.unflatten(-1, (per_token, -1))
-        turned = norm_turn(rows, weight, eps, Rotation(turns.cos_SP, turns.sin_SP, per_token, self.head_dim))
-        return heads(turned.flatten(-2), self.head_dim)
+        rotation = Rotation(angles.cos_SP, angles.sin_SP, per_token, self.head_dim)
+        return heads(norm_rotary(rows, weight, eps, rotation).flatten(-2), self.head_dim)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.kernels.choice import fused
+from trainer.kernels.choice import use_kernels
 from trainer.model.attention import Attention
 from trainer.model.compressed import CompressedAttention
+from trainer.model.deferred import DeferredWeight
 from trainer.model.latent import LatentAttention
-from trainer.model.later import Later
 from trainer.model.moe import FeedForward, MoELayer
 from trainer.model.norm import RMSNorm
-from trainer.model.rotary import Turns
-from trainer.model.seams import Micro, Owed, paid
+from trainer.model.rotary import RotaryAngles
+from trainer.model.seams import MicroBatch, PendingOutput, complete
 
 
 class Scaling(nn.Module):
@@ -42,12 +42,12 @@ class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.stream, self.output = Scaling(width), Scaling(width)
-        self.apart = False
+        self.single_output = False
         """As in `RMSNorm`: torch 2.11 can't begin a backward pass at a function that isn't its own."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The residual stream `x` with a layer's output `y` added."""
-        if fused(x) and not self.apart:
+        if use_kernels(x) and not self.single_output:
             from trainer.kernels.residual import scaled_sum
 
             stream, output = self.stream, self.output
@@ -83,33 +83,33 @@ class DecoderBlock(nn.Module):
         self,
         x_BSD: Tensor,
         state_BSR: Tensor | None,
-        micro: Micro,
-        turns: Turns,
-        owed: Owed | None = None,
-    ) -> tuple[Tensor, Tensor | None, Owed | None]:
+        micro: MicroBatch,
+        angles: RotaryAngles,
+        pending: PendingOutput | None = None,
+    ) -> tuple[Tensor, Tensor | None, PendingOutput | None]:
         """The hidden state after the block, the router's state for the next one (None but for `mlp` routers), and what is
-        still to be added to the hidden state, since its way back from the experts may not be over.
+        still to be added to the hidden state, since the exchange that brings it back from the experts may still run.
 
         Args:
-            owed: what the block before has left to be added.
+            pending: what the block before has left to be added.
         """
-        # Made before the exchange lands, so that in the backward pass their matmuls run beside it.
-        laters: tuple[list[Later], ...] = ()
-        if owed is not None and fused(x_BSD) and isinstance(self.attention, Attention):
-            laters = (self.attention.later(),)
-        x_BSD, h_BSD = self.attention_norm.beside(x_BSD, landed(owed))
-        y_BSD = self.attention(h_BSD, micro, turns, *laters)
+        # Made before the exchange is waited for, so that in the backward pass their matmuls overlap with it.
+        deferred: tuple[list[DeferredWeight], ...] = ()
+        if pending is not None and use_kernels(x_BSD) and isinstance(self.attention, Attention):
+            deferred = (self.attention.deferred_weights(),)
+        x_BSD, h_BSD = self.attention_norm.add_norm(x_BSD, result_of(pending))
+        y_BSD = self.attention(h_BSD, micro, angles, *deferred)
         # Recomputation puts its own call in place of `feed_forward`, and takes the norm with it.
         whole = self.attention_residual is not None or "feed_forward" in vars(self)
         if self.feed_norm is not None and not whole:
-            x_BSD, h_BSD = self.feed_norm.beside(x_BSD, y_BSD)
+            x_BSD, h_BSD = self.feed_norm.add_norm(x_BSD, y_BSD)
             if isinstance(self.feed, MoELayer):
-                due, state_BSR = self.feed.depart(h_BSD, state_BSR, micro)
-                # A shared expert's part isn't among what FSDP sees of this block's results.
+                fed, state_BSR = self.feed.forward_async(h_BSD, state_BSR, micro)
+                # FSDP doesn't find a shared expert's part in a pending output.
                 return (
-                    (x_BSD + due[1](due[0]), state_BSR, None) if self.feed.shared else (x_BSD, state_BSR, due)
+                    (x_BSD + fed.result(), state_BSR, None) if self.feed.shared else (x_BSD, state_BSR, fed)
                 )
-            return x_BSD, state_BSR, (self.feed(h_BSD), paid)
+            return x_BSD, state_BSR, complete(self.feed(h_BSD))
         if self.feed_norm is None:
             fed_BSD, state_BSR = self.feed_forward(h_BSD, state_BSR, micro)
             return _add(self.attention_residual, x_BSD, y_BSD + fed_BSD), state_BSR, None
@@ -117,12 +117,12 @@ class DecoderBlock(nn.Module):
         if "feed_forward" in vars(self):
             y_BSD, state_BSR = self.feed_forward(x_BSD, state_BSR, micro)
         else:
-            x_BSD, h_BSD = self.feed_norm.beside(x_BSD)
+            x_BSD, h_BSD = self.feed_norm.add_norm(x_BSD)
             y_BSD, state_BSR = self._fed(h_BSD, state_BSR, micro)
         return _add(self.feed_residual, x_BSD, y_BSD), state_BSR, None
 
     def feed_forward(
-        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro
+        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: MicroBatch
     ) -> tuple[Tensor, Tensor | None]:
         """Norm (but in a parallel block) and feed-forward layer, without the residual.
 
@@ -130,7 +130,9 @@ class DecoderBlock(nn.Module):
         """
         return self._fed(x_BSD if self.feed_norm is None else self.feed_norm(x_BSD), state_BSR, micro)
 
-    def _fed(self, h_BSD: Tensor, state_BSR: Tensor | None, micro: Micro) -> tuple[Tensor, Tensor | None]:
+    def _fed(
+        self, h_BSD: Tensor, state_BSR: Tensor | None, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
         if isinstance(self.feed, MoELayer):
             return self.feed(h_BSD, state_BSR, micro)
         return self.feed(h_BSD), state_BSR
@@ -142,9 +144,9 @@ def _attention(model: ModelConfig) -> Attention | LatentAttention | CompressedAt
     return CompressedAttention(model) if model.attention == "cca" else Attention(model)
 
 
-def landed(owed: Owed | None) -> Tensor | None:
-    """What is to be added, all there."""
-    return None if owed is None else owed[1](owed[0])
+def result_of(pending: PendingOutput | None) -> Tensor | None:
+    """What is to be added, once the exchange is over."""
+    return None if pending is None else pending.result()
 
 
 def _add(residual: Residual | None, x: Tensor, y: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.kernels.choice import fused
-from trainer.model.norm import wide
-from trainer.model.rotary import Turns
-from trainer.model.seams import Attend, Micro, SoloSeams, TensorSeam
+from trainer.kernels.choice import use_kernels
+from trainer.model.norm import upcast
+from trainer.model.rotary import RotaryAngles
+from trainer.model.seams import AttentionSeam, MicroBatch, SoloSeams, TensorSeam
 
 
 class Taps(nn.Module):
@@ -59,27 +59,27 @@ class CompressedAttention(nn.Module):
         self.query_mix, self.key_mix = Taps(query, model.head_dim), Taps(key, model.head_dim)
         self.key_scale = nn.Parameter(torch.ones(model.kv_heads))
         self.output = nn.Linear(query, model.hidden, bias=False)
-        self.apart = False
+        self.single_output = False
         """As in `RMSNorm`."""
         self.tensors: TensorSeam = SoloSeams()
-        self.core: Attend = SoloSeams()
+        self.core: AttentionSeam = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""
         return {name: 1 if name == "output.weight" else 0 for name, _ in self.named_parameters()}
 
-    def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
+    def forward(self, x_BSD: Tensor, micro: MicroBatch, angles: RotaryAngles) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         x_BSD = self.tensors.enter(x_BSD)
-        mixed = self._fused if fused(x_BSD) and not self.apart else self._mixed
-        out_BNSH = self.core.attend(*mixed(x_BSD, micro, turns), micro, self.window, None)
+        mixed = self._fused if use_kernels(x_BSD) and not self.single_output else self._mixed
+        out_BNSH = self.core.attend(*mixed(x_BSD, micro, angles), micro, self.window, None)
         return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))
 
     def _here(self, keys: int) -> int:
         """Channels of this rank's values that are of the token itself, of `keys`."""
         return min(max(self.current - self.tensors.index * keys, 0), keys)
 
-    def _fused(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused(self, x_BSD: Tensor, micro: MicroBatch, angles: RotaryAngles) -> tuple[Tensor, Tensor, Tensor]:
         """What attention takes, by kernels."""
         from trainer.kernels.compressed import Before, CompressedRule, compressed
 
@@ -98,12 +98,12 @@ class CompressedAttention(nn.Module):
             for name in ("weight", "bias")
         ]
         rule = CompressedRule(
-            turns.cos_SP, turns.sin_SP, queries // self.head_dim, keys // self.head_dim, self.head_dim,
+            angles.cos_SP, angles.sin_SP, queries // self.head_dim, keys // self.head_dim, self.head_dim,
             self._here(keys),
         )  # fmt: skip
         return compressed(joined_BSW, before, (*parameters, self.key_scale), rule)
 
-    def _mixed(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
+    def _mixed(self, x_BSD: Tensor, micro: MicroBatch, angles: RotaryAngles) -> tuple[Tensor, Tensor, Tensor]:
         """The same by torch's operators."""
         q, k, v = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
         queries, keys = q.shape[-1], k.shape[-1]
@@ -117,11 +117,11 @@ class CompressedAttention(nn.Module):
         mean_BSGMH = (q_BSGMH + k.unflatten(-1, (-1, 1, self.head_dim))) * 0.5
         q = mixed[..., :queries] + mean_BSGMH.flatten(2)
         k = mixed[..., queries:] + mean_BSGMH.mean(dim=3).flatten(2)
-        q_BNSH, k_BGSH = self._normed(q), self._normed(k) * wide(self.key_scale)[:, None, None]
-        q_BNSH, k_BGSH = (turns.rotate(x).to(v.dtype) for x in (q_BNSH, k_BGSH))
+        q_BNSH, k_BGSH = self._normed(q), self._normed(k) * upcast(self.key_scale)[:, None, None]
+        q_BNSH, k_BGSH = (angles.rotate(x).to(v.dtype) for x in (q_BNSH, k_BGSH))
         return q_BNSH, k_BGSH, v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _convolve(self, x_BSC: Tensor, before_BSC: Tensor, micro: Micro) -> Tensor:
+    def _convolve(self, x_BSC: Tensor, before_BSC: Tensor, micro: MicroBatch) -> Tensor:
         """Both convolutions over the channels of queries and keys."""
         taps_C2 = torch.cat((self.query_conv.weight, self.key_conv.weight))
         bias_C = torch.cat((self.query_conv.bias, self.key_conv.bias))
@@ -135,5 +135,5 @@ class CompressedAttention(nn.Module):
 
     def _normed(self, x_BSC: Tensor) -> Tensor:
         """Heads of length sqrt(H), [B, heads, S, H] in fp32."""
-        x_BNSH = wide(x_BSC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        x_BNSH = upcast(x_BSC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return F.normalize(x_BNSH, dim=-1, eps=torch.finfo(torch.float32).eps) * self.head_dim**0.5

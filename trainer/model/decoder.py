@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.model.block import DecoderBlock, Scaling, landed
+from trainer.model.block import DecoderBlock, Scaling, result_of
 from trainer.model.moe import Experts
 from trainer.model.mtp import Prediction
-from trainer.model.norm import RMSNorm, wide_dtype
+from trainer.model.norm import RMSNorm, upcast_dtype
 from trainer.model.rotary import Rotary
 from trainer.model.router import Router
-from trainer.model.seams import Micro, Owed, SoloSeams, Vocabulary, attach
+from trainer.model.seams import MicroBatch, PendingOutput, SoloSeams, VocabularySeam, attach
 
 
 class VocabularyTable(nn.Module):
@@ -57,9 +57,9 @@ class DecoderStage(nn.Module):
         depths = range(1, model.mtp_layers + 1) if ends else range(0)
         self.mtp = nn.ModuleList(Prediction(model, depth) for depth in depths)
         self.rotary = Rotary(model)
-        self.vocabulary: Vocabulary = SoloSeams()
+        self.vocabulary: VocabularySeam = SoloSeams()
 
-    def forward(self, x: Tensor, micro: Micro) -> Tensor:
+    def forward(self, x: Tensor, micro: MicroBatch) -> Tensor:
         """A stage's part of the forward pass.
 
         Args:
@@ -79,13 +79,13 @@ class DecoderStage(nn.Module):
         loss = total * (micro.loss_weight / micro.sequence)
         return attach(loss, self._predict(hidden_BSD, micro)) if self.mtp else loss
 
-    def logits(self, x: Tensor, micro: Micro) -> Tensor:
+    def logits(self, x: Tensor, micro: MicroBatch) -> Tensor:
         """The last stage's logits of next tokens, [B, S, V]."""
         if self.final_norm is None:
             raise RuntimeError(f"layers {self.first} to {self.last} have no output projection")
         return self.vocabulary.logits(self.final_norm(self.run(x, micro)[0]), self._projection())
 
-    def run(self, x: Tensor, micro: Micro) -> tuple[Tensor, Tensor | None]:
+    def run(self, x: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """The hidden state [B, S, D] after the last block, before any final norm, and the `mlp` routers' state."""
         state_BSR: Tensor | None = None
         if self.first == 0:
@@ -96,11 +96,11 @@ class DecoderStage(nn.Module):
             hidden_BSD, state_BSR = x[..., : self.config.hidden], None
             if x.shape[-1] > self.config.hidden:
                 state_BSR = x[..., self.config.hidden :]
-        turns = self.rotary(micro.positions_S, wide_dtype(hidden_BSD))
-        owed: Owed | None = None
+        angles = self.rotary(micro.positions_S, upcast_dtype(hidden_BSD))
+        pending: PendingOutput | None = None
         for block in self.blocks.values():
-            hidden_BSD, state_BSR, owed = block(hidden_BSD, state_BSR, micro, turns, owed)
-        last_BSD = landed(owed)
+            hidden_BSD, state_BSR, pending = block(hidden_BSD, state_BSR, micro, angles, pending)
+        last_BSD = result_of(pending)
         return hidden_BSD if last_BSD is None else hidden_BSD + last_BSD, state_BSR
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
@@ -112,15 +112,15 @@ class DecoderStage(nn.Module):
         assert table is not None
         return table.weight
 
-    def _predict(self, hidden_BSD: Tensor, micro: Micro) -> Tensor:
+    def _predict(self, hidden_BSD: Tensor, micro: MicroBatch) -> Tensor:
         """This rank's share of mtp_coefficient * mean over depths of the mean cross-entropy of their valid places."""
-        turns = self.rotary(micro.positions_S, wide_dtype(hidden_BSD))
+        angles = self.rotary(micro.positions_S, upcast_dtype(hidden_BSD))
         weight = self.config.mtp_coefficient * micro.loss_weight / len(self.mtp)
         share = torch.zeros((), device=hidden_BSD.device)
         for prediction in self.mtp:
             assert isinstance(prediction, Prediction)
             embedded_BSD = self._embed(prediction.inputs(micro))
-            hidden_BSD = prediction(hidden_BSD, embedded_BSD, micro, turns)
+            hidden_BSD = prediction(hidden_BSD, embedded_BSD, micro, angles)
             normed_BSD = prediction.final_norm(hidden_BSD)
             total = self.vocabulary.loss(normed_BSD, self._projection(), prediction.targets(micro))
             share = share + total * (weight / max(micro.sequence - prediction.depth, 1))
@@ -150,7 +150,7 @@ class DecoderStage(nn.Module):
         return {f"{prefix}.{name}": dims for prefix, m in owners for name, dims in m.expert_splits().items()}
 
 
-def inputs(micro: Micro) -> Tensor:
+def inputs(micro: MicroBatch) -> Tensor:
     """The tokens that a first stage starts from: this rank's places of all but the last token, [B, S]."""
     return micro.tokens_BS[:, :-1].index_select(1, micro.positions_S)
 

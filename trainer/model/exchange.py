@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from trainer.kernels.choice import fused
-from trainer.model.seams import Owed, paid
+from trainer.kernels.choice import use_kernels
+from trainer.model.seams import PendingOutput, complete
 
 
-class _Spread(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     """K copies of each token, in the order of the experts. The backward pass gathers and adds, so it is deterministic."""
 
     @staticmethod
@@ -46,9 +46,9 @@ class _Permute(torch.autograd.Function):
         return gradient_RD.index_select(0, back_R), None, None
 
 
-def spread(x_TD: Tensor, order_R: Tensor, back_R: Tensor, top_k: int) -> Tensor:
+def dispatch(x_TD: Tensor, order_R: Tensor, back_R: Tensor, top_k: int) -> Tensor:
     """Row r is the token of pair `order_R[r]`, where pair t*K + k is token t's k-th choice; [R, D]."""
-    return _Spread.apply(x_TD, order_R, back_R, top_k)
+    return _Dispatch.apply(x_TD, order_R, back_R, top_k)
 
 
 def permute(x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def sort_keys(keys_R: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return order_R, torch.searchsorted(sorted_R, bounds, right=True, out_int32=True)
 
 
-def weigh(y_RD: Tensor, weights_TK: Tensor) -> Tensor:
+def combine_weighted(y_RD: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum of each token's K rows, which lie together; [T, D] in the rows' dtype."""
     y_TKD = y_RD.unflatten(0, weights_TK.shape)
     # Not an einsum, which would be T small products: 5 ms a layer on an H100 for 16,384 tokens of OLMoE.
@@ -112,10 +112,10 @@ class LocalExchange:
         weights_TK: Tensor,
         experts: int,
         compute: Callable[..., Tensor],
-    ) -> Owed:
+    ) -> PendingOutput:
         """Weighted sum of each token's expert outputs, [T, D]; see `seams.ExpertExchange`."""
-        way = self._fused if fused(begun) else self._plain
-        return way(begun, chosen_TK, weights_TK, experts, compute), paid
+        way = self._fused if use_kernels(begun) else self._plain
+        return complete(way(begun, chosen_TK, weights_TK, experts, compute))
 
     def _plain(
         self,
@@ -126,12 +126,12 @@ class LocalExchange:
         compute: Callable[..., Tensor],
     ) -> Tensor:
         order_R, back_R, ends_E = sort_by_expert(chosen_TK, experts)
-        x_RD = spread(x_TD, order_R, back_R, chosen_TK.shape[1])
+        x_RD = dispatch(x_TD, order_R, back_R, chosen_TK.shape[1])
         if not self.drops:
-            return weigh(permute(compute(x_RD, ends_E), back_R, order_R), weights_TK)
+            return combine_weighted(permute(compute(x_RD, ends_E), back_R, order_R), weights_TK)
         nowhere_R1 = (chosen_TK.flatten().index_select(0, order_R) < 0).unsqueeze(1)
         y_RD = compute(x_RD.masked_fill(nowhere_R1, 0.0), ends_E).masked_fill(nowhere_R1, 0.0)
-        return weigh(permute(y_RD, back_R, order_R), weights_TK)
+        return combine_weighted(permute(y_RD, back_R, order_R), weights_TK)
 
     def _fused(
         self,
@@ -143,9 +143,9 @@ class LocalExchange:
     ) -> Tensor:
         """The same by kernels. The experts weigh their rows inside, so that what comes back is only added up; what is in
         rows of no expert, there and back, is never read."""
-        from trainer.kernels import places, rows
+        from trainer.kernels import rows, sorting
 
-        at = places.places(chosen_TK, weights_TK, 0, experts)
-        weights_R = places.row_weights(weights_TK, at, chosen_TK.numel())
-        x_RD = rows.spread(x_TD, at.back_TK, chosen_TK.numel())
-        return rows.collect(at.back_TK, compute(x_RD, at.ends_L, weights_R))
+        at = sorting.sort_pairs(chosen_TK, weights_TK, 0, experts)
+        weights_R = sorting.row_weights(weights_TK, at, chosen_TK.numel())
+        x_RD = rows.dispatch(x_TD, at.back_TK, chosen_TK.numel())
+        return rows.combine(at.back_TK, compute(x_RD, at.ends_L, weights_R))

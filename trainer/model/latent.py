@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from configs.model import ModelConfig
 from trainer.model.attention import heads
 from trainer.model.norm import RMSNorm
-from trainer.model.rotary import Turns, attention_factor
-from trainer.model.seams import Attend, Micro, SoloSeams, TensorSeam
+from trainer.model.rotary import RotaryAngles, attention_factor
+from trainer.model.seams import AttentionSeam, MicroBatch, SoloSeams, TensorSeam
 
 
 class LatentAttention(nn.Module):
@@ -51,14 +51,14 @@ class LatentAttention(nn.Module):
         self.key_value_up = nn.Linear(self.rank, model.heads * 2 * model.head_dim, bias=False)
         self.output = nn.Linear(model.heads * model.head_dim, model.hidden, bias=False)
         self.tensors: TensorSeam = SoloSeams()
-        self.core: Attend = SoloSeams()
+        self.core: AttentionSeam = SoloSeams()
 
     def splits(self) -> dict[str, int | None]:
         """Dim of each parameter that tensor parallelism splits."""
         query = "query_up.weight" if self.compressed else "query.weight"
         return {query: 0, "key_value_up.weight": 0, "output.weight": 1}
 
-    def forward(self, x_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
+    def forward(self, x_BSD: Tensor, micro: MicroBatch, angles: RotaryAngles) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         latent, key = self.key_value_down(x_BSD).split((self.rank, self.rotary_dim), dim=-1)
         latent = self.key_value_norm(latent)
@@ -76,8 +76,8 @@ class LatentAttention(nn.Module):
         q_plain, q_turned = q_BNSH.split((self.head_dim, self.rotary_dim), dim=-1)
         kv_BNSH = heads(self.key_value_up(latent), 2 * self.head_dim)
         k_plain, v_BNSH = kv_BNSH.chunk(2, dim=-1)
-        k_turned = turns.rotate(key.unsqueeze(1)).expand(-1, k_plain.shape[1], -1, -1)
-        q_BNSH = torch.cat((q_plain, turns.rotate(q_turned)), dim=-1)
+        k_turned = angles.rotate(key.unsqueeze(1)).expand(-1, k_plain.shape[1], -1, -1)
+        q_BNSH = torch.cat((q_plain, angles.rotate(q_turned)), dim=-1)
         k_BNSH = torch.cat((k_plain, k_turned), dim=-1)
         out_BNSH = self.core.attend(q_BNSH, k_BNSH, v_BNSH, micro, self.window, self.scale)
         return self.tensors.leave(self.output(out_BNSH.transpose(1, 2).flatten(2)))

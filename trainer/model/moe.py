@@ -15,11 +15,20 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from configs.model import ModelConfig
-from trainer.kernels.choice import fused
+from trainer.kernels.choice import use_kernels
+from trainer.model.deferred import DeferredExpertWeight, LentGradients, fits_grouped_mm, split_rows
 from trainer.model.exchange import LocalExchange
-from trainer.model.later import Returns, WeightLater, stretches, takes
 from trainer.model.router import Router, make_router
-from trainer.model.seams import ExpertExchange, Guests, Micro, Owed, Samples, SoloSeams, TensorSeam, attach
+from trainer.model.seams import (
+    BorrowedRows,
+    ExpertExchange,
+    MicroBatch,
+    PendingOutput,
+    SampleSeam,
+    SoloSeams,
+    TensorSeam,
+    attach,
+)
 
 
 class FeedForward(nn.Module):
@@ -45,10 +54,10 @@ class FeedForward(nn.Module):
         """Same shape as `x_BSD`."""
         x_BSD = self.tensors.enter(x_BSD)
         up = self.up(x_BSD)
-        if self.gate is not None and fused(up):
+        if self.gate is not None and use_kernels(up):
             from trainer.kernels import activation
 
-            return self.tensors.leave(self.down(activation.gated(self.gate(x_BSD), up)))
+            return self.tensors.leave(self.down(activation.swiglu(self.gate(x_BSD), up)))
         inner = F.gelu(up) if self.gate is None else F.silu(self.gate(x_BSD)) * up
         return self.tensors.leave(self.down(inner))
 
@@ -75,7 +84,11 @@ class Experts(nn.Module):
         return {"gate_up": (0, 2), "down": (0, 2)} if self.gated else {"up": (0, 1), "down": (0, 2)}
 
     def forward(
-        self, x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None, guests: Guests | None = None
+        self,
+        x_RD: Tensor,
+        ends_L: Tensor,
+        weights_R: Tensor | None = None,
+        borrowed: BorrowedRows | None = None,
     ) -> Any:
         """Rows in, rows out, each times its weight where there are any.
 
@@ -83,71 +96,81 @@ class Experts(nn.Module):
             ends_L: where each local expert's rows end, [L] int32 on the device: the first `ends_L[0]` rows go through
                 expert 0, those from there to `ends_L[1]` through expert 1, and so on. Rows beyond the last end give rows
                 of any value.
-            guests: rows of borrowed experts, which come out as a second tensor; a rank that only lends has none of them.
+            borrowed: rows of borrowed experts, which come out as a second tensor; a rank that only lends has none.
         """
-        if guests is not None:
-            return self._weights_later(lends=True)(x_RD, ends_L, weights_R, guests)
+        if borrowed is not None:
+            return self._with_deferred_weights(lends=True)(x_RD, ends_L, weights_R, borrowed)
         into = self.gate_up.flatten(1, 2) if self.gated else self.up
-        if takes(x_RD, into, self.down):
+        if fits_grouped_mm(x_RD, into, self.down):
             inner = self._inner(F.grouped_mm(x_RD, into.transpose(1, 2), offs=ends_L), weights_R)
             return F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends_L)
         y_RD = self._by_expert(x_RD, into, ends_L)
         return y_RD if weights_R is None else y_RD * weights_R.unsqueeze(-1).to(y_RD.dtype)
 
-    def later(self, lends: bool = False) -> Callable[..., Any]:
-        """What computes the same as a call, but leaves its weights' gradients to the time when the backward pass comes to
-        what was computed before this call of `later`: collectives that begin in between run beside them.
+    def deferred(self, lends: bool = False) -> Callable[..., Any]:
+        """The same as a function of the same arguments, whose weights' gradients are deferred: the backward pass computes
+        them when it comes to what was computed before this call, so that collectives which begin until then overlap with
+        them.
 
         Args:
-            lends: whether there may be guests.
+            lends: whether there may be borrowed rows.
         """
         if isinstance(self, FSDPModule):  # which wants its own calls before and after
             return self
-        return self._weights_later(lends)
+        return self._with_deferred_weights(lends)
 
-    def _weights_later(self, lends: bool) -> Callable[..., Any]:
-        into = WeightLater(self.gate_up.flatten(1, 2) if self.gated else self.up)
-        down = WeightLater(self.down)
-        returns = Returns((into, down)) if lends else None
+    def _with_deferred_weights(self, lends: bool) -> Callable[..., Any]:
+        into = DeferredExpertWeight(self.gate_up.flatten(1, 2) if self.gated else self.up)
+        down = DeferredExpertWeight(self.down)
+        lent = LentGradients((into, down)) if lends else None
 
-        def both(x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None, *weights: WeightLater) -> Tensor:
+        def compute(
+            x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None, *weights: DeferredExpertWeight
+        ) -> Tensor:
             first, second = weights
-            return second.rows(self._inner(first.rows(x_RD, ends_L), weights_R), ends_L)
+            return second.matmul(self._inner(first.matmul(x_RD, ends_L), weights_R), ends_L)
 
-        def through(
-            x_RD: Tensor, ends_L: Tensor, weights_R: Tensor | None = None, guests: Guests | None = None
+        def forward(
+            x_RD: Tensor,
+            ends_L: Tensor,
+            weights_R: Tensor | None = None,
+            borrowed: BorrowedRows | None = None,
         ) -> Any:
-            if guests is None:
-                if not takes(x_RD, into.weight, down.weight):
+            if borrowed is None:
+                if not fits_grouped_mm(x_RD, into.weight, down.weight):
                     return self(x_RD, ends_L, weights_R)
-                return both(x_RD, ends_L, weights_R, into, down)
-            assert returns is not None, "nobody said that there may be guests"
-            lending = guests.lending
-            borrowed = lending.begin((into.weight, down.weight))
-            theirs = [WeightLater(weight) for weight in borrowed if len(weight)]
-            returns.expect(theirs, lending.give_back, lending.wait)
-            y_RD = both(returns.along(x_RD), ends_L, weights_R, into, down)
+                return compute(x_RD, ends_L, weights_R, into, down)
+            assert lent is not None, "borrowed rows, where `lends` says that there are none"
+            lending = borrowed.lending
+            weights = [
+                DeferredExpertWeight(weight)
+                for weight in lending.begin((into.weight, down.weight))
+                if len(weight)
+            ]
+            lent.expect(weights, lending.return_gradients, lending.wait)
+            y_RD = compute(lent.attach(x_RD), ends_L, weights_R, into, down)
             lending.send()
             lending.wait()
-            if not theirs:
-                return y_RD, torch.empty_like(guests.x_RD)
-            return y_RD, both(returns.along(guests.x_RD), guests.ends_B, guests.weights_R, *theirs)
+            if not weights:
+                return y_RD, torch.empty_like(borrowed.x_RD)
+            x_BD = lent.attach(borrowed.x_RD)
+            return y_RD, compute(x_BD, borrowed.ends_B, borrowed.weights_R, *weights)
 
-        return through
+        return forward
 
     def _by_expert(self, x_RD: Tensor, into: Tensor, ends_L: Tensor) -> Tensor:
         """One expert after the other, which waits for their ends."""
-        *parts, beyond = stretches(x_RD, ends_L)
+        *parts, beyond = split_rows(x_RD, ends_L)
         weights = zip(parts, into.unbind(), self.down.unbind(), strict=True)
         out = [F.linear(self._activate(F.linear(rows, first)), second) for rows, first, second in weights]
         return torch.cat(out if not len(beyond) else (*out, torch.zeros_like(beyond)))
 
     def _inner(self, both: Tensor, weights_R: Tensor | None) -> Tensor:
         """What goes into `down`, in which a row's weight may stand since all after it is linear."""
-        if self.gated and fused(both):
+        if self.gated and use_kernels(both):
             from trainer.kernels import activation
 
-            return activation.gated_pair(both, weights_R)
+            return activation.swiglu_joint(both, weights_R)
         inner = self._activate(both)
         return inner if weights_R is None else inner * weights_R.unsqueeze(-1).to(inner.dtype)
 
@@ -179,33 +202,37 @@ class MoELayer(nn.Module):
             FeedForward(model.hidden, model.shared_width, model.gated) if model.shared_width else None
         )
         self.exchange: ExpertExchange = LocalExchange(drops=model.router.capacity_factor is not None)
-        self.samples: Samples = SoloSeams()
+        self.samples: SampleSeam = SoloSeams()
 
-    def forward(self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] to [B, S, D], and the router's state for the next layer (None but for `mlp` routers).
 
         The router's losses are attached to the result and counted in `micro.tally`.
         """
-        owed, state_BSR = self.depart(x_BSD, state_BSR, micro)
-        return owed[1](owed[0]), state_BSR
+        pending, state_BSR = self.forward_async(x_BSD, state_BSR, micro)
+        return pending.result(), state_BSR
 
-    def depart(self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro) -> tuple[Owed, Tensor | None]:
-        """The same, but for the end of the exchange: a tensor that may still be under way, and what makes the result of it.
+    def forward_async(
+        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: MicroBatch
+    ) -> tuple[PendingOutput, Tensor | None]:
+        """The same without waiting for the end of the exchange.
 
-        What is computed before that call runs beside the exchange, here and in the backward pass.
+        What is computed before `PendingOutput.result` is called overlaps with it, here and in the backward pass.
         """
         begun = self.exchange.begin(x_BSD.flatten(0, 1))
-        experts = self.experts.later(self.exchange.lends) if self.exchange.overlaps else self.experts
+        experts = self.experts.deferred(self.exchange.lends) if self.exchange.overlaps else self.experts
         choice = self.router(x_BSD, state_BSR, micro, self.samples)
         chosen_TK, weights_TK = choice.chosen_BSK.flatten(0, 1), choice.weights_BSK.flatten(0, 1)
-        y_TD, end = self.exchange.run(begun, chosen_TK, weights_TK, self.num_experts, experts)
+        pending = self.exchange.run(begun, chosen_TK, weights_TK, self.num_experts, experts)
         shared_BSD = None if self.shared is None else self.shared(x_BSD)
         shape, loss = x_BSD.shape, choice.loss
 
-        def land(y_TD: Tensor) -> Tensor:
-            y_BSD = end(y_TD).view(shape)
+        def finish(y_TD: Tensor) -> Tensor:
+            y_BSD = pending.finish(y_TD).view(shape)
             if shared_BSD is not None:
                 y_BSD = y_BSD + shared_BSD
             return y_BSD if loss is None else attach(y_BSD, loss)
 
-        return (y_TD, land), choice.state_BSR
+        return PendingOutput(pending.tensor, finish), choice.state_BSR

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.model.block import DecoderBlock, landed
+from trainer.model.block import DecoderBlock, result_of
 from trainer.model.norm import RMSNorm
-from trainer.model.rotary import Turns
-from trainer.model.seams import Micro
+from trainer.model.rotary import RotaryAngles
+from trainer.model.seams import MicroBatch
 
 
 class Prediction(nn.Module):
@@ -35,23 +35,25 @@ class Prediction(nn.Module):
         self.block = DecoderBlock(model, model.layers + depth - 1, moe=True, carried=False)
         self.final_norm = RMSNorm(model.hidden, model.norm_eps)
 
-    def inputs(self, micro: Micro) -> Tensor:
+    def inputs(self, micro: MicroBatch) -> Tensor:
         """Token i + depth of each place i of this rank, [B, S]; token 0 past the end of the sample's S + 1 tokens."""
         return _ahead(micro, self.depth, past=0)
 
-    def targets(self, micro: Micro) -> Tensor:
+    def targets(self, micro: MicroBatch) -> Tensor:
         """Token i + depth + 1 of each place i of this rank, [B, S]; -1 past the end."""
         return _ahead(micro, self.depth + 1, past=-1)
 
-    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, micro: Micro, turns: Turns) -> Tensor:
+    def forward(
+        self, hidden_BSD: Tensor, embedded_BSD: Tensor, micro: MicroBatch, angles: RotaryAngles
+    ) -> Tensor:
         """The hidden state of this depth, before `final_norm`."""
         joined = torch.cat((self.hidden_norm(hidden_BSD), self.embedding_norm(embedded_BSD)), dim=-1)
-        x_BSD, _, owed = self.block(self.project(joined), None, micro, turns)
-        y_BSD = landed(owed)
+        x_BSD, _, pending = self.block(self.project(joined), None, micro, angles)
+        y_BSD = result_of(pending)
         return x_BSD if y_BSD is None else x_BSD + y_BSD
 
 
-def _ahead(micro: Micro, places: int, past: int) -> Tensor:
+def _ahead(micro: MicroBatch, places: int, past: int) -> Tensor:
     at_S = micro.positions_S + places
     last = micro.sequence
     found_BS = micro.tokens_BS.index_select(1, at_S.clamp(max=last))

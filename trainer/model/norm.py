@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.kernels.choice import fused
+from trainer.kernels.choice import use_kernels
 from trainer.model.seams import SoloSeams, TensorSeam
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
+def upcast_dtype(x: Tensor) -> torch.dtype:
     """fp32, or the dtype of `x` where that has more."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in fp32, or as it is where it has more than that."""
-    return x.to(wide_dtype(x))
+    return x.to(upcast_dtype(x))
 
 
 class RMSNorm(nn.Module):
@@ -27,20 +27,20 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
-        self.apart = False
-        """Whether a node of the graph may have one result alone (see `trainer.parallel.apply.keep_apart`)."""
+        self.single_output = False
+        """Whether a node of the graph may have one result alone (see `trainer.parallel.apply.give_single_outputs`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x`."""
-        if fused(x):
-            from trainer.kernels.norm import norm_turn
+        if use_kernels(x):
+            from trainer.kernels.norm import norm_rotary
 
-            return norm_turn(x, self.weight, self.eps, None)
-        return F.rms_norm(wide(x), (x.shape[-1],), wide(self.weight), self.eps).to(x.dtype)
+            return norm_rotary(x, self.weight, self.eps, None)
+        return F.rms_norm(upcast(x), (x.shape[-1],), upcast(self.weight), self.eps).to(x.dtype)
 
-    def beside(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + y, or x without `y`, and its norm: one pass each way where kernels run."""
-        if fused(x) and not self.apart:
+        if use_kernels(x) and not self.single_output:
             from trainer.kernels.norm import add_norm
 
             normed, total = add_norm(x, y, self.weight, self.eps)
@@ -64,6 +64,6 @@ class SplitNorm(RMSNorm):
         """Same shape and dtype as `x`."""
         if self.tensors.size == 1:
             return super().forward(x)
-        full = wide(x)
+        full = upcast(x)
         mean = self.tensors.sum(full.square().sum(dim=-1, keepdim=True)) / (x.shape[-1] * self.tensors.size)
-        return (full * torch.rsqrt(mean + self.eps) * wide(self.weight)).to(x.dtype)
+        return (full * torch.rsqrt(mean + self.eps) * upcast(self.weight)).to(x.dtype)

@@ -15,7 +15,7 @@ from configs.model import ModelConfig, YarnConfig
 
 
 @dataclass(frozen=True)
-class Turns:
+class RotaryAngles:
     """Cosines and sines of the angles that a micro-batch's tokens are turned by.
 
     An object and not a pair of tensors, so that mixed precision, which casts a module's tensor arguments, leaves it alone.
@@ -45,13 +45,13 @@ class Rotary:
         # Under MLA the rotary part is only some of a head, and DeepSeek scales the scores of the whole head instead.
         self.scale = 1.0 if mla else attention_factor(model.yarn)
 
-    def __call__(self, positions_S: Tensor, dtype: torch.dtype) -> Turns:
+    def __call__(self, positions_S: Tensor, dtype: torch.dtype) -> RotaryAngles:
         """The turns of `positions_S`, in `dtype`.
 
         The angles are worked out in fp64: at place 100,000 one of fp32 is off by up to 0.004.
         """
         angle_SP = positions_S.double()[:, None] * self.frequencies(positions_S.device)[None, :]
-        return Turns((angle_SP.cos() * self.scale).to(dtype), (angle_SP.sin() * self.scale).to(dtype))
+        return RotaryAngles((angle_SP.cos() * self.scale).to(dtype), (angle_SP.sin() * self.scale).to(dtype))
 
     def frequencies(self, device: torch.device) -> Tensor:
         """Radians per place of each pair, [P] fp64."""

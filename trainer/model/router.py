@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-from trainer.kernels.choice import fused
-from trainer.model.norm import RMSNorm, wide
-from trainer.model.seams import Micro, Samples
+from trainer.kernels.choice import use_kernels
+from trainer.model.norm import RMSNorm, upcast
+from trainer.model.seams import MicroBatch, SampleSeam
 
 #: AdamW on the balancing bias (`bias_rule=load_error`), as AMD's port of ZAYA1 has it.
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -73,18 +73,18 @@ class Router(nn.Module):
 
     def logits(self, x_BSD: Tensor, state_BSR: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, S, E] in fp32, and the state for the next layer."""
-        if fused(x_BSD):
-            from trainer.kernels.route import wide_linear
+        if use_kernels(x_BSD):
+            from trainer.kernels.route import fp32_linear
 
-            return wide_linear(x_BSD, self.linear.weight), state_BSR
-        return F.linear(wide(x_BSD), wide(self.linear.weight)), state_BSR
+            return fp32_linear(x_BSD, self.linear.weight), state_BSR
+        return F.linear(upcast(x_BSD), upcast(self.linear.weight)), state_BSR
 
     def forward(
-        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples
+        self, x_BSD: Tensor, state_BSR: Tensor | None, micro: MicroBatch, samples: SampleSeam
     ) -> RouterChoice:
         """Choose, count the choices in `micro.tally`, and drop what is over the capacity."""
         logits_BSE, state_BSR = self.logits(x_BSD, state_BSR)
-        if self.config.groups == 1 and fused(x_BSD):
+        if self.config.groups == 1 and use_kernels(x_BSD):
             return self._fused(logits_BSE, state_BSR, micro, samples)
         softmax = self.config.score == "softmax"
         scores_BSE = logits_BSE.softmax(dim=-1) if softmax else logits_BSE.sigmoid()
@@ -100,7 +100,7 @@ class Router(nn.Module):
         return RouterChoice(chosen_BSK, weights_BSK * self.config.scale, loss, state_BSR)
 
     def _fused(
-        self, logits_BSE: Tensor, state_BSR: Tensor | None, micro: Micro, samples: Samples
+        self, logits_BSE: Tensor, state_BSR: Tensor | None, micro: MicroBatch, samples: SampleSeam
     ) -> RouterChoice:
         """The same by one kernel each way."""
         from trainer.kernels.route import RoutingRule, route
@@ -136,13 +136,13 @@ class Router(nn.Module):
         factor = self.config.capacity_factor
         return sequence if factor is None else math.ceil(factor * sequence * self.top_k / self.experts)
 
-    def _drop(self, chosen_BSK: Tensor, micro: Micro, samples: Samples) -> Tensor:
+    def _drop(self, chosen_BSK: Tensor, micro: MicroBatch, samples: SampleSeam) -> Tensor:
         over_BSK = samples.queue(chosen_BSK, self.experts, micro) >= self.capacity(micro.sequence)
         micro.tally.add(micro.tally.dropped, over_BSK.sum())
         return chosen_BSK.masked_fill(over_BSK, -1)
 
     def _losses(
-        self, scores_BSE: Tensor, logits_BSE: Tensor, count_BE: Tensor, micro: Micro, samples: Samples
+        self, scores_BSE: Tensor, logits_BSE: Tensor, count_BE: Tensor, micro: MicroBatch, samples: SampleSeam
     ) -> Tensor | None:
         sums_BE = square = None
         if self._balances:
@@ -158,7 +158,12 @@ class Router(nn.Module):
         return self.config.balance in ("aux", "both") and bool(self.config.aux_coefficient)
 
     def _weighted(
-        self, sums_BE: Tensor | None, square: Tensor | None, count_BE: Tensor, micro: Micro, samples: Samples
+        self,
+        sums_BE: Tensor | None,
+        square: Tensor | None,
+        count_BE: Tensor,
+        micro: MicroBatch,
+        samples: SampleSeam,
     ) -> Tensor | None:
         """The losses from each sample's sums of probabilities and the sum of squared logsumexps."""
         parts = []
@@ -176,7 +181,7 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def move_biases(
+def update_biases(
     routers: Sequence[Router], load_LE: Tensor, applied: int | Tensor, skip: Tensor | None = None
 ) -> None:
     """After a step, raise the biases of experts with less than their share and lower those of the others.
@@ -233,7 +238,7 @@ class MLPRouter(Router):
         if carried:
             self.state_scale = nn.Parameter(torch.ones(model.router.hidden))
         self.carried = carried
-        self.apart = False
+        self.single_output = False
         """As in `RMSNorm`."""
 
     def _build(self, model: ModelConfig) -> None:
@@ -246,11 +251,11 @@ class MLPRouter(Router):
 
     def logits(self, x_BSD: Tensor, state_BSR: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, S, E] in fp32, and the state for the next layer."""
-        if fused(x_BSD) and self.compress.weight.dtype == x_BSD.dtype and not self.apart:
+        if use_kernels(x_BSD) and self.compress.weight.dtype == x_BSD.dtype and not self.single_output:
             return self._by_kernels(x_BSD, state_BSR)
-        own_BSR = _linear(self.compress, wide(x_BSD))
+        own_BSR = _linear(self.compress, upcast(x_BSD))
         if self.carried and state_BSR is not None:
-            own_BSR = own_BSR + wide(state_BSR) * wide(self.state_scale)
+            own_BSR = own_BSR + upcast(state_BSR) * upcast(self.state_scale)
         handed_BSR = own_BSR.to(x_BSD.dtype)
         inner_BSR = F.gelu(_linear(self.first, self.norm(own_BSR)))
         return _linear(self.last, F.gelu(_linear(self.second, inner_BSR))), handed_BSR
@@ -278,4 +283,4 @@ def count(chosen_BSK: Tensor, experts: int) -> Tensor:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, wide(layer.weight), None if layer.bias is None else wide(layer.bias))
+    return F.linear(x, upcast(layer.weight), None if layer.bias is None else upcast(layer.bias))

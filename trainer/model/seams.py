@@ -13,23 +13,23 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels.choice import fused
-from trainer.model.later import Room
+from trainer.kernels.choice import use_kernels
+from trainer.model.deferred import GradientBuffer
 
 
 @dataclass(frozen=True)
-class Stretches:
+class PackedDocuments:
     """Where documents lie, with the samples of a micro-batch one after the other."""
 
-    bounds: Tensor
+    cu_seqlens: Tensor
     """Place of the first token of each, and behind the last, [documents + 1] int32 on the device."""
-    longest: int
+    max_seqlen: int
     """Tokens of the longest."""
 
 
@@ -77,7 +77,7 @@ class _Muting(AbstractContextManager[None]):
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """One micro-batch as a rank sees it, beside the activations."""
 
     tokens_BS: Tensor
@@ -89,7 +89,7 @@ class Micro:
     loss_weight: float
     """Weight of one sample's losses: 1 / samples of the step."""
     tally: Tally
-    stretches: Stretches | None = None
+    packed: PackedDocuments | None = None
     """The same documents as `documents_BS`, for attention that needs no mask; None where they aren't known on the host."""
 
     @property
@@ -143,14 +143,20 @@ class TensorSeam(Protocol):
         """This rank's part of something that all ranks have (positions, targets)."""
 
 
-class Attend(Protocol):
+class AttentionSeam(Protocol):
     """Attention over whole samples, of which this rank may have only some tokens (context parallelism)."""
 
     whole: bool
     """Whether it has them all, in their order."""
 
     def attend(
-        self, q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, micro: Micro, window: int, scale: float | None
+        self,
+        q_BNSH: Tensor,
+        k_BGSH: Tensor,
+        v_BGSH: Tensor,
+        micro: MicroBatch,
+        window: int,
+        scale: float | None,
     ) -> Tensor:
         """Causal attention within documents and `window`, [B, N, S, width of v].
 
@@ -158,11 +164,11 @@ class Attend(Protocol):
             scale: of the scores; None: 1/sqrt(H).
         """
 
-    def previous(self, x_BSD: Tensor, micro: Micro) -> Tensor:
+    def previous(self, x_BSD: Tensor, micro: MicroBatch) -> Tensor:
         """`x` of the token before each token; zeros where a sample or document begins."""
 
 
-class Vocabulary(Protocol):
+class VocabularySeam(Protocol):
     """Embedding and loss over a vocabulary that may be split over ranks."""
 
     def embed(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
@@ -179,28 +185,49 @@ class Vocabulary(Protocol):
         """[B, S, V] of all tokens of this rank's samples, for tests and export."""
 
 
-Owed = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""A tensor that may still be under way, and what makes the result of it: apart, so that FSDP sees the tensor."""
+class PendingOutput(NamedTuple):
+    """The output of a layer whose last collective may still run. A tuple, so that FSDP finds the tensor in it."""
+
+    tensor: Tensor
+    finish: Callable[[Tensor], Tensor]
+    """Waits for the collective and makes the result."""
+
+    def result(self) -> Tensor:
+        """What the layer computes."""
+        return self.finish(self.tensor)
+
+
+def complete(y: Tensor) -> PendingOutput:
+    """An output that nothing need be waited for."""
+    return PendingOutput(y, _same)
+
+
+def _same(y: Tensor) -> Tensor:
+    return y
 
 
 class ExpertLending(Protocol):
     """Experts' weights on their way to other ranks, and their gradients back."""
 
     def begin(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Take the lent ones of all local experts' weights, [L, ...] each, for `send`; borrowed ones, [B, ...] each."""
+        """Take the lent ones of all local experts' weights, [L, ...] each, for `send`.
+
+        Returns:
+            The borrowed ones, [B, ...] each, which nothing may read before `wait`.
+        """
 
     def send(self) -> None:
-        """Start their way, beside all that was queued since `begin`."""
+        """Start to send and receive them, beside all that was queued since `begin`."""
 
-    def give_back(self, slopes: Sequence[Tensor], rooms: Sequence[Room]) -> None:
-        """Start the way back of borrowed weights' gradients; `rooms` make room for those of lent ones."""
+    def return_gradients(self, grads: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> None:
+        """Start to send borrowed weights' gradients, and to receive those of lent ones into `buffers`."""
 
     def wait(self) -> None:
         """Have what follows on the device wait for them."""
 
 
 @dataclass(frozen=True)
-class Guests:
+class BorrowedRows:
     """Rows of experts that this rank borrows for a micro-batch."""
 
     x_RD: Tensor
@@ -211,15 +238,15 @@ class Guests:
 
 
 class ExpertExchange(Protocol):
-    """The way of tokens to the ranks that hold their experts, and back.
+    """Sends tokens to the ranks that hold their experts, and the results back.
 
-    What a layer computes after `begin`, and after `run`, runs beside the exchange where there is one under way.
+    What a layer computes after `begin`, and after `run`, overlaps with the exchange where `overlaps`.
     """
 
     overlaps: bool
-    """Whether there is."""
+    """Whether `begin` and `run` return while a collective runs."""
     lends: bool
-    """Whether `compute` may get `Guests`."""
+    """Whether `compute` may get `BorrowedRows`."""
 
     def begin(self, x_TD: Tensor) -> Any:
         """Start what needs no router; `run` takes what this gives."""
@@ -231,27 +258,22 @@ class ExpertExchange(Protocol):
         weights_TK: Tensor,
         experts: int,
         compute: Callable[..., Tensor],
-    ) -> Owed:
-        """Weighted sum of each token's expert outputs, [T, D], still owed.
+    ) -> PendingOutput:
+        """Weighted sum of each token's expert outputs, [T, D].
 
         `compute` takes rows sorted by local expert, [R, D], and where each local expert's rows end, [L] int32 on the
-        device, to rows; with a third argument, [R], to rows times these weights; with `Guests` as a fourth, to their rows
-        too. A choice of -1 goes to no expert.
+        device, to rows; with a third argument, [R], to rows times these weights; with `BorrowedRows` as a fourth, to their
+        rows too. A choice of -1 goes to no expert.
         """
 
 
-def paid(y: Tensor) -> Tensor:
-    """What ends an exchange that is over."""
-    return y
-
-
-class Samples(Protocol):
+class SampleSeam(Protocol):
     """Whole samples, whose tokens may lie on several ranks."""
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks that share samples; no gradient passes."""
 
-    def queue(self, chosen_BSK: Tensor, experts: int, micro: Micro) -> Tensor:
+    def queue(self, chosen_BSK: Tensor, experts: int, micro: MicroBatch) -> Tensor:
         """Place of each choice among the choices of the same expert in its sample, by position then k; [B, S, K] from 0."""
 
 
@@ -279,12 +301,18 @@ class SoloSeams:
         return x
 
     def attend(
-        self, q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, micro: Micro, window: int, scale: float | None
+        self,
+        q_BNSH: Tensor,
+        k_BGSH: Tensor,
+        v_BGSH: Tensor,
+        micro: MicroBatch,
+        window: int,
+        scale: float | None,
     ) -> Tensor:
         """Attention over the samples."""
         return attention(q_BNSH, k_BGSH, v_BGSH, micro.positions_S, micro, window, scale)
 
-    def previous(self, x_BSD: Tensor, micro: Micro) -> Tensor:
+    def previous(self, x_BSD: Tensor, micro: MicroBatch) -> Tensor:
         """The token before."""
         shifted = F.pad(x_BSD, (0, 0, 1, 0))[:, :-1]
         return zero_at_starts(shifted, micro)
@@ -295,7 +323,7 @@ class SoloSeams:
 
     def loss(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
         """Cross-entropy of all tokens, summed."""
-        if fused(x_BSD):
+        if use_kernels(x_BSD):
             from trainer.kernels.loss import linear_cross_entropy
 
             return linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
@@ -310,12 +338,12 @@ class SoloSeams:
         """The same."""
         return x
 
-    def queue(self, chosen_BSK: Tensor, experts: int, micro: Micro) -> Tensor:  # noqa: ARG002
+    def queue(self, chosen_BSK: Tensor, experts: int, micro: MicroBatch) -> Tensor:  # noqa: ARG002
         """Counted along the sample."""
         return queue_places(chosen_BSK, experts)
 
 
-def zero_at_starts(x_BSD: Tensor, micro: Micro) -> Tensor:
+def zero_at_starts(x_BSD: Tensor, micro: MicroBatch) -> Tensor:
     """Zeros where a token is the first of its sample or document."""
     return x_BSD.masked_fill(micro.starts_BS.unsqueeze(-1), 0.0)
 
@@ -343,7 +371,7 @@ def attention(
     k_BGSH: Tensor,
     v_BGSH: Tensor,
     positions: Tensor,
-    micro: Micro,
+    micro: MicroBatch,
     window: int,
     scale: float | None,
 ) -> Tensor:
@@ -353,8 +381,8 @@ def attention(
         positions: places of queries and keys in the sample, ascending, [sequence].
         window: as in `masked_attention`.
     """
-    if micro.stretches is not None and _flashes(q_BNSH, v_BGSH):
-        return _flash(q_BNSH, k_BGSH, v_BGSH, window, scale, micro.stretches)
+    if micro.packed is not None and _flashes(q_BNSH, v_BGSH):
+        return _flash(q_BNSH, k_BGSH, v_BGSH, window, scale, micro.packed)
     return masked_attention(q_BNSH, k_BGSH, v_BGSH, positions, positions, micro.documents_BS, window, scale)
 
 
@@ -401,7 +429,7 @@ def _flashes(q_BNSH: Tensor, v_BGSH: Tensor) -> bool:
     """Whether torch's flash attention takes these. With a mask instead, grouped queries have no fused kernel."""
     width = q_BNSH.shape[-1]
     takes = width == v_BGSH.shape[-1] and width % 8 == 0 and width <= 256
-    return takes and q_BNSH.is_cuda and torch.version.hip is None and fused(q_BNSH)
+    return takes and q_BNSH.is_cuda and torch.version.hip is None and use_kernels(q_BNSH)
 
 
 def _flash(
@@ -410,19 +438,19 @@ def _flash(
     v_BGSH: Tensor,
     window: int,
     scale: float | None,
-    stretches: Stretches | None,
+    packed: PackedDocuments | None,
 ) -> Tensor:
     """Causal attention within a window and within documents, over whole samples.
 
     `scaled_dot_product_attention` has arguments for neither, and `torch.nn.attention.varlen` none for whole samples.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BNSH, k_BGSH, v_BGSH))
-    bounds, longest = None, q.shape[1]
-    if stretches is not None:
+    cu_seqlens, max_seqlen = None, q.shape[1]
+    if packed is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        bounds, longest = stretches.bounds, stretches.longest
+        cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, bounds, bounds, longest, longest, 0.0, True, False,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False,
         scale=scale, window_size_left=window - 1 if window else None, window_size_right=0 if window else None,
     )  # fmt: skip
     return out.view(q_BNSH.shape[0], -1, *out.shape[-2:]).transpose(1, 2)

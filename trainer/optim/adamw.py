@@ -91,20 +91,20 @@ class AdamW:
         for rate, every in self._groups:
             rows = every
             if fast is not None:
-                rows = self._move_large(every, lr * rate.scale, rate.decay, fast)
+                rows = self._update_large(every, lr * rate.scale, rate.decay, fast)
             gradients = [gradient(row.slot) for row in rows]
             for lists in self._batches(rows, gradients):
-                move(lists, self._optim, lr * rate.scale, rate.decay, numbers)
+                update(lists, self._optim, lr * rate.scale, rate.decay, numbers)
             refresh(row.slot for row in rows)
         self.count.add_(1 - numbers.skip)
 
     def _fast(self, numbers: Numbers) -> Tensor:
-        """What the kernel reads from the device (see `trainer.kernels.adamw.move`)."""
+        """What the kernel reads from the device (see `trainer.kernels.adamw.update`)."""
         after = numbers.after.double()
         corrections = (1 / (1 - self._optim.beta1**after), (1 - self._optim.beta2**after).rsqrt())
         return torch.stack([numbers.divisor.reciprocal(), numbers.skip, *(x.float() for x in corrections)])
 
-    def _move_large(self, rows: Sequence[_Row], lr: float, decay: float, numbers: Tensor) -> list[_Row]:
+    def _update_large(self, rows: Sequence[_Row], lr: float, decay: float, numbers: Tensor) -> list[_Row]:
         """Move the large shards by the kernel; those that are left."""
         from trainer.kernels import adamw as kernel
 
@@ -118,7 +118,7 @@ class AdamW:
             grad = torch.zeros_like(slot.tensor) if grad is None else grad.contiguous()
             weight = None if slot.cast is None else slot.cast.weight
             rule = (optim.beta1, optim.beta2, optim.eps)
-            kernel.move((slot.tensor, grad, row.mean, row.square, weight), numbers, (lr, decay), rule)
+            kernel.update((slot.tensor, grad, row.mean, row.square, weight), numbers, (lr, decay), rule)
         return left
 
     def state(self) -> Iterator[tuple[str, Tensor, Slot | None]]:
@@ -153,7 +153,7 @@ class AdamW:
         yield batch
 
 
-def move(
+def update(
     lists: Sequence[list[Tensor]], optim: OptimConfig, lr: float, decay: float, numbers: Numbers
 ) -> None:
     """One call of torch's kernel over lists of values, gradients, means and squares, all of one length and contiguous.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.training import OptimConfig
-from trainer.optim.adamw import AdamW, Numbers, move
+from trainer.optim.adamw import AdamW, Numbers, update
 from trainer.optim.common import (
     Rate,
     check,
@@ -112,7 +112,7 @@ class Lamb:
                 value, grad, mean, square = (column[first:last, start:end] for column in columns)
                 # AdamW's kernel, at a rate of -1, adds to zeros just what it would take from values at a rate of 1.
                 taken = torch.zeros_like(grad)
-                move([[taken], [grad], [mean], [square]], self._optim, -1.0, 0.0, numbers)
+                update([[taken], [grad], [mean], [square]], self._optim, -1.0, 0.0, numbers)
                 torch.add(taken, value, alpha=row.rate.decay, out=grad)
                 if row.slot.replica == 0:
                     for total, part in zip(norms, (value, grad), strict=True):

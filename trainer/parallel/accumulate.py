@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from trainer.kernels.choice import LEAST, fused
+from trainer.kernels.choice import LEAST, use_kernels
 
 
 def added(earlier: Tensor, gradient: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def added(earlier: Tensor, gradient: Tensor) -> Tensor:
         gradient: of one more, bf16.
     """
     contiguous = earlier.is_contiguous() and gradient.is_contiguous()
-    if fused(gradient) and contiguous and gradient.numel() >= LEAST:
+    if use_kernels(gradient) and contiguous and gradient.numel() >= LEAST:
         from trainer.kernels import accumulate
 
         return accumulate.add(earlier, gradient)

@@ -28,13 +28,13 @@ from trainer.model.initial import initial
 from trainer.model.moe import Experts
 from trainer.model.norm import RMSNorm
 from trainer.model.router import MLPRouter
-from trainer.model.seams import Micro
+from trainer.model.seams import MicroBatch
 from trainer.parallel import resident
 from trainer.parallel.accumulate import add_late
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
 from trainer.parallel.expert import ExpertParallel
 from trainer.parallel.gathered import GatheredExperts, fewer_bytes
-from trainer.parallel.lending import Terms
+from trainer.parallel.lending import LendingTerms
 from trainer.parallel.mesh import Axis, Mesh
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 from trainer.state import Box
@@ -44,7 +44,7 @@ _UNIT = 1 << 23
 
 
 @dataclass(frozen=True)
-class Cut:
+class Partition:
     """What a rank holds of a parameter before data-parallel ranks shard it."""
 
     box: Box
@@ -54,7 +54,7 @@ class Cut:
     """Whether it belongs to experts, which edp ranks share, not dp * cp."""
 
 
-def parallelize(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> dict[str, Cut]:
+def parallelize(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> dict[str, Partition]:
     """Put a stage that is on the meta device into its place in the layout.
 
     Returns:
@@ -62,22 +62,22 @@ def parallelize(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> dict[str,
     """
     whole = {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
     _place_seams(stage, mesh, config)
-    cuts = {name: Cut(Box.all_of(whole[name]), alike=True) for name in whole}
+    partitions = {name: Partition(Box.all_of(whole[name]), alike=True) for name in whole}
     for name, dim in stage.splits().items():
         if dim is not None:
-            cuts[name] = Cut(_part(cuts[name].box, dim, mesh["tp"]), alike=False)
+            partitions[name] = Partition(_part(partitions[name].box, dim, mesh["tp"]), alike=False)
     for name, (expert_dim, width_dim) in stage.expert_splits().items():
-        box = _part(cuts[name].box, expert_dim, mesh["ep"])
-        cuts[name] = Cut(_part(box, width_dim, mesh["etp"]), alike=False, sparse=True)
-    for name, cut in cuts.items():
-        _shrink(stage, name, cut.box.shape)
+        box = _part(partitions[name].box, expert_dim, mesh["ep"])
+        partitions[name] = Partition(_part(box, width_dim, mesh["etp"]), alike=False, sparse=True)
+    for name, partition in partitions.items():
+        _shrink(stage, name, partition.box.shape)
     _recompute(stage, config.train.recompute)
     if config.parallel.schedule == "zbv":
-        keep_apart(stage)
-    return cuts
+        give_single_outputs(stage)
+    return partitions
 
 
-def keep_apart(stage: nn.Module) -> None:
+def give_single_outputs(stage: nn.Module) -> None:
     """Have each node of the graph that meets a weight give one result alone.
 
     Where torch's schedules split the backward pass, they work a weight's gradient out from the sum of the gradients of all
@@ -85,7 +85,7 @@ def keep_apart(stage: nn.Module) -> None:
     """
     for module in stage.modules():
         if isinstance(module, RMSNorm | Attention | CompressedAttention | MLPRouter | Residual):
-            module.apart = True
+            module.single_output = True
 
 
 def every_block(stage: DecoderStage) -> list[DecoderBlock]:
@@ -132,7 +132,7 @@ def _exchange(mesh: Mesh, config: RunConfig) -> ExpertParallel | GatheredExperts
     # split the backward pass come by weights' gradients in an order of their own, which may differ between ranks.
     node = math.gcd(mesh["ep"].size, mesh.node)
     lends = node > 1 and config.parallel.schedule != "zbv"
-    terms = Terms(node, least) if least is not None and lends else None
+    terms = LendingTerms(node, least) if least is not None and lends else None
     return GatheredExperts(mesh["ep"], mesh["ep_wide"], terms)
 
 
@@ -164,7 +164,7 @@ def _recompute(stage: DecoderStage, kind: str) -> None:
 def _again(forward: Callable[..., Any], *arguments: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments)
-    micro = next(argument for argument in arguments if isinstance(argument, Micro))
+    micro = next(argument for argument in arguments if isinstance(argument, MicroBatch))
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), micro.tally.again()
@@ -253,7 +253,7 @@ def _device_mesh(mesh: Mesh, name: str) -> DeviceMesh:
 
 
 def _expert_shard(parameter: nn.Parameter, ranks: int) -> Shard | None:
-    """Whole experts for each rank where they divide evenly, else an even cut of a width."""
+    """Whole experts for each rank where they divide evenly, else an even partition of a width."""
     if parameter.shape[0] % ranks == 0:
         return None
     even = [dim for dim in range(parameter.ndim - 1, 0, -1) if parameter.shape[dim] % ranks == 0]
@@ -261,7 +261,11 @@ def _expert_shard(parameter: nn.Parameter, ranks: int) -> Shard | None:
 
 
 def materialize(
-    stage: DecoderStage, cuts: dict[str, Cut], config: RunConfig, mesh: Mesh, whole: Container[str] = ()
+    stage: DecoderStage,
+    partitions: dict[str, Partition],
+    config: RunConfig,
+    mesh: Mesh,
+    whole: Container[str] = (),
 ) -> dict[str, Tensor]:
     """Allocate this rank's shards on the device and give them their initial values.
 
@@ -275,12 +279,14 @@ def materialize(
             buffer.zero_()
         for name, parameter in stage.named_parameters():
             if name in whole:
-                masters[name] = initial(name, cuts[name].box, config.model, config.train.seed, mesh.device)
+                masters[name] = initial(
+                    name, partitions[name].box, config.model, config.train.seed, mesh.device
+                )
                 parameter.copy_(masters[name])
                 continue
-            local, box = local_part(parameter, cuts[name], mesh)
+            local, box = local_part(parameter, partitions[name], mesh)
             local.copy_(initial(name, box, config.model, config.train.seed, mesh.device))
-    mesh.connecting.wait(mesh["dp_cp"], mesh["edp"])
+    mesh.communicators.wait(mesh["dp_cp"], mesh["edp"])
     for module in sharded(stage):
         # FSDP pads odd shards when it is first used; from then on the storage stays where it is.
         module.unshard()
@@ -288,14 +294,14 @@ def materialize(
     return masters
 
 
-def local_part(parameter: Tensor, cut: Cut, mesh: Mesh) -> tuple[Tensor, Box]:
+def local_part(parameter: Tensor, partition: Partition, mesh: Mesh) -> tuple[Tensor, Box]:
     """This rank's live values of a parameter, and their box."""
-    box = cut.box
+    box = partition.box
     if not isinstance(parameter, DTensor):
         return parameter.detach(), box
     (placement,) = parameter.placements
     assert isinstance(placement, Shard), placement
-    dim, axis = placement.dim, mesh["edp" if cut.sparse else "dp_cp"]
+    dim, axis = placement.dim, mesh["edp" if partition.sparse else "dp_cp"]
     whole = box.shape[dim]
     size = -(-whole // axis.size)
     begin = min(axis.index * size, whole)

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.model import seams
-from trainer.model.seams import Micro
+from trainer.model.seams import MicroBatch
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
 
 
-def places(sequence: int, method: str, size: int, index: int, device: torch.device) -> Tensor:
-    """Places in the sample of the tokens of one cp rank, ascending, [sequence / size] int64."""
+def token_positions(sequence: int, method: str, size: int, index: int, device: torch.device) -> Tensor:
+    """Positions in the sample of the tokens of one cp rank, ascending, [sequence / size] int64."""
     whole = torch.arange(sequence, device=device)
     if size == 1:
         return whole
@@ -35,23 +35,23 @@ class _Shared:
 
     def __init__(self, axis: Axis, method: str) -> None:
         self._axis, self._method = axis, method
-        self._places: dict[tuple[int, torch.device], Tensor] = {}
+        self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
-    def all_places(self, micro: Micro) -> Tensor:
-        """Places of all ranks' tokens, rank after rank."""
-        key = (micro.sequence, micro.positions_S.device)
-        if key not in self._places:
-            parts = [places(key[0], self._method, self._axis.size, i, key[1]) for i in range(self._axis.size)]
-            self._places[key] = torch.cat(parts)
-        return self._places[key]
+    def all_positions(self, micro: MicroBatch) -> Tensor:
+        """Positions of all ranks' tokens, rank after rank."""
+        size, key = self._axis.size, (micro.sequence, micro.positions_S.device)
+        if key not in self._positions:
+            parts = [token_positions(key[0], self._method, size, index, key[1]) for index in range(size)]
+            self._positions[key] = torch.cat(parts)
+        return self._positions[key]
 
-    def previous(self, x_BSD: Tensor, micro: Micro) -> Tensor:
+    def previous(self, x_BSD: Tensor, micro: MicroBatch) -> Tensor:
         """`x` of the token before each token: from the same rank, but for the first of each stretch."""
         runs = 1 if self._method == "ulysses" else 2
         pieces = x_BSD.chunk(runs, dim=1)
         lasts = torch.stack([piece[:, -1] for piece in pieces], dim=1)
-        everybody = exchange.gather(lasts, self._axis, 1)
-        last_places = torch.stack([p[-1] for p in self.all_places(micro).chunk(runs * self._axis.size)])
+        everybody = exchange.all_gather(lasts, self._axis, 1)
+        last_places = torch.stack([p[-1] for p in self.all_positions(micro).chunk(runs * self._axis.size)])
         own = micro.positions_S.chunk(runs)
         shifted = []
         for piece, spots in zip(pieces, own, strict=True):
@@ -69,10 +69,17 @@ class GatherContext(_Shared):
         super().__init__(axis, "gather")
 
     def attend(
-        self, q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, micro: Micro, window: int, scale: float | None
+        self,
+        q_BNSH: Tensor,
+        k_BGSH: Tensor,
+        v_BGSH: Tensor,
+        micro: MicroBatch,
+        window: int,
+        scale: float | None,
     ) -> Tensor:
         """Attention of this rank's queries over the whole sample."""
-        k_BGSH, v_BGSH = exchange.gather(k_BGSH, self._axis, 2), exchange.gather(v_BGSH, self._axis, 2)
+        k_BGSH = exchange.all_gather(k_BGSH, self._axis, 2)
+        v_BGSH = exchange.all_gather(v_BGSH, self._axis, 2)
         if micro.documents_BS is None and not window:
             return two_pieces(q_BNSH, k_BGSH, v_BGSH, (self._axis.index, self._axis.size), scale)
         return seams.masked_attention(
@@ -80,7 +87,7 @@ class GatherContext(_Shared):
             k_BGSH,
             v_BGSH,
             micro.positions_S,
-            self.all_places(micro),
+            self.all_positions(micro),
             micro.documents_BS,
             window,
             scale,
@@ -132,10 +139,16 @@ class UlyssesContext(_Shared):
         super().__init__(axis, "ulysses")
 
     def attend(
-        self, q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, micro: Micro, window: int, scale: float | None
+        self,
+        q_BNSH: Tensor,
+        k_BGSH: Tensor,
+        v_BGSH: Tensor,
+        micro: MicroBatch,
+        window: int,
+        scale: float | None,
     ) -> Tensor:
         """Attention of this rank's heads over the whole sample, given back as all heads of this rank's tokens."""
-        whole = self.all_places(micro)
+        whole = self.all_positions(micro)
         q, k, v = (self._to_heads(x) for x in (q_BNSH, k_BGSH, v_BGSH))
         out = seams.attention(q, k, v, whole, micro, window, scale)
         return self._to_tokens(out)
@@ -143,16 +156,16 @@ class UlyssesContext(_Shared):
     def _to_heads(self, x_BNsH: Tensor) -> Tensor:
         """[B, N, s, H] to [B, N/cp, S, H]."""
         parts = x_BNsH.unflatten(1, (self._axis.size, -1)).movedim(1, 0)
-        return exchange.swap(parts, None, None, self._axis).movedim(0, 2).flatten(2, 3)
+        return exchange.all_to_all(parts, None, None, self._axis).movedim(0, 2).flatten(2, 3)
 
     def _to_tokens(self, x_BnSH: Tensor) -> Tensor:
         """[B, N/cp, S, H] to [B, N, s, H]."""
         parts = x_BnSH.unflatten(2, (self._axis.size, -1)).movedim(2, 0)
-        return exchange.swap(parts, None, None, self._axis).movedim(0, 1).flatten(1, 2)
+        return exchange.all_to_all(parts, None, None, self._axis).movedim(0, 1).flatten(1, 2)
 
 
 class SharedSamples:
-    """`trainer.model.seams.Samples` where cp and tp split the tokens of a sample."""
+    """`trainer.model.seams.SampleSeam` where cp and tp split the tokens of a sample."""
 
     def __init__(self, axis: Axis, method: str, cp: int, tp: int) -> None:
         self._axis, self._method, self._cp, self._tp = axis, method, cp, tp
@@ -160,15 +173,17 @@ class SharedSamples:
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks that share samples."""
         with torch.no_grad():
-            return exchange.all_reduce(x.detach(), self._axis)
+            return exchange.all_reduce_raw(x.detach(), self._axis)
 
-    def queue(self, chosen_BSK: Tensor, experts: int, micro: Micro) -> Tensor:
+    def queue(self, chosen_BSK: Tensor, experts: int, micro: MicroBatch) -> Tensor:
         """Counted along the whole sample, of which every rank gets its tokens' places."""
-        everybody = exchange.all_gather(chosen_BSK, self._axis, 1)
+        everybody = exchange.all_gather_raw(chosen_BSK, self._axis, 1)
         stretches = [
             part
             for c in range(self._cp)
-            for part in places(micro.sequence, self._method, self._cp, c, chosen_BSK.device).chunk(self._tp)
+            for part in token_positions(micro.sequence, self._method, self._cp, c, chosen_BSK.device).chunk(
+                self._tp
+            )
         ]
         order = torch.cat(stretches).argsort()
         in_order = seams.queue_places(everybody.index_select(1, order), experts)

@@ -29,7 +29,7 @@ def _scatter_from(out: Tensor, x: Tensor, axis: Axis, later: bool = False) -> An
     return getattr(dist, _SCATTER)(out, x, group=axis.process_group, async_op=later)
 
 
-def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def all_gather_raw(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """The ranks' parts side by side along `dim`, without gradient."""
     parts = x.new_empty((axis.size, *x.shape))
     # Flat: gloo checks the first dims of both, and 0-d or empty tensors have none.
@@ -37,7 +37,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
-def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def reduce_scatter_raw(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the ranks' sum, without gradient."""
     parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
@@ -49,33 +49,33 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return all_gather(x, axis, dim)
+        return all_gather_raw(x, axis, dim)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter(gradient, ctx.axis, ctx.dim), None, None
+        return reduce_scatter_raw(gradient, ctx.axis, ctx.dim), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return reduce_scatter(x, axis, dim)
+        return reduce_scatter_raw(x, axis, dim)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(gradient, ctx.axis, ctx.dim), None, None
+        return all_gather_raw(gradient, ctx.axis, ctx.dim), None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return all_reduce(x, axis)
+        return all_reduce_raw(x, axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(gradient, ctx.axis), None
+        return all_reduce_raw(gradient, ctx.axis), None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -84,21 +84,21 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis
     ) -> Tensor:
         ctx.sends, ctx.receives, ctx.axis = sends, receives, axis
-        return all_to_all(x, sends, receives, axis)
+        return all_to_all_raw(x, sends, receives, axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None
+        return all_to_all_raw(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None
 
 
-def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+def all_reduce_raw(x: Tensor, axis: Axis) -> Tensor:
     """The ranks' sum, without gradient."""
     total = x.contiguous().clone()
     dist.all_reduce(total, group=axis.process_group)
     return total
 
 
-def sums(parts: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+def all_reduce_packed(parts: Sequence[Tensor], axis: Axis) -> list[Tensor]:
     """The ranks' sums of several tensors in fp32, each of its part's shape, without gradient.
 
     By one cast and one collective: hundreds of small launches take longer than what they do.
@@ -112,7 +112,7 @@ def sums(parts: Sequence[Tensor], axis: Axis) -> list[Tensor]:
     return [one.view_as(part) for one, part in zip(split, parts, strict=True)]
 
 
-def all_to_all(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:
+def all_to_all_raw(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:
     """Rows to and from every rank, without gradient; None: equally many of all."""
     rows = x.shape[0] if receives is None else sum(receives)
     out = x.new_empty((rows, *x.shape[1:]))
@@ -120,22 +120,22 @@ def all_to_all(x: Tensor, sends: list[int] | None, receives: list[int] | None, a
     return out
 
 
-def gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """The ranks' parts side by side along `dim`; its gradient is summed over the ranks and split."""
     return _Gather.apply(x, axis, dim)
 
 
-def scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the ranks' sum; its gradient is gathered."""
     return _Scatter.apply(x, axis, dim)
 
 
-def total(x: Tensor, axis: Axis) -> Tensor:
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """The ranks' sum on all of them; its gradient is the sum of the ranks' gradients."""
     return _Sum.apply(x, axis)
 
 
-def swap(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:
+def all_to_all(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: Axis) -> Tensor:
     """Rows of dim 0 to and from every rank; its gradient goes the way back."""
     return _AllToAll.apply(x, sends, receives, axis)
 
@@ -143,10 +143,10 @@ def swap(x: Tensor, sends: list[int] | None, receives: list[int] | None, axis: A
 # ---- collectives under way while other work is done ----
 
 
-class Flight:
+class AsyncCollective:
     """A collective along dim 0 that is under way, and in the backward pass the one that undoes it.
 
-    `launch` and `land` are two nodes of the graph. What is computed between them runs beside the collective, and what
+    `launch` and `wait` are two nodes of the graph. What is computed between them runs beside the collective, and what
     computes its gradients runs beside the collective of the backward pass: the engine of autograd takes the nodes that were
     made last first.
     """
@@ -157,12 +157,12 @@ class Flight:
         self._result: Tensor | None = None
 
     def launch(self, x: Tensor) -> Tensor:
-        """The result, which nothing may read before `land`."""
+        """The result, which nothing may read before `wait`."""
         return _Launch.apply(x, self)
 
-    def land(self, result: Tensor) -> Tensor:
+    def wait(self, result: Tensor) -> Tensor:
         """What `launch` gave, from now on to be read."""
-        return _Land.apply(result, self)
+        return _Wait.apply(result, self)
 
     def begin(self, x: Tensor, back: bool) -> Tensor:
         """Start the collective without gradient; `end` gives its result where it goes back.
@@ -185,32 +185,32 @@ class Flight:
 
 class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.begin(x, back=False)
+    def forward(ctx: Any, x: Tensor, collective: AsyncCollective) -> Tensor:
+        ctx.collective = collective
+        return collective.begin(x, back=False)
 
     @staticmethod
     def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.flight.end(), None
+        return ctx.collective.end(), None
 
 
-class _Land(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.end()
+    def forward(ctx: Any, result: Tensor, collective: AsyncCollective) -> Tensor:
+        ctx.collective = collective
+        collective.end()
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # `_Launch` takes the result of the collective that starts here, and not this gradient.
-        ctx.flight.begin(gradient, back=True)
+        ctx.collective.begin(gradient, back=True)
         return gradient, None
 
 
 def _alias(out: Tensor) -> Tensor:
     """The same memory for the collective, which keeps the tensor that it gets: `out` becomes part of the graph (see
-    `Flight.begin`)."""
+    `AsyncCollective.begin`)."""
     return out.detach()
 
 
@@ -224,11 +224,11 @@ def _start_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
     return out, _scatter_from(_alias(out), x, axis, later=True)
 
 
-def gathering(axis: Axis) -> Flight:
+def async_all_gather(axis: Axis) -> AsyncCollective:
     """The ranks' parts one after the other; its gradient is summed over the ranks and split."""
-    return Flight(axis, _start_gather, _start_scatter)
+    return AsyncCollective(axis, _start_gather, _start_scatter)
 
 
-def scattering(axis: Axis) -> Flight:
+def async_reduce_scatter(axis: Axis) -> AsyncCollective:
     """This rank's part of the ranks' sum; its gradient is gathered."""
-    return Flight(axis, _start_scatter, _start_gather)
+    return AsyncCollective(axis, _start_scatter, _start_gather)

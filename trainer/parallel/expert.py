@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.kernels.choice import fused
-from trainer.model.exchange import weigh
-from trainer.model.seams import Owed, paid
+from trainer.kernels.choice import use_kernels
+from trainer.model.exchange import combine_weighted
+from trainer.model.seams import PendingOutput, complete
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
 
 Compute = Callable[..., Tensor]
 
 
-class _Take(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Rows by index, each source row taken by a known set of destinations. The gradient is a gather and a sum too, so it is
     deterministic on every device, where that of indexing adds in no fixed order."""
 
@@ -47,13 +47,13 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return taken.masked_fill((index < 0).unsqueeze(-1), 0.0)
 
 
-def take(x: Tensor, index_R: Tensor, back_XK: Tensor) -> Tensor:
+def gather_rows(x: Tensor, index_R: Tensor, back_XK: Tensor) -> Tensor:
     """Row `index_R[r]` of `x` for every r, zeros for -1.
 
     Args:
         back_XK: for each row of `x` the places in `index_R` that name it, -1 for none.
     """
-    return _Take.apply(x, index_R, back_XK)
+    return _GatherRows.apply(x, index_R, back_XK)
 
 
 def inverse(order_R: Tensor, size: int) -> Tensor:
@@ -82,19 +82,19 @@ class ExpertParallel:
 
     def run(
         self, begun: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
-    ) -> Owed:
+    ) -> PendingOutput:
         """Weighted sum of each token's expert outputs, [T, D]."""
         if self._etp.size == 1:
-            return self._over_ep(begun, chosen_TK, weights_TK, experts, compute), paid
-        x_TD, weights_TK = (exchange.gather(t, self._etp, 0) for t in (begun, weights_TK))
-        chosen_TK = exchange.all_gather(chosen_TK, self._etp, 0)
+            return complete(self._over_ep(begun, chosen_TK, weights_TK, experts, compute))
+        x_TD, weights_TK = (exchange.all_gather(t, self._etp, 0) for t in (begun, weights_TK))
+        chosen_TK = exchange.all_gather_raw(chosen_TK, self._etp, 0)
         y_TD = self._over_ep(x_TD, chosen_TK, weights_TK, experts, compute)
-        return exchange.scatter(y_TD, self._etp, 0), paid
+        return complete(exchange.reduce_scatter(y_TD, self._etp, 0))
 
     def _over_ep(
         self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
     ) -> Tensor:
-        if fused(x_TD):
+        if use_kernels(x_TD):
             return self._fused(x_TD, chosen_TK, weights_TK, experts, compute)
         tokens, top_k = chosen_TK.shape
         flat_R = chosen_TK.flatten()
@@ -105,9 +105,9 @@ class ExpertParallel:
         sends, receives = (one.sum(dim=1).tolist() for one in (count_E.view(self._ep.size, -1), incoming_NL))
         order_R = sort_R[: sum(sends)]
         place_TK = inverse(order_R, flat_R.numel()).view(tokens, top_k)
-        x_RD = take(x_TD, order_R // top_k, place_TK)
+        x_RD = gather_rows(x_TD, order_R // top_k, place_TK)
         y_RD = self._through(x_RD, incoming_NL, sends, receives, compute)
-        return weigh(take(y_RD, place_TK.flatten(), order_R.unsqueeze(1)), weights_TK)
+        return combine_weighted(gather_rows(y_RD, place_TK.flatten(), order_R.unsqueeze(1)), weights_TK)
 
     def _through(
         self, x_RD: Tensor, incoming_NL: Tensor, sends: list[int], receives: list[int], compute: Compute
@@ -116,13 +116,14 @@ class ExpertParallel:
         ends_L = incoming_NL.sum(dim=0).cumsum(0, dtype=torch.int32)
         if self._ep.size == 1:
             return compute(x_RD, ends_L)
-        x_RD = exchange.swap(x_RD, sends, receives, self._ep)
+        x_RD = exchange.all_to_all(x_RD, sends, receives, self._ep)
         # Rows arrive by source rank, then expert; the experts want them by expert, then source rank.
         local_R = torch.arange(incoming_NL.shape[1], device=x_RD.device).repeat(self._ep.size)
         by_expert_R = local_R.repeat_interleave(incoming_NL.flatten()).argsort(stable=True)
         back_R = inverse(by_expert_R, by_expert_R.numel())
-        y_RD = compute(take(x_RD, by_expert_R, back_R.unsqueeze(1)), ends_L)
-        return exchange.swap(take(y_RD, back_R, by_expert_R.unsqueeze(1)), receives, sends, self._ep)
+        y_RD = compute(gather_rows(x_RD, by_expert_R, back_R.unsqueeze(1)), ends_L)
+        y_RD = gather_rows(y_RD, back_R, by_expert_R.unsqueeze(1))
+        return exchange.all_to_all(y_RD, receives, sends, self._ep)
 
     # ---- the same by kernels ----
 
@@ -130,33 +131,33 @@ class ExpertParallel:
         self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
     ) -> Tensor:
         """Rows are copied while their numbers travel; the host waits for those once, before it sizes the exchange."""
-        from trainer.kernels import places, rows
+        from trainer.kernels import rows, sorting
 
         # Rows beyond those of experts, of dropped pairs, hold anything: none is sent, and no token asks for them.
-        at = places.places(chosen_TK, weights_TK, 0, experts)
+        at = sorting.sort_pairs(chosen_TK, weights_TK, 0, experts)
         # The host adds up what it gets: each sum on the device would be one more launch before its wait.
         incoming_NL = self._incoming(at.counts_L)
         counted = HostCopy(at.counts_L.view(self._ep.size, -1), incoming_NL)
-        x_RD = rows.spread(x_TD, at.back_TK, chosen_TK.numel())
+        x_RD = rows.dispatch(x_TD, at.back_TK, chosen_TK.numel())
         sends, receives = ([sum(counts) for counts in by_rank] for by_rank in counted.wait())
         if sum(sends) < len(x_RD):  # the slice of all has a gradient that is copied
             x_RD = x_RD[: sum(sends)]
         if self._ep.size == 1:
             y_RD = compute(x_RD, at.ends_L)
         else:
-            x_RD = exchange.swap(x_RD, sends, receives, self._ep)
-            by_expert_R, back_R, ends_L = places.by_expert(incoming_NL, sum(receives))
-            x_RD = rows.spread(x_RD, back_R.unsqueeze(1), sum(receives))
+            x_RD = exchange.all_to_all(x_RD, sends, receives, self._ep)
+            by_expert_R, back_R, ends_L = sorting.regroup_by_expert(incoming_NL, sum(receives))
+            x_RD = rows.dispatch(x_RD, back_R.unsqueeze(1), sum(receives))
             y_RD = compute(x_RD, ends_L)
-            y_RD = rows.spread(y_RD, by_expert_R.unsqueeze(1), sum(receives))
-            y_RD = exchange.swap(y_RD, receives, sends, self._ep)
-        return rows.weigh(y_RD, weights_TK, at.back_TK, at.pair_P[: sum(sends)])
+            y_RD = rows.dispatch(y_RD, by_expert_R.unsqueeze(1), sum(receives))
+            y_RD = exchange.all_to_all(y_RD, receives, sends, self._ep)
+        return rows.combine_weighted(y_RD, weights_TK, at.back_TK, at.pair_P[: sum(sends)])
 
     def _incoming(self, count_E: Tensor) -> Tensor:
         """Rows that each rank of ep sends to each of this rank's experts, [N, L], from those that this one sends to all."""
         if self._ep.size == 1:
             return count_E.view(1, -1)
-        return exchange.all_to_all(count_E, None, None, self._ep).view(self._ep.size, -1)
+        return exchange.all_to_all_raw(count_E, None, None, self._ep).view(self._ep.size, -1)
 
 
 class HostCopy:

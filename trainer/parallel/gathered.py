@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.kernels.choice import fused
+from trainer.kernels.choice import use_kernels
 from trainer.model.exchange import sort_keys
-from trainer.model.seams import Guests, Owed
+from trainer.model.seams import BorrowedRows, PendingOutput
 from trainer.parallel import exchange
-from trainer.parallel.exchange import Flight
-from trainer.parallel.expert import Compute, HostCopy, inverse, take
-from trainer.parallel.lending import Lending, Loan, Terms, plan
+from trainer.parallel.exchange import AsyncCollective
+from trainer.parallel.expert import Compute, HostCopy, gather_rows, inverse
+from trainer.parallel.lending import Lending, LendingTerms, Loan, plan
 from trainer.parallel.mesh import Axis
 
 if TYPE_CHECKING:
-    from trainer.kernels.places import Places
+    from trainer.kernels.sorting import SortedPairs
 
 
 def fewer_bytes(top_k: int, ranks: int) -> bool:
@@ -40,7 +40,7 @@ def fewer_bytes(top_k: int, ranks: int) -> bool:
 class _Begun:
     """Tokens on their way to everybody."""
 
-    flight: Flight
+    collective: AsyncCollective
     x_ND: Tensor
 
 
@@ -66,26 +66,26 @@ class GatheredExperts:
 
     overlaps = True
 
-    def __init__(self, ep: Axis, wide: Axis, terms: Terms | None = None) -> None:
+    def __init__(self, ep: Axis, wide: Axis, terms: LendingTerms | None = None) -> None:
         self._ep, self._wide, self._terms = ep, wide, terms
         self.lends = terms is not None
 
     def begin(self, x_TD: Tensor) -> _Begun:
         """Send the tokens, for which nothing need be known."""
-        flight = exchange.gathering(self._wide)
-        return _Begun(flight, flight.launch(x_TD))
+        collective = exchange.async_all_gather(self._wide)
+        return _Begun(collective, collective.launch(x_TD))
 
     def run(
         self, begun: _Begun, chosen_TK: Tensor, weights_TK: Tensor, experts: int, compute: Compute
-    ) -> Owed:
+    ) -> PendingOutput:
         """This rank's experts over all tokens; the host waits once, for the number of rows."""
         local = experts // self._ep.size
         weights_NK, chosen_NK = _Share.apply(weights_TK, chosen_TK, self._ep)
-        way = self._fused if fused(begun.x_ND) else self._plain
+        way = self._fused if use_kernels(begun.x_ND) else self._plain
         routed = _Routed(chosen_NK, weights_NK, experts, self._ep.index * local, local)
         y_ND = way(begun, routed, compute)
-        flight = exchange.scattering(self._wide)
-        return flight.launch(y_ND), flight.land
+        collective = exchange.async_reduce_scatter(self._wide)
+        return PendingOutput(collective.launch(y_ND), collective.wait)
 
     def _part(self, loans: Sequence[Loan], first: int) -> Lending | None:
         """This rank's part of the micro-batch's loans, where it has one."""
@@ -107,53 +107,53 @@ class GatheredExperts:
         back_P = inverse(order_P, order_P.numel())
         back_NK = back_P.masked_fill(back_P >= total, -1).view(chosen_NK.shape)
         order_R = order_P[:total]
-        weights_R = take(weights_NK.reshape(-1, 1), order_R, back_NK.view(-1, 1)).squeeze(1)
-        x_RD = take(begun.flight.land(begun.x_ND), order_R // chosen_NK.shape[1], back_NK)
+        weights_R = gather_rows(weights_NK.reshape(-1, 1), order_R, back_NK.view(-1, 1)).squeeze(1)
+        x_RD = gather_rows(begun.collective.wait(begun.x_ND), order_R // chosen_NK.shape[1], back_NK)
         if lending is None:
             y_RD = compute(x_RD, ends_S, weights_R)
         else:
-            guests = Guests(x_RD[own:], ends_S[local:] - own, weights_R[own:], lending)
-            y_RD = torch.cat([*compute(x_RD[:own], ends_S[:local], weights_R[:own], guests)])
-        y_PD = take(y_RD, back_NK.flatten(), order_R.unsqueeze(1))
+            borrowed = BorrowedRows(x_RD[own:], ends_S[local:] - own, weights_R[own:], lending)
+            y_RD = torch.cat([*compute(x_RD[:own], ends_S[:local], weights_R[:own], borrowed)])
+        y_PD = gather_rows(y_RD, back_NK.flatten(), order_R.unsqueeze(1))
         return y_PD.unflatten(0, chosen_NK.shape).sum(dim=1)
 
     def _fused(self, begun: _Begun, routed: _Routed, compute: Compute) -> Tensor:
         """The same by kernels, which are queued before the host waits. From then until rows are spread the device is idle:
         what can comes before or after that."""
-        from trainer.kernels import places, rows
+        from trainer.kernels import rows, sorting
 
         chosen_NK, weights_NK, _, first, local = routed
         if self._terms is None:
-            at = places.places(chosen_NK, weights_NK, first, local)
+            at = sorting.sort_pairs(chosen_NK, weights_NK, first, local)
             coming = HostCopy(at.total)
         else:
-            at, coming = self._places_lent(routed, self._terms)
-        x_ND = begun.flight.land(begun.x_ND)
+            at, coming = self._sort_lent(routed, self._terms)
+        x_ND = begun.collective.wait(begun.x_ND)
         (numbers,) = coming.wait()
         own, others, loans = (numbers, 0, []) if self._terms is None else _unpacked(numbers, local)
-        spread = rows.spread_apart(x_ND, at.back_TK, *((own, others) if loans else (own,)))
-        weights_R = places.row_weights(weights_NK, at, own + others)
+        dispatched = rows.dispatch_split(x_ND, at.back_TK, *((own, others) if loans else (own,)))
+        weights_R = sorting.row_weights(weights_NK, at, own + others)
         ends_L = at.ends_L[:local]
         lending = self._part(loans, first)
         if lending is None:
-            return rows.collect(at.back_TK, compute(spread[0], ends_L, weights_R))
-        x_RD, others_RD = spread
+            return rows.combine(at.back_TK, compute(dispatched[0], ends_L, weights_R))
+        x_RD, others_RD = dispatched
         weights_R, others_R = weights_R.split((own, others))
         ends_B = at.ends_L[local : local + len(lending.borrowed)] - own
-        guests = Guests(others_RD, ends_B, others_R, lending)
-        return rows.collect(at.back_TK, *compute(x_RD, ends_L, weights_R, guests))
+        borrowed = BorrowedRows(others_RD, ends_B, others_R, lending)
+        return rows.combine(at.back_TK, *compute(x_RD, ends_L, weights_R, borrowed))
 
-    def _places_lent(self, routed: _Routed, terms: Terms) -> tuple[Places, HostCopy]:
+    def _sort_lent(self, routed: _Routed, terms: LendingTerms) -> tuple[SortedPairs, HostCopy]:
         """Places of rows of own and borrowed experts, and the loans that are on their way to the host."""
-        from trainer.kernels import lending, places
+        from trainer.kernels import lending, sorting
 
         chosen_NK, weights_NK, experts, _, local = routed
-        counts_PE = places.counts(chosen_NK, experts)
+        counts_PE = sorting.count_pairs(chosen_NK, experts)
         slots_E, planned = lending.plan(
             counts_PE, self._ep.size, self._ep.index, terms.node, terms.least, terms.most, terms.percent
         )
         coming = HostCopy(planned)
-        return places.places(chosen_NK, weights_NK, 0, local + terms.most, slots_E), coming
+        return sorting.sort_pairs(chosen_NK, weights_NK, 0, local + terms.most, slots_E), coming
 
 
 def _unpacked(planned: Sequence[int], local: int) -> tuple[int, int, list[Loan]]:
@@ -170,10 +170,10 @@ class _Share(torch.autograd.Function):
         ctx.axis = axis
         numbers = torch.int32 if weights_TK.element_size() == 4 else torch.int64
         both = torch.cat((weights_TK.contiguous().view(numbers), chosen_TK.to(numbers)), dim=1)
-        weights_NK, chosen_NK = exchange.all_gather(both, axis, 0).chunk(2, dim=1)
+        weights_NK, chosen_NK = exchange.all_gather_raw(both, axis, 0).chunk(2, dim=1)
         ctx.mark_non_differentiable(chosen_NK)
         return weights_NK.view(weights_TK.dtype), chosen_NK
 
     @staticmethod
-    def backward(ctx: Any, slope_NK: Tensor, _chosen: Any) -> tuple[Tensor, None, None]:
-        return exchange.reduce_scatter(slope_NK, ctx.axis, 0), None, None
+    def backward(ctx: Any, grad_NK: Tensor, _chosen: Any) -> tuple[Tensor, None, None]:
+        return exchange.reduce_scatter_raw(grad_NK, ctx.axis, 0), None, None

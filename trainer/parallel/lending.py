@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.model.later import Room
+from trainer.model.deferred import GradientBuffer
 from trainer.parallel.mesh import Axis
 
 _PERCENT = 104
@@ -40,7 +40,7 @@ class Loan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Terms:
+class LendingTerms:
     """On which experts are lent; equal on all ranks of an ep group."""
 
     node: int
@@ -51,7 +51,7 @@ class Terms:
     percent: int = _PERCENT
 
 
-def plan(counts: Sequence[int], ranks: int, terms: Terms) -> list[Loan]:
+def plan(counts: Sequence[int], ranks: int, terms: LendingTerms) -> list[Loan]:
     """Who lends what to whom, so that the fullest rank of each node has as few rows as whole experts allow.
 
     The fullest rank lends to the emptiest the expert that leaves the fuller of the two with the fewest rows, until nothing
@@ -94,7 +94,7 @@ def plan(counts: Sequence[int], ranks: int, terms: Terms) -> list[Loan]:
 
 
 @cache
-def _beside(device: int) -> torch.cuda.Stream:
+def _weight_stream(device: int) -> torch.cuda.Stream:
     """The stream on which weights travel, apart from what computes."""
     return torch.cuda.Stream(device)
 
@@ -103,7 +103,7 @@ def _beside(device: int) -> torch.cuda.Stream:
 class Lending:
     """A rank's part of the loans of one micro-batch in one layer: `trainer.model.seams.ExpertLending`.
 
-    All ranks that take part call `begin` and `give_back`, each in the same place among the group's collectives.
+    All ranks that take part call `begin` and `return_gradients`, each in the same place among the group's collectives.
 
     Args:
         loans: of the group, in an order that all ranks share.
@@ -115,7 +115,7 @@ class Lending:
     axis: Axis
     first: int
     _works: list[Any] = field(default_factory=list)
-    _moving: list[Any] = field(default_factory=list)
+    _posted: list[Any] = field(default_factory=list)
     _out: list[tuple[int, Tensor]] = field(default_factory=list)
     _into: list[tuple[int, Tensor]] = field(default_factory=list)
     _ready: torch.cuda.Event | None = None
@@ -165,39 +165,39 @@ class Lending:
         return theirs
 
     def send(self) -> None:
-        """Start the way of what `begin` took, beside all that was queued since: it takes the host a while, in which the
+        """Start to send what `begin` took, beside all that was queued since: that takes the host a while, in which the
         device has work."""
         if self._ready is None:
-            self._move(self._out, self._into)
+            self._post(self._out, self._into)
         else:
-            with torch.cuda.stream(_beside(torch.cuda.current_device())):
+            with torch.cuda.stream(_weight_stream(torch.cuda.current_device())):
                 self._ready.wait()
-                self._move(self._out, self._into)
+                self._post(self._out, self._into)
         self._out, self._into, self._ready = [], [], None
 
-    def give_back(self, slopes: Sequence[Tensor], rooms: Sequence[Room]) -> None:
-        """Start to send gradients of borrowed weights, and to get those of lent ones.
+    def return_gradients(self, grads: Sequence[Tensor], buffers: Sequence[GradientBuffer]) -> None:
+        """Start to send gradients of borrowed weights, and to receive those of lent ones.
 
         Args:
-            slopes: [B, ...] each; nothing where none is borrowed.
-            rooms: by weight, what makes room for a lent expert's gradient.
+            grads: [B, ...] each; nothing where none is borrowed.
+            buffers: by weight, what allocates a buffer for a lent expert's gradient.
         """
-        self._move(
-            [(loan.owner, slope[number]) for number, loan in enumerate(self.borrowed) for slope in slopes],
-            [(loan.borrower, room(loan.expert - self.first)) for loan in self.lent for room in rooms],
+        self._post(
+            [(loan.owner, grad[number]) for number, loan in enumerate(self.borrowed) for grad in grads],
+            [(loan.borrower, buffer(loan.expert - self.first)) for loan in self.lent for buffer in buffers],
         )
 
     def wait(self) -> None:
         """Have what follows on the device wait for all that is under way."""
         for work in self._works:
             work.wait()
-        self._works, self._moving = [], []
+        self._works, self._posted = [], []
 
-    def _move(self, out: Sequence[tuple[int, Tensor]], into: Sequence[tuple[int, Tensor]]) -> None:
+    def _post(self, out: Sequence[tuple[int, Tensor]], into: Sequence[tuple[int, Tensor]]) -> None:
         """Start sends to and receipts from places in the group."""
         group = self.axis.process_group
         steps = [dist.P2POp(dist.isend, tensor, group=group, group_peer=to) for to, tensor in out]
         steps += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=by) for by, tensor in into]
         if steps:
             self._works += dist.batch_isend_irecv(steps)
-            self._moving += steps  # holds the tensors
+            self._posted += steps  # holds the tensors

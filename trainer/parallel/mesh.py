@@ -86,7 +86,7 @@ def dense_groups(parallel: ParallelConfig, rank: int) -> dict[str, tuple[int, ..
     }
 
 
-class Connecting:
+class CommunicatorSetup:
     """Makes the devices' communicators in a thread while the model is built and loaded: each takes a second or more, and
     torch would make it within the first collective.
 
@@ -172,7 +172,7 @@ class Mesh:
     """What became of the network preset's variables."""
     node: int = 1
     """Neighbouring ranks that share a node."""
-    connecting: Connecting = field(default_factory=Connecting)
+    communicators: CommunicatorSetup = field(default_factory=CommunicatorSetup)
 
     def __getitem__(self, name: str) -> Axis:
         """The group along an axis."""
@@ -212,14 +212,14 @@ def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     """Join the process group and build the mesh."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     network, _ = meet(config, rank, backend)
-    control = dist.new_group(backend="gloo", timeout=patience(config), group_desc="control")
+    control = dist.new_group(backend="gloo", timeout=collective_timeout(config), group_desc="control")
     # Of rank 0 for all: ranks that thought otherwise would lend otherwise.
     node = torch.tensor([rank.local_world])
     dist.broadcast(node, 0, group=control)
     return assemble(config, rank.rank, rank.world, device, control, network, int(node))
 
 
-def patience(config: RunConfig) -> timedelta:
+def collective_timeout(config: RunConfig) -> timedelta:
     """What every group is made with: how long a collective may take, which torch has its own idea of for each group."""
     return timedelta(seconds=config.resilience.timeouts.seconds("collective"))
 
@@ -238,9 +238,9 @@ def assemble(
     Args:
         node: neighbouring ranks that share a node; None: all do.
     """
-    limit = patience(config)
+    limit = collective_timeout(config)
     axes = make_groups(dense_groups(config.parallel, rank), rank, world, limit)
-    axes["ep_wide"] = _beside(axes["ep"], device, limit)
+    axes["ep_wide"] = _own_communicator(axes["ep"], device, limit)
     layout = {axis: config.parallel.size(axis) for axis in AXES}
     return Mesh(rank, world, layout, device, axes, control, network, node or world)
 
@@ -272,7 +272,7 @@ def make_groups(
     return axes
 
 
-def _beside(axis: Axis, device: torch.device, limit: timedelta) -> Axis:
+def _own_communicator(axis: Axis, device: torch.device, limit: timedelta) -> Axis:
     """The same ranks with a communicator of their own on a GPU, where collectives of one communicator run one by one."""
     if axis.size == 1 or device.type != "cuda":
         return axis

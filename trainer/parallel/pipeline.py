@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import (
 
 from configs.schema import ModelConfig, ParallelConfig
 from trainer.model.decoder import DecoderStage, boundary_width, inputs
-from trainer.model.seams import Micro
+from trainer.model.seams import MicroBatch
 from trainer.parallel.mesh import Mesh
 from trainer.parallel.stages import stages_of
 from trainer.sizing.search.runnable import chunks_of
@@ -33,7 +33,7 @@ class _Chunk(nn.Module):
     It also hides that the stage is sharded: when gradients are reduced is the engine's decision, under every schedule.
     """
 
-    def __init__(self, stage: DecoderStage, micros: list[Micro]) -> None:
+    def __init__(self, stage: DecoderStage, micros: list[MicroBatch]) -> None:
         super().__init__()
         self.stage = stage
         self.micros = micros
@@ -44,7 +44,7 @@ class _Chunk(nn.Module):
         return out.view(1) if out.ndim == 0 else out
 
 
-class _Undivided(PipelineStage):
+class _UnsplitBackward(PipelineStage):
     """A stage whose weights' gradients are worked out with those of its input, where a schedule wants them apart.
 
     torch goes back to a weight from all places at which it meets the input's way. Where one of them lies behind another, it
@@ -64,14 +64,14 @@ class _Undivided(PipelineStage):
         return gradients, None
 
 
-def in_series(stage: DecoderStage) -> bool:
+def reuses_weights(stage: DecoderStage) -> bool:
     """Whether a weight is used once more behind itself: several depths of prediction embed tokens, and a tied table is the
     head too."""
     return len(stage.mtp) + (stage.config.tie_embeddings and len(stage.mtp) > 0) > 1
 
 
 @dataclass(frozen=True)
-class _Known:
+class _CachedSchedule:
     """A schedule for so many micro-batches of so many samples, with its stages."""
 
     sizes: tuple[int, int]
@@ -93,12 +93,12 @@ class Pipeline:
         self, stages: Sequence[DecoderStage], mesh: Mesh, model: ModelConfig, parallel: ParallelConfig
     ) -> None:
         self._stages, self._mesh, self._model, self._parallel = stages, mesh, model, parallel
-        self._micros: list[Micro] = []
+        self._micros: list[MicroBatch] = []
         self._chunks = [_Chunk(stage, self._micros) for stage in stages]
-        self._schedules: dict[bool, _Known] = {}
+        self._schedules: dict[bool, _CachedSchedule] = {}
         """By whether they learn."""
 
-    def run(self, micros: Sequence[Micro], dtype: torch.dtype, learn: bool) -> Tensor:
+    def run(self, micros: Sequence[MicroBatch], dtype: torch.dtype, learn: bool) -> Tensor:
         """All micro-batches forward, and backward where `learn`; this rank's share of the loss."""
         self._micros[:] = micros
         schedule = self._schedule(micros, dtype, learn)
@@ -114,7 +114,7 @@ class Pipeline:
             return torch.zeros((), device=self._mesh.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
-    def _schedule(self, micros: Sequence[Micro], dtype: torch.dtype, learn: bool) -> Any:
+    def _schedule(self, micros: Sequence[MicroBatch], dtype: torch.dtype, learn: bool) -> Any:
         sizes = (len(micros), micros[0].tokens_BS.shape[0])
         known = self._schedules.get(learn)
         if known is not None and known.sizes == sizes:
@@ -135,7 +135,7 @@ class Pipeline:
             schedule = ScheduleZBVZeroBubble(parts, **options)
             if not learn:
                 _forward_alone(schedule)
-        self._schedules[learn] = _Known(sizes, schedule, parts)
+        self._schedules[learn] = _CachedSchedule(sizes, schedule, parts)
         return schedule
 
     def _part(self, chunk: _Chunk, shape: tuple[int, int], dtype: torch.dtype) -> PipelineStage:
@@ -154,7 +154,7 @@ class Pipeline:
             )
 
         first = torch.empty(samples, tokens, dtype=torch.int64, device="meta")
-        kind = _Undivided if in_series(stage) else PipelineStage
+        kind = _UnsplitBackward if reuses_weights(stage) else PipelineStage
         return kind(
             chunk,
             stage_index=stages_of(self._parallel, self._mesh["pp"].index)[self._chunks.index(chunk)],

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.schema import RunConfig
 from trainer.model.decoder import DecoderStage
 from trainer.parallel.accumulate import added
-from trainer.parallel.exchange import sums
+from trainer.parallel.exchange import all_reduce_packed
 from trainer.parallel.mesh import Axis, Mesh
 
 _SMALL = 1 << 16
@@ -104,7 +104,7 @@ class Resident:
                 taken[name] = self._sums.pop(name).float()
         mine = [(taken[name], self._parameters[name]) for name in self._small]
         parts = [torch.zeros_like(weight) if gradient is None else gradient for gradient, weight in mine]
-        return taken | dict(zip(self._small, sums(parts, self._axis), strict=True))
+        return taken | dict(zip(self._small, all_reduce_packed(parts, self._axis), strict=True))
 
 
 def _add(resident: ref[Resident], name: str, parameter: Tensor) -> None:

@@ -13,7 +13,7 @@ from trainer.parallel.apply import sharded
 from trainer.sizing.search.runnable import chunks_of
 
 
-def cut(layers: int, parts: int) -> list[tuple[int, int]]:
+def split_layers(layers: int, parts: int) -> list[tuple[int, int]]:
     """First and last layer (exclusive) of each of `parts` stages; the last ones, beside the head, are the shorter ones."""
     each, more = divmod(layers, parts)
     ends = [0]

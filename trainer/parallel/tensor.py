@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels.choice import fused
+from trainer.kernels.choice import use_kernels
 from trainer.parallel import exchange
 from trainer.parallel.mesh import Axis
 
@@ -27,15 +27,15 @@ class TensorParallel:
 
     def enter(self, x_BsD: Tensor) -> Tensor:
         """[B, s, D] to [B, S, D]."""
-        return exchange.gather(x_BsD, self._axis, 1)
+        return exchange.all_gather(x_BsD, self._axis, 1)
 
     def leave(self, x_BSD: Tensor) -> Tensor:
         """Partial results [B, S, D] to their sum's part, [B, s, D]."""
-        return exchange.scatter(x_BSD, self._axis, 1)
+        return exchange.reduce_scatter(x_BSD, self._axis, 1)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
-        return exchange.total(x, self._axis)
+        return exchange.all_reduce(x, self._axis)
 
     def part(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part along `dim`."""
@@ -43,7 +43,7 @@ class TensorParallel:
 
 
 class VocabularyParallel:
-    """`trainer.model.seams.Vocabulary` whose table is split by rows, each rank's part in order."""
+    """`trainer.model.seams.VocabularySeam` whose table is split by rows, each rank's part in order."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
@@ -53,17 +53,17 @@ class VocabularyParallel:
         local = tokens_BS - self._axis.index * weight_vD.shape[0]
         mine = (local >= 0) & (local < weight_vD.shape[0])
         x_BSD = F.embedding(local.masked_fill(~mine, 0), weight_vD).masked_fill(~mine.unsqueeze(-1), 0.0)
-        return exchange.scatter(x_BSD, self._axis, 1)
+        return exchange.reduce_scatter(x_BSD, self._axis, 1)
 
     def logits(self, x_BsD: Tensor, weight_vD: Tensor) -> Tensor:
         """[B, S, V] on all ranks."""
-        part = F.linear(exchange.gather(x_BsD, self._axis, 1), weight_vD)
-        return exchange.gather(part, self._axis, 2)
+        part = F.linear(exchange.all_gather(x_BsD, self._axis, 1), weight_vD)
+        return exchange.all_gather(part, self._axis, 2)
 
     def loss(self, x_BsD: Tensor, weight_vD: Tensor, targets_BS: Tensor) -> Tensor:
         """This rank's share of the cross-entropies' sum: that of its part of the tokens, so that shares add up."""
-        x_BSD = exchange.gather(x_BsD, self._axis, 1)
-        if fused(x_BSD):
+        x_BSD = exchange.all_gather(x_BsD, self._axis, 1)
+        if use_kernels(x_BSD):
             learn = torch.is_grad_enabled() and (x_BSD.requires_grad or weight_vD.requires_grad)
             return _LinearCrossEntropy.apply(x_BSD, weight_vD, targets_BS.contiguous(), self._axis, learn)
         logits_Tv = F.linear(x_BSD, weight_vD).float().flatten(0, 1)
@@ -74,7 +74,7 @@ class VocabularyParallel:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The same by kernels, which turn logits in bf16 into their slopes: no other copy of them is made."""
+    """The same by kernels, which turn logits in bf16 into their gradients: no other copy of them is made."""
 
     @staticmethod
     def forward(
@@ -84,25 +84,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         targets_T, first = targets_BS.flatten(), axis.index * weight_vD.shape[0]
         logits_Tv = torch.mm(x_BSD.flatten(0, 1), weight_vD.t())
-        parts_n2T = exchange.all_gather(kernels.part(logits_Tv, targets_T, first).unsqueeze(0), axis, 0)
+        parts_n2T = exchange.all_gather_raw(
+            kernels.partial_logsumexp(logits_Tv, targets_T, first).unsqueeze(0), axis, 0
+        )
         whole_T, own_T = parts_n2T[:, 0].logsumexp(dim=0), parts_n2T[:, 1].sum(dim=0)
         if learn:
-            kernels.descend(logits_Tv, targets_T, first, whole_T)
+            kernels.logits_to_grads(logits_Tv, targets_T, first, whole_T)
             ctx.save_for_backward(x_BSD, weight_vD, logits_Tv)
             ctx.axis = axis
         losses_BS = torch.where(targets_T >= 0, whole_T - own_T, 0.0).view_as(targets_BS)
         return losses_BS.chunk(axis.size, 1)[axis.index].sum()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         from trainer.kernels import loss as kernels
 
-        x_BSD, weight_vD, slope_Tv = ctx.saved_tensors
+        x_BSD, weight_vD, grad_Tv = ctx.saved_tensors
         # A token's loss is in the share of one rank, and each has a part of its logits.
-        slopes_n = exchange.all_gather(slope.reshape(1), ctx.axis, 0)
-        scale_T = slopes_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size).repeat(x_BSD.shape[0])
-        x_slope_TD, weight_slope_vD = kernels.slopes(x_BSD.flatten(0, 1), weight_vD, slope_Tv, scale_T)
-        return x_slope_TD.view_as(x_BSD), weight_slope_vD, None, None, None
+        grads_n = exchange.all_gather_raw(grad.reshape(1), ctx.axis, 0)
+        scale_T = grads_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size).repeat(x_BSD.shape[0])
+        x_grad_TD, weight_grad_vD = kernels.linear_grads(x_BSD.flatten(0, 1), weight_vD, grad_Tv, scale_T)
+        return x_grad_TD.view_as(x_BSD), weight_grad_vD, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -205,8 +205,8 @@ MUTANTS = [
     Mutant(
         "sums are a kernel's of tensors that lie otherwise",
         _ACCUMULATE,
-        "fused(gradient) and contiguous and",
-        "fused(gradient) and",
+        "use_kernels(gradient) and contiguous and",
+        "use_kernels(gradient) and",
         f"{_ADDED}the_kernels_sum_is_fp32s",
     ),
     Mutant(
@@ -226,8 +226,8 @@ MUTANTS = [
     Mutant(
         "small gradients count twice",
         _RESIDENT,
-        "sums(parts, self._axis)",
-        "[2 * one for one in sums(parts, self._axis)]",
+        "all_reduce_packed(parts, self._axis)",
+        "[2 * one for one in all_reduce_packed(parts, self._axis)]",
         _beside(1),
     ),
     Mutant(
@@ -352,15 +352,15 @@ MUTANTS = [
     Mutant(
         "the build's collectives don't wait for their communicators",
         _APPLY,
-        '    mesh.connecting.wait(mesh["dp_cp"], mesh["edp"])\n',
+        '    mesh.communicators.wait(mesh["dp_cp"], mesh["edp"])\n',
         "",
         f"{_GROUPS}no_collective_of_the_build_comes_before_its_communicator",
     ),
     Mutant(
         "the build waits for every communicator",
         _APPLY,
-        'mesh.connecting.wait(mesh["dp_cp"], mesh["edp"])',
-        "mesh.connecting.wait()",
+        'mesh.communicators.wait(mesh["dp_cp"], mesh["edp"])',
+        "mesh.communicators.wait()",
         f"{_GROUPS}no_collective_of_the_build_comes_before_its_communicator",
     ),
     Mutant(

@@ -11,7 +11,7 @@ _COLLECTIVES = "trainer/parallel/exchange.py"
 _SUM = "tests/trainer/model/test_router.py::test_the_exchange_has_the_gradients_of_a_plain_sum[3]"
 _DROPPED = "tests/trainer/model/test_router.py::test_dropped_rows_are_gone_both_ways_whatever_the_experts_leave_there"
 _SPLIT = "tests/trainer/parallel/test_parallel.py::test_experts_that_are_split"
-_PLACES = "trainer/kernels/places.py"
+_PLACES = "trainer/kernels/sorting.py"
 _ROWS = "trainer/kernels/rows.py"
 _SPREAD = "tests/trainer/model/test_kernels.py::test_rows_are_spread_collected_and_weighed"
 _BY_KERNELS = "tests/trainer/parallel/test_parallel.py::test_seams_by_kernels[experts_by_kernels-more1-1e-06]"
@@ -22,7 +22,7 @@ _REGROUPED = (
 _GATHERED = "trainer/parallel/gathered.py"
 _LENDING = "trainer/parallel/lending.py"
 _PLANNER = "trainer/kernels/lending.py"
-_LATER = "trainer/model/later.py"
+_LATER = "trainer/model/deferred.py"
 _LENT = "tests/trainer/parallel/test_parallel.py::test_hot_experts_that_are_lent[4-1]"
 _LENT_BY_KERNELS = (
     "tests/trainer/parallel/test_parallel.py::test_seams_by_kernels[experts_by_kernels-more3-1e-06]"
@@ -34,7 +34,7 @@ MUTANTS = [
     Mutant(
         "gradients of lent experts stay away",
         _LATER,
-        "            made[number] = part\n",
+        "            gradient[number] = part\n",
         "            pass\n",
         _LENT,
     ),
@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "a gradient comes home to another expert",
         _LENDING,
-        "(loan.borrower, room(loan.expert - self.first))",
-        "(loan.borrower, room(loan.expert - self.first - 1))",
+        "(loan.borrower, buffer(loan.expert - self.first))",
+        "(loan.borrower, buffer(loan.expert - self.first - 1))",
         _LENT,
     ),
     Mutant(
@@ -126,8 +126,8 @@ MUTANTS = [
     Mutant(
         "rows come back to other pairs",
         _LOCAL,
-        "weigh(permute(compute(x_RD, ends_E), back_R, order_R), weights_TK)",
-        "weigh(permute(compute(x_RD, ends_E), order_R, back_R), weights_TK)",
+        "combine_weighted(permute(compute(x_RD, ends_E), back_R, order_R), weights_TK)",
+        "combine_weighted(permute(compute(x_RD, ends_E), order_R, back_R), weights_TK)",
         _SUM,
     ),
     Mutant(
@@ -190,8 +190,8 @@ MUTANTS = [
     Mutant(
         "a token's rows come back to another",
         _EXPERT,
-        "take(y_RD, place_TK.flatten(), order_R.unsqueeze(1))",
-        "take(y_RD, place_TK.flatten().flip(0), order_R.unsqueeze(1))",
+        "gather_rows(y_RD, place_TK.flatten(), order_R.unsqueeze(1))",
+        "gather_rows(y_RD, place_TK.flatten().flip(0), order_R.unsqueeze(1))",
         f"{_SPLIT}[2-2-1]",
     ),
     Mutant(
@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "rows go back in the order of experts",
         _EXPERT,
-        "exchange.swap(take(y_RD, back_R, by_expert_R.unsqueeze(1)), receives",
-        "exchange.swap(take(y_RD, by_expert_R, back_R.unsqueeze(1)), receives",
+        "gather_rows(y_RD, back_R, by_expert_R.unsqueeze(1))",
+        "gather_rows(y_RD, by_expert_R, back_R.unsqueeze(1))",
         f"{_SPLIT}[2-2-1]",
     ),
     Mutant(
@@ -225,22 +225,22 @@ MUTANTS = [
     Mutant(
         "parts of a width aren't summed",
         _EXPERT,
-        "return exchange.scatter(y_TD, self._etp, 0), paid",
-        "return y_TD.chunk(self._etp.size)[self._etp.index], paid",
+        "return complete(exchange.reduce_scatter(y_TD, self._etp, 0))",
+        "return complete(y_TD.chunk(self._etp.size)[self._etp.index])",
         f"{_SPLIT}[2-1-2]",
     ),
     Mutant(
         "parts of a width see one rank's choices",
         _EXPERT,
-        "chosen_TK = exchange.all_gather(chosen_TK, self._etp, 0)",
+        "chosen_TK = exchange.all_gather_raw(chosen_TK, self._etp, 0)",
         "chosen_TK = chosen_TK.repeat(self._etp.size, 1)",
         f"{_SPLIT}[2-1-2]",
     ),
     Mutant(
         "gradients of what is exchanged stay where they are",
         _COLLECTIVES,
-        "return all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None",
-        "return (all_to_all(gradient, ctx.receives, ctx.sends, ctx.axis) if ctx.sends else gradient), None, None, None",
+        "return all_to_all_raw(gradient, ctx.receives, ctx.sends, ctx.axis), None, None, None",
+        "return (all_to_all_raw(gradient, ctx.receives, ctx.sends, ctx.axis) if ctx.sends else gradient), None, None, None",
         "tests/trainer/parallel/test_parallel.py::test_attention_over_split_samples[False-0-ulysses-2]",
     ),
     # By kernels.
@@ -254,8 +254,8 @@ MUTANTS = [
     Mutant(
         "rows go back in the order that they came in",
         _EXPERT,
-        "rows.spread(y_RD, by_expert_R.unsqueeze(1), sum(receives))",
-        "rows.spread(y_RD, back_R.unsqueeze(1), sum(receives))",
+        "rows.dispatch(y_RD, by_expert_R.unsqueeze(1), sum(receives))",
+        "rows.dispatch(y_RD, back_R.unsqueeze(1), sum(receives))",
         _BY_KERNELS,
     ),
     Mutant(
@@ -275,8 +275,8 @@ MUTANTS = [
     Mutant(
         "only the first columns of a wide row are copied",
         _ROWS,
-        "grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))\n        _spread[grid]",
-        "grid = (triton.cdiv(tokens, each), 1)\n        _spread[grid]",
+        "grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))\n        _dispatch[grid]",
+        "grid = (triton.cdiv(tokens, each), 1)\n        _dispatch[grid]",
         f"{_SPREAD}[3000-3]",
     ),
     Mutant(

@@ -19,7 +19,9 @@ _TEST = "tests/trainer/parallel/test_parallel.py::test_"
 _LAYERS = f"{_TEST}tensor_parallel_layers[2]"
 _VOCABULARY = f"{_TEST}a_vocabulary_that_is_split[2]"
 _KERNELS = f"{_TEST}seams_by_kernels[vocabulary_by_kernels-more0-0.01]"
-_PARTS = "tests/trainer/model/test_kernels.py::test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes[20000]"
+_PARTS = (
+    "tests/trainer/model/test_kernels.py::test_parts_of_a_vocabulary_make_the_whole_loss_and_its_grads[20000]"
+)
 _ATTENTION = f"{_TEST}attention_over_split_samples"
 _BEFORE = f"{_TEST}the_token_before_may_be_anothers"
 _QUEUES = f"{_TEST}queues_and_totals_of_split_samples"
@@ -31,21 +33,21 @@ MUTANTS = [
     Mutant(
         "partial results aren't summed",
         _TENSOR,
-        "return exchange.scatter(x_BSD, self._axis, 1)\n\n    def sum",
+        "return exchange.reduce_scatter(x_BSD, self._axis, 1)\n\n    def sum",
         "return x_BSD.chunk(self.size, 1)[self.index]\n\n    def sum",
         _LAYERS,
     ),
     Mutant(
         "the gradient of what is gathered isn't summed",
         _COLLECTIVES,
-        "return reduce_scatter(gradient, ctx.axis, ctx.dim), None, None",
+        "return reduce_scatter_raw(gradient, ctx.axis, ctx.dim), None, None",
         "return gradient.chunk(ctx.axis.size, ctx.dim)[ctx.axis.index].contiguous(), None, None",
         _LAYERS,
     ),
     Mutant(
         "the gradient of a sum is one rank's",
         _COLLECTIVES,
-        "return all_reduce(gradient, ctx.axis), None",
+        "return all_reduce_raw(gradient, ctx.axis), None",
         "return gradient, None",
         _LAYERS,
     ),
@@ -80,8 +82,8 @@ MUTANTS = [
     Mutant(
         "ids of another rank's rows embed to this one's first",
         _TENSOR,
-        ".masked_fill(~mine.unsqueeze(-1), 0.0)\n        return exchange.scatter",
-        "\n        return exchange.scatter",
+        ".masked_fill(~mine.unsqueeze(-1), 0.0)\n        return exchange.reduce_scatter",
+        "\n        return exchange.reduce_scatter",
         _VOCABULARY,
     ),
     Mutant(
@@ -136,16 +138,16 @@ MUTANTS = [
     Mutant(
         "what tp ranks have alike isn't summed",
         _APPLY,
-        "Cut(Box.all_of(whole[name]), alike=True)",
-        "Cut(Box.all_of(whole[name]), alike=False)",
+        "Partition(Box.all_of(whole[name]), alike=True)",
+        "Partition(Box.all_of(whole[name]), alike=False)",
         f"{_AXIS}[tp-tied]",
     ),
     # Context parallelism.
     Mutant(
         "places are put together in the order of ranks",
         _CONTEXT,
-        "self._axis.size, i, key[1]) for i in range(self._axis.size)]",
-        "self._axis.size, i, key[1]) for i in reversed(range(self._axis.size))]",
+        "for index in range(size)]",
+        "for index in reversed(range(size))]",
         f"{_ATTENTION}[True-0-gather-2]",
     ),
     Mutant(
@@ -179,8 +181,8 @@ MUTANTS = [
     Mutant(
         "values of other ranks stay there",
         _CONTEXT,
-        "exchange.gather(k_BGSH, self._axis, 2), exchange.gather(v_BGSH, self._axis, 2)",
-        "exchange.gather(k_BGSH, self._axis, 2), v_BGSH.repeat(1, 1, self._axis.size, 1)",
+        "v_BGSH = exchange.all_gather(v_BGSH, self._axis, 2)",
+        "v_BGSH = v_BGSH.repeat(1, 1, self._axis.size, 1)",
         f"{_ATTENTION}[False-0-gather-2]",
     ),
     Mutant(
@@ -200,14 +202,14 @@ MUTANTS = [
     Mutant(
         "the token before a stretch is another stretch's",
         _CONTEXT,
-        "for p in self.all_places(micro).chunk(runs * self._axis.size)",
-        "for p in reversed(self.all_places(micro).chunk(runs * self._axis.size))",
+        "for p in self.all_positions(micro).chunk(runs * self._axis.size)",
+        "for p in reversed(self.all_positions(micro).chunk(runs * self._axis.size))",
         f"{_BEFORE}[False-ulysses-2]",
     ),
     Mutant(
         "totals are one rank's",
         _CONTEXT,
-        "return exchange.all_reduce(x.detach(), self._axis)",
+        "return exchange.all_reduce_raw(x.detach(), self._axis)",
         "return x.detach().clone()",
         f"{_QUEUES}[2-2-gather]",
     ),
@@ -327,11 +329,11 @@ MUTANTS = [
         _PARTS,
     ),
     Mutant(
-        "tokens with targets in parts before it have no slope",
+        "tokens with targets in parts before it have no grad",
         _LOSS,
         "whole, target - first, target >= 0, width",
         "whole, target - first, target >= first, width",
-        _PARTS.replace("20000", "300"),  # where its share of a slope's norm is large enough
+        _PARTS.replace("20000", "300"),  # where its share of a gradient's norm is large enough
     ),
     Mutant(
         "sums of columns keep their old top",
@@ -355,17 +357,17 @@ MUTANTS = [
         _PARTS,
     ),
     Mutant(
-        "all tokens' slopes have the first one's scale",
+        "all tokens' grads have the first one's scale",
         _LOSS,
         "int(scale.numel() > 1)",
         "0",
         _KERNELS,
     ),
     Mutant(
-        "slopes of what goes into the head aren't scaled",
+        "grads of what goes into the head aren't scaled",
         _LOSS,
-        "_times(torch.mm(slope_TV, weight_VD), scale)",
-        "torch.mm(slope_TV, weight_VD)",
+        "_times(torch.mm(grad_TV, weight_VD), scale)",
+        "torch.mm(grad_TV, weight_VD)",
         "tests/trainer/model/test_kernels.py::test_cross_entropy[5000]",
     ),
     Mutant(
@@ -376,17 +378,17 @@ MUTANTS = [
         _KERNELS,
     ),
     Mutant(
-        "slopes of others' shares are those of this rank's",
+        "grads of others' shares are those of this rank's",
         _TENSOR,
-        "slopes_n = exchange.all_gather(slope.reshape(1), ctx.axis, 0)",
-        "slopes_n = slope.reshape(1).repeat(ctx.axis.size)",
+        "grads_n = exchange.all_gather_raw(grad.reshape(1), ctx.axis, 0)",
+        "grads_n = grad.reshape(1).repeat(ctx.axis.size)",
         _KERNELS,
     ),
     Mutant(
-        "shares' slopes go to every second token",
+        "shares' grads go to every second token",
         _TENSOR,
-        "slopes_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size)",
-        "slopes_n.repeat(x_BSD.shape[1] // ctx.axis.size)",
+        "grads_n.repeat_interleave(x_BSD.shape[1] // ctx.axis.size)",
+        "grads_n.repeat(x_BSD.shape[1] // ctx.axis.size)",
         _KERNELS,
     ),
     Mutant(
@@ -397,16 +399,16 @@ MUTANTS = [
         _KERNELS,
     ),
     Mutant(
-        "slopes are worked out where nobody learns",
+        "gradients are worked out where nobody learns",
         _TENSOR,
-        "        if learn:\n            kernels.descend",
-        "        if True:\n            kernels.descend",
+        "        if learn:\n            kernels.logits_to_grads",
+        "        if True:\n            kernels.logits_to_grads",
         _KERNELS,
     ),
     Mutant(
         "a split vocabulary never takes the kernels",
         _TENSOR,
-        "        if fused(x_BSD):",
+        "        if use_kernels(x_BSD):",
         "        if False:",
         _KERNELS,
     ),

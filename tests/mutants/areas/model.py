@@ -118,15 +118,15 @@ MUTANTS = [
     Mutant(
         "nothing is rotated",
         _ATTENTION,
-        "q_BNSH, k_BGSH = turns.rotate(q_BNSH), turns.rotate(k_BGSH)",
+        "q_BNSH, k_BGSH = angles.rotate(q_BNSH), angles.rotate(k_BGSH)",
         "q_BNSH, k_BGSH = q_BNSH, k_BGSH",
         f"{_BY_HAND}[none]",
     ),
     Mutant(
         "keys aren't rotated",
         _ATTENTION,
-        "turns.rotate(q_BNSH), turns.rotate(k_BGSH)",
-        "turns.rotate(q_BNSH), k_BGSH",
+        "angles.rotate(q_BNSH), angles.rotate(k_BGSH)",
+        "angles.rotate(q_BNSH), k_BGSH",
         f"{_TEST}documents_of_a_sample_do_not_see_each_other[gqa]",
     ),
     Mutant(
@@ -175,14 +175,14 @@ MUTANTS = [
     Mutant(
         "the norm's eps is left out",
         _NORM,
-        "wide(self.weight), self.eps)",
-        "wide(self.weight), 0.0)",
+        "upcast(self.weight), self.eps)",
+        "upcast(self.weight), 0.0)",
         f"{_TEST}norms_by_hand",
     ),
     Mutant(
         "the norm's weight is left out",
         _NORM,
-        "wide(self.weight), self.eps)",
+        "upcast(self.weight), self.eps)",
         "None, self.eps)",
         f"{_TEST}norms_by_hand",
     ),
@@ -224,8 +224,8 @@ MUTANTS = [
     Mutant(
         "the feed-forward layer's residual is lost",
         _BLOCK,
-        "self.attention_norm.beside(x_BSD, landed(owed))",
-        "self.attention_norm.beside(x_BSD if owed is None else 0 * x_BSD, landed(owed))",
+        "self.attention_norm.add_norm(x_BSD, result_of(pending))",
+        "self.attention_norm.add_norm(x_BSD if pending is None else 0 * x_BSD, result_of(pending))",
         f"{_STEP}[plain-whole]",
     ),
     Mutant(
@@ -260,7 +260,7 @@ MUTANTS = [
     Mutant(
         "the shared key isn't rotated",
         _LATENT,
-        "turns.rotate(key.unsqueeze(1)).expand(",
+        "angles.rotate(key.unsqueeze(1)).expand(",
         "key.unsqueeze(1).expand(",
         _LATENT_BY_HAND,
     ),
@@ -432,14 +432,14 @@ MUTANTS = [
     Mutant(
         "documents are as long as samples to flash attention",
         _SEAMS,
-        "bounds, longest = stretches.bounds, stretches.longest",
-        "bounds, longest = stretches.bounds, longest - 1",
+        "cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen",
+        "cu_seqlens, max_seqlen = packed.cu_seqlens, max_seqlen - 1",
         f"{_TEST}documents_known_on_the_host_need_no_mask[None-3]",
     ),
     Mutant(
         "documents known on the host have a mask",
         _SEAMS,
-        "if micro.stretches is not None and _flashes(q_BNSH, v_BGSH):",
+        "if micro.packed is not None and _flashes(q_BNSH, v_BGSH):",
         "if False:",
         f"{_TEST}documents_known_on_the_host_need_no_mask[None-0]",
     ),

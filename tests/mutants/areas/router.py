@@ -17,7 +17,7 @@ _DEEP = f"{_TEST}the_deep_router_by_hand"
 
 MUTANTS = [
     Mutant(
-        "a router without losses takes its logits for their slopes",
+        "a router without losses takes its logits for their grads",
         "trainer/kernels/route.py",
         "SUMS=rule.sums, TOKENS=_TOKENS,\n        )  # fmt: skip\n        return out",
         "SUMS=True, TOKENS=_TOKENS,\n        )  # fmt: skip\n        return out",
@@ -261,8 +261,8 @@ MUTANTS = [
     Mutant(
         "the average over depth has no weights",
         _ROUTER,
-        "wide(state_BSR) * wide(self.state_scale)",
-        "wide(state_BSR)",
+        "upcast(state_BSR) * upcast(self.state_scale)",
+        "upcast(state_BSR)",
         _DEEP,
     ),
     Mutant(
@@ -289,8 +289,8 @@ MUTANTS = [
     Mutant(
         "the router works in bf16",
         _ROUTER,
-        "F.linear(wide(x_BSD), wide(self.linear.weight))",
-        "wide(F.linear(x_BSD, self.linear.weight))",
+        "F.linear(upcast(x_BSD), upcast(self.linear.weight))",
+        "upcast(F.linear(x_BSD, self.linear.weight))",
         "tests/trainer/model/test_precision.py::test_routers_choose_in_fp32[linear]",
     ),
 ]

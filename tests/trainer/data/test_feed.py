@@ -66,14 +66,14 @@ def test_where_documents_lie_is_known_on_the_host(text: Path) -> None:
     with feed.started(0, 0, DataPlace(0, 1), CPU):
         for batch in feed.batches():
             if batch.documents_BS is None:
-                assert batch.stretches is None
+                assert batch.packed is None
                 continue
             lengths: list[int] = []
             for row in batch.documents_BS.tolist():
                 lengths += [len(list(same)) for _, same in groupby(row)]
-            assert batch.stretches is not None and batch.stretches.longest == max(lengths)
-            assert batch.stretches.bounds.tolist() == list(accumulate(lengths, initial=0))
-            assert batch.stretches.bounds.dtype == torch.int32
+            assert batch.packed is not None and batch.packed.max_seqlen == max(lengths)
+            assert batch.packed.cu_seqlens.tolist() == list(accumulate(lengths, initial=0))
+            assert batch.packed.cu_seqlens.dtype == torch.int32
             seen += len(lengths) > len(batch.documents_BS)
     assert seen
 

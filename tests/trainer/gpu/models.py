@@ -118,14 +118,14 @@ class Model:
     def step(self) -> list[Any]:
         """One step; marks before, after forward, after backward, after the optimizer."""
         from trainer.model.decoder import inputs
-        from trainer.model.seams import Micro
+        from trainer.model.seams import MicroBatch
 
         clock = self.bench.clock
         marks = [clock.mark()]
         tokens = self.batches[self.index % len(self.batches)]
         self.index += 1
         places = torch.arange(tokens.shape[1] - 1, device=tokens.device)
-        micro = Micro(tokens, places, None, 1.0 / tokens.shape[0], self.tally)
+        micro = MicroBatch(tokens, places, None, 1.0 / tokens.shape[0], self.tally)
         loss = self.model(inputs(micro), micro)
         marks.append(clock.mark())
         loss.backward()

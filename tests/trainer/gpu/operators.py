@@ -80,7 +80,7 @@ class ModelParts:
 
     def router(self) -> Callable[[], Tensor]:
         from trainer.model.router import Router
-        from trainer.model.seams import Micro, SoloSeams, Tally
+        from trainer.model.seams import MicroBatch, SoloSeams, Tally
 
         settings = as_config(self.case | {"router": self.bench.cases["router"]})
         layer = Router(settings, 0).to(self.bench.device, torch.bfloat16)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ class ModelParts:
         nn.init.normal_(layer.linear.weight, 0.0, 0.02)
         self.leaves.append(layer.linear.weight)
         places = torch.arange(self.tokens, device=self.bench.device)
-        micro = Micro(torch.empty(1, self.tokens + 1), places, None, 1.0, Tally())
+        micro = MicroBatch(torch.empty(1, self.tokens + 1), places, None, 1.0, Tally())
         return lambda: layer(x, None, micro, SoloSeams()).weights_BSK
 
     def loss(self) -> Callable[[], Tensor]:

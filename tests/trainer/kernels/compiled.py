@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import trainer.kernels  # noqa: E402
 from configs.compose import compose  # noqa: E402
 from tests.trainer.model.small_models import micro  # noqa: E402
+from trainer.bench.kernels import part_of  # noqa: E402
 from trainer.kernels import choice  # noqa: E402
 from trainer.model.decoder import DecoderStage, inputs  # noqa: E402
 from trainer.model.initial import build  # noqa: E402
@@ -135,40 +136,42 @@ def model(name: str, *words: str) -> None:
 
 def apart() -> None:
     """What only other layouts, optimizers and evaluation launch."""
-    from trainer.kernels import accumulate, activation, adamw, lending, loss, places, rows
+    from trainer.kernels import accumulate, activation, adamw, lending, loss, rows, sorting
     from trainer.kernels.route import RoutingRule, route
 
     for gradient in (BF16, torch.float32):
         for moments in (BF16, torch.float32):
             four = [torch.zeros(4096, dtype=dtype) for dtype in (torch.float32, gradient, moments, moments)]
             for cast in (None, torch.zeros(4096, dtype=BF16)):
-                adamw.move(
+                adamw.update(
                     (four[0], four[1], four[2], four[3], cast), torch.zeros(4), (0.1, 0.1), (0.9, 0.95, 1e-8)
                 )
         adamw.squares([torch.zeros(4096, dtype=gradient)])
         accumulate.add(torch.zeros(4096, dtype=gradient), torch.zeros(4096, dtype=BF16))
     logits, targets = torch.zeros(8, 32000, dtype=BF16), torch.zeros(8, dtype=torch.int64)
-    loss.part(logits, targets, 0)
-    loss.descend(logits, targets, 0, torch.zeros(8))
+    loss.partial_logsumexp(logits, targets, 0)
+    loss.logits_to_grads(logits, targets, 0, torch.zeros(8))
     with torch.no_grad():
         loss.linear_cross_entropy(torch.zeros(8, 64, dtype=BF16), torch.zeros(32000, 64, dtype=BF16), targets)
     for weighted in (True, False):
         both = torch.zeros(16, 2048, dtype=BF16, requires_grad=True)
-        activation.gated_pair(
+        activation.swiglu_joint(
             both, torch.zeros(16, requires_grad=True) if weighted else None
         ).sum().backward()
     gate, up = torch.zeros(2, 16, 14336, dtype=BF16, requires_grad=True)
-    activation.gated(gate, up).sum().backward()
-    places.by_expert(torch.zeros(4, 16, dtype=torch.int64), 0)
+    activation.swiglu(gate, up).sum().backward()
+    sorting.regroup_by_expert(torch.zeros(4, 16, dtype=torch.int64), 0)
     for experts, ranks in ((8, 2), (128, 4), (512, 64)):
-        lending.plan(places.counts(torch.zeros(8, 2, dtype=torch.int64), experts), ranks, 1, 2, 2048, 8, 104)
+        lending.plan(
+            sorting.count_pairs(torch.zeros(8, 2, dtype=torch.int64), experts), ranks, 1, 2, 2048, 8, 104
+        )
     back = torch.zeros(8, 2, dtype=torch.int32)
     for chosen in (back, back.long()):
-        places.places(chosen, torch.zeros(8, 2), 0, 40, torch.zeros(128, dtype=torch.int32))
+        sorting.sort_pairs(chosen, torch.zeros(8, 2), 0, 40, torch.zeros(128, dtype=torch.int32))
     x = torch.zeros(8, 2048, dtype=BF16, requires_grad=True)
-    rows.collect(back, *rows.spread_apart(x, back, 8, 8)).sum().backward()
+    rows.combine(back, *rows.dispatch_split(x, back, 8, 8)).sum().backward()
     weights = torch.zeros(8, 2, requires_grad=True)
-    rows.weigh(torch.zeros(16, 2048, dtype=BF16), weights, back, back.flatten()).sum().backward()
+    rows.combine_weighted(torch.zeros(16, 2048, dtype=BF16), weights, back, back.flatten()).sum().backward()
     for softmax in (True, False):
         for renormalize in (True, False):
             for sums in (True, False):
@@ -192,10 +195,19 @@ def kernels() -> set[str]:
 
 
 CALLED = {
-    "compressed._halves", "compressed._normed_back", "compressed._whole", "loss._descend", "loss._sums", "loss._tile",
-    "mlp._split", "places._key",
+    "compressed._halves", "compressed._normed_back", "compressed._whole", "loss._sums", "loss._tile", "loss._to_grads",
+    "mlp._split", "sorting._key",
 }  # fmt: skip
 """Functions of other kernels."""
+
+
+def misnamed(names: set[str]) -> list[str]:
+    """Kernels of one name, which a timeline can't tell apart, and those that have no part in the bench's table."""
+    bare = sorted(name.partition(".")[2] for name in names)
+    twice = sorted({name for name in bare if bare.count(name) > 1})
+    return [f"{name} stands in two modules" for name in twice] + [
+        f"{name} has no part in trainer.bench.kernels" for name in bare if part_of(name) == "elementwise"
+    ]
 
 
 def main(arguments: list[str]) -> int:
@@ -222,6 +234,7 @@ def main(arguments: list[str]) -> int:
     faults = launches.faults + [
         f"{name} is launched by nothing" for name in sorted(kernels() - set(launches.shared))
     ]
+    faults += misnamed(kernels())
     print("\n".join(faults))
     print(f"{len(launches.shared)} kernels for {options.targets}, {len(faults)} faults")
     return 1 if faults else 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from configs.model import ModelConfig, RouterConfig
 from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import build
-from trainer.model.seams import Micro, Tally
+from trainer.model.seams import MicroBatch, Tally
 
 SHAPE: dict[str, Any] = {
     "name": "small", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 40, "experts": 8,
@@ -64,10 +64,10 @@ def tokens(samples: int = 2, sequence: int = 12, vocab: int = 40, seed: int = 3)
     return torch.randint(vocab, (samples, sequence + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def micro(tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | None = None) -> Micro:
+def micro(tokens_BS: Tensor, documents_BS: Tensor | None = None, samples: int | None = None) -> MicroBatch:
     """A micro-batch on one rank, of a step of `samples` samples (its own alone where that is None)."""
     places = torch.arange(tokens_BS.shape[1] - 1)
-    return Micro(tokens_BS, places, documents_BS, 1.0 / (samples or tokens_BS.shape[0]), Tally())
+    return MicroBatch(tokens_BS, places, documents_BS, 1.0 / (samples or tokens_BS.shape[0]), Tally())
 
 
 def logits(built: DecoderStage, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ def _attention(**changes: Any) -> CompressedAttention:
     return attention
 
 
-def _turned(x: Tensor, kv_heads: int = 2) -> Tensor:
+def _norm_rotary(x: Tensor, kv_heads: int = 2) -> Tensor:
     batch = micro(tokens(x.shape[0], x.shape[1]))
     return _attention(kv_heads=kv_heads)(x, batch, Rotary(MODEL)(batch.positions_S, torch.float64))
 
@@ -81,9 +81,9 @@ def test_attention_is_that_of_transformers(kv_heads: int) -> None:
 def test_a_query_reaches_three_tokens_back_before_attention() -> None:
     """Two convolutions of width 2: a key at t knows tokens t-2 to t, and nothing after t."""
     x = torch.randn(1, 12, 32, dtype=torch.float64)
-    before = _turned(x)
+    before = _norm_rotary(x)
     x[:, 5] += 1.0
-    moved = (_turned(x) - before).abs().amax(dim=(0, 2))
+    moved = (_norm_rotary(x) - before).abs().amax(dim=(0, 2))
     assert moved[:5].max() < 1e-12 and moved[5:].min() > 1e-6
 
 
@@ -98,7 +98,7 @@ class _Part(SoloSeams):
 def test_halves_by_heads_add_up_to_the_whole(kv_heads: int) -> None:
     """Which values are of the token before depends on the head of the whole layer, not of the rank's part."""
     x, batch = torch.randn(2, 12, 32, dtype=torch.float64), micro(tokens())
-    turns = Rotary(MODEL)(batch.positions_S, torch.float64)
+    angles = Rotary(MODEL)(batch.positions_S, torch.float64)
     whole = _attention(kv_heads=kv_heads)
     total = torch.zeros_like(x)
     for index in range(2):
@@ -108,8 +108,8 @@ def test_halves_by_heads_add_up_to_the_whole(kv_heads: int) -> None:
             value = dict(whole.named_parameters())[name].detach().chunk(2, dim=dim)[index]
             owner, _, last = name.rpartition(".")
             setattr(part.get_submodule(owner), last, torch.nn.Parameter(value.clone()))
-        total = total + part(x, batch, turns)
-    torch.testing.assert_close(total, whole(x, batch, turns))
+        total = total + part(x, batch, angles)
+    torch.testing.assert_close(total, whole(x, batch, angles))
 
 
 def test_starts_of_samples_and_documents_see_nothing_before() -> None:

@@ -22,7 +22,7 @@ from trainer.engines.common import balance
 from trainer.model.decoder import DecoderStage, boundary_width
 from trainer.model.moe import MoELayer
 from trainer.model.seams import Tally
-from trainer.parallel.stages import cut
+from trainer.parallel.stages import split_layers
 from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.check import lint
 from trainer.sizing.lint.layout import _expert_seconds
@@ -191,7 +191,9 @@ def test_matmuls_are_those_of_the_layers_there_are(name: str) -> None:
 def test_stages_hold_what_the_trainers_stages_hold(name: str, pp: int) -> None:
     model = shape(**SHAPES[name])
     layout = Layout(pp, 1, 1, 1, 1, 1)
-    for counted, (first, last) in zip(schedule.stages(model, pp), cut(model.layers, pp), strict=True):
+    for counted, (first, last) in zip(
+        schedule.stages(model, pp), split_layers(model.layers, pp), strict=True
+    ):
         built = meta(model, first, last)
         moe = sum(isinstance(block.feed, MoELayer) for block in built.blocks.values())
         assert counted.moe == moe + len(built.mtp) and counted.dense == last - first - moe

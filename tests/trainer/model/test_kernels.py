@@ -59,9 +59,9 @@ def check(
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     found, expected = kernel(*given), exact(*wide)
     assert off(found, expected) < limit
-    slope = torch.randn(found.shape, device=DEVICE).to(found.dtype)
-    ours = torch.autograd.grad((found * slope).sum(), given)
-    theirs = torch.autograd.grad((expected * slope.double()).sum(), wide)
+    grad = torch.randn(found.shape, device=DEVICE).to(found.dtype)
+    ours = torch.autograd.grad((found * grad).sum(), given)
+    theirs = torch.autograd.grad((expected * grad.double()).sum(), wide)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype is not torch.float64
         assert off(one, other) < limit
@@ -92,17 +92,17 @@ def test_rows_are_spread_collected_and_weighed(top_k: int, width: int) -> None:
     at = RoutedPairs(top_k)
     count = at.tokens * top_k
     check(
-        lambda x: rows.spread(x, at.back_TK, count).masked_fill(~at.kept_R1, 0.0),
+        lambda x: rows.dispatch(x, at.back_TK, count).masked_fill(~at.kept_R1, 0.0),
         lambda x: x[at.order_R // top_k] * at.kept_R1,
         [noise(at.tokens, width)],
     )
     check(
-        lambda y: rows.collect(at.back_TK, y.masked_fill(~at.kept_R1, 0.0)),
+        lambda y: rows.combine(at.back_TK, y.masked_fill(~at.kept_R1, 0.0)),
         lambda y: (y[at.plain_TK] * at.kept_TK1).sum(1),
         [noise(count, width)],
     )
     check(
-        lambda y, w: rows.weigh(y * at.kept_R1, w, at.back_TK, at.order_R),
+        lambda y, w: rows.combine_weighted(y * at.kept_R1, w, at.back_TK, at.order_R),
         lambda y, w: (y[at.plain_TK] * at.kept_TK1 * w.unsqueeze(-1)).sum(1),
         [noise(count, width), torch.rand(at.tokens, top_k, device=DEVICE)],
     )
@@ -112,13 +112,13 @@ def test_rows_are_spread_collected_and_weighed(top_k: int, width: int) -> None:
 @pytest.mark.parametrize(("tokens", "top_k"), [(37, 3), (2000, 1), (1, 2)])
 def test_pairs_are_sorted_by_expert(first: int, experts: int, tokens: int, top_k: int) -> None:
     """Against a stable sort, with dropped pairs and experts that are elsewhere."""
-    from trainer.kernels.places import places, row_weights
+    from trainer.kernels.sorting import row_weights, sort_pairs
 
     chosen = torch.rand(tokens, 5, device=DEVICE).topk(top_k).indices
     chosen[tokens // 2, 0] = -1
     weights = torch.rand(tokens, top_k, device=DEVICE).requires_grad_()
     for given in (chosen, chosen.to(torch.int32)):
-        at = places(given, weights, first, experts)
+        at = sort_pairs(given, weights, first, experts)
         local = chosen.flatten() - first
         local = torch.where((local >= 0) & (local < experts), local, experts)
         order = local.argsort(stable=True)[: int((local < experts).sum())]
@@ -132,28 +132,28 @@ def test_pairs_are_sorted_by_expert(first: int, experts: int, tokens: int, top_k
         assert at.back_TK.flatten().equal(back)
         mine = row_weights(weights, at, total)
         assert mine.equal(weights.flatten()[order])
-        slope = torch.rand(total, device=DEVICE)
+        grad = torch.rand(total, device=DEVICE)
         expected = torch.zeros(tokens * top_k, device=DEVICE)
-        expected[order] = slope
-        (found,) = torch.autograd.grad(mine, weights, slope)
+        expected[order] = grad
+        (found,) = torch.autograd.grad(mine, weights, grad)
         assert found.flatten().equal(expected)
 
 
 @pytest.mark.parametrize(("sources", "experts"), [(2, 3), (1, 4), (4, 1), (3, 5)])
 def test_rows_that_came_by_source_are_put_in_the_order_of_experts(sources: int, experts: int) -> None:
     """Against a stable sort of each row's expert; blocks of no row, and of more than the programs take at once."""
-    from trainer.kernels.places import by_expert
+    from trainer.kernels.sorting import regroup_by_expert
 
     incoming = torch.randint(0, 40, (sources, experts), device=DEVICE)
     incoming[-1, 0] = 0
     incoming[0, -1] = 9000
     total = int(incoming.sum())
     labels = torch.arange(experts, device=DEVICE).repeat(sources).repeat_interleave(incoming.flatten())
-    order, back, ends = by_expert(incoming, total)
+    order, back, ends = regroup_by_expert(incoming, total)
     assert ends.equal(incoming.sum(dim=0).cumsum(0, dtype=torch.int32))
     assert order.equal(labels.argsort(stable=True).to(torch.int32))
     assert back[order.long()].equal(torch.arange(total, dtype=torch.int32, device=DEVICE))
-    none, nowhere, ends = by_expert(torch.zeros_like(incoming), 0)
+    none, nowhere, ends = regroup_by_expert(torch.zeros_like(incoming), 0)
     assert len(none) == len(nowhere) == 0 and not ends.any()
 
 
@@ -163,10 +163,10 @@ def test_rows_of_no_expert_may_hold_anything() -> None:
     at = RoutedPairs(3)
     y = noise(at.tokens * 3, 48).masked_fill(~at.kept_R1, math.nan).requires_grad_()
     w = torch.rand(at.tokens, 3, device=DEVICE, requires_grad=True)
-    for out in (rows.collect(at.back_TK, y), rows.weigh(y, w, at.back_TK, at.order_R)):
+    for out in (rows.combine(at.back_TK, y), rows.combine_weighted(y, w, at.back_TK, at.order_R)):
         assert out.isfinite().all()
-    (slope,) = torch.autograd.grad(rows.weigh(y, w, at.back_TK, at.order_R).sum(), w)
-    assert slope.isfinite().all() and (slope[at.chosen_TK < 0] == 0).all()
+    (grad,) = torch.autograd.grad(rows.combine_weighted(y, w, at.back_TK, at.order_R).sum(), w)
+    assert grad.isfinite().all() and (grad[at.chosen_TK < 0] == 0).all()
 
 
 def test_spreading_leaves_rows_that_none_names_alone() -> None:
@@ -175,7 +175,7 @@ def test_spreading_leaves_rows_that_none_names_alone() -> None:
 
     memory, x = torch.full((4, 40), 7.0, device=DEVICE, dtype=BF16), noise(2, 40)
     back = torch.tensor([[2, -1], [-1, 0]], device=DEVICE, dtype=torch.int32)
-    rows._spread[(1, 1)](x, back, memory[1:], 2, 40, TOP=2, TOKENS=4, COLUMNS=64)
+    rows._dispatch[(1, 1)](x, back, memory[1:], 2, 40, TOP=2, TOKENS=4, COLUMNS=64)
     assert memory[3].equal(x[0]) and memory[1].equal(x[1]) and memory[2].eq(7).all() and memory[0].eq(7).all()
 
 
@@ -184,14 +184,16 @@ def test_gated_activations(width: int) -> None:
     from trainer.kernels import activation
 
     check(
-        lambda both, w: activation.gated_pair(both, w),
+        lambda both, w: activation.swiglu_joint(both, w),
         lambda both, w: F.silu(both[:, :width]) * both[:, width:] * w[:, None],
         [noise(33, 2 * width), torch.rand(33, device=DEVICE)],
     )
     check(
-        activation.gated_pair, lambda both: F.silu(both[:, :width]) * both[:, width:], [noise(33, 2 * width)]
+        activation.swiglu_joint,
+        lambda both: F.silu(both[:, :width]) * both[:, width:],
+        [noise(33, 2 * width)],
     )
-    check(activation.gated, lambda gate, up: F.silu(gate) * up, [noise(2, 9, width), noise(2, 9, width)])
+    check(activation.swiglu, lambda gate, up: F.silu(gate) * up, [noise(2, 9, width), noise(2, 9, width)])
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, head: int) -> Tensor:
@@ -204,7 +206,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, head: int) -> Tensor:
 
 @pytest.mark.parametrize(("norm", "turn"), [(True, False), (False, True), (True, True)])
 def test_norms_and_rotations(norm: bool, turn: bool) -> None:
-    from trainer.kernels.norm import Rotation, norm_turn
+    from trainer.kernels.norm import Rotation, norm_rotary
 
     pairs = 8
     angle = torch.randn(10, pairs, device=DEVICE)
@@ -217,7 +219,7 @@ def test_norms_and_rotations(norm: bool, turn: bool) -> None:
             return turned(y.flatten(2), cos, sin, 16).view_as(y) if turn else y
 
         leaves = [noise(2, 10, per_token, width)] + [noise(width)] * norm
-        check(lambda x, w=None: norm_turn(x, w, 1e-5, rotation), exact, leaves)  # noqa: B023
+        check(lambda x, w=None: norm_rotary(x, w, 1e-5, rotation), exact, leaves)  # noqa: B023
 
 
 @pytest.mark.parametrize("added", (True, False))
@@ -240,29 +242,29 @@ def test_layers_beside_each_other(apart: bool) -> None:
     """Also where the gradients of the weights come later than that of what goes in."""
     from torch import nn
 
-    from trainer.model.beside import beside
-    from trainer.model.later import Later
+    from trainer.model.deferred import DeferredWeight
+    from trainer.model.joint_linear import joint_linear
 
     layers = [nn.Linear(24, width, bias=False, device=DEVICE, dtype=BF16) for width in (8, 16, 8)]
     x = noise(2, 5, 24).requires_grad_()
     wide = x.detach().double().requires_grad_()
-    laters = [Later(layer.weight) for layer in layers] if apart else []
-    found = torch.cat(beside(x, layers, laters), -1)
+    deferred = [DeferredWeight(layer.weight) for layer in layers] if apart else []
+    found = torch.cat(joint_linear(x, layers, deferred), -1)
     expected = torch.cat([F.linear(wide, layer.weight.detach().double()) for layer in layers], -1)
-    slope = noise(*found.shape)
+    grad = noise(*found.shape)
     assert off(found, expected) < CLOSE
-    ours = torch.autograd.grad((found * slope).sum(), (x, *(layer.weight for layer in layers)))
-    (theirs,) = torch.autograd.grad((expected * slope.double()).sum(), wide)
+    ours = torch.autograd.grad((found * grad).sum(), (x, *(layer.weight for layer in layers)))
+    (theirs,) = torch.autograd.grad((expected * grad.double()).sum(), wide)
     assert off(ours[0], theirs) < CLOSE
-    for part, one in zip(slope.split((8, 16, 8), dim=-1), ours[1:], strict=True):
+    for part, one in zip(grad.split((8, 16, 8), dim=-1), ours[1:], strict=True):
         assert off(one, part.double().flatten(0, 1).t() @ x.detach().double().flatten(0, 1)) < CLOSE
 
 
 def test_a_long_norms_weight_gets_every_rows_part() -> None:
-    from trainer.kernels.norm import norm_turn
+    from trainer.kernels.norm import norm_rotary
 
     check(
-        lambda x, w: norm_turn(x, w, 1e-5, None),
+        lambda x, w: norm_rotary(x, w, 1e-5, None),
         lambda x, w: F.rms_norm(x, (24,), w, eps=1e-5),
         [noise(1500, 24), noise(24)],
     )
@@ -279,7 +281,7 @@ def test_cross_entropy(vocabulary: int) -> None:
         lambda x, w: linear_cross_entropy(x, w, targets) * 0.25,
         lambda x, w: F.cross_entropy(x @ w.t(), targets, reduction="sum", ignore_index=-1) * 0.25,
         leaves,
-        limit=1e-2,  # slopes are rounded twice
+        limit=1e-2,  # gradients are rounded twice
     )
     with torch.no_grad():
         assert (
@@ -293,7 +295,7 @@ def test_cross_entropy(vocabulary: int) -> None:
         )
 
 
-def test_a_losss_slope_is_not_rounded() -> None:
+def test_a_losss_grad_is_not_rounded() -> None:
     """torch would take 1/3 as bf16 has it, 0.2 % off, for all gradients alike; so does the interpreter with results."""
     from trainer.kernels.loss import linear_cross_entropy
 
@@ -307,10 +309,10 @@ def test_a_losss_slope_is_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", (300, 20000))
-def test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes(vocabulary: int) -> None:
+def test_parts_of_a_vocabulary_make_the_whole_loss_and_its_grads(vocabulary: int) -> None:
     """Three parts, the last with logits far above the others; targets in each, at the edges of one, and one that doesn't
     count."""
-    from trainer.kernels.loss import descend, part
+    from trainer.kernels.loss import logits_to_grads, partial_logsumexp
 
     logits = noise(9, 3 * vocabulary)
     logits[:, 2 * vocabulary + 7] *= 9
@@ -323,38 +325,40 @@ def test_parts_of_a_vocabulary_make_the_whole_loss_and_its_slopes(vocabulary: in
     expected.sum().backward()
     pieces = [one.contiguous() for one in logits.chunk(3, dim=1)]
     firsts = [0, vocabulary, 2 * vocabulary]
-    parts = torch.stack([part(one, targets, first) for one, first in zip(pieces, firsts, strict=True)])
+    parts = torch.stack(
+        [partial_logsumexp(one, targets, first) for one, first in zip(pieces, firsts, strict=True)]
+    )
     whole, own = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
     assert off(torch.where(targets >= 0, whole - own, 0.0), expected) < 1e-5
     for one, first in zip(pieces, firsts, strict=True):
-        descend(one, targets, first, whole)
+        logits_to_grads(one, targets, first, whole)
     assert wide.grad is not None and off(torch.cat(pieces, 1), wide.grad) < CLOSE
     assert not torch.cat(pieces, 1)[3].any()
-    assert part(logits[:0], targets[:0], 0).shape == (2, 0)
+    assert partial_logsumexp(logits[:0], targets[:0], 0).shape == (2, 0)
 
 
 @pytest.mark.parametrize("gradient", (BF16, torch.float32))
 @pytest.mark.parametrize("moments", (BF16, torch.float32))
 def test_adamw_is_torchs(gradient: torch.dtype, moments: torch.dtype) -> None:
-    from trainer.kernels.adamw import move
+    from trainer.kernels.adamw import update
 
     count = 5000
     master = noise(count, dtype=torch.float32)
     parameter = torch.nn.Parameter(master.clone())
     torchs = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    slope = noise(count, dtype=gradient)
+    grad = noise(count, dtype=gradient)
     mean, square = (torch.zeros(count, dtype=moments, device=DEVICE) for _ in range(2))
     cast = torch.zeros(count, dtype=BF16, device=DEVICE)
     for step in (1, 2, 3):
-        parameter.grad = slope.float() * 0.5
+        parameter.grad = grad.float() * 0.5
         torchs.step()
         numbers = torch.tensor([0.5, 0.0, 1 / (1 - 0.9**step), (1 - 0.95**step) ** -0.5], device=DEVICE)
-        move((master, slope, mean, square, cast), numbers, (1e-3, 0.1), (0.9, 0.95, 1e-8))
+        update((master, grad, mean, square, cast), numbers, (1e-3, 0.1), (0.9, 0.95, 1e-8))
     limit = 2e-6 if moments is torch.float32 else 2e-5
     assert (master - parameter).abs().max().item() < limit
     assert off(cast, master) < 4e-3
     before = master.clone(), mean.clone(), square.clone(), cast.clone()
-    move((master, slope, mean, square, cast), torch.ones(4, device=DEVICE), (1e-3, 0.1), (0.9, 0.95, 1e-8))
+    update((master, grad, mean, square, cast), torch.ones(4, device=DEVICE), (1e-3, 0.1), (0.9, 0.95, 1e-8))
     assert all(one.equal(other) for one, other in zip(before, (master, mean, square, cast), strict=True))
 
 
@@ -402,8 +406,8 @@ def _both_ways(
         batch.positions_S.data = batch.positions_S.to(DEVICE)
         loss = built(inputs(batch), batch)
         loss.backward()
-        slopes = torch.cat([parameter.grad.double().flatten() for parameter in built.parameters()])
-        passes[name] = loss, slopes, batch.tally
+        grads = torch.cat([parameter.grad.double().flatten() for parameter in built.parameters()])
+        passes[name] = loss, grads, batch.tally
     return passes
 
 
@@ -431,23 +435,23 @@ def test_a_backward_pass_in_two_halves() -> None:
     """Zero-bubble schedules work weights' gradients out later, torch 2.11's from the sum of those of a node's results."""
     from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-    from trainer.model.block import landed
-    from trainer.parallel.apply import keep_apart
+    from trainer.model.block import result_of
+    from trainer.parallel.apply import give_single_outputs
 
     built = build(shape(kv_heads=4, router={"balance": "none"}, qk_norm="head"), 1, DEVICE).to(BF16)
-    keep_apart(built)
+    give_single_outputs(built)
     batch = micro(tokens().to(DEVICE))
     batch.positions_S.data = batch.positions_S.to(DEVICE)
     block, x = built.blocks["0"], noise(3, 12, 32).requires_grad_()
     weights = [parameter for parameter in block.parameters() if parameter.requires_grad]
 
     def out() -> Tensor:
-        hidden, _, owed = block(x, None, batch, built.rotary(batch.positions_S, torch.float32))
-        return hidden + landed(owed)
+        hidden, _, pending = block(x, None, batch, built.rotary(batch.positions_S, torch.float32))
+        return hidden + result_of(pending)
 
-    slope = noise(3, 12, 32)
-    expected = torch.autograd.grad(out(), (x, *weights), slope)
-    (found,), groups = stage_backward_input([out()], [slope], [x], iter(weights))
+    grad = noise(3, 12, 32)
+    expected = torch.autograd.grad(out(), (x, *weights), grad)
+    (found,), groups = stage_backward_input([out()], [grad], [x], iter(weights))
     stage_backward_weight(iter(weights), groups)
     assert found is not None and off(found, expected[0]) < CLOSE
     for weight, one in zip(weights, expected[1:], strict=True):

@@ -15,7 +15,7 @@ from configs.model import YarnConfig
 from tests.trainer.model.small_models import KINDS, gradients, logits, micro, shape, stage, tokens
 from trainer.model import seams
 from trainer.model.attention import Attention
-from trainer.model.block import landed
+from trainer.model.block import result_of
 from trainer.model.decoder import DecoderStage, boundary_width, inputs
 from trainer.model.initial import build, initialize
 from trainer.model.norm import RMSNorm
@@ -74,9 +74,9 @@ def test_rotated_scores_depend_on_the_distance_alone(kind: str) -> None:
 
 
 def test_rotation_is_by_halves_and_leaves_the_rest() -> None:
-    turns = Rotary(shape(rope_fraction=0.5, rope_theta=100.0))(torch.tensor([0, 3]), torch.float64)
+    angles = Rotary(shape(rope_fraction=0.5, rope_theta=100.0))(torch.tensor([0, 3]), torch.float64)
     x = torch.arange(1.0, 9.0, dtype=torch.float64).expand(1, 1, 2, 8)
-    turned = turns.rotate(x)[0, 0]
+    turned = angles.rotate(x)[0, 0]
     assert turned[0].tolist() == x[0, 0, 0].tolist() and turned[1, 4:].tolist() == [5.0, 6.0, 7.0, 8.0]
     for pair, frequency in enumerate((1.0, 0.1)):
         by_hand = torch.polar(torch.tensor(1.0), torch.tensor(3 * frequency)).to(torch.complex128)
@@ -108,8 +108,8 @@ def test_yarn_is_that_of_transformers(factor: float, original: int, theta: float
         Rotary(ours).frequencies(torch.device("cpu")).float(), frequencies, rtol=1e-5, atol=0
     )
     assert attention_factor(ours.yarn) == pytest.approx(attention)
-    turns = Rotary(ours)(torch.tensor([0]), torch.float64)
-    assert turns.cos_SP[0, 0].item() == pytest.approx(attention)
+    angles = Rotary(ours)(torch.tensor([0]), torch.float64)
+    assert angles.cos_SP[0, 0].item() == pytest.approx(attention)
     assert (frequencies[-1] / frequencies[0] * factor).item() == pytest.approx(theta ** (-62 / 64), rel=1e-3)
 
 
@@ -131,7 +131,7 @@ def test_norms_by_hand() -> None:
 def _scores(attention: Attention, x: Tensor) -> Tensor:
     """Attention by hand from the module's weights, [B, S, D]."""
     places = torch.arange(x.shape[1])
-    turns = Rotary(shape(qk_norm=attention.norm))(places, torch.float64)
+    angles = Rotary(shape(qk_norm=attention.norm))(places, torch.float64)
     q, k, v = x @ attention.query.weight.T, x @ attention.key.weight.T, x @ attention.value.weight.T
     if attention.norm == "projection":
         q, k = attention.query_norm(q), attention.key_norm(k)
@@ -141,7 +141,7 @@ def _scores(attention: Attention, x: Tensor) -> Tensor:
         qh, kh = q[..., at], k[..., shared]
         if attention.norm == "head":
             qh, kh = attention.query_norm(qh), attention.key_norm(kh)
-        qh, kh = turns.rotate(qh[:, None])[:, 0], turns.rotate(kh[:, None])[:, 0]
+        qh, kh = angles.rotate(qh[:, None])[:, 0], angles.rotate(kh[:, None])[:, 0]
         score = qh @ kh.transpose(1, 2) / 8**0.5
         score = score.masked_fill(places[:, None] < places[None, :], -torch.inf)
         out.append(score.softmax(-1) @ v[..., shared])
@@ -161,30 +161,30 @@ def test_latent_attention_by_hand() -> None:
     model = shape(**KINDS["mla"])
     attention = stage(model).blocks["0"].attention
     x, batch = torch.randn(1, 12, 32, dtype=torch.float64), micro(tokens(1))
-    turns = Rotary(model)(batch.positions_S, torch.float64)
+    angles = Rotary(model)(batch.positions_S, torch.float64)
     down = x @ attention.key_value_down.weight.T
-    shared = turns.rotate(down[:, None, :, 10:])[:, 0]
+    shared = angles.rotate(down[:, None, :, 10:])[:, 0]
     kv = attention.key_value_norm(down[..., :10]) @ attention.key_value_up.weight.T
     q = attention.query_down_norm(x @ attention.query_down.weight.T) @ attention.query_up.weight.T
     out = []
     for head in range(4):
         qh, kvh = q[..., 12 * head : 12 * head + 12], kv[..., 16 * head : 16 * head + 16]
         score = qh[..., :8] @ kvh[..., :8].transpose(1, 2)
-        score = (score + turns.rotate(qh[:, None, :, 8:])[:, 0] @ shared.transpose(1, 2)) / 12**0.5
+        score = (score + angles.rotate(qh[:, None, :, 8:])[:, 0] @ shared.transpose(1, 2)) / 12**0.5
         score = score + torch.full((12, 12), -torch.inf, dtype=torch.float64).triu(1)
         out.append(score.softmax(-1) @ kvh[..., 8:])
-    torch.testing.assert_close(attention(x, batch, turns), torch.cat(out, -1) @ attention.output.weight.T)
+    torch.testing.assert_close(attention(x, batch, angles), torch.cat(out, -1) @ attention.output.weight.T)
 
 
 def test_a_parallel_block_adds_two_layers_of_one_input() -> None:
     model = shape(parallel_block=True, dense_layers=2, dense_width=48)
     built, batch = stage(model), micro(tokens())
     block, x = built.blocks["0"], torch.randn(2, 12, 32, dtype=torch.float64)
-    turns = built.rotary(batch.positions_S, torch.float64)
+    angles = built.rotary(batch.positions_S, torch.float64)
     h = block.attention_norm(x)
     feed = (F.silu(h @ block.feed.gate.weight.T) * (h @ block.feed.up.weight.T)) @ block.feed.down.weight.T
-    by_hand = x + block.attention(h, batch, turns) + feed
-    torch.testing.assert_close(block(x, None, batch, turns)[0], by_hand)
+    by_hand = x + block.attention(h, batch, angles) + feed
+    torch.testing.assert_close(block(x, None, batch, angles)[0], by_hand)
     assert not any("feed_norm" in name for name, _ in built.named_parameters())
 
 
@@ -192,7 +192,7 @@ def test_residual_scaling_by_hand() -> None:
     model = shape(residual_scaling=True, dense_layers=2, dense_width=48, gated=False)
     built, batch = stage(model), micro(tokens())
     block, x = built.blocks["1"], torch.randn(2, 12, 32, dtype=torch.float64)
-    turns = built.rotary(batch.positions_S, torch.float64)
+    angles = built.rotary(batch.positions_S, torch.float64)
     named = dict(block.named_parameters())
 
     def add(kind: str, x: Tensor, y: Tensor) -> Tensor:
@@ -200,10 +200,10 @@ def test_residual_scaling_by_hand() -> None:
         kept = (x + part["stream.bias"]) * part["stream.scale"]
         return kept + (y + part["output.bias"]) * part["output.scale"]
 
-    x1 = add("attention", x, block.attention(block.attention_norm(x), batch, turns))
+    x1 = add("attention", x, block.attention(block.attention_norm(x), batch, angles))
     h = block.feed_norm(x1)
     feed = F.gelu(h @ named["feed.up.weight"].T) @ named["feed.down.weight"].T
-    torch.testing.assert_close(block(x, None, batch, turns)[0], add("feed", x1, feed))
+    torch.testing.assert_close(block(x, None, batch, angles)[0], add("feed", x1, feed))
     scaled = (built.embedding.weight[:3] + built.input_scaling.bias) * built.input_scaling.scale
     torch.testing.assert_close(built.input_scaling(built.embedding.weight[:3]), scaled)
     fresh = build(model, 1)
@@ -224,14 +224,14 @@ def test_multi_token_prediction_by_hand(tied: bool) -> None:
     batch = micro(base)
     hidden, _ = built.run(inputs(batch), batch)
     table, head = built.embedding.weight, (built.embedding if tied else built.head).weight
-    turns, by_hand = built.rotary(batch.positions_S, torch.float64), 0.0
+    angles, by_hand = built.rotary(batch.positions_S, torch.float64), 0.0
     main = F.cross_entropy((built.final_norm(hidden) @ head.T).flatten(0, 1), base[:, 1:].flatten())
     padded = torch.cat((base, torch.zeros(2, 4, dtype=torch.int64)), dim=1)
     for depth, part in enumerate(built.mtp, start=1):
         ahead = table[padded[:, depth : depth + 9]]
         joined = torch.cat((part.hidden_norm(hidden), part.embedding_norm(ahead)), -1) @ part.project.weight.T
-        x, _, owed = part.block(joined, None, batch, turns)
-        hidden = x + landed(owed)
+        x, _, pending = part.block(joined, None, batch, angles)
+        hidden = x + result_of(pending)
         found = part.final_norm(hidden)[:, : 9 - depth] @ head.T
         by_hand += 0.7 / 2 * F.cross_entropy(found.flatten(0, 1), base[:, depth + 1 :].flatten())
     (main + by_hand).backward()
@@ -355,7 +355,7 @@ def test_documents_known_on_the_host_need_no_mask(
     batch = micro(tokens(2, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0] * 8]))
     wanted = seams.attention(q, k, v, batch.positions_S, batch, window, scale)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", _documents_one_by_one)
-    known = replace(batch, stretches=seams.Stretches(torch.tensor([0, 3, 7, 8, 16], dtype=torch.int32), 8))
+    known = replace(batch, packed=seams.PackedDocuments(torch.tensor([0, 3, 7, 8, 16], dtype=torch.int32), 8))
     torch.testing.assert_close(seams.attention(q, k, v, batch.positions_S, known, window, scale), wanted)
     monkeypatch.setattr(seams, "_flashes", lambda *_: True)
     found = seams.attention(q, k, v, batch.positions_S, known, window, scale)

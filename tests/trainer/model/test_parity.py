@@ -134,10 +134,10 @@ def publish(name: str, dtype: torch.dtype) -> Published:
     loss = -log_shares.gather(-1, tokens[:, 1:, None]).mean()
     loss.backward()
     state = {key: tensor.detach() for key, tensor in (*theirs.named_parameters(), *theirs.named_buffers())}
-    slopes = {key: tensor.grad for key, tensor in theirs.named_parameters() if tensor.grad is not None}
+    grads = {key: tensor.grad for key, tensor in theirs.named_parameters() if tensor.grad is not None}
     rename = _rename_zaya if name == "zaya1" else renamed
     return Published(
-        family.ours, rename(family.ours, state), tokens, logits.detach(), rename(family.ours, slopes)
+        family.ours, rename(family.ours, state), tokens, logits.detach(), rename(family.ours, grads)
     )
 
 

@@ -37,15 +37,15 @@ def test_routes(softmax: bool, renormalize: bool, biased: bool) -> None:
     total, exact = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE, dtype=torch.float64)
     for one, other in zip((found[1], found[3], found[4]), expected, strict=True):
         assert off(one, other) < 1e-5
-        slope = torch.randn(one.shape, device=DEVICE)
-        total, exact = total + (one * slope).sum(), exact + (other * slope).sum()
+        grad = torch.randn(one.shape, device=DEVICE)
+        total, exact = total + (one * grad).sum(), exact + (other * grad).sum()
     assert off(torch.autograd.grad(total, logits)[0], torch.autograd.grad(exact, wide)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("softmax", (True, False))
 @pytest.mark.parametrize("renormalize", (True, False))
 def test_a_router_without_losses_sums_nothing_up(softmax: bool, renormalize: bool) -> None:
-    """Its choices, weights and slope are those of one with losses that count for nothing."""
+    """Its choices, weights and gradient are those of one with losses that count for nothing."""
     from trainer.kernels.route import RoutingRule, route
 
     logits = torch.randn(2, 21, 10, device=DEVICE, requires_grad=True)
@@ -54,8 +54,8 @@ def test_a_router_without_losses_sums_nothing_up(softmax: bool, renormalize: boo
     found = route(logits, None, replace(rule, sums=False))
     assert found[0].equal(chosen) and found[1].equal(weights) and found[2].equal(count)
     assert found[3] is None and found[4] is None
-    slope = torch.randn(weights.shape, device=DEVICE)
-    (one,), (other,) = (torch.autograd.grad(w, logits, slope) for w in (weights, found[1]))
+    grad = torch.randn(weights.shape, device=DEVICE)
+    (one,), (other,) = (torch.autograd.grad(w, logits, grad) for w in (weights, found[1]))
     assert one.equal(other) and one.any()
 
 
@@ -74,8 +74,8 @@ def test_logits_that_are_not_finite_choose_experts_that_exist_each_once(softmax:
 
 
 def test_router_logits_keep_fp32() -> None:
-    from trainer.kernels.route import wide_linear
+    from trainer.kernels.route import fp32_linear
 
     x, w = noise(2, 9, 64), noise(10, 64)
-    assert off(wide_linear(x, w), F.linear(x.double(), w.double())) < 1e-6
-    check(wide_linear, F.linear, [x, w])
+    assert off(fp32_linear(x, w), F.linear(x.double(), w.double())) < 1e-6
+    check(fp32_linear, F.linear, [x, w])

@@ -15,8 +15,8 @@ from tests.trainer.model.small_models import gradients, micro, routed, shape, st
 from trainer.model.decoder import inputs
 from trainer.model.exchange import LocalExchange, sort_keys
 from trainer.model.moe import Experts, MoELayer
-from trainer.model.router import MLPRouter, Router, count, move_biases
-from trainer.model.seams import Micro, SoloSeams
+from trainer.model.router import MLPRouter, Router, count, update_biases
+from trainer.model.seams import MicroBatch, SoloSeams
 
 pytestmark = pytest.mark.dist
 
@@ -207,15 +207,15 @@ def test_a_loss_counted_once_is_added_once_when_computed_again() -> None:
 def test_the_sign_rule_raises_what_has_too_little() -> None:
     first, second = (Router(routed(bias_update_rate=0.25), layer) for layer in range(2))
     loads = torch.tensor([[9, 0, 4, 4, 4, 4, 4, 3], [0, 0, 0, 0, 0, 0, 0, 800]])
-    move_biases([first, second], loads, 1)
+    update_biases([first, second], loads, 1)
     moved = [-0.25, 0.25, 0, 0, 0, 0, 0, 0.25]
     assert first.bias.tolist() == moved and second.bias.tolist() == [0.25] * 7 + [-0.25]
-    move_biases([first], loads[:1], 2, torch.tensor(1.0))
+    update_biases([first], loads[:1], 2, torch.tensor(1.0))
     assert first.bias.tolist() == moved
     fixed = Router(routed(balance="aux"), 0)
-    move_biases([fixed], loads[:1], 1)
+    update_biases([fixed], loads[:1], 1)
     assert fixed.bias.abs().max() == 0
-    move_biases([], loads[:0], 1)
+    update_biases([], loads[:0], 1)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -228,12 +228,12 @@ def test_the_load_error_rule_is_adamw(on_device: bool) -> None:
         load = torch.randint(100, (3, 8), generator=generator)
         bias.grad = load / load.sum(dim=1, keepdim=True) - 1 / 8
         adamw.step()
-        move_biases(routers, load, torch.tensor(applied) if on_device else applied)
+        update_biases(routers, load, torch.tensor(applied) if on_device else applied)
         for router, expected in zip(routers, bias.detach(), strict=True):
             torch.testing.assert_close(router.bias, expected, rtol=1e-5, atol=1e-8)
     before = [{name: value.clone() for name, value in router.named_buffers()} for router in routers]
     assert sorted(before[0]) == ["bias", "bias_avg", "bias_avg_sq"]
-    move_biases(routers, load, 6, torch.tensor(1))
+    update_biases(routers, load, 6, torch.tensor(1))
     for router, kept in zip(routers, before, strict=True):
         assert all(torch.equal(value, kept[name]) for name, value in router.named_buffers())
 
@@ -247,7 +247,7 @@ def test_balancing_evens_the_load(changes: dict[str, Any]) -> None:
         router(x, None, batch, SoloSeams())
         load = batch.tally.counts[0].double()
         spreads.append((load.max() / load.mean()).item())
-        move_biases([router], load.unsqueeze(0), step)
+        update_biases([router], load.unsqueeze(0), step)
     assert spreads[0] > 1.5 and min(spreads[-10:]) < 1.2
 
 
@@ -278,7 +278,7 @@ def test_capacity_drops_the_last_in_the_queue_and_counts_them() -> None:
 class _Roomy(SoloSeams):
     """As if every choice were the first in its queue."""
 
-    def queue(self, chosen_BSK: Tensor, experts: int, micro: Micro) -> Tensor:
+    def queue(self, chosen_BSK: Tensor, experts: int, micro: MicroBatch) -> Tensor:
         return torch.zeros_like(chosen_BSK)
 
 

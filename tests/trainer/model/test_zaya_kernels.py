@@ -24,7 +24,7 @@ from trainer.model.compressed import CompressedAttention
 from trainer.model.initial import build
 from trainer.model.rotary import Rotary
 from trainer.model.router import MLPRouter
-from trainer.model.seams import Micro, SoloSeams, masked_attention
+from trainer.model.seams import MicroBatch, SoloSeams, masked_attention
 
 __all__ = ["interpreter"]
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -53,7 +53,7 @@ class _Second(SoloSeams):
     size, index = 2, 1
 
 
-def _on_device(batch: Micro) -> Micro:
+def _on_device(batch: MicroBatch) -> MicroBatch:
     batch.positions_S.data = batch.positions_S.to(DEVICE)
     return batch
 
@@ -105,8 +105,8 @@ def test_compressed_attention(name: str, documents: bool, seam: str) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.dtype is BF16 and one.shape == other.shape
         assert off(one, other) < CLOSE
-        slope = torch.randn(one.shape, device=DEVICE)
-        total, theirs = total + (one * slope).sum(), theirs + (other * slope).sum()
+        grad = torch.randn(one.shape, device=DEVICE)
+        total, theirs = total + (one * grad).sum(), theirs + (other * grad).sum()
     named = [key for key, _ in layer.named_parameters() if not key.startswith("output")]
     ours = torch.autograd.grad(total, [x, *(layer.get_parameter(key) for key in named)])
     exacts = torch.autograd.grad(theirs, [wide, *(exact.get_parameter(key) for key in named)])
@@ -119,7 +119,7 @@ def test_gradients_of_heads_may_lie_in_any_order() -> None:
     layer, rotary = _attention(rope_fraction=0.5)
     batch = _on_device(micro(tokens(2, 21).to(DEVICE)))
     x = noise(2, 21, 32).requires_grad_()
-    slopes = [noise(*out.shape) for out in layer._fused(x, batch, rotary(batch.positions_S, torch.float32))]
+    grads = [noise(*out.shape) for out in layer._fused(x, batch, rotary(batch.positions_S, torch.float32))]
     results: list[Tensor] = []
     for order in (
         lambda y: y,
@@ -127,7 +127,7 @@ def test_gradients_of_heads_may_lie_in_any_order() -> None:
         lambda y: y.mT.contiguous().mT,
     ):
         out = layer._fused(x, batch, rotary(batch.positions_S, torch.float32))
-        results += torch.autograd.grad(out, x, [order(slope) for slope in slopes])
+        results += torch.autograd.grad(out, x, [order(grad) for grad in grads])
     assert results[0].equal(results[1]) and results[0].equal(results[2])
 
 
@@ -142,14 +142,14 @@ def test_a_head_of_zeros_has_a_gradient() -> None:
     x = torch.zeros(1, 5, 32, dtype=BF16, device=DEVICE, requires_grad=True)
     q, k, v = layer._fused(x, batch, rotary(batch.positions_S, torch.float32))
     assert q.eq(0).all() and k.eq(0).all()
-    (slope,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), x)
-    assert slope.isfinite().all()
+    (grad,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), x)
+    assert grad.isfinite().all()
 
 
 def test_a_residual_takes_the_kernel_unless_nodes_are_kept_apart() -> None:
     residual = Residual(32).to(DEVICE).to(BF16)
     for apart in (False, True):
-        residual.apart = apart
+        residual.single_output = apart
         out = residual(noise(2, 32).requires_grad_(), noise(2, 32))
         assert out.grad_fn is not None and ("ScaledSum" in out.grad_fn.name()) is not apart
 
@@ -157,17 +157,17 @@ def test_a_residual_takes_the_kernel_unless_nodes_are_kept_apart() -> None:
 def test_kernels_take_over_where_activations_are_bf16() -> None:
     layer, rotary = _attention(rope_fraction=0.5)
     batch = _on_device(micro(tokens(2, 12).to(DEVICE)))
-    turns, x = rotary(batch.positions_S, torch.float32), noise(2, 12, 32)
-    q, k, v = layer._fused(x, batch, turns)
+    angles, x = rotary(batch.positions_S, torch.float32), noise(2, 12, 32)
+    q, k, v = layer._fused(x, batch, angles)
     expected = nn.functional.linear(
         masked_attention(q, k, v, batch.positions_S, batch.positions_S, None, 0, None)
         .transpose(1, 2)
         .flatten(2),
         layer.output.weight,
     )
-    assert layer(x, batch, turns).equal(expected)
-    layer.apart = True
-    assert off(layer(x, batch, turns), expected) < 0.05
+    assert layer(x, batch, angles).equal(expected)
+    layer.single_output = True
+    assert off(layer(x, batch, angles), expected) < 0.05
 
 
 @pytest.mark.parametrize("carried", [False, True])
@@ -191,16 +191,16 @@ def test_the_routers_mlp(carried: bool, width: int) -> None:
     theirs, kept = exact.logits(wide_x, wide_state)
     assert logits.dtype is torch.float32 and handed is not None and kept is not None and handed.dtype is BF16
     assert off(logits, theirs) < 1e-6 and off(handed, kept) < CLOSE
-    slope, other = torch.randn(logits.shape, device=DEVICE), torch.randn(handed.shape, device=DEVICE)
+    grad, other = torch.randn(logits.shape, device=DEVICE), torch.randn(handed.shape, device=DEVICE)
     named = [key for key, _ in router.named_parameters()]
     inputs = [x, state] if carried else [x]
     wides = [wide_x, wide_state] if carried else [wide_x]
     ours = torch.autograd.grad(
-        (logits * slope).sum() + (handed * other).sum(),
+        (logits * grad).sum() + (handed * other).sum(),
         [*inputs, *(router.get_parameter(key) for key in named)],
     )
     exacts = torch.autograd.grad(
-        (theirs * slope).sum() + (kept * other).sum(), [*wides, *(exact.get_parameter(key) for key in named)]
+        (theirs * grad).sum() + (kept * other).sum(), [*wides, *(exact.get_parameter(key) for key in named)]
     )
     for key, one, right in zip(["x", "state"][: len(inputs)] + named, ours, exacts, strict=True):
         assert one.dtype is BF16 and off(one, right) < CLOSE, key
@@ -214,8 +214,8 @@ def test_a_state_that_is_not_read_has_no_gradient() -> None:
     logits, handed = router.logits(x, state)
     assert handed is not None
     for result in (logits, handed):
-        slopes = torch.autograd.grad(result.float().sum(), (x, state), retain_graph=True)
-        assert all(slope.isfinite().all() for slope in slopes)
+        grads = torch.autograd.grad(result.float().sum(), (x, state), retain_graph=True)
+        assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize(("name", "seed"), [("zaya", 5), ("cca", 3)])
@@ -228,10 +228,10 @@ def test_a_backward_pass_in_two_halves() -> None:
     """Zero-bubble schedules work weights' gradients out later; with kernels of one result alone."""
     from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-    from trainer.parallel.apply import keep_apart
+    from trainer.parallel.apply import give_single_outputs
 
     built = build(shape(**KINDS["zaya"]), 1, DEVICE).to(BF16)
-    keep_apart(built)
+    give_single_outputs(built)
     batch = _on_device(micro(tokens().to(DEVICE)))
     block, x = built.blocks["1"], noise(2, 12, 32).requires_grad_()
     state = noise(2, 12, 16)
@@ -241,9 +241,9 @@ def test_a_backward_pass_in_two_halves() -> None:
         hidden, handed, _ = block(x, state, batch, built.rotary(batch.positions_S, torch.float32))
         return hidden + 0 * handed.sum()
 
-    slope = noise(2, 12, 32)
-    expected = torch.autograd.grad(out(), (x, *weights), slope)
-    (found,), groups = stage_backward_input([out()], [slope], [x], iter(weights))
+    grad = noise(2, 12, 32)
+    expected = torch.autograd.grad(out(), (x, *weights), grad)
+    (found,), groups = stage_backward_input([out()], [grad], [x], iter(weights))
     stage_backward_weight(iter(weights), groups)
     assert found is not None and off(found, expected[0]) < CLOSE
     for weight, one in zip(weights, expected[1:], strict=True):

@@ -1,9 +1,9 @@
 """Gradients of micro-batches added up as they are, and by a cast of the first and torch's additions, in turn in one run.
 
-python -m tests.trainer.parallel.bench_accumulate [--device cuda] [--elements 4194304] [--micros 4] [--rounds 7]
+python -m tests.trainer.parallel.bench_accumulate [--device cuda] [--elements N] [--micros 4] [--rounds 7]
 
-Each line gives, for so many micro-batches, both medians and their ratio. Without Triton the additions are torch's either
-way, and so is the time.
+N is 352 million on a GPU, where a few million would time launches, and 4 million on a CPU. Each line gives, for so many
+micro-batches, both medians and their ratio. Without Triton the additions are torch's either way, and so is the time.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ def main(arguments: list[str]) -> None:
     """Print a line for each number of micro-batches."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--elements", type=int, default=1 << 22)
+    parser.add_argument("--elements", type=int)
     parser.add_argument("--micros", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    shape, device = (options.micros, options.elements), options.device
+    device = options.device
+    elements = options.elements or (352_000_000 if device == "cuda" else 1 << 22)
+    shape = (options.micros, elements)
     gradients = list(torch.randn(shape, device=device).bfloat16())
-    print(f"{options.elements / 1e6:.1f} M elements on {device}, torch {torch.__version__}, {reason()}")
+    print(f"{elements / 1e6:.1f} M elements on {device}, torch {torch.__version__}, {reason()}")
     for micros in range(2, options.micros + 1):
         given = gradients[:micros]
         assert late(given).equal(cast(given))

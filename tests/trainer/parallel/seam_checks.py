@@ -28,10 +28,10 @@ from trainer.engines.native import NativeEngine
 from trainer.model.exchange import LocalExchange
 from trainer.model.moe import Experts
 from trainer.model.norm import RMSNorm, SplitNorm
-from trainer.model.seams import Micro, SoloSeams, Tally
+from trainer.model.seams import MicroBatch, SoloSeams, Tally
 from trainer.parallel import expert, gathered
-from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext, places
-from trainer.parallel.lending import Terms
+from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext, token_positions
+from trainer.parallel.lending import LendingTerms
 from trainer.parallel.mesh import Mesh, assemble
 from trainer.parallel.tensor import TensorParallel, VocabularyParallel
 
@@ -70,13 +70,13 @@ def _pairs(names: str, found: Iterable[Tensor], expected: Iterable[Tensor]) -> P
     return {name: (one.detach().numpy(), other.detach().numpy()) for name, one, other in both}
 
 
-def micro(sequence: int, documents: bool, positions_S: Tensor) -> Micro:
+def micro(sequence: int, documents: bool, positions_S: Tensor) -> MicroBatch:
     """Two samples of tokens, in documents of uneven length where asked."""
     draw = torch.Generator().manual_seed(5)
     tokens = torch.randint(1, VOCABULARY, (SAMPLES, sequence + 1), generator=draw)
     tokens[:, 3::5] = SEPARATOR
     ends = (tokens[:, :-1] == SEPARATOR).long()
-    return Micro(tokens, positions_S, ends.cumsum(1) - ends if documents else None, 0.5, Tally())
+    return MicroBatch(tokens, positions_S, ends.cumsum(1) - ends if documents else None, 0.5, Tally())
 
 
 # ---- tensor parallelism ----
@@ -106,9 +106,9 @@ def tensors(rank: int, world: int, store: dist.Store) -> Pairs:
         split.tensors = seam
         h = torch.func.functional_call(split, {"weight": scale}, F.linear(seam.enter(x), first))
         found = seam.leave(F.linear(h, second))
-        slopes = _learn((found * seam.part(weight, 1)).sum(), x, first, scale, second)
-    own = [slope.chunk(world, dim)[rank] for slope, dim in zip(expected, dims, strict=True)]
-    return _pairs("output tokens first norm second", (found, *slopes), (y.chunk(world, 1)[rank], *own))
+        grads = _learn((found * seam.part(weight, 1)).sum(), x, first, scale, second)
+    own = [grad.chunk(world, dim)[rank] for grad, dim in zip(expected, dims, strict=True)]
+    return _pairs("output tokens first norm second", (found, *grads), (y.chunk(world, 1)[rank], *own))
 
 
 def vocabulary(rank: int, world: int, store: dist.Store) -> Pairs:
@@ -130,18 +130,18 @@ def vocabulary(rank: int, world: int, store: dist.Store) -> Pairs:
         table_VD, x_BSD = leaves
         embedded = seam.embed(tokens_BS, table_VD)
         loss = seam.loss(x_BSD, table_VD, targets_BS)
-        slopes = [*_learn((embedded * weight_BSD).sum(), table_VD), *_learn(loss, table_VD, x_BSD)]
-        return [embedded, seam.logits(x_BSD, table_VD), loss, *slopes]
+        grads = [*_learn((embedded * weight_BSD).sum(), table_VD), *_learn(loss, table_VD, x_BSD)]
+        return [embedded, seam.logits(x_BSD, table_VD), loss, *grads]
 
     with stages.exact(), met(rank, world, store, tp=world) as mesh:
-        embedded, logits, loss, *slopes = use(
+        embedded, logits, loss, *grads = use(
             SoloSeams(), tokens[:, :-1], targets, weight, _leaves((table, x))
         )
         mine = _leaves((table.chunk(world)[rank], x.chunk(world, 1)[rank]))
         found = use(
             VocabularyParallel(mesh["tp"]), tokens[:, :-1], targets, weight.chunk(world, 1)[rank], mine
         )
-    own = [slopes[0].chunk(world)[rank], slopes[1].chunk(world)[rank], slopes[2].chunk(world, 1)[rank]]
+    own = [grads[0].chunk(world)[rank], grads[1].chunk(world)[rank], grads[2].chunk(world, 1)[rank]]
     return _pairs(
         "embedded logits loss embedding head tokens",
         found,
@@ -151,7 +151,7 @@ def vocabulary(rank: int, world: int, store: dist.Store) -> Pairs:
 
 def vocabulary_by_kernels(rank: int, world: int, folder: str) -> Pairs:
     """The loss of bf16 numbers by kernels, beside torch's cross-entropy of the same ones in fp64. Each rank weighs its
-    share by its own number, so that a token's slope has to be that of the rank whose share it is in."""
+    share by its own number, so that a token's gradient has to be that of the rank whose share it is in."""
     from trainer.kernels import loss as kernels  # triton isn't everywhere
 
     sequence = 3 * world
@@ -164,23 +164,23 @@ def vocabulary_by_kernels(rank: int, world: int, folder: str) -> Pairs:
     logits = (wide[1] @ wide[0].t()).flatten(0, 1)
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view_as(targets)
     parts = [part.sum() for part in losses.chunk(world, 1)]
-    slopes = _learn(torch.stack([(i + 1) * part for i, part in enumerate(parts)]).sum(), *wide)
+    grads = _learn(torch.stack([(i + 1) * part for i, part in enumerate(parts)]).sum(), *wide)
     with met(rank, world, dist.FileStore(f"{folder}/store", world), tp=world) as mesh:
         seam = VocabularyParallel(mesh["tp"])
         leaves, alone = _leaves((table.chunk(world)[rank], x.chunk(world, 1)[rank])), list[Tensor]()
-        with mock.patch.object(kernels, "part", wraps=kernels.part) as part:
+        with mock.patch.object(kernels, "partial_logsumexp", wraps=kernels.partial_logsumexp) as part:
             loss = seam.loss(leaves[1], leaves[0], targets)
         assert part.called, "this is about the kernels"
         found = _learn((rank + 1) * loss, *leaves)
         none = seam.loss(leaves[1], leaves[0], torch.full_like(targets, -1))
-        assert not none.item() and not any(slope.any() for slope in _learn(none, *leaves))
+        assert not none.item() and not any(grad.any() for grad in _learn(none, *leaves))
         for one in range(2):  # where the other one doesn't learn
             kept = [leaf if i == one else leaf.detach() for i, leaf in enumerate(leaves)]
             alone += _learn((rank + 1) * seam.loss(kept[1], kept[0], targets), leaves[one])
-        with torch.no_grad(), mock.patch.object(kernels, "descend") as descend:
+        with torch.no_grad(), mock.patch.object(kernels, "logits_to_grads") as to_grads:
             again = seam.loss(leaves[1], leaves[0], targets)
-            assert not descend.called, "logits that nobody learns from were written"
-    own = [slopes[0].chunk(world)[rank], slopes[1].chunk(world, 1)[rank]]
+            assert not to_grads.called, "logits that nobody learns from were written"
+    own = [grads[0].chunk(world)[rank], grads[1].chunk(world, 1)[rank]]
     return _pairs(
         "loss untrained table tokens lone-table lone-tokens",
         (t.double() for t in (loss, again, *found, *alone)),
@@ -202,12 +202,12 @@ def attention(rank: int, world: int, store: dist.Store, method: str, documents: 
     y = SoloSeams().attend(*leaves, one, window, 0.7)
     expected = _learn((y * weight).sum(), *leaves)
     with met(rank, world, store, cp=world) as mesh:
-        own = places(sequence, method, world, rank, CPU)
+        own = token_positions(sequence, method, world, rank, CPU)
         seam = UlyssesContext(mesh["cp"]) if method == "ulysses" else GatherContext(mesh["cp"])
         leaves = _leaves(tensor[:, :, own] for tensor in whole)
         found = seam.attend(*leaves, replace(one, positions_S=own), window, 0.7)
-        slopes = _learn((found * weight[:, :, own]).sum(), *leaves)
-    return _pairs("output query key value", (found, *slopes), [t[:, :, own] for t in (y, *expected)])
+        grads = _learn((found * weight[:, :, own]).sum(), *leaves)
+    return _pairs("output query key value", (found, *grads), [t[:, :, own] for t in (y, *expected)])
 
 
 def previous(rank: int, world: int, store: dist.Store, method: str, documents: bool) -> Pairs:
@@ -219,12 +219,12 @@ def previous(rank: int, world: int, store: dist.Store, method: str, documents: b
     y = SoloSeams().previous(x, one)
     (expected,) = _learn((y * weight).sum(), x)
     with met(rank, world, store, cp=world) as mesh:
-        own = places(sequence, method, world, rank, CPU)
+        own = token_positions(sequence, method, world, rank, CPU)
         seam = UlyssesContext(mesh["cp"]) if method == "ulysses" else GatherContext(mesh["cp"])
         (x,) = _leaves([whole[:, own]])
         found = seam.previous(x, replace(one, positions_S=own))
-        (slope,) = _learn((found * weight[:, own]).sum(), x)
-    return _pairs("output tokens", (found, slope), (y[:, own], expected[:, own]))
+        (grad,) = _learn((found * weight[:, own]).sum(), x)
+    return _pairs("output tokens", (found, grad), (y[:, own], expected[:, own]))
 
 
 def samples(rank: int, world: int, store: dist.Store, method: str, cp: int) -> Pairs:
@@ -236,7 +236,7 @@ def samples(rank: int, world: int, store: dist.Store, method: str, cp: int) -> P
     queue = SoloSeams().queue(chosen, EXPERTS, one)
     with met(rank, world, store, cp=cp, tp=tp) as mesh:
         seam = SharedSamples(mesh["sample"], method, cp, tp)
-        own = places(sequence, method, cp, rank // tp, CPU).chunk(tp)[rank % tp]
+        own = token_positions(sequence, method, cp, rank // tp, CPU).chunk(tp)[rank % tp]
         total = seam.total(counts[rank])
         found = seam.queue(chosen[:, own], EXPERTS, one)
     return _pairs("total queue", (total, found), (counts.sum(0), queue[:, own]))
@@ -277,7 +277,7 @@ def experts(
     mine = slice(rank * each, (rank + 1) * each)
     fast = torch.float32 if kernels else torch.float64
     layout = {"dp": world // etp if ep >= etp else 1, "tp": etp, "ep": ep, "etp": etp}
-    by = [mock.patch.object(module, "fused", lambda _: kernels) for module in (expert, gathered)]
+    by = [mock.patch.object(module, "use_kernels", lambda _: kernels) for module in (expert, gathered)]
     with met(rank, world, store, **layout) as mesh, by[0], by[1]:
 
         def cut(gate_up: Tensor, down: Tensor) -> list[Tensor]:
@@ -289,15 +289,17 @@ def experts(
         x, weights, *parameters = _leaves(own)
         seam: Any = expert.ExpertParallel(mesh["ep"], mesh["etp"])
         if all_tokens:
-            seam = gathered.GatheredExperts(mesh["ep"], mesh["ep_wide"], Terms(ep, 1) if lent else None)
+            seam = gathered.GatheredExperts(
+                mesh["ep"], mesh["ep_wide"], LendingTerms(ep, 1) if lent else None
+            )
         with mock.patch.object(gathered, "Lending", side_effect=gathered.Lending) as lending:
-            owed, end = seam.run(seam.begin(x), chosen[mine], weights, EXPERTS, _expert_layer(parameters))
+            pending = seam.run(seam.begin(x), chosen[mine], weights, EXPERTS, _expert_layer(parameters))
         loans = lending.call_args.args[0] if lent else ()
         assert max(Counter(loan.borrower for loan in loans).values(), default=0) == lent
-        found = end(owed)
-        slopes = _learn((found * weight[mine]).sum(), x, weights, *parameters)
+        found = pending.result()
+        grads = _learn((found * weight[mine]).sum(), x, weights, *parameters)
         own = [expected[0][mine], expected[1][mine], *cut(expected[2], expected[3])]
-    return _pairs("output tokens weights gate_up down", (found, *slopes), (y[mine], *own))
+    return _pairs("output tokens weights gate_up down", (found, *grads), (y[mine], *own))
 
 
 def experts_by_kernels(rank: int, world: int, folder: str, all_tokens: bool, lent: int = 0) -> Pairs:

@@ -18,7 +18,7 @@ from tests.trainer.families import batches
 from tests.trainer.parallel import seam_checks
 from tests.trainer.parallel.rank_pool import RankPool
 from trainer.engines.native import NativeEngine
-from trainer.parallel.exchange import Flight
+from trainer.parallel.exchange import AsyncCollective
 from trainer.parallel.lending import Lending
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -56,7 +56,7 @@ def _alive(rank: int, world: int, store: Any, recompute: str, lend: str) -> list
                 del given
                 kinds = [type(one) for one in gc.get_objects()]
                 counts.append(Counter({
-                    "flights": sum(kind in (Flight, Lending) for kind in kinds),
+                    "flights": sum(kind in (AsyncCollective, Lending) for kind in kinds),
                     "tensors": sum(issubclass(kind, torch.Tensor) for kind in kinds),
                 }))  # fmt: skip
         finally:

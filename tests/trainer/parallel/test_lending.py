@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.trainer.model.test_kernels import DEVICE, interpreter
-from trainer.parallel.lending import Lending, Loan, Terms, plan
+from trainer.parallel.lending import Lending, LendingTerms, Loan, plan
 from trainer.parallel.mesh import Axis
 
 __all__ = ["interpreter"]
@@ -28,46 +28,46 @@ def rows(counts: Sequence[int], ranks: int, loans: Sequence[Loan] = ()) -> list[
 
 def test_the_fullest_lends_to_the_emptiest() -> None:
     # Ranks have 100, 20, 60, 60 rows. 40 of the first leave 60 on both.
-    assert plan([50, 40, 10, 0, 20, 0, 30, 30, 0, 60, 0, 0], 4, Terms(4, 1)) == [Loan(1, 0, 1)]
+    assert plan([50, 40, 10, 0, 20, 0, 30, 30, 0, 60, 0, 0], 4, LendingTerms(4, 1)) == [Loan(1, 0, 1)]
 
 
 def test_what_comes_closest_to_half_the_difference_is_lent() -> None:
-    assert plan([30, 45, 25, 0, 0, 0], 2, Terms(2, 1)) == [Loan(1, 0, 1)]
-    assert plan([20, 20, 35, 25, 0, 0, 0, 0], 2, Terms(2, 1)) == [Loan(2, 0, 1), Loan(0, 0, 1)]
+    assert plan([30, 45, 25, 0, 0, 0], 2, LendingTerms(2, 1)) == [Loan(1, 0, 1)]
+    assert plan([20, 20, 35, 25, 0, 0, 0, 0], 2, LendingTerms(2, 1)) == [Loan(2, 0, 1), Loan(0, 0, 1)]
 
 
 def test_nothing_is_lent_that_would_only_move_the_load() -> None:
-    assert plan([100, 0, 0, 0], 2, Terms(2, 1)) == []
+    assert plan([100, 0, 0, 0], 2, LendingTerms(2, 1)) == []
 
 
 def test_small_differences_stay() -> None:
-    assert plan([26, 26, 26, 22], 2, Terms(2, 1)) == []  # 4 % over the mean
-    assert plan([26, 25, 2, 24, 23, 0], 2, Terms(2, 1)) == [Loan(2, 0, 1)]
+    assert plan([26, 26, 26, 22], 2, LendingTerms(2, 1)) == []  # 4 % over the mean
+    assert plan([26, 25, 2, 24, 23, 0], 2, LendingTerms(2, 1)) == [Loan(2, 0, 1)]
 
 
 def test_an_expert_of_few_rows_stays() -> None:
     counts = [10, 10, 10, 10, 0, 0, 0, 0]
-    assert plan(counts, 2, Terms(2, 11)) == []
-    assert plan(counts, 2, Terms(2, 10)) == [Loan(0, 0, 1), Loan(1, 0, 1)]
+    assert plan(counts, 2, LendingTerms(2, 11)) == []
+    assert plan(counts, 2, LendingTerms(2, 10)) == [Loan(0, 0, 1), Loan(1, 0, 1)]
 
 
 def test_nobody_lends_beyond_a_node() -> None:
     counts = [30, 30, 30, 30, 0, 0, 0, 0]
-    assert plan(counts, 4, Terms(2, 1)) == []
-    assert plan(counts, 4, Terms(4, 1)) != []
+    assert plan(counts, 4, LendingTerms(2, 1)) == []
+    assert plan(counts, 4, LendingTerms(4, 1)) != []
 
 
 def test_a_rank_borrows_so_many_at_most() -> None:
     counts = [10] * 16 + [0] * 16
-    assert len(plan(counts, 2, Terms(2, 1, most=3))) == 3
-    assert len(plan(counts, 2, Terms(2, 1))) == 8
+    assert len(plan(counts, 2, LendingTerms(2, 1, most=3))) == 3
+    assert len(plan(counts, 2, LendingTerms(2, 1))) == 8
 
 
-def _drawn(draw: random.Random) -> tuple[list[int], int, Terms]:
+def _drawn(draw: random.Random) -> tuple[list[int], int, LendingTerms]:
     ranks, local = draw.choice((2, 4, 8)), draw.choice((1, 2, 4, 8))
     node = draw.choice([size for size in (1, 2, 4, 8) if ranks % size == 0])
     counts = [int(draw.paretovariate(1.0) * 20) if draw.random() < 0.9 else 0 for _ in range(ranks * local)]
-    return counts, ranks, Terms(node, draw.choice((1, 30)), draw.choice((1, 2, 8)))
+    return counts, ranks, LendingTerms(node, draw.choice((1, 30)), draw.choice((1, 2, 8)))
 
 
 def test_no_plan_makes_it_worse_or_breaks_its_terms() -> None:
@@ -106,7 +106,7 @@ def test_a_rank_computes_its_own_experts_and_borrowed_ones() -> None:
 
 
 def test_the_kernel_plans_the_same() -> None:
-    from trainer.kernels import lending, places
+    from trainer.kernels import lending, sorting
 
     draw, lent = random.Random(1), 0
     for _ in range(20 if DEVICE == "cuda" else 40):  # each shape is compiled
@@ -127,5 +127,5 @@ def test_the_kernel_plans_the_same() -> None:
             assert (own, others) == (rows(counts, ranks, expected)[rank] - borrowed, borrowed)
     assert lent > 10
     both = torch.randint(-1, 40, (5000, 6), device=DEVICE)
-    counted = places.counts(both[:, 3:], 40).sum(dim=0)
+    counted = sorting.count_pairs(both[:, 3:], 40).sum(dim=0)
     assert counted.tolist() == torch.bincount(both[:, 3:].flatten() + 1, minlength=41)[1:].tolist()

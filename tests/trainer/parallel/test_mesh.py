@@ -27,8 +27,16 @@ from trainer.loop import make_engine
 from trainer.parallel import apply
 from trainer.parallel import mesh as meshes
 from trainer.parallel.apply import axes_in_use
-from trainer.parallel.mesh import Axis, Connecting, Mesh, assemble, dense_groups, make_groups, patience
-from trainer.parallel.stages import cut, stages_of
+from trainer.parallel.mesh import (
+    Axis,
+    CommunicatorSetup,
+    Mesh,
+    assemble,
+    collective_timeout,
+    dense_groups,
+    make_groups,
+)
+from trainer.parallel.stages import split_layers, stages_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
@@ -81,8 +89,8 @@ def test_groups_are_those_of_the_coordinates(layout: dict[str, int]) -> None:
 
 
 def test_layers_are_cut_evenly_and_stages_dealt_out() -> None:
-    assert cut(61, 4) == [(0, 16), (16, 31), (31, 46), (46, 61)]
-    assert cut(4, 4) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert split_layers(61, 4) == [(0, 16), (16, 31), (31, 46), (46, 61)]
+    assert split_layers(4, 4) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     interleaved = ParallelConfig(pp=2, schedule="interleaved", chunks=2)
     assert [stages_of(interleaved, rank) for rank in range(2)] == [[0, 2], [1, 3]]
     assert [stages_of(ParallelConfig(pp=3, schedule="zbv"), rank) for rank in range(3)] == [
@@ -167,7 +175,7 @@ def _limits(rank: int, world: int, store: Any, engine: str) -> tuple[timedelta, 
         ["model=demo", "hardware=cpu", f"train.engine={engine}", "train.precision=fp32", "train.micro_batch=1",
          "train.global_batch=8", "data.sequence=32", "resilience.timeouts.patience=13", *_LAYOUTS_BY_ENGINE[engine]]
     )  # fmt: skip
-    limit = patience(config)
+    limit = collective_timeout(config)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     try:
         cpu = torch.device("cpu")
@@ -260,15 +268,15 @@ def test_communicators_are_made_once_each_in_the_order_of_axes(used: list[tuple[
     made: list[_Group] = []
     world, wide, unused = _Group(made), _Group(made), _Group(made)
     mesh = _of_two({"stage": world, "dp": unused, "ep": world, "ep_wide": wide}, torch.device("cuda", 1))
-    mesh.connecting.wait()
+    mesh.communicators.wait()
     assert not made, "nothing was begun"
     names = ("stage", "edp", "ep", "ep_wide", "tp")
-    mesh.connecting.begin({name: mesh[name] for name in names}, mesh.device)
-    mesh.connecting.wait()
-    mesh.connecting.wait()
-    assert made == [world, wide] and list(mesh.connecting.seconds) == ["stage", "ep_wide"]
+    mesh.communicators.begin({name: mesh[name] for name in names}, mesh.device)
+    mesh.communicators.wait()
+    mesh.communicators.wait()
+    assert made == [world, wide] and list(mesh.communicators.seconds) == ["stage", "ep_wide"]
     assert used == [(world, 2), (wide, 2)], "only then are the ranks connected"
-    nothing = Connecting()
+    nothing = CommunicatorSetup()
     nothing.begin({"stage": mesh["stage"]}, torch.device("cpu"))
     nothing.wait()
     assert len(made) == 2 and not nothing.seconds, "gloo has no communicators to make"
@@ -278,13 +286,13 @@ def test_a_communicator_that_cannot_be_made_ends_the_start() -> None:
     made: list[_Group] = []
     broken, after = _Group(made, dist.DistBackendError("unhandled system error")), _Group(made)
     mesh = _of_two({"stage": broken, "ep": after}, torch.device("cuda", 1))
-    mesh.connecting.begin({"stage": mesh["stage"], "ep": mesh["ep"]}, mesh.device)
+    mesh.communicators.begin({"stage": mesh["stage"], "ep": mesh["ep"]}, mesh.device)
     errors: list[dist.DistBackendError] = []
 
     def wait() -> None:
         for _ in range(2):
             try:
-                mesh.connecting.wait()
+                mesh.communicators.wait()
             except dist.DistBackendError as error:
                 errors.append(error)
 
@@ -306,7 +314,7 @@ def test_no_collective_of_the_build_comes_before_its_communicator(monkeypatch: p
     """Two threads that ask for the communicator of one group make two, and the ranks hang."""
     world, other, seen = _Slow(), _Slow(), list[bool]()
     mesh = _of_two({"dp_cp": world, "ep_wide": other}, torch.device("cuda", 1))
-    mesh.connecting.begin({name: mesh[name] for name in ("dp_cp", "ep_wide")}, mesh.device)
+    mesh.communicators.begin({name: mesh[name] for name in ("dp_cp", "ep_wide")}, mesh.device)
     module = SimpleNamespace(
         unshard=lambda: seen.append(world.done.is_set()), reshard=lambda: seen.append(world.done.is_set())
     )
@@ -315,5 +323,5 @@ def test_no_collective_of_the_build_comes_before_its_communicator(monkeypatch: p
     apply.materialize(torch.nn.Module(), {}, None, replace(mesh, device=torch.device("cpu")))  # type: ignore[arg-type]
     assert seen == [True, True] and not other.done.is_set(), "it waits for no other"
     other.may.set()
-    mesh.connecting.wait()
+    mesh.communicators.wait()
     assert other.done.is_set()

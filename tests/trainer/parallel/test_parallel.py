@@ -16,7 +16,7 @@ import torch
 from tests.trainer import grid
 from tests.trainer.parallel import seam_checks
 from tests.trainer.parallel.rank_pool import PATIENCE, PooledRankFailed, RankPool
-from trainer.parallel.context import places
+from trainer.parallel.context import token_positions
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -129,7 +129,7 @@ def test_hot_experts_that_are_lent(ranks: RankPool, world: int, borrowed: int) -
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_gathering_gives_every_rank_equal_work(size: int) -> None:
     """A causal query at place p looks at p + 1 keys."""
-    parts = [places(24, "gather", size, index, torch.device("cpu")) for index in range(size)]
+    parts = [token_positions(24, "gather", size, index, torch.device("cpu")) for index in range(size)]
     assert sorted(torch.cat(parts).tolist()) == list(range(24))
     assert len({int((part + 1).sum()) for part in parts}) == 1
     assert all(part.tolist() == sorted(part.tolist()) for part in parts)

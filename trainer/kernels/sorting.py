@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.choice import power
-from trainer.kernels.rows import of_pairs
+from trainer.kernels.choice import next_power_of_2
+from trainer.kernels.rows import pairs_from_rows
 
 _CELLS = 8192
 """Pairs of a program times experts."""
@@ -37,7 +37,7 @@ def _key(
 
 
 @triton.jit
-def _tally(
+def _tally_pairs(
     chosen: tl.tensor, slots: tl.tensor, counts: tl.tensor, pairs: tl.tensor, first: tl.tensor, blocks: tl.tensor,
     SLOTS: tl.constexpr, TOP: tl.constexpr, STRIDE: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -50,7 +50,7 @@ def _tally(
 
 
 @triton.jit
-def _count(
+def _count_pairs(
     chosen: tl.tensor, counts: tl.tensor, pairs: tl.tensor,
     TOP: tl.constexpr, STRIDE: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -63,7 +63,7 @@ def _count(
 
 
 @triton.jit
-def _regroup(
+def _regroup_rows(
     incoming: tl.tensor, order: tl.tensor, back: tl.tensor, stops: tl.tensor,
     BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -84,7 +84,7 @@ def _regroup(
 
 
 @triton.jit
-def _put(
+def _place_pairs(
     chosen: tl.tensor, slots: tl.tensor, weights: tl.tensor, ends: tl.tensor, counts: tl.tensor, numbers: tl.tensor,
     sorted: tl.tensor, back: tl.tensor, stops: tl.tensor, sizes: tl.tensor, pairs: tl.tensor, first: tl.tensor,
     blocks: tl.tensor, SLOTS: tl.constexpr, TOP: tl.constexpr, STRIDE: tl.constexpr, EXPERTS: tl.constexpr,
@@ -113,7 +113,7 @@ def _put(
 
 
 @dataclass(frozen=True)
-class Places:
+class SortedPairs:
     """Rows in the order of experts, pairs of one expert in the order of the tokens. Of the P entries by row only the first
     `total` are written."""
 
@@ -131,9 +131,9 @@ class Places:
     """Weight of each row, without gradient."""
 
 
-def places(
+def sort_pairs(
     chosen_TK: Tensor, weights_TK: Tensor, first: int, experts: int, slots_E: Tensor | None = None
-) -> Places:
+) -> SortedPairs:
     """Rows of `experts` experts from `first` on; other choices, such as -1, have none.
 
     Args:
@@ -152,21 +152,21 @@ def places(
     back_TK = torch.empty(chosen_TK.shape, dtype=torch.int32, device=device)
     ends_L = torch.empty(experts, dtype=torch.int32, device=device)
     counts_L = torch.empty(experts, dtype=torch.int64, device=device)
-    _put[(blocks,)](
+    _place_pairs[(blocks,)](
         chosen_TK, slots, weights_TK, ends, counts, pair_P, weight_P, back_TK, ends_L, counts_L, pairs, first, blocks,
         **shape,
     )  # fmt: skip
-    return Places(ends[-1], counts_L, ends_L, pair_P, back_TK, weight_P)
+    return SortedPairs(ends[-1], counts_L, ends_L, pair_P, back_TK, weight_P)
 
 
-def counts(chosen_TK: Tensor, experts: int) -> Tensor:
+def count_pairs(chosen_TK: Tensor, experts: int) -> Tensor:
     """Pairs of each expert in stretches of the pairs, [stretches, E] int32."""
     assert chosen_TK.stride(1) == 1, chosen_TK.stride()
-    wide = power(experts, 1 << 20)
+    wide = next_power_of_2(experts, 1 << 20)
     each = max(16, _CELLS // wide)
     parts = min(_COUNTERS, max(1, triton.cdiv(chosen_TK.numel(), each)))
     counts_PE = torch.empty(parts, experts, dtype=torch.int32, device=chosen_TK.device)
-    _count[(parts,)](
+    _count_pairs[(parts,)](
         chosen_TK, counts_PE, chosen_TK.numel(),
         TOP=chosen_TK.shape[1], STRIDE=chosen_TK.stride(0), EXPERTS=experts, WIDE=wide, PAIRS=each,
     )  # fmt: skip
@@ -178,7 +178,7 @@ def _tallied(
 ) -> tuple[Tensor, dict[str, int]]:
     """Pairs of each expert in each program's stretch of pairs, [E, stretches] int32, and the programs' shape."""
     pairs = chosen_TK.numel()
-    wide = power(experts, 1 << 20)
+    wide = next_power_of_2(experts, 1 << 20)
     each = max(16, _CELLS // wide)
     blocks = max(1, triton.cdiv(pairs, each))
     counts = torch.empty(experts, blocks, dtype=torch.int32, device=chosen_TK.device)
@@ -187,11 +187,11 @@ def _tallied(
         "WIDE": wide, "PAIRS": each,
     }  # fmt: skip
     slots = chosen_TK if slots_E is None else slots_E
-    _tally[(blocks,)](chosen_TK, slots, counts, pairs, first, blocks, **shape)
+    _tally_pairs[(blocks,)](chosen_TK, slots, counts, pairs, first, blocks, **shape)
     return counts, shape
 
 
-def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+def regroup_by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order of rows by expert, then source, of rows that lie by source, then expert; its inverse; both [total] int32. And
     where each expert's rows end, [L] int32.
 
@@ -202,23 +202,23 @@ def by_expert(incoming_NL: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     blocks, experts = incoming_NL.numel(), incoming_NL.shape[1]
     order_R, back_R = torch.empty(2, total, dtype=torch.int32, device=incoming_NL.device)
     ends_L = torch.empty(experts, dtype=torch.int32, device=incoming_NL.device)
-    shape = {"BLOCKS": blocks, "EXPERTS": experts, "WIDE": power(blocks, 1 << 20), "ROWS": 1024}
-    _regroup[(blocks, _SHARERS)](incoming_NL.contiguous(), order_R, back_R, ends_L, **shape)
+    shape = {"BLOCKS": blocks, "EXPERTS": experts, "WIDE": next_power_of_2(blocks, 1 << 20), "ROWS": 1024}
+    _regroup_rows[(blocks, _SHARERS)](incoming_NL.contiguous(), order_R, back_R, ends_L, **shape)
     return order_R, back_R, ends_L
 
 
 class _Weights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights_TK: Tensor, at: Places, rows: int) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, weights_TK: Tensor, at: SortedPairs, rows: int) -> Tensor:  # noqa: ARG004
         ctx.save_for_backward(at.back_TK)
         return at.weight_P[:rows]
 
     @staticmethod
-    def backward(ctx: Any, slope_R: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
         (back_TK,) = ctx.saved_tensors
-        return of_pairs(slope_R, back_TK), None, None
+        return pairs_from_rows(grad_R, back_TK), None, None
 
 
-def row_weights(weights_TK: Tensor, at: Places, rows: int) -> Tensor:
+def row_weights(weights_TK: Tensor, at: SortedPairs, rows: int) -> Tensor:
     """Weight of each row, [rows], with its gradient to `weights_TK`, which `at` was made of."""
     return _Weights.apply(weights_TK, at, rows)
