@@ -38,7 +38,7 @@ def _swiglu(
 
 @triton.jit
 def _swiglu_back(
-    gate: tl.tensor, up: tl.tensor, weights: tl.tensor, given: tl.tensor, gate_grad: tl.tensor,
+    gate: tl.tensor, up: tl.tensor, weights: tl.tensor, grad_out: tl.tensor, gate_grad: tl.tensor,
     up_grad: tl.tensor, weight_grad: tl.tensor,
     rows: tl.tensor, stride: tl.tensor, grad_stride: tl.tensor,
     width: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -54,15 +54,15 @@ def _swiglu_back(
         place = row[:, None] * stride + column[None, :]
         g = tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + place, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(given + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        bent = 1.0 / (1.0 + tl.exp(-g))
+        grad = tl.load(grad_out + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-g))
         if WEIGHTED:
-            total += tl.sum(grad * g * bent * u, axis=1)
+            total += tl.sum(grad * g * sigmoid * u, axis=1)
             grad = grad * weight[:, None]
         to = row[:, None] * grad_stride + column[None, :]
-        gate_value = grad * u * bent * (1.0 + g * (1.0 - bent))
+        gate_value = grad * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
         tl.store(gate_grad + to, gate_value.to(gate_grad.dtype.element_ty), mask=mask)
-        tl.store(up_grad + to, (grad * g * bent).to(up_grad.dtype.element_ty), mask=mask)
+        tl.store(up_grad + to, (grad * g * sigmoid).to(up_grad.dtype.element_ty), mask=mask)
     if WEIGHTED:
         tl.store(weight_grad + row, total, mask=inside)
 

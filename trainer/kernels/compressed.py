@@ -53,7 +53,7 @@ def _cca_pairs(
 
 @triton.jit
 def _cca_pairs_back(
-    x: tl.tensor, before: tl.tensor, earlier: tl.tensor, starts: tl.tensor, taps: tl.tensor, given: tl.tensor,
+    x: tl.tensor, before: tl.tensor, earlier: tl.tensor, starts: tl.tensor, taps: tl.tensor, grad_out: tl.tensor,
     x_grad: tl.tensor, before_grad: tl.tensor, earlier_grad: tl.tensor, parts: tl.tensor, rows: tl.tensor,
     stride: tl.tensor,
     width: tl.constexpr, head: tl.constexpr, LOCAL: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
@@ -71,8 +71,8 @@ def _cca_pairs_back(
         mask = (row < rows)[:, None] & within[None, :]
         place = row[:, None] * stride + column[None, :]
         source = ((column // head)[None, :] * rows + row[:, None]) * (2 * head) + (column % head)[None, :]
-        d0 = tl.load(given + source, mask=mask, other=0.0).to(tl.float32)
-        d1 = tl.load(given + source + head, mask=mask, other=0.0).to(tl.float32)
+        d0 = tl.load(grad_out + source, mask=mask, other=0.0).to(tl.float32)
+        d1 = tl.load(grad_out + source + head, mask=mask, other=0.0).to(tl.float32)
         here = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         # The sums above this kernel's own: what means have left there.
         grad = tl.load(x_grad + place, mask=mask, other=0.0).to(tl.float32) + d1 * t1
@@ -84,7 +84,7 @@ def _cca_pairs_back(
             # The next two tokens, as far as they see this one.
             one = tl.load(starts + (row + 1), mask=row + 1 < rows, other=1) == 0
             two = one & (tl.load(starts + (row + 2), mask=row + 2 < rows, other=1) == 0)
-            at = given + source + 2 * head
+            at = grad_out + source + 2 * head
             e0 = tl.load(at, mask=mask & one[:, None], other=0.0).to(tl.float32)
             e1 = tl.load(at + head, mask=mask & one[:, None], other=0.0).to(tl.float32)
             f0 = tl.load(at + 2 * head, mask=mask & two[:, None], other=0.0).to(tl.float32)
@@ -129,7 +129,7 @@ def _cca_values(
 
 @triton.jit
 def _cca_values_back(
-    given: tl.tensor, starts: tl.tensor, x_grad: tl.tensor, before_grad: tl.tensor, rows: tl.tensor,
+    grad_out: tl.tensor, starts: tl.tensor, x_grad: tl.tensor, before_grad: tl.tensor, rows: tl.tensor,
     stride: tl.tensor, offset: tl.tensor, current: tl.tensor, width: tl.tensor, sequence: tl.tensor,
     by_sample: tl.tensor, by_head: tl.tensor, by_token: tl.tensor,
     head: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -145,10 +145,10 @@ def _cca_values_back(
         goes = tl.load(starts + (row + 1), mask=row + 1 < rows, other=1) == 0
         # The next token is of the same sample wherever this one is seen.
         source = source + tl.where(late, by_token, 0)
-        grad = tl.load(given + source, mask=mask & (goes[:, None] | ~late), other=0.0)
+        grad = tl.load(grad_out + source, mask=mask & (goes[:, None] | ~late), other=0.0)
     else:
-        grad = tl.load(given + source, mask=mask & ~late, other=0.0)
-        passed = tl.load(given + source, mask=mask & late, other=0.0)
+        grad = tl.load(grad_out + source, mask=mask & ~late, other=0.0)
+        passed = tl.load(grad_out + source, mask=mask & late, other=0.0)
         tl.store(before_grad + place, passed, mask=mask)
     tl.store(x_grad + place, grad, mask=mask)
 
@@ -245,7 +245,7 @@ def _normed_back(
 @triton.jit
 def _cca_rotate_back(
     x: tl.tensor, y: tl.tensor, bias: tl.tensor, scale: tl.tensor, cos: tl.tensor, sin: tl.tensor,
-    query_given: tl.tensor, key_given: tl.tensor, y_grad: tl.tensor, x_grad: tl.tensor, bias_parts: tl.tensor,
+    query_grad_out: tl.tensor, key_grad_out: tl.tensor, y_grad: tl.tensor, x_grad: tl.tensor, bias_parts: tl.tensor,
     scale_parts: tl.tensor, rows: tl.tensor, stride: tl.tensor, sequence: tl.tensor, root: tl.tensor,
     query_sample: tl.tensor, query_head: tl.tensor, query_token: tl.tensor, key_sample: tl.tensor,
     key_head: tl.tensor, key_token: tl.tensor,
@@ -268,7 +268,9 @@ def _cca_rotate_back(
     # The key first: its gradient is a part of each query's.
     v1 = _whole(y, bias, key, row, rows, low, mask, within, (sum1 / members + k1) * 0.5, head)
     v2 = _whole(y, bias, key, row, rows, high, mask, within, (sum2 / members + k2) * 0.5, head)
-    at = key_given + (row // sequence * key_sample + row % sequence * key_token + group * key_head)[:, None]
+    at = (
+        key_grad_out + (row // sequence * key_sample + row % sequence * key_token + group * key_head)[:, None]
+    )
     g1 = tl.load(at + low[None, :], mask=mask, other=0.0).to(tl.float32)
     g2 = tl.load(at + high[None, :], mask=mask, other=0.0).to(tl.float32)
     times = tl.load(scale + group).to(tl.float32)
@@ -292,7 +294,7 @@ def _cca_rotate_back(
         v1 = _whole(y, bias, own, row, rows, low, mask, within, (q1 + k1) * 0.5, head)
         v2 = _whole(y, bias, own, row, rows, high, mask, within, (q2 + k2) * 0.5, head)
         at = (
-            query_given
+            query_grad_out
             + (row // sequence * query_sample + row % sequence * query_token + own * query_head)[:, None]
         )
         g1 = tl.load(at + low[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -444,5 +446,5 @@ def compressed(
     """
     one = None if before.one_BSW is None else before.one_BSW.contiguous()
     two = None if before.two_BSC is None else before.two_BSC.contiguous()
-    given = [parameter.contiguous() for parameter in parameters]
-    return _Compressed.apply(rule, before.starts_BS, joined_BSW.contiguous(), one, two, *given)
+    grad_out = [parameter.contiguous() for parameter in parameters]
+    return _Compressed.apply(rule, before.starts_BS, joined_BSW.contiguous(), one, two, *grad_out)

@@ -22,7 +22,7 @@ def _tile(start_of_row: tl.tensor, start: tl.tensor, width: tl.constexpr, COLUMN
 
 
 @triton.jit
-def _sums(start_of_row: tl.tensor, width: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+def _logsumexp(start_of_row: tl.tensor, width: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
     """Log of the sum of a row's exponentials."""
     top = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([COLUMNS], dtype=tl.float32)
@@ -44,14 +44,14 @@ def _sums(start_of_row: tl.tensor, width: tl.constexpr, COLUMNS: tl.constexpr) -
 
 @triton.jit
 def _to_grads(
-    start_of_row: tl.tensor, whole: tl.tensor, target: tl.tensor, counts: tl.tensor,
+    start_of_row: tl.tensor, lse: tl.tensor, target: tl.tensor, counts: tl.tensor,
     width: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """A row's logits become the gradients of its loss."""
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         value = tl.load(start_of_row + column, mask=column < width, other=0.0).to(tl.float32)
-        grad = tl.exp(value - whole) - tl.where(column == target, 1.0, 0.0)
+        grad = tl.exp(value - lse) - tl.where(column == target, 1.0, 0.0)
         grad = tl.where(counts, grad, 0.0)
         tl.store(start_of_row + column, grad.to(start_of_row.dtype.element_ty), mask=column < width)
 
@@ -69,37 +69,37 @@ def _entropy(
     start_of_row = logits + row * width
     target = tl.load(targets + row)
     # Read before anything is overwritten: the barrier below keeps other threads' writes behind it.
-    own = tl.load(start_of_row + tl.maximum(target, 0)).to(tl.float32)
-    whole = _sums(start_of_row, width, COLUMNS)
+    target_logit = tl.load(start_of_row + tl.maximum(target, 0)).to(tl.float32)
+    lse = _logsumexp(start_of_row, width, COLUMNS)
     counts = target >= 0
-    tl.store(losses + row, tl.where(counts, whole - own, 0.0))
+    tl.store(losses + row, tl.where(counts, lse - target_logit, 0.0))
     if LEARN:
         tl.debug_barrier()
-        _to_grads(start_of_row, whole, target, counts, width, COLUMNS)
+        _to_grads(start_of_row, lse, target, counts, width, COLUMNS)
 
 
 @triton.jit
 def _entropy_part(
-    logits: tl.tensor, targets: tl.tensor, first: tl.tensor, sums: tl.tensor, owns: tl.tensor,
+    logits: tl.tensor, targets: tl.tensor, first: tl.tensor, lses: tl.tensor, target_logits: tl.tensor,
     width: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start_of_row = logits + row * width
     target = tl.load(targets + row) - first
     mine = (target >= 0) & (target < width)
-    own = tl.load(start_of_row + tl.where(mine, target, 0)).to(tl.float32)
-    tl.store(owns + row, tl.where(mine, own, 0.0))
-    tl.store(sums + row, _sums(start_of_row, width, COLUMNS))
+    target_logit = tl.load(start_of_row + tl.where(mine, target, 0)).to(tl.float32)
+    tl.store(target_logits + row, tl.where(mine, target_logit, 0.0))
+    tl.store(lses + row, _logsumexp(start_of_row, width, COLUMNS))
 
 
 @triton.jit
 def _entropy_grad(
-    logits: tl.tensor, targets: tl.tensor, first: tl.tensor, wholes: tl.tensor,
+    logits: tl.tensor, targets: tl.tensor, first: tl.tensor, lses: tl.tensor,
     width: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    target, whole = tl.load(targets + row), tl.load(wholes + row)
-    _to_grads(logits + row * width, whole, target - first, target >= 0, width, COLUMNS)
+    target, lse = tl.load(targets + row), tl.load(lses + row)
+    _to_grads(logits + row * width, lse, target - first, target >= 0, width, COLUMNS)
 
 
 @triton.jit
@@ -132,15 +132,15 @@ def partial_logsumexp(logits_Tv: Tensor, targets_T: Tensor, first: int) -> Tenso
     return found_2T
 
 
-def logits_to_grads(logits_Tv: Tensor, targets_T: Tensor, first: int, whole_T: Tensor) -> None:
+def logits_to_grads(logits_Tv: Tensor, targets_T: Tensor, first: int, lse_T: Tensor) -> None:
     """Overwrite those columns' logits by the gradients of each token's loss.
 
     Args:
-        whole_T: the log of the sum of the exponentials of all columns.
+        lse_T: the log of the sum of the exponentials of all columns.
     """
     tokens, width = logits_Tv.shape
     if tokens:
-        _entropy_grad[(tokens,)](logits_Tv, targets_T, first, whole_T, **_shape(width))
+        _entropy_grad[(tokens,)](logits_Tv, targets_T, first, lse_T, **_shape(width))
 
 
 def linear_grads(x_TD: Tensor, weight_VD: Tensor, grad_TV: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

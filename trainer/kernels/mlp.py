@@ -42,8 +42,8 @@ def _split(
 
 @triton.jit
 def _router_state(
-    raw: tl.tensor, bias: tl.tensor, state: tl.tensor, scale: tl.tensor, weight: tl.tensor, handed: tl.tensor,
-    spread: tl.tensor, out: tl.tensor, rows: tl.tensor, eps: tl.tensor,
+    raw: tl.tensor, bias: tl.tensor, state: tl.tensor, scale: tl.tensor, weight: tl.tensor, next_state: tl.tensor,
+    rstds: tl.tensor, out: tl.tensor, rows: tl.tensor, eps: tl.tensor,
     width: tl.constexpr, CARRIED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -58,16 +58,16 @@ def _router_state(
         own += tl.load(state + place, mask=mask, other=0.0).to(tl.float32) * times
     # The sum takes the place of its first part.
     tl.store(raw + place, own, mask=mask)
-    tl.store(handed + place, own.to(handed.dtype.element_ty), mask=mask)
-    turn = tl.rsqrt(tl.sum(own * own, axis=1) / width + eps)
-    tl.store(spread + row, turn, mask=row < rows)
+    tl.store(next_state + place, own.to(next_state.dtype.element_ty), mask=mask)
+    rstd = tl.rsqrt(tl.sum(own * own, axis=1) / width + eps)
+    tl.store(rstds + row, rstd, mask=row < rows)
     w = tl.load(weight + column, mask=within, other=0.0).to(tl.float32)[None, :]
-    _split(own * turn[:, None] * w, out, row, column, mask, width, 3)
+    _split(own * rstd[:, None] * w, out, row, column, mask, width, 3)
 
 
 @triton.jit
 def _router_state_back(
-    own: tl.tensor, state: tl.tensor, scale: tl.tensor, weight: tl.tensor, spread: tl.tensor, given: tl.tensor,
+    own: tl.tensor, state: tl.tensor, scale: tl.tensor, weight: tl.tensor, rstds: tl.tensor, grad_out: tl.tensor,
     passed: tl.tensor, grad: tl.tensor, state_grad: tl.tensor, normed: tl.tensor, parts: tl.tensor, rows: tl.tensor,
     width: tl.constexpr, CARRIED: tl.constexpr, PASS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -82,12 +82,12 @@ def _router_state_back(
         row = (tl.program_id(0).to(tl.int64) * EACH + turn) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & within[None, :]
         place = row[:, None] * width + column[None, :]
-        length = tl.load(spread + row, mask=row < rows, other=0.0)[:, None]
-        value = tl.load(own + place, mask=mask, other=0.0) * length
-        g = tl.load(given + place, mask=mask, other=0.0)
+        rstd = tl.load(rstds + row, mask=row < rows, other=0.0)[:, None]
+        value = tl.load(own + place, mask=mask, other=0.0) * rstd
+        g = tl.load(grad_out + place, mask=mask, other=0.0)
         of_weight += tl.sum(g * value, axis=0)
         g = g * w
-        d = (g - value * (tl.sum(g * value, axis=1) / width)[:, None]) * length
+        d = (g - value * (tl.sum(g * value, axis=1) / width)[:, None]) * rstd
         if PASS:
             d += tl.load(passed + place, mask=mask, other=0.0).to(tl.float32)
         of_bias += tl.sum(d, axis=0)
@@ -120,7 +120,7 @@ def _router_gelu(
 
 @triton.jit
 def _router_gelu_back(
-    x: tl.tensor, bias: tl.tensor, given: tl.tensor, grad: tl.tensor, bent: tl.tensor, parts: tl.tensor, rows: tl.tensor,
+    x: tl.tensor, bias: tl.tensor, grad_out: tl.tensor, grad: tl.tensor, gelu: tl.tensor, parts: tl.tensor, rows: tl.tensor,
     width: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     column = tl.arange(0, COLUMNS)
@@ -134,10 +134,10 @@ def _router_gelu_back(
         value = tl.load(x + place, mask=mask, other=0.0) + b
         share = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
         bell = tl.exp(-0.5 * value * value) * 0.3989422804014327
-        d = tl.load(given + place, mask=mask, other=0.0) * (share + value * bell)
+        d = tl.load(grad_out + place, mask=mask, other=0.0) * (share + value * bell)
         total += tl.sum(d, axis=0)
         _split(d, grad, row, column, mask, width, 2)
-        _split(value * share, bent, row, column, mask, width, 2)
+        _split(value * share, gelu, row, column, mask, width, 2)
     tl.store(parts + tl.program_id(0) * width + column, total, mask=within)
 
 
@@ -202,18 +202,18 @@ class _Logits(torch.autograd.Function):
         count, turns = loop(rows, _ROWS, x_TD.device, 8)
         tile = {"width": width, "EACH": turns, "ROWS": _ROWS, "COLUMNS": next_power_of_2(width, 1 << 20)}
         high_TE = grad_TE.to(x_TD.dtype)
-        given = torch.cat((high_TE, (grad_TE - high_TE).to(x_TD.dtype)), dim=1)
+        grad_out = torch.cat((high_TE, (grad_TE - high_TE).to(x_TD.dtype)), dim=1)
         sums, grads = [], []
         layers = (second_TR, of.second_R, of.last_ER), (first_TR, of.first_R, of.second_RR)
         for inner_TR, bias_R, weight in layers:
-            back_TR = product(given, weight.repeat(2, 1))
-            bent, parts = x_TD.new_empty(rows, 2 * width), own_TR.new_empty(count, width)
-            to = torch.empty_like(bent)
-            _router_gelu_back[(count,)](inner_TR, bias_R, back_TR, to, bent, parts, rows, **tile)
-            grads.append(_grad(given, bent, weight))
+            back_TR = product(grad_out, weight.repeat(2, 1))
+            gelu, parts = x_TD.new_empty(rows, 2 * width), own_TR.new_empty(count, width)
+            to = torch.empty_like(gelu)
+            _router_gelu_back[(count,)](inner_TR, bias_R, back_TR, to, gelu, parts, rows, **tile)
+            grads.append(_grad(grad_out, gelu, weight))
             sums.append(parts.sum(dim=0).to(bias_R.dtype))
-            given = to
-        back_TR = product(given, of.first_RR.repeat(2, 1))
+            grad_out = to
+        back_TR = product(grad_out, of.first_RR.repeat(2, 1))
         normed, parts = x_TD.new_empty(rows, 2 * width), own_TR.new_empty(count, 3, width)
         to, state_grad = torch.empty_like(normed), torch.empty_like(state_TR) if ctx.carried else None
         _router_state_back[(count,)](
@@ -227,7 +227,7 @@ class _Logits(torch.autograd.Function):
         compress = product(to.t(), x_TD).view(2, width, -1).sum(dim=0).to(of.compress_RD.dtype)
         return (
             None, x_grad, state_grad, compress, bias, scale if ctx.carried else None, norm,
-            _grad(given, normed, of.first_RR), sums[1], grads[1], sums[0], grads[0],
+            _grad(grad_out, normed, of.first_RR), sums[1], grads[1], sums[0], grads[0],
         )  # fmt: skip
 
 
@@ -240,5 +240,5 @@ def mlp_logits(
         state_BSR: of the router before; None for none.
         eps: of the norm.
     """
-    given = (getattr(weights, name) for name in RouterWeights.__dataclass_fields__)
-    return _Logits.apply(eps, x_BSD, state_BSR, *given)
+    tensors = (getattr(weights, name) for name in RouterWeights.__dataclass_fields__)
+    return _Logits.apply(eps, x_BSD, state_BSR, *tensors)

@@ -19,7 +19,7 @@ from trainer.kernels.choice import loop, next_power_of_2
 
 @triton.jit
 def _norm(
-    x: tl.tensor, y: tl.tensor, weight: tl.tensor, out: tl.tensor, total: tl.tensor, scale: tl.tensor, rows: tl.tensor,
+    x: tl.tensor, y: tl.tensor, weight: tl.tensor, out: tl.tensor, total: tl.tensor, rstds: tl.tensor, rows: tl.tensor,
     width: tl.tensor, eps: tl.tensor,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -34,16 +34,16 @@ def _norm(
         kept = value.to(total.dtype.element_ty)
         tl.store(total + place, kept, mask=mask)
         value = kept.to(tl.float32)
-    spread = tl.rsqrt(tl.sum(value * value, axis=1) / width + eps)
-    tl.store(scale + row, spread, mask=row < rows)
+    rstd = tl.rsqrt(tl.sum(value * value, axis=1) / width + eps)
+    tl.store(rstds + row, rstd, mask=row < rows)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    result = value * spread[:, None] * w[None, :]
+    result = value * rstd[:, None] * w[None, :]
     tl.store(out + place, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _norm_back(
-    x: tl.tensor, weight: tl.tensor, scale: tl.tensor, given: tl.tensor, passed: tl.tensor, x_grad: tl.tensor,
+    x: tl.tensor, weight: tl.tensor, rstds: tl.tensor, grad_out: tl.tensor, sum_grad: tl.tensor, x_grad: tl.tensor,
     weight_grad: tl.tensor, rows: tl.tensor, width: tl.tensor,
     PASS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -55,21 +55,21 @@ def _norm_back(
         row = (tl.program_id(0).to(tl.int64) * EACH + turn) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & within[None, :]
         place = row[:, None] * width + column[None, :]
-        grad = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
-        spread = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
-        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * spread
+        grad = tl.load(grad_out + place, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstds + row, mask=row < rows, other=0.0)[:, None]
+        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * rstd
         total += tl.sum(grad * value, axis=0)
         grad = grad * w[None, :]
-        grad = (grad - value * (tl.sum(grad * value, axis=1) / width)[:, None]) * spread
+        grad = (grad - value * (tl.sum(grad * value, axis=1) / width)[:, None]) * rstd
         if PASS:
-            grad += tl.load(passed + place, mask=mask, other=0.0).to(tl.float32)
+            grad += tl.load(sum_grad + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(x_grad + place, grad.to(x_grad.dtype.element_ty), mask=mask)
     tl.store(weight_grad + tl.program_id(0) * width + column, total, mask=within)
 
 
 @triton.jit
 def _norm_rotate(
-    x: tl.tensor, weight: tl.tensor, cos: tl.tensor, sin: tl.tensor, out: tl.tensor, scale: tl.tensor, rows: tl.tensor,
+    x: tl.tensor, weight: tl.tensor, cos: tl.tensor, sin: tl.tensor, out: tl.tensor, rstds: tl.tensor, rows: tl.tensor,
     eps: tl.tensor, per_token: tl.tensor, sequence: tl.tensor,
     width: tl.constexpr, head: tl.constexpr, pairs: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -83,25 +83,25 @@ def _norm_rotate(
     first = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x + place + half, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        spread = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / width + eps)
-        tl.store(scale + row, spread, mask=row < rows)
+        rstd = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / width + eps)
+        tl.store(rstds + row, rstd, mask=row < rows)
         first *= (
-            spread[:, None]
+            rstd[:, None]
             * tl.load(weight + column, mask=pair < width // 2, other=0.0).to(tl.float32)[None, :]
         )
         other = tl.load(weight + column + half, mask=pair < width // 2, other=0.0).to(tl.float32)
-        second *= spread[:, None] * other[None, :]
+        second *= rstd[:, None] * other[None, :]
     angle = ((row // per_token) % sequence)[:, None] * pairs + (pair % half)[None, :]
-    turned = mask & (pair % half < pairs)[None, :]
-    c = tl.load(cos + angle, mask=turned, other=1.0)
-    s = tl.load(sin + angle, mask=turned, other=0.0)
+    rotated = mask & (pair % half < pairs)[None, :]
+    c = tl.load(cos + angle, mask=rotated, other=1.0)
+    s = tl.load(sin + angle, mask=rotated, other=0.0)
     tl.store(out + place, (first * c - second * s).to(out.dtype.element_ty), mask=mask)
     tl.store(out + place + half, (second * c + first * s).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _norm_rotate_back(
-    x: tl.tensor, weight: tl.tensor, cos: tl.tensor, sin: tl.tensor, scale: tl.tensor, given: tl.tensor,
+    x: tl.tensor, weight: tl.tensor, cos: tl.tensor, sin: tl.tensor, rstds: tl.tensor, grad_out: tl.tensor,
     x_grad: tl.tensor, weight_grad: tl.tensor, rows: tl.tensor, per_token: tl.tensor, sequence: tl.tensor,
     width: tl.constexpr, head: tl.constexpr, pairs: tl.constexpr, EACH: tl.constexpr, NORM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -119,22 +119,22 @@ def _norm_rotate_back(
         row = (tl.program_id(0).to(tl.int64) * EACH + turn) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & within[None, :]
         place = row[:, None] * width + column[None, :]
-        g1 = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
-        g2 = tl.load(given + place + half, mask=mask, other=0.0).to(tl.float32)
+        g1 = tl.load(grad_out + place, mask=mask, other=0.0).to(tl.float32)
+        g2 = tl.load(grad_out + place + half, mask=mask, other=0.0).to(tl.float32)
         angle = ((row // per_token) % sequence)[:, None] * pairs + (pair % half)[None, :]
-        turned = mask & (pair % half < pairs)[None, :]
-        c = tl.load(cos + angle, mask=turned, other=1.0)
-        s = tl.load(sin + angle, mask=turned, other=0.0)
+        rotated = mask & (pair % half < pairs)[None, :]
+        c = tl.load(cos + angle, mask=rotated, other=1.0)
+        s = tl.load(sin + angle, mask=rotated, other=0.0)
         d1, d2 = g1 * c + g2 * s, g2 * c - g1 * s
         if NORM:
-            spread = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
-            v1 = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * spread
-            v2 = tl.load(x + place + half, mask=mask, other=0.0).to(tl.float32) * spread
+            rstd = tl.load(rstds + row, mask=row < rows, other=0.0)[:, None]
+            v1 = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * rstd
+            v2 = tl.load(x + place + half, mask=mask, other=0.0).to(tl.float32) * rstd
             low += tl.sum(d1 * v1, axis=0)
             high += tl.sum(d2 * v2, axis=0)
             d1, d2 = d1 * w1, d2 * w2
             mean = (tl.sum(d1 * v1 + d2 * v2, axis=1) / width)[:, None]
-            d1, d2 = (d1 - v1 * mean) * spread, (d2 - v2 * mean) * spread
+            d1, d2 = (d1 - v1 * mean) * rstd, (d2 - v2 * mean) * rstd
         tl.store(x_grad + place, d1.to(x_grad.dtype.element_ty), mask=mask)
         tl.store(x_grad + place + half, d2.to(x_grad.dtype.element_ty), mask=mask)
     if NORM:
@@ -144,7 +144,7 @@ def _norm_rotate_back(
 
 @dataclass(frozen=True)
 class Rotation:
-    """How rows are turned: element i of a head's first half with element i of its second half, for the first P."""
+    """How rows are rotated: element i of a head's first half with element i of its second half, for the first P."""
 
     cos_SP: Tensor
     """By position, fp32 and contiguous."""
@@ -152,7 +152,7 @@ class Rotation:
     per_token: int
     """Rows of a token; rows of a sample's tokens follow one another."""
     head: int
-    """Columns of a head, of which all 2P are turned."""
+    """Columns of a head, of which all 2P are rotated."""
 
 
 def _tile(columns: int) -> tuple[int, int]:
@@ -169,27 +169,27 @@ class _Norm(torch.autograd.Function):
         x = x.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
-        out, scale_R = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        out, rstd_R = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
         total = x if y is None else torch.empty_like(x)
         columns = next_power_of_2(width, 1 << 20)
         each, warps = _tile(columns)
         if rows:
             _norm[(triton.cdiv(rows, each),)](
-                x, x if y is None else y.contiguous(), weight_W, out, total, scale_R, rows, width, eps,
+                x, x if y is None else y.contiguous(), weight_W, out, total, rstd_R, rows, width, eps,
                 ADD=y is not None, ROWS=each, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, weight_W, scale_R)
+        ctx.save_for_backward(total, weight_W, rstd_R)
         ctx.added = y is not None
         return out, total.view_as(total) if y is None else total
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, passed: Tensor | None
+        ctx: Any, grad: Tensor | None, sum_grad: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        total, weight_W, scale_R = ctx.saved_tensors
+        total, weight_W, rstd_R = ctx.saved_tensors
         if grad is None:
-            return passed, passed if ctx.added else None, None, None
+            return sum_grad, sum_grad if ctx.added else None, None, None
         grad = grad.contiguous()
         width = total.shape[-1]
         rows = total.numel() // width
@@ -200,8 +200,8 @@ class _Norm(torch.autograd.Function):
         x_grad = torch.empty_like(grad)
         if rows:
             _norm_back[(count,)](
-                total, weight_W, scale_R, grad, grad if passed is None else passed.contiguous(), x_grad, parts, rows,
-                width, PASS=passed is not None, EACH=turns, ROWS=each, COLUMNS=columns, num_warps=warps,
+                total, weight_W, rstd_R, grad, grad if sum_grad is None else sum_grad.contiguous(), x_grad, parts, rows,
+                width, PASS=sum_grad is not None, EACH=turns, ROWS=each, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
         weight_grad = parts.sum(dim=0).to(weight_W.dtype)
         return x_grad, x_grad if ctx.added else None, weight_grad, None
@@ -215,23 +215,23 @@ class _NormRotary(torch.autograd.Function):
         rows = x.numel() // width
         norm = weight_W is not None
         out = torch.empty_like(x)
-        scale_R = torch.empty(rows if norm else 0, dtype=torch.float32, device=x.device)
+        rstd_R = torch.empty(rows if norm else 0, dtype=torch.float32, device=x.device)
         columns = next_power_of_2(width // 2, 1 << 20)
         each, warps = _tile(2 * columns)
         if rows:
             _norm_rotate[(triton.cdiv(rows, each),)](
-                x, x if weight_W is None else weight_W, rotation.cos_SP, rotation.sin_SP, out, scale_R, rows, eps,
+                x, x if weight_W is None else weight_W, rotation.cos_SP, rotation.sin_SP, out, rstd_R, rows, eps,
                 rotation.per_token, rotation.cos_SP.shape[0], width=width, head=rotation.head,
                 pairs=rotation.cos_SP.shape[1],
                 NORM=norm, ROWS=each, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
-        ctx.save_for_backward(x if norm else None, weight_W, scale_R)
+        ctx.save_for_backward(x if norm else None, weight_W, rstd_R)
         ctx.rotation, ctx.shape = rotation, (rows, width)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, weight_W, scale_R = ctx.saved_tensors
+        x, weight_W, rstd_R = ctx.saved_tensors
         (rows, width), rotation = ctx.shape, ctx.rotation
         grad = grad.contiguous()
         norm = weight_W is not None
@@ -242,7 +242,7 @@ class _NormRotary(torch.autograd.Function):
         parts = torch.zeros(count if norm else 0, width, dtype=torch.float32, device=grad.device)
         if rows:
             _norm_rotate_back[(count,)](
-                grad if x is None else x, weight_W if norm else grad, rotation.cos_SP, rotation.sin_SP, scale_R, grad,
+                grad if x is None else x, weight_W if norm else grad, rotation.cos_SP, rotation.sin_SP, rstd_R, grad,
                 x_grad, parts, rows, rotation.per_token, rotation.cos_SP.shape[0], width=width, head=rotation.head,
                 pairs=rotation.cos_SP.shape[1], EACH=turns, NORM=norm, ROWS=each, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
@@ -250,10 +250,10 @@ class _NormRotary(torch.autograd.Function):
 
 
 def norm_rotary(x: Tensor, weight_W: Tensor | None, eps: float, rotation: Rotation | None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, then turned; without a weight turned alone, and the other way
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, then rotated; without a weight rotated alone, and the other way
     round. Same shape and dtype as `x`."""
     if rotation is None:
-        assert weight_W is not None, "neither normed nor turned"
+        assert weight_W is not None, "neither normed nor rotated"
         return _Norm.apply(x, None, weight_W, eps)[0]
     return _NormRotary.apply(x, weight_W, eps, rotation)
 

@@ -42,7 +42,7 @@ def _scaled_sum(
 @triton.jit
 def _scaled_sum_back(
     x: tl.tensor, y: tl.tensor, x_scale: tl.tensor, x_bias: tl.tensor, y_scale: tl.tensor, y_bias: tl.tensor,
-    given: tl.tensor, x_grad: tl.tensor, y_grad: tl.tensor, parts: tl.tensor, rows: tl.tensor, width: tl.tensor,
+    grad_out: tl.tensor, x_grad: tl.tensor, y_grad: tl.tensor, parts: tl.tensor, rows: tl.tensor, width: tl.tensor,
     EACH: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     # Row by row: sums over a tile's rows would have the warps wait for each other in every turn.
@@ -59,7 +59,7 @@ def _scaled_sum_back(
         row = tl.program_id(0).to(tl.int64) * EACH + turn
         mask = within & (row < rows)
         place = row * width + column
-        grad = tl.load(given + place, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_out + place, mask=mask, other=0.0).to(tl.float32)
         one = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         two = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
         grads += grad

@@ -53,38 +53,38 @@ def _route(
     value = tl.load(logits + token[:, None] * EXPERTS + expert[None, :], mask=mask, other=float("-inf"))
     value = tl.where(inside[:, None], value, tl.where(real[None, :], 0.0, float("-inf")))
     top = tl.max(value, axis=1)
-    raised = tl.exp(value - top[:, None])
-    total = tl.sum(raised, axis=1)
+    exps = tl.exp(value - top[:, None])
+    total = tl.sum(exps, axis=1)
     if SOFTMAX:  # noqa: SIM108  (distinguished when the kernel is compiled)
-        score = raised / total[:, None]
+        score = exps / total[:, None]
     else:
         score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
-    left = score
+    remaining = score
     if BIASED:
-        left = left + tl.load(bias + expert, mask=real, other=0.0)[None, :]
-    left = tl.where(real[None, :], tl.where(left > _LEAST, left, _LEAST), float("-inf"))
+        remaining = remaining + tl.load(bias + expert, mask=real, other=0.0)[None, :]
+    remaining = tl.where(real[None, :], tl.where(remaining > _LEAST, remaining, _LEAST), float("-inf"))
     hits = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
-    taken = tl.zeros([TOKENS], dtype=tl.float32)
+    weight_sum = tl.zeros([TOKENS], dtype=tl.float32)
     for k in tl.static_range(TOP):
-        best = tl.argmax(left, axis=1)
+        best = tl.argmax(remaining, axis=1)
         hit = expert[None, :] == best[:, None]
         weight = tl.sum(tl.where(hit, score, 0.0), axis=1)
-        taken += weight
+        weight_sum += weight
         tl.store(chosen + token * TOP + k, best.to(tl.int64), mask=inside)
         tl.store(weights + token * TOP + k, weight * scale, mask=inside)
         hits += tl.where(hit & inside[:, None], 1.0, 0.0)
-        left = tl.where(hit, float("-inf"), left)
+        remaining = tl.where(hit, float("-inf"), remaining)
     if RENORMALIZE:
-        left = score
+        remaining = score
         if BIASED:
-            left = left + tl.load(bias + expert, mask=real, other=0.0)[None, :]
-        left = tl.where(real[None, :], tl.where(left > _LEAST, left, _LEAST), float("-inf"))
+            remaining = remaining + tl.load(bias + expert, mask=real, other=0.0)[None, :]
+        remaining = tl.where(real[None, :], tl.where(remaining > _LEAST, remaining, _LEAST), float("-inf"))
         for k in tl.static_range(TOP):
-            best = tl.argmax(left, axis=1)
+            best = tl.argmax(remaining, axis=1)
             hit = expert[None, :] == best[:, None]
             weight = tl.sum(tl.where(hit, score, 0.0), axis=1)
-            tl.store(weights + token * TOP + k, weight / (taken + 1e-20) * scale, mask=inside)
-            left = tl.where(hit, float("-inf"), left)
+            tl.store(weights + token * TOP + k, weight / (weight_sum + 1e-20) * scale, mask=inside)
+            remaining = tl.where(hit, float("-inf"), remaining)
     number = sample * tl.num_programs(1) + block
     place = number.to(tl.int64) * EXPERTS + expert
     tl.store(counts + place, tl.sum(hits, axis=0).to(tl.int64), mask=real)
@@ -113,43 +113,43 @@ def _route_back(
     value = tl.load(logits + place, mask=mask, other=float("-inf"))
     value = tl.where(inside[:, None], value, tl.where(real[None, :], 0.0, float("-inf")))
     top = tl.max(value, axis=1)
-    raised = tl.exp(value - top[:, None])
-    total = tl.sum(raised, axis=1)
-    likely = raised / total[:, None]
+    exps = tl.exp(value - top[:, None])
+    total = tl.sum(exps, axis=1)
+    probability = exps / total[:, None]
     if SOFTMAX:  # noqa: SIM108  (distinguished when the kernel is compiled)
-        score = likely
+        score = probability
     else:
         score = tl.where(real[None, :], 1.0 / (1.0 + tl.exp(-value)), 0.0)
     grad = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
-    taken = tl.zeros([TOKENS], dtype=tl.float32)
-    moved = tl.zeros([TOKENS], dtype=tl.float32)
+    weight_sum = tl.zeros([TOKENS], dtype=tl.float32)
+    dot = tl.zeros([TOKENS], dtype=tl.float32)
     for k in tl.static_range(TOP):
         best = tl.load(chosen + token * TOP + k, mask=inside, other=0)
-        given = tl.load(weight_grad + token * TOP + k, mask=inside, other=0.0) * scale
+        chosen_grad = tl.load(weight_grad + token * TOP + k, mask=inside, other=0.0) * scale
         hit = expert[None, :].to(tl.int64) == best[:, None]
-        grad += tl.where(hit, given[:, None], 0.0)
+        grad += tl.where(hit, chosen_grad[:, None], 0.0)
         weight = tl.sum(tl.where(hit, score, 0.0), axis=1)
-        taken += weight
-        moved += given * weight
+        weight_sum += weight
+        dot += chosen_grad * weight
     if RENORMALIZE:
         # Only the chosen have a part in the sum.
-        within = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
+        selected = tl.zeros([TOKENS, WIDE], dtype=tl.float32)
         for k in tl.static_range(TOP):
             best = tl.load(chosen + token * TOP + k, mask=inside, other=0)
-            within += tl.where(expert[None, :].to(tl.int64) == best[:, None], 1.0, 0.0)
-        whole = taken + 1e-20
-        grad = (grad - within * (moved / whole)[:, None]) / whole[:, None]
+            selected += tl.where(expert[None, :].to(tl.int64) == best[:, None], 1.0, 0.0)
+        normalizer = weight_sum + 1e-20
+        grad = (grad - selected * (dot / normalizer)[:, None]) / normalizer[:, None]
     if SUMS:
-        even = tl.load(share_grad + sample * EXPERTS + expert, mask=real, other=0.0)[None, :]
-        everything = tl.sum(score, axis=1)[:, None]
-        grad += (even - tl.sum(even * score, axis=1)[:, None] / everything) / everything
+        mean_grad = tl.load(share_grad + sample * EXPERTS + expert, mask=real, other=0.0)[None, :]
+        score_sum = tl.sum(score, axis=1)[:, None]
+        grad += (mean_grad - tl.sum(mean_grad * score, axis=1)[:, None] / score_sum) / score_sum
     if SOFTMAX:  # noqa: SIM108
         result = score * (grad - tl.sum(score * grad, axis=1)[:, None])
     else:
         result = grad * score * (1.0 - score)
     if SUMS:
         lse = top + tl.log(total)
-        result += likely * (2.0 * tl.load(square_grad) * lse)[:, None]
+        result += probability * (2.0 * tl.load(square_grad) * lse)[:, None]
     tl.store(out + place, result, mask=mask)
 
 

@@ -64,7 +64,7 @@ def _combine(
 
 @triton.jit
 def _weighted_back(
-    y: tl.tensor, given: tl.tensor, pair: tl.tensor, weights: tl.tensor, y_grad: tl.tensor,
+    y: tl.tensor, grad_out: tl.tensor, pair: tl.tensor, weights: tl.tensor, y_grad: tl.tensor,
     weight_grad: tl.tensor, rows: tl.tensor,
     width: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -77,7 +77,9 @@ def _weighted_back(
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < width)[None, :]
-        grad = tl.load(given + token[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_out + token[:, None] * width + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         place = row[:, None] * width + column[None, :]
         value = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(value * grad, axis=1)
@@ -104,9 +106,9 @@ def _combine_rows(parts: Sequence[Tensor], back_TK: Tensor, weights_TK: Tensor |
     each = max(1, 2048 // columns)
     if tokens:
         grid = (triton.cdiv(tokens, each), triton.cdiv(width, columns))
-        given = back_TK if weights_TK is None else weights_TK
+        grad_out = back_TK if weights_TK is None else weights_TK
         _combine[grid](
-            y_RD, more_RD, back_TK, given, out, tokens, width, len(y_RD),
+            y_RD, more_RD, back_TK, grad_out, out, tokens, width, len(y_RD),
             TOP=top, WEIGHTED=weights_TK is not None, MORE=len(parts) > 1, TOKENS=each, COLUMNS=columns,
         )  # fmt: skip
     return out

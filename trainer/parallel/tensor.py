@@ -87,12 +87,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parts_n2T = exchange.all_gather_raw(
             kernels.partial_logsumexp(logits_Tv, targets_T, first).unsqueeze(0), axis, 0
         )
-        whole_T, own_T = parts_n2T[:, 0].logsumexp(dim=0), parts_n2T[:, 1].sum(dim=0)
+        lse_T, logit_T = parts_n2T[:, 0].logsumexp(dim=0), parts_n2T[:, 1].sum(dim=0)
         if learn:
-            kernels.logits_to_grads(logits_Tv, targets_T, first, whole_T)
+            kernels.logits_to_grads(logits_Tv, targets_T, first, lse_T)
             ctx.save_for_backward(x_BSD, weight_vD, logits_Tv)
             ctx.axis = axis
-        losses_BS = torch.where(targets_T >= 0, whole_T - own_T, 0.0).view_as(targets_BS)
+        losses_BS = torch.where(targets_T >= 0, lse_T - logit_T, 0.0).view_as(targets_BS)
         return losses_BS.chunk(axis.size, 1)[axis.index].sum()
 
     @staticmethod

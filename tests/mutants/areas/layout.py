@@ -329,10 +329,10 @@ MUTANTS = [
         _PARTS,
     ),
     Mutant(
-        "tokens with targets in parts before it have no grad",
+        "tokens with targets in parts before it have no gradient",
         _LOSS,
-        "whole, target - first, target >= 0, width",
-        "whole, target - first, target >= first, width",
+        "lse, target - first, target >= 0, width",
+        "lse, target - first, target >= first, width",
         _PARTS.replace("20000", "300"),  # where its share of a gradient's norm is large enough
     ),
     Mutant(
@@ -394,8 +394,8 @@ MUTANTS = [
     Mutant(
         "tokens that don't count have a loss by kernels",
         _TENSOR,
-        "losses_BS = torch.where(targets_T >= 0, whole_T - own_T, 0.0)",
-        "losses_BS = (whole_T - own_T)",
+        "losses_BS = torch.where(targets_T >= 0, lse_T - logit_T, 0.0)",
+        "losses_BS = (lse_T - logit_T)",
         _KERNELS,
     ),
     Mutant(

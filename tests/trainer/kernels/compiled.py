@@ -195,7 +195,7 @@ def kernels() -> set[str]:
 
 
 CALLED = {
-    "compressed._halves", "compressed._normed_back", "compressed._whole", "loss._sums", "loss._tile", "loss._to_grads",
+    "compressed._halves", "compressed._normed_back", "compressed._whole", "loss._logsumexp", "loss._tile", "loss._to_grads",
     "mlp._split", "sorting._key",
 }  # fmt: skip
 """Functions of other kernels."""
