@@ -38,13 +38,13 @@ class State(StrEnum):
 
 MEANINGS: dict[State, str] = {
     State.QUEUED: "waits for slots; its position and what it waits for are in `list`",
-    State.PLACING: "its bundles are being reserved on the chosen nodes",
+    State.PLACING: "Ray reserves its slots on the chosen nodes",
     State.STARTING: "its ranks are being started; no step is finished yet",
     State.RUNNING: "at least one step of this attempt is finished",
-    State.RECOVERING: "an attempt ended by a fault; it backs off before it queues again, keeping its place",
-    State.CANCELLING: "its ranks are being stopped because the user asked",
+    State.RECOVERING: "an attempt ended with a fault; it waits for its back-off, then queues again in its old position",
+    State.CANCELLING: "the user cancelled it; its ranks save and end",
     State.SUCCEEDED: "all steps are trained and the last checkpoint is committed, or all cases are measured",
-    State.FAILED: "it ended by a fault that a restart doesn't mend, or the restarts are used up",
+    State.FAILED: "it ended with a fault that a restart doesn't fix, or no restarts are left",
     State.CANCELLED: "it was stopped by the user; `resume` continues it from its last checkpoint",
 }
 
@@ -113,7 +113,7 @@ class Reason(StrEnum):
     def next_step(self, run_id: str) -> str:
         """What a person types next when a run ended for this reason; empty where nothing is to be done."""
         if self in (Reason.USER_ERROR, Reason.RESTARTS_EXHAUSTED):
-            return f"{PROGRAM} logs {run_id}; mend the cause, then {PROGRAM} resume {run_id}"
+            return f"{PROGRAM} logs {run_id}; fix the cause, then {PROGRAM} resume {run_id}"
         if self in (Reason.CANCEL_ASKED, Reason.CLUSTER_DOWN, Reason.STOPPED):
             return f"{PROGRAM} resume {run_id}"
         if self is Reason.WALL_TIME:

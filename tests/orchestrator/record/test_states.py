@@ -36,7 +36,7 @@ def test_every_state_has_a_row_and_a_meaning() -> None:
     assert set(TRANSITIONS) == set(State) == set(MEANINGS)
     text = table()
     assert text.count("\n") == len(State) + 2
-    assert "| `cancelling` | its ranks are being stopped because the user asked | `cancelled` |" in text
+    assert "| `cancelling` | the user cancelled it; its ranks save and end | `cancelled` |" in text
 
 
 def test_no_move_leads_from_a_state_to_itself() -> None:
