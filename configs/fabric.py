@@ -1,4 +1,4 @@
-"""Configuration of what concerns the fabric: what is measured of it, and how its library is set up."""
+"""Configuration of fabric measurements, and of the communication library."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CollectivesConfig(Section):
     """Library under torch.distributed; auto: nccl (RCCL under ROCm) on GPUs, gloo elsewhere."""
     timer: Literal["auto", "host", "events", "graph"] = "auto"
     """How calls are launched on a GPU: `graph`: replayed (`-G`); `events`: one by one; `host`: each waited for; auto: a
-    graph where Python's launch would show, else one by one. CPUs know `host` alone, and refuse `graph`."""
+    graph where Python's launch would show, else one by one. CPUs support only `host` and refuse `graph`."""
     sync: Literal["loop", "wait", "barrier"] = "loop"
     """`loop`: back to back, as nccl-tests measures; `wait`: each is waited for (`-z 2`); `barrier`: a barrier, outside of
     the time, before each (`-z 3`)."""
@@ -77,9 +77,9 @@ class CollectivesConfig(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of that interval."""
     seconds_per_size: Annotated[float, Field(gt=0)] = 10.0
-    """Time to plan for one size, even where its precision needs more."""
+    """Most seconds to plan for one size, even if its precision needs more."""
     passes: Positive = 1
-    """Times that the whole sweep is gone through, so that slow drift shows as spread."""
+    """Passes over the whole sweep, so that slow drift shows as spread."""
     check: NonNegative = 1
     """Times that every element is compared with its exact value, in calls that aren't timed (`-c`); 0: never."""
     seed: NonNegative = 1
@@ -89,11 +89,11 @@ class CollectivesConfig(Section):
     )  # fmt: skip
     """Routing of the `moe` study."""
     record: str | None = None
-    """Folder of a training run whose recorded expert loads are played back by the `moe` study, as well."""
+    """Folder of a training run whose recorded expert loads the `moe` study replays too."""
     tokens: Positive = 1024
     """Tokens of each rank in the `moe` study; width, experts and top_k are the model's."""
     imbalances: Annotated[tuple[float, ...], AsWords] = (1.0, 1.25, 1.5, 2.0, 4.0)
-    """Most loaded rank over the mean: points of the curve of what imbalance costs."""
+    """Load imbalances (most loaded rank over the mean) at which the `moe` study measures their cost."""
     chunks: Positive = 2
     """Parts that dispatch, experts and combine are cut into, so that they overlap."""
     probe_size: Bytes | None = None
@@ -101,7 +101,7 @@ class CollectivesConfig(Section):
     probe_repeats: Positive = 10
     """Messages in each direction of each pair and pass, in the `faults` study."""
     slow_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """Rate over that of peers, baseline or hardware limit below which something is called slow."""
+    """Fraction of the rate of peers, baseline or hardware limit below which something counts as slow."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

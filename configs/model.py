@@ -54,8 +54,8 @@ class RouterConfig(Section):
     losses_over_layers: Literal["sum", "mean"] = "sum"
     """Whether the auxiliary losses of the layers are added (Megatron, DeepSeek) or averaged (MegaBlocks, so OLMoE)."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    """Rows that an expert takes of one sample, as a multiple of the even share; what is over is dropped and counted.
-    None: nothing is dropped."""
+    """Expert capacity per sample, as a multiple of the even share; tokens beyond it are dropped and counted. None: nothing
+    is dropped."""
 
     def bias_rate(self, experts: int) -> float:
         """Step of the balancing bias, with the automatic value worked out."""
@@ -115,8 +115,8 @@ class ModelConfig(Section):
     dense_layers: NonNegative = 0
     """Leading layers with a dense SwiGLU instead of experts."""
     moe_every: Positive = 1
-    """Period of the layers with experts after those: the ones whose number in the whole model, counted from 1, is a
-    multiple of it (Llama 4 Maverick: 2). The others are dense."""
+    """After those, only layers whose number in the whole model, counted from 1, is a multiple of it have experts (Llama 4
+    Maverick: 2). The others are dense."""
     dense_width: NonNegative = 0
     """Inner width of the dense layers."""
     gated: bool = True
@@ -156,7 +156,7 @@ class ModelConfig(Section):
     router: RouterConfig = RouterConfig()
     """Routing and balancing."""
     left_out: Annotated[tuple[str, ...], AsWords] = ()
-    """What the `config.json` that the model was read from has besides; the plan and `size` name it. Empty for presets."""
+    """What the model's `config.json` has and this trainer lacks; the plan and `size` name it. Empty for presets."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

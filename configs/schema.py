@@ -55,17 +55,17 @@ class ParallelConfig(Section):
     etp: Devices | None = 1
     """Tensor-parallel size inside an expert; auto: searched."""
     zero: Literal[1, 2, 3] = 1
-    """What is split over dp * cp: 1 the optimizer's state, 2 gradients too, 3 weights too (gathered for each use)."""
+    """ZeRO stage over dp * cp: 1 shards the optimizer's state, 2 gradients too, 3 weights too (gathered for each use)."""
     schedule: Literal["1f1b", "interleaved", "zbv"] = "1f1b"
-    """Pipeline schedule: one forward one backward; several model chunks on each rank; or zero bubble, with two in a V."""
+    """Pipeline schedule: `1f1b`; `interleaved`: 1F1B with several chunks on each rank; `zbv`: zero bubble, two in a V."""
     chunks: Positive = 1
     """Model chunks on each pipeline rank under `interleaved`; `zbv` always has 2."""
     lend_rows: Positive | None = None
-    """Rows of an expert in a micro-batch from which on a rank of ep whose experts have more rows than others' lends it to
-    one of those: weights go there, their gradient comes back. Inside a node, where tokens are gathered (1 < ep <= top_k,
-    etp 1) and the schedule isn't `zbv`; e.g. 2048. null: never; where it isn't set, auto axes may set it."""
+    """Expert lending: a less loaded rank of ep computes a hot expert of at least so many rows (token-expert pairs of a
+    micro-batch), e.g. 2048. Only inside a node, where tokens are gathered (1 < ep <= top_k, etp 1), and not under `zbv`.
+    null: never; if it isn't set, auto axes may set it."""
     context: Literal["gather", "ulysses"] = "gather"
-    """Context parallelism: keys and values are gathered (as ZAYA1), or heads are exchanged for tokens (Ulysses)."""
+    """`gather`: all-gather of keys and values (as ZAYA1); `ulysses`: all-to-all between tokens and heads."""
 
     @property
     def open(self) -> tuple[str, ...]:
@@ -90,9 +90,9 @@ class ResilienceConfig(Section):
     backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
     """Wait before the second restart without progress; the first doesn't wait, each further one waits twice as long."""
     shrink_after: Annotated[float, Field(ge=0)] | None = 60.0
-    """Seconds that a run waits for lost nodes before it continues in a smaller layout until they return; None: forever."""
+    """Seconds to wait for lost nodes before the run continues in a smaller layout until they return. None: forever."""
     wall_hours: Annotated[float, Field(gt=0)] | None = None
-    """Longest time that the ranks may run, over all attempts; the run saves and stops then. None: no limit."""
+    """Hours that the ranks may run, over all attempts, before the run saves and stops. None: no limit."""
     timeouts: Timeouts = Timeouts()
     """Every timeout, derived from one dial."""
 
@@ -114,7 +114,7 @@ class RunConfig(Section):
     name: Name | None = None
     """Prefix of the run id; None: the model's name."""
     resume: str | None = None
-    """Where a new run begins: a run's id, or the folder or URL of checkpoints or of one step; only read. None: step 0."""
+    """State that a new run starts from: a run's id, or a folder or URL of checkpoints or of a step. None: step 0."""
     workload: Literal["train", "collectives"] = "train"
     """The program that the gang runs on every rank: training, or measuring the fabric between the ranks."""
     model: ModelConfig

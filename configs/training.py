@@ -20,7 +20,7 @@ class DataConfig(Section):
     path: str | None = None
     """Text, jsonl or parquet: a file, folder, glob or fsspec URL. None: the Python standard library's source."""
     mixture: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Several paths with their weights, instead of `path`: the share of the samples that each gives."""
+    """Several paths with their shares of the samples, instead of `path`."""
     text_field: str = "text"
     """Column or key that holds the text in jsonl and parquet."""
     score_field: str | None = None
@@ -32,9 +32,9 @@ class DataConfig(Section):
     end_token: str | None = None
     """Text of the token between documents, such as `<|endoftext|>`; None: the tokenizer's own, where it has one."""
     sequence: Positive = 256
-    """Tokens per sample that the loss is taken over."""
+    """Tokens per sample."""
     document_mask: bool = True
-    """Whether attention stays within a document where a sample holds several."""
+    """Whether attention stays within a document if a sample holds several."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents that is held out of training, for `train.evaluate_every`."""
     cache: str | None = None
@@ -66,7 +66,7 @@ class OptimConfig(Section):
     warmup_steps: NonNegative = 100
     """Steps of linear warm-up from 0."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Way from `lr` to `min_lr`; `wsd` stays at `lr` and falls linearly over the last `decay_steps`."""
+    """Curve from `lr` to `min_lr`; `wsd` stays at `lr` and falls linearly over the last `decay_steps`."""
     decay_steps: Positive | None = None
     """Steps of `wsd`'s decay; None: a tenth of all steps."""
     beta1: Fraction = 0.9
@@ -127,13 +127,13 @@ class TrainConfig(Section):
     engine: EngineName | None = None
     """`native`: torch's FSDP2, every layout; `deepspeed`: ZeRO 1 and 2 on dp and ep; auto: native."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again to save memory: nothing, the feed-forward part of each block, or each block."""
+    """What the backward pass recomputes to save memory: nothing, the feed-forward part of each block, or whole blocks."""
     deterministic: bool = False
-    """Bit for bit the same results on GPUs, at a cost in speed; on CPUs they are so anyway."""
+    """Bitwise reproducible results on GPUs, at a cost in speed; on CPUs they always are."""
     max_skipped: Positive = 10
-    """Steps in a row whose gradients are not finite before the run fails; each is skipped whole, and counted."""
+    """The run fails after so many steps in a row whose gradients aren't finite; each is skipped and counted."""
     evaluate_every: NonNegative = 0
-    """Steps between losses on the held-out documents; 0 for none."""
+    """Steps between evaluations of the loss on held-out documents; 0: none."""
     evaluate_samples: Positive = 64
     """Samples of one evaluation."""
     seed: NonNegative = 1234
@@ -158,28 +158,28 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved. Under `young_daly` the first interval, until a save was
     measured."""
     interval: Literal["fixed", "young_daly"] = "fixed"
-    """fixed: `every`; young_daly: the interval that loses least to saves and to steps that are trained again, from what
-    saves were measured to cost and how often the run fails (Young 1974, Daly 2006)."""
+    """fixed: `every`; young_daly: the interval that loses least to saves and to lost work, from the measured cost of saves
+    and the failure rate of the run (Young 1974, Daly 2006)."""
     mtbf_hours: Annotated[float, Field(gt=0)] = 24.0
-    """Mean time between failures of the whole gang that `young_daly` begins with; what the run has met corrects it."""
+    """Mean time between failures of the whole gang that `young_daly` starts from; the run's own failures correct it."""
     budget: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Largest share of the time that saves may hold training under `young_daly`."""
+    """Largest share of the time that saves may block training under `young_daly`."""
     path: str | None = None
     """Folder or fsspec URL; None: `<run>/checkpoints`."""
     keep: Positive = 2
     """Newest committed checkpoints that are kept; older ones are removed after a new one is committed."""
     keep_every: Positive | None = None
-    """Checkpoints whose step is a multiple of it are kept for good; None: none of them."""
+    """Checkpoints whose step is a multiple of it are never removed; None: none of them."""
     background: bool = True
-    """Whether a save is written beside training, which then waits for the copy in memory alone."""
+    """Whether saves are written in the background, so that training waits only for the copy to host memory."""
     busy: Literal["wait", "skip"] = "wait"
-    """What a save does while the one before is still being written: wait for it, or be left out and say so."""
+    """What a save does while the last one is still being written: wait for it, or be skipped with a message."""
     memory_every: Positive | None = None
-    """Steps between snapshots in the memory of the ranks' nodes and of other nodes, which the next attempt reads before
+    """Steps between in-memory snapshots, on the ranks' nodes and a copy on other nodes, which the next attempt tries before
     storage; None: none."""
     compare: Literal["none", "warn", "stop"] = "warn"
-    """What happens before a save where ranks' copies of the same state differ: `warn` says so in rank 0's log and saves,
-    `stop` ends the attempt without saving and has the host of a wrong copy evicted, `none` doesn't compare. Unlike devices
-    round differently, and so may ranks of a library whose sums of three numbers and more aren't equal on all ranks."""
+    """What happens if ranks' copies of the same state differ before a save: `warn` reports it in rank 0's log and saves,
+    `stop` ends the attempt without saving and evicts the host of a wrong copy, `none` doesn't compare (for mixed devices,
+    and for a library whose sums of three or more numbers aren't equal on all ranks: copies differ by rounding there)."""
     max_failed: Positive = 3
     """Failed saves in a row that open an incident; training continues."""
