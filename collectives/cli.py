@@ -98,21 +98,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=PROGRAM, description=__doc__)
+    parser = OneLineParser(
+        prog=PROGRAM, description="Measure a cluster's network or one device, and find what is slow."
+    )
     commands = parser.add_subparsers(dest="verb", required=True)
-    run = commands.add_parser("run", help="measure: ranks are started here, or by torchrun, srun or mpirun")
+    run = commands.add_parser(
+        "run", help="measure collectives; ranks are started here, or by torchrun, srun or mpirun"
+    )
     _add_overrides(run)
     run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a measurement")
     run.add_argument("--ranks", type=int, help="ranks to start on this machine; default: its GPUs, or 2")
     run.add_argument("--out", type=Path, help="folder of the measurement; an interrupted one is resumed")
-    run.add_argument("--ops", metavar="NAMES", help="operations, with commas")
+    run.add_argument("--ops", metavar="NAMES", help="operations, separated by commas")
     flags.add(run.add_argument_group("nccl-tests' flags"))
     run.set_defaults(command=_run)
     _add_reading(commands)
-    device = commands.add_parser("device", help="matmul and copy rates of one device, for sizing")
+    device = commands.add_parser("device", help="measure matmul and copy rates of one device, for sizing")
     _add_overrides(device)
     device.add_argument("--name", help="name of the profile under configs/profiles/device")
-    device.add_argument("--seconds", type=float, default=180.0, help="time to spend")
+    device.add_argument("--seconds", type=float, default=180.0, help="seconds to spend (180)")
     device.add_argument("--against", metavar="PROFILE", help="compare with a profile, by name or path")
     device.set_defaults(command=_device)
     return parser
@@ -126,16 +130,20 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
 
 def _add_reading(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     """Commands that read a measurement."""
-    fit = commands.add_parser("fit", help="latency and bandwidth by region of sizes, as a fabric profile")
+    fit = commands.add_parser("fit", help="fit latency and bandwidth by message size, as a fabric profile")
     fit.add_argument("--name", help="name of the profile under configs/profiles/fabric")
-    fit.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
+    fit.add_argument("--confidence", type=float, default=0.95, help="confidence level of intervals (0.95)")
     fit.set_defaults(command=_fit)
-    compare = commands.add_parser("compare", help="against a baseline, the hardware's limit and peers")
+    compare = commands.add_parser(
+        "compare", help="compare with a baseline, the hardware's limit and peers; exit code 3 if slow"
+    )
     compare.add_argument("--baseline", type=Path, help="an earlier measurement of the same")
-    compare.add_argument("--tolerance", type=float, default=0.1, help="share by which a rate may fall")
+    compare.add_argument(
+        "--tolerance", type=float, default=0.1, help="fraction by which a rate may fall (0.1)"
+    )
     compare.add_argument("--json", action="store_true", help="findings as JSON")
     compare.set_defaults(command=_compare)
-    report = commands.add_parser("report", help="plots as PNG and a page that stands alone")
+    report = commands.add_parser("report", help="write plots as PNG and a self-contained HTML page")
     report.add_argument("--baseline", type=Path, help="an earlier measurement to compare with")
     report.set_defaults(command=_report)
     for command in (fit, compare, report):

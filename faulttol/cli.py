@@ -1,4 +1,4 @@
-"""The command line of `python -m faulttol`: look at checkpoints, prove, compare, cut, convert, grow and remove them."""
+"""The command line of `python -m faulttol`: inspect, verify, compare, reshard, convert, grow and prune checkpoints."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _answer(options: argparse.Namespace) -> CommandResult:
         return acts.ACTS[options.command](options)
     except OSError as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise _NotReached(f"{options.command} has failed: {why}; mend that, or name another place") from None
+        raise _NotReached(f"{options.command} has failed: {why}; fix that, or name another place") from None
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -109,7 +109,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """The parser, and those of the commands by name."""
-    parser = OneLineParser(prog=PROGRAM, description=__doc__)
+    parser = OneLineParser(
+        prog=PROGRAM, description="Inspect, verify, compare, reshard, convert, grow and prune checkpoints."
+    )
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser
     )
@@ -127,11 +129,11 @@ def _parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     _add_timeline(add)
     add("bench", "measure saving and resharding against others, in one run", json=False)
     preflight = add(
-        "preflight", "look whether this node is fit to serve: memory, devices, arithmetic, network"
+        "preflight", "check whether this node is fit for work: memory, devices, arithmetic, network"
     )
-    preflight.add_argument("--peers", default="", metavar="HOST:PORT,…", help="neighbours that it must reach")
-    preflight.add_argument("--quick", action="store_true", help="leave the arithmetic out, which needs torch")
-    run = add("run", "measure; each rank is one process, as torchrun starts them", json=False)
+    preflight.add_argument("--peers", default="", metavar="HOST:PORT,…", help="nodes that it must reach")
+    preflight.add_argument("--quick", action="store_true", help="skip the arithmetic, which needs torch")
+    run = add("run", "measure the fabric as a rank of a gang, as torchrun starts it", json=False)
     run.add_argument(
         "--config", type=Path, required=True, help="a resolved configuration, as saved with a run"
     )
@@ -141,44 +143,42 @@ def _parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
 def _place(command: OneLineParser) -> None:
     """Options that name one checkpoint."""
     command.add_argument("path", metavar="PATH", help=_PATH)
-    command.add_argument("--step", type=_natural, metavar="N", help="that step; the newest without")
+    command.add_argument("--step", type=_natural, metavar="N", help="step to use; by default the newest")
     command.add_argument(
-        "--attempt", type=_natural, metavar="N", help="where several attempts saved the step"
+        "--attempt", type=_natural, metavar="N", help="attempt to use, if several saved the step"
     )
 
 
 def _dry(command: OneLineParser) -> None:
     command.add_argument(
-        "--dry-run", action="store_true", help="only tell bytes read, written and moved, and peak memory"
+        "--dry-run", action="store_true", help="only show bytes read, written and moved, and peak memory"
     )
 
 
 def _add_timeline(add: _Add) -> None:
     parser = add("timeline", "write what all ranks did as a timeline for Perfetto or chrome://tracing")
     parser.add_argument("run", metavar="RUN", help="a run's id or folder")
-    parser.add_argument("--attempt", type=int, metavar="N", help="that attempt; the newest without")
+    parser.add_argument("--attempt", type=int, metavar="N", help="attempt to use; by default the newest")
+    parser.add_argument("--steps", metavar="A:B", help="steps from A to B - 1; by default the last 20")
+    parser.add_argument("--ranks", metavar="A:B", help="ranks from A to B - 1; by default all")
     parser.add_argument(
-        "--steps", metavar="A:B", help="steps from A up to but without B; the last 20 without"
-    )
-    parser.add_argument("--ranks", metavar="A:B", help="ranks from A up to but without B; all without")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to write; timeline-RUN-ATTEMPT.json without"
+        "--out", type=Path, metavar="FILE", help="file to write; by default timeline-RUN-ATTEMPT.json"
     )
 
 
 def _add_reading(add: _Add) -> None:
-    inspect = add("inspect", "what is there: steps, attempts, layouts, tensors, bytes, facts, pins")
+    inspect = add("inspect", "show steps, attempts, layouts, tensors, bytes, facts and pins")
     _place(inspect)
     inspect.add_argument(
         "--tensors", nargs="?", const="*", metavar="PATTERN", help="list tensors, such as '*experts*'"
     )
-    verify = add("verify", "read everything and compare it with its digests; exit code 1 where it is damaged")
+    verify = add("verify", "read everything and check its digests; exit code 1 if it is damaged")
     _place(verify)
     verify.add_argument(
-        "--all", action="store_true", help="every checkpoint of the folder, not the newest alone"
+        "--all", action="store_true", help="every checkpoint of the folder, not only the newest"
     )
     _dry(verify)
-    diff = add("diff", "compare two checkpoints tensor by tensor; exit code 1 where they differ")
+    diff = add("diff", "compare two checkpoints tensor by tensor; exit code 1 if they differ")
     diff.add_argument("path", metavar="FIRST", help=_PATH)
     diff.add_argument("other", metavar="SECOND", help=_PATH)
 
@@ -186,45 +186,49 @@ def _add_reading(add: _Add) -> None:
 def _add_writing(add: _Add) -> None:
     reshard = add("reshard", "rewrite a checkpoint as the files of another layout, in another folder")
     _place(reshard)
-    _out(reshard, "folder or URL for it; not the run's own")
+    _out(reshard, "folder or URL to write; not the run's own")
     how = reshard.add_mutually_exclusive_group(required=True)
-    how.add_argument("--files", type=_positive, metavar="N", help="as N files of about the same size")
-    how.add_argument("--layout", metavar="AXES", help="as the files of a layout, such as pp=2,dp=4,ep=4")
+    how.add_argument("--files", type=_positive, metavar="N", help="write N files of about the same size")
+    how.add_argument("--layout", metavar="AXES", help="write the files of a layout, such as pp=2,dp=4,ep=4")
     reshard.add_argument(
         "--check",
         action="store_true",
-        help="compare the hashes of all tensors afterwards: reads both once more",
+        help="compare the hashes of all tensors afterwards, which reads both again",
     )
     _dry(reshard)
-    prune = add("prune", "remove what the retention doesn't keep, or steps; pin what is to stay")
+    prune = add("prune", "remove checkpoints that the retention doesn't keep, or given steps; pin others")
     prune.add_argument("path", metavar="PATH", help=_PATH)
     prune.add_argument("--step", type=_natural, metavar="N", help="the step to pin or unpin")
     prune.add_argument(
-        "--keep", type=_positive, metavar="N", help="keep the last N; as configured by default"
+        "--keep", type=_positive, metavar="N", help="keep the last N; by default as configured"
     )
     prune.add_argument("--keep-every", type=_positive, metavar="K", help="keep steps that are multiples of K")
     prune.add_argument("--steps", metavar="N,N", help="remove these steps, whatever the retention says")
-    prune.add_argument("--pin", metavar="NAME", help="keep a step for good, under a name; nothing is removed")
-    prune.add_argument("--unpin", metavar="NAME", help="take a pin away; nothing is removed")
-    prune.add_argument("--interrupted", action="store_true", help="also what interrupted saves left")
+    prune.add_argument(
+        "--pin", metavar="NAME", help="keep a step under a name until --unpin; removes nothing"
+    )
+    prune.add_argument("--unpin", metavar="NAME", help="remove a pin; removes no checkpoint")
+    prune.add_argument("--interrupted", action="store_true", help="also remove files of interrupted saves")
     prune.add_argument(
         "--verify",
         action="store_true",
-        help="read everything first, so that what is damaged inside doesn't count",
+        help="read everything first, so that damaged checkpoints don't count as kept",
     )
     prune.add_argument("--yes", "-y", action="store_true", help="do not ask")
-    prune.add_argument("--dry-run", action="store_true", help="only tell what would go, and why")
+    prune.add_argument("--dry-run", action="store_true", help="only show what would be removed, and why")
 
 
 def _add_converting(add: _Add) -> None:
-    export = add("export", "weights as Hugging Face safetensors, or all of it as torch's DCP")
+    export = add("export", "write weights as Hugging Face safetensors, or the whole state as torch's DCP")
     _place(export)
     _out(export, "folder for the files")
     export.add_argument("--to", choices=("hf", "dcp"), default="hf", help="format; hf by default")
-    export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of hf's weights")
-    export.add_argument("--shard-size", type=_bytes, default="5G", metavar="BYTES", help="most of one file")
+    export.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of hf's weights; bf16 by default"
+    )
+    export.add_argument("--shard-size", type=_bytes, default="5G", metavar="BYTES", help="largest file (5G)")
     _dry(export)
-    importing = add("import", "make a checkpoint of another program's files")
+    importing = add("import", "make a checkpoint from another program's files")
     importing.add_argument("path", metavar="PATH", help="folder of the files")
     importing.add_argument(
         "overrides", nargs="*", metavar="field=value", help="model and optimizer that training continues with"
@@ -238,21 +242,30 @@ def _add_converting(add: _Add) -> None:
     )
     _out(importing, "folder or URL for the checkpoint")
     importing.add_argument("--run", default="imported", metavar="ID", help="run that it belongs to")
-    importing.add_argument("--step", type=_natural, metavar="N", help="of dcp, whose files may not tell it")
-    importing.add_argument("--tag", metavar="NAME", help="of deepspeed, where the folder holds several")
-    importing.add_argument("--names", type=Path, metavar="FILE", help="JSON map of names there to names here")
+    importing.add_argument(
+        "--step", type=_natural, metavar="N", help="step of dcp files that don't record it"
+    )
+    importing.add_argument("--tag", metavar="NAME", help="tag of deepspeed, if the folder holds several")
+    importing.add_argument(
+        "--names", type=Path, metavar="FILE", help="JSON file that maps their names to megaray's"
+    )
     importing.add_argument("--trust", action="store_true", help="load pickles, which may run any code")
     _dry(importing)
-    grow = add("grow", "stack the layers of a checkpoint to a deeper model (G_stack)")
+    grow = add("grow", "make a deeper model by stacking a checkpoint's layers (G_stack)")
     _place(grow)
-    _out(grow, "folder or URL for the deeper one")
-    grow.add_argument("--layers", type=_positive, required=True, metavar="N", help="of the deeper model")
+    _out(grow, "folder or URL for the deeper model")
     grow.add_argument(
-        "--run", metavar="ID", help="run that the deeper one belongs to; named after this one's"
+        "--layers", type=_positive, required=True, metavar="N", help="layers of the deeper model"
+    )
+    grow.add_argument(
+        "--run", metavar="ID", help="id of the deeper model's run; by default derived from this one's"
     )
     grow.add_argument("--method", choices=("stack",), default="stack", help="how layers are multiplied")
     grow.add_argument(
-        "--optimizer", choices=("reset", "copy"), default="reset", help="what becomes of its state; reset"
+        "--optimizer",
+        choices=("reset", "copy"),
+        default="reset",
+        help="reset or copy the optimizer's state; reset by default",
     )
     _dry(grow)
 

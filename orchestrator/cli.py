@@ -256,15 +256,23 @@ COMMANDS = [
     Command("cancel", "stop a run; its checkpoints stay", _on_cluster("cancel"), takes_run=True),
     Command(
         "resume",
-        "continue a failed or cancelled run, with another layout, batch or number of nodes where typed",
+        "continue a failed or cancelled run, under another layout, batch or number of nodes if typed",
         _on_cluster("resume"),
         takes_overrides=True,
         takes_run=True,
     ),
     Command("nodes", "show the cluster's nodes and who holds their slots", _on_cluster("nodes")),
-    Command("cordon", "keep runs from a node from now on", _on_cluster("cordon"), takes_node=True),
     Command(
-        "uncordon", "let runs on a node again, drained or cordoned", _on_cluster("uncordon"), takes_node=True
+        "cordon",
+        "let no new run start on a node; what runs there continues",
+        _on_cluster("cordon"),
+        takes_node=True,
+    ),
+    Command(
+        "uncordon",
+        "let runs start on a cordoned or drained node again",
+        _on_cluster("uncordon"),
+        takes_node=True,
     ),
     Command(
         "drain",

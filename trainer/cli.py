@@ -1,5 +1,5 @@
-"""The command line of the trainer: `run` trains, `prepare` makes token files of text, `size` sizes a model for its
-hardware, `bench` times a step beside others', `forecast` looks ahead in a run, `validate` shows how wrong the sizing is."""
+"""The command line of the trainer: train, prepare token files, size a model for its hardware, time a step, forecast a
+run's loss, and validate the sizing."""
 
 from __future__ import annotations
 
@@ -84,11 +84,13 @@ def _of_storage(error: Exception) -> str:
     what = str(error) if isinstance(error, Incomplete) else disk_trouble(error, "a file")
     if not what:
         return ""
-    return f"{what}; mend that, then type the same command again: a run continues from its last checkpoint"
+    return f"{what}; fix that, then type the same command again: a run continues from its last checkpoint"
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog=PROGRAM, description=__doc__)
+    parser = OneLineParser(
+        prog=PROGRAM, description="Train, prepare data, size models, and measure training steps."
+    )
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser
     )
@@ -98,8 +100,8 @@ def _parser() -> OneLineParser:
     )
     run.add_argument("--config", type=Path, help="a resolved configuration, as saved with a run")
     prepare = commands.add_parser(
-        "prepare", help="make a memory-mapped token file of text, ahead of a run",
-        description="Text, jsonl or parquet, packed or not, to Megatron's .bin and .idx; what was stopped is resumed.",
+        "prepare", help="tokenise text into a memory-mapped token file, before a run",
+        description="Tokenise text, jsonl or parquet into Megatron's .bin and .idx; the same command resumes it.",
     )  # fmt: skip
     prepare.add_argument(
         "overrides", nargs="*", metavar="field=value", help="data.path=PATH and other data fields"
@@ -113,28 +115,30 @@ def _parser() -> OneLineParser:
     )
     prepare.add_argument("--json", action="store_true", help="print JSON and nothing else")
     size = commands.add_parser(
-        "size", help="what a model takes on its hardware, what its shape costs, and what would be better",
-        description="Counts, memory, time and lint of a model on a device; every number can be asked for its origin.",
+        "size", help="forecast a model's memory and step time on its hardware, and suggest better shapes",
+        description="Parameters, memory, time and lint of a model on a device; --explain derives each number.",
     )  # fmt: skip
     size.add_argument(
         "overrides", nargs="*", metavar="field=value", help="model=NAME hardware=NAME, and any field"
     )
     size.add_argument("--config", type=Path, help="YAML file with any part of the configuration")
-    size.add_argument("--gpus", type=_positive, metavar="N", help="devices of the job")
+    size.add_argument(
+        "--gpus", type=_positive, metavar="N", help="number of devices; the layout is searched unless set"
+    )
     size.add_argument(
         "--profile", metavar="NAME",
-        help="device profile to take rates from; `catalogue` for published ones; by default the device's own, if measured",
+        help="device profile with measured rates, or `catalogue` for published ones; by default the device's own",
     )  # fmt: skip
-    size.add_argument(
-        "--suggest", action="store_true", help="propose shapes with the same parameters that are faster"
-    )
+    size.add_argument("--suggest", action="store_true", help="suggest faster shapes with the same parameters")
     size.add_argument("--compare", metavar="A,B", help="show devices side by side")
-    size.add_argument("--fit", action="store_true", help="what must change for it to fit")
-    size.add_argument("--by", metavar="DATE", help="how many devices finish by then: 2026-12-24, friday, 10d")
-    size.add_argument("--tokens", metavar="T", help="tokens to train until --by, such as 300B")
-    size.add_argument("--on", metavar="NAME", help="what another device would do with the same job")
+    size.add_argument("--fit", action="store_true", help="show what must change to fit into memory")
     size.add_argument(
-        "--explain", nargs="?", const="", metavar="NAME", help="where a number comes from; names without"
+        "--by", metavar="DATE", help="how many devices finish by a date: 2026-12-24, friday, 10d"
+    )
+    size.add_argument("--tokens", metavar="T", help="tokens to train until --by, such as 300B")
+    size.add_argument("--on", metavar="NAME", help="compare with the same job on another device")
+    size.add_argument(
+        "--explain", nargs="?", const="", metavar="NAME", help="derive a number; without NAME, list the names"
     )
     size.add_argument("--json", action="store_true", help="print JSON and nothing else")
     size.add_argument(
@@ -143,19 +147,26 @@ def _parser() -> OneLineParser:
     size.add_argument("--rules", action="store_true", help="the lint's rules with reasons and sources")
     _add_bench(commands)
     forecast = commands.add_parser(
-        "forecast", help="where a run's loss is going, and whether it has left its way",
-        description="A power law fitted to the run's own log, with a band; the loss over the last steps is forecast.",
+        "forecast", help="forecast a run's final loss, and check that it follows its trend",
+        description="Fit a power law with a confidence band to the run's log and forecast the mean loss of its last steps.",
     )  # fmt: skip
     forecast.add_argument("folder", type=Path, help="the run's folder")
-    forecast.add_argument("--steps", type=_positive, metavar="N", help="last step; as configured by default")
-    forecast.add_argument("--warmup", type=_positive, metavar="N", help="steps of warm-up; likewise")
+    forecast.add_argument("--steps", type=_positive, metavar="N", help="last step; by default as configured")
+    forecast.add_argument(
+        "--warmup", type=_positive, metavar="N", help="warm-up steps; by default as configured"
+    )
     forecast.set_defaults(overrides=[])
+    _add_validate(commands)
+    return parser
+
+
+def _add_validate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     validate = commands.add_parser(
-        "validate", help="how wrong the sizing is on published runs, beside trivial forecasts",
-        description="Compares predicted with published step times, memory and choices, and writes a report with plots.",
+        "validate", help="compare sizing forecasts with published runs and trivial baselines",
+        description="Compare forecast with published step times, memory and layouts, and write a report with plots.",
     )  # fmt: skip
     validate.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the published tables; or MEGARAY_DATA"
+        "--data", type=Path, metavar="DIR", help="folder of the published tables; by default MEGARAY_DATA"
     )
     validate.add_argument(
         "--runs", type=Path, metavar="FILE", help="one table, with the columns of a known one"
@@ -163,31 +174,32 @@ def _parser() -> OneLineParser:
     validate.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("validation"), help="where the report goes"
     )
-    validate.add_argument("--json", action="store_true", help="rows, errors and targets by block, as data")
+    validate.add_argument("--json", action="store_true", help="print rows, errors and targets as JSON")
     validate.set_defaults(overrides=[])
-    return parser
 
 
 def _add_bench(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     bench = commands.add_parser(
-        "bench", help="what a training step takes, beside compiled torch, Hugging Face and DeepSpeed",
-        description="The full step with nothing left out, its parts and kernels, and the device's ceiling, in one run.",
+        "bench", help="time a training step against compiled torch, Hugging Face and DeepSpeed",
+        description="Time the whole step, its parts and kernels, and the device's peak rates, in one run.",
     )  # fmt: skip
     bench.add_argument("overrides", nargs="*", metavar="field=value", help="any field of the configuration")
     bench.add_argument("--gpus", type=_positive, default=1, metavar="N", help="ranks; 1 by default")
     bench.add_argument("--model", default="olmoe_1b_7b", metavar="NAME", help="a model preset")
     bench.add_argument(
-        "--layers", type=_positive, metavar="N", help="layers instead of the model's own number"
+        "--layers", type=_positive, metavar="N", help="number of layers; by default the model's"
     )
     bench.add_argument(
         "--routing", choices=ROUTINGS, default="real",
-        help="how tokens find experts: the router on real text, or forced",
+        help="expert load: the router's on real text (default), or forced to be balanced or Zipf's",
     )  # fmt: skip
     bench.add_argument("--steps", type=_positive, default=20, metavar="N", help="timed steps; 20 by default")
     bench.add_argument(
         "--baselines", default="plain,hf", metavar="A,B", help="some of plain, hf and deepspeed, or none"
     )
-    bench.add_argument("--timeline", type=Path, metavar="DIR", help="folder for a recorded step")
+    bench.add_argument(
+        "--timeline", type=Path, metavar="DIR", help="write one profiled step into this folder"
+    )
     bench.add_argument(
         "--variants",
         metavar="'A | B'",

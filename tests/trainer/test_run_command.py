@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_is_one_line(
         monkeypatch.setattr(cli, "Recorder", refuse)
     assert main(["run", "experiment=smoke"]) == 1
     printed = capsys.readouterr().err.splitlines()
-    again = "mend that, then type the same command again: a run continues from its last checkpoint"
+    again = "fix that, then type the same command again: a run continues from its last checkpoint"
     assert printed == [f"run folder: {tmp_path}", f"megaray: {told}; {again}"]
 
 

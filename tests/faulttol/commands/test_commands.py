@@ -405,7 +405,7 @@ def test_what_the_system_refuses_is_one_line(
     (line,) = err.splitlines()
     assert code == 1 and not out
     assert re.fullmatch(
-        rf"megaray: \w+ has failed: \[Errno \d+\] .*'{tmp_path}/.*'; mend that, or name another place", line
+        rf"megaray: \w+ has failed: \[Errno \d+\] .*'{tmp_path}/.*'; fix that, or name another place", line
     )
 
 
