@@ -117,7 +117,7 @@ class Tables:
         steps = f"steps {whole['step'][0]} to {whole['step'][-1]} from left to right"
         scale = "white: the mean, blue: none, red: twice the mean or more"
         made = [
-            (picture(whole["values"]), f"fullest expert over the mean, a row per layer, {steps}; {scale}")
+            (picture(whole["values"]), f"most loaded expert over the mean, a row per layer, {steps}; {scale}")
         ]
         for layer in range(min(whole["layers"], _LAYERS)):
             one = self._experts.map(self._state, layer, -np.inf, np.inf, _STEPS)

@@ -31,7 +31,7 @@ def act(controller: Any, order: dict[str, str]) -> str:
     if action == "dump_stacks":
         if not hasattr(controller, "dump_stacks"):
             raise UserError(
-                "this controller is of an earlier version, which writes stacks before it stops hung ranks alone"
+                "this controller is of an earlier version, which writes stacks only before it stops hung ranks"
             )
         return f"the stacks are being written to {controller.dump_stacks(target, by)}"
     controller.mark_node(target, action, order["reason"], by)

@@ -86,7 +86,7 @@ class Actions:
             return {"confirm": nonce, "question": question}
         known = self._questions.pop(nonce, None)  # whatever comes of it, it counts once
         if known is None or known.key != key:
-            raise UserError(f"this was not asked, or longer than {_CONFIRM:.0f} s ago; ask again")
+            raise UserError(f"this action was not confirmed within {_CONFIRM:.0f} s; ask for it again")
         async with self._busy:
             ok, said = await self._do({"action": action, "target": target, "reason": reason, "by": who})
         self._write(

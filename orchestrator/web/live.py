@@ -37,6 +37,10 @@ _LOOKED_AT = 6
 _log = logging.getLogger("megaray.dashboard")
 
 
+class NoSuchRunError(UserError):
+    """An id that names no run of the home, or several."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What was read in one turn; never changed afterwards."""
@@ -208,7 +212,7 @@ class Live:
         """A run by its id, or an unambiguous beginning of one.
 
         Raises:
-            UserError: where there is none, or more than one.
+            NoSuchRunError: where there is none, or more than one.
         """
         runs = self.seen.runs
         if run_id in runs:
@@ -221,8 +225,8 @@ class Live:
         fitting = [name for name in runs if name.startswith(run_id)] if run_id else []
         if len(fitting) == 1:
             return runs[fitting[0]]
-        more = f" more than one: {', '.join(fitting[:5])}" if fitting else " none"
-        raise UserError(f"'{run_id[:80]}' names{more} of the runs of this home")
+        which = f"more than one run: {', '.join(fitting[:5])}" if fitting else "no run of this home"
+        raise NoSuchRunError(f"'{run_id[:80]}' names {which}")
 
     def opened(self, run_id: str, patience: float = 0.4) -> RunState:
         """A run that somebody looks at, with as much of it read as `patience` seconds allow; the rest follows by itself.

@@ -55,7 +55,7 @@ RUN_GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "megaray_run_step_seconds": ("Seconds per step", ()),
     "megaray_run_phase_seconds": ("Seconds per step and phase, the slowest rank's", ("phase",)),
     "megaray_run_mfu_ratio": ("Model FLOPs utilisation, 0 to 1", ()),
-    "megaray_run_memory_bytes": ("Peak memory of the fullest rank", ()),
+    "megaray_run_memory_bytes": ("Peak memory of any rank", ()),
     "megaray_run_expert_balance_entropy_ratio": ("Entropy of the expert load over its largest, 1 is even", ()),
     "megaray_run_expert_load_max_over_mean_ratio": ("Largest expert load over the mean, worst layer", ()),
     "megaray_run_dropped_pairs": ("Token-expert pairs dropped in the newest step", ()),

@@ -21,7 +21,7 @@ from configs.paths import HomePaths
 from orchestrator.web import metrics, security
 from orchestrator.web.actions import ACTIONS, Actions, Refused
 from orchestrator.web.answers import Answers, whole
-from orchestrator.web.live import Live, Seen
+from orchestrator.web.live import Live, NoSuchRunError, Seen
 from orchestrator.web.redact import Redactor
 from orchestrator.web.security import WHO, AccessTokens, Guard
 from orchestrator.web.views import home as views
@@ -82,8 +82,7 @@ class Dashboard:
         try:
             body, small = await self.in_thread(lambda: self._packed(act(), zipped), quick)
         except UserError as error:
-            text = self.redact.text(str(error))
-            return fail(404 if "of the runs of this home" in text else 400, text)
+            return fail(404 if isinstance(error, NoSuchRunError) else 400, self.redact.text(str(error)))
         except FileNotFoundError as error:
             return fail(404, self.redact.text(str(error)))
         except TimeoutError:

@@ -174,7 +174,7 @@ RUN = Board(
                   (f"quantile_over_time(0.5, megaray_run_step_seconds{{{ONE}}}[1h])", "median of an hour")], "s"),
             Panel("Phases of a step, the slowest rank's", [(f"megaray_run_phase_seconds{{{ONE}}}", "{{phase}}")], "s",
                 "stack"),
-            of_run("Peak memory of the fullest rank", "megaray_run_memory_bytes", "bytes"),
+            of_run("Peak memory of any rank", "megaray_run_memory_bytes", "bytes"),
             of_run("Steps per second, counting those trained again", "megaray:run:steps_per_second"),
         ]),
         ("Where its time went", [

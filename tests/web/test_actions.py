@@ -61,7 +61,7 @@ def test_an_action_is_asked_once_more_and_done_once(client: Client, tmp_path: Pa
         {"action": "cancel", "target": "one", "reason": "", "by": "ann", "home": home}
     ]
     again = client.post({"action": "cancel", "target": "on", "confirm": asked["confirm"]}, 400)
-    assert "ask again" in again["error"] and len(orders(tmp_path)) == 1
+    assert "ask for it again" in again["error"] and len(orders(tmp_path)) == 1
     told = client.get("/api/actions")["actions"][0]
     assert (told["who"], told["action"], told["target"], told["ok"], told["from"]) == (
         "ann",
@@ -104,7 +104,7 @@ def test_a_confirmation_is_of_who_asked(client: Client, tmp_path: Path) -> None:
     ("tree", "says"),
     [
         ({"action": "destroy", "target": "one"}, "action='destroy' is none; use one of cancel"),
-        ({"action": "cancel", "target": "nothing"}, "names none of the runs"),
+        ({"action": "cancel", "target": "nothing"}, "names no run of this home"),
         ({"action": "cancel", "target": "old"}, "run 'old' is succeeded already"),
         ({"action": "dump_stacks", "target": "waits"}, "has no ranks whose stacks"),
         ({"action": "cordon", "target": "10.0.0.77", "reason": "x"}, "'10.0.0.77' is not a node"),

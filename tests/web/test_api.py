@@ -131,7 +131,7 @@ def test_one_run(client: Client) -> None:
     assert tree["source"]["commit"] == "abc"
     assert any(link["title"] == "timeline" for link in tree["links"])
     assert client.get("/api/run/demo")["run"]["run_id"] == RECOVERED, "a beginning will do"
-    assert "names none of the runs" in client.get("/api/run/nothing", 404)["error"]
+    assert "names no run of this home" in client.get("/api/run/nothing", 404)["error"]
     assert "is nothing of a run" in client.get(f"/api/run/{RECOVERED}/nothing", 404)["error"]
 
 

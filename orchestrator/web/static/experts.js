@@ -30,7 +30,7 @@ export const experts = {
     const text = (value) => `${number(value, 3)}×`;
     const rows = (row) => (all ? `layer ${row}` : `expert ${row}`);
     const said = (row, column) =>
-      `${rows(row)}, step ${count(told.step[column])}: ${all ? "its fullest expert has " : ""}${told.values[row][column] === null ? "nothing" : text(told.values[row][column])} the mean load`;
+      `${rows(row)}, step ${count(told.step[column])}: ${all ? "its most loaded expert has " : ""}${told.values[row][column] === null ? "nothing" : text(told.values[row][column])} the mean load`;
     const zoom = (first, last) =>
       ctx.set(first === null ? { from: undefined, to: undefined } : { from: told.step[first], to: told.step[last] });
     const line = (values) => [{ x: told.step, y: values }];
@@ -65,7 +65,7 @@ export const experts = {
                 "Rows",
                 told.layer,
                 [
-                  ["all", "all layers: the fullest expert"],
+                  ["all", "all layers: the most loaded expert"],
                   ...Array.from({ length: told.layers }, (_, i) => [i, `experts of layer ${i}`]),
                 ],
                 (value) => ctx.set({ layer: value === "all" ? undefined : value }),

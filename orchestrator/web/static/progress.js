@@ -12,7 +12,7 @@ const CURVES = [
   { name: "grad_norm", title: "Gradient norm", format: number, zero: true },
   { name: "tokens_per_second", title: "Tokens/s", format: (value) => short(value), zero: true },
   { name: "mfu", title: "MFU", format: (value) => percent(value, 3), zero: true, basis: true },
-  { name: "memory_bytes", title: "Memory of the fullest rank", format: bytes, zero: true, ticks: "bytes" },
+  { name: "memory_bytes", title: "Peak memory per rank", format: bytes, zero: true, ticks: "bytes" },
   { name: "step_seconds", title: "Seconds of a step", format: seconds, zero: true },
   { name: "balance_entropy", title: "Balance entropy of experts (1: even)", format: (value) => number(value, 3) },
   { name: "dropped", title: "Dropped tokens", format: count, zero: true, ticks: "step" },

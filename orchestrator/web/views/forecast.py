@@ -98,7 +98,9 @@ def _figures(plan: Mapping[str, Any], measured: Mapping[str, tuple[float, float,
     yield _figure("tokens_per_second", "tokens/s", rate, measured, "tokens of a step over its seconds")
     memory = plan.get("memory") or {}
     total = sum(v for v in memory.values() if isinstance(v, int | float)) or None
-    yield _figure("memory_bytes", "bytes", (total, None, None), measured, "the fullest rank, by the plan")
+    yield _figure(
+        "memory_bytes", "bytes", (total, None, None), measured, "of the rank with most, by the plan"
+    )
     mfu = step.get("mfu")
     yield _figure(
         "mfu",

@@ -139,9 +139,9 @@ def test_the_story_of_a_run_is_in_one_offline_run(made: MadeRun) -> None:
     heat = [row for row in found["history"] if value(row, "experts/heat")][-1]
     layers, whole = value(heat, "experts/heat_by_layer"), value(heat, "experts/heat")
     names = [whole["path"], *layers["filenames"]]
-    assert whole["caption"].startswith("fullest expert over the mean") and layers["captions"][1].startswith(
-        "layer 1:"
-    )
+    assert whole["caption"].startswith("most loaded expert over the mean") and layers["captions"][
+        1
+    ].startswith("layer 1:")
     assert len(names) == 3 and (whole["width"], whole["height"]) == (40 * tables._PIXELS, 2 * tables._PIXELS)
     assert all(found["media"][name].read_bytes()[:4] == b"\x89PNG" for name in names)
     files = [path for path in run.wandb.rglob("*") if path.is_file()]

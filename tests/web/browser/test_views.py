@@ -86,7 +86,7 @@ def test_progress_of_a_recovered_run(page: BrowserPage) -> None:
     page.go(f"run/{RECOVERED}")
     titles = page.js("return [...document.querySelectorAll('.chart-title')].map((one) => one.innerText)")
     assert titles[:4] == ["Loss", "Phases of a step, stacked", "Learning rate", "Gradient norm"]
-    assert {"Tokens/s", "Memory of the fullest rank", "Seconds of a step"} <= set(titles)
+    assert {"Tokens/s", "Peak memory per rank", "Seconds of a step"} <= set(titles)
     text = page.text()
     assert "No MFU: none: cpu has no fp32 peak on record" in text
     assert "80 of 100" in text and "inside" in text and "Predicted finish" in text
@@ -167,7 +167,7 @@ def test_expert_map(page: BrowserPage) -> None:
     page.js("document.querySelector('.heat .plot').focus()")
     page.keys("\ue015", "\ue014")  # down, right
     assert re.match(
-        r"layer 1, step \d+: its fullest expert has 1\.\d+× the mean load", page.text(".heat-read")
+        r"layer 1, step \d+: its most loaded expert has 1\.\d+× the mean load", page.text(".heat-read")
     )
     page.keys("\ue007")  # enter
     page.until(lambda: "layer=1" in page.js("return location.hash"))
@@ -330,7 +330,7 @@ def test_html_in_a_run_stays_text(page: BrowserPage) -> None:
 
 def test_what_isnt_there(page: BrowserPage) -> None:
     page.go("run/nothing")
-    assert "names none of the runs" in page.text()
+    assert "names no run of this home" in page.text()
     page.console()  # the browser writes down each answer of 404
 
 
