@@ -111,7 +111,7 @@ class HardwareConfig(Section):
     def source(self) -> str:
         """Where most numbers are from, in one line."""
         if not self.sources:
-            return "none; its peak and bandwidths are unknown until they are measured"
+            return "its peak and bandwidths are unknown until you measure them"
         first, *others = self.sources
         return f"{first.what}, {first.date}" + (f", and {len(others)} more" if others else "")
 

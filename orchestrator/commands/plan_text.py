@@ -30,7 +30,7 @@ def plan_table(plan: dict[str, Any]) -> str:
             ("device", plan["device"]),
             ("layout", layout),
             ("engine", _engine(plan)),
-            ("fullest rank", f"{size(sum(memory.values()))} (estimate: {parts})"),
+            ("peak memory", f"{size(sum(memory.values()))} per rank (estimate: {parts})"),
             ("step time", step_time(plan["step_time"], plan["tokens_per_step"])),
             ("tokens", steps),
             ("data", str(plan["data"])),
@@ -48,7 +48,7 @@ def plan_table(plan: dict[str, Any]) -> str:
 
 def _engine(plan: dict[str, Any]) -> str:
     """What trains, and how."""
-    again = "nothing recomputed" if plan["recompute"] == "none" else f"{plan['recompute']} recomputation"
+    again = "no recomputation" if plan["recompute"] == "none" else f"{plan['recompute']} recomputation"
     words = [plan["engine"], plan["optimizer"], f"ZeRO {plan['zero']}", again]
     if plan["layout"]["pp"] > 1:
         words.append(

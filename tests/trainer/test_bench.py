@@ -52,7 +52,7 @@ def test_idle_and_exposed_times_of_a_timeline() -> None:
     assert (found.span, found.idle, found.exposed) == (3.0, 0.5, 0.5)
     assert found.parts() == {"matmuls": 1.5, "communication": 1.0, "copies": 0.5}
     assert found.kernels[0].count == 2
-    assert "nothing ran for 0.5 ms, communication alone for 0.5 ms" in kernels.lines(found)[0]
+    assert "idle for 0.5 ms, exposed communication 0.5 ms" in kernels.lines(found)[0]
 
 
 def test_a_bound_on_exposed_communication_is_that_of_the_timed_step() -> None:
@@ -64,7 +64,7 @@ def test_a_bound_on_exposed_communication_is_that_of_the_timed_step() -> None:
     assert profiled.computing == 2.0 and profiled.uncovered(2.5) == 0.5 and profiled.uncovered(1.9) == 0.0
     config = config_of(options("data.sequence=64", "train.micro_batch=2"), 1, on_gpu=False)
     (line,) = variants.row("a", config, 1, variants.Outcome(Times([2.5]), profiled))
-    assert "communication alone 0.5 ms (16.7 %), idle 0.5 ms" in line
+    assert "exposed communication 0.5 ms (16.7 %), idle 0.5 ms" in line
     assert "at most 0.5 ms (20.0 %) of communication exposed or idle" in line
 
 
@@ -116,12 +116,10 @@ def test_waiting_is_printed_where_it_is_known() -> None:
     found = kernels.of_spans(spans)
     assert "waiting" not in kernels.lines(found)[0] + kernels.of_waiting(replace(found, waiting=0.0))
     late = replace(found, waiting=0.4)
-    assert kernels.lines(late)[0].endswith(
-        "communication alone for 0.5 ms, 0.4 of them waiting for ranks that came later"
-    )
+    assert kernels.lines(late)[0].endswith("exposed communication 0.5 ms, 0.4 of them waiting for stragglers")
     config = config_of(options("data.sequence=64", "train.micro_batch=2"), 1, on_gpu=False)
     (line,) = variants.row("a", config, 1, variants.Outcome(Times([2.5]), late))
-    assert "0.5 ms (33.3 %), 0.4 of them waiting for ranks that came later, idle 0.0 ms" in line
+    assert "0.5 ms (33.3 %), 0.4 of them waiting for stragglers, idle 0.0 ms" in line
 
 
 def test_nothing_on_the_device_is_an_empty_profile() -> None:
@@ -432,7 +430,7 @@ def test_an_unknown_baseline_is_refused() -> None:
     for others, why in (
         ("plain,megatron", "megatron: no such baseline; use some of plain, hf, deepspeed, or none"),
         ("", "'': no such baseline; use some of"),
-        ("plain,none", "none: none stands alone"),
+        ("plain,none", "none: none can't be combined with others"),
         ("hf,plain,hf", "hf,plain,hf names hf twice; type it once"),
     ):
         with pytest.raises(UserError, match=f"--baselines {why}"):

@@ -73,7 +73,7 @@ def routers(theirs: nn.Module, model: ModelConfig) -> list[nn.Module]:
     gates = [module for module in theirs.modules() if type(module).__name__.endswith("TopKRouter")]
     if len(gates) != model.layers:
         raise UserError(
-            f"--baselines hf: {len(gates)} routers that can be forced in {model.layers} layers of this release of "
-            "transformers; type --routing real, or leave hf out"
+            f"--baselines hf: this release of transformers has {len(gates)} routers that can be forced, in {model.layers} "
+            "layers; type --routing real, or leave hf out"
         )
     return gates

@@ -178,7 +178,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> float:
 def lines(profiled: Profile, most: int = 24) -> list[str]:
     """The table as a person reads it."""
     text = [
-        f"one step on the device: {profiled.span:.1f} ms, nothing ran for {profiled.idle:.1f} ms, communication alone for "
+        f"one step on the device: {profiled.span:.1f} ms, idle for {profiled.idle:.1f} ms, exposed communication "
         f"{profiled.exposed:.1f} ms{of_waiting(profiled)}"
     ]
     text += [f"  {part:28}{milliseconds:9.2f} ms" for part, milliseconds in profiled.parts().items()]
@@ -194,7 +194,7 @@ def of_waiting(profiled: Profile) -> str:
     """How much of the exposed communication was waiting, where there was any and it is known."""
     if not profiled.waiting or profiled.waiting < 0.05:
         return ""
-    return f", {profiled.waiting:.1f} of them waiting for ranks that came later"
+    return f", {profiled.waiting:.1f} of them waiting for stragglers"
 
 
 def _short(name: str) -> str:

@@ -46,7 +46,7 @@ def options_of(
     chosen = () if others == "none" else tuple(part.strip() for part in others.split(","))
     for one in chosen:
         if one not in BASELINES:
-            why = "none stands alone" if one == "none" else "no such baseline"
+            why = "none can't be combined with others" if one == "none" else "no such baseline"
             raise UserError(
                 f"--baselines {one or repr(one)}: {why}; use some of {', '.join(BASELINES)}, or none"
             )

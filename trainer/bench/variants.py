@@ -158,13 +158,13 @@ def row(text: str, config: RunConfig, world: int, measured: Outcome, routing: st
     tokens = (config.train.global_batch or 1) * config.data.sequence / world
     guess = _beside(forecast(config, world, imbalance_of(routing)), times)
     if measured.fullest is not None and routing != "balanced":
-        guess += f"; the fullest rank had {measured.fullest:.2f} times its share of rows, "
+        guess += f"; load imbalance {measured.fullest:.2f}"
         if config.parallel.lend_rows is None:
-            guess += f"{_beside(forecast(config, world, measured.fullest), times)} for that"
+            guess += f", {_beside(forecast(config, world, measured.fullest), times)} at that"
         else:
-            guess += "before it lent some"
+            guess += " before lending"
     apart = "" if profiled is None else (
-        f", communication alone {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %)"
+        f", exposed communication {profiled.exposed:.1f} ms ({profiled.exposed / profiled.span * 100:.1f} %)"
         f"{kernels.of_waiting(profiled)}, idle {profiled.idle:.1f} ms, at most {profiled.uncovered(times.median):.1f} ms "
         f"({profiled.uncovered(times.median) / times.median * 100:.1f} %) of communication exposed or idle"
     )  # fmt: skip

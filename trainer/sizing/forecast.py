@@ -264,6 +264,6 @@ def report(folder: Path, steps: int | None = None, warmup: int | None = None) ->
         f"{len(recent)} steps",
         f"forecast for the end: {final.value:.4f}, {CONFIDENCE:.0%} between {final.low:.4f} and {final.high:.4f} nats",
         f"  law: {final.derivation}",
-        f"  a step scatters by {made.laws.noise:.3g} around it",
+        f"  single steps deviate by {made.laws.noise:.3g} around it",
         f"ALARM: {alarm}" if alarm else "no alarm: the loss is within its band",
     ]

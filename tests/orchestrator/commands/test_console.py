@@ -49,7 +49,7 @@ def test_the_plan_shows_layout_parameters_memory_tokens_and_reasons() -> None:
     made = plan(compose(["model=olmoe_1b_7b", "hardware=h100", "parallel.ep=8"]), Capacity.of_nodes([8]))
     text = plan_table(made.to_json())
     for word in ("6.92 B parameters", "1.28 B active", "dp=8 ep=8", "optimizer", "per step", "peak 989 TFLOP/s bf16",
-                 "train.precision", "master weights stay fp32", "native, adamw, ZeRO 1, nothing recomputed"):  # fmt: skip
+                 "train.precision", "master weights stay fp32", "native, adamw, ZeRO 1, no recomputation"):  # fmt: skip
         assert word in text
 
 

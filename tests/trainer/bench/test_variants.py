@@ -53,9 +53,7 @@ def test_a_row_has_a_forecast_for_the_rows_that_were_measured_too() -> None:
         for imbalance in (None, 1.0, 1.87)
     }
     (line,) = variants.row("a", config, 2, variants.Outcome(Times([2.5]), None, 1.87))
-    assert "; the fullest rank had 1.87 times its share of rows, forecast " in line and line.endswith(
-        " for that"
-    )
+    assert "; load imbalance 1.87, forecast " in line and line.endswith(" at that")
     assert re.findall(r"forecast ([0-9.]+) ms", line) == [milliseconds[None], milliseconds[1.87]]
     (lent,) = variants.row(
         "a",
@@ -63,9 +61,9 @@ def test_a_row_has_a_forecast_for_the_rows_that_were_measured_too() -> None:
         2,
         variants.Outcome(Times([2.5]), None, 1.87),
     )
-    assert lent.endswith("; the fullest rank had 1.87 times its share of rows, before it lent some")
+    assert lent.endswith("; load imbalance 1.87 before lending")
     (even,) = variants.row("a", config, 2, variants.Outcome(Times([2.5]), None, 1.0), "balanced")
-    assert "fullest" not in even
+    assert "imbalance" not in even
     assert re.findall(r"forecast ([0-9.]+) ms", even) == [milliseconds[1.0]]
     assert len({*milliseconds.values()}) == 3
 
@@ -103,7 +101,7 @@ def test_each_variant_is_shown_with_its_own_routing(monkeypatch: pytest.MonkeyPa
     ]
     head, *table = command._compared(cases, cast(Any, SimpleNamespace(device=CPU, world=2, node=2)))
     assert head.startswith("2 x CPU") and len(table) == 4
-    assert ["fullest" in line for line in table] == [line.startswith("zipf") for line in table]
+    assert ["imbalance" in line for line in table] == [line.startswith("zipf") for line in table]
 
 
 def test_variants_are_overrides_on_top() -> None:

@@ -108,7 +108,7 @@ def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"plain text", gzip.compress(os.urandom(5000))[:3000]])
 def test_a_file_that_is_no_gzip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt.gz").write_bytes(content)
-    _refused(tmp_path / "a.txt.gz", tmp_path, "a.txt.gz can't be read: .*mend it")
+    _refused(tmp_path / "a.txt.gz", tmp_path, "a.txt.gz can't be read: .*repair it")
 
 
 @pytest.mark.parametrize("path", ["s4://bucket/x", "nonsense://x"])

@@ -87,7 +87,7 @@ def test_a_packed_file_that_is_cut_short_is_refused(tmp_path: Path, end: str) ->
     noise = "".join(random.Random(1).choices("abcdefgh ", k=60_000))
     whole = PACKERS[end](json.dumps({"text": noise}).encode())
     (tmp_path / f"a.jsonl{end}").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="a.jsonl.* can't be read: .*mend it or leave it out"):
+    with pytest.raises(UserError, match="a.jsonl.* can't be read: .*repair it or leave it out"):
         check(_config(tmp_path / f"a.jsonl{end}"), 256)
 
 

@@ -252,8 +252,8 @@ def answer(
 
 def _counted(name: str) -> str:
     return {
-        "total": "all weights, each stored one once, embedding and output projection in",
-        "active": "weights that one token meets, embedding table and output projection whole",
+        "total": "all weights, each counted once, with embedding and output projection",
+        "active": "weights that one token uses, with the whole embedding table and output projection",
         "total_without_embeddings": "all but embedding table and output projection",
-        "active_without_embeddings": "weights of the layers that one token meets",
+        "active_without_embeddings": "weights of the layers that one token uses",
     }.get(name, f"weights of the part '{name}', all layers")

@@ -72,7 +72,7 @@ class MemoryFit:
             instead = "take more ranks, or a smaller model"
             if self.other:
                 instead = f"{self.other.layout.ranks} ranks fit with {label(self.other)}"
-            lines.append(f"nothing of this is enough by itself: {instead}")
+            lines.append(f"no single change is enough: {instead}")
         return lines
 
     def to_json(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def sized(answer: SizingAnswer) -> Iterator[str]:
     what = f"{job.micro_batch} x {job.sequence} tokens, {job.precision}, {axes or 'one device'}"
     yield f"{job.model.name} on {name}: {what}"
     if answer.assumed:
-        yield f"  assumed: {' '.join(answer.assumed)} (as pre-training usually has; type them to change them)"
+        yield f"  assumed: {' '.join(answer.assumed)} (usual for pre-training; set them to change them)"
     for line in left_out(job.model):
         yield from _wrapped(line, 2, 2)
     yield f"  rates: {answer.basis}"
@@ -87,7 +87,7 @@ def _counts(answer: SizingAnswer) -> Iterator[str]:
     said = {name: amount(figure) for name, figure in answer.counts.items()}
     yield from ("", "PARAMETERS")
     yield from columns([
-        ("all", said["total"], "a token meets", said["active"]),
+        ("total", said["total"], "active", said["active"]),
         ("without embeddings", said["total_without_embeddings"], "", said["active_without_embeddings"]),
     ], right=(1, 3))  # fmt: skip
     parts = ("attention", "experts", "shared", "dense", "router", "embedding", "output", "norms")
@@ -96,7 +96,7 @@ def _counts(answer: SizingAnswer) -> Iterator[str]:
 
 
 def _costs(answer: SizingAnswer) -> Iterator[str]:
-    yield from ("", "ONE DEVICE  time of a micro-batch, forward and backward; memory of the fullest rank")
+    yield from ("", "ONE DEVICE  time of a micro-batch, forward and backward; peak memory of a rank")
     if not answer.speed:
         yield f"  no time: {answer.why_not}"
     else:
@@ -172,7 +172,7 @@ def _suggestions(answer: SizingAnswer) -> Iterator[str]:
     if not answer.suggestions:
         yield f"SUGGESTIONS  none: {answer.why_not or f'no shape near this one is faster on {name} by 1 % or more'}"
         return
-    yield f"SUGGESTIONS  a token takes so much less time on {name}; all parameters, and those a token meets, within 1 %"
+    yield f"SUGGESTIONS  time saved per token on {name}; total and active parameters stay within 1 %"
     for index, one in enumerate(answer.suggestions, 1):
         figure = one.figure(index)
         note = "  (other granularity: learns differently)" if one.granularity else ""
@@ -188,7 +188,7 @@ def compared(answers: Sequence[SizingAnswer]) -> Iterator[str]:
     yield from (f"  {name} rates: {one.basis}" for name, one in zip(names, answers, strict=True))
     cells: dict[str, Callable[[SizingAnswer], str]] = {
         "parameters": lambda one: amount(one.counts["total"]),
-        "a token meets": lambda one: amount(one.counts["active"]),
+        "active": lambda one: amount(one.counts["active"]),
         "micro-batch": lambda one: amount(one.speed["time"]) if one.speed else "unknown",
         "rate": lambda one: amount(one.speed["rate"]) if one.speed else "unknown",
         "of the peak": lambda one: amount(one.speed["mfu"]) if "mfu" in one.speed else "unknown",

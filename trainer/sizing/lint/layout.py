@@ -158,7 +158,7 @@ def heads_over_tensor(view: View) -> Iterator[LintFinding]:
         most, cost = -(-have // tp), None
         if now is not None and field == "heads":
             cost = 100 * now.attention / now.seconds * (1 - have / (most * tp))
-        basis = f"the fullest rank has {most} of {have} {field.replace('_', ' ')}, the mean {have / tp:.3g}"
+        basis = f"one rank has {most} of {have} {field.replace('_', ' ')}, the mean {have / tp:.3g}"
         yield view.finding(f"model.{field}", f"{have} at tp={tp}", f"{field}={most * tp}", cost, basis)
 
 
@@ -197,7 +197,7 @@ def depth_over_stages(view: View) -> Iterator[LintFinding]:
         layer = (now.seconds - head) / layers
         cost = 100 * (1 - (layers * layer + head) / pp / (deepest * layer + head))
     if pp > 1 and (uneven or (cost is not None and cost >= 2)):
-        basis = f"the fullest stage has {deepest} of {layers} layers and the output projection ({_ms(head)})"
+        basis = f"the deepest stage has {deepest} of {layers} layers and the output projection ({_ms(head)})"
         near = max(chunks, round(layers / chunks) * chunks)
         better = f"layers={near}" if uneven else "fewer layers in the first and last stage"
         yield view.finding("model.layers", f"{layers} over {chunks}", better, cost, basis)

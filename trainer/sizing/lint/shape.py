@@ -156,7 +156,7 @@ def dies(view: View) -> Iterator[LintFinding]:
         cost = 100 * (total.matmuls[one.name] * (1 - tiles / (most * count))) / total.seconds
         if cost >= LEAST:
             basis = (
-                f"{tiles} tiles over {count} dies: the fullest has {most}, the mean {tiles / count:.4g}; "
+                f"{tiles} tiles over {count} dies: one has {most}, the mean {tiles / count:.4g}; "
                 "at most, where dies are what bounds it"
             )
             yield view.finding(one.name, f"{tiles} tiles", f"{most * count} tiles", cost, basis)

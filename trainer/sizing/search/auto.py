@@ -141,12 +141,12 @@ def _no_layout(config: RunConfig, slots: int) -> str:
         return f"{what} takes {parallel.ranks} ranks, and there are {slots} slots; lower it, or give it more slots"
     if train.global_batch is None:
         return (
-            f"no layout of up to {slots} ranks has what is set of parallel.* and cluster.*; "
-            "leave one of them out, and it is chosen"
+            f"no layout of up to {slots} ranks has the parallel.* and cluster.* that are set; "
+            "leave one of them out to have it chosen"
         )
     return (
-        f"no layout of up to {slots} ranks has train.global_batch={train.global_batch} and what is set "
-        f"of parallel.*; set train.global_batch to a multiple of train.micro_batch={train.micro_batch} times dp"
+        f"no layout of up to {slots} ranks has train.global_batch={train.global_batch} and the parallel.* "
+        f"that are set; set train.global_batch to a multiple of train.micro_batch={train.micro_batch} times dp"
     )
 
 
@@ -234,8 +234,8 @@ def lending(config: RunConfig, job: TrainingJob) -> str:
         return ""
     less = 1 - time.parts(lent, rates).step / time.parts(job, rates).step
     return "" if less < _WORTH else (
-        f"parallel.lend_rows={lent.software.lent_rows} would take {less:.1%} less time where the fullest rank has "
-        f"{job.imbalance:g} times its share of rows, and more so where it has more; parallel=auto takes it"
+        f"parallel.lend_rows={lent.software.lent_rows} would save {less:.1%} of a step at a load imbalance of "
+        f"{job.imbalance:g}, and more at a higher one; parallel=auto sets it"
     )  # fmt: skip
 
 
@@ -265,7 +265,11 @@ def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
         for field, value in values.items():
             if not idle.get(field) and field not in getattr(config, section).model_fields_set:
                 other = milder[field]
-                why = _instead(config.hardware, best, *other) if other else "the mildest, and it fits"
+                why = (
+                    _instead(config.hardware, best, *other)
+                    if other
+                    else "the least recomputation, and it fits"
+                )
                 choices.append(AutoValue(f"{section}.{field}", str(value), why))
     return choices
 

@@ -90,13 +90,13 @@ def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP)
             ranked[layout] = made
     best = tuple(sorted(ranked.values(), key=lambda c: c.seconds)[:keep])
     if best:
-        reason = f"{_seconds(best[0].seconds)} a step, the fastest of {count} legal set-ups that fits"
+        reason = f"{_seconds(best[0].seconds)} a step, the fastest of {count} legal layouts that fits"
         reason += f" ({best[0].memory.needed / memory.GIB:.0f} GiB)"
     elif open_ and (why := step.why_unknown(legal.job(task, open_[0][1], *open_[0][2]), rates)):
         reason = why
     elif count:
         have = f"{hardware.memory_gib:g} GiB of {hardware.name}"
-        reason = f"none of {count} legal set-ups of {task.ranks} ranks fits {have}"
+        reason = f"none of {count} legal layouts of {task.ranks} ranks fits {have}"
     else:
         reason = (
             f"no legal layout of {task.ranks} ranks: global_batch={task.global_batch} must be a multiple of dp, "

@@ -105,7 +105,7 @@ def _measures(config: RunConfig) -> str:
     groups, sizes = ", ".join(made.groups), f"{made.min_size} to {made.max_size} bytes"
     return {
         "moe": "expert-parallel traffic under routing",
-        "faults": "hosts, links and pairs that are slow",
+        "faults": "which hosts, links and pairs are slow",
         "sweep": f"{', '.join(made.ops)} over {groups}, {sizes} of {', '.join(made.dtypes)}",
     }[made.study]
 
@@ -164,7 +164,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
         if idle := runnable.never_lends(resolved, each):
             draft.warnings.append(idle)
     elif layout.ranks < 2:
-        raise UserError("one rank has nobody to measure with; set parallel.dp=2 or more")
+        raise UserError("a measurement needs at least two ranks; set parallel.dp=2 or more")
     said = tuple(draft.choices), tuple(draft.warnings), tuple(draft.notes)
     return RunPlan(resolved, layout.to_json(), nodes, each, size, step_time, *said)
 
@@ -209,8 +209,8 @@ class _Draft:
             settings = auto.settings(job)
             if train.global_batch is None:
                 settings["train"]["global_batch"] = job.global_batch
-                reason = f"train.micro_batch={train.micro_batch} for each of {job.layout.ranks} ranks, however they are "
-                self.choose("train.global_batch", job.global_batch, f"{reason}laid out")
+                reason = f"train.micro_batch={train.micro_batch} for each of {job.layout.ranks} ranks, in any layout"
+                self.choose("train.global_batch", job.global_batch, reason)
         sizes = chosen.layout.to_json()
         self.config = _with(config, parallel=sizes | settings["parallel"], train=settings["train"])
         return job
@@ -239,9 +239,9 @@ class _Draft:
             otherwise = held[0] if held and (cluster.nodes or cluster.slots_per_node) else unit
             dp = next((n for n in held if divides(n)), otherwise)
             if dp > unit:
-                reason = f"the most that {capacity.total} slots ({capacity}) hold in multiples of {unit}"
+                reason = f"the most that {capacity.total} slots ({capacity}) hold, in multiples of {unit}"
         elif not self.training and unit * others == 1:
-            dp, reason = 2, "the least that has somebody to measure with"
+            dp, reason = 2, "the fewest ranks that can measure a collective"
         self.choose("parallel.dp", dp, reason)
         return dp
 
@@ -287,7 +287,7 @@ class _Draft:
         n, per = (inside or fitting or [(len(slots), max(slots))])[0]
         if not limits:
             spread = f"{per} ranks on each" if n > 1 else f"one node holds all {ranks} ranks"
-            self.choose("cluster.nodes", n, f"as few as hold the gang: {spread}")
+            self.choose("cluster.nodes", n, f"the fewest that hold the gang: {spread}")
         return n, per
 
     def train(self, dp: int) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class _Draft:
             ("global_batch", unit * count, f"train.micro_batch={train.micro_batch} on {dp} data-parallel ranks, {how}"),
             ("precision", precision, f"{device} has {peak}"),
             ("engine", "native",
-             "it runs every layout; deepspeed, of dp and ep at ZeRO 1 and 2 alone, is used where it is asked for"),
+             "it runs every layout; deepspeed (dp and ep at ZeRO 1 and 2) is used only if you set it"),
         ):  # fmt: skip
             values[field] = getattr(train, field)
             if values[field] is None:
@@ -352,9 +352,9 @@ def _sized(config: RunConfig, job: TrainingJob, warnings: list[str]) -> tuple[di
     if have is not None and needed > have:
         largest = max(size, key=lambda name: size[name])
         warnings.append(
-            f"estimated {needed:.1f} GiB per rank{where}, {config.hardware.name} has {have:g}: {largest} takes "
-            f"{size[largest] / GIB:.1f} GiB; raise parallel.ep, dp, tp or zero, set train.recompute=full, or lower "
-            "train.micro_batch; parallel=auto searches"
+            f"estimated {needed:.1f} GiB per rank{where}, {config.hardware.name} has {have:g}, most of it for "
+            f"{largest} ({size[largest] / GIB:.1f} GiB); raise parallel.ep, dp, tp or zero, set train.recompute=full, or "
+            "lower train.micro_batch; parallel=auto searches"
         )
     elif have is not None and most > have:
         warnings.append(

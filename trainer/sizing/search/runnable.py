@@ -163,7 +163,7 @@ def _schedule(config: RunConfig) -> str | None:
             "set parallel.pp=2 or more, or parallel.schedule=1f1b"
         )
     wrong, why, mend = {
-        "interleaved": (chunks == 1, "which goes through several on each rank", "set parallel.chunks=2"),
+        "interleaved": (chunks == 1, "which needs several on each rank", "set parallel.chunks=2"),
         "1f1b": (chunks > 1, "which has one on each rank", "set parallel.chunks=1, or parallel.schedule=interleaved"),
         "zbv": (chunks > 2, "whose V has two on each rank", "set parallel.chunks=2"),
     }[schedule]  # fmt: skip
@@ -182,12 +182,12 @@ def _lending(config: RunConfig) -> str | None:
     if parallel.lend_rows is None or (parallel.schedule != "zbv" and may_lend(config.model, ep, etp)):
         return None
     if parallel.schedule == "zbv":
-        why = "parallel.schedule=zbv, which works gradients out in an order of its own"
+        why = "parallel.schedule=zbv, which computes gradients in another order"
         mend = "parallel.schedule=1f1b"
     elif etp > 1:
         why, mend = f"parallel.etp={etp}, where a rank has a part of each expert", "parallel.etp=1"
     else:
-        why = f"parallel.ep={ep} above model.top_k={top_k}, where tokens travel to their experts' ranks alone"
+        why = f"parallel.ep={ep} above model.top_k={top_k}, where tokens are sent by all-to-all"
         mend = f"parallel.ep={max(size for size in divisors(config.model.experts) if size <= top_k)}"
     return f"parallel.lend_rows={parallel.lend_rows} with {why}; set parallel.lend_rows=null, or {mend}"
 

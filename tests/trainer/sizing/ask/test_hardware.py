@@ -118,7 +118,9 @@ def test_what_was_measured_over_a_link() -> None:
 
 def test_a_mesh_without_a_rate_stays_unknown() -> None:
     hardware = HardwareConfig(name="x", kind="rocm", link=LinkConfig(kind="xgmi", shape="mesh", reach=8))
-    assert hardware.group_gbps(8) is None and hardware.source.startswith("none;")
+    assert hardware.group_gbps(8) is None and hardware.source.startswith(
+        "its peak and bandwidths are unknown"
+    )
 
 
 def test_the_ridge_points_of_the_reference() -> None:

@@ -157,7 +157,7 @@ def test_heads_that_tensor_parallelism_does_not_divide() -> None:
     (cost,) = [f.cost for f in lint(made, H100) if f.field == "model.heads"]
     assert cost == pytest.approx(25 * price(made).attention / price(made).seconds)
     (basis,) = [f.basis for f in lint(made, H100) if f.field == "model.heads"]
-    assert basis == "the fullest rank has 2 of 12 heads, the mean 1.5"
+    assert basis == "one rank has 2 of 12 heads, the mean 1.5"
 
 
 def test_whole_experts_take_the_place_of_cut_ones_where_there_are_enough() -> None:

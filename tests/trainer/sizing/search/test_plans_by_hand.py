@@ -170,10 +170,8 @@ def test_more_memory_than_there_is_names_stage_and_largest_part() -> None:
     largest = max(made.memory, key=lambda name: made.memory[name])
     job = auto.job_of(made.config, Layout(2, 1, 1, 1, 1, 1), 8)
     stage, used = memory.worst(job, "cuda")
-    start = (
-        f"estimated {used.needed / 2**30:.1f} GiB per rank on stage {stage}, h100 has 80: {largest} takes "
-    )
-    assert made.warnings[0].startswith(f"{start}{made.memory[largest] / 2**30:.1f} GiB")
+    start = f"estimated {used.needed / 2**30:.1f} GiB per rank on stage {stage}, h100 has 80, most of it for {largest} "
+    assert made.warnings[0].startswith(f"{start}({made.memory[largest] / 2**30:.1f} GiB)")
 
 
 def test_what_may_not_fit_is_what_the_most_slack_makes_too_large() -> None:
@@ -379,7 +377,7 @@ def test_a_plan_says_what_lending_would_gain(words: list[str], slots: int, noted
             time.parts(auto.job_of(one, layout, slots), rates).step for one in (made.config, lends)
         )
         assert lent < apart and said[0].startswith(
-            f"parallel.lend_rows=2048 would take {1 - lent / apart:.1%} less time where the fullest rank has 1.15 times"
+            f"parallel.lend_rows=2048 would save {1 - lent / apart:.1%} of a step at a load imbalance of 1.15,"
         )
 
 

@@ -162,7 +162,7 @@ def test_the_runner_up_is_told_by_its_larger_term() -> None:
     more = max(vars(best.parts), key=lambda name: getattr(other.parts, name) - getattr(best.parts, name))
     assert other.label in comparison and "slower" in comparison and PARTS[more][1] in comparison
     assert search.compare(best, best).endswith("as fast")
-    assert f"{result.legal} legal set-ups" in result.reason
+    assert f"{result.legal} legal layouts" in result.reason
 
 
 @pytest.mark.parametrize(
