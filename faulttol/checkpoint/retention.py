@@ -186,10 +186,13 @@ def pin(store: StoreLike, step: int, name: str) -> CheckpointCommit:
     folder = Folder(store)
     commits = [commit for commit in folder.commits if commit.step == step]
     if not commits:
-        there = ", ".join(str(commit.step) for commit in folder.commits[-4:]) or "none"
-        raise UserError(
-            f"step {step} isn't a checkpoint of {store.url}: type one that is; the last are {there}"
+        there = ", ".join(str(commit.step) for commit in folder.commits[-4:])
+        advice = (
+            f"type one that is; the last are {there}"
+            if there
+            else "name another run or folder, since it has none"
         )
+        raise UserError(f"step {step} isn't a checkpoint of {store.url}: {advice}")
     for commit, names in folder.pins.items():
         if name in names and commit != commits[-1]:
             raise UserError(
@@ -214,7 +217,7 @@ def unpin(store: StoreLike, step: int, name: str) -> None:
     """
     commits = [c for c, names in Folder(store).pins.items() if c.step == step and name in names]
     if not commits:
-        raise UserError(f"step {step} of {store.url} isn't pinned as '{name}': `inspect` tells the pins")
+        raise UserError(f"step {step} of {store.url} isn't pinned as '{name}': `inspect` shows the pins")
     for commit in commits:
         store.remove(f"{commit.prefix}pin-{name}")
 

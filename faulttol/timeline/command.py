@@ -144,8 +144,10 @@ def _begun(one: Activity) -> tuple[np.ndarray, np.ndarray]:
 
 def _lines(data: Mapping[str, Any], timeline: Timeline) -> list[str]:
     first, last = data["steps"]
-    drawn = f"{data['events']} events of {data['ranks']} ranks, steps {first} to {last - 1}"
-    lines = [f"{data['file']}: {drawn} of attempt {data['attempt']}"]
+    steps = f"steps {first} to {last - 1}" if last > first else "no steps"
+    lines = [
+        f"{data['file']}: {data['events']} events of {data['ranks']} ranks, {steps} of attempt {data['attempt']}"
+    ]
     apart = timeline.alignment
     if len(apart.offsets) > 1 and apart.shared:
         most = max(abs(ns) for ns in apart.offsets.values()) / 1e3

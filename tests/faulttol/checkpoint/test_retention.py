@@ -124,6 +124,10 @@ def test_pins_that_are_refused(tmp_path: Path) -> None:
             pin(store, 1, name)
     with pytest.raises(UserError, match="step 3 isn't a checkpoint of .*; the last are 1, 2"):
         pin(store, 3, "a")
+    with pytest.raises(
+        UserError, match="step 1 isn't a checkpoint of .*: name another run or folder, since it has none"
+    ):
+        pin(CheckpointStore(str(tmp_path / "empty")), 1, "a")
     pin(store, 1, "a")
     pin(store, 1, "a")
     with pytest.raises(UserError, match="the pin 'a' holds step 1 of .*: unpin it there first"):

@@ -400,3 +400,14 @@ def test_a_ring_of_another_version_is_no_source(tmp_path: Path) -> None:
         raw.write(b"MEGARAY9")
     assert os.path.getsize(RankFiles(run.attempt(1).ranks, 0).ring) > 0
     command.run(_options(run))  # a rank without records
+
+
+def test_ranks_that_began_no_step_are_drawn_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement has no training steps, and neither has a run that died while it started."""
+    run = _run(tmp_path)
+    MadeRank(tmp_path / "rings", 0, monkeypatch).started()
+    _close([StepStore(run.attempt(1).root, "node0", [0], tmp_path / "rings", 1)])
+    answer = command.run(_options(run))
+    assert answer.data["steps"] == [0, 0] and "of 1 ranks, no steps of attempt 1" in answer.lines[0]
