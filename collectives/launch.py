@@ -24,7 +24,7 @@ _LEAVING = 60.0
 _ERROR = re.compile(r"megaray: |[\w.]*(Error|Exception|Interrupt): ")
 _ECHO = re.compile(r"lost its peers|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 """What a rank says whose peer has ended: not why that one did."""
-FREE_IT = "free or mend that disk and type the same command again, or name another folder with --out"
+FREE_IT = "free or fix that disk and type the same command again, or name another folder with --out"
 """What to do where a measurement's folder takes nothing more."""
 _LAUNCHERS = (
     (

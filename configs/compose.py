@@ -193,7 +193,9 @@ def _read(path: Path) -> Tree:
         raise UserError(f"cannot read configuration {path}: {reason}; name an existing YAML file") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error}; mend that line") from None
+        raise UserError(
+            f"{path}:{line}: not valid YAML: {error.problem or error}; correct that line"
+        ) from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not valid YAML: {reason}; save it as plain UTF-8 text") from None

@@ -93,13 +93,9 @@ def dial(address: str, token: str) -> bool:
     if _accepts(address, ""):
         return False
     if not token:
-        raise UserError(
-            f"--address '{address}': this Ray wants a token, and none is known here; {WANTS_TOKEN}"
-        )
+        raise UserError(f"--address '{address}': this Ray needs a token, and none is set here; {WANTS_TOKEN}")
     if not _accepts(address, token):
-        raise UserError(
-            f"--address '{address}': this Ray refuses the token that is known here; {WANTS_TOKEN}"
-        )
+        raise UserError(f"--address '{address}': this Ray refuses the token that is set here; {WANTS_TOKEN}")
     return True
 
 

@@ -179,7 +179,7 @@ def _client(url: str) -> JobSubmissionClient:
         if error.code in (401, 403):
             if not (token := settings.token("")):
                 raise UserError(
-                    f"--address '{url}': this Ray wants a token, and none is known here; {WANTS_TOKEN}"
+                    f"--address '{url}': this Ray needs a token, and none is set here; {WANTS_TOKEN}"
                 ) from None
             headers = {"Authorization": f"Bearer {token}"}
     except (OSError, ValueError):

@@ -345,7 +345,8 @@ class _Job:
         if in_a_row >= self.config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={self.config.train.max_skipped}: the gradients of the last {in_a_row} steps weren't "
-                f"finite, so nothing moved since step {progress.step - in_a_row}; lower optim.lr={self.config.optim.lr:g}"
+                f"finite, so no weight was updated since step {progress.step - in_a_row}; lower "
+                f"optim.lr={self.config.optim.lr:g}"
             )
 
     def _evaluate(self) -> None:

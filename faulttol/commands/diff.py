@@ -98,7 +98,7 @@ class Difference:
                     one.first,
                 )
             )
-        lines += _section("of other values", table(rows, right=(1, 2, 3, 4)), head=1)
+        lines += _section("with other values", table(rows, right=(1, 2, 3, 4)), head=1)
         lines += _section(
             "facts", table([(f"  {name}", str(a), str(b)) for name, (a, b) in self.facts.items()])
         )

@@ -57,7 +57,7 @@ def family_of(model: ModelConfig) -> Family:
             value = getattr(value, word)
         if value not in allowed:
             known = " or ".join(map(str, allowed))
-            raise _no(field, value, f"{_NAMES[family]}, which its attention makes it, has {known} alone")
+            raise _no(field, value, f"{_NAMES[family]}, the family with its attention, has only {known}")
     if family == "mixtral" and model.top_k == 1:
         raise _no("top_k", 1, "Mixtral divides a token's weights by their sum, so its one expert weighs 1")
     if family == "olmoe" and model.heads * model.head_dim != model.hidden:
@@ -73,7 +73,7 @@ def family_of(model: ModelConfig) -> Family:
 
 def _no(field: str, value: object, why: str) -> UserError:
     return UserError(
-        f"model.{field}={value} can't be expressed in Hugging Face's code: {why}; export to dcp instead"
+        f"model.{field}={value} can't be exported to Hugging Face: {why}; type --to dcp, which takes all of it"
     )
 
 

@@ -147,7 +147,7 @@ def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdi
         detail = f"rank {one.rank} ended with code 0 while its peers still worked: {why} lost it"
         return [_verdict(snapshot, one, VerdictKind.RANK_EXIT, detail)]
     how = _how(dead[0])
-    detail = f"{how}; no rank died of a reason of its own: look at the network between their nodes"
+    detail = f"{how}; all ranks blame another one: look at the network between their nodes"
     verdict = _verdict(snapshot, dead[0], VerdictKind.RANK_EXIT, detail)
     return [verdict]
 

@@ -139,7 +139,7 @@ def _behind_text(blamed: culprit.Culprit, records: Mapping[int, Record]) -> str:
     if blamed.ring:
         return f"{_ranks(ranks)} wait for each other{blamed.because}"
     if len(ranks) == len(records):
-        return f"all ranks stand {_where(record)}"
+        return f"all ranks are stuck {_where(record)}"
     return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} behind, {_where(record)}{blamed.because}"
 
 

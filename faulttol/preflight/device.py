@@ -55,7 +55,7 @@ def exactness(device: torch.device, size: int) -> tuple[CheckOutcome, str]:
     generator = torch.Generator().manual_seed(size)
     left, right = (torch.randn(size, size, generator=generator).to(device, torch.bfloat16) for _ in range(2))
     if not torch.equal(left @ right, left @ right):
-        return CheckOutcome.BAD, "the same product twice differs"
+        return CheckOutcome.BAD, "the same matmul twice gives different results"
     return whole_numbers(device, size, generator)
 
 
@@ -71,7 +71,7 @@ def whole_numbers(device: torch.device, size: int, generator: torch.Generator) -
     expected = (weights @ left.to(torch.float64)) @ right.to(torch.float64)
     wrong = int(((weights @ product) != expected).sum())
     if wrong:
-        return CheckOutcome.BAD, f"a product of whole numbers is wrong in {wrong} of {size} columns"
+        return CheckOutcome.BAD, f"an exact matmul of whole numbers is wrong in {wrong} of {size} columns"
     return CheckOutcome.GOOD, f"exact to the bit, {size} x {size}"
 
 

@@ -85,7 +85,7 @@ def device_tool(tool: str | None = None) -> tuple[CheckOutcome, str]:
     """Whether the devices' own tool answers. A driver that hangs is the commonest way for a device to be lost."""
     tool = tool or device_tool_name()
     if tool is None:
-        return CheckOutcome.GOOD, "no devices, or no tool that tells of them"
+        return CheckOutcome.GOOD, "no devices, or no tool that lists them"
     try:
         done = answer([tool], _TOOL_SECONDS)
     except subprocess.TimeoutExpired:

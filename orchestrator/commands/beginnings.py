@@ -61,9 +61,7 @@ def newest(root: str, step: int | None = None) -> Beginning | None:
     try:
         folder = Folder(CheckpointStore(root))
     except OSError as error:
-        raise UserError(
-            f"'{root}' can't be listed: {error}; see to its permissions and credentials"
-        ) from None
+        raise UserError(f"'{root}' can't be listed: {error}; check its permissions and credentials") from None
     folder.refuse_others()
     passed = ""
     for commit in reversed(folder.commits):
@@ -95,8 +93,8 @@ def refuse_anothers(path: str) -> None:
     if folder.commits:
         owner = folder.commits[-1].run
         raise UserError(
-            f"checkpoint.path='{path}' belongs to run {owner}, whose checkpoints are in it: type another folder, and to go "
-            f"on from its state resume={path} beside it"
+            f"checkpoint.path='{path}' belongs to run {owner}, whose checkpoints are in it: type another folder, and "
+            f"resume={path} to start from its state"
         )
 
 
@@ -119,7 +117,7 @@ def find(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning]:
     refused, _ = refusals(old, fingerprint(config, _data(config, old.get("data") or {})))
     if refused:
         raise UserError(
-            f"{source} isn't this run's to continue from: {'; '.join(refused[:_TOLD])}; {_advice(start, home)}"
+            f"{source} doesn't fit this run: {'; '.join(refused[:_TOLD])}; {_advice(start, home)}"
         )
     if config.train.steps <= start.step:
         raise UserError(

@@ -15,9 +15,9 @@ Change = tuple[str, str, str]
 """Field, its value before, its value now."""
 
 _KEPT = {
-    "model": "its model, which its checkpoints are the state of",
-    "data": "its data, whose samples it has counted",
-    "train.seed": "its seed, which orders the samples that it has counted",
+    "model": "its model, whose state its checkpoints have",
+    "data": "its data, in which it has a position",
+    "train.seed": "its seed, which orders its samples",
     "optim.kind": "its optimizer, whose state its checkpoints have",
     "optim.moments": "its optimizer's moments, which its checkpoints have",
     "workload": "what it does",

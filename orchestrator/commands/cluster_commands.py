@@ -285,7 +285,7 @@ def resume(call: CommandCall) -> int:
     row = reading.summary(run, {})
     if row.state == "succeeded":
         raise UserError(
-            f"run '{run.run_id}' has succeeded: {row.step} of {row.steps} steps are done; a new run trains on from it: "
+            f"run '{run.run_id}' has succeeded: {row.step} of {row.steps} steps are done; a new run can continue from it: "
             f"`{PROGRAM} submit --config {run.newest_config} resume={run.run_id} train.steps={2 * max(1, row.steps)}`"
         )
     if not row.terminal:

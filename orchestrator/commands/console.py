@@ -13,7 +13,7 @@ from orchestrator.record.states import State
 
 _PLACES = ("rail", "rack", "nvlink")
 """Labels of a node that placement uses."""
-_SAVES_FAIL = "mend the storage that `saves` names, such as its free space; the next save that is due tries again by itself"
+_SAVES_FAIL = "fix the storage that `saves` names, such as its free space; the next save that is due tries again by itself"
 
 
 def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = (), silent: str = "") -> str:
@@ -41,7 +41,7 @@ def source(tree: dict[str, Any]) -> str:
     )
     counts = f" ({', '.join(counted)})" if counted else ""
     text = table([("resume", f"step {tree['step']} of {tree['run']}{counts}: {short(tree['path'])}")])
-    return text + ("\notherwise than there\n" + _changes(tree["differences"]) if tree["differences"] else "")
+    return text + ("\nchanges from that run\n" + _changes(tree["differences"]) if tree["differences"] else "")
 
 
 def amended(tree: dict[str, Any]) -> str:
@@ -58,7 +58,7 @@ def _changes(rows: Sequence[Sequence[str]]) -> str:
 def continuing(row: RunSummary) -> str:
     """What continues a run that was stopped, from where, and why not from its last step."""
     if row.checkpoint_step is None:
-        begins = f"{row.next_step} begins it again, since it has no checkpoint"
+        begins = f"{row.next_step} starts it over, since it has no checkpoint"
     else:
         begins = f"{row.next_step} continues it from step {row.checkpoint_step}"
     return f"{begins}: {row.saves}" if row.failed_saves else begins
@@ -106,7 +106,7 @@ def status(row: RunSummary, history: Sequence[dict[str, Any]], silent: str = "")
         rows.append(
             (
                 "parked",
-                f"the controller met an error at it and tries again later; its ranks continue: {row.parked}",
+                f"the controller failed on it and tries again later; its ranks continue: {row.parked}",
             )
         )
     if row.position is not None:

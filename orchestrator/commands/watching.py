@@ -104,7 +104,7 @@ class Beat:
         if self.reported or now - self.since < _SILENT_SECONDS:
             return None
         self.reported = True
-        return f"no controller has turned for {_SILENT_SECONDS:.0f} s. {reading.COMES_BACK}"
+        return f"no controller has been active for {_SILENT_SECONDS:.0f} s. {reading.COMES_BACK}"
 
 
 def watch(

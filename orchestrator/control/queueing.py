@@ -140,7 +140,7 @@ class Queueing:
         except FileNotFoundError:
             self._known = {}
         except (OSError, UnicodeDecodeError, UserError) as error:
-            self.trouble = f"{self._home.quotas}: {error}; what it said before holds"
+            self.trouble = f"{self._home.quotas}: {error}; its last valid version applies"
         return self._known
 
 

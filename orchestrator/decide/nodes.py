@@ -285,7 +285,7 @@ def mark(view: NodesView, name: str, what: str, reason: str, by: str) -> Payload
 
 def _serves(node: NodeRecord, name: str) -> str:
     if node.check:
-        return f"{name} is neither cordoned nor draining; its check failed: {node.check}; mend that, and it serves"
+        return f"{name} is neither cordoned nor draining; its check failed: {node.check}; fix that, and it gets work again"
     return f"{name} is neither cordoned nor draining; `{PROGRAM} nodes` shows which are"
 
 

@@ -90,7 +90,7 @@ def decide(view: RunView, verdicts: Sequence[Verdict], clock: float) -> Decision
     if cause.kind is VerdictKind.USER_ERROR:
         return Decision(Action.FAIL, Reason.USER_ERROR, cause.detail, cause, used, allowed)
     if cause.kind is VerdictKind.CHECKPOINT_OVERDUE:
-        detail = f"{cause.detail}; training continues, and a fault would cost all of it since then"
+        detail = f"{cause.detail}; training continues, and a fault now would lose all work since then"
         return Decision(Action.WARN, Reason.SAVES_FAILING, detail, cause, used, allowed)
     inspect = cause.kind in _SILENT_FAULTS
     if used >= allowed:

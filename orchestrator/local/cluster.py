@@ -93,8 +93,8 @@ def local(home: HomePaths) -> LocalCluster | None:
         return record
     if record.host != socket.gethostname() and record.boot != boot():
         raise UserError(
-            f"{home.cluster} tells of a Ray on {record.host}, and this is {socket.gethostname()}: type the command there, "
-            f"name a cluster with --address HOST:PORT, or set MEGARAY_HOME to a folder of this machine (where "
+            f"{home.cluster} names a Ray on {record.host}, but this host is {socket.gethostname()}: type the command "
+            f"there, name a cluster with --address HOST:PORT, or set MEGARAY_HOME to a folder of this machine (if "
             f"{record.host} is gone, remove the file)"
         )
     return None

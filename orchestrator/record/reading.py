@@ -155,7 +155,7 @@ def silence(queue: dict[str, Any], now: float) -> str:
     beat = beat_of(queue)
     if beat is None or now - beat < BEAT:
         return ""
-    return f"no controller has turned for {now - beat:.0f} s: what is shown of states may be from then. {COMES_BACK}"
+    return f"no controller has been active for {now - beat:.0f} s: what is shown of states may be from then. {COMES_BACK}"
 
 
 class RunReader:

@@ -115,7 +115,7 @@ def test_a_tool_that_fails_or_hangs_is_a_lost_device(tmp_path: Path, monkeypatch
     monkeypatch.setattr(host, "_TOOL_SECONDS", 0.2)
     assert host.device_tool(str(tool))[0] is CheckOutcome.BAD
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert host.device_tool() == (CheckOutcome.GOOD, "no devices, or no tool that tells of them")
+    assert host.device_tool() == (CheckOutcome.GOOD, "no devices, or no tool that lists them")
 
 
 def test_a_tool_that_no_signal_ends_is_not_waited_for(
@@ -170,7 +170,10 @@ def test_one_wrong_element_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     signs = device._sparse_signs
     monkeypatch.setattr(device, "_sparse_signs", lambda *words: signs(*words).as_subclass(_Wrong))
     outcome, text = device.exactness(torch.device("cpu"), 64)
-    assert (outcome, text) == (CheckOutcome.BAD, "a product of whole numbers is wrong in 1 of 64 columns")
+    assert (outcome, text) == (
+        CheckOutcome.BAD,
+        "an exact matmul of whole numbers is wrong in 1 of 64 columns",
+    )
 
 
 def test_whole_numbers_stay_within_what_bf16_holds() -> None:
@@ -183,7 +186,10 @@ def test_whole_numbers_stay_within_what_bf16_holds() -> None:
 
 def test_a_product_that_differs_from_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device.torch, "equal", lambda *_: False)
-    assert device.exactness(torch.device("cpu"), 64) == (CheckOutcome.BAD, "the same product twice differs")
+    assert device.exactness(torch.device("cpu"), 64) == (
+        CheckOutcome.BAD,
+        "the same matmul twice gives different results",
+    )
 
 
 def test_a_device_slower_than_its_neighbours_is_named() -> None:

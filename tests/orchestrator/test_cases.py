@@ -175,8 +175,8 @@ def test_addresses(typed: str, parts: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize(
     ("wants", "known", "told"),
-    [("", "", None), ("", "mine", None), ("mine", "mine", None), ("mine", "", "wants a token, and none is known here"),
-     ("mine", "other", "refuses the token that is known here")],
+    [("", "", None), ("", "mine", None), ("mine", "mine", None), ("mine", "", "needs a token, and none is set here"),
+     ("mine", "other", "refuses the token that is set here")],
 )  # fmt: skip
 def test_a_token_is_shown_where_one_is_wanted(
     wants: str, known: str, told: str | None, monkeypatch: pytest.MonkeyPatch

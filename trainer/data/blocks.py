@@ -232,7 +232,7 @@ def _parquet(source: SourceFile, file: IO[bytes], fields: Fields) -> Iterator[Fi
         yield FileBlock(source.path, "parquet", (texts, scores), first, True, source.size)
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"{source.path} is not parquet that can be read: {str(error).splitlines()[0]}; mend it or leave it "
+            f"{source.path} is not parquet that can be read: {str(error).splitlines()[0]}; repair it or leave it "
             "out of data.path"
         ) from None
 

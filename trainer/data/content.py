@@ -102,7 +102,7 @@ def promises_text(path: str) -> bool:
 
 def damaged(path: str, error: BaseException) -> UserError:
     """What is said of a file that can't be read or unpacked."""
-    return UserError(f"{path} can't be read: {error}; mend it or leave it out of data.path")
+    return UserError(f"{path} can't be read: {error}; repair it or leave it out of data.path")
 
 
 def inspect(path: str, file: IO[bytes]) -> tuple[str | None, Kind]:
@@ -129,7 +129,7 @@ def inspect(path: str, file: IO[bytes]) -> tuple[str | None, Kind]:
             raise _refusal(path, f"parquet inside {packed}")
         return None, "parquet"
     if by_name == "parquet":
-        raise UserError(f"{path} is not parquet; mend it or leave it out of data.path")
+        raise UserError(f"{path} is not parquet; repair it or leave it out of data.path")
     _refuse_foreign(path, head)
     kind = by_name or ("jsonl" if head.lstrip().startswith(b'{"') else "text")
     if kind == "jsonl" and head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":

@@ -69,7 +69,7 @@ def test_diff_names_each_tensor_and_how_far_it_is(root: Path, tmp_path: Path, as
     if kind == "rows":  # 2 blocks of one tensor and 1 of the other, in both checkpoints
         assert data["by_digest"] == data["equal"] and data["read"] < 7 * BLOCK
     _, out, _ = ask("diff", root / folder_of(10), tmp_path / "b")
-    for text in ("only in the first: 1", "only in the second: 1", "of other values: 2", "float32[]"):
+    for text in ("only in the first: 1", "only in the second: 1", "with other values: 2", "float32[]"):
         assert text in out
 
 

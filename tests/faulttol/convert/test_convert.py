@@ -182,7 +182,7 @@ CANNOT = [
 
 @pytest.mark.parametrize(("name", "changes", "told"), CANNOT)
 def test_what_no_family_computes_is_refused_by_name(name: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(told)} can't be expressed"):
+    with pytest.raises(UserError, match=f"^{re.escape(told)} can't be exported"):
         family_of(_changed(family(name), **changes))
 
 

@@ -251,7 +251,7 @@ def test_an_export_that_would_not_be_the_model_is_refused(run: CheckpointStore, 
     commit(tmp_path / "wide", state | {lost: torch.zeros(4, 32, 41)}, told(ours))
     with pytest.raises(UserError, match=rf"{lost} is \[4, 32, 41\] and its model has \[4, 32, 40\]"):
         export_hf(CheckpointStore(str(tmp_path / "wide")), out)
-    with pytest.raises(UserError, match="model.router.balance=bias can't be expressed"):
+    with pytest.raises(UserError, match="model.router.balance=bias can't be exported"):
         commit(tmp_path / "bias", state, told(ours.model_copy(update={"router": RouterConfig()})))
         export_hf(CheckpointStore(str(tmp_path / "bias")), out)
     assert not (tmp_path / "out").exists()

@@ -111,7 +111,7 @@ def test_many_behind_are_counted() -> None:
 
 def test_all_in_one_place() -> None:
     (verdict,) = _judge({0: _record(9, 3, 100.0), 1: _record(9, 3, 101.0)}, now=200.0)
-    assert "all ranks stand in forward of step 3" in verdict.detail and verdict.rank == 0
+    assert "all ranks are stuck in forward of step 3" in verdict.detail and verdict.rank == 0
 
 
 def test_a_rank_without_a_record_after_the_first_step_is_no_alarm() -> None:
@@ -152,7 +152,7 @@ def test_ranks_that_stop_together_in_a_save_all_stand_there() -> None:
     (verdict,) = _judge(
         {rank: _record(9, 3, 100.0 + rank, RankPhase.CHECKPOINT) for rank in range(4)}, now=999.0
     )
-    assert "all ranks stand in checkpoint of step 3" in verdict.detail
+    assert "all ranks are stuck in checkpoint of step 3" in verdict.detail
 
 
 def test_a_rank_that_waits_for_the_save_of_another_is_not_behind() -> None:

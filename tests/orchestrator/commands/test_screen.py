@@ -124,7 +124,7 @@ def test_every_size_fits(made: MadeRun) -> None:
     picture.ranks = [
         RankActivity(rank, {"compute": 0.3, "wait": 0.1}, "step 12, forward") for rank in range(500)
     ]
-    picture.silent = "no controller has turned for 30 s"
+    picture.silent = "no controller has been active for 30 s"
     for width in (40, 41, 57, 80, 200):
         for height in (1, 5, 10, 24, 60):
             told = shown(picture, width, height)

@@ -337,7 +337,7 @@ def test_marks_are_acted_on_and_taken_back() -> None:
         ("host2", "drain", "why", "host2 is draining already (smoke)"),
         ("host0", "uncordon", "", "host0 is neither cordoned nor draining; `python -m orchestrator nodes` shows which are"),
         ("host4", "uncordon", "",
-         "host4 is neither cordoned nor draining; its check failed: no mount; mend that, and it serves"),
+         "host4 is neither cordoned nor draining; its check failed: no mount; fix that, and it gets work again"),
         ("host3", "spare", "", "host3 is a spare already"),
         ("host0", "unspare", "", "host0 is not a spare; `python -m orchestrator nodes` shows which are"),
         ("hosst1", "cordon", "why",

@@ -197,7 +197,7 @@ def test_a_record_holds_while_its_keeper_lives(tmp_path: Path, monkeypatch: pyte
         cluster.write(home, gone)
         assert cluster.local(home) is None
     cluster.write(home, replace(mine, boot="elsewhere", host="gpu7"))
-    with pytest.raises(UserError, match="tells of a Ray on gpu7"):
+    with pytest.raises(UserError, match="names a Ray on gpu7"):
         cluster.local(home)
 
 

@@ -256,7 +256,7 @@ def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_pa
     home.queue.write_text(json.dumps({"time": 1.0, "beat": time.time() - 45.0}))
     listing = reading.summaries(home)
     assert re.search(
-        r"no controller has turned for 4[5-9] s: .* up` starts it where nothing does$", listing.silent
+        r"no controller has been active for 4[5-9] s: .* up` starts it where nothing does$", listing.silent
     )
     assert console.run_list(listing.rows, [], listing.silent).endswith(listing.silent)
     assert f"controller  {listing.silent}" in console.status(listing.rows[0], [], listing.silent)
@@ -293,7 +293,7 @@ def test_what_continues_a_stopped_run_says_from_where_and_what_was_not_saved(tmp
     log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
     log.append(StateMoved(State.CANCELLED, Reason.CANCEL_ASKED), 1.0)
     (row,) = reading.summaries(home).rows
-    assert console.continuing(row) == f"{resume} begins it again, since it has no checkpoint"
+    assert console.continuing(row) == f"{resume} starts it over, since it has no checkpoint"
     log.append(CheckpointCommitted(1, 40, "folder/step", 9, 12.5, 0.25), 2.0)
     (row,) = reading.summaries(home).rows
     assert console.continuing(row) == f"{resume} continues it from step 40"
