@@ -134,7 +134,7 @@ def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdi
     stuck = [r for r in living if r.held_since is not None]
     if stuck:
         one = min(stuck, key=lambda r: (r.held_since or 0.0, r.rank))
-        detail = f"rank {one.rank} is {one.held or 'stopped'}: {why} gave it up"
+        detail = f"rank {one.rank} is {one.held or 'stopped'}: {why} died waiting for it"
         return [_verdict(snapshot, one, VerdictKind.HANG, detail, one.held_since)]
     # The kernel closes a process's connections a little before it reports the end.
     left = [
@@ -144,10 +144,12 @@ def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdi
     ]
     if left:
         one = min(left, key=lambda r: (r.exit_time or first, r.rank))
-        detail = f"rank {one.rank} ended with code 0 while its peers still worked: {why} lost it"
+        detail = (
+            f"rank {one.rank} ended with code 0 while its peers still worked: {why} lost the connection to it"
+        )
         return [_verdict(snapshot, one, VerdictKind.RANK_EXIT, detail)]
     how = _how(dead[0])
-    detail = f"{how}; all ranks blame another one: look at the network between their nodes"
+    detail = f"{how}; every dead rank blames a peer: look at the network between their nodes"
     verdict = _verdict(snapshot, dead[0], VerdictKind.RANK_EXIT, detail)
     return [verdict]
 

@@ -75,10 +75,10 @@ def _early(snapshot: Snapshot) -> list[Verdict]:
     if one.exit_code == 0:
         kind = VerdictKind.RANK_EXIT
         detail = f"rank {one.rank} ended with code 0{also}"
-        detail += f", and no rank made a record for {silence:.0f} s: the others wait for it"
+        detail += f", and no rank has made progress for {silence:.0f} s: the others wait for it"
     else:
         waiting = "" if len(living) == len(named) else ": the others wait for it"
-        detail = f"rank {one.rank} is {one.held}{where}{also}, and no rank made a record for {silence:.0f} s{waiting}"
+        detail = f"rank {one.rank} is {one.held}{where}{also}, and no rank has made progress for {silence:.0f} s{waiting}"
     return [_verdict(snapshot, one.rank, kind, detail, max(times))]
 
 
@@ -91,7 +91,7 @@ def _start(snapshot: Snapshot) -> list[Verdict]:
         return []
     missing = [rank for rank in range(snapshot.world) if rank not in records]
     if missing:
-        who, rank = f"{_ranks(missing)} made no record", missing[0]
+        who, rank = f"{_ranks(missing)} recorded nothing", missing[0]
     else:
         blamed = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
         who, rank = _behind_text(blamed, records), blamed.ranks[0]
@@ -113,7 +113,7 @@ def _late(snapshot: Snapshot) -> list[Verdict]:
     saving = all(_is_in(records[rank], RankPhase.CHECKPOINT) for rank in blamed.ranks)
     if saving and silence <= hang * SAVE_FACTOR:
         return []
-    detail = f"no rank made a record for {silence:.0f} s: {_behind_text(blamed, records)}"
+    detail = f"no rank has made progress for {silence:.0f} s: {_behind_text(blamed, records)}"
     return [_verdict(snapshot, blamed.ranks[0], VerdictKind.HANG, detail, last)]
 
 

@@ -71,7 +71,7 @@ def test_ranks_that_wait_for_each_other_are_a_ring() -> None:
     assert found.ring and found.ranks == [0, 1]
     (verdict,) = _judge(_rank(0, ("a", 5), ("b", 3)), _rank(1, ("a", 4), ("b", 4)), now=131.0)
     told = "ranks 0, 1 wait for each other; each has entered a collective that another hasn't"
-    assert verdict.detail == f"no rank made a record for 31 s: {told}"
+    assert verdict.detail == f"no rank has made progress for 31 s: {told}"
 
 
 def test_without_signs_records_tell() -> None:
@@ -97,7 +97,7 @@ def test_a_stopped_rank_is_named_after_a_fifth_of_the_patience() -> None:
     assert verdict.kind is VerdictKind.HANG and (verdict.rank, verdict.time) == (1, 100.0)
     where = "in forward of step 3"
     assert verdict.detail == (
-        f"rank 1 is stopped (state T), {where}, and no rank made a record for 6 s: the others wait for it"
+        f"rank 1 is stopped (state T), {where}, and no rank has made progress for 6 s: the others wait for it"
     )
     assert verdict.node == "10.0.0.2" and verdict.evidence == "logs/00001.log"
 
@@ -205,7 +205,7 @@ def test_a_rank_that_left_with_code_0_is_waited_for() -> None:
     assert verdict.rank == 1 and verdict.kind is VerdictKind.RANK_EXIT
     assert (
         verdict.detail
-        == "rank 1 ended with code 0, and no rank made a record for 12 s: the others wait for it"
+        == "rank 1 ended with code 0, and no rank has made progress for 12 s: the others wait for it"
     )
     assert _judge(_rank(0), left) == []
 

@@ -152,7 +152,7 @@ def test_a_stopped_rank_that_its_peers_gave_up_is_the_cause() -> None:
     assert _culprits(lost_peer(0), lost_peer(1), stopped, now=101.0) == []
     (verdict,) = _judge(lost_peer(0), lost_peer(1), stopped, now=104.0)
     assert verdict.kind is VerdictKind.HANG and verdict.rank == 2 and verdict.time == 40.0
-    assert verdict.detail == "rank 2 is stopped (state T): rank 0 and 1 more gave it up"
+    assert verdict.detail == "rank 2 is stopped (state T): rank 0 and 1 more died waiting for it"
 
 
 def test_a_rank_that_gave_a_peer_up_and_is_stuck_in_its_end_is_not_the_cause() -> None:
@@ -165,7 +165,8 @@ def test_a_rank_that_left_with_code_0_is_the_cause() -> None:
     (verdict,) = _judge(lost_peer(0, 100.2), died(1, 0, 100.0), lost_peer(2, 100.1))
     assert verdict.rank == 1 and verdict.kind is VerdictKind.RANK_EXIT
     assert (
-        verdict.detail == "rank 1 ended with code 0 while its peers still worked: rank 2 and 1 more lost it"
+        verdict.detail
+        == "rank 1 ended with code 0 while its peers still worked: rank 2 and 1 more lost the connection to it"
     )
     assert _culprits(lost_peer(0, 99.0), died(1, 0, 100.0)) == [1], (
         "its connections were closed before its end was told"

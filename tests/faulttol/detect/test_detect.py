@@ -99,7 +99,7 @@ def test_a_hang_names_the_rank_that_is_behind() -> None:
     newest[2] = _record(87, 7, 98.0, RankPhase.FORWARD)
     (verdict,) = _judge(dict(newest), now=131.0)
     assert verdict.kind is VerdictKind.HANG and verdict.rank == 2 and verdict.time == 100.0
-    assert verdict.detail == "no rank made a record for 31 s: rank 2 is behind, in forward of step 7"
+    assert verdict.detail == "no rank has made progress for 31 s: rank 2 is behind, in forward of step 7"
 
 
 def test_many_behind_are_counted() -> None:
@@ -145,7 +145,7 @@ def test_the_culprit_in_a_save_is_the_rank_that_stopped_getting_on() -> None:
     saving[2] = _record(9, 3, 250.0, RankPhase.CHECKPOINT)
     (verdict,) = _judge(dict(saving), now=530.0)
     assert verdict.rank == 2 and "rank 2 is behind, in checkpoint of step 3" in verdict.detail
-    assert verdict.detail.startswith("no rank made a record for 127 s")
+    assert verdict.detail.startswith("no rank has made progress for 127 s")
 
 
 def test_ranks_that_stop_together_in_a_save_all_stand_there() -> None:
@@ -196,7 +196,7 @@ def test_before_the_first_step_the_start_timeout_holds() -> None:
     assert _judge(newest, now=190.0, started=10.0, stepped=False) == []
     (verdict,) = _judge(newest, now=191.0, started=10.0, stepped=False)
     assert verdict.kind is VerdictKind.START_TIMEOUT and verdict.rank == 1
-    assert verdict.detail == "no step was finished in 181 s: ranks 1, 2 made no record"
+    assert verdict.detail == "no step was finished in 181 s: ranks 1, 2 recorded nothing"
 
 
 def test_of_several_ranks_behind_before_the_first_step_the_first_is_named() -> None:
