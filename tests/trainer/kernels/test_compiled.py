@@ -26,7 +26,7 @@ def compiled(folder: Path, *words: str) -> list[str]:
 
 def test_kernels_compile_for_an_mi300x(tmp_path: Path) -> None:
     lines = compiled(tmp_path, "--targets", "hip:gfx942", "--models", "olmoe_1b_7b,zaya1_base")
-    assert lines[-1].endswith("kernels for hip:gfx942, 0 faults") and int(lines[-1].split()[0]) >= 33
+    assert lines[-1].endswith("kernels for hip:gfx942, 0 faults") and int(lines[-1].split()[0]) >= 35
 
 
 @pytest.mark.long
