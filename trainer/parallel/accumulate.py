@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from trainer.kernels.choice import LEAST, use_kernels
 
 
-def added(earlier: Tensor, gradient: Tensor) -> Tensor:
+def accumulate(earlier: Tensor, gradient: Tensor) -> Tensor:
     """The sum in fp32: `earlier` itself where that is fp32, else a new tensor.
 
     Args:
@@ -39,7 +39,7 @@ def groups(state: Any) -> list[Any]:
     return [group for group in each if group is not None]
 
 
-class _Late:
+class _DeferredCast:
     """What FSDP does with a parameter's gradient between the micro-batches of a step, in place of its own methods.
 
     It has no hook there. Its first method casts the first micro-batch's, which nothing reads before the second one's.
@@ -63,7 +63,8 @@ class _Late:
         if earlier is None:
             return
         gradient = self._unsharded_param.grad
-        self.unsharded_accumulated_grad = earlier.float() if gradient is None else added(earlier, gradient)
+        total = earlier.float() if gradient is None else accumulate(earlier, gradient)
+        self.unsharded_accumulated_grad = total
         self._unsharded_param.grad = None
 
 
@@ -75,15 +76,15 @@ _NEEDED = (
 
 
 @lru_cache
-def _late(own: Any) -> type:
-    return type("LateParameter", (_Late, own), {})
+def _with_deferred_cast(own: Any) -> type:
+    return type("DeferredCastParameter", (_DeferredCast, own), {})
 
 
-def add_late(module: FSDPModule) -> None:
+def defer_first_cast(module: FSDPModule) -> None:
     """Have FSDP add up a module's gradients as here. A torch whose FSDP names these steps otherwise keeps its own way."""
     shard: Any = fully_shard  # its type hides the attributes that it adds
     for group in groups(shard.state(module)):
         for parameter in group.fsdp_params:
             own: Any = type(parameter)  # modules of one unit share their groups
-            if not issubclass(own, _Late) and all(hasattr(parameter, name) for name in _NEEDED):
-                parameter.__class__ = _late(own)
+            if not issubclass(own, _DeferredCast) and all(hasattr(parameter, name) for name in _NEEDED):
+                parameter.__class__ = _with_deferred_cast(own)

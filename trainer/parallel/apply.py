@@ -30,7 +30,7 @@ from trainer.model.norm import RMSNorm
 from trainer.model.router import MLPRouter
 from trainer.model.seams import MicroBatch
 from trainer.parallel import resident
-from trainer.parallel.accumulate import add_late
+from trainer.parallel.accumulate import defer_first_cast
 from trainer.parallel.context import GatherContext, SharedSamples, UlyssesContext
 from trainer.parallel.expert import ExpertParallel
 from trainer.parallel.gathered import GatheredExperts, fewer_bytes
@@ -219,7 +219,7 @@ def shard(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> set[str]:
         module.set_gradient_divide_factor(1.0)
         if hasattr(module, "set_force_sum_reduction_for_comms"):
             module.set_force_sum_reduction_for_comms(True)
-        add_late(module)
+        defer_first_cast(module)
     return whole
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from configs.schema import RunConfig
 from trainer.model.decoder import DecoderStage
-from trainer.parallel.accumulate import added
+from trainer.parallel.accumulate import accumulate
 from trainer.parallel.exchange import all_reduce_packed
 from trainer.parallel.mesh import Axis, Mesh
 
@@ -88,7 +88,7 @@ class Resident:
             return
         parameter.grad = None
         earlier = self._sums.get(name)
-        self._sums[name] = gradient if earlier is None else added(earlier, gradient)
+        self._sums[name] = gradient if earlier is None else accumulate(earlier, gradient)
 
     def weight(self, name: str) -> Tensor:
         """What matmuls use."""

@@ -149,7 +149,7 @@ MUTANTS = [
     Mutant(
         "a micro-batch's gradient is lost",
         _RESIDENT,
-        "gradient if earlier is None else added(earlier, gradient)",
+        "gradient if earlier is None else accumulate(earlier, gradient)",
         "gradient",
         f"{_ADDED}sums_are_the_librarys_and_the_first_gradient_waits_in_bf16[1]",
     ),
@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant(
         "FSDP casts the first gradient before the second is there",
         _APPLY,
-        "        add_late(module)\n",
+        "        defer_first_cast(module)\n",
         "",
         f"{_ADDED}sums_are_the_librarys_and_the_first_gradient_waits_in_bf16[2]",
     ),
@@ -191,15 +191,15 @@ MUTANTS = [
     Mutant(
         "FSDP adds a gradient twice",
         _ACCUMULATE,
-        "earlier.float() if gradient is None else added(earlier, gradient)\n        self._unsharded_param.grad = None",
-        "earlier.float() if gradient is None else added(earlier, gradient)",
+        "        self.unsharded_accumulated_grad = total\n        self._unsharded_param.grad = None",
+        "        self.unsharded_accumulated_grad = total",
         f"{_ADDED}sums_are_the_librarys_and_the_first_gradient_waits_in_bf16[2]",
     ),
     Mutant(
         "an unknown FSDP's methods are replaced",
         _ACCUMULATE,
-        "if not issubclass(own, _Late) and all(hasattr",
-        "if not issubclass(own, _Late) and any(hasattr",
+        "if not issubclass(own, _DeferredCast) and all(hasattr",
+        "if not issubclass(own, _DeferredCast) and any(hasattr",
         f"{_ADDED}a_torch_whose_fsdp_has_other_names_keeps_its_own_way",
     ),
     Mutant(

@@ -72,7 +72,7 @@ def cast_and_add(self: Any, name: str, parameter: Tensor) -> None:
 @contextmanager
 def librarys() -> Iterator[None]:
     with (
-        mock.patch.object(apply, "add_late", lambda _: None),
+        mock.patch.object(apply, "defer_first_cast", lambda _: None),
         mock.patch.object(resident.Resident, "_add", cast_and_add),
     ):
         yield
@@ -166,7 +166,7 @@ def left_out(rank: RankContext) -> list[Tensor]:
             mp_policy=MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32),
         )  # fmt: skip
         if late:
-            accumulate.add_late(module)
+            accumulate.defer_first_cast(module)
         for turn, used in enumerate((("one", "other"), ("one",), ("one",))):
             module.set_requires_gradient_sync(turn == 2)
             x = torch.randn(5, 4, generator=torch.Generator().manual_seed(turn))
@@ -196,8 +196,8 @@ def test_a_torch_whose_fsdp_has_other_names_keeps_its_own_way() -> None:
     state = SimpleNamespace(_fsdp_param_group=SimpleNamespace(fsdp_params=parameters))
     with mock.patch.object(accumulate, "fully_shard", SimpleNamespace(state=lambda _: state)):
         for _ in range(2):  # modules of one unit share their groups
-            accumulate.add_late(nn.Linear(1, 1))  # type: ignore[arg-type]
-    assert isinstance(parameters[0], accumulate._Late)
+            accumulate.defer_first_cast(nn.Linear(1, 1))  # type: ignore[arg-type]
+    assert isinstance(parameters[0], accumulate._DeferredCast)
     assert type(parameters[1]) is Unknown
 
 
@@ -288,11 +288,11 @@ def test_the_kernels_sum_is_fp32s(kernels: None) -> None:
             other[:4] = torch.tensor([-2 * small, -0.0, 1.0, 1e38])
         expected = one.float() + other.float()
         with mock.patch.object(accumulate, "LEAST", 1):
-            sum_ = accumulate.added(one, other)
+            sum_ = accumulate.accumulate(one, other)
         assert sum_.dtype == torch.float32 and sum_.equal(expected)
         assert sum_.signbit().equal(expected.signbit())
-        again = accumulate.added(sum_, one)
+        again = accumulate.accumulate(sum_, one)
         assert again is sum_ and again.equal(expected + one.float())
     one, other = (torch.randn(shape, device=DEVICE).to(BF16) for shape in ((40, 30), (30, 40)))
     with mock.patch.object(accumulate, "LEAST", 1):
-        assert accumulate.added(one.t(), other).equal(one.t().float() + other.float())
+        assert accumulate.accumulate(one.t(), other).equal(one.t().float() + other.float())
