@@ -380,7 +380,8 @@ class _Job:
             self._tell_saves()
             if self.config.checkpoint.compare != "warn":
                 raise
-            kept = "" if self.agreed is None else f"; step {self.agreed} is pinned as agreed-{self.agreed}"
+            pin = f"step {self.agreed} is pinned as agreed-{self.agreed} until it is unpinned"
+            kept = "" if self.agreed is None else f"; {pin}"
             self.differing[self.progress.step] = f"{error}{kept}"
             self.lines.note(
                 [f"{error}; it is saved all the same (checkpoint.compare=stop ends the attempt){kept}"]

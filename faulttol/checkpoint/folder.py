@@ -4,6 +4,7 @@
     step-0000000200/RUN.a0002.r00005.1f3a9c07.safetensors    rank 5's file, with a word that is new in each save
     step-0000000200/RUN.a0002.directory.1f3a9c07.jsonl   what is in which file
     step-0000000200/RUN.a0002.pin-best                   keeps it whatever the retention says
+    step-0000000200/RUN.a0002.unpinned-agreed-200        a person has unpinned it: the run doesn't pin it again
     step-0000000200/RUN.a0002.use-9b1d22e0               keeps it while a reader renews this
 
 An attempt never writes a name that another attempt writes, so a late writer can't replace a newer attempt's files.

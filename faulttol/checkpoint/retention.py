@@ -204,13 +204,15 @@ def pin(store: StoreLike, step: int, name: str) -> CheckpointCommit:
 
 def pin_agreed(store: StoreLike, step: int) -> None:
     """Keep the newest step whose copies agreed as `agreed-STEP`, where copies differ now: later saves have the fault, and
-    would push it out. Nothing where the step isn't there."""
+    would push it out. Nothing where the step isn't there, or a person has unpinned it: each later save calls this again."""
+    if any(name.endswith(f".unpinned-agreed-{step}") for name in store.names(folder_of(step))):
+        return
     with suppress(UserError):
         pin(store, step, f"agreed-{step}")
 
 
 def unpin(store: StoreLike, step: int, name: str) -> None:
-    """Give a name back.
+    """Give a name back. Of the pin that a run sets itself (`pin_agreed`), a file beside the checkpoint says so.
 
     Raises:
         UserError: where the step isn't pinned under it.
@@ -219,6 +221,8 @@ def unpin(store: StoreLike, step: int, name: str) -> None:
     if not commits:
         raise UserError(f"step {step} of {store.url} isn't pinned as '{name}': `inspect` shows the pins")
     for commit in commits:
+        if name == f"agreed-{step}":
+            store.write(f"{commit.prefix}unpinned-{name}", [b"\n"])
         store.remove(f"{commit.prefix}pin-{name}")
 
 

@@ -12,7 +12,18 @@ import pytest
 from configs.errors import UserError
 from faulttol.checkpoint import retention
 from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
-from faulttol.checkpoint.retention import Doomed, Retention, pin, pins, plan, prune, remove, unpin, using
+from faulttol.checkpoint.retention import (
+    Doomed,
+    Retention,
+    pin,
+    pin_agreed,
+    pins,
+    plan,
+    prune,
+    remove,
+    unpin,
+    using,
+)
 from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.ranks import save_all
 
@@ -113,6 +124,26 @@ def test_what_a_run_keeps(tmp_path: Path) -> None:
         Doomed(CheckpointCommit(1, step, "run-1"), "older than the newest 1") for step in (2, 4, 7)
     ]
     assert [p.name for p in tmp_path.iterdir()] == [folder_of(8)]
+
+
+def test_what_a_person_unpins_is_not_pinned_again_by_the_saves_that_follow(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path))
+    for step in (1, 2):
+        save_all(tmp_path, step, keep=9)
+    pin_agreed(store, 1)
+    pin_agreed(store, 3)
+    assert {commit.step: names for commit, names in pins(store).items()} == {1: ["agreed-1"]}, "3 isn't there"
+    unpin(store, 1, "agreed-1")
+    pin_agreed(store, 1)
+    assert pins(store) == {}
+    pin_agreed(store, 2)
+    assert {commit.step: names for commit, names in pins(store).items()} == {2: ["agreed-2"]}, "a newer step"
+    pin(store, 1, "agreed-1")
+    assert len(pins(store)) == 2, "a person may pin it again"
+    unpin(store, 1, "agreed-1")
+    unpin(store, 2, "agreed-2")
+    save_all(tmp_path, 3, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == [folder_of(3)], "what says so goes with its step"
 
 
 def test_pins_that_are_refused(tmp_path: Path) -> None:

@@ -366,6 +366,13 @@ MUTANTS = [
         f"{_DRIFT}a_warning_names_the_copies_and_the_run_goes_on",
     ),
     Mutant(
+        "a run pins again what a person has unpinned",
+        "faulttol/checkpoint/retention.py",
+        '    if any(name.endswith(f".unpinned-agreed-{step}") for name in store.names(folder_of(step))):',
+        "    if False:",
+        "tests/faulttol/checkpoint/test_retention.py::test_what_a_person_unpins_is_not_pinned_again_by_the_saves_that_follow",
+    ),
+    Mutant(
         "a step whose copies differ is taken for one that agreed",
         "trainer/loop.py",
         'if outcome.tier == "store" and not differs:',

@@ -371,7 +371,7 @@ def test_a_warning_names_the_copies_and_the_run_goes_on(tmp_path: Path) -> None:
     warned = (tmp_path / "run" / "notes").read_text().splitlines()
     assert warned and warned[0].startswith("the state behind step 4 is wrong: ")
     assert "; it is saved all the same (checkpoint.compare=stop ends the attempt)" in warned[0]
-    assert warned[0].endswith("; step 2 is pinned as agreed-2")
+    assert warned[0].endswith("; step 2 is pinned as agreed-2 until it is unpinned")
     pins = retention.pins(CheckpointStore(str(tmp_path / "run" / "checkpoints")))
     assert {commit.step: names for commit, names in pins.items()} == {2: ["agreed-2"]}, (
         "later saves don't push it out"
