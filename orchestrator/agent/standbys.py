@@ -243,6 +243,8 @@ class Standbys:
         os.set_blocking(mine.fileno(), False)
         with self._lock:
             self._waiting.append(_Standby(need.kind, process, mine))
+        if self._closed:  # meanwhile: it would live as long as this process, with nobody to end it
+            self.close()
 
     def _ended(self, pid: int, _: Exit) -> None:
         """One that nobody had taken has ended."""

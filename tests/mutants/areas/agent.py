@@ -41,6 +41,20 @@ MUTANTS = [
         f"{_OF_STANDBYS}libraries_alone_serve_the_first_gang_of_whichever_run_comes",
     ),
     Mutant(
+        "an interpreter that still imports outlives its agent",
+        _STANDBY,
+        "    die_with_parent(os.environ)\n",
+        "",
+        f"{_OF_STANDBYS}one_ends_by_itself_where_its_agent_is_killed[imports]",
+    ),
+    Mutant(
+        "an interpreter that is being started while its agent closes stays",
+        _STANDBYS,
+        "        if self._closed:  # meanwhile",
+        "        if False:  # meanwhile",
+        f"{_OF_STANDBYS}one_that_is_being_started_while_the_agent_closes_ends_too",
+    ),
+    Mutant(
         "libraries wait beside a gang that starts",
         _STANDBYS,
         "if not (self._needs or self._starting) else None",

@@ -9,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,21 @@ from tests.orchestrator.agent.local_runtime import until
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[3]
 RUN = f"/home/of/runs/a-run-{os.getpid()}"
+AGENT = """
+import json, os, sys, time
+from orchestrator.agent.orders import Launch
+from orchestrator.agent.spawner import Spawner
+from orchestrator.agent.standbys import Standbys
+launch, env, importing = json.loads(sys.argv[1])
+launch |= {name: tuple(launch[name]) for name in ("ranks", "addresses", "program")}
+standbys = Standbys(Spawner())
+standbys.keep("a-run", Launch(**launch), env | {"MEGARAY_PARENT": str(os.getpid())})
+while not (os.path.exists(importing) if importing else standbys.ready):
+    time.sleep(0.01)
+print(standbys._waiting[0].process.pid, flush=True)
+time.sleep(600)
+"""
+"""An agent that is killed once its interpreter is ready, or once it has made the file `importing`."""
 
 
 @pytest.fixture
@@ -40,9 +57,12 @@ def launch(tmp_path: Path) -> Launch:
         "import json, os, sys, time\n"
         "warm = 'trainer.loop' in sys.modules\n"
         "print(json.dumps([warm, sys.argv[1:], dict(os.environ), sys.path, sorted(sys.modules)]), flush=True)\n"
+        "rank = os.getpid()\n"
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
-        "    time.sleep(600)\n"
+        "    while os.getppid() == rank:\n"  # also where this test is killed, so that nobody ends it by its mark
+        "        time.sleep(0.1)\n"
+        "    os._exit(0)\n"
         "time.sleep(600)\n"
     )
     program = ("-m", "trainer", "run", "a word")
@@ -262,6 +282,53 @@ def test_they_can_be_fewer_or_off_and_end_when_nobody_needs_them(
     monkeypatch.setattr("orchestrator.agent.standbys._LINGER_SECONDS", 0.0)
     standbys.drop(RUN)
     until(lambda: not spawner.pids(), "its end")
+
+
+def test_one_that_is_being_started_while_the_agent_closes_ends_too(
+    launch: Launch, env: dict[str, str]
+) -> None:
+    began, closed = threading.Event(), threading.Event()
+
+    class SlowSpawner(Spawner):
+        pid = 0
+
+        def start(self, *words: Any, **more: Any) -> Future[subprocess.Popen[bytes]]:
+            began.set()
+            assert closed.wait(60)
+            future = super().start(*words, **more)
+            self.pid = future.result().pid
+            return future
+
+    slow = SlowSpawner()
+    standbys = Standbys(slow)
+    standbys.keep(RUN, launch, env)
+    assert began.wait(60)
+    standbys.close()
+    closed.set()
+    until(lambda: slow.pid and not slow.pids(), "its end")
+
+
+@pytest.mark.parametrize("when", ["imports", "waits"])
+def test_one_ends_by_itself_where_its_agent_is_killed(launch: Launch, env: dict[str, str], when: str) -> None:
+    importing = str(Path(launch.code) / "importing") if when == "imports" else ""
+    if importing:
+        slow = f"import time\nopen({importing!r}, 'w').close()\ntime.sleep(600)\n"
+        (Path(launch.code) / "trainer" / "loop.py").write_text(slow)
+    given = json.dumps([asdict(replace(launch, world=1, ranks=(0,))), env, importing])
+    agent = subprocess.Popen(
+        [sys.executable, "-c", AGENT, given], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert agent.stdout is not None
+    pid = int(agent.stdout.readline())
+    try:
+        assert pid in family.table()
+        agent.kill()
+        agent.wait()
+        until(lambda: pid not in family.table(), "its end")
+    finally:
+        agent.kill()
+        agent.wait()
+        family.end([pid], signal.SIGKILL)
 
 
 def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
