@@ -39,8 +39,8 @@ export const layout = {
   async load(ctx, root, signal, newest) {
     const { attempt, rank } = ctx.params;
     const [told, opened] = await Promise.all([
-      ofAttempt(get(`${root}/layout`, exported ? {} : { attempt }, signal), newest),
-      rank === undefined ? null : loadRank(ctx, root, ctx.params, newest, signal),
+      ofAttempt(() => get(`${root}/layout`, exported ? {} : { attempt }, signal), newest),
+      rank === undefined ? null : ofAttempt(() => loadRank(root, ctx.params, newest, signal), newest),
     ]);
     return { told, opened, own: told?.attempt };
   },

@@ -7,25 +7,19 @@ import { choice, note, whole } from "./parts.js";
 
 const LINES = 300;
 
-/** An answer about the newest attempt; null where there is no attempt yet. `newest` gives its number. */
-export async function ofAttempt(answer, newest) {
-  try {
-    return await answer;
-  } catch (problem) {
-    if (problem.status === 400 && (await newest()) === undefined) return null;
-    throw problem;
-  }
+/** What `load` gives; null where the run has no attempt yet, which the server would refuse to answer about. */
+export async function ofAttempt(load, newest) {
+  return (await newest()) === undefined ? null : load();
 }
 
-/** What the panel of a rank shows: `show` is log, stack or recorder. */
-export async function loadRank(ctx, root, { attempt, rank, show, search, before }, newest, signal) {
+/** What the panel of a rank shows: `show` is log, stack or recorder. `newest` gives the number of the newest attempt. */
+export async function loadRank(root, { attempt, rank, show, search, before }, newest, signal) {
   try {
     const own = { attempt: attempt ?? (exported ? await newest() : undefined), rank };
     if (show === "stack" || show === "recorder") return { stack: await get(`${root}/stack`, own, signal) };
     return { log: await get(`${root}/log`, { ...own, search, before, lines: LINES }, signal) };
   } catch (problem) {
-    const shown = problem instanceof Problem && problem.status !== 401 && problem.status !== 0;
-    if (shown && (problem.status !== 400 || (await newest()) !== undefined)) return { problem };
+    if (problem instanceof Problem && problem.status !== 401 && problem.status !== 0) return { problem };
     throw problem;
   }
 }
@@ -171,7 +165,7 @@ export const logs = {
     const rank = ctx.params.rank ?? "0",
       search = ctx.params.search ?? "";
     if (rank === "all" && !search) return { rank };
-    return { rank, told: await ofAttempt(loadRank(ctx, root, { ...ctx.params, rank }, newest, signal), newest) };
+    return { rank, told: await ofAttempt(() => loadRank(root, { ...ctx.params, rank }, newest, signal), newest) };
   },
   draw(ctx, { rank, told }, { attempts }) {
     const attempt = ctx.params.attempt ?? attempts.at(-1)?.attempt;

@@ -31,10 +31,10 @@ export const ranks = {
       ? { field }
       : { attempt, field, mode, group: among ? undefined : group, from, to, columns, rows: 256, ranks: among };
     const [map, opened] = await Promise.all([
-      ofAttempt(get(`${root}/heat`, query, signal), newest),
-      rank === undefined ? null : loadRank(ctx, root, ctx.params, newest, signal),
+      ofAttempt(() => get(`${root}/heat`, query, signal), newest),
+      rank === undefined ? null : ofAttempt(() => loadRank(root, ctx.params, newest, signal), newest),
     ]);
-    return map ? { map, opened, own: map.attempt } : { map: { recorded: false }, opened };
+    return map ? { map, opened, own: map.attempt } : { map: { recorded: false }, opened: null };
   },
   draw(ctx, { map, opened, own }, { attempts, run }) {
     const { field = "compute", mode = "raw", group = "rank", rank, among } = ctx.params;
@@ -133,7 +133,7 @@ export const ranks = {
           command(`python -m faulttol timeline ${run.folder ?? run.run_id}`),
         ),
       ),
-      rank !== undefined
+      rank !== undefined && own !== undefined
         ? h(
             "section",
             { class: "card", key: "opened" },

@@ -52,7 +52,8 @@ export const run = {
     const root = `/api/run/${encodeURIComponent(ctx.id)}`,
       view = viewOf(ctx.view);
     const first = get(root, {}, signal);
-    const newest = async () => (ctx.known ?? (await first)).attempts.at(-1)?.attempt;
+    // What is known may be older than the first attempt.
+    const newest = async () => (ctx.known?.attempts.at(-1) ?? (await first).attempts.at(-1))?.attempt;
     const [known, data] = await Promise.all([first, view.load(ctx, root, signal, newest)]);
     ctx.known = known;
     return { known, data, view };

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from orchestrator.web.live import Live
 from tests.web.browser import homes
 from tests.web.browser.driving import PHONE, BrowserPage, browsing, driving, needs_browser
 from tests.web.browser.homes import HOSTILE, HUNG, LIVE, RECOVERED
+from tests.web.made import MadeRun, a_home
 from tests.web.serving import Client, serving
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(240), needs_browser]
@@ -105,12 +107,12 @@ def test_the_controller_falls_silent(home: homes.Home) -> None:
         page.go("")
         assert page.text("#banners") == ""
         homes.queue(home.paths, [], age=100)
-        page.shows("the controller has been silent for", "#banners", 30)
+        page.shows("no controller has turned for", "#banners", 30)
         homes.queue(home.paths, [])
         page.until(lambda: page.text("#banners") == "", 30, "it isn't told that the controller is back")
         page.go(f"run/{LIVE}")
         homes.queue(home.paths, [], age=100)
-        page.shows("The controller is silent", "#banners", 30)
+        page.shows("no controller has turned for", "#banners", 30)
         assert page.console() == []
 
 
@@ -186,6 +188,23 @@ def test_two_hundred_queued_runs(tmp_path: Path) -> None:
         assert "position 200: needs 8 GPU slots, 0 are free" in page.text()
         page.size(*PHONE)
         assert page.js("return document.documentElement.scrollWidth <= innerWidth")
+        assert page.console() == []
+
+
+def test_of_a_run_that_waits_nothing_is_asked_that_the_server_refuses(tmp_path: Path) -> None:
+    home = a_home(tmp_path)
+    run = MadeRun(home, "next-1126-130000-aaaa", now=time.time() - 30).submit()
+    homes.queue(home, [{"run": run.run_id, "position": 1, "reason": "needs 2 CPU slots, 1 is free"}])
+    with serving(home) as client, browsing(client) as page:
+        for tab in ("", "time", "checkpoints", "incidents", "experts", "ranks", "ranks?rank=0", "logs", "setup",
+                    "layout?rank=0", "layout"):  # fmt: skip
+            page.go(f"run/{run.run_id}/{tab}")
+            page.shows("Position 1: needs 2 CPU slots")
+            assert "Loading" not in page.text(), tab
+        assert page.text().endswith("No attempt has been placed yet.")
+        assert page.console() == [], "a refused question would be an error there"
+        run.wait(1).start(1, 2)
+        page.until(lambda: "2 ranks on " in page.text(), 30, "it isn't shown once it is placed")
         assert page.console() == []
 
 
