@@ -153,7 +153,6 @@ def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
 
 def _list(call: CommandCall) -> int:
     from orchestrator.commands import console
-    from orchestrator.commands.text import clean
     from orchestrator.record import reading
 
     if call.options.watch:
@@ -165,10 +164,7 @@ def _list(call: CommandCall) -> int:
     text = console.run_list(listing.rows, listing.damage, listing.silent)
     call.report(text, [asdict(row) for row in listing.rows])
     if call.wants_json:
-        if listing.silent:
-            print(f"megaray: {listing.silent}", file=sys.stderr)
-        for text in listing.damage:
-            print(f"megaray: damaged: {clean(text)}", file=sys.stderr)
+        sys.stderr.writelines(f"{line}\n" for line in console.list_notes(listing))
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from configs.paths import RunPaths
 from orchestrator import PROGRAM
 from orchestrator.commands.text import clean, clock, count, indented, plural, short, span, table
-from orchestrator.record.reading import RunSummary
+from orchestrator.record.reading import Listing, RunSummary
 from orchestrator.record.states import State
 
 _PLACES = ("rail", "rack", "nvlink")
@@ -32,6 +32,12 @@ def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = (), silent: str
         for row in rows
     ]  # fmt: skip
     return table([head, *body], right=(3, 4, 5, 6, 7, 8, 9)) + broken
+
+
+def list_notes(listing: Listing) -> list[str]:
+    """What `list --json` writes to standard error, a line each: its rows have no place for it."""
+    notes = [f"megaray: {listing.silent}"] if listing.silent else []
+    return notes + [f"megaray: damaged: {clean(text)}" for text in listing.damage]
 
 
 def source(tree: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +78,7 @@ class Picture:
     ranks: list[RankActivity] = field(default_factory=list)
     happened: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT))
     silent: str = ""
-    """What is to be said of the controller."""
+    """`reading.silence`."""
     ended: State | None = None
 
     def take(self, items: Iterable[Event | MetricLine]) -> None:
@@ -275,7 +276,7 @@ def watch(
     now: Callable[[], float] = time.monotonic,
 ) -> State:  # fmt: skip
     """Follow a run on the whole terminal until it ends; its final state. What happened is left on the terminal as lines."""
-    follower, picture, beat = Follower(run, begin(run)), Picture(), watching.Beat()
+    follower, picture = Follower(run, begin(run)), Picture()
     reader, ranks, looked = reading.RunReader(run), RankReader(run), float("-inf")
     picture.row = reader.summary(reading.read_queue(home))
     try:
@@ -284,8 +285,7 @@ def watch(
                 picture.take(follower.poll())
                 queue = reading.read_queue(home)
                 picture.row = reader.summary(queue)
-                said = beat.line(queue.get("beat"), now())
-                picture.silent = picture.silent if said is None else said if beat.reported else ""
+                picture.silent = reading.silence(queue, time.time())
                 if now() - looked >= _RANKS_EVERY:
                     looked, picture.ranks = now(), ranks.read(picture.row.attempt)
                 columns, height = shutil.get_terminal_size()
@@ -302,23 +302,31 @@ def watch(
 def watch_list(
     home: HomePaths, stream: TextIO, as_json: bool = False, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Show the list of runs until an interrupt: on the whole terminal, elsewhere whenever it has changed."""
+    """Show the list of runs until an interrupt: on the whole terminal, elsewhere whenever it has changed.
+
+    As JSON, a line is a new list of rows: whatever else is to be said goes to standard error, as in `list`.
+    """
     if not as_json and usable(stream):
         with _drawn(stream) as draw:
             while True:
                 columns, height = shutil.get_terminal_size()
                 draw(_listed(reading.summaries(home), columns, height))
                 sleep(_LIST_EVERY)
-    before = None
+    rows_before, notes_before = None, None
     while True:
         listing = reading.summaries(home)
         rows = [asdict(row) for row in listing.rows]
-        if (rows, listing.damage, bool(listing.silent)) != before:
-            before = rows, listing.damage, bool(listing.silent)
+        notes = listing.damage, bool(listing.silent)  # without its seconds, which pass
+        if as_json:
+            if rows != rows_before:
+                stream.write(json.dumps(shareable(rows), default=str) + "\n")
+            if notes != notes_before:
+                sys.stderr.writelines(f"{line}\n" for line in console.list_notes(listing))
+        elif (rows, notes) != (rows_before, notes_before):
             shown = console.run_list(listing.rows, listing.damage, listing.silent)
-            text = f"{clock(time.time())}\n{shown}\n"
-            stream.write(json.dumps(shareable(rows), default=str) + "\n" if as_json else text)
-            stream.flush()
+            stream.write(f"{clock(time.time())}\n{shown}\n")
+        stream.flush()
+        rows_before, notes_before = rows, notes
         sleep(_LIST_EVERY)
 
 

@@ -6,9 +6,8 @@ import codecs
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from configs.metrics import (
     EndedLine,
@@ -41,8 +40,6 @@ from orchestrator.record.following import Follower
 from orchestrator.record.states import State
 
 _POLL_SECONDS = 0.5
-_SILENT_SECONDS = 30.0
-"""Without a sign of a controller before it is reported."""
 _PIECE = 1 << 20
 """Bytes of a log that are read at once."""
 _PLAIN_EVERY = 10.0
@@ -88,34 +85,14 @@ class LiveLine:
         self._stream.flush()
 
 
-@dataclass
-class Beat:
-    """Whether a controller turns: what it publishes changes every few seconds."""
-
-    seen: Any = None
-    since: float = 0.0
-    reported: bool = False
-
-    def line(self, beat: Any, now: float) -> str | None:
-        """What to say about it now; None for nothing. `now` in seconds, monotonic."""
-        if beat != self.seen or self.since == 0.0:
-            back, self.seen, self.since, self.reported = self.reported, beat, now, False
-            return "the controller is back" if back else None
-        if self.reported or now - self.since < _SILENT_SECONDS:
-            return None
-        self.reported = True
-        return f"no controller has been active for {_SILENT_SECONDS:.0f} s. {reading.COMES_BACK}"
-
-
 def watch(
     run: RunPaths,
     home: HomePaths,
     stream: TextIO,
     sleep: Callable[[float], None] = time.sleep,
-    now: Callable[[], float] = time.monotonic,
 ) -> State:
     """Follow a run until it ends; its final state. Controllers may end and begin meanwhile."""
-    follower, line, beat, reader = Follower(run), LiveLine(stream), Beat(), reading.RunReader(run)
+    follower, line, reader, silent = Follower(run), LiveLine(stream), reading.RunReader(run), ""
     reader.summary({})
     while True:
         newest: StepLine | MeasuredLine | None = None
@@ -133,8 +110,9 @@ def watch(
             line.end()
             return state
         queue = reading.read_queue(home)
-        if (text := beat.line(queue.get("beat"), now())) is not None:
-            line.above(text)
+        before, silent = silent, reading.silence(queue, time.time())
+        if bool(silent) != bool(before):  # said once, though its seconds pass
+            line.above(silent or "the controller is back")
         row = reader.summary(queue)
         if row.position is not None:
             line.update(clean(f"queued, position {row.position}: {row.waiting_for}"))

@@ -108,7 +108,7 @@ class Listing:
 
 BEAT = 20.0
 """Seconds without the controller's beat after which it counts as silent; it beats every 5 s."""
-COMES_BACK = (
+_COMES_BACK = (
     f"Ranks train on without it, and it comes back by itself; `{PROGRAM} up` starts it where nothing does"
 )
 
@@ -148,14 +148,19 @@ def beat_of(queue: dict[str, Any]) -> float | None:
 def silence(queue: dict[str, Any], now: float) -> str:
     """That no controller turns, so that nobody takes what is shown for news; empty where one does.
 
+    The page, `list`, `status` and `watch` all show this text, and nothing else decides whether a controller is silent.
+
     Args:
         queue: what a controller published.
         now: seconds since the epoch.
     """
     beat = beat_of(queue)
-    if beat is None or now - beat < BEAT:
+    if beat is None:
+        return f"no controller has served this home yet; `{PROGRAM} up` or `submit` starts one"
+    if now - beat < BEAT:
         return ""
-    return f"no controller has been active for {now - beat:.0f} s: what is shown of states may be from then. {COMES_BACK}"
+    old = "what is shown of states, queue and nodes may be from then"
+    return f"no controller has been active for {now - beat:.0f} s: {old}. {_COMES_BACK}"
 
 
 class RunReader:

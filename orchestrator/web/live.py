@@ -19,7 +19,7 @@ from configs.paths import HomePaths
 from orchestrator.record import cluster_log, log
 from orchestrator.record.cluster_log import NodesView
 from orchestrator.record.log import Cursor
-from orchestrator.record.reading import BEAT, beat_of, read_queue
+from orchestrator.record.reading import beat_of, read_queue, silence
 from orchestrator.web.runs import RunState
 
 LINGER = 300.0
@@ -244,10 +244,9 @@ class Live:
             self.hurry()
         return state
 
-    def alive(self) -> bool:
-        """Whether the controller beats."""
-        beat = self.seen.beat
-        return beat is not None and self.clock() - beat < BEAT
+    def silence(self) -> str:
+        """That no controller turns; empty where one does."""
+        return silence(self.seen.queue, self.clock())
 
 
 def lingers(row: Mapping[str, Any] | None, now: float) -> bool:

@@ -168,7 +168,7 @@ class _Home(Collector):
             into["megaray_runs"].add_metric([str(known)], count)
         values: dict[str, Value] = {
             "megaray_queue_waiting_runs": len(seen.queue.get("waiting", [])),
-            "megaray_controller_up": int(self._live.alive()),
+            "megaray_controller_up": int(not self._live.silence()),
             "megaray_controller_beat_timestamp_seconds": seen.beat,
             "megaray_controller_epoch": seen.queue.get("epoch"),
             "megaray_damaged_lines": len(seen.damage),

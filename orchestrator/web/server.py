@@ -276,15 +276,15 @@ class Handlers:
         try:
             await response.prepare(request)
             seen = self._live.seen
-            await _send(response, "changed", _changed(Seen(), seen, only, self._live.alive()))
+            await _send(response, "changed", _changed(Seen(), seen, only, self._live.silence()))
             beat = time.monotonic()
-            alive = self._live.alive()
+            alive = not self._live.silence()
             while True:
                 with contextlib.suppress(TimeoutError):
                     before, now = await asyncio.wait_for(
                         queue.get(), max(0.1, beat + _BEAT - time.monotonic())
                     )
-                    change = _changed(before, now, only, self._live.alive())
+                    change = _changed(before, now, only, self._live.silence())
                     if (
                         change["runs"]
                         or change["gone"]
@@ -332,15 +332,21 @@ class Handlers:
         return web.json_response(reply, status=409 if "confirm" in reply else 200)
 
 
-def _changed(before: Seen, now: Seen, only: str, alive: bool) -> dict[str, Any]:
-    """What is new between two looks."""
+def _changed(before: Seen, now: Seen, only: str, silent: str) -> dict[str, Any]:
+    """What is new between two looks; `silent` says that no controller turns."""
     runs = {
         run_id: version
         for run_id, version in now.versions.items()
         if before.versions.get(run_id) != version and only in ("", run_id)
     }
     gone = [run_id for run_id in before.versions if run_id not in now.versions and only in ("", run_id)]
-    change: dict[str, Any] = {"as_of": now.as_of, "runs": runs, "gone": gone, "controller": alive}
+    change: dict[str, Any] = {
+        "as_of": now.as_of,
+        "runs": runs,
+        "gone": gone,
+        "controller": not silent,
+        "said": silent,
+    }
     if before.queue_version != now.queue_version:
         change["queue"] = now.queue_version
     if before.nodes_version != now.nodes_version:

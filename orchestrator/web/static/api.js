@@ -150,11 +150,7 @@ function open() {
   source.addEventListener("changed", (event) => {
     const told = JSON.parse(event.data);
     tries = 0;
-    changed({
-      asOf: told.as_of,
-      controller: told.controller,
-      said: told.controller === link.controller ? link.said : "",
-    });
+    changed({ asOf: told.as_of, controller: told.controller, said: told.said });
     heard(told);
   });
   source.addEventListener("beat", (event) => {

@@ -196,13 +196,7 @@ function banners() {
     const age = link.asOf ? now / 1000 - link.asOf : 0;
     if (age > OLD)
       parts.push(note("warn", `Storage is slow: what is shown was read ${seconds(Math.round(age / 10) * 10)} ago.`));
-    if (!link.controller)
-      parts.push(
-        note(
-          "warn",
-          link.said || "The controller is silent: the queue and the nodes are from then. Ranks train on without it.",
-        ),
-      );
+    if (!link.controller) parts.push(note("warn", link.said));
   }
   morph(document.getElementById("banners"), parts);
 }

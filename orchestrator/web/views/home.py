@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator import PROGRAM
 from orchestrator.record.cluster_log import NodeRecord
-from orchestrator.record.reading import BEAT, COMES_BACK
+from orchestrator.record.reading import silence
 from orchestrator.web.live import Seen
 from orchestrator.web.runs import RunState
 
@@ -61,20 +60,10 @@ def controller(seen: Seen, now: float) -> dict[str, Any]:
     """Whether the controller beats."""
     beat = seen.beat
     age = None if beat is None else max(0.0, now - beat)
-    alive = age is not None and age < BEAT
-    if beat is None:
-        said = f"no controller has served this home yet; `{PROGRAM} up` or `submit` starts one"
-    elif alive:
-        said = "the controller answers"
-    else:
-        said = (
-            f"the controller has been silent for {age:.0f} s: what is shown of the queue and the nodes is from then. "
-            f"{COMES_BACK}"
-        )
-    queue = seen.queue
+    silent, queue = silence(seen.queue, now), seen.queue
     return {
-        "alive": alive, "beat": beat, "beat_age": age, "epoch": queue.get("epoch"), "pid": queue.get("controller_pid"),
-        "said": said,
+        "alive": not silent, "beat": beat, "beat_age": age, "epoch": queue.get("epoch"), "pid": queue.get("controller_pid"),
+        "said": silent or "the controller answers",
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_two_hundred_queued_runs_are_listed_with_their_places(
     waiting = [
         {"run": n, "position": i + 1, "reason": "needs 2 slots, 0 of 2 are free"} for i, n in enumerate(names)
     ]
-    home.queue.write_text(json.dumps({"waiting": waiting, "nodes": []}))
+    home.queue.write_text(json.dumps({"beat": time.time(), "waiting": waiting, "nodes": []}))
     monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()

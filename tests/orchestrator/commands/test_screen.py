@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -38,6 +39,7 @@ from tests.web.made import MadeRun, a_home, queue_file
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+SILENT = "no controller has turned for 4"
 
 
 def shown(picture: Picture, width: int = 80, height: int = 24, rich: bool = True) -> list[str]:
@@ -395,24 +397,25 @@ def test_an_event_can_not_write_on_the_terminal(made: MadeRun) -> None:
 def test_a_silent_controller_is_told_and_its_return_too(
     made: MadeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, told = [100.0], list[list[str]]()
+    told = list[list[str]]()
 
     @contextmanager
     def drawn(_: object) -> Iterator[object]:
         yield lambda shown: told.append([line.plain for line in shown])
 
     def sleep(_: float) -> None:
-        now[0] += 20.0
+        if len(told) == 1:
+            queue_file(made.home, time.time() - 45)
         if len(told) == 4:
-            queue_file(made.home, time.time() + 1)
+            queue_file(made.home, time.time())
         if len(told) == 6:
             made.finish()
 
     monkeypatch.setattr(screen, "_drawn", drawn)
     with Path(os.devnull).open("w") as nowhere:
-        screen.watch(made.run, made.home, nowhere, sleep, lambda: now[0])
-    silent = [any("controller" in line for line in lines_) for lines_ in told]
-    assert not silent[0] and silent[3] and not silent[4]
+        screen.watch(made.run, made.home, nowhere, sleep)
+    silent = [any(line.startswith(SILENT) for line in lines_) for lines_ in told]
+    assert silent == [False, True, True, True, False, False, False]
 
 
 def test_the_list_is_drawn_again_with_what_is_new(made: MadeRun) -> None:
@@ -433,6 +436,7 @@ def test_of_many_runs_those_that_go_on_are_shown(tmp_path: Path) -> None:
         run.finish()
     MadeRun(home, "new-1126-130000-aaaa").submit()
     MadeRun(home, "old-1126-110000-aaaa").submit().start().train(3)
+    queue_file(home, time.time())
     told = [line.plain for line in screen._listed(reading.summaries(home), 100, 12)]
     assert len(told) <= 12 and told[-1] == "22 more; `list` shows all"
     assert sum("succeeded" in line for line in told) == 8
@@ -459,3 +463,24 @@ def test_without_a_terminal_the_list_is_written_where_it_changed(made: MadeRun, 
     text = path.read_text()
     assert "\x1b" not in text and text.count(made.run_id) >= 2
     assert (text.count("\n[{") + text.startswith("[{") if as_json else text.count("RUN ")) == 2
+
+
+def test_a_line_of_json_is_a_new_list_and_a_silent_controller_is_none(
+    made: MadeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = iter(range(5))
+
+    def sleep(_: float) -> None:
+        turn = next(turns)
+        queue_file(made.home, time.time() - 45 - turn)
+        if turn == 2:
+            made.train(1)
+        if turn == 4:
+            raise KeyboardInterrupt
+
+    out = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        screen.watch_list(made.home, out, True, sleep)
+    assert [json.loads(line)[0]["step"] for line in out.getvalue().splitlines()] == [22, 23]
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith(f"megaray: {SILENT}"), "once, where `list --json` has it"

@@ -250,7 +250,7 @@ def queued(folder: Path) -> tuple[HomePaths, RunPaths, Writer]:
 def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_path: Path) -> None:
     """Or `status` shows a run that runs, with the seconds to its end, of a cluster that has been gone for hours."""
     home, _, log = queued(tmp_path)
-    assert reading.summaries(home).silent == "", "nobody knows of a controller"
+    assert reading.summaries(home).silent.startswith("no controller has served this home yet; ")
     home.queue.write_text(json.dumps({"time": time.time() - 5.0}))
     assert reading.summaries(home).silent == "", "it beats every 5 s"
     home.queue.write_text(json.dumps({"time": 1.0, "beat": time.time() - 45.0}))
