@@ -142,7 +142,7 @@ def _plan(call: CommandCall) -> int:
 
 def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
     """What is known of the cluster without asking it: `--slots`, the controller's published view, or None."""
-    from orchestrator.record.reading import read_queue
+    from orchestrator.record.summaries import read_queue
     from trainer.sizing.search.planner import Capacity
 
     if slots is not None:
@@ -153,14 +153,14 @@ def known_capacity(home: HomePaths, slots: int | None, resource: str) -> Any:
 
 def _list(call: CommandCall) -> int:
     from orchestrator.commands import console
-    from orchestrator.record import reading
+    from orchestrator.record import summaries
 
     if call.options.watch:
         from orchestrator.commands import screen  # rich loads where somebody looks
 
         screen.watch_list(call.home, sys.stdout, call.wants_json)
         return 0
-    listing = reading.summaries(call.home)
+    listing = summaries.summaries(call.home)
     text = console.run_list(listing.rows, listing.damage, listing.silent)
     call.report(text, [asdict(row) for row in listing.rows])
     if call.wants_json:
@@ -170,12 +170,12 @@ def _list(call: CommandCall) -> int:
 
 def _status(call: CommandCall) -> int:
     from orchestrator.commands import console
-    from orchestrator.record import reading
+    from orchestrator.record import summaries
 
-    reader = reading.RunReader(call.home.existing(call.options.run))
-    queue = reading.read_queue(call.home)
+    reader = summaries.RunReader(call.home.existing(call.options.run))
+    queue = summaries.read_queue(call.home)
     row, incidents = reader.summary(queue), reader.incidents()
-    silent = "" if row.terminal else reading.silence(queue, time.time())
+    silent = "" if row.terminal else summaries.silence(queue, time.time())
     call.report(
         console.status(row, incidents, silent), asdict(row) | {"incidents": incidents, "silent": silent}
     )
@@ -230,9 +230,9 @@ def _dashboard(call: CommandCall) -> int:
 
 def _incidents(call: CommandCall) -> int:
     from orchestrator.commands import console
-    from orchestrator.record import reading
+    from orchestrator.record import summaries
 
-    rows = reading.incidents(call.home.existing(call.options.run))
+    rows = summaries.incidents(call.home.existing(call.options.run))
     call.report(console.incidents(rows), rows)
     return 0
 

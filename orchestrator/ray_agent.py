@@ -13,9 +13,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faulttol.preflight.host import versions
 from faulttol.proc import ProcessRow
-from orchestrator.agent import family, orders
+from orchestrator.agent import attempt_processes, orders
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.checks import Looked, NodeCheck, before_gang
+from orchestrator.agent.checks import NodeCheck, NodeHealth, preflight
 from orchestrator.agent.orders import AttemptOrder, AttemptReport
 from orchestrator.ray_cluster import NAMESPACE
 
@@ -30,16 +30,18 @@ class AgentActor:
 
     def __init__(self, node_id: str) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._agent = NodeAgent(node_id, versions(), before_gang, devices=_devices(node_id))
+        self._agent = NodeAgent(node_id, versions(), preflight, devices=_devices(node_id))
         self._check = NodeCheck()
-        threading.Thread(target=orders.sweep, args=(family.marks,), name="agent-sweep", daemon=True).start()
+        threading.Thread(
+            target=orders.sweep, args=(attempt_processes.marks,), name="agent-sweep", daemon=True
+        ).start()
         threading.Thread(target=self._reap, name="agent-reap", daemon=True).start()
 
     def _reap(self) -> None:
         ended: set[ProcessRow] = set()
         while True:
             time.sleep(_REAP_SECONDS)
-            ended = family.reap(self._agent.pids, ended)
+            ended = attempt_processes.reap(self._agent.pids, ended)
 
     def attend(self, order: AttemptOrder) -> AttemptReport:
         """As `NodeAgent.attend`."""
@@ -49,9 +51,9 @@ class AgentActor:
         """Whether a path is there on this node."""
         return Path(path).exists()
 
-    def check(self, peers: tuple[str, ...]) -> Looked:
+    def check(self, peers: tuple[str, ...]) -> NodeHealth:
         """As `NodeCheck.look`."""
-        return self._check.look(peers, not self._agent.pids)
+        return self._check.poll(peers, not self._agent.pids)
 
 
 def _devices(node_id: str) -> int:

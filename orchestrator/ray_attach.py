@@ -12,7 +12,7 @@ from orchestrator.ray_controller import ControllerClient
 
 
 def main(arguments: list[str]) -> int:
-    """0 once the controller has answered; what the keeper of a cluster has done, since it loads no Ray itself."""
+    """0 once the controller has answered; what the supervisor of a cluster has done, since it loads no Ray itself."""
     home, address = arguments
     try:
         ray_cluster.connect(address)

@@ -16,8 +16,8 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from orchestrator import ray_agent
-from orchestrator.agent.checks import Looked
-from orchestrator.decide.holdings import LOOKS, Holdings, unheld
+from orchestrator.agent.checks import NodeHealth
+from orchestrator.decide.foreign_usage import LOOKS, Holdings, unheld
 from orchestrator.decide.placement import Node
 
 log = logging.getLogger("megaray.runtime")
@@ -44,7 +44,7 @@ class _Check:
 
     called: float
     call: Any = None
-    looked: Looked | None = None
+    looked: NodeHealth | None = None
     """The newest answer."""
     since: float = 0.0
     """When it was first called."""

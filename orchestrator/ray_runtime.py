@@ -33,7 +33,7 @@ from orchestrator.decide.placement import Node
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.ray_nodes import RayNodes
 from orchestrator.record.events import NodeShare
-from orchestrator.sinks.starts import SinkStarts
+from orchestrator.sinks.lifecycle import SinkStarts
 
 log = logging.getLogger("megaray.runtime")
 

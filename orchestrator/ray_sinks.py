@@ -11,8 +11,8 @@ import ray
 from configs.compose import load
 from configs.paths import RunPaths
 from orchestrator.ray_cluster import NAMESPACE
+from orchestrator.sinks.lifecycle import pump_to_the_end, temporary_files
 from orchestrator.sinks.mode import mode_of
-from orchestrator.sinks.starts import pump_to_the_end, temporary_files
 
 _NICENESS = 10
 """A sink yields the processor to the ranks."""

@@ -20,7 +20,7 @@ from orchestrator.agent import environment
 from orchestrator.agent.attempt import Attempt
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, OrderSuperseded
 from orchestrator.agent.spawner import Spawner
-from orchestrator.agent.standbys import Standbys
+from orchestrator.agent.standby_pool import Standbys
 from orchestrator.control.gang import AgentReport, Want
 
 _KEPT = 64

@@ -21,13 +21,13 @@ from configs.rank import GATE, RankFiles
 from faulttol import proc
 from faulttol.detect.look import RankWatch
 from faulttol.detect.snapshot import RankSeen
-from orchestrator.agent import devices, environment, family
-from orchestrator.agent.chronicle import Chronicle
+from orchestrator.agent import attempt_processes, devices, environment
+from orchestrator.agent.activity_writer import Chronicle
 from orchestrator.agent.evidence import Evidence
 from orchestrator.agent.files import LogFiles
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, Launch, mark, rings
 from orchestrator.agent.spawner import Exit, Spawner
-from orchestrator.agent.standbys import Standbys
+from orchestrator.agent.standby_pool import Standbys
 
 log = logging.getLogger("megaray.agent")
 
@@ -376,7 +376,7 @@ class Attempt:
     def _left(self) -> list[int]:
         with self._changed:
             ends = {one.pid: math.inf if one.exit is None else one.exit.time for one in self._ranks.values()}
-        return family.of_attempt(self._mark, ends)
+        return attempt_processes.of_attempt(self._mark, ends)
 
     def _close_chronicle(self) -> None:
         if self._chronicle is not None:
@@ -384,7 +384,7 @@ class Attempt:
 
     def _kill(self) -> None:
         """SIGKILL until nothing runs any more."""
-        family.until_none(
+        attempt_processes.until_none(
             lambda: [pid for pid in self._left() if proc.runs(pid)], self._unending, signal.SIGKILL
         )
 
@@ -394,7 +394,7 @@ class Attempt:
 
     def _await_end(self) -> None:
         """Wait until nothing is left: its slots aren't free before."""
-        family.until_none(self._left, self._unending)
+        attempt_processes.until_none(self._left, self._unending)
         with self._changed:
             self._gone = True
             self._changed.notify_all()

@@ -26,7 +26,7 @@ MODES = ("auto", "full", "quick", "off")
 
 
 @dataclass(frozen=True)
-class Looked:
+class NodeHealth:
     """What is known of a node now."""
 
     done: bool
@@ -37,7 +37,7 @@ class Looked:
     """Where neighbours reach it."""
 
 
-def before_gang() -> str:
+def preflight() -> str:
     """Why this node can't take ranks now; empty where it can. Takes no time that anybody would notice."""
     return Preflight(tuple(host.quick())).why
 
@@ -55,7 +55,7 @@ class NodeCheck:
             log.error("MEGARAY_PREFLIGHT=%s is none of %s; auto is taken", self._mode, ", ".join(MODES))
             self._mode = "auto"
         self._beacon = host.Beacon()
-        self._looked = Looked(self._mode == "off", "", self._beacon.port)
+        self._looked = NodeHealth(self._mode == "off", "", self._beacon.port)
         self._peers: tuple[str, ...] = ()
         self._idle = True
         self._full: Preflight | None = None
@@ -65,7 +65,7 @@ class NodeCheck:
         self._thread = threading.Thread(target=self._work, name="agent-check", daemon=True)
         self._thread.start()
 
-    def look(self, peers: Sequence[str] = (), idle: bool = True) -> Looked:
+    def poll(self, peers: Sequence[str] = (), idle: bool = True) -> NodeHealth:
         """What is known; a new look begins. Never waits.
 
         Args:
@@ -92,10 +92,10 @@ class NodeCheck:
             try:
                 results = [*host.quick(), host.timed("neighbours", lambda: host.neighbours(self._peers))]
                 results += self._thoroughly()
-                self._looked = Looked(True, Preflight(tuple(results)).why, self._beacon.port)
+                self._looked = NodeHealth(True, Preflight(tuple(results)).why, self._beacon.port)
             except Exception:  # an instrument that breaks must not bar a node
                 log.exception("the check of this node")
-                self._looked = Looked(True, "", self._beacon.port)
+                self._looked = NodeHealth(True, "", self._beacon.port)
 
     def _thoroughly(self) -> tuple[Check, ...]:
         """The full look, made once, and again later where it failed."""

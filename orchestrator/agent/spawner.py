@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from faulttol import proc, steady
-from orchestrator.agent import family
+from orchestrator.agent import attempt_processes
 
 log = logging.getLogger("megaray.agent")
 
@@ -104,7 +104,7 @@ class Spawner:
         """Send a signal to those that live: none is reaped meanwhile, so its id can't have become another's."""
         with self._lock:
             watched = {one.process.pid for one in self._watched.values()}
-            family.end(watched.intersection(pids), number)
+            attempt_processes.end(watched.intersection(pids), number)
 
     def pids(self) -> set[int]:
         """Processes that are watched now."""

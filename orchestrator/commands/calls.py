@@ -17,7 +17,7 @@ from orchestrator.record.states import State
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
-    from orchestrator.commands.beginnings import Beginning
+    from orchestrator.commands.resume_source import Beginning
     from trainer.sizing.search.planner import RunPlan
 
 
@@ -84,7 +84,7 @@ def watch(call: CommandCall, run_id: str) -> int:
     Returns 0 where the run succeeded, 1 where it failed or was cancelled, 130 after Ctrl-C.
     """
     from orchestrator.commands import console, watching
-    from orchestrator.record import reading
+    from orchestrator.record import summaries
 
     run, stream = call.home.run(run_id), sys.stderr if call.wants_json else sys.stdout
     show = watching.watch
@@ -98,7 +98,7 @@ def watch(call: CommandCall, run_id: str) -> int:
         print(f"\ndetached; {run_id} continues. `{PROGRAM} watch {run_id}` comes back to it, "
               f"`{PROGRAM} cancel {run_id}` ends it.", file=sys.stderr)  # fmt: skip
         return INTERRUPTED_EXIT
-    row = reading.summary(run, reading.read_queue(call.home))
+    row = summaries.summary(run, summaries.read_queue(call.home))
     call.report(console.final_summary(row, run), asdict(row))
     return 0 if state is State.SUCCEEDED else 1
 
@@ -112,9 +112,9 @@ def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | No
     if config.resume is None:
         return config, None
     # Loaded here: reading a checkpoint's manifest needs fsspec and numpy, and other commands don't.
-    from orchestrator.commands import beginnings
+    from orchestrator.commands import resume_source
 
-    return beginnings.find(config, home)
+    return resume_source.find(config, home)
 
 
 def shown(plan: RunPlan, begins: Beginning | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
@@ -125,7 +125,7 @@ def shown(plan: RunPlan, begins: Beginning | None, home: HomePaths) -> tuple[str
     tree = plan.to_json()
     if begins is None:
         return plan_table(tree), tree
-    from orchestrator.commands import beginnings
+    from orchestrator.commands import resume_source
 
-    source = beginnings.to_json(plan.config, begins, home)
+    source = resume_source.to_json(plan.config, begins, home)
     return f"{plan_table(tree)}\n{console.source(source)}", tree | {"resume": source}

@@ -14,18 +14,18 @@ from configs.schema import RunConfig
 from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
 from orchestrator import PROGRAM, ray_cluster, ray_jobs
-from orchestrator.commands import beginnings, console, reach
+from orchestrator.commands import cluster_target, console, resume_source
 from orchestrator.commands.calls import CommandCall, begun, shown, watch
+from orchestrator.commands.code_snapshot import CODE, PACKAGES, snapshot
 from orchestrator.commands.node_commands import cordon, drain, spare, uncordon, unspare
 from orchestrator.commands.resumption import Resumption
-from orchestrator.commands.snapshot import CODE, PACKAGES, snapshot
 from orchestrator.commands.submission import Submission, code_state, owner_of, travelling_source, write_run
-from orchestrator.local import cluster, keeper, machine
+from orchestrator.local import cluster, machine, supervisor
 from orchestrator.local.lock import held
 from orchestrator.ray_controller import ControllerClient
-from orchestrator.record import reading
+from orchestrator.record import summaries
 from orchestrator.record.events import Submitted
-from orchestrator.record.reading import RunReader
+from orchestrator.record.summaries import RunReader
 from trainer.data import prepare
 from trainer.sizing.search import runnable
 from trainer.sizing.search.planner import plan
@@ -83,12 +83,15 @@ def submit(call: CommandCall) -> int:
     owner = owner_of(call.options.owner)
     call.home.ensure()
     notes = _check_training(config) if config.workload == "train" else []
-    place = reach.target(call)
+    place = cluster_target.target(call)
     if place:
         place.connect()
     try:
         submission = Submission(
-            config, plan(config, reach.capacity(config, place), strict=True), call.options.priority, owner
+            config,
+            plan(config, cluster_target.capacity(config, place), strict=True),
+            call.options.priority,
+            owner,
         )
         text, tree = shown(submission.plan, begins, call.home)
         call.note("\n".join([text, *notes]))
@@ -138,7 +141,7 @@ def _check_training(config: RunConfig) -> list[str]:
     notes = prepare.check(config.data, config.model.vocab)
     if config.checkpoint.path:
         check_writable(config.checkpoint.path)
-        beginnings.refuse_anothers(config.checkpoint.path)
+        resume_source.refuse_anothers(config.checkpoint.path)
     return notes
 
 
@@ -156,10 +159,12 @@ def _started_for(call: CommandCall, submission: Submission) -> tuple[ControllerC
     """A local Ray that holds this run. Where another command has just started one, the run is planned for that."""
     made = submission.plan
     slots = max(made.ranks if made.config.hardware.kind == "cpu" else 1, machine.processors())
-    controller, record, mine = reach.started(call, slots, machine.gpus(), made.config.resilience.timeouts)
+    controller, record, mine = cluster_target.started(
+        call, slots, machine.gpus(), made.config.resilience.timeouts
+    )
     if not mine:
         config = submission.config
-        given = reach.capacity(config, reach.ClusterTarget.of(record))
+        given = cluster_target.capacity(config, cluster_target.ClusterTarget.of(record))
         submission = replace(submission, plan=plan(config, given, strict=True))
         call.note(f"another command has just started Ray at {record.address}; the run is planned for that")
     return controller, submission
@@ -176,7 +181,7 @@ def up(call: CommandCall) -> int:
         )
     call.home.ensure()
     try:
-        _, record, mine = reach.started(call, slots, machine.gpus(), Timeouts())
+        _, record, mine = cluster_target.started(call, slots, machine.gpus(), Timeouts())
     finally:
         ray_cluster.disconnect()
     if not mine:
@@ -230,11 +235,11 @@ def down(call: CommandCall) -> int:
 
 def _active(call: CommandCall) -> list[str]:
     """Runs of the home that haven't ended."""
-    return [row.run_id for row in reading.summaries(call.home).rows if not row.terminal]
+    return [row.run_id for row in summaries.summaries(call.home).rows if not row.terminal]
 
 
 def _cancel_all(call: CommandCall, record: cluster.LocalCluster) -> None:
-    reach.ClusterTarget.of(record).connect()
+    cluster_target.ClusterTarget.of(record).connect()
     controller = ControllerClient.existing(call.home)
     deadline = time.monotonic() + _DOWN_SECONDS
     while controller and controller.shut_down() and time.monotonic() < deadline:
@@ -248,7 +253,7 @@ def serve(call: CommandCall) -> int:
     ray_cluster.check_form(call.address)
     call.home.ensure()
     call.note(f"keeping the controller of {call.address} for {call.home.home}; Ctrl-C ends this, and no run")
-    keeper.serve(call.home, call.address, call.note)
+    supervisor.serve(call.home, call.address, call.note)
     return 0
 
 
@@ -256,7 +261,7 @@ def cancel(call: CommandCall) -> int:
     """Stop a run and wait until nothing of it is left."""
     run = call.home.existing(call.options.run)
     _refuse_ended(call, run.run_id)
-    with reach.client(call) as controller:
+    with cluster_target.client(call) as controller:
         said = controller.cancel(run.run_id, call.options.now, owner_of(None))
     call.note(said)
     began, reader = time.monotonic(), RunReader(run)
@@ -274,7 +279,7 @@ def cancel(call: CommandCall) -> int:
 
 def _refuse_ended(call: CommandCall, run_id: str) -> None:
     """Say that a run has ended before looking for a cluster, which may be down by then."""
-    row = reading.summary(call.home.run(run_id), {})
+    row = summaries.summary(call.home.run(run_id), {})
     if row.terminal:
         raise UserError(f"run '{run_id}' has ended already ({row.state}); nothing to cancel")
 
@@ -282,7 +287,7 @@ def _refuse_ended(call: CommandCall, run_id: str) -> None:
 def resume(call: CommandCall) -> int:
     """Queue a failed or cancelled run again, with what was typed changed, and follow it."""
     run = call.home.existing(call.options.run)
-    row = reading.summary(run, {})
+    row = summaries.summary(run, {})
     if row.state == "succeeded":
         raise UserError(
             f"run '{run.run_id}' has succeeded: {row.step} of {row.steps} steps are done; a new run can continue from it: "
@@ -292,12 +297,12 @@ def resume(call: CommandCall) -> int:
         raise UserError(f"run '{run.run_id}' is {row.state}; only a failed or cancelled run resumes")
     resumption = Resumption.of(run, call.overrides)
     resumption.check()
-    place = reach.target(call)
+    place = cluster_target.target(call)
     if place:
         place.connect()
     try:
         if call.overrides:
-            resumption = resumption.planned(reach.capacity(resumption.config, place))
+            resumption = resumption.planned(cluster_target.capacity(resumption.config, place))
             call.note(console.amended(resumption.to_json()))
             if not _agreed(call):
                 call.say("nothing was started")
@@ -310,7 +315,7 @@ def resume(call: CommandCall) -> int:
             controller = ControllerClient.connect(call.home)
         else:
             slots = max(resumption.slots, machine.processors())
-            controller, _, _ = reach.started(call, slots, machine.gpus(), Timeouts())
+            controller, _, _ = cluster_target.started(call, slots, machine.gpus(), Timeouts())
         controller.resume(run.run_id, resumption.event(), dump(resumption.config), owner_of(None))
     finally:
         ray_cluster.disconnect()
@@ -324,8 +329,8 @@ def resume(call: CommandCall) -> int:
 
 def nodes(call: CommandCall) -> int:
     """Show nodes, slots and their holders."""
-    with reach.client(call):
+    with cluster_target.client(call):
         pass  # the controller publishes what is shown
-    queue = reading.read_queue(call.home)
+    queue = summaries.read_queue(call.home)
     call.say(console.nodes(queue), queue)
     return 0

@@ -1,4 +1,4 @@
-"""What a person sees: plain text in fixed columns, from the data of `orchestrator.record.reading`."""
+"""What a person sees: plain text in fixed columns, from the data of `orchestrator.record.summaries`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from configs.paths import RunPaths
 from orchestrator import PROGRAM
 from orchestrator.commands.text import clean, clock, count, indented, plural, short, span, table
-from orchestrator.record.reading import Listing, RunSummary
 from orchestrator.record.states import State
+from orchestrator.record.summaries import Listing, RunSummary
 
 _PLACES = ("rail", "rack", "nvlink")
 """Labels of a node that placement uses."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from orchestrator import PROGRAM
-from orchestrator.commands import reach
+from orchestrator.commands import cluster_target
 from orchestrator.commands.calls import CommandCall
 from orchestrator.commands.submission import owner_of
-from orchestrator.record.reading import read_queue
+from orchestrator.record.summaries import read_queue
 
 _SAID = {
     "cordon": "no run starts on {node} from now on{runs}",
@@ -25,7 +25,7 @@ def _mark(call: CommandCall, what: str) -> int:
         UserError: where there is no such node or no cluster, or the mark changes nothing.
     """
     node, reason = call.options.node, getattr(call.options, "reason", None) or ""
-    with reach.client(call) as controller:
+    with cluster_target.client(call) as controller:
         controller.mark_node(node, what, reason, owner_of(None))
     runs = [
         run

@@ -15,10 +15,10 @@ from configs.paths import HomePaths, RunPaths
 from faulttol.checkpoint.folder import Folder
 from faulttol.checkpoint.retention import USE_SECONDS
 from faulttol.checkpoint.store import CheckpointStore
-from orchestrator.commands import snapshot
+from orchestrator.commands import code_snapshot
 from orchestrator.commands.calls import CommandCall
 from orchestrator.commands.text import plural, size, span, table
-from orchestrator.record.reading import RunReader
+from orchestrator.record.summaries import RunReader
 
 _DAY = 86400.0
 _OLDER_DAYS = 30.0
@@ -263,4 +263,4 @@ def _remove(folder: Path) -> None:
     if folder.stat().st_mode & 0o222:
         shutil.rmtree(folder)
     else:
-        snapshot.remove(folder)
+        code_snapshot.remove(folder)

@@ -12,8 +12,8 @@ from configs.paths import RunPaths
 from configs.schema import RunConfig
 from faulttol.checkpoint.folder import named
 from faulttol.checkpoint.store import check_writable
-from orchestrator.commands import beginnings, changes
-from orchestrator.commands.beginnings import Beginning
+from orchestrator.commands import changes, resume_source
+from orchestrator.commands.resume_source import Beginning
 from orchestrator.commands.submission import Submission
 from orchestrator.record.events import Amended, GangShape
 from orchestrator.record.log import read
@@ -90,15 +90,15 @@ class Resumption:
         config = made.config
         if config.checkpoint.path != self.old.checkpoint.path:
             path = config.checkpoint.path or str(self.run.checkpoints)
-            if self.beginning is not None and (there := beginnings.newest(path)) is None:
+            if self.beginning is not None and (there := resume_source.newest(path)) is None:
                 # The state lies where it was saved.
                 config = config.model_copy(update={"resume": self.beginning.root})
             elif (
                 self.beginning is not None
                 and there is not None
-                and not beginnings.owns(there, self.run.run_id)
+                and not resume_source.owns(there, self.run.run_id)
             ):
-                beginnings.refuse_anothers(path)
+                resume_source.refuse_anothers(path)
         gang, layout = self.gang, self.layout
         if changes.layout_changed(self.old, config):
             gang, layout = Submission(self.config, made, priority=0).gang(), dict(made.layout)
@@ -156,9 +156,9 @@ class Resumption:
 
 def _newest(run: RunPaths, config: RunConfig) -> Beginning | None:
     """The run's own newest checkpoint, else the one that it began from."""
-    beginning = beginnings.newest(config.checkpoint.path or str(run.checkpoints))
+    beginning = resume_source.newest(config.checkpoint.path or str(run.checkpoints))
     if beginning is None and config.resume is not None:
-        beginning = beginnings.newest(*named(config.resume))
+        beginning = resume_source.newest(*named(config.resume))
     return beginning
 
 

@@ -34,12 +34,12 @@ from configs.paths import HomePaths, RunPaths
 from faulttol.commands.screen import axes
 from orchestrator.commands import console, watching
 from orchestrator.commands.text import clean, clock, count, plural, shareable, size, span
-from orchestrator.record import reading
+from orchestrator.record import summaries
 from orchestrator.record.events import Event, StateMoved
 from orchestrator.record.following import Follower
 from orchestrator.record.ranks import PARTS, RankActivity, RankReader
-from orchestrator.record.reading import RunSummary
 from orchestrator.record.states import State
+from orchestrator.record.summaries import RunSummary
 
 _EVERY = 0.5
 """Seconds between two pictures."""
@@ -78,7 +78,7 @@ class Picture:
     ranks: list[RankActivity] = field(default_factory=list)
     happened: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT))
     silent: str = ""
-    """`reading.silence`."""
+    """`summaries.silence`."""
     ended: State | None = None
 
     def take(self, items: Iterable[Event | MetricLine]) -> None:
@@ -277,15 +277,15 @@ def watch(
 ) -> State:  # fmt: skip
     """Follow a run on the whole terminal until it ends; its final state. What happened is left on the terminal as lines."""
     follower, picture = Follower(run, begin(run)), Picture()
-    reader, ranks, looked = reading.RunReader(run), RankReader(run), float("-inf")
-    picture.row = reader.summary(reading.read_queue(home))
+    reader, ranks, looked = summaries.RunReader(run), RankReader(run), float("-inf")
+    picture.row = reader.summary(summaries.read_queue(home))
     try:
         with _drawn(stream) as draw:
             while picture.ended is None:
                 picture.take(follower.poll())
-                queue = reading.read_queue(home)
+                queue = summaries.read_queue(home)
                 picture.row = reader.summary(queue)
-                picture.silent = reading.silence(queue, time.time())
+                picture.silent = summaries.silence(queue, time.time())
                 if now() - looked >= _RANKS_EVERY:
                     looked, picture.ranks = now(), ranks.read(picture.row.attempt)
                 columns, height = shutil.get_terminal_size()
@@ -310,11 +310,11 @@ def watch_list(
         with _drawn(stream) as draw:
             while True:
                 columns, height = shutil.get_terminal_size()
-                draw(_listed(reading.summaries(home), columns, height))
+                draw(_listed(summaries.summaries(home), columns, height))
                 sleep(_LIST_EVERY)
     rows_before, notes_before = None, None
     while True:
-        listing = reading.summaries(home)
+        listing = summaries.summaries(home)
         rows = [asdict(row) for row in listing.rows]
         notes = listing.damage, bool(listing.silent)  # without its seconds, which pass
         if as_json:
@@ -330,7 +330,7 @@ def watch_list(
         sleep(_LIST_EVERY)
 
 
-def _listed(listing: reading.Listing, width: int, height: int) -> list[Text]:
+def _listed(listing: summaries.Listing, width: int, height: int) -> list[Text]:
     """As many runs as there is room for: active ones first, then the newest that have ended; oldest on top."""
     going = [row for row in listing.rows if not row.terminal]
     ended = [row for row in listing.rows if row.terminal]

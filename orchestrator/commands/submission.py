@@ -23,7 +23,7 @@ from configs.errors import UserError, from_json
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
 from configs.section import NAME_CHARACTERS
-from orchestrator.commands.snapshot import CODE, snapshot
+from orchestrator.commands.code_snapshot import CODE, snapshot
 from orchestrator.record.events import GangShape, Submitted
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search.planner import RunPlan

@@ -22,7 +22,7 @@ from configs.metrics import (
 from configs.paths import HomePaths, RunPaths
 from orchestrator.commands.console import progress, took
 from orchestrator.commands.text import clean, plural, redacted, size
-from orchestrator.record import reading
+from orchestrator.record import summaries
 from orchestrator.record.events import (
     AttemptPlaced,
     Decided,
@@ -92,7 +92,7 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
 ) -> State:
     """Follow a run until it ends; its final state. Controllers may end and begin meanwhile."""
-    follower, line, reader, silent = Follower(run), LiveLine(stream), reading.RunReader(run), ""
+    follower, line, reader, silent = Follower(run), LiveLine(stream), summaries.RunReader(run), ""
     reader.summary({})
     while True:
         newest: StepLine | MeasuredLine | None = None
@@ -109,8 +109,8 @@ def watch(
         if state is not None and state.terminal:
             line.end()
             return state
-        queue = reading.read_queue(home)
-        before, silent = silent, reading.silence(queue, time.time())
+        queue = summaries.read_queue(home)
+        before, silent = silent, summaries.silence(queue, time.time())
         if bool(silent) != bool(before):  # said once, though its seconds pass
             line.above(silent or "the controller is back")
         row = reader.summary(queue)
@@ -184,7 +184,7 @@ def show_log(path: Path, stream: TextIO, follow: RunPaths | None) -> None:
     A log that has grown long is copied aside and cut off; what follows is read from its new beginning. Whole lines are
     printed, since a secret may come in two pieces; the rest of the last one at the end.
     """
-    reader = reading.RunReader(follow) if follow is not None else None
+    reader = summaries.RunReader(follow) if follow is not None else None
     decoder, rest = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
     with path.open("rb") as file:
         while True:

@@ -21,11 +21,11 @@ from configs.errors import UserError
 from configs.paths import HomePaths, write_whole
 from orchestrator.control.epochs import Epoch, claim
 from orchestrator.control.gang import GangRuntime
-from orchestrator.control.nodes_control import NodesControl
+from orchestrator.control.node_controller import NodesControl
 from orchestrator.control.orphans import Orphans
 from orchestrator.control.publish import Publisher
-from orchestrator.control.queueing import Queueing
-from orchestrator.control.run_control import RunControl, cancelled_so, resumed_so
+from orchestrator.control.run_controller import RunControl, cancelled_so, resumed_so
+from orchestrator.control.scheduler import Queueing
 from orchestrator.decide import backoff
 from orchestrator.record.clock import Clock, Now
 from orchestrator.record.events import Amended, StateMoved, Submitted

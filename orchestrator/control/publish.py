@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from configs.paths import HomePaths, write_whole
-from orchestrator.control.nodes_control import NodesControl
-from orchestrator.control.run_control import RunControl
+from orchestrator.control.node_controller import NodesControl
+from orchestrator.control.run_controller import RunControl
 from orchestrator.decide import placement
 from orchestrator.record.clock import Now
 

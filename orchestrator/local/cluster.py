@@ -45,7 +45,7 @@ class LocalCluster:
     dashboard: str
     """URL of its dashboard and job submission."""
     pid: int
-    """Of its keeper, which all its processes come from."""
+    """Of its supervisor, which all its processes come from."""
     ticks: int
     """When that process started (`orchestrator.local.lock.started`), so that a reused id isn't taken for it."""
     boot: str
@@ -60,7 +60,7 @@ class LocalCluster:
 
     @property
     def alive(self) -> bool:
-        """Its keeper runs on this machine."""
+        """Its supervisor runs on this machine."""
         return self.boot == boot() and alive(self.pid, self.ticks)
 
 
@@ -101,7 +101,7 @@ def local(home: HomePaths) -> LocalCluster | None:
 
 
 def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalCluster:
-    """Start Ray on this machine, detached from this process, with a keeper that starts it again when it dies.
+    """Start Ray on this machine, detached from this process, with a supervisor that starts it again when it dies.
 
     Whatever ends this before Ray is up, Ctrl-C too, leaves no process behind.
 
@@ -124,7 +124,7 @@ def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalClust
     command = [
         sys.executable,
         "-m",
-        "orchestrator.local.keeper",
+        "orchestrator.local.supervisor",
         "local",
         str(home.home),
         str(slots),
@@ -142,24 +142,24 @@ def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalClust
 
 
 def _kept(home: HomePaths, command: list[str], environment: dict[str, str]) -> LocalCluster | None:
-    """Start the keeper, which starts Ray; its record once Ray is up. None, and no process, where it doesn't come up."""
+    """Start the supervisor, which starts Ray; its record once Ray is up. None, and no process, where it doesn't come up."""
     with home.ray_log.open("ab") as log:
-        keeper = subprocess.Popen(
+        supervisor = subprocess.Popen(
             command, env=environment, cwd=_CODE, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
             start_new_session=True, text=True,
         )  # fmt: skip
-    assert keeper.stdout is not None
+    assert supervisor.stdout is not None
     try:
-        said = keeper.stdout.readline()
+        said = supervisor.stdout.readline()
         record = LocalCluster(**from_json(said)) if said.strip() else None
     except BaseException:
         with uninterrupted():
-            end(home, keeper.pid)
+            end(home, supervisor.pid)
         raise
     finally:
-        keeper.stdout.close()
+        supervisor.stdout.close()
     if record is None:
-        end(home, keeper.pid)
+        end(home, supervisor.pid)
     return record
 
 
@@ -194,7 +194,7 @@ def _why(log: Path) -> str:
     return ""
 
 
-def end(home: HomePaths, keeper: int = 0) -> bool:
+def end(home: HomePaths, supervisor: int = 0) -> bool:
     """End the local Ray of a home with everything that it has started; whether there was anything.
 
     Only processes that it has started are signalled, which are known by the variable that they inherit; other Rays on the
@@ -202,10 +202,10 @@ def end(home: HomePaths, keeper: int = 0) -> bool:
 
     Args:
         home: of the cluster; its record may be missing or damaged.
-        keeper: process id of the keeper where it is known and may not have written the record yet.
+        supervisor: process id of the supervisor where it is known and may not have written the record yet.
     """
     record, _ = recorded(home)
-    pid = keeper or (record.pid if record and record.alive else 0)
+    pid = supervisor or (record.pid if record and record.alive else 0)
     pids = members(home)
     if pid and started(pid):
         with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Ray's own processes on this machine, as a child of their keeper."""
+"""Ray's own processes on this machine, as a child of their supervisor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RAY_START = Path(__file__).parents[1] / "ray_head.py"
 
 
 class RayHead:
-    """Ray's own processes, as a child of the keeper; started again at the same ports, unless one was taken meanwhile."""
+    """Ray's own processes, as a child of the supervisor, started again at the same ports unless one was taken."""
 
     def __init__(self, home: HomePaths, slots: int, gpus: int) -> None:
         self._home, self._slots, self._gpus = home, slots, gpus

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.record.history import AttemptStory, Period, Story
 from orchestrator.record.partition import Floats, Tape, TimePart, TimePartition
 from orchestrator.record.states import State
-from orchestrator.record.story import AttemptStory, Period, Story
 from orchestrator.record.view import RESTARTS
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from configs.paths import RunPaths
 from faulttol.timeline.reader import AttemptSteps
-from orchestrator.record.seen import Look, Looks
+from orchestrator.record.rank_status import Look, Looks
 
 PARTS = ("compute", "data", "wait", "save")
 """Of a rank's step, as `faulttol.timeline` records them."""

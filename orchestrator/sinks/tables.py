@@ -14,8 +14,8 @@ from configs.errors import from_json
 from configs.paths import HomePaths, RunPaths
 from orchestrator.sinks import lineage
 from orchestrator.sinks.rows import cell
+from orchestrator.web.cached_run import RunState
 from orchestrator.web.redact import Redactor
-from orchestrator.web.runs import RunState
 from orchestrator.web.views import past
 from orchestrator.web.views.forecast import Forecasts
 from orchestrator.web.views.series import ExpertLoads

@@ -10,7 +10,7 @@ The JSONL files are the truth; this reads them. What it relies on:
   after an incident or a new attempt, now and then, and at the end.
 - Checkpoints, profiles, measurements and evidence are artifacts (`orchestrator.sinks.lineage`); what they need to be synced
   later lies in `<run>/wandb` too, not in an account's home.
-- System metrics come from all nodes of the run into this one W&B run (`orchestrator.sinks.nodes`).
+- System metrics come from all nodes of the run into this one W&B run (`orchestrator.sinks.node_metrics`).
 - W&B's service writes what it was given some 15 s later. A cursor file remembers what is logged, and what was logged a
   minute ago and is surely written: a sink that is killed with its service and started again continues from there, so that
   nothing is missing and rows of about a minute may be there twice. Offline, each start makes its own `offline-run-*`
@@ -52,9 +52,9 @@ from orchestrator.decide import backoff
 from orchestrator.record import log
 from orchestrator.record.events import AttemptResumed, Event, EvidenceKept, IncidentClosed, IncidentOpened
 from orchestrator.record.following import Follower, lost_steps
-from orchestrator.record.reading import RunReader
+from orchestrator.record.summaries import RunReader
 from orchestrator.record.view import RunView
-from orchestrator.sinks import lineage, nodes
+from orchestrator.sinks import lineage, node_metrics
 from orchestrator.sinks.lineage import Artifact
 from orchestrator.sinks.mode import mode_of
 from orchestrator.sinks.rows import cell, histograms, measured_row, rewind_row, row_of, save_row, series_name
@@ -126,9 +126,9 @@ class WandbSink:
         """Something happened since the tables were logged."""
         self._redactor = Redactor()
         self._samples = run.wandb / "nodes.jsonl"
-        self._sampler: nodes.NodeSampler | None = None
+        self._sampler: node_metrics.NodeSampler | None = None
         if endpoints is not None and self._mode != "disabled" and not self._done:
-            self._sampler = nodes.NodeSampler(self._samples, self._nodes, endpoints)
+            self._sampler = node_metrics.NodeSampler(self._samples, self._nodes, endpoints)
             self._sampler.start()
 
     def _nodes(self) -> list[str]:
@@ -338,9 +338,9 @@ class WandbSink:
         view = self._reader.view
         began = view.submitted_at or 0.0
         while True:
-            samples, end = nodes.read_from(self._samples, self._follower.position.get("nodes", 0))
+            samples, end = node_metrics.read_from(self._samples, self._follower.position.get("nodes", 0))
             for at, sample in samples:
-                self._wandb.log(nodes.row(at - began, sample))
+                self._wandb.log(node_metrics.row(at - began, sample))
             if end == self._follower.position.get("nodes", 0):
                 return
             self._follower.position["nodes"] = end

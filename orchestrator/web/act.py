@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.errors import UserError, from_json
 from configs.paths import HomePaths, default_home
-from orchestrator.commands import reach
+from orchestrator.commands import cluster_target
 from orchestrator.commands.calls import CommandCall
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     options = argparse.Namespace(address=None, json=True)
     call = CommandCall(options, HomePaths(default_home()), ())
     try:
-        with reach.client(call) as controller:
+        with cluster_target.client(call) as controller:
             ok, said = True, act(controller, order)
     except UserError as error:
         ok, said = False, str(error)

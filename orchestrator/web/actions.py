@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, from_json
-from orchestrator.web.live import Live
+from orchestrator.web.read_model import Live
 from orchestrator.web.redact import Redactor
 
 ACTIONS = ("cancel", "cordon", "uncordon", "dump_stacks")

@@ -13,9 +13,9 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.paths import HomePaths
-from orchestrator.web.answers import Answers
-from orchestrator.web.live import Live
+from orchestrator.web.read_model import Live
 from orchestrator.web.redact import Redactor
+from orchestrator.web.run_api import Answers
 from orchestrator.web.server import STATIC
 from orchestrator.web.views import home as views
 

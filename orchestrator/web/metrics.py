@@ -19,10 +19,10 @@ from prometheus_client.registry import Collector
 from configs.errors import from_json
 from configs.paths import RunPaths
 from orchestrator.record.states import State
+from orchestrator.web.cached_run import RunState
 from orchestrator.web.columns import Columns, loads
-from orchestrator.web.live import Live, lingers
+from orchestrator.web.read_model import Live, lingers
 from orchestrator.web.redact import Redactor
-from orchestrator.web.runs import RunState
 
 _RUNS = 500
 """Runs that are reported in full, at most; the newest."""

@@ -20,9 +20,9 @@ from configs.errors import UserError, from_json
 from configs.paths import HomePaths
 from orchestrator.web import metrics, security
 from orchestrator.web.actions import ACTIONS, Actions, Refused
-from orchestrator.web.answers import Answers, whole
-from orchestrator.web.live import Live, NoSuchRunError, Seen
+from orchestrator.web.read_model import Live, NoSuchRunError, Seen
 from orchestrator.web.redact import Redactor
+from orchestrator.web.run_api import Answers, whole
 from orchestrator.web.security import WHO, AccessTokens, Guard
 from orchestrator.web.views import home as views
 

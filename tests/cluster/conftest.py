@@ -21,7 +21,7 @@ from configs.paths import HomePaths, RunPaths
 from orchestrator.record.events import Event
 from orchestrator.record.log import read
 from orchestrator.record.partition import TimePart
-from orchestrator.record.reading import summary
+from orchestrator.record.summaries import summary
 from orchestrator.record.view import RunView, fold
 from tests.web.made import ledger_of
 

@@ -40,7 +40,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def shell(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    """Commands typed on the head, where the keeper of the controller runs as a service would."""
+    """Commands typed on the head, where the supervisor of the controller runs as a service would."""
     home = HomePaths(Path(tmp_path_factory.mktemp("shared")) / "home")
     shell = Shell(
         home,
@@ -48,15 +48,15 @@ def shell(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sh
         prefix=tuple(hosts.hosts[0].command()),
     )
     home.ensure()
-    keeper = hosts.hosts[0].popen(
+    supervisor = hosts.hosts[0].popen(
         sys.executable, "-m", "orchestrator", "serve", "--address", hosts.address, env=shell._environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         yield shell
     finally:
-        os.killpg(keeper.pid, signal.SIGTERM)
-        keeper.wait(30)
+        os.killpg(supervisor.pid, signal.SIGTERM)
+        supervisor.wait(30)
 
 
 def on(view: RunView) -> set[str]:

@@ -23,7 +23,7 @@ from faulttol.preflight import device, host
 from faulttol.preflight.host import Beacon
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
 from orchestrator.agent import checks
-from orchestrator.agent.checks import Looked, NodeCheck
+from orchestrator.agent.checks import NodeCheck, NodeHealth
 from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -64,7 +64,7 @@ def test_memory_is_looked_at_against_what_ranks_need(monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     short = SimpleNamespace(available=host.LEAST_MEMORY - 1, total=8 << 30)
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: short)
-    assert checks.before_gang() == "host memory: 0.5 of 8.0 GiB available"
+    assert checks.preflight() == "host memory: 0.5 of 8.0 GiB available"
 
 
 def test_loopback_is_proved_and_a_torn_one_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,13 +222,13 @@ def test_the_command_says_it_for_people_and_machines(beacon: Beacon) -> None:
 def test_a_node_of_cores_is_looked_at_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "full", lambda _: pytest.fail("a process with torch"))
     check = NodeCheck("auto")
-    assert check.look() == Looked(False, "", check.look().port)
-    until(lambda: check.look().done, "the first look")
-    assert check.look().why == ""
+    assert check.poll() == NodeHealth(False, "", check.poll().port)
+    until(lambda: check.poll().done, "the first look")
+    assert check.poll().why == ""
     monkeypatch.setattr(checks.host, "quick", lambda: [Check("host memory", CheckOutcome.BAD, "none")])
-    until(lambda: check.look().why == "host memory: none", "that it is bad now")
+    until(lambda: check.poll().why == "host memory: none", "that it is bad now")
     monkeypatch.setattr(checks.host, "quick", lambda: 1 // 0)
-    until(lambda: check.look().why == "", "an instrument that breaks bars nobody")
+    until(lambda: check.poll().why == "", "an instrument that breaks bars nobody")
     check.close()
 
 
@@ -239,19 +239,19 @@ def test_a_node_with_devices_proves_them_and_again_only_while_idle(monkeypatch: 
     monkeypatch.setattr(checks, "full", lambda _: made.append(time.monotonic()) or bad)
     monkeypatch.setattr(checks, "_RETRY_SECONDS", 0.0)
     check = NodeCheck("auto")
-    until(lambda: check.look(idle=False).why == "cuda:3 exactness: wrong", "the finding")
+    until(lambda: check.poll(idle=False).why == "cuda:3 exactness: wrong", "the finding")
     for _ in range(20):
-        check.look(idle=False)
+        check.poll(idle=False)
         time.sleep(0.01)
     assert len(made) == 1, "devices that ranks use are left alone"
     bad = Preflight(())
-    until(lambda: check.look(idle=True).why == "", "that it is mended")
+    until(lambda: check.poll(idle=True).why == "", "that it is mended")
     check.close()
 
 
 def test_it_can_be_off_and_a_wrong_mode_is_auto() -> None:
     off, wrong = NodeCheck("off"), NodeCheck("sometimes")
-    assert off.look().done and not off.look().why and wrong._mode == "auto"
+    assert off.poll().done and not off.poll().why and wrong._mode == "auto"
     off.close()
     wrong.close()
 

@@ -16,7 +16,7 @@ from configs.paths import HomePaths
 from orchestrator import __main__ as entry
 from orchestrator import ray_cluster
 from orchestrator.cli import main
-from orchestrator.commands import reach
+from orchestrator.commands import cluster_target
 from orchestrator.local import cluster, machine, settings
 from orchestrator.record.events import GangShape, StateMoved, Submitted
 from orchestrator.record.states import Reason, State
@@ -205,21 +205,21 @@ def test_a_machine_without_gpus_says_so_and_one_with_gives_them_to_the_planner(
 
     config = SimpleNamespace(hardware=SimpleNamespace(kind="rocm", name="mi300x"))
     monkeypatch.setattr(machine, "gpus", gpus)
-    found = reach.capacity(config, None)  # type: ignore[arg-type]
+    found = cluster_target.capacity(config, None)  # type: ignore[arg-type]
     assert found is not None and found.slots == (4,) and asked == ["rocm"]
     monkeypatch.setattr(machine, "gpus", lambda _: 0)
     with pytest.raises(
         UserError, match=r"hardware=mi300x needs GPUs and this machine shows none.*--address HOST:PORT"
     ):
-        reach.capacity(config, None)  # type: ignore[arg-type]
+        cluster_target.capacity(config, None)  # type: ignore[arg-type]
     processors = SimpleNamespace(hardware=SimpleNamespace(kind="cpu", name="cpu"))
-    assert reach.capacity(processors, None) is None  # type: ignore[arg-type]
+    assert cluster_target.capacity(processors, None) is None  # type: ignore[arg-type]
 
 
 def test_an_interrupted_start_ends_what_it_has_begun(
     home: HomePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while the keeper starts Ray: its processes go, the record too."""
+    """Ctrl-C while the supervisor starts Ray: its processes go, the record too."""
     began: list[int] = []
     real = subprocess.Popen
 

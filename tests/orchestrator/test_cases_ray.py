@@ -81,7 +81,7 @@ def test_a_head_that_is_killed_comes_back_with_its_run_and_a_killed_keeper_hides
     record, _ = cluster.recorded(account.home)
     assert record is not None
     os.kill(record.pid, signal.SIGKILL)
-    account.until(lambda: not record.alive, "the keeper is dead")
+    account.until(lambda: not record.alive, "the supervisor is dead")
     assert cluster.members(account.home)
     told = account.run("down", "--yes")
     assert "what was left of a local Ray is ended" in told

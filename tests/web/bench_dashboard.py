@@ -18,7 +18,7 @@ from pathlib import Path
 from configs.paths import HomePaths
 from faulttol.detect.snapshot import GroupSeen, RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
-from orchestrator.record import seen
+from orchestrator.record import rank_status
 from tests.web import simulated
 from tests.web.made import MadeRun, queue_file
 from tests.web.test_resilience import start
@@ -58,7 +58,7 @@ def make(home: HomePaths, ranks: int, steps: int) -> str:
                     groups=groups,
                 )
             )
-        seen.write(folder, f"node-{node}", looks, now)
+        rank_status.write(folder, f"node-{node}", looks, now)
     return made.run.run_id
 
 

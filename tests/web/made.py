@@ -40,10 +40,10 @@ from orchestrator.record.events import (
     Submitted,
     VerdictFound,
 )
+from orchestrator.record.history import Story
 from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
-from orchestrator.record.story import Story
 from orchestrator.web.columns import Columns
 
 BEGIN = 1_700_000_000.0

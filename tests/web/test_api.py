@@ -17,7 +17,7 @@ from configs.metrics import MeasuredLine, MetricWriter
 from faulttol.detect.snapshot import GroupSeen, RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.timeline.file import STORED, StepFile
-from orchestrator.record import seen
+from orchestrator.record import rank_status
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
 from orchestrator.record.log import Log
 from tests.web.made import MadeRun, a_home, queue_file
@@ -289,10 +289,10 @@ def test_layout_says_who_is_waited_for(client: Client) -> None:
     groups = (GroupSeen("dp (3)", range(0, 2), 40, 39),)
     behind = (GroupSeen("dp (3)", range(0, 2), 39, 39),)
     folder = run.attempt(2).seen
-    seen.write(
+    rank_status.write(
         folder, "n/1", [RankSeen(0, 1000, newest=record, groups=groups, waits="all_reduce", state="S")], now
     )
-    seen.write(
+    rank_status.write(
         folder,
         "n2",
         [RankSeen(1, 1001, newest=record, groups=behind, held="stopped (state T)", state="T")],

@@ -17,7 +17,7 @@ import pytest
 
 from configs.errors import UserError
 from orchestrator.web import export
-from orchestrator.web.live import Live
+from orchestrator.web.read_model import Live
 from tests.web.made import MadeRun, a_home
 from tests.web.test_security import EVIL, SECRETS
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from orchestrator.record.events import StateMoved, VerdictFound
+from orchestrator.record.history import Story
 from orchestrator.record.ledger import AttemptLines, Ledger, _lost_from, _steps, ledger
 from orchestrator.record.partition import MEANINGS, Tape, TimePart
 from orchestrator.record.states import Reason, State
-from orchestrator.record.story import Story
 from orchestrator.web.views.series import lost_after
 from tests.orchestrator.record.life import LIFE, events_of
 from tests.web.made import MadeRun, a_home, ledger_of

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from configs.paths import HomePaths
-from orchestrator.web import export, live, server
+from orchestrator.web import export, read_model, server
 from orchestrator.web.columns import Columns, loads
 from tests.source_tree import ROOT
 from tests.web.made import MadeRun, a_home, queue_file
@@ -183,7 +183,7 @@ def test_storage_that_hangs_leaves_the_page_as_it_was(
 ) -> None:
     MadeRun(home, "one", now=time.time() - 60).submit().start().train(5)
     queue_file(home, time.time())
-    released, read, entered = threading.Event(), live.read_queue, threading.Event()
+    released, read, entered = threading.Event(), read_model.read_queue, threading.Event()
     try:
         with serving(home) as client:
 
@@ -192,7 +192,7 @@ def test_storage_that_hangs_leaves_the_page_as_it_was(
                 assert released.wait(60)
                 return read(home)
 
-            monkeypatch.setattr(live, "read_queue", hangs)
+            monkeypatch.setattr(read_model, "read_queue", hangs)
             monkeypatch.setattr(server, "_OLD", 0.5)
             client.shared.live.hurry()
             assert entered.wait(20)
@@ -305,7 +305,7 @@ def test_reading_goes_on_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_runs_that_nobody_looks_at_cost_little(home: HomePaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "_LOOKED_AT", 1)
+    monkeypatch.setattr(read_model, "_LOOKED_AT", 1)
     for name in ("one", "two", "three"):
         run = MadeRun(home, name, now=time.time() - 60).submit().start()
         long_metrics(run.run.attempt(1).metrics, 6000)

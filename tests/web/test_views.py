@@ -16,16 +16,16 @@ from prometheus_client.core import GaugeMetricFamily
 
 from configs.errors import UserError
 from faulttol.detect.snapshot import GroupSeen
+from orchestrator.record.history import AttemptStory
 from orchestrator.record.partition import Tape, TimePart
-from orchestrator.record.seen import Look
-from orchestrator.record.story import AttemptStory
+from orchestrator.record.rank_status import Look
 from orchestrator.web import export
-from orchestrator.web.answers import Answers
+from orchestrator.web.cached_run import RunState
 from orchestrator.web.columns import Columns
-from orchestrator.web.live import Live
 from orchestrator.web.metrics import NODE_GAUGES, _Home, stalled_after
+from orchestrator.web.read_model import Live
 from orchestrator.web.redact import REDACTED, Redactor
-from orchestrator.web.runs import RunState
+from orchestrator.web.run_api import Answers
 from orchestrator.web.security import AccessTokens, Guard, cookie_of
 from orchestrator.web.views import home, logs, series
 from orchestrator.web.views import layout as layouts

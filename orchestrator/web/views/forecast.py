@@ -11,8 +11,8 @@ import numpy as np
 
 from configs.errors import UserError, from_json
 from orchestrator.record.partition import TimePart
+from orchestrator.web.cached_run import RunState
 from orchestrator.web.redact import numbers
-from orchestrator.web.runs import RunState
 from orchestrator.web.views import series
 from trainer.sizing.forecast import CONFIDENCE, StepHistory, forecast
 

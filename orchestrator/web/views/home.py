@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.record.cluster_log import NodeRecord
-from orchestrator.record.reading import silence
-from orchestrator.web.live import Seen
-from orchestrator.web.runs import RunState
+from orchestrator.record.summaries import silence
+from orchestrator.web.cached_run import RunState
+from orchestrator.web.read_model import Seen
 
 _DAMAGE = 200
 _FAULTS = 8

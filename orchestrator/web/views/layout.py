@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from faulttol.timeline.heat import AXES, coordinates
-from orchestrator.record.seen import Look
-from orchestrator.record.story import AttemptStory
+from orchestrator.record.history import AttemptStory
+from orchestrator.record.rank_status import Look
 
 _GROUPS = 256
 _RANKS = 512

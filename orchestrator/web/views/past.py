@@ -10,11 +10,11 @@ from typing import Any
 
 from configs.metrics import SavedLine, SaveFailedLine
 from configs.paths import RunPaths
+from orchestrator.record.history import Story
 from orchestrator.record.ledger import Ledger
 from orchestrator.record.partition import MEANINGS, TimePart
-from orchestrator.record.story import Story
 from orchestrator.record.view import RESTARTS
-from orchestrator.web.runs import RunState
+from orchestrator.web.cached_run import RunState
 
 _SPANS = 600
 _MARKS = 2000

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError, nearest
 from orchestrator.record import ledger
+from orchestrator.web.cached_run import RunState
 from orchestrator.web.columns import Columns, loads
 from orchestrator.web.redact import numbers
-from orchestrator.web.runs import RunState
 
 AXES = ("step", "time")
 _VALIDATIONS = 4000

@@ -6,7 +6,7 @@ from tests.mutants.listed import Mutant
 
 _LEDGER = "orchestrator/record/ledger.py"
 _PARTITION = "orchestrator/record/partition.py"
-_STORY = "orchestrator/record/story.py"
+_STORY = "orchestrator/record/history.py"
 _SECURITY = "orchestrator/web/security.py"
 _SERVER = "orchestrator/web/server.py"
 _COLUMNS = "orchestrator/web/columns.py"
@@ -128,7 +128,7 @@ MUTANTS = [
     ),
     Mutant(
         "one run that can't be read stops all",
-        "orchestrator/web/runs.py",
+        "orchestrator/web/cached_run.py",
         "except Exception as error:  # whatever it is, it is this run's, and is reported as such",
         "except KeyError as error:",
         f"{_OF_RESILIENCE}one_broken_run_stops_no_other",
@@ -142,7 +142,7 @@ MUTANTS = [
     ),
     Mutant(
         "runs that ended stay in the metrics",
-        "orchestrator/web/live.py",
+        "orchestrator/web/read_model.py",
         "now - float(ended) < LINGER",
         "now - float(ended) >= 0",
         "tests/web/test_monitoring.py::test_labels_are_bounded_and_runs_that_ended_leave",

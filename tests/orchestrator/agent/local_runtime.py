@@ -17,8 +17,8 @@ from orchestrator.control.gang import GangSpec
 from orchestrator.decide.placement import Node
 from orchestrator.record import clock
 from orchestrator.record.events import NodeShare
-from orchestrator.record.reading import RunSummary, read_queue, summary
 from orchestrator.record.run_log import RunLogReader
+from orchestrator.record.summaries import RunSummary, read_queue, summary
 from orchestrator.record.view import RunView
 
 PATIENCE = 150.0

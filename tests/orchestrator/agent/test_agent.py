@@ -23,7 +23,7 @@ from configs.paths import RunPaths
 from faulttol import steady
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent import attempt as attempts
-from orchestrator.agent import family, files, orders
+from orchestrator.agent import attempt_processes, files, orders
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.orders import AttemptPhase, OrderSuperseded
 from orchestrator.commands.submission import new_run_id
@@ -277,10 +277,10 @@ def test_memory_that_a_dead_agent_has_left_is_swept(
     mark = orders.mark(str(run.root), 2, "node")
     env = {**os.environ, "MEGARAY_MARK": mark}
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env) as rank:
-        until(lambda: mark in family.marks(), "its environment")
-        orders.sweep(family.marks, older=3600.0)
+        until(lambda: mark in attempt_processes.marks(), "its environment")
+        orders.sweep(attempt_processes.marks, older=3600.0)
         assert left.exists(), "another agent may be making it just now"
-        orders.sweep(family.marks, older=-1.0)
+        orders.sweep(attempt_processes.marks, older=-1.0)
         assert not left.exists() and living.exists()
         rank.kill()
 

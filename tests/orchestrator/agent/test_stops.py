@@ -15,7 +15,7 @@ import pytest
 from configs.paths import RunPaths
 from faulttol import proc
 from orchestrator.agent import attempt as attempts
-from orchestrator.agent import devices, family
+from orchestrator.agent import attempt_processes, devices
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport
 from orchestrator.control.gang import Want
@@ -49,7 +49,7 @@ def hold(agent: NodeAgent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     # So it isn't killed either, and stays as it is.
     monkeypatch.setattr(proc, "runs", lambda pid: pid not in held and real(pid))
     yield held.add
-    family.end(held, signal.SIGKILL)
+    attempt_processes.end(held, signal.SIGKILL)
 
 
 def on_devices(agent: NodeAgent, run: RunPaths, attempt: int = 1, body: str = "pass") -> AttemptReport:
@@ -164,7 +164,7 @@ def test_what_never_ends_is_the_fault_of_the_node_for_the_next_attempt_too(
     agent: NodeAgent, run: RunPaths, tool: Tool, monkeypatch: pytest.MonkeyPatch, hold: Callable[[int], None]
 ) -> None:
     tool("100\n")
-    monkeypatch.setattr(family, "KILL_SECONDS", 1.0)
+    monkeypatch.setattr(attempt_processes, "KILL_SECONDS", 1.0)
     ending = ending_rank(agent, run, hold)
     on_devices(agent, run, attempt=2)
     following = attend_until(agent, order(run, Want.WATCHED, attempt=2), lambda a: bool(a.unfit))
@@ -220,20 +220,20 @@ def test_a_stop_ends_whatever_fails_in_it_and_says_what_did(
     if step != "_left":  # a rank's end is known a moment before it is taken leave of
         until(lambda: proc.state(pid) == "", "that it is gone")
     assert (proc.state(pid) == "") is (step != "_left"), "the other steps were taken"
-    family.end([pid], signal.SIGKILL)
+    attempt_processes.end([pid], signal.SIGKILL)
 
 
 def test_a_rank_is_known_by_its_id_until_its_end_alone(
     agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends: list[Mapping[int, float]] = []
-    real = family.of_attempt
+    real = attempt_processes.of_attempt
 
     def look(mark: str, leaders: Mapping[int, float]) -> list[int]:
         ends.append(leaders)
         return real(mark, leaders)
 
-    monkeypatch.setattr(family, "of_attempt", look)
+    monkeypatch.setattr(attempt_processes, "of_attempt", look)
     pid = started(agent, run).pids[0]
     os.kill(pid, signal.SIGKILL)
     answer = attend_until(

@@ -15,7 +15,7 @@ from configs.paths import HomePaths
 from orchestrator.cli import main
 from orchestrator.commands import console, text, watching
 from orchestrator.commands.plan_text import plan_table
-from orchestrator.record import reading
+from orchestrator.record import summaries
 from orchestrator.record.events import (
     Decided,
     Event,
@@ -149,7 +149,7 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     log = Writer(home.run("run-a"))
     log.append(StateMoved(State.FAILED, Reason.USER_ERROR, "data.path='x' does not exist"), 9.0)
     log.close()
-    row = reading.summary(home.run("run-a"), {})
+    row = summaries.summary(home.run("run-a"), {})
     for told in (console.status(row, []), console.final_summary(row, home.run("run-a"))):
         assert "data.path='x' does not exist" in told and "resume run-a" in told
 

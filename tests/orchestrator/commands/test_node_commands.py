@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import cli
-from orchestrator.commands import console, reach
+from orchestrator.commands import cluster_target, console
 from orchestrator.decide import nodes as deciding
 from orchestrator.record import cluster_log
 from orchestrator.record.cluster_log import (
@@ -51,7 +51,7 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeControlle
     def client(call: object) -> Iterator[FakeController]:
         yield made
 
-    monkeypatch.setattr(reach, "client", client)
+    monkeypatch.setattr(cluster_target, "client", client)
     monkeypatch.setattr("getpass.getuser", lambda: "ann")
     monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
     rows = [

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.paths import HomePaths
 from configs.schema import RunConfig
 from orchestrator.cli import main
-from orchestrator.commands import beginnings, changes, console
+from orchestrator.commands import changes, console, resume_source
 from orchestrator.commands.resumption import Resumption
 from orchestrator.record.events import Amended
 from orchestrator.record.states import State
@@ -236,8 +236,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_cluster(
 # ---- a new run that begins from another ----
 
 
-def begun(home: HomePaths, *words: str) -> tuple[RunConfig, beginnings.Beginning]:
-    return beginnings.find(amend(ASKED, words), home)
+def begun(home: HomePaths, *words: str) -> tuple[RunConfig, resume_source.Beginning]:
+    return resume_source.find(amend(ASKED, words), home)
 
 
 def test_a_run_a_folder_and_a_step_are_found(home: HomePaths, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_refusal_names_the_configuration_that_would_do(home: HomePaths) -> Non
         begun(home, f"resume={RUN}", "train.seed=7")
     path = Path(str(refused.value).rpartition("--config ")[2])
     config = compose([f"resume={RUN}", "train.steps=300"], path)
-    assert beginnings.find(config, home)[1].step == 40
+    assert resume_source.find(config, home)[1].step == 40
 
 
 def test_the_plan_shows_from_where_and_what_differs(
@@ -322,7 +322,7 @@ def test_the_plan_shows_from_where_and_what_differs(
 def test_without_the_other_runs_settings_the_layouts_are_compared(home: HomePaths, tmp_path: Path) -> None:
     commit(str(tmp_path / "far"), "far-20260101-000000-abcd", 9, CONFIG)
     config, found = begun(home, f"resume={tmp_path / 'far'}", "parallel.dp=4", "parallel.ep=2")
-    assert beginnings.differences(config, found, home) == [
+    assert resume_source.differences(config, found, home) == [
         ("parallel.dp", "2", "4"),
         ("parallel.ep", "1", "2"),
     ]
@@ -351,7 +351,7 @@ def test_the_succeeded_runs_hint_can_be_typed(home: HomePaths, capsys: pytest.Ca
     config = compose(
         [f"resume={run.run_id}", "train.steps=200"], Path(path.partition(" resume=")[0].strip("'\""))
     )
-    assert beginnings.find(config, home)[1].step == 100
+    assert resume_source.find(config, home)[1].step == 100
 
 
 def test_an_event_holds_what_a_log_line_can(home: HomePaths) -> None:

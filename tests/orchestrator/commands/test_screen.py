@@ -28,7 +28,7 @@ from faulttol.timeline.file import STORED, StepFile, folder
 from orchestrator.commands import screen
 from orchestrator.commands.screen import Picture, bar, begin, lines, spark
 from orchestrator.commands.text import plain
-from orchestrator.record import reading, seen
+from orchestrator.record import rank_status, summaries
 from orchestrator.record.following import Follower
 from orchestrator.record.ranks import RankActivity, RankReader
 from tests.conftest import readable
@@ -65,7 +65,7 @@ def made(tmp_path: Path) -> MadeRun:
 
 
 def picture_of(run: MadeRun) -> Picture:
-    picture = Picture(row=reading.summary(run.run, {}))
+    picture = Picture(row=summaries.summary(run.run, {}))
     picture.take(Follower(run.run).poll())
     return picture
 
@@ -158,7 +158,7 @@ def test_ranks_are_read_from_their_steps_and_looks(made: MadeRun) -> None:
     seconds[STORED.index("wait")] = [[0.25] * 20, [0.0] * 20]
     starts = (1_700_000_000 + np.arange(20)) * 10**9
     StepFile(folder(paths.root) / "n1.steps", "n1", (0, 1)).append(1, starts, seconds)
-    seen.write(
+    rank_status.write(
         paths.seen,
         "n1",
         [RankSeen(1, 101, waits="all_reduce"), RankSeen(2, 102, exit_code=-9)],
@@ -437,7 +437,7 @@ def test_of_many_runs_those_that_go_on_are_shown(tmp_path: Path) -> None:
     MadeRun(home, "new-1126-130000-aaaa").submit()
     MadeRun(home, "old-1126-110000-aaaa").submit().start().train(3)
     queue_file(home, time.time())
-    told = [line.plain for line in screen._listed(reading.summaries(home), 100, 12)]
+    told = [line.plain for line in screen._listed(summaries.summaries(home), 100, 12)]
     assert len(told) <= 12 and told[-1] == "22 more; `list` shows all"
     assert sum("succeeded" in line for line in told) == 8
     assert any(line.startswith("new-") for line in told) and any("3/100" in line for line in told)

@@ -41,7 +41,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HomePaths:
 
 
 RECORD = LocalCluster("127.0.0.1:1", "http://127.0.0.1:2", 1, 1, "", "", 2, 0, "/tmp")
-"""Of a local Ray whose keeper is alive, and whose head is not."""
+"""Of a local Ray whose supervisor is alive, and whose head is not."""
 
 
 def ended(home: HomePaths, run_id: str, to: State) -> None:
@@ -238,13 +238,13 @@ def test_a_full_disk_is_said_in_one_line(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("orchestrator.record.reading.summaries", full)
+    monkeypatch.setattr("orchestrator.record.summaries.summaries", full)
     assert main(["list"]) == 2
     said_once(capsys, ["No space left on device", str(home.home)])
 
     def ours(*_: object) -> None:
         raise OSError("a mistake of ours")
 
-    monkeypatch.setattr("orchestrator.record.reading.summaries", ours)
+    monkeypatch.setattr("orchestrator.record.summaries.summaries", ours)
     with pytest.raises(OSError, match="a mistake of ours"):
         main(["list"])

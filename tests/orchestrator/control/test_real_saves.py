@@ -14,7 +14,7 @@ from configs.paths import HomePaths, RunPaths
 from orchestrator.commands import console
 from orchestrator.commands.resumption import Resumption
 from orchestrator.commands.submission import Submission, write_run
-from orchestrator.record import reading
+from orchestrator.record import summaries
 from orchestrator.record.events import CheckpointCommitted
 from orchestrator.record.log import read
 from orchestrator.record.states import Reason, State
@@ -83,7 +83,7 @@ def test_saves_fail_mend_are_cut_off_and_gone_on_from(driver: Driver, tmp_path: 
     row = driver.row(name)
     assert row.failed_saves >= 3 and "saves failed since step" in row.saves
     assert "saves failed since step" in console.status(row, []) and "saves failed" in console.run_list([row])
-    assert "training continues" in console.incidents(reading.incidents(run))
+    assert "training continues" in console.incidents(summaries.incidents(run))
 
     # It mends.
     run.checkpoints.unlink()

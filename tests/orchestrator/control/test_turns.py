@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from configs.metrics import EndedLine
-from orchestrator.control import queueing
+from orchestrator.control import scheduler
 from orchestrator.control.gang import GangSpec, GangStatus, Want
 from orchestrator.control.orphans import EVERY_SECONDS
 from orchestrator.decide.queue import QueuePolicy
@@ -332,7 +332,7 @@ def test_an_incident_knows_the_steps_that_no_agent_has_reported(world: Sim) -> N
 def test_a_run_that_is_being_placed_is_not_counted_on_to_make_room(
     world: Sim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queueing, "QueuePolicy", partial(QueuePolicy, 5.0))
+    monkeypatch.setattr(scheduler, "QueuePolicy", partial(QueuePolicy, 5.0))
     world.runtime.granting = False
     world.submit("a")
     world.turn(2)

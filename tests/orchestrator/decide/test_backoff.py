@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.decide import backoff
-from orchestrator.local.keeper import Watch
+from orchestrator.local.supervisor import Watch
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
 

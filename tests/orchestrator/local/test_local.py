@@ -1,4 +1,4 @@
-"""The Ray on this machine, as far as no Ray is needed: what it may use, its lock, its record, its keeper's judgement."""
+"""The Ray on this machine, as far as no Ray is needed: what it may use, its lock, its record, its supervisor."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from configs.paths import HomePaths
 from configs.timeouts import Timeouts
 from orchestrator import cli
 from orchestrator.commands.calls import CommandCall
-from orchestrator.local import cluster, keeper, lock, machine, settings
+from orchestrator.local import cluster, lock, machine, settings, supervisor
 from orchestrator.local.cluster import LocalCluster
 from orchestrator.local.head import RayHead
-from orchestrator.local.keeper import Keeper, Watch
+from orchestrator.local.supervisor import Supervisor, Watch
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -290,7 +290,7 @@ def test_a_token_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pytest
     assert settings.token() == "typed" and settings.token_file() == ""
 
 
-# ---- the keeper ----
+# ---- the supervisor ----
 
 
 def test_a_controller_that_beats_is_left_alone_and_one_that_does_not_is_started_ever_less_often() -> None:
@@ -305,17 +305,17 @@ def test_a_lost_controller_is_started_at_once_and_a_start_that_hangs_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(keeper.sys, "executable", "/bin/sleep")
+    monkeypatch.setattr(supervisor.sys, "executable", "/bin/sleep")
     real = subprocess.Popen
     monkeypatch.setattr(
-        keeper.subprocess, "Popen", lambda command, **options: real(["/bin/sleep", "60"], **options)
+        supervisor.subprocess, "Popen", lambda command, **options: real(["/bin/sleep", "60"], **options)
     )
-    one = Keeper(HomePaths(tmp_path), "127.0.0.1:1", told.append, lost=True)
+    one = Supervisor(HomePaths(tmp_path), "127.0.0.1:1", told.append, lost=True)
     try:
         one.turn(1000.0)
         assert told == ["the controller at 127.0.0.1:1 doesn't beat; starting it"] and one._child is not None
         one.turn(1001.0)
-        one.turn(1000.0 + keeper._ATTACH_SECONDS + 1)
+        one.turn(1000.0 + supervisor._ATTACH_SECONDS + 1)
         one._child.wait(timeout=10)
         one.turn(1200.0)
         assert told[-1] == "the controller could not be reached at 127.0.0.1:1"
@@ -351,7 +351,7 @@ def test_a_record_is_written_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cluster.json"]
 
 
-def until_served(page: keeper.DashboardProcess, home: HomePaths, log: Path) -> None:
+def until_served(page: supervisor.DashboardProcess, home: HomePaths, log: Path) -> None:
     deadline = time.monotonic() + 50
     while not home.dashboard.exists():
         assert time.monotonic() < deadline, log.read_text()
@@ -366,7 +366,7 @@ def test_a_dashboard_whose_usual_port_is_in_use_takes_another(tmp_path: Path) ->
         with contextlib.suppress(OSError):  # somebody else listens there already, which does as well
             taken.bind(("127.0.0.1", 8260))
             taken.listen()
-        with contextlib.closing(keeper.DashboardProcess(home, tmp_path / "ray.log")) as page:
+        with contextlib.closing(supervisor.DashboardProcess(home, tmp_path / "ray.log")) as page:
             until_served(page, home, tmp_path / "ray.log")
             assert json.loads(home.dashboard.read_text())["port"] not in (0, 8260)
 
@@ -378,7 +378,7 @@ def test_a_dashboard_that_is_up_already_is_no_mistake(
     home = HomePaths(tmp_path / "home")
     home.ensure()
     monkeypatch.setenv("MEGARAY_HOME", str(home.home))
-    with contextlib.closing(keeper.DashboardProcess(home, tmp_path / "ray.log")) as page:
+    with contextlib.closing(supervisor.DashboardProcess(home, tmp_path / "ray.log")) as page:
         until_served(page, home, tmp_path / "ray.log")
         served = json.loads(home.dashboard.read_text())
         assert cli.main(["dashboard", "--port", str(served["port"])]) == 0

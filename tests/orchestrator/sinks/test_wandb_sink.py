@@ -27,8 +27,8 @@ from orchestrator.record.events import (
     Submitted,
 )
 from orchestrator.record.following import Follower, lost_steps
-from orchestrator.record.reading import incidents, summary
 from orchestrator.record.states import Reason, State
+from orchestrator.record.summaries import incidents, summary
 from tests.orchestrator.fake_runtime import step_line
 from tests.orchestrator.logs import Writer
 from tests.orchestrator.sinks.wandb_reading import read_offline

@@ -23,7 +23,7 @@ from configs.compose import compose, dump
 from configs.metrics import ResumedLine, SavedLine
 from configs.paths import RunPaths
 from orchestrator.record.events import EvidenceKept
-from orchestrator.sinks import lineage, nodes, rows, tables
+from orchestrator.sinks import lineage, node_metrics, rows, tables
 from orchestrator.sinks.wandb import WandbSink
 from tests.orchestrator.fake_runtime import step_line
 from tests.orchestrator.sinks.wandb_reading import read_offline, table, value
@@ -213,7 +213,7 @@ def test_all_nodes_of_a_run_are_in_it_and_a_killed_sink_loses_none(tmp_path: Pat
         sink.wait()
     with kept.open("ab") as file:
         file.write(b'{"time": 1, "nod\n')  # torn
-    count = len(nodes.read_from(kept, 0)[0])
+    count = len(node_metrics.read_from(kept, 0)[0])
     run.train(5).finish()
     assert pump(run.run).wait(timeout=100) == 0
     found = read_offline(run.run.wandb)
@@ -266,36 +266,36 @@ def test_tables_that_can_not_be_made_hold_up_nothing(made: MadeRun, monkeypatch:
 
 
 def test_metrics_of_rays_nodes() -> None:
-    assert nodes.parse(RAY) == {
+    assert node_metrics.parse(RAY) == {
         "cpu_percent": 87.5, "memory_percent": 25.0, "gpu_percent": 80.0, "gpu_memory_gib": 4.0, "gpu_celsius": 71.0,
         "sent_mb_per_second": 2.5, "received_mb_per_second": 7.5, "written_mb_per_second": 0.5,
     }  # fmt: skip
-    assert nodes.parse("ray_node_disk_io_read_speed 2e6\n") == {"read_mb_per_second": 2.0}
-    assert nodes.parse("") == {} and nodes.parse("ray_node_cpu_utilization what\n") == {}
-    assert nodes.fetch("http://127.0.0.1:1/metrics") == {} and nodes.fetch("nonsense") == {}
+    assert node_metrics.parse("ray_node_disk_io_read_speed 2e6\n") == {"read_mb_per_second": 2.0}
+    assert node_metrics.parse("") == {} and node_metrics.parse("ray_node_cpu_utilization what\n") == {}
+    assert node_metrics.fetch("http://127.0.0.1:1/metrics") == {} and node_metrics.fetch("nonsense") == {}
 
 
 def test_a_sample_asks_the_nodes_of_the_run_alone_and_is_kept(tmp_path: Path) -> None:
     known = {f"10.0.0.{i}": f"u{i}" for i in range(9)}
-    sampler = nodes.NodeSampler(
+    sampler = node_metrics.NodeSampler(
         tmp_path / "n.jsonl", lambda: ["10.0.0.3", "10.0.0.4", "10.0.1.1"], lambda: known
     )
     asked: list[str] = []
     sampler.fetch = lambda url: asked.append(url) or ({"cpu_percent": 5.0} if url == "u3" else {})  # type: ignore[func-returns-value]
     assert sampler.sample(7.0) == 2 and sorted(asked) == ["u3", "u4"]
-    assert nodes.read_from(tmp_path / "n.jsonl", 0)[0] == [(7.0, {"10.0.0.3": {"cpu_percent": 5.0}})]
+    assert node_metrics.read_from(tmp_path / "n.jsonl", 0)[0] == [(7.0, {"10.0.0.3": {"cpu_percent": 5.0}})]
     with (tmp_path / "n.jsonl").open("ab") as file:
         file.write(b'{"time": 8.0, "nodes": {"a": {"cpu_per')
     size = (tmp_path / "n.jsonl").read_bytes().rfind(b"\n") + 1
-    assert nodes.read_from(tmp_path / "n.jsonl", 0)[1] == size, (
+    assert node_metrics.read_from(tmp_path / "n.jsonl", 0)[1] == size, (
         "what is being written stays for the next time"
     )
-    assert nodes.read_from(tmp_path / "none.jsonl", 5) == ([], 5)
+    assert node_metrics.read_from(tmp_path / "none.jsonl", 5) == ([], 5)
 
 
 def test_of_many_nodes_only_what_they_have_together_is_told() -> None:
     sample = {f"10.0.{i // 250}.{i % 250}": {"cpu_percent": float(i)} for i in range(1536)}
-    row = nodes.row(60.0, sample)
+    row = node_metrics.row(60.0, sample)
     spread = {"mean": 767.5, "least": 0.0, "most": 1535.0}
     assert row == {"node/seconds": 60.0} | {
         f"nodes/cpu_percent/{name}": value for name, value in spread.items()

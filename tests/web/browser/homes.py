@@ -13,7 +13,7 @@ from configs.paths import HomePaths
 from faulttol.detect.snapshot import GroupSeen, RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.timeline.file import STORED, StepFile, folder
-from orchestrator.record import seen
+from orchestrator.record import rank_status
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
 from orchestrator.record.events import IncidentOpened, VerdictFound
 from orchestrator.record.log import Log
@@ -71,7 +71,7 @@ def look(run: MadeRun, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int,
         )
         for rank in range(run.ranks)
     ]  # fmt: skip
-    seen.write(run.run.attempt(run.attempt).seen, "n1", rows, now)
+    rank_status.write(run.run.attempt(run.attempt).seen, "n1", rows, now)
 
 
 def live(home: HomePaths) -> MadeRun:

@@ -19,7 +19,7 @@ import pytest
 from configs.paths import HomePaths
 from orchestrator.web import export
 from orchestrator.web.actions import Actions
-from orchestrator.web.live import Live
+from orchestrator.web.read_model import Live
 from tests.web.browser import homes
 from tests.web.browser.driving import PHONE, BrowserPage, browsing, driving, needs_browser
 from tests.web.browser.homes import HOSTILE, HUNG, LIVE, RECOVERED

@@ -17,11 +17,11 @@ from configs.paths import RunPaths
 from faulttol.timeline.heat import Heat, HeatRequest, heat
 from faulttol.timeline.reader import AttemptSteps
 from orchestrator import PROGRAM
-from orchestrator.record.seen import Look
-from orchestrator.record.story import AttemptStory
-from orchestrator.web.live import Live
+from orchestrator.record.history import AttemptStory
+from orchestrator.record.rank_status import Look
+from orchestrator.web.cached_run import RunState
+from orchestrator.web.read_model import Live
 from orchestrator.web.redact import numbers
-from orchestrator.web.runs import RunState
 from orchestrator.web.views import home, logs, past, series
 from orchestrator.web.views import layout as layouts
 from orchestrator.web.views.forecast import Forecasts, plan_of

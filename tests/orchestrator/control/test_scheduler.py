@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
-from orchestrator.control.run_control import RunControl
+from orchestrator.control.run_controller import RunControl
 from orchestrator.decide import elastic
 from orchestrator.decide.elastic import SmallerSearch
 from orchestrator.record.events import AttemptPlaced, Parked

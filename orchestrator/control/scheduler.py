@@ -11,8 +11,8 @@ from configs.compose import dump
 from configs.errors import UserError
 from configs.paths import HomePaths, write_whole
 from orchestrator.control.gang import GangRuntime
-from orchestrator.control.nodes_control import NodesControl
-from orchestrator.control.run_control import RunControl
+from orchestrator.control.node_controller import NodesControl
+from orchestrator.control.run_controller import RunControl
 from orchestrator.decide import backoff, elastic, placement, queue, quotas, recovery
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node

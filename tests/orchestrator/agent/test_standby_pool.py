@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from configs.paths import RunPaths
-from orchestrator.agent import family, standby
+from orchestrator.agent import attempt_processes, standby
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.orders import Launch, mark
 from orchestrator.agent.spawner import Ended, Exit, Spawner
-from orchestrator.agent.standbys import Standbys
+from orchestrator.agent.standby_pool import Standbys
 from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -33,7 +33,7 @@ AGENT = """
 import json, os, sys, time
 from orchestrator.agent.orders import Launch
 from orchestrator.agent.spawner import Spawner
-from orchestrator.agent.standbys import Standbys
+from orchestrator.agent.standby_pool import Standbys
 launch, env, importing = json.loads(sys.argv[1])
 launch |= {name: tuple(launch[name]) for name in ("ranks", "addresses", "program")}
 standbys = Standbys(Spawner())
@@ -100,7 +100,7 @@ def standbys(spawner: Spawner) -> Iterator[Standbys]:
     made = Standbys(spawner)
     yield made
     made.close()
-    family.end(family.of_attempt(mark(RUN, 3, "node"), {}), signal.SIGKILL)
+    attempt_processes.end(attempt_processes.of_attempt(mark(RUN, 3, "node"), {}), signal.SIGKILL)
 
 
 def take(
@@ -132,11 +132,16 @@ def test_one_becomes_a_rank_that_anybody_can_find_and_that_is_watched(
     assert seen["RANK"] == "1" and seen["FLAG"] == "1" and seen["MEGARAY_MARK"] == mark(RUN, 3, "node")
     assert os.getsid(pid) == pid
     until(
-        lambda: len(family.of_attempt(mark(RUN, 3, "node"), {})) == 2, "it and its child, by the mark alone"
+        lambda: len(attempt_processes.of_attempt(mark(RUN, 3, "node"), {})) == 2,
+        "it and its child, by the mark alone",
     )
-    assert family.of_attempt(mark(RUN, 4, "node"), {}) == [] == family.of_attempt(mark(RUN, 3, "another"), {})
+    assert (
+        attempt_processes.of_attempt(mark(RUN, 4, "node"), {})
+        == []
+        == attempt_processes.of_attempt(mark(RUN, 3, "another"), {})
+    )
     until(lambda: standbys.ready == 0, "no other stays while ranks start")
-    for one in family.of_attempt(mark(RUN, 3, "node"), {}):
+    for one in attempt_processes.of_attempt(mark(RUN, 3, "node"), {}):
         os.kill(one, 9)
     assert ended.result(30).code == -9
 
@@ -180,7 +185,7 @@ def test_one_that_is_taken_before_anybody_has_read_that_it_is_ready_becomes_a_ra
     standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left unread in a socket that closes is an error on its other end, which must not end a rank in silence."""
-    monkeypatch.setattr("orchestrator.agent.standbys._has_told", lambda line: False)
+    monkeypatch.setattr("orchestrator.agent.standby_pool._has_told", lambda line: False)
     standbys.keep(RUN, launch, env)
     until(lambda: standbys._waiting, "one that imports")
     (one,) = standbys._waiting
@@ -279,7 +284,7 @@ def test_they_can_be_fewer_or_off_and_end_when_nobody_needs_them(
     until(lambda: standbys.ready == 1, "one")
     standbys._balance(0.0)
     assert len(spawner.pids()) == 1
-    monkeypatch.setattr("orchestrator.agent.standbys._LINGER_SECONDS", 0.0)
+    monkeypatch.setattr("orchestrator.agent.standby_pool._LINGER_SECONDS", 0.0)
     standbys.drop(RUN)
     until(lambda: not spawner.pids(), "its end")
 
@@ -321,14 +326,14 @@ def test_one_ends_by_itself_where_its_agent_is_killed(launch: Launch, env: dict[
     assert agent.stdout is not None
     pid = int(agent.stdout.readline())
     try:
-        assert pid in family.table()
+        assert pid in attempt_processes.table()
         agent.kill()
         agent.wait()
-        until(lambda: pid not in family.table(), "its end")
+        until(lambda: pid not in attempt_processes.table(), "its end")
     finally:
         agent.kill()
         agent.wait()
-        family.end([pid], signal.SIGKILL)
+        attempt_processes.end([pid], signal.SIGKILL)
 
 
 def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
@@ -356,7 +361,7 @@ def test_libraries_give_way_to_a_gang_and_come_back_after_it(
     def kinds() -> set[str]:
         return {one.kind.module for one in list(standbys._waiting)}
 
-    monkeypatch.setattr("orchestrator.agent.standbys._LINGER_SECONDS", 0.0)
+    monkeypatch.setattr("orchestrator.agent.standby_pool._LINGER_SECONDS", 0.0)
     standbys.expect(1, idle)
     until(lambda: kinds() == {""}, "the node's own")
     standbys.rest(RUN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.decide.holdings import Holdings, unclaimed, unheld
+from orchestrator.decide.foreign_usage import Holdings, unclaimed, unheld
 from orchestrator.decide.placement import Node
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]

@@ -19,8 +19,8 @@ from configs.paths import HomePaths
 from orchestrator.record import cluster_log, log
 from orchestrator.record.cluster_log import NodesView
 from orchestrator.record.log import Cursor
-from orchestrator.record.reading import beat_of, read_queue, silence
-from orchestrator.web.runs import RunState
+from orchestrator.record.summaries import beat_of, read_queue, silence
+from orchestrator.web.cached_run import RunState
 
 LINGER = 300.0
 """Seconds for which a run that has ended is still reported to Prometheus, with its lines."""

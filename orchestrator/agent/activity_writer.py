@@ -14,7 +14,7 @@ from configs.paths import AttemptPaths
 from faulttol import steady
 from faulttol.detect.snapshot import RankSeen
 from faulttol.timeline.store import StepStore
-from orchestrator.record import seen
+from orchestrator.record import rank_status
 
 _SECONDS = 1.0
 _SEEN_EVERY = 2
@@ -68,7 +68,7 @@ class Chronicle:
     def _write_looks(self) -> None:
         looks = self._look()
         if looks and looks != self._written:
-            seen.write(self._folder, self._node, looks, steady.now())
+            rank_status.write(self._folder, self._node, looks, steady.now())
             self._written = looks
 
     def _guarded(self, act: Callable[[], None]) -> None:

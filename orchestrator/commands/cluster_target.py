@@ -27,7 +27,7 @@ class ClusterTarget:
     token: str = ""
     """File of its token, where it is the local one."""
     local: bool = False
-    """`up` or `submit` started it on this machine, and its keeper is alive."""
+    """`up` or `submit` started it on this machine, and its supervisor is alive."""
 
     @classmethod
     def of(cls, record: LocalCluster) -> ClusterTarget:
@@ -46,7 +46,7 @@ class ClusterTarget:
             if not self.local:
                 raise
             raise UserError(  # nobody has typed an address
-                f"the local Ray at {self.address} doesn't answer; its keeper is starting it again: type the command "
+                f"the local Ray at {self.address} doesn't answer; its supervisor is starting it again: type the command "
                 f"again in a minute, or `{PROGRAM} down` and `{PROGRAM} up`"
             ) from None
 

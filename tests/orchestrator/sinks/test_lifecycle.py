@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.sinks.starts import (
+from orchestrator.sinks.lifecycle import (
     FORGOTTEN_SECONDS,
     LONGEST_SECONDS,
     TRIES,
@@ -76,7 +76,7 @@ def test_what_a_killed_sink_left_goes_when_the_run_has_another(temporary: Path) 
 
 
 def test_a_folder_that_is_anothers_is_left_alone(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.sinks.starts.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("orchestrator.sinks.lifecycle.shutil.rmtree", lambda *_, **__: None)
     with temporary_files("/home/runs/a"):
         (folder,) = temporary.iterdir()
         monkeypatch.setattr(tempfile, "tempdir", str(temporary))

@@ -1,4 +1,4 @@
-"""The keeper of a cluster's controller: a small process that brings back what Ray itself can't.
+"""The supervisor of a cluster's controller: a small process that brings back what Ray itself can't.
 
 Ray restarts a controller whose process dies, but a Ray whose head was lost forgets it. So one process outside of Ray looks
 at the beat that the controller publishes, and has it started where it doesn't beat. For the local Ray it keeps Ray too.
@@ -68,7 +68,7 @@ class Watch:
         return True
 
 
-class Keeper:
+class Supervisor:
     """Watches a home's controller at an address, and has it started by a child that loads Ray.
 
     Args:
@@ -120,10 +120,10 @@ class Keeper:
 
 def serve(home: HomePaths, address: str, tell: Callable[[str], object]) -> None:
     """Keep the controller of a cluster that somebody else keeps up, until SIGTERM or SIGINT."""
-    keeper = Keeper(home, address, tell)
-    with _until_told(), contextlib.closing(keeper):
+    supervisor = Supervisor(home, address, tell)
+    with _until_told(), contextlib.closing(supervisor):
         while True:
-            keeper.turn(time.monotonic())
+            supervisor.turn(time.monotonic())
             time.sleep(_TURN_SECONDS)
 
 
@@ -230,9 +230,9 @@ def _keep(home: HomePaths, head: RayHead, record: LocalCluster, page: DashboardP
     """Until Ray is given up."""
     began, failed = time.monotonic(), 0
     while failed < _HEAD_STARTS:
-        with contextlib.closing(Keeper(home, record.address, _tell, lost=failed > 0)) as keeper:
+        with contextlib.closing(Supervisor(home, record.address, _tell, lost=failed > 0)) as supervisor:
             while head.alive:
-                keeper.turn(time.monotonic())
+                supervisor.turn(time.monotonic())
                 page.turn(time.monotonic())
                 time.sleep(_TURN_SECONDS)
         failed = failed + 1 if time.monotonic() - began < _HEAD_WAIT else 1
@@ -246,7 +246,7 @@ def _keep(home: HomePaths, head: RayHead, record: LocalCluster, page: DashboardP
 
 
 def _tell(text: str) -> None:
-    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}\n")
+    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {text}\n")
     sys.stderr.flush()
 
 

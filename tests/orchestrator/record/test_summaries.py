@@ -19,7 +19,7 @@ from configs.paths import HomePaths, RunPaths
 from faulttol.verdicts import VerdictKind
 from orchestrator.cli import main
 from orchestrator.commands import console, text
-from orchestrator.record import following, reading
+from orchestrator.record import following, summaries
 from orchestrator.record.events import (
     AttemptPlaced,
     AttemptResumed,
@@ -55,11 +55,11 @@ def test_a_submission_that_is_being_written_does_not_break_the_list(tmp_path: Pa
     log = Writer(home.run("c-20260101-000002-aaaa"))
     log.append(Submitted(0, GangShape(1, 1), 40, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.close()
-    assert [row.run_id for row in reading.summaries(home).rows] == ["a-20260101-000000-aaaa"]
-    row = reading.summary(home.run("c-20260101-000002-aaaa"), {})
+    assert [row.run_id for row in summaries.summaries(home).rows] == ["a-20260101-000000-aaaa"]
+    row = summaries.summary(home.run("c-20260101-000002-aaaa"), {})
     assert (row.state, row.reason, row.step) == ("queued", "submitted", 0)
     with pytest.raises(UserError, match="'b-20260101-000001-aaaa' is being submitted and isn't queued yet"):
-        reading.summary(home.run("b-20260101-000001-aaaa"), {})
+        summaries.summary(home.run("b-20260101-000001-aaaa"), {})
 
 
 @pytest.mark.parametrize("command", ["status", "watch", "logs"])
@@ -201,7 +201,7 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
     log.append(AttemptResumed(1, 0, None), 1.0)
     log.append(StateMoved(State.RUNNING, Reason.FIRST_STEP), 1.0)
     log.append(CheckpointCommitted(1, 200, "folder/step", 9, 12.5, 0.25), 2.0)
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert (row.saves, row.failed_saves) == ("", 0)
     assert "step 200 (in 12.50 s, training held 0.25 s): folder/step" in console.status(row, [])
     for number in (1, 2, 3):
@@ -217,21 +217,21 @@ def test_what_is_wrong_with_saves_is_in_status_list_and_incidents(tmp_path: Path
         writer.write(SavedLine(3.0, 1, step, "node", 9, 0.5, 0.125, "memory"))
     writer.write(step_line(1, 231, 3.0))
     writer.close()
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert row.saves == "3 saves failed since step 200: No space left" and row.failed_saves == 3
     for told in (console.run_list([row]), console.status(row, []), console.final_summary(row, run)):
         assert row.saves in told
     assert "the next save that is due tries again by itself" in console.status(row, [])
     assert (row.memory_step, row.memory_held) == (230, 0.125)
     assert "step 230 (training held 0.12 s)" in console.status(row, [])
-    told = console.incidents(reading.incidents(run))
+    told = console.incidents(summaries.incidents(run))
     assert "none: training continues" in told
     assert (
         "9 steps trained again (7.05 steps predicted), 4.0 s without training, 1.2 s of them until it was found"
         in told
     )
     assert told.count("after step 230") == 1 and "before its first step" not in told
-    (unbegun,) = reading.incidents(run)[:1]
+    (unbegun,) = summaries.incidents(run)[:1]
     assert "attempt 1, before its first step" in console.incidents([unbegun | {"step": 0}])
     assert told.count("  stacks    attempts/001/evidence/incident-002") == 1, "of the incident that has some"
 
@@ -250,11 +250,11 @@ def queued(folder: Path) -> tuple[HomePaths, RunPaths, Writer]:
 def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_path: Path) -> None:
     """Or `status` shows a run that runs, with the seconds to its end, of a cluster that has been gone for hours."""
     home, _, log = queued(tmp_path)
-    assert reading.summaries(home).silent.startswith("no controller has served this home yet; ")
+    assert summaries.summaries(home).silent.startswith("no controller has served this home yet; ")
     home.queue.write_text(json.dumps({"time": time.time() - 5.0}))
-    assert reading.summaries(home).silent == "", "it beats every 5 s"
+    assert summaries.summaries(home).silent == "", "it beats every 5 s"
     home.queue.write_text(json.dumps({"time": 1.0, "beat": time.time() - 45.0}))
-    listing = reading.summaries(home)
+    listing = summaries.summaries(home)
     assert re.search(
         r"no controller has been active for 4[5-9] s: .* up` starts it where nothing does$", listing.silent
     )
@@ -263,7 +263,7 @@ def test_a_controller_that_is_silent_is_told_of_where_a_run_has_not_ended(tmp_pa
     assert "no controller" not in console.status(listing.rows[0], [])
     log.append(StateMoved(State.CANCELLED, Reason.CANCEL_ASKED), 1.0)
     log.close()
-    assert reading.summaries(home).silent == "", "of runs that have ended nothing is old"
+    assert summaries.summaries(home).silent == "", "of runs that have ended nothing is old"
 
 
 def test_what_was_saved_last_is_known_before_the_next_attempt_says_where_it_begins(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_what_was_saved_last_is_known_before_the_next_attempt_says_where_it_begi
             log.append(StateMoved(State.RECOVERING, Reason.RANK_DIED), 4.0)
             log.append(StateMoved(State.QUEUED, Reason.BACKOFF_OVER), 4.0)
     log.close()
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert row.saves == "1 save failed since step 20: No space left"
 
 
@@ -292,14 +292,14 @@ def test_what_continues_a_stopped_run_says_from_where_and_what_was_not_saved(tmp
     log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
     log.append(StateMoved(State.CANCELLED, Reason.CANCEL_ASKED), 1.0)
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert console.continuing(row) == f"{resume} starts it over, since it has no checkpoint"
     log.append(CheckpointCommitted(1, 40, "folder/step", 9, 12.5, 0.25), 2.0)
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert console.continuing(row) == f"{resume} continues it from step 40"
     log.append(CheckpointFailed(1, 98, "No space left", 1), 3.0)
     log.close()
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     why = "1 save failed since step 40: No space left"
     assert console.continuing(row) == f"{resume} continues it from step 40: {why}"
 
@@ -309,13 +309,13 @@ def test_a_run_whose_ranks_end_says_what_it_becomes_and_why(tmp_path: Path, deta
     home = HomePaths(tmp_path)
     run = home.run("a-20260101-000000-aaaa")
     ended(run, State.RUNNING)
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert (row.stopping, row.next_step) == ("", "")
     log = Writer(run)
     log.append(StateMoved(State.CANCELLING, Reason.CANCEL_ASKED), 2.0)
     log.append(StopBegan(1, State.CANCELLED, Reason.CANCEL_ASKED, detail, 30.0), 2.0)
     log.close()
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert (
         row.stopping == f"cancelled (cancel_asked){shown}"
         and f"ending: {row.stopping}" in console.run_list([row])
@@ -332,12 +332,12 @@ def test_a_checkpoint_that_was_passed_over_is_shown_until_there_is_a_newer_one(t
     log.append(AttemptPlaced(1, (NodeShare("n", "10.0.0.1", "h", (0,)),), "g"), 1.0)
     log.append(StateMoved(State.STARTING, Reason.PLACED), 1.0)
     log.append(AttemptResumed(1, 80, "folder/80", "step 88: a file differs"), 1.0)
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert row.saves == "resumed from step 80; passed over step 88: a file differs"
     assert row.saves in console.status(row, []) and row.saves in console.run_list([row])
     log.append(CheckpointCommitted(1, 100, "folder/step", 9, 12.5, 0.25), 2.0)
     log.close()
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert row.saves == ""
 
 
@@ -348,12 +348,12 @@ def test_copies_that_differed_are_shown_until_a_save_whose_copies_are_equal(tmp_
     log.append(Submitted(0, GangShape(1, 1), 900, 3, 1.0, "smoke", {"dp": 1}), 0.0)
     log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
     log.append(CheckpointCommitted(1, 20, "folder/step", 9, 0.5, differs="x isn't the same on rank 1"), 2.0)
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert row.saves == "x isn't the same on rank 1"
     assert row.saves in console.status(row, []) and row.saves in console.run_list([row])
     log.append(CheckpointCommitted(1, 40, "folder/step", 9, 0.5), 2.0)
     log.close()
-    (row,) = reading.summaries(home).rows
+    (row,) = summaries.summaries(home).rows
     assert row.saves == ""
 
 
@@ -386,7 +386,7 @@ def test_a_damaged_line_or_plan_takes_no_run_from_the_list(tmp_path: Path) -> No
     writer = MetricWriter(run.attempt(1).metrics)
     writer.write(step_line(1, 4, 4.0))
     writer.close()
-    listing = reading.summaries(home)
+    listing = summaries.summaries(home)
     assert listing.damage == []
     (row,) = listing.rows
     assert (row.step, row.memory_step, row.mfu_basis) == (4, 2, "unknown")

@@ -10,11 +10,11 @@ from typing import Any
 
 from configs.paths import RunPaths
 from orchestrator.record import log
+from orchestrator.record.history import Story
 from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.log import Cursor
-from orchestrator.record.reading import RunReader
-from orchestrator.record.seen import Look, Looks
-from orchestrator.record.story import Story
+from orchestrator.record.rank_status import Look, Looks
+from orchestrator.record.summaries import RunReader
 from orchestrator.web.columns import FEW, MOST, Columns
 
 _LOG_CHUNK = 1 << 20
