@@ -15,7 +15,7 @@ from faulttol.preflight.host import versions
 from faulttol.proc import ProcessRow
 from orchestrator.agent import attempt_processes, orders
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.checks import NodeCheck, NodeHealth, preflight
+from orchestrator.agent.checks import NodeHealth, NodeHealthCheck, preflight
 from orchestrator.agent.orders import AttemptOrder, AttemptReport
 from orchestrator.ray_cluster import NAMESPACE
 
@@ -31,9 +31,12 @@ class AgentActor:
     def __init__(self, node_id: str) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._agent = NodeAgent(node_id, versions(), preflight, devices=_devices(node_id))
-        self._check = NodeCheck()
+        self._check = NodeHealthCheck()
         threading.Thread(
-            target=orders.sweep, args=(attempt_processes.marks,), name="agent-sweep", daemon=True
+            target=orders.remove_stale_rings,
+            args=(attempt_processes.live_marks,),
+            name="agent-sweep",
+            daemon=True,
         ).start()
         threading.Thread(target=self._reap, name="agent-reap", daemon=True).start()
 
@@ -41,18 +44,18 @@ class AgentActor:
         ended: set[ProcessRow] = set()
         while True:
             time.sleep(_REAP_SECONDS)
-            ended = attempt_processes.reap(self._agent.pids, ended)
+            ended = attempt_processes.reap_orphans(self._agent.pids, ended)
 
-    def attend(self, order: AttemptOrder) -> AttemptReport:
-        """As `NodeAgent.attend`."""
-        return self._agent.attend(order)
+    def reconcile(self, order: AttemptOrder) -> AttemptReport:
+        """As `NodeAgent.reconcile`."""
+        return self._agent.reconcile(order)
 
     def sees(self, path: str) -> bool:
         """Whether a path is there on this node."""
         return Path(path).exists()
 
     def check(self, peers: tuple[str, ...]) -> NodeHealth:
-        """As `NodeCheck.look`."""
+        """As `NodeHealthCheck.poll`."""
         return self._check.poll(peers, not self._agent.pids)
 
 

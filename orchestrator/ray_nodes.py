@@ -146,8 +146,8 @@ class RayNodes:
 
     def _barred(self, node: Node) -> str:
         check = self._checks.get(node.node_id)
-        if check is not None and check.looked is not None and check.looked.done:
-            return check.looked.why
+        if check is not None and check.looked is not None and check.looked.checked:
+            return check.looked.problem
         # A node with devices proves them first. One of cores serves at once; what is wrong with it shows soon.
         if not node.slots.get("GPU"):
             return ""
@@ -165,7 +165,7 @@ class RayNodes:
             check = self._checks.get(node.node_id)
             if check is not None and check.call is not None:
                 self._collect(node, check, now)
-            wait = _CHECK_SECONDS if check and check.looked and check.looked.done else 1.0
+            wait = _CHECK_SECONDS if check and check.looked and check.looked.checked else 1.0
             if check is None or (check.call is None and now - check.called > wait):
                 self._ask(node, self._peers(nodes, index), now)
 

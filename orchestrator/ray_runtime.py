@@ -26,7 +26,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import ray_agent
-from orchestrator.agent.driver import AgentGone, Gangs
+from orchestrator.agent.driver import AgentGone, GangDriver
 from orchestrator.agent.orders import AttemptOrder, AttemptReport
 from orchestrator.control.gang import GangSpec
 from orchestrator.decide.placement import Node
@@ -44,14 +44,14 @@ _WITNESSES, _WITNESS_SECONDS = 3, 10.0
 Devices = dict[str, dict[str, str]]
 
 
-class RayRuntime(Gangs):
+class RayRuntime(GangDriver):
     """`orchestrator.control.gang.GangRuntime` on the Ray cluster that this process is connected to."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-calls")
         self._nodes = RayNodes()
         self._sinks = SinkStarts()
-        super().__init__(RayCarrier(self._pool, self._nodes))
+        super().__init__(RayTransport(self._pool, self._nodes))
 
     def nodes(self, own: Collection[str]) -> list[Node]:
         """All live nodes, as they were reported lately; those whose check failed are barred.
@@ -88,8 +88,8 @@ class RayRuntime(Gangs):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class RayCarrier:
-    """`orchestrator.agent.driver.Carrier` by actor calls and placement groups."""
+class RayTransport:
+    """`orchestrator.agent.driver.AgentTransport` by actor calls and placement groups."""
 
     def __init__(self, pool: ThreadPoolExecutor, nodes: RayNodes) -> None:
         self._pool, self._nodes = pool, nodes
@@ -98,11 +98,11 @@ class RayCarrier:
         self._holders: dict[str, list[Any]] = {}
         """Reservation -> answers of its slot holders under way."""
 
-    def alive(self) -> frozenset[str] | None:
+    def live_nodes(self) -> frozenset[str] | None:
         """Ids of the nodes that live."""
         return self._nodes.alive()
 
-    def attend(
+    def send_order(
         self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
     ) -> Future[AttemptReport]:
         """Carry an order to a node's agent."""
@@ -133,13 +133,13 @@ class RayCarrier:
 
     def _call(self, agent: Any, node_id: str, order: AttemptOrder, answer: Future[AttemptReport]) -> None:
         try:
-            call = agent.attend.remote(order).future()
+            call = agent.reconcile.remote(order).future()
         except Exception as error:  # carried to whoever asked
             answer.set_exception(error)
             return
-        call.add_done_callback(lambda done: self._told(done, agent, node_id, answer))
+        call.add_done_callback(lambda done: self._forward_answer(done, agent, node_id, answer))
 
-    def _told(
+    def _forward_answer(
         self, done: Future[AttemptReport], agent: Any, node_id: str, answer: Future[AttemptReport]
     ) -> None:
         error = done.exception()
@@ -154,12 +154,14 @@ class RayCarrier:
         else:
             answer.set_exception(error)
 
-    def witness(self, spec: GangSpec, path: str) -> Future[str]:
+    def find_witness(self, spec: GangSpec, path: str) -> Future[str]:
         """Ask a few nodes outside the gang whether they see a path."""
-        return self._pool.submit(self._witness, spec, path)
+        return self._pool.submit(self._find_witness, spec, path)
 
-    def _witness(self, spec: GangSpec, path: str) -> str:
-        others = sorted((self.alive() or frozenset()) - {share.node_id for share in spec.shares})[:_WITNESSES]
+    def _find_witness(self, spec: GangSpec, path: str) -> str:
+        others = sorted((self.live_nodes() or frozenset()) - {share.node_id for share in spec.shares})[
+            :_WITNESSES
+        ]
         calls = {ray_agent.make(node, spec.runtime_env).sees.remote(path): node for node in others}
         done, _ = (
             ray.wait(list(calls), num_returns=len(calls), timeout=_WITNESS_SECONDS) if calls else ([], [])
@@ -170,11 +172,11 @@ class RayCarrier:
                     return next(n.ip for n in self._nodes.nodes(()) if n.node_id == calls[call])
         return ""
 
-    def hold(self, spec: GangSpec) -> Future[Devices | None]:
+    def reserve(self, spec: GangSpec) -> Future[Devices | None]:
         """Hold a gang's slots; made where nobody has yet."""
-        return self._pool.submit(self._hold, spec)
+        return self._pool.submit(self._reserve, spec)
 
-    def _hold(self, spec: GangSpec) -> Devices | None:
+    def _reserve(self, spec: GangSpec) -> Devices | None:
         group = _group(spec.reservation)
         if group is None:
             bundles = [{spec.resource: float(len(s.ranks)), f"node:{s.ip}": _PIN} for s in spec.shares]
@@ -210,11 +212,11 @@ class RayCarrier:
             raise
         return {share.node_id: devices for share, devices in zip(spec.shares, answers, strict=True)}
 
-    def let_go(self, reservation: str) -> Future[bool]:
+    def release(self, reservation: str) -> Future[bool]:
         """Remove a placement group; what sits in it ends with it."""
-        return self._pool.submit(self._let_go, reservation)
+        return self._pool.submit(self._release, reservation)
 
-    def _let_go(self, reservation: str) -> bool:
+    def _release(self, reservation: str) -> bool:
         with self._lock:
             self._holders.pop(reservation, None)
         self._nodes.let_go(reservation)

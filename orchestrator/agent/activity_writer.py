@@ -23,7 +23,7 @@ _SEEN_EVERY = 2
 log = logging.getLogger("megaray.agent")
 
 
-class Chronicle:
+class ActivityWriter:
     """Keeps one attempt's steps and looks on one node.
 
     Args:
@@ -47,7 +47,7 @@ class Chronicle:
         self._thread = threading.Thread(target=self._work, name="agent-chronicle", daemon=True)
         self._thread.start()
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Leave the looks as they are: the ranks are being stopped, and what they did before is of interest."""
         self._still = True
 

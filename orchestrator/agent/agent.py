@@ -20,17 +20,17 @@ from orchestrator.agent import environment
 from orchestrator.agent.attempt import Attempt
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, OrderSuperseded
 from orchestrator.agent.spawner import Spawner
-from orchestrator.agent.standby_pool import Standbys
-from orchestrator.control.gang import AgentReport, Want
+from orchestrator.agent.standby_pool import StandbyPool
+from orchestrator.control.gang import AgentReport, DesiredState
 
-_KEPT = 64
+_MAX_REMEMBERED = 64
 """Attempts that are remembered after they were stopped, so that a late order doesn't start them again."""
 
 Key = tuple[str, int]
 
 
 @dataclass
-class _Told:
+class _LastAnswer:
     """What the newest answer about an attempt held."""
 
     serial: int = 0
@@ -60,15 +60,15 @@ class NodeAgent:
         self._born = time.monotonic()
         self._changed = threading.Condition(threading.RLock())
         self._spawner = Spawner()
-        self._standbys = Standbys(self._spawner)
+        self._standbys = StandbyPool(self._spawner)
         if devices:
-            self._standbys.expect(devices, environment.of_any_gang(devices))
+            self._standbys.set_idle_target(devices, environment.generic_environment(devices))
         self._attempts: dict[Key, Attempt] = {}
-        self._told: dict[Key, _Told] = {}
+        self._last_answers: dict[Key, _LastAnswer] = {}
         self._epochs: dict[str, int] = {}
         """Folder of runs -> highest epoch of a controller that was heard of; two homes may share a node."""
 
-    def attend(self, order: AttemptOrder) -> AttemptReport:
+    def reconcile(self, order: AttemptOrder) -> AttemptReport:
         """Move an attempt to where it should be, and say where it is: at once where there is news, else after `order.wait`.
 
         Raises:
@@ -78,15 +78,15 @@ class NodeAgent:
         with self._changed:
             self._fence(order)
             attempt = self._attempts.get(key)
-            if attempt is None and order.want is not Want.WATCHED:
+            if attempt is None and order.desired is not DesiredState.WATCHED:
                 attempt = Attempt(order, self._node_id, self._spawner, self._standbys, self._changed)
                 self._attempts[key] = attempt
-                self._told[key] = _Told()
+                self._last_answers[key] = _LastAnswer()
             if attempt is None:
                 report = AgentReport(self._node_id, self._clock(), ())
                 return AttemptReport(AttemptPhase.UNKNOWN, self._age(), None, report, 0, 0)
             attempt.touched = time.monotonic()
-            self._obey(attempt, order)
+            self._apply(attempt, order)
             until = time.monotonic() + order.wait
             while attempt.news <= order.news and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
@@ -104,20 +104,20 @@ class NodeAgent:
             raise OrderSuperseded(f"epoch {order.epoch} was followed by {highest}")
         self._epochs[home] = order.epoch
 
-    def _obey(self, attempt: Attempt, order: AttemptOrder) -> None:
-        if order.want is Want.STARTED and order.launch is not None:
+    def _apply(self, attempt: Attempt, order: AttemptOrder) -> None:
+        if order.desired is DesiredState.STARTED and order.launch is not None:
             attempt.prepare(order.launch, self._check)
             if order.launch.master:
-                attempt.start(order.launch, self._ending(order))
-        elif order.want is Want.STOPPED:
+                attempt.start(order.launch, self._earlier_attempts(order))
+        elif order.desired is DesiredState.STOPPED:
             attempt.stop(order.grace)
-        elif order.want is Want.RELEASED:
+        elif order.desired is DesiredState.RELEASED:
             attempt.stop(0.0)
-            attempt.free()
+            attempt.release()
         attempt.collect(order.collect)
         self._prune()
 
-    def _ending(self, order: AttemptOrder) -> list[Attempt]:
+    def _earlier_attempts(self, order: AttemptOrder) -> list[Attempt]:
         """Attempts of the same run that something is left of here."""
         earlier = [
             one
@@ -127,11 +127,11 @@ class NodeAgent:
         return [one for one in earlier if one.phase.is_past_stop and one.phase is not AttemptPhase.STOPPED]
 
     def _answer(self, key: Key, attempt: Attempt, order: AttemptOrder) -> AttemptReport:
-        ranks = attempt.seen()
+        ranks = attempt.rank_states()
         lines, offset = attempt.files.fetch(order.offset) if attempt.files else ((), order.offset)
         now = time.monotonic()
         with self._changed:
-            newest = self._told.setdefault(key, _Told())
+            newest = self._last_answers.setdefault(key, _LastAnswer())
             # The asker has what the newest answer held only if that answer reached it.
             known = set(newest.ranks) if order.serial == newest.serial else set()
             newest.serial, newest.ranks = newest.serial + 1, ranks
@@ -146,9 +146,9 @@ class NodeAgent:
                 serial=newest.serial,
                 master=attempt.master,
                 pids=attempt.pids,
-                missing=files.trouble.missing if files and files.trouble else "",
+                missing=files.problem.missing if files and files.problem else "",
                 unfit=attempt.unfit,
-                slow=files.slow if files else 0.0,
+                slow=files.stalled_seconds if files else 0.0,
                 facts=self._facts,
                 collected=attempt.collected(order.collect),
             )
@@ -161,11 +161,13 @@ class NodeAgent:
         newest = {root: max(n for r, n in self._attempts if r == root) for root, _ in self._attempts}
         for (root, number), attempt in self._attempts.items():
             if attempt.phase is AttemptPhase.STOPPED and number < newest[root]:
-                attempt.forget()
+                attempt.free_resources()
         stopped = [key for key, a in self._attempts.items() if a.phase is AttemptPhase.STOPPED]
-        for key in sorted(stopped, key=lambda k: self._attempts[k].touched)[: max(0, len(stopped) - _KEPT)]:
-            self._attempts.pop(key).forget()
-            self._told.pop(key, None)
+        for key in sorted(stopped, key=lambda k: self._attempts[k].touched)[
+            : max(0, len(stopped) - _MAX_REMEMBERED)
+        ]:
+            self._attempts.pop(key).free_resources()
+            self._last_answers.pop(key, None)
 
     def close(self) -> None:
         """End all ranks of all attempts; for an agent that isn't a process of its own."""
@@ -177,4 +179,4 @@ class NodeAgent:
                 if not self._changed.wait(30.0):
                     break
             for attempt in self._attempts.values():
-                attempt.forget()
+                attempt.free_resources()

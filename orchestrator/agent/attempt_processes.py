@@ -17,12 +17,12 @@ KILL_SECONDS = 60.0
 _LOOK_SECONDS = 0.2
 
 
-def table() -> dict[int, ProcessRow]:
+def process_table() -> dict[int, ProcessRow]:
     """All processes of the node but zombies, by id."""
     return {pid: row for pid, row in proc.table().items() if row.state not in "ZX"}
 
 
-def of_attempt(mark: str, leaders: Mapping[int, float]) -> list[int]:
+def attempt_pids(mark: str, leaders: Mapping[int, float]) -> list[int]:
     """Ids of all living processes of an attempt.
 
     Args:
@@ -33,7 +33,7 @@ def of_attempt(mark: str, leaders: Mapping[int, float]) -> list[int]:
     """
     ahead = time.clock_gettime(time.CLOCK_BOOTTIME) - steady.now()
     ended = {pid: at + ahead for pid, at in leaders.items()}
-    rows = table()
+    rows = process_table()
     members = {
         pid for pid, row in rows.items()
         if row.begun <= ended.get(row.session, -1.0) or _is_marked(pid, mark)
@@ -46,10 +46,10 @@ def of_attempt(mark: str, leaders: Mapping[int, float]) -> list[int]:
         members |= more
 
 
-def marks() -> set[str]:
+def live_marks() -> set[str]:
     """Marks of all attempts that have a living process on this node."""
     running = set()
-    for pid in table():
+    for pid in process_table():
         try:
             text = (proc.PROC / str(pid) / "environ").read_bytes()
         except OSError:
@@ -59,14 +59,14 @@ def marks() -> set[str]:
     return running
 
 
-def end(pids: Iterable[int], number: signal.Signals) -> None:
+def send_signal(pids: Iterable[int], number: signal.Signals) -> None:
     """Send a signal to processes that may have ended meanwhile."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
-def until_none(
+def wait_until_gone(
     pids: Callable[[], list[int]], unending: Callable[[str], None], number: signal.Signals | None = None
 ) -> None:
     """Wait until there is none of these processes, with a signal to each at each look. What stays in the kernel is waited
@@ -78,14 +78,14 @@ def until_none(
     begun, wait = time.monotonic(), 0.005
     while left := pids():
         if number is not None:
-            end(left, number)
+            send_signal(left, number)
         time.sleep(wait)
         wait = min(_LOOK_SECONDS, wait * 2)
         if time.monotonic() - begun > KILL_SECONDS:
             unending(", ".join(f"{pid} ({proc.state(pid)})" for pid in left[:4]))
 
 
-def reap(known: Collection[int], earlier: Collection[ProcessRow]) -> set[ProcessRow]:
+def reap_orphans(known: Collection[int], earlier: Collection[ProcessRow]) -> set[ProcessRow]:
     """Take leave of orphans that came to this process as their subreaper.
 
     Args:

@@ -29,9 +29,9 @@ MODES = ("auto", "full", "quick", "off")
 class NodeHealth:
     """What is known of a node now."""
 
-    done: bool
+    checked: bool
     """It has been looked at."""
-    why: str
+    problem: str
     """Why it can't serve; empty where it can."""
     port: int
     """Where neighbours reach it."""
@@ -42,11 +42,11 @@ def preflight() -> str:
     return Preflight(tuple(host.quick())).why
 
 
-class NodeCheck:
+class NodeHealthCheck:
     """Looks in a thread of its own; the answer is what is known.
 
     A node of cores is looked at without torch. One with devices also proves their memory and arithmetic, in a process of
-    its own, before it serves. `MEGARAY_PREFLIGHT` says otherwise: `full` for both, `quick`, or `off`.
+    its own, before it serves. `MEGARAY_PREFLIGHT` says otherwise: `run_full_check` for both, `quick`, or `off`.
     """
 
     def __init__(self, mode: str = "") -> None:
@@ -55,7 +55,7 @@ class NodeCheck:
             log.error("MEGARAY_PREFLIGHT=%s is none of %s; auto is taken", self._mode, ", ".join(MODES))
             self._mode = "auto"
         self._beacon = host.Beacon()
-        self._looked = NodeHealth(self._mode == "off", "", self._beacon.port)
+        self._health = NodeHealth(self._mode == "off", "", self._beacon.port)
         self._peers: tuple[str, ...] = ()
         self._idle = True
         self._full: Preflight | None = None
@@ -74,7 +74,7 @@ class NodeCheck:
         """
         self._peers, self._idle = tuple(peers), idle
         self._wake.set()
-        return self._looked
+        return self._health
 
     def close(self) -> None:
         """Answer neighbours no more, and look no more."""
@@ -91,24 +91,24 @@ class NodeCheck:
                 return
             try:
                 results = [*host.quick(), host.timed("neighbours", lambda: host.neighbours(self._peers))]
-                results += self._thoroughly()
-                self._looked = NodeHealth(True, Preflight(tuple(results)).why, self._beacon.port)
+                results += self._check_fully()
+                self._health = NodeHealth(True, Preflight(tuple(results)).why, self._beacon.port)
             except Exception:  # an instrument that breaks must not bar a node
                 log.exception("the check of this node")
-                self._looked = NodeHealth(True, "", self._beacon.port)
+                self._health = NodeHealth(True, "", self._beacon.port)
 
-    def _thoroughly(self) -> tuple[Check, ...]:
+    def _check_fully(self) -> tuple[Check, ...]:
         """The full look, made once, and again later where it failed."""
         has_devices = host.device_tool_name() is not None
         if self._mode == "quick" or (self._mode == "auto" and not has_devices):
             return ()
         if self._full is None or (self._full.why and self._idle and time.monotonic() > self._full_due):
-            self._full = full(self._peers)
+            self._full = run_full_check(self._peers)
             self._full_due = time.monotonic() + _RETRY_SECONDS
         return self._full.checks
 
 
-def full(peers: Sequence[str]) -> Preflight:
+def run_full_check(peers: Sequence[str]) -> Preflight:
     """All checks, in a process of its own that a driver may hang."""
     # Ray hides them from an agent.
     env = {name: value for name, value in os.environ.items() if name not in DEVICES}

@@ -39,7 +39,7 @@ _newest: dict[frozenset[tuple[str, str]], tuple[float, DeviceUsage]] = {}
 """By variables: when they were last asked about, and the answer."""
 
 
-def used(variables: Mapping[str, str], age: float = 0.0) -> DeviceUsage:
+def memory_in_use(variables: Mapping[str, str], age: float = 0.0) -> DeviceUsage:
     """Memory in use on the devices that `variables` name, such as `{"CUDA_VISIBLE_DEVICES": "0,1"}`.
 
     Args:
@@ -48,12 +48,12 @@ def used(variables: Mapping[str, str], age: float = 0.0) -> DeviceUsage:
     key = frozenset(variables.items())
     at, usage = _newest.get(key, (-math.inf, DeviceUsage()))
     if time.monotonic() - at > age:
-        at, usage = time.monotonic(), _asked(variables)
+        at, usage = time.monotonic(), _query(variables)
         _newest[key] = at, usage
     return usage
 
 
-def _asked(variables: Mapping[str, str]) -> DeviceUsage:
+def _query(variables: Mapping[str, str]) -> DeviceUsage:
     for names, tool in ((_NVIDIA, _nvidia), (_AMD, _amd)):
         chosen = next((variables[name] for name in names if variables.get(name)), "")
         if chosen:
@@ -61,7 +61,7 @@ def _asked(variables: Mapping[str, str]) -> DeviceUsage:
     return DeviceUsage(unknown="no variable says which devices the ranks had")
 
 
-def until_free(variables: Mapping[str, str], before: Mapping[str, int], over: Callable[[], bool]) -> str:
+def wait_until_free(variables: Mapping[str, str], before: Mapping[str, int], over: Callable[[], bool]) -> str:
     """Wait until the devices hold no more than `before` and `TOLERANCE`, for at most a minute; what they hold then, as a
     sentence, empty where they are free.
 
@@ -70,11 +70,11 @@ def until_free(variables: Mapping[str, str], before: Mapping[str, int], over: Ca
     """
     until, wait, said = time.monotonic() + WAIT_SECONDS, 0.05, ""
     while not over():
-        now = used(variables)
+        now = memory_in_use(variables)
         if now.unknown and now.unknown != said:
             said = now.unknown
             log.warning("whether the memory of %s is free is unknown: %s", dict(variables), said)
-        sentence = held(now, before)
+        sentence = describe_excess(now, before)
         if not sentence or time.monotonic() > until:
             return sentence
         time.sleep(wait)
@@ -82,7 +82,7 @@ def until_free(variables: Mapping[str, str], before: Mapping[str, int], over: Ca
     return ""
 
 
-def held(now: DeviceUsage, before: Mapping[str, int]) -> str:
+def describe_excess(now: DeviceUsage, before: Mapping[str, int]) -> str:
     """Which devices hold more than `before` and `TOLERANCE`, as a sentence; empty where none does, or none can be asked."""
     over = {
         device: count - before.get(device, 0) for device, count in now.used.items()

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from faulttol import steady
 from orchestrator.agent.gang_state import Gang, Member
-from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, Launch, OrderSuperseded
-from orchestrator.control.gang import GangSpec, GangStatus, Want
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, LaunchSpec, OrderSuperseded
+from orchestrator.control.gang import DesiredState, GangSpec, GangStatus
 from orchestrator.record.events import NodeShare
 
 log = logging.getLogger("megaray.runtime")
@@ -41,37 +41,37 @@ class AgentGone(Exception):
     """A node's agent has ended, or was never there."""
 
 
-class Carrier(Protocol):
+class AgentTransport(Protocol):
     """Reaches agents and holds slots. Each call returns a future at once."""
 
-    def alive(self) -> frozenset[str] | None:
+    def live_nodes(self) -> frozenset[str] | None:
         """Ids of the nodes that live; None where that isn't known now."""
 
-    def attend(
+    def send_order(
         self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
     ) -> Future[AttemptReport]:
         """Carry an order to a node's agent, which is made where it is missing and `make` is set. Fails with `AgentGone`."""
 
-    def witness(self, spec: GangSpec, path: str) -> Future[str]:
+    def find_witness(self, spec: GangSpec, path: str) -> Future[str]:
         """Address of a node outside the gang that sees `path`; empty where none does."""
 
-    def hold(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
+    def reserve(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
         """Hold a gang's slots: variables of its devices by node id, once they are held; None: ask again."""
 
-    def let_go(self, reservation: str) -> Future[bool]:
+    def release(self, reservation: str) -> Future[bool]:
         """Give slots back; True once they are free."""
 
 
-class Gangs:
-    """What `GangRuntime` says of gangs, over any carrier.
+class GangDriver:
+    """What `GangRuntime` says of gangs, over any transport.
 
     Args:
-        carrier: reaches agents and holds slots.
+        transport: reaches agents and holds slots.
         wall: seconds since the epoch that never step, as the controller tells the time to `AgentReport.told_at`.
     """
 
-    def __init__(self, carrier: Carrier, wall: Callable[[], float] = steady.now) -> None:
-        self._carrier, self._wall = carrier, wall
+    def __init__(self, transport: AgentTransport, wall: Callable[[], float] = steady.now) -> None:
+        self._transport, self._wall = transport, wall
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._lock = threading.RLock()
         self._done: deque[tuple[Gang, Member, Future[AttemptReport]]] = deque()
@@ -84,16 +84,16 @@ class Gangs:
 
     # ---- what the controller calls; nothing here waits ----
 
-    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
+    def ensure(self, spec: GangSpec, desired: DesiredState, grace: float = 0.0) -> None:
         """As `GangRuntime.ensure`."""
         now = time.monotonic()
         with self._lock:
             gang = self._gangs.get(spec.key)
             if gang is None:
                 members = [Member(share) for share in spec.shares]
-                gang = self._gangs[spec.key] = Gang(spec, want, grace, now, members)
+                gang = self._gangs[spec.key] = Gang(spec, desired, grace, now, members)
                 self._forget_earlier(spec)
-            elif not gang.move(spec, want, grace, now):
+            elif not gang.set_desired(spec, desired, grace, now):
                 return
             for member in gang.members:  # what is under way asks for what was wanted before
                 member.call, member.retry_at = None, 0.0
@@ -135,7 +135,7 @@ class Gangs:
     def _forget_earlier(self, spec: GangSpec) -> None:
         earlier = [key for key, gang in self._gangs.items()
                    if key[0] == spec.run_root and key[1] < spec.attempt
-                   and (gang.released or (gang.stopped and gang.want is Want.STOPPED))]  # fmt: skip
+                   and (gang.released or (gang.stopped and gang.desired is DesiredState.STOPPED))]  # fmt: skip
         ended = [key for key, gang in self._gangs.items() if gang.released]
         for key in {*earlier, *ended[: max(0, len(ended) - _ENDED_KEPT)]}:
             del self._gangs[key]
@@ -166,11 +166,11 @@ class Gangs:
         while self._done:
             gang, member, call = self._done.popleft()
             if member.call is call:
-                if self._take(gang, member, call, now):
+                if self._handle_result(gang, member, call, now):
                     touched[id(gang)] = gang
                     self._news.set()
                 else:
-                    self._ask(gang, member, now)
+                    self._send_order(gang, member, now)
         members = sum(len(gang.members) for gang in self._gangs.values() if not gang.released)
         sweep = now - self._swept >= max(_IDLE_SECONDS, members * _SWEEP_SHARE)
         if sweep:
@@ -178,17 +178,17 @@ class Gangs:
         for gang in list(self._gangs.values()) if sweep else touched.values():
             self._advance(gang, now)
 
-    def _take(self, gang: Gang, member: Member, call: Future[AttemptReport], now: float) -> bool:
+    def _handle_result(self, gang: Gang, member: Member, call: Future[AttemptReport], now: float) -> bool:
         """Note how a call ended; whether something follows from it."""
         member.call = None
         try:
-            fresh = member.take(call.result(), now, self._wall())
-            if gang.want is Want.RELEASED and member.phase is AttemptPhase.STOPPED:
-                member.freed = fresh = True
+            fresh = member.record_answer(call.result(), now, self._wall())
+            if gang.desired is DesiredState.RELEASED and member.phase is AttemptPhase.STOPPED:
+                member.confirmed_free = fresh = True
             return fresh
         except AgentGone as error:
             # Before the ranks were started a new agent is as good.
-            if gang.want is Want.WATCHED or (gang.want is Want.STARTED and gang.begun):
+            if gang.desired is DesiredState.WATCHED or (gang.desired is DesiredState.STARTED and gang.begun):
                 member.lost = str(error)
                 return True
         except OrderSuperseded as error:
@@ -203,65 +203,67 @@ class Gangs:
         member.failures = min(member.failures + 1, 10)
 
     def _advance(self, gang: Gang, now: float) -> None:
-        self._hold(gang, now)
-        if gang.want is Want.RESERVED or gang.released:
+        self._reserve(gang, now)
+        if gang.desired is DesiredState.RESERVED or gang.released:
             return
-        if gang.want is Want.STARTED and gang.unseen and gang.witness is None:
+        if gang.desired is DesiredState.STARTED and gang.path_missing_everywhere and gang.witness is None:
             self._find_witness(gang)
         before = gang.stopped
-        gang.judge(now, self._carrier.alive())
+        gang.mark_lost_nodes(now, self._transport.live_nodes())
         for member in gang.members:
-            self._ask(gang, member, now)
+            self._send_order(gang, member, now)
         if gang.collect(now, _COLLECT_SECONDS):
             self._news.set()
         if gang.stopped and not before:
             self._news.set()
-        if gang.want is Want.RELEASED and all(m.lost or m.freed for m in gang.members):
-            self._let_go(gang, now)
+        if gang.desired is DesiredState.RELEASED and all(m.lost or m.confirmed_free for m in gang.members):
+            self._release(gang, now)
 
-    def _hold(self, gang: Gang, now: float) -> None:
-        if gang.want not in (Want.RESERVED, Want.STARTED) or gang.devices is not None:
+    def _reserve(self, gang: Gang, now: float) -> None:
+        if gang.desired not in (DesiredState.RESERVED, DesiredState.STARTED) or gang.devices is not None:
             return
-        if gang.holding is not None and gang.holding.done():
-            gang.devices = _result(gang.holding)
-            gang.holding = None
+        if gang.reserving is not None and gang.reserving.done():
+            gang.devices = _result(gang.reserving)
+            gang.reserving = None
             gang.slots_due = now + _SLOTS_SECONDS
             if gang.devices is not None:
                 self._news.set()
                 return
-        if gang.holding is None and now >= gang.slots_due:
-            gang.holding = self._carrier.hold(gang.spec)
-            gang.holding.add_done_callback(lambda _: self._again())
+        if gang.reserving is None and now >= gang.slots_due:
+            gang.reserving = self._transport.reserve(gang.spec)
+            gang.reserving.add_done_callback(lambda _: self._retry_in())
 
     def _find_witness(self, gang: Gang) -> None:
         """Ask others, to tell a node's mount from a folder that isn't shared."""
-        if gang.asking is None:
-            gang.asking = self._carrier.witness(gang.spec, gang.unseen.rpartition(" (")[0])
-            gang.asking.add_done_callback(lambda _: self._again())
-        elif gang.asking.done():
-            gang.witness = _result(gang.asking) or ""
+        if gang.finding_witness is None:
+            gang.finding_witness = self._transport.find_witness(
+                gang.spec, gang.path_missing_everywhere.rpartition(" (")[0]
+            )
+            gang.finding_witness.add_done_callback(lambda _: self._retry_in())
+        elif gang.finding_witness.done():
+            gang.witness = _result(gang.finding_witness) or ""
             self._news.set()
 
-    def _let_go(self, gang: Gang, now: float) -> None:
-        if gang.holding is not None and not gang.holding.done():
+    def _release(self, gang: Gang, now: float) -> None:
+        if gang.reserving is not None and not gang.reserving.done():
             return  # a call to hold the slots is under way, and would hold them after they were let go
-        if gang.letting is not None and gang.letting.done():
-            gang.released = bool(_result(gang.letting))
-            gang.letting = None
+        if gang.releasing is not None and gang.releasing.done():
+            gang.released = bool(_result(gang.releasing))
+            gang.releasing = None
             gang.slots_due = now + _SLOTS_SECONDS
             if gang.released:
                 self._news.set()
-        elif gang.letting is None and now >= gang.slots_due:
-            gang.letting = self._carrier.let_go(gang.spec.reservation)
-            gang.letting.add_done_callback(lambda _: self._again())
+        elif gang.releasing is None and now >= gang.slots_due:
+            gang.releasing = self._transport.release(gang.spec.reservation)
+            gang.releasing.add_done_callback(lambda _: self._retry_in())
 
-    def _again(self) -> None:
+    def _retry_in(self) -> None:
         self._swept = 0.0
         self._wake.set()
 
     # ---- one node ----
 
-    def _ask(self, gang: Gang, member: Member, now: float) -> None:
+    def _send_order(self, gang: Gang, member: Member, now: float) -> None:
         """Send the next order, where one is due."""
         if member.call is not None:
             if now - member.called < _ANSWER_SECONDS + gang.spec.heartbeat:
@@ -269,18 +271,26 @@ class Gangs:
             log.warning("node %s: no answer", member.share.ip)
             member.call = None
             self._back_off(member, now)
-        if member.lost or now < member.retry_at or (gang.want is Want.STARTED and gang.devices is None):
+        if (
+            member.lost
+            or now < member.retry_at
+            or (gang.desired is DesiredState.STARTED and gang.devices is None)
+        ):
             return
-        if gang.want is Want.STOPPED and member.phase is AttemptPhase.STOPPED or member.freed:
+        if (
+            gang.desired is DesiredState.STOPPED
+            and member.phase is AttemptPhase.STOPPED
+            or member.confirmed_free
+        ):
             return
-        go = gang.want is Want.STARTED and gang.may_start
+        go = gang.desired is DesiredState.STARTED and gang.may_start
         if member.phase is AttemptPhase.READY and not go and now - (member.answered or 0.0) < 1.0:
             return  # a call that waits would keep the start from it
         order = self._order(gang, member, go)
-        make = gang.want is not Want.WATCHED
+        make = gang.desired is not DesiredState.WATCHED
         member.since = member.since or now
         member.called = now
-        member.call = call = self._carrier.attend(gang.spec, member.share, order, make)
+        member.call = call = self._transport.send_order(gang.spec, member.share, order, make)
         call.add_done_callback(lambda done: self._arrived(gang, member, done))
 
     def _arrived(self, gang: Gang, member: Member, call: Future[AttemptReport]) -> None:
@@ -290,8 +300,8 @@ class Gangs:
     def _order(self, gang: Gang, member: Member, go: bool) -> AttemptOrder:
         spec, answer = gang.spec, member.answer
         launch = None
-        if gang.want is Want.STARTED and (answer is None or answer.started is None):
-            launch = Launch(
+        if gang.desired is DesiredState.STARTED and (answer is None or answer.started is None):
+            launch = LaunchSpec(
                 world=spec.world,
                 ranks=member.share.ranks,
                 ip=member.share.ip,
@@ -307,7 +317,7 @@ class Gangs:
             epoch=spec.epoch,
             run_root=spec.run_root,
             attempt=spec.attempt,
-            want=gang.want,
+            desired=gang.desired,
             launch=launch,
             grace=gang.grace,
             collect=tuple(gang.collecting),

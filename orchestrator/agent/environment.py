@@ -15,30 +15,30 @@ import psutil
 from configs.paths import RunPaths, own_folder
 from configs.rank import GATE, PARENT, RankContext
 from faulttol import steady
-from orchestrator.agent.orders import AttemptOrder, Launch
+from orchestrator.agent.orders import AttemptOrder, LaunchSpec
 from orchestrator.local import machine
 
-OWN = (
+PER_RANK = (
     "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MEGARAY_ATTEMPT", "MEGARAY_MARK", "MEGARAY_RINGS", "MEGARAY_RUN",
     "MEGARAY_STARTED", "WORLD_SIZE", GATE,
 )  # fmt: skip
 """Variables that differ between ranks and attempts, and that no library reads while it is being imported."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
-CHANGING = (*OWN, *DEVICES)
+SETTABLE_AFTER_LIBRARIES = (*PER_RANK, *DEVICES)
 """Variables that an interpreter may be given after it has imported libraries. One that has imported its program has opened
 the devices' driver too, which reads `DEVICES` once."""
-LATE = ("GLOO_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "MEGARAY_NODE", "PYTHONPATH")
+LIBRARIES_IGNORE = ("GLOO_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "MEGARAY_NODE", "PYTHONPATH")
 """What it may be given besides after it has imported libraries alone."""
 
 
-def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
+def gang_environment(launch: LaunchSpec, base: Mapping[str, str]) -> dict[str, str]:
     """What all ranks of a gang on one node share.
 
     Raises:
         RuntimeError: where no network interface has the node's address.
     """
-    env = {name: value for name, value in base.items() if name not in OWN}
+    env = {name: value for name, value in base.items() if name not in PER_RANK}
     if launch.uses_devices:  # Ray hides all devices from an actor that has none of its own
         env = {name: value for name, value in env.items() if name not in DEVICES}
     path = [launch.code] if launch.code else []
@@ -59,14 +59,16 @@ def common(launch: Launch, base: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def of_any_gang(ranks: int) -> dict[str, str]:
-    """As `common`, of a gang that nobody knows yet and that takes all devices of this node."""
-    gang = Launch(ranks, tuple(range(ranks)), "", (), (), "", uses_devices=True)
-    return common(gang, os.environ)
+def generic_environment(ranks: int) -> dict[str, str]:
+    """As `gang_environment`, of a gang that nobody knows yet and that takes all devices of this node."""
+    gang = LaunchSpec(ranks, tuple(range(ranks)), "", (), (), "", uses_devices=True)
+    return gang_environment(gang, os.environ)
 
 
-def of_rank(order: AttemptOrder, launch: Launch, local_rank: int, rings: Path, mark: str) -> dict[str, str]:
-    """What a rank has beside `common`."""
+def rank_environment(
+    order: AttemptOrder, launch: LaunchSpec, local_rank: int, rings: Path, mark: str
+) -> dict[str, str]:
+    """What a rank has beside `gang_environment`."""
     address, _, port = launch.master.rpartition(":")
     context = RankContext(
         rank=launch.ranks[local_rank],

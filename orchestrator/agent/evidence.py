@@ -25,7 +25,7 @@ _DUMP_SECONDS = 6.0
 _AT_ONCE = 4
 
 
-class Evidence:
+class EvidenceCollector:
     """Writes to a folder, in threads of its own.
 
     Args:

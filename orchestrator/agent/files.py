@@ -31,7 +31,7 @@ _VISIBLE_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class Trouble:
+class StorageProblem:
     """Why the files can't be used."""
 
     missing: str = ""
@@ -79,7 +79,7 @@ class LogFiles:
         self._lines = _Lines()
         self.logs: dict[int, int] = {}
         """Rank -> file descriptor of its log, once opened."""
-        self.trouble: Trouble | None = None
+        self.problem: StorageProblem | None = None
         self.ready = False
         self.last_words: dict[int, str] = {}
         self._busy: float | None = time.monotonic()
@@ -88,12 +88,12 @@ class LogFiles:
         ).start()
 
     @property
-    def slow(self) -> float:
+    def stalled_seconds(self) -> float:
         """Seconds that the storage has not answered; 0 while it does."""
         since = self._busy
         return time.monotonic() - since if since is not None else 0.0
 
-    def ask_last_words(self, rank: int) -> None:
+    def request_last_line(self, rank: int) -> None:
         """Read the last line of a rank's log soon."""
         with self._lock:
             self._asked.append(rank)
@@ -119,8 +119,8 @@ class LogFiles:
         self._wake.set()
 
     def _work(self) -> None:
-        self.trouble = self._prepare()
-        self.ready = self.trouble is None
+        self.problem = self._prepare()
+        self.ready = self.problem is None
         self._busy = None
         self._news()
         rotate = time.monotonic() + _ROTATE_SECONDS
@@ -129,20 +129,20 @@ class LogFiles:
             self._wake.clear()
             last = self._closed
             self._busy = time.monotonic()
-            acts: list[Callable[[], object]] = [self._tell_last_words]
+            acts: list[Callable[[], object]] = [self._publish_last_lines]
             if 0 in self._ranks:
                 acts.append(self._read_lines)
             if self._busy > rotate:
                 rotate = self._busy + _ROTATE_SECONDS
-                acts += [partial(rotated, self._paths.log(rank)) for rank in self._ranks]
-            failed = [act for act in acts if not self._done(act)]
+                acts += [partial(rotate_log, self._paths.log(rank)) for rank in self._ranks]
+            failed = [act for act in acts if not self._succeeds(act)]
             self._busy = None
             if last:
                 return
             if failed:
                 self._wake.wait(1.0)
 
-    def _done(self, act: Callable[[], object]) -> bool:
+    def _succeeds(self, act: Callable[[], object]) -> bool:
         """Whether it could be done; what fails keeps nothing else from it."""
         try:
             act()
@@ -151,7 +151,7 @@ class LogFiles:
             return False
         return True
 
-    def _prepare(self) -> Trouble | None:
+    def _prepare(self) -> StorageProblem | None:
         until = time.monotonic() + _VISIBLE_SECONDS
         while True:
             try:
@@ -166,32 +166,32 @@ class LogFiles:
             except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
                 self._close_logs()
                 if time.monotonic() > until or isinstance(error, PermissionError):
-                    return Trouble(missing=f"{error.filename} ({error.strerror})")
+                    return StorageProblem(missing=f"{error.filename} ({error.strerror})")
                 time.sleep(0.2)
             except OSError as error:
                 self._close_logs()
                 name = errno.errorcode.get(error.errno or 0, "?")
-                return Trouble(unfit=f"{name} on {error.filename} ({error.strerror})")
+                return StorageProblem(unfit=f"{name} on {error.filename} ({error.strerror})")
 
     def _close_logs(self) -> None:
         for fd in self.logs.values():
             os.close(fd)
         self.logs.clear()
 
-    def take_logs(self) -> dict[int, int]:
+    def detach_logs(self) -> dict[int, int]:
         """File descriptors of the logs by rank; the caller closes them."""
         taken, self.logs = self.logs, {}
         return taken
 
-    def _tell_last_words(self) -> None:
+    def _publish_last_lines(self) -> None:
         with self._lock:
             ranks, self._asked = self._asked, []
         for rank in ranks:
-            self._done(partial(self._read_last_words, rank))
+            self._succeeds(partial(self._read_last_line, rank))
         if ranks:
             self._news()
 
-    def _read_last_words(self, rank: int) -> None:
+    def _read_last_line(self, rank: int) -> None:
         self.last_words[rank] = last_line(self._paths.log(rank))
 
     def _read_lines(self) -> None:
@@ -221,7 +221,7 @@ def last_line(path: Path) -> str:
     return next((row for row in reversed(lines) if row), "")
 
 
-def rotated(path: Path, limit: int = LOG_BYTES) -> bool:
+def rotate_log(path: Path, limit: int = LOG_BYTES) -> bool:
     """Move what a log above `limit` bytes holds to `.1`, what was there to `.2`; whether it was.
 
     Its writer keeps the file open to append, so the text is copied and the file cut to nothing. What is written

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from configs.metrics import MetricLine
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent.orders import AttemptPhase, AttemptReport
-from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
+from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
 from orchestrator.record.events import NodeShare
 
-_ORDER = list(Want)
+_ORDER = list(DesiredState)
 _LINES_KEPT = 20_000
 """Metric lines that wait for a controller that doesn't look."""
 _SLOW_SECONDS = 60.0
@@ -38,7 +38,7 @@ class Member:
     lost: str = ""
     departed: bool = False
     """It was lost because its node is not part of the cluster."""
-    freed: bool = False
+    confirmed_free: bool = False
     """It has answered that nothing is left after the slots were given up."""
     offset: int = 0
     ranks: dict[int, RankSeen] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Member:
         """As it was last heard of."""
         return self.answer.phase if self.answer else AttemptPhase.UNKNOWN
 
-    def take(self, answer: AttemptReport, now: float, wall: float) -> bool:
+    def record_answer(self, answer: AttemptReport, now: float, wall: float) -> bool:
         """Note an answer; whether it holds anything that a controller must look at."""
         before, self.answer = self.answer, answer
         self.answered, self.failures = now, 0
@@ -63,9 +63,9 @@ class Member:
             self.offset = report.offset
         return before is None or answer.news != before.news or bool(report.lines)
 
-    def unlose(self, want: Want) -> None:
+    def reset_lost(self, desired: DesiredState) -> None:
         """Where an agent has ended but its node lives, a new one ends what the ranks have left behind."""
-        if want in (Want.STOPPED, Want.RELEASED) and self.lost and not self.departed:
+        if desired in (DesiredState.STOPPED, DesiredState.RELEASED) and self.lost and not self.departed:
             self.lost, self.answer, self.since, self.answered = "", None, 0.0, None
 
     def report(self, wall: float) -> AgentReport | None:
@@ -83,15 +83,15 @@ class Gang:
     """An attempt's nodes together."""
 
     spec: GangSpec
-    want: Want
+    desired: DesiredState
     grace: float
-    wanted: float
+    desired_since: float
     """Monotonic time since which it is wanted."""
     members: list[Member]
     devices: dict[str, dict[str, str]] | None = None
     """Variables by node, once the slots are held."""
-    holding: Future[dict[str, dict[str, str]] | None] | None = None
-    letting: Future[bool] | None = None
+    reserving: Future[dict[str, dict[str, str]] | None] | None = None
+    releasing: Future[bool] | None = None
     slots_due: float = 0.0
     """When the slots are asked about again."""
     released: bool = False
@@ -101,19 +101,22 @@ class Gang:
     """Requests whose stacks are there."""
     witness: str | None = None
     """Address of a node outside the gang that sees what all its nodes miss; empty: none does; None: nobody was asked."""
-    asking: Future[str] | None = None
+    finding_witness: Future[str] | None = None
     """The call that finds one."""
 
-    def move(self, spec: GangSpec, want: Want, grace: float, now: float) -> bool:
+    def set_desired(self, spec: GangSpec, desired: DesiredState, grace: float, now: float) -> bool:
         """Note what is wanted; whether that is new. It never goes back."""
         self.spec = spec
-        if _ORDER.index(want) < _ORDER.index(self.want) or (want, grace) == (self.want, self.grace):
+        if _ORDER.index(desired) < _ORDER.index(self.desired) or (desired, grace) == (
+            self.desired,
+            self.grace,
+        ):
             return False
-        if want is not self.want:
-            self.wanted = now
+        if desired is not self.desired:
+            self.desired_since = now
             for member in self.members:
-                member.unlose(want)
-        self.want, self.grace = want, grace
+                member.reset_lost(desired)
+        self.desired, self.grace = desired, grace
         return True
 
     def collect(self, now: float, limit: float) -> bool:
@@ -143,17 +146,18 @@ class Gang:
     def may_start(self) -> bool:
         """All nodes are ready, or some have started already and the others are to follow."""
         return bool(self.master) and (
-            self.begun or (all(m.phase is AttemptPhase.READY for m in self.members) and not self._at_odds())
+            self.begun
+            or (all(m.phase is AttemptPhase.READY for m in self.members) and not self._version_mismatches())
         )
 
     @property
     def stopped(self) -> bool:
         """Nothing of it runs on any node that can be asked: the next attempt of its run may start."""
-        return self.want in (Want.STOPPED, Want.RELEASED) and all(
+        return self.desired in (DesiredState.STOPPED, DesiredState.RELEASED) and all(
             m.lost or m.phase in (AttemptPhase.ENDING, AttemptPhase.STOPPED) for m in self.members
         )
 
-    def judge(self, now: float, alive: frozenset[str] | None) -> None:
+    def mark_lost_nodes(self, now: float, alive: frozenset[str] | None) -> None:
         """Find the nodes that are lost."""
         youngest = min(
             (m.answer.started for m in self.members if m.answer and m.answer.started is not None),
@@ -164,17 +168,17 @@ class Gang:
                 continue
             if alive is not None and member.share.node_id not in alive:
                 member.lost, member.departed = "the node has left the cluster", True
-            elif self.want in (Want.STARTED, Want.WATCHED):
+            elif self.desired in (DesiredState.STARTED, DesiredState.WATCHED):
                 member.lost = self._without_ranks(member, youngest)
-            elif now - self.wanted > self.grace + _UNREACHABLE_SECONDS and not _heard_since(
-                member, self.wanted
+            elif now - self.desired_since > self.grace + _UNREACHABLE_SECONDS and not _stop_confirmed_since(
+                member, self.desired_since
             ):
                 member.lost = "the node's agent doesn't answer"
             if member.lost:
                 member.call = None
 
     @property
-    def unseen(self) -> str:
+    def path_missing_everywhere(self) -> str:
         """Path that no node of the gang sees."""
         missing = [m.answer.missing for m in self.members if m.answer is not None and m.answer.missing]
         return missing[0] if len(missing) == len(self.members) else ""
@@ -189,7 +193,7 @@ class Gang:
             return "the node's agent was started anew while the gang started"
         return ""
 
-    def _at_odds(self) -> dict[str, str]:
+    def _version_mismatches(self) -> dict[str, str]:
         """Nodes whose versions aren't those of most, and what they are; under "" where there is no majority."""
         if len(self.members) < 2:
             return {}
@@ -248,7 +252,7 @@ class Gang:
         """Why no node can start the ranks, and which nodes can't by a fault of their own."""
         answers = [(m.share, m.answer) for m in self.members if m.answer is not None]
         unfit = {share.node_id: answer.unfit for share, answer in answers if answer.unfit}
-        if self.want is not Want.STARTED or self.begun:
+        if self.desired is not DesiredState.STARTED or self.begun:
             return "", unfit
         ready = [share.ip for share, answer in answers if answer.phase is AttemptPhase.READY]
         seeing = [*ready, *([self.witness] if self.witness else [])]
@@ -274,11 +278,11 @@ class Gang:
                 for node, seconds in slow.items()
             }
         if len(ready) == len(self.members):
-            odds = self._at_odds()
+            odds = self._version_mismatches()
             refused = refused or odds.pop("", "")
             unfit |= odds
         return refused, unfit
 
 
-def _heard_since(member: Member, wanted: float) -> bool:
+def _stop_confirmed_since(member: Member, wanted: float) -> bool:
     return member.answered is not None and member.answered > wanted and member.phase.is_past_stop

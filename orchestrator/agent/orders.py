@@ -12,7 +12,7 @@ from enum import StrEnum
 from hashlib import blake2b
 from pathlib import Path
 
-from orchestrator.control.gang import AgentReport, Want
+from orchestrator.control.gang import AgentReport, DesiredState
 
 _TAIL = 20
 """Characters of a run's id that name its folders in memory: its date, time and letters."""
@@ -47,7 +47,7 @@ class AttemptPhase(StrEnum):
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchSpec:
     """What a node needs to know to start its share of a gang."""
 
     world: int
@@ -79,8 +79,8 @@ class AttemptOrder:
     epoch: int
     run_root: str
     attempt: int
-    want: Want
-    launch: Launch | None = None
+    desired: DesiredState
+    launch: LaunchSpec | None = None
     """For `STARTED`."""
     grace: float = 0.0
     """For `STOPPED`: seconds between SIGTERM and SIGKILL."""
@@ -126,7 +126,7 @@ class AttemptReport:
     """Those of the order's requests whose stacks and rings were written, or given up after their time."""
 
 
-def mark(run_root: str, attempt: int, node_id: str) -> str:
+def attempt_mark(run_root: str, attempt: int, node_id: str) -> str:
     """Value of `MEGARAY_MARK`, by which a node's processes of an attempt are known, in 32 characters.
 
     With the node's id, since several nodes may share one kernel: an agent ends its own processes alone.
@@ -134,16 +134,16 @@ def mark(run_root: str, attempt: int, node_id: str) -> str:
     return blake2b(f"{run_root}\n{attempt}\n{node_id}".encode(), digest_size=16).hexdigest()
 
 
-def rings(run_root: str, attempt: int, node_id: str) -> Path:
+def rings_folder(run_root: str, attempt: int, node_id: str) -> Path:
     """Folder in the node's own memory for what ranks publish; the same for whoever asks.
 
     With the node's id, since containers and network namespaces may share one memory.
     """
     tail = Path(run_root).name[-_TAIL:]
-    return memory() / f"{tail}-{attempt:03d}-{node_id[:8]}-{mark(run_root, attempt, node_id)}"
+    return shm_folder() / f"{tail}-{attempt:03d}-{node_id[:8]}-{attempt_mark(run_root, attempt, node_id)}"
 
 
-def sweep(living: Callable[[], set[str]], older: float = 3600.0) -> None:
+def remove_stale_rings(living: Callable[[], set[str]], older: float = 3600.0) -> None:
     """Remove what agents that died have left in the node's memory.
 
     Args:
@@ -151,7 +151,7 @@ def sweep(living: Callable[[], set[str]], older: float = 3600.0) -> None:
         older: seconds that a folder must have been left alone: another agent may be making it just now.
     """
     marks = living()
-    for folder in memory().glob("*-*"):
+    for folder in shm_folder().glob("*-*"):
         match = _RINGS.search(folder.name)
         if match is None:  # a node's snapshots lie here too, under its name
             continue
@@ -162,6 +162,6 @@ def sweep(living: Callable[[], set[str]], older: float = 3600.0) -> None:
             continue
 
 
-def memory() -> Path:
+def shm_folder() -> Path:
     """Folder of this user's files in the node's memory."""
     return Path(f"/dev/shm/megaray-{os.getuid()}")

@@ -30,7 +30,7 @@ _LOOK_SECONDS, _IDLE_SECONDS = 0.1, 1.0
 
 
 @dataclass(frozen=True)
-class Exit:
+class ProcessExit:
     """The end of a process."""
 
     code: int
@@ -39,14 +39,14 @@ class Exit:
     """When it was seen, in seconds since the epoch."""
 
 
-Ended = Callable[[int, Exit], None]
+ExitCallback = Callable[[int, ProcessExit], None]
 """Called with a process id, on the watching thread; must return at once. The process may still be giving up its memory."""
 
 
 @dataclass
 class _Watched:
     process: subprocess.Popen[bytes]
-    ended: Ended
+    ended: ExitCallback
     reported: bool = False
     """Its end is known already; what is left is to take leave of it."""
 
@@ -67,7 +67,7 @@ class Spawner:
         self,
         words: Sequence[str],
         env: Mapping[str, str],
-        ended: Ended,
+        ended: ExitCallback,
         output: int | None = None,
         stdin: int | None = None,
     ) -> Future[subprocess.Popen[bytes]]:
@@ -91,7 +91,7 @@ class Spawner:
         self._orders.put(work)
         return future
 
-    def hand_over(self, pid: int, ended: Ended) -> bool:
+    def set_exit_callback(self, pid: int, ended: ExitCallback) -> bool:
         """Have another informed of a process's end; False where it has ended already."""
         with self._lock:
             for one in self._watched.values():
@@ -100,11 +100,11 @@ class Spawner:
                     return True
         return False
 
-    def send(self, pids: Collection[int], number: signal.Signals) -> None:
+    def send_signal(self, pids: Collection[int], number: signal.Signals) -> None:
         """Send a signal to those that live: none is reaped meanwhile, so its id can't have become another's."""
         with self._lock:
             watched = {one.process.pid for one in self._watched.values()}
-            attempt_processes.end(watched.intersection(pids), number)
+            attempt_processes.send_signal(watched.intersection(pids), number)
 
     def pids(self) -> set[int]:
         """Processes that are watched now."""
@@ -119,7 +119,7 @@ class Spawner:
         self,
         words: Sequence[str],
         env: Mapping[str, str],
-        ended: Ended,
+        ended: ExitCallback,
         output: int | None,
         stdin: int | None,
     ) -> subprocess.Popen[bytes]:
@@ -148,10 +148,10 @@ class Spawner:
                 self._poll.unregister(fd)
                 os.close(fd)
                 if not one.reported:
-                    _report(one, Exit(code, at))
-            self._look()
+                    _report(one, ProcessExit(code, at))
+            self._report_exiting()
 
-    def _look(self) -> None:
+    def _report_exiting(self) -> None:
         """Report processes that fail and are still giving up what they hold: with a device's memory it takes seconds."""
         with self._lock:
             ending = [
@@ -162,10 +162,10 @@ class Spawner:
             for one, _ in ending:
                 one.reported = True
         for one, code in ending:
-            _report(one, Exit(code, steady.now()))
+            _report(one, ProcessExit(code, steady.now()))
 
 
-def _report(one: _Watched, end: Exit) -> None:
+def _report(one: _Watched, end: ProcessExit) -> None:
     try:
         one.ended(one.process.pid, end)
     except Exception:  # one listener's defect must not hide other exits

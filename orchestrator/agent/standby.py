@@ -47,8 +47,8 @@ _AXES = {"pp": "trainer.parallel.pipeline", "cp": "torch.nn.attention.bias"}
 def main(program: Sequence[str]) -> None:
     """Import, wait, become a rank."""
     die_with_parent(os.environ)
-    mark = _address(b"MEGARAY_MARK")
-    _yield(_LOW)
+    mark = _environ_address(b"MEGARAY_MARK")
+    _set_autogroup_nice(_LOW)
     with socket.socket(fileno=os.dup(0)) as line:
         failed = False
         try:
@@ -61,18 +61,18 @@ def main(program: Sequence[str]) -> None:
             # It was taken meanwhile: the order is there, and nobody listens any more.
             with contextlib.suppress(OSError):
                 line.sendall(READY)
-        data, log = _ordered(line)
+        data, log = _receive_order(line)
         if not data:  # nobody needs it any more
             os._exit(int(failed))
     order = from_json(data)
-    _yield(_NORMAL)
-    _put(mark, order["env"].get("MEGARAY_MARK", ""))
+    _set_autogroup_nice(_NORMAL)
+    _overwrite_environ(mark, order["env"].get("MEGARAY_MARK", ""))
     if not program:
-        _turn_to(order["env"])
-    _become(order["env"], order["words"], log)
+        _reimport_from(order["env"])
+    _run_as_rank(order["env"], order["words"], log)
 
 
-def _ordered(line: socket.socket) -> tuple[bytes, int]:
+def _receive_order(line: socket.socket) -> tuple[bytes, int]:
     """The order and the log's file descriptor; no bytes where none comes.
 
     Where an agent closes its end before it has read `READY`, this end fails after all that was sent, and doesn't just end.
@@ -136,7 +136,7 @@ def _engine(config: RunConfig | None) -> list[str]:
     return [*_ENGINES.get(str(config.train.engine), ()), *axes, *kernels]
 
 
-def _turn_to(env: Mapping[str, str]) -> None:
+def _reimport_from(env: Mapping[str, str]) -> None:
     """Import from where a rank does: what is of this project comes anew, from the run's own code."""
     old, new = (source.get("PYTHONPATH", "").split(os.pathsep) for source in (os.environ, env))
     paths = [path for path in new if path]
@@ -146,7 +146,7 @@ def _turn_to(env: Mapping[str, str]) -> None:
     importlib.invalidate_caches()
 
 
-def _become(env: dict[str, str], words: Sequence[str], log: int) -> None:
+def _run_as_rank(env: dict[str, str], words: Sequence[str], log: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for old, new in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(old, new)
@@ -158,7 +158,7 @@ def _become(env: dict[str, str], words: Sequence[str], log: int) -> None:
     runpy.run_module(words[1], run_name="__main__", alter_sys=True)
 
 
-def _yield(value: str) -> None:
+def _set_autogroup_nice(value: str) -> None:
     """Set how far this session yields the processor to others; where the kernel has no such thing, it doesn't."""
     try:
         Path("/proc/self/autogroup").write_text(value)
@@ -166,14 +166,14 @@ def _yield(value: str) -> None:
         pass
 
 
-def _address(name: bytes) -> int:
+def _environ_address(name: bytes) -> int:
     """Where the kernel put a variable's value when the process started; what `/proc` shows is read from there."""
     libc = ctypes.CDLL(None)
     libc.getenv.restype = ctypes.c_void_p
     return int(libc.getenv(name) or 0)
 
 
-def _put(address: int, value: str) -> None:
+def _overwrite_environ(address: int, value: str) -> None:
     """Write over a variable's first value, which has the same length, so that others find this process by it."""
     if address and len(value) == len(ctypes.string_at(address)):
         ctypes.memmove(address, value.encode(), len(value))

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.agent.environment import CHANGING, DEVICES, LATE, OWN
-from orchestrator.agent.orders import Launch
-from orchestrator.agent.spawner import Ended, Exit, Spawner
+from orchestrator.agent.environment import DEVICES, LIBRARIES_IGNORE, PER_RANK, SETTABLE_AFTER_LIBRARIES
+from orchestrator.agent.orders import LaunchSpec
+from orchestrator.agent.spawner import ExitCallback, ProcessExit, Spawner
 from orchestrator.local import machine
 
 log = logging.getLogger("megaray.agent")
@@ -36,7 +36,7 @@ _NO_MARK = "0" * 32
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _StandbyKind:
     """What an interpreter has imported, and under which environment."""
 
     module: str
@@ -45,10 +45,10 @@ class _Kind:
     env: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, launch: Launch, env: Mapping[str, str]) -> _Kind:
-        return cls(launch.program[1], launch.code, _kept(env, OWN))
+    def of(cls, launch: LaunchSpec, env: Mapping[str, str]) -> _StandbyKind:
+        return cls(launch.program[1], launch.code, _kept(env, PER_RANK))
 
-    def fits(self, other: _Kind) -> bool:
+    def fits(self, other: _StandbyKind) -> bool:
         """Whether an interpreter of this kind can become a rank of `other`."""
         if self.module:
             return self == other
@@ -60,27 +60,27 @@ def _kept(env: Mapping[str, str], less: Sequence[str]) -> tuple[tuple[str, str],
 
 
 def _early(env: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    return {name: value for name, value in env if name not in (*LATE, *DEVICES)}
+    return {name: value for name, value in env if name not in (*LIBRARIES_IGNORE, *DEVICES)}
 
 
 @dataclass
 class _Standby:
-    kind: _Kind
+    kind: _StandbyKind
     process: subprocess.Popen[bytes]
-    line: socket.socket
+    channel: socket.socket
     ready: bool = False
 
 
 @dataclass
-class _Need:
-    kind: _Kind
+class _Demand:
+    kind: _StandbyKind
     program: tuple[str, ...]
     count: int
     until: float | None = None
     """When it ends, once nobody needs it."""
 
 
-class Standbys:
+class StandbyPool:
     """Keeps as many as the gangs of this node have ranks here, and no more; where no gang is, those that `expect` asks for.
 
     They hold host memory, no device's; those of a program that trains on devices have opened the driver.
@@ -91,55 +91,60 @@ class Standbys:
         self._spawner = spawner
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._needs: dict[str, _Need] = {}
-        self._idle: _Need | None = None
+        self._demands: dict[str, _Demand] = {}
+        self._idle: _Demand | None = None
         """What is kept while no gang is here."""
         self._starting: set[str] = set()
         """Runs whose ranks have started and don't train yet."""
         self._waiting: list[_Standby] = []
-        self._failed: dict[_Kind, int] = {}
+        self._failed: dict[_StandbyKind, int] = {}
         self._closed = False
         threading.Thread(target=self._work, name="agent-standbys", daemon=True).start()
 
-    def expect(self, ranks: int, env: Mapping[str, str]) -> None:
+    def set_idle_target(self, ranks: int, env: Mapping[str, str]) -> None:
         """Have interpreters with the libraries for the first ranks of whichever run comes; `env` is what ranks share."""
         count = _count(env, ranks)
         with self._lock:
-            kind = _Kind("", "", _kept(env, CHANGING))
-            self._idle = _Need(kind, (), count) if count > 0 else None
+            kind = _StandbyKind("", "", _kept(env, SETTABLE_AFTER_LIBRARIES))
+            self._idle = _Demand(kind, (), count) if count > 0 else None
         self._wake.set()
 
-    def keep(self, run: str, launch: Launch, env: Mapping[str, str]) -> None:
+    def prewarm(self, run: str, launch: LaunchSpec, env: Mapping[str, str]) -> None:
         """Have interpreters for the next attempt of a run whose ranks train; `env` is what its ranks share."""
         count = _count(env, len(launch.ranks))
         with self._lock:
             self._starting.discard(run)
             if launch.trains and count > 0:
-                self._needs[run] = _Need(_Kind.of(launch, env), launch.program, count)
+                self._demands[run] = _Demand(_StandbyKind.of(launch, env), launch.program, count)
         self._wake.set()
 
-    def rest(self, run: str) -> None:
+    def pause(self, run: str) -> None:
         """Make no new ones until the run asks again: its ranks are starting, and need the processor."""
         with self._lock:
             self._starting.add(run)
-            self._needs.pop(run, None)
+            self._demands.pop(run, None)
 
-    def drop(self, run: str) -> None:
+    def release(self, run: str) -> None:
         """The run gives its slots back; its next attempt may follow all the same."""
         with self._lock:
             self._starting.discard(run)
-            need = self._needs.get(run)
+            need = self._demands.get(run)
             if need is not None and need.until is None:
                 need.until = time.monotonic() + _LINGER_SECONDS
         self._wake.set()
 
-    def take(
-        self, launch: Launch, env: Mapping[str, str], own: Mapping[str, str], output: int, ended: Ended
+    def acquire(
+        self,
+        launch: LaunchSpec,
+        env: Mapping[str, str],
+        own: Mapping[str, str],
+        output: int,
+        ended: ExitCallback,
     ) -> subprocess.Popen[bytes] | None:
         """Make one a rank; None where none waits for this program. One that still imports continues to be one."""
         if launch.program[:1] != ("-m",):
             return None
-        kind = _Kind.of(launch, env)
+        kind = _StandbyKind.of(launch, env)
         while True:
             with self._lock:
                 fitting = [one for one in self._waiting if one.kind.fits(kind)]
@@ -147,25 +152,25 @@ class Standbys:
                     return None
                 chosen = max(fitting, key=lambda one: (one.ready, one.kind == kind))
                 self._waiting.remove(chosen)
-            with contextlib.closing(chosen.line):
-                if self._order(chosen, {**env, **own}, launch.program, output) and self._spawner.hand_over(
-                    chosen.process.pid, ended
-                ):
+            with contextlib.closing(chosen.channel):
+                if self._send_order(
+                    chosen, {**env, **own}, launch.program, output
+                ) and self._spawner.set_exit_callback(chosen.process.pid, ended):
                     return chosen.process
 
-    def _order(self, chosen: _Standby, env: dict[str, str], words: tuple[str, ...], output: int) -> bool:
+    def _send_order(self, chosen: _Standby, env: dict[str, str], words: tuple[str, ...], output: int) -> bool:
         data = json.dumps({"env": env, "words": words}).encode()
         # It yields the processor until it has imported, and a rank must not.
         with contextlib.suppress(OSError):
             Path(f"/proc/{chosen.process.pid}/autogroup").write_text("0")
         try:
-            chosen.line.setblocking(True)
-            chosen.line.settimeout(5.0)
-            sent = socket.send_fds(chosen.line, [data], [output])
-            chosen.line.sendall(data[sent:])
-            chosen.line.shutdown(socket.SHUT_WR)
+            chosen.channel.setblocking(True)
+            chosen.channel.settimeout(5.0)
+            sent = socket.send_fds(chosen.channel, [data], [output])
+            chosen.channel.sendall(data[sent:])
+            chosen.channel.shutdown(socket.SHUT_WR)
         except OSError:  # it has died
-            self._spawner.send([chosen.process.pid], signal.SIGKILL)
+            self._spawner.send_signal([chosen.process.pid], signal.SIGKILL)
             return False
         return True
 
@@ -179,19 +184,19 @@ class Standbys:
         """End them all."""
         self._closed = True
         with self._lock:
-            self._needs.clear()
+            self._demands.clear()
             self._idle = None
             waiting, self._waiting = self._waiting, []
         for one in waiting:
-            self._spawner.send([one.process.pid], signal.SIGKILL)
-            one.line.close()
+            self._spawner.send_signal([one.process.pid], signal.SIGKILL)
+            one.channel.close()
         self._wake.set()
 
     # ---- the thread ----
 
     def _work(self) -> None:
         while not self._closed:
-            busy = bool(self._needs or self._waiting or self._idle)
+            busy = bool(self._demands or self._waiting or self._idle)
             self._wake.wait(_TICK_SECONDS if busy else None)
             self._wake.clear()
             try:
@@ -201,15 +206,15 @@ class Standbys:
 
     def _balance(self, now: float) -> None:
         with self._lock:
-            self._needs = {run: n for run, n in self._needs.items() if n.until is None or n.until > now}
-            idle = self._idle if not (self._needs or self._starting) else None
-            needs = [idle] if idle is not None else list(self._needs.values())
+            self._demands = {run: n for run, n in self._demands.items() if n.until is None or n.until > now}
+            idle = self._idle if not (self._demands or self._starting) else None
+            needs = [idle] if idle is not None else list(self._demands.values())
             for one in list(self._waiting):
                 if one.process.returncode is not None:  # it ended before it was listed
-                    self._note_end(one)
+                    self._remove_ended(one)
                 else:
-                    one.ready = one.ready or _has_told(one.line)
-            wanted: dict[_Kind, int] = {}
+                    one.ready = one.ready or _has_imported(one.channel)
+            wanted: dict[_StandbyKind, int] = {}
             for need in needs:  # runs on one node follow each other or stand side by side; each gets its own
                 wanted[need.kind] = wanted.get(need.kind, 0) + need.count
             surplus = []
@@ -220,8 +225,8 @@ class Standbys:
                     surplus.append(one)
             importing = sum(not one.ready for one in self._waiting)
         for one in surplus:
-            one.line.close()  # it ends by itself, or once it has imported
-            self._spawner.send([one.process.pid], signal.SIGKILL)
+            one.channel.close()  # it ends by itself, or once it has imported
+            self._spawner.send_signal([one.process.pid], signal.SIGKILL)
         for need in needs:
             if (
                 need.until is None
@@ -234,7 +239,7 @@ class Standbys:
                     self._start(need)
                 return
 
-    def _start(self, need: _Need) -> None:
+    def _start(self, need: _Demand) -> None:
         mine, its = socket.socketpair()
         env = dict(need.kind.env) | {"MEGARAY_MARK": _NO_MARK}
         words = [sys.executable, "-m", "orchestrator.agent.standby", *need.program]  # no program: libraries
@@ -246,15 +251,15 @@ class Standbys:
         if self._closed:  # meanwhile: it would live as long as this process, with nobody to end it
             self.close()
 
-    def _ended(self, pid: int, _: Exit) -> None:
+    def _ended(self, pid: int, _: ProcessExit) -> None:
         """One that nobody had taken has ended."""
         with self._lock:
             for one in [one for one in self._waiting if one.process.pid == pid]:
-                self._note_end(one)
+                self._remove_ended(one)
 
-    def _note_end(self, one: _Standby) -> None:
+    def _remove_ended(self, one: _Standby) -> None:
         self._waiting.remove(one)
-        one.line.close()
+        one.channel.close()
         if not one.ready:
             self._failed[one.kind] = self._failed.get(one.kind, 0) + 1
 
@@ -264,7 +269,7 @@ def _count(env: Mapping[str, str], ranks: int) -> int:
     return min(int(setting), ranks) if setting.isdecimal() else ranks
 
 
-def _has_told(line: socket.socket) -> bool:
+def _has_imported(line: socket.socket) -> bool:
     try:
         return bool(line.recv(1))
     except OSError:

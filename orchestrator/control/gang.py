@@ -19,7 +19,7 @@ from orchestrator.decide.placement import Node
 from orchestrator.record.events import NodeShare
 
 
-class Want(StrEnum):
+class DesiredState(StrEnum):
     """What should be with an attempt's gang."""
 
     RESERVED = "reserved"
@@ -137,12 +137,12 @@ class GangRuntime(Protocol):
     def reservations(self) -> Collection[str]:
         """Names under which slots were held lately, by whomever."""
 
-    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
+    def ensure(self, spec: GangSpec, desired: DesiredState, grace: float = 0.0) -> None:
         """Say what should be with an attempt; begins whatever is missing, and may be said again at any time.
 
         Args:
             spec: the attempt.
-            want: what should be. The order is one way: what was said to stop doesn't start again.
+            desired: what should be. The order is one way: what was said to stop doesn't start again.
             grace: for `STOPPED`, seconds between SIGTERM and SIGKILL; 0 kills at once.
         """
 

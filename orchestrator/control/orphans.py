@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from configs.paths import HomePaths, RunPaths
-from orchestrator.control.gang import GangRuntime, GangSpec, Want, run_of
+from orchestrator.control.gang import DesiredState, GangRuntime, GangSpec, run_of
 from orchestrator.record.clock import Now
 from orchestrator.record.events import AttemptPlaced
 from orchestrator.record.log import read
@@ -48,8 +48,8 @@ class Orphans:
             if name not in self._specs:
                 self._specs[name] = _spec(self._home.run(run_of(name)), name, self._epoch)
             if (spec := self._specs[name]) is not None:
-                self._runtime.ensure(spec, Want.STOPPED)
-                self._runtime.ensure(spec, Want.RELEASED)
+                self._runtime.ensure(spec, DesiredState.STOPPED)
+                self._runtime.ensure(spec, DesiredState.RELEASED)
 
 
 def _is_left(name: str, groups: Mapping[str, str]) -> bool:

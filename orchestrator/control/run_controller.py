@@ -18,7 +18,14 @@ from pathlib import Path
 from configs.compose import load
 from configs.paths import RunPaths
 from configs.schema import RunConfig
-from orchestrator.control.gang import AgentReport, GangRuntime, GangSpec, GangStatus, Want, reservation_of
+from orchestrator.control.gang import (
+    AgentReport,
+    DesiredState,
+    GangRuntime,
+    GangSpec,
+    GangStatus,
+    reservation_of,
+)
 from orchestrator.control.progress import Progress, merged
 from orchestrator.control.turn import Draft, Sight, Turn, inspection
 from orchestrator.decide import recovery
@@ -66,7 +73,7 @@ class RunControl:
         self._progress = Progress()
         self._inbox: dict[str, AgentReport] = {}
         """What each node has reported that no record holds yet."""
-        self._waits: dict[tuple[int, Want], float] = {}
+        self._waits: dict[tuple[int, DesiredState], float] = {}
         """Since when this controller has asked for something that is waited for, by attempt and by the run's clock."""
         self._places: tuple[AttemptPlaced, dict[int, str]] | None = None
 
@@ -249,16 +256,16 @@ class RunControl:
             return
         spec = self._spec(view)
         if view.stopping is not None:
-            self._waits.setdefault((spec.attempt, Want.STOPPED), clock)
-            self._runtime.ensure(spec, Want.STOPPED, view.stopping.grace)
+            self._waits.setdefault((spec.attempt, DesiredState.STOPPED), clock)
+            self._runtime.ensure(spec, DesiredState.STOPPED, view.stopping.grace)
             if release:
-                self._waits.setdefault((spec.attempt, Want.RELEASED), clock)
-                self._runtime.ensure(spec, Want.RELEASED)
+                self._waits.setdefault((spec.attempt, DesiredState.RELEASED), clock)
+                self._runtime.ensure(spec, DesiredState.RELEASED)
         elif view.state is State.PLACING:
-            self._waits.setdefault((spec.attempt, Want.RESERVED), clock)
-            self._runtime.ensure(spec, Want.RESERVED)
+            self._waits.setdefault((spec.attempt, DesiredState.RESERVED), clock)
+            self._runtime.ensure(spec, DesiredState.RESERVED)
         elif view.state in (State.STARTING, State.RUNNING):
-            self._runtime.ensure(spec, Want.WATCHED if view.pids else Want.STARTED)
+            self._runtime.ensure(spec, DesiredState.WATCHED if view.pids else DesiredState.STARTED)
             if view.decision is not None and view.decision.inspect:
                 self._runtime.collect(spec, inspection(view))
         if view.pids:

@@ -13,7 +13,7 @@ from faulttol.detect.base import judge_all
 from faulttol.detect.snapshot import Snapshot
 from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator.control import progress
-from orchestrator.control.gang import GangStatus, Want
+from orchestrator.control.gang import DesiredState, GangStatus
 from orchestrator.control.progress import Progress
 from orchestrator.decide import recovery, saves
 from orchestrator.decide.recovery import Action, Decision
@@ -92,7 +92,7 @@ class Sight:
     """Now, by the clock that ranks' times are compared by."""
     nodes: Mapping[int, str]
     """Rank -> address of its node."""
-    waits: Mapping[tuple[int, Want], float]
+    waits: Mapping[tuple[int, DesiredState], float]
     """Since when the controller has asked for something that is waited for, by attempt and by the run's clock."""
     barred: Collection[str]
     """Addresses of nodes that get no work now."""
@@ -160,7 +160,7 @@ class Turn:
     def _decide_placing(self) -> None:
         if self.status.reserved:
             self.move(State.STARTING, Reason.PLACED)
-        elif self._overdue(Want.RESERVED, self.config.resilience.timeouts.seconds("hang")):
+        elif self._overdue(DesiredState.RESERVED, self.config.resilience.timeouts.seconds("hang")):
             detail = "Ray did not grant the slots in time; other users of the cluster may hold them"
             self.add(StopBegan(self.view.attempt, State.QUEUED, Reason.PLACEMENT_LOST, detail))
 
@@ -308,11 +308,15 @@ class Turn:
         stop = self.view.stopping
         assert stop is not None, "the caller has looked"
         # What doesn't answer in time is left to its node's death; it counts from when this controller has asked.
-        if not self.status.stopped and not self._overdue(Want.STOPPED, stop.grace + _ANSWER_SECONDS):
+        if not self.status.stopped and not self._overdue(DesiredState.STOPPED, stop.grace + _ANSWER_SECONDS):
             return
         again = self._again() if self.status.stopped else None
         self.release = again is None
-        if again is None and not self.status.released and not self._overdue(Want.RELEASED, _ANSWER_SECONDS):
+        if (
+            again is None
+            and not self.status.released
+            and not self._overdue(DesiredState.RELEASED, _ANSWER_SECONDS)
+        ):
             return
         self._catch_up()
         to, reason, detail = stop.to, stop.reason, stop.detail
@@ -330,9 +334,9 @@ class Turn:
             self.add(again)
             self.move(State.STARTING, Reason.PLACED)
 
-    def _overdue(self, want: Want, seconds: float) -> bool:
+    def _overdue(self, desired: DesiredState, seconds: float) -> bool:
         """Nobody has done it `seconds` after this controller has asked for it."""
-        since = self.waits.get((self.view.attempt, want))
+        since = self.waits.get((self.view.attempt, desired))
         return since is not None and self.clock - since > seconds
 
     def _again(self) -> AttemptPlaced | None:

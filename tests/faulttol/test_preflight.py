@@ -23,7 +23,7 @@ from faulttol.preflight import device, host
 from faulttol.preflight.host import Beacon
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
 from orchestrator.agent import checks
-from orchestrator.agent.checks import NodeCheck, NodeHealth
+from orchestrator.agent.checks import NodeHealth, NodeHealthCheck
 from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -220,15 +220,15 @@ def test_the_command_says_it_for_people_and_machines(beacon: Beacon) -> None:
 
 
 def test_a_node_of_cores_is_looked_at_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "full", lambda _: pytest.fail("a process with torch"))
-    check = NodeCheck("auto")
+    monkeypatch.setattr(checks, "run_full_check", lambda _: pytest.fail("a process with torch"))
+    check = NodeHealthCheck("auto")
     assert check.poll() == NodeHealth(False, "", check.poll().port)
-    until(lambda: check.poll().done, "the first look")
-    assert check.poll().why == ""
+    until(lambda: check.poll().checked, "the first look")
+    assert check.poll().problem == ""
     monkeypatch.setattr(checks.host, "quick", lambda: [Check("host memory", CheckOutcome.BAD, "none")])
-    until(lambda: check.poll().why == "host memory: none", "that it is bad now")
+    until(lambda: check.poll().problem == "host memory: none", "that it is bad now")
     monkeypatch.setattr(checks.host, "quick", lambda: 1 // 0)
-    until(lambda: check.poll().why == "", "an instrument that breaks bars nobody")
+    until(lambda: check.poll().problem == "", "an instrument that breaks bars nobody")
     check.close()
 
 
@@ -236,22 +236,22 @@ def test_a_node_with_devices_proves_them_and_again_only_while_idle(monkeypatch: 
     made: list[float] = []
     bad = Preflight((Check("cuda:3 exactness", CheckOutcome.BAD, "wrong"),))
     monkeypatch.setattr(checks.host, "device_tool_name", lambda: "nvidia-smi")
-    monkeypatch.setattr(checks, "full", lambda _: made.append(time.monotonic()) or bad)
+    monkeypatch.setattr(checks, "run_full_check", lambda _: made.append(time.monotonic()) or bad)
     monkeypatch.setattr(checks, "_RETRY_SECONDS", 0.0)
-    check = NodeCheck("auto")
-    until(lambda: check.poll(idle=False).why == "cuda:3 exactness: wrong", "the finding")
+    check = NodeHealthCheck("auto")
+    until(lambda: check.poll(idle=False).problem == "cuda:3 exactness: wrong", "the finding")
     for _ in range(20):
         check.poll(idle=False)
         time.sleep(0.01)
     assert len(made) == 1, "devices that ranks use are left alone"
     bad = Preflight(())
-    until(lambda: check.poll(idle=True).why == "", "that it is mended")
+    until(lambda: check.poll(idle=True).problem == "", "that it is mended")
     check.close()
 
 
 def test_it_can_be_off_and_a_wrong_mode_is_auto() -> None:
-    off, wrong = NodeCheck("off"), NodeCheck("sometimes")
-    assert off.poll().done and not off.poll().why and wrong._mode == "auto"
+    off, wrong = NodeHealthCheck("off"), NodeHealthCheck("sometimes")
+    assert off.poll().checked and not off.poll().problem and wrong._mode == "auto"
     off.close()
     wrong.close()
 
@@ -265,9 +265,9 @@ def test_a_full_look_is_made_in_a_process_that_may_die_or_hang(
     for script, why in (("exec sleep 60", "didn't end in 0 s"), ("kill -BUS $$", "was ended by signal 7")):
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
-        assert why in checks.full(()).why
+        assert why in checks.run_full_check(()).why
     program.write_text("#!/bin/sh\necho no preflight here >&2; exit 1\n")
-    (check,) = checks.full(()).checks
+    (check,) = checks.run_full_check(()).checks
     assert check.outcome is CheckOutcome.UNKNOWN and check.text == "no preflight here", "it could not look"
 
 

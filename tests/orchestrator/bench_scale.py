@@ -25,7 +25,7 @@ from configs.paths import HomePaths
 from faulttol.detect.snapshot import RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.controller import Controller
-from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
+from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
 from orchestrator.decide.placement import Node
 from orchestrator.record.clock import Now
 from orchestrator.record.events import CheckpointCommitted, GangShape, StateMoved, Submitted
@@ -64,17 +64,17 @@ class PickledRuntime:
         self.clock.now += seconds
         return False
 
-    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
-        if want is Want.RESERVED:
+    def ensure(self, spec: GangSpec, desired: DesiredState, grace: float = 0.0) -> None:
+        if desired is DesiredState.RESERVED:
             self.reserved = True
-        if want is Want.STARTED and self.started is None:
+        if desired is DesiredState.STARTED and self.started is None:
             self.started = self.clock.now
             self.wires = [
                 [pickle.dumps(_report(spec, i, k)) for i in range(len(spec.shares))] for k in (0, 1, 2)
             ]
-        if want is Want.STOPPED:
+        if desired is DesiredState.STOPPED:
             self.ended, self.started, self.aborted = True, None, False
-        if want is Want.RELEASED:
+        if desired is DesiredState.RELEASED:
             self.reserved = False
 
     def collect(self, spec: GangSpec, request: str) -> None: ...

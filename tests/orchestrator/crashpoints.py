@@ -92,16 +92,16 @@ class Play:
         runtime = FakeRuntime(self.world)
         told: set[tuple[Any, ...]] = set()
 
-        def ensure(spec: Any, want: Any, grace: float = 0.0) -> None:
+        def ensure(spec: Any, desired: Any, grace: float = 0.0) -> None:
             # What is said again and again is a point the first two times.
-            key = (spec.key, want)
+            key = (spec.key, desired)
             fresh = key not in told or (*key, 2) not in told
             told.add((*key, 2) if key in told else key)
             if fresh:
-                self.point(f"before {want} of {spec.attempt}")
-            FakeRuntime.ensure(runtime, spec, want, grace)
+                self.point(f"before {desired} of {spec.attempt}")
+            FakeRuntime.ensure(runtime, spec, desired, grace)
             if fresh:
-                self.point(f"after {want} of {spec.attempt}")
+                self.point(f"after {desired} of {spec.attempt}")
 
         runtime.ensure = ensure  # type: ignore[method-assign]
         return runtime

@@ -14,7 +14,7 @@ from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, SaveF
 from configs.paths import RunPaths
 from faulttol.detect.snapshot import Raised, RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
-from orchestrator.control.gang import AgentReport, GangSpec, GangStatus, Want
+from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
 from orchestrator.decide.placement import Node
 from orchestrator.record.clock import Now
 
@@ -164,24 +164,24 @@ class FakeRuntime:
         found = [gang for (root, _), gang in self.world.gangs.items() if root.endswith(f"/{run}")]
         return found[-1]
 
-    def ensure(self, spec: GangSpec, want: Want, grace: float = 0.0) -> None:
-        self.before(f"ensure {want}")
+    def ensure(self, spec: GangSpec, desired: DesiredState, grace: float = 0.0) -> None:
+        self.before(f"ensure {desired}")
         world, gang = self.world, self.world.gangs.get(spec.key)
-        match want:
-            case Want.RESERVED if self.granting and self._free_for(spec):
+        match desired:
+            case DesiredState.RESERVED if self.granting and self._free_for(spec):
                 world.held.setdefault(spec.reservation, spec)
-            case Want.STARTED if gang is None:
+            case DesiredState.STARTED if gang is None:
                 assert spec.reservation in world.held, "ranks start on slots that are held"
                 self._start(spec)
-            case Want.WATCHED if gang is None:
+            case DesiredState.WATCHED if gang is None:
                 self._gone.add(spec.key)
-            case Want.STOPPED if gang is not None and gang.ended is None:
+            case DesiredState.STOPPED if gang is not None and gang.ended is None:
                 if grace > 0 and not gang.deaths:
                     self._train(gang)
                     gang.lines += self._save(gang, gang.told)
                     gang.deaths = dict.fromkeys(range(spec.world), STOPPED_EXIT)
                 gang.ended = self.clock.now
-            case Want.RELEASED:
+            case DesiredState.RELEASED:
                 assert gang is None or gang.ended is not None, (
                     "slots are given back after the ranks have ended"
                 )

@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "libraries wait beside a gang that starts",
         _STANDBYS,
-        "if not (self._needs or self._starting) else None",
-        "if not self._needs else None",
+        "if not (self._demands or self._starting) else None",
+        "if not self._demands else None",
         f"{_OF_STANDBYS}libraries_give_way_to_a_gang_and_come_back_after_it",
     ),
     Mutant(
@@ -85,8 +85,8 @@ MUTANTS = [
     Mutant(
         "memory that the next attempt holds is the last one's fault",
         _ATTEMPT,
-        "            one._followed = True",
-        "            one._followed = False",
+        "            one._has_successor = True",
+        "            one._has_successor = False",
         f"{_OF_STOPS}the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_held",
     ),
     Mutant(
@@ -113,14 +113,14 @@ MUTANTS = [
     Mutant(
         "slots are let go while the kernel takes back what their ranks held",
         _DRIVER,
-        "gang.want is Want.RELEASED and member.phase is AttemptPhase.STOPPED:",
-        "gang.want is Want.RELEASED and member.phase is not AttemptPhase.STOPPING:",
+        "gang.desired is DesiredState.RELEASED and member.phase is AttemptPhase.STOPPED:",
+        "gang.desired is DesiredState.RELEASED and member.phase is not AttemptPhase.STOPPING:",
         f"{_OF_SLOTS}the_next_attempt_need_not_wait_for_the_kernel_and_another_run_must",
     ),
     Mutant(
         "an interpreter that has opened the driver is taken for other devices",
         _STANDBYS,
-        "_kept(env, OWN))",
+        "_kept(env, PER_RANK))",
         "_kept(env, CHANGING))",
         f"{_OF_STANDBYS}one_is_taken_only_for_the_same_program_code_and_environment",
     ),

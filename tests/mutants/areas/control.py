@@ -113,22 +113,22 @@ MUTANTS = [
     Mutant(
         "a stop isn't given its grace",
         _TURN,
-        "self._overdue(Want.STOPPED, stop.grace + _ANSWER_SECONDS)",
-        "self._overdue(Want.STOPPED, _ANSWER_SECONDS)",
+        "self._overdue(DesiredState.STOPPED, stop.grace + _ANSWER_SECONDS)",
+        "self._overdue(DesiredState.STOPPED, _ANSWER_SECONDS)",
         f"{_OF_TURNS}ranks_that_save_for_long_have_all_of_their_grace",
     ),
     Mutant(
         "a stop that isn't answered is waited for forever",
         _TURN,
-        "if not self.status.stopped and not self._overdue(Want.STOPPED, stop.grace + _ANSWER_SECONDS):",
+        "if not self.status.stopped and not self._overdue(DesiredState.STOPPED, stop.grace + _ANSWER_SECONDS):",
         "if not self.status.stopped:",
         f"{_OF_TURNS}a_stop_that_nobody_acknowledges_is_left_to_ray_in_the_end",
     ),
     Mutant(
         "a release that isn't answered is waited for forever",
         _TURN,
-        "not self.status.released and not self._overdue(Want.RELEASED, _ANSWER_SECONDS)",
-        "not self.status.released",
+        "            and not self._overdue(DesiredState.RELEASED, _ANSWER_SECONDS)\n",
+        "",
         f"{_OF_TURNS}a_stop_that_nobody_acknowledges_is_left_to_ray_in_the_end",
     ),
     Mutant(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from configs.paths import HomePaths
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.driver import AgentGone, Gangs
+from orchestrator.agent.driver import AgentGone, GangDriver
 from orchestrator.agent.orders import AttemptOrder, AttemptReport
 from orchestrator.control.controller import Controller
 from orchestrator.control.gang import GangSpec
@@ -69,17 +69,17 @@ class LocalNodes:
             agent.close()
 
 
-class LocalCarrier:
-    """`orchestrator.agent.driver.Carrier` that calls agents in threads."""
+class LocalTransport:
+    """`orchestrator.agent.driver.AgentTransport` that calls agents in threads."""
 
     def __init__(self, cluster: LocalNodes) -> None:
         self._cluster = cluster
         self._pool = ThreadPoolExecutor(32)
 
-    def alive(self) -> frozenset[str] | None:
+    def live_nodes(self) -> frozenset[str] | None:
         return frozenset(node.node_id for node in self._cluster.nodes())
 
-    def attend(
+    def send_order(
         self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
     ) -> Future[AttemptReport]:
         node, cluster = share.node_id, self._cluster
@@ -92,23 +92,23 @@ class LocalCarrier:
                 failed.set_exception(AgentGone("the node's agent is gone"))
                 return failed
             cluster.agents[node] = NodeAgent(node)
-        return self._pool.submit(self._attend, cluster.agents[node], order)
+        return self._pool.submit(self._reconcile, cluster.agents[node], order)
 
-    def _attend(self, agent: NodeAgent, order: AttemptOrder) -> AttemptReport:
-        answer = agent.attend(order)
+    def _reconcile(self, agent: NodeAgent, order: AttemptOrder) -> AttemptReport:
+        answer = agent.reconcile(order)
         if self._cluster.mute:
             answer = replace(
                 answer, report=replace(answer.report, ranks=(), lines=(), offset=order.offset), serial=-1
             )
         return answer
 
-    def witness(self, spec: GangSpec, path: str) -> Future[str]:
+    def find_witness(self, spec: GangSpec, path: str) -> Future[str]:
         self._cluster.asked_for.append(path)
         done: Future[str] = Future()
         done.set_result(self._cluster.witness)
         return done
 
-    def hold(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
+    def reserve(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
         done: Future[dict[str, dict[str, str]] | None] = Future()
         self._cluster.asked += 1
         if self._cluster.granted:
@@ -116,14 +116,14 @@ class LocalCarrier:
         done.set_result({} if self._cluster.granted else None)
         return done
 
-    def let_go(self, reservation: str) -> Future[bool]:
+    def release(self, reservation: str) -> Future[bool]:
         self._cluster.held.discard(reservation)
         done: Future[bool] = Future()
         done.set_result(True)
         return done
 
 
-class LocalRuntime(Gangs):
+class LocalRuntime(GangDriver):
     """`orchestrator.control.gang.GangRuntime` on real agents and ranks, without Ray.
 
     Args:
@@ -134,7 +134,7 @@ class LocalRuntime(Gangs):
 
     def __init__(self, slots: int = 1, count: int = 1, cluster: LocalNodes | None = None) -> None:
         self.cluster = cluster or LocalNodes(slots, count)
-        super().__init__(LocalCarrier(self.cluster))
+        super().__init__(LocalTransport(self.cluster))
 
     def nodes(self, own: Collection[str]) -> list[Node]:
         return self.cluster.nodes()

@@ -9,16 +9,18 @@ from dataclasses import replace
 from configs.paths import RunPaths
 from faulttol import proc
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, Launch
-from orchestrator.control.gang import Want
+from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, LaunchSpec
+from orchestrator.control.gang import DesiredState
 
 SLEEP = "import os, time; from configs.rank import die_with_parent; die_with_parent(os.environ); print('here', flush=True);"
 
 
-def order(run: RunPaths, want: Want = Want.STARTED, body: str = "pass", **other: object) -> AttemptOrder:
+def order(
+    run: RunPaths, desired: DesiredState = DesiredState.STARTED, body: str = "pass", **other: object
+) -> AttemptOrder:
     """One rank on one node."""
-    launch = Launch(1, (0,), "127.0.0.1", ("127.0.0.1",), ("-c", f"{SLEEP} {body}; time.sleep(600)"), "")
-    return replace(AttemptOrder(1, str(run.root), 1, want, launch), **other)  # type: ignore[arg-type]
+    launch = LaunchSpec(1, (0,), "127.0.0.1", ("127.0.0.1",), ("-c", f"{SLEEP} {body}; time.sleep(600)"), "")
+    return replace(AttemptOrder(1, str(run.root), 1, desired, launch), **other)  # type: ignore[arg-type]
 
 
 def started(agent: NodeAgent, run: RunPaths, body: str = "pass", attempt: int = 1) -> AttemptReport:
@@ -32,11 +34,11 @@ def started(agent: NodeAgent, run: RunPaths, body: str = "pass", attempt: int = 
 def attend_until(
     agent: NodeAgent, what: AttemptOrder, holds: Callable[[AttemptReport], bool]
 ) -> AttemptReport:
-    answer = agent.attend(what)
+    answer = agent.reconcile(what)
     deadline = time.monotonic() + 30
     while not holds(answer):
         assert time.monotonic() < deadline, f"still {answer}"
-        answer = agent.attend(replace(what, news=answer.news, serial=answer.serial, wait=0.2))
+        answer = agent.reconcile(replace(what, news=answer.news, serial=answer.serial, wait=0.2))
     return answer
 
 

@@ -13,7 +13,7 @@ from configs.rank import RankFiles
 from faulttol.detect.snapshot import RankSeen
 from faulttol.recorder import RankPhase, Recorder
 from faulttol.timeline.reader import AttemptSteps
-from orchestrator.agent.activity_writer import Chronicle
+from orchestrator.agent.activity_writer import ActivityWriter
 from orchestrator.record import rank_status
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -30,7 +30,7 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
     attempt, rings = AttemptPaths(tmp_path / "001"), tmp_path / "rings"
     recorders = [Recorder(RankFiles(rings, rank).ring, rank) for rank in (0, 1)]
     state = ["R"]
-    chronicle = Chronicle(
+    chronicle = ActivityWriter(
         attempt,
         "10.0.0.1",
         [0, 1],
@@ -44,7 +44,7 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
             recorder.begin(RankPhase.FORWARD, step)
             recorder.end(RankPhase.FORWARD, step)
             recorder.step(step)
-    chronicle.hold()
+    chronicle.freeze()
     state[0] = "T"
     time.sleep(2.5)  # longer than two looks: nothing may change, which no state tells of
     chronicle.close(10.0)
@@ -55,6 +55,8 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
 
 def test_storage_that_fails_harms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    chronicle = Chronicle(AttemptPaths(tmp_path / "file"), "n", [0], tmp_path, 1, lambda: [RankSeen(0, 1)])
+    chronicle = ActivityWriter(
+        AttemptPaths(tmp_path / "file"), "n", [0], tmp_path, 1, lambda: [RankSeen(0, 1)]
+    )
     until(lambda: "chronicle of" in caplog.text)
     chronicle.close(10.0)

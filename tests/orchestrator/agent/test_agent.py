@@ -27,7 +27,7 @@ from orchestrator.agent import attempt_processes, files, orders
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.orders import AttemptPhase, OrderSuperseded
 from orchestrator.commands.submission import new_run_id
-from orchestrator.control.gang import GangSpec, GangStatus, Want
+from orchestrator.control.gang import DesiredState, GangSpec, GangStatus
 from orchestrator.record.events import NodeShare
 from tests.orchestrator.agent.local_runtime import LocalRuntime, local_runtime, until
 from tests.orchestrator.agent.one_agent import SLEEP, alive, attend_until, order, started, text
@@ -53,7 +53,7 @@ def spec_of(runtime: LocalRuntime, run: RunPaths, body: str, attempt: int = 1, *
 
 
 def start(runtime: LocalRuntime, spec: GangSpec) -> GangStatus:
-    runtime.ensure(spec, Want.STARTED)
+    runtime.ensure(spec, DesiredState.STARTED)
     until(lambda: runtime.status(spec).pids, "ranks")
     return runtime.status(spec)
 
@@ -81,7 +81,7 @@ def test_a_gang_is_reserved_started_adopted_and_given_back(
     (tmp_path / "code" / "marked.py").write_text("")
     spec = spec_of(runtime, run, tell, code=str(tmp_path / "code"), environment={"FLAG": "of the run"})
     runtime.cluster.granted = False
-    runtime.ensure(spec, Want.STARTED)
+    runtime.ensure(spec, DesiredState.STARTED)
     until(lambda: runtime.cluster.asked > 2, "slots asked for again and again")
     assert not runtime.status(spec).reserved and not runtime.cluster.agents
     runtime.cluster.granted = True
@@ -95,21 +95,21 @@ def test_a_gang_is_reserved_started_adopted_and_given_back(
         assert f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" == status.master and env["FLAG"] == "of the run"
         assert env["GLOO_SOCKET_IFNAME"] == "lo" and env["MEGARAY_NODE"] == f"127.0.0.{1 + rank // 2}"
         assert Path(env["MEGARAY_RINGS"]).is_dir() and env["MEGARAY_RINGS"].startswith("/dev/shm/")
-        assert env["MEGARAY_MARK"] == orders.mark(str(run.root), 1, f"n{rank // 2}")
+        assert env["MEGARAY_MARK"] == orders.attempt_mark(str(run.root), 1, f"n{rank // 2}")
 
     runtime.close()  # the controller dies; a new one finds everything from the spec alone
     again = LocalRuntime(cluster=runtime.cluster)
     sent = len(runtime.cluster.orders)
-    again.ensure(spec, Want.WATCHED)
+    again.ensure(spec, DesiredState.WATCHED)
     until(lambda: again.status(spec).pids == status.pids, "the same ranks")
     assert all(o.launch is None for _, o in runtime.cluster.orders[sent:]), "what is watched is never started"
-    again.ensure(spec, Want.RELEASED)
+    again.ensure(spec, DesiredState.RELEASED)
     until(lambda: again.status(spec).released, "the slots")
     assert not any(map(alive, status.pids.values())) and not runtime.cluster.held
     left = [
         path
         for node in "01"
-        for path in orders.memory().glob(f"*{orders.mark(str(run.root), 1, f'n{node}')}")
+        for path in orders.shm_folder().glob(f"*{orders.attempt_mark(str(run.root), 1, f'n{node}')}")
     ]
     assert not left, "the nodes' memory is free"
     again.close()
@@ -144,10 +144,10 @@ def test_nothing_that_a_rank_has_started_survives(runtime: LocalRuntime, run: Ru
     until(lambda: all(len(text(run, r).split()) == 4 for r in range(4)), "their children")
     children = [int(word) for r in range(4) for word in text(run, r).split()[1:]]
     assert all(map(alive, children))
-    runtime.ensure(spec, Want.STOPPED)
+    runtime.ensure(spec, DesiredState.STOPPED)
     until(lambda: runtime.status(spec).stopped, "the end of all")
     assert not any(map(alive, children))
-    runtime.ensure(spec, Want.STARTED)
+    runtime.ensure(spec, DesiredState.STARTED)
     time.sleep(0.5)
     assert runtime.status(spec).stopped, "what was said to stop doesn't start again"
     assert runtime.cluster.held, "the slots stay held"
@@ -164,11 +164,11 @@ def test_ranks_get_their_grace_and_their_children_with_them(runtime: LocalRuntim
     start(runtime, spec)
     until(lambda: all("ready" in text(run, r) for r in range(4)), "handlers")
     look = exits(runtime, spec)
-    runtime.ensure(spec, Want.STOPPED, grace=600.0)
+    runtime.ensure(spec, DesiredState.STOPPED, grace=600.0)
     until(lambda: sorted(look()) == [1, 2, 3], "those that heed SIGTERM")
     assert all("child None" in text(run, r) for r in (1, 2, 3)), "children live while their rank saves"
     assert {r.exit_code for r in look().values()} == {143} and not runtime.status(spec).stopped
-    runtime.ensure(spec, Want.STOPPED, grace=0.1)
+    runtime.ensure(spec, DesiredState.STOPPED, grace=0.1)
     until(lambda: 0 in look(), "SIGKILL, once the grace is over")
     assert look()[0].exit_code == -9
     until(lambda: runtime.status(spec).stopped, "the end")
@@ -186,7 +186,7 @@ def test_an_agent_that_dies_is_told_and_a_new_one_ends_what_is_left(
     until(lambda: runtime.status(spec).lost, "the loss")
     assert "started anew" in runtime.status(spec).lost["n0"] and "n1" not in runtime.status(spec).lost
     assert alive(child) and alive(status.pids[0])
-    runtime.ensure(spec, Want.STOPPED)
+    runtime.ensure(spec, DesiredState.STOPPED)
     until(lambda: runtime.status(spec).stopped, "the end")
     assert not alive(child) and not any(map(alive, status.pids.values()))
 
@@ -199,15 +199,15 @@ def test_watched_ranks_of_an_agent_that_is_gone_are_lost_and_of_a_cluster_that_i
     runtime.close()
     runtime.cluster.lose_agent("n1")
     again = LocalRuntime(cluster=runtime.cluster)
-    again.ensure(spec, Want.WATCHED)
+    again.ensure(spec, DesiredState.WATCHED)
     until(lambda: "n1" in again.status(spec).lost, "the loss")
     assert "gone" in again.status(spec).lost["n1"] and not again.status(spec).gone
     again.close()
     runtime.cluster.left |= {"n0", "n1"}
     last = LocalRuntime(cluster=runtime.cluster)
-    last.ensure(spec, Want.WATCHED)
+    last.ensure(spec, DesiredState.WATCHED)
     until(lambda: last.status(spec).gone, "that nothing is left")
-    last.ensure(spec, Want.STOPPED)
+    last.ensure(spec, DesiredState.STOPPED)
     until(lambda: last.status(spec).stopped, "nodes that have left count as stopped")
     last.close()
 
@@ -222,7 +222,7 @@ def test_silence_is_counted_and_an_answer_that_never_comes_holds_nothing_up(
     assert runtime.status(spec).silent["n0"] < 1.0 and not runtime.status(spec).lost
     began = time.monotonic()
     for _ in range(100):
-        runtime.ensure(spec, Want.STARTED)
+        runtime.ensure(spec, DesiredState.STARTED)
         runtime.status(spec)
     assert time.monotonic() - began < 5.0
     runtime.cluster.deaf.clear()
@@ -234,7 +234,7 @@ def test_versions_that_differ_start_nothing(runtime: LocalRuntime, run: RunPaths
         "n1": NodeAgent("n1", {"torch": "2.11"}),
     }
     spec = spec_of(runtime, run, "pass")
-    runtime.ensure(spec, Want.STARTED)
+    runtime.ensure(spec, DesiredState.STARTED)
     until(lambda: runtime.status(spec).refused, "the refusal")
     assert "torch 2.11 (elsewhere 2.13)" in runtime.status(spec).refused and not runtime.status(spec).pids
 
@@ -242,7 +242,7 @@ def test_versions_that_differ_start_nothing(runtime: LocalRuntime, run: RunPaths
 def test_a_node_that_is_not_fit_is_told_and_no_rank_starts(runtime: LocalRuntime, run: RunPaths) -> None:
     runtime.cluster.agents["n1"] = NodeAgent("n1", check=lambda: "shared memory: 3 MiB free in /dev/shm")
     spec = spec_of(runtime, run, "pass")
-    runtime.ensure(spec, Want.STARTED)
+    runtime.ensure(spec, DesiredState.STARTED)
     until(lambda: runtime.status(spec).unfit, "the fault")
     assert runtime.status(spec).unfit == {"n1": "shared memory: 3 MiB free in /dev/shm"}
     assert not runtime.status(spec).pids and not runtime.status(spec).refused
@@ -254,12 +254,12 @@ def test_others_are_asked_before_a_folder_counts_as_not_shared(
     monkeypatch.setattr(files, "_VISIBLE_SECONDS", 0.1)
     run.config.unlink()
     spec = spec_of(runtime, run, "pass")
-    runtime.ensure(spec, Want.STARTED)
+    runtime.ensure(spec, DesiredState.STARTED)
     until(lambda: runtime.status(spec).refused, "the refusal")
     assert runtime.cluster.asked_for == [str(run.config)] and not runtime.status(spec).unfit
     runtime.cluster.witness = "10.0.0.7"
     again = replace(spec, attempt=2)
-    runtime.ensure(again, Want.STARTED)
+    runtime.ensure(again, DesiredState.STARTED)
     until(lambda: runtime.status(again).unfit, "the nodes' fault")
     assert sorted(runtime.status(again).unfit) == ["n0", "n1"] and not runtime.status(again).refused
 
@@ -270,17 +270,17 @@ def test_others_are_asked_before_a_folder_counts_as_not_shared(
 def test_memory_that_a_dead_agent_has_left_is_swept(
     run: RunPaths, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(orders, "memory", lambda: tmp_path / "memory")
-    left, living = (orders.rings(str(run.root), number, "node") for number in (1, 2))
+    monkeypatch.setattr(orders, "shm_folder", lambda: tmp_path / "memory")
+    left, living = (orders.rings_folder(str(run.root), number, "node") for number in (1, 2))
     left.mkdir(parents=True)
     living.mkdir()
-    mark = orders.mark(str(run.root), 2, "node")
+    mark = orders.attempt_mark(str(run.root), 2, "node")
     env = {**os.environ, "MEGARAY_MARK": mark}
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env) as rank:
-        until(lambda: mark in attempt_processes.marks(), "its environment")
-        orders.sweep(attempt_processes.marks, older=3600.0)
+        until(lambda: mark in attempt_processes.live_marks(), "its environment")
+        orders.remove_stale_rings(attempt_processes.live_marks, older=3600.0)
         assert left.exists(), "another agent may be making it just now"
-        orders.sweep(attempt_processes.marks, older=-1.0)
+        orders.remove_stale_rings(attempt_processes.live_marks, older=-1.0)
         assert not left.exists() and living.exists()
         rank.kill()
 
@@ -289,10 +289,10 @@ def test_memory_that_a_dead_agent_has_left_is_swept(
 def test_snapshots_beside_it_are_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, node: str
 ) -> None:
-    monkeypatch.setattr(orders, "memory", lambda: tmp_path)
+    monkeypatch.setattr(orders, "shm_folder", lambda: tmp_path)
     snapshot = tmp_path / node / "a-run" / "step-0000000200"
     snapshot.mkdir(parents=True)
-    orders.sweep(lambda: set(), older=-1.0)
+    orders.remove_stale_rings(lambda: set(), older=-1.0)
     assert snapshot.exists()
 
 
@@ -301,7 +301,7 @@ def test_folders_of_a_run_can_be_made_whatever_it_is_called(tmp_path: Path, fiel
     name = "x" * (64 if field == "name" else 240)
     run_id = new_run_id(compose([f"{field}={name}"]))
     (tmp_path / run_id).mkdir()
-    folder = tmp_path / orders.rings(f"/home/runs/{'x' * 100}{run_id}", 1, "f" * 56).name
+    folder = tmp_path / orders.rings_folder(f"/home/runs/{'x' * 100}{run_id}", 1, "f" * 56).name
     folder.mkdir()
     assert run_id.startswith("x" * 64 + "-") and folder.name.startswith(f"{run_id[-20:]}-001-ffffffff-")
 
@@ -311,16 +311,16 @@ def test_a_rank_that_cannot_be_looked_at_silences_nobody(
 ) -> None:
     pid = started(agent, run).pids[0]
     until(lambda: "here" in text(run, 0), "its first words")
-    (before,) = agent.attend(order(run, Want.WATCHED)).report.ranks
+    (before,) = agent.reconcile(order(run, DesiredState.WATCHED)).report.ranks
 
     def fail(*_: object) -> None:
         raise ValueError("a file that nobody can read")
 
     monkeypatch.setattr(attempts.RankWatch, "look", fail)
-    assert agent.attend(order(run, Want.WATCHED)).report.ranks == (before,)
+    assert agent.reconcile(order(run, DesiredState.WATCHED)).report.ranks == (before,)
     os.kill(pid, signal.SIGKILL)
     answer = attend_until(
-        agent, order(run, Want.WATCHED), lambda a: any(r.last_words for r in a.report.ranks)
+        agent, order(run, DesiredState.WATCHED), lambda a: any(r.last_words for r in a.report.ranks)
     )
     (rank,) = answer.report.ranks
     assert (rank.rank, rank.pid, rank.exit_code, rank.last_words) == (0, pid, -9, "here") and rank.exit_time
@@ -330,45 +330,45 @@ def test_nothing_is_kept_for_an_attempt_whose_slots_are_given_back(
     agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[str] = []
-    monkeypatch.setattr(agent._standbys, "keep", lambda run, *_: kept.append(run))
+    monkeypatch.setattr(agent._standbys, "prewarm", lambda run, *_: kept.append(run))
     started(agent, run)
     (attempt,) = agent._attempts.values()
 
     def release(_: object) -> bool:
         with agent._changed:
             attempt.stop(0.0)
-            attempt.free()
+            attempt.release()
         return True
 
     with monkeypatch.context() as patch:
         patch.setattr(attempts, "_trains", release)
-        attempt.seen()
+        attempt.rank_states()
     assert not kept
     following = order(run, attempt=2)
     answer = attend_until(agent, following, lambda a: a.phase is AttemptPhase.READY)
     go = replace(following, launch=replace(following.launch, master=answer.master))  # type: ignore[type-var]
     attend_until(agent, go, lambda a: a.phase is AttemptPhase.RUNNING)
     monkeypatch.setattr(attempts, "_trains", lambda seen: True)
-    agent.attend(go)
-    agent.attend(go)
+    agent.reconcile(go)
+    agent.reconcile(go)
     assert kept == [str(run.root)], "while its ranks train, once"
 
 
 def test_an_older_controller_is_refused_by_home(agent: NodeAgent, run: RunPaths, tmp_path: Path) -> None:
-    agent.attend(order(run, Want.WATCHED, epoch=7))
+    agent.reconcile(order(run, DesiredState.WATCHED, epoch=7))
     with pytest.raises(OrderSuperseded, match="epoch 6 was followed by 7"):
-        agent.attend(order(run, Want.STOPPED, epoch=6))
+        agent.reconcile(order(run, DesiredState.STOPPED, epoch=6))
     other = RunPaths(tmp_path / "another home" / "runs" / "a-run")
-    assert agent.attend(order(other, Want.WATCHED, epoch=1)).phase is AttemptPhase.UNKNOWN
+    assert agent.reconcile(order(other, DesiredState.WATCHED, epoch=1)).phase is AttemptPhase.UNKNOWN
 
 
 def test_the_same_order_starts_nothing_twice_and_tells_changes_alone(agent: NodeAgent, run: RunPaths) -> None:
     first = started(agent, run)
-    again = agent.attend(order(run, launch=replace(order(run).launch, master=first.master)))  # type: ignore[type-var]
+    again = agent.reconcile(order(run, launch=replace(order(run).launch, master=first.master)))  # type: ignore[type-var]
     assert again.pids == first.pids and [r.rank for r in again.report.ranks] == [0], (
         "whoever is new is told all"
     )
-    quiet = agent.attend(order(run, Want.WATCHED, serial=again.serial, news=again.news, wait=0.05))
+    quiet = agent.reconcile(order(run, DesiredState.WATCHED, serial=again.serial, news=again.news, wait=0.05))
     assert not quiet.report.ranks and quiet.serial == again.serial + 1
 
 
@@ -422,14 +422,14 @@ def test_slow_storage_silences_nobody(
     monkeypatch.setattr(files, "read_from", hang)
     entered.wait(30)
     began = time.monotonic()
-    answer = agent.attend(order(run, Want.WATCHED, news=answer.news, wait=0.1))
+    answer = agent.reconcile(order(run, DesiredState.WATCHED, news=answer.news, wait=0.1))
     assert answer.phase is AttemptPhase.RUNNING and time.monotonic() - began < 5.0
     os.kill(answer.pids[0], signal.SIGKILL)
     told = attend_until(
-        agent, order(run, Want.WATCHED), lambda a: any(r.exit_code == -9 for r in a.report.ranks)
+        agent, order(run, DesiredState.WATCHED), lambda a: any(r.exit_code == -9 for r in a.report.ranks)
     )
     assert told.slow > 0.0
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     stuck.set()
 
 
@@ -440,7 +440,7 @@ def test_storage_that_hangs_at_the_start_is_told_by_its_seconds(
     monkeypatch.setattr(files.LogFiles, "_prepare", lambda self: stuck.wait(60) and None)
     answer = attend_until(agent, order(run), lambda a: a.slow > 0.2)
     assert answer.phase is AttemptPhase.PREPARING
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     stuck.set()
 
 
@@ -450,10 +450,10 @@ def test_metric_lines_come_once_and_again_for_whoever_is_new(agent: NodeAgent, r
     lines = [EndedLine(time.time(), 1, step, None, 0) for step in range(3)]
     for line in lines[:2]:
         writer.write(line)
-    first = attend_until(agent, order(run, Want.WATCHED), lambda a: len(a.report.lines) == 2)
+    first = attend_until(agent, order(run, DesiredState.WATCHED), lambda a: len(a.report.lines) == 2)
     assert list(first.report.lines) == lines[:2]
     writer.write(lines[2])
-    rest = order(run, Want.WATCHED, offset=first.report.offset)
+    rest = order(run, DesiredState.WATCHED, offset=first.report.offset)
     second = attend_until(agent, rest, lambda a: bool(a.report.lines))
     assert (
         list(second.report.lines) == lines[2:]
@@ -462,7 +462,7 @@ def test_metric_lines_come_once_and_again_for_whoever_is_new(agent: NodeAgent, r
     found: list[MetricLine] = []
     offset = 0
     while len(found) < 3:
-        answer = agent.attend(order(run, Want.WATCHED, offset=offset))
+        answer = agent.reconcile(order(run, DesiredState.WATCHED, offset=offset))
         found, offset = [*found, *answer.report.lines], answer.report.offset
         time.sleep(0.01)
     assert found == lines

@@ -42,8 +42,8 @@ def begin() -> Iterator[Begin]:
 def test_an_id_that_another_process_was_given_is_not_a_ranks_any_more(begin: Begin) -> None:
     before = steady.now() - 1.0
     child = begin("sleep", "600")
-    assert attempt_processes.of_attempt("of no process", {child.pid: math.inf}) == [child.pid]
-    assert attempt_processes.of_attempt("of no process", {child.pid: before}) == []
+    assert attempt_processes.attempt_pids("of no process", {child.pid: math.inf}) == [child.pid]
+    assert attempt_processes.attempt_pids("of no process", {child.pid: before}) == []
 
 
 def test_what_an_ended_rank_has_left_in_its_session_is_its(begin: Begin) -> None:
@@ -51,14 +51,14 @@ def test_what_an_ended_rank_has_left_in_its_session_is_its(begin: Begin) -> None
     assert rank.stdout is not None
     orphan = int(rank.stdout.readline())
     rank.wait()
-    assert attempt_processes.of_attempt("of no process", {rank.pid: steady.now()}) == [orphan]
-    attempt_processes.end([orphan], signal.SIGKILL)
+    assert attempt_processes.attempt_pids("of no process", {rank.pid: steady.now()}) == [orphan]
+    attempt_processes.send_signal([orphan], signal.SIGKILL)
 
 
 def test_a_process_whose_name_is_cut_within_a_letter_is_seen(begin: Begin) -> None:
     child = begin(sys.executable, "-c", NAMELESS)
     assert child.stdout is not None and child.stdout.readline() == b"here\n"
-    assert attempt_processes.of_attempt("of no process", {child.pid: math.inf}) == [child.pid]
+    assert attempt_processes.attempt_pids("of no process", {child.pid: math.inf}) == [child.pid]
     assert [one.name for one in processes.tree(child.pid)] == ["préparation-a\N{REPLACEMENT CHARACTER}"]
     until(lambda: proc.state(child.pid) == "S", "it sleeps")
     assert child.pid in processes._all_children(os.getpid())
@@ -67,17 +67,17 @@ def test_a_process_whose_name_is_cut_within_a_letter_is_seen(begin: Begin) -> No
 def test_any_mark_can_be_read(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGARAY_MARK", "\udcff")
     child = begin("sleep", "600")
-    until(lambda: "\N{REPLACEMENT CHARACTER}" in attempt_processes.marks(), "its environment")
+    until(lambda: "\N{REPLACEMENT CHARACTER}" in attempt_processes.live_marks(), "its environment")
     assert child.poll() is None
 
 
 def test_orphans_alone_are_reaped_and_after_a_second_look(begin: Begin) -> None:
     child = begin("false")
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    first = {row for row in attempt_processes.reap((), ()) if row.pid == child.pid}
+    first = {row for row in attempt_processes.reap_orphans((), ()) if row.pid == child.pid}
     assert len(first) == 1, "it is left to whoever has started it"
-    assert first <= attempt_processes.reap({child.pid}, first), "a watcher is left its own"
-    attempt_processes.reap((), first)
+    assert first <= attempt_processes.reap_orphans({child.pid}, first), "a watcher is left its own"
+    attempt_processes.reap_orphans((), first)
     with pytest.raises(ChildProcessError):
         os.waitpid(child.pid, os.WNOHANG)
-    assert first.isdisjoint(attempt_processes.reap((), first))
+    assert first.isdisjoint(attempt_processes.reap_orphans((), first))

@@ -11,7 +11,7 @@ import pytest
 from configs.paths import RunPaths
 from faulttol import proc
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.control.gang import GangSpec, Want
+from orchestrator.control.gang import DesiredState, GangSpec
 from orchestrator.record.events import NodeShare
 from tests.orchestrator.agent.local_runtime import LocalRuntime, local_runtime, until
 from tests.orchestrator.agent.one_agent import SLEEP, alive, attend_until, order, started, text
@@ -29,7 +29,7 @@ def test_stacks_and_rings_are_kept_of_a_rank_that_is_stopped(agent: NodeAgent, r
     until(lambda: "ready" in text(run, 0), "its record")
     os.kill(answer.pids[0], signal.SIGSTOP)
     until(lambda: proc.state(answer.pids[0]) == "T", "that it stands")
-    attend_until(agent, order(run, Want.WATCHED, collect=("one",)), lambda a: a.collected == ("one",))
+    attend_until(agent, order(run, DesiredState.WATCHED, collect=("one",)), lambda a: a.collected == ("one",))
     folder = run.attempt(1).evidence / "one"
     stack = (folder / "00000.stack.txt").read_text()
     assert "state T" in stack and "<lambda>" in stack and "Thread" in stack
@@ -47,7 +47,7 @@ def test_each_request_has_its_own_stacks_and_the_same_one_again_writes_nothing(r
         program = ("-c", f"{SLEEP} time.sleep(600)")
         spec = GangSpec("slots", str(run.root), 1, shares, "CPU", 2, program, "", 1, heartbeat=0.2)
         runtime.collect(spec, "before there was a gang")
-        runtime.ensure(spec, Want.STARTED)
+        runtime.ensure(spec, DesiredState.STARTED)
         until(lambda: runtime.status(spec).pids, "ranks")
         assert not runtime.status(spec).collected
         runtime.collect(spec, "by a person")
@@ -69,7 +69,7 @@ def test_each_request_has_its_own_stacks_and_the_same_one_again_writes_nothing(r
         assert all(path.read_text() == "as they were" for path in stacks.values())
         assert {one for _, o in runtime.cluster.orders[sent:] for one in o.collect} == {"incident-002"}
         again = LocalRuntime(cluster=runtime.cluster)  # a controller that follows says it again
-        again.ensure(spec, Want.WATCHED)
+        again.ensure(spec, DesiredState.WATCHED)
         until(lambda: again.status(spec).pids, "the same ranks")
         again.collect(spec, "incident-001")
         until(lambda: again.status(spec).collected, "what was there")

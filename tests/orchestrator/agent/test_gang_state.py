@@ -10,7 +10,7 @@ import pytest
 from faulttol.detect.snapshot import RankSeen
 from orchestrator.agent.gang_state import Gang, Member
 from orchestrator.agent.orders import AttemptPhase, AttemptReport
-from orchestrator.control.gang import AgentReport, GangSpec, Want
+from orchestrator.control.gang import AgentReport, DesiredState, GangSpec
 from orchestrator.record.events import NodeShare
 
 pytestmark = pytest.mark.unit
@@ -23,14 +23,14 @@ def answer(phase: AttemptPhase = AttemptPhase.READY, **other: Any) -> AttemptRep
     return replace(base, **other)
 
 
-def gang(*answers: AttemptReport | None, want: Want = Want.STARTED) -> Gang:
+def gang(*answers: AttemptReport | None, desired: DesiredState = DesiredState.STARTED) -> Gang:
     shares = tuple(NodeShare(f"n{i}", f"10.0.0.{i + 1}", f"h{i}", (i,)) for i in range(len(answers)))
     spec = GangSpec("slots", "/runs/r", 1, shares, "CPU", len(shares), ("-m", "trainer"), "", 1)
-    made = Gang(spec, want, 0.0, wanted=0.0, members=[Member(share) for share in shares])
+    made = Gang(spec, desired, 0.0, desired_since=0.0, members=[Member(share) for share in shares])
     for member, one in zip(made.members, answers, strict=True):
         if one is not None:
             member.since = 1.0
-            member.take(one, now=10.0, wall=1000.0)
+            member.record_answer(one, now=10.0, wall=1000.0)
     return made
 
 
@@ -42,7 +42,7 @@ def test_a_path_that_some_see_is_the_nodes_fault_and_one_that_none_sees_the_user
         "node 10.0.0.2 doesn't see /home/x" in some.unfit["n1"] and "which 10.0.0.1 sees" in some.unfit["n1"]
     )
     made = gang(blind, blind)
-    assert made.unseen and not made.status(10.0, 1000.0).refused, "others are asked first"
+    assert made.path_missing_everywhere and not made.status(10.0, 1000.0).refused, "others are asked first"
     made.witness = ""
     none = made.status(10.0, 1000.0)
     assert not none.unfit and "MEGARAY_HOME must be a folder that all nodes share" in none.refused
@@ -77,47 +77,54 @@ def test_all_must_be_ready_unless_some_have_begun() -> None:
 
 def test_an_agent_that_is_younger_than_the_gang_has_lost_its_ranks() -> None:
     made = gang(answer(AttemptPhase.RUNNING, started=50.0), answer(age=49.0), answer(age=51.0))
-    made.judge(11.0, ALIVE)
+    made.mark_lost_nodes(11.0, ALIVE)
     assert ["started anew" in m.lost for m in made.members] == [False, True, False]
 
 
 def test_a_node_that_left_is_lost_and_if_all_have_nothing_is_left() -> None:
-    made = gang(None, None, want=Want.WATCHED)
-    made.judge(11.0, None)
+    made = gang(None, None, desired=DesiredState.WATCHED)
+    made.mark_lost_nodes(11.0, None)
     assert not made.status(11.0, 1000.0).lost, "who isn't told of nodes knows of no loss"
-    made.judge(11.0, frozenset({"n1"}))
+    made.mark_lost_nodes(11.0, frozenset({"n1"}))
     assert list(made.status(11.0, 1000.0).lost) == ["n0"] and not made.status(11.0, 1000.0).gone
-    made.judge(11.0, frozenset({"other"}))
+    made.mark_lost_nodes(11.0, frozenset({"other"}))
     assert made.status(11.0, 1000.0).gone
-    known = gang(answer(AttemptPhase.RUNNING, started=1.0), want=Want.WATCHED)
-    known.judge(11.0, frozenset())
+    known = gang(answer(AttemptPhase.RUNNING, started=1.0), desired=DesiredState.WATCHED)
+    known.mark_lost_nodes(11.0, frozenset())
     assert known.status(11.0, 1000.0).lost and not known.status(11.0, 1000.0).gone, (
         "it was there: its node is lost"
     )
 
 
 def test_a_stop_waits_for_every_node_that_can_be_reached() -> None:
-    made = gang(answer(AttemptPhase.STOPPED), answer(AttemptPhase.RUNNING, started=1.0), want=Want.STARTED)
-    made.move(made.spec, Want.STOPPED, 5.0, now=20.0)
-    made.judge(54.9, ALIVE)
+    made = gang(
+        answer(AttemptPhase.STOPPED), answer(AttemptPhase.RUNNING, started=1.0), desired=DesiredState.STARTED
+    )
+    made.set_desired(made.spec, DesiredState.STOPPED, 5.0, now=20.0)
+    made.mark_lost_nodes(54.9, ALIVE)
     assert not made.stopped
-    made.judge(55.1, ALIVE)
+    made.mark_lost_nodes(55.1, ALIVE)
     assert made.stopped and "doesn't answer" in made.members[1].lost
     slow = gang(answer(AttemptPhase.RUNNING, started=1.0))
-    slow.move(slow.spec, Want.STOPPED, 0.0, now=20.0)
-    slow.members[0].take(answer(AttemptPhase.STOPPING), now=21.0, wall=1000.0)
-    slow.judge(500.0, ALIVE)
+    slow.set_desired(slow.spec, DesiredState.STOPPED, 0.0, now=20.0)
+    slow.members[0].record_answer(answer(AttemptPhase.STOPPING), now=21.0, wall=1000.0)
+    slow.mark_lost_nodes(500.0, ALIVE)
     assert not slow.stopped, "it answers: something there doesn't end"
-    slow.members[0].take(answer(AttemptPhase.ENDING), now=501.0, wall=1000.0)
-    slow.judge(900.0, ALIVE)
+    slow.members[0].record_answer(answer(AttemptPhase.ENDING), now=501.0, wall=1000.0)
+    slow.mark_lost_nodes(900.0, ALIVE)
     assert slow.stopped and not slow.members[0].lost, "what is left is the kernel's"
 
 
 def test_wants_go_one_way() -> None:
     made = gang(answer())
-    assert made.move(made.spec, Want.STOPPED, 5.0, 20.0) and made.move(made.spec, Want.STOPPED, 0.0, 21.0)
-    assert made.wanted == 20.0, "a shorter grace counts from the first word"
-    assert not made.move(made.spec, Want.STARTED, 0.0, 22.0) and made.want is Want.STOPPED
+    assert made.set_desired(made.spec, DesiredState.STOPPED, 5.0, 20.0) and made.set_desired(
+        made.spec, DesiredState.STOPPED, 0.0, 21.0
+    )
+    assert made.desired_since == 20.0, "a shorter grace counts from the first word"
+    assert (
+        not made.set_desired(made.spec, DesiredState.STARTED, 0.0, 22.0)
+        and made.desired is DesiredState.STOPPED
+    )
 
 
 def test_times_of_nodes_keep_their_order_whatever_their_clocks_and_delays() -> None:
@@ -126,10 +133,10 @@ def test_times_of_nodes_keep_their_order_whatever_their_clocks_and_delays() -> N
     wall = 5000.0
     quick = answer(report=AgentReport("n0", wall - 0.01, ()))
     late = answer(report=AgentReport("n0", wall, (RankSeen(0, 7, exit_code=1, exit_time=wall - 0.3),)))
-    made.members[0].take(quick, 1.0, wall)
-    made.members[0].take(late, 2.0, wall + 0.5)  # half a second on its way
+    made.members[0].record_answer(quick, 1.0, wall)
+    made.members[0].record_answer(late, 2.0, wall + 0.5)  # half a second on its way
     there = wall - 100.0
-    made.members[1].take(
+    made.members[1].record_answer(
         answer(report=AgentReport("n1", there, (RankSeen(1, 8, exit_code=1, exit_time=there),))), 2.0, wall
     )
     told = {

@@ -33,9 +33,9 @@ def test_a_long_log_is_rotated_under_its_writer(tmp_path: Path) -> None:
                 writer.stdout.readline()  # type: ignore[union-attr]
 
         write(20)
-        assert not files.rotated(path, limit=140) and files.rotated(path, limit=139)
+        assert not files.rotate_log(path, limit=140) and files.rotate_log(path, limit=139)
         write(30)
-        assert files.rotated(path, limit=139)
+        assert files.rotate_log(path, limit=139)
         write(2)
         writer.stdin.close()
     read = [
@@ -45,7 +45,7 @@ def test_a_long_log_is_rotated_under_its_writer(tmp_path: Path) -> None:
     assert [int(word) for part in read for word in part] == list(range(52)), (
         "nothing is lost while nobody writes"
     )
-    assert files.rotated(path, limit=1) and not (tmp_path / "00000.log.3").exists()
+    assert files.rotate_log(path, limit=1) and not (tmp_path / "00000.log.3").exists()
 
 
 def _full(code: int, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +71,9 @@ def test_a_copy_that_fails_costs_no_older_log(
     _full(code, at, monkeypatch)
     if code == errno.EIO:
         with pytest.raises(OSError, match="Input/output"):
-            files.rotated(path, limit=10)
+            files.rotate_log(path, limit=10)
     else:
-        assert files.rotated(path, limit=10) and not files.rotated(path, limit=10)
+        assert files.rotate_log(path, limit=10) and not files.rotate_log(path, limit=10)
     left = {one.name: one.read_text() for one in tmp_path.iterdir()}
     kept = "new " * 100 if code == errno.EIO else ""
     assert left == {"00000.log": kept, "00000.log.1": "one", "00000.log.2": "two"}
@@ -89,7 +89,7 @@ def test_a_log_that_cannot_be_rotated_keeps_no_other_from_it(
             rotated.append(path.name)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(files, "rotated", rotate)
+    monkeypatch.setattr(files, "rotate_log", rotate)
     monkeypatch.setattr(files, "_ROTATE_SECONDS", 0.0)
     run = RunPaths(tmp_path / "a-run")
     logs = files.LogFiles(run, 1, (2, 3), [], lambda: None)
@@ -98,7 +98,7 @@ def test_a_log_that_cannot_be_rotated_keeps_no_other_from_it(
     monkeypatch.setattr(files, "last_line", lambda path: 1 / len(path.read_text()) and "words")
     run.attempt(1).log(2).unlink()
     run.attempt(1).log(3).write_text("x")
-    logs.ask_last_words(2)
-    logs.ask_last_words(3)
+    logs.request_last_line(2)
+    logs.request_last_line(3)
     until(lambda: logs.last_words == {3: "words"}, "the words of the one that can be read")
     logs.close()

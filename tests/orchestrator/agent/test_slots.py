@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.agent.driver import AgentGone, Gangs
+from orchestrator.agent.driver import AgentGone, GangDriver
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport
-from orchestrator.control.gang import AgentReport, GangSpec, Want
+from orchestrator.control.gang import AgentReport, DesiredState, GangSpec
 from orchestrator.record.events import NodeShare
 from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
 
-class SlowCarrier:
+class SlowTransport:
     """Ray as it is when it takes its time: a test says when a call about slots is done. No node has an agent."""
 
     def __init__(self) -> None:
@@ -28,44 +28,44 @@ class SlowCarrier:
         self.holding: list[Future[Any]] = []
         self.letting: list[Future[Any]] = []
 
-    def alive(self) -> frozenset[str]:
+    def live_nodes(self) -> frozenset[str]:
         return frozenset()  # so that all nodes are lost, and no stop has to be waited for
 
-    def attend(
+    def send_order(
         self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
     ) -> Future[AttemptReport]:
         gone: Future[AttemptReport] = Future()
         gone.set_exception(AgentGone("the node is gone"))
         return gone
 
-    def witness(self, spec: GangSpec, path: str) -> Future[str]:
+    def find_witness(self, spec: GangSpec, path: str) -> Future[str]:
         return Future()
 
-    def hold(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
+    def reserve(self, spec: GangSpec) -> Future[dict[str, dict[str, str]] | None]:
         self.holding.append(Future())
         return self.holding[-1]
 
-    def let_go(self, reservation: str) -> Future[bool]:
+    def release(self, reservation: str) -> Future[bool]:
         self.held.discard(reservation)
         self.letting.append(Future())
         return self.letting[-1]
 
 
-class AnsweringCarrier(SlowCarrier):
+class AnsweringTransport(SlowTransport):
     """Its node has an agent, which says where an attempt is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = AttemptPhase.ENDING
-        self.wanted: list[Want] = []
+        self.wanted: list[DesiredState] = []
 
-    def alive(self) -> frozenset[str]:
+    def live_nodes(self) -> frozenset[str]:
         return frozenset({"n0"})
 
-    def attend(
+    def send_order(
         self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
     ) -> Future[AttemptReport]:
-        self.wanted.append(order.want)
+        self.wanted.append(order.desired)
         answer: Future[AttemptReport] = Future()
         report = AttemptReport(self.phase, 1.0, None, AgentReport("n0", 0.0, ()), len(self.wanted), 0)
         threading.Timer(0.02, answer.set_result, (report,)).start()
@@ -78,61 +78,61 @@ def spec(root: Path, attempt: int) -> GangSpec:
 
 
 @pytest.fixture
-def carrier() -> SlowCarrier:
-    return SlowCarrier()
+def transport() -> SlowTransport:
+    return SlowTransport()
 
 
 @pytest.fixture
-def gangs(carrier: SlowCarrier) -> Iterator[Gangs]:
-    gangs = Gangs(carrier)
+def gangs(transport: SlowTransport) -> Iterator[GangDriver]:
+    gangs = GangDriver(transport)
     yield gangs
     gangs.close()
 
 
 def test_slots_are_let_go_after_the_call_that_holds_them(
-    gangs: Gangs, carrier: SlowCarrier, tmp_path: Path
+    gangs: GangDriver, transport: SlowTransport, tmp_path: Path
 ) -> None:
     """The other way round the call would hold them for a run that has ended."""
     one = spec(tmp_path, 1)
-    gangs.ensure(one, Want.RESERVED)
-    until(lambda: carrier.holding, "it is asked for slots")
-    gangs.ensure(one, Want.RELEASED)
+    gangs.ensure(one, DesiredState.RESERVED)
+    until(lambda: transport.holding, "it is asked for slots")
+    gangs.ensure(one, DesiredState.RELEASED)
     turned = gangs._turned
     until(lambda: gangs._turned > turned + 0.5, "a few turns pass")
-    assert not carrier.letting and not gangs.status(one).released
-    carrier.held.add(one.reservation)
-    carrier.holding[0].set_result(None)
-    until(lambda: carrier.letting, "they are let go")
-    carrier.letting[0].set_result(True)
+    assert not transport.letting and not gangs.status(one).released
+    transport.held.add(one.reservation)
+    transport.holding[0].set_result(None)
+    until(lambda: transport.letting, "they are let go")
+    transport.letting[0].set_result(True)
     until(lambda: gangs.status(one).released, "they are free")
-    assert not carrier.held and len(carrier.holding) == 1
+    assert not transport.held and len(transport.holding) == 1
 
 
 def test_the_next_attempt_need_not_wait_for_the_kernel_and_another_run_must(tmp_path: Path) -> None:
     """Another run's ranks know nothing of memory that is being taken back."""
-    carrier = AnsweringCarrier()
+    transport = AnsweringTransport()
     one = spec(tmp_path, 1)
-    with closing(Gangs(carrier)) as gangs:
-        gangs.ensure(one, Want.STOPPED)
+    with closing(GangDriver(transport)) as gangs:
+        gangs.ensure(one, DesiredState.STOPPED)
         until(lambda: gangs.status(one).stopped, "that nothing runs any more")
-        gangs.ensure(one, Want.RELEASED)
+        gangs.ensure(one, DesiredState.RELEASED)
         # Once its slots are let go, no more answers are asked for.
-        until(lambda: carrier.letting or carrier.wanted.count(Want.RELEASED) > 5, "answers")
-        assert not carrier.letting, "its slots aren't free"
-        carrier.phase = AttemptPhase.STOPPED
-        until(lambda: carrier.letting, "they are let go")
-        carrier.letting[0].set_result(True)
+        until(lambda: transport.letting or transport.wanted.count(DesiredState.RELEASED) > 5, "answers")
+        assert not transport.letting, "its slots aren't free"
+        transport.phase = AttemptPhase.STOPPED
+        until(lambda: transport.letting, "they are let go")
+        transport.letting[0].set_result(True)
         until(lambda: gangs.status(one).released, "they are free")
 
 
 def test_slots_that_are_being_let_go_are_not_forgotten_for_the_next_attempt(
-    gangs: Gangs, carrier: SlowCarrier, tmp_path: Path
+    gangs: GangDriver, transport: SlowTransport, tmp_path: Path
 ) -> None:
     one = spec(tmp_path, 1)
-    gangs.ensure(one, Want.RELEASED)
-    until(lambda: carrier.letting, "they are let go")
-    gangs.ensure(spec(tmp_path, 2), Want.RESERVED)
-    carrier.letting[0].set_result(False)  # Ray hasn't done it yet
-    until(lambda: len(carrier.letting) == 2, "it is asked again")
-    carrier.letting[1].set_result(True)
+    gangs.ensure(one, DesiredState.RELEASED)
+    until(lambda: transport.letting, "they are let go")
+    gangs.ensure(spec(tmp_path, 2), DesiredState.RESERVED)
+    transport.letting[0].set_result(False)  # Ray hasn't done it yet
+    until(lambda: len(transport.letting) == 2, "it is asked again")
+    transport.letting[1].set_result(True)
     until(lambda: gangs.status(one).released, "they are free")

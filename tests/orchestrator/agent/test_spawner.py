@@ -14,7 +14,7 @@ import pytest
 
 from faulttol import proc
 from orchestrator.agent import spawner as spawner_module
-from orchestrator.agent.spawner import Exit, Spawner
+from orchestrator.agent.spawner import ProcessExit, Spawner
 from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -68,14 +68,14 @@ class LatePoll:
 def test_a_failure_is_told_while_the_process_still_gives_up_its_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    late, told = LatePoll(), list[Exit]()
+    late, told = LatePoll(), list[ProcessExit]()
     monkeypatch.setattr(spawner_module.select, "epoll", lambda: late)
     spawner = Spawner()
     process = spawner.start(["sleep", "600"], dict(os.environ), lambda _, end: told.append(end)).result()
     os.kill(process.pid, signal.SIGKILL)
     until(lambda: told, "its end")
     assert told[0].code == -9 and spawner.pids() == {process.pid} and process.returncode is None
-    assert not spawner.hand_over(process.pid, lambda *_: None), "nobody would be told any more"
+    assert not spawner.set_exit_callback(process.pid, lambda *_: None), "nobody would be told any more"
     late.open = True
     until(lambda: not spawner.pids(), "that it is taken leave of")
     assert len(told) == 1 and process.returncode == -9

@@ -21,9 +21,9 @@ import pytest
 from configs.paths import RunPaths
 from orchestrator.agent import attempt_processes, standby
 from orchestrator.agent.agent import NodeAgent
-from orchestrator.agent.orders import Launch, mark
-from orchestrator.agent.spawner import Ended, Exit, Spawner
-from orchestrator.agent.standby_pool import Standbys
+from orchestrator.agent.orders import LaunchSpec, attempt_mark
+from orchestrator.agent.spawner import ExitCallback, ProcessExit, Spawner
+from orchestrator.agent.standby_pool import StandbyPool
 from tests.orchestrator.agent.local_runtime import until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -31,13 +31,13 @@ ROOT = Path(__file__).resolve().parents[3]
 RUN = f"/home/of/runs/a-run-{os.getpid()}"
 AGENT = """
 import json, os, sys, time
-from orchestrator.agent.orders import Launch
+from orchestrator.agent.orders import LaunchSpec
 from orchestrator.agent.spawner import Spawner
-from orchestrator.agent.standby_pool import Standbys
+from orchestrator.agent.standby_pool import StandbyPool
 launch, env, importing = json.loads(sys.argv[1])
 launch |= {name: tuple(launch[name]) for name in ("ranks", "addresses", "program")}
-standbys = Standbys(Spawner())
-standbys.keep("a-run", Launch(**launch), env | {"MEGARAY_PARENT": str(os.getpid())})
+standbys = StandbyPool(Spawner())
+standbys.prewarm("a-run", LaunchSpec(**launch), env | {"MEGARAY_PARENT": str(os.getpid())})
 while not (os.path.exists(importing) if importing else standbys.ready):
     time.sleep(0.01)
 print(standbys._waiting[0].process.pid, flush=True)
@@ -47,7 +47,7 @@ time.sleep(600)
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Launch:
+def launch(tmp_path: Path) -> LaunchSpec:
     """A program by the name of the trainer, which says what it finds and waits."""
     package = tmp_path / "code" / "trainer"
     package.mkdir(parents=True)
@@ -66,11 +66,11 @@ def launch(tmp_path: Path) -> Launch:
         "time.sleep(600)\n"
     )
     program = ("-m", "trainer", "run", "a word")
-    return Launch(2, (0, 1), "127.0.0.1", ("127.0.0.1",), program, str(tmp_path / "code"))
+    return LaunchSpec(2, (0, 1), "127.0.0.1", ("127.0.0.1",), program, str(tmp_path / "code"))
 
 
 @pytest.fixture
-def env(launch: Launch) -> dict[str, str]:
+def env(launch: LaunchSpec) -> dict[str, str]:
     path = os.pathsep.join([launch.code, *(p for p in sys.path if p)])
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return kept | {"PYTHONPATH": path, "MEGARAY_PARENT": str(os.getpid()), "FLAG": "1", "PYTHONSAFEPATH": "1"}
@@ -96,22 +96,24 @@ def spawner() -> Spawner:
 
 
 @pytest.fixture
-def standbys(spawner: Spawner) -> Iterator[Standbys]:
-    made = Standbys(spawner)
+def standbys(spawner: Spawner) -> Iterator[StandbyPool]:
+    made = StandbyPool(spawner)
     yield made
     made.close()
-    attempt_processes.end(attempt_processes.of_attempt(mark(RUN, 3, "node"), {}), signal.SIGKILL)
+    attempt_processes.send_signal(
+        attempt_processes.attempt_pids(attempt_mark(RUN, 3, "node"), {}), signal.SIGKILL
+    )
 
 
 def take(
-    standbys: Standbys, launch: Launch, env: dict[str, str], log: Path, **own: str
-) -> tuple[int, Future[Exit]]:
-    ended: Future[Exit] = Future()
+    standbys: StandbyPool, launch: LaunchSpec, env: dict[str, str], log: Path, **own: str
+) -> tuple[int, Future[ProcessExit]]:
+    ended: Future[ProcessExit] = Future()
     with log.open("wb") as out:
-        process = standbys.take(
+        process = standbys.acquire(
             launch,
             env,
-            {"MEGARAY_MARK": mark(RUN, 3, "node"), **own},
+            {"MEGARAY_MARK": attempt_mark(RUN, 3, "node"), **own},
             out.fileno(),
             lambda _, how: ended.set_result(how),
         )
@@ -119,37 +121,39 @@ def take(
 
 
 def test_one_becomes_a_rank_that_anybody_can_find_and_that_is_watched(
-    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+    standbys: StandbyPool, launch: LaunchSpec, env: dict[str, str], tmp_path: Path
 ) -> None:
-    standbys.keep(RUN, launch, env)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: standbys.ready == 2, "two for two ranks")
     pid, ended = take(standbys, launch, env, tmp_path / "log", RANK="1")
-    standbys.rest(RUN)
+    standbys.pause(RUN)
     assert pid
     until(lambda: (tmp_path / "log").read_text(), "its first words")
     warm, words, seen, *_ = json.loads((tmp_path / "log").read_text())
     assert warm and words == ["run", "a word"], "it has imported before, and is called as typed"
-    assert seen["RANK"] == "1" and seen["FLAG"] == "1" and seen["MEGARAY_MARK"] == mark(RUN, 3, "node")
+    assert (
+        seen["RANK"] == "1" and seen["FLAG"] == "1" and seen["MEGARAY_MARK"] == attempt_mark(RUN, 3, "node")
+    )
     assert os.getsid(pid) == pid
     until(
-        lambda: len(attempt_processes.of_attempt(mark(RUN, 3, "node"), {})) == 2,
+        lambda: len(attempt_processes.attempt_pids(attempt_mark(RUN, 3, "node"), {})) == 2,
         "it and its child, by the mark alone",
     )
     assert (
-        attempt_processes.of_attempt(mark(RUN, 4, "node"), {})
+        attempt_processes.attempt_pids(attempt_mark(RUN, 4, "node"), {})
         == []
-        == attempt_processes.of_attempt(mark(RUN, 3, "another"), {})
+        == attempt_processes.attempt_pids(attempt_mark(RUN, 3, "another"), {})
     )
     until(lambda: standbys.ready == 0, "no other stays while ranks start")
-    for one in attempt_processes.of_attempt(mark(RUN, 3, "node"), {}):
+    for one in attempt_processes.attempt_pids(attempt_mark(RUN, 3, "node"), {}):
         os.kill(one, 9)
     assert ended.result(30).code == -9
 
 
 def test_one_is_taken_only_for_the_same_program_code_and_environment(
-    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+    standbys: StandbyPool, launch: LaunchSpec, env: dict[str, str], tmp_path: Path
 ) -> None:
-    standbys.keep(RUN, launch, env)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: standbys.ready == 2, "standbys")
     for other, under in (
         (replace(launch, code="/elsewhere"), env),
@@ -163,12 +167,12 @@ def test_one_is_taken_only_for_the_same_program_code_and_environment(
 
 
 def test_one_that_still_imports_is_taken_and_gets_the_processor(
-    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+    standbys: StandbyPool, launch: LaunchSpec, env: dict[str, str], tmp_path: Path
 ) -> None:
     go = tmp_path / "go"
     loop = Path(launch.code) / "trainer" / "loop.py"
     loop.write_text(f"import os, time\nwhile not os.path.exists({str(go)!r}):\n    time.sleep(0.01)\n")
-    standbys.keep(RUN, launch, env)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: standbys._waiting, "one that imports")
     group = Path(f"/proc/{standbys._waiting[0].process.pid}/autogroup")
     if group.exists():
@@ -182,17 +186,21 @@ def test_one_that_still_imports_is_taken_and_gets_the_processor(
 
 
 def test_one_that_is_taken_before_anybody_has_read_that_it_is_ready_becomes_a_rank(
-    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    standbys: StandbyPool,
+    launch: LaunchSpec,
+    env: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is left unread in a socket that closes is an error on its other end, which must not end a rank in silence."""
-    monkeypatch.setattr("orchestrator.agent.standby_pool._has_told", lambda line: False)
-    standbys.keep(RUN, launch, env)
+    monkeypatch.setattr("orchestrator.agent.standby_pool._has_imported", lambda line: False)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: standbys._waiting, "one that imports")
     (one,) = standbys._waiting
 
     def told() -> bool:
         try:
-            return one.line.recv(1, socket.MSG_PEEK) == standby.READY
+            return one.channel.recv(1, socket.MSG_PEEK) == standby.READY
         except BlockingIOError:
             return False
 
@@ -203,7 +211,7 @@ def test_one_that_is_taken_before_anybody_has_read_that_it_is_ready_becomes_a_ra
 
 
 def test_one_whose_imports_fail_after_it_was_taken_says_why_in_the_log_of_its_rank(
-    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+    standbys: StandbyPool, launch: LaunchSpec, env: dict[str, str], tmp_path: Path
 ) -> None:
     go = tmp_path / "go"
     package = Path(launch.code) / "trainer"
@@ -211,7 +219,7 @@ def test_one_whose_imports_fail_after_it_was_taken_says_why_in_the_log_of_its_ra
         f"import os, time\nwhile not os.path.exists({str(go)!r}):\n    time.sleep(0.01)\nraise RuntimeError('no driver')\n"
     )
     (package / "__main__.py").write_text("import trainer.loop\n")
-    standbys.keep(RUN, launch, env)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: standbys._waiting, "one that imports")
     pid, ended = take(standbys, launch, env, tmp_path / "log")
     go.touch()
@@ -220,9 +228,9 @@ def test_one_whose_imports_fail_after_it_was_taken_says_why_in_the_log_of_its_ra
 
 
 def test_one_that_has_died_is_passed_over_and_replaced(
-    standbys: Standbys, launch: Launch, env: dict[str, str], tmp_path: Path
+    standbys: StandbyPool, launch: LaunchSpec, env: dict[str, str], tmp_path: Path
 ) -> None:
-    standbys.keep(RUN, launch, env)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: standbys.ready == 2, "standbys")
     dead = [one.process.pid for one in standbys._waiting]
     for pid in dead:
@@ -235,12 +243,12 @@ def test_one_that_has_died_is_passed_over_and_replaced(
 
 
 def test_a_program_that_cannot_be_imported_is_left_alone(
-    standbys: Standbys, spawner: Spawner, launch: Launch, env: dict[str, str], tmp_path: Path
+    standbys: StandbyPool, spawner: Spawner, launch: LaunchSpec, env: dict[str, str], tmp_path: Path
 ) -> None:
     loop = Path(launch.code) / "trainer" / "loop.py"
     tries = tmp_path / "tries"
     loop.write_text(f"open({str(tries)!r}, 'a').write('x')\nraise RuntimeError\n")
-    standbys.keep(RUN, launch, env)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: tries.exists() and len(tries.read_text()) == 3 and not spawner.pids(), "three tries")
     standbys._wake.set()
     standbys._balance(0.0)
@@ -248,7 +256,7 @@ def test_a_program_that_cannot_be_imported_is_left_alone(
     assert take(standbys, launch, env, tmp_path / "log")[0] == 0
 
 
-def test_one_that_ends_before_it_is_listed_holds_no_other_up(launch: Launch, env: dict[str, str]) -> None:
+def test_one_that_ends_before_it_is_listed_holds_no_other_up(launch: LaunchSpec, env: dict[str, str]) -> None:
     class Process:
         pid = 2**31 - 1
         returncode = 1
@@ -258,16 +266,16 @@ def test_one_that_ends_before_it_is_listed_holds_no_other_up(launch: Launch, env
 
         made = 0
 
-        def start(self, words: object, env: object, ended: Ended, **_: object) -> Future[Process]:
+        def start(self, words: object, env: object, ended: ExitCallback, **_: object) -> Future[Process]:
             self.made += 1
-            ended(Process.pid, Exit(1, 0.0))
+            ended(Process.pid, ProcessExit(1, 0.0))
             future: Future[Process] = Future()
             future.set_result(Process())
             return future
 
     eager = Eager()
-    standbys = Standbys(eager)  # type: ignore[arg-type]
-    standbys.keep(RUN, launch, env)
+    standbys = StandbyPool(eager)  # type: ignore[arg-type]
+    standbys.prewarm(RUN, launch, env)
     until(lambda: eager.made == 3 and not standbys._waiting, "three tries")
     standbys._balance(0.0)
     assert eager.made == 3
@@ -275,22 +283,26 @@ def test_one_that_ends_before_it_is_listed_holds_no_other_up(launch: Launch, env
 
 
 def test_they_can_be_fewer_or_off_and_end_when_nobody_needs_them(
-    standbys: Standbys, spawner: Spawner, launch: Launch, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    standbys: StandbyPool,
+    spawner: Spawner,
+    launch: LaunchSpec,
+    env: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    standbys.keep("off", launch, env | {"MEGARAY_STANDBYS": "0"})
-    standbys.keep("measures", replace(launch, program=("-m", "faulttol", "run")), env)
-    assert not standbys._needs
-    standbys.keep(RUN, launch, env | {"MEGARAY_STANDBYS": "1"})
+    standbys.prewarm("off", launch, env | {"MEGARAY_STANDBYS": "0"})
+    standbys.prewarm("measures", replace(launch, program=("-m", "faulttol", "run")), env)
+    assert not standbys._demands
+    standbys.prewarm(RUN, launch, env | {"MEGARAY_STANDBYS": "1"})
     until(lambda: standbys.ready == 1, "one")
     standbys._balance(0.0)
     assert len(spawner.pids()) == 1
     monkeypatch.setattr("orchestrator.agent.standby_pool._LINGER_SECONDS", 0.0)
-    standbys.drop(RUN)
+    standbys.release(RUN)
     until(lambda: not spawner.pids(), "its end")
 
 
 def test_one_that_is_being_started_while_the_agent_closes_ends_too(
-    launch: Launch, env: dict[str, str]
+    launch: LaunchSpec, env: dict[str, str]
 ) -> None:
     began, closed = threading.Event(), threading.Event()
 
@@ -305,8 +317,8 @@ def test_one_that_is_being_started_while_the_agent_closes_ends_too(
             return future
 
     slow = SlowSpawner()
-    standbys = Standbys(slow)
-    standbys.keep(RUN, launch, env)
+    standbys = StandbyPool(slow)
+    standbys.prewarm(RUN, launch, env)
     assert began.wait(60)
     standbys.close()
     closed.set()
@@ -314,7 +326,9 @@ def test_one_that_is_being_started_while_the_agent_closes_ends_too(
 
 
 @pytest.mark.parametrize("when", ["imports", "waits"])
-def test_one_ends_by_itself_where_its_agent_is_killed(launch: Launch, env: dict[str, str], when: str) -> None:
+def test_one_ends_by_itself_where_its_agent_is_killed(
+    launch: LaunchSpec, env: dict[str, str], when: str
+) -> None:
     importing = str(Path(launch.code) / "importing") if when == "imports" else ""
     if importing:
         slow = f"import time\nopen({importing!r}, 'w').close()\ntime.sleep(600)\n"
@@ -326,20 +340,20 @@ def test_one_ends_by_itself_where_its_agent_is_killed(launch: Launch, env: dict[
     assert agent.stdout is not None
     pid = int(agent.stdout.readline())
     try:
-        assert pid in attempt_processes.table()
+        assert pid in attempt_processes.process_table()
         agent.kill()
         agent.wait()
-        until(lambda: pid not in attempt_processes.table(), "its end")
+        until(lambda: pid not in attempt_processes.process_table(), "its end")
     finally:
         agent.kill()
         agent.wait()
-        attempt_processes.end([pid], signal.SIGKILL)
+        attempt_processes.send_signal([pid], signal.SIGKILL)
 
 
 def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
-    standbys: Standbys, launch: Launch, env: dict[str, str], idle: dict[str, str], tmp_path: Path
+    standbys: StandbyPool, launch: LaunchSpec, env: dict[str, str], idle: dict[str, str], tmp_path: Path
 ) -> None:
-    standbys.expect(2, idle)
+    standbys.set_idle_target(2, idle)
     until(lambda: standbys.ready == 2, "two for two devices")
     assert not take(standbys, launch, env | {"OMP_NUM_THREADS": "7"}, tmp_path / "log")[0], "read too early"
     assert not take(standbys, replace(launch, program=("-m", "faulttol", "run")), env, tmp_path / "log")[0]
@@ -355,36 +369,36 @@ def test_libraries_alone_serve_the_first_gang_of_whichever_run_comes(
 
 
 def test_libraries_give_way_to_a_gang_and_come_back_after_it(
-    standbys: Standbys, spawner: Spawner, launch: Launch, env: dict[str, str], idle: dict[str, str],
+    standbys: StandbyPool, spawner: Spawner, launch: LaunchSpec, env: dict[str, str], idle: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     def kinds() -> set[str]:
         return {one.kind.module for one in list(standbys._waiting)}
 
     monkeypatch.setattr("orchestrator.agent.standby_pool._LINGER_SECONDS", 0.0)
-    standbys.expect(1, idle)
+    standbys.set_idle_target(1, idle)
     until(lambda: kinds() == {""}, "the node's own")
-    standbys.rest(RUN)
+    standbys.pause(RUN)
     until(lambda: not spawner.pids(), "room for ranks that start")
-    standbys.keep(RUN, launch, env)
+    standbys.prewarm(RUN, launch, env)
     until(lambda: kinds() == {"trainer"}, "its program")
-    standbys.drop(RUN)
+    standbys.release(RUN)
     until(lambda: kinds() == {""}, "the node's own again")
-    standbys.expect(1, idle | {"MEGARAY_STANDBYS": "0"})
+    standbys.set_idle_target(1, idle | {"MEGARAY_STANDBYS": "0"})
     until(lambda: not spawner.pids(), "none where none are wanted")
 
 
-def test_a_gang_that_never_trains_bars_no_other(standbys: Standbys, idle: dict[str, str]) -> None:
-    standbys.expect(1, idle)
-    standbys.rest(RUN)
-    standbys.drop(RUN)
+def test_a_gang_that_never_trains_bars_no_other(standbys: StandbyPool, idle: dict[str, str]) -> None:
+    standbys.set_idle_target(1, idle)
+    standbys.pause(RUN)
+    standbys.release(RUN)
     until(lambda: standbys._waiting, "the node's own")
 
 
 def test_an_agent_of_devices_has_interpreters_waiting(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     expected: list[tuple[int, str, bool]] = []
     monkeypatch.setattr(
-        Standbys, "expect",
+        StandbyPool, "set_idle_target",
         lambda _, ranks, env: expected.append((ranks, env["LOCAL_WORLD_SIZE"], "CUDA_VISIBLE_DEVICES" in env)),
     )  # fmt: skip
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

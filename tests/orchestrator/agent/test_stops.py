@@ -18,7 +18,7 @@ from orchestrator.agent import attempt as attempts
 from orchestrator.agent import attempt_processes, devices
 from orchestrator.agent.agent import NodeAgent
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport
-from orchestrator.control.gang import Want
+from orchestrator.control.gang import DesiredState
 from tests.orchestrator.agent.local_runtime import until
 from tests.orchestrator.agent.one_agent import SLEEP, alive, attend_until, order, started, text
 
@@ -49,7 +49,7 @@ def hold(agent: NodeAgent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     # So it isn't killed either, and stays as it is.
     monkeypatch.setattr(proc, "runs", lambda pid: pid not in held and real(pid))
     yield held.add
-    attempt_processes.end(held, signal.SIGKILL)
+    attempt_processes.send_signal(held, signal.SIGKILL)
 
 
 def on_devices(agent: NodeAgent, run: RunPaths, attempt: int = 1, body: str = "pass") -> AttemptReport:
@@ -83,7 +83,9 @@ def test_device_memory_is_waited_for_and_what_stays_is_told(
     tool("100\n")
     on_devices(agent, run)
     tool("40000\n")
-    stopping = attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    stopping = attend_until(
+        agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED
+    )
     assert "device 0 still holds 39.0 GiB" in stopping.unfit and "GPU-bb" in stopping.unfit
 
 
@@ -93,7 +95,7 @@ def test_the_tool_is_asked_once_between_two_attempts(
     """It takes up to a second, in which nobody trains."""
     tool("100\n")
     on_devices(agent, run)
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     on_devices(agent, run, attempt=2)
     assert (tmp_path / "calls").read_text() == "\n" * 2, "before the first, and for its end"
 
@@ -102,7 +104,7 @@ def ending_rank(agent: NodeAgent, run: RunPaths, hold: Callable[[int], None]) ->
     """One rank of an attempt on devices that runs no more and isn't gone."""
     pid = on_devices(agent, run).pids[0]
     hold(pid)
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     return pid
 
 
@@ -117,20 +119,24 @@ def test_the_next_attempt_starts_while_the_kernel_takes_back_what_the_last_one_h
     ending = on_devices(agent, run, body=GATE).pids[0]
     until(lambda: text(run, 0).split() == ["here", "none"], "that nothing is waited for at first")
     hold(ending)
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     tool("40000\n")
     on_devices(agent, run, attempt=2, body=GATE)
     until(lambda: len(text(run, 0, attempt=2).split()) == 2, "that it says what it waits for")
     gate = Path(text(run, 0, attempt=2).split()[1])
     assert gate.parent.is_dir() and not gate.exists() and alive(ending)
-    assert agent.attend(order(run, Want.STOPPED)).phase is AttemptPhase.ENDING, "its slots aren't free yet"
+    assert agent.reconcile(order(run, DesiredState.STOPPED)).phase is AttemptPhase.ENDING, (
+        "its slots aren't free yet"
+    )
     os.kill(ending, signal.SIGKILL)
     until(gate.exists, "that the ranks may take the memory")
-    last = attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    last = attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     assert not last.unfit, "what the next attempt holds isn't its own"
     assert (tmp_path / "calls").read_text() == "\n", "before the first, and no more"
     tool("100\n")
-    last = attend_until(agent, order(run, Want.STOPPED, attempt=2), lambda a: a.phase is AttemptPhase.STOPPED)
+    last = attend_until(
+        agent, order(run, DesiredState.STOPPED, attempt=2), lambda a: a.phase is AttemptPhase.STOPPED
+    )
     assert not last.unfit, "it is compared with what was in use before the first"
 
 
@@ -140,12 +146,12 @@ def test_a_program_that_knows_of_no_gate_starts_once_the_last_one_is_gone(
     tool("100\n")
     ending = ending_rank(agent, run, hold)
     begin = ready_on_devices(agent, run, attempt=2)
-    agent.attend(begin)
+    agent.reconcile(begin)
     time.sleep(0.5)  # it would have started by then
-    assert agent.attend(begin).phase is AttemptPhase.READY and not text(run, 0, attempt=2)
+    assert agent.reconcile(begin).phase is AttemptPhase.READY and not text(run, 0, attempt=2)
     os.kill(ending, signal.SIGKILL)
     attend_until(agent, begin, lambda a: a.phase is AttemptPhase.RUNNING)
-    last = order(run, Want.STOPPED, attempt=2)
+    last = order(run, DesiredState.STOPPED, attempt=2)
     attend_until(agent, last, lambda a: a.phase is AttemptPhase.STOPPED)
 
 
@@ -154,8 +160,8 @@ def test_a_start_that_waits_for_the_last_one_can_be_stopped(
 ) -> None:
     tool("100\n")
     ending_rank(agent, run, hold)
-    agent.attend(ready_on_devices(agent, run, attempt=2))
-    last = order(run, Want.STOPPED, attempt=2)
+    agent.reconcile(ready_on_devices(agent, run, attempt=2))
+    last = order(run, DesiredState.STOPPED, attempt=2)
     attend_until(agent, last, lambda a: a.phase is AttemptPhase.STOPPED)
     assert not text(run, 0, attempt=2)
 
@@ -167,7 +173,7 @@ def test_what_never_ends_is_the_fault_of_the_node_for_the_next_attempt_too(
     monkeypatch.setattr(attempt_processes, "KILL_SECONDS", 1.0)
     ending = ending_rank(agent, run, hold)
     on_devices(agent, run, attempt=2)
-    following = attend_until(agent, order(run, Want.WATCHED, attempt=2), lambda a: bool(a.unfit))
+    following = attend_until(agent, order(run, DesiredState.WATCHED, attempt=2), lambda a: bool(a.unfit))
     assert following.unfit.startswith(f"processes that SIGKILL doesn't end: {ending} (")
 
 
@@ -176,7 +182,7 @@ def test_a_run_on_cores_waits_for_no_device(
 ) -> None:
     ending = started(agent, run).pids[0]
     hold(ending)
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.ENDING)
     started(agent, run, body=GATE, attempt=2)
     until(lambda: text(run, 0, attempt=2).split() == ["here", "none"], "that it says so")
 
@@ -187,12 +193,12 @@ def test_a_run_on_cores_waits_for_no_device(
 )
 def test_memory_that_the_tool_does_not_know_is_unknown_and_holds_nothing_up(tool: Tool, words: str) -> None:
     tool(f"{words}\n")
-    usage = devices.used(DEVICES)
+    usage = devices.memory_in_use(DEVICES)
     if words.startswith("7"):
         assert usage.used == {"0": 7 << 20, "GPU-bb": 7 << 20} and not usage.unknown
     else:
         assert usage.used == {} and usage.unknown == "nvidia-smi gives no memory in use of device 0, GPU-bb"
-    assert devices.held(usage, {}) == ""
+    assert devices.describe_excess(usage, {}) == ""
 
 
 @pytest.mark.parametrize("texts", [("100", "[Unknown Error]"), ("[GPU requires reset]", "100")])
@@ -202,10 +208,10 @@ def test_a_device_with_a_fault_neither_bars_a_start_nor_holds_a_stop_up(
     tool(f"{texts[0]}\n")
     on_devices(agent, run)
     tool(f"{texts[1]}\n")
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
 
 
-@pytest.mark.parametrize("step", ["_end_ranks", "_left", "_close_chronicle", "_await_devices"])
+@pytest.mark.parametrize("step", ["_end_ranks", "_remaining_pids", "_close_activity", "_await_devices"])
 def test_a_stop_ends_whatever_fails_in_it_and_says_what_did(
     agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -215,31 +221,33 @@ def test_a_stop_ends_whatever_fails_in_it_and_says_what_did(
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(attempts.Attempt, step, fail)
-    stopped = attend_until(agent, order(run, Want.RELEASED), lambda a: a.phase is AttemptPhase.STOPPED)
+    stopped = attend_until(
+        agent, order(run, DesiredState.RELEASED), lambda a: a.phase is AttemptPhase.STOPPED
+    )
     assert stopped.unfit == "the ranks' end isn't certain: OSError: [Errno 24] Too many open files"
-    if step != "_left":  # a rank's end is known a moment before it is taken leave of
+    if step != "_remaining_pids":  # a rank's end is known a moment before it is taken leave of
         until(lambda: proc.state(pid) == "", "that it is gone")
-    assert (proc.state(pid) == "") is (step != "_left"), "the other steps were taken"
-    attempt_processes.end([pid], signal.SIGKILL)
+    assert (proc.state(pid) == "") is (step != "_remaining_pids"), "the other steps were taken"
+    attempt_processes.send_signal([pid], signal.SIGKILL)
 
 
 def test_a_rank_is_known_by_its_id_until_its_end_alone(
     agent: NodeAgent, run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends: list[Mapping[int, float]] = []
-    real = attempt_processes.of_attempt
+    real = attempt_processes.attempt_pids
 
     def look(mark: str, leaders: Mapping[int, float]) -> list[int]:
         ends.append(leaders)
         return real(mark, leaders)
 
-    monkeypatch.setattr(attempt_processes, "of_attempt", look)
+    monkeypatch.setattr(attempt_processes, "attempt_pids", look)
     pid = started(agent, run).pids[0]
     os.kill(pid, signal.SIGKILL)
     answer = attend_until(
-        agent, order(run, Want.WATCHED), lambda a: any(one.exit_code == -9 for one in a.report.ranks)
+        agent, order(run, DesiredState.WATCHED), lambda a: any(one.exit_code == -9 for one in a.report.ranks)
     )
-    attend_until(agent, order(run, Want.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
+    attend_until(agent, order(run, DesiredState.STOPPED), lambda a: a.phase is AttemptPhase.STOPPED)
     ended = next(one.exit_time for one in answer.report.ranks)
     assert ends and all(one == {pid: ended} for one in ends)
 

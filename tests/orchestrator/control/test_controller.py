@@ -13,7 +13,7 @@ from configs.compose import compose, dump
 from configs.errors import UserError
 from configs.paths import HomePaths
 from orchestrator.control.controller import Controller
-from orchestrator.control.gang import GangSpec, Want
+from orchestrator.control.gang import DesiredState, GangSpec
 from orchestrator.decide.queue import QueuePolicy
 from orchestrator.record.events import Amended, Event, GangShape, Submitted
 from orchestrator.record.log import Fenced, read
@@ -270,11 +270,11 @@ def test_two_cancels_at_once_and_one_that_is_in_a_hurry(world: Sim) -> None:
     world.turn(5)
     ensure, graces = world.runtime.ensure, list[float]()
 
-    def slow(spec: GangSpec, want: Want, grace: float = 0.0) -> None:
-        if want is Want.STOPPED and grace > 0:
+    def slow(spec: GangSpec, desired: DesiredState, grace: float = 0.0) -> None:
+        if desired is DesiredState.STOPPED and grace > 0:
             graces.append(grace)  # the ranks take their time
         else:
-            ensure(spec, want, grace)
+            ensure(spec, desired, grace)
 
     world.runtime.ensure = slow  # type: ignore[method-assign]
     assert world.controller.cancel("a") == "cancelling a"

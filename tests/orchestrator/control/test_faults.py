@@ -389,7 +389,7 @@ def test_a_hang_keeps_the_stacks_before_anything_is_killed(world: Sim) -> None:
     world.runtime.hung = {0: world.clock.now, 1: world.clock.now}
     order: list[str] = []
     ensure, collect = world.runtime.ensure, world.runtime.collect
-    world.runtime.ensure = lambda spec, want, grace=0.0: (order.append(want), ensure(spec, want, grace))[1]  # type: ignore[method-assign]
+    world.runtime.ensure = lambda spec, state, grace=0.0: (order.append(state), ensure(spec, state, grace))[1]  # type: ignore[method-assign]
     world.runtime.collect = lambda spec, request: (order.append("collect"), collect(spec, request))[1]  # type: ignore[method-assign]
     world.turn(40)
     first = [act for act in dict.fromkeys(order) if act in ("collect", "stopped")]

@@ -13,7 +13,7 @@ import pytest
 
 from configs.metrics import EndedLine
 from orchestrator.control import scheduler
-from orchestrator.control.gang import GangSpec, GangStatus, Want
+from orchestrator.control.gang import DesiredState, GangSpec, GangStatus
 from orchestrator.control.orphans import EVERY_SECONDS
 from orchestrator.decide.queue import QueuePolicy
 from orchestrator.record import log as logs
@@ -76,9 +76,9 @@ def test_slots_whose_release_nobody_acknowledged_are_given_back_later(world: Sim
     world.turn(5)
     ensure, status = world.runtime.ensure, world.runtime.status
 
-    def deaf(spec: GangSpec, want: Want, grace: float = 0.0) -> None:
-        if want not in (Want.STOPPED, Want.RELEASED):
-            ensure(spec, want, grace)
+    def deaf(spec: GangSpec, desired: DesiredState, grace: float = 0.0) -> None:
+        if desired not in (DesiredState.STOPPED, DesiredState.RELEASED):
+            ensure(spec, desired, grace)
 
     world.runtime.ensure = deaf  # type: ignore[method-assign]
     slow_to_stop(world, float("inf"))
@@ -107,15 +107,15 @@ def test_a_run_that_completes_while_it_is_made_to_stop_has_succeeded(tmp_path: P
     world.turn(15)
     real = world.runtime.ensure
 
-    def ensure(spec: GangSpec, want: Want, grace: float = 0.0) -> None:
+    def ensure(spec: GangSpec, desired: DesiredState, grace: float = 0.0) -> None:
         gang = world.world.gangs.get(spec.key)
-        if want is Want.STOPPED and gang is not None and gang.ended is None:
+        if desired is DesiredState.STOPPED and gang is not None and gang.ended is None:
             world.clock.now += 10  # its last steps, before it looks for the signal
             world.runtime._train(gang)
             gang.ended = world.clock.now
             assert gang.finished and not gang.deaths
         else:
-            real(spec, want, grace)
+            real(spec, desired, grace)
 
     world.runtime.ensure = ensure  # type: ignore[method-assign]
     placed = world.view("a").placed
