@@ -175,7 +175,7 @@ def _status(call: CommandCall) -> int:
     reader = summaries.RunReader(call.home.existing(call.options.run))
     queue = summaries.read_queue(call.home)
     row, incidents = reader.summary(queue), reader.incidents()
-    silent = "" if row.terminal else summaries.silence(queue, time.time())
+    silent = "" if row.terminal else summaries.controller_silence(queue, time.time())
     call.report(
         console.status(row, incidents, silent), asdict(row) | {"incidents": incidents, "silent": silent}
     )

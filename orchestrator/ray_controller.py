@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from configs.errors import UserError
 from configs.paths import HomePaths
 from orchestrator.control.controller import Controller
-from orchestrator.control.epochs import STALE
+from orchestrator.control.epochs import STALE_SECONDS
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.ray_runtime import RayRuntime
 from orchestrator.record import clock
@@ -73,7 +73,7 @@ class ControllerActor:
         Where that isn't this actor's next process, Ray mustn't start one: two actors would replace each other without end.
         """
         with contextlib.suppress(Exception):
-            if self._controller.epoch.by_another():
+            if self._controller.epoch.superseded_by_other():
                 ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
                 time.sleep(_KILL_SECONDS)
         os._exit(0)
@@ -112,11 +112,13 @@ class ControllerActor:
 
 def _with_patience(home: HomePaths, runtime: RayRuntime) -> Controller:
     """A controller, once one of another cluster that has just ended counts as gone."""
-    deadline = time.monotonic() + STALE + 2.0
+    deadline = time.monotonic() + STALE_SECONDS + 2.0
     while True:
         try:
             context = ray.get_runtime_context()
-            return Controller(home, runtime, clock.system, context.gcs_address, str(context.get_actor_id()))
+            return Controller(
+                home, runtime, clock.system_clock, context.gcs_address, str(context.get_actor_id())
+            )
         except UserError:
             if time.monotonic() > deadline:
                 raise

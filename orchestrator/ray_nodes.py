@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group_table
 
 from orchestrator import ray_agent
 from orchestrator.agent.checks import NodeHealth
-from orchestrator.decide.foreign_usage import LOOKS, Holdings, unheld
+from orchestrator.decide.foreign_usage import SAMPLES, UsageSample, free_slots
 from orchestrator.decide.placement import Node
 
 log = logging.getLogger("megaray.runtime")
@@ -60,7 +60,7 @@ class RayNodes:
         """When Ray last gave the list."""
         self._groups: frozenset[str] = frozenset()
         """Names of the placement groups that there were at the newest look."""
-        self._holdings: list[Holdings] = []
+        self._holdings: list[UsageSample] = []
         """Of the newest looks, the newest first."""
         self._let_go: dict[str, float] = {}
         """Group -> when it was let go."""
@@ -88,7 +88,7 @@ class RayNodes:
             self._let_go = {name: at for name, at in self._let_go.items() if now - at < _SETTLING_SECONDS}
             ours = {*own, *self._let_go}
             return [
-                replace(node, barred=self._barred(node), free=unheld(node, self._holdings, ours))
+                replace(node, barred=self._barred(node), free=free_slots(node, self._holdings, ours))
                 for node in self._nodes
             ]
 
@@ -121,7 +121,7 @@ class RayNodes:
                 seen = self._look_at_holdings()
                 with self._lock:
                     self._nodes, self._listed = live, time.monotonic()
-                    self._holdings = [seen, *self._holdings][:LOOKS] if seen else []
+                    self._holdings = [seen, *self._holdings][:SAMPLES] if seen else []
                 self._first.set()
                 self._look(live)
             except Exception:  # the next look may go well; a list that gets too old is refused
@@ -129,7 +129,7 @@ class RayNodes:
             wait = (time.monotonic() - began) / _LOOK_SHARE
             self._closed.wait(min(max(_REFRESH_SECONDS, wait), _LONGEST_REFRESH))
 
-    def _look_at_holdings(self) -> Holdings | None:
+    def _look_at_holdings(self) -> UsageSample | None:
         """Who holds slots now; None where Ray doesn't say, and placement meets it when slots aren't granted."""
         try:
             groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
@@ -202,7 +202,7 @@ class RayNodes:
             check.call, check.looked = None, looked
 
 
-def _holdings(listed: list[dict[str, Any]]) -> Holdings:
+def _holdings(listed: list[dict[str, Any]]) -> UsageSample:
     # Loaded here: Ray marks it for developers and keeps it private. Its public calls give sums over all nodes alone.
     from ray._private.state import available_resources_per_node
 
@@ -212,7 +212,7 @@ def _holdings(listed: list[dict[str, Any]]) -> Holdings:
             held = groups.setdefault(node_id, {}).setdefault(group["name"], {})
             for resource, amount in group["bundles"][index].items():
                 held[resource] = held.get(resource, 0.0) + amount
-    return Holdings(available_resources_per_node(), groups)
+    return UsageSample(available_resources_per_node(), groups)
 
 
 def _node(row: dict[str, Any]) -> Node:

@@ -68,7 +68,7 @@ class ActivityWriter:
     def _write_looks(self) -> None:
         looks = self._look()
         if looks and looks != self._written:
-            rank_status.write(self._folder, self._node, looks, steady.now())
+            rank_status.write_statuses(self._folder, self._node, looks, steady.now())
             self._written = looks
 
     def _guarded(self, act: Callable[[], None]) -> None:

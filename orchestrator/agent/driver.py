@@ -67,7 +67,7 @@ class GangDriver:
 
     Args:
         transport: reaches agents and holds slots.
-        wall: seconds since the epoch that never step, as the controller tells the time to `AgentReport.told_at`.
+        wall: seconds since the epoch that never step, as the controller tells the time to `AgentReport.with_clock`.
     """
 
     def __init__(self, transport: AgentTransport, wall: Callable[[], float] = steady.now) -> None:

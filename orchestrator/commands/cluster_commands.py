@@ -309,7 +309,7 @@ def resume(call: CommandCall) -> int:
                 return 1
         resumption = replace(resumption, code=str(snapshot(call.home, code_state())))
         if resumption.code_changed:
-            before = resumption.view.asked.code or "the installed packages"
+            before = resumption.view.request.code or "the installed packages"
             call.note(f"it continues with the code as it is now, {resumption.code}; before: {before}")
         if place:
             controller = ControllerClient.connect(call.home)

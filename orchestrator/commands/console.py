@@ -9,7 +9,7 @@ from configs.paths import RunPaths
 from orchestrator import PROGRAM
 from orchestrator.commands.text import clean, clock, count, indented, plural, short, span, table
 from orchestrator.record.states import State
-from orchestrator.record.summaries import Listing, RunSummary
+from orchestrator.record.summaries import RunListing, RunSummary
 
 _PLACES = ("rail", "rack", "nvlink")
 """Labels of a node that placement uses."""
@@ -34,7 +34,7 @@ def run_list(rows: Sequence[RunSummary], damage: Sequence[str] = (), silent: str
     return table([head, *body], right=(3, 4, 5, 6, 7, 8, 9)) + broken
 
 
-def list_notes(listing: Listing) -> list[str]:
+def list_notes(listing: RunListing) -> list[str]:
     """What `list --json` writes to standard error, a line each: its rows have no place for it."""
     notes = [f"megaray: {listing.silent}"] if listing.silent else []
     return notes + [f"megaray: damaged: {clean(text)}" for text in listing.damage]

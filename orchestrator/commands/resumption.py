@@ -48,7 +48,7 @@ class Resumption:
             UserError: for an override that the run can't take, and for checkpoints that can't be read.
         """
         view = RunLogReader.of(run).view
-        submitted = view.asked
+        submitted = view.request
         old = load(run.config_of(view.amendments))
         changes.refuse(old, overrides, run.run_id)
         config = changes.amended(old, overrides, _chosen(run), submitted.gang.nodes) if overrides else old
@@ -132,7 +132,7 @@ class Resumption:
     @property
     def code_changed(self) -> bool:
         """It continues with other code than it ran before."""
-        return bool(self.code) and self.code != self.view.asked.code
+        return bool(self.code) and self.code != self.view.request.code
 
     def event(self) -> Amended | None:
         """What changes; None where nothing does."""

@@ -78,7 +78,7 @@ class Picture:
     ranks: list[RankActivity] = field(default_factory=list)
     happened: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT))
     silent: str = ""
-    """`summaries.silence`."""
+    """`summaries.controller_silence`."""
     ended: State | None = None
 
     def take(self, items: Iterable[Event | MetricLine]) -> None:
@@ -285,7 +285,7 @@ def watch(
                 picture.take(follower.poll())
                 queue = summaries.read_queue(home)
                 picture.row = reader.summary(queue)
-                picture.silent = summaries.silence(queue, time.time())
+                picture.silent = summaries.controller_silence(queue, time.time())
                 if now() - looked >= _RANKS_EVERY:
                     looked, picture.ranks = now(), ranks.read(picture.row.attempt)
                 columns, height = shutil.get_terminal_size()
@@ -330,7 +330,7 @@ def watch_list(
         sleep(_LIST_EVERY)
 
 
-def _listed(listing: summaries.Listing, width: int, height: int) -> list[Text]:
+def _listed(listing: summaries.RunListing, width: int, height: int) -> list[Text]:
     """As many runs as there is room for: active ones first, then the newest that have ended; oldest on top."""
     going = [row for row in listing.rows if not row.terminal]
     ended = [row for row in listing.rows if row.terminal]

@@ -105,12 +105,12 @@ def watch(
             if isinstance(item, Event) and isinstance(item.payload, StateMoved):
                 state = item.payload.to
         if newest is not None:
-            line.update(_newest(newest, reader.update().asked.steps))
+            line.update(_newest(newest, reader.update().request.steps))
         if state is not None and state.terminal:
             line.end()
             return state
         queue = summaries.read_queue(home)
-        before, silent = silent, summaries.silence(queue, time.time())
+        before, silent = silent, summaries.controller_silence(queue, time.time())
         if bool(silent) != bool(before):  # said once, though its seconds pass
             line.above(silent or "the controller is back")
         row = reader.summary(queue)

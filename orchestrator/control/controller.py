@@ -21,13 +21,13 @@ from configs.errors import UserError
 from configs.paths import HomePaths, write_whole
 from orchestrator.control.epochs import Epoch, claim
 from orchestrator.control.gang import GangRuntime
-from orchestrator.control.node_controller import NodesControl
-from orchestrator.control.orphans import Orphans
+from orchestrator.control.node_controller import NodeController
+from orchestrator.control.orphans import OrphanCollector
 from orchestrator.control.publish import Publisher
-from orchestrator.control.run_controller import RunControl, cancelled_so, resumed_so
-from orchestrator.control.scheduler import Queueing
+from orchestrator.control.run_controller import RunController, was_cancelled_by, was_resumed_with
+from orchestrator.control.scheduler import Scheduler
 from orchestrator.decide import backoff
-from orchestrator.record.clock import Clock, Now
+from orchestrator.record.clock import Clock, Instant
 from orchestrator.record.events import Amended, StateMoved, Submitted
 from orchestrator.record.log import Fenced
 from orchestrator.record.run_log import RunLog, RunLogReader
@@ -64,11 +64,11 @@ class Controller:
     ) -> None:
         self._home, self._runtime, self._clock = home, runtime, clock
         self.epoch: Epoch = claim(home, cluster, actor=actor)
-        self._runs: dict[str, RunControl] = {}
-        self._queueing = Queueing(home, runtime)
+        self._runs: dict[str, RunController] = {}
+        self._scheduler = Scheduler(home, runtime)
         self._publisher = Publisher(home, self.epoch.number)
-        self._orphans = Orphans(home, runtime, self.epoch.number)
-        self._nodes: NodesControl | None = None
+        self._orphans = OrphanCollector(home, runtime, self.epoch.number)
+        self._nodes: NodeController | None = None
         self._trouble: dict[str, str] = {}
         """What could not be done in the newest turn, by its part."""
         self._damage: dict[str, tuple[str, ...]] = {}
@@ -107,17 +107,17 @@ class Controller:
         control = self._runs.get(run_id)
         if control is None:
             view = self._view(run_id)
-            if cancelled_so(view, by):  # said again, as after a lost answer, it is not a mistake
+            if was_cancelled_by(view, by):  # said again, as after a lost answer, it is not a mistake
                 return f"run '{run_id}' is cancelled already"
             if view.state is not None and view.state.terminal:
                 raise UserError(f"run '{run_id}' is {view.state} already; nothing to cancel")
-            raise UserError(f"run '{run_id}' {self._why_not(run_id)}")
+            raise UserError(f"run '{run_id}' {self._unhandled_reason(run_id)}")
         again = control.view.state is State.CANCELLING
         control.cancel(Reason.CANCEL_ASKED, self._clock(), 0.0 if at_once else self._grace(control), by)
         self.turn()
         return f"run '{run_id}' is being cancelled already" if again else f"cancelling {run_id}"
 
-    def _grace(self, control: RunControl) -> float:
+    def _grace(self, control: RunController) -> float:
         """Seconds that a run's ranks get to save; none where its configuration can't be read."""
         try:
             return control.config().resilience.timeouts.seconds("stop")
@@ -137,7 +137,7 @@ class Controller:
             UserError: where it is active or has succeeded, was resumed by somebody else meanwhile, or can't be written.
         """
         if run_id in self._runs:
-            if resumed_so(self._home.run(run_id), amended, by):  # said again, as after a lost answer
+            if was_resumed_with(self._home.run(run_id), amended, by):  # said again, as after a lost answer
                 return
             raise UserError(
                 f"run '{run_id}' is {self._runs[run_id].view.state}; only a failed or cancelled run resumes"
@@ -149,7 +149,7 @@ class Controller:
                 "submit a new run, with a larger train.steps to train on"
             )
         if state is None or not state.terminal:
-            raise UserError(f"run '{run_id}' {self._why_not(run_id)}")
+            raise UserError(f"run '{run_id}' {self._unhandled_reason(run_id)}")
         now = self._clock()
         with _or_closed(self._control(run_id, now)) as control:
             if amended is not None:
@@ -163,9 +163,9 @@ class Controller:
         try:
             return RunLogReader.of(self._home.existing(run_id)).view
         except OSError as error:
-            raise UserError(f"run '{run_id}' can't be handled: {_told(error)}") from None
+            raise UserError(f"run '{run_id}' can't be handled: {_error_line(error)}") from None
 
-    def _why_not(self, run_id: str) -> str:
+    def _unhandled_reason(self, run_id: str) -> str:
         """Why an active run isn't in the controller's hands."""
         return f"can't be handled: {self._trouble.get(run_id, 'its log was not opened yet; ask again in a moment')}"
 
@@ -212,8 +212,8 @@ class Controller:
         self.epoch.check()
         self.epoch.beat()
         self._open_runs(now)
-        with self._apart("nodes"):
-            self._nodes = self._nodes or NodesControl(
+        with self._isolate_errors("nodes"):
+            self._nodes = self._nodes or NodeController(
                 self._home, self._runtime, self.epoch.number, now, self.epoch.check
             )
             placed = (control.view.placed for control in self._runs.values())
@@ -222,18 +222,18 @@ class Controller:
         for run_id, control in list(self._runs.items()):
             self._turn_run(run_id, control, now, barred)
         if self._nodes is not None:
-            with self._apart("queue"):
-                apart = partial(self._apart_run, now)
-                self._queueing.turn(self._ready(now), self._runs, self._nodes, now, apart)
-        with self._apart("slots"):
+            with self._isolate_errors("queue"):
+                apart = partial(self._isolate_run_errors, now)
+                self._scheduler.turn(self._ready(now), self._runs, self._nodes, now, apart)
+        with self._isolate_errors("slots"):
             held = {name: c.view.placed.group if c.view.placed else "" for name, c in self._runs.items()}
             self._orphans.turn(dict.fromkeys(self._closed, "") | held, now)
-        with self._apart("queue.json"):
+        with self._isolate_errors("queue.json"):
             self._publisher.publish(
-                self._nodes, self._runs, self._queueing.held, self._parked(), self._damages(), now
+                self._nodes, self._runs, self._scheduler.held, self._parked(), self._damages(), now
             )
 
-    def _turn_run(self, run_id: str, control: RunControl, now: Now, barred: Collection[str]) -> None:
+    def _turn_run(self, run_id: str, control: RunController, now: Instant, barred: Collection[str]) -> None:
         if now.mono < self._retry_at(run_id):
             return
         before = control.view
@@ -246,9 +246,10 @@ class Controller:
         except Exception as error:  # one run's defect or file must not stop the others
             self._park(run_id, control, error, now)
         if self._nodes is not None and control.view is not before:
-            with self._apart("faults of nodes"):  # where this works, the list of nodes may still fail
-                self._nodes.note(run_id, before, control.view, now)
-        with self._apart(f"view of {run_id}"):  # derived: the next turn publishes it
+            # Where this works, the list of nodes may still fail.
+            with self._isolate_errors("faults of nodes"):
+                self._nodes.record_run_events(run_id, before, control.view, now)
+        with self._isolate_errors(f"view of {run_id}"):  # derived: the next turn publishes it
             control.publish()
         state = control.view.state
         if state is not None and state.terminal:
@@ -256,8 +257,8 @@ class Controller:
             self._closed.add(run_id)
             self._damage.pop(run_id, None)
 
-    def _park(self, run_id: str, control: RunControl, error: Exception, now: Now) -> None:
-        text = self._put_off(run_id, error, now)
+    def _park(self, run_id: str, control: RunController, error: Exception, now: Instant) -> None:
+        text = self._postpone(run_id, error, now)
         known = control.view.parked
         if known is not None and known.error == text:
             return  # the log has it
@@ -265,18 +266,18 @@ class Controller:
             control.run.parked.write_text("".join(traceback.format_exception(error)))
             control.park(text, now)
 
-    def _put_off(self, run_id: str, error: Exception, now: Now) -> str:
+    def _postpone(self, run_id: str, error: Exception, now: Instant) -> str:
         """Have a run handled again later; the error in a line."""
         times = self._retry.get(run_id, (0, 0.0))[0] + 1
-        wait = backoff.wait(PARK_SECONDS, times, PARK_CAP)
+        wait = backoff.exponential_backoff(PARK_SECONDS, times, PARK_CAP)
         self._retry[run_id] = times, now.mono + wait
-        text = _told(error)
+        text = _error_line(error)
         if self._trouble.get(run_id) != text:
             log.error("run %s: handled again in %.0f s", run_id, wait, exc_info=error)
         self._trouble[run_id] = text
         return text
 
-    def _open_runs(self, now: Now) -> None:
+    def _open_runs(self, now: Instant) -> None:
         """Take the runs over that were not opened yet. One that can't be opened is tried again, and stops nothing."""
         if now.mono - self._listed < LIST_SECONDS and not self._unopened:
             return
@@ -298,11 +299,11 @@ class Controller:
             except Fenced:
                 raise
             except Exception as error:  # a file of this run alone
-                self._put_off(run_id, error, now)
+                self._postpone(run_id, error, now)
                 left.append(run_id)
         self._unopened = left
 
-    def _take_over(self, run_id: str, now: Now) -> None:
+    def _take_over(self, run_id: str, now: Instant) -> None:
         reader = RunLogReader.of(self._home.run(run_id))
         state = reader.view.state
         if reader.view.submitted is None:
@@ -317,13 +318,15 @@ class Controller:
                 control.queue(now)
         self._runs[run_id] = control
 
-    def _control(self, run_id: str, now: Now) -> RunControl:
-        control = RunControl(self._home.run(run_id), self._runtime, self.epoch.number, now, self.epoch.check)
+    def _control(self, run_id: str, now: Instant) -> RunController:
+        control = RunController(
+            self._home.run(run_id), self._runtime, self.epoch.number, now, self.epoch.check
+        )
         if control.damage:
             self._damage[run_id] = control.damage
         return control
 
-    def _ready(self, now: Now) -> set[str]:
+    def _ready(self, now: Instant) -> set[str]:
         """Runs that the queue may look at: parked ones wait."""
         return {name for name in self._runs if now.mono >= self._retry_at(name)}
 
@@ -332,7 +335,7 @@ class Controller:
         return self._retry.get(run_id, (0, 0.0))[1]
 
     @contextmanager
-    def _apart(self, part: str) -> Iterator[None]:
+    def _isolate_errors(self, part: str) -> Iterator[None]:
         """Have an error of one part of the turn stop nothing else."""
         try:
             yield
@@ -340,19 +343,19 @@ class Controller:
         except Fenced:
             raise
         except Exception as error:  # the next turn tries again
-            if self._trouble.get(part) != _told(error):
+            if self._trouble.get(part) != _error_line(error):
                 log.error("%s", part, exc_info=error)
-            self._trouble[part] = _told(error)
+            self._trouble[part] = _error_line(error)
 
     @contextmanager
-    def _apart_run(self, now: Now, run_id: str) -> Iterator[None]:
+    def _isolate_run_errors(self, now: Instant, run_id: str) -> Iterator[None]:
         """Have an error at one run in the queue's part put off that run alone."""
         try:
             yield
         except Fenced:
             raise
         except Exception as error:  # a file of this run, or a defect at it
-            self._put_off(run_id, error, now)
+            self._postpone(run_id, error, now)
 
     def _parked(self) -> list[dict[str, str]]:
         return [
@@ -365,14 +368,14 @@ class Controller:
         texts = [text for texts in self._damage.values() for text in texts]
         if self._nodes is not None:
             texts += self._nodes.damage
-        if self._queueing.trouble:
-            texts.append(self._queueing.trouble)
+        if self._scheduler.quota_error:
+            texts.append(self._scheduler.quota_error)
         parts = ("nodes", "queue", "slots", "queue.json")
         return texts + [f"{part}: {self._trouble[part]}" for part in parts if part in self._trouble]
 
 
 @contextmanager
-def _or_closed(control: RunControl) -> Iterator[RunControl]:
+def _or_closed(control: RunController) -> Iterator[RunController]:
     """Close a run whose first record can't be written: the next try opens it again."""
     try:
         yield control
@@ -381,7 +384,7 @@ def _or_closed(control: RunControl) -> Iterator[RunControl]:
         raise
 
 
-def _write_config(control: RunControl, amended: Amended, config: str) -> None:
+def _write_config(control: RunController, amended: Amended, config: str) -> None:
     run = control.run
     if amended.number != control.view.amendments + bool(config):
         raise UserError(
@@ -398,6 +401,6 @@ def _write_or_say(path: Path, text: str) -> None:
         raise UserError(f"can't write {path} ({error.strerror}); free some space and resume again") from None
 
 
-def _told(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -20,7 +20,7 @@ from configs.errors import UserError, from_json
 from configs.paths import HomePaths
 from orchestrator.record.log import Fenced
 
-STALE = 15.0
+STALE_SECONDS = 15.0
 """Seconds without a beat after which a controller counts as gone."""
 _KEPT = 16
 """Files of earlier epochs that are kept."""
@@ -41,10 +41,10 @@ class Epoch:
         if (self.folder / _name(self.number + 1)).exists() or not (self.folder / _name(self.number)).exists():
             raise Fenced(f"controller {self.number} was replaced by a newer one")
 
-    def by_another(self) -> bool:
+    def superseded_by_other(self) -> bool:
         """Whether a controller other than this one's next process has followed it, as far as is known."""
         try:
-            newest = from_json((self.folder / _name(numbers(self.folder)[-1])).read_text())
+            newest = from_json((self.folder / _name(recorded_epochs(self.folder)[-1])).read_text())
             return bool(newest["actor"] != self.actor)
         except (OSError, ValueError, KeyError, IndexError, TypeError):
             return False
@@ -75,7 +75,7 @@ def claim(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            newest = max(numbers(folder), default=0)
+            newest = max(recorded_epochs(folder), default=0)
             _refuse_living(folder, newest, cluster, home, age)
             own = newest + 1 if newest else _first()
             try:
@@ -86,7 +86,7 @@ def claim(
                     )
             except FileExistsError:
                 continue
-            known = numbers(folder)
+            known = recorded_epochs(folder)
             if known[-1] > own:
                 continue  # it was slow: the number was taken before, and its file is gone since
             if len(known) > 1 and own - 1 not in known:
@@ -102,7 +102,7 @@ def claim(
         ) from None
 
 
-def numbers(folder: Path) -> list[int]:
+def recorded_epochs(folder: Path) -> list[int]:
     """Epochs that are on record, oldest first."""
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
@@ -116,7 +116,7 @@ def _refuse_living(
         beat = age(path)
     except (FileNotFoundError, ValueError):
         return  # nobody, or one that died while it began
-    if holder.get("cluster") != cluster and beat < STALE:
+    if holder.get("cluster") != cluster and beat < STALE_SECONDS:
         raise UserError(
             f"the controller of another Ray cluster serves {home.home}: process {holder.get('pid')} on "
             f"{holder.get('host')}; "

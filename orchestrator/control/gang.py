@@ -88,7 +88,7 @@ class AgentReport:
     offset: int = 0
     """Byte of `metrics.jsonl` behind the last of `lines`."""
 
-    def told_at(self, now: float) -> AgentReport:
+    def with_clock(self, now: float) -> AgentReport:
         """The same report with its times by the clock that says `now`, so that nodes' clocks may differ."""
         shift = now - self.time
         return replace(self, time=now, ranks=tuple(rank.shifted(shift) for rank in self.ranks))

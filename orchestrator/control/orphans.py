@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from configs.paths import HomePaths, RunPaths
 from orchestrator.control.gang import DesiredState, GangRuntime, GangSpec, run_of
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import AttemptPlaced
 from orchestrator.record.log import read
 from orchestrator.record.view import fold
@@ -19,16 +19,16 @@ from orchestrator.record.view import fold
 EVERY_SECONDS = 30.0
 
 
-class Orphans:
+class OrphanCollector:
     """Has the slots of a home's attempts that nobody holds any more given back."""
 
     def __init__(self, home: HomePaths, runtime: GangRuntime, epoch: int) -> None:
         self._home, self._runtime, self._epoch = home, runtime, epoch
-        self._looked = float("-inf")
+        self._last_scan = float("-inf")
         self._specs: dict[str, GangSpec | None] = {}
         """Of the attempts whose slots are being given back, by name; None for a name that the log doesn't have."""
 
-    def turn(self, groups: Mapping[str, str], now: Now) -> None:
+    def turn(self, groups: Mapping[str, str], now: Instant) -> None:
         """Look at what is held, now and then.
 
         Args:
@@ -39,10 +39,10 @@ class Orphans:
         Raises:
             OSError: where a run's log can't be read.
         """
-        if now.mono - self._looked < EVERY_SECONDS:
+        if now.mono - self._last_scan < EVERY_SECONDS:
             return
-        self._looked = now.mono
-        left = {name for name in self._runtime.reservations() if _is_left(name, groups)}
+        self._last_scan = now.mono
+        left = {name for name in self._runtime.reservations() if _is_orphan(name, groups)}
         self._specs = {name: spec for name, spec in self._specs.items() if name in left}
         for name in sorted(left):
             if name not in self._specs:
@@ -52,7 +52,7 @@ class Orphans:
                 self._runtime.ensure(spec, DesiredState.RELEASED)
 
 
-def _is_left(name: str, groups: Mapping[str, str]) -> bool:
+def _is_orphan(name: str, groups: Mapping[str, str]) -> bool:
     return groups.get(run_of(name), name) != name
 
 

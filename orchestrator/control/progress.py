@@ -42,48 +42,50 @@ class Progress:
     step_seconds: float = 0.0
     line_time: float = 0.0
     """When rank 0 wrote that line, in seconds since the epoch."""
-    judged: float = float("-inf")
+    detected_at: float = float("-inf")
     """When the detectors last looked, by the run's clock."""
-    read: int = 0
+    lines_offset: int = 0
     """Byte of the metric lines up to which they were taken in."""
-    wordless: float | None = None
+    unconfirmed_since: float | None = None
     """Since when all ranks are known to have ended with code 0 without a line that the run is done, by the run's clock."""
     snapshot: SavedLine | None = None
     """Newest snapshot in memory; the log has it once the attempt ends."""
 
-    def reported(self, reports: Sequence[AgentReport]) -> Progress:
+    def with_reports(self, reports: Sequence[AgentReport]) -> Progress:
         """After more reports, oldest first."""
         if not reports:
             return self
         fresh = {rank.rank: rank for report in reports for rank in report.ranks}
         return replace(
-            self, ranks={**self.ranks, **fresh}, read=max(self.read, *(report.offset for report in reports))
+            self,
+            ranks={**self.ranks, **fresh},
+            lines_offset=max(self.lines_offset, *(report.offset for report in reports)),
         )
 
-    def all_ended_well(self, world: int) -> bool:
+    def all_succeeded(self, world: int) -> bool:
         """Every rank has ended with exit code 0."""
         return len(self.ranks) == world and all(rank.exit_code == 0 for rank in self.ranks.values())
 
     @property
-    def last_sign(self) -> float:
+    def last_activity(self) -> float:
         """When a rank last showed that it works, in seconds since the epoch; 0 where none has."""
         return max([self.line_time, *(r.newest.time for r in self.ranks.values() if r.newest is not None)])
 
-    def all_beyond(self, step: int, world: int) -> bool:
+    def all_past(self, step: int, world: int) -> bool:
         """Every rank has finished a step after `step`, whose metric line may come much later (`train.log_every`)."""
         return len(self.ranks) == world and all(
             rank.newest is not None and rank.newest.finished > step for rank in self.ranks.values()
         )
 
 
-def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Payload], Progress]:
+def events_of_line(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Payload], Progress]:
     """Events of a metric line, and what is known after it; a line that was seen before changes nothing."""
     attempt = view.attempt
     match line:
         case ResumedLine() if view.resumed_step is None:
             return [AttemptResumed(attempt, line.step, line.path, line.passed)], known
         case SavedLine(tier="store") if view.checkpoint is None or _newer(line, view.checkpoint):
-            return [committed(line)], known
+            return [commit_event(line)], known
         case SavedLine(tier="memory") if known.snapshot is None or line.step > known.snapshot.step:
             return [], replace(known, snapshot=line)
         case SaveFailedLine() if view.failed is None or _newer(line, view.failed):
@@ -103,18 +105,20 @@ def absorb(view: RunView, line: MetricLine, known: Progress) -> tuple[list[Paylo
     return [], known
 
 
-def merged(earlier: AgentReport, later: AgentReport) -> AgentReport:
+def merge_reports(earlier: AgentReport, later: AgentReport) -> AgentReport:
     """Two reports of a node as one. A hundred of them take no more memory: what a newer line says better is left out."""
     ranks = {rank.rank: rank for rank in (*earlier.ranks, *later.ranks)}
     newest: dict[str, MetricLine] = {}
     lines = earlier.lines + later.lines
     for line in lines:
-        newest[_passing(line)] = line
-    kept = tuple(line for line in lines if not _passing(line) or newest[_passing(line)] is line)
+        newest[_superseding_kind(line)] = line
+    kept = tuple(
+        line for line in lines if not _superseding_kind(line) or newest[_superseding_kind(line)] is line
+    )
     return replace(later, ranks=tuple(ranks.values()), lines=kept, offset=max(earlier.offset, later.offset))
 
 
-def _passing(line: MetricLine) -> str:
+def _superseding_kind(line: MetricLine) -> str:
     """Of which kind a line is whose newest one alone matters here; empty where each one does."""
     match line:
         case StepLine() | MeasuredLine():
@@ -126,12 +130,12 @@ def _passing(line: MetricLine) -> str:
     return ""
 
 
-def settles(line: MetricLine) -> bool:
+def may_close_incident(line: MetricLine) -> bool:
     """Whether an open incident may be over with the line."""
     return isinstance(line, StepLine | MeasuredLine | SavedLine)
 
 
-def committed(line: SavedLine) -> CheckpointCommitted:
+def commit_event(line: SavedLine) -> CheckpointCommitted:
     """The event of a committed save."""
     return CheckpointCommitted(
         line.attempt,

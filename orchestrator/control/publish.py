@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from configs.paths import HomePaths, write_whole
-from orchestrator.control.node_controller import NodesControl
-from orchestrator.control.run_controller import RunControl
+from orchestrator.control.node_controller import NodeController
+from orchestrator.control.run_controller import RunController
 from orchestrator.decide import placement
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 
 _BEAT = 5.0
 """Seconds after which the file is written again though nothing has changed: readers see that the controller turns."""
@@ -27,12 +27,12 @@ class Publisher:
 
     def publish(
         self,
-        nodes: NodesControl | None,
-        runs: Mapping[str, RunControl],
+        nodes: NodeController | None,
+        runs: Mapping[str, RunController],
         held: list[dict[str, Any]],
         parked: list[dict[str, str]],
         damage: list[str],
-        now: Now,
+        now: Instant,
     ) -> None:
         """Replace the file where something in it has changed, or it has become old.
 
@@ -44,7 +44,7 @@ class Publisher:
             for share in control.shares:
                 holders.setdefault(share.node_id, []).append(run_id)
         busy = [(c.view.gang.resource, c.shares) for c in runs.values() if c.shares]
-        free = placement.occupied(nodes.nodes, busy) if nodes else []
+        free = placement.with_slots_taken(nodes.nodes, busy) if nodes else []
         tree = {
             "epoch": self._epoch,
             "controller_pid": os.getpid(),

@@ -26,10 +26,10 @@ from orchestrator.control.gang import (
     GangStatus,
     reservation_of,
 )
-from orchestrator.control.progress import Progress, merged
-from orchestrator.control.turn import Draft, Sight, Turn, inspection
+from orchestrator.control.progress import Progress, merge_reports
+from orchestrator.control.turn import Draft, ObservedState, Turn, inspection_request
 from orchestrator.decide import recovery
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import (
     Amended,
     AttemptPlaced,
@@ -50,7 +50,7 @@ from orchestrator.record.view import RunView
 log = logging.getLogger("megaray.controller")
 
 
-class RunControl:
+class RunController:
     """Drives one run from `queued` to its end.
 
     Raises:
@@ -63,7 +63,7 @@ class RunControl:
         run: RunPaths,
         runtime: GangRuntime,
         epoch: int,
-        now: Now,
+        now: Instant,
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self._runtime, self._epoch = run, runtime, epoch
@@ -77,7 +77,7 @@ class RunControl:
         """Since when this controller has asked for something that is waited for, by attempt and by the run's clock."""
         self._places: tuple[AttemptPlaced, dict[int, str]] | None = None
 
-    def _steady(self, now: Now) -> float:
+    def _steady(self, now: Instant) -> float:
         """Seconds since the epoch as they were when this began, that never step: what ranks' times are compared by."""
         return now.mono + self._offset
 
@@ -101,7 +101,7 @@ class RunControl:
         """Newest finished step of the current attempt."""
         return self._progress.step
 
-    def clock(self, now: Now) -> float:
+    def clock(self, now: Instant) -> float:
         """The run's clock."""
         return self._log.clock(now)
 
@@ -133,18 +133,18 @@ class RunControl:
 
     # ---- what people and the queue ask ----
 
-    def _write(self, now: Now, *payloads: Payload) -> None:
+    def _write(self, now: Instant, *payloads: Payload) -> None:
         self._log.append(payloads, now)
 
-    def admit(self, placed: AttemptPlaced, detail: str, now: Now) -> None:
+    def admit(self, placed: AttemptPlaced, detail: str, now: Instant) -> None:
         """Take the slots that the queue chose; the next turn reserves them."""
         self._write(now, StateMoved(State.PLACING, Reason.ADMITTED, detail), placed)
 
-    def queue(self, now: Now) -> None:
+    def queue(self, now: Instant) -> None:
         """Queue a run whose log holds its submission alone."""
         self._write(now, StateMoved(State.QUEUED, Reason.SUBMITTED))
 
-    def cancel(self, reason: Reason, now: Now, grace: float, by: str = "") -> None:
+    def cancel(self, reason: Reason, now: Instant, grace: float, by: str = "") -> None:
         """Stop the run; legal in every state that isn't terminal.
 
         Args:
@@ -153,43 +153,45 @@ class RunControl:
             grace: seconds that its ranks get to save; 0 kills at once.
             by: who asked.
         """
-        detail = by_whom(by)
+        detail = requested_by(by)
         draft = Draft(self._log, now, self.view)
         if self.view.state is None or not self.view.state.holds_slots:
-            draft.add(*recovery.closing(draft.view, self.step, draft.clock, "the run was cancelled"))
+            draft.add(
+                *recovery.resolved_incidents(draft.view, self.step, draft.clock, "the run was cancelled")
+            )
             draft.move(State.CANCELLED, reason, detail)
         else:
             if self.view.state is not State.CANCELLING:
                 draft.move(State.CANCELLING, reason, detail)
-            if not self._going_down(draft.view, grace):
+            if not self._shorten_stop(draft.view, grace):
                 draft.add(StopBegan(self.view.attempt, State.CANCELLED, reason, detail, grace))
         self._log.append(draft.payloads, now)
 
-    def _going_down(self, view: RunView, grace: float) -> bool:
+    def _shorten_stop(self, view: RunView, grace: float) -> bool:
         """The stop under way ends the run no later than asked."""
         stop = view.stopping
         return stop is not None and stop.to is State.CANCELLED and stop.grace <= grace
 
-    def stop(self, reason: Reason, detail: str, now: Now, grace: float) -> None:
+    def stop(self, reason: Reason, detail: str, now: Instant, grace: float) -> None:
         """End the attempt with a save, and queue the run again at its old place."""
         if self.view.stopping is None and self.view.state in (State.STARTING, State.RUNNING):
             self._write(now, StopBegan(self.view.attempt, State.QUEUED, reason, detail, grace))
 
-    def resume(self, now: Now, amended: Amended | None = None, by: str = "") -> None:
+    def resume(self, now: Instant, amended: Amended | None = None, by: str = "") -> None:
         """Queue a failed or cancelled run again, with what is `amended` from now on."""
-        moved = StateMoved(State.QUEUED, Reason.RESUME_ASKED, by_whom(by))
+        moved = StateMoved(State.QUEUED, Reason.RESUME_ASKED, requested_by(by))
         self._write(now, *((amended, moved) if amended else (moved,)))
 
-    def take_over(self, pid: int, now: Now) -> None:
+    def take_over(self, pid: int, now: Instant) -> None:
         """Begin this controller's epoch in the run's log: what an earlier one still writes doesn't count any more."""
         self._write(now, ControllerStarted(pid, epoch=self._epoch))
 
-    def park(self, error: str, now: Now) -> None:
+    def park(self, error: str, now: Instant) -> None:
         """Leave the run alone for a while because of an error of ours."""
         times = self.view.parked.times + 1 if self.view.parked else 1
         self._write(now, Parked(error, str(self.run.parked), times))
 
-    def dump_stacks(self, by: str, now: Now) -> str:
+    def dump_stacks(self, by: str, now: Instant) -> str:
         """Have the stacks of all ranks written as they are now; the folder that they come to."""
         log.info("run %s: stacks asked for by %s", self.run.run_id, by)
         request = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now.wall))
@@ -198,7 +200,7 @@ class RunControl:
 
     # ---- one turn ----
 
-    def turn(self, now: Now, barred: Collection[str] = ()) -> None:
+    def turn(self, now: Instant, barred: Collection[str] = ()) -> None:
         """Look, decide, write, act.
 
         Args:
@@ -211,9 +213,9 @@ class RunControl:
         draft = Draft(self._log, now, self.view)
         if draft.view.parked is not None:
             draft.add(Unparked())
-        status, known, release = self._look(draft), self._progress, False
+        status, known, release = self._observe(draft), self._progress, False
         if status is not None:
-            sight = Sight(
+            sight = ObservedState(
                 self.run, self.config(), status, self._steady(now), self._nodes(), self._waits, barred
             )
             turn = Turn(draft, sight, known)
@@ -226,17 +228,17 @@ class RunControl:
         self._log.append(draft.payloads, now)
         # The log has it now; what is below can be said again at any time.
         self._progress, self._inbox = known, {}
-        self._act(release, draft.clock)
+        self._reconcile(release, draft.clock)
 
-    def _look(self, draft: Draft) -> GangStatus | None:
+    def _observe(self, draft: Draft) -> GangStatus | None:
         """What the gang tells; None where there is none."""
         view = draft.view
         if view.placed is None or view.state is None or not view.state.holds_slots:
             return None
         status = self._runtime.status(self._spec(view))
         for report in status.reports:
-            report, earlier = report.told_at(self._steady(draft.now)), self._inbox.get(report.node_id)
-            self._inbox[report.node_id] = merged(earlier, report) if earlier else report
+            report, earlier = report.with_clock(self._steady(draft.now)), self._inbox.get(report.node_id)
+            self._inbox[report.node_id] = merge_reports(earlier, report) if earlier else report
         return replace(status, reports=tuple(self._inbox.values()))
 
     def _nodes(self) -> dict[int, str]:
@@ -249,7 +251,7 @@ class RunControl:
 
     # ---- acts ----
 
-    def _act(self, release: bool, clock: float) -> None:
+    def _reconcile(self, release: bool, clock: float) -> None:
         """Say what should be with the gang. Idempotent."""
         view = self.view
         if view.placed is None or view.state is None or not view.state.holds_slots:
@@ -267,7 +269,7 @@ class RunControl:
         elif view.state in (State.STARTING, State.RUNNING):
             self._runtime.ensure(spec, DesiredState.WATCHED if view.pids else DesiredState.STARTED)
             if view.decision is not None and view.decision.inspect:
-                self._runtime.collect(spec, inspection(view))
+                self._runtime.collect(spec, inspection_request(view))
         if view.pids:
             self._runtime.ensure_sinks(str(self.run.root))
 
@@ -285,7 +287,7 @@ class RunControl:
             code=placed.code,
             epoch=self._epoch,
             heartbeat=self.config().resilience.timeouts.seconds("heartbeat"),
-            runtime_env=view.asked.runtime_env,
+            runtime_env=view.request.runtime_env,
         )
 
     def next_attempt(
@@ -303,23 +305,23 @@ class RunControl:
             config: its resolved configuration, where it isn't the run's.
             layout: its layout, where it isn't what was asked for.
         """
-        attempt, submitted = self.view.attempt + 1, self.view.asked
+        attempt, submitted = self.view.attempt + 1, self.view.request
         smaller = None if gang == submitted.gang else gang
         group = reservation_of(self.run.run_id, attempt)
         return AttemptPlaced(attempt, shares, group, smaller, layout, str(config or ""), submitted.code)
 
 
-def by_whom(by: str) -> str:
+def requested_by(by: str) -> str:
     """Detail of what a person asked for."""
     return f"by {by}" if by else ""
 
 
-def cancelled_so(view: RunView, by: str) -> bool:
+def was_cancelled_by(view: RunView, by: str) -> bool:
     """Whether a run has ended because this person asked for it."""
-    return (view.state, view.reason, view.detail) == (State.CANCELLED, Reason.CANCEL_ASKED, by_whom(by))
+    return (view.state, view.reason, view.detail) == (State.CANCELLED, Reason.CANCEL_ASKED, requested_by(by))
 
 
-def resumed_so(run: RunPaths, amended: Amended | None, by: str) -> bool:
+def was_resumed_with(run: RunPaths, amended: Amended | None, by: str) -> bool:
     """Whether a run's newest resume was this one.
 
     Raises:
@@ -329,7 +331,10 @@ def resumed_so(run: RunPaths, amended: Amended | None, by: str) -> bool:
     for event in read(run.events):
         match event.payload:
             case StateMoved(reason=Reason.RESUME_ASKED, detail=detail):
-                same = (before if isinstance(before, Amended) else None, detail) == (amended, by_whom(by))
+                same = (before if isinstance(before, Amended) else None, detail) == (
+                    amended,
+                    requested_by(by),
+                )
         before = event.payload
     return same
 

@@ -11,17 +11,17 @@ from configs.compose import dump
 from configs.errors import UserError
 from configs.paths import HomePaths, write_whole
 from orchestrator.control.gang import GangRuntime
-from orchestrator.control.node_controller import NodesControl
-from orchestrator.control.run_controller import RunControl
+from orchestrator.control.node_controller import NodeController
+from orchestrator.control.run_controller import RunController
 from orchestrator.decide import backoff, elastic, placement, queue, quotas, recovery
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Admit, Answer, Hold, Preempt, QueuePolicy, Running, WaitingRun
-from orchestrator.record.clock import Now
+from orchestrator.decide.queue import Admit, Hold, Preempt, QueueDecision, QueuePolicy, RunningRun, WaitingRun
+from orchestrator.record.clock import Instant
 from orchestrator.record.states import Reason, State
 from trainer.sizing.search.planner import Capacity
 
-Apart = Callable[[str], AbstractContextManager[None]]
+ErrorBoundary = Callable[[str], AbstractContextManager[None]]
 UNGRANTED_SECONDS = 15.0
 """Wait after slots that Ray didn't grant; doubles with each placing in a row that failed so, up to `UNGRANTED_CAP`."""
 UNGRANTED_CAP = 600.0
@@ -29,21 +29,26 @@ REGROW_SECONDS = 30.0
 """Least time that a run trains in a smaller layout before it grows back."""
 
 
-class Queueing:
+class Scheduler:
     """Asks the queue's decider, and passes its answers on."""
 
     def __init__(self, home: HomePaths, runtime: GangRuntime) -> None:
         self._home, self._runtime = home, runtime
         self.held: list[dict[str, Any]] = []
         """Position and reason of each run that waits, as it is published."""
-        self.trouble = ""
+        self.quota_error = ""
         """What is wrong with the quotas; empty where nothing is."""
         self._known: dict[str, int] = {}
-        self._searches: dict[str, elastic.SmallerSearch] = {}
+        self._searches: dict[str, elastic.SmallerLayoutSearch] = {}
         """For the smaller layout that each run which lost its place would take, a piece of it a turn."""
 
     def turn(
-        self, ready: set[str], runs: Mapping[str, RunControl], nodes: NodesControl, now: Now, apart: Apart
+        self,
+        ready: set[str],
+        runs: Mapping[str, RunController],
+        nodes: NodeController,
+        now: Instant,
+        apart: ErrorBoundary,
     ) -> None:
         """Admit, hold and preempt; move runs off nodes that drain; grow runs back.
 
@@ -56,8 +61,8 @@ class Queueing:
         """
         running = [_running(name, control) for name, control in runs.items() if control.shares]
         held = [(r.gang.resource, r.shares) for r in running]
-        free = placement.occupied(nodes.nodes, held)
-        backing_off = {n for n, c in runs.items() if c.view.state is State.QUEUED and _backs_off(c, now)}
+        free = placement.with_slots_taken(nodes.nodes, held)
+        backing_off = {n for n, c in runs.items() if c.view.state is State.QUEUED and _is_backing_off(c, now)}
         queued = {name for name, control in runs.items() if control.view.state is State.QUEUED}
         self._searches = {name: search for name, search in self._searches.items() if name in queued}
         waiting: list[WaitingRun] = []
@@ -76,18 +81,18 @@ class Queueing:
         policy = QueuePolicy(quotas=self._quotas())
         for answer in queue.decide(waiting, running, free, policy):
             with apart(answer.run_id):
-                self._follow(answer, runs[answer.run_id], free, now)
+                self._apply(answer, runs[answer.run_id], free, now)
         for name, reason in deciding.draining_runs(nodes.view, running):
             with apart(name):
                 _stop(runs[name], Reason.DRAINED, reason, now)
         for name in sorted(ready & set(runs)):
             with apart(name):
                 if _may_grow(runs[name], now) and elastic.regrow(
-                    _whole(name, runs[name], now), running, waiting, free, policy
+                    _at_full_size(name, runs[name], now), running, waiting, free, policy
                 ):
                     _stop(runs[name], Reason.REGROWN, "the nodes that it asked for are back", now)
 
-    def _follow(self, answer: Answer, control: RunControl, free: list[Node], now: Now) -> None:
+    def _apply(self, answer: QueueDecision, control: RunController, free: list[Node], now: Instant) -> None:
         match answer:
             case Admit():
                 self._admit(control, answer, free, now)
@@ -96,9 +101,9 @@ class Queueing:
             case Preempt():
                 _stop(control, Reason.PREEMPTED, answer.reason, now)
 
-    def _waiting(self, name: str, control: RunControl, free: list[Node], now: Now) -> WaitingRun:
+    def _waiting(self, name: str, control: RunController, free: list[Node], now: Instant) -> WaitingRun:
         """A run as it waits; one that lost its place may have a smaller layout once it has waited for long."""
-        waiting = _whole(name, control, now)
+        waiting = _at_full_size(name, control, now)
         after = control.config().resilience.shrink_after
         if not control.view.displaced or after is None or waiting.waited < after:
             self._searches.pop(name, None)
@@ -110,19 +115,19 @@ class Queueing:
         question = control.config(), Capacity.of_nodes(slots), waiting.gang
         search = self._searches.get(name)
         # One that is under way is finished, whatever has changed: where slots come and go, none would ever be otherwise.
-        if search is None or (search.done and not search.answers(*question)):
-            search = self._searches[name] = elastic.SmallerSearch(*question)
-        search.work()
+        if search is None or (search.done and not search.matches(*question)):
+            search = self._searches[name] = elastic.SmallerLayoutSearch(*question)
+        search.step()
         return replace(waiting, smaller=(search.choice.gang,)) if search.choice else waiting
 
-    def _admit(self, control: RunControl, answer: Admit, nodes: list[Node], now: Now) -> None:
+    def _admit(self, control: RunController, answer: Admit, nodes: list[Node], now: Instant) -> None:
         config, layout = None, None
         detail = ", ".join(f"{len(share.ranks)} on {share.ip}" for share in answer.shares)
         spares = {node.ip for node in nodes if node.spare}
         used = [share.ip for share in answer.shares if share.ip in spares]
         if used:
             detail += f"; spare {', '.join(used)} put to use"
-        if answer.gang != control.view.asked.gang:
+        if answer.gang != control.view.request.gang:
             choice = self._searches[answer.run_id].choice
             assert choice is not None, "the queue has its shape from it"
             config = control.run.attempt(control.view.attempt + 1).config
@@ -134,19 +139,19 @@ class Queueing:
 
     def _quotas(self) -> dict[str, int]:
         """Slots by owner. Where the file can't be read or understood, what it said last holds, and `trouble` says why."""
-        self.trouble = ""
+        self.quota_error = ""
         try:
             self._known = quotas.parse(self._home.quotas.read_text(), str(self._home.quotas))
         except FileNotFoundError:
             self._known = {}
         except (OSError, UnicodeDecodeError, UserError) as error:
-            self.trouble = f"{self._home.quotas}: {error}; its last valid version applies"
+            self.quota_error = f"{self._home.quotas}: {error}; its last valid version applies"
         return self._known
 
 
-def _whole(name: str, control: RunControl, now: Now) -> WaitingRun:
+def _at_full_size(name: str, control: RunController, now: Instant) -> WaitingRun:
     """A run as it would wait for all that it asked for."""
-    view, submitted, clock = control.view, control.view.asked, control.clock(now)
+    view, submitted, clock = control.view, control.view.request, control.clock(now)
     return WaitingRun(
         run_id=name,
         priority=submitted.priority,
@@ -154,25 +159,25 @@ def _whole(name: str, control: RunControl, now: Now) -> WaitingRun:
         waited=clock - view.waiting_clock,
         gang=submitted.gang,
         owner=submitted.owner,
-        avoid=recovery.avoided(view, clock),
+        avoid=recovery.avoided_nodes(view, clock),
         recovering=view.by_fault,
     )
 
 
-def _may_grow(control: RunControl, now: Now) -> bool:
+def _may_grow(control: RunController, now: Instant) -> bool:
     """It trains in a smaller layout, and has done so for a while."""
     view = control.view
     settled = control.clock(now) - view.moved_clock >= REGROW_SECONDS
     return view.smaller and view.state is State.RUNNING and view.stopping is None and settled
 
 
-def _running(name: str, control: RunControl) -> Running:
+def _running(name: str, control: RunController) -> RunningRun:
     view = control.view
     trains = view.state in (State.STARTING, State.RUNNING)
-    return Running(
+    return RunningRun(
         name,
-        view.asked.priority,
-        view.asked.owner,
+        view.request.priority,
+        view.request.owner,
         view.gang,
         control.shares,
         trains,
@@ -180,13 +185,13 @@ def _running(name: str, control: RunControl) -> Running:
     )
 
 
-def _backs_off(control: RunControl, now: Now) -> bool:
+def _is_backing_off(control: RunController, now: Instant) -> bool:
     view = control.view
     if not view.ungranted:
         return False
-    wait = backoff.wait(UNGRANTED_SECONDS, view.ungranted, UNGRANTED_CAP)
+    wait = backoff.exponential_backoff(UNGRANTED_SECONDS, view.ungranted, UNGRANTED_CAP)
     return control.clock(now) - view.waiting_clock < wait
 
 
-def _stop(control: RunControl, reason: Reason, detail: str, now: Now) -> None:
+def _stop(control: RunController, reason: Reason, detail: str, now: Instant) -> None:
     control.stop(reason, detail, now, control.config().resilience.timeouts.seconds("stop"))

@@ -17,7 +17,7 @@ from orchestrator.control.gang import DesiredState, GangStatus
 from orchestrator.control.progress import Progress
 from orchestrator.decide import recovery, saves
 from orchestrator.decide.recovery import Action, Decision
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import (
     AttemptPlaced,
     Decided,
@@ -35,9 +35,9 @@ from orchestrator.record.view import RunView
 
 log = logging.getLogger("megaray.controller")
 
-_ANSWER_SECONDS = 40.0
+_ACKNOWLEDGE_SECONDS = 40.0
 """Seconds past the grace after which a stop, or a release, that nobody has acknowledged is left to Ray."""
-_WORDLESS_SECONDS = 30.0
+_UNCONFIRMED_SECONDS = 30.0
 """Time for the last metric lines to come, through a shared file system too, after all ranks have ended with code 0."""
 _INSPECT_SECONDS = 12.0
 """Longest time that stacks are waited for before the ranks are stopped."""
@@ -60,7 +60,7 @@ class Draft:
     """What a turn has decided so far: events, and the run as it is after them."""
 
     log: RunLog
-    now: Now
+    now: Instant
     view: RunView
     payloads: list[Payload] = field(default_factory=list)
 
@@ -81,7 +81,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Sight:
+class ObservedState:
     """What a turn sees beside the log."""
 
     run: RunPaths
@@ -101,7 +101,7 @@ class Sight:
 class Turn:
     """Decides one turn: adds events to the draft and to what is known."""
 
-    def __init__(self, draft: Draft, sight: Sight, known: Progress) -> None:
+    def __init__(self, draft: Draft, sight: ObservedState, known: Progress) -> None:
         self.draft, self.known = draft, known
         self.run, self.config, self.status = sight.run, sight.config, sight.status
         self.steady, self.nodes, self.waits, self.barred = (
@@ -121,26 +121,26 @@ class Turn:
 
     def decide(self) -> None:
         """Take in what the gang tells, and decide what follows."""
-        self._take_in()
+        self._ingest_reports()
         self._decide()
 
-    def _take_in(self) -> None:
+    def _ingest_reports(self) -> None:
         """Turn what came in into events, and into what is known of the ranks."""
         if self.known.attempt != self.view.attempt:
             self.known = Progress(self.view.attempt)
         if self.status.pids and not self.view.pids and self.view.state is State.STARTING:
             pids = {str(rank): pid for rank, pid in sorted(self.status.pids.items())}
             self.add(RanksStarted(self.view.attempt, pids, self.status.master))
-        self.known = self.known.reported(self.status.reports)
+        self.known = self.known.with_reports(self.status.reports)
         for report in self.status.reports:
             for line in report.lines:
-                self._absorb(line)
+                self._ingest_line(line)
 
-    def _absorb(self, line: MetricLine) -> None:
-        payloads, self.known = progress.absorb(self.view, line, self.known)
+    def _ingest_line(self, line: MetricLine) -> None:
+        payloads, self.known = progress.events_of_line(self.view, line, self.known)
         self.add(*payloads)
-        if progress.settles(line):
-            self.add(*recovery.closing(self.view, self.known.step, self.clock))
+        if progress.may_close_incident(line):
+            self.add(*recovery.resolved_incidents(self.view, self.known.step, self.clock))
 
     def _decide(self) -> None:
         view = self.view
@@ -165,17 +165,17 @@ class Turn:
             self.add(StopBegan(self.view.attempt, State.QUEUED, Reason.PLACEMENT_LOST, detail))
 
     def _decide_gang(self) -> None:
-        ended = self.known.all_ended_well(self.view.gang.ranks)
+        ended = self.known.all_succeeded(self.view.gang.ranks)
         if ended and self.view.finished is None:
             self._catch_up()  # nobody writes any more, and an agent may have passed on less than there is
-            since = self.clock if self.known.wordless is None else self.known.wordless
-            self.known = replace(self.known, wordless=since)
+            since = self.clock if self.known.unconfirmed_since is None else self.known.unconfirmed_since
+            self.known = replace(self.known, unconfirmed_since=since)
         view = self.view
         if ended and view.finished is not None:
-            self.add(*recovery.closing(view, self.known.step, self.clock, "the run is complete"))
+            self.add(*recovery.resolved_incidents(view, self.known.step, self.clock, "the run is complete"))
             self.add(StopBegan(view.attempt, State.SUCCEEDED, Reason.COMPLETE))
             return
-        limit = view.asked.wall_seconds
+        limit = view.request.wall_seconds
         ran = view.ran_seconds + self.clock - view.attempt_clock
         if limit is not None and ran > limit:
             self.move(State.CANCELLING, Reason.WALL_TIME, f"its ranks have run for {limit / 3600:g} h")
@@ -183,20 +183,23 @@ class Turn:
             self.add(StopBegan(view.attempt, State.CANCELLED, Reason.WALL_TIME, self.view.detail, grace))
             return
         heartbeat = self.config.resilience.timeouts.seconds("heartbeat")
-        if not self.status.reports and self.clock - self.known.judged < heartbeat:
+        if not self.status.reports and self.clock - self.known.detected_at < heartbeat:
             return
-        self.known = replace(self.known, judged=self.clock)
-        verdicts = judge_all(self._snapshot(), _report(self.run.run_id)) + self._wordless()
+        self.known = replace(self.known, detected_at=self.clock)
+        verdicts = judge_all(self._snapshot(), _report(self.run.run_id)) + self._unconfirmed_success()
         fatal = [v for v in verdicts if v.kind is not VerdictKind.CHECKPOINT_OVERDUE]
         if fatal:
             self._catch_up()
         if verdicts:
-            self._open(fatal or verdicts)
+            self._open_incident(fatal or verdicts)
             self._begin_stop_after()
 
-    def _wordless(self) -> list[Verdict]:
+    def _unconfirmed_success(self) -> list[Verdict]:
         """A verdict where all ranks have ended with code 0 for a while, and no line says that the run is done."""
-        if self.known.wordless is None or self.clock - self.known.wordless < _WORDLESS_SECONDS:
+        if (
+            self.known.unconfirmed_since is None
+            or self.clock - self.known.unconfirmed_since < _UNCONFIRMED_SECONDS
+        ):
             return []
         attempt = self.run.attempt(self.view.attempt)
         detail = f"all ranks ended with code 0 and none said in {attempt.metrics} that the run is done"
@@ -213,19 +216,19 @@ class Turn:
             ranks=self.known.ranks,
             nodes=self.nodes,
             timeouts=self.config.resilience.timeouts,
-            first_step_done=running or (begun is not None and self.known.all_beyond(begun, view.gang.ranks)),
+            first_step_done=running or (begun is not None and self.known.all_past(begun, view.gang.ranks)),
             silent={address[n]: s for n, s in self.status.silent.items() if n in address},
             lost={address[n]: why for n, why in self.status.lost.items() if n in address},
             unfit={address[n]: why for n, why in self.status.unfit.items() if n in address},
             refused=self.status.refused,
             gone=self.status.gone,
-            saves=saves.seen(view, self.config, self.known.step),
+            saves=saves.save_history(view, self.config, self.known.step),
             logs=str(self.run.attempt(view.attempt).ranks),
         )
 
     # ---- faults ----
 
-    def _open(self, verdicts: Sequence[Verdict]) -> None:
+    def _open_incident(self, verdicts: Sequence[Verdict]) -> None:
         """Verdicts, incident and decision."""
         view, attempt = self.view, self.view.attempt
         decision = recovery.decide(view, verdicts, self.clock)
@@ -247,7 +250,7 @@ class Turn:
     def _incident(self, decision: Decision) -> IncidentOpened:
         view, cause, snapshot = self.view, decision.cause, self.known.snapshot
         predicted = saves.predicted_steps(
-            view, self.config, self.known.step_seconds, progress.committed(snapshot) if snapshot else None
+            view, self.config, self.known.step_seconds, progress.commit_event(snapshot) if snapshot else None
         )
         return IncidentOpened(
             incident=len(view.incidents) + 1,
@@ -259,12 +262,12 @@ class Turn:
             step=max(self.known.step, view.resumed_step or 0),
             evidence=str(cause.evidence or self.run.attempt(view.attempt).ranks),
             predicted_steps=None if decision.action is Action.WARN else predicted,
-            unnoticed_seconds=0.0 if decision.action is Action.WARN else self._unnoticed(cause),
+            unnoticed_seconds=0.0 if decision.action is Action.WARN else self._detection_delay(cause),
         )
 
-    def _unnoticed(self, cause: Verdict) -> float:
+    def _detection_delay(self, cause: Verdict) -> float:
         """Seconds since the fault, or since the last sign of a rank where nobody saw it; clocks of nodes may differ."""
-        began = self.known.last_sign if cause.time is None else cause.time
+        began = self.known.last_activity if cause.time is None else cause.time
         return min(max(0.0, self.steady - began), self.clock - self.view.attempt_clock) if began else 0.0
 
     def _begin_stop_after(self) -> None:
@@ -272,7 +275,7 @@ class Turn:
         view, decided = self.view, self.view.decision
         if decided is None:
             return
-        waited, request = self.clock - view.decided_clock, inspection(view)
+        waited, request = self.clock - view.decided_clock, inspection_request(view)
         kept = request in self.status.collected
         if decided.inspect and not kept and waited < _INSPECT_SECONDS:
             return
@@ -290,16 +293,16 @@ class Turn:
         """
         try:
             path = self.run.attempt(self.view.attempt).metrics
-            while (part := read_from(path, self.known.read))[1] > self.known.read:
+            while (part := read_from(path, self.known.lines_offset))[1] > self.known.lines_offset:
                 lines, offset = part
                 for line in lines:
-                    self._absorb(line)
-                self.known = replace(self.known, read=offset)
+                    self._ingest_line(line)
+                self.known = replace(self.known, lines_offset=offset)
         except (OSError, ValueError):
             log.exception("run %s: metric lines of attempt %d", self.run.run_id, self.view.attempt)
         newest = max((c.step for c in (self.view.checkpoint, self.view.memory) if c is not None), default=-1)
         if self.known.snapshot is not None and self.known.snapshot.step > newest:
-            self.add(progress.committed(self.known.snapshot))
+            self.add(progress.commit_event(self.known.snapshot))
 
     # ---- the end of an attempt ----
 
@@ -308,23 +311,25 @@ class Turn:
         stop = self.view.stopping
         assert stop is not None, "the caller has looked"
         # What doesn't answer in time is left to its node's death; it counts from when this controller has asked.
-        if not self.status.stopped and not self._overdue(DesiredState.STOPPED, stop.grace + _ANSWER_SECONDS):
+        if not self.status.stopped and not self._overdue(
+            DesiredState.STOPPED, stop.grace + _ACKNOWLEDGE_SECONDS
+        ):
             return
-        again = self._again() if self.status.stopped else None
+        again = self._restart_in_place() if self.status.stopped else None
         self.release = again is None
         if (
             again is None
             and not self.status.released
-            and not self._overdue(DesiredState.RELEASED, _ANSWER_SECONDS)
+            and not self._overdue(DesiredState.RELEASED, _ACKNOWLEDGE_SECONDS)
         ):
             return
         self._catch_up()
         to, reason, detail = stop.to, stop.reason, stop.detail
-        complete = self.view.finished is not None and self.known.all_ended_well(self.view.gang.ranks)
+        complete = self.view.finished is not None and self.known.all_succeeded(self.view.gang.ranks)
         if to is State.QUEUED and complete:
             to, reason, detail = State.SUCCEEDED, Reason.COMPLETE, ""  # it ended before it was made to
         if to in _ENDINGS:
-            self.add(*recovery.closing(self.view, self.known.step, self.clock, _ENDINGS[to]))
+            self.add(*recovery.resolved_incidents(self.view, self.known.step, self.clock, _ENDINGS[to]))
         if to is State.QUEUED and self.view.state is not State.PLACING:
             self.move(State.RECOVERING, reason, detail)
         self.move(to, reason, detail)
@@ -339,7 +344,7 @@ class Turn:
         since = self.waits.get((self.view.attempt, desired))
         return since is not None and self.clock - since > seconds
 
-    def _again(self) -> AttemptPlaced | None:
+    def _restart_in_place(self) -> AttemptPlaced | None:
         """The next attempt on the same slots, where no node was at fault and nothing has to be waited for."""
         view, stop, decided = self.view, self.view.stopping, self.view.decision
         if view.placed is None or stop is None or decided is None or stop.to is not State.RECOVERING:
@@ -356,6 +361,6 @@ def _report(run_id: str) -> Callable[[str], None]:
     return lambda text: log.error("run %s: %s", run_id, text)
 
 
-def inspection(view: RunView) -> str:
+def inspection_request(view: RunView) -> str:
     """Name of the request for the stacks of the newest incident."""
     return f"incident-{len(view.incidents):03d}"

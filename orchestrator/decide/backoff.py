@@ -8,7 +8,7 @@ _DOUBLINGS = 64
 """Bound on the exponent: past it the cap holds for any wait that is worth the name, and a float would overflow."""
 
 
-def wait(first: float, failures: int, cap: float) -> float:
+def exponential_backoff(first: float, failures: int, cap: float) -> float:
     """Seconds to wait after so many failures in a row: `first`, then twice as long each time, up to `cap`.
 
     Args:

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 from orchestrator.decide.placement import Node
 
-LOOKS = 2
-"""Looks in which a slot must be another user's before it counts as such. A group that was just made or removed is in Ray's
-list of groups and in what its nodes have to give at different moments."""
+SAMPLES = 2
+"""Samples in which a slot must be another user's before it counts as such. A group that was just made or removed is in
+Ray's list of groups and in what its nodes have to give at different moments."""
 _ROUNDING = 1e-3
 """Of a slot; Ray counts in ten-thousandths."""
 
 
 @dataclass(frozen=True)
-class Holdings:
+class UsageSample:
     """Who held slots at one look."""
 
     available: Mapping[str, Mapping[str, float]]
@@ -37,10 +37,10 @@ class Holdings:
         for name, bundle in self.groups.get(node.node_id, {}).items():
             for resource in ours if name in own else ():
                 ours[resource] += bundle.get(resource, 0.0)
-        return unclaimed(node.slots, available, ours)
+        return unclaimed_slots(node.slots, available, ours)
 
 
-def unheld(node: Node, looks: Sequence[Holdings], own: Collection[str]) -> dict[str, int]:
+def free_slots(node: Node, looks: Sequence[UsageSample], own: Collection[str]) -> dict[str, int]:
     """Free slots of a node: another user's are those that he held at each of the newest looks."""
     if not looks:
         return dict(node.slots)
@@ -48,7 +48,7 @@ def unheld(node: Node, looks: Sequence[Holdings], own: Collection[str]) -> dict[
     return {resource: max(one[resource] for one in free) for resource in node.slots}
 
 
-def unclaimed(
+def unclaimed_slots(
     slots: Mapping[str, int], available: Mapping[str, float], own: Mapping[str, float]
 ) -> dict[str, int]:  # fmt: skip
     """Whole slots of a node that no other user of Ray holds, by resource.

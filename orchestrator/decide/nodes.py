@@ -1,7 +1,7 @@
 """The life of nodes: who came and went, whom to suspect, whom to bar. Pure.
 
 All functions take the nodes as the cluster's log tells of them and answer with the events to write into it; `clock` is
-that log's, in seconds (`Log.clock`). Told the same twice, they have nothing to write the second time.
+that log's, in seconds (`EventLog.clock`). Told the same twice, they have nothing to write the second time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from configs.errors import UserError, nearest
 from faulttol.verdicts import Verdict
 from orchestrator import PROGRAM
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Running
+from orchestrator.decide.queue import RunningRun
 from orchestrator.record.cluster_log import (
     Cordoned,
     Draining,
@@ -32,19 +32,19 @@ from orchestrator.record.cluster_log import (
     Uncordoned,
 )
 
-QUARANTINE = 60.0
+QUARANTINE_SECONDS = 60.0
 """Seconds that a node whose agent fell silent is kept out; Ray's health checks have reported it by then."""
-HALF_LIFE = 6 * 3600.0
+HALF_LIFE_SECONDS = 6 * 3600.0
 """Seconds in which a suspicion falls to half."""
-WINDOW = 3600.0
+WINDOW_SECONDS = 3600.0
 """Seconds in which a node's faults are counted."""
-FLAPS = 3
-"""Faults of the node itself, or departures, within `WINDOW` that cordon it."""
-SHARE = 0.1
+MAX_FAULTS = 3
+"""Faults of the node itself, or departures, within `WINDOW_SECONDS` that cordon it."""
+MAX_CORDONED_SHARE = 0.1
 """Of the live nodes, that the controller cordons by itself at most: beyond that it is rather something that they share,
 or what judged them, that is broken. One it may always."""
 
-AMOUNTS = {
+SUSPICION_BY_VERDICT = {
     "node_lost": 1.0, "agent_lost": 1.0, "node_unfit": 1.0, "replicas_differ": 1.0,
     "hang": 0.5, "start_timeout": 0.5, "rank_exit": 0.25,
 }  # fmt: skip
@@ -57,7 +57,7 @@ _SOUND = 0.05
 def observe(view: NodesView, nodes: Sequence[Node], clock: float) -> list[Payload]:
     """What to write about the nodes that are live now: who joined, left, changed, or failed its check.
 
-    A node that has left `FLAPS` times in a `WINDOW` and is back once more is cordoned.
+    A node that has left `MAX_FAULTS` times in a `WINDOW_SECONDS` and is back once more is cordoned.
 
     Args:
         view: the nodes so far.
@@ -79,9 +79,9 @@ def observe(view: NodesView, nodes: Sequence[Node], clock: float) -> list[Payloa
     payloads: list[Payload] = [NodeLeft(ip) for ip in sorted(left)]
     if not news:
         return payloads
-    cordons = _Cordons(view, len({node.ip for node in nodes}))
+    cordons = _CordonBudget(view, len({node.ip for node in nodes}))
     for ip, here in sorted(news.items()):
-        payloads += _news(known.get(ip) or NodeRecord(ip), here, clock, cordons)
+        payloads += _node_events(known.get(ip) or NodeRecord(ip), here, clock, cordons)
     return payloads
 
 
@@ -96,7 +96,9 @@ def _as_known(node: Node, record: NodeRecord) -> bool:
     )
 
 
-def _news(record: NodeRecord, here: Sequence[Node], clock: float, cordons: _Cordons) -> list[Payload]:
+def _node_events(
+    record: NodeRecord, here: Sequence[Node], clock: float, cordons: _CordonBudget
+) -> list[Payload]:
     """What to write about one address."""
     payloads: list[Payload] = []
     joined = _joined(record.ip, here)
@@ -106,11 +108,15 @@ def _news(record: NodeRecord, here: Sequence[Node], clock: float, cordons: _Cord
         payloads.append(joined)
     error = next((node.barred for node in here if node.barred), "")
     # The words may hold figures that change at every look.
-    if bool(error) != bool(record.check) or (error != record.check and clock - record.checked >= WINDOW):
+    if bool(error) != bool(record.check) or (
+        error != record.check and clock - record.checked >= WINDOW_SECONDS
+    ):
         payloads.append(NodeChecked(record.ip, error))
-    lately = sum(clock - at < WINDOW for at in record.left)
-    if not record.live and lately >= FLAPS:
-        payloads += cordons.ask(record.ip, f"flapping: it left {lately} times in {WINDOW / 60:.0f} min")
+    lately = sum(clock - at < WINDOW_SECONDS for at in record.left)
+    if not record.live and lately >= MAX_FAULTS:
+        payloads += cordons.cordon(
+            record.ip, f"flapping: it left {lately} times in {WINDOW_SECONDS / 60:.0f} min"
+        )
     return payloads
 
 
@@ -123,12 +129,12 @@ def _joined(ip: str, here: Sequence[Node]) -> NodeJoined:
     return NodeJoined(ip, here[0].hostname, tuple(sorted(node.node_id for node in here)), slots, labels)
 
 
-def marked(nodes: Sequence[Node], view: NodesView, clock: float) -> list[Node]:
+def with_marks(nodes: Sequence[Node], view: NodesView, clock: float) -> list[Node]:
     """The nodes with `barred`, `spare` and `suspicion` filled in; its check, a cordon, a drain or silence bars a node."""
-    return [_marked(node, view.nodes.get(node.ip), clock) for node in nodes]
+    return [_with_marks(node, view.nodes.get(node.ip), clock) for node in nodes]
 
 
-def _marked(node: Node, record: NodeRecord | None, clock: float) -> Node:
+def _with_marks(node: Node, record: NodeRecord | None, clock: float) -> Node:
     if record is None or not (record.cordon or record.drain or record.spare or record.faults):
         return node
     barred = node.barred
@@ -137,34 +143,38 @@ def _marked(node: Node, record: NodeRecord | None, clock: float) -> Node:
     elif record.cordon is not None:
         barred = f"cordoned: {record.cordon.reason}"
     elif not barred:
-        barred = _silence(record, clock)
+        barred = _quarantine_reason(record, clock)
     doubt = suspicion(record, clock)
     if (barred, record.spare is not None, doubt) == (node.barred, node.spare, node.suspicion):
         return node
     return replace(node, barred=barred, spare=record.spare is not None, suspicion=doubt)
 
 
-def _silence(record: NodeRecord, clock: float) -> str:
+def _quarantine_reason(record: NodeRecord, clock: float) -> str:
     """Why a node is in quarantine; empty where it isn't. One that has joined since is not."""
     for fault in reversed(record.faults):
-        if fault.cause in _SILENT and clock - fault.clock < QUARANTINE and record.joined <= fault.clock:
-            return f"out for {QUARANTINE:.0f} s: {fault.detail}"
+        if (
+            fault.cause in _SILENT
+            and clock - fault.clock < QUARANTINE_SECONDS
+            and record.joined <= fault.clock
+        ):
+            return f"out for {QUARANTINE_SECONDS:.0f} s: {fault.detail}"
     return ""
 
 
 def suspicion(record: NodeRecord, clock: float) -> float:
-    """How far a node was at fault lately: its faults, each half as much after every `HALF_LIFE`; to one decimal."""
-    halves = [int(max(0.0, clock - fault.clock) // HALF_LIFE) for fault in record.faults]
+    """How far a node was at fault lately: its faults, each half as much after every `HALF_LIFE_SECONDS`; to one decimal."""
+    halves = [int(max(0.0, clock - fault.clock) // HALF_LIFE_SECONDS) for fault in record.faults]
     total = sum(fault.amount * math.ldexp(1.0, -h) for fault, h in zip(record.faults, halves, strict=True))
     return round(total, 1) if total >= _SOUND else 0.0
 
 
-def suspect(
+def suspicion_events(
     view: NodesView, verdict: Verdict, run_id: str, ip: str | None, clock: float
 ) -> list[Payload]:  # fmt: skip
     """What to write about the node of the verdict that ended an attempt; nothing where it points to none.
 
-    `FLAPS` faults of the node itself within a `WINDOW` cordon it. Written once for each incident, when it is opened.
+    `MAX_FAULTS` faults of the node itself within `WINDOW_SECONDS` cordon it. Written once for each incident, when it opens.
 
     Args:
         view: the nodes so far.
@@ -174,20 +184,20 @@ def suspect(
         clock: the log's.
     """
     kind = str(verdict.kind)
-    amount = AMOUNTS.get(kind, 0.0)
+    amount = SUSPICION_BY_VERDICT.get(kind, 0.0)
     record = view.nodes.get(ip or "")
     if record is None or not amount:
         return []
     payloads: list[Payload] = [Suspected(record.ip, amount, run_id, kind, verdict.detail)]
-    own = [f for f in record.faults if f.amount >= 1.0 and clock - f.clock < WINDOW]
-    if amount >= 1.0 and len(own) + 1 >= FLAPS:
+    own = [f for f in record.faults if f.amount >= 1.0 and clock - f.clock < WINDOW_SECONDS]
+    if amount >= 1.0 and len(own) + 1 >= MAX_FAULTS:
         causes = ", ".join(dict.fromkeys([*(fault.cause for fault in own), kind]))
-        reason = f"flapping: at fault {len(own) + 1} times in {WINDOW / 60:.0f} min ({causes})"
-        payloads += _Cordons(view).ask(record.ip, reason)
+        reason = f"flapping: at fault {len(own) + 1} times in {WINDOW_SECONDS / 60:.0f} min ({causes})"
+        payloads += _CordonBudget(view).cordon(record.ip, reason)
     return payloads
 
 
-def from_finding(view: NodesView, finding: dict[str, Any], run_id: str) -> list[Payload]:
+def cordon_events(view: NodesView, finding: dict[str, Any], run_id: str) -> list[Payload]:
     """What to write about a measurement's finding: a cordon of each host that it says is slow or wrong.
 
     Args:
@@ -197,26 +207,26 @@ def from_finding(view: NodesView, finding: dict[str, Any], run_id: str) -> list[
     """
     if finding.get("action") != "cordon":
         return []
-    cordons, payloads = _Cordons(view), list[Payload]()
+    cordons, payloads = _CordonBudget(view), list[Payload]()
     for ip in dict.fromkeys(finding.get("hosts", ())):
         record = view.nodes.get(ip)
         if record is None or any(f.run == run_id and f.cause == finding["kind"] for f in record.faults):
             continue
         payloads.append(Suspected(ip, 1.0, run_id, str(finding["kind"]), str(finding["what"])))
-        payloads += cordons.ask(ip, f"{finding['kind']}: {finding['what']} ({run_id})")
+        payloads += cordons.cordon(ip, f"{finding['kind']}: {finding['what']} ({run_id})")
     return payloads
 
 
-class _Cordons:
-    """Cordons by the controller itself, within `SHARE` of the live nodes."""
+class _CordonBudget:
+    """Cordons by the controller itself, within `MAX_CORDONED_SHARE` of the live nodes."""
 
     def __init__(self, view: NodesView, live: int | None = None) -> None:
         self._view = view
         own = [n for n in view.nodes.values() if n.live and n.cordon is not None and not n.cordon.by]
         live = sum(n.live for n in view.nodes.values()) if live is None else live
-        self._left = max(1, int(SHARE * live)) - len(own)
+        self._left = max(1, int(MAX_CORDONED_SHARE * live)) - len(own)
 
-    def ask(self, ip: str, reason: str) -> list[Payload]:
+    def cordon(self, ip: str, reason: str) -> list[Payload]:
         """The cordon; nothing where the node has one, or too many have."""
         record = self._view.nodes[ip]
         if record.cordon is not None or record.drain is not None or self._left <= 0:
@@ -225,7 +235,7 @@ class _Cordons:
         return [Cordoned(ip, reason, "")]
 
 
-def draining_runs(view: NodesView, running: Iterable[Running]) -> list[tuple[str, str]]:
+def draining_runs(view: NodesView, running: Iterable[RunningRun]) -> list[tuple[str, str]]:
     """Runs that hold slots on nodes that drain, each with the reason to tell: they save, stop and queue again."""
     moves = []
     for run in running:
@@ -242,7 +252,7 @@ MARKS = ("cordon", "uncordon", "drain", "spare", "unspare")
 """What can be said of a node."""
 
 
-def mark(view: NodesView, name: str, what: str, reason: str, by: str) -> Payload:
+def mark_event(view: NodesView, name: str, what: str, reason: str, by: str) -> Payload:
     """The event of a person's word on a node.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.decide.topology import Path, address, path, together
+from orchestrator.decide.topology import Path, address_key, closest_nodes, domain_path
 from orchestrator.record.events import GangShape, NodeShare
 
 
@@ -34,7 +34,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Misfit:
+class Unschedulable:
     """Why a gang has no place now."""
 
     reason: str
@@ -47,20 +47,20 @@ SERVES, SPARE, AVOIDED, CLOSED = 0, 1, 2, 4
 """What a node is to a run: better ones are used up first. A spare that is avoided is both, 3; a closed one isn't used."""
 
 
-def by_place(node: Node) -> tuple[Path, tuple[object, ...], str]:
+def topology_key(node: Node) -> tuple[Path, tuple[object, ...], str]:
     """Order of nodes by domain and address, so that neighbours in it are neighbours in the network."""
-    return path(node.labels), address(node.ip), node.node_id
+    return domain_path(node.labels), address_key(node.ip), node.node_id
 
 
 class OrderedNodes:
     """The nodes of one decision in their order, as lists of numbers."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        places = [(by_place(node), i) for i, node in enumerate(nodes)]
+        places = [(topology_key(node), i) for i, node in enumerate(nodes)]
         places.sort()
         self.nodes = [nodes[i] for _, i in places]
         self.paths = [place[0] for place, _ in places]
-        self.doubts = [node.suspicion for node in self.nodes]
+        self.suspicions = [node.suspicion for node in self.nodes]
 
     def tiers(self, recovering: bool = False, avoid: Collection[str] = ()) -> list[int]:
         """What each node is to a run.
@@ -84,7 +84,7 @@ class OrderedNodes:
         """Free slots of each node."""
         return [node.free.get(resource, 0) for node in self.nodes]
 
-    def share_out(self, gang: GangShape, blocks: Blocks) -> tuple[NodeShare, ...]:
+    def assign_ranks(self, gang: GangShape, blocks: Blocks) -> tuple[NodeShare, ...]:
         """Number the ranks through the nodes in their order."""
         shares, first = [], 0
         for index in sorted(blocks):
@@ -97,21 +97,21 @@ class OrderedNodes:
 
 def place(
     gang: GangShape, nodes: Sequence[Node], recovering: bool = False, avoid: Collection[str] = ()
-) -> tuple[NodeShare, ...] | Misfit:
+) -> tuple[NodeShare, ...] | Unschedulable:
     """Nodes and ranks for a gang on what is free; `OrderedNodes.tiers` has the arguments.
 
     A barred node is never used, and a spare only by a run that recovers. As few nodes of the worst kind as can be
     (`AVOIDED`, then `SPARE`), then as few nodes; the last one is the fullest that still fits, so that large holes stay
-    whole. Among nodes with equal room, those less under suspicion, then those that lie together (`topology.together`).
+    whole. Among nodes with equal room, those less under suspicion, then those that lie together (`topology.closest_nodes`).
     Where `gang.nodes` is set, exactly that many nodes, the blocks spread evenly over them.
     """
     row = OrderedNodes(nodes)
     tiers = row.tiers(recovering, avoid)
     free = usable(row.free(gang.resource), tiers)
-    blocks = fit(gang, free, tiers, row)
+    blocks = place_blocks(gang, free, tiers, row)
     if blocks is None:
-        return Misfit(shortage(gang, free, usable(row.slots(gang.resource), tiers)))
-    return row.share_out(gang, blocks)
+        return Unschedulable(shortage(gang, free, usable(row.slots(gang.resource), tiers)))
+    return row.assign_ranks(gang, blocks)
 
 
 def usable(slots: Sequence[int], tiers: Sequence[int], worst: int = CLOSED - 1) -> list[int]:
@@ -119,7 +119,9 @@ def usable(slots: Sequence[int], tiers: Sequence[int], worst: int = CLOSED - 1) 
     return [count if tier <= worst else 0 for count, tier in zip(slots, tiers, strict=True)]
 
 
-def fit(gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: OrderedNodes) -> Blocks | None:
+def place_blocks(
+    gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: OrderedNodes
+) -> Blocks | None:
     """Blocks per node by the rule of `place`; None: no room.
 
     Args:
@@ -129,7 +131,7 @@ def fit(gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: Ordered
     """
     rooms = [slots // gang.block for slots in free]
     if gang.nodes is not None:
-        return _even(_count(gang), gang.nodes, rooms, tiers, row)
+        return _spread(_count(gang), gang.nodes, rooms, tiers, row)
     left = _count(gang)
     if sum(rooms) < left:
         return None
@@ -139,15 +141,15 @@ def fit(gang: GangShape, free: Sequence[int], tiers: Sequence[int], row: Ordered
         # What all better nodes together don't hold needs nodes of this tier: the fewest are the largest.
         better = sum(room for room, t in zip(rooms, tiers, strict=True) if t < tier)
         members = [i for i, room in enumerate(rooms) if room and tiers[i] == tier]
-        left = _fewest(left, left - better, members, rooms, chosen, row)
+        left = _pack(left, left - better, members, rooms, chosen, row)
     return chosen
 
 
-def _fewest(
+def _pack(
     left: int, needed: int, members: Sequence[int], rooms: Sequence[int], chosen: Blocks, row: OrderedNodes
 ) -> int:  # fmt: skip
     """Put blocks on as few nodes of one tier as hold `needed`, `left` at most; what is left then."""
-    ranked = sorted(members, key=lambda i: (-rooms[i], row.doubts[i], i))
+    ranked = sorted(members, key=lambda i: (-rooms[i], row.suspicions[i], i))
     number, held = 0, 0
     while held < needed:
         held += rooms[ranked[number]]
@@ -182,14 +184,14 @@ def _first(
     if count == 0:
         return []
     border = ranked[count - 1]
-    alike = (rooms[border], row.doubts[border])
-    tied = [i for i in ranked if (rooms[i], row.doubts[i]) == alike]
+    alike = (rooms[border], row.suspicions[border])
+    tied = [i for i in ranked if (rooms[i], row.suspicions[i]) == alike]
     start = ranked.index(tied[0])
     sure = list(ranked[:start])
-    return sure + together(count - start, sorted(tied), row.paths, [*used, *sure])
+    return sure + closest_nodes(count - start, sorted(tied), row.paths, [*used, *sure])
 
 
-def _even(
+def _spread(
     count: int, nodes: int, rooms: Sequence[int], tiers: Sequence[int], row: OrderedNodes
 ) -> Blocks | None:  # fmt: skip
     """`count` blocks on exactly `nodes` nodes, at most one more on some than on others; the smallest rooms that do."""
@@ -200,19 +202,19 @@ def _even(
     # The cheapest node that still leaves a choice is always part of a cheapest choice. Nodes of one cost are alike.
     alike: dict[tuple[int, int, float], list[int]] = {}
     for index in able:
-        alike.setdefault((tiers[index], rooms[index], row.doubts[index]), []).append(index)
+        alike.setdefault((tiers[index], rooms[index], row.suspicions[index]), []).append(index)
     picked: list[int] = []
     narrow = nodes - extra  # most nodes without room for one block more
     for (_, room, _), members in sorted(alike.items()):
         number = min(len(members), nodes - len(picked), narrow if room == each else nodes)
         narrow -= number if room == each else 0
-        picked += together(number, members, row.paths, picked)
+        picked += closest_nodes(number, members, row.paths, picked)
     wide = [index for index in picked if rooms[index] > each][:extra]
     return dict.fromkeys(picked, each) | dict.fromkeys(wide, each + 1)
 
 
 def fits(gang: GangShape, free: Sequence[int]) -> bool:
-    """Whether `fit` finds room, without looking for the best."""
+    """Whether `place_blocks` finds room, without looking for the best."""
     count = _count(gang)
     rooms = [slots // gang.block for slots in free]
     if gang.nodes is None:
@@ -238,7 +240,7 @@ def reservation(gang: GangShape, free: Sequence[int], slots: Sequence[int]) -> d
     # The price of a node's next block is what it adds to the slots that are missing there. It never falls
     # along a node, so the cheapest blocks of all nodes together are the cheapest way.
     prices = [
-        (_missing(end, free[index]) - _missing(end - gang.block, free[index]), index)
+        (_missing_text(end, free[index]) - _missing_text(end - gang.block, free[index]), index)
         for index, total in enumerate(slots)
         for end in range(gang.block, total + 1, gang.block)
     ]
@@ -251,7 +253,7 @@ def reservation(gang: GangShape, free: Sequence[int], slots: Sequence[int]) -> d
 def shortage(gang: GangShape, free: Sequence[int], slots: Sequence[int]) -> str:
     """What a gang that doesn't fit `free` is short of, in words."""
     if not fits(gang, slots):
-        return _never(gang, slots)
+        return _never_fits(gang, slots)
     if gang.nodes is not None:
         each = -(-_count(gang) // gang.nodes) * gang.block
         able = sum(f >= each for f in free)
@@ -265,7 +267,7 @@ def shortage(gang: GangShape, free: Sequence[int], slots: Sequence[int]) -> str:
     return f"{text}, {whole} of them in blocks of {gang.block} on one node"
 
 
-def _never(gang: GangShape, slots: Sequence[int]) -> str:
+def _never_fits(gang: GangShape, slots: Sequence[int]) -> str:
     count, total = _count(gang), sum(slots)
     if gang.nodes is not None and gang.nodes > count:
         return f"needs {gang.nodes} nodes, but its {gang.ranks} ranks make {count} blocks of {gang.block}"
@@ -282,7 +284,7 @@ def _never(gang: GangShape, slots: Sequence[int]) -> str:
     return f"needs {blocks}; the cluster has room for {whole}: waits for larger nodes"
 
 
-def occupied(nodes: Sequence[Node], held: Sequence[tuple[str, Sequence[NodeShare]]]) -> list[Node]:
+def with_slots_taken(nodes: Sequence[Node], held: Sequence[tuple[str, Sequence[NodeShare]]]) -> list[Node]:
     """The nodes with what is free once gangs hold their slots.
 
     Args:
@@ -306,11 +308,11 @@ def _count(gang: GangShape) -> int:
     return -(-gang.ranks // gang.block)
 
 
-def _missing(wanted: int, free: int) -> int:
+def _missing_text(wanted: int, free: int) -> int:
     return max(0, wanted - free)
 
 
 def _nearest(among: Collection[int], wanted: int, free: Sequence[int], slots: Sequence[int]) -> list[int]:
     """Nodes with `wanted` slots, those with the fewest still to become free first."""
     able = [i for i in among if slots[i] >= wanted]
-    return sorted(able, key=lambda i: _missing(wanted, free[i]))
+    return sorted(able, key=lambda i: _missing_text(wanted, free[i]))

@@ -10,7 +10,7 @@ from orchestrator.record.events import GangShape
 
 
 @dataclass(frozen=True)
-class Holder:
+class PreemptionCandidate:
     """A run that could give up its slots."""
 
     run_id: str
@@ -19,7 +19,9 @@ class Holder:
     """Index of a node -> slots on it."""
 
 
-def victims(gang: GangShape, free: Sequence[int], holders: Sequence[Holder]) -> list[Holder]:
+def victims(
+    gang: GangShape, free: Sequence[int], holders: Sequence[PreemptionCandidate]
+) -> list[PreemptionCandidate]:
     """The holders whose slots make room for a gang, none of which could be left out; empty where all don't suffice.
 
     The highest priority among them is as low as can be; of one priority, those with fewer slots go first, so that less
@@ -31,7 +33,7 @@ def victims(gang: GangShape, free: Sequence[int], holders: Sequence[Holder]) -> 
         holders: runs that may be stopped.
     """
     pool = list(free)
-    chosen: list[Holder] = []
+    chosen: list[PreemptionCandidate] = []
     for holder in sorted(holders, key=lambda h: (h.priority, sum(h.held.values()), h.run_id)):
         _give(pool, holder, 1)
         chosen.append(holder)
@@ -48,6 +50,6 @@ def victims(gang: GangShape, free: Sequence[int], holders: Sequence[Holder]) -> 
     return chosen
 
 
-def _give(pool: list[int], holder: Holder, sign: int) -> None:
+def _give(pool: list[int], holder: PreemptionCandidate, sign: int) -> None:
     for index, count in holder.held.items():
         pool[index] += sign * count

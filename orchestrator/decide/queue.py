@@ -17,29 +17,29 @@ from orchestrator.decide.placement import (
     Blocks,
     Node,
     OrderedNodes,
-    fit,
     fits,
+    place_blocks,
     reservation,
     shortage,
     usable,
 )
-from orchestrator.decide.preempt import Holder, victims
+from orchestrator.decide.preempt import PreemptionCandidate, victims
 from orchestrator.record.events import GangShape, NodeShare
 
 __all__ = [
     "Admit",
-    "Answer",
+    "QueueDecision",
     "Hold",
     "Node",
     "QueuePolicy",
     "Preempt",
-    "Running",
+    "RunningRun",
     "WaitingRun",
     "decide",
     "order",
 ]
 
-EVERYBODY = "*"
+DEFAULT_OWNER = "*"
 """Owner whose quota holds for all that have none of their own."""
 
 
@@ -64,7 +64,7 @@ class WaitingRun:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningRun:
     """A run that holds slots."""
 
     run_id: str
@@ -115,7 +115,7 @@ class Preempt:
     reason: str
 
 
-Answer = Admit | Hold | Preempt
+QueueDecision = Admit | Hold | Preempt
 
 
 def order(waiting: Sequence[WaitingRun]) -> list[WaitingRun]:
@@ -124,11 +124,11 @@ def order(waiting: Sequence[WaitingRun]) -> list[WaitingRun]:
 
 
 def decide(
-    waiting: Sequence[WaitingRun], running: Sequence[Running], nodes: Sequence[Node], policy: QueuePolicy
-) -> list[Answer]:
+    waiting: Sequence[WaitingRun], running: Sequence[RunningRun], nodes: Sequence[Node], policy: QueuePolicy
+) -> list[QueueDecision]:
     """An `Admit` or a `Hold` for every waiting run, in the order of the queue; then whom to stop.
 
-    Saying it again while the stopped ones still hold their slots (`Running.stopping`) stops nobody else.
+    Saying it again while the stopped ones still hold their slots (`RunningRun.stopping`) stops nobody else.
 
     Args:
         waiting: all queued runs.
@@ -140,33 +140,33 @@ def decide(
         return []
     row = OrderedNodes(nodes)
     index = {node.node_id: i for i, node in enumerate(row.nodes)}
-    pools = {name: _Pool(row, name, running, index) for name in {run.gang.resource for run in waiting}}
+    pools = {name: _SlotPool(row, name, running, index) for name in {run.gang.resource for run in waiting}}
     used = _Quotas(policy.quotas, running)
-    answers: list[Answer] = []
+    answers: list[QueueDecision] = []
     stops: list[Preempt] = []
     position = 0
     for run in order(waiting):
         pool = pools[run.gang.resource]
-        taken = _start(run, pool, used)
+        taken = _allocate_best(run, pool, used)
         if taken is not None:
             gang, blocks = taken
             used.add(run.owner, gang.ranks)
-            answers.append(Admit(run.run_id, row.share_out(gang, blocks), gang))
+            answers.append(Admit(run.run_id, row.assign_ranks(gang, blocks), gang))
             continue
         position += 1
-        gang = pool.shape(run)
+        gang = pool.requested_shape(run)
         reason = used.refusal(run, gang)
         if not reason:
-            reason, preempts = pool.hold(run, gang, policy.patience)
+            reason, preempts = pool.explain_wait(run, gang, policy.patience)
             stops += preempts
         answers.append(Hold(run.run_id, position, reason))
     return [*answers, *stops]
 
 
-def _start(run: WaitingRun, pool: _Pool, used: _Quotas) -> tuple[GangShape, Blocks] | None:
+def _allocate_best(run: WaitingRun, pool: _SlotPool, used: _Quotas) -> tuple[GangShape, Blocks] | None:
     """The best shape that a run may have now, with its slots taken; None where it has to wait."""
     for gang in (run.gang, *run.smaller):
-        if not used.refusal(run, gang) and (blocks := pool.take(run, gang)) is not None:
+        if not used.refusal(run, gang) and (blocks := pool.allocate(run, gang)) is not None:
             return gang, blocks
     return None
 
@@ -174,7 +174,7 @@ def _start(run: WaitingRun, pool: _Pool, used: _Quotas) -> tuple[GangShape, Bloc
 class _Quotas:
     """Slots that each owner holds, against what it may."""
 
-    def __init__(self, quotas: dict[str, int], running: Sequence[Running]) -> None:
+    def __init__(self, quotas: dict[str, int], running: Sequence[RunningRun]) -> None:
         self._quotas = quotas
         self._used: dict[str, int] = {}
         for run in running:
@@ -186,7 +186,7 @@ class _Quotas:
 
     def refusal(self, run: WaitingRun, gang: GangShape) -> str:
         """Why the quota holds a run back; empty where it doesn't."""
-        quota = self._quotas.get(run.owner, self._quotas.get(EVERYBODY))
+        quota = self._quotas.get(run.owner, self._quotas.get(DEFAULT_OWNER))
         if quota is None:
             return ""
         used, whose = self._used.get(run.owner, 0), f"the quota of {run.owner or 'runs without an owner'}"
@@ -197,50 +197,50 @@ class _Quotas:
         return ""
 
 
-class _Pool:
+class _SlotPool:
     """Slots of one resource during one decision. Lists go by node, in the order of the row."""
 
     def __init__(
-        self, row: OrderedNodes, resource: str, running: Sequence[Running], index: dict[str, int]
+        self, row: OrderedNodes, resource: str, running: Sequence[RunningRun], index: dict[str, int]
     ) -> None:  # fmt: skip
         self._row = row
         self._slots = row.slots(resource)
         self._free = row.free(resource)
-        self._open = self._free
+        self._available = self._free
         """What a run may take: free and not kept for the blocked gang."""
-        self._soon = [0] * len(self._slots)
+        self._freeing = [0] * len(self._slots)
         """Held by runs that stop."""
-        self._holders: list[Holder] = []
+        self._candidates: list[PreemptionCandidate] = []
         for run in running:
             if run.gang.resource != resource:
                 continue
             held = {index[s.node_id]: len(s.ranks) for s in run.shares if s.node_id in index}
             if run.stopping:
                 for i, count in held.items():
-                    self._soon[i] += count
+                    self._freeing[i] += count
             elif run.preemptible:
-                self._holders.append(Holder(run.run_id, run.priority, held))
+                self._candidates.append(PreemptionCandidate(run.run_id, run.priority, held))
         self._blocked: WaitingRun | None = None
-        self._kept = ""
+        self._reserved_reason = ""
         self._tiers: dict[tuple[bool, frozenset[str]], list[int]] = {}
         # Slots only get fewer during one decision, so runs that ask for the same fare alike: each is tried once.
         self._refused: dict[tuple[GangShape, bool, frozenset[str]], str] = {}
         self._usable: dict[tuple[str, int], list[int]] = {}
         """What `_for` has worked out since slots were last taken or kept."""
 
-    def _for(self, name: str, tiers: list[int]) -> list[int]:
+    def _usable_slots(self, name: str, tiers: list[int]) -> list[int]:
         """Slots (`slots`, `free` or `open`) of the nodes that a run may use; not to be changed."""
         key = (name, id(tiers))  # the pool keeps every list of tiers, so an id stays its own
         if key not in self._usable:
-            which = {"slots": self._slots, "free": self._free, "open": self._open}[name]
+            which = {"slots": self._slots, "free": self._free, "open": self._available}[name]
             self._usable[key] = usable(which, tiers)
         return self._usable[key]
 
-    def shape(self, run: WaitingRun) -> GangShape:
+    def requested_shape(self, run: WaitingRun) -> GangShape:
         """What the run waits for: what it asked for, or the best smaller shape where nodes are missing for it."""
         if not run.smaller:
             return run.gang
-        slots = self._for("slots", self._tiers_of(run))
+        slots = self._usable_slots("slots", self._tiers_of(run))
         return next((gang for gang in (run.gang, *run.smaller) if fits(gang, slots)), run.gang)
 
     def _tiers_of(self, run: WaitingRun) -> list[int]:
@@ -249,12 +249,12 @@ class _Pool:
             self._tiers[key] = self._row.tiers(run.recovering, run.avoid)
         return self._tiers[key]
 
-    def take(self, run: WaitingRun, gang: GangShape) -> Blocks | None:
+    def allocate(self, run: WaitingRun, gang: GangShape) -> Blocks | None:
         """Occupy slots for a gang; None where it doesn't fit."""
         if (gang, run.recovering, run.avoid) in self._refused:
             return None
         tiers = self._tiers_of(run)
-        blocks = fit(gang, self._for("open", tiers), tiers, self._row)
+        blocks = place_blocks(gang, self._usable_slots("open", tiers), tiers, self._row)
         if blocks is None:
             return None
         self._usable.clear()
@@ -263,63 +263,63 @@ class _Pool:
             count = min(blocks[index] * gang.block, gang.ranks - first)
             first += count
             self._free[index] -= count
-            if self._open is not self._free:
-                self._open[index] -= count
+            if self._available is not self._free:
+                self._available[index] -= count
         return blocks
 
-    def hold(self, run: WaitingRun, gang: GangShape, patience: float) -> tuple[str, list[Preempt]]:
+    def explain_wait(self, run: WaitingRun, gang: GangShape, patience: float) -> tuple[str, list[Preempt]]:
         """Why a run that doesn't fit waits, and whom to stop for it.
 
         The first one that could fit some day is the blocked gang.
         """
         key, tiers = (gang, run.recovering, run.avoid), self._tiers_of(run)
         if key not in self._refused:
-            self._refused[key] = self._why(gang, tiers)
+            self._refused[key] = self._shortage(gang, tiers)
         reason = self._refused[key]
-        if self._blocked is not None or not fits(gang, self._for("slots", tiers)):
+        if self._blocked is not None or not fits(gang, self._usable_slots("slots", tiers)):
             return reason, []
         self._blocked = run
         if run.waited < patience:
             return reason, []
-        self._kept = f"slots are kept for {run.run_id}, which has waited {run.waited:.0f} s"
-        stops = self._stops(run, gang, tiers)
-        self._keep(gang, tiers)
+        self._reserved_reason = f"slots are kept for {run.run_id}, which has waited {run.waited:.0f} s"
+        stops = self._preempt(run, gang, tiers)
+        self._reserve_for_blocked(gang, tiers)
         waited = f"{reason}; has waited {run.waited:.0f} s, so freed slots are kept for it"
         names = ", ".join(stop.run_id for stop in stops)
         return waited + (f"; stops {names}, of a lower priority" if stops else ""), stops
 
-    def _keep(self, gang: GangShape, tiers: Sequence[int]) -> None:
+    def _reserve_for_blocked(self, gang: GangShape, tiers: Sequence[int]) -> None:
         """Keep free slots for the blocked gang, on the best nodes on which it can fit some day."""
         worst = next(w for w in range(CLOSED) if fits(gang, usable(self._slots, tiers, w)))
         slots = usable(self._slots, tiers, worst)
         # What stopping runs hold counts as free: else what was stopped for this gang would go to another one.
-        coming = [f + s for f, s in zip(usable(self._free, tiers, worst), self._soon, strict=True)]
+        coming = [f + s for f, s in zip(usable(self._free, tiers, worst), self._freeing, strict=True)]
         self._usable.clear()
-        self._open = list(self._free)
+        self._available = list(self._free)
         for index, count in reservation(gang, coming, slots).items():
-            self._open[index] = max(0, self._free[index] - count)
+            self._available[index] = max(0, self._free[index] - count)
 
-    def _stops(self, run: WaitingRun, gang: GangShape, tiers: Sequence[int]) -> list[Preempt]:
+    def _preempt(self, run: WaitingRun, gang: GangShape, tiers: Sequence[int]) -> list[Preempt]:
         """Runs of a lower priority that make room; they count as stopping from here on."""
-        coming = usable([f + s for f, s in zip(self._free, self._soon, strict=True)], tiers)
+        coming = usable([f + s for f, s in zip(self._free, self._freeing, strict=True)], tiers)
         if fits(gang, coming):
             return []
         lower = [
-            Holder(h.run_id, h.priority, {i: n for i, n in h.held.items() if tiers[i] != CLOSED})
-            for h in self._holders
+            PreemptionCandidate(h.run_id, h.priority, {i: n for i, n in h.held.items() if tiers[i] != CLOSED})
+            for h in self._candidates
             if h.priority < run.priority
         ]
         chosen = victims(gang, coming, [holder for holder in lower if holder.held])
         for holder in chosen:
             for index, count in holder.held.items():
-                self._soon[index] += count
+                self._freeing[index] += count
         why = f"of priority {run.priority}, has waited {run.waited:.0f} s for slots"
         return [Preempt(h.run_id, run.run_id, f"{run.run_id}, {why}") for h in chosen]
 
-    def _why(self, gang: GangShape, tiers: list[int]) -> str:
-        free, slots = self._for("free", tiers), self._for("slots", tiers)
-        if self._kept and fits(gang, free):
-            return self._kept
+    def _shortage(self, gang: GangShape, tiers: list[int]) -> str:
+        free, slots = self._usable_slots("free", tiers), self._usable_slots("slots", tiers)
+        if self._reserved_reason and fits(gang, free):
+            return self._reserved_reason
         reason = shortage(gang, free, slots)
         if not fits(gang, slots):
             return reason + self._closed(tiers)

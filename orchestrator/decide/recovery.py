@@ -84,7 +84,7 @@ def decide(view: RunView, verdicts: Sequence[Verdict], clock: float) -> Decision
        `BACKOFF_CAP`. It doesn't change the run's place in the queue.
     6. Saves that fail are only told: what is trained on in the meantime is more than what a restart would give back.
     """
-    submitted = view.asked
+    submitted = view.request
     cause = min(verdicts, key=_severity)
     used, allowed = view.restarts, submitted.max_restarts
     if cause.kind is VerdictKind.USER_ERROR:
@@ -96,28 +96,28 @@ def decide(view: RunView, verdicts: Sequence[Verdict], clock: float) -> Decision
     if used >= allowed:
         detail = f"{cause.detail}; {used} restarts without a new checkpoint are used up"
         return Decision(Action.FAIL, Reason.RESTARTS_EXHAUSTED, detail, cause, used, allowed, inspect=inspect)
-    wait = backoff.wait(submitted.backoff_seconds, used, BACKOFF_CAP) if used else 0.0
+    wait = backoff.exponential_backoff(submitted.backoff_seconds, used, BACKOFF_CAP) if used else 0.0
     evict = cause.node is not None and (cause.kind in NODE_FAULTS or _broke_before(view, cause.node, clock))
     action = Action.EVICT if evict else Action.RESTART
     return Decision(action, _REASONS[cause.kind], cause.detail, cause, used + 1, allowed, wait, inspect)
 
 
-def avoided(view: RunView, clock: float) -> frozenset[str]:
+def avoided_nodes(view: RunView, clock: float) -> frozenset[str]:
     """Addresses of nodes that the run keeps off where it fits elsewhere: those that it lost, or that broke it twice."""
     lost = {
         incident.event.node
-        for incident in _lately(view, clock)
+        for incident in _recent_faults(view, clock)
         if incident.event.cause in NODE_FAULTS and incident.event.node
     }
-    faults = [incident.event.node for incident in _lately(view, clock) if incident.event.node]
+    faults = [incident.event.node for incident in _recent_faults(view, clock) if incident.event.node]
     return frozenset(lost | {node for node in faults if faults.count(node) > 1}) | view.ungranted_nodes
 
 
 def _broke_before(view: RunView, node: str, clock: float) -> bool:
-    return any(incident.event.node == node for incident in _lately(view, clock))
+    return any(incident.event.node == node for incident in _recent_faults(view, clock))
 
 
-def _lately(view: RunView, clock: float) -> list[Incident]:
+def _recent_faults(view: RunView, clock: float) -> list[Incident]:
     return [i for i in view.incidents if not i.stops_nothing and clock - i.opened_clock < AVOID_SECONDS]
 
 
@@ -127,7 +127,7 @@ def _severity(verdict: Verdict) -> tuple[int, float, float]:
     return _SEVERITY[verdict.kind], time, rank
 
 
-def closing(view: RunView, step: int, clock: float, ended: str = "") -> list[IncidentClosed]:
+def resolved_incidents(view: RunView, step: int, clock: float, ended: str = "") -> list[IncidentClosed]:
     """The open incidents that are over at `step`, the newest finished one, and what they cost.
 
     1. An incident is over when a later attempt has finished a step beyond the incident's last one, or when

@@ -10,7 +10,7 @@ from orchestrator.record.states import State
 from orchestrator.record.view import RunView
 
 
-def interval(view: RunView, config: RunConfig) -> int | None:
+def save_interval(view: RunView, config: RunConfig) -> int | None:
     """Steps between two commits in storage, as they are due or as they came lately, whichever is more.
 
     None where only the ranks know: under `young_daly` they choose it anew with each save, and say so in `due`.
@@ -25,7 +25,7 @@ def interval(view: RunView, config: RunConfig) -> int | None:
     return max(due, view.interval)
 
 
-def seen(view: RunView, config: RunConfig, step: int) -> SavesSeen | None:
+def save_history(view: RunView, config: RunConfig, step: int) -> SavesSeen | None:
     """How a running attempt saves, for the detectors; None where nothing is known, or an incident tells of it already.
 
     Args:
@@ -40,7 +40,7 @@ def seen(view: RunView, config: RunConfig, step: int) -> SavesSeen | None:
         or any(incident.stops_nothing for incident in view.open_incidents)
     ):
         return None
-    every = interval(view, config)
+    every = save_interval(view, config)
     error = view.failed.error if view.failed is not None and view.failed.step > view.saved_step else ""
     return SavesSeen(
         step=step,
@@ -62,7 +62,7 @@ def predicted_steps(
         step_seconds: of the newest step; 0 before the first.
         snapshot: the newest in memory, where the run makes any.
     """
-    every = interval(view, config)
+    every = save_interval(view, config)
     if config.workload != "train" or not step_seconds or every is None:
         return None
     saved = view.checkpoint

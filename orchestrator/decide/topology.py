@@ -20,26 +20,26 @@ Path = tuple[tuple[object, ...], ...]
 _NOWHERE: Path = ((), (), ())
 
 
-def path(labels: Mapping[str, str]) -> Path:
+def domain_path(labels: Mapping[str, str]) -> Path:
     """The domains that a node with these labels is in; those without a label are in one together."""
     if not labels:
         return _NOWHERE
-    return _path(*[labels.get(level, "") for level in LEVELS])
+    return _domain_path(*[labels.get(level, "") for level in LEVELS])
 
 
 @lru_cache(maxsize=1 << 16)
-def _path(*names: str) -> Path:
-    return tuple(_natural(name) for name in names)
+def _domain_path(*names: str) -> Path:
+    return tuple(_natural_key(name) for name in names)
 
 
-def _natural(name: str) -> tuple[object, ...]:
+def _natural_key(name: str) -> tuple[object, ...]:
     """Sorts `rack2` before `rack10`: numbers by value, and before words."""
     words = re.split(r"(\d+)", name)
     return tuple((0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words if word)
 
 
 @lru_cache(maxsize=1 << 16)
-def address(name: str) -> tuple[object, ...]:
+def address_key(name: str) -> tuple[object, ...]:
     """Sorts addresses as numbers, since neighbours under one switch have neighbouring ones, and host names after them.
 
     A Ray node that was started with `--node-ip-address=gpu-07` has that name for its address.
@@ -47,10 +47,12 @@ def address(name: str) -> tuple[object, ...]:
     try:
         return 0, int(ip_address(name))
     except ValueError:
-        return 1, *_natural(name)
+        return 1, *_natural_key(name)
 
 
-def together(count: int, among: Sequence[int], paths: Sequence[Path], used: Collection[int]) -> list[int]:
+def closest_nodes(
+    count: int, among: Sequence[int], paths: Sequence[Path], used: Collection[int]
+) -> list[int]:
     """`count` of several nodes that serve equally well, as close together as they come.
 
     They lie in one domain of the closest level that has one with so many; of several, in one that is in use by this gang,
@@ -94,7 +96,7 @@ def _gather(
             taken += domain
             continue
         rest = sorted(set(group) - set(taken))
-        return sorted([*taken, *together(left, rest, paths, [*used, *taken])])
+        return sorted([*taken, *closest_nodes(left, rest, paths, [*used, *taken])])
     return sorted(taken)
 
 

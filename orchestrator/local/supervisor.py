@@ -64,7 +64,7 @@ class Watch:
         if now < self.next_try:
             return False
         self.tried += 1
-        self.next_try = now + backoff.wait(1.0, self.tried, _LONGEST_WAIT)
+        self.next_try = now + backoff.exponential_backoff(1.0, self.tried, _LONGEST_WAIT)
         return True
 
 
@@ -161,7 +161,7 @@ class DashboardProcess:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,  # what it prints has its token in it
             )  # fmt: skip
         self._starts += 1
-        self._next_start = now + backoff.wait(2.0, self._starts, _PAGE_WAIT)
+        self._next_start = now + backoff.exponential_backoff(2.0, self._starts, _PAGE_WAIT)
 
     def close(self) -> None:
         """End it."""
@@ -237,7 +237,7 @@ def _keep(home: HomePaths, head: RayHead, record: LocalCluster, page: DashboardP
                 time.sleep(_TURN_SECONDS)
         failed = failed + 1 if time.monotonic() - began < _HEAD_WAIT else 1
         _tell(f"Ray has ended; starting it again ({failed} of {_HEAD_STARTS} in a row)")
-        time.sleep(backoff.wait(1.0, failed, _HEAD_WAIT))
+        time.sleep(backoff.exponential_backoff(1.0, failed, _HEAD_WAIT))
         began = time.monotonic()
         with contextlib.suppress(RuntimeError):
             record = head.start()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Now:
+class Instant:
     """An instant."""
 
     wall: float
@@ -17,9 +17,9 @@ class Now:
     """Seconds of a clock that never steps, from an arbitrary start that changes with the process."""
 
 
-Clock = Callable[[], Now]
+Clock = Callable[[], Instant]
 
 
-def system() -> Now:
+def system_clock() -> Instant:
     """This machine's clocks."""
-    return Now(time.time(), time.monotonic())
+    return Instant(time.time(), time.monotonic())

@@ -306,7 +306,7 @@ Payload = (
     | Parked | Unparked | IncidentOpened | IncidentClosed | ControllerStarted | Finished
 )  # fmt: skip
 _KINDS: dict[str, type[Payload]] = {c.kind: c for c in get_args(Payload)}
-_SHAPES = ("submitted", "amended", "placed")
+_NESTED_TYPES = ("submitted", "amended", "placed")
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def decode(tree: dict[str, Any]) -> Payload:
     """
     try:
         kind = tree.pop("kind")
-        if kind in _SHAPES and tree.get("gang") is not None:
+        if kind in _NESTED_TYPES and tree.get("gang") is not None:
             tree["gang"] = GangShape(**tree["gang"])
         if kind == "amended":
             tree["overrides"] = tuple(tree["overrides"])

@@ -39,7 +39,7 @@ _VERDICTS = 32
 
 
 @dataclass(frozen=True)
-class Period:
+class StatePeriod:
     """The run stands in a state from here until the next period begins."""
 
     clock: float
@@ -50,7 +50,7 @@ class Period:
 
 
 @dataclass
-class AttemptStory:
+class AttemptHistory:
     """One attempt. Clocks are the run's; `None` where it hasn't come to that."""
 
     number: int
@@ -91,7 +91,7 @@ class TimelineMark:
     text: str
 
 
-class Story:
+class RunHistory:
     """A run's past; `take` continues with newer events."""
 
     def __init__(self) -> None:
@@ -99,8 +99,8 @@ class Story:
         """Clock and wall time of the submission."""
         self.newest: tuple[float, float] = (0.0, 0.0)
         """Clock and wall time of the newest event."""
-        self.periods: list[Period] = []
-        self.attempts: dict[int, AttemptStory] = {}
+        self.periods: list[StatePeriod] = []
+        self.attempts: dict[int, AttemptHistory] = {}
         self.incidents: dict[int, tuple[float, IncidentOpened]] = {}
         self.closed: dict[int, tuple[float, IncidentClosed]] = {}
         self.marks: list[TimelineMark] = []
@@ -115,7 +115,7 @@ class Story:
         """Where the run stands."""
         return self.periods[-1].state if self.periods else None
 
-    def take(self, events: Iterable[Event]) -> None:
+    def apply(self, events: Iterable[Event]) -> None:
         """Continue with events that follow the earlier ones."""
         for event in events:
             if self.begin is None:
@@ -123,7 +123,7 @@ class Story:
             self.newest = event.clock, event.time
             self._one(event)
         if len(self.marks) > _MARKS:
-            self._drop()
+            self._drop_oldest_marks()
 
     def _one(self, event: Event) -> None:
         p = event.payload
@@ -155,13 +155,13 @@ class Story:
                 self._again = self._again or own.started is not None
         if move.reason in (Reason.SUBMITTED, Reason.RESUME_ASKED):
             self._again = False
-        self.periods.append(Period(event.clock, move.to, move.reason, self.newest_attempt))
+        self.periods.append(StatePeriod(event.clock, move.to, move.reason, self.newest_attempt))
 
     def _place(self, placed: AttemptPlaced, event: Event) -> None:
         submitted = self.submitted
         gang = placed.gang or (submitted.gang if submitted else None)
         self.newest_attempt = placed.attempt
-        self.attempts[placed.attempt] = AttemptStory(
+        self.attempts[placed.attempt] = AttemptHistory(
             number=placed.attempt,
             placed=event.time,
             again=self._again,
@@ -177,9 +177,9 @@ class Story:
         # Placing may be written before or after the move to it, in one record: the period is this attempt's.
         if self.periods and self.periods[-1].state is State.PLACING:
             last = self.periods[-1]
-            self.periods[-1] = Period(last.clock, last.state, last.reason, placed.attempt)
+            self.periods[-1] = StatePeriod(last.clock, last.state, last.reason, placed.attempt)
 
-    def _attempt(self, own: AttemptStory, p: Any, event: Event) -> None:
+    def _attempt(self, own: AttemptHistory, p: Any, event: Event) -> None:
         match p:
             case RanksStarted():
                 own.started = event.time
@@ -211,7 +211,7 @@ class Story:
                 TimelineMark(event.time, kind, getattr(p, "attempt", self.newest_attempt), step, text)
             )
 
-    def _drop(self) -> None:
+    def _drop_oldest_marks(self) -> None:
         """Forget the oldest marks, down to three quarters."""
         over = len(self.marks) - _MARKS * 3 // 4
         saves = [i for i, mark in enumerate(self.marks) if mark.kind == "save"][:over]
@@ -220,7 +220,7 @@ class Story:
         self.left_out += len(gone)
 
 
-def _fault(own: AttemptStory, incident: IncidentOpened) -> float | None:
+def _fault(own: AttemptHistory, incident: IncidentOpened) -> float | None:
     """When it happened, by the verdict that the incident is about, else by the earliest one."""
     times = [v for v in own.verdicts if v.get("time") is not None]
     same = [v for v in times if v["kind"] == incident.cause and v.get("rank") == incident.rank]

@@ -1,8 +1,8 @@
 """The goodput ledger: where a run's wall time went. Pure.
 
-Wall time is cut into neighbouring intervals, each of which has one part: a `Tape` only continues from where it ended, so no
-second can be counted twice or left out. Time is the run's clock, which never steps; the times of metric lines, which
-rank 0's host dates, are mapped to it.
+Wall time is cut into neighbouring intervals, each of which has one part. A `PartitionBuilder` appends only from where it
+ended, so no second is counted twice or left out. Time is the run's clock, which never steps; the times of metric lines,
+which rank 0's host dates, are mapped to it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.record.history import AttemptStory, Period, Story
-from orchestrator.record.partition import Floats, Tape, TimePart, TimePartition
+from orchestrator.record.history import AttemptHistory, RunHistory, StatePeriod
+from orchestrator.record.partition import Floats, PartitionBuilder, TimePart, TimePartition
 from orchestrator.record.states import State
 from orchestrator.record.view import RESTARTS
 
@@ -84,7 +84,7 @@ class Ledger:
         }
 
 
-def ledger(story: Story, traces: Mapping[int, AttemptLines], now: float) -> Ledger:
+def ledger(story: RunHistory, traces: Mapping[int, AttemptLines], now: float) -> Ledger:
     """The ledger of a run.
 
     Args:
@@ -93,14 +93,14 @@ def ledger(story: Story, traces: Mapping[int, AttemptLines], now: float) -> Ledg
         now: seconds since the epoch; where a run that has ended doesn't continue.
     """
     clock, wall = story.begin or (0.0, now)
-    tape = Tape(clock)
+    builder = PartitionBuilder(clock)
     newest_clock, newest_wall = story.newest if story.begin else (clock, wall)
     over = bool(story.state and story.state.terminal)
     end = newest_clock if over else newest_clock + max(0.0, now - newest_wall)
     lost = _lost_from(story, traces)
     periods, i = story.periods, 0
     if periods:
-        tape.until(periods[0].clock, TimePart.WAITING, 0)
+        builder.append(periods[0].clock, TimePart.WAITING, 0)
     while i < len(periods):
         one = periods[i]
         until = periods[i + 1].clock if i + 1 < len(periods) else end
@@ -111,17 +111,17 @@ def ledger(story: Story, traces: Mapping[int, AttemptLines], now: float) -> Ledg
             goes_on = i + 1 == len(periods)
             until = end if goes_on else periods[i + 1].clock
             trace = traces.get(own.number, EMPTY)
-            _attempt(tape, own, trace, until, lost.get(own.number), goes_on)
+            _attempt(builder, own, trace, until, lost.get(own.number), goes_on)
         else:
             part, attempt = _outside(one, own)
-            tape.until(until, part, attempt)
+            builder.append(until, part, attempt)
         i += 1
-    tape.until(end, TimePart.WAITING, 0)
-    partition = tape.cut()
+    builder.append(end, TimePart.WAITING, 0)
+    partition = builder.build()
     return Ledger(partition, newest_wall - newest_clock, partition.totals())
 
 
-def _outside(one: Period, own: AttemptStory | None) -> tuple[TimePart, int]:
+def _outside(one: StatePeriod, own: AttemptHistory | None) -> tuple[TimePart, int]:
     """The part of a period in which no rank of the run is there, and the attempt that it is counted to."""
     if one.state is State.QUEUED:
         return TimePart.WAITING, one.attempt
@@ -132,11 +132,11 @@ def _outside(one: Period, own: AttemptStory | None) -> tuple[TimePart, int]:
     return (TimePart.IDLE if one.state.terminal else TimePart.STOPPING), one.attempt
 
 
-def _start(own: AttemptStory | None) -> TimePart:
+def _start(own: AttemptHistory | None) -> TimePart:
     return TimePart.RESTART if own is not None and own.again else TimePart.STARTUP
 
 
-def _lost_from(story: Story, traces: Mapping[int, AttemptLines]) -> dict[int, int]:
+def _lost_from(story: RunHistory, traces: Mapping[int, AttemptLines]) -> dict[int, int]:
     """By attempt, the step after which its steps were trained again by a later one."""
     begun = {n: own.resumed_step for n, own in story.attempts.items() if own.resumed_step is not None}
     begun |= {n: trace.begin for n, trace in traces.items() if trace.begin is not None}
@@ -160,43 +160,52 @@ def lost_after(begun: Mapping[int, int | None]) -> dict[int, int]:
 
 
 def _attempt(
-    tape: Tape, own: AttemptStory, trace: AttemptLines, until: float, lost: int | None, goes_on: bool
+    builder: PartitionBuilder,
+    own: AttemptHistory,
+    trace: AttemptLines,
+    until: float,
+    lost: int | None,
+    goes_on: bool,
 ) -> None:
     """An attempt, from the start of its ranks until it left its nodes, or now."""
-    shift = _Shift(own, trace, until)
+    clock_of = _ClockMap(own, trace, until)
     decided = own.decided_clock if own.decided_clock is not None and own.decided_clock <= until else None
     steps_end = until if decided is None else decided
-    times = np.minimum(shift(trace.time), steps_end)
-    start, held = _start(own), _standing(shift, trace)
+    times = np.minimum(clock_of(trace.time), steps_end)
+    start, held = _start(own), _stalls(clock_of, trace)
     if not len(times):
-        resumed = shift(np.array([trace.resumed or own.resumed or 0.0]))[0]
-        fault = _fault_clock(own, shift, max(tape.end, resumed if own.resumed else tape.end), decided)
-        tape.until(steps_end if fault is None else fault, start, own.number)
+        resumed = clock_of(np.array([trace.resumed or own.resumed or 0.0]))[0]
+        fault = _fault_clock(
+            own, clock_of, max(builder.end, resumed if own.resumed else builder.end), decided
+        )
+        builder.append(steps_end if fault is None else fault, start, own.number)
     else:
-        _steps(tape, own.number, trace, times, held, start, lost, shift)
-        fault = _fault_clock(own, shift, float(times[-1]), decided)
-        _tail(tape, own, trace, held, shift, fault, until, goes_on)
+        _steps(builder, own.number, trace, times, held, start, lost, clock_of)
+        fault = _fault_clock(own, clock_of, float(times[-1]), decided)
+        _tail(builder, own, trace, held, clock_of, fault, until, goes_on)
     if decided is not None and own.decision is not None:
-        tape.until(decided, TimePart.DETECTION, own.number)
+        builder.append(decided, TimePart.DETECTION, own.number)
         if own.decision.action in RESTARTS:
-            tape.until(until, TimePart.RESTART, own.number + 1)
-    tape.until(
+            builder.append(until, TimePart.RESTART, own.number + 1)
+    builder.append(
         until, TimePart.STOPPING if len(times) or decided is not None or own.end else start, own.number
     )
 
 
-def _fault_clock(own: AttemptStory, shift: _Shift, last: float, decided: float | None) -> float | None:
+def _fault_clock(
+    own: AttemptHistory, clock_of: _ClockMap, last: float, decided: float | None
+) -> float | None:
     """When what ended the attempt happened; where nobody saw it, right after its last sign. None where nothing did."""
     if decided is None:
         return None
-    at = last if own.fault is None else float(shift(np.array([own.fault]))[0])
+    at = last if own.fault is None else float(clock_of(np.array([own.fault]))[0])
     return min(max(at, last), decided)
 
 
-class _Shift:
+class _ClockMap:
     """Maps times of rank 0's host to the run's clock."""
 
-    def __init__(self, own: AttemptStory, trace: AttemptLines, until: float) -> None:
+    def __init__(self, own: AttemptHistory, trace: AttemptLines, until: float) -> None:
         self._knots = own.offsets
         self._skew = 0.0
         # The controller takes in a line within seconds; a larger difference is that of the hosts' clocks.
@@ -222,11 +231,11 @@ _LAG = 60.0
 """Seconds that a controller may take to see a line, such as one that was just restarted."""
 
 
-def _standing(shift: _Shift, trace: AttemptLines) -> tuple[Floats, Floats, Floats, Floats]:
+def _stalls(clock_of: _ClockMap, trace: AttemptLines) -> tuple[Floats, Floats, Floats, Floats]:
     """Begin and seconds of saves, and of evaluations, by the run's clock."""
     saves = np.array(trace.saves, dtype=np.float64).reshape(-1, 2)
     evaluations = np.array(trace.evaluations, dtype=np.float64).reshape(-1, 2)
-    return shift(saves[:, 0]), saves[:, 1], shift(evaluations[:, 0]), evaluations[:, 1]
+    return clock_of(saves[:, 0]), saves[:, 1], clock_of(evaluations[:, 0]), evaluations[:, 1]
 
 
 def _within(begins: Floats, seconds: Floats, edges: Floats) -> Floats:
@@ -238,14 +247,14 @@ def _within(begins: Floats, seconds: Floats, edges: Floats) -> Floats:
 
 
 def _steps(
-    tape: Tape,
+    builder: PartitionBuilder,
     number: int,
     trace: AttemptLines,
     times: Floats,
     held: Any,
     start: TimePart,
     lost: int | None,
-    shift: _Shift,
+    clock_of: _ClockMap,
 ) -> None:
     """From the start of the ranks to the last step line."""
     steps, busy = trace.step.astype(np.float64), trace.busy.astype(np.float64).copy()
@@ -254,9 +263,9 @@ def _steps(
     if len(busy) >= 3:  # the first steps hold compilation and first use of everything
         usual = float(np.median(busy[1:] / counts[1:]))
         busy[0] = min(busy[0], 1.5 * usual * counts[0])
-    resumed = shift(np.array([trace.resumed]))[0] if trace.resumed is not None else times[0] - busy[0]
-    tape.until(min(float(resumed), float(times[0])), start, number)
-    edges = np.maximum.accumulate(np.concatenate([[tape.end], times]))
+    resumed = clock_of(np.array([trace.resumed]))[0] if trace.resumed is not None else times[0] - busy[0]
+    builder.append(min(float(resumed), float(times[0])), start, number)
+    edges = np.maximum.accumulate(np.concatenate([[builder.end], times]))
     spans = np.diff(edges)
     saving = np.minimum(_within(held[0], held[1], edges), spans)
     evaluating = np.minimum(_within(held[2], held[3], edges), spans - saving)
@@ -282,15 +291,15 @@ def _steps(
     )
     parts = np.tile(np.array(kinds, dtype=np.int8), (len(steps), 1))
     parts[0, 2] = start
-    tape.extend(cuts.reshape(-1), parts.reshape(-1), number)
+    builder.extend(cuts.reshape(-1), parts.reshape(-1), number)
 
 
 def _tail(
-    tape: Tape, own: AttemptStory, trace: AttemptLines, held: Any, shift: _Shift, fault: float | None, until: float,
-    goes_on: bool,
+    builder: PartitionBuilder, own: AttemptHistory, trace: AttemptLines, held: Any, clock_of: _ClockMap,
+    fault: float | None, until: float, goes_on: bool,
 ) -> None:  # fmt: skip
     """From the last step line to the fault, or to the end of what the ranks had to do, or to now."""
-    begin = tape.end
+    begin = builder.end
     edges = np.array([begin, np.inf])
     saving = float(_within(held[0], held[1], edges)[0])
     evaluating = float(_within(held[2], held[3], edges)[0])
@@ -298,15 +307,15 @@ def _tail(
     if fault is not None:
         end, work = fault, TimePart.LOST_WORK
     elif trace.ended is not None:
-        end, work = float(shift(np.array([trace.ended]))[0]), TimePart.OVERHEAD
+        end, work = float(clock_of(np.array([trace.ended]))[0]), TimePart.OVERHEAD
     elif goes_on and own.stop_clock is None:
         # What happens now counts as soon as its line comes; where none comes for long, something is to be found.
         end, work = min(until, begin + saving + evaluating + max(_QUIET, 3.0 * usual)), TimePart.PRODUCTIVE
     else:
         end, work = begin + saving + evaluating, TimePart.STOPPING
     end = min(end, until)
-    tape.until(min(begin + saving, end), TimePart.CHECKPOINT, own.number)
-    tape.until(min(begin + saving + evaluating, end), TimePart.EVALUATION, own.number)
-    tape.until(end, work, own.number)
+    builder.append(min(begin + saving, end), TimePart.CHECKPOINT, own.number)
+    builder.append(min(begin + saving + evaluating, end), TimePart.EVALUATION, own.number)
+    builder.append(end, work, own.number)
     if goes_on and fault is None and trace.ended is None and own.stop_clock is None:
-        tape.until(until, TimePart.DETECTION, own.number)
+        builder.append(until, TimePart.DETECTION, own.number)

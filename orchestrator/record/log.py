@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from configs.errors import from_json
 from orchestrator.record import events
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import Event
 
 _NAMED = 80
@@ -148,7 +148,7 @@ def _of_old(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in ("seq", "time", "clock", "epoch")}
 
 
-class Log:
+class EventLog:
     """The one writer of a log.
 
     Args:
@@ -168,7 +168,7 @@ class Log:
         self,
         path: Path,
         epoch: int,
-        now: Now,
+        now: Instant,
         fence: Callable[[], None] = lambda: None,
         cursor: Cursor = Cursor(),
         decode: Callable[[dict[str, Any]], Any] = events.decode,
@@ -192,11 +192,11 @@ class Log:
             os.close(self._fd)
             raise
 
-    def clock(self, now: Now) -> float:
+    def clock(self, now: Instant) -> float:
         """Seconds that the log has been written, by clocks that never step."""
         return self._base + max(0.0, now.mono - self._origin)
 
-    def append(self, payloads: Sequence[Any], now: Now) -> list[Event]:
+    def append(self, payloads: Sequence[Any], now: Instant) -> list[Event]:
         """Add events as one record; it is on disk before this returns.
 
         Raises:

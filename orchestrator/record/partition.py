@@ -47,14 +47,14 @@ MEANINGS: dict[TimePart, str] = {
 }
 
 
-class Tape:
+class PartitionBuilder:
     """Neighbouring intervals from `begin` on. What would begin before the tape's end begins at it."""
 
     def __init__(self, begin: float) -> None:
         self.begin = self.end = begin
         self._pieces: list[tuple[Floats, NDArray[np.int8], NDArray[np.int32]]] = []
 
-    def until(self, end: float, part: TimePart, attempt: int) -> None:
+    def append(self, end: float, part: TimePart, attempt: int) -> None:
         """Continue to `end`; nothing where that is over already."""
         self.extend(np.array([end]), np.array([part], dtype=np.int8), attempt)
 
@@ -66,7 +66,7 @@ class Tape:
         self._pieces.append((ends, parts, np.full(len(ends), attempt, dtype=np.int32)))
         self.end = float(ends[-1])
 
-    def cut(self) -> TimePartition:
+    def build(self) -> TimePartition:
         """All of it, of which there must be some."""
         ends, parts, attempts = (np.concatenate(column) for column in zip(*self._pieces, strict=True))
         return TimePartition(np.concatenate([[self.begin], ends]), parts, attempts)

@@ -21,7 +21,7 @@ _SUFFIX = ".seen.json"
 
 
 @dataclass(frozen=True)
-class Look:
+class RankStatus:
     """One rank as its node's agent saw it."""
 
     rank: int
@@ -40,7 +40,7 @@ class Look:
     groups: tuple[GroupSeen, ...]
 
 
-def write(folder: Path, node: str, ranks: Sequence[RankSeen], now: float) -> None:
+def write_statuses(folder: Path, node: str, ranks: Sequence[RankSeen], now: float) -> None:
     """Replace a node's file.
 
     Args:
@@ -81,14 +81,14 @@ def _compact(ranks: Sequence[int]) -> list[Any]:
     return ["list", *ranks]
 
 
-class Looks:
+class RankStatusReader:
     """The files of one folder, each read again only where it has changed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[str, tuple[tuple[int, int], list[Look]]] = {}
+        self._known: dict[str, tuple[tuple[int, int], list[RankStatus]]] = {}
 
-    def update(self) -> list[Look]:
+    def update(self) -> list[RankStatus]:
         """All ranks that were seen, by rank. A file that is damaged or isn't there has none.
 
         Raises:
@@ -111,12 +111,12 @@ class Looks:
         return sorted((one for _, looks in current.values() for one in looks), key=lambda one: one.rank)
 
 
-def _read(path: Path) -> list[Look]:
+def _read(path: Path) -> list[RankStatus]:
     try:
         tree = from_json(path.read_bytes())
         node, time = str(tree["node"]), float(tree["time"])
         return [
-            Look(
+            RankStatus(
                 int(row["rank"]), node, time, row["step"], str(row["phase"]), row["since"], str(row["state"]),
                 str(row["waits"]), str(row["held"]), row["exit"],
                 tuple(GroupSeen(name, _ranks(ranks), int(into), int(out)) for name, ranks, into, out in row["groups"]),

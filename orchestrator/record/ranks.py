@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from configs.paths import RunPaths
 from faulttol.timeline.reader import AttemptSteps
-from orchestrator.record.rank_status import Look, Looks
+from orchestrator.record.rank_status import RankStatus, RankStatusReader
 
 PARTS = ("compute", "data", "wait", "save")
 """Of a rank's step, as `faulttol.timeline` records them."""
@@ -36,7 +36,7 @@ class RankReader:
     def __init__(self, run: RunPaths) -> None:
         self._run = run
         self._attempt = 0
-        self._looks: Looks | None = None
+        self._looks: RankStatusReader | None = None
         self._steps: AttemptSteps | None = None
 
     def read(self, attempt: int) -> list[RankActivity]:
@@ -46,7 +46,7 @@ class RankReader:
             self.close()
             self._attempt, self._looks, self._steps = (
                 attempt,
-                Looks(paths.seen),
+                RankStatusReader(paths.seen),
                 AttemptSteps(paths.root),
             )
         activities: dict[int, RankActivity] = {}
@@ -76,7 +76,7 @@ class RankReader:
             self._steps.close()
 
 
-def _doing(look: Look) -> str:
+def _doing(look: RankStatus) -> str:
     if look.exit_code is not None:
         return f"ended with {look.exit_code}"
     waits = f"waits in {look.waits}" if look.waits else look.phase

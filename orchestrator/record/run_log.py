@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import from_json
 from configs.paths import RunPaths, write_whole
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import Event, Payload
-from orchestrator.record.log import Cursor, Log, checksum, read_from
+from orchestrator.record.log import Cursor, EventLog, checksum, read_from
 from orchestrator.record.view import Incident, RunView, apply, fold
 
 _FORMAT = [1, *(field.name for kind in (RunView, Incident) for field in fields(kind))]
@@ -67,19 +67,21 @@ class RunLog:
         OSError: where it can't be read or opened.
     """
 
-    def __init__(self, run: RunPaths, epoch: int, now: Now, fence: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, run: RunPaths, epoch: int, now: Instant, fence: Callable[[], None] = lambda: None
+    ) -> None:
         self._run = run
         reader = RunLogReader.of(run)
-        self._log = Log(run.events, epoch, now, fence, reader.cursor)
+        self._log = EventLog(run.events, epoch, now, fence, reader.cursor)
         self.view = fold(self._log.events, reader.view)  # an older controller may have written meanwhile
         self.damage = self._log.cursor.damage + self.view.damage
         self._published = 0
 
-    def clock(self, now: Now) -> float:
+    def clock(self, now: Instant) -> float:
         """Seconds that the run has been on record, by clocks that never step."""
         return self._log.clock(now)
 
-    def tentative(self, view: RunView, payload: Payload, now: Now) -> RunView:
+    def tentative(self, view: RunView, payload: Payload, now: Instant) -> RunView:
         """What `view` would be after one more event.
 
         Raises:
@@ -87,7 +89,7 @@ class RunLog:
         """
         return apply(view, Event(self._log.cursor.seq, now.wall, payload, self.clock(now)))
 
-    def append(self, payloads: Sequence[Payload], now: Now) -> None:
+    def append(self, payloads: Sequence[Payload], now: Instant) -> None:
         """Write events as one record, all or none.
 
         Raises:

@@ -17,7 +17,7 @@ from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.states import Reason, State
 from orchestrator.record.view import RunView
 
-_WINDOW = 1 << 16
+_TAIL_BYTES = 1 << 16
 """Bytes at the end of an attempt's lines in which its newest snapshot is looked for."""
 
 
@@ -95,7 +95,7 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Listing:
+class RunListing:
     """All runs of a home."""
 
     rows: list[RunSummary]
@@ -103,10 +103,10 @@ class Listing:
     damage: list[str]
     """What can't be read, a line each; everything else is reported all the same."""
     silent: str = ""
-    """`silence`, where a run hasn't ended."""
+    """`controller_silence`, where a run hasn't ended."""
 
 
-BEAT = 20.0
+SILENT_AFTER_SECONDS = 20.0
 """Seconds without the controller's beat after which it counts as silent; it beats every 5 s."""
 _COMES_BACK = (
     f"Ranks train on without it, and it comes back by itself; `{PROGRAM} up` starts it where nothing does"
@@ -121,7 +121,7 @@ def read_queue(home: HomePaths) -> dict[str, Any]:
         return {}
 
 
-def summaries(home: HomePaths) -> Listing:
+def summaries(home: HomePaths) -> RunListing:
     """All runs that are queued or beyond. What one run's files hold stops no other's row."""
     queue = read_queue(home)
     rows, damage = list[RunSummary](), [str(text) for text in queue.get("damage", [])]
@@ -136,16 +136,18 @@ def summaries(home: HomePaths) -> Listing:
             first = (str(error).splitlines() or [""])[0]
             damage.append(f"run {run.run_id}: {type(error).__name__}: {first}; its files are in {run.root}")
     going = any(not row.terminal for row in rows)
-    return Listing(rows, list(dict.fromkeys(damage)), silence(queue, time.time()) if going else "")
+    return RunListing(
+        rows, list(dict.fromkeys(damage)), controller_silence(queue, time.time()) if going else ""
+    )
 
 
-def beat_of(queue: dict[str, Any]) -> float | None:
+def last_heartbeat(queue: dict[str, Any]) -> float | None:
     """When a controller published last, in seconds since the epoch; None where none has."""
     beat = queue.get("beat", queue.get("time"))
     return float(beat) if isinstance(beat, int | float) else None
 
 
-def silence(queue: dict[str, Any], now: float) -> str:
+def controller_silence(queue: dict[str, Any], now: float) -> str:
     """That no controller turns, so that nobody takes what is shown for news; empty where one does.
 
     The page, `list`, `status` and `watch` all show this text, and nothing else decides whether a controller is silent.
@@ -154,10 +156,10 @@ def silence(queue: dict[str, Any], now: float) -> str:
         queue: what a controller published.
         now: seconds since the epoch.
     """
-    beat = beat_of(queue)
+    beat = last_heartbeat(queue)
     if beat is None:
         return f"no controller has served this home yet; `{PROGRAM} up` or `submit` starts one"
-    if now - beat < BEAT:
+    if now - beat < SILENT_AFTER_SECONDS:
         return ""
     old = "what is shown of states, queue and nodes may be from then"
     return f"no controller has been active for {now - beat:.0f} s: {old}. {_COMES_BACK}"
@@ -252,7 +254,7 @@ def _summary(
         tokens_per_second=line.tokens_per_second if line else None,
         step_seconds=line.step_seconds if line else None,
         mfu=line.mfu if line else None,
-        mfu_basis=_basis(run),
+        mfu_basis=_mfu_basis(run),
         tokens=line.tokens if line else 0,
         submitted_at=view.submitted_at,
         started_at=view.started_at,
@@ -271,7 +273,7 @@ def _summary(
         memory_step=memory.step if memory else None,
         memory_held=memory.held if memory else None,
         failed_saves=view.failing,
-        saves=_trouble(view),
+        saves=_save_problem(view),
         parked=view.parked.error if view.parked else "",
         stopping=_ending(view),
         kept=view.evidence,
@@ -299,7 +301,7 @@ def _newest_line(run: RunPaths, view: RunView) -> StepLine | MeasuredLine | None
     return None
 
 
-def _trouble(view: RunView) -> str:
+def _save_problem(view: RunView) -> str:
     """What is wrong with a run's saves."""
     if view.failing and view.failed is not None:
         newest = view.checkpoint.step if view.checkpoint is not None else 0
@@ -318,7 +320,7 @@ def _snapshot(run: RunPaths, view: RunView) -> SavedLine | CheckpointCommitted |
         return view.memory
     try:
         with run.attempt(view.attempt).metrics.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _WINDOW))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             rows = [row for row in file.read().splitlines()[1:-1] if b'"memory"' in row]
     except FileNotFoundError:
         return view.memory
@@ -334,7 +336,7 @@ def _line(row: bytes) -> MetricLine | None:
         return None
 
 
-def _basis(run: RunPaths) -> str:
+def _mfu_basis(run: RunPaths) -> str:
     try:
         return str(from_json(run.plan.read_text())["mfu_basis"])
     except (OSError, ValueError, KeyError, TypeError):

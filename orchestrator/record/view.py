@@ -136,7 +136,7 @@ class RunView:
     """Moves of the log that the table doesn't have, since a line before them is missing."""
 
     @property
-    def asked(self) -> Submitted:
+    def request(self) -> Submitted:
         """What is asked for; only of a run whose log has it."""
         assert self.submitted is not None, "a run begins with `submitted`"
         return self.submitted
@@ -144,12 +144,12 @@ class RunView:
     @property
     def gang(self) -> GangShape:
         """What the current attempt runs on, or the next one is to."""
-        return (self.placed.gang if self.placed else None) or self.asked.gang
+        return (self.placed.gang if self.placed else None) or self.request.gang
 
     @property
     def layout(self) -> dict[str, int]:
         """Layout of the current attempt, or of the next one."""
-        return (self.placed.layout if self.placed else None) or self.asked.layout
+        return (self.placed.layout if self.placed else None) or self.request.layout
 
     @property
     def by_fault(self) -> bool:

@@ -57,7 +57,7 @@ class SinkStarts:
         if now < look.due:
             return False
         look.times += 1
-        look.due = now + backoff.wait(FIRST_SECONDS, look.times, LONGEST_SECONDS)
+        look.due = now + backoff.exponential_backoff(FIRST_SECONDS, look.times, LONGEST_SECONDS)
         return True
 
 
@@ -120,5 +120,5 @@ def pump_to_the_end(make: Callable[[], Pumped], wait: Callable[[float], None] = 
         except Exception:  # of whatever kind: nothing else looks after the sink
             failures += 1
             log.exception("a sink failed (%d in a row)", failures)
-            wait(backoff.wait(FIRST_SECONDS, failures, LONGEST_SECONDS))
+            wait(backoff.exponential_backoff(FIRST_SECONDS, failures, LONGEST_SECONDS))
     log.error("a sink is given up after %d failures in a row", failures)

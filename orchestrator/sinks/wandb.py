@@ -177,7 +177,7 @@ class WandbSink:
     def _failed(self) -> bool:
         """Note a failure, and when it is tried again; True where it isn't any more."""
         self._failures += 1
-        wait = backoff.wait(2.0, self._failures, _LONGEST_WAIT)
+        wait = backoff.exponential_backoff(2.0, self._failures, _LONGEST_WAIT)
         self._log.exception("try %d failed; the next one is in %.0f s", self._failures, wait)
         self._next_try = self._clock() + wait
         if self._failures > 1:  # its service may be what is broken
@@ -200,7 +200,7 @@ class WandbSink:
                 self._log.exception("the cursor can't be written; it is tried again")
             if not ended:  # with the next rows
                 return False
-            self._next_try = self._clock() + backoff.wait(2.0, self._unkept, _LONGEST_WAIT)
+            self._next_try = self._clock() + backoff.exponential_backoff(2.0, self._unkept, _LONGEST_WAIT)
             return self._given_up()
         self._unkept = 0
         return ended
@@ -268,7 +268,9 @@ class WandbSink:
     def _one(self, item: Event | MetricLine) -> None:
         match item:
             case StepLine():
-                loads = histograms(item, self._reader.view.asked.steps if self._reader.view.submitted else 1)
+                loads = histograms(
+                    item, self._reader.view.request.steps if self._reader.view.submitted else 1
+                )
                 shown = {
                     name: wandb.Histogram(np_histogram=(np.asarray(bins), np.asarray(edges)))
                     for name, (bins, edges) in loads.items()

@@ -10,10 +10,10 @@ from typing import Any
 
 from configs.paths import RunPaths
 from orchestrator.record import log
-from orchestrator.record.history import Story
+from orchestrator.record.history import RunHistory
 from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.log import Cursor
-from orchestrator.record.rank_status import Look, Looks
+from orchestrator.record.rank_status import RankStatus, RankStatusReader
 from orchestrator.record.summaries import RunReader
 from orchestrator.web.columns import FEW, MOST, Columns
 
@@ -39,7 +39,7 @@ class RunState:
         """Why it can't be read; empty where it can."""
         self.damage: tuple[str, ...] = ()
         self.version = ""
-        self.story: Story | None = None
+        self.story: RunHistory | None = None
         self.columns: dict[int, Columns] = {}
         """By attempt. Replaced and never changed, since rows are made of it while it is read."""
         self.looked_at = float("-inf")
@@ -49,8 +49,8 @@ class RunState:
         self._reader: RunReader | None = None
         self._log_cursor = Cursor()
         self._finer: dict[int, Columns] = {}
-        self._looks: tuple[int, Looks] | None = None
-        self._found: list[Look] = []
+        self._looks: tuple[int, RankStatusReader] | None = None
+        self._found: list[RankStatus] = []
         self._looked = float("-inf")
         self._ledger: tuple[str, float, Ledger] | None = None
         self._queued: Any = None
@@ -150,11 +150,11 @@ class RunState:
     def _load_story(self, deadline: float) -> bool:
         while True:
             with self.lock:
-                story = self.story = self.story or Story()
+                story = self.story = self.story or RunHistory()
                 events, cursor = log.read_from(self.run.events, self._log_cursor, limit=_LOG_CHUNK)
                 moved = cursor.offset > self._log_cursor.offset
                 self._log_cursor = cursor
-                story.take(events)
+                story.apply(events)
             if not moved:
                 return True
             if time.monotonic() > deadline:
@@ -229,13 +229,13 @@ class RunState:
             made = self._ledger
             if made is not None and made[0] == self.version and (self.terminal or abs(now - made[1]) < 1.0):
                 return made[2]
-            story = self.story or Story()
+            story = self.story or RunHistory()
             fresh = ledger(story, {n: c.trace() for n, c in self.columns.items()}, now)
             if self.loaded:
                 self._ledger = (self.version, now, fresh)
             return fresh
 
-    def looks(self, attempt: int) -> list[Look]:
+    def looks(self, attempt: int) -> list[RankStatus]:
         """What its ranks were last seen doing in an attempt.
 
         Raises:
@@ -243,7 +243,7 @@ class RunState:
         """
         with self.lock:
             if self._looks is None or self._looks[0] != attempt:
-                self._looks = attempt, Looks(self.run.attempt(attempt).seen)
+                self._looks = attempt, RankStatusReader(self.run.attempt(attempt).seen)
                 self._looked = float("-inf")
             if time.monotonic() - self._looked > _LOOK_EVERY:
                 self._found, self._looked = self._looks[1].update(), time.monotonic()

@@ -19,7 +19,7 @@ from configs.paths import HomePaths
 from orchestrator.record import cluster_log, log
 from orchestrator.record.cluster_log import NodesView
 from orchestrator.record.log import Cursor
-from orchestrator.record.summaries import beat_of, read_queue, silence
+from orchestrator.record.summaries import controller_silence, last_heartbeat, read_queue
 from orchestrator.web.cached_run import RunState
 
 LINGER = 300.0
@@ -59,7 +59,7 @@ class Seen:
     @property
     def beat(self) -> float | None:
         """When the controller published last."""
-        return beat_of(self.queue)
+        return last_heartbeat(self.queue)
 
 
 class Live:
@@ -246,7 +246,7 @@ class Live:
 
     def silence(self) -> str:
         """That no controller turns; empty where one does."""
-        return silence(self.seen.queue, self.clock())
+        return controller_silence(self.seen.queue, self.clock())
 
 
 def lingers(row: Mapping[str, Any] | None, now: float) -> bool:

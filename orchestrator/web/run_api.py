@@ -17,8 +17,8 @@ from configs.paths import RunPaths
 from faulttol.timeline.heat import Heat, HeatRequest, heat
 from faulttol.timeline.reader import AttemptSteps
 from orchestrator import PROGRAM
-from orchestrator.record.history import AttemptStory
-from orchestrator.record.rank_status import Look
+from orchestrator.record.history import AttemptHistory
+from orchestrator.record.rank_status import RankStatus
 from orchestrator.web.cached_run import RunState
 from orchestrator.web.read_model import Live
 from orchestrator.web.redact import numbers
@@ -82,7 +82,7 @@ class Answers:
         self._live = live
         self._experts, self._forecasts = ExpertLoads(), Forecasts()
         self._steps: dict[str, AttemptSteps] = {}
-        self._layouts: dict[Any, tuple[list[Look], dict[str, Any]]] = {}
+        self._layouts: dict[Any, tuple[list[RankStatus], dict[str, Any]]] = {}
         """Newest answers, with the looks that they are made of."""
         self._reading = threading.Lock()
         """Held while step files are read, which one thread may do at a time."""
@@ -182,7 +182,7 @@ class Answers:
 
     # ---- ranks ----
 
-    def _attempt(self, state: RunState, query: Query) -> AttemptStory:
+    def _attempt(self, state: RunState, query: Query) -> AttemptHistory:
         with state.lock:
             attempts = dict(past.told(state).attempts)
         number = whole(query, "attempt", max(attempts, default=0), 0, 1_000_000)
@@ -191,7 +191,7 @@ class Answers:
             raise UserError(f"attempt={number} is none of this run; it has {there}")
         return attempts[number]
 
-    def _rank(self, own: AttemptStory, query: Query) -> int:
+    def _rank(self, own: AttemptHistory, query: Query) -> int:
         rank = whole(query, "rank", 0, 0, 10_000_000)
         if rank >= own.ranks:
             raise UserError(

@@ -171,7 +171,7 @@ def test_two_hosts_gone_without_a_spare_and_back(shell: Shell, hosts: Hosts) -> 
         view = running_on(shell, run_id, {host.ip for host in hosts.hosts[:2]}, 2)
         assert view.smaller and view.gang.ranks == 2 and view.layout["dp"] == 2
         assert view.resumed_step is not None and view.resumed_step >= 20
-        assert view.asked.gang.ranks == 4
+        assert view.request.gang.ranks == 4
         text = shell.run("status", run_id)
         assert "grows back" in text
     finally:

@@ -19,8 +19,8 @@ from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator.commands.submission import Submission
 from orchestrator.decide import elastic, placement, queue
 from orchestrator.decide import nodes as deciding
-from orchestrator.decide.placement import Misfit, Node
-from orchestrator.decide.queue import QueuePolicy, Running, WaitingRun
+from orchestrator.decide.placement import Node, Unschedulable
+from orchestrator.decide.queue import QueuePolicy, RunningRun, WaitingRun
 from orchestrator.record import cluster_log
 from orchestrator.record.cluster_log import NodesView, Suspected
 from orchestrator.record.events import Event, GangShape, NodeShare
@@ -59,8 +59,8 @@ def past(nodes: list[Node]) -> NodesView:
     payloads = deciding.observe(NodesView(), nodes, 0.0)
     payloads += [Suspected(rng.choice(nodes).ip, 0.5, f"r{i}", "hang", "rank 3 hangs") for i in range(400)]
     view = cluster_log.fold(Event(i, 0.0, p, float(i)) for i, p in enumerate(payloads))  # type: ignore[arg-type]
-    marks = [deciding.mark(view, node.ip, "spare", "", "ann") for node in nodes[-16:]]
-    marks += [deciding.mark(view, node.ip, "cordon", "a fan", "ann") for node in nodes[-24:-16]]
+    marks = [deciding.mark_event(view, node.ip, "spare", "", "ann") for node in nodes[-16:]]
+    marks += [deciding.mark_event(view, node.ip, "cordon", "a fan", "ann") for node in nodes[-24:-16]]
     return cluster_log.apply(view, [Event(0, 0.0, p, 2000.0) for p in marks])  # type: ignore[arg-type]
 
 
@@ -78,7 +78,7 @@ def small(count: int) -> list[WaitingRun]:
 def on(gang: GangShape, nodes: list[Node]) -> tuple[NodeShare, ...]:
     """A placement that is there."""
     placed = placement.place(gang, nodes)
-    assert not isinstance(placed, Misfit), placed.reason
+    assert not isinstance(placed, Unschedulable), placed.reason
     return placed
 
 
@@ -86,16 +86,16 @@ def turn() -> list[tuple[str, float]]:
     """CPU seconds of what each turn asks."""
     nodes = labelled(NODES + 24)
     view = past(nodes)
-    marked = deciding.marked(nodes, view, 3000.0)
-    giant = Running("giant", 9, "o", GIANT, on(GIANT, marked))
+    marked = deciding.with_marks(nodes, view, 3000.0)
+    giant = RunningRun("giant", 9, "o", GIANT, on(GIANT, marked))
     held = [("GPU", giant.shares)]
-    free = placement.occupied(marked, held)
+    free = placement.with_slots_taken(marked, held)
     policy = QueuePolicy(60.0, {"*": 20_000})
     waiting = small(1000)
     return [
         ("observe: who joined and left", cpu(lambda: deciding.observe(view, nodes, 3000.0))),
-        ("marked: barred, spare, suspicion", cpu(lambda: deciding.marked(nodes, view, 3000.0))),
-        ("occupied: what is free", cpu(lambda: placement.occupied(marked, held))),
+        ("marked: barred, spare, suspicion", cpu(lambda: deciding.with_marks(nodes, view, 3000.0))),
+        ("occupied: what is free", cpu(lambda: placement.with_slots_taken(marked, held))),
         ("decide: nobody waits", cpu(lambda: queue.decide([], [giant], free, policy))),
         ("decide: 1,000 wait behind the gang", cpu(lambda: queue.decide(waiting, [giant], free, policy))),
         ("draining: who has to move", cpu(lambda: deciding.draining_runs(view, [giant]))),
@@ -107,17 +107,17 @@ def rare() -> list[tuple[str, float]]:
     nodes = labelled(NODES)
     ask = WaitingRun("giant", 9, 0.0, 100.0, GIANT)
     one = GangShape(8, 8, resource="GPU")
-    lower = [Running(f"r{i}", i % 3, "o", one, on(one, [node])) for i, node in enumerate(nodes)]
-    busy = placement.occupied(nodes, [("GPU", r.shares) for r in lower])
+    lower = [RunningRun(f"r{i}", i % 3, "o", one, on(one, [node])) for i, node in enumerate(nodes)]
+    busy = placement.with_slots_taken(nodes, [("GPU", r.shares) for r in lower])
     view = past(labelled(NODES + 24))
     verdict = Verdict(VerdictKind.NODE_LOST, "its agent is silent", node=nodes[0].ip)
     config = compose(list(DEEPSEEK), None)
     made = plan(config, Capacity.of_nodes([SLOTS] * NODES))
     asked = Submission(config, made, 0).gang()
     left = Capacity.of_nodes([SLOTS] * (NODES - 2))
-    search, pieces = elastic.SmallerSearch(made.config, left, asked), list[float]()
+    search, pieces = elastic.SmallerLayoutSearch(made.config, left, asked), list[float]()
     while not search.done:
-        pieces.append(cpu(search.work, 1))
+        pieces.append(cpu(search.step, 1))
     rng = random.Random(3)
     events = [
         Event(i, 0.0, Suspected(rng.choice(nodes).ip, 0.5, "r", "hang", ""), float(i))  # type: ignore[arg-type]
@@ -132,10 +132,13 @@ def rare() -> list[tuple[str, float]]:
             "decide: 1,536 runs are stopped for it",
             cpu(lambda: queue.decide([ask], lower, busy, QueuePolicy())),
         ),
-        ("suspect: a node's fault", cpu(lambda: deciding.suspect(view, verdict, "r", nodes[0].ip, 3000.0))),
+        (
+            "suspect: a node's fault",
+            cpu(lambda: deciding.suspicion_events(view, verdict, "r", nodes[0].ip, 3000.0)),
+        ),
         ("smaller: a layout without two nodes", sum(pieces)),
         (f"smaller: the longest of its {len(pieces)} pieces, one a turn", max(pieces)),
-        ("smaller: the same asked again", cpu(lambda: search.answers(made.config, left, asked))),
+        ("smaller: the same asked again", cpu(lambda: search.matches(made.config, left, asked))),
         ("fold: 100,000 events of the cluster's log", cpu(lambda: cluster_log.fold(events), 1)),
     ]
 

@@ -27,9 +27,9 @@ from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.controller import Controller
 from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
 from orchestrator.decide.placement import Node
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import CheckpointCommitted, GangShape, StateMoved, Submitted
-from orchestrator.record.log import Log
+from orchestrator.record.log import EventLog
 from orchestrator.record.run_log import RunLogReader
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.fake_runtime import FakeClock, step_line
@@ -191,18 +191,18 @@ def long_log(home: HomePaths, bounds: Bounds) -> None:
     run = home.run("long-20260101-000000-aaaa")
     run.root.mkdir(parents=True)
     run.config.write_text(dump(compose(["experiment=smoke", "checkpoint.every=1000000"])))
-    log = Log(run.events, 1, Now(1.0, 1.0))
+    log = EventLog(run.events, 1, Instant(1.0, 1.0))
     shape = GangShape(2, 1)
     log.append(
         [Submitted(0, shape, 10**6, 3, 1.0, "m", {"dp": 2}), StateMoved(State.QUEUED, Reason.SUBMITTED)],
-        Now(1.0, 1.0),
+        Instant(1.0, 1.0),
     )
     for first in range(0, EVENTS, 1000):
         saves = [
             CheckpointCommitted(1, step, f"/c/step-{step}", 1 << 30, 2.0)
             for step in range(first, first + 1000)
         ]
-        log.append(saves, Now(2.0 + first, 2.0 + first))
+        log.append(saves, Instant(2.0 + first, 2.0 + first))
     log.close()
     clock = FakeClock()
     runtime = PickledRuntime(clock, make_nodes(1))

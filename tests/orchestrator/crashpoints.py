@@ -27,7 +27,7 @@ from orchestrator.control.controller import Controller
 from orchestrator.record import events as ev
 from orchestrator.record import log as logs
 from orchestrator.record.events import GangShape, Submitted
-from orchestrator.record.log import Fenced, Log, read
+from orchestrator.record.log import EventLog, Fenced, read
 from orchestrator.record.states import State
 from orchestrator.record.view import RunView, apply
 from tests.orchestrator.fake_runtime import FakeClock, FakeRuntime, World, make_world
@@ -113,9 +113,9 @@ class Play:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Have each write of a log and each publication be a point."""
-        write, replace, real = Log._write, Path.replace, os.write
+        write, replace, real = EventLog._write, Path.replace, os.write
 
-        def log_write(log: Log, line: bytes) -> None:
+        def log_write(log: EventLog, line: bytes) -> None:
             self.point("before an append")
             if len(self.points) == self.kill_at and self.hardship in ("alone", "full disk"):
                 real(log._fd, line[: len(line) // 2])  # torn: the next index is the kill in the middle
@@ -140,7 +140,7 @@ class Play:
             return real(fd, data)
 
         with (
-            mock.patch.object(Log, "_write", log_write),
+            mock.patch.object(EventLog, "_write", log_write),
             mock.patch.object(Path, "replace", published),
             mock.patch.object(logs.os, "write", full),
             mock.patch.object(logs.os, "fsync", lambda fd: None),

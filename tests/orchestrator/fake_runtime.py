@@ -16,7 +16,7 @@ from faulttol.detect.snapshot import Raised, RankSeen
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
 from orchestrator.decide.placement import Node
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 
 STOPPED_EXIT = 143
 
@@ -29,8 +29,8 @@ class FakeClock:
         self.skew = 1_000_000.0
         """What the wall clock is ahead; a step of it is a test's."""
 
-    def __call__(self) -> Now:
-        return Now(self.now + self.skew, self.now)
+    def __call__(self) -> Instant:
+        return Instant(self.now + self.skew, self.now)
 
 
 @dataclass

@@ -58,7 +58,7 @@ def make(home: HomePaths, ranks: int, steps: int) -> str:
                     groups=groups,
                 )
             )
-        rank_status.write(folder, f"node-{node}", looks, now)
+        rank_status.write_statuses(folder, f"node-{node}", looks, now)
     return made.run.run_id
 
 

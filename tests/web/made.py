@@ -20,7 +20,7 @@ from configs.metrics import (
 )
 from configs.paths import HomePaths, RunPaths
 from orchestrator.record import log
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import (
     AttemptPlaced,
     AttemptResumed,
@@ -40,7 +40,7 @@ from orchestrator.record.events import (
     Submitted,
     VerdictFound,
 )
-from orchestrator.record.history import Story
+from orchestrator.record.history import RunHistory
 from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
@@ -77,8 +77,8 @@ class MadeRun:
         """Step and seconds of what was trained and isn't lost."""
         self.writer: MetricWriter | None = None
 
-    def _now(self) -> Now:
-        return Now(self.now + self.jump, self.now - BEGIN + 500.0)
+    def _now(self) -> Instant:
+        return Instant(self.now + self.jump, self.now - BEGIN + 500.0)
 
     def tell(self, *payloads: Payload) -> None:
         self.log.append(payloads, self._now())
@@ -311,8 +311,8 @@ def ledger_of(run: RunPaths, now: float, most: int = 1_000_000) -> Ledger:
         now: seconds since the epoch.
         most: metric lines of an attempt that are kept apart; above that, neighbours are joined.
     """
-    story = Story()
-    story.take(log.read(run.events))
+    story = RunHistory()
+    story.apply(log.read(run.events))
     traces = {}
     for number in run.attempt_numbers():
         columns = Columns(run.attempt(number).metrics, most)

@@ -23,7 +23,7 @@ from configs.paths import HomePaths, RunPaths
 from faulttol.timeline.file import STORED, StepFile, StepFileShape, folder
 from faulttol.timeline.heat import HeatRequest, heat
 from faulttol.timeline.reader import AttemptSteps
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import (
     AttemptPlaced,
     AttemptResumed,
@@ -150,7 +150,7 @@ def _write_steps(attempt: Path, nodes: int, steps: int, slow_node: int, data_nod
 def _write_events(run: RunPaths, nodes: int, steps: int, layout: dict[str, int]) -> None:
     run.root.mkdir(parents=True, exist_ok=True)
     gang = GangShape(nodes * _LOCAL, 8, nodes, "GPU")
-    at = Now(BEGAN, 0.0)
+    at = Instant(BEGAN, 0.0)
     log = RunLog(run, 1, at)
     log.append(
         [Submitted(0, gang, steps, 10, 1.0, "simulated", layout), StateMoved(State.QUEUED, Reason.SUBMITTED)],
@@ -164,19 +164,21 @@ def _write_events(run: RunPaths, nodes: int, steps: int, layout: dict[str, int])
     )
     log.append(
         [StateMoved(State.PLACING, Reason.SUBMITTED), AttemptPlaced(1, shares, "simulated-1")],
-        Now(BEGAN + 5, 5),
+        Instant(BEGAN + 5, 5),
     )
     pids = {str(rank): 1000 + rank for rank in range(nodes * _LOCAL)}
     log.append(
         [StateMoved(State.STARTING, Reason.SUBMITTED), RanksStarted(1, pids, "10.0.0.0:29500")],
-        Now(BEGAN + 20, 20),
+        Instant(BEGAN + 20, 20),
     )
-    log.append([AttemptResumed(1, 0, None), StateMoved(State.RUNNING, Reason.SUBMITTED)], Now(BEGAN + 60, 60))
+    log.append(
+        [AttemptResumed(1, 0, None), StateMoved(State.RUNNING, Reason.SUBMITTED)], Instant(BEGAN + 60, 60)
+    )
     ends = 60 + np.cumsum(seconds_of(steps))
     for step in range(SAVE_EVERY, steps + 1, SAVE_EVERY):
         seconds = float(ends[step - 1]) + 2
         saved = CheckpointCommitted(1, step, f"{run.checkpoints}/step-{step:010d}", 1 << 40, 20.0, 2.0)
-        log.append([saved], Now(BEGAN + seconds, seconds))
+        log.append([saved], Instant(BEGAN + seconds, seconds))
     log.close()
 
 

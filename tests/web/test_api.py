@@ -19,7 +19,7 @@ from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.timeline.file import STORED, StepFile
 from orchestrator.record import rank_status
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
-from orchestrator.record.log import Log
+from orchestrator.record.log import EventLog
 from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import TOKEN, Client, serving
 
@@ -68,7 +68,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         time.time(),
         waiting=[{"run": "big-1126-120001-bbbb", "position": 1, "reason": "needs 2 CPU slots, 1 is free"}],
     )
-    log = Log(home.cluster_log, 1, run._now())
+    log = EventLog(home.cluster_log, 1, run._now())
     log.append(
         [NodeJoined("10.0.0.2", "two", ("n2",), {"CPU": 2}), Cordoned("10.0.0.2", "disk", "ann")], run._now()
     )
@@ -289,10 +289,10 @@ def test_layout_says_who_is_waited_for(client: Client) -> None:
     groups = (GroupSeen("dp (3)", range(0, 2), 40, 39),)
     behind = (GroupSeen("dp (3)", range(0, 2), 39, 39),)
     folder = run.attempt(2).seen
-    rank_status.write(
+    rank_status.write_statuses(
         folder, "n/1", [RankSeen(0, 1000, newest=record, groups=groups, waits="all_reduce", state="S")], now
     )
-    rank_status.write(
+    rank_status.write_statuses(
         folder,
         "n2",
         [RankSeen(1, 1001, newest=record, groups=behind, held="stopped (state T)", state="T")],

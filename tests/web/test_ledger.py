@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from orchestrator.record.events import StateMoved, VerdictFound
-from orchestrator.record.history import Story
+from orchestrator.record.history import RunHistory
 from orchestrator.record.ledger import AttemptLines, Ledger, _lost_from, _steps, ledger
-from orchestrator.record.partition import MEANINGS, Tape, TimePart
+from orchestrator.record.partition import MEANINGS, PartitionBuilder, TimePart
 from orchestrator.record.states import Reason, State
 from orchestrator.web.views.series import lost_after
 from tests.orchestrator.record.life import LIFE, events_of
@@ -193,11 +193,11 @@ def test_any_life_adds_up(tmp_path: Path, seed: int) -> None:
 
 
 def test_a_tape_never_goes_back() -> None:
-    tape = Tape(10.0)
-    tape.until(12.0, TimePart.WAITING, 0)
-    tape.until(11.0, TimePart.IDLE, 0)
+    tape = PartitionBuilder(10.0)
+    tape.append(12.0, TimePart.WAITING, 0)
+    tape.append(11.0, TimePart.IDLE, 0)
     tape.extend(np.array([13.0, 12.5, 15.0]), np.array([0, 1, 2], dtype=np.int8), 1)
-    cut = tape.cut()
+    cut = tape.build()
     assert sum(cut.totals().values()) == pytest.approx(5.0)
     assert cut.totals()[TimePart.IDLE] == 0.0
     assert cut.totals()[TimePart.EVALUATION] == 0.0
@@ -225,14 +225,14 @@ def test_spans_cover_all_and_stay_few(tmp_path: Path) -> None:
 
 
 def test_a_log_without_anything() -> None:
-    made = ledger(Story(), {}, 5.0)
+    made = ledger(RunHistory(), {}, 5.0)
     assert (made.wall, made.ettr, made.ettr_held) == (0.0, None, None)
     assert set(MEANINGS) == set(TimePart)
 
 
 def test_an_attempt_on_fewer_nodes_has_its_own_ranks_and_layout() -> None:
-    story = Story()
-    story.take(events_of(*LIFE))
+    story = RunHistory()
+    story.apply(events_of(*LIFE))
     assert [(one.ranks, one.layout) for one in story.attempts.values()] == [
         (4, {"dp": 4, "ep": 2}),
         (2, {"dp": 2}),
@@ -240,8 +240,8 @@ def test_an_attempt_on_fewer_nodes_has_its_own_ranks_and_layout() -> None:
 
 
 def test_a_run_that_is_cancelled_while_it_waits_has_that_on_its_timeline() -> None:
-    story = Story()
-    story.take(events_of(*LIFE[:2], StateMoved(State.CANCELLED, Reason.CANCEL_ASKED, "by ann")))
+    story = RunHistory()
+    story.apply(events_of(*LIFE[:2], StateMoved(State.CANCELLED, Reason.CANCEL_ASKED, "by ann")))
     assert [(mark.kind, mark.text) for mark in story.marks][-1] == ("cancel", "by ann")
 
 
@@ -263,10 +263,10 @@ def test_compilation_in_the_first_step_is_start_up() -> None:
     time = np.array([10.0, 11.0, 12.0, 13.0, 14.0])
     busy = np.array([9.0, 1.0, 1.0, 1.0, 1.0])
     lines = AttemptLines(time, np.arange(1, 6), busy, begin=0)
-    none, tape = np.empty(0), Tape(0.0)
+    none, tape = np.empty(0), PartitionBuilder(0.0)
     shift: Any = lambda clocks: clocks  # noqa: E731
     _steps(tape, 1, lines, time, (none, none, none, none), TimePart.STARTUP, None, shift)
-    seconds = tape.cut().totals()
+    seconds = tape.build().totals()
     assert seconds[TimePart.STARTUP] == 8.5 and seconds[TimePart.PRODUCTIVE] == 5.5, (
         "half more than usual, at most"
     )

@@ -16,9 +16,9 @@ from prometheus_client.core import GaugeMetricFamily
 
 from configs.errors import UserError
 from faulttol.detect.snapshot import GroupSeen
-from orchestrator.record.history import AttemptStory
-from orchestrator.record.partition import Tape, TimePart
-from orchestrator.record.rank_status import Look
+from orchestrator.record.history import AttemptHistory
+from orchestrator.record.partition import PartitionBuilder, TimePart
+from orchestrator.record.rank_status import RankStatus
 from orchestrator.web import export
 from orchestrator.web.cached_run import RunState
 from orchestrator.web.columns import Columns
@@ -37,15 +37,15 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 # ---- who waits for whom ----
 
 
-def look(rank: int, *groups: GroupSeen, held: str = "") -> Look:
-    return Look(
+def look(rank: int, *groups: GroupSeen, held: str = "") -> RankStatus:
+    return RankStatus(
         rank, "n1", 100.0, 5, "backward", 99.0, "S", "all_reduce" if groups else "", held, None, groups
     )
 
 
-def story(ranks: int, layout: dict[str, int]) -> AttemptStory:
+def story(ranks: int, layout: dict[str, int]) -> AttemptHistory:
     nodes = [{"ip": "10.0.0.1", "hostname": "n1", "ranks": [0, ranks - 1]}]
-    return AttemptStory(1, 50.0, False, ranks=ranks, layout=layout, nodes=nodes)
+    return AttemptHistory(1, 50.0, False, ranks=ranks, layout=layout, nodes=nodes)
 
 
 FOUR = story(4, {"pp": 2, "dp": 2, "cp": 1, "ep": 1, "etp": 1, "tp": 1})
@@ -172,22 +172,22 @@ def test_loads_are_over_the_mean_of_their_own_layer() -> None:
 
 
 def test_neighbours_of_another_attempt_are_not_joined() -> None:
-    tape = Tape(0.0)
-    tape.until(2.0, TimePart.PRODUCTIVE, 1)
-    tape.until(3.0, TimePart.PRODUCTIVE, 1)
-    tape.until(5.0, TimePart.PRODUCTIVE, 2)
-    assert tape.cut().spans(10) == [
+    tape = PartitionBuilder(0.0)
+    tape.append(2.0, TimePart.PRODUCTIVE, 1)
+    tape.append(3.0, TimePart.PRODUCTIVE, 1)
+    tape.append(5.0, TimePart.PRODUCTIVE, 2)
+    assert tape.build().spans(10) == [
         (0.0, 3.0, TimePart.PRODUCTIVE, 1),
         (3.0, 5.0, TimePart.PRODUCTIVE, 2),
     ]
 
 
 def test_a_piece_of_many_spans_shows_what_fills_most_of_it() -> None:
-    tape = Tape(0.0)
+    tape = PartitionBuilder(0.0)
     for hour in range(100):
-        tape.until(hour + 0.8, TimePart.PRODUCTIVE, 1)
-        tape.until(hour + 1.0, TimePart.CHECKPOINT, 1)
-    assert tape.cut().spans(10) == [(0.0, 100.0, TimePart.PRODUCTIVE, 1)]
+        tape.append(hour + 0.8, TimePart.PRODUCTIVE, 1)
+        tape.append(hour + 1.0, TimePart.CHECKPOINT, 1)
+    assert tape.build().spans(10) == [(0.0, 100.0, TimePart.PRODUCTIVE, 1)]
 
 
 # ---- secrets, and names ----

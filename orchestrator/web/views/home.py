@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.record.cluster_log import NodeRecord
-from orchestrator.record.summaries import silence
+from orchestrator.record.summaries import controller_silence
 from orchestrator.web.cached_run import RunState
 from orchestrator.web.read_model import Seen
 
@@ -60,7 +60,7 @@ def controller(seen: Seen, now: float) -> dict[str, Any]:
     """Whether the controller beats."""
     beat = seen.beat
     age = None if beat is None else max(0.0, now - beat)
-    silent, queue = silence(seen.queue, now), seen.queue
+    silent, queue = controller_silence(seen.queue, now), seen.queue
     return {
         "alive": not silent, "beat": beat, "beat_age": age, "epoch": queue.get("epoch"), "pid": queue.get("controller_pid"),
         "said": silent or "the controller answers",

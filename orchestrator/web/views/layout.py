@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError
 from faulttol.timeline.heat import AXES, coordinates
-from orchestrator.record.history import AttemptStory
-from orchestrator.record.rank_status import Look
+from orchestrator.record.history import AttemptHistory
+from orchestrator.record.rank_status import RankStatus
 
 _GROUPS = 256
 _RANKS = 512
@@ -44,12 +44,12 @@ def _view(axis: str) -> tuple[str, ...]:
     return _DENSE if axis in _DENSE else _SPARSE
 
 
-def is_live(own: AttemptStory, made: Mapping[str, Any], now: float) -> bool:
+def is_live(own: AttemptHistory, made: Mapping[str, Any], now: float) -> bool:
     """Whether an answer of `layout` tells of now: of an attempt that is running, and not old."""
     return made["seen"] is not None and now - made["seen"] < _LIVE and own.ended is None
 
 
-def layout(own: AttemptStory, looks: Sequence[Look], culprits: Sequence[int]) -> dict[str, Any]:
+def layout(own: AttemptHistory, looks: Sequence[RankStatus], culprits: Sequence[int]) -> dict[str, Any]:
     """The ranks of an attempt.
 
     Args:
@@ -95,7 +95,7 @@ def layout(own: AttemptStory, looks: Sequence[Look], culprits: Sequence[int]) ->
 
 
 def _waiting(
-    seen: Mapping[int, Look], layout: Mapping[str, int], world: int
+    seen: Mapping[int, RankStatus], layout: Mapping[str, int], world: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Groups in which some rank is inside a call that another hasn't entered, and the waits in them."""
     entered: dict[tuple[str, Sequence[int]], dict[int, tuple[int, bool]]] = {}
@@ -146,7 +146,7 @@ def _by_ranks(layout: Mapping[str, int], world: int) -> dict[tuple[int, int, int
     return axes
 
 
-def _said(waits: Sequence[Mapping[str, Any]], seen: Mapping[int, Look], culprits: Sequence[int]) -> str:
+def _said(waits: Sequence[Mapping[str, Any]], seen: Mapping[int, RankStatus], culprits: Sequence[int]) -> str:
     """One sentence: who is waited for; where no wait was recorded, whom the attempt's incidents name."""
     if not waits and not culprits:
         return ""
@@ -159,7 +159,7 @@ def _said(waits: Sequence[Mapping[str, Any]], seen: Mapping[int, Look], culprits
     return f"{_named(sorted(waiting))} for {_named(first, False)}{_held(first, seen)}"
 
 
-def _held(ranks: Sequence[int], seen: Mapping[int, Look]) -> str:
+def _held(ranks: Sequence[int], seen: Mapping[int, RankStatus]) -> str:
     held = next((seen[rank].held for rank in ranks if rank in seen and seen[rank].held), "")
     return f", which is {held}" if held else ""
 

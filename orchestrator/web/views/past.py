@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.metrics import SavedLine, SaveFailedLine
 from configs.paths import RunPaths
-from orchestrator.record.history import Story
+from orchestrator.record.history import RunHistory
 from orchestrator.record.ledger import Ledger
 from orchestrator.record.partition import MEANINGS, TimePart
 from orchestrator.record.view import RESTARTS
@@ -22,9 +22,9 @@ _SAVES = 500
 _DOSSIER = 200
 
 
-def told(state: RunState) -> Story:
+def told(state: RunState) -> RunHistory:
     """The run's past; an empty one where nothing is read of it yet."""
-    return state.story or Story()
+    return state.story or RunHistory()
 
 
 def axis(state: RunState, now: float) -> dict[str, Any]:

@@ -43,7 +43,7 @@ MUTANTS = [
     Mutant(
         "published before the queue has decided",
         _CONTROLLER,
-        "self._nodes, self._runs, self._queueing.held, self._parked(), self._damages(), now",
+        "self._nodes, self._runs, self._scheduler.held, self._parked(), self._damages(), now",
         "self._nodes, self._runs, [], self._parked(), self._damages(), now",
         f"{_OF_TURNS}a_run_that_is_being_placed_is_not_counted_on_to_make_room",
     ),
@@ -113,21 +113,21 @@ MUTANTS = [
     Mutant(
         "a stop isn't given its grace",
         _TURN,
-        "self._overdue(DesiredState.STOPPED, stop.grace + _ANSWER_SECONDS)",
-        "self._overdue(DesiredState.STOPPED, _ANSWER_SECONDS)",
+        "DesiredState.STOPPED, stop.grace + _ACKNOWLEDGE_SECONDS",
+        "DesiredState.STOPPED, _ACKNOWLEDGE_SECONDS",
         f"{_OF_TURNS}ranks_that_save_for_long_have_all_of_their_grace",
     ),
     Mutant(
         "a stop that isn't answered is waited for forever",
         _TURN,
-        "if not self.status.stopped and not self._overdue(DesiredState.STOPPED, stop.grace + _ANSWER_SECONDS):",
-        "if not self.status.stopped:",
+        "if not self.status.stopped and not self._overdue(\n",
+        "if not self.status.stopped or not self.status.stopped and not self._overdue(\n",
         f"{_OF_TURNS}a_stop_that_nobody_acknowledges_is_left_to_ray_in_the_end",
     ),
     Mutant(
         "a release that isn't answered is waited for forever",
         _TURN,
-        "            and not self._overdue(DesiredState.RELEASED, _ANSWER_SECONDS)\n",
+        "            and not self._overdue(DesiredState.RELEASED, _ACKNOWLEDGE_SECONDS)\n",
         "",
         f"{_OF_TURNS}a_stop_that_nobody_acknowledges_is_left_to_ray_in_the_end",
     ),
@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant(
         "slots aren't kept",
         _QUEUE,
-        "self._open[index] = max(0, self._free[index] - count)",
+        "self._available[index] = max(0, self._free[index] - count)",
         "pass",
         f"{_OF_QUEUE}small_runs_pass_a_blocked_gang_until_its_patience_ends",
     ),
@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant(
         "the quota of everybody counts for nobody",
         _QUEUE,
-        "self._quotas.get(run.owner, self._quotas.get(EVERYBODY))",
+        "self._quotas.get(run.owner, self._quotas.get(DEFAULT_OWNER))",
         "self._quotas.get(run.owner)",
         f"{_OF_QUEUE}what_runs_counts_against_the_quota_and_everybody_has_that_of_the_star",
     ),
@@ -225,8 +225,8 @@ MUTANTS = [
     Mutant(
         "quarantine lasts over a new start",
         _NODES,
-        " and record.joined <= fault.clock:",
-        ":",
+        "            and record.joined <= fault.clock\n",
+        "",
         f"{_OF_NODES}a_silent_node_is_out_until_ray_has_noticed_or_it_has_joined_anew",
     ),
     Mutant(
@@ -323,8 +323,8 @@ MUTANTS = [
     Mutant(
         "lines are read again",
         _PROGRESS,
-        "read=max(self.read, *(report.offset for report in reports))",
-        "read=max(report.offset for report in reports)",
+        "lines_offset=max(self.lines_offset, *(report.offset for report in reports))",
+        "lines_offset=max(report.offset for report in reports)",
         f"{_OF_PROGRESS}the_newest_report_of_a_rank_holds_and_the_others_stay",
     ),
     Mutant(
@@ -372,8 +372,8 @@ MUTANTS = [
     Mutant(
         "smaller looks begin anew at each change",
         _QUEUEING,
-        "(search.done and not search.answers(*question))",
-        "not search.answers(*question)",
+        "(search.done and not search.matches(*question))",
+        "not search.matches(*question)",
         f"{_OF_QUEUEING}a_search_for_a_smaller_layout_is_finished_though_slots_come_and_go",
     ),
     Mutant(

@@ -166,7 +166,7 @@ class Driver:
 
     def __init__(self, home: HomePaths, slots: int) -> None:
         self.home, self.runtime = home, LocalRuntime(slots)
-        self.controller = Controller(home, self.runtime, clock.system)
+        self.controller = Controller(home, self.runtime, clock.system_clock)
 
     def view(self, run_id: str) -> RunView:
         return RunLogReader.of(self.home.run(run_id)).view

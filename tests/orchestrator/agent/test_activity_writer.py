@@ -38,7 +38,7 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
         1,
         lambda: [RankSeen(rank, 100 + rank, state=state[0]) for rank in (0, 1)],
     )
-    until(lambda: len(rank_status.Looks(attempt.seen).update()) == 2)
+    until(lambda: len(rank_status.RankStatusReader(attempt.seen).update()) == 2)
     for step in range(1, 30):
         for recorder in recorders:
             recorder.begin(RankPhase.FORWARD, step)
@@ -48,7 +48,7 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
     state[0] = "T"
     time.sleep(2.5)  # longer than two looks: nothing may change, which no state tells of
     chronicle.close(10.0)
-    assert {look.state for look in rank_status.Looks(attempt.seen).update()} == {"R"}
+    assert {look.state for look in rank_status.RankStatusReader(attempt.seen).update()} == {"R"}
     steps = AttemptSteps(attempt.root)
     assert steps.ranks is not None and any((attempt.root / "steps").iterdir())
 

@@ -140,7 +140,9 @@ def test_times_of_nodes_keep_their_order_whatever_their_clocks_and_delays() -> N
         answer(report=AgentReport("n1", there, (RankSeen(1, 8, exit_code=1, exit_time=there),))), 2.0, wall
     )
     told = {
-        r.rank: r for report in made.status(2.0, wall + 0.6).reports for r in report.told_at(wall + 0.6).ranks
+        r.rank: r
+        for report in made.status(2.0, wall + 0.6).reports
+        for r in report.with_clock(wall + 0.6).ranks
     }
     assert told[0].exit_time == pytest.approx(wall - 0.3, abs=0.02)
     assert told[1].exit_time == pytest.approx(wall, abs=0.02)

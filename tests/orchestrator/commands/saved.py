@@ -9,7 +9,7 @@ from configs.schema import RunConfig
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.save import Identity, Retention, TensorPiece, save
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import GangShape, StateMoved, Submitted
 from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
@@ -54,10 +54,10 @@ def stopped(
     run: RunPaths, config: RunConfig, ranks: int, to: State = State.CANCELLED, nodes: int | None = None
 ) -> None:
     """The log of a run that was queued and ended."""
-    log = RunLog(run, epoch=1, now=Now(1.0, 1.0))
+    log = RunLog(run, epoch=1, now=Instant(1.0, 1.0))
     layout = {axis: config.parallel.size(axis) for axis in ("pp", "dp", "cp", "ep", "etp", "tp")}
     submitted = Submitted(0, GangShape(ranks, 1, nodes), config.train.steps, 3, 1.0, "demo", layout)
-    log.append([submitted, StateMoved(State.QUEUED, Reason.SUBMITTED)], Now(1.0, 1.0))
+    log.append([submitted, StateMoved(State.QUEUED, Reason.SUBMITTED)], Instant(1.0, 1.0))
     moves = [] if to is State.CANCELLED else [State.PLACING, State.STARTING]
-    log.append([StateMoved(state, Reason.SUBMITTED) for state in (*moves, to)], Now(2.0, 2.0))
+    log.append([StateMoved(state, Reason.SUBMITTED) for state in (*moves, to)], Instant(2.0, 2.0))
     log.close()

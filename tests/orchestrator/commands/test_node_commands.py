@@ -36,7 +36,7 @@ class FakeController:
         self._write(deciding.observe(self.view, make_nodes(3, 8), 0.0))
 
     def mark_node(self, node: str, mark: str, reason: str, by: str) -> None:
-        self._write([deciding.mark(self.view, node, mark, reason, by)])
+        self._write([deciding.mark_event(self.view, node, mark, reason, by)])
 
     def _write(self, payloads: list[cluster_log.Payload]) -> None:
         self.view = cluster_log.apply(self.view, [Event(0, 1e9, p) for p in payloads])  # type: ignore[arg-type]

@@ -158,7 +158,7 @@ def test_ranks_are_read_from_their_steps_and_looks(made: MadeRun) -> None:
     seconds[STORED.index("wait")] = [[0.25] * 20, [0.0] * 20]
     starts = (1_700_000_000 + np.arange(20)) * 10**9
     StepFile(folder(paths.root) / "n1.steps", "n1", (0, 1)).append(1, starts, seconds)
-    rank_status.write(
+    rank_status.write_statuses(
         paths.seen,
         "n1",
         [RankSeen(1, 101, waits="all_reduce"), RankSeen(2, 102, exit_code=-9)],

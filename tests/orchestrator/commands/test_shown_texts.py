@@ -15,6 +15,7 @@ from configs.paths import HomePaths, RunPaths
 from faulttol.verdicts import VerdictKind
 from orchestrator.cli import main
 from orchestrator.commands import screen, text, watching
+from orchestrator.record import summaries
 from orchestrator.record.events import (
     AttemptPlaced,
     Event,
@@ -117,7 +118,7 @@ def test_an_error_of_several_lines_stays_in_its_row(
 
 
 def test_the_screen_shows_no_secret(run: RunPaths) -> None:
-    picture = screen.Picture(row=screen.reading.summary(run, {}))
+    picture = screen.Picture(row=summaries.summary(run, {}))
     picture.take(Follower(run).poll())
     shown = "\n".join(line.plain for line in screen.lines(picture, 200, 40, True))
     assert "failed" in shown and SECRET not in shown

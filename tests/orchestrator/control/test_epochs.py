@@ -16,7 +16,7 @@ import pytest
 from configs.errors import UserError
 from configs.paths import HomePaths
 from orchestrator.control import epochs
-from orchestrator.control.epochs import STALE, Epoch, claim, numbers
+from orchestrator.control.epochs import STALE_SECONDS, Epoch, claim, recorded_epochs
 from orchestrator.record.log import Fenced
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -54,7 +54,7 @@ def test_controllers_are_counted_and_the_newest_owns_the_home(home: HomePaths) -
         first.check()
     third = claim(home, "ray-a")
     assert [fenced(epoch) for epoch in (first, second, third)] == [True, True, False]
-    assert numbers(home.epochs) == [1, 2, 3]
+    assert recorded_epochs(home.epochs) == [1, 2, 3]
 
 
 def test_a_controller_says_who_it_is(home: HomePaths) -> None:
@@ -65,11 +65,11 @@ def test_a_controller_says_who_it_is(home: HomePaths) -> None:
 def test_a_controller_knows_whether_its_own_next_process_has_replaced_it(home: HomePaths) -> None:
     first = claim(home, "ray-a", actor="abc")
     second = claim(home, "ray-a", actor="abc")
-    assert fenced(first) and not first.by_another() and not second.by_another()
+    assert fenced(first) and not first.superseded_by_other() and not second.superseded_by_other()
     third = claim(home, "ray-a", actor="def")
-    assert first.by_another() and second.by_another() and not third.by_another()
+    assert first.superseded_by_other() and second.superseded_by_other() and not third.superseded_by_other()
     file_of(third).write_text("{")
-    assert not first.by_another(), "what isn't known ends nobody for good"
+    assert not first.superseded_by_other(), "what isn't known ends nobody for good"
 
 
 def test_controllers_that_begin_at_once_get_numbers_of_their_own(home: HomePaths) -> None:
@@ -86,15 +86,15 @@ def test_controllers_that_begin_at_once_get_numbers_of_their_own(home: HomePaths
     for thread in threads:
         thread.join()
     assert len({epoch.number for epoch in taken}) == len(taken) == 4 * count
-    assert [epoch.number for epoch in taken if not fenced(epoch)] == [numbers(home.epochs)[-1]]
+    assert [epoch.number for epoch in taken if not fenced(epoch)] == [recorded_epochs(home.epochs)[-1]]
 
 
 def test_one_that_loses_the_race_for_a_number_looks_again(
     home: HomePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, real = claim(home, "ray-a"), numbers
+    first, real = claim(home, "ray-a"), recorded_epochs
     stale: list[list[int]] = [[], []]
-    monkeypatch.setattr(epochs, "numbers", lambda folder: stale.pop() if stale else real(folder))
+    monkeypatch.setattr(epochs, "recorded_epochs", lambda folder: stale.pop() if stale else real(folder))
     assert claim(home, "ray-a").number == 2 and fenced(first) and not stale
     stale = [[]]
     with pytest.raises(UserError, match="another Ray cluster"):
@@ -104,9 +104,9 @@ def test_one_that_loses_the_race_for_a_number_looks_again(
 def test_one_that_sleeps_while_it_looks_gets_no_number_that_was_taken_before(
     home: HomePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, real = [claim(home, "ray-a") for _ in range(40)], numbers
+    taken, real = [claim(home, "ray-a") for _ in range(40)], recorded_epochs
     stale: list[list[int]] = [[5]]
-    monkeypatch.setattr(epochs, "numbers", lambda folder: stale.pop() if stale else real(folder))
+    monkeypatch.setattr(epochs, "recorded_epochs", lambda folder: stale.pop() if stale else real(folder))
     late = claim(home, "ray-a")
     assert late.number == 41 and not fenced(late)
     assert all(fenced(epoch) for epoch in taken)
@@ -129,14 +129,14 @@ def test_two_that_begin_a_home_at_once_with_numbers_apart_are_ordered(
     home: HomePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else neither would find the number after its own taken."""
-    firsts, real = [9, 5], numbers
+    firsts, real = [9, 5], recorded_epochs
     monkeypatch.setattr(epochs, "_first", firsts.pop)
     one = claim(home, "ray-a")
     stale: list[list[int]] = [[]]
-    monkeypatch.setattr(epochs, "numbers", lambda folder: stale.pop() if stale else real(folder))
+    monkeypatch.setattr(epochs, "recorded_epochs", lambda folder: stale.pop() if stale else real(folder))
     other = claim(home, "ray-a")
     assert (one.number, other.number, firsts) == (5, 6, [])
-    assert fenced(one) and not fenced(other) and numbers(home.epochs) == [5, 6]
+    assert fenced(one) and not fenced(other) and recorded_epochs(home.epochs) == [5, 6]
 
 
 # ---- another cluster ----
@@ -154,7 +154,7 @@ def test_a_home_that_another_cluster_serves_is_refused_with_who_does(home: HomeP
     ):
         assert told in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert numbers(home.epochs) == [1] and not fenced(holder), "and nothing is taken from it"
+    assert recorded_epochs(home.epochs) == [1] and not fenced(holder), "and nothing is taken from it"
 
 
 def test_a_controller_of_another_cluster_is_replaced_once_it_is_silent(home: HomePaths) -> None:
@@ -169,8 +169,8 @@ def test_a_controller_of_another_cluster_is_replaced_once_it_is_silent(home: Hom
         return of
 
     with pytest.raises(UserError):
-        claim(home, "ray-b", age(STALE - 0.1))
-    assert claim(home, "ray-b", age(STALE)).number == 2 and fenced(holder)
+        claim(home, "ray-b", age(STALE_SECONDS - 0.1))
+    assert claim(home, "ray-b", age(STALE_SECONDS)).number == 2 and fenced(holder)
     assert set(looked) == {file_of(holder)}
     with pytest.raises(UserError):
         claim(home, "ray-a", age(0.0))
@@ -179,7 +179,7 @@ def test_a_controller_of_another_cluster_is_replaced_once_it_is_silent(home: Hom
 
 def test_a_beat_keeps_the_home(home: HomePaths) -> None:
     holder = claim(home, "ray-a")
-    before = os.stat(file_of(holder)).st_mtime - STALE - 5
+    before = os.stat(file_of(holder)).st_mtime - STALE_SECONDS - 5
     os.utime(file_of(holder), (before, before))
     holder.beat()
     with pytest.raises(UserError, match="another Ray cluster"):
@@ -211,7 +211,7 @@ def test_one_that_died_while_it_began_holds_nothing(home: HomePaths, left: str) 
 def test_few_files_are_kept_and_a_controller_older_than_all_is_fenced_still(home: HomePaths) -> None:
     """One that slept for a day finds neither its own file nor the next one's."""
     taken = [claim(home, "ray-a") for _ in range(40)]
-    assert numbers(home.epochs) == list(range(25, 41))
+    assert recorded_epochs(home.epochs) == list(range(25, 41))
     assert [epoch.number for epoch in taken if not fenced(epoch)] == [40]
     assert claim(home, "ray-a").number == 41
 
@@ -220,7 +220,7 @@ def test_other_files_are_no_epochs(home: HomePaths) -> None:
     claim(home, "ray-a")
     for name in ("00000007.tmp", ".nfs0001", "README"):
         (home.epochs / name).write_text("")
-    assert numbers(home.epochs) == [1] and claim(home, "ray-a").number == 2
+    assert recorded_epochs(home.epochs) == [1] and claim(home, "ray-a").number == 2
     assert (home.epochs / "README").exists()
 
 

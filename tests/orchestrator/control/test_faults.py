@@ -459,7 +459,7 @@ def test_two_nodes_gone_without_a_spare_and_the_run_goes_on_smaller_and_grows_ba
     view = world.view("a")
     assert view.state is State.RUNNING and view.smaller and view.gang.ranks == 2, view
     assert view.placed is not None and Path(view.placed.config).is_file()
-    assert view.asked.gang.ranks == 4, "what was asked for stays on record"
+    assert view.request.gang.ranks == 4, "what was asked for stays on record"
     world.world.alive += lost
     world.turn(60)
     view = world.view("a")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
-from orchestrator.control.run_controller import RunControl
+from orchestrator.control.run_controller import RunController
 from orchestrator.decide import elastic
-from orchestrator.decide.elastic import SmallerSearch
+from orchestrator.decide.elastic import SmallerLayoutSearch
 from orchestrator.record.events import AttemptPlaced, Parked
 from orchestrator.record.states import State
 from tests.conftest import must_not_raise
@@ -52,20 +52,20 @@ def test_a_run_that_can_not_be_admitted_keeps_no_other_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = Sim(tmp_path, nodes=2)
-    real = RunControl.admit
+    real = RunController.admit
 
-    def admit(control: RunControl, *words: Any) -> None:
+    def admit(control: RunController, *words: Any) -> None:
         if control.run.run_id == "a":
             raise PermissionError(13, "Permission denied")
         real(control, *words)
 
-    monkeypatch.setattr(RunControl, "admit", admit)
+    monkeypatch.setattr(RunController, "admit", admit)
     world.submit("a")
     world.submit("b")
     world.turn(5)
     assert world.view("b").state is State.RUNNING
     assert world.published()["parked"][0]["error"] == "PermissionError: [Errno 13] Permission denied"
-    monkeypatch.setattr(RunControl, "admit", real)
+    monkeypatch.setattr(RunController, "admit", real)
     world.turn(10)
     assert world.view("a").state is State.RUNNING
 
@@ -110,19 +110,19 @@ def test_a_search_for_a_smaller_layout_is_finished_though_slots_come_and_go(
 ) -> None:
     begun: list[int] = []
 
-    class Long(SmallerSearch):
+    class Long(SmallerLayoutSearch):
         """Of four pieces."""
 
         def __init__(self, *question: Any) -> None:
             super().__init__(*question)
             begun.append(0)
 
-        def work(self) -> None:
+        def step(self) -> None:
             begun[-1] += 1
             if begun[-1] >= 4:
-                super().work()
+                super().step()
 
-    monkeypatch.setattr(elastic, "SmallerSearch", Long)
+    monkeypatch.setattr(elastic, "SmallerLayoutSearch", Long)
     world = Sim(tmp_path, nodes=5, slots=1, steps=400)
     world.submit("a", ranks=4)
     world.turn(5)
@@ -138,6 +138,6 @@ def test_a_search_for_a_smaller_layout_is_finished_though_slots_come_and_go(
     view = world.view("a")
     assert view.state is State.RUNNING and view.smaller and view.gang.ranks in (2, 3), view
     assert len(begun) < 4 and begun[-1] == 4, "in one or two searches, a piece a turn"
-    assert not world.controller._queueing._searches, (
+    assert not world.controller._scheduler._searches, (
         "one that was used is done with, and so is one of a run that ended"
     )

@@ -16,8 +16,8 @@ from typing import Any
 from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator.decide import elastic, queue, recovery
 from orchestrator.decide import nodes as deciding
-from orchestrator.decide.placement import Node, occupied
-from orchestrator.decide.queue import Admit, Hold, Preempt, QueuePolicy, Running, WaitingRun
+from orchestrator.decide.placement import Node, with_slots_taken
+from orchestrator.decide.queue import Admit, Hold, Preempt, QueuePolicy, RunningRun, WaitingRun
 from orchestrator.decide.recovery import Action
 from orchestrator.record import cluster_log
 from orchestrator.record import events as ev
@@ -73,7 +73,7 @@ class SimRun:
 
     def step(self, now: float) -> int:
         """Newest finished step of the current attempt."""
-        return min(self.view.asked.steps, (self.view.resumed_step or 0) + int(now - self.resumed_at))
+        return min(self.view.request.steps, (self.view.resumed_step or 0) + int(now - self.resumed_at))
 
     def of_kind(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.payload.kind == kind]
@@ -167,7 +167,7 @@ class ClusterSim:
 
     def mark(self, node: str, what: str, at: float, reason: str = "by hand") -> None:
         """Somebody cordons, drains, … a node."""
-        self.at(at, lambda: self._write([deciding.mark(self.cluster, node, what, reason, "ann")]))
+        self.at(at, lambda: self._write([deciding.mark_event(self.cluster, node, what, reason, "ann")]))
 
     # ---- the loop ----
 
@@ -196,7 +196,7 @@ class ClusterSim:
 
     def free_nodes(self) -> list[Node]:
         """Live nodes as placement sees them; raises where a slot is held twice."""
-        marked = deciding.marked(list(self.nodes.values()), self.cluster, self.clock)
+        marked = deciding.with_marks(list(self.nodes.values()), self.cluster, self.clock)
         held = [(run.gang.resource, run.shares) for run in self._running()]
         used: dict[str, int] = {}
         for _, shares in held:
@@ -204,7 +204,7 @@ class ClusterSim:
                 used[share.node_id] = used.get(share.node_id, 0) + len(share.ranks)
         for node in marked:
             assert used.get(node.node_id, 0) <= max(node.slots.values()), "oversubscribed"
-        return occupied(marked, held)
+        return with_slots_taken(marked, held)
 
     def _write(self, payloads: list[cluster_log.Payload]) -> None:
         first = len(self.cluster_events)
@@ -212,10 +212,10 @@ class ClusterSim:
         self.cluster = cluster_log.apply(self.cluster, events)
         self.cluster_events += events
 
-    def _running(self) -> list[Running]:
+    def _running(self) -> list[RunningRun]:
         return [
-            Running(
-                run.run_id, run.view.asked.priority, run.view.asked.owner, run.view.gang, run.view.placed.shares,
+            RunningRun(
+                run.run_id, run.view.request.priority, run.view.request.owner, run.view.gang, run.view.placed.shares,
                 stopping=run.view.stopping is not None,
             )
             for run in self.runs.values()
@@ -223,12 +223,12 @@ class ClusterSim:
         ]  # fmt: skip
 
     def _waiting(self, run: SimRun, smaller: bool) -> WaitingRun:
-        asked, clock = run.view.asked, self.clock
+        asked, clock = run.view.request, self.clock
         waited = clock - run.view.waiting_clock
         shapes = run.smaller if smaller and run.faulty and waited >= self.shrink_after else ()
         return WaitingRun(
             run.run_id, asked.priority, run.view.queued_at, waited, asked.gang, asked.owner,
-            recovery.avoided(run.view, clock), run.faulty, shapes,
+            recovery.avoided_nodes(run.view, clock), run.faulty, shapes,
         )  # fmt: skip
 
     def _decide(self) -> None:
@@ -245,13 +245,13 @@ class ClusterSim:
         for run_id, reason in deciding.draining_runs(self.cluster, running):
             self._stop(self.runs[run_id], Reason.DRAINED, reason)
         # What a waiting run waits for may be nothing but time.
-        ends = (self.policy.patience, self.shrink_after, deciding.QUARANTINE)
+        ends = (self.policy.patience, self.shrink_after, deciding.QUARANTINE_SECONDS)
         due = [self.now - w.waited + end for w in waiting for end in ends if w.waited < end]
         if self.holds and due:
             self.at(min(due) - START, lambda: None)
 
     def _start(self, run: SimRun, admit: Admit) -> None:
-        attempt, asked = run.view.attempt + 1, run.view.asked
+        attempt, asked = run.view.attempt + 1, run.view.request
         gang = None if admit.gang == asked.gang else admit.gang
         run.append(ev.StateMoved(State.PLACING, Reason.ADMITTED), self.now)
         run.append(ev.AttemptPlaced(attempt, admit.shares, f"{run.run_id}-{attempt}", gang), self.now)
@@ -304,7 +304,7 @@ class ClusterSim:
                 self._stop(run, Reason.REGROWN, "the nodes that it asked for are back")
 
     def _settle(self, run: SimRun, ended: str = "") -> None:
-        for closed in recovery.closing(run.view, run.step(self.now), self.clock, ended):
+        for closed in recovery.resolved_incidents(run.view, run.step(self.now), self.clock, ended):
             run.append(closed, self.now)
 
     def _finish(self, run: SimRun) -> None:
@@ -316,7 +316,7 @@ class ClusterSim:
         view = run.view
         decision = recovery.decide(view, [verdict], self.clock)
         run.faulty = True
-        self._write(deciding.suspect(self.cluster, verdict, run.run_id, verdict.node, self.clock))
+        self._write(deciding.suspicion_events(self.cluster, verdict, run.run_id, verdict.node, self.clock))
         run.append(ev.VerdictFound(view.attempt, verdict.to_json()), self.now)
         began = run.step(self.now) if view.state is State.RUNNING else view.resumed_step or 0
         opened = ev.IncidentOpened(

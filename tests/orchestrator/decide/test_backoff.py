@@ -11,8 +11,11 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
 
 
 def test_a_wait_doubles_up_to_its_cap_however_often_it_failed() -> None:
-    assert [backoff.wait(2.0, n, 60.0) for n in range(1, 8)] == [2, 4, 8, 16, 32, 60, 60]
-    assert backoff.wait(1.0, 10**6, 15.0) == 15.0 and backoff.wait(0.0, 10**6, 15.0) == 0.0
+    assert [backoff.exponential_backoff(2.0, n, 60.0) for n in range(1, 8)] == [2, 4, 8, 16, 32, 60, 60]
+    assert (
+        backoff.exponential_backoff(1.0, 10**6, 15.0) == 15.0
+        and backoff.exponential_backoff(0.0, 10**6, 15.0) == 0.0
+    )
 
 
 def test_a_keeper_asks_for_its_controller_for_ever() -> None:

@@ -11,9 +11,9 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from orchestrator.commands.submission import Submission
 from orchestrator.decide import elastic
-from orchestrator.decide.elastic import ElasticChoice, SmallerSearch, regrow, smaller
-from orchestrator.decide.placement import Misfit, Node, fits, occupied, place
-from orchestrator.decide.queue import QueuePolicy, Running, WaitingRun
+from orchestrator.decide.elastic import ElasticChoice, SmallerLayoutSearch, regrow, smaller_layout
+from orchestrator.decide.placement import Node, Unschedulable, fits, place, with_slots_taken
+from orchestrator.decide.queue import QueuePolicy, RunningRun, WaitingRun
 from orchestrator.record.events import GangShape
 from orchestrator.record.states import Reason, State
 from tests.orchestrator.decide.cluster_sim import ClusterSim, make_nodes
@@ -33,7 +33,7 @@ def asked(*overrides: str, slots: list[int]) -> tuple[RunConfig, GangShape]:
 
 
 def on(config: RunConfig, gang: GangShape, *slots: int) -> ElasticChoice:
-    found = smaller(config, Capacity.of_nodes(list(slots)), gang)
+    found = smaller_layout(config, Capacity.of_nodes(list(slots)), gang)
     assert found is not None
     return found
 
@@ -85,7 +85,7 @@ def test_a_smaller_layout_lends_where_it_can() -> None:
     small = on(config, gang, 4)
     check(config, small, (4,))
     assert small.config.parallel.lend_rows == 64
-    free = elastic._opened(config, 1)
+    free = elastic._with_open_layout(config, 1)
     kept = {"zero": 1, "schedule": "1f1b", "chunks": 1}
     for layout, lends in (
         (Layout(1, 4, 1, 4, 1, 1), 64),
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_recomputed_or_split_and_none_is_said_where_nothing
     assert have is not None
     assert sum(plan(two.config, Capacity.of_nodes([2])).memory.values()) < have * 2**30
     assert (two.config.train.recompute, two.config.train.micro_batch) != ("none", 4)
-    assert smaller(config, Capacity.of_nodes([1]), gang) is None, (
+    assert smaller_layout(config, Capacity.of_nodes([1]), gang) is None, (
         "its states alone are larger than one device"
     )
 
@@ -144,7 +144,7 @@ def test_blocks_fit_the_nodes_that_are_left() -> None:
     )
     choice = on(config, gang, 7, 5)
     check(config, choice, (7, 5))
-    assert not isinstance(place(choice.gang, make_nodes(2, 8, free=lambda i: (7, 5)[i])), Misfit)
+    assert not isinstance(place(choice.gang, make_nodes(2, 8, free=lambda i: (7, 5)[i])), Unschedulable)
 
 
 def test_other_engines_and_schedules_stay_what_they_are() -> None:
@@ -175,39 +175,43 @@ def test_a_batch_that_grows_divides_at_every_size() -> None:
 
 def test_a_measurement_waits() -> None:
     config, gang = asked("workload=collectives", "parallel.dp=4", slots=[2, 2])
-    assert smaller(config, Capacity.of_nodes([2]), gang) is None
+    assert smaller_layout(config, Capacity.of_nodes([2]), gang) is None
 
 
 def test_a_search_is_done_in_pieces_and_an_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     config, gang = asked(*OLMOE, "train.micro_batch=24", "data.sequence=4096", slots=[4, 4])
     question = config, Capacity.of_nodes([2, 4]), gang
-    search = SmallerSearch(*question)
+    search = SmallerLayoutSearch(*question)
     pieces = 0
     while not search.done:
         assert search.choice is None, "nobody takes a choice that isn't the last word"
-        search.work()
+        search.step()
         pieces += 1
-    assert pieces > 2 and search.choice is not None and search.choice == smaller(*question)
+    assert pieces > 2 and search.choice is not None and search.choice == smaller_layout(*question)
     monkeypatch.setattr(elastic, "plan", None)  # whatever is worked out again fails
     before = search.choice
-    search.work()
+    search.step()
     assert search.done and search.choice is before
-    assert search.answers(config, Capacity.of_nodes([4, 2]), gang), "the order of the nodes doesn't matter"
-    assert not search.answers(config, Capacity.of_nodes([4, 1]), gang)
-    assert not search.answers(config, Capacity.of_nodes([4, 2]), replace(gang, ranks=7))
+    assert search.matches(config, Capacity.of_nodes([4, 2]), gang), "the order of the nodes doesn't matter"
+    assert not search.matches(config, Capacity.of_nodes([4, 1]), gang)
+    assert not search.matches(config, Capacity.of_nodes([4, 2]), replace(gang, ranks=7))
     other = config.model_copy(update={"name": "other"})
-    assert not search.answers(other, Capacity.of_nodes([4, 2]), gang)
+    assert not search.matches(other, Capacity.of_nodes([4, 2]), gang)
 
 
 def test_many_numbers_of_ranks_without_a_layout_are_passed_over_in_pieces() -> None:
     words = ["experiment=demo", "parallel.dp=1024", "train.global_batch=1024", "train.micro_batch=1"]
     config, gang = asked(*words, slots=[8] * 128)
-    search = SmallerSearch(config, Capacity.of_nodes([8] * 127), gang)
+    search = SmallerLayoutSearch(config, Capacity.of_nodes([8] * 127), gang)
     pieces = 0
     while not search.done:
-        search.work()
+        search.step()
         pieces += 1
-    assert search.choice is not None and search.choice.gang.ranks < 1016 - elastic._PASSED and pieces > 1
+    assert (
+        search.choice is not None
+        and search.choice.gang.ranks < 1016 - elastic._RANK_COUNTS_PER_PIECE
+        and pieces > 1
+    )
 
 
 def test_what_the_trainer_refuses_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,14 +251,14 @@ def test_the_choice_is_read_back_as_it_was_written(tmp_path: object) -> None:
 # ---- the way back ----
 
 
-def running(nodes: list[Node], *runs: tuple[str, int, str]) -> tuple[list[Running], list[Node]]:
+def running(nodes: list[Node], *runs: tuple[str, int, str]) -> tuple[list[RunningRun], list[Node]]:
     """Runs by id, ranks and node, and the nodes beside them."""
     found = []
     for run_id, ranks, at in runs:
         placed = place(GangShape(ranks, ranks), [n for n in nodes if n.node_id == at])
-        assert not isinstance(placed, Misfit)
-        found.append(Running(run_id, 0, "", GangShape(ranks, ranks), placed))
-    return found, occupied(nodes, [("CPU", r.shares) for r in found])
+        assert not isinstance(placed, Unschedulable)
+        found.append(RunningRun(run_id, 0, "", GangShape(ranks, ranks), placed))
+    return found, with_slots_taken(nodes, [("CPU", r.shares) for r in found])
 
 
 def test_a_run_grows_back_where_all_of_it_fits_beside_the_others() -> None:

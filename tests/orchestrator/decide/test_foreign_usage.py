@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.decide.foreign_usage import Holdings, unclaimed, unheld
+from orchestrator.decide.foreign_usage import UsageSample, free_slots, unclaimed_slots
 from orchestrator.decide.placement import Node
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -13,8 +13,8 @@ NODE = Node("n1", "10.0.0.1", "host1", {"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4
 BUNDLE = {"GPU": 2.0, "node:10.0.0.1": 0.001}
 
 
-def look(gpus: float, **groups: dict[str, float]) -> Holdings:
-    return Holdings({"n1": {"CPU": 8.0, "GPU": gpus}}, {"n1": groups})
+def look(gpus: float, **groups: dict[str, float]) -> UsageSample:
+    return UsageSample({"n1": {"CPU": 8.0, "GPU": gpus}}, {"n1": groups})
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_slot_is_free_unless_another_user_holds_some_of_it(
     available: dict[str, float], own: dict[str, float], free: dict[str, int]
 ) -> None:
     """What Ray gives out, and what it holds for us; never more than the node has, nor less than none."""
-    assert unclaimed(NODE.slots, available, own) == free
+    assert unclaimed_slots(NODE.slots, available, own) == free
 
 
 def test_groups_of_ours_are_counted_back_in_and_those_of_others_are_not() -> None:
@@ -45,14 +45,16 @@ def test_groups_of_ours_are_counted_back_in_and_those_of_others_are_not() -> Non
 
 
 def test_a_node_that_ray_has_said_nothing_of_is_free() -> None:
-    assert Holdings({}, {}).free(NODE, ()) == NODE.slots
-    assert unheld(NODE, [], ()) == NODE.slots
+    assert UsageSample({}, {}).free(NODE, ()) == NODE.slots
+    assert free_slots(NODE, [], ()) == NODE.slots
 
 
 def test_a_slot_is_anothers_where_each_of_the_newest_looks_says_so() -> None:
     """A group that is being removed is gone from the list before its node has its slots back."""
     before, between, after = look(2.0, **{"run-a001": BUNDLE}), look(2.0), look(4.0)
     own = {"run-a001"}
-    assert unheld(NODE, [between, before], own)["GPU"] == unheld(NODE, [after, between], own)["GPU"] == 4
-    assert unheld(NODE, [between, between], own)["GPU"] == 2
-    assert unheld(NODE, [between], own)["GPU"] == 2, "a new controller knows it at its first look"
+    assert (
+        free_slots(NODE, [between, before], own)["GPU"] == free_slots(NODE, [after, between], own)["GPU"] == 4
+    )
+    assert free_slots(NODE, [between, between], own)["GPU"] == 2
+    assert free_slots(NODE, [between], own)["GPU"] == 2, "a new controller knows it at its first look"

@@ -13,9 +13,9 @@ from configs.errors import UserError
 from faulttol.verdicts import Verdict, VerdictKind
 from orchestrator.decide import nodes as deciding
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import QueuePolicy, Running
+from orchestrator.decide.queue import QueuePolicy, RunningRun
 from orchestrator.record import cluster_log, log
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.cluster_log import (
     Cordoned,
     Draining,
@@ -58,15 +58,15 @@ class MemoryLog:
     def suspect(
         self, clock: float, verdict: Verdict = LOST, ip: str = "10.0.0.1"
     ) -> list[cluster_log.Payload]:
-        return self.write(deciding.suspect(self.view, verdict, "run", ip, clock), clock)
+        return self.write(deciding.suspicion_events(self.view, verdict, "run", ip, clock), clock)
 
     def mark(
         self, name: str, what: str, reason: str = "why", clock: float = 0.0
     ) -> list[cluster_log.Payload]:
-        return self.write([deciding.mark(self.view, name, what, reason, "ann")], clock)
+        return self.write([deciding.mark_event(self.view, name, what, reason, "ann")], clock)
 
     def barred(self, nodes: list[Node], clock: float) -> list[str]:
-        return [node.barred for node in deciding.marked(nodes, self.view, clock)]
+        return [node.barred for node in deciding.with_marks(nodes, self.view, clock)]
 
 
 # ---- the log ----
@@ -87,8 +87,8 @@ EVERY = [
 
 def test_every_event_of_the_cluster_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert {type(p) for p in EVERY} == set(get_args(cluster_log.Payload))
-    path, now = tmp_path / "cluster.jsonl", Now(1e9, 5.0)
-    writer = log.Log(path, 1, now, decode=cluster_log.decode)
+    path, now = tmp_path / "cluster.jsonl", Instant(1e9, 5.0)
+    writer = log.EventLog(path, 1, now, decode=cluster_log.decode)
     written = writer.append(EVERY, now)
     writer.close()
     found, cursor = log.read_from(path, decode=cluster_log.decode)
@@ -170,7 +170,7 @@ def test_a_check_that_fails_is_written_once_and_bars_the_node() -> None:
     assert history.barred([bad], 1.0) == ["matmul: 12 of 600 TFLOP/s"]
     other = replace(node, barred="matmul: 13 of 600 TFLOP/s")
     assert history.look([other], 2.0) == [], "figures change at every look"
-    assert history.look([other], 1.0 + deciding.WINDOW) == [NodeChecked("10.0.0.1", other.barred)]
+    assert history.look([other], 1.0 + deciding.WINDOW_SECONDS) == [NodeChecked("10.0.0.1", other.barred)]
     assert history.look([node], 4000.0) == [NodeChecked("10.0.0.1", "")]
 
 
@@ -210,7 +210,7 @@ def test_a_verdict_makes_its_node_suspect_by_its_kind(kind: str, amount: float) 
     nodes = make_nodes(2, 8)
     history = MemoryLog(nodes)
     written = history.suspect(10.0, Verdict(VerdictKind(kind), "words", rank=1, node="10.0.0.1"))
-    found = deciding.marked(nodes, history.view, 100.0)
+    found = deciding.with_marks(nodes, history.view, 100.0)
     assert [n.suspicion for n in found] == [amount, 0.0]
     assert len(written) == (amount > 0)
     if written:
@@ -218,13 +218,15 @@ def test_a_verdict_makes_its_node_suspect_by_its_kind(kind: str, amount: float) 
 
 
 def test_every_kind_of_verdict_was_thought_of() -> None:
-    assert set(deciding.AMOUNTS) | {"user_error", "cluster_lost", "checkpoint_overdue"} == set(VerdictKind)
+    assert set(deciding.SUSPICION_BY_VERDICT) | {"user_error", "cluster_lost", "checkpoint_overdue"} == set(
+        VerdictKind
+    )
 
 
 def test_a_verdict_without_a_node_suspects_nobody() -> None:
     history = MemoryLog(make_nodes(1, 8))
-    assert deciding.suspect(history.view, LOST, "run", None, 1.0) == []
-    assert deciding.suspect(history.view, LOST, "run", "10.9.9.9", 1.0) == []
+    assert deciding.suspicion_events(history.view, LOST, "run", None, 1.0) == []
+    assert deciding.suspicion_events(history.view, LOST, "run", "10.9.9.9", 1.0) == []
 
 
 def test_suspicion_falls_to_half_and_to_nothing() -> None:
@@ -232,8 +234,8 @@ def test_suspicion_falls_to_half_and_to_nothing() -> None:
     history = MemoryLog(nodes)
     history.suspect(0.0)
     history.suspect(1.0)
-    at = [factor * deciding.HALF_LIFE for factor in (0.0, 0.99, 1.01, 2.01, 6.0)]
-    assert [deciding.marked(nodes, history.view, t)[0].suspicion for t in at] == [2.0, 2.0, 1.0, 0.5, 0.0]
+    at = [factor * deciding.HALF_LIFE_SECONDS for factor in (0.0, 0.99, 1.01, 2.01, 6.0)]
+    assert [deciding.with_marks(nodes, history.view, t)[0].suspicion for t in at] == [2.0, 2.0, 1.0, 0.5, 0.0]
 
 
 def test_a_silent_node_is_out_until_ray_has_noticed_or_it_has_joined_anew() -> None:
@@ -241,7 +243,7 @@ def test_a_silent_node_is_out_until_ray_has_noticed_or_it_has_joined_anew() -> N
     history = MemoryLog(nodes)
     history.suspect(10.0)
     assert history.barred(nodes, 11.0) == ["out for 60 s: its agent is silent for 10 s", ""]
-    assert history.barred(nodes, 10.0 + deciding.QUARANTINE) == ["", ""]
+    assert history.barred(nodes, 10.0 + deciding.QUARANTINE_SECONDS) == ["", ""]
     history.look([replace(nodes[0], node_id="new"), nodes[1]], 20.0)
     assert history.barred(nodes, 21.0) == ["", ""]
     history.suspect(30.0, Verdict(VerdictKind.HANG, "rank 1 hangs", rank=1, node="10.0.0.1"))
@@ -262,7 +264,7 @@ def test_faults_of_its_own_in_a_short_time_cordon_a_node() -> None:
 def test_faults_far_apart_or_of_ranks_cordon_nobody() -> None:
     history = MemoryLog(make_nodes(3, 8))
     for i in range(6):
-        assert len(history.suspect(i * deciding.WINDOW / 2)) == 1
+        assert len(history.suspect(i * deciding.WINDOW_SECONDS / 2)) == 1
     hang = Verdict(VerdictKind.HANG, "rank 1 hangs", rank=1, node="10.0.0.2")
     for i in range(6):
         assert len(history.suspect(1e6 + i, hang, "10.0.0.2")) == 1
@@ -275,7 +277,7 @@ def test_the_controller_cordons_a_bounded_share_by_itself(live: int, most: int) 
     history = MemoryLog(nodes)
     history.mark(nodes[-1].ip, "cordon")
     for node in nodes[:-1]:
-        for t in range(deciding.FLAPS + 1):
+        for t in range(deciding.MAX_FAULTS + 1):
             history.suspect(float(t), LOST, node.ip)
     own = [n for n in history.view.nodes.values() if n.cordon is not None and not n.cordon.by]
     assert len(own) == most, "what a person cordoned doesn't count"
@@ -290,17 +292,17 @@ def finding(*hosts: str, action: str = "cordon", kind: str = "slow_nic") -> dict
 
 def test_a_finding_that_says_so_cordons_its_hosts_once() -> None:
     history = MemoryLog(make_nodes(30, 8))
-    payloads = deciding.from_finding(history.view, finding("10.0.0.2", "10.0.0.3", "10.9.9.9"), "m")
+    payloads = deciding.cordon_events(history.view, finding("10.0.0.2", "10.0.0.3", "10.9.9.9"), "m")
     assert history.write(payloads, 1.0) == [
         Suspected("10.0.0.2", 1.0, "m", "slow_nic", "sends at 1.2 of 40 GB/s"),
         Cordoned("10.0.0.2", "slow_nic: sends at 1.2 of 40 GB/s (m)", ""),
         Suspected("10.0.0.3", 1.0, "m", "slow_nic", "sends at 1.2 of 40 GB/s"),
         Cordoned("10.0.0.3", "slow_nic: sends at 1.2 of 40 GB/s (m)", ""),
     ]
-    assert deciding.from_finding(history.view, finding("10.0.0.2", "10.0.0.3"), "m") == []
-    assert deciding.from_finding(history.view, finding("10.0.0.4", action="inspect"), "m") == []
+    assert deciding.cordon_events(history.view, finding("10.0.0.2", "10.0.0.3"), "m") == []
+    assert deciding.cordon_events(history.view, finding("10.0.0.4", action="inspect"), "m") == []
     assert (
-        len(deciding.from_finding(history.view, finding(*[f"10.0.0.{i}" for i in range(4, 10)]), "m")) == 7
+        len(deciding.cordon_events(history.view, finding(*[f"10.0.0.{i}" for i in range(4, 10)]), "m")) == 7
     ), "three of thirty may be cordoned, and two are"
 
 
@@ -319,12 +321,12 @@ def test_marks_are_acted_on_and_taken_back() -> None:
     assert history.barred(nodes, 1.0) == ["draining: smoke", ""]
     history.suspect(2.0)
     assert history.mark("10.0.0.1", "uncordon", "") == [Uncordoned("10.0.0.1", "", "ann")]
-    (node, _) = deciding.marked(nodes, history.view, 3.0)
+    (node, _) = deciding.with_marks(nodes, history.view, 3.0)
     assert (node.barred, node.suspicion) == ("", 0.0) and node is nodes[0]
     assert history.mark("host1", "spare", "") == [SpareMarked("10.0.0.2", "", "ann")]
-    assert [n.spare for n in deciding.marked(nodes, history.view, 3.0)] == [False, True]
+    assert [n.spare for n in deciding.with_marks(nodes, history.view, 3.0)] == [False, True]
     assert history.mark("host1", "unspare", "") == [SpareUnmarked("10.0.0.2", "", "ann")]
-    assert deciding.marked(nodes, history.view, 3.0) == nodes
+    assert deciding.with_marks(nodes, history.view, 3.0) == nodes
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_a_mark_that_changes_nothing_is_refused(name: str, what: str, reason: st
     history.mark("host2", "drain", "smoke")
     history.write([SpareMarked(nodes[3].ip, "", "bob")], 0.0)
     with pytest.raises(UserError) as error:
-        deciding.mark(history.view, name, what, reason, "ann")
+        deciding.mark_event(history.view, name, what, reason, "ann")
     assert str(error.value) == words
 
 
@@ -376,9 +378,9 @@ def test_runs_on_a_draining_node_are_told_why_they_move() -> None:
     history.mark("host1", "drain", "a new kernel")
     shares = [NodeShare(n.node_id, n.ip, n.hostname, (i,)) for i, n in enumerate(nodes)]
     running = [
-        Running("on", 0, "", GangShape(2, 1), (shares[0], shares[1])),
-        Running("off", 0, "", GangShape(1, 1), (shares[2],)),
-        Running("leaving", 0, "", GangShape(1, 1), (shares[1],), stopping=True),
+        RunningRun("on", 0, "", GangShape(2, 1), (shares[0], shares[1])),
+        RunningRun("off", 0, "", GangShape(1, 1), (shares[2],)),
+        RunningRun("leaving", 0, "", GangShape(1, 1), (shares[1],), stopping=True),
     ]
     assert deciding.draining_runs(history.view, running) == [("on", "draining host1 (a new kernel)")]
 
@@ -402,7 +404,7 @@ def test_a_bad_node_is_left_after_one_fault_for_a_spare_and_nobody_else_falls_fo
     assert [used for _, used in sim.runs["a"].placements()][-1] == {"n00001", "n00002", "n00003"}
     assert all(run.state is State.SUCCEEDED for run in sim.runs.values())
     faults = sum(len(causes(sim, run_id)) for run_id in sim.runs)
-    assert faults == deciding.FLAPS, "then the node is cordoned"
+    assert faults == deciding.MAX_FAULTS, "then the node is cordoned"
     assert sim.cluster.nodes["10.0.0.1"].cordon is not None
 
 

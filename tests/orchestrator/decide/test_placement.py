@@ -11,15 +11,15 @@ import pytest
 
 from orchestrator.decide.placement import (
     CLOSED,
-    Misfit,
     Node,
     OrderedNodes,
-    by_place,
+    Unschedulable,
     fits,
-    occupied,
     place,
     reservation,
+    topology_key,
     usable,
+    with_slots_taken,
 )
 from orchestrator.record.events import GangShape, NodeShare
 from tests.orchestrator.decide.cluster_sim import make_nodes
@@ -31,15 +31,15 @@ def cluster(*free: int, slots: int = 8) -> list[Node]:
     return make_nodes(len(free), slots, free=lambda i: free[i])
 
 
-def counts(placed: tuple[NodeShare, ...] | Misfit) -> dict[str, int]:
+def counts(placed: tuple[NodeShare, ...] | Unschedulable) -> dict[str, int]:
     """Ranks by node."""
-    assert not isinstance(placed, Misfit), placed.reason
+    assert not isinstance(placed, Unschedulable), placed.reason
     return {share.node_id: len(share.ranks) for share in placed}
 
 
 def reason(gang: GangShape, nodes: list[Node]) -> str:
     placed = place(gang, nodes)
-    assert isinstance(placed, Misfit)
+    assert isinstance(placed, Unschedulable)
     return placed.reason
 
 
@@ -56,7 +56,7 @@ def check(gang: GangShape, nodes: list[Node], placed: tuple[NodeShare, ...]) -> 
     for first in range(0, gang.ranks, gang.block):
         block = {where[rank] for rank in range(first, min(first + gang.block, gang.ranks))}
         assert len(block) == 1, f"block at rank {first} is split over {block}"
-    position = {node.node_id: i for i, node in enumerate(sorted(nodes, key=by_place))}
+    position = {node.node_id: i for i, node in enumerate(sorted(nodes, key=topology_key))}
     order = [position[share.node_id] for share in placed]
     assert order == sorted(order), "shares follow the addresses"
 
@@ -70,9 +70,9 @@ def test_every_placement_keeps_the_rules() -> None:
         block = rng.choice([1, 2, 3, 4, 8])
         gang = GangShape(rng.randint(1, 6) * block, block, rng.choice([None, None, 1, 2, 3]))
         placed = place(gang, nodes)
-        row = [node.free["CPU"] for node in sorted(nodes, key=by_place)]
-        assert isinstance(placed, Misfit) == (not fits(gang, row))
-        if isinstance(placed, Misfit):
+        row = [node.free["CPU"] for node in sorted(nodes, key=topology_key)]
+        assert isinstance(placed, Unschedulable) == (not fits(gang, row))
+        if isinstance(placed, Unschedulable):
             assert placed.reason.startswith("needs ")
             continue
         placed_gangs += 1
@@ -94,7 +94,7 @@ def test_a_gang_that_fits_is_placed_and_one_that_does_not_is_refused() -> None:
         free = [rng.randint(0, 8) for _ in range(4)]
         block = rng.choice([1, 2, 4])
         gang = GangShape(block * rng.randint(1, 9), block)
-        assert isinstance(place(gang, cluster(*free)), Misfit) == (
+        assert isinstance(place(gang, cluster(*free)), Unschedulable) == (
             sum(f // block for f in free) * block < gang.ranks
         )
 
@@ -109,7 +109,7 @@ def test_the_smallest_hole_that_holds_it_is_filled_first() -> None:
 def test_neighbours_by_numeric_address_stay_together() -> None:
     nodes = [Node(f"id{n}", f"10.0.0.{n}", f"h{n}", {"CPU": 4}, {"CPU": 4}) for n in (10, 9, 100, 2)]
     placed = place(GangShape(8, 4), nodes)
-    assert not isinstance(placed, Misfit)
+    assert not isinstance(placed, Unschedulable)
     assert [(s.ip, s.ranks) for s in placed] == [("10.0.0.2", (0, 1, 2, 3)), ("10.0.0.9", (4, 5, 6, 7))]
 
 
@@ -137,7 +137,7 @@ def test_an_exact_number_of_nodes_is_shared_evenly_in_whole_blocks(
 ) -> None:
     nodes = cluster(8, 8, 8)
     placed = place(gang, nodes)
-    assert not isinstance(placed, Misfit)
+    assert not isinstance(placed, Unschedulable)
     check(gang, nodes, placed)
     assert sorted(counts(placed).values(), reverse=True) == expected
 
@@ -149,7 +149,7 @@ def test_uneven_blocks_go_where_there_is_room_for_one_more() -> None:
 def test_ranks_that_make_no_whole_blocks_leave_the_last_one_short() -> None:
     nodes = cluster(4, 4)
     placed = place(GangShape(6, 4), nodes)
-    assert not isinstance(placed, Misfit)
+    assert not isinstance(placed, Unschedulable)
     check(GangShape(6, 4), nodes, placed)
     assert [len(share.ranks) for share in placed] == [4, 2]
 
@@ -198,7 +198,7 @@ def test_twelve_thousand_ranks_go_on_fifteen_hundred_nodes() -> None:
     nodes = make_nodes(1536, 8, "GPU")
     gang = GangShape(12_288, 8, resource="GPU")
     placed = place(gang, nodes)
-    assert not isinstance(placed, Misfit) and len(placed) == 1536
+    assert not isinstance(placed, Unschedulable) and len(placed) == 1536
     check(gang, nodes, placed)
 
 
@@ -247,8 +247,8 @@ def test_the_choice_of_nodes_is_the_best_of_all() -> None:
         tiers = dict(zip([n.node_id for n in row.nodes], row.tiers(recovering, avoid), strict=True))
         every = list(choices(gang, nodes, tiers))
         placed = place(gang, nodes, recovering, avoid)
-        assert isinstance(placed, Misfit) == (not every)
-        if isinstance(placed, Misfit):
+        assert isinstance(placed, Unschedulable) == (not every)
+        if isinstance(placed, Unschedulable):
             continue
         by_id = {n.node_id: n for n in nodes}
         mine = tuple(by_id[share.node_id] for share in placed)
@@ -280,7 +280,7 @@ def test_a_barred_node_is_never_used_and_a_spare_only_by_a_run_that_recovers() -
     assert counts(place(GangShape(8, 1), nodes)) == {"n00002": 8}
     assert reason(GangShape(16, 1), nodes) == "needs 16 slots, the cluster has 8: waits for more nodes"
     assert counts(place(GangShape(16, 1), nodes, recovering=True)) == {"n00001": 8, "n00002": 8}
-    assert isinstance(place(GangShape(24, 1), nodes, recovering=True), Misfit)
+    assert isinstance(place(GangShape(24, 1), nodes, recovering=True), Unschedulable)
     assert counts(place(GangShape(8, 1), nodes, recovering=True)) == {"n00002": 8}, (
         "a spare stays one where it can"
     )
@@ -306,9 +306,9 @@ def test_closed_nodes_have_nothing_usable() -> None:
 def test_what_gangs_hold_is_not_free() -> None:
     nodes = [replace(n, slots={"CPU": 8, "GPU": 2}, free={"CPU": 8, "GPU": 2}) for n in cluster(8, 8, 8)]
     held = place(GangShape(10, 1), nodes), place(GangShape(2, 1, resource="GPU"), nodes)
-    assert not isinstance(held[0], Misfit) and not isinstance(held[1], Misfit)
+    assert not isinstance(held[0], Unschedulable) and not isinstance(held[1], Unschedulable)
     gone = (NodeShare("gone", "10.9.9.9", "gone", (0,)),)
-    left = occupied(nodes, [("CPU", held[0]), ("GPU", held[1]), ("CPU", gone)])
+    left = with_slots_taken(nodes, [("CPU", held[0]), ("GPU", held[1]), ("CPU", gone)])
     assert [n.free for n in left] == [{"CPU": 0, "GPU": 0}, {"CPU": 6, "GPU": 2}, {"CPU": 8, "GPU": 2}]
     assert left[2] is nodes[2], "what nobody holds isn't copied"
 

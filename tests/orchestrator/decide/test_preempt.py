@@ -9,8 +9,8 @@ from itertools import combinations
 import pytest
 
 from orchestrator.decide.placement import Node, fits
-from orchestrator.decide.preempt import Holder, victims
-from orchestrator.decide.queue import Admit, Answer, Preempt, QueuePolicy, Running
+from orchestrator.decide.preempt import PreemptionCandidate, victims
+from orchestrator.decide.queue import Admit, Preempt, QueueDecision, QueuePolicy, RunningRun
 from orchestrator.decide.queue import decide as decide_all
 from orchestrator.record.events import GangShape, NodeShare, StopBegan
 from orchestrator.record.states import State
@@ -20,7 +20,7 @@ from tests.orchestrator.decide.test_queue import PATIENCE, cluster, held, run
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(60)]
 
 
-def room(free: list[int], chosen: tuple[Holder, ...] | list[Holder]) -> list[int]:
+def room(free: list[int], chosen: tuple[PreemptionCandidate, ...] | list[PreemptionCandidate]) -> list[int]:
     return [count + sum(h.held.get(i, 0) for h in chosen) for i, count in enumerate(free)]
 
 
@@ -32,7 +32,7 @@ def test_the_victims_are_enough_none_is_too_many_and_their_priority_is_the_lowes
         nodes = rng.randint(1, 4)
         free = [rng.randint(0, 3) for _ in range(nodes)]
         holders = [
-            Holder(
+            PreemptionCandidate(
                 f"h{i}",
                 rng.randint(0, 3),
                 {rng.randrange(nodes): rng.randint(1, 4) for _ in range(rng.randint(1, 2))},
@@ -63,23 +63,23 @@ def test_the_victims_are_enough_none_is_too_many_and_their_priority_is_the_lowes
 
 
 def test_of_one_priority_the_smaller_run_is_stopped() -> None:
-    holders = [Holder("large", 0, {0: 6}), Holder("small", 0, {1: 4})]
+    holders = [PreemptionCandidate("large", 0, {0: 6}), PreemptionCandidate("small", 0, {1: 4})]
     assert [h.run_id for h in victims(GangShape(4, 1), [0, 0], holders)] == ["small"]
 
 
 # ---- preemption ----
 
 
-def holders(nodes: list[Node], *runs: tuple[str, int, str]) -> list[Running]:
+def holders(nodes: list[Node], *runs: tuple[str, int, str]) -> list[RunningRun]:
     """Runs of a priority that hold a whole node each."""
     by_id = {node.node_id: node for node in nodes}
     return [
-        Running(name, priority, "", GangShape(8, 8), (NodeShare(at, by_id[at].ip, at, tuple(range(8))),))
+        RunningRun(name, priority, "", GangShape(8, 8), (NodeShare(at, by_id[at].ip, at, tuple(range(8))),))
         for name, priority, at in runs
     ]
 
 
-def stops(answers: list[Answer]) -> list[tuple[str, str, str]]:
+def stops(answers: list[QueueDecision]) -> list[tuple[str, str, str]]:
     return [(a.run_id, a.for_run, a.reason) for a in answers if isinstance(a, Preempt)]
 
 
@@ -117,7 +117,7 @@ def test_what_was_stopped_does_not_come_back_before_the_one_that_it_was_stopped_
     """Half of a node is free again: the other node has fewer slots missing, and still the half isn't given away."""
     nodes = cluster(4, 6, slots=8)
     running = [
-        Running(
+        RunningRun(
             "rest",
             0,
             "",
@@ -125,7 +125,7 @@ def test_what_was_stopped_does_not_come_back_before_the_one_that_it_was_stopped_
             (NodeShare("n00000", nodes[0].ip, "h", (0, 1, 2, 3)),),
             stopping=True,
         ),
-        Running("high", 5, "", GangShape(2, 2), (NodeShare("n00001", nodes[1].ip, "h", (0, 1)),)),
+        RunningRun("high", 5, "", GangShape(2, 2), (NodeShare("n00001", nodes[1].ip, "h", (0, 1)),)),
     ]
     waiting = [replace(run("urgent", 8, block=8, priority=2), waited=99.0), run("stopped", 4, 1.0, block=4)]
     answers = decide_all(waiting, running, nodes, QueuePolicy(PATIENCE))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.decide.placement import Node
-from orchestrator.decide.queue import Admit, Answer, Hold, QueuePolicy, Running, WaitingRun, order
+from orchestrator.decide.queue import Admit, Hold, QueueDecision, QueuePolicy, RunningRun, WaitingRun, order
 from orchestrator.decide.queue import decide as decide_all
 from orchestrator.record.events import GangShape, NodeShare
 from orchestrator.record.states import Reason, State
@@ -26,7 +26,7 @@ def run(
     return WaitingRun(run_id, priority, at, 0.0, GangShape(ranks, block, **shape))  # type: ignore[arg-type]
 
 
-def decide(waiting: list[WaitingRun], nodes: list[Node], now: float, patience: float) -> list[Answer]:
+def decide(waiting: list[WaitingRun], nodes: list[Node], now: float, patience: float) -> list[QueueDecision]:
     """Where nothing runs and nobody has a quota, and each run has waited since `queued_at`."""
     told = [replace(w, waited=now - w.queued_at) for w in waiting]
     return decide_all(told, [], nodes, QueuePolicy(patience))
@@ -36,11 +36,11 @@ def cluster(*free: int, slots: int = 8) -> list[Node]:
     return make_nodes(len(free), slots, free=lambda i: free[i])
 
 
-def admitted(answers: list[Answer]) -> list[str]:
+def admitted(answers: list[QueueDecision]) -> list[str]:
     return [answer.run_id for answer in answers if isinstance(answer, Admit)]
 
 
-def held(answers: list[Answer]) -> dict[str, tuple[int, str]]:
+def held(answers: list[QueueDecision]) -> dict[str, tuple[int, str]]:
     return {a.run_id: (a.position, a.reason) for a in answers if isinstance(a, Hold)}
 
 
@@ -212,7 +212,7 @@ def test_an_owner_gets_no_more_than_the_quota_and_blocks_nobody() -> None:
 
 
 def test_what_runs_counts_against_the_quota_and_everybody_has_that_of_the_star() -> None:
-    running = [Running("r", 0, "", GangShape(3, 1), ())]
+    running = [RunningRun("r", 0, "", GangShape(3, 1), ())]
     answers = decide_all([run("a", 2)], running, cluster(8), QueuePolicy(PATIENCE, {"*": 4}))
     reasons = {run_id: reason for run_id, (_, reason) in held(answers).items()}
     assert reasons == {"a": "needs 2 slots, the quota of runs without an owner is 4 and 3 of it are in use"}

@@ -13,9 +13,9 @@ from orchestrator.decide.recovery import (
     NODE_FAULTS,
     Action,
     Decision,
-    avoided,
-    closing,
+    avoided_nodes,
     decide,
+    resolved_incidents,
 )
 from orchestrator.record import events as ev
 from orchestrator.record.events import Event, GangShape, Submitted
@@ -175,9 +175,9 @@ def test_nodes_are_avoided_that_were_lost_once_or_broke_the_run_twice() -> None:
         broke(VerdictKind.HANG, "seldom"),
     )
     run = view(0, 3, 1.0, *incidents)
-    assert avoided(run, NOW) == {"lost", "mute", "unfit", "twice"}
-    assert avoided(run, NOW + AVOID_SECONDS) == frozenset()
-    assert avoided(view(), NOW) == frozenset()
+    assert avoided_nodes(run, NOW) == {"lost", "mute", "unfit", "twice"}
+    assert avoided_nodes(run, NOW + AVOID_SECONDS) == frozenset()
+    assert avoided_nodes(view(), NOW) == frozenset()
 
 
 def test_nodes_whose_slots_were_not_granted_are_avoided_until_something_starts() -> None:
@@ -189,9 +189,9 @@ def test_nodes_whose_slots_were_not_granted_are_avoided_until_something_starts()
         ev.StateMoved(State.QUEUED, Reason.PLACEMENT_LOST),
     ):
         life.add(payload)
-    assert avoided(life.view, life.now) == {"10.0.0.1"} == avoided(life.view, life.now + 1e6)
+    assert avoided_nodes(life.view, life.now) == {"10.0.0.1"} == avoided_nodes(life.view, life.now + 1e6)
     life.start(0)
-    assert avoided(life.view, life.now) == frozenset()
+    assert avoided_nodes(life.view, life.now) == frozenset()
 
 
 # ---- what an incident costs ----
@@ -238,15 +238,15 @@ def test_an_incident_lasts_until_the_lost_steps_are_trained_again() -> None:
     life.start(0)
     life.now += 18
     life.fault(step=18, unnoticed=2.5)
-    assert closing(life.view, 18, life.now) == [], "no attempt has followed yet"
+    assert resolved_incidents(life.view, 18, life.now) == [], "no attempt has followed yet"
     life.start(10, seconds=7.0)
     for step in range(11, 19):
-        assert closing(life.view, step, life.now) == []
+        assert resolved_incidents(life.view, step, life.now) == []
     life.now += 8
-    (closed,) = closing(life.view, 19, life.now)
+    (closed,) = resolved_incidents(life.view, 19, life.now)
     assert closed == ev.IncidentClosed(1, "attempt 2 resumed from step 10", 8, 9.5)
     life.add(closed)
-    assert closing(life.view, 20, life.now) == [], "it is closed once"
+    assert resolved_incidents(life.view, 20, life.now) == [], "it is closed once"
 
 
 def test_a_warning_is_over_with_the_next_save_in_storage_and_costs_nothing() -> None:
@@ -256,17 +256,19 @@ def test_a_warning_is_over_with_the_next_save_in_storage_and_costs_nothing() -> 
     life.fault(step=33)
     life.start(10)
     life.add(ev.CheckpointCommitted(2, 34, "memory", 1, 0.1, 0.0, "memory"))
-    assert [c.incident for c in closing(life.view, 34, life.now)] == [2], "a restart mends no storage"
+    assert [c.incident for c in resolved_incidents(life.view, 34, life.now)] == [2], (
+        "a restart mends no storage"
+    )
     life.add(ev.CheckpointCommitted(2, 40, "p", 1, 0.1))
-    assert closing(life.view, 33, life.now) == [ev.IncidentClosed(1, "step 40 was saved", 0, 0.0)]
+    assert resolved_incidents(life.view, 33, life.now) == [ev.IncidentClosed(1, "step 40 was saved", 0, 0.0)]
 
 
 def test_a_warning_ends_with_the_run() -> None:
     life = Life()
     life.start(0)
     life.add(ev.IncidentOpened(1, 1, VerdictKind.CHECKPOINT_OVERDUE, "full", None, None, 30, ""))
-    assert closing(life.view, 99, life.now) == []
-    assert closing(life.view, 99, life.now, "the run failed") == [
+    assert resolved_incidents(life.view, 99, life.now) == []
+    assert resolved_incidents(life.view, 99, life.now, "the run failed") == [
         ev.IncidentClosed(1, "the run failed", 0, 0.0)
     ]
 
@@ -279,10 +281,10 @@ def test_a_second_fault_on_the_way_does_not_change_the_cost_of_the_first() -> No
     life.add(ev.CheckpointCommitted(2, 15, "memory", 1, 0.1))
     life.fault(step=17)
     life.start(15, seconds=6.0)
-    second = closing(life.view, 18, life.now)
+    second = resolved_incidents(life.view, 18, life.now)
     assert [(c.incident, c.lost_steps, c.downtime_seconds) for c in second] == [(2, 2, 6.0)]
     life.add(second[0])
-    first = closing(life.view, 20, life.now)
+    first = resolved_incidents(life.view, 20, life.now)
     assert [(c.incident, c.lost_steps, c.downtime_seconds) for c in first] == [(1, 9, 4.0)]
 
 
@@ -300,7 +302,7 @@ def test_an_attempt_that_never_trained_is_part_of_the_downtime() -> None:
         life.add(payload)
     life.fault(step=0)
     life.start(10, seconds=5.0)
-    closed = closing(life.view, 13, life.now)
+    closed = resolved_incidents(life.view, 13, life.now)
     assert [(c.incident, c.lost_steps, c.downtime_seconds) for c in closed] == [(1, 2, 8.0), (2, 0, 5.0)]
 
 
@@ -309,7 +311,7 @@ def test_a_checkpoint_newer_than_the_last_step_told_loses_nothing() -> None:
     life.start(0)
     life.fault(step=15)
     life.start(20)
-    assert [c.lost_steps for c in closing(life.view, 21, life.now)] == [0]
+    assert [c.lost_steps for c in resolved_incidents(life.view, 21, life.now)] == [0]
 
 
 def test_the_end_of_the_run_closes_what_is_open_with_its_cost() -> None:
@@ -317,12 +319,12 @@ def test_the_end_of_the_run_closes_what_is_open_with_its_cost() -> None:
     life.start(0)
     life.fault(step=40)
     life.now += 2
-    waiting = closing(life.view, 40, life.now, "the run was cancelled")
+    waiting = resolved_incidents(life.view, 40, life.now, "the run was cancelled")
     assert waiting == [ev.IncidentClosed(1, "the run was cancelled", 0, 2.0)]
     life.start(30, seconds=5.0)
     life.now += 9
-    assert closing(life.view, 40, life.now) == [], "there is no step beyond the last"
-    done = closing(life.view, 40, life.now, "training is complete")
+    assert resolved_incidents(life.view, 40, life.now) == [], "there is no step beyond the last"
+    done = resolved_incidents(life.view, 40, life.now, "training is complete")
     assert done == [ev.IncidentClosed(1, "training is complete", 10, 7.0)]
 
 
@@ -338,12 +340,14 @@ def test_a_first_step_of_the_attempt_that_is_being_stopped_ends_nothing() -> Non
         ev.StateMoved(State.RUNNING, Reason.FIRST_STEP),
     ):
         life.add(payload)
-    assert closing(life.view, 1, life.now) == []
+    assert resolved_incidents(life.view, 1, life.now) == []
     life.add(ev.StateMoved(State.RECOVERING, Reason.START_TIMEOUT))
     life.add(ev.StateMoved(State.QUEUED, Reason.BACKOFF_OVER))
     life.now += 4
     life.start(0, seconds=6.0)
-    assert closing(life.view, 1, life.now) == [ev.IncidentClosed(1, "attempt 2 resumed from step 0", 0, 10.0)]
+    assert resolved_incidents(life.view, 1, life.now) == [
+        ev.IncidentClosed(1, "attempt 2 resumed from step 0", 0, 10.0)
+    ]
 
 
 def test_all_open_incidents_end_with_the_run() -> None:
@@ -354,9 +358,9 @@ def test_all_open_incidents_end_with_the_run() -> None:
     life.start(0, seconds=2.0)
     life.fault(step=4)
     life.now += 1
-    closed = closing(life.view, 4, life.now, "the run failed")
+    closed = resolved_incidents(life.view, 4, life.now, "the run failed")
     assert [(c.incident, c.lost_steps, c.downtime_seconds) for c in closed] == [(1, 5, 5.0), (2, 0, 1.0)]
     assert {c.resolution for c in closed} == {"the run failed"}
     for event in closed:
         life.add(event)
-    assert closing(life.view, 99, life.now, "the run failed") == []
+    assert resolved_incidents(life.view, 99, life.now, "the run failed") == []

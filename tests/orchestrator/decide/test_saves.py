@@ -50,52 +50,54 @@ def saving(*extra: Payload, attempt: int = 1, running: bool = True) -> RunView:
 
 def told(view: RunView, config: RunConfig, step: int) -> list[str]:
     """What the detector says of it."""
-    seen = saves.seen(view, config, step)
+    seen = saves.save_history(view, config, step)
     snapshot = Snapshot(0.0, 0.0, 1, {}, {}, Timeouts(), True, saves=seen)
     return [verdict.detail for verdict in overdue.judge(snapshot)]
 
 
 def test_the_interval_is_what_is_due_or_what_came_lately() -> None:
-    assert saves.interval(saving(), FIXED) == saves.interval(saving(), CHOSEN) == 10
+    assert saves.save_interval(saving(), FIXED) == saves.save_interval(saving(), CHOSEN) == 10
     slow = saving(CheckpointCommitted(1, 40, "p", 1, 0.1))
-    assert saves.interval(slow, FIXED) == 40, "saves that are left out make the interval longer, and no alarm"
-    assert saves.interval(slow, CHOSEN) is None, "only the ranks know"
+    assert saves.save_interval(slow, FIXED) == 40, (
+        "saves that are left out make the interval longer, and no alarm"
+    )
+    assert saves.save_interval(slow, CHOSEN) is None, "only the ranks know"
     due = CheckpointCommitted(1, 10, "p", 1, 0.1, 0.0, "store", 510)
-    assert saves.interval(saving(due), CHOSEN) == 500
-    assert saves.interval(saving(due, attempt=2), CHOSEN) == 10, "of another attempt"
+    assert saves.save_interval(saving(due), CHOSEN) == 500
+    assert saves.save_interval(saving(due, attempt=2), CHOSEN) == 10, "of another attempt"
 
 
 def test_what_is_seen_of_saves_is_what_the_log_tells() -> None:
-    seen = saves.seen(saving(COMMITTED), FIXED, 25)
+    seen = saves.save_history(saving(COMMITTED), FIXED, 25)
     assert seen is not None
     assert (seen.step, seen.saved_step, seen.interval, seen.failing, seen.error) == (25, 10, 10, 0, "")
-    failing = saves.seen(saving(COMMITTED, CheckpointFailed(1, 20, "full", 1)), FIXED, 25)
+    failing = saves.save_history(saving(COMMITTED, CheckpointFailed(1, 20, "full", 1)), FIXED, 25)
     assert failing is not None and (failing.failing, failing.error) == (1, "full")
-    mended = saves.seen(saving(*FAILING, COMMITTED), FIXED, 12)
+    mended = saves.save_history(saving(*FAILING, COMMITTED), FIXED, 12)
     assert mended is not None and (mended.failing, mended.error) == (0, ""), "older than the commit"
-    fourth = saves.seen(saving(), amend(FIXED, ["checkpoint.max_failed=4"]), 4)
+    fourth = saves.save_history(saving(), amend(FIXED, ["checkpoint.max_failed=4"]), 4)
     assert fourth is not None and fourth.max_failed == 4
-    unknown = saves.seen(saving(COMMITTED), CHOSEN, 100_000)
+    unknown = saves.save_history(saving(COMMITTED), CHOSEN, 100_000)
     assert unknown is not None and unknown.interval == 100_000, "no interval is too long then"
-    assert saves.seen(saving(), FIXED, 0) is not None
+    assert saves.save_history(saving(), FIXED, 0) is not None
 
 
 def test_nothing_is_seen_where_nothing_is_saved_or_known() -> None:
     measuring = FIXED.model_copy(update={"workload": "collectives"})
-    assert saves.seen(saving(*FAILING), measuring, 100_000) is None
-    assert saves.seen(saving(running=False), FIXED, 4) is None
-    assert saves.seen(RunView(state=State.RUNNING), FIXED, 4) is None, (
+    assert saves.save_history(saving(*FAILING), measuring, 100_000) is None
+    assert saves.save_history(saving(running=False), FIXED, 4) is None
+    assert saves.save_history(RunView(state=State.RUNNING), FIXED, 4) is None, (
         "the ranks have not said where they began"
     )
 
 
 def test_an_incident_that_tells_of_saves_is_told_once_and_again_after_it() -> None:
     warned = IncidentOpened(1, 1, "checkpoint_overdue", "full", None, None, 3, "")
-    assert saves.seen(saving(*FAILING, warned), FIXED, 4) is None
+    assert saves.save_history(saving(*FAILING, warned), FIXED, 4) is None
     other = IncidentOpened(1, 1, "rank_exit", "", 0, None, 3, "")
-    assert saves.seen(saving(*FAILING, other), FIXED, 4) is not None
+    assert saves.save_history(saving(*FAILING, other), FIXED, 4) is not None
     over = IncidentClosed(1, "step 10 was saved", 0, 0.0)
-    assert saves.seen(saving(*FAILING, warned, COMMITTED, over), FIXED, 12) is not None
+    assert saves.save_history(saving(*FAILING, warned, COMMITTED, over), FIXED, 12) is not None
 
 
 def test_saves_are_judged_by_steps_where_the_interval_is_known() -> None:

@@ -8,8 +8,8 @@ from itertools import combinations
 
 import pytest
 
-from orchestrator.decide.placement import Misfit, Node, by_place, place
-from orchestrator.decide.topology import together
+from orchestrator.decide.placement import Node, Unschedulable, place, topology_key
+from orchestrator.decide.topology import closest_nodes
 from orchestrator.record.events import GangShape, NodeShare
 from tests.orchestrator.decide.cluster_sim import make_nodes
 
@@ -28,7 +28,7 @@ def racks(*names: str, free: tuple[int, ...] = ()) -> list[Node]:
 def used(gang: GangShape, nodes: list[Node]) -> list[Node]:
     """Nodes of a placement, in the order of their ranks."""
     placed = place(gang, nodes)
-    assert not isinstance(placed, Misfit), placed.reason
+    assert not isinstance(placed, Unschedulable), placed.reason
     by_id = {node.node_id: node for node in nodes}
     return [by_id[share.node_id] for share in placed]
 
@@ -46,9 +46,9 @@ def test_the_order_is_by_rail_rack_domain_and_address_and_numbers_count_as_such(
         {"rack": "r10"}, {"rack": "r9", "nvlink": "b"}, {"rack": "r9", "nvlink": "a"}, {"rail": "1", "rack": "r0"},
         {"rack": "r9", "nvlink": "a"}, {},
     ]  # fmt: skip
-    nodes = sorted(cluster(*labels), key=by_place)
+    nodes = sorted(cluster(*labels), key=topology_key)
     assert ids(nodes) == ["n00005", "n00002", "n00004", "n00001", "n00000", "n00003"]
-    assert ids(sorted(racks("a", "10", "9"), key=by_place)) == ["n00002", "n00001", "n00000"], (
+    assert ids(sorted(racks("a", "10", "9"), key=topology_key)) == ["n00002", "n00001", "n00000"], (
         "words come last"
     )
 
@@ -58,13 +58,13 @@ def test_nodes_whose_address_is_a_host_name_are_ordered_and_placed() -> None:
     names = ["gpu-10", "gpu-9", "10.0.0.10", "10.0.0.9", "fe80::1", "gpu-\u00b2", "\u00b2"]
     nodes = [replace(node, ip=ip) for node, ip in zip(make_nodes(len(names), 1), names, strict=True)]
     order = ["10.0.0.9", "10.0.0.10", "fe80::1", "gpu-9", "gpu-10", "gpu-\u00b2", "\u00b2"]
-    assert [node.ip for node in sorted(nodes, key=by_place)] == order
+    assert [node.ip for node in sorted(nodes, key=topology_key)] == order
     assert [node.ip for node in used(GangShape(len(names), 1), nodes)] == order
 
 
 def test_other_labels_change_nothing() -> None:
     nodes = cluster({"ray.io/node-id": "z"}, {"ray.io/node-id": "a"})
-    assert ids(sorted(nodes, key=by_place)) == ["n00000", "n00001"]
+    assert ids(sorted(nodes, key=topology_key)) == ["n00000", "n00001"]
 
 
 def test_a_gang_goes_into_the_smallest_rack_that_holds_it() -> None:
@@ -77,7 +77,7 @@ def test_a_gang_goes_into_the_smallest_rack_that_holds_it() -> None:
 def test_ranks_that_are_neighbours_share_a_rack() -> None:
     nodes = racks("b", "a", "b", "a")
     placed = place(GangShape(32, 8), nodes)
-    assert not isinstance(placed, Misfit)
+    assert not isinstance(placed, Unschedulable)
     assert [share.node_id for share in placed] == ["n00001", "n00003", "n00000", "n00002"]
     assert placed[0] == NodeShare("n00001", nodes[1].ip, "host1", tuple(range(8)))
 
@@ -144,5 +144,5 @@ def test_uneven_ranks_on_an_exact_number_of_nodes_share_a_rack_too() -> None:
 
 def test_together_takes_what_is_asked() -> None:
     paths = [((), (), ())] * 3
-    assert together(0, [0, 1], paths, ()) == [] and together(2, [1, 2], paths, ()) == [1, 2]
-    assert together(2, [0, 1, 2], paths, (2,)) == [0, 1], "inside one domain, the lowest"
+    assert closest_nodes(0, [0, 1], paths, ()) == [] and closest_nodes(2, [1, 2], paths, ()) == [1, 2]
+    assert closest_nodes(2, [0, 1, 2], paths, (2,)) == [0, 1], "inside one domain, the lowest"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from faulttol.verdicts import Verdict, VerdictKind
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import (
     Amended,
     AttemptPlaced,
@@ -102,9 +102,9 @@ def until(state: State) -> list[Payload]:
     return LIFE[: index + 1]
 
 
-def at(second: float) -> Now:
+def at(second: float) -> Instant:
     """An instant of a life whose clocks agree."""
-    return Now(WALL + second, second)
+    return Instant(WALL + second, second)
 
 
 def events_of(*payloads: Payload) -> list[Event]:

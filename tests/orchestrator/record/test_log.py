@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import AttemptResumed, ControllerStarted, Payload
-from orchestrator.record.log import Cursor, Fenced, Log, read, read_from
+from orchestrator.record.log import Cursor, EventLog, Fenced, read, read_from
 from tests.orchestrator.record.life import LIFE, WALL, at
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -20,8 +20,8 @@ TURNS = [LIFE[:2], LIFE[2:4], LIFE[4:5], LIFE[5:12], LIFE[12:]]
 """The life in records, as turns of a controller write it."""
 
 
-def write(path: Path, records: list[list[Payload]], epoch: int = 1, start: float = 0.0) -> Log:
-    log = Log(path, epoch, at(start))
+def write(path: Path, records: list[list[Payload]], epoch: int = 1, start: float = 0.0) -> EventLog:
+    log = EventLog(path, epoch, at(start))
     for number, payloads in enumerate(records):
         log.append(payloads, at(start + number))
     return log
@@ -52,7 +52,7 @@ def test_a_log_comes_back_record_by_record(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_on_reads_each_event_once(tmp_path: Path) -> None:
-    log, cursor, found = Log(tmp_path / "log", 1, at(0)), Cursor(), []
+    log, cursor, found = EventLog(tmp_path / "log", 1, at(0)), Cursor(), []
     for number, record in enumerate(TURNS):
         log.append(record, at(number))
         events, cursor = read_from(tmp_path / "log", cursor)
@@ -78,7 +78,7 @@ def test_a_log_is_read_in_parts_that_hold_a_record_each(tmp_path: Path, limit: i
 
 def test_a_new_writer_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
     for number, payload in enumerate(LIFE):
-        log = Log(tmp_path / "log", number, at(number))
+        log = EventLog(tmp_path / "log", number, at(number))
         assert log.append([payload], at(number))[0].seq == number
         assert len(log.events) == number
         log.close()
@@ -96,7 +96,7 @@ def test_a_writer_killed_at_any_byte_of_a_record_loses_that_record_alone(
     for size in range(start, len(data)):
         path.write_bytes(data[:size])
         assert payloads(path) == before, f"cut at byte {size - start} of the record"
-        log = Log(path, 1, at(3))
+        log = EventLog(path, 1, at(3))
         assert log.append(last, at(3))[0].seq == len(before)
         log.close()
         assert path.read_bytes() == data
@@ -120,7 +120,7 @@ def test_nothing_to_append_writes_nothing(tmp_path: Path) -> None:
     def fence() -> None:
         raise Fenced
 
-    log = Log(tmp_path / "log", 1, at(0), fence)
+    log = EventLog(tmp_path / "log", 1, at(0), fence)
     assert log.append([], at(1)) == [] and (tmp_path / "log").read_bytes() == b""
     log.close()
 
@@ -187,7 +187,7 @@ def test_a_writer_goes_on_behind_damage_and_leaves_it_there(tmp_path: Path) -> N
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1][:10] + b"\n" + lines[2])
     before = path.read_bytes()
-    log = Log(path, 1, at(3))
+    log = EventLog(path, 1, at(3))
     damage = log.cursor.damage
     log.append(TURNS[3], at(3))
     assert path.read_bytes().startswith(before) and len(damage) == 1 and log.cursor.damage == damage
@@ -232,7 +232,7 @@ def test_a_flipped_digit_of_an_epoch_fences_nobody(tmp_path: Path) -> None:
     first, second, third = path.read_bytes().splitlines(keepends=True)
     raised = second.replace(b'"epoch": 3', b'"epoch": 7')
     path.write_bytes(first + raised + third)
-    log = Log(path, 3, at(3))
+    log = EventLog(path, 3, at(3))
     log.append(TURNS[3], at(3))
     log.close()
     events, cursor = read_from(path)
@@ -248,7 +248,7 @@ def test_records_without_a_checksum_are_read_as_before_and_written_on_with_one(t
     unsealed(path)
     assert b"crc" not in path.read_bytes()
     assert read_from(path)[0] == whole and not read_from(path)[1].damage
-    log = Log(path, 2, at(3))
+    log = EventLog(path, 2, at(3))
     log.append(TURNS[3], at(3))
     log.close()
     assert payloads(path) == sum(TURNS[:4], [])
@@ -289,9 +289,9 @@ def test_a_log_of_a_newer_controller_is_not_opened(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"torn")
     before = path.read_bytes()
     with pytest.raises(Fenced, match="controller 5, and this is 4"):
-        Log(path, 4, at(9))
+        EventLog(path, 4, at(9))
     assert path.read_bytes() == before, "a torn line is not this one's to cut off"
-    Log(path, 5, at(9)).close()
+    EventLog(path, 5, at(9)).close()
 
 
 def test_the_fence_is_asked_before_each_record(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_the_fence_is_asked_before_each_record(tmp_path: Path) -> None:
         if replaced:
             raise Fenced("replaced")
 
-    log = Log(tmp_path / "log", 1, at(0), fence)
+    log = EventLog(tmp_path / "log", 1, at(0), fence)
     log.append(TURNS[0], at(0))
     replaced, before = True, ((tmp_path / "log").read_bytes(), log.cursor)
     with pytest.raises(Fenced, match="replaced"):
@@ -313,7 +313,7 @@ def test_the_fence_is_asked_before_each_record(tmp_path: Path) -> None:
 def test_a_writer_that_finds_foreign_records_ends_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "log"
     old = write(path, TURNS[:1], epoch=1)
-    new = Log(path, 2, at(1))
+    new = EventLog(path, 2, at(1))
     new.append([ControllerStarted(2, epoch=2)], at(1))
     before = path.read_bytes()
     with pytest.raises(Fenced, match="somebody else"):
@@ -340,7 +340,7 @@ def test_two_that_write_at_the_same_instant_destroy_nothing(
     """The old one has looked, the new one writes, and only then the old one does."""
     path = tmp_path / "log"
     old = write(path, TURNS[:1], epoch=1)
-    new = Log(path, 2, at(1))
+    new = EventLog(path, 2, at(1))
     write_bytes = os.write
 
     def late(fd: int, data: bytes) -> int:
@@ -406,23 +406,23 @@ def test_a_disk_that_takes_a_part_at_a_time_gets_the_rest(
 
 
 def test_the_clock_goes_on_over_restarts_whatever_the_machine_counts_from(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log", 1, Now(WALL, 5_000.0))
-    log.append(TURNS[0], Now(WALL + 10, 5_010.0))
+    log = EventLog(tmp_path / "log", 1, Instant(WALL, 5_000.0))
+    log.append(TURNS[0], Instant(WALL + 10, 5_010.0))
     log.close()
-    log = Log(tmp_path / "log", 2, Now(WALL + 40, 3.0))
-    assert log.clock(Now(WALL + 40, 3.0)) == 40.0, "10 s before, and 30 s in which nobody ran"
-    log.append(TURNS[1], Now(WALL + 42, 5.0))
+    log = EventLog(tmp_path / "log", 2, Instant(WALL + 40, 3.0))
+    assert log.clock(Instant(WALL + 40, 3.0)) == 40.0, "10 s before, and 30 s in which nobody ran"
+    log.append(TURNS[1], Instant(WALL + 42, 5.0))
     log.close()
     assert [e.clock for e in read(tmp_path / "log")] == [10.0, 10.0, 42.0, 42.0]
 
 
 @pytest.mark.parametrize("step", [-1e6, -30.0, 30.0, 1e6])
 def test_a_wall_clock_that_steps_while_the_writer_lives_moves_no_timer(tmp_path: Path, step: float) -> None:
-    log = Log(tmp_path / "log", 1, at(0))
+    log = EventLog(tmp_path / "log", 1, at(0))
     log.append(TURNS[0], at(1))
-    log.append(TURNS[1], Now(WALL + 2 + step, 2.0))
-    log.append(TURNS[2], Now(WALL + 3 + step, 3.0))
-    assert log.clock(Now(WALL + 4 + step, 4.0)) == 4.0
+    log.append(TURNS[1], Instant(WALL + 2 + step, 2.0))
+    log.append(TURNS[2], Instant(WALL + 3 + step, 3.0))
+    assert log.clock(Instant(WALL + 4 + step, 4.0)) == 4.0
     log.close()
     assert [e.clock for e in read(tmp_path / "log")] == [1.0, 1.0, 2.0, 2.0, 3.0]
     assert read(tmp_path / "log")[-1].time == WALL + 3 + step, "what people see is the wall clock's"
@@ -430,22 +430,22 @@ def test_a_wall_clock_that_steps_while_the_writer_lives_moves_no_timer(tmp_path:
 
 def test_a_wall_clock_that_was_set_back_between_two_writers_adds_nothing(tmp_path: Path) -> None:
     write(tmp_path / "log", TURNS[:2]).close()
-    log = Log(tmp_path / "log", 2, Now(WALL - 1e6, 7.0))
-    assert log.clock(Now(WALL - 1e6, 7.0)) == 1.0
-    log.append(TURNS[2], Now(WALL - 1e6 + 5, 12.0))
+    log = EventLog(tmp_path / "log", 2, Instant(WALL - 1e6, 7.0))
+    assert log.clock(Instant(WALL - 1e6, 7.0)) == 1.0
+    log.append(TURNS[2], Instant(WALL - 1e6 + 5, 12.0))
     log.close()
     assert [e.clock for e in read(tmp_path / "log")] == [0.0, 0.0, 1.0, 1.0, 6.0]
-    log = Log(tmp_path / "log", 3, Now(WALL - 1e6 + 9, 0.0))
-    assert log.clock(Now(0.0, 0.0)) == 10.0, "and the next one counts from there"
+    log = EventLog(tmp_path / "log", 3, Instant(WALL - 1e6 + 9, 0.0))
+    assert log.clock(Instant(0.0, 0.0)) == 10.0, "and the next one counts from there"
     log.close()
 
 
 def test_the_clock_never_goes_back(tmp_path: Path) -> None:
     log = write(tmp_path / "log", TURNS[:2], start=50.0)
-    assert log.clock(Now(0.0, 0.0)) == 0.0 == log.clock(at(50.0))
+    assert log.clock(Instant(0.0, 0.0)) == 0.0 == log.clock(at(50.0))
     log.close()
-    again = Log(tmp_path / "log", 2, at(60.0))
-    assert again.clock(Now(0.0, 0.0)) == 10.0 == again.clock(at(60.0))
+    again = EventLog(tmp_path / "log", 2, at(60.0))
+    assert again.clock(Instant(0.0, 0.0)) == 10.0 == again.clock(at(60.0))
     again.close()
 
 
@@ -458,6 +458,6 @@ def test_other_logs_are_read_by_their_own_payloads(tmp_path: Path) -> None:
     write(tmp_path / "log", [[LIFE[1]], [LIFE[0]], [LIFE[2]]]).close()
     events, cursor = read_from(tmp_path / "log", decode=decode)
     assert [e.payload for e in events] == ["queued", "placing"] and "only moves" in cursor.damage[0]
-    log = Log(tmp_path / "log", 1, at(3), decode=decode)
+    log = EventLog(tmp_path / "log", 1, at(3), decode=decode)
     assert [e.payload for e in log.events] == ["queued", "placing"]
     log.close()

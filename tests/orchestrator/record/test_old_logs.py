@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from configs.paths import RunPaths
-from orchestrator.record.clock import Now
+from orchestrator.record.clock import Instant
 from orchestrator.record.events import CheckpointCommitted, ControllerStarted, StateMoved
-from orchestrator.record.log import Log, read, read_from
+from orchestrator.record.log import EventLog, read, read_from
 from orchestrator.record.run_log import RunLog, RunLogReader
 from orchestrator.record.states import Reason, State
 
@@ -59,8 +59,8 @@ def test_a_log_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 def test_a_log_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "log").write_text(OLD)
-    log = Log(tmp_path / "log", 1, Now(1.7e9 + 30, 3.0))
-    (event,) = log.append([ControllerStarted(78, epoch=1)], Now(1.7e9 + 31, 4.0))
+    log = EventLog(tmp_path / "log", 1, Instant(1.7e9 + 30, 3.0))
+    (event,) = log.append([ControllerStarted(78, epoch=1)], Instant(1.7e9 + 31, 4.0))
     log.close()
     assert (event.seq, event.clock) == (14, 31.0)
     assert read(tmp_path / "log")[-1] == event and (tmp_path / "log").read_text().startswith(OLD)
@@ -76,14 +76,16 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     run = RunPaths(tmp_path / "run-a")
     run.root.mkdir()
     run.events.write_text(OLD)
-    log = RunLog(run, 1, Now(1.7e9 + 30, 3.0))
+    log = RunLog(run, 1, Instant(1.7e9 + 30, 3.0))
     view = log.view
     assert view.state is State.RECOVERING and view.attempt == 1 and view.restarts == 1 and not log.damage
     assert (view.moved_clock, view.retry_clock, view.ran_seconds) == (24.0, 24.0, 16.0)
     assert (
-        view.incidents[0].opened_clock == 20.0 and view.asked.wall_seconds is None and view.asked.owner == ""
+        view.incidents[0].opened_clock == 20.0
+        and view.request.wall_seconds is None
+        and view.request.owner == ""
     )
-    log.append([StateMoved(State.QUEUED, Reason.BACKOFF_OVER)], Now(1.7e9 + 31, 4.0))
+    log.append([StateMoved(State.QUEUED, Reason.BACKOFF_OVER)], Instant(1.7e9 + 31, 4.0))
     log.publish(final=True)
     log.close()
     assert RunLogReader.of(run).view == log.view and log.view.waiting_clock == 31.0

@@ -24,7 +24,7 @@ from orchestrator.record.events import (
     Payload,
     StateMoved,
 )
-from orchestrator.record.log import Cursor, Fenced, Log, read_from
+from orchestrator.record.log import Cursor, EventLog, Fenced, read_from
 from orchestrator.record.run_log import RunLog, RunLogReader
 from orchestrator.record.states import IllegalMove, Reason, State
 from orchestrator.record.view import RunView, fold
@@ -445,7 +445,7 @@ def test_a_torn_line_behind_the_view_is_its_writers(run: RunPaths) -> None:
 
 
 def test_events_without_a_submission_are_a_view_too(run: RunPaths) -> None:
-    log = Log(run.events, 1, at(0))
+    log = EventLog(run.events, 1, at(0))
     log.append(LIFE[1:], at(0))
     log.close()
     reader = RunLogReader.of(run)

@@ -142,18 +142,18 @@ def test_a_warning_stops_nothing_and_ends_with_a_save() -> None:
 def test_what_a_resume_asked_holds_from_then_on_and_the_log_keeps_the_rest() -> None:
     view = view_of(*through(AMENDED))
     assert view.amendments == 1
-    assert (view.asked.gang, view.asked.steps) == (AMENDED.gang, 80)
-    assert view.asked.layout == {"dp": 8, "ep": 4}
-    assert (view.asked.max_restarts, view.asked.backoff_seconds) == (5, 1.0)
-    assert view.asked.code == "/home/code/d2"
-    assert view.asked.priority == SUBMITTED.priority and view.asked.runtime_env == SUBMITTED.runtime_env
-    assert view.asked.owner == "ann" and view.asked.wall_seconds == 3600.0
+    assert (view.request.gang, view.request.steps) == (AMENDED.gang, 80)
+    assert view.request.layout == {"dp": 8, "ep": 4}
+    assert (view.request.max_restarts, view.request.backoff_seconds) == (5, 1.0)
+    assert view.request.code == "/home/code/d2"
+    assert view.request.priority == SUBMITTED.priority and view.request.runtime_env == SUBMITTED.runtime_env
+    assert view.request.owner == "ann" and view.request.wall_seconds == 3600.0
 
 
 def test_an_attempt_on_fewer_nodes_has_its_own_shape_and_the_next_one_what_was_asked() -> None:
     view = view_of(*through(SMALLER))
     assert view.smaller and view.gang.ranks == 2 and view.layout == {"dp": 2}
-    assert view.asked.gang.ranks == 8 and view.asked.layout == {"dp": 8, "ep": 4}
+    assert view.request.gang.ranks == 8 and view.request.layout == {"dp": 8, "ep": 4}
     stopped = view_of(
         *through(SMALLER),
         StateMoved(State.STARTING, Reason.PLACED),

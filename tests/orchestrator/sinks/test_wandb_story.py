@@ -74,8 +74,8 @@ def made(tmp_path: Path) -> MadeRun:
 PUMP = (
     "import json, sys, time\nfrom pathlib import Path\nfrom configs.compose import load\n"
     "from configs.paths import RunPaths\n"
-    "from orchestrator.sinks import nodes\nfrom orchestrator.sinks.wandb import WandbSink\n"
-    "nodes.EVERY = 0.2\nrun, known = RunPaths(Path(sys.argv[1])), json.loads(sys.argv[2])\n"
+    "from orchestrator.sinks import node_metrics\nfrom orchestrator.sinks.wandb import WandbSink\n"
+    "node_metrics.EVERY = 0.2\nrun, known = RunPaths(Path(sys.argv[1])), json.loads(sys.argv[2])\n"
     "sink = WandbSink(run, load(run.config), endpoints=(lambda: known) if known else None)\n"
     "while not sink.pump():\n    time.sleep(0.05)\nsink.close()\n"
 )

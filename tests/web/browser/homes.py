@@ -16,7 +16,7 @@ from faulttol.timeline.file import STORED, StepFile, folder
 from orchestrator.record import rank_status
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
 from orchestrator.record.events import IncidentOpened, VerdictFound
-from orchestrator.record.log import Log
+from orchestrator.record.log import EventLog
 from tests.web.made import MadeRun, a_home, queue_file
 
 LIVE, RECOVERED, HUNG = "live-1126-120000-aaaa", "killed-1126-110000-bbbb", "hung-1126-100000-cccc"
@@ -71,7 +71,7 @@ def look(run: MadeRun, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int,
         )
         for rank in range(run.ranks)
     ]  # fmt: skip
-    rank_status.write(run.run.attempt(run.attempt).seen, "n1", rows, now)
+    rank_status.write_statuses(run.run.attempt(run.attempt).seen, "n1", rows, now)
 
 
 def live(home: HomePaths) -> MadeRun:
@@ -188,7 +188,7 @@ def a_full_home(path: Path, odd: bool = True) -> Home:
         )
     queue(home, waiting)
     now = going._now()
-    log = Log(home.cluster_log, 1, now)
+    log = EventLog(home.cluster_log, 1, now)
     log.append([NodeJoined("10.0.0.2", "two", ("n2",), {"CPU": 2}), Cordoned("10.0.0.2", "disk", "ann")], now)
     log.append([NodeJoined("10.0.0.9", "nine", ("n9",), {"CPU": 2}), NodeLeft("10.0.0.9")], now)
     return Home(home, going, stuck, waiting)
