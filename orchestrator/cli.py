@@ -28,7 +28,7 @@ from configs.errors import (
 )
 from configs.paths import HomePaths, default_home
 from orchestrator import DASHBOARD_PORT, PROGRAM
-from orchestrator.commands.calls import CommandCall, begun, shown, watch
+from orchestrator.commands.calls import CommandCall, plan_answer, watch, with_resume_source
 
 _OVERRIDES = "configuration: group=preset or dotted.field=value, such as model=demo train.steps=200"
 
@@ -134,9 +134,9 @@ def _plan(call: CommandCall) -> int:
     from orchestrator.commands.submission import slot_resource
     from trainer.sizing.search.planner import plan
 
-    config, begins = begun(compose(call.overrides, call.config_file), call.home)
+    config, begins = with_resume_source(compose(call.overrides, call.config_file), call.home)
     made = plan(config, known_capacity(call.home, call.options.slots, slot_resource(config)))
-    call.say(*shown(made, begins, call.home))
+    call.say(*plan_answer(made, begins, call.home))
     return 0
 
 

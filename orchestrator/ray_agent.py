@@ -79,7 +79,7 @@ def find(node_id: str) -> Any:
     return ray.get_actor(name_of(node_id), namespace=NAMESPACE)
 
 
-def make(node_id: str, runtime_env: dict[str, Any]) -> Any:
+def get_or_create(node_id: str, runtime_env: dict[str, Any]) -> Any:
     """The agent of a node, begun where it isn't there. Waits for Ray, but not for the agent."""
     options: dict[str, Any] = {
         "name": name_of(node_id),

@@ -17,7 +17,7 @@ from orchestrator.local import settings
 
 NAMESPACE = "megaray"
 """Ray namespace of everything detached."""
-DIAL_SECONDS = 5.0
+PROBE_SECONDS = 5.0
 _CODE = Path(__file__).parents[1]
 _FORMS = "type HOST:PORT of a Ray head (6379 by default) or http://HOST:8265 of its dashboard"
 WANTS_TOKEN = "put the cluster's token into RAY_AUTH_TOKEN, or its file into RAY_AUTH_TOKEN_PATH"
@@ -27,7 +27,7 @@ class Unreachable(UserError):
     """No Ray head answers at an address."""
 
 
-def found(address: str) -> str:
+def resolve_address(address: str) -> str:
     """`auto` as Ray's own tools take it: the newest Ray of this machine; any other address as it is.
 
     Raises:
@@ -63,7 +63,7 @@ def _variable(name: str, value: str | None) -> Any:
             os.environ[name] = before
 
 
-def check_form(address: str) -> tuple[str, int]:
+def check_address(address: str) -> tuple[str, int]:
     """Host and port of an address; of `auto`, what it may stand for is looked for later.
 
     Raises:
@@ -75,7 +75,7 @@ def check_form(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def dial(address: str, token: str) -> bool:
+def probe(address: str, token: str) -> bool:
     """Whether the Ray at an address wants a token; asked before Ray itself waits for an answer.
 
     Args:
@@ -85,9 +85,9 @@ def dial(address: str, token: str) -> bool:
     Raises:
         UserError: where no Ray head answers there, or it wants another token.
     """
-    host, port = check_form(address)
+    host, port = check_address(address)
     try:
-        socket.create_connection((host, port), timeout=DIAL_SECONDS).close()
+        socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise Unreachable(f"--address '{address}': nobody answers there ({error}); {_FORMS}") from None
     if _accepts(address, ""):
@@ -106,7 +106,7 @@ def _accepts(address: str, token: str) -> bool:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            ask(b"", timeout=DIAL_SECONDS, metadata=shown)
+            ask(b"", timeout=PROBE_SECONDS, metadata=shown)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False
@@ -127,9 +127,9 @@ def connect(address: str, token_file: str = "") -> None:
     Raises:
         UserError: where there is none.
     """
-    address = found(address)
+    address = resolve_address(address)
     token = settings.token(token_file)
-    _authenticate(token if dial(address, token) else "")
+    _authenticate(token if probe(address, token) else "")
     try:
         # Workers import from the folder that this process is in: it must be the code's, and no folder of the user's whose
         # files may have the names of our packages.
@@ -159,7 +159,7 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def slots(resource: str) -> list[int]:
+def slots_by_node(resource: str) -> list[int]:
     """Units of `CPU` or `GPU` of each live node of the connected cluster."""
     return [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
 

@@ -23,7 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from configs.errors import DISK_ERRORS, UserError
 from orchestrator.local import settings
-from orchestrator.ray_cluster import DIAL_SECONDS, WANTS_TOKEN
+from orchestrator.ray_cluster import PROBE_SECONDS, WANTS_TOKEN
 
 _EXCLUDED = [".git", ".venv", "**/__pycache__", "wandb", "outputs", ".*_cache"]
 _TOO_LARGE = ("status code 413", "exceeds the maximum size")
@@ -38,7 +38,7 @@ _SILENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class TravellingCode:
+class JobWorkingDir:
     """A folder that becomes Ray's working directory on a cluster, without what git ignores there."""
 
     folder: Path
@@ -47,9 +47,9 @@ class TravellingCode:
 
     def excluded(self) -> list[str]:
         """Patterns of what stays here, as of a `.gitignore`."""
-        return [*_EXCLUDED, *(f"/{_literal(path)}" for path in self._left())]
+        return [*_EXCLUDED, *(f"/{_literal(path)}" for path in self._ignored_paths())]
 
-    def _left(self) -> list[str]:
+    def _ignored_paths(self) -> list[str]:
         """Paths below the folder that stay here: of a checkout those that git ignores, by whatever file says so.
 
         Ray itself leaves out what `.gitignore` names, and knows nothing of `.git/info/exclude` or the user's own list.
@@ -69,7 +69,7 @@ class TravellingCode:
 
     def too_large(self) -> str:
         """What is large in it, and what to do about it."""
-        out = {self.folder / path.rstrip("/") for path in self._left()}
+        out = {self.folder / path.rstrip("/") for path in self._ignored_paths()}
         sizes: Counter[str] = Counter()
         for folder, folders, names in os.walk(self.folder):
             here = Path(folder)
@@ -88,7 +88,7 @@ class TravellingCode:
 def forward(
     url: str,
     arguments: Sequence[str],
-    code: TravellingCode,
+    code: JobWorkingDir,
     variables: dict[str, str],
     write: Callable[[str], object],
 ) -> int:
@@ -174,7 +174,7 @@ def _client(url: str) -> JobSubmissionClient:
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
     headers: dict[str, Any] = {}
     try:
-        urllib.request.urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=DIAL_SECONDS).close()
+        urllib.request.urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             if not (token := settings.token("")):

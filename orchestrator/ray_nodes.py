@@ -44,7 +44,7 @@ class _Check:
 
     called: float
     call: Any = None
-    looked: NodeHealth | None = None
+    health: NodeHealth | None = None
     """The newest answer."""
     since: float = 0.0
     """When it was first called."""
@@ -60,7 +60,7 @@ class RayNodes:
         """When Ray last gave the list."""
         self._groups: frozenset[str] = frozenset()
         """Names of the placement groups that there were at the newest look."""
-        self._holdings: list[UsageSample] = []
+        self._usage: list[UsageSample] = []
         """Of the newest looks, the newest first."""
         self._let_go: dict[str, float] = {}
         """Group -> when it was let go."""
@@ -88,7 +88,7 @@ class RayNodes:
             self._let_go = {name: at for name, at in self._let_go.items() if now - at < _SETTLING_SECONDS}
             ours = {*own, *self._let_go}
             return [
-                replace(node, barred=self._barred(node), free=free_slots(node, self._holdings, ours))
+                replace(node, barred=self._barred(node), free=free_slots(node, self._usage, ours))
                 for node in self._nodes
             ]
 
@@ -97,12 +97,12 @@ class RayNodes:
         with self._lock:
             return self._groups
 
-    def let_go(self, group: str) -> None:
+    def mark_released(self, group: str) -> None:
         """Take down that a placement group is being removed."""
         with self._lock:
             self._let_go[group] = time.monotonic()
 
-    def alive(self) -> frozenset[str] | None:
+    def live_nodes(self) -> frozenset[str] | None:
         """Ids of the live nodes; None where Ray hasn't reported them lately."""
         with self._lock:
             if self._listed is None or time.monotonic() - self._listed > _STALE_SECONDS / 2:
@@ -118,24 +118,24 @@ class RayNodes:
             began = time.monotonic()
             try:
                 live = [_node(row) for row in ray.nodes() if row["Alive"]]
-                seen = self._look_at_holdings()
+                seen = self._sample_usage()
                 with self._lock:
                     self._nodes, self._listed = live, time.monotonic()
-                    self._holdings = [seen, *self._holdings][:SAMPLES] if seen else []
+                    self._usage = [seen, *self._usage][:SAMPLES] if seen else []
                 self._first.set()
-                self._look(live)
+                self._poll_agents(live)
             except Exception:  # the next look may go well; a list that gets too old is refused
                 log.exception("the list of nodes")
             wait = (time.monotonic() - began) / _LOOK_SHARE
             self._closed.wait(min(max(_REFRESH_SECONDS, wait), _LONGEST_REFRESH))
 
-    def _look_at_holdings(self) -> UsageSample | None:
+    def _sample_usage(self) -> UsageSample | None:
         """Who holds slots now; None where Ray doesn't say, and placement meets it when slots aren't granted."""
         try:
             groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
             with self._lock:
                 self._groups = frozenset(group["name"] for group in groups)
-            return _holdings(groups)
+            return _usage_of(groups)
         except Exception as error:  # the nodes themselves are known
             if not self._mute:
                 log.warning("what other users of Ray hold is not known: %s", error)
@@ -146,8 +146,8 @@ class RayNodes:
 
     def _barred(self, node: Node) -> str:
         check = self._checks.get(node.node_id)
-        if check is not None and check.looked is not None and check.looked.checked:
-            return check.looked.problem
+        if check is not None and check.health is not None and check.health.checked:
+            return check.health.problem
         # A node with devices proves them first. One of cores serves at once; what is wrong with it shows soon.
         if not node.slots.get("GPU"):
             return ""
@@ -155,7 +155,7 @@ class RayNodes:
             return f"its check has not ended for {_PENDING_SECONDS:.0f} s"
         return "is being checked"
 
-    def _look(self, nodes: list[Node]) -> None:
+    def _poll_agents(self, nodes: list[Node]) -> None:
         """Ask each node's agent, which is made where it is missing, whether the node is fit; collect what has come."""
         now = time.monotonic()
         for gone in set(self._checks) - {node.node_id for node in nodes}:
@@ -165,7 +165,7 @@ class RayNodes:
             check = self._checks.get(node.node_id)
             if check is not None and check.call is not None:
                 self._collect(node, check, now)
-            wait = _CHECK_SECONDS if check and check.looked and check.looked.checked else 1.0
+            wait = _CHECK_SECONDS if check and check.health and check.health.checked else 1.0
             if check is None or (check.call is None and now - check.called > wait):
                 self._ask(node, self._peers(nodes, index), now)
 
@@ -173,19 +173,19 @@ class RayNodes:
         """The next nodes in the row that can be reached, as far as is known."""
         others = [nodes[(index + i) % len(nodes)] for i in range(1, min(_PEERS + 1, len(nodes)))]
         known = [(node.ip, self._checks.get(node.node_id)) for node in others]
-        return tuple(f"{ip}:{check.looked.port}" for ip, check in known if check and check.looked)
+        return tuple(f"{ip}:{check.health.port}" for ip, check in known if check and check.health)
 
     def _ask(self, node: Node, peers: tuple[str, ...], now: float) -> None:
         before = self._checks.get(node.node_id)
         since = before.since if before else now
         try:
-            agent = ray_agent.make(node.node_id, {})
+            agent = ray_agent.get_or_create(node.node_id, {})
             call = agent.check.remote(peers)
         except Exception as error:  # asked again
             log.warning("the agent of node %s: %s", node.ip, error)
             call = None
         with self._lock:
-            self._checks[node.node_id] = _Check(now, call, before.looked if before else None, since)
+            self._checks[node.node_id] = _Check(now, call, before.health if before else None, since)
 
     def _collect(self, node: Node, check: _Check, now: float) -> None:
         ready, _ = ray.wait([check.call], timeout=0)
@@ -197,12 +197,12 @@ class RayNodes:
             looked = ray.get(check.call)
         except Exception as error:  # an agent that has died is made anew
             log.warning("the check of node %s: %s", node.ip, error)
-            looked = check.looked
+            looked = check.health
         with self._lock:
-            check.call, check.looked = None, looked
+            check.call, check.health = None, looked
 
 
-def _holdings(listed: list[dict[str, Any]]) -> UsageSample:
+def _usage_of(listed: list[dict[str, Any]]) -> UsageSample:
     # Loaded here: Ray marks it for developers and keeps it private. Its public calls give sums over all nodes alone.
     from ray._private.state import available_resources_per_node
 

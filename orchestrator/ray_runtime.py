@@ -33,7 +33,7 @@ from orchestrator.decide.placement import Node
 from orchestrator.ray_cluster import NAMESPACE
 from orchestrator.ray_nodes import RayNodes
 from orchestrator.record.events import NodeShare
-from orchestrator.sinks.lifecycle import SinkStarts
+from orchestrator.sinks.lifecycle import SinkCheckSchedule
 
 log = logging.getLogger("megaray.runtime")
 
@@ -50,7 +50,7 @@ class RayRuntime(GangDriver):
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-calls")
         self._nodes = RayNodes()
-        self._sinks = SinkStarts()
+        self._sinks = SinkCheckSchedule()
         super().__init__(RayTransport(self._pool, self._nodes))
 
     def nodes(self, own: Collection[str]) -> list[Node]:
@@ -100,7 +100,7 @@ class RayTransport:
 
     def live_nodes(self) -> frozenset[str] | None:
         """Ids of the nodes that live."""
-        return self._nodes.alive()
+        return self._nodes.live_nodes()
 
     def send_order(
         self, spec: GangSpec, share: NodeShare, order: AttemptOrder, make: bool
@@ -120,7 +120,7 @@ class RayTransport:
     ) -> None:
         try:
             node = share.node_id
-            agent = ray_agent.make(node, spec.runtime_env) if make else ray_agent.find(node)
+            agent = ray_agent.get_or_create(node, spec.runtime_env) if make else ray_agent.find(node)
         except ValueError:
             answer.set_exception(AgentGone("the node's agent is gone, and its ranks with it"))
             return
@@ -162,7 +162,7 @@ class RayTransport:
         others = sorted((self.live_nodes() or frozenset()) - {share.node_id for share in spec.shares})[
             :_WITNESSES
         ]
-        calls = {ray_agent.make(node, spec.runtime_env).sees.remote(path): node for node in others}
+        calls = {ray_agent.get_or_create(node, spec.runtime_env).sees.remote(path): node for node in others}
         done, _ = (
             ray.wait(list(calls), num_returns=len(calls), timeout=_WITNESS_SECONDS) if calls else ([], [])
         )
@@ -219,7 +219,7 @@ class RayTransport:
     def _release(self, reservation: str) -> bool:
         with self._lock:
             self._holders.pop(reservation, None)
-        self._nodes.let_go(reservation)
+        self._nodes.mark_released(reservation)
         group = _group(reservation)
         if group is not None:
             remove_placement_group(group)

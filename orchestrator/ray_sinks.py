@@ -11,7 +11,7 @@ import ray
 from configs.compose import load
 from configs.paths import RunPaths
 from orchestrator.ray_cluster import NAMESPACE
-from orchestrator.sinks.lifecycle import pump_to_the_end, temporary_files
+from orchestrator.sinks.lifecycle import run_sink, temporary_files
 from orchestrator.sinks.mode import mode_of
 
 _NICENESS = 10
@@ -28,7 +28,7 @@ class SinkActor:
     def work(self) -> None:
         """Pump to the end, then leave, as after too many failures: an actor that idles would be taken for a working one."""
         with temporary_files(str(self._run.root)):
-            pump_to_the_end(self._make)
+            run_sink(self._make)
         ray.actor.exit_actor()
 
     def _make(self) -> Any:

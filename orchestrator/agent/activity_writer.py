@@ -18,13 +18,13 @@ from orchestrator.record import rank_status
 
 _SECONDS = 1.0
 _SEEN_EVERY = 2
-"""Turns between two looks that are written."""
+"""Turns between two statuses that are written."""
 
 log = logging.getLogger("megaray.agent")
 
 
 class ActivityWriter:
-    """Keeps one attempt's steps and looks on one node.
+    """Keeps one attempt's steps and statuses on one node.
 
     Args:
         attempt: paths of the attempt.
@@ -32,24 +32,24 @@ class ActivityWriter:
         ranks: those of the node.
         rings: folder of their rings.
         nodes: nodes of the gang, which share what may be written.
-        look: the ranks as they are now.
+        statuses: the ranks as they are now.
     """
 
     def __init__(
         self, attempt: AttemptPaths, node: str, ranks: Sequence[int], rings: Path, nodes: int,
-        look: Callable[[], Sequence[RankSeen]],
+        statuses: Callable[[], Sequence[RankSeen]],
     ) -> None:  # fmt: skip
-        self._folder, self._node, self._look = attempt.seen, node, look
+        self._folder, self._node, self._statuses = attempt.seen, node, statuses
         self._store = StepStore(attempt.root, node, ranks, rings, nodes)
         self._written: Sequence[RankSeen] = ()
-        self._still = False
+        self._frozen = False
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="agent-chronicle", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="agent-activity", daemon=True)
         self._thread.start()
 
     def freeze(self) -> None:
-        """Leave the looks as they are: the ranks are being stopped, and what they did before is of interest."""
-        self._still = True
+        """Leave the statuses as they are: the ranks are being stopped, and what they did before is of interest."""
+        self._frozen = True
 
     def close(self, seconds: float) -> None:
         """Write what is left and end, within so many seconds; what storage holds up is left to it."""
@@ -61,15 +61,15 @@ class ActivityWriter:
         while not self._ended.wait(_SECONDS):
             turn += 1
             self._guarded(self._store.append)
-            if turn % _SEEN_EVERY == 0 and not self._still:
+            if turn % _SEEN_EVERY == 0 and not self._frozen:
                 self._guarded(self._write_looks)
         self._guarded(self._store.close)
 
     def _write_looks(self) -> None:
-        looks = self._look()
-        if looks and looks != self._written:
-            rank_status.write_statuses(self._folder, self._node, looks, steady.now())
-            self._written = looks
+        statuses = self._statuses()
+        if statuses and statuses != self._written:
+            rank_status.write_statuses(self._folder, self._node, statuses, steady.now())
+            self._written = statuses
 
     def _guarded(self, act: Callable[[], None]) -> None:
         try:

@@ -46,7 +46,7 @@ class NodeHealthCheck:
     """RankStatusReader in a thread of its own; the answer is what is known.
 
     A node of cores is looked at without torch. One with devices also proves their memory and arithmetic, in a process of
-    its own, before it serves. `MEGARAY_PREFLIGHT` says otherwise: `run_full_check` for both, `quick`, or `off`.
+    its own, before it serves. `MEGARAY_PREFLIGHT` says otherwise: `full` for both, `quick`, or `off`.
     """
 
     def __init__(self, mode: str = "") -> None:

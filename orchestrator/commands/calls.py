@@ -17,7 +17,7 @@ from orchestrator.record.states import State
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
-    from orchestrator.commands.resume_source import Beginning
+    from orchestrator.commands.resume_source import ResumeSource
     from trainer.sizing.search.planner import RunPlan
 
 
@@ -103,7 +103,7 @@ def watch(call: CommandCall, run_id: str) -> int:
     return 0 if state is State.SUCCEEDED else 1
 
 
-def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | None]:
+def with_resume_source(config: RunConfig, home: HomePaths) -> tuple[RunConfig, ResumeSource | None]:
     """The configuration with its `resume` looked up, and what the run begins from; None where it names nothing.
 
     Raises:
@@ -114,10 +114,10 @@ def begun(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning | No
     # Loaded here: reading a checkpoint's manifest needs fsspec and numpy, and other commands don't.
     from orchestrator.commands import resume_source
 
-    return resume_source.find(config, home)
+    return resume_source.resolve(config, home)
 
 
-def shown(plan: RunPlan, begins: Beginning | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
+def plan_answer(plan: RunPlan, begins: ResumeSource | None, home: HomePaths) -> tuple[str, dict[str, Any]]:
     """A plan as text and as a tree, with what the run begins from."""
     from orchestrator.commands import console
     from orchestrator.commands.plan_text import plan_table

@@ -30,17 +30,17 @@ _KEPT = {
 _LAYOUT = ("parallel", "cluster", "hardware")
 
 
-def refuse(config: RunConfig, overrides: Sequence[str], run_id: str) -> None:
+def refuse_fixed(config: RunConfig, overrides: Sequence[str], run_id: str) -> None:
     """Refuse what a run keeps for life; typing the value that it has is not a change.
 
     Raises:
         UserError: naming the field, and what to type for a new run.
     """
-    now = flat(config)
+    now = flatten(config)
     for override in overrides:
         key, _, value = override.partition("=")
         kept = _kept(key)
-        if kept is None or (key in now and told(now[key]) == value):
+        if kept is None or (key in now and as_typed(now[key]) == value):
             continue
         if key in groups() and key != "experiment" and value == getattr(getattr(config, key), "name", None):
             continue
@@ -94,9 +94,9 @@ def amended(
 
 def changes(old: RunConfig, new: RunConfig) -> list[Change]:
     """Fields that two configurations set otherwise."""
-    before, now = flat(old), flat(new)
+    before, now = flatten(old), flatten(new)
     return [
-        (name, told(before.get(name)), told(now.get(name)))
+        (name, as_typed(before.get(name)), as_typed(now.get(name)))
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
     ]
@@ -135,7 +135,7 @@ def _rest(config: RunConfig, step: int) -> int:
     return max(0, samples_before(config.train, steps) - samples_before(config.train, step))
 
 
-def flat(config: RunConfig) -> dict[str, Any]:
+def flatten(config: RunConfig) -> dict[str, Any]:
     """Every field by its dotted name."""
     fields: dict[str, Any] = {}
 
@@ -150,7 +150,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return fields
 
 
-def told(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as it is typed."""
     if isinstance(value, bool):
         return str(value).lower()

@@ -15,13 +15,13 @@ from configs.timeouts import Timeouts
 from faulttol.checkpoint.store import check_writable
 from orchestrator import PROGRAM, ray_cluster, ray_jobs
 from orchestrator.commands import cluster_target, console, resume_source
-from orchestrator.commands.calls import CommandCall, begun, shown, watch
-from orchestrator.commands.code_snapshot import CODE, PACKAGES, snapshot
+from orchestrator.commands.calls import CommandCall, plan_answer, watch, with_resume_source
+from orchestrator.commands.code_snapshot import CODE, PACKAGES, snapshot_code
 from orchestrator.commands.node_commands import cordon, drain, spare, uncordon, unspare
 from orchestrator.commands.resumption import Resumption
-from orchestrator.commands.submission import Submission, code_state, owner_of, travelling_source, write_run
+from orchestrator.commands.submission import Submission, code_state, owner_of, source_variables, write_run
 from orchestrator.local import cluster, machine, supervisor
-from orchestrator.local.lock import held
+from orchestrator.local.lock import file_lock
 from orchestrator.ray_controller import ControllerClient
 from orchestrator.record import summaries
 from orchestrator.record.events import Submitted
@@ -66,8 +66,8 @@ def forward(call: CommandCall) -> int:
             out.write(line)
             out.flush()
 
-    code = ray_jobs.TravellingCode(CODE, PACKAGES)
-    return ray_jobs.forward(call.address, words, code, travelling_source(), write)
+    code = ray_jobs.JobWorkingDir(CODE, PACKAGES)
+    return ray_jobs.forward(call.address, words, code, source_variables(), write)
 
 
 def _is_json(line: str) -> bool:
@@ -79,7 +79,7 @@ def _is_json(line: str) -> bool:
 
 def submit(call: CommandCall) -> int:
     """Plan, show, ask, queue, follow."""
-    config, begins = begun(compose(call.overrides, call.config_file), call.home)
+    config, begins = with_resume_source(compose(call.overrides, call.config_file), call.home)
     owner = owner_of(call.options.owner)
     call.home.ensure()
     notes = _check_training(config) if config.workload == "train" else []
@@ -93,7 +93,7 @@ def submit(call: CommandCall) -> int:
             call.options.priority,
             owner,
         )
-        text, tree = shown(submission.plan, begins, call.home)
+        text, tree = plan_answer(submission.plan, begins, call.home)
         call.note("\n".join([text, *notes]))
         if call.options.dry_run:
             call.say("dry run: nothing was started", {"plan": tree})
@@ -141,7 +141,7 @@ def _check_training(config: RunConfig) -> list[str]:
     notes = prepare.check(config.data, config.model.vocab)
     if config.checkpoint.path:
         check_writable(config.checkpoint.path)
-        resume_source.refuse_anothers(config.checkpoint.path)
+        resume_source.refuse_foreign_folder(config.checkpoint.path)
     return notes
 
 
@@ -159,7 +159,7 @@ def _started_for(call: CommandCall, submission: Submission) -> tuple[ControllerC
     """A local Ray that holds this run. Where another command has just started one, the run is planned for that."""
     made = submission.plan
     slots = max(made.ranks if made.config.hardware.kind == "cpu" else 1, machine.processors())
-    controller, record, mine = cluster_target.started(
+    controller, record, mine = cluster_target.start_local(
         call, slots, machine.gpus(), made.config.resilience.timeouts
     )
     if not mine:
@@ -175,13 +175,13 @@ def up(call: CommandCall) -> int:
     slots = call.options.slots if call.options.slots is not None else machine.processors()
     if slots < 1:
         raise UserError(f"--slots {slots}: a cluster needs at least one; leave it out for one per processor")
-    if running := cluster.local(call.home):
+    if running := cluster.live_cluster(call.home):
         raise UserError(
             f"a local Ray with {running.slots} slots is up at {running.address}; `{PROGRAM} down` ends it"
         )
     call.home.ensure()
     try:
-        _, record, mine = cluster_target.started(call, slots, machine.gpus(), Timeouts())
+        _, record, mine = cluster_target.start_local(call, slots, machine.gpus(), Timeouts())
     finally:
         ray_cluster.disconnect()
     if not mine:
@@ -197,11 +197,15 @@ def up(call: CommandCall) -> int:
 
 def down(call: CommandCall) -> int:
     """Cancel all runs of the local Ray and end it, as far as it can be reached; what is left of a crash goes too."""
-    record = cluster.local(call.home)
-    _, damage = cluster.recorded(call.home)
+    record = cluster.live_cluster(call.home)
+    _, damage = cluster.read_record(call.home)
     if record is None:
-        with held(call.home.cluster_lock, call.note) if call.home.home.is_dir() else contextlib.nullcontext():
-            if cluster.end(call.home):
+        with (
+            file_lock(call.home.cluster_lock, call.note)
+            if call.home.home.is_dir()
+            else contextlib.nullcontext()
+        ):
+            if cluster.stop_cluster(call.home):
                 call.say(
                     f"what was left of a local Ray is ended{f': {damage}' if damage else ''}",
                     {"cancelled": []},
@@ -215,14 +219,14 @@ def down(call: CommandCall) -> int:
     if active and not _agreed(call):
         call.say("nothing was ended")
         return 1
-    with held(call.home.cluster_lock, call.note):
+    with file_lock(call.home.cluster_lock, call.note):
         try:
             _cancel_all(call, record)
         except UserError as error:
             call.note(f"its runs can't be cancelled: {error}")
         finally:
             ray_cluster.disconnect()
-        cluster.end(call.home)
+        cluster.stop_cluster(call.home)
     left = _active(call)
     if left:
         names = ", ".join(left)
@@ -250,7 +254,7 @@ def serve(call: CommandCall) -> int:
     """Keep the controller of a cluster that something else keeps up."""
     if not call.address:
         raise UserError("`serve` needs --address HOST:PORT of the Ray head whose controller it keeps")
-    ray_cluster.check_form(call.address)
+    ray_cluster.check_address(call.address)
     call.home.ensure()
     call.note(f"keeping the controller of {call.address} for {call.home.home}; Ctrl-C ends this, and no run")
     supervisor.serve(call.home, call.address, call.note)
@@ -273,7 +277,7 @@ def cancel(call: CommandCall) -> int:
                 f"run '{run.run_id}' is still {row.state}; `{PROGRAM} status {run.run_id}` shows when it ends"
             )
         time.sleep(0.2)
-    call.report(f"{run.run_id} is {row.state}; {console.continuing(row)}", asdict(row))
+    call.report(f"{run.run_id} is {row.state}; {console.continue_hint(row)}", asdict(row))
     return 0
 
 
@@ -307,7 +311,7 @@ def resume(call: CommandCall) -> int:
             if not _agreed(call):
                 call.say("nothing was started")
                 return 1
-        resumption = replace(resumption, code=str(snapshot(call.home, code_state())))
+        resumption = replace(resumption, code=str(snapshot_code(call.home, code_state())))
         if resumption.code_changed:
             before = resumption.view.request.code or "the installed packages"
             call.note(f"it continues with the code as it is now, {resumption.code}; before: {before}")
@@ -315,7 +319,7 @@ def resume(call: CommandCall) -> int:
             controller = ControllerClient.connect(call.home)
         else:
             slots = max(resumption.slots, machine.processors())
-            controller, _, _ = cluster_target.started(call, slots, machine.gpus(), Timeouts())
+            controller, _, _ = cluster_target.start_local(call, slots, machine.gpus(), Timeouts())
         controller.resume(run.run_id, resumption.event(), dump(resumption.config), owner_of(None))
     finally:
         ray_cluster.disconnect()

@@ -14,7 +14,7 @@ from orchestrator.commands.calls import CommandCall
 from orchestrator.commands.submission import slot_resource
 from orchestrator.local import cluster, machine
 from orchestrator.local.cluster import LocalCluster
-from orchestrator.local.lock import held
+from orchestrator.local.lock import file_lock
 from orchestrator.ray_controller import ControllerClient
 from trainer.sizing.search.planner import Capacity
 
@@ -55,7 +55,7 @@ def target(call: CommandCall) -> ClusterTarget | None:
     """The cluster to use; None where a local one is to be started."""
     if call.address:
         return ClusterTarget(call.address)
-    record = cluster.local(call.home)
+    record = cluster.live_cluster(call.home)
     return ClusterTarget.of(record) if record else None
 
 
@@ -78,7 +78,7 @@ def client(call: CommandCall) -> Iterator[ControllerClient]:
         ray_cluster.disconnect()
 
 
-def started(
+def start_local(
     call: CommandCall, slots: int, gpus: int, timeouts: Timeouts
 ) -> tuple[ControllerClient, LocalCluster, bool]:
     """Start a local Ray and its controller, and connect; one that another command has started meanwhile does.
@@ -94,12 +94,12 @@ def started(
     Returns:
         The controller, the record of the cluster, and whether it was started here.
     """
-    with held(call.home.cluster_lock, call.note):
-        record = cluster.local(call.home)
+    with file_lock(call.home.cluster_lock, call.note):
+        record = cluster.live_cluster(call.home)
         mine = record is None
         if record is None:
             call.note("starting a local Ray …")
-            record = cluster.up(call.home, slots, gpus, timeouts)
+            record = cluster.start_cluster(call.home, slots, gpus, timeouts)
         try:
             ClusterTarget.of(record).connect()
             made = ControllerClient.connect(call.home)
@@ -107,7 +107,7 @@ def started(
             ray_cluster.disconnect()
             if mine:
                 with cluster.uninterrupted():
-                    cluster.end(call.home)
+                    cluster.stop_cluster(call.home)
             raise
     if mine and slots > (cpus := machine.processors()) and not gpus:
         call.note(f"{slots} slots on {cpus} processors: ranks share them and run slower")
@@ -124,7 +124,7 @@ def capacity(config: RunConfig, place: ClusterTarget | None) -> Capacity | None:
     """
     resource = slot_resource(config)
     if place is not None:
-        nodes = ray_cluster.slots(resource)
+        nodes = ray_cluster.slots_by_node(resource)
         if not any(nodes):
             raise UserError(
                 f"hardware={config.hardware.name} needs {resource} slots, and the cluster at {place.address} has none; "

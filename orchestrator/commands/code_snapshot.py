@@ -22,7 +22,7 @@ PACKAGES = ("configs", "collectives", "faulttol", "trainer", "orchestrator")
 _DIGITS = 16
 
 
-def snapshot(home: HomePaths, state: dict[str, Any], code: Path = CODE) -> Path:
+def snapshot_code(home: HomePaths, state: dict[str, Any], code: Path = CODE) -> Path:
     """The folder in the home that holds the packages as they are now; written where it isn't there yet, and never again.
 
     Args:
@@ -60,11 +60,11 @@ def snapshot(home: HomePaths, state: dict[str, Any], code: Path = CODE) -> Path:
         ) from None
     finally:
         if aside.exists():
-            remove(aside)
+            remove_read_only(aside)
     return folder
 
 
-def remove(folder: Path) -> None:
+def remove_read_only(folder: Path) -> None:
     """Remove a folder whose files nobody may write."""
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         path.chmod(0o755)

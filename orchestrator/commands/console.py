@@ -61,7 +61,7 @@ def _changes(rows: Sequence[Sequence[str]]) -> str:
     return indented(table([(name, before, "->", now) for name, before, now in rows]))
 
 
-def continuing(row: RunSummary) -> str:
+def continue_hint(row: RunSummary) -> str:
     """What continues a run that was stopped, from where, and why not from its last step."""
     if row.checkpoint_step is None:
         begins = f"{row.next_step} starts it over, since it has no checkpoint"
@@ -125,7 +125,7 @@ def status(row: RunSummary, history: Sequence[dict[str, Any]], silent: str = "")
         rows.append(("progress", row.measured))
     rows += _findings(row)
     if row.checkpoint_path:
-        cost = took(row.checkpoint_seconds or 0.0, row.checkpoint_held or 0.0)
+        cost = save_cost(row.checkpoint_seconds or 0.0, row.checkpoint_held or 0.0)
         rows.append(("checkpoint", f"step {row.checkpoint_step} ({cost}): {row.checkpoint_path}"))
     if row.memory_step is not None:
         rows.append(("in memory", f"step {row.memory_step} (training held {row.memory_held or 0.0:.2f} s)"))
@@ -147,7 +147,7 @@ def _axes(layout: dict[str, int]) -> str:
     return " ".join(f"{axis}={n}" for axis, n in layout.items() if n > 1) or "one rank"
 
 
-def took(seconds: float, held: float) -> str:
+def save_cost(seconds: float, held: float) -> str:
     """What a save cost, in seconds."""
     return f"in {seconds:.2f} s, training held {held:.2f} s"
 

@@ -188,7 +188,7 @@ def _code(home: HomePaths, gone: set[str], now: float) -> list[Removal]:
     needed = set[str]()
     for run_id in set(home.run_ids()) - gone:
         try:
-            needed |= codes(home.run(run_id))
+            needed |= code_names(home.run(run_id))
         except OSError:
             return []  # nobody knows what it needs
     return [
@@ -198,7 +198,7 @@ def _code(home: HomePaths, gone: set[str], now: float) -> list[Removal]:
     ]
 
 
-def codes(run: RunPaths) -> set[str]:
+def code_names(run: RunPaths) -> set[str]:
     """Names of the kept code that a run's attempts may still start from.
 
     Raises:
@@ -263,4 +263,4 @@ def _remove(folder: Path) -> None:
     if folder.stat().st_mode & 0o222:
         shutil.rmtree(folder)
     else:
-        code_snapshot.remove(folder)
+        code_snapshot.remove_read_only(folder)

@@ -21,7 +21,7 @@ _TOLD = 4
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumeSource:
     """A committed checkpoint, as its manifest tells it."""
 
     root: str
@@ -52,7 +52,7 @@ def checkpoints_of(run: RunPaths) -> str:
     return path or str(run.checkpoints)
 
 
-def newest(root: str, step: int | None = None) -> Beginning | None:
+def newest_checkpoint(root: str, step: int | None = None) -> ResumeSource | None:
     """The newest checkpoint whose manifest can be read, of one step where it is given; None where nothing is committed.
 
     Raises:
@@ -71,7 +71,7 @@ def newest(root: str, step: int | None = None) -> Beginning | None:
             except Incomplete as error:
                 passed = passed or str(error)
                 continue
-            return Beginning(root, head.step, head.run, head.attempt, dict(head.layout), dict(head.facts))
+            return ResumeSource(root, head.step, head.run, head.attempt, dict(head.layout), dict(head.facts))
     if passed:
         raise UserError(
             f"no checkpoint in '{root}' can be read: {passed}; restore the files, or name another one"
@@ -79,7 +79,7 @@ def newest(root: str, step: int | None = None) -> Beginning | None:
     return None
 
 
-def refuse_anothers(path: str) -> None:
+def refuse_foreign_folder(path: str) -> None:
     """Refuse a folder of checkpoints that another run owns, for a run that is new.
 
     Raises:
@@ -98,7 +98,7 @@ def refuse_anothers(path: str) -> None:
         )
 
 
-def find(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning]:
+def resolve(config: RunConfig, home: HomePaths) -> tuple[RunConfig, ResumeSource]:
     """A configuration with its `resume` as a folder or URL, and the checkpoint that the run begins from.
 
     Raises:
@@ -106,7 +106,7 @@ def find(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning]:
     """
     assert config.resume is not None, "asked only where it is set"
     root, step = _place(config.resume, home)
-    start = newest(root, step)
+    start = newest_checkpoint(root, step)
     if start is None:
         what = f"step {step}" if step is not None else "checkpoint"
         raise UserError(
@@ -127,7 +127,7 @@ def find(config: RunConfig, home: HomePaths) -> tuple[RunConfig, Beginning]:
     return config.model_copy(update={"resume": where}), start
 
 
-def _advice(start: Beginning, home: HomePaths) -> str:
+def _advice(start: ResumeSource, home: HomePaths) -> str:
     settings = home.run(start.run).newest_config
     if start.run in home.run_ids() and settings.exists():
         return f"set it back, or take all settings of that run with --config {settings}"
@@ -162,7 +162,7 @@ def _data(config: RunConfig, old: dict[str, Any]) -> dict[str, Any]:
     return old | known | {"parts": parts if len(parts) == count else [{}] * count}
 
 
-def differences(config: RunConfig, start: Beginning, home: HomePaths) -> list[Change]:
+def differences(config: RunConfig, start: ResumeSource, home: HomePaths) -> list[Change]:
     """What a new run has otherwise than the one it begins from: field, value there, value here.
 
     By that run's configuration where this home has it, else by what its checkpoint says.
@@ -178,12 +178,12 @@ def differences(config: RunConfig, start: Beginning, home: HomePaths) -> list[Ch
     ]
 
 
-def owns(start: Beginning, run_id: str) -> bool:
+def is_own_checkpoint(start: ResumeSource, run_id: str) -> bool:
     """Whether a checkpoint is the run's own."""
     return tag(start.run) == tag(run_id)
 
 
-def to_json(config: RunConfig, start: Beginning, home: HomePaths) -> dict[str, Any]:
+def to_json(config: RunConfig, start: ResumeSource, home: HomePaths) -> dict[str, Any]:
     """What is shown before a run starts that begins from `start`."""
     return {
         "run": start.run, "attempt": start.attempt, "step": start.step, "path": start.path,

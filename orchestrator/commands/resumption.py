@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 from faulttol.checkpoint.folder import named
 from faulttol.checkpoint.store import check_writable
 from orchestrator.commands import changes, resume_source
-from orchestrator.commands.resume_source import Beginning
+from orchestrator.commands.resume_source import ResumeSource
 from orchestrator.commands.submission import Submission
 from orchestrator.record.events import Amended, GangShape
 from orchestrator.record.log import read
@@ -33,7 +33,7 @@ class Resumption:
     """Resolved, of the run's last attempt."""
     config: RunConfig
     """That the run continues with; with auto fields open until it is `planned`."""
-    beginning: Beginning | None
+    source: ResumeSource | None
     """The newest checkpoint in storage."""
     gang: GangShape
     layout: dict[str, int]
@@ -50,17 +50,15 @@ class Resumption:
         view = RunLogReader.of(run).view
         submitted = view.request
         old = load(run.config_of(view.amendments))
-        changes.refuse(old, overrides, run.run_id)
+        changes.refuse_fixed(old, overrides, run.run_id)
         config = changes.amended(old, overrides, _chosen(run), submitted.gang.nodes) if overrides else old
-        beginning = _newest(run, old) if old.workload == "train" else None
-        return cls(
-            run, view, tuple(overrides), old, config, beginning, submitted.gang, dict(submitted.layout)
-        )
+        source = _newest(run, old) if old.workload == "train" else None
+        return cls(run, view, tuple(overrides), old, config, source, submitted.gang, dict(submitted.layout))
 
     @property
     def step(self) -> int:
         """Step that the run continues from."""
-        return self.beginning.step if self.beginning else 0
+        return self.source.step if self.source else 0
 
     @property
     def slots(self) -> int:
@@ -90,15 +88,15 @@ class Resumption:
         config = made.config
         if config.checkpoint.path != self.old.checkpoint.path:
             path = config.checkpoint.path or str(self.run.checkpoints)
-            if self.beginning is not None and (there := resume_source.newest(path)) is None:
+            if self.source is not None and (there := resume_source.newest_checkpoint(path)) is None:
                 # The state lies where it was saved.
-                config = config.model_copy(update={"resume": self.beginning.root})
+                config = config.model_copy(update={"resume": self.source.root})
             elif (
-                self.beginning is not None
+                self.source is not None
                 and there is not None
-                and not resume_source.owns(there, self.run.run_id)
+                and not resume_source.is_own_checkpoint(there, self.run.run_id)
             ):
-                resume_source.refuse_anothers(path)
+                resume_source.refuse_foreign_folder(path)
         gang, layout = self.gang, self.layout
         if changes.layout_changed(self.old, config):
             gang, layout = Submission(self.config, made, priority=0).gang(), dict(made.layout)
@@ -119,7 +117,7 @@ class Resumption:
 
     def to_json(self) -> dict[str, Any]:
         """What is shown before it starts."""
-        samples = self.beginning.samples if self.beginning else None
+        samples = self.source.samples if self.source else None
         return {
             "run": self.run.run_id,
             "from": self.start,
@@ -154,12 +152,12 @@ class Resumption:
         )
 
 
-def _newest(run: RunPaths, config: RunConfig) -> Beginning | None:
+def _newest(run: RunPaths, config: RunConfig) -> ResumeSource | None:
     """The run's own newest checkpoint, else the one that it began from."""
-    beginning = resume_source.newest(config.checkpoint.path or str(run.checkpoints))
-    if beginning is None and config.resume is not None:
-        beginning = resume_source.newest(*named(config.resume))
-    return beginning
+    source = resume_source.newest_checkpoint(config.checkpoint.path or str(run.checkpoints))
+    if source is None and config.resume is not None:
+        source = resume_source.newest_checkpoint(*named(config.resume))
+    return source
 
 
 def _chosen(run: RunPaths) -> list[str]:

@@ -66,7 +66,7 @@ def usable(stream: TextIO) -> bool:
 
 
 @dataclass
-class Picture:
+class RunScreen:
     """All that is shown of a run."""
 
     row: RunSummary | None = None
@@ -76,12 +76,12 @@ class Picture:
     held_out: float | None = None
     checkpoint: SavedLine | None = None
     ranks: list[RankActivity] = field(default_factory=list)
-    happened: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    messages: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT))
     silent: str = ""
     """`summaries.controller_silence`."""
     ended: State | None = None
 
-    def take(self, items: Iterable[Event | MetricLine]) -> None:
+    def apply(self, items: Iterable[Event | MetricLine]) -> None:
         """Add what is new, in order."""
         for item in items:
             match item:
@@ -99,8 +99,8 @@ class Picture:
                     self.checkpoint = item
                 case Event(payload=StateMoved() as move):
                     self.ended = move.to if move.to.terminal else None
-            if (text := watching.told(item)) is not None and not isinstance(item, EndedLine):
-                self.happened.append(text)
+            if (text := watching.describe(item)) is not None and not isinstance(item, EndedLine):
+                self.messages.append(text)
         if len(self.losses) > 2 * _LOSSES:
             self.losses = self.losses[::2]
 
@@ -108,7 +108,7 @@ class Picture:
 # ---- lines of the picture ----
 
 
-def spark(values: Sequence[float], width: int, letters: str) -> str:
+def sparkline(values: Sequence[float], width: int, letters: str) -> str:
     """A curve in one line: the mean of as many values a column as it takes."""
     if not values:
         return ""
@@ -120,7 +120,7 @@ def spark(values: Sequence[float], width: int, letters: str) -> str:
     return "".join(letters[round((value - low) * scale)] for value in means)
 
 
-def bar(parts: Sequence[tuple[float, str, str]], width: int, whole: float) -> Text:
+def stacked_bar(parts: Sequence[tuple[float, str, str]], width: int, whole: float) -> Text:
     """Parts (value, letter, colour) beside each other; `whole` is `width` columns."""
     text, done, at = Text(), 0.0, 0
     for value, letter, colour in parts:
@@ -131,7 +131,7 @@ def bar(parts: Sequence[tuple[float, str, str]], width: int, whole: float) -> Te
     return text.append(" " * (width - at))
 
 
-def lines(picture: Picture, width: int, height: int, rich: bool) -> list[Text]:
+def lines(picture: RunScreen, width: int, height: int, rich: bool) -> list[Text]:
     """The picture in `height` lines at most; `rich` where the terminal has more letters than ASCII."""
     letters = _BLOCKS if rich else _ASCII
     made = [*_head(picture), *_progress(picture, width, rich), *_losses(picture, width, letters)]
@@ -139,15 +139,15 @@ def lines(picture: Picture, width: int, height: int, rich: bool) -> list[Text]:
     ranks = list(_ranks(picture, width, max(2, rest // 2), rich)) if picture.ranks and rest >= 5 else []
     made += ranks
     rest = height - len(made)
-    if rest >= 2 and picture.happened:
-        newest = list(picture.happened)[-(rest - 1) :]
+    if rest >= 2 and picture.messages:
+        newest = list(picture.messages)[-(rest - 1) :]
         made += [Text("events", "bold"), *(Text(f" {text}") for text in newest)]
     for line in made:
         line.truncate(width)
     return made[:height]
 
 
-def _head(picture: Picture) -> Iterator[Text]:
+def _head(picture: RunScreen) -> Iterator[Text]:
     row = picture.row
     if row is None:
         return
@@ -170,7 +170,7 @@ def _head(picture: Picture) -> Iterator[Text]:
     yield from (Text(clean(note), "yellow") for note in notes if note)
 
 
-def _progress(picture: Picture, width: int, rich: bool) -> Iterator[Text]:
+def _progress(picture: RunScreen, width: int, rich: bool) -> Iterator[Text]:
     line, row = picture.newest, picture.row
     if line is None or row is None:
         return
@@ -179,7 +179,7 @@ def _progress(picture: Picture, width: int, rich: bool) -> Iterator[Text]:
     full, empty = ("█", "░") if rich else ("#", ".")
     text = f" {line.step}/{steps} {share:.1%}"
     room = max(8, width - len(text))
-    yield bar([(share, full, "green"), (1 - share, empty, "bright_black")], room, 1.0).append(text)
+    yield stacked_bar([(share, full, "green"), (1 - share, empty, "bright_black")], room, 1.0).append(text)
     if isinstance(line, MeasuredLine):
         yield Text(clean(line.text))
         return
@@ -193,17 +193,17 @@ def _progress(picture: Picture, width: int, rich: bool) -> Iterator[Text]:
     yield Text(" | ".join(parts))
 
 
-def _losses(picture: Picture, width: int, letters: str) -> Iterator[Text]:
+def _losses(picture: RunScreen, width: int, letters: str) -> Iterator[Text]:
     if not picture.losses or not isinstance(picture.newest, StepLine):
         return
     held = f", {picture.held_out:.4f} held out" if picture.held_out is not None else ""
     bad = not math.isfinite(picture.newest.loss)
     yield Text.assemble(("loss ", "bold"), (f"{picture.newest.loss:.4f}", "red" if bad else ""), held,
                         (f"  steps {picture.losses[0][0]} to {picture.losses[-1][0]}", "bright_black"))  # fmt: skip
-    yield Text(spark([loss for _, loss in picture.losses], width - 1, letters), "cyan")
+    yield Text(sparkline([loss for _, loss in picture.losses], width - 1, letters), "cyan")
 
 
-def _ranks(picture: Picture, width: int, most: int, rich: bool) -> Iterator[Text]:
+def _ranks(picture: RunScreen, width: int, most: int, rich: bool) -> Iterator[Text]:
     letters = dict(zip(PARTS, "█▓░▒" if rich else "#=.+", strict=True))
     ranks, recorded = picture.ranks, any(one.seconds for one in picture.ranks)
     title = "ranks"
@@ -221,14 +221,14 @@ def _ranks(picture: Picture, width: int, most: int, rich: bool) -> Iterator[Text
         line = Text(f" {one.rank:>{digits}} ")
         if recorded:
             parts = [(one.seconds.get(name, 0.0), letters[name], _COLOUR[name]) for name in PARTS]
-            line.append_text(bar(parts, room, whole)).append(f" {one.total:.3g} s")
+            line.append_text(stacked_bar(parts, room, whole)).append(f" {one.total:.3g} s")
         yield line.append(f"  {clean(one.doing)}", "bright_black")
 
 
 # ---- what is read ----
 
 
-def begin(run: RunPaths, most: int = _CATCH_UP) -> dict[str, int]:
+def tail_positions(run: RunPaths, most: int = _CATCH_UP) -> dict[str, int]:
     """Where a follower begins, so that at most about `most` bytes of earlier metric lines are read."""
     position = {}
     for attempt in reversed(run.attempt_numbers()):
@@ -250,7 +250,7 @@ def begin(run: RunPaths, most: int = _CATCH_UP) -> dict[str, int]:
 
 
 @contextmanager
-def _drawn(stream: TextIO) -> Iterator[Callable[[list[Text]], None]]:
+def _full_screen(stream: TextIO) -> Iterator[Callable[[list[Text]], None]]:
     """The whole terminal; what was there comes back at the end, however that comes."""
     made = Console(file=stream, highlight=False, markup=False, emoji=False)
     before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -276,13 +276,13 @@ def watch(
     now: Callable[[], float] = time.monotonic,
 ) -> State:  # fmt: skip
     """Follow a run on the whole terminal until it ends; its final state. What happened is left on the terminal as lines."""
-    follower, picture = Follower(run, begin(run)), Picture()
+    follower, picture = Follower(run, tail_positions(run)), RunScreen()
     reader, ranks, looked = summaries.RunReader(run), RankReader(run), float("-inf")
     picture.row = reader.summary(summaries.read_queue(home))
     try:
-        with _drawn(stream) as draw:
+        with _full_screen(stream) as draw:
             while picture.ended is None:
-                picture.take(follower.poll())
+                picture.apply(follower.poll())
                 queue = summaries.read_queue(home)
                 picture.row = reader.summary(queue)
                 picture.silent = summaries.controller_silence(queue, time.time())
@@ -294,7 +294,7 @@ def watch(
                     sleep(_EVERY)
     finally:
         ranks.close()
-        stream.write("".join(f"{text}\n" for text in picture.happened))
+        stream.write("".join(f"{text}\n" for text in picture.messages))
         stream.flush()
     return picture.ended
 
@@ -307,7 +307,7 @@ def watch_list(
     As JSON, a line is a new list of rows: whatever else is to be said goes to standard error, as in `list`.
     """
     if not as_json and usable(stream):
-        with _drawn(stream) as draw:
+        with _full_screen(stream) as draw:
             while True:
                 columns, height = shutil.get_terminal_size()
                 draw(_listed(summaries.summaries(home), columns, height))

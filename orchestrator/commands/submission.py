@@ -23,7 +23,7 @@ from configs.errors import UserError, from_json
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
 from configs.section import NAME_CHARACTERS
-from orchestrator.commands.code_snapshot import CODE, snapshot
+from orchestrator.commands.code_snapshot import CODE, snapshot_code
 from orchestrator.record.events import GangShape, Submitted
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search.planner import RunPlan
@@ -130,7 +130,7 @@ def write_run(home: HomePaths, submission: Submission, arguments: Sequence[str])
     home.ensure()
     paths = home.run(new_run_id(submission.config))
     state = code_state()
-    code = snapshot(home, state)
+    code = snapshot_code(home, state)
     try:
         paths.root.mkdir()
         paths.config.write_text(dump(submission.plan.config))
@@ -162,7 +162,7 @@ def _source(arguments: Sequence[str], state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def travelling_source() -> dict[str, str]:
+def source_variables() -> dict[str, str]:
     """The state of the code and who sends it as variables, for a command that is carried to a cluster.
 
     Git's folder doesn't travel with the code. A diff too large for a variable is cut, and says so.

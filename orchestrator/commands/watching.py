@@ -20,7 +20,7 @@ from configs.metrics import (
     StepLine,
 )
 from configs.paths import HomePaths, RunPaths
-from orchestrator.commands.console import progress, took
+from orchestrator.commands.console import progress, save_cost
 from orchestrator.commands.text import clean, plural, redacted, size
 from orchestrator.record import summaries
 from orchestrator.record.events import (
@@ -75,7 +75,7 @@ class LiveLine:
             self._stream.write("\n")
         self._shown = ""
 
-    def above(self, text: str) -> None:
+    def print_above(self, text: str) -> None:
         """Print a line that stays, above the progress line."""
         if self._terminal and self._shown:
             self._stream.write("\r" + " " * len(self._shown) + "\r")
@@ -100,8 +100,8 @@ def watch(
         for item in follower.poll():
             if isinstance(item, StepLine | MeasuredLine):
                 newest = item
-            elif (text := told(item)) is not None:
-                line.above(text)
+            elif (text := describe(item)) is not None:
+                line.print_above(text)
             if isinstance(item, Event) and isinstance(item.payload, StateMoved):
                 state = item.payload.to
         if newest is not None:
@@ -112,7 +112,7 @@ def watch(
         queue = summaries.read_queue(home)
         before, silent = silent, summaries.controller_silence(queue, time.time())
         if bool(silent) != bool(before):  # said once, though its seconds pass
-            line.above(silent or "the controller is back")
+            line.print_above(silent or "the controller is back")
         row = reader.summary(queue)
         if row.position is not None:
             line.update(clean(f"queued, position {row.position}: {row.waiting_for}"))
@@ -126,7 +126,7 @@ def _newest(line: StepLine | MeasuredLine, steps: int) -> str:
     return progress(line.step, steps, line.loss, line.tokens_per_second, line.step_seconds, line.mfu, eta)
 
 
-def told(item: Event | MetricLine) -> str | None:
+def describe(item: Event | MetricLine) -> str | None:
     """A line for what is worth one, without secrets; None for the rest."""
     text = _line(item)
     return None if text is None else clean(text)
@@ -166,7 +166,7 @@ def _line(item: Event | MetricLine) -> str | None:
             return f"{at} step {item.step}: loss {item.loss:.4f} on {item.samples} held-out samples"
         case SavedLine(tier="store"):
             though = f", though {item.differs}" if item.differs else ""
-            return f"{at} saved step {item.step} ({size(item.bytes)} {took(item.seconds, item.held)}){though}"
+            return f"{at} saved step {item.step} ({size(item.bytes)} {save_cost(item.seconds, item.held)}){though}"
         case SaveFailedLine():
             return f"{at} {item.words}"
         case Event(payload=FabricFinding(finding=finding)):

@@ -21,7 +21,7 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class UsageSample:
-    """Who held slots at one look."""
+    """Who held slots at one sample."""
 
     available: Mapping[str, Mapping[str, float]]
     """Node id -> what Ray would give out, by resource."""
@@ -40,11 +40,11 @@ class UsageSample:
         return unclaimed_slots(node.slots, available, ours)
 
 
-def free_slots(node: Node, looks: Sequence[UsageSample], own: Collection[str]) -> dict[str, int]:
-    """Free slots of a node: another user's are those that he held at each of the newest looks."""
-    if not looks:
+def free_slots(node: Node, samples: Sequence[UsageSample], own: Collection[str]) -> dict[str, int]:
+    """Free slots of a node: another user's are those that he held at each of the newest samples."""
+    if not samples:
         return dict(node.slots)
-    free = [look.free(node, own) for look in looks]
+    free = [sample.free(node, own) for sample in samples]
     return {resource: max(one[resource] for one in free) for resource in node.slots}
 
 

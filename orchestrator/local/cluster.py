@@ -21,7 +21,7 @@ from configs.errors import UserError, from_json
 from configs.paths import HomePaths, write_whole
 from configs.timeouts import Timeouts
 from orchestrator import PROGRAM
-from orchestrator.local.lock import alive, started
+from orchestrator.local.lock import is_same_process, start_ticks
 from orchestrator.local.settings import health_environment
 
 MARK = "MEGARAY_LOCAL"
@@ -47,7 +47,7 @@ class LocalCluster:
     pid: int
     """Of its supervisor, which all its processes come from."""
     ticks: int
-    """When that process started (`orchestrator.local.lock.started`), so that a reused id isn't taken for it."""
+    """When that process started (`orchestrator.local.lock.start_ticks`), so that a reused id isn't taken for it."""
     boot: str
     """Which start of which machine it runs on."""
     host: str
@@ -61,17 +61,17 @@ class LocalCluster:
     @property
     def alive(self) -> bool:
         """Its supervisor runs on this machine."""
-        return self.boot == boot() and alive(self.pid, self.ticks)
+        return self.boot == boot_id() and is_same_process(self.pid, self.ticks)
 
 
-def boot() -> str:
+def boot_id() -> str:
     """Names the present start of this machine."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
-def recorded(home: HomePaths) -> tuple[LocalCluster | None, str]:
+def read_record(home: HomePaths) -> tuple[LocalCluster | None, str]:
     """The record, and why it can't be read; neither where there is none."""
     try:
         tree = from_json(home.cluster.read_text())
@@ -82,16 +82,16 @@ def recorded(home: HomePaths) -> tuple[LocalCluster | None, str]:
         return None, f"{home.cluster} can't be read ({str(error).splitlines()[0]})"
 
 
-def local(home: HomePaths) -> LocalCluster | None:
+def live_cluster(home: HomePaths) -> LocalCluster | None:
     """The local cluster that is recorded and alive.
 
     Raises:
         UserError: where it runs on another machine that shares the home.
     """
-    record, _ = recorded(home)
+    record, _ = read_record(home)
     if record is None or record.alive:
         return record
-    if record.host != socket.gethostname() and record.boot != boot():
+    if record.host != socket.gethostname() and record.boot != boot_id():
         raise UserError(
             f"{home.cluster} names a Ray on {record.host}, but this host is {socket.gethostname()}: type the command "
             f"there, name a cluster with --address HOST:PORT, or set MEGARAY_HOME to a folder of this machine (if "
@@ -100,7 +100,7 @@ def local(home: HomePaths) -> LocalCluster | None:
     return None
 
 
-def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalCluster:
+def start_cluster(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalCluster:
     """Start Ray on this machine, detached from this process, with a supervisor that starts it again when it dies.
 
     Whatever ends this before Ray is up, Ctrl-C too, leaves no process behind.
@@ -114,13 +114,13 @@ def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalClust
     Raises:
         UserError: where one is running already, or Ray does not come up; with the path of its log.
     """
-    running = local(home)
+    running = live_cluster(home)
     if running:
         raise UserError(
             f"a local Ray with {running.slots} slots is up at {running.address}; `{PROGRAM} down` ends it"
         )
     home.ensure()
-    end(home)  # what a crash has left
+    stop_cluster(home)  # what a crash has left
     command = [
         sys.executable,
         "-m",
@@ -133,15 +133,17 @@ def up(home: HomePaths, slots: int, gpus: int, timeouts: Timeouts) -> LocalClust
     environment = os.environ | health_environment(timeouts) | {MARK: str(home.home)}
     for _ in range(_STARTS):
         written = home.ray_log.stat().st_size if home.ray_log.exists() else 0
-        record = _kept(home, command, environment)
+        record = _start_supervisor(home, command, environment)
         if record is not None:
             return record
         if not _too_slow(home.ray_log, written):
             break
-    raise UserError(f"Ray did not start{_why(home.ray_log)}; see {home.ray_log}")
+    raise UserError(f"Ray did not start{_error_in(home.ray_log)}; see {home.ray_log}")
 
 
-def _kept(home: HomePaths, command: list[str], environment: dict[str, str]) -> LocalCluster | None:
+def _start_supervisor(
+    home: HomePaths, command: list[str], environment: dict[str, str]
+) -> LocalCluster | None:
     """Start the supervisor, which starts Ray; its record once Ray is up. None, and no process, where it doesn't come up."""
     with home.ray_log.open("ab") as log:
         supervisor = subprocess.Popen(
@@ -154,12 +156,12 @@ def _kept(home: HomePaths, command: list[str], environment: dict[str, str]) -> L
         record = LocalCluster(**from_json(said)) if said.strip() else None
     except BaseException:
         with uninterrupted():
-            end(home, supervisor.pid)
+            stop_cluster(home, supervisor.pid)
         raise
     finally:
         supervisor.stdout.close()
     if record is None:
-        end(home, supervisor.pid)
+        stop_cluster(home, supervisor.pid)
     return record
 
 
@@ -185,7 +187,7 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _why(log: Path) -> str:
+def _error_in(log: Path) -> str:
     """The last line of Ray's log that tells of an error, for the message."""
     with contextlib.suppress(OSError):
         lines = [line.strip() for line in log.read_text(errors="replace")[-8192:].splitlines()]
@@ -194,7 +196,7 @@ def _why(log: Path) -> str:
     return ""
 
 
-def end(home: HomePaths, supervisor: int = 0) -> bool:
+def stop_cluster(home: HomePaths, supervisor: int = 0) -> bool:
     """End the local Ray of a home with everything that it has started; whether there was anything.
 
     Only processes that it has started are signalled, which are known by the variable that they inherit; other Rays on the
@@ -204,21 +206,21 @@ def end(home: HomePaths, supervisor: int = 0) -> bool:
         home: of the cluster; its record may be missing or damaged.
         supervisor: process id of the supervisor where it is known and may not have written the record yet.
     """
-    record, _ = recorded(home)
+    record, _ = read_record(home)
     pid = supervisor or (record.pid if record and record.alive else 0)
-    pids = members(home)
-    if pid and started(pid):
+    pids = cluster_pids(home)
+    if pid and start_ticks(pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _KEEPER_SECONDS
-        while started(pid) and time.monotonic() < deadline:
+        while start_ticks(pid) and time.monotonic() < deadline:
             _reap(pid)
             time.sleep(0.05)
     for _ in range(5):  # what is being started while others are ended comes up in the next round
-        left = members(home)
+        left = cluster_pids(home)
         if not left:
             break
-        end_all(left, _STOP_SECONDS if not pid else 0.0)
+        kill_all(left, _STOP_SECONDS if not pid else 0.0)
     if record is not None:
         shutil.rmtree(record.temporary, ignore_errors=True)
         pids = pids or [record.pid]
@@ -233,7 +235,7 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def members(home: HomePaths) -> list[int]:
+def cluster_pids(home: HomePaths) -> list[int]:
     """Processes that the local Ray of a home has started, with their descendants; never this one nor those above it."""
     mark = f"{MARK}={home.home}".encode()
     above = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
@@ -241,7 +243,7 @@ def members(home: HomePaths) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) not in above:
             with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0") and started(int(entry.name)):
+                if mark in (entry / "environ").read_bytes().split(b"\0") and start_ticks(int(entry.name)):
                     pids.add(int(entry.name))
     for pid in list(pids):
         with contextlib.suppress(psutil.Error):
@@ -249,17 +251,17 @@ def members(home: HomePaths) -> list[int]:
     return sorted(pids - above)
 
 
-def end_family(pid: int) -> None:
+def kill_tree(pid: int) -> None:
     """End a process and all its descendants: SIGTERM to the first, then SIGKILL to what is left."""
     try:
         leader = psutil.Process(pid)
         family = [leader.pid, *(child.pid for child in leader.children(recursive=True))]
     except psutil.NoSuchProcess:
         return
-    end_all(family, _STOP_SECONDS)
+    kill_all(family, _STOP_SECONDS)
 
 
-def end_all(pids: list[int], grace: float) -> None:
+def kill_all(pids: list[int], grace: float) -> None:
     """SIGTERM to the first where there is a grace in seconds, then SIGKILL to what is left of them all."""
     family = []
     for pid in pids:
@@ -275,6 +277,6 @@ def end_all(pids: list[int], grace: float) -> None:
     psutil.wait_procs(family, timeout=_GONE_SECONDS)
 
 
-def write(home: HomePaths, record: LocalCluster) -> None:
+def write_record(home: HomePaths, record: LocalCluster) -> None:
     """Replace the record."""
     write_whole(home.cluster, json.dumps(asdict(record)))

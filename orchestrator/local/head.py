@@ -13,9 +13,9 @@ from pathlib import Path
 
 from configs.paths import HomePaths
 from configs.rank import are_free, free_port
-from orchestrator.local.cluster import LocalCluster, boot, end_all, end_family, members
-from orchestrator.local.lock import started
-from orchestrator.local.settings import fits, session_folder, token, token_file
+from orchestrator.local.cluster import LocalCluster, boot_id, cluster_pids, kill_all, kill_tree
+from orchestrator.local.lock import start_ticks
+from orchestrator.local.settings import session_folder, socket_path_fits, token, token_file
 
 _START_SECONDS = 120.0
 _RAY_START = Path(__file__).parents[1] / "ray_head.py"
@@ -50,7 +50,7 @@ class RayHead:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         # `python` of jobs that come by the dashboard is this interpreter.
         environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": mode, "RAY_ADDRESS": ""}
-        if not fits(tempfile.gettempdir()):  # other sockets of Python's go there
+        if not socket_path_fits(tempfile.gettempdir()):  # other sockets of Python's go there
             environment["TMPDIR"] = str(self.temporary)
         with self._home.ray_log.open("ab") as log:
             begins = log.tell()
@@ -59,15 +59,15 @@ class RayHead:
                 start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + _START_SECONDS
-        while not (address := self._address()) or b"Ray runtime started" not in self._told(begins):
+        while not (address := self._address()) or b"Ray runtime started" not in self._new_output(begins):
             if not self.alive or time.monotonic() > deadline:
                 raise RuntimeError("Ray did not come up")
             time.sleep(0.1)
         url = f"http://127.0.0.1:{dashboard}"
         pid = os.getpid()
         return LocalCluster(
-            address, url, pid, started(pid), boot(), socket.gethostname(), self._slots, self._gpus, str(self.temporary),
-            self._token if mode == "token" else "",
+            address, url, pid, start_ticks(pid), boot_id(), socket.gethostname(), self._slots, self._gpus,
+            str(self.temporary), self._token if mode == "token" else "",
         )  # fmt: skip
 
     def _ports_now(self) -> list[int]:
@@ -82,9 +82,9 @@ class RayHead:
     def end(self) -> None:
         """End it and whatever of it is left; its folder goes too."""
         if self._process is not None:
-            end_family(self._process.pid)
+            kill_tree(self._process.pid)
             self._process.wait()
-        end_all(members(self._home), 0.0)
+        kill_all(cluster_pids(self._home), 0.0)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _python(self) -> str:
@@ -102,7 +102,7 @@ class RayHead:
         except FileNotFoundError:
             return ""
 
-    def _told(self, begins: int) -> bytes:
+    def _new_output(self, begins: int) -> bytes:
         with self._home.ray_log.open("rb") as log:
             log.seek(begins)
             return log.read()

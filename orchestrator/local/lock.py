@@ -23,7 +23,7 @@ _UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def held(path: Path, note: Callable[[str], object], patience: float = _WAIT_SECONDS) -> Iterator[None]:
+def file_lock(path: Path, note: Callable[[str], object], patience: float = _WAIT_SECONDS) -> Iterator[None]:
     """Hold the lock at `path`; waits for whoever holds it.
 
     The kernel frees it with its holder. Where the file system has no such locks, a file beside it is the lock, and the one
@@ -87,7 +87,9 @@ def _made(path: Path, ends: contextlib.ExitStack) -> bool:
 def _drop_stale(path: Path) -> None:
     """Remove the lock of a process of this machine that is gone. Two who see it both at once remove only that one."""
     owner = _read(path)
-    if owner.get("host") != socket.gethostname() or alive(owner.get("pid", 0), owner.get("ticks", 0)):
+    if owner.get("host") != socket.gethostname() or is_same_process(
+        owner.get("pid", 0), owner.get("ticks", 0)
+    ):
         return
     aside = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
@@ -111,15 +113,15 @@ def _holder(path: Path) -> str:
 
 
 def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "ticks": started(os.getpid())}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "ticks": start_ticks(os.getpid())}
 
 
-def started(pid: int) -> int:
+def start_ticks(pid: int) -> int:
     """When a process started, in the kernel's ticks since boot, which no clock that is set changes; 0: there is none."""
     row = proc.row(pid)
     return 0 if row is None or row.state in ("Z", "X") else row.ticks
 
 
-def alive(pid: int, ticks: int) -> bool:
+def is_same_process(pid: int, ticks: int) -> bool:
     """Whether the process that had this id then is still there."""
-    return pid > 0 and ticks > 0 and started(pid) == ticks
+    return pid > 0 and ticks > 0 and start_ticks(pid) == ticks

@@ -39,13 +39,13 @@ def session_folder() -> Path:
     for base in dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]):
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="megaray-", dir=base))
-            if fits(str(folder)) and not any(c.isspace() for c in str(folder)):
+            if socket_path_fits(str(folder)) and not any(c.isspace() for c in str(folder)):
                 return folder
             folder.rmdir()
     raise RuntimeError("no folder with a short path can be written for Ray's session; set TMPDIR=/tmp")
 
 
-def fits(folder: str) -> bool:
+def socket_path_fits(folder: str) -> bool:
     """Whether the path of a socket of Ray's under a folder isn't too long."""
     return len(folder.encode()) + _SESSION_BYTES <= _SOCKET_BYTES
 

@@ -21,7 +21,7 @@ from typing import Any
 from configs.errors import USER_ERROR_EXIT, from_json
 from configs.paths import HomePaths
 from orchestrator.decide import backoff
-from orchestrator.local.cluster import LocalCluster, write
+from orchestrator.local.cluster import LocalCluster, write_record
 from orchestrator.local.head import RayHead
 
 _CODE = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ _HEAD_STARTS = 8
 
 
 @dataclass
-class Watch:
+class RestartPolicy:
     """Decides when a controller is to be started; given the time, it does nothing itself."""
 
     beat: Any = None
@@ -68,7 +68,7 @@ class Watch:
         return True
 
 
-class Supervisor:
+class ControllerSupervisor:
     """Watches a home's controller at an address, and has it started by a child that loads Ray.
 
     Args:
@@ -82,7 +82,7 @@ class Supervisor:
         self, home: HomePaths, address: str, tell: Callable[[str], object], lost: bool = False
     ) -> None:
         self._home, self._address, self._tell = home, address, tell
-        self._watch = Watch(self._beat(), 0.0) if lost else Watch()
+        self._watch = RestartPolicy(self._beat(), 0.0) if lost else RestartPolicy()
         self._child: subprocess.Popen[bytes] | None = None
         self._began = 0.0
 
@@ -120,8 +120,8 @@ class Supervisor:
 
 def serve(home: HomePaths, address: str, tell: Callable[[str], object]) -> None:
     """Keep the controller of a cluster that somebody else keeps up, until SIGTERM or SIGINT."""
-    supervisor = Supervisor(home, address, tell)
-    with _until_told(), contextlib.closing(supervisor):
+    supervisor = ControllerSupervisor(home, address, tell)
+    with _until_terminated(), contextlib.closing(supervisor):
         while True:
             supervisor.turn(time.monotonic())
             time.sleep(_TURN_SECONDS)
@@ -174,28 +174,28 @@ class DashboardProcess:
                 self._child.wait()
 
 
-class _Told(Exception):
+class _Terminated(Exception):
     """SIGTERM has come."""
 
 
 @contextlib.contextmanager
-def _until_told() -> Iterator[None]:
+def _until_terminated() -> Iterator[None]:
     """SIGTERM ends the block, as its normal end would."""
 
     def told(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Told
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, told)
     try:
         yield
-    except _Told:
+    except _Terminated:
         pass
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def keep_local(home: HomePaths, slots: int, gpus: int, ready: Callable[[LocalCluster], object]) -> int:
+def supervise_local(home: HomePaths, slots: int, gpus: int, ready: Callable[[LocalCluster], object]) -> int:
     """Start a local Ray and keep it, and its controller, until SIGTERM.
 
     Args:
@@ -209,12 +209,12 @@ def keep_local(home: HomePaths, slots: int, gpus: int, ready: Callable[[LocalClu
     """
     head = RayHead(home, slots, gpus)
     try:
-        with _until_told():
+        with _until_terminated():
             record = head.start()
-            write(home, record)
+            write_record(home, record)
             ready(record)
             with contextlib.closing(DashboardProcess(home, home.ray_log)) as page:
-                _keep(home, head, record, page)
+                _supervise(home, head, record, page)
             return 1
         return 0
     except RuntimeError as error:
@@ -226,11 +226,13 @@ def keep_local(home: HomePaths, slots: int, gpus: int, ready: Callable[[LocalClu
         home.cluster.unlink(missing_ok=True)
 
 
-def _keep(home: HomePaths, head: RayHead, record: LocalCluster, page: DashboardProcess) -> None:
+def _supervise(home: HomePaths, head: RayHead, record: LocalCluster, page: DashboardProcess) -> None:
     """Until Ray is given up."""
     began, failed = time.monotonic(), 0
     while failed < _HEAD_STARTS:
-        with contextlib.closing(Supervisor(home, record.address, _tell, lost=failed > 0)) as supervisor:
+        with contextlib.closing(
+            ControllerSupervisor(home, record.address, _tell, lost=failed > 0)
+        ) as supervisor:
             while head.alive:
                 supervisor.turn(time.monotonic())
                 page.turn(time.monotonic())
@@ -241,7 +243,7 @@ def _keep(home: HomePaths, head: RayHead, record: LocalCluster, page: DashboardP
         began = time.monotonic()
         with contextlib.suppress(RuntimeError):
             record = head.start()
-            write(home, record)
+            write_record(home, record)
     _tell("Ray ends again and again and is given up")
 
 
@@ -251,7 +253,7 @@ def _tell(text: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`local HOME SLOTS GPUS`, as `orchestrator.local.cluster.up` starts it; writes the record as a line once Ray is up."""
+    """`local HOME SLOTS GPUS`, as `start_cluster` starts it; writes the record as a line once Ray is up."""
     _, home, slots, gpus = arguments
 
     def ready(record: LocalCluster) -> None:
@@ -260,7 +262,7 @@ def main(arguments: list[str]) -> int:
             sys.stdout.write(json.dumps(asdict(record)) + "\n")
             sys.stdout.close()
 
-    return keep_local(HomePaths(Path(home)), int(slots), int(gpus), ready)
+    return supervise_local(HomePaths(Path(home)), int(slots), int(gpus), ready)
 
 
 if __name__ == "__main__":

@@ -84,27 +84,27 @@ class Ledger:
         }
 
 
-def ledger(story: RunHistory, traces: Mapping[int, AttemptLines], now: float) -> Ledger:
+def ledger(history: RunHistory, traces: Mapping[int, AttemptLines], now: float) -> Ledger:
     """The ledger of a run.
 
     Args:
-        story: its events.
+        history: its events.
         traces: its metric lines by attempt.
         now: seconds since the epoch; where a run that has ended doesn't continue.
     """
-    clock, wall = story.begin or (0.0, now)
+    clock, wall = history.begin or (0.0, now)
     builder = PartitionBuilder(clock)
-    newest_clock, newest_wall = story.newest if story.begin else (clock, wall)
-    over = bool(story.state and story.state.terminal)
+    newest_clock, newest_wall = history.newest if history.begin else (clock, wall)
+    over = bool(history.state and history.state.terminal)
     end = newest_clock if over else newest_clock + max(0.0, now - newest_wall)
-    lost = _lost_from(story, traces)
-    periods, i = story.periods, 0
+    lost = _lost_from(history, traces)
+    periods, i = history.periods, 0
     if periods:
         builder.append(periods[0].clock, TimePart.WAITING, 0)
     while i < len(periods):
         one = periods[i]
         until = periods[i + 1].clock if i + 1 < len(periods) else end
-        own = story.attempts.get(one.attempt)
+        own = history.attempts.get(one.attempt)
         if one.state in (State.STARTING, State.RUNNING, State.CANCELLING) and own is not None:
             while i + 1 < len(periods) and periods[i + 1].state in (State.RUNNING, State.CANCELLING):
                 i += 1
@@ -136,11 +136,11 @@ def _start(own: AttemptHistory | None) -> TimePart:
     return TimePart.RESTART if own is not None and own.again else TimePart.STARTUP
 
 
-def _lost_from(story: RunHistory, traces: Mapping[int, AttemptLines]) -> dict[int, int]:
+def _lost_from(history: RunHistory, traces: Mapping[int, AttemptLines]) -> dict[int, int]:
     """By attempt, the step after which its steps were trained again by a later one."""
-    begun = {n: own.resumed_step for n, own in story.attempts.items() if own.resumed_step is not None}
+    begun = {n: own.resumed_step for n, own in history.attempts.items() if own.resumed_step is not None}
     begun |= {n: trace.begin for n, trace in traces.items() if trace.begin is not None}
-    return lost_after({number: begun.get(number) for number in {*story.attempts, *traces}})
+    return lost_after({number: begun.get(number) for number in {*history.attempts, *traces}})
 
 
 def lost_after(begun: Mapping[int, int | None]) -> dict[int, int]:

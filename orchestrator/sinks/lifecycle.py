@@ -29,17 +29,17 @@ log = logging.getLogger("megaray.sinks")
 
 
 @dataclass
-class _Look:
+class _SinkCheck:
     spoken: float
     due: float
     times: int = 0
 
 
-class SinkStarts:
+class SinkCheckSchedule:
     """The runs whose sinks were looked for, and when the next look at each is due."""
 
     def __init__(self) -> None:
-        self._looks: dict[str, _Look] = {}
+        self._looks: dict[str, _SinkCheck] = {}
 
     def due(self, run_root: str, now: float) -> bool:
         """Whether to look for a run's sink now; counts as a look where it is.
@@ -51,7 +51,7 @@ class SinkStarts:
         look = self._looks.get(run_root)
         if look is None or now - look.spoken >= FORGOTTEN_SECONDS:
             known = {r: one for r, one in self._looks.items() if now - one.spoken < FORGOTTEN_SECONDS}
-            look = _Look(now, now)
+            look = _SinkCheck(now, now)
             self._looks = known | {run_root: look}
         look.spoken = now
         if now < look.due:
@@ -61,7 +61,7 @@ class SinkStarts:
         return True
 
 
-class Pumped(Protocol):
+class PumpedSink(Protocol):
     """A sink."""
 
     def pump(self) -> bool:
@@ -100,7 +100,7 @@ def temporary_files(run_root: str) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pump_to_the_end(make: Callable[[], Pumped], wait: Callable[[float], None] = time.sleep) -> None:
+def run_sink(make: Callable[[], PumpedSink], wait: Callable[[float], None] = time.sleep) -> None:
     """Make a sink and pump it until it has logged all.
 
     One that raises, as its files do on a full disk, is made anew after a while, ever more rarely and `TRIES` times in a row

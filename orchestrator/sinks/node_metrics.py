@@ -19,9 +19,9 @@ from typing import Any
 
 from configs.errors import from_json
 
-EVERY = 15.0
+SAMPLE_SECONDS = 15.0
 """Seconds between two samples; of many nodes longer."""
-SERIES = 64
+MAX_NODE_SERIES = 64
 """Nodes that have series of their own; of more only the least, the mean and the largest are logged."""
 _PER_SECOND = 20
 """Nodes that are asked in a second, at most."""
@@ -119,13 +119,13 @@ class NodeSampler:
         self._ends.set()
 
     def _work(self) -> None:
-        wait = EVERY
+        wait = SAMPLE_SECONDS
         while not self._ends.wait(wait):
             try:
                 count = self.sample(time.time())
             except Exception:  # Ray that is gone, a full disk: whatever it is, the next sample may do
                 count = 0
-            wait = max(EVERY, count / _PER_SECOND)
+            wait = max(SAMPLE_SECONDS, count / _PER_SECOND)
 
     def sample(self, now: float) -> int:
         """Ask all nodes of the run, and keep what they answered; how many were asked.
@@ -184,7 +184,7 @@ def row(at: float, sample: Sample) -> dict[str, float]:
                 f"nodes/{name}/least": min(values),
                 f"nodes/{name}/most": max(values),
             }
-    if len(sample) <= SERIES:
+    if len(sample) <= MAX_NODE_SERIES:
         # A dot in a name would be taken for a field of it.
         made |= {
             f"node/{_key(node)}/{name}": value

@@ -14,7 +14,7 @@ from configs.errors import from_json
 from configs.paths import HomePaths, RunPaths
 from orchestrator.sinks import lineage
 from orchestrator.sinks.rows import cell
-from orchestrator.web.cached_run import RunState
+from orchestrator.web.cached_run import CachedRun
 from orchestrator.web.redact import Redactor
 from orchestrator.web.views import past
 from orchestrator.web.views.forecast import Forecasts
@@ -40,16 +40,16 @@ class RunTables:
     """Numbers for the summary."""
 
 
-class Tables:
+class TableBuilder:
     """Makes them; reads on each time from where it was."""
 
     def __init__(self, run: RunPaths, warmup: int) -> None:
         self._run, self._warmup = run, warmup
-        self._state = RunState(run)
+        self._state = CachedRun(run)
         self._experts, self._forecasts = ExpertLoads(), Forecasts()
         self._redactor = Redactor()
 
-    def told(self, now: float | None = None) -> RunTables:
+    def build(self, now: float | None = None) -> RunTables:
         """Everything as it is now; `now` in seconds since the epoch.
 
         Raises:
@@ -60,7 +60,7 @@ class Tables:
         state.refresh({}, None)
         if state.row is None:
             return made
-        state.look()
+        state.mark_viewed()
         state.load(time.monotonic() + _PATIENCE)
         incidents = past.incidents(state, at)["incidents"]
         made.tables["incidents"] = self._table(
@@ -68,7 +68,7 @@ class Tables:
         )
         attempts = past.attempts(state)
         made.tables["attempts"] = self._table(ATTEMPTS, attempts)
-        made.tables["rewinds"] = self._table(REWINDS, past.axis(state, at)["rewinds"])
+        made.tables["rewinds"] = self._table(REWINDS, past.time_axis(state, at)["rewinds"])
         ledger = past.ledger(state, at)
         made.tables["ledger"] = self._table(LEDGER, ledger["parts"])
         made.figures |= {f"ledger/{part['part']}": part["seconds"] for part in ledger["parts"]}
@@ -117,13 +117,16 @@ class Tables:
         steps = f"steps {whole['step'][0]} to {whole['step'][-1]} from left to right"
         scale = "white: the mean, blue: none, red: twice the mean or more"
         made = [
-            (picture(whole["values"]), f"most loaded expert over the mean, a row per layer, {steps}; {scale}")
+            (
+                heat_map_image(whole["values"]),
+                f"most loaded expert over the mean, a row per layer, {steps}; {scale}",
+            )
         ]
         for layer in range(min(whole["layers"], _LAYERS)):
             one = self._experts.map(self._state, layer, -np.inf, np.inf, _STEPS)
             made.append(
                 (
-                    picture(one["values"]),
+                    heat_map_image(one["values"]),
                     f"layer {layer}: load over the mean, a row per expert, {steps}; {scale}",
                 )
             )
@@ -156,7 +159,7 @@ def _clock(seconds: float | None) -> str:
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + " UTC"
 
 
-def picture(values: list[list[float | None]]) -> NDArray[np.uint8]:
+def heat_map_image(values: list[list[float | None]]) -> NDArray[np.uint8]:
     """Ratios to 1 as colours, [rows, columns] to [height, width, 3]: blue 0, white 1, red 2; grey where unknown."""
     matrix = np.array([[np.nan if v is None else v for v in row] for row in values], np.float64)
     share = np.clip(matrix - 1.0, -1.0, 1.0)

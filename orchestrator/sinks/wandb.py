@@ -58,7 +58,7 @@ from orchestrator.sinks import lineage, node_metrics
 from orchestrator.sinks.lineage import Artifact
 from orchestrator.sinks.mode import mode_of
 from orchestrator.sinks.rows import cell, histograms, measured_row, rewind_row, row_of, save_row, series_name
-from orchestrator.sinks.tables import Tables
+from orchestrator.sinks.tables import TableBuilder
 from orchestrator.web.redact import Redactor
 
 _LONGEST_WAIT = 300.0
@@ -120,7 +120,7 @@ class WandbSink:
         self._follower = Follower(run, self._written[0][1])
         self._pending: deque[Event | MetricLine] = deque()
         """Read and not logged yet, so that a retry begins at the item that failed."""
-        self._tables = Tables(run, config.optim.warmup_steps)
+        self._tables = TableBuilder(run, config.optim.warmup_steps)
         self._began = self._tables_at = clock()
         self._news = False
         """Something happened since the tables were logged."""
@@ -356,7 +356,7 @@ class WandbSink:
     def _log_tables(self) -> None:
         self._news, self._tables_at = False, self._clock()
         try:
-            tables = self._tables.told()
+            tables = self._tables.build()
         except Exception:  # of the run's own files, and not of W&B: the rows continue without
             self._log.exception("no tables this time")
             return

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError, from_json
-from orchestrator.web.read_model import Live
+from orchestrator.web.read_model import HomeReadModel
 from orchestrator.web.redact import Redactor
 
 ACTIONS = ("cancel", "cordon", "uncordon", "dump_stacks")
@@ -29,12 +29,12 @@ _TAIL = 1 << 17
 _REASON = 300
 
 
-class Refused(Exception):
+class ActionFailed(Exception):
     """The cluster didn't do it."""
 
 
 @dataclass(frozen=True)
-class _Question:
+class _Confirmation:
     key: tuple[str, str, str, str]
     """Action, target, reason and who."""
     until: float
@@ -49,14 +49,14 @@ class Actions:
         command: the child that acts; it reads an order as JSON and prints the answer as JSON.
     """
 
-    def __init__(self, live: Live, redact: Redactor, command: tuple[str, ...] = ()) -> None:
+    def __init__(self, live: HomeReadModel, redact: Redactor, command: tuple[str, ...] = ()) -> None:
         self._live, self._redact = live, redact
         self._command = command or (sys.executable, "-m", "orchestrator.web.act")
         self._path = live.home.dashboard_actions
-        self._questions: dict[str, _Question] = {}
+        self._questions: dict[str, _Confirmation] = {}
         self._busy = asyncio.Lock()
 
-    async def take(self, request: Mapping[str, str], who: str, source: str) -> dict[str, Any]:
+    async def submit(self, request: Mapping[str, str], who: str, source: str) -> dict[str, Any]:
         """Ask once more, or do it where it is confirmed.
 
         Args:
@@ -82,7 +82,7 @@ class Actions:
             if len(self._questions) >= _ASKED:
                 raise UserError(f"{_ASKED} actions wait to be confirmed; confirm some, or wait a minute")
             nonce = secrets.token_urlsafe(16)
-            self._questions[nonce] = _Question(key, now + _CONFIRM)
+            self._questions[nonce] = _Confirmation(key, now + _CONFIRM)
             return {"confirm": nonce, "question": question}
         known = self._questions.pop(nonce, None)  # whatever comes of it, it counts once
         if known is None or known.key != key:
@@ -100,9 +100,9 @@ class Actions:
                 "said": said,
             }
         )
-        self._live.hurry()
+        self._live.refresh_now()
         if not ok:
-            raise Refused(said)
+            raise ActionFailed(said)
         return {"ok": True, "said": said}
 
     def _question(self, action: str, target: str, reason: str) -> tuple[str, str]:
@@ -123,7 +123,7 @@ class Actions:
                     f"run '{run_id}' is {row['state']}: it has no ranks whose stacks could be written"
                 )
             return run_id, f"Write the stacks of all ranks of {where}? Each is paused for a moment."
-        nodes = {str(node.get("ip")): node for node in self._live.seen.queue.get("nodes", [])}
+        nodes = {str(node.get("ip")): node for node in self._live.snapshot.queue.get("nodes", [])}
         node = nodes.get(target) or next((n for n in nodes.values() if n.get("hostname") == target), None)
         if node is None:
             raise UserError(f"'{target[:80]}' is not a node of this cluster; `nodes` shows them")
@@ -179,7 +179,7 @@ class Actions:
             finally:
                 os.close(fd)
 
-    def done(self) -> list[dict[str, Any]]:
+    def recent(self) -> list[dict[str, Any]]:
         """The newest actions, newest first."""
         try:
             with self._path.open("rb") as file:

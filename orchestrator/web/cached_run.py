@@ -15,7 +15,7 @@ from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.log import Cursor
 from orchestrator.record.rank_status import RankStatus, RankStatusReader
 from orchestrator.record.summaries import RunReader
-from orchestrator.web.columns import FEW, MOST, Columns
+from orchestrator.web.columns import MAX_ROWS_BACKGROUND, MAX_ROWS_VIEWED, MetricColumns
 
 _LOG_CHUNK = 1 << 20
 """Bytes of a log that are read at once: a long one would be in memory as a whole."""
@@ -23,11 +23,11 @@ _LOOK_EVERY = 1.5
 """Seconds between two looks at what the agents wrote; a gang may have a file for each of a thousand nodes."""
 _BREATH = 0.001
 """Seconds between two pieces, in which those who wait for the lock get it: locks aren't fair."""
-LOOKED = 600.0
+VIEWED_SECONDS = 600.0
 """Seconds after which nobody counts as looking at a run any more."""
 
 
-class RunState:
+class CachedRun:
     """What is known of a run. Its parts are read under `lock`, a small piece of a file at a time."""
 
     def __init__(self, run: RunPaths) -> None:
@@ -39,16 +39,16 @@ class RunState:
         """Why it can't be read; empty where it can."""
         self.damage: tuple[str, ...] = ()
         self.version = ""
-        self.story: RunHistory | None = None
-        self.columns: dict[int, Columns] = {}
+        self.history: RunHistory | None = None
+        self.columns: dict[int, MetricColumns] = {}
         """By attempt. Replaced and never changed, since rows are made of it while it is read."""
-        self.looked_at = float("-inf")
+        self.viewed_at = float("-inf")
         """When somebody asked for more than its row, by the monotonic clock."""
         self.loaded = False
         """All that there was has been read."""
         self._reader: RunReader | None = None
         self._log_cursor = Cursor()
-        self._finer: dict[int, Columns] = {}
+        self._finer: dict[int, MetricColumns] = {}
         self._looks: tuple[int, RankStatusReader] | None = None
         self._found: list[RankStatus] = []
         self._looked = float("-inf")
@@ -62,13 +62,13 @@ class RunState:
         return bool(row and row["ended_at"] is not None)
 
     @property
-    def looked(self) -> bool:
+    def is_viewed(self) -> bool:
         """Somebody looks at it."""
-        return time.monotonic() - self.looked_at < LOOKED
+        return time.monotonic() - self.viewed_at < VIEWED_SECONDS
 
-    def look(self) -> None:
+    def mark_viewed(self) -> None:
         """Somebody looks at more of it than its row."""
-        self.looked_at = time.monotonic()
+        self.viewed_at = time.monotonic()
 
     # ---- its row ----
 
@@ -103,7 +103,7 @@ class RunState:
                 f"run {self.run.run_id}: {type(error).__name__}: {first}; its files are in {self.run.root}"
             )
         self.version, self._queued = version, queued
-        if self.row is not None and self.row["ended_at"] is not None and not self.looked:
+        if self.row is not None and self.row["ended_at"] is not None and not self.is_viewed:
             self._reader = None  # most runs of a home have ended: they cost no more than their row
         return before != self.row or bool(self.error)
 
@@ -130,38 +130,40 @@ class RunState:
         Raises:
             OSError: where a file can't be read.
         """
-        if not self._load_story(deadline):
+        if not self._load_history(deadline):
             return False
         numbers = self.run.attempt_numbers()
-        share = (MOST if self.looked else FEW) // (1 if self.looked else max(1, len(numbers)))
+        share = (MAX_ROWS_VIEWED if self.is_viewed else MAX_ROWS_BACKGROUND) // (
+            1 if self.is_viewed else max(1, len(numbers))
+        )
         done = True
         for number in numbers:
             with self.lock:
                 if number not in self.columns:
-                    fresh = Columns(self.run.attempt(number).metrics, share)
+                    fresh = MetricColumns(self.run.attempt(number).metrics, share)
                     self.columns = {**self.columns, number: fresh}
                 columns = self.columns[number]
             done = self._read(columns, deadline) and done
             done = self._refine(number, share, deadline) and done
-        self._bound()
+        self._limit_rows()
         self.loaded = self.loaded or done
         return done
 
-    def _load_story(self, deadline: float) -> bool:
+    def _load_history(self, deadline: float) -> bool:
         while True:
             with self.lock:
-                story = self.story = self.story or RunHistory()
+                history = self.history = self.history or RunHistory()
                 events, cursor = log.read_from(self.run.events, self._log_cursor, limit=_LOG_CHUNK)
                 moved = cursor.offset > self._log_cursor.offset
                 self._log_cursor = cursor
-                story.apply(events)
+                history.apply(events)
             if not moved:
                 return True
             if time.monotonic() > deadline:
                 return False
             time.sleep(_BREATH)
 
-    def _read(self, columns: Columns, deadline: float) -> bool:
+    def _read(self, columns: MetricColumns, deadline: float) -> bool:
         while True:
             with self.lock:
                 done = columns.update(0.0)  # a piece at a time, so that those who look don't wait
@@ -173,12 +175,12 @@ class RunState:
         """Read lines again that were joined while nobody looked."""
         with self.lock:
             coarse = self.columns.get(number)
-            if coarse is None or share <= coarse.most or not self.looked:
+            if coarse is None or share <= coarse.most or not self.is_viewed:
                 return True
             if not coarse.joined:
                 coarse.most = share
                 return True
-            finer = self._finer.setdefault(number, Columns(coarse.path, share))
+            finer = self._finer.setdefault(number, MetricColumns(coarse.path, share))
         if not self._read(finer, deadline):
             return False
         with self.lock:
@@ -186,26 +188,26 @@ class RunState:
                 self.columns = {**self.columns, number: finer}
         return True
 
-    def _bound(self) -> None:
+    def _limit_rows(self) -> None:
         """Hold no more lines over all attempts than of one."""
-        while sum(c.rows for c in self.columns.values()) > MOST:
+        while sum(c.rows for c in self.columns.values()) > MAX_ROWS_VIEWED:
             with self.lock:
                 largest = max(self.columns.values(), key=lambda c: c.rows)
-                largest.keep(largest.rows * 3 // 4)
+                largest.limit_rows(largest.rows * 3 // 4)
 
-    def forget(self) -> None:
+    def unload(self) -> None:
         """Keep the row alone."""
         with self.lock:
-            self.story, self.columns, self._finer, self._log_cursor = None, {}, {}, Cursor()
+            self.history, self.columns, self._finer, self._log_cursor = None, {}, {}, Cursor()
             self._looks = self._ledger = None
             self.loaded = False
 
-    def coarsen(self) -> None:
+    def downsample(self) -> None:
         """Hold few lines: nobody looks at the run any more."""
         with self.lock:
             self._finer = {}
             for columns in self.columns.values():
-                columns.keep(FEW // max(1, len(self.columns)))
+                columns.limit_rows(MAX_ROWS_BACKGROUND // max(1, len(self.columns)))
 
     @property
     def bytes(self) -> int:
@@ -229,13 +231,13 @@ class RunState:
             made = self._ledger
             if made is not None and made[0] == self.version and (self.terminal or abs(now - made[1]) < 1.0):
                 return made[2]
-            story = self.story or RunHistory()
-            fresh = ledger(story, {n: c.trace() for n, c in self.columns.items()}, now)
+            history = self.history or RunHistory()
+            fresh = ledger(history, {n: c.trace() for n, c in self.columns.items()}, now)
             if self.loaded:
                 self._ledger = (self.version, now, fresh)
             return fresh
 
-    def looks(self, attempt: int) -> list[RankStatus]:
+    def rank_statuses(self, attempt: int) -> list[RankStatus]:
         """What its ranks were last seen doing in an attempt.
 
         Raises:

@@ -37,9 +37,9 @@ SCALARS = (
     "loss", "aux_loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "memory_bytes", "balance_entropy",
     "dropped", "skipped",
 )  # fmt: skip
-MOST = 150_000
+MAX_ROWS_VIEWED = 150_000
 """Lines kept of an attempt that somebody looks at."""
-FEW = 4_000
+MAX_ROWS_BACKGROUND = 4_000
 """Lines kept of another one."""
 _PHASES = 16
 _CHUNK = 1 << 18
@@ -52,7 +52,7 @@ _PLACES = np.dtype(
 )
 
 
-class Columns:
+class MetricColumns:
     """Lines of one file.
 
     Args:
@@ -60,7 +60,7 @@ class Columns:
         most: step lines kept.
     """
 
-    def __init__(self, path: Path, most: int = MOST) -> None:
+    def __init__(self, path: Path, most: int = MAX_ROWS_VIEWED) -> None:
         self.path, self.most = path, max(64, most)
         self._reset()
 
@@ -228,15 +228,15 @@ class Columns:
         self.values[self.rows : rows] = fresh
         self.rows = rows
         self.lines += len(places)
-        self.keep(self.most)
+        self.limit_rows(self.most)
 
-    def keep(self, most: int) -> None:
+    def limit_rows(self, most: int) -> None:
         """Hold at most so many rows from now on."""
         self.most = max(64, most)
         while self.rows > self.most:
-            self._thin()
+            self._downsample()
 
-    def _thin(self) -> None:
+    def _downsample(self) -> None:
         """Join neighbours of the older three quarters."""
         half = self.rows * 3 // 4 // 2 * 2
         places, values = self.places[:half].reshape(-1, 2), self.values[:half]
@@ -302,7 +302,7 @@ class Columns:
         return self.places.nbytes + self.values.nbytes
 
 
-def loads(row: bytes) -> list[list[int]]:
+def expert_loads(row: bytes) -> list[list[int]]:
     """Expert loads of a step line, a list per MoE layer; none where there are none."""
     begin = row.find(_LOADS)
     after = row.find(_AFTER, begin) if begin > 0 else -1

@@ -13,9 +13,9 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.paths import HomePaths
-from orchestrator.web.read_model import Live
+from orchestrator.web.read_model import HomeReadModel
 from orchestrator.web.redact import Redactor
-from orchestrator.web.run_api import Answers
+from orchestrator.web.run_api import RunApi
 from orchestrator.web.server import STATIC
 from orchestrator.web.views import home as views
 
@@ -49,10 +49,10 @@ def write(home: HomePaths, run_id: str, path: Path) -> int:
     Raises:
         UserError: where there is no such run, or the file can't be written.
     """
-    live = Live(home)
+    live = HomeReadModel(home)
     live.turn()
     state = live.existing(home.existing(run_id).run_id)
-    state.look()
+    state.mark_viewed()
     if not state.load(time.monotonic() + _LOADING):
         raise UserError(
             f"run '{state.run.run_id}' couldn't be read in {_LOADING:.0f} s; is its storage slow? Try again"
@@ -67,7 +67,7 @@ def write(home: HomePaths, run_id: str, path: Path) -> int:
     return len(text.encode())
 
 
-def page(live: Live, run_id: str, folder: Path = STATIC) -> str:
+def page(live: HomeReadModel, run_id: str, folder: Path = STATIC) -> str:
     """The file's text.
 
     Raises:
@@ -83,14 +83,14 @@ def page(live: Live, run_id: str, folder: Path = STATIC) -> str:
     return joined(folder, data, run_id)
 
 
-def _answers(live: Live, run_id: str) -> dict[str, Any]:
+def _answers(live: HomeReadModel, run_id: str) -> dict[str, Any]:
     """What the page asks, by path."""
-    state, answers, root = live.existing(run_id), Answers(live), f"/api/run/{run_id}"
+    state, answers, root = live.existing(run_id), RunApi(live), f"/api/run/{run_id}"
     by_path: dict[str, Any] = {
-        "/api/me": {"as_of": live.seen.as_of, "who": "", "home": "", "actions": [], "failed": ""},
-        "/api/runs": {"as_of": live.seen.as_of, "runs": [views.row(state)], "left_out": 0, "damage": []},
+        "/api/me": {"as_of": live.snapshot.as_of, "who": "", "home": "", "actions": [], "failed": ""},
+        "/api/runs": {"as_of": live.snapshot.as_of, "runs": [views.row(state)], "left_out": 0, "damage": []},
     }
-    for what in answers.known:
+    for what in answers.handlers:
         path = f"{root}/{what}" if what else root
         if what in ("group", "log", "stack"):
             continue
@@ -105,11 +105,13 @@ def _answers(live: Live, run_id: str) -> dict[str, Any]:
         except (UserError, OSError) as error:
             by_path[key] = {"error": str(error)}
     with state.lock:
-        story = state.story
+        history = state.history
         named = (
-            [(e.attempt, e.rank) for _, e in story.incidents.values() if e.rank is not None] if story else []
+            [(e.attempt, e.rank) for _, e in history.incidents.values() if e.rank is not None]
+            if history
+            else []
         )
-        newest = max(story.attempts, default=0) if story else 0
+        newest = max(history.attempts, default=0) if history else 0
     wanted = list(dict.fromkeys([*named, *((newest, rank) for rank in range(_LOGS))]))[:_LOGS]
     for attempt, rank in wanted:
         for what in ("log", "stack"):

@@ -19,9 +19,9 @@ from prometheus_client.registry import Collector
 from configs.errors import from_json
 from configs.paths import RunPaths
 from orchestrator.record.states import State
-from orchestrator.web.cached_run import RunState
-from orchestrator.web.columns import Columns, loads
-from orchestrator.web.read_model import Live, lingers
+from orchestrator.web.cached_run import CachedRun
+from orchestrator.web.columns import MetricColumns, expert_loads
+from orchestrator.web.read_model import HomeReadModel, is_exported
 from orchestrator.web.redact import Redactor
 
 _RUNS = 500
@@ -122,7 +122,7 @@ class Exporter:
         redact: takes secrets out of labels that people have typed, which Prometheus keeps for long.
     """
 
-    def __init__(self, live: Live, redact: Redactor) -> None:
+    def __init__(self, live: HomeReadModel, redact: Redactor) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Home(live, redact))
         ProcessCollector(namespace="megaray_dashboard", registry=self._registry)
@@ -134,7 +134,7 @@ class Exporter:
 
 
 class _Home(Collector):
-    def __init__(self, live: Live, redact: Redactor) -> None:
+    def __init__(self, live: HomeReadModel, redact: Redactor) -> None:
         self._live, self._redact = live, redact
         self._loads: dict[str, tuple[int, float]] = {}
 
@@ -149,7 +149,7 @@ class _Home(Collector):
             gauges[name] = CounterMetricFamily(name, text, labels=["run", *others])
         self._plain(gauges)
         now = self._live.clock()
-        shown = [s for s in reversed(self._live.seen.runs.values()) if lingers(s.row, now)][:_RUNS]
+        shown = [s for s in reversed(self._live.snapshot.runs.values()) if is_exported(s.row, now)][:_RUNS]
         for state in shown:
             for name, labels, value in self._run(state, now):
                 if value is not None:
@@ -158,7 +158,7 @@ class _Home(Collector):
         return gauges.values()
 
     def _plain(self, into: Mapping[str, Any]) -> None:
-        seen = self._live.seen
+        seen = self._live.snapshot
         counts = dict.fromkeys(State, 0)
         for state in seen.runs.values():
             row = state.row  # once: another thread reads it anew
@@ -180,7 +180,7 @@ class _Home(Collector):
                 into[name].add_metric([], float(value))
 
     def _nodes(self, into: Mapping[str, Any]) -> None:
-        seen = self._live.seen
+        seen = self._live.snapshot
         listed = {str(node.get("ip")): node for node in seen.queue.get("nodes", [])[:_NODES]}
         for ip in [*listed, *(ip for ip in seen.nodes.nodes if ip not in listed)][:_NODES]:
             node, record = listed.get(ip, {}), seen.nodes.nodes.get(ip)
@@ -201,7 +201,7 @@ class _Home(Collector):
                 if value is not None:
                     into[name].add_metric([ip], float(value))
 
-    def _run(self, state: RunState, now: float) -> Iterable[tuple[str, list[str], Value]]:
+    def _run(self, state: CachedRun, now: float) -> Iterable[tuple[str, list[str], Value]]:
         row = state.row
         if row is None:
             return
@@ -234,10 +234,10 @@ class _Home(Collector):
             if not state.loaded:  # a count of half the lines would look like a counter that began anew
                 return
             yield from self._lines(state)
-            if state.story is not None:
+            if state.history is not None:
                 yield from _ledger(state, now)
 
-    def _lines(self, state: RunState) -> Iterable[tuple[str, list[str], Value]]:
+    def _lines(self, state: CachedRun) -> Iterable[tuple[str, list[str], Value]]:
         with_lines = [c for c in state.columns.values() if c.newest is not None]
         yield "megaray_run_trained_steps", [], sum(c.steps_done for c in state.columns.values())
         saves = [c for c in state.columns.values() if c.saved is not None]
@@ -273,13 +273,13 @@ class _Home(Collector):
             yield "megaray_run_validation_loss_nats", [], evaluated[-1].loss
         yield "megaray_run_expert_load_max_over_mean_ratio", [], self._spread(state, newest)
 
-    def _spread(self, state: RunState, newest: Columns) -> float | None:
+    def _spread(self, state: CachedRun, newest: MetricColumns) -> float | None:
         """Of the newest line, read from the file at most once."""
         key, at = state.run.run_id, int(newest.places["at"][newest.rows - 1])
         known = self._loads.get(key)
         if known is None or known[0] != at:
             try:
-                layers = loads(newest.line_bytes(newest.rows - 1))
+                layers = expert_loads(newest.line_bytes(newest.rows - 1))
             except (OSError, ValueError, AttributeError, TypeError):
                 layers = []
             spread = [max(layer) * len(layer) / total for layer in layers if (total := sum(layer))]
@@ -289,7 +289,7 @@ class _Home(Collector):
         return known[1] if math.isfinite(known[1]) else None
 
 
-def _ledger(state: RunState, now: float) -> Iterable[tuple[str, list[str], Value]]:
+def _ledger(state: CachedRun, now: float) -> Iterable[tuple[str, list[str], Value]]:
     made = state.ledger(now)
     for part, seconds in made.seconds.items():
         yield "megaray_run_ledger_seconds", [part.label], seconds
@@ -297,7 +297,7 @@ def _ledger(state: RunState, now: float) -> Iterable[tuple[str, list[str], Value
     yield "megaray_run_ettr_ratio", [], made.ettr
 
 
-def stalled_after(columns: Columns) -> float:
+def stalled_after(columns: MetricColumns) -> float:
     """Seconds without a line after which something is wrong: many times what the lines before took, and half a minute."""
     times = columns.column("time")[-64:]
     gaps = [b - a for a, b in zip(times[:-1], times[1:], strict=True)]

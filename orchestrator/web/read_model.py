@@ -20,9 +20,9 @@ from orchestrator.record import cluster_log, log
 from orchestrator.record.cluster_log import NodesView
 from orchestrator.record.log import Cursor
 from orchestrator.record.summaries import controller_silence, last_heartbeat, read_queue
-from orchestrator.web.cached_run import RunState
+from orchestrator.web.cached_run import CachedRun
 
-LINGER = 300.0
+EXPORT_SECONDS = 300.0
 """Seconds for which a run that has ended is still reported to Prometheus, with its lines."""
 _TURN = 1.0
 _IDLE_SHARE = 4.0
@@ -31,7 +31,7 @@ _READING = 0.4
 """Seconds of a turn for logs and lines that weren't read yet."""
 _BYTES = 64 << 20
 """Memory for metric lines of all runs."""
-_LOOKED_AT = 6
+_MAX_VIEWED = 6
 """Runs whose full lines are kept."""
 
 _log = logging.getLogger("megaray.dashboard")
@@ -42,13 +42,13 @@ class NoSuchRunError(UserError):
 
 
 @dataclass(frozen=True)
-class Seen:
+class HomeSnapshot:
     """What was read in one turn; never changed afterwards."""
 
     as_of: float = 0.0
     """Seconds since the epoch."""
     queue: dict[str, Any] = field(default_factory=dict)
-    runs: dict[str, RunState] = field(default_factory=dict)
+    runs: dict[str, CachedRun] = field(default_factory=dict)
     """Oldest first."""
     nodes: NodesView = field(default_factory=NodesView)
     versions: dict[str, str] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Seen:
         return last_heartbeat(self.queue)
 
 
-class Live:
+class HomeReadModel:
     """The read model of a home.
 
     Args:
@@ -72,16 +72,16 @@ class Live:
 
     def __init__(self, home: HomePaths, clock: Callable[[], float] = time.time) -> None:
         self.home, self.clock = home, clock
-        self.seen = Seen()
+        self.snapshot = HomeSnapshot()
         self.failed = ""
         """Why the newest turn failed; empty where it didn't."""
         self.turn_seconds = 0.0
-        self._runs: dict[str, RunState] = {}
+        self._runs: dict[str, CachedRun] = {}
         self._nodes, self._nodes_cursor = NodesView(), Cursor()
         self._ends = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dashboard-reader", daemon=True)
-        self.listeners: list[Callable[[Seen, Seen], None]] = []
+        self.listeners: list[Callable[[HomeSnapshot, HomeSnapshot], None]] = []
         """Called in the reading thread after each turn, with what was and what is."""
 
     def start(self) -> None:
@@ -97,7 +97,7 @@ class Live:
     def _run(self) -> None:
         while not self._ends.is_set():
             began = time.monotonic()
-            before = self.seen
+            before = self.snapshot
             try:
                 self.turn()
                 self.failed = ""
@@ -107,7 +107,7 @@ class Live:
             self.turn_seconds = time.monotonic() - began
             for listener in list(self.listeners):
                 try:
-                    listener(before, self.seen)
+                    listener(before, self.snapshot)
                 except Exception:
                     _log.exception("a listener")
             self._wake.wait(
@@ -115,7 +115,7 @@ class Live:
             )
             self._wake.clear()
 
-    def hurry(self) -> None:
+    def refresh_now(self) -> None:
         """Begin the next turn now."""
         self._wake.set()
 
@@ -131,27 +131,27 @@ class Live:
         queue = read_queue(self.home)
         places = {str(one.get("run")): one for one in queue.get("waiting", []) if isinstance(one, dict)}
         ids = self.home.run_ids()
-        self._runs = {run_id: self._runs.get(run_id) or RunState(self.home.run(run_id)) for run_id in ids}
+        self._runs = {run_id: self._runs.get(run_id) or CachedRun(self.home.run(run_id)) for run_id in ids}
         stopped_short = False
         for i, (run_id, state) in enumerate(self._runs.items()):
             state.refresh(queue, places.get(run_id))
-            if i % 64 == 63 and not self.seen.as_of:
+            if i % 64 == 63 and not self.snapshot.as_of:
                 self._publish(now, queue)  # a home with thousands of runs shows the first ones at once
             if self._ends.is_set():
                 return
         self._read_nodes()
         self._publish(now, queue)
         deadline = time.monotonic() + _READING
-        for state in sorted(self._runs.values(), key=lambda s: -s.looked_at):
-            if state.row is None or not (state.looked or lingers(state.row, now)):
+        for state in sorted(self._runs.values(), key=lambda s: -s.viewed_at):
+            if state.row is None or not (state.is_viewed or is_exported(state.row, now)):
                 if state.columns:
-                    state.forget()
+                    state.unload()
                 continue
             try:
                 stopped_short = not state.load(deadline) or stopped_short
             except OSError as error:
                 state.error = f"run {state.run.run_id}: {error}"
-        self._bound()
+        self._evict()
         if stopped_short:
             self._wake.set()
 
@@ -162,7 +162,7 @@ class Live:
             damage += [state.error] if state.error else []
             damage += [f"run {run_id}: {text}" for text in state.damage]
         waiting = {run_id: str(state._queued) for run_id, state in known.items() if state._queued}
-        self.seen = Seen(
+        self.snapshot = HomeSnapshot(
             as_of=now,
             queue=queue,
             runs=known,
@@ -190,36 +190,36 @@ class Live:
             )
             self._nodes = cluster_log.apply(self._nodes, events)
 
-    def _bound(self) -> None:
+    def _evict(self) -> None:
         """Keep full lines of few runs, and memory within its bound."""
         loaded = [state for state in self._runs.values() if state.columns]
-        loaded.sort(key=lambda state: state.looked_at)
-        looked = [state for state in loaded if state.looked]
-        for state in looked[: max(0, len(looked) - _LOOKED_AT)]:
-            state.looked_at = float("-inf")
-            state.coarsen()
+        loaded.sort(key=lambda state: state.viewed_at)
+        looked = [state for state in loaded if state.is_viewed]
+        for state in looked[: max(0, len(looked) - _MAX_VIEWED)]:
+            state.viewed_at = float("-inf")
+            state.downsample()
         for state in loaded:
             if sum(one.bytes for one in loaded) <= _BYTES:
                 break
-            if state.terminal and not state.looked and not lingers(state.row, self.clock()):
-                state.forget()
-            elif not state.looked or state is not loaded[-1]:
-                state.coarsen()
+            if state.terminal and not state.is_viewed and not is_exported(state.row, self.clock()):
+                state.unload()
+            elif not state.is_viewed or state is not loaded[-1]:
+                state.downsample()
 
     # ---- for those who ask ----
 
-    def existing(self, run_id: str) -> RunState:
+    def existing(self, run_id: str) -> CachedRun:
         """A run by its id, or an unambiguous beginning of one.
 
         Raises:
             NoSuchRunError: where there is none, or more than one.
         """
-        runs = self.seen.runs
+        runs = self.snapshot.runs
         if run_id in runs:
             return runs[run_id]
         listed = self._runs.get(run_id)
-        if listed is not None and not self.seen.versions.get(run_id):  # a server that has just begun
-            listed.refresh(self.seen.queue, None)
+        if listed is not None and not self.snapshot.versions.get(run_id):  # a server that has just begun
+            listed.refresh(self.snapshot.queue, None)
             if listed.row is not None:
                 return listed
         fitting = [name for name in runs if name.startswith(run_id)] if run_id else []
@@ -228,7 +228,7 @@ class Live:
         which = f"more than one run: {', '.join(fitting[:5])}" if fitting else "no run of this home"
         raise NoSuchRunError(f"'{run_id[:80]}' names {which}")
 
-    def opened(self, run_id: str, patience: float = 0.4) -> RunState:
+    def open_run(self, run_id: str, patience: float = 0.4) -> CachedRun:
         """A run that somebody looks at, with as much of it read as `patience` seconds allow; the rest follows by itself.
 
         Raises:
@@ -236,20 +236,20 @@ class Live:
             OSError: where its files can't be read.
         """
         state = self.existing(run_id)
-        first = not state.looked
-        state.look()
+        first = not state.is_viewed
+        state.mark_viewed()
         if first:
             state.load(time.monotonic() + patience)
         if not state.loaded or first:
-            self.hurry()
+            self.refresh_now()
         return state
 
     def silence(self) -> str:
         """That no controller turns; empty where one does."""
-        return controller_silence(self.seen.queue, self.clock())
+        return controller_silence(self.snapshot.queue, self.clock())
 
 
-def lingers(row: Mapping[str, Any] | None, now: float) -> bool:
+def is_exported(row: Mapping[str, Any] | None, now: float) -> bool:
     """Whether a run is still reported to Prometheus, with how it ended."""
     ended = row["ended_at"] if row is not None else None
-    return row is not None and (ended is None or now - float(ended) < LINGER)
+    return row is not None and (ended is None or now - float(ended) < EXPORT_SECONDS)

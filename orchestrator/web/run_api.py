@@ -19,8 +19,8 @@ from faulttol.timeline.reader import AttemptSteps
 from orchestrator import PROGRAM
 from orchestrator.record.history import AttemptHistory
 from orchestrator.record.rank_status import RankStatus
-from orchestrator.web.cached_run import RunState
-from orchestrator.web.read_model import Live
+from orchestrator.web.cached_run import CachedRun
+from orchestrator.web.read_model import HomeReadModel
 from orchestrator.web.redact import numbers
 from orchestrator.web.views import home, logs, past, series
 from orchestrator.web.views import layout as layouts
@@ -33,7 +33,7 @@ _ROWS = 1024
 """Rows of a map, at most."""
 
 
-def whole(query: Query, name: str, default: int, low: int, high: int) -> int:
+def int_parameter(query: Query, name: str, default: int, low: int, high: int) -> int:
     """A whole number of a question.
 
     Raises:
@@ -51,7 +51,7 @@ def whole(query: Query, name: str, default: int, low: int, high: int) -> int:
     return value
 
 
-def number(query: Query, name: str, default: float) -> float:
+def float_parameter(query: Query, name: str, default: float) -> float:
     """A number of a question.
 
     Raises:
@@ -69,7 +69,7 @@ def number(query: Query, name: str, default: float) -> float:
     return value
 
 
-class Answers:
+class RunApi:
     """Answers about runs of a home.
 
     Raises (each answer):
@@ -78,7 +78,7 @@ class Answers:
         OSError: where storage doesn't give it.
     """
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: HomeReadModel) -> None:
         self._live = live
         self._experts, self._forecasts = ExpertLoads(), Forecasts()
         self._steps: dict[str, AttemptSteps] = {}
@@ -86,7 +86,7 @@ class Answers:
         """Newest answers, with the looks that they are made of."""
         self._reading = threading.Lock()
         """Held while step files are read, which one thread may do at a time."""
-        self.known: dict[str, Callable[[RunState, Query], dict[str, Any]]] = {
+        self.handlers: dict[str, Callable[[CachedRun, Query], dict[str, Any]]] = {
             "": self.run,
             "series": self.series,
             "experts": self.experts,
@@ -105,12 +105,12 @@ class Answers:
 
     def answer(self, run_id: str, what: str, query: Query) -> dict[str, Any]:
         """The answer to a question about a run."""
-        state = self._live.opened(run_id)
-        return {"as_of": self._live.seen.as_of} | self.known[what](state, query)
+        state = self._live.open_run(run_id)
+        return {"as_of": self._live.snapshot.as_of} | self.handlers[what](state, query)
 
     # ---- numbers ----
 
-    def run(self, state: RunState, _: Query) -> dict[str, Any]:
+    def run(self, state: CachedRun, _: Query) -> dict[str, Any]:
         """The run, its plan, source and attempts."""
         run = state.run
         plan = plan_of(run.plan)
@@ -137,69 +137,73 @@ class Answers:
             "indexed": state.indexed,
         }
 
-    def series(self, state: RunState, query: Query) -> dict[str, Any]:
+    def series(self, state: CachedRun, query: Query) -> dict[str, Any]:
         """Curves."""
         names = [name for name in query.get("names", "").split(",") if name]
-        points = whole(query, "points", 500, 10, 4000)
-        begin, end = number(query, "from", -math.inf), number(query, "to", math.inf)
+        points = int_parameter(query, "points", 500, 10, 4000)
+        begin, end = float_parameter(query, "from", -math.inf), float_parameter(query, "to", math.inf)
         with state.lock:
             made = series.series(state, names, query.get("axis") or "step", begin, end, points)
         return {"indexed": state.indexed} | made
 
-    def experts(self, state: RunState, query: Query) -> dict[str, Any]:
+    def experts(self, state: CachedRun, query: Query) -> dict[str, Any]:
         """Expert loads."""
-        layer = None if query.get("layer", "all") == "all" else whole(query, "layer", 0, 0, 10_000)
-        count = whole(query, "columns", 96, 1, 400)
+        layer = None if query.get("layer", "all") == "all" else int_parameter(query, "layer", 0, 0, 10_000)
+        count = int_parameter(query, "columns", 96, 1, 400)
         return self._experts.map(
-            state, layer, number(query, "from", -math.inf), number(query, "to", math.inf), count
+            state,
+            layer,
+            float_parameter(query, "from", -math.inf),
+            float_parameter(query, "to", math.inf),
+            count,
         )
 
-    def ledger(self, state: RunState, _: Query) -> dict[str, Any]:
+    def ledger(self, state: CachedRun, _: Query) -> dict[str, Any]:
         """Where the time went."""
         with state.lock:
             return {"indexed": state.indexed} | past.ledger(state, self._live.clock())
 
-    def attempts(self, state: RunState, _: Query) -> dict[str, Any]:
+    def attempts(self, state: CachedRun, _: Query) -> dict[str, Any]:
         """The time axis."""
         with state.lock:
-            return past.axis(state, self._live.clock())
+            return past.time_axis(state, self._live.clock())
 
-    def forecast(self, state: RunState, _: Query) -> dict[str, Any]:
+    def forecast(self, state: CachedRun, _: Query) -> dict[str, Any]:
         """Forecast beside measured."""
         warmup = _setting(_config(state.run), "optim", "warmup_steps")
         return self._forecasts.of(state, int(warmup or 0), self._live.clock())
 
-    def checkpoints(self, state: RunState, _: Query) -> dict[str, Any]:
+    def checkpoints(self, state: CachedRun, _: Query) -> dict[str, Any]:
         """Saves."""
         every = _setting(_config(state.run), "checkpoint", "every")
         with state.lock:
             return past.checkpoints(state, int(every) if isinstance(every, int) else None)
 
-    def incidents(self, state: RunState, _: Query) -> dict[str, Any]:
+    def incidents(self, state: CachedRun, _: Query) -> dict[str, Any]:
         """What broke."""
         with state.lock:
             return past.incidents(state, self._live.clock())
 
     # ---- ranks ----
 
-    def _attempt(self, state: RunState, query: Query) -> AttemptHistory:
+    def _attempt(self, state: CachedRun, query: Query) -> AttemptHistory:
         with state.lock:
-            attempts = dict(past.told(state).attempts)
-        number = whole(query, "attempt", max(attempts, default=0), 0, 1_000_000)
+            attempts = dict(past.history_of(state).attempts)
+        number = int_parameter(query, "attempt", max(attempts, default=0), 0, 1_000_000)
         if number not in attempts:
             there = ", ".join(map(str, list(attempts)[-8:])) or "none yet"
             raise UserError(f"attempt={number} is none of this run; it has {there}")
         return attempts[number]
 
     def _rank(self, own: AttemptHistory, query: Query) -> int:
-        rank = whole(query, "rank", 0, 0, 10_000_000)
+        rank = int_parameter(query, "rank", 0, 0, 10_000_000)
         if rank >= own.ranks:
             raise UserError(
                 f"rank={rank} is none of attempt {own.number}'s {own.ranks} ranks, which count from 0"
             )
         return rank
 
-    def heat(self, state: RunState, query: Query) -> dict[str, Any]:
+    def heat(self, state: CachedRun, query: Query) -> dict[str, Any]:
         """Ranks by steps."""
         own = self._attempt(state, query)
         folder = str(state.run.attempt(own.number).root)
@@ -208,40 +212,40 @@ class Answers:
                 self._steps.pop(next(iter(self._steps))).close()
             steps = self._steps.setdefault(folder, AttemptSteps(Path(folder)))
             span = steps.span
-            some = _between(query, own.ranks)
+            some = _rank_range(query, own.ranks)
             request = HeatRequest(
                 field=query.get("field") or "compute",
-                first=whole(query, "from", span[0] if span else 0, 0, 1 << 40),
-                last=whole(query, "to", span[1] - 1 if span else 0, 0, 1 << 40) + 1,
+                first=int_parameter(query, "from", span[0] if span else 0, 0, 1 << 40),
+                last=int_parameter(query, "to", span[1] - 1 if span else 0, 0, 1 << 40) + 1,
                 mode=query.get("mode") or "raw",
                 group="rank" if some else query.get("group") or "rank",
-                columns=whole(query, "columns", 200, 1, 1000),
+                columns=int_parameter(query, "columns", 200, 1, 1000),
                 # Of some ranks, none are joined; their peers are still all of their stage.
-                rows=own.ranks if some else whole(query, "rows", 256, 1, _ROWS),
+                rows=own.ranks if some else int_parameter(query, "rows", 256, 1, _ROWS),
             )
             made = heat(steps, request, own.layout)
             if some:
-                made = _only(made, some)
+                made = _select_ranks(made, some)
         values = made.mean if query.get("of") == "mean" else made.most
         edges = made.edges
         return {
             "attempt": own.number, "field": request.field, "mode": request.mode, "unit": made.unit, "group": request.group,
             "first": span[0] if span else None, "last": span[1] - 1 if span else None,
             "columns": np.stack([edges[:-1], edges[1:] - 1], axis=1).tolist() if len(edges) > 1 else [],
-            "rows": [{"label": row.label, "ranks": _neighbours(row.ranks)} for row in made.rows],
+            "rows": [{"label": row.label, "ranks": _compact_ranks(row.ranks)} for row in made.rows],
             "values": numbers(values, 4) if values.size else [],
             "low": made.low, "high": made.high, "recorded": span is not None,
         }  # fmt: skip
 
-    def layout(self, state: RunState, query: Query) -> dict[str, Any]:
+    def layout(self, state: CachedRun, query: Query) -> dict[str, Any]:
         """Who is where, and who waits for whom."""
         own = self._attempt(state, query)
         with state.lock:
-            incidents = list(past.told(state).incidents.values())
+            incidents = list(past.history_of(state).incidents.values())
         named = [
             event.rank for _, event in incidents if event.attempt == own.number and event.rank is not None
         ]
-        looks, now = state.looks(own.number), self._live.clock()
+        looks, now = state.rank_statuses(own.number), self._live.clock()
         key = (state.run.run_id, own.number, own.ended, tuple(named))
         known = self._layouts.get(key)
         if known is None or known[0] is not looks:
@@ -250,28 +254,28 @@ class Answers:
             known = self._layouts[key] = looks, layouts.layout(own, looks, named)
         return {"attempt": own.number, "live": layouts.is_live(own, known[1], now)} | known[1]
 
-    def group(self, state: RunState, query: Query) -> dict[str, Any]:
+    def group(self, state: CachedRun, query: Query) -> dict[str, Any]:
         """The ranks of one group."""
         own = self._attempt(state, query)
         rank = self._rank(own, query)
         axis = query.get("axis", "")
         return {"axis": axis, "rank": rank, "ranks": layouts.group(own.layout, own.ranks, axis, rank)}
 
-    def log(self, state: RunState, query: Query) -> dict[str, Any]:
+    def log(self, state: CachedRun, query: Query) -> dict[str, Any]:
         """A rank's log."""
         own, search = self._attempt(state, query), query.get("search", "")[:500]
-        count = whole(query, "lines", 200, 1, 1000)
+        count = int_parameter(query, "lines", 200, 1, 1000)
         if query.get("rank") == "all":
             return logs.search_all(state.run, own.number, search, count)
-        before = whole(query, "before", -1, 0, 1 << 50) if query.get("before") else None
+        before = int_parameter(query, "before", -1, 0, 1 << 50) if query.get("before") else None
         return logs.log(state.run, own.number, self._rank(own, query), search, before, count)
 
-    def stack(self, state: RunState, query: Query) -> dict[str, Any]:
+    def stack(self, state: CachedRun, query: Query) -> dict[str, Any]:
         """A rank's stack and records."""
         own = self._attempt(state, query)
         return logs.stack(state.run, own.number, self._rank(own, query))
 
-    def config(self, state: RunState, _: Query) -> dict[str, Any]:
+    def config(self, state: CachedRun, _: Query) -> dict[str, Any]:
         """The configuration of the newest attempt."""
         path = _config_path(state.run)
         with path.open("rb") as file:
@@ -321,7 +325,7 @@ def _links(run: RunPaths) -> Any:
     yield {"title": "status", "path": "", "command": f"{PROGRAM} status {run.run_id}"}
 
 
-def _between(query: Query, world: int) -> range:
+def _rank_range(query: Query, world: int) -> range:
     """Ranks that are asked for alone; an empty range: all."""
     text = query.get("ranks", "")
     if not text:
@@ -335,7 +339,7 @@ def _between(query: Query, world: int) -> range:
     return ranks
 
 
-def _only(made: Heat, ranks: range) -> Heat:
+def _select_ranks(made: Heat, ranks: range) -> Heat:
     """The rows of some ranks, with a scale of their own."""
     keep = [i for i, row in enumerate(made.rows) if row.ranks and row.ranks[0] in ranks]
     mean, most = made.mean[keep], made.most[keep]
@@ -345,7 +349,7 @@ def _only(made: Heat, ranks: range) -> Heat:
     return replace(made, rows=rows, mean=mean, most=most, low=low, high=high)
 
 
-def _neighbours(ranks: tuple[int, ...]) -> Any:
+def _compact_ranks(ranks: tuple[int, ...]) -> Any:
     """First and last where ranks follow each other, else all of them."""
     if ranks and ranks[-1] - ranks[0] + 1 == len(ranks):
         return [ranks[0], ranks[-1]]

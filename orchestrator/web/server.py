@@ -19,10 +19,10 @@ from aiohttp import web
 from configs.errors import UserError, from_json
 from configs.paths import HomePaths
 from orchestrator.web import metrics, security
-from orchestrator.web.actions import ACTIONS, Actions, Refused
-from orchestrator.web.read_model import Live, NoSuchRunError, Seen
+from orchestrator.web.actions import ACTIONS, ActionFailed, Actions
+from orchestrator.web.read_model import HomeReadModel, HomeSnapshot, NoSuchRunError
 from orchestrator.web.redact import Redactor
-from orchestrator.web.run_api import Answers, whole
+from orchestrator.web.run_api import RunApi, int_parameter
 from orchestrator.web.security import WHO, AccessTokens, Guard
 from orchestrator.web.views import home as views
 
@@ -48,12 +48,12 @@ _log = logging.getLogger("megaray.dashboard")
 class Dashboard:
     """What the handlers share."""
 
-    live: Live
+    live: HomeReadModel
     guard: Guard
     cookie: str
     redact: Redactor
     actions: Actions
-    answers: Answers
+    answers: RunApi
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_THREADS, thread_name_prefix="dashboard")
     )
@@ -62,7 +62,7 @@ class Dashboard:
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="dashboard-quick")
     )
     """For what is in memory."""
-    listeners: set[asyncio.Queue[tuple[Seen, Seen]]] = field(default_factory=set)
+    listeners: set[asyncio.Queue[tuple[HomeSnapshot, HomeSnapshot]]] = field(default_factory=set)
 
     async def in_thread(self, act: Callable[[], Any], quick: bool = False) -> Any:
         """What `act` gives, from a thread.
@@ -121,10 +121,10 @@ def make(
         port: likewise.
         names: other names that browsers reach it by.
     """
-    live, guard = Live(home), Guard.of(tokens, host, names)
+    live, guard = HomeReadModel(home), Guard.of(tokens, host, names)
     redact = Redactor(more=tuple(tokens.names) if tokens else ())
     cookie = f"megaray_{port}"  # cookies don't tell ports apart
-    shared = Dashboard(live, guard, cookie, redact, Actions(live, redact), Answers(live))
+    shared = Dashboard(live, guard, cookie, redact, Actions(live, redact), RunApi(live))
     app = web.Application(middlewares=[security.middleware(guard, cookie)], client_max_size=_BODY)
     routes = Handlers(shared)
     app.router.add_get("/", routes.index)
@@ -136,7 +136,7 @@ def make(
     app.router.add_post("/api/actions", routes.act)
     app.router.add_get("/api/run/{run}", routes.run)
     app.router.add_get("/api/run/{run}/{what}", routes.run)
-    app.cleanup_ctx.append(routes.life)
+    app.cleanup_ctx.append(routes.lifespan)
     return app, shared
 
 
@@ -148,11 +148,11 @@ class Handlers:
         self._live = shared.live
         self._exporter = metrics.Exporter(shared.live, shared.redact)
 
-    async def life(self, _: web.Application) -> Any:
+    async def lifespan(self, _: web.Application) -> Any:
         """Read from the start of the server to its end."""
         loop = asyncio.get_running_loop()
 
-        def told(before: Seen, now: Seen) -> None:
+        def told(before: HomeSnapshot, now: HomeSnapshot) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._spread, before, now)
 
@@ -164,7 +164,7 @@ class Handlers:
         for pool in (self._shared.threads, self._shared.quick):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _spread(self, before: Seen, now: Seen) -> None:
+    def _spread(self, before: HomeSnapshot, now: HomeSnapshot) -> None:
         for queue in self._shared.listeners:
             if queue.full():  # a listener that doesn't read gets the newest alone
                 first, _ = queue.get_nowait()
@@ -212,9 +212,9 @@ class Handlers:
 
     async def health(self, _: web.Request) -> web.Response:
         """Whether the server reads."""
-        age = self._live.clock() - self._live.seen.as_of
+        age = self._live.clock() - self._live.snapshot.as_of
         ok = age < _OLD
-        return web.json_response({"ok": ok, "as_of": self._live.seen.as_of}, status=200 if ok else 503)
+        return web.json_response({"ok": ok, "as_of": self._live.snapshot.as_of}, status=200 if ok else 503)
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus' text."""
@@ -230,7 +230,7 @@ class Handlers:
         return await self._shared.answer(
             request,
             lambda: {
-                "as_of": self._live.seen.as_of, "who": request[WHO], "home": str(self._live.home.home),
+                "as_of": self._live.snapshot.as_of, "who": request[WHO], "home": str(self._live.home.home),
                 "actions": list(ACTIONS), "failed": self._live.failed,
             },
             quick=True,
@@ -240,24 +240,24 @@ class Handlers:
         """All runs."""
         return await self._shared.answer(
             request,
-            lambda: views.runs(self._live.seen, whole(request.query, "ended", 200, 0, 5000)),
+            lambda: views.runs(self._live.snapshot, int_parameter(request.query, "ended", 200, 0, 5000)),
             quick=True,
         )
 
     async def queue(self, request: web.Request) -> web.Response:
         """The controller and the queue."""
         return await self._shared.answer(
-            request, lambda: views.queue(self._live.seen, self._live.clock()), quick=True
+            request, lambda: views.queue(self._live.snapshot, self._live.clock()), quick=True
         )
 
     async def nodes(self, request: web.Request) -> web.Response:
         """The nodes."""
-        return await self._shared.answer(request, lambda: views.nodes(self._live.seen), quick=True)
+        return await self._shared.answer(request, lambda: views.nodes(self._live.snapshot), quick=True)
 
     async def run(self, request: web.Request) -> web.Response:
         """Something of one run."""
         run_id, what = request.match_info["run"], request.match_info.get("what", "")
-        if what not in self._shared.answers.known:
+        if what not in self._shared.answers.handlers:
             return fail(404, f"'{what[:80]}' is nothing of a run; docs/dashboard-api.md lists what there is")
         return await self._shared.answer(
             request, lambda: self._shared.answers.answer(run_id, what, request.query)
@@ -270,13 +270,13 @@ class Handlers:
         shared, only = self._shared, request.query.get("run", "")
         if len(shared.listeners) >= _LISTENERS:
             return fail(429, f"{_LISTENERS} pages listen already; close some")
-        queue: asyncio.Queue[tuple[Seen, Seen]] = asyncio.Queue(4)
+        queue: asyncio.Queue[tuple[HomeSnapshot, HomeSnapshot]] = asyncio.Queue(4)
         shared.listeners.add(queue)
         response = web.StreamResponse(headers=security.HEADERS | {"Content-Type": "text/event-stream"})
         try:
             await response.prepare(request)
-            seen = self._live.seen
-            await _send(response, "changed", _changed(Seen(), seen, only, self._live.silence()))
+            seen = self._live.snapshot
+            await _send(response, "changed", _changed(HomeSnapshot(), seen, only, self._live.silence()))
             beat = time.monotonic()
             alive = not self._live.silence()
             while True:
@@ -296,8 +296,12 @@ class Handlers:
                         await _send(response, "changed", change)
                 if time.monotonic() - beat >= _BEAT:
                     beat = time.monotonic()
-                    age = None if self._live.seen.beat is None else self._live.clock() - self._live.seen.beat
-                    await _send(response, "beat", {"as_of": self._live.seen.as_of, "beat_age": age})
+                    age = (
+                        None
+                        if self._live.snapshot.beat is None
+                        else self._live.clock() - self._live.snapshot.beat
+                    )
+                    await _send(response, "beat", {"as_of": self._live.snapshot.as_of, "beat_age": age})
         except ConnectionError:  # the page was closed
             return response
         finally:
@@ -308,7 +312,7 @@ class Handlers:
     async def actions(self, request: web.Request) -> web.Response:
         """What was done through the page."""
         return await self._shared.answer(
-            request, lambda: {"as_of": self._live.seen.as_of, "actions": self._shared.actions.done()}
+            request, lambda: {"as_of": self._live.snapshot.as_of, "actions": self._shared.actions.recent()}
         )
 
     async def act(self, request: web.Request) -> web.Response:
@@ -324,15 +328,15 @@ class Handlers:
         except (ValueError, AttributeError):
             return fail(400, "the body is not a JSON object")
         try:
-            reply = await self._shared.actions.take(order, request[WHO], request.remote or "")
+            reply = await self._shared.actions.submit(order, request[WHO], request.remote or "")
         except UserError as error:
             return fail(400, self._shared.redact.text(str(error)))
-        except Refused as error:
+        except ActionFailed as error:
             return fail(502, self._shared.redact.text(str(error)))
         return web.json_response(reply, status=409 if "confirm" in reply else 200)
 
 
-def _changed(before: Seen, now: Seen, only: str, silent: str) -> dict[str, Any]:
+def _changed(before: HomeSnapshot, now: HomeSnapshot, only: str, silent: str) -> dict[str, Any]:
     """What is new between two looks; `silent` says that no controller turns."""
     runs = {
         run_id: version

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from configs.timeouts import Timeouts
-from orchestrator.local.cluster import end_family
+from orchestrator.local.cluster import kill_tree
 from orchestrator.local.settings import health_environment
 from tests.namespaces import Host, Network, unavailable
 
@@ -80,7 +80,7 @@ class Hosts:
         with log.open("wb") as out:
             env = os.environ | health_environment(self.patience) | UNGUARDED | {"MEGARAY_STANDBYS": "0"}
             process = host.popen(*words, env=env, stdout=out, stderr=subprocess.STDOUT)
-        ends.callback(end_family, process.pid)
+        ends.callback(kill_tree, process.pid)
         self._rays[index] = process.pid
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in log.read_text():
@@ -90,7 +90,7 @@ class Hosts:
 
     def end_ray(self, index: int) -> None:
         """End a host's Ray node with all that it has started."""
-        end_family(self._rays.pop(index))
+        kill_tree(self._rays.pop(index))
 
     def rejoin(self, index: int) -> None:
         """Mend a host's link and start its Ray node again, as a service manager would: a node that was given up ends."""

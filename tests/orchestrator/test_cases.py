@@ -153,11 +153,14 @@ def test_auto_is_what_rays_own_tools_take_it_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")  # what is typed comes first
     monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"10.1.2.3:6379"})
     monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
-    assert ray_cluster.found("auto") == "10.1.2.3:6379" and os.environ["RAY_ADDRESS"] == "elsewhere:6379"
+    assert (
+        ray_cluster.resolve_address("auto") == "10.1.2.3:6379"
+        and os.environ["RAY_ADDRESS"] == "elsewhere:6379"
+    )
     monkeypatch.setattr(services, "find_gcs_addresses", set)
     with pytest.raises(UserError, match="--address 'auto': Could not find any running Ray"):
-        ray_cluster.found("auto")
-    assert ray_cluster.found("host:1") == "host:1"
+        ray_cluster.resolve_address("auto")
+    assert ray_cluster.resolve_address("host:1") == "host:1"
 
 
 def test_a_local_address_is_no_cluster(
@@ -170,7 +173,7 @@ def test_a_local_address_is_no_cluster(
 
 @pytest.mark.parametrize(("typed", "parts"), [("[::1]:6379", ("::1", 6379)), ("head:1", ("head", 1))])
 def test_addresses(typed: str, parts: tuple[str, int]) -> None:
-    assert ray_cluster.check_form(typed) == parts
+    assert ray_cluster.check_address(typed) == parts
 
 
 @pytest.mark.parametrize(
@@ -185,10 +188,10 @@ def test_a_token_is_shown_where_one_is_wanted(
     with ray_cluster.socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         if told is None:
-            assert ray_cluster.dial(address, known) is bool(wants)
+            assert ray_cluster.probe(address, known) is bool(wants)
         else:
             with pytest.raises(UserError, match=told):
-                ray_cluster.dial(address, known)
+                ray_cluster.probe(address, known)
 
 
 # ---- GPUs ----
@@ -232,8 +235,8 @@ def test_an_interrupted_start_ends_what_it_has_begun(
 
     monkeypatch.setattr(cluster.subprocess, "Popen", start)
     with pytest.raises(KeyboardInterrupt):
-        cluster.up(home, 1, 0, settings.Timeouts())
-    assert len(began) == 1 and not cluster.started(began[0]) and not home.cluster.exists()
+        cluster.start_cluster(home, 1, 0, settings.Timeouts())
+    assert len(began) == 1 and not cluster.start_ticks(began[0]) and not home.cluster.exists()
 
 
 def _interrupt() -> str:

@@ -40,13 +40,13 @@ def account(tmp_path: Path) -> Iterator[Account]:
     try:
         yield account
     finally:
-        cluster.end(account.home)
+        cluster.stop_cluster(account.home)
 
 
 def heads(home: HomePaths) -> list[int]:
     """Ids of the Rays that the home's commands have started."""
     found = []
-    for pid in cluster.members(home):
+    for pid in cluster.cluster_pids(home):
         try:
             words = psutil.Process(pid).cmdline()
         except psutil.Error:
@@ -56,7 +56,7 @@ def heads(home: HomePaths) -> list[int]:
     return found
 
 
-def test_a_head_that_is_killed_comes_back_with_its_run_and_a_killed_keeper_hides_nothing_from_down(
+def test_a_head_that_is_killed_comes_back_with_its_run_and_a_killed_supervisor_hides_nothing_from_down(
     account: Account,
 ) -> None:
     run_id = account.submit(*SMOKE, "train.steps=1000000")
@@ -78,14 +78,14 @@ def test_a_head_that_is_killed_comes_back_with_its_run_and_a_killed_keeper_hides
     assert view.resumed_step is not None and view.resumed_step >= 10
     (after,) = heads(account.home)
     assert after != before
-    record, _ = cluster.recorded(account.home)
+    record, _ = cluster.read_record(account.home)
     assert record is not None
     os.kill(record.pid, signal.SIGKILL)
     account.until(lambda: not record.alive, "the supervisor is dead")
-    assert cluster.members(account.home)
+    assert cluster.cluster_pids(account.home)
     told = account.run("down", "--yes")
     assert "what was left of a local Ray is ended" in told
-    assert not cluster.members(account.home) and not Path(record.temporary).exists()
+    assert not cluster.cluster_pids(account.home) and not Path(record.temporary).exists()
 
 
 def test_two_submits_at_once_of_an_account_with_a_token_a_long_folder_and_a_space(
@@ -117,7 +117,7 @@ def test_two_submits_at_once_of_an_account_with_a_token_a_long_folder_and_a_spac
     assert len(heads(account.home)) == 1
     for run_id in runs:
         assert account.finish(run_id).state is State.SUCCEEDED
-    record, _ = cluster.recorded(account.home)
+    record, _ = cluster.read_record(account.home)
     assert record is not None and record.alive and record.token == str(user / ".ray/auth_token")
     assert json.loads(account.run("nodes", "--json"))["nodes"][0]["slots"]["CPU"] == record.slots
     assert {
@@ -127,7 +127,7 @@ def test_two_submits_at_once_of_an_account_with_a_token_a_long_folder_and_a_spac
     # Where no token lies: the record says where the one is that it was started with.
     account.env["HOME"] = str(tmp_path)
     account.run("down", "--yes")
-    assert not cluster.members(account.home) and not Path(record.temporary).exists()
+    assert not cluster.cluster_pids(account.home) and not Path(record.temporary).exists()
     assert not account.home.cluster.exists()
 
 
@@ -143,13 +143,15 @@ def test_ctrl_c_while_ray_starts_leaves_nothing_and_slots_are_the_processors_tha
                 break
         (head,) = account.until(lambda: heads(account.home), "Ray is being started")
         assert "--num-cpus=1" in psutil.Process(head).cmdline()
-        account.until(lambda: len(cluster.members(account.home)) > 3, "Ray's processes are being started")
+        account.until(
+            lambda: len(cluster.cluster_pids(account.home)) > 3, "Ray's processes are being started"
+        )
         terminal.send_signal(signal.SIGINT)
         assert terminal.wait(timeout=60) == 130, terminal.stdout.read()
     finally:
         terminal.kill()
     assert (
-        not cluster.members(account.home)
+        not cluster.cluster_pids(account.home)
         and not account.home.cluster.exists()
         and account.home.run_ids() == []
     )

@@ -22,7 +22,7 @@ from ray.dashboard.modules.version import CURRENT_VERSION
 
 from configs.errors import UserError
 from orchestrator import ray_jobs
-from orchestrator.ray_jobs import TravellingCode
+from orchestrator.ray_jobs import JobWorkingDir
 
 JOB = {"type": "SUBMISSION", "submission_id": "job", "entrypoint": "python", "status": JobStatus.SUCCEEDED}
 
@@ -111,7 +111,7 @@ def dashboard() -> Iterator[RayDashboard]:
 
 
 @pytest.fixture
-def code(tmp_path: Path) -> TravellingCode:
+def code(tmp_path: Path) -> JobWorkingDir:
     """A repository whose every kind of list ignores something."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     for name in (
@@ -129,10 +129,10 @@ def code(tmp_path: Path) -> TravellingCode:
     (tmp_path / ".gitignore").write_text("/data/\n")
     (tmp_path / ".git/info/exclude").write_text("/a \\[1]\\*/\n/tmp\n")
     (tmp_path / "pyproject.toml").touch()
-    return TravellingCode(tmp_path, ("trainer",))
+    return JobWorkingDir(tmp_path, ("trainer",))
 
 
-def code_or_line(dashboard: RayDashboard, code: TravellingCode) -> int | str:
+def code_or_line(dashboard: RayDashboard, code: JobWorkingDir) -> int | str:
     """The exit code of a command that is carried there, or what is said instead."""
     try:
         return ray_jobs.forward(dashboard.url, ["submit"], code, {}, lambda _: None)
@@ -140,7 +140,7 @@ def code_or_line(dashboard: RayDashboard, code: TravellingCode) -> int | str:
         return str(error)
 
 
-def test_what_git_ignores_by_any_list_stays_at_home(dashboard: RayDashboard, code: TravellingCode) -> None:
+def test_what_git_ignores_by_any_list_stays_at_home(dashboard: RayDashboard, code: JobWorkingDir) -> None:
     lines: list[str] = []
     assert ray_jobs.forward(dashboard.url, ["submit", "a b"], code, {"X": "1"}, lines.append) == 0
     travelled = {name for name in dashboard.files if not name.endswith("/")}
@@ -154,7 +154,7 @@ def test_what_git_ignores_by_any_list_stays_at_home(dashboard: RayDashboard, cod
 
 
 def test_code_that_is_too_large_is_named_with_its_largest_folders(
-    dashboard: RayDashboard, code: TravellingCode
+    dashboard: RayDashboard, code: JobWorkingDir
 ) -> None:
     dashboard.limit = 80_000
     with (code.folder / ".gitignore").open("a") as file:
@@ -175,7 +175,7 @@ def test_code_that_is_too_large_is_named_with_its_largest_folders(
 
 @pytest.mark.parametrize(("ended", "code_of_it"), [(3, 3), (None, 1)])
 def test_a_command_that_fails_there_fails_here_with_its_code(
-    dashboard: RayDashboard, code: TravellingCode, ended: int | None, code_of_it: int
+    dashboard: RayDashboard, code: JobWorkingDir, ended: int | None, code_of_it: int
 ) -> None:
     running, failed = JOB | {"status": JobStatus.RUNNING}, JOB | {"status": JobStatus.FAILED}
     dashboard.details = [running, failed | {"driver_exit_code": ended}]
@@ -183,7 +183,7 @@ def test_a_command_that_fails_there_fails_here_with_its_code(
 
 
 def test_a_dashboard_that_stops_answering_is_waited_for_and_then_said_in_one_line(
-    dashboard: RayDashboard, code: TravellingCode, monkeypatch: pytest.MonkeyPatch
+    dashboard: RayDashboard, code: JobWorkingDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_jobs, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(ray_jobs, "_SILENCE_SECONDS", 0.1)
@@ -197,7 +197,7 @@ def test_a_dashboard_that_stops_answering_is_waited_for_and_then_said_in_one_lin
 
 
 def test_a_cluster_that_comes_up_is_asked_again_for_half_a_minute(
-    dashboard: RayDashboard, code: TravellingCode, monkeypatch: pytest.MonkeyPatch
+    dashboard: RayDashboard, code: JobWorkingDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(ray_jobs, "time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
@@ -211,7 +211,7 @@ def test_a_cluster_that_comes_up_is_asked_again_for_half_a_minute(
     assert "the entrypoint is wrong" in str(code_or_line(dashboard, code)) and not waits
 
 
-def test_no_dashboard_at_the_url_and_one_that_is_down(dashboard: RayDashboard, code: TravellingCode) -> None:
+def test_no_dashboard_at_the_url_and_one_that_is_down(dashboard: RayDashboard, code: JobWorkingDir) -> None:
     dashboard.silent = True
     for url, why in (("http://127.0.0.1:9", "onnect"), (dashboard.url, "503")):
         with pytest.raises(UserError, match=rf"'{url}': no Ray dashboard answers there \(.*{why}"):
@@ -219,7 +219,7 @@ def test_no_dashboard_at_the_url_and_one_that_is_down(dashboard: RayDashboard, c
 
 
 def test_a_disk_that_is_full_here_is_no_dashboard_that_is_silent(
-    dashboard: RayDashboard, code: TravellingCode, monkeypatch: pytest.MonkeyPatch
+    dashboard: RayDashboard, code: JobWorkingDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/tmp/package.zip")
@@ -239,7 +239,7 @@ def test_code_outside_of_a_repository_travels_whole_and_installed_code_without_i
         (tmp_path / name).touch()
     if checkout:
         (tmp_path / "pyproject.toml").touch()
-    code = TravellingCode(tmp_path, ("trainer", "orchestrator"))
+    code = JobWorkingDir(tmp_path, ("trainer", "orchestrator"))
     assert ray_jobs.forward(dashboard.url, ["list"], code, {}, lambda _: None) == 0
     files = {name for name in dashboard.files if not name.endswith("/")}
     whole = {"trainer/run.py", "torch/run.py", "mine.py", "pyproject.toml"}

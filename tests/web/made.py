@@ -44,7 +44,7 @@ from orchestrator.record.history import RunHistory
 from orchestrator.record.ledger import Ledger, ledger
 from orchestrator.record.run_log import RunLog
 from orchestrator.record.states import Reason, State
-from orchestrator.web.columns import Columns
+from orchestrator.web.columns import MetricColumns
 
 BEGIN = 1_700_000_000.0
 LAYOUT = {"pp": 1, "dp": 2, "cp": 1, "ep": 2, "etp": 1, "tp": 1}
@@ -311,11 +311,11 @@ def ledger_of(run: RunPaths, now: float, most: int = 1_000_000) -> Ledger:
         now: seconds since the epoch.
         most: metric lines of an attempt that are kept apart; above that, neighbours are joined.
     """
-    story = RunHistory()
-    story.apply(log.read(run.events))
+    history = RunHistory()
+    history.apply(log.read(run.events))
     traces = {}
     for number in run.attempt_numbers():
-        columns = Columns(run.attempt(number).metrics, most)
+        columns = MetricColumns(run.attempt(number).metrics, most)
         assert columns.update(), "all that is there is read"
         traces[number] = columns.trace()
-    return ledger(story, traces, now)
+    return ledger(history, traces, now)

@@ -81,15 +81,15 @@ class Client:
             if test(tree):
                 return tree
             assert time.monotonic() < deadline, tree
-            self.shared.live.hurry()
+            self.shared.live.refresh_now()
             time.sleep(0.05)
 
     def fresh(self) -> None:
         """Return once all that was written before the call has been read."""
         began = self.shared.live.clock()
         deadline = time.monotonic() + 20
-        while self.shared.live.seen.as_of <= began:
-            self.shared.live.hurry()
+        while self.shared.live.snapshot.as_of <= began:
+            self.shared.live.refresh_now()
             assert time.monotonic() < deadline, self.shared.live.failed
             time.sleep(0.01)
 

@@ -413,7 +413,7 @@ def test_events_tell_what_changed_and_beat(client: Client) -> None:
     assert name == "changed" and list(data["runs"]) == ["sse-1126-150000-ffff"]
     before = data["runs"]["sse-1126-150000-ffff"]
     run.train(1)
-    client.shared.live.hurry()
+    client.shared.live.refresh_now()
     while "sse-1126-150000-ffff" not in data["runs"] or data["runs"]["sse-1126-150000-ffff"] == before:
         name, data = event(response)
         assert name == "beat" or set(data["runs"]) <= {"sse-1126-150000-ffff"}
@@ -434,7 +434,7 @@ def test_a_page_that_is_closed_is_no_error(client: Client, caplog: pytest.LogCap
     while len(client.shared.listeners) > before:  # it is noticed at the next write
         assert time.monotonic() < deadline
         run.train(1)
-        client.shared.live.hurry()
+        client.shared.live.refresh_now()
         time.sleep(0.05)
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 

@@ -17,7 +17,7 @@ import pytest
 
 from configs.errors import UserError
 from orchestrator.web import export
-from orchestrator.web.read_model import Live
+from orchestrator.web.read_model import HomeReadModel
 from tests.web.made import MadeRun, a_home
 from tests.web.test_security import EVIL, SECRETS
 
@@ -80,11 +80,11 @@ class _Scripts(HTMLParser):
             self._open = None
 
 
-def loaded(home: Any, run_id: str) -> Live:
-    live = Live(home)
+def loaded(home: Any, run_id: str) -> HomeReadModel:
+    live = HomeReadModel(home)
     live.turn()
     state = live.existing(run_id)
-    state.look()
+    state.mark_viewed()
     assert state.load(time.monotonic() + 30)
     return live
 

@@ -231,18 +231,18 @@ def test_a_log_without_anything() -> None:
 
 
 def test_an_attempt_on_fewer_nodes_has_its_own_ranks_and_layout() -> None:
-    story = RunHistory()
-    story.apply(events_of(*LIFE))
-    assert [(one.ranks, one.layout) for one in story.attempts.values()] == [
+    history = RunHistory()
+    history.apply(events_of(*LIFE))
+    assert [(one.ranks, one.layout) for one in history.attempts.values()] == [
         (4, {"dp": 4, "ep": 2}),
         (2, {"dp": 2}),
     ]
 
 
 def test_a_run_that_is_cancelled_while_it_waits_has_that_on_its_timeline() -> None:
-    story = RunHistory()
-    story.apply(events_of(*LIFE[:2], StateMoved(State.CANCELLED, Reason.CANCEL_ASKED, "by ann")))
-    assert [(mark.kind, mark.text) for mark in story.marks][-1] == ("cancel", "by ann")
+    history = RunHistory()
+    history.apply(events_of(*LIFE[:2], StateMoved(State.CANCELLED, Reason.CANCEL_ASKED, "by ann")))
+    assert [(mark.kind, mark.text) for mark in history.marks][-1] == ("cancel", "by ann")
 
 
 # ---- parts of it alone ----

@@ -204,10 +204,10 @@ def test_nothing_is_counted_before_all_lines_are_read(tmp_path: Path) -> None:
     with serving(home) as client:
         client.until("/api/run/one", lambda tree: tree["indexed"] == 1.0)
         assert of(scraped(client), "megaray_run_trained_steps_total", run="one") == 300
-    reader = read_model.Live(home)
+    reader = read_model.HomeReadModel(home)
     reader.turn()
     # As a reader that has just begun leaves it where the files are long.
-    reader.seen.runs["one"].loaded = False
+    reader.snapshot.runs["one"].loaded = False
     families = {family.name: family for family in metrics._Home(reader, Redactor()).collect()}
     for name in ("megaray_run_trained_steps", "megaray_run_checkpoints", "megaray_run_loss_nats"):
         assert not families[name].samples, name
@@ -239,7 +239,7 @@ def test_labels_are_bounded_and_runs_that_ended_leave(
         assert of(found, "megaray_run_loss_nats", run="fresh") is not None, "its last lines too"
         assert of(found, "megaray_run_checkpoints_total", run="fresh") == 1
         assert of(found, "megaray_run_trained_steps_total", run="fresh") == 5
-        monkeypatch.setattr(read_model, "LINGER", 1.0)
+        monkeypatch.setattr(read_model, "EXPORT_SECONDS", 1.0)
         run.finish()
         time.sleep(0.01)
         client.until("/api/runs", lambda tree: all(row["ended_at"] for row in tree["runs"]))

@@ -20,7 +20,7 @@ import pytest
 
 from configs.paths import HomePaths
 from orchestrator.web import export, read_model, server
-from orchestrator.web.columns import Columns, loads
+from orchestrator.web.columns import MetricColumns, expert_loads
 from tests.source_tree import ROOT
 from tests.web.made import MadeRun, a_home, queue_file
 from tests.web.serving import Client, serving
@@ -194,7 +194,7 @@ def test_storage_that_hangs_leaves_the_page_as_it_was(
 
             monkeypatch.setattr(read_model, "read_queue", hangs)
             monkeypatch.setattr(server, "_OLD", 0.5)
-            client.shared.live.hurry()
+            client.shared.live.refresh_now()
             assert entered.wait(20)
             time.sleep(0.6)
             assert client.get("/healthz", 503)["ok"] is False
@@ -219,7 +219,7 @@ class _Hanging:
     def __init__(self, released: threading.Event) -> None:
         self._released = released
 
-    def opened(self, run_id: str) -> Any:
+    def open_run(self, run_id: str) -> Any:
         self._released.wait(60)
         raise FileNotFoundError("it was only held up")
 
@@ -260,14 +260,14 @@ def long_metrics(path: Path, steps: int, layers: int = 2, experts: int = 4) -> N
 def test_memory_is_bounded_and_spikes_stay(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     long_metrics(path, 20_000)
-    columns = Columns(path, 1000)
+    columns = MetricColumns(path, 1000)
     assert columns.update()
     assert columns.rows <= 1000 and columns.joined and columns.lines == 20_000
     assert columns.column("busy").sum() == pytest.approx(20_000, rel=1e-6), "the ledger stays exact"
     assert columns.column("loss").max() == 99.0, "a spike is still seen"
     assert columns.column("step")[-1] == 20_000
     assert columns.bytes < 500_000
-    assert loads(columns.line_bytes(columns.rows - 1)) == [[16] * 4] * 2
+    assert expert_loads(columns.line_bytes(columns.rows - 1)) == [[16] * 4] * 2
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -275,7 +275,7 @@ def test_a_loss_beyond_the_columns_numbers_is_infinite_and_no_warning(tmp_path: 
     path = tmp_path / "metrics.jsonl"
     long_metrics(path, 1)
     path.write_text(re.sub(r'"loss": [^,]+', '"loss": 1e300', path.read_text()))
-    columns = Columns(path)
+    columns = MetricColumns(path)
     assert columns.update() and columns.column("loss").tolist() == [float("inf")]
 
 
@@ -283,9 +283,9 @@ def test_a_line_of_megabytes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     long_metrics(path, 3, layers=60, experts=20_000)
     assert path.stat().st_size > 12_000_000
-    columns = Columns(path)
+    columns = MetricColumns(path)
     assert columns.update()
-    assert columns.rows == 3 and len(loads(columns.line_bytes(1))[59]) == 20_000
+    assert columns.rows == 3 and len(expert_loads(columns.line_bytes(1))[59]) == 20_000
 
 
 def test_reading_goes_on_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_reading_goes_on_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     long_metrics(path, 50)
     whole = path.read_bytes()
     path.write_bytes(b"")
-    columns, seen = Columns(path), []
+    columns, seen = MetricColumns(path), []
     for end in range(0, len(whole) + 700, 700):
         path.write_bytes(whole[:end])
         while not columns.update(0.0):
@@ -305,7 +305,7 @@ def test_reading_goes_on_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_runs_that_nobody_looks_at_cost_little(home: HomePaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_model, "_LOOKED_AT", 1)
+    monkeypatch.setattr(read_model, "_MAX_VIEWED", 1)
     for name in ("one", "two", "three"):
         run = MadeRun(home, name, now=time.time() - 60).submit().start()
         long_metrics(run.run.attempt(1).metrics, 6000)
@@ -318,7 +318,9 @@ def test_runs_that_nobody_looks_at_cost_little(home: HomePaths, monkeypatch: pyt
         )
         client.fresh()
         client.fresh()
-        rows = {name: sum(c.rows for c in state.columns.values()) for name, state in reader.seen.runs.items()}
+        rows = {
+            name: sum(c.rows for c in state.columns.values()) for name, state in reader.snapshot.runs.items()
+        }
         assert rows["two"] == 6000 and rows["three"] <= 4000 and rows["one"] <= 4000
         client.until(
             "/api/run/one/series",
@@ -335,10 +337,10 @@ def test_a_home_with_many_queued_runs(home: HomePaths) -> None:
     with serving(home) as client:
         assert len(client.until("/api/runs", lambda tree: len(tree["runs"]) == 120)["runs"]) == 120
         assert client.get("/api/queue")["waiting"][119]["position"] == 120
-        before = client.shared.live.seen.versions
+        before = client.shared.live.snapshot.versions
         queue_file(home, time.time(), waiting=waiting[1:])
         client.until("/api/queue", lambda tree: len(tree["waiting"]) == 119)
-        assert client.shared.live.seen.versions["run-000"] != before["run-000"], (
+        assert client.shared.live.snapshot.versions["run-000"] != before["run-000"], (
             "its row changed: it waits no more"
         )
         assert os.getpid()

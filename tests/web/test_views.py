@@ -20,12 +20,12 @@ from orchestrator.record.history import AttemptHistory
 from orchestrator.record.partition import PartitionBuilder, TimePart
 from orchestrator.record.rank_status import RankStatus
 from orchestrator.web import export
-from orchestrator.web.cached_run import RunState
-from orchestrator.web.columns import Columns
+from orchestrator.web.cached_run import CachedRun
+from orchestrator.web.columns import MetricColumns
 from orchestrator.web.metrics import NODE_GAUGES, _Home, stalled_after
-from orchestrator.web.read_model import Live
+from orchestrator.web.read_model import HomeReadModel
 from orchestrator.web.redact import REDACTED, Redactor
-from orchestrator.web.run_api import Answers
+from orchestrator.web.run_api import RunApi
 from orchestrator.web.security import AccessTokens, Guard, cookie_of
 from orchestrator.web.views import home, logs, series
 from orchestrator.web.views import layout as layouts
@@ -43,12 +43,12 @@ def look(rank: int, *groups: GroupSeen, held: str = "") -> RankStatus:
     )
 
 
-def story(ranks: int, layout: dict[str, int]) -> AttemptHistory:
+def history(ranks: int, layout: dict[str, int]) -> AttemptHistory:
     nodes = [{"ip": "10.0.0.1", "hostname": "n1", "ranks": [0, ranks - 1]}]
     return AttemptHistory(1, 50.0, False, ranks=ranks, layout=layout, nodes=nodes)
 
 
-FOUR = story(4, {"pp": 2, "dp": 2, "cp": 1, "ep": 1, "etp": 1, "tp": 1})
+FOUR = history(4, {"pp": 2, "dp": 2, "cp": 1, "ep": 1, "etp": 1, "tp": 1})
 
 
 def test_a_rank_that_waits_itself_is_not_where_it_begins() -> None:
@@ -90,7 +90,7 @@ def test_ranks_that_incidents_name_are_named_beside_those_that_are_waited_for() 
 def test_what_is_old_or_of_an_ended_attempt_is_not_live(
     seen: float | None, ended: float | None, live: bool
 ) -> None:
-    own = story(4, FOUR.layout)
+    own = history(4, FOUR.layout)
     own.ended = ended
     assert layouts.is_live(own, {"seen": seen}, 100.0) is live
 
@@ -108,10 +108,10 @@ def step_row(step: int, norm: float = 1.0, time: float | None = None, loss: floa
     return json.dumps(line)
 
 
-def columns_of(tmp_path: Path, rows: list[str], most: int = 1000) -> Columns:
+def columns_of(tmp_path: Path, rows: list[str], most: int = 1000) -> MetricColumns:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f"{row}\n" for row in rows))
-    columns = Columns(path, most)
+    columns = MetricColumns(path, most)
     columns.update()
     return columns
 
@@ -261,7 +261,7 @@ def test_a_token_that_others_may_read_or_write_is_refused(tmp_path: Path, mode: 
 def test_free_slots_of_a_node_are_what_no_run_holds() -> None:
     node = {"ip": "10.0.0.1", "slots": {"CPU": 8, "GPU": 4}, "free": {"CPU": 8, "GPU": 1}}
     seen = SimpleNamespace(queue={"nodes": [node]}, nodes=SimpleNamespace(nodes={}))
-    live: Any = SimpleNamespace(seen=seen)
+    live: Any = SimpleNamespace(snapshot=seen)
     kept: dict[str, Any] = {
         name: GaugeMetricFamily(name, "", labels=["node", *more]) for name, (_, more) in NODE_GAUGES.items()
     }
@@ -333,9 +333,9 @@ class _Meanwhile:
 
 def test_an_attempt_that_begins_while_rows_are_made(tmp_path: Path) -> None:
     made = MadeRun(a_home(tmp_path), "one").submit().start().train(5)
-    state = RunState(made.run)
+    state = CachedRun(made.run)
     state.refresh({}, None)
-    state.look()
+    state.mark_viewed()
     assert state.load(time.monotonic() + 20) and list(state.columns) == [1]
 
     def begun() -> None:
@@ -351,23 +351,23 @@ def test_an_attempt_that_begins_while_rows_are_made(tmp_path: Path) -> None:
 
 def test_an_incident_that_opens_while_the_layout_is_made(tmp_path: Path) -> None:
     made = MadeRun(a_home(tmp_path), "one").submit().start().train(5)
-    state = RunState(made.run)
+    state = CachedRun(made.run)
     state.refresh({}, None)
-    state.look()
-    assert state.load(time.monotonic() + 20) and state.story is not None
+    state.mark_viewed()
+    assert state.load(time.monotonic() + 20) and state.history is not None
 
     class Opens:
         rank = None
 
         @property
         def attempt(self) -> int:
-            assert state.story is not None
-            state.story.incidents[len(state.story.incidents) + 1] = 0.0, self  # type: ignore[assignment]
+            assert state.history is not None
+            state.history.incidents[len(state.history.incidents) + 1] = 0.0, self  # type: ignore[assignment]
             return 1
 
-    state.story.incidents[1] = 0.0, Opens()  # type: ignore[assignment]  # stands for one
-    assert Answers(Live(made.home)).layout(state, {})["attempt"] == 1
-    assert len(state.story.incidents) == 2
+    state.history.incidents[1] = 0.0, Opens()  # type: ignore[assignment]  # stands for one
+    assert RunApi(HomeReadModel(made.home)).layout(state, {})["attempt"] == 1
+    assert len(state.history.incidents) == 2
 
 
 def test_a_file_that_is_made_anew_while_expert_loads_are_read(
@@ -375,13 +375,13 @@ def test_a_file_that_is_made_anew_while_expert_loads_are_read(
 ) -> None:
     """Of the rows that were chosen, those that are left are shown."""
     made = MadeRun(a_home(tmp_path), "one").submit().start().train(30)
-    state = RunState(made.run)
+    state = CachedRun(made.run)
     state.refresh({}, None)
-    state.look()
+    state.mark_viewed()
     assert state.load(time.monotonic() + 20)
     experts, real, calls = series.ExpertLoads(), series.ExpertLoads._of, list[int]()
 
-    def read(self: series.ExpertLoads, run: str, number: int, columns: Columns, row: int) -> Any:
+    def read(self: series.ExpertLoads, run: str, number: int, columns: MetricColumns, row: int) -> Any:
         calls.append(row)
         matrix = real(self, run, number, columns, row)
         if len(calls) == 20:

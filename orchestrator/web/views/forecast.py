@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.errors import UserError, from_json
 from orchestrator.record.partition import TimePart
-from orchestrator.web.cached_run import RunState
+from orchestrator.web.cached_run import CachedRun
 from orchestrator.web.redact import numbers
 from orchestrator.web.views import series
 from trainer.sizing.forecast import CONFIDENCE, StepHistory, forecast
@@ -39,7 +39,7 @@ class Forecasts:
     def __init__(self) -> None:
         self._laws: dict[str, tuple[float, dict[str, Any]]] = {}
 
-    def of(self, state: RunState, warmup: int, now: float) -> dict[str, Any]:
+    def of(self, state: CachedRun, warmup: int, now: float) -> dict[str, Any]:
         """A run's forecast.
 
         Args:
@@ -57,7 +57,7 @@ class Forecasts:
             "loss": self._loss(state, warmup),
         }
 
-    def _loss(self, state: RunState, warmup: int) -> dict[str, Any]:
+    def _loss(self, state: CachedRun, warmup: int) -> dict[str, Any]:
         known = self._laws.get(state.run.run_id)
         if known is not None and time.monotonic() - known[0] < _FRESH:
             return known[1]
@@ -68,7 +68,7 @@ class Forecasts:
         return made
 
 
-def _measured(state: RunState) -> dict[str, tuple[float, float, float]]:
+def _measured(state: CachedRun) -> dict[str, tuple[float, float, float]]:
     """Median of the newest lines, and the 5th and 95th in a hundred, by name."""
     if not state.columns:
         return {}
@@ -132,7 +132,7 @@ def _figure(
 
 
 def _finish(
-    state: RunState, measured: Mapping[str, tuple[float, float, float]], now: float
+    state: CachedRun, measured: Mapping[str, tuple[float, float, float]], now: float
 ) -> dict[str, Any]:
     row = state.row or {}
     left = int(row.get("steps") or 0) - int(row.get("step") or 0)
@@ -162,7 +162,7 @@ def _finish(
     }
 
 
-def _loss(state: RunState, warmup: int) -> dict[str, Any]:
+def _loss(state: CachedRun, warmup: int) -> dict[str, Any]:
     row = state.row or {}
     end = int(row.get("steps") or 0)
     with state.lock:

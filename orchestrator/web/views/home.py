@@ -8,14 +8,14 @@ from typing import Any
 
 from orchestrator.record.cluster_log import NodeRecord
 from orchestrator.record.summaries import controller_silence
-from orchestrator.web.cached_run import RunState
-from orchestrator.web.read_model import Seen
+from orchestrator.web.cached_run import CachedRun
+from orchestrator.web.read_model import HomeSnapshot
 
 _DAMAGE = 200
 _FAULTS = 8
 
 
-def row(state: RunState, full: bool = False) -> dict[str, Any]:
+def row(state: CachedRun, full: bool = False) -> dict[str, Any]:
     """A run's row."""
     known = dict(state.row or {})
     lines = [columns.newest for columns in state.columns.values()]
@@ -43,7 +43,7 @@ def row(state: RunState, full: bool = False) -> dict[str, Any]:
     return known
 
 
-def runs(seen: Seen, ended: int) -> dict[str, Any]:
+def runs(seen: HomeSnapshot, ended: int) -> dict[str, Any]:
     """All runs that haven't ended and the newest of the others."""
     newest = list(reversed(seen.runs.values()))
     over = [state for state in newest if state.terminal]
@@ -56,7 +56,7 @@ def runs(seen: Seen, ended: int) -> dict[str, Any]:
     }
 
 
-def controller(seen: Seen, now: float) -> dict[str, Any]:
+def controller(seen: HomeSnapshot, now: float) -> dict[str, Any]:
     """Whether the controller beats."""
     beat = seen.beat
     age = None if beat is None else max(0.0, now - beat)
@@ -67,7 +67,7 @@ def controller(seen: Seen, now: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def queue(seen: Seen, now: float) -> dict[str, Any]:
+def queue(seen: HomeSnapshot, now: float) -> dict[str, Any]:
     """The controller, and who waits for what."""
     waiting = []
     for one in seen.queue.get("waiting", []):
@@ -94,7 +94,7 @@ def queue(seen: Seen, now: float) -> dict[str, Any]:
     }
 
 
-def nodes(seen: Seen) -> dict[str, Any]:
+def nodes(seen: HomeSnapshot) -> dict[str, Any]:
     """Nodes that Ray lists, and those of the cluster's log that it doesn't."""
     rows, met = [], set()
     for one in seen.queue.get("nodes", []):

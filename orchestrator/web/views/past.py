@@ -14,28 +14,28 @@ from orchestrator.record.history import RunHistory
 from orchestrator.record.ledger import Ledger
 from orchestrator.record.partition import MEANINGS, TimePart
 from orchestrator.record.view import RESTARTS
-from orchestrator.web.cached_run import RunState
+from orchestrator.web.cached_run import CachedRun
 
 _SPANS = 600
 _MARKS = 2000
 _SAVES = 500
-_DOSSIER = 200
+_EVIDENCE_FILES = 200
 
 
-def told(state: RunState) -> RunHistory:
+def history_of(state: CachedRun) -> RunHistory:
     """The run's past; an empty one where nothing is read of it yet."""
-    return state.story or RunHistory()
+    return state.history or RunHistory()
 
 
-def axis(state: RunState, now: float) -> dict[str, Any]:
+def time_axis(state: CachedRun, now: float) -> dict[str, Any]:
     """What the run did, as intervals that cover all of it, and what happened when."""
-    story, made = told(state), state.ledger(now)
+    history, made = history_of(state), state.ledger(now)
     spans = made.partition.spans(_SPANS)
     rows = [
         {"from": begin + made.offset, "to": end + made.offset, "part": part.label, "attempt": attempt}
         for begin, end, part, attempt in spans
     ]
-    marks = story.marks[-_MARKS:]
+    marks = history.marks[-_MARKS:]
     return {
         "begin": rows[0]["from"] if rows else None,
         "end": rows[-1]["to"] if rows else None,
@@ -43,24 +43,24 @@ def axis(state: RunState, now: float) -> dict[str, Any]:
         "spans": rows,
         "marks": [asdict(mark) for mark in marks],
         "rewinds": list(_rewinds(state)),
-        "left_out": story.left_out + len(story.marks) - len(marks),
+        "left_out": history.left_out + len(history.marks) - len(marks),
     }
 
 
-def _last_step(state: RunState, number: int) -> int | None:
+def _last_step(state: CachedRun, number: int) -> int | None:
     columns = state.columns.get(number)
     return int(columns.places["step"][columns.rows - 1]) if columns is not None and columns.rows else None
 
 
-def _rewinds(state: RunState) -> Iterable[dict[str, Any]]:
-    story = told(state)
-    for before, own in itertools.pairwise(story.attempts.values()):
+def _rewinds(state: CachedRun) -> Iterable[dict[str, Any]]:
+    history = history_of(state)
+    for before, own in itertools.pairwise(history.attempts.values()):
         last = _last_step(state, before.number)
         if own.resumed_step is not None and last is not None and own.resumed_step < last:
             yield {"time": own.resumed, "from_step": last, "to_step": own.resumed_step, "attempt": own.number}
 
 
-def ledger(state: RunState, now: float) -> dict[str, Any]:
+def ledger(state: CachedRun, now: float) -> dict[str, Any]:
     """Where the run's time went."""
     made = state.ledger(now)
     wall = made.wall
@@ -78,34 +78,34 @@ def ledger(state: RunState, now: float) -> dict[str, Any]:
         ],
         "by_attempt": [
             {"attempt": n, "parts": {p.label: s for p, s in made.partition.totals(n).items() if s > 0}}
-            for n in sorted(told(state).attempts)
+            for n in sorted(history_of(state).attempts)
         ],
         "incidents": [{"incident": n} | cost for n, cost in _costs(state, made).items()],
     }  # fmt: skip
 
 
-def _costs(state: RunState, made: Ledger) -> dict[int, dict[str, float]]:
+def _costs(state: CachedRun, made: Ledger) -> dict[int, dict[str, float]]:
     """By incident that ended an attempt, what it cost. Of several of one attempt, the last one ended it."""
     ended = {
         opened.attempt: number
-        for number, (_, opened) in told(state).incidents.items()
+        for number, (_, opened) in history_of(state).incidents.items()
         if _stops(state, number)
     }
     return {number: made.incident(attempt) for attempt, number in ended.items()}
 
 
-def _stops(state: RunState, number: int) -> bool:
-    story = told(state)
-    own = story.attempts.get(story.incidents[number][1].attempt)
-    cause = story.incidents[number][1].cause
+def _stops(state: CachedRun, number: int) -> bool:
+    history = history_of(state)
+    own = history.attempts.get(history.incidents[number][1].attempt)
+    cause = history.incidents[number][1].cause
     return own is not None and own.decision is not None and cause != "checkpoint_overdue"
 
 
-def attempts(state: RunState) -> list[dict[str, Any]]:
+def attempts(state: CachedRun) -> list[dict[str, Any]]:
     """Each attempt: when, where, from which step to which, and how it ended."""
-    story, rows = told(state), []
-    begun = [(a.number, a.resumed_step) for a in story.attempts.values() if a.resumed_step is not None]
-    for own in story.attempts.values():
+    history, rows = history_of(state), []
+    begun = [(a.number, a.resumed_step) for a in history.attempts.values() if a.resumed_step is not None]
+    for own in history.attempts.values():
         columns, last = state.columns.get(own.number), _last_step(state, own.number)
         later = min(
             (step for number, step in begun if number > own.number and step is not None), default=None
@@ -124,10 +124,10 @@ def attempts(state: RunState) -> list[dict[str, Any]]:
     return rows
 
 
-def checkpoints(state: RunState, every: int | None) -> dict[str, Any]:
+def checkpoints(state: CachedRun, every: int | None) -> dict[str, Any]:
     """Saves, newest first."""
-    story = told(state)
-    begun = {a.number: a.resumed_step for a in story.attempts.values() if a.resumed_step is not None}
+    history = history_of(state)
+    begun = {a.number: a.resumed_step for a in history.attempts.values() if a.resumed_step is not None}
     rows: list[dict[str, Any]] = []
     seen = 0
     for number, columns in state.columns.items():
@@ -160,14 +160,14 @@ def checkpoints(state: RunState, every: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def incidents(state: RunState, now: float) -> dict[str, Any]:
+def incidents(state: CachedRun, now: float) -> dict[str, Any]:
     """What broke, with its evidence, verdicts, decision and cost; newest first."""
-    story = told(state)
+    history = history_of(state)
     costs = _costs(state, state.ledger(now))
     rows = []
-    for number, (opened, event) in sorted(story.incidents.items(), reverse=True):
-        closed, outcome = story.closed.get(number, (None, None))
-        own = story.attempts.get(event.attempt)
+    for number, (opened, event) in sorted(history.incidents.items(), reverse=True):
+        closed, outcome = history.closed.get(number, (None, None))
+        own = history.attempts.get(event.attempt)
         decision = own.decision if own and number in costs else None
         rows.append(
             asdict(event)
@@ -178,7 +178,7 @@ def incidents(state: RunState, now: float) -> dict[str, Any]:
                 "stops_nothing": event.cause == "checkpoint_overdue",
                 "lost_steps": outcome.lost_steps if outcome else None,
                 "downtime_seconds": outcome.downtime_seconds if outcome else None,
-                "dossier": dossier(state.run, event.attempt),
+                "dossier": evidence_files(state.run, event.attempt),
                 "verdicts": [
                     {"time": v.get("time"), "kind": v.get("kind"), "rank": v.get("rank"), "node": v.get("node"),
                      "detail": v.get("detail", "")}
@@ -197,7 +197,7 @@ def incidents(state: RunState, now: float) -> dict[str, Any]:
     return {"incidents": rows, "findings": list((state.row or {}).get("findings") or [])}
 
 
-def dossier(run: RunPaths, attempt: int) -> list[dict[str, Any]]:
+def evidence_files(run: RunPaths, attempt: int) -> list[dict[str, Any]]:
     """Files that were kept of an attempt before its ranks were stopped."""
     folder = run.attempt(attempt).evidence
     try:
@@ -211,7 +211,7 @@ def dossier(run: RunPaths, attempt: int) -> list[dict[str, Any]]:
             "rank": _rank(path.name),
             "what": _what(path.name),
         }  # fmt: skip
-        for path in paths[:_DOSSIER]
+        for path in paths[:_EVIDENCE_FILES]
     ]
 
 

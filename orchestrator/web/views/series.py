@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from configs.errors import UserError, nearest
 from orchestrator.record import ledger
-from orchestrator.web.cached_run import RunState
-from orchestrator.web.columns import Columns, loads
+from orchestrator.web.cached_run import CachedRun
+from orchestrator.web.columns import MetricColumns, expert_loads
 from orchestrator.web.redact import numbers
 
 AXES = ("step", "time")
 _VALIDATIONS = 4000
 
 
-def names_of(state: RunState) -> list[str]:
+def names_of(state: CachedRun) -> list[str]:
     """Names of all curves of a run."""
     names: dict[str, None] = {}
     for columns in state.columns.values():
@@ -32,7 +32,7 @@ def names_of(state: RunState) -> list[str]:
 
 
 def series(
-    state: RunState, names: list[str], axis: str, begin: float, end: float, points: int
+    state: CachedRun, names: list[str], axis: str, begin: float, end: float, points: int
 ) -> dict[str, Any]:
     """Curves, one segment per attempt and per kept or lost part of it.
 
@@ -78,15 +78,15 @@ def series(
     }
 
 
-def lost_after(state: RunState) -> dict[int, int]:
+def lost_after(state: CachedRun) -> dict[int, int]:
     """By attempt, the step after which a later attempt trained its steps again."""
     resumed = {number: columns.resumed for number, columns in state.columns.items()}
     return ledger.lost_after({number: line.step if line else None for number, line in resumed.items()})
 
 
 def _pieces(
-    state: RunState, axis: str, begin: float, end: float
-) -> list[tuple[int, Columns, bool, NDArray[np.int64]]]:
+    state: CachedRun, axis: str, begin: float, end: float
+) -> list[tuple[int, MetricColumns, bool, NDArray[np.int64]]]:
     """Attempt, its columns, whether lost, and the rows between `begin` and `end`."""
     after, pieces = lost_after(state), []
     for number in sorted(state.columns):
@@ -98,7 +98,9 @@ def _pieces(
     return [one for one in pieces if len(one[3])]
 
 
-def _segment(columns: Columns, rows: NDArray[np.int64], names: list[str], points: int) -> dict[str, Any]:
+def _segment(
+    columns: MetricColumns, rows: NDArray[np.int64], names: list[str], points: int
+) -> dict[str, Any]:
     edges = np.unique(np.linspace(0, len(rows), min(points, len(rows)) + 1).astype(np.int64))
     counts, last = np.diff(edges), rows[edges[1:] - 1]
     made: dict[str, dict[str, list[Any]]] = {}
@@ -127,7 +129,7 @@ def _segment(columns: Columns, rows: NDArray[np.int64], names: list[str], points
     }
 
 
-def _validation(state: RunState, axis: str, begin: float, end: float) -> dict[str, Any]:
+def _validation(state: CachedRun, axis: str, begin: float, end: float) -> dict[str, Any]:
     lines = [line for n in sorted(state.columns) for line in state.columns[n].evaluated]
     lines = [line for line in lines if begin <= getattr(line, axis) <= end][-_VALIDATIONS:]
     return {
@@ -147,7 +149,7 @@ class ExpertLoads:
         self._lock = threading.Lock()
         """Of `_known`: several runs may be looked at at once."""
 
-    def _of(self, run: str, number: int, columns: Columns, row: int) -> NDArray[np.uint32]:
+    def _of(self, run: str, number: int, columns: MetricColumns, row: int) -> NDArray[np.uint32]:
         key = (run, number, int(columns.places["at"][row]))
         with self._lock:
             matrix = self._known.pop(key, None)
@@ -159,7 +161,9 @@ class ExpertLoads:
             self._known[key] = matrix
         return matrix
 
-    def map(self, state: RunState, layer: int | None, begin: float, end: float, count: int) -> dict[str, Any]:
+    def map(
+        self, state: CachedRun, layer: int | None, begin: float, end: float, count: int
+    ) -> dict[str, Any]:
         """Load over the mean, by layer (its largest) or by expert of one layer, over steps.
 
         Args:
@@ -210,7 +214,7 @@ class ExpertLoads:
         }
 
 
-def _whole(columns: Columns, name: str, row: int) -> float | None:
+def _whole(columns: MetricColumns, name: str, row: int) -> float | None:
     value = float(columns.column(name)[row])
     return round(value, 6) if np.isfinite(value) else None
 
@@ -218,7 +222,7 @@ def _whole(columns: Columns, name: str, row: int) -> float | None:
 def _matrix(line: bytes) -> NDArray[np.uint32]:
     """Layers by experts; empty where the line has none."""
     try:
-        rows = loads(line)
+        rows = expert_loads(line)
     except (ValueError, AttributeError, TypeError):
         rows = []
     width = max((len(row) for row in rows), default=0)

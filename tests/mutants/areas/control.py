@@ -415,7 +415,7 @@ MUTANTS = [
     Mutant(
         "what git ignores travels",
         _JOBS,
-        ', *(f"/{_literal(path)}" for path in self._left())]',
+        ', *(f"/{_literal(path)}" for path in self._ignored_paths())]',
         "]",
         f"{_OF_JOBS}what_git_ignores_by_any_list_stays_at_home",
     ),

@@ -143,7 +143,7 @@ MUTANTS = [
     Mutant(
         "runs that ended stay in the metrics",
         "orchestrator/web/read_model.py",
-        "now - float(ended) < LINGER",
+        "now - float(ended) < EXPORT_SECONDS",
         "now - float(ended) >= 0",
         "tests/web/test_monitoring.py::test_labels_are_bounded_and_runs_that_ended_leave",
     ),

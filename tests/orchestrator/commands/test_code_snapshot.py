@@ -45,8 +45,8 @@ def code(tmp_path: Path) -> Path:
 
 def test_code_is_kept_once_per_content_and_nobody_writes_it(code: Path, tmp_path: Path) -> None:
     home = HomePaths(tmp_path / "home")
-    first = code_snapshot.snapshot(home, {"commit": "abc"}, code)
-    assert code_snapshot.snapshot(home, {"commit": "later"}, code) == first
+    first = code_snapshot.snapshot_code(home, {"commit": "abc"}, code)
+    assert code_snapshot.snapshot_code(home, {"commit": "later"}, code) == first
     assert json.loads((first / "state.json").read_text()) == {"commit": "abc"}
     assert (first / "trainer/deep/data.yaml").read_text() == "a: 1\n"
     assert not any(path.stat().st_mode & 0o222 for path in first.rglob("*"))
@@ -54,7 +54,7 @@ def test_code_is_kept_once_per_content_and_nobody_writes_it(code: Path, tmp_path
         "compiled, since nobody can later"
     )
     (code / "trainer/__init__.py").write_text("NAME = 'changed'\n")
-    second = code_snapshot.snapshot(home, {}, code)
+    second = code_snapshot.snapshot_code(home, {}, code)
     assert second != first and sorted(home.code.iterdir()) == sorted([first, second])
     told = subprocess.run(
         [sys.executable, "-c", "import trainer; print(trainer.NAME, trainer.__file__)"], cwd="/", text=True,
@@ -77,14 +77,16 @@ def test_a_copy_that_fails_leaves_nothing(
     monkeypatch.setattr(code_snapshot.shutil, "copy2", full)
     home = HomePaths(tmp_path / "home")
     with pytest.raises(UserError, match=r"No space left on device.*free some space"):
-        code_snapshot.snapshot(home, {}, code)
+        code_snapshot.snapshot_code(home, {}, code)
     assert not list(home.code.iterdir())
 
 
 def test_a_submission_says_whose_it_is_which_code_it_runs_and_how_long(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submission, "snapshot", lambda home, state: code_snapshot.snapshot(home, state, code))
+    monkeypatch.setattr(
+        submission, "snapshot_code", lambda home, state: code_snapshot.snapshot_code(home, state, code)
+    )
     made = plan(compose(["experiment=smoke", "resilience.wall_hours=1.5"]), None)
     asked = submission.Submission(made.config, made, 0, "ana")
     event = asked.event({}, "/home/code/abc")

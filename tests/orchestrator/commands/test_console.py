@@ -103,7 +103,7 @@ def test_the_live_line_of_a_pipe_is_printed_now_and_then() -> None:
     for second in range(25):
         now[0] = float(second)
         line.update(f"step {second}")
-    line.above("12:00:00 saved")
+    line.print_above("12:00:00 saved")
     line.end()
     assert stream.getvalue().splitlines() == ["step 0", "step 10", "step 20", "12:00:00 saved"]
 
@@ -118,7 +118,7 @@ def test_the_live_line_of_a_terminal_is_rewritten_in_place() -> None:
     line = watching.LiveLine(stream)
     line.update("a long line")
     line.update("short")
-    line.above("an event")
+    line.print_above("an event")
     line.end()
     text = stream.getvalue()
     assert "\rshort      " in text and "an event\nshort" in text and text.endswith("\n")
@@ -171,5 +171,5 @@ def test_a_failed_run_says_what_to_type_next(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_watch_tells_of_saves(item: Event | MetricLine, told: str | None) -> None:
-    line = watching.told(item)
+    line = watching.describe(item)
     assert line is None if told is None else line is not None and line.endswith(" " + told)

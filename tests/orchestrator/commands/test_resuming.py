@@ -47,7 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HomePaths:
 def amended(
     *overrides: str, chosen: tuple[str, ...] = ("parallel.dp",), nodes: int | None = None
 ) -> RunConfig:
-    changes.refuse(CONFIG, overrides, RUN)
+    changes.refuse_fixed(CONFIG, overrides, RUN)
     return changes.amended(CONFIG, overrides, chosen, nodes)
 
 
@@ -87,7 +87,7 @@ def test_a_preset_changes_nothing_that_a_run_keeps() -> None:
 def test_the_value_it_has_and_what_is_free_may_be_typed(override: str) -> None:
     made = amended(override)
     name, _, value = override.partition("=")
-    assert changes.told(changes.flat(made)[name]) == value
+    assert changes.as_typed(changes.flatten(made)[name]) == value
     assert made.parallel == CONFIG.parallel and made.cluster == CONFIG.cluster, (
         "a gang of the same shape runs it"
     )
@@ -236,8 +236,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_cluster(
 # ---- a new run that begins from another ----
 
 
-def begun(home: HomePaths, *words: str) -> tuple[RunConfig, resume_source.Beginning]:
-    return resume_source.find(amend(ASKED, words), home)
+def begun(home: HomePaths, *words: str) -> tuple[RunConfig, resume_source.ResumeSource]:
+    return resume_source.resolve(amend(ASKED, words), home)
 
 
 def test_a_run_a_folder_and_a_step_are_found(home: HomePaths, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_refusal_names_the_configuration_that_would_do(home: HomePaths) -> Non
         begun(home, f"resume={RUN}", "train.seed=7")
     path = Path(str(refused.value).rpartition("--config ")[2])
     config = compose([f"resume={RUN}", "train.steps=300"], path)
-    assert resume_source.find(config, home)[1].step == 40
+    assert resume_source.resolve(config, home)[1].step == 40
 
 
 def test_the_plan_shows_from_where_and_what_differs(
@@ -351,7 +351,7 @@ def test_the_succeeded_runs_hint_can_be_typed(home: HomePaths, capsys: pytest.Ca
     config = compose(
         [f"resume={run.run_id}", "train.steps=200"], Path(path.partition(" resume=")[0].strip("'\""))
     )
-    assert resume_source.find(config, home)[1].step == 100
+    assert resume_source.resolve(config, home)[1].step == 100
 
 
 def test_an_event_holds_what_a_log_line_can(home: HomePaths) -> None:

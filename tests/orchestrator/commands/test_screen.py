@@ -26,7 +26,7 @@ from configs.paths import HomePaths
 from faulttol.detect.snapshot import RankSeen
 from faulttol.timeline.file import STORED, StepFile, folder
 from orchestrator.commands import screen
-from orchestrator.commands.screen import Picture, bar, begin, lines, spark
+from orchestrator.commands.screen import RunScreen, lines, sparkline, stacked_bar, tail_positions
 from orchestrator.commands.text import plain
 from orchestrator.record import rank_status, summaries
 from orchestrator.record.following import Follower
@@ -42,7 +42,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT = "no controller has turned for 4"
 
 
-def shown(picture: Picture, width: int = 80, height: int = 24, rich: bool = True) -> list[str]:
+def shown(picture: RunScreen, width: int = 80, height: int = 24, rich: bool = True) -> list[str]:
     return [line.plain for line in lines(picture, width, height, rich)]
 
 
@@ -64,9 +64,9 @@ def made(tmp_path: Path) -> MadeRun:
     return run.start(1, 3, step=10, part="restart").train(12)
 
 
-def picture_of(run: MadeRun) -> Picture:
-    picture = Picture(row=summaries.summary(run.run, {}))
-    picture.take(Follower(run.run).poll())
+def picture_of(run: MadeRun) -> RunScreen:
+    picture = RunScreen(row=summaries.summary(run.run, {}))
+    picture.apply(Follower(run.run).poll())
     return picture
 
 
@@ -74,16 +74,19 @@ def picture_of(run: MadeRun) -> Picture:
 
 
 def test_a_spark_shows_the_course_in_as_many_columns_as_there_are() -> None:
-    assert spark([8, 7, 6, 5, 4, 3, 2, 1], 8, BLOCKS) == "█▇▆▅▄▃▂▁"
-    assert spark([1, 1, 8, 8], 2, BLOCKS) == "▁█"
-    assert spark([3.0, 3.0], 10, BLOCKS) == "▁▁" and spark([], 10, BLOCKS) == ""
-    assert len(spark(list(range(1000)), 37, BLOCKS)) == 37
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1], 8, BLOCKS) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1, 1, 8, 8], 2, BLOCKS) == "▁█"
+    assert sparkline([3.0, 3.0], 10, BLOCKS) == "▁▁" and sparkline([], 10, BLOCKS) == ""
+    assert len(sparkline(list(range(1000)), 37, BLOCKS)) == 37
 
 
 def test_a_bar_has_its_parts_in_proportion_and_never_more_than_its_width() -> None:
-    assert bar([(1, "a", ""), (2, "b", ""), (1, "c", "")], 8, 4.0).plain == "aabbbbcc"
-    assert bar([(1, "a", ""), (0, "b", "")], 8, 4.0).plain == "aa      "
-    assert bar([(9, "a", "")], 4, 1.0).plain == "aaaa" and bar([(1, "a", "")], 4, 0.0).plain == "    "
+    assert stacked_bar([(1, "a", ""), (2, "b", ""), (1, "c", "")], 8, 4.0).plain == "aabbbbcc"
+    assert stacked_bar([(1, "a", ""), (0, "b", "")], 8, 4.0).plain == "aa      "
+    assert (
+        stacked_bar([(9, "a", "")], 4, 1.0).plain == "aaaa"
+        and stacked_bar([(1, "a", "")], 4, 0.0).plain == "    "
+    )
 
 
 def test_text_from_elsewhere_moves_nothing() -> None:
@@ -103,21 +106,21 @@ def test_the_picture_of_a_run_with_a_fault(made: MadeRun) -> None:
 
 
 def test_a_rewind_takes_the_lost_losses_with_it() -> None:
-    picture = Picture()
-    picture.take([step_line(1, step, step) for step in range(1, 9)])
-    picture.take([ResumedLine(9.0, 2, 5, "p", "")])
+    picture = RunScreen()
+    picture.apply([step_line(1, step, step) for step in range(1, 9)])
+    picture.apply([ResumedLine(9.0, 2, 5, "p", "")])
     assert [step for step, _ in picture.losses] == [1, 2, 3, 4, 5]
-    picture.take([step_line(2, 6, 10.0, loss=float("nan"))])
+    picture.apply([step_line(2, 6, 10.0, loss=float("nan"))])
     assert len(picture.losses) == 5 and picture.newest is not None, (
         "what isn't finite has no place in the curve"
     )
 
 
 def test_memory_is_bounded() -> None:
-    picture = Picture()
+    picture = RunScreen()
     for step in range(1, 30_000):
-        picture.take([step_line(1, step, float(step)), SavedLine(float(step), 1, step, "p", 1, 0.1)])
-    assert len(picture.losses) <= 2 * screen._LOSSES and len(picture.happened) == screen._KEPT
+        picture.apply([step_line(1, step, float(step)), SavedLine(float(step), 1, step, "p", 1, 0.1)])
+    assert len(picture.losses) <= 2 * screen._LOSSES and len(picture.messages) == screen._KEPT
     assert picture.losses[-1][0] > 29_990
 
 
@@ -178,7 +181,7 @@ def test_ranks_are_read_from_their_steps_and_looks(made: MadeRun) -> None:
 def test_a_measurement_has_a_line_in_place_of_losses(made: MadeRun) -> None:
     picture = picture_of(made)
     picture.losses.clear()
-    picture.take(
+    picture.apply(
         [
             MeasuredLine(
                 1.0,
@@ -198,8 +201,8 @@ def test_a_measurement_has_a_line_in_place_of_losses(made: MadeRun) -> None:
 
 
 def test_held_out_loss_and_saves_are_told() -> None:
-    picture = Picture()
-    picture.take(
+    picture = RunScreen()
+    picture.apply(
         [
             step_line(1, 5, 5.0),
             EvaluatedLine(6.0, 1, 5, 2.75, 8, 1.0),
@@ -211,8 +214,8 @@ def test_held_out_loss_and_saves_are_told() -> None:
 
 def test_a_long_past_is_read_from_its_end_at_the_beginning_of_a_line(made: MadeRun) -> None:
     sizes = {n: made.run.attempt(n).metrics.stat().st_size for n in (1, 2)}
-    assert begin(made.run) == {"2": 0, "1": 0}
-    at = begin(made.run, 1000)
+    assert tail_positions(made.run) == {"2": 0, "1": 0}
+    at = tail_positions(made.run, 1000)
     assert at["1"] == sizes[1], "an older attempt has none of what is read"
     data = made.run.attempt(2).metrics.read_bytes()
     assert sizes[2] - 1000 < at["2"] < sizes[2] and data[at["2"] - 1 : at["2"]] == b"\n"
@@ -411,7 +414,7 @@ def test_a_silent_controller_is_told_and_its_return_too(
         if len(told) == 6:
             made.finish()
 
-    monkeypatch.setattr(screen, "_drawn", drawn)
+    monkeypatch.setattr(screen, "_full_screen", drawn)
     with Path(os.devnull).open("w") as nowhere:
         screen.watch(made.run, made.home, nowhere, sleep)
     silent = [any(line.startswith(SILENT) for line in lines_) for lines_ in told]

@@ -118,8 +118,8 @@ def test_an_error_of_several_lines_stays_in_its_row(
 
 
 def test_the_screen_shows_no_secret(run: RunPaths) -> None:
-    picture = screen.Picture(row=summaries.summary(run, {}))
-    picture.take(Follower(run).poll())
+    picture = screen.RunScreen(row=summaries.summary(run, {}))
+    picture.apply(Follower(run).poll())
     shown = "\n".join(line.plain for line in screen.lines(picture, 200, 40, True))
     assert "failed" in shown and SECRET not in shown
 
@@ -163,7 +163,7 @@ def test_lines_of_several_files_come_in_order_of_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "shown"), [(1, "1 step again"), (2, "2 steps again")])
 def test_one_step_is_one_step(count: int, shown: str, run: RunPaths) -> None:
     closed = IncidentClosed(1, "attempt 2 resumed", count, 1.0)
-    assert (watching.told(Event(1, 1.0, closed)) or "").endswith(shown)
+    assert (watching.describe(Event(1, 1.0, closed)) or "").endswith(shown)
 
 
 def test_plain_text_moves_nothing() -> None:

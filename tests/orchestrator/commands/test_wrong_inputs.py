@@ -200,7 +200,7 @@ def test_a_local_ray_that_is_being_started_again_is_no_mistyped_address(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ended(home, "run-a-b-d", State.QUEUED)
-    monkeypatch.setattr(cluster, "local", lambda home: RECORD)
+    monkeypatch.setattr(cluster, "live_cluster", lambda home: RECORD)
     assert main(words) == 2
     said_once(capsys, ["the local Ray at 127.0.0.1:1 doesn't answer", "again in a minute", "down"])
 
@@ -209,8 +209,8 @@ def test_down_names_the_runs_that_it_could_not_cancel(
     home: HomePaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended(home, "run-a-b-d", State.QUEUED)
-    monkeypatch.setattr(cluster, "local", lambda home: RECORD)
-    monkeypatch.setattr(cluster, "end", lambda home: True)
+    monkeypatch.setattr(cluster, "live_cluster", lambda home: RECORD)
+    monkeypatch.setattr(cluster, "stop_cluster", lambda home: True)
     assert main(["down", "--yes"]) == 0
     out = capsys.readouterr().out
     assert "not cancelled: run-a-b-d" in out and "up` continues it" in out

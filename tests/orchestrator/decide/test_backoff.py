@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.decide import backoff
-from orchestrator.local.supervisor import Watch
+from orchestrator.local.supervisor import RestartPolicy
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
 
@@ -18,8 +18,8 @@ def test_a_wait_doubles_up_to_its_cap_however_often_it_failed() -> None:
     )
 
 
-def test_a_keeper_asks_for_its_controller_for_ever() -> None:
-    watch, now, asked = Watch(), 0.0, 0
+def test_a_supervisor_asks_for_its_controller_for_ever() -> None:
+    watch, now, asked = RestartPolicy(), 0.0, 0
     watch.due("beat", now)
     while asked < 3000:  # a wait of 2 to the power of that would be not a float any more
         now += 15.0

@@ -24,7 +24,7 @@ from orchestrator.commands.calls import CommandCall
 from orchestrator.local import cluster, lock, machine, settings, supervisor
 from orchestrator.local.cluster import LocalCluster
 from orchestrator.local.head import RayHead
-from orchestrator.local.supervisor import Supervisor, Watch
+from orchestrator.local.supervisor import ControllerSupervisor, RestartPolicy
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -89,7 +89,7 @@ def test_gpus_are_counted_by_the_vendors_tools(tmp_path: Path, monkeypatch: pyte
 
 
 def _hold(path: Path, seconds: float, order: list[str], name: str) -> None:
-    with lock.held(path, order.append):
+    with lock.file_lock(path, order.append):
         order.append(f"{name} in")
         time.sleep(seconds)
         order.append(f"{name} out")
@@ -131,7 +131,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(
         + (
             "def refuse(*_):\n    raise OSError(errno.ENOLCK, 'no')\n"
             "if not locks:\n    lock.fcntl.flock = refuse\n"
-            f"with lock.held(Path({str(path)!r}), print):\n    print('in', flush=True)\n    time.sleep(60)\n"
+            f"with lock.file_lock(Path({str(path)!r}), print):\n    print('in', flush=True)\n    time.sleep(60)\n"
         )
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -140,12 +140,12 @@ def test_the_lock_of_a_process_that_was_killed_is_free(
         _no_locks(monkeypatch)
     with (
         pytest.raises(UserError, match=rf"held by process {holder.pid} on "),
-        lock.held(path, lambda _: None, 0.3),
+        lock.file_lock(path, lambda _: None, 0.3),
     ):
         pass
     holder.kill()
     holder.wait()
-    with lock.held(path, lambda _: None, 5.0):
+    with lock.file_lock(path, lambda _: None, 5.0):
         pass
 
 
@@ -157,7 +157,7 @@ def test_a_process_whose_name_is_cut_within_a_letter_has_a_start(tmp_path: Path)
         deadline = time.monotonic() + 10
         while b"xxx" not in Path(f"/proc/{process.pid}/comm").read_bytes():
             assert time.monotonic() < deadline
-        assert lock.started(process.pid) > 0
+        assert lock.start_ticks(process.pid) > 0
     finally:
         process.kill()
         process.wait()
@@ -182,32 +182,32 @@ def test_a_live_lock_that_replaced_a_stale_one_is_put_back(
 RECORD = LocalCluster("127.0.0.1:1", "http://127.0.0.1:2", os.getpid(), 1, "boot", "host", 2, 0, "/tmp/none")
 
 
-def test_a_record_holds_while_its_keeper_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_holds_while_its_supervisor_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = HomePaths(tmp_path)
-    assert cluster.local(home) is None
-    mine = replace(RECORD, ticks=lock.started(os.getpid()), boot=cluster.boot(), host="another name")
-    cluster.write(home, mine)
-    assert cluster.local(home) == mine
+    assert cluster.live_cluster(home) is None
+    mine = replace(RECORD, ticks=lock.start_ticks(os.getpid()), boot=cluster.boot_id(), host="another name")
+    cluster.write_record(home, mine)
+    assert cluster.live_cluster(home) == mine
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert cluster.local(home) == mine, "a clock that is set back changes nothing"
+    assert cluster.live_cluster(home) == mine, "a clock that is set back changes nothing"
     for gone in (
         replace(mine, ticks=mine.ticks + 1),
         replace(mine, boot="before", host=lock.socket.gethostname()),
     ):
-        cluster.write(home, gone)
-        assert cluster.local(home) is None
-    cluster.write(home, replace(mine, boot="elsewhere", host="gpu7"))
+        cluster.write_record(home, gone)
+        assert cluster.live_cluster(home) is None
+    cluster.write_record(home, replace(mine, boot="elsewhere", host="gpu7"))
     with pytest.raises(UserError, match="names a Ray on gpu7"):
-        cluster.local(home)
+        cluster.live_cluster(home)
 
 
 @pytest.mark.parametrize("text", ['{"address": "127.0.0.1:1"', "[]", '{"address": 1}', "\x00"])
 def test_a_broken_record_is_none_and_is_named(text: str, tmp_path: Path) -> None:
     home = HomePaths(tmp_path)
     home.cluster.write_text(text)
-    assert cluster.local(home) is None
-    assert str(home.cluster) in cluster.recorded(home)[1]
-    assert cluster.recorded(HomePaths(tmp_path / "none")) == (None, "")
+    assert cluster.live_cluster(home) is None
+    assert str(home.cluster) in cluster.read_record(home)[1]
+    assert cluster.read_record(HomePaths(tmp_path / "none")) == (None, "")
 
 
 def test_only_what_the_local_ray_has_started_is_ended(
@@ -228,14 +228,14 @@ def test_only_what_the_local_ray_has_started_is_ended(
     try:
         for process in started:
             assert process.stdout is not None and process.stdout.readline() == b"up\n"
-        found = cluster.members(home)
+        found = cluster.cluster_pids(home)
         assert started[0].pid in found and started[1].pid not in found and len(found) == 2
-        assert cluster.end(home) and not cluster.members(home)
-        assert not lock.started(started[0].pid)
-        assert started[1].poll() is None and len(cluster.members(other)) == 2
-        assert not cluster.end(home), "nothing is left"
+        assert cluster.stop_cluster(home) and not cluster.cluster_pids(home)
+        assert not lock.start_ticks(started[0].pid)
+        assert started[1].poll() is None and len(cluster.cluster_pids(other)) == 2
+        assert not cluster.stop_cluster(home), "nothing is left"
     finally:
-        cluster.end(other)
+        cluster.stop_cluster(other)
         for process in started:
             process.kill()
             process.wait()
@@ -294,7 +294,7 @@ def test_a_token_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_controller_that_beats_is_left_alone_and_one_that_does_not_is_started_ever_less_often() -> None:
-    watch = Watch()
+    watch = RestartPolicy()
     assert not [t for t in range(0, 100, 2) if watch.due(t // 4, float(t))]
     due = [t for t in range(100, 200) if watch.due("silent", float(t))]
     assert due[0] == 110 and [b - a for a, b in zip(due, due[1:], strict=False)][:6] == [1, 2, 4, 8, 15, 15]
@@ -310,7 +310,7 @@ def test_a_lost_controller_is_started_at_once_and_a_start_that_hangs_is_ended(
     monkeypatch.setattr(
         supervisor.subprocess, "Popen", lambda command, **options: real(["/bin/sleep", "60"], **options)
     )
-    one = Supervisor(HomePaths(tmp_path), "127.0.0.1:1", told.append, lost=True)
+    one = ControllerSupervisor(HomePaths(tmp_path), "127.0.0.1:1", told.append, lost=True)
     try:
         one.turn(1000.0)
         assert told == ["the controller at 127.0.0.1:1 doesn't beat; starting it"] and one._child is not None
@@ -346,7 +346,7 @@ def test_output_that_nobody_reads_stops_no_command() -> None:
 
 
 def test_a_record_is_written_whole(tmp_path: Path) -> None:
-    cluster.write(HomePaths(tmp_path), RECORD)
+    cluster.write_record(HomePaths(tmp_path), RECORD)
     assert json.loads(HomePaths(tmp_path).cluster.read_text()) == asdict(RECORD)
     assert [path.name for path in tmp_path.iterdir()] == ["cluster.json"]
 
@@ -413,10 +413,10 @@ def test_a_start_that_was_too_slow_is_tried_once_more(
             log.write(f"{text}\n" if text else "up\n")
         return None if text else RECORD
 
-    monkeypatch.setattr(cluster, "_kept", kept)
+    monkeypatch.setattr(cluster, "_start_supervisor", kept)
     if said[tries - 1] is None:
-        assert cluster.up(home, 2, 0, Timeouts()) is RECORD
+        assert cluster.start_cluster(home, 2, 0, Timeouts()) is RECORD
     else:
         with pytest.raises(UserError, match="Ray did not start"):
-            cluster.up(home, 2, 0, Timeouts())
+            cluster.start_cluster(home, 2, 0, Timeouts())
     assert len(made) == tries

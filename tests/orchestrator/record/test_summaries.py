@@ -293,15 +293,15 @@ def test_what_continues_a_stopped_run_says_from_where_and_what_was_not_saved(tmp
     log.append(StateMoved(State.QUEUED, Reason.SUBMITTED), 0.0)
     log.append(StateMoved(State.CANCELLED, Reason.CANCEL_ASKED), 1.0)
     (row,) = summaries.summaries(home).rows
-    assert console.continuing(row) == f"{resume} starts it over, since it has no checkpoint"
+    assert console.continue_hint(row) == f"{resume} starts it over, since it has no checkpoint"
     log.append(CheckpointCommitted(1, 40, "folder/step", 9, 12.5, 0.25), 2.0)
     (row,) = summaries.summaries(home).rows
-    assert console.continuing(row) == f"{resume} continues it from step 40"
+    assert console.continue_hint(row) == f"{resume} continues it from step 40"
     log.append(CheckpointFailed(1, 98, "No space left", 1), 3.0)
     log.close()
     (row,) = summaries.summaries(home).rows
     why = "1 save failed since step 40: No space left"
-    assert console.continuing(row) == f"{resume} continues it from step 40: {why}"
+    assert console.continue_hint(row) == f"{resume} continues it from step 40: {why}"
 
 
 @pytest.mark.parametrize(("detail", "shown"), [("", ""), ("ann asked for it", ": ann asked for it")])

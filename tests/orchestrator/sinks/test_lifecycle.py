@@ -12,8 +12,8 @@ from orchestrator.sinks.lifecycle import (
     FORGOTTEN_SECONDS,
     LONGEST_SECONDS,
     TRIES,
-    SinkStarts,
-    pump_to_the_end,
+    SinkCheckSchedule,
+    run_sink,
     temporary_files,
 )
 
@@ -37,7 +37,7 @@ class Sink:
 
 
 def test_a_sink_is_looked_for_in_the_first_turn_and_ever_more_rarely_after_it() -> None:
-    starts = SinkStarts()
+    starts = SinkCheckSchedule()
     looks = [now for now in range(4000) if starts.due("a", float(now))]
     assert looks[:4] == [0, 5, 15, 35]
     assert {b - a for a, b in zip(looks[-4:], looks[-3:], strict=False)} == {LONGEST_SECONDS}
@@ -46,7 +46,7 @@ def test_a_sink_is_looked_for_in_the_first_turn_and_ever_more_rarely_after_it() 
 
 def test_a_run_that_comes_back_is_looked_at_at_once() -> None:
     """Its old sink may just have ended with the attempt before the resume."""
-    starts = SinkStarts()
+    starts = SinkCheckSchedule()
     for now in range(100):
         starts.due("a", float(now))
     assert not starts.due("a", 100.0)
@@ -88,7 +88,7 @@ def test_a_folder_that_is_anothers_is_left_alone(temporary: Path, monkeypatch: p
 def test_a_sink_that_raises_is_made_anew_and_closed() -> None:
     made = [Sink(fails_at=2), Sink(fails_at=0), Sink()]
     left, waits = list(made), list[float]()
-    pump_to_the_end(lambda: left.pop(0), waits.append)
+    run_sink(lambda: left.pop(0), waits.append)
     assert not left and all(sink.closed for sink in made)
     assert waits == [1.0, 1.0, 5.0, 10.0, 1.0, 1.0], "and the files are read once a second"
 
@@ -100,5 +100,5 @@ def test_a_sink_that_can_not_be_made_is_given_up() -> None:
     def broken() -> Sink:
         raise PermissionError(13, "Permission denied")
 
-    pump_to_the_end(broken, waits.append)
+    run_sink(broken, waits.append)
     assert len(waits) == TRIES and waits[0] < waits[1] and max(waits) == LONGEST_SECONDS

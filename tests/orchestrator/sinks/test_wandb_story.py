@@ -251,7 +251,7 @@ def test_tables_that_can_not_be_made_hold_up_nothing(made: MadeRun, monkeypatch:
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("wandb.init", lambda **_: Logged())
-    monkeypatch.setattr(tables.Tables, "told", lambda _: 1 / 0)
+    monkeypatch.setattr(tables.TableBuilder, "build", lambda _: 1 / 0)
     sink = WandbSink(made.run, compose(["experiment=smoke"]))
     for _ in range(20):
         if sink.pump():
@@ -315,7 +315,7 @@ def test_histograms_are_bounded_in_bins_and_in_number() -> None:
 
 
 def test_a_picture_has_its_colours_where_they_belong() -> None:
-    made = tables.picture([[0.0, 1.0], [3.0, None]])
+    made = tables.heat_map_image([[0.0, 1.0], [3.0, None]])
     size = tables._PIXELS
     assert made.shape == (2 * size, 2 * size, 3) and made.dtype == np.uint8
     assert made[0, 0].tolist() == [33, 102, 172] and made[0, -1].tolist() == [255, 255, 255]

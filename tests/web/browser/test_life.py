@@ -19,7 +19,7 @@ import pytest
 from configs.paths import HomePaths
 from orchestrator.web import export
 from orchestrator.web.actions import Actions
-from orchestrator.web.read_model import Live
+from orchestrator.web.read_model import HomeReadModel
 from tests.web.browser import homes
 from tests.web.browser.driving import PHONE, BrowserPage, browsing, driving, needs_browser
 from tests.web.browser.homes import HOSTILE, HUNG, LIVE, RECOVERED
@@ -125,7 +125,7 @@ def test_storage_hangs(home: homes.Home) -> None:
 
         def hanging() -> None:
             # The page waits until what it shows is 20 s old: this is older from the start.
-            live.seen = replace(live.seen, as_of=live.seen.as_of - 19)
+            live.snapshot = replace(live.snapshot, as_of=live.snapshot.as_of - 19)
             go_on.wait(120)
             turn()
 
@@ -209,7 +209,7 @@ def test_of_a_run_that_waits_nothing_is_asked_that_the_server_refuses(tmp_path: 
 
 
 def test_a_file_that_opens_anywhere(home: homes.Home, tmp_path: Path) -> None:
-    live = Live(home.paths)
+    live = HomeReadModel(home.paths)
     for run in (HUNG, HOSTILE):
         path = tmp_path / f"{run}.html"
         export.write(home.paths, run, path)
