@@ -31,7 +31,7 @@ Key = tuple[str, int]
 
 @dataclass
 class _LastAnswer:
-    """What the newest answer about an attempt held."""
+    """What the newest answer about an attempt reported, so that the next one has only what changed."""
 
     serial: int = 0
     ranks: tuple[RankSeen, ...] = ()
@@ -69,7 +69,7 @@ class NodeAgent:
         """Folder of runs -> highest epoch of a controller that was heard of; two homes may share a node."""
 
     def reconcile(self, order: AttemptOrder) -> AttemptReport:
-        """Move an attempt to where it should be, and say where it is: at once where there is news, else after `order.wait`.
+        """Bring an attempt towards its desired state, and report it: at once where it changed, else after `order.wait`.
 
         Raises:
             OrderSuperseded: where a later controller has given orders.
@@ -157,7 +157,7 @@ class NodeAgent:
         return time.monotonic() - self._born
 
     def _prune(self) -> None:
-        """Forget what was stopped long ago, and the memory of what a newer attempt of its run has followed."""
+        """Forget attempts that stopped long ago, and free node memory of those that a newer attempt has replaced."""
         newest = {root: max(n for r, n in self._attempts if r == root) for root, _ in self._attempts}
         for (root, number), attempt in self._attempts.items():
             if attempt.phase is AttemptPhase.STOPPED and number < newest[root]:

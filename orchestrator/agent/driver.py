@@ -42,7 +42,7 @@ class AgentGone(Exception):
 
 
 class AgentTransport(Protocol):
-    """Reaches agents and holds slots. Each call returns a future at once."""
+    """Sends orders to agents and reserves slots. Each call returns a future at once."""
 
     def live_nodes(self) -> frozenset[str] | None:
         """Ids of the nodes that live; None where that isn't known now."""
@@ -63,7 +63,7 @@ class AgentTransport(Protocol):
 
 
 class GangDriver:
-    """What `GangRuntime` says of gangs, over any transport.
+    """The part of `GangRuntime` that drives gangs, over any transport.
 
     Args:
         transport: reaches agents and holds slots.
@@ -121,7 +121,7 @@ class GangDriver:
         self._wake.set()
 
     def wait(self, seconds: float) -> bool:
-        """Sleep until a controller should look again; False where the time passed without news."""
+        """Sleep until an agent has reported something new; False where none has within `seconds`."""
         came = self._news.wait(seconds)
         self._news.clear()
         return came
@@ -329,7 +329,7 @@ class GangDriver:
 
 
 def _result(call: Future[Any]) -> Any:
-    """What came of a call about slots; None where it failed: it is asked again."""
+    """Result of a call about slots; None where it failed, and the caller asks again."""
     try:
         return call.result()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A gang as the controller's process knows it: what its nodes answered last, and what follows from that. No calls here."""
+"""State of a gang in the controller's process: each node's newest answer, and what follows from them. Makes no calls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Member:
         return self.answer.phase if self.answer else AttemptPhase.UNKNOWN
 
     def record_answer(self, answer: AttemptReport, now: float, wall: float) -> bool:
-        """Note an answer; whether it holds anything that a controller must look at."""
+        """Keep an answer; whether it has news for the controller."""
         before, self.answer = self.answer, answer
         self.answered, self.failures = now, 0
         report = answer.report
@@ -64,7 +64,7 @@ class Member:
         return before is None or answer.news != before.news or bool(report.lines)
 
     def reset_lost(self, desired: DesiredState) -> None:
-        """Where an agent has ended but its node lives, a new one ends what the ranks have left behind."""
+        """To stop a gang, ask a node again whose agent had ended: a new agent there kills what the old one left."""
         if desired in (DesiredState.STOPPED, DesiredState.RELEASED) and self.lost and not self.departed:
             self.lost, self.answer, self.since, self.answered = "", None, 0.0, None
 
@@ -86,7 +86,7 @@ class Gang:
     desired: DesiredState
     grace: float
     desired_since: float
-    """Monotonic time since which it is wanted."""
+    """Monotonic time since which that state is desired."""
     members: list[Member]
     devices: dict[str, dict[str, str]] | None = None
     """Variables by node, once the slots are held."""
@@ -105,7 +105,7 @@ class Gang:
     """The call that finds one."""
 
     def set_desired(self, spec: GangSpec, desired: DesiredState, grace: float, now: float) -> bool:
-        """Note what is wanted; whether that is new. It never goes back."""
+        """Set the desired state; whether it is new. An earlier state in the order is ignored."""
         self.spec = spec
         if _ORDER.index(desired) < _ORDER.index(self.desired) or (desired, grace) == (
             self.desired,
@@ -158,7 +158,7 @@ class Gang:
         )
 
     def mark_lost_nodes(self, now: float, alive: frozenset[str] | None) -> None:
-        """Find the nodes that are lost."""
+        """Mark members as lost: their node left the cluster, its agent was started anew, or it doesn't confirm a stop."""
         youngest = min(
             (m.answer.started for m in self.members if m.answer and m.answer.started is not None),
             default=None,

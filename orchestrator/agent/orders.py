@@ -74,7 +74,7 @@ class LaunchSpec:
 
 @dataclass(frozen=True)
 class AttemptOrder:
-    """What should be with an attempt on one node, and how long the answer may wait for news."""
+    """The desired state of an attempt on one node, and how long the answer may wait while nothing changes."""
 
     epoch: int
     run_root: str
@@ -93,7 +93,7 @@ class AttemptOrder:
     offset: int = 0
     """Byte of `metrics.jsonl` up to which lines have come in."""
     wait: float = 0.0
-    """Seconds after which the answer comes without news."""
+    """The agent answers after so many seconds though nothing has changed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AttemptReport:
     """Seconds since the ranks were started here; None: they were not."""
     report: AgentReport
     news: int
-    """Counts what can't wait for the next look: exits, phases, lines."""
+    """Version of the attempt: it rises with each exit, phase and metric line, and a rise is answered at once."""
     serial: int
     """Counts answers."""
     master: str = ""

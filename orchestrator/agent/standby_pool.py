@@ -1,4 +1,4 @@
-"""The interpreters of a node that have imported a rank's program and wait to become one."""
+"""A node's warm pool: interpreters that have imported a rank's program already, so that a rank starts without that wait."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from orchestrator.local import machine
 log = logging.getLogger("megaray.agent")
 
 _LINGER_SECONDS = 30.0
-"""After nobody needs them, since the next attempt may follow."""
+"""How long standbys stay after their run has given its slots back: its next attempt may follow."""
 _TICK_SECONDS = 0.5
 _TRIES = 3
-"""Ends before it was ready, after which a program is left alone."""
+"""Standbys that may end before they are ready; after so many, none is started for that program any more."""
 _LEAST_MEMORY = 2 << 30
-"""Bytes of the node's memory that stay free."""
+"""No standby is started while less of the node's memory is available, in bytes."""
 _NO_MARK = "0" * 32
 
 
 @dataclass(frozen=True)
 class _StandbyKind:
-    """What an interpreter has imported, and under which environment."""
+    """What a standby has imported, and under which environment."""
 
     module: str
     """Empty: libraries alone, which serve any program."""
@@ -49,7 +49,7 @@ class _StandbyKind:
         return cls(launch.program[1], launch.code, _kept(env, PER_RANK))
 
     def fits(self, other: _StandbyKind) -> bool:
-        """Whether an interpreter of this kind can become a rank of `other`."""
+        """Whether a standby of this kind can become a rank that wants `other`."""
         if self.module:
             return self == other
         return other.module == "trainer" and _early(self.env) == _early(other.env)
@@ -77,11 +77,11 @@ class _Demand:
     program: tuple[str, ...]
     count: int
     until: float | None = None
-    """When it ends, once nobody needs it."""
+    """Monotonic time at which it lapses; None while the run is there."""
 
 
 class StandbyPool:
-    """Keeps as many as the gangs of this node have ranks here, and no more; where no gang is, those that `expect` asks for.
+    """Keeps one standby for each rank that gangs have on this node; without a gang, the number set by `set_idle_target`.
 
     They hold host memory, no device's; those of a program that trains on devices have opened the driver.
     `MEGARAY_STANDBYS=0` in the environment of the agent or of a run turns them off.
@@ -93,7 +93,7 @@ class StandbyPool:
         self._wake = threading.Event()
         self._demands: dict[str, _Demand] = {}
         self._idle: _Demand | None = None
-        """What is kept while no gang is here."""
+        """What is kept while the node has no gang."""
         self._starting: set[str] = set()
         """Runs whose ranks have started and don't train yet."""
         self._waiting: list[_Standby] = []
@@ -102,7 +102,7 @@ class StandbyPool:
         threading.Thread(target=self._work, name="agent-standbys", daemon=True).start()
 
     def set_idle_target(self, ranks: int, env: Mapping[str, str]) -> None:
-        """Have interpreters with the libraries for the first ranks of whichever run comes; `env` is what ranks share."""
+        """While the node has no gang, keep so many standbys with the libraries alone; `env` is what ranks share."""
         count = _count(env, ranks)
         with self._lock:
             kind = _StandbyKind("", "", _kept(env, SETTABLE_AFTER_LIBRARIES))
@@ -110,7 +110,7 @@ class StandbyPool:
         self._wake.set()
 
     def prewarm(self, run: str, launch: LaunchSpec, env: Mapping[str, str]) -> None:
-        """Have interpreters for the next attempt of a run whose ranks train; `env` is what its ranks share."""
+        """Start standbys for the next attempt of a run whose ranks train; `env` is what its ranks share."""
         count = _count(env, len(launch.ranks))
         with self._lock:
             self._starting.discard(run)
@@ -119,13 +119,13 @@ class StandbyPool:
         self._wake.set()
 
     def pause(self, run: str) -> None:
-        """Make no new ones until the run asks again: its ranks are starting, and need the processor."""
+        """Start none until the next `prewarm` of this run: its ranks are starting, and need the processor."""
         with self._lock:
             self._starting.add(run)
             self._demands.pop(run, None)
 
     def release(self, run: str) -> None:
-        """The run gives its slots back; its next attempt may follow all the same."""
+        """The run has given its slots back. Its standbys stay for a while, since its next attempt may follow."""
         with self._lock:
             self._starting.discard(run)
             need = self._demands.get(run)
@@ -141,7 +141,7 @@ class StandbyPool:
         output: int,
         ended: ExitCallback,
     ) -> subprocess.Popen[bytes] | None:
-        """Make one a rank; None where none waits for this program. One that still imports continues to be one."""
+        """Turn a standby into a rank; None where none fits. One that still imports becomes a rank once it has done so."""
         if launch.program[:1] != ("-m",):
             return None
         kind = _StandbyKind.of(launch, env)
@@ -176,12 +176,12 @@ class StandbyPool:
 
     @property
     def ready(self) -> int:
-        """How many have imported their program."""
+        """Standbys that have imported their program."""
         with self._lock:
             return sum(one.ready for one in self._waiting)
 
     def close(self) -> None:
-        """End them all."""
+        """Kill all standbys, and start none any more."""
         self._closed = True
         with self._lock:
             self._demands.clear()
@@ -252,7 +252,7 @@ class StandbyPool:
             self.close()
 
     def _ended(self, pid: int, _: ProcessExit) -> None:
-        """One that nobody had taken has ended."""
+        """A standby ended before it was acquired."""
         with self._lock:
             for one in [one for one in self._waiting if one.process.pid == pid]:
                 self._remove_ended(one)

@@ -20,7 +20,7 @@ EVERY_SECONDS = 30.0
 
 
 class OrphanCollector:
-    """Has the slots of a home's attempts that nobody holds any more given back."""
+    """Releases reservations of this home that no run has any more."""
 
     def __init__(self, home: HomePaths, runtime: GangRuntime, epoch: int) -> None:
         self._home, self._runtime, self._epoch = home, runtime, epoch
@@ -29,7 +29,7 @@ class OrphanCollector:
         """Of the attempts whose slots are being given back, by name; None for a name that the log doesn't have."""
 
     def turn(self, groups: Mapping[str, str], now: Instant) -> None:
-        """Look at what is held, now and then.
+        """Scan the reservations every `EVERY_SECONDS`, and release those that no run has.
 
         Args:
             groups: name under which a run holds slots now, by run; empty where it holds none. The runs that are left out

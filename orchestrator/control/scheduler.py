@@ -30,7 +30,7 @@ REGROW_SECONDS = 30.0
 
 
 class Scheduler:
-    """Asks the queue's decider, and passes its answers on."""
+    """Runs the queue's decider once a turn, and applies its decisions to the runs."""
 
     def __init__(self, home: HomePaths, runtime: GangRuntime) -> None:
         self._home, self._runtime = home, runtime
@@ -138,7 +138,7 @@ class Scheduler:
         control.admit(control.next_attempt(answer.shares, answer.gang, config, layout), detail, now)
 
     def _quotas(self) -> dict[str, int]:
-        """Slots by owner. Where the file can't be read or understood, what it said last holds, and `trouble` says why."""
+        """Slots by owner. Where the file can't be read, what it said last holds, and `quota_error` says why."""
         self.quota_error = ""
         try:
             self._known = quotas.parse(self._home.quotas.read_text(), str(self._home.quotas))

@@ -82,7 +82,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class ObservedState:
-    """What a turn sees beside the log."""
+    """The run's state outside of its log, as one turn observes it."""
 
     run: RunPaths
     config: RunConfig
@@ -120,12 +120,12 @@ class Turn:
         return self.draft.view
 
     def decide(self) -> None:
-        """Take in what the gang tells, and decide what follows."""
+        """Ingest the gang's reports, and decide what follows."""
         self._ingest_reports()
         self._decide()
 
     def _ingest_reports(self) -> None:
-        """Turn what came in into events, and into what is known of the ranks."""
+        """Turn new reports into events, and update what is known of the ranks."""
         if self.known.attempt != self.view.attempt:
             self.known = Progress(self.view.attempt)
         if self.status.pids and not self.view.pids and self.view.state is State.STARTING:
@@ -315,7 +315,7 @@ class Turn:
             DesiredState.STOPPED, stop.grace + _ACKNOWLEDGE_SECONDS
         ):
             return
-        again = self._restart_in_place() if self.status.stopped else None
+        again = self._next_in_place() if self.status.stopped else None
         self.release = again is None
         if (
             again is None
@@ -344,8 +344,8 @@ class Turn:
         since = self.waits.get((self.view.attempt, desired))
         return since is not None and self.clock - since > seconds
 
-    def _restart_in_place(self) -> AttemptPlaced | None:
-        """The next attempt on the same slots, where no node was at fault and nothing has to be waited for."""
+    def _next_in_place(self) -> AttemptPlaced | None:
+        """The next attempt on the same slots; None where a node was at fault, or something has to be waited for."""
         view, stop, decided = self.view, self.view.stopping, self.view.decision
         if view.placed is None or stop is None or decided is None or stop.to is not State.RECOVERING:
             return None

@@ -226,13 +226,13 @@ class _SlotPool:
         # Slots only get fewer during one decision, so runs that ask for the same fare alike: each is tried once.
         self._refused: dict[tuple[GangShape, bool, frozenset[str]], str] = {}
         self._usable: dict[tuple[str, int], list[int]] = {}
-        """What `_for` has worked out since slots were last taken or kept."""
+        """What `_usable_slots` has worked out since slots were last taken or kept."""
 
     def _usable_slots(self, name: str, tiers: list[int]) -> list[int]:
-        """Slots (`slots`, `free` or `open`) of the nodes that a run may use; not to be changed."""
+        """Slots (`slots`, `free` or `available`) of the nodes that a run may use; not to be changed."""
         key = (name, id(tiers))  # the pool keeps every list of tiers, so an id stays its own
         if key not in self._usable:
-            which = {"slots": self._slots, "free": self._free, "open": self._available}[name]
+            which = {"slots": self._slots, "free": self._free, "available": self._available}[name]
             self._usable[key] = usable(which, tiers)
         return self._usable[key]
 
@@ -254,7 +254,7 @@ class _SlotPool:
         if (gang, run.recovering, run.avoid) in self._refused:
             return None
         tiers = self._tiers_of(run)
-        blocks = place_blocks(gang, self._usable_slots("open", tiers), tiers, self._row)
+        blocks = place_blocks(gang, self._usable_slots("available", tiers), tiers, self._row)
         if blocks is None:
             return None
         self._usable.clear()

@@ -42,7 +42,7 @@ _HEAD_STARTS = 8
 
 @dataclass
 class RestartPolicy:
-    """Decides when a controller is to be started; given the time, it does nothing itself."""
+    """Decides when to start a controller, from its heartbeats and the time. Pure."""
 
     beat: Any = None
     since: float | None = None

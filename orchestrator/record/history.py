@@ -92,7 +92,7 @@ class TimelineMark:
 
 
 class RunHistory:
-    """A run's past; `take` continues with newer events."""
+    """A run's past, folded from its events; `apply` adds newer ones."""
 
     def __init__(self) -> None:
         self.begin: tuple[float, float] | None = None

@@ -48,18 +48,18 @@ MEANINGS: dict[TimePart, str] = {
 
 
 class PartitionBuilder:
-    """Neighbouring intervals from `begin` on. What would begin before the tape's end begins at it."""
+    """Builds a partition from neighbouring intervals. One that would begin before the end of those so far begins there."""
 
     def __init__(self, begin: float) -> None:
         self.begin = self.end = begin
         self._pieces: list[tuple[Floats, NDArray[np.int8], NDArray[np.int32]]] = []
 
     def append(self, end: float, part: TimePart, attempt: int) -> None:
-        """Continue to `end`; nothing where that is over already."""
+        """Append an interval up to `end`; nothing where the partition is past it already."""
         self.extend(np.array([end]), np.array([part], dtype=np.int8), attempt)
 
     def extend(self, ends: Floats, parts: NDArray[np.int8], attempt: int) -> None:
-        """Continue by several intervals, each from the end of the one before."""
+        """Append several intervals, each from the end of the one before."""
         if not len(ends):
             return
         ends = np.maximum.accumulate(np.maximum(ends, self.end))
@@ -67,7 +67,7 @@ class PartitionBuilder:
         self.end = float(ends[-1])
 
     def build(self) -> TimePartition:
-        """All of it, of which there must be some."""
+        """The partition; it must have an interval."""
         ends, parts, attempts = (np.concatenate(column) for column in zip(*self._pieces, strict=True))
         return TimePartition(np.concatenate([[self.begin], ends]), parts, attempts)
 

@@ -63,7 +63,7 @@ class CachedRun:
 
     @property
     def is_viewed(self) -> bool:
-        """Somebody looks at it."""
+        """Somebody has this run open on the page."""
         return time.monotonic() - self.viewed_at < VIEWED_SECONDS
 
     def mark_viewed(self) -> None:
@@ -196,14 +196,14 @@ class CachedRun:
                 largest.limit_rows(largest.rows * 3 // 4)
 
     def unload(self) -> None:
-        """Keep the row alone."""
+        """Drop all but its row from memory."""
         with self.lock:
             self.history, self.columns, self._finer, self._log_cursor = None, {}, {}, Cursor()
             self._looks = self._ledger = None
             self.loaded = False
 
     def downsample(self) -> None:
-        """Hold few lines: nobody looks at the run any more."""
+        """Keep few metric lines: nobody has the run open any more."""
         with self.lock:
             self._finer = {}
             for columns in self.columns.values():

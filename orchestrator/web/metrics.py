@@ -158,21 +158,21 @@ class _Home(Collector):
         return gauges.values()
 
     def _plain(self, into: Mapping[str, Any]) -> None:
-        seen = self._live.snapshot
+        snapshot = self._live.snapshot
         counts = dict.fromkeys(State, 0)
-        for state in seen.runs.values():
+        for state in snapshot.runs.values():
             row = state.row  # once: another thread reads it anew
             if row is not None:
                 counts[State(row["state"])] += 1
         for known, count in counts.items():
             into["megaray_runs"].add_metric([str(known)], count)
         values: dict[str, Value] = {
-            "megaray_queue_waiting_runs": len(seen.queue.get("waiting", [])),
+            "megaray_queue_waiting_runs": len(snapshot.queue.get("waiting", [])),
             "megaray_controller_up": int(not self._live.silence()),
-            "megaray_controller_beat_timestamp_seconds": seen.beat,
-            "megaray_controller_epoch": seen.queue.get("epoch"),
-            "megaray_damaged_lines": len(seen.damage),
-            "megaray_dashboard_read_timestamp_seconds": seen.as_of,
+            "megaray_controller_beat_timestamp_seconds": snapshot.beat,
+            "megaray_controller_epoch": snapshot.queue.get("epoch"),
+            "megaray_damaged_lines": len(snapshot.damage),
+            "megaray_dashboard_read_timestamp_seconds": snapshot.as_of,
             "megaray_dashboard_turn_seconds": self._live.turn_seconds,
         }
         for name, value in values.items():
@@ -180,10 +180,10 @@ class _Home(Collector):
                 into[name].add_metric([], float(value))
 
     def _nodes(self, into: Mapping[str, Any]) -> None:
-        seen = self._live.snapshot
-        listed = {str(node.get("ip")): node for node in seen.queue.get("nodes", [])[:_NODES]}
-        for ip in [*listed, *(ip for ip in seen.nodes.nodes if ip not in listed)][:_NODES]:
-            node, record = listed.get(ip, {}), seen.nodes.nodes.get(ip)
+        snapshot = self._live.snapshot
+        listed = {str(node.get("ip")): node for node in snapshot.queue.get("nodes", [])[:_NODES]}
+        for ip in [*listed, *(ip for ip in snapshot.nodes.nodes if ip not in listed)][:_NODES]:
+            node, record = listed.get(ip, {}), snapshot.nodes.nodes.get(ip)
             into["megaray_node_up"].add_metric([ip], int(ip in listed))
             for name, field in (("megaray_node_slots", "slots"), ("megaray_node_free_slots", "free")):
                 for resource, count in dict(node.get(field) or {}).items():

@@ -116,7 +116,7 @@ class HomeReadModel:
             self._wake.clear()
 
     def refresh_now(self) -> None:
-        """Begin the next turn now."""
+        """Begin the next read now."""
         self._wake.set()
 
     # ---- one turn ----
@@ -191,7 +191,7 @@ class HomeReadModel:
             self._nodes = cluster_log.apply(self._nodes, events)
 
     def _evict(self) -> None:
-        """Keep full lines of few runs, and memory within its bound."""
+        """Evict metric lines: full ones of all but a few runs, and more until memory is within its bound."""
         loaded = [state for state in self._runs.values() if state.columns]
         loaded.sort(key=lambda state: state.viewed_at)
         looked = [state for state in loaded if state.is_viewed]

@@ -275,8 +275,8 @@ class Handlers:
         response = web.StreamResponse(headers=security.HEADERS | {"Content-Type": "text/event-stream"})
         try:
             await response.prepare(request)
-            seen = self._live.snapshot
-            await _send(response, "changed", _changed(HomeSnapshot(), seen, only, self._live.silence()))
+            snapshot = self._live.snapshot
+            await _send(response, "changed", _changed(HomeSnapshot(), snapshot, only, self._live.silence()))
             beat = time.monotonic()
             alive = not self._live.silence()
             while True:

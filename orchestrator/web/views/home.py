@@ -43,35 +43,35 @@ def row(state: CachedRun, full: bool = False) -> dict[str, Any]:
     return known
 
 
-def runs(seen: HomeSnapshot, ended: int) -> dict[str, Any]:
+def runs(snapshot: HomeSnapshot, ended: int) -> dict[str, Any]:
     """All runs that haven't ended and the newest of the others."""
-    newest = list(reversed(seen.runs.values()))
+    newest = list(reversed(snapshot.runs.values()))
     over = [state for state in newest if state.terminal]
     shown = {id(state) for state in over[:ended]}
     return {
-        "as_of": seen.as_of,
+        "as_of": snapshot.as_of,
         "runs": [row(state) for state in newest if not state.terminal or id(state) in shown],
         "left_out": max(0, len(over) - ended),
-        "damage": list(seen.damage[:_DAMAGE]),
+        "damage": list(snapshot.damage[:_DAMAGE]),
     }
 
 
-def controller(seen: HomeSnapshot, now: float) -> dict[str, Any]:
+def controller(snapshot: HomeSnapshot, now: float) -> dict[str, Any]:
     """Whether the controller beats."""
-    beat = seen.beat
+    beat = snapshot.beat
     age = None if beat is None else max(0.0, now - beat)
-    silent, queue = controller_silence(seen.queue, now), seen.queue
+    silent, queue = controller_silence(snapshot.queue, now), snapshot.queue
     return {
         "alive": not silent, "beat": beat, "beat_age": age, "epoch": queue.get("epoch"), "pid": queue.get("controller_pid"),
         "said": silent or "the controller answers",
     }  # fmt: skip
 
 
-def queue(seen: HomeSnapshot, now: float) -> dict[str, Any]:
+def queue(snapshot: HomeSnapshot, now: float) -> dict[str, Any]:
     """The controller, and who waits for what."""
     waiting = []
-    for one in seen.queue.get("waiting", []):
-        state = seen.runs.get(str(one.get("run")))
+    for one in snapshot.queue.get("waiting", []):
+        state = snapshot.runs.get(str(one.get("run")))
         known: Mapping[str, Any] = (state.row if state else None) or {}
         waiting.append(
             {
@@ -86,21 +86,21 @@ def queue(seen: HomeSnapshot, now: float) -> dict[str, Any]:
             }
         )
     return {
-        "as_of": seen.as_of,
-        "controller": controller(seen, now),
+        "as_of": snapshot.as_of,
+        "controller": controller(snapshot, now),
         "waiting": waiting,
-        "parked": list(seen.queue.get("parked", [])),
-        "damage": [str(text) for text in seen.queue.get("damage", [])][:_DAMAGE],
+        "parked": list(snapshot.queue.get("parked", [])),
+        "damage": [str(text) for text in snapshot.queue.get("damage", [])][:_DAMAGE],
     }
 
 
-def nodes(seen: HomeSnapshot) -> dict[str, Any]:
+def nodes(snapshot: HomeSnapshot) -> dict[str, Any]:
     """Nodes that Ray lists, and those of the cluster's log that it doesn't."""
     rows, met = [], set()
-    for one in seen.queue.get("nodes", []):
+    for one in snapshot.queue.get("nodes", []):
         met.add(one.get("ip"))
-        rows.append(dict(one) | {"here": True} | _record(seen.nodes.nodes.get(one.get("ip"))))
-    for ip, record in seen.nodes.nodes.items():
+        rows.append(dict(one) | {"here": True} | _record(snapshot.nodes.nodes.get(one.get("ip"))))
+    for ip, record in snapshot.nodes.nodes.items():
         if ip not in met:
             rows.append(
                 {
@@ -110,7 +110,7 @@ def nodes(seen: HomeSnapshot) -> dict[str, Any]:
                 }
                 | _record(record)
             )  # fmt: skip
-    return {"as_of": seen.as_of, "nodes": rows}
+    return {"as_of": snapshot.as_of, "nodes": rows}
 
 
 def _record(record: NodeRecord | None) -> dict[str, Any]:
