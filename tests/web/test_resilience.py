@@ -115,7 +115,9 @@ def test_a_controller_that_is_gone_is_told_and_missed_by_nobody(home: HomePaths)
     with serving(home) as client:
         told = client.get("/api/queue")["controller"]
         assert told["alive"] is False and told["beat_age"] == pytest.approx(45, abs=10)
-        assert re.fullmatch(r"no controller has turned for \d+ s: .* train on without it.*", told["said"])
+        assert re.fullmatch(
+            r"no controller has been active for \d+ s: .* train on without it.*", told["said"]
+        )
         run.now = time.time()
         run.train(1)
         client.until("/api/runs", lambda tree: tree["runs"][0]["step"] == 21)

@@ -39,7 +39,7 @@ from tests.web.made import MadeRun, a_home, queue_file
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SILENT = "no controller has turned for 4"
+SILENT = "no controller has been active for 4"
 
 
 def shown(picture: RunScreen, width: int = 80, height: int = 24, rich: bool = True) -> list[str]:

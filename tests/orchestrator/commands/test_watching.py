@@ -31,7 +31,7 @@ def test_watch_says_the_same_of_a_silent_controller_in_lines_and_once(tmp_path: 
     told = [line for line in out.getvalue().splitlines() if "controller" in line]
     assert (
         len(told) == 2
-        and told[0].startswith("no controller has turned for 4")
+        and told[0].startswith("no controller has been active for 4")
         and told[1] == "the controller is back"
     ), told
     assert told[0].endswith(summaries.controller_silence({"beat": 0.0}, 60.0).partition(": ")[2]), (

@@ -107,12 +107,12 @@ def test_the_controller_falls_silent(home: homes.Home) -> None:
         page.go("")
         assert page.text("#banners") == ""
         homes.queue(home.paths, [], age=100)
-        page.shows("no controller has turned for", "#banners", 30)
+        page.shows("no controller has been active for", "#banners", 30)
         homes.queue(home.paths, [])
         page.until(lambda: page.text("#banners") == "", 30, "it isn't told that the controller is back")
         page.go(f"run/{LIVE}")
         homes.queue(home.paths, [], age=100)
-        page.shows("no controller has turned for", "#banners", 30)
+        page.shows("no controller has been active for", "#banners", 30)
         assert page.console() == []
 
 
