@@ -312,7 +312,7 @@ def test_the_plan_shows_from_where_and_what_differs(
             in text
         )
         rows = [line.split() for line in text.splitlines()]
-        assert ["otherwise", "than", "there"] in rows and ["train.global_batch", "8", "->", "16"] in rows
+        assert ["changes", "from", "that", "run"] in rows and ["train.global_batch", "8", "->", "16"] in rows
         assert not [row for row in rows if row[:1] in (["train.engine"], ["train.seed"]) and "->" in row]
     assert main(["plan", *words, "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
