@@ -17,7 +17,7 @@ from trainer.data.sampler import TokenSampler, bounds, documents
 from trainer.data.store import TokenStore, fingerprint
 from trainer.engines.base import Batch, DataPlace
 from trainer.model.seams import PackedDocuments
-from trainer.optim.schedule import samples_before, samples_of
+from trainer.optim.schedule import consumed_samples, global_batch_size
 
 _Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 """Of a micro-batch: tokens, documents, and their bounds."""
@@ -99,8 +99,8 @@ class BatchFeed:
 
     def _read(self, step: int) -> list[_Arrays]:
         train = self._config.train
-        first = samples_before(train, step) + self._beyond
-        passes = samples_of(train, step) // (train.micro_batch * self._place.size)
+        first = consumed_samples(train, step) + self._beyond
+        passes = global_batch_size(train, step) // (train.micro_batch * self._place.size)
         return [self._arrays(self._sampler, first, micro) for micro in range(passes)]
 
     def _arrays(self, sampler: TokenSampler, first: int, micro: int) -> _Arrays:

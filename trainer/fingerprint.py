@@ -15,7 +15,7 @@ _FREE = {
     "router.z_coefficient", "router.losses_over_layers", "router.capacity_factor",
 }  # fmt: skip
 _OPTIM_FIXED = ("kind", "moments")
-"""Settings of the optimizer that say which slots its state has."""
+"""Settings of the optimizer that say which moments its state has."""
 
 
 def _defaults() -> dict[str, Any]:

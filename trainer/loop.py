@@ -32,7 +32,7 @@ from trainer.feed import BatchFeed
 from trainer.handover import await_memory, with_room
 from trainer.lines import Lines
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
-from trainer.optim.schedule import learning_rate, samples_before, samples_of
+from trainer.optim.schedule import consumed_samples, global_batch_size, learning_rate
 from trainer.parallel import replicas
 from trainer.parallel.mesh import Mesh, join
 from trainer.saves import Measured, SaveSchedule
@@ -209,7 +209,7 @@ class _Job:
         if loaded is not None:
             self.progress.step = self.progress.line_step = loaded.step
             self.progress.loss, path = loaded.loss, loaded.path
-            self.progress.ahead = loaded.samples - samples_before(self.config.train, loaded.step)
+            self.progress.ahead = loaded.samples - consumed_samples(self.config.train, loaded.step)
             notes = [*notes, *loaded.notes]
             self.facts["tier"] = loaded.tier
             self.agreed = loaded.step  # whatever it holds, all ranks have got it alike
@@ -260,7 +260,7 @@ class _Job:
 
     def _samples(self, step: int) -> int:
         """Samples consumed before the step with index `step`."""
-        return samples_before(self.config.train, step) + self.progress.ahead
+        return consumed_samples(self.config.train, step) + self.progress.ahead
 
     def _step(self, index: int) -> None:
         train, progress = self.config.train, self.progress
@@ -269,7 +269,7 @@ class _Job:
             batches = self.feed.batches()
         lr = learning_rate(self.config.optim, index, train.steps)
         result = self.engine.step(
-            batches, samples_of(train, index), lr, self._phase, lambda: self.stop.signalled
+            batches, global_batch_size(train, index), lr, self._phase, lambda: self.stop.signalled
         )
         self.skipped[0] += result.skipped
         self.skipped[1] = (self.skipped[1] + result.skipped) * result.skipped
@@ -320,7 +320,7 @@ class _Job:
         load = result.load.tolist()
         skipped, in_a_row = (int(number) for number in self.skipped.tolist())
         tokens = self._samples(progress.step) * self.config.data.sequence
-        rate = samples_of(self.config.train, progress.step - 1) * self.config.data.sequence / seconds
+        rate = global_batch_size(self.config.train, progress.step - 1) * self.config.data.sequence / seconds
         self.lines.stepped(
             StepLine(
                 time=time.time(),

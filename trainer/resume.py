@@ -29,7 +29,7 @@ from faulttol.snapshots import memory
 from faulttol.staged.saver import Memory, SaveOutcome, SavePolicy, Saver, Signs
 from trainer.engines.base import Engine
 from trainer.fingerprint import fingerprint, refusals
-from trainer.optim.schedule import samples_before
+from trainer.optim.schedule import consumed_samples
 from trainer.parallel.mesh import Mesh
 
 _log = logging.getLogger("megaray.trainer")
@@ -119,7 +119,7 @@ class Checkpoints:
             self._lineage.append({"run": newest.run, "step": loaded.step, "path": loaded.path})
         notes = [f"passed over a checkpoint: {why}" for why in loaded.passed]
         notes += [f"changed since step {loaded.step}: {line}" for line in said]
-        samples, would = int(loaded.facts["samples"]), samples_before(self._config.train, loaded.step)
+        samples, would = int(loaded.facts["samples"]), consumed_samples(self._config.train, loaded.step)
         if samples != would:
             notes.append(
                 f"the batch changed: {samples} samples were consumed up to step {loaded.step}, where this "

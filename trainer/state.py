@@ -1,7 +1,7 @@
 """The trainer's state as named boxes: what engines, optimizers and checkpoints speak of, and nothing else.
 
 A name is that of the parameter in the whole model (`blocks.3.feed.experts.gate_up`, `3` being the layer of the whole
-model and the first dim the expert of the layer), with `/slot` behind it for what an optimizer keeps beside it. No buffer,
+model and the first dim the expert of the layer), with `/moment` behind it for what an optimizer keeps beside it. No buffer,
 group or rank is in a name.
 """
 

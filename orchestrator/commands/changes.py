@@ -9,7 +9,7 @@ from configs.compose import amend, groups
 from configs.errors import UserError
 from configs.schema import RunConfig
 from orchestrator import PROGRAM
-from trainer.optim.schedule import learning_rate, samples_before
+from trainer.optim.schedule import consumed_samples, learning_rate
 
 Change = tuple[str, str, str]
 """Field, its value before, its value now."""
@@ -109,7 +109,7 @@ def consequences(old: RunConfig, new: RunConfig, step: int, samples: int | None)
         step: that the run continues from.
         samples: consumed up to it, as its checkpoint says; None where it doesn't, so that they are counted.
     """
-    done = samples_before(old.train, step) if samples is None else samples
+    done = consumed_samples(old.train, step) if samples is None else samples
     length, lines = new.data.sequence, list[str]()
     was, will = (_rest(config, step) for config in (old, new))
     if was != will:
@@ -132,7 +132,7 @@ def consequences(old: RunConfig, new: RunConfig, step: int, samples: int | None)
 def _rest(config: RunConfig, step: int) -> int:
     """Samples of the steps that are left."""
     steps = config.train.steps
-    return max(0, samples_before(config.train, steps) - samples_before(config.train, step))
+    return max(0, consumed_samples(config.train, steps) - consumed_samples(config.train, step))
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

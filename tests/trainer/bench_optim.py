@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs.training import OptimConfig
 from trainer.optim.build import build
-from trainer.optim.slots import Slot, StagePeers
+from trainer.optim.shards import ParameterShard, StagePeers
 from trainer.state import Box
 
 
@@ -40,7 +40,7 @@ def shapes(layers: int, experts: int, width: int, inner: int) -> list[tuple[str,
     return found
 
 
-def ours(tensors: list[Slot], optim: OptimConfig, precision: str) -> Callable[[], None]:
+def ours(tensors: list[ParameterShard], optim: OptimConfig, precision: str) -> Callable[[], None]:
     """A step of ours."""
     listed = [(one.name, one.box, one.replica, one.replicas) for one in tensors]
     optimizer = build(optim, tensors[0].box.whole[-1], tensors, StagePeers(None, 0, 1, [listed]), precision)  # type: ignore[arg-type]
@@ -96,24 +96,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args(arguments)
     torch.manual_seed(0)
-    slots, parameters = [], []
+    shards, parameters = [], []
     for name, shape, kind in shapes(asked.layers, asked.experts, asked.width, asked.inner):
         tensor = torch.randn(shape, device=asked.device) * 0.02
         tensor.grad = torch.randn_like(tensor) * 1e-3
-        slots.append(Slot(name, tensor, Box.all_of(shape), kind, 0, 1))
+        shards.append(ParameterShard(name, tensor, Box.all_of(shape), kind, 0, 1))
         # Torch's own values, on the same gradients.
         parameters.append(torch.nn.Parameter(tensor.clone()))
         parameters[-1].grad = tensor.grad
     steps = {
         "torch AdamW fused, no clipping": torchs(parameters, False),
         "torch AdamW fused, clipping": torchs(parameters, True),
-        "adamw": ours(slots, OptimConfig(), "bf16"),
-        "adamw, bf16 moments": ours(slots, OptimConfig(moments="bf16"), "bf16"),
-        "lamb": ours(slots, OptimConfig(kind="lamb"), "bf16"),
-        "muon": ours(slots, OptimConfig(kind="muon"), "bf16"),
+        "adamw": ours(shards, OptimConfig(), "bf16"),
+        "adamw, bf16 moments": ours(shards, OptimConfig(moments="bf16"), "bf16"),
+        "lamb": ours(shards, OptimConfig(kind="lamb"), "bf16"),
+        "muon": ours(shards, OptimConfig(kind="muon"), "bf16"),
     }
     found = measured(steps, asked.rounds, asked.device)
-    count = sum(slot.tensor.numel() for slot in slots)
+    count = sum(shard.tensor.numel() for shard in shards)
     base = found["torch AdamW fused, no clipping"]
     print(f"{count / 1e6:.1f} M parameters on {asked.device}, torch {torch.__version__}")
     for name, seconds in found.items():

@@ -217,9 +217,9 @@ def test_samples_of_every_step(whole: int, ramp: int, over: int) -> None:
 
     train = TrainConfig(global_batch=whole, ramp_batch=ramp, ramp_steps=over)
     for step in range(over + 3):
-        assert schedule.samples_of(train, step) == samples_of_step(train, step)
+        assert schedule.global_batch_size(train, step) == samples_of_step(train, step)
         before = sum(samples_of_step(train, earlier) for earlier in range(step))
-        assert schedule.samples_before(train, step) == before
+        assert schedule.consumed_samples(train, step) == before
 
 
 # ---- update rules ----
@@ -247,14 +247,14 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 @pytest.mark.parametrize("name", _OPTIMIZERS)
 def test_update_rule(name: str) -> None:
     from trainer.optim.build import build
-    from trainer.optim.slots import Slot, StagePeers
+    from trainer.optim.shards import ParameterShard, StagePeers
     from trainer.state import Box
 
     optim, draw = OptimConfig(**_OPTIMIZERS[name]), torch.Generator().manual_seed(1)
     state = {key: torch.randn(shape, generator=draw).double() for key, shape in _SHAPES.items()}
     state["blocks.0.feed.experts.down"][1] = 0.0  # a matrix without a length
     slots = [
-        Slot(key, state[key].float().contiguous(), Box.all_of(shape), kind(key, shape), 0, 1)
+        ParameterShard(key, state[key].float().contiguous(), Box.all_of(shape), kind(key, shape), 0, 1)
         for key, shape in _SHAPES.items()
     ]
     for key, shape in _SHAPES.items():

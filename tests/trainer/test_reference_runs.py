@@ -50,11 +50,11 @@ class Trained:
     def run(self, steps: int, samples: Tensor, spoiled: int | None) -> list[dict[str, Any]]:
         """The first steps; the gradients of step `spoiled` are made infinite."""
         from trainer.engines.base import Batch
-        from trainer.optim.schedule import samples_of
+        from trainer.optim.schedule import global_batch_size
 
         lines, taken, train = [], 0, self.config.train
         for step in range(steps):
-            size = samples_of(train, step)
+            size = global_batch_size(train, step)
             parts = samples[taken : taken + size].split(train.micro_batch)
             taken += size
             batches = [Batch(part, documents(part)) for part in parts]

@@ -37,7 +37,7 @@ from faulttol.staged.saver import Saver
 from faulttol.staged.writer import Inline
 from trainer import loop, resume
 from trainer.fingerprint import fingerprint, refusals
-from trainer.optim.schedule import learning_rate, samples_before
+from trainer.optim.schedule import consumed_samples, learning_rate
 from trainer.saves import Measured, SaveSchedule
 
 pytestmark = pytest.mark.dist
@@ -161,8 +161,8 @@ def test_every_step_has_its_rate_and_its_samples(train: Train) -> None:
     assert [line.step for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert line.lr == pytest.approx(learning_rate(config.optim, line.step - 1, 6), rel=1e-12)
-        assert line.tokens == samples_before(config.train, line.step) * 16
-        pairs = (line.tokens - samples_before(config.train, line.step - 1) * 16) * config.model.top_k
+        assert line.tokens == consumed_samples(config.train, line.step) * 16
+        pairs = (line.tokens - consumed_samples(config.train, line.step - 1) * 16) * config.model.top_k
         assert sum(line.expert_load[0]) == pairs
 
 
@@ -188,7 +188,7 @@ def test_another_batch_goes_on_behind_the_samples_that_were_taken(train: Train, 
     batch = loop.BatchFeed._read
 
     def noted(self: Any, step: int) -> Any:
-        taken.append(samples_before(self._config.train, step) + self._beyond)
+        taken.append(consumed_samples(self._config.train, step) + self._beyond)
         return batch(self, step)
 
     with mock.patch.object(loop.BatchFeed, "_read", noted):

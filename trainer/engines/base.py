@@ -87,7 +87,7 @@ class Engine(Protocol):
         """This rank's share of the mean cross-entropy over `samples`, without learning."""
 
     def state(self) -> Iterator[Slice]:
-        """What a resumed run needs and can't work out, as live slices: masters, optimizer slots, router biases."""
+        """What a resumed run needs and can't work out, as live slices: masters, moments, router biases."""
 
     def loaded(self) -> None:
         """Called after the slices of `state` have been overwritten."""

@@ -31,7 +31,7 @@ from trainer.engines.base import Batch, DataPlace, Phases, StepResult, never
 from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import initial, kind
 from trainer.model.seams import Tally
-from trainer.optim.common import rate_of
+from trainer.optim.common import hyperparameters
 from trainer.parallel import apply
 from trainer.parallel.context import token_positions
 from trainer.parallel.mesh import Mesh, collective_timeout
@@ -214,8 +214,8 @@ def _make_adamw(stage: DecoderStage, config: RunConfig) -> torch.optim.AdamW:
     experts = stage.expert_splits()
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in stage.named_parameters():
-        rate = rate_of(kind(name), optim, config.model.hidden)
-        groups.setdefault((rate.scale, rate.decay, name in experts), []).append(parameter)
+        hyper = hyperparameters(kind(name), optim, config.model.hidden)
+        groups.setdefault((hyper.lr_scale, hyper.weight_decay, name in experts), []).append(parameter)
     return torch.optim.AdamW(
         [_group(rate, decay, sparse, parameters) for (rate, decay, sparse), parameters in groups.items()],
         lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True,

@@ -21,8 +21,8 @@ from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import kind
 from trainer.model.seams import MicroBatch, Tally
 from trainer.optim.build import build
-from trainer.optim.common import refresh
-from trainer.optim.slots import Cast, Slot, StagePeers
+from trainer.optim.common import copy_masters_to_weights
+from trainer.optim.shards import ComputeWeight, ParameterShard, StagePeers
 from trainer.parallel import apply
 from trainer.parallel.context import token_positions
 from trainer.parallel.exchange import all_reduce_packed
@@ -64,15 +64,15 @@ class NativeEngine:
 
             self._pipeline = Pipeline(self._stages, mesh, model, parallel)
         self._alike: list[bool] = []
-        """By slot: whether tp ranks have the same and see other tokens."""
+        """By shard: whether tp ranks have the same and see other tokens."""
         self._second: list[bool] = []
-        """By slot: whether it is the embedding's copy beside the head."""
+        """By shard: whether it is the embedding's copy beside the head."""
         self._exact: list[int] = []
-        """By slot: `Slice.exact`."""
-        self._parameters, self._slots = self._make_slots()
+        """By shard: `Slice.exact`."""
+        self._parameters, self._shards = self._make_shards()
         self._ends = self._end_group()
         precision = config.train.precision or "fp32"
-        self._optimizer = build(config.optim, model.hidden, self._slots, self._peers(), precision)
+        self._optimizer = build(config.optim, model.hidden, self._shards, self._peers(), precision)
         self._applied = next(t for name, t, _ in self._optimizer.state() if name == "optimizer/step")
         self._positions = token_positions(
             config.data.sequence, parallel.context, mesh["cp"].size, mesh["cp"].index, mesh.device
@@ -80,32 +80,32 @@ class NativeEngine:
 
     # ---- what the optimizer sees ----
 
-    def _make_slots(self) -> tuple[list[nn.Parameter], list[Slot]]:
+    def _make_shards(self) -> tuple[list[nn.Parameter], list[ParameterShard]]:
         """Parameters of all stages on this rank, and how the optimizer sees them.
 
         Where the embedding has a copy beside the head on this very rank, the copies are replicas of each other.
         """
-        parameters, slots = [], []
+        parameters, shards = [], []
         tp, data, both = self.mesh["tp"], self.mesh["dp_cp"], self.config.parallel.schedule == "zbv"
         for stage, partitions, resident in zip(self._stages, self._partitions, self._residents, strict=True):
             for name, parameter in stage.named_parameters():
                 local, box = apply.local_part(parameter, partitions[name], self.mesh)
-                cast, exact = None, 0
+                weight, exact = None, 0
                 index, size = (tp.index, tp.size) if partitions[name].alike else (0, 1)
                 if name in resident.masters:
-                    local, cast = resident.masters[name], Cast(resident.weight(name))
+                    local, weight = resident.masters[name], ComputeWeight(resident.weight(name))
                     if not partitions[name].sparse:
                         # Each group of tp sums for itself, and three numbers or more in an order of its own.
                         exact = size if size > 2 else 0
                         index, size = index + size * data.index, size * data.size
                 if both and self._is_copied(name):
                     index, size = index + size * (stage.first != 0), 2 * size
-                slots.append(Slot(name, local, box, kind(name), index, size, cast))
+                shards.append(ParameterShard(name, local, box, kind(name), index, size, weight))
                 parameters.append(parameter)
                 self._exact.append(exact)
                 self._alike.append(partitions[name].alike)
                 self._second.append(self._is_copied(name) and stage.first != 0)
-        return parameters, slots
+        return parameters, shards
 
     def _is_copied(self, name: str) -> bool:
         model = self.config.model
@@ -129,7 +129,7 @@ class NativeEngine:
 
     def _peers(self) -> StagePeers:
         stage = self.mesh["stage"]
-        mine = [(s.name, s.box, s.replica, s.replicas) for s in self._slots]
+        mine = [(s.name, s.box, s.replica, s.replicas) for s in self._shards]
         if stage.size == 1:
             return StagePeers(None, 0, 1, [mine])
         everybody: list[list[tuple[str, Box, int, int]]] = [[] for _ in stage.ranks]
@@ -156,10 +156,10 @@ class NativeEngine:
             self._optimizer.step(lr, factor, skip)
             numbers, world = (self._applied, skip), self.mesh.world
             load = common.balance(self._stages, self.config.model, tally, numbers, world)
-            for parameter, slot in zip(self._parameters, self._slots, strict=True):
-                # The slot's tensor is another than the parameter: what it kept would stay while the next ones are made.
+            for parameter, shard in zip(self._parameters, self._shards, strict=True):
+                # A shard's tensor may be another than the parameter: both would keep a gradient while the next one is made.
                 parameter.grad = None
-                slot.forget()
+                shard.clear_gradient()
         return common.result(loss, tally, norm, skip, load)
 
     def _learn(self, micros: Sequence[MicroBatch], phase: Phases) -> Tensor:
@@ -200,30 +200,30 @@ class NativeEngine:
         return torch.stack(shares).sum()
 
     def _gradients(self, stopping: bool) -> tuple[Tensor, Tensor]:
-        """Give the optimizer's slots their gradients; the global norm, and the wishes to stop."""
+        """Give the optimizer's shards their gradients; the global norm, and the wishes to stop."""
         taken = self._residents[0].take()
-        for parameter, slot in zip(self._parameters, self._slots, strict=True):
-            gradient = parameter.grad if slot.cast is None else taken[slot.name]
+        for parameter, shard in zip(self._parameters, self._shards, strict=True):
+            gradient = parameter.grad if shard.compute_weight is None else taken[shard.name]
             if gradient is None:
-                gradient = torch.zeros_like(slot.tensor)
-            slot.receive(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+                gradient = torch.zeros_like(shard.tensor)
+            shard.set_gradient(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
         if self.mesh["tp"].size > 1:
-            alike = [slot for slot, same in zip(self._slots, self._alike, strict=True) if same]
-            mine = [slot.gradient for slot in alike if slot.gradient is not None]
-            for slot, total in zip(alike, all_reduce_packed(mine, self.mesh["tp"]), strict=True):
-                slot.receive(total)
+            alike = [shard for shard, same in zip(self._shards, self._alike, strict=True) if same]
+            mine = [shard.gradient for shard in alike if shard.gradient is not None]
+            for shard, total in zip(alike, all_reduce_packed(mine, self.mesh["tp"]), strict=True):
+                shard.set_gradient(total)
         self._sum_copies()
         counted = [
-            slot.gradient
-            for slot, second in zip(self._slots, self._second, strict=True)
-            if slot.replica == 0 and not second and slot.tensor.numel() and slot.gradient is not None
+            shard.gradient
+            for shard, second in zip(self._shards, self._second, strict=True)
+            if shard.replica == 0 and not second and shard.tensor.numel() and shard.gradient is not None
         ]
         return common.global_norm(counted, self.mesh.world, self.mesh.device, stopping)
 
     def _sum_copies(self) -> None:
         """Add up the gradients of the embedding's copies on the first and the last stage."""
-        copies = [slot for slot in self._slots if self._is_copied(slot.name)]
-        gradients = [slot.tensor.grad for slot in copies if slot.tensor.grad is not None]
+        copies = [shard for shard in self._shards if self._is_copied(shard.name)]
+        gradients = [shard.tensor.grad for shard in copies if shard.tensor.grad is not None]
         if len(gradients) == 2:
             both = gradients[0] + gradients[1]
             for gradient in gradients:
@@ -234,10 +234,10 @@ class NativeEngine:
     # ---- state ----
 
     def state(self) -> Iterator[Slice]:
-        """Masters, the optimizer's slots and router biases, by name."""
-        place = {id(slot): number for number, slot in enumerate(self._slots)}
-        for number, slot in enumerate(self._slots):
-            yield self._slice(slot.name, slot.tensor, number)
+        """Masters, the optimizer's moments and router biases, by name."""
+        place = {id(shard): number for number, shard in enumerate(self._shards)}
+        for number, shard in enumerate(self._shards):
+            yield self._slice(shard.name, shard.tensor, number)
         for part, tensor, owner in self._optimizer.state():
             if owner is None:
                 yield common.replicated(part, tensor, self.mesh.rank, self.mesh.world)
@@ -249,15 +249,15 @@ class NativeEngine:
                 yield common.replicated(name, buffer, stage.index, stage.size)
 
     def _slice(self, name: str, tensor: Tensor, number: int) -> Slice:
-        slot, copied = self._slots[number], self._is_copied(self._slots[number].name)
-        index, size = slot.replica, slot.replicas
+        shard, copied = self._shards[number], self._is_copied(self._shards[number].name)
+        index, size = shard.replica, shard.replicas
         if copied and self.config.parallel.schedule != "zbv":
             index, size = index + size * self._second[number], 2 * size
-        return Slice(name, tensor, slot.box, index, size, self._exact[number])
+        return Slice(name, tensor, shard.box, index, size, self._exact[number])
 
     def loaded(self) -> None:
         """Drop weights that were gathered or cast before the state was overwritten."""
-        refresh(self._slots)
+        copy_masters_to_weights(self._shards)
         for stage in self._stages:
             for module in apply.sharded(stage):
                 module.reshard()

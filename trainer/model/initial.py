@@ -46,7 +46,7 @@ def initial(name: str, box: Box, model: ModelConfig, seed: int, device: torch.de
 
 
 def kind(name: str) -> str:
-    """How an optimizer treats a parameter: `matrix`, `embedding` or `vector` (see `trainer.optim.slots.Slot`).
+    """How an optimizer treats a parameter: `matrix`, `embedding` or `vector` (see `trainer.optim.shards.ParameterShard`).
 
     ZAYA1's convolutions are vectors: it trains them with AdamW.
     """

@@ -11,42 +11,42 @@ from torch import Tensor
 from configs.training import OptimConfig
 from trainer.kernels.choice import LEAST, usable
 from trainer.optim.common import (
-    Rate,
-    check,
-    chunk_of,
+    Hyperparameters,
+    check_masters,
+    chunk_elements,
+    chunk_ranges,
+    copy_masters_to_weights,
     device_of,
-    gradient,
+    gradient_or_zeros,
+    hyperparameters,
     moment_dtype,
-    ranges,
-    rate_of,
-    refresh,
 )
-from trainer.optim.slots import Slot
+from trainer.optim.shards import ParameterShard
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A slot with its moments, of the slot's shape."""
+class _MomentState:
+    """A shard with its moments, of the shard's shape."""
 
-    slot: Slot
-    mean: Tensor
-    square: Tensor
+    shard: ParameterShard
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """What the kernel reads from the device: numbers in fp32."""
+class StepScalars:
+    """Inputs of the fused kernel that stay on the device, fp32 scalars, so that no step waits for them."""
 
-    after: Tensor
-    """Steps applied, this one counted."""
-    divisor: Tensor
-    """Of gradients: 1 over the clipping factor."""
+    step: Tensor
+    """Number of applied steps, this one among them."""
+    grad_scale: Tensor
+    """The kernel divides gradients by it: 1 over the clipping factor."""
     skip: Tensor
     """1 where nothing may move."""
 
 
 class AdamW:
-    """The protocol `trainer.optim.slots.Optimizer`, as torch.optim.AdamW computes it.
+    """The protocol `trainer.optim.shards.Optimizer`, as torch.optim.AdamW computes it.
 
     The kernel behind `torch.optim.AdamW(fused=True)`, which torch has for CPU and CUDA (ROCm) alike, is called on whole
     lists of shards. It takes the clipping factor and the skip flag from the device, so nothing waits for them, and moves
@@ -55,96 +55,118 @@ class AdamW:
     tensor; here there is one for all.
 
     On a GPU with Triton a kernel of our own takes the large shards instead: it reads a gradient of either precision, leaves
-    it alone, and writes the weights that matmuls use where a slot has them: 28 to 30 bytes per parameter in all.
+    it alone, and writes the weights that matmuls use where a shard has them: 28 to 30 bytes per parameter in all.
 
     With bf16 moments, a few million elements at a time get fp32 copies of their moments, go through the same kernel, and
     are rounded back: `common.moment_dtype` says with which error.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], optim: OptimConfig, width: int, device: torch.device | None = None
+        self,
+        shards: Sequence[ParameterShard],
+        optim: OptimConfig,
+        width: int,
+        device: torch.device | None = None,
     ) -> None:
-        """Moments of zero for `slots` of a model of `width`; `device` only matters where there is no slot."""
-        check(slots)
+        """Moments of zero for `shards` of a model of `width`; `device` only matters where there is no shard."""
+        check_masters(shards)
         self._optim = optim
         dtype = moment_dtype(optim)
-        self.count = torch.zeros((), device=device or device_of(slots))
+        self.count = torch.zeros((), device=device or device_of(shards))
         """Steps applied, a number in fp32."""
-        self._rows = [
-            _Row(slot, torch.zeros_like(slot.tensor, dtype=dtype), torch.zeros_like(slot.tensor, dtype=dtype))
-            for slot in slots
+        self._states = [
+            _MomentState(
+                shard,
+                torch.zeros_like(shard.tensor, dtype=dtype),
+                torch.zeros_like(shard.tensor, dtype=dtype),
+            )
+            for shard in shards
         ]
-        self._groups: list[tuple[Rate, list[_Row]]] = []
-        for row in self._rows:
-            rate = rate_of(row.slot.kind, optim, width)
-            same = next((rows for other, rows in self._groups if other == rate), None)
+        self._groups: list[tuple[Hyperparameters, list[_MomentState]]] = []
+        for state in self._states:
+            hyper = hyperparameters(state.shard.kind, optim, width)
+            same = next((states for other, states in self._groups if other == hyper), None)
             if same is None:
-                self._groups.append((rate, same := []))
-            if row.slot.tensor.numel():
-                same.append(row)
+                self._groups.append((hyper, same := []))
+            if state.shard.tensor.numel():
+                same.append(state)
 
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor, skip: Tensor) -> None:
-        """Move the masters; see the protocol."""
-        numbers = self.numbers(factor, skip)
-        fast = self._fast(numbers) if usable(self.count.device) else None
-        for rate, every in self._groups:
-            rows = every
-            if fast is not None:
-                rows = self._update_large(every, lr * rate.scale, rate.decay, fast)
-            gradients = [gradient(row.slot) for row in rows]
-            for lists in self._batches(rows, gradients):
-                update(lists, self._optim, lr * rate.scale, rate.decay, numbers)
-            refresh(row.slot for row in rows)
-        self.count.add_(1 - numbers.skip)
+        """Update the masters (see the protocol)."""
+        scalars = self.step_scalars(factor, skip)
+        kernel_scalars = self._kernel_scalars(scalars) if usable(self.count.device) else None
+        for hyper, group in self._groups:
+            states = group
+            if kernel_scalars is not None:
+                states = self._update_large(group, lr * hyper.lr_scale, hyper.weight_decay, kernel_scalars)
+            gradients = [gradient_or_zeros(state.shard) for state in states]
+            for lists in self._kernel_batches(states, gradients):
+                fused_adamw(lists, self._optim, lr * hyper.lr_scale, hyper.weight_decay, scalars)
+            copy_masters_to_weights(state.shard for state in states)
+        self.count.add_(1 - scalars.skip)
 
-    def _fast(self, numbers: Numbers) -> Tensor:
-        """What the kernel reads from the device (see `trainer.kernels.adamw.update`)."""
-        after = numbers.after.double()
-        corrections = (1 / (1 - self._optim.beta1**after), (1 - self._optim.beta2**after).rsqrt())
-        return torch.stack([numbers.divisor.reciprocal(), numbers.skip, *(x.float() for x in corrections)])
+    def _kernel_scalars(self, scalars: StepScalars) -> Tensor:
+        """The `numbers` of our own kernel (see `trainer.kernels.adamw.update`)."""
+        step = scalars.step.double()
+        corrections = (1 / (1 - self._optim.beta1**step), (1 - self._optim.beta2**step).rsqrt())
+        return torch.stack([scalars.grad_scale.reciprocal(), scalars.skip, *(x.float() for x in corrections)])
 
-    def _update_large(self, rows: Sequence[_Row], lr: float, decay: float, numbers: Tensor) -> list[_Row]:
-        """Move the large shards by the kernel; those that are left."""
+    def _update_large(
+        self, states: Sequence[_MomentState], lr: float, decay: float, numbers: Tensor
+    ) -> list[_MomentState]:
+        """Update the large shards by our own kernel; returns the other ones."""
         from trainer.kernels import adamw as kernel
 
         optim, left = self._optim, []
-        for row in rows:
-            slot = row.slot
-            if slot.tensor.numel() < LEAST:
-                left.append(row)
+        for state in states:
+            shard = state.shard
+            if shard.tensor.numel() < LEAST:
+                left.append(state)
                 continue
-            grad = slot.gradient
-            grad = torch.zeros_like(slot.tensor) if grad is None else grad.contiguous()
-            weight = None if slot.cast is None else slot.cast.weight
+            grad = shard.gradient
+            grad = torch.zeros_like(shard.tensor) if grad is None else grad.contiguous()
+            weight = None if shard.compute_weight is None else shard.compute_weight.tensor
             rule = (optim.beta1, optim.beta2, optim.eps)
-            kernel.update((slot.tensor, grad, row.mean, row.square, weight), numbers, (lr, decay), rule)
+            kernel.update(
+                (shard.tensor, grad, state.exp_avg, state.exp_avg_sq, weight), numbers, (lr, decay), rule
+            )
         return left
 
-    def state(self) -> Iterator[tuple[str, Tensor, Slot | None]]:
-        """Both moments of every slot, and the count of applied steps."""
-        for row in self._rows:
-            yield "exp_avg", row.mean, row.slot
-            yield "exp_avg_sq", row.square, row.slot
+    def state(self) -> Iterator[tuple[str, Tensor, ParameterShard | None]]:
+        """Both moments of every shard, and the count of applied steps."""
+        for state in self._states:
+            yield "exp_avg", state.exp_avg, state.shard
+            yield "exp_avg_sq", state.exp_avg_sq, state.shard
         yield "optimizer/step", self.count, None
 
-    def numbers(self, factor: Tensor, skip: Tensor) -> Numbers:
-        """What the step to come tells the kernel."""
-        return Numbers(self.count + 1, factor.float().reciprocal(), skip.float())
+    def step_scalars(self, factor: Tensor, skip: Tensor) -> StepScalars:
+        """The kernel's inputs for the next step."""
+        return StepScalars(self.count + 1, factor.float().reciprocal(), skip.float())
 
     @staticmethod
-    def _batches(rows: Sequence[_Row], gradients: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
-        """Values, gradients, means and squares for one call of the kernel each: all, or no more than have scratch."""
-        if not rows or rows[0].mean.dtype == torch.float32:
-            tensors = [row.slot.tensor for row in rows]
-            yield [tensors, list(gradients), [row.mean for row in rows], [row.square for row in rows]]
+    def _kernel_batches(
+        states: Sequence[_MomentState], gradients: Sequence[Tensor]
+    ) -> Iterator[list[list[Tensor]]]:
+        """Values, gradients, means and squares for each call of the kernel: all of them, or with bf16
+        moments as many elements as have scratch memory."""
+        if not states or states[0].exp_avg.dtype == torch.float32:
+            tensors = [state.shard.tensor for state in states]
+            yield [
+                tensors,
+                list(gradients),
+                [state.exp_avg for state in states],
+                [state.exp_avg_sq for state in states],
+            ]
             return
         batch: list[list[Tensor]] = [[], [], [], []]
-        filled, most = 0, chunk_of(gradients[0].device)
-        for row, grad in zip(rows, gradients, strict=True):
-            parts = [tensor.view(-1) for tensor in (row.slot.tensor, grad, row.mean, row.square)]
-            for start, end in ranges(grad.numel(), most):
-                if filled + end - start > most:
+        filled, limit = 0, chunk_elements(gradients[0].device)
+        for state, grad in zip(states, gradients, strict=True):
+            parts = [
+                tensor.view(-1) for tensor in (state.shard.tensor, grad, state.exp_avg, state.exp_avg_sq)
+            ]
+            for start, end in chunk_ranges(grad.numel(), limit):
+                if filled + end - start > limit:
                     yield batch
                     batch, filled = [[], [], [], []], 0
                 for column, part in zip(batch, parts, strict=True):
@@ -153,8 +175,8 @@ class AdamW:
         yield batch
 
 
-def update(
-    lists: Sequence[list[Tensor]], optim: OptimConfig, lr: float, decay: float, numbers: Numbers
+def fused_adamw(
+    lists: Sequence[list[Tensor]], optim: OptimConfig, lr: float, decay: float, scalars: StepScalars
 ) -> None:
     """One call of torch's kernel over lists of values, gradients, means and squares, all of one length and contiguous.
 
@@ -168,9 +190,9 @@ def update(
     # fp32 ones as they are.
     wide_means, wide_squares = ([m.float() for m in column] for column in (means, squares))
     torch._fused_adamw_(
-        values, gradients, wide_means, wide_squares, [], [numbers.after] * len(values),
+        values, gradients, wide_means, wide_squares, [], [scalars.step] * len(values),
         lr=lr, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=decay,
-        amsgrad=False, maximize=False, grad_scale=numbers.divisor, found_inf=numbers.skip,
+        amsgrad=False, maximize=False, grad_scale=scalars.grad_scale, found_inf=scalars.skip,
     )  # fmt: skip
     if means[0].dtype != torch.float32:
         torch._foreach_copy_(means, wide_means)

@@ -11,21 +11,25 @@ from trainer.optim.adamw import AdamW
 from trainer.optim.common import device_of
 from trainer.optim.lamb import Lamb
 from trainer.optim.muon import Muon
-from trainer.optim.slots import Optimizer, Slot, StagePeers
+from trainer.optim.shards import Optimizer, ParameterShard, StagePeers
 
 
 def build(
-    optim: OptimConfig, width: int, slots: Sequence[Slot], peers: StagePeers, precision: Precision = "fp32"
+    optim: OptimConfig,
+    width: int,
+    shards: Sequence[ParameterShard],
+    peers: StagePeers,
+    precision: Precision = "fp32",
 ) -> Optimizer:
-    """The optimizer over a rank's slots, with moments of zero.
+    """The optimizer over a rank's shards, with moments of zero.
 
     Args:
         width: of the model, for `optim.base_width`.
-        slots: this rank's.
+        shards: this rank's.
         peers: all ranks of the stage, which build together.
         precision: of the run. `bf16` lets Muon multiply in bf16 on GPUs, which have the units for it; on CPUs it is fp32.
     """
     if optim.kind == "muon":
-        fast = precision == "bf16" and device_of(slots).type == "cuda"
-        return Muon(slots, optim, width, peers, torch.bfloat16 if fast else torch.float32)
-    return Lamb(slots, optim, width, peers) if optim.kind == "lamb" else AdamW(slots, optim, width)
+        fast = precision == "bf16" and device_of(shards).type == "cuda"
+        return Muon(shards, optim, width, peers, torch.bfloat16 if fast else torch.float32)
+    return Lamb(shards, optim, width, peers) if optim.kind == "lamb" else AdamW(shards, optim, width)

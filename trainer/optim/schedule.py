@@ -28,7 +28,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * share
 
 
-def samples_of(train: TrainConfig, step: int) -> int:
+def global_batch_size(train: TrainConfig, step: int) -> int:
     """Samples of the step with index `step`: `global_batch`, or while the batch grows, as many `ramp_batch` as are due.
 
     `global_batch` is set and a multiple of `ramp_batch`: the planner sees to both.
@@ -40,7 +40,7 @@ def samples_of(train: TrainConfig, step: int) -> int:
     return train.ramp_batch * (1 + step * sizes // train.ramp_steps)
 
 
-def samples_before(train: TrainConfig, step: int) -> int:
+def consumed_samples(train: TrainConfig, step: int) -> int:
     """Samples of all steps before the one with index `step`; the work grows with the ramp's batch sizes, not with steps."""
     assert train.global_batch is not None, "the planner sets train.global_batch"
     if train.ramp_batch is None:

@@ -178,8 +178,8 @@ MUTANTS = [
     Mutant(
         "samples that were taken before are fed again",
         _FEED,
-        "samples_before(train, step) + self._beyond",
-        "samples_before(train, step)",
+        "consumed_samples(train, step) + self._beyond",
+        "consumed_samples(train, step)",
         f"{_PLACES}[1-0-5]",
     ),
     Mutant(

@@ -142,7 +142,7 @@ MUTANTS = [
     Mutant(
         "weights stay behind a state that was loaded",
         _NATIVE,
-        "        refresh(self._slots)\n",
+        "        copy_masters_to_weights(self._shards)\n",
         "",
         _BESIDE,
     ),
@@ -240,21 +240,21 @@ MUTANTS = [
     Mutant(
         "weights stay behind LAMB's masters",
         "trainer/optim/lamb.py",
-        "        refresh(row.slot for row in live)\n",
+        "        copy_masters_to_weights(state.shard for state in nonempty)\n",
         "",
         _BESIDE,
     ),
     Mutant(
         "weights stay behind Muon's masters",
         "trainer/optim/muon.py",
-        "        refresh(row.slot for row in self._rows.values())\n",
+        "        copy_masters_to_weights(state.shard for state in self._states.values())\n",
         "",
         _BESIDE,
     ),
     Mutant(
         "weights stay behind AdamW's masters",
         "trainer/optim/adamw.py",
-        "            refresh(row.slot for row in rows)\n",
+        "            copy_masters_to_weights(state.shard for state in states)\n",
         "",
         _BESIDE,
     ),
@@ -296,7 +296,7 @@ MUTANTS = [
     Mutant(
         "what tp ranks have alike has one rank's gradient",
         _NATIVE,
-        "                slot.receive(total)\n",
+        "                shard.set_gradient(total)\n",
         "                pass\n",
         f"{_AXIS}[tp-tied]",
     ),
@@ -310,15 +310,15 @@ MUTANTS = [
     Mutant(
         "the norm counts a replica twice",
         _NATIVE,
-        "if slot.replica == 0 and not second and",
+        "if shard.replica == 0 and not second and",
         "if not second and",
         f"{_AXIS}[tp-tied]",
     ),
     Mutant(
         "the norm counts a tied table twice",
         _NATIVE,
-        "if slot.replica == 0 and not second and",
-        "if slot.replica == 0 and",
+        "if shard.replica == 0 and not second and",
+        "if shard.replica == 0 and",
         f"{_AXIS}[pp]",
     ),
     Mutant(

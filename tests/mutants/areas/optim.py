@@ -8,7 +8,7 @@ _ADAMW = "trainer/optim/adamw.py"
 _COMMON = "trainer/optim/common.py"
 _LAMB = "trainer/optim/lamb.py"
 _MUON = "trainer/optim/muon.py"
-_ROUTES = "trainer/optim/routes.py"
+_ROUTES = "trainer/optim/matrix_exchange.py"
 _SCHEDULE = "trainer/optim/schedule.py"
 
 _TEST = "tests/trainer/optim/test_optim.py::test_"
@@ -24,8 +24,8 @@ MUTANTS = [
     Mutant(
         "averages aren't corrected for their start",
         _ADAMW,
-        "return Numbers(self.count + 1,",
-        "return Numbers(self.count + 10000,",
+        "return StepScalars(self.count + 1,",
+        "return StepScalars(self.count + 10000,",
         f"{_MATHS}[adamw]",
     ),
     Mutant(
@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant(
         "a skipped step counts",
         _ADAMW,
-        "self.count.add_(1 - numbers.skip)",
+        "self.count.add_(1 - scalars.skip)",
         "self.count.add_(1)",
         f"{_SKIP}[adamw-fp32]",
     ),
@@ -94,8 +94,8 @@ MUTANTS = [
     Mutant(
         "a wider model keeps its rate",
         _COMMON,
-        "return Rate(1 / wider,",
-        "return Rate(1.0,",
+        "return Hyperparameters(1 / wider,",
+        "return Hyperparameters(1.0,",
         f"{_TEST}a_wider_model_moves_its_matrices_less_and_decays_them_as_much_more[adamw]",
     ),
     Mutant(
@@ -144,29 +144,29 @@ MUTANTS = [
     Mutant(
         "updates are scaled by the short side",
         _MUON,
-        "math.sqrt(max(slot.box.whole[-2:]))",
-        "math.sqrt(min(slot.box.whole[-2:]))",
+        "math.sqrt(max(shard.box.whole[-2:]))",
+        "math.sqrt(min(shard.box.whole[-2:]))",
         f"{_MATHS}[muon]",
     ),
     Mutant(
         "matrices don't decay under Muon",
         _MUON,
-        "1 - rate * self._rate.decay)",
+        "1 - rate * self._hyper.weight_decay)",
         "1.0)",
         f"{_MATHS}[muon]",
     ),
     Mutant(
         "a skipped step moves the momentum",
         _MUON,
-        "kept = torch.where(stopped, 1.0, decay)",
-        "kept = torch.where(stopped, decay, decay)",
+        "kept = torch.where(skipped, 1.0, decay)",
+        "kept = torch.where(skipped, decay, decay)",
         f"{_SKIP}[muon-fp32]",
     ),
     Mutant(
         "a skipped step decays matrices",
         _MUON,
-        "left = torch.where(stopped, 1.0, 1 - rate * self._rate.decay)",
-        "left = 1 - rate * self._rate.decay + 0 * stopped",
+        "left = torch.where(skipped, 1.0, 1 - rate * self._hyper.weight_decay)",
+        "left = 1 - rate * self._hyper.weight_decay + 0 * skipped",
         f"{_SKIP}[muon-fp32]",
     ),
     Mutant(
@@ -174,34 +174,34 @@ MUTANTS = [
         _ROUTES,
         "(part.replica == 0 and (part.rows",
         "((part.rows",
-        "tests/trainer/optim/test_routes.py::test_of_copies_one_is_sent_and_all_get_the_result",
+        "tests/trainer/optim/test_matrix_exchange.py::test_of_copies_one_is_sent_and_all_get_the_result",
     ),
     # LAMB.
     Mutant(
         "the trust ratio is upside down",
         _LAMB,
-        "weights / moves, 1.0)",
-        "moves / weights, 1.0)",
+        "weight_norms / direction_norms, 1.0)",
+        "direction_norms / weight_norms, 1.0)",
         f"{_MATHS}[lamb]",
     ),
     Mutant(
         "there is no trust ratio",
         _LAMB,
-        "weights / moves, 1.0)",
-        "1.0 + 0 * moves, 1.0)",
+        "weight_norms / direction_norms, 1.0)",
+        "1.0 + 0 * direction_norms, 1.0)",
         f"{_MATHS}[lamb]",
     ),
     Mutant(
         "the trust ratio is 0 where a norm is",
         _LAMB,
-        "weights / moves, 1.0)",
-        "weights / moves, 0.0)",
+        "weight_norms / direction_norms, 1.0)",
+        "weight_norms / direction_norms, 0.0)",
         f"{_TEST}lambs_ratio_is_one_where_a_norm_is_zero",
     ),
     Mutant(
         "LAMB's direction leaves out the decay",
         _LAMB,
-        "alpha=row.rate.decay, out=grad)",
+        "alpha=state.hyper.weight_decay, out=grad)",
         "alpha=0.0, out=grad)",
         f"{_MATHS}[lamb]",
     ),
@@ -215,8 +215,8 @@ MUTANTS = [
     Mutant(
         "vectors have a trust ratio",
         _LAMB,
-        'if slot.kind == "vector"]',
-        'if slot.kind == "vector" and False]',
+        'if shard.kind == "vector"]',
+        'if shard.kind == "vector" and False]',
         f"{_MATHS}[lamb]",
     ),
     # Schedules.

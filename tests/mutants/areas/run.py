@@ -68,7 +68,7 @@ MUTANTS = [
     Mutant(
         "samples that were taken are taken again",
         _LOOP,
-        "self.progress.ahead = loaded.samples - samples_before(self.config.train, loaded.step)",
+        "self.progress.ahead = loaded.samples - consumed_samples(self.config.train, loaded.step)",
         "self.progress.ahead = 0",
         _ANOTHER,
     ),
@@ -82,8 +82,8 @@ MUTANTS = [
     Mutant(
         "tokens are those of the configured batch",
         _LOOP,
-        "return samples_before(self.config.train, step) + self.progress.ahead",
-        "return samples_before(self.config.train, step)",
+        "return consumed_samples(self.config.train, step) + self.progress.ahead",
+        "return consumed_samples(self.config.train, step)",
         _ANOTHER,
     ),
     Mutant(
@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant(
         "losses are weighted by the full batch while it grows",
         _LOOP,
-        "batches, samples_of(train, index), lr",
+        "batches, global_batch_size(train, index), lr",
         "batches, train.global_batch, lr",
         f"{_TEST}losses_of_a_growing_batch_are_means",
     ),

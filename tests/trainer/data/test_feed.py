@@ -12,7 +12,7 @@ from configs.compose import compose
 from configs.schema import RunConfig
 from trainer.engines.base import Batch, DataPlace
 from trainer.feed import BatchFeed
-from trainer.optim.schedule import samples_before, samples_of
+from trainer.optim.schedule import consumed_samples, global_batch_size
 
 pytestmark = pytest.mark.dist
 
@@ -49,8 +49,8 @@ def test_every_place_gets_its_samples_of_each_step(text: Path, begin: int, ahead
     for index in range(size):
         with feed.started(begin, ahead, DataPlace(index, size), CPU):
             for step in range(begin, 6):
-                first = samples_before(config.train, step) + ahead
-                passes = samples_of(config.train, step) // (2 * size)
+                first = consumed_samples(config.train, step) + ahead
+                passes = global_batch_size(config.train, step) // (2 * size)
                 wanted = [
                     feed._sampler.sample(first + (micro * size + index) * 2 + row).tokens.tolist()
                     for micro in range(passes)

@@ -21,7 +21,7 @@ from configs.training import OptimConfig
 from tests.forks import forks
 from trainer.optim.build import build
 from trainer.optim.muon import Muon
-from trainer.optim.slots import Optimizer, Slot, StagePeers
+from trainer.optim.shards import Optimizer, ParameterShard, StagePeers
 from trainer.state import Box
 
 T = TypeVar("T")
@@ -152,9 +152,9 @@ def whole(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
 
 @dataclass
 class OptimRank:
-    """One rank's slots and optimizer."""
+    """One rank's shards and optimizer."""
 
-    slots: list[Slot]
+    shards: list[ParameterShard]
     optimizer: Optimizer
 
     @classmethod
@@ -173,23 +173,25 @@ class OptimRank:
             for r in range(size)
         ]
         start = values()
-        slots = [
-            Slot(name, _part(start[name], box).to(device), box, PARAMETERS[name][1], replica, replicas)
+        shards = [
+            ParameterShard(
+                name, _part(start[name], box).to(device), box, PARAMETERS[name][1], replica, replicas
+            )
             for name, box, replica, replicas in listed[rank]
         ]
         peers = StagePeers(group, rank, size, listed)
         if optim.kind == "muon":
             # Small buckets, so that there are several.
-            return cls(slots, Muon(slots, optim, WIDTH, peers, bucket=150))
-        return cls(slots, build(optim, WIDTH, slots, peers))
+            return cls(shards, Muon(shards, optim, WIDTH, peers, bucket=150))
+        return cls(shards, build(optim, WIDTH, shards, peers))
 
     def go(self, start: int = 0, end: int = STEPS) -> OptimRank:
         """Take the steps from `start` to `end`."""
         for step in range(start, end):
             arrays = gradients(step)
-            device = self.slots[0].tensor.device
-            for slot in self.slots:
-                slot.tensor.grad = _part(arrays[slot.name], slot.box).to(device)
+            device = self.shards[0].tensor.device
+            for shard in self.shards:
+                shard.tensor.grad = _part(arrays[shard.name], shard.box).to(device)
             factor = torch.tensor(FACTORS[step], device=device)
             self.optimizer.step(RATES[step], factor, torch.tensor(float(step == SKIPPED), device=device))
         return self
@@ -205,17 +207,19 @@ class OptimRank:
 
     def saved(self) -> Saved:
         """Copies of values and state, on the host."""
-        found: Saved = [(slot.name, slot.box, slot.tensor.cpu().clone()) for slot in self.slots]
-        for part, tensor, slot in self.optimizer.state():
-            found.append((f"{slot.name}/{part}" if slot else part, slot and slot.box, tensor.cpu().clone()))
+        found: Saved = [(shard.name, shard.box, shard.tensor.cpu().clone()) for shard in self.shards]
+        for part, tensor, shard in self.optimizer.state():
+            found.append(
+                (f"{shard.name}/{part}" if shard else part, shard and shard.box, tensor.cpu().clone())
+            )
         return found
 
     def load(self, saved: Sequence[Saved]) -> OptimRank:
         """Take up what several ranks saved, at any other cut."""
-        live = [(slot.name, slot.box, slot.tensor) for slot in self.slots]
+        live = [(shard.name, shard.box, shard.tensor) for shard in self.shards]
         live += [
-            (f"{slot.name}/{part}" if slot else part, slot and slot.box, tensor)
-            for part, tensor, slot in self.optimizer.state()
+            (f"{shard.name}/{part}" if shard else part, shard and shard.box, tensor)
+            for part, tensor, shard in self.optimizer.state()
         ]
         pieces: dict[str, list[tuple[Box | None, torch.Tensor]]] = {}
         for name, box, tensor in (piece for rank in saved for piece in rank):

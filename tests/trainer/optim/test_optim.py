@@ -15,8 +15,8 @@ from tests.trainer.optim.cases import CONFIGS, PARAMETERS, SKIPPED, STEPS, WIDTH
 from tests.trainer.optim.maths import expected
 from trainer.optim import common, lamb
 from trainer.optim.build import build
-from trainer.optim.muon import orthogonal
-from trainer.optim.slots import Optimizer, Slot, StagePeers
+from trainer.optim.muon import orthogonalize
+from trainer.optim.shards import Optimizer, ParameterShard, StagePeers
 from trainer.state import Box
 
 pytestmark = pytest.mark.dist
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.dist
 LOW = {kind: optim.model_copy(update={"moments": "bf16", "beta2": 0.95}) for kind, optim in CONFIGS.items()}
 
 
-def slot(tensor: Tensor, kind: str, name: str = "w") -> Slot:
-    return Slot(name, tensor, Box.all_of(tuple(tensor.shape)), kind, 0, 1)
+def shard(tensor: Tensor, kind: str, name: str = "w") -> ParameterShard:
+    return ParameterShard(name, tensor, Box.all_of(tuple(tensor.shape)), kind, 0, 1)
 
 
-def made(optim: OptimConfig, *slots: Slot, width: int = WIDTH) -> Optimizer:
-    listed = [(one.name, one.box, one.replica, one.replicas) for one in slots]
-    return build(optim, width, slots, StagePeers(None, 0, 1, [listed]))
+def made(optim: OptimConfig, *shards: ParameterShard, width: int = WIDTH) -> Optimizer:
+    listed = [(one.name, one.box, one.replica, one.replicas) for one in shards]
+    return build(optim, width, shards, StagePeers(None, 0, 1, [listed]))
 
 
 def number(value: float) -> Tensor:
@@ -48,7 +48,7 @@ def test_steps_are_those_of_the_maths(kind: str) -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_scratch_of_any_size_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = gathered([OptimRank.make(LOW[kind]).go().saved()])
-    monkeypatch.setitem(common._CHUNKS, "cpu", 7)
+    monkeypatch.setitem(common._CHUNK_ELEMENTS, "cpu", 7)
     for name, array in gathered([OptimRank.make(LOW[kind]).go().saved()]).items():
         np.testing.assert_allclose(array, one[name], rtol=0, atol=1e-6, err_msg=name)
 
@@ -57,13 +57,13 @@ def test_scratch_of_any_size_gives_the_same(kind: str, monkeypatch: pytest.Monke
 def test_a_skipped_step_leaves_every_bit(optim: OptimConfig) -> None:
     for start in (0, SKIPPED):
         rank = OptimRank.make(optim).go(0, start)
-        signed = [one.tensor for one in rank.slots]
+        signed = [one.tensor for one in rank.shards]
         signed += [tensor for part, tensor, _ in rank.optimizer.state() if part in ("exp_avg", "momentum")]
         for tensor in signed:
             tensor.view(-1)[0] = -0.0
         before = rank.saved()
         for bad in (math.nan, math.inf):
-            for one in rank.slots:
+            for one in rank.shards:
                 one.tensor.grad = torch.full_like(one.tensor, bad)
             rank.optimizer.step(0.1, number(bad), number(1.0))
         for (name, _, tensor), (_, _, after) in zip(before, rank.saved(), strict=True):
@@ -75,16 +75,16 @@ def test_the_factor_scales_gradients(kind: str) -> None:
     found = []
     for scale, factor in ((1.0, 0.25), (0.25, 1.0)):
         torch.manual_seed(0)
-        slots = [slot(torch.randn(6, 4), "matrix"), slot(torch.randn(5), "vector", "v")]
-        optimizer = made(CONFIGS[kind], *slots)
+        shards = [shard(torch.randn(6, 4), "matrix"), shard(torch.randn(5), "vector", "v")]
+        optimizer = made(CONFIGS[kind], *shards)
         for _ in range(2):
-            for one in slots:
+            for one in shards:
                 one.tensor.grad = torch.randn_like(one.tensor) * scale
             optimizer.step(0.1, number(factor), number(0.0))
-            for one in slots:
+            for one in shards:
                 one.tensor.grad = None
             optimizer.step(0.1, number(1.0), number(0.0))
-        found.append([*(one.tensor for one in slots), *(t for _, t, _ in optimizer.state())])
+        found.append([*(one.tensor for one in shards), *(t for _, t, _ in optimizer.state())])
     assert all(one.equal(two) for one, two in zip(*found, strict=True))
 
 
@@ -93,7 +93,7 @@ def test_no_gradient_is_a_gradient_of_zeros(kind: str) -> None:
     found = []
     for later in (torch.zeros(6, 4), None):
         torch.manual_seed(0)
-        one = slot(torch.randn(6, 4), "matrix")
+        one = shard(torch.randn(6, 4), "matrix")
         optimizer = made(CONFIGS[kind], one)
         for gradient in (torch.randn(6, 4), later):
             one.tensor.grad = gradient
@@ -105,25 +105,25 @@ def test_no_gradient_is_a_gradient_of_zeros(kind: str) -> None:
 def test_adamw_is_torchs_bit_for_bit() -> None:
     torch.manual_seed(0)
     optim = OptimConfig(weight_decay=0.2)
-    slots = [
-        slot(torch.randn(33, 47), "matrix"), slot(torch.randn(0, 5), "matrix", "none"),
-        slot(torch.randn(65), "vector", "v"), slot(torch.randn(9, 7), "embedding", "e"),
+    shards = [
+        shard(torch.randn(33, 47), "matrix"), shard(torch.randn(0, 5), "matrix", "none"),
+        shard(torch.randn(65), "vector", "v"), shard(torch.randn(9, 7), "embedding", "e"),
     ]  # fmt: skip
-    theirs = [torch.nn.Parameter(one.tensor.clone()) for one in slots]
+    theirs = [torch.nn.Parameter(one.tensor.clone()) for one in shards]
     groups = [
         {"params": [p], "weight_decay": 0.2 if i == 0 else 0.0} for i, p in enumerate(theirs) if p.numel()
     ]
     torchs = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    optimizer = made(optim, *slots)
+    optimizer = made(optim, *shards)
     for step in range(20):
-        for one, parameter in zip(slots, theirs, strict=True):
+        for one, parameter in zip(shards, theirs, strict=True):
             parameter.grad = torch.randn_like(parameter)
             one.tensor.grad = parameter.grad.clone()
         for group in torchs.param_groups:
             group["lr"] = 0.1 / (step + 1)
         torchs.step()
         optimizer.step(0.1 / (step + 1), number(1.0), number(0.0))
-    assert all(one.tensor.equal(parameter) for one, parameter in zip(slots, theirs, strict=True))
+    assert all(one.tensor.equal(parameter) for one, parameter in zip(shards, theirs, strict=True))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -131,7 +131,7 @@ def test_a_wider_model_moves_its_matrices_less_and_decays_them_as_much_more(kind
     ends = []
     for fields, lr in (({"base_width": 16, "weight_decay": 0.1}, 0.04), ({"weight_decay": 0.2}, 0.01)):
         torch.manual_seed(0)
-        one = slot(torch.randn(6, 4), "matrix")
+        one = shard(torch.randn(6, 4), "matrix")
         one.tensor.grad = torch.randn(6, 4)
         made(OptimConfig(kind=kind, **fields), one, width=64).step(lr, number(1.0), number(0.0))  # type: ignore[arg-type]
         ends.append(one.tensor)
@@ -143,11 +143,11 @@ def test_vectors_and_embeddings_have_neither_decay_nor_width(kind: str) -> None:
     ends = []
     for fields in ({"base_width": 16, "weight_decay": 0.3}, {"weight_decay": 0.0}):
         torch.manual_seed(0)
-        slots = [slot(torch.randn(6, 4), "embedding"), slot(torch.randn(5), "vector", "v")]
-        for one in slots:
+        shards = [shard(torch.randn(6, 4), "embedding"), shard(torch.randn(5), "vector", "v")]
+        for one in shards:
             one.tensor.grad = torch.randn_like(one.tensor)
-        made(OptimConfig(kind=kind, **fields), *slots).step(0.1, number(1.0), number(0.0))  # type: ignore[arg-type]
-        ends.append([one.tensor for one in slots])
+        made(OptimConfig(kind=kind, **fields), *shards).step(0.1, number(1.0), number(0.0))  # type: ignore[arg-type]
+        ends.append([one.tensor for one in shards])
     assert all(one.equal(two) for one, two in zip(*ends, strict=True))
 
 
@@ -157,17 +157,17 @@ def test_bf16_moments_stay_near(kind: str) -> None:
     ends = {}
     for moments in ("fp32", "bf16"):
         torch.manual_seed(0)
-        slots = [slot(torch.randn(40, 30), "matrix"), slot(torch.randn(500), "vector", "v")]
-        starts = [one.tensor.clone() for one in slots]
-        optimizer = made(OptimConfig(kind=kind, moments=moments), *slots)  # type: ignore[arg-type]
+        shards = [shard(torch.randn(40, 30), "matrix"), shard(torch.randn(500), "vector", "v")]
+        starts = [one.tensor.clone() for one in shards]
+        optimizer = made(OptimConfig(kind=kind, moments=moments), *shards)  # type: ignore[arg-type]
         kept = {t.dtype for part, t, _ in optimizer.state() if part != "optimizer/step"}
         assert kept == {torch.bfloat16 if moments == "bf16" else torch.float32}
-        mean = [torch.randn_like(one.tensor) for one in slots]
+        mean = [torch.randn_like(one.tensor) for one in shards]
         for _ in range(60):
-            for one, direction in zip(slots, mean, strict=True):
+            for one, direction in zip(shards, mean, strict=True):
                 one.tensor.grad = torch.randn_like(one.tensor) + 0.3 * direction
             optimizer.step(0.01, number(1.0), number(0.0))
-        ends[moments] = [one.tensor - start for one, start in zip(slots, starts, strict=True)]
+        ends[moments] = [one.tensor - start for one, start in zip(shards, starts, strict=True)]
     for exact, near in zip(ends["fp32"], ends["bf16"], strict=True):
         assert 1e-4 < (near - exact).norm() / exact.norm() < 1e-2
 
@@ -188,32 +188,32 @@ def test_muon_takes_matrices_to_nearly_orthogonal_ones() -> None:
     for shape in ((3, 24, 40), (2, 40, 24), (1, 32, 32)):
         matrices = torch.randn(shape)
         left, _, right = torch.linalg.svd(matrices.double(), full_matrices=False)
-        inner = left.mT @ orthogonal(matrices, 5).double() @ right.mT
+        inner = left.mT @ orthogonalize(matrices, 5).double() @ right.mT
         values = inner.diagonal(dim1=-2, dim2=-1)
         assert values.min() > 0.65 and values.max() < 1.25, shape
         torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=2e-5)
-        # Less than it is from the orthogonal matrix itself, which is what `orthogonal` promises of bf16.
-        low = orthogonal(matrices.bfloat16(), 5).double()
-        assert (low - orthogonal(matrices, 5)).norm() < 0.05 * low.norm() < (low - left @ right).norm()
+        # Less than it is from the orthogonal matrix itself, which is what `orthogonalize` promises of bf16.
+        low = orthogonalize(matrices.bfloat16(), 5).double()
+        assert (low - orthogonalize(matrices, 5)).norm() < 0.05 * low.norm() < (low - left @ right).norm()
 
 
 def test_muon_treats_each_matrix_of_a_stack_alone() -> None:
     torch.manual_seed(0)
     stack, gradient = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
-    together = slot(stack.clone(), "matrix")
+    together = shard(stack.clone(), "matrix")
     together.tensor.grad = gradient.clone()
     made(CONFIGS["muon"], together).step(0.1, number(1.0), number(0.0))
     for lead in np.ndindex(3, 2):
-        one = slot(stack[lead].clone(), "matrix")
+        one = shard(stack[lead].clone(), "matrix")
         one.tensor.grad = gradient[lead].clone()
         made(CONFIGS["muon"], one).step(0.1, number(1.0), number(0.0))
         torch.testing.assert_close(one.tensor, together.tensor[lead], rtol=0, atol=1e-6)
 
 
 def test_lambs_ratio_is_one_where_a_norm_is_zero() -> None:
-    one = slot(torch.zeros(2, 3), "matrix")
+    one = shard(torch.zeros(2, 3), "matrix")
     one.tensor.grad = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
-    still = slot(torch.ones(2, 3), "embedding", "e")
+    still = shard(torch.ones(2, 3), "embedding", "e")
     made(CONFIGS["lamb"], one, still).step(0.1, number(1.0), number(0.0))
     torch.testing.assert_close(one.tensor, torch.tensor([[-0.1, 0.1, -0.1], [0.1, -0.1, 0.1]]))
     assert still.tensor.equal(torch.ones(2, 3))
@@ -246,17 +246,17 @@ def test_a_master_that_kernels_would_read_wrongly_is_refused(kind: str) -> None:
     box = Box.all_of((4, 6))
     for tensor in (torch.randn(6, 4).T, torch.randn(4, 6).bfloat16(), torch.randn(6, 4)):
         with pytest.raises(ValueError, match="the master of w is .* contiguous fp32 of its box's shape"):
-            made(CONFIGS[kind], Slot("w", tensor, box, "matrix", 0, 1))
+            made(CONFIGS[kind], ParameterShard("w", tensor, box, "matrix", 0, 1))
 
 
 def test_a_rank_may_have_nothing() -> None:
     for kind in CONFIGS:
-        empty = Slot("w", torch.zeros(0, 6), Box((4, 6), (4, 0), (0, 6)), "vector", 0, 1)
-        for slots in ((), (empty,)):
-            optimizer = made(CONFIGS[kind], *slots)
+        empty = ParameterShard("w", torch.zeros(0, 6), Box((4, 6), (4, 0), (0, 6)), "vector", 0, 1)
+        for shards in ((), (empty,)):
+            optimizer = made(CONFIGS[kind], *shards)
             optimizer.step(0.1, number(1.0), number(0.0))
             assert [t.item() for part, t, _ in optimizer.state() if part == "optimizer/step"] == [1.0]
 
 
 def test_ranges_cover_all() -> None:
-    assert list(common.ranges(7, 3)) == [(0, 3), (3, 6), (6, 7)] and not list(common.ranges(0, 3))
+    assert list(common.chunk_ranges(7, 3)) == [(0, 3), (3, 6), (6, 7)] and not list(common.chunk_ranges(0, 3))

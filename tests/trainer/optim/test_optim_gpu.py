@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.trainer.optim.cases import CONFIGS, OptimRank, all_cases, cases, gathered, together
-from trainer.optim.muon import orthogonal
+from trainer.optim.muon import orthogonalize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -63,6 +63,6 @@ def test_several_gpus_compute_what_one_process_does(tmp_path: Path) -> None:
 def test_bf16_products_on_a_gpu_keep_muons_promise() -> None:
     torch.manual_seed(0)
     matrices = torch.randn(4, 512, 1024, device="cuda")
-    exact = orthogonal(matrices, 5)
-    low = orthogonal(matrices.bfloat16(), 5).float()
+    exact = orthogonalize(matrices, 5)
+    low = orthogonalize(matrices.bfloat16(), 5).float()
     assert (low - exact).norm() < 0.05 * exact.norm()

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs.training import OptimConfig, TrainConfig
-from trainer.optim.schedule import learning_rate, samples_before, samples_of
+from trainer.optim.schedule import consumed_samples, global_batch_size, learning_rate
 
 pytestmark = pytest.mark.unit
 
@@ -62,12 +62,12 @@ def test_there_may_be_no_warm_up_or_only_one() -> None:
 
 def test_the_batch_grows_as_the_table_says() -> None:
     train = TrainConfig(global_batch=32, ramp_batch=8, ramp_steps=6)
-    assert [samples_of(train, step) for step in range(8)] == [8, 8, 16, 24, 24, 32, 32, 32]
+    assert [global_batch_size(train, step) for step in range(8)] == [8, 8, 16, 24, 24, 32, 32, 32]
 
 
 def test_without_a_ramp_every_step_has_the_batch() -> None:
     train = TrainConfig(global_batch=32)
-    assert samples_of(train, 0) == 32 and samples_before(train, 7) == 7 * 32
+    assert global_batch_size(train, 0) == 32 and consumed_samples(train, 7) == 7 * 32
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_samples_before_a_step_are_the_sum_of_the_steps(batch: int, first: int, 
     train = TrainConfig(global_batch=batch, ramp_batch=first, ramp_steps=ramp)
     total = 0
     for step in range(70):
-        assert samples_before(train, step) == total, step
-        size = samples_of(train, step)
+        assert consumed_samples(train, step) == total, step
+        size = global_batch_size(train, step)
         assert size % first == 0 and first <= size <= batch and (size == batch or step < ramp)
         total += size
 
@@ -88,7 +88,7 @@ def test_a_long_run_is_summed_at_once() -> None:
     train = TrainConfig(global_batch=4096, ramp_batch=64, ramp_steps=10**9)
     # A million times as many steps at each of the 64 sizes as at the ramp of a thousandth of that.
     short = TrainConfig(global_batch=4096, ramp_batch=64, ramp_steps=64)
-    assert samples_before(train, 10**9) == samples_before(short, 64) * 10**9 // 64
+    assert consumed_samples(train, 10**9) == consumed_samples(short, 64) * 10**9 // 64
 
 
 def test_the_schedule_loads_no_torch() -> None:
