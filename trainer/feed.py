@@ -15,7 +15,7 @@ from trainer.data.prefetch import Prefetch
 from trainer.data.prepare import prepare
 from trainer.data.sampler import TokenSampler, bounds, documents
 from trainer.data.store import TokenStore, fingerprint
-from trainer.engines.base import Batch, DataPlace
+from trainer.engines.base import Batch, DataParallelRank
 from trainer.model.seams import PackedDocuments
 from trainer.optim.schedule import consumed_samples, global_batch_size
 
@@ -30,7 +30,7 @@ class BatchFeed:
         self._config, self._store = config, store
         self._sampler = store.sampler(config.data, config.train.seed)
         self._held = store.evaluation(config.data)
-        self._place, self._device, self._beyond = DataPlace(0, 1), torch.device("cpu"), 0
+        self._place, self._device, self._beyond = DataParallelRank(0, 1), torch.device("cpu"), 0
         self._coming: Iterator[list[_Arrays]] = iter(())
 
     @classmethod
@@ -64,7 +64,7 @@ class BatchFeed:
 
     @contextmanager
     def started(
-        self, step: int, beyond: int, place: DataPlace, device: torch.device, ahead: bool = True
+        self, step: int, beyond: int, place: DataParallelRank, device: torch.device, ahead: bool = True
     ) -> Iterator[None]:
         """Read batches from the step with index `step` on.
 

@@ -232,7 +232,9 @@ class _Job:
         gc.disable()
         self.progress.line_time = time.perf_counter()
         first = self.progress.step + 1
-        with self.feed.started(self.progress.step, self.progress.ahead, self.engine.place, self.mesh.device):
+        with self.feed.started(
+            self.progress.step, self.progress.ahead, self.engine.data_parallel, self.mesh.device
+        ):
             while self.progress.step < train.steps and not self.stopping:
                 try:
                     self._step(self.progress.step)
@@ -275,7 +277,7 @@ class _Job:
         self.skipped[1] = (self.skipped[1] + result.skipped) * result.skipped
         progress.step = index + 1
         last = progress.step == train.steps
-        self.stopping = self.stop.agreed(result.wishes) and not last
+        self.stopping = self.stop.agreed(result.stop_requests) and not last
         tiers = self.saves.tiers(progress.step, last or self.stopping)
         if "store" in tiers or progress.step % train.log_every == 0:
             self._log(result, lr)
@@ -317,7 +319,7 @@ class _Job:
         reason = self.saves.plan(progress.step, Measured(*worst[len(PHASES) + 1 :]))
         self.lines.note([f"checkpoint.interval: {reason}"] if reason else [])
         progress.loss, progress.line_step, progress.line_time, progress.away = loss, progress.step, now, 0.0
-        load = result.load.tolist()
+        load = result.expert_load.tolist()
         skipped, in_a_row = (int(number) for number in self.skipped.tolist())
         tokens = self._samples(progress.step) * self.config.data.sequence
         rate = global_batch_size(self.config.train, progress.step - 1) * self.config.data.sequence / seconds

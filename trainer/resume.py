@@ -113,7 +113,7 @@ class Checkpoints:
         loaded = loading.restore(tiers, list(_wanted(engine)), self._mesh, self._identity, self._signs.alive)
         if loaded is None:
             return None
-        engine.loaded()
+        engine.after_load()
         self._lineage = list(loaded.facts.get("lineage", []))
         if newest.run != self._identity.run:
             self._lineage.append({"run": newest.run, "step": loaded.step, "path": loaded.path})

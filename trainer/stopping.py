@@ -48,17 +48,17 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
         self.signalled = True
 
-    def agreed(self, wishes: Tensor) -> bool:
+    def agreed(self, stop_requests: Tensor) -> bool:
         """Whether all ranks stop behind this step; the same answer on all of them.
 
         Args:
-            wishes: of a step, how many ranks were asked when it ended; equal on all ranks.
+            stop_requests: of a step, how many ranks were asked when it ended; equal on all ranks.
         """
         if not self._cuda:
-            return bool(wishes > 0)
+            return bool(stop_requests > 0)
         before, event = self._coming, torch.cuda.Event()
-        host = torch.empty(wishes.shape, dtype=wishes.dtype, pin_memory=True)
-        host.copy_(wishes, non_blocking=True)
+        host = torch.empty(stop_requests.shape, dtype=stop_requests.dtype, pin_memory=True)
+        host.copy_(stop_requests, non_blocking=True)
         event.record()
         self._coming = host, event
         if before is None:

@@ -106,14 +106,14 @@ def _step(engine: Engine, config: RunConfig, index: int, settle: Callable[[], No
             settle()
         return nullcontext()
 
-    place, micro_batch = engine.place, config.train.micro_batch
+    place, micro_batch = engine.data_parallel, config.train.micro_batch
     given = batches(index, SAMPLES, micro_batch, place.index, place.size)
     lr = learning_rate(config.optim, index, config.train.steps)
     result = engine.step(given, SAMPLES, lr, phase)
     shares = torch.stack([result.loss.double(), result.aux_loss.double(), result.dropped.double()])
     dist.all_reduce(shares)
     loss, aux_loss, dropped = shares.tolist()
-    return loss + aux_loss, float(result.grad_norm), result.load.tolist(), int(dropped)
+    return loss + aux_loss, float(result.grad_norm), result.expert_load.tolist(), int(dropped)
 
 
 # ---- checkpoints ----
@@ -155,7 +155,7 @@ def _load(engine: Engine, mesh: Mesh, root: str) -> int:
     found = restore(stored(root), wanted, mesh, _identity(mesh))
     if found is None or found.passed or found.facts != {"step": found.step}:
         raise AssertionError(f"{root} gave {found}")
-    engine.loaded()
+    engine.after_load()
     return found.step
 
 

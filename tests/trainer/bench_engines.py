@@ -47,7 +47,7 @@ def config_of(model: str, engine: str, world: int, layout: dict[str, int]) -> Ru
 def of_engine(engine: Engine, config: RunConfig) -> Stepper:
     """A step of an engine on tokens that stay the same."""
     samples = config.train.global_batch or 1
-    batches = tokens(config, samples // engine.place.size)
+    batches = tokens(config, samples // engine.data_parallel.size)
 
     def step() -> None:
         engine.step(batches, samples, config.optim.lr, lambda _phase: nullcontext())

@@ -208,13 +208,18 @@ def train(
         engine = NativeEngine(config, mesh)
         found = []
         for step in range(steps):
-            place = engine.place
+            place = engine.data_parallel
             given = batches(step, SAMPLES, config.train.micro_batch, place.index, place.size)
             result = engine.step(given, SAMPLES, config.optim.lr, lambda _phase: nullcontext())
             shares = torch.stack([result.loss.double(), result.dropped.double(), result.aux_loss.double()])
             dist.all_reduce(shares)
             found.append(
-                (float(shares[0] + shares[2]), float(result.grad_norm), result.load.tolist(), int(shares[1]))
+                (
+                    float(shares[0] + shares[2]),
+                    float(result.grad_norm),
+                    result.expert_load.tolist(),
+                    int(shares[1]),
+                )
             )
         wrong = drift(engine, mesh, steps)
         return [(loss + wrong, norm, load, dropped) for loss, norm, load, dropped in found]

@@ -48,7 +48,7 @@ class _Witness:
         return getattr(self._engine, name)
 
     def step(self, batches: Any, samples: int, lr: float, phase: Any, asked: Any) -> Any:
-        place = self._engine.place
+        place = self._engine.data_parallel
         with self._file.open("a") as file:
             for micro, batch in enumerate(batches):
                 for row, tokens in enumerate(batch.tokens_BS):

@@ -45,7 +45,7 @@ class Trained:
         for piece in self.engine.state():
             if piece.name in state:
                 piece.tensor.copy_(state[piece.name])
-        self.engine.loaded()
+        self.engine.after_load()
 
     def run(self, steps: int, samples: Tensor, spoiled: int | None) -> list[dict[str, Any]]:
         """The first steps; the gradients of step `spoiled` are made infinite."""
@@ -71,7 +71,7 @@ class Trained:
             lines.append(
                 {
                     "loss": result.loss.item(), "aux": result.aux_loss.item(), "norm": result.grad_norm.item(),
-                    "skipped": bool(result.skipped), "load": result.load.tolist(), "dropped": int(result.dropped),
+                    "skipped": bool(result.skipped), "load": result.expert_load.tolist(), "dropped": int(result.dropped),
                 }
             )  # fmt: skip
         return lines

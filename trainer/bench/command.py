@@ -220,7 +220,9 @@ def _native(options: Options, config: RunConfig, mesh: Mesh, name: str = "megara
     overlap = nullcontext() if options.overlap else serial(mesh.device)
     with _step_of(engine, options, config, mesh) as step, overlap:
         times = timed(step, mesh.device, options.steps)
-        fullest = routing.fullest(step(_no_mark).load, mesh["ep"].size) if mesh["ep"].size > 1 else None
+        fullest = (
+            routing.fullest(step(_no_mark).expert_load, mesh["ep"].size) if mesh["ep"].size > 1 else None
+        )
         if mesh.device.type != "cuda":
             return variants.Outcome(times, None, fullest)
         trace = None
@@ -260,12 +262,12 @@ def _batches(
 ) -> Iterator[Callable[[], list[Batch]]]:
     if options.feed != "device":
         feed = BatchFeed.prepare(config, default_home() / "data")
-        with feed.started(0, 0, engine.place, mesh.device, ahead=options.feed == "ahead"):
+        with feed.started(0, 0, engine.data_parallel, mesh.device, ahead=options.feed == "ahead"):
             yield feed.batches
         return
     samples, micro = config.train.global_batch or 1, config.train.micro_batch
-    drawn = BatchTokens(config, mesh.device, options.routing == "real", engine.place.index)
-    count = samples // micro // engine.place.size
+    drawn = BatchTokens(config, mesh.device, options.routing == "real", engine.data_parallel.index)
+    count = samples // micro // engine.data_parallel.size
     yield lambda: [Batch(drawn.draw(micro), None) for _ in range(count)]
 
 

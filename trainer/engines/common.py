@@ -1,4 +1,4 @@
-"""What engines do alike around a step: micro-batches, the norm, clipping and skipping, the balance of experts, results."""
+"""The parts of a step that all engines share: micro-batches, gradient norm, clipping, router biases, results."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from trainer.state import Box, Slice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtype of the weights that matmuls use, by `train.precision`."""
-_PIECE = 1 << 16
-"""Elements of a gradient that a CPU has in fp64 at a time."""
+_CHUNK_ELEMENTS = 1 << 16
+"""Elements of a gradient that a CPU squares in fp64 at a time."""
 
 
-def micros(batches: Sequence[Batch], samples: int, positions_S: Tensor, tally: Tally) -> list[MicroBatch]:
-    """A step's micro-batches as the model takes them, each sample's losses weighted by 1 / `samples`."""
+def micro_batches(
+    batches: Sequence[Batch], samples: int, positions_S: Tensor, tally: Tally
+) -> list[MicroBatch]:
+    """A step's micro-batches as inputs of the model, each sample's losses weighted by 1 / `samples`."""
     weight = 1.0 / samples
     return [MicroBatch(b.tokens_BS, positions_S, b.documents_BS, weight, tally, b.packed) for b in batches]
 
 
-def clipping(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """What gradients of a global norm are multiplied by, and 1 where nothing may move since it isn't finite; on the device.
+def clip_factor_and_skip(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The clipping factor of gradients with a global norm, and 1 where that isn't finite, so that the step is skipped; both
+    on the device.
 
     Args:
         limit: of the norm; 0 for none.
@@ -39,41 +42,41 @@ def clipping(norm: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def global_norm(
-    gradients: Sequence[Tensor], world: int, device: torch.device, stopping: bool = False
+    gradients: Sequence[Tensor], world: int, device: torch.device, stop_requested: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """L2 norm of gradients that lie on the ranks in parts, each element once; fp32, equal on all ranks. And how many ranks
-    were asked to stop, which travels with it.
+    """L2 norm of gradients that are sharded over the ranks, each element once; fp32, equal on all ranks. And how many
+    ranks were asked to stop: both need one all-reduce.
 
     Args:
         gradients: this rank's parts.
-        stopping: whether this rank was.
+        stop_requested: whether this rank was.
     """
     square = torch.zeros((), dtype=torch.float64, device=device)
     if gradients and usable(device):
-        square = _squares(gradients)
+        square = _squared_norm(gradients)
     elif gradients and device.type == "cpu":
-        square = _squares_on_cpu(gradients)
+        square = _squared_norm_on_cpu(gradients)
     elif gradients:
         square = torch.stack(torch._foreach_norm(list(gradients))).double().square().sum()
-    sums = torch.stack([square, torch.full_like(square, float(stopping))])
+    sums = torch.stack([square, torch.full_like(square, float(stop_requested))])
     if world > 1:
         dist.all_reduce(sums)
     return sums[0].sqrt().float(), sums[1]
 
 
-def _squares_on_cpu(gradients: Sequence[Tensor]) -> Tensor:
-    """The square of the norm in fp64. A CPU adds squares up one after the other: in fp32 those of 8 million elements are
-    off by 2e-4. In pieces that stay in its cache: a whole copy in fp64 takes four times as long."""
-    wide, parts = gradients[0].new_empty(_PIECE, dtype=torch.float64), list[Tensor]()
+def _squared_norm_on_cpu(gradients: Sequence[Tensor]) -> Tensor:
+    """The squared norm in fp64. A CPU adds squares one after the other: in fp32 those of 8 million elements are off by
+    2e-4. In chunks that stay in its cache: a whole copy in fp64 takes four times as long."""
+    buffer_fp64, parts = gradients[0].new_empty(_CHUNK_ELEMENTS, dtype=torch.float64), list[Tensor]()
     for gradient in gradients:
-        for piece in gradient.flatten().split(_PIECE):
-            near = wide[: len(piece)].copy_(piece)
-            parts.append(torch.dot(near, near))
+        for chunk in gradient.flatten().split(_CHUNK_ELEMENTS):
+            chunk_fp64 = buffer_fp64[: len(chunk)].copy_(chunk)
+            parts.append(torch.dot(chunk_fp64, chunk_fp64))
     return torch.stack(parts).sum()
 
 
-def _squares(gradients: Sequence[Tensor]) -> Tensor:
-    """The square of the norm in fp64, of gradients in either precision; large ones by a kernel in one pass."""
+def _squared_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The squared norm in fp64, of gradients in either precision; large ones by a kernel in one pass."""
     from trainer.kernels import adamw
 
     large: list[Tensor] = []
@@ -88,23 +91,23 @@ def _squares(gradients: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def balance(
+def balance_experts(
     stages: Iterable[DecoderStage],
     model: ModelConfig,
     tally: Tally,
-    numbers: tuple[Tensor, Tensor],
+    applied_and_skip: tuple[Tensor, Tensor],
     world: int,
 ) -> Tensor:
-    """Sum a step's expert loads over all ranks and move the router biases by them.
+    """Sum a step's expert loads over all ranks and update the router biases by them.
 
     Args:
         stages: of this rank.
-        numbers: steps that have moved the weights, this one among them; and 1 where this one moves nothing.
+        applied_and_skip: number of applied steps, this one among them; and 1 where this one is skipped.
 
     Returns:
         Token-expert pairs, [MoE layers, experts] int64, in the order of `ModelConfig.router_layers`.
     """
-    applied, skip = numbers
+    applied, skip = applied_and_skip
     row = {layer: place for place, layer in enumerate(model.router_layers)}
     none = torch.zeros(model.experts, dtype=torch.int64, device=skip.device)
     counts = [tally.counts.get(layer, none) for layer in row]
@@ -113,26 +116,27 @@ def balance(
         dist.all_reduce(load)
     routers = {layer: router for stage in stages for layer, router in stage.routers().items()}
     if routers:
-        of_each = [load[row[layer]] for layer in routers]
-        update_biases(list(routers.values()), torch.stack(of_each), applied, skip)
+        local_loads = [load[row[layer]] for layer in routers]
+        update_biases(list(routers.values()), torch.stack(local_loads), applied, skip)
     return load
 
 
-def result(loss: Tensor, tally: Tally, norm: tuple[Tensor, Tensor], skip: Tensor, load: Tensor) -> StepResult:
-    """A step's numbers, the norm and the wishes as `global_norm` gives them; `loss` and what `tally` holds are this rank's
-    shares."""
+def step_result(
+    loss: Tensor, tally: Tally, norm: tuple[Tensor, Tensor], skip: Tensor, load: Tensor
+) -> StepResult:
+    """The result of a step, with norm and stop requests from `global_norm`; `loss` and `tally` are this rank's shares."""
     zero = torch.zeros((), device=skip.device)
     return StepResult(
         loss=loss,
         aux_loss=torch.stack(tally.losses).sum() if tally.losses else zero,
         dropped=torch.stack(tally.dropped).sum() if tally.dropped else zero.long(),
         grad_norm=norm[0],
-        wishes=norm[1],
+        stop_requests=norm[1],
         skipped=skip,
-        load=load,
+        expert_load=load,
     )
 
 
-def replicated(name: str, tensor: Tensor, index: int, size: int) -> Slice:
-    """A tensor that `size` ranks have alike, as the rank with that index has it."""
+def replicated_slice(name: str, tensor: Tensor, index: int, size: int) -> Slice:
+    """The slice of a tensor that `size` ranks have copies of, on the rank with that index."""
     return Slice(name, tensor, Box.all_of(tuple(tensor.shape)), index, size)

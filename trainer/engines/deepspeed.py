@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from configs.schema import RunConfig
 from trainer.engines import common
-from trainer.engines.base import Batch, DataPlace, Phases, StepResult, never
+from trainer.engines.base import Batch, DataParallelRank, PhaseRecorder, StepResult, never_stop
 from trainer.model.decoder import DecoderStage, inputs
 from trainer.model.initial import initial, kind
 from trainer.model.seams import Tally
@@ -44,14 +44,14 @@ _NEVER = 1 << 60
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A box of a parameter that is a stretch of this rank's partition of a flat group."""
+class _PartitionBox:
+    """A box of a parameter that is a contiguous range of this rank's partition of a flat group."""
 
     name: str
     box: Box
     group: int
     start: int
-    """Of the stretch, within the partition."""
+    """Of the range, within the partition."""
 
 
 class DeepSpeedEngine:
@@ -59,16 +59,16 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.place = DataPlace(mesh["dp"].index, mesh["dp"].size)
-        self._stage, cuts = _make_stage(config, mesh)
+        self.data_parallel = DataParallelRank(mesh["dp"].index, mesh["dp"].size)
+        self._stage, partitions = _make_stage(config, mesh)
         self._adamw = _make_adamw(self._stage, config)
-        self._engine = _wrap(self._stage, self._adamw, config, mesh)
+        self._engine = _make_deepspeed_engine(self._stage, self._adamw, config, mesh)
         self._zero: Any = self._engine.optimizer
-        self._parts = list(self._cut_partitions({name: cut.box for name, cut in cuts.items()}))
-        self._make_values()
+        self._boxes = list(self._partition_boxes({name: one.box for name, one in partitions.items()}))
+        self._initialize()
         self._positions_S = token_positions(config.data.sequence, "gather", 1, 0, mesh.device)
 
-    def _cut_partitions(self, boxes: dict[str, Box]) -> Iterator[_Part]:
+    def _partition_boxes(self, boxes: dict[str, Box]) -> Iterator[_PartitionBox]:
         """What this rank's flat partitions hold, in order. `boxes`: what the rank has of each parameter before ZeRO."""
         names = {id(parameter): name for name, parameter in self._stage.named_parameters()}
         zero = self._zero
@@ -79,26 +79,26 @@ class DeepSpeedEngine:
                 name = names[id(parameter)]
                 first = max(offset, begin)
                 last = min(offset + boxes[name].elements, begin + size)
-                at = first - begin
+                start = first - begin
                 for box in boxes[name].flat(first - offset, last - offset):
-                    yield _Part(name, box, group, at)
-                    at += box.elements
+                    yield _PartitionBox(name, box, group, start)
+                    start += box.elements
 
-    def _make_values(self) -> None:
-        """Moments of zero, and masters straight from the initial values, which DeepSpeed's copies have rounded to bf16."""
+    def _initialize(self) -> None:
+        """Set moments to zero and masters to the initial values, which DeepSpeed's copies have rounded to bf16."""
         for shard in self._zero.single_partition_of_fp32_groups:
             self._adamw.state[shard] = {
                 "step": torch.zeros((), device=shard.device),
                 **{moment: torch.zeros_like(shard) for moment in _MOMENTS},
             }
-        for part, values in self._views(self._zero.single_partition_of_fp32_groups):
+        for part, values in self._box_views(self._zero.single_partition_of_fp32_groups):
             model, seed = self.config.model, self.config.train.seed
             values.copy_(initial(part.name, part.box, model, seed, self.mesh.device))
         self._zero.update_lp_params()
 
-    def _views(self, flats: Sequence[Tensor]) -> Iterator[tuple[_Part, Tensor]]:
-        """Each part with its live values, where `flats` are of the partitions' sizes."""
-        for part in self._parts:
+    def _box_views(self, flats: Sequence[Tensor]) -> Iterator[tuple[_PartitionBox, Tensor]]:
+        """Each box with a view of its values in `flats`, tensors of the partitions' sizes."""
+        for part in self._boxes:
             flat = flats[part.group].detach().narrow(0, part.start, part.box.elements)
             yield part, flat.view(part.box.shape)
 
@@ -109,12 +109,12 @@ class DeepSpeedEngine:
         batches: Sequence[Batch],
         samples: int,
         lr: float,
-        phase: Phases,
-        stopping: Callable[[], bool] = never,
+        phase: PhaseRecorder,
+        stop_requested: Callable[[], bool] = never_stop,
     ) -> StepResult:
         """One optimizer step (see `trainer.engines.base.Engine`)."""
         tally, shares = Tally(), []
-        micros = common.micros(batches, samples, self._positions_S, tally)
+        micros = common.micro_batches(batches, samples, self._positions_S, tally)
         for index, micro in enumerate(micros):
             self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
             with phase("forward"):
@@ -123,22 +123,22 @@ class DeepSpeedEngine:
                 self._engine.backward(share, scale_wrt_gas=False)
             shares.append(share.detach())
         with phase("optimizer"):
-            norm = self._norm(stopping())
-            factor, skip = common.clipping(norm[0], self.config.optim.clip)
+            norm = self._global_norm(stop_requested())
+            factor, skip = common.clip_factor_and_skip(norm[0], self.config.optim.clip)
             self._update(lr, factor, skip)
-            world = self.mesh.world
-            load = common.balance([self._stage], self.config.model, tally, (self._applied, skip), world)
-        return common.result(torch.stack(shares).sum(), tally, norm, skip, load)
+            counts, world = (self._applied_steps, skip), self.mesh.world
+            load = common.balance_experts([self._stage], self.config.model, tally, counts, world)
+        return common.step_result(torch.stack(shares).sum(), tally, norm, skip, load)
 
-    def _norm(self, stopping: bool) -> tuple[Tensor, Tensor]:
+    def _global_norm(self, stop_requested: bool) -> tuple[Tensor, Tensor]:
         """Global norm: after the last backward pass each rank holds the reduced gradients of its own partitions alone. And
-        the wishes to stop."""
+        how many ranks were asked to stop."""
         groups = self._zero.averaged_gradients.values()
         gradients = [gradient for group in groups for gradient in group if gradient.numel()]
-        return common.global_norm(gradients, self.mesh.world, self.mesh.device, stopping)
+        return common.global_norm(gradients, self.mesh.world, self.mesh.device, stop_requested)
 
     def _update(self, lr: float, factor: Tensor, skip: Tensor) -> None:
-        """Move the masters and gather the weights. torch's fused kernel clips, and moves nothing where `skip` is 1."""
+        """Update the masters and gather the weights. torch's fused kernel clips, and changes nothing where `skip` is 1."""
         adamw: Any = self._adamw  # torch's fused AdamW reads these two, and its stub lacks them
         adamw.grad_scale, adamw.found_inf = factor.reciprocal(), skip
         for group in self._adamw.param_groups:
@@ -148,48 +148,48 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], samples: int) -> Tensor:
         """This rank's share of the mean cross-entropy over `samples`."""
-        micros = common.micros(batches, samples, self._positions_S, Tally(muted=True))
+        micros = common.micro_batches(batches, samples, self._positions_S, Tally(muted=True))
         # `forward`, not a call: DeepSpeed's hooks and timers are those of training.
         return torch.stack([self._stage.forward(inputs(micro), micro) for micro in micros]).sum()
 
     # ---- state ----
 
     @property
-    def _applied(self) -> Tensor:
-        """Steps that have moved the weights, as the first group counts them; the others count alike."""
-        return self._counts()[0]
+    def _applied_steps(self) -> Tensor:
+        """Applied steps, as the first group counts them; the other groups' counts are equal."""
+        return self._step_counts()[0]
 
-    def _counts(self) -> list[Tensor]:
+    def _step_counts(self) -> list[Tensor]:
         return [self._adamw.state[shard]["step"] for shard in self._zero.single_partition_of_fp32_groups]
 
     def state(self) -> Iterator[Slice]:
         """Masters, moments and router biases, by name: views of the flat partitions, nothing is gathered or copied."""
         shards = self._zero.single_partition_of_fp32_groups
-        for part, values in self._views(shards):
+        for part, values in self._box_views(shards):
             yield Slice(part.name, values, part.box)
         for moment in _MOMENTS:
-            for part, values in self._views([self._adamw.state[shard][moment] for shard in shards]):
+            for part, values in self._box_views([self._adamw.state[shard][moment] for shard in shards]):
                 yield Slice(f"{part.name}/{moment}", values, part.box)
         rank, world = self.mesh.rank, self.mesh.world
-        yield common.replicated("optimizer/step", self._applied, rank, world)
+        yield common.replicated_slice("optimizer/step", self._applied_steps, rank, world)
         for name, buffer in self._stage.named_buffers():
-            yield common.replicated(name, buffer, rank, world)
+            yield common.replicated_slice(name, buffer, rank, world)
 
-    def loaded(self) -> None:
-        """Bring the weights up to the masters, and all groups to one count of steps."""
-        for count in self._counts():
-            count.copy_(self._applied)
+    def after_load(self) -> None:
+        """Copy the masters to the weights and the first group's count of steps to all groups."""
+        for count in self._step_counts():
+            count.copy_(self._applied_steps)
         self._zero.update_lp_params()
 
 
-# ---- what DeepSpeed is given ----
+# ---- DeepSpeed's inputs ----
 
 
 def _make_stage(config: RunConfig, mesh: Mesh) -> tuple[DecoderStage, dict[str, apply.Partition]]:
-    """The model on the device with values still to come, experts marked as DeepSpeed wants them; and what is cut how."""
+    """The model on the device, values not set yet, experts marked for DeepSpeed; and each parameter's partition."""
     with torch.device("meta"):
         stage = DecoderStage(config.model, 0, config.model.layers)
-    cuts = apply.parallelize(stage, mesh, config)
+    partitions = apply.parallelize(stage, mesh, config)
     for parameter in stage.parameters():
         parameter.data = parameter.data.to(common.DTYPES[str(config.train.precision)])
     stage.to_empty(device=mesh.device)
@@ -200,7 +200,7 @@ def _make_stage(config: RunConfig, mesh: Mesh) -> tuple[DecoderStage, dict[str, 
     for name, parameter in stage.named_parameters():
         if name in experts:
             vars(parameter).update(allreduce=False, group_name=_group_name(mesh))
-    return stage, cuts
+    return stage, partitions
 
 
 def _group_name(mesh: Mesh) -> str:
@@ -217,17 +217,19 @@ def _make_adamw(stage: DecoderStage, config: RunConfig) -> torch.optim.AdamW:
         hyper = hyperparameters(kind(name), optim, config.model.hidden)
         groups.setdefault((hyper.lr_scale, hyper.weight_decay, name in experts), []).append(parameter)
     return torch.optim.AdamW(
-        [_group(rate, decay, sparse, parameters) for (rate, decay, sparse), parameters in groups.items()],
+        [_param_group(rate, decay, sparse, parameters) for (rate, decay, sparse), parameters in groups.items()],
         lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True,
     )  # fmt: skip
 
 
-def _group(scale: float, decay: float, sparse: bool, parameters: list[nn.Parameter]) -> dict[str, Any]:
-    made: dict[str, Any] = {"params": parameters, "weight_decay": decay, "scale": scale}
-    return made | {"moe": True, "name": vars(parameters[0])["group_name"]} if sparse else made
+def _param_group(scale: float, decay: float, sparse: bool, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    group: dict[str, Any] = {"params": parameters, "weight_decay": decay, "scale": scale}
+    return group | {"moe": True, "name": vars(parameters[0])["group_name"]} if sparse else group
 
 
-def _wrap(stage: DecoderStage, adamw: torch.optim.AdamW, config: RunConfig, mesh: Mesh) -> Any:
+def _make_deepspeed_engine(
+    stage: DecoderStage, adamw: torch.optim.AdamW, config: RunConfig, mesh: Mesh
+) -> Any:
     """DeepSpeed's engine around a stage and its optimizer."""
     # Late: DeepSpeed looks for its accelerator when it is imported.
     if mesh.device.type == "cpu":
@@ -247,12 +249,12 @@ def _wrap(stage: DecoderStage, adamw: torch.optim.AdamW, config: RunConfig, mesh
             self.has_moe_layers = bool(stage.expert_splits())
 
         def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:  # noqa: ARG002
-            # For ZeRO 1 in bf16 it would take another optimizer than for all else, with other flat tensors. The usual one
-            # accumulates bf16 gradients in fp32 too, as it does for fp16.
+            # For ZeRO 1 in bf16 it would choose another optimizer, with other flat tensors. The usual one accumulates
+            # bf16 gradients in fp32 too, as it does for fp16.
             return ZERO_OPTIMIZATION
 
         def _broadcast_model(self) -> None:
-            """Nothing to tell: every rank makes its own values."""
+            """Broadcast nothing: every rank initializes its own values."""
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Compiled at first use, for an inference collective that training never calls.
@@ -261,18 +263,18 @@ def _wrap(stage: DecoderStage, adamw: torch.optim.AdamW, config: RunConfig, mesh
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     # Of neighbouring ranks, like the mesh's: DeepSpeed reduces over these, tokens travel over the mesh's.
     groups._create_expert_and_data_parallel(mesh["ep"].size)
-    settings = _settings(config, sum(parameter.numel() for parameter in stage.parameters()))
+    settings = _deepspeed_config(config, sum(parameter.numel() for parameter in stage.parameters()))
     engine = Engine(
         args=None, model=stage, optimizer=adamw, dist_init_required=False, config=settings,
         config_class=DeepSpeedConfig(settings),
     )  # fmt: skip
-    # It makes its groups without a limit of ours.
+    # Its groups have the default timeout.
     for group in tuple(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(collective_timeout(config), group)
     return engine
 
 
-def _settings(config: RunConfig, elements: int) -> dict[str, Any]:
+def _deepspeed_config(config: RunConfig, elements: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. `elements`: parameters of this rank."""
     train = config.train
     zero = {

@@ -309,7 +309,7 @@ MUTANTS = [
     Mutant(
         "groups of tp that sum apart are compared with each other",
         "trainer/engines/native.py",
-        "exact = size if size > 2 else 0",
+        "exact = replicas if replicas > 2 else 0",
         "exact = 0",
         f"{_DRIFT}groups_that_sum_apart_may_differ_in_a_last_bit",
     ),

@@ -86,15 +86,15 @@ MUTANTS = [
     Mutant(
         "the norm is the square of a sum",
         _COMMON,
-        "parts.append(torch.dot(near, near))",
-        "parts.append(near.sum())",
+        "parts.append(torch.dot(chunk_fp64, chunk_fp64))",
+        "parts.append(chunk_fp64.sum())",
         "tests/trainer/engines/test_common.py::test_the_norm_by_hand",
     ),
     Mutant(
         "the norm is of first pieces",
         _COMMON,
-        "gradient.flatten().split(_PIECE)",
-        "gradient.flatten().split(_PIECE)[:1]",
+        "gradient.flatten().split(_CHUNK_ELEMENTS)",
+        "gradient.flatten().split(_CHUNK_ELEMENTS)[:1]",
         "tests/trainer/engines/test_common.py::test_the_norm_by_hand",
     ),
     Mutant(
@@ -121,8 +121,8 @@ MUTANTS = [
     Mutant(
         "a skipped step moves the router's bias",
         _COMMON,
-        "torch.stack(of_each), applied, skip)",
-        "torch.stack(of_each), applied)",
+        "torch.stack(local_loads), applied, skip)",
+        "torch.stack(local_loads), applied)",
         f"{_RUN}[adamw]",
     ),
     Mutant(
@@ -233,7 +233,7 @@ MUTANTS = [
     Mutant(
         "small weights count in the norm once for each rank",
         _NATIVE,
-        "index, size = index + size * data.index, size * data.size",
+        "replica, replicas = replica + replicas * data.index, replicas * data.size",
         "pass",
         _beside(2),
     ),
@@ -282,8 +282,8 @@ MUTANTS = [
     Mutant(
         "ZeRO 1 never reduces what it accumulated",
         _NATIVE,
-        "_reduce_in_backward(stage, each or last,",
-        "_reduce_in_backward(stage, each,",
+        "_set_backward_sync(stage, reduce_each or last,",
+        "_set_backward_sync(stage, reduce_each,",
         f"{_AXIS}[dp-zero1]",
     ),
     Mutant(
@@ -310,36 +310,36 @@ MUTANTS = [
     Mutant(
         "the norm counts a replica twice",
         _NATIVE,
-        "if shard.replica == 0 and not second and",
-        "if not second and",
+        "if shard.replica == 0 and not copy and",
+        "if not copy and",
         f"{_AXIS}[tp-tied]",
     ),
     Mutant(
         "the norm counts a tied table twice",
         _NATIVE,
-        "if shard.replica == 0 and not second and",
+        "if shard.replica == 0 and not copy and",
         "if shard.replica == 0 and",
         f"{_AXIS}[pp]",
     ),
     Mutant(
         "tied copies on two ranks aren't summed",
         _NATIVE,
-        "            dist.all_reduce(gradients[0], group=self._ends)",
+        "            dist.all_reduce(gradients[0], group=self._embedding_group)",
         "            pass",
         f"{_AXIS}[pp]",
     ),
     Mutant(
         "tied copies on one rank aren't summed",
         _NATIVE,
-        "both = gradients[0] + gradients[1]",
-        "both = gradients[0] + 0",
+        "total = gradients[0] + gradients[1]",
+        "total = gradients[0] + 0",
         f"{_AXIS}[pp-zbv-tied]",
     ),
     Mutant(
         "a rank's place is its number",
         _NATIVE,
-        'self.place = DataPlace(mesh["dp"].index, mesh["dp"].size)',
-        "self.place = DataPlace(mesh.rank, mesh.world)",
+        'self.data_parallel = DataParallelRank(mesh["dp"].index, mesh["dp"].size)',
+        "self.data_parallel = DataParallelRank(mesh.rank, mesh.world)",
         f"{_AXIS}[cp]",
     ),
     Mutant(

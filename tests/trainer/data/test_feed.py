@@ -10,7 +10,7 @@ import torch
 
 from configs.compose import compose
 from configs.schema import RunConfig
-from trainer.engines.base import Batch, DataPlace
+from trainer.engines.base import Batch, DataParallelRank
 from trainer.feed import BatchFeed
 from trainer.optim.schedule import consumed_samples, global_batch_size
 
@@ -47,7 +47,7 @@ def _rows(batches: list[Batch]) -> list[list[int]]:
 def test_every_place_gets_its_samples_of_each_step(text: Path, begin: int, ahead: int, size: int) -> None:
     config, feed = _feed(text, "train.ramp_batch=4", "train.ramp_steps=3")
     for index in range(size):
-        with feed.started(begin, ahead, DataPlace(index, size), CPU):
+        with feed.started(begin, ahead, DataParallelRank(index, size), CPU):
             for step in range(begin, 6):
                 first = consumed_samples(config.train, step) + ahead
                 passes = global_batch_size(config.train, step) // (2 * size)
@@ -63,7 +63,7 @@ def test_where_documents_lie_is_known_on_the_host(text: Path) -> None:
     """Counted token by token."""
     _, feed = _feed(text)
     seen = 0
-    with feed.started(0, 0, DataPlace(0, 1), CPU):
+    with feed.started(0, 0, DataParallelRank(0, 1), CPU):
         for batch in feed.batches():
             if batch.documents_BS is None:
                 assert batch.packed is None
@@ -82,7 +82,7 @@ def test_another_seed_gives_another_order(text: Path) -> None:
     orders = []
     for seed in (1, 1 + (1 << 40)):
         _, feed = _feed(text, f"train.seed={seed}")
-        with feed.started(0, 0, DataPlace(0, 1), CPU):
+        with feed.started(0, 0, DataParallelRank(0, 1), CPU):
             orders.append(_rows(feed.batches()))
     assert orders[0] != orders[1]
 
@@ -90,11 +90,11 @@ def test_another_seed_gives_another_order(text: Path) -> None:
 def test_batches_read_within_the_step_are_those_that_are_read_ahead(text: Path) -> None:
     """Nothing is read before it is asked for."""
     _, feed = _feed(text)
-    with feed.started(1, 0, DataPlace(0, 1), CPU):
+    with feed.started(1, 0, DataParallelRank(0, 1), CPU):
         wanted = [_rows(feed.batches()) for _ in range(3)]
     read, asked = feed._read, []
     feed._read = lambda step: asked.append(step) or read(step)  # type: ignore[method-assign, func-returns-value]
-    with feed.started(1, 0, DataPlace(0, 1), CPU, ahead=False):
+    with feed.started(1, 0, DataParallelRank(0, 1), CPU, ahead=False):
         for step in range(3):
             assert asked == list(range(1, step + 1))
             assert _rows(feed.batches()) == wanted[step]
@@ -103,7 +103,7 @@ def test_batches_read_within_the_step_are_those_that_are_read_ahead(text: Path) 
 @pytest.mark.parametrize("masked", [False, True])
 def test_documents_are_told_where_they_are_masked(text: Path, masked: bool) -> None:
     _, feed = _feed(text, f"data.document_mask={str(masked).lower()}")
-    with feed.started(0, 0, DataPlace(0, 1), CPU):
+    with feed.started(0, 0, DataParallelRank(0, 1), CPU):
         batches = feed.batches()
     told = [batch for batch in batches if batch.documents_BS is not None]
     assert bool(told) == masked
@@ -118,7 +118,7 @@ def test_validation_is_on_held_out_documents_and_always_the_same(text: Path) -> 
     letters: dict[str, set[int]] = {}
     seen = []
     for index in range(2):
-        with feed.started(0, 0, DataPlace(index, 2), CPU):
+        with feed.started(0, 0, DataParallelRank(index, 2), CPU):
             letters.setdefault("train", set()).update(*_rows(feed.batches()))
             batches, samples = feed.validation()
             assert samples == 8 and len(_rows(batches)) == 4
@@ -146,6 +146,6 @@ def test_a_mixture_is_dealt_out_by_its_weights(text: Path, tmp_path: Path) -> No
         weights[str(tmp_path / letter)] = weight
     data = config.data.model_copy(update={"path": None, "mixture": weights})
     feed = BatchFeed.prepare(config.model_copy(update={"data": data}), tmp_path / "cache")
-    with feed.started(0, 0, DataPlace(0, 1), CPU):
+    with feed.started(0, 0, DataParallelRank(0, 1), CPU):
         firsts = [row[0] if row[0] else row[1] for _ in range(5) for row in _rows(feed.batches())]
     assert firsts.count(ord("a")) == 30 and firsts.count(ord("z")) == 10

@@ -124,23 +124,25 @@ def _train(run: EngineRun, config: RunConfig, engine: Engine, mesh: Mesh) -> Eng
         steps.append(_step(engine, config, index))
         if run.save is not None and index + 1 == run.save_at:
             keep(engine, run.save, mesh.rank)
-    held = batches(1000, SAMPLES, 2, engine.place.index, engine.place.size)
+    held = batches(1000, SAMPLES, 2, engine.data_parallel.index, engine.data_parallel.size)
     evaluated = _total(engine.evaluate(held, SAMPLES)) + drift(engine, mesh, run.end)
     return EngineRankResult(steps, evaluated, poisoned, [part.name for part in engine.state()])
 
 
 def _step(engine: Engine, config: RunConfig, index: int) -> EngineStep:
-    place, samples = engine.place, FEWER if index < 3 else SAMPLES
+    place, samples = engine.data_parallel, FEWER if index < 3 else SAMPLES
     given = batches(index, samples, config.train.micro_batch, place.index, place.size)
     result = engine.step(given, samples, config.optim.lr, lambda _phase: nullcontext())
     assert float(result.skipped) == 0
     loss, aux_loss = _total(result.loss), _total(result.aux_loss)
-    return EngineStep(loss, aux_loss, float(result.grad_norm), result.load.tolist())
+    return EngineStep(loss, aux_loss, float(result.grad_norm), result.expert_load.tolist())
 
 
 def _poison(engine: Engine, config: RunConfig, index: int, rank: int) -> tuple[float, list[str]]:
     before = {place: part.tensor.clone() for place, part in enumerate(engine.state())}
-    given = batches(index, SAMPLES, config.train.micro_batch, engine.place.index, engine.place.size)
+    given = batches(
+        index, SAMPLES, config.train.micro_batch, engine.data_parallel.index, engine.data_parallel.size
+    )
     samples: Any = math.nan if rank == 0 else SAMPLES
     result = engine.step(given, samples, config.optim.lr, lambda _phase: nullcontext())
     changed = [part.name for place, part in enumerate(engine.state()) if not part.tensor.equal(before[place])]
@@ -184,7 +186,7 @@ def fill(engine: Engine, values: dict[str, Tensor]) -> None:
     """Overwrite an engine's state."""
     for part in engine.state():
         part.tensor.copy_(_cut(values[part.name], part))
-    engine.loaded()
+    engine.after_load()
 
 
 def _cut(tensor: Tensor, part: Slice) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from trainer.engines.common import clipping, global_norm
+from trainer.engines.common import clip_factor_and_skip, global_norm
 
 pytestmark = pytest.mark.dist
 
@@ -19,10 +19,10 @@ def test_clipping_by_hand() -> None:
         (4.0, 0.0, 1.0),
         (0.0, 1.0, 1.0),
     ):
-        found, skip = clipping(torch.tensor(norm), limit)
+        found, skip = clip_factor_and_skip(torch.tensor(norm), limit)
         assert found.item() == pytest.approx(factor, rel=1e-6) and skip.item() == 0
     for norm in (math.nan, math.inf):
-        assert clipping(torch.tensor(norm), 1.0)[1].item() == 1
+        assert clip_factor_and_skip(torch.tensor(norm), 1.0)[1].item() == 1
 
 
 def test_the_norm_by_hand() -> None:
@@ -35,8 +35,11 @@ def test_the_norm_by_hand() -> None:
         torch.randn(9, 300).t(),
     ]
     whole = torch.cat([part.flatten() for part in parts]).double().norm().item()
-    norm, wishes = global_norm(parts, 1, torch.device("cpu"))
-    assert wishes.item() == 0 and global_norm(parts, 1, torch.device("cpu"), stopping=True)[1].item() == 1
+    norm, stop_requests = global_norm(parts, 1, torch.device("cpu"))
+    assert (
+        stop_requests.item() == 0
+        and global_norm(parts, 1, torch.device("cpu"), stop_requested=True)[1].item() == 1
+    )
     assert norm.item() == pytest.approx(whole, rel=1e-6)
     large = torch.randn(8_000_001)  # squares in fp32, one after the other, are off by 2e-4
     exact = large.double().norm().item()

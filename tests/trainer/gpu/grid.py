@@ -84,7 +84,7 @@ def _losses(case: GridCase, steps: int, rank: int, store: Any) -> list[float]:
         engine = NativeEngine(config, mesh)
         found = []
         for step in range(steps):
-            place = engine.place
+            place = engine.data_parallel
             given = [
                 Batch(b.tokens_BS.to(device), None if b.documents_BS is None else b.documents_BS.to(device))
                 for b in batches(step, SAMPLES, config.train.micro_batch, place.index, place.size)

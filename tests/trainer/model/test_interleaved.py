@@ -18,7 +18,7 @@ from tests.trainer.model.small_models import shape, stage
 from tests.trainer.reference.names import with_experts
 from tests.trainer.sizing.search.exhaustive import exhaustive
 from trainer.bench import baselines
-from trainer.engines.common import balance
+from trainer.engines.common import balance_experts
 from trainer.model.decoder import DecoderStage, boundary_width
 from trainer.model.moe import MoELayer
 from trainer.model.seams import Tally
@@ -300,7 +300,7 @@ def test_each_router_is_balanced_by_its_own_loads() -> None:
     built, tally = stage(model), Tally()
     for layer, load_E in _loads(model):
         tally.count(layer, load_E)
-    load = balance([built], model, tally, (torch.tensor(1), torch.tensor(0.0)), 1)
+    load = balance_experts([built], model, tally, (torch.tensor(1), torch.tensor(0.0)), 1)
     assert load.shape == (3, 8) and [int(row.argmax()) for row in load] == [0, 1, 2]
     for number, layer in enumerate(model.router_layers):
         bias = built.routers()[layer].bias

@@ -332,7 +332,9 @@ def evaluate(
     config = grid.config_of(case, 2)
     with met(rank, world, store, **case.layout) as mesh:
         engine = NativeEngine(config, mesh)
-        given = batches(0, grid.SAMPLES, config.train.micro_batch, engine.place.index, engine.place.size)
+        given = batches(
+            0, grid.SAMPLES, config.train.micro_batch, engine.data_parallel.index, engine.data_parallel.size
+        )
         state = [(part.name, part.tensor.clone()) for part in engine.state()]
         shares = [engine.evaluate(given, grid.SAMPLES)]
         now = [part.tensor for part in engine.state()]

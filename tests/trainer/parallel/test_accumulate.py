@@ -100,7 +100,9 @@ def trained(config: RunConfig, mesh: Any) -> tuple[list[Any], list[float]]:
         return nullcontext()
 
     for step in range(STEPS):
-        given = batches(step, config.train.global_batch, 1, engine.place.index, engine.place.size)
+        given = batches(
+            step, config.train.global_batch, 1, engine.data_parallel.index, engine.data_parallel.size
+        )
         result = engine.step(given, config.train.global_batch, 0.01, phase)
         results += [float(result.loss), float(result.grad_norm)]
     return [*results, {part.name: part.tensor.clone() for part in engine.state()}], waiting

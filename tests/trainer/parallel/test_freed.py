@@ -51,7 +51,7 @@ def _alive(rank: int, world: int, store: Any, recompute: str, lend: str) -> list
         gc.disable()
         try:
             for step in range(STEPS):
-                given = batches(step, SAMPLES, 1, engine.place.index, engine.place.size)
+                given = batches(step, SAMPLES, 1, engine.data_parallel.index, engine.data_parallel.size)
                 engine.step(given, SAMPLES, 1e-4, lambda _phase: nullcontext())
                 del given
                 kinds = [type(one) for one in gc.get_objects()]
@@ -85,11 +85,15 @@ def _kept(rank: int, world: int, store: Any, layout: dict[str, Any], precision: 
         before = {
             id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.grad is not None
         }
-        given = batches(0, SAMPLES, 1, engine.place.index, engine.place.size)
+        given = batches(0, SAMPLES, 1, engine.data_parallel.index, engine.data_parallel.size)
         engine.step(given, SAMPLES, 1e-4, lambda _phase: nullcontext())
         tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and id(one) not in before]
         held = [one.grad for one in tensors if one.grad is not None]
-        held += [slot.cast.gradient for slot in engine._slots if slot.cast and slot.cast.gradient is not None]
+        held += [
+            shard.compute_weight.gradient
+            for shard in engine._shards
+            if shard.compute_weight and shard.compute_weight.gradient is not None
+        ]
         return sum(one.numel() * one.element_size() for one in held)
 
 

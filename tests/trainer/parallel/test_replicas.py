@@ -135,7 +135,7 @@ def look(engine: NativeEngine, mesh: Mesh) -> DriftSeen:
 
 
 def step(engine: NativeEngine, index: int, samples: Any = SAMPLES) -> float:
-    given = batches(index, SAMPLES, 2, engine.place.index, engine.place.size)
+    given = batches(index, SAMPLES, 2, engine.data_parallel.index, engine.data_parallel.size)
     return float(engine.step(given, samples, 0.01, lambda _phase: nullcontext()).skipped)
 
 
@@ -291,7 +291,7 @@ def run_once(rank: RankContext, words: Sequence[str], attempt: int, wrong: int |
 
     def broken(engine: NativeEngine, *arguments: Any) -> Any:
         result = real(engine, *arguments)
-        if engine.mesh.rank == wrong and float(engine._applied) == FLIPPED + 1:
+        if engine.mesh.rank == wrong and float(engine._applied_steps) == FLIPPED + 1:
             part = shared(engine, "bias")
             assert part is not None
             flip(part.tensor, 0, 3)

@@ -77,7 +77,9 @@ def steps(config: RunConfig, mesh: Mesh) -> tuple[list[float], State, NativeEngi
     engine = NativeEngine(config, mesh)
     losses = []
     for step in range(STEPS):
-        given = batches(step, SAMPLES, config.train.micro_batch, engine.place.index, engine.place.size)
+        given = batches(
+            step, SAMPLES, config.train.micro_batch, engine.data_parallel.index, engine.data_parallel.size
+        )
         result = engine.step(given, SAMPLES, 0.01, lambda _phase: nullcontext())
         losses += [float(result.loss), float(result.grad_norm)]
     return losses, state(engine), engine
@@ -93,18 +95,26 @@ def both(rank: RankContext) -> list[Any]:
         config = config_of(case)
         mesh = assemble(config, rank.rank, rank.world, first.device, first.control_group, first.network)
         ours, after, engine = steps(config, mesh)
-        casts = [slot for slot in engine._slots if slot.cast is not None]
-        resident_weights = len(casts)
-        behind = sum(not slot.cast.weight.equal(slot.tensor.bfloat16()) for slot in casts if slot.cast)
+        resident_shards = [shard for shard in engine._shards if shard.compute_weight is not None]
+        resident_weights = len(resident_shards)
+        behind = sum(
+            not shard.compute_weight.tensor.equal(shard.tensor.bfloat16())
+            for shard in resident_shards
+            if shard.compute_weight
+        )
         for part in engine.state():
             part.tensor.mul_(0.5)
-        engine.loaded()
-        behind += sum(not slot.cast.weight.equal(slot.tensor.bfloat16()) for slot in casts if slot.cast)
+        engine.after_load()
+        behind += sum(
+            not shard.compute_weight.tensor.equal(shard.tensor.bfloat16())
+            for shard in resident_shards
+            if shard.compute_weight
+        )
         resident.whole = lambda *_: set()  # type: ignore[assignment]
         theirs, expected, _ = steps(config, mesh)
         resident.whole = chosen
         alive = weakref.ref(engine._parameters[0])
-        del engine, casts, part
+        del engine, resident_shards, part
         gc.collect()
         behind += alive() is not None  # the next case would have no room on a device
         differ = [name for name, tensor in expected.items() if not same(tensor, after[name])]
@@ -115,8 +125,8 @@ def both(rank: RankContext) -> list[Any]:
 @pytest.mark.parametrize("world", (1, 2, 4))
 def test_weights_beside_their_masters_train_as_under_fsdp(world: int, tmp_path: Path) -> None:
     for rank in together(world, tmp_path, both):
-        for case, ours, theirs, casts, behind, differ in rank:
-            assert casts > 0 and behind == 0, case
+        for case, ours, theirs, resident_shards, behind, differ in rank:
+            assert resident_shards > 0 and behind == 0, case
             assert ours == theirs, case
             assert not differ, (case, differ)
 
