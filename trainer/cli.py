@@ -70,14 +70,14 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (kept open until the end)
         return 0
     except Exception as error:
-        if words := _of_storage(error):
+        if words := _storage_error(error):
             print(f"megaray: {words}", file=sys.stderr)
         else:
             traceback.print_exc()
         return 1
 
 
-def _of_storage(error: Exception) -> str:
+def _storage_error(error: Exception) -> str:
     """What a disk that is full or broken means for whoever started this; empty for any other error."""
     from faulttol.checkpoint.manifest import Incomplete  # has been loaded where it is raised
 
@@ -111,7 +111,7 @@ def _parser() -> OneLineParser:
         "--out", type=Path, metavar="DIR", help="folder for the files; by default the cache of runs"
     )
     prepare.add_argument(
-        "--workers", type=_positive, metavar="N", help="processes; one for each core by default"
+        "--workers", type=_count, metavar="N", help="processes; one for each core by default"
     )
     prepare.add_argument("--json", action="store_true", help="print JSON and nothing else")
     size = commands.add_parser(
@@ -123,7 +123,7 @@ def _parser() -> OneLineParser:
     )
     size.add_argument("--config", type=Path, help="YAML file with any part of the configuration")
     size.add_argument(
-        "--gpus", type=_positive, metavar="N", help="number of devices; the layout is searched unless set"
+        "--gpus", type=_count, metavar="N", help="number of devices; the layout is searched unless set"
     )
     size.add_argument(
         "--profile", metavar="NAME",
@@ -151,9 +151,9 @@ def _parser() -> OneLineParser:
         description="Fit a power law with a confidence band to the run's log and forecast the mean loss of its last steps.",
     )  # fmt: skip
     forecast.add_argument("folder", type=Path, help="the run's folder")
-    forecast.add_argument("--steps", type=_positive, metavar="N", help="last step; by default as configured")
+    forecast.add_argument("--steps", type=_count, metavar="N", help="last step; by default as configured")
     forecast.add_argument(
-        "--warmup", type=_positive, metavar="N", help="warm-up steps; by default as configured"
+        "--warmup", type=_count, metavar="N", help="warm-up steps; by default as configured"
     )
     forecast.set_defaults(overrides=[])
     _add_validate(commands)
@@ -184,16 +184,16 @@ def _add_bench(commands: argparse._SubParsersAction[OneLineParser]) -> None:
         description="Time the whole step, its parts and kernels, and the device's peak rates, in one run.",
     )  # fmt: skip
     bench.add_argument("overrides", nargs="*", metavar="field=value", help="any field of the configuration")
-    bench.add_argument("--gpus", type=_positive, default=1, metavar="N", help="ranks; 1 by default")
+    bench.add_argument("--gpus", type=_count, default=1, metavar="N", help="ranks; 1 by default")
     bench.add_argument("--model", default="olmoe_1b_7b", metavar="NAME", help="a model preset")
     bench.add_argument(
-        "--layers", type=_positive, metavar="N", help="number of layers; by default the model's"
+        "--layers", type=_count, metavar="N", help="number of layers; by default the model's"
     )
     bench.add_argument(
         "--routing", choices=ROUTINGS, default="real",
         help="expert load: the router's on real text (default), or forced to be balanced or Zipf's",
     )  # fmt: skip
-    bench.add_argument("--steps", type=_positive, default=20, metavar="N", help="timed steps; 20 by default")
+    bench.add_argument("--steps", type=_count, default=20, metavar="N", help="timed steps; 20 by default")
     bench.add_argument(
         "--baselines", default="plain,hf", metavar="A,B", help="some of plain, hf and deepspeed, or none"
     )
@@ -218,7 +218,7 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
     return command.run(typed, options.gpus, arguments, say, options.variants)
 
 
-def _positive(text: str) -> int:
+def _count(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -259,7 +259,7 @@ def _prepare(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("megaray: stopped; the same command continues from here", file=sys.stderr)
         return INTERRUPTED_EXIT
-    return _say([json.dumps(prepared, indent=1)] if options.json else command.lines(prepared))
+    return _print_lines([json.dumps(prepared, indent=1)] if options.json else command.lines(prepared))
 
 
 def _forecast(options: argparse.Namespace) -> int:
@@ -267,7 +267,7 @@ def _forecast(options: argparse.Namespace) -> int:
         raise UserError(f"'{options.overrides[0]}' is one word too many; a forecast takes one run folder")
     from trainer.sizing.forecast import report  # numpy loads here alone
 
-    return _say(report(options.folder, options.steps, options.warmup))
+    return _print_lines(report(options.folder, options.steps, options.warmup))
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -284,12 +284,12 @@ def _validate(options: argparse.Namespace) -> int:
     if options.json:
         from trainer.study.validate import as_data
 
-        return _say([json.dumps(as_data(study), indent=1)])
+        return _print_lines([json.dumps(as_data(study), indent=1)])
     written = report.write(study, options.out)
-    return _say([*report.summary(study), "", f"report: {written[0]}"])
+    return _print_lines([*report.summary(study), "", f"report: {written[0]}"])
 
 
-def _say(lines: Iterable[str]) -> int:
+def _print_lines(lines: Iterable[str]) -> int:
     print("\n".join(lines))
     return 0
 
@@ -303,10 +303,10 @@ def _size(options: argparse.Namespace) -> int:
             _check_device("--hardware-table", name)
         devices = [catalogue.device(name)] if name else catalogue.devices()
         if options.json:
-            return _say([json.dumps([one.model_dump(mode="json") for one in devices], indent=1)])
-        return _say(screen.hardware_table(devices[0]) if name else screen.hardware_tables(devices))
+            return _print_lines([json.dumps([one.model_dump(mode="json") for one in devices], indent=1)])
+        return _print_lines(screen.hardware_table(devices[0]) if name else screen.hardware_tables(devices))
     if options.rules:
-        return _say(screen.rule_list())
+        return _print_lines(screen.rule_list())
     return _answer(options)
 
 
@@ -314,28 +314,28 @@ def _answer(options: argparse.Namespace) -> int:
     from trainer.sizing.ask import screen
     from trainer.sizing.ask.answer import answer
 
-    names = _compared(options.compare)
+    names = _devices_to_compare(options.compare)
     rest = [word for word in options.overrides if word.partition("=")[0] != "hardware"]
     calls = [[*rest, f"hardware={name}"] for name in names] or [options.overrides]
     answers = [answer(call, options.config, options.gpus, options.profile, options.suggest) for call in calls]
-    more = _asked(options, answers[0])
+    more = _answer_questions(options, answers[0])
     if options.json:
         made = [one.to_json() for one in answers]
         for one in more:
             made[0] |= one.to_json()
-        return _say([json.dumps(made if names else made[0], indent=1)])
+        return _print_lines([json.dumps(made if names else made[0], indent=1)])
     if options.explain is not None:
         figures = answers[0].figures() | {
             f.name: f for one in more for top in one.figures for f in top.walk()
         }
-        return _say(screen.explained(figures, options.explain))
+        return _print_lines(screen.explained(figures, options.explain))
     lines = list(screen.compared(answers) if names else screen.sized(answers[0]))
     for one in more:
         lines += ["", one.title, *(f"  {line}" for line in one.text())]
-    return _say([*lines, "", screen.HINT])
+    return _print_lines([*lines, "", screen.HINT])
 
 
-def _asked(options: argparse.Namespace, one: SizingAnswer) -> list[AnsweredQuestion]:
+def _answer_questions(options: argparse.Namespace, one: SizingAnswer) -> list[AnsweredQuestion]:
     """Answers to what is asked besides."""
     from trainer.sizing.ask import catalogue, questions
     from trainer.sizing.ask.fit import fit
@@ -361,7 +361,7 @@ def _check_device(flag: str, name: str) -> None:
         raise UserError(f"{flag} {name}: no such device{nearest(name, known)}; use one of {', '.join(known)}")
 
 
-def _compared(text: str | None) -> list[str]:
+def _devices_to_compare(text: str | None) -> list[str]:
     """The devices of `--compare`."""
     if text is None:
         return []
@@ -380,7 +380,7 @@ def _run(file: Path | None, overrides: list[str]) -> int:
     die_with_parent(os.environ)
     config = load(file) if file is not None and not overrides else compose(overrides, file)
     world = RankContext.from_environment(os.environ, default_home() / "runs" / "torchrun").world
-    _refuse(config, world)
+    _check_layout(config, world)
     if config.parallel.open or None in (
         config.parallel.dp,
         config.train.global_batch,
@@ -390,7 +390,7 @@ def _run(file: Path | None, overrides: list[str]) -> int:
         from trainer.sizing.search.planner import Capacity, plan  # a resolved configuration needs no plan
 
         config = plan(config, Capacity.of_nodes([world])).config
-    rank = RankContext.from_environment(os.environ, default_home() / "runs" / _folder(config))
+    rank = RankContext.from_environment(os.environ, default_home() / "runs" / _run_folder_name(config))
     if rank.rank == 0:
         print(f"run folder: {rank.run.root}", file=sys.stderr)
         if config.parallel.lend_rows is not None:
@@ -406,7 +406,7 @@ def _run(file: Path | None, overrides: list[str]) -> int:
     return 0
 
 
-def _refuse(config: RunConfig, world: int) -> None:
+def _check_layout(config: RunConfig, world: int) -> None:
     """Refuse a layout that can't run, or not on so many ranks, in the words of who starts ranks by hand."""
     from trainer.sizing.search.runnable import refusal
 
@@ -421,7 +421,7 @@ def _refuse(config: RunConfig, world: int) -> None:
         )
 
 
-def _folder(config: RunConfig) -> str:
+def _run_folder_name(config: RunConfig) -> str:
     """A run folder for each thing to be trained, so that one never continues from another; steps and layout may change."""
     tree = config.model_dump(
         mode="json", include={"model": True, "data": True, "optim": True, "train": {"seed"}}

@@ -25,24 +25,23 @@ from faulttol.recorder import RankPhase, Recorder
 from faulttol.signs import SignWriter, is_remote
 from faulttol.staged.saver import SaveOutcome, Signs
 from faulttol.timeline.hooks import Tracing
-from trainer import resume as resuming
-from trainer import warming
+from trainer import checkpoints, kernel_warmup
+from trainer.batch_loader import BatchLoader
+from trainer.device_memory import retry_out_of_memory, wait_for_memory
 from trainer.engines.base import Engine, StepResult
-from trainer.feed import BatchFeed
-from trainer.handover import await_memory, with_room
-from trainer.lines import Lines
+from trainer.metric_log import MetricLog
 from trainer.metrics import PHASES, PhaseClock, balance_entropy, memory_bytes
 from trainer.optim.schedule import consumed_samples, global_batch_size, learning_rate
 from trainer.parallel import replicas
 from trainer.parallel.mesh import Mesh, join
-from trainer.saves import Measured, SaveSchedule
+from trainer.save_schedule import SaveSchedule, SaveTimings
 from trainer.sizing.search.runnable import refusal
 from trainer.startup import Startup
-from trainer.stopping import Stop
+from trainer.stopping import StopRequest
 
-_WAITS = (0.5, 2.0, 8.0)
+_SAVE_RETRY_SECONDS = (0.5, 2.0, 8.0)
 """Seconds before the last step's save is tried again."""
-_COLLECT_EVERY = 100
+_GC_EVERY = 100
 """Steps between garbage collections, at the same step on all ranks: irregular ones make ranks drift apart
 (MegaScale section 5.3)."""
 
@@ -78,32 +77,32 @@ def main(config: RunConfig, rank: RankContext, recorder: Recorder | None = None)
 
 def _main(config: RunConfig, rank: RankContext, recorder: Recorder) -> None:
     startup = Startup(recorder)
-    _refuse(config, rank)
-    device = with_room(lambda: choose_device(config, rank))
+    _check_layout(config, rank)
+    device = retry_out_of_memory(lambda: choose_device(config, rank))
     torch.set_num_threads(threads(os.environ))
     if config.train.deterministic:
-        _be_deterministic()
+        _set_deterministic()
     startup.enter(RankPhase.DATA)
-    feed = BatchFeed.prepare(config, default_home() / "data")
+    loader = BatchLoader.prepare(config, default_home() / "data")
     startup.enter(RankPhase.RENDEZVOUS)
     mesh = join(config, rank, device)
-    waited = await_memory(rank, device)
-    _connect(config, mesh)
-    warming.begin(config, device)
+    waited = wait_for_memory(rank, device)
+    _start_communicators(config, mesh)
+    kernel_warmup.start(config, device)
     startup.enter(RankPhase.BUILD)
-    job = _Job(config, rank, mesh, feed, recorder)
+    trainer = _Trainer(config, rank, mesh, loader, recorder)
     if waited:
-        job.facts["waited_for_memory"] = round(waited, 3)
+        trainer.facts["waited_for_memory"] = round(waited, 3)
     startup.enter(RankPhase.LOAD)
-    job.resume(startup)
-    with job.stop.heeded():
-        job.train()
-        job.close()
-    if job.stopping:
-        raise Stopped(f"asked to stop by SIGTERM at step {job.progress.step}")
+    trainer.resume(startup)
+    with trainer.stop.handle_sigterm():
+        trainer.train()
+        trainer.close()
+    if trainer.stopping:
+        raise Stopped(f"asked to stop by SIGTERM at step {trainer.progress.step}")
 
 
-def _refuse(config: RunConfig, rank: RankContext) -> None:
+def _check_layout(config: RunConfig, rank: RankContext) -> None:
     why = refusal(config)
     if why:
         raise UserError(why)
@@ -115,7 +114,7 @@ def _refuse(config: RunConfig, rank: RankContext) -> None:
         )
 
 
-def _be_deterministic() -> None:
+def _set_deterministic() -> None:
     """Have every operator give the same bits each time, and refuse those that can't.
 
     cuBLAS needs a fixed workspace, which is read when its first handle is made (CUDA's documentation, "Results
@@ -138,8 +137,8 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     return NativeEngine(config, mesh)
 
 
-def _connect(config: RunConfig, mesh: Mesh) -> None:
-    """Begin to make communicators; DeepSpeed has groups of its own."""
+def _start_communicators(config: RunConfig, mesh: Mesh) -> None:
+    """Start to initialize the communicators; DeepSpeed has groups of its own."""
     if config.train.engine != "deepspeed":
         from trainer.parallel.apply import axes_in_use  # slow to import
 
@@ -155,21 +154,21 @@ class _Progress:
     line_step: int = 0
     """Step of the last metric line."""
     line_time: float = 0.0
-    away: float = 0.0
-    """Seconds since then that went to saves and evaluations."""
-    unsaved: Exception | None = None
-    """Why the last step isn't saved."""
-    ahead: int = 0
-    """Samples consumed beyond what this configuration takes up to a step: a run may continue with another batch."""
+    excluded_seconds: float = 0.0
+    """Seconds since then of saves and evaluations, which aren't part of the step time."""
+    save_error: Exception | None = None
+    """Why the save of the last step failed."""
+    sample_offset: int = 0
+    """Samples consumed beyond what this configuration consumes up to a step: a run may continue with another batch size."""
 
 
-class _Job:
-    """What lives as long as the process group."""
+class _Trainer:
+    """One rank's training, from the load of a checkpoint to the last save."""
 
     def __init__(
-        self, config: RunConfig, rank: RankContext, mesh: Mesh, feed: BatchFeed, recorder: Recorder
+        self, config: RunConfig, rank: RankContext, mesh: Mesh, loader: BatchLoader, recorder: Recorder
     ) -> None:
-        self.config, self.rank, self.mesh, self.feed, self.recorder = config, rank, mesh, feed, recorder
+        self.config, self.rank, self.mesh, self.loader, self.recorder = config, rank, mesh, loader, recorder
         self.engine = make_engine(config, mesh)
         self.clock = PhaseClock(recorder, mesh.device)
         signs = Signs(
@@ -177,9 +176,9 @@ class _Job:
             waiting=lambda: recorder.begin(RankPhase.COLLECTIVE, self.clock.step),
             working=lambda: recorder.begin(RankPhase.CHECKPOINT, self.clock.step),
         )
-        self.checkpoints = resuming.Checkpoints(config, rank, mesh, feed.fingerprint, signs)
+        self.checkpoints = checkpoints.Checkpoints(config, rank, mesh, loader.fingerprint, signs)
         self.saves = SaveSchedule(config.checkpoint, rank)
-        self.lines = Lines(config, rank)
+        self.log = MetricLog(config, rank)
         self.facts = {
             "device": _device_name(mesh.device),
             "torch": torch.__version__,
@@ -187,13 +186,13 @@ class _Job:
             "threads": torch.get_num_threads(),
             "engine": config.train.engine,
             "network": {"name": config.network.name} | asdict(mesh.network),
-        } | feed.facts
+        } | loader.facts
         self.progress = _Progress()
-        self.differing: dict[int, str] = {}
-        """By step, what differed in a state that was staged all the same."""
-        self.agreed: int | None = None
+        self.replica_differences: dict[int, str] = {}
+        """By step, which copies differed in a state that was saved all the same."""
+        self.agreed_step: int | None = None
         """The newest step in the store whose copies were equal; None where there is none."""
-        self.stop = Stop(mesh.device)
+        self.stop = StopRequest(mesh.device)
         self.stopping = False
         """All ranks have agreed to stop before the last step."""
         self.skipped = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -205,35 +204,35 @@ class _Job:
         startup.enter(RankPhase.RENDEZVOUS)
         self.mesh.communicators.wait()
         self.facts["communicators"] = self.mesh.communicators.seconds
-        path, notes = None, self.feed.notes
+        path, notes = None, self.loader.notes
         if loaded is not None:
             self.progress.step = self.progress.line_step = loaded.step
             self.progress.loss, path = loaded.loss, loaded.path
-            self.progress.ahead = loaded.samples - consumed_samples(self.config.train, loaded.step)
+            self.progress.sample_offset = loaded.samples - consumed_samples(self.config.train, loaded.step)
             notes = [*notes, *loaded.notes]
             self.facts["tier"] = loaded.tier
-            self.agreed = loaded.step  # whatever it holds, all ranks have got it alike
+            self.agreed_step = loaded.step  # all ranks have loaded the same copy
             if loaded.passed:
                 self.facts["passed"] = list(loaded.passed)
-        self.saves.begin(self.progress.step)
-        self.lines.note(notes)
+        self.saves.start(self.progress.step)
+        self.log.message(notes)
         startup.end()
         self.facts["start_seconds"] = startup.seconds
-        self.lines.resumed(self.progress.step, path, self.facts)
+        self.log.resumed(self.progress.step, path, self.facts)
 
     def train(self) -> None:
         """All steps that are left."""
         train = self.config.train
         if self.progress.step >= train.steps:
             done = f"step {self.progress.step} of {train.steps} is done"
-            self.lines.note([f"nothing is left to train: {done}; raise train.steps to continue"])
+            self.log.message([f"nothing is left to train: {done}; raise train.steps to continue"])
         gc.collect()
         gc.freeze()
         gc.disable()
         self.progress.line_time = time.perf_counter()
         first = self.progress.step + 1
-        with self.feed.started(
-            self.progress.step, self.progress.ahead, self.engine.data_parallel, self.mesh.device
+        with self.loader.started(
+            self.progress.step, self.progress.sample_offset, self.engine.data_parallel, self.mesh.device
         ):
             while self.progress.step < train.steps and not self.stopping:
                 try:
@@ -247,14 +246,14 @@ class _Job:
                     raise
         self._finish_saves()
         if self.stopping:
-            self._tell_stopped()
+            self._record_stop()
             return
         step, tokens = self.progress.step, self._samples(self.progress.step) * self.config.data.sequence
-        self.lines.ended(step, self.progress.loss, tokens)
+        self.log.ended(step, self.progress.loss, tokens)
 
-    def _tell_stopped(self) -> None:
-        """Write that the ranks have stopped, and which of them were asked: the others only follow."""
-        self.lines.stopped(self.progress.step, self.progress.unsaved is None)
+    def _record_stop(self) -> None:
+        """Record that the ranks have stopped, and whether this one was asked or only follows."""
+        self.log.stopped(self.progress.step, self.progress.save_error is None)
         if self.stop.signalled:
             exits.write(self.rank.files.raised, Stopped(f"SIGTERM at step {self.progress.step}"))
         else:
@@ -262,13 +261,13 @@ class _Job:
 
     def _samples(self, step: int) -> int:
         """Samples consumed before the step with index `step`."""
-        return consumed_samples(self.config.train, step) + self.progress.ahead
+        return consumed_samples(self.config.train, step) + self.progress.sample_offset
 
     def _step(self, index: int) -> None:
         train, progress = self.config.train, self.progress
         self.clock.step = index + 1
         with self.clock.phase("data"):
-            batches = self.feed.batches()
+            batches = self.loader.batches()
         lr = learning_rate(self.config.optim, index, train.steps)
         result = self.engine.step(
             batches, global_batch_size(train, index), lr, self._phase, lambda: self.stop.signalled
@@ -277,53 +276,55 @@ class _Job:
         self.skipped[1] = (self.skipped[1] + result.skipped) * result.skipped
         progress.step = index + 1
         last = progress.step == train.steps
-        self.stopping = self.stop.agreed(result.stop_requests) and not last
+        self.stopping = self.stop.agreed_by_all(result.stop_requests) and not last
         tiers = self.saves.tiers(progress.step, last or self.stopping)
         if "store" in tiers or progress.step % train.log_every == 0:
-            self._log(result, lr)
+            self._write_step_line(result, lr)
         self.recorder.step(progress.step)
         if train.evaluate_every and not self.stopping and (last or progress.step % train.evaluate_every == 0):
             self._evaluate()
         if tiers:
             self._save(tiers)
-        self._tell_saves()
-        if progress.step % _COLLECT_EVERY == 0:
+        self._report_saves()
+        if progress.step % _GC_EVERY == 0:
             gc.collect()
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
-        """A phase of the step. What is being saved must be out of the optimizer's way."""
+        """A phase of the step. Before the optimizer's, a save must have copied the state."""
         if name == "optimizer":
-            with self._away():
+            with self._excluded_from_step_time():
                 self.checkpoints.settle()
         return self.clock.phase(name)
 
     @contextmanager
-    def _away(self) -> Iterator[None]:
-        """Time that isn't the steps'."""
+    def _excluded_from_step_time(self) -> Iterator[None]:
+        """Time of a save or an evaluation, which no step is charged for."""
         began = time.perf_counter()
         yield
-        self.progress.away += time.perf_counter() - began
+        self.progress.excluded_seconds += time.perf_counter() - began
 
-    def _log(self, result: StepResult, lr: float) -> None:
+    def _write_step_line(self, result: StepResult, lr: float) -> None:
         """Reduce the numbers of this line over all ranks and append it."""
         progress = self.progress
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         steps = progress.step - progress.line_step
-        seconds = (now - progress.line_time - progress.away) / steps
+        seconds = (now - progress.line_time - progress.excluded_seconds) / steps
         shares = torch.stack([x.double() for x in (result.loss, result.aux_loss, result.dropped)])
         loss, aux_loss, dropped = self.mesh.reduce(shares, dist.ReduceOp.SUM).tolist()
-        own = [*self.clock.take(), memory_bytes(self.mesh.device), *astuple(self.saves.measured(seconds))]
+        phases, save_timings = self.clock.pop_seconds(), astuple(self.saves.timings(seconds))
+        own = [*phases, memory_bytes(self.mesh.device), *save_timings]
         worst = self.mesh.reduce(torch.tensor(own, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
-        reason = self.saves.plan(progress.step, Measured(*worst[len(PHASES) + 1 :]))
-        self.lines.note([f"checkpoint.interval: {reason}"] if reason else [])
-        progress.loss, progress.line_step, progress.line_time, progress.away = loss, progress.step, now, 0.0
+        reason = self.saves.update_interval(progress.step, SaveTimings(*worst[len(PHASES) + 1 :]))
+        self.log.message([f"checkpoint.interval: {reason}"] if reason else [])
+        progress.loss, progress.excluded_seconds = loss, 0.0
+        progress.line_step, progress.line_time = progress.step, now
         load = result.expert_load.tolist()
         skipped, in_a_row = (int(number) for number in self.skipped.tolist())
         tokens = self._samples(progress.step) * self.config.data.sequence
         rate = global_batch_size(self.config.train, progress.step - 1) * self.config.data.sequence / seconds
-        self.lines.stepped(
+        self.log.stepped(
             StepLine(
                 time=time.time(),
                 attempt=self.rank.attempt,
@@ -336,7 +337,7 @@ class _Job:
                 tokens_per_second=rate,
                 step_seconds=seconds,
                 phase_seconds={name: worst[i] / steps for i, name in enumerate(PHASES)},
-                mfu=self.lines.mfu(rate),
+                mfu=self.log.mfu(rate),
                 expert_load=load,
                 balance_entropy=balance_entropy(load),
                 dropped=int(dropped),
@@ -352,24 +353,24 @@ class _Job:
             )
 
     def _evaluate(self) -> None:
-        with self._away():
+        with self._excluded_from_step_time():
             began = time.perf_counter()
-            batches, samples = self.feed.validation()
+            batches, samples = self.loader.validation()
             share = self.engine.evaluate(batches, samples)
             loss = float(self.mesh.reduce(share.double(), dist.ReduceOp.SUM))
             seconds = time.perf_counter() - began
-        self.lines.evaluated(self.progress.step, loss, samples, seconds)
+        self.log.evaluated(self.progress.step, loss, samples, seconds)
 
     def _save(self, tiers: Sequence[str]) -> None:
         progress = self.progress
-        with self._away(), self.clock.phase("checkpoint"):
+        with self._excluded_from_step_time(), self.clock.phase("checkpoint"):
             samples = self._samples(progress.step)
-            agree = self.config.checkpoint.compare == "none" or self._compare()
-            agreed = None if agree else self.agreed
-            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers, agreed)
+            agree = self.config.checkpoint.compare == "none" or self._replicas_agree()
+            pinned_step = None if agree else self.agreed_step
+            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers, pinned_step)
 
-    def _compare(self) -> bool:
-        """Whether what several ranks have is equal, so that no attempt resumes from a copy that went wrong.
+    def _replicas_agree(self) -> bool:
+        """Whether all copies of the state are equal, so that no attempt resumes from a corrupt one.
 
         Raises:
             ReplicasDiffer: where it isn't, under `checkpoint.compare=stop`. A save that is still being written was found
@@ -379,13 +380,13 @@ class _Job:
             replicas.compare(self.engine.state(), self.mesh, self.progress.step)
         except ReplicasDiffer as error:
             self.checkpoints.finish()  # so that the newest step in the store is known
-            self._tell_saves()
+            self._report_saves()
             if self.config.checkpoint.compare != "warn":
                 raise
-            pin = f"step {self.agreed} is pinned as agreed-{self.agreed} until it is unpinned"
-            kept = "" if self.agreed is None else f"; {pin}"
-            self.differing[self.progress.step] = f"{error}{kept}"
-            self.lines.note(
+            step = self.agreed_step
+            kept = "" if step is None else f"; step {step} is pinned as agreed-{step} until it is unpinned"
+            self.replica_differences[self.progress.step] = f"{error}{kept}"
+            self.log.message(
                 [f"{error}; it is saved all the same (checkpoint.compare=stop ends the attempt){kept}"]
             )
             return False
@@ -397,26 +398,26 @@ class _Job:
         Raises:
             Incomplete: where it failed each time, and the ranks weren't asked to stop: then they stop without it.
         """
-        for wait in (*_WAITS, None):
+        for wait in (*_SAVE_RETRY_SECONDS, None):
             with self.clock.phase("checkpoint"):
                 self.checkpoints.finish()
-            self._tell_saves()
-            if self.progress.unsaved is None:
+            self._report_saves()
+            if self.progress.save_error is None:
                 return
             if wait is None:
                 if self.stopping:
                     return
-                raise self.progress.unsaved
+                raise self.progress.save_error
             time.sleep(wait)
             self._save(["store"])
 
-    def _tell_saves(self) -> None:
-        """`_tell_save` of those that ended since the last call."""
+    def _report_saves(self) -> None:
+        """Report the saves that ended since the last call."""
         for outcome in self.checkpoints.ended():
-            self._tell_save(outcome)
+            self._report_save(outcome)
 
-    def _tell_save(self, outcome: SaveOutcome) -> None:
-        """Write how a save ended. Training continues where it failed: its state is sound, and the last checkpoint stands.
+    def _report_save(self, outcome: SaveOutcome) -> None:
+        """Log how a save ended. Training continues where it failed: its state is sound, and the last checkpoint stands.
 
         Raises:
             UserError: where the folder is another run's.
@@ -426,26 +427,28 @@ class _Job:
         # The folder belongs to another run or a newer attempt, and stays so: no later save can succeed.
         if isinstance(error, UserError | SaveSuperseded):
             raise error
-        self.saves.ended(outcome)
+        self.saves.record(outcome)
         if error is None:
             # A save ends behind later steps, perhaps behind the next comparison, and once for each tier.
-            self.differing = {step: why for step, why in self.differing.items() if step >= outcome.step}
-            differs = self.differing.get(outcome.step, "")
-            self.lines.saved(outcome, self.saves.next_due, differs)
+            self.replica_differences = {
+                step: why for step, why in self.replica_differences.items() if step >= outcome.step
+            }
+            differs = self.replica_differences.get(outcome.step, "")
+            self.log.saved(outcome, self.saves.next_due, differs)
             if outcome.tier == "store" and not differs:
-                self.agreed = outcome.step
+                self.agreed_step = outcome.step
         else:
             counted = outcome.tier == "store" and not outcome.skipped
-            self.lines.failed(outcome, self.saves.failed_in_a_row if counted else 0)
+            self.log.failed(outcome, self.saves.failed_in_a_row if counted else 0)
         at_the_end = self.stopping or outcome.step == self.config.train.steps
         if at_the_end and outcome.step == self.progress.step and outcome.tier == "store":
-            self.progress.unsaved = error
+            self.progress.save_error = error
 
     def close(self) -> None:
-        """Leave together; then end at once, since a teardown that hangs must not matter any more."""
+        """Wait for all ranks, then close; a teardown that hangs must not matter any more."""
         dist.barrier(group=self.mesh.control_group)
         self.checkpoints.close()
-        self.lines.close()
+        self.log.close()
         self.recorder.close()
 
 

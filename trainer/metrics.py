@@ -1,4 +1,4 @@
-"""Numbers about a step: time by phase, balance of the experts, memory."""
+"""Metrics of a step: time by phase, balance of the experts, memory."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class PhaseClock:
         """Record and time what is done inside."""
         which = _BY_NAME[name]
         self._recorder.begin(which, self.step)
-        begin = self._mark()
+        begin = self._timestamp()
         try:
             yield
         finally:
-            end = self._mark()
+            end = self._timestamp()
             self._recorder.end(which, self.step)
             if self._cuda:
                 self._events.append((name, begin, end))
             else:
                 self._seconds[name] += end - begin
 
-    def _mark(self) -> Any:
+    def _timestamp(self) -> Any:
         """An event on a GPU, else seconds; both ends of a phase are of one kind."""
         if not self._cuda:
             return time.perf_counter()
@@ -52,16 +52,16 @@ class PhaseClock:
         event.record()
         return event
 
-    def take(self) -> list[float]:
+    def pop_seconds(self) -> list[float]:
         """Seconds by phase, in the order of `PHASES`, since the last call."""
         if self._events:
             torch.cuda.synchronize()
             for name, begin, end in self._events:
                 self._seconds[name] += begin.elapsed_time(end) / 1e3
             self._events.clear()
-        taken = [self._seconds[name] for name in PHASES]
+        seconds = [self._seconds[name] for name in PHASES]
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        return taken
+        return seconds
 
 
 def balance_entropy(load: Sequence[Sequence[int]]) -> float:

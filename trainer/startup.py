@@ -1,4 +1,4 @@
-"""Where the seconds of a start go, from the start of the process to the first step."""
+"""How long each phase of a rank's start takes, from the start of the process to the first step."""
 
 from __future__ import annotations
 

@@ -130,9 +130,9 @@ def _engine(config: RunConfig | None) -> list[str]:
     axes = [module for axis, module in _AXES.items() if (getattr(parallel, axis) or 1) > 1]
     kernels = []
     if _on_devices(config) and config.train.engine == "native":
-        from trainer.warming import modules
+        from trainer.kernel_warmup import kernel_modules
 
-        kernels = modules(config.model)
+        kernels = kernel_modules(config.model)
     return [*_ENGINES.get(str(config.train.engine), ()), *axes, *kernels]
 
 

@@ -14,7 +14,7 @@ from faulttol.checkpoint.folder import Folder, folder_of, named, tag
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.store import CheckpointStore
 from orchestrator.commands.changes import Change, changes
-from trainer.fingerprint import fingerprint, refusals
+from trainer.fingerprint import compare_fingerprints, fingerprint
 
 _TOLD = 4
 """Differences that a refusal names."""
@@ -114,7 +114,7 @@ def resolve(config: RunConfig, home: HomePaths) -> tuple[RunConfig, ResumeSource
         )
     source = f"resume='{config.resume}': step {start.step} of run {start.run}"
     old = start.facts.get("fingerprint", {})
-    refused, _ = refusals(old, fingerprint(config, _data(config, old.get("data") or {})))
+    refused, _ = compare_fingerprints(old, fingerprint(config, _data(config, old.get("data") or {})))
     if refused:
         raise UserError(
             f"{source} doesn't fit this run: {'; '.join(refused[:_TOLD])}; {_advice(start, home)}"

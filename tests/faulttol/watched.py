@@ -97,7 +97,7 @@ def _arm(fault: RankFault, mark: Path) -> None:
     """Plant a fault in the trainer of this process."""
     from faulttol.checkpoint import reading
     from faulttol.staged import saver
-    from trainer import feed, loop, resume
+    from trainer import batch_loader, checkpoints, loop
 
     def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
         real = getattr(owner, name)
@@ -135,13 +135,13 @@ def _arm(fault: RankFault, mark: Path) -> None:
 
             loop.make_engine = armed  # type: ignore[assignment]
         case "data":
-            before(feed.BatchFeed, "batches", lambda *_: next(steps) == fault.step)
+            before(batch_loader.BatchLoader, "batches", lambda *_: next(steps) == fault.step)
         case "save":
-            before(resume.Checkpoints, "stage")
+            before(checkpoints.Checkpoints, "stage")
         case "writing":
             before(saver.Saver, "_write")
         case "load":
-            before(resume.Checkpoints, "restore")
+            before(checkpoints.Checkpoints, "restore")
         case "reading":
             before(reading.CheckpointReader, "verified")
         case "rendezvous":

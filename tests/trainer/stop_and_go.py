@@ -64,10 +64,10 @@ class _Witness:
 def _rank(
     rank: int, dp: int, port: int, run: str, attempt: int, config: RunConfig, death: int | None
 ) -> None:
-    from trainer import loop, resume
+    from trainer import checkpoints, loop
 
     context = RankContext(rank, dp, rank, dp, "127.0.0.1", port, RunPaths(Path(run)), attempt)
-    make, restore = loop.make_engine, resume.Checkpoints.restore
+    make, restore = loop.make_engine, checkpoints.Checkpoints.restore
     found: list[_Witness] = []
 
     def witnessed(config: RunConfig, mesh: Any) -> Any:
@@ -80,7 +80,7 @@ def _rank(
         found[0]._step = 0 if loaded is None else loaded.step
         return loaded
 
-    loop.make_engine, resume.Checkpoints.restore = witnessed, restored  # type: ignore[assignment, method-assign]
+    loop.make_engine, checkpoints.Checkpoints.restore = witnessed, restored  # type: ignore[assignment, method-assign]
     loop.main(config, context)
     os._exit(0)
 
@@ -101,7 +101,7 @@ def _attempt(dp: int, run: Path, attempt: int, config: RunConfig, death: int | N
 
 def study(home: Path, steps: int, stops: int, seed: int) -> tuple[int, str]:
     """Run, stop and resume; how many samples were compared, and what differed (empty where nothing did)."""
-    from trainer.feed import BatchFeed
+    from trainer.batch_loader import BatchLoader
 
     text = home / "text.txt"
     text.write_text(
@@ -116,7 +116,7 @@ def study(home: Path, steps: int, stops: int, seed: int) -> tuple[int, str]:
         codes = _attempt(dp, run, attempt, config, death)
         if codes != [9 if death is not None else 0] * dp:
             return 0, f"attempt {attempt} at dp={dp} ended with {codes}"
-    sampler = BatchFeed.prepare(config, home / "data")._sampler
+    sampler = BatchLoader.prepare(config, home / "data")._sampler
     seen: dict[tuple[int, int], set[str]] = defaultdict(set)
     for file in run.glob("seen-*.txt"):
         for line in file.read_text().splitlines():

@@ -35,10 +35,10 @@ from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.staged.saver import Saver
 from faulttol.staged.writer import Inline
-from trainer import loop, resume
-from trainer.fingerprint import fingerprint, refusals
+from trainer import checkpoints, loop
+from trainer.fingerprint import compare_fingerprints, fingerprint
 from trainer.optim.schedule import consumed_samples, learning_rate
-from trainer.saves import Measured, SaveSchedule
+from trainer.save_schedule import SaveSchedule, SaveTimings
 
 pytestmark = pytest.mark.dist
 
@@ -72,8 +72,8 @@ def _config(*words: str) -> RunConfig:
 )
 def test_what_would_train_on_as_another_run_is_refused(word: str, told: str) -> None:
     old, new = fingerprint(_config(), DATA), fingerprint(_config(word), DATA)
-    assert refusals(old, old) == ([], [])
-    refused, said = refusals(old, new)
+    assert compare_fingerprints(old, old) == ([], [])
+    refused, said = compare_fingerprints(old, new)
     assert refused == [told] and said == []
 
 
@@ -85,34 +85,34 @@ def test_what_would_train_on_as_another_run_is_refused(word: str, told: str) -> 
     ],
 )
 def test_what_only_changes_what_is_learned_next_is_said(word: str, told: str) -> None:
-    refused, said = refusals(fingerprint(_config(), DATA), fingerprint(_config(word), DATA))
+    refused, said = compare_fingerprints(fingerprint(_config(), DATA), fingerprint(_config(word), DATA))
     assert refused == [] and len(said) == 1 and said[0].startswith(told)
 
 
 def test_other_data_is_refused_and_an_older_checkpoint_taken() -> None:
     config = _config()
     for changes in ({"sequence": 32}, {"validation": 0.1}, {"document_mask": True}):
-        refused, _ = refusals(fingerprint(config, DATA), fingerprint(config, DATA | changes))
+        refused, _ = compare_fingerprints(fingerprint(config, DATA), fingerprint(config, DATA | changes))
         assert len(refused) == 1 and next(iter(changes)) in refused[0]
     part: Any = DATA["parts"]
     other = {"parts": [part[0] | {"digest": "y", "tokens": 8}]}
-    refused, _ = refusals(fingerprint(config, DATA), fingerprint(config, DATA | other))
+    refused, _ = compare_fingerprints(fingerprint(config, DATA), fingerprint(config, DATA | other))
     assert len(refused) == 1 and "9 tokens in 1 documents then" in refused[0]
     older = fingerprint(config, DATA)
     del older["seed"], older["model"]["heads"]
-    assert refusals(older, fingerprint(config, DATA)) == ([], [])
+    assert compare_fingerprints(older, fingerprint(config, DATA)) == ([], [])
 
 
 def test_a_setting_that_an_older_checkpoint_lacks_had_its_default() -> None:
     older = fingerprint(_config(), DATA)
     del older["model"]["moe_every"], older["model"]["router.groups"], older["optim"]["moments"]
-    assert refusals(older, fingerprint(_config(), DATA)) == ([], [])
+    assert compare_fingerprints(older, fingerprint(_config(), DATA)) == ([], [])
     words = ("model.moe_every=2", "model.dense_width=16", "model.layers=2")
     same = fingerprint(_config(*words[1:]), DATA)
     del same["model"]["moe_every"]
-    refused, _ = refusals(same, fingerprint(_config(*words), DATA))
+    refused, _ = compare_fingerprints(same, fingerprint(_config(*words), DATA))
     assert refused == ["model.moe_every was 1 and is 2"]
-    assert refusals(older | {"model": {}}, fingerprint(_config(*words), DATA)) == ([], [])
+    assert compare_fingerprints(older | {"model": {}}, fingerprint(_config(*words), DATA)) == ([], [])
 
 
 # ---- the loop ----
@@ -135,7 +135,7 @@ def train(tmp_path: Path) -> Iterator[Train]:
         rank = RankContext(0, 1, 0, 1, "127.0.0.1", free_port(), paths, attempt)
         paths.attempt(attempt).metrics.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with mock.patch.dict(os.environ, home), mock.patch.object(resume, "Saver", noted):
+            with mock.patch.dict(os.environ, home), mock.patch.object(checkpoints, "Saver", noted):
                 loop.main(_config(f"data.path={text}", *words), rank)
         except BaseException:
             for saver in made[-1:]:  # a process would end now, and its servers with it
@@ -185,13 +185,13 @@ def test_a_resumed_run_goes_on_as_it_was(train: Train, tmp_path: Path) -> None:
 def test_another_batch_goes_on_behind_the_samples_that_were_taken(train: Train, tmp_path: Path) -> None:
     train("train.steps=4")
     taken: list[int] = []
-    batch = loop.BatchFeed._read
+    batch = loop.BatchLoader._read
 
     def noted(self: Any, step: int) -> Any:
-        taken.append(consumed_samples(self._config.train, step) + self._beyond)
+        taken.append(consumed_samples(self._config.train, step) + self._sample_offset)
         return batch(self, step)
 
-    with mock.patch.object(loop.BatchFeed, "_read", noted):
+    with mock.patch.object(loop.BatchLoader, "_read", noted):
         lines = _steps(train("train.steps=6", "train.global_batch=4", attempt=2))
     assert taken == [32, 36]
     assert [line.tokens for line in lines] == [36 * 16, 40 * 16]
@@ -310,7 +310,7 @@ def test_failed_saves_are_told_and_counted_and_training_goes_on(
 
 
 def test_the_last_save_must_succeed(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(loop, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(loop, "_SAVE_RETRY_SECONDS", (0.0, 0.0))
     _fails_from(monkeypatch, 6)
     with pytest.raises(Incomplete, match="step 6 was not saved to .* No space left"):
         train("train.steps=6", "checkpoint.every=2", "checkpoint.background=false")
@@ -319,7 +319,7 @@ def test_the_last_save_must_succeed(train: Train, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_last_save_is_tried_again(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(loop, "_SAVE_RETRY_SECONDS", (0.0, 0.0))
     write, refused = CheckpointStore.write, []
 
     def twice(self: CheckpointStore, name: str, chunks: Any) -> int:
@@ -460,9 +460,9 @@ def test_what_became_of_an_attempt_is_known_from_its_first_lines(
         raise AssertionError("read on")
 
     seen: list[Any] = []
-    monkeypatch.setattr(resume, "read_all", lines)
-    monkeypatch.setattr(resume.memory, "demoted", seen.append)
-    resume._demoted(RankContext(0, 1, 0, 1, "127.0.0.1", 1, RunPaths(tmp_path), 3))
+    monkeypatch.setattr(checkpoints, "read_all", lines)
+    monkeypatch.setattr(checkpoints.memory, "demoted", seen.append)
+    checkpoints._snapshots_passed_over(RankContext(0, 1, 0, 1, "127.0.0.1", 1, RunPaths(tmp_path), 3))
     assert seen == [[("memory", 40, True)] * 2]
 
 
@@ -475,21 +475,20 @@ def _schedule(tmp_path: Path, attempt: int = 1, **changes: Any) -> SaveSchedule:
 
 def test_the_interval_follows_what_saves_cost_and_how_often_the_run_fails(tmp_path: Path) -> None:
     schedule = _schedule(tmp_path)
-    schedule.begin(3)
+    schedule.start(3)
     assert [schedule.due(step) for step in (12, 13)] == [False, True], (
         "the first interval is the configured one"
     )
-    assert (
-        schedule.plan(13, Measured(1.0, 0.0, 0.0, 0.0)) is None and not schedule.due(22) and schedule.due(23)
-    )
-    worst = Measured(1.0, 0.5, 2.0, 1.0)
+    assert schedule.update_interval(13, SaveTimings(1.0, 0.0, 0.0, 0.0)) is None
+    assert not schedule.due(22) and schedule.due(23)
+    worst = SaveTimings(1.0, 0.5, 2.0, 1.0)
     want = interval(1.0, 0.5, 2.0, mtbf(1.0, 0, 1.0) * 3600, 0.5, 1, 1_000_000)
-    assert schedule.plan(23, worst) == want.reason
+    assert schedule.update_interval(23, worst) == want.reason
     assert not schedule.due(22 + want.steps) and schedule.due(23 + want.steps)
-    assert schedule.plan(23 + want.steps, worst) is None, "the same again isn't told"
+    assert schedule.update_interval(23 + want.steps, worst) is None, "the same again isn't told"
     often = _schedule(tmp_path, attempt=9)
-    often.begin(0)
-    often.plan(10, worst)
+    often.start(0)
+    often.update_interval(10, worst)
     fewer = interval(1.0, 0.5, 2.0, mtbf(1.0, 8, 1.0) * 3600, 0.5, 1, 1_000_000)
     assert fewer.steps < want.steps and often.due(10 + fewer.steps) and not often.due(9 + fewer.steps)
 

@@ -16,7 +16,7 @@ from faulttol.checkpoint.manifest import Incomplete
 from faulttol.staged.saver import SaveOutcome
 from trainer import cli
 from trainer.cli import main
-from trainer.lines import Lines
+from trainer.metric_log import MetricLog
 
 pytestmark = pytest.mark.unit
 
@@ -107,7 +107,7 @@ def test_a_save_that_failed_is_said_where_nobody_watches(
     if parent:
         monkeypatch.setenv(PARENT, parent)
     rank = RankContext(0, 1, 0, 1, "127.0.0.1", 1, RunPaths(tmp_path), 1)
-    lines = Lines(compose(["experiment=smoke"]), rank)
+    lines = MetricLog(compose(["experiment=smoke"]), rank)
     lines.failed(SaveOutcome(10, "p", 0, 0.1, "store", 0.0, Incomplete("the disk is full")), 2)
     lines.failed(SaveOutcome(15, "p", 0, 0.1, "store", 0.0, Incomplete("busy"), skipped=True), 0)
     kept = [line for line in read_all(rank.paths.metrics) if isinstance(line, SaveFailedLine)]

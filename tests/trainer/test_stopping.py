@@ -23,9 +23,9 @@ from configs.rank import GATE, RankContext
 from faulttol.recorder import RankPhase, Recorder, read
 from faulttol.verdicts import VerdictKind
 from tests.trainer.stopping_ranks import CASES, STEP
-from trainer import handover
+from trainer import device_memory
 from trainer.startup import Startup
-from trainer.stopping import Stop
+from trainer.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
 PHASES = {"imports", "data", "rendezvous", "build", "load"}
@@ -126,9 +126,9 @@ def test_under_torchrun_the_state_is_saved_too(tmp_path: Path) -> None:
 
 _ASKED = """
 import os, signal, torch
-from trainer.stopping import Stop
-stop = Stop(torch.device("cpu"))
-with stop.heeded():
+from trainer.stopping import StopRequest
+stop = StopRequest(torch.device("cpu"))
+with stop.handle_sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.signalled
     print("asked", flush=True)
@@ -147,12 +147,12 @@ def test_a_second_sigterm_ends_the_process() -> None:
 @pytest.mark.dist
 @pytest.mark.timeout(60)
 def test_outside_sigterm_is_as_it_was() -> None:
-    before, stop = signal.getsignal(signal.SIGTERM), Stop(torch.device("cpu"))
-    with stop.heeded():
+    before, stop = signal.getsignal(signal.SIGTERM), StopRequest(torch.device("cpu"))
+    with stop.handle_sigterm():
         assert signal.getsignal(signal.SIGTERM) != before
         assert not stop.signalled
     assert signal.getsignal(signal.SIGTERM) == before
-    assert not stop.agreed(torch.zeros(())) and stop.agreed(torch.tensor(2.0))
+    assert not stop.agreed_by_all(torch.zeros(())) and stop.agreed_by_all(torch.tensor(2.0))
 
 
 @pytest.mark.dist
@@ -215,14 +215,14 @@ class _Following:
         return int(self.looks[min(self._count, len(self.looks)) - 1] * GIB)
 
     def wait(self) -> int:
-        """RankStatusReader until it goes on."""
-        handover.await_memory(self.rank, torch.device("cuda"), {GATE: str(self.gate)})
+        """Looks until it goes on."""
+        device_memory.wait_for_memory(self.rank, torch.device("cuda"), {GATE: str(self.gate)})
         return self._count
 
 
 @pytest.fixture
 def following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Following:
-    monkeypatch.setattr(handover, "_HELD_SECONDS", 0.3)
+    monkeypatch.setattr(device_memory, "_TIMEOUT_SECONDS", 0.3)
     return _Following(tmp_path, monkeypatch)
 
 
@@ -251,7 +251,8 @@ def test_with_another_layout_room_says_nothing(following: _Following, attempt: i
 def test_memory_that_nobody_of_the_run_holds_is_an_error(following: _Following) -> None:
     following.looks, following.at = [3.0], {1: following.gate.touch}
     with pytest.raises(
-        handover.DeviceMemoryHeld, match=r"cuda has 3.0 of 80.0 GiB free, and attempt 1 took 10.0"
+        device_memory.DeviceMemoryHeld,
+        match=r"cuda has 3.0 of 80.0 GiB free, and attempt 1 took 10.0",
     ):
         following.wait()
 
@@ -267,8 +268,8 @@ def test_a_context_that_finds_no_room_is_made_again_after_the_end_of_the_last_on
             raise RuntimeError(words)
         return "made"
 
-    assert handover.with_room(make, {GATE: str(gate)}) == "made" and calls == [False, True]
+    assert device_memory.retry_out_of_memory(make, {GATE: str(gate)}) == "made" and calls == [False, True]
     for words, env in (("out of memory", {}), ("no kernel image", {GATE: str(gate)})):
         calls.clear()
         with pytest.raises(RuntimeError, match=words):
-            handover.with_room(lambda words=words: make(words), env)  # type: ignore[misc]
+            device_memory.retry_out_of_memory(lambda words=words: make(words), env)  # type: ignore[misc]

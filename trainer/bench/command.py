@@ -21,6 +21,7 @@ from configs.errors import UserError, ended_by_signals
 from configs.paths import default_home
 from configs.rank import RankContext, free_port
 from configs.schema import RunConfig
+from trainer.batch_loader import BatchLoader
 from trainer.bench import baselines, ceiling, kernels, routing, variants
 from trainer.bench.cases import BatchTokens, config_of, flops_of, refuse
 from trainer.bench.masters import Masters
@@ -29,7 +30,6 @@ from trainer.bench.options import Options
 from trainer.bench.serial import serial
 from trainer.engines.base import Batch, Engine, StepResult
 from trainer.engines.native import NativeEngine
-from trainer.feed import BatchFeed
 from trainer.kernels.choice import reason
 from trainer.parallel.mesh import Mesh, join
 from trainer.sizing.model.flops import NUMERATOR, peak
@@ -261,7 +261,7 @@ def _batches(
     engine: Engine, options: Options, config: RunConfig, mesh: Mesh
 ) -> Iterator[Callable[[], list[Batch]]]:
     if options.feed != "device":
-        feed = BatchFeed.prepare(config, default_home() / "data")
+        feed = BatchLoader.prepare(config, default_home() / "data")
         with feed.started(0, 0, engine.data_parallel, mesh.device, ahead=options.feed == "ahead"):
             yield feed.batches
         return

@@ -5,13 +5,13 @@ from __future__ import annotations
 from tests.mutants.listed import Mutant
 
 _LOOP = "trainer/loop.py"
-_SAVES = "trainer/saves.py"
-_RESUME = "trainer/resume.py"
+_SAVES = "trainer/save_schedule.py"
+_RESUME = "trainer/checkpoints.py"
 _SAVER = "faulttol/staged/saver.py"
 _BUFFERS = "faulttol/staged/buffers.py"
 _WRITER = "faulttol/staged/writer.py"
 _READING = "faulttol/checkpoint/reading.py"
-_HANDOVER = "trainer/handover.py"
+_HANDOVER = "trainer/device_memory.py"
 _SHARDS = "faulttol/checkpoint/shards.py"
 _REPLICAS = "trainer/parallel/replicas.py"
 
@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant(
         "the last save is tried once",
         _LOOP,
-        "for wait in (*_WAITS, None):",
+        "for wait in (*_SAVE_RETRY_SECONDS, None):",
         "for wait in (None,):",
         f"{_RUN}the_last_save_is_tried_again",
     ),
@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         "the last save may fail",
         _LOOP,
-        "                raise self.progress.unsaved\n",
+        "                raise self.progress.save_error\n",
         "                return\n",
         f"{_RUN}the_last_save_must_succeed",
     ),
@@ -176,7 +176,7 @@ MUTANTS = [
     ),
     Mutant(
         "saves are told as they begin",
-        "trainer/lines.py",
+        "trainer/metric_log.py",
         "outcome.held, outcome.tier",
         "outcome.seconds, outcome.tier",
         f"{_RUN}held_and_durable_are_two_things",
@@ -202,7 +202,7 @@ MUTANTS = [
     Mutant(
         "memory is never read",
         _RESUME,
-        "tiers = [*self._snapshots(self._folder, ends), *tiers]",
+        "tiers = [*self._snapshots(self._snapshot_folder, stack), *tiers]",
         "pass",
         _MEMORY,
     ),
@@ -213,7 +213,7 @@ MUTANTS = [
         "return None",
         f"{_RUN}memory_that_led_to_the_same_end_twice_is_passed_over",
     ),
-    Mutant("the end leaves memory behind", _RESUME, "memory.forget(self._folder)", "pass", _MEMORY),
+    Mutant("the end leaves memory behind", _RESUME, "memory.forget(self._snapshot_folder)", "pass", _MEMORY),
     Mutant("lineage is forgotten", _RESUME, '"lineage": self._lineage,', '"lineage": [],', _OTHER),
     Mutant(
         "the step that resume names isn't heeded",
@@ -260,15 +260,15 @@ MUTANTS = [
     Mutant(
         "an attempt takes what the last one had, and no more, for room",
         _HANDOVER,
-        "free >= _MORE * took + _SPARE:",
-        "free >= took:",
+        "free >= _PEAK_FACTOR * previous_peak + _RESERVE_BYTES:",
+        "free >= previous_peak:",
         f"{_NEXT}an_attempt_goes_on_beside_the_last_one_where_there_is_room_for_both",
     ),
     Mutant(
         "an open gate is all that is looked at",
         _HANDOVER,
-        "if opened is not None and (took is None or free >= took):",
-        "if opened is not None:",
+        "if ended_at is not None and (previous_peak is None or free >= previous_peak):",
+        "if ended_at is not None:",
         f"{_NEXT}where_there_is_not_it_waits_for_the_end_of_the_last_one",
     ),
     Mutant(
@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant(
         "a context is made again at once",
         _HANDOVER,
-        "    while not Path(gate).exists():\n        time.sleep(_LOOK_SECONDS)\n",
+        "    while not Path(gate).exists():\n        time.sleep(_POLL_SECONDS)\n",
         "",
         f"{_NEXT}a_context_that_finds_no_room_is_made_again_after_the_end_of_the_last_one",
     ),
@@ -323,13 +323,13 @@ MUTANTS = [
     Mutant(
         "copies are compared once the save is on its way",
         _LOOP,
-        """            agree = self.config.checkpoint.compare == "none" or self._compare()
-            agreed = None if agree else self.agreed
-            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers, agreed)
+        """            agree = self.config.checkpoint.compare == "none" or self._replicas_agree()
+            pinned_step = None if agree else self.agreed_step
+            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers, pinned_step)
 """,
         """            self.checkpoints.stage(self.engine, progress.step, samples, progress.loss, tiers)
             if self.config.checkpoint.compare != "none":
-                self._compare()
+                self._replicas_agree()
 """,
         f"{_DRIFT}a_save_of_copies_that_differ_ends_the_attempt_and_is_not_resumed_from",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.listed import Mutant
 
-_FEED = "trainer/feed.py"
+_FEED = "trainer/batch_loader.py"
 _MIXTURE = "trainer/data/mixture.py"
 _SAMPLER = "trainer/data/sampler.py"
 _STORE = "trainer/data/store.py"
@@ -16,7 +16,7 @@ _ORDER = f"{_TEST}the_order_depends_on_the_seed_and_the_epoch"
 _EVERY_TOKEN = f"{_TEST}every_token_is_seen_in_every_epoch"
 _DOCUMENTS = f"{_TEST}the_document_of_a_token_counts_the_separators_before_it"
 _RUNS = f"{_TEST}a_stream_of_runs_reads_as_their_copy"
-_FED = "tests/trainer/data/test_feed.py::test_"
+_FED = "tests/trainer/data/test_batch_loader.py::test_"
 _PLACES = f"{_FED}every_place_gets_its_samples_of_each_step"
 
 MUTANTS = [
@@ -137,7 +137,7 @@ MUTANTS = [
         _STORE,
         "weights = [part.weight for part in self.parts]",
         "weights = [1.0 for _ in self.parts]",
-        "tests/trainer/data/test_feed.py::test_a_mixture_is_dealt_out_by_its_weights",
+        "tests/trainer/data/test_batch_loader.py::test_a_mixture_is_dealt_out_by_its_weights",
     ),
     Mutant(
         "a stream continues with the same run",
@@ -164,21 +164,21 @@ MUTANTS = [
     Mutant(
         "every rank is fed as the first",
         _FEED,
-        "self._place.index, self._place.size\n        )",
-        "0, self._place.size\n        )",
+        "self._rank.index, self._rank.size\n        )",
+        "0, self._rank.size\n        )",
         f"{_PLACES}[2-0-0]",
     ),
     Mutant(
         "places don't share out a step",
         _FEED,
-        "self._place.index, self._place.size\n        )",
-        "self._place.index, 1\n        )",
+        "self._rank.index, self._rank.size\n        )",
+        "self._rank.index, 1\n        )",
         f"{_PLACES}[2-0-0]",
     ),
     Mutant(
         "samples that were taken before are fed again",
         _FEED,
-        "consumed_samples(train, step) + self._beyond",
+        "consumed_samples(train, step) + self._sample_offset",
         "consumed_samples(train, step)",
         f"{_PLACES}[1-0-5]",
     ),
@@ -213,7 +213,7 @@ MUTANTS = [
     Mutant(
         "validation is on what is trained on",
         _FEED,
-        "self._arrays(self._held, 0, micro)",
+        "self._arrays(self._validation, 0, micro)",
         "self._arrays(self._sampler, 0, micro)",
         f"{_FED}validation_is_on_held_out_documents_and_always_the_same",
     ),

@@ -8,7 +8,7 @@ _COMMON = "trainer/engines/common.py"
 _NATIVE = "trainer/engines/native.py"
 _MESH = "trainer/parallel/mesh.py"
 _APPLY = "trainer/parallel/apply.py"
-_WARMING = "trainer/warming.py"
+_WARMING = "trainer/kernel_warmup.py"
 _RESIDENT = "trainer/parallel/resident.py"
 _ACCUMULATE = "trainer/parallel/accumulate.py"
 
@@ -23,7 +23,7 @@ def _beside(ranks: int) -> str:
 _BESIDE = _beside(1)
 _ADDED = "tests/trainer/parallel/test_accumulate.py::test_"
 _GROUPS = "tests/trainer/parallel/test_mesh.py::test_"
-_WARM = "tests/trainer/engines/test_warming.py::test_"
+_WARM = "tests/trainer/engines/test_kernel_warmup.py::test_"
 _CLIPPING = "tests/trainer/engines/test_common.py::test_clipping_by_hand"
 
 MUTANTS = [

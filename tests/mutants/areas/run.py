@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.listed import Mutant
 
 _LOOP = "trainer/loop.py"
-_RESUME = "trainer/resume.py"
+_RESUME = "trainer/checkpoints.py"
 _FINGERPRINT = "trainer/fingerprint.py"
 _ROUTING = "trainer/bench/routing.py"
 _VARIANTS = "trainer/bench/variants.py"
@@ -26,8 +26,8 @@ MUTANTS = [
     Mutant(
         "the fingerprint isn't looked at",
         _RESUME,
-        'refused, said = refusals(newest.facts.get("fingerprint", {}), self._fingerprint)',
-        "refused, said = [], []",
+        'refused, changes = compare_fingerprints(newest.facts.get("fingerprint", {}), self._fingerprint)',
+        "refused, changes = [], []",
         f"{_TEST}another_run_isnt_resumed",
     ),
     Mutant(
@@ -40,14 +40,14 @@ MUTANTS = [
     Mutant(
         "another corpus is resumed",
         _FINGERPRINT,
-        'return refused + (differences(old["data"], new["data"]) if old.get("data") else []), said',
-        "return refused, said",
+        'return refusals + (differences(old["data"], new["data"]) if old.get("data") else []), notes',
+        "return refusals, notes",
         f"{_TEST}other_data_is_refused_and_an_older_checkpoint_taken",
     ),
     Mutant(
         "another model is only said",
         _FINGERPRINT,
-        'if section == "model" and name in _FREE',
+        'if section == "model" and name in _CHANGEABLE',
         'if section == "model"',
         f"{_REFUSED}[model.heads=4-model.heads was 2 and is 4]",
     ),
@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "samples that were taken are taken again",
         _LOOP,
-        "self.progress.ahead = loaded.samples - consumed_samples(self.config.train, loaded.step)",
-        "self.progress.ahead = 0",
+        "self.progress.sample_offset = loaded.samples - consumed_samples(self.config.train, loaded.step)",
+        "self.progress.sample_offset = 0",
         _ANOTHER,
     ),
     Mutant(
@@ -82,7 +82,7 @@ MUTANTS = [
     Mutant(
         "tokens are those of the configured batch",
         _LOOP,
-        "return consumed_samples(self.config.train, step) + self.progress.ahead",
+        "return consumed_samples(self.config.train, step) + self.progress.sample_offset",
         "return consumed_samples(self.config.train, step)",
         _ANOTHER,
     ),

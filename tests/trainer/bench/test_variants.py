@@ -15,11 +15,11 @@ import torch
 from configs.errors import UserError
 from configs.schema import RunConfig
 from tests.trainer.test_bench import CPU, options
+from trainer.batch_loader import BatchLoader
 from trainer.bench import command, routing, variants
 from trainer.bench.cases import config_of
 from trainer.bench.measure import Times
 from trainer.cli import main
-from trainer.feed import BatchFeed
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
@@ -76,11 +76,11 @@ def test_the_rows_of_the_fullest_rank_are_those_of_a_step(
         device = CPU
 
     class CountedEngine:
-        place = SimpleNamespace(index=0, size=1)
+        data_parallel = SimpleNamespace(index=0, size=1)
 
         def __init__(self, *_: object) -> None: ...
         def step(self, *_: object) -> Any:
-            return SimpleNamespace(load=torch.tensor([[3, 3, 1, 1]]))
+            return SimpleNamespace(expert_load=torch.tensor([[3, 3, 1, 1]]))
 
     monkeypatch.setattr(command, "NativeEngine", CountedEngine)
     config = config_of(options("data.sequence=16"), 1, on_gpu=False)
@@ -161,8 +161,8 @@ def test_a_table_of_variants_has_a_line_each(
 ) -> None:
     alone: list[object] = []
     read: list[bool] = []
-    started = BatchFeed.started
-    monkeypatch.setattr(BatchFeed, "started", lambda *a, **k: read.append(k["ahead"]) or started(*a, **k))
+    started = BatchLoader.started
+    monkeypatch.setattr(BatchLoader, "started", lambda *a, **k: read.append(k["ahead"]) or started(*a, **k))
     monkeypatch.setattr("trainer.bench.command.serial", lambda device: alone.append(device) or nullcontext())
     words = ["bench", "--model", "demo", "--baselines", "none", "--steps", "1", "--layers", "2"]
     table = "feed=ahead | feed=inline | optim.kind=muon overlap=off"

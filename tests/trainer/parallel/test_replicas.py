@@ -32,7 +32,7 @@ from tests.trainer.families import batches, family
 from tests.trainer.parallel.test_checksums import flip
 from trainer import loop
 from trainer.engines.native import NativeEngine
-from trainer.lines import Lines
+from trainer.metric_log import MetricLog
 from trainer.parallel.mesh import Mesh, assemble, join
 from trainer.parallel.replicas import compare
 from trainer.state import Slice
@@ -301,12 +301,15 @@ def run_once(rank: RankContext, words: Sequence[str], attempt: int, wrong: int |
     context.paths.ranks.mkdir(parents=True, exist_ok=True)
     home = {"MEGARAY_HOME": str(rank.run.root), "MEGARAY_NODE": f"node-{rank.rank}"}
 
-    def note(lines: Lines, texts: Iterable[str]) -> None:
-        if lines._writer is not None:
+    def message(log: MetricLog, texts: Iterable[str]) -> None:
+        if log._writer is not None:
             with (rank.run.root / "notes").open("a") as file:
                 file.writelines(f"{text}\n" for text in texts)
 
-    patched = mock.patch.object(NativeEngine, "step", broken), mock.patch.object(Lines, "note", note)
+    patched = (
+        mock.patch.object(NativeEngine, "step", broken),
+        mock.patch.object(MetricLog, "message", message),
+    )
     with patched[0], patched[1], mock.patch.dict("os.environ", home):
         try:
             loop.main(config, context)

@@ -1,4 +1,4 @@
-"""Batches for the loop: prepared tokens, dealt out by sample, read ahead of the step that trains on them."""
+"""Batches for the loop: samples of prepared tokens, sharded over data-parallel ranks and prefetched one step ahead."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 """Of a micro-batch: tokens, documents, and their bounds."""
 
 
-class BatchFeed:
-    """What one rank trains and evaluates on."""
+class BatchLoader:
+    """Loads the micro-batches that one rank trains and evaluates on."""
 
     def __init__(self, config: RunConfig, store: TokenStore) -> None:
         self._config, self._store = config, store
         self._sampler = store.sampler(config.data, config.train.seed)
-        self._held = store.evaluation(config.data)
-        self._place, self._device, self._beyond = DataParallelRank(0, 1), torch.device("cpu"), 0
-        self._coming: Iterator[list[_Arrays]] = iter(())
+        self._validation = store.evaluation(config.data)
+        self._rank, self._device, self._sample_offset = DataParallelRank(0, 1), torch.device("cpu"), 0
+        self._prefetched: Iterator[list[_Arrays]] = iter(())
 
     @classmethod
-    def prepare(cls, config: RunConfig, cache: Path) -> BatchFeed:
+    def prepare(cls, config: RunConfig, cache: Path) -> BatchLoader:
         """Prepare the tokens, or find them prepared.
 
         Raises:
@@ -64,52 +64,55 @@ class BatchFeed:
 
     @contextmanager
     def started(
-        self, step: int, beyond: int, place: DataParallelRank, device: torch.device, ahead: bool = True
+        self, step: int, sample_offset: int, rank: DataParallelRank, device: torch.device, ahead: bool = True
     ) -> Iterator[None]:
         """Read batches from the step with index `step` on.
 
         Args:
-            beyond: samples consumed beyond what the configuration takes up to a step.
-            place: this rank's on the data-parallel axis.
+            sample_offset: samples consumed beyond what the configuration takes up to a step.
+            rank: this one's coordinate on the data-parallel axis.
             ahead: read a step's batches while the step before it is computed.
         """
-        self._place, self._device, self._beyond = place, device, beyond
+        self._rank, self._device, self._sample_offset = rank, device, sample_offset
         steps = range(step, self._config.train.steps)
         if not ahead:
-            self._coming = map(self._read, steps)
+            self._prefetched = map(self._read, steps)
             yield
             return
         with Prefetch(self._read, steps) as coming:
-            self._coming = iter(coming)
+            self._prefetched = iter(coming)
             yield
 
     def batches(self) -> list[Batch]:
-        """The next step's micro-batches of this place, on the device."""
-        return [self._batch(*arrays) for arrays in next(self._coming)]
+        """The next step's micro-batches of this data-parallel rank, on the device."""
+        return [self._batch(*arrays) for arrays in next(self._prefetched)]
 
     def validation(self) -> tuple[list[Batch], int]:
-        """This place's micro-batches of held-out documents, and how many samples all places have; always the same ones."""
-        assert self._held is not None, "data.validation holds documents out where train.evaluate_every is set"
-        unit = self._config.train.micro_batch * self._place.size
-        passes = -(-self._config.train.evaluate_samples // unit)
+        """This rank's micro-batches of held-out documents, and how many samples all ranks have; always the same ones."""
+        assert self._validation is not None, (
+            "data.validation holds documents out where train.evaluate_every is set"
+        )
+        unit = self._config.train.micro_batch * self._rank.size
+        micro_batches = -(-self._config.train.evaluate_samples // unit)
         pp = self._config.parallel.size("pp")
-        passes = -(-passes // pp) * pp  # pipelines take micro-batches in multiples of their stages
-        arrays = [self._arrays(self._held, 0, micro) for micro in range(passes)]
-        return [self._batch(*one) for one in arrays], passes * unit
+        # Pipelines take micro-batches in multiples of their stages.
+        micro_batches = -(-micro_batches // pp) * pp
+        arrays = [self._arrays(self._validation, 0, micro) for micro in range(micro_batches)]
+        return [self._batch(*one) for one in arrays], micro_batches * unit
 
     def _read(self, step: int) -> list[_Arrays]:
         train = self._config.train
-        first = consumed_samples(train, step) + self._beyond
-        passes = global_batch_size(train, step) // (train.micro_batch * self._place.size)
-        return [self._arrays(self._sampler, first, micro) for micro in range(passes)]
+        first = consumed_samples(train, step) + self._sample_offset
+        micro_batches = global_batch_size(train, step) // (train.micro_batch * self._rank.size)
+        return [self._arrays(self._sampler, first, micro) for micro in range(micro_batches)]
 
     def _arrays(self, sampler: TokenSampler, first: int, micro: int) -> _Arrays:
         tokens = sampler.batch(
-            first, micro, self._config.train.micro_batch, self._place.index, self._place.size
+            first, micro, self._config.train.micro_batch, self._rank.index, self._rank.size
         )
         masked = self._config.data.document_mask
-        of = documents(tokens, self._store.separator) if masked else None
-        return tokens, of, None if of is None else bounds(of)
+        ids = documents(tokens, self._store.separator) if masked else None
+        return tokens, ids, None if ids is None else bounds(ids)
 
     def _batch(self, tokens: np.ndarray, documents: np.ndarray | None, ends: np.ndarray | None) -> Batch:
         if documents is None or ends is None:

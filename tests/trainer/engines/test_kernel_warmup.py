@@ -9,7 +9,7 @@ import torch
 
 from configs.compose import compose
 from configs.schema import RunConfig
-from trainer import warming
+from trainer import kernel_warmup
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 CPU = torch.device("cpu")
@@ -21,24 +21,24 @@ def config() -> RunConfig:
 
 
 def test_a_rank_on_cores_waits_for_nothing_of_the_kind(config: RunConfig) -> None:
-    assert warming.begin(config, CPU) is None
+    assert kernel_warmup.start(config, CPU) is None
 
 
-@pytest.mark.parametrize("touch", [warming._product, warming._attention, warming._grouped])
-def test_what_libraries_are_asked_for_can_be_had(touch: object, config: RunConfig) -> None:
+@pytest.mark.parametrize("launch", [kernel_warmup._matmul, kernel_warmup._attention, kernel_warmup._grouped])
+def test_what_libraries_are_asked_for_can_be_had(launch: object, config: RunConfig) -> None:
     """An error of theirs is passed over, so a call that was wrong would warm nothing and say nothing."""
     failure: Exception | None = None
     try:
-        touch(config.model, torch.bfloat16, CPU)  # type: ignore[operator]
+        launch(config.model, torch.bfloat16, CPU)  # type: ignore[operator]
     except Exception as error:
         failure = error
     assert failure is None
 
 
 def test_kernels_are_those_of_the_model(config: RunConfig) -> None:
-    names = warming.modules(config.model)
+    names = kernel_warmup.kernel_modules(config.model)
     assert "trainer.kernels.loss" in names and "trainer.kernels.compressed" not in names
-    zaya = warming.modules(compose(["model=zaya1_base"]).model)
+    zaya = kernel_warmup.kernel_modules(compose(["model=zaya1_base"]).model)
     assert set(names) < set(zaya) and "trainer.kernels.compressed" in zaya
     assert all(importlib.util.find_spec(name) for name in zaya)
 
@@ -47,15 +47,15 @@ def test_what_cannot_be_had_is_passed_over(config: RunConfig, monkeypatch: pytes
     begun: list[str] = []
 
     def fail(*_: object) -> None:
-        begun.append("a touch")
+        begun.append("a launch")
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: begun.append("the device"))
-    for name in ("_product", "_attention", "_grouped"):
-        monkeypatch.setattr(warming, name, fail)
-    monkeypatch.setattr(warming, "usable", lambda _: True)
-    monkeypatch.setattr(warming.importlib, "import_module", lambda name: begun.append(name))
-    thread = warming.begin(config, torch.device("cuda", 0))
+    for name in ("_matmul", "_attention", "_grouped"):
+        monkeypatch.setattr(kernel_warmup, name, fail)
+    monkeypatch.setattr(kernel_warmup, "usable", lambda _: True)
+    monkeypatch.setattr(kernel_warmup.importlib, "import_module", lambda name: begun.append(name))
+    thread = kernel_warmup.start(config, torch.device("cuda", 0))
     assert thread is not None
     thread.join()
-    assert begun == ["the device", *["a touch"] * 3, *warming.modules(config.model)]
+    assert begun == ["the device", *["a launch"] * 3, *kernel_warmup.kernel_modules(config.model)]

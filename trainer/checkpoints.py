@@ -1,4 +1,4 @@
-"""The run's checkpoints as one rank uses them: what it begins from, and its saves."""
+"""The run's checkpoints as one rank uses them: the one that it resumes from, and its saves."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from faulttol.checkpoint.store import CheckpointStore
 from faulttol.snapshots import memory
 from faulttol.staged.saver import Memory, SaveOutcome, SavePolicy, Saver, Signs
 from trainer.engines.base import Engine
-from trainer.fingerprint import fingerprint, refusals
+from trainer.fingerprint import compare_fingerprints, fingerprint
 from trainer.optim.schedule import consumed_samples
 from trainer.parallel.mesh import Mesh
 
 _log = logging.getLogger("megaray.trainer")
-_RECEIPTS = timedelta(hours=1)
+_RECEIPT_TIMEOUT = timedelta(hours=1)
 """Longest time that a rank may take to write its file; a save that takes longer is given up."""
 
 
@@ -74,17 +74,19 @@ class Checkpoints:
             background=settings.background,
             busy=settings.busy,
         )
-        self._folder: Path | None = None
+        self._snapshot_folder: Path | None = None
         """Of snapshots in this node's memory."""
         if settings.memory_every is not None:
-            self._folder = memory.folder(
+            self._snapshot_folder = memory.folder(
                 os.environ.get("MEGARAY_NODE") or socket.gethostname(), rank.run.run_id
             )
-            memory.forget_idle(self._folder)
-        kept = Memory(self._folder, rank.master_addr) if self._folder is not None else None
-        self._saver = Saver(policy, self._identity, mesh, _control(rank, mesh), mesh.device, signs, kept)
+            memory.forget_idle(self._snapshot_folder)
+        kept = Memory(self._snapshot_folder, rank.master_addr) if self._snapshot_folder is not None else None
+        self._saver = Saver(
+            policy, self._identity, mesh, _receipt_store(rank, mesh), mesh.device, signs, kept
+        )
 
-    # ---- what a run begins from ----
+    # ---- restore ----
 
     def restore(self, engine: Engine) -> LoadedState | None:
         """Load the newest checkpoint that every rank can read, or what `resume` names where the run has none of its own;
@@ -93,8 +95,8 @@ class Checkpoints:
         Raises:
             UserError: where it is another model's, corpus's or run's, naming what differs.
         """
-        with ExitStack() as ends:
-            return self._restore(engine, self._tiers(ends))
+        with ExitStack() as stack:
+            return self._restore(engine, self._tiers(stack))
 
     def _restore(self, engine: Engine, tiers: Sequence[loading.Tier]) -> LoadedState | None:
         newest = loading.newest(tiers, self._mesh)
@@ -104,7 +106,7 @@ class Checkpoints:
                     f"resume='{self._config.resume}' holds no checkpoint; name a run that has saved one, or its folder"
                 )
             return None
-        refused, said = refusals(newest.facts.get("fingerprint", {}), self._fingerprint)
+        refused, changes = compare_fingerprints(newest.facts.get("fingerprint", {}), self._fingerprint)
         if refused:
             raise UserError(
                 f"the checkpoint of step {newest.step} in {self._root} can't be resumed: {'; '.join(refused[:4])}; set "
@@ -118,35 +120,37 @@ class Checkpoints:
         if newest.run != self._identity.run:
             self._lineage.append({"run": newest.run, "step": loaded.step, "path": loaded.path})
         notes = [f"passed over a checkpoint: {why}" for why in loaded.passed]
-        notes += [f"changed since step {loaded.step}: {line}" for line in said]
-        samples, would = int(loaded.facts["samples"]), consumed_samples(self._config.train, loaded.step)
-        if samples != would:
+        notes += [f"changed since step {loaded.step}: {line}" for line in changes]
+        samples, planned = int(loaded.facts["samples"]), consumed_samples(self._config.train, loaded.step)
+        if samples != planned:
             notes.append(
                 f"the batch changed: {samples} samples were consumed up to step {loaded.step}, where this "
-                f"configuration would have taken {would}; it continues with sample {samples}"
+                f"configuration would have taken {planned}; it continues with sample {samples}"
             )
         loss = loaded.facts.get("loss")  # weights that came from elsewhere have none
         loss = float("nan") if loss is None else float(loss)
         return LoadedState(loaded.step, samples, loss, loaded.path, loaded.tier, tuple(loaded.passed), notes)
 
-    def _tiers(self, ends: ExitStack) -> list[loading.Tier]:
-        """What may be begun from, while `ends` is open: memory, the store, and what `resume` names."""
+    def _tiers(self, stack: ExitStack) -> list[loading.Tier]:
+        """What may be resumed from, while `stack` is open: memory, the store, and what `resume` names."""
         tiers = loading.stored(self._root)
-        if self._folder is not None:
-            tiers = [*self._snapshots(self._folder, ends), *tiers]
+        if self._snapshot_folder is not None:
+            tiers = [*self._snapshots(self._snapshot_folder, stack), *tiers]
         if self._config.resume:
             root, step = named(self._config.resume)
             tiers.append(loading.Tier("another run", CheckpointStore(root), owner=False, step=step))
         return tiers
 
-    def _snapshots(self, folder: Path, ends: ExitStack) -> list[loading.Tier]:
+    def _snapshots(self, folder: Path, stack: ExitStack) -> list[loading.Tier]:
         first = self._identity.rank == 0
-        why, secret = self._mesh.broadcast((_demoted(self._rank), secrets.token_bytes(32)) if first else None)
-        if why is not None:
-            _log.warning("snapshots in memory are passed over: %s", why)
+        reason, secret = self._mesh.broadcast(
+            (_snapshots_passed_over(self._rank), secrets.token_bytes(32)) if first else None
+        )
+        if reason is not None:
+            _log.warning("snapshots in memory are passed over: %s", reason)
             return []
         context = memory.tier(folder, self._mesh, self._identity, secret, self._rank.master_addr)
-        tier = ends.enter_context(context)
+        tier = stack.enter_context(context)
         return [tier] if tier is not None else []
 
     # ---- saves ----
@@ -196,8 +200,8 @@ class Checkpoints:
     def close(self) -> None:
         """Give memory and the writer process back; the run has ended, and what it needs is in the store."""
         self._saver.close()
-        if self._folder is not None:
-            memory.forget(self._folder)
+        if self._snapshot_folder is not None:
+            memory.forget(self._snapshot_folder)
 
 
 def _pieces(engine: Engine) -> Iterator[TensorPiece]:
@@ -210,33 +214,33 @@ def _wanted(engine: Engine) -> Iterator[Wanted]:
         yield Wanted(part.name, dtype, part.box, part.tensor)
 
 
-def _demoted(rank: RankContext) -> str | None:
-    """Why snapshots in memory are passed over, by what became of the attempts before."""
+def _snapshots_passed_over(rank: RankContext) -> str | None:
+    """Why snapshots in memory are passed over, by the outcome of the previous attempts."""
     history = []
     for attempt in range(1, rank.attempt):
-        begun: ResumedLine | None = None
+        resumed: ResumedLine | None = None
         newer = False
         for line in read_all(rank.run.attempt(attempt).metrics):
             if isinstance(line, ResumedLine):
-                begun = line
+                resumed = line
             elif isinstance(line, SavedLine):
-                newer = newer or begun is None or line.step > begun.step
-            if newer and begun is not None:
+                newer = newer or resumed is None or line.step > resumed.step
+            if newer and resumed is not None:
                 break  # a day's steps may follow, and nobody trains before this is known
-        if begun is not None and begun.path is not None:
-            history.append((str(begun.facts.get("tier", "store")), begun.step, newer))
+        if resumed is not None and resumed.path is not None:
+            history.append((str(resumed.facts.get("tier", "store")), resumed.step, newer))
     return memory.demoted(history)
 
 
-def _control(rank: RankContext, mesh: Mesh) -> dist.Store:
-    """The store of receipts, which rank 0 serves."""
+def _receipt_store(rank: RankContext, mesh: Mesh) -> dist.Store:
+    """The store for receipts of saves, which rank 0 serves."""
     if rank.world == 1:
         return dist.HashStore()
     first = rank.rank == 0
     own = (
-        dist.TCPStore(rank.master_addr, 0, is_master=True, wait_for_workers=False, timeout=_RECEIPTS)
+        dist.TCPStore(rank.master_addr, 0, is_master=True, wait_for_workers=False, timeout=_RECEIPT_TIMEOUT)
         if first
         else None
     )
     port = mesh.broadcast(own.port if own is not None else None)
-    return own or dist.TCPStore(rank.master_addr, port, is_master=False, timeout=_RECEIPTS)
+    return own or dist.TCPStore(rank.master_addr, port, is_master=False, timeout=_RECEIPT_TIMEOUT)

@@ -1,7 +1,7 @@
-"""What the first step would wait for beside its work, begun while the model is built and loaded.
+"""Loading kernels and modules that the first step would wait for, while the model is built and loaded.
 
 A device's kernels are loaded when they are first launched (CUDA's guide, "Lazy Loading"; HIP does alike), each library's
-in 0.1 to 1 s, and this project's are imported when they are first used. Nothing that is trained is touched.
+in 0.1 to 1 s, and this project's are imported when they are first used. No state of the training is touched.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from trainer.kernels.choice import usable
 _KERNELS = ("accumulate", "activation", "adamw", "loss", "norm", "route", "rows", "sorting")
 _OF_ATTENTION = {"cca": ("compressed", "mlp", "residual")}
 _ROWS = 128
-"""Of what libraries' kernels are called with."""
+"""Rows of the inputs that libraries' kernels are launched with."""
 
 
-def modules(model: ModelConfig) -> list[str]:
-    """Those that a step on a device imports."""
+def kernel_modules(model: ModelConfig) -> list[str]:
+    """Modules of this project's kernels that a step on a device imports."""
     names = (*_KERNELS, *_OF_ATTENTION.get(model.attention, ()))
     return [f"trainer.kernels.{name}" for name in names]
 
 
-def begin(config: RunConfig, device: torch.device) -> threading.Thread | None:
-    """Begin it in a thread; None where a step on this device waits for nothing of the kind."""
+def start(config: RunConfig, device: torch.device) -> threading.Thread | None:
+    """Start the warm-up in a thread; None on a CPU, which needs none."""
     if device.type != "cuda":
         return None
-    thread = threading.Thread(target=_warm, args=(config, device), name="warm", daemon=True)
+    thread = threading.Thread(target=_warm_up, args=(config, device), name="warm", daemon=True)
     thread.start()
     return thread
 
 
-def _warm(config: RunConfig, device: torch.device) -> None:
-    # A convenience: what can't be had here fails where it is needed, with all that is to be said about it.
+def _warm_up(config: RunConfig, device: torch.device) -> None:
+    # Optional: what can't be loaded here fails again where it is needed, with its full error.
     with suppress(Exception):
         torch.cuda.set_device(device)
         dtype = DTYPES[str(config.train.precision)]
-        for touch in (_product, _attention, _grouped):
+        for launch in (_matmul, _attention, _grouped):
             with suppress(Exception):
-                touch(config.model, dtype, device)
+                launch(config.model, dtype, device)
         if usable(device):
-            for name in modules(config.model):
+            for name in kernel_modules(config.model):
                 importlib.import_module(name)
 
 
-def _product(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+def _matmul(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     x = torch.zeros(_ROWS, model.hidden, dtype=dtype, device=device)
     F.linear(x, x)
 

@@ -10,8 +10,8 @@ import torch
 
 from configs.compose import compose
 from configs.schema import RunConfig
+from trainer.batch_loader import BatchLoader
 from trainer.engines.base import Batch, DataParallelRank
-from trainer.feed import BatchFeed
 from trainer.optim.schedule import consumed_samples, global_batch_size
 
 pytestmark = pytest.mark.dist
@@ -29,12 +29,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _feed(text: Path, *words: str) -> tuple[RunConfig, BatchFeed]:
+def _feed(text: Path, *words: str) -> tuple[RunConfig, BatchLoader]:
     config = compose([
         "experiment=smoke", f"data.path={text}", f"data.cache={text.parent / 'cache'}", f"data.sequence={SEQUENCE}",
         "train.micro_batch=2", "train.global_batch=8", "train.steps=6", "parallel.pp=1", *words,
     ])  # fmt: skip
-    return config, BatchFeed.prepare(config, text.parent / "cache")
+    return config, BatchLoader.prepare(config, text.parent / "cache")
 
 
 def _rows(batches: list[Batch]) -> list[list[int]]:
@@ -127,7 +127,7 @@ def test_validation_is_on_held_out_documents_and_always_the_same(text: Path) -> 
             letters.setdefault("held", set()).update(*seen[-1])
     assert letters["held"] & letters["train"] == {0}
     assert seen[0] != seen[1]
-    wanted = [feed._held.sample(place).tokens.tolist() for place in range(8)]  # type: ignore[union-attr]
+    wanted = [feed._validation.sample(place).tokens.tolist() for place in range(8)]  # type: ignore[union-attr]
     assert sorted(seen[0] + seen[1]) == sorted(wanted)
 
 
@@ -145,7 +145,7 @@ def test_a_mixture_is_dealt_out_by_its_weights(text: Path, tmp_path: Path) -> No
         (tmp_path / letter).write_text(letter * 400)
         weights[str(tmp_path / letter)] = weight
     data = config.data.model_copy(update={"path": None, "mixture": weights})
-    feed = BatchFeed.prepare(config.model_copy(update={"data": data}), tmp_path / "cache")
+    feed = BatchLoader.prepare(config.model_copy(update={"data": data}), tmp_path / "cache")
     with feed.started(0, 0, DataParallelRank(0, 1), CPU):
         firsts = [row[0] if row[0] else row[1] for _ in range(5) for row in _rows(feed.batches())]
     assert firsts.count(ord("a")) == 30 and firsts.count(ord("z")) == 10

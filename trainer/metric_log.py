@@ -1,4 +1,4 @@
-"""What rank 0 writes of a run: metric lines, and a line for a person where no console reads them."""
+"""The metric lines that rank 0 writes, and messages for a person where no console reads the lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from faulttol.staged.saver import SaveOutcome
 from trainer.sizing.model import flops
 
 
-class Lines:
+class MetricLog:
     """Writes lines on rank 0, and nothing on the others."""
 
     def __init__(self, config: RunConfig, rank: RankContext) -> None:
@@ -36,8 +36,8 @@ class Lines:
         if self._writer is not None:
             self._writer.write(line)
 
-    def note(self, texts: Iterable[str]) -> None:
-        """Lines for the log."""
+    def message(self, texts: Iterable[str]) -> None:
+        """Write messages to standard error."""
         for text in texts if self._writer is not None else ():
             sys.stderr.write(f"{text}\n")
 
@@ -75,7 +75,7 @@ class Lines:
         line = SaveFailedLine(time.time(), self._rank.attempt, outcome.step, str(outcome.error), in_a_row)
         self._write(line)
         if PARENT not in os.environ:  # else `watch` says so
-            self.note([line.words])
+            self.message([line.words])
 
     def ended(self, step: int, loss: float, tokens: int) -> None:
         """All steps are done."""

@@ -11,14 +11,14 @@ from configs.schema import CheckpointConfig
 from faulttol.checkpoint.interval import interval, mtbf
 from faulttol.staged.saver import SaveOutcome
 
-_LONGEST = 1_000_000
+_MAX_STEPS = 1_000_000
 """Steps between saves that are never exceeded."""
 _HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What an interval hangs on. Each rank measures its own; all continue with the largest of each, so all save alike."""
+class SaveTimings:
+    """What an interval depends on. Each rank measures its own; all use the largest of each, so that they save alike."""
 
     step_seconds: float
     held_seconds: float
@@ -34,14 +34,14 @@ class SaveSchedule:
 
     def __init__(self, config: CheckpointConfig, rank: RankContext) -> None:
         self._config, self._attempt = config, rank.attempt
-        self._began = _first_line(rank) if rank.rank == 0 else None
+        self._began = _first_line_time(rank) if rank.rank == 0 else None
         self._next = self._steps = 0
         self._last: SaveOutcome | None = None
         self.failed_in_a_row = 0
         """Saves that failed since the last commit."""
 
-    def begin(self, step: int) -> None:
-        """Training begins behind `step`."""
+    def start(self, step: int) -> None:
+        """Training starts after `step`."""
         self._next = step + self._config.every
 
     def due(self, step: int) -> bool:
@@ -61,8 +61,8 @@ class SaveSchedule:
         stored = ["store"] if last or self.due(step) else []
         return [*(["memory"] if every is not None and step % every == 0 and not last else []), *stored]
 
-    def ended(self, outcome: SaveOutcome) -> None:
-        """Take in how a save ended."""
+    def record(self, outcome: SaveOutcome) -> None:
+        """Record how a save ended."""
         if outcome.tier != "store":
             return
         if outcome.error is None:
@@ -70,14 +70,14 @@ class SaveSchedule:
         elif not outcome.skipped:
             self.failed_in_a_row += 1
 
-    def measured(self, step_seconds: float) -> Measured:
-        """This rank's numbers."""
+    def timings(self, step_seconds: float) -> SaveTimings:
+        """This rank's measurements."""
         held, durable = (self._last.held, self._last.seconds) if self._last else (0.0, 0.0)
         hours = (time.time() - self._began) / _HOUR if self._began is not None else 0.0
-        return Measured(step_seconds, held, durable, hours)
+        return SaveTimings(step_seconds, held, durable, hours)
 
-    def plan(self, step: int, worst: Measured) -> str | None:
-        """Choose the interval behind a save at `step`; the reason, where another is chosen than before.
+    def update_interval(self, step: int, worst: SaveTimings) -> str | None:
+        """Choose the interval after a save at `step`; returns the reason where it changes.
 
         Args:
             worst: the largest of all ranks' numbers.
@@ -95,14 +95,14 @@ class SaveSchedule:
             between,
             self._config.budget,
             least=1,
-            most=_LONGEST,
+            most=_MAX_STEPS,
         )
         changed, self._steps = chosen.steps != self._steps, chosen.steps
         self._next = step + chosen.steps
         return chosen.reason if changed else None
 
 
-def _first_line(rank: RankContext) -> float:
+def _first_line_time(rank: RankContext) -> float:
     """When the run's first attempt wrote its first line; now, where it hasn't."""
     lines, _ = read_from(rank.run.attempt(1).metrics, 0, 1 << 16)
     return lines[0].time if lines else time.time()
