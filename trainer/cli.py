@@ -340,18 +340,20 @@ def _answer_questions(options: argparse.Namespace, one: SizingAnswer) -> list[An
     from trainer.sizing.ask import catalogue, questions
     from trainer.sizing.ask.fit import fit
 
-    hardware = one.prices.hardware
+    hardware = one.costs.hardware
     answers: list[AnsweredQuestion] = []
     if (options.by is None) != (options.tokens is None):
         raise UserError("--by and --tokens go together; type e.g. --by friday --tokens 300B")
     if options.fit:
         answers.append(fit(one.job, hardware))
     if options.by is not None:
-        answers.append(questions.in_time(one, options.by, options.tokens, datetime.now().astimezone()))
+        answers.append(
+            questions.devices_by_deadline(one, options.by, options.tokens, datetime.now().astimezone())
+        )
     if options.on is not None:
         _check_device("--on", options.on)
         there = catalogue.device(options.on)
-        answers.append(questions.other(one.job, questions.task(one), hardware, there))
+        answers.append(questions.compare_devices(one.job, questions.task(one), hardware, there))
     return answers
 
 

@@ -48,7 +48,7 @@ def exact(name: str, value: float, unit: str, how: Derivation, parts: tuple[Figu
     return Figure(name, value, unit, value, value, how, parts)
 
 
-def about(name: str, value: float, unit: str, share: float, how: Derivation) -> Figure:
+def approximate(name: str, value: float, unit: str, share: float, how: Derivation) -> Figure:
     """A figure that is sure to within a share of its value."""
     return Figure(name, value, unit, value * (1 - share), value * (1 + share), how)
 
@@ -59,11 +59,11 @@ def summed(name: str, value: float, unit: str, how: Derivation, parts: Sequence[
     return Figure(name, value, unit, low, high, how, tuple(parts))
 
 
-def longest(*values: float) -> float:
+def max_or_nan(*values: float) -> float:
     """The largest; NaN where one of them is unknown, which `max` keeps only where it comes first."""
     return math.nan if math.isnan(sum(values)) else max(values)
 
 
-def shortest(*values: float) -> float:
+def min_or_nan(*values: float) -> float:
     """The smallest; NaN where one of them is unknown."""
     return math.nan if math.isnan(sum(values)) else min(values)

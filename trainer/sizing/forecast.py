@@ -59,7 +59,7 @@ class StepHistory:
 
 
 @dataclass(frozen=True)
-class Laws:
+class FittedLaws:
     """The fitted law, first in each array, and those of the bootstrap."""
 
     floor: Array
@@ -112,7 +112,7 @@ class Forecast:
     """What a run's loss is going to be."""
 
     history: StepHistory
-    laws: Laws
+    laws: FittedLaws
     begin: int
     """First step that was fitted."""
     end: int
@@ -131,7 +131,7 @@ class Forecast:
         return Figure("loss.final", laws.mean(tokens)[0], "nats", *laws.interval(tokens, CONFIDENCE), how)
 
 
-def read(run: RunPaths) -> StepHistory:
+def read_history(run: RunPaths) -> StepHistory:
     """A run's losses over all its attempts; what was trained again after a restart replaces what was lost.
 
     Raises:
@@ -152,7 +152,7 @@ def read(run: RunPaths) -> StepHistory:
     return StepHistory(*np.array(rows, dtype=float).T)
 
 
-def fit(history: StepHistory, warmup: int, draws: int = _DRAWS) -> Laws:
+def fit(history: StepHistory, warmup: int, draws: int = _DRAWS) -> FittedLaws:
     """Fit the law to what comes after the warm-up.
 
     Raises:
@@ -179,7 +179,7 @@ def fit(history: StepHistory, warmup: int, draws: int = _DRAWS) -> Laws:
     picked = (starts[:, :, None] + np.arange(_ADJACENT)).reshape(draws, -1)[:, :count]
     drawn = _solve(x / unit, fitted + residual[picked])
     floor, scale, exponent = (np.concatenate(pair) for pair in zip(first, drawn, strict=True))
-    return Laws(floor, scale, exponent, unit, float(residual.std()) * math.sqrt(size))
+    return FittedLaws(floor, scale, exponent, unit, float(residual.std()) * math.sqrt(size))
 
 
 def first_step(history: StepHistory, warmup: int) -> int:
@@ -215,7 +215,7 @@ def forecast(history: StepHistory, warmup: int, end: int) -> Forecast:
     return Forecast(history, fit(history, warmup), first_step(history, warmup), end)
 
 
-def watch(history: StepHistory, warmup: int, end: int) -> Alarm | None:
+def detect_alarm(history: StepHistory, warmup: int, end: int) -> Alarm | None:
     """Look at the log in windows, each against the law of what came before; the first alarm, or None.
 
     A window outside the band isn't learned from until the next one is inside again. A loss that isn't a number alarms
@@ -255,8 +255,8 @@ def report(folder: Path, steps: int | None = None, warmup: int | None = None) ->
         config = load(run.config)
         steps = config.train.steps if steps is None else steps
         warmup = config.optim.warmup_steps if warmup is None else warmup
-    history = read(run)
-    made, alarm = forecast(history, warmup, steps), watch(history, warmup, steps)
+    history = read_history(run)
+    made, alarm = forecast(history, warmup, steps), detect_alarm(history, warmup, steps)
     final, now = made.final, int(history.steps[-1])
     recent = history.after(now - max(1, round(steps * END))).loss
     return [

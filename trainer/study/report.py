@@ -102,8 +102,8 @@ they were found with the whole tables in view, and the named rows alone give the
 - Slack of the allocator: 31 runs of the sweep before its fix (`trainer.sizing.memory.estimate.SLACK`).
 
 Chosen once for all sources with their tables in view, and so not blind: how host and device times combine
-({time.TOGETHER:g}), the share of an overlapped collective that is hidden ({time.HIDDEN:g}), the rate of small elementwise
-kernels ({traffic.ELEMENTWISE:g}), and what an all-to-all keeps of its rate with every doubling of the nodes
+({time.OVERLAP_NORM:g}), the share of an overlapped collective that is hidden ({time.MAX_OVERLAP:g}), the rate of small
+elementwise kernels ({traffic.ELEMENTWISE:g}), and what an all-to-all keeps of its rate with every doubling of the nodes
 ({fabric.ALL_TO_ALL_KEEPS:g}). For MoE Parallel Folding also the rules of its search (one sample a micro-batch, no full
 recomputation, {methods.ROOM:.0%} of the memory, FSDP in bf16), its batch in table 5 and its causal MFU, because its paper
 doesn't say. nanotron's bytes of an optimizer step were settled while the regret was in view (it fell from 6.1 to 4.2 %),

@@ -286,8 +286,8 @@ MUTANTS = [
     Mutant(
         "the least memory is that of the fullest layers",
         _LAYOUTS,
-        "r: min(activations.kept",
-        "r: max(activations.kept",
+        "r: min(activations.saved_bytes",
+        "r: max(activations.saved_bytes",
         f"{_OF_RULES}what_has_just_enough_room_is_not_left_out",
     ),
     Mutant(

@@ -10,10 +10,10 @@ _ACTIVATIONS = "trainer/sizing/memory/activations.py"
 _STATES = "trainer/sizing/memory/states.py"
 _FABRIC = "trainer/sizing/time/fabric.py"
 _MEMORY = "trainer/sizing/memory/estimate.py"
-_UNWINDING = "trainer/sizing/memory/unwinding.py"
+_UNWINDING = "trainer/sizing/memory/backward_peak.py"
 _WEIGHTS = "trainer/sizing/model/weights.py"
 _SHAPES = "trainer/sizing/model/shapes.py"
-_PRICE = "trainer/sizing/time/price.py"
+_PRICE = "trainer/sizing/time/cost_model.py"
 
 _OPERATORS = "trainer/sizing/time/operators.py"
 _TRAFFIC = "trainer/sizing/time/traffic.py"
@@ -22,7 +22,7 @@ _FLOPS = "trainer/sizing/model/flops.py"
 _AXES = "tests/trainer/sizing/time/test_axes.py::test_"
 _BY_HAND = "tests/trainer/sizing/time/test_by_hand.py::test_"
 _SUMS = "tests/trainer/sizing/memory/test_sums.py::test_"
-_MOMENTS = "tests/trainer/sizing/memory/test_unwinding.py::test_"
+_MOMENTS = "tests/trainer/sizing/memory/test_backward_peak.py::test_"
 _STAGES = "tests/trainer/sizing/time/test_stages_by_hand.py::test_"
 
 MUTANTS = [
@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(
         "tables are exchanged by nobody under ZeRO-3",
         _TIME,
-        "(states.tables(job, stage), 0.0)",
+        "(states.vocabulary_weights(job, stage), 0.0)",
         "(0.0, 0.0)",
         f"{_BY_HAND}zero_3_exchanges_tables_for_every_micro_batch",
     ),
@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant(
         "stages are as near as data-parallel replicas",
         _TIME,
-        "place(layout.pp, layout.tp * replicas, node)",
-        "place(layout.pp, layout.tp * layout.dp, node)",
+        "rank_group(layout.pp, layout.tp * replicas, node)",
+        "rank_group(layout.pp, layout.tp * layout.dp, node)",
         f"{_AXES}groups_lie_on_the_nodes_that_their_ranks_are_on",
     ),
     Mutant(
@@ -302,14 +302,14 @@ MUTANTS = [
     Mutant(
         "keys go round a ring once on the way back",
         _TIME,
-        "2 * once - HIDDEN * attention_back",
-        "once - HIDDEN * attention_back",
+        "2 * once - MAX_OVERLAP * attention_back",
+        "once - MAX_OVERLAP * attention_back",
         f"{_STAGES}keys_go_round_a_ring_once_there_and_twice_back_behind_half_of_attention",
     ),
     Mutant(
         "the optimizer is the first stage's",
         _TIME,
-        "optimizer=longest(*(update for _, update in updates))",
+        "optimizer=max_or_nan(*(update for _, update in updates))",
         "optimizer=updates[0][1]",
         f"{_STAGES}the_optimizer_is_the_fullest_stages",
     ),
@@ -323,8 +323,8 @@ MUTANTS = [
     Mutant(
         "the projection is an expert",
         _OPERATORS,
-        "traffic.accumulated(job, one.n * one.k, False)",
-        "traffic.accumulated(job, one.n * one.k, True)",
+        "traffic.accumulation_bytes(job, one.n * one.k, False)",
+        "traffic.accumulation_bytes(job, one.n * one.k, True)",
         f"{_STAGES}fsdp_copies_what_others_share_and_not_what_a_rank_has_alone",
     ),
     Mutant(
@@ -365,8 +365,8 @@ MUTANTS = [
     Mutant(
         "the fullest rank's rows are of one micro-batch",
         _MEMORY,
-        "extra = in_flight * what.moe * activations.surplus(job)",
-        "extra = what.moe * activations.surplus(job)",
+        "extra = in_flight * what.moe * activations.imbalance_bytes(job)",
+        "extra = what.moe * activations.imbalance_bytes(job)",
         f"{_SUMS}the_fullest_ranks_rows_are_kept_of_each_micro_batch_in_flight",
     ),
     Mutant(

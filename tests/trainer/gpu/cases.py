@@ -23,7 +23,7 @@ from configs.profile import DeviceProfile, load
 from configs.schema import ModelConfig, RouterConfig
 from tests.trainer.sizing.lint.bad_shapes import SHAPES
 from trainer.sizing.model import parameters
-from trainer.sizing.time.price import Prices
+from trainer.sizing.time.cost_model import Prices
 
 SEED = 20251125
 DENSE, GROUPED = 200, 50

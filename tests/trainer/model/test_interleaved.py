@@ -36,8 +36,8 @@ from trainer.sizing.search.layouts import _Bounds, search
 from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import schedule
+from trainer.sizing.time.cost_model import Prices
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Rates
 
 pytestmark = pytest.mark.dist

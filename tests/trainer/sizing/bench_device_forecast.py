@@ -29,10 +29,10 @@ from trainer.sizing.model.job import FrameworkMemory, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import schedule
+from trainer.sizing.time.cost_model import CostModel
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.kernels import MatmulShape
 from trainer.sizing.time.matmul import Kernels
-from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Overheads, Rates
 
 PLAIN = Software(
@@ -122,7 +122,7 @@ def model_report(rates: Rates, cases: Sequence[Case], measured: dict[str, Any]) 
             continue
         job = job_of(case, PLAIN)
         predicted = time.parts(job, rates)
-        used = memory.usage(job, rates.hardware.kind, 0, schedule.of(job)[0])
+        used = memory.usage(job, rates.hardware.kind, 0, schedule.job_stages(job)[0])
         peak, step = timed["memory"].get("peak"), timed["step"]
         times.append((predicted.step, step))
         line = f"  {case['name']:<22} {predicted.step * 1e3:8.1f} {step * 1e3:8.1f} {predicted.step / step - 1:+7.1%}"
@@ -151,20 +151,20 @@ def saving(now: float, then: float, bad: Case, good: Case) -> float:
     return 100.0 * (1 - then / per_good / (now / per_bad))
 
 
-def promise(prices: Prices, case: Case) -> float:
+def promise(costs: CostModel, case: Case) -> float:
     """What is promised now for a pair's two shapes."""
-    job = next(shape for shape in SHAPES if shape.name == case["name"]).job(prices.hardware.name)
+    job = next(shape for shape in SHAPES if shape.name == case["name"]).job(costs.hardware.name)
     seconds = []
     for side in (case["bad"], case["good"]):
         model = ModelConfig.model_validate(side["model"])
         one = replace(job, model=model, sequence=side["sequence"], micro_batch=side["micro_batch"])
-        price = prices.of(one)
+        price = costs.micro_batch(one)
         assert price is not None
         seconds.append(price.seconds)
     return saving(*seconds, case["bad"], case["good"])
 
 
-def pair_report(prices: Prices, cases: Sequence[Case], measured: dict[str, Any]) -> list[str]:
+def pair_report(costs: CostModel, cases: Sequence[Case], measured: dict[str, Any]) -> list[str]:
     """What was promised, before and now, what was measured, and whether they agree."""
     lines = [
         f"pairs: {len(measured)} of {len(cases)} measured; percent of a token's time saved, forward and backward"
@@ -177,7 +177,7 @@ def pair_report(prices: Prices, cases: Sequence[Case], measured: dict[str, Any])
         is_saved = saving(sides["bad"], sides["good"], case["bad"], case["good"])
         step = saving(timed["bad"]["step"], timed["good"]["step"], case["bad"], case["good"])
         spread = max(timed["ratios"]) / min(timed["ratios"]) - 1
-        promised = promise(prices, case)
+        promised = promise(costs, case)
         kept = abs(is_saved - promised) <= POINTS
         before += abs(is_saved - case["promised"]) <= POINTS
         now, faster = now + kept, faster + (is_saved > 0)
@@ -215,7 +215,7 @@ def main(arguments: list[str]) -> int:
     )
     rates = Rates(hardware, from_catalogue(hardware), profile, BARE)
     print("\n".join(model_report(rates, cases["models"], measured["models"])))
-    print("\n".join(pair_report(Prices(hardware, profile), cases["pairs"], measured["pairs"])))
+    print("\n".join(pair_report(CostModel(hardware, profile), cases["pairs"], measured["pairs"])))
     for name, reason in measured["errors"].items():
         print(f"not measured: {name}: {reason}")
     return 0

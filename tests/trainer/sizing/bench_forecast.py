@@ -15,7 +15,7 @@ import numpy as np
 
 from configs.compose import load
 from configs.paths import RunPaths
-from trainer.sizing.forecast import CONFIDENCE, END, StepHistory, forecast, read, watch
+from trainer.sizing.forecast import CONFIDENCE, END, StepHistory, detect_alarm, forecast, read_history
 
 SHARES = (0.4, 0.6, 0.8)
 
@@ -34,7 +34,7 @@ def main(folders: list[str]) -> int:
     alarms = caught = 0
     for folder in folders:
         run = RunPaths(Path(folder))
-        config, history = load(run.config), read(run)
+        config, history = load(run.config), read_history(run)
         end, warmup = config.train.steps, config.optim.warmup_steps
         real = float(history.after(end * (1 - END)).loss.mean())
         parts = []
@@ -43,7 +43,7 @@ def main(folders: list[str]) -> int:
             misses[share].append(final.value - real)
             inside[share].append(final.low <= real <= final.high)
             parts.append(f"{share:.0%}: {final.value:.3f} ({final.low:.3f} to {final.high:.3f})")
-        healthy, broken = watch(history, warmup, end), watch(diverging(history), warmup, end)
+        healthy, broken = detect_alarm(history, warmup, end), detect_alarm(diverging(history), warmup, end)
         alarms, caught = alarms + (healthy is not None), caught + (broken is not None)
         after = f"alarm {(broken.step - 0.7 * end):+.0f} steps after it began" if broken else "no alarm"
         print(

@@ -22,7 +22,14 @@ from configs.compose import compose
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, MatmulRate, load
 from trainer.sizing.time import fitting
-from trainer.sizing.time.kernels import Chip, Form, KernelKind, KernelPlan, MatmulShape, Tuning
+from trainer.sizing.time.kernels import (
+    Chip,
+    KernelKind,
+    KernelPlan,
+    MatmulModel,
+    MatmulParameters,
+    MatmulShape,
+)
 from trainer.sizing.time.matmul import Kernels
 
 Predictor = Callable[[Sequence[MatmulRate], MatmulRate], tuple[float, float, float]]
@@ -102,7 +109,7 @@ def line(name: str, ratios: Sequence[tuple[float, float, float]]) -> str:
     )
 
 
-class Smooth(Form):
+class Smooth(MatmulModel):
     """The formula without waves: as if a part of a unit could be left free."""
 
     def plan(self, shape: MatmulShape) -> KernelPlan:
@@ -110,7 +117,7 @@ class Smooth(Form):
         return plan._replace(waves=max(1.0, plan.blocks / self.chip.units))  # type: ignore[arg-type]
 
 
-def rules(profile: DeviceProfile, chip: Chip, start: Tuning) -> list[str]:
+def rules(profile: DeviceProfile, chip: Chip, start: MatmulParameters) -> list[str]:
     """What each rule of tiles and waves explains: error of the formula fitted with and without it, nothing smoothed."""
     rows = [
         (shape_of(r), r.time_us / 1e6)
@@ -119,21 +126,23 @@ def rules(profile: DeviceProfile, chip: Chip, start: Tuning) -> list[str]:
     ]
     dense, grouped = ([row for row in rows if (row[0].experts > 1) == many] for many in (False, True))
     rule = chip.grouped
-    variants: list[tuple[str, Chip, type[Form]]] = [
-        ("as it is", chip, Form),
+    variants: list[tuple[str, Chip, type[MatmulModel]]] = [
+        ("as it is", chip, MatmulModel),
         ("no waves", chip, Smooth),
-        ("one tile, 128 x 256", replace(chip, tiles=((128, 256),)), Form),
+        ("one tile, 128 x 256", replace(chip, tiles=((128, 256),)), MatmulModel),
         (
             "tiles of powers of two",
             replace(chip, tiles=tuple(t for t in chip.tiles if {*t} <= {64, 128, 256})),
-            Form,
+            MatmulModel,
         ),
     ]
     if rule:
         variants.append(
-            ("grouped: tiles not in pairs", replace(chip, grouped=replace(rule, cluster=1)), Form)
+            ("grouped: tiles not in pairs", replace(chip, grouped=replace(rule, cluster=1)), MatmulModel)
         )
-        variants.append(("grouped: large tile always", replace(chip, grouped=replace(rule, few=0)), Form))
+        variants.append(
+            ("grouped: large tile always", replace(chip, grouped=replace(rule, few=0)), MatmulModel)
+        )
     lines = [f"  {'rules, error in sample':<34} {'dense':>8} {'grouped':>8}"]
     for name, one, kind in variants:
         tuning = fitting.fit(one, fitting.dense(one, start, dense), fitting.GROUPED, grouped)

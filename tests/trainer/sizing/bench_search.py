@@ -66,7 +66,7 @@ def main() -> None:
             lambda task=task, hardware=hardware, rates=rates: search.search(task, hardware, rates)
         )
         # Nothing cached by the search.
-        all_seconds, count = priced(replace(task, imbalance=task.uneven + 1e-9), device)
+        all_seconds, count = priced(replace(task, imbalance=task.expert_imbalance + 1e-9), device)
         name = f"{model} {device} x{ranks}, {sequence} tokens"
         best = quick.best.label if quick.best else quick.reason
         write(

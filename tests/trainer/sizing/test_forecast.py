@@ -14,7 +14,7 @@ from configs.metrics import MetricWriter, StepLine
 from configs.paths import RunPaths
 from tests.trainer.sizing.bench_forecast import diverging
 from trainer.cli import main
-from trainer.sizing.forecast import END, StepHistory, fit, forecast, read, report, watch
+from trainer.sizing.forecast import END, StepHistory, detect_alarm, fit, forecast, read, report
 
 pytestmark = pytest.mark.unit
 
@@ -107,8 +107,8 @@ def test_alike_neighbours_widen_the_band() -> None:
 def test_a_divergence_alarms_and_the_healthy_run_does_not(name: str) -> None:
     history, warmup = real(name)
     end = int(history.steps[-1])
-    assert watch(history, warmup, end) is None
-    alarm = watch(diverging(history), warmup, end)
+    assert detect_alarm(history, warmup, end) is None
+    alarm = detect_alarm(diverging(history), warmup, end)
     assert alarm is not None and 0.7 * end - end / 20 < alarm.step < 0.7 * end + end / 6
     assert alarm.loss > alarm.limit > alarm.expected and f"step {alarm.step}" in str(alarm)
 
@@ -116,7 +116,7 @@ def test_a_divergence_alarms_and_the_healthy_run_does_not(name: str) -> None:
 def test_a_loss_that_is_no_number_alarms_at_its_step() -> None:
     history = lawful(1)
     history.loss[599] = float("nan")
-    alarm = watch(history, 20, 1000)
+    alarm = detect_alarm(history, 20, 1000)
     assert alarm is not None and alarm.step == 600
 
 
@@ -124,19 +124,22 @@ def test_an_alarm_comes_with_the_last_step_that_it_needs() -> None:
     """The second window outside, whole; a loss that isn't a number needs none."""
     history = lawful(1, steps=400)
     history.loss[150:] += 2.0
-    alarm = watch(history, 20, 400)
+    alarm = detect_alarm(history, 20, 400)
     assert alarm is not None
     whole = alarm.step - 1 + 2 * 10  # a window is a fortieth of the run
-    assert watch(history.until(whole), 20, 400) == alarm and watch(history.until(whole - 1), 20, 400) is None
+    assert (
+        detect_alarm(history.until(whole), 20, 400) == alarm
+        and detect_alarm(history.until(whole - 1), 20, 400) is None
+    )
     history.loss[150:] = float("nan")
-    broken = watch(history.until(151), 20, 400)
+    broken = detect_alarm(history.until(151), 20, 400)
     assert broken is not None and broken.step == 151
 
 
 def test_one_spike_that_passes_does_not_alarm() -> None:
     history = lawful(1)
     history.loss[600:606] += 2.0
-    assert watch(history, 20, 1000) is None
+    assert detect_alarm(history, 20, 1000) is None
 
 
 def test_a_flat_loss_is_forecast_flat() -> None:

@@ -24,7 +24,7 @@ from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.search import auto, runnable
 from trainer.sizing.time import step
-from trainer.sizing.time.price import Prices
+from trainer.sizing.time.cost_model import CostModel
 
 ASSUMED = {"data.sequence": "4096", "train.micro_batch": "4"}
 """What pre-training usually has, where nothing else is typed: the demo's values would say little about a large model."""
@@ -96,16 +96,16 @@ class SizingAnswer:
 
     config: RunConfig
     job: TrainingJob
-    prices: Prices
+    costs: CostModel
     assumed: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
     """Why the layout is as it is, where the planner chose it."""
-    wanted: bool = False
+    suggestions_requested: bool = False
     """Whether suggestions are asked for."""
 
     def fits(self, job: TrainingJob) -> bool | None:
         """Whether a job fits into the device's memory; None where that is unknown."""
-        return memory.fits(job, self.prices.hardware)
+        return memory.fits(job, self.costs.hardware)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -121,12 +121,12 @@ class SizingAnswer:
     @cached_property
     def why_not(self) -> str:
         """Why a micro-batch has no price; empty where it has one."""
-        return self.prices.rates.kernels.why(self.job.precision)
+        return self.costs.rates.kernels.why(self.job.precision)
 
     @property
     def basis(self) -> str:
         """What the rates are from."""
-        profile = self.prices.rates.device
+        profile = self.costs.rates.device
         if profile is None:
             return "catalogue (published peaks and best matmuls)"
         device, started = profile.conditions.get("device", "a device"), profile.conditions.get("started", "")
@@ -135,12 +135,12 @@ class SizingAnswer:
     @cached_property
     def findings(self) -> list[LintFinding]:
         """Broken rules, the costliest first."""
-        return lint(self.job, self.prices, self.fits)
+        return lint(self.job, self.costs, self.fits)
 
     @cached_property
     def suggestions(self) -> list[Suggestion]:
         """Better shapes, where they are asked for."""
-        return suggest(self.job, self.prices) if self.wanted else []
+        return suggest(self.job, self.costs) if self.suggestions_requested else []
 
     @cached_property
     def counts(self) -> dict[str, Figure]:
@@ -157,14 +157,14 @@ class SizingAnswer:
     @cached_property
     def speed(self) -> dict[str, Figure]:
         """Time of a micro-batch, rate and MFU; empty where rates are unknown."""
-        price, time = self.prices.of(self.job), self.prices.figure(self.job)
+        price, time = self.costs.micro_batch(self.job), self.costs.figure(self.job)
         if time is None or price is None:
             return {}
         how = f"flops.token x {price.tokens} tokens / tp"
         work = exact("flops.micro_batch", price.flops, "FLOP", how, (self.counts["flops_per_token"],))
         rate = work.over(time, "speed.rate", "TFLOP/s", "model FLOPs over the micro-batch's time", 1e-12)
         figures = {"time": time, "rate": rate}
-        if peak := self.prices.hardware.peak_tflops.get(self.job.precision):
+        if peak := self.costs.hardware.peak_tflops.get(self.job.precision):
             top = self._recorded(f"peak_tflops.{self.job.precision}", peak, "TFLOP/s")
             how = "rate over the dense peak, compute of one device alone: no communication, bubble or optimizer in it"
             figures["mfu"] = rate.over(top, "speed.mfu", "%", how, 100)
@@ -173,29 +173,29 @@ class SizingAnswer:
     @cached_property
     def step(self) -> dict[str, Figure]:
         """Time of a whole step, throughput and MFU; empty where a rate is unknown, and `step_unknown` says which."""
-        whole = None if self.step_unknown else step.step_time(self.job, self.prices.rates)
+        whole = None if self.step_unknown else step.step_time(self.job, self.costs.rates)
         if whole is None:
             return {}
         figures = {"step": whole, "rate": step.tokens_per_second(self.job, whole)}
-        mfu = step.mfu(self.job, self.prices.hardware, whole)
+        mfu = step.mfu(self.job, self.costs.hardware, whole)
         return figures | {"mfu": mfu} if mfu else figures
 
     @cached_property
     def step_unknown(self) -> str:
         """Which rate a step's time lacks; empty where none."""
-        return self.why_not or step.why_unknown(self.job, self.prices.rates)
+        return self.why_not or step.why_unknown(self.job, self.costs.rates)
 
     @cached_property
     def memory(self) -> Figure:
         """Of the fullest rank."""
-        return memory.peak(self.job, self.prices.hardware)
+        return memory.peak(self.job, self.costs.hardware)
 
     def figures(self) -> dict[str, Figure]:
         """Every figure on the screen and what it is made from, by name."""
         tops = [*self.counts.values(), *self.speed.values(), *self.step.values(), self.memory]
         tops += [f for finding in self.findings if (f := finding.figure)]
         tops += [one.figure(i) for i, one in enumerate(self.suggestions, 1)]
-        hardware = self.prices.hardware
+        hardware = self.costs.hardware
         fields = {name: (getattr(hardware, name), unit) for name, unit in RECORDED.items()}
         fields |= {f"achieved_tflops.{p}": (rate, "TFLOP/s") for p, rate in hardware.achieved_tflops.items()}
         tops += [self._recorded(name, *value) for name, value in fields.items() if value[0] is not None]
@@ -203,13 +203,13 @@ class SizingAnswer:
 
     def _recorded(self, field: str, value: float, unit: str) -> Figure:
         """A number of the catalogue."""
-        return exact(f"hardware.{field}", value, unit, catalogue.provenance(self.prices.hardware, field))
+        return exact(f"hardware.{field}", value, unit, catalogue.provenance(self.costs.hardware, field))
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
         job = self.job
         return {
-            "model": job.model.name, "hardware": self.prices.hardware.name, "layout": job.layout.to_json(),
+            "model": job.model.name, "hardware": self.costs.hardware.name, "layout": job.layout.to_json(),
             "sequence": job.sequence, "micro_batch": job.micro_batch, "precision": job.precision,
             "assumed": list(self.assumed), "rates": self.basis, "unpriced": self.why_not or None,
             "notes": list(self.notes),
@@ -235,7 +235,7 @@ def answer(
     file: Path | None = None,
     gpus: int | None = None,
     rates: str | None = None,
-    wanted: bool = False,
+    suggestions_requested: bool = False,
 ) -> SizingAnswer:
     """The answer for what was typed. `rates` names a profile, or `catalogue` for none; None: the device's own, if there is.
 
@@ -247,7 +247,7 @@ def answer(
     if rates and rates != CATALOGUE:
         profile = load(DeviceProfile, rates)
     job, why = job_of(config, gpus)
-    return SizingAnswer(config, job, Prices(config.hardware, profile), assumed, why, wanted)
+    return SizingAnswer(config, job, CostModel(config.hardware, profile), assumed, why, suggestions_requested)
 
 
 def _counted(name: str) -> str:

@@ -113,7 +113,7 @@ def fit(job: TrainingJob, hardware: HardwareConfig) -> MemoryFit:
             saves = used.needed - (then := memory.worst(made, hardware.kind)[1].needed)
             if saves > 0 and (then <= have or many == 1):
                 cost = None if blind else time.parts(made, rates).step / before - 1
-                changes.append(JobChange(differing(job, made), made, saves, cost, then <= have))
+                changes.append(JobChange(changed_settings(job, made), made, saves, cost, then <= have))
         if sum(change.fits for change in changes) >= 2:
             break
     order = sorted(changes, key=lambda c: (not c.fits, c.cost or 0.0 if c.fits else -c.saves))
@@ -166,7 +166,7 @@ def _changed(job: TrainingJob, steps: Sequence[Step]) -> TrainingJob | None:
     return job if legal.is_legal(job) else None
 
 
-def differing(before: TrainingJob, after: TrainingJob) -> tuple[str, ...]:
+def changed_settings(before: TrainingJob, after: TrainingJob) -> tuple[str, ...]:
     """What differs, as it is typed."""
     old, new = _typed(before), _typed(after)
     return tuple(f"{field}={value}" for field, value in new.items() if value != old[field])

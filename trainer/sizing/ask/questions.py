@@ -15,7 +15,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.hardware import HardwareConfig
 from trainer.sizing.ask.answer import SizingAnswer
-from trainer.sizing.ask.fit import MemoryFit, differing
+from trainer.sizing.ask.fit import MemoryFit, changed_settings
 from trainer.sizing.figures import Figure
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.memory.estimate import GIB
@@ -37,8 +37,8 @@ def task(answer: SizingAnswer) -> Task:
 
 
 @dataclass(frozen=True)
-class Enough:
-    """How many devices finish in time."""
+class DeviceCount:
+    """How many devices finish by a deadline."""
 
     seconds: float
     """Until the deadline."""
@@ -47,9 +47,9 @@ class Enough:
     """The most that were looked at: the batch divides over no more, or 16,384."""
     expected: Candidate | None = None
     """The fewest that finish by the expected step time; None where none does."""
-    safe: int | None = None
+    conservative: int | None = None
     """The fewest that finish even by the slow end of its interval."""
-    luck: int | None = None
+    optimistic: int | None = None
     """The fewest that finish by the fast end."""
     duration: Figure | None = None
     """Of the expected one."""
@@ -76,31 +76,31 @@ class Enough:
         lines = [
             f"{left}: {self.ranks} devices, {days[0]:.1f} days ({days[1]:.1f} to {days[2]:.1f})",
             f"layout {label(self.expected.job)}",
-            f"to be sure: {self.safe or f'more than {self.most}'} devices",
+            f"to be sure: {self.conservative or f'more than {self.most}'} devices",
             "without interruptions: divide the days by the share of time that trains (MegaScale: over 0.9)",
         ]
-        if self.luck is not None and self.luck < self.ranks:
-            lines.insert(3, f"with luck: {self.luck} devices")
+        if self.optimistic is not None and self.optimistic < self.ranks:
+            lines.insert(3, f"with luck: {self.optimistic} devices")
         return lines
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        ranks = {"devices": self.ranks, "to_be_sure": self.safe, "with_luck": self.luck}
+        ranks = {"devices": self.ranks, "to_be_sure": self.conservative, "with_luck": self.optimistic}
         return {"by": {**ranks, "seconds": self.seconds, "tokens": self.tokens}}
 
 
-def in_time(answer: SizingAnswer, until: str, tokens: str, now: datetime) -> Enough:
+def devices_by_deadline(answer: SizingAnswer, until: str, tokens: str, now: datetime) -> DeviceCount:
     """How many devices train so many tokens by a date.
 
     Raises:
         UserError: for no date, no number, or a device whose rates are unknown.
     """
-    seconds = (deadline(until, now) - now).total_seconds()
-    made = enough(task(answer), answer.prices.hardware, amount(tokens), seconds)
+    seconds = (parse_deadline(until, now) - now).total_seconds()
+    made = fewest_devices(task(answer), answer.costs.hardware, parse_tokens(tokens), seconds)
     return replace(made, title=f"HOW MANY DEVICES BY {until}")
 
 
-def enough(task: Task, hardware: HardwareConfig, tokens: float, seconds: float) -> Enough:
+def fewest_devices(task: Task, hardware: HardwareConfig, tokens: float, seconds: float) -> DeviceCount:
     """The fewest devices, in whole nodes, that train `tokens` tokens within `seconds` at the task's batch.
 
     `task.ranks` is not read. The interval of the number is that of the step time.
@@ -137,15 +137,15 @@ def enough(task: Task, hardware: HardwareConfig, tokens: float, seconds: float) 
     number = first(1.0)
     best = best_on(number) if number else None
     if best is None:
-        return Enough(seconds, tokens, sizes[-1] if sizes else 0)
+        return DeviceCount(seconds, tokens, sizes[-1] if sizes else 0)
     one = step.figure(best.job, rates, best.parts)
     how = f"{steps} steps of {task.global_batch} samples x step"
     duration = Figure("time.run", steps * one.value, "s", steps * one.low, steps * one.high, how, (one,))
-    safe, luck = first(one.high / one.value), first(one.low / one.value)
-    return Enough(seconds, tokens, sizes[-1], best, safe, luck, duration)
+    conservative, optimistic = first(one.high / one.value), first(one.low / one.value)
+    return DeviceCount(seconds, tokens, sizes[-1], best, conservative, optimistic, duration)
 
 
-def deadline(text: str, now: datetime) -> datetime:
+def parse_deadline(text: str, now: datetime) -> datetime:
     """The end of a date (`2026-12-24`), of the next such weekday (`friday`), or of so many days (`10d`).
 
     Raises:
@@ -169,7 +169,7 @@ def deadline(text: str, now: datetime) -> datetime:
     return when
 
 
-def amount(text: str) -> float:
+def parse_tokens(text: str) -> float:
     """`300B`, `1.5T` or `3e11` as a number.
 
     Raises:
@@ -186,7 +186,7 @@ def amount(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Side:
+class DeviceForecast:
     """A job on one device."""
 
     hardware: str
@@ -199,12 +199,12 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Other:
+class DeviceComparison:
     """The same job on two devices."""
 
     job: TrainingJob
-    here: Side
-    there: Side
+    here: DeviceForecast
+    there: DeviceForecast
 
     @property
     def title(self) -> str:
@@ -240,7 +240,7 @@ class Other:
             took = one if isinstance(one, str) else f"{one.value:.3g} s ({one.low:.3g} to {one.high:.3g})"
             lines.append(f"{side.hardware}: {side.needed / GIB:.1f} GiB, {fits}; step {took}")
             if best is not None:
-                changes = ", ".join(differing(self.job, best.job))
+                changes = ", ".join(changed_settings(self.job, best.job))
                 what = f"with {changes}" if changes else "the same layout"
                 lines.append(
                     f"  best there: {what}, {best.seconds:.3g} s, {best.memory.needed / GIB:.0f} GiB"
@@ -252,20 +252,22 @@ class Other:
         return lines
 
 
-def other(job: TrainingJob, task: Task, here: HardwareConfig, there: HardwareConfig) -> Other:
+def compare_devices(
+    job: TrainingJob, task: Task, here: HardwareConfig, there: HardwareConfig
+) -> DeviceComparison:
     """The same job on another device: memory, time, and the layout that is best on each."""
-    return Other(job, _side(job, task, here), _side(job, task, there))
+    return DeviceComparison(job, _device_forecast(job, task, here), _device_forecast(job, task, there))
 
 
-def _side(job: TrainingJob, task: Task, hardware: HardwareConfig) -> Side:
+def _device_forecast(job: TrainingJob, task: Task, hardware: HardwareConfig) -> DeviceForecast:
     node = hardware.devices_per_node or job.node
-    moved = replace(job, node=node, imbalance=task.uneven)
+    moved = replace(job, node=node, imbalance=task.expert_imbalance)
     needed, fits = memory.worst(moved, hardware.kind)[1].needed, memory.fits(moved, hardware)
     rates = auto.rates_of(hardware)
     if why := rates.unknown(job.precision, job.layout.ranks, node):
-        return Side(hardware.name, needed, fits, f"unknown: {why}", None)
+        return DeviceForecast(hardware.name, needed, fits, f"unknown: {why}", None)
     best = search(replace(task, node=node), hardware, rates, keep=1).best
-    return Side(hardware.name, needed, fits, auto.predicted(moved, hardware), best)
+    return DeviceForecast(hardware.name, needed, fits, auto.predicted(moved, hardware), best)
 
 
-AnsweredQuestion = MemoryFit | Enough | Other
+AnsweredQuestion = MemoryFit | DeviceCount | DeviceComparison

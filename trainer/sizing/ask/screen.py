@@ -65,7 +65,7 @@ def interval(figure: Figure) -> str:
 
 def sized(answer: SizingAnswer) -> Iterator[str]:
     """The whole answer for one model on one device."""
-    job, name = answer.job, answer.prices.hardware.name
+    job, name = answer.job, answer.costs.hardware.name
     axes = ", ".join(f"{axis}={size}" for axis, size in job.layout.to_json().items() if size > 1)
     what = f"{job.micro_batch} x {job.sequence} tokens, {job.precision}, {axes or 'one device'}"
     yield f"{job.model.name} on {name}: {what}"
@@ -79,7 +79,7 @@ def sized(answer: SizingAnswer) -> Iterator[str]:
     yield from _counts(answer)
     yield from _costs(answer)
     yield from _lint(answer)
-    if answer.wanted:
+    if answer.suggestions_requested:
         yield from _suggestions(answer)
 
 
@@ -104,7 +104,7 @@ def _costs(answer: SizingAnswer) -> Iterator[str]:
         share = f"{mfu.value:.1f} % of the peak {interval(mfu)}" if mfu else "no MFU: the peak is unknown"
         yield f"  {amount(time)} {interval(time)}, {amount(rate)}, {share}"
         yield from _shares(time)
-    used, have = answer.memory, answer.prices.hardware.memory_gib
+    used, have = answer.memory, answer.costs.hardware.memory_gib
     verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown whether it fits"}[answer.fits(answer.job)]
     of = f" of {have:g} GiB" if have else ""
     yield f"  memory {amount(used)}{of} {interval(used)}: {verdict}"
@@ -144,7 +144,7 @@ def _lint(answer: SizingAnswer) -> Iterator[str]:
     elif answer.findings:
         yield "LINT  percent of the micro-batch's time that the better value saves at equal work; warnings, not errors"
     else:
-        yield f"LINT  nothing: this shape suits {answer.prices.hardware.name}"
+        yield f"LINT  nothing: this shape suits {answer.costs.hardware.name}"
     if not answer.findings:
         return
     cells = [(_cost(f), f.rule.name, f"{_field(f)} {f.value}", f.better) for f in answer.findings]
@@ -168,7 +168,7 @@ def _field(finding: LintFinding) -> str:
 
 def _suggestions(answer: SizingAnswer) -> Iterator[str]:
     yield ""
-    name = answer.prices.hardware.name
+    name = answer.costs.hardware.name
     if not answer.suggestions:
         yield f"SUGGESTIONS  none: {answer.why_not or f'no shape near this one is faster on {name} by 1 % or more'}"
         return
@@ -183,7 +183,7 @@ def _suggestions(answer: SizingAnswer) -> Iterator[str]:
 
 def compared(answers: Sequence[SizingAnswer]) -> Iterator[str]:
     """The same model on several devices, side by side."""
-    job, names = answers[0].job, [one.prices.hardware.name for one in answers]
+    job, names = answers[0].job, [one.costs.hardware.name for one in answers]
     yield f"{job.model.name}: {job.micro_batch} x {job.sequence} tokens, {job.precision}"
     yield from (f"  {name} rates: {one.basis}" for name, one in zip(names, answers, strict=True))
     cells: dict[str, Callable[[SizingAnswer], str]] = {
@@ -212,7 +212,7 @@ def compared(answers: Sequence[SizingAnswer]) -> Iterator[str]:
     table += [[*key, *costs[key]] for key in sorted(costs, key=lambda key: -worst[key])]
     yield from columns(table, right=range(2, len(table[0]))) if costs else ["  nothing on any of them"]
     for one in answers:
-        if one.wanted:
+        if one.suggestions_requested:
             yield from _suggestions(one)
 
 

@@ -12,9 +12,9 @@ import yaml
 
 from configs.hardware import HardwareConfig
 from configs.section import Section
-from trainer.sizing.figures import Figure, about
+from trainer.sizing.figures import Figure, approximate
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Price, Prices
+from trainer.sizing.time.cost_model import CostModel, MicroBatchCost
 
 FILE = Path(__file__).resolve().parents[3] / "configs" / "lint.yaml"
 Fits = Callable[[TrainingJob], bool | None]
@@ -72,27 +72,27 @@ class LintFinding:
             return None
         name = f"lint.{self.rule.name}.{self.field.rpartition('.')[2].replace(' ', '_')}"
         how = f"{self.basis}; {self.rule.reason} ({self.rule.source})"
-        return about(name, self.cost, "%", 0.5, how)
+        return approximate(name, self.cost, "%", 0.5, how)
 
 
 @dataclass(frozen=True)
-class View:
-    """What the check of one rule looks at."""
+class LintContext:
+    """The input of a rule's check."""
 
     rule: LintRule
     job: TrainingJob
-    prices: Prices
+    costs: CostModel
     fits: Fits
 
     @property
     def hardware(self) -> HardwareConfig:
         """The device."""
-        return self.prices.hardware
+        return self.costs.hardware
 
     @property
-    def now(self) -> Price | None:
+    def now(self) -> MicroBatchCost | None:
         """The job's price; None where the device's rates are unknown."""
-        return self.prices.of(self.job)
+        return self.costs.micro_batch(self.job)
 
     def finding(self, field: str, value: object, better: str, cost: float | None, basis: str) -> LintFinding:
         """A finding of this rule."""
@@ -100,9 +100,9 @@ class View:
 
     def cost(self, better: TrainingJob, padding: bool = False) -> tuple[float | None, str]:
         """Percent of the time that `better` saves at equal work, and how; of equal tokens where it only pads."""
-        now, then = self.now, self.prices.of(better)
+        now, then = self.now, self.costs.micro_batch(better)
         if now is None or then is None:
-            return None, self.prices.rates.kernels.why(self.job.precision)
+            return None, self.costs.rates.kernels.why(self.job.precision)
         if padding:
             a, b, of = now.seconds / now.tokens, then.seconds / then.tokens, "a token"
         else:

@@ -18,7 +18,7 @@ from trainer.sizing.lint.rules import changed
 from trainer.sizing.lint.shape import other_heads
 from trainer.sizing.model import parameters
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Prices
+from trainer.sizing.time.cost_model import CostModel
 
 WITHIN = 0.01
 """Most relative change of the parameters, and of those that a token meets."""
@@ -72,14 +72,14 @@ class Suggestion:
         return Figure(f"suggest.{index}.saves", self.saves, "%", low, high, how)
 
 
-def suggest(job: TrainingJob, prices: Prices) -> list[Suggestion]:
+def suggest(job: TrainingJob, costs: CostModel) -> list[Suggestion]:
     """The best shape for each number of changed fields that is worth it, best first; then the best of another granularity.
 
     Empty where the device's rates are unknown or nothing is better.
     """
-    if prices.of(job) is None:
+    if costs.micro_batch(job) is None:
         return []
-    near = [s for other in _neighbours(job) if (s := _judge(job, other, prices)) and s.saves > _WORTH]
+    near = [s for other in _neighbours(job) if (s := _judge(job, other, costs)) and s.saves > _WORTH]
     suggestions = _ladder(s for s in near if not s.granularity)
     best = suggestions[0].saves if suggestions else 0.0
     coarser = _ladder(s for s in near if s.granularity)
@@ -105,14 +105,14 @@ def _ladder(suggestions: Iterable[Suggestion]) -> list[Suggestion]:
     return kept[::-1]
 
 
-def _judge(job: TrainingJob, other: TrainingJob, prices: Prices) -> Suggestion | None:
+def _judge(job: TrainingJob, other: TrainingJob, costs: CostModel) -> Suggestion | None:
     """The saving of another job, or None where its parameters differ or nothing is known."""
     before, after = parameters.count(job.model), parameters.count(other.model)
     total = after.total / before.total
     active = after.active_without_embeddings / before.active_without_embeddings
     if other == job or abs(total - 1) > WITHIN or abs(active - 1) > WITHIN:
         return None
-    now, then = prices.of(job), prices.of(other)
+    now, then = costs.micro_batch(job), costs.micro_batch(other)
     if now is None or then is None:
         return None
     saves = 100 * (1 - (then.seconds / then.tokens) / (now.seconds / now.tokens))

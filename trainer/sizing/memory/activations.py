@@ -36,13 +36,13 @@ def query_widths(job: TrainingJob) -> tuple[float, float]:
     return heads * (model.head_dim + rotary), heads * model.head_dim
 
 
-def boundary(job: TrainingJob) -> float:
+def input_bytes(job: TrainingJob) -> float:
     """A layer's input: all that full recomputation keeps."""
     return job.tokens * job.model.hidden * job.element / job.split
 
 
 @lru_cache(maxsize=100_000)
-def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
+def layer_parts(job: TrainingJob, moe: bool) -> dict[str, float]:
     """Bytes that a layer keeps by part, without recomputation."""
     model, layout, software, retention = job.model, job.layout, job.software, job.software.retention
     element, tokens, tp = job.element, job.tokens, job.layout.tp
@@ -80,9 +80,9 @@ def layer(job: TrainingJob, moe: bool) -> dict[str, float]:
     }
 
 
-def fed(job: TrainingJob, moe: bool) -> float:
+def feed_forward_bytes(job: TrainingJob, moe: bool) -> float:
     """Bytes that a layer's MLP or router and experts keep."""
-    parts = layer(job, moe)
+    parts = layer_parts(job, moe)
     return sum(parts.get(name, 0.0) for name in ("router", "mlp", "shared"))
 
 
@@ -117,40 +117,44 @@ def _attention(job: TrainingJob) -> float:
 
 
 @lru_cache(maxsize=100_000)
-def kept(job: TrainingJob, moe: bool) -> float:
+def saved_bytes(job: TrainingJob, moe: bool) -> float:
     """Bytes that a layer keeps under the job's recomputation and even routing."""
-    return boundary(job) if job.recompute == "full" else sum(layer(job, moe).values()) - again(job, moe)
+    return (
+        input_bytes(job)
+        if job.recompute == "full"
+        else sum(layer_parts(job, moe).values()) - recomputed_bytes(job, moe)
+    )
 
 
-def again(job: TrainingJob, moe: bool) -> float:
+def recomputed_bytes(job: TrainingJob, moe: bool) -> float:
     """Bytes that a layer's backward pass makes again: all; attention scores, or all that MLP and experts make; nothing."""
     if job.recompute == "full":
-        return sum(layer(job, moe).values())
+        return sum(layer_parts(job, moe).values())
     if job.recompute == "none":
         return 0.0
     if job.software.selective == "attention":
-        return layer(job, moe)["scores"]
+        return layer_parts(job, moe)["scores"]
     # The part's own input stays, which an MLP keeps too; experts alone may have only an fp32 copy of it.
     fp32_alone = moe and not job.model.shared_width and _fp32_router(job)
-    return fed(job, moe) - (boundary(job) if fp32_alone else 0.0)
+    return feed_forward_bytes(job, moe) - (input_bytes(job) if fp32_alone else 0.0)
 
 
-def surplus(job: TrainingJob) -> float:
+def imbalance_bytes(job: TrainingJob) -> float:
     """More bytes that an MoE layer keeps on the rank with the most rows."""
     made_again = job.recompute == "selective" and job.software.selective == "feed_forward"
     if job.recompute == "full" or made_again or job.fullest <= 1.0:
         return 0.0
-    return (job.fullest - 1.0) * layer(job, True)["mlp"]
+    return (job.fullest - 1.0) * layer_parts(job, True)["mlp"]
 
 
 def in_flight(job: TrainingJob, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once, in units of its own layers."""
     if job.zero_bubble:  # in a V all ranks hold what 1F1B's first stage does (Qi et al. 2024)
         return float(min(job.layout.pp, job.micro_batches))
-    return at_once(job.layout.pp, job.layout.pp - stage, job.interleave, job.micro_batches)
+    return in_flight_of_stage(job.layout.pp, job.layout.pp - stage, job.interleave, job.micro_batches)
 
 
-def at_once(pp: int, after: int, chunks: int, micro_batches: int) -> float:
+def in_flight_of_stage(pp: int, after: int, chunks: int, micro_batches: int) -> float:
     """Micro-batches in flight on a stage that is the first of `after` of `pp` stages, each of `chunks` chunks.
 
     1F1B: as many as there are stages from here on. Interleaved, in chunks of 1/v of the layers: the warm-up of Narayanan
@@ -162,13 +166,13 @@ def at_once(pp: int, after: int, chunks: int, micro_batches: int) -> float:
     return min(micro_batches * chunks, warm_up) / chunks
 
 
-def head(job: TrainingJob) -> float:
+def head_bytes(job: TrainingJob) -> float:
     """Bytes that the last norm and the output projection keep, at each depth of multi-token prediction too."""
     tokens = job.tokens * (1 + job.model.mtp_layers)
     return tokens * job.model.hidden / job.split * (job.software.retention.norm_bytes + job.element)
 
 
-def logits(job: TrainingJob) -> float:
+def logit_bytes(job: TrainingJob) -> float:
     """Bytes of logits and their copies at the fullest moment of the loss; split over tp."""
     each = 2 * job.element if job.software.fused_loss else job.software.retention.logit_bytes
     return float(each) * job.tokens * (1 + job.model.mtp_layers) * job.model.vocab / job.layout.tp

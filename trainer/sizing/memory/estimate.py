@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
 from trainer.sizing.figures import Figure, summed
-from trainer.sizing.memory import activations, states, unwinding
-from trainer.sizing.memory.unwinding import UPDATE, Moment
+from trainer.sizing.memory import activations, backward_peak, states
+from trainer.sizing.memory.backward_peak import UPDATE, MemoryPoint
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import schedule
 
@@ -90,10 +90,10 @@ class MemoryUsage:
         return self.reserved + self.framework
 
 
-def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> MemoryUsage:
+def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageLayers) -> MemoryUsage:
     """Bytes of stage number `stage`, which holds `what`, on a device driven by `kind`."""
     retention, layout = job.software.retention, job.layout
-    held, in_flight = states.states(job, what), activations.in_flight(job, stage)
+    held, in_flight = states.model_states(job, what), activations.in_flight(job, stage)
     exchange, waiting = _exchange(job, what, in_flight)
     # On a host, pages of a buffer that nothing is written to take no memory.
     staging = retention.staging if kind != "cpu" else 0.0
@@ -102,8 +102,8 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
     if what.moe and not (job.software.fsdp and (job.gathers_experts or not spread)):
         routing = activations.rows(job) * job.model.hidden * job.element * (2 * job.fullest if spread else 1)
     if job.software.fsdp:
-        moment = unwinding.fullest(job, what, in_flight)
-        weights = unwinding.lasting(job, what) + moment.gathered
+        moment = backward_peak.peak(job, what, in_flight)
+        weights = backward_peak.lasting(job, what) + moment.gathered
     else:
         moment = _standing(job, what, in_flight, held.gradients, staging + routing + exchange)
         weights = held.weights
@@ -122,26 +122,36 @@ def usage(job: TrainingJob, kind: str, stage: int, what: schedule.StageCost) -> 
 
 
 def _standing(
-    job: TrainingJob, what: schedule.StageCost, in_flight: float, gradients: float, beside: float
-) -> Moment:
+    job: TrainingJob, what: schedule.StageLayers, in_flight: float, gradients: float, beside: float
+) -> MemoryPoint:
     """The fullest moment where gradients stay; `beside`: bytes that are there at each moment but the update."""
-    once = sum(count * activations.kept(job, moe) for count, moe in what.kinds)
-    once += activations.head(job) if what.head else 0.0
-    extra = in_flight * what.moe * activations.surplus(job) if what.moe else 0.0
+    once = sum(count * activations.saved_bytes(job, moe) for count, moe in what.kinds)
+    once += activations.head_bytes(job) if what.head else 0.0
+    extra = in_flight * what.moe * activations.imbalance_bytes(job) if what.moe else 0.0
     # Of a layer's backward pass: a gradient of all that it keeps, and what is made again.
-    each = [sum(activations.layer(job, moe).values()) + activations.again(job, moe) for _, moe in what.kinds]
-    most, late = max(each, default=0.0), job.software.retention.late_gradients * states.held(job, what).all
+    each = [
+        sum(activations.layer_parts(job, moe).values()) + activations.recomputed_bytes(job, moe)
+        for _, moe in what.kinds
+    ]
+    most, late = (
+        max(each, default=0.0),
+        job.software.retention.late_gradients * states.local_weights(job, what).all,
+    )
     fullest = max(
-        Moment("the loss", gradients, in_flight * once, extra, activations.logits(job) if what.head else 0.0),
-        Moment("a layer's backward pass", gradients, in_flight * once, extra, most),
-        Moment("the end of a backward pass", gradients, max(0.0, in_flight - 1) * once, extra, late + most),
+        MemoryPoint(
+            "the loss", gradients, in_flight * once, extra, activations.logit_bytes(job) if what.head else 0.0
+        ),
+        MemoryPoint("a layer's backward pass", gradients, in_flight * once, extra, most),
+        MemoryPoint(
+            "the end of a backward pass", gradients, max(0.0, in_flight - 1) * once, extra, late + most
+        ),
         key=lambda moment: moment.all,
     )
-    update = Moment(UPDATE, gradients, 0.0, 0.0, states.update(job, what))
+    update = MemoryPoint(UPDATE, gradients, 0.0, 0.0, states.update_bytes(job, what))
     return update if update.all > fullest.all + beside else fullest
 
 
-def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> tuple[float, float]:
+def _exchange(job: TrainingJob, stage: schedule.StageLayers, in_flight: float) -> tuple[float, float]:
     """Whole-sequence buffers at work, and those that may be outstanding beyond them."""
     layout, retention, token, buffers = job.layout, job.software.retention, job.element * job.tokens, 0.0
     if layout.cp > 1 and job.software.context == "ulysses":
@@ -162,7 +172,7 @@ def _exchange(job: TrainingJob, stage: schedule.StageCost, in_flight: float) -> 
     return buffers, whole * max(0.0, min(QUEUE / LAUNCHES, ahead) - AT_WORK)
 
 
-def _holes(job: TrainingJob, stage: schedule.StageCost, optimizer: float) -> float:
+def _holes(job: TrainingJob, stage: schedule.StageLayers, optimizer: float) -> float:
     """The largest blocks of the first backward pass, copies of the logits, broken up by moments that are made after it."""
     if not (job.software.retention.late_moments and stage.head):
         return 0.0
@@ -182,8 +192,8 @@ def framework(job: TrainingJob, kind: str) -> float:
 
 def worst(job: TrainingJob, kind: str) -> tuple[int, MemoryUsage]:
     """The fullest stage and its memory. Of equal stages only the first is looked at: it has the most in flight."""
-    seen: dict[schedule.StageCost, int] = {}
-    for index, stage in enumerate(schedule.of(job)):
+    seen: dict[schedule.StageLayers, int] = {}
+    for index, stage in enumerate(schedule.job_stages(job)):
         seen.setdefault(stage, index)
     usages = [(index, usage(job, kind, index, stage)) for stage, index in seen.items()]
     return max(usages, key=lambda pair: pair[1].needed)
@@ -203,7 +213,7 @@ def fits(job: TrainingJob, hardware: HardwareConfig) -> bool | None:
 def peak(job: TrainingJob, hardware: HardwareConfig) -> Figure:
     """The fullest rank's memory with its interval, made from a figure for each stage, each made from its parts."""
     at, _ = worst(job, hardware.kind)
-    made = [_figure(job, hardware.kind, index, stage) for index, stage in enumerate(schedule.of(job))]
+    made = [_figure(job, hardware.kind, index, stage) for index, stage in enumerate(schedule.job_stages(job))]
     top, have = made[at], capacity(hardware)
     against = "the device's memory is unknown" if have is None else f"the device has {have / GIB:g} GiB"
     how = f"stage {at} of {len(made)} is the fullest; {against}"
@@ -224,7 +234,7 @@ def summary(used: MemoryUsage) -> dict[str, float]:
     }
 
 
-def _figure(job: TrainingJob, kind: str, index: int, stage: schedule.StageCost) -> Figure:
+def _figure(job: TrainingJob, kind: str, index: int, stage: schedule.StageLayers) -> Figure:
     """A stage's memory, made from its parts."""
     name, used, parts = f"memory.stage{index}", usage(job, kind, index, stage), []
     spread = {
@@ -239,9 +249,9 @@ def _figure(job: TrainingJob, kind: str, index: int, stage: schedule.StageCost) 
     return summed(name, used.total, "bytes", f"sum of its parts; fullest at {used.moment}", parts)
 
 
-def _derivations(stage: schedule.StageCost, used: MemoryUsage, job: TrainingJob) -> dict[str, str]:
+def _derivations(stage: schedule.StageLayers, used: MemoryUsage, job: TrainingJob) -> dict[str, str]:
     """How each part of a stage's memory came about."""
-    mine, software, over = states.held(job, stage), job.software, states.replicas(job.layout)
+    mine, software, over = states.local_weights(job, stage), job.software, states.replicas(job.layout)
     held = f"B x ({mine.plain:,.0f} weights + {mine.routed:,.0f} of routed experts), ZeRO stage {job.zero}"
     layers = (
         f"{stage.dense} dense and {stage.moe} MoE layers x {job.tokens} tokens, recompute={job.recompute}"

@@ -21,8 +21,8 @@ MASTER = 4
 
 
 @dataclass(frozen=True)
-class Held:
-    """Weights of a stage on one of its ranks."""
+class LocalWeights:
+    """How many weights of a stage one of its ranks holds."""
 
     plain: float
     """Of all but routed experts."""
@@ -49,8 +49,8 @@ class Held:
 
 
 @dataclass(frozen=True)
-class States:
-    """Bytes of a stage on one of its ranks."""
+class ModelStates:
+    """Bytes of model states (weights, gradients, optimizer) of a stage on one of its ranks."""
 
     weights: float
     gradients: float
@@ -78,8 +78,8 @@ def resident(job: TrainingJob) -> tuple[bool, bool]:
     return kept and plain == 1, kept
 
 
-def alone(job: TrainingJob) -> bool:
-    """Whether a rank shares no weight, and all are in fp32."""
+def unshared_fp32(job: TrainingJob) -> bool:
+    """Whether all weights are in fp32 and no rank shares any with another."""
     return job.precision == "fp32" and max(replicas(job.layout)) == 1
 
 
@@ -97,14 +97,14 @@ def gradients_split(job: TrainingJob) -> bool:
     return job.zero >= 2 or (job.zero == 1 and job.software.fsdp and not job.accumulates)
 
 
-def finished(job: TrainingJob) -> tuple[float, float]:
+def final_gradient_bytes(job: TrainingJob) -> tuple[float, float]:
     """Bytes of a gradient that a rank keeps at the end of the backward pass, by plain weight and by weight of an expert."""
     each, over = gradient_bytes(job), replicas(job.layout) if gradients_split(job) else (1, 1)
     return each[0] / over[0], each[1] / over[1]
 
 
 @lru_cache(maxsize=65_536)
-def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
+def layer(model: ModelConfig, layout: Layout, moe: bool) -> LocalWeights:
     """Weights of one layer on one rank."""
     plain = routed = norms = 0.0
     for one in weights.layer(model, moe):
@@ -112,10 +112,10 @@ def layer(model: ModelConfig, layout: Layout, moe: bool) -> Held:
         plain += mine * (one.part != "experts")
         routed += mine * (one.part == "experts")
         norms += mine * (one.part == "norms")
-    return Held(plain, routed, norms)
+    return LocalWeights(plain, routed, norms)
 
 
-def tables(job: TrainingJob, stage: schedule.StageCost) -> float:
+def vocabulary_weights(job: TrainingJob, stage: schedule.StageLayers) -> float:
     """Weights of a stage outside of its layers, on one rank; a tied table is held by both its stages."""
     model = job.model
     count = stage.embedding + stage.head - (stage.embedding and stage.head and model.tie_embeddings)
@@ -124,45 +124,45 @@ def tables(job: TrainingJob, stage: schedule.StageCost) -> float:
     return count * model.vocab * model.hidden / job.layout.tp + stage.head * model.hidden
 
 
-def held(job: TrainingJob, stage: schedule.StageCost) -> Held:
+def local_weights(job: TrainingJob, stage: schedule.StageLayers) -> LocalWeights:
     """Weights of a stage on one rank."""
     model, layout = job.model, job.layout
-    plain = other = tables(job, stage)
+    plain = other = vocabulary_weights(job, stage)
     routed = 0.0
     for count, moe in stage.kinds:
         one = layer(model, layout, moe)
         plain += count * one.plain
         routed += count * one.routed
         other += count * one.other
-    return Held(plain, routed, other)
+    return LocalWeights(plain, routed, other)
 
 
-def states(job: TrainingJob, stage: schedule.StageCost) -> States:
+def model_states(job: TrainingJob, stage: schedule.StageLayers) -> ModelStates:
     """Bytes of a stage under the job's ZeRO stage."""
-    zero, mine, over, element = job.zero, held(job, stage), replicas(job.layout), job.element
+    zero, mine, over, element = job.zero, local_weights(job, stage), replicas(job.layout), job.element
     shared = max(over) > 1
     buckets = job.software.retention.replica_buckets * mine.all if shared else 0.0
     if shared and zero >= 3:
         largest = max(layer(job.model, job.layout, moe).all for _, moe in stage.kinds or ((0, False),))
         buckets += 2 * element * largest
-    return States(
+    return ModelStates(
         weights=element * (mine.shard(over) if zero >= 3 else mine.all),
-        gradients=mine.times(finished(job)),
+        gradients=mine.times(final_gradient_bytes(job)),
         optimizer=_optimizer(job, mine, over if zero >= 1 else (1, 1)),
         buckets=buckets,
     )
 
 
-def _optimizer(job: TrainingJob, mine: Held, over: tuple[int, int]) -> float:
+def _optimizer(job: TrainingJob, mine: LocalWeights, over: tuple[int, int]) -> float:
     """Bytes of masters and moments, split over so many replicas of plain weights and of experts."""
-    master = 0 if job.software.fsdp and alone(job) else MASTER
+    master = 0 if job.software.fsdp and unshared_fp32(job) else MASTER
     vector, matrix = (master + moments for moments in job.software.moments)
     return vector * (mine.other / over[0]) + matrix * mine.matrices(over)
 
 
-def update(job: TrainingJob, stage: schedule.StageCost) -> float:
+def update_bytes(job: TrainingJob, stage: schedule.StageLayers) -> float:
     """Bytes for a while during the optimizer step: what it works in, and flat copies under ZeRO."""
-    retention, over, mine = job.software.retention, replicas(job.layout), held(job, stage)
+    retention, over, mine = job.software.retention, replicas(job.layout), local_weights(job, stage)
     working = retention.scratch
     for count, each in zip((mine.plain - mine.other, mine.routed), gradient_bytes(job), strict=True):
         working += retention.copied_gradients * count * (each == 2)  # those that come in 16 bits

@@ -25,7 +25,7 @@ EAGER: dict[str, Any] = {"convolved": (12, 5), "scaled": 2, "router_vectors": 8}
 MUON_SCRATCH = 10.0 * (1 << 26)
 
 
-def own(
+def megaray(
     *,
     kind: str = "cuda",
     engine: EngineName | None = None,

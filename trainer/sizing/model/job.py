@@ -105,8 +105,8 @@ class Software:
     fsdp: bool = False
     """FSDP2, as the native engine uses it: fp32 weights that a rank shares with nobody are their own master. Gradients are
     made by the step's last backward pass while it frees activations, reduced as they are made where it is the only one,
-    and gone after the update (`trainer.sizing.memory.unwinding`). Of what is overlapped, the reduction that begins last and
-    the gather that is needed first run beside nothing."""
+    and freed after the update (`trainer.sizing.memory.backward_peak`). The last reduction and the
+    first gather aren't overlapped."""
     counts_rows: bool = False
     """Under ep the host waits in each MoE layer for the number of rows, and so never runs far ahead of the device."""
     mlp_router: Literal["fp32"] | None = None

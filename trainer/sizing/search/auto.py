@@ -25,7 +25,7 @@ from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import step
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.rates import OWN, OWN_SUSTAINED, Rates
+from trainer.sizing.time.rates import MEGARAY_OVERHEADS, MEGARAY_SUSTAINED, Rates
 
 PLAIN = {"tp": 1, "pp": 1, "cp": 1, "etp": 1}
 """A layout of dp and ep alone: what DeepSpeed runs, and all that is chosen where no time can be predicted."""
@@ -44,7 +44,7 @@ class AutoValue:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenLayout:
     """A layout for the open axes."""
 
     layout: Layout
@@ -59,8 +59,8 @@ def rates_of(hardware: HardwareConfig) -> Rates:
     fabric = from_catalogue(hardware, profile.known(FabricProfile, hardware.name))
     device = profile.known(DeviceProfile, hardware.name)
     family = hardware.architecture or ""
-    matmuls, attention = OWN_SUSTAINED.get(family, (None, None)) if device is None else (None, None)
-    return Rates(hardware, fabric, device, OWN, matmuls, attention)
+    matmuls, attention = MEGARAY_SUSTAINED.get(family, (None, None)) if device is None else (None, None)
+    return Rates(hardware, fabric, device, MEGARAY_OVERHEADS, matmuls, attention)
 
 
 def predicted(job: TrainingJob, hardware: HardwareConfig) -> Figure | str:
@@ -83,20 +83,21 @@ def task(config: RunConfig, ranks: int, node: int) -> Task:
     deepspeed = train.engine == "deepspeed"
     axes = {axis: size for axis in legal.AXES if (size := getattr(parallel, axis)) is not None}
 
-    def either(section: Section, field: str, *otherwise: Any) -> tuple[Any, ...]:
+    def configured_or(section: Section, field: str, *otherwise: Any) -> tuple[Any, ...]:
         """What the user, a preset or a file has set, if only to its default; else all to choose from."""
         return (getattr(section, field),) if field in section.model_fields_set else otherwise
 
     return Task(
         config.model, ranks, config.data.sequence, train.global_batch or train.micro_batch * ranks, precision, node,
-        frameworks.own(
+        frameworks.megaray(
             kind=config.hardware.kind, engine=train.engine, optim=config.optim, precision=precision,
             context=parallel.context, lent_rows=parallel.lend_rows or 0,
         ),
         (PLAIN if deepspeed else {}) | axes, train.micro_batch,
-        recompute=either(train, "recompute", "none", "selective", "full"),
-        zero=either(parallel, "zero", *((1, 2) if deepspeed else (1, 2, 3))),
-        schedules=either(parallel, "schedule", "1f1b", "interleaved"), chunks=either(parallel, "chunks", None)[0],
+        recompute=configured_or(train, "recompute", "none", "selective", "full"),
+        zero=configured_or(parallel, "zero", *((1, 2) if deepspeed else (1, 2, 3))),
+        schedules=configured_or(parallel, "schedule", "1f1b", "interleaved"),
+        chunks=configured_or(parallel, "chunks", None)[0],
         ramp_batch=train.ramp_batch, evaluated=train.evaluate_samples if train.evaluate_every else None,
     )  # fmt: skip
 
@@ -150,7 +151,7 @@ def _no_layout(config: RunConfig, slots: int) -> str:
     )
 
 
-def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = None) -> Chosen:
+def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = None) -> ChosenLayout:
     """Set the open axes.
 
     Args:
@@ -177,11 +178,11 @@ def choose(config: RunConfig, slots: Sequence[int], imbalance: float | None = No
         raise UserError(
             f"parallel=auto: {result.reason}; lower train.micro_batch or data.sequence, or give it more slots"
         )
-    whys = [_other(axis, ranked) for axis in axes]
+    whys = [_why_axis(axis, ranked) for axis in axes]
     whys[0] = f"{result.reason}; {whys[0]}"
     choices = (*_axes(best.job.layout, dict(zip(axes, whys, strict=True))), *_settings(config, best))
     notes = (f"runner-up {compare(best, ranked[1])}",) if len(ranked) > 1 else ()
-    return Chosen(best.job.layout, choices, notes, best.job)
+    return ChosenLayout(best.job.layout, choices, notes, best.job)
 
 
 def _axes(layout: Layout, whys: Mapping[str, str]) -> list[AutoValue]:
@@ -189,7 +190,7 @@ def _axes(layout: Layout, whys: Mapping[str, str]) -> list[AutoValue]:
     return [AutoValue(f"parallel.{axis}", str(getattr(layout, axis)), why) for axis, why in whys.items()]
 
 
-def _without_rates(config: RunConfig, made: Task, axes: Sequence[str], why: str) -> Chosen:
+def _without_rates(config: RunConfig, made: Task, axes: Sequence[str], why: str) -> ChosenLayout:
     """The least exchange that fits, where no time can be predicted; ZeRO stage and recomputation are as configured."""
     layouts = sorted(legal.layouts(made), key=lambda one: (one.tp, one.pp, one.cp, one.etp, one.ep))
     jobs = (job_of(config, one, made.node, made.global_batch) for one in layouts)
@@ -197,10 +198,10 @@ def _without_rates(config: RunConfig, made: Task, axes: Sequence[str], why: str)
     least = " that fits" if config.hardware.memory_gib is not None else "; its memory is unknown too"
     text = f"step time unknown, {why}: the least exchange{least}"
     whys = {axis: f"the slots, {made.ranks} in all" if axis == "dp" else text for axis in axes}
-    return Chosen(layout, tuple(_axes(layout, whys)))
+    return ChosenLayout(layout, tuple(_axes(layout, whys)))
 
 
-def _other(axis: str, ranked: Sequence[Candidate]) -> str:
+def _why_axis(axis: str, ranked: Sequence[Candidate]) -> str:
     """What the best layout with another size of this axis lacks."""
     best, *others = ranked
     size = getattr(best.job.layout, axis)
@@ -266,7 +267,7 @@ def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
             if not idle.get(field) and field not in getattr(config, section).model_fields_set:
                 other = milder[field]
                 why = (
-                    _instead(config.hardware, best, *other)
+                    _why_setting(config.hardware, best, *other)
                     if other
                     else "the least recomputation, and it fits"
                 )
@@ -274,7 +275,7 @@ def _settings(config: RunConfig, best: Candidate) -> list[AutoValue]:
     return choices
 
 
-def _instead(hardware: HardwareConfig, best: Candidate, name: str, changes: Mapping[str, Any]) -> str:
+def _why_setting(hardware: HardwareConfig, best: Candidate, name: str, changes: Mapping[str, Any]) -> str:
     """What a milder setting would do: not fit, or take longer."""
     other = replace(best.job, **changes)
     if memory.fits(other, hardware) is False:

@@ -51,7 +51,7 @@ class SearchResult:
     """Best first, each of another layout."""
     legal: int
     """Set-ups that are legal."""
-    without_room: int
+    too_large: int
     """Of them, too large for the device, by the states and activations of their first stage alone."""
     priced: int
     """Set-ups whose memory and time were worked out in full."""
@@ -75,7 +75,7 @@ def label(job: TrainingJob) -> str:
 
 def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP) -> SearchResult:
     """The fastest set-ups that fit, `keep` different layouts of them."""
-    open_, count, without_room = _Bounds(task, hardware, rates).all()
+    open_, count, too_large = _Bounds(task, hardware, rates).all()
     ranked: dict[Layout, Candidate] = {}
     priced = 0
     for bound, layout, choice in open_:
@@ -102,7 +102,7 @@ def search(task: Task, hardware: HardwareConfig, rates: Rates, keep: int = KEEP)
             f"no legal layout of {task.ranks} ranks: global_batch={task.global_batch} must be a multiple of dp, "
             f"dp*cp*tp of ep*etp, and each pipeline stage needs a micro-batch and a layer"
         )
-    return SearchResult(best, count, without_room, priced, reason)
+    return SearchResult(best, count, too_large, priced, reason)
 
 
 def candidate(job: TrainingJob, hardware: HardwareConfig, rates: Rates) -> Candidate | None:
@@ -134,7 +134,7 @@ class _Bounds:
             pp, zeros = layout.pp, legal.zeros(task, layout)
             first = schedule.stages(task.model, pp, task.software.balanced_stages, folded)[0]
             alone = {zero: legal.job(task, layout, 1, 1, zero, "none") for zero in zeros}
-            least = {zero: states.states(job, first).all for zero, job in alone.items()}
+            least = {zero: states.model_states(job, first).all for zero, job in alone.items()}
             for micro_batch in legal.micro_batches(task, layout.dp):
                 seconds, kept = self._layers(layout, micro_batch)
                 unit = layout.dp * micro_batch
@@ -143,7 +143,10 @@ class _Bounds:
                     bubble = 0.0 if folded else seconds * (1 - 1 / pp) / interleave
                     bound = steps * seconds / pp + bubble
                     bound = math.inf if math.isnan(bound) else bound  # without a time they come last
-                    held = activations.at_once(pp, pp, 1 if folded else interleave, steps) * first.layers
+                    held = (
+                        activations.in_flight_of_stage(pp, pp, 1 if folded else interleave, steps)
+                        * first.layers
+                    )
                     count += len(zeros) * len(recomputes)
                     out += (
                         (bound, layout, (micro_batch, interleave, zero, recompute))
@@ -167,11 +170,9 @@ class _Bounds:
                 parts.matmul + parts.attention + parts.memory + parts.head + parts.tp + parts.ep + parts.cp
             )
             kinds = [moe for _, moe in weights.kinds(task.model)]
-            kept = {
-                r: min(activations.kept(legal.job(task, alone, micro_batch, 1, 0, r), moe) for moe in kinds)
-                for r in task.recompute
-            }
-            self._once[key] = seconds, kept
+            jobs = {r: legal.job(task, alone, micro_batch, 1, 0, r) for r in task.recompute}
+            saved = {r: min(activations.saved_bytes(job, moe) for moe in kinds) for r, job in jobs.items()}
+            self._once[key] = seconds, saved
         return self._once[key]
 
 

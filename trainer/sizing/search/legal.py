@@ -68,7 +68,7 @@ class Task:
         return replace(self, lending=replace(self.software, lent_rows=rows))
 
     @property
-    def uneven(self) -> float:
+    def expert_imbalance(self) -> float:
         """Rows of the most loaded expert rank over the mean."""
         usual = IMBALANCE if self.model.experts > 1 else 1.0
         return usual if self.imbalance is None else self.imbalance
@@ -165,7 +165,7 @@ def job(
     software = task.lending if task.lending and layout.ep >= LENDERS else task.software
     return TrainingJob(
         task.model, layout, task.sequence, micro_batch, task.global_batch, task.precision, zero, recompute, interleave,
-        task.schedules == ("zbv",), imbalance=task.uneven, node=task.node, software=software,
+        task.schedules == ("zbv",), imbalance=task.expert_imbalance, node=task.node, software=software,
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
             f"{capacity.total} ({capacity}); lower one of the two, or start more"
         )
     draft = _Draft(config, capacity)
-    job, dp = draft.close(), draft.data_parallel()
+    job, dp = draft.close_axes(), draft.data_parallel()
     layout = Layout(**{axis: dp if axis == "dp" else draft.config.parallel.size(axis) for axis in AXES})
     nodes, each = draft.spread(layout)
     # A gang that spreads unevenly is left to placement, which keeps its blocks whole.
@@ -153,7 +153,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     size, step_time = dict[str, int](), dict[str, Any]()
     if training:
         job = job or auto.job_of(resolved, layout, each)
-        size, step_time = _sized(resolved, job, draft.warnings)
+        size, step_time = _estimate(resolved, job, draft.warnings)
         draft.notes += [note] if (note := auto.lending(config, job)) else []
         if refusal := runnable.refusal(resolved):
             if strict:
@@ -169,7 +169,7 @@ def plan(config: RunConfig, capacity: Capacity | None, strict: bool = False) -> 
     return RunPlan(resolved, layout.to_json(), nodes, each, size, step_time, *said)
 
 
-def _asked(config: RunConfig) -> Capacity:
+def _requested_capacity(config: RunConfig) -> Capacity:
     """The slots that a run asks for by itself, where no cluster is up: on one node of its hardware, unless it says more."""
     cluster = config.cluster
     each = cluster.slots_per_node or config.hardware.devices_per_node or 1
@@ -189,7 +189,7 @@ class _Draft:
         """Note a choice."""
         self.choices.append(AutoValue(field, str(value), reason))
 
-    def close(self) -> TrainingJob | None:
+    def close_axes(self) -> TrainingJob | None:
         """Set the open axes; the job that the search found for them, None where nothing was open or no time is known."""
         config = self.config
         parallel, train = config.parallel, config.train
@@ -200,7 +200,7 @@ class _Draft:
                 self.choose(f"parallel.{axis}", 1, "a measurement needs no other axis than dp")
             self.config = _with(config, parallel=dict.fromkeys(parallel.open, 1))
             return None
-        chosen = auto.choose(config, (self.capacity or _asked(config)).slots)
+        chosen = auto.choose(config, (self.capacity or _requested_capacity(config)).slots)
         self.choices += chosen.choices
         self.notes += chosen.notes
         job = chosen.job
@@ -222,7 +222,7 @@ class _Draft:
         if parallel.dp is not None:
             return parallel.dp
         if capacity is None and (cluster.nodes or cluster.slots_per_node):
-            capacity = _asked(config)
+            capacity = _requested_capacity(config)
         unit = runnable.least_dp(parallel)
         others = parallel.size("pp") * parallel.size("cp") * parallel.size("tp")
         dp, reason = unit, f"smallest dp compatible with parallel.ep={parallel.size('ep')}"
@@ -343,7 +343,9 @@ def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     )
 
 
-def _sized(config: RunConfig, job: TrainingJob, warnings: list[str]) -> tuple[dict[str, int], dict[str, Any]]:
+def _estimate(
+    config: RunConfig, job: TrainingJob, warnings: list[str]
+) -> tuple[dict[str, int], dict[str, Any]]:
     """Memory of the fullest rank by component, and the predicted step time."""
     stage, used = memory.worst(job, config.hardware.kind)
     size = {name: round(value) for name, value in memory.summary(used).items() if round(value)}

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trainer.sizing.figures import longest, shortest
+from trainer.sizing.figures import max_or_nan, min_or_nan
 from trainer.sizing.memory import activations, states
 from trainer.sizing.model import shapes
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import operators, schedule, traffic
-from trainer.sizing.time.fabric import RankGroup, place
+from trainer.sizing.time.fabric import RankGroup, rank_group
 from trainer.sizing.time.rates import Rates
-from trainer.sizing.time.schedule import StageCost
+from trainer.sizing.time.schedule import StageLayers
 
 #: Share of a collective that is hidden where software overlaps it with matmuls of the same layer, at most: the first
 #: and the last piece stay outside, and both compete for compute units and memory.
-HIDDEN = 0.5
+MAX_OVERLAP = 0.5
 #: How a device's and its host's times make up a micro-batch's: the norm of the two, between their sum (1) and the longer
 #: one (infinite), because each waits for the other now and then where neither is much the longer.
-TOGETHER = 3.5
+OVERLAP_NORM = 3.5
 #: The same where the host waits for the device in each layer, and is hardly ahead of it behind that.
-WAITING = 2.0
+SYNC_OVERLAP_NORM = 2.0
 #: Collectives and other launches of a layer's attention in two pieces, there and back: keys and values gathered and put in
 #: order, two calls of the core with three kernels each way back, slices and sums (`trainer.parallel.context`).
 PIECES = (4, 40)
@@ -34,7 +34,7 @@ PIECES = (4, 40)
 LENDING = 15
 #: Share of a micro-batch's time, there and back, behind which gradients can be reduced; half of it is left for weights,
 #: which are gathered before the forward pass only.
-BEHIND = 0.6
+OVERLAPPABLE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StepParts:
 
 def parts(job: TrainingJob, rates: Rates) -> StepParts:
     """Seconds of a step, by what they go to; NaN where a rate that is needed is unknown."""
-    costs, m, cut = _Costs(job, rates), job.micro_batches, schedule.of(job)
+    costs, m, cut = _Costs(job, rates), job.micro_batches, schedule.job_stages(job)
     # Stages that hold the same take the same.
     taken = {stage: costs.stage(stage) for stage in set(cut)}
     slowest = max(taken, key=lambda stage: sum(taken[stage]))
@@ -81,8 +81,8 @@ def parts(job: TrainingJob, rates: Rates) -> StepParts:
         head=m * costs.head if slowest.head else 0.0,
         p2p=m * costs.message,
         bubble=bubble,
-        dp=longest(*(exchange for exchange, _ in updates)),
-        optimizer=longest(*(update for _, update in updates)),
+        dp=max_or_nan(*(exchange for exchange, _ in updates)),
+        optimizer=max_or_nan(*(update for _, update in updates)),
         fixed=rates.overheads.step,
     )
 
@@ -92,24 +92,24 @@ def groups(job: TrainingJob) -> dict[str, RankGroup]:
     layout, node = job.layout, job.node
     replicas, of_experts = states.replicas(layout)
     return {
-        "tp": place(layout.tp, 1, node),
-        "cp": place(layout.cp, layout.tp, node),
-        "dp": place(replicas, layout.tp, node),
-        "etp": place(layout.etp, 1, node),
-        "ep": place(layout.ep, job.expert_stride, node),
-        "edp": place(of_experts, layout.ep * job.expert_stride, node),
-        "pp": place(layout.pp, layout.tp * replicas, node),
+        "tp": rank_group(layout.tp, 1, node),
+        "cp": rank_group(layout.cp, layout.tp, node),
+        "dp": rank_group(replicas, layout.tp, node),
+        "etp": rank_group(layout.etp, 1, node),
+        "ep": rank_group(layout.ep, job.expert_stride, node),
+        "edp": rank_group(of_experts, layout.ep * job.expert_stride, node),
+        "pp": rank_group(layout.pp, layout.tp * replicas, node),
     }
 
 
-def together(device: float, host: float, norm: float = TOGETHER) -> float:
+def overlapped(device: float, host: float, norm: float = OVERLAP_NORM) -> float:
     """Seconds of a device and of the host that feeds it: a little over the longer."""
     joined: float = (device**norm + host**norm) ** (1 / norm)
     return joined
 
 
 class _Costs:
-    """What a job's layers and stages take with some rates."""
+    """Seconds of a job's layers and stages by a device's rates."""
 
     def __init__(self, job: TrainingJob, rates: Rates) -> None:
         self.job, self.rates, self.where = job, rates, groups(job)
@@ -126,14 +126,14 @@ class _Costs:
             job.lends, (layout.dp, layout.pp) if job.zero >= 3 else 0,
             job.software.fsdp and (states.resident(job), job.accumulates),
         )  # fmt: skip
-        if key not in self.rates.known:
+        if key not in self.rates.cache:
             layers = {moe: self._layer(moe) for _, moe in schedule.stages(model, 1)[0].kinds}
             head = sum(one.compute for one in operators.head(job, self.rates))
-            self.rates.known[key] = layers, head, job  # the job, so that what the key names stays what it is
-        layers, head, _ = self.rates.known[key]
+            self.rates.cache[key] = layers, head, job  # the job, so that what the key names stays what it is
+        layers, head, _ = self.rates.cache[key]
         return layers, head
 
-    def stage(self, stage: StageCost) -> tuple[float, float]:
+    def stage(self, stage: StageLayers) -> tuple[float, float]:
         """Seconds that a micro-batch takes a stage's device, and those that it waits for its host on top."""
         device, host = self.message + (self.head if stage.head else 0.0), self.message
         for count, moe in stage.kinds:
@@ -141,7 +141,7 @@ class _Costs:
             device += count * (layer.step - layer.host)
             host += count * layer.host
         waits = self.job.software.counts_rows and self.job.layout.ep > 1 and stage.moe > 0
-        return device, together(device, host, WAITING if waits else TOGETHER) - device
+        return device, overlapped(device, host, SYNC_OVERLAP_NORM if waits else OVERLAP_NORM) - device
 
     def _layer(self, moe: bool) -> StepParts:
         """A micro-batch in one layer of the kind that `moe` says, there and back."""
@@ -150,9 +150,15 @@ class _Costs:
         tp, of_feed = self._tensor(moe)
         ep = self._experts() if moe else 0.0
         if software.overlap_ep:
-            ep -= shortest(HIDDEN * ep, 0.5 * (forward.compute + backward.compute))
+            ep -= min_or_nan(MAX_OVERLAP * ep, 0.5 * (forward.compute + backward.compute))
         cp, cp_back = self._context(forward.attention, backward.attention)
-        again, tp_again, ep_again, cp_again, extra = operators.again(job, forward), 0.0, 0.0, 0.0, 0.0
+        again, tp_again, ep_again, cp_again, extra = (
+            operators.recompute_seconds(job, forward),
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        )
         if job.recompute == "full":
             tp_again, ep_again, cp_again, extra = tp, ep, cp, 1.0
         elif job.recompute == "selective" and software.selective == "feed_forward":
@@ -177,7 +183,7 @@ class _Costs:
         host = (3 + extra) * over.pass_kernels * over.launch
         # Triton's launches go through Python, those of torch's operators mostly not.
         each = over.launch if software.kernels else over.plain
-        host += each * sum(traffic.zaya(job, moe, backward)[1] for backward in (False, True))
+        host += each * sum(traffic.zaya_bytes(job, moe, backward)[1] for backward in (False, True))
         if job.layout.tp > 1:
             call = over.tp_call
             if job.layout.ranks > job.node:
@@ -200,7 +206,7 @@ class _Costs:
     def _tensor(self, moe: bool) -> tuple[float, float]:
         """Exposed (not overlapped) seconds of a layer's tensor-parallel collectives in one pass: all, and the MLP's."""
         job, token = self.job, float(self.job.element * self.job.tokens)
-        left, exposed = token * job.model.hidden, (1 - HIDDEN) if job.software.overlap_tp else 1.0
+        left, exposed = token * job.model.hidden, (1 - MAX_OVERLAP) if job.software.overlap_tp else 1.0
         if job.software.sequence_parallel:
             each = [
                 exposed * self._gather_scatter("tp", token * width, left)
@@ -237,7 +243,9 @@ class _Costs:
             reached = min(reached, router.top_groups * max(1.0, nodes / router.groups))
         seconds, inside = self.rates.fabric.seconds, RankGroup(group.local)
         return sum(
-            longest(seconds("all_to_all", sent * reached / top_k, group), seconds("all_to_all", sent, inside))
+            max_or_nan(
+                seconds("all_to_all", sent * reached / top_k, group), seconds("all_to_all", sent, inside)
+            )
             for sent in ((0.5 if job.precision == "fp8" else 1.0) * pairs, pairs)
         )
 
@@ -252,7 +260,9 @@ class _Costs:
         once = self._wire("all_gather", size, "cp")
         if job.software.context == "gather":
             return once, self._wire("reduce_scatter", size, "cp")
-        return longest(0.0, once - HIDDEN * attention), longest(0.0, 2 * once - HIDDEN * attention_back)
+        return max_or_nan(0.0, once - MAX_OVERLAP * attention), max_or_nan(
+            0.0, 2 * once - MAX_OVERLAP * attention_back
+        )
 
     def _other_links(self, tp: float, ep: float) -> float:
         """Seconds of a layer's exchanges on other links than its weights, which can be gathered meanwhile: weights that
@@ -273,7 +283,7 @@ class _Costs:
             return 2 * gather + scatter
         ends = job.layout.pp / job.model.layers if software.fsdp else 0.0
         both = gather + scatter
-        exposed = longest(ends * gather, gather - forward) + longest(ends * both, both - backward)
+        exposed = max_or_nan(ends * gather, gather - forward) + max_or_nan(ends * both, both - backward)
         return exposed + self.rates.overheads.contention * (gather + both - exposed)
 
     def _message(self) -> float:
@@ -286,14 +296,16 @@ class _Costs:
         send = self.rates.fabric.send(size, self.where["pp"].nodes > 1, self.where["pp"].sharing)
         return 2 * (send + self.rates.overheads.p2p_call) * job.interleave
 
-    def update(self, stage: StageCost, time: float) -> tuple[float, float]:
+    def update(self, stage: StageLayers, time: float) -> tuple[float, float]:
         """Seconds of a stage's gradients and weights on the wire that nothing hides, and of its optimizer, where a
         micro-batch takes it `time`."""
-        job, software, mine = self.job, self.job.software, states.held(self.job, stage)
+        job, software, mine = self.job, self.job.software, states.local_weights(self.job, stage)
         # Gradients of which no rank keeps more than a shard are reduced after every micro-batch.
         times = job.micro_batches if job.zero >= 2 and not job.zero_bubble else 1
         # Under ZeRO-3 layers exchange theirs as they come (`_weights`), and tables are left, gathered as often.
-        plain, routed = (mine.plain, mine.routed) if job.zero < 3 else (states.tables(job, stage), 0.0)
+        plain, routed = (
+            (mine.plain, mine.routed) if job.zero < 3 else (states.vocabulary_weights(job, stage), 0.0)
+        )
         gathers = times if job.zero == 3 else 1
         pieces = self._buckets(stage) if job.zero < 3 else 1
         reduce = gather = 0.0
@@ -304,17 +316,17 @@ class _Costs:
                 gather += gathers * self._wire("all_gather", job.element * count, axis)
         ends, hidden = 1 / max(1, stage.layers) if software.fsdp else 0.0, reduce + gather
         if software.overlap_dp:
-            reduce = longest(reduce * ends, reduce - times * BEHIND * time)
+            reduce = max_or_nan(reduce * ends, reduce - times * OVERLAPPABLE_SHARE * time)
         if software.overlap_gather:
-            gather = longest(gather * ends, gather - gathers * BEHIND * time / 2)
+            gather = max_or_nan(gather * ends, gather - gathers * OVERLAPPABLE_SHARE * time / 2)
         exposed = reduce + gather
         slower = self.rates.overheads.contention * (hidden - exposed)
-        moved = traffic.updated(job, mine, self.rates.overheads.update_bytes)
+        moved = traffic.optimizer_bytes(job, mine, self.rates.overheads.update_bytes)
         local = mine.shard((self.where["dp"].ranks, self.where["edp"].ranks) if job.zero else (1, 1))
         optimizer = moved / self.rates.stream + self._orthogonal(stage, local)
         return exposed + slower + self._tied(stage), optimizer
 
-    def _buckets(self, stage: StageCost) -> int:
+    def _buckets(self, stage: StageLayers) -> int:
         """Calls that a stage's gradients are reduced in."""
         if not self.job.software.bucket_bytes:
             return max(1, stage.layers)
@@ -322,7 +334,7 @@ class _Costs:
         cap = self.job.software.bucket_bytes // self.job.element
         return schedule.buckets(tuple(float(one.n * one.k) for one in matmuls), stage.layers, cap) + 1
 
-    def _tied(self, stage: StageCost) -> float:
+    def _tied(self, stage: StageLayers) -> float:
         """Seconds of adding up the embedding's gradients, where the first stage and the last hold a copy each.
 
         After all others, and hidden by nothing: Megatron-LM's `allreduce_embedding_grads`, nanotron's
@@ -336,7 +348,7 @@ class _Costs:
         ends = RankGroup(2, 2, self.where["pp"].sharing) if layout.ranks > job.node else RankGroup(2)
         return self.rates.fabric.seconds("all_reduce", job.software.reduce_bytes * table, ends)
 
-    def _orthogonal(self, stage: StageCost, local: float) -> float:
+    def _orthogonal(self, stage: StageLayers, local: float) -> float:
         """Seconds of Muon's iterations, each matrix on one rank of the stage, and of its way there and back."""
         job, layout, steps = self.job, self.job.layout, self.job.software.orthogonal_steps
         if not steps:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
 from configs.profile import FabricProfile
-from trainer.sizing.figures import longest, shortest
+from trainer.sizing.figures import max_or_nan, min_or_nan
 
 #: Start-up in seconds and share of the link's rate, small sizes and large ones, inside a node. Two-line fits of 8-GPU
 #: all-reduce sweeps: H100 18.2 us and 204 GB/s, 75.8 us and 475 GB/s of 450 (multicast); MI300X 13.2 us and 191 GB/s,
@@ -61,7 +61,7 @@ class RankGroup:
         return max(1, self.ranks // self.nodes)
 
 
-def place(size: int, stride: int, node: int) -> RankGroup:
+def rank_group(size: int, stride: int, node: int) -> RankGroup:
     """The group of `size` ranks that lie `stride` apart, where nodes have `node` ranks and numbering is dense."""
     local = min(size, max(1, node // stride))
     return RankGroup(size, -(-size // local), min(stride, node))
@@ -110,7 +110,7 @@ class Fabric:
         adapters = (self.network or math.nan) * NETWORK * 1e9 / group.sharing
         if op == "all_to_all":
             return self._all_to_all(wire, group, adapters)
-        rate = shortest(adapters, self.link(max(2, group.local)) * LARGE[1] * 1e9)
+        rate = min_or_nan(adapters, self.link(max(2, group.local)) * LARGE[1] * 1e9)
         seconds = SMALL[0] + math.hypot(self.latency(op, group), wire / rate)
         if self.low_latency is None:
             return seconds
@@ -150,7 +150,7 @@ class Fabric:
         kept = ALL_TO_ALL_KEEPS ** math.log2(group.nodes / 2)
         over = leaving * local / (adapters * kept)
         stays = self._inside("all_to_all", wire - leaving, local) if local > 1 else 0.0
-        return SMALL[0] + HOP * math.log2(group.nodes) + longest(over, stays)
+        return SMALL[0] + HOP * math.log2(group.nodes) + max_or_nan(over, stays)
 
 
 def from_catalogue(hardware: HardwareConfig, profile: FabricProfile | None = None) -> Fabric:

@@ -1,7 +1,7 @@
-"""Finds a device's `Tuning` in its measured matmuls, keeps it beside the profile, and says what the formula misses.
+"""Fits a device's `MatmulParameters` to its measured matmuls, keeps them beside the profile, and predicts residuals.
 
 The fit is robust least squares of log time. A plan must not wait for it: `h100.fit.json` beside `h100.yaml` holds the
-`Tuning` and what it misses at each measured shape, under a digest of the shapes and of the starting point. Where there is
+parameters and the residual of each measured shape, under a digest of the shapes and of the starting point. Where there is
 none, or the digest differs, the fit is done. It is kept where there was none of these measurements: a plan with a device
 of other figures (`hardware.memory_gbps=3000`) leaves the file alone.
 """
@@ -22,7 +22,15 @@ from typing import Any
 from configs import profile
 from configs.errors import from_json
 from configs.paths import write_whole
-from trainer.sizing.time.kernels import LEVELS, Chip, Form, KernelKind, KernelPlan, MatmulShape, Tuning
+from trainer.sizing.time.kernels import (
+    LEVELS,
+    Chip,
+    KernelKind,
+    KernelPlan,
+    MatmulModel,
+    MatmulParameters,
+    MatmulShape,
+)
 
 VERSION = 1  # of the formula and of the fit: to be raised where either changes
 Measured = tuple[MatmulShape, float]
@@ -50,14 +58,14 @@ _CONFIDENCE = 0.95
 _FEWEST = 8
 
 
-def kept_or_fitted(
+def load_or_fit(
     name: str,
     chip: Chip,
-    start: Tuning,
+    start: MatmulParameters,
     dense_rows: Sequence[Measured],
     grouped_rows: Sequence[Measured],
     is_whole: Callable[[], bool],
-) -> tuple[Tuning, list[float], list[float]]:
+) -> tuple[MatmulParameters, list[float], list[float]]:
     """A profile's tuning, and log of measured over predicted of each of its dense and grouped shapes.
 
     Args:
@@ -70,10 +78,10 @@ def kept_or_fitted(
     if kept.get("key") == key:
         pairs = kept["tuning"].items()
         values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in pairs}
-        return Tuning(**values), kept["dense"], kept["grouped"]
+        return MatmulParameters(**values), kept["dense"], kept["grouped"]
     tuning = fit(chip, dense(chip, start, dense_rows), GROUPED, grouped_rows)
-    form = Form(chip, tuning)
-    logs = {"dense": misses(form, dense_rows), "grouped": misses(form, grouped_rows)}
+    form = MatmulModel(chip, tuning)
+    logs = {"dense": log_residuals(form, dense_rows), "grouped": log_residuals(form, grouped_rows)}
     measured = _digest(rows)
     if kept.get("measured") != measured and is_whole():
         made = {"measured": measured, "key": key, "tuning": asdict(tuning), **logs}
@@ -82,7 +90,7 @@ def kept_or_fitted(
     return tuning, logs["dense"], logs["grouped"]
 
 
-def _digest(rows: Sequence[Measured], *more: Chip | Tuning) -> str:
+def _digest(rows: Sequence[Measured], *more: Chip | MatmulParameters) -> str:
     """Of what a fit begins with, numbers to nine digits: processors differ in the last ones of `exp` and `log`."""
     given = (VERSION, [(asdict(shape), seconds) for shape, seconds in rows], [asdict(one) for one in more])
     return hashlib.sha256(repr(_rounded(given)).encode()).hexdigest()
@@ -104,11 +112,11 @@ def _read(path: Path) -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def dense(chip: Chip, start: Tuning, rows: Sequence[Measured]) -> Tuning:
+def dense(chip: Chip, start: MatmulParameters, rows: Sequence[Measured]) -> MatmulParameters:
     """Fit the dense parameters, then the factors of rows less than 128 bytes aligned, then the kernels of the others."""
     aligned = [row for row in rows if row[0].kind == KernelKind.ALIGNED]
     tuning = fit(chip, start, DENSE, [row for row in aligned if min(row[0].levels) == LEVELS])
-    form = Form(chip, replace(tuning, inner=(1.0,) * LEVELS, outer=(1.0,) * LEVELS))
+    form = MatmulModel(chip, replace(tuning, inner=(1.0,) * LEVELS, outer=(1.0,) * LEVELS))
     ratios: dict[tuple[int, int], list[float]] = {}
     for shape, seconds in aligned:
         if min(shape.levels) < LEVELS:
@@ -140,17 +148,19 @@ def _factors(
     return tuple(factors)
 
 
-def solve_rate(chip: Chip, start: Tuning, shape: MatmulShape, seconds: float) -> Tuning:
+def solve_rate(chip: Chip, start: MatmulParameters, shape: MatmulShape, seconds: float) -> MatmulParameters:
     """The rate at which `shape` takes `seconds`, all else given."""
     low, high = math.log(start.rate) - 3, math.log(start.rate) + 3
     for _ in range(50):
         middle = (low + high) / 2
-        slow = Form(chip, replace(start, rate=math.exp(middle))).choose(shape).seconds > seconds
+        slow = MatmulModel(chip, replace(start, rate=math.exp(middle))).choose(shape).seconds > seconds
         low, high = (middle, high) if slow else (low, middle)
     return replace(start, rate=math.exp(low))
 
 
-def fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured]) -> Tuning:
+def fit(
+    chip: Chip, start: MatmulParameters, names: Sequence[str], rows: Sequence[Measured]
+) -> MatmulParameters:
     """Fit the parameters of these names, by robust least squares of log time in logs of the parameters.
 
     They are drawn to `start` by `_FIRM`, and are `start`'s where there are fewer shapes than names. Tiles are chosen anew
@@ -166,18 +176,18 @@ def fit(chip: Chip, start: Tuning, names: Sequence[str], rows: Sequence[Measured
     edges = np.log([BOUNDS.get(name, (1e-300, 1e300)) for name in names]).T
     pull = _OUTLIER * math.sqrt(2 * _FIRM * len(rows))
 
-    def tuned(point: Sequence[float]) -> Tuning:
+    def tuned(point: Sequence[float]) -> MatmulParameters:
         values: dict[str, Any] = {name: math.exp(x) for name, x in zip(names, point, strict=True)}
         return replace(start, **values)
 
     def errors(point: Sequence[float], plans: Sequence[KernelPlan] | None = None) -> Any:
-        form = Form(chip, tuned(point))
+        form = MatmulModel(chip, tuned(point))
         chosen = plans or [form.plan(shape) for shape, _ in rows]
         timed = [form.time(shape, plan).seconds for (shape, _), plan in zip(rows, chosen, strict=True)]
         return np.concatenate([np.log(timed) - measured, pull * (np.asarray(point) - origin)])
 
     def slopes(point: Sequence[float]) -> Any:
-        form = Form(chip, tuned(point))
+        form = MatmulModel(chip, tuned(point))
         plans = [form.plan(shape) for shape, _ in rows]
         here, moves = errors(point, plans), _STEP * np.eye(len(names))
         return np.stack([(errors(point + move, plans) - here) / _STEP for move in moves], axis=1)
@@ -201,12 +211,12 @@ def place(shape: MatmulShape) -> Place:
     return (shape.kind, layout), (inner, rows, columns, experts, imbalance)
 
 
-def misses(form: Form, rows: Sequence[Measured]) -> list[float]:
+def log_residuals(form: MatmulModel, rows: Sequence[Measured]) -> list[float]:
     """Log of measured over predicted of each of some shapes."""
     return [math.log(seconds / form.choose(shape).seconds) for shape, seconds in rows]
 
 
-class Misses:
+class Residuals:
     """What the formula misses (`misses`) of the shapes that it was fitted to, smoothed over neighbouring shapes."""
 
     def __init__(self, rows: Sequence[Measured], logs: Sequence[float]) -> None:

@@ -12,7 +12,7 @@ limit lowers the clock: power grows with the cube of it, so the rate only with t
 Which kernels there are to choose from is decided by where rows of the operands and of the result begin (`KernelKind`): copy
 engines and 16-byte loads want multiples of 16 bytes. Otherwise kernels of an older make run, with fewer tiles, another
 rate and ramp, and a larger `feed`, since loads are what limits them.
-`trainer.sizing.time.fitting` finds a device's numbers, its `Tuning`, in a profile.
+`trainer.sizing.time.fitting` fits a device's `MatmulParameters` to a profile.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Chip:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """A device's numbers; times in seconds, rates in FLOP/s and bytes/s.
+class MatmulParameters:
+    """A device's parameters of the formula; times in seconds, rates in FLOP/s and bytes/s.
 
     `rate` is of all units in the inner loop of the best tile; `launch` from the end of one kernel to the first work of the
     next; `ramp` and `feed` are in elements; `split` is the passes over the partial results, in 8 bytes an element, that one
@@ -239,10 +239,10 @@ def _cost(tile: Tile, feed: float, scale: float) -> float:
     return 2.0 * a * b * (1 + feed * (1 / a + 1 / b)) * scale
 
 
-class Form:
-    """The formula with a device's numbers in it."""
+class MatmulModel:
+    """The time of matmuls on a device: the formula above with its parameters."""
 
-    def __init__(self, chip: Chip, tuning: Tuning) -> None:
+    def __init__(self, chip: Chip, tuning: MatmulParameters) -> None:
         self.chip, self.tuning = chip, tuning
         best = min(1 + tuning.feed * (1 / a + 1 / b) for a, b in chip.tiles)
         self._scale = chip.units / (tuning.rate * best)

@@ -16,12 +16,19 @@ from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile, Operands, known
 from trainer.sizing.figures import Figure
 from trainer.sizing.time import fitting, kernels
-from trainer.sizing.time.kernels import Chip, Form, KernelKind, KernelTime, MatmulShape, Tuning
+from trainer.sizing.time.kernels import (
+    Chip,
+    KernelKind,
+    KernelTime,
+    MatmulModel,
+    MatmulParameters,
+    MatmulShape,
+)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "half", "fp32": "float"}
 _BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0}
 
-DEFAULTS = Tuning(
+DEFAULTS = MatmulParameters(
     rate=1.0, launch=4e-6, ramp=95.0, feed=27.0, bandwidth=1.0, split=3.5, power=1.0,
     inner=(1.06, 1.04, 1.02), outer=(1.06, 1.04, 1.02),
     even=0.26, even_feed=108.0, odd=0.13, odd_feed=47.0, odd_result=0.098, slow_ramp=150.0,
@@ -56,10 +63,10 @@ class _Unknown(Exception):
 class _Model:
     """How matmuls of one precision are timed."""
 
-    form: Form
+    form: MatmulModel
     basis: str
     """What the rate is from."""
-    misses: dict[bool, fitting.Misses]
+    misses: dict[bool, fitting.Residuals]
     """Of dense matmuls and of grouped ones."""
     interval: tuple[float, float] = fitting.UNMEASURED
     """Measured over predicted where there are none."""
@@ -164,19 +171,19 @@ class Kernels:
             return self._catalogue(chip, precision)
         if precision != "bf16" and not isinstance(base := self.model("bf16"), str):
             # Few shapes: all but the rate is bf16's.
-            form = Form(chip, fitting.fit(chip, base.form.tuning, ("rate",), rows))
+            form = MatmulModel(chip, fitting.fit(chip, base.form.tuning, ("rate",), rows))
             basis = f"profile {profile.name}, {len(rows)} shapes of {precision}"
-            return _Model(form, basis, {False: fitting.Misses(rows, fitting.misses(form, rows))})
+            return _Model(form, basis, {False: fitting.Residuals(rows, fitting.log_residuals(form, rows))})
         start = self._catalogue(chip, precision)
         dense, grouped = ([row for row in rows if (row[0].experts > 1) is many] for many in (False, True))
-        tuning, *logs = fitting.kept_or_fitted(
+        tuning, *logs = fitting.load_or_fit(
             profile.name, chip, start.form.tuning, dense, grouped,
             is_whole=lambda: known(DeviceProfile, profile.name) == profile,
         )  # fmt: skip
         basis = f"profile {profile.name}, fitted to {len(dense)} dense and {len(grouped)} grouped shapes"
         parts = zip((False, True), (dense, grouped), logs, strict=True)
-        misses = {many: fitting.Misses(part, log) for many, part, log in parts if part}
-        return _Model(Form(chip, tuning), basis, misses, start.interval)
+        misses = {many: fitting.Residuals(part, log) for many, part, log in parts if part}
+        return _Model(MatmulModel(chip, tuning), basis, misses, start.interval)
 
     def _catalogue(self, chip: Chip, precision: str) -> _Model:
         hardware, bandwidth = self.hardware, copy_rate(self.hardware)
@@ -196,7 +203,7 @@ class Kernels:
         shape = MatmulShape(m, n, k, bytes=_BYTES[precision])
         start = replace(DEFAULTS, rate=best * 1e12, bandwidth=bandwidth)
         tuning = fitting.solve_rate(chip, start, shape, shape.flops / (best * 1e12))
-        return _Model(Form(chip, tuning), basis, {}, interval)
+        return _Model(MatmulModel(chip, tuning), basis, {}, interval)
 
 
 def _chip(hardware: HardwareConfig) -> Chip:

@@ -69,7 +69,7 @@ def in_pieces(job: TrainingJob) -> bool:
     return job.software.square_pieces and job.gathers_context
 
 
-def core(job: TrainingJob, rates: Rates, backward: bool) -> tuple[float, float]:
+def attention_core(job: TrainingJob, rates: Rates, backward: bool) -> tuple[float, float]:
     """Seconds of the attention core's matmuls and of its memory traffic on one rank, one pass of one micro-batch."""
     model, software, cp, s = job.model, job.software, job.layout.cp, job.sequence
     heads, b = model.heads / job.layout.tp, job.micro_batch
@@ -100,10 +100,10 @@ def _seconds(job: TrainingJob, rates: Rates, one: shapes.Matmul, backward: bool)
     precision = job.precision
     if one.part == "router" and job.model.router.kind == "mlp" and job.software.mlp_router:
         precision = job.software.mlp_router
-    return one.count * one.once(rates.kernels, precision, backward) / rates.kept
+    return one.count * one.once(rates.kernels, precision, backward) / rates.sustained_share
 
 
-def again(job: TrainingJob, forward: Pass) -> float:
+def recompute_seconds(job: TrainingJob, forward: Pass) -> float:
     """Seconds of a layer's forward pass that the backward pass computes again, without exchange."""
     if job.recompute == "full":
         return forward.compute
@@ -124,16 +124,18 @@ def layer(job: TrainingJob, rates: Rates, moe: bool) -> tuple[Pass, Pass]:
     rate, passes = bandwidth(rates, job), []
     for backward in (False, True):
         each = [_seconds(job, rates, one, backward) for one in matmuls]
-        attention, kept = core(job, rates, backward)
+        attention, kept = attention_core(job, rates, backward)
         per_token, per_width = traffic.moved_per_token(job, backward)
         fed = sum(w * r * per_width for w, r in widths)
-        fed += traffic.permuted(job, rows, backward) if moe else 0.0
-        apart = traffic.zaya(job, moe, backward)[0]
-        moved = tokens * (per_token + apart + traffic.copied(job, moe, backward)) + fed
+        fed += traffic.permutation_bytes(job, rows, backward) if moe else 0.0
+        apart = traffic.zaya_bytes(job, moe, backward)[0]
+        moved = tokens * (per_token + apart + traffic.copy_bytes(job, moe, backward)) + fed
         if job.precision == "fp8":
             moved += traffic.FP8_CAST * sum(one.m * (one.n if backward else one.k) for one in matmuls)
         if backward:
-            moved += traffic.accumulated(job, plain, False) + traffic.accumulated(job, routed, True)
+            moved += traffic.accumulation_bytes(job, plain, False) + traffic.accumulation_bytes(
+                job, routed, True
+            )
         feed = sum(s for one, s in zip(matmuls, each, strict=True) if one.part != "attention") + fed / rate
         passes.append(Pass(sum(each), attention, moved / rate, kept, feed))
     return passes[0], passes[1]
@@ -148,6 +150,6 @@ def head(job: TrainingJob, rates: Rates) -> tuple[Pass, Pass]:
         passes = (6.0, 8.0)
     if job.software.kernels:  # read twice, written once
         passes, logits = (4.0, 2.0), one.m * one.n / rate
-    accumulate = traffic.accumulated(job, one.n * one.k, False) / rate
+    accumulate = traffic.accumulation_bytes(job, one.n * one.k, False) / rate
     forward, backward = (_seconds(job, rates, one, back) for back in (False, True))
     return Pass(forward, 0.0, logits * passes[0]), Pass(backward, 0.0, logits * passes[1] + accumulate)

@@ -22,7 +22,7 @@ SUSTAINED_ELSEWHERE = 0.80
 #: the power limit. On H200 four steps (OLMoE, ZAYA1, Qwen3 on 2 GPUs, Mixtral; tests/trainer/sizing/measured/own.json) give
 #: 0.97, 0.96, 0.95 and 0.88 for matmuls, the less the more of the step they are. cuDNN's attention ran at 545 to 588
 #: TFLOP/s forward and 424 to 536 backward there, where its maker's benchmark has 553 and 422.
-OWN_SUSTAINED = {"hopper": (0.92, 1.0)}
+MEGARAY_SUSTAINED = {"hopper": (0.92, 1.0)}
 #: Share of its peak that a large matmul reaches where none is on record.
 _OF_PEAK = 0.75
 
@@ -58,7 +58,7 @@ class Overheads:
 #: with ep=2 nothing ran for 5.7 ms of a step with four waits of the host, behind each of which it launches about 27 kernels
 #: before the experts' matmuls run (4 layers of Qwen3 on 2 H200). So does a collective behind one. Contention is what that
 #: model at dp=2 takes beyond the rest; NCCL has about as large a part of the compute units while it runs.
-OWN = Overheads(
+MEGARAY_OVERHEADS = Overheads(
     launch=52e-6,
     tp_call=52e-6,
     contention=0.17,
@@ -82,7 +82,7 @@ class Rates:
     """The same of fused attention; None: as matmuls."""
 
     @cached_property
-    def known(self) -> dict[Any, Any]:
+    def cache(self) -> dict[Any, Any]:
         """What `trainer.sizing.time.estimate` has worked out with these rates and may meet again."""
         return {}
 
@@ -105,7 +105,7 @@ class Rates:
         return Kernels(self.hardware, self.device)
 
     @cached_property
-    def kept(self) -> float:
+    def sustained_share(self) -> float:
         """`sustained`, or what takes its place."""
         if self.sustained is not None:
             return self.sustained
@@ -124,4 +124,4 @@ class Rates:
         if achieved is None:
             achieved = self.hardware.peak_tflops.get(precision, math.nan) * _OF_PEAK
         apart = self.attention_sustained if attention else None
-        return achieved * 1e12 * (self.kept if apart is None else apart)
+        return achieved * 1e12 * (self.sustained_share if apart is None else apart)

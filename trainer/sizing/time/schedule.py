@@ -12,7 +12,7 @@ from trainer.sizing.model.job import TrainingJob
 
 
 @dataclass(frozen=True)
-class StageCost:
+class StageLayers:
     """What a pipeline stage holds: layers with a dense MLP and with experts, and the ends of the model."""
 
     dense: int
@@ -31,7 +31,7 @@ class StageCost:
         return tuple((count, moe) for count, moe in ((self.dense, False), (self.moe, True)) if count)
 
 
-def of(job: TrainingJob) -> tuple[StageCost, ...]:
+def job_stages(job: TrainingJob) -> tuple[StageLayers, ...]:
     """The stages of a job."""
     return stages(job.model, job.layout.pp, job.software.balanced_stages, job.zero_bubble)
 
@@ -39,7 +39,7 @@ def of(job: TrainingJob) -> tuple[StageCost, ...]:
 @lru_cache(maxsize=4096)
 def stages(
     model: ModelConfig, pp: int, balanced: bool = False, folded: bool = False
-) -> tuple[StageCost, ...]:
+) -> tuple[StageLayers, ...]:
     """The stages of a model: layers spread evenly, the larger ones first; or, `balanced`, by the cost of blocks.
 
     Balanced is what nanotron does: blocks in order, a stage is full where the cost of all blocks so far reaches its share
@@ -50,7 +50,7 @@ def stages(
     if folded:
         cut = stages(model, 2 * pp, balanced)
         return tuple(
-            StageCost(a.dense + b.dense, a.moe + b.moe, a.embedding or b.embedding, a.head or b.head)
+            StageLayers(a.dense + b.dense, a.moe + b.moe, a.embedding or b.embedding, a.head or b.head)
             for a, b in zip(cut[:pp], cut[: pp - 1 : -1], strict=True)
         )
     moe, (base, extra) = model.moe_layers, divmod(model.layers, pp)
@@ -68,7 +68,7 @@ def stages(
     out, first = [], 0
     for i, count in enumerate(cuts):
         routed, last = sum(first <= layer < first + count for layer in moe), i == pp - 1
-        out.append(StageCost(count - routed, routed + model.mtp_layers * last, i == 0, last))
+        out.append(StageLayers(count - routed, routed + model.mtp_layers * last, i == 0, last))
         first += count
     return tuple(out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from configs.hardware import HardwareConfig
-from trainer.sizing.figures import Figure, about, exact
+from trainer.sizing.figures import Figure, approximate, exact
 from trainer.sizing.model import flops
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import estimate as time
@@ -51,7 +51,7 @@ def figure(job: TrainingJob, rates: Rates, parts: StepParts) -> Figure:
     """The figure of a step whose parts are known."""
     words = {
         "kernels": f"{f'profile {rates.device.name}' if rates.device else f'catalogue of {rates.hardware.name}'}, "
-        f"{rates.kept:.0%} of a short benchmark's",
+        f"{rates.sustained_share:.0%} of a short benchmark's",
         "recompute": job.recompute,
         "fabric": rates.fabric.source,
         "host": rates.overheads.source,
@@ -63,8 +63,8 @@ def figure(job: TrainingJob, rates: Rates, parts: StepParts) -> Figure:
     for name, value in vars(parts).items():
         if value > 0:
             share, _, how = PARTS[name]
-            made.append(about(f"step.{name}", value, "s", share, how.format(**words)))
-    layers = [str(stage.layers) for stage in schedule.of(job)]
+            made.append(approximate(f"step.{name}", value, "s", share, how.format(**words)))
+    layers = [str(stage.layers) for stage in schedule.job_stages(job)]
     cut = f"{len(layers)} stages of {', '.join(layers)} layers" if len(layers) > 1 else "one stage"
     how = f"sum of its parts: {job.micro_batches} micro-batches of {job.micro_batch} on {cut}"
     return Figure("step", parts.step, "s", *interval(parts), how, tuple(made))

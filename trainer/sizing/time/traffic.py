@@ -91,7 +91,7 @@ FSDP_COPIES = 16.0
 MUON = (130.0, 5.2)
 
 
-def own(job: TrainingJob, backward: bool) -> ElementwiseTraffic | None:
+def elementwise_traffic(job: TrainingJob, backward: bool) -> ElementwiseTraffic | None:
     """What a layer of this trainer moves in one pass; None for another framework's."""
     if job.software.kernels:
         return KERNELS[backward]
@@ -100,7 +100,7 @@ def own(job: TrainingJob, backward: bool) -> ElementwiseTraffic | None:
 
 def moved_per_token(job: TrainingJob, backward: bool) -> tuple[float, float]:
     """Bytes per token of norms, residuals and positions, and of the activation function per unit of MLP width."""
-    model, software, split, one = job.model, job.software, job.split, own(job, backward)
+    model, software, split, one = job.model, job.software, job.split, elementwise_traffic(job, backward)
     query = model.heads * model.head_dim / job.layout.tp
     branches = 1 if model.parallel_block else 2
     if one:
@@ -123,14 +123,14 @@ def moved_per_token(job: TrainingJob, backward: bool) -> tuple[float, float]:
     return ((norms + residuals) / split + positions) * factor, activation * factor
 
 
-def permuted(job: TrainingJob, rows: float, backward: bool) -> float:
+def permutation_bytes(job: TrainingJob, rows: float, backward: bool) -> float:
     """Bytes of one pass of routing, and of putting `rows` into the order of their experts and back.
 
     Indexed, read and written on the way out; read, weighted, padded and added on the way back, with the probabilities
     beside them; once more each way where what arrives from other ranks has to be sorted by local expert.
     """
     again = job.layout.ep > 1 and job.model.experts > job.layout.ep and not job.gathers_experts
-    sorted_again, one = 4.0 if again else 0.0, own(job, backward)
+    sorted_again, one = 4.0 if again else 0.0, elementwise_traffic(job, backward)
     if one is None:
         return 2.0 * job.model.hidden * rows * ((8.0 if job.software.compiled else 10.0) + sorted_again)
     tokens = job.tokens / job.layout.tp
@@ -138,9 +138,9 @@ def permuted(job: TrainingJob, rows: float, backward: bool) -> float:
     return job.model.hidden * (rows * per_row + tokens * (one.weighted + one.router))
 
 
-def zaya(job: TrainingJob, moe: bool, backward: bool) -> tuple[float, int]:
+def zaya_bytes(job: TrainingJob, moe: bool, backward: bool) -> tuple[float, int]:
     """Bytes per token and launches of ZAYA1's parts in one pass over a layer."""
-    model, one, moved, launches = job.model, own(job, backward), 0.0, 0
+    model, one, moved, launches = job.model, elementwise_traffic(job, backward), 0.0, 0
     if one is None:
         return moved, launches
     if model.attention == "cca":
@@ -156,7 +156,7 @@ def zaya(job: TrainingJob, moe: bool, backward: bool) -> tuple[float, int]:
     return moved, launches
 
 
-def copied(job: TrainingJob, moe: bool, backward: bool) -> float:
+def copy_bytes(job: TrainingJob, moe: bool, backward: bool) -> float:
     """Bytes per token that this trainer's kernels and seams copy around a layer's attention and regions in one pass."""
     model, layout = job.model, job.layout
     if not job.software.kernels:
@@ -172,7 +172,7 @@ def copied(job: TrainingJob, moe: bool, backward: bool) -> float:
     return CORE[backward] * (query + context + result) + seams / ELEMENTWISE
 
 
-def accumulated(job: TrainingJob, weights: float, routed: bool) -> float:
+def accumulation_bytes(job: TrainingJob, weights: float, routed: bool) -> float:
     """Bytes that adding a micro-batch's gradients of so many weights to the step's takes, where a kernel does that."""
     software, resident = job.software, states.resident(job)[routed]
     if software.fused_accumulation:
@@ -200,7 +200,7 @@ def update_bytes(job: TrainingJob, gradient: int, cast: bool) -> float:
     return 8 + 2 * job.software.moments[1] + 2 * gradient + working
 
 
-def updated(job: TrainingJob, mine: states.Held, counted: float | None) -> float:
+def optimizer_bytes(job: TrainingJob, mine: states.LocalWeights, counted: float | None) -> float:
     """Bytes of a step's update of a stage's weights, and of setting its gradients to zero.
 
     `counted`: those of a weight in the optimizer step, if they are known and not counted here.

@@ -35,13 +35,13 @@ def device(name: str) -> HardwareConfig:
 
 def mixtral(layout: Layout, **changes: object) -> TrainingJob:
     model = compose(["model=mixtral_8x7b"]).model
-    made = TrainingJob(model, layout, 4096, 2, 1024, "bf16", zero=1, software=frameworks.own())
+    made = TrainingJob(model, layout, 4096, 2, 1024, "bf16", zero=1, software=frameworks.megaray())
     return replace(made, **changes)  # type: ignore[arg-type]  # names and types are those of TrainingJob
 
 
 def task(**changes: object) -> Task:
     model = compose(["model=mixtral_8x7b"]).model
-    made = Task(model, 64, 4096, 1024, software=frameworks.own(), zero=(1,), micro_batch=1)
+    made = Task(model, 64, 4096, 1024, software=frameworks.megaray(), zero=(1,), micro_batch=1)
     return replace(made, **changes)  # type: ignore[arg-type]  # names and types are those of Task
 
 
@@ -142,7 +142,7 @@ def test_other_numbers_of_devices_have_other_layouts() -> None:
 
 def test_a_begun_step_is_a_whole_one() -> None:
     """A step is 1024 x 4096 tokens; ten of them and a token take eleven."""
-    made = questions.enough(task(), device("h100"), 10 * 1024 * 4096 + 1, DAY)
+    made = questions.fewest_devices(task(), device("h100"), 10 * 1024 * 4096 + 1, DAY)
     assert made.duration and made.expected and made.duration.derivation.startswith("11 steps")
     assert made.duration.value == pytest.approx(11 * made.expected.seconds)
 
@@ -158,34 +158,34 @@ def test_the_fewest_devices_are_those_of_trying_each_number() -> None:
             seconds[ranks] = steps * best.seconds
     for limit in (seconds[96] * 1.01, seconds[64] * 1.01, seconds[192] * 1.01):
         wanted = min(ranks for ranks, took in seconds.items() if took <= limit)
-        assert questions.enough(made, h100, 1e11, limit).ranks == wanted
-    none = questions.enough(made, h100, 1e15, DAY)
+        assert questions.fewest_devices(made, h100, 1e11, limit).ranks == wanted
+    none = questions.fewest_devices(made, h100, 1e15, DAY)
     assert none.most == 384 and "not on up to 384 devices" in none.text()[0]
 
 
 def test_more_devices_than_samples_share_one() -> None:
     """Eight samples go through eight replicas, or stages, at once; eight tensor- and two context-parallel ranks, of 2048 of
     4096 tokens, share each."""
-    assert questions.enough(task(global_batch=8), device("h100"), 1e15, DAY).most == 8 * 8 * 2
+    assert questions.fewest_devices(task(global_batch=8), device("h100"), 1e15, DAY).most == 8 * 8 * 2
 
 
 def test_the_interval_of_the_number_is_that_of_the_time() -> None:
     """Just in time by the expected time is too late by the slow end, which more devices make up for."""
-    before = questions.enough(task(), device("h100"), 2e11, 15 * DAY)
+    before = questions.fewest_devices(task(), device("h100"), 2e11, 15 * DAY)
     assert before.duration
-    made = questions.enough(task(), device("h100"), 2e11, 1.001 * before.duration.value)
-    assert made.ranks and made.luck and made.safe and made.duration
-    assert made.luck <= made.ranks == before.ranks < made.safe
+    made = questions.fewest_devices(task(), device("h100"), 2e11, 1.001 * before.duration.value)
+    assert made.ranks and made.optimistic and made.conservative and made.duration
+    assert made.optimistic <= made.ranks == before.ranks < made.conservative
     days = [f"{value / DAY:.1f}" for value in (made.duration.value, made.duration.low, made.duration.high)]
     assert f"{days[0]} days ({days[1]} to {days[2]})" in made.text()[0]
 
 
 def test_a_day_lasts_until_its_end() -> None:
     now = datetime(2026, 11, 25, 18, 0)  # a Wednesday
-    assert questions.deadline("2026-11-30", now) == datetime(2026, 11, 30, 23, 59, 59)
-    assert questions.deadline("wednesday", now) == datetime(2026, 11, 25, 23, 59, 59)
-    assert questions.deadline("tuesday", now) == datetime(2026, 12, 1, 23, 59, 59)
-    assert questions.deadline("2026-11-30T12:00", now) == datetime(2026, 11, 30, 12, 0)
+    assert questions.parse_deadline("2026-11-30", now) == datetime(2026, 11, 30, 23, 59, 59)
+    assert questions.parse_deadline("wednesday", now) == datetime(2026, 11, 25, 23, 59, 59)
+    assert questions.parse_deadline("tuesday", now) == datetime(2026, 12, 1, 23, 59, 59)
+    assert questions.parse_deadline("2026-11-30T12:00", now) == datetime(2026, 11, 30, 12, 0)
 
 
 def test_the_other_device_has_its_own_nodes_and_the_expected_load() -> None:
@@ -193,7 +193,7 @@ def test_the_other_device_has_its_own_nodes_and_the_expected_load() -> None:
     made, h100 = mixtral(Layout(1, 64, 1, 8, 1, 1)), device("h100")
     link = device("h200").link.model_copy(update={"reach": 4})
     small = device("h200").model_copy(update={"devices_per_node": 4, "link": link})
-    both = questions.other(made, task(), h100, small)
+    both = questions.compare_devices(made, task(), h100, small)
     assert both.here.best and both.there.best
     assert (both.here.best.job.node, both.there.best.job.node) == (8, 4)
     for side, node, one in ((both.here, 8, h100), (both.there, 4, small)):
@@ -209,7 +209,10 @@ def test_a_job_fits_there_with_the_expected_load() -> None:
     made = mixtral(Layout(1, 64, 1, 8, 1, 1))
     even, full = (memory.worst(replace(made, imbalance=i), "cuda")[1].needed for i in (1.0, 1.15))
     small = device("h200").model_copy(update={"memory_gib": (even + full) / 2 / 2**30})
-    assert memory.fits(made, small) and not questions.other(made, task(), device("h100"), small).there.fits
+    assert (
+        memory.fits(made, small)
+        and not questions.compare_devices(made, task(), device("h100"), small).there.fits
+    )
 
 
 # ---- tables ----

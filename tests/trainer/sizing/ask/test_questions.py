@@ -27,12 +27,12 @@ DAY = 86400.0
 def mixtral(dp: int, micro_batch: int = 2) -> TrainingJob:
     model = compose(["model=mixtral_8x7b"]).model
     layout = Layout(1, dp, 1, 8, 1, 1)
-    return TrainingJob(model, layout, 4096, micro_batch, 1024, "bf16", zero=1, software=frameworks.own())
+    return TrainingJob(model, layout, 4096, micro_batch, 1024, "bf16", zero=1, software=frameworks.megaray())
 
 
 def task(ranks: int = 64) -> Task:
     return Task(
-        compose(["model=mixtral_8x7b"]).model, ranks, 4096, 1024, software=frameworks.own(), zero=(1,)
+        compose(["model=mixtral_8x7b"]).model, ranks, 4096, 1024, software=frameworks.megaray(), zero=(1,)
     )
 
 
@@ -76,19 +76,23 @@ def test_without_a_size_nothing_can_be_said() -> None:
 
 def test_the_fewest_devices_in_time() -> None:
     h100 = compose(["hardware=h100"]).hardware
-    answer = questions.enough(task(), h100, 2e11, 30 * DAY)
+    answer = questions.fewest_devices(task(), h100, 2e11, 30 * DAY)
     assert answer.expected and answer.duration and answer.duration.value <= 30 * DAY
     number = answer.expected.job.layout.ranks
     assert (
-        answer.luck is not None and answer.luck <= number and (answer.safe is None or answer.safe >= number)
+        answer.optimistic is not None
+        and answer.optimistic <= number
+        and (answer.conservative is None or answer.conservative >= number)
     )
-    half = questions.enough(task(), h100, 1e11, 30 * DAY)
+    half = questions.fewest_devices(task(), h100, 1e11, 30 * DAY)
     assert half.expected and half.expected.job.layout.ranks <= number
     assert str(number) in answer.text()[0]
 
 
 def test_what_no_number_of_devices_can_do() -> None:
-    answer = questions.enough(replace(task(), global_batch=8), compose(["hardware=h100"]).hardware, 1e13, DAY)
+    answer = questions.fewest_devices(
+        replace(task(), global_batch=8), compose(["hardware=h100"]).hardware, 1e13, DAY
+    )
     assert answer.expected is None and "not on up to" in answer.text()[0]
 
 
@@ -97,12 +101,12 @@ def test_what_no_number_of_devices_can_do() -> None:
 )
 def test_refusals(hardware: str, seconds: float, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        questions.enough(task(), compose([f"hardware={hardware}"]).hardware, 1e9, seconds)
+        questions.fewest_devices(task(), compose([f"hardware={hardware}"]).hardware, 1e9, seconds)
 
 
 @pytest.mark.parametrize(("text", "day"), [("friday", 27), ("wednesday", 25), ("2026-11-30", 30), ("2d", 27)])
 def test_dates(text: str, day: int) -> None:
-    assert questions.deadline(text, NOW).day == day
+    assert questions.parse_deadline(text, NOW).day == day
 
 
 @pytest.mark.parametrize(
@@ -110,17 +114,17 @@ def test_dates(text: str, day: int) -> None:
 )
 def test_wrong_dates(text: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        questions.deadline(text, NOW)
+        questions.parse_deadline(text, NOW)
 
 
 def test_another_device() -> None:
     here, there = (compose([f"hardware={name}"]).hardware for name in ("h100", "mi300x"))
-    answer = questions.other(mixtral(64), task(), here, there)
+    answer = questions.compare_devices(mixtral(64), task(), here, there)
     assert answer.here.fits is False and answer.there.fits is True
     assert answer.here.best and answer.there.best and memory.fits(answer.there.best.job, there)
     text = "\n".join(answer.text())
     assert "mi300x: " in text and "does not fit" in text and "times as fast" in text
-    unknown = questions.other(mixtral(64), task(), here, compose(["hardware=cpu"]).hardware)
+    unknown = questions.compare_devices(mixtral(64), task(), here, compose(["hardware=cpu"]).hardware)
     assert isinstance(unknown.there.step, str) and "unknown: cpu" in "\n".join(unknown.text())
 
 

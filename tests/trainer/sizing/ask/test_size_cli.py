@@ -61,7 +61,7 @@ def test_suggestions_are_shown_with_what_they_save(capsys: pytest.CaptureFixture
     assert "LINT  without costs" in none and "no time: b300" in none
 
 
-def test_two_devices_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_devices_side_by_device_forecast(capsys: pytest.CaptureFixture[str]) -> None:
     lines = typed(capsys, "model=olmoe_1b_7b", "model.vocab=50257", "--compare", "h200,mi300x").splitlines()
     head = next(line for line in lines if line.split() == ["h200", "mi300x"])
     assert head and all(len(line) <= screen.WIDTH for line in lines)
@@ -113,7 +113,12 @@ def test_the_planners_questions(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_numbers_of_tokens() -> None:
-    assert [questions.amount(text) for text in ("300B", "1.5T", "3e11", "5m")] == [3e11, 1.5e12, 3e11, 5e6]
+    assert [questions.parse_tokens(text) for text in ("300B", "1.5T", "3e11", "5m")] == [
+        3e11,
+        1.5e12,
+        3e11,
+        5e6,
+    ]
 
 
 def test_the_hardware_table_and_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +196,7 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_deadline_that_has_passed_is_refused() -> None:
     with pytest.raises(UserError, match="has passed"):
-        questions.in_time(answer(OLMOE), "2026-01-01", "1T", NOW)
+        questions.devices_by_deadline(answer(OLMOE), "2026-01-01", "1T", NOW)
 
 
 def test_sizing_loads_nothing_heavy() -> None:

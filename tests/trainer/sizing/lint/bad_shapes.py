@@ -12,7 +12,7 @@ from configs.compose import compose
 from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.suggest import Suggestion, suggest
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Prices
+from trainer.sizing.time.cost_model import CostModel
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class BadShape:
         )  # fmt: skip
         return replace(job_of(config)[0], imbalance=1.0)  # routing is near even before it is trained
 
-    def proposed(self, prices: Prices) -> Suggestion | None:
+    def proposed(self, costs: CostModel) -> Suggestion | None:
         """The best shape at the same parameters, of the granularity asked for; None where there is none."""
-        suggestions = suggest(self.job(prices.hardware.name), prices)
+        suggestions = suggest(self.job(costs.hardware.name), costs)
         return next((one for one in suggestions if one.granularity == self.granularity), None)
 
 

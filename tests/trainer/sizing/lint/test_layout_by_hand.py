@@ -17,12 +17,12 @@ from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.check import lint
 from trainer.sizing.lint.rules import Fits, LintFinding
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Price, Prices
+from trainer.sizing.time.cost_model import CostModel, MicroBatchCost
 
 pytestmark = pytest.mark.unit
 
 HIDDEN = 64 * 2**20
-H100 = Prices(catalogue.device("h100"))
+H100 = CostModel(catalogue.device("h100"))
 
 
 @cache
@@ -31,21 +31,21 @@ def job(*words: str, hardware: str = "h100") -> TrainingJob:
     return job_of(compose(["model=olmoe_1b_7b", *typed]))[0]
 
 
-def found(rule: str, made: TrainingJob, prices: Prices = H100, fits: Fits = lambda _: None) -> LintFinding:
-    findings = [f for f in lint(made, prices, fits) if f.rule.name == rule]
+def found(rule: str, made: TrainingJob, costs: CostModel = H100, fits: Fits = lambda _: None) -> LintFinding:
+    findings = [f for f in lint(made, costs, fits) if f.rule.name == rule]
     assert len(findings) == 1, findings
     return findings[0]
 
 
-def price(made: TrainingJob, prices: Prices = H100) -> Price:
-    known = prices.of(made)
+def price(made: TrainingJob, costs: CostModel = H100) -> MicroBatchCost:
+    known = costs.micro_batch(made)
     assert known is not None
     return known
 
 
-def costs(now: float, then: float, made: TrainingJob, prices: Prices = H100) -> object:
+def costs(now: float, then: float, made: TrainingJob, costs: CostModel = H100) -> object:
     """Percent of compute and exchange together, seconds of exchange given."""
-    return pytest.approx(100 * (now - then) / (price(made, prices).seconds + now), rel=1e-6)
+    return pytest.approx(100 * (now - then) / (price(made, costs).seconds + now), rel=1e-6)
 
 
 def ms(seconds: float) -> str:
@@ -72,10 +72,10 @@ def test_half_the_tensor_parallelism_exchanges_for_half_the_samples_of_a_replica
 
 
 def test_a_mesh_joins_two_of_eight_by_one_link_of_seven() -> None:
-    prices = Prices(catalogue.device("mi300x"))
+    costs = CostModel(catalogue.device("mi300x"))
     made = job("parallel.tp=2", hardware="mi300x")
     now = 4 * 16 * HIDDEN / 2 / 64e9
-    assert found("mesh_group", made, prices).cost == costs(now, now / 7, made, prices)
+    assert found("mesh_group", made, costs).cost == costs(now, now / 7, made, costs)
 
 
 @pytest.mark.parametrize("dense", [0, 4])
@@ -130,7 +130,7 @@ def test_copies_for_as_many_ranks_as_experts_are_no_waste() -> None:
 def test_an_unknown_network_has_no_cost() -> None:
     device = catalogue.device("h100").model_copy(update={"inter_node_gbps": None})
     for rule, word in (("tensor_size", "parallel.tp=16"), ("expert_inside_node", "parallel.ep=32")):
-        finding = found(rule, job(word), Prices(device))
+        finding = found(rule, job(word), CostModel(device))
         assert (finding.cost, finding.basis) == (None, "a bandwidth is unknown")
 
 
@@ -201,4 +201,4 @@ def test_a_rack_joins_more_than_a_node() -> None:
     device = catalogue.device("gb200")
     assert (device.link.reach, device.devices_per_node) == (72, 4)
     wide = job("parallel.tp=16", hardware="gb200")
-    assert "tensor_size" not in {f.rule.name for f in lint(wide, Prices(device))}
+    assert "tensor_size" not in {f.rule.name for f in lint(wide, CostModel(device))}

@@ -11,7 +11,7 @@ from configs.compose import compose
 from trainer.sizing.ask import catalogue
 from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint import layout, shape
-from trainer.sizing.lint.check import check_of, lint
+from trainer.sizing.lint.check import check_function, lint
 from trainer.sizing.lint.rules import (
     LintFinding,
     balance_width,
@@ -25,15 +25,15 @@ from trainer.sizing.lint.shape import other_heads
 from trainer.sizing.model import parameters, shapes
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import estimate as time
+from trainer.sizing.time.cost_model import CostModel
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.operators import padded_head
-from trainer.sizing.time.price import Prices
-from trainer.sizing.time.rates import OWN, Rates
+from trainer.sizing.time.rates import MEGARAY_OVERHEADS, Rates
 
 pytestmark = pytest.mark.unit
 
 PRICES = {
-    name: Prices(catalogue.device(name))
+    name: CostModel(catalogue.device(name))
     for name in ("h100", "h200", "a100", "mi300x", "mi355x", "b300", "cpu")
 }
 
@@ -109,7 +109,7 @@ def test_every_rule_has_a_check_and_every_check_a_rule() -> None:
         for name, one in vars(module).items()
         if callable(one) and getattr(one, "__annotations__", {}).get("return") == "Iterator[LintFinding]"
     }
-    assert named == checks and all(check_of(name) for name in named)
+    assert named == checks and all(check_function(name) for name in named)
     assert len({rule.name for rule in rules()}) == len(rules())
     assert all(rule.reason and rule.source for rule in rules())
 
@@ -315,7 +315,7 @@ def test_advice_is_a_layout_that_the_trainer_runs() -> None:
     rack = job("h100", "parallel.ep=24", "model.experts=72", "model.top_k=8")
     h100 = catalogue.device("h100")
     device = h100.model_copy(update={"link": h100.link.model_copy(update={"reach": 10})})
-    (finding,) = [f for f in lint(rack, Prices(device)) if f.rule.name == "expert_inside_node"]
+    (finding,) = [f for f in lint(rack, CostModel(device)) if f.rule.name == "expert_inside_node"]
     assert finding.better == "parallel.ep=9"
 
 
@@ -355,7 +355,9 @@ def test_the_mildest_recomputation_that_fits_is_advised() -> None:
     none, some = advised({"none", "selective", "full"}), advised({"selective", "full"})
     assert none and some and advised({"full"}) is None
     assert (none.better, some.better) == ("recompute=none", "recompute=selective")
-    rates = Rates(catalogue.device("h100"), from_catalogue(catalogue.device("h100")), overheads=OWN)
+    rates = Rates(
+        catalogue.device("h100"), from_catalogue(catalogue.device("h100")), overheads=MEGARAY_OVERHEADS
+    )
     again = {r: time.parts(replace(whole, recompute=r), rates).recompute for r in ("full", "selective")}
     now = PRICES["h100"].of(whole)
     assert now is not None and some.cost == pytest.approx(

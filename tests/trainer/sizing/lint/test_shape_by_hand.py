@@ -15,11 +15,11 @@ from trainer.sizing.lint.rules import Fits, LintFinding, changed, rules
 from trainer.sizing.lint.suggest import Suggestion, _heads, _ladder, _neighbours
 from trainer.sizing.model import shapes
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Price, Prices
+from trainer.sizing.time.cost_model import CostModel, MicroBatchCost
 
 pytestmark = pytest.mark.unit
 
-PRICES = {name: Prices(catalogue.device(name)) for name in ("h100", "mi300x")}
+PRICES = {name: CostModel(catalogue.device(name)) for name in ("h100", "mi300x")}
 
 
 @cache
@@ -41,7 +41,7 @@ def only(findings: dict[str, LintFinding]) -> LintFinding:
     return next(iter(findings.values()))
 
 
-def price(made: TrainingJob, hardware: str = "h100") -> Price:
+def price(made: TrainingJob, hardware: str = "h100") -> MicroBatchCost:
     known = PRICES[hardware].of(made)
     assert known is not None
     return known
@@ -117,14 +117,14 @@ def test_the_best_width_within_four_percent_is_found(hardware: str, width: int) 
 @pytest.mark.parametrize(("fits", "better", "times"), [(8, 6, 6), (3, 3, 3)])
 def test_work_is_counted_for_the_rows_that_are_added(fits: int, better: int, times: int) -> None:
     """4096 rows of 2048 x 2048 are 34.4 GFLOP: six times that are over 200. An expert's down projection, 137, takes two."""
-    made, prices = job("train.micro_batch=1", hardware="mi300x"), PRICES["mi300x"]
+    made, costs = job("train.micro_batch=1", hardware="mi300x"), PRICES["mi300x"]
     words = "matmul_work", "train.micro_batch=1"
     finding = only(found(*words, hardware="mi300x", fits=lambda one: one.micro_batch <= fits))
     saved = 0.0
     for one in shapes.forward(made):
         more = {"queries": times, "keys; values": times, "attention output": times, "experts' down": 2}
         if n := more.get(one.name):
-            saved += prices.matmul(one, made) - prices.matmul(replace(one, m=n * one.m), made) / n
+            saved += costs.matmul(one, made) - costs.matmul(replace(one, m=n * one.m), made) / n
     assert (finding.value, finding.better) == ("34.4 GFLOP", f"micro_batch={better}")
     assert finding.cost == pytest.approx(100 * saved / price(made, "mi300x").seconds)
 
@@ -142,15 +142,15 @@ def test_a_remainder_over_the_dies_costs_the_idle_share() -> None:
 def test_a_last_wave_is_compared_at_equal_work() -> None:
     """The saving is for as many columns as there are, at the rate of the width that is advised."""
     words = ["train.micro_batch=1", "model.layers=4", "model.experts=8", "model.top_k=1"]
-    made, prices = job(*words, hardware="mi300x"), PRICES["mi300x"]
+    made, costs = job(*words, hardware="mi300x"), PRICES["mi300x"]
     findings = found("waves", *words, hardware="mi300x")
     assert findings
     for one in shapes.forward(made):
         if finding := findings.get(one.name):
             columns = int(finding.better.split()[0])
             assert columns != one.n and abs(columns - one.n) <= 0.15 * one.n
-            then = prices.matmul(replace(one, n=columns), made) * one.n / columns
-            now = prices.matmul(one, made)
+            then = costs.matmul(replace(one, n=columns), made) * one.n / columns
+            now = costs.matmul(one, made)
             assert finding.cost == pytest.approx(100 * (now - then) / price(made, "mi300x").seconds)
 
 
@@ -159,10 +159,10 @@ def test_following_a_rule_that_would_cost_time_is_not_advised(slower: float, cos
     """By less than half a percent it would cost nothing."""
     made = job("model.vocab=50257")
 
-    class Slower(Prices):
+    class Slower(CostModel):
         """Every other shape takes as long and a bit more."""
 
-        def of(self, job: TrainingJob) -> Price | None:
+        def of(self, job: TrainingJob) -> MicroBatchCost | None:
             known = price(made)
             more = 0.0 if job == made else slower * known.seconds
             return replace(known, memory=known.memory + more)

@@ -14,14 +14,14 @@ from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.suggest import WITHIN, Suggestion, suggest
 from trainer.sizing.model import parameters
 from trainer.sizing.model.job import TrainingJob
-from trainer.sizing.time.price import Prices
+from trainer.sizing.time.cost_model import CostModel
 
 pytestmark = pytest.mark.unit
 
 
 @cache
-def prices(name: str) -> Prices:
-    return Prices(catalogue.device(name))
+def prices(name: str) -> CostModel:
+    return CostModel(catalogue.device(name))
 
 
 @cache

@@ -81,7 +81,7 @@ def test_korthikanti(row: tuple[float, ...]) -> None:
         made = TrainingJob(
             model, layout, 2048, micro_batch, 512, "bf16", 0, recompute, interleave, software=software
         )
-        each = activations.kept(made, False) * schedule.of(made)[0].layers
+        each = activations.saved_bytes(made, False) * schedule.job_stages(made)[0].layers
         kept.append(each * activations.in_flight(made, 0) / GIB)
     assert kept == pytest.approx(row[7:], abs=0.01)
     # Their states are those of the layers alone, 18 bytes a weight, without norms.
@@ -103,10 +103,10 @@ def test_megatron_cores_figure_of_deepseek_v3() -> None:
         interleave=4,
         software=software,
     )
-    held = states.states(made, schedule.StageCost(0, 16, False, False))
+    held = states.model_states(made, schedule.StageLayers(0, 16, False, False))
     assert (held.weights + held.gradients) / GIB == pytest.approx(36.4, rel=0.01)
     assert held.optimizer / GIB == pytest.approx(32.1, rel=0.01)
-    used = memory.usage(made, "cuda", 0, schedule.of(made)[0])
+    used = memory.usage(made, "cuda", 0, schedule.job_stages(made)[0])
     assert used.activations / GIB == pytest.approx(131.0, rel=0.03)
 
 
@@ -127,8 +127,8 @@ def test_states_of_nanotron(
     made = TrainingJob(
         llama(*shape), layout, 4096, 1, layout.dp * 4, zero=zero, software=frameworks.nanotron()
     )
-    first = schedule.of(made)[0]
-    assert (states.states(made, first).all + states.update(made, first)) / GIB == pytest.approx(
+    first = schedule.job_stages(made)[0]
+    assert (states.model_states(made, first).all + states.update_bytes(made, first)) / GIB == pytest.approx(
         printed, rel=0.01
     )
 
@@ -156,7 +156,7 @@ def test_published_peaks_lie_in_the_interval(
         llama(*shape), layout, 4096, micro_batch, layout.dp * micro_batch * 16, zero=zero,
         software=frameworks.nanotron(before),
     )  # fmt: skip
-    used = memory.usage(made, "cuda", 0, schedule.of(made)[0])
+    used = memory.usage(made, "cuda", 0, schedule.job_stages(made)[0])
     room = hardware().memory_gib * GIB - used.framework
     most = used.allocated + used.most_slack + used.most_waiting
     assert min(used.reserved, room) / GIB == pytest.approx(printed, rel=0.15)
@@ -166,7 +166,7 @@ def test_published_peaks_lie_in_the_interval(
 def test_parts_add_up_and_the_fullest_stage_is_named() -> None:
     made = job(
         preset("deepseek_v3"),
-        frameworks.own(),
+        frameworks.megaray(),
         layout=Layout(8, 32, 1, 8, 1, 2),
         global_batch=512,
         zero=1,
@@ -183,7 +183,7 @@ def test_parts_add_up_and_the_fullest_stage_is_named() -> None:
 
 
 def test_the_summary_adds_up() -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own(), zero=1)
+    made = job(preset("olmoe_1b_7b"), frameworks.megaray(), zero=1)
     _, used = memory.worst(made, "cuda")
     assert sum(memory.summary(used).values()) == pytest.approx(used.total)
     assert (
@@ -194,9 +194,9 @@ def test_the_summary_adds_up() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_each_zero_stage_splits_one_thing_more(stage: int) -> None:
-    model, software = preset("olmoe_1b_7b"), frameworks.own()
+    model, software = preset("olmoe_1b_7b"), frameworks.megaray()
     before, after = (
-        states.states(job(model, software, zero=z), schedule.StageCost(0, 16, True, True))
+        states.model_states(job(model, software, zero=z), schedule.StageLayers(0, 16, True, True))
         for z in (stage - 1, stage)
     )
     split = {1: "optimizer", 2: "gradients", 3: "weights"}[stage]
@@ -223,8 +223,10 @@ def test_key_value_heads_beyond_tp_are_copied() -> None:
 
 @pytest.mark.parametrize(("recompute", "less"), [("none", 1.0), ("full", 0.1)])
 def test_full_recomputation_keeps_inputs_alone(recompute: Recompute, less: float) -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own())
-    ratio = activations.kept(replace(made, recompute=recompute), True) / activations.kept(made, True)
+    made = job(preset("olmoe_1b_7b"), frameworks.megaray())
+    ratio = activations.saved_bytes(replace(made, recompute=recompute), True) / activations.saved_bytes(
+        made, True
+    )
     assert ratio <= less
 
 
@@ -237,10 +239,10 @@ def test_micro_batches_in_flight() -> None:
 
 
 def test_imbalance_and_context_take_their_share() -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own(), layout=Layout(1, 8, 1, 8, 1, 1))
+    made = job(preset("olmoe_1b_7b"), frameworks.megaray(), layout=Layout(1, 8, 1, 8, 1, 1))
     even, uneven = (memory.worst(replace(made, imbalance=i), "cuda")[1] for i in (1.0, 1.5))
     assert even.imbalance == 0 and uneven.imbalance == pytest.approx(
-        0.5 * 16 * activations.layer(made, True)["mlp"]
+        0.5 * 16 * activations.layer_parts(made, True)["mlp"]
     )
     assert uneven.routing == pytest.approx(1.5 * even.routing)
     shared = replace(made, layout=Layout(1, 4, 2, 8, 1, 1), global_batch=64)
@@ -257,12 +259,12 @@ def test_a_host_that_waits_piles_nothing_up() -> None:
 
 
 def test_a_device_without_a_size_fits_nothing_for_sure() -> None:
-    made = job(preset("demo"), frameworks.own(), precision="fp32")
+    made = job(preset("demo"), frameworks.megaray(), precision="fp32")
     assert memory.fits(made, hardware("cpu")) is None
     assert "unknown" in memory.peak(made, hardware("cpu")).derivation
     assert memory.framework(made, "cpu") == 0
     assert memory.fits(made, hardware()) is True
-    big = job(preset("deepseek_v3"), frameworks.own())
+    big = job(preset("deepseek_v3"), frameworks.megaray())
     assert memory.fits(big, hardware()) is False
 
 
@@ -275,60 +277,66 @@ def test_the_optimizers_moments_are_counted_by_kind_of_weight(
     typed: list[str], moments: tuple[int, int]
 ) -> None:
     model, optim = preset("olmoe_1b_7b"), compose(typed).optim
-    made = job(model, frameworks.own(optim=optim), layout=Layout(1, 1, 1, 1, 1, 1), zero=1)
-    whole = schedule.StageCost(0, 16, True, True)
-    mine = states.held(made, whole)
+    made = job(model, frameworks.megaray(optim=optim), layout=Layout(1, 1, 1, 1, 1, 1), zero=1)
+    whole = schedule.StageLayers(0, 16, True, True)
+    mine = states.local_weights(made, whole)
     tables = 2 * model.vocab * model.hidden
     assert mine.all == parameters.count(model).total and tables < mine.other < 1.01 * tables
     by_hand = 4 * mine.all + moments[0] * mine.other + moments[1] * (mine.all - mine.other)
-    assert states.states(made, whole).optimizer == pytest.approx(by_hand)
+    assert states.model_states(made, whole).optimizer == pytest.approx(by_hand)
 
 
 def test_fp32_weights_that_nobody_shares_are_their_own_master() -> None:
     alone, shared = Layout(1, 1, 1, 1, 1, 1), Layout(1, 2, 1, 1, 1, 1)
-    made = job(preset("demo"), frameworks.own(), layout=alone, precision="fp32")
-    whole = schedule.StageCost(0, 4, True, True)
-    weights = states.held(made, whole).all
-    assert states.states(made, whole).optimizer == 8 * weights
-    assert states.states(replace(made, layout=shared), whole).optimizer == 12 * weights
-    assert states.states(replace(made, precision="bf16"), whole).optimizer == 12 * weights
+    made = job(preset("demo"), frameworks.megaray(), layout=alone, precision="fp32")
+    whole = schedule.StageLayers(0, 4, True, True)
+    weights = states.local_weights(made, whole).all
+    assert states.model_states(made, whole).optimizer == 8 * weights
+    assert states.model_states(replace(made, layout=shared), whole).optimizer == 12 * weights
+    assert states.model_states(replace(made, precision="bf16"), whole).optimizer == 12 * weights
 
 
 def test_gradients_of_a_steps_only_micro_batch_are_never_whole() -> None:
-    whole = schedule.StageCost(0, 16, True, True)
-    made = job(preset("olmoe_1b_7b"), frameworks.own(), zero=1, global_batch=8)
-    one, two = states.states(made, whole), states.states(replace(made, global_batch=16), whole)
+    whole = schedule.StageLayers(0, 16, True, True)
+    made = job(preset("olmoe_1b_7b"), frameworks.megaray(), zero=1, global_batch=8)
+    one, two = states.model_states(made, whole), states.model_states(replace(made, global_batch=16), whole)
     assert two.gradients == pytest.approx(8 * one.gradients)
-    deepspeed = replace(made, software=frameworks.own(engine="deepspeed"))
-    assert states.states(deepspeed, whole).gradients == two.gradients
+    deepspeed = replace(made, software=frameworks.megaray(engine="deepspeed"))
+    assert states.model_states(deepspeed, whole).gradients == two.gradients
     assert memory.usage(deepspeed, "cuda", 0, whole).buckets == 4 << 27
 
 
 def test_selective_recomputation_keeps_all_but_what_the_experts_make() -> None:
-    made = job(preset("olmoe_1b_7b"), frameworks.own(precision="fp32"), recompute="selective", imbalance=1.2)
-    parts = activations.layer(made, True)
-    kept = activations.kept(made, True)
-    assert kept == pytest.approx(parts["norms"] + parts["attention"] + activations.boundary(made))
+    made = job(
+        preset("olmoe_1b_7b"), frameworks.megaray(precision="fp32"), recompute="selective", imbalance=1.2
+    )
+    parts = activations.layer_parts(made, True)
+    kept = activations.saved_bytes(made, True)
+    assert kept == pytest.approx(parts["norms"] + parts["attention"] + activations.input_bytes(made))
     # The kernels' router reads bf16, and so keeps the experts' input among what norms keep.
-    fused = replace(made, software=frameworks.own())
-    parts = activations.layer(fused, True)
-    assert activations.kept(fused, True) == pytest.approx(parts["norms"] + parts["attention"])
+    fused = replace(made, software=frameworks.megaray())
+    parts = activations.layer_parts(fused, True)
+    assert activations.saved_bytes(fused, True) == pytest.approx(parts["norms"] + parts["attention"])
     spread = replace(made, layout=replace(made.layout, dp=8, ep=8))
-    assert activations.surplus(spread) == 0 < activations.surplus(replace(spread, recompute="none"))
+    assert (
+        activations.imbalance_bytes(spread)
+        == 0
+        < activations.imbalance_bytes(replace(spread, recompute="none"))
+    )
     dense = replace(made, model=gpt(4, 1024, 16))
-    parts = activations.layer(dense, False)
-    assert activations.kept(dense, False) == pytest.approx(parts["norms"] + parts["attention"])
+    parts = activations.layer_parts(dense, False)
+    assert activations.saved_bytes(dense, False) == pytest.approx(parts["norms"] + parts["attention"])
 
 
 def test_a_v_puts_both_ends_on_the_first_rank_and_fills_all_ranks_alike() -> None:
     made = job(
         preset("qwen3_30b_a3b"),
-        frameworks.own(),
+        frameworks.megaray(),
         layout=Layout(4, 2, 1, 1, 1, 1),
         interleave=2,
         zero_bubble=True,
     )
-    cut = schedule.of(made)
+    cut = schedule.job_stages(made)
     assert [stage.layers for stage in cut] == [12] * 4
     assert cut[0].embedding and cut[0].head and not any(stage.embedding or stage.head for stage in cut[1:])
     assert {activations.in_flight(made, stage) for stage in range(4)} == {4.0}
@@ -340,7 +348,7 @@ def test_multi_token_prediction_stands_on_the_last_stage() -> None:
     assert [m.moe - p.moe for p, m in zip(plain, more, strict=True)] == [0, 0, 0, 1]
     one = Layout(4, 1, 1, 1, 1, 1)
     before, after = (
-        states.held(job(m, Software(), layout=one), s[-1])
+        states.local_weights(job(m, Software(), layout=one), s[-1])
         for m, s in ((preset("deepseek_v3"), plain), (model, more))
     )
     # Its own block, and the embedding table beside the head.

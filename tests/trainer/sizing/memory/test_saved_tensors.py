@@ -67,9 +67,9 @@ def test_the_decoder_keeps_what_is_counted(shape: dict[str, Any]) -> None:
     if model.attention == "cca":  # weights: the taps of queries and keys joined, the router's in fp32
         taps = (model.heads + model.kv_heads) * model.head_dim * 2 * model.head_dim
         copied += model.layers * (2 * taps + 4 * weights.total(model, True, "router"))
-    software = frameworks.own(kind="cpu")
+    software = frameworks.megaray(kind="cpu")
     job = TrainingJob(model, Layout(1, 1, 1, 1, 1, 1), TOKENS, SAMPLES, SAMPLES, "bf16", software=software)
-    counted = sum(activations.kept(job, layer >= model.dense_layers) for layer in range(model.layers))
-    assert counted + activations.head(job) + copied + log_probabilities == pytest.approx(
+    counted = sum(activations.saved_bytes(job, layer >= model.dense_layers) for layer in range(model.layers))
+    assert counted + activations.head_bytes(job) + copied + log_probabilities == pytest.approx(
         sum(kept.values()), rel=0.01
     )

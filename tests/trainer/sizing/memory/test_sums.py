@@ -8,7 +8,7 @@ import pytest
 
 from configs.compose import compose
 from configs.schema import ModelConfig
-from trainer.sizing.memory import activations, states, unwinding
+from trainer.sizing.memory import activations, backward_peak, states
 from trainer.sizing.memory import estimate as memory
 from trainer.sizing.model import flops, frameworks, parameters, shapes
 from trainer.sizing.model.job import FrameworkMemory, Software, TrainingJob
@@ -18,7 +18,7 @@ from trainer.sizing.time import schedule
 pytestmark = pytest.mark.unit
 
 ONE = Layout(1, 1, 1, 1, 1, 1)
-OWN = frameworks.own()
+MEGARAY_OVERHEADS = frameworks.megaray()
 
 
 def preset(name: str = "olmoe_1b_7b", **changed: object) -> ModelConfig:
@@ -26,7 +26,7 @@ def preset(name: str = "olmoe_1b_7b", **changed: object) -> ModelConfig:
 
 
 def job(layout: Layout = ONE, model: ModelConfig | None = None, **changed: object) -> TrainingJob:
-    made = TrainingJob(model or preset(), layout, 4096, 1, 4 * layout.dp, zero=1, software=OWN)
+    made = TrainingJob(model or preset(), layout, 4096, 1, 4 * layout.dp, zero=1, software=MEGARAY_OVERHEADS)
     return replace(made, **changed)  # type: ignore[arg-type]
 
 
@@ -36,9 +36,9 @@ def job(layout: Layout = ONE, model: ModelConfig | None = None, **changed: objec
 def test_results_of_experts_cut_over_ranks_are_kept_where_they_come_back_to() -> None:
     rows, hidden, width = 4096 * 8, 2048, 1024
     # Rows in bf16, gate and up, and their weighted product; of experts cut in two, the results as well, and half a width.
-    whole = activations.layer(job(), True)["mlp"]
+    whole = activations.layer_parts(job(), True)["mlp"]
     assert whole == rows * 2 * (hidden + 3 * width)
-    cut = activations.layer(job(Layout(1, 2, 1, 1, 2, 1)), True)["mlp"]
+    cut = activations.layer_parts(job(Layout(1, 2, 1, 1, 2, 1)), True)["mlp"]
     assert cut == 2 * rows * 2 * (2 * hidden + 3 * width / 2)
 
 
@@ -53,7 +53,9 @@ def test_ranks_beyond_the_key_heads_hold_a_head_each() -> None:
 
 def test_a_routers_choices_are_those_of_a_ranks_part_of_the_tokens() -> None:
     # fp32 scores of 64 experts; 36 bytes of each of eight choices.
-    assert activations.layer(job(Layout(1, 1, 1, 1, 1, 4)), True)["router"] == 4096 / 4 * (4 * 64 + 36 * 8)
+    assert activations.layer_parts(job(Layout(1, 1, 1, 1, 1, 4)), True)["router"] == 4096 / 4 * (
+        4 * 64 + 36 * 8
+    )
 
 
 def test_micro_batches_that_there_are_not_are_not_held() -> None:
@@ -61,18 +63,18 @@ def test_micro_batches_that_there_are_not_are_not_held() -> None:
     assert activations.in_flight(replace(made, zero_bubble=True, interleave=2), 0) == 2
     assert activations.in_flight(replace(made, zero_bubble=True, interleave=2, global_batch=64), 7) == 8
     # Two micro-batches in three chunks each are six of a third of the layers.
-    assert activations.at_once(8, 8, 3, 2) == 2.0
+    assert activations.in_flight_of_stage(8, 8, 3, 2) == 2.0
     # Warm-up of Narayanan et al. 2021: 2 (p - 1) + (v - 1) p chunks, and the one at work.
-    assert activations.at_once(4, 4, 2, 64) == (2 * 3 + 1 * 4 + 1) / 2
+    assert activations.in_flight_of_stage(4, 4, 2, 64) == (2 * 3 + 1 * 4 + 1) / 2
 
 
 def test_each_further_prediction_has_logits_and_a_norm_of_its_own() -> None:
     plain, deeper = (job(model=preset(mtp_layers=depth)) for depth in (0, 2))
-    assert activations.logits(plain) == 2 * 4096 * 50304
-    assert activations.logits(deeper) == 3 * activations.logits(plain)
+    assert activations.logit_bytes(plain) == 2 * 4096 * 50304
+    assert activations.logit_bytes(deeper) == 3 * activations.logit_bytes(plain)
     # The norm's input and the projection's, in bf16.
-    assert activations.head(plain) == 4096 * 2048 * (2 + 2)
-    assert activations.head(deeper) == 3 * activations.head(plain)
+    assert activations.head_bytes(plain) == 4096 * 2048 * (2 + 2)
+    assert activations.head_bytes(deeper) == 3 * activations.head_bytes(plain)
 
 
 # ---- weights and states ----
@@ -90,7 +92,7 @@ def test_a_last_stage_has_a_table_to_look_up_where_it_predicts_further(
     tied: bool, depth: int, tables: int
 ) -> None:
     made = job(Layout(2, 1, 1, 1, 1, 1), preset(tie_embeddings=tied, mtp_layers=depth))
-    held = states.held(made, schedule.of(made)[1])
+    held = states.local_weights(made, schedule.job_stages(made)[1])
     assert (
         held.plain - (8 + depth) * states.layer(made.model, made.layout, True).plain
         == tables * 50304 * 2048 + 2048
@@ -103,16 +105,16 @@ def test_zero_3_holds_the_layer_at_work_and_the_next() -> None:
         4 * 2048**2 + 64 * 2048 + 64 * 3 * 2048 * 1024 + 2 * 2048 + 2 * 2048
         # Norms of queries and keys are 2048 wide, as those of the layer.
     )
-    assert states.states(made, schedule.of(made)[0]).buckets == 2 * 2 * layer
+    assert states.model_states(made, schedule.job_stages(made)[0]).buckets == 2 * 2 * layer
 
 
 def test_a_flat_copy_is_of_all_weights_and_a_flat_gradient_of_the_own_shard() -> None:
     retention = FrameworkMemory(update=(2, 5))
     made = job(Layout(1, 8, 1, 8, 1, 1), software=Software(retention=retention))
-    (only,) = schedule.of(made)
-    held = states.held(made, only)
+    (only,) = schedule.job_stages(made)
+    held = states.local_weights(made, only)
     # Plain weights have eight replicas, experts one.
-    assert states.update(made, only) == 2 * held.all + 5 * (held.plain / 8 + held.routed)
+    assert states.update_bytes(made, only) == 2 * held.all + 5 * (held.plain / 8 + held.routed)
 
 
 # ---- a device ----
@@ -145,14 +147,14 @@ def test_the_fullest_ranks_rows_are_kept_of_each_micro_batch_in_flight() -> None
     itself and its result, gate, up, activation and product, in bf16."""
     software = Software(retention=FrameworkMemory(staging=0.0))
     made = job(Layout(4, 8, 1, 8, 1, 1), software=software, imbalance=1.5, global_batch=64)
-    used = memory.usage(made, "cuda", 0, schedule.of(made)[0])
+    used = memory.usage(made, "cuda", 0, schedule.job_stages(made)[0])
     assert used.imbalance == 4 * 4 * 0.5 * (4096 * 8) * 2 * (2 * 2048 + 4 * 1024)
 
 
 def test_latents_are_kept_of_a_tensor_parallel_ranks_part_of_the_tokens() -> None:
     """16 of 128 heads: queries and keys of 192, values and results of 128, in bf16, and an fp32 number. Latents of 1536,
     512 and 64 enter a norm and a matmul, in bf16, of an eighth of the tokens."""
-    kept = activations.layer(job(Layout(1, 1, 1, 1, 1, 8), preset("deepseek_v3")), False)["attention"]
+    kept = activations.layer_parts(job(Layout(1, 1, 1, 1, 1, 8), preset("deepseek_v3")), False)["attention"]
     assert kept == 4096 * (16 * (2 * (192 + 192 + 128 + 128) + 4) + (2 + 2) * (1536 + 512 + 64) / 8)
 
 
@@ -161,24 +163,24 @@ def test_latents_are_kept_of_a_tensor_parallel_ranks_part_of_the_tokens() -> Non
 
 def test_at_the_loss_all_other_micro_batches_are_whole() -> None:
     made = job(Layout(1, 8, 1, 8, 1, 1), imbalance=1.5)
-    (only,) = schedule.of(made)
-    one, three = (next(iter(unwinding.moments(made, only, held))) for held in (1.0, 3.0))
+    (only,) = schedule.job_stages(made)
+    one, three = (next(iter(backward_peak.timeline(made, only, held))) for held in (1.0, 3.0))
     assert three.activations == 3 * one.activations > 0
-    assert three.imbalance == 3 * one.imbalance == 3 * 16 * activations.surplus(made) > 0
+    assert three.imbalance == 3 * one.imbalance == 3 * 16 * activations.imbalance_bytes(made) > 0
 
 
 def test_the_projections_input_is_whole_on_each_tensor_parallel_rank() -> None:
     made = job(Layout(1, 1, 1, 1, 1, 2))
-    loss = next(iter(unwinding.moments(made, schedule.of(made)[0], 1.0)))
+    loss = next(iter(backward_peak.timeline(made, schedule.job_stages(made)[0], 1.0)))
     # Logits and the projection's gradient, halves; its input gathered and scaled, and the slope, twice.
     assert loss.transient == 4096 * 50304 * 2 / 2 + 50304 * 2048 * 2 / 2 + 4 * 4096 * 2048 * 2
 
 
 def test_layers_with_experts_go_backward_first() -> None:
     made = job(model=preset(dense_layers=1, dense_width=8192, layers=3))
-    names = [moment.name for moment in unwinding.moments(made, schedule.of(made)[0], 1.0)]
+    names = [moment.name for moment in backward_peak.timeline(made, schedule.job_stages(made)[0], 1.0)]
     layer, experts = "a layer's backward pass", "the reduction of gradients"
-    assert names == ["the loss", *[layer, experts, layer] * 2, layer, layer, unwinding.UPDATE]
+    assert names == ["the loss", *[layer, experts, layer] * 2, layer, layer, backward_peak.UPDATE]
 
 
 def test_a_v_gives_back_no_gathered_weights_before_all_gradients_are_made() -> None:
@@ -186,14 +188,16 @@ def test_a_v_gives_back_no_gathered_weights_before_all_gradients_are_made() -> N
     folded = replace(made, zero_bubble=True)
     last = []
     for one in (made, folded):
-        gathered = [moment.gathered for moment in unwinding.moments(one, schedule.of(one)[0], 1.0)]
+        gathered = [
+            moment.gathered for moment in backward_peak.timeline(one, schedule.job_stages(one)[0], 1.0)
+        ]
         last.append((gathered[0] > 0, gathered[-2] / gathered[0]))
     assert last[0][0] and last[1] == (True, 1.0) and last[0][1] < 0.3
 
 
 def test_gradients_that_nobody_shares_have_no_copy_to_be_reduced() -> None:
     for ranks, reduced in ((1, 2), (2, 2 + 4)):  # in bf16 as they are made, and FSDP2's fp32 copy
-        plain, routed = unwinding._kinds(job(Layout(2, ranks, 1, 1, 1, 1), zero=2))
+        plain, routed = backward_peak._kinds(job(Layout(2, ranks, 1, 1, 1, 1), zero=2))
         assert plain.reduced == routed.reduced == reduced
 
 
@@ -202,7 +206,7 @@ def test_rows_of_one_rank_have_no_second_buffer() -> None:
     made = job(Layout(1, 8, 1, 8, 1, 1), software=software, imbalance=1.5)
     rows = 4096 * 8 * 2048 * 2
     apart, alone = (replace(made, layout=layout) for layout in (made.layout, Layout(1, 8, 1, 1, 1, 1)))
-    sizes = [memory.usage(one, "cuda", 0, schedule.of(one)[0]).routing for one in (apart, alone)]
+    sizes = [memory.usage(one, "cuda", 0, schedule.job_stages(one)[0]).routing for one in (apart, alone)]
     assert sizes == [2 * 1.5 * rows, rows]
 
 
@@ -236,7 +240,7 @@ def test_a_shared_expert_is_cut_by_tensor_parallelism_and_a_routed_one_by_its_ow
     assert by_name["experts' gate and up"] == (rows, 2 * 512, 2048, 1, 64)
     assert by_name["experts' down"] == (rows, 2048, 512, 1, 64)
     # Kept in bf16: gate, up and their product, of a quarter of the width.
-    assert activations.layer(made, True)["shared"] == 4096 * 3 * 2 * 4096 / 4
+    assert activations.layer_parts(made, True)["shared"] == 4096 * 3 * 2 * 4096 / 4
 
 
 def test_a_rank_of_an_expert_group_has_its_share_of_the_experts_in_one_call() -> None:
@@ -277,7 +281,7 @@ def test_projections_of_one_input_are_one_matmul_where_the_software_joins_them()
     model = preset(kv_heads=4, dense_layers=16, dense_width=8192)
     apart, joined = (
         [(one.name, one.n, one.count) for one in shapes.layer(job(model=model, software=software), False)]
-        for software in (OWN, Software(fused_projections=True))
+        for software in (MEGARAY_OVERHEADS, Software(fused_projections=True))
     )
     # 16 heads of queries and 4 of keys and of values, 128 wide.
     assert apart[:2] == [("queries", 2048, 1), ("keys; values", 512, 2)]

@@ -87,11 +87,14 @@ def test_a_milder_setting_is_said_to_take_what_it_takes() -> None:
     slow = replace(best, seconds=0.5 * best.seconds)
     step = time.parts(replace(best.job, zero=1), auto.rates_of(config.hardware)).step
     more = step / slow.seconds - 1
-    assert auto._instead(config.hardware, slow, "zero=1", {"zero": 1}) == f"zero=1 takes {more:.1%} more time"
+    assert (
+        auto._why_setting(config.hardware, slow, "zero=1", {"zero": 1})
+        == f"zero=1 takes {more:.1%} more time"
+    )
     huge = {"micro_batch": 16, "global_batch": 16 * 64, "sequence": 16384, "recompute": "none"}
     needed = memory.worst(replace(best.job, **huge), "cuda")[1].needed / 2**30
     assert needed > 80
-    said = auto._instead(config.hardware, slow, "more", huge)
+    said = auto._why_setting(config.hardware, slow, "more", huge)
     assert said == f"more needs {needed:.0f} GiB, h100 has 80"
 
 
@@ -102,7 +105,9 @@ def test_choices_say_what_the_next_stage_and_the_next_size_would_do() -> None:
     assert best
     second = replace(best, job=replace(best.job, zero=2))
     (zero,) = [choice for choice in auto._settings(config, second) if choice.field == "parallel.zero"]
-    assert zero.value == "2" and zero.reason == auto._instead(config.hardware, second, "zero=1", {"zero": 1})
+    assert zero.value == "2" and zero.reason == auto._why_setting(
+        config.hardware, second, "zero=1", {"zero": 1}
+    )
     assert auto.settings(replace(best.job, zero=0))["parallel"]["zero"] == 1
     # A tenth more than a second, all of it in matmuls.
     fast, slow = (
@@ -346,7 +351,7 @@ def test_rows_worth_lending_are_the_next_power_of_two_and_one_at_least(rows: flo
     rates = auto.rates_of(config.hardware)
     way = 2 * (10e-6 + 2 * 3 * 2048 * 768 / (0.75 * 450e9))
     flops = rows * 6 * 3 * 2048 * 768 / way
-    slower = replace(rates, sustained=rates.kept * flops / rates.flops("bf16"))
+    slower = replace(rates, sustained=rates.sustained_share * flops / rates.flops("bf16"))
     assert slower.flops("bf16") == pytest.approx(flops) and auto.rows_to_lend(config, slower) == power
     assert auto.rows_to_lend(compose(["hardware=h200", "train.engine=deepspeed"]), slower) == 0
 

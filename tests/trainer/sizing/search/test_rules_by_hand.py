@@ -54,10 +54,10 @@ def test_bounds_are_bounds(made: Task) -> None:
     """What is left out has no room in truth, and nothing takes less time than its bound."""
     h100 = compose(["hardware=h100"]).hardware
     rates = auto.rates_of(h100)
-    kept, legal_ones, without_room = layouts._Bounds(made, h100, rates).all()
+    kept, legal_ones, too_large = layouts._Bounds(made, h100, rates).all()
     bounds = {legal.job(made, layout, *choice): bound for bound, layout, choice in kept}
     whole = [job for layout in legal.layouts(made) for job in set_ups(made, layout)]
-    assert (legal_ones, legal_ones - without_room) == (len(whole), len(bounds))
+    assert (legal_ones, legal_ones - too_large) == (len(whole), len(bounds))
     for job in whole:
         if job in bounds:
             assert bounds[job] <= time.parts(job, rates).step * (1 + 1e-9), layouts.label(job)
@@ -78,9 +78,7 @@ def test_what_has_just_enough_room_is_not_left_out(dense: dict[str, int]) -> Non
     for room in (1.0001 * needed, 0.9999 * needed, 0.25 * needed):
         sized = h100.model_copy(update={"memory_gib": room / 2**30})
         result = layouts.search(made, sized, auto.rates_of(h100))
-        counts.append(
-            (result.legal, result.without_room, result.priced, result.best and result.best.job == job)
-        )
+        counts.append((result.legal, result.too_large, result.priced, result.best and result.best.job == job))
     assert counts == [(1, 0, 1, True), (1, 0, 1, None), (1, 1, 0, None)]
 
 
@@ -149,7 +147,11 @@ def test_a_set_up_has_all_of_its_task() -> None:
     )
     assert (job.micro_batch, job.zero, job.recompute, job.micro_batches) == (2, 1, "full", 4)
     dense = made.model.model_copy(update={"experts": 1})
-    assert (task().uneven, replace(task(), model=dense).uneven, made.uneven) == (1.15, 1.0, 1.5)
+    assert (
+        task().expert_imbalance,
+        replace(task(), model=dense).expert_imbalance,
+        made.expert_imbalance,
+    ) == (1.15, 1.0, 1.5)
 
 
 def test_a_micro_batch_that_does_not_divide_a_replicas_share_is_not_legal() -> None:

@@ -17,14 +17,14 @@ from trainer.sizing.model.job import Recompute, Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators, schedule, step
+from trainer.sizing.time.cost_model import CostModel
 from trainer.sizing.time.fabric import Fabric, RankGroup, from_catalogue
-from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Overheads, Rates
 
 pytestmark = pytest.mark.unit
 
 GBPS = 1e9
-PLAIN, OWN, LENDING = Software(), frameworks.own(), frameworks.own(lent_rows=64)
+PLAIN, MEGARAY_OVERHEADS, LENDING = Software(), frameworks.megaray(), frameworks.megaray(lent_rows=64)
 
 
 @lru_cache
@@ -69,12 +69,12 @@ SPLIT, OVER_NODES = Layout(1, 4, 1, 8, 1, 2), Layout(1, 4, 2, 8, 1, 2)
         (job(SPLIT), job(SPLIT, zero=3)),
         # Weights that no other rank has aren't copied by FSDP2; sums of several micro-batches are added to.
         (
-            job(Layout(1, 1, 1, 1, 1, 1), software=OWN, global_batch=1),
-            job(Layout(1, 2, 1, 1, 1, 1), software=OWN, global_batch=2),
+            job(Layout(1, 1, 1, 1, 1, 1), software=MEGARAY_OVERHEADS, global_batch=1),
+            job(Layout(1, 2, 1, 1, 1, 1), software=MEGARAY_OVERHEADS, global_batch=2),
         ),
         (
-            job(Layout(1, 2, 1, 1, 1, 1), software=OWN, global_batch=2),
-            job(Layout(1, 2, 1, 1, 1, 1), software=OWN, global_batch=8),
+            job(Layout(1, 2, 1, 1, 1, 1), software=MEGARAY_OVERHEADS, global_batch=2),
+            job(Layout(1, 2, 1, 1, 1, 1), software=MEGARAY_OVERHEADS, global_batch=8),
         ),
         # The fullest rank has 1.05 times its share, of itself or once experts are lent.
         *(
@@ -144,7 +144,7 @@ def test_a_step_is_its_slowest_stages_and_the_head_is_only_that_stages() -> None
     model = preset().model_copy(update={"dense_layers": 1, "dense_width": 65536})
     made = job(Layout(4, 1, 1, 1, 1, 1), model=model, global_batch=8)
     costs, parts = time._Costs(made, h100()), time.parts(made, h100())
-    each = [sum(costs.stage(stage)) for stage in schedule.of(made)]
+    each = [sum(costs.stage(stage)) for stage in schedule.job_stages(made)]
     assert max(each) == each[0] > each[-1] and costs.head > 0
     rest = parts.bubble + parts.dp + parts.optimizer + parts.fixed
     assert parts.step - rest == pytest.approx(8 * each[0], rel=1e-9) and parts.head == 0
@@ -201,7 +201,7 @@ def test_weights_under_zero_3_are_gathered_for_both_passes() -> None:
 
 def test_a_stages_first_gather_and_last_reduction_have_nothing_beside_them() -> None:
     """Micro-batches so large that all else is hidden: each leaves one layer's exchange of a stage."""
-    made = job(Layout(4, 2, 1, 1, 1, 1), zero=3, micro_batch=64, global_batch=512, software=OWN)
+    made = job(Layout(4, 2, 1, 1, 1, 1), zero=3, micro_batch=64, global_batch=512, software=MEGARAY_OVERHEADS)
     rates, held = h100(), states.layer(made.model, made.layout, True)
     by_hand = 0.0
     for count in (held.plain, held.routed):
@@ -241,9 +241,11 @@ def test_a_tied_tables_shards_lie_on_context_parallel_ranks_too() -> None:
 
 
 def test_muon_is_shared_out_over_a_stages_ranks_alone() -> None:
-    muon = frameworks.own(optim=OptimConfig(kind="muon"))
+    muon = frameworks.megaray(optim=OptimConfig(kind="muon"))
     whole, half = (job(Layout(pp, 1, 1, 1, 1, 1), software=muon) for pp in (1, 2))
-    seconds = [time._Costs(made, h100())._orthogonal(schedule.of(made)[0], 0.0) for made in (whole, half)]
+    seconds = [
+        time._Costs(made, h100())._orthogonal(schedule.job_stages(made)[0], 0.0) for made in (whole, half)
+    ]
     assert seconds[1] == pytest.approx(seconds[0] / 2) and seconds[1] > 0
 
 
@@ -252,10 +254,10 @@ def test_muon_is_shared_out_over_a_stages_ranks_alone() -> None:
 
 def test_a_price_has_the_blocks_of_multi_token_prediction_that_its_work_has() -> None:
     """A block is a layer with experts; its hidden states go through the projection and the loss once more."""
-    model, prices = preset("deepseek_v3"), Prices(compose(["hardware=h100"]).hardware)
+    model, costs = preset("deepseek_v3"), CostModel(compose(["hardware=h100"]).hardware)
     made = job(Layout(1, 1, 1, 1, 1, 8), model=model, software=Software(fused_accumulation=True))
     base, longer, deeper = (
-        prices.of(replace(made, model=model.model_copy(update=changed)))
+        costs.micro_batch(replace(made, model=model.model_copy(update=changed)))
         for changed in ({}, {"layers": model.layers + 1}, {"mtp_layers": 1})
     )
     assert base and longer and deeper
@@ -264,7 +266,7 @@ def test_a_price_has_the_blocks_of_multi_token_prediction_that_its_work_has() ->
     for name, seconds in longer.matmuls.items():
         times = 2 if name == "output projection" else 1
         assert deeper.matmuls[name] == pytest.approx(times * seconds), name
-    loss = sum(one.memory for one in operators.head(made, prices.rates))
+    loss = sum(one.memory for one in operators.head(made, costs.rates))
     assert deeper.memory == pytest.approx(longer.memory + loss)
     # So its rate is that of one layer more, not above it.
     assert deeper.flops / deeper.device == pytest.approx(base.flops / base.device, rel=0.05)
@@ -286,10 +288,10 @@ def test_an_interval_joins_what_parts_miss_and_what_all_miss() -> None:
 
 
 def test_a_price_is_a_tensor_parallel_ranks_share_with_the_fullest_experts_rows() -> None:
-    prices = Prices(compose(["hardware=h100"]).hardware)
+    costs = CostModel(compose(["hardware=h100"]).hardware)
     made = job(Layout(1, 1, 1, 1, 1, 1))
-    whole, half = (prices.of(replace(made, layout=Layout(1, 1, 1, 1, 1, tp))) for tp in (1, 2))
-    uneven = prices.of(replace(made, imbalance=2.0))
+    whole, half = (costs.micro_batch(replace(made, layout=Layout(1, 1, 1, 1, 1, tp))) for tp in (1, 2))
+    uneven = costs.micro_batch(replace(made, imbalance=2.0))
     assert whole and half and uneven
     assert half.flops == whole.flops / 2 == 4096 * flops.train_flops_per_token(made.model, 4096) / 2
     assert uneven.matmuls["experts' down"] > 1.02 * whole.matmuls["experts' down"]
@@ -345,12 +347,16 @@ def test_attention_of_context_parallel_ranks_is_their_share_in_16_bits() -> None
     made, rates = job(Layout(1, 1, 1, 1, 1, 1)), h100()
     for software in (Software(), Software(flash_attention=False)):
         one, four = (
-            operators.core(replace(made, layout=Layout(1, 1, cp, 1, 1, 1), software=software), rates, False)
+            operators.attention_core(
+                replace(made, layout=Layout(1, 1, cp, 1, 1, 1), software=software), rates, False
+            )
             for cp in (1, 4)
         )
         assert four == pytest.approx((one[0] / 4, one[1] / 4))
     # Matmuls in fp8 leave fused attention as it is.
-    assert operators.core(replace(made, precision="fp8"), rates, True) == operators.core(made, rates, True)
+    assert operators.attention_core(replace(made, precision="fp8"), rates, True) == operators.attention_core(
+        made, rates, True
+    )
 
 
 def test_the_fp8_casts_of_a_matmul_are_of_its_input_and_of_its_outputs_gradient() -> None:
@@ -374,5 +380,7 @@ def test_latent_attention_has_wider_keys_than_values() -> None:
     rates = h100()
     # 128 heads: 2 FLOPs for each of 192 channels of a key and 128 of a value, of the 2048.5 keys that a query sees.
     work = 2 * (192 + 128) * 128 * 4096 * 2048.5
-    seconds, _ = operators.core(job(Layout(1, 1, 1, 1, 1, 1), model=preset("deepseek_v3")), rates, False)
+    seconds, _ = operators.attention_core(
+        job(Layout(1, 1, 1, 1, 1, 1), model=preset("deepseek_v3")), rates, False
+    )
     assert seconds == pytest.approx(work / (0.44 * rates.flops("bf16")))

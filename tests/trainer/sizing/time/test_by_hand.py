@@ -174,7 +174,7 @@ def test_updated_weights_are_gathered_behind_the_forward_pass_alone() -> None:
     hidden = apart.dp - time.parts(replace(made, software=Software(overlap_gather=True)), h100()).dp
     layers = apart.matmul + apart.attention + apart.memory + apart.ep + apart.head + apart.host
     # Half of what hides gradients, of one micro-batch of four.
-    assert hidden == pytest.approx(time.BEHIND / 2 * layers / 4)
+    assert hidden == pytest.approx(time.OVERLAPPABLE_SHARE / 2 * layers / 4)
     held = parameters.count(made.model).total
     assert hidden < ring(2.0 * held, 8)
 
@@ -272,7 +272,9 @@ def test_latent_attention_under_cp_gathers_what_the_trainer_gathers() -> None:
     assert time.parts(gathered, h100()).cp == pytest.approx(by_hand)
     # All heads' keys and values that were gathered are kept, eight times those of the rank's own tokens.
     ours, other = (
-        activations.layer(replace(made, software=frameworks.own(context=context)), False)["attention"]
+        activations.layer_parts(replace(made, software=frameworks.megaray(context=context)), False)[
+            "attention"
+        ]
         for context in ("gather", "ulysses")
     )
     # So are the results of both pieces of its own, beside what they are joined to.
@@ -281,7 +283,10 @@ def test_latent_attention_under_cp_gathers_what_the_trainer_gathers() -> None:
 
 def test_ulysses_exchanges_heads_for_tokens_and_gathers_nothing() -> None:
     gathered, ours = (
-        replace(job(preset("olmoe_1b_7b"), Layout(1, 1, 4, 1, 1, 1), sequence=32768), software=frameworks.own(context=c))
+        replace(
+            job(preset("olmoe_1b_7b"), Layout(1, 1, 4, 1, 1, 1), sequence=32768),
+            software=frameworks.megaray(context=c),
+        )
         for c in ("gather", "ulysses")
     )  # fmt: skip
     # Queries, keys and values together, then results, of 8192 tokens and 16 heads of 128, there and back; 16 layers, 4
@@ -303,7 +308,7 @@ def test_layers_that_are_computed_again_exchange_their_context_again(
 ) -> None:
     made = replace(
         job(preset("mixtral_8x7b"), Layout(1, 1, 4, 1, 1, 1), sequence=32768),
-        software=frameworks.own(context=context),
+        software=frameworks.megaray(context=context),
     )
     forward = sum(operators.layer(made, h100(), moe)[0].compute for moe in (True,)) * 32 * 4
     none, full = (time.parts(replace(made, recompute=recompute), h100()) for recompute in ("none", "full"))
@@ -318,7 +323,9 @@ def test_a_sliding_window_leaves_less_attention() -> None:
     by_hand = sum(min(i + 1, 512) for i in range(4096)) / 4096
     assert flops.keys_seen(near, 4096) == pytest.approx(by_hand)
     assert flops.keys_seen(model, 4096) == (4096 + 1) / 2
-    full, less = (operators.core(job(m, Layout(1, 1, 1, 1, 1, 1)), h100(), False)[0] for m in (model, near))
+    full, less = (
+        operators.attention_core(job(m, Layout(1, 1, 1, 1, 1, 1)), h100(), False)[0] for m in (model, near)
+    )
     assert less / full == pytest.approx(by_hand / 2048.5)
 
 
@@ -367,22 +374,22 @@ def test_folding_is_one_rule_for_time_states_search_and_schema() -> None:
         ({"layout": Layout(1, 24, 1, 8, 1, 1), "node": 12}, 1.4),  # every second group lies in two nodes
         ({"layout": Layout(1, 24, 1, 8, 1, 1), "node": 24}, 1.05),
         ({"node": 12}, 1.05),  # the only group has a node of its own
-        ({"software": frameworks.own()}, 1.4),
+        ({"software": frameworks.megaray()}, 1.4),
         ({"layout": Layout(1, 8, 1, 1, 1, 1)}, 1.0),
         # Of 8 * 4096 tokens an expert of 64 has 4096 choices of 8, and 1.4 times that where it is hot: 5734.4.
-        ({"software": frameworks.own(lent_rows=5734)}, 1.05),
-        ({"software": frameworks.own(lent_rows=5735)}, 1.4),
+        ({"software": frameworks.megaray(lent_rows=5734)}, 1.05),
+        ({"software": frameworks.megaray(lent_rows=5735)}, 1.4),
     ],
 )
 def test_lent_experts_leave_ranks_alike(changes: dict[str, Any], fullest: float) -> None:
-    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.own(lent_rows=2048))
+    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.megaray(lent_rows=2048))
     assert replace(made, imbalance=1.4, node=8).fullest == 1.05
     assert replace(made, **({"imbalance": 1.4, "node": 8} | changes)).fullest == fullest
 
 
 def test_lending_takes_the_host_launches() -> None:
-    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.own(), imbalance=1.05)
-    lent = replace(made, software=frameworks.own(lent_rows=64), imbalance=1.4)
+    made = job(preset("olmoe_1b_7b"), Layout(1, 8, 1, 8, 1, 1), software=frameworks.megaray(), imbalance=1.05)
+    lent = replace(made, software=frameworks.megaray(lent_rows=64), imbalance=1.4)
     assert made.fullest == lent.fullest and not made.lends and lent.lends
     rates = h100()
     one, other = (time._Costs(each, rates).layers[True] for each in (made, lent))
@@ -396,7 +403,7 @@ def test_tokens_are_gathered_where_the_trainer_gathers_them(ep: int, gathers: bo
 
     model = preset("olmoe_1b_7b")
     assert fewer_bytes(model.top_k, ep) == gathers
-    made = job(model, Layout(1, ep, 1, ep, 1, 1), software=frameworks.own())
+    made = job(model, Layout(1, ep, 1, ep, 1, 1), software=frameworks.megaray())
     assert made.gathers_experts == gathers
     assert not replace(made, software=Software()).gathers_experts
     if ep == 8:
@@ -409,7 +416,7 @@ def test_tokens_are_gathered_where_the_trainer_gathers_them(ep: int, gathers: bo
 
 def test_bytes_of_an_optimizer_step_counted_one_by_one() -> None:
     model = preset("olmoe_1b_7b").model_copy(update={"layers": 4})
-    alone = job(model, Layout(1, 1, 1, 1, 1, 1), global_batch=1, zero=0, software=frameworks.own())
+    alone = job(model, Layout(1, 1, 1, 1, 1, 1), global_batch=1, zero=0, software=frameworks.megaray())
     shared = replace(alone, layout=Layout(1, 4, 1, 1, 1, 1), global_batch=4, zero=1)
     # fp32 master, two moments: read and written; bf16 gradient read twice; bf16 weight written.
     assert states.gradient_bytes(alone) == (2, 2) and traffic.update_bytes(alone, 2, cast=False) == 30
@@ -428,5 +435,5 @@ def test_bytes_of_an_optimizer_step_counted_one_by_one() -> None:
 def test_the_optimizer_of_a_measured_step() -> None:
     """OLMoE's layers, four of them, on an H100: 19.3 ms for norm, clipping and AdamW (docs/speed.md)."""
     model = preset("olmoe_1b_7b").model_copy(update={"layers": 4})
-    made = job(model, Layout(1, 1, 1, 1, 1, 1), micro_batch=4, zero=0, software=frameworks.own())
+    made = job(model, Layout(1, 1, 1, 1, 1, 1), micro_batch=4, zero=0, software=frameworks.megaray())
     assert time.parts(made, h100()).optimizer == pytest.approx(19.3e-3, rel=0.08)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose
-from trainer.sizing.time.fabric import Fabric, RankGroup, from_catalogue, place
+from trainer.sizing.time.fabric import Fabric, RankGroup, from_catalogue, rank_group
 
 pytestmark = pytest.mark.unit
 
@@ -53,12 +53,12 @@ def test_small_groups_of_a_mesh_have_few_links_and_those_of_a_switch_all() -> No
 
 
 def test_groups_lie_by_their_stride() -> None:
-    assert place(8, 1, 8) == RankGroup(8, 1, 1)
-    assert place(4, 2, 8) == RankGroup(4, 1, 2)  # every second rank of a node
+    assert rank_group(8, 1, 8) == RankGroup(8, 1, 1)
+    assert rank_group(4, 2, 8) == RankGroup(4, 1, 2)  # every second rank of a node
     # Two of a node, on eight nodes; four such groups share the adapters.
-    assert place(16, 4, 8) == RankGroup(16, 8, 4)
-    assert place(4, 64, 8) == RankGroup(4, 4, 8)
-    assert place(16, 4, 8).local == 2
+    assert rank_group(16, 4, 8) == RankGroup(16, 8, 4)
+    assert rank_group(4, 64, 8) == RankGroup(4, 4, 8)
+    assert rank_group(16, 4, 8).local == 2
 
 
 def test_groups_that_share_a_nodes_adapters_take_longer() -> None:

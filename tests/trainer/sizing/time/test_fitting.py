@@ -14,13 +14,13 @@ import pytest
 
 from configs import profile
 from trainer.sizing.time import fitting
-from trainer.sizing.time.kernels import GROUPED, TILES, Chip, Form, MatmulShape, Tuning
+from trainer.sizing.time.kernels import GROUPED, TILES, Chip, MatmulModel, MatmulParameters, MatmulShape
 from trainer.sizing.time.matmul import DEFAULTS
 
 pytestmark = pytest.mark.unit
 
 CHIP = Chip(132, TILES["hopper"], GROUPED["hopper"])
-START = Tuning(**(DEFAULTS.__dict__ | {"rate": 8e14, "bandwidth": 3e12}))
+START = MatmulParameters(**(DEFAULTS.__dict__ | {"rate": 8e14, "bandwidth": 3e12}))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def rows(rate: float) -> list[fitting.Measured]:
     """Shapes as a device of that rate takes them."""
-    form = Form(CHIP, Tuning(**(START.__dict__ | {"rate": rate})))
+    form = MatmulModel(CHIP, MatmulParameters(**(START.__dict__ | {"rate": rate})))
     shapes = [
         MatmulShape(m, n, k) for m in (512, 2048, 8192) for n in (1024, 4096) for k in (1024, 4096, 8192)
     ]
@@ -42,11 +42,11 @@ def rows(rate: float) -> list[fitting.Measured]:
 
 def fitted(
     dense: list[fitting.Measured],
-    start: Tuning = START,
+    start: MatmulParameters = START,
     name: str = "lab",
     is_whole: Callable[[], bool] = lambda: True,
-) -> tuple[Tuning, list[float], list[float]]:
-    return fitting.kept_or_fitted(name, CHIP, start, dense, [], is_whole)
+) -> tuple[MatmulParameters, list[float], list[float]]:
+    return fitting.load_or_fit(name, CHIP, start, dense, [], is_whole)
 
 
 def test_a_known_rate_is_found_again(folder: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_processor_with_another_last_digit_finds_the_fit(
         patch.setattr(fitting, "dense", lambda *_: pytest.fail("fitted twice"))
         off = replace(START, rate=START.rate * (1 + 1e-13))
         assert fitted([(shape, s * (1 - 1e-14)) for shape, s in measured], start=off) == first
-    fitted_anew: list[Tuning] = []
+    fitted_anew: list[MatmulParameters] = []
     monkeypatch.setattr(fitting, "dense", lambda chip, start, rows: fitted_anew.append(start) or start)
     for other in (replace(START, rate=START.rate * 1.000001), replace(START, launch=5e-6)):
         fitted(measured, start=other)

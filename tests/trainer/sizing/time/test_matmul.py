@@ -17,10 +17,10 @@ from trainer.sizing.time.kernels import (
     GROUPED,
     TILES,
     Chip,
-    Form,
     KernelKind,
+    MatmulModel,
+    MatmulParameters,
     MatmulShape,
-    Tuning,
     level,
     shares,
 )
@@ -42,9 +42,11 @@ def hardware(name: str) -> HardwareConfig:
     return compose([f"hardware={name}"]).hardware
 
 
-def form(units: int = 132, family: str = "hopper", **values: float) -> Form:
+def form(units: int = 132, family: str = "hopper", **values: float) -> MatmulModel:
     tuning = {"rate": 800e12, "bandwidth": 3e12, "power": 3.0} | values
-    return Form(Chip(units, TILES[family], GROUPED.get(family)), Tuning(**{**vars(DEFAULTS), **tuning}))
+    return MatmulModel(
+        Chip(units, TILES[family], GROUPED.get(family)), MatmulParameters(**{**vars(DEFAULTS), **tuning})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -150,15 +152,18 @@ def test_fp8_that_no_profile_has_comes_from_the_catalogue(h100: DeviceProfile) -
     ],
 )  # fmt: skip
 def test_tiles_fill_waves(units: int, tile: tuple[int, int], m: int, n: int, waves: int, fill: float) -> None:
-    plan = Form(
-        Chip(units, (tile,), None), Tuning(**{**vars(DEFAULTS), "rate": 1e15, "bandwidth": 1e13})
+    plan = MatmulModel(
+        Chip(units, (tile,), None), MatmulParameters(**{**vars(DEFAULTS), "rate": 1e15, "bandwidth": 1e13})
     ).plan(MatmulShape(m, n, 256))
     assert plan.waves == waves
     assert plan.blocks / (plan.waves * units) == pytest.approx(fill, abs=0.001)
 
 
 def test_one_row_more_than_a_wave_holds_costs_a_wave() -> None:
-    one = Form(Chip(132, ((128, 256),), None), Tuning(**{**vars(DEFAULTS), "rate": 8e14, "bandwidth": 3e12}))
+    one = MatmulModel(
+        Chip(132, ((128, 256),), None),
+        MatmulParameters(**{**vars(DEFAULTS), "rate": 8e14, "bandwidth": 3e12}),
+    )
     full, over = (
         one.choose(MatmulShape(128 * 33, 1024, 4096)),
         one.choose(MatmulShape(128 * 33 + 1, 1024, 4096)),

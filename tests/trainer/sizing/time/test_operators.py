@@ -17,8 +17,8 @@ from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators, traffic
+from trainer.sizing.time.cost_model import CostModel
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Rates
 
 pytestmark = pytest.mark.unit
@@ -47,7 +47,7 @@ def job(**changes: int) -> TrainingJob:
     model = ModelConfig.model_validate({"name": "x", **fields, **changes})
     return TrainingJob(
         model, Layout(1, 1, 1, 1, 1, 1), sequence=4096, micro_batch=2, global_batch=2, node=1,
-        software=frameworks.own(precision="fp32"),  # torch's own operators
+        software=frameworks.megaray(precision="fp32"),  # torch's own operators
     )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_kernels_of_one_pass_take_what_a_step_was_measured_to_take() -> None:
     assert layers * tokens * (between + narrow) * per_byte == pytest.approx(6.3, rel=0.1)
     rows = hidden * sum(top_k * k.row + k.weighted + k.router for k in (one, two))
     assert layers * tokens * rows * per_byte == pytest.approx(4.9, rel=0.15)
-    job_ = replace(job(qk_norm="projection"), software=frameworks.own())  # type: ignore[arg-type]
+    job_ = replace(job(qk_norm="projection"), software=frameworks.megaray())  # type: ignore[arg-type]
     for backward in (False, True):
         moved, _ = traffic.moved_per_token(job_, backward)
         assert moved < 0.4 * traffic.moved_per_token(job(qk_norm="projection"), backward)[0]  # type: ignore[arg-type]
@@ -99,7 +99,10 @@ def test_eager_work_moves_more_than_fused() -> None:
 def test_heads_that_are_not_multiples_of_8_leave_the_tuned_kernel_and_are_copied() -> None:
     even, odd = job(head_dim=104), job(head_dim=100)
     for backward in (False, True):
-        assert operators.core(odd, rates(), backward)[0] > 1.2 * operators.core(even, rates(), backward)[0]
+        assert (
+            operators.attention_core(odd, rates(), backward)[0]
+            > 1.2 * operators.attention_core(even, rates(), backward)[0]
+        )
         assert traffic.moved_per_token(odd, backward)[0] > traffic.moved_per_token(even, backward)[0]
 
 
@@ -117,7 +120,7 @@ def test_an_odd_width_costs_its_gradients_by_their_layout() -> None:
 def test_a_step_pads_heads_as_the_price_of_a_shape_does() -> None:
     """Heads of 80 are computed 96 wide: as long as heads of 96, wherever attention is asked for."""
     h100 = catalogue.device("h100")
-    rates, prices = Rates(h100, from_catalogue(h100)), Prices(h100)
+    rates, costs = Rates(h100, from_catalogue(h100)), CostModel(h100)
     one = job_of(
         compose(["model=olmoe_1b_7b", "hardware=h100", "data.sequence=4096", "train.micro_batch=1"])
     )[0]
@@ -125,7 +128,7 @@ def test_a_step_pads_heads_as_the_price_of_a_shape_does() -> None:
     steps = [time.parts(made, rates).attention for made in jobs]
     assert steps[0] == pytest.approx(steps[1])
     for made, seconds in zip(jobs, steps, strict=True):
-        price = prices.of(made)
+        price = costs.micro_batch(made)
         assert price is not None and price.attention == pytest.approx(seconds)
 
 
@@ -142,6 +145,6 @@ def test_a_rank_that_has_all_experts_gets_as_many_rows_as_there_are() -> None:
     for ep, uneven in ((1, False), (8, True)):
         one = job_of(compose([*words, f"parallel.ep={ep}"]))[0]
         even = replace(one, imbalance=1.0)
-        assert one.imbalance > 1 and (activations.surplus(one) > 0) is uneven
+        assert one.imbalance > 1 and (activations.imbalance_bytes(one) > 0) is uneven
         assert (time.parts(one, rates).matmul > time.parts(even, rates).matmul) is uneven
         assert (memory.worst(one, "cuda")[1].needed > memory.worst(even, "cuda")[1].needed) is uneven

@@ -15,13 +15,13 @@ from trainer.sizing.model.job import Software, TrainingJob
 from trainer.sizing.model.layout import Layout
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import operators, schedule, traffic
+from trainer.sizing.time.cost_model import CostModel
 from trainer.sizing.time.fabric import from_catalogue
-from trainer.sizing.time.price import Prices
 from trainer.sizing.time.rates import Overheads, Rates
 
 pytestmark = pytest.mark.unit
 
-OWN, PLAIN = frameworks.own(), Software()
+MEGARAY_OVERHEADS, PLAIN = frameworks.megaray(), Software()
 ONE = Layout(1, 1, 1, 1, 1, 1)
 # Weights of OLMoE-1B-7B: a layer's attention with its norms and router, its 64 experts, a table.
 ATTENTION, NORMS, ROUTER = 4 * 2048**2, 2 * 2048 + 2 * 2048, 64 * 2048
@@ -71,15 +71,15 @@ def test_the_slowest_stage_is_the_one_that_host_and_device_together_take_longest
 def test_a_stage_without_experts_does_not_wait_for_their_rows() -> None:
     """Eight dense layers, then eight with experts: the host waits in the second stage alone."""
     model = preset(dense_layers=8, dense_width=8192)
-    made, slow = job(Layout(2, 16, 1, 16, 1, 1), model, software=OWN), rates(3e-5)
+    made, slow = job(Layout(2, 16, 1, 16, 1, 1), model, software=MEGARAY_OVERHEADS), rates(3e-5)
     costs = time._Costs(made, slow)
-    for stage, norm in zip(schedule.of(made), (3.5, 2.0), strict=True):
+    for stage, norm in zip(schedule.job_stages(made), (3.5, 2.0), strict=True):
         layer = costs.layers[bool(stage.moe)]
         device, host = 8 * (layer.step - layer.host) + costs.message, 8 * layer.host + costs.message
         device += costs.head * stage.head
         taken = (device**norm + host**norm) ** (1 / norm)
         assert sum(costs.stage(stage)) == pytest.approx(taken)
-    assert len(schedule.of(made)) == 2
+    assert len(schedule.job_stages(made)) == 2
 
 
 def test_gradients_are_reduced_behind_the_host_too() -> None:
@@ -131,7 +131,7 @@ def test_keys_go_round_a_ring_once_there_and_twice_back_behind_half_of_attention
 def test_ranks_with_parts_of_the_same_experts_share_tokens_and_not_pairs() -> None:
     """As `trainer.parallel.expert` runs it: four ranks gather their quarters of 4096 tokens, each sends eight copies of all
     to the two ranks of its group and back, and sums are scattered. Megatron's gather eight copies of a quarter."""
-    made = job(Layout(1, 2, 1, 2, 4, 4), software=OWN)
+    made = job(Layout(1, 2, 1, 2, 4, 4), software=MEGARAY_OVERHEADS)
     tokens = 2.0 * 4096 * 2048
     once = 2 * ring(8 * tokens, 2) + 2 * ring(tokens, 4)
     assert time.parts(made, rates()).ep == pytest.approx(16 * 4 * 2 * once)
@@ -173,14 +173,14 @@ def test_the_projections_gradient_is_added_to_the_steps() -> None:
 
 def test_fsdp_copies_what_others_share_and_not_what_a_rank_has_alone() -> None:
     """Four replicas of all but the experts, which lie on one rank each: 16 bytes a weight, of plain ones alone."""
-    made = job(Layout(1, 4, 1, 4, 1, 1), software=OWN, global_batch=4)
-    fused = replace(made, software=replace(OWN, fused_accumulation=True))
+    made = job(Layout(1, 4, 1, 4, 1, 1), software=MEGARAY_OVERHEADS, global_batch=4)
+    fused = replace(made, software=replace(MEGARAY_OVERHEADS, fused_accumulation=True))
     for count, of in (
         (ATTENTION + ROUTER, lambda one: operators.layer(one, rates(), True)[1].memory),
         (TABLE, lambda one: operators.head(one, rates())[1].memory),
     ):
         assert of(made) - of(fused) == pytest.approx(16 * count / rates().stream)
-    assert traffic.accumulated(made, 1.0, True) == 0
+    assert traffic.accumulation_bytes(made, 1.0, True) == 0
 
 
 def test_a_shared_experts_activation_is_of_a_tensor_parallel_ranks_width() -> None:
@@ -204,23 +204,23 @@ def test_without_zero_gradients_are_summed_and_nothing_is_gathered() -> None:
 
 def test_muon_sends_each_rank_its_shards_matrices_and_gets_results_back() -> None:
     """Two experts' replicas and four of the rest under ZeRO-1: what a rank holds goes to where its matrix is, in bf16."""
-    made = job(Layout(1, 4, 1, 2, 1, 1), software=frameworks.own(optim=OptimConfig(kind="muon")))
-    costs, (stage,) = time._Costs(made, rates()), schedule.of(made)
+    made = job(Layout(1, 4, 1, 2, 1, 1), software=frameworks.megaray(optim=OptimConfig(kind="muon")))
+    costs, (stage,) = time._Costs(made, rates()), schedule.job_stages(made)
     local = (16 * (ATTENTION + NORMS + ROUTER) + 2 * TABLE + 2048) / 4 + 16 * EXPERTS / 2 / 2
     alone = costs.update(stage, 1.0)[1] - 2 * ring(2.0 * local, 4)
-    moved = traffic.updated(made, states.held(made, stage), None) / rates().stream
+    moved = traffic.optimizer_bytes(made, states.local_weights(made, stage), None) / rates().stream
     work = 16 * operators.orthogonal_flops(made.model, True, made.software.orthogonal_steps)
     assert alone == pytest.approx(moved + work / 4 / rates().flops("bf16"))
 
 
 def test_scores_that_are_made_again_go_through_memory_again() -> None:
     made = job(recompute="selective", software=Software(flash_attention=False, selective="attention"))
-    multiplied, scores = operators.core(made, rates(), False)
+    multiplied, scores = operators.attention_core(made, rates(), False)
     assert scores > 0 and time.parts(made, rates()).recompute == pytest.approx(16 * 4 * (multiplied + scores))
 
 
 def test_deepspeed_reduces_behind_nothing() -> None:
-    made = job(Layout(1, 8, 1, 1, 1, 1), software=frameworks.own(engine="deepspeed"))
+    made = job(Layout(1, 8, 1, 1, 1, 1), software=frameworks.megaray(engine="deepspeed"))
     seconds = 0.0
     for count in (16 * (ATTENTION + NORMS + ROUTER) + 2 * TABLE + 2048, 16 * EXPERTS):
         seconds += 16 * ring(4.0 * count / 16, 8) + ring(2.0 * count, 8)
@@ -229,9 +229,9 @@ def test_deepspeed_reduces_behind_nothing() -> None:
 
 def test_each_kind_of_gradient_is_split_over_its_own_replicas() -> None:
     """Eight ranks have the same plain weights, two the same experts; the final norm lies beside the projection."""
-    assert states.finished(job(Layout(1, 8, 1, 4, 1, 1), zero=2)) == (4 / 8, 4 / 2)
+    assert states.final_gradient_bytes(job(Layout(1, 8, 1, 4, 1, 1), zero=2)) == (4 / 8, 4 / 2)
     halves = job(Layout(2, 1, 1, 1, 1, 1))
-    plain = [states.held(halves, stage).plain for stage in schedule.of(halves)]
+    plain = [states.local_weights(halves, stage).plain for stage in schedule.job_stages(halves)]
     assert plain == [8 * (ATTENTION + NORMS + ROUTER) + TABLE + more for more in (0, 2048)]
 
 
@@ -255,21 +255,21 @@ def test_a_full_node_needs_no_network() -> None:
 )
 def test_rows_are_sorted_again_where_they_come_for_several_experts(layout: Layout, times: int) -> None:
     """Ten times over in bf16, and twice more each way behind an exchange, unless a rank has one expert alone."""
-    assert traffic.permuted(job(layout), 100.0, False) == times * 100 * 2 * 2048
+    assert traffic.permutation_bytes(job(layout), 100.0, False) == times * 100 * 2 * 2048
 
 
 @pytest.mark.parametrize(("tp", "seams"), [(1, 0), (2, 1)])
 def test_seams_copy_where_there_are_some(tp: int, seams: int) -> None:
     """Six bytes of queries, keys, values and results; of attention's region eight of x, at 0.7 of the rate."""
-    made = job(Layout(1, 1, 1, 1, 1, tp), software=OWN)
+    made = job(Layout(1, 1, 1, 1, 1, tp), software=MEGARAY_OVERHEADS)
     moved = 6 * 4 * 2048 / tp + seams * 8 * 2048 / 0.7
-    assert traffic.copied(made, True, False) == pytest.approx(moved)
+    assert traffic.copy_bytes(made, True, False) == pytest.approx(moved)
 
 
 def test_a_parallel_block_has_one_norm_and_one_sum() -> None:
     """Four bytes each of an element; rotation takes four of queries and of keys."""
     both, one = (
-        traffic.moved_per_token(job(model=preset(parallel_block=block), software=OWN), False)[0]
+        traffic.moved_per_token(job(model=preset(parallel_block=block), software=MEGARAY_OVERHEADS), False)[0]
         for block in (False, True)
     )
     rotated = 4 * 2 * 2048
@@ -277,11 +277,11 @@ def test_a_parallel_block_has_one_norm_and_one_sum() -> None:
 
 
 def test_a_price_has_the_memory_traffic_of_each_layer() -> None:
-    prices = Prices(compose(["hardware=h100"]).hardware)
+    costs = CostModel(compose(["hardware=h100"]).hardware)
     moved = []
     for layers in (8, 16):
         made = job(model=preset(layers=layers))
-        price = prices.of(made)
+        price = costs.micro_batch(made)
         assert price
-        moved.append(price.memory - sum(one.memory for one in operators.head(made, prices.rates)))
+        moved.append(price.memory - sum(one.memory for one in operators.head(made, costs.rates)))
     assert moved[1] == pytest.approx(2 * moved[0]) and moved[0] > 0

@@ -115,8 +115,8 @@ def test_kept_scores_cost_memory_traffic_and_fused_attention_none() -> None:
     fused = job()
     plain = job(software=Software(flash_attention=False, causal_flops=False))
     with_rates = rates("a100")
-    assert operators.core(fused, with_rates, False)[1] == 0
-    seconds, scores = operators.core(plain, with_rates, False)
+    assert operators.attention_core(fused, with_rates, False)[1] == 0
+    seconds, scores = operators.attention_core(plain, with_rates, False)
     assert scores > seconds > 0
 
 
@@ -212,7 +212,7 @@ def test_a_host_that_launches_slowly_is_what_a_small_model_waits_for() -> None:
 
 def test_both_times_count_where_neither_is_much_the_longer() -> None:
     # By hand: device 10 ms and host 10 ms make 10 * 2^(1/3.5) = 12.19 ms.
-    stage = schedule.StageCost(0, 1, False, False)
+    stage = schedule.StageLayers(0, 1, False, False)
     layer = time.StepParts(matmul=10e-3, host=10e-3)
     costs = time._Costs(job(), rates())
     costs.layers, costs.head, costs.message = {True: layer}, 0.0, 0.0

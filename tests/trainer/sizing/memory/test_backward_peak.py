@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from configs.compose import compose
-from trainer.sizing.memory import activations, estimate, states, unwinding
+from trainer.sizing.memory import activations, backward_peak, estimate, states
 from trainer.sizing.model import frameworks
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
@@ -24,20 +24,20 @@ def job(
 ) -> TrainingJob:
     shape = compose([f"model={model}", "model.layers=4"]).model
     made = TrainingJob(
-        shape, layout, 4096, 4, 4 * layout.dp * micro_batches, zero=1, software=frameworks.own()
+        shape, layout, 4096, 4, 4 * layout.dp * micro_batches, zero=1, software=frameworks.megaray()
     )
     return replace(made, **changed)  # type: ignore[arg-type]
 
 
-def moments(made: TrainingJob) -> list[unwinding.Moment]:
-    (only,) = schedule.of(made)
-    return list(unwinding.moments(made, only, 1.0))
+def moments(made: TrainingJob) -> list[backward_peak.MemoryPoint]:
+    (only,) = schedule.job_stages(made)
+    return list(backward_peak.timeline(made, only, 1.0))
 
 
 def test_at_the_loss_there_are_all_activations_and_no_gradients_but_the_projections() -> None:
     made = job()
     loss = moments(made)[0]
-    kept = 4 * activations.kept(made, True) + activations.head(made)
+    kept = 4 * activations.saved_bytes(made, True) + activations.head_bytes(made)
     # Logits in bf16, which become their gradient; the projection's; its input scaled, and the slope, twice.
     beside = 2 * TOKENS * 50304 + 2 * 50304 * WIDTH + 3 * 2 * TOKENS * WIDTH
     assert (loss.name, loss.gradients, loss.gathered) == ("the loss", 0, 0)
@@ -47,15 +47,15 @@ def test_at_the_loss_there_are_all_activations_and_no_gradients_but_the_projecti
 
 def test_gradients_of_one_micro_batch_grow_as_activations_are_freed() -> None:
     made = job()
-    (only,) = schedule.of(made)
+    (only,) = schedule.job_stages(made)
     passed = moments(made)
     assert [m.gradients for m in passed] == sorted(m.gradients for m in passed)
     assert [m.activations for m in passed] == sorted((m.activations for m in passed), reverse=True)
     update = passed[-1]
     assert update.name == "the update" and update.activations == 0
-    assert update.gradients == 2 * states.held(made, only).all  # bf16, as the matmuls left them
+    assert update.gradients == 2 * states.local_weights(made, only).all  # bf16, as the matmuls left them
     three = moments(replace(made, global_batch=12))
-    assert {m.gradients for m in three} == {4 * states.held(made, only).all}
+    assert {m.gradients for m in three} == {4 * states.local_weights(made, only).all}
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_gradients_of_one_micro_batch_grow_as_activations_are_freed() -> None:
 )
 def test_the_first_of_two_micro_batches_gradients_waits_in_16_bits(layout: Layout, zero: int) -> None:
     two = job("qwen3_30b_a3b", layout, 2, zero=zero)
-    (only,) = schedule.of(two)
-    held, passed = states.held(two, only), moments(two)
+    (only,) = schedule.job_stages(two)
+    held, passed = states.local_weights(two, only), moments(two)
     begin = 2 * held.all if zero == 1 else held.plain * 4 / 4 + held.routed * 2
     assert passed[0].gradients == pytest.approx(begin)
     # The projection's is added up first, to 4 bytes.
@@ -85,7 +85,7 @@ def test_the_first_of_two_micro_batches_gradients_waits_in_16_bits(layout: Layou
 def test_wide_experts_make_their_backward_pass_the_fullest_moment() -> None:
     """Slopes of both halves of gate and up, of what `down` takes, and `down`'s weights, less what it read."""
     made = job("mixtral_8x7b")
-    fullest = unwinding.fullest(made, schedule.of(made)[0], 1.0)
+    fullest = backward_peak.peak(made, schedule.job_stages(made)[0], 1.0)
     rows, width, hidden = TOKENS * 2, 14336, 4096
     inner, down = 2 * rows * width, 2 * 8 * width * hidden
     assert fullest.name == "a layer's backward pass"
@@ -116,46 +116,46 @@ def test_an_experts_backward_pass_is_of_its_own_rows_and_width(
 
 def test_shared_weights_are_given_back_and_reduced_one_layer_at_a_time() -> None:
     made = job("qwen3_30b_a3b", Layout(1, 2, 1, 1, 1, 1))
-    (only,) = schedule.of(made)
-    whole, one = states.held(made, only), states.layer(made.model, made.layout, True)
+    (only,) = schedule.job_stages(made)
+    whole, one = states.local_weights(made, only), states.layer(made.model, made.layout, True)
     passed = moments(made)
-    assert passed[0].gathered == 2 * whole.all and unwinding.lasting(made, only) == 0
+    assert passed[0].gathered == 2 * whole.all and backward_peak.lasting(made, only) == 0
     reduced = next(m for m in passed if m.name == "the reduction of gradients")
     assert reduced.gathered == 2 * (whole.all - one.routed)
     # In 16 bits as made, in fp32 as sent, and this rank's half of the sum.
-    parts = activations.layer(made, True)
+    parts = activations.layer_parts(made, True)
     left = sum(parts.values()) - sum(parts[name] for name in ("router", "mlp", "shared"))
     assert reduced.transient == pytest.approx(left + 2 * 2 * TOKENS * WIDTH + (2 + 4 + 2) * one.routed)
     apart = job("qwen3_30b_a3b", Layout(1, 2, 1, 2, 1, 1))
     assert not any(m.gathered for m in moments(apart)[-1:])
-    assert unwinding.lasting(apart, only) == 2 * states.held(apart, only).routed
+    assert backward_peak.lasting(apart, only) == 2 * states.local_weights(apart, only).routed
 
 
 def test_muons_copies_of_gradients_are_the_update_s() -> None:
     optim = compose(["optim.kind=muon"]).optim
-    made = job("mixtral_8x7b", software=frameworks.own(optim=optim))
-    (only,) = schedule.of(made)
-    mine = states.held(made, only)
-    assert states.update(made, only) == 4 * (mine.all - mine.other) + frameworks.MUON_SCRATCH
+    made = job("mixtral_8x7b", software=frameworks.megaray(optim=optim))
+    (only,) = schedule.job_stages(made)
+    mine = states.local_weights(made, only)
+    assert states.update_bytes(made, only) == 4 * (mine.all - mine.other) + frameworks.MUON_SCRATCH
     # Those of several micro-batches are fp32 already.
-    assert states.update(replace(made, global_batch=8), only) == frameworks.MUON_SCRATCH
+    assert states.update_bytes(replace(made, global_batch=8), only) == frameworks.MUON_SCRATCH
     assert estimate.usage(made, "cuda", 0, only).moment == "the update"
 
 
 def test_pairs_that_travel_keep_their_results_and_tokens_that_are_gathered_do_not() -> None:
     travels, gathers = (job("olmoe_1b_7b", Layout(1, ep, 1, ep, 1, 1)) for ep in (16, 8))
     rows = TOKENS * 8
-    more = activations.layer(travels, True)["mlp"] - activations.layer(gathers, True)["mlp"]
+    more = activations.layer_parts(travels, True)["mlp"] - activations.layer_parts(gathers, True)["mlp"]
     assert more == 2 * rows * WIDTH
     megatron = replace(travels, software=replace(travels.software, retention=frameworks.MEGATRON))
-    assert activations.layer(megatron, True)["mlp"] == activations.layer(gathers, True)["mlp"]
+    assert activations.layer_parts(megatron, True)["mlp"] == activations.layer_parts(gathers, True)["mlp"]
 
 
 def test_the_only_layers_reduction_has_buffers_beside_it_and_the_update_has_none() -> None:
     """Experts cut over two ranks, so that tokens travel, and keys and values gathered over two."""
     shape = compose(["model=mixtral_8x7b", "model.layers=1"]).model
     made = replace(job(layout=Layout(1, 4, 2, 1, 2, 2), micro_batch=1, global_batch=4), model=shape)
-    (only,) = schedule.of(made)
+    (only,) = schedule.job_stages(made)
     used = estimate.usage(made, "cuda", 0, only)
     assert used.moment == "the reduction of gradients" and used.activations == 0
     # In bf16: rows sent and received, two of each of 2048 tokens; all keys and values of half the heads, and two tensors

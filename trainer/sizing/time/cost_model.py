@@ -1,4 +1,4 @@
-"""What a micro-batch takes on one device, operator by operator: what lint and suggestions compare.
+"""The cost of a micro-batch on one device, operator by operator, by which lint and suggestions compare shapes.
 
 Matmuls are priced by `trainer.sizing.time.matmul`, the attention core and what only moves memory by
 `trainer.sizing.time.operators`. Communication isn't in it: it depends on the layout, not on the shape.
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 from configs.hardware import HardwareConfig
 from configs.profile import DeviceProfile
-from trainer.sizing.figures import Figure, about, summed
+from trainer.sizing.figures import Figure, approximate, summed
 from trainer.sizing.model import flops, shapes, weights
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.time import operators
-from trainer.sizing.time.estimate import together
+from trainer.sizing.time.estimate import overlapped
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.kernels import MatmulShape
 from trainer.sizing.time.rates import Rates
 
 
 @dataclass(frozen=True)
-class Price:
+class MicroBatchCost:
     """Seconds of forward and backward of one micro-batch, and the work that is in them."""
 
     matmuls: dict[str, float]
@@ -43,31 +43,33 @@ class Price:
 
     @property
     def seconds(self) -> float:
-        """Of device and host together."""
-        return together(self.device, self.launches)
+        """Of device and host overlapped."""
+        return overlapped(self.device, self.launches)
 
 
-class Prices:
-    """Prices on one kind of device."""
+class CostModel:
+    """Costs of micro-batches on one kind of device."""
 
     def __init__(self, hardware: HardwareConfig, profile: DeviceProfile | None = None) -> None:
         self.hardware = hardware
         self.rates = Rates(hardware, from_catalogue(hardware), profile)
-        self._known: dict[TrainingJob, Price | None] = {}
+        self._known: dict[TrainingJob, MicroBatchCost | None] = {}
 
-    def of(self, job: TrainingJob) -> Price | None:
+    def micro_batch(self, job: TrainingJob) -> MicroBatchCost | None:
         """The price of a micro-batch over all layers, one tensor-parallel rank's share; None where rates are unknown."""
         if job not in self._known:
             self._known[job] = self._price(job)
         return self._known[job]
 
-    def _price(self, job: TrainingJob) -> Price | None:
+    def _price(self, job: TrainingJob) -> MicroBatchCost | None:
         model, rates, over = job.model, self.rates, self.rates.overheads
         matmuls: dict[str, float] = {}
         layers = model.layers + model.mtp_layers
         for one in shapes.forward(job):
             matmuls[one.name] = matmuls.get(one.name, 0.0) + self.matmul(one, job)
-        attention = sum(operators.core(job, rates, backward)[0] for backward in (False, True)) * layers
+        attention = (
+            sum(operators.attention_core(job, rates, backward)[0] for backward in (False, True)) * layers
+        )
         memory = sum(one.memory for one in operators.head(job, rates))
         for count, moe in weights.kinds(model):
             memory += count * sum(one.memory for one in operators.layer(job, rates, moe))
@@ -75,17 +77,17 @@ class Prices:
             return None
         launches = 3 * over.pass_kernels * over.launch * layers
         work = flops.train_flops_per_token(model, job.sequence) * job.tokens / job.layout.tp
-        return Price(matmuls, attention, memory, launches, work, job.tokens)
+        return MicroBatchCost(matmuls, attention, memory, launches, work, job.tokens)
 
     def matmul(self, one: shapes.Matmul, job: TrainingJob) -> float:
         """Seconds of all calls of a matmul with their gradients, at the rate that a long run keeps; NaN where unknown."""
         kernels = self.rates.kernels
         both = sum(one.once(kernels, job.precision, back, job.imbalance) for back in (False, True))
-        return one.count * both / self.rates.kept
+        return one.count * both / self.rates.sustained_share
 
     def figure(self, job: TrainingJob) -> Figure | None:
         """The price with its derivation; None where rates are unknown."""
-        price, over, kept = self.of(job), self.rates.overheads, self.rates.kept
+        price, over, kept = self.micro_batch(job), self.rates.overheads, self.rates.sustained_share
         if price is None:
             return None
         parts = []
@@ -109,7 +111,7 @@ class Prices:
             ("host", price.seconds - price.device, 0.5, f"what launching ({kernels}) adds to the device's "
              f"{price.device * 1e3:.4g} ms; {over.source}"),
         ):  # fmt: skip
-            parts.append(about(f"time.{name}", seconds, "s", spread, how))
+            parts.append(approximate(f"time.{name}", seconds, "s", spread, how))
         how = "sum of its operators, forward and backward, all layers, without communication"
         return summed("time.micro_batch", price.seconds, "s", how, parts)
 
