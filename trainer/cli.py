@@ -186,9 +186,7 @@ def _add_bench(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     bench.add_argument("overrides", nargs="*", metavar="field=value", help="any field of the configuration")
     bench.add_argument("--gpus", type=_count, default=1, metavar="N", help="ranks; 1 by default")
     bench.add_argument("--model", default="olmoe_1b_7b", metavar="NAME", help="a model preset")
-    bench.add_argument(
-        "--layers", type=_count, metavar="N", help="number of layers; by default the model's"
-    )
+    bench.add_argument("--layers", type=_count, metavar="N", help="number of layers; by default the model's")
     bench.add_argument(
         "--routing", choices=ROUTINGS, default="real",
         help="expert load: the router's on real text (default), or forced to be balanced or Zipf's",
