@@ -15,7 +15,7 @@ _log = logging.getLogger("megaray.detect")
 
 
 class Detector(Protocol):
-    """RankStatusReader at a snapshot of a gang and says what is wrong. Pure: no clock, no files."""
+    """Looks at a snapshot of a gang and says what is wrong. Pure: no clock, no files."""
 
     @property
     def name(self) -> str:

@@ -34,7 +34,7 @@ class _Sleep:
 
 
 class RankWatch:
-    """RankStatusReader at one rank for as long as its process lives.
+    """Looks at one rank for as long as its process lives.
 
     Args:
         files: what the rank writes.
@@ -49,7 +49,7 @@ class RankWatch:
         self._held: float | None = None
         self._sleep: _Sleep | None = None
         self._runs = 0
-        """RankStatusReader in a row that a thread of it was runnable in."""
+        """Observations in a row in which one of its threads could run."""
 
     def look(
         self, exit_code: int | None = None, exit_time: float | None = None, last_words: str = ""

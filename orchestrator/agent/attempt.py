@@ -125,7 +125,7 @@ class Attempt:
         """Ends of processes that came before it was noted which rank they were."""
         self._check: Callable[[], str] = str
         self._standbys_requested = False
-        """StandbyPool for the next attempt were asked for."""
+        """Standbys for the next attempt were asked for."""
         self._observe_lock = threading.Lock()
         self._released = False
         self._starting: threading.Thread | None = None

@@ -43,7 +43,7 @@ def preflight() -> str:
 
 
 class NodeHealthCheck:
-    """RankStatusReader in a thread of its own; the answer is what is known.
+    """Looks in a thread of its own; the answer is what is known.
 
     A node of cores is looked at without torch. One with devices also proves their memory and arithmetic, in a process of
     its own, before it serves. `MEGARAY_PREFLIGHT` says otherwise: `full` for both, `quick`, or `off`.

@@ -215,7 +215,7 @@ class _Following:
         return int(self.looks[min(self._count, len(self.looks)) - 1] * GIB)
 
     def wait(self) -> int:
-        """Looks until it goes on."""
+        """Waits as the trainer does."""
         device_memory.wait_for_memory(self.rank, torch.device("cuda"), {GATE: str(self.gate)})
         return self._count
 
