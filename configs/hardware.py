@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from configs.errors import nearest
 from configs.section import NonNegative, Positive, Section
 
 Quantity = Annotated[float, Field(gt=0)]
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+"""That sizing prices matmuls in; nothing would read the rate of another."""
 
 
 class SourceConfig(Section):
@@ -106,6 +109,17 @@ class HardwareConfig(Section):
     """Adapters behind `inter_node_gbps`."""
     sources: tuple[SourceConfig, ...] = ()
     """Every number's origin."""
+
+    @model_validator(mode="after")
+    def _known_precisions(self) -> Self:
+        for field in ("peak_tflops", "achieved_tflops", "achieved_shapes"):
+            for precision in getattr(self, field):
+                if precision not in PRECISIONS:
+                    raise ValueError(
+                        f"hardware.{field}.{precision}: '{precision}' is not a precision"
+                        f"{nearest(precision, PRECISIONS, cutoff=0.5)}; use one of {', '.join(PRECISIONS)}"
+                    )
+        return self
 
     @property
     def source(self) -> str:

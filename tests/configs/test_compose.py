@@ -75,6 +75,24 @@ def test_several_mistakes_are_told_at_once() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("peak_tflops", "1"), ("achieved_tflops", "1"), ("achieved_shapes", "[8, 8, 8]")]
+)
+def test_a_rate_of_an_unknown_precision_names_the_nearest_one(field: str, value: str, tmp_path: Path) -> None:
+    """Nothing would read it, so a slip of a key left the device without its rate."""
+    reason = (
+        rf"hardware\.{field}\.bf99: 'bf99' is not a precision \(did you mean 'bf16'\?\); use one of fp32, "
+    )
+    with pytest.raises(UserError, match=reason):
+        compose([f"hardware.{field}={{bf99: {value}}}"])
+    (tmp_path / "device.yaml").write_text(f"hardware: {{{field}: {{bf99: {value}}}}}")
+    with pytest.raises(UserError, match=reason):
+        compose(["hardware=h100"], tmp_path / "device.yaml")
+    if field != "achieved_shapes":  # three numbers, which are typed as a mapping
+        with pytest.raises(UserError, match=reason):
+            compose([f"hardware.{field}.bf99={value}"])
+
+
 def test_a_name_is_as_long_as_a_folders_may_be() -> None:
     assert compose([f"name={'x' * 64}"]).name == "x" * 64
     with pytest.raises(UserError) as error:
