@@ -12,10 +12,12 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import BinaryIO
 
 from collectives import flags
 from collectives.launch import FREE_IT, LocalRanks, launched, refuse_both
 from collectives.store import stream
+from collectives.store.lock import lock
 from collectives.store.results import ResultStore
 from collectives.store.resume import other_measurement, other_settings, settings_of
 from configs.compose import amend, compose, dump, load
@@ -261,13 +263,11 @@ def _run_here(config: RunConfig, world: int, folder: Path) -> int:
     store = ResultStore(run.measurement)
     _refuse_other(store, config, world, folder)
     try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        if not store.metadata.exists():
-            run.config.write_text(dump(config))
+        claim = _claim(run, store, config, world)
         resolved = tempfile.NamedTemporaryFile("w", suffix=".yaml")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"--out={folder} can't be written ({error.strerror}); name another folder") from None
-    with resolved, ended_by_signals():
+    with claim, resolved, ended_by_signals():
         try:
             resolved.write(dump(config))
             resolved.flush()
@@ -286,6 +286,29 @@ def _run_here(config: RunConfig, world: int, folder: Path) -> int:
         kept = "" if code == USER_ERROR_EXIT else _keep(store)
         print(f"megaray: {'; '.join(filter(None, [trouble, kept]))}", file=sys.stderr)
     return code
+
+
+def _claim(run: RunPaths, store: ResultStore, config: RunConfig, world: int) -> BinaryIO:
+    """Lock the folder for this command, and only then write the configuration into it.
+
+    Rank 0 locks the rows, but not before torch is loaded: until then another command that began at the same moment would
+    replace this one's configuration and logs.
+
+    Raises:
+        UserError: where another command was faster.
+        OSError: where the folder can't be written.
+    """
+    claim = lock(run.config, store.folder)
+    try:
+        _refuse_other(store, config, world, run.root)  # it may have ended since the first look
+        if not (store.metadata.exists() and run.config.stat().st_size):
+            claim.truncate(0)
+            claim.write(dump(config).encode())
+            claim.flush()
+    except BaseException:
+        claim.close()
+        raise
+    return claim
 
 
 def _refuse_other(store: ResultStore, config: RunConfig, world: int, folder: Path) -> None:

@@ -7,10 +7,8 @@ comes. From it `stream.write` makes nccl-tests' JSON (schema version 3, one file
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -18,11 +16,11 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, BinaryIO
 
+from collectives.store.lock import lock
 from configs.errors import UserError, from_json
 from configs.paths import write_whole
 
 _CHUNK = 1 << 20
-_TRIES, _TRY_SECONDS = 5, 0.1
 _NEEDED = ("collectives", "ranks", "layout")
 """Settings that every reader asks metadata for."""
 JSON_VERSION = 3
@@ -238,24 +236,7 @@ class ResultStore:
             UserError: where another process measures into it.
             OSError: where the folder can't be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.rows.open("ab")
-        for left in reversed(range(_TRIES)):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not left:
-                    file.close()
-                    raise UserError(
-                        f"another command measures into {self.folder} now; wait for its end, or name another folder with "
-                        "--out"
-                    ) from None
-                time.sleep(_TRY_SECONDS)  # a command that only looks holds it for a moment, too
-            except OSError:
-                break  # a file system without locks
-            else:
-                break
-        return file
+        return lock(self.rows, self.folder)
 
     def end(self, ended: str) -> None:
         """Mark the measurement as whole."""

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from collectives import cli
 from collectives.store import stream
+from collectives.store.lock import lock
 from collectives.studies import journal
 from collectives.studies.journal import Journal
+from configs.compose import load
 from configs.errors import UserError
 from configs.paths import RunPaths
 from configs.rank import RankContext
@@ -63,6 +65,45 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(
         other.kill()
         other.wait()
         store.hold().close()
+
+
+def test_of_two_commands_that_begin_at_once_one_writes_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each found a folder without a measurement: the second one replaced the first one's configuration and logs."""
+    typed = ["run", "--ranks", "2", "--out", str(tmp_path / "out"), "hardware=cpu"]
+    codes: list[int] = []
+
+    def start(*_: Any) -> None:
+        """The ranks load torch now, and none has locked the rows."""
+        assert not codes, "ranks were started twice"
+        codes.append(cli.main([*typed, "collectives.seed=7"]))
+        raise OSError("no ranks here")
+
+    monkeypatch.setattr(cli.LocalRanks, "start", start)
+    assert cli.main([*typed, "collectives.seed=5"]) == 2 and codes == [2]
+    refusal, end = capsys.readouterr().err.splitlines()
+    assert f"another command measures into {tmp_path / 'out' / 'measurement'} now" in refusal
+    assert "no ranks here" in end
+    assert load(tmp_path / "out" / "config.yaml").collectives.seed == 5
+    codes.clear()  # the first one has ended, so that the folder is another's
+    assert cli.main([*typed, "collectives.seed=6"]) == 2
+    assert load(tmp_path / "out" / "config.yaml").collectives.seed == 6
+
+
+def test_a_measurement_that_ended_while_the_folder_was_claimed_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(path: Path, folder: Path) -> BinaryIO:
+        """Locked once another command has measured all."""
+        begun(path.parent, ended="2026-01-01 00:01:00")
+        path.write_text("theirs")
+        return lock(path, folder)
+
+    monkeypatch.setattr(cli, "lock", late)
+    assert run(tmp_path) == 2
+    assert "holds a finished measurement" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == "theirs"
 
 
 def test_a_file_system_without_locks_is_measured_into(
