@@ -122,7 +122,7 @@ def _cases(options: Options, several: str | None, world: int, on_gpu: bool) -> l
     variants.refuse_baselines(options)
     cases = []
     for variant in variants.parse(several, options):
-        config, said = variants.chosen(variant.options, world, on_gpu)
+        config, said = variants.config_of_variant(variant, options, world, on_gpu)
         title = f"{variant.text} ({said})" if said else variant.text
         cases.append(_Case(title, variant.options, config))
     return cases

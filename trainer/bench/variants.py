@@ -50,15 +50,21 @@ def parse(text: str, options: Options) -> list[Variant]:
     `parallel`, but for `routing`, `layers`, `feed`, and `overlap`, which is `on` or `off`.
 
     Raises:
-        UserError: for a value of these four that there isn't.
+        UserError: for a value of these four that there isn't, or a setting that one variant has twice.
     """
     return [_variant(one.strip(), options) for one in text.split("|")]
 
 
 def _variant(text: str, options: Options) -> Variant:
     words: list[str] = []
+    names: set[str] = set()
     for word in text.split():
         name, _, value = word.partition("=")
+        if name.removeprefix("parallel.") in names:
+            raise UserError(
+                f"--variants '{text}' has {name} twice; type it once, or separate the variants by |"
+            )
+        names.add(name.removeprefix("parallel."))
         if name in _CHOICES:
             if value not in _CHOICES[name]:
                 raise UserError(
@@ -86,6 +92,32 @@ def _variant(text: str, options: Options) -> Variant:
         else:
             words.append(word if "." in name or name in ("model", "optim") else f"parallel.{word}")
     return Variant(text or "as it is", replace(options, overrides=(*options.overrides, *words)))
+
+
+def config_of_variant(variant: Variant, plain: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
+    """As `chosen`; an error names the variant, unless it is one of what all variants have, too.
+
+    Args:
+        plain: what was typed besides the variants.
+
+    Raises:
+        UserError: where the trainer doesn't run it, or not on so many ranks.
+    """
+    try:
+        return chosen(variant.options, world, on_gpu)
+    except UserError as error:
+        if str(error) == _error_of(plain, world, on_gpu):
+            raise
+        raise UserError(f"--variants '{variant.text}': {error}") from None
+
+
+def _error_of(options: Options, world: int, on_gpu: bool) -> str:
+    """Why a configuration is refused; empty where it isn't."""
+    try:
+        chosen(options, world, on_gpu)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:

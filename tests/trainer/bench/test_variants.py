@@ -132,6 +132,33 @@ def test_a_variant_that_does_not_exist_is_refused(text: str, why: str) -> None:
         variants.parse(text, options())
 
 
+@pytest.mark.parametrize(("text", "name"), [
+    ("ep=2 ep=4", "ep"), ("parallel.ep=2 ep=4", "ep"), ("routing=zipf routing=real", "routing"), ("auto auto", "auto"),
+    ("optim.kind=muon optim.kind=adamw", "optim.kind"),
+])  # fmt: skip
+def test_a_setting_that_a_variant_has_twice_is_refused(text: str, name: str) -> None:
+    """The last one won, in silence."""
+    with pytest.raises(UserError, match=f"--variants '{text}' has {name} twice; type it once, or separate"):
+        variants.parse(f"tp=1 | {text}", options())
+    assert len(variants.parse("ep=2 tp=2 | ep=4 tp=2", options())) == 2
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["--variants", "zero=1 | tpp=2"], "--variants 'tpp=2': unknown field 'parallel.tpp' (did you mean 'parallel.tp'?)"),
+    (["--variants", "tp=x"], "--variants 'tp=x': parallel.tp='x' is not a whole number"),
+    (["--variants", "tp=2"], "--variants 'tp=2': --gpus 1 doesn't divide by parallel.pp*cp*tp=2"),
+    (["--variants", "zero=1", "parallel.tp=2"], "megaray: --gpus 1 doesn't divide by parallel.pp*cp*tp=2"),
+    (["--variants", "zero=1", "train.setps=2"], "megaray: unknown field 'train.setps' (did you mean 'train.steps'?)"),
+])  # fmt: skip
+def test_an_error_of_the_configuration_names_its_variant(
+    words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But not one of what all variants have."""
+    assert main(["bench", "--model", "demo", "--baselines", "none", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megaray: ") and reason in line
+
+
 def test_the_planner_sets_the_axes_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its layout fills the ranks, and what else it settled is in the configuration."""
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
