@@ -234,16 +234,19 @@ def test_a_layout_that_does_not_run_is_refused_before_ranks_start(
 
 
 _LAUNCHER = """
-import pathlib, subprocess, sys, time
+import os, pathlib, signal, subprocess, sys, time
+def report(*_): raise RuntimeError("a report of the launcher's own")
+signal.signal(signal.SIGTERM, report)
 rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-pathlib.Path(sys.argv[1]).write_text(str(rank.pid))
+pathlib.Path(sys.argv[1]).write_text(f"{rank.pid} {os.getsid(0) == os.getpid()}")
 time.sleep(60)
 """
 
 
 def test_a_bench_that_is_asked_to_end_leaves_no_rank_of_a_launcher_that_forgets_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Nor a traceback, as torchrun prints one where it is asked to end."""
     monkeypatch.setattr(command, "_GRACE_SECONDS", 0.3)
     told = tmp_path / "pid"
 
@@ -256,8 +259,13 @@ def test_a_bench_that_is_asked_to_end_leaves_no_rank_of_a_launcher_that_forgets_
     with pytest.raises(EndedBySignal) as ended:
         command.until_its_end([sys.executable, "-c", _LAUNCHER, str(told)])
     assert ended.value.code == 143
+    rank, own_session = told.read_text().split()
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(told.read_text())).wait(5)
+        psutil.Process(int(rank)).wait(5)
+    assert own_session == "True", (
+        "what is sent to this process's group, as by `timeout`, reaches the launcher"
+    )
+    assert not capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

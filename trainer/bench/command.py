@@ -37,7 +37,7 @@ from trainer.sizing.search.runnable import never_lends
 
 Say = Callable[[str], None]
 _GRACE_SECONDS = 5.0
-"""Until what started ranks, and these, have ended on SIGTERM."""
+"""Until ranks have ended on SIGTERM."""
 
 
 def run(options: Options, gpus: int, arguments: list[str], say: Say, several: str | None = None) -> int:
@@ -85,20 +85,28 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
 
 
 def until_its_end(launcher: list[str]) -> int:
-    """The exit code of a launcher of ranks, which are ended with it where this process is asked to end."""
+    """The exit code of a launcher of ranks, which are ended with it where this process is asked to end.
+
+    torchrun answers SIGTERM and SIGINT with a traceback, and ends only those ranks that it has started so far. So it gets
+    neither: a session of its own keeps it from what a terminal or `timeout` sends to a whole group, and it is killed.
+    """
     with ended_by_signals():
-        started = subprocess.Popen(launcher)
+        started = subprocess.Popen(launcher, start_new_session=True)
         try:
             return started.wait()
         except BaseException:
-            # torchrun ends the ranks that it knows of, and not those that it is just starting.
             launching = psutil.Process(started.pid)
-            family = [launching, *launching.children(recursive=True)]
-            started.terminate()
-            _, left = psutil.wait_procs(family, _GRACE_SECONDS)
-            for one in left:
+            with suppress(psutil.NoSuchProcess):
+                launching.suspend()  # or it would start a rank that isn't listed
+            ranks = launching.children(recursive=True)
+            started.kill()
+            for rank in ranks:
                 with suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    rank.terminate()
+            _, left = psutil.wait_procs([launching, *ranks], _GRACE_SECONDS)
+            for rank in left:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()
             raise
 
 
