@@ -20,13 +20,13 @@ from configs.metrics import ResumedLine, SavedLine, read_all
 from configs.rank import RankContext
 from configs.schema import RunConfig
 from faulttol.checkpoint import load as loading
-from faulttol.checkpoint.folder import named
+from faulttol.checkpoint.folder import parse_checkpoint_path
 from faulttol.checkpoint.manifest import Identity
-from faulttol.checkpoint.pieces import TensorPiece, Wanted, owned
+from faulttol.checkpoint.pieces import LoadTarget, TensorPiece, owned
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.snapshots import memory
-from faulttol.staged.saver import Memory, SaveOutcome, SavePolicy, Saver, Signs
+from faulttol.staged.saver import SaveCallbacks, SaveOutcome, SavePolicy, Saver, SnapshotLocation
 from trainer.engines.base import Engine
 from trainer.fingerprint import compare_fingerprints, fingerprint
 from trainer.optim.schedule import consumed_samples
@@ -58,7 +58,7 @@ class Checkpoints:
     """The run's checkpoints, as one rank uses them."""
 
     def __init__(
-        self, config: RunConfig, rank: RankContext, mesh: Mesh, data: dict[str, Any], signs: Signs
+        self, config: RunConfig, rank: RankContext, mesh: Mesh, data: dict[str, Any], signs: SaveCallbacks
     ) -> None:
         self._config, self._mesh, self._rank, self._signs = config, mesh, rank, signs
         self._root = config.checkpoint.path or str(rank.run.checkpoints)
@@ -80,8 +80,12 @@ class Checkpoints:
             self._snapshot_folder = memory.folder(
                 os.environ.get("MEGARAY_NODE") or socket.gethostname(), rank.run.run_id
             )
-            memory.forget_idle(self._snapshot_folder)
-        kept = Memory(self._snapshot_folder, rank.master_addr) if self._snapshot_folder is not None else None
+            memory.remove_idle_runs(self._snapshot_folder)
+        kept = (
+            SnapshotLocation(self._snapshot_folder, rank.master_addr)
+            if self._snapshot_folder is not None
+            else None
+        )
         self._saver = Saver(
             policy, self._identity, mesh, _receipt_store(rank, mesh), mesh.device, signs, kept
         )
@@ -137,7 +141,7 @@ class Checkpoints:
         if self._snapshot_folder is not None:
             tiers = [*self._snapshots(self._snapshot_folder, stack), *tiers]
         if self._config.resume:
-            root, step = named(self._config.resume)
+            root, step = parse_checkpoint_path(self._config.resume)
             tiers.append(loading.Tier("another run", CheckpointStore(root), owner=False, step=step))
         return tiers
 
@@ -201,17 +205,17 @@ class Checkpoints:
         """Give memory and the writer process back; the run has ended, and what it needs is in the store."""
         self._saver.close()
         if self._snapshot_folder is not None:
-            memory.forget(self._snapshot_folder)
+            memory.remove_run(self._snapshot_folder)
 
 
 def _pieces(engine: Engine) -> Iterator[TensorPiece]:
     return owned(engine.state())
 
 
-def _wanted(engine: Engine) -> Iterator[Wanted]:
+def _wanted(engine: Engine) -> Iterator[LoadTarget]:
     for part in engine.state():
         dtype = str(part.tensor.dtype).removeprefix("torch.")
-        yield Wanted(part.name, dtype, part.box, part.tensor)
+        yield LoadTarget(part.name, dtype, part.box, part.tensor)
 
 
 def _snapshots_passed_over(rank: RankContext) -> str | None:
@@ -229,7 +233,7 @@ def _snapshots_passed_over(rank: RankContext) -> str | None:
                 break  # a day's steps may follow, and nobody trains before this is known
         if resumed is not None and resumed.path is not None:
             history.append((str(resumed.facts.get("tier", "store")), resumed.step, newer))
-    return memory.demoted(history)
+    return memory.reason_to_skip_memory(history)
 
 
 def _receipt_store(rank: RankContext, mesh: Mesh) -> dist.Store:

@@ -23,7 +23,7 @@ from faulttol import exits
 from faulttol.checkpoint.manifest import SaveSuperseded
 from faulttol.recorder import RankPhase, Recorder
 from faulttol.signs import SignWriter, is_remote
-from faulttol.staged.saver import SaveOutcome, Signs
+from faulttol.staged.saver import SaveCallbacks, SaveOutcome
 from faulttol.timeline.hooks import Tracing
 from trainer import checkpoints, kernel_warmup
 from trainer.batch_loader import BatchLoader
@@ -171,7 +171,7 @@ class _Trainer:
         self.config, self.rank, self.mesh, self.loader, self.recorder = config, rank, mesh, loader, recorder
         self.engine = make_engine(config, mesh)
         self.clock = PhaseClock(recorder, mesh.device)
-        signs = Signs(
+        signs = SaveCallbacks(
             alive=recorder.touch,
             waiting=lambda: recorder.begin(RankPhase.COLLECTIVE, self.clock.step),
             working=lambda: recorder.begin(RankPhase.CHECKPOINT, self.clock.step),

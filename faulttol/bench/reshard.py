@@ -24,7 +24,7 @@ from faulttol.bench.gang import BenchRank, run_ranks
 from faulttol.bench.state import Share, shapes, share
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint.manifest import Identity
-from faulttol.checkpoint.pieces import Wanted, owned
+from faulttol.checkpoint.pieces import LoadTarget, owned
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.save import save
 
@@ -97,7 +97,7 @@ def _load_ours(place: BenchRank, spec: ReshardSpec, dim: int) -> Load:
     right = [float(one.tensor.view(-1)[0]) for one in shares]
     for one in shares:
         one.tensor.fill_(-1.0)  # every page is there before anything is measured
-    wanted = [Wanted.from_slice(one.name, one.tensor, one.box) for one in shares]
+    wanted = [LoadTarget.from_slice(one.name, one.tensor, one.box) for one in shares]
     place.all(None)
     with _Memory() as memory:
         began = time.monotonic()

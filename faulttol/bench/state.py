@@ -56,7 +56,7 @@ def boxes(params: dict[str, tuple[int, ...]], rank: int, world: int, dim: int) -
     for name, shape in params.items():
         at = dim % len(shape)
         first, last = (shape[at] * turn // world for turn in (rank, rank + 1))
-        yield name, Box.all_of(shape).cut(at, first, last)
+        yield name, Box.full(shape).cut(at, first, last)
 
 
 def share(params: dict[str, tuple[int, ...]], rank: int, world: int, dim: int = 0) -> list[Share]:

@@ -26,7 +26,7 @@ class Box:
         return f"[{', '.join(ranges)}]"
 
     @classmethod
-    def all_of(cls, whole: tuple[int, ...]) -> Box:
+    def full(cls, whole: tuple[int, ...]) -> Box:
         """The box that is the whole tensor."""
         return cls(whole, (0,) * len(whole), whole)
 
@@ -50,7 +50,7 @@ class Box:
         shape = tuple(min(a + m, b + n) - s for (a, m, b, n), s in zip(ends, start, strict=True))
         return Box(self.whole, start, shape) if all(n > 0 for n in shape) else None
 
-    def inside(self, outer: Box) -> tuple[slice, ...]:
+    def slices_within(self, outer: Box) -> tuple[slice, ...]:
         """Slices that cut this box out of a tensor that holds `outer`."""
         at = zip(self.start, outer.start, self.shape, strict=True)
         return tuple(slice(a - b, a - b + n) for a, b, n in at)
@@ -63,15 +63,15 @@ class Box:
     def flat(self, first: int, last: int) -> list[Box]:
         """Elements `[first, last)` of the box, counted row by row, as boxes in that order.
 
-        At most 2n-1 boxes in n dims. Each is a stretch without holes of the box's own memory, so a flat shard or
+        At most 2n-1 boxes in n dims. Each is contiguous in the box's own memory, so a flat shard or
         a range of bytes of a file is a few boxes.
         """
         boxes = []
-        for start, shape in _stretch(self.shape, first, last):
+        for start, shape in _boxes_of_range(self.shape, first, last):
             boxes.append(Box(self.whole, tuple(a + b for a, b in zip(self.start, start, strict=True)), shape))
         return boxes
 
-    def minus(self, other: Box) -> list[Box]:
+    def subtract(self, other: Box) -> list[Box]:
         """What is left of the box without `other`, as disjoint boxes."""
         common = self.overlap(other)
         if common is None:
@@ -86,7 +86,7 @@ class Box:
         return left
 
 
-def _stretch(
+def _boxes_of_range(
     shape: tuple[int, ...], first: int, last: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Start and shape of the boxes that elements `[first, last)` of an array are."""
@@ -98,28 +98,28 @@ def _stretch(
     row, zeros = prod(shape[1:]), (0,) * (len(shape) - 1)
     low, high = -(-first // row), last // row
     if low > high:  # within one row
-        for start, size in _stretch(shape[1:], first - high * row, last - high * row):
+        for start, size in _boxes_of_range(shape[1:], first - high * row, last - high * row):
             yield (high, *start), (1, *size)
         return
-    for start, size in _stretch(shape[1:], first - (low - 1) * row, row) if first < low * row else ():
+    for start, size in _boxes_of_range(shape[1:], first - (low - 1) * row, row) if first < low * row else ():
         yield (low - 1, *start), (1, *size)
     if low < high:
         yield (low, *zeros), (high - low, *shape[1:])
-    for start, size in _stretch(shape[1:], 0, last - high * row):
+    for start, size in _boxes_of_range(shape[1:], 0, last - high * row):
         yield (high, *start), (1, *size)
 
 
-def gap(target: Box, boxes: Sequence[Box]) -> Box | None:
+def first_uncovered(target: Box, boxes: Sequence[Box]) -> Box | None:
     """A part of `target` that none of `boxes` covers; None where there is none."""
     left = [target]
     for box in sorted(boxes, key=lambda b: b.start):
-        left = [part for region in left for part in region.minus(box)]
+        left = [part for region in left for part in region.subtract(box)]
         if not left:
             return None
     return left[0]
 
 
-def twice(boxes: Sequence[Box]) -> tuple[Box, Box, Box] | None:
+def first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box, Box] | None:
     """Two boxes that share an element, with what they share, by a sweep along the dim that is cut most often."""
     boxes = [box for box in boxes if box.elements]
     dims = range(len(boxes[0].shape)) if boxes else range(0)
@@ -137,7 +137,7 @@ def twice(boxes: Sequence[Box]) -> tuple[Box, Box, Box] | None:
     return None
 
 
-def uncovered(target: Box, boxes: Sequence[Box]) -> str | None:
+def coverage_error(target: Box, boxes: Sequence[Box]) -> str | None:
     """Why `boxes` don't cover `target` exactly once, with the range; None where they do.
 
     Args:
@@ -147,20 +147,21 @@ def uncovered(target: Box, boxes: Sequence[Box]) -> str | None:
     for box in boxes:
         if not box.valid or box.whole != target.whole:
             return f"{list(target.whole)} has a box {box} of {list(box.whole)}, which is outside of it"
-    pair = twice(boxes)
+    pair = first_overlap(boxes)
     if pair is not None:
         return f"{pair[2]} has two sources, the boxes {pair[0]} and {pair[1]} of {list(target.whole)}"
     count = sum(box.elements for box in boxes)
     if count != target.elements:
-        return f"{gap(target, boxes)} of {list(target.whole)} has no source: {count} of {target.elements} elements have"
+        hole = first_uncovered(target, boxes)
+        return f"{hole} of {list(target.whole)} has no source: {count} of {target.elements} elements have"
     return None
 
 
-def tiled(whole: Any, start: Any, shape: Any) -> bool:
-    """Whether boxes cover a tensor exactly once: `uncovered` without the reason, for thousands of boxes.
+def covers_exactly(whole: Any, start: Any, shape: Any) -> bool:
+    """Whether boxes cover a tensor exactly once: `coverage_error` without the reason, for thousands of boxes.
 
     The boxes' edges cut the tensor into a grid. A box adds one to its cells, through the differences at its corners; in the
-    end each cell must have one. Where the grid is far larger than the boxes are many, `uncovered` decides.
+    end each cell must have one. Where the grid is far larger than the boxes are many, `coverage_error` decides.
 
     Args:
         whole: array of int64 [dims].
@@ -185,7 +186,7 @@ def tiled(whole: Any, start: Any, shape: Any) -> bool:
         extent = tuple(whole.tolist())
         sizes = (end - start).tolist()
         boxes = [Box(extent, tuple(a), tuple(n)) for a, n in zip(start.tolist(), sizes, strict=True)]
-        return uncovered(Box.all_of(extent), boxes) is None
+        return coverage_error(Box.full(extent), boxes) is None
     corners = [
         (np.searchsorted(edge, start[:, d]), np.searchsorted(edge, end[:, d])) for d, edge in enumerate(edges)
     ]

@@ -56,13 +56,13 @@ def folder_of(step: int) -> str:
     return f"step-{step:010d}"
 
 
-def named(path: str) -> tuple[str, int | None]:
+def parse_checkpoint_path(path: str) -> tuple[str, int | None]:
     """Folder or URL of checkpoints, and the step where the path is one step's folder."""
     match = _NAMED.fullmatch(path)
     return (match["root"], int(match["step"])) if match else (path.rstrip("/") or "/", None)
 
 
-def tag(run: str) -> str:
+def run_tag(run: str) -> str:
     """A run's id as it stands in file names."""
     word = quote(run, safe="")
     if len(word) > _LONGEST:
@@ -77,7 +77,7 @@ class CheckpointCommit:
     attempt: int
     step: int
     run: str
-    """As `tag` gives it."""
+    """As `run_tag` gives it."""
 
     @property
     def prefix(self) -> str:
@@ -98,7 +98,7 @@ class CheckpointCommit:
         return f"{self.prefix}r{rank:05d}.{token}.safetensors"
 
 
-class Folder:
+class CheckpointFolder:
     """What lies under a checkpoint path: one listing, which doesn't change any more."""
 
     def __init__(self, store: StoreLike) -> None:
@@ -162,7 +162,7 @@ class Folder:
                 "run's step folders into a folder of its own and type checkpoint.path= that"
             )
 
-    def admit(self, identity: Identity) -> None:
+    def check_owner(self, identity: Identity) -> None:
         """Refuse all but the run that owns the folder, and its attempts before the newest.
 
         Raises:
@@ -170,7 +170,7 @@ class Folder:
             SaveSuperseded: where a newer attempt of the run has begun to save.
         """
         self.refuse_others()
-        own = tag(identity.run)
+        own = run_tag(identity.run)
         for commit in self.commits:
             if commit.run != own:
                 raise UserError(
@@ -197,7 +197,7 @@ class Folder:
             raise Incomplete(f"{path}: {error}") from None
         except OSError as error:
             raise Incomplete(f"{path} can't be read: {error}") from None
-        if (tag(head.run), head.attempt, head.step) != (commit.run, commit.attempt, commit.step):
+        if (run_tag(head.run), head.attempt, head.step) != (commit.run, commit.attempt, commit.step):
             raise Incomplete(
                 f"{path} is that of step {head.step}, attempt {head.attempt} of run {head.run}: "
                 "files of two checkpoints are mixed"
@@ -218,7 +218,7 @@ class Folder:
         Raises:
             Incomplete: as `head` does, and where the directory is missing, torn or changed.
         """
-        return Directory(self._store, self.head(commit)).whole()
+        return ManifestDirectory(self._store, self.head(commit)).whole()
 
     def whole(self, commit: CheckpointCommit) -> bool:
         """Whether the manifest can be read and all files are there; what is in them isn't looked at."""
@@ -230,8 +230,8 @@ class Folder:
                 self._whole[commit] = False
         return self._whole[commit]
 
-    def used(self, commit: CheckpointCommit) -> list[float]:
-        """When readers last renewed their marks of use, in seconds since 1970."""
+    def lease_times(self, commit: CheckpointCommit) -> list[float]:
+        """When readers last renewed their leases, in seconds since 1970."""
         renewed: list[float] = []
         for word in self.uses.get(commit, ()):
             try:
@@ -255,13 +255,13 @@ class Folder:
         return [name for name, files in self._files.items() if not files and name < folder_of(before)]
 
 
-class Directory:
+class ManifestDirectory:
     """What a checkpoint's directory tells, read block by block where it is asked for, each verified."""
 
     def __init__(self, store: StoreLike, head: ManifestHead) -> None:
         self.head = head
         self._store = store
-        commit = CheckpointCommit(head.attempt, head.step, tag(head.run))
+        commit = CheckpointCommit(head.attempt, head.step, run_tag(head.run))
         self._name = commit.directory(head.token)
         self._tensors: dict[int, dict[str, Tensor]] = {}
         self._files: dict[int, list[ShardFile]] = {}

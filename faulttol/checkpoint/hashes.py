@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from faulttol.checkpoint.boxes import Box, tiled, uncovered
-from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.boxes import Box, coverage_error, covers_exactly
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
 from faulttol.checkpoint.manifest import Incomplete, digest
 from faulttol.checkpoint.pieces import BLOCK, DTYPES
 from faulttol.checkpoint.shards import Entry, ShardIndex, block_digest
@@ -21,17 +21,17 @@ from faulttol.checkpoint.store import StoreLike
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and all there are, by one thread at a time."""
-STRETCH = 16 * BLOCK
+MAX_READ = 16 * BLOCK
 """Bytes that are read, verified and handed on at once."""
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-"""Stretches in work at once: three times `STRETCH` for each bound the memory that a pass over a checkpoint takes."""
+"""Reads at once: three times `MAX_READ` for each bound the memory that a pass over a checkpoint takes."""
 _FEW = 16
 """Boxes that are compared one by one."""
 _INDEXES = 64 << 20
 """Bytes of parsed indexes that are kept."""
 
 
-def quiet(done: int, total: int) -> None:  # noqa: ARG001  (the shape of `Progress`)
+def no_progress(done: int, total: int) -> None:  # noqa: ARG001  (the shape of `Progress`)
     """A `Progress` that tells nothing."""
 
 
@@ -73,7 +73,7 @@ class CheckpointSource:
 
     def __init__(self, store: StoreLike, commit: CheckpointCommit) -> None:
         self.store, self.commit = store, commit
-        self.manifest = Folder(store).manifest(commit)
+        self.manifest = CheckpointFolder(store).manifest(commit)
         self.tensors = self.manifest.tensors
         """By name, in the order in which they were saved."""
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class CheckpointSource:
     def read(self, name: str, box: Box, pieces: Sequence[Located] | None = None) -> Any:
         """The values of a box, as a numpy array of its shape and of unsigned integers of the dtype's size.
 
-        Every block that is touched is verified. Takes the memory of the box and of a stretch.
+        Every block that is touched is verified. Takes the memory of the box and of one read.
 
         Args:
             pieces: those of the tensor, where they are known already.
@@ -160,17 +160,17 @@ class CheckpointSource:
             common = piece.entry.box.overlap(box)
             if common is not None:
                 parts.append((piece, common))
-        why = gap_in(box, [common for _, common in parts])
+        why = coverage_error_in(box, [common for _, common in parts])
         if why:
             raise Incomplete(f"{self.url(self.commit.manifest)}: {name}{why}")
         for piece, common in parts:
             for first, last in _spans(piece, common):
                 data = np.frombuffer(self.blocks(piece, first, last), kind)
-                for part in piece.entry.box.flat(*elements(piece, first, last)):
+                for part in piece.entry.box.flat(*element_range(piece, first, last)):
                     given, data = data[: part.elements].reshape(part.shape), data[part.elements :]
                     shared = part.overlap(box)
                     if shared is not None:
-                        values[shared.inside(box)] = given[shared.inside(part)]
+                        values[shared.slices_within(box)] = given[shared.slices_within(part)]
         return values
 
     def blocks(self, piece: Located, first: int, last: int) -> bytearray:
@@ -179,7 +179,7 @@ class CheckpointSource:
         Raises:
             Incomplete: naming file, tensor and range of the first block that can't be read or differs.
         """
-        start, end = extent(piece, first, last)
+        start, end = byte_range(piece, first, last)
         data = self._read(piece.path, start, end, f"{piece.entry.name}{piece.entry.box}")
         self._check(piece, first, last, memoryview(data))
         return data
@@ -190,26 +190,26 @@ class CheckpointSource:
         Raises:
             Incomplete: as `blocks` does.
         """
-        begin, end = extent(*spans[0])[0], extent(*spans[-1])[1]
+        begin, end = byte_range(*spans[0])[0], byte_range(*spans[-1])[1]
         entry = spans[0][0].entry
         data = memoryview(self._read(spans[0][0].path, begin, end, f"{entry.name}{entry.box}"))
         for piece, first, last in spans:
-            start, end = extent(piece, first, last)
+            start, end = byte_range(piece, first, last)
             self._check(piece, first, last, data[start - begin : end - begin])
 
     def _check(self, piece: Located, first: int, last: int, data: memoryview) -> None:
         for number in range(first, last):
             at = (number - first) * piece.block
             if block_digest(data[at : at + piece.block]) != piece.entry.digest(number):
-                ranges = " ".join(map(str, piece.entry.box.flat(*elements(piece, number, number + 1))))
-                begin, end = extent(piece, number, number + 1)
+                ranges = " ".join(map(str, piece.entry.box.flat(*element_range(piece, number, number + 1))))
+                begin, end = byte_range(piece, number, number + 1)
                 raise Incomplete(
                     f"{self.url(piece.path)} differs from what was saved in {piece.entry.name}{ranges}, bytes {begin} to "
                     f"{end}"
                 )
 
-    def stretches(self, name: str, box: Box) -> Iterator[memoryview]:
-        """The bytes of a box, row-major, in stretches of at most `STRETCH` bytes.
+    def chunks(self, name: str, box: Box) -> Iterator[memoryview]:
+        """The bytes of a box, row-major, in chunks of at most `MAX_READ` bytes.
 
         Raises:
             Incomplete: as `read` does.
@@ -217,21 +217,21 @@ class CheckpointSource:
         if not box.elements:
             return
         pieces = self.pieces(name)
-        for part in parts_of(box, STRETCH // DTYPES[self.tensors[name].dtype][1]):
+        for part in parts_of(box, MAX_READ // DTYPES[self.tensors[name].dtype][1]):
             yield memoryview(self.read(name, part, pieces).reshape(-1)).cast("B")
 
     def cost(self, name: str, box: Box) -> int:
-        """Bytes that `stretches` reads for a box, without the indexes.
+        """Bytes that `chunks` reads for a box, without the indexes.
 
         Raises:
             Incomplete: where an index is damaged.
         """
         pieces, total = self.pieces(name), 0
-        for part in parts_of(box, STRETCH // DTYPES[self.tensors[name].dtype][1]):
+        for part in parts_of(box, MAX_READ // DTYPES[self.tensors[name].dtype][1]):
             for piece in pieces:
                 common = piece.entry.box.overlap(part)
                 for first, last in _spans(piece, common) if common is not None else ():
-                    begin, end = elements(piece, first, last)
+                    begin, end = element_range(piece, first, last)
                     total += (end - begin) * piece.entry.item
         return total
 
@@ -247,26 +247,28 @@ class CheckpointSource:
         return data
 
 
-def extent(piece: Located, first: int, last: int) -> tuple[int, int]:
+def byte_range(piece: Located, first: int, last: int) -> tuple[int, int]:
     """First byte of block `first` of a piece in its file, and the one after block `last - 1`."""
     return piece.offset + first * piece.block, piece.offset + min(last * piece.block, piece.entry.bytes)
 
 
-def elements(piece: Located, first: int, last: int) -> tuple[int, int]:
+def element_range(piece: Located, first: int, last: int) -> tuple[int, int]:
     """First element of block `first` of a piece, and the one after the last of block `last - 1`."""
     per = piece.block // piece.entry.item
     return first * per, min(last * per, piece.entry.box.elements)
 
 
-def gap_in(target: Box, boxes: Sequence[Box]) -> str | None:
-    """`uncovered`, fast where there are many boxes and nothing is wrong with them."""
+def coverage_error_in(target: Box, boxes: Sequence[Box]) -> str | None:
+    """`coverage_error`, fast where there are many boxes and nothing is wrong with them."""
     if len(boxes) > _FEW and all(box.valid and box.whole == target.whole for box in boxes):
         import numpy as np
 
         start = np.array([box.start for box in boxes], np.int64) - np.array(target.start, np.int64)
-        if tiled(np.array(target.shape, np.int64), start, np.array([box.shape for box in boxes], np.int64)):
+        if covers_exactly(
+            np.array(target.shape, np.int64), start, np.array([box.shape for box in boxes], np.int64)
+        ):
             return None
-    return uncovered(target, boxes)
+    return coverage_error(target, boxes)
 
 
 def parts_of(box: Box, most: int) -> Iterator[Box]:
@@ -282,15 +284,15 @@ def parts_of(box: Box, most: int) -> Iterator[Box]:
 
 
 def _spans(piece: Located, common: Box) -> Iterator[tuple[int, int]]:
-    """First block and the one after the last, of blocks of a piece that have elements of `common`, a stretch at most."""
+    """Runs of blocks of a piece that have elements of `common`, as first and end, each of at most `MAX_READ` bytes."""
     box, per = piece.entry.box, piece.block // piece.entry.item
     begin = end = 0
     for at, start, shape, size in zip(common.start, box.start, common.shape, box.shape, strict=True):
         begin, end = begin * size + at - start, end * size + at - start + shape - 1
     first: int | None = None
-    most = STRETCH // piece.block
+    most = MAX_READ // piece.block
     for number in range(begin // per, end // per + 1):
-        touched = any(common.overlap(part) for part in box.flat(*elements(piece, number, number + 1)))
+        touched = any(common.overlap(part) for part in box.flat(*element_range(piece, number, number + 1)))
         if first is not None and (not touched or number - first == most):
             yield first, number
             first = None
@@ -301,11 +303,14 @@ def _spans(piece: Located, common: Box) -> Iterator[tuple[int, int]]:
 
 
 def tensor_hashes(
-    store: StoreLike, commit: CheckpointCommit, progress: Progress = quiet, names: Sequence[str] | None = None
+    store: StoreLike,
+    commit: CheckpointCommit,
+    progress: Progress = no_progress,
+    names: Sequence[str] | None = None,
 ) -> dict[str, str]:
     """SHA-256 of each global tensor's bytes in row-major order, in hex: the same under every layout.
 
-    What is read is verified on the way. Takes `3 * THREADS * STRETCH` bytes of memory and the indexes.
+    What is read is verified on the way. Takes `3 * THREADS * MAX_READ` bytes of memory and the indexes.
 
     Args:
         names: tensors; None: all.
@@ -320,7 +325,7 @@ def tensor_hashes(
     def one(name: str) -> str:
         nonlocal done
         running = hashlib.sha256()
-        for chunk in source.stretches(name, Box.all_of(source.tensors[name].shape)):
+        for chunk in source.chunks(name, Box.full(source.tensors[name].shape)):
             running.update(chunk)
             with lock:
                 done += len(chunk)

@@ -10,14 +10,14 @@ from typing import Any
 from configs.errors import UserError, nearest
 from faulttol import exits
 from faulttol.checkpoint import sharing
-from faulttol.checkpoint.folder import CheckpointCommit, Directory, Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, ManifestDirectory, folder_of
 from faulttol.checkpoint.manifest import Identity as Identity
 from faulttol.checkpoint.manifest import Incomplete, SaveSuperseded, Tensor
 from faulttol.checkpoint.manifest import ManifestHead as ManifestHead
-from faulttol.checkpoint.peers import Failure, Peers, on_first, together
-from faulttol.checkpoint.pieces import Wanted as Wanted
+from faulttol.checkpoint.peers import Failure, Peers, run_on_all_ranks, run_on_rank_zero
+from faulttol.checkpoint.pieces import LoadTarget as LoadTarget
 from faulttol.checkpoint.reading import CheckpointReader
-from faulttol.checkpoint.retention import using
+from faulttol.checkpoint.retention import read_lease
 from faulttol.checkpoint.store import CheckpointStore, StoreLike
 
 BUFFER = 256 << 20
@@ -80,7 +80,7 @@ def newest(tiers: Sequence[Tier], peers: Peers) -> ManifestHead | None:
         candidates, passed = _candidates(tiers, None)
         for one in candidates:
             try:
-                return Folder(tiers[one.tier].store).head(one.commit)
+                return CheckpointFolder(tiers[one.tier].store).head(one.commit)
             except Incomplete as error:
                 passed.append(_passed(tiers, one, str(error)))
         if passed:
@@ -88,7 +88,7 @@ def newest(tiers: Sequence[Tier], peers: Peers) -> ManifestHead | None:
         return None
 
     first = peers.gather(None) is not None
-    head, failure = on_first(peers, first, find)
+    head, failure = run_on_rank_zero(peers, first, find)
     if failure is not None:
         raise _error(failure)
     return head
@@ -96,7 +96,7 @@ def newest(tiers: Sequence[Tier], peers: Peers) -> ManifestHead | None:
 
 def restore(
     tiers: Sequence[Tier],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[LoadTarget],
     peers: Peers,
     identity: Identity,
     alive: Callable[[], None] = lambda: None,
@@ -123,13 +123,13 @@ def restore(
             lose them in silence. Tensors may be half filled then.
     """
     first = identity.rank == 0
-    answer, failure = on_first(peers, first, lambda: _candidates(tiers, identity))
+    answer, failure = run_on_rank_zero(peers, first, lambda: _candidates(tiers, identity))
     if failure is not None or answer is None:
         raise _error(failure)
     candidates, passed = answer
     for one in candidates:
         tier = tiers[one.tier]
-        with using(tier.store, one.commit) if first and tier.owner else nullcontext():
+        with read_lease(tier.store, one.commit) if first and tier.owner else nullcontext():
             loaded = _load(tier.store, one.commit, wanted, peers, identity, alive)
         if not isinstance(loaded, str):
             head, size = loaded
@@ -164,12 +164,12 @@ def _candidates(tiers: Sequence[Tier], identity: Identity | None) -> tuple[list[
 
 
 def _commits(tier: Tier, identity: Identity | None) -> list[CheckpointCommit]:
-    folder = Folder(tier.store)
+    folder = CheckpointFolder(tier.store)
     if not tier.owner or identity is None:
         folder.refuse_others()
     else:
         try:
-            folder.admit(identity)
+            folder.check_owner(identity)
         except SaveSuperseded as error:  # a restart wouldn't mend it
             raise UserError(str(error)) from None
     commits = [commit for commit in folder.commits if tier.step in (None, commit.step)]
@@ -185,17 +185,17 @@ def _commits(tier: Tier, identity: Identity | None) -> list[CheckpointCommit]:
 def _load(
     store: StoreLike,
     commit: CheckpointCommit,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[LoadTarget],
     peers: Peers,
     identity: Identity,
     alive: Callable[[], None],
 ) -> tuple[ManifestHead, int] | str:
     """Load one checkpoint: its head and the bytes that were read, or why a rank could not."""
-    head, failure = on_first(peers, identity.rank == 0, lambda: Folder(store).head(commit))
+    head, failure = run_on_rank_zero(peers, identity.rank == 0, lambda: CheckpointFolder(store).head(commit))
     if failure is not None or head is None:
         return _reason([failure])
-    directory = Directory(store, head)
-    tensors, failures = together(peers, lambda: directory.find(dict.fromkeys(w.name for w in wanted)))
+    directory = ManifestDirectory(store, head)
+    tensors, failures = run_on_all_ranks(peers, lambda: directory.find(dict.fromkeys(w.name for w in wanted)))
     if failures or tensors is None:
         return _reason(failures)
     failure = _refuse_another(store, directory, tensors, wanted, peers)
@@ -204,7 +204,7 @@ def _load(
     home = identity.rank if head.world == identity.world else None
     reader = CheckpointReader(store, directory, wanted, home, alive)
     alone, groups = sharing.grouped(wanted, peers, identity)
-    _, failures = together(peers, lambda: sharing.load(reader, alone, groups, peers, identity))
+    _, failures = run_on_all_ranks(peers, lambda: sharing.load(reader, alone, groups, peers, identity))
     if failures:
         return _reason(failures)
     return head, reader.bytes + directory.bytes
@@ -224,9 +224,9 @@ def _reason(failures: Sequence[Failure | None]) -> str:
 
 def _refuse_another(
     store: StoreLike,
-    directory: Directory,
+    directory: ManifestDirectory,
     tensors: dict[str, Tensor],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[LoadTarget],
     peers: Peers,
 ) -> Failure | None:
     """Refuse a checkpoint that hasn't exactly the tensors that the ranks want; what kept rank 0 from telling.
@@ -248,7 +248,7 @@ def _refuse_another(
         problems += [f"nothing here wants {name}" for name in names]
         return problems[:3], count + missing
 
-    verdict, failure = on_first(peers, answers is not None, judge)
+    verdict, failure = run_on_rank_zero(peers, answers is not None, judge)
     if failure is not None or verdict is None:
         return failure or (Incomplete, "rank 0 gave no answer")
     problems, count = verdict
@@ -262,7 +262,9 @@ def _refuse_another(
     return None
 
 
-def _differences(directory: Directory, tensors: dict[str, Tensor], wanted: Sequence[Wanted]) -> list[str]:
+def _differences(
+    directory: ManifestDirectory, tensors: dict[str, Tensor], wanted: Sequence[LoadTarget]
+) -> list[str]:
     """Tensors that a rank wants and that the checkpoint hasn't, or has otherwise."""
     problems: list[str] = []
     for item in wanted:

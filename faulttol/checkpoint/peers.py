@@ -88,7 +88,7 @@ def failure_of(error: Exception) -> Failure:
     return Incomplete, f"{type(error).__name__}: {error}"
 
 
-def caught(act: Callable[[], T]) -> tuple[T | None, Failure | None]:
+def capture_failure(act: Callable[[], T]) -> tuple[T | None, Failure | None]:
     """What `act` returns, or how it failed, so that a rank tells its peers before it raises."""
     try:
         return act(), None
@@ -114,19 +114,19 @@ def by_rank(failed: Sequence[tuple[int, str]]) -> str:
     return "; ".join(said) + (f"; and {left} other reasons" if left > 1 else "; and another" if left else "")
 
 
-def on_first(peers: Peers, first: bool, act: Callable[[], T]) -> tuple[T | None, Failure | None]:
+def run_on_rank_zero(peers: Peers, first: bool, act: Callable[[], T]) -> tuple[T | None, Failure | None]:
     """What `act` gave on rank 0, on all ranks.
 
     Args:
         first: whether this is rank 0.
     """
-    answer: tuple[T | None, Failure | None] = peers.broadcast(caught(act) if first else None)
+    answer: tuple[T | None, Failure | None] = peers.broadcast(capture_failure(act) if first else None)
     return answer
 
 
-def together(peers: Peers, act: Callable[[], T]) -> tuple[T | None, list[Failure]]:
+def run_on_all_ranks(peers: Peers, act: Callable[[], T]) -> tuple[T | None, list[Failure]]:
     """What `act` gave on this rank, and on all ranks the failures of all, each once, `UserError` first."""
-    mine, failure = caught(act)
+    mine, failure = capture_failure(act)
     answers = peers.gather(failure)
     failed = None
     if answers is not None:

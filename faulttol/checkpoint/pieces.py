@@ -53,7 +53,7 @@ class TensorPiece:
         Raises:
             ValueError: where the tensor hasn't the shape of its box, or the box isn't in the whole.
         """
-        box = Box.all_of(tuple(tensor.shape)) if box is None else box
+        box = Box.full(tuple(tensor.shape)) if box is None else box
         _matches(name, tensor, box)
         return cls(name, str(tensor.dtype).removeprefix("torch."), box, tensor)
 
@@ -84,7 +84,7 @@ class TensorPiece:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LoadTarget:
     """A box of a named tensor that a rank needs, and where it goes."""
 
     name: str
@@ -99,13 +99,13 @@ class Wanted:
             raise ValueError(f"{self.name} is wanted as {self.dtype}, and its tensor is {self.tensor.dtype}")
 
     @classmethod
-    def from_slice(cls, name: str, tensor: torch.Tensor, box: Box | None = None) -> Wanted:
+    def from_slice(cls, name: str, tensor: torch.Tensor, box: Box | None = None) -> LoadTarget:
         """What fills a live tensor, the whole where no box is given.
 
         Raises:
             ValueError: where the tensor hasn't the shape of its box, or the box isn't in the whole.
         """
-        box = Box.all_of(tuple(tensor.shape)) if box is None else box
+        box = Box.full(tuple(tensor.shape)) if box is None else box
         return cls(name, str(tensor.dtype).removeprefix("torch."), box, tensor)
 
     @property
@@ -126,10 +126,10 @@ class Wanted:
 
         given = torch.frombuffer(values, dtype=getattr(torch, self.dtype)).view(source.shape)
         with torch.no_grad():
-            self.tensor[common.inside(self.box)].copy_(given[common.inside(source)])
+            self.tensor[common.slices_within(self.box)].copy_(given[common.slices_within(source)])
 
 
-def landing(size: int, on_device: bool) -> memoryview:
+def staging_buffer(size: int, on_device: bool) -> memoryview:
     """Memory that bytes are read into on their way to live tensors.
 
     Args:
@@ -171,7 +171,7 @@ class TensorPart(Protocol):
 def owned(parts: Iterable[TensorPart]) -> Iterator[TensorPiece]:
     """What this rank writes of its parts, so that of all replicas each element is written once.
 
-    A large part is cut into as many stretches of rows as it has replicas; a small one is written by the replica that a
+    A large part is cut into as many ranges of rows as it has replicas; a small one is written by the replica that a
     hash of its name chooses. So the bytes spread evenly without a word between the ranks.
     """
     for part in parts:

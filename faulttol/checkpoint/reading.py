@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
-from faulttol.checkpoint.boxes import Box, uncovered
-from faulttol.checkpoint.folder import CheckpointCommit, Directory, tag
+from faulttol.checkpoint.boxes import Box, coverage_error
+from faulttol.checkpoint.folder import CheckpointCommit, ManifestDirectory, run_tag
 from faulttol.checkpoint.manifest import Incomplete, Manifest, ManifestHead, ShardFile, digest
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted, landing
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, LoadTarget, staging_buffer
 from faulttol.checkpoint.shards import Entry, ShardIndex, block_digest
 from faulttol.checkpoint.store import StoreLike
 
@@ -26,7 +26,7 @@ class WantedBlock:
     """A block of a piece that some wanted box has elements of."""
 
     entry: Entry
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[LoadTarget, ...]
     number: int
     offset: int
     """In the file."""
@@ -79,14 +79,14 @@ class CheckpointReader:
     def __init__(
         self,
         store: StoreLike,
-        source: Manifest | Directory,
-        wanted: Sequence[Wanted],
+        source: Manifest | ManifestDirectory,
+        wanted: Sequence[LoadTarget],
         home: int | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._source, self.home, self._alive = store, source, home, alive
-        self._head: ManifestHead | Manifest = source.head if isinstance(source, Directory) else source
-        self._commit = CheckpointCommit(self._head.attempt, self._head.step, tag(self._head.run))
+        self._head: ManifestHead | Manifest = source.head if isinstance(source, ManifestDirectory) else source
+        self._commit = CheckpointCommit(self._head.attempt, self._head.step, run_tag(self._head.run))
         self._rows: dict[int, ShardFile] = {}
         self._files: dict[int, _File] = {}
         self._all = list(wanted)
@@ -96,7 +96,7 @@ class CheckpointReader:
         self.bytes = 0
         """Read so far, indexes included."""
 
-    def fill(self, wanted: Sequence[Wanted] | None = None) -> None:
+    def fill(self, wanted: Sequence[LoadTarget] | None = None) -> None:
         """Read what is wanted, in bounded memory.
 
         What is raised may leave tensors half filled; another checkpoint then fills them whole.
@@ -112,45 +112,47 @@ class CheckpointReader:
         with ThreadPoolExecutor(_THREADS) as pool:
             spans, rest = self._at_home(here)
             ranks = self.ranks(rest) if rest else []
-            self._know(ranks)
+            self._locate_indexes(ranks)
             by_rank = list(pool.map(lambda rank: self.blocks(rank, rest), ranks))
             boxes = _boxes(block for blocks in by_rank for block in blocks)
             for name, items in rest.items():
                 for item in items:
                     self.check(item, boxes.get(name, ()))
             for rank, blocks in zip(ranks, by_rank, strict=True):
-                spans += [Span(self._files[rank].path, span) for span in stretches(blocks, _SPAN)]
-            for _ in pool.map(self._take, spans):
+                spans += [Span(self._files[rank].path, span) for span in coalesce(blocks, _SPAN)]
+            for _ in pool.map(self._read_and_fill, spans):
                 pass
 
-    def _at_home(self, here: Mapping[str, list[Wanted]]) -> tuple[list[Span], dict[str, list[Wanted]]]:
+    def _at_home(
+        self, here: Mapping[str, list[LoadTarget]]
+    ) -> tuple[list[Span], dict[str, list[LoadTarget]]]:
         """What this rank's own file of the checkpoint has whole, so that no other index is read for it; and the rest.
 
         That no other file has it too was proven when the checkpoint was committed.
         """
         if self.home is None or not here or self.home not in self.ranks(here):
             return [], dict(here)
-        self._know([self.home])
+        self._locate_indexes([self.home])
         boxes = _boxes(self.blocks(self.home, here))
-        mine: dict[str, list[Wanted]] = {}
-        rest: dict[str, list[Wanted]] = {}
+        mine: dict[str, list[LoadTarget]] = {}
+        rest: dict[str, list[LoadTarget]] = {}
         for name, items in here.items():
             for item in items:
                 whole = _reason(item, boxes.get(name, ())) is None
                 (mine if whole else rest).setdefault(name, []).append(item)
         blocks = self.blocks(self.home, mine)
-        return [Span(self._files[self.home].path, span) for span in stretches(blocks, _SPAN)], rest
+        return [Span(self._files[self.home].path, span) for span in coalesce(blocks, _SPAN)], rest
 
     def ranks(self, names: Iterable[str]) -> list[int]:
         """Ranks whose files have a part of these tensors."""
         tensors = self._source.find(names)
         return sorted({rank for tensor in tensors.values() for rank in tensor.files()})
 
-    def _know(self, ranks: Iterable[int]) -> None:
+    def _locate_indexes(self, ranks: Iterable[int]) -> None:
         """Learn where the indexes of files are."""
         self._rows |= self._source.rows(rank for rank in ranks if rank not in self._rows)
 
-    def blocks(self, rank: int, wanted: Mapping[str, Sequence[Wanted]]) -> list[WantedBlock]:
+    def blocks(self, rank: int, wanted: Mapping[str, Sequence[LoadTarget]]) -> list[WantedBlock]:
         """The blocks of a file that have elements of `wanted`, in the order of the file; its index is read once.
 
         Args:
@@ -158,7 +160,7 @@ class CheckpointReader:
         """
         if rank not in self._files:
             if rank not in self._rows:
-                self._know([rank])
+                self._locate_indexes([rank])
             self._files[rank] = self._open(rank)
         file, blocks = self._files[rank], list[WantedBlock]()
         for entry in file.entries:
@@ -171,7 +173,7 @@ class CheckpointReader:
         """Of a file that was opened by `blocks`, in the store."""
         return self._files[rank].path
 
-    def check(self, item: Wanted, boxes: Iterable[Box]) -> None:
+    def check(self, item: LoadTarget, boxes: Iterable[Box]) -> None:
         """Refuse a wanted box whose elements haven't exactly one source each.
 
         Args:
@@ -200,10 +202,10 @@ class CheckpointReader:
         file = self._rows[rank]
         text = self._read(path, file.bytes - file.index, file.bytes, f"the index of rank {rank}")
         if digest(text) != file.digest:
-            raise Incomplete(f"{self._path(path)}: {self._stranger(text)}")
+            raise Incomplete(f"{self._path(path)}: {self._foreign_index_reason(text)}")
         return ShardIndex.parse(text)
 
-    def _stranger(self, text: bytearray) -> str:
+    def _foreign_index_reason(self, text: bytearray) -> str:
         """Why an index isn't the one that was committed: whose it is, where it is known."""
         try:
             index = ShardIndex.parse(text)
@@ -241,9 +243,9 @@ class CheckpointReader:
                 )
         return data
 
-    def _take(self, span: Span) -> None:
+    def _read_and_fill(self, span: Span) -> None:
         """Read a span and fill what wants its blocks."""
-        data, start = self.verified(span, self._landing(span.size)), span.start
+        data, start = self.verified(span, self._thread_buffer(span.size)), span.start
         # Of one piece, all follow each other.
         for _, run in groupby(span.blocks, key=lambda block: id(block.entry)):
             blocks = list(run)
@@ -251,11 +253,11 @@ class CheckpointReader:
             at = blocks[0].offset - start
             fill(blocks[0].wanted, blocks[0].entry.box, (blocks[0].first, last), data[at:])
 
-    def _landing(self, size: int) -> memoryview:
+    def _thread_buffer(self, size: int) -> memoryview:
         """This thread's, used again for each span: memory that is new each time is cleared and mapped each time."""
         memory: memoryview | None = getattr(self._memory, "landing", None)
         if memory is None or len(memory) < size:
-            memory = self._memory.landing = landing(size, any(w.on_device for w in self._all))
+            memory = self._memory.landing = staging_buffer(size, any(w.on_device for w in self._all))
         return memory
 
     def _read(self, path: str, start: int, end: int, what: str) -> bytearray:
@@ -280,7 +282,7 @@ class CheckpointReader:
         return f"{self._store.url.rstrip('/')}/{name}"
 
 
-def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> Iterator[WantedBlock]:
+def _blocks(entry: Entry, wanted: tuple[LoadTarget, ...], base: int, size: int) -> Iterator[WantedBlock]:
     """The blocks of a piece that have wanted elements."""
     per = size // entry.item
     every = any(w.box.overlap(entry.box) == entry.box for w in wanted)
@@ -292,7 +294,7 @@ def _blocks(entry: Entry, wanted: tuple[Wanted, ...], base: int, size: int) -> I
             yield WantedBlock(entry, wanted, number, offset, (last - first) * entry.item, first)
 
 
-def stretches(blocks: Sequence[WantedBlock], most: int) -> Iterator[tuple[WantedBlock, ...]]:
+def coalesce(blocks: Sequence[WantedBlock], most: int) -> Iterator[tuple[WantedBlock, ...]]:
     """Blocks in the order of the file, joined where they touch, up to so many bytes."""
     span: list[WantedBlock] = []
     for block in blocks:
@@ -307,7 +309,7 @@ def stretches(blocks: Sequence[WantedBlock], most: int) -> Iterator[tuple[Wanted
         yield tuple(span)
 
 
-def fill(wanted: Iterable[Wanted], piece: Box, elements: tuple[int, int], data: memoryview) -> None:
+def fill(wanted: Iterable[LoadTarget], piece: Box, elements: tuple[int, int], data: memoryview) -> None:
     """Fill what wants elements `[first, last)` of a piece, counted row by row; `data` begins with them."""
     items, at = list(wanted), 0
     for box in piece.flat(*elements):
@@ -325,14 +327,14 @@ def _boxes(blocks: Iterable[WantedBlock]) -> dict[str, list[Box]]:
     return boxes
 
 
-def _reason(item: Wanted, boxes: Iterable[Box]) -> str | None:
+def _reason(item: LoadTarget, boxes: Iterable[Box]) -> str | None:
     """Why pieces don't cover a wanted box exactly once; None where they do."""
     parts = [common for box in boxes if (common := item.box.overlap(box)) is not None]
-    return uncovered(item.box, parts)
+    return coverage_error(item.box, parts)
 
 
-def _by_name(wanted: Sequence[Wanted]) -> dict[str, list[Wanted]]:
-    by_name: dict[str, list[Wanted]] = {}
+def _by_name(wanted: Sequence[LoadTarget]) -> dict[str, list[LoadTarget]]:
+    by_name: dict[str, list[LoadTarget]] = {}
     for item in wanted:
         if item.box.elements:
             by_name.setdefault(item.name, []).append(item)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from configs.errors import UserError
-from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of, tag
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, folder_of, run_tag
 from faulttol.checkpoint.manifest import Identity
 from faulttol.checkpoint.store import StoreLike
 
-USE_SECONDS = 3600.0
-"""A mark of use that wasn't renewed for so long is what a killed reader left."""
-_RENEW_SECONDS = USE_SECONDS / 6
+LEASE_SECONDS = 3600.0
+"""A lease of a reader that wasn't renewed for so long has expired: the reader was killed."""
+_RENEW_SECONDS = LEASE_SECONDS / 6
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _log = logging.getLogger("megaray.checkpoint")
 
@@ -38,15 +38,15 @@ class Retention:
 
 
 @dataclass(frozen=True)
-class Doomed:
+class PruneCandidate:
     """A checkpoint that needn't be kept."""
 
     commit: CheckpointCommit
     why: str
 
 
-class Shelf(Protocol):
-    """What `plan` looks at; a `Folder` is one."""
+class CheckpointListing(Protocol):
+    """What `plan` looks at; a `CheckpointFolder` is one."""
 
     commits: list[CheckpointCommit]
     """With a manifest, oldest first."""
@@ -55,13 +55,13 @@ class Shelf(Protocol):
     def whole(self, commit: CheckpointCommit) -> bool:
         """Whether the manifest can be read and all files are there."""
 
-    def used(self, commit: CheckpointCommit) -> list[float]:
-        """When readers last renewed their marks of use, in seconds since 1970."""
+    def lease_times(self, commit: CheckpointCommit) -> list[float]:
+        """When readers last renewed their leases, in seconds since 1970."""
 
 
 def plan(
-    folder: Shelf, retention: Retention, now: float, broken: Collection[CheckpointCommit] = ()
-) -> list[Doomed]:
+    folder: CheckpointListing, retention: Retention, now: float, broken: Collection[CheckpointCommit] = ()
+) -> list[PruneCandidate]:
     """Checkpoints that may go, oldest first; changes nothing.
 
     Kept are the newest `last` that are whole and all that are newer than the oldest of them; of each step that is a
@@ -79,34 +79,36 @@ def plan(
         return []
     oldest = whole[-1]
     newest_of = {commit.step: commit for commit in folder.commits}
-    doomed: list[Doomed] = []
+    doomed: list[PruneCandidate] = []
     for commit in folder.commits:
         milestone = retention.every is not None and commit.step % retention.every == 0
         if commit >= oldest or (milestone and newest_of[commit.step] == commit) or folder.pins.get(commit):
             continue
-        if any(now - renewed < USE_SECONDS for renewed in folder.used(commit)):
+        if any(now - renewed < LEASE_SECONDS for renewed in folder.lease_times(commit)):
             continue
         why = f"older than the newest {len(whole)}"
         if retention.every is not None:
             left = f"attempt {newest_of[commit.step].attempt} has saved this step again"
             why += f", and {left if milestone else f'not a multiple of {retention.every}'}"
-        doomed.append(Doomed(commit, why))
+        doomed.append(PruneCandidate(commit, why))
     return doomed
 
 
-def remove(store: StoreLike, doomed: Sequence[Doomed]) -> list[Doomed]:
+def remove(store: StoreLike, doomed: Sequence[PruneCandidate]) -> list[PruneCandidate]:
     """Remove checkpoints, each manifest before its files; those that were removed.
 
     What has been pinned or is read since the plan was made stays, and so does the only checkpoint that is whole.
     """
-    folder = Folder(store)
+    folder = CheckpointFolder(store)
     going = {one.commit for one in doomed}
     spared = next((c for c in reversed(folder.commits) if c not in going and folder.whole(c)), None)
     if spared is None:  # nothing that stays is whole
         spared = next((c for c in reversed(folder.commits) if folder.whole(c)), None)
     now, done = time.time(), []
     for one in doomed:
-        kept = folder.pins.get(one.commit) or any(now - t < USE_SECONDS for t in folder.used(one.commit))
+        kept = folder.pins.get(one.commit) or any(
+            now - t < LEASE_SECONDS for t in folder.lease_times(one.commit)
+        )
         if one.commit != spared and one.commit in folder.commits and not kept:
             store.remove(one.commit.manifest)
             done.append(one)
@@ -115,12 +117,14 @@ def remove(store: StoreLike, doomed: Sequence[Doomed]) -> list[Doomed]:
     return done
 
 
-def prune(store: StoreLike, retention: Retention, broken: Collection[CheckpointCommit] = ()) -> list[Doomed]:
+def prune(
+    store: StoreLike, retention: Retention, broken: Collection[CheckpointCommit] = ()
+) -> list[PruneCandidate]:
     """Remove what needn't be kept; what was removed."""
-    return remove(store, plan(Folder(store), retention, time.time(), broken))
+    return remove(store, plan(CheckpointFolder(store), retention, time.time(), broken))
 
 
-def retire(
+def prune_after_commit(
     store: StoreLike, identity: Identity, retention: Retention, newest: CheckpointCommit, token: str
 ) -> None:
     """Remove a run's checkpoints that needn't be kept, and what interrupted saves up to now left.
@@ -129,7 +133,7 @@ def retire(
         newest: the commit that was just made.
         token: word in the names of its files.
     """
-    folder, own = Folder(store), tag(identity.run)
+    folder, own = CheckpointFolder(store), run_tag(identity.run)
     doomed = plan(folder, retention, time.time())
     if doomed:
         remove(store, doomed)
@@ -149,19 +153,19 @@ def retire(
             store.remove(f"{folder_of(newest.step)}/{name}")
 
 
-def clear(store: StoreLike, identity: Identity) -> None:
+def remove_interrupted(store: StoreLike, identity: Identity) -> None:
     """Remove what interrupted saves of a run's earlier attempts left.
 
     For a save that has failed: on a full storage the next one may need the room, and a commit, after which leftovers go,
     is what it can't have.
     """
-    folder, own = Folder(store), tag(identity.run)
+    folder, own = CheckpointFolder(store), run_tag(identity.run)
     for commit in folder.begun:
         if commit.run == own and commit.attempt < identity.attempt:
             _remove_files(store, folder, commit)
 
 
-def _remove_files(store: StoreLike, folder: Folder, commit: CheckpointCommit) -> None:
+def _remove_files(store: StoreLike, folder: CheckpointFolder, commit: CheckpointCommit) -> None:
     """Remove a commit's files, or at once its folder where nothing else is in it."""
     if folder.alone(commit):
         store.remove(folder_of(commit.step))
@@ -170,7 +174,7 @@ def _remove_files(store: StoreLike, folder: Folder, commit: CheckpointCommit) ->
         store.remove(f"{folder_of(commit.step)}/{name}")
 
 
-# ---- kept by name, and while it is read ----
+# ---- pins and read leases ----
 
 
 def pin(store: StoreLike, step: int, name: str) -> CheckpointCommit:
@@ -183,7 +187,7 @@ def pin(store: StoreLike, step: int, name: str) -> CheckpointCommit:
         raise UserError(
             f"a checkpoint can't be pinned as '{name}': type letters, digits, - and _, at most 64 of them"
         )
-    folder = Folder(store)
+    folder = CheckpointFolder(store)
     commits = [commit for commit in folder.commits if commit.step == step]
     if not commits:
         there = ", ".join(str(commit.step) for commit in folder.commits[-4:])
@@ -217,7 +221,7 @@ def unpin(store: StoreLike, step: int, name: str) -> None:
     Raises:
         UserError: where the step isn't pinned under it.
     """
-    commits = [c for c, names in Folder(store).pins.items() if c.step == step and name in names]
+    commits = [c for c, names in CheckpointFolder(store).pins.items() if c.step == step and name in names]
     if not commits:
         raise UserError(f"step {step} of {store.url} isn't pinned as '{name}': `inspect` shows the pins")
     for commit in commits:
@@ -228,19 +232,19 @@ def unpin(store: StoreLike, step: int, name: str) -> None:
 
 def pins(store: StoreLike) -> dict[CheckpointCommit, list[str]]:
     """Names that commits are pinned under."""
-    return Folder(store).pins
+    return CheckpointFolder(store).pins
 
 
 @contextmanager
-def using(store: StoreLike, commit: CheckpointCommit) -> Iterator[None]:
-    """Keep a checkpoint while it is read: a mark beside it, renewed by a thread, that a killed reader leaves for an hour.
+def read_lease(store: StoreLike, commit: CheckpointCommit) -> Iterator[None]:
+    """Keep a checkpoint while it is read: a thread renews a lease beside it, which a killed reader leaves to expire.
 
-    Where the mark can't be written the checkpoint is read without it.
+    Where the lease can't be written the checkpoint is read without it.
     """
     name = f"{commit.prefix}use-{secrets.token_hex(4)}"
     ended = threading.Event()
 
-    def mark() -> bool:
+    def write_lease() -> bool:
         try:
             store.write(name, [repr(time.time()).encode()])
         except Exception as error:  # a folder that may only be read
@@ -250,17 +254,17 @@ def using(store: StoreLike, commit: CheckpointCommit) -> Iterator[None]:
 
     def renew() -> None:
         while not ended.wait(_RENEW_SECONDS):
-            mark()
+            write_lease()
 
-    marked = mark()
+    leased = write_lease()
     thread = threading.Thread(target=renew, daemon=True)
-    if marked:
+    if leased:
         thread.start()
     try:
         yield
     finally:
         ended.set()
-        if marked:
+        if leased:
             thread.join()
             try:
                 store.remove(name)

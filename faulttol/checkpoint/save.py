@@ -13,19 +13,19 @@ from typing import Any
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention as retention_of
-from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of, tag
+from faulttol.checkpoint.coverage import CoverageCache, FilePlan
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, folder_of, run_tag
 from faulttol.checkpoint.manifest import Identity as Identity
 from faulttol.checkpoint.manifest import Incomplete, Manifest, Plain, ShardFile, Uncertain
-from faulttol.checkpoint.peers import Failure, Peers, by_rank, caught, on_first
+from faulttol.checkpoint.peers import Failure, Peers, by_rank, capture_failure, run_on_rank_zero
 from faulttol.checkpoint.pieces import TensorPiece as TensorPiece
 from faulttol.checkpoint.pieces import owned as owned
 from faulttol.checkpoint.retention import Retention as Retention
 from faulttol.checkpoint.shards import Shard
 from faulttol.checkpoint.store import CheckpointStore, StoreLike
-from faulttol.checkpoint.survey import FilePlan, Surveys
 
 _log = logging.getLogger("megaray.checkpoint")
-_SURVEYS = Surveys()
+_CHECKED = CoverageCache()
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """What a file system says that has written nothing."""
 
@@ -43,7 +43,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Written:
+class ShardReceipt:
     """What one rank has written, as it tells rank 0."""
 
     record: ShardFile
@@ -59,14 +59,14 @@ class Written:
             object.__setattr__(self, "plan", plan.digest)
 
     @property
-    def short(self) -> Written:
+    def without_pieces(self) -> ShardReceipt:
         """Without the pieces."""
-        return Written(self.record, None, self.plan)
+        return ShardReceipt(self.record, None, self.plan)
 
 
-def proven(plans: Sequence[str]) -> bool:
-    """Whether `commit` has surveyed ranks with these plans, by digest, in this process: then it needs no pieces."""
-    return _SURVEYS.known(plans)
+def is_checked(plans: Sequence[str]) -> bool:
+    """Whether `commit` has checked ranks with these plans, by digest, in this process: then it needs no pieces."""
+    return _CHECKED.known(plans)
 
 
 def save(
@@ -99,29 +99,31 @@ def save(
     store, first = CheckpointStore(root), identity.rank == 0
 
     def begin() -> str:
-        admit(store, identity)
+        check_owner(store, identity)
         return new_token()
 
-    word, failure = on_first(peers, first, begin)
+    word, failure = run_on_rank_zero(peers, first, begin)
     if failure is not None:
         raise _failed(root, step, failure)
     token = str(word)
-    written, failure = caught(lambda: write(store, step, token, identity, pieces))
-    answers = peers.gather((written.short if written else None, failure))
-    unknown = answers is not None and not proven([one.plan for one, _ in answers if one])
+    written, failure = capture_failure(lambda: write(store, step, token, identity, pieces))
+    answers = peers.gather((written.without_pieces if written else None, failure))
+    unknown = answers is not None and not is_checked([one.plan for one, _ in answers if one])
     if peers.broadcast(unknown):  # once in a run: its next save has the same pieces
         answers = peers.gather((written, failure))
     outcome: tuple[int | None, Failure | None] | None = None
     if answers is not None:
         reports = answers
-        outcome = caught(lambda: commit(store, step, token, identity, all_written(reports), facts))
+        outcome = capture_failure(
+            lambda: commit(store, step, token, identity, collect_receipts(reports), facts)
+        )
     size, failure = peers.broadcast(outcome)
     if failure is not None:
         if failure[0] is not Uncertain:
             discard(store, step, token, identity)
         raise _failed(root, step, failure)
     if first:
-        retire(store, step, token, identity, retention, facts)
+        prune_after_commit(store, step, token, identity, retention, facts)
     return Saved(f"{root.rstrip('/')}/{folder_of(step)}", step, int(size or 0), time.monotonic() - began)
 
 
@@ -136,19 +138,19 @@ def new_token() -> str:
     return secrets.token_hex(4)
 
 
-def admit(store: StoreLike, identity: Identity) -> None:
+def check_owner(store: StoreLike, identity: Identity) -> None:
     """Refuse all but the run that owns the folder, and its attempts before the newest.
 
     Raises:
         UserError: where the folder is another run's or of format 1.
         SaveSuperseded: where a newer attempt of the run has begun to save there.
     """
-    Folder(store).admit(identity)
+    CheckpointFolder(store).check_owner(identity)
 
 
 def write(
     store: StoreLike, step: int, token: str, identity: Identity, pieces: Iterable[TensorPiece]
-) -> Written:
+) -> ShardReceipt:
     """Write one rank's file.
 
     Raises:
@@ -162,10 +164,10 @@ def write(
     record = shard.record()
     if size != record.bytes:
         raise Incomplete(f"{file} has {size} bytes, and {record.bytes} were laid out")
-    return Written(record, shard.plain)
+    return ShardReceipt(record, shard.plain)
 
 
-def all_written(answers: Sequence[tuple[Written | None, Failure | None]]) -> list[Written]:
+def collect_receipts(answers: Sequence[tuple[ShardReceipt | None, Failure | None]]) -> list[ShardReceipt]:
     """What all ranks have written, by rank.
 
     Raises:
@@ -182,7 +184,7 @@ def commit(
     step: int,
     token: str,
     identity: Identity,
-    written: Sequence[Written],
+    written: Sequence[ShardReceipt],
     facts: dict[str, Any],
 ) -> int:
     """Check what all ranks have written and write the manifest, which commits it; rank 0 alone.
@@ -209,14 +211,14 @@ def commit(
         step=step,
         layout=identity.layout,
         token=token,
-        tensors=_SURVEYS.of([one.plan for one in written], plans),
+        tensors=_CHECKED.check([one.plan for one in written], plans),
         files=tuple(one.record for one in written),
         facts=facts,
     )
     head, directory = manifest.split()
     text, this = head.dump(), _commit(step, identity)
     store.write(this.directory(token), directory)
-    admit(store, identity)  # as late as can be: a newer attempt may have started meanwhile
+    check_owner(store, identity)  # as late as can be: a newer attempt may have started meanwhile
     try:
         store.create(this.manifest, [text])
     except FileExistsError:
@@ -225,12 +227,12 @@ def commit(
                 f"attempt {identity.attempt} has committed this step already: {this.manifest}"
             ) from None
     except Exception as error:
-        if not _there(store, this.manifest, text, error):
+        if not _manifest_exists(store, this.manifest, text, error):
             raise
     return head.size
 
 
-def _there(store: StoreLike, name: str, text: bytes, error: Exception) -> bool:
+def _manifest_exists(store: StoreLike, name: str, text: bytes, error: Exception) -> bool:
     """Whether a manifest is there though writing it failed with `error`.
 
     Raises:
@@ -261,12 +263,12 @@ def discard(store: StoreLike, step: int, token: str, identity: Identity) -> None
             _log.warning("could not remove %s: %s", path, error)
     if identity.rank == 0:
         try:
-            retention_of.clear(store, identity)
+            retention_of.remove_interrupted(store, identity)
         except Exception as error:
             _log.warning("could not remove what earlier attempts left in %s: %s", store.url, error)
 
 
-def retire(
+def prune_after_commit(
     store: StoreLike, step: int, token: str, identity: Identity, retention: Retention, facts: dict[str, Any]
 ) -> None:
     """Remove the run's checkpoints that needn't be kept, after `step` was committed; rank 0 alone.
@@ -279,10 +281,10 @@ def retire(
     try:
         if facts.get("agreed") is not None:
             retention_of.pin_agreed(store, facts["agreed"])
-        retention_of.retire(store, identity, retention, _commit(step, identity), token)
+        retention_of.prune_after_commit(store, identity, retention, _commit(step, identity), token)
     except Exception as error:
         _log.warning("could not remove old checkpoints in %s: %s", store.url, error)
 
 
 def _commit(step: int, identity: Identity) -> CheckpointCommit:
-    return CheckpointCommit(identity.attempt, step, tag(identity.run))
+    return CheckpointCommit(identity.attempt, step, run_tag(identity.run))

@@ -1,7 +1,7 @@
 """What several ranks want alike is read by one of them, verified, and passed on to the others in rounds of bounded bytes.
 
 Ranks find each other by digests of the boxes that they want. Ranks that share boxes divide the files that these boxes lie
-in; each tells what it found, all see alike whether every element has one source, and then the stretches go around, in an
+in; each tells what it found, all see alike whether every element has one source, and then the blocks go around, in an
 order that all work out from the same list. A rank that fails says so at its next turn, and the group gives up together.
 """
 
@@ -19,10 +19,10 @@ from configs.errors import from_json
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.manifest import Identity, Incomplete
 from faulttol.checkpoint.peers import Peers
-from faulttol.checkpoint.pieces import DTYPES, Wanted
-from faulttol.checkpoint.reading import CheckpointReader, Span, WantedBlock, fill, stretches
+from faulttol.checkpoint.pieces import DTYPES, LoadTarget
+from faulttol.checkpoint.reading import CheckpointReader, Span, WantedBlock, coalesce, fill
 
-STRETCH = 4 << 20
+MAX_READ = 4 << 20
 """Bytes that are passed on in one message, at most."""
 ROUND = 32 << 20
 """Bytes that go around a group at once: with as many that are read ahead the bound of the memory that passing on takes,
@@ -38,12 +38,12 @@ class SharingGroup:
 
     ranks: tuple[int, ...]
     """Ascending; this rank is one of them."""
-    items: tuple[tuple[Wanted, ...], ...]
+    items: tuple[tuple[LoadTarget, ...], ...]
     """In the same order on all of them; the same box several times where a rank wants it for several tensors."""
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class _SharedRead:
     """Neighbouring blocks of a piece that one rank reads and passes on."""
 
     item: int
@@ -63,19 +63,19 @@ class _Stretch:
 
 
 def grouped(
-    wanted: Sequence[Wanted], peers: Peers, identity: Identity
-) -> tuple[list[Wanted], list[SharingGroup]]:
+    wanted: Sequence[LoadTarget], peers: Peers, identity: Identity
+) -> tuple[list[LoadTarget], list[SharingGroup]]:
     """What this rank wants alone, and what it shares, with whom; all ranks call this together."""
     if identity.world == 1:
         return list(wanted), []
-    mine: dict[bytes, list[Wanted]] = {}
+    mine: dict[bytes, list[LoadTarget]] = {}
     for item in wanted:
         if item.box.elements:
             mine.setdefault(_key(item), []).append(item)
     answers = peers.gather(b"".join(mine))
     places, members = peers.broadcast(_groups(answers) if answers is not None else None)
-    shared: dict[int, dict[bytes, list[Wanted]]] = {}
-    alone: list[Wanted] = []
+    shared: dict[int, dict[bytes, list[LoadTarget]]] = {}
+    alone: list[LoadTarget] = []
     for key, items in mine.items():
         if key in places:
             shared.setdefault(places[key], {})[key] = items
@@ -88,7 +88,7 @@ def grouped(
     return alone, groups
 
 
-def _key(item: Wanted) -> bytes:
+def _key(item: LoadTarget) -> bytes:
     return hashlib.sha256(f"{item.name}\0{item.dtype}\0{item.box}".encode()).digest()[:_KEY]
 
 
@@ -131,21 +131,21 @@ def share(
     # First what lies in the ranks' own files: under the layout that it was saved with that is all there is.
     for home in (True, False) if reader.home is not None else (False,):
         problem: Exception | None = None
-        own: list[_Stretch] = []
+        own: list[_SharedRead] = []
         if not failed:
             try:
-                own = _found(reader, group, identity, home)
+                own = _plan_reads(reader, group, identity, home)
             except Exception as error:  # sent to the others first
                 problem = error
-        rows = None if failed or problem else [_row(stretch) for stretch in own]
-        answers = _told(peers, group, identity, zlib.compress(json.dumps(rows).encode(), 1))
+        rows = None if failed or problem else [_row(read) for read in own]
+        answers = _gather_in_group(peers, group, identity, zlib.compress(json.dumps(rows).encode(), 1))
         lists = [from_json(zlib.decompress(answer)) for answer in answers]
         if problem is not None:
             raise problem
         if any(rows is None for rows in lists):
             return False
         all_of = [
-            own if rank == identity.rank else [_stretch(group, rank, row) for row in rows]
+            own if rank == identity.rank else [_shared_read(group, rank, row) for row in rows]
             for rank, rows in zip(group.ranks, lists, strict=True)
         ]
         try:
@@ -157,14 +157,16 @@ def share(
     return _rounds(reader, group, peers, identity, list(_order(all_of)))
 
 
-def _found(reader: CheckpointReader, group: SharingGroup, identity: Identity, home: bool) -> list[_Stretch]:
+def _plan_reads(
+    reader: CheckpointReader, group: SharingGroup, identity: Identity, home: bool
+) -> list[_SharedRead]:
     """What this rank reads for its group.
 
     Args:
         home: whether each rank looks into its own file alone.
     """
     names = {items[0].name for items in group.items}
-    files, stretched = reader.ranks(names), list[_Stretch]()
+    files, reads = reader.ranks(names), list[_SharedRead]()
     turns = [(identity.rank, 0, 1)] if home else _files(files, group.ranks, identity.rank)
     for rank, share_of, shares in turns:
         if rank not in files:
@@ -174,9 +176,9 @@ def _found(reader: CheckpointReader, group: SharingGroup, identity: Identity, ho
             turn = blocks[len(blocks) * share_of // shares : len(blocks) * (share_of + 1) // shares]
             for entry in {id(block.entry): block.entry for block in turn}.values():
                 mine = [block for block in turn if block.entry is entry]
-                for run in stretches(mine, STRETCH):
-                    stretched.append(_own(place, run, identity.rank, reader.path(rank)))
-    return stretched
+                for run in coalesce(mine, MAX_READ):
+                    reads.append(_own(place, run, identity.rank, reader.path(rank)))
+    return reads
 
 
 def _files(files: Sequence[int], ranks: Sequence[int], me: int) -> Iterator[tuple[int, int, int]]:
@@ -191,37 +193,39 @@ def _files(files: Sequence[int], ranks: Sequence[int], me: int) -> Iterator[tupl
             yield file, list(readers).index(place), len(readers)
 
 
-def _own(item: int, blocks: tuple[WantedBlock, ...], rank: int, path: str) -> _Stretch:
+def _own(item: int, blocks: tuple[WantedBlock, ...], rank: int, path: str) -> _SharedRead:
     entry, last = blocks[0].entry, blocks[-1]
     size = sum(block.length for block in blocks)
     end = last.first + last.length // entry.item
-    return _Stretch(item, entry.box, blocks[0].first, end, rank, size, Span(path, blocks))
+    return _SharedRead(item, entry.box, blocks[0].first, end, rank, size, Span(path, blocks))
 
 
-def _row(stretch: _Stretch) -> list[Any]:
-    return [stretch.item, stretch.piece.start, stretch.piece.shape, stretch.first, stretch.last]
+def _row(read: _SharedRead) -> list[Any]:
+    return [read.item, read.piece.start, read.piece.shape, read.first, read.last]
 
 
-def _stretch(group: SharingGroup, owner: int, row: list[Any]) -> _Stretch:
+def _shared_read(group: SharingGroup, owner: int, row: list[Any]) -> _SharedRead:
     item, start, shape, first, last = row
     wanted = group.items[item][0]
     size = (last - first) * DTYPES[wanted.dtype][1]
-    return _Stretch(item, Box(wanted.box.whole, tuple(start), tuple(shape)), first, last, owner, size, None)
+    return _SharedRead(
+        item, Box(wanted.box.whole, tuple(start), tuple(shape)), first, last, owner, size, None
+    )
 
 
-def _check(reader: CheckpointReader, group: SharingGroup, all_of: Sequence[Sequence[_Stretch]]) -> None:
+def _check(reader: CheckpointReader, group: SharingGroup, all_of: Sequence[Sequence[_SharedRead]]) -> None:
     """Every element must have exactly one source; all ranks of the group come to the same answer."""
     boxes: list[list[Box]] = [[] for _ in group.items]
     for mine in all_of:
-        for stretch in mine:
-            boxes[stretch.item] += stretch.piece.flat(stretch.first, stretch.last)
+        for read in mine:
+            boxes[read.item] += read.piece.flat(read.first, read.last)
     for items, parts in zip(group.items, boxes, strict=True):
         reader.check(items[0], parts)
 
 
-def _order(all_of: Sequence[Sequence[_Stretch]]) -> Iterator[list[_Stretch]]:
-    """Stretches in rounds: of each rank one in turn, so that in a round many ranks read at once."""
-    now: list[_Stretch] = []
+def _order(all_of: Sequence[Sequence[_SharedRead]]) -> Iterator[list[_SharedRead]]:
+    """Reads in rounds: of each rank one in turn, so that in a round many ranks read at once."""
+    now: list[_SharedRead] = []
     size = 0
     for turn in range(max(map(len, all_of), default=0)):
         for mine in all_of:
@@ -240,7 +244,7 @@ def _rounds(
     group: SharingGroup,
     peers: Peers,
     identity: Identity,
-    rounds: Sequence[list[_Stretch]],
+    rounds: Sequence[list[_SharedRead]],
 ) -> bool:
     """Read, pass on and fill round by round, and read ahead for the next one meanwhile."""
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -252,7 +256,7 @@ def _rounds(
             return [pool.submit(reader.verified, span) for span in spans]
 
         reading = begin(0)
-        for number, stretches_ in enumerate(rounds):
+        for number, reads in enumerate(rounds):
             ahead = begin(number + 1)
             problem: Exception | None = None
             data: list[memoryview] = []
@@ -261,15 +265,15 @@ def _rounds(
                     data.append(future.result())
                 except Exception as error:  # sent to the others first
                     problem = error
-            owners = sorted({one.owner for one in stretches_})
-            whole = _flags(peers, group, identity, owners, problem is None)
+            owners = sorted({one.owner for one in reads})
+            whole = _exchange_flags(peers, group, identity, owners, problem is None)
             if problem is not None or not whole:
                 for future in ahead:
                     future.cancel()
                 if problem is not None:
                     raise problem
                 return False
-            _pass_on(group, peers, identity, stretches_, data)
+            _pass_on(group, peers, identity, reads, data)
             reading = ahead
     return True
 
@@ -278,23 +282,21 @@ def _pass_on(
     group: SharingGroup,
     peers: Peers,
     identity: Identity,
-    stretches_: Sequence[_Stretch],
+    reads: Sequence[_SharedRead],
     data: list[memoryview],
 ) -> None:
     """One round: send what this rank has read, take what the others have, and fill."""
     others = [rank for rank in group.ranks if rank != identity.rank]
     given = iter(data)
-    values = [
-        next(given) if one.owner == identity.rank else memoryview(bytearray(one.size)) for one in stretches_
-    ]
-    pairs = list(zip(stretches_, values, strict=True))
+    values = [next(given) if one.owner == identity.rank else memoryview(bytearray(one.size)) for one in reads]
+    pairs = list(zip(reads, values, strict=True))
     out = [(rank, value) for one, value in pairs if one.owner == identity.rank for rank in others]
     peers.exchange(out, [(one.owner, value) for one, value in pairs if one.owner != identity.rank])
     for one, value in pairs:
         fill(group.items[one.item], one.piece, (one.first, one.last), value)
 
 
-def _told(peers: Peers, group: SharingGroup, identity: Identity, mine: bytes) -> list[bytes]:
+def _gather_in_group(peers: Peers, group: SharingGroup, identity: Identity, mine: bytes) -> list[bytes]:
     """What each rank of a group tells, in its order."""
     others = [rank for rank in group.ranks if rank != identity.rank]
     size = memoryview(bytearray(len(mine).to_bytes(8, "little")))
@@ -306,7 +308,9 @@ def _told(peers: Peers, group: SharingGroup, identity: Identity, mine: bytes) ->
     return [mine if rank == identity.rank else bytes(texts[rank]) for rank in group.ranks]
 
 
-def _flags(peers: Peers, group: SharingGroup, identity: Identity, owners: Sequence[int], good: bool) -> bool:
+def _exchange_flags(
+    peers: Peers, group: SharingGroup, identity: Identity, owners: Sequence[int], good: bool
+) -> bool:
     """Whether all owners of a round have read their part."""
     others = [rank for rank in group.ranks if rank != identity.rank]
     mine = memoryview(bytearray([good]))
@@ -317,7 +321,7 @@ def _flags(peers: Peers, group: SharingGroup, identity: Identity, owners: Sequen
 
 def load(
     reader: CheckpointReader,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[LoadTarget],
     groups: Sequence[SharingGroup],
     peers: Peers,
     identity: Identity,

@@ -50,7 +50,7 @@ class StoreLike(Protocol):
         """Remove a file or folder; it may be gone already."""
 
 
-def taken(into: memoryview, data: bytearray) -> int:
+def copy_into(into: memoryview, data: bytearray) -> int:
     """What `StoreLike.read_into` gives, of a store whose client has memory of its own."""
     into[: len(data)] = data
     return len(data)
@@ -131,7 +131,7 @@ class CheckpointStore:
                 os.fsync(file.fileno())
                 size = file.tell()
             if new:
-                _name_once(temporary, path)
+                _link_if_absent(temporary, path)
             else:
                 temporary.replace(path)
         except BaseException:
@@ -223,7 +223,7 @@ class CheckpointStore:
             FileNotFoundError: where the file isn't there.
         """
         if not self._local:
-            return taken(into, self.read_range(name, start, start + len(into)))
+            return copy_into(into, self.read_range(name, start, start + len(into)))
         count = 0
         with Path(f"{self._root}/{name}").open("rb", buffering=0) as file:
             file.seek(start)
@@ -281,7 +281,7 @@ def check_writable(root: str) -> None:
         ) from None
 
 
-def _name_once(temporary: Path, path: Path) -> None:
+def _link_if_absent(temporary: Path, path: Path) -> None:
     """Give a file its name unless that exists."""
     try:
         os.link(temporary, path)

@@ -11,8 +11,8 @@ from typing import Any
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention as retaining
-from faulttol.checkpoint.folder import CheckpointCommit, Folder
-from faulttol.checkpoint.hashes import STRETCH, THREADS, CheckpointSource, tensor_hashes
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
+from faulttol.checkpoint.hashes import MAX_READ, THREADS, CheckpointSource, tensor_hashes
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.store import CheckpointStore
@@ -38,12 +38,12 @@ def _named(options: argparse.Namespace) -> places.CheckpointPlace:
 
 def _source(place: places.CheckpointPlace) -> CheckpointSource:
     store = place.store
-    return CheckpointSource(store, place.commit(Folder(store)))
+    return CheckpointSource(store, place.commit(CheckpointFolder(store)))
 
 
 def _read(source: CheckpointSource) -> AbstractContextManager[None]:
     """Keeps a checkpoint while it is read: the run may continue saving and removing."""
-    return retaining.using(source.store, source.commit)
+    return retaining.read_lease(source.store, source.commit)
 
 
 def _bar(what: str) -> screen.ByteProgress:
@@ -68,16 +68,16 @@ def verify(options: argparse.Namespace) -> CommandResult:
 
     place = _named(options)
     store = place.store
-    folder = Folder(store)
+    folder = CheckpointFolder(store)
     there = place.commits(folder)
     folder.refuse_others()
     commits = there if options.all else there[-1:]
     if options.dry_run:
         heads = [folder.head(commit) for commit in commits]
-        return _told(Estimate(sum(h.size for h in heads), 0, 0, THREADS * STRETCH))
+        return _told(Estimate(sum(h.size for h in heads), 0, 0, THREADS * MAX_READ))
     verified = []
     for commit in commits:
-        with _bar(f"verify step {commit.step}") as bar, retaining.using(store, commit):
+        with _bar(f"verify step {commit.step}") as bar, retaining.read_lease(store, commit):
             verified.append(verifying.verify(store, commit, bar))
     lines = [line for one in verified for line in one.lines()]
     if len(there) > len(commits):
@@ -132,7 +132,7 @@ def prune(options: argparse.Namespace) -> CommandResult:
 
     place = places.find(options.path, options.step)
     store = place.store
-    folder = Folder(store)
+    folder = CheckpointFolder(store)
     folder.refuse_others()
     if options.pin or options.unpin:
         return _pin(options, place)
@@ -174,7 +174,7 @@ def _pin(options: argparse.Namespace, place: places.CheckpointPlace) -> CommandR
     return CommandResult({"step": step, "pins": names.get(step, [])}, lines)
 
 
-def _broken(store: CheckpointStore, folder: Folder) -> list[CheckpointCommit]:
+def _broken(store: CheckpointStore, folder: CheckpointFolder) -> list[CheckpointCommit]:
     """Commits that are damaged inside."""
     from faulttol.commands import verify as verifying
 
@@ -217,8 +217,8 @@ def _convert(
 ) -> CommandResult:
     place = _named(options)
     store = place.store
-    commit = place.commit(Folder(store))
-    with retaining.using(store, commit):
+    commit = place.commit(CheckpointFolder(store))
+    with retaining.read_lease(store, commit):
         return _run(options, ready(options, store, commit))
 
 

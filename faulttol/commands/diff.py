@@ -10,14 +10,14 @@ from typing import Any
 
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.hashes import (
-    STRETCH,
+    MAX_READ,
     THREADS,
     CheckpointSource,
     Located,
     Progress,
-    elements,
+    element_range,
+    no_progress,
     parts_of,
-    quiet,
 )
 from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.pieces import DTYPES
@@ -43,7 +43,7 @@ class TensorDiff:
     not_numbers: int = 0
     """Elements that differ, of which one or both are NaN or infinite."""
     first: str = ""
-    """Place of the first stretch that differs."""
+    """Place of the first range that differs."""
 
 
 @dataclass
@@ -115,7 +115,7 @@ def _section(title: str, rows: list[str], head: int = 0) -> list[str]:
     return [f"{title}: {count}", *rows[: _SHOWN + head], *more]
 
 
-def diff(first: CheckpointSource, second: CheckpointSource, progress: Progress = quiet) -> Difference:
+def diff(first: CheckpointSource, second: CheckpointSource, progress: Progress = no_progress) -> Difference:
     """Compare all tensors and facts of two checkpoints.
 
     Where both cut a tensor alike and the digests agree, nothing is read; where they don't agree, only those blocks are;
@@ -137,8 +137,8 @@ def diff(first: CheckpointSource, second: CheckpointSource, progress: Progress =
             continue
         pairs = _suspects(first.pieces(name), second.pieces(name))
         if pairs is None:
-            whole = Box.all_of(first.tensors[name].shape)
-            work.append((name, list(parts_of(whole, STRETCH // _item(first, name))), []))
+            whole = Box.full(first.tensors[name].shape)
+            work.append((name, list(parts_of(whole, MAX_READ // _item(first, name))), []))
         else:
             difference.by_digest += not pairs
             work.append((name, [], pairs))
@@ -186,7 +186,7 @@ def _compare(
     def one(task: tuple[str, list[Box], list[_Pair]]) -> TensorDiff:
         name, boxes, pairs = task
         tensor, kind = first.tensors[name], np.dtype(f"u{_item(first, name)}")
-        change = TensorDiff(name, Box.all_of(tensor.shape).elements)
+        change = TensorDiff(name, Box.full(tensor.shape).elements)
         mine, theirs = (first.pieces(name), second.pieces(name)) if boxes else ([], [])
         for box in boxes:
             one, other = first.read(name, box, mine), second.read(name, box, theirs)
@@ -195,7 +195,7 @@ def _compare(
         for piece, twin, number in pairs:
             one = np.frombuffer(first.blocks(piece, number, number + 1), kind)
             other = np.frombuffer(second.blocks(twin, number, number + 1), kind)
-            place = str(piece.entry.box.flat(*elements(piece, number, number + 1))[0])
+            place = str(piece.entry.box.flat(*element_range(piece, number, number + 1))[0])
             _count(change, place, one, other, tensor.dtype)
             tell(piece.block)
         return change

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
 from faulttol.checkpoint.manifest import Incomplete, Manifest, flat
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.commands.places import CheckpointPlace
@@ -125,7 +125,7 @@ def inspect(place: CheckpointPlace) -> Inspected:
         UserError: where nothing is committed there, or not what was named.
         Incomplete: where the manifest of the step that was named is damaged.
     """
-    folder = Folder(place.store)
+    folder = CheckpointFolder(place.store)
     shown = place.commits(folder)[-1]
     retention = retention_of(place)
     why = kept(folder, retention)

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths, default_home
-from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, folder_of
 from faulttol.checkpoint.store import CheckpointStore
 
 _STEP = re.compile(r"step-(\d{10,})")
@@ -35,7 +35,7 @@ class CheckpointPlace:
         """Where the files lie."""
         return CheckpointStore(self.root, "PATH" if self.run is None else "checkpoint.path")
 
-    def commits(self, folder: Folder) -> list[CheckpointCommit]:
+    def commits(self, folder: CheckpointFolder) -> list[CheckpointCommit]:
         """Commits of the step and attempt that were named, or all; oldest first.
 
         Raises:
@@ -63,13 +63,13 @@ class CheckpointPlace:
         of_it = f" of attempt {self.attempt}" if self.attempt is not None else ""
         return f"PATH='{self.typed}': {what}{of_it} isn't committed in {self.root}; there are {steps}: name one of them"
 
-    def commit(self, folder: Folder | None = None) -> CheckpointCommit:
+    def commit(self, folder: CheckpointFolder | None = None) -> CheckpointCommit:
         """The commit that was named, or the newest.
 
         Raises:
             UserError: where there is none, or the folder has several runs' or format 1.
         """
-        folder = Folder(self.store) if folder is None else folder
+        folder = CheckpointFolder(self.store) if folder is None else folder
         commits = self.commits(folder)
         folder.refuse_others()
         return commits[-1]

@@ -9,9 +9,9 @@ from typing import Any
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention as retaining
-from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, folder_of
 from faulttol.checkpoint.manifest import Incomplete
-from faulttol.checkpoint.retention import Doomed, Retention
+from faulttol.checkpoint.retention import PruneCandidate, Retention
 from faulttol.checkpoint.store import StoreLike
 from faulttol.commands.places import CheckpointPlace
 from faulttol.commands.screen import plural, size, table
@@ -56,14 +56,14 @@ def retention_of(place: CheckpointPlace) -> Retention | None:
     return Retention(int(keep), every) if keep else None
 
 
-def kept(folder: Folder, retention: Retention | None) -> dict[CheckpointCommit, list[str]]:
+def kept(folder: CheckpointFolder, retention: Retention | None) -> dict[CheckpointCommit, list[str]]:
     """Why each commit stays: its pins, its readers, the retention; nothing for those that go at the next removal."""
     now = time.time()
     going = {one.commit for one in retaining.plan(folder, retention, now)} if retention else set()
     reasons: dict[CheckpointCommit, list[str]] = {}
     for commit in folder.commits:
         why = [f"pinned as {name}" for name in folder.pins.get(commit, ())]
-        if any(now - renewed < retaining.USE_SECONDS for renewed in folder.used(commit)):
+        if any(now - renewed < retaining.LEASE_SECONDS for renewed in folder.lease_times(commit)):
             why.append("being read")
         if retention and commit not in going and not why:
             why.append("by retention")
@@ -72,11 +72,11 @@ def kept(folder: Folder, retention: Retention | None) -> dict[CheckpointCommit, 
 
 
 def doomed(
-    folder: Folder,
+    folder: CheckpointFolder,
     retention: Retention | None,
     steps: Sequence[int],
     broken: Collection[CheckpointCommit] = (),
-) -> list[Doomed]:
+) -> list[PruneCandidate]:
     """What is to go: the steps that were named, or what the retention doesn't keep.
 
     Args:
@@ -92,7 +92,7 @@ def doomed(
                 "is to go"
             )
         return retaining.plan(folder, retention, time.time(), broken)
-    going: list[Doomed] = []
+    going: list[PruneCandidate] = []
     for step in steps:
         commits = [commit for commit in folder.commits if commit.step == step]
         if not commits:
@@ -106,18 +106,18 @@ def doomed(
                 raise UserError(
                     f"--steps={step} is pinned as {name}: type --unpin {name} --step {step} first"
                 )
-            going.append(Doomed(commit, "named"))
+            going.append(PruneCandidate(commit, "named"))
     return sorted(going, key=lambda one: one.commit)
 
 
-def interrupted(folder: Folder) -> list[CheckpointCommit]:
+def interrupted(folder: CheckpointFolder) -> list[CheckpointCommit]:
     """Saves that were begun before the newest commit and never committed: nobody writes them any more."""
     newest = folder.commits[-1] if folder.commits else None
     return sorted(commit for commit in folder.begun if newest is not None and commit < newest)
 
 
 def prune(
-    store: StoreLike, going: Sequence[Doomed], left_over: Sequence[CheckpointCommit], dry: bool
+    store: StoreLike, going: Sequence[PruneCandidate], left_over: Sequence[CheckpointCommit], dry: bool
 ) -> Pruned:
     """Remove checkpoints, manifests first, and what interrupted saves left.
 
@@ -126,7 +126,7 @@ def prune(
     Args:
         dry: whether only to tell what would go.
     """
-    folder = Folder(store)
+    folder = CheckpointFolder(store)
     rows = {one.commit: _row(folder, one) for one in going}
     gone = {one.commit for one in (going if dry else retaining.remove(store, going))}
     for commit in () if dry else left_over:
@@ -146,7 +146,7 @@ def prune(
     )
 
 
-def _row(folder: Folder, one: Doomed) -> dict[str, Any]:
+def _row(folder: CheckpointFolder, one: PruneCandidate) -> dict[str, Any]:
     try:
         count: int | None = folder.head(one.commit).size
     except Incomplete:

@@ -13,8 +13,8 @@ from typing import Any
 from configs.errors import UserError, nearest
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Folder, folder_of
-from faulttol.checkpoint.hashes import STRETCH, THREADS, CheckpointSource, Progress, quiet
+from faulttol.checkpoint.folder import CheckpointFolder, folder_of
+from faulttol.checkpoint.hashes import MAX_READ, THREADS, CheckpointSource, Progress, no_progress
 from faulttol.checkpoint.manifest import Identity, Plain, Tensor
 from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece
 from faulttol.checkpoint.shards import layout as laid_out
@@ -100,7 +100,7 @@ def placed(tensors: dict[str, Tensor], layout: dict[str, int]) -> list[list[Plai
     files: list[list[Plain]] = [[] for _ in range(world)]
     filled = [0] * world
     for name, tensor in tensors.items():
-        layer, box = _layer(name), Box.all_of(tensor.shape)
+        layer, box = _layer(name), Box.full(tensor.shape)
         base = width * (layer * layout["pp"] // layers) if layer >= 0 else 0
         ranks = range(base, base + width) if layer >= 0 else range(world)
         shares: list[tuple[Box, Sequence[int]]] = [(box, ranks)]
@@ -160,12 +160,12 @@ def estimate(source: CheckpointSource, layout: dict[str, int]) -> Estimate:
             kept = [box.overlap(piece.entry.box) for piece in source.pieces(name) if piece.rank == rank]
             moved += (box.elements - sum(common.elements for common in kept if common)) * DTYPES[dtype][1]
     indexes = sum(file.index for file in source.manifest.files)
-    peak = min(THREADS, len(files)) * (3 * STRETCH + 2 * BLOCK) + indexes
+    peak = min(THREADS, len(files)) * (3 * MAX_READ + 2 * BLOCK) + indexes
     return Estimate(read + indexes, written, moved, peak)
 
 
 def reshard(
-    source: CheckpointSource, out: StoreLike, layout: dict[str, int], progress: Progress = quiet
+    source: CheckpointSource, out: StoreLike, layout: dict[str, int], progress: Progress = no_progress
 ) -> Resharded:
     """Write a checkpoint's tensors to another folder as the files of a layout, and commit them.
 
@@ -182,10 +182,10 @@ def reshard(
     refuse_out(source, out)
     files = placed(source.tensors, layout)
     who = [_identity(source, layout, rank, len(files)) for rank in range(len(files))]
-    saving.admit(out, who[0])
+    saving.check_owner(out, who[0])
     tell = ConversionProgress(progress, sum(map(source.size, source.tensors)))
     pieces = [
-        [lazy(name, dtype, box, partial(source.stretches, name), tell) for name, dtype, box in rows]
+        [lazy(name, dtype, box, partial(source.chunks, name), tell) for name, dtype, box in rows]
         for rows in files
     ]
     lineage = [*manifest.facts.get("lineage", []), _origin(source)]
@@ -205,7 +205,7 @@ def refuse_out(source: CheckpointSource, out: StoreLike) -> None:
             f"--out={out.url} is the folder of the checkpoint itself: name another, since a run's folder is written by "
             "the run alone"
         )
-    for commit in Folder(out).commits:
+    for commit in CheckpointFolder(out).commits:
         if commit == source.commit:
             raise UserError(
                 f"--out={out.url} has step {commit.step} of run {commit.run} already: name another folder, or remove "

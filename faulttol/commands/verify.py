@@ -12,15 +12,15 @@ from configs.errors import from_json
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.hashes import (
-    STRETCH,
+    MAX_READ,
     THREADS,
     CheckpointSource,
     Located,
     Progress,
     Span,
-    extent,
-    gap_in,
-    quiet,
+    byte_range,
+    coverage_error_in,
+    no_progress,
 )
 from faulttol.checkpoint.manifest import Incomplete, Tensor
 from faulttol.checkpoint.pieces import DTYPES
@@ -69,7 +69,7 @@ class Verified:
         return [f"{name} is damaged:", *(f"  {text}" for text in self.damage[:_SHOWN]), *more]
 
 
-def verify(store: StoreLike, commit: CheckpointCommit, progress: Progress = quiet) -> Verified:
+def verify(store: StoreLike, commit: CheckpointCommit, progress: Progress = no_progress) -> Verified:
     """Read all of a checkpoint and compare it with its digests; damage is reported, and the rest read all the same."""
     began = time.monotonic()
     verified = Verified(store.url, commit.step, commit.attempt, commit.run)
@@ -155,18 +155,18 @@ def coverage(tensors: dict[str, Tensor], pieces: list[Located]) -> Iterator[str]
             if (piece.entry.dtype, piece.entry.box.whole) != (tensor.dtype, tensor.shape):
                 stored = f"{piece.entry.dtype}{list(piece.entry.box.whole)}"
                 yield f"{piece.path}: {name} is {stored}, and {tensor.dtype}{list(tensor.shape)} in the manifest"
-        why = gap_in(Box.all_of(tensor.shape), [piece.entry.box for piece in mine])
+        why = coverage_error_in(Box.full(tensor.shape), [piece.entry.box for piece in mine])
         if why:
             yield f"{name}{why}"
 
 
 def _spans(pieces: Sequence[Located]) -> Iterator[list[Span]]:
-    """Stretches of the pieces of a file: a large piece is cut, and small neighbours are read at once."""
+    """Block ranges of the pieces of a file: a large piece is cut, and small neighbours are read at once."""
     small: list[Span] = []
     size = 0
     for piece in pieces:
-        count, most = -(-piece.entry.bytes // piece.block), STRETCH // piece.block
-        if small and size + piece.entry.bytes > STRETCH:  # what is read at once lies together
+        count, most = -(-piece.entry.bytes // piece.block), MAX_READ // piece.block
+        if small and size + piece.entry.bytes > MAX_READ:  # what is read at once lies together
             yield small
             small, size = [], 0
         if count <= most:
@@ -180,7 +180,7 @@ def _spans(pieces: Sequence[Located]) -> Iterator[list[Span]]:
 def _read(
     source: CheckpointSource, work: Sequence[list[Span]], pool: ThreadPoolExecutor, progress: Progress
 ) -> list[str]:
-    """Read all stretches; what differs, block by block."""
+    """Read all block ranges; what differs, block by block."""
     total, done, lock = sum(map(_bytes, work)), 0, threading.Lock()
 
     def one(spans: list[Span]) -> list[str]:
@@ -208,4 +208,4 @@ def _block(source: CheckpointSource, piece: Located, number: int) -> list[str]:
 
 
 def _bytes(spans: Sequence[Span]) -> int:
-    return extent(*spans[-1])[1] - extent(*spans[0])[0]
+    return byte_range(*spans[-1])[1] - byte_range(*spans[0])[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from faulttol.checkpoint.boxes import Box, uncovered
+from faulttol.checkpoint.boxes import Box, coverage_error
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.facts import COUNT, Kind, Moments, balances, fresh, is_parameter
@@ -50,7 +50,7 @@ def imported(
         placed: where each lies in ours.
         fill: None: nothing is made up.
         masters: whether floats become fp32, as a trainer keeps them; else dtypes stay.
-        peak: bytes that reading takes beside the stretches.
+        peak: bytes that reading takes beside the chunks.
 
     Raises:
         UserError: where a tensor is missing, doubled, or of another shape or kind, or the folder can't take the checkpoint.
@@ -102,7 +102,7 @@ def _values(foreign: Foreign, placed: Sequence[PlacedTensor], moments: str | Non
     for name, mine in parts.items():
         mine.sort(key=lambda one: one.box.start)
         whole = mine[0].box.whole
-        why = uncovered(Box.all_of(whole), [one.box for one in mine])
+        why = coverage_error(Box.full(whole), [one.box for one in mine])
         if why:
             raise UserError(f"{name}{why}; complete the files or correct their map of names")
         given = foreign.dtype(mine[0].foreign)

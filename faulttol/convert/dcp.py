@@ -20,7 +20,7 @@ from configs.errors import UserError, from_json
 from configs.model import ModelConfig
 from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import CheckpointCommit
-from faulttol.checkpoint.hashes import STRETCH, CheckpointSource, parts_of
+from faulttol.checkpoint.hashes import MAX_READ, CheckpointSource, parts_of
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.store import CheckpointStore, StoreLike
 from faulttol.convert.assemble import Into, imported
@@ -71,7 +71,7 @@ def export_dcp(store: StoreLike, out: Path, commit: CheckpointCommit | None = No
     boxes = [
         (name, box)
         for name, tensor in source.tensors.items()
-        for box in parts_of(Box.all_of(tensor.shape), STRETCH // DTYPES[tensor.dtype][1])
+        for box in parts_of(Box.full(tensor.shape), MAX_READ // DTYPES[tensor.dtype][1])
     ]
     size = sum(map(source.size, source.tensors))
     count = max(-(-size // _FILE), 1)
@@ -180,7 +180,7 @@ class Chunks:
     """A checkpoint of DCP: `Foreign`.
 
     Of a chunk that lies in its file as it is, what is asked for is read alone: where columns are spread over chunks, each
-    stretch of rows touches all of them. Else (compressed, or with strides) it is read whole, and kept by the thread that
+    range of rows touches all of them. Else (compressed, or with strides) it is read whole, and kept by the thread that
     read it until its next.
     """
 
@@ -258,14 +258,14 @@ class Chunks:
         """
         values = np.empty(last - first, bits_of(self.dtype(name)))
         at = 0
-        for box in Box.all_of(self.shape(name)).flat(first, last):
+        for box in Box.full(self.shape(name)).flat(first, last):
             part = values[at : at + box.elements].reshape(box.shape)
             covered = 0
             for number, entry in enumerate(self._tensors[name].chunks):
                 chunk = Box(box.whole, tuple(entry.offsets), tuple(entry.sizes))
                 common = chunk.overlap(box) if chunk.valid else None
                 if common is not None:
-                    part[common.inside(box)] = self._part(name, number, chunk, common)
+                    part[common.slices_within(box)] = self._part(name, number, chunk, common)
                     covered += common.elements
             if covered != box.elements:
                 raise UserError(
@@ -297,7 +297,7 @@ class Chunks:
             self._flat[key] = self._begin(name, number, chunk)
         begin = self._flat[key]
         if begin is None:
-            return self._chunk(name, number)[common.inside(chunk)]
+            return self._chunk(name, number)[common.slices_within(chunk)]
         first = 0
         for at, start, size in zip(common.start, chunk.start, chunk.shape, strict=True):
             first = first * size + at - start

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
 from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.store import StoreLike
@@ -30,7 +30,7 @@ def opened(store: StoreLike, commit: CheckpointCommit | None = None) -> Checkpoi
         Incomplete: where its manifest is damaged or a file is missing.
     """
     if commit is None:
-        folder = Folder(store)
+        folder = CheckpointFolder(store)
         folder.refuse_others()
         if not folder.commits:
             raise UserError(f"{store.url} holds no committed checkpoint: name a folder that does")

@@ -147,7 +147,7 @@ def _value(source: CheckpointSource, name: str, tensor: Tensor, new: str, optimi
 
 
 def _read(source: CheckpointSource, name: str, box: Box) -> Iterator[memoryview]:
-    return source.stretches(name, box)
+    return source.chunks(name, box)
 
 
 def _first_layers(source: CheckpointSource, moe: tuple[int, ...], unit: int, layers: int) -> Iterator[Value]:

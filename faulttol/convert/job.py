@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from faulttol.checkpoint.hashes import STRETCH as STRETCH
+from faulttol.checkpoint.hashes import MAX_READ
 from faulttol.checkpoint.hashes import THREADS as THREADS
 from faulttol.checkpoint.hashes import Progress as Progress
-from faulttol.checkpoint.hashes import quiet as quiet
+from faulttol.checkpoint.hashes import no_progress as no_progress
 from faulttol.checkpoint.pieces import BLOCK
 
 T = TypeVar("T")
-WORK = 6 * STRETCH
-"""Bytes that one thread holds at most while it reads, converts and writes a stretch: as read, as numbers of the wanted
+WORK = 6 * MAX_READ
+"""Bytes that one thread holds at most while it reads, converts and writes a chunk: as read, as numbers of the wanted
 dtype with what converting them takes, and as blocks on their way out."""
 
 
@@ -55,7 +55,7 @@ class ConversionJob:
     """What will be made up, left out or changed, a line each."""
     work: Callable[[Progress], ConversionResult]
 
-    def run(self, progress: Progress = quiet) -> ConversionResult:
+    def run(self, progress: Progress = no_progress) -> ConversionResult:
         """Do it; what fails leaves nothing that could be taken for the result.
 
         Args:

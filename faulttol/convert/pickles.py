@@ -91,7 +91,7 @@ def load(path: Path, trust: bool) -> Any:
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class _FlatRange:
     """Elements of a parameter that lie together."""
 
     first: int
@@ -101,30 +101,28 @@ class _Stretch:
 
 
 class PickledTensors:
-    """Tensors in memory-mapped files, whole or in stretches: `Foreign`."""
+    """Tensors in memory-mapped files, whole or in ranges: `Foreign`."""
 
     def __init__(self) -> None:
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._stretches: dict[str, list[_Stretch]] = {}
+        self._ranges: dict[str, list[_FlatRange]] = {}
         self.bytes = 0
         """Read so far."""
         self._lock = threading.Lock()
 
-    def add(self, name: str, shape: tuple[int, ...], stretches: Iterable[torch.Tensor]) -> None:
-        """A tensor, whose flat stretches follow each other.
+    def add(self, name: str, shape: tuple[int, ...], ranges: Iterable[torch.Tensor]) -> None:
+        """A tensor, whose flat ranges follow each other.
 
         Raises:
             UserError: where they are more or fewer than its elements.
         """
         pieces, at = [], 0
-        for values in stretches:
-            pieces.append(_Stretch(at, values.detach().reshape(-1)))
+        for values in ranges:
+            pieces.append(_FlatRange(at, values.detach().reshape(-1)))
             at += values.numel()
         if at != prod(shape):
-            raise UserError(
-                f"{name} is {list(shape)}, and its stretches have {at} elements; complete the files"
-            )
-        self._shapes[name], self._stretches[name] = shape, pieces
+            raise UserError(f"{name} is {list(shape)}, and its ranges have {at} elements; complete the files")
+        self._shapes[name], self._ranges[name] = shape, pieces
 
     def names(self) -> Sequence[str]:
         """Of all tensors."""
@@ -136,7 +134,7 @@ class PickledTensors:
 
     def dtype(self, name: str) -> str:
         """Of a tensor."""
-        pieces = self._stretches[name]
+        pieces = self._ranges[name]
         return str(pieces[0].values.dtype).removeprefix("torch.") if pieces else "float32"
 
     def read(self, name: str, first: int, last: int) -> Bits:
@@ -144,11 +142,11 @@ class PickledTensors:
         import torch
 
         values = np.empty(last - first, bits_of(self.dtype(name)))
-        for stretch in self._stretches[name]:
-            begin = max(first, stretch.first)
-            end = min(last, stretch.first + stretch.values.numel())
+        for flat in self._ranges[name]:
+            begin = max(first, flat.first)
+            end = min(last, flat.first + flat.values.numel())
             if begin < end:
-                part = stretch.values[begin - stretch.first : end - stretch.first].contiguous()
+                part = flat.values[begin - flat.first : end - flat.first].contiguous()
                 values[begin - first : end - first] = part.view(torch.uint8).numpy().view(values.dtype)
         with self._lock:
             self.bytes += values.nbytes

@@ -12,13 +12,13 @@ from typing import Protocol
 import numpy as np
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.hashes import STRETCH, CheckpointSource
+from faulttol.checkpoint.hashes import MAX_READ, CheckpointSource
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.convert.values import Bits, convert
 
 
 class Foreign(Protocol):
-    """A checkpoint of another format, read a stretch at a time; by several threads at once."""
+    """A checkpoint of another format, read a range at a time; by several threads at once."""
 
     bytes: int
     """Read so far."""
@@ -88,7 +88,7 @@ class PlacedTensor:
         return len(self.box.shape) - len(self.shape)
 
     def rows(self, first: int, last: int, most: int) -> Iterator[tuple[int, int]]:
-        """Rows `[first, last)` in stretches of at most `most` elements, or as many more as have to stay together."""
+        """Rows `[first, last)` in ranges of at most `most` elements, or as many more as have to stay together."""
         if not self.elements or first >= last:
             return
         per = max(1, most // prod(self.shape[1:]))
@@ -121,13 +121,13 @@ def _boxes(source: CheckpointSource, placed: PlacedTensor) -> Iterator[Box]:
     if not placed.shape:
         yield placed.box
         return
-    most = STRETCH // DTYPES[source.tensors[placed.name].dtype][1]
+    most = MAX_READ // DTYPES[source.tensors[placed.name].dtype][1]
     for first, last in placed.rows(0, placed.shape[0], most):
         yield placed.box.cut(placed.lead, first, last)
 
 
 def outward(source: CheckpointSource, placed: PlacedTensor, wanted: str) -> Iterator[memoryview]:
-    """The bytes of a foreign tensor, from ours, in stretches.
+    """The bytes of a foreign tensor, from ours, in chunks.
 
     Args:
         wanted: dtype of the bytes.
@@ -143,7 +143,7 @@ def outward(source: CheckpointSource, placed: PlacedTensor, wanted: str) -> Iter
 
 
 def inward(foreign: Foreign, parts: Iterable[PlacedTensor], box: Box, wanted: str) -> Iterator[memoryview]:
-    """The bytes of a box of ours, whole rows, from the foreign tensors that it is made of, in stretches.
+    """The bytes of a box of ours, whole rows, from the foreign tensors that it is made of, in chunks.
 
     Args:
         parts: of the tensor, in the order of their places; each wholly in the box or with its first dim cut by it.
@@ -160,7 +160,7 @@ def inward(foreign: Foreign, parts: Iterable[PlacedTensor], box: Box, wanted: st
         begin = common.start[placed.lead] - placed.box.start[placed.lead]
         width = prod(placed.shape[1:])
         item = max(DTYPES[given][1], DTYPES[wanted][1])
-        for first, last in placed.rows(begin, begin + common.shape[placed.lead], STRETCH // item):
+        for first, last in placed.rows(begin, begin + common.shape[placed.lead], MAX_READ // item):
             values = foreign.read(placed.foreign, first * width, last * width)
             values = values.reshape(last - first, *placed.shape[1:])
             if placed.order is not None:

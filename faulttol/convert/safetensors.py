@@ -1,4 +1,4 @@
-"""Files of safetensors as Hugging Face lays them out: several with an index, or one. Read and written a stretch at a time.
+"""Files of safetensors as Hugging Face lays them out: several with an index, or one. Read and written in chunks.
 
 The format: eight bytes with the length of a JSON header (little endian), the header, the tensors' bytes without holes.
 """

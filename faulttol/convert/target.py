@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from configs.errors import UserError
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Folder, folder_of, tag
+from faulttol.checkpoint.folder import CheckpointFolder, folder_of, run_tag
 from faulttol.checkpoint.manifest import Identity, Uncertain
 from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece
 from faulttol.checkpoint.shards import layout, ordered
@@ -43,7 +43,7 @@ class Value:
 
     def boxes(self) -> Iterator[Box]:
         """What is written at a time."""
-        whole = Box.all_of(self.shape)
+        whole = Box.full(self.shape)
         if not self.divisible or self.bytes <= _PIECE or not self.shape:
             yield whole
             return
@@ -148,9 +148,9 @@ class ConversionTarget:
     def __init__(self, store: StoreLike, run: str, step: int, values: Sequence[Value]) -> None:
         self._store, self._run, self._step, self.values = store, run, step, values
         self._files = _share(values)
-        saving.admit(store, self._identity(0))
-        for commit in Folder(store).commits:
-            if commit.run == tag(run) and commit.step >= step:
+        saving.check_owner(store, self._identity(0))
+        for commit in CheckpointFolder(store).commits:
+            if commit.run == run_tag(run) and commit.step >= step:
                 raise UserError(
                     f"--out={store.url} has step {commit.step} of run {commit.run} already: name another folder"
                 )

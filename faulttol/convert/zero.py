@@ -1,7 +1,7 @@
 """Import from DeepSpeed: checkpoints of ZeRO 1 and 2, with experts of `deepspeed.moe` or without, and universal folders.
 
-ZeRO keeps a rank's share of each group of parameters as one flat tensor; `param_slice_mappings` says which stretch of it
-is of which parameter. The stretches of a parameter follow each other over the ranks that share it: all of them, or for an
+ZeRO keeps a rank's share of each group of parameters as one flat tensor; `param_slice_mappings` says which range of it
+is of which parameter. The ranges of a parameter follow each other over the ranks that share it: all of them, or for an
 expert those that hold it, every `ep`-th rank. Its file names the experts by their place on the rank.
 
 Sources: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py (state_dict), runtime/engine.py (_save_moe_checkpoint) and
@@ -223,8 +223,8 @@ def _owners(states: Sequence[Any]) -> dict[str, tuple[int, int]]:
 def _fragments(
     states: Sequence[Any], owners: dict[str, tuple[int, int]]
 ) -> dict[str, dict[str, list[torch.Tensor]]]:
-    """By parameter and slot (none: the master), the stretches of all ranks in their order."""
-    stretches: dict[str, dict[str, list[torch.Tensor]]] = {}
+    """By parameter and slot (none: the master), the flat ranges of all ranks in their order."""
+    ranges: dict[str, dict[str, list[torch.Tensor]]] = {}
     for rank, state in enumerate(states):
         base = state["base_optimizer_state"]
         slots = base["state"] if isinstance(base, dict) else dict(enumerate(base))
@@ -239,8 +239,8 @@ def _fragments(
                     name = f"{match[1]}{rank % size * count + int(match[2])}{match[3]}"
                 for slot, flat in flats.items():
                     part = flat[address.start : address.start + address.numel]
-                    stretches.setdefault(name, {}).setdefault(slot, []).append(part)
-    return stretches
+                    ranges.setdefault(name, {}).setdefault(slot, []).append(part)
+    return ranges
 
 
 def _same(folder: Path, name: str, tensors: PickledTensors, weights: torch.Tensor) -> None:

@@ -23,16 +23,16 @@ from pathlib import Path
 
 from configs.errors import UserError, from_json
 from configs.paths import own_folder
-from faulttol.checkpoint.folder import CheckpointCommit, Folder, tag
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, run_tag
 from faulttol.checkpoint.load import Tier
 from faulttol.checkpoint.manifest import Identity, Incomplete
-from faulttol.checkpoint.peers import Peers, caught, on_first
+from faulttol.checkpoint.peers import Peers, capture_failure, run_on_rank_zero
 from faulttol.checkpoint.store import CheckpointStore, StoreLike
 from faulttol.snapshots.partners import NAME as NAME
-from faulttol.snapshots.partners import demoted as demoted
 from faulttol.snapshots.partners import partners as partners
-from faulttol.snapshots.ranges import RemoteStore, address_towards, serve
-from faulttol.snapshots.union import Union
+from faulttol.snapshots.partners import reason_to_skip_memory as reason_to_skip_memory
+from faulttol.snapshots.remote_store import RemoteStore, local_address_for, serve
+from faulttol.snapshots.union_store import UnionStore
 
 _log = logging.getLogger("megaray.checkpoint")
 _STEP = re.compile(r"step-(\d{10,})")
@@ -62,7 +62,7 @@ def folder(node: str, run: str) -> Path:
     try:
         if not own_folder(base):
             raise UserError(f"checkpoint.memory_every needs {base}, which isn't this user's folder: {how}")
-        place = base / _word(node) / _word(run)
+        place = base / _folder_name(node) / _folder_name(run)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
@@ -71,12 +71,12 @@ def folder(node: str, run: str) -> Path:
     return place
 
 
-def _word(name: str) -> str:
-    word = tag(name)
+def _folder_name(name: str) -> str:
+    word = run_tag(name)
     return f"%2E{word[1:]}" if word.startswith(".") else word
 
 
-def sweep(folder: Path, newest: CheckpointCommit) -> list[str]:
+def purge_older(folder: Path, newest: CheckpointCommit) -> list[str]:
     """Remove from a node's folder what is older than a commit of the run, own files and copies, and tell their names.
 
     Called on every node once all ranks know of the commit, which may be in memory or in the store: so an earlier attempt's
@@ -102,12 +102,12 @@ def _drop_buffers(folder: Path, run: str, attempt: int) -> Iterator[str]:
             yield path.name
 
 
-def forget(folder: Path) -> None:
+def remove_run(folder: Path) -> None:
     """Remove a run's folder on a node, once its last checkpoint is in the store."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def forget_idle(folder: Path, idle: float = 86400.0) -> list[str]:
+def remove_idle_runs(folder: Path, idle: float = 86400.0) -> list[str]:
     """Remove what other runs have left on a node: memory that nobody else gives back. Their store has their checkpoints.
 
     Args:
@@ -120,7 +120,7 @@ def forget_idle(folder: Path, idle: float = 86400.0) -> list[str]:
     gone = []
     for other in folder.parent.iterdir():
         if other != folder and _last_write(other) < time.time() - idle:
-            forget(other)
+            remove_run(other)
             gone.append(other.name)
     return sorted(gone)
 
@@ -154,7 +154,7 @@ def _files(folder: Path, run: str) -> Iterator[tuple[Path, str, CheckpointCommit
 # ---- writing ----
 
 
-class Copies:
+class ReplicatedStore:
     """One rank's files in the memory of its own node and, once more, of another: a `StoreLike` that writes both.
 
     Args:
@@ -235,7 +235,7 @@ def _chunks(path: Path) -> Iterator[memoryview]:
 
 @contextmanager
 def tier(
-    folder: Path, peers: Peers, identity: Identity, secret: bytes, towards: str
+    folder: Path, peers: Peers, identity: Identity, secret: bytes, rank_zero_address: str
 ) -> Iterator[Tier | None]:
     """What all nodes' memory still has of this run's whole snapshots, while the context lasts.
 
@@ -246,12 +246,12 @@ def tier(
     Args:
         folder: of this rank's node, as `folder` gives it.
         secret: one for all ranks, made anew for each attempt: `peers.broadcast(secrets.token_bytes(32))` on rank 0.
-        towards: address of rank 0's node, which tells by which of its addresses a node is reached.
+        rank_zero_address: address of rank 0's node, which tells by which of its addresses a node is reached.
 
     Yields:
         None where no snapshot is whole.
     """
-    dropped = len(list(_drop_buffers(folder, tag(identity.run), identity.attempt)))
+    dropped = len(list(_drop_buffers(folder, run_tag(identity.run), identity.attempt)))
     _log.debug("%d buffers of earlier attempts were removed from %s", dropped, folder)
     with ExitStack() as ends:
         serving = _serving(folder, peers)
@@ -260,11 +260,13 @@ def tier(
             return
         shown = None
         if identity.rank in serving:
-            shown, failure = caught(lambda: _show(folder, identity, secret, towards, ends))
+            shown, failure = capture_failure(
+                lambda: _serve_own(folder, identity, secret, rank_zero_address, ends)
+            )
             if failure is not None:
                 _log.warning("snapshots in %s are left out: %s", folder, failure[1])
         answers = peers.gather(shown)
-        collected, failure = on_first(
+        collected, failure = run_on_rank_zero(
             peers, identity.rank == 0, lambda: _collected(answers or [], secret, folder, identity)
         )
         if failure is not None:
@@ -278,7 +280,7 @@ def tier(
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _NodeFiles:
     """What one node has."""
 
     folder: str
@@ -296,15 +298,17 @@ def _serving(folder: Path, peers: Peers) -> frozenset[int]:
     return frozenset(peers.broadcast(list(first.values())))
 
 
-def _show(folder: Path, identity: Identity, secret: bytes, towards: str, ends: ExitStack) -> _Shown:
-    files = tuple(sorted(f"{place.name}/{name}" for place, name, _ in _files(folder, tag(identity.run))))
-    server = serve(folder, secret, address_towards(towards))
+def _serve_own(
+    folder: Path, identity: Identity, secret: bytes, rank_zero_address: str, ends: ExitStack
+) -> _NodeFiles:
+    files = tuple(sorted(f"{place.name}/{name}" for place, name, _ in _files(folder, run_tag(identity.run))))
+    server = serve(folder, secret, local_address_for(rank_zero_address))
     ends.callback(server.close)
-    return _Shown(str(folder), server.address, files)
+    return _NodeFiles(str(folder), server.address, files)
 
 
 def _collected(
-    answers: Sequence[_Shown | None], secret: bytes, folder: Path, identity: Identity
+    answers: Sequence[_NodeFiles | None], secret: bytes, folder: Path, identity: Identity
 ) -> bytes | None:
     """Who has which files of the snapshots that are whole, as `_union` takes it; on rank 0 alone."""
     shown = [one for one in answers if one is not None]
@@ -322,9 +326,9 @@ def _collected(
     return _packed(tree | {"files": kept}) if whole and kept else None
 
 
-def _whole(union: Union) -> Iterator[str]:
+def _whole(union: UnionStore) -> Iterator[str]:
     """Prefixes of the snapshots that have their manifest and all files."""
-    snapshots = Folder(union)
+    snapshots = CheckpointFolder(union)
     for commit in snapshots.commits:
         try:
             snapshots.head(commit)
@@ -338,17 +342,17 @@ def _packed(tree: dict[str, object]) -> bytes:
     return zlib.compress(json.dumps(tree, separators=(",", ":")).encode())
 
 
-def _union(packed: bytes, secret: bytes, folder: Path, rank: int) -> Union:
+def _union(packed: bytes, secret: bytes, folder: Path, rank: int) -> UnionStore:
     tree = from_json(zlib.decompress(packed))
     own = tree["folders"].index(str(folder)) if str(folder) in tree["folders"] else None
     holders: list[StoreLike] = [
         CheckpointStore(str(folder)) if at == own else RemoteStore(address, secret, _ANSWER_SECONDS)
         for at, address in enumerate(tree["addresses"])
     ]
-    return Union(holders, tree["files"], own, rank)
+    return UnionStore(holders, tree["files"], own, rank)
 
 
-def _close(union: Union) -> None:
+def _close(union: UnionStore) -> None:
     for holder in union.holders:
         if isinstance(holder, RemoteStore):
             holder.close()

@@ -83,7 +83,7 @@ def _exchange(
                 break
 
 
-def demoted(history: Sequence[tuple[str, int, bool]]) -> str | None:
+def reason_to_skip_memory(history: Sequence[tuple[str, int, bool]]) -> str | None:
     """Why the next attempt should pass over the tier in memory; None where it may use it. Pure.
 
     Two attempts in a row that began with the same snapshot and came to no newer commit may have failed by it: a state that

@@ -234,15 +234,15 @@ class Buffers:
     def __init__(self, device: torch.device, folder: Path | None, word: str) -> None:
         self._device, self._folder, self._word = device, folder, word
         self._made: list[Buffer | None] = [None] if folder is None else [None, None]
-        self._kept: Buffer | None = None
+        self._newest: Buffer | None = None
 
-    def take(self, size: int) -> Buffer:
+    def acquire(self, size: int) -> Buffer:
         """A buffer of so many bytes, or more where it has no name, which isn't the one of the newest snapshot.
 
         Raises:
             Incomplete: where the host has no room for it.
         """
-        at = next(n for n, buffer in enumerate(self._made) if buffer is None or buffer is not self._kept)
+        at = next(n for n, buffer in enumerate(self._made) if buffer is None or buffer is not self._newest)
         buffer = self._made[at]
         if buffer is None or buffer.size < size or (self._folder is not None and buffer.size != size):
             if buffer is not None:
@@ -261,15 +261,15 @@ class Buffers:
 
     def prepare(self, size: int) -> None:
         """Get the memory before it is needed."""
-        self.take(size)
+        self.acquire(size)
         if self._folder is not None and self._made[1] is None:
-            kept, self._kept = self._kept, self._made[0]
-            self.take(size)
-            self._kept = kept
+            kept, self._newest = self._newest, self._made[0]
+            self.acquire(size)
+            self._newest = kept
 
-    def keep(self, buffer: Buffer) -> None:
+    def retain(self, buffer: Buffer) -> None:
         """It holds the newest snapshot from now on."""
-        self._kept = buffer
+        self._newest = buffer
 
     def close(self) -> None:
         """Give the memory back, but for what a snapshot holds."""

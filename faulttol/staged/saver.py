@@ -20,25 +20,25 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError, from_json
 from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.folder import CheckpointCommit, folder_of, tag
+from faulttol.checkpoint.coverage import FilePlan
+from faulttol.checkpoint.folder import CheckpointCommit, folder_of, run_tag
 from faulttol.checkpoint.manifest import Identity, Incomplete, SaveSuperseded, ShardFile, Uncertain
 from faulttol.checkpoint.peers import Peers, by_rank, failure_of
 from faulttol.checkpoint.pieces import TensorPiece
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.shards import ShardLayout, layout, ordered
 from faulttol.checkpoint.store import CheckpointStore
-from faulttol.checkpoint.survey import FilePlan
 from faulttol.snapshots.partners import partners
 from faulttol.staged.buffers import Buffer, Buffers, StagedCopy
 from faulttol.staged.writer import (
-    CommitOrder,
-    Discard,
-    Inline,
-    Keep,
-    Put,
-    Seal,
-    Serve,
-    SweepSnapshots,
+    CommitRequest,
+    DiscardRequest,
+    InlineWriter,
+    PurgeRequest,
+    ReplicateRequest,
+    SealRequest,
+    ServeRequest,
+    WriteRequest,
     WriterProcess,
 )
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-_LOOK = 0.1
+_POLL_SECONDS = 0.1
 """Seconds between two looks at a save that is waited for."""
 _KINDS = {kind.__name__: kind for kind in (UserError, SaveSuperseded, Uncertain, Incomplete)}
 
@@ -65,7 +65,7 @@ class SavePolicy:
 
 
 @dataclass(frozen=True)
-class Signs:
+class SaveCallbacks:
     """What a rank shows while it waits for a save."""
 
     alive: Callable[[], None] = lambda: None
@@ -97,12 +97,12 @@ class SaveOutcome:
 
 
 @dataclass(frozen=True)
-class Memory:
+class SnapshotLocation:
     """Where snapshots in memory lie."""
 
     folder: Path
     """Of this rank's node, as `faulttol.snapshots.memory.folder` gives it."""
-    towards: str
+    rank_zero_address: str
     """Address of rank 0's node."""
 
 
@@ -122,11 +122,11 @@ class _Job:
     """Why this rank has nothing to write."""
     held: float = 0.0
     progress: int = 0
-    own: threading.Event = field(default_factory=threading.Event)
+    own_done: threading.Event = field(default_factory=threading.Event)
     """This rank's part is done."""
     commits: bool = False
     """This is rank 0, and all ranks have done their part."""
-    over: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
     outcomes: list[SaveOutcome] = field(default_factory=list)
     live: list[TensorPiece] | None = None
     """What is written without a copy."""
@@ -144,7 +144,7 @@ class Saver:
         peers: used when it is made, and at each save under `skip`.
         control: key-value store that all ranks share.
         device: where what is saved lives.
-        signs: of life, for whoever watches the rank.
+        callbacks: for whoever watches the rank.
         memory: for snapshots in memory; None: there are none.
     """
 
@@ -155,25 +155,25 @@ class Saver:
         peers: Peers,
         control: dist.Store,
         device: torch.device,
-        signs: Signs | None = None,
-        memory: Memory | None = None,
+        callbacks: SaveCallbacks | None = None,
+        memory: SnapshotLocation | None = None,
     ) -> None:
         self._policy, self._identity, self._peers = policy, identity, peers
-        self._control, self._device, self._signs = control, device, signs or Signs()
+        self._control, self._device, self._callbacks = control, device, callbacks or SaveCallbacks()
         self._first = identity.rank == 0
         self._nonce = str(peers.broadcast(saving.new_token() if self._first else None))
         self._count = 0
-        self._writer: Inline | WriterProcess = WriterProcess() if policy.background else Inline()
-        word = f"{tag(identity.run)}.a{identity.attempt:04d}.r{identity.rank:05d}"
+        self._writer: InlineWriter | WriterProcess = WriterProcess() if policy.background else InlineWriter()
+        word = f"{run_tag(identity.run)}.a{identity.attempt:04d}.r{identity.rank:05d}"
         self._memory = memory
-        self._partner = self._partner_of(memory, peers) if memory is not None else None
+        self._partner = self._choose_partner(memory, peers) if memory is not None else None
         self._secret = peers.broadcast(secrets.token_bytes(32) if self._first else None)
         self._served: int | None = None
         """Process id of the writer that serves this node's snapshots."""
         self._buffers = Buffers(device, memory.folder if memory is not None else None, word)
         self._preparing: threading.Thread | None = None
         self._job: _Job | None = None
-        self._told: str | None = None
+        self._known_plan: str | None = None
         """Digest of the plan that rank 0 knows of this rank."""
         self._plans: dict[str, bytes] = {}
         """On rank 0, packed plans of all ranks by digest: a few KB each."""
@@ -196,10 +196,10 @@ class Saver:
         size = layout(0, self._identity, ordered(pieces)).size
         with suppress(Exception):  # the save will meet it again, and tell it
             self._writer.ready()
-        self._preparing = threading.Thread(target=self._prepared, args=(size,), daemon=True)
+        self._preparing = threading.Thread(target=self._prepare_in_background, args=(size,), daemon=True)
         self._preparing.start()
 
-    def _prepared(self, size: int) -> None:
+    def _prepare_in_background(self, size: int) -> None:
         with suppress(Exception):
             self._serve()
         with suppress(Exception):
@@ -233,19 +233,19 @@ class Saver:
         self._count += 1
         job = _Job(step, f"{self._nonce}{self._count:04x}", facts, began, tiers)
         try:
-            self._prepared_by_now()
-            self._ready()
+            self._join_preparation()
+            self._start_writer()
             kept = ordered(pieces)
             job.layout = layout(step, self._identity, kept)
             if not self._policy.background and list(tiers) == ["store"]:
                 job.live = kept  # training waits, so a copy would only cost memory and time
             else:
-                job.buffer = self._buffers.take(job.layout.size)
+                job.buffer = self._buffers.acquire(job.layout.size)
                 job.copy = StagedCopy(job.buffer, job.layout, kept, self._device)
         except Exception as error:
             job.failed = error
         self._job = job
-        threading.Thread(target=self._lead, args=(job,), daemon=True).start()
+        threading.Thread(target=self._run_save, args=(job,), daemon=True).start()
         job.held += time.monotonic() - began
         if not self._policy.background:
             self.settle()
@@ -254,14 +254,14 @@ class Saver:
     def settle(self) -> None:
         """Return once nothing live is read any more; called before the optimizer changes it."""
         job = self._job
-        if job is not None and job.copy is not None and not job.over.is_set():
-            with self._holding(job):
+        if job is not None and job.copy is not None and not job.ended.is_set():
+            with self._measure_hold(job):
                 job.copy.settle()
 
     def poll(self) -> list[SaveOutcome]:
         """Saves that ended since the last call."""
-        if self._job is not None and self._job.over.is_set():
-            self._end()
+        if self._job is not None and self._job.ended.is_set():
+            self._collect_outcomes()
         ended, self._ended = self._ended, []
         return ended
 
@@ -270,49 +270,49 @@ class Saver:
         job = self._job
         if job is None:
             return
-        with self._holding(job):
+        with self._measure_hold(job):
             seen, waited = 0, False
-            while not job.over.wait(_LOOK):
+            while not job.ended.wait(_POLL_SECONDS):
                 if job.progress != seen:
                     seen = job.progress
-                    self._signs.alive()
-                waits = job.own.is_set() and not job.commits
+                    self._callbacks.alive()
+                waits = job.own_done.is_set() and not job.commits
                 if waits != waited:
                     waited = waits
-                    (self._signs.waiting if waits else self._signs.working)()
-        self._end()
+                    (self._callbacks.waiting if waits else self._callbacks.working)()
+        self._collect_outcomes()
 
     def close(self) -> None:
         """Wait for what is being written, then give memory and process back; snapshots in memory stay."""
         self.finish()
-        self._prepared_by_now()
+        self._join_preparation()
         self._writer.close()
         self._buffers.close()
 
     # ---- this rank's part ----
 
     def _any_busy(self) -> bool:
-        mine = self._job is not None and not self._job.over.is_set()
+        mine = self._job is not None and not self._job.ended.is_set()
         answers = self._peers.gather(mine)
         return bool(self._peers.broadcast(any(answers) if answers is not None else None))
 
     @contextmanager
-    def _holding(self, job: _Job) -> Iterator[None]:
+    def _measure_hold(self, job: _Job) -> Iterator[None]:
         began = time.monotonic()
         yield
         job.held += time.monotonic() - began
 
-    def _end(self) -> None:
+    def _collect_outcomes(self) -> None:
         job, self._job = self._job, None
         if job is not None:
             self._ended += [replace(one, held=max(one.held, job.held)) for one in job.outcomes]
 
-    def _prepared_by_now(self) -> None:
+    def _join_preparation(self) -> None:
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
 
-    def _ready(self) -> None:
+    def _start_writer(self) -> None:
         """The writer runs, and serves its node's snapshots where there are any."""
         self._writer.ready()
         self._serve()
@@ -320,47 +320,47 @@ class Saver:
     def _serve(self) -> None:
         pid = self.writer_pid or 0
         if self._memory is not None and self._served != pid:
-            order = Serve(str(self._memory.folder), self._secret, self._memory.towards)
-            address = self._writer.request(order, lambda _: None)
+            request = ServeRequest(str(self._memory.folder), self._secret, self._memory.rank_zero_address)
+            address = self._writer.request(request, lambda _: None)
             self._control.set(f"serve/{self._identity.rank}", address)
             self._served = pid
 
-    def _partner_of(self, memory: Memory, peers: Peers) -> int | None:
+    def _choose_partner(self, memory: SnapshotLocation, peers: Peers) -> int | None:
         """The rank whose node keeps the copy of this one's files."""
         nodes = peers.gather(str(memory.folder))
         keepers = peers.broadcast(partners(nodes) if nodes is not None else None)
         return keepers[self._identity.rank]
 
-    def _lead(self, job: _Job) -> None:
+    def _run_save(self, job: _Job) -> None:
         """Lead a save to its end, in a thread of its own."""
         try:
             for tier in job.tiers:
-                job.own.clear()
-                job.outcomes.append(self._led(job, tier))
+                job.own_done.clear()
+                job.outcomes.append(self._save_to_tier(job, tier))
         finally:
-            job.over.set()
+            job.ended.set()
 
-    def _led(self, job: _Job, tier: str) -> SaveOutcome:
+    def _save_to_tier(self, job: _Job, tier: str) -> SaveOutcome:
         """How the save to a tier ended."""
         try:
             receipt = self._write(job, tier)
         except Exception as error:
             kind, text = failure_of(error)
             receipt = {"failed": [kind.__name__, text]}
-        job.own.set()
+        job.own_done.set()
         try:
             size, held = self._agree(job, tier, receipt | {"held": job.held})
             if tier == "memory" and job.buffer is not None:
-                self._buffers.keep(job.buffer)
+                self._buffers.retain(job.buffer)
                 who = self._identity
-                sweep = SweepSnapshots(CheckpointCommit(who.attempt, job.step, tag(who.run)))
+                sweep = PurgeRequest(CheckpointCommit(who.attempt, job.step, run_tag(who.run)))
                 with suppress(Exception):  # memory is wasted, nothing is lost
                     self._writer.request(sweep, lambda _: None)
             return self._outcome(job, tier, size, held, None)
         except Exception as error:
             if not isinstance(error, Uncertain):
                 with suppress(Exception):
-                    discard = Discard(self._root(tier), job.step, job.token, self._identity)
+                    discard = DiscardRequest(self._root(tier), job.step, job.token, self._identity)
                     self._writer.request(discard, lambda _: None)
             kind, text = failure_of(error)
             return self._outcome(job, tier, 0, job.held, kind(text))
@@ -397,23 +397,23 @@ class Saver:
                 job.failed = error
                 raise
         if job.sealed is None:
-            job.sealed = self._writer.request(Seal(path, plain, token, self._root(tier)), progressed)
+            job.sealed = self._writer.request(SealRequest(path, plain, token, self._root(tier)), progressed)
         if tier == "memory":
             partner = (
                 self._control.get(f"serve/{self._partner}").decode() if self._partner is not None else None
             )
-            self._writer.request(Keep(path, plain, token, partner), progressed)
+            self._writer.request(ReplicateRequest(path, plain, token, partner), progressed)
         elif not fresh:
-            self._writer.request(Put(path, plain, token, self._policy.root), progressed)
+            self._writer.request(WriteRequest(path, plain, token, self._policy.root), progressed)
         return self._receipt(job.sealed, FilePlan(plain.pieces))
 
     def _receipt(self, record: ShardFile, plan: FilePlan) -> dict[str, Any]:
         """What rank 0 has to know; a plan is sent once."""
-        if self._told != plan.digest:
+        if self._known_plan != plan.digest:
             self._control.set(
                 f"plan/{self._identity.rank}/{plan.digest}", base64.b64encode(plan.packed).decode()
             )
-            self._told = plan.digest
+            self._known_plan = plan.digest
         return {"record": [record.bytes, record.index, record.digest], "plan": plan.digest}
 
     # ---- all ranks ----
@@ -474,7 +474,7 @@ class Saver:
         if self._known_by != self.writer_pid:  # a new writer knows nothing
             self._known_by, self._known = self.writer_pid, set()
         unknown = {plan: self._plans[plan] for plan in plans if plan not in self._known}
-        order = CommitOrder(
+        request = CommitRequest(
             root=self._root(tier),
             step=job.step,
             token=job.token,
@@ -487,7 +487,7 @@ class Saver:
         )
         try:
             job.commits = True
-            size = int(self._writer.request(order, progressed))
+            size = int(self._writer.request(request, progressed))
         except Incomplete as error:
             if isinstance(self._writer, WriterProcess) and self.writer_pid is None:
                 raise Uncertain(f"while it was being committed, {error}") from None

@@ -21,17 +21,17 @@ from typing import Any
 
 from configs.rank import PARENT, die_with_parent
 from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.folder import CheckpointCommit, tag
+from faulttol.checkpoint.coverage import FilePlan
+from faulttol.checkpoint.folder import CheckpointCommit, run_tag
 from faulttol.checkpoint.manifest import Identity, Incomplete, ShardFile
 from faulttol.checkpoint.peers import failure_of
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.shards import ShardLayout
 from faulttol.checkpoint.store import CheckpointStore, StoreLike
-from faulttol.checkpoint.survey import FilePlan
-from faulttol.snapshots.memory import Copies, sweep
-from faulttol.snapshots.ranges import RemoteStore, address_towards, serve
+from faulttol.snapshots.memory import ReplicatedStore, purge_older
+from faulttol.snapshots.remote_store import RemoteStore, local_address_for, serve
 
-_TOLD = 16 << 20
+_PROGRESS_BYTES = 16 << 20
 """Bytes after which progress is reported."""
 _STEP = 4 << 20
 """Bytes that are taken out of a buffer at once: whole blocks."""
@@ -40,7 +40,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Seal:
+class SealRequest:
     """Digest a staged file, complete it in place, and write it where a root is given; answered with its `ShardFile`."""
 
     buffer: str
@@ -51,7 +51,7 @@ class Seal:
 
 
 @dataclass(frozen=True)
-class Put:
+class WriteRequest:
     """Write a file that was sealed before."""
 
     buffer: str
@@ -61,17 +61,17 @@ class Put:
 
 
 @dataclass(frozen=True)
-class Serve:
+class ServeRequest:
     """Take part in snapshots in memory: serve this node's folder to other nodes; answered with the address."""
 
     folder: str
     secret: bytes
-    towards: str
+    rank_zero_address: str
     """Address of rank 0's node."""
 
 
 @dataclass(frozen=True)
-class Keep:
+class ReplicateRequest:
     """Make a sealed buffer this rank's file of a snapshot, and send another node its copy."""
 
     buffer: str
@@ -82,14 +82,14 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class SweepSnapshots:
+class PurgeRequest:
     """Remove this node's snapshots that are older than a commit."""
 
     commit: CheckpointCommit
 
 
 @dataclass(frozen=True)
-class CommitOrder:
+class CommitRequest:
     """Commit what all ranks have written; answered with the bytes of all files."""
 
     root: str | None
@@ -107,7 +107,7 @@ class CommitOrder:
 
 
 @dataclass(frozen=True)
-class Discard:
+class DiscardRequest:
     """Remove what a failed save wrote."""
 
     root: str | None
@@ -117,36 +117,44 @@ class Discard:
     identity: Identity
 
 
-Order = Seal | Put | Serve | Keep | SweepSnapshots | CommitOrder | Discard
+WriterRequest = (
+    SealRequest
+    | WriteRequest
+    | ServeRequest
+    | ReplicateRequest
+    | PurgeRequest
+    | CommitRequest
+    | DiscardRequest
+)
 
 
-class OrderWorker:
-    """Carries out orders, in this process or in the writer's."""
+class RequestHandler:
+    """Carries out requests, in this process or in the writer's."""
 
     def __init__(self) -> None:
         self._stores: dict[str, CheckpointStore] = {}
         self._plans: dict[str, FilePlan] = {}
         self._snapshots: Snapshots | None = None
 
-    def do(self, order: Order, progress: Progress) -> Any:
-        """The answer to an order."""
-        match order:
-            case Seal():
-                return self._seal(order, progress)
-            case Put():
-                self._put(order, progress)
-            case Serve():
-                self._snapshots = Snapshots(Path(order.folder), order.secret, order.towards)
+    def handle(self, request: WriterRequest, progress: Progress) -> Any:
+        """The answer to a request."""
+        match request:
+            case SealRequest():
+                return self._seal(request, progress)
+            case WriteRequest():
+                self._put(request, progress)
+            case ServeRequest():
+                self._snapshots = Snapshots(Path(request.folder), request.secret, request.rank_zero_address)
                 return self._snapshots.address
-            case Keep():
-                name = _file(order.layout, order.token)
-                self._shown().keep(Path(order.buffer), name, order.partner)
-            case SweepSnapshots():
-                self._shown().sweep(order.commit)
-            case CommitOrder():
-                return self._commit(order, progress)
-            case Discard():
-                saving.discard(self._place(order.root), order.step, order.token, order.identity)
+            case ReplicateRequest():
+                name = _file(request.layout, request.token)
+                self._served().keep(Path(request.buffer), name, request.partner)
+            case PurgeRequest():
+                self._served().sweep(request.commit)
+            case CommitRequest():
+                return self._commit(request, progress)
+            case DiscardRequest():
+                saving.discard(self._store_of(request.root), request.step, request.token, request.identity)
         return None
 
     def close(self) -> None:
@@ -154,55 +162,57 @@ class OrderWorker:
         if self._snapshots is not None:
             self._snapshots.close()
 
-    def _shown(self) -> Snapshots:
+    def _served(self) -> Snapshots:
         if self._snapshots is None:
             raise Incomplete("this writer serves no snapshots in memory")
         return self._snapshots
 
-    def _place(self, root: str | None) -> StoreLike:
+    def _store_of(self, root: str | None) -> StoreLike:
         if root is None:
-            return self._shown().copies
+            return self._served().copies
         if root not in self._stores:
             self._stores[root] = CheckpointStore(root)
         return self._stores[root]
 
-    def _seal(self, order: Seal, progress: Progress) -> ShardFile:
-        layout, index = order.layout, list[bytes]()
-        with _opened(order.buffer, layout) as view:
+    def _seal(self, request: SealRequest, progress: Progress) -> ShardFile:
+        layout, index = request.layout, list[bytes]()
+        with _opened(request.buffer, layout) as view:
             view[: len(layout.header)] = layout.header
-            chunks = _told(layout.stream(_values(view, layout), index), progress)
-            if order.root is None:
+            chunks = _with_progress(layout.stream(_values(view, layout), index), progress)
+            if request.root is None:
                 for _ in chunks:
                     pass
             else:
-                self._write(order.root, layout, order.token, chunks)
+                self._write(request.root, layout, request.token, chunks)
             view[layout.offsets[-1] : layout.size] = index[0]
         return layout.record(index[0])
 
-    def _put(self, order: Put, progress: Progress) -> None:
-        size = order.layout.size
-        with _opened(order.buffer, order.layout) as view:
+    def _put(self, request: WriteRequest, progress: Progress) -> None:
+        size = request.layout.size
+        with _opened(request.buffer, request.layout) as view:
             chunks = (view[at : min(at + _STEP, size)] for at in range(0, size, _STEP))
-            self._write(order.root, order.layout, order.token, _told(chunks, progress))
+            self._write(request.root, request.layout, request.token, _with_progress(chunks, progress))
 
     def _write(self, root: str, layout: ShardLayout, token: str, chunks: Iterator[memoryview]) -> None:
         name = _file(layout, token)
-        size = self._place(root).write(name, chunks)
+        size = self._store_of(root).write(name, chunks)
         if size != layout.size:
             raise Incomplete(f"{name} has {size} bytes, and {layout.size} were laid out")
 
-    def _commit(self, order: CommitOrder, progress: Progress) -> int:
-        self._plans.update({key: FilePlan.parse(packed) for key, packed in order.unknown.items()})
+    def _commit(self, request: CommitRequest, progress: Progress) -> int:
+        self._plans.update({key: FilePlan.parse(packed) for key, packed in request.unknown.items()})
         written = [
-            saving.Written(record, self._plans[plan])
-            for record, plan in zip(order.records, order.plans, strict=True)
+            saving.ShardReceipt(record, self._plans[plan])
+            for record, plan in zip(request.records, request.plans, strict=True)
         ]
-        store = self._place(order.root)
+        store = self._store_of(request.root)
         progress(0)
-        size = saving.commit(store, order.step, order.token, order.identity, written, order.facts)
+        size = saving.commit(store, request.step, request.token, request.identity, written, request.facts)
         progress(0)
-        if order.root is not None:
-            saving.retire(store, order.step, order.token, order.identity, order.retention, order.facts)
+        if request.root is not None:
+            saving.prune_after_commit(
+                store, request.step, request.token, request.identity, request.retention, request.facts
+            )
         return size
 
 
@@ -212,15 +222,15 @@ class Snapshots:
     Args:
         folder: of the node.
         secret: that all ranks know.
-        towards: address of rank 0's node.
+        rank_zero_address: address of rank 0's node.
     """
 
-    def __init__(self, folder: Path, secret: bytes, towards: str) -> None:
+    def __init__(self, folder: Path, secret: bytes, rank_zero_address: str) -> None:
         self._folder, self._secret = folder, secret
-        self._server = serve(folder, secret, address_towards(towards))
+        self._server = serve(folder, secret, local_address_for(rank_zero_address))
         self._partner: RemoteStore | None = None
         self._at: str | None = None
-        self.copies = Copies(folder, None)
+        self.copies = ReplicatedStore(folder, None)
         self.address = self._server.address
 
     def keep(self, buffer: Path, name: str, partner: str | None) -> None:
@@ -233,7 +243,7 @@ class Snapshots:
             if self._partner is not None:
                 self._partner.close()
             self._partner, self._at = RemoteStore(partner, self._secret) if partner else None, partner
-            self.copies = Copies(self._folder, self._partner)
+            self.copies = ReplicatedStore(self._folder, self._partner)
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -242,7 +252,7 @@ class Snapshots:
 
     def sweep(self, newest: CheckpointCommit) -> None:
         """Remove what is older than a commit of the run."""
-        sweep(self._folder, newest)
+        purge_older(self._folder, newest)
 
     def close(self) -> None:
         """Stop serving."""
@@ -253,7 +263,7 @@ class Snapshots:
 
 def _file(layout: ShardLayout, token: str) -> str:
     who = layout.identity
-    return CheckpointCommit(who.attempt, layout.step, tag(who.run)).shard(who.rank, token)
+    return CheckpointCommit(who.attempt, layout.step, run_tag(who.run)).shard(who.rank, token)
 
 
 @contextmanager
@@ -276,31 +286,31 @@ def _values(view: memoryview, layout: ShardLayout) -> Iterator[Iterator[memoryvi
         yield (view[offset + at : offset + min(at + _STEP, size)] for at in range(0, size, _STEP))
 
 
-def _told(chunks: Iterator[memoryview], progress: Progress) -> Iterator[memoryview]:
+def _with_progress(chunks: Iterator[memoryview], progress: Progress) -> Iterator[memoryview]:
     done = reported = 0
     for chunk in chunks:
         yield chunk
         done += len(chunk)
-        if done - reported >= _TOLD:
+        if done - reported >= _PROGRESS_BYTES:
             reported = done
             progress(done)
 
 
-class Inline:
-    """Carries out orders in the calling thread: for saves that training waits for."""
+class InlineWriter:
+    """Carries out requests in the calling thread: for saves that training waits for."""
 
     pid = None
     """There is no other process."""
 
     def __init__(self) -> None:
-        self._work = OrderWorker()
+        self._work = RequestHandler()
 
     def ready(self) -> None:
         """Nothing has to be started."""
 
-    def request(self, order: Order, progress: Progress) -> Any:
-        """The answer to an order."""
-        return self._work.do(order, progress)
+    def request(self, request: WriterRequest, progress: Progress) -> Any:
+        """The answer to a request."""
+        return self._work.handle(request, progress)
 
     def close(self) -> None:
         """Stop serving."""
@@ -308,7 +318,7 @@ class Inline:
 
 
 class WriterProcess:
-    """The writer process of this rank. One thread at a time asks it."""
+    """The writer process of this rank. One thread at a time sends it requests."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -338,8 +348,8 @@ class WriterProcess:
         theirs.close()
         self._connection = Connection(ours.detach())
 
-    def request(self, order: Order, progress: Progress) -> Any:
-        """The answer to an order.
+    def request(self, request: WriterRequest, progress: Progress) -> Any:
+        """The answer to a request.
 
         Raises:
             Incomplete: where the process is gone, saying how it ended.
@@ -349,7 +359,7 @@ class WriterProcess:
             if self._connection is None:
                 raise Incomplete("the writer process isn't there")
             try:
-                self._connection.send(order)
+                self._connection.send(request)
                 while True:
                     word, value = self._connection.recv()
                     if word == "progress":
@@ -385,19 +395,19 @@ class WriterProcess:
 
 
 def main(fd: int) -> None:
-    """The writer process: orders come in on a socket, one after the other, until it is closed."""
+    """The writer process: requests come in on a socket, one after the other, until it is closed."""
     # For the rank, which may want to save first, and ends this process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(os.environ)
-    work, connection = OrderWorker(), Connection(fd)
+    work, connection = RequestHandler(), Connection(fd)
     while True:
         try:
-            order = connection.recv()
+            request = connection.recv()
         except (EOFError, OSError):  # the rank is gone
             return
         try:
-            answer = "done", work.do(order, lambda done: connection.send(("progress", done)))
+            answer = "done", work.handle(request, lambda done: connection.send(("progress", done)))
         except Exception as error:
             answer = "failed", failure_of(error)
         try:

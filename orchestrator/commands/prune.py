@@ -12,8 +12,8 @@ from typing import Any
 from configs.compose import load
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
-from faulttol.checkpoint.folder import Folder
-from faulttol.checkpoint.retention import USE_SECONDS
+from faulttol.checkpoint.folder import CheckpointFolder
+from faulttol.checkpoint.retention import LEASE_SECONDS
 from faulttol.checkpoint.store import CheckpointStore
 from orchestrator.commands import code_snapshot
 from orchestrator.commands.calls import CommandCall
@@ -145,7 +145,7 @@ def _needed(run: RunPaths) -> bool:
     """Whether a run still goes back to where it began: it has committed nothing itself."""
     try:
         config = load(run.newest_config)
-        return not Folder(CheckpointStore(config.checkpoint.path or str(run.checkpoints))).commits
+        return not CheckpointFolder(CheckpointStore(config.checkpoint.path or str(run.checkpoints))).commits
     except (OSError, UserError):
         return True
 
@@ -155,13 +155,15 @@ def _held(run: RunPaths, now: float) -> str:
     if not run.checkpoints.is_dir():
         return ""
     try:
-        folder = Folder(CheckpointStore(str(run.checkpoints)))
+        folder = CheckpointFolder(CheckpointStore(str(run.checkpoints)))
     except OSError as error:
         return f"its checkpoints can't be listed ({error.strerror})"
     names = sorted({name for given in folder.pins.values() for name in given})
     if names:
         return f"checkpoints of it are pinned as {', '.join(names)}"
-    read = any(now - renewed < USE_SECONDS for commit in folder.uses for renewed in folder.used(commit))
+    read = any(
+        now - renewed < LEASE_SECONDS for commit in folder.uses for renewed in folder.lease_times(commit)
+    )
     return "its checkpoints are being read" if read else ""
 
 

@@ -10,7 +10,7 @@ from configs.compose import load
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths
 from configs.schema import RunConfig
-from faulttol.checkpoint.folder import Folder, folder_of, named, tag
+from faulttol.checkpoint.folder import CheckpointFolder, folder_of, parse_checkpoint_path, run_tag
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.store import CheckpointStore
 from orchestrator.commands.changes import Change, changes
@@ -59,7 +59,7 @@ def newest_checkpoint(root: str, step: int | None = None) -> ResumeSource | None
         UserError: where the folder has checkpoints of format 1 or of several runs, can't be reached, or none can be read.
     """
     try:
-        folder = Folder(CheckpointStore(root))
+        folder = CheckpointFolder(CheckpointStore(root))
     except OSError as error:
         raise UserError(f"'{root}' can't be listed: {error}; check its permissions and credentials") from None
     folder.refuse_others()
@@ -86,7 +86,7 @@ def refuse_foreign_folder(path: str) -> None:
         UserError: naming the run, and how to continue from it.
     """
     try:
-        folder = Folder(CheckpointStore(path))
+        folder = CheckpointFolder(CheckpointStore(path))
     except OSError:  # whether it can be written is another check's question
         return
     folder.refuse_others()
@@ -136,7 +136,7 @@ def _advice(start: ResumeSource, home: HomePaths) -> str:
 
 def _place(typed: str, home: HomePaths) -> tuple[str, int | None]:
     """Folder or URL of checkpoints, and a step where one was named."""
-    root, step = named(typed)
+    root, step = parse_checkpoint_path(typed)
     if "://" in root:
         return root, step
     path = Path(root).expanduser()
@@ -180,7 +180,7 @@ def differences(config: RunConfig, start: ResumeSource, home: HomePaths) -> list
 
 def is_own_checkpoint(start: ResumeSource, run_id: str) -> bool:
     """Whether a checkpoint is the run's own."""
-    return tag(start.run) == tag(run_id)
+    return run_tag(start.run) == run_tag(run_id)
 
 
 def to_json(config: RunConfig, start: ResumeSource, home: HomePaths) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from configs.compose import load
 from configs.errors import UserError, from_json
 from configs.paths import RunPaths
 from configs.schema import RunConfig
-from faulttol.checkpoint.folder import named
+from faulttol.checkpoint.folder import parse_checkpoint_path
 from faulttol.checkpoint.store import check_writable
 from orchestrator.commands import changes, resume_source
 from orchestrator.commands.resume_source import ResumeSource
@@ -156,7 +156,7 @@ def _newest(run: RunPaths, config: RunConfig) -> ResumeSource | None:
     """The run's own newest checkpoint, else the one that it began from."""
     source = resume_source.newest_checkpoint(config.checkpoint.path or str(run.checkpoints))
     if source is None and config.resume is not None:
-        source = resume_source.newest_checkpoint(*named(config.resume))
+        source = resume_source.newest_checkpoint(*parse_checkpoint_path(config.resume))
     return source
 
 

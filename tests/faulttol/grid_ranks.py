@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from configs.library_environment import Applied
 from configs.schema import RunConfig
-from faulttol.checkpoint.load import Identity, Wanted, restore, stored
+from faulttol.checkpoint.load import Identity, LoadTarget, restore, stored
 from faulttol.checkpoint.save import Retention, owned, save
 from faulttol.staged.saver import SavePolicy, Saver
 from tests.trainer.engines.ranks import make_engine
@@ -151,7 +151,7 @@ def _load(engine: Engine, mesh: Mesh, root: str) -> int:
     with torch.no_grad():
         for part in engine.state():
             part.tensor.fill_(JUNK)
-    wanted = [Wanted.from_slice(part.name, part.tensor, part.box) for part in engine.state()]
+    wanted = [LoadTarget.from_slice(part.name, part.tensor, part.box) for part in engine.state()]
     found = restore(stored(root), wanted, mesh, _identity(mesh))
     if found is None or found.passed or found.facts != {"step": found.step}:
         raise AssertionError(f"{root} gave {found}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.load import Restored, Wanted, restore, stored
+from faulttol.checkpoint.load import LoadTarget, Restored, restore, stored
 from faulttol.checkpoint.save import Retention, Saved, owned, save
 from tests.faulttol.ranks import identity, together, values
 from trainer.state import Slice
@@ -55,7 +55,7 @@ def layout(tensors: dict[str, Tensor], world: int, seed: int, kind: str) -> Layo
     noise, ranks = random.Random(seed), list(range(world))
     parts: Layout = [[] for _ in ranks]
     for name, tensor in tensors.items():
-        whole = Box.all_of(tuple(tensor.shape))
+        whole = Box.full(tuple(tensor.shape))
         holders: list[tuple[Box, list[int]]]
         if not tensor.shape or not tensor.numel():
             holders = [(whole, ranks)]
@@ -68,7 +68,7 @@ def layout(tensors: dict[str, Tensor], world: int, seed: int, kind: str) -> Layo
             rows = [whole.flat(a, b) if kind == "flat" else [whole.cut(0, a, b)] for a, b in ends]
             holders = [(box, [rank]) for rank in ranks for box in rows[rank]]
         for box, owners in holders:
-            part = tensor[box.inside(whole)].clone()
+            part = tensor[box.slices_within(whole)].clone()
             for replica, rank in enumerate(owners):
                 parts[rank].append(Slice(name, part.clone(), box, replica, len(owners)))
     return parts
@@ -105,7 +105,7 @@ def restore_layout(root: object, parts: Layout, attempt: int = 1) -> list[Restor
     world = len(parts)
 
     def one(rank: int, peers: object) -> Restored | None:
-        wanted = [Wanted.from_slice(p.name, p.tensor, p.box) for p in parts[rank]]
+        wanted = [LoadTarget.from_slice(p.name, p.tensor, p.box) for p in parts[rank]]
         return restore(stored(str(root)), wanted, peers, identity(rank, world, attempt=attempt))  # type: ignore[arg-type]
 
     return together(world, one)

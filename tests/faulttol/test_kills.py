@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
 from faulttol.checkpoint.manifest import Identity, Incomplete, Uncertain
 from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.pieces import owned
@@ -29,7 +29,7 @@ from faulttol.checkpoint.save import save
 from faulttol.checkpoint.shards import layout, ordered
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.staged.saver import SavePolicy, Saver
-from faulttol.staged.writer import CommitOrder, OrderWorker, Seal, WriterProcess
+from faulttol.staged.writer import CommitRequest, RequestHandler, SealRequest, WriterProcess
 from tests.faulttol.kills import Killer, KillGang, KillPlace, Wrong
 from tests.faulttol.staged import kill_ranks
 from tests.faulttol.staged.kill_orders import Judged
@@ -65,11 +65,11 @@ def test_a_save_that_fails_gives_back_the_room_of_earlier_attempts(tmp_path: Pat
     _save(tmp_path, 1, 4)
     old, other = _leave(tmp_path, 1, 9), _leave(tmp_path, 3, 8)
     identity = Identity("killed", 3, {}, 0, 1)
-    parts = [Slice("w", torch.zeros(8), Box.all_of((8,)))]
+    parts = [Slice("w", torch.zeros(8), Box.full((8,)))]
     with pytest.raises(Incomplete, match="TypeError"):
         save(str(tmp_path), 5, owned(parts), identity, {"no JSON": {1}}, SoloPeers(), Retention(2))
     assert not old.exists() and other.exists(), "its own attempt's may be another rank's, still being written"
-    assert [commit.step for commit in Folder(CheckpointStore(str(tmp_path))).commits] == [4]
+    assert [commit.step for commit in CheckpointFolder(CheckpointStore(str(tmp_path))).commits] == [4]
 
 
 def test_a_commit_removes_what_earlier_attempts_left_at_later_steps(tmp_path: Path) -> None:
@@ -102,13 +102,13 @@ def _commit(root: Path, written: bool = True, readable: bool = True, error: Exce
     store, who = _Lossy(str(root)), Identity("killed", 1, {}, 0, 1)
     store.written, store.readable = written, readable
     store.error = error or store.error  # type: ignore[assignment]
-    parts = owned([Slice("w", torch.ones(8), Box.all_of((8,)))])
+    parts = owned([Slice("w", torch.ones(8), Box.full((8,)))])
     return saving.commit(store, 1, "word", who, [saving.write(store, 1, "word", who, parts)], {})
 
 
 def test_a_lost_answer_to_the_manifest_is_looked_up(tmp_path: Path) -> None:
     assert _commit(tmp_path) > 32
-    assert len(Folder(CheckpointStore(str(tmp_path))).commits) == 1
+    assert len(CheckpointFolder(CheckpointStore(str(tmp_path))).commits) == 1
 
 
 @pytest.mark.parametrize(("written", "readable"), [(True, False), (False, True), (False, False)])
@@ -169,7 +169,7 @@ def test_a_rank_that_rank_0_does_not_answer_keeps_its_file(tmp_path: Path) -> No
         SavePolicy(str(tmp_path), Retention(1), background=False),
     )
     saver = Saver(policy, identity, _Second(), _Gone(), torch.device("cpu"))  # type: ignore[arg-type]
-    saver.stage(4, owned([Slice("w", torch.ones(8), Box.all_of((8,)))]), {})
+    saver.stage(4, owned([Slice("w", torch.ones(8), Box.full((8,)))]), {})
     (outcome,) = saver.poll()
     assert isinstance(outcome.error, Uncertain) and "rank 0 didn't say how it ended" in str(outcome.error)
     assert len(list(tmp_path.rglob("*.r00001.*.safetensors"))) == 1
@@ -185,12 +185,12 @@ def test_a_writer_that_is_killed_while_it_commits_leaves_the_files(
     request = WriterProcess.request
 
     def killed(self: WriterProcess, order: Any, progress: Any) -> Any:
-        if isinstance(order, CommitOrder):
+        if isinstance(order, CommitRequest):
             os.kill(self.pid or 0, signal.SIGKILL)
         return request(self, order, progress)
 
     monkeypatch.setattr(WriterProcess, "request", killed)
-    saver.stage(4, owned([Slice("w", torch.ones(8), Box.all_of((8,)))]), {})
+    saver.stage(4, owned([Slice("w", torch.ones(8), Box.full((8,)))]), {})
     saver.finish()
     (outcome,) = saver.poll()
     saver.close()
@@ -203,7 +203,7 @@ def test_a_writer_that_is_killed_while_it_commits_leaves_the_files(
 
 def test_a_writer_tells_what_the_disk_said(tmp_path: Path) -> None:
     """A write that fails halfway, as on a full disk, has parts of the buffer in its hands."""
-    pieces = ordered(owned([Slice("w", torch.ones(1 << 20), Box.all_of((1 << 20,)))]))
+    pieces = ordered(owned([Slice("w", torch.ones(1 << 20), Box.full((1 << 20,)))]))
     plan = layout(1, Identity("killed", 1, {}, 0, 1), pieces)
     buffer = tmp_path / "buffer"
     buffer.write_bytes(bytes(plan.size))
@@ -211,7 +211,9 @@ def test_a_writer_tells_what_the_disk_said(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, most))
     try:
         with pytest.raises(OSError, match="File too large"):
-            OrderWorker().do(Seal(str(buffer), plan, "word", str(tmp_path / "there")), lambda _: None)
+            RequestHandler().handle(
+                SealRequest(str(buffer), plan, "word", str(tmp_path / "there")), lambda _: None
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
@@ -224,7 +226,7 @@ def _save(root: Path, attempt: int, step: int, wrong_step: int | None = None) ->
     """Save what a step holds, or in part what another does."""
     parts = []
     for name, shape in kill_ranks.whole_shapes(_ROWS).items():
-        box = Box.all_of(shape)
+        box = Box.full(shape)
         held = wrong_step if wrong_step is not None and name.endswith("bias") else step
         parts.append(Slice(name, kill_ranks.value(name, box, attempt, held), box))
     identity = Identity("killed", attempt, {}, 0, 1)
@@ -269,7 +271,7 @@ def test_the_judge_finds_a_commit_that_does_not_load(tmp_path: Path, which: int)
     """The newest, which a restore would pass over, and the one before, which it wouldn't look at."""
     _save(tmp_path, 1, 4)
     _save(tmp_path, 1, 5)
-    _damage(tmp_path, Folder(CheckpointStore(str(tmp_path))).commits[which])
+    _damage(tmp_path, CheckpointFolder(CheckpointStore(str(tmp_path))).commits[which])
     assert ("is the newest" if which else "step 4") in _judge(tmp_path).problem
 
 
@@ -280,7 +282,7 @@ def test_the_judge_finds_the_older_one_wrong(tmp_path: Path) -> None:
 
 
 def test_values_tell_place_attempt_and_step() -> None:
-    box = Box.all_of((4, 5))
+    box = Box.full((4, 5))
     seen = {
         tuple(kill_ranks.value("w", box, attempt, step).view(-1).tolist())
         for attempt in (1, 2)
@@ -289,7 +291,7 @@ def test_values_tell_place_attempt_and_step() -> None:
     assert len(seen) == 4
     inner = Box((4, 5), (1, 2), (2, 3))
     assert torch.equal(
-        kill_ranks.value("w", inner, 1, 1), kill_ranks.value("w", box, 1, 1)[inner.inside(box)]
+        kill_ranks.value("w", inner, 1, 1), kill_ranks.value("w", box, 1, 1)[inner.slices_within(box)]
     )
 
 

@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
     for name, shape, kind in shapes(asked.layers, asked.experts, asked.width, asked.inner):
         tensor = torch.randn(shape, device=asked.device) * 0.02
         tensor.grad = torch.randn_like(tensor) * 1e-3
-        shards.append(ParameterShard(name, tensor, Box.all_of(shape), kind, 0, 1))
+        shards.append(ParameterShard(name, tensor, Box.full(shape), kind, 0, 1))
         # Torch's own values, on the same gradients.
         parameters.append(torch.nn.Parameter(tensor.clone()))
         parameters[-1].grad = tensor.grad

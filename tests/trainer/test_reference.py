@@ -254,7 +254,7 @@ def test_update_rule(name: str) -> None:
     state = {key: torch.randn(shape, generator=draw).double() for key, shape in _SHAPES.items()}
     state["blocks.0.feed.experts.down"][1] = 0.0  # a matrix without a length
     slots = [
-        ParameterShard(key, state[key].float().contiguous(), Box.all_of(shape), kind(key, shape), 0, 1)
+        ParameterShard(key, state[key].float().contiguous(), Box.full(shape), kind(key, shape), 0, 1)
         for key, shape in _SHAPES.items()
     ]
     for key, shape in _SHAPES.items():

@@ -34,7 +34,7 @@ from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.peers import SoloPeers
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.staged.saver import Saver
-from faulttol.staged.writer import Inline
+from faulttol.staged.writer import InlineWriter
 from trainer import checkpoints, loop
 from trainer.fingerprint import compare_fingerprints, fingerprint
 from trainer.optim.schedule import consumed_samples, learning_rate
@@ -275,7 +275,7 @@ def test_held_and_durable_are_two_things(train: Train, monkeypatch: pytest.Monke
         return write(self, name, chunks)
 
     monkeypatch.setattr(CheckpointStore, "write", slowly)
-    monkeypatch.setattr("faulttol.staged.saver.WriterProcess", Inline)
+    monkeypatch.setattr("faulttol.staged.saver.WriterProcess", InlineWriter)
     lines = train("train.steps=3", "optim.warmup_steps=1", "checkpoint.every=2")
     first = _of(lines, SavedLine)[0]
     assert first.step == 2 and first.seconds > 1.0 and first.held < first.seconds
@@ -461,7 +461,7 @@ def test_what_became_of_an_attempt_is_known_from_its_first_lines(
 
     seen: list[Any] = []
     monkeypatch.setattr(checkpoints, "read_all", lines)
-    monkeypatch.setattr(checkpoints.memory, "demoted", seen.append)
+    monkeypatch.setattr(checkpoints.memory, "reason_to_skip_memory", seen.append)
     checkpoints._snapshots_passed_over(RankContext(0, 1, 0, 1, "127.0.0.1", 1, RunPaths(tmp_path), 3))
     assert seen == [[("memory", 40, True)] * 2]
 

@@ -139,4 +139,4 @@ def step_result(
 
 def replicated_slice(name: str, tensor: Tensor, index: int, size: int) -> Slice:
     """The slice of a tensor that `size` ranks have copies of, on the rank with that index."""
-    return Slice(name, tensor, Box.all_of(tuple(tensor.shape)), index, size)
+    return Slice(name, tensor, Box.full(tuple(tensor.shape)), index, size)

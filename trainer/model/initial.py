@@ -61,7 +61,7 @@ def kind(name: str) -> str:
 def initialize(stage: DecoderStage, seed: int) -> None:
     """Fill all parameters of a stage that is whole on this rank, and zero its buffers (the routers' biases)."""
     for name, parameter in stage.named_parameters():
-        whole = Box.all_of(tuple(parameter.shape))
+        whole = Box.full(tuple(parameter.shape))
         parameter.copy_(initial(name, whole, stage.config, seed, parameter.device))
     for buffer in stage.buffers():
         buffer.zero_()

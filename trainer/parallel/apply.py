@@ -62,7 +62,7 @@ def parallelize(stage: DecoderStage, mesh: Mesh, config: RunConfig) -> dict[str,
     """
     whole = {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
     _place_seams(stage, mesh, config)
-    partitions = {name: Partition(Box.all_of(whole[name]), alike=True) for name in whole}
+    partitions = {name: Partition(Box.full(whole[name]), alike=True) for name in whole}
     for name, dim in stage.splits().items():
         if dim is not None:
             partitions[name] = Partition(_part(partitions[name].box, dim, mesh["tp"]), alike=False)

@@ -18,14 +18,14 @@ from functools import lru_cache
 from typing import Any
 
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import CheckpointCommit, Directory, Folder, tag
+from faulttol.checkpoint.coverage import CoverageCache, FilePlan
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, ManifestDirectory, run_tag
 from faulttol.checkpoint.manifest import Identity, Manifest, ManifestHead, ShardFile, digest
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, Wanted, owned
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, LoadTarget, owned
 from faulttol.checkpoint.reading import CheckpointReader
 from faulttol.checkpoint.shards import Entry, ShardIndex
 from faulttol.checkpoint.sharing import _groups, _key
-from faulttol.checkpoint.store import taken
-from faulttol.checkpoint.survey import FilePlan, Surveys
+from faulttol.checkpoint.store import copy_into
 
 PP, TP, EP = 16, 8, 64
 LAYERS, DIM, EXPERTS, WIDTH, VOCABULARY = 64, 7168, 256, 2048, 131072
@@ -98,7 +98,7 @@ def parts(rank: int, world: int) -> Iterator[ManifestPart]:
     d, t, x, e = inside // TP, inside % TP, inside // EP, inside % EP
     held: list[tuple[str, Box, int, int]] = []
     for name, shape, dim in dense(stage):
-        box = Box.all_of(shape)
+        box = Box.full(shape)
         if dim is not None:
             size = shape[dim] // TP
             box = box.cut(dim, t * size, (t + 1) * size)
@@ -106,7 +106,7 @@ def parts(rank: int, world: int) -> Iterator[ManifestPart]:
         held.append((name, box, d if dim is not None else inside, dp if dim is not None else width))
     for name, shape in experts(stage):
         size = shape[0] // EP
-        held.append((name, Box.all_of(shape).cut(0, e * size, (e + 1) * size), x, edp))
+        held.append((name, Box.full(shape).cut(0, e * size, (e + 1) * size), x, edp))
     for name, box, replica, replicas in held:
         yield ManifestPart(name, TensorShape(box.shape), box, replica, replicas)
         for slot in SLOTS[1:]:
@@ -141,7 +141,7 @@ class ManifestShelf:
         return bytearray(data[start - offset : end - offset])
 
     def read_into(self, name: str, start: int, into: memoryview) -> int:
-        return taken(into, self.read_range(name, start, start + len(into)))
+        return copy_into(into, self.read_range(name, start, start + len(into)))
 
     def names(self, folder: str = "") -> list[str]:
         if not folder:
@@ -160,7 +160,7 @@ def timed(what: str, act: Any) -> Any:
 
 def build(world: int) -> tuple[ManifestShelf, ManifestHead, list[FilePlan], int]:
     """All ranks' plans and indexes; what rank 0 does of it is timed."""
-    shelf, commit = ManifestShelf(), CheckpointCommit(1, 100, tag("run"))
+    shelf, commit = ManifestShelf(), CheckpointCommit(1, 100, run_tag("run"))
     plans: list[FilePlan] = []
     files: list[ShardFile] = []
     for rank in range(world):
@@ -171,9 +171,9 @@ def build(world: int) -> tuple[ManifestShelf, ManifestHead, list[FilePlan], int]
         shelf.files[commit.shard(rank, "token")] = total, text
     print(f"{world} ranks, {sum(f.bytes for f in files) / 1e12:.1f} TB; plans as sent: "
           f"{max(len(p.packed) for p in plans)} bytes a rank at most")  # fmt: skip
-    surveys, digests = Surveys(), [plan.digest for plan in plans]
-    tensors = timed("rank 0: survey of all plans, first save", lambda: surveys.of(digests, plans))
-    timed("rank 0: survey, later saves", lambda: surveys.of(digests, [None] * world))
+    cache, digests = CoverageCache(), [plan.digest for plan in plans]
+    tensors = timed("rank 0: check of all plans, first save", lambda: cache.check(digests, plans))
+    timed("rank 0: check, later saves", lambda: cache.check(digests, [None] * world))
     manifest = Manifest("run", 1, 100, {"pp": PP, "tp": TP, "ep": EP}, "token", tensors, tuple(files))
     head, directory = timed("rank 0: manifest and directory", manifest.split)
     shelf.files[commit.directory("token")] = 0, b"".join(directory)
@@ -183,11 +183,11 @@ def build(world: int) -> tuple[ManifestShelf, ManifestHead, list[FilePlan], int]
 
 def read(shelf: ManifestShelf, head: ManifestHead, rank: int) -> tuple[int, int]:
     """Bytes that a rank reads before the first value, and what it read before directories: everything of its tensors."""
-    wanted = [Wanted(p.name, "float32", p.box, p.tensor) for p in parts(rank, head.world)]
-    names: dict[str, list[Wanted]] = {}
+    wanted = [LoadTarget(p.name, "float32", p.box, p.tensor) for p in parts(rank, head.world)]
+    names: dict[str, list[LoadTarget]] = {}
     for item in wanted:
         names.setdefault(item.name, []).append(item)
-    directory = Directory(shelf, head)  # type: ignore[arg-type]
+    directory = ManifestDirectory(shelf, head)  # type: ignore[arg-type]
     tensors = directory.find(names)
     assert len(tensors) == len(names)
     reader = CheckpointReader(shelf, directory, wanted, rank)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ def keys(world: int) -> list[bytes]:
         for part in parts(rank, world):
             at = part.name, part.box
             if at not in known:
-                known[at] = _key(Wanted(part.name, "float32", part.box, part.tensor))
+                known[at] = _key(LoadTarget(part.name, "float32", part.box, part.tensor))
             found.append(known[at])
         answers.append(b"".join(found))
     return answers
@@ -227,11 +227,11 @@ def main() -> None:
         )
     shelf, head, _, directory = build(world)
     size = len(shelf.files[CheckpointCommit(1, 100, "run").manifest][1])
-    folder = timed("rank 0: folder of the checkpoint listed and compared", lambda: Folder(shelf))  # type: ignore[arg-type]
+    folder = timed("rank 0: folder of the checkpoint listed and compared", lambda: CheckpointFolder(shelf))  # type: ignore[arg-type]
     identity = Identity("run", 1, {}, 0, world)
     timed(
         "rank 0: its files compared with the manifest",
-        lambda: (folder.admit(identity), folder.head(folder.commits[0])),
+        lambda: (folder.check_owner(identity), folder.head(folder.commits[0])),
     )
     told = keys(world)
     _, groups = timed("rank 0: who wants the same", lambda: _groups(told))

@@ -16,7 +16,7 @@ from faulttol.bench.gang import BenchRank, RankFailed, run_ranks
 from faulttol.bench.reshard import Load, ReshardResult
 from faulttol.bench.save import SaveMedians, SaveSample
 from faulttol.bench.state import boxes, elements, shapes
-from faulttol.checkpoint.boxes import Box, uncovered
+from faulttol.checkpoint.boxes import Box, coverage_error
 
 # ---- pure ----
 
@@ -36,7 +36,7 @@ def test_ranks_have_each_element_once(world: int, dim: int) -> None:
     for rank in range(world):
         for name, box in boxes(params, rank, world, dim):
             parts.setdefault(name, []).append(box)
-    assert all(uncovered(Box.all_of(params[name]), found) is None for name, found in parts.items())
+    assert all(coverage_error(Box.full(params[name]), found) is None for name, found in parts.items())
     for name, found in parts.items():
         (shape,) = {box.shape for box in found}  # even
         assert shape[dim] == params[name][dim] // world

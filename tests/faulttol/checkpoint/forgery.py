@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from faulttol.checkpoint.folder import Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointFolder, folder_of
 from faulttol.checkpoint.manifest import ShardFile, digest
 from faulttol.checkpoint.store import CheckpointStore
 
@@ -16,8 +16,8 @@ from faulttol.checkpoint.store import CheckpointStore
 def forge(root: Path, step: int, rank: int, change: Callable[[list[Any]], None]) -> None:
     """Change the index of a file, and the digests with it, as a faulty writer would."""
     store = CheckpointStore(str(root))
-    (commit,) = [c for c in Folder(store).commits if c.step == step]
-    told = Folder(store).manifest(commit)
+    (commit,) = [c for c in CheckpointFolder(store).commits if c.step == step]
+    told = CheckpointFolder(store).manifest(commit)
     (path,) = (root / folder_of(step)).glob(f"*.r{rank:05d}.*")
     data, file = path.read_bytes(), told.files[rank]
     tree = json.loads(data[-file.index :])

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from configs.library_environment import Applied
 from faulttol.checkpoint.load import Restored, restore, stored
-from faulttol.checkpoint.pieces import Wanted, owned
+from faulttol.checkpoint.pieces import LoadTarget, owned
 from faulttol.checkpoint.save import Retention, save
 from tests.faulttol.ranks import identity
 from tests.faulttol.tensors import Layout, blank, equal
@@ -31,7 +31,9 @@ def save_and_restore(
         who = identity(rank, world)
         save(root, 1, owned(parts[rank]), who, {}, peers, Retention())
         (there,) = blank([parts[rank]])
-        found = restore(stored(root), [Wanted.from_slice(p.name, p.tensor, p.box) for p in there], peers, who)
+        found = restore(
+            stored(root), [LoadTarget.from_slice(p.name, p.tensor, p.box) for p in there], peers, who
+        )
         return found, equal([there], [parts[rank]])
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from faulttol.checkpoint import boxes as boxes_of
-from faulttol.checkpoint.boxes import Box, gap, tiled, twice, uncovered
+from faulttol.checkpoint.boxes import Box, coverage_error, covers_exactly, first_overlap, first_uncovered
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -22,7 +22,7 @@ def _box(noise: random.Random, whole: tuple[int, ...]) -> Box:
 def _places(box: Box) -> np.ndarray:
     """Numbers of its elements in the whole, row by row."""
     everything = np.arange(prod(box.whole)).reshape(box.whole)
-    return everything[box.inside(Box.all_of(box.whole))]
+    return everything[box.slices_within(Box.full(box.whole))]
 
 
 @pytest.mark.parametrize("dims", range(6))
@@ -45,7 +45,7 @@ def test_what_is_shared_and_what_is_left_make_up_the_box(dims: int) -> None:
         one, other = _box(noise, whole), _box(noise, whole)
         if not one.elements:
             continue
-        common, left = one.overlap(other), one.minus(other)
+        common, left = one.overlap(other), one.subtract(other)
         shared = set(_places(one).ravel()) & set(_places(other).ravel())
         assert (set(_places(common).ravel()) if common else set()) == shared
         rest = [place for part in left for place in _places(part).ravel()]
@@ -88,7 +88,7 @@ def test_a_box_lies_in_its_whole(start: tuple[int, ...], shape: tuple[int, ...],
     ],
 )
 def test_a_cover_that_is_wrong_tells_the_range(boxes: list[tuple[int, int]], why: str) -> None:
-    told = uncovered(Box.all_of((10,)), [Box((10,), (at,), (size,)) for at, size in boxes])
+    told = coverage_error(Box.full((10,)), [Box((10,), (at,), (size,)) for at, size in boxes])
     assert told is not None and why in told
 
 
@@ -102,30 +102,34 @@ def _tile(box: Box, noise: random.Random) -> list[Box]:
 
 
 def test_random_tilings_are_whole_and_any_change_to_them_is_not() -> None:
-    whole = Box.all_of((6, 5, 7))
+    whole = Box.full((6, 5, 7))
     for seed in range(60):
         noise = random.Random(seed)
         boxes = _tile(whole, noise)
         noise.shuffle(boxes)
-        assert uncovered(whole, boxes) is None and gap(whole, boxes) is None and twice(boxes) is None
+        assert (
+            coverage_error(whole, boxes) is None
+            and first_uncovered(whole, boxes) is None
+            and first_overlap(boxes) is None
+        )
         if len(boxes) < 2:
             continue
-        assert str(gap(whole, boxes[1:])) in str(uncovered(whole, boxes[1:]))
+        assert str(first_uncovered(whole, boxes[1:])) in str(coverage_error(whole, boxes[1:]))
         moved = Box(whole.whole, boxes[1].start, boxes[0].shape)
-        assert uncovered(whole, [moved, *boxes[1:]]) is not None
+        assert coverage_error(whole, [moved, *boxes[1:]]) is not None
 
 
 def test_a_tensor_without_dims_and_an_empty_one() -> None:
-    point, empty = Box.all_of(()), Box.all_of((0, 4))
-    assert uncovered(point, [point]) is None and uncovered(empty, [empty]) is None
-    assert "two sources" in str(uncovered(point, [point, point]))
-    assert "no source" in str(uncovered(point, []))
+    point, empty = Box.full(()), Box.full((0, 4))
+    assert coverage_error(point, [point]) is None and coverage_error(empty, [empty]) is None
+    assert "two sources" in str(coverage_error(point, [point, point]))
+    assert "no source" in str(coverage_error(point, []))
 
 
 def _tiled(whole: tuple[int, ...], boxes: list[Box]) -> bool:
     rows = [[box.start for box in boxes], [box.shape for box in boxes]]
     start, shape = (np.array(part, np.int64).reshape(len(boxes), len(whole)) for part in rows)
-    return tiled(np.array(whole, np.int64), start, shape)
+    return covers_exactly(np.array(whole, np.int64), start, shape)
 
 
 def _cut(box: Box, noise: random.Random) -> list[Box]:
@@ -146,7 +150,7 @@ def test_many_boxes_are_judged_as_few_are(monkeypatch: pytest.MonkeyPatch, dims:
     for seed in range(40):
         noise = random.Random(seed)
         whole = tuple(noise.randint(1, 5) for _ in range(dims))
-        parts = _cut(Box.all_of(whole), noise)
+        parts = _cut(Box.full(whole), noise)
         noise.shuffle(parts)
         assert _tiled(whole, parts)
         one = noise.choice(parts)
@@ -156,7 +160,7 @@ def test_many_boxes_are_judged_as_few_are(monkeypatch: pytest.MonkeyPatch, dims:
             _box(noise, whole),
         ]
         for boxes in ([*rest, changed[0]], [*rest, changed[1]], rest, [*parts, one], [*rest, *rest]):
-            judged = uncovered(Box.all_of(whole), boxes) is None
+            judged = coverage_error(Box.full(whole), boxes) is None
             assert _tiled(whole, boxes) == judged, (whole, boxes)
             seen.add(judged)
     assert False in seen
@@ -166,5 +170,5 @@ def test_a_box_twice_and_another_missing_have_the_right_count() -> None:
     """As many elements as the tensor has: only the grid sees it."""
     whole = (4, 4)
     rows = [Box(whole, (i, 0), (1, 4)) for i in (0, 1, 1, 3)]
-    assert not _tiled(whole, rows) and uncovered(Box.all_of(whole), rows)
-    assert _tiled((0, 3), [Box.all_of((0, 3))]) and _tiled((0, 3), [])
+    assert not _tiled(whole, rows) and coverage_error(Box.full(whole), rows)
+    assert _tiled((0, 3), [Box.full((0, 3))]) and _tiled((0, 3), [])

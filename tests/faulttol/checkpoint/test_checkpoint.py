@@ -15,7 +15,7 @@ import pytest
 from configs.errors import UserError
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint import save as saving
-from faulttol.checkpoint.folder import Folder, folder_of, tag
+from faulttol.checkpoint.folder import CheckpointFolder, folder_of, run_tag
 from faulttol.checkpoint.manifest import Incomplete, ManifestHead, SaveSuperseded
 from faulttol.checkpoint.peers import SoloPeers, by_rank
 from faulttol.checkpoint.pieces import TensorPiece
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 
 def _steps(root: Path) -> list[int]:
-    return [commit.step for commit in Folder(CheckpointStore(str(root))).commits]
+    return [commit.step for commit in CheckpointFolder(CheckpointStore(str(root))).commits]
 
 
 def _newest(root: Path) -> ManifestHead | None:
@@ -60,7 +60,7 @@ def test_a_manifest_tells_what_was_saved(tmp_path: Path) -> None:
         assert isinstance(found, ManifestHead)
         assert (found.run, found.attempt, found.step, found.world) == ("run-1", 1, 30, 2)
         assert found.layout == LAYOUT and found.facts == {"loss": 30 / 7}
-    folder = Folder(CheckpointStore(str(tmp_path)))
+    folder = CheckpointFolder(CheckpointStore(str(tmp_path)))
     manifest = folder.manifest(folder.commits[-1])
     assert {name: (t.dtype, t.shape, t.ranks) for name, t in manifest.tensors.items()} == {
         "weight": ("uint8", (2000,), ((0, 1),)),
@@ -103,7 +103,7 @@ def test_the_newest_is_found_by_its_manifest(tmp_path: Path) -> None:
 
 def test_an_odd_run_id_is_a_file_name(tmp_path: Path) -> None:
     for run in ("a b/c:ü%", "long" * 60, "dots.a0007.r1"):
-        root = tmp_path / tag(run)
+        root = tmp_path / run_tag(run)
         assert all(isinstance(a, Saved) for a in save_all(root, 1, run=run))
         found = _newest(root)
         assert found is not None and found.run == run
@@ -365,7 +365,7 @@ def test_a_newer_attempt_that_starts_during_a_save_shuts_it_out(
 def test_a_manifest_that_comes_late_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where an old writer passed the last check: names of attempts differ, and the newest attempt counts."""
     save_all(tmp_path, 10, attempt=2)
-    monkeypatch.setattr(Folder, "admit", lambda self, who: None)
+    monkeypatch.setattr(CheckpointFolder, "check_owner", lambda self, who: None)
     save_all(tmp_path, 10, attempt=1)
     save_all(tmp_path, 15, attempt=1)
     found = _newest(tmp_path)
@@ -377,9 +377,15 @@ def test_an_attempts_branch_that_was_left_is_retired(tmp_path: Path) -> None:
     save_all(tmp_path, 40, keep=2)
     save_all(tmp_path, 50, keep=2)
     save_all(tmp_path, 45, keep=2, attempt=2)
-    assert [(c.attempt, c.step) for c in Folder(CheckpointStore(str(tmp_path))).commits] == [(1, 50), (2, 45)]
+    assert [(c.attempt, c.step) for c in CheckpointFolder(CheckpointStore(str(tmp_path))).commits] == [
+        (1, 50),
+        (2, 45),
+    ]
     save_all(tmp_path, 50, keep=2, attempt=2)
-    assert [(c.attempt, c.step) for c in Folder(CheckpointStore(str(tmp_path))).commits] == [(2, 45), (2, 50)]
+    assert [(c.attempt, c.step) for c in CheckpointFolder(CheckpointStore(str(tmp_path))).commits] == [
+        (2, 45),
+        (2, 50),
+    ]
     assert not list(tmp_path.rglob("*.a0001.*"))
 
 

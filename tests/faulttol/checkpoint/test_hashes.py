@@ -11,8 +11,8 @@ import pytest
 
 from faulttol.checkpoint import hashes
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import CheckpointCommit, Folder
-from faulttol.checkpoint.hashes import CheckpointSource, gap_in, parts_of, tensor_hashes
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
+from faulttol.checkpoint.hashes import CheckpointSource, coverage_error_in, parts_of, tensor_hashes
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.pieces import BLOCK
 from faulttol.checkpoint.save import Saved
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
 
 def _newest(root: object) -> tuple[CheckpointStore, CheckpointCommit]:
     store = CheckpointStore(str(root))
-    return store, Folder(store).commits[-1]
+    return store, CheckpointFolder(store).commits[-1]
 
 
 def _save(root: Path, tensors: dict[str, torch.Tensor], world: int, kind: str, step: int = 1) -> None:
@@ -48,7 +48,7 @@ def test_a_hash_is_that_of_the_values_in_order(
     _save(tmp_path, tensors, world, kind)
     expected = {name: hashlib.sha256(bits(tensor)).hexdigest() for name, tensor in tensors.items()}
     assert tensor_hashes(*_newest(tmp_path)) == expected
-    monkeypatch.setattr(hashes, "STRETCH", BLOCK)
+    monkeypatch.setattr(hashes, "MAX_READ", BLOCK)
     told: list[tuple[int, int]] = []
     assert tensor_hashes(*_newest(tmp_path), lambda done, total: told.append((done, total))) == expected
     total = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -90,18 +90,18 @@ def test_a_changed_element_changes_its_tensors_hash_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize("seed", range(6))
 def test_any_box_reads_as_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """And `cost` tells the bytes that are read for it."""
-    monkeypatch.setattr(hashes, "STRETCH", BLOCK)
+    monkeypatch.setattr(hashes, "MAX_READ", BLOCK)
     noise = random.Random(seed)
     shape = (noise.randint(1, 6), noise.randint(100, 300), noise.randint(300, 900))
     tensor = torch.randint(-100, 100, shape, dtype=torch.int32)
     _save(tmp_path, {"t": tensor}, 3, ("rows", "flat")[seed % 2])
-    whole = Box.all_of(shape)
+    whole = Box.full(shape)
     for box in cut(whole, noise)[:4]:
         source = CheckpointSource(*_newest(tmp_path))
         pieces = source.pieces("t")
         before = source.bytes
-        data = b"".join(bytes(chunk) for chunk in source.stretches("t", box))
-        assert data == bits(tensor[box.inside(whole)].contiguous())
+        data = b"".join(bytes(chunk) for chunk in source.chunks("t", box))
+        assert data == bits(tensor[box.slices_within(whole)].contiguous())
         assert source.bytes - before == source.cost("t", box)
         assert source.cost("t", box) >= box.elements * 4 and len(pieces) > 0
 
@@ -124,7 +124,7 @@ def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
 
 def test_an_element_without_a_source_or_with_two_is_refused(tmp_path: Path) -> None:
     _save(tmp_path, {"t": torch.arange(600.0).view(60, 10)}, 3, "rows")
-    source, whole = CheckpointSource(*_newest(tmp_path)), Box.all_of((60, 10))
+    source, whole = CheckpointSource(*_newest(tmp_path)), Box.full((60, 10))
     pieces = source.pieces("t")
     with pytest.raises(Incomplete, match=r"manifest.json: t\[20:40, 0:10\] of .* has no source"):
         source.read("t", whole, [pieces[0], pieces[2]])
@@ -144,15 +144,15 @@ class Counting(CheckpointStore):
 
 def test_no_more_than_a_stretch_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound of the memory; `verify` keeps it too, of large pieces and of many small ones."""
-    monkeypatch.setattr(hashes, "STRETCH", BLOCK)
-    monkeypatch.setattr(verify, "STRETCH", BLOCK)
+    monkeypatch.setattr(hashes, "MAX_READ", BLOCK)
+    monkeypatch.setattr(verify, "MAX_READ", BLOCK)
     tensors = {"large": torch.zeros(3, 400_000), **{f"small.{i}": torch.ones(90_000) for i in range(9)}}
     _save(tmp_path, tensors, 1, "rows")
     store = Counting(str(tmp_path))
-    tensor_hashes(store, Folder(store).commits[-1])
+    tensor_hashes(store, CheckpointFolder(store).commits[-1])
     assert 0 < store.largest <= BLOCK
     store.largest = 0
-    assert verify.verify(store, Folder(store).commits[-1]).whole
+    assert verify.verify(store, CheckpointFolder(store).commits[-1]).whole
     assert 0 < store.largest <= BLOCK
 
 
@@ -184,7 +184,7 @@ def test_parts_of_a_box_follow_each_other_in_memory(most: int) -> None:
     at = 0
     for part in parts_of(box, most):
         assert part.elements <= most
-        inside = [s.start for s in part.inside(box)]
+        inside = [s.start for s in part.slices_within(box)]
         assert sum(i * prod(box.shape[d + 1 :]) for d, i in enumerate(inside)) == at
         flat = box.flat(at, at + part.elements)
         assert sum(b.elements for b in flat) == part.elements and flat[0].start == part.start
@@ -196,7 +196,7 @@ def test_parts_of_a_box_follow_each_other_in_memory(most: int) -> None:
 def test_what_many_boxes_leave_out_or_double_is_told(count: int) -> None:
     target = Box((2 * count, 3), (count, 1), (count, 2))
     rows = [target.cut(0, at, at + 1) for at in range(count)]
-    assert gap_in(target, rows) is None
-    assert "no source" in (gap_in(target, rows[1:]) or "")
-    assert "two sources" in (gap_in(target, [*rows[1:], rows[1]]) or "")
-    assert "outside" in (gap_in(target, [*rows[1:], Box((9, 9), (0, 0), (1, 2))]) or "")
+    assert coverage_error_in(target, rows) is None
+    assert "no source" in (coverage_error_in(target, rows[1:]) or "")
+    assert "two sources" in (coverage_error_in(target, [*rows[1:], rows[1]]) or "")
+    assert "outside" in (coverage_error_in(target, [*rows[1:], Box((9, 9), (0, 0), (1, 2))]) or "")

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from faulttol.checkpoint import survey as surveying
+from faulttol.checkpoint import coverage
 from faulttol.checkpoint.boxes import Box
+from faulttol.checkpoint.coverage import CoverageCache, FilePlan, check_coverage
 from faulttol.checkpoint.manifest import (
     DIRECTORY_BLOCK,
     Incomplete,
@@ -21,7 +22,6 @@ from faulttol.checkpoint.manifest import (
     tensors_of,
 )
 from faulttol.checkpoint.shards import ShardIndex
-from faulttol.checkpoint.survey import FilePlan, Surveys, survey
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -99,9 +99,9 @@ def test_another_format_is_named() -> None:
         ShardIndex.parse(b'{"format": 3}')
 
 
-def test_what_the_ranks_wrote_is_surveyed() -> None:
-    point = ("s", "int64", Box.all_of(()))
-    found = survey([_plain(((0,), (4,))), [point], _plain(((4,), (3,))), _plain(((7,), (3,)))])
+def test_what_the_ranks_wrote_is_checked() -> None:
+    point = ("s", "int64", Box.full(()))
+    found = check_coverage([_plain(((0,), (4,))), [point], _plain(((4,), (3,))), _plain(((7,), (3,)))])
     assert found == {"w": Tensor("float32", (10,), ((0, 0), (2, 3))), "s": Tensor("int64", (), ((1, 1),))}
 
 
@@ -127,19 +127,19 @@ def test_what_the_ranks_wrote_is_surveyed() -> None:
 )
 def test_pieces_that_make_up_no_whole_are_refused(ranks: list, why: str) -> None:
     with pytest.raises(Incomplete, match=why):
-        survey(ranks)
+        check_coverage(ranks)
 
 
-def test_a_survey_of_what_is_known_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_of_what_is_known_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [FilePlan(_plain(((0,), (4,)))), FilePlan(_plain(((4,), (6,))))]
     digests = [plan.digest for plan in plans]
-    known = Surveys()
+    known = CoverageCache()
     assert not known.known(digests)
     with pytest.raises(Incomplete, match="sent the digest of its plan alone"):
-        known.of(digests, [plans[0], None])
-    found = known.of(digests, plans)
-    monkeypatch.setattr(surveying, "survey", lambda pieces: pytest.fail("surveyed again"))
-    assert known.known(digests) and known.of(digests, [None, None]) == found
+        known.check(digests, [plans[0], None])
+    found = known.check(digests, plans)
+    monkeypatch.setattr(coverage, "check_coverage", lambda pieces: pytest.fail("checked again"))
+    assert known.known(digests) and known.check(digests, [None, None]) == found
     assert not known.known(digests[::-1]), "ranks are distinguished"
 
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from faulttol.checkpoint.boxes import Box, uncovered
-from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece, Wanted, owned
+from faulttol.checkpoint.boxes import Box, coverage_error
+from faulttol.checkpoint.pieces import BLOCK, DTYPES, LoadTarget, TensorPiece, owned
 
 torch = pytest.importorskip("torch")
 from trainer.state import Slice  # noqa: E402
@@ -19,7 +19,7 @@ def _round(tensor: torch.Tensor) -> torch.Tensor:
     data = b"".join(TensorPiece.from_slice("w", tensor).chunks())
     back = torch.empty(tensor.shape, dtype=tensor.dtype)
     if data:
-        Wanted.from_slice("w", back).fill(memoryview(bytearray(data)), Box.all_of(tuple(tensor.shape)))
+        LoadTarget.from_slice("w", back).fill(memoryview(bytearray(data)), Box.full(tuple(tensor.shape)))
     return back
 
 
@@ -28,7 +28,7 @@ def _round(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_tensor_comes_back(kind: str, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape) * 100).to(getattr(torch, kind))
     piece = TensorPiece.from_slice("w", tensor)
-    assert (piece.dtype, piece.box) == (kind, Box.all_of(shape))
+    assert (piece.dtype, piece.box) == (kind, Box.full(shape))
     assert piece.bytes == tensor.numel() * tensor.element_size() == sum(map(len, piece.chunks()))
     back = _round(tensor)
     assert back.view(-1).view(torch.uint8).tolist() == tensor.view(-1).view(torch.uint8).tolist()
@@ -43,8 +43,8 @@ def test_a_view_is_saved_and_filled_by_rows() -> None:
     tensor = torch.arange(12.0).view(3, 4).t()
     assert torch.equal(_round(tensor), tensor)
     target = torch.zeros(3, 4)
-    Wanted.from_slice("w", target.t()).fill(
-        memoryview(bytearray(tensor.contiguous().numpy())), Box.all_of((4, 3))
+    LoadTarget.from_slice("w", target.t()).fill(
+        memoryview(bytearray(tensor.contiguous().numpy())), Box.full((4, 3))
     )
     assert torch.equal(target, torch.arange(12.0).view(3, 4))
 
@@ -70,7 +70,7 @@ def test_large_tensors_come_in_whole_blocks() -> None:
 def test_a_parameter_is_filled_in_place() -> None:
     target = torch.nn.Parameter(torch.zeros(2, 2))
     source = torch.arange(4.0)
-    Wanted.from_slice("w", target, Box((6, 2), (3, 0), (2, 2))).fill(
+    LoadTarget.from_slice("w", target, Box((6, 2), (3, 0), (2, 2))).fill(
         memoryview(bytearray(source.numpy())), Box((6, 2), (4, 0), (2, 2))
     )
     assert target.tolist() == [[0.0, 0.0], [0.0, 1.0]]
@@ -78,11 +78,11 @@ def test_a_parameter_is_filled_in_place() -> None:
 
 def test_what_does_not_match_is_refused() -> None:
     with pytest.raises(ValueError, match=r"w: a tensor of \[2\] isn't the box \[0:3\] of \[3\]"):
-        TensorPiece.from_slice("w", torch.zeros(2), Box.all_of((3,)))
+        TensorPiece.from_slice("w", torch.zeros(2), Box.full((3,)))
     with pytest.raises(ValueError, match=r"w: a tensor of \[2\] isn't the box \[2:4\] of \[3\]"):
-        Wanted.from_slice("w", torch.zeros(2), Box((3,), (2,), (2,)))
+        LoadTarget.from_slice("w", torch.zeros(2), Box((3,), (2,), (2,)))
     with pytest.raises(ValueError, match="w is wanted as float32, and its tensor is torch.float64"):
-        Wanted("w", "float32", Box.all_of((2,)), torch.zeros(2, dtype=torch.float64))
+        LoadTarget("w", "float32", Box.full((2,)), torch.zeros(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="w is complex128, which can't be saved"):
         _ = TensorPiece.from_slice("w", torch.zeros(2, dtype=torch.complex128)).bytes
 
@@ -99,12 +99,12 @@ def test_of_replicas_each_element_is_written_once_and_the_bytes_spread() -> None
     written: list[list[TensorPiece]] = []
     for rank in range(world):
         parts = [
-            Slice(str(i), torch.zeros(shape), Box.all_of(shape), rank, world) for i, shape in enumerate(sizes)
+            Slice(str(i), torch.zeros(shape), Box.full(shape), rank, world) for i, shape in enumerate(sizes)
         ]
         written.append(list(owned(parts)))
     for number, shape in enumerate(sizes):
         boxes = [piece.box for pieces in written for piece in pieces if piece.name == str(number)]
-        assert uncovered(Box.all_of(shape), boxes) is None
+        assert coverage_error(Box.full(shape), boxes) is None
     assert [sum(p.name == "200" for p in pieces) for pieces in written] == [1] * world, (
         "a large one is shared"
     )

@@ -20,7 +20,7 @@ from faulttol.checkpoint.boxes import Box
 from faulttol.checkpoint.folder import folder_of
 from faulttol.checkpoint.load import Restored, restore, stored
 from faulttol.checkpoint.peers import SoloPeers
-from faulttol.checkpoint.pieces import BLOCK, Wanted, landing
+from faulttol.checkpoint.pieces import BLOCK, LoadTarget, staging_buffer
 from faulttol.checkpoint.save import Saved
 from tests.faulttol.checkpoint.counting import CountedBytes
 from tests.faulttol.ranks import identity, save_all
@@ -83,7 +83,7 @@ def test_a_load_shows_that_it_gets_on(tmp_path: Path, monkeypatch: pytest.Monkey
     parts = layout(state(4), 1, 0, "rows")
     save_layout(tmp_path, 7, parts)
     signs: list[int] = []
-    wanted = [Wanted.from_slice(p.name, p.tensor, p.box) for p in blank(parts)[0]]
+    wanted = [LoadTarget.from_slice(p.name, p.tensor, p.box) for p in blank(parts)[0]]
     found = restore(stored(str(tmp_path)), wanted, SoloPeers(), identity(0, 1), lambda: signs.append(1))
     assert found is not None and found.step == 7 and len(signs) > 1
 
@@ -106,7 +106,7 @@ def test_a_file_is_safetensors(tmp_path: Path) -> None:
             box = Box(tuple(whole), tuple(start), tuple(shape))
             told = found[name if whole == shape else f"{name}{box}"]
             assert str(told.dtype) == f"torch.{dtype}"
-            assert bits(told) == bits(tensors[name][box.inside(Box.all_of(box.whole))])
+            assert bits(told) == bits(tensors[name][box.slices_within(Box.full(box.whole))])
             seen += 1
     assert seen >= len(tensors)
 
@@ -183,7 +183,7 @@ def _refusal(root: object, parts: Layout) -> str:
 def _with(parts: Layout, name: str, tensor: torch.Tensor) -> Layout:
     """The layout with a tensor of rank 1's own added or put in another's place."""
     kept = [[p for p in mine if p.name != name] for mine in parts]
-    kept[1].append(Slice(name, tensor, Box.all_of(tuple(tensor.shape))))
+    kept[1].append(Slice(name, tensor, Box.full(tuple(tensor.shape))))
     return kept
 
 
@@ -203,7 +203,7 @@ def test_another_models_state_is_refused_by_name(tmp_path: Path) -> None:
     assert "bias is uint8[10] there, and float32[10] here" in told
     told = _refusal(tmp_path, [[p for p in mine if p.name != "own/0"] for mine in parts])
     assert "optimizer (nothing here wants own/0):" in told, "what is wanted isn't named"
-    told = _refusal(tmp_path, [[], [Slice("x", torch.zeros(1), Box.all_of((1,)))]])
+    told = _refusal(tmp_path, [[], [Slice("x", torch.zeros(1), Box.full((1,)))]])
     assert "it has no x; nothing here wants bias; nothing here wants own/0; and 2 more" in told
 
 
@@ -277,14 +277,14 @@ def test_spans_of_any_length_are_read_into_the_same_memory() -> None:
     """New memory for each is cleared, mapped and taken back for each."""
     reader = reading.CheckpointReader.__new__(reading.CheckpointReader)
     reader._memory, reader._all = threading.local(), []
-    first = reader._landing(64)
-    assert reader._landing(32) is first and len(reader._landing(128)) == 128
+    first = reader._thread_buffer(64)
+    assert reader._thread_buffer(32) is first and len(reader._thread_buffer(128)) == 128
     others: list[memoryview] = []
-    thread = threading.Thread(target=lambda: others.append(reader._landing(64)))
+    thread = threading.Thread(target=lambda: others.append(reader._thread_buffer(64)))
     thread.start()
     thread.join()
     others[0][:4] = b"mine"
-    assert bytes(reader._landing(64)[:4]) == bytes(4), "each thread has its own"
+    assert bytes(reader._thread_buffer(64)[:4]) == bytes(4), "each thread has its own"
 
 
 def test_what_goes_to_a_device_is_read_into_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +298,6 @@ def test_what_goes_to_a_device_is_read_into_locked_memory(monkeypatch: pytest.Mo
         return empty(size, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", make)
-    memory = [landing(64, on_device) for on_device in (True, True, False)]
+    memory = [staging_buffer(64, on_device) for on_device in (True, True, False)]
     assert asked == [True, True], "other memory serves where none can be locked"
     assert all(isinstance(one, memoryview) and len(one) == 64 and not one.readonly for one in memory)

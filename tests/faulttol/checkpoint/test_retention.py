@@ -11,18 +11,18 @@ import pytest
 
 from configs.errors import UserError
 from faulttol.checkpoint import retention
-from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, folder_of
 from faulttol.checkpoint.retention import (
-    Doomed,
+    PruneCandidate,
     Retention,
     pin,
     pin_agreed,
     pins,
     plan,
     prune,
+    read_lease,
     remove,
     unpin,
-    using,
 )
 from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.ranks import save_all
@@ -45,7 +45,7 @@ class _Shelf:
         self.looked.append(commit)
         return commit not in self.torn
 
-    def used(self, commit: CheckpointCommit) -> list[float]:
+    def lease_times(self, commit: CheckpointCommit) -> list[float]:
         return self.uses.get(commit, [])
 
 
@@ -107,7 +107,7 @@ def test_what_is_damaged_does_not_count_as_kept() -> None:
 
 
 def _steps(root: Path) -> list[int]:
-    return [commit.step for commit in Folder(CheckpointStore(str(root))).commits]
+    return [commit.step for commit in CheckpointFolder(CheckpointStore(str(root))).commits]
 
 
 def test_what_a_run_keeps(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_a_run_keeps(tmp_path: Path) -> None:
     assert pins(store) == {CheckpointCommit(1, 2, "run-1"): ["first_good"]}
     unpin(store, 2, "first_good")
     assert prune(store, Retention(1)) == [
-        Doomed(CheckpointCommit(1, step, "run-1"), "older than the newest 1") for step in (2, 4, 7)
+        PruneCandidate(CheckpointCommit(1, step, "run-1"), "older than the newest 1") for step in (2, 4, 7)
     ]
     assert [p.name for p in tmp_path.iterdir()] == [folder_of(8)]
 
@@ -167,7 +167,7 @@ def test_pins_that_are_refused(tmp_path: Path) -> None:
         unpin(store, 2, "a")
 
 
-def test_a_reader_keeps_what_it_reads_and_leaves_no_mark(
+def test_a_reader_keeps_what_it_reads_and_leaves_no_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(str(tmp_path))
@@ -175,22 +175,22 @@ def test_a_reader_keeps_what_it_reads_and_leaves_no_mark(
     save_all(tmp_path, 2)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     commit = CheckpointCommit(1, 1, "run-1")
-    with using(store, commit):
+    with read_lease(store, commit):
         assert prune(store, Retention(1)) == []
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
-    store.write(f"{commit.prefix}use-dead", [repr(time.time() - retention.USE_SECONDS - 1).encode()])
+    store.write(f"{commit.prefix}use-dead", [repr(time.time() - retention.LEASE_SECONDS - 1).encode()])
     store.write(f"{commit.prefix}use-torn", [b""])
     assert [one.commit for one in prune(store, Retention(1))] == [commit], "what a killed reader left"
     assert not (tmp_path / folder_of(1)).exists()
 
 
-def test_a_mark_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "_RENEW_SECONDS", 0.01)
     store, commit = CheckpointStore(str(tmp_path)), CheckpointCommit(1, 1, "run-1")
     save_all(tmp_path, 1)
-    with using(store, commit):
-        (first,) = Folder(store).used(commit)
-        while Folder(store).used(commit) in ([first], []):
+    with read_lease(store, commit):
+        (first,) = CheckpointFolder(store).lease_times(commit)
+        while CheckpointFolder(store).lease_times(commit) in ([first], []):
             time.sleep(0.001)
 
 
@@ -201,7 +201,7 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pyt
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(CheckpointStore, "write", refuse)
-    with using(CheckpointStore(str(tmp_path)), CheckpointCommit(1, 1, "run-1")):
+    with read_lease(CheckpointStore(str(tmp_path)), CheckpointCommit(1, 1, "run-1")):
         assert _steps(tmp_path) == [1]
 
 
@@ -209,7 +209,7 @@ def test_a_pin_that_comes_after_the_plan_counts(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
     for step in (1, 2, 3):
         save_all(tmp_path, step, keep=3)
-    doomed = plan(Folder(store), Retention(1), time.time())
+    doomed = plan(CheckpointFolder(store), Retention(1), time.time())
     pin(store, 1, "late")
     assert [one.commit.step for one in remove(store, doomed)] == [2] and _steps(tmp_path) == [1, 3]
 
@@ -219,7 +219,7 @@ def test_the_only_whole_one_is_never_removed_whatever_is_asked(tmp_path: Path) -
     for step in (1, 2, 3):
         save_all(tmp_path, step, keep=3)
     (tmp_path / CheckpointCommit(1, 3, "run-1").manifest).write_bytes(b"torn")
-    every = [Doomed(commit, "asked for") for commit in Folder(store).commits]
+    every = [PruneCandidate(commit, "asked for") for commit in CheckpointFolder(store).commits]
     assert [one.commit.step for one in remove(store, every)] == [1, 3] and _steps(tmp_path) == [2]
 
 
@@ -247,7 +247,7 @@ def test_a_removal_that_is_broken_off_leaves_no_manifest_without_files(
                 ended = True
             except OSError:
                 ended = False
-        folder = Folder(CheckpointStore(str(root)))
+        folder = CheckpointFolder(CheckpointStore(str(root)))
         assert folder.commits[-1].step == 4 and all(folder.whole(commit) for commit in folder.commits)
         save_all(root, 5, world=1, keep=1)
         assert [

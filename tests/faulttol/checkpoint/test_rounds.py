@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from faulttol.checkpoint.folder import Folder, folder_of
+from faulttol.checkpoint.folder import CheckpointFolder, folder_of
 from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.save import Saved
 from faulttol.checkpoint.store import CheckpointStore, check_writable
@@ -25,7 +25,7 @@ def _round(root: str) -> None:
     assert store.names() == []
     for step in (1, 2, 3):
         assert all(isinstance(a, Saved) for a in save_all(root, step))
-    assert [c.step for c in Folder(store).commits] == [2, 3]
+    assert [c.step for c in CheckpointFolder(store).commits] == [2, 3]
     assert store.names() == [folder_of(2), folder_of(3)]
     _restored(root, 3, "")
     folder = folder_of(3)

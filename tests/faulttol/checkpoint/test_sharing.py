@@ -35,11 +35,11 @@ def _same(ranks: int, size: int = 1 << 18) -> Layout:
     own = torch.randn(ranks * 7, 5)
     layout: Layout = []
     for rank in range(ranks):
-        box = Box.all_of((ranks * 7, 5)).cut(0, 7 * rank, 7 * (rank + 1))
+        box = Box.full((ranks * 7, 5)).cut(0, 7 * rank, 7 * (rank + 1))
         layout.append(
             [
-                Slice("weight", weight.clone(), Box.all_of(tuple(weight.shape)), rank, ranks),
-                Slice("norm", norm.clone(), Box.all_of((333,)), rank, ranks),
+                Slice("weight", weight.clone(), Box.full(tuple(weight.shape)), rank, ranks),
+                Slice("norm", norm.clone(), Box.full((333,)), rank, ranks),
                 Slice("own", own[7 * rank : 7 * (rank + 1)].clone(), box),
             ]
         )
@@ -52,7 +52,7 @@ def _seen_by(parts: Layout, world: int) -> Layout:
     kept = [
         [Slice(p.name, p.tensor.clone(), p.box, rank, world) for p in parts[0][:2]] for rank in range(world)
     ]
-    kept[-1].append(Slice("own", rows, Box.all_of(tuple(rows.shape))))
+    kept[-1].append(Slice("own", rows, Box.full(tuple(rows.shape))))
     return kept
 
 
@@ -60,7 +60,7 @@ def _seen_by(parts: Layout, world: int) -> Layout:
 def test_what_all_want_is_read_once(memory: str, monkeypatch: pytest.MonkeyPatch, a: int, b: int) -> None:
     monkeypatch.setattr(shards, "BLOCK", 1 << 12)
     monkeypatch.setattr(pieces, "BLOCK", 1 << 12)
-    monkeypatch.setattr(sharing, "STRETCH", 1 << 14)
+    monkeypatch.setattr(sharing, "MAX_READ", 1 << 14)
     monkeypatch.setattr(sharing, "ROUND", 1 << 16)
     parts = _same(a)
     save_layout(memory, 1, parts)
@@ -103,7 +103,7 @@ def test_what_is_passed_on_is_verified_first(
     """A rank that reads a changed block passes nothing on; all go back to the checkpoint before, and none hangs."""
     monkeypatch.setattr(shards, "BLOCK", 1 << 12)
     monkeypatch.setattr(pieces, "BLOCK", 1 << 12)
-    monkeypatch.setattr(sharing, "STRETCH", 1 << 13)
+    monkeypatch.setattr(sharing, "MAX_READ", 1 << 13)
     monkeypatch.setattr(sharing, "ROUND", 1 << 15)
     parts = _same(3)
     save_layout(tmp_path, 1, parts)
@@ -125,7 +125,7 @@ def test_a_rank_that_an_object_store_fails_keeps_nobody_waiting(
     parts = _same(3)
     for rank in (0, 1):  # of two groups: ranks 0 and 1 want a tensor that rank 2 doesn't
         own = torch.ones(40, 3)
-        parts[rank].append(Slice("pair", own, Box.all_of((40, 3)), rank, 2))
+        parts[rank].append(Slice("pair", own, Box.full((40, 3)), rank, 2))
     save_layout(memory, 1, parts)
     cat = MemoryFileSystem.cat_file
 
@@ -141,7 +141,7 @@ def test_a_rank_that_an_object_store_fails_keeps_nobody_waiting(
 
 
 def test_a_load_of_what_all_want_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "STRETCH", BLOCK)
+    monkeypatch.setattr(sharing, "MAX_READ", BLOCK)
     monkeypatch.setattr(sharing, "ROUND", 2 * BLOCK)
     parts = _same(2, 6 << 20)
     save_layout(tmp_path, 1, parts)
@@ -160,7 +160,7 @@ def test_a_load_of_what_all_want_takes_little_memory(tmp_path: Path, monkeypatch
 def test_the_buffer_holds_what_a_load_has_at_once() -> None:
     """Twice what is read at once, which an object store holds twice; a round that goes around and the one read ahead."""
     assert 2 * reading._THREADS * reading._SPAN <= BUFFER
-    assert sharing.ROUND + 2 * sharing.ROUND + 2 * sharing._THREADS * sharing.STRETCH <= BUFFER
+    assert sharing.ROUND + 2 * sharing.ROUND + 2 * sharing._THREADS * sharing.MAX_READ <= BUFFER
 
 
 def _short(rows: list[Any]) -> None:

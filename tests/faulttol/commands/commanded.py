@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from faulttol import cli
-from faulttol.checkpoint.folder import CheckpointCommit, Folder
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
 from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.save import Saved
 from faulttol.checkpoint.store import CheckpointStore
@@ -59,7 +59,7 @@ def save_pair(root: Path) -> Path:
 def newest(root: Path) -> tuple[CheckpointStore, CheckpointCommit]:
     """The newest checkpoint of a folder."""
     store = CheckpointStore(str(root))
-    return store, Folder(store).commits[-1]
+    return store, CheckpointFolder(store).commits[-1]
 
 
 def flip(path: Path, at: int) -> None:

@@ -16,8 +16,8 @@ from configs.errors import USER_ERROR_EXIT
 from faulttol import cli
 from faulttol.checkpoint import retention
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import CheckpointCommit, Folder, folder_of
-from faulttol.checkpoint.hashes import CheckpointSource, gap_in, tensor_hashes
+from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, folder_of
+from faulttol.checkpoint.hashes import CheckpointSource, coverage_error_in, tensor_hashes
 from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.manifest import Tensor
 from faulttol.checkpoint.pieces import BLOCK, DTYPES
@@ -227,7 +227,7 @@ def test_placing_follows_the_layout() -> None:
             if "experts" in name:
                 assert box.start[0] // 4 == (box.start[0] + box.shape[0] - 1) // 4 == rank % 2
     assert boxes.keys() == tensors.keys()
-    assert all(gap_in(Box.all_of(t.shape), boxes[name]) is None for name, t in tensors.items())
+    assert all(coverage_error_in(Box.full(t.shape), boxes[name]) is None for name, t in tensors.items())
     loads = [sum(box.elements for _, _, box in rows) for rows in files]
     assert max(loads) < 1.02 * min(loads)
     assert parse_layout("pp=2") == {**dict.fromkeys(AXES, 1), "pp": 2}
@@ -250,7 +250,7 @@ def test_a_checkpoint_stays_until_it_was_compared(
     code, out, err = ask("reshard", tmp_path / "run", "--out", tmp_path / "out", "--files", 2, "--check")
     assert (code, err) == (0, "") and "the hashes of all 4 tensors are equal" in out
     save_all(tmp_path / "run", 5, keep=1)
-    assert [commit.step for commit in Folder(CheckpointStore(str(tmp_path / "run"))).commits] == [5]
+    assert [commit.step for commit in CheckpointFolder(CheckpointStore(str(tmp_path / "run"))).commits] == [5]
 
 
 # ---- prune ----
@@ -269,7 +269,7 @@ def many(tmp_path: Path) -> Path:
 
 
 def _steps(root: Path) -> list[int]:
-    return [commit.step for commit in Folder(CheckpointStore(str(root))).commits]
+    return [commit.step for commit in CheckpointFolder(CheckpointStore(str(root))).commits]
 
 
 def test_prune_keeps_what_the_retention_says(many: Path, ask: Ask) -> None:

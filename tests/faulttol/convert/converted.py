@@ -59,7 +59,7 @@ def read(root: object) -> tuple[dict[str, Tensor], CheckpointSource]:
     source = opened(CheckpointStore(str(root)))
     found = {}
     for name, tensor in source.tensors.items():
-        bits = source.read(name, Box.all_of(tensor.shape))
+        bits = source.read(name, Box.full(tensor.shape))
         flat = torch.frombuffer(bytearray(bits.tobytes() or b"\0" * 8), dtype=getattr(torch, tensor.dtype))
         found[name] = flat[: bits.size].view(tensor.shape).clone()
     return found, source

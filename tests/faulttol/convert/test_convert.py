@@ -84,14 +84,14 @@ def test_integers_stay_integers() -> None:
 def test_stretches_end_where_an_order_may_be_cut() -> None:
     order = DimOrder(0, (0, 2, 1, 3, 4, 6, 5, 7))
     assert order.cuts == [0, 1, 3, 4, 5, 7, 8]
-    one = PlacedTensor("t", (8, 3), "o", Box.all_of((8, 3)), order)
+    one = PlacedTensor("t", (8, 3), "o", Box.full((8, 3)), order)
     for most in (1, 3, 6, 7, 9, 12, 24, 99):
         stretches = list(one.rows(0, 8, most))
         assert [first for first, _ in stretches] == [0, *(last for _, last in stretches)][:-1]
         assert stretches[-1][1] == 8 and all(last in order.cuts for _, last in stretches)
         assert all(last - first <= max(most // 3, 2) for first, last in stretches)
-    assert list(PlacedTensor("t", (8, 3), "o", Box.all_of((8, 3))).rows(2, 8, 9)) == [(2, 5), (5, 8)]
-    assert not list(PlacedTensor("t", (8, 0), "o", Box.all_of((8, 0)), None).rows(0, 8, 9))
+    assert list(PlacedTensor("t", (8, 3), "o", Box.full((8, 3))).rows(2, 8, 9)) == [(2, 5), (5, 8)]
+    assert not list(PlacedTensor("t", (8, 0), "o", Box.full((8, 0)), None).rows(0, 8, 9))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3", "deepseek"])
@@ -327,14 +327,14 @@ def test_places_that_are_missing_or_doubled_are_refused(tmp_path: Path) -> None:
 
 def test_large_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from faulttol.convert import target as writing
-    from faulttol.convert.job import ConversionProgress, quiet
+    from faulttol.convert.job import ConversionProgress, no_progress
 
     monkeypatch.setattr(writing, "_PIECE", 600)
     monkeypatch.setattr(writing, "_FILE", 1000)
     whole = np.arange(600, dtype=np.uint32)
 
     def rows(box: Box) -> Any:
-        yield memoryview(whole.reshape(100, 6)[box.inside(Box.all_of((100, 6)))].tobytes())
+        yield memoryview(whole.reshape(100, 6)[box.slices_within(Box.full((100, 6)))].tobytes())
 
     values = [
         Value("w", "float32", (100, 6), rows),
@@ -343,7 +343,7 @@ def test_large_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest
         zeros("number", "float32", ()),
     ]
     target = ConversionTarget(CheckpointStore(str(tmp_path)), "run", 3, values)
-    _, size = target.write({}, ConversionProgress(quiet, target.bytes))
+    _, size = target.write({}, ConversionProgress(no_progress, target.bytes))
     files = list(tmp_path.glob("*/*.r*.safetensors"))
     assert len(files) == 3 and size == target.size == sum(file.stat().st_size for file in files)
     found, _ = read(tmp_path)

@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 bytes and files of 500, so that small tensors have many."""
-    monkeypatch.setattr(converting, "STRETCH", 64)
+    monkeypatch.setattr(converting, "MAX_READ", 64)
     monkeypatch.setattr(converting, "_FILE", 500)
 
 
@@ -226,7 +226,7 @@ def test_columns_that_are_spread_over_chunks_are_read_once(
     """Each stretch of rows touches all chunks: read whole each time, a terabyte would be for one table of 4 GiB."""
     whole = torch.randn(60, 24)
     by_columns(tmp_path / "theirs", whole, 6)
-    monkeypatch.setattr(placed, "STRETCH", 24 * 4 * 5)
+    monkeypatch.setattr(placed, "MAX_READ", 24 * 4 * 5)
     job = import_dcp(tmp_path / "theirs", CheckpointStore(str(tmp_path / "run")), "run", trust=True)
     assert job.run().bytes_read == job.estimate.bytes_read == whole.nbytes
     same(read(tmp_path / "run")[0], {"w": whole})

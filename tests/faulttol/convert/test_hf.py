@@ -36,7 +36,7 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors go through in as many stretches, pieces and files as large ones."""
-    monkeypatch.setattr(placing, "STRETCH", 1500)
+    monkeypatch.setattr(placing, "MAX_READ", 1500)
     monkeypatch.setattr(writing, "_PIECE", 2000)
     monkeypatch.setattr(writing, "_FILE", 50_000)
 

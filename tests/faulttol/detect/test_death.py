@@ -10,7 +10,7 @@ import pytest
 
 from configs.errors import STOPPED_EXIT, UserError
 from faulttol import exits
-from faulttol.checkpoint.peers import caught
+from faulttol.checkpoint.peers import capture_failure
 from faulttol.detect import death
 from faulttol.detect.snapshot import Raised, RankSeen, Snapshot
 from faulttol.verdicts import Verdict, VerdictKind
@@ -249,7 +249,7 @@ def test_whose_error_it_is(error: BaseException, blames: bool) -> None:
 def test_an_error_that_all_raise_is_that_of_the_rank_that_met_it() -> None:
     text = f"block {id(object())} differs"
     assert exits.blames_peer(exits.heard(ValueError(f"no checkpoint can be read: {text}")))
-    mine, failure = caught(lambda: _raise(OSError(text)))
+    mine, failure = capture_failure(lambda: _raise(OSError(text)))
     assert mine is None and failure is not None
     assert not exits.blames_peer(exits.heard(ValueError(f"no checkpoint can be read: {text}")))
     assert not exits.blames_peer(ValueError("mine alone"))

@@ -24,11 +24,11 @@ from typing import Any, Self
 
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import CheckpointCommit, tag
+from faulttol.checkpoint.folder import CheckpointCommit, run_tag
 from faulttol.checkpoint.load import Tier, restore, stored
 from faulttol.checkpoint.manifest import Identity
 from faulttol.checkpoint.pieces import TensorPiece
-from faulttol.snapshots import memory, ranges
+from faulttol.snapshots import memory, remote_store
 from tests.namespaces import Host
 
 RUN = "run-1"
@@ -124,7 +124,7 @@ class MemoryNodeJob:
     to_store: list[int] = field(default_factory=list)
     begun: list[int] = field(default_factory=list)
     """Steps whose snapshot isn't committed any more."""
-    towards: str = "127.0.0.1"
+    rank_zero_address: str = "127.0.0.1"
     tiers: list[str] = field(default_factory=list)
     """To be restored from, in turn; `all`: from all at once."""
     evict: bool = False
@@ -170,7 +170,7 @@ def _save(store: Any, job: MemoryNodeJob, step: int, peers: HubPeers, commits: b
     written = saving.write(store, step, token, job.identity, pieces)
     answers = peers.gather((written, None))
     if answers is not None and commits:
-        saving.commit(store, step, token, job.identity, saving.all_written(answers), {"step": step})
+        saving.commit(store, step, token, job.identity, saving.collect_receipts(answers), {"step": step})
     peers.broadcast(None)
     return time.monotonic() - began
 
@@ -178,15 +178,15 @@ def _save(store: Any, job: MemoryNodeJob, step: int, peers: HubPeers, commits: b
 def _saves(job: MemoryNodeJob, peers: HubPeers) -> dict[str, float]:
     """Save as the job says, then wait for the end; the server must live as long as others may push."""
     secret = peers.broadcast(secrets.token_bytes(32))
-    server = ranges.serve(job.folder, secret, ranges.address_towards(job.towards))
+    server = remote_store.serve(job.folder, secret, remote_store.local_address_for(job.rank_zero_address))
     addresses = peers.everyone(server.address)
     keeper = memory.partners(job.nodes)[job.rank]
-    partner = ranges.RemoteStore(addresses[keeper], secret) if keeper is not None else None
-    copies = memory.Copies(job.folder, partner)
+    partner = remote_store.RemoteStore(addresses[keeper], secret) if keeper is not None else None
+    copies = memory.ReplicatedStore(job.folder, partner)
     seconds = {}
     for step in job.to_memory:
         seconds["memory"] = _save(copies, job, step, peers)
-        memory.sweep(job.folder, CheckpointCommit(job.attempt, step, tag(RUN)))
+        memory.purge_older(job.folder, CheckpointCommit(job.attempt, step, run_tag(RUN)))
     for step in job.to_store:
         seconds["store"] = _save(stored(job.store)[0].store, job, step, peers)
     for step in job.begun:
@@ -196,7 +196,7 @@ def _saves(job: MemoryNodeJob, peers: HubPeers) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Place:
-    """`Wanted` in plain memory: torch takes seconds to import, in each of these processes."""
+    """`LoadTarget` in plain memory: torch takes seconds to import, in each of these processes."""
 
     name: str
     dtype: str
@@ -227,7 +227,7 @@ def _restores(job: MemoryNodeJob, peers: HubPeers) -> list[dict[str, Any]]:
         peers.broadcast(None)
         began = time.monotonic()
         use = memory.tier if which != "store" else _no_tier
-        with use(job.folder, peers, job.identity, secret, job.towards) as found:
+        with use(job.folder, peers, job.identity, secret, job.rank_zero_address) as found:
             tiers = ([found] if found else []) + (stored(job.store) if which != "memory" else [])
             answer = restore(tiers, wanted, peers, job.identity) if tiers else None
         seconds = time.monotonic() - began
@@ -288,7 +288,9 @@ class Nodes:
         hub = Hub(self._folder, len(nodes))
         towards = self._hosts[int(nodes[0])].ip if self._hosts else "127.0.0.1"
         for rank, node in enumerate(nodes):
-            told = MemoryNodeJob(rank, nodes, hub.address, str(self.memory(node)), towards=towards, **job)
+            told = MemoryNodeJob(
+                rank, nodes, hub.address, str(self.memory(node)), rank_zero_address=towards, **job
+            )
             words = [sys.executable, "-m", "tests.faulttol.snapshots.memory_nodes", json.dumps(asdict(told))]
             command = self._hosts[int(node)].command(*words) if self._hosts else words
             self.running.append(

@@ -16,10 +16,10 @@ from configs.errors import UserError
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.load import Restored, Tier, restore, stored
-from faulttol.snapshots import memory, ranges
-from faulttol.snapshots.memory import Copies, partners
-from faulttol.snapshots.ranges import RemoteStore
-from faulttol.snapshots.union import Union
+from faulttol.snapshots import memory, remote_store
+from faulttol.snapshots.memory import ReplicatedStore, partners
+from faulttol.snapshots.remote_store import RemoteStore
+from faulttol.snapshots.union_store import UnionStore
 from tests.faulttol.ranks import identity, pieces, save_all, together
 from tests.faulttol.snapshots.memory_nodes import Nodes
 
@@ -56,7 +56,7 @@ def test_without_a_variable_it_is_in_shared_memory(monkeypatch: pytest.MonkeyPat
     try:
         assert found == Path(f"/dev/shm/megaray-{os.getuid()}/{node}/{RUN}")
     finally:
-        memory.forget(found)
+        memory.remove_run(found)
         found.parent.rmdir()
 
 
@@ -106,13 +106,13 @@ def test_what_is_older_than_a_commit_goes(tmp_path: Path) -> None:
         "step-0000000020/notes",
     ]
     _lay(tmp_path, *old, *kept)
-    assert memory.sweep(tmp_path, CheckpointCommit(2, 30, RUN)) == sorted(old)
+    assert memory.purge_older(tmp_path, CheckpointCommit(2, 30, RUN)) == sorted(old)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == sorted(kept[:-1])
     assert not (tmp_path / "step-0000000050").exists() and (tmp_path / "step-0000000020/notes").exists()
     assert (
-        memory.sweep(tmp_path, CheckpointCommit(2, 30, RUN))
+        memory.purge_older(tmp_path, CheckpointCommit(2, 30, RUN))
         == []
-        == memory.sweep(tmp_path / "no", CheckpointCommit(2, 30, RUN))
+        == memory.purge_older(tmp_path / "no", CheckpointCommit(2, 30, RUN))
     )
 
 
@@ -123,10 +123,10 @@ def test_what_other_runs_left_goes_when_it_is_idle(base: Path) -> None:
         for path in (folder / "step-0000000010/x", folder / "step-0000000010", folder):
             os.utime(path, (1e9, 1e9))
     os.utime(busy / "step-0000000010/x")
-    assert memory.forget_idle(mine) == ["idle"]
+    assert memory.remove_idle_runs(mine) == ["idle"]
     assert mine.exists() and busy.exists() and not idle.exists()
-    memory.forget(mine)
-    memory.forget(mine)
+    memory.remove_run(mine)
+    memory.remove_run(mine)
     assert not mine.exists()
 
 
@@ -134,11 +134,11 @@ def test_what_other_runs_left_goes_when_it_is_idle(base: Path) -> None:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[Copies, Path, Path]]:
+def pair(tmp_path: Path) -> Iterator[tuple[ReplicatedStore, Path, Path]]:
     """Copies of a rank, with its node's folder and the partner's."""
     here, there = tmp_path / "here", tmp_path / "there"
-    server = ranges.serve(there, SECRET)
-    yield Copies(here, RemoteStore(server.address, SECRET)), here, there
+    server = remote_store.serve(there, SECRET)
+    yield ReplicatedStore(here, RemoteStore(server.address, SECRET)), here, there
     server.close()
 
 
@@ -146,7 +146,7 @@ def _all(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_written_is_here_and_there(pair: tuple[Copies, Path, Path]) -> None:
+def test_what_is_written_is_here_and_there(pair: tuple[ReplicatedStore, Path, Path]) -> None:
     copies, here, there = pair
     data = secrets.token_bytes(3_000_001)
     assert copies.write("a/b", iter([data[:5], memoryview(data)[5:]])) == len(data)
@@ -160,7 +160,7 @@ def test_what_is_written_is_here_and_there(pair: tuple[Copies, Path, Path]) -> N
     assert _all(here) == _all(there) == {"a/c": b"onetwo"}
 
 
-def test_a_manifest_that_is_there_already(pair: tuple[Copies, Path, Path]) -> None:
+def test_a_manifest_that_is_there_already(pair: tuple[ReplicatedStore, Path, Path]) -> None:
     """It was broken off between there and here: the same one completes it, another one doesn't."""
     copies, here, there = pair
     _lay(there, "m")
@@ -171,7 +171,7 @@ def test_a_manifest_that_is_there_already(pair: tuple[Copies, Path, Path]) -> No
     assert _all(here) == {"m": b"x"} and _all(there) == {"m": b"x", "n": b"x"}
 
 
-def test_a_file_that_lies_here_is_pushed(pair: tuple[Copies, Path, Path]) -> None:
+def test_a_file_that_lies_here_is_pushed(pair: tuple[ReplicatedStore, Path, Path]) -> None:
     copies, here, there = pair
     data = secrets.token_bytes(3_000_001)
     (here / "a").mkdir(parents=True)
@@ -181,7 +181,7 @@ def test_a_file_that_lies_here_is_pushed(pair: tuple[Copies, Path, Path]) -> Non
 
 
 def test_without_another_node_there_is_one_copy(tmp_path: Path) -> None:
-    copies = Copies(tmp_path, None)
+    copies = ReplicatedStore(tmp_path, None)
     assert copies.write("a", [b"x"]) == 1 and copies.push("a") == 0 and copies.create("b", [b"y"]) == 1
     assert _all(tmp_path) == {"a": b"x", "b": b"y"} and copies.url == str(tmp_path)
     copies.remove("b")
@@ -197,7 +197,7 @@ def _snapshot(root: Path, step: int, attempt: int = 1, commits: bool = True) -> 
     """Save `ranks.values` on four nodes of one rank: to their own folder and their partner's."""
     folders = [root / str(node) for node in range(WORLD)]
     with ExitStack() as ends:
-        servers = [ranges.serve(folder, SECRET) for folder in folders]
+        servers = [remote_store.serve(folder, SECRET) for folder in folders]
         for server in servers:
             ends.callback(server.close)
         keepers = partners([str(node) for node in range(WORLD)])
@@ -206,11 +206,11 @@ def _snapshot(root: Path, step: int, attempt: int = 1, commits: bool = True) -> 
             who = identity(rank, WORLD, attempt=attempt)
             keeper = keepers[rank]
             assert keeper is not None
-            copies = Copies(folders[rank], RemoteStore(servers[keeper].address, SECRET))
+            copies = ReplicatedStore(folders[rank], RemoteStore(servers[keeper].address, SECRET))
             token = peers.broadcast(saving.new_token())
             answers = peers.gather((saving.write(copies, step, token, who, pieces(rank, WORLD, step)), None))
             if answers is not None and commits:
-                saving.commit(copies, step, token, who, saving.all_written(answers), {"step": step})
+                saving.commit(copies, step, token, who, saving.collect_receipts(answers), {"step": step})
 
         answers = together(WORLD, one)
         assert answers == [None] * WORLD, answers
@@ -225,7 +225,7 @@ def _restart(
     parts = tensors.blank(tensors.flat_bytes(WORLD, 0, world))
 
     def one(rank: int, peers: Any) -> Restored | None:
-        wanted = [tensors.Wanted.from_slice(p.name, p.tensor, p.box) for p in parts[rank]]
+        wanted = [tensors.LoadTarget.from_slice(p.name, p.tensor, p.box) for p in parts[rank]]
         who = identity(rank, world, attempt=attempt)
         with memory.tier(root / nodes[rank], peers, who, SECRET, "127.0.0.1") as found:
             tiers = ([found] if found else []) + (stored(str(store)) if store else [])
@@ -234,7 +234,7 @@ def _restart(
     before = set(threading.enumerate())
     answers = together(world, one)
     left = set(threading.enumerate()) - before
-    assert not [thread for thread in left if thread.name == "ranges"], "all servers are closed"
+    assert not [thread for thread in left if thread.name == "file-server"], "all servers are closed"
     raised = [answer for answer in answers if isinstance(answer, Exception)]
     if raised:
         raise raised[0]
@@ -248,7 +248,7 @@ def _restart(
 
 def _lose(root: Path, *nodes: int) -> None:
     for node in nodes:
-        memory.forget(root / str(node))
+        memory.remove_run(root / str(node))
 
 
 def test_any_node_may_be_lost(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_snapshot_that_was_not_committed_is_left_out(tmp_path: Path) -> None:
     found = _restart(tmp_path, ["0", "1", "2", "3"], attempt=3)[0]
     assert found is not None and found.step == 20
     files = sorted(str(path) for path in (tmp_path / "0").rglob("*"))
-    memory.sweep(tmp_path / "0", CheckpointCommit(1, 20, RUN))
+    memory.purge_older(tmp_path / "0", CheckpointCommit(1, 20, RUN))
     assert files == sorted(str(path) for path in (tmp_path / "0").rglob("*")), "a later one may be on its way"
 
 
@@ -354,7 +354,7 @@ def test_a_node_that_cannot_serve_is_left_out(
     """Its files have copies; without a server anywhere there is no tier, and no error."""
     plain = memory.serve
 
-    def serve(folder: Path, secret: bytes, host: str) -> ranges.Server:
+    def serve(folder: Path, secret: bytes, host: str) -> remote_store.FileServer:
         if folder.name in refusing:
             raise OSError(98, "Address already in use")
         return plain(folder, secret, host)
@@ -375,7 +375,7 @@ def test_one_rank_of_a_node_serves_and_all_read_their_own_node_directly(tmp_path
     def one(rank: int, peers: Any) -> list[str]:
         node = tmp_path / str(rank // 2)
         with memory.tier(node, peers, identity(rank, 8), SECRET, "127.0.0.1") as found:
-            assert isinstance(found, Tier) and isinstance(found.store, Union) and found.owner
+            assert isinstance(found, Tier) and isinstance(found.store, UnionStore) and found.owner
             return [holder.url for holder in found.store.holders]
 
     for rank, urls in enumerate(together(8, one)):
@@ -416,7 +416,7 @@ def test_an_error_inside_closes_the_servers_at_once(tmp_path: Path) -> None:
 
     before = set(threading.enumerate())
     assert [str(answer) for answer in together(WORLD, one)] == ["no place for the tensors"] * WORLD
-    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "ranges"]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "file-server"]
 
 
 # ---- real processes ----

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from faulttol.snapshots.partners import demoted, partners
+from faulttol.snapshots.partners import partners, reason_to_skip_memory
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -133,7 +133,7 @@ M, S = "memory", "store"
     ],
 )
 def test_what_failed_twice_is_passed_over(history: list[tuple[str, int, bool]], step: int | None) -> None:
-    reason = demoted(history)
+    reason = reason_to_skip_memory(history)
     if step is None:
         assert reason is None
     else:

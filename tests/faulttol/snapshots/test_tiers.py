@@ -13,7 +13,7 @@ from faulttol.checkpoint.store import CheckpointStore
 from tests.faulttol.ranks import ThreadPeers, identity, save_all, together
 
 torch = pytest.importorskip("torch")
-from faulttol.checkpoint.pieces import Wanted  # noqa: E402
+from faulttol.checkpoint.pieces import LoadTarget  # noqa: E402
 from tests.faulttol.tensors import Layout, blank, equal, flat_bytes  # noqa: E402
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
@@ -25,7 +25,7 @@ def _tiers(*places: tuple[str, object, bool, int | None]) -> list[Tier]:
 
 def _from(tiers: list[Tier], parts: Layout, attempt: int = 3) -> list[Restored | None | Exception]:
     def one(rank: int, peers: ThreadPeers) -> Restored | None:
-        wanted = [Wanted.from_slice(p.name, p.tensor, p.box) for p in parts[rank]]
+        wanted = [LoadTarget.from_slice(p.name, p.tensor, p.box) for p in parts[rank]]
         head = newest(tiers, peers)
         found = restore(tiers, wanted, peers, identity(rank, len(parts), attempt=attempt))
         assert found is None or head is None or found.passed or head.step == found.step

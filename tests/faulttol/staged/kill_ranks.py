@@ -18,11 +18,11 @@ from configs.library_environment import Applied
 from faulttol.checkpoint import load as loading
 from faulttol.checkpoint import save as saving
 from faulttol.checkpoint.boxes import Box
-from faulttol.checkpoint.folder import Folder
+from faulttol.checkpoint.folder import CheckpointFolder
 from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.manifest import Identity, Incomplete
 from faulttol.checkpoint.peers import Peers, SoloPeers
-from faulttol.checkpoint.pieces import Wanted, owned
+from faulttol.checkpoint.pieces import LoadTarget, owned
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.staged.saver import SaveOutcome, SavePolicy, Saver
@@ -56,7 +56,7 @@ def parts(rank: int, rows: int, attempt: int) -> list[Slice]:
     middle = rows // 3 + attempt * 37 % (rows // 3)
     found = []
     for name, shape in whole_shapes(rows).items():
-        whole = Box.all_of(shape)
+        whole = Box.full(shape)
         if len(shape) == 2:
             box, replica, replicas = whole.cut(0, *((0, middle), (middle, rows))[rank]), 0, 1
         else:
@@ -69,7 +69,7 @@ def restored(
     root: str, mine: list[Slice], peers: Peers, identity: Identity, step: int | None = None
 ) -> Restored | None:
     """Fill the slices from the newest checkpoint, or from that of a step."""
-    wanted = [Wanted.from_slice(part.name, part.tensor, part.box) for part in mine]
+    wanted = [LoadTarget.from_slice(part.name, part.tensor, part.box) for part in mine]
     return loading.restore([loading.Tier("store", CheckpointStore(root), step=step)], wanted, peers, identity)
 
 
@@ -233,9 +233,9 @@ def judge(root: str, rows: int, attempt: int, variables: Mapping[str, str], pipe
 
 
 def _judged(root: str, rows: int, attempt: int) -> Judged:
-    folder = Folder(CheckpointStore(root))
+    folder = CheckpointFolder(CheckpointStore(root))
     shapes = whole_shapes(rows).items()
-    state = [Slice(n, torch.zeros(s, dtype=torch.int32), Box.all_of(s)) for n, s in shapes]
+    state = [Slice(n, torch.zeros(s, dtype=torch.int32), Box.full(s)) for n, s in shapes]
     found = restored(root, state, SoloPeers(), Identity(_RUN, attempt, {}, 0, 1))
     counts = len(folder.commits), len(folder.begun)
     if found is None:
@@ -264,6 +264,6 @@ def strangers(root: str, variables: Mapping[str, str], pipe: Connection) -> None
     """Tell the files that belong to no kept commit."""
     use(variables)
     fs, path = fsspec.core.url_to_fs(root)
-    kept = [commit.prefix for commit in Folder(CheckpointStore(root)).commits[-KEEP:]]
+    kept = [commit.prefix for commit in CheckpointFolder(CheckpointStore(root)).commits[-KEEP:]]
     names = [str(name).removeprefix(f"{path}/") for name in fs.find(path)]
     pipe.send([name for name in names if not name.startswith(tuple(kept))])

@@ -32,7 +32,7 @@ def test_memory_that_cannot_be_locked_is_given_back(
     buffers, before = Buffers(torch.device("cuda"), tmp_path if named else None, "w"), descriptors()
     for _ in range(3):
         with pytest.raises(Incomplete, match="page-locked"):
-            buffers.take(1 << 16)
+            buffers.acquire(1 << 16)
     assert descriptors() <= before and list(tmp_path.iterdir()) == []
 
 
@@ -48,7 +48,7 @@ def test_memory_that_is_not_there_leaves_no_file_behind(
     buffers, before = Buffers(torch.device("cpu"), tmp_path if named else None, "w"), descriptors()
     for _ in range(3):
         with pytest.raises(Incomplete, match=r"65536 bytes, can't be had: .*No space left"):
-            buffers.take(1 << 16)
+            buffers.acquire(1 << 16)
     assert descriptors() <= before and list(tmp_path.iterdir()) == []
 
 

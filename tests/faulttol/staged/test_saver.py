@@ -28,8 +28,8 @@ from faulttol.checkpoint.shards import ALIGNMENT, ordered  # noqa: E402
 from faulttol.checkpoint.shards import layout as plan_of  # noqa: E402
 from faulttol.checkpoint.store import CheckpointStore  # noqa: E402
 from faulttol.staged.buffers import Buffer, Buffers, StagedCopy  # noqa: E402
-from faulttol.staged.saver import Memory, SaveOutcome, SavePolicy, Saver, Signs  # noqa: E402
-from faulttol.staged.writer import Inline, SweepSnapshots, WriterProcess  # noqa: E402
+from faulttol.staged.saver import SaveCallbacks, SaveOutcome, SavePolicy, Saver, SnapshotLocation  # noqa: E402
+from faulttol.staged.writer import InlineWriter, PurgeRequest, WriterProcess  # noqa: E402
 from tests.faulttol.ranks import ThreadPeers, identity, save_all, together  # noqa: E402
 from tests.faulttol.tensors import blank, equal, layout, restore_layout, state  # noqa: E402
 from trainer.state import Slice  # noqa: E402
@@ -44,12 +44,14 @@ def _policy(root: object, **changes: Any) -> SavePolicy:
     return SavePolicy(str(root), Retention(2), **changes)
 
 
-def _with_savers(world: int, act: Act, root: object, signs: Signs | None = None, **changes: Any) -> list[Any]:
+def _with_savers(
+    world: int, act: Act, root: object, callbacks: SaveCallbacks | None = None, **changes: Any
+) -> list[Any]:
     """What `act(rank, saver)` gives on each of several ranks."""
     control = dist.HashStore()
 
     def one(rank: int, peers: ThreadPeers) -> Any:
-        saver = Saver(_policy(root, **changes), identity(rank, world), peers, control, CPU, signs)
+        saver = Saver(_policy(root, **changes), identity(rank, world), peers, control, CPU, callbacks)
         try:
             return act(rank, saver)
         finally:
@@ -129,7 +131,7 @@ def test_what_was_copied_is_not_copied_again(tmp_path: Path) -> None:
 
         def refuse(order: Any, progress: Any) -> Any:
             requests.append(type(order).__name__)
-            if requests == ["Seal"]:
+            if requests == ["SealRequest"]:
                 live[0][0].tensor.fill_(1)
                 raise Incomplete("refused once")
             return request(order, progress)
@@ -151,7 +153,7 @@ def _snapshot_savers(tmp_path: Path, act: Act, attempt: int = 1, world: int = 1)
 
     def one(rank: int, peers: ThreadPeers) -> Any:
         folder = tmp_path / "memory" / f"node{rank}"
-        who, where = identity(rank, world, attempt=attempt), Memory(folder, "127.0.0.1")
+        who, where = identity(rank, world, attempt=attempt), SnapshotLocation(folder, "127.0.0.1")
         saver = Saver(_policy(tmp_path / "store"), who, peers, control, CPU, memory=where)
         try:
             return act(rank, saver)
@@ -237,8 +239,8 @@ def test_the_file_of_a_later_step_fits_into_the_same_memory(tmp_path: Path, fold
     pieces = ordered(owned(layout(state(4), 1, 1, "rows")[0]))
     sizes = [plan_of(step, identity(0, 1), pieces).size for step in (0, 9, 10, 123_456_789)]
     buffers = Buffers(CPU, tmp_path if folder else None, "w")
-    first = buffers.take(sizes[0])
-    assert all(buffers.take(size) is first for size in sizes)
+    first = buffers.acquire(sizes[0])
+    assert all(buffers.acquire(size) is first for size in sizes)
     buffers.close()
 
 
@@ -340,7 +342,7 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path) -> None:
             writer = WriterProcess()
             writer.ready()
             with suppress(Incomplete):  # an answer says that it is up
-                writer.request(SweepSnapshots(CheckpointCommit(1, 1, "run")), lambda _: None)
+                writer.request(PurgeRequest(CheckpointCommit(1, 1, "run")), lambda _: None)
             os.write(write, f"{writer.pid}\n".encode())
             time.sleep(600)
         finally:
@@ -358,7 +360,7 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("busy", ["wait", "skip"])
 def test_a_save_while_one_is_being_written(tmp_path: Path, busy: str) -> None:
     live = layout(_big(), 2, 0, "rows")
-    signs: list[str] = []
+    calls: list[str] = []
 
     def train(rank: int, saver: Saver) -> list[SaveOutcome]:
         saver.prepare(owned(live[rank]))
@@ -376,16 +378,16 @@ def test_a_save_while_one_is_being_written(tmp_path: Path, busy: str) -> None:
         saver.finish()
         return saver.poll()
 
-    shown = Signs(
-        lambda: signs.append("alive"), lambda: signs.append("waiting"), lambda: signs.append("working")
+    shown = SaveCallbacks(
+        lambda: calls.append("alive"), lambda: calls.append("waiting"), lambda: calls.append("working")
     )
-    for outcomes in _with_savers(2, train, tmp_path, signs=shown, busy=busy):
+    for outcomes in _with_savers(2, train, tmp_path, callbacks=shown, busy=busy):
         told = [(o.step, o.skipped) for o in sorted(outcomes, key=lambda o: o.step)]
         assert told == [(1, False), (2, busy == "skip")]
         left_out = next(o for o in outcomes if o.step == 2)
         assert (left_out.error is None) is (busy == "wait")
         assert busy == "wait" or "still being written (checkpoint.busy=skip)" in str(left_out.error)
-    assert "waiting" in signs, "the rank whose part was done says that it waits"
+    assert "waiting" in calls, "the rank whose part was done says that it waits"
 
 
 def test_rank_0_works_again_while_it_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,9 +408,9 @@ def test_rank_0_works_again_while_it_commits(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(saving, "commit", slow)
 
     def train(rank: int, saver: Saver) -> list[SaveOutcome]:
-        saver._writer = Inline()  # in this process, where the commit can be held up
+        saver._writer = InlineWriter()  # in this process, where the commit can be held up
         if rank == 0:
-            saver._signs = Signs(
+            saver._callbacks = SaveCallbacks(
                 waiting=lambda: (order.append("waiting"), waited.set()),  # type: ignore[arg-type, return-value]
                 working=lambda: (order.append("working"), worked.set()),  # type: ignore[arg-type, return-value]
             )
@@ -436,7 +438,7 @@ def test_another_runs_folder_and_a_newer_attempt_are_told_as_what_they_are(tmp_p
     assert isinstance(outcome.error, SaveSuperseded)
 
 
-def test_a_changed_plan_is_surveyed_anew(tmp_path: Path) -> None:
+def test_a_changed_plan_is_checked_anew(tmp_path: Path) -> None:
     """What rank 0 knows of a rank's plan must not hide that the next one misses a tensor."""
     live = layout(state(2), 2, 1, "rows")
 

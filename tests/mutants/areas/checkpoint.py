@@ -62,7 +62,7 @@ MUTANTS = [
         _SAVER,
         "for plan in plans if plan not in self._known}",
         "for plan in plans if not self._known}",
-        f"{_SAVED}a_changed_plan_is_surveyed_anew",
+        f"{_SAVED}a_changed_plan_is_checked_anew",
     ),
     Mutant(
         "a new writer isn't told the plans",
@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "the newest snapshot is overwritten",
         _BUFFERS,
-        "if buffer is None or buffer is not self._kept",
-        "if True or buffer is not self._kept",
+        "if buffer is None or buffer is not self._newest",
+        "if True or buffer is not self._newest",
         f"{_SAVED}the_newest_snapshot_stays_whole_while_the_next_is_made",
     ),
     Mutant(
@@ -209,17 +209,19 @@ MUTANTS = [
     Mutant(
         "memory is read forever",
         _RESUME,
-        "return memory.demoted(history)",
+        "return memory.reason_to_skip_memory(history)",
         "return None",
         f"{_RUN}memory_that_led_to_the_same_end_twice_is_passed_over",
     ),
-    Mutant("the end leaves memory behind", _RESUME, "memory.forget(self._snapshot_folder)", "pass", _MEMORY),
+    Mutant(
+        "the end leaves memory behind", _RESUME, "memory.remove_run(self._snapshot_folder)", "pass", _MEMORY
+    ),
     Mutant("lineage is forgotten", _RESUME, '"lineage": self._lineage,', '"lineage": [],', _OTHER),
     Mutant(
         "the step that resume names isn't heeded",
         _RESUME,
-        "root, step = named(self._config.resume)",
-        "root, step = named(self._config.resume)[0], None",
+        "root, step = parse_checkpoint_path(self._config.resume)",
+        "root, step = parse_checkpoint_path(self._config.resume)[0], None",
         f"{_RUN}one_step_of_another_run_is_where_a_run_begins",
     ),
     Mutant(

@@ -138,8 +138,8 @@ MUTANTS = [
     Mutant(
         "what tp ranks have alike isn't summed",
         _APPLY,
-        "Partition(Box.all_of(whole[name]), alike=True)",
-        "Partition(Box.all_of(whole[name]), alike=False)",
+        "Partition(Box.full(whole[name]), alike=True)",
+        "Partition(Box.full(whole[name]), alike=False)",
         f"{_AXIS}[tp-tied]",
     ),
     # Context parallelism.

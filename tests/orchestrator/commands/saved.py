@@ -46,7 +46,7 @@ def commit(
     }  # fmt: skip
     axes = ("pp", "dp", "cp", "ep", "etp", "tp")
     identity = Identity(run_id, attempt, {axis: config.parallel.size(axis) for axis in axes}, 0, 1)
-    piece = TensorPiece("w", "float32", Box.all_of((4,)), memoryview(bytes(16)))
+    piece = TensorPiece("w", "float32", Box.full((4,)), memoryview(bytes(16)))
     save(root, step, [piece], identity, facts, SoloPeers(), Retention(last=9))
 
 

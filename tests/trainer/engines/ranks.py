@@ -175,7 +175,7 @@ def whole(folder: Path) -> dict[str, Tensor]:
                 continue
             into = found.setdefault(name, torch.zeros(box.whole))
             times = count.setdefault(name, torch.zeros(box.whole, dtype=torch.int64))
-            at = box.inside(box.all_of(box.whole))
+            at = box.slices_within(box.full(box.whole))
             into[at], times[at] = values, times[at] + 1
     wrong = [name for name, times in count.items() if not bool((times == 1).all())]
     assert not wrong, f"kept not at all, or twice: {wrong}"
@@ -190,4 +190,4 @@ def fill(engine: Engine, values: dict[str, Tensor]) -> None:
 
 
 def _cut(tensor: Tensor, part: Slice) -> Tensor:
-    return tensor[part.box.inside(part.box.all_of(part.box.whole))]
+    return tensor[part.box.slices_within(part.box.full(part.box.whole))]

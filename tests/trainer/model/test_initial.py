@@ -21,7 +21,7 @@ NAME = "blocks.1.feed.experts.gate_up"
 
 
 def _whole(*dims: int, name: str = NAME, seed: int = 1) -> torch.Tensor:
-    return initial(name, Box.all_of(dims), MODEL, seed, "cpu")
+    return initial(name, Box.full(dims), MODEL, seed, "cpu")
 
 
 def test_values_are_normal() -> None:
@@ -50,7 +50,7 @@ def test_a_box_is_a_slice_of_the_whole() -> None:
     whole = _whole(*dims)
     for start, shape_ in (((0, 0, 0, 0), dims), ((2, 1, 3, 5), (3, 1, 4, 7)), ((5, 0, 9, 0), (1, 2, 1, 14))):
         box = Box(dims, start, shape_)
-        assert torch.equal(initial(NAME, box, MODEL, 1, "cpu"), whole[box.inside(Box.all_of(dims))])
+        assert torch.equal(initial(NAME, box, MODEL, 1, "cpu"), whole[box.slices_within(Box.full(dims))])
     assert initial(NAME, Box(dims, (0, 0, 0, 0), (0, 2, 10, 14)), MODEL, 1, "cpu").shape == (0, 2, 10, 14)
     row = _whole(40)
     assert torch.equal(initial(NAME, Box((40,), (7,), (5,)), MODEL, 1, "cpu"), row[7:12])

@@ -88,7 +88,7 @@ def rows(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
 def columns(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
     """Tensor parallelism on the last dim; vectors are replicated."""
     if len(shape) == 1:
-        return [(Box.all_of(shape), rank, size)]
+        return [(Box.full(shape), rank, size)]
     return [(_along(shape, len(shape) - 1, rank, size), 0, 1)]
 
 
@@ -123,7 +123,7 @@ def patches(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
 def owned(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
     """All of a parameter on one rank, which one by its shape; the others have nothing."""
     here = sum(shape) % size == rank
-    return [(Box.all_of(shape) if here else Box(shape, (0,) * len(shape), (0, *shape[1:])), 0, 1)]
+    return [(Box.full(shape) if here else Box(shape, (0,) * len(shape), (0, *shape[1:])), 0, 1)]
 
 
 def lopsided(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
@@ -144,7 +144,7 @@ CUTS: dict[str, Callable[[tuple[int, ...], int, int], list[Cut]]] = {
 
 def whole(shape: tuple[int, ...], rank: int, size: int) -> list[Cut]:
     """One rank alone."""
-    return [(Box.all_of(shape), 0, 1)]
+    return [(Box.full(shape), 0, 1)]
 
 
 # ---- ranks ----
@@ -229,12 +229,12 @@ class OptimRank:
                 if box is None or other is None:
                     tensor.copy_(piece)
                 elif shared := box.overlap(other):
-                    tensor[shared.inside(box)] = piece[shared.inside(other)]
+                    tensor[shared.slices_within(box)] = piece[shared.slices_within(other)]
         return self
 
 
 def _part(array: np.ndarray, box: Box) -> torch.Tensor:
-    return torch.from_numpy(array)[box.inside(Box.all_of(box.whole))].contiguous().clone()
+    return torch.from_numpy(array)[box.slices_within(Box.full(box.whole))].contiguous().clone()
 
 
 def gathered(saved: Sequence[Saved]) -> dict[str, np.ndarray]:
@@ -243,7 +243,7 @@ def gathered(saved: Sequence[Saved]) -> dict[str, np.ndarray]:
     for name, box, tensor in (piece for rank in saved for piece in rank):
         array = tensor.float().numpy()
         shape = box.whole if box else ()
-        at = box.inside(Box.all_of(box.whole)) if box else ()
+        at = box.slices_within(Box.full(box.whole)) if box else ()
         target = found.setdefault(name, np.full(shape, np.nan, np.float32))
         known = ~np.isnan(target[at])
         assert (target[at][known] == array[known]).all(), f"copies of {name} differ"

@@ -55,7 +55,7 @@ def test_what_a_rank_has_to_do_anyway_counts() -> None:
 
 
 def test_a_matrix_on_one_rank_stays_there_and_nothing_travels() -> None:
-    whole = Box.all_of((5, 4, 4))
+    whole = Box.full((5, 4, 4))
     shards: list[Listed] = [
         [("e", Box((5, 4, 4), (0, 0, 0), (2, 4, 4)), 0, 1)],
         [("e", Box((5, 4, 4), (2, 0, 0), (3, 4, 4)), 0, 1)],
@@ -111,7 +111,7 @@ def test_parts_that_leave_a_hole_are_refused() -> None:
 
 
 def test_a_rank_without_a_parameter_is_refused() -> None:
-    shards: list[Listed] = [[("v", Box.all_of((4,)), 0, 1)], []]
+    shards: list[Listed] = [[("v", Box.full((4,)), 0, 1)], []]
     with pytest.raises(
         ValueError, match="rank 1 of the stage has no shard of v; give it one with an empty box"
     ):

@@ -25,7 +25,7 @@ LOW = {kind: optim.model_copy(update={"moments": "bf16", "beta2": 0.95}) for kin
 
 
 def shard(tensor: Tensor, kind: str, name: str = "w") -> ParameterShard:
-    return ParameterShard(name, tensor, Box.all_of(tuple(tensor.shape)), kind, 0, 1)
+    return ParameterShard(name, tensor, Box.full(tuple(tensor.shape)), kind, 0, 1)
 
 
 def made(optim: OptimConfig, *shards: ParameterShard, width: int = WIDTH) -> Optimizer:
@@ -243,7 +243,7 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(optim: OptimConfig) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_master_that_kernels_would_read_wrongly_is_refused(kind: str) -> None:
-    box = Box.all_of((4, 6))
+    box = Box.full((4, 6))
     for tensor in (torch.randn(6, 4).T, torch.randn(4, 6).bfloat16(), torch.randn(6, 4)):
         with pytest.raises(ValueError, match="the master of w is .* contiguous fp32 of its box's shape"):
             made(CONFIGS[kind], ParameterShard("w", tensor, box, "matrix", 0, 1))

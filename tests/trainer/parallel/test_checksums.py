@@ -119,7 +119,7 @@ def test_copies_that_may_part_by_rounding_are_compared_in_groups() -> None:
     bad = flipped(other, 0, 3)
 
     def ranks(*tensors: torch.Tensor, exact: int) -> list[tuple[RankPlace, list[HeldCopy]]]:
-        box, count = Box.all_of((2,)), len(tensors)
+        box, count = Box.full((2,)), len(tensors)
         parts = [Slice("norm", tensor, box, r, count, exact) for r, tensor in enumerate(tensors)]
         return [(RankPlace(str(r), str(r)), list(replicas._copies([part]))) for r, part in enumerate(parts)]
 

@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-from faulttol.checkpoint.boxes import Box, tiled, uncovered
+from faulttol.checkpoint.boxes import Box, coverage_error, covers_exactly
 from faulttol.checkpoint.manifest import Incomplete, Plain, Tensor, digest
 
-_PROVEN = 4
-"""Surveys that are remembered: a run has one plan, or two where the last step saves something else."""
+_KEPT = 4
+"""Results that are remembered: a run has one plan, or two where the last step saves something else."""
 
 
 class FilePlan(Sequence[Plain]):
@@ -76,7 +76,7 @@ class FilePlan(Sequence[Plain]):
         return hash(self.digest)
 
 
-def survey(pieces: Sequence[Sequence[Plain]]) -> dict[str, Tensor]:
+def check_coverage(pieces: Sequence[Sequence[Plain]]) -> dict[str, Tensor]:
     """The global tensors that the ranks' pieces make up, after a check that each is whole.
 
     Every tensor must have one shape and dtype everywhere, and its boxes must cover it exactly: inside of it,
@@ -95,7 +95,7 @@ def survey(pieces: Sequence[Sequence[Plain]]) -> dict[str, Tensor]:
         name, dtype, _ = line.rsplit("\t", 2)
         ranks, whole, start, shape = rows.boxes(key)
         alike = (whole == whole[0]).all()
-        if name in tensors or not alike or not tiled(whole[0], start, shape):
+        if name in tensors or not alike or not covers_exactly(whole[0], start, shape):
             raise Incomplete(_why(name, plans))
         tensors[name] = Tensor(dtype, tuple(whole[0].tolist()), _runs(ranks))
     return tensors
@@ -142,11 +142,11 @@ def _why(name: str, plans: Sequence[FilePlan]) -> str:
     for rank, other, part in parts:
         if (other, part.whole) != (dtype, box.whole):
             return f"{name} is {dtype}{list(box.whole)} on rank {first} and {other}{list(part.whole)} on rank {rank}"
-    return f"{name}{uncovered(Box.all_of(box.whole), [part for *_, part in parts])}"
+    return f"{name}{coverage_error(Box.full(box.whole), [part for *_, part in parts])}"
 
 
 def _runs(ranks: Any) -> tuple[tuple[int, int], ...]:
-    """Stretches of neighbours among ascending ranks, which may be there several times."""
+    """Runs of neighbours among ascending ranks, which may be there several times."""
     import numpy as np
 
     ends = np.flatnonzero(np.diff(ranks) > 1)
@@ -154,7 +154,7 @@ def _runs(ranks: Any) -> tuple[tuple[int, int], ...]:
     return tuple(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
 
-class Surveys:
+class CoverageCache:
     """What was proven whole, by the digests of all ranks' plans: those of a run's next save are the same."""
 
     def __init__(self) -> None:
@@ -162,11 +162,11 @@ class Surveys:
         self._lock = threading.Lock()
 
     def known(self, digests: Sequence[str]) -> bool:
-        """Whether ranks with these plans, in this order, were surveyed."""
+        """Whether ranks with these plans, in this order, were checked."""
         return digest("".join(digests).encode()) in self._found
 
-    def of(self, digests: Sequence[str], plans: Sequence[FilePlan | None]) -> dict[str, Tensor]:
-        """The tensors that the plans make up; surveyed once.
+    def check(self, digests: Sequence[str], plans: Sequence[FilePlan | None]) -> dict[str, Tensor]:
+        """The tensors that the plans make up; checked once.
 
         Args:
             plans: None where a rank sent the digest alone, which only does where the whole is known.
@@ -181,10 +181,10 @@ class Surveys:
                 return self._found[key]
         given = [plan for plan in plans if plan is not None]
         if len(given) < len(plans):
-            raise Incomplete("a rank sent the digest of its plan alone, and no such plan was surveyed here")
-        tensors = survey(given)
+            raise Incomplete("a rank sent the digest of its plan alone, and no such plan was checked here")
+        tensors = check_coverage(given)
         with self._lock:
             self._found[key] = tensors
-            while len(self._found) > _PROVEN:
+            while len(self._found) > _KEPT:
                 self._found.popitem(last=False)
         return tensors

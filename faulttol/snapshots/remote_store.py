@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import from_json
-from faulttol.checkpoint.store import CheckpointStore, taken
+from faulttol.checkpoint.store import CheckpointStore, copy_into
 
 _NONCE = 32
 """Bytes of a number made up for one connection, and of a proof."""
@@ -38,11 +38,11 @@ _CONNECTIONS = 256
 """Served at once; more wait in the kernel's queue, and idle ones make room."""
 _HELLO_SECONDS = 10.0
 _IDLE_SECONDS = 30.0
-_WHOLE = 1 << 62
+_MAX_REPLY = 1 << 62
 """An end behind that of any file."""
 
 
-def address_towards(host: str) -> str:
+def local_address_for(host: str) -> str:
     """The own address from which packets to `host` go; so one by which that host reaches this one.
 
     Raises:
@@ -54,22 +54,22 @@ def address_towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def serve(folder: Path, secret: bytes, host: str = "127.0.0.1") -> Server:
+def serve(folder: Path, secret: bytes, host: str = "127.0.0.1") -> FileServer:
     """Serve the files below a folder until `close`.
 
     Args:
         folder: made by the first write where it isn't there; symbolic links in it are followed, so it must be the
             user's own.
         secret: what clients must know.
-        host: own address to listen at; `address_towards` finds the one that another node reaches.
+        host: own address to listen at; `local_address_for` finds the one that another node reaches.
 
     Raises:
         OSError: where the address can't be listened at.
     """
-    return Server(folder, secret, host)
+    return FileServer(folder, secret, host)
 
 
-class Server:
+class FileServer:
     """Threads that answer requests for one folder's files; `serve` makes it."""
 
     def __init__(self, folder: Path, secret: bytes, host: str) -> None:
@@ -85,7 +85,7 @@ class Server:
         self._open: dict[socket.socket, threading.Thread] = {}
         self._idle: dict[socket.socket, None] = {}
         """Connections between two requests, the longest idle first."""
-        self._thread = threading.Thread(target=self._accept, name="ranges", daemon=True)
+        self._thread = threading.Thread(target=self._accept, name="file-server", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Server:
                     return
                 time.sleep(0.1)  # out of file descriptors, or a client that left again
                 continue
-            thread = threading.Thread(target=self._serve, args=(client,), name="ranges", daemon=True)
+            thread = threading.Thread(target=self._serve, args=(client,), name="file-server", daemon=True)
             with self._lock:
                 if self._closing:
                     client.close()
@@ -128,12 +128,12 @@ class Server:
             if self._slots.acquire(blocking=False):
                 return True
             if waits.poll(500):
-                self._make_room()
+                self._evict_idle()
                 if self._slots.acquire(timeout=0.5):
                     return True
         return False
 
-    def _make_room(self) -> None:
+    def _evict_idle(self) -> None:
         with self._lock:
             if self._idle:
                 client = next(iter(self._idle))
@@ -147,14 +147,14 @@ class Server:
             with contextlib.suppress(OSError, ValueError), client:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 client.settimeout(_HELLO_SECONDS)
-                if self._admit(client):
+                if self._authenticate(client):
                     client.settimeout(_IDLE_SECONDS)
                     # Not idle before: a new connection's first request isn't repeated.
-                    request = _take_head(client)
+                    request = _recv_head(client)
                     while self._answer(client, request):
                         with self._lock:
                             self._idle[client] = None
-                        request = _take_head(client)
+                        request = _recv_head(client)
                         with self._lock:
                             self._idle.pop(client, None)
         finally:
@@ -163,10 +163,10 @@ class Server:
                 del self._open[client]
             self._slots.release()
 
-    def _admit(self, client: socket.socket) -> bool:
+    def _authenticate(self, client: socket.socket) -> bool:
         ours = secrets.token_bytes(_NONCE)
         client.sendall(ours)
-        theirs, proof = _take(client, _NONCE), _take(client, _NONCE)
+        theirs, proof = _recv_exactly(client, _NONCE), _recv_exactly(client, _NONCE)
         if not hmac.compare_digest(proof, _proof(self._secret, b"client", ours, theirs)):
             return False
         client.sendall(_proof(self._secret, b"server", theirs, ours))
@@ -189,7 +189,7 @@ class Server:
                 self._store.remove(name)
             else:
                 raise OSError(errno.EINVAL, f"unknown request {what!r}")
-        except _Gone:
+        except _Disconnected:
             return False
         except OSError as error:
             _send_head(client, {"errno": error.errno or errno.EIO, "error": error.strerror or str(error)})
@@ -212,15 +212,15 @@ class Server:
             try:
                 return not count or client.sendfile(file, start, count) == count
             except OSError as error:  # too late to tell it: the head is out
-                raise _Gone from error
+                raise _Disconnected from error
 
 
-class _Gone(Exception):
+class _Disconnected(Exception):
     """The other side can't be sent anything any more."""
 
 
 class RemoteStore:
-    """The folder of a `Server`: a `StoreLike` whose files lie on another node. Several threads may use it at once.
+    """The folder of a `FileServer`: a `StoreLike` whose files lie on another node. Several threads may use it at once.
 
     Every method raises OSError where the node doesn't answer, and PermissionError where it doesn't know the secret.
 
@@ -251,7 +251,7 @@ class RemoteStore:
         Raises:
             FileNotFoundError: where it isn't there.
         """
-        return bytes(self.read_range(name, 0, _WHOLE))
+        return bytes(self.read_range(name, 0, _MAX_REPLY))
 
     def read_range(self, name: str, start: int, end: int) -> bytearray:
         """Bytes `[start, end)` of a file; fewer where it ends before.
@@ -259,19 +259,19 @@ class RemoteStore:
         Raises:
             FileNotFoundError: where it isn't there.
         """
-        return self._ask({"do": "range", "name": name, "range": [start, end]})
+        return self._request({"do": "range", "name": name, "range": [start, end]})
 
     def read_into(self, name: str, start: int, into: memoryview) -> int:
         """Fill memory with the bytes of a file from `start` on; how many there were. Raises as `read_range` does."""
-        return taken(into, self.read_range(name, start, start + len(into)))
+        return copy_into(into, self.read_range(name, start, start + len(into)))
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; none where it isn't there."""
-        return [str(name) for name in from_json(self._ask({"do": "names", "name": folder}))]
+        return [str(name) for name in from_json(self._request({"do": "names", "name": folder}))]
 
     def remove(self, name: str) -> None:
         """Remove a file or folder; it may be gone already."""
-        self._ask({"do": "remove", "name": name})
+        self._request({"do": "remove", "name": name})
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> int:
         """Write a file that appears whole or not at all; its size in bytes."""
@@ -281,7 +281,7 @@ class RemoteStore:
         """`write` that raises FileExistsError where the name exists, and then changes nothing."""
         return self._send({"do": "create", "name": name}, chunks)
 
-    def _ask(self, request: dict[str, Any]) -> bytearray:
+    def _request(self, request: dict[str, Any]) -> bytearray:
         """An answer's body. A kept connection that the server has closed meanwhile is replaced by another."""
         while True:
             with self._lock:
@@ -289,8 +289,8 @@ class RemoteStore:
             link = kept or self._connect()
             try:
                 _send_head(link, request)
-                head = _take_head(link)
-                body = _take(link, int(head.get("bytes", 0)))
+                head = _recv_head(link)
+                body = _recv_exactly(link, int(head.get("bytes", 0)))
             except (OSError, ValueError) as error:
                 link.close()
                 if kept is None:
@@ -299,7 +299,7 @@ class RemoteStore:
             except BaseException:
                 link.close()
                 raise
-            self._keep(link)
+            self._return_to_pool(link)
             self._refused(head, request)
             return body
 
@@ -309,14 +309,14 @@ class RemoteStore:
         try:
             _send_head(link, request)
             count = _stream(link, chunks)
-            head = _take_head(link)
+            head = _recv_head(link)
             self._refused(head, request)
         except BaseException as error:
             link.close()
             if isinstance(error, (ConnectionError, TimeoutError, ValueError)):
                 raise self._lost(error) from None
             raise
-        self._keep(link)
+        self._return_to_pool(link)
         if head["count"] != count:
             raise OSError(
                 errno.EIO, f"{count} bytes were sent and {head['count']} written", self._path(request)
@@ -330,9 +330,9 @@ class RemoteStore:
             raise self._lost(error) from None
         try:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            theirs, ours = _take(link, _NONCE), secrets.token_bytes(_NONCE)
+            theirs, ours = _recv_exactly(link, _NONCE), secrets.token_bytes(_NONCE)
             link.sendall(ours + _proof(self._secret, b"client", theirs, ours))
-            proof = _take(link, _NONCE)
+            proof = _recv_exactly(link, _NONCE)
         except OSError as error:
             link.close()
             if isinstance(error, _Closed):
@@ -343,7 +343,7 @@ class RemoteStore:
             raise PermissionError(errno.EACCES, "it doesn't know the secret", self.url)
         return link
 
-    def _keep(self, link: socket.socket) -> None:
+    def _return_to_pool(self, link: socket.socket) -> None:
         with self._lock:
             self._idle.append(link)
 
@@ -386,7 +386,7 @@ def _frames(client: socket.socket) -> Iterator[memoryview]:
     """
     view = memoryview(bytearray(_BUFFER))
     try:
-        while left := _LENGTH.unpack(_take(client, _LENGTH.size))[0]:
+        while left := _LENGTH.unpack(_recv_exactly(client, _LENGTH.size))[0]:
             while left:
                 count = client.recv_into(view[: min(left, _BUFFER)])
                 if not count:
@@ -394,7 +394,7 @@ def _frames(client: socket.socket) -> Iterator[memoryview]:
                 yield view[:count]
                 left -= count
     except OSError as error:
-        raise _Gone from error
+        raise _Disconnected from error
 
 
 def _stream(link: socket.socket, chunks: Iterable[bytes | memoryview]) -> int:
@@ -427,22 +427,22 @@ def _send_head(link: socket.socket, tree: dict[str, Any]) -> None:
     link.sendall(_LENGTH.pack(len(text)) + text)
 
 
-def _take_head(link: socket.socket) -> dict[str, Any]:
+def _recv_head(link: socket.socket) -> dict[str, Any]:
     """A request or an answer's head.
 
     Raises:
         ValueError: where it isn't one.
     """
-    length = _LENGTH.unpack(_take(link, _LENGTH.size))[0]
+    length = _LENGTH.unpack(_recv_exactly(link, _LENGTH.size))[0]
     if length > _HEAD:
         raise ValueError(f"a head of {length} bytes")
-    tree = from_json(_take(link, length))
+    tree = from_json(_recv_exactly(link, length))
     if not isinstance(tree, dict):
         raise ValueError("a head that is not an object")
     return tree
 
 
-def _take(link: socket.socket, count: int) -> bytearray:
+def _recv_exactly(link: socket.socket, count: int) -> bytearray:
     """So many bytes.
 
     Raises:

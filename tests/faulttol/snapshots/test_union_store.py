@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from faulttol.checkpoint.store import CheckpointStore
-from faulttol.snapshots.union import Union
+from faulttol.snapshots.union_store import UnionStore
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -30,7 +30,7 @@ def test_a_union_reads_here_first_and_elsewhere_when_that_fails(tmp_path: Path) 
         store.write("s/a", [b"0123"])
     stores[1].write("s/b", [b"b"])
     files = {"s/a": [0, 1, 2], "s/b": [1], "t/c": [0]}
-    union = Union(stores, files, own=1)
+    union = UnionStore(stores, files, own=1)
     assert union.names() == ["s", "t"] and union.names("s") == ["a", "b"] and union.names("u") == []
     assert union.read_range("s/a", 1, 3) == b"12" and [store.count for store in stores] == [0, 1, 0]
     (tmp_path / "1/s/a").unlink()
@@ -46,7 +46,7 @@ def test_a_union_reads_here_first_and_elsewhere_when_that_fails(tmp_path: Path) 
     for name in ("s/a", "t/c", "u/d"):
         with pytest.raises(FileNotFoundError):
             union.read(name)
-    turned = [Union(stores, {"s/a": [0, 1, 2]}, turn=turn) for turn in range(3)]
+    turned = [UnionStore(stores, {"s/a": [0, 1, 2]}, turn=turn) for turn in range(3)]
     for store in stores:
         store.write("s/a", [b"0123"])
         store.count = 0

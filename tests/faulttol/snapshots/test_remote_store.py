@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from faulttol.snapshots import ranges
-from faulttol.snapshots.ranges import RemoteStore, Server
+from faulttol.snapshots import remote_store
+from faulttol.snapshots.remote_store import FileServer, RemoteStore
 from tests.conftest import readable
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -23,14 +23,14 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[FileServer]:
     """Of a folder `served`, beside which something else lies."""
     (tmp_path / "private").write_bytes(b"private")
     (tmp_path / "served").mkdir()
-    found = ranges.serve(tmp_path / "served", SECRET)
+    found = remote_store.serve(tmp_path / "served", SECRET)
     yield found
     found.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "ranges"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "file-server"]
 
 
 def until(state: object) -> None:
@@ -40,7 +40,7 @@ def until(state: object) -> None:
         time.sleep(0.002)
 
 
-def test_it_is_a_store(server: Server, tmp_path: Path) -> None:
+def test_it_is_a_store(server: FileServer, tmp_path: Path) -> None:
     remote = RemoteStore(server.address, SECRET)
     assert remote.names() == [] and remote.url == f"memory://{server.address}"
     assert remote.write("a/b", [b"one", memoryview(b""), b"", memoryview(b"two")]) == 6
@@ -57,7 +57,7 @@ def test_it_is_a_store(server: Server, tmp_path: Path) -> None:
     assert remote.names() == []
 
 
-def test_a_range_is_read_alone(server: Server) -> None:
+def test_a_range_is_read_alone(server: FileServer) -> None:
     remote = RemoteStore(server.address, SECRET)
     data = bytes(range(256)) * 20000
     remote.write("a", [data])
@@ -76,7 +76,7 @@ def test_a_range_is_read_alone(server: Server) -> None:
     assert len(remote._idle) == 1, "one connection was enough for all"
 
 
-def test_several_threads_read_at_once(server: Server) -> None:
+def test_several_threads_read_at_once(server: FileServer) -> None:
     remote, wrong = RemoteStore(server.address, SECRET), []
     blocks = [bytes([n]) * 300_000 for n in range(8)]
     remote.write("a", blocks)
@@ -103,7 +103,7 @@ def test_several_threads_read_at_once(server: Server) -> None:
     "name",
     ["../private", "a/../../private", "/etc/passwd", "a//b", "./a", "a/.", "..", ".", "", "a/", "a\0b"],
 )
-def test_no_name_leads_out_of_the_folder(server: Server, tmp_path: Path, name: str) -> None:
+def test_no_name_leads_out_of_the_folder(server: FileServer, tmp_path: Path, name: str) -> None:
     remote = RemoteStore(server.address, SECRET)
     for act in (
         lambda: remote.read(name),
@@ -118,7 +118,7 @@ def test_no_name_leads_out_of_the_folder(server: Server, tmp_path: Path, name: s
     assert (tmp_path / "private").read_bytes() == b"private" and list((tmp_path / "served").iterdir()) == []
 
 
-def test_who_does_not_know_the_secret_is_refused(server: Server) -> None:
+def test_who_does_not_know_the_secret_is_refused(server: FileServer) -> None:
     RemoteStore(server.address, SECRET).write("a", [b"x"])
     stranger = RemoteStore(server.address, b"of another attempt")
     for act in (lambda: stranger.read("a"), lambda: stranger.write("a", [b"y"])):
@@ -127,7 +127,7 @@ def test_who_does_not_know_the_secret_is_refused(server: Server) -> None:
     assert RemoteStore(server.address, SECRET).read("a") == b"x"
 
 
-def test_what_was_overheard_opens_nothing(server: Server) -> None:
+def test_what_was_overheard_opens_nothing(server: FileServer) -> None:
     """A proof holds for the number of one connection, and the server's own is not a client's."""
     host, port = server.address.split(":")
     number = bytes(32)
@@ -173,7 +173,7 @@ def test_a_server_that_does_not_know_the_secret_is_refused() -> None:
         b"\0\0\0\2{}",
     ],
 )
-def test_nonsense_ends_its_own_connection_alone(server: Server, nonsense: bytes) -> None:
+def test_nonsense_ends_its_own_connection_alone(server: FileServer, nonsense: bytes) -> None:
     host, port = server.address.split(":")
     other = RemoteStore(server.address, SECRET)
     other.write("a", [b"x"])
@@ -187,12 +187,12 @@ def test_nonsense_ends_its_own_connection_alone(server: Server, nonsense: bytes)
     until(lambda: len(server._open) <= 1)
     assert other.read("a") == b"x"
     with pytest.raises(OSError, match="not a range: "):
-        other._ask({"do": "range", "name": "a", "range": ["0", 1]})
+        other._request({"do": "range", "name": "a", "range": ["0", 1]})
     with pytest.raises(OSError, match="unknown request 'chmod'"):
-        other._ask({"do": "chmod", "name": "a"})
+        other._request({"do": "chmod", "name": "a"})
 
 
-def test_a_head_of_gigabytes_is_not_waited_for(server: Server) -> None:
+def test_a_head_of_gigabytes_is_not_waited_for(server: FileServer) -> None:
     link = RemoteStore(server.address, SECRET)._connect()
     link.settimeout(10)
     link.sendall(b"\xff\xff\xff\xff")
@@ -203,7 +203,7 @@ def test_a_head_of_gigabytes_is_not_waited_for(server: Server) -> None:
 # ---- what goes wrong ----
 
 
-def test_a_write_that_is_broken_off_leaves_the_old_file(server: Server, tmp_path: Path) -> None:
+def test_a_write_that_is_broken_off_leaves_the_old_file(server: FileServer, tmp_path: Path) -> None:
     def chunks() -> Iterator[bytes]:
         yield bytes(MIB)
         until(lambda: len(list((tmp_path / "served").iterdir())) == 2)  # it is being written
@@ -218,7 +218,7 @@ def test_a_write_that_is_broken_off_leaves_the_old_file(server: Server, tmp_path
     assert remote.read("a") == b"old"
 
 
-def test_a_write_that_cannot_be_is_told_before_all_was_sent(server: Server, tmp_path: Path) -> None:
+def test_a_write_that_cannot_be_is_told_before_all_was_sent(server: FileServer, tmp_path: Path) -> None:
     """As on a full node: the client isn't left to send gigabytes that nobody takes."""
     (tmp_path / "served/file").write_bytes(b"")
     sent = 0
@@ -234,7 +234,7 @@ def test_a_write_that_cannot_be_is_told_before_all_was_sent(server: Server, tmp_
     assert 1 <= sent < 200
 
 
-def test_why_a_write_failed_is_told_while_the_client_is_stuck_in_sending(server: Server) -> None:
+def test_why_a_write_failed_is_told_while_the_client_is_stuck_in_sending(server: FileServer) -> None:
     """A full node takes nothing more; the reason must still arrive."""
     sent: list[int] = []
 
@@ -256,16 +256,18 @@ def test_why_a_write_failed_is_told_while_the_client_is_stuck_in_sending(server:
     assert refused.value.errno == errno.ENOSPC
 
 
-def test_a_write_that_lost_bytes_is_found(server: Server) -> None:
+def test_a_write_that_lost_bytes_is_found(server: FileServer) -> None:
     server._store.write = lambda name, chunks: sum(len(chunk) for chunk in chunks) - 1  # type: ignore[method-assign]
     with pytest.raises(OSError, match="4 bytes were sent and 3 written"):
         RemoteStore(server.address, SECRET).write("a", [b"abcd"])
 
 
-def test_a_file_that_is_cut_off_within_a_frame_does_not_come_to_be(server: Server, tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_within_a_frame_does_not_come_to_be(
+    server: FileServer, tmp_path: Path
+) -> None:
     for cut in (b"\0\0", b"\0\0\0\x64", b"\0\0\0\x64" + bytes(50), b"\0\0\0\1x"):
         link = RemoteStore(server.address, SECRET)._connect()
-        ranges._send_head(link, {"do": "write", "name": "a"})
+        remote_store._send_head(link, {"do": "write", "name": "a"})
         link.sendall(cut)
         until(lambda: list((tmp_path / "served").iterdir()))  # it is being written
         link.close()
@@ -274,7 +276,7 @@ def test_a_file_that_is_cut_off_within_a_frame_does_not_come_to_be(server: Serve
 
 
 def test_a_closed_server_is_no_answer(tmp_path: Path) -> None:
-    server = ranges.serve(tmp_path, SECRET)
+    server = remote_store.serve(tmp_path, SECRET)
     remote = RemoteStore(server.address, SECRET)
     remote.write("a", [b"x"])
     entered, leave = threading.Event(), threading.Event()
@@ -312,14 +314,14 @@ def test_a_node_that_says_nothing_is_no_answer() -> None:
             remote.read("a")
 
 
-@pytest.mark.parametrize("idle", [0.05, ranges._IDLE_SECONDS])
+@pytest.mark.parametrize("idle", [0.05, remote_store._IDLE_SECONDS])
 def test_idle_connections_make_room_and_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle: float
 ) -> None:
     """At once: a restart waits for a node for less time than a connection may be idle."""
-    monkeypatch.setattr(ranges, "_CONNECTIONS", 2)
-    monkeypatch.setattr(ranges, "_IDLE_SECONDS", idle)
-    server = ranges.serve(tmp_path, SECRET)
+    monkeypatch.setattr(remote_store, "_CONNECTIONS", 2)
+    monkeypatch.setattr(remote_store, "_IDLE_SECONDS", idle)
+    server = remote_store.serve(tmp_path, SECRET)
     (tmp_path / "a").write_bytes(b"x")
     clients = [RemoteStore(server.address, SECRET, 10.0) for _ in range(5)]
     for _ in range(2):
@@ -330,8 +332,8 @@ def test_idle_connections_make_room_and_are_replaced(
 
 
 def test_a_connection_at_work_makes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "_CONNECTIONS", 1)
-    server = ranges.serve(tmp_path, SECRET)
+    monkeypatch.setattr(remote_store, "_CONNECTIONS", 1)
+    server = remote_store.serve(tmp_path, SECRET)
     first, second = (RemoteStore(server.address, SECRET, 20.0) for _ in range(2))
     later = threading.Thread(target=second.write, args=("b", [b"y"]))
 
@@ -347,7 +349,7 @@ def test_a_connection_at_work_makes_no_room(tmp_path: Path, monkeypatch: pytest.
     server.close()
 
 
-def test_the_server_holds_little_of_what_it_passes_on(server: Server) -> None:
+def test_the_server_holds_little_of_what_it_passes_on(server: FileServer) -> None:
     remote, block = RemoteStore(server.address, SECRET), memoryview(bytes(32 * MIB))
     remote.write("warm", [b""])
     tracemalloc.start()
@@ -363,11 +365,11 @@ def test_the_server_holds_little_of_what_it_passes_on(server: Server) -> None:
 
 
 def test_the_address_that_others_reach(tmp_path: Path) -> None:
-    assert ranges.address_towards("127.0.0.1") == "127.0.0.1"
-    assert ranges.address_towards("localhost") in ("127.0.0.1", "::1")
+    assert remote_store.local_address_for("127.0.0.1") == "127.0.0.1"
+    assert remote_store.local_address_for("localhost") in ("127.0.0.1", "::1")
     with pytest.raises(OSError, match="Name|name|address"):
-        ranges.address_towards("no-such-host.invalid")
-    server = ranges.serve(tmp_path, SECRET, "127.0.0.5")
+        remote_store.local_address_for("no-such-host.invalid")
+    server = remote_store.serve(tmp_path, SECRET, "127.0.0.5")
     assert server.address.startswith("127.0.0.5:")
     assert RemoteStore(server.address, SECRET).names() == []
     server.close()

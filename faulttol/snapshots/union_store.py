@@ -12,7 +12,7 @@ from faulttol.checkpoint.store import StoreLike
 T = TypeVar("T")
 
 
-class Union:
+class UnionStore:
     """Files of several nodes as one `StoreLike` that is only read: from the own node where it has one, else from another.
 
     A node that fails is asked last from then on.
@@ -46,17 +46,17 @@ class Union:
             FileNotFoundError: where no node has it.
             OSError: where none that has it answers.
         """
-        return self._tried(name, lambda holder: holder.read(name))
+        return self._with_fallback(name, lambda holder: holder.read(name))
 
     def read_range(self, name: str, start: int, end: int) -> bytearray:
         """Bytes `[start, end)` of a file; fewer where it ends before. Raises as `read` does."""
-        return self._tried(name, lambda holder: holder.read_range(name, start, end))
+        return self._with_fallback(name, lambda holder: holder.read_range(name, start, end))
 
     def read_into(self, name: str, start: int, into: memoryview) -> int:
         """Fill memory with the bytes of a file from `start` on; how many there were. Raises as `read` does."""
-        return self._tried(name, lambda holder: holder.read_into(name, start, into))
+        return self._with_fallback(name, lambda holder: holder.read_into(name, start, into))
 
-    def _tried(self, name: str, act: Callable[[StoreLike], T]) -> T:
+    def _with_fallback(self, name: str, act: Callable[[StoreLike], T]) -> T:
         failure = FileNotFoundError(errno.ENOENT, "no node has it", f"{self.url}/{name}")
         problem: OSError = failure
         for at in sorted(self._files.get(name, ()), key=self._place):
