@@ -23,7 +23,7 @@ from configs.profile import DeviceProfile, load
 from configs.schema import ModelConfig, RouterConfig
 from tests.trainer.sizing.lint.bad_shapes import SHAPES
 from trainer.sizing.model import parameters
-from trainer.sizing.time.cost_model import Prices
+from trainer.sizing.time.cost_model import CostModel
 
 SEED = 20251125
 DENSE, GROUPED = 200, 50
@@ -147,7 +147,7 @@ def _rows(total: int, experts: int, skew: float, rng: random.Random) -> list[int
     return rows
 
 
-def pairs(prices: Prices) -> list[dict[str, Any]]:
+def pairs(prices: CostModel) -> list[dict[str, Any]]:
     """Badly sized models with the shape that is suggested for each and the saving that is promised."""
     found = []
     for shape in SHAPES:
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
     hardware = compose([f"hardware={profile.hardware}"]).hardware
     tree = {
         "profile": profile.name, "seed": SEED, "models": [one.to_json() for one in MODELS],
-        "pairs": pairs(Prices(hardware, profile)), "matmuls": matmuls(profile),
+        "pairs": pairs(CostModel(hardware, profile)), "matmuls": matmuls(profile),
         "operators": OPERATORS, "router": RouterConfig().model_dump(mode="json"),
     }  # fmt: skip
     options.out.write_text(json.dumps(tree))

@@ -27,7 +27,7 @@ from trainer.sizing.ask.answer import job_of
 from trainer.sizing.lint.check import lint
 from trainer.sizing.lint.layout import _expert_seconds
 from trainer.sizing.lint.suggest import WITHIN, suggest
-from trainer.sizing.memory import activations, states, unwinding
+from trainer.sizing.memory import activations, backward_peak, states
 from trainer.sizing.model import flops, frameworks, parameters, shapes
 from trainer.sizing.model.job import TrainingJob
 from trainer.sizing.model.layout import Layout
@@ -36,7 +36,7 @@ from trainer.sizing.search.layouts import _Bounds, search
 from trainer.sizing.search.legal import Task
 from trainer.sizing.time import estimate as time
 from trainer.sizing.time import schedule
-from trainer.sizing.time.cost_model import Prices
+from trainer.sizing.time.cost_model import CostModel
 from trainer.sizing.time.fabric import from_catalogue
 from trainer.sizing.time.rates import Rates
 
@@ -67,7 +67,7 @@ def size(module: nn.Module | None) -> int:
 
 def job(model: ModelConfig, layout: Layout = ALONE, **more: Any) -> TrainingJob:
     """Training on an H100 with this trainer."""
-    return TrainingJob(model, layout, 64, 1, 4, software=frameworks.own(), **more)
+    return TrainingJob(model, layout, 64, 1, 4, software=frameworks.megaray(), **more)
 
 
 def rates() -> Rates:
@@ -201,7 +201,7 @@ def test_stages_hold_what_the_trainers_stages_hold(name: str, pp: int) -> None:
             size(one) - size(one.block)
             for one in built.mtp  # type: ignore[union-attr]
         )
-        assert states.held(job(model, layout), counted).all == size(built) - joins
+        assert states.local_weights(job(model, layout), counted).all == size(built) - joins
 
 
 def test_stages_that_are_cut_by_cost_know_which_layers_are_the_dear_ones() -> None:
@@ -222,10 +222,12 @@ def test_stages_that_are_cut_by_cost_know_which_layers_are_the_dear_ones() -> No
 def test_memory_is_that_of_the_layers_there_are(name: str) -> None:
     model = shape(**SHAPES[name])
     one = job(model)
-    (only,) = schedule.of(one)
-    loss, *_ = unwinding.moments(one, only, in_flight=1.0)
-    kept = sum(activations.kept(one, model.is_moe(layer)) for layer in range(model.layers + model.mtp_layers))
-    assert loss.name == "the loss" and loss.activations == pytest.approx(kept + activations.head(one))
+    (only,) = schedule.job_stages(one)
+    loss, *_ = backward_peak.timeline(one, only, in_flight=1.0)
+    kept = sum(
+        activations.saved_bytes(one, model.is_moe(layer)) for layer in range(model.layers + model.mtp_layers)
+    )
+    assert loss.name == "the loss" and loss.activations == pytest.approx(kept + activations.head_bytes(one))
 
 
 def _step(model: ModelConfig, layout: Layout = ALONE) -> time.StepParts:
@@ -250,7 +252,7 @@ def test_time_is_that_of_the_layers_there_are() -> None:
         assert getattr(mixed, part) == pytest.approx(expected, rel=1e-9), part
     hardware = compose(["hardware=h100"]).hardware
     prices = [
-        Prices(hardware).of(job(shape(layers=6, **large, **kind)))
+        CostModel(hardware).micro_batch(job(shape(layers=6, **large, **kind)))
         for kind in ({"moe_every": 3}, {"dense_layers": 6}, {})
     ]
     assert prices[0] and prices[1] and prices[2]
@@ -379,10 +381,12 @@ def test_the_search_prunes_nothing_that_is_best() -> None:
 def test_the_search_knows_the_leanest_layer() -> None:
     """Dense layers in between keep less than those with experts: what doesn't fit by the latter may fit."""
     model = shape(layers=4, moe_every=2, dense_width=8, expert_width=64, top_k=4)
-    task = Task(model, 4, 64, 8, recompute=("none",), software=frameworks.own())
+    task = Task(model, 4, 64, 8, recompute=("none",), software=frameworks.megaray())
     bounds = _Bounds(task, compose(["hardware=h100"]).hardware, rates())
     _, kept = bounds._layers(Layout(1, 4, 1, 1, 1, 1), 1)
-    dense, moe = (activations.kept(job(model, Layout(1, 1, 1, 1, 1, 1)), kind) for kind in (False, True))
+    dense, moe = (
+        activations.saved_bytes(job(model, Layout(1, 1, 1, 1, 1, 1)), kind) for kind in (False, True)
+    )
     assert kept["none"] == dense < moe
 
 
@@ -404,7 +408,7 @@ _LINTED = (
 )
 def test_lint_looks_at_the_widths_of_layers_that_there_are(words: tuple[str, ...], widths: set[str]) -> None:
     config = compose([*_LINTED, *words])
-    findings = lint(job_of(config)[0], Prices(config.hardware))
+    findings = lint(job_of(config)[0], CostModel(config.hardware))
     assert {one.field.rpartition(".")[2] for one in findings} & {"dense_width", "expert_width"} == widths
     few_rows = any(one.rule.check == "rows_per_expert" for one in findings)
     assert few_rows == ("expert_width" in widths)
@@ -427,7 +431,7 @@ def test_better_shapes_keep_the_parameters_of_interleaved_models() -> None:
         ]
     )  # fmt: skip
     before = job_of(config)[0]
-    better = suggest(before, Prices(config.hardware))
+    better = suggest(before, CostModel(config.hardware))
     assert "model.dense_width=8256" in better[0].changes, "beside another hidden width"
     for one in better:
         now, then = (parameters.count(each.model).total for each in (before, one.job))

@@ -14,7 +14,7 @@ from configs.metrics import MetricWriter, StepLine
 from configs.paths import RunPaths
 from tests.trainer.sizing.bench_forecast import diverging
 from trainer.cli import main
-from trainer.sizing.forecast import END, StepHistory, detect_alarm, fit, forecast, read, report
+from trainer.sizing.forecast import END, StepHistory, detect_alarm, fit, forecast, read_history, report
 
 pytestmark = pytest.mark.unit
 
@@ -172,7 +172,7 @@ def written(folder: Path, attempts: list[tuple[int, int, float]]) -> RunPaths:
 
 
 def test_an_attempt_that_resumes_replaces_what_was_lost(tmp_path: Path) -> None:
-    history = read(written(tmp_path, [(1, 120, 9.0), (81, 200, 0.0)]))
+    history = read_history(written(tmp_path, [(1, 120, 9.0), (81, 200, 0.0)]))
     assert list(history.steps) == list(range(1, 201))
     assert history.loss[79] > 9 > history.loss[80]
 

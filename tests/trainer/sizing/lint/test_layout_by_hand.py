@@ -43,7 +43,7 @@ def price(made: TrainingJob, costs: CostModel = H100) -> MicroBatchCost:
     return known
 
 
-def costs(now: float, then: float, made: TrainingJob, costs: CostModel = H100) -> object:
+def percent(now: float, then: float, made: TrainingJob, costs: CostModel = H100) -> object:
     """Percent of compute and exchange together, seconds of exchange given."""
     return pytest.approx(100 * (now - then) / (price(made, costs).seconds + now), rel=1e-6)
 
@@ -60,7 +60,7 @@ def test_tensor_parallelism_beyond_a_node() -> None:
         now = exchanges * 16 * HIDDEN * 15 / 16 / 50e9
         then = exchanges * 16 * HIDDEN * 7 / 8 / 450e9
         made = job("parallel.tp=16", *words)
-        assert found("tensor_size", made).cost == costs(now, then, made)
+        assert found("tensor_size", made).cost == percent(now, then, made)
 
 
 def test_half_the_tensor_parallelism_exchanges_for_half_the_samples_of_a_replica() -> None:
@@ -68,14 +68,14 @@ def test_half_the_tensor_parallelism_exchanges_for_half_the_samples_of_a_replica
     now, then = 4 * 16 * HIDDEN * 3 / 4 / 450e9, 4 * 16 * HIDDEN * 1 / 2 / 450e9 / 2
     finding = found("tensor_size", made, fits=lambda _: True)
     assert f"takes {ms(now)}, then {ms(then)} for as many samples" in finding.basis
-    assert finding.cost == costs(now, then, made)
+    assert finding.cost == percent(now, then, made)
 
 
 def test_a_mesh_joins_two_of_eight_by_one_link_of_seven() -> None:
     costs = CostModel(catalogue.device("mi300x"))
     made = job("parallel.tp=2", hardware="mi300x")
     now = 4 * 16 * HIDDEN / 2 / 64e9
-    assert found("mesh_group", made, costs).cost == costs(now, now / 7, made, costs)
+    assert found("mesh_group", made, costs).cost == percent(now, now / 7, made, costs)
 
 
 @pytest.mark.parametrize("dense", [0, 4])
@@ -86,7 +86,7 @@ def test_experts_over_the_network(dense: int) -> None:
     seconds = 4 * (16 - dense) * 8 * HIDDEN * 31 / 32
     finding = found("expert_inside_node", made)
     assert f"{ms(seconds / 50e9)} over the network at 50 GB/s, {ms(seconds / 450e9)} at 450" in finding.basis
-    assert finding.cost == costs(seconds / 50e9, seconds / 450e9, made)
+    assert finding.cost == percent(seconds / 50e9, seconds / 450e9, made)
 
 
 def test_a_group_of_fewer_ranks_than_a_token_has_experts_gets_one_copy_for_each_rank() -> None:
@@ -122,7 +122,7 @@ def test_copies_for_as_many_ranks_as_experts_are_no_waste() -> None:
     sent = 4 * 16 * 8 * HIDDEN * 3 / 4 / 450e9
     finding = found("dispatch", made)
     assert f"take {ms(sent)}, one for each rank {ms(sent / 2)}" in finding.basis
-    assert finding.cost == costs(sent, sent / 2, made)
+    assert finding.cost == percent(sent, sent / 2, made)
     equal = job("parallel.ep=8", "train.engine=deepspeed")
     assert "dispatch" not in {f.rule.name for f in lint(equal, H100)}
 

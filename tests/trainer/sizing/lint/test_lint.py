@@ -32,7 +32,7 @@ from trainer.sizing.time.rates import MEGARAY_OVERHEADS, Rates
 
 pytestmark = pytest.mark.unit
 
-PRICES = {
+COSTS = {
     name: CostModel(catalogue.device(name))
     for name in ("h100", "h200", "a100", "mi300x", "mi355x", "b300", "cpu")
 }
@@ -50,7 +50,7 @@ def job(hardware: str, *words: str, model: str = "olmoe_1b_7b") -> TrainingJob:
 def found(hardware: str, *words: str, model: str = "olmoe_1b_7b") -> dict[str, LintFinding]:
     """The worst finding of each rule."""
     kept: dict[str, LintFinding] = {}
-    for finding in lint(job(hardware, *words, model=model), PRICES[hardware]):
+    for finding in lint(job(hardware, *words, model=model), COSTS[hardware]):
         kept.setdefault(finding.rule.name, finding)
     return kept
 
@@ -175,13 +175,13 @@ def test_a_remainder_over_the_dies_is_found() -> None:
     ]  # fmt: skip  (29 tiles of rows)
     odd = [
         f
-        for f in lint(job("mi300x", *words, f"model.vocab={21 * 256}"), PRICES["mi300x"])
+        for f in lint(job("mi300x", *words, f"model.vocab={21 * 256}"), COSTS["mi300x"])
         if f.rule.name == "dies"
     ]
     finding = next(f for f in odd if f.field == "output projection")
     assert (finding.value, finding.better) == ("609 tiles", "616 tiles")
     assert finding.cost is not None and 0.05 <= finding.cost < 100 * (1 - 609 / 616)
-    even = lint(job("mi300x", *words, f"model.vocab={24 * 256}"), PRICES["mi300x"])
+    even = lint(job("mi300x", *words, f"model.vocab={24 * 256}"), COSTS["mi300x"])
     assert not [f for f in even if f.rule.name == "dies" and f.field == "output projection"]
 
 
@@ -206,39 +206,39 @@ def test_a_good_shape_has_no_findings_that_cost() -> None:
 
 def test_recomputation_of_whole_layers_is_found() -> None:
     whole = replace(job("h100"), recompute="full")
-    finding = next(f for f in lint(whole, PRICES["h100"]) if f.rule.name == "recompute")
+    finding = next(f for f in lint(whole, COSTS["h100"]) if f.rule.name == "recompute")
     assert finding.cost is not None and 5 < finding.cost < 30
     assert not [
-        f for f in lint(replace(whole, recompute="selective"), PRICES["h100"]) if f.rule.name == "recompute"
+        f for f in lint(replace(whole, recompute="selective"), COSTS["h100"]) if f.rule.name == "recompute"
     ]
 
 
 def test_the_worst_comes_first_and_the_unknown_last() -> None:
-    costs = [f.cost for f in lint(job("mi300x", "model.vocab=50257", "parallel.tp=2"), PRICES["mi300x"])]
+    costs = [f.cost for f in lint(job("mi300x", "model.vocab=50257", "parallel.tp=2"), COSTS["mi300x"])]
     known = [cost for cost in costs if cost is not None]
     assert known == sorted(known, reverse=True) and costs[: len(known)] == known and len(costs) > len(known)
     assert min(known) >= 0
 
 
 def test_an_unknown_device_has_findings_without_costs() -> None:
-    (finding,) = lint(job("b300", "model.vocab=50257"), PRICES["b300"])
+    (finding,) = lint(job("b300", "model.vocab=50257"), COSTS["b300"])
     assert (finding.rule.name, finding.cost) == ("vocabulary", None)
     assert "no number of compute units" in finding.basis
-    assert lint(job("cpu", "model.vocab=50257"), PRICES["cpu"]) == []  # no rule is for CPUs
+    assert lint(job("cpu", "model.vocab=50257"), COSTS["cpu"]) == []  # no rule is for CPUs
 
 
 def test_a_micro_batch_that_would_not_fit_is_not_advised() -> None:
     small = job("h100", "train.micro_batch=1", "data.sequence=1024")
-    names = [f.rule.name for f in lint(small, PRICES["h100"], lambda one: False)]
+    names = [f.rule.name for f in lint(small, COSTS["h100"], lambda one: False)]
     assert "micro_batch" not in names
-    (yes,) = [f for f in lint(small, PRICES["h100"], lambda one: True) if f.rule.name == "micro_batch"]
+    (yes,) = [f for f in lint(small, COSTS["h100"], lambda one: True) if f.rule.name == "micro_batch"]
     assert yes.better == "micro_batch=2"
 
 
 def test_less_tensor_parallelism_is_advised_where_it_fits() -> None:
     wide = job("h100", "parallel.tp=4", "model.vocab=51200")
-    assert not [f for f in lint(wide, PRICES["h100"], lambda one: False) if f.rule.name == "tensor_size"]
-    (finding,) = [f for f in lint(wide, PRICES["h100"], lambda one: True) if f.rule.name == "tensor_size"]
+    assert not [f for f in lint(wide, COSTS["h100"], lambda one: False) if f.rule.name == "tensor_size"]
+    (finding,) = [f for f in lint(wide, COSTS["h100"], lambda one: True) if f.rule.name == "tensor_size"]
     assert finding.better == "parallel.tp=2" and finding.cost is not None and finding.cost > 1
 
 
@@ -307,10 +307,10 @@ def test_advice_is_a_layout_that_the_trainer_runs() -> None:
     """qwen3_30b_a3b has four key heads, which eight ranks don't divide; nor do 72 linked devices divide 64 experts."""
     assert found("mi300x", "parallel.tp=2", model="qwen3_30b_a3b")["mesh_group"].better == "parallel.tp=1"
     wide = job("h100", "parallel.tp=16", "model.heads=48", "model.kv_heads=48")
-    (finding,) = [f for f in lint(wide, PRICES["h100"]) if f.rule.name == "tensor_size"]
+    (finding,) = [f for f in lint(wide, COSTS["h100"]) if f.rule.name == "tensor_size"]
     assert finding.better == "parallel.tp=8"
     odd = job("h100", "parallel.ep=32", "model.experts=96", "parallel.tp=2")
-    (finding,) = [f for f in lint(odd, PRICES["h100"]) if f.rule.name == "expert_inside_node"]
+    (finding,) = [f for f in lint(odd, COSTS["h100"]) if f.rule.name == "expert_inside_node"]
     assert finding.better == "parallel.ep=8", "tensor-parallel ranks are in an expert group, not beside it"
     rack = job("h100", "parallel.ep=24", "model.experts=72", "model.top_k=8")
     h100 = catalogue.device("h100")
@@ -332,13 +332,13 @@ def test_advice_is_a_layout_that_the_trainer_runs() -> None:
 )
 def test_what_does_not_fit_is_not_advised(rule: str, hardware: str, words: list[str]) -> None:
     small = job(hardware, *words)
-    assert rule in {f.rule.name for f in lint(small, PRICES[hardware])}
-    assert rule not in {f.rule.name for f in lint(small, PRICES[hardware], lambda one: one == small)}
+    assert rule in {f.rule.name for f in lint(small, COSTS[hardware])}
+    assert rule not in {f.rule.name for f in lint(small, COSTS[hardware], lambda one: one == small)}
 
 
 def test_as_many_rows_as_fit_are_advised() -> None:
     small = job("h100", "train.micro_batch=1", "data.sequence=1024")
-    findings = lint(small, PRICES["h100"], lambda one: one.micro_batch <= 2)
+    findings = lint(small, COSTS["h100"], lambda one: one.micro_batch <= 2)
     assert {f.better for f in findings if f.rule.name in ("rows_per_expert", "micro_batch")} == {
         "micro_batch=2"
     }
@@ -349,7 +349,7 @@ def test_the_mildest_recomputation_that_fits_is_advised() -> None:
     whole = replace(job("h100"), recompute="full")
 
     def advised(fits: set[str]) -> LintFinding | None:
-        findings = lint(whole, PRICES["h100"], lambda one: one.recompute in fits)
+        findings = lint(whole, COSTS["h100"], lambda one: one.recompute in fits)
         return next((f for f in findings if f.rule.name == "recompute"), None)
 
     none, some = advised({"none", "selective", "full"}), advised({"selective", "full"})
@@ -359,7 +359,7 @@ def test_the_mildest_recomputation_that_fits_is_advised() -> None:
         catalogue.device("h100"), from_catalogue(catalogue.device("h100")), overheads=MEGARAY_OVERHEADS
     )
     again = {r: time.parts(replace(whole, recompute=r), rates).recompute for r in ("full", "selective")}
-    now = PRICES["h100"].of(whole)
+    now = COSTS["h100"].micro_batch(whole)
     assert now is not None and some.cost == pytest.approx(
         100 * (again["full"] - again["selective"]) / (now.seconds + again["full"])
     )

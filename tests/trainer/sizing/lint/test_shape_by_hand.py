@@ -19,7 +19,7 @@ from trainer.sizing.time.cost_model import CostModel, MicroBatchCost
 
 pytestmark = pytest.mark.unit
 
-PRICES = {name: CostModel(catalogue.device(name)) for name in ("h100", "mi300x")}
+COSTS = {name: CostModel(catalogue.device(name)) for name in ("h100", "mi300x")}
 
 
 @cache
@@ -32,7 +32,7 @@ def found(
     rule: str, *words: str, hardware: str = "h100", fits: Fits = lambda _: None
 ) -> dict[str, LintFinding]:
     """Findings of a rule by their field."""
-    findings = lint(job(*words, hardware=hardware), PRICES[hardware], fits)
+    findings = lint(job(*words, hardware=hardware), COSTS[hardware], fits)
     return {f.field.removeprefix("model."): f for f in findings if f.rule.name == rule}
 
 
@@ -42,7 +42,7 @@ def only(findings: dict[str, LintFinding]) -> LintFinding:
 
 
 def price(made: TrainingJob, hardware: str = "h100") -> MicroBatchCost:
-    known = PRICES[hardware].of(made)
+    known = COSTS[hardware].micro_batch(made)
     assert known is not None
     return known
 
@@ -117,7 +117,7 @@ def test_the_best_width_within_four_percent_is_found(hardware: str, width: int) 
 @pytest.mark.parametrize(("fits", "better", "times"), [(8, 6, 6), (3, 3, 3)])
 def test_work_is_counted_for_the_rows_that_are_added(fits: int, better: int, times: int) -> None:
     """4096 rows of 2048 x 2048 are 34.4 GFLOP: six times that are over 200. An expert's down projection, 137, takes two."""
-    made, costs = job("train.micro_batch=1", hardware="mi300x"), PRICES["mi300x"]
+    made, costs = job("train.micro_batch=1", hardware="mi300x"), COSTS["mi300x"]
     words = "matmul_work", "train.micro_batch=1"
     finding = only(found(*words, hardware="mi300x", fits=lambda one: one.micro_batch <= fits))
     saved = 0.0
@@ -142,7 +142,7 @@ def test_a_remainder_over_the_dies_costs_the_idle_share() -> None:
 def test_a_last_wave_is_compared_at_equal_work() -> None:
     """The saving is for as many columns as there are, at the rate of the width that is advised."""
     words = ["train.micro_batch=1", "model.layers=4", "model.experts=8", "model.top_k=1"]
-    made, costs = job(*words, hardware="mi300x"), PRICES["mi300x"]
+    made, costs = job(*words, hardware="mi300x"), COSTS["mi300x"]
     findings = found("waves", *words, hardware="mi300x")
     assert findings
     for one in shapes.forward(made):
@@ -162,7 +162,7 @@ def test_following_a_rule_that_would_cost_time_is_not_advised(slower: float, cos
     class Slower(CostModel):
         """Every other shape takes as long and a bit more."""
 
-        def of(self, job: TrainingJob) -> MicroBatchCost | None:
+        def micro_batch(self, job: TrainingJob) -> MicroBatchCost | None:
             known = price(made)
             more = 0.0 if job == made else slower * known.seconds
             return replace(known, memory=known.memory + more)

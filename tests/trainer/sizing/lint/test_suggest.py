@@ -47,7 +47,7 @@ def test_a_bad_shape_has_a_better_one_of_the_same_size(shape: BadShape) -> None:
     for old, new in zip(counts(before), counts(suggestions.job), strict=True):
         assert abs(new / old - 1) <= WITHIN
     assert suggestions.saves > 2
-    now, then = prices("h100").of(before), prices("h100").of(suggestions.job)
+    now, then = prices("h100").micro_batch(before), prices("h100").micro_batch(suggestions.job)
     assert now is not None and then is not None
     assert suggestions.saves == pytest.approx(
         100 * (1 - then.seconds / then.tokens / (now.seconds / now.tokens))

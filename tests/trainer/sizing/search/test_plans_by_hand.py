@@ -117,7 +117,7 @@ def test_choices_say_what_the_next_stage_and_the_next_size_would_do() -> None:
         for layout, seconds in ((Layout(1, 8, 1, 8, 1, 1), 1.0), (Layout(1, 4, 1, 8, 1, 2), 1.1))
     )
     said = "the best with tp=2 takes 1.1 s, 10.0% slower: matmuls 100 ms more"
-    assert auto._other("tp", [fast, slow]) == said
+    assert auto._why_axis("tp", [fast, slow]) == said
 
 
 def test_the_expected_load_of_experts_is_what_is_asked_for() -> None:
